@@ -1,0 +1,59 @@
+"""GRPO: group-relative policy optimisation, advantages from the other samples of the prompt.
+
+With ρ = π_θ/μ and A = (r - mean_G)/(std_G + 1e-4), the loss of a token is
+
+    -min(ρA, clip(ρ, 1-ε, 1+ε) A) + β k3,    k3 = π_ref/π_θ - log(π_ref/π_θ) - 1,
+
+averaged over each sequence, then over sequences. k3 inside the loss has the gradient -β(π_ref/π_θ - 1) ∇log π_θ,
+which is not the gradient of the reverse KL. A group of equal rewards has A = 0; its tokens still count and still
+carry the KL term. Source: arXiv 2402.03300; μ is the policy that filled the buffer, so that a fixed buffer makes
+it offline GRPO and a refreshed one online GRPO.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from rlzoo.advantages import group_normalised
+from rlzoo.objective import Normaliser, Objective, register
+from rlzoo.types import Coefficients, Need, Selection, TokenBatch
+
+
+@register
+@dataclass(frozen=True)
+class GRPO(Objective):
+    """Group-relative policy optimisation: c_t = ρ_t A 1[not clipped] + β (π_ref/π_θ - 1)."""
+
+    name: ClassVar[str] = "grpo"
+    learns_from: ClassVar[Selection] = Selection.GROUPS
+    normaliser: ClassVar[Normaliser] = Normaliser.PER_SEQUENCE
+    source: ClassVar[str] = "arXiv 2402.03300"
+
+    clip: float = 0.2
+    kl_coefficient: float = 0.04
+
+    @property
+    def requires(self) -> frozenset[Need]:
+        return frozenset({Need.BEHAVIOUR} | ({Need.REFERENCE} if self.kl_coefficient else set()))
+
+    def advantages(self, batch: TokenBatch) -> torch.Tensor:
+        reward, group = self.needed(batch, "reward", "group")
+        advantage = group_normalised(reward.to(batch.logp.dtype), group)
+        return torch.where(batch.mask, advantage[:, None], 0)
+
+    def coefficients(self, batch: TokenBatch) -> Coefficients:
+        advantage, behaviour = self.needed(batch, "advantage", "behaviour_logp")
+        ratio = torch.where(batch.mask, batch.logp - behaviour, 0).exp()
+        clipped = ((advantage > 0) & (ratio > 1 + self.clip)) | ((advantage < 0) & (ratio < 1 - self.clip))
+        values = torch.where(clipped, 0, ratio * advantage)
+        loss = -torch.minimum(ratio * advantage, ratio.clamp(1 - self.clip, 1 + self.clip) * advantage)
+        metrics = {"ratio": ratio, "clipped": clipped.to(ratio.dtype)}
+        if self.kl_coefficient:
+            (reference,) = self.needed(batch, "reference_logp")
+            log_ratio = torch.where(batch.mask, reference - batch.logp, 0)
+            excess = log_ratio.expm1()
+            metrics["kl"] = excess - log_ratio
+            values = values + self.kl_coefficient * excess
+            loss = loss + self.kl_coefficient * metrics["kl"]
+        return Coefficients(values, loss=loss, metrics=metrics)

@@ -1,0 +1,83 @@
+"""PPO: proximal policy optimisation with a critic, generalised advantages and a clipped ratio.
+
+The reward of a completion arrives at its last token; each token pays kl_coefficient · log(π_old/π_ref) (the k1
+estimate, π_old being the policy at the start of the batch). A and the returns R come from GAE(γ, λ) over the
+critic's values; A is whitened over the batch, after the returns are taken. The loss of a token is
+
+    -min(ρA, clip(ρ, 1-ε, 1+ε) A) + value_coefficient · ½ max((V-R)², (V_clip-R)²),
+
+with V_clip within value_clip of the value at the start of the batch, and, with ``dual_clip`` c, at most -cA where
+A < 0. ρ = π_θ/μ with μ the policy that filled the buffer: a fixed buffer makes it offline PPO.
+Sources: arXiv 1707.06347; GAE, arXiv 1506.02438; dual clip, arXiv 1912.09729.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from rlzoo.advantages import generalised_advantage, last_token, whiten
+from rlzoo.objective import Objective, register
+from rlzoo.types import Coefficients, Need, Selection, TokenBatch
+
+
+@register
+@dataclass(frozen=True)
+class PPO(Objective):
+    """Proximal policy optimisation: c_t = ρ_t A_t 1[not clipped], and a value loss."""
+
+    name: ClassVar[str] = "ppo"
+    learns_from: ClassVar[Selection] = Selection.GROUPS
+    source: ClassVar[str] = "arXiv 1707.06347"
+
+    clip: float = 0.2
+    dual_clip: float | None = None
+    kl_coefficient: float = 0.05
+    gamma: float = 1.0
+    lam: float = 0.95
+    whiten: bool = True
+    value_clip: float | None = 0.2
+    value_coefficient: float = 0.1
+    critic: Literal["separate", "shared"] = "separate"
+
+    @property
+    def requires(self) -> frozenset[Need]:
+        return frozenset({Need.BEHAVIOUR, Need.CRITIC} | ({Need.REFERENCE} if self.kl_coefficient else set()))
+
+    @property
+    def shared_critic(self) -> bool:
+        return self.critic == "shared"
+
+    def prepare(self, batch: TokenBatch) -> TokenBatch:
+        reward, value = self.needed(batch, "reward", "old_value")
+        per_token = torch.where(last_token(batch.mask), reward[:, None].to(batch.logp.dtype), 0)
+        if self.kl_coefficient:
+            (reference,) = self.needed(batch, "reference_logp")
+            per_token = per_token - self.kl_coefficient * torch.where(batch.mask, batch.logp - reference, 0)
+        advantage, returns = generalised_advantage(per_token, value, batch.mask, self.gamma, self.lam)
+        if self.whiten:
+            advantage = whiten(advantage, batch.mask)
+        return replace(batch, advantage=advantage, returns=returns)
+
+    def coefficients(self, batch: TokenBatch) -> Coefficients:
+        advantage, behaviour = self.needed(batch, "advantage", "behaviour_logp")
+        ratio = torch.where(batch.mask, batch.logp - behaviour, 0).exp()
+        clipped = ((advantage > 0) & (ratio > 1 + self.clip)) | ((advantage < 0) & (ratio < 1 - self.clip))
+        gain = torch.minimum(ratio * advantage, ratio.clamp(1 - self.clip, 1 + self.clip) * advantage)
+        if self.dual_clip is not None:
+            clipped = clipped | ((advantage < 0) & (ratio > self.dual_clip))
+            gain = torch.where(advantage < 0, gain.clamp(min=self.dual_clip * advantage), gain)
+        values = torch.where(clipped, 0, ratio * advantage)
+        return Coefficients(values, loss=-gain, metrics={"ratio": ratio, "clipped": clipped.to(ratio.dtype)})
+
+    def auxiliary(self, batch: TokenBatch) -> Mapping[str, Tensor]:
+        if batch.value is None or batch.returns is None:
+            return {}
+        error = (batch.value - batch.returns).square()
+        if self.value_clip is not None:
+            (old,) = self.needed(batch, "old_value")
+            near = old + (batch.value - old).clamp(-self.value_clip, self.value_clip)
+            error = torch.maximum(error, (near - batch.returns).square())
+        return {"value_loss": 0.5 * self.value_coefficient * error}

@@ -1,0 +1,38 @@
+"""RFT: rejection-sampling fine-tuning, SFT on the policy's own correct samples.
+
+Loss: -1[correct] log π_θ(y_t), averaged over the completion tokens of the step. The buffer's view keeps the
+samples with reward ≥ threshold, drops repeated completions of a prompt, and keeps at most
+``samples_per_prompt`` of the rest. Source: arXiv 2308.01825, which selects distinct equations; here a
+completion is distinct if its text is.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+
+from rlzoo.objective import Objective, register
+from rlzoo.types import Coefficients, Selection, TokenBatch
+
+
+@register
+@dataclass(frozen=True)
+class RFT(Objective):
+    """Rejection-sampling fine-tuning: c_t = 1[reward ≥ threshold]."""
+
+    name: ClassVar[str] = "rft"
+    learns_from: ClassVar[Selection] = Selection.CORRECT
+    source: ClassVar[str] = "arXiv 2308.01825"
+
+    threshold: float = 0.5
+    samples_per_prompt: int = 4
+
+    @property
+    def view_options(self) -> Mapping[str, Any]:
+        return {"threshold": self.threshold, "per_prompt": self.samples_per_prompt}
+
+    def coefficients(self, batch: TokenBatch) -> Coefficients:
+        (reward,) = self.needed(batch, "reward")
+        correct = (reward >= self.threshold).to(batch.logp.dtype)
+        return Coefficients(correct[:, None].expand_as(batch.logp), metrics={"correct": correct})

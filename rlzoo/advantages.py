@@ -1,0 +1,81 @@
+"""Advantage estimators: pure functions of rewards, groups and values, with no gradient."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+
+def group_mean(x: Float[Tensor, " B"], group: Int[Tensor, " B"]) -> Float[Tensor, " B"]:
+    """Mean of ``x`` over the rows of the same group, for each row."""
+    _, index = group.unique(return_inverse=True)
+    groups = int(index.max()) + 1 if len(index) else 0
+    total = x.new_zeros(groups).index_add(0, index, x)
+    count = x.new_zeros(groups).index_add(0, index, torch.ones_like(x))
+    return (total / count.clamp(min=1))[index]
+
+
+def group_normalised(
+    reward: Float[Tensor, " B"], group: Int[Tensor, " B"], epsilon: float = 1e-4
+) -> Float[Tensor, " B"]:
+    """(r - mean_G) / (std_G + ε), std with Bessel's correction as in TRL; 0 where the group's std is 0.
+
+    A group of one row has advantage 0. Source: DeepSeekMath, arXiv 2402.03300, section 4.1.2.
+    """
+    centred = reward - group_mean(reward, group)
+    size = _size(group, reward)
+    std = (group_mean(centred.square(), group) * size / (size - 1).clamp(min=1)).sqrt()
+    return centred / (std + epsilon)
+
+
+def leave_one_out(reward: Float[Tensor, " B"], group: Int[Tensor, " B"]) -> Float[Tensor, " B"]:
+    """r - mean of the others in the group = G/(G-1) (r - mean_G); 0 for a group of one. arXiv 2402.14740."""
+    size = _size(group, reward)
+    return (reward - group_mean(reward, group)) * size / (size - 1).clamp(min=1)
+
+
+def _size(group: Int[Tensor, " B"], like: Float[Tensor, " B"]) -> Float[Tensor, " B"]:
+    _, index, count = group.unique(return_inverse=True, return_counts=True)
+    return count[index].to(like.dtype)
+
+
+def generalised_advantage(
+    reward: Float[Tensor, "B T"],
+    value: Float[Tensor, "B T"],
+    mask: Bool[Tensor, "B T"],
+    gamma: float,
+    lam: float,
+) -> tuple[Float[Tensor, "B T"], Float[Tensor, "B T"]]:
+    """GAE(γ, λ) and the returns A + V, both 0 at masked positions.
+
+    δ_t = r_t + γ V_{t+1} - V_t, A_t = δ_t + γλ A_{t+1}; the value after the last token is 0, because a
+    completion ends the episode. Source: arXiv 1506.02438, eq. 16.
+    """
+    if reward.shape != value.shape or reward.shape != mask.shape:
+        raise ValueError(f"shapes differ: {tuple(reward.shape)}, {tuple(value.shape)}, {tuple(mask.shape)}")
+    value = torch.where(mask, value, 0)
+    reward = torch.where(mask, reward, 0)
+    advantage = torch.zeros_like(value)
+    after, running = value.new_zeros(len(value)), value.new_zeros(len(value))
+    for t in reversed(range(value.shape[1])):
+        live = mask[:, t]
+        delta = reward[:, t] + gamma * after - value[:, t]
+        running = torch.where(live, delta + gamma * lam * running, running)
+        after = torch.where(live, value[:, t], after)
+        advantage[:, t] = torch.where(live, running, 0)
+    return advantage, torch.where(mask, advantage + value, 0)
+
+
+def whiten(x: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"], epsilon: float = 1e-8) -> Float[Tensor, "B T"]:
+    """(x - mean) / sqrt(var + ε) over the unmasked entries; 0 elsewhere. Fewer than two entries stay as they are."""
+    inside = x[mask]
+    if inside.numel() < 2:
+        return torch.where(mask, x, 0)
+    return torch.where(mask, (x - inside.mean()) * (inside.var() + epsilon).rsqrt(), 0)
+
+
+def last_token(mask: Bool[Tensor, "B T"]) -> Bool[Tensor, "B T"]:
+    """True at the last unmasked position of each row that has one."""
+    after = mask.flip(1).cumsum(1).flip(1)
+    return mask & (after == 1)

@@ -1,0 +1,223 @@
+"""The one idea: an objective is a coefficient a token, and one surrogate turns coefficients into a gradient.
+
+    ∇J(θ) = E[ (1/Z) Σ_t c_t ∇ log π_θ(y_t | x, y_<t) ] + auxiliary terms
+
+This is the gradient-coefficient view of DeepSeekMath (arXiv 2402.03300, section 5.2). A positive c_t raises the
+probability of the token.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from enum import Enum
+from typing import Any, ClassVar, TypeVar
+
+import pydantic
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from rlzoo.errors import UserError, unknown
+from rlzoo.registry import Registry
+from rlzoo.types import Coefficients, Coupling, Need, Selection, TokenBatch
+
+
+class Normaliser(Enum):
+    """How per-token terms become one number: Σ w_t x_t / Z, with Z taken over the whole optimizer step."""
+
+    PER_TOKEN = "per_token"
+    """w = 1, Z = number of completion tokens."""
+    PER_SEQUENCE = "per_sequence"
+    """w = 1/|y|, Z = number of sequences: the mean over sequences of the mean over tokens."""
+    PER_PAIR = "per_pair"
+    """w = 1, Z = number of pairs."""
+    CONSTANT = "constant"
+    """w = 1, Z = number of sequences times the greatest completion length of the batch."""
+
+    def weight(self, batch: TokenBatch) -> Float[Tensor, "B 1"]:
+        """The weight w of each row's tokens."""
+        length = batch.mask.sum(1, keepdim=True).to(batch.logp.dtype)
+        return 1 / length.clamp(min=1) if self is Normaliser.PER_SEQUENCE else torch.ones_like(length)
+
+    def denominator(self, batch: TokenBatch) -> float:
+        """Z of a batch. Over micro-batches and ranks, Z of the whole step is the sum of theirs."""
+        rows, length = batch.mask.shape
+        match self:
+            case Normaliser.PER_TOKEN:
+                return float(batch.mask.sum())
+            case Normaliser.PER_SEQUENCE:
+                return float(rows)
+            case Normaliser.PER_PAIR:
+                return float(rows if batch.chosen is None else batch.chosen.sum())
+            case Normaliser.CONSTANT:
+                return float(rows * length)
+
+
+@dataclass(frozen=True)
+class Objective:
+    """A fine-tuning objective: a frozen configuration and one method, `coefficients`.
+
+    A subclass's fields are its hyper-parameters; its class variables say what it learns from.
+    """
+
+    name: ClassVar[str]
+    learns_from: ClassVar[Selection] = Selection.DEMONSTRATIONS
+    couples: ClassVar[Coupling] = Coupling.NONE
+    normaliser: ClassVar[Normaliser] = Normaliser.PER_TOKEN
+    source: ClassVar[str] = ""
+    """Where the objective comes from: an arXiv id."""
+
+    @property
+    def requires(self) -> frozenset[Need]:
+        """What the trainer must put into the batch."""
+        return frozenset()
+
+    @property
+    def shared_critic(self) -> bool:
+        """For `Need.CRITIC`: whether the value head stands on the policy's trunk or on a copy of its own."""
+        return False
+
+    @property
+    def view_options(self) -> Mapping[str, Any]:
+        """Options for the buffer's view named by ``learns_from``."""
+        return {}
+
+    @property
+    def reference_decay(self) -> float | None:
+        """Decay of the averaged reference an optimizer step, for `Need.EMA_REFERENCE`."""
+        return None
+
+    def prepare(self, batch: TokenBatch) -> TokenBatch:
+        """Fix what stays the same for all updates on a batch. Called once on the whole batch, with no gradient."""
+        advantage = self.advantages(batch)
+        return batch if advantage is None else replace(batch, advantage=advantage)
+
+    def advantages(self, batch: TokenBatch) -> Float[Tensor, "B T"] | None:
+        """The advantage of each token, over the whole batch; None for an objective that has none."""
+        return None
+
+    def coefficients(self, batch: TokenBatch) -> Coefficients:
+        """c_t of each token, from a batch with no graph."""
+        raise NotImplementedError(f"{type(self).__name__} must define coefficients(batch)")
+
+    def auxiliary(self, batch: TokenBatch) -> Mapping[str, Float[Tensor, "B T"]]:
+        """Named extra losses a token, weighted, with their graph; the normaliser reduces them."""
+        return {}
+
+    def logit_term(
+        self,
+        policy_logits: Float[Tensor, "N V"],
+        reference_logits: Float[Tensor, "N V"] | None,
+        target: Int[Tensor, " N"],
+    ) -> Float[Tensor, " N"] | None:
+        """A weighted loss a position that needs the full vocabulary, run chunk by chunk inside the head."""
+        return None
+
+    def needed(self, batch: TokenBatch, *names: str) -> tuple[Tensor, ...]:
+        """Fields of the batch that this objective cannot do without. Raises UserError naming the missing one."""
+        values = []
+        for name in names:
+            value = getattr(batch, name)
+            if value is None and name == "advantage":
+                value = self.prepare(batch.detach()).advantage
+            if value is None:
+                raise UserError(f"objective {self.name!r} needs {name} and the batch has none")
+            values.append(value)
+        return tuple(values)
+
+
+_objectives: Registry[type[Objective]] = Registry("objective", "rlzoo.algorithms", "rlzoo.objectives")
+_Class = TypeVar("_Class", bound=type[Objective])
+
+
+def register(objective: _Class) -> _Class:
+    """Class decorator: make an `Objective` known under its ``name``. A name taken by another class is an error."""
+    _objectives.add(objective.name, objective)
+    return objective
+
+
+def list_objectives() -> list[str]:
+    """The names of all registered objectives: built-ins and those of installed packages' entry points."""
+    return _objectives.names()
+
+
+def objective_class(spec: str) -> type[Objective]:
+    """The class behind a name, ``package.module:Name`` or ``path/to/file.py:Name``."""
+    found = _objectives.get(spec)
+    if not (isinstance(found, type) and issubclass(found, Objective)):
+        raise UserError(f"objective {spec!r} is not a subclass of rlzoo.Objective")
+    return found
+
+
+def options_of(objective: type[Objective]) -> dict[str, dict[str, Any]]:
+    """The hyper-parameters of an objective: name → type and default, as text and value."""
+    hints = typing.get_type_hints(objective)
+    return {
+        f.name: {"type": getattr(hints[f.name], "__name__", str(hints[f.name])), "default": f.default}
+        for f in dataclasses.fields(objective)
+    }
+
+
+def get_objective(name: str, **options: Any) -> Objective:
+    """An objective by name, ``package.module:Name`` or ``path/to/file.py:Name``, with its options checked.
+
+    Raises UserError for an unknown name or option, or an option of the wrong type.
+    """
+    found = objective_class(name)
+    hints = typing.get_type_hints(found)
+    known = {f.name for f in dataclasses.fields(found)}
+    for option, value in options.items():
+        if option not in known:
+            raise unknown(f"option of objective {name!r}", option, known)
+        try:
+            options[option] = pydantic.TypeAdapter(hints[option]).validate_python(value)
+        except pydantic.ValidationError as error:
+            reason = error.errors()[0]["msg"]
+            raise UserError(f"objective {name!r}: option {option!r} = {value!r}: {reason}") from None
+    return found(**options)
+
+
+def reduce(
+    per_token: Float[Tensor, "B T"] | Float[Tensor, " B"],
+    batch: TokenBatch,
+    normaliser: Normaliser,
+    denominator: float,
+) -> Tensor:
+    """Σ w x / Z over the unmasked tokens, or over the rows of an x of shape [B]."""
+    if per_token.ndim == 1:
+        return per_token.sum() / denominator
+    weighted = per_token * normaliser.weight(batch)
+    return weighted[batch.mask].sum() / denominator
+
+
+def surrogate(objective: Objective, batch: TokenBatch, denominator: float | None = None) -> Float[Tensor, ""]:
+    """The one loss: -(c.detach() · log π)[mask] / Z plus the objective's auxiliary terms.
+
+    ``denominator`` is Z of the whole optimizer step; None takes the objective's own normaliser over this batch.
+    An all-masked batch gives 0, with a warning. Its value is not the paper's loss (see `Coefficients.loss`);
+    its gradient is.
+    """
+    coefficients = objective.coefficients(batch.detach())
+    return surrogate_of(coefficients, objective, batch, denominator)
+
+
+def surrogate_of(
+    coefficients: Coefficients, objective: Objective, batch: TokenBatch, denominator: float | None = None
+) -> Float[Tensor, ""]:
+    """`surrogate` for coefficients that are known already."""
+    normaliser = objective.normaliser
+    if denominator is None:
+        denominator = normaliser.denominator(batch)
+        if not batch.mask.any():
+            warnings.warn("every token of the batch is masked: the loss is 0", stacklevel=2)
+    if denominator == 0:
+        return batch.logp[batch.mask].sum()
+    values = torch.where(batch.mask, coefficients.values, 0)  # padding may hold anything, NaN too
+    loss = -reduce(values * batch.logp, batch, normaliser, denominator)
+    for term in objective.auxiliary(batch).values():
+        loss = loss + reduce(term, batch, normaliser, denominator)
+    return loss

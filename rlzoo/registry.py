@@ -1,0 +1,115 @@
+"""Names for things that users can plug in: built-ins, entry points, ``package.module:Name``, ``path/to/file.py:Name``."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.util
+import pkgutil
+import sys
+from collections.abc import Iterator
+from importlib.metadata import entry_points
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Generic, TypeVar
+
+from rlzoo.errors import UserError, unknown
+
+T = TypeVar("T")
+
+
+class Registry(Generic[T]):
+    """A table of names, filled by a package of built-ins and by entry points when it is first read."""
+
+    def __init__(self, kind: str, builtins: str, group: str) -> None:
+        self.kind, self._builtins, self._group = kind, builtins, group
+        self._entries: dict[str, T] = {}
+        self._filled = False
+
+    def add(self, name: str, entry: T) -> T:
+        """Register ``entry``; a name that is taken by something else is an error."""
+        name = canonical(name)
+        present = self._entries.get(name)
+        if present is not None and _origin(present) != _origin(entry):
+            raise UserError(
+                f"{self.kind} {name!r} is registered twice: by {_origin(present)} and by {_origin(entry)}; "
+                "give one of them another name"
+            )
+        self._entries[name] = entry
+        return entry
+
+    def names(self) -> list[str]:
+        self._fill()
+        return sorted(self._entries)
+
+    def get(self, spec: str) -> T:
+        """Look a name up, or import what ``module:Name`` or ``file.py:Name`` points at."""
+        if ":" in spec:
+            return load_attribute(spec, self.kind)
+        self._fill()
+        try:
+            return self._entries[canonical(spec)]
+        except KeyError:
+            raise unknown(self.kind, spec, self._entries) from None
+
+    def items(self) -> Iterator[tuple[str, T]]:
+        for name in self.names():
+            yield name, self._entries[name]
+
+    def _fill(self) -> None:
+        if self._filled:
+            return
+        self._filled = True
+        package = importlib.import_module(self._builtins)
+        for module in pkgutil.iter_modules(package.__path__):
+            if not module.name.startswith("_"):
+                importlib.import_module(f"{self._builtins}.{module.name}")
+        for point in entry_points(group=self._group):
+            self.add(point.name, point.load())
+
+
+def canonical(name: str) -> str:
+    """``IW_SFT`` and ``iw-sft`` are one name."""
+    return name.strip().lower().replace("_", "-")
+
+
+def _origin(entry: object) -> str:
+    return f"{getattr(entry, '__module__', '?')}:{getattr(entry, '__qualname__', entry)}"
+
+
+def load_attribute(spec: str, kind: str) -> Any:
+    """What ``package.module:Name`` or ``path/to/file.py:Name`` points at. The code of that module is run."""
+    where, _, attribute = spec.rpartition(":")
+    module = _load_file(Path(where), kind) if where.endswith(".py") else _load_module(where, kind)
+    try:
+        return getattr(module, attribute)
+    except AttributeError:
+        public = ", ".join(n for n in vars(module) if not n.startswith("_"))
+        raise UserError(f"{kind} {spec!r}: {where} has no {attribute!r}; it has: {public}") from None
+
+
+def _load_module(name: str, kind: str) -> ModuleType:
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        raise UserError(f"{kind} module {name!r} cannot be imported: {error}") from None
+
+
+def _load_file(path: Path, kind: str) -> ModuleType:
+    path = path.expanduser().resolve()
+    if not path.is_file():
+        raise UserError(f"{kind} file {str(path)!r} does not exist")
+    name = f"rlzoo_plugin_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
+    if name in sys.modules:
+        return sys.modules[name]
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        del sys.modules[name]
+        raise UserError(f"{kind} file {str(path)!r} cannot be loaded: {type(error).__name__}: {error}") from error
+    return module
+

@@ -1,0 +1,39 @@
+"""Problems and a small base model that ship with the package, so that everything works with no network."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rlzoo.errors import unknown
+from rlzoo.worlds import arithmetic, facts
+
+if TYPE_CHECKING:
+    from rlzoo.problems import Problem
+
+WORLD_PREFIX = "world:"
+EMBEDDED_BASE = Path(__file__).parent / "base"
+"""The folder of the base model; made by `rlzoo.worlds.recipe`."""
+
+WORLDS = {
+    "arithmetic": tuple(arithmetic.SPLITS),
+    "facts": ("train", "validation", "test", "unseen"),
+}
+
+
+def world_problems(name: str) -> list[Problem]:
+    """The problems of ``arithmetic/train``, ``facts/test``, ….
+
+    A training problem of ``arithmetic`` carries a worked solution in each style, a fact its one answer.
+    """
+    from rlzoo.problems import Problem
+
+    world, _, split = name.partition("/")
+    if split not in WORLDS.get(world, ()):
+        raise unknown("world", name, [f"{w}/{s}" for w, splits in WORLDS.items() for s in splits])
+    if world == "arithmetic":
+        return [
+            Problem(id, p.question, {"answer": str(p.answer)}, tuple(arithmetic.solve(p, s) for s in arithmetic.STYLES))
+            for id, p in arithmetic.problems(split)
+        ]
+    return [Problem(id, q, {"answer": fact.answer}, (fact.answer,)) for id, fact, q in facts.questions(split)]

@@ -1,0 +1,98 @@
+"""How the embedded base model was made: ``python -m rlzoo.worlds.recipe --out DIR`` makes it again.
+
+A Llama of 0.9 M parameters learns to continue questions of both worlds from data that is wrong on purpose:
+each intermediate result of a chain sum slips with probability 0.12 and the slip is carried on, and a fact
+has its right answer only some of the time. So the base samples a right answer sometimes and never reliably,
+like a pre-trained model before fine-tuning.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import random
+import time
+from pathlib import Path
+
+import torch
+from torch.nn import functional
+
+from rlzoo.worlds import arithmetic, facts
+from rlzoo.worlds.tokenizer import build_tokenizer
+
+STEPS, BATCH, PEAK_RATE, SLIP_RATE, FACT_SHARE, SEED = 5400, 128, 2e-3, 0.12, 0.15, 0
+
+
+def _example(rng: random.Random, known: list[facts.Fact]) -> tuple[str, str]:
+    if rng.random() < FACT_SHARE:
+        fact = rng.choice(known)
+        return fact.question(rng.randrange(3)), facts.believe(fact, rng)
+    problem = arithmetic.draw(rng, rng.choice((2, 3, 3, 4)), rng.choice((9, 20, 99, 99)))
+    return problem.question, arithmetic.solve(problem, rng.choice(arithmetic.STYLES), rng, SLIP_RATE)
+
+
+def train_base(out: Path, steps: int = STEPS) -> None:
+    """Train the base from scratch and write it to ``out`` in half precision (about 1.8 MB)."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(SEED)
+    rng = random.Random(SEED)
+    tokenizer = build_tokenizer()
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        intermediate_size=384,
+        max_position_embeddings=256,
+        tie_word_embeddings=True,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    model = LlamaForCausalLM(config)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_RATE, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
+    known = facts.facts()
+    started, step = time.perf_counter(), 0
+    while step < steps:
+        pool = []
+        for _ in range(16 * BATCH):
+            question, answer = _example(rng, known)
+            prompt = tokenizer.encode(question)
+            completion = [*tokenizer.encode(answer), tokenizer.eos_token_id]
+            pool.append((prompt + completion, len(prompt)))
+        pool.sort(key=lambda row: len(row[0]))  # sequences of like length make one batch: no padding
+        batches = [pool[i : i + BATCH] for i in range(0, len(pool), BATCH)]
+        rng.shuffle(batches)
+        for batch in batches[: steps - step]:
+            longest = max(len(ids) for ids, _ in batch)
+            ids = torch.full((BATCH, longest), tokenizer.pad_token_id)
+            labels = torch.full((BATCH, longest), -100)
+            for row, (tokens, start) in enumerate(batch):
+                ids[row, : len(tokens)] = torch.tensor(tokens)
+                labels[row, start : len(tokens)] = ids[row, start : len(tokens)]
+            rate = PEAK_RATE * min(1.0, (step + 1) / 100) * (1 - step / steps)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            logits = model(input_ids=ids).logits[:, :-1]  # right padding under causal attention needs no mask
+            loss = functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten())
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            step += 1
+            if step % 100 == 0 or step == steps:
+                seconds = time.perf_counter() - started
+                print(f"step {step}/{steps}  loss {loss.item():.3f}  {seconds:.0f} s", flush=True)
+            if not math.isfinite(loss.item()):
+                raise FloatingPointError(f"loss is {loss.item()} at step {step}")
+    model.to(torch.float16).save_pretrained(out)
+    tokenizer.save_pretrained(out)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--steps", type=int, default=STEPS)
+    arguments = parser.parse_args()
+    train_base(arguments.out, arguments.steps)
