@@ -48,7 +48,10 @@ class DPO(Objective):
         sign = torch.where(chosen, 1.0, -1.0).to(score.dtype)
         margin = sign * (score - score[partner])
         if self.variant == "sigmoid":
-            pull, loss = self.beta * torch.sigmoid(-self.beta * margin), functional.softplus(-self.beta * margin)
+            pull, loss = (
+                self.beta * torch.sigmoid(-self.beta * margin),
+                functional.softplus(-self.beta * margin),
+            )
         elif self.variant == "hinge":
             loss = (1 - self.beta * margin).clamp(min=0)
             pull = self.beta * (loss > 0).to(score.dtype)

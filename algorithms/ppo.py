@@ -73,11 +73,13 @@ class PPO(Objective):
         return Coefficients(values, loss=-gain, metrics={"ratio": ratio, "clipped": clipped.to(ratio.dtype)})
 
     def auxiliary(self, batch: TokenBatch) -> Mapping[str, Tensor]:
-        if batch.value is None or batch.returns is None:
+        if batch.value is None:
             return {}
-        error = (batch.value - batch.returns).square()
+        (returns,) = self.needed(batch, "returns")
+        value = torch.where(batch.mask, batch.value, 0)  # NaN in the padding would reach the gradient
+        error = (value - returns).square()
         if self.value_clip is not None:
             (old,) = self.needed(batch, "old_value")
-            near = old + (batch.value - old).clamp(-self.value_clip, self.value_clip)
-            error = torch.maximum(error, (near - batch.returns).square())
+            near = old + (value - old).clamp(-self.value_clip, self.value_clip)
+            error = torch.maximum(error, (near - returns).square())
         return {"value_loss": 0.5 * self.value_coefficient * error}

@@ -10,8 +10,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
-
 from rlzoo.objective import Objective, register
 from rlzoo.types import Coefficients, Selection, TokenBatch
 

@@ -1,0 +1,67 @@
+"""rlzoo: an offline-RL algorithm zoo that compares fine-tuning objectives of language models."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rlzoo.buffers import OfflineBuffer, RolloutBuffer
+    from rlzoo.comparison.runner import compare
+    from rlzoo.evaluation import evaluate
+    from rlzoo.objective import Objective, get_objective, list_objectives, register, surrogate
+    from rlzoo.policy import Policy, load_policy
+    from rlzoo.reward import get_reward, list_rewards, register_reward
+    from rlzoo.training import train
+    from rlzoo.types import Coefficients, TokenBatch
+
+_HOMES = {
+    "Coefficients": "rlzoo.types",
+    "Objective": "rlzoo.objective",
+    "OfflineBuffer": "rlzoo.buffers",
+    "Policy": "rlzoo.policy",
+    "RolloutBuffer": "rlzoo.buffers",
+    "TokenBatch": "rlzoo.types",
+    "compare": "rlzoo.comparison.runner",
+    "evaluate": "rlzoo.evaluation",
+    "get_objective": "rlzoo.objective",
+    "get_reward": "rlzoo.reward",
+    "list_objectives": "rlzoo.objective",
+    "list_rewards": "rlzoo.reward",
+    "load_policy": "rlzoo.policy",
+    "register": "rlzoo.objective",
+    "register_reward": "rlzoo.reward",
+    "surrogate": "rlzoo.objective",
+    "train": "rlzoo.training",
+}
+
+__all__ = [
+    "Coefficients",
+    "Objective",
+    "OfflineBuffer",
+    "Policy",
+    "RolloutBuffer",
+    "TokenBatch",
+    "compare",
+    "evaluate",
+    "get_objective",
+    "get_reward",
+    "list_objectives",
+    "list_rewards",
+    "load_policy",
+    "register",
+    "register_reward",
+    "surrogate",
+    "train",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Public names load torch only when they are used, so that the command line answers at once."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'rlzoo' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

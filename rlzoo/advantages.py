@@ -9,7 +9,7 @@ from torch import Tensor
 
 def group_mean(x: Float[Tensor, " B"], group: Int[Tensor, " B"]) -> Float[Tensor, " B"]:
     """Mean of ``x`` over the rows of the same group, for each row."""
-    _, index = group.unique(return_inverse=True)
+    _, index = torch.unique(group, return_inverse=True)
     groups = int(index.max()) + 1 if len(index) else 0
     total = x.new_zeros(groups).index_add(0, index, x)
     count = x.new_zeros(groups).index_add(0, index, torch.ones_like(x))
@@ -36,8 +36,9 @@ def leave_one_out(reward: Float[Tensor, " B"], group: Int[Tensor, " B"]) -> Floa
 
 
 def _size(group: Int[Tensor, " B"], like: Float[Tensor, " B"]) -> Float[Tensor, " B"]:
-    _, index, count = group.unique(return_inverse=True, return_counts=True)
-    return count[index].to(like.dtype)
+    _, index, count = torch.unique(group, return_inverse=True, return_counts=True)
+    size: Tensor = count[index].to(like.dtype)
+    return size
 
 
 def generalised_advantage(

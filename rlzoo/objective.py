@@ -122,8 +122,8 @@ class Objective:
         values = []
         for name in names:
             value = getattr(batch, name)
-            if value is None and name == "advantage":
-                value = self.prepare(batch.detach()).advantage
+            if value is None and name in ("advantage", "returns"):
+                value = getattr(self.prepare(batch.detach()), name)
             if value is None:
                 raise UserError(f"objective {self.name!r} needs {name} and the batch has none")
             values.append(value)

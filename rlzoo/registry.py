@@ -1,4 +1,4 @@
-"""Names for things that users can plug in: built-ins, entry points, ``package.module:Name``, ``path/to/file.py:Name``."""
+"""Names for things that users plug in: built-ins, entry points, ``module:Name`` and ``path/to/file.py:Name``."""
 
 from __future__ import annotations
 
@@ -45,7 +45,8 @@ class Registry(Generic[T]):
     def get(self, spec: str) -> T:
         """Look a name up, or import what ``module:Name`` or ``file.py:Name`` points at."""
         if ":" in spec:
-            return load_attribute(spec, self.kind)
+            found: T = load_attribute(spec, self.kind)
+            return found
         self._fill()
         try:
             return self._entries[canonical(spec)]
@@ -112,4 +113,3 @@ def _load_file(path: Path, kind: str) -> ModuleType:
         del sys.modules[name]
         raise UserError(f"{kind} file {str(path)!r} cannot be loaded: {type(error).__name__}: {error}") from error
     return module
-

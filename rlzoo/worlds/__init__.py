@@ -33,7 +33,12 @@ def world_problems(name: str) -> list[Problem]:
         raise unknown("world", name, [f"{w}/{s}" for w, splits in WORLDS.items() for s in splits])
     if world == "arithmetic":
         return [
-            Problem(id, p.question, {"answer": str(p.answer)}, tuple(arithmetic.solve(p, s) for s in arithmetic.STYLES))
+            Problem(
+                id,
+                p.question,
+                {"answer": str(p.answer)},
+                tuple(arithmetic.solve(p, s) for s in arithmetic.STYLES),
+            )
             for id, p in arithmetic.problems(split)
         ]
     return [Problem(id, q, {"answer": fact.answer}, (fact.answer,)) for id, fact, q in facts.questions(split)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
-from rlzoo.worlds import arithmetic, facts
+from rlzoo.worlds import facts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

@@ -1,0 +1,75 @@
+"""Weighted: a weighted sum of other rewards."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, ClassVar
+
+from rlzoo.errors import UserError
+from rlzoo.reward import CompositeReward, OnError, Reward, Score, get_reward, register_reward
+
+
+@register_reward
+@dataclass(frozen=True)
+class Weighted(CompositeReward):
+    """Σ_k w_k r_k over the rewards of ``of``; None where one of them is None.
+
+    Each of ``of`` is anything that `get_reward` takes; a mapping may add its ``"weight"`` (default 1). A
+    list given to `get_reward` is this reward. Raises UserError for an empty list and for a weight that is
+    no number.
+    """
+
+    name: ClassVar[str] = "weighted"
+
+    of: tuple[Any, ...]
+
+    def __post_init__(self) -> None:
+        if not self.of:
+            raise UserError(f"reward {self.name!r} needs at least one reward in 'of'")
+        _ = self.terms  # so that a wrong part is found when the sum is built, not when it is first used
+
+    @cached_property
+    def terms(self) -> dict[str, tuple[float, Reward]]:
+        """Weight and reward of each part; a second part of one name has a number behind it."""
+        terms: dict[str, tuple[float, Reward]] = {}
+        for spec in self.of:
+            weight, reward = self._term(spec)
+            count = sum(reward.name == other.name for _, other in terms.values())
+            terms[f"{reward.name}-{count + 1}" if count else reward.name] = weight, reward
+        return terms
+
+    def _term(self, spec: Any) -> tuple[float, Reward]:
+        if not isinstance(spec, Mapping):
+            return 1.0, get_reward(spec)
+        weight = spec.get("weight", 1.0)
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
+            raise UserError(f"reward {self.name!r}: the weight of {spec.get('name')!r} is {weight!r}, not a number")
+        return float(weight), get_reward({key: value for key, value in spec.items() if key != "weight"})
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        return tuple(self.terms)
+
+    def score(
+        self,
+        prompts: Sequence[Any],
+        completions: Sequence[Any],
+        columns: Mapping[str, Any],
+        completion_ids: Sequence[Sequence[int]] | None = None,
+        on_error: OnError = "fail",
+    ) -> list[Score]:
+        weights = [weight for weight, _ in self.terms.values()]
+        scored = [
+            replace(reward, on_error=on_error).score(prompts, completions, columns, completion_ids)
+            for _, reward in self.terms.values()
+        ]
+        scores = []
+        for row in zip(*scored, strict=True):
+            values = [score.value for score in row]
+            known = [w * v for w, v in zip(weights, values, strict=True) if v is not None]
+            total = sum(known) if len(known) == len(values) else None
+            scores.append(Score(total, dict(zip(self.parts, values, strict=True))))
+        return scores

@@ -1,0 +1,26 @@
+"""What is learned from: one row schema, two buffers, the four views over them, and TRL's formats."""
+
+from rlzoo.buffers.buffer import Buffer, OfflineBuffer, RolloutBuffer
+from rlzoo.buffers.encoding import Encoded, encode, encode_completion, encode_prompt, prompt_key
+from rlzoo.buffers.exports import to_trl
+from rlzoo.buffers.formats import from_trl, read_buffer
+from rlzoo.buffers.schema import SCHEMA
+from rlzoo.buffers.tables import load_table
+from rlzoo.buffers.views import View
+
+__all__ = [
+    "SCHEMA",
+    "Buffer",
+    "Encoded",
+    "OfflineBuffer",
+    "RolloutBuffer",
+    "View",
+    "encode",
+    "encode_completion",
+    "encode_prompt",
+    "from_trl",
+    "load_table",
+    "prompt_key",
+    "read_buffer",
+    "to_trl",
+]

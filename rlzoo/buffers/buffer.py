@@ -1,0 +1,193 @@
+"""The two buffers: a fixed one, and one that takes new samples and drops those of the oldest policy versions.
+
+Both are columns in Arrow, memory-mapped when opened from disk. Operations read the columns they need; the
+rows of a buffer never change in place, so buffers share them.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from datasets.fingerprint import generate_random_fingerprint
+from jaxtyping import Int
+
+from rlzoo.buffers import storage, views
+from rlzoo.buffers.schema import (
+    CHUNK,
+    SCHEMA,
+    arrow,
+    conform,
+    decode,
+    encode_parts,
+    from_row,
+    to_dataset,
+    to_row,
+    to_table,
+)
+from rlzoo.buffers.views import View
+from rlzoo.errors import UserError
+from rlzoo.types import Selection, Trajectory
+
+TokenValues = Sequence[Sequence[float] | None]
+"""For each row, one value a completion token, or None."""
+
+
+class Buffer:
+    """Trajectories as columns, and what can be read and derived from them."""
+
+    def __init__(self, rows: datasets.Dataset) -> None:
+        self._rows = conform(rows, "the data set")
+
+    @property
+    def rows(self) -> datasets.Dataset:
+        """The rows, in the columns of `SCHEMA`."""
+        return self._rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> Trajectory:
+        return from_row(self._rows[index])
+
+    def __iter__(self) -> Iterator[Trajectory]:
+        for batch in self._rows.with_format("arrow").iter(CHUNK):
+            yield from map(from_row, batch.to_pylist())
+
+    def column(self, name: str) -> list[Any]:
+        """One field of every `Trajectory`. Reads only that column; raises UserError for an unknown one."""
+        if name not in SCHEMA:
+            raise UserError(f"a buffer has no column {name!r}: known: {', '.join(SCHEMA)}")
+        return [decode(name, value) for value in arrow(self._rows)[name].to_pylist()]
+
+    def lengths(self) -> Int[np.ndarray, " N"]:
+        """Tokens of prompt + completion of each row."""
+        table = arrow(self._rows)
+        total = pc.add(*(pc.list_value_length(table[name]) for name in ("prompt_ids", "completion_ids")))
+        return np.asarray(total.to_numpy(), np.int64)
+
+    def view(self, selection: Selection, **options: Any) -> View:
+        """The units that a selection takes: see `rlzoo.buffers.views`. Raises UserError if there are none."""
+        return views.select(arrow(self._rows), selection, options)
+
+    def with_reference_logp(self, values: TokenValues) -> Self:
+        """The same rows with the frozen reference's log-probs. Raises ValueError for a wrong length."""
+        return self._with_column("reference_logp", self._token_column("reference_logp", values))
+
+    def with_behaviour_logp(self, values: TokenValues) -> Self:
+        """The same rows with the sampling policy's log-probs. Raises ValueError for a wrong length."""
+        return self._with_column("behaviour_logp", self._token_column("behaviour_logp", values))
+
+    def with_rewards(
+        self, rewards: Sequence[float | None], parts: Sequence[Mapping[str, float | None]] | None = None
+    ) -> Self:
+        """The same rows with these rewards and their named parts. Raises ValueError for a wrong length."""
+        parts = [{}] * len(rewards) if parts is None else parts
+        for name, values in (("rewards", rewards), ("reward parts", parts)):
+            if len(values) != len(self):
+                raise ValueError(f"{len(values)} {name} for {len(self)} rows")
+        rewarded = self._with_column("reward", pa.array(rewards, pa.float64()))
+        return rewarded._with_column("reward_parts", [encode_parts(dict(row)) for row in parts])
+
+    def concatenate(self, other: Buffer) -> Self:
+        """These rows, then those of ``other``."""
+        return self._with_rows(datasets.concatenate_datasets([self._rows, other.rows]))
+
+    def save(self, path: str | Path) -> None:
+        """Write a folder that opens memory-mapped; it takes its place only when complete."""
+        storage.write_folder(self._rows, path, self._settings())
+
+    def to_parquet(self, path: str | Path) -> None:
+        """Write one Parquet file."""
+        storage.write_parquet(self._rows, path)
+
+    def to_jsonl(self, path: str | Path) -> None:
+        """Write one JSON object a line: the fields of `Trajectory`."""
+        storage.write_jsonl(self, path)
+
+    def push_to_hub(self, name: str) -> None:
+        """Upload the rows to the Hugging Face Hub as the data set ``name``."""
+        self._rows.push_to_hub(name)
+
+    def _settings(self) -> dict[str, Any]:
+        return {}
+
+    def _with_rows(self, rows: datasets.Dataset) -> Self:
+        twin = copy.copy(self)
+        twin._rows = rows
+        return twin
+
+    def _with_column(self, name: str, values: Any) -> Self:
+        others = self._rows.remove_columns(name)
+        fingerprint = generate_random_fingerprint()  # else `datasets` hashes the values
+        rows = others.add_column(name, values, new_fingerprint=fingerprint, feature=SCHEMA[name])
+        return self._with_rows(rows.select_columns(list(SCHEMA)))
+
+    def _token_column(self, name: str, values: TokenValues) -> pa.ChunkedArray:
+        if len(values) != len(self):
+            raise ValueError(f"{name} has {len(values)} rows for {len(self)} rows")
+        tokens = pc.list_value_length(arrow(self._rows)["completion_ids"]).to_numpy()
+        for row, (value, expected) in enumerate(zip(values, tokens, strict=True)):
+            if value is not None and len(value) != expected:
+                raise ValueError(f"{name} of row {row} has {len(value)} values for {expected} completion tokens")
+        kind = pa.list_(pa.float32())
+        chunks = (values[start : start + CHUNK] for start in range(0, len(values), CHUNK))
+        arrays = ([None if v is None else np.asarray(v, np.float32) for v in chunk] for chunk in chunks)
+        return pa.chunked_array([pa.array(array, kind) for array in arrays], kind)
+
+
+class OfflineBuffer(Buffer):
+    """A buffer whose rows are fixed."""
+
+    @classmethod
+    def from_trajectories(cls, trajectories: Iterable[Trajectory]) -> Self:
+        """A buffer in memory."""
+        return cls(to_dataset(to_table(map(to_row, trajectories))))
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Open a buffer's folder (memory-mapped), .parquet or .jsonl file. Raises UserError if it is none."""
+        return cls(storage.read(path))
+
+
+class RolloutBuffer(Buffer):
+    """A buffer of the newest ``capacity_versions`` policy versions: samples of older ones fall out."""
+
+    def __init__(self, capacity_versions: int) -> None:
+        if capacity_versions < 1:
+            raise UserError(f"a rollout buffer needs capacity_versions of at least 1, got {capacity_versions}")
+        super().__init__(to_dataset(to_table([])))
+        self.capacity_versions = capacity_versions
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Open a folder written by `save`. Raises UserError if it is none."""
+        rows, settings = storage.read(path), storage.read_settings(path)
+        if "capacity_versions" not in settings:
+            raise UserError(f"{path} holds no rollout buffer: open it with OfflineBuffer.load")
+        return cls(settings["capacity_versions"])._with_rows(rows)
+
+    def add(self, trajectories: Iterable[Trajectory]) -> None:
+        """Take new samples, then drop all but the newest policy versions."""
+        self._rows = self.concatenate(OfflineBuffer.from_trajectories(trajectories)).rows
+
+    def freeze(self) -> OfflineBuffer:
+        """What the buffer holds now, fixed."""
+        return OfflineBuffer(self._rows)
+
+    def _settings(self) -> dict[str, Any]:
+        return {"capacity_versions": self.capacity_versions}
+
+    def _with_rows(self, rows: datasets.Dataset) -> Self:
+        table = arrow(rows)
+        versions = np.unique(table["policy_version"].to_numpy())
+        if len(versions) > self.capacity_versions:
+            kept = pc.is_in(table["policy_version"], pa.array(versions[-self.capacity_versions :]))
+            rows = to_dataset(table.filter(kept))
+        return super()._with_rows(rows)

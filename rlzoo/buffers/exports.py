@@ -1,0 +1,92 @@
+"""Buffers, written in TRL's data set formats."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Literal
+
+import datasets
+
+from rlzoo.buffers.buffer import Buffer
+from rlzoo.buffers.encoding import Message, Prompt
+from rlzoo.buffers.tables import table_of
+from rlzoo.buffers.views import THRESHOLD
+from rlzoo.errors import UserError, unknown
+from rlzoo.types import Selection, Trajectory
+
+Kind = Literal["prompt_completion", "preference", "unpaired_preference", "prompt_only"]
+Exported = Iterator[tuple[Trajectory, dict[str, Any]]]
+
+
+def to_trl(buffer: Buffer, kind: Kind, conversational: bool = False) -> datasets.Dataset:
+    """The buffer's rows in one of TRL's formats, with ``prompt_id`` and the problems' own columns.
+
+    ``prompt_completion`` takes demonstrations; ``preference`` pairs of a better and a worse completion;
+    ``unpaired_preference`` every sampled row with a reward; ``prompt_only`` each prompt once. Truncated
+    completions are left out, because TRL would end them. A prompt that is no conversation becomes a user's
+    turn if one is asked for. Raises UserError if nothing is left.
+    """
+    if kind not in _EXPORTS:
+        raise unknown("kind of TRL data set", kind, _EXPORTS)
+    rows = [{**row.columns, "prompt_id": row.prompt_id, **out} for row, out in _EXPORTS[kind](buffer, conversational)]
+    if not rows:
+        raise UserError(f"the buffer has no rows to write as {kind}: choose another kind")
+    return table_of(rows, [f"exported row {number}" for number in range(1, len(rows) + 1)])
+
+
+def _export_prompt_completion(buffer: Buffer, conversational: bool) -> Exported:
+    for (index,) in _units(buffer, Selection.DEMONSTRATIONS):
+        row = buffer[index]
+        yield row, {**_out_prompt(row, conversational), "completion": _out_completion(row, conversational)}
+
+
+def _export_preference(buffer: Buffer, conversational: bool) -> Exported:
+    for better, worse in _units(buffer, Selection.PAIRS, per_prompt=max(len(buffer), 1)):
+        row = buffer[better]
+        completions = {
+            "chosen": _out_completion(row, conversational),
+            "rejected": _out_completion(buffer[worse], conversational),
+        }
+        yield row, {**_out_prompt(row, conversational), **completions}
+
+
+def _export_unpaired_preference(buffer: Buffer, conversational: bool) -> Exported:
+    for row in buffer:
+        if row.source != "demonstration" and row.reward is not None and not row.truncated:
+            completion = {
+                "completion": _out_completion(row, conversational),
+                "label": row.reward >= THRESHOLD,
+            }
+            yield row, {**_out_prompt(row, conversational), **completion}
+
+
+def _export_prompt_only(buffer: Buffer, conversational: bool) -> Exported:
+    seen = set()
+    for row in buffer:
+        if row.prompt_id not in seen:
+            seen.add(row.prompt_id)
+            yield row, _out_prompt(row, conversational)
+
+
+_EXPORTS: Mapping[Kind, Callable[[Buffer, bool], Exported]] = {
+    "prompt_completion": _export_prompt_completion,
+    "preference": _export_preference,
+    "unpaired_preference": _export_unpaired_preference,
+    "prompt_only": _export_prompt_only,
+}
+
+
+def _units(buffer: Buffer, selection: Selection, **options: int) -> list[tuple[int, ...]]:
+    truncated = buffer.column("truncated")
+    units = buffer.view(selection, **options).units
+    return [unit for unit in units if not any(truncated[index] for index in unit)]
+
+
+def _out_prompt(row: Trajectory, conversational: bool) -> dict[str, Prompt]:
+    if not conversational:
+        return {"prompt": row.prompt}
+    return {"prompt": row.messages or [{"role": "user", "content": row.prompt}]}
+
+
+def _out_completion(row: Trajectory, conversational: bool) -> str | list[Message]:
+    return [{"role": "assistant", "content": row.completion}] if conversational else row.completion

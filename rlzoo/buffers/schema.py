@@ -1,0 +1,132 @@
+"""The one row schema, and the way between a `Trajectory` and its row.
+
+Log-probs are stored as float32, the numerics they were computed in; everything else is stored exactly. A
+row's ``columns`` are one JSON string, because problems of different worlds have different columns.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import fields
+from itertools import islice
+from typing import Any
+
+import datasets
+import pyarrow as pa
+from datasets import List, Value
+from datasets.fingerprint import generate_random_fingerprint
+
+from rlzoo.errors import UserError
+from rlzoo.types import Trajectory
+
+SCHEMA = datasets.Features(
+    {
+        "prompt": Value("string"),
+        "completion": Value("string"),
+        "prompt_ids": List(Value("int32")),
+        "completion_ids": List(Value("int32")),
+        "prompt_id": Value("string"),
+        "source": Value("string"),
+        "reward": Value("float64"),
+        "reward_parts": List({"name": Value("string"), "value": Value("float64")}),
+        "behaviour_logp": List(Value("float32")),
+        "reference_logp": List(Value("float32")),
+        "policy_version": Value("int32"),
+        "truncated": Value("bool"),
+        "messages": List({"role": Value("string"), "content": Value("string")}),
+        "columns": Value("string"),
+    }
+)
+NULLABLE = frozenset({"reward", "behaviour_logp", "reference_logp", "messages"})
+CHUNK = 10_000
+"""Rows that are Python objects at one time when many are written or read."""
+
+_NAMES = [f.name for f in fields(Trajectory)]
+
+
+def to_row(trajectory: Trajectory) -> dict[str, Any]:
+    """The row of a trajectory. Raises ValueError for log-probs of another length than the completion's."""
+    row = {name: getattr(trajectory, name) for name in _NAMES}
+    for name in ("behaviour_logp", "reference_logp"):
+        if row[name] is not None and len(row[name]) != len(trajectory.completion_ids):
+            raise ValueError(
+                f"{name} of prompt {trajectory.prompt_id!r} has {len(row[name])} values for "
+                f"{len(trajectory.completion_ids)} completion tokens"
+            )
+    row["reward_parts"] = encode_parts(trajectory.reward_parts)
+    row["columns"] = _to_json(trajectory.columns)
+    return row
+
+
+def from_row(row: dict[str, Any]) -> Trajectory:
+    """The trajectory of a row: the inverse of `to_row`."""
+    return Trajectory(**{**row, **{name: decode(name, row[name]) for name in ("reward_parts", "columns")}})
+
+
+def encode_parts(parts: dict[str, float | None]) -> list[dict[str, Any]]:
+    """Named values as the list of structs that Arrow stores."""
+    return [{"name": name, "value": value} for name, value in parts.items()]
+
+
+def decode(name: str, value: Any) -> Any:
+    """The value of a `Trajectory`'s field from what the column of that name stores."""
+    if name == "reward_parts":
+        return {part["name"]: part["value"] for part in value}
+    return json.loads(value) if name == "columns" else value
+
+
+def to_table(rows: Iterable[dict[str, Any]]) -> pa.Table:
+    """An Arrow table of rows, built `CHUNK` of them at a time."""
+    left, schema = iter(rows), SCHEMA.arrow_schema
+    chunks = iter(lambda: list(islice(left, CHUNK)), [])
+    tables = [pa.Table.from_pylist(chunk, schema=schema) for chunk in chunks]
+    return pa.concat_tables(tables) if tables else schema.empty_table()
+
+
+def to_dataset(table: pa.Table) -> datasets.Dataset:
+    """The table as a data set. The fingerprint is random: hashing the rows would read all of them."""
+    return datasets.Dataset(table, fingerprint=generate_random_fingerprint())
+
+
+def arrow(rows: datasets.Dataset) -> pa.Table:
+    """The Arrow table of a data set, without a copy unless its rows were shuffled or selected."""
+    return rows.with_format("arrow")[:]
+
+
+def conform(rows: datasets.Dataset, origin: str) -> datasets.Dataset:
+    """The data set in the schema's columns. Raises UserError for one that is missing, null or ill-typed."""
+    missing = [name for name in SCHEMA if name not in rows.column_names]
+    if missing:
+        raise UserError(
+            f"{origin} has no column {missing[0]!r}, so it is no saved buffer: import TRL data with from_trl"
+        )
+    if list(rows.column_names) != list(SCHEMA):
+        rows = rows.select_columns(list(SCHEMA))
+    if dict(rows.features) != dict(SCHEMA):
+        try:
+            rows = to_dataset(arrow(rows).cast(SCHEMA.arrow_schema))
+        except pa.ArrowInvalid as error:
+            raise UserError(f"{origin} is not a saved buffer: {str(error).splitlines()[0]}") from None
+    table = arrow(rows)
+    for name in SCHEMA:
+        if name not in NULLABLE and table[name].null_count:
+            raise UserError(f"{origin} has rows with no {name}: every row needs one")
+    return rows
+
+
+def _to_json(columns: dict[str, object]) -> str:
+    try:
+        return json.dumps(columns, ensure_ascii=False)
+    except (TypeError, ValueError):
+        bad = next(name for name, value in columns.items() if not _is_json(value))
+        kind = type(columns[bad]).__name__
+        raise UserError(f"column {bad!r} holds a {kind}, which JSON cannot hold: drop or convert it") from None
+
+
+def _is_json(value: object) -> bool:
+    try:
+        json.dumps(value)
+    except (TypeError, ValueError):
+        return False
+    return True

@@ -1,0 +1,108 @@
+"""Buffers on disk: memory-mapped folders, Parquet and JSONL, written beside their place and then renamed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, fields
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import datasets
+import pydantic
+
+from rlzoo.buffers.schema import conform, to_dataset, to_row, to_table
+from rlzoo.buffers.tables import quiet, read_lines, read_parquet
+from rlzoo.errors import UserError
+from rlzoo.types import Trajectory
+
+_SETTINGS = "buffer.json"
+_FOLDER_MARK = "state.json"  # what `Dataset.save_to_disk` leaves in every folder
+
+
+def write_folder(rows: datasets.Dataset, path: str | Path, settings: dict[str, Any]) -> None:
+    """Write a folder that opens memory-mapped. Raises UserError rather than replace what is no buffer."""
+    path = Path(path)
+    if path.exists() and not (path / _FOLDER_MARK).exists() and not _is_empty(path):
+        raise UserError(f"{path} exists and is not a buffer: choose another path")
+    with replacing(path) as beside, quiet():
+        rows.save_to_disk(beside)
+        (beside / _SETTINGS).write_text(json.dumps(settings))
+
+
+def write_parquet(rows: datasets.Dataset, path: str | Path) -> None:
+    """Write ``rows`` as one Parquet file."""
+    with replacing(Path(path)) as beside, quiet():
+        rows.to_parquet(beside)
+
+
+def write_jsonl(trajectories: Iterable[Trajectory], path: str | Path) -> None:
+    """Write one trajectory a line, fields by name."""
+    with replacing(Path(path)) as beside, beside.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(asdict(t), ensure_ascii=False) + "\n" for t in trajectories)
+
+
+def read(path: str | Path) -> datasets.Dataset:
+    """The rows of a folder, a .parquet or a .jsonl file. Raises UserError for anything else."""
+    path = Path(path)
+    if not path.exists():
+        raise UserError(f"{path} does not exist: give a folder, a .parquet or a .jsonl file that a buffer was saved to")
+    if path.is_dir():
+        return conform(_read_folder(path), str(path))
+    if path.suffix == ".parquet":
+        return conform(read_parquet(path), str(path))
+    if path.suffix == ".jsonl":
+        return to_dataset(to_table(map(to_row, _read_trajectories(path))))
+    raise UserError(f"{path} is no buffer: give a folder, a .parquet or a .jsonl file that one was saved to")
+
+
+def read_settings(path: str | Path) -> dict[str, Any]:
+    """What was written beside the rows of a folder; nothing if it is not a folder of `write_folder`."""
+    file = Path(path) / _SETTINGS
+    settings: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
+    return settings
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A path to write to that takes the place of ``path`` at the end, unless something was raised."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as scratch:
+        beside = Path(scratch) / path.name
+        yield beside
+        if path.is_dir():  # a folder cannot be renamed onto one that holds files
+            path.rename(Path(scratch) / "replaced")
+        beside.replace(path)
+
+
+def _is_empty(path: Path) -> bool:
+    return path.is_dir() and not any(path.iterdir())
+
+
+def _read_folder(path: Path) -> datasets.Dataset:
+    try:
+        rows = datasets.load_from_disk(path)
+    except (OSError, KeyError, ValueError):
+        raise UserError(f"{path} is not a saved buffer: save one with its save method or rlzoo rollout") from None
+    if not isinstance(rows, datasets.Dataset):
+        raise UserError(f"{path} holds several splits ({', '.join(rows)}): give the folder of one")
+    return rows
+
+
+_TRAJECTORY = pydantic.TypeAdapter(Trajectory)
+_FIELDS = frozenset(f.name for f in fields(Trajectory))
+
+
+def _read_trajectories(path: Path) -> Iterator[Trajectory]:
+    for number, row in read_lines(path):
+        surplus = sorted(row.keys() - _FIELDS)
+        if surplus:
+            raise UserError(f"{path} line {number}: a buffer has no field {surplus[0]!r}: keep it in 'columns'")
+        try:
+            yield _TRAJECTORY.validate_python(row)
+        except pydantic.ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"]))
+            raise UserError(f"{path} line {number}: {where}: {first['msg'].lower()}") from None

@@ -1,0 +1,196 @@
+"""The four views over a buffer: which rows an objective learns from and which belong together.
+
+A view is computed on columns, and is a function of them alone: earlier rows win wherever a choice has to be
+made.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from jaxtyping import Bool, Float, Int
+
+from rlzoo.errors import UserError, unknown
+from rlzoo.types import Selection
+
+Units = tuple[tuple[int, ...], ...]
+Mask = Bool[np.ndarray, " N"]
+Indices = Int[np.ndarray, " R"]
+THRESHOLD = 0.5
+"""The reward from which a completion counts as correct."""
+
+
+@dataclass(frozen=True)
+class View:
+    """The part of a buffer that an objective learns from."""
+
+    selection: Selection
+    units: Units
+    """Row indices that must stay together: one row, (better, worse), or all samples of one prompt."""
+
+    def __len__(self) -> int:
+        return len(self.units)
+
+
+def select(rows: pa.Table, selection: Selection, options: Mapping[str, Any]) -> View:
+    """The view of ``rows``. Raises UserError for an unknown option, and for a view that would be empty."""
+    selector = _SELECTORS[selection]
+    known = list(inspect.signature(selector).parameters)[1:]
+    for name, value in options.items():
+        if name not in known:
+            raise unknown(f"option of the view {selection.value!r}", name, known)
+        if name != "threshold" and value is not None and value < 1:
+            raise UserError(f"the view {selection.value!r} needs {name} of at least 1, got {value}")
+    return View(selection, selector(rows, **options))
+
+
+def demonstrations(rows: pa.Table) -> Units:
+    """Rows with source ``demonstration``, one a unit."""
+    chosen = np.flatnonzero(_has_source(rows, "demonstration"))
+    if not len(chosen):
+        raise UserError(
+            f"the buffer has no demonstrations (0 of {len(rows):,} rows have the source 'demonstration'): "
+            "import some with from_trl"
+        )
+    return _singles(chosen)
+
+
+def correct(rows: pa.Table, threshold: float = THRESHOLD, per_prompt: int = 4) -> Units:
+    """Sampled rows with reward ≥ threshold, one a unit: at most ``per_prompt`` distinct texts a prompt."""
+    mask = ~_has_source(rows, "demonstration") & (_reward(rows) >= threshold)
+    chosen = np.flatnonzero(mask)
+    if not len(chosen):
+        raise UserError(
+            f"the buffer has no correct samples (0 of {len(rows):,} rows reach reward {threshold:g}): "
+            "sample more with rlzoo rollout, or lower the threshold"
+        )
+    prompt = _codes(rows["prompt_id"])[mask]
+    distinct = _first_of_equals(prompt, _text_hashes(rows["completion"], mask))
+    chosen, prompt = chosen[distinct], prompt[distinct]
+    return _singles(chosen[_rank(prompt) < per_prompt])
+
+
+def pairs(rows: pa.Table, threshold: float = THRESHOLD, per_prompt: int = 4) -> Units:
+    """(better, worse) rows of one prompt, on either side of the threshold, at most ``per_prompt`` a prompt.
+
+    The i-th better row goes with the i-th worse one, so no row is used twice and imported pairs stay pairs.
+    """
+    reward = _reward(rows)
+    mask = _has_source(rows, "policy", "preference") & ~np.isnan(reward)
+    prompt = _codes(rows["prompt_id"])
+    sides = []
+    for side in (mask & (reward >= threshold), mask & (reward < threshold)):
+        index = np.flatnonzero(side)
+        rank = _rank(prompt[index])
+        kept = rank < per_prompt
+        sides.append((index[kept], prompt[index[kept]] * per_prompt + rank[kept]))
+    (better, better_key), (worse, worse_key) = sides
+    _, left, right = np.intersect1d(better_key, worse_key, assume_unique=True, return_indices=True)
+    if not len(left):
+        prompts = len(np.unique(prompt[mask]))
+        raise UserError(
+            f"the buffer has no pairs (0 of {prompts:,} sampled prompts have both a completion that reaches "
+            f"reward {threshold:g} and one that does not): sample more a prompt with rlzoo rollout, "
+            "or move the threshold"
+        )
+    return tuple(zip(better[left].tolist(), worse[right].tolist(), strict=True))
+
+
+def groups(rows: pa.Table, size: int | None = None) -> Units:
+    """All samples of one prompt by one policy version that have a reward and behaviour log-probs.
+
+    With ``size``, the first ``size`` of each; smaller groups are left out.
+    """
+    usable = ~np.isnan(_reward(rows)) & rows["behaviour_logp"].is_valid().to_numpy()
+    chosen = np.flatnonzero(_has_source(rows, "policy") & usable)
+    if not len(chosen):
+        raise UserError(
+            f"the buffer has no groups (0 of {len(rows):,} rows have the source 'policy', a reward and "
+            "behaviour log-probs): sample some with rlzoo rollout"
+        )
+    versions, version = np.unique(rows["policy_version"].to_numpy()[chosen], return_inverse=True)
+    key = _codes(rows["prompt_id"])[chosen] * len(versions) + version
+    order = np.argsort(key, kind="stable")
+    bounds = [*_run_starts(key[order]).tolist(), len(chosen)]
+    ordered = chosen[order].tolist()
+    units = tuple(tuple(ordered[a:b]) for a, b in pairwise(bounds))
+    if size is None:
+        return units
+    whole = tuple(unit[:size] for unit in units if len(unit) >= size)
+    if not whole:
+        raise UserError(
+            f"the buffer has no groups of {size} samples (the largest of its {len(units):,} has "
+            f"{max(map(len, units))}): sample more a prompt with rlzoo rollout, or lower size"
+        )
+    return whole
+
+
+_SELECTORS: Mapping[Selection, Callable[..., Units]] = {
+    Selection.DEMONSTRATIONS: demonstrations,
+    Selection.CORRECT: correct,
+    Selection.PAIRS: pairs,
+    Selection.GROUPS: groups,
+}
+
+
+def _singles(index: Indices) -> Units:
+    return tuple(zip(index.tolist(), strict=True))
+
+
+def _has_source(rows: pa.Table, *sources: str) -> Mask:
+    mask: Mask = pc.is_in(rows["source"], pa.array(sources)).to_numpy()
+    return mask
+
+
+def _reward(rows: pa.Table) -> Float[np.ndarray, " N"]:
+    """Rewards; NaN where there is none."""
+    reward: Float[np.ndarray, " N"] = rows["reward"].to_numpy()
+    return reward
+
+
+def _codes(strings: pa.ChunkedArray) -> Int[np.ndarray, " N"]:
+    """Equal numbers for equal strings, counted up in order of first appearance."""
+    chunks = strings.dictionary_encode().unify_dictionaries().chunks
+    return np.concatenate([np.zeros(0, np.int64), *(chunk.indices.to_numpy() for chunk in chunks)])
+
+
+def _text_hashes(texts: pa.ChunkedArray, mask: Mask) -> Int[np.ndarray, " R"]:
+    """Hashes of the texts under the mask; only one chunk's texts are Python objects at a time."""
+    hashes, start = [np.zeros(0, np.int64)], 0
+    for chunk in texts.chunks:
+        kept = chunk.filter(pa.array(mask[start : start + len(chunk)])).to_pylist()
+        hashes.append(np.fromiter(map(hash, kept), np.int64, len(kept)))
+        start += len(chunk)
+    return np.concatenate(hashes)
+
+
+def _run_starts(ordered: Int[np.ndarray, " R"]) -> Indices:
+    """Where each run of equal values begins."""
+    return np.flatnonzero(np.diff(ordered, prepend=ordered[:1] - 1))
+
+
+def _rank(keys: Int[np.ndarray, " R"]) -> Int[np.ndarray, " R"]:
+    """How many earlier elements have the same key."""
+    order = np.argsort(keys, kind="stable")
+    starts = _run_starts(keys[order])
+    rank = np.empty(len(keys), np.int64)
+    rank[order] = np.arange(len(keys)) - np.repeat(starts, np.diff(starts, append=len(keys)))
+    return rank
+
+
+def _first_of_equals(first: Int[np.ndarray, " R"], second: Int[np.ndarray, " R"]) -> Bool[np.ndarray, " R"]:
+    """True where no earlier element has both the same ``first`` and the same ``second``."""
+    order = np.lexsort((second, first))  # stable: of equals the earliest comes first
+    a, b = first[order], second[order]
+    new = np.ones(len(order), bool)
+    new[1:] = (a[1:] != a[:-1]) | (b[1:] != b[:-1])
+    mask = np.empty(len(order), bool)
+    mask[order] = new
+    return mask

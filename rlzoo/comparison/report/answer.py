@@ -1,0 +1,61 @@
+"""The answer to the question that a comparison asks, in words, from the data alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from rlzoo.comparison.report.schema import Results
+from rlzoo.comparison.report.tables import percent, points
+from rlzoo.comparison.statistics import BASE, METRICS, ScoreKey, ScoreMatrix, align, paired_difference
+
+
+def answer(results: Results, matrices: Mapping[ScoreKey, ScoreMatrix], benchmark: str) -> str:
+    """Which algorithm did best on a benchmark, whether distinguishably, and whether the metrics agree."""
+    means = {metric: _means(results, benchmark, metric) for metric in METRICS}
+    ranked = _ranking(means["avg_at_k"])
+    if not ranked:
+        return f"On {benchmark}, no algorithm has a result."
+    label = results.label("avg_at_k", benchmark)
+    sentences = [f"On {benchmark}, {ranked[0]} has the best {label}: {percent(means['avg_at_k'][ranked[0]])} %"]
+    if len(ranked) > 1:
+        sentences[0] += _margin(matrices, benchmark, ranked[0], ranked[1])
+    base = results.row(BASE, benchmark, "avg_at_k")
+    if base is not None and base.mean >= means["avg_at_k"][ranked[0]]:
+        sentences.append(f"The base model, at {percent(base.mean)} %, is not below it")
+    if len(ranked) > 1:
+        sentences += [_agreement(results, benchmark, means, metric) for metric in METRICS[1:] if means[metric]]
+    return " ".join(f"{sentence}." for sentence in sentences)
+
+
+def _means(results: Results, benchmark: str, metric: str) -> dict[str, float]:
+    rows = {name: results.row(name, benchmark, metric) for name in results.algorithms}
+    return {name: row.mean for name, row in rows.items() if row}
+
+
+def _ranking(means: Mapping[str, float]) -> list[str]:
+    return sorted(means, key=lambda name: -means[name])
+
+
+def _margin(matrices: Mapping[ScoreKey, ScoreMatrix], benchmark: str, best: str, second: str) -> str:
+    a, b = (matrices.get((name, benchmark, "avg_at_k")) for name in (best, second))
+    pair = align(a, b) if a and b else None
+    if pair is None:
+        return f", before {second}, with which it has no seed in common, so the two are not compared"
+    difference = paired_difference(*pair)
+    verdict = "distinguishable" if difference.excludes_zero else "not distinguishable"
+    return (
+        f", {points(difference.mean)} points against {second}, the second (paired 95 % interval "
+        f"{points(difference.low)} to {points(difference.high)}): the two are {verdict} here"
+    )
+
+
+def _agreement(results: Results, benchmark: str, means: Mapping[str, Mapping[str, float]], metric: str) -> str:
+    scores = means[metric]
+    leaders = [name for name, mean in scores.items() if mean == max(scores.values())]
+    by = "greedy decoding" if metric == "greedy" else results.label(metric, benchmark)
+    verb, top = "leads" if len(leaders) == 1 else "lead", percent(max(scores.values()))
+    first = f"By {by} {' and '.join(leaders)} {verb} at {top} %"
+    ranked = _ranking(means["avg_at_k"])
+    if ranked == _ranking(scores):
+        return f"{first}: the order is the same"
+    return f"{first}: {'only the order behind it differs' if leaders == ranked[:1] else 'the order differs'}"

@@ -1,0 +1,212 @@
+"""What a report says, in which order."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pyarrow.compute as pc
+import yaml
+
+from rlzoo.comparison.report import plots, tables
+from rlzoo.comparison.report.answer import answer
+from rlzoo.comparison.report.document import Block, Code, Figure, Heading, Paragraph
+from rlzoo.comparison.report.schema import Results, Run
+from rlzoo.comparison.statistics import BASE, compare_to, score_matrices
+
+SHOWN_PROBLEMS = 3
+SHOWN_CHARACTERS = 700
+
+
+def contents(run: Run, baseline: str | None) -> Iterator[Block]:
+    """The blocks of the report, in order. Raises UserError for an unknown baseline or bad outcomes."""
+    results = run.results
+    yield Heading(f"Comparison: {results.experiment}", level=1)
+    if results.description:
+        yield Paragraph(results.description)
+    yield from _answers(run)
+    yield from _scores(results)
+    yield from _differences(run, _baseline(results, baseline))
+    yield from _curves(results)
+    yield from _token_probabilities(results)
+    yield from _costs(results)
+    yield from _samples(run)
+    yield from _method(results)
+
+
+def _answers(run: Run) -> Iterator[Block]:
+    matrices = score_matrices(run.outcomes, run.results.k)
+    for benchmark in run.results.benchmarks:
+        yield Paragraph(answer(run.results, matrices, benchmark), lead=True)
+    yield Paragraph(
+        "avg@k at temperature 1 rewards an objective for sharpening the model's distribution, whether or "
+        "not the model can solve more problems. Greedy decoding and pass@k do not: read the three "
+        "together. The first two places were chosen after seeing the scores, so an interval that only just "
+        "excludes zero is weak evidence."
+    )
+
+
+def _scores(results: Results) -> Iterator[Block]:
+    yield Heading("Results")
+    yield Paragraph(
+        "Per cent correct, with 95 % intervals from a bootstrap over seeds and problems. The best "
+        "algorithm by each metric is bold. The base model is where every algorithm started."
+    )
+    for index, benchmark in enumerate(results.benchmarks):
+        yield Heading(benchmark, level=3)
+        yield tables.score_table(results, benchmark)
+        best = ", ".join(
+            f"{name} {tables.percent(row.mean)} %"
+            for name in (BASE, *results.algorithms)
+            if (row := results.row(name, benchmark, "avg_at_k"))
+        )
+        yield Figure(
+            f"scores-{index}",
+            plots.score_bars(results, benchmark),
+            f"Bars of the scores on {benchmark}; {results.label('avg_at_k', benchmark)}: {best}.",
+            "The mean of each metric over seeds and problems with its 95 % interval; the dashed line is "
+            "the base model.",
+            "Overlapping intervals do not mean that two algorithms are equal, because they share problems "
+            "and seeds: the paired differences below answer that.",
+        )
+
+
+def _baseline(results: Results, asked: str | None) -> str:
+    """The algorithm asked for, unless all its cells failed; then, and if none was, the first of several."""
+    failed = {failure.algorithm for failure in results.failed or []} - set(results.algorithms)
+    if asked is not None and asked not in failed:
+        return asked
+    return results.algorithms[0] if len(results.algorithms) > 1 else BASE
+
+
+def _differences(run: Run, baseline: str) -> Iterator[Block]:
+    rows = compare_to(run.outcomes, baseline, run.results.k)
+    if not rows:
+        return
+    yield Heading(f"Differences to {baseline}")
+    yield Paragraph(
+        "Each algorithm's score minus the baseline's on the same problems and seeds, in percentage points. "
+        "Intervals that exclude zero are bold. No correction is made for the number of comparisons."
+    )
+    for index, benchmark in enumerate(run.results.benchmarks):
+        if not any(row["benchmark"] == benchmark for row in rows):
+            continue
+        yield Heading(benchmark, level=3)
+        yield tables.difference_table(rows, run.results, benchmark)
+        yield Figure(
+            f"differences-{index}",
+            plots.differences(rows, run.results, benchmark),
+            f"Paired differences to {baseline} on {benchmark}, as in the table above.",
+            f"Points right of the line did better than {baseline}, with the 95 % interval of the paired difference.",
+            "It does not show that a difference carries over to another model, data set or budget.",
+        )
+
+
+def _curves(results: Results) -> Iterator[Block]:
+    drawn = [(b, svg) for b in results.benchmarks if (svg := plots.learning_curves(results, b))]
+    if not drawn:
+        return
+    yield Heading("Learning curves")
+    for index, (benchmark, svg) in enumerate(drawn):
+        yield Heading(benchmark, level=3)
+        yield Figure(
+            f"curves-{index}",
+            svg,
+            f"Scores on {benchmark} along training, one line an algorithm.",
+            "Evaluations along training: lines are means over seeds, bands reach from the least to the greatest seed.",
+            "A band is not a confidence interval, and evaluations during training may use fewer problems "
+            "than the tables.",
+        )
+
+
+def _token_probabilities(results: Results) -> Iterator[Block]:
+    svg = plots.token_probabilities(results)
+    if svg is None:
+        return
+    yield Heading("Token probabilities")
+    yield Figure(
+        "token-probabilities",
+        svg,
+        "Histograms of the probability of each token of the demonstrations, before and after training.",
+        "How many tokens of the demonstrations have a given probability: grey before training, the line "
+        "after, averaged over seeds, counts on a log scale (as in arXiv 2508.05629).",
+        "It does not show whether a probability moved in the right direction: mass at both ends can come "
+        "from learning as well as from forgetting.",
+    )
+
+
+def _costs(results: Results) -> Iterator[Block]:
+    if results.cells:
+        yield Heading("Costs")
+        yield Paragraph(
+            "What one cell (one algorithm, seed and learning rate) took: means over its cells, peak memory "
+            "the greatest."
+        )
+        yield tables.cost_table(results)
+    if sweep := tables.learning_rate_table(results):
+        yield Heading("Learning rates")
+        yield Paragraph(
+            "Per cent correct on the validation problems for each learning rate; bold is the one that was "
+            "trained with and reported on the test problems."
+        )
+        yield sweep
+    if failures := tables.failure_table(results):
+        yield Heading("Failed cells")
+        yield Paragraph("These did not finish and count in no number above.")
+        yield failures
+
+
+def _samples(run: Run) -> Iterator[Block]:
+    shown = [(problem, rows) for problem in _problems(run) if (rows := _completions(run, *problem))]
+    if not shown:
+        return
+    yield Heading("Sample completions")
+    yield Paragraph(
+        "Not chosen for their content: the first problems in order of their names, the first sample of the first seed."
+    )
+    for (benchmark, problem), rows in shown:
+        yield Heading(f"{benchmark}: {problem}", level=3)
+        yield Code(_shortened(rows[0]["prompt"]))
+        for row in rows:
+            verdict = ("correct" if row["correct"] else "wrong") + (", truncated" if row["truncated"] else "")
+            yield Paragraph(f"{row['algorithm']} ({verdict})")
+            yield Code(_shortened(row["text"]))
+
+
+def _shortened(text: str | None) -> str:
+    text = text or ""
+    return text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]} …"
+
+
+def _problems(run: Run) -> list[tuple[str, str]]:
+    """The first problems by name, taken from the benchmarks in turn."""
+    pairs = run.outcomes.select(["benchmark", "problem_id"]).group_by(["benchmark", "problem_id"]).aggregate([])
+    ranked: dict[str, list[str]] = {}
+    for row in sorted(pairs.to_pylist(), key=lambda row: row["problem_id"]):
+        ranked.setdefault(row["benchmark"], []).append(row["problem_id"])
+    turns = [(place, b, p) for b in run.results.benchmarks for place, p in enumerate(ranked.get(b, []))]
+    return [(b, p) for _, b, p in sorted(turns, key=lambda turn: turn[0])[:SHOWN_PROBLEMS]]
+
+
+def _completions(run: Run, benchmark: str, problem: str) -> list[dict[str, Any]]:
+    """One sampled completion of the base model and of each algorithm, where there is one."""
+    table = run.outcomes.filter(
+        (pc.field("benchmark") == benchmark) & (pc.field("problem_id") == problem) & (pc.field("decoding") == "sample")
+    )
+    first: dict[str, dict[str, Any]] = {}
+    for row in table.sort_by([("seed", "ascending"), ("sample", "ascending")]).to_pylist():
+        first.setdefault(row["algorithm"], row)
+    return [first[name] for name in dict.fromkeys((BASE, *run.results.algorithms)) if name in first]
+
+
+def _method(results: Results) -> Iterator[Block]:
+    yield Heading("How it was made")
+    took = f", in {tables.seconds(results.wall_seconds)}" if results.wall_seconds is not None else ""
+    yield Paragraph(f"Made {results.created}{took}. To repeat it:")
+    yield Code("rlzoo compare experiment.yaml  # the file beside this report", "sh")
+    if results.config is not None:
+        yield Paragraph("The experiment, with every default filled in:")
+        yield Code(yaml.safe_dump(results.config, sort_keys=False, allow_unicode=True).rstrip(), "yaml")
+    if results.versions:
+        yield Paragraph("Versions:")
+        yield Code("\n".join(f"{name} {version}" for name, version in sorted(results.versions.items())))

@@ -1,0 +1,247 @@
+"""The figures of a comparison, as SVG that takes its ink from the page around it."""
+
+from __future__ import annotations
+
+import html
+import io
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from rlzoo.comparison.report.schema import Results
+from rlzoo.comparison.report.tables import amount
+from rlzoo.comparison.statistics import BASE, METRICS
+
+# Okabe and Ito's colours without yellow and black, which vanish on a white or a black page, and an olive.
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8F7A2B")
+MARKERS = "osD^vPX"
+GREY = "#808080"
+INK = "#010203"
+"""Stands for the page's text colour: `ink` replaces it."""
+WIDTH = 9.6
+STYLE = {
+    "font.family": "sans-serif",
+    "font.size": 10,
+    "text.color": INK,
+    "text.parse_math": False,  # names may hold a dollar sign
+    "axes.edgecolor": GREY,
+    "axes.labelcolor": INK,
+    "axes.titlesize": 10.5,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "grid.color": GREY,
+    "grid.alpha": 0.25,
+    "grid.linewidth": 0.8,
+    "xtick.color": GREY,
+    "ytick.color": GREY,
+    "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK,
+    "legend.frameon": False,
+    "lines.linewidth": 1.8,
+    "lines.markersize": 5,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "rlzoo",
+}
+
+
+def colours(results: Results) -> dict[str, str]:
+    """One colour an algorithm, the same in every figure; grey for the base model."""
+    return {BASE: GREY} | {name: PALETTE[i % len(PALETTE)] for i, name in enumerate(results.algorithms)}
+
+
+def short(name: str) -> str:
+    """A name that fits beside an axis. A leading underscore would hide it from a legend."""
+    plain = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in name)
+    plain = f"\N{ZERO WIDTH SPACE}{plain}" if plain.startswith("_") else plain
+    return plain if len(plain) <= 22 else f"{plain[:21]}…"
+
+
+def score_bars(results: Results, benchmark: str) -> str:
+    """Bars with 95 % intervals, one panel a metric; a dashed line marks the base model."""
+    names = [BASE, *results.algorithms]
+    palette = colours(results)
+    with mpl.rc_context(STYLE):
+        figure, panels = _row(len(METRICS), 0.9 + 0.3 * len(names), sharey=True)
+        for axes, metric in zip(panels, METRICS, strict=True):
+            for place, name in enumerate(names):
+                row = results.row(name, benchmark, metric)
+                if row is None:
+                    continue
+                axes.barh(place, 100 * row.mean, height=0.68, color=palette[name], alpha=0.85)
+                if np.isfinite(row.ci_low):
+                    _whisker(axes, place, row.ci_low, row.ci_high, INK)
+                if name == BASE:
+                    axes.axvline(100 * row.mean, color=GREY, linestyle=(0, (4, 3)), linewidth=1)
+            axes.set(title=results.label(metric, benchmark), xlabel="correct, %")
+            axes.set_xlim(left=0)
+            _name_rows(axes, names)
+        return _svg(figure)
+
+
+def differences(rows: Sequence[Mapping[str, Any]], results: Results, benchmark: str) -> str:
+    """Paired differences with 95 % intervals, one panel a metric; the line marks no difference."""
+    here = [row for row in rows if row["benchmark"] == benchmark]
+    names = list(dict.fromkeys(row["algorithm"] for row in here))
+    palette = colours(results)
+    with mpl.rc_context(STYLE):
+        figure, panels = _row(len(METRICS), 0.95 + 0.3 * len(names), sharey=True)
+        for axes, metric in zip(panels, METRICS, strict=True):
+            axes.axvline(0, color=GREY, linewidth=1.2)
+            for row in here:
+                if row["metric"] == metric:
+                    place, colour = names.index(row["algorithm"]), palette.get(row["algorithm"], GREY)
+                    _whisker(axes, place, row["ci_low"], row["ci_high"], colour)
+                    axes.plot(100 * row["difference"], place, marker="o", markersize=6.5, color=colour)
+            axes.set(title=results.label(metric, benchmark), xlabel="difference, points")
+            _name_rows(axes, names)
+        return _svg(figure)
+
+
+Curve = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
+"""steps, mean, least and greatest over the seeds"""
+
+
+def curves_of(results: Results, benchmark: str, metric: str) -> dict[str, Curve]:
+    """The learning curve of each algorithm that has one: its mean and range over the seeds, as fractions."""
+    found: dict[str, dict[int, list[float]]] = {}
+    for cell in results.cells:
+        if not cell.curve:
+            continue
+        start = [results.base_curve] if results.base_curve and cell.curve[0].step > 0 else []
+        for point in [*start, *cell.curve]:
+            value = point.metrics.get(benchmark, {}).get(metric)
+            if value is not None:
+                found.setdefault(cell.algorithm, {}).setdefault(point.step, []).append(float(value))
+    return {name: _curve(steps) for name, steps in found.items()}
+
+
+def _curve(values: Mapping[int, Sequence[float]]) -> Curve:
+    steps = sorted(values)
+    rows = [values[step] for step in steps]
+    mean, low, high = ([reduce(row) for row in rows] for reduce in (np.mean, min, max))
+    return np.array(steps), np.array(mean), np.array(low), np.array(high)
+
+
+def learning_curves(results: Results, benchmark: str) -> str | None:
+    """Evaluations along training: the mean over seeds, in a band from the least to the greatest."""
+    panels_of = {metric: curves_of(results, benchmark, metric) for metric in ("avg_at_k", "greedy")}
+    panels_of = {metric: curves for metric, curves in panels_of.items() if curves}
+    if not panels_of:
+        return None
+    palette, order = colours(results), list(results.algorithms)
+    with mpl.rc_context(STYLE):
+        figure, panels = _row(len(panels_of), 3.3)
+        for axes, (metric, curves) in zip(panels, panels_of.items(), strict=True):
+            for name, (steps, mean, low, high) in curves.items():
+                axes.fill_between(steps, 100 * low, 100 * high, color=palette[name], alpha=0.13, linewidth=0)
+                marker = MARKERS[order.index(name) % len(MARKERS)]
+                axes.plot(steps, 100 * mean, color=palette[name], marker=marker, label=short(name))
+            axes.set(
+                title={"avg_at_k": "avg@k"}.get(metric, metric),
+                xlabel="optimizer step",
+                ylabel="correct, %",
+            )
+            axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=[1, 2, 2.5, 5, 10]))
+            axes.grid(True)
+        handles, labels = panels[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside upper center", ncols=min(len(labels), 8), handlelength=1.6)
+        return _svg(figure)
+
+
+def token_probabilities(results: Results) -> str | None:
+    """Token probabilities of the demonstrations, before (filled) and after (line), counts on a log scale."""
+    histogram = results.token_probabilities
+    after = histograms_after(results)
+    if histogram is None or not after:
+        return None
+    edges, before, palette = np.array(histogram.edges), np.array(histogram.before), colours(results)
+    columns = min(len(after), 4)
+    lines = -(-len(after) // columns)
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(WIDTH, 0.5 + 1.9 * lines), layout="constrained")
+        grid = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False)
+        for axes in grid.flat[len(after) :]:
+            axes.set_visible(False)
+        for axes, (name, counts) in zip(grid.flat, after.items(), strict=False):
+            axes.stairs(before, edges, fill=True, baseline=0.5, color=GREY, alpha=0.4)
+            axes.stairs(np.maximum(counts, 0.5), edges, baseline=None, color=palette[name], linewidth=1.8)
+            axes.set_yscale("log")
+            axes.yaxis.set_major_formatter(lambda value, _: amount(value))
+            axes.set_ylim(bottom=0.5)
+            axes.set(title=short(name))
+            axes.tick_params(labelbottom=True)
+        figure.supxlabel("probability of the demonstrated token", fontsize=10)
+        figure.supylabel("tokens", fontsize=10)
+        return _svg(figure)
+
+
+def histograms_after(results: Results) -> dict[str, np.ndarray]:
+    """The mean histogram over each algorithm's cells, where it fits the edges."""
+    histogram = results.token_probabilities
+    if histogram is None or len(histogram.before) < 1 or len(histogram.edges) != len(histogram.before) + 1:
+        return {}
+    found: dict[str, list[list[float]]] = {}
+    for cell in results.cells:
+        if cell.token_probabilities and len(cell.token_probabilities) == len(histogram.before):
+            found.setdefault(cell.algorithm, []).append(cell.token_probabilities)
+    return {name: np.mean(counts, axis=0) for name, counts in found.items()}
+
+
+def _row(columns: int, height: float, **options: Any) -> tuple[Any, Any]:
+    figure = Figure(figsize=(WIDTH, height), layout="constrained")
+    return figure, figure.subplots(1, columns, squeeze=False, **options)[0]
+
+
+def _whisker(axes: Any, place: int, low: float, high: float, colour: str) -> None:
+    axes.errorbar(
+        [50 * (low + high)],
+        [place],
+        xerr=50 * (high - low),
+        fmt="none",
+        ecolor=colour,
+        elinewidth=1.4,
+        capsize=3,
+    )
+
+
+def _name_rows(axes: Any, names: Sequence[str]) -> None:
+    axes.set_yticks(range(len(names)), [short(name) for name in names])
+    axes.set_ylim(len(names) - 0.5, -0.5)
+    axes.tick_params(axis="y", length=0)
+    axes.spines["left"].set_visible(False)
+    axes.grid(True, axis="x")
+
+
+def _svg(figure: Any) -> str:
+    out = io.StringIO()
+    nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    figure.savefig(out, format="svg", transparent=True, metadata=nothing)
+    text = out.getvalue()
+    return text[text.index("<svg") :]
+
+
+def inline(svg: str, name: str, alt: str) -> str:
+    """The drawing as an element of a page: ids of its own, the page's ink, nothing from outside."""
+    svg = re.sub(r"<(metadata|style)\b.*?</\1>\s*", "", svg, flags=re.DOTALL)
+    svg = (
+        re.sub(r'\s(?:xmlns(?::\w+)?|width|height|version)="[^"]*"', "", svg[: svg.index(">")]) + svg[svg.index(">") :]
+    )
+    svg = re.sub(r'\bid="', f'id="{name}-', svg)
+    svg = re.sub(r'(?:xlink:)?href="#', f'href="#{name}-', svg)
+    svg = svg.replace("url(#", f"url(#{name}-").replace(INK, "currentColor")
+    return f'<svg role="img" aria-label="{html.escape(alt)}"{svg[len("<svg") :]}'
+
+
+def standalone(svg: str) -> str:
+    """The drawing as a file: black on white."""
+    head, _, body = svg.partition(">")
+    white = '<rect width="100%" height="100%" fill="#ffffff"/>'
+    return f'<?xml version="1.0" encoding="utf-8"?>\n{head}>{white}{body}'.replace(INK, "#1a1a1a")

@@ -1,0 +1,202 @@
+"""What a run directory holds, checked when it is read: results.json and outcomes.parquet."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from rlzoo.comparison.statistics import BASE
+from rlzoo.errors import UserError
+
+OUTCOME_COLUMNS = (
+    "algorithm",
+    "seed",
+    "benchmark",
+    "problem_id",
+    "prompt",
+    "decoding",
+    "sample",
+    "correct",
+    "truncated",
+    "text",
+)
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(frozen=True)
+
+
+class Scores(_Model):
+    """A model's scores on one benchmark, as fractions."""
+
+    avg_at_k: float | None = None
+    greedy: float | None = None
+    pass_at_k: float | None = None
+    k: int
+    samples: int | None = None
+    """Samples a problem behind avg@k; k where it is not given."""
+
+
+class Costs(_Model):
+    """What one cell took."""
+
+    gradient_tokens: float | None = None
+    sampled_tokens: float | None = None
+    flops: float | None = None
+    wall_seconds: float | None = None
+    peak_memory_bytes: float | None = None
+
+
+class Evaluation(_Model):
+    """One point of a learning curve: benchmark → metric → fraction."""
+
+    step: int
+    metrics: dict[str, dict[str, Any]]
+
+
+class Cell(_Model):
+    """One trained model: an algorithm, a seed and a learning rate."""
+
+    algorithm: str
+    seed: int
+    learning_rate: float | None = None
+    metrics: dict[str, Scores]
+    costs: Costs = Costs()
+    curve: list[Evaluation] | None = None
+    token_probabilities: list[float] | None = None
+
+
+class SummaryRow(_Model):
+    """The mean of an algorithm on a benchmark by a metric, over its seeds, with its interval."""
+
+    algorithm: str
+    benchmark: str
+    metric: str
+    mean: float
+    ci_low: float
+    ci_high: float
+    seeds: int
+
+
+class Histogram(_Model):
+    """Counts of the demonstrations' token probabilities under the base model."""
+
+    edges: list[float] = []
+    before: list[float] = []
+
+
+class Failure(_Model):
+    """A cell that did not finish."""
+
+    algorithm: str
+    seed: int
+    learning_rate: float | None = None
+    error: str
+
+
+class Results(_Model):
+    """results.json. What is optional here may be missing or null there."""
+
+    experiment: str
+    description: str | None = None
+    created: str
+    versions: dict[str, str | None] = Field(default_factory=dict)
+    config: Any = None
+    base: dict[str, Scores]
+    base_curve: Evaluation | None = None
+    """The point at step 0 that all learning curves start from."""
+    cells: list[Cell]
+    summary: list[SummaryRow]
+    token_probabilities: Histogram | None = None
+    learning_rates: dict[str, dict[str, float | None]] | None = None
+    wall_seconds: float | None = None
+    failed: list[Failure] | None = None
+
+    @cached_property
+    def algorithms(self) -> tuple[str, ...]:
+        """The algorithms that have a result, in the order to show them."""
+        return tuple(dict.fromkeys(cell.algorithm for cell in self.cells))
+
+    @cached_property
+    def benchmarks(self) -> tuple[str, ...]:
+        return tuple(self.base)
+
+    @cached_property
+    def k(self) -> Mapping[str, int]:
+        """The k of pass@k, for each benchmark."""
+        return {benchmark: scores.k for benchmark, scores in self.base.items()}
+
+    def label(self, metric: str, benchmark: str) -> str:
+        """How a metric is called in tables and figures."""
+        scores = self.base[benchmark]
+        names = {"avg_at_k": f"avg@{scores.samples or scores.k}", "pass_at_k": f"pass@{scores.k}"}
+        return names.get(metric, metric)
+
+    def row(self, algorithm: str, benchmark: str, metric: str) -> SummaryRow | None:
+        """The summary of a metric; for the base model without one, its point value."""
+        found = self._rows.get((algorithm, benchmark, metric))
+        value = getattr(self.base[benchmark], metric) if algorithm == BASE else None
+        if found is None and value is not None:
+            nan = float("nan")
+            return SummaryRow(
+                algorithm=BASE,
+                benchmark=benchmark,
+                metric=metric,
+                mean=value,
+                ci_low=nan,
+                ci_high=nan,
+                seeds=1,
+            )
+        return found
+
+    @cached_property
+    def _rows(self) -> dict[tuple[str, str, str], SummaryRow]:
+        return {(row.algorithm, row.benchmark, row.metric): row for row in self.summary}
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run directory, read."""
+
+    results: Results
+    outcomes: pa.Table
+
+
+def parse_results(data: Any, where: str = "results") -> Results:
+    """Check the content of a results.json. Raises UserError naming the first field that is wrong."""
+    try:
+        return Results.model_validate(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"]) or "the whole"
+        raise UserError(f"{where}: {field}: {first['msg']}; run `rlzoo compare` again to rewrite it") from None
+
+
+def read_run(directory: Path) -> Run:
+    """Read a run directory. Raises UserError for a missing or broken file."""
+    if not directory.is_dir():
+        raise UserError(f"run directory {str(directory)!r} does not exist: name one that `rlzoo compare` wrote")
+    files = [directory / "results.json", directory / "outcomes.parquet"]
+    for file in files:
+        if not file.is_file():
+            raise UserError(f"{str(directory)!r} has no {file.name}: name a directory that `rlzoo compare` wrote")
+    try:
+        data = json.loads(files[0].read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{str(files[0])!r} is not valid JSON ({error}): run `rlzoo compare` again") from None
+    try:
+        outcomes = pq.read_table(files[1], columns=list(OUTCOME_COLUMNS))
+    except (pa.ArrowException, OSError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{str(files[1])!r} cannot be read ({reason}): run `rlzoo compare` again") from None
+    if missing := [column for column in OUTCOME_COLUMNS if column not in outcomes.column_names]:
+        raise UserError(f"{str(files[1])!r} lacks the columns {', '.join(missing)}: run `rlzoo compare` again")
+    return Run(parse_results(data, str(files[0])), outcomes)

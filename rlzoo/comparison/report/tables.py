@@ -1,0 +1,179 @@
+"""The tables of a comparison, for the page and for the terminal."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import rich.box
+import rich.table
+from rich.text import Text
+
+from rlzoo.comparison.report.document import Entry, Table
+from rlzoo.comparison.report.schema import Costs, Results, SummaryRow, parse_results
+from rlzoo.comparison.statistics import BASE, METRICS
+
+NONE = "–"
+
+
+def percent(value: float | None) -> str:
+    """A fraction in per cent, with one decimal."""
+    return NONE if value is None or math.isnan(value) else f"{100 * value:.1f}"
+
+
+def points(value: float) -> str:
+    """A difference of fractions in percentage points, with its sign and a real minus; 0 has none."""
+    text = f"{100 * value:+.1f}".replace("-", "−")
+    return "0.0" if text in ("+0.0", "−0.0") else text
+
+
+def amount(value: float | None, unit: str = "") -> str:
+    """A quantity with an SI prefix and three digits: 1.23 M."""
+    if value is None:
+        return NONE
+    power = min(max(math.floor(math.log10(abs(value)) / 3), 0), 6) if value else 0
+    number = f"{value / 1000**power:.3g}" if power or value % 1 else f"{value:.0f}"
+    return f"{number} {' kMGTPE'[power].strip()}{unit}".strip()
+
+
+def seconds(value: float | None) -> str:
+    """A duration: 41 s, 3 min 20 s, 2 h 5 min."""
+    if value is None:
+        return NONE
+    if value < 10:
+        return f"{value:.1f} s"
+    whole = round(value)
+    if whole < 60:
+        return f"{whole} s"
+    return f"{whole // 60} min {whole % 60} s" if whole < 3600 else f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+def rate(value: float | None) -> str:
+    """A learning rate, as short as it can be written."""
+    return NONE if value is None else f"{value:g}"
+
+
+def interval(row: SummaryRow | None) -> str:
+    """A mean in per cent with its interval in brackets."""
+    if row is None:
+        return NONE
+    if math.isnan(row.ci_low):
+        return percent(row.mean)
+    return f"{percent(row.mean)} [{percent(row.ci_low)}, {percent(row.ci_high)}]"
+
+
+def score_table(results: Results, benchmark: str) -> Table:
+    """Mean and interval of each metric, base model first; the best mean of the algorithms is marked."""
+    best = {metric: _best(results, benchmark, metric) for metric in METRICS}
+    rows = []
+    for algorithm in dict.fromkeys((BASE, *results.algorithms)):
+        found = {metric: results.row(algorithm, benchmark, metric) for metric in METRICS}
+        seeds = max((row.seeds for row in found.values() if row), default=0)
+        entries = [
+            Entry(interval(row), row is not None and algorithm != BASE and row.mean == best[metric])
+            for metric, row in found.items()
+        ]
+        rows.append([Entry(algorithm), *entries, Entry(NONE if algorithm == BASE else str(seeds))])
+    labels = [f"{results.label(metric, benchmark)} (%)" for metric in METRICS]
+    return Table(["algorithm", *labels, "seeds"], rows)
+
+
+def _best(results: Results, benchmark: str, metric: str) -> float | None:
+    rows = [results.row(algorithm, benchmark, metric) for algorithm in results.algorithms]
+    return max((row.mean for row in rows if row), default=None)
+
+
+def difference_table(rows: Sequence[Mapping[str, Any]], results: Results, benchmark: str) -> Table:
+    """Paired differences in percentage points; those whose interval excludes zero are marked."""
+    cells: dict[str, dict[str, Entry]] = {}
+    for row in rows:
+        if row["benchmark"] == benchmark:
+            low, high = row["ci_low"], row["ci_high"]
+            text = f"{points(row['difference'])} [{points(low)}, {points(high)}]"
+            cells.setdefault(row["algorithm"], {})[row["metric"]] = Entry(text, low > 0 or high < 0)
+    body = [[Entry(name), *(found.get(metric, Entry(NONE)) for metric in METRICS)] for name, found in cells.items()]
+    return Table(["algorithm", *(f"{results.label(metric, benchmark)} (points)" for metric in METRICS)], body)
+
+
+_COSTS: Mapping[str, tuple[str, Callable[[float | None], str]]] = {
+    "gradient_tokens": ("gradient tokens", amount),
+    "sampled_tokens": ("sampled tokens", amount),
+    "flops": ("FLOPs", amount),
+    "wall_seconds": ("wall time", seconds),
+    "peak_memory_bytes": ("peak memory", lambda value: amount(value, "B")),
+}
+
+
+def cost_table(results: Results) -> Table:
+    """What one cell of each algorithm took, averaged over its cells; peak memory is the greatest."""
+    rows = []
+    for algorithm in results.algorithms:
+        costs = [cell.costs for cell in results.cells if cell.algorithm == algorithm]
+        entries = [Entry(show(_cost(costs, name))) for name, (_, show) in _COSTS.items()]
+        rows.append([Entry(algorithm), *entries, Entry(str(len(costs)))])
+    return Table(["algorithm", *(title for title, _ in _COSTS.values()), "cells"], rows)
+
+
+def _cost(costs: Sequence[Costs], name: str) -> float | None:
+    known: list[float] = [value for cost in costs if (value := getattr(cost, name)) is not None]
+    if not known:
+        return None
+    return max(known) if name.startswith("peak") else sum(known) / len(known)
+
+
+def learning_rate_table(results: Results) -> Table | None:
+    """Validation score of each learning rate; those that the cells were trained with are marked."""
+    sweep = {name: scores for name, scores in (results.learning_rates or {}).items() if scores}
+    if not sweep:
+        return None
+    columns = sorted({rate_ for scores in sweep.values() for rate_ in scores}, key=_as_number)
+    rows = []
+    for algorithm, scores in sweep.items():
+        used = {cell.learning_rate for cell in results.cells if cell.algorithm == algorithm}
+        entries = [Entry(percent(scores.get(text)), _as_number(text) in used) for text in columns]
+        rows.append([Entry(algorithm), *entries])
+    return Table(["algorithm", *columns], rows)
+
+
+def _as_number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return math.inf
+
+
+def failure_table(results: Results) -> Table | None:
+    """The cells that did not finish, and why."""
+    rows = [
+        [
+            Entry(f.algorithm),
+            Entry(str(f.seed)),
+            Entry(rate(f.learning_rate)),
+            Entry(" ".join(f.error.split())[:500]),
+        ]
+        for f in results.failed or []
+    ]
+    return Table(["algorithm", "seed", "learning rate", "error"], rows, prose="error") if rows else None
+
+
+def report_table(results: Results | Mapping[str, Any]) -> list[rich.table.Table]:
+    """The tables for the terminal: scores of each benchmark with 95 % intervals, then costs.
+
+    Takes the content of a results.json. Raises UserError naming the first field that is wrong.
+    """
+    checked = results if isinstance(results, Results) else parse_results(results)
+    scores = [
+        _rich(score_table(checked, benchmark), f"{benchmark}: mean and 95 % interval")
+        for benchmark in checked.benchmarks
+    ]
+    return [*scores, _rich(cost_table(checked), "costs: mean of a cell")]
+
+
+def _rich(table: Table, title: str) -> rich.table.Table:
+    out = rich.table.Table(title=Text(title), title_justify="left", box=rich.box.SIMPLE_HEAD)
+    for index, name in enumerate(table.header):
+        out.add_column(Text(name), justify="right" if table.is_number(index) else "left")
+    for row in table.rows:
+        out.add_row(*(Text(entry.text, style="bold" if entry.best else "") for entry in row))
+    return out

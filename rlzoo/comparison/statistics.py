@@ -1,0 +1,222 @@
+"""Statistics of a comparison: pass@k, crossed bootstrap intervals and paired differences, as pure functions.
+
+S seeds, P problems, R bootstrap resamples. Scores and intervals are fractions in [0, 1].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+from jaxtyping import Float, Int
+
+from rlzoo.errors import UserError, unknown
+from rlzoo.estimators import pass_at_k
+
+METRICS = ("avg_at_k", "greedy", "pass_at_k")
+BASE = "base"
+"""The name under which outcomes carry the samples of the model that every cell started from."""
+
+
+class Interval(NamedTuple):
+    """A mean and its bootstrap interval."""
+
+    mean: float
+    low: float
+    high: float
+
+    @property
+    def excludes_zero(self) -> bool:
+        return self.low > 0 or self.high < 0
+
+
+@dataclass(frozen=True)
+class ScoreMatrix:
+    """The score of one algorithm on one benchmark by one metric, for each seed and problem."""
+
+    values: Float[np.ndarray, "S P"]
+    seeds: tuple[int, ...]
+    problems: tuple[str, ...]
+
+
+ScoreKey = tuple[str, str, str]
+"""algorithm, benchmark, metric"""
+
+
+def crossed_bootstrap(
+    scores: Float[np.ndarray, "S P"], resamples: int = 2000, seed: int = 0, level: float = 0.95
+) -> Interval:
+    """The mean of a score matrix and its percentile interval, resampling seeds and problems independently.
+
+    A resample weighs s_ij by u_i v_j, u ~ Multinomial(S)/S and v ~ Multinomial(P)/P, so the interval speaks
+    of other seeds and other problems of the same kind. With one seed only problems are resampled. The noise
+    of a single entry counts up to three times, which errs on the wide side; where the spread between seeds
+    dominates and seeds are two or three, it is understated. Source: Owen, The pigeonhole bootstrap, 2007,
+    doi 10.1214/07-AOAS122. Raises ValueError unless the matrix is 2-D, not empty and finite.
+    """
+    scores = np.asarray(scores, dtype=np.float64)
+    if scores.ndim != 2 or scores.size == 0 or not np.isfinite(scores).all():
+        raise ValueError(f"crossed_bootstrap needs a finite [seeds, problems] matrix, got shape {scores.shape}")
+    seed_weights, problem_weights = _weights(*scores.shape, resamples, seed)
+    means = np.einsum("rp,rp->r", seed_weights @ scores, problem_weights)
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    return Interval(float(scores.mean()), float(low), float(high))
+
+
+@lru_cache(maxsize=8)
+def _weights(
+    seeds: int, problems: int, resamples: int, seed: int
+) -> tuple[Float[np.ndarray, "R S"], Float[np.ndarray, "R P"]]:
+    # Cached because every algorithm and metric of a benchmark shares one shape.
+    rng = np.random.default_rng(seed)
+
+    def draw(count: int) -> Float[np.ndarray, "R count"]:
+        weights: Float[np.ndarray, "R count"] = (
+            rng.multinomial(count, np.full(count, 1 / count), size=resamples) / count
+        )
+        return weights
+
+    return draw(seeds), draw(problems)
+
+
+def paired_difference(
+    a: Float[np.ndarray, "S P"],
+    b: Float[np.ndarray, "S P"],
+    resamples: int = 2000,
+    seed: int = 0,
+    level: float = 0.95,
+) -> Interval:
+    """The mean of a - b and its interval; both are resampled jointly, so what they share cancels.
+
+    Raises ValueError if the shapes differ: rows must be the same seeds and columns the same problems.
+    """
+    a, b = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
+    if a.shape != b.shape:
+        raise ValueError(f"paired_difference needs equal shapes, got {a.shape} and {b.shape}")
+    return crossed_bootstrap(a - b, resamples, seed, level)
+
+
+def score_matrices(outcomes: pa.Table, k: int | Mapping[str, int]) -> dict[ScoreKey, ScoreMatrix]:
+    """The scores behind every algorithm × benchmark × metric of an outcomes table; k may differ by benchmark.
+
+    avg_at_k is the share of a problem's samples that is correct, pass_at_k the estimate of `pass_at_k`,
+    greedy 0 or 1. A metric with no rows (no greedy decoding, say) is left out. Raises UserError for a row
+    recorded twice, a problem that a seed lacks, or k above the number of samples.
+    """
+    cells = ["algorithm", "benchmark", "decoding"]
+    table = outcomes.group_by([*cells, "seed", "problem_id"]).aggregate(
+        [("correct", "sum"), ("correct", "count"), ("sample", "count_distinct")]
+    )
+    column = {name: table[name].to_numpy() for name in table.column_names}
+    if np.any(column["sample_count_distinct"] != column["correct_count"]):
+        row = int(np.argmax(column["sample_count_distinct"] != column["correct_count"]))
+        where = ", ".join(f"{name} {column[name][row]}" for name in [*cells, "seed", "problem_id"])
+        raise UserError(f"outcomes hold a sample twice ({where}): keep one learning rate and one row a sample")
+    matrices: dict[ScoreKey, ScoreMatrix] = {}
+    for algorithm, benchmark, decoding in dict.fromkeys(zip(*(column[name] for name in cells), strict=True)):
+        rows = np.logical_and.reduce(
+            [column[n] == v for n, v in zip(cells, (algorithm, benchmark, decoding), strict=True)]
+        )
+        correct, n = (
+            column["correct_sum"][rows].astype(np.int64),
+            column["correct_count"][rows].astype(np.int64),
+        )
+        where = f"{algorithm!r} on {benchmark!r}"
+        for metric, scores in _scores(decoding, correct, n, k if isinstance(k, int) else k[benchmark]):
+            matrices[algorithm, benchmark, metric] = _pivot(
+                scores, column["seed"][rows], column["problem_id"][rows], where
+            )
+    return matrices
+
+
+def _scores(
+    decoding: str, correct: Int[np.ndarray, " N"], n: Int[np.ndarray, " N"], k: int
+) -> Iterator[tuple[str, Float[np.ndarray, " N"]]]:
+    if decoding == "greedy":
+        yield "greedy", correct / n
+    else:
+        yield "avg_at_k", correct / n
+        yield "pass_at_k", pass_at_k(correct, n, k)
+
+
+def _pivot(
+    scores: Float[np.ndarray, " N"], seed: Int[np.ndarray, " N"], problem: np.ndarray, where: str
+) -> ScoreMatrix:
+    seeds, row = np.unique(seed, return_inverse=True)
+    problems, column = np.unique(problem, return_inverse=True)
+    values = np.full((len(seeds), len(problems)), np.nan)
+    values[row, column] = scores
+    if np.isnan(values).any():
+        s, p = np.argwhere(np.isnan(values))[0]
+        raise UserError(f"outcomes of {where}: seed {seeds[s]} lacks problem {problems[p]!r}; run that cell again")
+    return ScoreMatrix(values, tuple(int(s) for s in seeds), tuple(str(p) for p in problems))
+
+
+def summarise(outcomes: pa.Table, k: int | Mapping[str, int]) -> list[dict[str, Any]]:
+    """Mean and 95 % interval of every algorithm (the base model among them, as "base") × benchmark × metric.
+
+    Rows have the keys algorithm, benchmark, metric, mean, ci_low, ci_high and seeds, the number of seeds.
+    """
+    rows: list[dict[str, Any]] = []
+    for (algorithm, benchmark, metric), matrix in _ordered(score_matrices(outcomes, k)):
+        mean, low, high = crossed_bootstrap(matrix.values)
+        row = {"algorithm": algorithm, "benchmark": benchmark, "metric": metric}
+        rows.append(row | {"mean": mean, "ci_low": low, "ci_high": high, "seeds": len(matrix.seeds)})
+    return rows
+
+
+def compare_to(outcomes: pa.Table, baseline: str, k: int | Mapping[str, int]) -> list[dict[str, Any]]:
+    """Paired differences (algorithm - baseline) of every other algorithm × benchmark × metric.
+
+    Rows have the keys algorithm, benchmark, metric, difference, ci_low, ci_high and seeds, the number of
+    seeds that both have; a pair with no seed in common is left out. Raises UserError for an unknown baseline.
+    """
+    matrices = score_matrices(outcomes, k)
+    names = dict.fromkeys(algorithm for algorithm, _, _ in matrices)
+    if baseline not in names:
+        raise unknown("baseline", baseline, names)
+    rows: list[dict[str, Any]] = []
+    for (algorithm, benchmark, metric), matrix in _ordered(matrices):
+        other = matrices.get((baseline, benchmark, metric))
+        pair = None if algorithm == baseline or other is None else align(matrix, other)
+        if pair is None:
+            continue
+        difference, low, high = paired_difference(*pair)
+        row = {"algorithm": algorithm, "benchmark": benchmark, "metric": metric}
+        rows.append(row | {"difference": difference, "ci_low": low, "ci_high": high, "seeds": len(pair[0])})
+    return rows
+
+
+def align(a: ScoreMatrix, b: ScoreMatrix) -> tuple[Float[np.ndarray, "S P"], Float[np.ndarray, "S P"]] | None:
+    """The values of both on the seeds and problems that they share, or None if they share none.
+
+    The base model has one pseudo-seed, -1: its row stands beside every seed of the other.
+    """
+    seeds_a, seeds_b = list(a.seeds), list(b.seeds)
+    if seeds_a == [-1] or seeds_b == [-1]:
+        rows_a = np.zeros(len(seeds_b), int) if seeds_a == [-1] else np.arange(len(seeds_a))
+        rows_b = np.zeros(len(seeds_a), int) if seeds_b == [-1] else np.arange(len(seeds_b))
+    else:
+        _, rows_a, rows_b = np.intersect1d(seeds_a, seeds_b, return_indices=True)
+    _, columns_a, columns_b = np.intersect1d(a.problems, b.problems, return_indices=True)
+    if not len(rows_a) or not len(columns_a):
+        return None
+    return a.values[np.ix_(rows_a, columns_a)], b.values[np.ix_(rows_b, columns_b)]
+
+
+def _ordered(matrices: Mapping[ScoreKey, ScoreMatrix]) -> list[tuple[ScoreKey, ScoreMatrix]]:
+    """By benchmark, then algorithm, each in order of appearance, then metric."""
+    algorithms = list(dict.fromkeys(algorithm for algorithm, _, _ in matrices))
+    benchmarks = list(dict.fromkeys(benchmark for _, benchmark, _ in matrices))
+    return sorted(
+        matrices.items(),
+        key=lambda item: (
+            benchmarks.index(item[0][1]),
+            algorithms.index(item[0][0]),
+            METRICS.index(item[0][2]),
+        ),
+    )

@@ -1,0 +1,267 @@
+"""What worker processes do: fill the shared buffer, evaluate the base, train and evaluate one cell.
+
+Every function takes plain data and gives plain data back, so that it can run in any process.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rlzoo.buffers import Buffer, OfflineBuffer, read_buffer
+from rlzoo.comparison.plan import Cell, has_choice
+from rlzoo.config import Experiment, ProblemSource
+from rlzoo.evaluation import Evaluation, evaluate
+from rlzoo.objective import Objective, get_objective
+from rlzoo.policy import Policy, load_policy
+from rlzoo.policy.loading import save_policy
+from rlzoo.policy.policy import score_rows
+from rlzoo.problems import Encoded, Problem, demonstrations, encode_problems, load_problems
+from rlzoo.reward import Reward, get_reward
+from rlzoo.rollout import TransformersSampler, collect_rollouts
+from rlzoo.training import Costs, Trainer
+from rlzoo.training.batches import BufferSource, FreshSource, Source
+from rlzoo.training.trainer import with_reference
+from rlzoo.types import Need, Selection
+
+Report = Callable[[float, str], None]
+"""Told the share that is done, 0 to 1, and what is being done."""
+
+EDGES = np.linspace(0, 1, 21)
+"""Bins of token probabilities."""
+PROBED_ROWS = 256
+"""Demonstrations whose token probabilities are counted before and after training."""
+
+
+def objective_of(experiment: Experiment, algorithm: str) -> Objective:
+    """The configured objective of one row of the comparison."""
+    row = experiment.algorithms[algorithm]
+    return get_objective(row.objective or algorithm, **row.options)
+
+
+def fill_buffer(experiment: Experiment, folder: Path, report: Report) -> dict[str, Any]:
+    """Sample the base policy, join the demonstrations, add reference log-probs, and save the shared buffer."""
+    policy = load_policy(experiment.model, experiment.training.dtype)
+    problems = load_problems(experiment.train)
+    if experiment.demonstrations is None:
+        rows = demonstrations(policy.tokenizer, problems, experiment.training.max_completion_tokens)
+        buffer: Buffer = OfflineBuffer.from_trajectories(rows)
+    else:
+        buffer = read_buffer(experiment.demonstrations, policy.tokenizer)
+    objectives = {name: objective_of(experiment, name) for name in experiment.algorithms}
+    sampled_tokens, sampling_flops = 0, 0.0
+    offline = [o for name, o in objectives.items() if experiment.algorithms[name].mode == "offline"]
+    if any(o.learns_from is not Selection.DEMONSTRATIONS for o in offline):
+        settings = experiment.rollouts
+        chosen = problems if settings.prompts is None else problems[: settings.prompts]
+        done = _counted(len(chosen), "sampling the base policy", report)
+        samples = collect_rollouts(
+            policy,
+            TransformersSampler(policy),
+            encode_problems(policy.tokenizer, chosen),
+            get_reward(experiment.reward),
+            settings,
+            seed=0,
+            token_budget=experiment.training.token_budget,
+            progress=done,
+        )
+        buffer = (
+            buffer.concatenate(OfflineBuffer.from_trajectories(samples))
+            if len(buffer)
+            else (OfflineBuffer.from_trajectories(samples))
+        )
+        sampled_tokens = sum(len(row.completion_ids) for row in samples)
+        prompt_tokens = sum(len(row.prompt_ids) for row in samples)
+        sampling_flops = 2 * policy.flops(prompt_tokens + sampled_tokens, sampled_tokens)  # sampled, then scored
+    if any(Need.REFERENCE in o.requires for o in offline):
+        report(1.0, "reference log-probs")
+        buffer = with_reference(buffer, policy, experiment.training.token_budget)
+    buffer.save(folder)
+    return {
+        "rows": len(buffer),
+        "sampled_tokens": sampled_tokens,
+        "sampling_flops": sampling_flops,
+        "token_probabilities": token_probabilities(policy, buffer, experiment.training.token_budget),
+    }
+
+
+def evaluate_base(experiment: Experiment, report: Report) -> dict[str, Any]:
+    """The base policy's scores on all benchmarks, its outcomes, and the first point of the learning curves."""
+    policy = load_policy(experiment.model, experiment.training.dtype)
+    found = evaluate_all(policy, experiment, experiment.benchmarks, "base", -1, None, report)
+    return {**found, "curve": curve_point(policy, experiment, 0, seed=0)}
+
+
+def run_cell(
+    experiment: Experiment,
+    cell: Cell,
+    shared: dict[str, Any],
+    buffer_path: Path,
+    models: Path,
+    report: Report,
+) -> dict[str, Any]:
+    """Train one cell and evaluate it: on the benchmarks, or on validation where a learning rate is to be chosen.
+
+    In the second case the weights are kept under ``models`` for `evaluate_cell`.
+    """
+    import torch
+
+    torch.manual_seed(cell.seed)
+    objective = objective_of(experiment, cell.algorithm)
+    settings = experiment.training_of(cell.algorithm).model_copy(update={"learning_rate": cell.learning_rate})
+    policy = load_policy(experiment.model, settings.dtype)
+    buffer = OfflineBuffer.load(buffer_path)
+    online = experiment.algorithms[cell.algorithm].mode == "online"
+    costs = Costs()
+    source: Source
+    if online:
+        source = FreshSource(
+            _collector(experiment, policy, settings.batch_size, cell.seed, costs), objective.learns_from
+        )
+    else:
+        view = buffer.view(objective.learns_from, **objective.view_options)
+        source = BufferSource(buffer, view, settings.batch_size, cell.seed)
+        if objective.learns_from is not Selection.DEMONSTRATIONS:
+            costs.sampled_tokens, costs.flops = shared["sampled_tokens"], shared["sampling_flops"]
+    curve: list[dict[str, Any]] = []
+    points = experiment.evaluation.curve_points
+    marks = {round(settings.steps * (i + 1) / points) for i in range(points)}
+
+    def along(_: Trainer, step: int) -> None:
+        report(0.8 * step / settings.steps, f"step {step}/{settings.steps}")
+        if step in marks:
+            curve.append(curve_point(policy, experiment, step, cell.seed))
+
+    reference = policy.frozen_copy() if online and Need.REFERENCE in objective.requires else None
+    trainer = Trainer(policy, objective, source, settings, [along], reference)
+    trainer.record.costs = costs
+    record = trainer.run()
+    result = {
+        "algorithm": cell.algorithm,
+        "seed": cell.seed,
+        "learning_rate": cell.learning_rate,
+        "costs": record.costs.as_dict(),
+        "curve": curve,
+        "training": record.steps,
+        "token_probabilities": token_probabilities(policy, buffer, settings.token_budget)["counts"],
+    }
+    if has_choice(experiment, cell.algorithm):
+        assert experiment.validation is not None  # the experiment's validator saw to it
+        validation = _evaluate(policy, experiment, experiment.validation, cell.seed, greedy=False)
+        save_policy(policy, models / cell.id)
+        return {**result, "validation": validation.metrics["avg_at_k"]}
+    found = evaluate_all(
+        policy, experiment, experiment.benchmarks, cell.algorithm, cell.seed, cell.learning_rate,
+        lambda share, what: report(0.8 + 0.2 * share, what),
+    )  # fmt: skip
+    return {**result, **found}
+
+
+def evaluate_cell(experiment: Experiment, cell: Cell, models: Path, report: Report) -> dict[str, Any]:
+    """The benchmarks of a cell whose learning rate was chosen, from its saved weights."""
+    policy = load_policy(str(models / cell.id), experiment.training_of(cell.algorithm).dtype)
+    return evaluate_all(
+        policy, experiment, experiment.benchmarks, cell.algorithm, cell.seed, cell.learning_rate, report
+    )
+
+
+def evaluate_all(
+    policy: Policy,
+    experiment: Experiment,
+    benchmarks: Any,
+    algorithm: str,
+    seed: int,
+    learning_rate: float | None,
+    report: Report,
+) -> dict[str, Any]:
+    """``metrics`` by benchmark and ``outcomes`` of all of them, one row a sample."""
+    metrics, outcomes = {}, []
+    for number, (name, source) in enumerate(benchmarks.items()):
+        report(number / len(benchmarks), f"evaluating {name}")
+        found = _evaluate(policy, experiment, source, max(seed, 0))
+        metrics[name] = found.metrics
+        labels = {"algorithm": algorithm, "seed": seed, "learning_rate": learning_rate, "benchmark": name}
+        outcomes += [{**labels, **row} for row in found.outcomes]
+    return {"metrics": metrics, "outcomes": outcomes}
+
+
+def curve_point(policy: Policy, experiment: Experiment, step: int, seed: int) -> dict[str, Any]:
+    """A cheap evaluation along training: avg@k on the first problems of each benchmark."""
+    settings = experiment.evaluation
+    small = settings.model_copy(update={"samples": settings.curve_samples, "k": None})
+    metrics = {}
+    for name, source in experiment.benchmarks.items():
+        problems = load_problems(source)[: settings.curve_problems]
+        found = evaluate(policy, problems, _reward(experiment), small, seed, greedy=False)
+        metrics[name] = {"avg_at_k": found.metrics["avg_at_k"]}
+    return {"step": step, "metrics": metrics}
+
+
+def token_probabilities(policy: Policy, buffer: Buffer, token_budget: int) -> dict[str, list[float]]:
+    """How the probabilities of the demonstrations' tokens are distributed: counts in bins over 0 to 1."""
+    sources = buffer.column("source")
+    rows = [index for index, source in enumerate(sources) if source == "demonstration"][:PROBED_ROWS]
+    picked = [(row.prompt_ids, row.completion_ids) for row in (buffer[index] for index in rows)]
+    logps = score_rows(policy, picked, token_budget)
+    counts, _ = np.histogram(np.exp([x for row in logps for x in row]), bins=EDGES)
+    return {"edges": EDGES.tolist(), "counts": counts.tolist()}
+
+
+def _evaluate(
+    policy: Policy, experiment: Experiment, source: ProblemSource, seed: int, greedy: bool = True
+) -> Evaluation:
+    problems = load_problems(source)
+    return evaluate(policy, problems, _reward(experiment), experiment.evaluation, seed, greedy=greedy)
+
+
+def _reward(experiment: Experiment) -> Reward:
+    return get_reward(experiment.reward)
+
+
+def _collector(
+    experiment: Experiment, policy: Policy, batch_size: int, seed: int, costs: Costs
+) -> Callable[[int], Buffer]:
+    """Fresh groups of the policy in training: ``batch_size`` sequences of the next prompts, shuffled by seed."""
+    problems: Sequence[Problem] = load_problems(experiment.train)
+    encoded = encode_problems(policy.tokenizer, problems)
+    order = random.Random(seed)
+    queue: list[int] = []
+    settings = experiment.rollouts
+
+    def collect(version: int) -> Buffer:
+        prompts: list[Encoded] = []
+        while len(prompts) < max(1, batch_size // settings.samples):
+            if not queue:
+                queue.extend(order.sample(range(len(encoded)), len(encoded)))
+            prompts.append(encoded[queue.pop()])
+        rows = collect_rollouts(
+            policy,
+            TransformersSampler(policy),
+            prompts,
+            _reward(experiment),
+            settings,
+            seed=order.randrange(2**31),
+            version=version,
+            token_budget=experiment.training.token_budget,
+        )
+        sampled = sum(len(row.completion_ids) for row in rows)
+        costs.sampled_tokens += sampled
+        costs.flops += 2 * policy.flops(sampled + sum(len(row.prompt_ids) for row in rows), sampled)
+        return OfflineBuffer.from_trajectories(rows)
+
+    return collect
+
+
+def _counted(total: int, what: str, report: Report) -> Callable[[int], None]:
+    done = 0
+
+    def advance(more: int) -> None:
+        nonlocal done
+        done += more
+        report(done / total, f"{what} {done}/{total}")
+
+    return advance

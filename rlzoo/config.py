@@ -1,0 +1,228 @@
+"""What an experiment file says: strict, typed, with one-line errors. Every field's default is the vetted setting."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar, get_args
+
+import pydantic
+import yaml
+from pydantic import Field
+
+from rlzoo.errors import UserError, unknown
+
+Positive = Annotated[int, Field(gt=0)]
+Share = Annotated[float, Field(gt=0, le=1)]
+M = TypeVar("M", bound=pydantic.BaseModel)
+EXPERIMENTS = Path(__file__).parent / "experiments"
+
+
+class _Strict(pydantic.BaseModel):
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
+
+
+class ProblemSource(_Strict):
+    """Where problems come from and how a row becomes a prompt."""
+
+    source: str
+    """``world:arithmetic/test``, a .jsonl, .parquet or .csv file, or a Hub id (``openai/gsm8k:main``)."""
+    split: str = "train"
+    prompt: str = "prompt"
+    """A column, or a template such as ``"{question}\\nShow your work."``."""
+    solution: str | None = None
+    """The column of a worked solution, for demonstrations."""
+    columns: Mapping[str, str] = {}
+    """Names that a reward asks for → columns of the table."""
+    chat: bool = False
+    """Whether to put the prompt into the model's chat template as a user's turn."""
+    system: str | None = None
+    limit: Positive | None = None
+
+
+class Sampling(_Strict):
+    """How completions are sampled."""
+
+    samples: Positive = 4
+    """Completions a prompt."""
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    top_p: Share = 1.0
+    max_new_tokens: Positive = 256
+    batch_size: Positive = 256
+    """Sequences sampled together."""
+
+
+class Rollouts(Sampling):
+    """The samples of the base policy that fill the shared buffer."""
+
+    prompts: Positive | None = None
+    """How many of the training problems; None: all."""
+
+
+class EvaluationSettings(Sampling):
+    """``samples`` at ``temperature`` give avg@k and pass@k; one more, greedy, gives the greedy score."""
+
+    k: Positive | None = None
+    """pass@k's k, at most ``samples``; None: ``samples``."""
+    correct_at: float = 0.5
+    """A reward of this much or more counts as correct."""
+    curve_points: Annotated[int, Field(ge=0)] = 4
+    """Evaluations along training, the last one included; 0 for none."""
+    curve_problems: Positive = 48
+    curve_samples: Positive = 2
+
+    @pydantic.model_validator(mode="after")
+    def _k_fits(self) -> EvaluationSettings:
+        if self.k is not None and self.k > self.samples:
+            raise ValueError(f"k = {self.k} needs at least {self.k} samples, and samples = {self.samples}")
+        return self
+
+    @property
+    def pass_k(self) -> int:
+        return self.samples if self.k is None else self.k
+
+
+class Training(_Strict):
+    """The optimisation: AdamW, linear warm-up, then a cosine to zero (the paper's settings)."""
+
+    steps: Positive = 100
+    """Optimizer steps: the budget that all algorithms share."""
+    batch_size: Positive = 64
+    """Sequences an optimizer step: a pair counts as two, a group as its samples."""
+    updates_per_batch: Positive = 1
+    """Optimizer steps on each batch before the next is drawn; above 1, ratios and value clipping come to bear."""
+    token_budget: Positive = 4096
+    """Padded tokens a micro-batch; the gradient does not depend on it."""
+    learning_rate: Annotated[float, Field(gt=0)] = 5e-5
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    max_gradient_norm: Annotated[float, Field(gt=0)] = 1.0
+    max_completion_tokens: Positive = 2048
+    """Longer demonstrations are cut on the right, and so lose their end-of-sequence token."""
+    dtype: Literal["float32", "bfloat16", "float64"] = "float32"
+
+
+class Algorithm(_Strict):
+    """One row of a comparison: an objective, its options, and how it is trained."""
+
+    objective: str | None = None
+    """A registered name, ``module:Name`` or ``file.py:Name``; None: the row's own name."""
+    options: Mapping[str, Any] = {}
+    learning_rates: tuple[Annotated[float, Field(gt=0)], ...] = ()
+    """More than one: each is tried on all seeds and the best on the validation problems is reported."""
+    mode: Literal["offline", "online"] = "offline"
+    """``online`` samples each batch anew from the policy in training; ``offline`` reads the shared buffer."""
+    training: Mapping[str, Any] = {}
+    """Settings of `Training` that differ for this row."""
+
+
+class Experiment(_Strict):
+    """A comparison: algorithms × seeds × learning rates from one base, one buffer and one budget."""
+
+    name: str
+    description: str = ""
+    model: str
+    """``embedded``, a Hub id, or a folder."""
+    train: ProblemSource
+    demonstrations: str | None = None
+    """A saved buffer, or a table in one of TRL's formats, in place of the training problems' solutions."""
+    validation: ProblemSource | None = None
+    benchmarks: Annotated[Mapping[str, ProblemSource], Field(min_length=1)]
+    reward: Any
+    rollouts: Rollouts = Rollouts()
+    evaluation: EvaluationSettings = EvaluationSettings()
+    training: Training = Training()
+    algorithms: Annotated[Mapping[str, Algorithm], Field(min_length=1)]
+    baseline: str | None = None
+    """The algorithm that the report compares the others with, pairwise."""
+    seeds: Annotated[tuple[int, ...], Field(min_length=1)] = (0, 1, 2)
+
+    @pydantic.model_validator(mode="after")
+    def _grid_needs_validation(self) -> Experiment:
+        if self.validation is None and any(len(a.learning_rates) > 1 for a in self.algorithms.values()):
+            raise ValueError("choosing among learning rates needs a validation problem set: add `validation`")
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"seeds repeat: {list(self.seeds)}")
+        return self
+
+    def training_of(self, name: str) -> Training:
+        """The settings of one algorithm's training."""
+        return validated(Training, {**self.training.model_dump(), **self.algorithms[name].training}, f"{name}.training")
+
+    def learning_rates_of(self, name: str) -> tuple[float, ...]:
+        return self.algorithms[name].learning_rates or (self.training_of(name).learning_rate,)
+
+
+def validated(model: type[M], data: Any, where: str) -> M:
+    """``data`` as ``model``, or a UserError that names the field."""
+    try:
+        return model.model_validate(data)
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        path = ".".join(str(part) for part in first["loc"])
+        if first["type"] == "extra_forbidden":
+            owner = _owner(model, first["loc"][:-1])
+            raise unknown(f"setting in {where}", path, owner.model_fields if owner else []) from None
+        reason = first["msg"].removeprefix("Value error, ")
+        raise UserError(f"{where}: {path + ': ' if path else ''}{reason}") from None
+
+
+def list_experiments() -> dict[str, str]:
+    """The experiments that ship with rlzoo: name → description."""
+    found = {}
+    for path in sorted(EXPERIMENTS.glob("*.yaml")):
+        found[path.stem] = str(read_yaml(path).get("description", "")).strip()
+    return found
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML file that holds a mapping. Raises UserError with the line of a mistake."""
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"experiment file {str(path)!r} cannot be read: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f" line {mark.line + 1}:" if mark else ""
+        raise UserError(f"{path}:{line} not valid YAML: {getattr(error, 'problem', None) or error}") from None
+    if not isinstance(data, dict):
+        raise UserError(f"{path}: an experiment is a mapping of settings, not {type(data).__name__}")
+    return data
+
+
+def load_experiment(name: str, changes: Mapping[str, Any] | None = None) -> Experiment:
+    """An experiment by name or file path, with ``changes`` (dotted keys → values) laid over it."""
+    path = Path(name) if name.endswith((".yaml", ".yml")) else EXPERIMENTS / f"{name}.yaml"
+    if not name.endswith((".yaml", ".yml")) and not path.is_file():
+        raise unknown("experiment", name, [p.stem for p in EXPERIMENTS.glob("*.yaml")])
+    data = {"name": path.stem, **read_yaml(path)}
+    for key, value in (changes or {}).items():
+        _set(data, key, value)
+    return validated(Experiment, data, str(path.name))
+
+
+def _set(data: dict[str, Any], key: str, value: Any) -> None:
+    *parents, last = key.split(".")
+    for parent in parents:
+        child = data.get(parent)
+        data[parent] = child = dict(child) if isinstance(child, Mapping) else {}
+        data = child
+    data[last] = value
+
+
+def _owner(model: type[pydantic.BaseModel], path: tuple[Any, ...]) -> type[pydantic.BaseModel] | None:
+    owner: Any = model
+    for part in path:
+        field = getattr(owner, "model_fields", {}).get(part)
+        owner = field.annotation if field else _inner(owner)
+        owner = _inner(owner) if not hasattr(owner, "model_fields") else owner
+    return owner if hasattr(owner, "model_fields") else None
+
+
+def _inner(annotation: Any) -> Any:
+    for argument in get_args(annotation):
+        found = argument if hasattr(argument, "model_fields") else _inner(argument)
+        if found is not None:
+            return found
+    return None

@@ -1,0 +1,128 @@
+"""The language-model head on chosen positions, in chunks: no tensor of B × T × V entries ever exists."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+from rlzoo.types import Need
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+CHUNK_ENTRIES = 2**25
+"""Logits that are held at a time: 128 MB in float32."""
+TOP = 20
+"""How many of the likeliest tokens `Need.TOP_ENTROPY` looks at (arXiv 2601.02151)."""
+
+LogitTerm = Callable[[Tensor, Tensor | None, Tensor], Tensor | None]
+
+
+@dataclass(frozen=True)
+class Head:
+    """A model's output layer with the scale and the soft cap that its configuration puts on logits."""
+
+    layer: nn.Linear
+    scale: float = 1.0
+    soft_cap: float | None = None
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> Head:
+        """The head of a transformers causal LM."""
+        config = model.config.get_text_config()
+        scale = 1.0
+        for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
+            scale *= getattr(config, name, None) or 1.0
+        divisor = getattr(config, "logits_scaling", None)  # Granite divides by it, HyperCLOVA X multiplies
+        if divisor:
+            scale *= divisor if config.model_type == "hyperclovax" else 1 / divisor
+        return cls(model.get_output_embeddings(), scale, getattr(config, "final_logit_softcapping", None))
+
+    def logits(self, hidden: Float[Tensor, "N H"]) -> Float[Tensor, "N V"]:
+        """Logits in float32 at least, whatever the model's dtype."""
+        logits: Tensor = self.layer(hidden)
+        if logits.dtype in (torch.float16, torch.bfloat16):
+            logits = logits.float()
+        if self.scale != 1.0:
+            logits = logits * self.scale
+        if self.soft_cap is not None:
+            logits = self.soft_cap * torch.tanh(logits / self.soft_cap)
+        return logits
+
+
+def score_tokens(
+    head: Head,
+    hidden: Float[Tensor, "N H"],
+    target: Int[Tensor, " N"],
+    *,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    statistics: Collection[Need] = (),
+    term: LogitTerm | None = None,
+    reference: tuple[Head, Float[Tensor, "N H"]] | None = None,
+) -> dict[str, Float[Tensor, " N"]]:
+    """``logp`` of each target, the asked-for statistics (no graph), and ``term`` where one is given.
+
+    ``temperature`` and ``top_p`` give log-probs of the distribution that a sampler with these settings draws from.
+    """
+
+    def run(part: Tensor, tokens: Tensor, reference_part: Tensor | None) -> tuple[Tensor, ...]:
+        logits = head.logits(part)
+        if temperature != 1.0:
+            logits = logits / temperature
+        logp = logits.gather(1, tokens[:, None])[:, 0] - logits.logsumexp(1)
+        with torch.no_grad():
+            found = [_statistic(need, logits) for need in wanted]
+            if top_p < 1.0:
+                found.append(_nucleus_mass(logits, top_p).log())
+        if term is not None:
+            known = reference is not None and reference_part is not None
+            reference_logits = reference[0].logits(reference_part).detach() if known else None
+            value = term(logits, reference_logits, tokens)
+            found.append(torch.zeros_like(logp) if value is None else value)
+        return (logp, *found)
+
+    wanted = list(statistics)
+    size = max(1, CHUNK_ENTRIES // head.layer.weight.shape[0])
+    recompute = hidden.requires_grad and len(hidden) > size
+    chunks = []
+    for start in range(0, max(len(hidden), 1), size):
+        span = slice(start, start + size)
+        inputs = (hidden[span], target[span], None if reference is None else reference[1][span])
+        chunks.append(checkpoint(run, *inputs, use_reentrant=False) if recompute else run(*inputs))
+    columns = [torch.cat(column) for column in zip(*chunks, strict=True)]
+    scores = dict(zip(["logp", *(need.value for need in wanted)], columns, strict=False))
+    extra = columns[1 + len(wanted) :]
+    if top_p < 1.0:
+        scores["logp"] = scores["logp"] - extra[0]
+    if term is not None:
+        scores["term"] = extra[-1]
+    return scores
+
+
+def _statistic(need: Need, logits: Float[Tensor, "N V"]) -> Float[Tensor, " N"]:
+    match need:
+        case Need.ENTROPY:
+            logp = logits.log_softmax(1)
+            return -(logp.exp() * logp).sum(1)
+        case Need.TOP_ENTROPY:
+            logp = logits.topk(min(TOP, logits.shape[1]), dim=1).values.log_softmax(1)
+            return -(logp.exp() * logp).sum(1)
+        case Need.SQUARE_MASS:
+            return functional.softmax(logits, 1).square().sum(1)
+        case _:
+            raise ValueError(f"{need} is not a token statistic")
+
+
+def _nucleus_mass(logits: Float[Tensor, "N V"], top_p: float) -> Float[Tensor, " N"]:
+    """The probability of the smallest set of likeliest tokens that reaches ``top_p``."""
+    probability = functional.softmax(logits, 1).sort(1, descending=True).values
+    kept = probability.cumsum(1) - probability < top_p
+    return (probability * kept).sum(1)

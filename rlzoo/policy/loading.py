@@ -1,0 +1,41 @@
+"""Loading and saving policies: the embedded base, a local folder, or a Hub id; safetensors only."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from rlzoo.errors import UserError
+from rlzoo.policy.policy import Policy
+from rlzoo.worlds import EMBEDDED_BASE
+
+EMBEDDED = "embedded"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+
+
+def load_policy(name: str, dtype: str = "float32", device: str | torch.device | None = None) -> Policy:
+    """The policy behind ``embedded``, a folder, or a Hub id. Raises UserError if it cannot be loaded."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    where = str(EMBEDDED_BASE) if name == EMBEDDED else name
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(where)
+        model = AutoModelForCausalLM.from_pretrained(where, dtype=DTYPES[dtype], use_safetensors=True)
+    except Exception as error:
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        mend = "give 'embedded', a folder that save_pretrained wrote, or a Hub id that this machine can reach"
+        raise UserError(f"model {name!r} cannot be loaded ({reason.strip()[:160]}): {mend}") from error
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"model {name!r}: its tokenizer has no end-of-sequence token, so completions cannot end")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token  # padding is masked by position, never by id
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return Policy(model.to(device), tokenizer, name)
+
+
+def save_policy(policy: Policy, folder: Path) -> None:
+    """Write a folder that ``from_pretrained`` opens: safetensors, configuration and tokenizer. The critic stays out."""
+    policy.model.save_pretrained(folder)
+    policy.tokenizer.save_pretrained(folder)

@@ -1,0 +1,203 @@
+"""The policy: log-probs of completions with the head on completion positions only, and a critic where asked for."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from rlzoo.policy.head import Head, LogitTerm, score_tokens
+from rlzoo.types import Need
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """Prompts and completions as model input: rows padded on the right, so causal attention needs no mask."""
+
+    ids: Int[Tensor, "B L"]
+    predicts: Bool[Tensor, "B L"]
+    """True where the next token is a completion token."""
+    mask: Bool[Tensor, "B T"]
+    """True at completion tokens, in the frame where the prompt is cut away."""
+    tokens: int
+    """Prompt and completion tokens, padding left out."""
+
+    @classmethod
+    def collate(
+        cls, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], device: torch.device
+    ) -> Sequences:
+        """Join each prompt with its completion. A prompt must have at least one token."""
+        rows, longest = len(prompts), max(len(p) + len(c) for p, c in zip(prompts, completions, strict=True))
+        ids = torch.zeros(rows, longest, dtype=torch.long)
+        predicts = torch.zeros(rows, longest, dtype=torch.bool)
+        mask = torch.zeros(rows, max(map(len, completions)), dtype=torch.bool)
+        for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
+            ids[row, : len(prompt) + len(completion)] = torch.as_tensor([*prompt, *completion])
+            predicts[row, len(prompt) - 1 : len(prompt) + len(completion) - 1] = True
+            mask[row, : len(completion)] = True
+        tokens = sum(map(len, prompts)) + sum(map(len, completions))
+        return cls(ids.to(device), predicts.to(device), mask.to(device), tokens)
+
+    @property
+    def targets(self) -> Int[Tensor, " N"]:
+        """The completion tokens of all rows, one after the other."""
+        return self.ids.roll(-1, dims=1)[self.predicts]
+
+    def spread(self, flat: Float[Tensor, " N"]) -> Float[Tensor, "B T"]:
+        """Values a completion token, in rows; 0 at padding."""
+        return flat.new_zeros(self.mask.shape).masked_scatter(self.mask, flat)
+
+
+@dataclass(frozen=True)
+class TokenScores:
+    """What one forward pass says about completion tokens; everything is 0 at padding."""
+
+    logp: Float[Tensor, "B T"]
+    statistics: dict[str, Float[Tensor, "B T"]]
+    value: Float[Tensor, "B T"] | None = None
+    term: Float[Tensor, "B T"] | None = None
+
+
+class Policy(nn.Module):
+    """Any transformers causal LM with its tokenizer, and optionally a critic."""
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str = "") -> None:
+        super().__init__()
+        self.model = model
+        self.tokenizer = tokenizer
+        self.name = name
+        self.critic: nn.Module | None = None
+        self.value_head: nn.Linear | None = None
+
+    @property
+    def device(self) -> torch.device:
+        device: torch.device = self.model.device
+        return device
+
+    @property
+    def eos_ids(self) -> set[int]:
+        """Every token that ends a completion: the tokenizer's and the generation configuration's."""
+        configured = getattr(self.model.generation_config, "eos_token_id", None)
+        ids = configured if isinstance(configured, list) else [configured]
+        return {i for i in [*ids, self.tokenizer.eos_token_id] if i is not None}
+
+    def add_critic(self, shared: bool) -> None:
+        """A value head that starts at 0, on the policy's trunk or on a copy of it that trains by itself."""
+        self.critic = None if shared else copy.deepcopy(self.model.base_model)
+        weight = self.model.get_output_embeddings().weight
+        self.value_head = nn.Linear(weight.shape[1], 1, device=self.device, dtype=weight.dtype)
+        nn.init.zeros_(self.value_head.weight)
+        nn.init.zeros_(self.value_head.bias)
+
+    def frozen_copy(self) -> Policy:
+        """A copy in eval mode whose parameters take no gradient: a reference."""
+        frozen = Policy(copy.deepcopy(self.model), self.tokenizer, self.name)
+        return frozen.eval().requires_grad_(False)
+
+    def forward(
+        self,
+        sequences: Sequences,
+        *,
+        statistics: Collection[Need] = (),
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        term: LogitTerm | None = None,
+        reference: Policy | None = None,
+    ) -> TokenScores:
+        """Score the completion tokens. ``reference`` gives ``term`` its reference logits."""
+        hidden = self._trunk(self.model.base_model, sequences)
+        other = None
+        if reference is not None and term is not None:
+            with torch.no_grad():
+                other = (Head.of(reference.model), self._trunk(reference.model.base_model, sequences))
+        scores = score_tokens(
+            Head.of(self.model),
+            hidden,
+            sequences.targets,
+            temperature=temperature,
+            top_p=top_p,
+            statistics=statistics,
+            term=term,
+            reference=other,
+        )
+        value = None
+        if self.value_head is not None:
+            trunk = hidden if self.critic is None else self._trunk(self.critic, sequences)
+            value = sequences.spread(self.value_head(trunk)[:, 0].to(scores["logp"].dtype))
+        spread = {name: sequences.spread(flat) for name, flat in scores.items()}
+        logp, extra = spread.pop("logp"), spread.pop("term", None)
+        return TokenScores(logp, spread, value, extra)
+
+    @staticmethod
+    def _trunk(trunk: nn.Module, sequences: Sequences) -> Float[Tensor, "N H"]:
+        states = trunk(input_ids=sequences.ids, use_cache=False).last_hidden_state
+        selected: Tensor = states[sequences.predicts]
+        return selected
+
+    def flops(self, tokens: int, completion_tokens: int) -> float:
+        """FLOPs of a forward pass: 2 a parameter and token, the head on completion tokens only.
+
+        Embedding look-ups and attention scores are left out (the usual 6N convention); a backward costs twice this.
+        """
+        head = self.model.get_output_embeddings().weight.numel()
+        trunk = sum(p.numel() for p in self.model.base_model.parameters())
+        trunk -= self.model.get_input_embeddings().weight.numel()
+        critic = 0 if self.critic is None else trunk
+        total: float = 2.0 * ((trunk + critic) * tokens + head * completion_tokens)
+        return total
+
+
+Row = tuple[Sequence[int], Sequence[int]]
+"""Prompt ids and completion ids."""
+
+
+def token_batches(atoms: Sequence[Sequence[int]], lengths: Sequence[int], token_budget: int) -> Iterable[list[int]]:
+    """Rows in micro-batches of at most ``token_budget`` padded tokens, rows of like length together.
+
+    An atom is a set of rows that must not be separated; one that is over the budget goes alone.
+    """
+    order = sorted(range(len(atoms)), key=lambda a: (max(lengths[r] for r in atoms[a]), a))
+    batch: list[int] = []
+    longest = 0
+    for index in order:
+        atom = atoms[index]
+        widest = max(longest, *(lengths[r] for r in atom))
+        if batch and widest * (len(batch) + len(atom)) > token_budget:
+            yield batch
+            batch, widest = [], max(lengths[r] for r in atom)
+        batch, longest = [*batch, *atom], widest
+    if batch:
+        yield batch
+
+
+@torch.no_grad()
+def score_rows(
+    policy: Policy,
+    rows: Sequence[Row],
+    token_budget: int = 8192,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    progress: Callable[[int], None] | None = None,
+) -> list[list[float]]:
+    """Log-probs of each row's completion tokens in nats, in the trainer's numerics."""
+    lengths = [len(p) + len(c) for p, c in rows]
+    out: list[list[float]] = [[] for _ in rows]
+    training = policy.training
+    policy.eval()
+    for batch in token_batches([[i] for i in range(len(rows))], lengths, token_budget):
+        sequences = Sequences.collate([rows[i][0] for i in batch], [rows[i][1] for i in batch], policy.device)
+        logp = policy(sequences, temperature=temperature, top_p=top_p).logp.float().cpu()
+        for place, row in enumerate(batch):
+            out[row] = logp[place, : len(rows[row][1])].tolist()
+        if progress is not None:
+            progress(len(batch))
+    policy.train(training)
+    return out

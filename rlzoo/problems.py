@@ -1,0 +1,106 @@
+"""Problem sets: prompts with what a reward needs to judge an answer, and worked solutions where there are some."""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from rlzoo.buffers.encoding import encode_completion, encode_prompt
+from rlzoo.buffers.tables import load_table
+from rlzoo.errors import UserError
+from rlzoo.types import Trajectory
+from rlzoo.worlds import WORLD_PREFIX, world_problems
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from rlzoo.config import ProblemSource
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A prompt, text or conversation, with the columns that rewards ask for and its demonstrations."""
+
+    id: str
+    prompt: str | list[dict[str, str]]
+    columns: Mapping[str, Any]
+    solutions: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A problem in a policy's tokens."""
+
+    problem: Problem
+    text: str
+    ids: list[int] = field(repr=False)
+
+
+def load_problems(source: ProblemSource) -> list[Problem]:
+    """The problems of an embedded world, a local table or a Hub data set, in their order, cut to ``limit``.
+
+    Raises UserError for a source that cannot be read, a missing column, or an empty set.
+    """
+    if source.source.startswith(WORLD_PREFIX):
+        problems = world_problems(source.source.removeprefix(WORLD_PREFIX))
+    else:
+        rows = load_table(source.source, source.split)
+        limit = len(rows) if source.limit is None else min(source.limit, len(rows))
+        problems = [_problem(index, rows[index], source) for index in range(limit)]
+    if not problems:
+        raise UserError(f"problem set {source.source!r} is empty")
+    return problems[: source.limit]
+
+
+def _problem(index: int, row: Mapping[str, Any], source: ProblemSource) -> Problem:
+    def column(name: str) -> Any:
+        if name not in row:
+            raise UserError(f"problem set {source.source!r}, row {index}: no column {name!r}; it has: {', '.join(row)}")
+        return row[name]
+
+    names = [name for _, name, _, _ in string.Formatter().parse(source.prompt) if name]
+    if names:
+        prompt: Any = source.prompt.format(**{name: column(name) for name in names})
+    else:
+        prompt = column(source.prompt)
+    if source.chat and isinstance(prompt, str):
+        system = [{"role": "system", "content": source.system}] if source.system else []
+        prompt = [*system, {"role": "user", "content": prompt}]
+    columns = dict(row) | {new: column(old) for new, old in source.columns.items()}
+    solutions = () if source.solution is None else (str(column(source.solution)),)
+    return Problem(str(row.get("id", f"{source.split}-{index}")), prompt, columns, solutions)
+
+
+def encode_problems(tokenizer: PreTrainedTokenizerBase, problems: Sequence[Problem]) -> list[Encoded]:
+    """Each problem with its rendered prompt and prompt ids."""
+    return [Encoded(problem, *encode_prompt(tokenizer, problem.prompt)) for problem in problems]
+
+
+def demonstrations(
+    tokenizer: PreTrainedTokenizerBase, problems: Sequence[Problem], max_tokens: int | None = None
+) -> list[Trajectory]:
+    """One row a worked solution. A completion over ``max_tokens`` is cut: it loses its end and is marked so."""
+    rows = []
+    for encoded in encode_problems(tokenizer, problems):
+        for solution in encoded.problem.solutions:
+            ids = encode_completion(tokenizer, solution)
+            truncated = max_tokens is not None and len(ids) > max_tokens
+            rows.append(trajectory(encoded, solution, ids[:max_tokens], truncated=truncated))
+    return rows
+
+
+def trajectory(encoded: Encoded, completion: str, ids: list[int], **known: Any) -> Trajectory:
+    """A buffer row for one completion of a problem."""
+    problem = encoded.problem
+    return Trajectory(
+        prompt=encoded.text,
+        completion=completion,
+        prompt_ids=encoded.ids,
+        completion_ids=ids,
+        prompt_id=problem.id,
+        messages=None if isinstance(problem.prompt, str) else problem.prompt,
+        columns=dict(problem.columns),
+        **known,
+    )

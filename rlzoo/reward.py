@@ -1,0 +1,354 @@
+"""Rewards: finding them by name, giving them their options, calling them, and checking what they return.
+
+A reward has TRL's signature, ``reward(prompts, completions, **columns) -> list[float | None]``, sync or
+async, so that TRL's rewards work here and ours work there. Prompts and completions are strings or
+conversations.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import inspect
+import math
+import numbers
+import typing
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, is_dataclass
+from typing import Any, Literal, TypeVar, cast
+
+import pydantic
+
+from rlzoo.errors import UserError, unknown
+from rlzoo.registry import Registry, canonical
+
+OnError = Literal["fail", "null"]
+_GIVEN = ("prompts", "completions", "completion_ids")
+"""What the engine itself passes to a reward; everything else is a column of the data."""
+
+_VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+
+_rewards: Registry[Callable[..., Any]] = Registry("reward", "rlzoo.rewards", "rlzoo.rewards")
+_Callable = TypeVar("_Callable", bound=Callable[..., Any])
+
+
+@dataclass(frozen=True)
+class Score:
+    """What a completion earned; None where the reward could not tell."""
+
+    value: float | None
+    parts: dict[str, float | None]
+    """The value of each named part: of the reward itself, or of the terms of a weighted sum."""
+
+
+class CompositeReward(ABC):
+    """A reward made of named parts, which reports each part's value beside its own."""
+
+    def __call__(
+        self,
+        prompts: Sequence[Any],
+        completions: Sequence[Any],
+        completion_ids: Sequence[Sequence[int]] | None = None,
+        **columns: Any,
+    ) -> list[float | None]:
+        """The values alone, in TRL's signature."""
+        return [score.value for score in self.score(prompts, completions, columns, completion_ids)]
+
+    @property
+    @abstractmethod
+    def parts(self) -> tuple[str, ...]:
+        """The names of the parts."""
+
+    @abstractmethod
+    def score(
+        self,
+        prompts: Sequence[Any],
+        completions: Sequence[Any],
+        columns: Mapping[str, Any],
+        completion_ids: Sequence[Sequence[int]] | None = None,
+        on_error: OnError = "fail",
+    ) -> list[Score]:
+        """One `Score` for each completion."""
+
+
+@dataclass(frozen=True)
+class Reward:
+    """A reward ready to be called: its options are bound, and what it returns is checked."""
+
+    name: str
+    function: Callable[..., Any]
+    on_error: OnError = "fail"
+    """What a row is worth on which the reward fails: an error that names it, or None and a warning."""
+
+    @property
+    def __name__(self) -> str:
+        """TRL logs a reward under this name."""
+        return self.name
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The keys of `Score.parts`."""
+        return self.function.parts if isinstance(self.function, CompositeReward) else (self.name,)
+
+    def __call__(
+        self,
+        prompts: Sequence[Any],
+        completions: Sequence[Any],
+        completion_ids: Sequence[Sequence[int]] | None = None,
+        **columns: Any,
+    ) -> list[float | None]:
+        """The values alone, in TRL's signature."""
+        return [score.value for score in self.score(prompts, completions, columns, completion_ids)]
+
+    def score(
+        self,
+        prompts: Sequence[Any],
+        completions: Sequence[Any],
+        columns: Mapping[str, Any],
+        completion_ids: Sequence[Sequence[int]] | None = None,
+    ) -> list[Score]:
+        """One `Score` for each completion.
+
+        Raises UserError for a column that is missing or of another length and, with ``on_error="fail"``,
+        for a reward that raises or returns anything but one finite number or None for each completion.
+        """
+        if not completions:
+            return []
+        if isinstance(self.function, CompositeReward):
+            return self.function.score(prompts, completions, columns, completion_ids, self.on_error)
+        arguments = {**columns, "prompts": prompts, "completions": completions}
+        if completion_ids is not None:
+            arguments["completion_ids"] = completion_ids
+        values = self._values(_accepted(self.function, arguments, self.name), len(completions))
+        return [Score(value, {self.name: value}) for value in values]
+
+    def _values(self, arguments: Mapping[str, Any], rows: int) -> list[float | None]:
+        for name, values in arguments.items():
+            if _is_column(values) and len(values) != rows:
+                raise UserError(f"reward {self.name!r}: {name!r} has {len(values)} values for {rows} completions")
+        try:
+            result = _call(self.function, arguments)
+        except UserError:  # the data lacks something: no row is to blame
+            raise
+        except Exception as error:
+            return self._one_by_one(arguments, rows, error)
+        return self._checked(result, rows)
+
+    def _one_by_one(self, arguments: Mapping[str, Any], rows: int, whole: Exception) -> list[float | None]:
+        """Call the reward on each row alone: to find those to blame for an error on all of them."""
+        values: list[float | None] = []
+        for row, alone in enumerate(_rows(arguments, rows)):
+            try:
+                result = _call(self.function, alone)
+            except Exception as error:
+                self._failed(f"reward {self.name!r} raised on row {row}: {_told(error)}", error)
+                values.append(None)
+            else:
+                values += self._checked(result, 1, first=row)
+        if self.on_error == "fail":
+            told = f"raised on {rows} rows together and on none of them alone: {_told(whole)}"
+            raise UserError(f"reward {self.name!r} {told}") from whole
+        return values
+
+    def _checked(self, result: Any, rows: int, first: int = 0) -> list[float | None]:
+        """The result as ``rows`` floats or None, the first of them of row ``first``."""
+        wanted = f"for {rows} completions: return one number or None for each"
+        if hasattr(result, "tolist"):  # an array or a tensor
+            result = result.tolist()
+        if not isinstance(result, Sequence) or isinstance(result, str):
+            self._failed(f"reward {self.name!r} returned {type(result).__name__} {wanted}")
+            return [None] * rows
+        if len(result) != rows:
+            self._failed(f"reward {self.name!r} returned {len(result)} values {wanted}")
+            return [None] * rows
+        return [self._number(value, first + row) for row, value in enumerate(result)]
+
+    def _number(self, value: Any, row: int) -> float | None:
+        if hasattr(value, "item"):  # an element of an array or a tensor
+            value = value.item()
+        if value is None:
+            return None
+        if isinstance(value, numbers.Real) and math.isfinite(value):
+            return float(value)
+        told = f"{value!r:.60} on row {row}: return a finite number, or None where it cannot tell"
+        self._failed(f"reward {self.name!r} returned {told}")
+        return None
+
+    def _failed(self, message: str, cause: Exception | None = None) -> None:
+        if self.on_error == "fail":
+            raise UserError(message) from cause
+        warnings.warn(f"{message}; scored as null", RuntimeWarning, stacklevel=2)
+
+
+def register_reward(reward: _Callable) -> _Callable:
+    """Decorator: make a reward function or class known under its ``name``, or its own name with dashes."""
+    _rewards.add(_name_of(reward), reward)
+    return reward
+
+
+def list_rewards() -> list[str]:
+    """The names of all registered rewards: built-ins and those of installed packages' entry points."""
+    return _rewards.names()
+
+
+def get_reward(spec: Any, on_error: OnError = "fail") -> Reward:
+    """The reward that ``spec`` describes.
+
+    A spec is a name, ``package.module:Name``, ``path/to/file.py:Name``, a callable, a mapping ``{"name":
+    any of these, **options}``, or a list of such, each with an optional ``"weight"``, for their weighted
+    sum. A class is built with the options; a function that takes completions gets them bound; any other
+    function is a factory and is called with them. A `Reward` is returned as it is. Raises UserError for an
+    unknown name or option, and for what is not a reward.
+    """
+    if isinstance(spec, Reward):
+        return spec
+    if isinstance(spec, Sequence) and not isinstance(spec, str):
+        spec = {"name": "weighted", "of": spec}
+    options = dict(spec) if isinstance(spec, Mapping) else {"name": spec}
+    if "name" not in options:
+        raise UserError(f"reward {options!r:.200} has no name: write {{'name': ..., options}}")
+    which = options.pop("name")
+    found = _rewards.get(which) if isinstance(which, str) else which
+    if isinstance(found, Reward) and not options:
+        return found
+    if not callable(found):
+        raise UserError(f"reward {which!r:.200} is {type(found).__name__}, not something that can be called")
+    function = _built(found, options)
+    return Reward(_name_of(function), function, on_error)
+
+
+def _name_of(reward: Any) -> str:
+    while isinstance(reward, functools.partial):
+        reward = reward.func
+    given = getattr(reward, "name", None)
+    own = given if isinstance(given, str) else getattr(reward, "__name__", type(reward).__name__)
+    return canonical(own)
+
+
+def _built(found: Callable[..., Any], options: Mapping[str, Any]) -> Callable[..., Any]:
+    """The callable that scores, made of what a spec named and its options."""
+    name, takes = _name_of(found), _parameters(found)
+    scores = not isinstance(found, type) and _is_reward(takes)
+    options = _checked_options(found, name, takes, options, anything=not scores and _takes_anything(takes))
+    if scores:
+        return functools.partial(found, **options) if options else found
+    missing = [p.name for p in _required(takes) if p.name not in options]
+    if missing:
+        raise UserError(f"reward {name!r} needs the option {missing[0]!r}: {{'name': ..., {missing[0]!r}: ...}}")
+    try:
+        built = found(**options)
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"reward {name!r} cannot be built: {_told(error)}") from error
+    if not callable(built):
+        raise UserError(
+            f"reward {name!r} takes no completions, and builds no reward but {type(built).__name__}: "
+            "name its first parameter 'completions', or return a callable"
+        )
+    return cast(Callable[..., Any], built)
+
+
+def _checked_options(
+    found: Any, name: str, takes: Mapping[str, inspect.Parameter], options: Mapping[str, Any], anything: bool
+) -> dict[str, Any]:
+    known = [n for n, p in takes.items() if p.kind not in _VARIADIC and n not in _GIVEN]
+    hints = _hints(found) if options else {}
+    checked = {}
+    for option, value in options.items():
+        if option not in known and not anything:
+            raise unknown(f"option of reward {name!r}", str(option), known)
+        checked[option] = _typed(value, hints.get(option, Any), f"reward {name!r}: option {option!r}")
+    return checked
+
+
+def _typed(value: Any, hint: Any, what: str) -> Any:
+    """The value as its annotation wants it; one that pydantic does not know lets everything pass."""
+    try:
+        return pydantic.TypeAdapter(hint).validate_python(value)
+    except pydantic.ValidationError as error:
+        raise UserError(f"{what} = {value!r:.60}: {error.errors()[0]['msg']}") from None
+    except pydantic.errors.PydanticUserError:
+        return value
+
+
+def _hints(found: Any) -> dict[str, Any]:
+    try:
+        plain_class = isinstance(found, type) and not is_dataclass(found)
+        return typing.get_type_hints(vars(found).get("__init__", found) if plain_class else found)
+    except (NameError, TypeError):  # names known to type checkers only, or a callable without annotations
+        return {}
+
+
+def _parameters(function: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
+    """The parameters of a callable; none for a builtin that does not tell."""
+    try:
+        return inspect.signature(function).parameters
+    except ValueError:
+        return {}
+
+
+def _is_reward(takes: Mapping[str, inspect.Parameter]) -> bool:
+    """Whether a function scores completions, or is a factory. One of ``*args, **columns`` alone scores."""
+    return bool(set(takes) & set(_GIVEN)) or (bool(takes) and all(p.kind in _VARIADIC for p in takes.values()))
+
+
+def _takes_anything(takes: Mapping[str, inspect.Parameter]) -> bool:
+    return any(p.kind is p.VAR_KEYWORD for p in takes.values())
+
+
+def _required(takes: Mapping[str, inspect.Parameter]) -> list[inspect.Parameter]:
+    return [p for p in takes.values() if p.default is p.empty and p.kind not in _VARIADIC]
+
+
+def _accepted(function: Callable[..., Any], arguments: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """The arguments that the reward takes. A bound option wins over a column of the same name."""
+    bound = function.keywords if isinstance(function, functools.partial) else {}
+    takes = _parameters(function)
+    for parameter in _required(takes):
+        if parameter.name not in arguments:
+            raise missing_column(name, parameter.name, arguments)
+    anything = _takes_anything(takes)
+    return {n: value for n, value in arguments.items() if n not in bound and (anything or n in takes)}
+
+
+def missing_column(reward: str, column: str, columns: Mapping[str, Any]) -> UserError:
+    """The error for data without a column that a reward needs."""
+    there = ", ".join(sorted(set(columns) - set(_GIVEN))) or "none"
+    return UserError(f"reward {reward!r} needs the column {column!r}; the data's columns: {there}")
+
+
+def _call(function: Callable[..., Any], arguments: Mapping[str, Any]) -> Any:
+    """The function's result, awaited in a loop of its own if it is async."""
+    result = function(**arguments)
+    if not inspect.isawaitable(result):
+        return result
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(_awaited(result))
+    with ThreadPoolExecutor(1) as thread:  # a running loop cannot be entered again
+        return thread.submit(asyncio.run, _awaited(result)).result()
+
+
+async def _awaited(result: Awaitable[Any]) -> Any:
+    return await result
+
+
+def _is_column(value: Any) -> bool:
+    """Whether an argument has one value a row, unlike TRL's ``trainer_state``."""
+    return (isinstance(value, Sequence) and not isinstance(value, str)) or getattr(value, "ndim", 0) > 0
+
+
+def _rows(arguments: Mapping[str, Any], rows: int) -> Iterator[dict[str, Any]]:
+    """The arguments of each row alone."""
+    for row in range(rows):
+        yield {n: value[row : row + 1] if _is_column(value) else value for n, value in arguments.items()}
+
+
+def _told(error: Exception) -> str:
+    """An exception in one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split()):.300}"

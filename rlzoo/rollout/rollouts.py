@@ -1,0 +1,60 @@
+"""From a policy and problems to buffer rows: sampled, judged, with behaviour log-probs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from rlzoo.config import Sampling
+from rlzoo.policy import Policy
+from rlzoo.policy.policy import score_rows
+from rlzoo.problems import Encoded, trajectory
+from rlzoo.reward import Reward, Score
+from rlzoo.rollout.sampler import Sample, Sampler
+from rlzoo.types import Trajectory
+
+
+def collect_rollouts(
+    policy: Policy,
+    sampler: Sampler,
+    problems: Sequence[Encoded],
+    reward: Reward,
+    settings: Sampling,
+    seed: int,
+    version: int = 0,
+    token_budget: int = 8192,
+    progress: Callable[[int], None] | None = None,
+) -> list[Trajectory]:
+    """Sample each problem ``settings.samples`` times and judge the completions.
+
+    Behaviour log-probs are those of the distribution that was sampled from (temperature and top_p applied),
+    recomputed by the policy itself: in the trainer's numerics, whatever engine sampled.
+    """
+    sampled = sampler.sample([p.ids for p in problems], settings, seed, progress=progress)
+    flat = [(problem, sample) for problem, samples in zip(problems, sampled, strict=True) for sample in samples]
+    scores = judge(reward, flat)
+    logps = score_rows(policy, [(p.ids, s.ids) for p, s in flat], token_budget, settings.temperature, settings.top_p)
+    return [
+        trajectory(
+            problem,
+            sample.text,
+            sample.ids,
+            source="policy",
+            reward=score.value,
+            reward_parts=score.parts,
+            behaviour_logp=logp,
+            policy_version=version,
+            truncated=sample.truncated,
+        )
+        for (problem, sample), score, logp in zip(flat, scores, logps, strict=True)
+    ]
+
+
+def judge(reward: Reward, answered: Sequence[tuple[Encoded, Sample]]) -> list[Score]:
+    """The reward of each completion; conversational problems get conversational completions, as in TRL."""
+    prompts = [p.problem.prompt for p, _ in answered]
+    completions = [
+        s.text if isinstance(p.problem.prompt, str) else [{"role": "assistant", "content": s.text}] for p, s in answered
+    ]
+    names = {name for p, _ in answered for name in p.problem.columns}
+    columns = {name: [p.problem.columns.get(name) for p, _ in answered] for name in sorted(names)}
+    return reward.score(prompts, completions, columns, completion_ids=[s.ids for _, s in answered])

@@ -1,0 +1,113 @@
+"""The Sampler protocol and the sampler that needs nothing but transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from rlzoo.config import Sampling
+from rlzoo.policy import Policy
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One sampled completion."""
+
+    ids: list[int]
+    """Tokens up to and with the end of sequence; without one if truncated."""
+    text: str
+    """The tokens as text, special tokens left out."""
+    truncated: bool
+    """True if ``max_new_tokens`` came before an end of sequence."""
+
+
+class Sampler(Protocol):
+    """Anything that continues prompts."""
+
+    def sample(
+        self,
+        prompts: Sequence[Sequence[int]],
+        settings: Sampling,
+        seed: int,
+        greedy: bool = False,
+        progress: Callable[[int], None] | None = None,
+    ) -> list[list[Sample]]:
+        """``settings.samples`` completions of each prompt, one if ``greedy``; the same for the same seed.
+
+        ``progress`` is told how many prompts are done.
+        """
+        ...
+
+
+class TransformersSampler:
+    """Samples with transformers' ``generate``; prompts of like length share a batch."""
+
+    def __init__(self, policy: Policy) -> None:
+        self.policy = policy
+
+    def sample(
+        self,
+        prompts: Sequence[Sequence[int]],
+        settings: Sampling,
+        seed: int,
+        greedy: bool = False,
+        progress: Callable[[int], None] | None = None,
+    ) -> list[list[Sample]]:
+        copies = 1 if greedy else settings.samples
+        order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
+        size = max(1, settings.batch_size // copies)
+        results: list[list[Sample]] = [[] for _ in prompts]
+        training = self.policy.training
+        self.policy.eval()
+        devices = [self.policy.device] if self.policy.device.type == "cuda" else []
+        with torch.random.fork_rng(devices):  # sampling leaves the caller's random state alone
+            torch.manual_seed(seed)
+            for start in range(0, len(order), size):
+                batch = order[start : start + size]
+                for index, samples in zip(
+                    batch, self._generate([prompts[i] for i in batch], settings, copies, greedy), strict=True
+                ):
+                    results[index] = samples
+                if progress is not None:
+                    progress(len(batch))
+        self.policy.train(training)
+        return results
+
+    @torch.no_grad()
+    def _generate(
+        self, prompts: list[Sequence[int]], settings: Sampling, copies: int, greedy: bool
+    ) -> list[list[Sample]]:
+        policy, tokenizer = self.policy, self.policy.tokenizer
+        longest = max(map(len, prompts))
+        padding = tokenizer.pad_token_id
+        ids = torch.full((len(prompts), longest), padding)
+        attention = torch.zeros_like(ids)
+        for row, prompt in enumerate(prompts):
+            ids[row, longest - len(prompt) :] = torch.as_tensor(prompt)
+            attention[row, longest - len(prompt) :] = 1
+        # top_k = 0 and a top_p of 1 switch off what a checkpoint's generation configuration may ask for
+        how = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None} if greedy else {
+            "do_sample": True, "temperature": settings.temperature, "top_p": settings.top_p, "top_k": 0,
+            "num_return_sequences": copies,
+        }  # fmt: skip
+        out = policy.model.generate(
+            input_ids=ids.to(policy.device),
+            attention_mask=attention.to(policy.device),
+            max_new_tokens=settings.max_new_tokens,
+            pad_token_id=padding,
+            eos_token_id=sorted(policy.eos_ids),
+            repetition_penalty=1.0,
+            **how,
+        )
+        rows = out[:, longest:].tolist()
+        samples = [self._sample(row) for row in rows]
+        return [samples[i : i + copies] for i in range(0, len(samples), copies)]
+
+    def _sample(self, ids: list[int]) -> Sample:
+        end = next((i for i, token in enumerate(ids) if token in self.policy.eos_ids), None)
+        kept = ids if end is None else ids[: end + 1]
+        text = self.policy.tokenizer.decode(kept, skip_special_tokens=True)
+        return Sample(kept, text, truncated=end is None)

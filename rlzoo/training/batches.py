@@ -1,0 +1,106 @@
+"""Batches for an optimizer step: whole units from a buffer, or fresh samples of the policy in training."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from rlzoo.buffers import Buffer, View
+from rlzoo.policy.policy import Sequences
+from rlzoo.types import Coupling, Selection, TokenBatch, Trajectory
+
+
+class Source(Protocol):
+    """Where a step's rows come from."""
+
+    def draw(self) -> tuple[list[Trajectory], list[tuple[int, ...]]]:
+        """The rows of one batch, and the units (rows that belong together) as indices into them."""
+        ...
+
+
+class BufferSource:
+    """Epochs over a view of a fixed buffer, shuffled by seed; a batch is filled with whole units."""
+
+    def __init__(self, buffer: Buffer, view: View, batch_size: int, seed: int) -> None:
+        self._buffer, self._view, self._batch_size = buffer, view, batch_size
+        self._random = random.Random(seed)
+        self._queue: list[int] = []
+
+    def draw(self) -> tuple[list[Trajectory], list[tuple[int, ...]]]:
+        rows: list[Trajectory] = []
+        units: list[tuple[int, ...]] = []
+        while len(rows) < self._batch_size:
+            if not self._queue:
+                self._queue = list(range(len(self._view)))
+                self._random.shuffle(self._queue)
+            unit = self._view.units[self._queue.pop()]
+            if units and len(rows) + len(unit) > self._batch_size:
+                break
+            units.append(tuple(range(len(rows), len(rows) + len(unit))))
+            rows.extend(self._buffer[index] for index in unit)
+        return rows, units
+
+
+class FreshSource:
+    """New samples of the current policy for every batch."""
+
+    def __init__(self, collect: Callable[[int], Buffer], selection: Selection, **options: object) -> None:
+        self._collect, self._selection, self._options = collect, selection, options
+        self._version = 0
+
+    def draw(self) -> tuple[list[Trajectory], list[tuple[int, ...]]]:
+        buffer = self._collect(self._version)
+        self._version += 1
+        view = buffer.view(self._selection, **self._options)
+        rows: list[Trajectory] = []
+        units: list[tuple[int, ...]] = []
+        for unit in view.units:
+            units.append(tuple(range(len(rows), len(rows) + len(unit))))
+            rows.extend(buffer[index] for index in unit)
+        return rows, units
+
+
+def static_batch(
+    rows: Sequence[Trajectory], units: Sequence[tuple[int, ...]], selection: Selection, device: torch.device
+) -> TokenBatch:
+    """All that is known of a batch before a forward pass; ``logp`` is 0."""
+    mask = Sequences.collate([r.prompt_ids for r in rows], [r.completion_ids for r in rows], device).mask
+    groups = {prompt: number for number, prompt in enumerate(dict.fromkeys(r.prompt_id for r in rows))}
+    pairs = selection is Selection.PAIRS
+    partner, chosen = torch.zeros(len(rows), dtype=torch.long), torch.zeros(len(rows), dtype=torch.bool)
+    for better, worse in units if pairs else ():
+        partner[better], partner[worse], chosen[better] = worse, better, True
+    reward = None
+    if all(r.reward is not None for r in rows):
+        reward = torch.tensor([float(r.reward or 0.0) for r in rows], device=device)
+    return TokenBatch(
+        logp=torch.zeros(mask.shape, device=device),
+        mask=mask,
+        behaviour_logp=_rows_of([r.behaviour_logp for r in rows], mask),
+        reference_logp=_rows_of([r.reference_logp for r in rows], mask),
+        reward=reward,
+        group=torch.tensor([groups[r.prompt_id] for r in rows], device=device),
+        partner=partner.to(device) if pairs else None,
+        chosen=chosen.to(device) if pairs else None,
+    )
+
+
+def _rows_of(values: Sequence[Sequence[float] | None], mask: Tensor) -> Tensor | None:
+    """Lists of floats as one padded tensor, or None where a row has none."""
+    out = torch.zeros(mask.shape)
+    for row, value in enumerate(values):
+        if value is None:
+            return None
+        out[row, : len(value)] = torch.as_tensor(value)
+    return out.to(mask.device)
+
+
+def atoms(units: Sequence[tuple[int, ...]], coupling: Coupling) -> list[tuple[int, ...]]:
+    """The sets of rows that a micro-batch must not separate."""
+    if coupling in (Coupling.PAIR, Coupling.GROUP):
+        return list(units)
+    return [(row,) for unit in units for row in unit]

@@ -1,0 +1,49 @@
+"""What a run cost, in units that do not depend on the machine and some that do."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+
+@dataclass
+class Costs:
+    """Counted while training; evaluation is left out."""
+
+    gradient_tokens: int = 0
+    """Prompt and completion tokens, padding left out, that went through a backward pass."""
+    sampled_tokens: int = 0
+    """Completion tokens that were sampled to learn from; a shared buffer's count for each that learns from it."""
+    flops: float = 0.0
+    """Matrix-product FLOPs of forwards, backwards and sampling (see `Policy.flops`)."""
+    wall_seconds: float = 0.0
+    """Training time alone."""
+    peak_memory_bytes: int = 0
+    """Peak of the process (CPU: resident set; GPU: allocated), from the start of training to its end."""
+
+    def as_dict(self) -> dict[str, float]:
+        return asdict(self)
+
+
+def reset_peak_memory() -> None:
+    """Start a new peak where the platform can; elsewhere the peak is that of the process."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    elif sys.platform == "linux":
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+
+
+def peak_memory_bytes() -> int:
+    """Peak memory since `reset_peak_memory`, in bytes."""
+    if torch.cuda.is_available():
+        return int(torch.cuda.max_memory_allocated())
+    if sys.platform == "linux":
+        status = Path("/proc/self/status").read_text(encoding="ascii")
+        line = next(line for line in status.splitlines() if line.startswith("VmHWM:"))
+        return int(line.split()[1]) * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

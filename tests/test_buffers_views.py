@@ -1,0 +1,166 @@
+"""The laws of the four views over a buffer, against what each would be row by row."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+
+import pytest
+from buffer_rows import sample, samples
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rlzoo.buffers import OfflineBuffer
+from rlzoo.errors import UserError
+from rlzoo.types import Selection, Trajectory
+
+row_lists = st.lists(
+    st.builds(
+        sample,
+        prompt=st.integers(0, 3),
+        reward=st.sampled_from([None, 0.0, 0.4, 0.5, 1.0]),
+        text=st.sampled_from("abc"),
+        version=st.integers(0, 1),
+        source=st.sampled_from(["policy", "preference", "demonstration"]),
+        behaviour_logp=st.sampled_from([None, [-1.0]]),
+    ),
+    max_size=24,
+)
+
+
+def units(buffer: OfflineBuffer, selection: Selection, **options: float | None) -> list[tuple[int, ...]]:
+    """The view's units; none where the view is refused for being empty."""
+    try:
+        return list(buffer.view(selection, **options).units)
+    except UserError as error:
+        assert "the buffer has no " in str(error)
+        return []
+
+
+@given(row_lists)
+def test_demonstrations_are_all_rows_of_that_source(rows: list[Trajectory]) -> None:
+    expected = [(i,) for i, row in enumerate(rows) if row.source == "demonstration"]
+    assert units(samples(*rows), Selection.DEMONSTRATIONS) == expected
+
+
+@given(row_lists, st.integers(1, 3), st.sampled_from([0.4, 0.5, 2.0]))
+def test_correct_keeps_the_first_distinct_texts(rows: list[Trajectory], per_prompt: int, threshold: float) -> None:
+    expected, seen, count = [], set(), Counter[str]()
+    for i, row in enumerate(rows):
+        usable = row.source != "demonstration" and row.reward is not None and row.reward >= threshold
+        if usable and (row.prompt_id, row.completion) not in seen and count[row.prompt_id] < per_prompt:
+            seen.add((row.prompt_id, row.completion))
+            count[row.prompt_id] += 1
+            expected.append((i,))
+    assert units(samples(*rows), Selection.CORRECT, threshold=threshold, per_prompt=per_prompt) == expected
+
+
+@given(row_lists, st.integers(1, 3), st.sampled_from([0.4, 0.5, 2.0]))
+def test_pairs_straddle_the_threshold_within_a_prompt(
+    rows: list[Trajectory], per_prompt: int, threshold: float
+) -> None:
+    found = units(samples(*rows), Selection.PAIRS, threshold=threshold, per_prompt=per_prompt)
+    used = [index for unit in found for index in unit]
+    assert len(used) == len(set(used))
+    better, worse, made = Counter[str](), Counter[str](), Counter[str]()
+    for row in rows:
+        if row.source != "demonstration" and row.reward is not None:
+            (better if row.reward >= threshold else worse)[row.prompt_id] += 1
+    for first, second in found:
+        high, low = rows[first], rows[second]
+        assert high.prompt_id == low.prompt_id
+        assert high.reward is not None
+        assert low.reward is not None
+        assert low.reward < threshold <= high.reward
+        assert "demonstration" not in (high.source, low.source)
+        made[high.prompt_id] += 1
+    for prompt in better.keys() | worse.keys():
+        assert made[prompt] == min(better[prompt], worse[prompt], per_prompt)
+
+
+@given(row_lists)
+def test_groups_are_whole(rows: list[Trajectory]) -> None:
+    expected: dict[tuple[str, int], list[int]] = {}
+    for i, row in enumerate(rows):
+        if row.source == "policy" and row.reward is not None and row.behaviour_logp is not None:
+            expected.setdefault((row.prompt_id, row.policy_version), []).append(i)
+    assert sorted(units(samples(*rows), Selection.GROUPS)) == sorted(map(tuple, expected.values()))
+
+
+@given(row_lists, st.integers(1, 3))
+def test_groups_of_a_size_are_the_beginnings_of_those_large_enough(rows: list[Trajectory], size: int) -> None:
+    buffer = samples(*rows)
+    whole = units(buffer, Selection.GROUPS)
+    assert units(buffer, Selection.GROUPS, size=size) == [unit[:size] for unit in whole if len(unit) >= size]
+
+
+def test_views_do_not_depend_on_how_rows_are_chunked() -> None:
+    rows = [sample(i % 7, float(i % 3 == 0), text=str(i % 5), version=i % 2) for i in range(60)]
+    whole = samples(*rows)
+    parts = samples(*rows[:1])
+    for start in range(1, 60, 9):
+        parts = parts.concatenate(samples(*rows[start : start + 9]))
+    for selection in (Selection.CORRECT, Selection.PAIRS, Selection.GROUPS):
+        assert parts.view(selection) == whole.view(selection)
+        assert len(whole.view(selection)) == len(whole.view(selection).units) > 0
+
+
+def test_pairs_of_imported_preferences_stay_pairs() -> None:
+    rows = [sample(0, float(i % 2 == 0), text=str(i), source="preference") for i in range(6)]
+    assert samples(*rows).view(Selection.PAIRS).units == ((0, 1), (2, 3), (4, 5))
+
+
+def test_a_reward_that_is_not_a_number_is_none() -> None:
+    buffer = samples(sample(0, math.nan), sample(0, 1.0))
+    assert units(buffer, Selection.GROUPS) == [(1,)]
+    assert units(buffer, Selection.PAIRS) == []
+
+
+@pytest.mark.parametrize(
+    ("selection", "options", "message"),
+    [
+        (
+            Selection.DEMONSTRATIONS,
+            {},
+            "no demonstrations (0 of 1,200 rows have the source 'demonstration'): import",
+        ),
+        (
+            Selection.CORRECT,
+            {},
+            "the buffer has no correct samples (0 of 1,200 rows reach reward 0.5): "
+            "sample more with rlzoo rollout, or lower the threshold",
+        ),
+        (
+            Selection.PAIRS,
+            {"threshold": -1},
+            "no pairs (0 of 600 sampled prompts have both a completion that reaches",
+        ),
+        (Selection.GROUPS, {"size": 4}, "no groups of 4 samples (the largest of its 600 has 2): sample more"),
+    ],
+)
+def test_an_empty_view_names_the_selection_and_the_mend(
+    selection: Selection, options: dict[str, float], message: str
+) -> None:
+    buffer = samples(*(sample(i % 600, 0.0) for i in range(1200)))
+    with pytest.raises(UserError) as error:
+        buffer.view(selection, **options)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_groups_without_behaviour_log_probs_say_so() -> None:
+    with pytest.raises(UserError, match="0 of 1 rows have the source 'policy', a reward and behaviour log-probs"):
+        samples(sample(0, 1.0, behaviour_logp=None)).view(Selection.GROUPS)
+
+
+@pytest.mark.parametrize("selection", Selection)
+def test_an_empty_buffer_has_no_views(selection: Selection) -> None:
+    with pytest.raises(UserError, match="the buffer has no "):
+        samples().view(selection)
+
+
+def test_wrong_options_of_a_view_are_refused() -> None:
+    with pytest.raises(UserError, match="unknown option of the view 'groups' 'sise': did you mean 'size'"):
+        samples(sample(0, 1.0)).view(Selection.GROUPS, sise=4)
+    with pytest.raises(UserError, match="the view 'correct' needs per_prompt of at least 1, got 0"):
+        samples(sample(0, 1.0)).view(Selection.CORRECT, per_prompt=0)

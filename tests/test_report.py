@@ -1,0 +1,351 @@
+"""The report of a comparison, on a synthetic run of three algorithms, two benchmarks and three seeds."""
+
+from __future__ import annotations
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import rich.console
+
+from rlzoo.comparison.report import report_table, write_report
+from rlzoo.comparison.report.plots import curves_of
+from rlzoo.comparison.report.schema import parse_results
+from rlzoo.comparison.report.tables import amount, points, seconds
+from rlzoo.comparison.statistics import summarise
+from rlzoo.errors import UserError
+
+EVIL = "<script>alert('x')</script>"
+SKILL = {"base": 0.2, "plain": 0.35, "weighted": 0.55, "paired": 0.3}
+BENCHMARKS = ("sums", "longer sums")
+SAMPLES, PROBLEMS, K = 4, 30, 4
+COSTS = {
+    "gradient_tokens": 1_234_567,
+    "sampled_tokens": 0,
+    "flops": 3.21e12,
+    "wall_seconds": 71.4,
+    "peak_memory_bytes": 812_000_000,
+}
+
+
+def outcome_rows(skill: dict[str, float], seeds: int) -> list[dict[str, Any]]:
+    rows = []
+    for algorithm, chance in skill.items():
+        for seed in [-1] if algorithm == "base" else range(seeds):
+            rng = np.random.default_rng([seed + 1, len(algorithm)])
+            for benchmark in BENCHMARKS:
+                for problem in range(PROBLEMS):
+                    ease = chance * (0.6 if benchmark == "longer sums" else 1) * 2 * (problem + 0.5) / PROBLEMS
+                    rows += [
+                        {
+                            "algorithm": algorithm,
+                            "seed": seed,
+                            "learning_rate": None if seed < 0 else 1e-4,
+                            "benchmark": benchmark,
+                            "problem_id": f"{benchmark}-{problem:03}",
+                            "prompt": f"What is {EVIL} of {problem}?",
+                            "decoding": "sample" if sample < SAMPLES else "greedy",
+                            "sample": sample % SAMPLES,
+                            "reward": float(correct),
+                            "correct": bool(correct),
+                            "length": 12,
+                            "truncated": False,
+                            "text": f"3 + 4 = 7, 7 * {sample}\n# {7 * sample} & `{EVIL}`\n```\nend",
+                        }
+                        for sample, correct in enumerate(rng.random(SAMPLES + 1) < ease)
+                    ]
+    return rows
+
+
+def metrics_of(table: pa.Table, algorithm: str) -> dict[str, dict[str, Any]]:
+    rows = [row for row in summarise(table, K) if row["algorithm"] == algorithm]
+    return {
+        benchmark: {row["metric"]: row["mean"] for row in rows if row["benchmark"] == benchmark}
+        | {"k": K, "samples": SAMPLES}
+        for benchmark in BENCHMARKS
+    }
+
+
+def curve_point(step: int, skill: float, rng: np.random.Generator) -> dict[str, Any]:
+    value = 0.2 + (skill - 0.2) * step / 40 + 0.02 * rng.random()
+    return {"step": step, "metrics": {benchmark: {"avg_at_k": value, "greedy": None} for benchmark in BENCHMARKS}}
+
+
+def synthetic_run(directory: Path, skill: dict[str, float] | None = None, seeds: int = 3) -> dict[str, Any]:
+    """Write a complete run directory; its results are returned for a test to alter."""
+    skill = skill or SKILL
+    table = pa.Table.from_pylist(outcome_rows(skill, seeds))
+    names = [name for name in skill if name != "base"]
+    rng = np.random.default_rng(0)
+    edges = np.linspace(0, 1, 21)
+    cells = [
+        {
+            "algorithm": name,
+            "seed": seed,
+            "learning_rate": 1e-4,
+            "metrics": metrics_of(table, name),
+            "costs": COSTS,
+            "curve": [curve_point(step, skill[name], rng) for step in (0, 10, 20, 30, 40)],
+            "training": [{"step": 1, "loss": 0.3, "gradient_norm": 1.0}],
+            "token_probabilities": np.histogram(rng.beta(0.6 - skill[name] / 2, 0.3, 5000), edges)[0].tolist(),
+        }
+        for name in names
+        for seed in range(seeds)
+    ]
+    before = np.histogram(rng.beta(0.7, 0.5, 5000), edges)[0].tolist()
+    error = f"RuntimeError: {EVIL}\nat x"
+    results = {
+        "experiment": "default",
+        "description": "Three ways to learn sums.",
+        "created": "2026-11-22T10:00:00+00:00",
+        "versions": {"rlzoo": "0.1.0", "torch": "2.13.0"},
+        "config": {"model": "tiny", "training": {"steps": 40}},
+        "base": metrics_of(table, "base"),
+        "cells": cells,
+        "summary": summarise(table, K),
+        "token_probabilities": {"edges": edges.tolist(), "before": before},
+        "learning_rates": {name: {"1e-05": 0.21, "0.0001": 0.36} for name in names},
+        "wall_seconds": 251.0,
+        "failed": [{"algorithm": names[-1], "seed": 7, "learning_rate": 1e-3, "error": error}],
+    }
+    save(directory, results, table)
+    return results
+
+
+def save(directory: Path, results: dict[str, Any], table: pa.Table | None = None) -> None:
+    (directory / "results.json").write_text(json.dumps(results))
+    if table is not None:
+        pq.write_table(table, directory / "outcomes.parquet")
+
+
+class Page(HTMLParser):
+    """What a browser would see: the tags, the ids, and the text."""
+
+    def __init__(self, source: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str | None]] = []
+        self.open: list[str] = []
+        self.text = ""
+        self.feed(source)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += attrs
+        if tag != "meta":
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += attrs
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag, f"</{tag}> closes something else"
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def read(directory: Path) -> tuple[str, str]:
+    return (directory / "report.html").read_text(), (directory / "report.md").read_text()
+
+
+def outside_fences(markdown: str) -> str:
+    return re.sub(r"^(`{3,})\w*\n.*?\n\1$", "", markdown, flags=re.DOTALL | re.MULTILINE)
+
+
+def test_report_has_all_parts_in_order(tmp_path: Path) -> None:
+    synthetic_run(tmp_path)
+    write_report(tmp_path)
+    source, markdown = read(tmp_path)
+    headings = [
+        "Comparison: default",
+        "Results",
+        "Differences to plain",
+        "Learning curves",
+        "Token probabilities",
+        "Costs",
+        "Learning rates",
+        "Failed cells",
+        "Sample completions",
+        "How it was made",
+    ]
+    for text in (Page(source).text, markdown):
+        places = [text.rindex(heading) for heading in headings]
+        assert places == sorted(places)
+        assert "rlzoo compare experiment.yaml" in text
+        assert "1.23 M" in text and "812 MB" in text and "3.21 T" in text and "1 min 11 s" in text
+    assert "steps: 40" in markdown
+    assert "mathdefault" not in source, "no TeX shows"
+    assert [path.name for path in tmp_path.glob(".*")] == [], "no temporary file is left"
+
+
+def test_answer_follows_from_the_data(tmp_path: Path) -> None:
+    results = synthetic_run(tmp_path)
+    write_report(tmp_path)
+    mean = next(
+        row["mean"] for row in results["summary"]
+        if (row["algorithm"], row["benchmark"], row["metric"]) == ("weighted", "sums", "avg_at_k")
+    )  # fmt: skip
+    lead = next(line for line in read(tmp_path)[1].splitlines() if line.startswith("**On sums"))
+    assert f"weighted has the best avg@4: {100 * mean:.1f} %" in lead
+    assert "points against plain, the second" in lead and "the two are distinguishable here" in lead
+    assert "By greedy decoding weighted leads" in lead and "By pass@4 weighted leads" in lead
+
+
+def test_answer_owns_up_to_a_tie_and_to_a_better_base(tmp_path: Path) -> None:
+    synthetic_run(tmp_path, {"base": 0.9, "plain": 0.30, "other": 0.31}, seeds=1)
+    write_report(tmp_path)
+    text = Page(read(tmp_path)[0]).text
+    assert "the two are not distinguishable here" in text
+    assert re.search(r"The base model, at \d+\.\d %, is not below it", text)
+
+
+def test_model_output_and_names_show_as_text(tmp_path: Path) -> None:
+    synthetic_run(tmp_path, {"base": 0.2, EVIL: 0.4, "a|b `$x_1$": 0.5})
+    write_report(tmp_path)
+    source, markdown = read(tmp_path)
+    page = Page(source)
+    assert "script" not in page.tags
+    assert not page.open, "every element is closed"
+    assert page.text.count(EVIL) > 10, "in tables, figures and completions"
+    assert "<script" not in outside_fences(markdown)
+    assert r"a\|b \`\$x\_1\$" in markdown
+    assert EVIL in markdown, "inside the fences it stands as the model wrote it"
+    for drawing in (tmp_path / "figures").iterdir():
+        assert "<script" not in drawing.read_text()
+
+
+def test_page_stands_alone_and_describes_its_figures(tmp_path: Path) -> None:
+    synthetic_run(tmp_path)
+    write_report(tmp_path)
+    source, markdown = read(tmp_path)
+    page = Page(source)
+    assert "http://" not in source and "https://" not in source and "src=" not in source
+    ids = [value for name, value in page.attributes if name == "id"]
+    assert len(ids) == len(set(ids)), "drawings do not share ids"
+    targets = re.findall(r'href="#([^"]+)"|url\(#([^)]+)\)', source)
+    assert {a or b for a, b in targets} <= set(ids)
+    assert page.tags.count("figure") == page.tags.count("figcaption") == 7
+    assert sum(name == "aria-label" and bool(value) for name, value in page.attributes) == 7
+    for alt, path in re.findall(r"!\[(.*?)\]\((.*?)\)", markdown):
+        assert alt and ElementTree.parse(tmp_path / path).getroot().tag.endswith("svg")
+
+
+def test_parts_without_data_are_left_out(tmp_path: Path) -> None:
+    results = synthetic_run(tmp_path)
+    for cell in results["cells"]:
+        del cell["curve"], cell["token_probabilities"]
+    for key in ("description", "failed", "learning_rates", "token_probabilities"):
+        del results[key]
+    save(tmp_path, results)
+    write_report(tmp_path)
+    text = Page(read(tmp_path)[0]).text
+    for heading in ("Learning curves", "Token probabilities", "Learning rates", "Failed cells"):
+        assert heading not in text
+    assert "Sample completions" in text
+
+
+def test_learning_curves_start_at_the_base_and_average_the_seeds() -> None:
+    def point(step: int, value: float) -> dict[str, Any]:
+        return {"step": step, "metrics": {"sums": {"avg_at_k": value}}}
+
+    cells = [
+        {"algorithm": "a", "seed": seed, "metrics": {}, "curve": [point(5, value)]}
+        for seed, value in enumerate((0.4, 0.6, 0.8))
+    ]
+    results = parse_results(
+        {
+            "experiment": "x",
+            "created": "now",
+            "base": {"sums": {"k": 1}},
+            "base_curve": point(0, 0.2),
+            "cells": [*cells, {"algorithm": "b", "seed": 0, "metrics": {}, "curve": []}],
+            "summary": [],
+        }
+    )
+    curves = curves_of(results, "sums", "avg_at_k")
+    assert list(curves) == ["a"]
+    np.testing.assert_allclose(np.stack(curves["a"]), [[0.0, 5.0], [0.2, 0.6], [0.2, 0.4], [0.2, 0.8]])
+
+
+def test_run_in_which_every_cell_failed(tmp_path: Path) -> None:
+    results = synthetic_run(tmp_path, {"base": 0.2, "plain": 0.3})
+    results["cells"] = []
+    save(tmp_path, results, pa.Table.from_pylist(outcome_rows({"base": 0.2}, seeds=1)))
+    write_report(tmp_path)
+    text = Page(read(tmp_path)[0]).text
+    assert "On sums, no algorithm has a result." in text
+    assert "Failed cells" in text and "Differences" not in text
+
+
+def test_baseline_can_be_chosen(tmp_path: Path) -> None:
+    synthetic_run(tmp_path)
+    write_report(tmp_path, baseline="base")
+    assert "## Differences to base" in read(tmp_path)[1]
+    results = synthetic_run(tmp_path)
+    results["failed"] = [{"algorithm": "broken", "seed": 0, "error": "out of memory"}]
+    save(tmp_path, results)
+    write_report(tmp_path, baseline="broken")
+    assert "## Differences to plain" in read(tmp_path)[1], "a baseline that failed does not sink the report"
+    with pytest.raises(UserError, match="unknown baseline 'bass': did you mean 'base'"):
+        write_report(tmp_path, baseline="bass")
+
+
+@pytest.mark.parametrize("damage", ["nowhere", "empty", "json", "field", "parquet"])
+def test_damaged_run_is_one_line_and_writes_nothing(tmp_path: Path, damage: str) -> None:
+    directory = tmp_path / "run"
+    if damage != "nowhere":
+        directory.mkdir()
+    if damage in ("json", "field", "parquet"):
+        results = synthetic_run(directory)
+    match damage:
+        case "json":
+            (directory / "results.json").write_text('{"experiment": ')
+        case "field":
+            del results["cells"][1]["seed"]
+            save(directory, results)
+        case "parquet":
+            (directory / "outcomes.parquet").write_bytes(b"not parquet")
+    expected = {"nowhere": "does not exist", "empty": "has no results.json", "json": "not valid JSON",
+                "field": r"cells\.1\.seed: Field required", "parquet": "cannot be read"}[damage]  # fmt: skip
+    with pytest.raises(UserError, match=expected) as error:
+        write_report(directory)
+    assert "\n" not in str(error.value)
+    assert not list(tmp_path.rglob("report.*"))
+
+
+def test_terminal_tables_fit_and_mark_the_best(tmp_path: Path) -> None:
+    results = synthetic_run(tmp_path, {**SKILL, "[red]odd[/red]": 0.3})
+    found = report_table(results)
+    console = rich.console.Console(width=110, record=True, force_terminal=True, color_system=None)
+    for table in found:
+        console.print(table)
+    text = console.export_text(styles=True)
+    assert len(found) == len(BENCHMARKS) + 1
+    assert "[red]odd[/red]" in text, "a name is no markup"
+    best = next(row for row in results["summary"] if row["algorithm"] == "weighted" and row["metric"] == "greedy")
+    low, high = 100 * best["ci_low"], 100 * best["ci_high"]
+    shown = f"{100 * best['mean']:.1f} [{low:.1f}, {high:.1f}]"
+    assert re.search(rf"\x1b\[1m\s*{re.escape(shown)}", text)
+
+
+@pytest.mark.parametrize(
+    ("shown", "expected"),
+    [
+        (amount(0), "0"), (amount(999), "999"), (amount(1500), "1.5 k"), (amount(3.21e12), "3.21 T"),
+        (amount(812e6, "B"), "812 MB"), (amount(None), "–"), (amount(0.25), "0.25"),
+        (seconds(0.42), "0.4 s"), (seconds(59.7), "1 min 0 s"), (seconds(7500), "2 h 5 min"),
+        (points(-0.0123), "−1.2"), (points(0.0123), "+1.2"), (points(-0.0001), "0.0"),
+    ],
+)  # fmt: skip
+def test_numbers_read_well(shown: str, expected: str) -> None:
+    assert shown == expected

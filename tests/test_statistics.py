@@ -1,0 +1,182 @@
+"""Statistics of a comparison, against numbers derived by hand, enumeration and simulation."""
+
+from __future__ import annotations
+
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rlzoo.comparison.statistics import (
+    Interval,
+    ScoreMatrix,
+    align,
+    compare_to,
+    crossed_bootstrap,
+    paired_difference,
+    pass_at_k,
+    score_matrices,
+    summarise,
+)
+from rlzoo.errors import UserError
+
+
+def outcome_table(correct: dict[tuple[str, int], list[list[int]]], benchmark: str = "sums") -> pa.Table:
+    """Outcomes from (algorithm, seed) → [problem][sample] of 0 and 1; greedy is the first sample."""
+    rows: list[dict[str, Any]] = []
+    for (algorithm, seed), problems in correct.items():
+        for index, samples in enumerate(problems):
+            where = {"algorithm": algorithm, "seed": seed, "benchmark": benchmark, "problem_id": f"p{index}"}
+            rows += [{**where, "decoding": "sample", "sample": i, "correct": bool(c)} for i, c in enumerate(samples)]
+            rows.append({**where, "decoding": "greedy", "sample": 0, "correct": bool(samples[0])})
+    return pa.Table.from_pylist(rows)
+
+
+@given(n=st.integers(1, 7), data=st.data())
+def test_pass_at_k_is_the_share_of_subsets_with_a_correct_sample(n: int, data: st.DataObject) -> None:
+    correct, k = data.draw(st.integers(0, n)), data.draw(st.integers(1, n))
+    samples = [1] * correct + [0] * (n - correct)
+    subsets = list(combinations(samples, k))
+    expected = sum(any(subset) for subset in subsets) / len(subsets)
+    assert pass_at_k(np.array([correct]), np.array([n]), k)[0] == pytest.approx(expected, abs=1e-12)
+
+
+def test_pass_at_k_by_hand_and_for_many_samples() -> None:
+    # 1 - C(2,2)/C(4,2) = 1 - 1/6; none correct: 0; fewer wrong ones than k: 1.
+    np.testing.assert_allclose(pass_at_k(np.array([2, 0, 3]), np.array([4, 4, 4]), 2), [5 / 6, 0.0, 1.0], atol=1e-15)
+    # 1 - (9999/10000 · … ) telescopes to k/n for one correct sample, where C(n, k) itself overflows a float.
+    assert pass_at_k(np.array([1]), np.array([10_000]), 5_000)[0] == pytest.approx(0.5, rel=1e-9)
+
+
+@pytest.mark.parametrize("k", [0, 5])
+def test_pass_at_k_outside_the_samples_is_an_error_of_the_user(k: int) -> None:
+    with pytest.raises(UserError, match=f"pass@{k} needs 1 ≤ k ≤ samples a problem, which is 4") as error:
+        pass_at_k(np.array([2, 2]), np.array([4, 6]), k)
+    assert "\n" not in str(error.value)
+
+
+def test_pass_at_k_refuses_impossible_counts() -> None:
+    with pytest.raises(ValueError, match="correct"):
+        pass_at_k(np.array([5]), np.array([4]), 1)
+
+
+def test_bootstrap_of_two_problems_and_one_seed_by_hand() -> None:
+    # Resampling (0, 1) gives means 0, 1/2, 1 with chances 1/4, 1/2, 1/4: 2.5 % and 97.5 % are 0 and 1.
+    assert crossed_bootstrap(np.array([[0.0, 1.0]])) == Interval(0.5, 0.0, 1.0)
+    # The inner half of that distribution is 1/2 alone.
+    assert crossed_bootstrap(np.array([[0.0, 1.0]]), level=0.4) == Interval(0.5, 0.5, 0.5)
+
+
+def test_single_seed_single_problem_and_constant_scores_have_no_width() -> None:
+    assert crossed_bootstrap(np.array([[0.25]])) == Interval(0.25, 0.25, 0.25)
+    mean, low, high = crossed_bootstrap(np.full((3, 5), 0.4))
+    assert (mean, low, high) == pytest.approx((0.4, 0.4, 0.4))
+
+
+def test_one_problem_resamples_the_seeds() -> None:
+    assert crossed_bootstrap(np.array([[0.0], [1.0]])) == Interval(0.5, 0.0, 1.0)
+
+
+def test_bootstrap_is_the_same_for_the_same_seed_only() -> None:
+    scores = np.random.default_rng(1).random((3, 40))
+    assert crossed_bootstrap(scores, seed=3) == crossed_bootstrap(scores, seed=3)
+    assert crossed_bootstrap(scores, seed=3) != crossed_bootstrap(scores, seed=4)
+
+
+@pytest.mark.parametrize("scores", [np.zeros((0, 3)), np.zeros(3), np.array([[np.nan, 1.0]])])
+def test_bootstrap_refuses_what_is_not_a_matrix_of_scores(scores: np.ndarray) -> None:
+    with pytest.raises(ValueError, match="finite"):
+        crossed_bootstrap(scores)
+
+
+@pytest.mark.parametrize(
+    ("seeds", "problems", "seed_effect", "problem_effect", "noise"),
+    [(3, 80, 0.01, 0.3, 0.25), (20, 50, 0.1, 0.2, 0.1), (25, 25, 0.2, 0.2, 0.05)],
+)
+def test_intervals_cover_the_truth_nineteen_times_in_twenty(
+    seeds: int, problems: int, seed_effect: float, problem_effect: float, noise: float
+) -> None:
+    truth, covered, runs = 0.5, 0, 500
+    for run in range(runs):
+        rng = np.random.default_rng(run)
+        scores = truth + seed_effect * rng.normal(size=(seeds, 1)) + problem_effect * rng.normal(size=problems)
+        interval = crossed_bootstrap(scores + noise * rng.normal(size=(seeds, problems)), resamples=800)
+        covered += interval.low <= truth <= interval.high
+    assert 0.92 <= covered / runs <= 0.98
+
+
+def test_pairing_removes_what_two_algorithms_share() -> None:
+    rng = np.random.default_rng(0)
+    hard = rng.random((3, 60))
+    difference = paired_difference(hard + 0.1, hard)
+    assert difference == pytest.approx((0.1, 0.1, 0.1))
+    assert difference.excludes_zero and not crossed_bootstrap(hard - 0.5).excludes_zero
+    with pytest.raises(ValueError, match="equal shapes"):
+        paired_difference(hard, hard[:, 1:])
+
+
+def test_scores_of_a_table_by_hand() -> None:
+    table = outcome_table({("a", 0): [[1, 0, 0, 0], [0, 1, 1, 0]], ("a", 1): [[0, 0, 0, 0], [1, 1, 1, 1]]})
+    matrices = score_matrices(table, k=2)
+    assert matrices["a", "sums", "avg_at_k"].values.tolist() == [[0.25, 0.5], [0, 1]]
+    assert matrices["a", "sums", "greedy"].values.tolist() == [[1, 0], [0, 1]]
+    # c = 1: 1 - C(3,2)/C(4,2) = 1/2; c = 2: 5/6.
+    np.testing.assert_allclose(matrices["a", "sums", "pass_at_k"].values, [[0.5, 5 / 6], [0.0, 1.0]])
+
+
+def test_summary_has_a_row_for_every_algorithm_and_metric() -> None:
+    table = outcome_table({("base", -1): [[0, 1]], ("b", 0): [[1, 1]], ("a", 0): [[1, 1]], ("a", 1): [[0, 1]]})
+    rows = summarise(table, k={"sums": 2})
+    assert [(row["algorithm"], row["metric"]) for row in rows[:4]] == [
+        ("base", "avg_at_k"),
+        ("base", "greedy"),
+        ("base", "pass_at_k"),
+        ("b", "avg_at_k"),
+    ]
+    assert rows[6] == {
+        "algorithm": "a", "benchmark": "sums", "metric": "avg_at_k",
+        "mean": 0.75, "ci_low": 0.5, "ci_high": 1.0, "seeds": 2,
+    }  # fmt: skip
+
+
+def test_comparison_pairs_shared_seeds_and_sets_the_base_beside_each() -> None:
+    table = outcome_table(
+        {
+            ("base", -1): [[0, 0], [0, 1]],
+            ("a", 0): [[0, 1], [1, 1]],
+            ("a", 1): [[1, 1], [1, 1]],
+            ("b", 1): [[0, 1], [0, 1]],
+            ("c", 2): [[1, 1], [1, 1]],
+        }
+    )
+    rows = {(row["algorithm"], row["metric"]): row for row in compare_to(table, "a", k=1)}
+    # base: mean 1/4 against 7/8 over two seeds; b: 1/2 against seed 1 of a, which is 1.
+    assert rows["base", "avg_at_k"]["difference"] == pytest.approx(-5 / 8)
+    assert rows["base", "avg_at_k"]["seeds"] == 2
+    assert rows["b", "avg_at_k"]["difference"] == pytest.approx(-1 / 2)
+    assert rows["b", "avg_at_k"]["seeds"] == 1
+    assert {name for name, _ in rows} == {"base", "b"}, "c shares no seed with a"
+    against_base = compare_to(table, "base", k=1)
+    assert against_base[0]["difference"] == pytest.approx(5 / 8)
+
+
+def test_alignment_matches_problems_by_name() -> None:
+    a = ScoreMatrix(np.array([[1.0, 2.0, 3.0]]), (0,), ("p", "q", "r"))
+    b = ScoreMatrix(np.array([[30.0, 10.0]]), (0,), ("r", "p"))
+    pair = align(a, b)
+    assert pair is not None
+    assert [side.tolist() for side in pair] == [[[1, 3]], [[10, 30]]]
+
+
+def test_inconsistent_outcomes_are_named() -> None:
+    table = outcome_table({("a", 0): [[1], [0]], ("a", 1): [[1]]})
+    with pytest.raises(UserError, match=r"'a' on 'sums': seed 1 lacks problem 'p1'"):
+        score_matrices(table, k=1)
+    with pytest.raises(UserError, match="hold a sample twice"):
+        score_matrices(pa.concat_tables([table, table]), k=1)
+    with pytest.raises(UserError, match="did you mean 'a'"):
+        compare_to(outcome_table({("a", 0): [[1]]}), "aa", k=1)

@@ -1,0 +1,275 @@
+"""TRL's own losses as the oracle: the same model and rows give the same loss and the same gradient.
+
+TRL's methods run unbound, with a namespace of the attributes that they read in place of a trainer. TRL sees
+padded sequences, as its collators make them; our log-probs are a plain log-softmax of each row by itself.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from rlzoo.objective import Objective, get_objective, reduce, surrogate
+from rlzoo.types import TokenBatch
+
+trl = pytest.importorskip("trl", reason="the parity tests need trl 1.16")
+if not trl.__version__.startswith("1.16."):
+    pytest.skip(f"the parity tests are written for trl 1.16, not {trl.__version__}", allow_module_level=True)
+
+from trl import DPOTrainer, GRPOTrainer, SFTTrainer  # noqa: E402 - only once trl is known to be there
+from trl.trainer.utils import add_fused_lm_head, nanstd  # noqa: E402
+
+VOCABULARY, ROWS, GROUP_SIZE = 64, 8, 4
+PROMPT_LENGTHS, COMPLETION_LENGTHS = (3, 5, 2, 7, 4, 4, 1, 6), (6, 1, 9, 4, 2, 7, 3, 5)
+
+
+@dataclass(frozen=True)
+class World:
+    """A policy, a reference with other weights, and rows of prompt and completion ids."""
+
+    policy: Any
+    reference: Any
+    prompts: list[Tensor]
+    completions: list[Tensor]
+
+    def logp(self, model: Any) -> Tensor:
+        """log π(y_t | x, y_<t) of each row by itself, without padding; [B, T], 0 after the row's end."""
+        rows = []
+        for prompt, completion in zip(self.prompts, self.completions, strict=True):
+            logits = model(torch.cat([prompt, completion])[None]).logits[0, len(prompt) - 1 : -1]
+            rows.append(logits.log_softmax(-1)[torch.arange(len(completion)), completion])
+        return pad_sequence(rows, batch_first=True)
+
+    def batch(self, **columns: Any) -> TokenBatch:
+        mask = pad_sequence(
+            [torch.ones_like(c, dtype=torch.bool) for c in self.completions], batch_first=True
+        )
+        return TokenBatch(self.logp(self.policy), mask, **columns)
+
+    def reference_logp(self) -> Tensor:
+        with torch.no_grad():
+            return self.logp(self.reference)
+
+    def joined(self) -> dict[str, Tensor]:
+        """Prompt and completion as one sequence, padded on the right, and where the completion is."""
+        pairs = list(zip(self.prompts, self.completions, strict=True))
+        padded = partial(pad_sequence, batch_first=True)
+        return {
+            "input_ids": padded([torch.cat(pair) for pair in pairs]),
+            "attention_mask": padded([torch.ones(len(p) + len(c), dtype=torch.long) for p, c in pairs]),
+            "completion_mask": padded([torch.cat([0 * p, 0 * c + 1]) for p, c in pairs]),
+        }
+
+    def apart(self) -> dict[str, Tensor]:
+        """Prompts padded on the left, completions on the right."""
+        left, right = (
+            partial(pad_sequence, batch_first=True, padding_side=side) for side in ("left", "right")
+        )
+        return {
+            "prompt_ids": left(self.prompts),
+            "prompt_mask": left([torch.ones_like(p) for p in self.prompts]),
+            "completion_ids": right(self.completions),
+            "completion_mask": right([torch.ones_like(c) for c in self.completions]),
+        }
+
+
+def small_model(seed: int) -> Any:
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        initializer_range=0.2,  # far from uniform, so that ratios and weights differ from 1
+    )
+    model = LlamaForCausalLM(config)
+    add_fused_lm_head(model, outputs=("log_probs", "entropy", "mean_logits", "is_top1"))
+    return model.train()
+
+
+@pytest.fixture
+def world() -> World:
+    policy, reference = small_model(0), small_model(1)
+    draw = partial(torch.randint, 1, VOCABULARY, generator=torch.Generator().manual_seed(2))
+    prompts = [draw((length,)) for length in PROMPT_LENGTHS]
+    return World(policy, reference.eval(), prompts, [draw((length,)) for length in COMPLETION_LENGTHS])
+
+
+def trainer(model: Any, **attributes: Any) -> SimpleNamespace:
+    """What TRL's losses read of ``self``: one process, no accumulation, no auxiliary loss, no logging."""
+
+    def same(values: Any, **_: Any) -> Any:
+        return values
+
+    accelerator = SimpleNamespace(
+        gather=same,
+        gather_for_metrics=same,
+        reduce=same,
+        autocast=nullcontext,
+        device=torch.device("cpu"),
+        parallelism_config=None,
+        num_processes=1,
+        is_main_process=True,
+    )
+    return SimpleNamespace(
+        model=model,
+        accelerator=accelerator,
+        state=SimpleNamespace(global_step=0),
+        aux_loss_enabled=False,
+        current_gradient_accumulation_steps=1,
+        _metrics={"train": defaultdict(list), "eval": defaultdict(list)},
+        _total_train_tokens=0,
+        _tp_size=1,
+        **attributes,
+    )
+
+
+def trl_sft(world: World, loss_type: str) -> Tensor:
+    inputs = world.joined()
+    inputs["labels"] = inputs["input_ids"].masked_fill(inputs.pop("completion_mask") == 0, -100)
+    args = SimpleNamespace(loss_type=loss_type, average_tokens_across_devices=True)
+    this = trainer(world.policy, args=args, compute_loss_func=None, label_smoother=None)
+    loss: Tensor = SFTTrainer.compute_loss(this, world.policy, inputs)
+    return loss
+
+
+def trl_dpo(world: World, loss_type: str, beta: float) -> Tensor:
+    this = trainer(
+        world.policy,
+        ref_model=world.reference,
+        args=SimpleNamespace(gradient_checkpointing_kwargs=None),
+        ld_alpha=None,
+        precompute_ref_logps=False,
+        f_divergence_type="reverse_kl",
+        loss_types=[loss_type],
+        loss_weights=[1.0],
+        beta=beta,
+        use_weighting=False,
+    )
+    loss: Tensor = DPOTrainer._compute_loss(this, world.policy, world.joined(), return_outputs=False)
+    return loss
+
+
+def trl_grpo(world: World, loss_type: str, beta: float, clip: float, **inputs: Tensor) -> Tensor:
+    this = trainer(
+        world.policy,
+        args=SimpleNamespace(use_bias_correction_kl=False, delta=None, report_to=[]),
+        top_entropy_quantile=1.0,
+        off_policy_mask_threshold=None,
+        importance_sampling_level="token",
+        use_vllm=False,
+        loss_type=loss_type,
+        beta=beta,
+        epsilon_low=clip,
+        epsilon_high=clip,
+        _entropy_bonus_enabled=False,
+    )
+    this._get_per_token_logps_and_entropies = partial(GRPOTrainer._get_per_token_logps_and_entropies, this)
+    loss: Tensor = GRPOTrainer._compute_loss(this, world.policy, world.apart() | inputs)
+    return loss
+
+
+def gradient(loss: Tensor, model: Any) -> Tensor:
+    parameters = list(model.parameters())
+    return torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters)]).double()
+
+
+def assert_parity(objective: Objective, batch: TokenBatch, world: World, theirs: Tensor) -> None:
+    """Loss equal to 1e-5 relative; gradients of one direction (cosine ≥ 0.99999) and one length."""
+    ours = surrogate(objective, batch)
+    reported = objective.coefficients(batch.detach()).loss
+    if reported is None:
+        value = ours.item()
+    else:
+        value = reduce(reported, batch, objective.normaliser, objective.normaliser.denominator(batch)).item()
+    assert value == pytest.approx(theirs.item(), rel=1e-5)
+    our_gradient, their_gradient = gradient(ours, world.policy), gradient(theirs, world.policy)
+    assert their_gradient.norm() > 1e-4
+    assert torch.cosine_similarity(our_gradient, their_gradient, dim=0) >= 0.99999
+    assert our_gradient.norm().item() == pytest.approx(their_gradient.norm().item(), rel=1e-4)
+
+
+@pytest.mark.parametrize(("name", "loss_type"), [("sft", "nll"), ("dft", "dft")])
+def test_supervised(world: World, name: str, loss_type: str) -> None:
+    assert_parity(get_objective(name), world.batch(), world, trl_sft(world, loss_type))
+
+
+@pytest.mark.parametrize("beta", [0.1, 0.5])
+@pytest.mark.parametrize("variant", ["sigmoid", "hinge", "ipo"])
+def test_preference(world: World, variant: str, beta: float) -> None:
+    half = ROWS // 2  # TRL puts the chosen rows first
+    batch = world.batch(
+        reference_logp=world.reference_logp(),
+        partner=torch.arange(ROWS).roll(half),
+        chosen=torch.arange(ROWS) < half,
+    )
+    objective = get_objective("dpo", variant=variant, beta=beta)
+    assert_parity(objective, batch, world, trl_dpo(world, variant, beta))
+
+
+def off_policy(world: World) -> TokenBatch:
+    """A batch whose behaviour policy is a noisy copy of the policy: ρ on both sides of 1 ± 0.2."""
+    batch = world.batch(reference_logp=world.reference_logp())
+    noise = torch.randn(batch.logp.shape, generator=torch.Generator().manual_seed(3))
+    return replace(batch, behaviour_logp=batch.logp.detach() + 0.5 * noise)
+
+
+def assert_clipped_on_both_sides(objective: Objective, batch: TokenBatch) -> None:
+    advantage, behaviour = objective.needed(batch, "advantage", "behaviour_logp")
+    ratio = (batch.logp - behaviour).detach().exp()
+    for side in (batch.mask & (advantage > 0) & (ratio > 1.2), batch.mask & (advantage < 0) & (ratio < 0.8)):
+        assert 0 < side.sum() < batch.mask.sum() / 2
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.04, 0.5])
+def test_group_relative(world: World, beta: float) -> None:
+    reward = torch.tensor([1.0, 0, 0, 1, 1, 0, 0, 0])
+    objective = get_objective("grpo", kl_coefficient=beta)
+    batch = replace(off_policy(world), reward=reward, group=torch.arange(ROWS) // GROUP_SIZE)
+    batch = objective.prepare(batch)
+    assert_clipped_on_both_sides(objective, batch)
+    grouped = reward.view(-1, GROUP_SIZE)
+    advantages = (grouped - grouped.mean(1, keepdim=True)) / (nanstd(grouped, dim=1)[:, None] + 1e-4)
+    assert batch.behaviour_logp is not None and batch.reference_logp is not None
+    theirs = trl_grpo(
+        world,
+        "grpo",
+        beta,
+        0.2,
+        advantages=advantages.flatten(),
+        old_per_token_logps=batch.behaviour_logp,
+        ref_per_token_logps=batch.reference_logp,
+    )
+    assert_parity(objective, batch, world, theirs)
+
+
+def test_group_relative_on_its_own_samples(world: World) -> None:
+    # ρ = 1: TRL detaches its own log-probs when it is given none.
+    advantages = torch.tensor([1.5, -0.5, 2.0, 0.25, -1.0, 0.0, 0.5, 0.75])
+    batch = world.batch()
+    batch = replace(
+        batch, behaviour_logp=batch.logp.detach(), advantage=advantages[:, None].expand_as(batch.logp)
+    )
+    theirs = trl_grpo(world, "grpo", 0.0, 0.2, advantages=advantages)
+    assert_parity(get_objective("grpo", kl_coefficient=0.0), batch, world, theirs)
+
+
+def test_clipped_surrogate_with_an_advantage_a_token(world: World) -> None:
+    batch = off_policy(world)
+    advantage = torch.randn(batch.logp.shape, generator=torch.Generator().manual_seed(4))
+    batch = replace(batch, advantage=advantage)
+    assert batch.behaviour_logp is not None
+    assert_clipped_on_both_sides(get_objective("ppo"), batch)
+    theirs = trl_grpo(world, "bnpo", 0.0, 0.2, advantages=advantage, old_per_token_logps=batch.behaviour_logp)
+    assert_parity(get_objective("ppo"), batch, world, theirs)
