@@ -60,7 +60,7 @@ def _problem(index: int, row: Mapping[str, Any], source: ProblemSource) -> Probl
             raise UserError(f"problem set {source.source!r}, row {index}: no column {name!r}; it has: {', '.join(row)}")
         return row[name]
 
-    names = [name for _, name, _, _ in string.Formatter().parse(source.prompt) if name]
+    names = _placeholders(source.prompt)
     if names:
         prompt: Any = source.prompt.format(**{name: column(name) for name in names})
     else:
@@ -69,8 +69,20 @@ def _problem(index: int, row: Mapping[str, Any], source: ProblemSource) -> Probl
         system = [{"role": "system", "content": source.system}] if source.system else []
         prompt = [*system, {"role": "user", "content": prompt}]
     columns = dict(row) | {new: column(old) for new, old in source.columns.items()}
-    solutions = () if source.solution is None else (str(column(source.solution)),)
+    solution = None if source.solution is None else column(source.solution)
+    solutions = () if solution is None else (str(solution),)
     return Problem(str(row.get("id", f"{source.split}-{index}")), prompt, columns, solutions)
+
+
+def _placeholders(template: str) -> list[str]:
+    """The columns that a prompt template names; none for a plain column name."""
+    try:
+        names = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
+    except ValueError as error:
+        raise UserError(f"prompt {template!r}: {error}: write {{{{ and }}}} for braces that are text") from None
+    if "" in names:
+        raise UserError(f"prompt {template!r} has {{}}: name a column in it, or write {{{{}}}} for braces that are text")
+    return names
 
 
 def encode_problems(tokenizer: PreTrainedTokenizerBase, problems: Sequence[Problem]) -> list[Encoded]:
@@ -87,7 +99,9 @@ def demonstrations(
         for solution in encoded.problem.solutions:
             ids = encode_completion(tokenizer, solution)
             truncated = max_tokens is not None and len(ids) > max_tokens
-            rows.append(trajectory(encoded, solution, ids[:max_tokens], truncated=truncated))
+            kept = ids[:max_tokens]
+            text = tokenizer.decode(kept) if truncated else solution
+            rows.append(trajectory(encoded, text, kept, truncated=truncated))
     return rows
 
 

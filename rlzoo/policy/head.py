@@ -43,7 +43,8 @@ class Head:
         divisor = getattr(config, "logits_scaling", None)  # Granite divides by it, HyperCLOVA X multiplies
         if divisor:
             scale *= divisor if config.model_type == "hyperclovax" else 1 / divisor
-        return cls(model.get_output_embeddings(), scale, getattr(config, "final_logit_softcapping", None))
+        caps = (getattr(config, name, None) for name in ("final_logit_softcapping", "logits_soft_cap"))
+        return cls(model.get_output_embeddings(), scale, next((cap for cap in caps if cap), None))
 
     def logits(self, hidden: Float[Tensor, "N H"]) -> Float[Tensor, "N V"]:
         """Logits in float32 at least, whatever the model's dtype."""

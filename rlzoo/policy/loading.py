@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from rlzoo.errors import UserError
+from rlzoo.policy.head import Head
 from rlzoo.policy.policy import Policy
 from rlzoo.worlds import EMBEDDED_BASE
 
@@ -32,7 +33,22 @@ def load_policy(name: str, dtype: str = "float32", device: str | torch.device | 
         tokenizer.pad_token = tokenizer.eos_token  # padding is masked by position, never by id
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    return Policy(model.to(device), tokenizer, name)
+    policy = Policy(model.to(device), tokenizer, name)
+    _check_head(policy)
+    return policy
+
+
+@torch.no_grad()
+def _check_head(policy: Policy) -> None:
+    """Raise UserError where the model's logits are not those of `Head`: its log-probs would be wrong, and silently."""
+    model = policy.model.eval()
+    ids = torch.tensor([[policy.tokenizer.eos_token_id] * 2], device=policy.device)
+    expected = model(input_ids=ids, use_cache=False).logits[0].float()
+    found = Head.of(model).logits(model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0]).float()
+    scale = float(expected.abs().max())
+    if found.shape != expected.shape or not torch.allclose(found, expected, rtol=0.02, atol=0.02 * scale + 1e-6):
+        kind = policy.model.config.model_type
+        raise UserError(f"model {policy.name!r}: rlzoo does not know how a {kind!r} makes its logits; use another model")
 
 
 def save_policy(policy: Policy, folder: Path) -> None:

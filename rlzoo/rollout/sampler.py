@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
 from rlzoo.config import Sampling
 from rlzoo.policy import Policy
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -82,26 +86,26 @@ class TransformersSampler:
     ) -> list[list[Sample]]:
         policy, tokenizer = self.policy, self.policy.tokenizer
         longest = max(map(len, prompts))
-        padding = tokenizer.pad_token_id
+        padding, ends = tokenizer.pad_token_id, sorted(policy.eos_ids)
         ids = torch.full((len(prompts), longest), padding)
         attention = torch.zeros_like(ids)
         for row, prompt in enumerate(prompts):
             ids[row, longest - len(prompt) :] = torch.as_tensor(prompt)
             attention[row, longest - len(prompt) :] = 1
-        # top_k = 0 and a top_p of 1 switch off what a checkpoint's generation configuration may ask for
-        how = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None} if greedy else {
+        # top_k = 0: the library's own default keeps 50 tokens
+        how = {"do_sample": False} if greedy else {
             "do_sample": True, "temperature": settings.temperature, "top_p": settings.top_p, "top_k": 0,
             "num_return_sequences": copies,
         }  # fmt: skip
-        out = policy.model.generate(
-            input_ids=ids.to(policy.device),
-            attention_mask=attention.to(policy.device),
-            max_new_tokens=settings.max_new_tokens,
-            pad_token_id=padding,
-            eos_token_id=sorted(policy.eos_ids),
-            repetition_penalty=1.0,
-            **how,
-        )
+        with _no_defaults(policy.model):
+            out = policy.model.generate(
+                input_ids=ids.to(policy.device),
+                attention_mask=attention.to(policy.device),
+                max_new_tokens=settings.max_new_tokens,
+                pad_token_id=padding,
+                eos_token_id=ends,
+                **how,
+            )
         rows = out[:, longest:].tolist()
         samples = [self._sample(row) for row in rows]
         return [samples[i : i + copies] for i in range(0, len(samples), copies)]
@@ -111,3 +115,16 @@ class TransformersSampler:
         kept = ids if end is None else ids[: end + 1]
         text = self.policy.tokenizer.decode(kept, skip_special_tokens=True)
         return Sample(kept, text, truncated=end is None)
+
+
+@contextmanager
+def _no_defaults(model: PreTrainedModel) -> Iterator[None]:
+    """Put a checkpoint's own generation settings aside: beams, penalties or min_p would sample from a distribution
+    other than the one whose log-probs are recorded."""
+    from transformers import GenerationConfig
+
+    kept, model.generation_config = model.generation_config, GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = kept

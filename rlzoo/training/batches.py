@@ -37,9 +37,10 @@ class BufferSource:
             if not self._queue:
                 self._queue = list(range(len(self._view)))
                 self._random.shuffle(self._queue)
-            unit = self._view.units[self._queue.pop()]
+            unit = self._view.units[self._queue[-1]]
             if units and len(rows) + len(unit) > self._batch_size:
-                break
+                break  # the unit opens the next batch
+            self._queue.pop()
             units.append(tuple(range(len(rows), len(rows) + len(unit))))
             rows.extend(self._buffer[index] for index in unit)
         return rows, units
@@ -69,7 +70,6 @@ def static_batch(
 ) -> TokenBatch:
     """All that is known of a batch before a forward pass; ``logp`` is 0."""
     mask = Sequences.collate([r.prompt_ids for r in rows], [r.completion_ids for r in rows], device).mask
-    groups = {prompt: number for number, prompt in enumerate(dict.fromkeys(r.prompt_id for r in rows))}
     pairs = selection is Selection.PAIRS
     partner, chosen = torch.zeros(len(rows), dtype=torch.long), torch.zeros(len(rows), dtype=torch.bool)
     for better, worse in units if pairs else ():
@@ -83,10 +83,21 @@ def static_batch(
         behaviour_logp=_rows_of([r.behaviour_logp for r in rows], mask),
         reference_logp=_rows_of([r.reference_logp for r in rows], mask),
         reward=reward,
-        group=torch.tensor([groups[r.prompt_id] for r in rows], device=device),
+        group=torch.tensor(_groups(rows, units, selection), device=device),
         partner=partner.to(device) if pairs else None,
         chosen=chosen.to(device) if pairs else None,
     )
+
+
+def _groups(rows: Sequence[Trajectory], units: Sequence[tuple[int, ...]], selection: Selection) -> list[int]:
+    """A number for each row's group: its unit where units are groups (two policy versions may share a prompt)."""
+    keys: list[object] = [row.prompt_id for row in rows]
+    if selection is Selection.GROUPS:
+        for number, unit in enumerate(units):
+            for row in unit:
+                keys[row] = number
+    numbers = {key: number for number, key in enumerate(dict.fromkeys(keys))}
+    return [numbers[key] for key in keys]
 
 
 def _rows_of(values: Sequence[Sequence[float] | None], mask: Tensor) -> Tensor | None:

@@ -85,9 +85,11 @@ class Trainer:
             reset_peak_memory()
             started = time.perf_counter()
             rows, units = self.source.draw()
-            batch, coefficients = self._prepare(rows, units)
-            for _ in range(self.settings.updates_per_batch):
-                metrics = self._update(rows, units, batch, coefficients)
+            batch = self._prepare(rows, units)
+            for update in range(self.settings.updates_per_batch):
+                if update and self._coupled:
+                    batch = self._scored(rows, batch)
+                metrics = self._update(rows, units, batch)
                 step += 1
                 costs = self.record.costs
                 costs.wall_seconds += time.perf_counter() - started
@@ -100,10 +102,13 @@ class Trainer:
                 started = time.perf_counter()
         return self.record
 
-    def _prepare(
-        self, rows: Sequence[Trajectory], units: Sequence[tuple[int, ...]]
-    ) -> tuple[TokenBatch, Coefficients | None]:
-        """The batch with everything that is fixed during its updates, and coefficients that look at all of it."""
+    @property
+    def _coupled(self) -> bool:
+        """Whether a coefficient looks at the whole batch, which then has to be scored before its first backward."""
+        return self.objective.couples is Coupling.BATCH
+
+    def _prepare(self, rows: Sequence[Trajectory], units: Sequence[tuple[int, ...]]) -> TokenBatch:
+        """The batch with everything that is fixed during its updates."""
         objective, needs = self.objective, self.objective.requires
         batch = static_batch(rows, units, objective.learns_from, self.policy.device)
         if Need.BEHAVIOUR in needs and batch.behaviour_logp is None:
@@ -112,18 +117,15 @@ class Trainer:
             batch = replace(batch, reference_logp=self._score(self.reference, rows)[0].logp)
         if Need.REFERENCE in needs and batch.reference_logp is None:
             raise UserError("the buffer has no reference log-probs: use rlzoo.train, which computes them")
-        coupled = objective.couples is Coupling.BATCH
-        if needs & {Need.SNAPSHOT, Need.CRITIC} or coupled:
-            scores, statistics = self._score(self.policy, rows)
-            batch = replace(
-                batch,
-                logp=scores.logp,
-                snapshot_logp=scores.logp,
-                old_value=scores.value,
-                statistics=statistics,
-            )
-        batch = objective.prepare(batch)
-        return batch, objective.coefficients(batch) if coupled else None
+        if needs & {Need.SNAPSHOT, Need.CRITIC} or self._coupled:
+            batch = self._scored(rows, batch)
+            batch = replace(batch, snapshot_logp=batch.logp, old_value=batch.value)
+        return objective.prepare(batch)
+
+    def _scored(self, rows: Sequence[Trajectory], batch: TokenBatch) -> TokenBatch:
+        """The batch with log-probs, values and statistics of the policy as it is."""
+        scores, statistics = self._score(self.policy, rows)
+        return replace(batch, logp=scores.logp, value=scores.value, statistics=statistics)
 
     @torch.no_grad()
     def _score(self, policy: Policy, rows: Sequence[Trajectory]) -> tuple[TokenScores, Mapping[str, Tensor]]:
@@ -150,14 +152,14 @@ class Trainer:
         rows: Sequence[Trajectory],
         units: Sequence[tuple[int, ...]],
         batch: TokenBatch,
-        coefficients: Coefficients | None,
     ) -> dict[str, float]:
         """One optimizer step on the batch."""
         objective = self.objective
         world = self.accelerator.num_processes
         denominator = self._over_ranks(objective.normaliser.denominator(batch))
+        coefficients = objective.coefficients(batch) if self._coupled else None
         sums = _Sums()
-        self.model.train()
+        self.model.eval()  # dropout would move ratios off 1 and tie the gradient to the micro-batches
         self.optimizer.zero_grad(set_to_none=True)
         for index in self._micro_batches(rows, atoms(units, objective.couples)):
             sequences = self._collate(rows, index)
@@ -173,11 +175,13 @@ class Trainer:
             )
             own = objective.coefficients(part.detach()) if coefficients is None else _rows(coefficients, place, part)
             loss = surrogate_of(own, objective, part, denominator)
-            if scores.term is not None:
+            if scores.term is not None and denominator:
                 loss = loss + reduce(scores.term, part, objective.normaliser, denominator)
             self.accelerator.backward(loss * world)  # the ranks' gradients are averaged, not summed
             sums.add(objective, part, own, loss, denominator)
             self._count_forward(self.policy, sequences, passes=3)
+            if scores.term is not None and self.reference is not None:
+                self._count_forward(self.reference, sequences, passes=1)
             self.record.costs.gradient_tokens += sequences.tokens
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.settings.max_gradient_norm)
         rate = self.schedule.get_last_lr()[0]
