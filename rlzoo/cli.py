@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import sys
-from collections.abc import Callable, Sequence
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import yaml
 
 from rlzoo.errors import UserError
+
+if TYPE_CHECKING:
+    from rlzoo.config import Experiment
 
 Handler = Callable[[argparse.Namespace], int]
 
@@ -19,35 +24,44 @@ Handler = Callable[[argparse.Namespace], int]
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command. Exit status: 0 done, 1 some runs failed, 2 wrong input (one line on standard error)."""
     parsed = _parser().parse_args(arguments)
+    sys.path.append(str(Path.cwd()))  # for package.module:Name of a user's own; last, so that it hides nothing
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a job that is told to stop cleans up as for Ctrl-C
     try:
         return int(parsed.handler(parsed))
     except UserError as error:
-        print(f"rlzoo: {error}", file=sys.stderr)
+        print(f"rlzoo: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("rlzoo: interrupted", file=sys.stderr)
         return 130
 
 
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"rlzoo: {message}; see {self.prog} --help\n")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="rlzoo",
         description="Compare fine-tuning objectives of language models: one interface, one buffer, one budget.",
         epilog="example: rlzoo compare arithmetic",
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    _compare(commands)
-    _train(commands)
-    _rollout(commands)
-    _evaluate(commands)
-    _report(commands)
-    _list(commands)
+    for add in (_compare, _train, _rollout, _evaluate, _report, _list):
+        add(commands)
     return parser
 
 
 def _command(commands: Any, name: str, handler: Handler, text: str, example: str) -> argparse.ArgumentParser:
     command: argparse.ArgumentParser = commands.add_parser(
-        name, help=text, description=text, epilog=f"example: {example}"
+        name,
+        help=text,
+        description=textwrap.fill(text, 79),
+        epilog=f"example:\n  {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,  # an example stays as it is to be typed
     )
     command.set_defaults(handler=handler)
     return command
@@ -71,11 +85,10 @@ def _overrides(command: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
-def _experiment(arguments: argparse.Namespace) -> Any:
+def _experiment(arguments: argparse.Namespace) -> Experiment:
     """The experiment with the command's options laid over it."""
     from rlzoo.config import load_experiment
 
-    changes: dict[str, Any] = {}
     given = {
         "model": arguments.model,
         "reward": arguments.reward,
@@ -87,54 +100,57 @@ def _experiment(arguments: argparse.Namespace) -> Any:
         "evaluation.samples": arguments.samples,
         "evaluation.k": arguments.k,
     }
-    changes |= {key: value for key, value in given.items() if value is not None}
-    for text in arguments.set:
-        key, equals, value = text.partition("=")
-        if not equals:
-            raise UserError(f"--set {text!r}: write KEY=VALUE, as in --set rollouts.samples=8")
-        try:
-            changes[key] = yaml.safe_load(value)
-        except yaml.YAMLError:
-            raise UserError(f"--set {text!r}: the value is not valid YAML") from None
-    plain = load_experiment(arguments.experiment)
+    changes = {key: value for key, value in given.items() if value is not None} | _pairs(arguments.set, "--set")
+    plain = load_experiment(arguments.experiment, changes)
     for name in plain.benchmarks:
         if arguments.limit is not None:
             changes.setdefault(f"benchmarks.{name}.limit", arguments.limit)
         if arguments.test_data is not None:
             changes[f"benchmarks.{name}.source"] = arguments.test_data
-    if getattr(arguments, "algorithms", None):
-        changes["algorithms"] = _rows(arguments.algorithms.split(","), plain)
-        baseline = changes.get("baseline", plain.baseline)
-        changes["baseline"] = baseline if baseline in changes["algorithms"] else next(iter(changes["algorithms"]))
-    if getattr(arguments, "learning_rates", None):
-        rates = [_number(text, "--learning-rates") for text in arguments.learning_rates.split(",")]
-        rows = changes.get("algorithms", {n: a.model_dump() for n, a in plain.algorithms.items()})
-        changes["algorithms"] = {name: {**row, "learning_rates": rates} for name, row in rows.items()}
-    if getattr(arguments, "seeds", None):
-        changes["seeds"] = [int(_number(text, "--seeds")) for text in arguments.seeds.split(",")]
-    return load_experiment(arguments.experiment, changes)
+    return load_experiment(arguments.experiment, changes | _grid(arguments, plain))
 
 
-def _rows(specs: Sequence[str], plain: Any) -> dict[str, Any]:
+def _grid(arguments: argparse.Namespace, plain: Experiment) -> dict[str, Any]:
+    """What --algorithms, --learning-rates and --seeds of compare change in an experiment."""
+    algorithms, rates, seeds = (getattr(arguments, name, None) for name in ("algorithms", "learning_rates", "seeds"))
+    changes: dict[str, Any] = {}
+    rows = {name: row.model_dump() for name, row in plain.algorithms.items()}
+    if algorithms is not None:
+        rows = _rows(algorithms.split(","), rows)
+        if plain.baseline in plain.algorithms and plain.baseline not in rows:
+            changes["baseline"] = next(iter(rows))
+    if rates is not None:
+        numbers = _numbers(rates, float, "--learning-rates")
+        rows = {name: {**row, "learning_rates": numbers} for name, row in rows.items()}
+    if seeds is not None:
+        changes["seeds"] = _numbers(seeds, int, "--seeds")
+    return {**changes, "algorithms": rows}
+
+
+def _rows(specs: Sequence[str], present: Mapping[str, Any]) -> dict[str, Any]:
     """Rows for --algorithms: those of the experiment keep their settings, others get the experiment's defaults."""
     from rlzoo.objective import objective_class
     from rlzoo.registry import canonical
 
     rows: dict[str, Any] = {}
-    for spec in (s.strip() for s in specs):
-        row = canonical(spec)
-        if row in plain.algorithms:
-            rows[row] = plain.algorithms[row].model_dump()
-        else:
-            rows[objective_class(spec).name] = {"objective": spec}
+    for spec in specs:
+        same = canonical(spec)
+        row = same if same in present else objective_class(spec.strip()).name
+        if row in rows:
+            raise UserError(f"--algorithms names {row!r} twice: name each once")
+        rows[row] = present[row] if row == same else {"objective": spec.strip()}
     return rows
 
 
-def _number(text: str, option: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        raise UserError(f"{option}: {text!r} is not a number; separate numbers by commas") from None
+def _numbers(text: str, kind: Callable[[str], float], option: str) -> list[float]:
+    numbers = []
+    for part in text.split(","):
+        try:
+            numbers.append(kind(part))
+        except ValueError:
+            what = "a whole number" if kind is int else "a number"
+            raise UserError(f"{option}: {part!r} is not {what}; separate numbers by commas") from None
+    return numbers
 
 
 def _compare(commands: Any) -> None:
@@ -155,21 +171,23 @@ def _compare(commands: Any) -> None:
 def _run_compare(arguments: argparse.Namespace) -> int:
     from rich.console import Console
 
+    from rlzoo.comparison.plan import counted
     from rlzoo.comparison.report import report_table
-    from rlzoo.comparison.runner import compare
+    from rlzoo.comparison.runner import compare, default_folder
 
-    if arguments.workers is not None and arguments.workers < 1:
-        raise UserError(f"--workers {arguments.workers}: give a whole number of at least 1")
+    for option in ("workers", "threads"):
+        if (number := getattr(arguments, option)) is not None and number < 1:
+            raise UserError(f"--{option} {number}: give a whole number of at least 1")
     experiment = _experiment(arguments)
-    from datetime import UTC, datetime
-
-    out = arguments.out or Path("runs") / f"{experiment.name}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
+    out = arguments.out or default_folder(experiment)
     results = compare(experiment, out, arguments.workers, arguments.threads)
     console = Console()
     for table in report_table(results):
         console.print(table)
     console.print(f"{results['wall_seconds']:.0f} s; report: {out / 'report.html'}", soft_wrap=True, highlight=False)
-    return 1 if results["failed"] else 0
+    if failed := len(results["failed"]):
+        console.print(f"{counted(failed, 'run')} failed: the report says why", highlight=False)
+    return 1 if failed else 0
 
 
 def _train(commands: Any) -> None:
@@ -190,8 +208,10 @@ def _train(commands: Any) -> None:
 
 def _run_train(arguments: argparse.Namespace) -> int:
     from rlzoo.buffers import read_buffer
+    from rlzoo.comparison.pool import silence
     from rlzoo.config import Training, validated
     from rlzoo.objective import get_objective
+    from rlzoo.outputs import new_output
     from rlzoo.policy.loading import load_policy, save_policy
     from rlzoo.training import train
 
@@ -201,7 +221,7 @@ def _run_train(arguments: argparse.Namespace) -> int:
             settings[name] = value
     training = validated(Training, settings, "training")
     objective = get_objective(arguments.objective, **_pairs(arguments.option, "--option"))
-    _must_be_new(arguments.out)
+    silence()
     policy = load_policy(arguments.model, training.dtype)
     buffer = read_buffer(arguments.buffer, policy.tokenizer)
 
@@ -209,11 +229,11 @@ def _run_train(arguments: argparse.Namespace) -> int:
         row = trainer.record.steps[-1]
         print(f"step {step}/{training.steps}  loss {row['loss']:.4f}  gradient norm {row['gradient_norm']:.3f}")
 
-    record = train(policy, objective, buffer, training, arguments.seed, [show])
-    save_policy(policy, arguments.out)
-    (arguments.out / "training.json").write_text(
-        json.dumps({"steps": record.steps, "costs": record.costs.as_dict()}, indent=1)
-    )
+    with new_output(arguments.out):
+        record = train(policy, objective, buffer, training, arguments.seed, [show])
+        save_policy(policy, arguments.out)
+        summary = {"steps": record.steps, "costs": record.costs.as_dict()}
+        (arguments.out / "training.json").write_text(json.dumps(summary, indent=1))
     print(f"saved to {arguments.out}")
     return 0
 
@@ -231,27 +251,25 @@ def _rollout(commands: Any) -> None:
 
 def _run_rollout(arguments: argparse.Namespace) -> int:
     experiment = _experiment(arguments)
-    _must_be_new(arguments.out)
     from rlzoo.buffers import OfflineBuffer
+    from rlzoo.comparison.pool import silence
+    from rlzoo.outputs import new_output
     from rlzoo.policy import load_policy
     from rlzoo.problems import encode_problems, load_problems
     from rlzoo.reward import get_reward
     from rlzoo.rollout import TransformersSampler, collect_rollouts
 
-    reward, problems = get_reward(experiment.reward), load_problems(experiment.train)
-    policy = load_policy(experiment.model, experiment.training.dtype)
-    problems = problems[: experiment.rollouts.prompts]
-    rows = collect_rollouts(
-        policy,
-        TransformersSampler(policy),
-        encode_problems(policy.tokenizer, problems),
-        reward,
-        experiment.rollouts,
-        arguments.seed,
-    )
-    buffer = OfflineBuffer.from_trajectories(rows)
-    writers = {".parquet": buffer.to_parquet, ".jsonl": buffer.to_jsonl}
-    writers.get(arguments.out.suffix, buffer.save)(arguments.out)
+    file = arguments.out.suffix in (".parquet", ".jsonl")
+    reward, problems = get_reward(experiment.reward), load_problems(experiment.train)[: experiment.rollouts.prompts]
+    silence()
+    with new_output(arguments.out, "file" if file else "folder"):
+        policy = load_policy(experiment.model, experiment.training.dtype)
+        encoded = encode_problems(policy.tokenizer, problems)
+        sampler = TransformersSampler(policy)
+        rows = collect_rollouts(policy, sampler, encoded, reward, experiment.rollouts, arguments.seed)
+        buffer = OfflineBuffer.from_trajectories(rows)
+        writers = {".parquet": buffer.to_parquet, ".jsonl": buffer.to_jsonl}
+        writers.get(arguments.out.suffix, buffer.save)(arguments.out)
     right = sum((row.reward or 0) >= experiment.evaluation.correct_at for row in rows)
     print(f"{len(rows)} samples of {len(problems)} prompts, {right} correct; saved to {arguments.out}")
     return 0
@@ -269,6 +287,7 @@ def _evaluate(commands: Any) -> None:
 
 def _run_evaluate(arguments: argparse.Namespace) -> int:
     experiment = _experiment(arguments)
+    from rlzoo.comparison.pool import silence
     from rlzoo.evaluation import evaluate
     from rlzoo.policy import load_policy
     from rlzoo.problems import load_problems
@@ -276,6 +295,7 @@ def _run_evaluate(arguments: argparse.Namespace) -> int:
 
     reward = get_reward(experiment.reward)
     problems = {name: load_problems(source) for name, source in experiment.benchmarks.items()}
+    silence()
     policy = load_policy(experiment.model, experiment.training.dtype)
     scores = {
         name: evaluate(policy, some, reward, experiment.evaluation, arguments.seed).metrics
@@ -337,7 +357,7 @@ def _run_list(arguments: argparse.Namespace) -> int:
     found["rewards"] = [{"name": name} for name in list_rewards()]
     found["experiments"] = [{"name": n, "description": text} for n, text in list_experiments().items()]
     if arguments.json:
-        print(json.dumps(found, indent=1))
+        print(json.dumps(found, indent=1, default=str))  # an option's default may be of any type
         return 0
     print("objectives")
     for row in found["objectives"]:
@@ -361,11 +381,6 @@ def _pairs(texts: Sequence[str], option: str) -> dict[str, Any]:
         except yaml.YAMLError:
             raise UserError(f"{option} {text!r}: the value is not valid YAML") from None
     return pairs
-
-
-def _must_be_new(path: Path) -> None:
-    if path.exists() and (path.is_file() or any(path.iterdir())):
-        raise UserError(f"--out {str(path)!r} exists already: give another name, or remove it")
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from rlzoo.errors import UserError, unknown
 
 Positive = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(gt=0, le=1)]
+Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 M = TypeVar("M", bound=pydantic.BaseModel)
 EXPERIMENTS = Path(__file__).parent / "experiments"
 
@@ -93,7 +94,7 @@ class Training(_Strict):
     """Optimizer steps on each batch before the next is drawn; above 1, ratios and value clipping come to bear."""
     token_budget: Positive = 4096
     """Padded tokens a micro-batch; the gradient does not depend on it."""
-    learning_rate: Annotated[float, Field(gt=0)] = 5e-5
+    learning_rate: Rate = 5e-5
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
     warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.1
@@ -109,7 +110,7 @@ class Algorithm(_Strict):
     objective: str | None = None
     """A registered name, ``module:Name`` or ``file.py:Name``; None: the row's own name."""
     options: Mapping[str, Any] = {}
-    learning_rates: tuple[Annotated[float, Field(gt=0)], ...] = ()
+    learning_rates: tuple[Rate, ...] = ()
     """More than one: each is tried on all seeds and the best on the validation problems is reported."""
     mode: Literal["offline", "online"] = "offline"
     """``online`` samples each batch anew from the policy in training; ``offline`` reads the shared buffer."""
@@ -136,14 +137,17 @@ class Experiment(_Strict):
     algorithms: Annotated[Mapping[str, Algorithm], Field(min_length=1)]
     baseline: str | None = None
     """The algorithm that the report compares the others with, pairwise."""
-    seeds: Annotated[tuple[int, ...], Field(min_length=1)] = (0, 1, 2)
+    seeds: Annotated[tuple[Annotated[int, Field(ge=0, lt=2**32)], ...], Field(min_length=1)] = (0, 1, 2)
 
     @pydantic.model_validator(mode="after")
-    def _grid_needs_validation(self) -> Experiment:
-        if self.validation is None and any(len(a.learning_rates) > 1 for a in self.algorithms.values()):
-            raise ValueError("choosing among learning rates needs a validation problem set: add `validation`")
+    def _is_a_grid(self) -> Experiment:
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds repeat: {list(self.seeds)}")
+        for name, row in self.algorithms.items():
+            if len(row.learning_rates) > 1 and self.validation is None:
+                raise ValueError("choosing among learning rates needs a validation problem set: add `validation`")
+            if len({f"{rate:g}" for rate in row.learning_rates}) < len(row.learning_rates):
+                raise ValueError(f"learning rates of {name!r} repeat: {list(row.learning_rates)}")
         return self
 
     def training_of(self, name: str) -> Training:
@@ -160,12 +164,15 @@ def validated(model: type[M], data: Any, where: str) -> M:
         return model.model_validate(data)
     except pydantic.ValidationError as error:
         first = error.errors()[0]
-        path = ".".join(str(part) for part in first["loc"])
+        *parents, last = [str(part) for part in first["loc"]] or [""]
         if first["type"] == "extra_forbidden":
             owner = _owner(model, first["loc"][:-1])
-            raise unknown(f"setting in {where}", path, owner.model_fields if owner else []) from None
+            inside = f"setting of {'.'.join(parents)}" if parents else "setting"
+            raise unknown(f"{inside} in {where}", last, owner.model_fields if owner else []) from None
         reason = first["msg"].removeprefix("Value error, ")
-        raise UserError(f"{where}: {path + ': ' if path else ''}{reason}") from None
+        given = "" if first["type"] in ("missing", "value_error") else f" = {first['input']!r:.60}"
+        field = f"{'.'.join([*parents, last])}{given}: " if last else ""
+        raise UserError(f"{where}: {field}{reason}") from None
 
 
 def list_experiments() -> dict[str, str]:
@@ -212,12 +219,14 @@ def _set(data: dict[str, Any], key: str, value: Any) -> None:
 
 
 def _owner(model: type[pydantic.BaseModel], path: tuple[Any, ...]) -> type[pydantic.BaseModel] | None:
+    """The model that holds the field at ``path``; None for one of a list."""
     owner: Any = model
     for part in path:
         field = getattr(owner, "model_fields", {}).get(part)
-        owner = field.annotation if field else _inner(owner)
-        owner = _inner(owner) if not hasattr(owner, "model_fields") else owner
-    return owner if hasattr(owner, "model_fields") else None
+        if field is not None:  # else it is a key of a mapping, and the owner is the model of its values already
+            owner = field.annotation if hasattr(field.annotation, "model_fields") else _inner(field.annotation)
+    found: type[pydantic.BaseModel] | None = owner
+    return found
 
 
 def _inner(annotation: Any) -> Any:

@@ -47,6 +47,8 @@ def evaluate(
     settings = settings or EvaluationSettings()
     if not problems:
         raise UserError("there are no problems to evaluate on: give a problem set with at least one row")
+    if settings.pass_k > settings.samples:
+        raise UserError(f"pass@{settings.pass_k} needs as many samples, and there are {settings.samples}: change one")
     sampler = sampler or TransformersSampler(policy)
     encoded = encode_problems(policy.tokenizer, problems)
     sampled = _outcomes(sampler, encoded, reward, settings, seed, False, progress)

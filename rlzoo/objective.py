@@ -22,7 +22,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from rlzoo.errors import UserError, unknown
-from rlzoo.registry import Registry
+from rlzoo.registry import Registry, told
 from rlzoo.types import Coefficients, Coupling, Need, Selection, TokenBatch
 
 
@@ -150,25 +150,42 @@ def objective_class(spec: str) -> type[Objective]:
     found = _objectives.get(spec)
     if not (isinstance(found, type) and issubclass(found, Objective)):
         raise UserError(f"objective {spec!r} is not a subclass of rlzoo.Objective")
+    if not isinstance(getattr(found, "name", None), str):
+        raise UserError(f"objective {spec!r} has no name: give the class one, as in name = 'mine'")
+    if found.coefficients is Objective.coefficients:
+        raise UserError(f"objective {spec!r} does not define coefficients(self, batch): every objective must")
     return found
 
 
 def options_of(objective: type[Objective]) -> dict[str, dict[str, Any]]:
-    """The hyper-parameters of an objective: name → type and default, as text and value."""
-    hints = typing.get_type_hints(objective)
+    """The hyper-parameters of an objective: name → type and default (None if it has none), as text and value."""
+    hints = _hints(objective)
     return {
-        f.name: {"type": getattr(hints[f.name], "__name__", str(hints[f.name])), "default": f.default}
+        f.name: {"type": getattr(hints[f.name], "__name__", str(hints[f.name])), "default": _default(f)}
         for f in dataclasses.fields(objective)
     }
 
 
-def get_objective(name: str, **options: Any) -> Objective:
+def _default(field: dataclasses.Field[Any]) -> Any:
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return None if field.default is dataclasses.MISSING else field.default
+
+
+def _hints(objective: type[Objective]) -> dict[str, Any]:
+    try:
+        return typing.get_type_hints(objective)
+    except (NameError, TypeError) as error:
+        raise UserError(f"objective {objective.name!r} has an annotation that cannot be read: {error}") from None
+
+
+def get_objective(name: str, /, **options: Any) -> Objective:
     """An objective by name, ``package.module:Name`` or ``path/to/file.py:Name``, with its options checked.
 
     Raises UserError for an unknown name or option, or an option of the wrong type.
     """
     found = objective_class(name)
-    hints = typing.get_type_hints(found)
+    hints = _hints(found)
     known = {f.name for f in dataclasses.fields(found)}
     for option, value in options.items():
         if option not in known:
@@ -178,7 +195,12 @@ def get_objective(name: str, **options: Any) -> Objective:
         except pydantic.ValidationError as error:
             reason = error.errors()[0]["msg"]
             raise UserError(f"objective {name!r}: option {option!r} = {value!r}: {reason}") from None
-    return found(**options)
+    try:
+        return found(**options)
+    except UserError:
+        raise
+    except Exception as error:  # of a plug-in's own checks, or an option without a default
+        raise UserError(f"objective {name!r} cannot be built from {options}: {told(error)}") from error
 
 
 def reduce(

@@ -81,7 +81,7 @@ def _placeholders(template: str) -> list[str]:
     except ValueError as error:
         raise UserError(f"prompt {template!r}: {error}: write {{{{ and }}}} for braces that are text") from None
     if "" in names:
-        raise UserError(f"prompt {template!r} has {{}}: name a column in it, or write {{{{}}}} for braces that are text")
+        raise UserError(f"prompt {template!r} has {{}}: name a column in it, or write {{{{}}}} for text")
     return names
 
 

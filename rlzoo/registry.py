@@ -8,7 +8,7 @@ import importlib.util
 import pkgutil
 import sys
 from collections.abc import Iterator
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Generic, TypeVar
@@ -60,13 +60,33 @@ class Registry(Generic[T]):
     def _fill(self) -> None:
         if self._filled:
             return
-        self._filled = True
+        self._filled = True  # at once: what is imported now may ask for a name
+        try:
+            self._import_all()
+        except BaseException:
+            self._filled = False
+            raise
+
+    def _import_all(self) -> None:
         package = importlib.import_module(self._builtins)
         for module in pkgutil.iter_modules(package.__path__):
             if not module.name.startswith("_"):
                 importlib.import_module(f"{self._builtins}.{module.name}")
         for point in entry_points(group=self._group):
-            self.add(point.name, point.load())
+            self.add(point.name, self._loaded(point))
+
+    def _loaded(self, point: EntryPoint) -> T:
+        try:
+            found: T = point.load()
+        except UserError:
+            raise
+        except Exception as error:
+            package = point.dist.name if point.dist else "a package"
+            raise UserError(
+                f"{self.kind} {point.name!r} ({point.value}) of {package} cannot be loaded: {told(error)}; "
+                "repair or uninstall that package"
+            ) from error
+        return found
 
 
 def canonical(name: str) -> str:
@@ -78,22 +98,31 @@ def _origin(entry: object) -> str:
     return f"{getattr(entry, '__module__', '?')}:{getattr(entry, '__qualname__', entry)}"
 
 
+def told(error: BaseException) -> str:
+    """An exception in one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split()):.300}"
+
+
 def load_attribute(spec: str, kind: str) -> Any:
     """What ``package.module:Name`` or ``path/to/file.py:Name`` points at. The code of that module is run."""
     where, _, attribute = spec.rpartition(":")
+    if not where or not attribute:
+        raise UserError(f"{kind} {spec!r}: write package.module:Name or path/to/file.py:Name")
     module = _load_file(Path(where), kind) if where.endswith(".py") else _load_module(where, kind)
     try:
         return getattr(module, attribute)
     except AttributeError:
         public = ", ".join(n for n in vars(module) if not n.startswith("_"))
-        raise UserError(f"{kind} {spec!r}: {where} has no {attribute!r}; it has: {public}") from None
+        raise UserError(f"{kind} {spec!r}: {where} has no {attribute!r}; it has: {public or 'nothing'}") from None
 
 
 def _load_module(name: str, kind: str) -> ModuleType:
     try:
         return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        raise UserError(f"{kind} module {name!r} cannot be imported: {error}") from None
+    except (Exception, SystemExit) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{kind} module {name!r} cannot be imported: {told(error)}") from error
 
 
 def _load_file(path: Path, kind: str) -> ModuleType:
@@ -109,7 +138,9 @@ def _load_file(path: Path, kind: str) -> ModuleType:
     sys.modules[name] = module
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         del sys.modules[name]
-        raise UserError(f"{kind} file {str(path)!r} cannot be loaded: {type(error).__name__}: {error}") from error
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{kind} file {str(path)!r} cannot be loaded: {told(error)}") from error
     return module

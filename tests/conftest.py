@@ -1,10 +1,53 @@
 """Tests run offline and on one thread: fast on small tensors, and the same everywhere."""
 
 import os
+from collections.abc import Callable
+from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 
+import pytest
 import torch  # after the variables above, which huggingface_hub reads when it is imported
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Any:
+    """The embedded worlds' tokenizer."""
+    from rlzoo.worlds.tokenizer import build_tokenizer
+
+    return build_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def make_policy(tokenizer: Any) -> Callable[..., Any]:
+    """A factory of tiny random policies that speak the embedded tokenizer.
+
+    ``kind`` is ``gpt2``, which computes in float64 throughout and has dropout, or ``llama``, whose norms compute
+    in float32 whatever the dtype.
+    """
+    from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+    from rlzoo.policy import Policy
+
+    def make(kind: str = "gpt2", dtype: torch.dtype = torch.float64, seed: int = 0) -> Policy:
+        torch.manual_seed(seed)
+        common = {"vocab_size": len(tokenizer), "initializer_range": 0.3, "eos_token_id": tokenizer.eos_token_id}
+        if kind == "gpt2":
+            model = GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=2, n_head=2, n_positions=64, **common))
+        else:
+            model = LlamaForCausalLM(
+                LlamaConfig(
+                    hidden_size=32,
+                    num_hidden_layers=2,
+                    num_attention_heads=4,
+                    intermediate_size=48,
+                    max_position_embeddings=64,
+                    **common,
+                )
+            )
+        return Policy(model.to(dtype).eval(), tokenizer, kind)
+
+    return make

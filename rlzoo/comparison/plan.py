@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-import re
+from collections.abc import Mapping
 from dataclasses import dataclass
+from statistics import mean
+from typing import Any
+from urllib.parse import quote
 
 from rlzoo.config import Experiment
 
@@ -18,8 +21,8 @@ class Cell:
 
     @property
     def id(self) -> str:
-        """A name that is safe for a folder."""
-        return re.sub(r"[^\w.-]+", "_", f"{self.algorithm}-lr{self.learning_rate:g}-seed{self.seed}")
+        """A name that is safe for a folder, and of no other cell."""
+        return f"{quote(self.algorithm, safe='')}-lr{self.learning_rate:g}-seed{self.seed}"
 
 
 def cells(experiment: Experiment) -> list[Cell]:
@@ -35,3 +38,35 @@ def cells(experiment: Experiment) -> list[Cell]:
 def has_choice(experiment: Experiment, algorithm: str) -> bool:
     """Whether the algorithm's learning rate is chosen on validation."""
     return len(experiment.learning_rates_of(algorithm)) > 1
+
+
+def chosen_cells(
+    experiment: Experiment, runs: Mapping[str, Mapping[str, Any]]
+) -> tuple[list[Cell], dict[str, dict[str, float]]]:
+    """The cells to report, and the mean validation score of what was tried: algorithm → learning rate → score.
+
+    ``runs`` has the result of each cell that ran, by id. Each algorithm is reported at the learning rate that did
+    best on validation.
+    """
+    grid = [cell for cell in cells(experiment) if cell.id in runs]
+    chosen: list[Cell] = []
+    tried: dict[str, dict[str, float]] = {}
+    for name in experiment.algorithms:
+        by_rate: dict[float, list[Cell]] = {}
+        for cell in grid:
+            if cell.algorithm == name:
+                by_rate.setdefault(cell.learning_rate, []).append(cell)
+        if not by_rate:
+            continue
+        best = next(iter(by_rate))
+        if has_choice(experiment, name):
+            scores = {rate: mean(runs[cell.id]["validation"] for cell in some) for rate, some in by_rate.items()}
+            tried[name] = {f"{rate:g}": score for rate, score in scores.items()}
+            best = max(scores, key=scores.__getitem__)
+        chosen += by_rate[best]
+    return chosen, tried
+
+
+def counted(number: int, thing: str, things: str | None = None) -> str:
+    """``1 run``, ``2 runs``."""
+    return f"{number} {thing if number == 1 else things or thing + 's'}"

@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from logging import ERROR, getLogger
 from multiprocessing.queues import Queue
 from queue import Empty
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+from rlzoo.comparison.plan import counted
+from rlzoo.errors import UserError
+from rlzoo.registry import told
 
 _events: Queue[tuple[str, float, str]] | None = None
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
@@ -23,17 +31,35 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+class WorkError(RuntimeError):
+    """What another exception than UserError becomes on its way out of a worker: its kind and message, in one line."""
+
+
+def why(error: BaseException) -> str:
+    """What is told of a piece of work that failed, in one line."""
+    if isinstance(error, BrokenProcessPool):
+        return (
+            "a worker process died: if memory ran out, take fewer workers or a smaller training.token_budget; "
+            'a script of your own must call compare under `if __name__ == "__main__":`'
+        )
+    return str(error) if isinstance(error, (UserError, WorkError)) else told(error)
+
+
 class Pool:
     """Runs functions of `rlzoo.comparison.work` in processes; a function's last argument becomes its reporter."""
 
-    def __init__(self, executor: ProcessPoolExecutor, events: Queue[Any], progress: Progress) -> None:
+    def __init__(self, executor: ProcessPoolExecutor, events: Queue[Any], progress: Progress, workers: int) -> None:
         self._executor, self._events, self._progress = executor, events, progress
         self._bars: dict[str, TaskID] = {}
+        self._starting = progress.add_task(
+            f"starting {counted(workers, 'process', 'processes')}", total=None, detail=""
+        )
 
     def submit(self, name: str, function: Callable[..., Any], *arguments: Any) -> Future[Any]:
         """Queue ``function(*arguments, report)``; ``name`` is what the live view calls it."""
-        self._bars[name] = self._progress.add_task(name, total=1.0, visible=False, detail="")
-        return self._executor.submit(_run, name, function, arguments)
+        self._bars[name] = self._progress.add_task(name, total=1.0, visible=False, start=False, detail="")
+        with _interrupts_held():  # this may start a process, which inherits that
+            return self._executor.submit(_run, name, function, arguments)
 
     def gather(self, futures: Mapping[Future[Any], str]) -> Iterator[tuple[str, Future[Any]]]:
         """The futures with their names as they finish, while the live view goes on."""
@@ -51,7 +77,11 @@ class Pool:
                 name, share, detail = self._events.get_nowait()
             except Empty:
                 return
-            self._progress.update(self._bars[name], completed=share, detail=detail, visible=True)
+            self._progress.update(self._starting, visible=False)
+            bar = self._bars[name]
+            if not self._progress.tasks[bar].started:
+                self._progress.start_task(bar)  # its clock: a cell may have waited long for its turn
+            self._progress.update(bar, completed=share, detail=detail, visible=True)
 
 
 @contextmanager
@@ -61,16 +91,11 @@ def pool(workers: int, threads: int, console: Console) -> Iterator[Pool]:
     events: Queue[Any] = context.Queue()
     saved = {name: os.environ.get(name) for name in THREAD_VARIABLES}
     os.environ.update({name: str(threads) for name in THREAD_VARIABLES})  # read when a process starts
-    columns = [
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.fields[detail]}"),
-        TimeElapsedColumn(),
-    ]
+    columns = [TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[detail]}"), TimeElapsedColumn()]
     executor = ProcessPoolExecutor(workers, context, _start, (events, threads))
     try:
-        with Progress(*columns, console=console, transient=True) as progress:
-            yield Pool(executor, events, progress)
+        with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+            yield Pool(executor, events, progress, workers)
     except BaseException:
         for process in list((executor._processes or {}).values()):  # a cell may run for hours: do not wait for it
             process.terminate()
@@ -81,22 +106,58 @@ def pool(workers: int, threads: int, console: Console) -> Iterator[Pool]:
             os.environ.pop(name) if value is None else os.environ.update({name: value})
 
 
+@contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Ctrl-C waits meanwhile, and never comes to a process started here: its parent ends it, and says so once."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _start(events: Queue[tuple[str, float, str]], threads: int) -> None:
     global _events
     _events = events
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     import torch
+    from tqdm import tqdm  # type: ignore[import-untyped]
+
+    tqdm.set_lock(threading.RLock())  # its own is a semaphore of the system, which a process that is ended leaves there
+    torch.set_num_threads(threads)
+    silence()
+
+
+def silence() -> None:
+    """No progress bars and notices from the libraries below in this process: rlzoo says what it does."""
+    import datasets
     from transformers.utils import logging
 
-    torch.set_num_threads(threads)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    import datasets
-
+    getLogger("huggingface_hub").setLevel(ERROR)  # it tells of every retry
     datasets.disable_progress_bars()
 
 
+def _end_with_parent() -> None:
+    """A worker whose parent was killed would otherwise wait for work for ever."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
 def _run(name: str, function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
-    return function(*arguments, lambda share, detail: _report(name, share, detail))
+    """Any exception comes back as one of two kinds that can be sent between processes."""
+    try:
+        return function(*arguments, lambda share, detail: _report(name, share, detail))
+    except UserError as error:
+        raise UserError(str(error)) from error
+    except Exception as error:
+        raise WorkError(told(error)) from error
 
 
 def _report(name: str, share: float, detail: str) -> None:

@@ -6,13 +6,13 @@ import json
 import platform
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from statistics import mean
 from typing import Any
 
 import pyarrow as pa
@@ -21,12 +21,18 @@ import yaml
 from rich.console import Console
 
 from rlzoo.comparison import work
-from rlzoo.comparison.plan import Cell, cells, has_choice
-from rlzoo.comparison.pool import Pool, available_cores, pool
+from rlzoo.comparison.plan import Cell, cells, chosen_cells, counted, has_choice
+from rlzoo.comparison.pool import Pool, available_cores, pool, why
 from rlzoo.comparison.report import write_atomically, write_report
-from rlzoo.comparison.statistics import summarise
+from rlzoo.comparison.statistics import BASE, summarise
 from rlzoo.config import Experiment, load_experiment
-from rlzoo.errors import UserError
+from rlzoo.errors import UserError, unknown
+from rlzoo.outputs import new_output
+from rlzoo.problems import Encoded, Problem, load_problems
+from rlzoo.reward import Reward, get_reward
+from rlzoo.rollout.rollouts import judge
+from rlzoo.rollout.sampler import Sample
+from rlzoo.types import Selection
 
 PACKAGES = ("rlzoo", "torch", "transformers", "datasets", "accelerate", "numpy", "scipy", "math-verify")
 OUTCOMES = pa.schema(
@@ -64,13 +70,10 @@ def compare(
     if isinstance(experiment, str):
         experiment = load_experiment(experiment)
     console = console or Console(stderr=True)
-    stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
-    out = Path(out) if out is not None else Path("runs") / f"{experiment.name}-{stamp}"
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"--out {str(out)!r} exists already and is not empty: give another folder, or remove it")
-    check(experiment)
+    out = default_folder(experiment) if out is None else Path(out)
     started = time.perf_counter()
-    with _output(out):
+    with new_output(out):
+        check(experiment)
         results, outcomes = _run(experiment, out, workers or available_cores(), threads, console)
         results["wall_seconds"] = time.perf_counter() - started
         table = pa.Table.from_pylist(outcomes, schema=OUTCOMES)
@@ -84,20 +87,41 @@ def compare(
     return results
 
 
-def check(experiment: Experiment) -> None:
-    """Find wrong names and options before anything is computed. Raises UserError."""
-    from rlzoo.problems import load_problems
-    from rlzoo.reward import get_reward
+def default_folder(experiment: Experiment) -> Path:
+    """runs/<name>-<time>."""
+    return Path("runs") / f"{experiment.name}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
 
-    get_reward(experiment.reward)
-    for name in experiment.algorithms:
-        work.objective_of(experiment, name)
+
+def check(experiment: Experiment) -> None:
+    """Find what is wrong with names, options, problems and the reward before a model is loaded. Raises UserError."""
+    try:
+        json.dumps(experiment.model_dump(mode="json"))
+    except (ValueError, TypeError):
+        raise UserError(
+            "the reward and the options must be plain data, for experiment.yaml and the worker processes: name a "
+            "reward of your own as package.module:Name or path/to/file.py:Name"
+        ) from None
+    for name, row in experiment.algorithms.items():
+        objective = work.objective_of(experiment, name)
         experiment.training_of(name)
+        if row.mode == "online" and objective.learns_from is Selection.DEMONSTRATIONS:
+            raise UserError(
+                f"algorithms.{name}: {objective.name!r} learns from demonstrations, so mode must be offline"
+            )
+    if BASE in experiment.algorithms:
+        raise UserError(f"algorithms.{BASE}: results call the untrained model so; give the row another name")
     if experiment.baseline is not None and experiment.baseline not in experiment.algorithms:
-        raise UserError(f"baseline {experiment.baseline!r} is not among: {', '.join(experiment.algorithms)}")
+        raise unknown("baseline", experiment.baseline, experiment.algorithms)
+    reward = get_reward(experiment.reward)
     for source in [experiment.train, *experiment.benchmarks.values(), experiment.validation]:
         if source is not None:
-            load_problems(source)
+            _try(reward, load_problems(source)[:2])
+
+
+def _try(reward: Reward, problems: Sequence[Problem]) -> None:
+    """Judge empty answers: a missing column or a broken reward shows now, and not after hours of sampling."""
+    nothing = Sample([], "", truncated=False)
+    judge(reward, [(Encoded(problem, "", []), nothing) for problem in problems])
 
 
 def _run(
@@ -105,32 +129,28 @@ def _run(
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     grid = cells(experiment)
     buffer, models = out / "buffer", out / "models"
-    console.print(
-        f"[bold]{experiment.name}[/]: {len(experiment.algorithms)} algorithms × {len(experiment.seeds)} seeds, "
-        f"{len(grid)} runs in {min(workers, len(grid))} processes; writing to {out}"
-    )
-    with pool(max(1, min(workers, len(grid))), threads, console) as processes:
-        futures = {
-            processes.submit("shared buffer", work.fill_buffer, experiment, buffer): "shared buffer",
-            processes.submit("base model", work.evaluate_base, experiment): "base model",
-        }
-        done = {}
-        for name, future in processes.gather(futures):
-            done[name] = future.result()
-            console.print(f"  {name} done")
-        shared, base = done["shared buffer"], done["base model"]
-        runs, failed = _run_cells(processes, experiment, grid, shared, buffer, models, console)
-        chosen, rates = _choose(experiment, grid, runs)
-        later = {
-            processes.submit(c.id, work.evaluate_cell, experiment, c, models): c.id
-            for c in chosen
-            if has_choice(experiment, c.algorithm)
-        }
-        for name, future in processes.gather(later):
-            runs[name] |= future.result()
-    if not chosen:
+    workers = min(workers, max(2, len(grid)))
+    with pool(workers, threads, console) as processes:
+        shared, base = _share(
+            processes,
+            experiment,
+            buffer,
+            console,
+            f"{_sizes(experiment)} in {counted(workers, 'process', 'processes')}",
+        )
+        console.print(f"  shared buffer: {shared['rows']} rows; base model: {_scores(base)}", highlight=False)
+        train = {processes.submit(c.id, work.run_cell, experiment, c, shared, buffer, models): c for c in grid}
+        runs, failed = _gather(processes, train, console)
+        chosen, rates = chosen_cells(experiment, runs)
+        final = [c for c in chosen if has_choice(experiment, c.algorithm)]
+        test = {processes.submit(c.id, work.evaluate_cell, experiment, c, models): c for c in final}
+        found, failed_later = _gather(processes, test, console)
+    runs = {name: run | found.get(name, {}) for name, run in runs.items()}
+    failed += failed_later
+    reported = [runs[c.id] for c in chosen if "metrics" in runs[c.id]]
+    if not reported:
         raise UserError(f"no run succeeded; the first failed with: {failed[0]['error']}")
-    outcomes = base.pop("outcomes") + [row for c in chosen for row in runs[c.id].pop("outcomes")]
+    outcomes = base.pop("outcomes") + [row for run in reported for row in run.pop("outcomes")]
     results = {
         "experiment": experiment.name,
         "description": experiment.description,
@@ -139,7 +159,7 @@ def _run(
         "config": experiment.model_dump(mode="json"),
         "base": base["metrics"],
         "base_curve": base["curve"],
-        "cells": [runs[c.id] for c in chosen],
+        "cells": reported,
         "learning_rates": rates,
         "failed": failed,
         "buffer": {"rows": shared["rows"], "sampled_tokens": shared["sampled_tokens"]},
@@ -151,72 +171,52 @@ def _run(
     return results, outcomes
 
 
-def _run_cells(
-    processes: Pool,
-    experiment: Experiment,
-    grid: Sequence[Cell],
-    shared: dict[str, Any],
-    buffer: Path,
-    models: Path,
-    console: Console,
+def _share(
+    processes: Pool, experiment: Experiment, buffer: Path, console: Console, plan: str
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The work that all cells share: the buffer, and the base's scores. Raises UserError if any of it fails."""
+    futures = {
+        processes.submit("model", work.check_model, experiment): "model",
+        processes.submit("shared buffer", work.fill_buffer, experiment, buffer): "shared buffer",
+        processes.submit("base model", work.evaluate_base, experiment): "base model",
+    }
+    done = {}
+    for name, future in processes.gather(futures):
+        error = future.exception()
+        if isinstance(error, BrokenProcessPool):
+            raise UserError(why(error)) from None
+        done[name] = future.result()
+        if name == "model":  # not before: of wrong input, one line says what is wrong and nothing else is printed
+            console.print(f"[bold]{experiment.name}[/]: {plan}; writing to {buffer.parent}", highlight=False)
+    return done["shared buffer"], done["base model"]
+
+
+def _gather(
+    processes: Pool, futures: Mapping[Future[Any], Cell], console: Console
 ) -> tuple[dict[str, dict[str, Any]], list[dict[str, Any]]]:
     """Results of the cells that ran, by cell id, and the cells that did not with the reason."""
-    by_id = {c.id: c for c in grid}
-    futures: dict[Future[Any], str] = {
-        processes.submit(c.id, work.run_cell, experiment, c, shared, buffer, models): c.id for c in grid
-    }
     runs: dict[str, dict[str, Any]] = {}
-    failed = []
-    for name, future in processes.gather(futures):
-        cell = by_id[name]
-        error = future.exception()
-        if error is not None:
-            reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-            failed.append(
-                {
-                    "algorithm": cell.algorithm,
-                    "seed": cell.seed,
-                    "learning_rate": cell.learning_rate,
-                    "error": reason,
-                }
-            )
-            console.print(f"  [red]{name} failed[/]: ", end="")
-            console.print(reason, markup=False)
-            continue
-        runs[name] = future.result()
-        scores = runs[name].get("metrics") or {"validation": {"avg_at_k": runs[name]["validation"]}}
-        shown = "  ".join(f"{where} {100 * m['avg_at_k']:.1f} %" for where, m in scores.items())
-        console.print(f"  [{len(runs) + len(failed)}/{len(grid)}] {name}: avg@k {shown}", highlight=False)
+    failed: list[dict[str, Any]] = []
+    for name, future in processes.gather({future: cell.id for future, cell in futures.items()}):
+        cell, error = futures[future], future.exception()
+        done = f"  [{len(runs) + len(failed) + 1}/{len(futures)}] {name}"
+        if error is None:
+            runs[name] = future.result()
+            console.print(f"{done}: {_scores(runs[name])}", highlight=False, markup=False)
+        else:
+            failed.append({**asdict(cell), "error": why(error)})
+            console.print(f"{done} failed: {why(error)}", style="red", highlight=False, markup=False)
     return runs, failed
 
 
-def _choose(
-    experiment: Experiment, grid: Sequence[Cell], runs: dict[str, dict[str, Any]]
-) -> tuple[list[Cell], dict[str, dict[str, float]]]:
-    """The cells to report (each algorithm at its best learning rate on validation), and the validation scores."""
-    rates: dict[str, dict[str, float]] = {}
-    best: dict[str, float] = {}
-    for name in experiment.algorithms:
-        if not has_choice(experiment, name):
-            best[name] = experiment.learning_rates_of(name)[0]
-            continue
-        for rate in experiment.learning_rates_of(name):
-            scores = [
-                runs[c.id]["validation"]
-                for c in grid
-                if (c.algorithm, c.learning_rate) == (name, rate) and c.id in runs
-            ]
-            if scores:
-                rates.setdefault(name, {})[f"{rate:g}"] = mean(scores)
-        if name in rates:
-            best[name] = float(max(rates[name], key=rates[name].__getitem__))
-    chosen = [
-        c
-        for name in experiment.algorithms
-        for c in grid
-        if c.algorithm == name and f"{c.learning_rate:g}" == f"{best.get(name, -1):g}" and c.id in runs
-    ]
-    return chosen, rates
+def _scores(found: Mapping[str, Any]) -> str:
+    scores = found.get("metrics") or {"validation": {"avg_at_k": found["validation"]}}
+    return "avg@k " + ", ".join(f"{where} {100 * m['avg_at_k']:.1f} %" for where, m in scores.items())
+
+
+def _sizes(experiment: Experiment) -> str:
+    algorithms, seeds = counted(len(experiment.algorithms), "algorithm"), counted(len(experiment.seeds), "seed")
+    return f"{algorithms} × {seeds}, {counted(len(cells(experiment)), 'run')}"
 
 
 def _versions() -> dict[str, str]:
@@ -227,20 +227,3 @@ def _versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
-
-
-@contextmanager
-def _output(folder: Path) -> Iterator[None]:
-    """Create the folder; if what follows fails, leave neither it nor anything in it behind."""
-    missing = [p for p in (*reversed(folder.parents), folder) if not p.exists()]
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out {str(folder)!r} cannot be created: {error.strerror}") from None
-    try:
-        yield
-    except BaseException:
-        shutil.rmtree(missing[0] if missing else folder, ignore_errors=True)
-        if not missing:
-            folder.mkdir()
-        raise

@@ -43,6 +43,12 @@ def objective_of(experiment: Experiment, algorithm: str) -> Objective:
     return get_objective(row.objective or algorithm, **row.options)
 
 
+def check_model(experiment: Experiment, report: Report) -> None:
+    """Load the base policy, to know that it can be. Raises UserError."""
+    report(0.0, "loading")
+    load_policy(experiment.model, experiment.training.dtype)
+
+
 def fill_buffer(experiment: Experiment, folder: Path, report: Report) -> dict[str, Any]:
     """Sample the base policy, join the demonstrations, add reference log-probs, and save the shared buffer."""
     policy = load_policy(experiment.model, experiment.training.dtype)

@@ -84,8 +84,9 @@ def score_tokens(
             if top_p < 1.0:
                 found.append(_nucleus_mass(logits, top_p).log())
         if term is not None:
-            known = reference is not None and reference_part is not None
-            reference_logits = reference[0].logits(reference_part).detach() if known else None
+            reference_logits = None
+            if reference is not None and reference_part is not None:
+                reference_logits = reference[0].logits(reference_part).detach()
             value = term(logits, reference_logits, tokens)
             found.append(torch.zeros_like(logp) if value is None else value)
         return (logp, *found)

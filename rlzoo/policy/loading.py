@@ -48,7 +48,7 @@ def _check_head(policy: Policy) -> None:
     scale = float(expected.abs().max())
     if found.shape != expected.shape or not torch.allclose(found, expected, rtol=0.02, atol=0.02 * scale + 1e-6):
         kind = policy.model.config.model_type
-        raise UserError(f"model {policy.name!r}: rlzoo does not know how a {kind!r} makes its logits; use another model")
+        raise UserError(f"model {policy.name!r}: rlzoo does not know how a {kind!r} makes its logits: use another")
 
 
 def save_policy(policy: Policy, folder: Path) -> None:

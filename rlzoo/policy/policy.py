@@ -76,6 +76,7 @@ class Policy(nn.Module):
         self.name = name
         self.critic: nn.Module | None = None
         self.value_head: nn.Linear | None = None
+        self.train(model.training)  # a fresh module says that it trains, whatever its parts do
 
     @property
     def device(self) -> torch.device:

@@ -1,0 +1,306 @@
+"""The command line as a user meets it: help, wrong input in one line, and the commands one after the other."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from comparisons import RLZOO, SMALL_OPTIONS, inline_pool
+from transformers import AutoModelForCausalLM
+
+from rlzoo.cli import main
+from rlzoo.comparison import runner
+from rlzoo.worlds import EMBEDDED_BASE
+
+COMMANDS = ("compare", "train", "rollout", "evaluate", "report", "list")
+HEAVY = ("torch", "transformers", "datasets", "pyarrow", "matplotlib")
+Fails = Callable[..., str]
+
+
+@pytest.fixture(autouse=True)
+def leave_the_process_as_it_was(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    """``main`` changes sys.path and a signal handler, which is right for a command and not for a test."""
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.chdir(tmp_path)
+    handler = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, handler)
+
+
+@pytest.fixture
+def fails(capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Fails:
+    """Run a command that must fail: status 2, one line on standard error, nothing written. Gives the line."""
+    monkeypatch.setattr(runner, "pool", inline_pool)
+
+    def run(*arguments: str) -> str:
+        before = sorted(tmp_path.rglob("*"))
+        capfd.readouterr()
+        try:
+            status = main(arguments)
+        except SystemExit as stop:  # argparse's own
+            status = int(str(stop.code))
+        _, errors = capfd.readouterr()
+        assert status == 2
+        assert errors.startswith("rlzoo: ") and errors.count("\n") == 1, errors
+        assert sorted(tmp_path.rglob("*")) == before
+        return errors
+
+    return run
+
+
+# Help
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = (
+        "import sys\nfrom rlzoo.cli import main\n"
+        "try: main(['--help'])\nexcept SystemExit as stop: assert stop.code == 0\n"
+        f"assert not set({HEAVY}) & set(sys.modules), sorted(set({HEAVY}) & set(sys.modules))\n"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    assert all(command in run.stdout for command in COMMANDS) and "example: rlzoo" in run.stdout
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_an_example_in_one_line(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main([command, "--help"])
+    assert stop.value.code == 0
+    example = capsys.readouterr().out.rstrip().splitlines()[-1]
+    assert example.startswith(f"  rlzoo {command}")
+
+
+def test_list_as_json(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["list", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert set(found) == {"objectives", "rewards", "experiments"}
+    objectives = {row["name"]: row for row in found["objectives"]}
+    assert {"sft", "dft", "iw-sft", "rft", "dpo", "ppo", "grpo"} <= set(objectives)
+    assert objectives["grpo"]["options"]["clip"] == {"type": "float", "default": 0.2}
+    assert {"exact-match", "math-answer"} <= {row["name"] for row in found["rewards"]}
+    assert {"arithmetic", "facts"} <= {row["name"] for row in found["experiments"]}
+
+
+def test_list_as_text_names_everything(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["list"]) == 0
+    text = capsys.readouterr().out
+    assert all(name in text for name in ("iw-sft", "kl_coefficient=0.04", "exact-match", "arithmetic"))
+
+
+# Wrong input
+
+
+SPECS: Sequence[tuple[str, tuple[str, ...]]] = [
+    ("'frob'", ("frob",)),
+    ("--nothing", ("compare", "--nothing")),
+    ("unknown experiment 'facs': did you mean 'facts'?", ("compare", "facs")),
+    ("'missing.yaml' cannot be read", ("compare", "missing.yaml")),
+    ("unknown objective 'sfft': did you mean 'sft'?", ("compare", "facts", "--algorithms", "sfft")),
+    ("unknown objective ''", ("compare", "facts", "--algorithms", "")),
+    ("names 'sft' twice", ("compare", "facts", "--algorithms", "sft,SFT")),
+    ("objective file", ("compare", "facts", "--algorithms", "missing.py:Mine")),
+    ("'no_such_module' cannot be imported", ("compare", "facts", "--algorithms", "no_such_module:Mine")),
+    ("unknown reward 'exact-mach'", ("compare", "facts", "--reward", "exact-mach")),
+    ("option of objective 'grpo' 'clipp'", ("compare", "facts", "--set", "algorithms.grpo.options.clipp=1")),
+    ("setting of training in facts.yaml 'stepz'", ("compare", "facts", "--set", "training.stepz=3")),
+    ("'stepz': did you mean 'steps'?", ("compare", "facts", "--set", "algorithms.sft.training={stepz: 3}")),
+    ("--set 'training.steps'", ("compare", "facts", "--set", "training.steps")),
+    ("not valid YAML", ("compare", "facts", "--set", "seeds=[1")),
+    ("training.steps = 0", ("compare", "facts", "--steps", "0")),
+    ("--steps: invalid int value: 'abc'", ("compare", "facts", "--steps", "abc")),
+    ("train.limit = 0", ("compare", "facts", "--limit", "0")),
+    ("k = 9 needs at least 9 samples", ("compare", "facts", "--samples", "4", "--k", "9")),
+    ("seeds repeat: [1, 1]", ("compare", "facts", "--seeds", "1,1")),
+    ("--seeds: 'one' is not a whole number", ("compare", "facts", "--seeds", "one")),
+    ("--seeds: '1.5' is not a whole number", ("compare", "facts", "--seeds", "1.5")),
+    ("--seeds: '' is not a whole number", ("compare", "facts", "--seeds", "")),
+    ("seeds.0 = -1", ("compare", "facts", "--seeds=-1")),
+    ("--learning-rates: 'fast' is not a number", ("compare", "facts", "--learning-rates", "fast")),
+    ("learning rates of 'sft' repeat", ("compare", "facts", "--learning-rates", "1e-4,0.0001")),
+    ("needs a validation", ("compare", "facts", "--learning-rates", "1e-4,1e-3", "--set", "validation=null")),
+    ("--workers 0", ("compare", "facts", "--workers", "0")),
+    ("unknown baseline 'dtf'", ("compare", "facts", "--set", "baseline=dtf")),
+    ("mode must be offline", ("compare", "facts", "--set", "algorithms.sft.mode=online")),
+    ("algorithms.base", ("compare", "facts", "--set", "algorithms.base.objective=sft")),
+    ("missing.jsonl does not exist", ("compare", "facts", "--data", "missing.jsonl")),
+    ("unknown world 'facts/tset'", ("compare", "facts", "--test-data", "world:facts/tset")),
+    ("--out 'taken' exists already", ("compare", "facts", "--out", "taken")),
+    ("--out 'file/out' cannot be created", ("compare", "facts", "--out", "file/out")),
+    ("model './missing' cannot be loaded", ("compare", "facts", "--model", "./missing")),
+    ("model 'damaged' cannot be loaded", ("compare", "facts", "--model", "damaged")),
+    ("model 'bare' cannot be loaded", ("evaluate", "facts", "--limit", "2", "--model", "bare")),
+    ("unknown experiment 'facs'", ("evaluate", "facs")),
+    ("unknown objective 'sfft'", ("train", "sfft", "--buffer", "missing", "--out", "out")),
+    ("option of objective 'grpo' 'clipp'", ("train", "grpo", "--option", "clipp=1", "--buffer", "x", "--out", "out")),
+    ("unknown option of objective 'sft' 'name'", ("train", "sft", "--option", "name=x", "--buffer", "x", "--out", "o")),
+    ("missing does not exist", ("train", "sft", "--buffer", "./missing", "--out", "out")),
+    ("training: learning_rate = 0.0", ("train", "sft", "--learning-rate", "0", "--buffer", "x", "--out", "out")),
+    ("--out 'taken' exists already", ("rollout", "facts", "--limit", "2", "--out", "taken")),
+    ("--out 'file/out' cannot be created", ("rollout", "facts", "--limit", "2", "--out", "file/out")),
+    ("run directory 'missing' does not exist", ("report", "missing")),
+    ("'taken' has no results.json", ("report", "taken")),
+]
+
+
+@pytest.fixture
+def things(tmp_path: Path) -> None:
+    """What the wrong input refers to."""
+    for folder in ("taken", "bare", "damaged"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "taken" / "something").write_text("mine")
+    (tmp_path / "file").write_text("a file")
+    for file in EMBEDDED_BASE.iterdir():
+        shutil.copy(file, tmp_path / "damaged")
+    weights = tmp_path / "damaged" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+
+
+@pytest.mark.usefixtures("things")
+@pytest.mark.parametrize(("told", "arguments"), SPECS, ids=[" ".join(arguments) for _, arguments in SPECS])
+def test_wrong_input_is_told_in_one_line(told: str, arguments: tuple[str, ...], fails: Fails) -> None:
+    assert told in fails(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("model: embedded\ntrain: {source: [\n", "bad.yaml: line 3: not valid YAML"),
+        ("- a list\n", "an experiment is a mapping of settings, not list"),
+        ("model: embedded\n", "bad.yaml: train: Field required"),
+        ("", "an experiment is a mapping of settings, not NoneType"),
+    ],
+)
+def test_a_wrong_experiment_file(text: str, told: str, fails: Fails, tmp_path: Path) -> None:
+    (tmp_path / "bad.yaml").write_text(text)
+    assert told in fails("compare", "bad.yaml")
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("", "data.jsonl has no rows: it is empty"),
+        ('{"prompt": "a", "answer": "b"}\n{"prompt": \n', "data.jsonl line 2 is not JSON"),
+        ('{"question": "a", "answer": "b"}\n', "row 0: no column 'prompt'; it has: question, answer"),
+        ('{"prompt": "a"}\n', "needs the column 'answer'"),
+    ],
+)
+def test_wrong_data(text: str, told: str, fails: Fails, tmp_path: Path) -> None:
+    (tmp_path / "data.jsonl").write_text(text)
+    assert told in fails("compare", "facts", "--data", "data.jsonl", "--out", "out")
+
+
+PLUGINS = [
+    ("def f(:\n", "mine.py' cannot be loaded: SyntaxError"),
+    ("raise RuntimeError('two\\nlines')\n", "mine.py' cannot be loaded: RuntimeError: two lines"),
+    ("import sys; sys.exit()\n", "mine.py' cannot be loaded: SystemExit"),
+    ("Other = 1\n", "mine.py has no 'Mine'; it has: Other"),
+    ("class Mine: pass\n", "is not a subclass of rlzoo.Objective"),
+    ("import rlzoo\nclass Mine(rlzoo.Objective): name = 'mine'\n", "does not define coefficients"),
+    ("import rlzoo\nclass Mine(rlzoo.Objective):\n    def coefficients(self, batch): ...\n", "has no name"),
+]
+
+
+@pytest.mark.parametrize(("text", "told"), PLUGINS)
+def test_a_broken_objective(text: str, told: str, fails: Fails, tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(text)
+    assert told in fails("compare", "facts", "--algorithms", "mine.py:Mine", "--out", "out")
+
+
+REWARDS = [
+    ("return [1.0]", "returned 1 values for 2 completions"),
+    ("return ['good' for _ in completions]", "returned 'good' on row 0"),
+    ("raise KeyError('oh')", "raised on row 0: KeyError"),
+    ("return 1.0", "returned float for 2 completions"),
+]
+
+
+@pytest.mark.parametrize(("body", "told"), REWARDS)
+def test_a_broken_reward(body: str, told: str, fails: Fails, tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(f"def mine(completions, **columns):\n    {body}\n")
+    assert told in fails("compare", "facts", "--reward", "mine.py:mine", "--out", "deep/out")
+
+
+def test_a_reward_that_breaks_in_a_worker(tmp_path: Path) -> None:
+    """Its message comes from another process, alone, and the output folder goes with its new parents."""
+    (tmp_path / "mine.py").write_text(
+        "def mine(completions, **columns):\n    return [1.0] * len([c for c in completions if not c])\n"
+    )
+    command = [*RLZOO, "compare", "facts", *SMALL_OPTIONS, "--algorithms", "sft", "--reward", "mine.py:mine"]
+    run = subprocess.run(
+        [*command, "--out", "deep/out"], cwd=tmp_path, capture_output=True, text=True, check=False, timeout=300
+    )
+    assert run.returncode == 2
+    last = run.stderr.splitlines()[-1]
+    assert last.startswith("rlzoo: reward 'mine' returned") and "Traceback" not in run.stderr
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name != "__pycache__") == ["mine.py"]
+
+
+def test_ctrl_c_says_so_once_and_leaves_nothing(tmp_path: Path) -> None:
+    command = [*RLZOO, "compare", "facts", "--algorithms", "sft", "--steps", "100000", "--out", "out"]
+    run = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    assert run.stderr is not None
+    told = [run.stderr.readline() for _ in range(2)]  # the plan, then that the shared work is done
+    assert "shared buffer" in told[1], told
+    os.killpg(run.pid, signal.SIGINT)  # a terminal sends it to the whole group
+    _, errors = run.communicate(timeout=120)
+    assert run.returncode == 130
+    assert errors == "rlzoo: interrupted\n"
+    assert list(tmp_path.iterdir()) == []
+    assert _group_is_gone(run.pid)
+
+
+def _group_is_gone(group: int) -> bool:
+    """Whether no process of the group lives, given ten seconds for the last to end."""
+    for _ in range(100):
+        try:
+            os.killpg(group, 0)
+        except ProcessLookupError:
+            return True
+        time.sleep(0.1)
+    return False
+
+
+# The commands one after the other
+
+
+def test_rollout_train_evaluate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    small = ["facts", "--limit", "8", "--set", "rollouts.samples=4"]
+    assert main(["rollout", *small, "--out", "buffer"]) == 0
+    assert "32 samples of 8 prompts" in capsys.readouterr().out
+    assert main(["rollout", *small, "--out", "rows.jsonl"]) == 0
+    assert len((tmp_path / "rows.jsonl").read_text().splitlines()) == 32
+
+    train = ["--steps", "2", "--set", "batch_size=8", "--learning-rate", "0.01"]
+    assert main(["train", "grpo", "--buffer", "buffer", *train, "--option", "clip=0.3", "--out", "trained"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "saved to trained"
+    summary = json.loads((tmp_path / "trained" / "training.json").read_text())
+    assert [row["step"] for row in summary["steps"]] == [1, 2]
+    before = AutoModelForCausalLM.from_pretrained(EMBEDDED_BASE).state_dict()
+    after = AutoModelForCausalLM.from_pretrained(tmp_path / "trained").state_dict()
+    assert any(not torch.equal(after[name], before[name]) for name in before)
+
+    evaluation = ["evaluate", "facts", "--model", "trained", "--limit", "4", "--samples", "2", "--k", "1"]
+    capsys.readouterr()
+    assert main([*evaluation, "--json"]) == 0
+    scores = json.loads(capsys.readouterr().out)
+    assert set(scores) == {"facts", "unseen-facts"} and scores["facts"]["k"] == 1
+    assert main(evaluation) == 0
+    shown = f"facts: avg@2 {scores['facts']['avg_at_k']:.1%}  greedy {scores['facts']['greedy']:.1%}"
+    assert capsys.readouterr().out.startswith(shown)
+
+
+def test_train_that_fails_leaves_nothing(fails: Fails, tmp_path: Path) -> None:
+    row = {"prompt": "a", "completion": "b"}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    assert "the buffer has no" in fails("train", "grpo", "--buffer", "rows.jsonl", "--out", "new/trained")

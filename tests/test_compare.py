@@ -1,0 +1,267 @@
+"""A comparison from end to end, on a small cut of the embedded worlds."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from comparisons import SMALL_OPTIONS, inline_pool, small
+from rich.console import Console
+
+import rlzoo.comparison.work as work
+from rlzoo.cli import main
+from rlzoo.comparison import runner
+from rlzoo.comparison.pool import WorkError
+from rlzoo.comparison.report import write_report
+from rlzoo.config import Experiment, load_experiment
+from rlzoo.errors import UserError
+from rlzoo.policy import load_policy
+
+Compare = Callable[..., dict[str, Any]]
+TIMES = ("wall_seconds", "peak_memory_bytes")
+
+
+@pytest.fixture
+def inline(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner, "pool", inline_pool)
+
+
+def quietly(experiment: Experiment, out: Path, workers: int = 1) -> dict[str, Any]:
+    return runner.compare(experiment, out, workers, console=Console(file=io.StringIO()))
+
+
+def numbers(results: dict[str, Any]) -> dict[str, Any]:
+    """What two runs of one experiment must agree in: all but when, how long and in how much memory."""
+    cells = []
+    for cell in results["cells"]:
+        costs = {name: value for name, value in cell["costs"].items() if name not in TIMES}
+        cells.append({**cell, "costs": costs})
+    same = {key: value for key, value in results.items() if key not in ("created", "wall_seconds")}
+    return {**same, "cells": cells}
+
+
+def outcomes(out: Path) -> pa.Table:
+    return pq.read_table(out / "outcomes.parquet")
+
+
+@pytest.mark.usefixtures("inline")
+def test_results_hold_what_the_contract_says(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    returned = quietly(small({"sft": {}, "dpo": {}}, seeds=[0, 3]), out)
+    results = json.loads((out / "results.json").read_text())
+    assert results == json.loads(json.dumps(returned))
+    assert results["experiment"] == "facts" and isinstance(results["created"], str)
+    assert {"rlzoo", "torch", "transformers", "python"} <= set(results["versions"])
+    assert [(c["algorithm"], c["seed"]) for c in results["cells"]] == [("sft", 0), ("sft", 3), ("dpo", 0), ("dpo", 3)]
+    assert results["failed"] == []
+    for metrics in (results["base"], *(cell["metrics"] for cell in results["cells"])):
+        assert set(metrics) == {"facts"}
+        assert {"avg_at_k", "greedy", "pass_at_k"} <= set(metrics["facts"]) and metrics["facts"]["k"] == 2
+        assert all(0 <= metrics["facts"][name] <= 1 for name in ("avg_at_k", "greedy", "pass_at_k"))
+    for cell in results["cells"]:
+        assert isinstance(cell["learning_rate"], float)
+        assert set(cell["costs"]) == {"gradient_tokens", "sampled_tokens", "flops", *TIMES}
+        assert cell["costs"]["gradient_tokens"] > 0 and cell["costs"]["flops"] > 0
+        assert (cell["costs"]["sampled_tokens"] > 0) == (cell["algorithm"] == "dpo")
+        assert [point["step"] for point in cell["curve"]] == [2]
+    assert {(r["algorithm"], r["benchmark"], r["metric"]) for r in results["summary"]} == {
+        (a, "facts", m) for a in ("base", "sft", "dpo") for m in ("avg_at_k", "greedy", "pass_at_k")
+    }
+    for row in results["summary"]:
+        assert set(row) == {"algorithm", "benchmark", "metric", "mean", "ci_low", "ci_high", "seeds"}
+        assert row["ci_low"] <= row["mean"] <= row["ci_high"]
+        assert row["algorithm"] == "base" or row["seeds"] == 2
+    assert {p.name for p in out.iterdir()} == {
+        "buffer", "experiment.yaml", "figures", "outcomes.parquet", "report.html", "report.md", "results.json",
+    }  # fmt: skip
+
+
+@pytest.mark.usefixtures("inline")
+def test_outcomes_have_one_row_a_sample_and_give_the_scores_back(tmp_path: Path) -> None:
+    results = quietly(small({"sft": {}}, seeds=[0, 1]), tmp_path / "out")
+    table = outcomes(tmp_path / "out")
+    assert table.schema == runner.OUTCOMES
+    rows = table.to_pylist()
+    assert len(rows) == 3 * 4 * (3 + 1)  # base and two seeds, four problems, three samples and one greedy
+    keys = {(r["algorithm"], r["seed"], r["problem_id"], r["decoding"], r["sample"]) for r in rows}
+    assert len(keys) == len(rows)
+    assert all(r["correct"] == (r["reward"] >= 0.5) and r["length"] > 0 and r["prompt"] for r in rows)
+    assert {r["seed"] for r in rows if r["algorithm"] == "base"} == {-1}
+
+    for name, seeds in (("base", [-1]), ("sft", [0, 1])):
+        shown = {r["metric"]: r["mean"] for r in results["summary"] if r["algorithm"] == name}
+        mine = [r for r in rows if r["algorithm"] == name]
+        sampled = [r for r in mine if r["decoding"] == "sample"]
+        assert shown["avg_at_k"] == pytest.approx(np.mean([r["correct"] for r in sampled]))
+        assert shown["greedy"] == pytest.approx(np.mean([r["correct"] for r in mine if r["decoding"] == "greedy"]))
+        by_problem: dict[Any, int] = {}
+        for r in sampled:
+            by_problem[r["seed"], r["problem_id"]] = by_problem.get((r["seed"], r["problem_id"]), 0) + r["correct"]
+        # two of three samples drawn: none is correct in C(3-c, 2) of 3 draws
+        chances = [1 - {0: 3, 1: 1, 2: 0, 3: 0}[correct] / 3 for correct in by_problem.values()]
+        assert len(chances) == 4 * len(seeds)
+        assert shown["pass_at_k"] == pytest.approx(np.mean(chances))
+
+
+@pytest.mark.usefixtures("inline")
+def test_the_written_experiment_gives_the_same_numbers(tmp_path: Path) -> None:
+    rows = {"sft": {}, "grpo": {"options": {"clip": 0.1}}}
+    first = quietly(small(rows, seeds=[1]), tmp_path / "first")
+    again = quietly(load_experiment(str(tmp_path / "first" / "experiment.yaml")), tmp_path / "again")
+    assert numbers(first) == numbers(again)
+    assert outcomes(tmp_path / "first").equals(outcomes(tmp_path / "again"))
+
+
+def test_processes_change_no_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    experiment = small({"sft": {}, "ppo": {"mode": "online"}}, seeds=[0, 1])
+    spawned = quietly(experiment, tmp_path / "spawned", workers=2)
+    monkeypatch.setattr(runner, "pool", inline_pool)
+    inline = quietly(experiment, tmp_path / "inline")
+    assert numbers(spawned) == numbers(inline)
+    assert outcomes(tmp_path / "spawned").equals(outcomes(tmp_path / "inline"))
+
+
+@pytest.mark.usefixtures("inline")
+def test_a_seed_does_not_depend_on_the_rest_of_the_grid(tmp_path: Path) -> None:
+    alone = quietly(small({"dft": {}}, seeds=[1]), tmp_path / "alone")
+    among = quietly(small({"sft": {}, "dft": {}}, seeds=[0, 1]), tmp_path / "among")
+    (same,) = [c for c in numbers(among)["cells"] if (c["algorithm"], c["seed"]) == ("dft", 1)]
+    assert numbers(alone)["cells"] == [same]
+    assert alone["base"] == among["base"]
+
+
+@pytest.mark.usefixtures("inline")
+def test_online_samples_the_policy_in_training(tmp_path: Path) -> None:
+    rows = {name: {"mode": "online", "learning_rates": [1e-2]} for name in ("grpo", "ppo")}
+    results = quietly(small(rows), tmp_path / "out")
+    assert results["failed"] == []
+    assert results["buffer"]["sampled_tokens"] == 0  # nobody asked for samples of the base
+    for cell in results["cells"]:
+        assert len(cell["training"]) == 2
+        assert cell["costs"]["sampled_tokens"] > 0
+
+
+@pytest.mark.usefixtures("inline")
+def test_the_learning_rate_is_chosen_on_validation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scores = {(0, 1e-4): 0.1, (1, 1e-4): 0.3, (0, 1e-2): 0.6, (1, 1e-2): 0.0}
+    run_cell = work.run_cell
+
+    def with_score(experiment: Experiment, cell: Any, *rest: Any) -> dict[str, Any]:
+        result = run_cell(experiment, cell, *rest)
+        assert (tmp_path / "out" / "models" / cell.id).is_dir()
+        return {**result, "validation": scores[cell.seed, cell.learning_rate]}
+
+    monkeypatch.setattr(work, "run_cell", with_score)
+    results = quietly(small({"sft": {"learning_rates": [1e-4, 1e-2]}}, seeds=[0, 1]), tmp_path / "out")
+    assert results["learning_rates"] == {"sft": {"0.0001": pytest.approx(0.2), "0.01": pytest.approx(0.3)}}
+    assert [(c["seed"], c["learning_rate"]) for c in results["cells"]] == [(0, 1e-2), (1, 1e-2)]
+    assert all("facts" in cell["metrics"] for cell in results["cells"])
+    assert set(outcomes(tmp_path / "out")["learning_rate"].to_pylist()) == {None, 1e-2}
+    assert not (tmp_path / "out" / "models").exists()
+
+
+@pytest.mark.usefixtures("inline")
+def test_a_trained_folder_is_a_base_like_any_other(tmp_path: Path) -> None:
+    from rlzoo.policy.loading import save_policy
+
+    save_policy(load_policy("embedded"), tmp_path / "copy")
+    embedded = quietly(small({"sft": {}}), tmp_path / "embedded")
+    folder = quietly(small({"sft": {}}, model=str(tmp_path / "copy")), tmp_path / "folder")
+    assert numbers(folder)["cells"] == numbers(embedded)["cells"]
+    assert folder["base"] == embedded["base"]
+
+
+# What goes wrong
+
+
+FAILING = """\
+import rlzoo, torch
+class Failing(rlzoo.Objective):
+    name, steps = "failing", []
+    def coefficients(self, batch):
+        self.steps.append(1)
+        if len(self.steps) > 1:
+            raise RuntimeError("the second step")
+        return rlzoo.Coefficients(torch.ones_like(batch.logp))
+"""
+
+
+@pytest.mark.usefixtures("inline")
+def test_a_cell_that_fails_stops_no_other(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "failing.py").write_text(FAILING)
+    spec = f"{tmp_path / 'failing.py'}:Failing"
+    out = tmp_path / "out"
+    one_micro_batch = ["--set", "training.token_budget=9999"]
+    command = ["compare", "facts", "--algorithms", f"{spec},sft", *SMALL_OPTIONS, *one_micro_batch, "--out", str(out)]
+    assert main(command) == 1
+    results = json.loads((out / "results.json").read_text())
+    (failure,) = results["failed"]
+    assert (failure["algorithm"], failure["seed"]) == ("failing", 0)
+    assert failure["error"] == "RuntimeError: the second step"
+    assert [cell["algorithm"] for cell in results["cells"]] == ["sft"]
+    assert "the second step" in (out / "report.md").read_text() and (out / "report.html").is_file()
+    told = capsys.readouterr()
+    assert "1 run failed" in told.out and "failing-lr" in told.err
+
+
+@pytest.mark.usefixtures("inline")
+def test_a_cell_that_fails_its_evaluation_stops_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    evaluate_cell = work.evaluate_cell
+
+    def broken(experiment: Experiment, cell: Any, *rest: Any) -> dict[str, Any]:
+        if cell.algorithm == "dft":
+            raise OSError("no space")
+        return evaluate_cell(experiment, cell, *rest)
+
+    monkeypatch.setattr(work, "evaluate_cell", broken)
+    rates = {"learning_rates": [1e-4, 1e-3]}
+    results = quietly(small({"sft": rates, "dft": rates}), tmp_path / "out")
+    assert [cell["algorithm"] for cell in results["cells"]] == ["sft"]
+    assert [(f["algorithm"], f["error"]) for f in results["failed"]] == [("dft", "OSError: no space")]
+
+
+@pytest.mark.usefixtures("inline")
+def test_no_run_that_succeeds_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any) -> dict[str, Any]:
+        raise RuntimeError("oh")
+
+    monkeypatch.setattr(work, "run_cell", broken)
+    (tmp_path / "empty").mkdir()
+    for out in (tmp_path / "empty", tmp_path / "new" / "deep"):
+        with pytest.raises(UserError, match="no run succeeded; the first failed with: RuntimeError: oh"):
+            quietly(small({"sft": {}}), out)
+    assert [path.name for path in tmp_path.rglob("*")] == ["empty"]  # it was there, and is empty again
+
+
+@pytest.mark.usefixtures("inline")
+def test_a_bug_in_the_shared_work_is_no_user_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any) -> dict[str, Any]:
+        raise ZeroDivisionError("a bug")
+
+    monkeypatch.setattr(work, "fill_buffer", broken)
+    with pytest.raises(WorkError, match="ZeroDivisionError: a bug"):
+        quietly(small({"sft": {}}), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_reward_must_have_a_name_to_be_written_down(tmp_path: Path) -> None:
+    experiment = small({"sft": {}}).model_copy(update={"reward": lambda completions: [1.0] * len(completions)})
+    with pytest.raises(UserError, match="must be plain data"):
+        quietly(experiment, tmp_path / "out")
+
+
+@pytest.mark.usefixtures("inline")
+def test_the_report_can_be_written_again(tmp_path: Path) -> None:
+    quietly(small({"sft": {}, "dft": {}}), tmp_path / "out")
+    first = (tmp_path / "out" / "report.md").read_text()
+    write_report(tmp_path / "out", "dft")
+    assert "Differences to dft" in (tmp_path / "out" / "report.md").read_text()
+    assert main(["report", str(tmp_path / "out"), "--baseline", "sft"]) == 0
+    assert (tmp_path / "out" / "report.md").read_text() == first

@@ -1,0 +1,171 @@
+"""Rewards and objectives of a user's own, used with no other change: by file, by module and by entry point."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from collections.abc import Callable, Mapping
+from importlib.metadata import EntryPoint
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from comparisons import RLZOO, SMALL_OPTIONS
+
+from rlzoo import objective as objective_module
+from rlzoo import registry as registry_module
+from rlzoo.errors import UserError
+from rlzoo.objective import get_objective, list_objectives, objective_class, options_of
+from rlzoo.reward import get_reward
+from rlzoo.types import TokenBatch
+from rlzoo.worlds import world_problems
+
+REWARD = """\
+def starts_right(completions, answer, **columns):
+    return [float(c.strip()[:1] == a[:1]) for c, a in zip(completions, answer)]
+"""
+
+OBJECTIVE = """\
+from dataclasses import dataclass
+import rlzoo
+
+@rlzoo.register
+@dataclass(frozen=True)
+class Tempered(rlzoo.Objective):
+    name = "tempered"
+    power: float = 0.5
+    def coefficients(self, batch):
+        return rlzoo.Coefficients((self.power * batch.logp).exp())
+"""
+
+
+def test_plugins_fit_ten_lines() -> None:
+    assert len(REWARD.splitlines()) <= 10 and len(OBJECTIVE.splitlines()) <= 10
+
+
+def test_files_and_a_package_beside_the_user(tmp_path: Path) -> None:
+    """``rlzoo compare`` in the user's folder, with worker processes, which must find all of it too."""
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "reward.py").write_text(REWARD)
+    (tmp_path / "objective.py").write_text(OBJECTIVE)
+    (tmp_path / "my_package").mkdir()
+    (tmp_path / "my_package" / "__init__.py").touch()
+    (tmp_path / "my_package" / "objectives.py").write_text(OBJECTIVE.replace("tempered", "packaged"))
+    algorithms = "sft,objective.py:Tempered,my_package.objectives:Tempered"
+    options = ["--reward", "mine/reward.py:starts_right", "--algorithms", algorithms]
+    option = ["--set", "algorithms.tempered.options.power=0.25"]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    command = [*RLZOO, "compare", "facts", *SMALL_OPTIONS, *options, *option, "--out", "out"]
+    run = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False, timeout=300
+    )
+    assert run.returncode == 0, run.stderr
+    assert "report: out/report.html" in run.stdout
+
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert results["failed"] == []
+    assert [cell["algorithm"] for cell in results["cells"]] == ["sft", "tempered", "packaged"]
+    assert results["config"]["reward"] == "mine/reward.py:starts_right"
+    rows = pq.read_table(tmp_path / "out" / "outcomes.parquet").to_pylist()
+    answers = {p.id: p.columns["answer"] for split in ("test", "unseen") for p in world_problems(f"facts/{split}")}
+    assert len(rows) > 0
+    for row in rows:  # judged by the user's reward, in processes of their own
+        assert row["reward"] == float(row["text"].strip()[:1] == answers[row["problem_id"]][:1])
+
+
+# In this process
+
+
+@pytest.fixture
+def fresh_registry(monkeypatch: pytest.MonkeyPatch) -> None:
+    list_objectives()
+    entries = objective_module._objectives._entries
+    monkeypatch.setattr(objective_module._objectives, "_entries", dict(entries))
+
+
+Write = Callable[[str], str]
+
+
+@pytest.fixture
+def write(tmp_path: Path, fresh_registry: None) -> Write:
+    """Write a file and name its ``Mine``."""
+
+    def spec(text: str) -> str:
+        (tmp_path / "mine.py").write_text(text)
+        return f"{tmp_path / 'mine.py'}:Mine"
+
+    return spec
+
+
+def test_an_objective_without_a_decorator(write: Write) -> None:
+    spec = write(
+        "import rlzoo\nclass Mine(rlzoo.Objective):\n    name = 'mine'\n"
+        "    def coefficients(self, batch):\n        return rlzoo.Coefficients(-batch.logp)\n"
+    )
+    batch = TokenBatch(torch.tensor([[-2.0, -1.0]]), torch.ones(1, 2, dtype=torch.bool))
+    assert get_objective(spec).coefficients(batch).values.tolist() == [[2.0, 1.0]]
+    assert "mine" not in list_objectives()  # it was asked for by its place, not registered
+
+
+BODY = "    def coefficients(self, batch): ...\n"
+HEAD = "from dataclasses import dataclass, field\nimport rlzoo\n@dataclass(frozen=True)\nclass Mine(rlzoo.Objective):\n"
+
+
+@pytest.mark.parametrize(
+    ("fields", "options", "told"),
+    [
+        ("    scale: float\n", {}, "cannot be built from {}: TypeError: "),
+        ("    scale: Unknown = 1\n", {"scale": 1}, "'mine' has an annotation that cannot be read: name 'Unknown'"),
+        ("    scale: float = 1\n", {"scale": "x"}, "option 'scale' = 'x': Input should be a valid number"),
+        (
+            "    def __post_init__(self): raise ValueError('scale?')\n",
+            {},
+            "cannot be built from {}: ValueError: scale?",
+        ),
+        ("    scale: float = 1\n", {"name": "x"}, "'name': known: scale"),
+    ],
+)
+def test_what_a_plugin_gets_wrong(fields: str, options: Mapping[str, Any], told: str, write: Write) -> None:
+    future = "from __future__ import annotations\n"  # so that an annotation is read only when it is asked for
+    spec = write(f"{future}{HEAD}    name = 'mine'\n{fields}{BODY}")
+    with pytest.raises(UserError) as error:
+        get_objective(spec, **options)
+    assert told in str(error.value) and "\n" not in str(error.value)
+
+
+def test_options_of_any_kind_are_listed(write: Write) -> None:
+    fields = "    name = 'mine'\n    count: int\n    many: list[int] = field(default_factory=lambda: [1, 2])\n"
+    options = options_of(objective_class(write(f"{HEAD}{fields}{BODY}")))
+    assert options["count"] == {"type": "int", "default": None}
+    assert options["many"]["default"] == [1, 2]
+
+
+@pytest.mark.parametrize("spec", [":Mine", "mine.py:", ":"])
+def test_half_a_reference(spec: str) -> None:
+    for get in (get_objective, get_reward):
+        with pytest.raises(UserError, match=r"write package\.module:Name or path/to/file\.py:Name"):
+            get(spec)
+
+
+def test_a_module_that_raises_when_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "rlzoo_raising.py").write_text("raise RuntimeError('two\\nlines')\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(UserError, match=r"module 'rlzoo_raising' cannot be imported: RuntimeError: two lines$"):
+        get_reward("rlzoo_raising:mine")
+
+
+@pytest.mark.usefixtures("fresh_registry")
+def test_an_entry_point_that_cannot_be_loaded_is_named_every_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    point = EntryPoint("theirs", "no_such_package:Theirs", "rlzoo.objectives")
+    monkeypatch.setattr(registry_module, "entry_points", lambda group: [point])
+    monkeypatch.setattr(objective_module._objectives, "_filled", False)
+    for _ in range(2):  # and not a table with half of its names the second time
+        with pytest.raises(
+            UserError, match=r"objective 'theirs' \(no_such_package:Theirs\) of .* cannot be loaded: Mod"
+        ):
+            get_objective("sft")
+    monkeypatch.setattr(registry_module, "entry_points", lambda group: [])
+    assert get_objective("sft").name == "sft"

@@ -1,0 +1,210 @@
+"""Sampling and judging: seeds, ends, text, and the distribution that completions come from."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from scipy.stats import chisquare
+
+from rlzoo.config import Sampling
+from rlzoo.policy import Policy, Sequences
+from rlzoo.problems import Problem, encode_problems
+from rlzoo.reward import Reward
+from rlzoo.rollout import Sample, TransformersSampler, collect_rollouts
+
+MakePolicy = Callable[..., Policy]
+PROMPTS = [[20, 21, 22], [23], [24, 25, 26, 27, 28], [29, 30]]
+SHORT = Sampling(samples=3, max_new_tokens=6)
+
+
+@pytest.fixture(scope="module", params=["gpt2", "llama"])
+def policy(request: pytest.FixtureRequest, make_policy: MakePolicy) -> Policy:
+    return make_policy(request.param, dtype=torch.float32)
+
+
+def sampled_ids(policy: Policy, settings: Sampling, seed: int, greedy: bool = False) -> list[list[list[int]]]:
+    found = TransformersSampler(policy).sample(PROMPTS, settings, seed, greedy=greedy)
+    return [[sample.ids for sample in samples] for samples in found]
+
+
+def next_logp(policy: Policy, prompt: Sequence[int]) -> torch.Tensor:
+    with torch.no_grad():
+        logits: torch.Tensor = policy.model(input_ids=torch.tensor([list(prompt)])).logits[0, -1]
+    return logits.log_softmax(0)
+
+
+def test_samples_are_many_seeded_and_leave_the_random_state_alone(policy: Policy) -> None:
+    policy.train()
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    first = sampled_ids(policy, SHORT, seed=1)
+    assert torch.equal(torch.rand(3), expected)
+    assert policy.training
+    assert [len(samples) for samples in first] == [3] * 4
+    assert first == sampled_ids(policy, SHORT, seed=1)
+    assert first != sampled_ids(policy, SHORT, seed=2)
+    assert len({tuple(ids) for samples in first for ids in samples}) > 6
+    policy.eval()
+
+
+def test_greedy_is_the_likeliest_token_whatever_the_batch(policy: Policy) -> None:
+    settings = Sampling(samples=5, max_new_tokens=6, batch_size=64)
+    found = sampled_ids(policy, settings, seed=0, greedy=True)
+    assert [len(samples) for samples in found] == [1] * 4
+    assert found == sampled_ids(policy, settings.model_copy(update={"batch_size": 1}), seed=9, greedy=True)
+    for prompt, (ids,) in zip(PROMPTS, found, strict=True):
+        for t, token in enumerate(ids):
+            assert token == int(next_logp(policy, [*prompt, *ids[:t]]).argmax())
+
+
+def test_a_completion_ends_at_its_end_of_sequence_or_is_marked(make_policy: MakePolicy) -> None:
+    policy = make_policy("gpt2", dtype=torch.float32)
+    eos, other = policy.tokenizer.eos_token_id, 40
+    policy.model.generation_config.eos_token_id = [eos, other]
+    settings = Sampling(samples=40, max_new_tokens=8)
+    samples = [s for row in TransformersSampler(policy).sample(PROMPTS, settings, 0) for s in row]
+    ends = Counter(s.ids[-1] for s in samples if not s.truncated)
+    assert set(ends) == {eos, other}
+    for sample in samples:
+        assert not {eos, other} & set(sample.ids[:-1])
+        assert sample.truncated == (sample.ids[-1] not in (eos, other))
+        assert not sample.truncated or len(sample.ids) == 8
+
+
+def test_padding_with_the_end_of_sequence_loses_no_end(make_policy: MakePolicy) -> None:
+    policy = make_policy("gpt2", dtype=torch.float32)
+    settings = Sampling(samples=40, max_new_tokens=8)
+    expected = sampled_ids(policy, settings, seed=0)
+    kept = policy.tokenizer.pad_token
+    try:
+        policy.tokenizer.pad_token = policy.tokenizer.eos_token
+        assert sampled_ids(policy, settings, seed=0) == expected
+    finally:
+        policy.tokenizer.pad_token = kept
+
+
+def test_text_has_no_special_tokens(policy: Policy) -> None:
+    sampler = TransformersSampler(policy)
+    tokenizer = policy.tokenizer
+    words = tokenizer.encode("#### 17")
+    prompt = [20]
+    with torch.no_grad():
+        found = [s for row in sampler.sample([prompt], Sampling(samples=60, max_new_tokens=5), 0) for s in row]
+    assert any(tokenizer.eos_token_id in s.ids for s in found)
+    assert all("<" not in s.text for s in found)
+    assert [s.text for s in found] == [tokenizer.decode(s.ids, skip_special_tokens=True) for s in found]
+    assert tokenizer.decode([*words, tokenizer.eos_token_id], skip_special_tokens=True) == "#### 17"
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_first_tokens_follow_the_models_distribution(policy: Policy, temperature: float) -> None:
+    n, prompt = 4000, PROMPTS[0]
+    settings = Sampling(samples=n, temperature=temperature, max_new_tokens=1, batch_size=n)
+    # another prompt in the batch: padding on the left must not change the distribution
+    samples = TransformersSampler(policy).sample([prompt, PROMPTS[2]], settings, seed=3)[0]
+    expected = n * (next_logp(policy, prompt) / temperature).softmax(0).double().numpy()
+    counted = Counter(s.ids[0] for s in samples)
+    common = [token for token in range(len(expected)) if expected[token] >= 5]
+    rest = n - sum(counted[t] for t in common), n - sum(expected[t] for t in common)
+    observed = [*(counted[t] for t in common), rest[0]]
+    assert len(common) > 4
+    assert chisquare(observed, [*(expected[t] for t in common), rest[1]]).pvalue > 1e-3
+
+
+def test_a_checkpoints_own_generation_settings_are_put_aside(policy: Policy) -> None:
+    plain = sampled_ids(policy, SHORT, seed=1), sampled_ids(policy, SHORT, seed=1, greedy=True)
+    kept = policy.model.generation_config
+    try:
+        odd = type(kept)(
+            do_sample=True, top_k=1, min_p=0.5, temperature=0.1, repetition_penalty=9.0, num_beams=3, min_new_tokens=6,
+            no_repeat_ngram_size=1, eos_token_id=kept.eos_token_id,
+        )  # fmt: skip
+        policy.model.generation_config = odd
+        assert (sampled_ids(policy, SHORT, seed=1), sampled_ids(policy, SHORT, seed=1, greedy=True)) == plain
+        assert policy.model.generation_config is odd
+    finally:
+        policy.model.generation_config = kept
+
+
+def parrot(prompts: list[Any], completions: list[Any], answer: list[str], **_: Any) -> list[float | None]:
+    """The length of the text; None for an empty one."""
+    assert len(prompts) == len(completions) == len(answer)
+    return [float(len(c)) if c else None for c in completions]
+
+
+def problem(number: int, text: str) -> Problem:
+    return Problem(f"p{number}", text, {"answer": str(number)})
+
+
+@pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.7, 1.0), (1.0, 0.8), (1.5, 0.9)])
+def test_behaviour_log_probs_are_those_of_the_distribution_that_was_sampled(
+    policy: Policy, temperature: float, top_p: float
+) -> None:
+    problems = encode_problems(policy.tokenizer, [problem(1, "17+25=?\n"), problem(2, "3-1=?\n")])
+    settings = Sampling(samples=4, temperature=temperature, top_p=top_p, max_new_tokens=6)
+    rows = collect_rollouts(
+        policy, TransformersSampler(policy), problems, Reward("parrot", parrot), settings, seed=0, version=3
+    )
+    assert len(rows) == 8
+    for row in rows:
+        assert row.behaviour_logp is not None
+        sequences = Sequences.collate([row.prompt_ids], [row.completion_ids], policy.device)
+        found = policy(sequences, temperature=temperature, top_p=top_p).logp[0].tolist()
+        assert row.behaviour_logp == pytest.approx(found, abs=1e-5)
+        for t, token in enumerate(row.completion_ids):
+            p = (next_logp(policy, [*row.prompt_ids, *row.completion_ids[:t]]) / temperature).softmax(0)
+            nucleus = p.sort(descending=True).values
+            kept = nucleus[(nucleus.cumsum(0) - nucleus) < top_p].sum() if top_p < 1 else torch.ones(())
+            assert row.behaviour_logp[t] == pytest.approx(float((p[token] / kept).log()), abs=1e-3)
+        assert row.behaviour_logp[0] <= 1e-5
+    assert {row.prompt_id for row in rows} == {"p1", "p2"}
+    assert {(row.source, row.policy_version) for row in rows} == {("policy", 3)}
+    assert all(row.columns == {"answer": row.prompt_id[1:]} for row in rows)
+    assert all(row.reward == (len(row.completion) or None) for row in rows)
+
+
+class FakeSampler:
+    """Answers every prompt with its number of tokens."""
+
+    def sample(
+        self,
+        prompts: Sequence[Sequence[int]],
+        settings: Sampling,
+        seed: int,
+        greedy: bool = False,
+        progress: Callable[[int], None] | None = None,
+    ) -> list[list[Sample]]:
+        return [[Sample([30 + n], str(n), truncated=True) for n in range(settings.samples)] for _ in prompts]
+
+
+def test_conversations_get_conversational_completions(make_policy: MakePolicy) -> None:
+    policy = make_policy("gpt2", dtype=torch.float32)
+    template = policy.tokenizer.chat_template
+    seen: dict[str, Any] = {}
+
+    def watch(prompts: list[Any], completions: list[Any], **columns: Any) -> list[float | None]:
+        seen.update(prompts=prompts, completions=completions, **columns)
+        return [1.0] * len(prompts)
+
+    chat = [{"role": "user", "content": "17"}]
+    try:
+        policy.tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}\n{% endfor %}"
+        problems = encode_problems(
+            policy.tokenizer, [Problem("chat", chat, {"answer": "17"}), Problem("text", "25\n", {"other": 1})]
+        )
+        rows = collect_rollouts(policy, FakeSampler(), problems, Reward("watch", watch), Sampling(samples=2), seed=0)
+    finally:
+        policy.tokenizer.chat_template = template
+    assert seen["prompts"] == [chat, chat, "25\n", "25\n"]
+    answers = [[{"role": "assistant", "content": "0"}], [{"role": "assistant", "content": "1"}]]
+    assert seen["completions"] == [*answers, "0", "1"]
+    assert seen["answer"] == ["17", "17", None, None] and seen["other"] == [None, None, 1, 1]
+    assert seen["completion_ids"] == [[30], [31], [30], [31]]
+    assert [row.messages for row in rows] == [chat, chat, None, None]
+    assert [row.prompt for row in rows] == ["17\n", "17\n", "25\n", "25\n"]
+    assert all(row.truncated for row in rows)

@@ -1,0 +1,341 @@
+"""The training loop: its gradient is that of the whole batch, however the batch is cut, for every objective."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from torch import Tensor
+
+from rlzoo.buffers import OfflineBuffer
+from rlzoo.config import Training
+from rlzoo.objective import Objective, get_objective, list_objectives, surrogate
+from rlzoo.policy import Policy, Sequences
+from rlzoo.policy.policy import score_rows, token_batches
+from rlzoo.training import Trainer
+from rlzoo.training.batches import BufferSource, atoms, static_batch
+from rlzoo.types import Coefficients, Coupling, Need, Selection, TokenBatch, Trajectory
+
+MakePolicy = Callable[..., Policy]
+Batch = tuple[list[Trajectory], list[tuple[int, ...]]]
+CPU = torch.device("cpu")
+UNCLIPPED = 1e9
+RAW = Training(steps=2, learning_rate=1e-2, weight_decay=0.0, max_gradient_norm=UNCLIPPED, warmup_ratio=0.0)
+
+
+@dataclass(frozen=True)
+class RelativeProbability(Objective):
+    """c = p / mean(p) over the batch."""
+
+    name: ClassVar[str] = "relative-probability"
+    couples: ClassVar[Coupling] = Coupling.BATCH
+
+    @property
+    def requires(self) -> frozenset[Need]:
+        return frozenset({Need.ENTROPY})
+
+    def coefficients(self, batch: TokenBatch) -> Coefficients:
+        p = torch.where(batch.mask, batch.logp, 0).exp() * (1 + batch.statistics["entropy"])
+        mean = p[batch.mask].mean() if batch.mask.any() else 1.0
+        return Coefficients(p / mean, metrics={"seen": batch.logp})
+
+
+@dataclass(frozen=True)
+class Anchored(Objective):
+    """SFT with a KL to the reference over the whole vocabulary."""
+
+    name: ClassVar[str] = "anchored"
+
+    def coefficients(self, batch: TokenBatch) -> Coefficients:
+        return Coefficients(torch.ones_like(batch.logp))
+
+    def logit_term(self, policy_logits: Tensor, reference_logits: Tensor | None, target: Tensor) -> Tensor:
+        assert reference_logits is not None
+        reference = reference_logits.log_softmax(1)
+        return 0.5 * (reference.exp() * (reference - policy_logits.log_softmax(1))).sum(1)
+
+
+OBJECTIVES: Mapping[str, Objective] = {
+    **{name: get_objective(name) for name in list_objectives()},
+    "dpo-hinge": get_objective("dpo", variant="hinge"),
+    "dpo-ipo": get_objective("dpo", variant="ipo"),
+    "iw-sft-step": get_objective("iw-sft", variant="per_step"),
+    "iw-sft-ema": get_objective("iw-sft", variant="ema", ema_decay=0.5),
+    "ppo-shared": get_objective("ppo", critic="shared", dual_clip=2.0),
+    "batch-coupled": RelativeProbability(),
+    "logit-term": Anchored(),
+}
+every_objective = pytest.mark.parametrize("name", OBJECTIVES)
+
+
+class Fixed:
+    """The same batch at every draw."""
+
+    def __init__(self, batch: Batch) -> None:
+        self.batch = batch
+
+    def draw(self) -> Batch:
+        return self.batch
+
+
+def make_batch(policy: Policy, selection: Selection, seed: int = 0, empty: bool = False) -> Batch:
+    """Eight rows of 4 prompts and many lengths, with log-probs near the policy's; all that any objective asks for."""
+    rng = random.Random(seed)
+
+    def tokens(low: int, high: int) -> list[int]:
+        return [rng.randrange(3, 120) for _ in range(rng.randint(low, high))]
+
+    prompts = [tokens(1, 6) for _ in range(4)]
+    pairs = [(prompts[i // 2], [] if empty or i == 5 else tokens(1, 9)) for i in range(8)]
+    scores = score_rows(policy, pairs)
+    rows = [
+        Trajectory(
+            "", "", prompt, completion, str(i // 2), source="policy", reward=float(i % 2 == 0 or i == 7),
+            behaviour_logp=[x + rng.gauss(0, 0.3) for x in logp], reference_logp=[x + rng.gauss(0, 0.3) for x in logp],
+        )
+        for i, ((prompt, completion), logp) in enumerate(zip(pairs, scores, strict=True))
+    ]  # fmt: skip
+    together = selection in (Selection.PAIRS, Selection.GROUPS)
+    return rows, [(i, i + 1) for i in range(0, 8, 2)] if together else [(i,) for i in range(8)]
+
+
+def permuted(batch: Batch, seed: int) -> Batch:
+    """The same units and rows in another order."""
+    rows, units = batch
+    rng = random.Random(seed)
+    order = rng.sample(range(len(rows)), len(rows))
+    place = {row: new for new, row in enumerate(order)}
+    moved = [tuple(place[row] for row in unit) for unit in units]
+    return [rows[i] for i in order], rng.sample(moved, len(moved))
+
+
+def trained(policy: Policy, objective: Objective, batch: Batch, settings: Training) -> dict[str, list[Tensor]]:
+    """The gradient of each step and, at the end, the weights, by parameter."""
+    found: dict[str, list[Tensor]] = {}
+
+    def keep(trainer: Trainer, step: int) -> None:
+        for name, parameter in trainer.policy.named_parameters():
+            value = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.clone()
+            found.setdefault(name, []).append(value)
+
+    trainer = Trainer(policy, objective, Fixed(batch), settings, [keep])
+    trainer.run()
+    for name, parameter in trainer.policy.named_parameters():
+        found[name].append(parameter.detach().clone())
+    return found
+
+
+def distance(a: Mapping[str, list[Tensor]], b: Mapping[str, list[Tensor]]) -> float:
+    """The greatest relative distance between the two runs' gradients and weights, all parameters together."""
+    worst = 0.0
+    for place in range(len(next(iter(a.values())))):
+        left, right = (torch.cat([values[place].flatten() for values in x.values()]) for x in (a, b))
+        assert float(left.norm()) > 0
+        worst = max(worst, float((left - right).norm() / left.norm()))
+    return worst
+
+
+@every_objective
+def test_neither_micro_batches_nor_the_order_of_rows_matter(name: str, make_policy: MakePolicy) -> None:
+    objective = OBJECTIVES[name]
+    batch = make_batch(make_policy(), objective.learns_from)
+    settings = RAW.model_copy(update={"steps": 3, "updates_per_batch": 2})
+    whole = trained(make_policy(), objective, batch, settings)
+    for budget, rows in ((1, batch), (33, batch), (33, permuted(batch, 1)), (4096, permuted(batch, 2))):
+        cut = trained(make_policy(), objective, rows, settings.model_copy(update={"token_budget": budget}))
+        assert distance(whole, cut) < 1e-6
+
+
+def full_batch(policy: Policy, objective: Objective, batch: Batch) -> TokenBatch:
+    """The whole batch through the policy at once, put together here and not by the trainer."""
+    rows, _ = batch
+    needs = objective.requires
+    scores = policy(
+        Sequences.collate([r.prompt_ids for r in rows], [r.completion_ids for r in rows], CPU),
+        statistics=[need for need in (Need.ENTROPY,) if need in needs],
+    )
+    size = scores.logp.shape[1]
+
+    def padded(values: list[list[float] | None]) -> Tensor:
+        return torch.tensor([[*(value or []), *[0.0] * (size - len(value or []))] for value in values])
+
+    partner = torch.tensor([i + 1 - 2 * (i % 2) for i in range(len(rows))])
+    mask = torch.tensor([[t < len(r.completion_ids) for t in range(size)] for r in rows])
+    whole = TokenBatch(
+        logp=scores.logp,
+        mask=mask,
+        behaviour_logp=padded([r.behaviour_logp for r in rows]),
+        reference_logp=scores.logp.detach()
+        if Need.EMA_REFERENCE in needs
+        else padded([r.reference_logp for r in rows]),
+        snapshot_logp=scores.logp.detach(),
+        value=scores.value,
+        old_value=None if scores.value is None else scores.value.detach(),
+        reward=torch.tensor([r.reward or 0.0 for r in rows]),
+        group=torch.tensor([int(r.prompt_id) for r in rows]),
+        partner=partner,
+        chosen=torch.arange(len(rows)) % 2 == 0,
+        statistics=scores.statistics,
+    )
+    fixed = objective.prepare(whole.detach())
+    return replace(whole, advantage=fixed.advantage, returns=fixed.returns)
+
+
+@every_objective
+def test_the_gradient_of_a_step_is_that_of_the_surrogate(name: str, make_policy: MakePolicy) -> None:
+    objective, policy = OBJECTIVES[name], make_policy()
+    batch = make_batch(policy, objective.learns_from)
+    found = trained(
+        make_policy(), objective, batch, RAW.model_copy(update={"steps": 1, "token_budget": 20, "weight_decay": 0.0})
+    )
+    if Need.CRITIC in objective.requires:
+        policy.add_critic(objective.shared_critic)
+    torch.autograd.backward(surrogate(objective, full_batch(policy, objective, batch)))
+    expected = {
+        n: [torch.zeros_like(p) if p.grad is None else p.grad] for n, p in policy.named_parameters()
+    }  # the KL of the logit term has gradient 0 where the policy is its reference
+    assert distance(expected, {n: values[:1] for n, values in found.items()}) < 1e-6
+
+
+def test_coupled_coefficients_see_the_policy_of_each_update(make_policy: MakePolicy) -> None:
+    policy = make_policy()
+    settings = RAW.model_copy(update={"steps": 3, "updates_per_batch": 3, "token_budget": 20})
+    trainer = Trainer(policy, RelativeProbability(), Fixed(make_batch(policy, Selection.DEMONSTRATIONS)), settings)
+    steps = trainer.run().steps
+    assert len({row["logp"] for row in steps}) == 3
+    for row in steps:
+        assert row["seen"] == pytest.approx(row["logp"], rel=1e-9)
+
+
+@dataclass(frozen=True)
+class Watching(Objective):
+    """Policy gradient on a snapshot's ratio; keeps what it was given."""
+
+    name: ClassVar[str] = "watching"
+    learns_from: ClassVar[Selection] = Selection.GROUPS
+    seen: ClassVar[list[TokenBatch]] = []
+
+    @property
+    def requires(self) -> frozenset[Need]:
+        return frozenset({Need.SNAPSHOT})
+
+    def advantages(self, batch: TokenBatch) -> Tensor:
+        assert batch.reward is not None
+        return (batch.reward - batch.reward.mean())[:, None].expand_as(batch.logp).to(batch.logp.dtype)
+
+    def coefficients(self, batch: TokenBatch) -> Coefficients:
+        self.seen.append(batch)
+        snapshot, advantage = self.needed(batch, "snapshot_logp", "advantage")
+        return Coefficients((batch.logp - snapshot).exp() * advantage)
+
+
+def test_what_is_fixed_stays_fixed_during_the_updates_on_a_batch(make_policy: MakePolicy) -> None:
+    policy = make_policy()
+    Watching.seen.clear()
+    settings = RAW.model_copy(update={"steps": 4, "updates_per_batch": 2})
+    Trainer(policy, Watching(), Fixed(make_batch(policy, Selection.GROUPS)), settings).run()
+    a, b, c, d = Watching.seen
+    assert a.snapshot_logp is not None and b.snapshot_logp is not None and c.snapshot_logp is not None
+    torch.testing.assert_close(a.logp, a.snapshot_logp)
+    assert torch.equal(a.snapshot_logp, b.snapshot_logp) and a.advantage is not None and b.advantage is not None
+    assert torch.equal(a.advantage, b.advantage)
+    assert not torch.allclose(b.logp, a.logp)
+    torch.testing.assert_close(c.logp, c.snapshot_logp)  # the second batch has a snapshot of its own
+    assert not torch.allclose(c.snapshot_logp, a.snapshot_logp) and d is not c
+
+
+@pytest.mark.parametrize("name", ["grpo", "ppo"])
+def test_ratios_leave_one_and_clip_on_the_second_update(name: str, make_policy: MakePolicy) -> None:
+    policy = make_policy()
+    rows, units = make_batch(policy, Selection.GROUPS)
+    logps = score_rows(policy, [(r.prompt_ids, r.completion_ids) for r in rows])
+    rows = [replace(r, behaviour_logp=logp) for r, logp in zip(rows, logps, strict=True)]
+    settings = RAW.model_copy(update={"updates_per_batch": 2})
+    objective = get_objective(name, kl_coefficient=0.0)
+    first, second = Trainer(policy, objective, Fixed((rows, units)), settings).run().steps
+    assert first["ratio"] == pytest.approx(1, abs=1e-6) and first["clipped"] == 0  # GPT-2's dropout is off
+    assert abs(second["ratio"] - 1) > 1e-3 and second["clipped"] > 0
+
+
+@every_objective
+def test_rows_of_nothing_give_no_nan(name: str, make_policy: MakePolicy) -> None:
+    objective, policy = OBJECTIVES[name], make_policy()
+    before = {n: p.detach().clone() for n, p in policy.model.named_parameters()}
+    batch = make_batch(policy, objective.learns_from, empty=True)
+    record = Trainer(policy, objective, Fixed(batch), RAW).run()
+    assert [row["gradient_norm"] for row in record.steps] == [0, 0]
+    assert all(torch.equal(p, before[n]) for n, p in policy.model.named_parameters())
+    assert all(torch.isfinite(torch.tensor(list(row.values()))).all() for row in record.steps)
+
+
+def test_the_moving_reference_moves_by_its_decay(make_policy: MakePolicy) -> None:
+    policy, before = make_policy(), make_policy()
+    objective = get_objective("iw-sft", variant="ema", ema_decay=0.75)
+    trainer = Trainer(policy, objective, Fixed(make_batch(policy, objective.learns_from)), RAW)
+    averages: dict[str, Tensor] = {n: p.detach().clone() for n, p in before.model.named_parameters()}
+
+    def check(running: Trainer, step: int) -> None:
+        assert running.reference is not None
+        for name, parameter in running.policy.model.named_parameters():
+            averages[name] = 0.75 * averages[name] + 0.25 * parameter.detach()
+            torch.testing.assert_close(running.reference.model.get_parameter(name), averages[name], check_stride=False)
+
+    trainer.callbacks = [check]
+    steps = trainer.run().steps
+    assert steps[0]["weight"] == pytest.approx(1, abs=1e-12) and steps[1]["weight"] > 1 + 1e-3
+
+
+def test_the_schedule_warms_up_and_follows_a_cosine(make_policy: MakePolicy) -> None:
+    settings = RAW.model_copy(update={"steps": 6, "warmup_ratio": 1 / 3, "learning_rate": 1e-3})
+    policy = make_policy()
+    steps = Trainer(policy, get_objective("sft"), Fixed(make_batch(policy, Selection.CORRECT)), settings).run().steps
+    # two steps of warm-up, 1/3 and 2/3; then (1 + cos(π i/4))/2 for i = 0 … 3; i = 4 would be 0
+    expected = [1 / 3, 2 / 3, 1, 0.8535533906, 0.5, 0.1464466094]
+    assert [row["learning_rate"] for row in steps] == pytest.approx([1e-3 * x for x in expected], rel=1e-8)
+    assert [row["step"] for row in steps] == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 5, 7])
+@pytest.mark.parametrize("selection", [Selection.PAIRS, Selection.GROUPS])
+def test_an_epoch_draws_every_unit_once_and_whole(selection: Selection, batch_size: int) -> None:
+    rng = random.Random(0)
+    rows: list[Trajectory] = []
+    for prompt in range(12):
+        for i in range(2 if selection is Selection.PAIRS else rng.randint(1, 4)):
+            known: dict[str, Any] = {"source": "policy", "reward": float(i == 0), "behaviour_logp": [-1.0]}
+            rows.append(Trajectory("", str(len(rows)), [1], [2], str(prompt), **known))
+    buffer = OfflineBuffer.from_trajectories(rows)
+    view = buffer.view(selection)
+    source = BufferSource(buffer, view, batch_size, seed=3)
+    wanted = sorted(tuple(rows[i].completion for i in unit) for unit in view.units)
+    drawn: list[tuple[str, ...]] = []
+    while len(drawn) < 3 * len(wanted):
+        found, units = source.draw()
+        assert len(found) <= batch_size or len(units) == 1
+        assert [i for unit in units for i in unit] == list(range(len(found)))
+        drawn += [tuple(found[i].completion for i in unit) for unit in units]
+    for epoch in range(3):
+        assert sorted(drawn[epoch * len(wanted) : (epoch + 1) * len(wanted)]) == wanted
+    assert drawn[: len(wanted)] != drawn[len(wanted) : 2 * len(wanted)]  # shuffled anew
+
+
+def test_coupled_rows_share_a_micro_batch() -> None:
+    units = [(0, 1), (2, 3), (4, 5)]
+    for batch in token_batches(atoms(units, Coupling.PAIR), [3, 9, 2, 2, 8, 1], token_budget=1):
+        assert tuple(batch) in units
+    assert atoms(units, Coupling.GROUP) == units
+    assert atoms(units, Coupling.NONE) == atoms(units, Coupling.BATCH) == [(i,) for i in range(6)]
+
+
+def test_samples_of_two_policy_versions_are_two_groups() -> None:
+    rows = [
+        Trajectory("", "", [1], [2], "same", source="policy", reward=r, behaviour_logp=[-1.0]) for r in (0, 1, 1, 1)
+    ]
+    batch = static_batch(rows, [(0, 1), (2, 3)], Selection.GROUPS, CPU)
+    assert batch.group is not None and batch.group.tolist() == [0, 0, 1, 1]
+    alone = static_batch(rows, [(i,) for i in range(4)], Selection.CORRECT, CPU)
+    assert alone.group is not None and alone.group.tolist() == [0, 0, 0, 0]
