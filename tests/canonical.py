@@ -58,9 +58,7 @@ def dft(batch: TokenBatch) -> Tensor:
 def iw_sft_sequence(batch: TokenBatch, kappa: float = 1.0, weight_max: float = 16.0) -> Tensor:
     """-(1/N) Σ_i w_i log π(y_i), w = min(weight_max, κ-th power of the geometric mean of π/π_ref)."""
     total = torch.zeros(())
-    for logp, reference in zip(
-        completions(batch, batch.logp), completions(batch, batch.reference_logp), strict=True
-    ):
+    for logp, reference in zip(completions(batch, batch.logp), completions(batch, batch.reference_logp), strict=True):
         if len(logp):
             weight = min(math.exp(kappa * (logp.mean() - reference.mean()).item()), weight_max)
             total = total - weight * logp.sum()
@@ -79,9 +77,7 @@ def rft(batch: TokenBatch, threshold: float = 0.5) -> Tensor:
     """-(1/N) Σ over the rows rewarded as correct of log π(y); N counts the tokens of every row."""
     assert batch.reward is not None
     rows = zip(completions(batch, batch.logp), batch.reward.tolist(), strict=True)
-    return -torch.cat(
-        [logp if reward >= threshold else 0 * logp for logp, reward in rows]
-    ).sum() / token_count(batch)
+    return -torch.cat([logp if reward >= threshold else 0 * logp for logp, reward in rows]).sum() / token_count(batch)
 
 
 def dpo(batch: TokenBatch, beta: float = 0.1, variant: str = "sigmoid") -> Tensor:

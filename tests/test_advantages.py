@@ -54,17 +54,13 @@ def test_with_lambda_one_the_returns_are_discounted_sums() -> None:
 def test_with_lambda_zero_the_advantage_is_the_one_step_error() -> None:
     # γ = 1/2: δ_0 = 1 + 2/2 - 3 = -1, δ_1 = 2 + 1/2 - 2 = 0.5, δ_2 = 4 - 1 = 3.
     reward, value = double([[1, 2, 4]]), double([[3, 2, 1]])
-    advantage, _ = generalised_advantage(
-        reward, value, torch.ones(1, 3, dtype=torch.bool), gamma=0.5, lam=0.0
-    )
+    advantage, _ = generalised_advantage(reward, value, torch.ones(1, 3, dtype=torch.bool), gamma=0.5, lam=0.0)
     torch.testing.assert_close(advantage, double([[-1, 0.5, 3]]))
 
 
 def test_with_gamma_zero_the_return_is_the_reward() -> None:
     reward, value = double([[1, 2, 4]]), double([[3, 2, 1]])
-    advantage, returns = generalised_advantage(
-        reward, value, torch.ones(1, 3, dtype=torch.bool), gamma=0.0, lam=0.9
-    )
+    advantage, returns = generalised_advantage(reward, value, torch.ones(1, 3, dtype=torch.bool), gamma=0.0, lam=0.9)
     torch.testing.assert_close(advantage, double([[-2, 0, 3]]))
     torch.testing.assert_close(returns, reward)
 
@@ -83,9 +79,7 @@ def test_gae_does_not_look_at_the_padding_or_change_its_input() -> None:
 
 def test_gae_refuses_shapes_that_differ() -> None:
     with pytest.raises(ValueError, match="shapes differ"):
-        generalised_advantage(
-            torch.zeros(2, 3), torch.zeros(2, 1), torch.ones(2, 3, dtype=torch.bool), 1.0, 1.0
-        )
+        generalised_advantage(torch.zeros(2, 3), torch.zeros(2, 1), torch.ones(2, 3, dtype=torch.bool), 1.0, 1.0)
 
 
 # Groups are neither sorted nor numbered from 0: rows 0, 2, 4 are group 9, rows 1, 3 group 2, row 5 group -1

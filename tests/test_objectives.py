@@ -276,9 +276,7 @@ def test_the_other_bounds_are_active_too(seed: int) -> None:
     correct = get_objective("rft", threshold=0.8).coefficients(batch).values[inside]
     assert {0.0, 1.0} == set(correct.tolist())
     ready = prepared(get_objective("ppo"), batch)
-    value, old, returns = (
-        t[inside] for t in get_objective("ppo").needed(ready, "value", "old_value", "returns")
-    )
+    value, old, returns = (t[inside] for t in get_objective("ppo").needed(ready, "value", "old_value", "returns"))
     near = value.clip(old - 0.2, old + 0.2)
     clipped = (near - returns).square() > (value - returns).square()
     assert (near == value).any() and clipped.any() and ((near != value) & ~clipped).any()
@@ -346,9 +344,7 @@ def test_dpo_sums_over_the_completion_only() -> None:
 def test_grpo_groups_of_equal_rewards_carry_the_kl_and_count() -> None:
     # Rows 0 and 1 are a group of equal rewards, 2 and 3 one of 1 and 0. ρ = 1 and π_ref = 2π everywhere, so
     # the KL coefficient is β(2 - 1) = 0.04; the advantages are 0, 0 and ±½/(√½ + 1e-4).
-    batch = hand_batch(
-        [[0.25, 0.25]] * 4, reward=torch.tensor([1.0, 1, 1, 0]), group=torch.tensor([7, 7, 3, 3])
-    )
+    batch = hand_batch([[0.25, 0.25]] * 4, reward=torch.tensor([1.0, 1, 1, 0]), group=torch.tensor([7, 7, 3, 3]))
     logp = batch.logp.detach()
     batch = replace(batch, behaviour_logp=logp, reference_logp=logp + math.log(2))
     objective = get_objective("grpo")

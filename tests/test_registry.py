@@ -255,9 +255,7 @@ def words(source: str, filename: str = "<test>") -> Iterator[tuple[int, str]]:
 
 
 def test_words_finds_names_wherever_code_can_hold_them() -> None:
-    source = (
-        'import a.dft as b\ndef is_grpo(ppo=1):\n    """The dpo of it."""\n    return x.rft == "IW_SFT"\n'
-    )
+    source = 'import a.dft as b\ndef is_grpo(ppo=1):\n    """The dpo of it."""\n    return x.rft == "IW_SFT"\n'
     found = {word for _, word in words(source)}
     assert found >= {"dft", "grpo", "ppo", "rft", "iw-sft"} and "dpo" not in found
 
@@ -266,9 +264,7 @@ def test_the_engine_knows_no_algorithm_by_name() -> None:
     top_level = {"algorithms", "rewards", "experiments"}  # links to the folders beside the engine
     files = [p for p in ENGINE.rglob("*.py") if p.relative_to(ENGINE).parts[0] not in top_level]
     assert len(files) >= 5
-    built_in = {
-        name for name, entry in objective_module._objectives.items() if entry.__module__.startswith("rlzoo.")
-    }
+    built_in = {name for name, entry in objective_module._objectives.items() if entry.__module__.startswith("rlzoo.")}
     assert built_in >= SEVEN
     named = [
         f"{path.relative_to(ENGINE)}:{line}: {word}"

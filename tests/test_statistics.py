@@ -18,11 +18,11 @@ from rlzoo.comparison.statistics import (
     compare_to,
     crossed_bootstrap,
     paired_difference,
-    pass_at_k,
     score_matrices,
     summarise,
 )
 from rlzoo.errors import UserError
+from rlzoo.estimators import pass_at_k
 
 
 def outcome_table(correct: dict[tuple[str, int], list[list[int]]], benchmark: str = "sums") -> pa.Table:

@@ -51,9 +51,7 @@ class World:
         return pad_sequence(rows, batch_first=True)
 
     def batch(self, **columns: Any) -> TokenBatch:
-        mask = pad_sequence(
-            [torch.ones_like(c, dtype=torch.bool) for c in self.completions], batch_first=True
-        )
+        mask = pad_sequence([torch.ones_like(c, dtype=torch.bool) for c in self.completions], batch_first=True)
         return TokenBatch(self.logp(self.policy), mask, **columns)
 
     def reference_logp(self) -> Tensor:
@@ -72,9 +70,7 @@ class World:
 
     def apart(self) -> dict[str, Tensor]:
         """Prompts padded on the left, completions on the right."""
-        left, right = (
-            partial(pad_sequence, batch_first=True, padding_side=side) for side in ("left", "right")
-        )
+        left, right = (partial(pad_sequence, batch_first=True, padding_side=side) for side in ("left", "right"))
         return {
             "prompt_ids": left(self.prompts),
             "prompt_mask": left([torch.ones_like(p) for p in self.prompts]),
@@ -258,9 +254,7 @@ def test_group_relative_on_its_own_samples(world: World) -> None:
     # ρ = 1: TRL detaches its own log-probs when it is given none.
     advantages = torch.tensor([1.5, -0.5, 2.0, 0.25, -1.0, 0.0, 0.5, 0.75])
     batch = world.batch()
-    batch = replace(
-        batch, behaviour_logp=batch.logp.detach(), advantage=advantages[:, None].expand_as(batch.logp)
-    )
+    batch = replace(batch, behaviour_logp=batch.logp.detach(), advantage=advantages[:, None].expand_as(batch.logp))
     theirs = trl_grpo(world, "grpo", 0.0, 0.2, advantages=advantages)
     assert_parity(get_objective("grpo", kl_coefficient=0.0), batch, world, theirs)
 

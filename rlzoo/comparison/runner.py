@@ -104,7 +104,7 @@ def check(experiment: Experiment) -> None:
     for name, row in experiment.algorithms.items():
         objective = work.objective_of(experiment, name)
         experiment.training_of(name)
-        if row.mode == "online" and objective.learns_from is Selection.DEMONSTRATIONS:
+        if row.mode == "online" and work.selection_of(experiment, name)[0] is Selection.DEMONSTRATIONS:
             raise UserError(
                 f"algorithms.{name}: {objective.name!r} learns from demonstrations, so mode must be offline"
             )

@@ -6,7 +6,7 @@ Every function takes plain data and gives plain data back, so that it can run in
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import numpy as np
 from rlzoo.buffers import Buffer, OfflineBuffer, read_buffer
 from rlzoo.comparison.plan import Cell, has_choice
 from rlzoo.config import Experiment, ProblemSource
+from rlzoo.errors import UserError
 from rlzoo.evaluation import Evaluation, evaluate
 from rlzoo.objective import Objective, get_objective
 from rlzoo.policy import Policy, load_policy
@@ -49,6 +50,20 @@ def check_model(experiment: Experiment, report: Report) -> None:
     load_policy(experiment.model, experiment.training.dtype)
 
 
+def selection_of(experiment: Experiment, algorithm: str) -> tuple[Selection, Mapping[str, Any]]:
+    """What one row of the comparison learns from, with the options of that view."""
+    objective = objective_of(experiment, algorithm)
+    other = experiment.algorithms[algorithm].learns_from
+    if other is None or Selection(other) is objective.learns_from:
+        return objective.learns_from, objective.view_options
+    if objective.learns_from not in (Selection.DEMONSTRATIONS, Selection.CORRECT):
+        raise UserError(
+            f"algorithms.{algorithm}: learns_from is for objectives of single rows; "
+            f"{objective.name!r} learns from {objective.learns_from.value}"
+        )
+    return Selection(other), {}
+
+
 def fill_buffer(experiment: Experiment, folder: Path, report: Report) -> dict[str, Any]:
     """Sample the base policy, join the demonstrations, add reference log-probs, and save the shared buffer."""
     policy = load_policy(experiment.model, experiment.training.dtype)
@@ -58,10 +73,9 @@ def fill_buffer(experiment: Experiment, folder: Path, report: Report) -> dict[st
         buffer: Buffer = OfflineBuffer.from_trajectories(rows)
     else:
         buffer = read_buffer(experiment.demonstrations, policy.tokenizer)
-    objectives = {name: objective_of(experiment, name) for name in experiment.algorithms}
     sampled_tokens, sampling_flops = 0, 0.0
-    offline = [o for name, o in objectives.items() if experiment.algorithms[name].mode == "offline"]
-    if any(o.learns_from is not Selection.DEMONSTRATIONS for o in offline):
+    offline = [name for name, row in experiment.algorithms.items() if row.mode == "offline"]
+    if any(selection_of(experiment, name)[0] is not Selection.DEMONSTRATIONS for name in offline):
         settings = experiment.rollouts
         chosen = problems if settings.prompts is None else problems[: settings.prompts]
         done = _counted(len(chosen), "sampling the base policy", report)
@@ -83,7 +97,7 @@ def fill_buffer(experiment: Experiment, folder: Path, report: Report) -> dict[st
         sampled_tokens = sum(len(row.completion_ids) for row in samples)
         prompt_tokens = sum(len(row.prompt_ids) for row in samples)
         sampling_flops = 2 * policy.flops(prompt_tokens + sampled_tokens, sampled_tokens)  # sampled, then scored
-    if any(Need.REFERENCE in o.requires for o in offline):
+    if any(Need.REFERENCE in objective_of(experiment, name).requires for name in offline):
         report(1.0, "reference log-probs")
         buffer = with_reference(buffer, policy, experiment.training.token_budget)
     buffer.save(folder)
@@ -123,15 +137,14 @@ def run_cell(
     buffer = OfflineBuffer.load(buffer_path)
     online = experiment.algorithms[cell.algorithm].mode == "online"
     costs = Costs()
+    selection, options = selection_of(experiment, cell.algorithm)
     source: Source
     if online:
-        source = FreshSource(
-            _collector(experiment, policy, settings.batch_size, cell.seed, costs), objective.learns_from
-        )
+        collect = _collector(experiment, policy, settings.batch_size, cell.seed, costs)
+        source = FreshSource(collect, selection, **options)
     else:
-        view = buffer.view(objective.learns_from, **objective.view_options)
-        source = BufferSource(buffer, view, settings.batch_size, cell.seed)
-        if objective.learns_from is not Selection.DEMONSTRATIONS:
+        source = BufferSource(buffer, buffer.view(selection, **options), settings.batch_size, cell.seed)
+        if selection is not Selection.DEMONSTRATIONS:
             costs.sampled_tokens, costs.flops = shared["sampled_tokens"], shared["sampling_flops"]
     curve: list[dict[str, Any]] = []
     points = experiment.evaluation.curve_points
@@ -256,7 +269,8 @@ def _collector(
         )
         sampled = sum(len(row.completion_ids) for row in rows)
         costs.sampled_tokens += sampled
-        costs.flops += 2 * policy.flops(sampled + sum(len(row.prompt_ids) for row in rows), sampled)
+        tokens = sampled + sum(len(row.prompt_ids) for row in rows)
+        costs.flops += policy.flops(tokens, sampled, critic=False) + policy.flops(tokens, sampled)
         return OfflineBuffer.from_trajectories(rows)
 
     return collect

@@ -20,6 +20,10 @@ def load_policy(name: str, dtype: str = "float32", device: str | torch.device | 
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     where = str(EMBEDDED_BASE) if name == EMBEDDED else name
+    looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
+    if looks_local and not Path(name).expanduser().is_dir():
+        raise UserError(f"model {name!r}: there is no such folder")
+    where = str(Path(where).expanduser()) if looks_local else where
     try:
         tokenizer = AutoTokenizer.from_pretrained(where)
         model = AutoModelForCausalLM.from_pretrained(where, dtype=DTYPES[dtype], use_safetensors=True)

@@ -143,7 +143,7 @@ class Policy(nn.Module):
         selected: Tensor = states[sequences.predicts]
         return selected
 
-    def flops(self, tokens: int, completion_tokens: int) -> float:
+    def flops(self, tokens: int, completion_tokens: int, critic: bool = True) -> float:
         """FLOPs of a forward pass: 2 a parameter and token, the head on completion tokens only.
 
         Embedding look-ups and attention scores are left out (the usual 6N convention); a backward costs twice this.
@@ -151,8 +151,8 @@ class Policy(nn.Module):
         head = self.model.get_output_embeddings().weight.numel()
         trunk = sum(p.numel() for p in self.model.base_model.parameters())
         trunk -= self.model.get_input_embeddings().weight.numel()
-        critic = 0 if self.critic is None else trunk
-        total: float = 2.0 * ((trunk + critic) * tokens + head * completion_tokens)
+        critics = 1 if critic and self.critic is not None else 0
+        total: float = 2.0 * ((1 + critics) * trunk * tokens + head * completion_tokens)
         return total
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from rlzoo.buffers import Buffer, View
+from rlzoo.errors import UserError
 from rlzoo.policy.policy import Sequences
 from rlzoo.types import Coupling, Selection, TokenBatch, Trajectory
 
@@ -47,22 +48,36 @@ class BufferSource:
 
 
 class FreshSource:
-    """New samples of the current policy for every batch."""
+    """New samples of the current policy for every batch; sampled again where none of them is fit to learn from."""
+
+    ATTEMPTS = 8
 
     def __init__(self, collect: Callable[[int], Buffer], selection: Selection, **options: object) -> None:
         self._collect, self._selection, self._options = collect, selection, options
         self._version = 0
 
     def draw(self) -> tuple[list[Trajectory], list[tuple[int, ...]]]:
-        buffer = self._collect(self._version)
-        self._version += 1
-        view = buffer.view(self._selection, **self._options)
+        buffer, view = self._fresh()
         rows: list[Trajectory] = []
         units: list[tuple[int, ...]] = []
         for unit in view.units:
             units.append(tuple(range(len(rows), len(rows) + len(unit))))
             rows.extend(buffer[index] for index in unit)
         return rows, units
+
+    def _fresh(self) -> tuple[Buffer, View]:
+        attempt = 0
+        while True:
+            attempt += 1
+            buffer = self._collect(self._version)
+            try:
+                view = buffer.view(self._selection, **self._options)
+            except UserError as error:
+                if attempt == self.ATTEMPTS:
+                    raise UserError(f"{attempt} fresh batches in a row gave nothing to learn from: {error}") from None
+                continue
+            self._version += 1
+            return buffer, view
 
 
 def static_batch(

@@ -171,7 +171,15 @@ def report_table(results: Results | Mapping[str, Any]) -> list[rich.table.Table]
 
 
 def _rich(table: Table, title: str) -> rich.table.Table:
-    out = rich.table.Table(title=Text(title), title_justify="left", box=rich.box.SIMPLE_HEAD)
+    # narrow enough for 80 columns: an interval on two lines cannot be read
+    out = rich.table.Table(
+        title=Text(title),
+        title_justify="left",
+        box=rich.box.SIMPLE_HEAD,
+        padding=(0, 1),
+        collapse_padding=True,
+        pad_edge=False,
+    )
     for index, name in enumerate(table.header):
         out.add_column(Text(name), justify="right" if table.is_number(index) else "left")
     for row in table.rows:
