@@ -72,12 +72,13 @@ def test_results_hold_what_the_contract_says(tmp_path: Path) -> None:
         assert (cell["costs"]["sampled_tokens"] > 0) == (cell["algorithm"] == "dpo")
         assert [point["step"] for point in cell["curve"]] == [2]
     assert {(r["algorithm"], r["benchmark"], r["metric"]) for r in results["summary"]} == {
-        (a, "facts", m) for a in ("base", "sft", "dpo") for m in ("avg_at_k", "greedy", "pass_at_k")
+        (a, "facts", m) for a in ("sft", "dpo") for m in ("avg_at_k", "greedy", "pass_at_k")
     }
     for row in results["summary"]:
         assert set(row) == {"algorithm", "benchmark", "metric", "mean", "ci_low", "ci_high", "seeds"}
         assert row["ci_low"] <= row["mean"] <= row["ci_high"]
-        assert row["algorithm"] == "base" or row["seeds"] == 2
+        assert row["seeds"] == 2
+    assert [row["algorithm"] for row in results["base_summary"]] == ["base"] * 3
     assert {p.name for p in out.iterdir()} == {
         "buffer", "experiment.yaml", "figures", "outcomes.parquet", "report.html", "report.md", "results.json",
     }  # fmt: skip
@@ -96,7 +97,8 @@ def test_outcomes_have_one_row_a_sample_and_give_the_scores_back(tmp_path: Path)
     assert {r["seed"] for r in rows if r["algorithm"] == "base"} == {-1}
 
     for name, seeds in (("base", [-1]), ("sft", [0, 1])):
-        shown = {r["metric"]: r["mean"] for r in results["summary"] if r["algorithm"] == name}
+        summary = results["summary"] + results["base_summary"]
+        shown = {r["metric"]: r["mean"] for r in summary if r["algorithm"] == name}
         mine = [r for r in rows if r["algorithm"] == name]
         sampled = [r for r in mine if r["decoding"] == "sample"]
         assert shown["avg_at_k"] == pytest.approx(np.mean([r["correct"] for r in sampled]))
@@ -146,6 +148,17 @@ def test_online_samples_the_policy_in_training(tmp_path: Path) -> None:
     for cell in results["cells"]:
         assert len(cell["training"]) == 2
         assert cell["costs"]["sampled_tokens"] > 0
+
+
+@pytest.mark.usefixtures("inline")
+def test_a_row_may_learn_from_the_bases_own_correct_samples(tmp_path: Path) -> None:
+    rows = {"sft-own": {"objective": "sft", "learns_from": "correct"}, "rft": {"options": {"samples_per_prompt": 4}}}
+    results = quietly(small(rows, seeds=[1]), tmp_path / "out")
+    own, rft = results["cells"]
+    assert own["costs"]["sampled_tokens"] == results["buffer"]["sampled_tokens"] > 0
+    assert numbers({"cells": [{**own, "algorithm": "rft"}]})["cells"][0]["metrics"] == rft["metrics"]
+    with pytest.raises(UserError, match="learns_from is for objectives of single rows; 'dpo' learns from pairs"):
+        quietly(small({"dpo": {"learns_from": "correct"}}), tmp_path / "wrong")
 
 
 @pytest.mark.usefixtures("inline")

@@ -120,6 +120,21 @@ def test_online_training_raises_a_trivial_reward(name: str, make_policy: MakePol
     assert sum(rewards[-2:]) / 2 > rewards[0] + 0.2
 
 
+def test_a_fresh_batch_with_nothing_to_learn_from_is_sampled_again(make_policy: MakePolicy) -> None:
+    rows = list(sampled(make_policy("llama")))
+    asked: list[int] = []
+
+    def collect(version: int) -> Buffer:
+        asked.append(version)
+        reward = 1.0 if len(asked) > 3 else 0.0
+        return OfflineBuffer.from_trajectories([replace(row, reward=reward) for row in rows])
+
+    drawn, units = FreshSource(collect, Selection.CORRECT, per_prompt=1).draw()
+    assert asked == [0, 0, 0, 0] and len(units) == len({row.prompt_id for row in rows}) == len(drawn)
+    with pytest.raises(UserError, match="8 fresh batches in a row gave nothing to learn from"):
+        FreshSource(collect, Selection.CORRECT, threshold=2.0).draw()
+
+
 @pytest.mark.parametrize("name", ["sft", "dpo", "grpo", "ppo"])
 def test_the_same_seed_gives_the_same_weights_to_the_bit(name: str, make_policy: MakePolicy) -> None:
     base = make_policy("llama", dtype=torch.float32)

@@ -77,7 +77,9 @@ def compare(
         results, outcomes = _run(experiment, out, workers or available_cores(), threads, console)
         results["wall_seconds"] = time.perf_counter() - started
         table = pa.Table.from_pylist(outcomes, schema=OUTCOMES)
-        results["summary"] = summarise(table, experiment.evaluation.pass_k)
+        rows = summarise(table, experiment.evaluation.pass_k)
+        results["summary"] = [row for row in rows if row["algorithm"] != BASE]
+        results["base_summary"] = [row for row in rows if row["algorithm"] == BASE]
         pq.write_table(table, out / ".outcomes.partial")
         (out / ".outcomes.partial").replace(out / "outcomes.parquet")
         write_atomically(out / "experiment.yaml", yaml.safe_dump(results["config"], sort_keys=False))

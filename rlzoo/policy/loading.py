@@ -22,7 +22,9 @@ def load_policy(name: str, dtype: str = "float32", device: str | torch.device | 
     where = str(EMBEDDED_BASE) if name == EMBEDDED else name
     looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
     if looks_local and not Path(name).expanduser().is_dir():
-        raise UserError(f"model {name!r}: there is no such folder")
+        raise UserError(
+            f"model {name!r} cannot be loaded: there is no such folder; give a folder, a Hub id, or 'embedded'"
+        )
     where = str(Path(where).expanduser()) if looks_local else where
     try:
         tokenizer = AutoTokenizer.from_pretrained(where)

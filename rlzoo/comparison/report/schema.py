@@ -115,6 +115,8 @@ class Results(_Model):
     """The point at step 0 that all learning curves start from."""
     cells: list[Cell]
     summary: list[SummaryRow]
+    base_summary: list[SummaryRow] = []
+    """The same for the base model."""
     token_probabilities: Histogram | None = None
     learning_rates: dict[str, dict[str, float | None]] | None = None
     wall_seconds: float | None = None
@@ -159,7 +161,7 @@ class Results(_Model):
 
     @cached_property
     def _rows(self) -> dict[tuple[str, str, str], SummaryRow]:
-        return {(row.algorithm, row.benchmark, row.metric): row for row in self.summary}
+        return {(row.algorithm, row.benchmark, row.metric): row for row in [*self.summary, *self.base_summary]}
 
 
 @dataclass(frozen=True)
