@@ -112,7 +112,7 @@ def fill_buffer(experiment: Experiment, folder: Path, report: Report) -> dict[st
 def evaluate_base(experiment: Experiment, report: Report) -> dict[str, Any]:
     """The base policy's scores on all benchmarks, its outcomes, and the first point of the learning curves."""
     policy = load_policy(experiment.model, experiment.training.dtype)
-    found = evaluate_all(policy, experiment, experiment.benchmarks, "base", -1, None, report)
+    found = evaluate_all(policy, experiment, "base", -1, None, report)
     return {**found, "curve": curve_point(policy, experiment, 0, seed=0)}
 
 
@@ -174,7 +174,7 @@ def run_cell(
         save_policy(policy, models / cell.id)
         return {**result, "validation": validation.metrics["avg_at_k"]}
     found = evaluate_all(
-        policy, experiment, experiment.benchmarks, cell.algorithm, cell.seed, cell.learning_rate,
+        policy, experiment, cell.algorithm, cell.seed, cell.learning_rate,
         lambda share, what: report(0.8 + 0.2 * share, what),
     )  # fmt: skip
     return {**result, **found}
@@ -183,15 +183,12 @@ def run_cell(
 def evaluate_cell(experiment: Experiment, cell: Cell, models: Path, report: Report) -> dict[str, Any]:
     """The benchmarks of a cell whose learning rate was chosen, from its saved weights."""
     policy = load_policy(str(models / cell.id), experiment.training_of(cell.algorithm).dtype)
-    return evaluate_all(
-        policy, experiment, experiment.benchmarks, cell.algorithm, cell.seed, cell.learning_rate, report
-    )
+    return evaluate_all(policy, experiment, cell.algorithm, cell.seed, cell.learning_rate, report)
 
 
 def evaluate_all(
     policy: Policy,
     experiment: Experiment,
-    benchmarks: Any,
     algorithm: str,
     seed: int,
     learning_rate: float | None,
@@ -199,8 +196,8 @@ def evaluate_all(
 ) -> dict[str, Any]:
     """``metrics`` by benchmark and ``outcomes`` of all of them, one row a sample."""
     metrics, outcomes = {}, []
-    for number, (name, source) in enumerate(benchmarks.items()):
-        report(number / len(benchmarks), f"evaluating {name}")
+    for number, (name, source) in enumerate(experiment.benchmarks.items()):
+        report(number / len(experiment.benchmarks), f"evaluating {name}")
         found = _evaluate(policy, experiment, source, max(seed, 0))
         metrics[name] = found.metrics
         labels = {"algorithm": algorithm, "seed": seed, "learning_rate": learning_rate, "benchmark": name}

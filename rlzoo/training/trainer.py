@@ -188,7 +188,8 @@ class Trainer:
         self.optimizer.step()
         self.schedule.step()
         self._move_reference()
-        return {**sums.means(), "gradient_norm": float(norm), "learning_rate": float(rate)}
+        reward = {} if batch.reward is None else {"reward": float(batch.reward.mean())}
+        return {**sums.means(), **reward, "gradient_norm": float(norm), "learning_rate": float(rate)}
 
     def _logit_term(self) -> Any:
         return self.objective.logit_term if type(self.objective).logit_term is not Objective.logit_term else None
