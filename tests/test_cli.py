@@ -248,7 +248,15 @@ def test_a_reward_that_breaks_in_a_worker(tmp_path: Path) -> None:
 
 def test_ctrl_c_says_so_once_and_leaves_nothing(tmp_path: Path) -> None:
     command = [*RLZOO, "compare", "facts", "--algorithms", "sft", "--steps", "100000", "--out", "out"]
-    run = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    run = subprocess.Popen(
+        command,
+        cwd=tmp_path,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        # a shell that runs the tests in the background has told its children to ignore SIGINT
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     assert run.stderr is not None
     told = [run.stderr.readline() for _ in range(2)]  # the plan, then that the shared work is done
     assert "shared buffer" in told[1], told
