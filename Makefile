@@ -28,8 +28,10 @@ test: $(INSTALLED)
 	$(BIN)/mypy
 	@echo "== Fetching SmolLM2-135M for the tests of a real model (skipped if it cannot be had)"
 	@$(BIN)/python tests/fetch_smollm2.py $(SMOLLM2)
+	@echo "== Tests of a real model"
+	$(BIN)/pytest -m real_model
 	@echo "== Tests"
-	$(BIN)/pytest --numprocesses auto --dist worksteal
+	$(BIN)/pytest -m "not real_model" --numprocesses auto --dist worksteal
 
 clean:
 	rm -rf .venv .cache build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -41,20 +41,24 @@ class MathAnswer:
     name: ClassVar[str] = "math-answer"
 
     column: str = "answer"
+    marked: bool = False
+    """True: an answer must be marked by a box or ``####``; the last number of rambling text does not count."""
 
     def __call__(self, completions: Sequence[Any], **columns: Any) -> list[float | None]:
         """One value for each completion. Raises UserError if the data lacks ``column``."""
         golds = column_of(columns, self.column, self.name)
-        return [_correct(completion_text(c), gold) for c, gold in zip(completions, golds, strict=True)]
+        return [_correct(completion_text(c), gold, self.marked) for c, gold in zip(completions, golds, strict=True)]
 
 
-def _correct(completion: str, gold: Any) -> float | None:
+def _correct(completion: str, gold: Any, marked: bool) -> float | None:
     if gold is None or (isinstance(gold, float) and not math.isfinite(gold)):
         return None
     expected = _stated(str(gold))
     expected = str(gold).strip() if expected is None else expected
     answer = _stated(completion)
     known, given = _number(expected), _number(completion.strip() if answer is None else answer)
+    if marked and answer is None:
+        return 0.0 if known or _parsed(expected) else None
     if known and given:
         return float(_same(known, given))
     golds = _parsed(expected)

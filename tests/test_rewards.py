@@ -284,6 +284,14 @@ def test_math_answer(completion: str, gold: Any, value: float | None) -> None:
     assert scores("math-answer", [said(completion)], answer=[gold]) == [value]
 
 
+def test_math_answer_may_demand_a_mark() -> None:
+    completions = ["so 20 or so", "#### 20", r"\boxed{\frac{40}{2}}", "so 20", "#### 3"]
+    golds = ["20", "20", "20", "", "#### 3"]
+    demanding = get_reward({"name": "math-answer", "marked": True})
+    assert demanding([""] * 5, completions, answer=golds) == [0.0, 1.0, 1.0, None, 1.0]
+    assert get_reward("math-answer")([""] * 5, completions, answer=golds)[0] == 1.0
+
+
 def test_math_answer_reads_the_column_it_is_told() -> None:
     assert scores({"name": "math-answer", "column": "solution"}, ["#### 4"], solution=["4"]) == [1.0]
     with pytest.raises(UserError, match="reward 'math-answer' needs the column 'answer'"):

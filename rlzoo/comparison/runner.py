@@ -140,7 +140,8 @@ def _run(
             console,
             f"{_sizes(experiment)} in {counted(workers, 'process', 'processes')}",
         )
-        console.print(f"  shared buffer: {shared['rows']} rows; base model: {_scores(base)}", highlight=False)
+        samples = f", {shared['correct']} of {shared['samples']} samples correct" if shared["samples"] else ""
+        _say(console, f"  shared buffer: {shared['rows']} rows{samples}; base model: {_scores(base)}")
         train = {processes.submit(c.id, work.run_cell, experiment, c, shared, buffer, models): c for c in grid}
         runs, failed = _gather(processes, train, console)
         chosen, rates = chosen_cells(experiment, runs)
@@ -164,7 +165,7 @@ def _run(
         "cells": reported,
         "learning_rates": rates,
         "failed": failed,
-        "buffer": {"rows": shared["rows"], "sampled_tokens": shared["sampled_tokens"]},
+        "buffer": {name: shared[name] for name in ("rows", "samples", "correct", "sampled_tokens")},
         "token_probabilities": {
             "edges": shared["token_probabilities"]["edges"],
             "before": shared["token_probabilities"]["counts"],
@@ -189,7 +190,7 @@ def _share(
             raise UserError(why(error)) from None
         done[name] = future.result()
         if name == "model":  # not before: of wrong input, one line says what is wrong and nothing else is printed
-            console.print(f"[bold]{experiment.name}[/]: {plan}; writing to {buffer.parent}", highlight=False)
+            _say(console, f"{experiment.name}: {plan}; writing to {buffer.parent}", style="bold")
     return done["shared buffer"], done["base model"]
 
 
@@ -204,11 +205,16 @@ def _gather(
         done = f"  [{len(runs) + len(failed) + 1}/{len(futures)}] {name}"
         if error is None:
             runs[name] = future.result()
-            console.print(f"{done}: {_scores(runs[name])}", highlight=False, markup=False)
+            _say(console, f"{done}: {_scores(runs[name])}")
         else:
             failed.append({**asdict(cell), "error": why(error)})
-            console.print(f"{done} failed: {why(error)}", style="red", highlight=False, markup=False)
+            _say(console, f"{done} failed: {why(error)}", style="red")
     return runs, failed
+
+
+def _say(console: Console, line: str, style: str | None = None) -> None:
+    """Print one line as it is: a terminal may break it, a log must not."""
+    console.print(line, style=style, highlight=False, markup=False, soft_wrap=True)
 
 
 def _scores(found: Mapping[str, Any]) -> str:

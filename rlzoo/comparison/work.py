@@ -26,8 +26,9 @@ from rlzoo.reward import Reward, get_reward
 from rlzoo.rollout import TransformersSampler, collect_rollouts
 from rlzoo.training import Costs, Trainer
 from rlzoo.training.batches import BufferSource, FreshSource, Source
+from rlzoo.training.costs import release_memory
 from rlzoo.training.trainer import with_reference
-from rlzoo.types import Need, Selection
+from rlzoo.types import Need, Selection, Trajectory
 
 Report = Callable[[float, str], None]
 """Told the share that is done, 0 to 1, and what is being done."""
@@ -73,12 +74,11 @@ def fill_buffer(experiment: Experiment, folder: Path, report: Report) -> dict[st
         buffer: Buffer = OfflineBuffer.from_trajectories(rows)
     else:
         buffer = read_buffer(experiment.demonstrations, policy.tokenizer)
-    sampled_tokens, sampling_flops = 0, 0.0
+    samples: list[Trajectory] = []
     offline = [name for name, row in experiment.algorithms.items() if row.mode == "offline"]
     if any(selection_of(experiment, name)[0] is not Selection.DEMONSTRATIONS for name in offline):
         settings = experiment.rollouts
         chosen = problems if settings.prompts is None else problems[: settings.prompts]
-        done = _counted(len(chosen), "sampling the base policy", report)
         samples = collect_rollouts(
             policy,
             TransformersSampler(policy),
@@ -87,24 +87,21 @@ def fill_buffer(experiment: Experiment, folder: Path, report: Report) -> dict[st
             settings,
             seed=0,
             token_budget=experiment.training.token_budget,
-            progress=done,
+            progress=_counted(len(chosen), "sampling the base policy", report),
         )
-        buffer = (
-            buffer.concatenate(OfflineBuffer.from_trajectories(samples))
-            if len(buffer)
-            else (OfflineBuffer.from_trajectories(samples))
-        )
-        sampled_tokens = sum(len(row.completion_ids) for row in samples)
-        prompt_tokens = sum(len(row.prompt_ids) for row in samples)
-        sampling_flops = 2 * policy.flops(prompt_tokens + sampled_tokens, sampled_tokens)  # sampled, then scored
+        buffer = buffer.concatenate(OfflineBuffer.from_trajectories(samples))
     if any(Need.REFERENCE in objective_of(experiment, name).requires for name in offline):
         report(1.0, "reference log-probs")
         buffer = with_reference(buffer, policy, experiment.training.token_budget)
     buffer.save(folder)
+    sampled = sum(len(row.completion_ids) for row in samples)
+    tokens = sampled + sum(len(row.prompt_ids) for row in samples)
     return {
         "rows": len(buffer),
-        "sampled_tokens": sampled_tokens,
-        "sampling_flops": sampling_flops,
+        "samples": len(samples),
+        "correct": sum((row.reward or 0.0) >= experiment.evaluation.correct_at for row in samples),
+        "sampled_tokens": sampled,
+        "sampling_flops": 2 * policy.flops(tokens, sampled),  # sampled, then scored
         "token_probabilities": token_probabilities(policy, buffer, experiment.training.token_budget),
     }
 
@@ -113,7 +110,8 @@ def evaluate_base(experiment: Experiment, report: Report) -> dict[str, Any]:
     """The base policy's scores on all benchmarks, its outcomes, and the first point of the learning curves."""
     policy = load_policy(experiment.model, experiment.training.dtype)
     found = evaluate_all(policy, experiment, "base", -1, None, report)
-    return {**found, "curve": curve_point(policy, experiment, 0, seed=0)}
+    drawn = experiment.evaluation.curve_points > 0
+    return {**found, "curve": curve_point(policy, experiment, 0, seed=0) if drawn else None}
 
 
 def run_cell(
@@ -130,6 +128,7 @@ def run_cell(
     """
     import torch
 
+    release_memory()
     torch.manual_seed(cell.seed)
     objective = objective_of(experiment, cell.algorithm)
     settings = experiment.training_of(cell.algorithm).model_copy(update={"learning_rate": cell.learning_rate})

@@ -51,8 +51,10 @@ def _margin(matrices: Mapping[ScoreKey, ScoreMatrix], benchmark: str, best: str,
 
 def _agreement(results: Results, benchmark: str, means: Mapping[str, Mapping[str, float]], metric: str) -> str:
     scores = means[metric]
-    leaders = [name for name, mean in scores.items() if mean == max(scores.values())]
     by = "greedy decoding" if metric == "greedy" else results.label(metric, benchmark)
+    if len(set(scores.values())) == 1:
+        return f"By {by} all are equal, at {percent(max(scores.values()))} %"
+    leaders = [name for name, mean in scores.items() if mean == max(scores.values())]
     verb, top = "leads" if len(leaders) == 1 else "lead", percent(max(scores.values()))
     first = f"By {by} {' and '.join(leaders)} {verb} at {top} %"
     ranked = _ranking(means["avg_at_k"])
