@@ -20,18 +20,18 @@ def load_policy(name: str, dtype: str = "float32", device: str | torch.device | 
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     where = str(EMBEDDED_BASE) if name == EMBEDDED else name
-    looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
-    if looks_local and not Path(name).expanduser().is_dir():
-        raise UserError(
-            f"model {name!r} cannot be loaded: there is no such folder; give a folder, a Hub id, or 'embedded'"
-        )
-    where = str(Path(where).expanduser()) if looks_local else where
+    mend = "give 'embedded', a folder that save_pretrained wrote, or a Hub id that this machine can reach"
+    folder = Path(where).expanduser()
+    if folder.is_dir() or name.startswith((".", "/", "~")):
+        if not (folder / "config.json").is_file():
+            what = "has no config.json" if folder.is_dir() else "does not exist"
+            raise UserError(f"model {name!r} cannot be loaded: that folder {what}; {mend}")
+        where = str(folder)
     try:
         tokenizer = AutoTokenizer.from_pretrained(where)
         model = AutoModelForCausalLM.from_pretrained(where, dtype=DTYPES[dtype], use_safetensors=True)
     except Exception as error:
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        mend = "give 'embedded', a folder that save_pretrained wrote, or a Hub id that this machine can reach"
         raise UserError(f"model {name!r} cannot be loaded ({reason.strip()[:160]}): {mend}") from error
     if tokenizer.eos_token_id is None:
         raise UserError(f"model {name!r}: its tokenizer has no end-of-sequence token, so completions cannot end")
