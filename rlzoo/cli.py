@@ -67,21 +67,30 @@ def _command(commands: Any, name: str, handler: Handler, text: str, example: str
     return command
 
 
-def _overrides(command: argparse.ArgumentParser) -> None:
-    """Options that change an experiment, shared by every command that reads one."""
+_OPTIONS: dict[str, tuple[type, str, tuple[str, ...]]] = {
+    "model": (str, "'embedded', a folder, or a Hub id", ("model",)),
+    "reward": (str, "a name, package.module:Name, or path/to/file.py:Name", ("reward",)),
+    "data": (str, "training problems: a file, a Hub id, or world:NAME/SPLIT", ("train.source",)),
+    "test-data": (str, "benchmark problems, for every benchmark of the experiment", ()),
+    "limit": (int, "use at most this many problems of each set", ("train.limit", "rollouts.prompts")),
+    "steps": (int, "optimizer steps", ("training.steps",)),
+    "batch-size": (int, "sequences an optimizer step", ("training.batch_size",)),
+    "samples": (int, "samples a problem when evaluating", ("evaluation.samples",)),
+    "rollout-samples": (int, "samples a prompt to learn from", ("rollouts.samples",)),
+    "k": (int, "pass@k's k", ("evaluation.k",)),
+}
+"""Options that change an experiment: type, help, and the settings they stand for."""
+
+
+def _overrides(command: argparse.ArgumentParser, *options: str) -> None:
+    """The experiment, and those of `_OPTIONS` that matter to this command."""
     command.add_argument("experiment", nargs="?", default="arithmetic", help="a name (rlzoo list) or a .yaml file")
-    command.add_argument("--model", help="'embedded', a folder, or a Hub id")
-    command.add_argument("--data", help="training problems: a file, a folder's table, a Hub id, or world:NAME/SPLIT")
-    command.add_argument("--test-data", help="benchmark problems, for every benchmark of the experiment")
-    command.add_argument("--reward", help="a name, package.module:Name, or path/to/file.py:Name")
-    command.add_argument("--steps", type=int, help="optimizer steps")
-    command.add_argument("--batch-size", type=int, help="sequences an optimizer step")
-    command.add_argument("--limit", type=int, help="use at most this many training problems, and of each benchmark")
-    command.add_argument("--samples", type=int, help="samples a problem when evaluating")
-    command.add_argument("--k", type=int, help="pass@k's k")
+    for name in ("model", "reward", *options):
+        kind, text, _ = _OPTIONS[name]
+        command.add_argument(f"--{name}", type=kind, help=text)
     command.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE",
-        help="any other setting, by its dotted name; the value is YAML: --set rollouts.samples=8",
+        help="any other setting, by its dotted name; the value is YAML: --set rollouts.temperature=0.8",
     )  # fmt: skip
 
 
@@ -89,24 +98,12 @@ def _experiment(arguments: argparse.Namespace) -> Experiment:
     """The experiment with the command's options laid over it."""
     from rlzoo.config import load_experiment
 
-    given = {
-        "model": arguments.model,
-        "reward": arguments.reward,
-        "train.source": arguments.data,
-        "train.limit": arguments.limit,
-        "rollouts.prompts": arguments.limit,
-        "training.steps": arguments.steps,
-        "training.batch_size": arguments.batch_size,
-        "evaluation.samples": arguments.samples,
-        "evaluation.k": arguments.k,
-    }
-    changes = {key: value for key, value in given.items() if value is not None} | _pairs(arguments.set, "--set")
-    plain = load_experiment(arguments.experiment, changes)
-    for name in plain.benchmarks:
-        if arguments.limit is not None:
-            changes.setdefault(f"benchmarks.{name}.limit", arguments.limit)
-        if arguments.test_data is not None:
-            changes[f"benchmarks.{name}.source"] = arguments.test_data
+    given = {name: getattr(arguments, name.replace("-", "_"), None) for name in _OPTIONS}
+    changes = {key: given[name] for name in _OPTIONS if given[name] is not None for key in _OPTIONS[name][2]}
+    plain = load_experiment(arguments.experiment, changes | _pairs(arguments.set, "--set"))
+    over = {key: given[name] for key, name in (("limit", "limit"), ("source", "test-data")) if given[name] is not None}
+    benchmarks = {name: source.model_dump() | over for name, source in plain.benchmarks.items()}
+    changes |= _pairs(arguments.set, "--set") | ({"benchmarks": benchmarks} if over else {})
     return load_experiment(arguments.experiment, changes | _grid(arguments, plain))
 
 
@@ -159,7 +156,9 @@ def _compare(commands: Any) -> None:
         "Train every algorithm on every seed from one base and one buffer, evaluate, and report.",
         "rlzoo compare arithmetic --algorithms sft,dft --seeds 0,1,2",
     )  # fmt: skip
-    _overrides(command)
+    _overrides(
+        command, "data", "test-data", "limit", "steps", "batch-size", "samples", "rollout-samples", "k"
+    )  # fmt: skip
     command.add_argument("--algorithms", help="comma-separated: names, module:Name, or path/to/file.py:Name")
     command.add_argument("--seeds", help="comma-separated whole numbers")
     command.add_argument("--learning-rates", help="comma-separated; the best on validation is reported")
@@ -193,7 +192,7 @@ def _run_compare(arguments: argparse.Namespace) -> int:
 def _train(commands: Any) -> None:
     command = _command(
         commands, "train", _run_train, "Train a policy with one objective on a saved buffer.",
-        "rlzoo train dft --buffer runs/buffer --model embedded --steps 50 --out runs/dft",
+        "rlzoo train rft --buffer runs/buffer --model embedded --steps 50 --out runs/rft",
     )  # fmt: skip
     command.add_argument("objective", help="a name, module:Name, or path/to/file.py:Name")
     command.add_argument("--buffer", required=True, help="a saved buffer (see rollout), or a table in a TRL format")
@@ -244,7 +243,7 @@ def _rollout(commands: Any) -> None:
         "Sample a policy on an experiment's training problems, judge the samples, and save them as a buffer.",
         "rlzoo rollout arithmetic --limit 100 --out runs/buffer",
     )  # fmt: skip
-    _overrides(command)
+    _overrides(command, "data", "limit", "rollout-samples")
     command.add_argument("--seed", type=int, default=0)
     command.add_argument("--out", type=Path, required=True, help="a new folder, or a .parquet or .jsonl file")
 
@@ -278,9 +277,9 @@ def _run_rollout(arguments: argparse.Namespace) -> int:
 def _evaluate(commands: Any) -> None:
     command = _command(
         commands, "evaluate", _run_evaluate, "Score a policy on an experiment's benchmarks.",
-        "rlzoo evaluate arithmetic --model runs/dft --samples 8 --k 4",
+        "rlzoo evaluate arithmetic --model runs/rft --samples 8 --k 4",
     )  # fmt: skip
-    _overrides(command)
+    _overrides(command, "test-data", "limit", "samples", "k")
     command.add_argument("--seed", type=int, default=0)
     command.add_argument("--json", action="store_true", help="print the scores as JSON")
 

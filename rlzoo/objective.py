@@ -92,7 +92,11 @@ class Objective:
         return None
 
     def prepare(self, batch: TokenBatch) -> TokenBatch:
-        """Fix what stays the same for all updates on a batch. Called once on the whole batch, with no gradient."""
+        """Fix what stays the same for all updates on a batch. Called once on the whole batch, with no gradient.
+
+        ``logp`` and ``statistics`` are there only for an objective that needs SNAPSHOT or CRITIC or couples the BATCH;
+        for others ``logp`` is NaN, as nothing has been scored yet.
+        """
         advantage = self.advantages(batch)
         return batch if advantage is None else replace(batch, advantage=advantage)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Literal
 
@@ -30,8 +30,11 @@ def new_output(path: Path, kind: Literal["folder", "file"] = "folder") -> Iterat
         _probe(path / ".probe" if kind == "folder" else path)
         yield
     except BaseException:
-        for place in missing[:1] or list(path.iterdir()):
+        for place in [path] if whole in missing else list(path.iterdir()):
             _remove(place)
+        for parent in reversed([p for p in missing if p != whole]):
+            with suppress(OSError):  # somebody else's results may be in it by now
+                parent.rmdir()
         raise
 
 

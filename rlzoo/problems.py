@@ -51,7 +51,15 @@ def load_problems(source: ProblemSource) -> list[Problem]:
         problems = [_problem(index, rows[index], source) for index in range(limit)]
     if not problems:
         raise UserError(f"problem set {source.source!r} is empty")
-    return problems[: source.limit]
+    problems = problems[: source.limit]
+    first: dict[str, int] = {}
+    for index, problem in enumerate(problems):
+        if first.setdefault(problem.id, index) != index:
+            raise UserError(
+                f"problem set {source.source!r}: rows {first[problem.id]} and {index} have the same id "
+                f"{problem.id!r}: give each problem its own, or leave the column out"
+            )
+    return problems
 
 
 def _problem(index: int, row: Mapping[str, Any], source: ProblemSource) -> Problem:
@@ -71,7 +79,8 @@ def _problem(index: int, row: Mapping[str, Any], source: ProblemSource) -> Probl
     columns = dict(row) | {new: column(old) for new, old in source.columns.items()}
     solution = None if source.solution is None else column(source.solution)
     solutions = () if solution is None else (str(solution),)
-    return Problem(str(row.get("id", f"{source.split}-{index}")), prompt, columns, solutions)
+    own = row.get("id")
+    return Problem(f"{source.split}-{index}" if own is None else str(own), prompt, columns, solutions)
 
 
 def _placeholders(template: str) -> list[str]:

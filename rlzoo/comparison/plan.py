@@ -26,7 +26,7 @@ class Cell:
 
 
 def cells(experiment: Experiment) -> list[Cell]:
-    """All cells of the grid; seeds vary slowest, so that an interrupted run has whole rows."""
+    """All cells of the grid; seeds vary slowest, so that whole rows are seen early."""
     return [
         Cell(name, seed, rate)
         for seed in experiment.seeds
@@ -62,7 +62,8 @@ def chosen_cells(
         if has_choice(experiment, name):
             scores = {rate: mean(runs[cell.id]["validation"] for cell in some) for rate, some in by_rate.items()}
             tried[name] = {f"{rate:g}": score for rate, score in scores.items()}
-            best = max(scores, key=scores.__getitem__)
+            whole = max(map(len, by_rate.values()))  # a rate that failed on a seed must not win on the lucky ones
+            best = max((rate for rate in scores if len(by_rate[rate]) == whole), key=scores.__getitem__)
         chosen += by_rate[best]
     return chosen, tried
 

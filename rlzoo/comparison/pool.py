@@ -11,7 +11,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from logging import ERROR, getLogger
-from multiprocessing.queues import Queue
+from multiprocessing.queues import Queue, SimpleQueue
 from queue import Empty
 from typing import Any
 
@@ -29,6 +29,13 @@ THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"
 def available_cores() -> int:
     """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def default_workers() -> int:
+    """One process a GPU where there are GPUs, else one a core."""
+    import torch
+
+    return torch.cuda.device_count() if torch.cuda.is_available() else available_cores()
 
 
 class WorkError(RuntimeError):
@@ -58,8 +65,13 @@ class Pool:
     def submit(self, name: str, function: Callable[..., Any], *arguments: Any) -> Future[Any]:
         """Queue ``function(*arguments, report)``; ``name`` is what the live view calls it."""
         self._bars[name] = self._progress.add_task(name, total=1.0, visible=False, start=False, detail="")
-        with _interrupts_held():  # this may start a process, which inherits that
-            return self._executor.submit(_run, name, function, arguments)
+        try:
+            with _interrupts_held():  # this may start a process, which inherits that
+                return self._executor.submit(_run, name, function, arguments)
+        except BrokenProcessPool as error:  # a worker died before: what it did not take with it is kept
+            broken: Future[Any] = Future()
+            broken.set_exception(error)
+            return broken
 
     def gather(self, futures: Mapping[Future[Any], str]) -> Iterator[tuple[str, Future[Any]]]:
         """The futures with their names as they finish, while the live view goes on."""
@@ -92,7 +104,10 @@ def pool(workers: int, threads: int, console: Console) -> Iterator[Pool]:
     saved = {name: os.environ.get(name) for name in THREAD_VARIABLES}
     os.environ.update({name: str(threads) for name in THREAD_VARIABLES})  # read when a process starts
     columns = [TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[detail]}"), TimeElapsedColumn()]
-    executor = ProcessPoolExecutor(workers, context, _start, (events, threads))
+    places = context.SimpleQueue()
+    for place in range(workers):
+        places.put(place)
+    executor = ProcessPoolExecutor(workers, context, _start, (events, threads, places))
     try:
         with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
             yield Pool(executor, events, progress, workers)
@@ -119,7 +134,7 @@ def _interrupts_held() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _start(events: Queue[tuple[str, float, str]], threads: int) -> None:
+def _start(events: Queue[tuple[str, float, str]], threads: int, places: SimpleQueue[int]) -> None:
     global _events
     _events = events
     threading.Thread(target=_end_with_parent, daemon=True).start()
@@ -128,6 +143,8 @@ def _start(events: Queue[tuple[str, float, str]], threads: int) -> None:
 
     tqdm.set_lock(threading.RLock())  # its own is a semaphore of the system, which a process that is ended leaves there
     torch.set_num_threads(threads)
+    if torch.cuda.is_available():  # each worker its own GPU, round and round
+        torch.cuda.set_device(places.get() % torch.cuda.device_count())
     silence()
 
 

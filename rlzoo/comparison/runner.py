@@ -22,7 +22,7 @@ from rich.console import Console
 
 from rlzoo.comparison import work
 from rlzoo.comparison.plan import Cell, cells, chosen_cells, counted, has_choice
-from rlzoo.comparison.pool import Pool, available_cores, pool, why
+from rlzoo.comparison.pool import Pool, default_workers, pool, why
 from rlzoo.comparison.report import write_atomically, write_report
 from rlzoo.comparison.statistics import BASE, summarise
 from rlzoo.config import Experiment, load_experiment
@@ -63,9 +63,9 @@ def compare(
 ) -> dict[str, Any]:
     """Run every cell of an experiment and write its results and report to ``out``.
 
-    ``out`` defaults to runs/<name>-<time>; ``workers`` to the number of cores, each with ``threads`` threads. Gives
-    back what results.json holds. A cell that fails is reported there and the others go on. Raises UserError for
-    wrong input; then ``out`` is not left behind.
+    ``out`` defaults to runs/<name>-<time>; ``workers`` to the number of GPUs, or of cores where there is none, each
+    with ``threads`` threads. Gives back what results.json holds. A cell that fails is reported there and the others
+    go on. Raises UserError for wrong input; then ``out`` is not left behind.
     """
     if isinstance(experiment, str):
         experiment = load_experiment(experiment)
@@ -74,7 +74,7 @@ def compare(
     started = time.perf_counter()
     with new_output(out):
         check(experiment)
-        results, outcomes = _run(experiment, out, workers or available_cores(), threads, console)
+        results, outcomes = _run(experiment, out, workers or default_workers(), threads, console)
         results["wall_seconds"] = time.perf_counter() - started
         table = pa.Table.from_pylist(outcomes, schema=OUTCOMES)
         rows = summarise(table, experiment.evaluation.pass_k)

@@ -90,9 +90,12 @@ def fill_buffer(experiment: Experiment, folder: Path, report: Report) -> dict[st
             progress=_counted(len(chosen), "sampling the base policy", report),
         )
         buffer = buffer.concatenate(OfflineBuffer.from_trajectories(samples))
+    reference_flops = 0.0
     if any(Need.REFERENCE in objective_of(experiment, name).requires for name in offline):
         report(1.0, "reference log-probs")
         buffer = with_reference(buffer, policy, experiment.training.token_budget)
+        completions = sum(map(len, buffer.column("completion_ids")))
+        reference_flops = policy.flops(int(buffer.lengths().sum()), completions)
     buffer.save(folder)
     sampled = sum(len(row.completion_ids) for row in samples)
     tokens = sampled + sum(len(row.prompt_ids) for row in samples)
@@ -102,6 +105,7 @@ def fill_buffer(experiment: Experiment, folder: Path, report: Report) -> dict[st
         "correct": sum((row.reward or 0.0) >= experiment.evaluation.correct_at for row in samples),
         "sampled_tokens": sampled,
         "sampling_flops": 2 * policy.flops(tokens, sampled),  # sampled, then scored
+        "reference_flops": reference_flops,
         "token_probabilities": token_probabilities(policy, buffer, experiment.training.token_budget),
     }
 
@@ -145,6 +149,8 @@ def run_cell(
         source = BufferSource(buffer, buffer.view(selection, **options), settings.batch_size, cell.seed)
         if selection is not Selection.DEMONSTRATIONS:
             costs.sampled_tokens, costs.flops = shared["sampled_tokens"], shared["sampling_flops"]
+        if Need.REFERENCE in objective.requires:
+            costs.flops += shared["reference_flops"]
     curve: list[dict[str, Any]] = []
     points = experiment.evaluation.curve_points
     marks = {round(settings.steps * (i + 1) / points) for i in range(points)}

@@ -83,7 +83,7 @@ class FreshSource:
 def static_batch(
     rows: Sequence[Trajectory], units: Sequence[tuple[int, ...]], selection: Selection, device: torch.device
 ) -> TokenBatch:
-    """All that is known of a batch before a forward pass; ``logp`` is 0."""
+    """All that is known of a batch before a forward pass; ``logp`` is NaN, so that nobody takes it for known."""
     mask = Sequences.collate([r.prompt_ids for r in rows], [r.completion_ids for r in rows], device).mask
     pairs = selection is Selection.PAIRS
     partner, chosen = torch.zeros(len(rows), dtype=torch.long), torch.zeros(len(rows), dtype=torch.bool)
@@ -93,7 +93,7 @@ def static_batch(
     if all(r.reward is not None for r in rows):
         reward = torch.tensor([float(r.reward or 0.0) for r in rows], device=device)
     return TokenBatch(
-        logp=torch.zeros(mask.shape, device=device),
+        logp=torch.full(mask.shape, torch.nan, device=device),
         mask=mask,
         behaviour_logp=_rows_of([r.behaviour_logp for r in rows], mask),
         reference_logp=_rows_of([r.reference_logp for r in rows], mask),

@@ -99,6 +99,7 @@ class Trainer:
                     callback(self, step)
                 if step == self.settings.steps:
                     break
+                reset_peak_memory()  # a callback's evaluation is no cost of training
                 started = time.perf_counter()
         return self.record
 
@@ -184,6 +185,8 @@ class Trainer:
                 self._count_forward(self.reference, sequences, passes=1)
             self.record.costs.gradient_tokens += sequences.tokens
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.settings.max_gradient_norm)
+        if not math.isfinite(float(norm)):
+            raise UserError(f"the gradient is {float(norm)}: lower learning_rate, or look at the data of this step")
         rate = self.schedule.get_last_lr()[0]
         self.optimizer.step()
         self.schedule.step()
