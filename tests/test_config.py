@@ -145,3 +145,16 @@ def test_the_best_rate_on_validation_is_chosen_from_what_ran() -> None:
     chosen, tried = chosen_cells(experiment, runs)
     assert chosen == [Cell("sft", 0, 1e-3), Cell("sft", 1, 1e-3), Cell("dft", 1, 1e-4)]
     assert tried == {"sft": {"0.0001": pytest.approx(0.3), "0.001": pytest.approx(0.45)}}
+
+
+def test_a_rate_that_failed_on_a_seed_cannot_be_chosen() -> None:
+    changes: dict[str, Any] = {
+        "algorithms": {"sft": {"learning_rates": [1e-4, 1e-3]}},
+        "seeds": [0, 1],
+        "baseline": "sft",
+    }
+    scores = {(0, 1e-4): 0.2, (1, 1e-4): 0.4, (0, 1e-3): 0.9}  # 1e-3 was lucky on the seed that it survived
+    runs = {Cell("sft", *key).id: {"validation": score} for key, score in scores.items()}
+    chosen, tried = chosen_cells(load_experiment("facts", changes), runs)
+    assert chosen == [Cell("sft", 0, 1e-4), Cell("sft", 1, 1e-4)]
+    assert tried == {"sft": {"0.0001": pytest.approx(0.3), "0.001": pytest.approx(0.9)}}

@@ -219,3 +219,13 @@ def test_demonstrations_end_unless_they_are_cut(tokenizer: Any) -> None:
     assert tokenizer.eos_token_id not in cut.completion_ids
     assert cut.completion == tokenizer.decode(cut.completion_ids)
     assert list(OfflineBuffer.from_trajectories([first, cut])) == [first, cut]
+
+
+def test_problems_have_ids_of_their_own(tmp_path: Path) -> None:
+    table = tmp_path / "rows.jsonl"
+    rows = [{"id": None, "prompt": "a"}, {"id": 7, "prompt": "b"}, {"prompt": "c"}]
+    table.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert [p.id for p in load_problems(ProblemSource(source=str(table)))] == ["train-0", "7", "train-2"]
+    table.write_text("".join(json.dumps({"id": 7, "prompt": text}) + "\n" for text in "abc"))
+    with pytest.raises(UserError, match="rows 0 and 1 have the same id '7'"):
+        load_problems(ProblemSource(source=str(table)))
