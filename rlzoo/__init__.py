@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from rlzoo.reward import get_reward, list_rewards, register_reward
     from rlzoo.training import train
     from rlzoo.types import Coefficients, TokenBatch
+    from rlzoo.variance import analyze_variance
 
 _HOMES = {
     "Coefficients": "rlzoo.types",
@@ -22,6 +23,7 @@ _HOMES = {
     "Policy": "rlzoo.policy",
     "RolloutBuffer": "rlzoo.buffers",
     "TokenBatch": "rlzoo.types",
+    "analyze_variance": "rlzoo.variance",
     "compare": "rlzoo.comparison.runner",
     "evaluate": "rlzoo.evaluation",
     "get_objective": "rlzoo.objective",
@@ -42,6 +44,7 @@ __all__ = [
     "Policy",
     "RolloutBuffer",
     "TokenBatch",
+    "analyze_variance",
     "compare",
     "evaluate",
     "get_objective",

@@ -50,7 +50,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog="example: rlzoo compare arithmetic",
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for add in (_compare, _train, _rollout, _evaluate, _report, _list):
+    for add in (_compare, _variance, _train, _rollout, _evaluate, _report, _list):
         add(commands)
     return parser
 
@@ -82,9 +82,9 @@ _OPTIONS: dict[str, tuple[type, str, tuple[str, ...]]] = {
 """Options that change an experiment: type, help, and the settings they stand for."""
 
 
-def _overrides(command: argparse.ArgumentParser, *options: str) -> None:
+def _overrides(command: argparse.ArgumentParser, *options: str, default: str = "arithmetic") -> None:
     """The experiment, and those of `_OPTIONS` that matter to this command."""
-    command.add_argument("experiment", nargs="?", default="arithmetic", help="a name (rlzoo list) or a .yaml file")
+    command.add_argument("experiment", nargs="?", default=default, help="a name (rlzoo list) or a .yaml file")
     for name in ("model", "reward", *options):
         kind, text, _ = _OPTIONS[name]
         command.add_argument(f"--{name}", type=kind, help=text)
@@ -167,6 +167,12 @@ def _compare(commands: Any) -> None:
     command.add_argument("--out", type=Path, help="a new folder; default: runs/<name>-<time>")
 
 
+def _check_processes(arguments: argparse.Namespace) -> None:
+    for option in ("workers", "threads"):
+        if (number := getattr(arguments, option)) is not None and number < 1:
+            raise UserError(f"--{option} {number}: give a whole number of at least 1")
+
+
 def _run_compare(arguments: argparse.Namespace) -> int:
     from rich.console import Console
 
@@ -174,9 +180,7 @@ def _run_compare(arguments: argparse.Namespace) -> int:
     from rlzoo.comparison.report import report_table
     from rlzoo.comparison.runner import compare, default_folder
 
-    for option in ("workers", "threads"):
-        if (number := getattr(arguments, option)) is not None and number < 1:
-            raise UserError(f"--{option} {number}: give a whole number of at least 1")
+    _check_processes(arguments)
     experiment = _experiment(arguments)
     out = arguments.out or default_folder(experiment)
     results = compare(experiment, out, arguments.workers, arguments.threads)
@@ -187,6 +191,50 @@ def _run_compare(arguments: argparse.Namespace) -> int:
     if failed := len(results["failed"]):
         console.print(f"{counted(failed, 'run')} failed: the report says why", highlight=False)
     return 1 if failed else 0
+
+
+def _variance(commands: Any) -> None:
+    command = _command(
+        commands, "variance", _run_variance,
+        "Measure the variance of objectives' gradients: token by token, over the data, and along training.",
+        "rlzoo variance both-worlds --objectives sft,dft,my.py:Mine --rows 128",
+    )  # fmt: skip
+    _overrides(command, "data", "limit", "steps", "rollout-samples", default="both-worlds")
+    command.add_argument(
+        "--objectives", dest="algorithms", help="comma-separated: names, module:Name, or path/to/file.py:Name"
+    )
+    command.add_argument("--buffer", help="a saved buffer (see rollout) in place of the experiment's data")
+    command.add_argument("--rows", type=int, help="rows an objective is measured on; default 256")
+    command.add_argument("--draws", type=int, help="Monte-Carlo samples a token; default 4096, 0 for none")
+    command.add_argument("--every", type=int, help="steps between measurements along training; 0 for no training")
+    command.add_argument("--probe-rows", type=int, help="rows that are measured along training; default 64")
+    command.add_argument("--seed", type=int, help="of the rows, the draws and the training; default 0")
+    command.add_argument("--workers", type=int, help="processes; default: one a core")
+    command.add_argument("--threads", type=int, default=1, help="threads a process")
+    command.add_argument("--out", type=Path, help="a new folder; default: runs/<name>-variance-<time>")
+
+
+def _run_variance(arguments: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from rlzoo.comparison.runner import default_folder
+    from rlzoo.config import validated
+    from rlzoo.variance.report import report_tables
+    from rlzoo.variance.run import VarianceSettings, run_variance
+
+    _check_processes(arguments)
+    given = {name: getattr(arguments, name) for name in VarianceSettings.model_fields}
+    settings = validated(VarianceSettings, {k: v for k, v in given.items() if v is not None}, "variance")
+    experiment = _experiment(arguments)
+    out = arguments.out or default_folder(experiment, "variance")
+    found = run_variance(experiment, out, settings, arguments.buffer, arguments.workers, arguments.threads)
+    console = Console()
+    for table in report_tables(found):
+        console.print(table)
+    for name, reason in {**found["skipped"], **found["failed"]}.items():
+        console.print(f"{name}: {reason}", soft_wrap=True, highlight=False, markup=False)
+    console.print(f"{found['wall_seconds']:.0f} s; report: {out / 'report.html'}", soft_wrap=True, highlight=False)
+    return 1 if found["failed"] else 0
 
 
 def _train(commands: Any) -> None:
@@ -313,17 +361,22 @@ def _run_evaluate(arguments: argparse.Namespace) -> int:
 
 def _report(commands: Any) -> None:
     command = _command(
-        commands, "report", _run_report, "Write report.md and report.html from a folder's results.",
+        commands, "report", _run_report, "Write report.md and report.html again from a folder's results.",
         "rlzoo report runs/arithmetic --baseline sft",
     )  # fmt: skip
-    command.add_argument("folder", type=Path, help="a folder that rlzoo compare wrote")
+    command.add_argument("folder", type=Path, help="a folder that rlzoo compare or rlzoo variance wrote")
     command.add_argument("--baseline", help="the algorithm that the others are compared with")
 
 
 def _run_report(arguments: argparse.Namespace) -> int:
-    from rlzoo.comparison.report import write_report
+    if (arguments.folder / "variance.json").is_file():
+        from rlzoo.variance.report import write_report as write_variance_report
 
-    write_report(arguments.folder, arguments.baseline)
+        write_variance_report(arguments.folder)
+    else:
+        from rlzoo.comparison.report import write_report
+
+        write_report(arguments.folder, arguments.baseline)
     print(f"wrote {arguments.folder / 'report.html'}")
     return 0
 

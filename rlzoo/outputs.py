@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -36,6 +37,22 @@ def new_output(path: Path, kind: Literal["folder", "file"] = "folder") -> Iterat
             with suppress(OSError):  # somebody else's results may be in it by now
                 parent.rmdir()
         raise
+
+
+def write_atomically(path: Path, content: str) -> None:
+    """Write a text file through a temporary one in the same folder, so that no reader sees half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(
+        "w", encoding="utf-8", errors="replace", dir=path.parent, prefix=f".{path.name}.", delete=False
+    ) as file:
+        temporary = Path(file.name)
+        try:
+            file.write(content)
+        except BaseException:
+            temporary.unlink()
+            raise
+    temporary.chmod(0o644)
+    temporary.replace(path)
 
 
 def _probe(file: Path) -> None:

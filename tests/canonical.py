@@ -55,6 +55,23 @@ def dft(batch: TokenBatch) -> Tensor:
     return -(logp.exp().detach() * logp).sum() / token_count(batch)
 
 
+def dft_control(batch: TokenBatch, variant: str = "normalised") -> Tensor:
+    """-(1/N) Σ c_t log p_t with c_t = p_t/p̄, p̄, or the probability of another token by rank; no paper."""
+    logp = torch.cat(completions(batch, batch.logp))
+    p = logp.detach().exp().tolist()
+    mean = sum(p) / len(p)
+    if variant == "normalised":
+        weights = [x / mean for x in p]
+    elif variant == "mean":
+        weights = [mean] * len(p)
+    else:
+        order = sorted(range(len(p)), key=lambda t: p[t])
+        other = torch.randperm(len(p), generator=torch.Generator().manual_seed(0)).tolist()
+        given = {t: p[order[other[rank]]] for rank, t in enumerate(order)}
+        weights = [given[t] for t in range(len(p))]
+    return -(torch.tensor(weights, dtype=logp.dtype) * logp).sum() / token_count(batch)
+
+
 def iw_sft_sequence(batch: TokenBatch, kappa: float = 1.0, weight_max: float = 16.0) -> Tensor:
     """-(1/N) Σ_i w_i log π(y_i), w = min(weight_max, κ-th power of the geometric mean of π/π_ref)."""
     total = torch.zeros(())
@@ -185,6 +202,7 @@ def case(loss: Callable[..., Tensor], **options: Any) -> Case:
 CANONICAL: dict[str, list[Case]] = {
     "sft": [case(sft)],
     "dft": [case(dft)],
+    "dft-control": [case(dft_control, variant=variant) for variant in ("normalised", "mean", "shuffled")],
     "iw-sft": [
         case(iw_sft_sequence),
         case(iw_sft_sequence, kappa=2.0, weight_max=1.1),

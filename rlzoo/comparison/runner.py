@@ -23,11 +23,11 @@ from rich.console import Console
 from rlzoo.comparison import work
 from rlzoo.comparison.plan import Cell, cells, chosen_cells, counted, has_choice
 from rlzoo.comparison.pool import Pool, default_workers, pool, why
-from rlzoo.comparison.report import write_atomically, write_report
+from rlzoo.comparison.report import write_report
 from rlzoo.comparison.statistics import BASE, summarise
 from rlzoo.config import Experiment, load_experiment
 from rlzoo.errors import UserError, unknown
-from rlzoo.outputs import new_output
+from rlzoo.outputs import new_output, write_atomically
 from rlzoo.problems import Encoded, Problem, load_problems
 from rlzoo.reward import Reward, get_reward
 from rlzoo.rollout.rollouts import judge
@@ -89,9 +89,9 @@ def compare(
     return results
 
 
-def default_folder(experiment: Experiment) -> Path:
-    """runs/<name>-<time>."""
-    return Path("runs") / f"{experiment.name}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
+def default_folder(experiment: Experiment, what: str = "") -> Path:
+    """runs/<name>-<time>, or runs/<name>-<what>-<time>."""
+    return Path("runs") / "-".join(filter(None, (experiment.name, what, f"{datetime.now(UTC):%Y%m%d-%H%M%S}")))
 
 
 def check(experiment: Experiment) -> None:
@@ -158,7 +158,7 @@ def _run(
         "experiment": experiment.name,
         "description": experiment.description,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "versions": _versions(),
+        "versions": versions(),
         "config": experiment.model_dump(mode="json"),
         "base": base["metrics"],
         "base_curve": base["curve"],
@@ -227,7 +227,8 @@ def _sizes(experiment: Experiment) -> str:
     return f"{algorithms} × {seeds}, {counted(len(cells(experiment)), 'run')}"
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Of Python and of the packages that numbers depend on."""
     found = {"python": platform.python_version()}
     for package in PACKAGES:
         try:

@@ -48,7 +48,10 @@ class Head:
 
     def logits(self, hidden: Float[Tensor, "N H"]) -> Float[Tensor, "N V"]:
         """Logits in float32 at least, whatever the model's dtype."""
-        logits: Tensor = self.layer(hidden)
+        return self.finish(self.layer(hidden))
+
+    def finish(self, logits: Float[Tensor, "N V"]) -> Float[Tensor, "N V"]:
+        """What comes after the output layer: at least float32, the scale, the soft cap."""
         if logits.dtype in (torch.float16, torch.bfloat16):
             logits = logits.float()
         if self.scale != 1.0:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -114,11 +114,11 @@ class Policy(nn.Module):
         reference: Policy | None = None,
     ) -> TokenScores:
         """Score the completion tokens. ``reference`` gives ``term`` its reference logits."""
-        hidden = self._trunk(self.model.base_model, sequences)
+        hidden = self.hidden(sequences)
         other = None
         if reference is not None and term is not None:
             with torch.no_grad():
-                other = (Head.of(reference.model), self._trunk(reference.model.base_model, sequences))
+                other = (Head.of(reference.model), reference.hidden(sequences))
         scores = score_tokens(
             Head.of(self.model),
             hidden,
@@ -137,9 +137,13 @@ class Policy(nn.Module):
         logp, extra = spread.pop("logp"), spread.pop("term", None)
         return TokenScores(logp, spread, value, extra)
 
+    def hidden(self, sequences: Sequences, **extra: Any) -> Float[Tensor, "N H"]:
+        """The trunk's last hidden states where the next token is a completion token; ``extra`` goes to the trunk."""
+        return self._trunk(self.model.base_model, sequences, **extra)
+
     @staticmethod
-    def _trunk(trunk: nn.Module, sequences: Sequences) -> Float[Tensor, "N H"]:
-        states = trunk(input_ids=sequences.ids, use_cache=False).last_hidden_state
+    def _trunk(trunk: nn.Module, sequences: Sequences, **extra: Any) -> Float[Tensor, "N H"]:
+        states = trunk(input_ids=sequences.ids, use_cache=False, **extra).last_hidden_state
         selected: Tensor = states[sequences.predicts]
         return selected
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,17 +19,22 @@ EMBEDDED_BASE = Path(__file__).parent / "base"
 WORLDS = {
     "arithmetic": tuple(arithmetic.SPLITS),
     "facts": ("train", "validation", "test", "unseen"),
+    "both": ("train", "validation", "test"),
 }
 
 
 def world_problems(name: str) -> list[Problem]:
     """The problems of ``arithmetic/train``, ``facts/test``, ….
 
-    A training problem of ``arithmetic`` carries a worked solution in each style, a fact its one answer.
+    A training problem of ``arithmetic`` carries a worked solution in each style, a fact its one answer. ``both`` takes
+    them from the two worlds in turn.
     """
     from rlzoo.problems import Problem
 
     world, _, split = name.partition("/")
+    if world == "both" and split in WORLDS["both"]:
+        pairs = zip_longest(*(world_problems(f"{one}/{split}") for one in ("arithmetic", "facts")))
+        return [problem for pair in pairs for problem in pair if problem is not None]
     if split not in WORLDS.get(world, ()):
         raise unknown("world", name, [f"{w}/{s}" for w, splits in WORLDS.items() for s in splits])
     if world == "arithmetic":

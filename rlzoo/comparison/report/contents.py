@@ -10,9 +10,9 @@ import yaml
 
 from rlzoo.comparison.report import plots, tables
 from rlzoo.comparison.report.answer import answer
-from rlzoo.comparison.report.document import Block, Code, Figure, Heading, Paragraph
 from rlzoo.comparison.report.schema import Results, Run
 from rlzoo.comparison.statistics import BASE, compare_to, score_matrices
+from rlzoo.document import Block, Code, Figure, Heading, Paragraph
 
 SHOWN_PROBLEMS = 3
 SHOWN_CHARACTERS = 700

@@ -1,10 +1,7 @@
-"""The figures of a comparison, as SVG that takes its ink from the page around it."""
+"""The figures of a comparison."""
 
 from __future__ import annotations
 
-import html
-import io
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,40 +13,7 @@ from matplotlib.ticker import MaxNLocator
 from rlzoo.comparison.report.schema import Results
 from rlzoo.comparison.report.tables import amount
 from rlzoo.comparison.statistics import BASE, METRICS
-
-# Okabe and Ito's colours without yellow and black, which vanish on a white or a black page, and an olive.
-PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8F7A2B")
-MARKERS = "osD^vPX"
-GREY = "#808080"
-INK = "#010203"
-"""Stands for the page's text colour: `ink` replaces it."""
-WIDTH = 9.6
-STYLE = {
-    "font.family": "sans-serif",
-    "font.size": 10,
-    "text.color": INK,
-    "text.parse_math": False,  # names may hold a dollar sign
-    "axes.edgecolor": GREY,
-    "axes.labelcolor": INK,
-    "axes.titlesize": 10.5,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.axisbelow": True,
-    "grid.color": GREY,
-    "grid.alpha": 0.25,
-    "grid.linewidth": 0.8,
-    "xtick.color": GREY,
-    "ytick.color": GREY,
-    "xtick.labelcolor": INK,
-    "ytick.labelcolor": INK,
-    "legend.frameon": False,
-    "lines.linewidth": 1.8,
-    "lines.markersize": 5,
-    "svg.fonttype": "none",
-    "svg.hashsalt": "rlzoo",
-}
+from rlzoo.document.drawing import GREY, INK, MARKERS, PALETTE, STYLE, WIDTH, axes_row, short, to_svg
 
 
 def colours(results: Results) -> dict[str, str]:
@@ -57,19 +21,12 @@ def colours(results: Results) -> dict[str, str]:
     return {BASE: GREY} | {name: PALETTE[i % len(PALETTE)] for i, name in enumerate(results.algorithms)}
 
 
-def short(name: str) -> str:
-    """A name that fits beside an axis. A leading underscore would hide it from a legend."""
-    plain = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in name)
-    plain = f"\N{ZERO WIDTH SPACE}{plain}" if plain.startswith("_") else plain
-    return plain if len(plain) <= 22 else f"{plain[:21]}…"
-
-
 def score_bars(results: Results, benchmark: str) -> str:
     """Bars with 95 % intervals, one panel a metric; a dashed line marks the base model."""
     names = [BASE, *results.algorithms]
     palette = colours(results)
     with mpl.rc_context(STYLE):
-        figure, panels = _row(len(METRICS), 0.9 + 0.3 * len(names), sharey=True)
+        figure, panels = axes_row(len(METRICS), 0.9 + 0.3 * len(names), sharey=True)
         for axes, metric in zip(panels, METRICS, strict=True):
             for place, name in enumerate(names):
                 row = results.row(name, benchmark, metric)
@@ -83,7 +40,7 @@ def score_bars(results: Results, benchmark: str) -> str:
             axes.set(title=results.label(metric, benchmark), xlabel="correct, %")
             axes.set_xlim(left=0)
             _name_rows(axes, names)
-        return _svg(figure)
+        return to_svg(figure)
 
 
 def differences(rows: Sequence[Mapping[str, Any]], results: Results, benchmark: str) -> str:
@@ -92,7 +49,7 @@ def differences(rows: Sequence[Mapping[str, Any]], results: Results, benchmark: 
     names = list(dict.fromkeys(row["algorithm"] for row in here))
     palette = colours(results)
     with mpl.rc_context(STYLE):
-        figure, panels = _row(len(METRICS), 0.95 + 0.3 * len(names), sharey=True)
+        figure, panels = axes_row(len(METRICS), 0.95 + 0.3 * len(names), sharey=True)
         for axes, metric in zip(panels, METRICS, strict=True):
             axes.axvline(0, color=GREY, linewidth=1.2)
             for row in here:
@@ -102,7 +59,7 @@ def differences(rows: Sequence[Mapping[str, Any]], results: Results, benchmark: 
                     axes.plot(100 * row["difference"], place, marker="o", markersize=6.5, color=colour)
             axes.set(title=results.label(metric, benchmark), xlabel="difference, points")
             _name_rows(axes, names)
-        return _svg(figure)
+        return to_svg(figure)
 
 
 Curve = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
@@ -138,7 +95,7 @@ def learning_curves(results: Results, benchmark: str) -> str | None:
         return None
     palette, order = colours(results), list(results.algorithms)
     with mpl.rc_context(STYLE):
-        figure, panels = _row(len(panels_of), 3.3)
+        figure, panels = axes_row(len(panels_of), 3.3)
         for axes, (metric, curves) in zip(panels, panels_of.items(), strict=True):
             for name, (steps, mean, low, high) in curves.items():
                 axes.fill_between(steps, 100 * low, 100 * high, color=palette[name], alpha=0.13, linewidth=0)
@@ -153,7 +110,7 @@ def learning_curves(results: Results, benchmark: str) -> str | None:
             axes.grid(True)
         handles, labels = panels[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside upper center", ncols=min(len(labels), 8), handlelength=1.6)
-        return _svg(figure)
+        return to_svg(figure)
 
 
 def token_probabilities(results: Results) -> str | None:
@@ -180,7 +137,7 @@ def token_probabilities(results: Results) -> str | None:
             axes.tick_params(labelbottom=True)
         figure.supxlabel("probability of the demonstrated token", fontsize=10)
         figure.supylabel("tokens", fontsize=10)
-        return _svg(figure)
+        return to_svg(figure)
 
 
 def histograms_after(results: Results) -> dict[str, np.ndarray]:
@@ -193,11 +150,6 @@ def histograms_after(results: Results) -> dict[str, np.ndarray]:
         if cell.token_probabilities and len(cell.token_probabilities) == len(histogram.before):
             found.setdefault(cell.algorithm, []).append(cell.token_probabilities)
     return {name: np.mean(counts, axis=0) for name, counts in found.items()}
-
-
-def _row(columns: int, height: float, **options: Any) -> tuple[Any, Any]:
-    figure = Figure(figsize=(WIDTH, height), layout="constrained")
-    return figure, figure.subplots(1, columns, squeeze=False, **options)[0]
 
 
 def _whisker(axes: Any, place: int, low: float, high: float, colour: str) -> None:
@@ -218,30 +170,3 @@ def _name_rows(axes: Any, names: Sequence[str]) -> None:
     axes.tick_params(axis="y", length=0)
     axes.spines["left"].set_visible(False)
     axes.grid(True, axis="x")
-
-
-def _svg(figure: Any) -> str:
-    out = io.StringIO()
-    nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-    figure.savefig(out, format="svg", transparent=True, metadata=nothing)
-    text = out.getvalue()
-    return text[text.index("<svg") :]
-
-
-def inline(svg: str, name: str, alt: str) -> str:
-    """The drawing as an element of a page: ids of its own, the page's ink, nothing from outside."""
-    svg = re.sub(r"<(metadata|style)\b.*?</\1>\s*", "", svg, flags=re.DOTALL)
-    svg = (
-        re.sub(r'\s(?:xmlns(?::\w+)?|width|height|version)="[^"]*"', "", svg[: svg.index(">")]) + svg[svg.index(">") :]
-    )
-    svg = re.sub(r'\bid="', f'id="{name}-', svg)
-    svg = re.sub(r'(?:xlink:)?href="#', f'href="#{name}-', svg)
-    svg = svg.replace("url(#", f"url(#{name}-").replace(INK, "currentColor")
-    return f'<svg role="img" aria-label="{html.escape(alt)}"{svg[len("<svg") :]}'
-
-
-def standalone(svg: str) -> str:
-    """The drawing as a file: black on white."""
-    head, _, body = svg.partition(">")
-    white = '<rect width="100%" height="100%" fill="#ffffff"/>'
-    return f'<?xml version="1.0" encoding="utf-8"?>\n{head}>{white}{body}'.replace(INK, "#1a1a1a")

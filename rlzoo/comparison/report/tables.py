@@ -10,9 +10,9 @@ import rich.box
 import rich.table
 from rich.text import Text
 
-from rlzoo.comparison.report.document import Entry, Table
 from rlzoo.comparison.report.schema import Costs, Results, SummaryRow, parse_results
 from rlzoo.comparison.statistics import BASE, METRICS
+from rlzoo.document import Entry, Table
 
 NONE = "–"
 

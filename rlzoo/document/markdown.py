@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-from rlzoo.comparison.report.document import Block, Code, Entry, Figure, Heading, Paragraph, Table
+from rlzoo.document.blocks import Block, Code, Entry, Figure, Heading, Paragraph, Table
 
 FIGURES = "figures"
 

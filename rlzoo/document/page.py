@@ -5,8 +5,8 @@ from __future__ import annotations
 import html
 from collections.abc import Iterable
 
-from rlzoo.comparison.report.document import Block, Code, Entry, Figure, Heading, Paragraph, Table
-from rlzoo.comparison.report.plots import inline
+from rlzoo.document.blocks import Block, Code, Entry, Figure, Heading, Paragraph, Table
+from rlzoo.document.drawing import inline
 
 STYLE = """
 :root { color-scheme: light dark;

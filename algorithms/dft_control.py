@@ -1,0 +1,47 @@
+"""Controls for DFT: what is left of it when its weights p are rescaled, averaged or handed to other tokens.
+
+For one context, weighing a token by p scales its gradient and the gradient's noise alike, so what DFT changes must come
+from weighing some tokens more than others, or from a smaller step. Over the N completion tokens of the optimizer step,
+p̄ their mean probability, the coefficient of a token is
+
+- ``normalised``: p_t / p̄, DFT's weights with the mean weight of SFT;
+- ``mean``: p̄, SFT with the mean weight of DFT;
+- ``shuffled``: the probability of another token, so the same weights with nothing to do with the token. The token whose
+  p is the i-th least gets that of rank perm(i), with one permutation for each N: it depends on no order of the rows.
+
+Source: none; derived from arXiv 2508.05629.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+
+from rlzoo.objective import Objective, register
+from rlzoo.types import Coefficients, Coupling, TokenBatch
+
+
+@register
+@dataclass(frozen=True)
+class DFTControl(Objective):
+    """Controls for DFT: c_t = p_t/p̄, p̄, or the p of another token."""
+
+    name: ClassVar[str] = "dft-control"
+    couples: ClassVar[Coupling] = Coupling.BATCH
+
+    variant: Literal["normalised", "mean", "shuffled"] = "normalised"
+
+    def coefficients(self, batch: TokenBatch) -> Coefficients:
+        values = torch.zeros_like(batch.logp)
+        p = batch.logp[batch.mask].exp()
+        if self.variant == "normalised":
+            values[batch.mask] = p / p.mean().clamp(min=torch.finfo(p.dtype).tiny)
+        elif self.variant == "mean":
+            values[batch.mask] = p.mean().expand_as(p)
+        else:
+            rank = torch.randperm(len(p), generator=torch.Generator().manual_seed(0)).to(p.device)
+            place = batch.logp[batch.mask].argsort(stable=True)
+            shuffled = torch.empty_like(p)
+            shuffled[place] = p[place][rank]
+            values[batch.mask] = shuffled
+        return Coefficients(values)

@@ -1,0 +1,27 @@
+"""Reports as blocks, written as Markdown with figures beside it and as one HTML page."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from rlzoo.document.blocks import Block, Code, Entry, Figure, Heading, Paragraph, Table
+from rlzoo.document.drawing import standalone
+from rlzoo.document.markdown import FIGURES, render_markdown
+from rlzoo.document.page import render_html
+from rlzoo.outputs import write_atomically
+
+__all__ = ["Block", "Code", "Entry", "Figure", "Heading", "Paragraph", "Table", "write_document"]
+
+
+def write_document(directory: Path, title: str, blocks: Sequence[Block]) -> None:
+    """Write report.md, report.html and figures/ into a directory, each file whole or not at all."""
+    files = {
+        directory / FIGURES / f"{block.name}.svg": standalone(block.svg)
+        for block in blocks
+        if isinstance(block, Figure)
+    }
+    files[directory / "report.md"] = render_markdown(blocks)
+    files[directory / "report.html"] = render_html(title, blocks)
+    for path, content in files.items():
+        write_atomically(path, content)

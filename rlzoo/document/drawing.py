@@ -1,0 +1,111 @@
+"""Figures as SVG that takes its ink from the page around it: colours, style, and how a drawing gets into a document."""
+
+from __future__ import annotations
+
+import html
+import io
+import math
+import re
+from typing import Any
+
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
+
+# Okabe and Ito's colours without yellow and black, which vanish on a white or a black page, and an olive.
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8F7A2B")
+MARKERS = "osD^vPX"
+GREY = "#808080"
+INK = "#010203"
+"""Stands for the page's text colour: `ink` replaces it."""
+WIDTH = 9.6
+STYLE = {
+    "font.family": "sans-serif",
+    "font.size": 10,
+    "text.color": INK,
+    "text.parse_math": False,  # names may hold a dollar sign
+    "axes.edgecolor": GREY,
+    "axes.labelcolor": INK,
+    "axes.titlesize": 10.5,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "grid.color": GREY,
+    "grid.alpha": 0.25,
+    "grid.linewidth": 0.8,
+    "xtick.color": GREY,
+    "ytick.color": GREY,
+    "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK,
+    "legend.frameon": False,
+    "lines.linewidth": 1.8,
+    "lines.markersize": 5,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "rlzoo",
+}
+
+
+SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+
+
+def log_scale(axes: Any, which: str) -> None:
+    """Logarithmic axes (``x``, ``y`` or ``xy``) with few ticks at powers of ten."""
+    for name in which:
+        axis = axes.xaxis if name == "x" else axes.yaxis
+        getattr(axes, f"set_{name}scale")("log")
+        axis.set_major_locator(LogLocator(numticks=6))
+        axis.set_minor_locator(NullLocator())
+        low, high = getattr(axes, f"get_{name}lim")()
+        if high < 30 * low:  # hardly a power of ten inside
+            axis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=6))
+        axis.set_major_formatter(lambda value, _: _power(value))
+
+
+def _power(value: float) -> str:
+    if 0.01 < value < 10_000:
+        return f"{value:g}"
+    exponent = math.floor(math.log10(value) + 1e-9)
+    digit = round(value / 10**exponent)
+    return ("" if digit == 1 else f"{digit}·") + f"10{str(exponent).translate(SUPERSCRIPTS)}"
+
+
+def short(name: str) -> str:
+    """A name that fits beside an axis. A leading underscore would hide it from a legend."""
+    plain = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in name)
+    plain = f"\N{ZERO WIDTH SPACE}{plain}" if plain.startswith("_") else plain
+    return plain if len(plain) <= 22 else f"{plain[:21]}…"
+
+
+def axes_row(columns: int, height: float, **options: Any) -> tuple[Any, Any]:
+    """A figure of the page's width with one row of axes."""
+    figure = Figure(figsize=(WIDTH, height), layout="constrained")
+    return figure, figure.subplots(1, columns, squeeze=False, **options)[0]
+
+
+def to_svg(figure: Any) -> str:
+    """The figure as an SVG element, the same to the byte for the same figure."""
+    out = io.StringIO()
+    nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    figure.savefig(out, format="svg", transparent=True, metadata=nothing)
+    text = out.getvalue()
+    return text[text.index("<svg") :]
+
+
+def inline(svg: str, name: str, alt: str) -> str:
+    """The drawing as an element of a page: ids of its own, the page's ink, nothing from outside."""
+    svg = re.sub(r"<(metadata|style)\b.*?</\1>\s*", "", svg, flags=re.DOTALL)
+    svg = (
+        re.sub(r'\s(?:xmlns(?::\w+)?|width|height|version)="[^"]*"', "", svg[: svg.index(">")]) + svg[svg.index(">") :]
+    )
+    svg = re.sub(r'\bid="', f'id="{name}-', svg)
+    svg = re.sub(r'(?:xlink:)?href="#', f'href="#{name}-', svg)
+    svg = svg.replace("url(#", f"url(#{name}-").replace(INK, "currentColor")
+    return f'<svg role="img" aria-label="{html.escape(alt)}"{svg[len("<svg") :]}'
+
+
+def standalone(svg: str) -> str:
+    """The drawing as a file: black on white."""
+    head, _, body = svg.partition(">")
+    white = '<rect width="100%" height="100%" fill="#ffffff"/>'
+    return f'<?xml version="1.0" encoding="utf-8"?>\n{head}>{white}{body}'.replace(INK, "#1a1a1a")

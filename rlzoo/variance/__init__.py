@@ -1,0 +1,5 @@
+"""The variance analyzer: how noisy an objective's gradient is, token by token and over the data."""
+
+from rlzoo.variance.analyzer import analyze_variance
+
+__all__ = ["analyze_variance"]

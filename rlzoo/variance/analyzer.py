@@ -1,0 +1,198 @@
+"""The analyzer: one policy, one buffer, several objectives; everything that their gradients' variance is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from rlzoo.buffers import Buffer
+from rlzoo.errors import UserError
+from rlzoo.objective import Objective, get_objective
+from rlzoo.policy import Policy
+from rlzoo.training.costs import release_memory
+from rlzoo.types import Selection
+from rlzoo.variance import moments
+from rlzoo.variance.coefficients import coefficient_statistics, ess_fraction
+from rlzoo.variance.gradients import GradientMeter, UnitGradients
+from rlzoo.variance.over_data import Comparison, default_held, portions, proxies
+from rlzoo.variance.subjects import (
+    BASELINE,
+    BLOCKS,
+    Scored,
+    Subject,
+    Weighed,
+    named_objectives,
+    score,
+    subjects_of,
+    token_table,
+    tokens_of,
+    weigh,
+)
+
+HISTOGRAM_BINS = 40
+
+
+def analyze_variance(
+    policy: Policy,
+    objectives: Sequence[str | Objective] | Mapping[str, Objective],
+    buffer: Buffer,
+    *,
+    rows: int = 256,
+    draws: int = 4096,
+    seed: int = 0,
+    gradients: bool = True,
+    learns_from: Selection | None = None,
+    reference: Policy | None = None,
+    token_budget: int = 2048,
+    means_held: int | None = None,
+    progress: Callable[[float, str], None] | None = None,
+) -> dict[str, Any]:
+    """Measure the variance of the objectives' gradients at a policy: what variance.json holds (docs/variance.md).
+
+    Each objective is measured on whole units of its own view of the buffer, ``rows`` rows or a little more, drawn by
+    ``seed``; ``learns_from`` gives objectives of single rows another view. ``draws`` samples a token check the exact
+    moments; ``gradients=False`` leaves out what needs a backward pass. Log-probs of a reference are those stored in
+    the buffer, else ``reference``'s, else the policy's own, as at the start of a run; a critic that the policy lacks
+    is 0, as a fresh one is. Raises UserError for a model whose per-unit gradients are not known, and if no objective
+    finds rows; one that finds none among others is listed under ``skipped``.
+
+    Memory: the policy, the activations of ``token_budget`` padded tokens, and one mean gradient an objective, at most
+    ``means_held`` at a time (None: all up to 2 GB, else 3). More objectives than that take another pass over the data,
+    and cosines between objectives of different passes stay unknown, but for those to SFT.
+    """
+    if means_held is not None and means_held < 2:
+        raise UserError(f"means_held = {means_held}: at least 2 are needed, an objective's and the baseline's")
+    if rows < 1 or 0 < draws < 2 * BLOCKS or draws < 0:
+        raise UserError(f"rows must be at least 1 and draws 0 or at least {2 * BLOCKS}, got {rows} and {draws}")
+    tell = progress or (lambda share, what: None)
+    named = named_objectives(objectives)
+    meter = GradientMeter(policy) if gradients else None
+    picked, subjects, skipped = subjects_of(named, buffer, rows, seed, learns_from)
+    tell(0.0, "scoring")
+    needs = frozenset().union(*(s.objective.requires for s in subjects.values()))
+    experts = {name: set(s.rows) for name, s in subjects.items() if s.weighs_experts and name in named}
+    scored = score(policy, [buffer[i] for i in picked], needs, experts, draws, seed, reference, token_budget)
+    weighed = {name: weigh(policy, subject, scored) for name, subject in subjects.items()}
+    found: dict[str, Any] = {"objectives": {}, "skipped": skipped, "bins": []}
+    for name in [name for name in named if name in subjects]:
+        subject, own = subjects[name], weighed[name]
+        c = tokens_of(own.coefficients.values, own.batch)
+        constant = np.ptp(c) <= 1e-6 * np.abs(c).max()  # rounding in float32
+        around = (float(c.mean()) - 0.5, float(c.mean()) + 0.5) if constant else None
+        counts, edges = np.histogram(c, HISTOGRAM_BINS, around)
+        found["objectives"][name] = {
+            "rows": len(subject.rows),
+            "units": len(subject.units),
+            "median_p": float(np.exp(np.median(tokens_of(own.batch.logp, own.batch)))),
+            "coefficients": coefficient_statistics(c),
+            "coefficient_histogram": {"edges": edges.tolist(), "counts": counts.tolist()},
+            **_moments(name, subject, own, scored, draws, seed, found["bins"]),
+        }
+    found["token_probabilities"] = _probabilities(scored, experts)
+    if meter is not None:
+        _measure_gradients(found, meter, subjects, weighed, scored, means_held, token_budget, reference or policy, tell)
+    return found
+
+
+def _measure_gradients(
+    found: dict[str, Any],
+    meter: GradientMeter,
+    subjects: Mapping[str, Subject],
+    weighed: Mapping[str, Weighed],
+    scored: Scored,
+    means_held: int | None,
+    token_budget: int,
+    reference: Policy,
+    tell: Callable[[float, str], None],
+) -> None:
+    """data_noise, layers and proxies of each objective, and the cosines between those of one pass."""
+    base = next((n for n, s in subjects.items() if type(s.objective) is type(get_objective(BASELINE))), None)
+    size = sum(p.numel() * p.element_size() for p in meter.modules.trainable.values())
+    passes = portions(list(subjects), base, means_held or default_held(size, len(subjects)))
+    total, done = len(passes) * len(scored.rows), 0
+
+    def count(more: int) -> None:
+        nonlocal done
+        done += more
+        tell(0.1 + 0.9 * done / total, f"gradients of {done}/{total} rows")
+
+    found["layers"], found["cosines"] = meter.modules.layers, {}
+    kept: dict[str, UnitGradients] = {}
+    for names in passes:
+        tasks = {name: weighed[name].task for name in names}
+        measured = kept | meter.measure(scored.rows, tasks, token_budget, reference, count)
+        kept = {base: measured[base]} if base is not None else {}
+        compared = Comparison(measured, meter.modules.layer_of, meter.modules.layers, base)
+        for name in [name for name in names if name in found["objectives"]]:
+            paired = base is not None and subjects[name].units == subjects[base].units
+            found["cosines"][name] = compared.cosines(name)
+            found["objectives"][name] |= {
+                "data_noise": compared.noise(name, paired),
+                "layers": compared.by_layer(name, paired),
+                "proxies": proxies(subjects[name], weighed[name], scored, measured[name]),
+            }
+        del measured, compared  # before the next pass makes its own
+        release_memory()
+
+
+def _moments(
+    name: str, subject: Subject, weighed: Weighed, scored: Scored, draws: int, seed: int, all_bins: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """token_moments and importance_weights; adds the objective's bins to ``all_bins``."""
+    c = tokens_of(weighed.coefficients.values, weighed.batch)
+    if not subject.weighs_experts:
+        ratio = weighed.coefficients.metrics.get("ratio")
+        weights = None if ratio is None else _ratio(tokens_of(ratio, weighed.batch))
+        reason = (
+            f"it learns from {subject.objective.learns_from.value}, which a policy sampled: the reading as importance "
+            "weights 1[y = y*]/π asks for an expert's token that was not sampled"
+        )
+        return {"token_moments": moments.no_reading(reason), "importance_weights": weights}
+    table = token_table(scored, subject.rows)
+    estimates = None
+    if draws:
+        hits = np.concatenate([scored.hits[name][row] for row in subject.rows])
+        estimates = moments.block_variances(table, c, hits, draws // BLOCKS)
+    all_bins.extend({"objective": name, **row} for row in moments.bins(table, c, estimates, draws, seed))
+    log_variance = moments.log_trace_cov(table, c)
+    by_sequence = np.bincount(table.row, np.exp(log_variance))
+    found = {
+        "predicted_trace_cov": float(np.exp(log_variance).sum()),
+        "per_sequence": moments.quantiles(by_sequence),
+        "log10_per_token": moments.quantiles(log_variance / np.log(10)),
+        "comparable": moments.comparable(table, c, estimates, seed),
+        **moments.slope(table, c, seed),
+        "sequence_level": moments.sequences(table),
+    }
+    return {"token_moments": found, "importance_weights": moments.importance_weights(table, c)}
+
+
+def _ratio(ratio: Float[np.ndarray, " N"]) -> dict[str, Any]:
+    """The ratio π/μ on tokens that μ sampled: E_μ[ρ²] = 1 + χ²(π ‖ μ)."""
+    return {
+        "kind": "π / μ",
+        "mean": float(ratio.mean()),
+        "second_moment": float(np.square(ratio).mean()),
+        "ess_fraction": ess_fraction(ratio),
+    }
+
+
+def _probabilities(scored: Scored, experts: Mapping[str, set[int]]) -> dict[str, Any] | None:
+    """How likely the experts' tokens are: quantiles of p and S, and a histogram of log10 p."""
+    rows = sorted(set().union(*experts.values()))
+    if not rows:
+        return None
+    table = token_table(scored, rows)
+    edges = moments.bin_edges(table.logp)
+    counts, _ = np.histogram(np.clip(table.logp / np.log(10), edges[0], 0), edges)
+    return {
+        "tokens": len(table.logp),
+        "sequences": len(rows),
+        "p": moments.quantiles(np.exp(table.logp)),
+        "score_norm": moments.quantiles(table.score_norm),
+        "log10_p_edges": edges.tolist(),
+        "counts": counts.tolist(),
+    }

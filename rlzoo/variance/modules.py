@@ -1,0 +1,204 @@
+"""Which modules of a model hold parameters whose gradient can be told apart by row, and what each leaves for that."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.func import functional_call, jvp
+
+from rlzoo.errors import UserError
+from rlzoo.policy.head import Head
+from rlzoo.policy.policy import Policy
+from rlzoo.variance.pieces import Block, Lookup, Outer, Piece, Sum, at_least_float32
+
+MEND = "freeze its parameters (requires_grad_(False)), or leave the gradients out"
+
+
+@dataclass
+class Covered:
+    """A module whose parameters' gradients can be told apart by row."""
+
+    name: str
+    """In the model."""
+    module: nn.Module
+    parameters: Mapping[str, str]
+    """Name in the module → name in the model, of those that train."""
+    layer: int
+    saved: Tensor | None = None
+    """What the forward pass leaves for the backward: inputs, ids, or the derivative by a scale."""
+
+    def remember(self, x: Tensor) -> None:
+        """Keep what the backward needs of the module's input."""
+        if self.saved is not None:
+            raise UserError(f"module {self.name!r} runs twice in one forward pass: {MEND}")
+        plain = _is_matrix(self.module) or isinstance(self.module, nn.Embedding)
+        self.saved = x if plain else _by_scale(self.module, x)
+
+    def by_row(self, e: Tensor, rows: int, positions: int) -> Float[Tensor, "B L D"]:
+        """The gradient at the output with rows first. Raises UserError where rows are mixed."""
+        if e.ndim >= 3 and e.shape[0] == rows:
+            return e.reshape(rows, -1, e.shape[-1])
+        if e.ndim == 2 and e.shape[0] == rows * positions:
+            return e.reshape(rows, positions, -1)
+        raise UserError(
+            f"module {self.name!r} gives {tuple(e.shape)} for {rows} rows of {positions} tokens, so its gradients "
+            f"cannot be told apart by row: {MEND}"
+        )
+
+    def masked(self, e: Float[Tensor, "B L D"]) -> Float[Tensor, "B L D"]:
+        """For an embedding: without the positions of its padding row, which torch gives no gradient."""
+        padding = self.module.padding_idx if isinstance(self.module, nn.Embedding) else None
+        if padding is None or self.saved is None:
+            return e
+        return e * (self.saved.reshape(e.shape[:2]) != padding)[..., None]
+
+    def pieces(self, block: Block, e: Float[Tensor, "B L D"]) -> Iterator[tuple[str, Piece]]:
+        """The gradient of each parameter for the units of a block, from the gradient ``e`` at the output."""
+        assert self.saved is not None
+        gradient = block.cut(self.masked(e).to(at_least_float32(e.dtype)))
+        if "bias" in self.parameters:
+            yield self.parameters["bias"], Sum(gradient)
+        if "weight" not in self.parameters:
+            return
+        name = self.parameters["weight"]
+        if isinstance(self.module, nn.Embedding):
+            yield name, Lookup(block.cut(self.saved.reshape(e.shape[:2])), gradient, self.module.num_embeddings)
+            return
+        inputs = block.cut(self.saved.reshape(*e.shape[:2], -1).to(gradient.dtype))
+        if isinstance(self.module, nn.Linear):
+            yield name, Outer(gradient, inputs)
+        elif _is_matrix(self.module):
+            yield name, Outer(inputs, gradient)  # transformers' Conv1D keeps its matrix transposed
+        else:
+            yield name, Sum(gradient * inputs)
+
+
+class Modules:
+    """The modules of a policy with trainable parameters, by layer.
+
+    Covered are Linear, transformers' Conv1D, Embedding, normalisations with a scale, their biases, and an output layer
+    of its own or tied to the embedding. Raises UserError that names any other: nothing is left out silently.
+    """
+
+    def __init__(self, policy: Policy) -> None:
+        self.trainable = {name: p for name, p in policy.model.named_parameters() if p.requires_grad}
+        if not self.trainable:
+            raise UserError(f"model {policy.name!r} has no parameter that trains, so there is no gradient to measure")
+        names = {id(p): name for name, p in self.trainable.items()}
+        head = Head.of(policy.model).layer
+        owners: dict[str, list[str]] = {}
+        self.layers: list[str] = []
+        self.covered: list[Covered] = []
+        self.head_parameters: Mapping[str, str] = {}
+        self.head_layer: int | None = None
+        for name, module in policy.model.named_modules():
+            own = {local: names[id(p)] for local, p in module.named_parameters(recurse=False) if id(p) in names}
+            for full in own.values():
+                owners.setdefault(full, []).append(name)
+            if own and module is head:
+                self.head_parameters = own
+            elif own:
+                _check(name, module)
+                self.covered.append(Covered(name, module, own, self._layer(name)))
+        self.tied = self._tied_embedding(owners)
+        if self.tied is not None:
+            self.head_layer = self.tied.layer
+        elif self.head_parameters:
+            self.head_layer = self._layer(next(iter(self.head_parameters.values())).rpartition(".")[0])
+        self.layer_of = dict.fromkeys(self.head_parameters.values(), self.head_layer or 0)
+        self.layer_of |= {full: c.layer for c in self.covered for full in c.parameters.values()}
+
+    def _layer(self, name: str) -> int:
+        """The number of the layer of a module: its numbered block where there is one, else the module itself."""
+        block = re.match(r"(?:\w+\.)*?(\w+\.\d+)(?=\.|$)", name)
+        label = block.group(1) if block else name.rpartition(".")[2]
+        if label not in self.layers:
+            self.layers.append(label)
+        return self.layers.index(label)
+
+    def _tied_embedding(self, owners: Mapping[str, list[str]]) -> Covered | None:
+        """The embedding that shares its weight with the output layer. Raises UserError for any other sharing."""
+        tied = None
+        for full, sharing in owners.items():
+            if len(sharing) > 1:
+                embeddings = [c for c in self.covered if c.name in sharing and isinstance(c.module, nn.Embedding)]
+                if len(sharing) > 2 or len(embeddings) != 1 or full != self.head_parameters.get("weight"):
+                    raise UserError(f"parameter {full!r} is shared by the modules {', '.join(sharing)}: {MEND}")
+                tied = embeddings[0]
+        return tied
+
+    @contextmanager
+    def watched(self, output: Callable[[Covered, Tensor], None]) -> Iterator[None]:
+        """Within, every covered module keeps what it needs of its input, and shows its output."""
+        busy = False
+
+        def hook(covered: Covered) -> Callable[..., None]:
+            def run(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], result: Tensor) -> None:
+                nonlocal busy
+                if not busy:  # the derivative by a scale runs the module again
+                    busy = True
+                    covered.remember((args[0] if args else next(iter(kwargs.values()))).detach())
+                    busy = False
+                    output(covered, result)
+
+            return run
+
+        self.forget()
+        handles = [c.module.register_forward_hook(hook(c), with_kwargs=True) for c in self.covered]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def forget(self) -> None:
+        """Drop what the last forward pass left."""
+        for covered in self.covered:
+            covered.saved = None
+
+
+def _check(name: str, module: nn.Module) -> None:
+    if isinstance(module, nn.Embedding):
+        known = module.max_norm is None and not module.scale_grad_by_freq
+    else:
+        known = _is_matrix(module) or _is_scale(module)
+    if not known:
+        raise UserError(f"module {name!r} ({type(module).__name__}) has no known gradient by row: {MEND}")
+
+
+def _is_matrix(module: nn.Module) -> bool:
+    from transformers.pytorch_utils import Conv1D
+
+    return isinstance(module, (nn.Linear, Conv1D))
+
+
+def _is_scale(module: nn.Module) -> bool:
+    """Whether the module is a normalisation whose weight acts on each entry by itself: tried, not believed."""
+    own = dict(module.named_parameters(recurse=False))
+    if "Norm" not in type(module).__name__ or "weight" not in own or set(own) - {"weight", "bias"}:
+        return False
+    weight = own["weight"]
+    if any(p.shape != weight.shape or p.ndim != 1 for p in own.values()):
+        return False
+    draw = torch.Generator().manual_seed(0)
+    x, direction = (torch.randn(shape, generator=draw).to(weight) for shape in ((2, 1, len(weight)), (len(weight),)))
+    return torch.allclose(_derivative(module, x, direction), _by_scale(module, x) * direction, rtol=0.01, atol=1e-3)
+
+
+def _by_scale(module: nn.Module, x: Tensor) -> Tensor:
+    """∂ y / ∂ w of a normalisation y = f(x) · s(w), entry by entry."""
+    return _derivative(module, x, torch.ones_like(module.get_parameter("weight")))
+
+
+def _derivative(module: nn.Module, x: Tensor, direction: Tensor) -> Tensor:
+    """The derivative of the output when the weight moves in a direction."""
+    weight = module.get_parameter("weight").detach()
+    found: Tensor = jvp(lambda w: functional_call(module, {"weight": w}, (x,)), (weight,), (direction,))[1]
+    return found.detach()

@@ -1,0 +1,211 @@
+"""The figures of an analysis."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from rlzoo.document.drawing import GREY, MARKERS, PALETTE, STYLE, WIDTH, axes_row, log_scale, short, to_svg
+
+Found = Mapping[str, Any]
+
+
+def style_of(found: Found) -> dict[str, dict[str, Any]]:
+    """A colour, a marker and a dash for each objective, the same in every figure."""
+    names = list(dict.fromkeys([*found["objectives"], *found.get("training", {})]))
+    looks = {}
+    for i, name in enumerate(names):
+        turn, colour = divmod(i, len(PALETTE))
+        marker = MARKERS[(i + 3 * turn) % len(MARKERS)]
+        looks[name] = {"color": PALETTE[colour], "marker": marker, "linestyle": ("-", "--", ":")[turn % 3]}
+    return looks
+
+
+def law(found: Found) -> str | None:
+    """Mean tr Cov a token against p: exact values as lines, Monte Carlo as points with intervals."""
+    bins = found["bins"]
+    if not bins:
+        return None
+    looks = style_of(found)
+    names = list(dict.fromkeys(row["objective"] for row in bins))
+    with mpl.rc_context(STYLE):
+        figure, (left, right) = axes_row(2, 4.2)
+        p = np.logspace(min(row["log10_p_low"] for row in bins), -0.01, 200)
+        for values, text in (((1 - p) / p, "(1−p)/p, slope −1"), (p * (1 - p), "p(1−p), slope +1")):
+            left.plot(p, values, color=GREY, linestyle=(0, (4, 3)), linewidth=1)
+            left.annotate(text, (p[8], values[8]), (4, 4), textcoords="offset points", fontsize=8, color=GREY)
+        for name in names:
+            rows = [row for row in bins if row["objective"] == name and row["predicted"] > 0]
+            at = [10 ** row["log10_p"] for row in rows]
+            left.plot(
+                at, [row["predicted"] for row in rows], color=looks[name]["color"], linewidth=1.2, label=short(name)
+            )
+            for axes in (left, right):
+                _intervals(axes, [row for row in rows if row["comparable"]], looks[name], axes is right)
+        left.set(title="variance of a token's estimate", ylabel="tr Cov, mean of a bin")
+        log_scale(left, "xy")
+        right.axhline(1, color=GREY, linewidth=1)
+        right.set(title="Monte Carlo over exact", ylabel="ratio")
+        log_scale(right, "x")
+        for axes in (left, right):
+            axes.set_xlabel("probability p of the expert's token")
+            axes.grid(True)
+        handles, labels = left.get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside upper center", ncols=min(len(labels), 6), handlelength=1.6)
+        return to_svg(figure)
+
+
+def _intervals(axes: Any, rows: Sequence[Mapping[str, Any]], look: Mapping[str, Any], relative: bool) -> None:
+    if not rows:
+        return
+    scale = np.array([row["predicted"] if relative else 1.0 for row in rows])
+    middle, low, high = (np.array([row[key] for row in rows]) / scale for key in ("monte_carlo", "ci_low", "ci_high"))
+    x = [10 ** row["log10_p"] for row in rows]
+    axes.errorbar(
+        x, middle, [np.maximum(middle - low, 0), np.maximum(high - middle, 0)],
+        fmt=look["marker"], color=look["color"], markersize=3.5, elinewidth=1, capsize=2, linewidth=0,
+    )  # fmt: skip
+
+
+def coefficients(found: Found) -> str:
+    """How each objective's coefficients are distributed over tokens."""
+    objectives, looks = found["objectives"], style_of(found)
+    columns = min(len(objectives), 4)
+    lines = -(-len(objectives) // columns)
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(WIDTH, 0.5 + 1.8 * lines), layout="constrained")
+        grid = figure.subplots(lines, columns, squeeze=False)
+        for axes in grid.flat[len(objectives) :]:
+            axes.set_visible(False)
+        for axes, (name, entry) in zip(grid.flat, objectives.items(), strict=False):
+            histogram = entry["coefficient_histogram"]
+            counts, edges = np.maximum(histogram["counts"], 0.5), np.array(histogram["edges"])
+            axes.stairs(counts, edges, baseline=0.5, fill=True, color=looks[name]["color"], alpha=0.75)
+            axes.set(title=short(name), ylim=(0.5, None))
+            log_scale(axes, "y")
+            axes.xaxis.set_major_locator(MaxNLocator(4))
+        figure.supxlabel("coefficient", fontsize=10)
+        figure.supylabel("tokens", fontsize=10)
+        return to_svg(figure)
+
+
+def directions(found: Found) -> str | None:
+    """Cosine and norm ratio of each objective's mean gradient to the baseline's, with intervals."""
+    names = [n for n, o in found["objectives"].items() if o.get("data_noise", {}).get("cosine_to_sft", {}).get("value")]
+    if not names:
+        return None
+    looks = style_of(found)
+    with mpl.rc_context(STYLE):
+        figure, panels = axes_row(3, 0.9 + 0.3 * len(names), sharey=True)
+        measures = ("cosine_to_sft", "norm_ratio_to_sft", "noise_scale")
+        titles = ("cosine to SFT's gradient", "norm over SFT's", "noise scale, units")
+        for axes, key, title in zip(panels, measures, titles, strict=True):
+            for place, name in enumerate(names):
+                estimate = found["objectives"][name]["data_noise"][key]
+                if estimate["value"] is None:
+                    continue
+                low = estimate["value"] if estimate["ci_low"] is None else estimate["ci_low"]
+                high = estimate["ci_high"]
+                axes.plot(
+                    [low, estimate["value"] if high is None else high], [place, place], color=looks[name]["color"]
+                )
+                axes.plot(estimate["value"], place, color=looks[name]["color"], marker=looks[name]["marker"])
+                if high is None:
+                    axes.annotate("→", (estimate["value"], place), (5, -4), textcoords="offset points")
+            axes.set(title=title)
+            axes.set_yticks(range(len(names)), [short(name) for name in names])
+            axes.set_ylim(len(names) - 0.5, -0.5)
+            axes.grid(True, axis="x")
+        log_scale(panels[1], "x")
+        log_scale(panels[2], "x")
+        return to_svg(figure)
+
+
+def along_training(found: Found) -> str | None:
+    """Noise scale, effective sample size and gradient norm along each objective's training."""
+    runs = {name: rows for name, rows in found.get("training", {}).items() if rows}
+    if not runs:
+        return None
+    looks = style_of(found)
+
+    def values(rows: Sequence[Mapping[str, Any]], key: str) -> list[float]:
+        picked = (row[key]["value"] if isinstance(row[key], Mapping) else row[key] for row in rows)
+        return [np.nan if value is None else value for value in picked]
+
+    with mpl.rc_context(STYLE):
+        figure, panels = axes_row(3, 3.5)
+        keys = (
+            ("trace_cov", "tr Σ of a unit"),
+            ("noise_scale", "noise scale, units"),
+            ("ess_fraction", "ESS over tokens"),
+        )
+        for axes, (key, title) in zip(panels, keys, strict=True):
+            for name, rows in runs.items():
+                axes.plot([row["step"] for row in rows], values(rows, key), label=short(name), **looks[name])
+            axes.set(title=title, xlabel="optimizer step")
+            axes.grid(True)
+        log_scale(panels[0], "y")
+        log_scale(panels[1], "y")
+        handles, labels = panels[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside upper center", ncols=min(len(labels), 6), handlelength=1.6)
+        return to_svg(figure)
+
+
+def layers(found: Found) -> str | None:
+    """tr Σ of each layer as a share of the whole, and the cosine to the baseline by layer."""
+    objectives = {n: o for n, o in found["objectives"].items() if o.get("layers")}
+    if not objectives:
+        return None
+    looks, labels = style_of(found), found["layers"]
+    with mpl.rc_context(STYLE):
+        figure, panels = axes_row(2, 3.8)
+        for name, entry in objectives.items():
+            total = entry["data_noise"]["trace_cov"]["value"]
+            rows = [entry["layers"][label] for label in labels]
+            if total:
+                share = [
+                    np.nan if row["trace_cov"]["value"] is None else row["trace_cov"]["value"] / total for row in rows
+                ]
+                panels[0].plot(range(len(labels)), share, label=short(name), **looks[name])
+            cosine = [row["cosine_to_sft"]["value"] for row in rows]
+            panels[1].plot(range(len(labels)), [np.nan if c is None else c for c in cosine], **looks[name])
+        panels[0].set(title="share of tr Σ")
+        panels[1].set(title="cosine to SFT's gradient")
+        step = max(1, len(labels) // 10)
+        for axes in panels:
+            axes.set_xticks(
+                range(0, len(labels), step), [short(label) for label in labels[::step]], rotation=35, ha="right"
+            )
+            axes.grid(True)
+        handles, texts = panels[0].get_legend_handles_labels()
+        figure.legend(handles, texts, loc="outside upper center", ncols=min(len(texts), 6), handlelength=1.6)
+        return to_svg(figure)
+
+
+def proxies(found: Found) -> str | None:
+    """The logit-space proxy of each unit's squared gradient norm against the exact one."""
+    objectives = {n: o["proxies"]["units"] for n, o in found["objectives"].items() if o.get("proxies")}
+    if not objectives:
+        return None
+    looks = style_of(found)
+    columns = min(len(objectives), 4)
+    lines = -(-len(objectives) // columns)
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(WIDTH, 0.5 + 2.0 * lines), layout="constrained")
+        grid = figure.subplots(lines, columns, squeeze=False)
+        for axes in grid.flat[len(objectives) :]:
+            axes.set_visible(False)
+        for axes, (name, units) in zip(grid.flat, objectives.items(), strict=False):
+            x, y = np.array(units["total_power"]), np.array(units["exact"])
+            some = (x > 0) & (y > 1e-9 * y.max(initial=0))  # a group of equal rewards has only rounding
+            axes.plot(x[some], y[some], linewidth=0, marker=".", markersize=3, color=looks[name]["color"], alpha=0.6)
+            axes.set(title=short(name))
+            log_scale(axes, "xy")
+        figure.supxlabel("proxy of a unit: Σ a² S in logits", fontsize=10)
+        figure.supylabel("‖g‖², exact", fontsize=10)
+        return to_svg(figure)

@@ -1,0 +1,261 @@
+"""The report of an analysis: variance.json as report.md, report.html, figures, and a table for the terminal."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import rich.box
+import rich.table
+from rich.text import Text
+
+from rlzoo.document import Block, Code, Entry, Figure, Heading, Paragraph, Table, write_document
+from rlzoo.errors import UserError
+from rlzoo.variance import plots
+
+Found = Mapping[str, Any]
+NONE = "–"
+
+
+def write_report(directory: Path) -> None:
+    """Write report.md, report.html and figures/ from a folder's variance.json. Raises UserError if there is none."""
+    file = directory / "variance.json"
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        blocks = list(contents(found))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{str(file)!r} is no analysis that rlzoo variance wrote ({error}): run it again") from error
+    write_document(directory, f"{found['experiment']}: variance · rlzoo", blocks)
+
+
+def number(value: float | None) -> str:
+    """Three digits, with separators where they are whole thousands."""
+    if value is None:
+        return NONE
+    text = f"{value:,.0f}" if 1000 <= abs(value) < 1e6 else f"{value:.3g}"
+    return text.replace("-", "−")
+
+
+def estimate(found: Mapping[str, Any] | None) -> str:
+    """A value with its interval in brackets; an interval without an end is open there."""
+    if found is None or found["value"] is None:
+        return NONE
+    if found["ci_low"] is None and found["ci_high"] is None:
+        return number(found["value"])
+    low, high = number(found["ci_low"]), "∞" if found["ci_high"] is None else number(found["ci_high"])
+    return number(found["value"]) if low == high else f"{number(found['value'])} [{low}, {high}]"
+
+
+def _noise(key: str) -> Callable[[Found], str]:
+    return lambda entry: estimate(entry.get("data_noise", {}).get(key))
+
+
+def _slope(entry: Found) -> str:
+    moments = entry["token_moments"]
+    interval = moments.get("slope_ci") or (None, None)
+    return estimate({"value": moments["slope"], "ci_low": interval[0], "ci_high": interval[1]})
+
+
+NOISE_COLUMNS: dict[str, Callable[[Found], str]] = {
+    "norm / SFT's": _noise("norm_ratio_to_sft"),
+    "cosine to SFT": _noise("cosine_to_sft"),
+    "tr Σ of a unit": _noise("trace_cov"),
+    "noise scale (units)": _noise("noise_scale"),
+    "units": lambda entry: str(entry["units"]),
+}
+COEFFICIENT_COLUMNS: dict[str, Callable[[Found], str]] = {
+    "mean c": lambda entry: number(round(entry["coefficients"]["mean"], 6)),
+    "cv": lambda entry: number(entry["coefficients"]["cv"]),
+    "max / mean": lambda entry: number(entry["coefficients"]["max_over_mean"]),
+    "kurtosis": lambda entry: number(entry["coefficients"]["kurtosis"]),
+    "tail index": lambda entry: number(entry["coefficients"]["hill"]),
+    "ESS": lambda entry: number(entry["coefficients"]["ess_fraction"]),
+}
+MOMENT_COLUMNS: dict[str, Callable[[Found], str]] = {
+    "Σ tr Cov": lambda entry: number(entry["token_moments"]["predicted_trace_cov"]),
+    "where p ≥ 0.01": lambda entry: number((entry["token_moments"]["comparable"] or {}).get("predicted")),
+    "by Monte Carlo": lambda entry: _monte_carlo(entry["token_moments"]["comparable"]),
+    "slope": _slope,
+    "log10 E[w²]": lambda entry: number((entry["importance_weights"] or {}).get("log10_second_moment")),
+}
+
+
+def _monte_carlo(comparable: Found | None) -> str:
+    return NONE if comparable is None else estimate({**comparable, "value": comparable["monte_carlo"]})
+
+
+IN_TERMINAL = ("norm / SFT's", "cosine to SFT", "noise scale (units)", "mean c", "cv", "ESS", "Σ tr Cov", "slope")
+
+
+def report_tables(found: Found) -> list[rich.table.Table]:
+    """What matters most of both tables, for the terminal."""
+    made = []
+    for title, all_columns in (
+        ("gradients over the data", NOISE_COLUMNS),
+        ("tokens", COEFFICIENT_COLUMNS | MOMENT_COLUMNS),
+    ):
+        columns = {column: show for column, show in all_columns.items() if column in IN_TERMINAL}
+        table = rich.table.Table(title=title, title_justify="left", box=rich.box.SIMPLE_HEAD, pad_edge=False)
+        table.add_column("objective")
+        for column in columns:
+            table.add_column(column, justify="right")
+        for name, entry in found["objectives"].items():
+            table.add_row(Text(name), *(Text(show(entry)) for show in columns.values()))
+        made.append(table)
+    return made
+
+
+def _table(found: Found, columns: Mapping[str, Callable[[Found], str]]) -> Table:
+    rows = [
+        [Entry(name), *(Entry(show(entry)) for show in columns.values())] for name, entry in found["objectives"].items()
+    ]
+    return Table(["objective", *columns], rows)
+
+
+def contents(found: Found) -> Iterator[Block]:
+    """The blocks of the report, in order."""
+    yield Heading(f"Gradient variance: {found['experiment']}", level=1)
+    yield from _answer(found)
+    yield Heading("Token by token")
+    yield Paragraph(
+        "SFT can be read as a policy gradient that samples a token y from the policy and weighs it by 1[y = y*]/π(y*), "
+        "y* being the expert's token. For one prefix that estimator has the variance S(1−p)/p, with p = π(y*) and S "
+        "the squared norm of ∇ log π(y*) in the logits: unbounded as p → 0. DFT's weight p turns it into p(1−p)S."
+    )
+    yield _table(found, MOMENT_COLUMNS)
+    yield from _figure(
+        found, "law", plots.law, "Variance of a token's estimate against its probability.",
+        "Lines: the exact variance, averaged over the tokens of a bin; points: the same by Monte Carlo with 95 % "
+        "intervals, and to the right as a ratio. Dashed: the predicted laws for S = 1.",
+        "It does not show the noise of training on demonstrations, where nothing is sampled from the policy: given the "
+        "data, SFT's gradient has no such variance, and for one prefix the noise relative to the mean, (1−p)/p, is the "
+        "same for SFT and DFT. Below p = 0.01 no Monte Carlo is feasible and only the exact values stand.",
+    )  # fmt: skip
+    yield from _sequences(found)
+    yield Heading("Coefficients")
+    yield _table(found, COEFFICIENT_COLUMNS)
+    yield from _figure(
+        found, "coefficients", plots.coefficients, "Histograms of the coefficients of each objective.",
+        "How many tokens have which coefficient, on a log scale. A spread-out histogram means that few tokens carry "
+        "the gradient: the effective sample size in the table is the share that would do the same at equal weight.",
+        "It does not show whether the tokens with large coefficients are the right ones to learn from.",
+    )  # fmt: skip
+    if any("data_noise" in entry for entry in found["objectives"].values()):
+        yield from _over_data(found)
+    if found.get("training"):
+        yield Heading("Along training")
+    yield from _figure(
+        found, "training", plots.along_training, "Noise along training, one line an objective.",
+        "The gradient's covariance, the noise scale tr Σ/‖G‖² and the effective sample size of the coefficients at the "
+        "policy in training, always on the same rows. Gaps are where the noise hides the gradient.",
+        "One run of one seed on few rows: a difference between two lines is an observation, not a finding.",
+    )  # fmt: skip
+    yield from _method(found)
+
+
+def _answer(found: Found) -> Iterator[Block]:
+    probabilities = found.get("token_probabilities")
+    comparable = [row for row in found["bins"] if row["comparable"]]
+    if probabilities:
+        p = probabilities["p"]
+        yield Paragraph(
+            f"The experts' {probabilities['tokens']:,} tokens have a median probability of {number(p['0.5'])}; the "
+            f"rarest has {number(p['0'])}, where SFT read as a policy gradient weighs by {number(1 / p['0'])}.",
+            lead=True,
+        )
+    if comparable:
+        inside = sum(row["ci_low"] <= row["predicted"] <= row["ci_high"] for row in comparable)
+        yield Paragraph(
+            f"Exact and Monte-Carlo variances agree within the 95 % interval in {inside} of {len(comparable)} bins "
+            "that can be compared.",
+            lead=True,
+        )
+    for name, reason in {**found["skipped"], **found.get("failed", {})}.items():
+        yield Paragraph(f"{name} was left out: {reason}.")
+
+
+def _sequences(found: Found) -> Iterator[Block]:
+    sequences = next(
+        (
+            e["token_moments"]["sequence_level"]
+            for e in found["objectives"].values()
+            if "sequence_level" in e["token_moments"]
+        ),
+        None,
+    )
+    if sequences is None:
+        return
+    yield Paragraph(
+        "With the whole completion as one action, the same formula in log space: over sequences, log10 of the "
+        "probability P and of the variance. Monte Carlo cannot see these: it would take about 1/P samples to hit the "
+        f"expert's completion once, and {number(100 * sequences['comparable']['fraction'])} % of the sequences have "
+        "a P that allows it."
+    )
+    header = ["quantile", *(f"{float(q):.0%}" for q in sequences["log10_p"])]
+    rows = [
+        [Entry(label), *(Entry(number(value)) for value in sequences[key].values())]
+        for label, key in (
+            ("log10 P", "log10_p"), ("log10 tr Cov, SFT", "log10_trace_cov_sft"),
+            ("log10 tr Cov, weighed by P", "log10_trace_cov_dft"),
+        )
+    ]  # fmt: skip
+    yield Table(header, rows)
+
+
+def _over_data(found: Found) -> Iterator[Block]:
+    yield Heading("Over the data")
+    yield Paragraph(
+        "What training sees: given its row, a gradient is deterministic, and the noise is that of drawing rows. A unit "
+        "is what is drawn as a whole: a demonstration or sample, a pair, or all samples of a prompt. tr Σ is the trace "
+        "of a unit's covariance over all parameters, the noise scale tr Σ/‖G‖² the batch size, in units, at which "
+        "noise and gradient are level. The estimators of both are unbiased; norm ratio and cosine are those of the "
+        "mean gradients as measured."
+    )
+    yield _table(found, NOISE_COLUMNS)
+    yield from _figure(
+        found, "directions", plots.directions, "Cosine, norm ratio and noise scale of each objective.",
+        "Direction and size of each mean gradient against SFT's, and how noisy it is, with 95 % intervals; an arrow is "
+        "an interval without an upper end. Norm over SFT's is the effective learning rate of plain gradient descent.",
+        "It does not show what an optimizer makes of it: AdamW and gradient clipping remove most differences of scale.",
+    )  # fmt: skip
+    yield from _figure(
+        found, "layers", plots.layers, "Noise and direction by layer.",
+        "The share of tr Σ that each layer has, and how well the layer's mean gradient agrees with SFT's.",
+        "A layer's share follows its number of parameters too: it does not say that the layer matters more.",
+    )  # fmt: skip
+    yield from _figure(
+        found, "proxies", plots.proxies, "Logit-space proxies against exact squared gradient norms.",
+        "Each point is a unit: the proxy Σ a²S, which needs no backward pass, against the exact squared norm of its "
+        "gradient. The table has their rank correlations.",
+        "It does not show the scale: the proxy is in logits, the norm in parameters, and only their order is compared.",
+    )  # fmt: skip
+    rows = [
+        [
+            Entry(name),
+            Entry(estimate(entry["proxies"]["score_norm"]["rank_correlation"])),
+            Entry(estimate(entry["proxies"]["total_power"]["rank_correlation"])),
+        ]
+        for name, entry in found["objectives"].items()
+    ]
+    yield Table(["objective", "rank correlation of Σ S", "of Σ a²S"], rows)
+
+
+def _figure(
+    found: Found, name: str, draw: Callable[[Found], str | None], alt: str, shows: str, hides: str
+) -> Iterator[Block]:
+    svg = draw(found)
+    if svg is not None:
+        yield Figure(name, svg, alt, shows, hides)
+
+
+def _method(found: Found) -> Iterator[Block]:
+    yield Heading("How it was made")
+    yield Paragraph(
+        f"Model {found['model']}, made {found['created']}. Exact means one forward pass and closed forms; gradients "
+        "are exact in one backward pass an objective; their intervals are jackknifed over units with inner products "
+        "from random projections. variance.json has every number, and docs/variance.md says what each is."
+    )
+    settings = {**found["settings"], **found["versions"]}
+    yield Code("\n".join(f"{key} {value}" for key, value in settings.items()))

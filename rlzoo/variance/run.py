@@ -1,0 +1,171 @@
+"""``rlzoo variance``: an experiment's buffer, the analysis of its objectives at the base, and along their training."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from concurrent.futures.process import BrokenProcessPool
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, Any
+
+import pydantic
+from pydantic import Field
+from rich.console import Console
+
+from rlzoo.buffers import Buffer, OfflineBuffer, read_buffer
+from rlzoo.comparison import work
+from rlzoo.comparison.pool import Pool, default_workers, pool, why
+from rlzoo.comparison.runner import check, versions
+from rlzoo.config import Experiment, Positive
+from rlzoo.errors import UserError
+from rlzoo.outputs import new_output, write_atomically
+from rlzoo.policy import load_policy
+from rlzoo.training import train, with_reference
+from rlzoo.types import Need
+from rlzoo.variance.analyzer import analyze_variance
+from rlzoo.variance.probe import VarianceProbe
+from rlzoo.variance.report import write_report
+from rlzoo.variance.subjects import BLOCKS
+
+Report = Callable[[float, str], None]
+
+
+class VarianceSettings(pydantic.BaseModel):
+    """How much is measured."""
+
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
+
+    rows: Positive = 256
+    """Rows an objective is measured on, in whole units."""
+    draws: Annotated[int, Field(ge=0)] = 4096
+    """Monte-Carlo samples a token, at least 256; 0 for none."""
+    every: Annotated[int, Field(ge=0)] = 10
+    """Steps between measurements along training; 0 for no training."""
+    probe_rows: Positive = 64
+    """Rows that are measured along training."""
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+
+    @pydantic.field_validator("draws")
+    @classmethod
+    def _enough(cls, draws: int) -> int:
+        if 0 < draws < 2 * BLOCKS:
+            raise ValueError(f"give 0 or at least {2 * BLOCKS}")
+        return draws
+
+
+def run_variance(
+    experiment: Experiment,
+    out: Path,
+    settings: VarianceSettings | None = None,
+    buffer: str | None = None,
+    workers: int | None = None,
+    threads: int = 1,
+    console: Console | None = None,
+) -> dict[str, Any]:
+    """Analyse the objectives of an experiment and write variance.json and a report to ``out``.
+
+    ``buffer`` is a saved one, or a table in a TRL format, in place of the experiment's demonstrations and samples.
+    Gives back what variance.json holds. Raises UserError for wrong input; then ``out`` is not left behind.
+    """
+    started = time.perf_counter()
+    settings, console = settings or VarianceSettings(), console or Console(stderr=True)
+    with new_output(out):
+        check(experiment)
+        with pool(min(workers or default_workers(), 1 + len(experiment.algorithms)), threads, console) as processes:
+            found = _run(processes, experiment, out / "buffer", settings, buffer, console)
+        found = {
+            "experiment": experiment.name,
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+            "versions": versions(),
+            "model": experiment.model,
+            "settings": settings.model_dump(),
+            "wall_seconds": time.perf_counter() - started,
+            **found,
+        }
+        write_atomically(out / "variance.json", json.dumps(found, indent=1, allow_nan=False))
+        write_report(out)
+    return found
+
+
+def _run(
+    processes: Pool,
+    experiment: Experiment,
+    folder: Path,
+    settings: VarianceSettings,
+    given: str | None,
+    console: Console,
+) -> dict[str, Any]:
+    first = processes.submit("buffer", fill, experiment, folder, given)
+    for _, done in processes.gather({first: "buffer"}):
+        rows = _result(done)
+    tell = f"{experiment.name}: {rows} rows, {len(experiment.algorithms)} objectives; writing to {folder.parent}"
+    console.print(tell, style="bold", highlight=False, markup=False, soft_wrap=True)
+    jobs = {processes.submit("analysis", measure, experiment, folder, settings): "analysis"}
+    if settings.every:
+        jobs |= {processes.submit(n, along_training, experiment, n, folder, settings): n for n in experiment.algorithms}
+    found: dict[str, Any] = {}
+    training: dict[str, Any] = {}
+    failed: dict[str, str] = {}
+    for name, done in processes.gather(jobs):
+        error = done.exception()
+        if name == "analysis":
+            found = _result(done)
+        elif error is None:
+            training[name] = done.result()
+        elif name not in found.get("skipped", {}):
+            failed[name] = why(error)
+        console.print(f"  {name}: {'done' if error is None else why(error)}", highlight=False, markup=False)
+    ordered = {name: training[name] for name in experiment.algorithms if name in training}
+    return {**found, "training": ordered, "failed": failed}
+
+
+def _result(done: Any) -> Any:
+    error = done.exception()
+    if isinstance(error, BrokenProcessPool):
+        raise UserError(why(error)) from None
+    return done.result()
+
+
+def fill(experiment: Experiment, folder: Path, given: str | None, report: Report) -> int:
+    """Make or read the buffer and save it where all jobs read it; the number of its rows."""
+    if given is None:
+        rows: int = work.fill_buffer(experiment, folder, report)["rows"]
+        return rows
+    policy = load_policy(experiment.model, experiment.training.dtype)
+    buffer: Buffer = read_buffer(given, policy.tokenizer)
+    needed = any(Need.REFERENCE in work.objective_of(experiment, name).requires for name in experiment.algorithms)
+    if needed and any(row is None for row in buffer.column("reference_logp")):
+        buffer = with_reference(buffer, policy, experiment.training.token_budget)
+    buffer.save(folder)
+    return len(buffer)
+
+
+def measure(experiment: Experiment, folder: Path, settings: VarianceSettings, report: Report) -> dict[str, Any]:
+    """The analysis at the experiment's model."""
+    return analyze_variance(
+        load_policy(experiment.model, experiment.training.dtype),
+        {name: work.objective_of(experiment, name) for name in experiment.algorithms},
+        OfflineBuffer.load(folder),
+        rows=settings.rows,
+        draws=settings.draws,
+        seed=settings.seed,
+        token_budget=experiment.training.token_budget,
+        progress=report,
+    )
+
+
+def along_training(
+    experiment: Experiment, name: str, folder: Path, settings: VarianceSettings, report: Report
+) -> list[dict[str, Any]]:
+    """One objective's measurements along its training on the fixed buffer."""
+    objective, buffer = work.objective_of(experiment, name), OfflineBuffer.load(folder)
+    training = experiment.training_of(name)
+    training = training.model_copy(update={"learning_rate": experiment.learning_rates_of(name)[0]})
+    policy = load_policy(experiment.model, training.dtype)
+    probe = VarianceProbe(buffer, settings.every, settings.probe_rows, settings.seed, training.token_budget)
+    probe.measure(policy, objective, 0)
+    tell = lambda _, step: report(step / training.steps, f"step {step}/{training.steps}")  # noqa: E731
+    train(policy, objective, buffer, training, settings.seed, [tell, probe])
+    return probe.records

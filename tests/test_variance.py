@@ -1,0 +1,301 @@
+"""The analysis as a whole: what it reports of any objective, along training, by command, and of wrong input."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from comparisons import RLZOO
+
+import rlzoo
+from rlzoo import OfflineBuffer, Policy, analyze_variance, get_objective, load_policy, train
+from rlzoo.buffers import Buffer
+from rlzoo.config import ProblemSource, Sampling, Training
+from rlzoo.document import Figure
+from rlzoo.errors import UserError
+from rlzoo.objective import list_objectives
+from rlzoo.problems import demonstrations, encode_problems, load_problems
+from rlzoo.reward import get_reward
+from rlzoo.rollout import TransformersSampler, collect_rollouts
+from rlzoo.training import with_reference
+from rlzoo.types import Selection
+from rlzoo.variance.probe import VarianceProbe
+from rlzoo.variance.report import contents, estimate, report_tables, write_report
+
+COEFFICIENTS = {"mean", "cv", "max_over_mean", "kurtosis", "hill", "ess_fraction"}
+MOMENTS = {"predicted_trace_cov", "comparable", "slope", "slope_ci"}
+COMPARABLE = {"fraction", "predicted", "monte_carlo", "ci_low", "ci_high"}
+NOISE = {"grad_norm_sq", "trace_cov", "noise_scale", "snr", "cosine_to_sft", "norm_ratio_to_sft"}
+PLUGIN = """\
+from dataclasses import dataclass
+import rlzoo
+
+@dataclass(frozen=True)
+class RootDFT(rlzoo.Objective):
+    name = "root-dft"
+
+    def coefficients(self, batch):
+        return rlzoo.Coefficients((0.5 * batch.logp).exp())
+"""
+
+
+@pytest.fixture(scope="module")
+def base() -> Policy:
+    return load_policy("embedded")
+
+
+@pytest.fixture(scope="module")
+def buffer(base: Policy) -> Buffer:
+    """Demonstrations of both worlds, and samples of the base on them."""
+    problems = load_problems(ProblemSource(source="world:both/train", limit=240))
+    rows = demonstrations(base.tokenizer, problems)
+    encoded = encode_problems(base.tokenizer, problems[:40])
+    samples = collect_rollouts(
+        base, TransformersSampler(base), encoded, get_reward("exact-match"), Sampling(samples=4, max_new_tokens=40), 0
+    )
+    return OfflineBuffer.from_trajectories([*rows, *samples])
+
+
+@pytest.fixture(scope="module")
+def report(base: Policy, buffer: Buffer) -> dict[str, Any]:
+    """All registered objectives on the embedded base."""
+    return analyze_variance(base, list_objectives(), buffer, rows=480, draws=512)
+
+
+def is_estimate(found: Any) -> bool:
+    return {"value", "ci_low", "ci_high"} <= set(found) and (found["value"] is not None or bool(found["reason"]))
+
+
+def test_every_registered_objective_is_reported_in_full(report: dict[str, Any]) -> None:
+    json.dumps(report, allow_nan=False)
+    assert set(report["objectives"]) == set(list_objectives()) and report["skipped"] == {}
+    for name, entry in report["objectives"].items():
+        assert set(entry["coefficients"]) == COEFFICIENTS
+        assert set(entry["token_moments"]) >= MOMENTS
+        expert = get_objective(name).learns_from is Selection.DEMONSTRATIONS
+        if expert:
+            assert set(entry["token_moments"]["comparable"]) >= COMPARABLE
+            assert entry["token_moments"]["predicted_trace_cov"] > 0
+        else:
+            assert "a policy sampled" in entry["token_moments"]["reason"]
+        assert set(entry["data_noise"]) == NOISE and all(map(is_estimate, entry["data_noise"].values()))
+        assert set(entry["layers"]) == set(report["layers"])
+        assert 30 <= entry["rows"] <= 480 and 0 < entry["units"] <= entry["rows"]
+        proxies = entry["proxies"]
+        assert proxies["total_power"]["exact"] == pytest.approx(sum(proxies["units"]["exact"]) / entry["units"])
+    assert {row["objective"] for row in report["bins"]} == {"sft", "dft", "iw-sft", "dft-control"}
+
+
+def test_the_layers_add_up_to_the_whole(report: dict[str, Any]) -> None:
+    for entry in report["objectives"].values():
+        total = sum(layer["trace_cov"]["value"] for layer in entry["layers"].values())
+        assert total == pytest.approx(entry["data_noise"]["trace_cov"]["value"], rel=1e-6)
+        total = sum(layer["grad_norm_sq"]["value"] for layer in entry["layers"].values())
+        assert total == pytest.approx(entry["data_noise"]["grad_norm_sq"]["value"], rel=1e-4, abs=1e-9)
+
+
+def test_what_the_paper_says_and_what_it_does_not(report: dict[str, Any]) -> None:
+    sft, dft = (report["objectives"][name] for name in ("sft", "dft"))
+    assert sft["token_moments"]["slope"] == pytest.approx(-1, abs=0.05)
+    assert dft["token_moments"]["slope"] == pytest.approx(1, abs=0.05)
+    assert sft["token_moments"]["predicted_trace_cov"] > 50 * dft["token_moments"]["predicted_trace_cov"]
+    # over the data, relative to its own gradient, DFT is no less noisy than SFT
+    assert dft["data_noise"]["norm_ratio_to_sft"]["ci_high"] < 1
+    assert dft["data_noise"]["snr"]["value"] < 3 * sft["data_noise"]["snr"]["value"]
+    iw = report["objectives"]["iw-sft"]  # at its reference it is SFT
+    assert iw["data_noise"]["cosine_to_sft"] == {"value": 1.0, "ci_low": 1.0, "ci_high": 1.0}
+    assert sft["data_noise"]["norm_ratio_to_sft"]["value"] == 1
+
+
+def test_exact_and_sampled_variances_agree(base: Policy, buffer: Buffer) -> None:
+    """Over five seeds of rows and draws, in the bins that can be compared."""
+    inside = total = 0
+    for seed in range(5):
+        found = analyze_variance(base, ["sft", "dft"], buffer, rows=256, seed=seed, gradients=False)
+        rows = [row for row in found["bins"] if row["comparable"]]
+        inside += sum(row["ci_low"] <= row["predicted"] <= row["ci_high"] for row in rows)
+        total += len(rows)
+    assert total > 100 and inside / total >= 0.93
+
+
+def test_the_same_seed_gives_the_same_report(base: Policy, buffer: Buffer) -> None:
+    one, two, other = (analyze_variance(base, ["dft", "grpo"], buffer, rows=24, draws=256, seed=s) for s in (1, 1, 2))
+    assert one == two and one != other
+
+
+def test_sft_is_measured_for_comparison_even_if_not_asked_for(base: Policy, buffer: Buffer) -> None:
+    found = analyze_variance(base, ["dft"], buffer, rows=24, draws=0)
+    assert list(found["objectives"]) == ["dft"] and found["cosines"]["dft"].keys() == {"dft", "sft"}
+    assert 0 < found["objectives"]["dft"]["data_noise"]["cosine_to_sft"]["value"] < 1
+
+
+def test_rows_that_are_missing_skip_an_objective_and_are_named(base: Policy, buffer: Buffer) -> None:
+    experts = OfflineBuffer.from_trajectories([row for row in buffer if row.source == "demonstration"][:20])
+    found = analyze_variance(base, ["sft", "grpo"], experts, draws=0)
+    assert list(found["objectives"]) == ["sft"] and "no groups" in found["skipped"]["grpo"]
+    with pytest.raises(UserError, match="no groups"):
+        analyze_variance(base, ["grpo"], experts, draws=0)
+    samples = OfflineBuffer.from_trajectories([row for row in buffer if row.source == "policy"])
+    alone = analyze_variance(base, ["grpo"], samples, rows=24, draws=0)["objectives"]["grpo"]
+    assert "no demonstrations" in alone["data_noise"]["cosine_to_sft"]["reason"]
+
+
+def test_single_rows_can_come_from_another_view(base: Policy, buffer: Buffer) -> None:
+    found = analyze_variance(base, ["sft", "rft"], buffer, rows=24, draws=0, learns_from=Selection.CORRECT)
+    assert found["cosines"]["rft"]["sft"] == pytest.approx(1)  # the same rows with the same coefficient
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"rows": 0}, "rows must be at least 1"),
+        ({"draws": 10}, "draws 0 or at least 256"),
+        ({"draws": -1}, "draws 0 or at least 256"),
+    ],
+    ids=str,
+)
+def test_wrong_numbers_are_refused(base: Policy, buffer: Buffer, changes: dict[str, Any], told: str) -> None:
+    with pytest.raises(UserError, match=told):
+        analyze_variance(base, ["sft"], buffer, **changes)
+
+
+def test_behaviour_log_probs_are_asked_for(base: Policy, buffer: Buffer) -> None:
+    from dataclasses import dataclass
+    from typing import ClassVar
+
+    from rlzoo.types import Coefficients, Need, TokenBatch
+
+    @dataclass(frozen=True)
+    class NeedsBehaviour(rlzoo.Objective):
+        name: ClassVar[str] = "needs-behaviour"
+
+        @property
+        def requires(self) -> frozenset[Need]:
+            return frozenset({Need.BEHAVIOUR, Need.ENTROPY})
+
+        def coefficients(self, batch: TokenBatch) -> Coefficients:
+            return Coefficients(batch.statistics["entropy"])
+
+    with pytest.raises(UserError, match="no behaviour log-probs"):
+        analyze_variance(base, [NeedsBehaviour()], buffer, rows=4, draws=0)
+
+
+# Along training
+
+
+def test_the_probe_measures_every_k_steps_and_changes_nothing(base: Policy, buffer: Buffer) -> None:
+    settings = Training(steps=4, batch_size=8, learning_rate=1e-3)
+    weights = []
+    with pytest.raises(UserError, match="no reference log-probs"):
+        own = VarianceProbe(buffer, every=1, rows=16)
+        train(load_policy("embedded"), get_objective("iw-sft"), buffer, settings, callbacks=[own])
+    buffer = with_reference(buffer, load_policy("embedded"))
+    probe = VarianceProbe(buffer, every=2, rows=16)
+    for callbacks in ([], [probe]):
+        policy = load_policy("embedded")
+        train(policy, get_objective("iw-sft"), buffer, settings, callbacks=callbacks)
+        weights.append([p.detach().clone() for p in policy.parameters()])
+    assert all(map(torch.equal, *weights))
+    assert [row["step"] for row in probe.records] == [2, 4]
+    first, second = probe.records
+    assert first["cv"] > 0 and first["trace_cov"]["value"] != second["trace_cov"]["value"]
+    assert set(first) == {"step", "mean", "cv", "ess_fraction", "median_p", *NOISE}
+    with pytest.raises(UserError, match="at least 1"):
+        VarianceProbe(buffer, every=0)
+
+
+# The command
+
+
+def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "COLUMNS": "200"}
+    return subprocess.run([*RLZOO, "variance", *arguments], cwd=folder, capture_output=True, text=True, env=environment)
+
+
+def test_the_command_with_an_objective_from_a_file(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(PLUGIN)
+    options = ["--objectives", "sft,mine.py:RootDFT,grpo", "--rows", "16", "--draws", "256", "--steps", "2"]
+    done = run(tmp_path, *options, "--every", "1", "--probe-rows", "8", "--limit", "24", "--out", "found")
+    assert done.returncode == 0, done.stderr
+    assert "root-dft" in done.stdout and "report.html" in done.stdout
+    found = json.loads((tmp_path / "found" / "variance.json").read_text())
+    assert list(found["objectives"]) == ["sft", "root-dft", "grpo"]
+    # c = √p, so tr Cov = S(1-p): for every bin between p(1-p)S and (1-p)S/p, and the coefficient's mean below 1
+    assert 0 < found["objectives"]["root-dft"]["coefficients"]["mean"] < 1
+    assert [row["step"] for row in found["training"]["root-dft"]] == [0, 1, 2]
+    assert {p.name for p in (tmp_path / "found").iterdir()} == {
+        "buffer", "figures", "report.html", "report.md", "variance.json",
+    }  # fmt: skip
+    page = (tmp_path / "found" / "report.html").read_text()
+    assert page.count("<figure>") == 6 and "root-dft" in page and "<script" not in page
+    again = subprocess.run([*RLZOO, "report", "found"], cwd=tmp_path, capture_output=True, text=True)
+    assert again.returncode == 0 and (tmp_path / "found" / "report.html").read_text() == page
+    buffer = run(
+        tmp_path, "--buffer", "found/buffer", "--objectives", "dft", "--every", "0", "--draws", "0", "--out", "b"
+    )
+    assert buffer.returncode == 0, buffer.stderr
+    assert json.loads((tmp_path / "b" / "variance.json").read_text())["training"] == {}
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["--objectives", "sftt"], "unknown objective 'sftt': did you mean 'sft'?"),
+        (["--rows", "0"], "variance: rows = 0"),
+        (["--draws", "5"], "variance: draws: give 0 or at least 256"),
+        (["--workers", "0"], "--workers 0"),
+        (["--buffer", "nowhere"], "nowhere"),
+        (["--model", "nowhere"], "model 'nowhere' cannot be loaded"),
+        (["no-such-experiment"], "unknown experiment"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_wrong_input_is_one_line_and_leaves_nothing(tmp_path: Path, options: list[str], told: str) -> None:
+    done = run(tmp_path, *options, "--limit", "4", "--steps", "1", "--out", "out")
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.count("\n") == 1 and done.stderr.startswith("rlzoo: ") and told in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+# The report
+
+
+def test_the_report_says_what_figures_do_not_show(report: dict[str, Any], tmp_path: Path) -> None:
+    whole = {
+        **report, "experiment": "x<script>", "model": "embedded", "created": "now", "settings": {}, "versions": {},
+        "failed": {"broken": "why"},
+    }  # fmt: skip
+    (tmp_path / "variance.json").write_text(json.dumps(whole))
+    write_report(tmp_path)
+    text = (tmp_path / "report.md").read_text()
+    assert "does not show the noise of training on demonstrations" in text
+    assert "broken was left out: why" in text
+    assert "<script>" not in (tmp_path / "report.html").read_text()
+    figures = [block for block in contents(whole) if isinstance(block, Figure)]
+    assert all(figure.hides for figure in figures) and len(figures) == 5  # no training
+    assert [table.row_count for table in report_tables(whole)] == [len(report["objectives"])] * 2
+
+
+@pytest.mark.parametrize(
+    ("found", "text"),
+    [
+        (None, "–"),
+        ({"value": None, "ci_low": None, "ci_high": None}, "–"),
+        ({"value": 1234.5, "ci_low": -0.001, "ci_high": None}, "1,234 [−0.001, ∞]"),
+        ({"value": 1.0, "ci_low": 1.0, "ci_high": 1.0}, "1"),
+        ({"value": 0.5, "ci_low": None, "ci_high": None}, "0.5"),
+    ],
+)
+def test_estimates_are_written_with_their_intervals(found: Any, text: str) -> None:
+    assert estimate(found) == text
+
+
+def test_a_folder_without_an_analysis_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "variance.json").write_text("{}")
+    with pytest.raises(UserError, match="is no analysis that rlzoo variance wrote"):
+        write_report(tmp_path)

@@ -1,0 +1,417 @@
+"""Per-unit gradients against torch.func and against the trainer's own surrogate."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, grad, vmap
+
+from rlzoo import OfflineBuffer
+from rlzoo.errors import UserError
+from rlzoo.objective import Objective, get_objective, list_objectives, surrogate
+from rlzoo.policy import Policy, Sequences
+from rlzoo.types import Coefficients, Need, Selection, TokenBatch, Trajectory
+from rlzoo.variance import analyze_variance, pieces
+from rlzoo.variance.gradients import GradientMeter, Task, UnitGradients
+from rlzoo.variance.modules import Modules
+from rlzoo.variance.noise import gradient_squared_norm, trace_cov
+from rlzoo.variance.subjects import named_objectives, score, subjects_of, weigh
+
+MakeModel = Callable[..., Policy]
+ROWS = 9
+UNITS: Mapping[str, list[tuple[int, ...]]] = {
+    "rows": [(i,) for i in range(ROWS)],
+    "pairs": [(0, 5), (3, 1), (2, 7)],
+    "groups": [(1, 2, 3), (4,), (8, 0)],
+}
+
+
+@pytest.fixture(scope="module")
+def make_model(tokenizer: Any) -> MakeModel:
+    """Small stock transformers models in float64; their normalisations have weights that are not 1."""
+    from transformers import (
+        GPT2Config,
+        GPT2LMHeadModel,
+        LlamaConfig,
+        LlamaForCausalLM,
+        Qwen2Config,
+        Qwen2ForCausalLM,
+    )
+
+    def make(kind: str = "llama", tied: bool = True, **changes: Any) -> Policy:
+        torch.manual_seed(0)
+        common = {"vocab_size": len(tokenizer), "initializer_range": 0.3, "tie_word_embeddings": tied, **changes}
+        sizes = {
+            "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+            "intermediate_size": 48, "max_position_embeddings": 64,
+        }  # fmt: skip
+        model: Any
+        if kind == "gpt2":
+            ends = {"eos_token_id": tokenizer.eos_token_id, "bos_token_id": None}
+            model = GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=2, n_head=2, n_positions=64, **ends, **common))
+        elif kind == "llama":
+            model = LlamaForCausalLM(LlamaConfig(**sizes, **common))
+        else:
+            model = Qwen2ForCausalLM(Qwen2Config(**sizes, **common))
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                nn.init.normal_(parameter, 1.0, 0.2)
+        return Policy(model.double().eval(), tokenizer, kind)
+
+    return make
+
+
+def random_rows(policy: Policy, seed: int = 1) -> tuple[list[Trajectory], Tensor]:
+    """Rows of unequal lengths and a weight for each of their completion tokens."""
+    draw = torch.Generator().manual_seed(seed)
+
+    def ids(low: int, high: int) -> list[int]:
+        length = int(torch.randint(low, high, (1,), generator=draw))
+        return torch.randint(3, len(policy.tokenizer), (length,), generator=draw).tolist()
+
+    rows = [Trajectory("", "", ids(2, 6), ids(2, 9), str(i)) for i in range(ROWS)]
+    width = max(len(row.completion_ids) for row in rows)
+    return rows, torch.randn(ROWS, width, dtype=torch.float64, generator=draw)
+
+
+def by_torch_func(policy: Policy, rows: Sequence[Trajectory], weight: Tensor) -> dict[str, Tensor]:
+    """Each row's gradient of Σ_t weight_t log π_t, with the padding that a batch has."""
+    sequences = Sequences.collate([r.prompt_ids for r in rows], [r.completion_ids for r in rows], policy.device)
+    spread = torch.zeros(sequences.ids.shape, dtype=torch.float64)
+    spread[sequences.predicts] = weight[sequences.mask]
+    parameters = {name: p.detach() for name, p in policy.model.named_parameters()}
+
+    def loss(p: dict[str, Tensor], ids: Tensor, w: Tensor) -> Tensor:
+        logits = functional_call(policy.model, p, (ids[None],), {"use_cache": False}).logits[0]
+        total: Tensor = (logits.log_softmax(1).gather(1, ids.roll(-1)[:, None])[:, 0] * w).sum()
+        return total
+
+    found: dict[str, Tensor] = vmap(grad(loss), in_dims=(None, 0, 0))(parameters, sequences.ids, spread)
+    return found
+
+
+def of_units(gradients: Mapping[str, Tensor], units: Sequence[tuple[int, ...]]) -> dict[str, Tensor]:
+    return {name: torch.stack([g[list(unit)].sum(0) for unit in units]) for name, g in gradients.items()}
+
+
+def flat(gradients: Mapping[str, Tensor]) -> Tensor:
+    return torch.cat([g.flatten(1) for g in gradients.values()], 1)
+
+
+def assert_equal(found: UnitGradients, expected: Mapping[str, Tensor], rtol: float = 1e-9) -> None:
+    """Norms of every unit, and the mean gradient of every parameter."""
+    squares = flat(expected).square().sum(1)
+    torch.testing.assert_close(found.squared_norm.sum(1), squares, rtol=rtol, atol=0)
+    assert set(found.mean) == set(expected)
+    for name, gradient in expected.items():
+        mean = gradient.mean(0)
+        assert float((found.mean[name] - mean).norm()) <= rtol * max(float(mean.norm()), 1e-3), name
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "gpt2"])
+def test_norms_and_means_are_those_of_torch_func(make_model: MakeModel, kind: str, tied: bool) -> None:
+    policy = make_model(kind, tied)
+    rows, weight = random_rows(policy)
+    gradients = by_torch_func(policy, rows, weight)
+    # powers of two, as transformers' RMSNorm rounds gradients to float32 whatever the dtype
+    tasks = {name: Task(units, weight * 2.0**k) for k, (name, units) in enumerate(UNITS.items())}
+    found = GradientMeter(policy).measure(rows, tasks, token_budget=40)
+    for k, (name, units) in enumerate(UNITS.items()):
+        expected = {n: 2.0**k * g for n, g in of_units(gradients, units).items()}
+        assert_equal(found[name], expected)
+        assert found[name].squared_norm.shape[1] == len(Modules(policy).layers)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_layers_have_the_norms_of_their_own_parameters(make_model: MakeModel) -> None:
+    policy = make_model("gpt2", False)
+    rows, weight = random_rows(policy)
+    gradients, meter = by_torch_func(policy, rows, weight), GradientMeter(policy)
+    found = meter.measure(rows, {"a": Task(UNITS["rows"], weight)})["a"]
+    assert meter.modules.layers == ["wte", "wpe", "h.0", "h.1", "ln_f", "lm_head"]
+    for number in range(6):
+        own = {n: gradients[n] for n, layer in meter.modules.layer_of.items() if layer == number}
+        torch.testing.assert_close(found.squared_norm[:, number], flat(own).square().sum(1), rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("factor", [0.0, 1e9], ids=["products", "grams"])
+def test_both_ways_to_a_norm_agree(make_model: MakeModel, factor: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = make_model()
+    rows, weight = random_rows(policy)
+    tasks = {name: Task(units, weight) for name, units in UNITS.items()}
+    usual = GradientMeter(policy).measure(rows, tasks)
+    monkeypatch.setattr(pieces, "GRAM_FACTOR", factor)
+    monkeypatch.setattr(pieces, "PRODUCT_ENTRIES", 32 * 48 * 2)  # two units of the largest matrix at a time
+    other = GradientMeter(policy).measure(rows, tasks)
+    for name in tasks:
+        torch.testing.assert_close(other[name].squared_norm, usual[name].squared_norm, rtol=1e-12, atol=0)
+        torch.testing.assert_close(other[name].mean, usual[name].mean, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("token_budget", [1, 30, 10_000])
+def test_micro_batches_do_not_matter(make_model: MakeModel, token_budget: int) -> None:
+    policy = make_model("gpt2")
+    rows, weight = random_rows(policy)
+    tasks = {name: Task(units, weight) for name, units in UNITS.items()}
+    found, whole = (GradientMeter(policy).measure(rows, tasks, b) for b in (token_budget, 100_000))
+    for name in tasks:
+        torch.testing.assert_close(found[name].squared_norm, whole[name].squared_norm, rtol=1e-10, atol=0)
+        torch.testing.assert_close(found[name].sketch, whole[name].sketch, rtol=1e-4, atol=1e-4)
+
+
+def test_a_task_scales_all_its_gradients(make_model: MakeModel) -> None:
+    policy = make_model()
+    rows, weight = random_rows(policy)
+    plain, scaled = (
+        GradientMeter(policy).measure(rows, {"a": Task(UNITS["pairs"], weight, scale)})["a"] for scale in (1.0, 3.0)
+    )
+    torch.testing.assert_close(scaled.squared_norm, 9 * plain.squared_norm)
+    torch.testing.assert_close(scaled.sketch, 3 * plain.sketch)
+    name = "model.norm.weight"
+    torch.testing.assert_close(scaled.mean[name], 3 * plain.mean[name])
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_projected_inner_products_are_right_on_average(make_model: MakeModel, tied: bool) -> None:
+    policy = make_model("llama", tied)
+    rows, weight = random_rows(policy)
+    gradients = flat(by_torch_func(policy, rows, weight))
+    exact = gradients @ gradients.mT
+    estimates = []
+    for seed in range(60):
+        meter = GradientMeter(policy)
+        meter.projections = {
+            name: pieces.Projection(1000 * seed + i, p) for i, (name, p) in enumerate(meter.modules.trainable.items())
+        }
+        sketch = meter.measure(rows, {"a": Task(UNITS["rows"], weight)})["a"].sketch.double()
+        estimates.append(torch.einsum("uld,vld->uv", sketch, sketch))
+    found = torch.stack(estimates)
+    error = (found.mean(0) - exact).abs() / (found.std(0) / 60**0.5)
+    assert float(error.max()) < 5 and float(found.std(0).norm() / exact.norm()) < 0.3
+
+
+def test_frozen_parameters_stay_out_and_everything_is_as_before(make_model: MakeModel) -> None:
+    policy = make_model("qwen2", False)
+    rows, weight = random_rows(policy)
+    for name, parameter in policy.model.named_parameters():
+        parameter.requires_grad_("layers.1" in name)
+    policy.train()
+    before = {name: (p.requires_grad, p.grad) for name, p in policy.model.named_parameters()}
+    meter = GradientMeter(policy)
+    found = meter.measure(rows, {"a": Task(UNITS["rows"], weight)})["a"]
+    assert meter.modules.layers == ["layers.1"] and all("layers.1" in name for name in found.mean)
+    assert float(found.squared_norm.min()) > 0
+    assert {name: (p.requires_grad, p.grad) for name, p in policy.model.named_parameters()} == before
+    assert policy.training and not any(m._forward_hooks for m in policy.modules())
+
+
+# What is not covered is named
+
+
+class Scaled(nn.Module):
+    """A layer that nobody knows."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.ones(size, dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gain
+
+
+class MixingNorm(nn.Module):
+    """A normalisation whose weight does not act entry by entry."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(size, dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.weight.cumsum(0)
+
+
+@pytest.mark.parametrize("module", [Scaled(32), MixingNorm(32)], ids=["unknown", "not entry by entry"])
+def test_a_module_that_is_not_covered_is_named(make_model: MakeModel, module: nn.Module) -> None:
+    policy = make_model()
+    policy.model.model.layers[1].input_layernorm = module
+    with pytest.raises(UserError, match=rf"'model.layers.1.input_layernorm' \({type(module).__name__}\)"):
+        GradientMeter(policy)
+    policy.model.model.layers[1].input_layernorm.requires_grad_(False)
+    GradientMeter(policy)
+
+
+def test_shared_parameters_are_named(make_model: MakeModel) -> None:
+    policy = make_model()
+    layers = policy.model.model.layers
+    layers[1].mlp.up_proj.weight = layers[0].mlp.up_proj.weight
+    with pytest.raises(UserError, match=r"'model.layers.0.mlp.up_proj.weight' is shared by the modules"):
+        GradientMeter(policy)
+
+
+def test_a_module_that_runs_twice_is_named(make_model: MakeModel) -> None:
+    policy = make_model()
+    policy.model.model.layers[1] = policy.model.model.layers[0]
+    rows, weight = random_rows(policy)
+    with pytest.raises(UserError, match="runs twice in one forward pass"):
+        GradientMeter(policy).measure(rows, {"a": Task(UNITS["rows"], weight)})
+    assert all(p.requires_grad for p in policy.parameters()) and not any(m._forward_hooks for m in policy.modules())
+
+
+def test_a_model_without_trainable_parameters_is_refused(make_model: MakeModel) -> None:
+    with pytest.raises(UserError, match="no parameter that trains"):
+        GradientMeter(make_model().frozen_copy())
+
+
+# Objectives
+
+
+@dataclass(frozen=True)
+class Flattened(Objective):
+    """DFT with a pull of the whole distribution towards uniform: a full-vocabulary term."""
+
+    name: ClassVar[str] = "flattened"
+
+    def coefficients(self, batch: TokenBatch) -> Coefficients:
+        return Coefficients(batch.logp.exp())
+
+    def logit_term(self, policy_logits: Tensor, reference_logits: Tensor | None, target: Tensor) -> Tensor:
+        assert reference_logits is not None
+        return -0.3 * policy_logits.log_softmax(1).mean(1)
+
+
+def buffer_of(policy: Policy) -> OfflineBuffer:
+    """Demonstrations, and groups of four samples with a right and a wrong one."""
+    rows, _ = random_rows(policy, 2)
+    more, _ = random_rows(policy, 3)
+    draw = np.random.default_rng(0)
+    samples = [
+        Trajectory(
+            "", "", rows[i // 4].prompt_ids, row.completion_ids, f"p{i // 4}", source="policy",
+            reward=float(draw.random() if i % 4 else 1.0) if i % 4 != 1 else 0.0,
+            behaviour_logp=(-1 - draw.random(len(row.completion_ids))).tolist(),
+            reference_logp=(-1 - draw.random(len(row.completion_ids))).tolist(),
+        )
+        for i, row in enumerate([*more, *rows[:3]])
+    ]  # fmt: skip
+    experts = [Trajectory("", "", row.prompt_ids, row.completion_ids, row.prompt_id) for row in rows]
+    return OfflineBuffer.from_trajectories([*experts, *samples])
+
+
+@pytest.mark.parametrize("name", [*list_objectives(), "flattened", "shared-ppo"])
+def test_the_mean_gradient_is_that_of_the_surrogate(make_model: MakeModel, name: str) -> None:
+    policy = make_model("gpt2")
+    policy.train()
+    objective: Objective
+    if name == "flattened":
+        objective = Flattened()
+    elif name == "shared-ppo":
+        objective = get_objective("ppo", critic="shared")
+        policy.add_critic(shared=True)
+        assert policy.value_head is not None
+        nn.init.normal_(policy.value_head.weight)
+    else:
+        objective = get_objective(name)
+    buffer = buffer_of(policy)
+    picked, subjects, _ = subjects_of({"x": objective}, buffer, 100, 0, None)
+    rows, subject = [buffer[i] for i in picked], subjects["x"]
+    scored = score(policy, rows, objective.requires, {}, 0, 0, None, 100)
+    weighed = weigh(policy, subject, scored)
+    found = GradientMeter(policy).measure(rows, {"x": weighed.task}, 100, policy)["x"]
+
+    policy.eval()
+    own = [rows[i] for i in subject.rows]
+    sequences = Sequences.collate([r.prompt_ids for r in own], [r.completion_ids for r in own], policy.device)
+    term = objective.logit_term if name == "flattened" else None
+    statistics = [need for need in (Need.ENTROPY,) if need in objective.requires]
+    scores = policy(sequences, term=term, reference=policy.frozen_copy(), statistics=statistics)
+    batch = weighed.batch
+    live = replace(batch, logp=scores.logp, value=batch.value if scores.value is None else scores.value)
+    loss = surrogate(objective, live)
+    if scores.term is not None:
+        loss = loss + scores.term.sum() / batch.mask.sum()
+    policy.zero_grad()
+    torch.autograd.backward(loss)
+    for parameter, p in policy.model.named_parameters():
+        assert p.grad is not None
+        torch.testing.assert_close(found.mean[parameter], p.grad, rtol=1e-6, atol=1e-8, msg=parameter)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "gpt2"])
+def test_the_reported_noise_is_that_of_torch_func(make_model: MakeModel, kind: str, tied: bool) -> None:
+    """tr Σ, ‖G‖², cosines and norm ratios of the report, from one gradient a row by torch.func."""
+    policy = make_model(kind, tied)
+    buffer = buffer_of(policy)
+    report = analyze_variance(policy, ["sft", "dft"], buffer, rows=100, draws=0, token_budget=60)
+    rows = [buffer[i] for (i,) in buffer.view(Selection.DEMONSTRATIONS).units]
+    count = sum(len(row.completion_ids) for row in rows)
+    ones = torch.ones(len(rows), max(len(row.completion_ids) for row in rows), dtype=torch.float64)
+    sequences = Sequences.collate([r.prompt_ids for r in rows], [r.completion_ids for r in rows], policy.device)
+    with torch.no_grad():
+        p = policy(sequences).logp.exp()
+    means = {}
+    for name, weight in (("sft", ones), ("dft", p)):
+        gradients = flat(by_torch_func(policy, rows, weight)) * len(rows) / count
+        power, mean = float(gradients.square().sum(1).mean()), gradients.mean(0)
+        means[name] = mean
+        noise = report["objectives"][name]["data_noise"]
+        n, squared = len(rows), float(mean.square().sum())
+        assert noise["trace_cov"]["value"] == pytest.approx(trace_cov(n, power, squared), rel=1e-9)
+        assert noise["grad_norm_sq"]["value"] == pytest.approx(gradient_squared_norm(n, power, squared), rel=1e-7)
+        assert trace_cov(n, power, squared) == pytest.approx(float(gradients.var(0).sum()), rel=1e-9)
+        assert noise["norm_ratio_to_sft"]["value"] == pytest.approx(float(mean.norm() / means["sft"].norm()), rel=1e-9)
+        cosine = float(torch.cosine_similarity(mean, means["sft"], dim=0))
+        assert noise["cosine_to_sft"]["value"] == pytest.approx(cosine, rel=1e-9)
+        assert report["cosines"][name]["sft"] == pytest.approx(cosine, rel=1e-9)
+
+
+def test_bfloat16_measures_in_float32(make_model: MakeModel) -> None:
+    policy = make_model()
+    rows, weight = random_rows(policy)
+    exact = GradientMeter(policy).measure(rows, {"a": Task(UNITS["rows"], weight)})["a"]
+    policy.model.to(torch.bfloat16)
+    found = GradientMeter(policy).measure(rows, {"a": Task(UNITS["rows"], weight.float())})["a"]
+    assert {m.dtype for m in found.mean.values()} == {torch.float32}
+    torch.testing.assert_close(found.squared_norm.sum(1), exact.squared_norm.sum(1), rtol=0.15, atol=0)
+
+
+def test_two_passes_say_what_one_says(make_model: MakeModel) -> None:
+    policy = make_model("gpt2")
+    buffer, names = buffer_of(policy), ["dft", "dpo", "sft", "grpo", "rft"]
+    one, several = (analyze_variance(policy, names, buffer, rows=100, draws=0, means_held=held) for held in (None, 2))
+    for name in names:
+        for key in ("data_noise", "layers", "proxies"):
+            assert_close_nested(several["objectives"][name][key], one["objectives"][name][key])
+        assert set(several["cosines"][name]) == ({"sft", "dft"} if name in ("sft", "dft") else {"sft", name})
+    assert set(one["cosines"]["dft"]) == set(names)
+    with pytest.raises(UserError, match="means_held = 1"):
+        analyze_variance(policy, names, buffer, draws=0, means_held=1)
+
+
+def assert_close_nested(a: Any, b: Any) -> None:
+    if isinstance(b, dict):
+        assert set(a) == set(b)
+        for key in b:
+            assert_close_nested(a[key], b[key])
+    elif isinstance(b, (float, list)):
+        assert a == pytest.approx(b, rel=1e-6, abs=1e-12)
+    else:
+        assert a == b
+
+
+def test_named_objectives_are_told_apart() -> None:
+    with pytest.raises(UserError, match="'dpo' is given twice"):
+        named_objectives([get_objective("dpo"), get_objective("dpo", beta=1.0)])
+    with pytest.raises(UserError, match="no objective"):
+        named_objectives([])
+    assert list(named_objectives({"a": get_objective("dpo"), "b": get_objective("dpo")})) == ["a", "b"]
