@@ -103,7 +103,7 @@ def test_what_the_paper_says_and_what_it_does_not(report: dict[str, Any]) -> Non
     sft, dft = (report["objectives"][name] for name in ("sft", "dft"))
     assert sft["token_moments"]["slope"] == pytest.approx(-1, abs=0.05)
     assert dft["token_moments"]["slope"] == pytest.approx(1, abs=0.05)
-    assert sft["token_moments"]["predicted_trace_cov"] > 50 * dft["token_moments"]["predicted_trace_cov"]
+    assert sft["token_moments"]["predicted_trace_cov"] > 30 * dft["token_moments"]["predicted_trace_cov"]
     # over the data, relative to its own gradient, DFT is no less noisy than SFT
     assert dft["data_noise"]["norm_ratio_to_sft"]["ci_high"] < 1
     assert dft["data_noise"]["snr"]["value"] < 3 * sft["data_noise"]["snr"]["value"]
