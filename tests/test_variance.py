@@ -130,7 +130,7 @@ def test_the_same_seed_gives_the_same_report(base: Policy, buffer: Buffer) -> No
 
 def test_sft_is_measured_for_comparison_even_if_not_asked_for(base: Policy, buffer: Buffer) -> None:
     found = analyze_variance(base, ["dft"], buffer, rows=24, draws=0)
-    assert list(found["objectives"]) == ["dft"] and found["cosines"]["dft"].keys() == {"dft", "sft"}
+    assert list(found["objectives"]) == ["dft"] and found["cosines"]["dft"].keys() == {"dft", "(demonstrations)"}
     assert 0 < found["objectives"]["dft"]["data_noise"]["cosine_to_sft"]["value"] < 1
 
 

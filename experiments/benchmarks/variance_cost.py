@@ -74,7 +74,7 @@ def tasks_of(policy: Policy, buffer: OfflineBuffer, arguments: argparse.Namespac
     rows = [buffer[i] for i in picked]
     needs = frozenset().union(*(o.requires for o in named.values()))
     scored = score(policy, rows, needs, {}, 0, 0, None, arguments.token_budget)
-    return rows, {name: weigh(policy, subject, scored).task for name, subject in subjects.items()}
+    return rows, {name: weigh(policy, subjects[name], scored).task for name in named}
 
 
 def ordinary(policy: Policy, buffer: OfflineBuffer, arguments: argparse.Namespace) -> dict[str, Any]:

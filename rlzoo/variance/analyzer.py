@@ -10,7 +10,7 @@ from jaxtyping import Float
 
 from rlzoo.buffers import Buffer
 from rlzoo.errors import UserError
-from rlzoo.objective import Objective, get_objective
+from rlzoo.objective import Objective
 from rlzoo.policy import Policy
 from rlzoo.training.costs import release_memory
 from rlzoo.types import Selection
@@ -24,6 +24,7 @@ from rlzoo.variance.subjects import (
     Scored,
     Subject,
     Weighed,
+    baseline,
     named_objectives,
     score,
     subjects_of,
@@ -109,7 +110,9 @@ def _measure_gradients(
     tell: Callable[[float, str], None],
 ) -> None:
     """data_noise, layers and proxies of each objective, and the cosines between those of one pass."""
-    base = next((n for n, s in subjects.items() if type(s.objective) is type(get_objective(BASELINE))), None)
+    base = baseline(weighed)
+    if base != BASELINE:
+        subjects = {name: subject for name, subject in subjects.items() if name != BASELINE}
     size = sum(p.numel() * p.element_size() for p in meter.modules.trainable.values())
     passes = portions(list(subjects), base, means_held or default_held(size, len(subjects)))
     total, done = len(passes) * len(scored.rows), 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -21,11 +22,21 @@ from rlzoo.types import STATISTICS, Coefficients, Need, Selection, TokenBatch, T
 from rlzoo.variance.gradients import Task
 from rlzoo.variance.moments import TokenTable
 
-BASELINE = "sft"
-"""What cosines and norm ratios are taken to."""
+BASELINE = "(demonstrations)"
+"""The name of what cosines and norm ratios are taken to, where no objective that is analysed is the same."""
 BLOCKS = 128
 """Independent Monte-Carlo estimates that the draws of a token are split into."""
 SINGLE_ROWS = (Selection.DEMONSTRATIONS, Selection.CORRECT)
+
+
+@dataclass(frozen=True)
+class Likelihood(Objective):
+    """The log-likelihood of demonstrations, which other gradients are compared with: c_t = 1."""
+
+    name: ClassVar[str] = BASELINE
+
+    def coefficients(self, batch: TokenBatch) -> Coefficients:
+        return Coefficients(torch.ones_like(batch.logp))
 
 
 @dataclass
@@ -91,8 +102,7 @@ def subjects_of(
 ) -> tuple[list[int], dict[str, Subject], dict[str, str]]:
     """The buffer's rows that are used, each objective's units among them, and why some have none."""
     wanted = dict(named)
-    if not any(type(o) is type(get_objective(BASELINE)) for o in named.values()):
-        wanted[BASELINE] = get_objective(BASELINE)
+    wanted[BASELINE] = Likelihood()
     chosen: dict[str, list[tuple[int, ...]]] = {}
     skipped: dict[str, str] = {}
     for name, objective in wanted.items():
@@ -234,6 +244,22 @@ def weigh(policy: Policy, subject: Subject, scored: Scored) -> Weighed:
         row_weight[:, 0] if has_term and row_weight is not None else None,
     )
     return Weighed(batch, found, task, gradients[0] * scale)
+
+
+def baseline(weighed: Mapping[str, Weighed]) -> str | None:
+    """The objective that is the plain log-likelihood, or `BASELINE` if none is; None where there are no demonstrations.
+
+    Of two that are the same, one backward pass is enough.
+    """
+    plain = weighed.get(BASELINE)
+    if plain is None:
+        return None
+
+    def same(task: Task) -> bool:
+        alike = task.units == plain.task.units and task.scale == plain.task.scale
+        return alike and task.term is None and task.value_weight is None and torch.equal(task.weight, plain.task.weight)
+
+    return next(name for name, own in weighed.items() if same(own.task))
 
 
 def _filled(objective: Objective, batch: TokenBatch, chosen: Sequence[int], scored: Scored) -> TokenBatch:
