@@ -204,7 +204,7 @@ def _variance(commands: Any) -> None:
         "--objectives", dest="algorithms", help="comma-separated: names, module:Name, or path/to/file.py:Name"
     )
     command.add_argument("--buffer", help="a saved buffer (see rollout) in place of the experiment's data")
-    command.add_argument("--rows", type=int, help="rows an objective is measured on; default 256")
+    command.add_argument("--rows", type=int, help="rows an objective is measured on; default 512")
     command.add_argument("--draws", type=int, help="Monte-Carlo samples a token; default 4096, 0 for none")
     command.add_argument("--every", type=int, help="steps between measurements along training; 0 for no training")
     command.add_argument("--probe-rows", type=int, help="rows that are measured along training; default 64")

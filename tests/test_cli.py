@@ -22,7 +22,7 @@ from rlzoo.cli import main
 from rlzoo.comparison import runner
 from rlzoo.worlds import EMBEDDED_BASE
 
-COMMANDS = ("compare", "train", "rollout", "evaluate", "report", "list")
+COMMANDS = ("compare", "variance", "train", "rollout", "evaluate", "report", "list")
 HEAVY = ("torch", "transformers", "datasets", "pyarrow", "matplotlib")
 Fails = Callable[..., str]
 

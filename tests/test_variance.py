@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+import numpy as np
 import pytest
 import torch
 from comparisons import RLZOO
@@ -23,9 +25,10 @@ from rlzoo.problems import demonstrations, encode_problems, load_problems
 from rlzoo.reward import get_reward
 from rlzoo.rollout import TransformersSampler, collect_rollouts
 from rlzoo.training import with_reference
-from rlzoo.types import Selection
+from rlzoo.types import Coefficients, Need, Selection, TokenBatch
 from rlzoo.variance.probe import VarianceProbe
 from rlzoo.variance.report import contents, estimate, report_tables, write_report
+from rlzoo.variance.scoring import score
 
 COEFFICIENTS = {"mean", "cv", "max_over_mean", "kurtosis", "hill", "ess_fraction"}
 MOMENTS = {"predicted_trace_cov", "comparable", "slope", "slope_ci"}
@@ -156,6 +159,7 @@ def test_single_rows_can_come_from_another_view(base: Policy, buffer: Buffer) ->
         ({"rows": 0}, "rows must be at least 1"),
         ({"draws": 10}, "draws 0 or at least 256"),
         ({"draws": -1}, "draws 0 or at least 256"),
+        ({"seed": -1}, "seed = -1"),
     ],
     ids=str,
 )
@@ -164,12 +168,52 @@ def test_wrong_numbers_are_refused(base: Policy, buffer: Buffer, changes: dict[s
         analyze_variance(base, ["sft"], buffer, **changes)
 
 
+def test_what_cannot_be_measured_is_told_and_the_rest_goes_on(base: Policy, buffer: Buffer) -> None:
+    class Broken(rlzoo.Objective):
+        name = "broken"
+
+        def coefficients(self, batch: TokenBatch) -> Coefficients:
+            raise KeyError("nothing here")
+
+    class Infinite(rlzoo.Objective):
+        name = "infinite"
+
+        def coefficients(self, batch: TokenBatch) -> Coefficients:
+            return Coefficients(torch.full_like(batch.logp, torch.inf))
+
+    found = analyze_variance(base, [Broken(), "dft", Infinite()], buffer, rows=16, draws=0)
+    assert list(found["objectives"]) == ["dft"]
+    assert "failed: KeyError" in found["skipped"]["broken"] and "not finite" in found["skipped"]["infinite"]
+    with pytest.raises(UserError, match="not finite"):
+        analyze_variance(base, [Infinite()], buffer, rows=16, draws=0)
+    assert not base.training
+
+
+def test_likely_tokens_have_an_exact_score_norm(base: Policy, buffer: Buffer) -> None:
+    """In float32 Σπ² - p² would be rounding for them: S lies between (1-p)² and 2(1-p)²."""
+    rows = [row for row in buffer if row.source == "demonstration"][:100]
+    scored = score(base, rows, frozenset(), {}, 0, 0, None, 2048)
+    table = scored.table(range(100))
+    assert (table.logp > -1e-4).sum() > 100
+    assert (table.score_norm >= 0.9999 * table.miss**2).all() and (table.score_norm <= 2.0001 * table.miss**2).all()
+    exact = load_policy("embedded", "float64")
+    double = score(exact, rows, frozenset(), {}, 0, 0, None, 2048).table(range(100))
+    np.testing.assert_allclose(table.score_norm, double.score_norm, rtol=2e-3)
+
+
+def test_an_experiments_rows_are_measured_on_what_they_learn_from(base: Policy, buffer: Buffer) -> None:
+    named = {"a": get_objective("sft"), "b": get_objective("sft"), "c": get_objective("dpo")}
+    found = analyze_variance(base, named, buffer, rows=24, draws=0, learns_from={"b": Selection.CORRECT})
+    assert found["objectives"]["a"]["data_noise"]["cosine_to_sft"]["value"] == 1
+    assert found["objectives"]["b"]["data_noise"]["cosine_to_sft"]["value"] < 1
+    assert "correct" in found["objectives"]["b"]["token_moments"]["reason"]
+    with pytest.raises(UserError, match="c: learns_from is demonstrations or correct"):
+        analyze_variance(base, named, buffer, draws=0, learns_from={"c": Selection.CORRECT})
+    with pytest.raises(UserError, match="learns_from is demonstrations or correct"):
+        analyze_variance(base, ["sft"], buffer, draws=0, learns_from=Selection.GROUPS)
+
+
 def test_behaviour_log_probs_are_asked_for(base: Policy, buffer: Buffer) -> None:
-    from dataclasses import dataclass
-    from typing import ClassVar
-
-    from rlzoo.types import Coefficients, Need, TokenBatch
-
     @dataclass(frozen=True)
     class NeedsBehaviour(rlzoo.Objective):
         name: ClassVar[str] = "needs-behaviour"

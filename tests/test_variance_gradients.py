@@ -17,11 +17,12 @@ from rlzoo.errors import UserError
 from rlzoo.objective import Objective, get_objective, list_objectives, surrogate
 from rlzoo.policy import Policy, Sequences
 from rlzoo.types import Coefficients, Need, Selection, TokenBatch, Trajectory
-from rlzoo.variance import analyze_variance, pieces
+from rlzoo.variance import analyze_variance, gradients, pieces
 from rlzoo.variance.gradients import GradientMeter, Task, UnitGradients
 from rlzoo.variance.modules import Modules
 from rlzoo.variance.noise import gradient_squared_norm, trace_cov
-from rlzoo.variance.subjects import named_objectives, score, subjects_of, weigh
+from rlzoo.variance.scoring import score
+from rlzoo.variance.subjects import named_objectives, subjects_of, weigh
 
 MakeModel = Callable[..., Policy]
 ROWS = 9
@@ -96,12 +97,12 @@ def by_torch_func(policy: Policy, rows: Sequence[Trajectory], weight: Tensor) ->
     return found
 
 
-def of_units(gradients: Mapping[str, Tensor], units: Sequence[tuple[int, ...]]) -> dict[str, Tensor]:
-    return {name: torch.stack([g[list(unit)].sum(0) for unit in units]) for name, g in gradients.items()}
+def of_units(by_row: Mapping[str, Tensor], units: Sequence[tuple[int, ...]]) -> dict[str, Tensor]:
+    return {name: torch.stack([g[list(unit)].sum(0) for unit in units]) for name, g in by_row.items()}
 
 
-def flat(gradients: Mapping[str, Tensor]) -> Tensor:
-    return torch.cat([g.flatten(1) for g in gradients.values()], 1)
+def flat(by_row: Mapping[str, Tensor]) -> Tensor:
+    return torch.cat([g.flatten(1) for g in by_row.values()], 1)
 
 
 def assert_equal(found: UnitGradients, expected: Mapping[str, Tensor], rtol: float = 1e-9) -> None:
@@ -120,12 +121,12 @@ def assert_equal(found: UnitGradients, expected: Mapping[str, Tensor], rtol: flo
 def test_norms_and_means_are_those_of_torch_func(make_model: MakeModel, kind: str, tied: bool) -> None:
     policy = make_model(kind, tied)
     rows, weight = random_rows(policy)
-    gradients = by_torch_func(policy, rows, weight)
+    by_row = by_torch_func(policy, rows, weight)
     # powers of two, as transformers' RMSNorm rounds gradients to float32 whatever the dtype
     tasks = {name: Task(units, weight * 2.0**k) for k, (name, units) in enumerate(UNITS.items())}
     found = GradientMeter(policy).measure(rows, tasks, token_budget=40)
     for k, (name, units) in enumerate(UNITS.items()):
-        expected = {n: 2.0**k * g for n, g in of_units(gradients, units).items()}
+        expected = {n: 2.0**k * g for n, g in of_units(by_row, units).items()}
         assert_equal(found[name], expected)
         assert found[name].squared_norm.shape[1] == len(Modules(policy).layers)
 
@@ -134,11 +135,11 @@ def test_norms_and_means_are_those_of_torch_func(make_model: MakeModel, kind: st
 def test_layers_have_the_norms_of_their_own_parameters(make_model: MakeModel) -> None:
     policy = make_model("gpt2", False)
     rows, weight = random_rows(policy)
-    gradients, meter = by_torch_func(policy, rows, weight), GradientMeter(policy)
+    by_row, meter = by_torch_func(policy, rows, weight), GradientMeter(policy)
     found = meter.measure(rows, {"a": Task(UNITS["rows"], weight)})["a"]
     assert meter.modules.layers == ["wte", "wpe", "h.0", "h.1", "ln_f", "lm_head"]
     for number in range(6):
-        own = {n: gradients[n] for n, layer in meter.modules.layer_of.items() if layer == number}
+        own = {n: by_row[n] for n, layer in meter.modules.layer_of.items() if layer == number}
         torch.testing.assert_close(found.squared_norm[:, number], flat(own).square().sum(1), rtol=1e-9, atol=0)
 
 
@@ -184,8 +185,8 @@ def test_a_task_scales_all_its_gradients(make_model: MakeModel) -> None:
 def test_projected_inner_products_are_right_on_average(make_model: MakeModel, tied: bool) -> None:
     policy = make_model("llama", tied)
     rows, weight = random_rows(policy)
-    gradients = flat(by_torch_func(policy, rows, weight))
-    exact = gradients @ gradients.mT
+    by_row = flat(by_torch_func(policy, rows, weight))
+    exact = by_row @ by_row.mT
     estimates = []
     for seed in range(60):
         meter = GradientMeter(policy)
@@ -264,6 +265,111 @@ def test_a_module_that_runs_twice_is_named(make_model: MakeModel) -> None:
     with pytest.raises(UserError, match="runs twice in one forward pass"):
         GradientMeter(policy).measure(rows, {"a": Task(UNITS["rows"], weight)})
     assert all(p.requires_grad for p in policy.parameters()) and not any(m._forward_hooks for m in policy.modules())
+
+
+class GatedNorm(nn.Module):
+    """A normalisation that needs a second input."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(size, dtype=torch.float64))
+
+    def forward(self, x: Tensor, gate: Tensor) -> Tensor:
+        return self.weight * x * gate
+
+
+class Doubled(nn.Linear):
+    """Called a linear layer, and is none."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+@pytest.mark.parametrize("place", ["norm", "linear", "head"])
+def test_a_class_is_not_believed_by_its_name(make_model: MakeModel, place: str) -> None:
+    policy = make_model("llama", tied=False)
+    layer = policy.model.model.layers[0]
+    if place == "norm":
+        layer.input_layernorm = GatedNorm(32)
+    elif place == "linear":
+        layer.mlp.up_proj = Doubled(32, 48, bias=False).double()
+    else:
+        policy.model.lm_head = Doubled(32, len(policy.tokenizer), bias=False).double()
+    with pytest.raises(UserError, match=r"no known gradient by row|not a plain linear layer"):
+        GradientMeter(policy)
+
+
+def test_a_module_that_does_not_run_is_named(make_model: MakeModel) -> None:
+    policy = make_model()
+    policy.model.model.spare = nn.Linear(3, 3).double()
+    rows, weight = random_rows(policy)
+    with pytest.raises(UserError, match=r"'model.spare' has parameters that train and does not run"):
+        GradientMeter(policy).measure(rows, {"a": Task(UNITS["rows"], weight)})
+
+
+class ScaledEmbedding(nn.Embedding):
+    """As Gemma has it."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return 3.5 * super().forward(ids)
+
+
+class NormedEmbedding(nn.Embedding):
+    """One whose rows are not merely scaled."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return nn.functional.normalize(super().forward(ids), dim=-1)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_a_scaled_embedding_and_a_padding_row(make_model: MakeModel, tied: bool) -> None:
+    policy = make_model("gpt2", tied)
+    old = policy.model.transformer.wte
+    for kind in (ScaledEmbedding, NormedEmbedding):
+        new = kind(old.num_embeddings, old.embedding_dim, padding_idx=7, dtype=torch.float64)
+        new.weight = old.weight
+        policy.model.transformer.wte = new
+        if kind is NormedEmbedding:
+            with pytest.raises(UserError, match=r"'transformer.wte' \(NormedEmbedding\) has no known gradient"):
+                GradientMeter(policy)
+            continue
+        rows, weight = random_rows(policy)
+        rows[0] = replace(rows[0], prompt_ids=[7, 9, 7], completion_ids=rows[0].completion_ids)
+        by_row = by_torch_func(policy, rows, weight)
+        found = GradientMeter(policy).measure(rows, {n: Task(u, weight) for n, u in UNITS.items()})
+        for name, units in UNITS.items():
+            assert_equal(found[name], of_units(by_row, units))
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_the_head_in_chunks_and_with_a_bias(make_model: MakeModel, tied: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = make_model("llama", tied)
+    policy.model.lm_head.bias = nn.Parameter(torch.randn(len(policy.tokenizer), dtype=torch.float64))
+    rows, weight = random_rows(policy)
+    monkeypatch.setattr(gradients, "CHUNK_ENTRIES", 9 * len(policy.tokenizer))  # a row or two at a time
+    expected = by_torch_func(policy, rows, weight)
+    found = GradientMeter(policy).measure(rows, {n: Task(u, weight) for n, u in UNITS.items()})
+    for name, units in UNITS.items():
+        assert_equal(found[name], of_units(expected, units))
+
+
+@pytest.mark.parametrize("way", ["checkpointing", "head alone"])
+def test_graphs_that_begin_elsewhere(make_model: MakeModel, way: str) -> None:
+    policy = make_model("llama", tied=False)
+    rows, weight = random_rows(policy)
+    task = {"a": Task(UNITS["rows"], weight)}
+    whole = GradientMeter(policy).measure(rows, task)["a"]
+    if way == "checkpointing":
+        policy.model.gradient_checkpointing_enable()
+        torch.testing.assert_close(GradientMeter(policy).measure(rows, task)["a"].squared_norm, whole.squared_norm)
+        return
+    for name, parameter in policy.model.named_parameters():
+        parameter.requires_grad_(name == "lm_head.weight")
+    alone = GradientMeter(policy)
+    assert alone.modules.layers == ["lm_head"]
+    torch.testing.assert_close(alone.measure(rows, task)["a"].squared_norm[:, 0], whole.squared_norm[:, -1])
 
 
 def test_a_model_without_trainable_parameters_is_refused(make_model: MakeModel) -> None:
@@ -361,14 +467,14 @@ def test_the_reported_noise_is_that_of_torch_func(make_model: MakeModel, kind: s
         p = policy(sequences).logp.exp()
     means = {}
     for name, weight in (("sft", ones), ("dft", p)):
-        gradients = flat(by_torch_func(policy, rows, weight)) * len(rows) / count
-        power, mean = float(gradients.square().sum(1).mean()), gradients.mean(0)
+        by_row = flat(by_torch_func(policy, rows, weight)) * len(rows) / count
+        power, mean = float(by_row.square().sum(1).mean()), by_row.mean(0)
         means[name] = mean
         noise = report["objectives"][name]["data_noise"]
         n, squared = len(rows), float(mean.square().sum())
         assert noise["trace_cov"]["value"] == pytest.approx(trace_cov(n, power, squared), rel=1e-9)
         assert noise["grad_norm_sq"]["value"] == pytest.approx(gradient_squared_norm(n, power, squared), rel=1e-7)
-        assert trace_cov(n, power, squared) == pytest.approx(float(gradients.var(0).sum()), rel=1e-9)
+        assert trace_cov(n, power, squared) == pytest.approx(float(by_row.var(0).sum()), rel=1e-9)
         assert noise["norm_ratio_to_sft"]["value"] == pytest.approx(float(mean.norm() / means["sft"].norm()), rel=1e-9)
         cosine = float(torch.cosine_similarity(mean, means["sft"], dim=0))
         assert noise["cosine_to_sft"]["value"] == pytest.approx(cosine, rel=1e-9)

@@ -28,8 +28,16 @@ def table_of(rows: list[list[tuple[torch.Tensor, int]]]) -> TokenTable:
     return TokenTable(
         np.array([i for i, _, _ in flat]),
         np.array([math.log(p[token]) for _, p, token in flat]),
-        np.array([float(p.square().sum()) for _, p, _ in flat]),
+        np.array([float(1 - p[token]) for _, p, token in flat]),
+        np.array([float(p.square().sum() - p[token] ** 2) for _, p, token in flat]),
     )
+
+
+def by_logp(row: Any, logp: Any, others: Any = 0.1) -> TokenTable:
+    """A table from log-probs; the other tokens' squares are that share of their greatest possible sum."""
+    logp = np.asarray(logp, float)
+    miss = -np.expm1(logp)
+    return TokenTable(np.asarray(row), logp, miss, others * miss**2)
 
 
 def coefficients(table: TokenTable, weigh: tabular.Weigh) -> np.ndarray:
@@ -78,7 +86,7 @@ def test_the_score_norm_is_bounded_and_exact_near_certainty() -> None:
     np.testing.assert_allclose(table.score_norm, squares, rtol=1e-12)
     miss = -np.expm1(table.logp)
     assert (table.score_norm >= miss**2).all() and (table.score_norm <= 2 * miss**2 + 1e-15).all()
-    certain = TokenTable(np.zeros(2, int), np.array([-1e-9, 0.0]), np.array([1 - 2e-9, 1.0]))
+    certain = by_logp([0, 0], [-1e-9, 0.0], 0.0)
     np.testing.assert_allclose(certain.score_norm, [1e-18, 0], rtol=1e-6, atol=1e-20)
     assert np.isneginf(moments.log_trace_cov(certain, np.ones(2))[1])
 
@@ -98,8 +106,9 @@ def random_table(tokens: int, seed: int) -> tuple[TokenTable, torch.Tensor, torc
     logits = 3 * torch.randn(tokens, 30, generator=draw, dtype=torch.float64)
     probability = logits.softmax(1)
     target = torch.multinomial(probability, 1, generator=draw)[:, 0]
-    logp = probability.gather(1, target[:, None])[:, 0].log()
-    return TokenTable(np.arange(tokens) // 4, logp.numpy(), probability.square().sum(1).numpy()), probability, target
+    p = probability.gather(1, target[:, None])[:, 0]
+    others = probability.square().sum(1) - p.square()
+    return TokenTable(np.arange(tokens) // 4, p.log().numpy(), (1 - p).numpy(), others.numpy()), probability, target
 
 
 def test_block_variances_are_the_sample_covariance_of_the_estimator() -> None:
@@ -145,7 +154,7 @@ def test_monte_carlo_notices_a_wrong_prediction() -> None:
 
 
 def test_bins_say_why_they_cannot_be_compared() -> None:
-    table = TokenTable(np.arange(3), np.log([1e-6, 0.02, 0.5]), np.full(3, 0.5))
+    table = by_logp(np.arange(3), np.log([1e-6, 0.02, 0.5]))
     rows = moments.bins(table, np.ones(3), np.ones((3, 128)), 2048, 0)
     assert [row["comparable"] for row in rows] == [False, False, True]
     assert "too few draws hit" in rows[0]["reason"] and "41 hits or misses" in rows[1]["reason"]
@@ -161,8 +170,7 @@ def test_the_slope_is_that_of_the_law(alpha: float, expected: float) -> None:
     rng = np.random.default_rng(0)
     logp = np.log(rng.uniform(1e-4, 0.1, 500)) - rng.exponential(2, 500)
     p = np.exp(logp)
-    others = rng.uniform(0.05, 1, 500) * (1 - p) ** 2
-    table = TokenTable(np.arange(500) // 5, logp, p**2 + others)
+    table = by_logp(np.arange(500) // 5, logp, rng.uniform(0.05, 1, 500))
     found = moments.slope(table, p**alpha, 0)
     assert found["slope"] == pytest.approx(expected, abs=0.05)
     low, high = found["slope_ci"]
@@ -172,12 +180,12 @@ def test_the_slope_is_that_of_the_law(alpha: float, expected: float) -> None:
 
 
 def test_a_slope_needs_rare_tokens() -> None:
-    found = moments.slope(TokenTable(np.arange(50), np.full(50, -0.1), np.full(50, 0.9)), np.ones(50), 0)
+    found = moments.slope(by_logp(np.arange(50), np.full(50, -0.1)), np.ones(50), 0)
     assert found["slope"] is None and found["slope_reason"].startswith("0 tokens have p ≤ 0.1")
 
 
 def test_importance_weights_have_the_chi_square_moment() -> None:
-    table = TokenTable(np.arange(2), np.log([0.1, 0.5]), np.ones(2))
+    table = by_logp(np.arange(2), np.log([0.1, 0.5]))
     assert 10 ** moments.importance_weights(table, np.ones(2))["log10_second_moment"] == pytest.approx((10 + 2) / 2)
     dft = moments.importance_weights(table, np.array([0.1, 0.5]))  # w = 1 on a hit, so E w² = p
     assert 10 ** dft["log10_second_moment"] == pytest.approx(0.3)

@@ -108,6 +108,26 @@ def test_the_same_gradient_has_cosine_one_whatever_the_projection() -> None:
     assert found["norm_ratio"] == {"value": 1.0, "ci_low": 1.0, "ci_high": 1.0}
 
 
+def test_projections_widen_intervals_and_move_no_value() -> None:
+    """Close gradients too: intervals of cosines near 1 exist and hold the truth."""
+    rng = np.random.default_rng(5)
+    hits, wider = 0, []
+    for _ in range(100):
+        first = rng.standard_normal((60, 40)) + 1
+        second = first + 0.05 * rng.standard_normal((60, 40))
+        signs = rng.choice([-1, 1], (40, 64)) / 8
+        exact = [units_of(g) for g in (first, second)]
+        projected = [Units(u.squared_norm, u.sketch @ signs, u.mean_squared_norm) for u in exact]
+        inner = float(first.mean(0) @ second.mean(0))
+        one, other = (against(a, b, inner, paired=True)["cosine"] for a, b in (exact, projected))
+        assert one["value"] == other["value"] > 0.99
+        hits += other["ci_low"] <= 1 / np.sqrt(1 + 0.0025 * 40 / 60 / 40) <= other["ci_high"]
+        wider.append((other["ci_high"] - other["ci_low"]) / (one["ci_high"] - one["ci_low"]))
+        noise = data_noise(projected[0])
+        assert noise["trace_cov"]["value"] == data_noise(exact[0])["trace_cov"]["value"]
+    assert hits >= 85 and 0.8 < np.median(wider) < 3
+
+
 def test_rank_correlation_and_its_interval() -> None:
     x = np.arange(50.0)
     assert rank_correlation(x, np.exp(x / 10))["value"] == pytest.approx(1)

@@ -38,7 +38,8 @@ from rlzoo.training.costs import peak_memory_bytes, release_memory, reset_peak_m
 from rlzoo.types import Trajectory
 from rlzoo.variance.gradients import GradientMeter, Task
 from rlzoo.variance.over_data import default_held, portions
-from rlzoo.variance.subjects import score, subjects_of, weigh
+from rlzoo.variance.scoring import score
+from rlzoo.variance.subjects import subjects_of, weigh
 
 OBJECTIVES = ("sft", "dft", "iw-sft", "rft", "dpo", "ppo", "grpo")
 Tasks = dict[str, Task]
@@ -133,10 +134,9 @@ def meter(policy: Policy, buffer: OfflineBuffer, arguments: argparse.Namespace) 
     rows, tasks = tasks_of(policy, buffer, arguments)
     singles = {n: replace(t, units=[(row,) for unit in t.units for row in unit]) for n, t in tasks.items()}
     made = GradientMeter(policy)
-    size = sum(p.numel() * p.element_size() for p in policy.parameters())
 
     def run() -> None:
-        for names in portions(OBJECTIVES, None, default_held(size, len(OBJECTIVES))):
+        for names in portions(OBJECTIVES, None, default_held(policy.parameters(), len(OBJECTIVES))):
             made.measure(rows, {name: singles[name] for name in names}, arguments.token_budget)
 
     return measured(run)

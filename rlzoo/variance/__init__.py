@@ -1,5 +1,6 @@
 """The variance analyzer: how noisy an objective's gradient is, token by token and over the data."""
 
 from rlzoo.variance.analyzer import analyze_variance
+from rlzoo.variance.probe import VarianceProbe
 
-__all__ = ["analyze_variance"]
+__all__ = ["VarianceProbe", "analyze_variance"]

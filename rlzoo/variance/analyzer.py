@@ -13,22 +13,19 @@ from rlzoo.errors import UserError
 from rlzoo.objective import Objective
 from rlzoo.policy import Policy
 from rlzoo.training.costs import release_memory
-from rlzoo.types import Selection
 from rlzoo.variance import moments
 from rlzoo.variance.coefficients import coefficient_statistics, ess_fraction
 from rlzoo.variance.gradients import GradientMeter, UnitGradients
 from rlzoo.variance.over_data import Comparison, default_held, portions, proxies
+from rlzoo.variance.scoring import BLOCKS, Scored, score
 from rlzoo.variance.subjects import (
     BASELINE,
-    BLOCKS,
-    Scored,
+    LearnsFrom,
     Subject,
     Weighed,
     baseline,
     named_objectives,
-    score,
     subjects_of,
-    token_table,
     tokens_of,
     weigh,
 )
@@ -41,11 +38,11 @@ def analyze_variance(
     objectives: Sequence[str | Objective] | Mapping[str, Objective],
     buffer: Buffer,
     *,
-    rows: int = 256,
+    rows: int = 512,
     draws: int = 4096,
     seed: int = 0,
     gradients: bool = True,
-    learns_from: Selection | None = None,
+    learns_from: LearnsFrom = None,
     reference: Policy | None = None,
     token_budget: int = 2048,
     means_held: int | None = None,
@@ -54,20 +51,18 @@ def analyze_variance(
     """Measure the variance of the objectives' gradients at a policy: what variance.json holds (docs/variance.md).
 
     Each objective is measured on whole units of its own view of the buffer, ``rows`` rows or a little more, drawn by
-    ``seed``; ``learns_from`` gives objectives of single rows another view. ``draws`` samples a token check the exact
-    moments; ``gradients=False`` leaves out what needs a backward pass. Log-probs of a reference are those stored in
-    the buffer, else ``reference``'s, else the policy's own, as at the start of a run; a critic that the policy lacks
-    is 0, as a fresh one is. Raises UserError for a model whose per-unit gradients are not known, and if no objective
-    finds rows; one that finds none among others is listed under ``skipped``.
+    ``seed``; ``learns_from``, one selection or one a name, gives objectives of single rows another view of single rows.
+    ``draws`` samples a token check the exact moments; ``gradients=False`` leaves out what needs a backward pass.
+    Log-probs of a reference are those stored in the buffer, else ``reference``'s, else the policy's own, as at the
+    start of a run; a critic that the policy lacks is 0, as a fresh one is. Raises UserError for a model whose per-unit
+    gradients are not known, and if no objective can be measured; one among others that finds no rows, or fails on
+    them, is listed under ``skipped``.
 
     Memory: the policy, the activations of ``token_budget`` padded tokens, and one mean gradient an objective, at most
     ``means_held`` at a time (None: all up to 2 GB, else 3). More objectives than that take another pass over the data,
     and cosines between objectives of different passes stay unknown, but for those to SFT.
     """
-    if means_held is not None and means_held < 2:
-        raise UserError(f"means_held = {means_held}: at least 2 are needed, an objective's and the baseline's")
-    if rows < 1 or 0 < draws < 2 * BLOCKS or draws < 0:
-        raise UserError(f"rows must be at least 1 and draws 0 or at least {2 * BLOCKS}, got {rows} and {draws}")
+    _check(rows, draws, seed, means_held)
     tell = progress or (lambda share, what: None)
     named = named_objectives(objectives)
     meter = GradientMeter(policy) if gradients else None
@@ -76,26 +71,47 @@ def analyze_variance(
     needs = frozenset().union(*(s.objective.requires for s in subjects.values()))
     experts = {name: set(s.rows) for name, s in subjects.items() if s.weighs_experts and name in named}
     scored = score(policy, [buffer[i] for i in picked], needs, experts, draws, seed, reference, token_budget)
-    weighed = {name: weigh(policy, subject, scored) for name, subject in subjects.items()}
+    weighed: dict[str, Weighed] = {}
+    for name, subject in subjects.items():
+        try:
+            weighed[name] = weigh(policy, subject, scored)
+        except UserError as error:
+            skipped[name] = str(error)
+    if not set(weighed) & set(named):
+        raise UserError(next(iter(skipped.values())))
+    subjects = {name: subjects[name] for name in weighed}
     found: dict[str, Any] = {"objectives": {}, "skipped": skipped, "bins": []}
     for name in [name for name in named if name in subjects]:
         subject, own = subjects[name], weighed[name]
         c = tokens_of(own.coefficients.values, own.batch)
-        constant = np.ptp(c) <= 1e-6 * np.abs(c).max()  # rounding in float32
-        around = (float(c.mean()) - 0.5, float(c.mean()) + 0.5) if constant else None
-        counts, edges = np.histogram(c, HISTOGRAM_BINS, around)
         found["objectives"][name] = {
             "rows": len(subject.rows),
             "units": len(subject.units),
             "median_p": float(np.exp(np.median(tokens_of(own.batch.logp, own.batch)))),
             "coefficients": coefficient_statistics(c),
-            "coefficient_histogram": {"edges": edges.tolist(), "counts": counts.tolist()},
+            "coefficient_histogram": _histogram(c),
             **_moments(name, subject, own, scored, draws, seed, found["bins"]),
         }
     found["token_probabilities"] = _probabilities(scored, experts)
     if meter is not None:
         _measure_gradients(found, meter, subjects, weighed, scored, means_held, token_budget, reference or policy, tell)
     return found
+
+
+def _check(rows: int, draws: int, seed: int, means_held: int | None) -> None:
+    if means_held is not None and means_held < 2:
+        raise UserError(f"means_held = {means_held}: at least 2 are needed, an objective's and the baseline's")
+    if rows < 1 or 0 < draws < 2 * BLOCKS or draws < 0:
+        raise UserError(f"rows must be at least 1 and draws 0 or at least {2 * BLOCKS}, got {rows} and {draws}")
+    if seed < 0:
+        raise UserError(f"seed = {seed}: give 0 or more")
+
+
+def _histogram(c: Float[np.ndarray, " N"]) -> dict[str, list[float]]:
+    constant = np.ptp(c) <= 1e-5 * np.abs(c).max()  # rounding in float32
+    around = (float(c.mean()) - 0.5, float(c.mean()) + 0.5) if constant else None
+    counts, edges = np.histogram(c, HISTOGRAM_BINS, around)
+    return {"edges": edges.tolist(), "counts": counts.tolist()}
 
 
 def _measure_gradients(
@@ -113,9 +129,10 @@ def _measure_gradients(
     base = baseline(weighed)
     if base != BASELINE:
         subjects = {name: subject for name, subject in subjects.items() if name != BASELINE}
-    size = sum(p.numel() * p.element_size() for p in meter.modules.trainable.values())
-    passes = portions(list(subjects), base, means_held or default_held(size, len(subjects)))
-    total, done = len(passes) * len(scored.rows), 0
+    held = means_held or default_held(meter.modules.trainable.values(), len(subjects))
+    passes = portions(list(subjects), base, held)
+    total = sum(len({row for name in names for row in subjects[name].rows}) for names in passes)
+    done = 0
 
     def count(more: int) -> None:
         nonlocal done
@@ -150,11 +167,11 @@ def _moments(
         ratio = weighed.coefficients.metrics.get("ratio")
         weights = None if ratio is None else _ratio(tokens_of(ratio, weighed.batch))
         reason = (
-            f"it learns from {subject.objective.learns_from.value}, which a policy sampled: the reading as importance "
-            "weights 1[y = y*]/π asks for an expert's token that was not sampled"
+            f"it learns from {subject.selection.value}, which a policy sampled: the reading as importance weights "
+            "1[y = y*]/π asks for an expert's token that was not sampled"
         )
         return {"token_moments": moments.no_reading(reason), "importance_weights": weights}
-    table = token_table(scored, subject.rows)
+    table = scored.table(subject.rows)
     estimates = None
     if draws:
         hits = np.concatenate([scored.hits[name][row] for row in subject.rows])
@@ -188,7 +205,7 @@ def _probabilities(scored: Scored, experts: Mapping[str, set[int]]) -> dict[str,
     rows = sorted(set().union(*experts.values()))
     if not rows:
         return None
-    table = token_table(scored, rows)
+    table = scored.table(rows)
     edges = moments.bin_edges(table.logp)
     counts, _ = np.histogram(np.clip(table.logp / np.log(10), edges[0], 0), edges)
     return {

@@ -26,7 +26,7 @@ def coefficient_statistics(c: Float[np.ndarray, " N"]) -> Statistics:
     if peak == 0:
         return {"mean": 0.0, "cv": None, "max_over_mean": None, "kurtosis": None, "hill": None, "ess_fraction": None}
     mean, spread = float(c.mean()), float(c.std())
-    constant = spread <= 1e-6 * peak  # rounding in float32
+    constant = spread <= 1e-5 * peak  # rounding in float32
     return {
         "mean": mean,
         "cv": 0.0 if constant else None if abs(mean) <= 1e-6 * peak else spread / abs(mean),

@@ -160,7 +160,8 @@ class _Measurement:
         for number, name in enumerate(blocks):
             self._task, self._blocks = name, blocks[name]
             pull = self._head.pull.pop(name).to(hidden.dtype)
-            torch.autograd.grad(hidden, self._leaves, pull, retain_graph=number + 1 < len(blocks))
+            if hidden.requires_grad:  # else only the output layer trains
+                torch.autograd.grad(hidden, self._leaves, pull, retain_graph=number + 1 < len(blocks))
         self._leaves = []
         del self._head  # it knows this measurement, whose means would live on in the circle
         self.meter.modules.forget()
@@ -191,7 +192,7 @@ class _Measurement:
             return self.meter.policy.hidden(sequences, **extra)
 
     def _output(self, covered: Covered, output: Tensor) -> None:
-        if not output.requires_grad:  # an embedding's: where the graph begins
+        if output.is_leaf:  # where the graph begins, as parameters take no gradient now
             self._leaves.append(output.requires_grad_(True))
         register: Any = output.register_hook
         register(lambda e: self._receive(covered, e.detach()))
@@ -380,7 +381,7 @@ class _HeadPass:
 
     def cross(self, name: str, embedding: Covered, e: Float[Tensor, "B L H"]) -> None:
         """2 ⟨gradient as embedding, gradient as output layer⟩ of each unit, for a weight that is both."""
-        e = embedding.masked(e).to(self.hidden.dtype)
+        e = embedding.looked_up(e.to(self.hidden.dtype))
         squared = self.run.found[name].squared_norm[:, embedding.layer]
         for rows, at_inputs, hidden, unit in self._crossed.pop(name):
             product = ((hidden @ e[rows].flatten(0, 1).mT) * at_inputs).sum(1)

@@ -31,15 +31,19 @@ class Covered:
     parameters: Mapping[str, str]
     """Name in the module → name in the model, of those that train."""
     layer: int
+    factor: float = 1.0
+    """Of an embedding whose output is scaled."""
     saved: Tensor | None = None
     """What the forward pass leaves for the backward: inputs, ids, or the derivative by a scale."""
 
-    def remember(self, x: Tensor) -> None:
-        """Keep what the backward needs of the module's input."""
+    def remember(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Keep what the backward needs of the module's inputs."""
         if self.saved is not None:
             raise UserError(f"module {self.name!r} runs twice in one forward pass: {MEND}")
-        plain = _is_matrix(self.module) or isinstance(self.module, nn.Embedding)
-        self.saved = x if plain else _by_scale(self.module, x)
+        if _is_matrix(self.module) or isinstance(self.module, nn.Embedding):
+            self.saved = (args[0] if args else next(iter(kwargs.values()))).detach()
+        else:
+            self.saved = _by_scale(self.module, *args, **kwargs)
 
     def by_row(self, e: Tensor, rows: int, positions: int) -> Float[Tensor, "B L D"]:
         """The gradient at the output with rows first. Raises UserError where rows are mixed."""
@@ -52,25 +56,27 @@ class Covered:
             f"cannot be told apart by row: {MEND}"
         )
 
-    def masked(self, e: Float[Tensor, "B L D"]) -> Float[Tensor, "B L D"]:
-        """For an embedding: without the positions of its padding row, which torch gives no gradient."""
-        padding = self.module.padding_idx if isinstance(self.module, nn.Embedding) else None
-        if padding is None or self.saved is None:
-            return e
-        return e * (self.saved.reshape(e.shape[:2]) != padding)[..., None]
+    def looked_up(self, e: Float[Tensor, "B L D"]) -> Float[Tensor, "B L D"]:
+        """For an embedding: the gradient at the rows it looks up; torch gives the padding row none."""
+        assert isinstance(self.module, nn.Embedding) and self.saved is not None
+        e = e if self.factor == 1.0 else e * self.factor
+        padding = self.module.padding_idx
+        return e if padding is None else e * (self.saved.reshape(e.shape[:2]) != padding)[..., None]
 
     def pieces(self, block: Block, e: Float[Tensor, "B L D"]) -> Iterator[tuple[str, Piece]]:
         """The gradient of each parameter for the units of a block, from the gradient ``e`` at the output."""
         assert self.saved is not None
-        gradient = block.cut(self.masked(e).to(at_least_float32(e.dtype)))
+        e = e.to(at_least_float32(e.dtype))
+        if isinstance(self.module, nn.Embedding):
+            ids = block.cut(self.saved.reshape(e.shape[:2]))
+            yield self.parameters["weight"], Lookup(ids, block.cut(self.looked_up(e)), self.module.num_embeddings)
+            return
+        gradient = block.cut(e)
         if "bias" in self.parameters:
             yield self.parameters["bias"], Sum(gradient)
         if "weight" not in self.parameters:
             return
         name = self.parameters["weight"]
-        if isinstance(self.module, nn.Embedding):
-            yield name, Lookup(block.cut(self.saved.reshape(e.shape[:2])), gradient, self.module.num_embeddings)
-            return
         inputs = block.cut(self.saved.reshape(*e.shape[:2], -1).to(gradient.dtype))
         if isinstance(self.module, nn.Linear):
             yield name, Outer(gradient, inputs)
@@ -102,11 +108,12 @@ class Modules:
             own = {local: names[id(p)] for local, p in module.named_parameters(recurse=False) if id(p) in names}
             for full in own.values():
                 owners.setdefault(full, []).append(name)
-            if own and module is head:
+            if own and module is head and type(head).forward is nn.Linear.forward:
                 self.head_parameters = own
             elif own:
-                _check(name, module)
-                self.covered.append(Covered(name, module, own, self._layer(name)))
+                self.covered.append(Covered(name, module, own, self._layer(name), _checked(name, module)))
+        if type(head).forward is not nn.Linear.forward and any(p.requires_grad for p in head.parameters()):
+            raise UserError(f"the output layer ({type(head).__name__}) is not a plain linear layer: {MEND}")
         self.tied = self._tied_embedding(owners)
         if self.tied is not None:
             self.head_layer = self.tied.layer
@@ -144,7 +151,7 @@ class Modules:
                 nonlocal busy
                 if not busy:  # the derivative by a scale runs the module again
                     busy = True
-                    covered.remember((args[0] if args else next(iter(kwargs.values()))).detach())
+                    covered.remember(args, kwargs)
                     busy = False
                     output(covered, result)
 
@@ -157,6 +164,9 @@ class Modules:
         finally:
             for handle in handles:
                 handle.remove()
+        for covered in self.covered:
+            if covered.saved is None:
+                raise UserError(f"module {covered.name!r} has parameters that train and does not run: {MEND}")
 
     def forget(self) -> None:
         """Drop what the last forward pass left."""
@@ -164,19 +174,40 @@ class Modules:
             covered.saved = None
 
 
-def _check(name: str, module: nn.Module) -> None:
+def _checked(name: str, module: nn.Module) -> float:
+    """The factor on an embedding's output, 1 for other modules. Raises UserError for a module that is not covered."""
+    factor: float | None = None
     if isinstance(module, nn.Embedding):
-        known = module.max_norm is None and not module.scale_grad_by_freq
-    else:
-        known = _is_matrix(module) or _is_scale(module)
-    if not known:
+        factor = _embedding_factor(module)
+    elif _is_matrix(module) or _is_scale(module):
+        factor = 1.0
+    if factor is None:
         raise UserError(f"module {name!r} ({type(module).__name__}) has no known gradient by row: {MEND}")
+    return factor
 
 
 def _is_matrix(module: nn.Module) -> bool:
+    """Whether the module is y = W x + b, in one of the two layouts; a subclass that computes something else is not."""
     from transformers.pytorch_utils import Conv1D
 
-    return isinstance(module, (nn.Linear, Conv1D))
+    return type(module).forward in (nn.Linear.forward, Conv1D.forward)
+
+
+@torch.no_grad()
+def _embedding_factor(module: nn.Embedding) -> float | None:
+    """s of an embedding that gives s · weight[id]; None for one that gives anything else: tried, not believed."""
+    if module.max_norm is not None or module.scale_grad_by_freq:
+        return None
+    if type(module).forward is nn.Embedding.forward:
+        return 1.0
+    ids = torch.arange(min(8, module.num_embeddings), device=module.weight.device)[None]
+    try:
+        found, plain = module(ids).double(), module.weight[ids].double()
+    except Exception:
+        return None
+    size = float((plain * plain).sum())
+    factor = float((found * plain).sum()) / size if found.shape == plain.shape and size else 1.0
+    return factor if found.shape == plain.shape and torch.allclose(found, factor * plain, rtol=0.01) else None
 
 
 def _is_scale(module: nn.Module) -> bool:
@@ -189,16 +220,27 @@ def _is_scale(module: nn.Module) -> bool:
         return False
     draw = torch.Generator().manual_seed(0)
     x, direction = (torch.randn(shape, generator=draw).to(weight) for shape in ((2, 1, len(weight)), (len(weight),)))
-    return torch.allclose(_derivative(module, x, direction), _by_scale(module, x) * direction, rtol=0.01, atol=1e-3)
+    try:
+        moved, by_entry = _derivative(module, direction, x), _by_scale(module, x) * direction
+    except Exception:  # it asks for more than x
+        return False
+    return torch.allclose(moved, by_entry, rtol=0.01, atol=1e-3)
 
 
-def _by_scale(module: nn.Module, x: Tensor) -> Tensor:
-    """∂ y / ∂ w of a normalisation y = f(x) · s(w), entry by entry."""
-    return _derivative(module, x, torch.ones_like(module.get_parameter("weight")))
+def _by_scale(module: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+    """∂ y / ∂ w of a normalisation y = f(x, …) · s(w), entry by entry."""
+    return _derivative(module, torch.ones_like(module.get_parameter("weight")), *args, **kwargs)
 
 
-def _derivative(module: nn.Module, x: Tensor, direction: Tensor) -> Tensor:
+def _derivative(module: nn.Module, direction: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """The derivative of the output when the weight moves in a direction."""
     weight = module.get_parameter("weight").detach()
-    found: Tensor = jvp(lambda w: functional_call(module, {"weight": w}, (x,)), (weight,), (direction,))[1]
+    plain = [a.detach() if isinstance(a, Tensor) else a for a in args]
+    named = {key: a.detach() if isinstance(a, Tensor) else a for key, a in kwargs.items()}
+
+    def run(w: Tensor) -> Tensor:
+        found: Tensor = functional_call(module, {"weight": w}, tuple(plain), named)
+        return found
+
+    found: Tensor = jvp(run, (weight,), (direction,))[1]
     return found.detach()

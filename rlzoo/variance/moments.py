@@ -19,15 +19,13 @@ import numpy as np
 from jaxtyping import Float, Int
 from scipy import stats
 
-from rlzoo.variance.noise import nothing
-
 LEAST_PROBABILITY = 1e-2
 """Below, so few draws hit the expert's token that Monte Carlo says nothing."""
 FEWEST_EVENTS = 100
 """Hits, and misses, that a bin must lead one to expect."""
 NO_DRAWS = "no draws were asked for"
 SLOPE_BELOW = 0.1
-FEWEST_FOR_SLOPE = 30
+FEWEST_FOR_SLOPE = 20
 RESAMPLES = 2000
 
 
@@ -39,22 +37,23 @@ class TokenTable:
     """The sequence of each token."""
     logp: Float[np.ndarray, " N"]
     """log π(y*|x) in nats."""
-    square_mass: Float[np.ndarray, " N"]
-    """Σ_v π_v²."""
+    miss: Float[np.ndarray, " N"]
+    """1 - π(y*|x), summed over the other tokens."""
+    others: Float[np.ndarray, " N"]
+    """Σ_{v≠y*} π_v²."""
 
     @property
     def score_norm(self) -> Float[np.ndarray, " N"]:
         """S = ‖∇_logits log π(y*)‖²."""
-        p = np.exp(self.logp)
-        others: Float[np.ndarray, " N"] = np.expm1(self.logp) ** 2 + np.maximum(self.square_mass - p**2, 0)
-        return others
+        found: Float[np.ndarray, " N"] = self.miss**2 + self.others
+        return found
 
 
 def log_trace_cov(table: TokenTable, c: Float[np.ndarray, " N"]) -> Float[np.ndarray, " N"]:
     """log of tr Cov = c² S (1-p)/p of each token; -inf where it is 0."""
     with np.errstate(divide="ignore"):
-        miss = np.log(-np.expm1(np.minimum(table.logp, 0)))
-        found: Float[np.ndarray, " N"] = 2 * np.log(np.abs(c)) + np.log(table.score_norm) + miss - table.logp
+        size = 2 * np.log(np.abs(c)) + np.log(table.score_norm)
+        found: Float[np.ndarray, " N"] = size + np.log(table.miss) - table.logp
     return found
 
 
@@ -148,8 +147,8 @@ def slope(table: TokenTable, c: Float[np.ndarray, " N"], seed: int) -> dict[str,
     """The slope of log(tr Cov) against log p over tokens with p ≤ `SLOPE_BELOW`, at equal score norm S.
 
     The law tr Cov ∝ 1/p or p is one context's, for which S is fixed; over tokens S varies between (1-p)² and 2(1-p)²
-    and falls as p rises, so it is taken to the left side: log(tr Cov / S) is fitted. ``raw`` has the slope with S left
-    in. Intervals: bootstrap over sequences.
+    and falls as p rises, so it is taken to the left side: log(tr Cov / S) is fitted. So the slope speaks of how
+    c depends on p, not of the model. ``slope_raw`` has S left in. Intervals: bootstrap over sequences.
     """
     with np.errstate(divide="ignore"):
         y = log_trace_cov(table, c)
@@ -234,10 +233,4 @@ def quantiles(values: Float[np.ndarray, " N"]) -> dict[str, float | None]:
 
 def no_reading(reason: str) -> dict[str, Any]:
     """Token moments of an objective that has no such reading."""
-    return {
-        "predicted_trace_cov": None,
-        "comparable": None,
-        "slope": None,
-        "slope_ci": None,
-        "reason": nothing(reason)["reason"],
-    }
+    return {**dict.fromkeys(("predicted_trace_cov", "comparable", "slope", "slope_ci")), "reason": reason}

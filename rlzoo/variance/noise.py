@@ -53,6 +53,14 @@ class Units:
         mean = (n**2 * self.mean_squared_norm - 2 * n * self.along_mean() + q) / (n - 1) ** 2
         return power, np.maximum(mean, 0)
 
+    def projected_without_each(self) -> Float[np.ndarray, " U"]:
+        """‖ḡ‖² with one unit left out, by projections alone, as the inner products of two objectives are."""
+        n = len(self)
+        along = _recentred(self.sketch @ self.sketch.mean(0), self.mean_squared_norm)
+        own = np.einsum("ud,ud->u", self.sketch, self.sketch)
+        found: Float[np.ndarray, " U"] = (n**2 * self.mean_squared_norm - 2 * n * along + own) / (n - 1) ** 2
+        return found.clip(min=0)
+
 
 def trace_cov(units: int, power: Any, mean_squared_norm: Any) -> Any:
     """tr Σ from mean ‖g_u‖² and ‖ḡ‖²."""
@@ -105,7 +113,7 @@ def against(units: Units, other: Units, inner: float, paired: bool) -> dict[str,
         return {name: nothing("a gradient is 0") for name in ("cosine", "norm_ratio")}
     if min(len(units), len(other)) < FEWEST:
         return {name: nothing(TOO_FEW) for name in ("cosine", "norm_ratio")}
-    own, others = units.without_each()[1], other.without_each()[1]
+    own, others = units.projected_without_each(), other.projected_without_each()
     n, m = len(units), len(other)
     along = _recentred(units.sketch @ other.sketch.mean(0), inner)
     beside = _recentred(other.sketch @ units.sketch.mean(0), inner)
@@ -151,7 +159,7 @@ def _jackknife(
     to a scale on which the interval is symmetric, and its inverse; the logarithm for a ``positive`` value.
     """
     if not np.isfinite(value):
-        return nothing(DROWNED)
+        return nothing("its noise is 0")
     if positive and value > 0:
         through = (np.log, np.exp)
     to, back = through or (_same, _same)
@@ -159,7 +167,12 @@ def _jackknife(
         moved = [to(values) for values in left_out]
         centre = to(value)
     if not np.isfinite(centre) or not all(np.isfinite(values).all() for values in moved):
-        return {"value": float(value), "ci_low": None, "ci_high": None, "reason": "one unit alone decides its sign"}
+        return {
+            "value": float(value),
+            "ci_low": None,
+            "ci_high": None,
+            "reason": "not positive without one of the units",
+        }
     variance = sum(float((len(v) - 1) * np.var(v)) for v in moved)
     reach = stats.t.ppf(0.975, min(map(len, left_out)) - 1) * np.sqrt(variance)
     return {"value": float(value), "ci_low": float(back(centre - reach)), "ci_high": float(back(centre + reach))}

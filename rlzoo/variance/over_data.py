@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,9 @@ from torch import Tensor
 
 from rlzoo.variance.gradients import UnitGradients
 from rlzoo.variance.noise import Estimate, Units, against, data_noise, nothing, rank_correlation
-from rlzoo.variance.subjects import Scored, Subject, Weighed, token_table, tokens_of
+from rlzoo.variance.pieces import at_least_float32
+from rlzoo.variance.scoring import Scored
+from rlzoo.variance.subjects import Subject, Weighed, tokens_of
 
 HELD_BYTES = 2**31
 HELD = 3
@@ -30,9 +32,10 @@ def portions(names: Sequence[str], base: str | None, held: int) -> list[list[str
     return found if base is None else [[base, *found[0]], *found[1:]]
 
 
-def default_held(parameter_bytes: int, objectives: int) -> int:
+def default_held(parameters: Iterable[Tensor], objectives: int) -> int:
     """All mean gradients where they fit into `HELD_BYTES`, else `HELD`."""
-    return objectives if parameter_bytes * objectives <= HELD_BYTES else min(objectives, HELD)
+    size = sum(p.numel() * at_least_float32(p.dtype).itemsize for p in parameters)
+    return objectives if size * objectives <= HELD_BYTES else min(objectives, HELD)
 
 
 class Comparison:
@@ -114,7 +117,7 @@ def proxies(subject: Subject, weighed: Weighed, scored: Scored, measured: UnitGr
     """
     exact = measured.squared_norm.sum(1).cpu().numpy()
     rows = subject.rows
-    table = token_table(scored, rows)
+    table = scored.table(rows)
     unit_of = {row: u for u, unit in enumerate(subject.units) for row in unit}
     unit = np.array([unit_of[row] for row in rows])[table.row]
     weight = tokens_of(weighed.task.weight[rows, : weighed.batch.mask.shape[1]] * weighed.task.scale, weighed.batch)

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-SKETCH = (16, 32)
+SKETCH = (32, 32)
 """The random projection of a matrix: to how many output and input dimensions."""
 WIDTH = SKETCH[0] * SKETCH[1]
 PRODUCT_ENTRIES = 2**20

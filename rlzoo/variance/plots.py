@@ -42,9 +42,8 @@ def law(found: Found) -> str | None:
         for name in names:
             rows = [row for row in bins if row["objective"] == name and row["predicted"] > 0]
             at = [10 ** row["log10_p"] for row in rows]
-            left.plot(
-                at, [row["predicted"] for row in rows], color=looks[name]["color"], linewidth=1.2, label=short(name)
-            )
+            line = {key: looks[name][key] for key in ("color", "linestyle")}
+            left.plot(at, [row["predicted"] for row in rows], linewidth=1.2, label=short(name), **line)
             for axes in (left, right):
                 _intervals(axes, [row for row in rows if row["comparable"]], looks[name], axes is right)
         left.set(title="variance of a token's estimate", ylabel="tr Cov, mean of a bin")
@@ -95,8 +94,9 @@ def coefficients(found: Found) -> str:
 
 
 def directions(found: Found) -> str | None:
-    """Cosine and norm ratio of each objective's mean gradient to the baseline's, with intervals."""
-    names = [n for n, o in found["objectives"].items() if o.get("data_noise", {}).get("cosine_to_sft", {}).get("value")]
+    """Cosine and norm ratio of each mean gradient to the baseline's, and the noise scale, with intervals."""
+    entries = found["objectives"].items()
+    names = [n for n, o in entries if o.get("data_noise", {}).get("cosine_to_sft", {}).get("value") is not None]
     if not names:
         return None
     looks = style_of(found)
@@ -127,7 +127,7 @@ def directions(found: Found) -> str | None:
 
 
 def along_training(found: Found) -> str | None:
-    """Noise scale, effective sample size and gradient norm along each objective's training."""
+    """tr Σ, noise scale and effective sample size along each objective's training."""
     runs = {name: rows for name, rows in found.get("training", {}).items() if rows}
     if not runs:
         return None

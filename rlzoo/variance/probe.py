@@ -9,7 +9,7 @@ from rlzoo.errors import UserError
 from rlzoo.objective import Objective
 from rlzoo.policy import Policy
 from rlzoo.training import Trainer
-from rlzoo.types import Need
+from rlzoo.types import Need, Selection
 from rlzoo.variance.analyzer import analyze_variance
 
 
@@ -21,25 +21,35 @@ class VarianceProbe:
     An objective with a frozen reference needs its log-probs in the buffer (`rlzoo.training.with_reference`).
     """
 
-    def __init__(self, buffer: Buffer, every: int, rows: int = 64, seed: int = 0, token_budget: int = 2048) -> None:
+    def __init__(
+        self,
+        buffer: Buffer,
+        every: int,
+        rows: int = 64,
+        seed: int = 0,
+        token_budget: int = 2048,
+        learns_from: Selection | None = None,
+    ) -> None:
         if every < 1:
             raise UserError(f"a probe every {every} steps: give at least 1")
-        self.buffer, self.every, self.rows, self.seed, self.token_budget = buffer, every, rows, seed, token_budget
+        self.buffer, self.every, self.rows, self.seed = buffer, every, rows, seed
+        self.token_budget, self.learns_from = token_budget, learns_from
         self.records: list[dict[str, Any]] = []
 
     def __call__(self, trainer: Trainer, step: int) -> None:
         """Measure, if it is time. Raises UserError where the buffer lacks the reference's log-probs."""
+        if step % self.every:
+            return
         frozen = Need.REFERENCE in trainer.objective.requires and trainer.reference is None
         if frozen and any(row is None for row in self.buffer.column("reference_logp")):
             raise UserError("the probe's buffer has no reference log-probs: add them with training.with_reference")
-        if step % self.every == 0:
-            self.measure(trainer.policy, trainer.objective, step, trainer.reference)
+        self.measure(trainer.policy, trainer.objective, step, trainer.reference)
 
     def measure(self, policy: Policy, objective: Objective, step: int, reference: Policy | None = None) -> None:
         """Add a record of the policy as it is."""
         found = analyze_variance(
             policy, {objective.name: objective}, self.buffer, rows=self.rows, draws=0, seed=self.seed,
-            reference=reference, token_budget=self.token_budget,
+            reference=reference, token_budget=self.token_budget, learns_from=self.learns_from,
         )  # fmt: skip
         entry = found["objectives"][objective.name]
         coefficients = {key: entry["coefficients"][key] for key in ("mean", "cv", "ess_fraction")}

@@ -30,11 +30,11 @@ def write_report(directory: Path) -> None:
     write_document(directory, f"{found['experiment']}: variance · rlzoo", blocks)
 
 
-def number(value: float | None) -> str:
-    """Three digits, with separators where they are whole thousands."""
+def number(value: float | None, digits: int = 3) -> str:
+    """A few digits, with separators where they are whole thousands."""
     if value is None:
         return NONE
-    text = f"{value:,.0f}" if 1000 <= abs(value) < 1e6 else f"{value:.3g}"
+    text = f"{value:,.0f}" if 10**digits <= abs(value) < 1e6 else f"{value:.{digits}g}"
     return text.replace("-", "−")
 
 
@@ -44,8 +44,10 @@ def estimate(found: Mapping[str, Any] | None) -> str:
         return NONE
     if found["ci_low"] is None and found["ci_high"] is None:
         return number(found["value"])
-    low, high = number(found["ci_low"]), "∞" if found["ci_high"] is None else number(found["ci_high"])
-    return number(found["value"]) if low == high else f"{number(found['value'])} [{low}, {high}]"
+    if found["ci_low"] == found["ci_high"]:
+        return number(found["value"])
+    low, high = (NONE if end is None else number(end, 2) for end in (found["ci_low"], found["ci_high"]))
+    return f"{number(found['value'])} [{low}, {'∞' if found['ci_high'] is None else high}]"
 
 
 def _noise(key: str) -> Callable[[Found], str]:
@@ -77,7 +79,8 @@ MOMENT_COLUMNS: dict[str, Callable[[Found], str]] = {
     "Σ tr Cov": lambda entry: number(entry["token_moments"]["predicted_trace_cov"]),
     "where p ≥ 0.01": lambda entry: number((entry["token_moments"]["comparable"] or {}).get("predicted")),
     "by Monte Carlo": lambda entry: _monte_carlo(entry["token_moments"]["comparable"]),
-    "slope": _slope,
+    "slope at equal S": _slope,
+    "with S": lambda entry: number(entry["token_moments"].get("slope_raw")),
     "log10 E[w²]": lambda entry: number((entry["importance_weights"] or {}).get("log10_second_moment")),
 }
 
@@ -86,7 +89,16 @@ def _monte_carlo(comparable: Found | None) -> str:
     return NONE if comparable is None else estimate({**comparable, "value": comparable["monte_carlo"]})
 
 
-IN_TERMINAL = ("norm / SFT's", "cosine to SFT", "noise scale (units)", "mean c", "cv", "ESS", "Σ tr Cov", "slope")
+IN_TERMINAL = (
+    "norm / SFT's",
+    "cosine to SFT",
+    "noise scale (units)",
+    "mean c",
+    "cv",
+    "ESS",
+    "Σ tr Cov",
+    "slope at equal S",
+)
 
 
 def report_tables(found: Found) -> list[rich.table.Table]:
@@ -122,7 +134,9 @@ def contents(found: Found) -> Iterator[Block]:
     yield Paragraph(
         "SFT can be read as a policy gradient that samples a token y from the policy and weighs it by 1[y = y*]/π(y*), "
         "y* being the expert's token. For one prefix that estimator has the variance S(1−p)/p, with p = π(y*) and S "
-        "the squared norm of ∇ log π(y*) in the logits: unbounded as p → 0. DFT's weight p turns it into p(1−p)S."
+        "the squared norm of ∇ log π(y*) in the logits: unbounded as p → 0. DFT's weight p turns it into p(1−p)S. The "
+        "slope is that of log(tr Cov / S) against log p over tokens with p ≤ 0.1: a property of how the coefficient "
+        "depends on p, not of the model. With S left in, the tokens' differences in S bend it."
     )
     yield _table(found, MOMENT_COLUMNS)
     yield from _figure(

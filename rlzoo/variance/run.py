@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
-from concurrent.futures.process import BrokenProcessPool
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
 
 import pydantic
+import torch
 from pydantic import Field
 from rich.console import Console
 
@@ -22,12 +22,13 @@ from rlzoo.config import Experiment, Positive
 from rlzoo.errors import UserError
 from rlzoo.outputs import new_output, write_atomically
 from rlzoo.policy import load_policy
-from rlzoo.training import train, with_reference
+from rlzoo.training import Trainer, with_reference
+from rlzoo.training.batches import BufferSource
 from rlzoo.types import Need
 from rlzoo.variance.analyzer import analyze_variance
 from rlzoo.variance.probe import VarianceProbe
 from rlzoo.variance.report import write_report
-from rlzoo.variance.subjects import BLOCKS
+from rlzoo.variance.scoring import BLOCKS
 
 Report = Callable[[float, str], None]
 
@@ -37,7 +38,7 @@ class VarianceSettings(pydantic.BaseModel):
 
     model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
 
-    rows: Positive = 256
+    rows: Positive = 512
     """Rows an objective is measured on, in whole units."""
     draws: Annotated[int, Field(ge=0)] = 4096
     """Monte-Carlo samples a token, at least 256; 0 for none."""
@@ -71,6 +72,7 @@ def run_variance(
     """
     started = time.perf_counter()
     settings, console = settings or VarianceSettings(), console or Console(stderr=True)
+    experiment = _cut(experiment, settings.rows)
     with new_output(out):
         check(experiment)
         with pool(min(workers or default_workers(), 1 + len(experiment.algorithms)), threads, console) as processes:
@@ -85,8 +87,20 @@ def run_variance(
             **found,
         }
         write_atomically(out / "variance.json", json.dumps(found, indent=1, allow_nan=False))
-        write_report(out)
+    write_report(out)
     return found
+
+
+def _cut(experiment: Experiment, rows: int) -> Experiment:
+    """The experiment with no more problems than an analysis of so many rows is worth."""
+    train, rollouts = experiment.train, experiment.rollouts
+    problems, prompts = 4 * rows, rows
+    return experiment.model_copy(
+        update={
+            "train": train.model_copy(update={"limit": min(train.limit or problems, problems)}),
+            "rollouts": rollouts.model_copy(update={"prompts": min(rollouts.prompts or prompts, prompts)}),
+        }
+    )
 
 
 def _run(
@@ -99,33 +113,32 @@ def _run(
 ) -> dict[str, Any]:
     first = processes.submit("buffer", fill, experiment, folder, given)
     for _, done in processes.gather({first: "buffer"}):
-        rows = _result(done)
+        if (error := done.exception()) is not None:
+            raise UserError(why(error)) from None
+        rows = done.result()
     tell = f"{experiment.name}: {rows} rows, {len(experiment.algorithms)} objectives; writing to {folder.parent}"
     console.print(tell, style="bold", highlight=False, markup=False, soft_wrap=True)
     jobs = {processes.submit("analysis", measure, experiment, folder, settings): "analysis"}
+    offline = [name for name, row in experiment.algorithms.items() if row.mode == "offline"]
     if settings.every:
-        jobs |= {processes.submit(n, along_training, experiment, n, folder, settings): n for n in experiment.algorithms}
-    found: dict[str, Any] = {}
-    training: dict[str, Any] = {}
-    failed: dict[str, str] = {}
+        jobs |= {processes.submit(n, along_training, experiment, n, folder, settings): n for n in offline}
+    results: dict[str, Any] = {}
+    errors: dict[str, BaseException] = {}
     for name, done in processes.gather(jobs):
         error = done.exception()
-        if name == "analysis":
-            found = _result(done)
-        elif error is None:
-            training[name] = done.result()
-        elif name not in found.get("skipped", {}):
-            failed[name] = why(error)
+        if error is None:
+            results[name] = done.result()
+        else:
+            errors[name] = error
         console.print(f"  {name}: {'done' if error is None else why(error)}", highlight=False, markup=False)
-    ordered = {name: training[name] for name in experiment.algorithms if name in training}
-    return {**found, "training": ordered, "failed": failed}
-
-
-def _result(done: Any) -> Any:
-    error = done.exception()
-    if isinstance(error, BrokenProcessPool):
-        raise UserError(why(error)) from None
-    return done.result()
+    if "analysis" in errors:
+        raise UserError(why(errors["analysis"])) from None
+    found = results.pop("analysis")
+    return {
+        **found,
+        "training": {name: results[name] for name in offline if name in results},
+        "failed": {name: why(error) for name, error in errors.items() if name not in found["skipped"]},
+    }
 
 
 def fill(experiment: Experiment, folder: Path, given: str | None, report: Report) -> int:
@@ -151,6 +164,7 @@ def measure(experiment: Experiment, folder: Path, settings: VarianceSettings, re
         rows=settings.rows,
         draws=settings.draws,
         seed=settings.seed,
+        learns_from={name: work.selection_of(experiment, name)[0] for name in experiment.algorithms},
         token_budget=experiment.training.token_budget,
         progress=report,
     )
@@ -161,11 +175,17 @@ def along_training(
 ) -> list[dict[str, Any]]:
     """One objective's measurements along its training on the fixed buffer."""
     objective, buffer = work.objective_of(experiment, name), OfflineBuffer.load(folder)
+    selection, options = work.selection_of(experiment, name)
     training = experiment.training_of(name)
     training = training.model_copy(update={"learning_rate": experiment.learning_rates_of(name)[0]})
+    torch.manual_seed(settings.seed)
     policy = load_policy(experiment.model, training.dtype)
-    probe = VarianceProbe(buffer, settings.every, settings.probe_rows, settings.seed, training.token_budget)
+    probe = VarianceProbe(buffer, settings.every, settings.probe_rows, settings.seed, training.token_budget, selection)
     probe.measure(policy, objective, 0)
-    tell = lambda _, step: report(step / training.steps, f"step {step}/{training.steps}")  # noqa: E731
-    train(policy, objective, buffer, training, settings.seed, [tell, probe])
+
+    def tell(_: Trainer, step: int) -> None:
+        report(step / training.steps, f"step {step}/{training.steps}")
+
+    source = BufferSource(buffer, buffer.view(selection, **options), training.batch_size, settings.seed)
+    Trainer(policy, objective, source, training, [tell, probe]).run()
     return probe.records

@@ -9,24 +9,23 @@ from typing import ClassVar
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
-from rlzoo.buffers import Buffer
+from rlzoo.buffers import Buffer, View
 from rlzoo.errors import UserError
 from rlzoo.objective import Objective, get_objective, surrogate_of
-from rlzoo.policy import Policy, Sequences
-from rlzoo.policy.policy import token_batches
+from rlzoo.policy import Policy
+from rlzoo.registry import told
 from rlzoo.training.batches import static_batch
-from rlzoo.types import STATISTICS, Coefficients, Need, Selection, TokenBatch, Trajectory
+from rlzoo.types import STATISTICS, Coefficients, Need, Selection, TokenBatch
 from rlzoo.variance.gradients import Task
-from rlzoo.variance.moments import TokenTable
+from rlzoo.variance.scoring import Scored
 
 BASELINE = "(demonstrations)"
 """The name of what cosines and norm ratios are taken to, where no objective that is analysed is the same."""
-BLOCKS = 128
-"""Independent Monte-Carlo estimates that the draws of a token are split into."""
 SINGLE_ROWS = (Selection.DEMONSTRATIONS, Selection.CORRECT)
+LearnsFrom = Selection | Mapping[str, Selection] | None
 
 
 @dataclass(frozen=True)
@@ -40,23 +39,11 @@ class Likelihood(Objective):
 
 
 @dataclass
-class Scored:
-    """What forward passes say of some rows, in lists by row: n completion tokens each."""
-
-    rows: list[Trajectory]
-    logp: list[Float[Tensor, " n"]]
-    statistics: dict[str, list[Float[Tensor, " n"]]]
-    value: list[Float[Tensor, " n"]] | None
-    reference: list[Float[Tensor, " n"]] | None
-    hits: dict[str, dict[int, Int[np.ndarray, "n R"]]]
-    """By objective and row: draws that hit the token, by block."""
-
-
-@dataclass
 class Subject:
     """One objective with the rows that it is measured on."""
 
     objective: Objective
+    selection: Selection
     units: list[tuple[int, ...]]
     """Rows of each unit, as indices into the rows of `Scored`."""
 
@@ -67,7 +54,7 @@ class Subject:
     @property
     def weighs_experts(self) -> bool:
         """Whether its coefficient weighs an expert's token, which the token moments ask for."""
-        return self.objective.learns_from is Selection.DEMONSTRATIONS
+        return self.selection is self.objective.learns_from is Selection.DEMONSTRATIONS
 
 
 @dataclass
@@ -77,8 +64,6 @@ class Weighed:
     batch: TokenBatch
     coefficients: Coefficients
     task: Task
-    scaled: Float[Tensor, "R T"]
-    """∂ loss / ∂ log π, scaled as the gradients are."""
 
 
 def named_objectives(objectives: Sequence[str | Objective] | Mapping[str, Objective]) -> dict[str, Objective]:
@@ -98,35 +83,52 @@ def named_objectives(objectives: Sequence[str | Objective] | Mapping[str, Object
 
 
 def subjects_of(
-    named: Mapping[str, Objective], buffer: Buffer, rows: int, seed: int, learns_from: Selection | None
+    named: Mapping[str, Objective], buffer: Buffer, rows: int, seed: int, learns_from: LearnsFrom
 ) -> tuple[list[int], dict[str, Subject], dict[str, str]]:
-    """The buffer's rows that are used, each objective's units among them, and why some have none."""
-    wanted = dict(named)
-    wanted[BASELINE] = Likelihood()
+    """The buffer's rows that are used, each objective's units among them, and why some objectives have none.
+
+    The last subject is the baseline, if there are demonstrations.
+    """
     chosen: dict[str, list[tuple[int, ...]]] = {}
     skipped: dict[str, str] = {}
-    for name, objective in wanted.items():
-        selection, options = objective.learns_from, dict(objective.view_options)
-        if learns_from in SINGLE_ROWS and selection in SINGLE_ROWS and selection is not learns_from:
-            selection, options = learns_from, {}
+    selections = {name: view_of(name, objective, learns_from)[0] for name, objective in named.items()}
+    for name, objective in named.items():
         try:
-            chosen[name] = _sample(buffer.view(selection, **options).units, rows, seed)
+            selection, options = view_of(name, objective, learns_from)
+            chosen[name] = _sample(buffer.view(selection, **options), rows, seed)
         except UserError as error:
-            if name in named:
-                skipped[name] = str(error)
-    if not set(chosen) & set(named):
+            skipped[name] = str(error)
+    if not chosen:
         raise UserError(next(iter(skipped.values())))
+    wanted = dict(named)
+    try:
+        chosen[BASELINE] = _sample(buffer.view(Selection.DEMONSTRATIONS), rows, seed)
+        wanted[BASELINE], selections[BASELINE] = Likelihood(), Selection.DEMONSTRATIONS
+    except UserError:
+        pass  # then nothing is compared with it
     picked = sorted({row for units in chosen.values() for unit in units for row in unit})
     place = {row: i for i, row in enumerate(picked)}
     subjects = {
-        name: Subject(wanted[name], [tuple(place[row] for row in unit) for unit in units])
+        name: Subject(wanted[name], selections[name], [tuple(place[row] for row in unit) for unit in units])
         for name, units in chosen.items()
     }
     return picked, subjects, skipped
 
 
-def _sample(units: Sequence[tuple[int, ...]], rows: int, seed: int) -> list[tuple[int, ...]]:
+def view_of(name: str, objective: Objective, learns_from: LearnsFrom) -> tuple[Selection, Mapping[str, object]]:
+    """The view that an objective is measured on, with its options: its own, or another of single rows."""
+    asked = learns_from.get(name) if isinstance(learns_from, Mapping) else learns_from
+    own = objective.learns_from
+    if asked is None or asked is own or (own not in SINGLE_ROWS and not isinstance(learns_from, Mapping)):
+        return own, objective.view_options
+    if asked not in SINGLE_ROWS or own not in SINGLE_ROWS:
+        raise UserError(f"{name}: learns_from is demonstrations or correct, for objectives of single rows")
+    return asked, {}
+
+
+def _sample(view: View, rows: int, seed: int) -> list[tuple[int, ...]]:
     """Units drawn at random until they have ``rows`` rows, in the buffer's order."""
+    units = view.units
     order = random.Random(seed).sample(range(len(units)), len(units))
     kept, held = [], 0
     for index in order:
@@ -137,75 +139,23 @@ def _sample(units: Sequence[tuple[int, ...]], rows: int, seed: int) -> list[tupl
     return [units[index] for index in sorted(kept)]
 
 
-@torch.no_grad()
-def score(
-    policy: Policy,
-    rows: list[Trajectory],
-    needs: frozenset[Need],
-    experts: Mapping[str, set[int]],
-    draws: int,
-    seed: int,
-    reference: Policy | None,
-    token_budget: int,
-) -> Scored:
-    """One forward pass over the rows, with ``draws`` samples a token for each objective that weighs experts."""
-    statistics = sorted({Need.SQUARE_MASS, *(n for n in STATISTICS if n in needs)}, key=lambda need: need.value)
-    training = policy.training
-    policy.eval()
-    names = [need.value for need in statistics]
-    flat: dict[str, list[Tensor]] = {name: [torch.empty(0)] * len(rows) for name in ("logp", *names, "value", "other")}
-    hits: dict[str, dict[int, Int[np.ndarray, "n R"]]] = {name: {} for name in experts}
-    draw = {
-        name: torch.Generator(policy.device).manual_seed(seed * 1000 + number) for number, name in enumerate(experts)
-    }
-    has_value = False
-    everyone = set().union(*experts.values()) if draws else set()
-    for batch in token_batches([(i,) for i in range(len(rows))], [_length(row) for row in rows], token_budget):
-        sequences = Sequences.collate(
-            [rows[i].prompt_ids for i in batch], [rows[i].completion_ids for i in batch], policy.device
-        )
-        sampled: dict[str, list[Tensor]] = {name: [] for name in experts}
-
-        def look(logits: Tensor, _: Tensor | None, target: Tensor, into: dict[str, list[Tensor]] = sampled) -> None:
-            probability = logits.softmax(1)
-            for name, chosen in into.items():
-                drawn = torch.multinomial(probability, draws, replacement=True, generator=draw[name])
-                some = (drawn == target[:, None])[:, : draws // BLOCKS * BLOCKS]
-                chosen.append(some.view(len(target), BLOCKS, -1).sum(2, dtype=torch.int32).cpu())
-
-        term = look if everyone.intersection(batch) else None
-        scores = policy(sequences, statistics=statistics, term=term)
-        columns = {"logp": scores.logp, **scores.statistics}
-        if scores.value is not None:
-            columns["value"], has_value = scores.value, True
-        if reference is not None:
-            columns["other"] = reference(sequences).logp
-        for place, row in enumerate(batch):
-            for name, values in columns.items():
-                flat[name][row] = values[place, : len(rows[row].completion_ids)]
-        lengths = [len(rows[i].completion_ids) for i in batch]
-        for name, parts in sampled.items():
-            if parts:
-                for row, part in zip(batch, torch.split(torch.cat(parts), lengths), strict=True):
-                    if row in experts[name]:
-                        hits[name][row] = part.numpy()
-    policy.train(training)
-    return Scored(
-        rows,
-        flat["logp"],
-        {name: flat[name] for name in names},
-        flat["value"] if has_value else None,
-        flat["other"] if reference is not None else None,
-        hits,
-    )
-
-
-def _length(row: Trajectory) -> int:
-    return len(row.prompt_ids) + len(row.completion_ids)
-
-
 def weigh(policy: Policy, subject: Subject, scored: Scored) -> Weighed:
-    """The objective's coefficients on all its rows as one batch, and the weights that its surrogate puts on ∇ log π."""
+    """The objective's coefficients on all its rows as one batch, and the weights that its surrogate puts on ∇ log π.
+
+    Raises UserError where the objective fails on the batch or gives a coefficient that is not finite.
+    """
+    try:
+        found = _weigh(policy, subject, scored)
+    except UserError:
+        raise
+    except Exception as error:  # of an objective of a user's own
+        raise UserError(f"objective {subject.objective.name!r} failed: {told(error)}") from error
+    if not torch.isfinite(found.coefficients.values[found.batch.mask]).all():
+        raise UserError(f"objective {subject.objective.name!r} gives coefficients that are not finite")
+    return found
+
+
+def _weigh(policy: Policy, subject: Subject, scored: Scored) -> Weighed:
     objective, chosen = subject.objective, subject.rows
     place = {row: i for i, row in enumerate(chosen)}
     rows, units = [scored.rows[i] for i in chosen], [tuple(place[row] for row in unit) for unit in subject.units]
@@ -243,7 +193,7 @@ def weigh(policy: Policy, subject: Subject, scored: Scored) -> Weighed:
         objective.logit_term if has_term else None,
         row_weight[:, 0] if has_term and row_weight is not None else None,
     )
-    return Weighed(batch, found, task, gradients[0] * scale)
+    return Weighed(batch, found, task)
 
 
 def baseline(weighed: Mapping[str, Weighed]) -> str | None:
@@ -266,7 +216,8 @@ def _filled(objective: Objective, batch: TokenBatch, chosen: Sequence[int], scor
     """The batch with all that the objective may look at."""
     needs = objective.requires
 
-    def table(values: Sequence[Tensor]) -> Tensor:
+    def table(name: str) -> Tensor:
+        values = scored.columns[name]
         out = values[0].new_zeros(batch.mask.shape)
         for place, row in enumerate(chosen):
             out[place, : len(values[row])] = values[row]
@@ -274,13 +225,13 @@ def _filled(objective: Objective, batch: TokenBatch, chosen: Sequence[int], scor
 
     if Need.BEHAVIOUR in needs and batch.behaviour_logp is None:
         raise UserError("the buffer has no behaviour log-probs: fill it with `rlzoo rollout`, which records them")
-    logp = table(scored.logp)
+    logp = table("logp")
     stored = batch.reference_logp
     if Need.EMA_REFERENCE in needs or stored is None:
-        stored = logp if scored.reference is None else table(scored.reference)
+        stored = table("reference") if "reference" in scored.columns else logp
     value = None
     if Need.CRITIC in needs:
-        value = torch.zeros_like(logp) if scored.value is None else table(scored.value)
+        value = table("value") if "value" in scored.columns else torch.zeros_like(logp)
     return replace(
         batch,
         logp=logp,
@@ -288,7 +239,7 @@ def _filled(objective: Objective, batch: TokenBatch, chosen: Sequence[int], scor
         snapshot_logp=logp,
         value=value,
         old_value=value,
-        statistics={name: table(values) for name, values in scored.statistics.items()},
+        statistics={need.value: table(need.value) for need in STATISTICS if need in needs},
     )
 
 
@@ -296,14 +247,3 @@ def tokens_of(values: Float[Tensor, "B T"], batch: TokenBatch) -> Float[np.ndarr
     """The completion tokens' values, one after the other."""
     found: Float[np.ndarray, " N"] = values[batch.mask].double().cpu().numpy()
     return found
-
-
-def token_table(scored: Scored, rows: Sequence[int]) -> TokenTable:
-    """The completion tokens of some rows, one after the other."""
-
-    def flat(values: Sequence[Tensor]) -> Float[np.ndarray, " N"]:
-        found: Float[np.ndarray, " N"] = torch.cat([values[r] for r in rows]).double().cpu().numpy()
-        return found
-
-    row = np.repeat(np.arange(len(rows)), [len(scored.logp[r]) for r in rows])
-    return TokenTable(row, flat(scored.logp), flat(scored.statistics[Need.SQUARE_MASS.value]))
