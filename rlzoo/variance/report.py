@@ -38,16 +38,15 @@ def number(value: float | None, digits: int = 3) -> str:
     return text.replace("-", "−")
 
 
-def estimate(found: Mapping[str, Any] | None) -> str:
-    """A value with its interval in brackets; an interval without an end is open there."""
+def estimate(found: Mapping[str, Any] | None, digits: int = 2) -> str:
+    """A value with its interval in brackets; an interval without an end is open there, one without a width left out."""
     if found is None or found["value"] is None:
         return NONE
-    if found["ci_low"] is None and found["ci_high"] is None:
-        return number(found["value"])
-    if found["ci_low"] == found["ci_high"]:
-        return number(found["value"])
-    low, high = (NONE if end is None else number(end, 2) for end in (found["ci_low"], found["ci_high"]))
-    return f"{number(found['value'])} [{low}, {'∞' if found['ci_high'] is None else high}]"
+    value, low, high = number(found["value"]), found["ci_low"], found["ci_high"]
+    if low is None and high is None:
+        return value
+    ends = NONE if low is None else number(low, digits), "∞" if high is None else number(high, digits)
+    return value if ends[0] == ends[1] else f"{value} [{ends[0]}, {ends[1]}]"
 
 
 def _noise(key: str) -> Callable[[Found], str]:
@@ -57,7 +56,7 @@ def _noise(key: str) -> Callable[[Found], str]:
 def _slope(entry: Found) -> str:
     moments = entry["token_moments"]
     interval = moments.get("slope_ci") or (None, None)
-    return estimate({"value": moments["slope"], "ci_low": interval[0], "ci_high": interval[1]})
+    return estimate({"value": moments["slope"], "ci_low": interval[0], "ci_high": interval[1]}, digits=3)
 
 
 NOISE_COLUMNS: dict[str, Callable[[Found], str]] = {
