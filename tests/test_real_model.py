@@ -17,13 +17,15 @@ from typing import Any
 import pytest
 import torch
 
-from rlzoo import OfflineBuffer, Policy, get_objective, get_reward, load_policy, train
+from rlzoo import OfflineBuffer, Policy, analyze_variance, get_objective, get_reward, load_policy, train
 from rlzoo.buffers import Buffer
 from rlzoo.cli import main
 from rlzoo.config import Experiment, Rollouts, load_experiment
+from rlzoo.policy import Sequences
 from rlzoo.problems import Problem, demonstrations, encode_problems, load_problems
 from rlzoo.rollout import TransformersSampler, collect_rollouts
 from rlzoo.training.trainer import with_reference
+from rlzoo.types import Selection
 
 pytestmark = [pytest.mark.real_model, pytest.mark.slow]
 
@@ -143,6 +145,27 @@ def test_two_steps(name: str, base: Policy, buffer: Buffer, experiment: Experime
     for (which, before), after in zip(base.model.named_parameters(), policy.model.parameters(), strict=True):
         assert after.isfinite().all(), which
         assert not torch.equal(before, after), f"{which} has not been trained"
+
+
+def test_the_gradients_of_its_rows_are_measured(base: Policy, buffer: Buffer) -> None:
+    """The analyzer's norms, and its mean gradient, against one ordinary backward pass a row."""
+    found = analyze_variance(base, OBJECTIVES, buffer, rows=3, draws=256, token_budget=512)
+    assert found["skipped"] == {} and len(found["layers"]) == 32  # the tied embedding, 30 blocks, the last norm
+    rows = [buffer[i] for (i,) in buffer.view(Selection.DEMONSTRATIONS).units]
+    count = found["objectives"]["sft"]["rows"]
+    squares = []
+    for row in rows:
+        sequences = Sequences.collate([row.prompt_ids], [row.completion_ids], base.device)
+        base.zero_grad(set_to_none=True)
+        torch.autograd.backward(base(sequences).logp.sum())
+        squares.append(sum(float(p.grad.double().square().sum()) for p in base.parameters() if p.grad is not None))
+    base.zero_grad(set_to_none=True)
+    exact = found["objectives"]["sft"]["proxies"]["units"]["exact"]
+    assert len(exact) == count == 3
+    tokens = sum(len(row.completion_ids) for row in rows)
+    for square in exact:  # three of the four rows, scaled by rows over their tokens
+        scale = [s * (count / (tokens - len(left.completion_ids))) ** 2 for left in rows for s in squares]
+        assert min(abs(square / s - 1) for s in scale) < 1e-4
 
 
 def test_compare_from_the_command_line(

@@ -21,6 +21,7 @@ from rlzoo.variance import analyze_variance, gradients, pieces
 from rlzoo.variance.gradients import GradientMeter, Task, UnitGradients
 from rlzoo.variance.modules import Modules
 from rlzoo.variance.noise import gradient_squared_norm, trace_cov
+from rlzoo.variance.over_data import default_held, portions
 from rlzoo.variance.scoring import score
 from rlzoo.variance.subjects import named_objectives, subjects_of, weigh
 
@@ -502,6 +503,15 @@ def test_two_passes_say_what_one_says(make_model: MakeModel) -> None:
     assert set(one["cosines"]["dft"]) == set(names)
     with pytest.raises(UserError, match="means_held = 1"):
         analyze_variance(policy, names, buffer, draws=0, means_held=1)
+
+
+def test_means_are_held_as_memory_allows() -> None:
+    small, large = torch.empty(10), torch.empty(2**27, dtype=torch.bfloat16, device="meta")  # 512 MB in float32
+    assert default_held([small], 7) == 7 and default_held([large], 4) == 4
+    assert default_held([large], 7) == 3 and default_held([large, large], 3) == 3
+    assert portions(["a", "x", "b", "c"], "x", 3) == [["x", "a", "b"], ["c"]]
+    assert portions(["a", "b", "c"], None, 2) == [["a", "b"], ["c"]]
+    assert portions(["x"], "x", 2) == [["x"]]
 
 
 def assert_close_nested(a: Any, b: Any) -> None:

@@ -80,8 +80,12 @@ MOMENT_COLUMNS: dict[str, Callable[[Found], str]] = {
     "by Monte Carlo": lambda entry: _monte_carlo(entry["token_moments"]["comparable"]),
     "slope at equal S": _slope,
     "with S": lambda entry: number(entry["token_moments"].get("slope_raw")),
-    "log10 E[w²]": lambda entry: number((entry["importance_weights"] or {}).get("log10_second_moment")),
+    "E[w²]": lambda entry: _power((entry["importance_weights"] or {}).get("log10_second_moment")),
 }
+
+
+def _power(exponent: float | None) -> str:
+    return NONE if exponent is None else number(10**exponent) if exponent < 300 else f"10^{exponent:.0f}"
 
 
 def _monte_carlo(comparable: Found | None) -> str:
@@ -135,7 +139,8 @@ def contents(found: Found) -> Iterator[Block]:
         "y* being the expert's token. For one prefix that estimator has the variance S(1−p)/p, with p = π(y*) and S "
         "the squared norm of ∇ log π(y*) in the logits: unbounded as p → 0. DFT's weight p turns it into p(1−p)S. The "
         "slope is that of log(tr Cov / S) against log p over tokens with p ≤ 0.1: a property of how the coefficient "
-        "depends on p, not of the model. With S left in, the tokens' differences in S bend it."
+        "depends on p, not of the model. With S left in, the tokens' differences in S bend it. w = c/p is the "
+        "importance weight, and E[w²] = c²/p its second moment under the policy, in the mean over tokens."
     )
     yield _table(found, MOMENT_COLUMNS)
     yield from _figure(
@@ -174,7 +179,7 @@ def _answer(found: Found) -> Iterator[Block]:
     if probabilities:
         p = probabilities["p"]
         yield Paragraph(
-            f"The experts' {probabilities['tokens']:,} tokens have a median probability of {number(p['0.5'])}; the "
+            f"The experts' {probabilities['tokens']:,} tokens have a median probability of {p['0.5']:.4f}; the "
             f"rarest has {number(p['0'])}, where SFT read as a policy gradient weighs by {number(1 / p['0'])}.",
             lead=True,
         )
