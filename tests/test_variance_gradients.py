@@ -18,7 +18,7 @@ from rlzoo.objective import Objective, get_objective, list_objectives, surrogate
 from rlzoo.policy import Policy, Sequences
 from rlzoo.types import Coefficients, Need, Selection, TokenBatch, Trajectory
 from rlzoo.variance import analyze_variance, gradients, pieces
-from rlzoo.variance.gradients import GradientMeter, Task, UnitGradients
+from rlzoo.variance.gradients import GradientMeter, Task, UnitGradients, shared_passes
 from rlzoo.variance.modules import Modules
 from rlzoo.variance.noise import gradient_squared_norm, trace_cov
 from rlzoo.variance.over_data import default_held, portions
@@ -512,6 +512,31 @@ def test_means_are_held_as_memory_allows() -> None:
     assert portions(["a", "x", "b", "c"], "x", 3) == [["x", "a", "b"], ["c"]]
     assert portions(["a", "b", "c"], None, 2) == [["a", "b"], ["c"]]
     assert portions(["x"], "x", 2) == [["x"]]
+
+
+def test_proportional_weights_share_a_backward_pass(make_model: MakeModel) -> None:
+    policy = make_model("gpt2")
+    rows, weight = random_rows(policy)
+    by_row = by_torch_func(policy, rows, weight)
+    scale = torch.linspace(-2, 3, ROWS, dtype=torch.float64)[:, None]
+    some = torch.zeros(ROWS, 1, dtype=torch.float64).index_fill(0, torch.tensor([2, 5, 7]), 1.0)
+    late = torch.zeros(ROWS, 1, dtype=torch.float64).index_fill(0, torch.tensor([0, 1]), 1.0)
+    weights = {"some": weight * some, "all": weight * scale, "square": weight.square(), "late": weight * late}
+    passes = shared_passes({name: Task(UNITS["rows"], w) for name, w in weights.items()})
+    assert [set(shared.scale) for shared in passes] == [{"some", "all", "late"}, {"square"}]
+    for shared in passes:
+        for name, numbers in shared.scale.items():
+            torch.testing.assert_close(numbers[:, None] * shared.weight, weights[name])
+    for units in UNITS.values():
+        together = GradientMeter(policy).measure(rows, {n: Task(units, w) for n, w in weights.items()}, 60)
+        for name, w in weights.items():
+            alone = GradientMeter(policy).measure(rows, {name: Task(units, w)}, 60)[name]
+            torch.testing.assert_close(together[name].squared_norm, alone.squared_norm, rtol=1e-10, atol=1e-15)
+            torch.testing.assert_close(together[name].mean, alone.mean, rtol=1e-9, atol=1e-12)
+    scaled = {name: g * scale.view(-1, *[1] * (g.ndim - 1)) for name, g in by_row.items()}
+    assert_equal(
+        GradientMeter(policy).measure(rows, {n: Task(UNITS["rows"], w) for n, w in weights.items()})["all"], scaled
+    )
 
 
 def assert_close_nested(a: Any, b: Any) -> None:

@@ -1,4 +1,4 @@
-"""The gradient of every unit of a batch by its norm alone: one backward pass an objective, over one shared forward.
+"""The gradient of every unit of a batch by its norm alone: at most one backward pass an objective, and one forward.
 
 A unit is what the optimizer draws as a whole: a row, a pair, a group. Inside a layer y = W x the gradient of a unit is
 Σ_t e_t x_tᵀ over its positions, with e the gradient at y, so its norm follows from what a backward pass has in hand
@@ -45,6 +45,41 @@ class Task:
     term: LogitTerm | None = None
     """A loss a position over the full vocabulary."""
     term_weight: Float[Tensor, " R"] | None = None
+
+
+@dataclass
+class Pass:
+    """Tasks that share a backward pass: in every row, the weights of each are those of the pass times one number."""
+
+    weight: Float[Tensor, "R T"]
+    scale: dict[str, Float[Tensor, " R"]]
+    """By task: the number of each row; 0 where the task has no weight."""
+    alone: bool = False
+    """Whether more than weights on ∇ log π pulls on the hidden states, which is not shared."""
+
+    def join(self, name: str, weight: Float[Tensor, "R T"]) -> bool:
+        """Take a task in if its weights are proportional in each row that others use already."""
+        used, wanted = (w.abs().amax(1) > 0 for w in (self.weight, weight))
+        scale = (weight * self.weight).sum(1) / self.weight.square().sum(1).clamp(min=torch.finfo(weight.dtype).tiny)
+        rest = (weight - scale[:, None] * self.weight).abs().amax(1)
+        near = rest <= 16 * torch.finfo(weight.dtype).eps * weight.abs().amax(1)
+        if self.alone or not bool(near[used & wanted].all()):
+            return False
+        free = wanted & ~used
+        self.weight = torch.where(free[:, None], weight, self.weight)
+        self.scale[name] = torch.where(free, 1, torch.where(wanted, scale, 0))
+        return True
+
+
+def shared_passes(tasks: Mapping[str, Task]) -> list[Pass]:
+    """As few backward passes as it takes: a coefficient that is constant over a row only scales that row's gradient."""
+    passes: list[Pass] = []
+    for name, task in tasks.items():
+        alone = task.term is not None or task.value_weight is not None
+        if alone or not any(known.join(name, task.weight) for known in passes):
+            used = task.weight.abs().amax(1) > 0
+            passes.append(Pass(task.weight, {name: (used | alone).to(task.weight.dtype)}, alone))
+    return passes
 
 
 @dataclass
@@ -136,8 +171,8 @@ class _Measurement:
         self.found = {name: self._empty(task) for name, task in tasks.items()}
         self._unit_of = {n: {row: u for u, unit in enumerate(t.units) for row in unit} for n, t in tasks.items()}
         self._leaves: list[Tensor] = []
-        self._task = ""
-        self._blocks: list[Block] = []
+        self._passes = shared_passes(tasks)
+        self._members: list[tuple[str, list[Block], Tensor | None]] = []
         self._head: _HeadPass
 
     def _empty(self, task: Task) -> UnitGradients:
@@ -149,19 +184,22 @@ class _Measurement:
         )
 
     def micro_batch(self, rows: Sequence[Trajectory], batch: Sequence[int]) -> None:
-        """Forward once, then backward for each task that has units here."""
+        """Forward once, then backward for each pass with tasks that have units here."""
         policy = self.meter.policy
         sequences = Sequences.collate(
             [rows[i].prompt_ids for i in batch], [rows[i].completion_ids for i in batch], policy.device
         )
         blocks = {name: found for name in self.tasks if (found := self._blocks_of(name, batch))}
         hidden = self._forward(sequences)
-        self._head = _HeadPass(self, sequences, hidden.detach(), batch, blocks)
-        for number, name in enumerate(blocks):
-            self._task, self._blocks = name, blocks[name]
-            pull = self._head.pull.pop(name).to(hidden.dtype)
+        passes = [shared for shared in self._passes if not blocks.keys().isdisjoint(shared.scale)]
+        self._head = _HeadPass(self, sequences, hidden.detach(), batch, blocks, passes)
+        index = torch.as_tensor(batch, device=policy.device)
+        for number, shared in enumerate(passes):
+            scales = {name: scale[index] for name, scale in shared.scale.items() if name in blocks}
+            self._members = [(n, blocks[n], None if bool((s == 1).all()) else s) for n, s in scales.items()]
+            pull = self._head.pull[number].to(hidden.dtype)
             if hidden.requires_grad:  # else only the output layer trains
-                torch.autograd.grad(hidden, self._leaves, pull, retain_graph=number + 1 < len(blocks))
+                torch.autograd.grad(hidden, self._leaves, pull, retain_graph=number + 1 < len(passes))
         self._leaves = []
         del self._head  # it knows this measurement, whose means would live on in the circle
         self.meter.modules.forget()
@@ -198,13 +236,15 @@ class _Measurement:
         register(lambda e: self._receive(covered, e.detach()))
 
     def _receive(self, covered: Covered, e: Tensor) -> None:
-        """The gradient at a module's output, for the task whose backward pass runs."""
+        """The gradient at a module's output, for the tasks whose backward pass runs."""
         e = covered.by_row(e, *self._head.shape)
-        for block in self._blocks:
-            for name, piece in covered.pieces(block, e):
-                self.add(self._task, name, covered.layer, block.units, piece)
-        if covered is self.meter.modules.tied:
-            self._head.cross(self._task, covered, e)
+        for task, blocks, scale in self._members:
+            own = e if scale is None else e * scale.to(e.dtype)[:, None, None]
+            for block in blocks:
+                for name, piece in covered.pieces(block, own):
+                    self.add(task, name, covered.layer, block.units, piece)
+            if covered is self.meter.modules.tied:
+                self._head.cross(task, covered, own)
 
     def add(self, task: str, name: str, layer: int, units: Int[Tensor, " n"], piece: Piece) -> None:
         """Take in one parameter's gradient of some units."""
@@ -245,12 +285,13 @@ class _HeadPass:
         hidden: Float[Tensor, "N H"],
         batch: Sequence[int],
         blocks: Mapping[str, Sequence[Block]],
+        passes: Sequence[Pass],
     ) -> None:
         self.run, self.modules, self.head = run, run.meter.modules, run.meter.head
         self.shape = sequences.ids.shape
         self.sequences, self.hidden = sequences, hidden.to(at_least_float32(hidden.dtype))
-        self.pull = {name: torch.zeros_like(self.hidden) for name in blocks}
-        """∂ loss / ∂ hidden of each task."""
+        self.pull = [torch.zeros_like(self.hidden) for _ in passes]
+        """∂ loss / ∂ hidden of each pass."""
         self._unit = {name: self._units(some) for name, some in blocks.items()}
         self._crossed: dict[str, list[tuple[Tensor, Tensor, Tensor, Tensor]]] = {name: [] for name in blocks}
         self._position_row = sequences.mask.nonzero()[:, 0]
@@ -261,6 +302,8 @@ class _HeadPass:
 
         tasks = {name: run.tasks[name] for name in blocks}
         self._weight = {name: flat(task.weight) for name, task in tasks.items()}
+        self._shared = [None if shared.alone else flat(shared.weight) for shared in passes]
+        self._alone = {name: n for n, shared in enumerate(passes) if shared.alone for name in shared.scale}
         self._term_weight = {
             name: task.term_weight[index].to(self.hidden)[self._position_row]
             for name, task in tasks.items()
@@ -275,7 +318,8 @@ class _HeadPass:
         value_head = run.meter.policy.value_head
         for name, task in tasks.items():
             if task.value_weight is not None and value_head is not None:
-                self.pull[name] += flat(task.value_weight)[:, None] * value_head.weight.detach()[0].to(self.hidden)
+                pull = self.pull[self._alone[name]]
+                pull += flat(task.value_weight)[:, None] * value_head.weight.detach()[0].to(self.hidden)
 
     def _units(self, blocks: Sequence[Block]) -> Int[Tensor, " B"]:
         """The unit of each row; -1 where it is in none of the task's."""
@@ -316,16 +360,20 @@ class _HeadPass:
         (score,) = torch.autograd.grad(logp.sum(), raw, retain_graph=bool(terms))
         extra = {name: torch.autograd.grad(term, raw, retain_graph=True)[0] for name, term in terms.items()}
         del logits, logp, terms, raw
-        plain, back = self._scores(atoms, score, hidden), score.to(matrix.dtype) @ matrix
-        for name in self.pull:
+        plain, back = self._scores(atoms, score, hidden), (score.to(matrix.dtype) @ matrix).to(hidden.dtype)
+        for pull, shared in zip(self.pull, self._shared, strict=True):
+            if shared is not None:
+                pull[at] = shared[at][:, None] * back
+        for name in self._weight:
             weight = torch.where(self._unit[name][self._position_row[at]] >= 0, self._weight[name][at], 0)
             if name in extra:
                 own = weight[:, None] * score + extra[name]
                 scores, weight = self._scores(atoms, own, hidden), torch.ones_like(weight)
-                pulled = own.to(matrix.dtype) @ matrix
+                self.pull[self._alone[name]][at] = (own.to(matrix.dtype) @ matrix).to(hidden.dtype)
             else:
-                own, scores, pulled = score, plain, back
-            self.pull[name][at] = weight[:, None] * pulled.to(hidden.dtype)
+                own, scores = score, plain
+                if name in self._alone:
+                    self.pull[self._alone[name]][at] = weight[:, None] * back
             self._take(name, own, scores, weight, at, atoms)
 
     def _scores(self, atoms: Sequence[Tensor], score: Tensor, hidden: Tensor) -> list[_Score]:
