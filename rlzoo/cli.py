@@ -134,8 +134,8 @@ def _rows(specs: Sequence[str], present: Mapping[str, Any]) -> dict[str, Any]:
         same = canonical(spec)
         row = same if same in present else objective_class(spec.strip()).name
         if row in rows:
-            raise UserError(f"--algorithms names {row!r} twice: name each once")
-        rows[row] = present[row] if row == same else {"objective": spec.strip()}
+            raise UserError(f"the list of algorithms names {row!r} twice: name each once")
+        rows[row] = present[row] if same in present else {"objective": spec.strip()}
     return rows
 
 

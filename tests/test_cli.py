@@ -18,7 +18,7 @@ import torch
 from comparisons import RLZOO, SMALL_OPTIONS, inline_pool
 from transformers import AutoModelForCausalLM
 
-from rlzoo.cli import main
+from rlzoo.cli import _rows, main
 from rlzoo.comparison import runner
 from rlzoo.worlds import EMBEDDED_BASE
 
@@ -59,6 +59,11 @@ def fails(capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest
 
 
 # Help
+
+
+def test_an_objective_that_the_experiment_does_not_name_gets_its_defaults() -> None:
+    rows = _rows(["SFT", "dft-control"], {"sft": {"learning_rates": [1.0]}})
+    assert rows == {"sft": {"learning_rates": [1.0]}, "dft-control": {"objective": "dft-control"}}
 
 
 def test_help_imports_nothing_heavy() -> None:
