@@ -92,15 +92,12 @@ def run_variance(
 
 
 def _cut(experiment: Experiment, rows: int) -> Experiment:
-    """The experiment with no more problems than an analysis of so many rows is worth."""
-    train, rollouts = experiment.train, experiment.rollouts
+    """The experiment with no more problems than an analysis of so many rows is worth, and none to evaluate on."""
     problems, prompts = 4 * rows, rows
-    return experiment.model_copy(
-        update={
-            "train": train.model_copy(update={"limit": min(train.limit or problems, problems)}),
-            "rollouts": rollouts.model_copy(update={"prompts": min(rollouts.prompts or prompts, prompts)}),
-        }
-    )
+    train = experiment.train.model_copy(update={"limit": min(experiment.train.limit or problems, problems)})
+    rollouts = experiment.rollouts.model_copy(update={"prompts": min(experiment.rollouts.prompts or prompts, prompts)})
+    unused = {"benchmarks": {"train": train}, "validation": None}
+    return experiment.model_copy(update={"train": train, "rollouts": rollouts, **unused})
 
 
 def _run(
