@@ -17,7 +17,7 @@ from comparisons import RLZOO
 import rlzoo
 from rlzoo import OfflineBuffer, Policy, analyze_variance, get_objective, load_policy, train
 from rlzoo.buffers import Buffer
-from rlzoo.config import ProblemSource, Sampling, Training
+from rlzoo.config import ProblemSource, Sampling, Training, load_experiment
 from rlzoo.document import Figure
 from rlzoo.errors import UserError
 from rlzoo.objective import list_objectives
@@ -28,6 +28,7 @@ from rlzoo.training import with_reference
 from rlzoo.types import Coefficients, Need, Selection, TokenBatch
 from rlzoo.variance.probe import VarianceProbe
 from rlzoo.variance.report import contents, estimate, report_tables, write_report
+from rlzoo.variance.run import _cut
 from rlzoo.variance.scoring import score
 
 COEFFICIENTS = {"mean", "cv", "max_over_mean", "kurtosis", "hill", "ess_fraction"}
@@ -304,6 +305,15 @@ def test_wrong_input_is_one_line_and_leaves_nothing(tmp_path: Path, options: lis
     assert done.returncode == 2, done.stderr
     assert done.stderr.count("\n") == 1 and done.stderr.startswith("rlzoo: ") and told in done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_experiment_is_cut_to_what_the_rows_are_worth() -> None:
+    whole = load_experiment("smollm2-gsm8k")
+    cut = _cut(whole, 8)
+    assert (cut.train.limit, cut.rollouts.prompts) == (32, 8)
+    assert [source.source for source in cut.benchmarks.values()] == [whole.train.source] and cut.validation is None
+    small = _cut(load_experiment("both-worlds", {"train.limit": 5, "rollouts.prompts": 3}), 512)
+    assert (small.train.limit, small.rollouts.prompts) == (5, 3)
 
 
 # The report
