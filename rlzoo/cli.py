@@ -7,16 +7,12 @@ import json
 import signal
 import sys
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
-
-import yaml
+from typing import Any, NoReturn
 
 from rlzoo.errors import UserError
-
-if TYPE_CHECKING:
-    from rlzoo.config import Experiment
+from rlzoo.overrides import add_overrides, experiment_of, pairs
 
 Handler = Callable[[argparse.Namespace], int]
 
@@ -67,96 +63,13 @@ def _command(commands: Any, name: str, handler: Handler, text: str, example: str
     return command
 
 
-_OPTIONS: dict[str, tuple[type, str, tuple[str, ...]]] = {
-    "model": (str, "'embedded', a folder, or a Hub id", ("model",)),
-    "reward": (str, "a name, package.module:Name, or path/to/file.py:Name", ("reward",)),
-    "data": (str, "training problems: a file, a Hub id, or world:NAME/SPLIT", ("train.source",)),
-    "test-data": (str, "benchmark problems, for every benchmark of the experiment", ()),
-    "limit": (int, "use at most this many problems of each set", ("train.limit", "rollouts.prompts")),
-    "steps": (int, "optimizer steps", ("training.steps",)),
-    "batch-size": (int, "sequences an optimizer step", ("training.batch_size",)),
-    "samples": (int, "samples a problem when evaluating", ("evaluation.samples",)),
-    "rollout-samples": (int, "samples a prompt to learn from", ("rollouts.samples",)),
-    "k": (int, "pass@k's k", ("evaluation.k",)),
-}
-"""Options that change an experiment: type, help, and the settings they stand for."""
-
-
-def _overrides(command: argparse.ArgumentParser, *options: str, default: str = "arithmetic") -> None:
-    """The experiment, and those of `_OPTIONS` that matter to this command."""
-    command.add_argument("experiment", nargs="?", default=default, help="a name (rlzoo list) or a .yaml file")
-    for name in ("model", "reward", *options):
-        kind, text, _ = _OPTIONS[name]
-        command.add_argument(f"--{name}", type=kind, help=text)
-    command.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE",
-        help="any other setting, by its dotted name; the value is YAML: --set rollouts.temperature=0.8",
-    )  # fmt: skip
-
-
-def _experiment(arguments: argparse.Namespace) -> Experiment:
-    """The experiment with the command's options laid over it."""
-    from rlzoo.config import load_experiment
-
-    given = {name: getattr(arguments, name.replace("-", "_"), None) for name in _OPTIONS}
-    changes = {key: given[name] for name in _OPTIONS if given[name] is not None for key in _OPTIONS[name][2]}
-    plain = load_experiment(arguments.experiment, changes | _pairs(arguments.set, "--set"))
-    over = {key: given[name] for key, name in (("limit", "limit"), ("source", "test-data")) if given[name] is not None}
-    benchmarks = {name: source.model_dump() | over for name, source in plain.benchmarks.items()}
-    changes |= _pairs(arguments.set, "--set") | ({"benchmarks": benchmarks} if over else {})
-    return load_experiment(arguments.experiment, changes | _grid(arguments, plain))
-
-
-def _grid(arguments: argparse.Namespace, plain: Experiment) -> dict[str, Any]:
-    """What --algorithms, --learning-rates and --seeds of compare change in an experiment."""
-    algorithms, rates, seeds = (getattr(arguments, name, None) for name in ("algorithms", "learning_rates", "seeds"))
-    changes: dict[str, Any] = {}
-    rows = {name: row.model_dump() for name, row in plain.algorithms.items()}
-    if algorithms is not None:
-        rows = _rows(algorithms.split(","), rows)
-        if plain.baseline in plain.algorithms and plain.baseline not in rows:
-            changes["baseline"] = next(iter(rows))
-    if rates is not None:
-        numbers = _numbers(rates, float, "--learning-rates")
-        rows = {name: {**row, "learning_rates": numbers} for name, row in rows.items()}
-    if seeds is not None:
-        changes["seeds"] = _numbers(seeds, int, "--seeds")
-    return {**changes, "algorithms": rows}
-
-
-def _rows(specs: Sequence[str], present: Mapping[str, Any]) -> dict[str, Any]:
-    """Rows for --algorithms: those of the experiment keep their settings, others get the experiment's defaults."""
-    from rlzoo.objective import objective_class
-    from rlzoo.registry import canonical
-
-    rows: dict[str, Any] = {}
-    for spec in specs:
-        same = canonical(spec)
-        row = same if same in present else objective_class(spec.strip()).name
-        if row in rows:
-            raise UserError(f"the list of algorithms names {row!r} twice: name each once")
-        rows[row] = present[row] if same in present else {"objective": spec.strip()}
-    return rows
-
-
-def _numbers(text: str, kind: Callable[[str], float], option: str) -> list[float]:
-    numbers = []
-    for part in text.split(","):
-        try:
-            numbers.append(kind(part))
-        except ValueError:
-            what = "a whole number" if kind is int else "a number"
-            raise UserError(f"{option}: {part!r} is not {what}; separate numbers by commas") from None
-    return numbers
-
-
 def _compare(commands: Any) -> None:
     command = _command(
         commands, "compare", _run_compare,
         "Train every algorithm on every seed from one base and one buffer, evaluate, and report.",
         "rlzoo compare arithmetic --algorithms sft,dft --seeds 0,1,2",
     )  # fmt: skip
-    _overrides(
+    add_overrides(
         command, "data", "test-data", "limit", "steps", "batch-size", "samples", "rollout-samples", "k"
     )  # fmt: skip
     command.add_argument("--algorithms", help="comma-separated: names, module:Name, or path/to/file.py:Name")
@@ -181,7 +94,7 @@ def _run_compare(arguments: argparse.Namespace) -> int:
     from rlzoo.comparison.runner import compare, default_folder
 
     _check_processes(arguments)
-    experiment = _experiment(arguments)
+    experiment = experiment_of(arguments)
     out = arguments.out or default_folder(experiment)
     results = compare(experiment, out, arguments.workers, arguments.threads)
     console = Console()
@@ -199,7 +112,7 @@ def _variance(commands: Any) -> None:
         "Measure the variance of objectives' gradients: token by token, over the data, and along training.",
         "rlzoo variance both-worlds --objectives sft,dft,my.py:Mine --rows 128",
     )  # fmt: skip
-    _overrides(command, "data", "limit", "steps", "rollout-samples", default="both-worlds")
+    add_overrides(command, "data", "limit", "steps", "rollout-samples", default="both-worlds")
     command.add_argument(
         "--objectives", dest="algorithms", help="comma-separated: names, module:Name, or path/to/file.py:Name"
     )
@@ -225,7 +138,7 @@ def _run_variance(arguments: argparse.Namespace) -> int:
     _check_processes(arguments)
     given = {name: getattr(arguments, name) for name in VarianceSettings.model_fields}
     settings = validated(VarianceSettings, {k: v for k, v in given.items() if v is not None}, "variance")
-    experiment = _experiment(arguments)
+    experiment = experiment_of(arguments)
     out = arguments.out or default_folder(experiment, "variance")
     found = run_variance(experiment, out, settings, arguments.buffer, arguments.workers, arguments.threads)
     console = Console()
@@ -262,12 +175,12 @@ def _run_train(arguments: argparse.Namespace) -> int:
     from rlzoo.policy.loading import load_policy, save_policy
     from rlzoo.training import train
 
-    settings = _pairs(arguments.set, "--set")
+    settings = pairs(arguments.set, "--set")
     for name, value in (("steps", arguments.steps), ("learning_rate", arguments.learning_rate)):
         if value is not None:
             settings[name] = value
     training = validated(Training, settings, "training")
-    objective = get_objective(arguments.objective, **_pairs(arguments.option, "--option"))
+    objective = get_objective(arguments.objective, **pairs(arguments.option, "--option"))
     silence()
     policy = load_policy(arguments.model, training.dtype)
     buffer = read_buffer(arguments.buffer, policy.tokenizer)
@@ -291,13 +204,13 @@ def _rollout(commands: Any) -> None:
         "Sample a policy on an experiment's training problems, judge the samples, and save them as a buffer.",
         "rlzoo rollout arithmetic --limit 100 --out runs/buffer",
     )  # fmt: skip
-    _overrides(command, "data", "limit", "rollout-samples")
+    add_overrides(command, "data", "limit", "rollout-samples")
     command.add_argument("--seed", type=int, default=0)
     command.add_argument("--out", type=Path, required=True, help="a new folder, or a .parquet or .jsonl file")
 
 
 def _run_rollout(arguments: argparse.Namespace) -> int:
-    experiment = _experiment(arguments)
+    experiment = experiment_of(arguments)
     from rlzoo.buffers import OfflineBuffer
     from rlzoo.comparison.pool import silence
     from rlzoo.outputs import new_output
@@ -327,13 +240,13 @@ def _evaluate(commands: Any) -> None:
         commands, "evaluate", _run_evaluate, "Score a policy on an experiment's benchmarks.",
         "rlzoo evaluate arithmetic --model runs/rft --samples 8 --k 4",
     )  # fmt: skip
-    _overrides(command, "test-data", "limit", "samples", "k")
+    add_overrides(command, "test-data", "limit", "samples", "k")
     command.add_argument("--seed", type=int, default=0)
     command.add_argument("--json", action="store_true", help="print the scores as JSON")
 
 
 def _run_evaluate(arguments: argparse.Namespace) -> int:
-    experiment = _experiment(arguments)
+    experiment = experiment_of(arguments)
     from rlzoo.comparison.pool import silence
     from rlzoo.evaluation import evaluate
     from rlzoo.policy import load_policy
@@ -420,19 +333,6 @@ def _run_list(arguments: argparse.Namespace) -> int:
     for row in found["experiments"]:
         print(f"  {row['name']:18} {row['description'].split('. ')[0].rstrip('.')}.")
     return 0
-
-
-def _pairs(texts: Sequence[str], option: str) -> dict[str, Any]:
-    pairs = {}
-    for text in texts:
-        key, equals, value = text.partition("=")
-        if not equals:
-            raise UserError(f"{option} {text!r}: write KEY=VALUE")
-        try:
-            pairs[key] = yaml.safe_load(value)
-        except yaml.YAMLError:
-            raise UserError(f"{option} {text!r}: the value is not valid YAML") from None
-    return pairs
 
 
 if __name__ == "__main__":

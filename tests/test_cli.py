@@ -18,8 +18,9 @@ import torch
 from comparisons import RLZOO, SMALL_OPTIONS, inline_pool
 from transformers import AutoModelForCausalLM
 
-from rlzoo.cli import _rows, main
+from rlzoo.cli import main
 from rlzoo.comparison import runner
+from rlzoo.overrides import rows_of
 from rlzoo.worlds import EMBEDDED_BASE
 
 COMMANDS = ("compare", "variance", "train", "rollout", "evaluate", "report", "list")
@@ -62,7 +63,7 @@ def fails(capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest
 
 
 def test_an_objective_that_the_experiment_does_not_name_gets_its_defaults() -> None:
-    rows = _rows(["SFT", "dft-control"], {"sft": {"learning_rates": [1.0]}})
+    rows = rows_of(["SFT", "dft-control"], {"sft": {"learning_rates": [1.0]}})
     assert rows == {"sft": {"learning_rates": [1.0]}, "dft-control": {"objective": "dft-control"}}
 
 

@@ -17,13 +17,14 @@ from rlzoo.errors import UserError
 from rlzoo.objective import Objective, get_objective, list_objectives, surrogate
 from rlzoo.policy import Policy, Sequences
 from rlzoo.types import Coefficients, Need, Selection, TokenBatch, Trajectory
-from rlzoo.variance import analyze_variance, gradients, pieces
-from rlzoo.variance.gradients import GradientMeter, Task, UnitGradients, shared_passes
+from rlzoo.variance import analyze_variance, head_pass, pieces
+from rlzoo.variance.gradients import GradientMeter
 from rlzoo.variance.modules import Modules
 from rlzoo.variance.noise import gradient_squared_norm, trace_cov
 from rlzoo.variance.over_data import default_held, portions
 from rlzoo.variance.scoring import score
 from rlzoo.variance.subjects import named_objectives, subjects_of, weigh
+from rlzoo.variance.tasks import Task, UnitGradients, shared_passes
 
 MakeModel = Callable[..., Policy]
 ROWS = 9
@@ -349,7 +350,7 @@ def test_the_head_in_chunks_and_with_a_bias(make_model: MakeModel, tied: bool, m
     policy = make_model("llama", tied)
     policy.model.lm_head.bias = nn.Parameter(torch.randn(len(policy.tokenizer), dtype=torch.float64))
     rows, weight = random_rows(policy)
-    monkeypatch.setattr(gradients, "CHUNK_ENTRIES", 9 * len(policy.tokenizer))  # a row or two at a time
+    monkeypatch.setattr(head_pass, "CHUNK_ENTRIES", 9 * len(policy.tokenizer))  # a row or two at a time
     expected = by_torch_func(policy, rows, weight)
     found = GradientMeter(policy).measure(rows, {n: Task(u, weight) for n, u in UNITS.items()})
     for name, units in UNITS.items():

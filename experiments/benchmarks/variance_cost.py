@@ -36,10 +36,11 @@ from rlzoo.problems import demonstrations, load_problems
 from rlzoo.training import train
 from rlzoo.training.costs import peak_memory_bytes, release_memory, reset_peak_memory
 from rlzoo.types import Trajectory
-from rlzoo.variance.gradients import GradientMeter, Task
+from rlzoo.variance.gradients import GradientMeter
 from rlzoo.variance.over_data import default_held, portions
 from rlzoo.variance.scoring import score
 from rlzoo.variance.subjects import subjects_of, weigh
+from rlzoo.variance.tasks import Task
 
 OBJECTIVES = ("sft", "dft", "iw-sft", "rft", "dpo", "ppo", "grpo")
 Tasks = dict[str, Task]

@@ -15,7 +15,7 @@ from rlzoo.policy import Policy
 from rlzoo.training.costs import release_memory
 from rlzoo.variance import moments
 from rlzoo.variance.coefficients import coefficient_statistics, ess_fraction
-from rlzoo.variance.gradients import GradientMeter, UnitGradients
+from rlzoo.variance.gradients import GradientMeter
 from rlzoo.variance.over_data import Comparison, default_held, portions, proxies
 from rlzoo.variance.scoring import BLOCKS, Scored, score
 from rlzoo.variance.subjects import (
@@ -29,6 +29,7 @@ from rlzoo.variance.subjects import (
     tokens_of,
     weigh,
 )
+from rlzoo.variance.tasks import UnitGradients
 
 HISTOGRAM_BINS = 40
 

@@ -10,11 +10,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rlzoo.variance.gradients import UnitGradients
 from rlzoo.variance.noise import Estimate, Units, against, data_noise, nothing, rank_correlation
 from rlzoo.variance.pieces import at_least_float32
 from rlzoo.variance.scoring import Scored
 from rlzoo.variance.subjects import Subject, Weighed, tokens_of
+from rlzoo.variance.tasks import UnitGradients
 
 HELD_BYTES = 2**31
 HELD = 3

@@ -19,8 +19,8 @@ from rlzoo.policy import Policy
 from rlzoo.registry import told
 from rlzoo.training.batches import static_batch
 from rlzoo.types import STATISTICS, Coefficients, Need, Selection, TokenBatch
-from rlzoo.variance.gradients import Task
 from rlzoo.variance.scoring import Scored
+from rlzoo.variance.tasks import Task
 
 BASELINE = "(demonstrations)"
 """The name of what cosines and norm ratios are taken to, where no objective that is analysed is the same."""

@@ -1,0 +1,110 @@
+"""Options of the command line that change an experiment."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from rlzoo.errors import UserError
+
+if TYPE_CHECKING:
+    from rlzoo.config import Experiment
+
+_OPTIONS: dict[str, tuple[type, str, tuple[str, ...]]] = {
+    "model": (str, "'embedded', a folder, or a Hub id", ("model",)),
+    "reward": (str, "a name, package.module:Name, or path/to/file.py:Name", ("reward",)),
+    "data": (str, "training problems: a file, a Hub id, or world:NAME/SPLIT", ("train.source",)),
+    "test-data": (str, "benchmark problems, for every benchmark of the experiment", ()),
+    "limit": (int, "use at most this many problems of each set", ("train.limit", "rollouts.prompts")),
+    "steps": (int, "optimizer steps", ("training.steps",)),
+    "batch-size": (int, "sequences an optimizer step", ("training.batch_size",)),
+    "samples": (int, "samples a problem when evaluating", ("evaluation.samples",)),
+    "rollout-samples": (int, "samples a prompt to learn from", ("rollouts.samples",)),
+    "k": (int, "pass@k's k", ("evaluation.k",)),
+}
+"""Options that change an experiment: type, help, and the settings they stand for."""
+
+
+def add_overrides(command: argparse.ArgumentParser, *options: str, default: str = "arithmetic") -> None:
+    """The experiment, and those of `_OPTIONS` that matter to this command."""
+    command.add_argument("experiment", nargs="?", default=default, help="a name (rlzoo list) or a .yaml file")
+    for name in ("model", "reward", *options):
+        kind, text, _ = _OPTIONS[name]
+        command.add_argument(f"--{name}", type=kind, help=text)
+    command.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE",
+        help="any other setting, by its dotted name; the value is YAML: --set rollouts.temperature=0.8",
+    )  # fmt: skip
+
+
+def experiment_of(arguments: argparse.Namespace) -> Experiment:
+    """The experiment with the command's options laid over it."""
+    from rlzoo.config import load_experiment
+
+    given = {name: getattr(arguments, name.replace("-", "_"), None) for name in _OPTIONS}
+    changes = {key: given[name] for name in _OPTIONS if given[name] is not None for key in _OPTIONS[name][2]}
+    plain = load_experiment(arguments.experiment, changes | pairs(arguments.set, "--set"))
+    over = {key: given[name] for key, name in (("limit", "limit"), ("source", "test-data")) if given[name] is not None}
+    benchmarks = {name: source.model_dump() | over for name, source in plain.benchmarks.items()}
+    changes |= pairs(arguments.set, "--set") | ({"benchmarks": benchmarks} if over else {})
+    return load_experiment(arguments.experiment, changes | _grid(arguments, plain))
+
+
+def _grid(arguments: argparse.Namespace, plain: Experiment) -> dict[str, Any]:
+    """What --algorithms, --learning-rates and --seeds of compare change in an experiment."""
+    algorithms, rates, seeds = (getattr(arguments, name, None) for name in ("algorithms", "learning_rates", "seeds"))
+    changes: dict[str, Any] = {}
+    rows = {name: row.model_dump() for name, row in plain.algorithms.items()}
+    if algorithms is not None:
+        rows = rows_of(algorithms.split(","), rows)
+        if plain.baseline in plain.algorithms and plain.baseline not in rows:
+            changes["baseline"] = next(iter(rows))
+    if rates is not None:
+        numbers = _numbers(rates, float, "--learning-rates")
+        rows = {name: {**row, "learning_rates": numbers} for name, row in rows.items()}
+    if seeds is not None:
+        changes["seeds"] = _numbers(seeds, int, "--seeds")
+    return {**changes, "algorithms": rows}
+
+
+def rows_of(specs: Sequence[str], present: Mapping[str, Any]) -> dict[str, Any]:
+    """Rows for --algorithms: those of the experiment keep their settings, others get the experiment's defaults."""
+    from rlzoo.objective import objective_class
+    from rlzoo.registry import canonical
+
+    rows: dict[str, Any] = {}
+    for spec in specs:
+        same = canonical(spec)
+        row = same if same in present else objective_class(spec.strip()).name
+        if row in rows:
+            raise UserError(f"the list of algorithms names {row!r} twice: name each once")
+        rows[row] = present[row] if same in present else {"objective": spec.strip()}
+    return rows
+
+
+def _numbers(text: str, kind: Callable[[str], float], option: str) -> list[float]:
+    numbers = []
+    for part in text.split(","):
+        try:
+            numbers.append(kind(part))
+        except ValueError:
+            what = "a whole number" if kind is int else "a number"
+            raise UserError(f"{option}: {part!r} is not {what}; separate numbers by commas") from None
+    return numbers
+
+
+def pairs(texts: Sequence[str], option: str) -> dict[str, Any]:
+    """KEY=VALUE texts of an option, the values read as YAML."""
+    found = {}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise UserError(f"{option} {text!r}: write KEY=VALUE")
+        try:
+            found[key] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise UserError(f"{option} {text!r}: the value is not valid YAML") from None
+    return found

@@ -1,0 +1,104 @@
+"""What is measured: the gradient of an objective as weights on ∇ log π, and which of them share a backward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from rlzoo.policy.head import LogitTerm
+
+
+@dataclass(frozen=True)
+class Task:
+    """The gradient of one objective: the sum over a unit's positions of weight · ∇ log π, and what comes with it.
+
+    R rows are analysed, of at most T completion tokens.
+    """
+
+    units: Sequence[tuple[int, ...]]
+    """The rows of each unit. No row is in two units."""
+    weight: Float[Tensor, "R T"]
+    """∂ loss / ∂ log π of each completion token."""
+    scale: float = 1.0
+    """What every unit's gradient is multiplied by in the end, so that their mean is the gradient of the batch."""
+    value_weight: Float[Tensor, "R T"] | None = None
+    """∂ loss / ∂ value, where a critic stands on the policy's own trunk."""
+    term: LogitTerm | None = None
+    """A loss a position over the full vocabulary."""
+    term_weight: Float[Tensor, " R"] | None = None
+
+
+@dataclass
+class Pass:
+    """Tasks that share a backward pass: in every row, the weights of each are those of the pass times one number."""
+
+    weight: Float[Tensor, "R T"]
+    scale: dict[str, Float[Tensor, " R"]]
+    """By task: the number of each row; 0 where the task has no weight."""
+    alone: bool = False
+    """Whether more than weights on ∇ log π pulls on the hidden states, which is not shared."""
+
+    def join(self, name: str, weight: Float[Tensor, "R T"]) -> bool:
+        """Take a task in if its weights are proportional in each row that others use already."""
+        used, wanted = (w.abs().amax(1) > 0 for w in (self.weight, weight))
+        scale = (weight * self.weight).sum(1) / self.weight.square().sum(1).clamp(min=torch.finfo(weight.dtype).tiny)
+        rest = (weight - scale[:, None] * self.weight).abs().amax(1)
+        near = rest <= 16 * torch.finfo(weight.dtype).eps * weight.abs().amax(1)
+        if self.alone or not bool(near[used & wanted].all()):
+            return False
+        free = wanted & ~used
+        self.weight = torch.where(free[:, None], weight, self.weight)
+        self.scale[name] = torch.where(free, 1, torch.where(wanted, scale, 0))
+        return True
+
+
+def shared_passes(tasks: Mapping[str, Task]) -> list[Pass]:
+    """As few backward passes as it takes: a coefficient that is constant over a row only scales that row's gradient."""
+    passes: list[Pass] = []
+    for name, task in tasks.items():
+        alone = task.term is not None or task.value_weight is not None
+        if alone or not any(known.join(name, task.weight) for known in passes):
+            used = task.weight.abs().amax(1) > 0
+            passes.append(Pass(task.weight, {name: (used | alone).to(task.weight.dtype)}, alone))
+    return passes
+
+
+@dataclass
+class UnitGradients:
+    """What is kept of one objective's gradients: U units, L layers, D dimensions of a random projection."""
+
+    squared_norm: Float[Tensor, "U L"]
+    """‖g_u‖² by layer, exact, in float64."""
+    sketch: Float[Tensor, "U L D"]
+    """Projections whose inner products are those of the gradients in expectation."""
+    mean: dict[str, Tensor] = field(repr=False)
+    """The mean gradient, by parameter."""
+
+    def scaled(self, factor: float) -> UnitGradients:
+        """All gradients times a factor; the means are changed in place, as there may be no room for two."""
+        means = {name: mean.mul_(factor) for name, mean in self.mean.items()}
+        return UnitGradients(self.squared_norm * factor**2, self.sketch * factor, means)
+
+
+def connected(families: Iterable[Iterable[tuple[int, ...]]]) -> list[tuple[int, ...]]:
+    """The rows of all units, those together that share a unit, directly or through others."""
+    parent: dict[int, int] = {}
+
+    def root(row: int) -> int:
+        while parent.setdefault(row, row) != row:
+            parent[row] = row = parent[parent[row]]
+        return row
+
+    for units in families:
+        for first, *others in units:
+            root(first)
+            for other in others:
+                parent[root(other)] = root(first)
+    found: dict[int, list[int]] = {}
+    for row in sorted(parent):
+        found.setdefault(root(row), []).append(row)
+    return [tuple(rows) for rows in found.values()]
