@@ -28,7 +28,7 @@ from rlzoo.training import with_reference
 from rlzoo.types import Coefficients, Need, Selection, TokenBatch
 from rlzoo.variance.probe import VarianceProbe
 from rlzoo.variance.report import contents, estimate, report_tables, write_report
-from rlzoo.variance.run import _cut
+from rlzoo.variance.run import VarianceSettings, _cut, run_variance
 from rlzoo.variance.scoring import score
 
 COEFFICIENTS = {"mean", "cv", "max_over_mean", "kurtosis", "hill", "ess_fraction"}
@@ -285,6 +285,15 @@ def test_the_command_with_an_objective_from_a_file(tmp_path: Path) -> None:
     )
     assert buffer.returncode == 0, buffer.stderr
     assert json.loads((tmp_path / "b" / "variance.json").read_text())["training"] == {}
+
+
+def test_a_row_may_be_called_as_the_analysis_is(tmp_path: Path) -> None:
+    changes = {"algorithms": {"analysis": {"objective": "sft"}}, "baseline": "analysis", "training.steps": 1}
+    experiment = load_experiment("both-worlds", {**changes, "train.limit": 8, "training.batch_size": 4})
+    settings = VarianceSettings(rows=8, draws=0, every=1, probe_rows=4)
+    found = run_variance(experiment, tmp_path / "out", settings)
+    assert list(found["objectives"]) == list(found["training"]) == ["analysis"] and found["failed"] == {}
+    assert [row["step"] for row in found["training"]["analysis"]] == [0, 1]
 
 
 @pytest.mark.parametrize(

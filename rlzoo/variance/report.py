@@ -229,7 +229,8 @@ def _over_data(found: Found) -> Iterator[Block]:
         "is what is drawn as a whole: a demonstration or sample, a pair, or all samples of a prompt. tr Σ is the trace "
         "of a unit's covariance over all parameters, the noise scale tr Σ/‖G‖² the batch size, in units, at which "
         "noise and gradient are level. The estimators of both are unbiased; norm ratio and cosine are those of the "
-        "mean gradients as measured."
+        "mean gradients as measured. A dash stands where there is no value, as where the noise hides the gradient: "
+        "variance.json has the reason."
     )
     yield _table(found, NOISE_COLUMNS)
     yield from _figure(

@@ -115,7 +115,8 @@ def _run(
         rows = done.result()
     tell = f"{experiment.name}: {rows} rows, {len(experiment.algorithms)} objectives; writing to {folder.parent}"
     console.print(tell, style="bold", highlight=False, markup=False, soft_wrap=True)
-    jobs = {processes.submit("analysis", measure, experiment, folder, settings): "analysis"}
+    analysis = processes.submit("analysis", measure, experiment, folder, settings)
+    jobs = {analysis: "analysis"}
     offline = [name for name, row in experiment.algorithms.items() if row.mode == "offline"]
     if settings.every:
         jobs |= {processes.submit(n, along_training, experiment, n, folder, settings): n for n in offline}
@@ -123,14 +124,14 @@ def _run(
     errors: dict[str, BaseException] = {}
     for name, done in processes.gather(jobs):
         error = done.exception()
-        if error is None:
-            results[name] = done.result()
-        else:
+        if error is not None and done is not analysis:
             errors[name] = error
+        elif done is not analysis:  # an experiment may have a row of that name
+            results[name] = done.result()
         console.print(f"  {name}: {'done' if error is None else why(error)}", highlight=False, markup=False)
-    if "analysis" in errors:
-        raise UserError(why(errors["analysis"])) from None
-    found = results.pop("analysis")
+    if (failure := analysis.exception()) is not None:
+        raise UserError(why(failure)) from None
+    found = analysis.result()
     return {
         **found,
         "training": {name: results[name] for name in offline if name in results},
