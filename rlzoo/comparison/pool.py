@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from logging import ERROR, getLogger
 from multiprocessing.queues import Queue, SimpleQueue
 from queue import Empty
+from types import FrameType
 from typing import Any
 
 from rich.console import Console
@@ -55,8 +56,16 @@ def why(error: BaseException) -> str:
 class Pool:
     """Runs functions of `rlzoo.comparison.work` in processes; a function's last argument becomes its reporter."""
 
-    def __init__(self, executor: ProcessPoolExecutor, events: Queue[Any], progress: Progress, workers: int) -> None:
+    def __init__(
+        self,
+        executor: ProcessPoolExecutor,
+        events: Queue[Any],
+        progress: Progress,
+        workers: int,
+        interrupted: threading.Event,
+    ) -> None:
         self._executor, self._events, self._progress = executor, events, progress
+        self._interrupted = interrupted
         self._bars: dict[str, TaskID] = {}
         self._starting = progress.add_task(
             f"starting {counted(workers, 'process', 'processes')}", total=None, detail=""
@@ -74,9 +83,11 @@ class Pool:
             return broken
 
     def gather(self, futures: Mapping[Future[Any], str]) -> Iterator[tuple[str, Future[Any]]]:
-        """The futures with their names as they finish, while the live view goes on."""
+        """The futures with their names as they finish, while the live view goes on. Here Ctrl-C is heard."""
         waiting = set(futures)
         while waiting:
+            if self._interrupted.is_set():
+                raise KeyboardInterrupt
             finished, waiting = wait(waiting, timeout=0.2, return_when=FIRST_COMPLETED)
             self._refresh()
             for future in finished:
@@ -109,16 +120,49 @@ def pool(workers: int, threads: int, console: Console) -> Iterator[Pool]:
         places.put(place)
     executor = ProcessPoolExecutor(workers, context, _start, (events, threads, places))
     try:
-        with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-            yield Pool(executor, events, progress, workers)
+        with (
+            _interrupts_noted() as interrupted,
+            Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress,
+        ):
+            yield Pool(executor, events, progress, workers, interrupted)
     except BaseException:
         for process in list((executor._processes or {}).values()):  # a cell may run for hours: do not wait for it
             process.terminate()
+        executor._result_queue._writer.close()  # type: ignore[attr-defined]  # else half a result is waited for
         raise
     finally:
         executor.shutdown(wait=True, cancel_futures=True)
         for name, value in saved.items():
             os.environ.pop(name) if value is None else os.environ.update({name: value})
+
+
+@contextmanager
+def _interrupts_noted() -> Iterator[threading.Event]:
+    """Ctrl-C and SIGTERM set an event meanwhile; a second one is raised where it falls.
+
+    An exception that falls into the middle of concurrent.futures leaves locks held that its own thread then waits for.
+    """
+    interrupted = threading.Event()
+    if threading.current_thread() is not threading.main_thread():  # signals come to the main thread alone
+        yield interrupted
+        return
+
+    def note(number: int, frame: FrameType | None) -> None:
+        if interrupted.is_set():
+            raise KeyboardInterrupt
+        interrupted.set()
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    heard = [number for number, handler in before.items() if handler not in (signal.SIG_IGN, None)]
+    for number in heard:
+        signal.signal(number, note)
+    try:
+        yield interrupted
+    finally:
+        for number in heard:
+            signal.signal(number, before[number])
+    if interrupted.is_set():  # it came after the last piece of work
+        raise KeyboardInterrupt
 
 
 @contextmanager
