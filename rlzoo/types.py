@@ -153,6 +153,8 @@ class Trajectory:
     reward_parts: dict[str, float | None] = field(default_factory=dict)
     behaviour_logp: list[float] | None = None
     """One log-prob a completion token, in nats, under the distribution that was sampled from."""
+    sampler_logp: list[float] | None = None
+    """The same as the engine that sampled computed it, where that is not the one that trains."""
     reference_logp: list[float] | None = None
     policy_version: int = 0
     truncated: bool = False

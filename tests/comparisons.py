@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
 
-from rlzoo.comparison import pool
+from rlzoo.comparison.pool import InThisProcess, Workers
 from rlzoo.config import Experiment, load_experiment
 
 SMALL = {
@@ -33,25 +32,10 @@ def small(algorithms: Mapping[str, Any], **changes: Any) -> Experiment:
     return load_experiment("facts", {**SMALL, "algorithms": dict(algorithms), **dotted})
 
 
-class InlinePool:
-    """What `rlzoo.comparison.pool.Pool` does, at once and in this process."""
-
-    def submit(self, name: str, function: Callable[..., Any], *arguments: Any) -> Future[Any]:
-        future: Future[Any] = Future()
-        try:
-            future.set_result(pool._run(name, function, arguments))
-        except Exception as error:
-            future.set_exception(error)
-        return future
-
-    def gather(self, futures: Mapping[Future[Any], str]) -> Iterator[tuple[str, Future[Any]]]:
-        for future, name in futures.items():
-            yield name, future
-
-
 @contextmanager
-def inline_pool(workers: int, threads: int, console: Console) -> Iterator[InlinePool]:
-    yield InlinePool()
+def inline_pool(workers: int, threads: int, console: Console) -> Iterator[Workers]:
+    """What `rlzoo.comparison.pool.pool` gives, in this process."""
+    yield InThisProcess()
 
 
 RLZOO = [sys.executable, "-c", "import sys; from rlzoo.cli import main; sys.exit(main())"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -93,7 +94,7 @@ def test_a_column_is_the_field_of_every_row(rows: list[Trajectory]) -> None:
     buffer = OfflineBuffer.from_trajectories(rows)
     for name in SCHEMA:
         assert buffer.column(name) == [getattr(row, name) for row in rows]
-    assert buffer.lengths().tolist() == [len(row.prompt_ids) + len(row.completion_ids) for row in rows]
+    assert buffer.tokens().tolist() == [len(row.prompt_ids) + len(row.completion_ids) for row in rows]
 
 
 @pytest.mark.parametrize("suffix", ["", ".parquet", ".jsonl"])
@@ -210,11 +211,28 @@ def test_push_to_hub_sends_the_rows(monkeypatch: pytest.MonkeyPatch) -> None:
 # New buffers from old ones
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the system alone decides")
+def test_pages_that_were_read_can_be_given_back(tmp_path: Path) -> None:
+    def mapped() -> int:
+        status = Path("/proc/self/status").read_text()
+        return int(next(line for line in status.splitlines() if line.startswith("RssFile")).split()[1])
+
+    rows = [replace(FULL, prompt_id=str(i), completion=f"{i} " * 2000) for i in range(2000)]
+    OfflineBuffer.from_trajectories(rows).save(tmp_path / "buffer")
+    buffer = OfflineBuffer.load(tmp_path / "buffer")
+    before = mapped()
+    assert buffer.column("completion") == [row.completion for row in rows]
+    assert mapped() > before + 10_000
+    buffer.release_pages()
+    assert mapped() < before + 2_000
+    assert [row.completion for row in buffer] == [row.completion for row in rows]
+
+
 def test_token_values_and_rewards_make_a_new_buffer() -> None:
     buffer = samples(FULL, PLAIN)
     derived = (
         buffer.with_reference_logp([[-1, -2], [-3]])
-        .with_behaviour_logp([None, np.array([-4.0])])  # type: ignore[list-item]
+        .with_behaviour_logp([None, np.array([-4.0])])
         .with_rewards([1, None], [{"a": 1.0, "b": None}, {}])
     )
     assert derived.column("reference_logp") == [[-1, -2], [-3]]

@@ -191,7 +191,7 @@ def test_max_length_marks_cut_rows(plain: Any) -> None:
     buffer = from_trl([{"prompt": "1+1", "completion": text} for text in ("2", "222")], plain, max_length=6)
     assert buffer.column("truncated") == [False, True]
     assert buffer.column("completion") == ["2", "222"]
-    assert buffer.lengths().tolist() == [5, 6]
+    assert buffer.tokens().tolist() == [5, 6]
 
 
 def test_imported_preferences_are_pairs(plain: Any) -> None:

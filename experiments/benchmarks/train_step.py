@@ -1,4 +1,4 @@
-"""A training step of rlzoo against TRL's SFTTrainer on the same rows, weights and numerics.
+"""A training step of rlzoo against TRL's trainers on the same rows, weights and numerics.
 
     python experiments/benchmarks/train_step.py --model models/SmolLM2-135M-Instruct --data gsm8k/train.jsonl
 
@@ -7,8 +7,12 @@ One optimizer step (AdamW, float32, no dropout) over the first ``--rows`` demons
 medians are told:
 
 - ``rlzoo``: micro-batches of rows of like length by token budget, the head on completion tokens alone;
-- ``trl_padded``: `trl.SFTTrainer`, micro-batches of ``--trl-batch`` padded rows;
-- ``trl_packed``: the same with best-fit packing into blocks as long as rlzoo's token budget.
+- ``trl_padded``: `trl.SFTTrainer`, micro-batches of ``--trl-batch`` padded rows; for DPO and GRPO the losses of
+  `trl.DPOTrainer` and `trl.GRPOTrainer`, with TRL's fused head, on padded micro-batches in a plain loop;
+- ``trl_packed`` (SFT and DFT): the same with best-fit packing into blocks as long as rlzoo's token budget.
+
+For DPO every second solution is the rejected one of the prompt before it; for GRPO four solutions in a row are samples
+of one prompt, every second one right. Log-probs of reference and behaviour are known to both sides beforehand.
 
 Real tokens a second count prompt and completion, padding left out. The GEMM fraction is 6 · parameters · tokens / time
 over the speed of a float32 matrix product timed beside it. ``gradient_cosine`` is between rlzoo's gradient and that of
@@ -23,22 +27,32 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import defaultdict
+from contextlib import nullcontext
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from statistics import median
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
-from rlzoo import OfflineBuffer, Policy, get_objective, load_policy
+from rlzoo import Policy, get_objective, load_policy
 from rlzoo.config import ProblemSource, Training
+from rlzoo.policy.policy import score_rows
 from rlzoo.problems import demonstrations, load_problems
 from rlzoo.training import Trainer
+from rlzoo.training.batches import static_batch
 from rlzoo.training.costs import peak_memory_bytes, release_memory, reset_peak_memory
 from rlzoo.types import Trajectory
 
 ENGINES = ("rlzoo", "trl_padded", "trl_packed")
-OBJECTIVES = ("dft", "sft")
+OBJECTIVES = ("dft", "sft", "dpo", "grpo")
+UNIT = {"dpo": 2, "grpo": 4}
+"""Rows that share a prompt, of the objectives that need some."""
 RATE = 1e-9
 """A step with next to no effect, so that the counted one starts from the same weights."""
 
@@ -54,23 +68,36 @@ def rows_of(policy: Policy, arguments: argparse.Namespace) -> list[Trajectory]:
     return demonstrations(policy.tokenizer, load_problems(source), 1024)[: arguments.rows]
 
 
-class Whole:
-    """Every row in every batch."""
+def together(policy: Policy, rows: list[Trajectory], size: int) -> list[Trajectory]:
+    """The same completions as samples, ``size`` of one prompt, the first and every second one after it right."""
+    prompts = [rows[i - i % size] for i in range(len(rows) - len(rows) % size)]
+    pairs = [(prompt.prompt_ids, row.completion_ids) for prompt, row in zip(prompts, rows, strict=False)]
+    return [
+        replace(
+            row, prompt=prompt.prompt, prompt_ids=prompt.prompt_ids, prompt_id=str(i // size), source="policy",
+            reward=float(i % 2 == 0), behaviour_logp=logp, reference_logp=logp,
+        )
+        for i, (prompt, row, logp) in enumerate(zip(prompts, rows, score_rows(policy, pairs), strict=False))
+    ]  # fmt: skip
 
-    def __init__(self, rows: list[Trajectory]) -> None:
-        self.rows = rows
+
+class Whole:
+    """Every row in every batch, ``size`` rows a unit."""
+
+    def __init__(self, rows: list[Trajectory], size: int = 1) -> None:
+        self.rows, self.size = rows, size
 
     def draw(self) -> tuple[list[Trajectory], list[tuple[int, ...]]]:
-        """All rows, each a unit."""
-        return self.rows, [(i,) for i in range(len(self.rows))]
+        """All rows."""
+        return self.rows, [tuple(range(i, i + self.size)) for i in range(0, len(self.rows), self.size)]
 
 
 def rlzoo(policy: Policy, rows: list[Trajectory], objective: str, arguments: argparse.Namespace) -> dict[str, Any]:
     """Seconds and peak memory of rlzoo's step; leaves the gradient in the policy."""
     settings = Training(steps=1, batch_size=len(rows), token_budget=arguments.token_budget, learning_rate=RATE)
-    warm = OfflineBuffer.from_trajectories(rows[: arguments.warm_up])
-    Trainer(policy, get_objective(objective), Whole(list(warm)), settings).run()
-    trainer = Trainer(policy, get_objective(objective), Whole(rows), settings)
+    size = UNIT.get(objective, 1)
+    Trainer(policy, get_objective(objective), Whole(rows[: arguments.warm_up], size), settings).run()
+    trainer = Trainer(policy, get_objective(objective), Whole(rows, size), settings)
     release_memory()
     reset_peak_memory()
     started = time.perf_counter()
@@ -134,6 +161,111 @@ def trl(policy: Policy, rows: list[Trajectory], objective: str, arguments: argpa
     return {key: found[key] for key in ("seconds", "peak_memory_bytes")}
 
 
+def trl_loss(policy: Policy, rows: list[Trajectory], objective: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    """The same with the loss of TRL's DPOTrainer or GRPOTrainer, run unbound, in a plain loop over padded batches."""
+    from trl.trainer.utils import add_fused_lm_head
+
+    add_fused_lm_head(policy.model, outputs=("log_probs", "entropy", "mean_logits", "is_top1"))
+    policy.model.train()
+    optimizer = torch.optim.AdamW(policy.model.parameters(), RATE, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
+
+    def step(some: list[Trajectory]) -> None:
+        optimizer.zero_grad(set_to_none=True)
+        batches = [some[i : i + arguments.trl_batch] for i in range(0, len(some), arguments.trl_batch)]
+        for batch in batches:
+            loss = {"dpo": dpo_loss, "grpo": grpo_loss}[objective](policy, batch)
+            torch.autograd.backward(loss * (len(batch) / len(some)))
+        if arguments.gradient:
+            save_gradient(policy, arguments.gradient)
+        torch.nn.utils.clip_grad_norm_(policy.model.parameters(), 1.0)
+        optimizer.step()
+
+    gradient, arguments.gradient = arguments.gradient, None
+    step(rows[: arguments.warm_up])
+    release_memory()
+    reset_peak_memory()
+    started = time.perf_counter()
+    step(rows)
+    found = {"seconds": time.perf_counter() - started, "peak_memory_bytes": peak_memory_bytes()}
+    arguments.gradient = gradient
+    if gradient:  # apart from the step that is timed
+        step(rows)
+    return found
+
+
+def dpo_loss(policy: Policy, rows: list[Trajectory]) -> torch.Tensor:
+    """TRL's sigmoid loss on pairs: the chosen rows first, padded on the right."""
+    from trl import DPOTrainer
+
+    ordered = rows[::2] + rows[1::2]
+    ids = [torch.tensor(row.prompt_ids + row.completion_ids) for row in ordered]
+    mask = [torch.tensor([0] * len(row.prompt_ids) + [1] * len(row.completion_ids)) for row in ordered]
+    reference = torch.tensor([sum(row.reference_logp or []) for row in ordered])
+    this = trl_self(
+        policy, args=SimpleNamespace(gradient_checkpointing_kwargs=None), ld_alpha=None, precompute_ref_logps=True,
+        f_divergence_type="reverse_kl", loss_types=["sigmoid"], loss_weights=[1.0], beta=0.1, use_weighting=False,
+        ref_model=None,
+    )  # fmt: skip
+    inputs = {
+        "input_ids": pad_sequence(ids, batch_first=True),
+        "attention_mask": pad_sequence([torch.ones_like(row) for row in ids], batch_first=True),
+        "completion_mask": pad_sequence(mask, batch_first=True),
+        "ref_chosen_logps": reference[: len(rows) // 2],
+        "ref_rejected_logps": reference[len(rows) // 2 :],
+    }
+    loss: torch.Tensor = DPOTrainer._compute_loss(this, policy.model, inputs, return_outputs=False)
+    return loss
+
+
+def grpo_loss(policy: Policy, rows: list[Trajectory]) -> torch.Tensor:
+    """TRL's clipped loss with k3 KL on groups: prompts padded on the left, completions on the right."""
+    from trl import GRPOTrainer
+
+    objective: Any = get_objective("grpo")
+    units = [tuple(range(i, i + UNIT["grpo"])) for i in range(0, len(rows), UNIT["grpo"])]
+    batch = objective.prepare(static_batch(rows, units, objective.learns_from, policy.device))
+    assert batch.advantage is not None and batch.behaviour_logp is not None and batch.reference_logp is not None
+    prompts, completions = ([torch.tensor(ids) for ids in side] for side in zip(
+        *((row.prompt_ids, row.completion_ids) for row in rows), strict=True
+    ))  # fmt: skip
+    this = trl_self(
+        policy, args=SimpleNamespace(use_bias_correction_kl=False, delta=None, report_to=[]), top_entropy_quantile=1.0,
+        off_policy_mask_threshold=None, importance_sampling_level="token", use_vllm=False, loss_type="grpo",
+        beta=objective.kl_coefficient, epsilon_low=objective.clip, epsilon_high=objective.clip,
+        _entropy_bonus_enabled=False,
+    )  # fmt: skip
+    this._get_per_token_logps_and_entropies = partial(GRPOTrainer._get_per_token_logps_and_entropies, this)
+    left = partial(pad_sequence, batch_first=True, padding_side="left")
+    inputs = {
+        "prompt_ids": left(prompts),
+        "prompt_mask": left([torch.ones_like(row) for row in prompts]),
+        "completion_ids": pad_sequence(completions, batch_first=True),
+        "completion_mask": pad_sequence([torch.ones_like(row) for row in completions], batch_first=True),
+        "advantages": batch.advantage[:, 0],
+        "old_per_token_logps": batch.behaviour_logp,
+        "ref_per_token_logps": batch.reference_logp,
+    }
+    loss: torch.Tensor = GRPOTrainer._compute_loss(this, policy.model, inputs)
+    return loss
+
+
+def trl_self(policy: Policy, **attributes: Any) -> SimpleNamespace:
+    """What TRL's losses read of ``self``, in one process that logs nothing."""
+
+    def same(values: Any, **_: Any) -> Any:
+        return values
+
+    accelerator = SimpleNamespace(
+        gather=same, gather_for_metrics=same, reduce=same, autocast=nullcontext, device=policy.device,
+        parallelism_config=None, num_processes=1, is_main_process=True,
+    )  # fmt: skip
+    return SimpleNamespace(
+        model=policy.model, accelerator=accelerator, state=SimpleNamespace(global_step=0), aux_loss_enabled=False,
+        current_gradient_accumulation_steps=1, _metrics={"train": defaultdict(list), "eval": defaultdict(list)},
+        _total_train_tokens=0, _tp_size=1, **attributes,
+    )  # fmt: skip
+
+
 def save_gradient(policy: Policy, file: str) -> None:
     """All gradients one after the other, in order of the parameters' names."""
     with Path(file).open("wb") as out:
@@ -171,7 +303,11 @@ def one(arguments: argparse.Namespace) -> dict[str, Any]:
     tokens = sum(len(row.prompt_ids) + len(row.completion_ids) for row in rows)
     parameters = sum(p.numel() for p in policy.model.parameters())
     before = gemm_speed()
-    run = rlzoo if arguments.part == "rlzoo" else trl
+    size = UNIT.get(arguments.objectives, 1)
+    if size > 1:
+        rows = together(policy, rows, size)
+        tokens = sum(len(row.prompt_ids) + len(row.completion_ids) for row in rows)
+    run = rlzoo if arguments.part == "rlzoo" else trl if size == 1 else trl_loss
     found = run(policy, rows, arguments.objectives, arguments)
     if arguments.gradient and arguments.part == "rlzoo":
         save_gradient(policy, arguments.gradient)
@@ -190,7 +326,7 @@ def main() -> None:
     parser.add_argument("--model", default="embedded")
     parser.add_argument("--data", default="world:arithmetic/train", help="GSM8K rows, or an embedded world")
     parser.add_argument("--rows", type=int, default=64)
-    parser.add_argument("--objectives", default=",".join(OBJECTIVES), help="comma-separated: dft, sft")
+    parser.add_argument("--objectives", default=",".join(OBJECTIVES), help="comma-separated: dft, sft, dpo, grpo")
     parser.add_argument("--engines", default=",".join(ENGINES), help="comma-separated")
     parser.add_argument("--token-budget", type=int, default=1024)
     parser.add_argument("--trl-batch", type=int, default=8)
@@ -208,9 +344,10 @@ def main() -> None:
     results: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as folder:
         for objective in arguments.objectives.split(","):
-            runs: dict[str, list[dict[str, float]]] = {engine: [] for engine in engines}
+            apt = [engine for engine in engines if engine != "trl_packed" or objective not in UNIT]
+            runs: dict[str, list[dict[str, float]]] = {engine: [] for engine in apt}
             for _ in range(arguments.repeats):
-                for engine in engines:
+                for engine in apt:
                     command = [sys.executable, "-W", "ignore", __file__, *sys.argv[1:], "--part", engine]
                     command += ["--objectives", objective, "--gradient", f"{folder}/{engine}"]
                     done = subprocess.run(command, capture_output=True, text=True)

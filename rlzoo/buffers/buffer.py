@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from datasets.fingerprint import generate_random_fingerprint
-from jaxtyping import Int
+from jaxtyping import Float, Int
 
 from rlzoo.buffers import storage, views
 from rlzoo.buffers.schema import (
@@ -35,7 +35,7 @@ from rlzoo.buffers.views import View
 from rlzoo.errors import UserError
 from rlzoo.types import Selection, Trajectory
 
-TokenValues = Sequence[Sequence[float] | None]
+TokenValues = Sequence[Sequence[float] | Float[np.ndarray, " T"] | None]
 """For each row, one value a completion token, or None."""
 
 
@@ -66,15 +66,34 @@ class Buffer:
             raise UserError(f"a buffer has no column {name!r}: known: {', '.join(SCHEMA)}")
         return [decode(name, value) for value in arrow(self._rows)[name].to_pylist()]
 
-    def lengths(self) -> Int[np.ndarray, " N"]:
-        """Tokens of prompt + completion of each row."""
+    def is_complete(self, name: str) -> bool:
+        """Whether no row lacks a value in this column. Reads no values."""
+        return not arrow(self._rows)[name].null_count
+
+    def tokens(self, *names: str) -> Int[np.ndarray, " N"]:
+        """Tokens of each row in ``prompt_ids`` and ``completion_ids``, or in those of them that are named."""
         table = arrow(self._rows)
-        total = pc.add(*(pc.list_value_length(table[name]) for name in ("prompt_ids", "completion_ids")))
-        return np.asarray(total.to_numpy(), np.int64)
+        total = np.zeros(len(self), np.int64)
+        for name in names or ("prompt_ids", "completion_ids"):
+            total += pc.list_value_length(table[name]).to_numpy()
+        return total
+
+    def ids(self, size: int = CHUNK) -> Iterator[list[tuple[list[int], list[int]]]]:
+        """(prompt ids, completion ids) of all rows, ``size`` rows at a time."""
+        rows = self._rows.select_columns(["prompt_ids", "completion_ids"])
+        for batch in rows.with_format("arrow").iter(size):
+            yield list(zip(*(column.to_pylist() for column in batch.columns), strict=True))
 
     def view(self, selection: Selection, **options: Any) -> View:
         """The units that a selection takes: see `rlzoo.buffers.views`. Raises UserError if there are none."""
-        return views.select(arrow(self._rows), selection, options)
+        try:
+            return views.select(arrow(self._rows), selection, options)
+        finally:
+            self.release_pages()
+
+    def release_pages(self) -> None:
+        """Let the system have the memory of what was read from disk; it is read again when it is asked for."""
+        storage.release_pages(self._rows)
 
     def with_reference_logp(self, values: TokenValues) -> Self:
         """The same rows with the frozen reference's log-probs. Raises ValueError for a wrong length."""
@@ -132,7 +151,7 @@ class Buffer:
     def _token_column(self, name: str, values: TokenValues) -> pa.ChunkedArray:
         if len(values) != len(self):
             raise ValueError(f"{name} has {len(values)} rows for {len(self)} rows")
-        tokens = pc.list_value_length(arrow(self._rows)["completion_ids"]).to_numpy()
+        tokens = self.tokens("completion_ids")
         for row, (value, expected) in enumerate(zip(values, tokens, strict=True)):
             if value is not None and len(value) != expected:
                 raise ValueError(f"{name} of row {row} has {len(value)} values for {expected} completion tokens")

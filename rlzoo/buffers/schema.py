@@ -31,6 +31,7 @@ SCHEMA = datasets.Features(
         "reward": Value("float64"),
         "reward_parts": List({"name": Value("string"), "value": Value("float64")}),
         "behaviour_logp": List(Value("float32")),
+        "sampler_logp": List(Value("float32")),
         "reference_logp": List(Value("float32")),
         "policy_version": Value("int32"),
         "truncated": Value("bool"),
@@ -38,7 +39,7 @@ SCHEMA = datasets.Features(
         "columns": Value("string"),
     }
 )
-NULLABLE = frozenset({"reward", "behaviour_logp", "reference_logp", "messages"})
+NULLABLE = frozenset({"reward", "behaviour_logp", "sampler_logp", "reference_logp", "messages"})
 CHUNK = 10_000
 """Rows that are Python objects at one time when many are written or read."""
 
@@ -48,7 +49,7 @@ _NAMES = [f.name for f in fields(Trajectory)]
 def to_row(trajectory: Trajectory) -> dict[str, Any]:
     """The row of a trajectory. Raises ValueError for log-probs of another length than the completion's."""
     row = {name: getattr(trajectory, name) for name in _NAMES}
-    for name in ("behaviour_logp", "reference_logp"):
+    for name in ("behaviour_logp", "sampler_logp", "reference_logp"):
         if row[name] is not None and len(row[name]) != len(trajectory.completion_ids):
             raise ValueError(
                 f"{name} of prompt {trajectory.prompt_id!r} has {len(row[name])} values for "
@@ -96,6 +97,8 @@ def arrow(rows: datasets.Dataset) -> pa.Table:
 
 def conform(rows: datasets.Dataset, origin: str) -> datasets.Dataset:
     """The data set in the schema's columns. Raises UserError for one that is missing, null or ill-typed."""
+    if {"prompt_ids", "behaviour_logp"} <= set(rows.column_names) and "sampler_logp" not in rows.column_names:
+        rows = rows.add_column("sampler_logp", [None] * len(rows))  # saved before there was one
     missing = [name for name in SCHEMA if name not in rows.column_names]
     if missing:
         raise UserError(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, fields
@@ -18,6 +20,7 @@ from rlzoo.buffers.tables import quiet, read_lines, read_parquet
 from rlzoo.errors import UserError
 from rlzoo.types import Trajectory
 
+_DONT_NEED = 4  # MADV_DONTNEED
 _SETTINGS = "buffer.json"
 _FOLDER_MARK = "state.json"  # what `Dataset.save_to_disk` leaves in every folder
 
@@ -56,6 +59,22 @@ def read(path: str | Path) -> datasets.Dataset:
     if path.suffix == ".jsonl":
         return to_dataset(to_table(map(to_row, _read_trajectories(path))))
     raise UserError(f"{path} is no buffer: give a folder, a .parquet or a .jsonl file that one was saved to")
+
+
+def release_pages(rows: datasets.Dataset) -> None:
+    """Give the pages of mapped files that were read back to the system, which keeps them cached while it has room.
+
+    They would count as memory of this process, though all but the file's own bytes are free. Only on Linux.
+    """
+    files = {str(Path(file["filename"]).resolve()) for file in rows.cache_files}
+    if not files or sys.platform != "linux":
+        return
+    system = ctypes.CDLL(None)
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        span, access, *_, name = line.split(maxsplit=5) if line.count(" ") > 4 else ("", "", "")
+        if name in files and access.startswith("r--"):  # read alone: nothing in them can be lost
+            start, end = (int(place, 16) for place in span.split("-"))
+            system.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), _DONT_NEED)
 
 
 def read_settings(path: str | Path) -> dict[str, Any]:

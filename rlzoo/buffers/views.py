@@ -157,8 +157,10 @@ def _reward(rows: pa.Table) -> Float[np.ndarray, " N"]:
 
 def _codes(strings: pa.ChunkedArray) -> Int[np.ndarray, " N"]:
     """Equal numbers for equal strings, counted up in order of first appearance."""
-    chunks = strings.dictionary_encode().unify_dictionaries().chunks
-    return np.concatenate([np.zeros(0, np.int64), *(chunk.indices.to_numpy() for chunk in chunks)])
+    # as one array: a dictionary a chunk, and one to unify them, would take a thousand times the memory
+    whole = strings.cast(pa.large_string()).combine_chunks()
+    codes: Int[np.ndarray, " N"] = whole.dictionary_encode().indices.to_numpy().astype(np.int64)
+    return codes
 
 
 def _text_hashes(texts: pa.ChunkedArray, mask: Mask) -> Int[np.ndarray, " R"]:

@@ -14,7 +14,7 @@ from logging import ERROR, getLogger
 from multiprocessing.queues import Queue, SimpleQueue
 from queue import Empty
 from types import FrameType
-from typing import Any
+from typing import Any, Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
@@ -51,6 +51,41 @@ def why(error: BaseException) -> str:
             'a script of your own must call compare under `if __name__ == "__main__":`'
         )
     return str(error) if isinstance(error, (UserError, WorkError)) else told(error)
+
+
+class Workers(Protocol):
+    """Whatever runs the pieces of work of a comparison."""
+
+    def submit(self, name: str, function: Callable[..., Any], *arguments: Any) -> Future[Any]:
+        """Have ``function(*arguments, report)`` run; ``name`` is what a live view calls it."""
+        ...
+
+    def gather(self, futures: Mapping[Future[Any], str]) -> Iterator[tuple[str, Future[Any]]]:
+        """The futures with their names as they finish."""
+        ...
+
+
+class InThisProcess:
+    """Runs each piece at once, here: what the processes of a distributed run do, all of them in step."""
+
+    def submit(self, name: str, function: Callable[..., Any], *arguments: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        try:
+            future.set_result(_run(name, function, arguments))
+        except Exception as error:
+            future.set_exception(error)
+        return future
+
+    def gather(self, futures: Mapping[Future[Any], str]) -> Iterator[tuple[str, Future[Any]]]:
+        for future, name in futures.items():
+            yield name, future
+
+
+@contextmanager
+def in_this_process() -> Iterator[Workers]:
+    """No worker processes."""
+    silence()
+    yield InThisProcess()
 
 
 class Pool:
@@ -108,7 +143,7 @@ class Pool:
 
 
 @contextmanager
-def pool(workers: int, threads: int, console: Console) -> Iterator[Pool]:
+def pool(workers: int, threads: int, console: Console) -> Iterator[Workers]:
     """A pool whose processes start fresh (spawned), so that a GPU and thread counts are theirs to set."""
     context = multiprocessing.get_context("spawn")
     events: Queue[Any] = context.Queue()

@@ -9,11 +9,12 @@ import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -21,14 +22,16 @@ import yaml
 from rich.console import Console
 
 from rlzoo.comparison import work
+from rlzoo.comparison.on_ray import ray_tasks
 from rlzoo.comparison.plan import Cell, cells, chosen_cells, counted, has_choice
-from rlzoo.comparison.pool import Pool, default_workers, pool, why
+from rlzoo.comparison.pool import Workers, default_workers, in_this_process, pool, why
 from rlzoo.comparison.report import write_report
 from rlzoo.comparison.statistics import BASE, summarise
 from rlzoo.config import Experiment, load_experiment
 from rlzoo.errors import UserError, unknown
 from rlzoo.outputs import new_output, write_atomically
 from rlzoo.problems import Encoded, Problem, load_problems
+from rlzoo.ranks import agreed, is_main, world_size
 from rlzoo.reward import Reward, get_reward
 from rlzoo.rollout.rollouts import judge
 from rlzoo.rollout.sampler import Sample
@@ -60,26 +63,35 @@ def compare(
     workers: int | None = None,
     threads: int = 1,
     console: Console | None = None,
+    executor: Literal["local", "ray"] = "local",
+    address: str | None = None,
 ) -> dict[str, Any]:
     """Run every cell of an experiment and write its results and report to ``out``.
 
     ``out`` defaults to runs/<name>-<time>; ``workers`` to the number of GPUs, or of cores where there is none, each
-    with ``threads`` threads. Gives back what results.json holds. A cell that fails is reported there and the others
-    go on. Raises UserError for wrong input; then ``out`` is not left behind.
+    with ``threads`` threads. ``executor="ray"`` runs the work as tasks of the Ray cluster at ``address`` (None: one
+    that is started here), as many at a time as it has CPUs or GPUs for. Under `accelerate launch` all processes call
+    this and share the work of each cell; the main one writes. Gives back what results.json holds. A cell that fails
+    is reported there and the others go on. Raises UserError for wrong input; then ``out`` is not left behind.
     """
     if isinstance(experiment, str):
         experiment = load_experiment(experiment)
-    console = console or Console(stderr=True)
-    out = default_folder(experiment) if out is None else Path(out)
+    console = console or Console(stderr=True, quiet=not is_main())
+    out = agreed(default_folder(experiment) if out is None else Path(out))
     started = time.perf_counter()
-    with new_output(out):
+    with new_output(out) if is_main() else nullcontext():
         check(experiment)
-        results, outcomes = _run(experiment, out, workers or default_workers(), threads, console)
+        number = min(workers or default_workers(), max(2, len(cells(experiment))))
+        processes, where = _workers(executor, address, number, threads, console)
+        with processes as running:
+            results, outcomes = _run(experiment, out, running, where, console)
         results["wall_seconds"] = time.perf_counter() - started
         table = pa.Table.from_pylist(outcomes, schema=OUTCOMES)
         rows = summarise(table, experiment.evaluation.pass_k)
         results["summary"] = [row for row in rows if row["algorithm"] != BASE]
         results["base_summary"] = [row for row in rows if row["algorithm"] == BASE]
+        if not is_main():
+            return results
         pq.write_table(table, out / ".outcomes.partial")
         (out / ".outcomes.partial").replace(out / "outcomes.parquet")
         write_atomically(out / "experiment.yaml", yaml.safe_dump(results["config"], sort_keys=False))
@@ -126,28 +138,31 @@ def _try(reward: Reward, problems: Sequence[Problem]) -> None:
     judge(reward, [(Encoded(problem, "", []), nothing) for problem in problems])
 
 
+def _workers(
+    executor: str, address: str | None, workers: int, threads: int, console: Console
+) -> tuple[AbstractContextManager[Workers], str]:
+    """What runs the cells, and what that is called."""
+    if world_size() > 1:
+        return in_this_process(), f"one after the other in {world_size()} processes"
+    if executor == "ray":
+        return ray_tasks(address, threads), f"on the Ray cluster {address}" if address else "on Ray"
+    return pool(workers, threads, console), f"in {counted(workers, 'process', 'processes')}"
+
+
 def _run(
-    experiment: Experiment, out: Path, workers: int, threads: int, console: Console
+    experiment: Experiment, out: Path, processes: Workers, where: str, console: Console
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     grid = cells(experiment)
-    buffer, models = out / "buffer", out / "models"
-    workers = min(workers, max(2, len(grid)))
-    with pool(workers, threads, console) as processes:
-        shared, base = _share(
-            processes,
-            experiment,
-            buffer,
-            console,
-            f"{_sizes(experiment)} in {counted(workers, 'process', 'processes')}",
-        )
-        samples = f", {shared['correct']} of {shared['samples']} samples correct" if shared["samples"] else ""
-        _say(console, f"  shared buffer: {shared['rows']} rows{samples}; base model: {_scores(base)}")
-        train = {processes.submit(c.id, work.run_cell, experiment, c, shared, buffer, models): c for c in grid}
-        runs, failed = _gather(processes, train, console)
-        chosen, rates = chosen_cells(experiment, runs)
-        final = [c for c in chosen if has_choice(experiment, c.algorithm)]
-        test = {processes.submit(c.id, work.evaluate_cell, experiment, c, models): c for c in final}
-        found, failed_later = _gather(processes, test, console)
+    buffer, models = (out / "buffer").absolute(), (out / "models").absolute()
+    shared, base = _share(processes, experiment, buffer, console, f"{_sizes(experiment)} {where}; writing to {out}")
+    samples = f", {shared['correct']} of {shared['samples']} samples correct" if shared["samples"] else ""
+    _say(console, f"  shared buffer: {shared['rows']} rows{samples}; base model: {_scores(base)}")
+    train = {processes.submit(c.id, work.run_cell, experiment, c, shared, buffer, models): c for c in grid}
+    runs, failed = _gather(processes, train, console)
+    chosen, rates = chosen_cells(experiment, runs)
+    final = [c for c in chosen if has_choice(experiment, c.algorithm)]
+    test = {processes.submit(c.id, work.evaluate_cell, experiment, c, models): c for c in final}
+    found, failed_later = _gather(processes, test, console)
     runs = {name: run | found.get(name, {}) for name, run in runs.items()}
     failed += failed_later
     reported = [runs[c.id] for c in chosen if "metrics" in runs[c.id]]
@@ -165,7 +180,7 @@ def _run(
         "cells": reported,
         "learning_rates": rates,
         "failed": failed,
-        "buffer": {name: shared[name] for name in ("rows", "samples", "correct", "sampled_tokens")},
+        "buffer": {name: shared[name] for name in ("rows", "samples", "correct", "sampled_tokens", "mismatch")},
         "token_probabilities": {
             "edges": shared["token_probabilities"]["edges"],
             "before": shared["token_probabilities"]["counts"],
@@ -175,7 +190,7 @@ def _run(
 
 
 def _share(
-    processes: Pool, experiment: Experiment, buffer: Path, console: Console, plan: str
+    processes: Workers, experiment: Experiment, buffer: Path, console: Console, plan: str
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """The work that all cells share: the buffer, and the base's scores. Raises UserError if any of it fails."""
     futures = {
@@ -190,12 +205,12 @@ def _share(
             raise UserError(why(error)) from None
         done[name] = future.result()
         if name == "model":  # not before: of wrong input, one line says what is wrong and nothing else is printed
-            _say(console, f"{experiment.name}: {plan}; writing to {buffer.parent}", style="bold")
+            _say(console, f"{experiment.name}: {plan}", style="bold")
     return done["shared buffer"], done["base model"]
 
 
 def _gather(
-    processes: Pool, futures: Mapping[Future[Any], Cell], console: Console
+    processes: Workers, futures: Mapping[Future[Any], Cell], console: Console
 ) -> tuple[dict[str, dict[str, Any]], list[dict[str, Any]]]:
     """Results of the cells that ran, by cell id, and the cells that did not with the reason."""
     runs: dict[str, dict[str, Any]] = {}

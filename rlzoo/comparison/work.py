@@ -6,6 +6,7 @@ Every function takes plain data and gives plain data back, so that it can run in
 from __future__ import annotations
 
 import random
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,9 @@ from rlzoo.policy import Policy, load_policy
 from rlzoo.policy.loading import save_policy
 from rlzoo.policy.policy import score_rows
 from rlzoo.problems import Encoded, Problem, demonstrations, encode_problems, load_problems
+from rlzoo.ranks import barrier, is_main
 from rlzoo.reward import Reward, get_reward
-from rlzoo.rollout import TransformersSampler, collect_rollouts
+from rlzoo.rollout import collect_rollouts, mismatch, sampler_of
 from rlzoo.training import Costs, Trainer
 from rlzoo.training.batches import BufferSource, FreshSource, Source
 from rlzoo.training.costs import release_memory
@@ -81,22 +83,25 @@ def fill_buffer(experiment: Experiment, folder: Path, report: Report) -> dict[st
         chosen = problems if settings.prompts is None else problems[: settings.prompts]
         samples = collect_rollouts(
             policy,
-            TransformersSampler(policy),
+            sampler_of(policy, settings),
             encode_problems(policy.tokenizer, chosen),
             get_reward(experiment.reward),
             settings,
             seed=0,
             token_budget=experiment.training.token_budget,
             progress=_counted(len(chosen), "sampling the base policy", report),
+            recompute=settings.behaviour == "recompute",
         )
         buffer = buffer.concatenate(OfflineBuffer.from_trajectories(samples))
     reference_flops = 0.0
     if any(Need.REFERENCE in objective_of(experiment, name).requires for name in offline):
         report(1.0, "reference log-probs")
         buffer = with_reference(buffer, policy, experiment.training.token_budget)
-        completions = sum(map(len, buffer.column("completion_ids")))
-        reference_flops = policy.flops(int(buffer.lengths().sum()), completions)
-    buffer.save(folder)
+        reference_flops = policy.flops(int(buffer.tokens().sum()), int(buffer.tokens("completion_ids").sum()))
+    if is_main():
+        shutil.rmtree(folder, ignore_errors=True)  # a worker that died may have left half of it
+        buffer.save(folder)
+    barrier()
     sampled = sum(len(row.completion_ids) for row in samples)
     tokens = sampled + sum(len(row.prompt_ids) for row in samples)
     return {
@@ -104,6 +109,7 @@ def fill_buffer(experiment: Experiment, folder: Path, report: Report) -> dict[st
         "samples": len(samples),
         "correct": sum((row.reward or 0.0) >= experiment.evaluation.correct_at for row in samples),
         "sampled_tokens": sampled,
+        "mismatch": mismatch(samples),
         "sampling_flops": 2 * policy.flops(tokens, sampled),  # sampled, then scored
         "reference_flops": reference_flops,
         "token_probabilities": token_probabilities(policy, buffer, experiment.training.token_budget),
@@ -128,8 +134,9 @@ def run_cell(
 ) -> dict[str, Any]:
     """Train one cell and evaluate it: on the benchmarks, or on validation where a learning rate is to be chosen.
 
-    In the second case the weights are kept under ``models`` for `evaluate_cell`.
+    In the second case the weights are kept under ``models`` for `evaluate_cell`. Trackers write beside that folder.
     """
+    logs = models.parent / "logs"
     import torch
 
     release_memory()
@@ -137,6 +144,8 @@ def run_cell(
     objective = objective_of(experiment, cell.algorithm)
     settings = experiment.training_of(cell.algorithm).model_copy(update={"learning_rate": cell.learning_rate})
     policy = load_policy(experiment.model, settings.dtype)
+    if settings.lora is not None:
+        policy.add_lora(**settings.lora.model_dump())
     buffer = OfflineBuffer.load(buffer_path)
     online = experiment.algorithms[cell.algorithm].mode == "online"
     costs = Costs()
@@ -160,8 +169,8 @@ def run_cell(
         if step in marks:
             curve.append(curve_point(policy, experiment, step, cell.seed))
 
-    reference = policy.frozen_copy() if online and Need.REFERENCE in objective.requires else None
-    trainer = Trainer(policy, objective, source, settings, [along], reference)
+    reference = policy.reference() if online and Need.REFERENCE in objective.requires else None
+    trainer = Trainer(policy, objective, source, settings, [along], reference, logs / cell.id)
     trainer.record.costs = costs
     record = trainer.run()
     result = {
@@ -253,6 +262,8 @@ def _collector(
     queue: list[int] = []
     settings = experiment.rollouts
 
+    sampler = sampler_of(policy, settings)
+
     def collect(version: int) -> Buffer:
         prompts: list[Encoded] = []
         while len(prompts) < max(1, batch_size // settings.samples):
@@ -261,13 +272,14 @@ def _collector(
             prompts.append(encoded[queue.pop()])
         rows = collect_rollouts(
             policy,
-            TransformersSampler(policy),
+            sampler,
             prompts,
             _reward(experiment),
             settings,
             seed=order.randrange(2**31),
             version=version,
             token_budget=experiment.training.token_budget,
+            recompute=settings.behaviour == "recompute",
         )
         sampled = sum(len(row.completion_ids) for row in rows)
         costs.sampled_tokens += sampled

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
@@ -81,18 +82,18 @@ def score_tokens(
         logits = head.logits(part)
         if temperature != 1.0:
             logits = logits / temperature
-        logp = logits.gather(1, tokens[:, None])[:, 0] - logits.logsumexp(1)
         with torch.no_grad():
             found = [_statistic(need, logits) for need in wanted]
             if top_p < 1.0:
                 found.append(_nucleus_mass(logits, top_p).log())
-        if term is not None:
-            reference_logits = None
-            if reference is not None and reference_part is not None:
-                reference_logits = reference[0].logits(reference_part).detach()
-            value = term(logits, reference_logits, tokens)
-            found.append(torch.zeros_like(logp) if value is None else value)
-        return (logp, *found)
+        if term is None:
+            return (_LogProb.apply(logits, tokens), *found)  # type: ignore[no-untyped-call]
+        logp = logits.gather(1, tokens[:, None])[:, 0] - logits.logsumexp(1)
+        reference_logits = None
+        if reference is not None and reference_part is not None:
+            reference_logits = reference[0].logits(reference_part).detach()
+        value = term(logits, reference_logits, tokens)
+        return (logp, *found, torch.zeros_like(logp) if value is None else value)
 
     wanted = list(statistics)
     size = max(1, CHUNK_ENTRIES // head.layer.weight.shape[0])
@@ -110,6 +111,32 @@ def score_tokens(
     if term is not None:
         scores["term"] = extra[-1]
     return scores
+
+
+class _LogProb(torch.autograd.Function):
+    """log softmax(z)[y] a row, in the memory of the logits: they become exp(z - max z), and then the gradient.
+
+    A pass over N × V entries costs as much as a tenth of the layer that made them, and fresh memory as much again.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Float[Tensor, "N V"], target: Int[Tensor, " N"]) -> Float[Tensor, " N"]:
+        own = logits.detach()  # shares its version counter: whoever kept the logits is told that they are gone
+        chosen = own.gather(1, target[:, None])[:, 0]
+        largest = own.amax(1)
+        total = own.sub_(largest[:, None]).exp_().sum(1)
+        ctx.kept, ctx.target = (own, total), target
+        return chosen - largest - total.log()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, pull: Float[Tensor, " N"]) -> tuple[Tensor, None]:
+        if ctx.kept is None:
+            raise RuntimeError("log-probs can be differentiated once: score the tokens again")
+        (own, total), ctx.kept = ctx.kept, None
+        own.mul_((-pull / total)[:, None])
+        own.scatter_add_(1, ctx.target[:, None], pull[:, None])
+        return own, None
 
 
 def _statistic(need: Need, logits: Float[Tensor, "N V"]) -> Float[Tensor, " N"]:

@@ -3,20 +3,32 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from rlzoo.errors import UserError
+from rlzoo.policy.adapters import adapters, merged, save_adapter
 from rlzoo.policy.head import Head
 from rlzoo.policy.policy import Policy
+from rlzoo.ranks import rank
 from rlzoo.worlds import EMBEDDED_BASE
 
 EMBEDDED = "embedded"
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "bfloat16-mixed": torch.float32,
+    "float64": torch.float64,
+}
 
 
 def load_policy(name: str, dtype: str = "float32", device: str | torch.device | None = None) -> Policy:
-    """The policy behind ``embedded``, a folder, or a Hub id. Raises UserError if it cannot be loaded."""
+    """The policy behind ``embedded``, a folder, or a Hub id. Raises UserError if it cannot be loaded.
+
+    ``bfloat16-mixed`` has float32 weights, and matrix products in bfloat16.
+    """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     where = str(EMBEDDED_BASE) if name == EMBEDDED else name
@@ -39,7 +51,8 @@ def load_policy(name: str, dtype: str = "float32", device: str | torch.device | 
         tokenizer.pad_token = tokenizer.eos_token  # padding is masked by position, never by id
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    policy = Policy(model.to(device), tokenizer, name)
+    compute = torch.bfloat16 if dtype == "bfloat16-mixed" else None
+    policy = Policy(model.to(device), tokenizer, name, compute)
     _check_head(policy)
     return policy
 
@@ -58,6 +71,28 @@ def _check_head(policy: Policy) -> None:
 
 
 def save_policy(policy: Policy, folder: Path) -> None:
-    """Write a folder that ``from_pretrained`` opens: safetensors, configuration and tokenizer. The critic stays out."""
-    policy.model.save_pretrained(folder)
-    policy.tokenizer.save_pretrained(folder)
+    """Write a folder that ``from_pretrained`` opens: safetensors, configuration and tokenizer. The critic stays out.
+
+    An adapter is merged into the weights, and written to the folder ``adapter`` besides. Of several processes the main
+    one writes, and all must call this.
+    """
+    weights = _gathered(policy.model)
+    if rank() == 0:
+        policy.model.save_pretrained(folder, state_dict=merged(policy.model, weights))
+        policy.tokenizer.save_pretrained(folder)
+        if adapters(policy.model):
+            save_adapter(policy.model, weights, folder / "adapter", policy.name)
+
+
+def _gathered(model: Any) -> dict[str, Tensor]:
+    """The tensors of a model, those of a sharded one whole; what is tied stays one tensor."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    found, whole = {}, dict[int, Tensor]()
+    for name, value in model.state_dict().items():
+        if hasattr(value, "full_tensor"):
+            key = id(parameters.get(name, value))
+            if key not in whole:
+                whole[key] = value.full_tensor()
+            value = whole[key]
+        found[name] = value
+    return found

@@ -5,17 +5,21 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from rlzoo.policy.adapters import adapters, add_lora, switched_off
 from rlzoo.policy.head import Head, LogitTerm, score_tokens
+from rlzoo.ranks import shared
 from rlzoo.types import Need
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -69,11 +73,19 @@ class TokenScores:
 class Policy(nn.Module):
     """Any transformers causal LM with its tokenizer, and optionally a critic."""
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str = "") -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        name: str = "",
+        compute: torch.dtype | None = None,
+    ) -> None:
+        """``compute`` is the dtype of matrix products where it is not that of the weights."""
         super().__init__()
         self.model = model
         self.tokenizer = tokenizer
         self.name = name
+        self.compute = compute
         self.critic: nn.Module | None = None
         self.value_head: nn.Linear | None = None
         self.train(model.training)  # a fresh module says that it trains, whatever its parts do
@@ -100,10 +112,45 @@ class Policy(nn.Module):
 
     def frozen_copy(self) -> Policy:
         """A copy in eval mode whose parameters take no gradient: a reference."""
-        frozen = Policy(copy.deepcopy(self.model), self.tokenizer, self.name)
+        frozen = Policy(copy.deepcopy(self.model), self.tokenizer, self.name, self.compute)
         return frozen.eval().requires_grad_(False)
 
+    def reference(self) -> Policy:
+        """The policy as it was before training: itself without its adapter, or else a frozen copy."""
+        return _WithoutAdapter(self) if adapters(self.model) else self.frozen_copy()
+
+    def add_lora(self, rank: int = 8, alpha: float = 16.0, target_modules: str | Sequence[str] = "all-linear") -> None:
+        """Freeze the model and put low-rank adapters beside its linear layers, which start with no effect (LoRA).
+
+        Source: arXiv 2106.09685, by peft. The output layer has none, unless named. Raises UserError without peft.
+        """
+        add_lora(self.model, rank, alpha, target_modules)
+
+    @property
+    def _no_split_modules(self) -> Any:
+        """For Accelerate, which shards a model by these."""
+        return self.model._no_split_modules
+
+    def run(self, work: Callable[[], T]) -> T:
+        """Call modules of the model in ``work`` as one forward pass, for which a sharded model gathers its weights."""
+        found: T = self(work=work)
+        return found
+
     def forward(
+        self,
+        sequences: Sequences | None = None,
+        *,
+        work: Callable[[], Any] | None = None,
+        **options: Any,
+    ) -> Any:
+        """Score the completion tokens (the options are those of `_score`), or do some other ``work`` with the model."""
+        with torch.autocast(self.device.type, self.compute, enabled=self.compute is not None):
+            if work is not None:
+                return work()
+            assert sequences is not None
+            return self._score(sequences, **options)
+
+    def _score(
         self,
         sequences: Sequences,
         *,
@@ -113,7 +160,7 @@ class Policy(nn.Module):
         term: LogitTerm | None = None,
         reference: Policy | None = None,
     ) -> TokenScores:
-        """Score the completion tokens. ``reference`` gives ``term`` its reference logits."""
+        """``reference`` gives ``term`` its reference logits."""
         hidden = self.hidden(sequences)
         other = None
         if reference is not None and term is not None:
@@ -160,6 +207,17 @@ class Policy(nn.Module):
         return total
 
 
+class _WithoutAdapter(Policy):
+    """A policy with its adapter off, while this is called: the weights are the policy's own."""
+
+    def __init__(self, policy: Policy) -> None:
+        super().__init__(policy.model, policy.tokenizer, policy.name, policy.compute)
+
+    def hidden(self, sequences: Sequences, **extra: Any) -> Float[Tensor, "N H"]:
+        with switched_off(self.model):
+            return super().hidden(sequences, **extra)
+
+
 Row = tuple[Sequence[int], Sequence[int]]
 """Prompt ids and completion ids."""
 
@@ -192,17 +250,26 @@ def score_rows(
     top_p: float = 1.0,
     progress: Callable[[int], None] | None = None,
 ) -> list[list[float]]:
-    """Log-probs of each row's completion tokens in nats, in the trainer's numerics."""
-    lengths = [len(p) + len(c) for p, c in rows]
-    out: list[list[float]] = [[] for _ in rows]
+    """Log-probs of each row's completion tokens in nats, in the trainer's numerics.
+
+    Of several processes each scores a part, and all get the whole.
+    """
+
+    def own(numbers: list[int]) -> list[list[float]]:
+        lengths = [len(rows[i][0]) + len(rows[i][1]) for i in numbers]
+        out: list[list[float]] = [[] for _ in numbers]
+        for batch in token_batches([[place] for place in range(len(numbers))], lengths, token_budget):
+            some = [rows[numbers[place]] for place in batch]
+            sequences = Sequences.collate([prompt for prompt, _ in some], [ids for _, ids in some], policy.device)
+            logp = policy(sequences, temperature=temperature, top_p=top_p).logp.float().cpu()
+            for row, place in enumerate(batch):
+                out[place] = logp[row, : len(some[row][1])].tolist()
+            if progress is not None:
+                progress(len(batch))
+        return out
+
     training = policy.training
     policy.eval()
-    for batch in token_batches([[i] for i in range(len(rows))], lengths, token_budget):
-        sequences = Sequences.collate([rows[i][0] for i in batch], [rows[i][1] for i in batch], policy.device)
-        logp = policy(sequences, temperature=temperature, top_p=top_p).logp.float().cpu()
-        for place, row in enumerate(batch):
-            out[row] = logp[place, : len(rows[row][1])].tolist()
-        if progress is not None:
-            progress(len(batch))
+    found = shared(rows, own, policy)
     policy.train(training)
-    return out
+    return found

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import numpy as np
+
 from rlzoo.config import Sampling
 from rlzoo.policy import Policy
 from rlzoo.policy.policy import score_rows
 from rlzoo.problems import Encoded, trajectory
+from rlzoo.ranks import agreed
 from rlzoo.reward import Reward, Score
 from rlzoo.rollout.sampler import Sample, Sampler
 from rlzoo.types import Trajectory
@@ -23,16 +26,22 @@ def collect_rollouts(
     version: int = 0,
     token_budget: int = 8192,
     progress: Callable[[int], None] | None = None,
+    recompute: bool = True,
 ) -> list[Trajectory]:
     """Sample each problem ``settings.samples`` times and judge the completions.
 
     Behaviour log-probs are those of the distribution that was sampled from (temperature and top_p applied),
-    recomputed by the policy itself: in the trainer's numerics, whatever engine sampled.
+    recomputed by the policy itself: in the trainer's numerics, whatever engine sampled. Without ``recompute`` they are
+    the engine's own, where it gives any.
     """
     sampled = sampler.sample([p.ids for p in problems], settings, seed, progress=progress)
     flat = [(problem, sample) for problem, samples in zip(problems, sampled, strict=True) for sample in samples]
-    scores = judge(reward, flat)
-    logps = score_rows(policy, [(p.ids, s.ids) for p, s in flat], token_budget, settings.temperature, settings.top_p)
+    scores = agreed(judge(reward, flat))
+    own = [sample.logp for _, sample in flat]
+    logps = [logp for logp in own if logp is not None]
+    if recompute or len(logps) < len(own):
+        rows = [(p.ids, s.ids) for p, s in flat]
+        logps = score_rows(policy, rows, token_budget, settings.temperature, settings.top_p)
     return [
         trajectory(
             problem,
@@ -42,11 +51,32 @@ def collect_rollouts(
             reward=score.value,
             reward_parts=score.parts,
             behaviour_logp=logp,
+            sampler_logp=sample.logp,
             policy_version=version,
             truncated=sample.truncated,
         )
         for (problem, sample), score, logp in zip(flat, scores, logps, strict=True)
     ]
+
+
+def mismatch(rows: Sequence[Trajectory]) -> dict[str, float] | None:
+    """How far the sampling engine's log-probs are from those of the trainer, over all tokens; None if there are none.
+
+    ``mean_absolute`` and ``largest`` |Δ| in nats, ``mean_ratio`` of π/π_engine (1 if the engine samples from what it
+    says), and ``kl``, the k3 estimate of KL(π_engine, π) a token, in nats.
+    """
+    both = [(r.behaviour_logp, r.sampler_logp) for r in rows if r.behaviour_logp and r.sampler_logp]
+    if not both:
+        return None
+    ours, theirs = (np.concatenate([np.asarray(pair[side]) for pair in both]) for side in (0, 1))
+    gap = ours - theirs
+    return {
+        "tokens": len(gap),
+        "mean_absolute": float(np.abs(gap).mean()),
+        "largest": float(np.abs(gap).max()),
+        "mean_ratio": float(np.exp(gap).mean()),
+        "kl": float((np.expm1(gap) - gap).mean()),
+    }
 
 
 def judge(reward: Reward, answered: Sequence[tuple[Encoded, Sample]]) -> list[Score]:

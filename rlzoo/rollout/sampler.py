@@ -7,10 +7,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+import numpy as np
 import torch
+from jaxtyping import Float
 
 from rlzoo.config import Sampling
 from rlzoo.policy import Policy
+from rlzoo.ranks import shared
+from rlzoo.rollout.decoding import Decoder, can_decode, padded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -26,6 +30,8 @@ class Sample:
     """The tokens as text, special tokens left out."""
     truncated: bool
     """True if ``max_new_tokens`` came before an end of sequence."""
+    logp: list[float] | None = None
+    """A log-prob a token under the distribution that was sampled from, as an engine of its own numerics says."""
 
 
 class Sampler(Protocol):
@@ -47,10 +53,16 @@ class Sampler(Protocol):
 
 
 class TransformersSampler:
-    """Samples with transformers' ``generate``; prompts of like length share a batch."""
+    """Samples with the policy's own transformers model; prompts of like length share a batch.
+
+    Every sample has a random stream of its own, of the seed, its prompt's place and its number, so what is sampled does
+    not depend on the batch size (but for rounding). A model whose state is more than keys and values (Mamba's, say) is
+    sampled by transformers' ``generate``.
+    """
 
     def __init__(self, policy: Policy) -> None:
         self.policy = policy
+        self.decoder = Decoder(policy) if can_decode(policy.model) else None
 
     def sample(
         self,
@@ -60,61 +72,93 @@ class TransformersSampler:
         greedy: bool = False,
         progress: Callable[[int], None] | None = None,
     ) -> list[list[Sample]]:
+        def own(numbers: list[int]) -> list[list[Sample]]:
+            return self._sample_all(prompts, numbers, settings, seed, greedy, progress)
+
+        return shared(prompts, own, self.policy)
+
+    def _sample_all(
+        self,
+        prompts: Sequence[Sequence[int]],
+        numbers: list[int],
+        settings: Sampling,
+        seed: int,
+        greedy: bool,
+        progress: Callable[[int], None] | None,
+    ) -> list[list[Sample]]:
+        """The samples of some of the prompts, by their numbers."""
         copies = 1 if greedy else settings.samples
-        order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
-        size = max(1, settings.batch_size // copies)
-        results: list[list[Sample]] = [[] for _ in prompts]
+        order = sorted(numbers, key=lambda i: (len(prompts[i]), i))
+        size, most = max(1, settings.batch_size // copies), min(copies, settings.batch_size)
+        results: dict[int, list[Sample]] = {number: [] for number in numbers}
         training = self.policy.training
         self.policy.eval()
-        devices = [self.policy.device] if self.policy.device.type == "cuda" else []
-        with torch.random.fork_rng(devices):  # sampling leaves the caller's random state alone
-            torch.manual_seed(seed)
+        try:
             for start in range(0, len(order), size):
                 batch = order[start : start + size]
-                for index, samples in zip(
-                    batch, self._generate([prompts[i] for i in batch], settings, copies, greedy), strict=True
-                ):
-                    results[index] = samples
+                for first in range(0, copies, most):
+                    some = range(first, min(copies, first + most))
+                    rows = self._decoded([prompts[i] for i in batch], batch, some, settings, greedy, seed)
+                    for place, index in enumerate(batch):
+                        own = rows[place * len(some) : (place + 1) * len(some)]
+                        results[index] += [self._sample(row) for row in own]
                 if progress is not None:
                     progress(len(batch))
-        self.policy.train(training)
-        return results
+        finally:
+            self.policy.train(training)
+        return [results[number] for number in numbers]
+
+    def _decoded(
+        self,
+        prompts: Sequence[Sequence[int]],
+        numbers: Sequence[int],
+        copies: range,
+        settings: Sampling,
+        greedy: bool,
+        seed: int,
+    ) -> list[list[int]]:
+        """The tokens of some copies of some prompts."""
+        if self.decoder is None:
+            own = int(np.random.SeedSequence([seed, numbers[0], copies.start]).generate_state(1)[0])
+            return self._generate(prompts, settings, len(copies), greedy, own)
+        draws = None if greedy else _streams(seed, numbers, copies, settings.max_new_tokens)
+        return self.decoder.decode(prompts, len(copies), settings, draws)
 
     @torch.no_grad()
     def _generate(
-        self, prompts: list[Sequence[int]], settings: Sampling, copies: int, greedy: bool
-    ) -> list[list[Sample]]:
-        policy, tokenizer = self.policy, self.policy.tokenizer
-        longest = max(map(len, prompts))
-        padding, ends = tokenizer.pad_token_id, sorted(policy.eos_ids)
-        ids = torch.full((len(prompts), longest), padding)
-        attention = torch.zeros_like(ids)
-        for row, prompt in enumerate(prompts):
-            ids[row, longest - len(prompt) :] = torch.as_tensor(prompt)
-            attention[row, longest - len(prompt) :] = 1
+        self, prompts: Sequence[Sequence[int]], settings: Sampling, copies: int, greedy: bool, seed: int
+    ) -> list[list[int]]:
+        policy = self.policy
+        ids, mask = padded(prompts, policy.device)
         # top_k = 0: the library's own default keeps 50 tokens
         how = {"do_sample": False} if greedy else {
             "do_sample": True, "temperature": settings.temperature, "top_p": settings.top_p, "top_k": 0,
             "num_return_sequences": copies,
         }  # fmt: skip
-        with _no_defaults(policy.model):
+        devices = [policy.device] if policy.device.type == "cuda" else []
+        with _no_defaults(policy.model), torch.random.fork_rng(devices):  # the caller's random state stays as it is
+            torch.manual_seed(seed)
             out = policy.model.generate(
-                input_ids=ids.to(policy.device),
-                attention_mask=attention.to(policy.device),
+                input_ids=ids,
+                attention_mask=mask.long(),
                 max_new_tokens=settings.max_new_tokens,
-                pad_token_id=padding,
-                eos_token_id=ends,
+                pad_token_id=policy.tokenizer.pad_token_id,
+                eos_token_id=sorted(policy.eos_ids),
                 **how,
             )
-        rows = out[:, longest:].tolist()
-        samples = [self._sample(row) for row in rows]
-        return [samples[i : i + copies] for i in range(0, len(samples), copies)]
+        rows: list[list[int]] = out[:, ids.shape[1] :].tolist()
+        return rows
 
     def _sample(self, ids: list[int]) -> Sample:
         end = next((i for i, token in enumerate(ids) if token in self.policy.eos_ids), None)
         kept = ids if end is None else ids[: end + 1]
         text = self.policy.tokenizer.decode(kept, skip_special_tokens=True)
         return Sample(kept, text, truncated=end is None)
+
+
+def _streams(seed: int, prompts: Sequence[int], copies: range, tokens: int) -> Float[np.ndarray, "B T"]:
+    """Uniform numbers for each copy of each prompt."""
+    return np.stack([np.random.default_rng([seed, p, c]).random(tokens) for p in prompts for c in copies])
 
 
 @contextmanager

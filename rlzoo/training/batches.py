@@ -44,6 +44,7 @@ class BufferSource:
             self._queue.pop()
             units.append(tuple(range(len(rows), len(rows) + len(unit))))
             rows.extend(self._buffer[index] for index in unit)
+        self._buffer.release_pages()
         return rows, units
 
 

@@ -6,9 +6,12 @@ import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor
@@ -18,9 +21,13 @@ from rlzoo.config import Training
 from rlzoo.errors import UserError
 from rlzoo.objective import Objective, reduce, surrogate_of
 from rlzoo.policy import Policy, Sequences, TokenScores
+from rlzoo.policy.adapters import adapters
 from rlzoo.policy.policy import score_rows, token_batches
+from rlzoo.ranks import agreed, gathered, is_sharded, rank, world_size
 from rlzoo.training.batches import BufferSource, Source, atoms, static_batch
 from rlzoo.training.costs import Costs, peak_memory_bytes, reset_peak_memory
+from rlzoo.training.savings import gradients_in_place, layers_recomputed
+from rlzoo.training.trackers import installed, tracked
 from rlzoo.types import STATISTICS, Coefficients, Coupling, Need, TokenBatch, Trajectory
 
 Callback = Callable[["Trainer", int], None]
@@ -50,15 +57,23 @@ class Trainer:
         settings: Training,
         callbacks: Sequence[Callback] = (),
         reference: Policy | None = None,
+        folder: Path | None = None,
     ) -> None:
+        """``folder`` is where trackers write that write files, and names the run for all of them."""
         self.objective, self.source, self.settings = objective, source, settings
-        self.callbacks = callbacks
+        self.callbacks, self.folder = callbacks, folder
         self.record = TrainingRecord()
-        self.accelerator = Accelerator(cpu=policy.device.type == "cpu")
+        self.accelerator = Accelerator(
+            cpu=policy.device.type == "cpu", log_with=list(installed(settings.trackers)) or None, project_dir=folder
+        )
+        if settings.lora is not None and not adapters(policy.model):
+            policy.add_lora(**settings.lora.model_dump())
         if Need.CRITIC in objective.requires:
             policy.add_critic(objective.shared_critic)
         self.reference = self._reference_policy(policy, reference)
         parameters = [p for p in policy.parameters() if p.requires_grad]
+        # a frozen weight takes no gradient of its own, but passes one on
+        self._trained = sum(p.numel() for p in parameters) / sum(p.numel() for p in policy.parameters())
         optimizer = torch.optim.AdamW(
             parameters,
             lr=settings.learning_rate,
@@ -74,17 +89,21 @@ class Trainer:
     def _reference_policy(self, policy: Policy, reference: Policy | None) -> Policy | None:
         """The reference that is kept in memory: one that moves, or one that scores fresh samples."""
         needs_logits = type(self.objective).logit_term is not Objective.logit_term
-        if Need.EMA_REFERENCE in self.objective.requires or (needs_logits and reference is None):
+        if Need.EMA_REFERENCE in self.objective.requires:
             return policy.frozen_copy()
-        return reference
+        return policy.reference() if needs_logits and reference is None else reference
 
     def run(self) -> TrainingRecord:
         """Train for ``settings.steps`` optimizer steps."""
+        with tracked(self.accelerator, self.settings, self.folder) as log:
+            return self._run(log)
+
+    def _run(self, log: Callable[[dict[str, float], int], None]) -> TrainingRecord:
         step = 0
         while step < self.settings.steps:
             reset_peak_memory()
             started = time.perf_counter()
-            rows, units = self.source.draw()
+            rows, units = agreed(self.source.draw())
             batch = self._prepare(rows, units)
             for update in range(self.settings.updates_per_batch):
                 if update and self._coupled:
@@ -95,6 +114,7 @@ class Trainer:
                 costs.wall_seconds += time.perf_counter() - started
                 costs.peak_memory_bytes = max(costs.peak_memory_bytes, peak_memory_bytes())
                 self.record.steps.append({"step": step, **metrics})
+                log(metrics, step)
                 for callback in self.callbacks:
                     callback(self, step)
                 if step == self.settings.steps:
@@ -135,15 +155,18 @@ class Trainer:
         parts: dict[str, Tensor] = {}
         training = policy.training
         policy.eval()
-        for index in self._micro_batches(rows, [(i,) for i in range(len(rows))]):
+        for index, counts in self._share(rows, [(i,) for i in range(len(rows))]):
             sequences = self._collate(rows, index)
             scores = policy(sequences, statistics=self._statistics())
             found = {"logp": scores.logp, "value": scores.value, **scores.statistics}
             for name, value in found.items():
                 if value is not None:
                     whole = parts.setdefault(name, value.new_zeros(len(rows), width))
-                    whole[torch.tensor(index), : value.shape[1]] = value
-            self._count_forward(policy, sequences, passes=1)
+                    if counts:
+                        whole[torch.tensor(index), : value.shape[1]] = value
+        if world_size() > 1:
+            parts = {name: self.accelerator.reduce(whole, "sum") for name, whole in parts.items()}
+        self._count(policy, rows, passes=1)
         policy.train(training)
         logp, value = parts.pop("logp"), parts.pop("value", None)
         return TokenScores(logp, {}, value), parts
@@ -156,34 +179,28 @@ class Trainer:
     ) -> dict[str, float]:
         """One optimizer step on the batch."""
         objective = self.objective
-        world = self.accelerator.num_processes
-        denominator = self._over_ranks(objective.normaliser.denominator(batch))
+        denominator = objective.normaliser.denominator(batch)
         coefficients = objective.coefficients(batch) if self._coupled else None
         sums = _Sums()
         self.model.eval()  # dropout would move ratios off 1 and tie the gradient to the micro-batches
         self.optimizer.zero_grad(set_to_none=True)
-        for index in self._micro_batches(rows, atoms(units, objective.couples)):
-            sequences = self._collate(rows, index)
-            scores = self.model(
-                sequences, statistics=self._statistics(), term=self._logit_term(), reference=self.reference
-            )
-            place = torch.tensor(index, device=batch.mask.device)
-            part = replace(
-                batch.rows(place, sequences.mask.shape[1]),
-                logp=scores.logp,
-                value=scores.value,
-                statistics=scores.statistics,
-            )
-            own = objective.coefficients(part.detach()) if coefficients is None else _rows(coefficients, place, part)
-            loss = surrogate_of(own, objective, part, denominator)
-            if scores.term is not None and denominator:
-                loss = loss + reduce(scores.term, part, objective.normaliser, denominator)
-            self.accelerator.backward(loss * world)  # the ranks' gradients are averaged, not summed
-            sums.add(objective, part, own, loss, denominator)
-            self._count_forward(self.policy, sequences, passes=3)
-            if scores.term is not None and self.reference is not None:
-                self._count_forward(self.reference, sequences, passes=1)
-            self.record.costs.gradient_tokens += sequences.tokens
+        recomputed = layers_recomputed(self.policy) if self.settings.gradient_checkpointing else nullcontext()
+        with recomputed, nullcontext() if world_size() > 1 else gradients_in_place(self.policy):
+            mine = self._share(rows, atoms(units, objective.couples))
+            for number, (index, counts) in enumerate(mine):
+                with nullcontext() if number + 1 == len(mine) else self._no_exchange():
+                    self._backward(rows, batch, coefficients, index, denominator, sums if counts else None)
+        if world_size() > 1:
+            # gradients were averaged over processes. Not done to the loss: models round some gradients to float32,
+            # and a factor of 3 would round others
+            for parameter in self.policy.parameters():
+                if parameter.grad is not None:
+                    parameter.grad.mul_(world_size())
+        sums = sums.over_processes()
+        self._count(self.policy, rows, passes=2 + self._trained)
+        if self._logit_term() is not None and self.reference is not None:
+            self._count(self.reference, rows, passes=1)
+        self.record.costs.gradient_tokens += sum(map(_length, rows))
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.settings.max_gradient_norm)
         if not math.isfinite(float(norm)):
             raise UserError(f"the gradient is {float(norm)}: lower learning_rate, or look at the data of this step")
@@ -194,27 +211,81 @@ class Trainer:
         reward = {} if batch.reward is None else {"reward": float(batch.reward.mean())}
         return {**sums.means(), **reward, "gradient_norm": float(norm), "learning_rate": float(rate)}
 
+    def _backward(
+        self,
+        rows: Sequence[Trajectory],
+        batch: TokenBatch,
+        coefficients: Coefficients | None,
+        index: list[int],
+        denominator: float,
+        sums: _Sums | None,
+    ) -> None:
+        """Add the gradient of a micro-batch; without ``sums`` it keeps step with the other processes and weighs 0."""
+        objective, sequences = self.objective, self._collate(rows, index)
+        scores = self.model(sequences, statistics=self._statistics(), term=self._logit_term(), reference=self.reference)
+        if sums is None:
+            parts = [part.sum() for part in (scores.logp, scores.value, scores.term) if part is not None]
+            self.accelerator.backward(0.0 * torch.stack(parts).sum())
+            return
+        place = torch.tensor(index, device=batch.mask.device)
+        part = replace(
+            batch.rows(place, sequences.mask.shape[1]),
+            logp=scores.logp,
+            value=scores.value,
+            statistics=scores.statistics,
+        )
+        own = objective.coefficients(part.detach()) if coefficients is None else _rows(coefficients, place, part)
+        if self.settings.importance_cap is not None:
+            own = replace(own, values=own.values * self._importance([rows[i] for i in index], part.mask))
+        loss = surrogate_of(own, objective, part, denominator)
+        if scores.term is not None and denominator:
+            loss = loss + reduce(scores.term, part, objective.normaliser, denominator)
+        self.accelerator.backward(loss)
+        sums.add(objective, part, own, loss, denominator)
+
+    def _importance(self, rows: Sequence[Trajectory], mask: Tensor) -> Tensor:
+        """min(π/π_engine, cap) of each token at the time of sampling, 1 for rows that no other engine sampled.
+
+        Source: truncated importance sampling as in https://fengyao.notion.site/off-policy-rl.
+        """
+        weight = torch.ones(mask.shape, device=mask.device)
+        for place, row in enumerate(rows):
+            if row.sampler_logp is not None and row.behaviour_logp is not None:
+                gap = torch.tensor(row.behaviour_logp) - torch.tensor(row.sampler_logp)
+                weight[place, : len(gap)] = gap.exp().clamp(max=self.settings.importance_cap)
+        return weight
+
+    def _share(self, rows: Sequence[Trajectory], together: Sequence[tuple[int, ...]]) -> list[tuple[list[int], bool]]:
+        """This process's micro-batches, and whether each counts: all processes have as many, of like length.
+
+        A sharded model needs them to run in step, so where micro-batches are too few, one runs once more for nothing.
+        """
+        lengths, world = [_length(row) for row in rows], world_size()
+        budget = min(self.settings.token_budget, -(-sum(lengths) // world))
+        batches = list(token_batches(together, lengths, budget if world > 1 else self.settings.token_budget))
+        own = range(rank(), -(-len(batches) // world) * world, world)
+        return [(batches[i], True) if i < len(batches) else (batches[0], False) for i in own]
+
+    def _no_exchange(self) -> AbstractContextManager[Any]:
+        """Gradients stay with this process for now; a sharded model has no room for that."""
+        if is_sharded(self.policy):
+            return nullcontext()
+        context: AbstractContextManager[Any] = self.accelerator.no_sync(self.model)
+        return context
+
     def _logit_term(self) -> Any:
         return self.objective.logit_term if type(self.objective).logit_term is not Objective.logit_term else None
 
     def _statistics(self) -> list[Need]:
         return [need for need in STATISTICS if need in self.objective.requires]
 
-    def _micro_batches(self, rows: Sequence[Trajectory], together: Sequence[tuple[int, ...]]) -> list[list[int]]:
-        return list(token_batches(together, [_length(row) for row in rows], self.settings.token_budget))
-
     def _collate(self, rows: Sequence[Trajectory], index: Sequence[int]) -> Sequences:
         prompts, completions = [rows[i].prompt_ids for i in index], [rows[i].completion_ids for i in index]
         return Sequences.collate(prompts, completions, self.policy.device)
 
-    def _count_forward(self, policy: Policy, sequences: Sequences, passes: int) -> None:
-        self.record.costs.flops += passes * policy.flops(sequences.tokens, int(sequences.mask.sum()))
-
-    def _over_ranks(self, count: float) -> float:
-        if self.accelerator.num_processes == 1:
-            return count
-        total: Tensor = self.accelerator.reduce(torch.tensor(count, device=self.accelerator.device), "sum")
-        return float(total)
+    def _count(self, policy: Policy, rows: Sequence[Trajectory], passes: float) -> None:
+        completions = sum(len(row.completion_ids) for row in rows)
+        self.record.costs.flops += passes * policy.flops(sum(map(_length, rows)), completions)
 
     @torch.no_grad()
     def _move_reference(self) -> None:
@@ -222,13 +293,15 @@ class Trainer:
         if decay is None or self.reference is None:
             return
         for average, current in zip(self.reference.model.parameters(), self.policy.model.parameters(), strict=True):
-            average.lerp_(current, 1 - decay)
+            whole = current.full_tensor() if is_sharded(self.policy) else current
+            average.lerp_(whole, 1 - decay)
 
 
 class _Sums:
     """Metrics of a step from unreduced parts, so that they do not depend on micro-batches either."""
 
     def __init__(self) -> None:
+        self._loss = 0.0
         self._total: dict[str, float] = defaultdict(float)
         self._count: dict[str, float] = defaultdict(float)
 
@@ -243,8 +316,7 @@ class _Sums:
         reported = loss.detach()
         if coefficients.loss is not None and denominator:
             reported = reduce(coefficients.loss, part, objective.normaliser, denominator)
-        self._total["loss"] += float(reported)
-        self._count["loss"] = 1
+        self._loss += float(reported)
         per_token = {"logp": part.logp.detach(), "coefficient": coefficients.values, **coefficients.metrics}
         for name, value in per_token.items():
             inside = value[part.mask] if value.ndim == 2 else value
@@ -252,8 +324,18 @@ class _Sums:
             self._total[name] += float(inside.sum())
             self._count[name] += inside.numel()
 
+    def over_processes(self) -> _Sums:
+        """The sums over all processes, in order of their numbers."""
+        whole = _Sums()
+        for part in gathered(self):
+            whole._loss += part._loss
+            for name in part._total:
+                whole._total[name] += part._total[name]
+                whole._count[name] += part._count[name]
+        return whole
+
     def means(self) -> dict[str, float]:
-        return {name: self._total[name] / max(self._count[name], 1) for name in self._total}
+        return {"loss": self._loss, **{name: self._total[name] / max(self._count[name], 1) for name in self._total}}
 
 
 def _rows(coefficients: Coefficients, index: Tensor, part: TokenBatch) -> Coefficients:
@@ -278,8 +360,8 @@ def _cosine(step: int, settings: Training) -> float:
 
 def with_reference(buffer: Buffer, policy: Policy, token_budget: int = 8192) -> Buffer:
     """The buffer with log-probs of ``policy`` as the reference, computed once."""
-    rows = list(zip(buffer.column("prompt_ids"), buffer.column("completion_ids"), strict=True))
-    return buffer.with_reference_logp(score_rows(policy, rows, token_budget))
+    values = [np.asarray(logp, np.float32) for rows in buffer.ids() for logp in score_rows(policy, rows, token_budget)]
+    return buffer.with_reference_logp(values)
 
 
 def train(
@@ -289,15 +371,17 @@ def train(
     settings: Training | None = None,
     seed: int = 0,
     callbacks: Sequence[Callback] = (),
+    folder: Path | None = None,
 ) -> TrainingRecord:
     """Train ``policy`` in place on a fixed buffer; missing reference log-probs are those of ``policy`` as it comes.
 
+    ``folder`` is for trackers. Under `accelerate launch` all processes call this, and each takes its share of a batch.
     Raises UserError where the buffer lacks what the objective learns from.
     """
     settings = settings or Training()
     torch.manual_seed(seed)
     view = buffer.view(objective.learns_from, **objective.view_options)
-    if Need.REFERENCE in objective.requires and any(r is None for r in buffer.column("reference_logp")):
+    if Need.REFERENCE in objective.requires and not buffer.is_complete("reference_logp"):
         buffer = with_reference(buffer, policy, settings.token_budget)
     source = BufferSource(buffer, view, settings.batch_size, seed)
-    return Trainer(policy, objective, source, settings, callbacks).run()
+    return Trainer(policy, objective, source, settings, callbacks, folder=folder).run()

@@ -41,7 +41,7 @@ class VarianceProbe:
         if step % self.every:
             return
         frozen = Need.REFERENCE in trainer.objective.requires and trainer.reference is None
-        if frozen and any(row is None for row in self.buffer.column("reference_logp")):
+        if frozen and not self.buffer.is_complete("reference_logp"):
             raise UserError("the probe's buffer has no reference log-probs: add them with training.with_reference")
         self.measure(trainer.policy, trainer.objective, step, trainer.reference)
 

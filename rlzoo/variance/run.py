@@ -16,7 +16,7 @@ from rich.console import Console
 
 from rlzoo.buffers import Buffer, OfflineBuffer, read_buffer
 from rlzoo.comparison import work
-from rlzoo.comparison.pool import Pool, default_workers, pool, why
+from rlzoo.comparison.pool import Workers, default_workers, pool, why
 from rlzoo.comparison.runner import check, versions
 from rlzoo.config import Experiment, Positive
 from rlzoo.errors import UserError
@@ -101,7 +101,7 @@ def _cut(experiment: Experiment, rows: int) -> Experiment:
 
 
 def _run(
-    processes: Pool,
+    processes: Workers,
     experiment: Experiment,
     folder: Path,
     settings: VarianceSettings,
@@ -147,7 +147,7 @@ def fill(experiment: Experiment, folder: Path, given: str | None, report: Report
     policy = load_policy(experiment.model, experiment.training.dtype)
     buffer: Buffer = read_buffer(given, policy.tokenizer)
     needed = any(Need.REFERENCE in work.objective_of(experiment, name).requires for name in experiment.algorithms)
-    if needed and any(row is None for row in buffer.column("reference_logp")):
+    if needed and not buffer.is_complete("reference_logp"):
         buffer = with_reference(buffer, policy, experiment.training.token_budget)
     buffer.save(folder)
     return len(buffer)

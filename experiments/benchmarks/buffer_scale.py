@@ -1,0 +1,149 @@
+"""A buffer on disk at several sizes: memory and time of selecting, shuffling and batching.
+
+    python experiments/benchmarks/buffer_scale.py --rows 10000,100000,1000000
+
+A buffer of made-up samples is written first: four a prompt, of GSM8K's size (a prompt of 60 tokens, completions of 20
+to 180), with rewards and log-probs. Then a process of its own for each size and each piece of work:
+
+- ``open``: `OfflineBuffer.load`;
+- ``correct``, ``pairs``, ``groups``: the view;
+- ``epoch``: an epoch's shuffle, and the first ``--batches`` batches of 64 rows, as training draws them.
+
+Memory is what the work adds to the process at its peak, in two parts: its own (anonymous), and the pages of the file
+that are mapped, which the system takes back whenever it needs them. Seconds are per piece of work; ``growth`` is the
+ratio of the largest size's seconds to the next smaller one's, over the ratio of their rows: 1 is linear.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+
+from rlzoo.buffers import OfflineBuffer
+from rlzoo.buffers.schema import SCHEMA, to_row
+from rlzoo.training.batches import BufferSource
+from rlzoo.types import Selection, Trajectory
+
+WORK = ("open", "correct", "pairs", "groups", "epoch")
+
+
+def trajectories(rows: int) -> Iterator[dict[str, Any]]:
+    """Made-up samples, four of each prompt."""
+    random = np.random.default_rng(0)
+    for i in range(rows):
+        tokens = int(random.integers(20, 180))
+        ids = random.integers(0, 50_000, tokens).tolist()
+        yield to_row(
+            Trajectory(
+                prompt=f"Problem {i // 4}: " + "what is it then " * 12,
+                completion=f"{i}: " + "so it is " * (tokens // 3),
+                prompt_ids=list(range(60)), completion_ids=ids, prompt_id=f"problem-{i // 4}", source="policy",
+                reward=float(random.random() < 0.4), behaviour_logp=random.normal(-1, 1, tokens).tolist(),
+            )
+        )  # fmt: skip
+
+
+def write(rows: int, folder: Path) -> None:
+    """A saved buffer, written as a stream."""
+    with tempfile.TemporaryDirectory(dir=folder.parent) as cache:
+        made = Dataset.from_generator(trajectories, features=SCHEMA, gen_kwargs={"rows": rows}, cache_dir=cache)
+        OfflineBuffer(made).save(folder)
+
+
+def memory() -> tuple[int, int]:
+    """Bytes of this process: its own, and mapped files."""
+    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    own, files = (int(lines[name].split()[0]) * 1024 for name in ("RssAnon", "RssFile"))
+    return own, files
+
+
+class Peak:
+    """The largest memory while a piece of work runs, looked at a hundred times a second."""
+
+    def __init__(self) -> None:
+        self.start = self.own, self.files = memory()
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._look, daemon=True)
+        self._thread.start()
+
+    def _look(self) -> None:
+        while not self._over.wait(0.01):
+            own, files = memory()
+            self.own, self.files = max(self.own, own), max(self.files, files)
+
+    def end(self) -> tuple[int, int]:
+        """What the work added."""
+        self._over.set()
+        self._thread.join()
+        own, files = memory()
+        self.own, self.files = max(self.own, own), max(self.files, files)
+        return self.own - self.start[0], self.files - self.start[1]
+
+
+def one(folder: Path, work: str, batches: int) -> dict[str, float]:
+    """One piece of work, in this process."""
+    buffer = OfflineBuffer.load(folder) if work != "open" else None
+    peak, started = Peak(), time.perf_counter()
+    if buffer is None:
+        buffer = OfflineBuffer.load(folder)
+    elif work == "epoch":
+        source = BufferSource(buffer, buffer.view(Selection.CORRECT), batch_size=64, seed=0)
+        started = time.perf_counter()
+        for _ in range(batches):
+            source.draw()
+    else:
+        buffer.view(Selection(work))
+    seconds = time.perf_counter() - started
+    own, files = peak.end()
+    return {"seconds": seconds, "own_bytes": own, "mapped_bytes": files}
+
+
+def main() -> None:
+    """Every piece of work at every size."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", default="10000,100000", help="comma-separated sizes")
+    parser.add_argument("--batches", type=int, default=200)
+    parser.add_argument("--folder", type=Path, help="keep the buffers here; default: a temporary folder")
+    parser.add_argument("--json", action="store_true", help="print JSON alone")
+    parser.add_argument("--part", choices=WORK, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.part:
+        print(json.dumps(one(arguments.folder, arguments.part, arguments.batches)))
+        return
+    sizes = [int(size) for size in arguments.rows.split(",")]
+    found: dict[str, dict[str, Any]] = {}
+    with tempfile.TemporaryDirectory() as temporary:
+        for size in sizes:
+            folder = (arguments.folder or Path(temporary)) / f"buffer-{size}"
+            if not folder.exists():
+                write(size, folder)
+            found[str(size)] = {"file_bytes": sum(f.stat().st_size for f in folder.glob("*.arrow"))}
+            for work in WORK:
+                command = [sys.executable, __file__, "--part", work, "--folder", str(folder)]
+                done = subprocess.run(
+                    [*command, "--batches", str(arguments.batches)], capture_output=True, text=True, check=True
+                )
+                found[str(size)][work] = json.loads(done.stdout.splitlines()[-1])
+                if not arguments.json:
+                    print(size, work, found[str(size)][work], flush=True)
+    if len(sizes) > 1:
+        small, large = (found[str(size)] for size in sizes[-2:])
+        ratio = sizes[-1] / sizes[-2]
+        found["growth"] = {work: large[work]["seconds"] / small[work]["seconds"] / ratio for work in WORK[1:4]}
+        found["growth"]["epoch"] = large["epoch"]["seconds"] / small["epoch"]["seconds"]
+    print(json.dumps(found, indent=None if arguments.json else 1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,133 @@
+"""Sampling: rlzoo's own decoding against transformers' plain generate, and against vLLM where that is installed.
+
+    python experiments/benchmarks/sampling.py --model models/SmolLM2-135M-Instruct --data gsm8k/train.jsonl
+
+``--samples`` completions of each of the first ``--prompts`` problems at T = 1, up to ``--max-new-tokens`` tokens. Every
+engine runs in a process of its own, in turn, ``--repeats`` times, after a start that is not counted; medians:
+
+- ``generate``: `model.generate` with ``num_return_sequences``, batches of ``--batch-size`` sequences as the data come;
+- ``rlzoo``: `rlzoo.rollout.TransformersSampler` with the same batch size;
+- ``vllm``: `rlzoo.rollout.VLLMSampler` in this process, its own scheduler.
+
+Tokens a second count sampled tokens up to and with the end of sequence. What is sampled differs in length from engine
+to engine by chance alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from importlib.util import find_spec
+from statistics import median
+from typing import Any
+
+import torch
+
+from rlzoo import Policy, load_policy
+from rlzoo.config import ProblemSource, Sampling
+from rlzoo.problems import encode_problems, load_problems
+from rlzoo.rollout import TransformersSampler
+from rlzoo.rollout.decoding import padded
+
+ENGINES = ("generate", "rlzoo", "vllm")
+
+
+def prompts_of(policy: Policy, arguments: argparse.Namespace) -> list[list[int]]:
+    """The first problems' prompts: GSM8K's in the model's chat template, or those of an embedded world."""
+    if arguments.data.startswith("world:"):
+        source = ProblemSource(source=arguments.data, limit=arguments.prompts)
+    else:
+        source = ProblemSource(source=arguments.data, prompt="{question}", chat=True, limit=arguments.prompts)
+    return [problem.ids for problem in encode_problems(policy.tokenizer, load_problems(source))]
+
+
+@torch.no_grad()
+def generate(policy: Policy, prompts: list[list[int]], settings: Sampling) -> int:
+    """Sampled tokens, by `generate` as a script would call it."""
+    tokens, size = 0, max(1, settings.batch_size // settings.samples)
+    torch.manual_seed(0)
+    for start in range(0, len(prompts), size):
+        ids, mask = padded(prompts[start : start + size], policy.device)
+        out = policy.model.generate(
+            input_ids=ids, attention_mask=mask.long(), do_sample=True, temperature=settings.temperature, top_k=0,
+            num_return_sequences=settings.samples, max_new_tokens=settings.max_new_tokens,
+            pad_token_id=policy.tokenizer.pad_token_id, eos_token_id=sorted(policy.eos_ids),
+        )  # fmt: skip
+        for row in out[:, ids.shape[1] :].tolist():
+            tokens += next((i + 1 for i, token in enumerate(row) if token in policy.eos_ids), len(row))
+    return tokens
+
+
+def one(arguments: argparse.Namespace) -> dict[str, float]:
+    """One engine's tokens a second, in this process."""
+    torch.set_num_threads(arguments.threads)
+    policy = load_policy(arguments.model)
+    prompts = prompts_of(policy, arguments)
+    settings = Sampling(
+        samples=arguments.samples, max_new_tokens=arguments.max_new_tokens, batch_size=arguments.batch_size
+    )
+    short = settings.model_copy(update={"max_new_tokens": 4})
+    if arguments.part == "generate":
+        generate(policy, prompts[:2], short)
+        started = time.perf_counter()
+        tokens = generate(policy, prompts, settings)
+    else:
+        if arguments.part == "vllm":
+            from rlzoo.rollout import VLLMSampler
+
+            sampler: Any = VLLMSampler(policy)
+        else:
+            sampler = TransformersSampler(policy)
+        sampler.sample(prompts[:2], short, seed=1)
+        started = time.perf_counter()
+        found = sampler.sample(prompts, settings, seed=0)
+        tokens = sum(len(sample.ids) for samples in found for sample in samples)
+    seconds = time.perf_counter() - started
+    return {"tokens_per_second": tokens / seconds, "seconds": seconds, "tokens": tokens}
+
+
+def main() -> None:
+    """Run every engine in turn, and compare with `generate`."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="embedded")
+    parser.add_argument("--data", default="world:arithmetic/train", help="GSM8K rows, or an embedded world")
+    parser.add_argument("--prompts", type=int, default=32)
+    parser.add_argument("--samples", type=int, default=4)
+    parser.add_argument("--max-new-tokens", type=int, default=256)
+    parser.add_argument("--batch-size", type=int, default=64, help="sequences that are sampled together")
+    parser.add_argument("--engines", help="comma-separated; default: those that are installed")
+    parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--json", action="store_true", help="print JSON alone")
+    parser.add_argument("--part", choices=ENGINES, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.part:
+        print(json.dumps(one(arguments)))
+        return
+    engines = ENGINES if find_spec("vllm") else ENGINES[:2]
+    if arguments.engines:
+        engines = tuple(arguments.engines.split(","))
+    runs: dict[str, list[dict[str, float]]] = {engine: [] for engine in engines}
+    for _ in range(arguments.repeats):
+        for engine in engines:
+            command = [sys.executable, "-W", "ignore", __file__, *sys.argv[1:], "--part", engine]
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode:
+                raise SystemExit(f"{engine} failed: {done.stderr.strip().splitlines()[-1]}")
+            runs[engine].append(json.loads(done.stdout.splitlines()[-1]))
+            if not arguments.json:
+                print(engine, runs[engine][-1], flush=True)
+    found: dict[str, Any] = {
+        engine: {key: median(run[key] for run in some) for key in some[0]} for engine, some in runs.items()
+    }
+    if "generate" in found:
+        base = found["generate"]["tokens_per_second"]
+        found["over_generate"] = {engine: found[engine]["tokens_per_second"] / base for engine in engines}
+    print(json.dumps(found, indent=None if arguments.json else 1))
+
+
+if __name__ == "__main__":
+    main()

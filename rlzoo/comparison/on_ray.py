@@ -1,0 +1,113 @@
+"""Pieces of a comparison as tasks of a Ray cluster; what a lost worker or node was doing is done again elsewhere."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future
+from contextlib import contextmanager
+from logging import ERROR
+from pathlib import Path
+from typing import Any
+
+from rlzoo.comparison.pool import THREAD_VARIABLES, WorkError, Workers, _run, silence
+from rlzoo.errors import UserError
+
+RETRIES = 3
+"""Times that a task is started again after its worker or its node died."""
+
+
+class RayTasks:
+    """Runs functions of `rlzoo.comparison.work` as Ray tasks: ``threads`` CPUs each, and a GPU where there are any."""
+
+    def __init__(self, ray: Any, threads: int) -> None:
+        self._ray, self._refs = ray, dict[Future[Any], Any]()
+        variables = {name: str(threads) for name in THREAD_VARIABLES}
+        self._task = ray.remote(
+            num_cpus=threads,
+            num_gpus=1 if ray.cluster_resources().get("GPU", 0) else 0,
+            max_retries=RETRIES,
+            runtime_env={"env_vars": variables},
+        )(_task)
+
+    def submit(self, name: str, function: Callable[..., Any], *arguments: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        self._refs[future] = self._task.remote(str(Path.cwd()), sys.path, name, function, arguments)
+        return future
+
+    def gather(self, futures: Mapping[Future[Any], str]) -> Iterator[tuple[str, Future[Any]]]:
+        waiting = {self._refs[future]: future for future in futures}
+        while waiting:
+            ready, _ = self._ray.wait(list(waiting), timeout=0.5)
+            for ref in ready:
+                future = waiting.pop(ref)
+                self._settle(future, ref)
+                yield futures[future], future
+
+    def _settle(self, future: Future[Any], ref: Any) -> None:
+        try:
+            future.set_result(self._ray.get(ref))
+        except self._ray.exceptions.RayTaskError as error:
+            future.set_exception(error.cause)
+        except self._ray.exceptions.RayError as error:
+            first = str(error).strip().splitlines()[0]
+            future.set_exception(WorkError(f"Ray gave it up (a task whose worker dies has {RETRIES} more): {first}"))
+
+
+def _task(folder: str, path: list[str], name: str, function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+    """One piece of work on a worker, which finds files and modules of the user's own where the driver does."""
+    if Path(folder).is_dir():
+        os.chdir(folder)
+    sys.path.extend(entry for entry in path if entry not in sys.path)
+    silence()
+    return _run(name, function, arguments)
+
+
+def _reach(address: str) -> None:
+    """Raise UserError where nothing listens at ``host:port``: Ray itself would try for ten minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdecimal():
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=10).close()
+    except OSError as error:
+        raise UserError(f"no Ray cluster at {address}: {error.strerror or error}") from None
+
+
+@contextmanager
+def ray_tasks(address: str | None, threads: int) -> Iterator[Workers]:
+    """Tasks on the cluster at ``address``, or on one that is started here for the time. Raises UserError.
+
+    The output folder must be on a file system that all nodes share.
+    """
+    try:
+        import ray
+    except ImportError:
+        raise UserError("--executor ray needs Ray: pip install 'rlzoo[ray]'") from None
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # Ray's new default; it warns unless it is said
+    if address is not None:
+        _reach(address)
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        ray.init(
+            address=address,
+            log_to_driver=False,
+            logging_level=ERROR,
+            include_dashboard=False if address is None else None,
+        )
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise UserError(f"no Ray cluster at {address or 'this machine'}: {first}") from None
+    finally:
+        if handler is not None:
+            signal.signal(signal.SIGTERM, handler)  # Ray puts its own there, which ends the process on the spot
+    if ray.cluster_resources().get("CPU", 0) < threads and address is None:
+        ray.shutdown()
+        raise UserError(f"--threads {threads}: this machine has fewer cores")
+    try:
+        yield RayTasks(ray, threads)
+    finally:
+        ray.shutdown()

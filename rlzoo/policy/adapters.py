@@ -1,0 +1,85 @@
+"""Low-rank adapters by peft, put into a transformers model that otherwise stays what it is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rlzoo.errors import UserError
+
+NAME = "default"
+
+
+def adapters(model: nn.Module) -> dict[str, Any]:
+    """The adapted layers of a model, by name."""
+    return {name: module for name, module in model.named_modules() if hasattr(module, "lora_A")}
+
+
+def add_lora(model: nn.Module, rank: int, alpha: float, target_modules: str | Sequence[str]) -> None:
+    """Freeze ``model`` and put adapters of ``rank`` into it, scaled by alpha/rank. Raises UserError."""
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+    except ImportError:
+        raise UserError("LoRA needs peft: pip install 'rlzoo[lora]'") from None
+    if adapters(model):
+        raise UserError("the model has an adapter already")
+    targets = target_modules if isinstance(target_modules, str) else list(target_modules)
+    model.requires_grad_(False)
+    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, task_type="CAUSAL_LM")
+    try:
+        inject_adapter_in_model(config, model)
+    except ValueError as error:
+        raise UserError(f"lora.target_modules {target_modules!r}: {str(error).splitlines()[0]}") from None
+    dtype = next(model.parameters()).dtype
+    for layer in adapters(model).values():
+        layer.to(dtype)  # peft makes them float32, whatever the model is
+
+
+@contextmanager
+def switched_off(model: nn.Module) -> Iterator[None]:
+    """Run the model without its adapters, and put them back as they were."""
+    layers = adapters(model).values()
+    training = [p for layer in layers for p in layer.parameters() if p.requires_grad]
+    for layer in layers:
+        layer.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)
+        for parameter in training:
+            parameter.requires_grad_(True)
+
+
+def merged(model: nn.Module, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict in which the adapters are part of the weights, under the names of the plain model."""
+    found = dict(weights)
+    for name, layer in adapters(model).items():
+        with torch.no_grad():
+            delta = found[f"{name}.lora_B.{NAME}.weight"] @ found[f"{name}.lora_A.{NAME}.weight"]
+            whole = found[f"{name}.base_layer.weight"] + layer.scaling[NAME] * delta
+        found = {key: value for key, value in found.items() if not key.startswith(f"{name}.")} | {
+            f"{name}.weight": whole,
+            **{f"{name}.bias": value for key, value in found.items() if key == f"{name}.base_layer.bias"},
+        }
+    return found
+
+
+def save_adapter(model: nn.Module, weights: dict[str, Tensor], folder: Path, base: str) -> None:
+    """Write the adapter alone as peft reads it: ``PeftModel.from_pretrained(base_model, folder)``."""
+    from safetensors.torch import save_file
+
+    config: Any = model.peft_config[NAME]  # type: ignore[index]
+    config.base_model_name_or_path = base
+    config.save_pretrained(folder)
+    own = {
+        f"base_model.model.{key.replace(f'.{NAME}.weight', '.weight')}": value.contiguous()
+        for key, value in weights.items()
+        if ".lora_" in key
+    }
+    save_file(own, folder / "adapter_model.safetensors", metadata={"format": "pt"})

@@ -1,0 +1,213 @@
+"""Decoding with a key-value cache: prompts are read once for all their samples, and finished sequences leave."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.nn import functional
+from transformers import AttentionInterface
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+from rlzoo.config import Sampling
+from rlzoo.policy import Policy
+from rlzoo.policy.head import Head
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+LEAVE = 0.125
+"""Finished sequences leave once they are this share of a batch: closing the gaps copies the cache."""
+
+
+class _Growing(DynamicLayer):  # type: ignore[misc]
+    """Keys and values of one layer in a buffer with room for more, where the library's own copies all at every step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.keys: Tensor
+        self.values: Tensor
+        self._room: tuple[Tensor, ...] | None = None
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """Take in new states, each [B, heads, positions, size], and give back all."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        past = self.get_seq_length()
+        length = past + key_states.shape[-2]
+        if self._room is None or length > self._room[0].shape[-2]:
+            both = ((self.keys, key_states), (self.values, value_states))
+            self._room = tuple(_roomier(old, new, past, length) for old, new in both)
+        for buffer, new in zip(self._room, (key_states, value_states), strict=True):
+            buffer[:, :, past:length] = new
+        self.keys, self.values = (buffer[:, :, :length] for buffer in self._room)
+        return self.keys, self.values
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Every sequence ``repeats`` times; the next update finds new room."""
+        super().batch_repeat_interleave(repeats)
+        self._room = None
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """The sequences that stay; the next update finds new room."""
+        super().batch_select_indices(indices)
+        self._room = None
+
+
+def _roomier(old: Tensor, new: Tensor, past: int, length: int) -> Tensor:
+    """A buffer with the past of a cache and room for half as much again."""
+    rows, heads, _, size = new.shape
+    buffer = new.new_empty(rows, heads, length + length // 2 if past else length, size)
+    if past:
+        buffer[:, :, :past] = old
+    return buffer
+
+
+def can_decode(model: PreTrainedModel) -> bool:
+    """Whether the model keeps keys and values alone, which can be repeated and thinned out by sequence."""
+    if getattr(model, "_is_stateful", False) or not getattr(model, "_supports_default_dynamic_cache", lambda: True)():
+        return False
+    return all(
+        type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in DynamicCache(config=model.config).layers
+    )
+
+
+def _folded_attention(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
+) -> tuple[Tensor, None]:
+    """Attention of one new position with the query heads that share a key head as that head's positions.
+
+    transformers would copy the whole cache for every query head of a group at every step.
+    """
+    rows, heads, positions, size = query.shape
+    plain = positions == 1 and heads > key.shape[1] and (attention_mask is None or attention_mask.shape[1] == 1)
+    if not plain:
+        found: tuple[Tensor, None] = sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+        return found
+    grouped = query.view(rows, key.shape[1], -1, size)
+    out = functional.scaled_dot_product_attention(
+        grouped, key, value, attn_mask=attention_mask, scale=options.get("scaling")
+    )
+    return out.reshape(rows, 1, heads, -1), None
+
+
+AttentionInterface.register("rlzoo_folded", _folded_attention)
+AttentionMaskInterface.register("rlzoo_folded", sdpa_mask)
+
+
+@contextmanager
+def _folded(model: PreTrainedModel) -> Iterator[None]:
+    """Decode with `_folded_attention` where the model uses the library's call of PyTorch's attention."""
+    config = model.config.get_text_config()
+    kept = config._attn_implementation
+    if kept != "sdpa" or model.device.type != "cpu":
+        yield
+        return
+    config._attn_implementation = "rlzoo_folded"
+    try:
+        yield
+    finally:
+        config._attn_implementation = kept
+
+
+class Decoder:
+    """Continues prompts with a policy, one token of every live sequence at a time."""
+
+    def __init__(self, policy: Policy) -> None:
+        self.policy, self.head = policy, Head.of(policy.model)
+        self.trunk = policy.model.base_model
+        self.takes_positions = "position_ids" in inspect.signature(self.trunk.forward).parameters
+
+    @torch.no_grad()
+    def decode(
+        self,
+        prompts: Sequence[Sequence[int]],
+        copies: int,
+        settings: Sampling,
+        draws: Float[np.ndarray, "B T"] | None,
+    ) -> list[list[int]]:
+        """``copies`` completions of each prompt, B = prompts × copies in all, each up to and with its end of sequence.
+
+        ``draws`` are uniform on [0, 1), one a token of each; None takes the likeliest token.
+        """
+        device, room = self.policy.device, settings.max_new_tokens
+        ids, mask = padded(prompts, device)
+        cache = self._cache()
+        logits = self._next_logits(ids, mask, mask.cumsum(1) - 1, cache)
+        if copies > 1:
+            cache.batch_repeat_interleave(copies)
+            mask, logits = (x.repeat_interleave(copies, 0) for x in (mask, logits))
+        position = mask.sum(1, keepdim=True)
+        ends = torch.tensor(sorted(self.policy.eos_ids), device=device)
+        uniform = None if draws is None else torch.as_tensor(draws, device=device)
+        found = torch.full((len(logits), room), -1, device=device)
+        rows = torch.arange(len(logits), device=device)
+        alive = torch.ones(len(logits), dtype=torch.bool, device=device)
+        for step in range(room):
+            token = _pick(logits, settings, None if uniform is None else uniform[rows, step])
+            found[rows[alive], step] = token[alive]
+            alive &= ~torch.isin(token, ends)
+            left = int(alive.sum())
+            if not left or step + 1 == room:
+                break
+            if len(rows) - left >= LEAVE * len(rows):
+                stay = alive.nonzero()[:, 0]
+                cache.batch_select_indices(stay)
+                rows, token, mask, position, alive = (x[stay] for x in (rows, token, mask, position, alive))
+            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+            logits = self._next_logits(token[:, None], mask, position, cache)
+            position = position + 1
+        return [[token for token in row if token >= 0] for row in found.tolist()]
+
+    def _cache(self) -> DynamicCache:
+        cache = DynamicCache(config=self.policy.model.config)
+        if cache.layers and all(type(layer) is DynamicLayer for layer in cache.layers):
+            cache.layers = [_Growing() for _ in cache.layers]
+        return cache
+
+    def _next_logits(
+        self, ids: Int[Tensor, "B L"], mask: Bool[Tensor, "B P"], positions: Int[Tensor, "B L"], cache: DynamicCache
+    ) -> Float[Tensor, "B V"]:
+        """What the model says after the last position of each sequence."""
+        extra = {"position_ids": positions.clamp(min=0)} if self.takes_positions else {}
+
+        def work() -> Tensor:
+            with _folded(self.policy.model):
+                out = self.trunk(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, **extra)
+            return self.head.logits(out.last_hidden_state[:, -1])
+
+        return self.policy.run(work)
+
+
+def padded(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Int[Tensor, "B L"], Bool[Tensor, "B L"]]:
+    """Prompts with padding on the left, and where there is none."""
+    longest = max(map(len, prompts))
+    ids = torch.zeros(len(prompts), longest, dtype=torch.long)
+    mask = torch.zeros(len(prompts), longest, dtype=torch.bool)
+    for row, prompt in enumerate(prompts):
+        ids[row, longest - len(prompt) :] = torch.as_tensor(prompt)
+        mask[row, longest - len(prompt) :] = True
+    return ids.to(device), mask.to(device)
+
+
+def _pick(logits: Float[Tensor, "B V"], settings: Sampling, uniform: Float[Tensor, " B"] | None) -> Int[Tensor, " B"]:
+    """The likeliest token, or the one at which the cumulative probability passes ``uniform``."""
+    if uniform is None:
+        return logits.argmax(1)
+    probability = (logits / settings.temperature).softmax(1)
+    order = None
+    if settings.top_p < 1.0:
+        probability, order = probability.sort(1, descending=True)
+        probability = probability * (probability.cumsum(1) - probability < settings.top_p)
+    cumulative = probability.cumsum(1, dtype=torch.float64)  # in float32 the rare tokens at its end would blur
+    place = torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:], right=True)
+    place = place.clamp(max=logits.shape[1] - 1)
+    return (place if order is None else order.gather(1, place))[:, 0]

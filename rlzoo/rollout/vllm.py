@@ -1,0 +1,210 @@
+"""Sampling with vLLM, in this process or from a server: the policy's weights are handed over whenever they changed."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+from urllib import error, request
+
+import numpy as np
+
+from rlzoo.config import Sampling
+from rlzoo.errors import UserError
+from rlzoo.policy import Policy
+from rlzoo.policy.adapters import merged
+from rlzoo.policy.loading import EMBEDDED, save_policy
+from rlzoo.ranks import shared, world_size
+from rlzoo.rollout.sampler import Sample
+from rlzoo.worlds import EMBEDDED_BASE
+
+AT_A_TIME = 64
+"""Requests that wait at a server together; it batches them as it sees fit."""
+TIMEOUT = 3600.0
+"""Seconds until a server's silence is an error."""
+_engines: dict[str, Any] = {}
+"""Engines of this process by model and options: one takes most of a minute to start."""
+
+
+class _Refreshed:
+    """Knows whether the policy's weights are other ones than those that were handed over last."""
+
+    def __init__(self) -> None:
+        self._last: tuple[int, ...] | None = None
+
+    def changed(self, policy: Policy) -> bool:
+        """True at the first call, and after any change of a weight in place."""
+        now = (id(policy.model), *(p._version for p in policy.model.parameters()))
+        changed, self._last = now != self._last, now
+        return changed
+
+
+class VLLMSampler:
+    """Samples with a vLLM engine of this process (colocated). Raises UserError where vLLM is not installed.
+
+    ``options`` go to ``vllm.LLM``. Every prompt has a seed of its own. Log-probs are those of the distribution that
+    was sampled from, temperature and top-p applied.
+    """
+
+    def __init__(self, policy: Policy, **options: Any) -> None:
+        if find_spec("vllm") is None:
+            raise UserError("engine vllm is not installed: pip install 'rlzoo[vllm]', or give the url of a server")
+        if world_size() > 1:
+            raise UserError("several processes cannot each hold a vLLM engine: start a server, and give its url")
+        self.policy = policy
+        where = str(EMBEDDED_BASE) if policy.name == EMBEDDED else policy.name
+        key = json.dumps([where, str(policy.model.dtype), options], sort_keys=True, default=str)
+        if key not in _engines:
+            _engines[key] = (_start(where, policy, options), _Refreshed())
+        self.engine, self._refreshed = _engines[key]
+
+    def sample(
+        self,
+        prompts: Sequence[Sequence[int]],
+        settings: Sampling,
+        seed: int,
+        greedy: bool = False,
+        progress: Callable[[int], None] | None = None,
+    ) -> list[list[Sample]]:
+        from vllm import SamplingParams
+
+        if self._refreshed.changed(self.policy):
+            weights = merged(self.policy.model, dict(self.policy.model.state_dict()))
+            self.engine.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights.items())})
+            self.engine.reset_prefix_cache()
+        asked = [_asked(self.policy, settings, seed, number, greedy) for number in range(len(prompts))]
+        found = self.engine.generate(
+            [{"prompt_token_ids": list(prompt)} for prompt in prompts],
+            [SamplingParams(**some, logprobs=0, detokenize=False) for some in asked],
+            use_tqdm=False,
+        )
+        if progress is not None:
+            progress(len(prompts))
+        return [
+            [
+                _sample(
+                    self.policy,
+                    list(one.token_ids),
+                    [step[token].logprob for step, token in zip(one.logprobs, one.token_ids, strict=True)],
+                )
+                for one in row.outputs
+            ]
+            for row in found
+        ]
+
+
+class VLLMServerSampler:
+    """Samples from a server that ``vllm serve`` started, by its URL.
+
+    Weights are handed over through a folder that both can read, which needs VLLM_SERVER_DEV_MODE=1 in the server's
+    environment. Its log-probs are those of T = 1 unless it was started with ``--logprobs-mode processed_logprobs``, so
+    samples have them where T = 1 and top-p = 1. Raises UserError where the server cannot be reached or refuses.
+    """
+
+    def __init__(self, policy: Policy, url: str) -> None:
+        self.policy, self.url = policy, url.rstrip("/")
+        self.model = str(self._ask("/v1/models")["data"][0]["id"])
+        self._refreshed = _Refreshed()
+
+    def sample(
+        self,
+        prompts: Sequence[Sequence[int]],
+        settings: Sampling,
+        seed: int,
+        greedy: bool = False,
+        progress: Callable[[int], None] | None = None,
+    ) -> list[list[Sample]]:
+        if self._refreshed.changed(self.policy):
+            self._hand_over()
+
+        def one(number: int) -> list[Sample]:
+            asked = _asked(self.policy, settings, seed, number, greedy)
+            asked["return_token_ids"] = True
+            found = self._ask(
+                "/v1/completions", {"model": self.model, "prompt": list(prompts[number]), "logprobs": 0, **asked}
+            )
+            if progress is not None:
+                progress(1)
+            own = settings.temperature == 1.0 and settings.top_p == 1.0 and not greedy
+            return [
+                _sample(
+                    self.policy,
+                    choice["token_ids"],
+                    choice["logprobs"]["token_logprobs"] if own else None,
+                )
+                for choice in sorted(found["choices"], key=lambda choice: choice["index"])
+            ]
+
+        def some(numbers: list[int]) -> list[list[Sample]]:
+            with ThreadPoolExecutor(AT_A_TIME) as threads:
+                return list(threads.map(one, numbers))
+
+        return shared(prompts, some, self.policy)
+
+    def _hand_over(self) -> None:
+        with tempfile.TemporaryDirectory(prefix="rlzoo-weights-") as folder:
+            Path(folder).chmod(0o755)  # the server may be another user's
+            save_policy(self.policy, Path(folder))
+            self._ask("/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": folder}})
+        self._ask("/reset_prefix_cache", {})
+
+    def _ask(self, path: str, content: Mapping[str, Any] | None = None) -> Any:
+        data = None if content is None else json.dumps(content).encode()
+        question = request.Request(self.url + path, data, {"Content-Type": "application/json"})
+        try:
+            with request.urlopen(question, timeout=TIMEOUT) as answer:
+                text = answer.read()
+        except error.HTTPError as wrong:
+            mend = ""
+            if wrong.code == 404 and path in ("/collective_rpc", "/reset_prefix_cache"):
+                mend = ": start it with VLLM_SERVER_DEV_MODE=1 in its environment, for weights to be handed over"
+            said = wrong.read().decode(errors="replace").strip()[:200]
+            raise UserError(
+                f"the vLLM server at {self.url} answered {wrong.code} to {path}{mend or f': {said}'}"
+            ) from None
+        except (OSError, ValueError) as wrong:
+            reason = getattr(wrong, "reason", wrong)
+            raise UserError(f"the vLLM server at {self.url} cannot be reached ({reason}): is it running?") from None
+        return json.loads(text) if text else None
+
+
+def _start(where: str, policy: Policy, options: Mapping[str, Any]) -> Any:
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # weights pass from model to model, not by a pipe
+    os.environ.setdefault("VLLM_CONFIGURE_LOGGING", "0")
+    from vllm import LLM
+
+    settings: dict[str, Any] = {
+        "dtype": str(policy.model.dtype).removeprefix("torch."),
+        "logprobs_mode": "processed_logprobs",
+        "gpu_memory_utilization": 0.3,  # the rest is for training
+        **options,
+    }
+    if policy.device.type == "cpu":
+        settings.setdefault("enforce_eager", True)  # compiling takes longer than it saves there
+        settings.setdefault("enable_chunked_prefill", False)  # a prompt in two parts cannot have a seed there
+    return LLM(where, **settings)
+
+
+def _asked(policy: Policy, settings: Sampling, seed: int, number: int, greedy: bool) -> dict[str, Any]:
+    """What both kinds of engine call these things; only the request's form differs."""
+    return {
+        "n": 1 if greedy else settings.samples,
+        "temperature": 0.0 if greedy else settings.temperature,
+        "top_p": 1.0 if greedy else settings.top_p,
+        "top_k": -1,  # else the checkpoint's own default
+        "min_p": 0.0,
+        "repetition_penalty": 1.0,
+        "max_tokens": settings.max_new_tokens,
+        "seed": int(np.random.SeedSequence([seed, number]).generate_state(1)[0] >> 1),
+        "stop_token_ids": sorted(policy.eos_ids),
+    }
+
+
+def _sample(policy: Policy, ids: list[int], logp: list[float] | None) -> Sample:
+    text = policy.tokenizer.decode(ids, skip_special_tokens=True)
+    return Sample(ids, text, truncated=not (ids and ids[-1] in policy.eos_ids), logp=logp)

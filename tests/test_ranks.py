@@ -1,0 +1,115 @@
+"""Several processes train as one does: the same gradients, the same weights, groups and pairs never split."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from rlzoo.cli import main
+from rlzoo.config import Training
+from rlzoo.policy import load_policy
+from rlzoo.training import Trainer
+from rlzoo.types import Trajectory
+
+WORKER = Path(__file__).with_name("ranks_worker.py")
+OBJECTIVES = ("sft", "dft", "iw-sft", "dpo", "ppo", "grpo")
+DDP: Mapping[str, str] = {}
+FSDP = {"RANKS_SHARD": "1"}
+
+
+def launch(arguments: list[str], processes: int, folder: Path, extra: Mapping[str, str] = DDP) -> None:
+    """Run a command as so many processes, as `accelerate launch` does, and see that all end well."""
+    environment = {
+        **os.environ, "ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **extra,
+    }  # fmt: skip
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    run = subprocess.run(
+        [*command, *arguments], cwd=folder, env=environment, capture_output=True, text=True, timeout=600
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What one process finds."""
+    folder = tmp_path_factory.mktemp("alone")
+    run = [sys.executable, str(WORKER), str(folder), *OBJECTIVES]
+    done = subprocess.run(run, env={**os.environ, "HF_HUB_OFFLINE": "1"}, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return found_in(folder)
+
+
+def found_in(folder: Path) -> dict[str, Any]:
+    return {
+        name: (load_file(folder / name / "model.safetensors"), json.loads((folder / f"{name}.json").read_text()))
+        for name in OBJECTIVES
+    }
+
+
+@pytest.mark.parametrize(("processes", "kind"), [(2, "ddp"), (3, "ddp"), (2, "fsdp")])
+def test_processes_train_as_one(processes: int, kind: str, alone: dict[str, Any], tmp_path: Path) -> None:
+    launch([str(WORKER), str(tmp_path), *OBJECTIVES], processes, tmp_path, FSDP if kind == "fsdp" else DDP)
+    for name, (weights, told) in found_in(tmp_path).items():
+        expected, told_alone = alone[name]
+        assert weights.keys() == expected.keys()
+        for key, value in weights.items():
+            torch.testing.assert_close(value, expected[key], rtol=1e-6, atol=1e-9, msg=f"{name} {key}")
+        for row, row_alone in zip(told["steps"], told_alone["steps"], strict=True):
+            assert row.keys() == row_alone.keys()
+            for metric, value in row.items():
+                assert value == pytest.approx(row_alone[metric], rel=1e-6, abs=1e-9), (name, metric)
+        for cost in ("gradient_tokens", "flops"):
+            assert told["costs"][cost] == pytest.approx(told_alone["costs"][cost], rel=1e-12)
+        assert told["sampled"] == told_alone["sampled"]
+        assert told["ranks"] == processes and told["sharded"] == (kind == "fsdp")
+        for row, row_alone in zip(told["scored"], told_alone["scored"], strict=True):
+            assert row == pytest.approx(row_alone, rel=1e-6, abs=1e-9)
+
+
+def test_units_stay_whole_in_every_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    rows = [Trajectory("", "", [5] * (1 + i % 3), [6 + i % 5] * (1 + 3 * (i % 4)), str(i // 2)) for i in range(14)]
+    trainer = object.__new__(Trainer)
+    trainer.settings = Training(token_budget=16)
+    pairs = [(i, i + 1) for i in range(0, 14, 2)]
+    for world in (2, 3, 5):
+        seen: list[int] = []
+        rounds = set()
+        for number in range(world):
+            monkeypatch.setattr("rlzoo.training.trainer.world_size", lambda world=world: world)
+            monkeypatch.setattr("rlzoo.training.trainer.rank", lambda number=number: number)
+            mine = trainer._share(rows, pairs)
+            rounds.add(len(mine))
+            for index, counts in mine:
+                assert {i + 1 - 2 * (i % 2) for i in index} == set(index)
+                seen += index if counts else []
+        assert sorted(seen) == list(range(14)) and len(rounds) == 1
+
+
+def test_the_command_line_under_a_launcher(tmp_path: Path) -> None:
+    """A model that two processes trained is that of one process, and opens in one."""
+    main(["rollout", "facts", "--limit", "6", "--set", "rollouts.samples=4", "--out", str(tmp_path / "buffer")])
+    train = ["-m", "rlzoo", "train", "rft", "--buffer", "buffer", "--steps", "2", "--set", "batch_size=6"]
+    launch([*train, "--out", "two"], 2, tmp_path)
+    assert main([*train[2:5], str(tmp_path / "buffer"), *train[6:], "--out", str(tmp_path / "one")]) == 0
+    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
+    for key in one:
+        torch.testing.assert_close(two[key], one[key], rtol=1e-4, atol=1e-5)
+    load_policy(str(tmp_path / "two"))
+    small = ["--algorithms", "sft,rft", "--seeds", "0", "--steps", "2", "--limit", "4", "--samples", "2"]
+    launch(["-m", "rlzoo", "compare", "facts", *small, "--batch-size", "8", "--out", "compared"], 2, tmp_path)
+    assert main(["compare", "facts", *small, "--batch-size", "8", "--out", str(tmp_path / "compared-by-one")]) == 0
+    ours, theirs = (
+        json.loads((tmp_path / name / "results.json").read_text()) for name in ("compared", "compared-by-one")
+    )
+    assert ours["buffer"] == theirs["buffer"]
+    for a, b in zip(ours["cells"], theirs["cells"], strict=True):
+        assert a["metrics"] == b["metrics"]

@@ -1,0 +1,108 @@
+"""Comparisons on a Ray cluster: the results of one machine, also when a node dies half way."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from comparisons import inline_pool, small
+from rich.console import Console
+
+from rlzoo.cli import main
+from rlzoo.comparison.on_ray import ray_tasks
+from rlzoo.comparison.runner import compare
+from rlzoo.errors import UserError
+
+ray = pytest.importorskip("ray")
+ALGORITHMS: dict[str, dict[str, object]] = {"sft": {}, "rft": {}, "dpo": {}}
+
+
+@pytest.fixture
+def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """Two nodes of one CPU each, as processes of this machine."""
+    from ray.cluster_utils import Cluster
+
+    monkeypatch.setenv("RAY_health_check_period_ms", "500")
+    monkeypatch.setenv("RAY_health_check_failure_threshold", "2")
+    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    try:
+        yield made
+    finally:
+        ray.shutdown()
+        made.shutdown()
+
+
+def test_a_node_that_dies_half_way_costs_nothing_but_time(
+    cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    second = cluster.add_node(num_cpus=1)
+    cluster.wait_for_nodes()
+    experiment = small(ALGORITHMS, training__steps=6)
+    lines: list[str] = []
+    dead = threading.Event()
+
+    class Listener:
+        """Ends the second node when the first cell is done: it is in the middle of another then."""
+
+        def write(self, text: str) -> int:
+            lines.append(text)
+            if "[1/" in text and not dead.is_set():
+                dead.set()
+                cluster.remove_node(second, allow_graceful=False)
+            return len(text)
+
+        def flush(self) -> None:
+            pass
+
+    console = Console(file=Listener(), width=200)  # type: ignore[arg-type]
+    found = compare(experiment, tmp_path / "ray", console=console, executor="ray", address=cluster.address)
+    assert dead.is_set()
+    assert sum(node["Alive"] for node in ray.nodes()) <= 1 if ray.is_initialized() else True
+    assert any("on the Ray cluster" in line for line in lines)
+
+    monkeypatch.setattr("rlzoo.comparison.runner.pool", inline_pool)
+    expected = compare(experiment, tmp_path / "local", console=Console(quiet=True))
+    assert found["failed"] == expected["failed"] == []
+    for ours, theirs in zip(found["cells"], expected["cells"], strict=True):
+        assert ours["metrics"] == theirs["metrics"]
+        assert ours["training"] == theirs["training"]
+        assert ours["curve"] == theirs["curve"]
+    assert (tmp_path / "ray" / "outcomes.parquet").read_bytes() == (
+        tmp_path / "local" / "outcomes.parquet"
+    ).read_bytes()
+
+
+def test_what_goes_wrong_in_a_task_is_told_in_one_line(cluster: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rlzoo.comparison.on_ray.RETRIES", 0)
+
+    def works(report: Any) -> int:
+        return 7
+
+    def wrong(report: Any) -> None:
+        raise UserError("this is wrong")
+
+    def ends(report: Any) -> None:
+        os._exit(1)
+
+    with ray_tasks(cluster.address, 1) as tasks:
+        futures = {tasks.submit(function.__name__, function): function.__name__ for function in (works, wrong, ends)}
+        found = dict(tasks.gather(futures))
+    assert found["works"].result() == 7
+    assert type(found["wrong"].exception()) is UserError and str(found["wrong"].exception()) == "this is wrong"
+    told = str(found["ends"].exception())
+    assert told.startswith("Ray gave it up") and "\n" not in told
+
+
+def test_there_is_no_cluster(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["compare", "facts", "--executor", "ray", "--address", "127.0.0.1:9", "--out", "out"]) == 2
+    assert capsys.readouterr().err.startswith("rlzoo: no Ray cluster at 127.0.0.1:9")
+    assert not (tmp_path / "out").exists()
+    assert main(["compare", "facts", "--address", "127.0.0.1:9", "--out", "out"]) == 2
+    assert "add --executor ray" in capsys.readouterr().err

@@ -1,0 +1,177 @@
+"""What a training run can be asked for: adapters, recomputed activations, mixed precision, trackers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from comparisons import inline_pool, small
+
+from rlzoo.comparison.runner import compare
+from rlzoo.config import Training
+from rlzoo.errors import UserError
+from rlzoo.objective import get_objective
+from rlzoo.policy import Policy, load_policy
+from rlzoo.policy.adapters import adapters
+from rlzoo.policy.loading import save_policy
+from rlzoo.policy.policy import score_rows
+from rlzoo.training import Trainer
+from rlzoo.types import Trajectory
+
+ROWS = [
+    Trajectory("", "", [5, 6, 7 + i], [20 + i, 21, 22 + i % 3, 2][: 2 + i % 3], str(i // 2), source="policy",
+               reward=float(i % 2), behaviour_logp=[-1.0] * (2 + i % 3), reference_logp=[-1.5] * (2 + i % 3))
+    for i in range(8)
+]  # fmt: skip
+PAIRS = [(row.prompt_ids, row.completion_ids) for row in ROWS]
+
+
+class Fixed:
+    """All rows, in pairs where the objective wants them."""
+
+    def __init__(self, pairs: bool = False) -> None:
+        self.units: list[tuple[int, ...]] = [(i + 1, i) for i in range(0, 8, 2)] if pairs else [(i,) for i in range(8)]
+
+    def draw(self) -> tuple[list[Trajectory], list[tuple[int, ...]]]:
+        return ROWS, self.units
+
+
+def trained(policy: Policy, name: str = "dft", folder: Path | None = None, **settings: object) -> Trainer:
+    torch.manual_seed(0)
+    training = Training.model_validate({"steps": 3, "learning_rate": 1e-2, "token_budget": 16, **settings})
+    objective = get_objective(name)
+    trainer = Trainer(policy, objective, Fixed(name == "dpo"), training, folder=folder)
+    trainer.run()
+    return trainer
+
+
+def test_lora_trains_the_adapters_alone(tmp_path: Path) -> None:
+    policy = load_policy("embedded")
+    base = {name: p.detach().clone() for name, p in policy.model.named_parameters()}
+    before = score_rows(policy, PAIRS)
+    trainer = trained(policy, lora={})
+    layers = adapters(policy.model)
+    assert len(layers) == 7 * policy.model.config.num_hidden_layers and "lm_head" not in layers
+    assert {layer.scaling["default"] for layer in layers.values()} == {2.0}  # r 8, alpha 16
+    assert {layer.lora_A["default"].weight.shape[0] for layer in layers.values()} == {8}
+    for name, parameter in policy.model.named_parameters():
+        assert parameter.requires_grad == (".lora_" in name)
+        if ".lora_" not in name:
+            assert torch.equal(parameter, base[name.replace(".base_layer", "")])
+    after = score_rows(policy, PAIRS)
+    assert max(abs(a - b) for x, y in zip(after, before, strict=True) for a, b in zip(x, y, strict=True)) > 0.01
+
+    reference = policy.reference()
+    assert reference.model is policy.model, "a reference that is the policy without its adapter needs no copy"
+    assert score_rows(reference, PAIRS) == before
+    assert score_rows(policy, PAIRS) == after
+    assert all(p.requires_grad == (".lora_" in name) for name, p in policy.model.named_parameters())
+    full = load_policy("embedded")
+    assert trainer.record.costs.flops < 0.8 * trained(full).record.costs.flops
+
+    save_policy(policy, tmp_path / "saved")
+    merged = score_rows(load_policy(str(tmp_path / "saved")), PAIRS)
+    for x, y in zip(merged, after, strict=True):
+        assert x == pytest.approx(y, abs=1e-4)
+    from peft import PeftModel
+
+    plain = load_policy("embedded")
+    plain.model = PeftModel.from_pretrained(plain.model, tmp_path / "saved" / "adapter").base_model.model
+    for x, y in zip(score_rows(plain, PAIRS), after, strict=True):
+        assert x == pytest.approx(y, abs=1e-5)
+    config = json.loads((tmp_path / "saved" / "adapter" / "adapter_config.json").read_text())
+    assert config["r"] == 8 and config["base_model_name_or_path"] == "embedded"
+
+
+@pytest.mark.parametrize("name", ["dpo", "ppo", "grpo", "iw-sft"])
+def test_lora_goes_with_every_kind_of_objective(name: str) -> None:
+    policy = load_policy("embedded")
+    trained(policy, name, lora={"rank": 4, "alpha": 8, "target_modules": ["q_proj", "v_proj"]})
+    assert {name.rsplit(".", 1)[1] for name in adapters(policy.model)} == {"q_proj", "v_proj"}
+
+
+def test_lora_of_layers_that_are_not_there() -> None:
+    with pytest.raises(UserError, match="target_modules"):
+        load_policy("embedded").add_lora(target_modules=["nowhere"])
+    policy = load_policy("embedded")
+    policy.add_lora()
+    with pytest.raises(UserError, match="already"):
+        policy.add_lora()
+
+
+def test_a_comparison_with_lora_and_a_choice_of_learning_rates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rlzoo.comparison.runner.pool", inline_pool)
+    experiment = small(
+        {"sft": {"learning_rates": [1e-3, 1e-2]}, "grpo": {"mode": "online"}}, training__lora={"rank": 2},
+        training__trackers=["tensorboard"],
+    )  # fmt: skip
+    results = compare(experiment, tmp_path / "out")
+    assert {cell["algorithm"] for cell in results["cells"]} == {"sft", "grpo"} and not results["failed"]
+    assert len(list((tmp_path / "out" / "logs").glob("*/rlzoo/events.out.tfevents.*"))) == 3
+
+
+def test_recomputed_activations_change_nothing_but_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, again = load_policy("embedded", "float64"), load_policy("embedded", "float64")
+    calls = {"plain": 0, "again": 0}
+    for label, policy in (("plain", plain), ("again", again)):
+        layer = policy.model.model.layers[0].input_layernorm
+        layer.register_forward_hook(lambda *_, label=label: calls.__setitem__(label, calls[label] + 1))
+    trained(plain, dtype="float64")
+    trained(again, dtype="float64", gradient_checkpointing=True)
+    assert calls["again"] == 2 * calls["plain"] > 0
+    for a, b in zip(plain.parameters(), again.parameters(), strict=True):
+        assert torch.equal(a, b)
+    assert not any("forward" in vars(module) for module in again.modules()), "the model is left as it was"
+
+
+def test_mixed_precision_keeps_float32_weights() -> None:
+    plain, mixed = load_policy("embedded"), load_policy("embedded", "bfloat16-mixed")
+    seen = []
+    mixed.model.model.layers[0].mlp.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+    exact, rough = trained(plain), trained(mixed, dtype="bfloat16-mixed")
+    assert set(seen) == {torch.bfloat16}
+    assert all(p.dtype == torch.float32 for p in mixed.parameters())
+    first, rougher = exact.record.steps[0]["loss"], rough.record.steps[0]["loss"]
+    assert rougher == pytest.approx(first, rel=0.05) and rougher != first
+    assert all(isinstance(x, float) for row in score_rows(mixed, PAIRS) for x in row)
+
+
+def test_a_tracker_gets_every_step(tmp_path: Path) -> None:
+    trainer = trained(load_policy("embedded"), folder=tmp_path / "run", trackers=["tensorboard"])
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(tmp_path / "run" / "rlzoo"))
+    events.Reload()
+    told = {event.step: event.value for event in events.Scalars("loss")}
+    assert told == pytest.approx({row["step"]: row["loss"] for row in trainer.record.steps}, rel=1e-6)
+
+
+def test_a_tracker_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rlzoo.training.trackers.find_spec", lambda name: None)
+    with pytest.raises(UserError, match="pip install wandb"):
+        trained(load_policy("embedded"), trackers=["wandb"])
+
+
+Make = Callable[..., Policy]
+
+
+@pytest.mark.parametrize("cap", [2.0, 1.0])
+def test_truncated_importance_weighs_what_another_engine_sampled(cap: float, make_policy: Make) -> None:
+    """SFT on rows whose engine said log 2 less for every token: each token weighs min(2, cap) as much."""
+    plain, weighed = load_policy("embedded"), load_policy("embedded")
+    half = torch.log(torch.tensor(2.0)).item()
+    marked = [Trajectory(**{**vars(row), "sampler_logp": [x - half for x in row.behaviour_logp or []]}) for row in ROWS]
+
+    class Marked(Fixed):
+        def draw(self) -> tuple[list[Trajectory], list[tuple[int, ...]]]:
+            return marked, self.units
+
+    settings = Training(steps=1, learning_rate=1e-9, max_gradient_norm=1e9)
+    Trainer(plain, get_objective("sft"), Fixed(), settings).run()
+    Trainer(weighed, get_objective("sft"), Marked(), settings.model_copy(update={"importance_cap": cap})).run()
+    for a, b in zip(plain.parameters(), weighed.parameters(), strict=True):
+        assert a.grad is not None and b.grad is not None
+        torch.testing.assert_close(b.grad, min(2.0, cap) * a.grad, rtol=1e-4, atol=1e-7)
