@@ -208,3 +208,45 @@ def test_conversations_get_conversational_completions(make_policy: MakePolicy) -
     assert [row.messages for row in rows] == [chat, chat, None, None]
     assert [row.prompt for row in rows] == ["17\n", "17\n", "25\n", "25\n"]
     assert all(row.truncated for row in rows)
+
+
+@pytest.mark.parametrize("kind", ["grouped", "sliding"])
+def test_attention_heads_that_share_keys(kind: str, make_policy: MakePolicy) -> None:
+    """Grouped query heads, and a sliding window: greedy tokens are those of a plain forward pass."""
+    from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+
+    tokenizer = make_policy("gpt2", dtype=torch.float32).tokenizer
+    torch.manual_seed(0)
+    common = {
+        "vocab_size": len(tokenizer), "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "intermediate_size": 48, "initializer_range": 0.3, "max_position_embeddings": 64,
+        "eos_token_id": tokenizer.eos_token_id,
+    }  # fmt: skip
+    model = (
+        LlamaForCausalLM(LlamaConfig(**common))
+        if kind == "grouped"
+        else MistralForCausalLM(MistralConfig(**common, sliding_window=4))
+    )
+    policy = Policy(model.eval(), tokenizer, kind)
+    found = sampled_ids(policy, Sampling(max_new_tokens=9), seed=0, greedy=True)
+    for prompt, (ids,) in zip(PROMPTS, found, strict=True):
+        for t, token in enumerate(ids):
+            assert token == int(next_logp(policy, [*prompt, *ids[:t]]).argmax())
+    assert policy.model.config._attn_implementation == "sdpa"
+
+
+def test_samples_do_not_depend_on_the_batch(policy: Policy) -> None:
+    """Each has a random stream of its own, also where one prompt's samples are more than a batch."""
+    settings = Sampling(samples=7, max_new_tokens=9, batch_size=64)
+    expected = sampled_ids(policy, settings, seed=4)
+    for size in (1, 3, 7, 15):
+        assert sampled_ids(policy, settings.model_copy(update={"batch_size": size}), seed=4) == expected
+
+
+def test_a_model_with_other_state_is_sampled_by_generate(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
+    greedy = sampled_ids(policy, SHORT, seed=0, greedy=True)
+    monkeypatch.setattr("rlzoo.rollout.sampler.can_decode", lambda model: False)
+    assert sampled_ids(policy, SHORT, seed=0, greedy=True) == greedy
+    first = sampled_ids(policy, SHORT, seed=1)
+    assert first == sampled_ids(policy, SHORT, seed=1) != sampled_ids(policy, SHORT, seed=2)
+    assert [len(samples) for samples in first] == [3] * 4

@@ -108,7 +108,13 @@ class VLLMServerSampler:
 
     def __init__(self, policy: Policy, url: str) -> None:
         self.policy, self.url = policy, url.rstrip("/")
-        self.model = str(self._ask("/v1/models")["data"][0]["id"])
+        if not self.url.startswith(("http://", "https://")):
+            raise UserError(f"url {url!r} of a vLLM server: it starts with http:// or https://")
+        models = self._ask("/v1/models")
+        try:
+            self.model = str(models["data"][0]["id"])
+        except (KeyError, IndexError, TypeError):
+            raise UserError(f"what answers at {self.url} is no vLLM server") from None
         self._refreshed = _Refreshed()
 
     def sample(
@@ -159,6 +165,7 @@ class VLLMServerSampler:
         try:
             with request.urlopen(question, timeout=TIMEOUT) as answer:
                 text = answer.read()
+            return json.loads(text) if text.strip() else None
         except error.HTTPError as wrong:
             mend = ""
             if wrong.code == 404 and path in ("/collective_rpc", "/reset_prefix_cache"):
@@ -170,7 +177,6 @@ class VLLMServerSampler:
         except (OSError, ValueError) as wrong:
             reason = getattr(wrong, "reason", wrong)
             raise UserError(f"the vLLM server at {self.url} cannot be reached ({reason}): is it running?") from None
-        return json.loads(text) if text else None
 
 
 def _start(where: str, policy: Policy, options: Mapping[str, Any]) -> Any:

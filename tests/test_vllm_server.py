@@ -1,0 +1,163 @@
+"""The client of a vLLM server against a server that is made up here: what is asked, and what goes wrong."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from rlzoo.config import EvaluationSettings, Rollouts, Sampling, validated
+from rlzoo.errors import UserError
+from rlzoo.policy import Policy
+from rlzoo.rollout import VLLMSampler, VLLMServerSampler, mismatch, sampler_of
+from rlzoo.types import Trajectory
+
+MakePolicy = Callable[..., Policy]
+
+
+class FakeServer(ThreadingHTTPServer):
+    """Answers each prompt with its own tokens and an end of sequence; ``dev`` is whether weights can be handed over."""
+
+    def __init__(self, eos: int, dev: bool = True) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.eos, self.dev = eos, dev
+        self.asked: list[tuple[str, Any]] = []
+        self.weights: list[dict[str, Any]] = []
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}"
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: FakeServer
+
+    def do_GET(self) -> None:
+        self.answer(200, {"data": [{"id": "the-model"}]})
+
+    def do_POST(self) -> None:
+        content = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.server.asked.append((self.path, content))
+        if self.path == "/v1/completions":
+            if content["max_tokens"] > 1000:
+                self.answer(400, {"error": "max_tokens is too large"})
+                return
+            ids = [*content["prompt"], self.server.eos]
+            choice = {"token_ids": ids, "logprobs": {"token_logprobs": [-0.5] * len(ids)}, "finish_reason": "stop"}
+            choices = [{**choice, "index": n} for n in reversed(range(content["n"]))]
+            self.answer(200, {"choices": choices})
+        elif self.server.dev:
+            if self.path == "/collective_rpc":
+                folder = Path(content["kwargs"]["weights_path"])
+                self.server.weights.append(json.loads((folder / "config.json").read_text()))
+            self.answer(200, {})
+        else:
+            self.answer(404, {})
+
+    def answer(self, code: int, content: Any) -> None:
+        data = json.dumps(content).encode()
+        self.send_response(code)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def policy(make_policy: MakePolicy) -> Policy:
+    return make_policy("llama", dtype=torch.float32)
+
+
+@pytest.fixture
+def server(policy: Policy, request: pytest.FixtureRequest) -> Iterator[FakeServer]:
+    made = FakeServer(policy.tokenizer.eos_token_id, dev=getattr(request, "param", True))
+    threading.Thread(target=made.serve_forever, daemon=True).start()
+    yield made
+    made.shutdown()
+    made.server_close()
+
+
+def test_samples_come_in_order_with_the_policys_weights(policy: Policy, server: FakeServer) -> None:
+    sampler = sampler_of(policy, Rollouts(engine="vllm", url=server.url + "/"))
+    assert isinstance(sampler, VLLMServerSampler) and sampler.model == "the-model"
+    prompts = [[20 + i, 21] for i in range(9)]
+    found = sampler.sample(prompts, Sampling(samples=2), seed=3)
+    assert [[s.ids[:-1] for s in row] for row in found] == [[prompt] * 2 for prompt in prompts]
+    assert all(s.logp == [-0.5] * 3 and not s.truncated for row in found for s in row)
+    assert len(server.weights) == 1 and server.weights[0]["model_type"] == "llama"
+    asked = [content for path, content in server.asked if path == "/v1/completions"]
+    assert len({content["seed"] for content in asked}) == 9
+    assert all(content["top_k"] == -1 and content["stop_token_ids"] for content in asked)
+
+    sampler.sample(prompts, Sampling(), seed=4)
+    assert len(server.weights) == 1, "unchanged weights are not handed over again"
+    with torch.no_grad():
+        next(policy.model.parameters()).add_(1.0)
+    sampler.sample(prompts, Sampling(), seed=4)
+    assert len(server.weights) == 2
+
+
+def test_log_probs_of_another_distribution_are_not_believed(policy: Policy, server: FakeServer) -> None:
+    sampler = VLLMServerSampler(policy, server.url)
+    for settings, greedy in ((Sampling(temperature=0.7), False), (Sampling(top_p=0.9), False), (Sampling(), True)):
+        found = sampler.sample([[20, 21]], settings, seed=0, greedy=greedy)
+        assert all(s.logp is None for s in found[0]) and len(found[0]) == (1 if greedy else 4)
+
+
+@pytest.mark.parametrize("server", [False], indirect=True)
+def test_a_server_that_takes_no_weights(policy: Policy, server: FakeServer) -> None:
+    with pytest.raises(UserError, match="VLLM_SERVER_DEV_MODE=1"):
+        VLLMServerSampler(policy, server.url).sample([[20]], Sampling(), seed=0)
+
+
+def test_a_server_that_refuses_or_is_not_there(policy: Policy, server: FakeServer) -> None:
+    with pytest.raises(UserError, match=r"answered 400 to /v1/completions: .*too large"):
+        VLLMServerSampler(policy, server.url).sample([[20]], Sampling(max_new_tokens=2000), seed=0)
+    for url, told in (("http://127.0.0.1:9", "cannot be reached"), ("nonsense", "http://"), ("file:///", "http://")):
+        with pytest.raises(UserError, match=told):
+            VLLMServerSampler(policy, url)
+
+
+def test_settings_of_an_engine_that_is_not_asked_for() -> None:
+    for wrong in ({"url": "http://x"}, {"engine": "vllm", "url": "http://x", "engine_options": {"a": 1}}):
+        with pytest.raises(UserError, match="engine"):
+            validated(EvaluationSettings, wrong, "evaluation")
+
+
+def test_vllm_is_not_installed(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rlzoo.rollout.vllm.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"rlzoo\[vllm\]"):
+        VLLMSampler(policy)
+
+
+def test_mismatch_by_hand() -> None:
+    """Gaps of 0, log 2 and -log 2: |Δ| sums to 2 log 2 over 3 tokens, ratios are 1, 2 and 1/2."""
+    log2 = 0.6931471805599453
+    row = Trajectory("", "", [1], [2, 3, 4], "0", behaviour_logp=[-1.0, -1.0, -1.0],
+                     sampler_logp=[-1.0, -1.0 - log2, -1.0 + log2])  # fmt: skip
+    found = mismatch([row, Trajectory("", "", [1], [2], "1", behaviour_logp=[-1.0])])
+    assert found is not None and found["tokens"] == 3
+    assert found["mean_absolute"] == pytest.approx(2 * log2 / 3)
+    assert found["largest"] == pytest.approx(log2)
+    assert found["mean_ratio"] == pytest.approx(3.5 / 3)
+    assert found["kl"] == pytest.approx(((2 - 1 - log2) + (0.5 - 1 + log2)) / 3)
+    assert mismatch([Trajectory("", "", [1], [2], "1")]) is None
+
+
+def test_a_buffer_without_the_engines_log_probs_opens(tmp_path: Path) -> None:
+    from rlzoo.buffers import OfflineBuffer
+
+    rows = [Trajectory("a", "b", [1], [2], "0", source="policy", behaviour_logp=[-1.0], sampler_logp=[-1.5])]
+    buffer = OfflineBuffer.from_trajectories(rows)
+    assert next(iter(buffer)).sampler_logp == [-1.5]
+    buffer.rows.remove_columns("sampler_logp").save_to_disk(tmp_path / "old")
+    old = next(iter(OfflineBuffer.load(tmp_path / "old")))
+    assert old.sampler_logp is None and old.behaviour_logp == [-1.0]
