@@ -87,7 +87,7 @@ class Buffer:
     def view(self, selection: Selection, **options: Any) -> View:
         """The units that a selection takes: see `rlzoo.buffers.views`. Raises UserError if there are none."""
         try:
-            return views.select(arrow(self._rows), selection, options)
+            return views.select(arrow(self._rows), selection, options, self.release_pages)
         finally:
             self.release_pages()
 

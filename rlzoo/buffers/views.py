@@ -24,6 +24,8 @@ Units = tuple[tuple[int, ...], ...]
 Mask = Bool[np.ndarray, " N"]
 Indices = Int[np.ndarray, " R"]
 THRESHOLD = 0.5
+RELEASED = 64
+"""Chunks of texts, of a thousand rows each, that stay mapped at a time."""
 """The reward from which a completion counts as correct."""
 
 
@@ -39,15 +41,22 @@ class View:
         return len(self.units)
 
 
-def select(rows: pa.Table, selection: Selection, options: Mapping[str, Any]) -> View:
-    """The view of ``rows``. Raises UserError for an unknown option, and for a view that would be empty."""
+def select(
+    rows: pa.Table, selection: Selection, options: Mapping[str, Any], release: Callable[[], None] | None = None
+) -> View:
+    """The view of ``rows``. Raises UserError for an unknown option, and for a view that would be empty.
+
+    ``release`` is called now and then while texts are read, so that those that were need not stay in memory.
+    """
     selector = _SELECTORS[selection]
-    known = list(inspect.signature(selector).parameters)[1:]
+    known = [name for name in inspect.signature(selector).parameters if name not in ("rows", "release")]
     for name, value in options.items():
         if name not in known:
             raise unknown(f"option of the view {selection.value!r}", name, known)
         if name != "threshold" and value is not None and value < 1:
             raise UserError(f"the view {selection.value!r} needs {name} of at least 1, got {value}")
+    if release is not None and selection is Selection.CORRECT:
+        return View(selection, correct(rows, **options, release=release))
     return View(selection, selector(rows, **options))
 
 
@@ -62,7 +71,9 @@ def demonstrations(rows: pa.Table) -> Units:
     return _singles(chosen)
 
 
-def correct(rows: pa.Table, threshold: float = THRESHOLD, per_prompt: int = 4) -> Units:
+def correct(
+    rows: pa.Table, threshold: float = THRESHOLD, per_prompt: int = 4, release: Callable[[], None] | None = None
+) -> Units:
     """Sampled rows with reward ≥ threshold, one a unit: at most ``per_prompt`` distinct texts a prompt."""
     mask = ~_has_source(rows, "demonstration") & (_reward(rows) >= threshold)
     chosen = np.flatnonzero(mask)
@@ -72,7 +83,7 @@ def correct(rows: pa.Table, threshold: float = THRESHOLD, per_prompt: int = 4) -
             "sample more with rlzoo rollout, or lower the threshold"
         )
     prompt = _codes(rows["prompt_id"])[mask]
-    distinct = _first_of_equals(prompt, _text_hashes(rows["completion"], mask))
+    distinct = _first_of_equals(prompt, _text_hashes(rows["completion"], mask, release))
     chosen, prompt = chosen[distinct], prompt[distinct]
     return _singles(chosen[_rank(prompt) < per_prompt])
 
@@ -163,10 +174,12 @@ def _codes(strings: pa.ChunkedArray) -> Int[np.ndarray, " N"]:
     return codes
 
 
-def _text_hashes(texts: pa.ChunkedArray, mask: Mask) -> Int[np.ndarray, " R"]:
+def _text_hashes(texts: pa.ChunkedArray, mask: Mask, release: Callable[[], None] | None) -> Int[np.ndarray, " R"]:
     """Hashes of the texts under the mask; only one chunk's texts are Python objects at a time."""
     hashes, start = [np.zeros(0, np.int64)], 0
-    for chunk in texts.chunks:
+    for number, chunk in enumerate(texts.chunks):
+        if release is not None and number % RELEASED == RELEASED - 1:
+            release()
         kept = chunk.filter(pa.array(mask[start : start + len(chunk)])).to_pylist()
         hashes.append(np.fromiter(map(hash, kept), np.int64, len(kept)))
         start += len(chunk)
