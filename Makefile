@@ -40,7 +40,7 @@ test-vllm: $(VLLM_BIN)/.installed
 	@echo "== Fetching SmolLM2-135M"
 	@$(VLLM_BIN)/python tests/fetch_smollm2.py $(SMOLLM2)
 	@echo "== Tests with a real vLLM"
-	VLLM_CPU_KVCACHE_SPACE=2 $(VLLM_BIN)/pytest -m vllm
+	VLLM_CPU_KVCACHE_SPACE=2 $(VLLM_BIN)/pytest tests/test_vllm.py tests/test_vllm_server.py
 
 $(VLLM_BIN)/.installed: pyproject.toml
 	@echo "== Making .venv-vllm with $(VLLM)"
