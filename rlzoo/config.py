@@ -177,6 +177,10 @@ class Experiment(_Strict):
 
     @pydantic.model_validator(mode="after")
     def _is_a_grid(self) -> Experiment:
+        if self.rollouts.behaviour == "sampler":
+            for name in self.algorithms:
+                if self.training_of(name).importance_cap is not None:
+                    raise ValueError("importance_cap weighs π/π_engine, which needs rollouts.behaviour: recompute")
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds repeat: {list(self.seeds)}")
         for name, row in self.algorithms.items():

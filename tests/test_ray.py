@@ -61,7 +61,6 @@ def test_a_node_that_dies_half_way_costs_nothing_but_time(
     console = Console(file=Listener(), width=200)  # type: ignore[arg-type]
     found = compare(experiment, tmp_path / "ray", console=console, executor="ray", address=cluster.address)
     assert dead.is_set()
-    assert sum(node["Alive"] for node in ray.nodes()) <= 1 if ray.is_initialized() else True
     assert any("on the Ray cluster" in line for line in lines)
 
     monkeypatch.setattr("rlzoo.comparison.runner.pool", inline_pool)

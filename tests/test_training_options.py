@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -155,11 +154,8 @@ def test_a_tracker_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> Non
         trained(load_policy("embedded"), trackers=["wandb"])
 
 
-Make = Callable[..., Policy]
-
-
 @pytest.mark.parametrize("cap", [2.0, 1.0])
-def test_truncated_importance_weighs_what_another_engine_sampled(cap: float, make_policy: Make) -> None:
+def test_truncated_importance_weighs_what_another_engine_sampled(cap: float) -> None:
     """SFT on rows whose engine said log 2 less for every token: each token weighs min(2, cap) as much."""
     plain, weighed = load_policy("embedded"), load_policy("embedded")
     half = torch.log(torch.tensor(2.0)).item()

@@ -12,10 +12,12 @@ from typing import Any
 import pytest
 import torch
 
-from rlzoo.config import EvaluationSettings, Rollouts, Sampling, validated
+from rlzoo.config import EvaluationSettings, Rollouts, Sampling, load_experiment, validated
 from rlzoo.errors import UserError
 from rlzoo.policy import Policy
-from rlzoo.rollout import VLLMSampler, VLLMServerSampler, mismatch, sampler_of
+from rlzoo.problems import Problem, encode_problems
+from rlzoo.reward import Reward
+from rlzoo.rollout import VLLMSampler, VLLMServerSampler, collect_rollouts, mismatch, sampler_of
 from rlzoo.types import Trajectory
 
 MakePolicy = Callable[..., Policy]
@@ -136,6 +138,26 @@ def test_vllm_is_not_installed(policy: Policy, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr("rlzoo.rollout.vllm.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"rlzoo\[vllm\]"):
         VLLMSampler(policy)
+
+
+def test_an_engine_is_not_held_against_itself(policy: Policy, server: FakeServer) -> None:
+    problems = encode_problems(policy.tokenizer, [Problem("p", "17+25=?\n", {})])
+    sampler, reward = (
+        VLLMServerSampler(policy, server.url),
+        Reward("one", lambda completions, **_: [1.0] * len(completions)),
+    )
+    own = collect_rollouts(policy, sampler, problems, reward, Sampling(samples=2), seed=0, recompute=False)
+    assert all(set(row.behaviour_logp or []) == {-0.5} for row in own)
+    assert mismatch(own) is None
+    both = collect_rollouts(policy, sampler, problems, reward, Sampling(samples=2), seed=0)
+    assert all(row.sampler_logp != row.behaviour_logp for row in both)
+    found = mismatch(both)
+    assert found is not None and found["largest"] > 0.1
+
+
+def test_importance_needs_both_log_probs() -> None:
+    with pytest.raises(UserError, match=r"needs rollouts\.behaviour"):
+        load_experiment("facts", {"rollouts.behaviour": "sampler", "training.importance_cap": 2.0})
 
 
 def test_mismatch_by_hand() -> None:

@@ -64,7 +64,7 @@ def read(path: str | Path) -> datasets.Dataset:
 def release_pages(rows: datasets.Dataset) -> None:
     """Give the pages of mapped files that were read back to the system, which keeps them cached while it has room.
 
-    They would count as memory of this process, though all but the file's own bytes are free. Only on Linux.
+    They would count as memory of this process, though the system may have them whenever it needs room. Linux only.
     """
     files = {str(Path(file["filename"]).resolve()) for file in rows.cache_files}
     if not files or sys.platform != "linux":

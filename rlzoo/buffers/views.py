@@ -55,8 +55,8 @@ def select(
             raise unknown(f"option of the view {selection.value!r}", name, known)
         if name != "threshold" and value is not None and value < 1:
             raise UserError(f"the view {selection.value!r} needs {name} of at least 1, got {value}")
-    if release is not None and selection is Selection.CORRECT:
-        return View(selection, correct(rows, **options, release=release))
+    if "release" in inspect.signature(selector).parameters:
+        options = {**options, "release": release}
     return View(selection, selector(rows, **options))
 
 

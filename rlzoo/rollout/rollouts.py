@@ -39,7 +39,8 @@ def collect_rollouts(
     scores = agreed(judge(reward, flat))
     own = [sample.logp for _, sample in flat]
     logps = [logp for logp in own if logp is not None]
-    if recompute or len(logps) < len(own):
+    recompute = recompute or len(logps) < len(own)
+    if recompute:
         rows = [(p.ids, s.ids) for p, s in flat]
         logps = score_rows(policy, rows, token_budget, settings.temperature, settings.top_p)
     return [
@@ -51,7 +52,7 @@ def collect_rollouts(
             reward=score.value,
             reward_parts=score.parts,
             behaviour_logp=logp,
-            sampler_logp=sample.logp,
+            sampler_logp=sample.logp if recompute else None,  # held against itself it would say that all is well
             policy_version=version,
             truncated=sample.truncated,
         )

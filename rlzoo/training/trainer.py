@@ -244,10 +244,7 @@ class Trainer:
         sums.add(objective, part, own, loss, denominator)
 
     def _importance(self, rows: Sequence[Trajectory], mask: Tensor) -> Tensor:
-        """min(π/π_engine, cap) of each token at the time of sampling, 1 for rows that no other engine sampled.
-
-        Source: truncated importance sampling as in https://fengyao.notion.site/off-policy-rl.
-        """
+        """min(π/π_engine, cap) of each token at the time of sampling, 1 for rows that no other engine sampled."""
         weight = torch.ones(mask.shape, device=mask.device)
         for place, row in enumerate(rows):
             if row.sampler_logp is not None and row.behaviour_logp is not None:
