@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -180,6 +181,30 @@ def test_no_more_logits_exist_than_a_chunk(monkeypatch: pytest.MonkeyPatch) -> N
         policy(collate(ROWS), statistics=STATISTICS).logp.sum().backward()
     assert 3 in seen.found
     assert max(seen.found - {HIDDEN}) <= 3  # the transposed weight has HIDDEN rows
+
+
+def test_logits_of_a_chunk_are_gone_when_the_next_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are made again in the backward pass: until then the graph holds none."""
+    policy, sequences = build("gpt2"), collate(ROWS)
+
+    def alive() -> int:
+        gc.collect()
+        tensors = [x for x in gc.get_objects() if isinstance(x, Tensor)]
+        return sum(x.ndim == 2 and x.shape[1] == VOCABULARY for x in tensors)
+
+    before = alive()
+    monkeypatch.setattr(head_module, "CHUNK_ENTRIES", 3 * VOCABULARY)
+    logp = policy(sequences).logp
+    assert alive() == before
+    logp.sum().backward()
+    assert alive() == before
+
+
+def test_a_second_backward_pass_is_refused_and_not_wrong() -> None:
+    logp = build("gpt2")(collate(ROWS)).logp
+    logp.sum().backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        logp.sum().backward()
 
 
 def test_statistics_against_their_definitions() -> None:

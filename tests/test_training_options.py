@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,7 @@ ROWS = [
                reward=float(i % 2), behaviour_logp=[-1.0] * (2 + i % 3), reference_logp=[-1.5] * (2 + i % 3))
     for i in range(8)
 ]  # fmt: skip
+Make = Callable[..., Policy]
 PAIRS = [(row.prompt_ids, row.completion_ids) for row in ROWS]
 
 
@@ -90,6 +92,20 @@ def test_lora_goes_with_every_kind_of_objective(name: str) -> None:
     policy = load_policy("embedded")
     trained(policy, name, lora={"rank": 4, "alpha": 8, "target_modules": ["q_proj", "v_proj"]})
     assert {name.rsplit(".", 1)[1] for name in adapters(policy.model)} == {"q_proj", "v_proj"}
+
+
+def test_lora_of_layers_that_hold_their_weight_the_other_way_round(tmp_path: Path, make_policy: Make) -> None:
+    """GPT-2's square projection would take a transposed product without a word."""
+    policy = make_policy("gpt2", dtype=torch.float32)
+    policy.add_lora(rank=2)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for layer in adapters(policy.model).values():
+            layer.lora_B["default"].weight.normal_(0, 0.5)
+    save_policy(policy, tmp_path / "saved")
+    merged = score_rows(load_policy(str(tmp_path / "saved")), PAIRS)
+    for x, y in zip(merged, score_rows(policy, PAIRS), strict=True):
+        assert x == pytest.approx(y, abs=1e-3)
 
 
 def test_lora_of_layers_that_are_not_there() -> None:

@@ -6,7 +6,6 @@ Every function takes plain data and gives plain data back, so that it can run in
 from __future__ import annotations
 
 import random
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -99,7 +98,6 @@ def fill_buffer(experiment: Experiment, folder: Path, report: Report) -> dict[st
         buffer = with_reference(buffer, policy, experiment.training.token_budget)
         reference_flops = policy.flops(int(buffer.tokens().sum()), int(buffer.tokens("completion_ids").sum()))
     if is_main():
-        shutil.rmtree(folder, ignore_errors=True)  # a worker that died may have left half of it
         buffer.save(folder)
     barrier()
     sampled = sum(len(row.completion_ids) for row in samples)

@@ -62,6 +62,8 @@ def merged(model: nn.Module, weights: dict[str, Tensor]) -> dict[str, Tensor]:
     for name, layer in adapters(model).items():
         with torch.no_grad():
             delta = found[f"{name}.lora_B.{NAME}.weight"] @ found[f"{name}.lora_A.{NAME}.weight"]
+            if layer.fan_in_fan_out:  # transformers' Conv1D holds its weight the other way round
+                delta = delta.mT
             whole = found[f"{name}.base_layer.weight"] + layer.scaling[NAME] * delta
         found = {key: value for key, value in found.items() if not key.startswith(f"{name}.")} | {
             f"{name}.weight": whole,

@@ -125,17 +125,15 @@ class _LogProb(torch.autograd.Function):
         chosen = own.gather(1, target[:, None])[:, 0]
         largest = own.amax(1)
         total = own.sub_(largest[:, None]).exp_().sum(1)
-        ctx.kept, ctx.target = (own, total), target
+        ctx.save_for_backward(own, total, target)  # nothing on ctx itself, which a checkpoint would not let go of
         return chosen - largest - total.log()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, pull: Float[Tensor, " N"]) -> tuple[Tensor, None]:
-        if ctx.kept is None:
-            raise RuntimeError("log-probs can be differentiated once: score the tokens again")
-        (own, total), ctx.kept = ctx.kept, None
-        own.mul_((-pull / total)[:, None])
-        own.scatter_add_(1, ctx.target[:, None], pull[:, None])
+        own, total, target = ctx.saved_tensors
+        own.mul_((-pull / total)[:, None])  # so a second backward pass is refused by autograd
+        own.scatter_add_(1, target[:, None], pull[:, None])
         return own, None
 
 
