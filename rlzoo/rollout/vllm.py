@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
@@ -19,7 +20,7 @@ from rlzoo.errors import UserError
 from rlzoo.policy import Policy
 from rlzoo.policy.adapters import merged
 from rlzoo.policy.loading import EMBEDDED, save_policy
-from rlzoo.ranks import shared, world_size
+from rlzoo.ranks import barrier, is_main, is_sharded, shared, world_size
 from rlzoo.rollout.sampler import Sample
 from rlzoo.worlds import EMBEDDED_BASE
 
@@ -35,12 +36,17 @@ class _Refreshed:
     """Knows whether the policy's weights are other ones than those that were handed over last."""
 
     def __init__(self) -> None:
-        self._last: tuple[int, ...] | None = None
+        self._model: weakref.ref[Any] | None = None
+        self._versions: list[int] = []
 
     def changed(self, policy: Policy) -> bool:
-        """True at the first call, and after any change of a weight in place."""
-        now = (id(policy.model), *(p._version for p in policy.model.parameters()))
-        changed, self._last = now != self._last, now
+        """True at the first call, for another model, and after any change of a weight in place."""
+        same = self._model is not None and self._model() is policy.model  # by id, a new model could pass for an old one
+        versions = [p._version for p in policy.model.parameters()]
+        changed = (
+            not same or versions != self._versions or is_sharded(policy.model)
+        )  # a shard's version is not the whole's
+        self._model, self._versions = weakref.ref(policy.model), versions
         return changed
 
 
@@ -155,9 +161,11 @@ class VLLMServerSampler:
     def _hand_over(self) -> None:
         with tempfile.TemporaryDirectory(prefix="rlzoo-weights-") as folder:
             Path(folder).chmod(0o755)  # the server may be another user's
-            save_policy(self.policy, Path(folder))
-            self._ask("/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": folder}})
-        self._ask("/reset_prefix_cache", {})
+            save_policy(self.policy, Path(folder))  # of several processes the main one writes
+            if is_main():
+                self._ask("/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": folder}})
+                self._ask("/reset_prefix_cache", {})
+        barrier()
 
     def _ask(self, path: str, content: Mapping[str, Any] | None = None) -> Any:
         data = None if content is None else json.dumps(content).encode()
