@@ -9,21 +9,24 @@ import signal
 import sys
 import textwrap
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NoReturn
 
 from rlzoo.errors import UserError
+from rlzoo.interrupts import Terminated, raise_signal
 from rlzoo.overrides import add_overrides, experiment_of, pairs
 
 Handler = Callable[[argparse.Namespace], int]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command. Exit status: 0 done, 1 some runs failed, 2 wrong input (one line on standard error)."""
+    """Run one command.
+
+    Exit status: 0 done, 1 some runs failed, 2 wrong input (one line on standard error), 130 or 143 told to stop.
+    """
     parsed = _parser().parse_args(arguments)
     sys.path.append(str(Path.cwd()))  # for package.module:Name of a user's own; last, so that it hides nothing
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a job that is told to stop cleans up as for Ctrl-C
+    signal.signal(signal.SIGTERM, raise_signal)  # a job that is told to stop ends as for Ctrl-C
     try:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             from rlzoo.ranks import joined
@@ -32,11 +35,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 return int(parsed.handler(parsed))
         return int(parsed.handler(parsed))
     except UserError as error:
-        print(f"rlzoo: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"rlzoo: {_told(error, str(error))}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("rlzoo: interrupted", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as error:
+        print(f"rlzoo: {_told(error, 'interrupted')}", file=sys.stderr)
+        return 143 if isinstance(error, Terminated) else 130
+
+
+def _told(error: BaseException, message: str) -> str:
+    """One line: the message, and what the run's folder has to say about it."""
+    return " ".join("; ".join([message, *getattr(error, "__notes__", [])]).split())
 
 
 class _Parser(argparse.ArgumentParser):
@@ -86,7 +94,7 @@ def _compare(commands: Any) -> None:
     command.add_argument("--threads", type=int, default=1, help="threads a process")
     command.add_argument("--executor", choices=("local", "ray"), default="local", help="what runs the cells")
     command.add_argument("--address", help="of a Ray cluster; default: one that is started here")
-    command.add_argument("--out", type=Path, help="a new folder; default: runs/<name>-<time>")
+    command.add_argument("--out", type=Path, help="a folder, new or of the same run; default: runs/<name>-<time>")
 
 
 def _check_processes(arguments: argparse.Namespace) -> None:
@@ -100,14 +108,14 @@ def _run_compare(arguments: argparse.Namespace) -> int:
 
     from rlzoo.comparison.plan import counted
     from rlzoo.comparison.report import report_table
-    from rlzoo.comparison.runner import compare, default_folder
-    from rlzoo.ranks import agreed, is_main
+    from rlzoo.comparison.runner import compare, where
+    from rlzoo.ranks import is_main
 
     _check_processes(arguments)
     if arguments.address is not None and arguments.executor != "ray":
         raise UserError("--address is of a Ray cluster: add --executor ray")
     experiment = experiment_of(arguments)
-    out = agreed(arguments.out or default_folder(experiment))
+    out = arguments.out or where(experiment, arguments.threads)
     results = compare(
         experiment,
         out,
@@ -119,9 +127,11 @@ def _run_compare(arguments: argparse.Namespace) -> int:
     console = Console(quiet=not is_main())
     for table in report_table(results):
         console.print(table)
-    console.print(f"{results['wall_seconds']:.0f} s; report: {out / 'report.html'}", soft_wrap=True, highlight=False)
+    report = out / "report.html"
+    console.print(f"{results['wall_seconds']:.0f} s; report: {report}", soft_wrap=True, highlight=False)
     if failed := len(results["failed"]):
-        console.print(f"{counted(failed, 'run')} failed: the report says why", highlight=False)
+        told = f"{counted(failed, 'run')} failed: the report says why; the same command tries again"
+        console.print(told, highlight=False)
     return 1 if failed else 0
 
 
@@ -143,29 +153,31 @@ def _variance(commands: Any) -> None:
     command.add_argument("--seed", type=int, help="of the rows, the draws and the training; default 0")
     command.add_argument("--workers", type=int, help="processes; default: one a core")
     command.add_argument("--threads", type=int, default=1, help="threads a process")
-    command.add_argument("--out", type=Path, help="a new folder; default: runs/<name>-variance-<time>")
+    command.add_argument(
+        "--out", type=Path, help="a folder, new or of the same run; default: runs/<name>-variance-<time>"
+    )
 
 
 def _run_variance(arguments: argparse.Namespace) -> int:
     from rich.console import Console
 
-    from rlzoo.comparison.runner import default_folder
     from rlzoo.config import validated
     from rlzoo.variance.report import report_tables
-    from rlzoo.variance.run import VarianceSettings, run_variance
+    from rlzoo.variance.run import VarianceSettings, run_variance, where
 
     _check_processes(arguments)
     given = {name: getattr(arguments, name) for name in VarianceSettings.model_fields}
     settings = validated(VarianceSettings, {k: v for k, v in given.items() if v is not None}, "variance")
     experiment = experiment_of(arguments)
-    out = arguments.out or default_folder(experiment, "variance")
+    out = arguments.out or where(experiment, settings, arguments.buffer, arguments.threads)
     found = run_variance(experiment, out, settings, arguments.buffer, arguments.workers, arguments.threads)
     console = Console()
     for table in report_tables(found):
         console.print(table)
     for name, reason in {**found["skipped"], **found["failed"]}.items():
         console.print(f"{name}: {reason}", soft_wrap=True, highlight=False, markup=False)
-    console.print(f"{found['wall_seconds']:.0f} s; report: {out / 'report.html'}", soft_wrap=True, highlight=False)
+    report = out / "report.html"
+    console.print(f"{found['wall_seconds']:.0f} s; report: {report}", soft_wrap=True, highlight=False)
     return 1 if found["failed"] else 0
 
 
@@ -177,7 +189,7 @@ def _train(commands: Any) -> None:
     command.add_argument("objective", help="a name, module:Name, or path/to/file.py:Name")
     command.add_argument("--buffer", required=True, help="a saved buffer (see rollout), or a table in a TRL format")
     command.add_argument("--model", default="embedded", help="'embedded', a folder, or a Hub id")
-    command.add_argument("--out", type=Path, required=True, help="a new folder for the trained model")
+    command.add_argument("--out", type=Path, required=True, help="a folder for the model, new or of the same run")
     command.add_argument("--option", action="append", default=[], metavar="KEY=VALUE", help="of the objective")
     command.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="of the training")
     command.add_argument("--steps", type=int, help="optimizer steps")
@@ -190,9 +202,10 @@ def _run_train(arguments: argparse.Namespace) -> int:
     from rlzoo.comparison.pool import silence
     from rlzoo.config import Training, validated
     from rlzoo.objective import get_objective
-    from rlzoo.outputs import new_output
+    from rlzoo.outputs import write_atomically
     from rlzoo.policy.loading import load_policy, save_policy
     from rlzoo.ranks import is_main
+    from rlzoo.runs import run_in
     from rlzoo.training import train
 
     settings = pairs(arguments.set, "--set")
@@ -202,21 +215,37 @@ def _run_train(arguments: argparse.Namespace) -> int:
     training = validated(Training, settings, "training")
     objective = get_objective(arguments.objective, **pairs(arguments.option, "--option"))
     silence()
-    policy = load_policy(arguments.model, training.dtype)
-    buffer = read_buffer(arguments.buffer, policy.tokenizer)
+    asked = {
+        "objective": arguments.objective,
+        "options": pairs(arguments.option, "--option"),
+        "training": training.model_dump(mode="json"),
+        "model": arguments.model,
+        "buffer": arguments.buffer,
+        "seed": arguments.seed,
+    }
 
     def show(trainer: Any, step: int) -> None:
         row = trainer.record.steps[-1]
         if is_main():
             print(f"step {step}/{training.steps}  loss {row['loss']:.4f}  gradient norm {row['gradient_norm']:.3f}")
 
-    with new_output(arguments.out) if is_main() else nullcontext():
-        record = train(policy, objective, buffer, training, arguments.seed, [show], arguments.out / "logs")
-        save_policy(policy, arguments.out)
+    out = arguments.out
+    with run_in(out, "train", asked) as run:
+        if run.finished:
+            print(f"finished before: {out}")
+            return 0
+        policy = load_policy(arguments.model, training.dtype)
+        buffer = read_buffer(arguments.buffer, policy.tokenizer)
+        record = train(
+            policy, objective, buffer, training, arguments.seed, [show], out / "logs", run.state / "checkpoints"
+        )
+        save_policy(policy, out)
         if is_main():
-            summary = {"steps": record.steps, "costs": record.costs.as_dict()}
-            (arguments.out / "training.json").write_text(json.dumps(summary, indent=1))
-            print(f"saved to {arguments.out}")
+            summary = {"steps": record.steps, "costs": record.costs.as_dict(), "events": record.events}
+            write_atomically(out / "training.json", json.dumps(summary, indent=1))
+            for event in record.events:
+                print(event)
+            print(f"saved to {out}")
     return 0
 
 
@@ -228,28 +257,36 @@ def _rollout(commands: Any) -> None:
     )  # fmt: skip
     add_overrides(command, "data", "limit", "rollout-samples")
     command.add_argument("--seed", type=int, default=0)
-    command.add_argument("--out", type=Path, required=True, help="a new folder, or a .parquet or .jsonl file")
+    command.add_argument(
+        "--out", type=Path, required=True, help="a folder, new or of the same run, or a .parquet or .jsonl file"
+    )
 
 
 def _run_rollout(arguments: argparse.Namespace) -> int:
     experiment = experiment_of(arguments)
     from rlzoo.buffers import OfflineBuffer
     from rlzoo.comparison.pool import silence
-    from rlzoo.outputs import new_output
+    from rlzoo.pieces import Pieces
     from rlzoo.policy import load_policy
     from rlzoo.problems import encode_problems, load_problems
     from rlzoo.reward import get_reward
     from rlzoo.rollout import collect_rollouts, mismatch, sampler_of
+    from rlzoo.runs import run_in
 
-    file = arguments.out.suffix in (".parquet", ".jsonl")
     reward, problems = get_reward(experiment.reward), load_problems(experiment.train)[: experiment.rollouts.prompts]
     silence()
-    with new_output(arguments.out, "file" if file else "folder"):
+    asked = {"experiment": experiment.model_dump(mode="json"), "seed": arguments.seed}
+    with run_in(arguments.out, "rollout", asked, "whole") as run:
+        if run.finished:
+            print(f"finished before: {arguments.out}")
+            return 0
         policy = load_policy(experiment.model, experiment.training.dtype)
         encoded = encode_problems(policy.tokenizer, problems)
         settings = experiment.rollouts
         sampler, recompute = sampler_of(policy, settings), settings.behaviour == "recompute"
-        rows = collect_rollouts(policy, sampler, encoded, reward, settings, arguments.seed, recompute=recompute)
+        rows = collect_rollouts(
+            policy, sampler, encoded, reward, settings, arguments.seed, recompute=recompute, pieces=Pieces(run.state)
+        )
         buffer = OfflineBuffer.from_trajectories(rows)
         writers = {".parquet": buffer.to_parquet, ".jsonl": buffer.to_jsonl}
         writers.get(arguments.out.suffix, buffer.save)(arguments.out)

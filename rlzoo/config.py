@@ -134,6 +134,10 @@ class Training(_Strict):
     """Train adapters of low rank in place of the weights."""
     gradient_checkpointing: bool = False
     """Keep one activation a layer and make the others anew in the backward pass: a third more time, less memory."""
+    checkpoint_seconds: Annotated[float, Field(ge=0)] | None = 300.0
+    """Time between checkpoints, from which a run that was stopped goes on; 0: after every batch; None: none."""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """What to do at a step whose loss or gradient is not finite; a step that is skipped is counted."""
     trackers: tuple[Literal["tensorboard", "trackio", "wandb"], ...] = ()
     """Where the metrics of each step go besides the results."""
 
@@ -189,6 +193,28 @@ class Experiment(_Strict):
             if len({f"{rate:g}" for rate in row.learning_rates}) < len(row.learning_rates):
                 raise ValueError(f"learning rates of {name!r} repeat: {list(row.learning_rates)}")
         return self
+
+    def in_parts(self, parts: int) -> Experiment:
+        """The same with ``parts`` times fewer tokens a micro-batch and sequences sampled together: results are equal
+        but for rounding."""
+        if parts == 1:
+            return self
+
+        def fewer(settings: Any, field: str) -> Any:
+            return settings.model_copy(update={field: max(1, getattr(settings, field) // parts)})
+
+        rows = {}
+        for name, row in self.algorithms.items():
+            budget = max(1, self.training_of(name).token_budget // parts)
+            rows[name] = row.model_copy(update={"training": {**row.training, "token_budget": budget}})
+        return self.model_copy(
+            update={
+                "training": fewer(self.training, "token_budget"),
+                "rollouts": fewer(self.rollouts, "batch_size"),
+                "evaluation": fewer(self.evaluation, "batch_size"),
+                "algorithms": rows,
+            }
+        )
 
     def training_of(self, name: str) -> Training:
         """The settings of one algorithm's training."""

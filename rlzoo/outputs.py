@@ -1,72 +1,68 @@
-"""Where a command writes: claimed before the work starts, and left as it was if the work fails."""
+"""Files that are whole or not there: written beside their place, synced to the disk, then renamed."""
 
 from __future__ import annotations
 
+import hashlib
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Literal
 
-from rlzoo.errors import UserError
+PARTIAL = ".partial"
+"""How names end of what is being written; a process that is killed may leave some."""
 
 
 @contextmanager
-def new_output(path: Path, kind: Literal["folder", "file"] = "folder") -> Iterator[None]:
-    """Claim a new folder, or the place of a new file, for the work inside the ``with``.
-
-    Missing parents are made. If the work raises, nothing that was made or written is left behind. Raises UserError
-    if ``path`` is there already (a folder may be, if it is empty) or cannot be written.
-    """
-    try:
-        if path.exists() and (kind == "file" or not path.is_dir() or any(path.iterdir())):
-            raise UserError(f"--out {str(path)!r} exists already: give another name, or remove it")
-        whole = path.absolute()
-        missing = [p for p in (*reversed(whole.parents), whole) if not p.exists()]
-        (path if kind == "folder" else path.parent).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out {str(path)!r} cannot be created ({error.strerror}): give another place") from None
-    try:
-        _probe(path / ".probe" if kind == "folder" else path)
-        yield
-    except BaseException:
-        for place in [path] if whole in missing else list(path.iterdir()):
-            _remove(place)
-        for parent in reversed([p for p in missing if p != whole]):
-            with suppress(OSError):  # somebody else's results may be in it by now
-                parent.rmdir()
-        raise
+def replacing(path: Path) -> Iterator[Path]:
+    """A path to write a file or a folder to, which takes the place of ``path`` at the end, unless something raised."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.", suffix=PARTIAL) as scratch:
+        beside = Path(scratch) / path.name
+        yield beside
+        for file in [p for p in beside.rglob("*") if p.is_file()] if beside.is_dir() else [beside]:
+            _sync(file)
+        for folder in [beside, *beside.rglob("*")]:
+            if folder.is_dir():
+                _sync(folder)
+        if path.is_dir():  # a folder cannot be renamed onto one that holds files
+            path.rename(Path(scratch) / "replaced")
+        beside.replace(path)
+        _sync(path.parent)
 
 
 def write_atomically(path: Path, content: str) -> None:
-    """Write a text file through a temporary one in the same folder, so that no reader sees half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(
-        "w", encoding="utf-8", errors="replace", dir=path.parent, prefix=f".{path.name}.", delete=False
-    ) as file:
-        temporary = Path(file.name)
-        try:
-            file.write(content)
-        except BaseException:
-            temporary.unlink()
-            raise
-    temporary.chmod(0o644)
-    temporary.replace(path)
+    """Write a text file that no reader sees half of, whatever happens to this process or the machine."""
+    with replacing(path) as beside:
+        beside.write_text(content, encoding="utf-8", errors="replace")
 
 
-def _probe(file: Path) -> None:
-    """Write and remove a file, to know before the work that its results can be written."""
-    try:
-        file.touch(exist_ok=False)
-        file.unlink()
-    except OSError as error:
-        where = str(file.parent)
-        raise UserError(f"--out: {where!r} cannot be written to ({error.strerror}): give another place") from None
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file's content, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _remove(place: Path) -> None:
-    if place.is_dir():
+def remove_partial(folder: Path) -> None:
+    """Remove what processes that were killed had half written into ``folder``."""
+    for place in list(folder.rglob(f".*{PARTIAL}")):
+        remove(place)
+
+
+def remove(place: Path) -> None:
+    """Remove a file or a folder, if it is there."""
+    if place.is_dir() and not place.is_symlink():
         shutil.rmtree(place, ignore_errors=True)
     else:
         place.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    """Have the system write a file, or the names in a folder, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # some file systems cannot sync a folder
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

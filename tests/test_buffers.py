@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 
 from rlzoo.buffers import SCHEMA, OfflineBuffer, RolloutBuffer
 from rlzoo.buffers.schema import from_row, to_row
-from rlzoo.buffers.storage import replacing
 from rlzoo.errors import UserError
+from rlzoo.outputs import replacing
 from rlzoo.types import Selection, Trajectory
 
 FULL = Trajectory(

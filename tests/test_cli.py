@@ -142,7 +142,7 @@ SPECS: Sequence[tuple[str, tuple[str, ...]]] = [
     ("missing.jsonl does not exist", ("compare", "facts", "--data", "missing.jsonl")),
     ("unknown world 'facts/tset'", ("compare", "facts", "--test-data", "world:facts/tset")),
     ("--out 'taken' exists already", ("compare", "facts", "--out", "taken")),
-    ("--out 'file/out' cannot be created", ("compare", "facts", "--out", "file/out")),
+    ("--out 'file/out' cannot be written", ("compare", "facts", "--out", "file/out")),
     ("model './missing' cannot be loaded", ("compare", "facts", "--model", "./missing")),
     ("model 'damaged' cannot be loaded", ("compare", "facts", "--model", "damaged")),
     ("model 'bare' cannot be loaded", ("evaluate", "facts", "--limit", "2", "--model", "bare")),
@@ -153,7 +153,7 @@ SPECS: Sequence[tuple[str, tuple[str, ...]]] = [
     ("missing does not exist", ("train", "sft", "--buffer", "./missing", "--out", "out")),
     ("training: learning_rate = 0.0", ("train", "sft", "--learning-rate", "0", "--buffer", "x", "--out", "out")),
     ("--out 'taken' exists already", ("rollout", "facts", "--limit", "2", "--out", "taken")),
-    ("--out 'file/out' cannot be created", ("rollout", "facts", "--limit", "2", "--out", "file/out")),
+    ("--out 'file/out' cannot be written", ("rollout", "facts", "--limit", "2", "--out", "file/out")),
     ("run directory 'missing' does not exist", ("report", "missing")),
     ("'taken' has no results.json", ("report", "taken")),
 ]
@@ -252,8 +252,10 @@ def test_a_reward_that_breaks_in_a_worker(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir() if path.name != "__pycache__") == ["mine.py"]
 
 
-def test_ctrl_c_says_so_once_and_leaves_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_ctrl_c_saves_what_was_done_and_says_so_once(tmp_path: Path, number: int, status: int) -> None:
     command = [*RLZOO, "compare", "facts", "--algorithms", "sft", "--steps", "100000", "--out", "out"]
+    command += ["--set", "training.checkpoint_seconds=0.5"]
     run = subprocess.Popen(
         command,
         cwd=tmp_path,
@@ -266,11 +268,19 @@ def test_ctrl_c_says_so_once_and_leaves_nothing(tmp_path: Path) -> None:
     assert run.stderr is not None
     told = [run.stderr.readline() for _ in range(2)]  # the plan, then that the shared work is done
     assert "shared buffer" in told[1], told
-    os.killpg(run.pid, signal.SIGINT)  # a terminal sends it to the whole group
+    for _ in range(1000):
+        if any(tmp_path.rglob("step-*.piece")):
+            break
+        time.sleep(0.05)
+    if number == signal.SIGINT:
+        os.killpg(run.pid, number)  # a terminal sends it to the whole group
+    else:
+        run.send_signal(number)
     _, errors = run.communicate(timeout=120)
-    assert run.returncode == 130
-    assert errors == "rlzoo: interrupted\n"
-    assert list(tmp_path.iterdir()) == []
+    assert run.returncode == status
+    kept = "what was done is kept, and the same command with --out out goes on from there"
+    assert errors == f"rlzoo: interrupted; {kept}\n"
+    assert any(tmp_path.rglob("step-*.piece"))
     assert _group_is_gone(run.pid)
 
 

@@ -23,6 +23,8 @@ from rlzoo.comparison.report import write_report
 from rlzoo.config import Experiment, load_experiment
 from rlzoo.errors import UserError
 from rlzoo.policy import load_policy
+from rlzoo.rollout import rollouts
+from rlzoo.runs import run_in
 
 Compare = Callable[..., dict[str, Any]]
 TIMES = ("wall_seconds", "peak_memory_bytes")
@@ -81,6 +83,7 @@ def test_results_hold_what_the_contract_says(tmp_path: Path) -> None:
     assert [row["algorithm"] for row in results["base_summary"]] == ["base"] * 3
     assert {p.name for p in out.iterdir()} == {
         "buffer", "experiment.yaml", "figures", "outcomes.parquet", "report.html", "report.md", "results.json",
+        "run.json",
     }  # fmt: skip
 
 
@@ -168,7 +171,7 @@ def test_the_learning_rate_is_chosen_on_validation(tmp_path: Path, monkeypatch: 
 
     def with_score(experiment: Experiment, cell: Any, *rest: Any) -> dict[str, Any]:
         result = run_cell(experiment, cell, *rest)
-        assert (tmp_path / "out" / "models" / cell.id).is_dir()
+        assert (tmp_path / "out" / ".state" / "models" / cell.id).is_dir()
         return {**result, "validation": scores[cell.seed, cell.learning_rate]}
 
     monkeypatch.setattr(work, "run_cell", with_score)
@@ -177,7 +180,7 @@ def test_the_learning_rate_is_chosen_on_validation(tmp_path: Path, monkeypatch: 
     assert [(c["seed"], c["learning_rate"]) for c in results["cells"]] == [(0, 1e-2), (1, 1e-2)]
     assert all("facts" in cell["metrics"] for cell in results["cells"])
     assert set(outcomes(tmp_path / "out")["learning_rate"].to_pylist()) == {None, 1e-2}
-    assert not (tmp_path / "out" / "models").exists()
+    assert not (tmp_path / "out" / ".state").exists()
 
 
 @pytest.mark.usefixtures("inline")
@@ -189,6 +192,78 @@ def test_a_trained_folder_is_a_base_like_any_other(tmp_path: Path) -> None:
     folder = quietly(small({"sft": {}}, model=str(tmp_path / "copy")), tmp_path / "folder")
     assert numbers(folder)["cells"] == numbers(embedded)["cells"]
     assert folder["base"] == embedded["base"]
+
+
+# What is stopped
+
+
+@pytest.mark.usefixtures("inline")
+def test_a_comparison_that_was_stopped_ends_as_one_that_was_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped in its sampling, in the training of a cell, after it, and between the chosen cells."""
+    rows = {"sft": {"learning_rates": [1e-4, 1e-2]}, "grpo": {"mode": "online"}, "rft": {}}
+    experiment = small(rows, training__checkpoint_seconds=0, rollouts__batch_size=8)
+    whole = quietly(experiment, tmp_path / "whole")
+    out, calls = tmp_path / "out", dict.fromkeys(("judge", "evaluate", "curve_point"), 0)
+    stops = {("judge", 2), ("evaluate", 3), ("curve_point", 3), ("evaluate", 8)}
+
+    def stopping(home: Any, name: str) -> None:
+        real = getattr(home, name)
+
+        def call(*arguments: Any, **options: Any) -> Any:
+            calls[name] += 1
+            if (name, calls[name]) in stops:
+                raise KeyboardInterrupt
+            return real(*arguments, **options)
+
+        monkeypatch.setattr(home, name, call)
+
+    stopping(rollouts, "judge")
+    stopping(work, "evaluate")
+    stopping(work, "curve_point")
+    for _ in stops:
+        with pytest.raises(KeyboardInterrupt):
+            quietly(experiment, out)
+    made = {path: path.stat().st_mtime_ns for path in out.rglob("*.piece")}
+    found = quietly(experiment, out)
+    assert len(made) >= 6 and all(path.stat().st_mtime_ns == made[path] for path in made if path.exists())
+    assert numbers(found) == numbers(whole)
+    assert (out / "outcomes.parquet").read_bytes() == (tmp_path / "whole" / "outcomes.parquet").read_bytes()
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    assert quietly(experiment, out) == found, "a finished one is told again"
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
+
+
+@pytest.mark.usefixtures("inline")
+def test_cells_that_failed_are_tried_again_and_no_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, ran = work._run_cell, list[str]()
+
+    def broken(experiment: Experiment, cell: Any, *rest: Any) -> dict[str, Any]:
+        ran.append(cell.algorithm)
+        if cell.algorithm == "dft" and len(ran) < 3:
+            raise OSError("no space")
+        return run(experiment, cell, *rest)
+
+    monkeypatch.setattr(work, "_run_cell", broken)
+    first = quietly(small({"sft": {}, "dft": {}}), tmp_path / "out")
+    assert [failed["algorithm"] for failed in first["failed"]] == ["dft"]
+    second = quietly(small({"sft": {}, "dft": {}}), tmp_path / "out")
+    assert ran == ["sft", "dft", "dft"] and second["failed"] == []
+    assert [cell["algorithm"] for cell in second["cells"]] == ["sft", "dft"]
+    assert not (tmp_path / "out" / ".state").exists()
+
+
+def test_without_a_folder_the_newest_that_was_stopped_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    experiment = small({"sft": {}})
+    fresh = runner.where(experiment)
+    with pytest.raises(KeyboardInterrupt), run_in(fresh, "compare", runner._asked(experiment, 1)) as run:
+        (run.state / "half").touch()
+        raise KeyboardInterrupt
+    assert runner.where(experiment) == fresh
+    assert runner.where(experiment, threads=2) != fresh
+    assert runner.where(small({"dft": {}})).parent == Path("runs")
 
 
 # What goes wrong

@@ -35,6 +35,7 @@ class FakeSampler:
         seed: int,
         greedy: bool = False,
         progress: Callable[[int], None] | None = None,
+        numbers: Sequence[int] | None = None,
     ) -> list[list[Sample]]:
         self.asked.append((len(prompts), greedy, seed))
         if progress is not None:

@@ -1,49 +1,223 @@
-"""What a command that fails leaves where it was told to write."""
+"""Where commands write: whole files or none, one runner at a time, and runs that go on where they were stopped."""
 
 from __future__ import annotations
 
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from rlzoo import runs
 from rlzoo.errors import UserError
-from rlzoo.outputs import new_output
+from rlzoo.outputs import remove_partial, replacing, write_atomically
+from rlzoo.pieces import Pieces
+from rlzoo.runs import run_in, unfinished
+
+ASKED = {"steps": 10, "model": "embedded"}
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+def stopped(path: Path, settings: dict[str, Any] | None = None, what: type[BaseException] = KeyboardInterrupt) -> str:
+    """A run that keeps a piece of work and then ends with an exception; what the exception has to say."""
+    with pytest.raises(what) as caught, run_in(path, "train", settings or ASKED) as run:
+        Pieces(run.state).write("half", 1)
+        raise what
+    return "; ".join(getattr(caught.value, "__notes__", []))
+
+
+# Files
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
+    file = tmp_path / "rows.txt"
+    write_atomically(file, "before")
+    with pytest.raises(RuntimeError), replacing(file) as beside:
+        beside.write_text("half")
+        raise RuntimeError("out of luck")
+    assert file.read_text() == "before" and names(tmp_path) == ["rows.txt"]
+
+
+def test_what_a_killed_process_had_half_written_is_removed(tmp_path: Path) -> None:
+    script = (
+        "import os, signal, sys; from pathlib import Path; from rlzoo.outputs import replacing\n"
+        "with replacing(Path(sys.argv[1])) as beside:\n"
+        "    beside.write_text('half'); os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path / "results.json")], check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert not (tmp_path / "results.json").exists() and len(list(tmp_path.iterdir())) == 1
+    remove_partial(tmp_path)
+    assert names(tmp_path) == []
+
+
+def test_a_piece_is_made_once_and_comes_back_as_it_was(tmp_path: Path) -> None:
+    pieces, made = Pieces(tmp_path), []
+
+    def work() -> dict[str, Any]:
+        made.append(1)
+        return {"a": [0.1 + 0.2, float("inf"), None], "b": ("é", 2**70)}
+
+    first, second = pieces.once("grpo-lr1e-05/seed 0", work), pieces.once("grpo-lr1e-05/seed 0", work)
+    assert first == second == {"a": [0.1 + 0.2, float("inf"), None], "b": ["é", 2**70]}
+    assert len(made) == 1 and len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize("damage", ["cut", "flip", "empty"])
+def test_a_damaged_piece_is_made_again(tmp_path: Path, damage: str) -> None:
+    pieces = Pieces(tmp_path)
+    pieces.write("score", {"mean": 0.25})
+    (file,) = tmp_path.iterdir()
+    whole = file.read_bytes()
+    file.write_bytes({"cut": whole[:-3], "flip": whole.replace(b"0.25", b"0.75"), "empty": b""}[damage])
+    assert pieces.read("score") is None
+    assert pieces.once("score", lambda: {"mean": 0.25}) == {"mean": 0.25}
+
+
+# What failed
 
 
 def test_a_failed_run_takes_nothing_of_others_with_it(tmp_path: Path) -> None:
-    runs = tmp_path / "runs"
-    with pytest.raises(RuntimeError), new_output(runs / "a" / "deep"):
-        (runs / "a" / "deep" / "half.json").write_text("{")
-        (runs / "b").mkdir()  # another command, meanwhile
-        (runs / "b" / "results.json").write_text("{}")
+    out = tmp_path / "runs" / "a" / "deep"
+    with pytest.raises(RuntimeError), run_in(out, "train", ASKED):
+        (out / "half.json").write_text("{")
+        (tmp_path / "runs" / "b").mkdir()  # another command, meanwhile
+        (tmp_path / "runs" / "b" / "results.json").write_text("{}")
         raise RuntimeError("out of luck")
-    assert [str(p.relative_to(tmp_path)) for p in sorted(tmp_path.rglob("*"))] == [
-        "runs",
-        "runs/b",
-        "runs/b/results.json",
-    ]
+    assert names(tmp_path) == ["runs", "runs/b", "runs/b/results.json"]
 
 
 def test_a_failed_run_removes_the_folders_it_made(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError), new_output(tmp_path / "runs" / "a"):
+    with pytest.raises(RuntimeError), run_in(tmp_path / "runs" / "a", "train", ASKED):
         raise RuntimeError("out of luck")
-    assert list(tmp_path.iterdir()) == []
+    assert names(tmp_path) == []
 
 
 def test_an_empty_folder_of_the_user_stays(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError), new_output(tmp_path):
+    with pytest.raises(RuntimeError), run_in(tmp_path, "train", ASKED):
         (tmp_path / "half.json").write_text("{")
         raise RuntimeError("out of luck")
-    assert tmp_path.is_dir() and list(tmp_path.iterdir()) == []
+    assert tmp_path.is_dir() and names(tmp_path) == []
 
 
 def test_a_failed_file_is_removed_and_a_present_one_kept(tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
-    with pytest.raises(RuntimeError), new_output(file, "file"):
+    with pytest.raises(RuntimeError), run_in(file, "rollout", ASKED, "whole"):
         file.write_text("half")
         raise RuntimeError("out of luck")
-    assert not file.exists()
+    assert names(tmp_path) == []
     file.write_text("mine")
-    with pytest.raises(UserError, match="exists already"), new_output(file, "file"):
+    with pytest.raises(UserError, match="exists already"), run_in(file, "rollout", ASKED, "whole"):
         pytest.fail("must not come here")
-    assert file.read_text() == "mine"
+    assert file.read_text() == "mine" and names(tmp_path) == ["rows.jsonl"]
+
+
+def test_a_full_disk_is_one_line_and_keeps_what_was_done(tmp_path: Path) -> None:
+    told = r"cannot be written \(No space left on device\).*what was done is kept"
+    with pytest.raises(UserError, match=told), run_in(tmp_path / "out", "train", ASKED) as run:
+        Pieces(run.state).write("half", 1)
+        Path("/dev/full").write_text("more")
+    with run_in(tmp_path / "out", "train", ASKED) as run:
+        assert run.resumed and Pieces(run.state).read("half") == 1
+
+
+# What was stopped
+
+
+def test_a_stopped_run_goes_on_and_then_is_finished(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert f"the same command with --out {out} goes on" in stopped(out)
+    with run_in(out, "train", ASKED) as run:
+        assert run.resumed and not run.finished
+        assert Pieces(run.state).read("half") == 1
+        (out / "results.json").write_text("{}")
+    assert names(out) == ["results.json", "run.json"]
+    with run_in(out, "train", ASKED) as run:
+        assert run.finished
+    assert names(out) == ["results.json", "run.json"]
+
+
+def test_a_run_with_failures_is_to_be_continued(tmp_path: Path) -> None:
+    with run_in(tmp_path / "out", "compare", ASKED) as run:
+        Pieces(run.state).write("half", 1)
+        run.to_be_continued = True
+    with run_in(tmp_path / "out", "compare", ASKED) as run:
+        assert run.resumed and not run.finished
+
+
+def test_another_run_is_told_apart_by_what_differs(tmp_path: Path) -> None:
+    out, data = tmp_path / "out", tmp_path / "rows.jsonl"
+    data.write_text("{}")
+    asked = {**ASKED, "source": str(data)}
+    stopped(out, asked)
+    for settings, told in (
+        ({**asked, "steps": 20}, "unfinished.*steps: 10 there, 20 here"),
+        (ASKED, "source"),
+    ):
+        with pytest.raises(UserError, match=told), run_in(out, "train", settings):
+            pytest.fail("must not come here")
+    with pytest.raises(UserError, match="'train' there, 'compare' here"), run_in(out, "compare", asked):
+        pytest.fail("must not come here")
+    data.write_text("{}\n{}")
+    with pytest.raises(UserError, match=r"rows.jsonl: \[2, "), run_in(out, "train", asked):
+        pytest.fail("must not come here")
+    assert Pieces(out / ".state").read("half") == 1
+
+
+def test_other_versions_of_packages_do_not_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stopped(tmp_path / "out")
+    monkeypatch.setattr(runs, "versions", lambda: {"torch": "1"})
+    with pytest.raises(UserError, match=r"torch: .* there, '1' here"), run_in(tmp_path / "out", "train", ASKED):
+        pytest.fail("must not come here")
+
+
+def test_a_mistake_keeps_long_work_and_removes_short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert stopped(tmp_path / "out", what=UserError) == "" and names(tmp_path) == []
+    monkeypatch.setattr(runs, "WORTH_KEEPING", 0.0)
+    assert "what was done is kept" in stopped(tmp_path / "out", what=UserError)
+
+
+def test_the_newest_unfinished_run_of_the_same_is_found(tmp_path: Path) -> None:
+    for name, settings in (("a-1", ASKED), ("a-2", ASKED), ("a-3", {**ASKED, "steps": 5}), ("b-9", ASKED)):
+        stopped(tmp_path / name, settings)
+    assert unfinished(tmp_path, "a", "train", ASKED) == tmp_path / "a-2"
+    assert unfinished(tmp_path, "a", "compare", ASKED) is None
+    with run_in(tmp_path / "a-2", "train", ASKED):
+        assert unfinished(tmp_path, "a", "train", ASKED) == tmp_path / "a-1"
+    assert unfinished(tmp_path, "a", "train", ASKED) == tmp_path / "a-1"
+
+
+# Two at a time
+
+
+def hold(path: Path, told: Any, go: Any) -> None:
+    with run_in(path, "train", ASKED) as run:
+        Pieces(run.state).write("half", 1)
+        told.send(os.getpid())
+        go.recv()
+
+
+def test_a_second_runner_is_refused_and_a_dead_ones_lock_is_not_in_the_way(tmp_path: Path) -> None:
+    context, out = multiprocessing.get_context("spawn"), tmp_path / "out"
+    (heard, told), (go, _keep) = context.Pipe(False), context.Pipe(False)
+    process = context.Process(target=hold, args=(out, told, go))
+    process.start()
+    holder = heard.recv()
+    before = names(out)
+    with pytest.raises(UserError, match=f"in use by process {holder} on "), run_in(out, "train", ASKED):
+        pytest.fail("must not come here")
+    assert names(out) == before, "the refused one took something with it"
+    process.kill()
+    process.join()
+    assert (out / ".state" / "lock").exists()
+    with run_in(out, "train", ASKED) as run:
+        assert run.resumed
+    assert json.loads((out / "run.json").read_text())["settings"] == ASKED

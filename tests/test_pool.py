@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import io
+import os
 import signal
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from rich.console import Console
 
-from rlzoo.comparison.pool import pool
+from rlzoo.comparison.pool import WorkerDiedError, pool
 
 
 def nap(seconds: float, report: Callable[[float, str], None]) -> float:
@@ -44,3 +47,39 @@ def test_a_second_interrupt_does_not_wait() -> None:
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)
         pytest.fail("it waited")
+
+
+def die_once(mark: Path, report: Callable[[float, str], None]) -> str:
+    """End this process the first time, as the system does where memory runs out."""
+    if not mark.exists():
+        mark.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return "alive"
+
+
+def die(report: Callable[[float, str], None]) -> None:
+    report(0.5, "about to")
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def fail(report: Callable[[float, str], None]) -> None:
+    raise ZeroDivisionError("a bug")
+
+
+def test_a_process_that_dies_takes_nothing_with_it(tmp_path: Path) -> None:
+    lines = io.StringIO()
+    with pool(2, 1, Console(file=lines)) as processes:
+        futures = {
+            processes.submit("once", die_once, tmp_path / "mark"): "once",
+            processes.submit("always", die): "always",
+            processes.submit("bug", fail): "bug",
+            **{processes.submit(f"nap {i}", nap, 0.1): f"nap {i}" for i in range(3)},
+        }
+        done = dict(processes.gather(futures))
+    assert done["once"].result() == "alive"
+    assert [done[f"nap {i}"].result() for i in range(3)] == [0.1] * 3
+    assert isinstance(done["always"].exception(), WorkerDiedError)
+    assert "killed by SIGKILL: if memory ran out" in str(done["always"].exception())
+    assert str(done["bug"].exception()) == "ZeroDivisionError: a bug"
+    told = lines.getvalue().replace("\n", " ")
+    assert told.count("; doing it again") == 2

@@ -15,7 +15,6 @@ import torch
 from safetensors.torch import load_file
 
 from rlzoo.cli import main
-from rlzoo.config import Training
 from rlzoo.policy import load_policy
 from rlzoo.training import Trainer
 from rlzoo.types import Trajectory
@@ -78,7 +77,7 @@ def test_processes_train_as_one(processes: int, kind: str, alone: dict[str, Any]
 def test_units_stay_whole_in_every_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     rows = [Trajectory("", "", [5] * (1 + i % 3), [6 + i % 5] * (1 + 3 * (i % 4)), str(i // 2)) for i in range(14)]
     trainer = object.__new__(Trainer)
-    trainer.settings = Training(token_budget=16)
+    trainer.token_budget = 16
     pairs = [(i, i + 1) for i in range(0, 14, 2)]
     for world in (2, 3, 5):
         seen: list[int] = []

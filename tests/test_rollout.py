@@ -178,6 +178,7 @@ class FakeSampler:
         seed: int,
         greedy: bool = False,
         progress: Callable[[int], None] | None = None,
+        numbers: Sequence[int] | None = None,
     ) -> list[list[Sample]]:
         return [[Sample([30 + n], str(n), truncated=True) for n in range(settings.samples)] for _ in prompts]
 

@@ -274,7 +274,7 @@ def test_the_command_with_an_objective_from_a_file(tmp_path: Path) -> None:
     assert 0 < found["objectives"]["root-dft"]["coefficients"]["mean"] < 1
     assert [row["step"] for row in found["training"]["root-dft"]] == [0, 1, 2]
     assert {p.name for p in (tmp_path / "found").iterdir()} == {
-        "buffer", "figures", "report.html", "report.md", "variance.json",
+        "buffer", "figures", "report.html", "report.md", "run.json", "variance.json",
     }  # fmt: skip
     page = (tmp_path / "found" / "report.html").read_text()
     assert page.count("<figure>") == 6 and "root-dft" in page and "<script" not in page

@@ -6,10 +6,8 @@ import ctypes
 import json
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, fields
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import datasets
@@ -18,6 +16,7 @@ import pydantic
 from rlzoo.buffers.schema import conform, to_dataset, to_row, to_table
 from rlzoo.buffers.tables import quiet, read_lines, read_parquet
 from rlzoo.errors import UserError
+from rlzoo.outputs import replacing
 from rlzoo.types import Trajectory
 
 _DONT_NEED = 4  # MADV_DONTNEED
@@ -82,18 +81,6 @@ def read_settings(path: str | Path) -> dict[str, Any]:
     file = Path(path) / _SETTINGS
     settings: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
     return settings
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A path to write to that takes the place of ``path`` at the end, unless something was raised."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as scratch:
-        beside = Path(scratch) / path.name
-        yield beside
-        if path.is_dir():  # a folder cannot be renamed onto one that holds files
-            path.rename(Path(scratch) / "replaced")
-        beside.replace(path)
 
 
 def _is_empty(path: Path) -> bool:

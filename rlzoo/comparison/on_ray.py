@@ -35,7 +35,7 @@ class RayTasks:
 
     def submit(self, name: str, function: Callable[..., Any], *arguments: Any) -> Future[Any]:
         future: Future[Any] = Future()
-        self._refs[future] = self._task.remote(str(Path.cwd()), sys.path, name, function, arguments)
+        self._refs[future] = self._task.remote(str(Path.cwd()), sys.path, function, arguments)
         return future
 
     def gather(self, futures: Mapping[Future[Any], str]) -> Iterator[tuple[str, Future[Any]]]:
@@ -57,13 +57,13 @@ class RayTasks:
             future.set_exception(WorkError(f"Ray gave it up (a task whose worker dies has {RETRIES} more): {first}"))
 
 
-def _task(folder: str, path: list[str], name: str, function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+def _task(folder: str, path: list[str], function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
     """One piece of work on a worker, which finds files and modules of the user's own where the driver does."""
     if Path(folder).is_dir():
         os.chdir(folder)
     sys.path.extend(entry for entry in path if entry not in sys.path)
     silence()
-    return _run(name, function, arguments)
+    return _run(function, arguments, lambda share, detail: None)
 
 
 def _reach(address: str) -> None:

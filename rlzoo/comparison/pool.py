@@ -6,24 +6,30 @@ import multiprocessing
 import os
 import signal
 import threading
+import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from concurrent.futures import Future
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from logging import ERROR, getLogger
-from multiprocessing.queues import Queue, SimpleQueue
-from queue import Empty
-from types import FrameType
-from typing import Any, Protocol
+from multiprocessing import connection
+from multiprocessing.connection import Connection
+from multiprocessing.context import SpawnProcess
+from typing import Any, Protocol, cast
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from rlzoo.comparison.plan import counted
 from rlzoo.errors import UserError
+from rlzoo.interrupts import heed, noted, raise_signal
 from rlzoo.registry import told
 
-_events: Queue[tuple[str, float, str]] | None = None
+RETRIES = 1
+"""Times that a piece of work is done again after the process that did it died."""
+GRACE = 60.0
+"""Seconds that a run in training has to save a checkpoint when it is told to stop."""
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
@@ -45,12 +51,19 @@ class WorkError(RuntimeError):
 
 def why(error: BaseException) -> str:
     """What is told of a piece of work that failed, in one line."""
-    if isinstance(error, BrokenProcessPool):
-        return (
-            "a worker process died: if memory ran out, take fewer workers or a smaller training.token_budget; "
+    return str(error) if isinstance(error, (UserError, WorkError)) else told(error)
+
+
+class WorkerDiedError(WorkError):
+    """A process ended in the middle of its work."""
+
+    def __init__(self, status: int | None) -> None:
+        killed = status is not None and status < 0
+        how = f"was killed by {signal.Signals(-(status or 0)).name}" if killed else f"ended with status {status}"
+        super().__init__(
+            f"its worker process {how}: if memory ran out, take fewer workers or a smaller training.token_budget; "
             'a script of your own must call compare under `if __name__ == "__main__":`'
         )
-    return str(error) if isinstance(error, (UserError, WorkError)) else told(error)
 
 
 class Workers(Protocol):
@@ -71,7 +84,7 @@ class InThisProcess:
     def submit(self, name: str, function: Callable[..., Any], *arguments: Any) -> Future[Any]:
         future: Future[Any] = Future()
         try:
-            future.set_result(_run(name, function, arguments))
+            future.set_result(_run(function, arguments, lambda share, detail: None))
         except Exception as error:
             future.set_exception(error)
         return future
@@ -88,19 +101,34 @@ def in_this_process() -> Iterator[Workers]:
     yield InThisProcess()
 
 
-class Pool:
-    """Runs functions of `rlzoo.comparison.work` in processes; a function's last argument becomes its reporter."""
+@dataclass
+class _Task:
+    future: Future[Any]
+    name: str
+    function: Callable[..., Any]
+    arguments: tuple[Any, ...]
+    deaths: int = 0
 
-    def __init__(
-        self,
-        executor: ProcessPoolExecutor,
-        events: Queue[Any],
-        progress: Progress,
-        workers: int,
-        interrupted: threading.Event,
-    ) -> None:
-        self._executor, self._events, self._progress = executor, events, progress
-        self._interrupted = interrupted
+
+@dataclass
+class _Worker:
+    process: SpawnProcess
+    pipe: Connection
+    place: int
+    task: _Task | None = None
+
+
+class Pool:
+    """Runs functions of `rlzoo.comparison.work` in processes; a function's last argument becomes its reporter.
+
+    Each process has a pipe of its own, so that one that dies takes nothing with it but its piece of work, and that is
+    done again in a new one.
+    """
+
+    def __init__(self, workers: int, threads: int, progress: Progress) -> None:
+        self._most, self._threads, self._progress = workers, threads, progress
+        self._workers: list[_Worker] = []
+        self._waiting: deque[_Task] = deque()
         self._bars: dict[str, TaskID] = {}
         self._starting = progress.add_task(
             f"starting {counted(workers, 'process', 'processes')}", total=None, detail=""
@@ -109,95 +137,127 @@ class Pool:
     def submit(self, name: str, function: Callable[..., Any], *arguments: Any) -> Future[Any]:
         """Queue ``function(*arguments, report)``; ``name`` is what the live view calls it."""
         self._bars[name] = self._progress.add_task(name, total=1.0, visible=False, start=False, detail="")
-        try:
-            with _interrupts_held():  # this may start a process, which inherits that
-                return self._executor.submit(_run, name, function, arguments)
-        except BrokenProcessPool as error:  # a worker died before: what it did not take with it is kept
-            broken: Future[Any] = Future()
-            broken.set_exception(error)
-            return broken
+        task = _Task(Future(), name, function, arguments)
+        self._waiting.append(task)
+        self._assign()
+        return task.future
 
     def gather(self, futures: Mapping[Future[Any], str]) -> Iterator[tuple[str, Future[Any]]]:
         """The futures with their names as they finish, while the live view goes on. Here Ctrl-C is heard."""
         waiting = set(futures)
         while waiting:
-            if self._interrupted.is_set():
-                raise KeyboardInterrupt
-            finished, waiting = wait(waiting, timeout=0.2, return_when=FIRST_COMPLETED)
-            self._refresh()
-            for future in finished:
+            heed()
+            for future in [future for future in waiting if future.done()]:
+                waiting.remove(future)
                 self._progress.update(self._bars[futures[future]], visible=False)
                 yield futures[future], future
+            busy = {worker.pipe: worker for worker in self._workers if worker.task is not None}
+            for pipe in connection.wait(busy, timeout=0.2):
+                self._receive(busy[cast(Connection, pipe)])
+            self._assign()
 
-    def _refresh(self) -> None:
-        while True:
-            try:
-                name, share, detail = self._events.get_nowait()
-            except Empty:
+    def stop(self, grace: float) -> None:
+        """End the processes: those that train save a checkpoint first, for which they have ``grace`` seconds."""
+        try:
+            for worker in self._workers:
+                worker.process.terminate()
+            until = time.monotonic() + grace
+            for worker in self._workers:
+                worker.process.join(max(0.0, until - time.monotonic()))
+        finally:
+            for worker in self._workers:
+                worker.process.kill()
+                worker.process.join()
+                worker.pipe.close()
+            self._workers.clear()
+
+    def _assign(self) -> None:
+        """Give waiting work to idle processes, starting more while there may be."""
+        while self._waiting:
+            idle = next((worker for worker in self._workers if worker.task is None), None)
+            if idle is None and len(self._workers) < self._most:
+                idle = self._started()
+            if idle is None:
                 return
-            self._progress.update(self._starting, visible=False)
-            bar = self._bars[name]
+            idle.task = self._waiting.popleft()
+            with suppress(OSError):  # it died while idle: its pipe says so to `gather`
+                idle.pipe.send((idle.task.function, idle.task.arguments))
+
+    def _started(self) -> _Worker:
+        context = multiprocessing.get_context("spawn")
+        place = min(set(range(self._most)) - {worker.place for worker in self._workers})
+        ours, theirs = context.Pipe()
+        process = context.Process(target=_serve, args=(theirs, self._threads, place))
+        with _interrupts_held(), _threads(self._threads):
+            process.start()
+        theirs.close()
+        self._workers.append(_Worker(process, ours, place))
+        return self._workers[-1]
+
+    def _receive(self, worker: _Worker) -> None:
+        assert worker.task is not None
+        try:
+            kind, content = worker.pipe.recv()
+        except (EOFError, OSError):  # it died, maybe in the midst of a message
+            self._bury(worker)
+            return
+        self._progress.update(self._starting, visible=False)
+        bar = self._bars[worker.task.name]
+        if kind == "progress":
+            share, detail = content
             if not self._progress.tasks[bar].started:
                 self._progress.start_task(bar)  # its clock: a cell may have waited long for its turn
             self._progress.update(bar, completed=share, detail=detail, visible=True)
+            return
+        task, worker.task = worker.task, None
+        if kind == "result":
+            task.future.set_result(content)
+        else:
+            task.future.set_exception(content)
+
+    def _bury(self, worker: _Worker) -> None:
+        worker.process.join()
+        worker.pipe.close()
+        self._workers.remove(worker)
+        task, died = worker.task, WorkerDiedError(worker.process.exitcode)
+        assert task is not None
+        task.deaths += 1
+        if task.deaths > RETRIES:
+            task.future.set_exception(died)
+            return
+        self._progress.console.print(
+            f"  {task.name}: {died}; doing it again", style="red", highlight=False, markup=False, soft_wrap=True
+        )
+        self._waiting.appendleft(task)
 
 
 @contextmanager
 def pool(workers: int, threads: int, console: Console) -> Iterator[Workers]:
     """A pool whose processes start fresh (spawned), so that a GPU and thread counts are theirs to set."""
-    context = multiprocessing.get_context("spawn")
-    events: Queue[Any] = context.Queue()
-    saved = {name: os.environ.get(name) for name in THREAD_VARIABLES}
-    os.environ.update({name: str(threads) for name in THREAD_VARIABLES})  # read when a process starts
     columns = [TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[detail]}"), TimeElapsedColumn()]
-    places = context.SimpleQueue()
-    for place in range(workers):
-        places.put(place)
-    executor = ProcessPoolExecutor(workers, context, _start, (events, threads, places))
-    try:
-        with (
-            _interrupts_noted() as interrupted,
-            Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress,
-        ):
-            yield Pool(executor, events, progress, workers, interrupted)
-    except BaseException:
-        for process in list((executor._processes or {}).values()):  # a cell may run for hours: do not wait for it
-            process.terminate()
-        executor._result_queue._writer.close()  # type: ignore[attr-defined]  # else half a result is waited for
-        raise
-    finally:
-        executor.shutdown(wait=True, cancel_futures=True)
-        for name, value in saved.items():
-            os.environ.pop(name) if value is None else os.environ.update({name: value})
+    progress = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+    with noted(), progress:
+        running = Pool(workers, threads, progress)
+        grace = 0.0
+        try:
+            yield running
+        except KeyboardInterrupt:
+            grace = GRACE
+            raise
+        finally:
+            running.stop(grace)
 
 
 @contextmanager
-def _interrupts_noted() -> Iterator[threading.Event]:
-    """Ctrl-C and SIGTERM set an event meanwhile; a second one is raised where it falls.
-
-    An exception that falls into the middle of concurrent.futures leaves locks held that its own thread then waits for.
-    """
-    interrupted = threading.Event()
-    if threading.current_thread() is not threading.main_thread():  # signals come to the main thread alone
-        yield interrupted
-        return
-
-    def note(number: int, frame: FrameType | None) -> None:
-        if interrupted.is_set():
-            raise KeyboardInterrupt
-        interrupted.set()
-
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    heard = [number for number, handler in before.items() if handler not in (signal.SIG_IGN, None)]
-    for number in heard:
-        signal.signal(number, note)
+def _threads(number: int) -> Iterator[None]:
+    """The variables that set thread counts, which a process reads when it starts."""
+    saved = {name: os.environ.get(name) for name in THREAD_VARIABLES}
+    os.environ.update({name: str(number) for name in THREAD_VARIABLES})
     try:
-        yield interrupted
+        yield
     finally:
-        for number in heard:
-            signal.signal(number, before[number])
-    if interrupted.is_set():  # it came after the last piece of work
-        raise KeyboardInterrupt
+        for name, value in saved.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
 
 
 @contextmanager
@@ -213,18 +273,29 @@ def _interrupts_held() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _start(events: Queue[tuple[str, float, str]], threads: int, places: SimpleQueue[int]) -> None:
-    global _events
-    _events = events
+def _serve(pipe: Connection, threads: int, place: int) -> None:
+    """What a process of the pool does: pieces of work, one after the other."""
+    signal.signal(signal.SIGTERM, raise_signal)
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    import torch
-    from tqdm import tqdm  # type: ignore[import-untyped]
+    try:
+        import torch
+        from tqdm import tqdm  # type: ignore[import-untyped]
 
-    tqdm.set_lock(threading.RLock())  # its own is a semaphore of the system, which a process that is ended leaves there
-    torch.set_num_threads(threads)
-    if torch.cuda.is_available():  # each worker its own GPU, round and round
-        torch.cuda.set_device(places.get() % torch.cuda.device_count())
-    silence()
+        tqdm.set_lock(threading.RLock())  # its own is a semaphore of the system, which a process that is ended leaves
+        torch.set_num_threads(threads)
+        if torch.cuda.is_available():  # each worker its own GPU, round and round
+            torch.cuda.set_device(place % torch.cuda.device_count())
+        silence()
+        while True:
+            function, arguments = pipe.recv()
+            try:
+                result = _run(function, arguments, lambda share, detail: pipe.send(("progress", (share, detail))))
+            except (UserError, WorkError) as error:
+                pipe.send(("error", error))
+            else:
+                pipe.send(("result", result))
+    except (EOFError, OSError, KeyboardInterrupt):
+        os._exit(1)  # told to stop, or the parent is gone
 
 
 def silence() -> None:
@@ -246,16 +317,11 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
-def _run(name: str, function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+def _run(function: Callable[..., Any], arguments: tuple[Any, ...], report: Callable[[float, str], None]) -> Any:
     """Any exception comes back as one of two kinds that can be sent between processes."""
     try:
-        return function(*arguments, lambda share, detail: _report(name, share, detail))
+        return function(*arguments, report)
     except UserError as error:
         raise UserError(str(error)) from error
     except Exception as error:
         raise WorkError(told(error)) from error
-
-
-def _report(name: str, share: float, detail: str) -> None:
-    if _events is not None:
-        _events.put((name, share, detail))

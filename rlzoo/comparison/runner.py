@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import json
-import platform
-import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,20 +20,22 @@ from rich.console import Console
 from rlzoo.comparison import work
 from rlzoo.comparison.on_ray import ray_tasks
 from rlzoo.comparison.plan import Cell, cells, chosen_cells, counted, has_choice
-from rlzoo.comparison.pool import Workers, default_workers, in_this_process, pool, why
+from rlzoo.comparison.pool import WorkerDiedError, Workers, default_workers, in_this_process, pool, why
 from rlzoo.comparison.report import write_report
 from rlzoo.comparison.statistics import BASE, summarise
 from rlzoo.config import Experiment, load_experiment
 from rlzoo.errors import UserError, unknown
-from rlzoo.outputs import new_output, write_atomically
+from rlzoo.outputs import replacing, write_atomically
 from rlzoo.problems import Encoded, Problem, load_problems
 from rlzoo.ranks import agreed, is_main, world_size
 from rlzoo.reward import Reward, get_reward
 from rlzoo.rollout.rollouts import judge
 from rlzoo.rollout.sampler import Sample
+from rlzoo.runs import Run, run_in, unfinished, versions
 from rlzoo.types import Selection
 
-PACKAGES = ("rlzoo", "torch", "transformers", "datasets", "accelerate", "numpy", "scipy", "math-verify")
+RETRIES = 2
+"""Times that a cell whose processes keep dying is done again, with micro-batches half as large each time."""
 OUTCOMES = pa.schema(
     [
         ("algorithm", pa.string()),
@@ -68,23 +66,29 @@ def compare(
 ) -> dict[str, Any]:
     """Run every cell of an experiment and write its results and report to ``out``.
 
-    ``out`` defaults to runs/<name>-<time>; ``workers`` to the number of GPUs, or of cores where there is none, each
-    with ``threads`` threads. ``executor="ray"`` runs the work as tasks of the Ray cluster at ``address`` (None: one
-    that is started here), as many at a time as it has CPUs or GPUs for. Under `accelerate launch` all processes call
-    this and share the work of each cell; the main one writes. Gives back what results.json holds. A cell that fails
-    is reported there and the others go on. Raises UserError for wrong input; then ``out`` is not left behind.
+    ``out`` defaults to runs/<name>-<time>, or to the newest such folder where the same was stopped: it goes on there.
+    ``workers`` defaults to the number of GPUs, or of cores where there is none, each with ``threads`` threads.
+    ``executor="ray"`` runs the work as tasks of the Ray cluster at ``address`` (None: one that is started here), as
+    many at a time as it has CPUs or GPUs for. Under `accelerate launch` all processes call this and share the work of
+    each cell; the main one writes. Gives back what results.json holds. A cell that fails is
+    reported there and the others go on; the same call tries it again. Raises UserError for wrong input; then ``out``
+    is not left behind.
     """
     if isinstance(experiment, str):
         experiment = load_experiment(experiment)
     console = console or Console(stderr=True, quiet=not is_main())
-    out = agreed(default_folder(experiment) if out is None else Path(out))
     started = time.perf_counter()
-    with new_output(out) if is_main() else nullcontext():
-        check(experiment)
+    check(experiment)
+    out = where(experiment, threads) if out is None else Path(out)
+    with run_in(out, "compare", _asked(experiment, threads)) as run:
+        if run.finished:
+            _say(console, f"{experiment.name}: finished before, in {out}", style="bold")
+            found: dict[str, Any] = json.loads((out / "results.json").read_text(encoding="utf-8"))
+            return found
         number = min(workers or default_workers(), max(2, len(cells(experiment))))
-        processes, where = _workers(executor, address, number, threads, console)
+        processes, how = _workers(executor, address, number, threads, console)
         with processes as running:
-            results, outcomes = _run(experiment, out, running, where, console)
+            results, outcomes = _run(experiment, run, running, how, console)
         results["wall_seconds"] = time.perf_counter() - started
         table = pa.Table.from_pylist(outcomes, schema=OUTCOMES)
         rows = summarise(table, experiment.evaluation.pass_k)
@@ -92,18 +96,29 @@ def compare(
         results["base_summary"] = [row for row in rows if row["algorithm"] == BASE]
         if not is_main():
             return results
-        pq.write_table(table, out / ".outcomes.partial")
-        (out / ".outcomes.partial").replace(out / "outcomes.parquet")
+        with replacing(out / "outcomes.parquet") as beside:
+            pq.write_table(table, beside)
         write_atomically(out / "experiment.yaml", yaml.safe_dump(results["config"], sort_keys=False))
         write_atomically(out / "results.json", json.dumps(results, indent=1))
-    shutil.rmtree(out / "models", ignore_errors=True)
-    write_report(out, experiment.baseline)
+        write_report(out, experiment.baseline)
+        run.to_be_continued = bool(results["failed"])
     return results
 
 
-def default_folder(experiment: Experiment, what: str = "") -> Path:
-    """runs/<name>-<time>, or runs/<name>-<what>-<time>."""
-    return Path("runs") / "-".join(filter(None, (experiment.name, what, f"{datetime.now(UTC):%Y%m%d-%H%M%S}")))
+def where(experiment: Experiment, threads: int = 1) -> Path:
+    """Where a comparison writes if it is not told: where the same was stopped, else to runs/<name>-<time>."""
+    return place(experiment.name, "compare", _asked(experiment, threads))
+
+
+def place(prefix: str, command: str, settings: Mapping[str, Any]) -> Path:
+    """The newest folder runs/<prefix>-<time> in which this command was stopped, else a new one."""
+    found = unfinished(Path("runs"), prefix, command, settings) if is_main() else None
+    return agreed(found or Path("runs") / f"{prefix}-{datetime.now(UTC):%Y%m%d-%H%M%S}")
+
+
+def _asked(experiment: Experiment, threads: int) -> dict[str, Any]:
+    """What must be the same for a comparison to go on: all that its numbers depend on."""
+    return {"experiment": experiment.model_dump(mode="json"), "threads": threads}
 
 
 def check(experiment: Experiment) -> None:
@@ -150,25 +165,32 @@ def _workers(
 
 
 def _run(
-    experiment: Experiment, out: Path, processes: Workers, where: str, console: Console
+    experiment: Experiment, run: Run, processes: Workers, where: str, console: Console
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     grid = cells(experiment)
-    buffer, models = (out / "buffer").absolute(), (out / "models").absolute()
-    shared, base = _share(processes, experiment, buffer, console, f"{_sizes(experiment)} {where}; writing to {out}")
+    buffer, state = (run.folder / "buffer").absolute(), run.state.absolute()
+    goes = "going on in" if run.resumed else "writing to"
+    plan = f"{_sizes(experiment)} {where}; {goes} {run.folder}"
+    shared, base = _share(processes, experiment, buffer, state, console, plan)
     samples = f", {shared['correct']} of {shared['samples']} samples correct" if shared["samples"] else ""
     _say(console, f"  shared buffer: {shared['rows']} rows{samples}; base model: {_scores(base)}")
-    train = {processes.submit(c.id, work.run_cell, experiment, c, shared, buffer, models): c for c in grid}
-    runs, failed = _gather(processes, train, console)
+
+    def train(cell: Cell, parts: int) -> Future[Any]:
+        return processes.submit(cell.id, work.run_cell, experiment, cell, shared, buffer, state, parts)
+
+    def test(cell: Cell, parts: int) -> Future[Any]:
+        return processes.submit(cell.id, work.evaluate_cell, experiment, cell, state, parts)
+
+    runs, failed = _gather(processes, grid, train, console)
     chosen, rates = chosen_cells(experiment, runs)
     final = [c for c in chosen if has_choice(experiment, c.algorithm)]
-    test = {processes.submit(c.id, work.evaluate_cell, experiment, c, models): c for c in final}
-    found, failed_later = _gather(processes, test, console)
-    runs = {name: run | found.get(name, {}) for name, run in runs.items()}
+    found, failed_later = _gather(processes, final, test, console)
+    runs = {name: done | found.get(name, {}) for name, done in runs.items()}
     failed += failed_later
     reported = [runs[c.id] for c in chosen if "metrics" in runs[c.id]]
     if not reported:
         raise UserError(f"no run succeeded; the first failed with: {failed[0]['error']}")
-    outcomes = base.pop("outcomes") + [row for run in reported for row in run.pop("outcomes")]
+    outcomes = base.pop("outcomes") + [row for done in reported for row in done.pop("outcomes")]
     results = {
         "experiment": experiment.name,
         "description": experiment.description,
@@ -190,18 +212,17 @@ def _run(
 
 
 def _share(
-    processes: Workers, experiment: Experiment, buffer: Path, console: Console, plan: str
+    processes: Workers, experiment: Experiment, buffer: Path, state: Path, console: Console, plan: str
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """The work that all cells share: the buffer, and the base's scores. Raises UserError if any of it fails."""
     futures = {
         processes.submit("model", work.check_model, experiment): "model",
-        processes.submit("shared buffer", work.fill_buffer, experiment, buffer): "shared buffer",
-        processes.submit("base model", work.evaluate_base, experiment): "base model",
+        processes.submit("shared buffer", work.fill_buffer, experiment, buffer, state): "shared buffer",
+        processes.submit("base model", work.evaluate_base, experiment, state): "base model",
     }
     done = {}
     for name, future in processes.gather(futures):
-        error = future.exception()
-        if isinstance(error, BrokenProcessPool):
+        if isinstance(error := future.exception(), WorkerDiedError):
             raise UserError(why(error)) from None
         done[name] = future.result()
         if name == "model":  # not before: of wrong input, one line says what is wrong and nothing else is printed
@@ -210,20 +231,32 @@ def _share(
 
 
 def _gather(
-    processes: Workers, futures: Mapping[Future[Any], Cell], console: Console
+    processes: Workers, grid: Sequence[Cell], submit: Callable[[Cell, int], Future[Any]], console: Console
 ) -> tuple[dict[str, dict[str, Any]], list[dict[str, Any]]]:
-    """Results of the cells that ran, by cell id, and the cells that did not with the reason."""
+    """Results of the cells that ran, by cell id, and the cells that did not with the reason.
+
+    Cells whose processes died, as they do where memory runs out, are done again in smaller parts after all others.
+    """
     runs: dict[str, dict[str, Any]] = {}
     failed: list[dict[str, Any]] = []
-    for name, future in processes.gather({future: cell.id for future, cell in futures.items()}):
-        cell, error = futures[future], future.exception()
-        done = f"  [{len(runs) + len(failed) + 1}/{len(futures)}] {name}"
-        if error is None:
-            runs[name] = future.result()
-            _say(console, f"{done}: {_scores(runs[name])}")
-        else:
-            failed.append({**asdict(cell), "error": why(error)})
-            _say(console, f"{done} failed: {why(error)}", style="red")
+    left = list(grid)
+    for attempt in range(RETRIES + 1):
+        futures = {submit(cell, 2**attempt): cell for cell in left}
+        left = []
+        for name, future in processes.gather({future: cell.id for future, cell in futures.items()}):
+            cell, error = futures[future], future.exception()
+            done = f"  [{len(runs) + len(failed) + 1}/{len(grid)}] {name}"
+            if error is None:
+                runs[name] = future.result()
+                _say(console, f"{done}: {_scores(runs[name])}")
+                for event in runs[name].get("events", []):
+                    _say(console, f"    {event}", style="red")
+            elif isinstance(error, WorkerDiedError) and attempt < RETRIES:
+                left.append(cell)
+                _say(console, f"  {name}: {why(error)}; later again, in micro-batches half as large", style="red")
+            else:
+                failed.append({**asdict(cell), "error": why(error)})
+                _say(console, f"{done} failed: {why(error)}", style="red")
     return runs, failed
 
 
@@ -240,14 +273,3 @@ def _scores(found: Mapping[str, Any]) -> str:
 def _sizes(experiment: Experiment) -> str:
     algorithms, seeds = counted(len(experiment.algorithms), "algorithm"), counted(len(experiment.seeds), "seed")
     return f"{algorithms} × {seeds}, {counted(len(cells(experiment)), 'run')}"
-
-
-def versions() -> dict[str, str]:
-    """Of Python and of the packages that numbers depend on."""
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found

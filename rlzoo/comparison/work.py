@@ -6,7 +6,7 @@ Every function takes plain data and gives plain data back, so that it can run in
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +18,18 @@ from rlzoo.config import Experiment, ProblemSource
 from rlzoo.errors import UserError
 from rlzoo.evaluation import Evaluation, evaluate
 from rlzoo.objective import Objective, get_objective
+from rlzoo.outputs import remove
+from rlzoo.pieces import Pieces
 from rlzoo.policy import Policy, load_policy
 from rlzoo.policy.loading import save_policy
 from rlzoo.policy.policy import score_rows
-from rlzoo.problems import Encoded, Problem, demonstrations, encode_problems, load_problems
-from rlzoo.ranks import barrier, is_main
+from rlzoo.problems import Encoded, demonstrations, encode_problems, load_problems
+from rlzoo.ranks import agreed, barrier, is_main
 from rlzoo.reward import Reward, get_reward
 from rlzoo.rollout import collect_rollouts, mismatch, sampler_of
-from rlzoo.training import Costs, Trainer
+from rlzoo.training import Costs, Trainer, TrainingRecord
 from rlzoo.training.batches import BufferSource, FreshSource, Source
+from rlzoo.training.checkpoints import random_state
 from rlzoo.training.costs import release_memory
 from rlzoo.training.trainer import with_reference
 from rlzoo.types import Need, Selection, Trajectory
@@ -66,8 +69,18 @@ def selection_of(experiment: Experiment, algorithm: str) -> tuple[Selection, Map
     return Selection(other), {}
 
 
-def fill_buffer(experiment: Experiment, folder: Path, report: Report) -> dict[str, Any]:
+def fill_buffer(experiment: Experiment, folder: Path, state: Path, report: Report) -> dict[str, Any]:
     """Sample the base policy, join the demonstrations, add reference log-probs, and save the shared buffer."""
+
+    def fill() -> dict[str, Any]:
+        return _fill_buffer(experiment, folder, Pieces(state / "samples"), report)
+
+    if not agreed(folder.exists()):  # the piece says that it is there
+        return dict(Pieces(state).write("buffer", fill())) if is_main() else fill()
+    return dict(Pieces(state).once("buffer", fill))
+
+
+def _fill_buffer(experiment: Experiment, folder: Path, pieces: Pieces, report: Report) -> dict[str, Any]:
     policy = load_policy(experiment.model, experiment.training.dtype)
     problems = load_problems(experiment.train)
     if experiment.demonstrations is None:
@@ -90,6 +103,7 @@ def fill_buffer(experiment: Experiment, folder: Path, report: Report) -> dict[st
             token_budget=experiment.training.token_budget,
             progress=_counted(len(chosen), "sampling the base policy", report),
             recompute=settings.behaviour == "recompute",
+            pieces=pieces,
         )
         buffer = buffer.concatenate(OfflineBuffer.from_trajectories(samples))
     reference_flops = 0.0
@@ -114,12 +128,17 @@ def fill_buffer(experiment: Experiment, folder: Path, report: Report) -> dict[st
     }
 
 
-def evaluate_base(experiment: Experiment, report: Report) -> dict[str, Any]:
+def evaluate_base(experiment: Experiment, state: Path, report: Report) -> dict[str, Any]:
     """The base policy's scores on all benchmarks, its outcomes, and the first point of the learning curves."""
-    policy = load_policy(experiment.model, experiment.training.dtype)
-    found = evaluate_all(policy, experiment, "base", -1, None, report)
-    drawn = experiment.evaluation.curve_points > 0
-    return {**found, "curve": curve_point(policy, experiment, 0, seed=0) if drawn else None}
+    pieces = Pieces(state)
+
+    def evaluate() -> dict[str, Any]:
+        policy = load_policy(experiment.model, experiment.training.dtype)
+        found = evaluate_all(policy, experiment, "base", -1, None, pieces.within("base"), report)
+        drawn = experiment.evaluation.curve_points > 0
+        return {**found, "curve": curve_point(policy, experiment, 0, seed=0) if drawn else None}
+
+    return dict(pieces.once("base", evaluate))
 
 
 def run_cell(
@@ -127,14 +146,36 @@ def run_cell(
     cell: Cell,
     shared: dict[str, Any],
     buffer_path: Path,
-    models: Path,
+    state: Path,
+    parts: int,
     report: Report,
 ) -> dict[str, Any]:
     """Train one cell and evaluate it: on the benchmarks, or on validation where a learning rate is to be chosen.
 
-    In the second case the weights are kept under ``models`` for `evaluate_cell`. Trackers write beside that folder.
+    In the second case the weights are kept under ``state`` for `evaluate_cell`. Trackers write to logs/ beside it.
+    Micro-batches are ``parts`` times smaller than the experiment says, where those did not fit. What was done before
+    is taken from ``state``.
     """
-    logs = models.parent / "logs"
+    pieces = Pieces(state / "cells")
+
+    def run() -> dict[str, Any]:
+        return _run_cell(experiment.in_parts(parts), cell, shared, buffer_path, state, pieces.within(cell.id), report)
+
+    found = dict(pieces.once(cell.id, run))
+    if is_main():
+        remove(pieces.within(cell.id).folder)
+    return found
+
+
+def _run_cell(
+    experiment: Experiment,
+    cell: Cell,
+    shared: dict[str, Any],
+    buffer_path: Path,
+    state: Path,
+    pieces: Pieces,
+    report: Report,
+) -> dict[str, Any]:
     import torch
 
     release_memory()
@@ -146,11 +187,12 @@ def run_cell(
         policy.add_lora(**settings.lora.model_dump())
     buffer = OfflineBuffer.load(buffer_path)
     online = experiment.algorithms[cell.algorithm].mode == "online"
-    costs = Costs()
+    record = TrainingRecord()
+    costs = record.costs
     selection, options = selection_of(experiment, cell.algorithm)
     source: Source
     if online:
-        collect = _collector(experiment, policy, settings.batch_size, cell.seed, costs)
+        collect = Collector(experiment, policy, settings.batch_size, cell.seed, costs)
         source = FreshSource(collect, selection, **options)
     else:
         source = BufferSource(buffer, buffer.view(selection, **options), settings.batch_size, cell.seed)
@@ -158,44 +200,53 @@ def run_cell(
             costs.sampled_tokens, costs.flops = shared["sampled_tokens"], shared["sampling_flops"]
         if Need.REFERENCE in objective.requires:
             costs.flops += shared["reference_flops"]
-    curve: list[dict[str, Any]] = []
     points = experiment.evaluation.curve_points
     marks = {round(settings.steps * (i + 1) / points) for i in range(points)}
 
-    def along(_: Trainer, step: int) -> None:
+    def along(trainer: Trainer, step: int) -> None:
         report(0.8 * step / settings.steps, f"step {step}/{settings.steps}")
         if step in marks:
-            curve.append(curve_point(policy, experiment, step, cell.seed))
+            trainer.record.kept.setdefault("curve", []).append(curve_point(policy, experiment, step, cell.seed))
 
     reference = policy.reference() if online and Need.REFERENCE in objective.requires else None
-    trainer = Trainer(policy, objective, source, settings, [along], reference, logs / cell.id)
-    trainer.record.costs = costs
-    record = trainer.run()
+    Trainer(
+        policy, objective, source, settings, [along], reference,
+        folder=state.parent / "logs" / cell.id, record=record, checkpoints=pieces.folder / "checkpoints",
+    ).run()  # fmt: skip
     result = {
         "algorithm": cell.algorithm,
         "seed": cell.seed,
         "learning_rate": cell.learning_rate,
         "costs": record.costs.as_dict(),
-        "curve": curve,
+        "curve": record.kept.get("curve", []),
         "training": record.steps,
+        "events": record.events,
         "token_probabilities": token_probabilities(policy, buffer, settings.token_budget)["counts"],
     }
     if has_choice(experiment, cell.algorithm):
         assert experiment.validation is not None  # the experiment's validator saw to it
         validation = _evaluate(policy, experiment, experiment.validation, cell.seed, greedy=False)
-        save_policy(policy, models / cell.id)
+        if is_main():
+            remove(state / "models" / cell.id)
+        save_policy(policy, state / "models" / cell.id)
         return {**result, "validation": validation.metrics["avg_at_k"]}
     found = evaluate_all(
-        policy, experiment, cell.algorithm, cell.seed, cell.learning_rate,
+        policy, experiment, cell.algorithm, cell.seed, cell.learning_rate, pieces,
         lambda share, what: report(0.8 + 0.2 * share, what),
     )  # fmt: skip
     return {**result, **found}
 
 
-def evaluate_cell(experiment: Experiment, cell: Cell, models: Path, report: Report) -> dict[str, Any]:
+def evaluate_cell(experiment: Experiment, cell: Cell, state: Path, parts: int, report: Report) -> dict[str, Any]:
     """The benchmarks of a cell whose learning rate was chosen, from its saved weights."""
-    policy = load_policy(str(models / cell.id), experiment.training_of(cell.algorithm).dtype)
-    return evaluate_all(policy, experiment, cell.algorithm, cell.seed, cell.learning_rate, report)
+    smaller, pieces = experiment.in_parts(parts), Pieces(state / "chosen")
+
+    def evaluate() -> dict[str, Any]:
+        policy = load_policy(str(state / "models" / cell.id), experiment.training_of(cell.algorithm).dtype)
+        labels = (cell.algorithm, cell.seed, cell.learning_rate)
+        return evaluate_all(policy, smaller, *labels, pieces.within(cell.id), report)
+
+    return dict(pieces.once(cell.id, evaluate))
 
 
 def evaluate_all(
@@ -204,16 +255,21 @@ def evaluate_all(
     algorithm: str,
     seed: int,
     learning_rate: float | None,
+    pieces: Pieces,
     report: Report,
 ) -> dict[str, Any]:
     """``metrics`` by benchmark and ``outcomes`` of all of them, one row a sample."""
     metrics, outcomes = {}, []
     for number, (name, source) in enumerate(experiment.benchmarks.items()):
         report(number / len(experiment.benchmarks), f"evaluating {name}")
-        found = _evaluate(policy, experiment, source, max(seed, 0))
-        metrics[name] = found.metrics
+
+        def evaluate(source: ProblemSource = source) -> dict[str, Any]:
+            return vars(_evaluate(policy, experiment, source, max(seed, 0)))
+
+        found = pieces.once(f"on {name}", evaluate)
+        metrics[name] = found["metrics"]
         labels = {"algorithm": algorithm, "seed": seed, "learning_rate": learning_rate, "benchmark": name}
-        outcomes += [{**labels, **row} for row in found.outcomes]
+        outcomes += [{**labels, **row} for row in found["outcomes"]]
     return {"metrics": metrics, "outcomes": outcomes}
 
 
@@ -250,42 +306,48 @@ def _reward(experiment: Experiment) -> Reward:
     return get_reward(experiment.reward)
 
 
-def _collector(
-    experiment: Experiment, policy: Policy, batch_size: int, seed: int, costs: Costs
-) -> Callable[[int], Buffer]:
+class Collector:
     """Fresh groups of the policy in training: ``batch_size`` sequences of the next prompts, shuffled by seed."""
-    problems: Sequence[Problem] = load_problems(experiment.train)
-    encoded = encode_problems(policy.tokenizer, problems)
-    order = random.Random(seed)
-    queue: list[int] = []
-    settings = experiment.rollouts
 
-    sampler = sampler_of(policy, settings)
+    def __init__(self, experiment: Experiment, policy: Policy, batch_size: int, seed: int, costs: Costs) -> None:
+        self._experiment, self._policy, self._costs = experiment, policy, costs
+        self._prompts = max(1, batch_size // experiment.rollouts.samples)
+        self._encoded = encode_problems(policy.tokenizer, load_problems(experiment.train))
+        self._order, self._queue = random.Random(seed), list[int]()
+        self._sampler = sampler_of(policy, experiment.rollouts)
 
-    def collect(version: int) -> Buffer:
+    def __call__(self, version: int) -> Buffer:
+        policy, settings = self._policy, self._experiment.rollouts
         prompts: list[Encoded] = []
-        while len(prompts) < max(1, batch_size // settings.samples):
-            if not queue:
-                queue.extend(order.sample(range(len(encoded)), len(encoded)))
-            prompts.append(encoded[queue.pop()])
+        while len(prompts) < self._prompts:
+            if not self._queue:
+                self._queue = self._order.sample(range(len(self._encoded)), len(self._encoded))
+            prompts.append(self._encoded[self._queue.pop()])
         rows = collect_rollouts(
             policy,
-            sampler,
+            self._sampler,
             prompts,
-            _reward(experiment),
+            _reward(self._experiment),
             settings,
-            seed=order.randrange(2**31),
+            seed=self._order.randrange(2**31),
             version=version,
-            token_budget=experiment.training.token_budget,
+            token_budget=self._experiment.training.token_budget,
             recompute=settings.behaviour == "recompute",
         )
         sampled = sum(len(row.completion_ids) for row in rows)
-        costs.sampled_tokens += sampled
+        self._costs.sampled_tokens += sampled
         tokens = sampled + sum(len(row.prompt_ids) for row in rows)
-        costs.flops += policy.flops(tokens, sampled, critic=False) + policy.flops(tokens, sampled)
+        self._costs.flops += policy.flops(tokens, sampled, critic=False) + policy.flops(tokens, sampled)
         return OfflineBuffer.from_trajectories(rows)
 
-    return collect
+    def state(self) -> Any:
+        """Where it stands in its prompts, as plain data."""
+        return {"order": self._order.getstate(), "queue": self._queue}
+
+    def restore(self, state: Any) -> None:
+        """Go on from a ``state``."""
+        self._order.setstate(random_state(state["order"]))
+        self._queue = list(state["queue"])
 
 
 def _counted(total: int, what: str, report: Report) -> Callable[[int], None]:

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import astuple
+from typing import Any
 
 import numpy as np
 
 from rlzoo.config import Sampling
+from rlzoo.pieces import Pieces
 from rlzoo.policy import Policy
 from rlzoo.policy.policy import score_rows
 from rlzoo.problems import Encoded, trajectory
-from rlzoo.ranks import agreed
+from rlzoo.ranks import agreed, world_size
 from rlzoo.reward import Reward, Score
-from rlzoo.rollout.sampler import Sample, Sampler
+from rlzoo.rollout.sampler import Sample, Sampler, by_length
 from rlzoo.types import Trajectory
+
+ENGINE_BATCHES = 16
+"""Batches of prompts that an engine that batches them itself is asked for at a time."""
 
 
 def collect_rollouts(
@@ -27,14 +33,15 @@ def collect_rollouts(
     token_budget: int = 8192,
     progress: Callable[[int], None] | None = None,
     recompute: bool = True,
+    pieces: Pieces | None = None,
 ) -> list[Trajectory]:
     """Sample each problem ``settings.samples`` times and judge the completions.
 
     Behaviour log-probs are those of the distribution that was sampled from (temperature and top_p applied),
     recomputed by the policy itself: in the trainer's numerics, whatever engine sampled. Without ``recompute`` they are
-    the engine's own, where it gives any.
+    the engine's own, where it gives any. With ``pieces`` what was sampled is kept there, and not sampled again.
     """
-    sampled = sampler.sample([p.ids for p in problems], settings, seed, progress=progress)
+    sampled = _sampled(sampler, [p.ids for p in problems], settings, seed, progress, pieces)
     flat = [(problem, sample) for problem, samples in zip(problems, sampled, strict=True) for sample in samples]
     scores = agreed(judge(reward, flat))
     own = [sample.logp for _, sample in flat]
@@ -58,6 +65,37 @@ def collect_rollouts(
         )
         for (problem, sample), score, logp in zip(flat, scores, logps, strict=True)
     ]
+
+
+def _sampled(
+    sampler: Sampler,
+    prompts: Sequence[Sequence[int]],
+    settings: Sampling,
+    seed: int,
+    progress: Callable[[int], None] | None,
+    pieces: Pieces | None,
+) -> list[list[Sample]]:
+    """The samples of each prompt, made a portion at a time: the same portions whether the work is stopped or not."""
+    if pieces is None:
+        return sampler.sample(prompts, settings, seed, progress=progress)
+    order, size = by_length(prompts, range(len(prompts))), _portion(settings)
+    found: dict[int, list[Sample]] = {}
+    for start in range(0, len(order), size):
+        places = order[start : start + size]
+
+        def sample(places: list[int] = places) -> list[Any]:
+            made = sampler.sample([prompts[i] for i in places], settings, seed, progress=progress, numbers=places)
+            return [[astuple(one) for one in some] for some in made]
+
+        for place, some in zip(places, pieces.once(f"samples-{seed}-{start}", sample), strict=True):
+            found[place] = [Sample(*one) for one in some]
+    return [found[place] for place in range(len(prompts))]
+
+
+def _portion(settings: Sampling) -> int:
+    """How many prompts are sampled before the samples are kept: a batch, or what an engine of its own keeps busy on."""
+    prompts = max(1, settings.batch_size // settings.samples) * world_size()
+    return prompts if settings.engine == "transformers" else prompts * ENGINE_BATCHES
 
 
 def mismatch(rows: Sequence[Trajectory]) -> dict[str, float] | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
@@ -44,10 +44,12 @@ class Sampler(Protocol):
         seed: int,
         greedy: bool = False,
         progress: Callable[[int], None] | None = None,
+        numbers: Sequence[int] | None = None,
     ) -> list[list[Sample]]:
         """``settings.samples`` completions of each prompt, one if ``greedy``; the same for the same seed.
 
-        ``progress`` is told how many prompts are done.
+        ``progress`` is told how many prompts are done. ``numbers`` tell apart the random streams of the prompts, where
+        they are a part of more; None: their places.
         """
         ...
 
@@ -71,26 +73,30 @@ class TransformersSampler:
         seed: int,
         greedy: bool = False,
         progress: Callable[[int], None] | None = None,
+        numbers: Sequence[int] | None = None,
     ) -> list[list[Sample]]:
-        def own(numbers: list[int]) -> list[list[Sample]]:
-            return self._sample_all(prompts, numbers, settings, seed, greedy, progress)
+        streams = range(len(prompts)) if numbers is None else numbers
+
+        def own(places: list[int]) -> list[list[Sample]]:
+            return self._sample_all(prompts, places, streams, settings, seed, greedy, progress)
 
         return shared(prompts, own, self.policy)
 
     def _sample_all(
         self,
         prompts: Sequence[Sequence[int]],
-        numbers: list[int],
+        places: list[int],
+        streams: Sequence[int],
         settings: Sampling,
         seed: int,
         greedy: bool,
         progress: Callable[[int], None] | None,
     ) -> list[list[Sample]]:
-        """The samples of some of the prompts, by their numbers."""
+        """The samples of the prompts in some places."""
         copies = 1 if greedy else settings.samples
-        order = sorted(numbers, key=lambda i: (len(prompts[i]), i))
+        order = by_length(prompts, places)
         size, most = max(1, settings.batch_size // copies), min(copies, settings.batch_size)
-        results: dict[int, list[Sample]] = {number: [] for number in numbers}
+        results: dict[int, list[Sample]] = {place: [] for place in places}
         training = self.policy.training
         self.policy.eval()
         try:
@@ -98,15 +104,16 @@ class TransformersSampler:
                 batch = order[start : start + size]
                 for first in range(0, copies, most):
                     some = range(first, min(copies, first + most))
-                    rows = self._decoded([prompts[i] for i in batch], batch, some, settings, greedy, seed)
-                    for place, index in enumerate(batch):
-                        own = rows[place * len(some) : (place + 1) * len(some)]
-                        results[index] += [self._sample(row) for row in own]
+                    own_streams = [streams[i] for i in batch]
+                    rows = self._decoded([prompts[i] for i in batch], own_streams, some, settings, greedy, seed)
+                    for row, place in enumerate(batch):
+                        own = rows[row * len(some) : (row + 1) * len(some)]
+                        results[place] += [self._sample(ids) for ids in own]
                 if progress is not None:
                     progress(len(batch))
         finally:
             self.policy.train(training)
-        return [results[number] for number in numbers]
+        return [results[place] for place in places]
 
     def _decoded(
         self,
@@ -154,6 +161,11 @@ class TransformersSampler:
         kept = ids if end is None else ids[: end + 1]
         text = self.policy.tokenizer.decode(kept, skip_special_tokens=True)
         return Sample(kept, text, truncated=end is None)
+
+
+def by_length(prompts: Sequence[Sequence[int]], places: Iterable[int]) -> list[int]:
+    """Places in order of their prompts' lengths: in this order prompts are sampled together."""
+    return sorted(places, key=lambda place: (len(prompts[place]), place))
 
 
 def _streams(seed: int, prompts: Sequence[int], copies: range, tokens: int) -> Float[np.ndarray, "B T"]:

@@ -76,6 +76,7 @@ class VLLMSampler:
         seed: int,
         greedy: bool = False,
         progress: Callable[[int], None] | None = None,
+        numbers: Sequence[int] | None = None,
     ) -> list[list[Sample]]:
         from vllm import SamplingParams
 
@@ -83,7 +84,8 @@ class VLLMSampler:
             weights = merged(self.policy.model, dict(self.policy.model.state_dict()))
             self.engine.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights.items())})
             self.engine.reset_prefix_cache()
-        asked = [_asked(self.policy, settings, seed, number, greedy) for number in range(len(prompts))]
+        streams = range(len(prompts)) if numbers is None else numbers
+        asked = [_asked(self.policy, settings, seed, number, greedy) for number in streams]
         found = self.engine.generate(
             [{"prompt_token_ids": list(prompt)} for prompt in prompts],
             [SamplingParams(**some, logprobs=0, detokenize=False) for some in asked],
@@ -130,15 +132,18 @@ class VLLMServerSampler:
         seed: int,
         greedy: bool = False,
         progress: Callable[[int], None] | None = None,
+        numbers: Sequence[int] | None = None,
     ) -> list[list[Sample]]:
         if self._refreshed.changed(self.policy):
             self._hand_over()
 
-        def one(number: int) -> list[Sample]:
-            asked = _asked(self.policy, settings, seed, number, greedy)
+        streams = range(len(prompts)) if numbers is None else numbers
+
+        def one(place: int) -> list[Sample]:
+            asked = _asked(self.policy, settings, seed, streams[place], greedy)
             asked["return_token_ids"] = True
             found = self._ask(
-                "/v1/completions", {"model": self.model, "prompt": list(prompts[number]), "logprobs": 0, **asked}
+                "/v1/completions", {"model": self.model, "prompt": list(prompts[place]), "logprobs": 0, **asked}
             )
             if progress is not None:
                 progress(1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from torch import Tensor
 from rlzoo.buffers import Buffer, View
 from rlzoo.errors import UserError
 from rlzoo.policy.policy import Sequences
+from rlzoo.training.checkpoints import random_state
 from rlzoo.types import Coupling, Selection, TokenBatch, Trajectory
 
 
@@ -23,6 +24,27 @@ class Source(Protocol):
         ...
 
 
+@runtime_checkable
+class Resumable(Protocol):
+    """What a checkpoint can hold: a source, or what collects fresh samples for one."""
+
+    def state(self) -> Any:
+        """Where it stands, as plain data."""
+        ...
+
+    def restore(self, state: Any) -> None:
+        """Go on from a ``state``, as JSON gives it back."""
+        ...
+
+
+def resumable(part: object) -> Resumable:
+    """The same, if a checkpoint can hold it. Raises UserError if not."""
+    if not isinstance(part, Resumable):
+        kind = type(part).__name__
+        raise UserError(f"no checkpoint can hold a {kind}: give it methods state and restore, or no checkpoints")
+    return part
+
+
 class BufferSource:
     """Epochs over a view of a fixed buffer, shuffled by seed; a batch is filled with whole units."""
 
@@ -30,14 +52,14 @@ class BufferSource:
         self._buffer, self._view, self._batch_size = buffer, view, batch_size
         self._random = random.Random(seed)
         self._queue: list[int] = []
+        self._before = self._random.getstate()  # of the shuffle that made the queue
 
     def draw(self) -> tuple[list[Trajectory], list[tuple[int, ...]]]:
         rows: list[Trajectory] = []
         units: list[tuple[int, ...]] = []
         while len(rows) < self._batch_size:
             if not self._queue:
-                self._queue = list(range(len(self._view)))
-                self._random.shuffle(self._queue)
+                self._shuffle()
             unit = self._view.units[self._queue[-1]]
             if units and len(rows) + len(unit) > self._batch_size:
                 break  # the unit opens the next batch
@@ -46,6 +68,21 @@ class BufferSource:
             rows.extend(self._buffer[index] for index in unit)
         self._buffer.release_pages()
         return rows, units
+
+    def _shuffle(self) -> None:
+        self._before = self._random.getstate()
+        self._queue = list(range(len(self._view)))
+        self._random.shuffle(self._queue)
+
+    def state(self) -> Any:
+        before = self._before if self._queue else self._random.getstate()
+        return {"before": before, "left": len(self._queue)}
+
+    def restore(self, state: Any) -> None:
+        self._random.setstate(random_state(state["before"]))
+        if state["left"]:
+            self._shuffle()
+            del self._queue[state["left"] :]
 
 
 class FreshSource:
@@ -79,6 +116,13 @@ class FreshSource:
                 continue
             self._version += 1
             return buffer, view
+
+    def state(self) -> Any:
+        return {"version": self._version, "collect": resumable(self._collect).state()}
+
+    def restore(self, state: Any) -> None:
+        self._version = state["version"]
+        resumable(self._collect).restore(state["collect"])
 
 
 def static_batch(

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -19,27 +19,42 @@ from torch import Tensor
 from rlzoo.buffers import Buffer
 from rlzoo.config import Training
 from rlzoo.errors import UserError
+from rlzoo.interrupts import heed, noted, pending
 from rlzoo.objective import Objective, reduce, surrogate_of
 from rlzoo.policy import Policy, Sequences, TokenScores
 from rlzoo.policy.adapters import adapters
 from rlzoo.policy.policy import score_rows, token_batches
 from rlzoo.ranks import agreed, gathered, is_sharded, rank, world_size
-from rlzoo.training.batches import BufferSource, Source, atoms, static_batch
-from rlzoo.training.costs import Costs, peak_memory_bytes, reset_peak_memory
+from rlzoo.training.batches import BufferSource, Source, atoms, resumable, static_batch
+from rlzoo.training.checkpoints import (
+    Checkpoints,
+    optimizer_tensors,
+    put,
+    random_states,
+    restore_optimizer,
+    restore_random_states,
+    whole,
+)
+from rlzoo.training.costs import Costs, is_out_of_memory, peak_memory_bytes, release_memory, reset_peak_memory
 from rlzoo.training.savings import gradients_in_place, layers_recomputed
 from rlzoo.training.trackers import installed, tracked
 from rlzoo.types import STATISTICS, Coefficients, Coupling, Need, TokenBatch, Trajectory
 
+T = TypeVar("T")
 Callback = Callable[["Trainer", int], None]
 """Called with the trainer and the number of steps done, after every optimizer step."""
 
 
 @dataclass
 class TrainingRecord:
-    """What a run did: one row of metrics a step, and its costs."""
+    """What a run did: one row of metrics a step, and its costs. A checkpoint holds it, and a run goes on with it."""
 
     steps: list[dict[str, float]] = field(default_factory=list)
     costs: Costs = field(default_factory=Costs)
+    events: list[str] = field(default_factory=list)
+    """What went wrong and was mended: steps that were skipped, micro-batches that did not fit."""
+    kept: dict[str, list[Any]] = field(default_factory=dict)
+    """Plain data that callbacks keep with the run."""
 
 
 class Trainer:
@@ -58,11 +73,19 @@ class Trainer:
         callbacks: Sequence[Callback] = (),
         reference: Policy | None = None,
         folder: Path | None = None,
+        record: TrainingRecord | None = None,
+        checkpoints: Path | None = None,
     ) -> None:
-        """``folder`` is where trackers write that write files, and names the run for all of them."""
+        """``folder`` is where trackers write that write files, and names the run for all of them.
+
+        With a folder for ``checkpoints`` they are written there, and the run goes on from the newest one in it, to
+        the same end, bit for bit, as if it had never stopped; ``record`` then has what came before.
+        """
         self.objective, self.source, self.settings = objective, source, settings
         self.callbacks, self.folder = callbacks, folder
-        self.record = TrainingRecord()
+        self.record = record or TrainingRecord()
+        self.token_budget = settings.token_budget
+        self.checkpoints = None
         self.accelerator = Accelerator(
             cpu=policy.device.type == "cpu", log_with=list(installed(settings.trackers)) or None, project_dir=folder
         )
@@ -85,6 +108,9 @@ class Trainer:
         # not prepared: Accelerate would step the schedule once a process
         self.schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _cosine(step, settings))
         self.policy: Policy = self.accelerator.unwrap_model(self.model)
+        if checkpoints is not None and settings.checkpoint_seconds is not None:
+            self.checkpoints = Checkpoints(checkpoints, settings.checkpoint_seconds)
+            self._restore()
 
     def _reference_policy(self, policy: Policy, reference: Policy | None) -> Policy | None:
         """The reference that is kept in memory: one that moves, or one that scores fresh samples."""
@@ -94,12 +120,23 @@ class Trainer:
         return policy.reference() if needs_logits and reference is None else reference
 
     def run(self) -> TrainingRecord:
-        """Train for ``settings.steps`` optimizer steps."""
-        with tracked(self.accelerator, self.settings, self.folder) as log:
-            return self._run(log)
+        """Train up to ``settings.steps`` optimizer steps.
 
-    def _run(self, log: Callable[[dict[str, float], int], None]) -> TrainingRecord:
-        step = 0
+        The first Ctrl-C or SIGTERM is raised between two steps, after a checkpoint.
+        """
+        with noted(), tracked(self.accelerator, self.settings, self.folder) as log:
+            self._run(log)
+        if not self._is_finite():
+            raise UserError("the last step made weights infinite: lower learning_rate")
+        return self.record
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps that are done."""
+        return len(self.record.steps)
+
+    def _run(self, log: Callable[[dict[str, float], int], None]) -> None:
+        step = self.step
         while step < self.settings.steps:
             reset_peak_memory()
             started = time.perf_counter()
@@ -121,7 +158,76 @@ class Trainer:
                     break
                 reset_peak_memory()  # a callback's evaluation is no cost of training
                 started = time.perf_counter()
-        return self.record
+            self._between_batches()
+
+    def _between_batches(self) -> None:
+        """Save a checkpoint if one is due, or before a noted signal is raised."""
+        if self.checkpoints is not None:
+            stopping = world_size() == 1 and pending()
+            if self.checkpoints.due() or stopping:
+                self._save()
+        heed()
+
+    def _save(self) -> None:
+        assert self.checkpoints is not None
+        if not self._is_finite():  # never in place of a good one
+            return
+        named = self._named()
+        tensors = {f"policy/{name}": whole(parameter) for name, parameter in named}
+        tensors |= optimizer_tensors(self.schedule.optimizer, named)
+        if self._moves_reference:
+            assert self.reference is not None
+            tensors |= {f"reference/{name}": whole(p) for name, p in self.reference.model.named_parameters()}
+        randomness, plain = random_states()
+        state = {
+            "steps": self.record.steps,
+            "costs": self.record.costs.as_dict(),
+            "events": self.record.events,
+            "kept": self.record.kept,
+            "schedule": {k: v for k, v in self.schedule.state_dict().items() if k != "lr_lambdas"},
+            "source": resumable(self.source).state(),
+            "token_budget": self.token_budget,
+            "random": plain,
+        }
+        self.checkpoints.save(self.step, tensors | randomness, state)
+
+    def _restore(self) -> None:
+        assert self.checkpoints is not None
+        if (found := self.checkpoints.newest()) is None:
+            return
+        tensors, state = found
+        named = self._named()
+        for name, parameter in named:
+            put(parameter, tensors[f"policy/{name}"])
+        restore_optimizer(self.schedule.optimizer, named, tensors)
+        if self._moves_reference:
+            assert self.reference is not None
+            for name, parameter in self.reference.model.named_parameters():
+                put(parameter, tensors[f"reference/{name}"])
+        self.record.steps[:] = state["steps"]
+        self.record.events[:] = state["events"]
+        for name, rows in state["kept"].items():
+            self.record.kept.setdefault(name, [])[:] = rows  # in place: a callback may hold the list
+        for name, value in state["costs"].items():
+            setattr(self.record.costs, name, value)
+        self.schedule.load_state_dict({**self.schedule.state_dict(), **state["schedule"]})
+        for group, rate in zip(self.schedule.optimizer.param_groups, self.schedule.get_last_lr(), strict=True):
+            group["lr"] = rate
+        resumable(self.source).restore(state["source"])
+        self.token_budget = min(self.token_budget, state["token_budget"])
+        restore_random_states(tensors, state["random"])
+
+    def _named(self) -> list[tuple[str, torch.nn.Parameter]]:
+        """What is trained, in the order of the optimizer."""
+        return [(name, p) for name, p in self.policy.named_parameters() if p.requires_grad]
+
+    def _is_finite(self) -> bool:
+        found = all(bool(torch.isfinite(parameter).all()) for _, parameter in self._named())
+        return all(gathered(found))
+
+    @property
+    def _moves_reference(self) -> bool:
+        return self.objective.reference_decay is not None and self.reference is not None
 
     @property
     def _coupled(self) -> bool:
@@ -152,20 +258,25 @@ class Trainer:
     def _score(self, policy: Policy, rows: Sequence[Trajectory]) -> tuple[TokenScores, Mapping[str, Tensor]]:
         """Scores of all rows by ``policy`` as it is, with no graph."""
         width = max(len(r.completion_ids) for r in rows)
-        parts: dict[str, Tensor] = {}
         training = policy.training
         policy.eval()
-        for index, counts in self._share(rows, [(i,) for i in range(len(rows))]):
-            sequences = self._collate(rows, index)
-            scores = policy(sequences, statistics=self._statistics())
-            found = {"logp": scores.logp, "value": scores.value, **scores.statistics}
-            for name, value in found.items():
-                if value is not None:
-                    whole = parts.setdefault(name, value.new_zeros(len(rows), width))
-                    if counts:
-                        whole[torch.tensor(index), : value.shape[1]] = value
+
+        def pieces() -> dict[str, Tensor]:
+            parts: dict[str, Tensor] = {}
+            for index, counts in self._share(rows, [(i,) for i in range(len(rows))]):
+                sequences = self._collate(rows, index)
+                scores = policy(sequences, statistics=self._statistics())
+                found = {"logp": scores.logp, "value": scores.value, **scores.statistics}
+                for name, value in found.items():
+                    if value is not None:
+                        all_rows = parts.setdefault(name, value.new_zeros(len(rows), width))
+                        if counts:
+                            all_rows[torch.tensor(index), : value.shape[1]] = value
+            return parts
+
+        parts = self._within_memory(rows, pieces)
         if world_size() > 1:
-            parts = {name: self.accelerator.reduce(whole, "sum") for name, whole in parts.items()}
+            parts = {name: self.accelerator.reduce(part, "sum") for name, part in parts.items()}
         self._count(policy, rows, passes=1)
         policy.train(training)
         logp, value = parts.pop("logp"), parts.pop("value", None)
@@ -178,18 +289,8 @@ class Trainer:
         batch: TokenBatch,
     ) -> dict[str, float]:
         """One optimizer step on the batch."""
-        objective = self.objective
-        denominator = objective.normaliser.denominator(batch)
-        coefficients = objective.coefficients(batch) if self._coupled else None
-        sums = _Sums()
         self.model.eval()  # dropout would move ratios off 1 and tie the gradient to the micro-batches
-        self.optimizer.zero_grad(set_to_none=True)
-        recomputed = layers_recomputed(self.policy) if self.settings.gradient_checkpointing else nullcontext()
-        with recomputed, nullcontext() if world_size() > 1 else gradients_in_place(self.policy):
-            mine = self._share(rows, atoms(units, objective.couples))
-            for number, (index, counts) in enumerate(mine):
-                with nullcontext() if number + 1 == len(mine) else self._no_exchange():
-                    self._backward(rows, batch, coefficients, index, denominator, sums if counts else None)
+        sums = self._within_memory(rows, lambda: self._gradient(rows, units, batch))
         if world_size() > 1:
             # gradients were averaged over processes. Not done to the loss: models round some gradients to float32,
             # and a factor of 3 would round others
@@ -202,14 +303,55 @@ class Trainer:
             self._count(self.reference, rows, passes=1)
         self.record.costs.gradient_tokens += sum(map(_length, rows))
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.settings.max_gradient_norm)
-        if not math.isfinite(float(norm)):
-            raise UserError(f"the gradient is {float(norm)}: lower learning_rate, or look at the data of this step")
+        metrics = sums.means()
+        sound = math.isfinite(float(norm)) and math.isfinite(metrics["loss"])
+        if not sound:
+            told = f"step {self.step + 1}: the gradient is {float(norm)} and the loss {metrics['loss']}"
+            if self.settings.on_nonfinite == "stop":
+                raise UserError(f"{told}: lower learning_rate, look at this step's data, or set on_nonfinite=skip")
+            self.record.events.append(f"{told}; skipped")
+            self.optimizer.zero_grad(set_to_none=True)
         rate = self.schedule.get_last_lr()[0]
-        self.optimizer.step()
+        if sound:
+            self.optimizer.step()
+            self._move_reference()
         self.schedule.step()
-        self._move_reference()
-        reward = {} if batch.reward is None else {"reward": float(batch.reward.mean())}
-        return {**sums.means(), **reward, "gradient_norm": float(norm), "learning_rate": float(rate)}
+        if batch.reward is not None:
+            metrics["reward"] = float(batch.reward.mean())
+        return {**metrics, "gradient_norm": float(norm), "learning_rate": float(rate)}
+
+    def _gradient(self, rows: Sequence[Trajectory], units: Sequence[tuple[int, ...]], batch: TokenBatch) -> _Sums:
+        """Leave the gradient of the whole batch in the parameters."""
+        objective = self.objective
+        denominator = objective.normaliser.denominator(batch)
+        coefficients = objective.coefficients(batch) if self._coupled else None
+        sums = _Sums()
+        self.optimizer.zero_grad(set_to_none=True)
+        recomputed = layers_recomputed(self.policy) if self.settings.gradient_checkpointing else nullcontext()
+        with recomputed, nullcontext() if world_size() > 1 else gradients_in_place(self.policy):
+            mine = self._share(rows, atoms(units, objective.couples))
+            for number, (index, counts) in enumerate(mine):
+                with nullcontext() if number + 1 == len(mine) else self._no_exchange():
+                    self._backward(rows, batch, coefficients, index, denominator, sums if counts else None)
+        return sums
+
+    def _within_memory(self, rows: Sequence[Trajectory], work: Callable[[], T]) -> T:
+        """Do the work, in micro-batches half as large where memory runs out. Of several processes none may change."""
+        while True:
+            try:
+                return work()
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error) or world_size() > 1:
+                    raise
+                if self.token_budget <= max(map(_length, rows)):
+                    raise UserError(f"out of memory with one sequence a micro-batch: {error}") from None
+            self.optimizer.zero_grad(set_to_none=True)
+            release_memory()
+            halved = max(min(self.token_budget, sum(map(_length, rows))) // 2, 1)
+            self.record.events.append(
+                f"step {self.step + 1}: out of memory with {self.token_budget} tokens a micro-batch, now {halved}"
+            )
+            self.token_budget = halved
 
     def _backward(
         self,
@@ -258,8 +400,8 @@ class Trainer:
         A sharded model needs them to run in step, so where micro-batches are too few, one runs once more for nothing.
         """
         lengths, world = [_length(row) for row in rows], world_size()
-        budget = min(self.settings.token_budget, -(-sum(lengths) // world))
-        batches = list(token_batches(together, lengths, budget if world > 1 else self.settings.token_budget))
+        budget = min(self.token_budget, -(-sum(lengths) // world))
+        batches = list(token_batches(together, lengths, budget if world > 1 else self.token_budget))
         own = range(rank(), -(-len(batches) // world) * world, world)
         return [(batches[i], True) if i < len(batches) else (batches[0], False) for i in own]
 
@@ -290,8 +432,7 @@ class Trainer:
         if decay is None or self.reference is None:
             return
         for average, current in zip(self.reference.model.parameters(), self.policy.model.parameters(), strict=True):
-            whole = current.full_tensor() if is_sharded(self.policy) else current
-            average.lerp_(whole, 1 - decay)
+            average.lerp_(current.full_tensor() if is_sharded(self.policy) else current, 1 - decay)
 
 
 class _Sums:
@@ -369,10 +510,12 @@ def train(
     seed: int = 0,
     callbacks: Sequence[Callback] = (),
     folder: Path | None = None,
+    checkpoints: Path | None = None,
 ) -> TrainingRecord:
     """Train ``policy`` in place on a fixed buffer; missing reference log-probs are those of ``policy`` as it comes.
 
-    ``folder`` is for trackers. Under `accelerate launch` all processes call this, and each takes its share of a batch.
+    ``folder`` is for trackers; from a folder of ``checkpoints`` a run that was stopped goes on. Under `accelerate
+    launch` all processes call this, and each takes its share of a batch.
     Raises UserError where the buffer lacks what the objective learns from.
     """
     settings = settings or Training()
@@ -381,4 +524,4 @@ def train(
     if Need.REFERENCE in objective.requires and not buffer.is_complete("reference_logp"):
         buffer = with_reference(buffer, policy, settings.token_budget)
     source = BufferSource(buffer, view, settings.batch_size, seed)
-    return Trainer(policy, objective, source, settings, callbacks, folder=folder).run()
+    return Trainer(policy, objective, source, settings, callbacks, folder=folder, checkpoints=checkpoints).run()

@@ -17,12 +17,14 @@ from rich.console import Console
 from rlzoo.buffers import Buffer, OfflineBuffer, read_buffer
 from rlzoo.comparison import work
 from rlzoo.comparison.pool import Workers, default_workers, pool, why
-from rlzoo.comparison.runner import check, versions
+from rlzoo.comparison.runner import check, place
 from rlzoo.config import Experiment, Positive
 from rlzoo.errors import UserError
-from rlzoo.outputs import new_output, write_atomically
+from rlzoo.outputs import remove, write_atomically
+from rlzoo.pieces import Pieces
 from rlzoo.policy import load_policy
-from rlzoo.training import Trainer, with_reference
+from rlzoo.runs import Run, run_in, versions
+from rlzoo.training import Trainer, TrainingRecord, with_reference
 from rlzoo.training.batches import BufferSource
 from rlzoo.types import Need
 from rlzoo.variance.analyzer import analyze_variance
@@ -58,7 +60,7 @@ class VarianceSettings(pydantic.BaseModel):
 
 def run_variance(
     experiment: Experiment,
-    out: Path,
+    out: Path | None = None,
     settings: VarianceSettings | None = None,
     buffer: str | None = None,
     workers: int | None = None,
@@ -72,11 +74,16 @@ def run_variance(
     """
     started = time.perf_counter()
     settings, console = settings or VarianceSettings(), console or Console(stderr=True)
-    experiment = _cut(experiment, settings.rows)
-    with new_output(out):
-        check(experiment)
+    whole, experiment = experiment, _cut(experiment, settings.rows)
+    check(experiment)
+    out = out or where(whole, settings, buffer, threads)
+    with run_in(out, "variance", _asked(whole, settings, buffer, threads)) as run:
+        if run.finished:
+            console.print(f"{experiment.name}: finished before, in {out}", style="bold", highlight=False, markup=False)
+            earlier: dict[str, Any] = json.loads((out / "variance.json").read_text(encoding="utf-8"))
+            return earlier
         with pool(min(workers or default_workers(), 1 + len(experiment.algorithms)), threads, console) as processes:
-            found = _run(processes, experiment, out / "buffer", settings, buffer, console)
+            found = _run(processes, experiment, run, settings, buffer, console)
         found = {
             "experiment": experiment.name,
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -87,8 +94,27 @@ def run_variance(
             **found,
         }
         write_atomically(out / "variance.json", json.dumps(found, indent=1, allow_nan=False))
-    write_report(out)
+        write_report(out)
+        run.to_be_continued = bool(found["failed"])
     return found
+
+
+def where(
+    experiment: Experiment, settings: VarianceSettings | None = None, buffer: str | None = None, threads: int = 1
+) -> Path:
+    """Where an analysis writes if it is not told: where the same was stopped, else runs/<name>-variance-<time>."""
+    asked = _asked(experiment, settings or VarianceSettings(), buffer, threads)
+    return place(f"{experiment.name}-variance", "variance", asked)
+
+
+def _asked(experiment: Experiment, settings: VarianceSettings, buffer: str | None, threads: int) -> dict[str, Any]:
+    """What must be the same for an analysis to go on."""
+    return {
+        "experiment": experiment.model_dump(mode="json"),
+        "variance": settings.model_dump(),
+        "buffer": buffer,
+        "threads": threads,
+    }
 
 
 def _cut(experiment: Experiment, rows: int) -> Experiment:
@@ -103,23 +129,25 @@ def _cut(experiment: Experiment, rows: int) -> Experiment:
 def _run(
     processes: Workers,
     experiment: Experiment,
-    folder: Path,
+    run: Run,
     settings: VarianceSettings,
     given: str | None,
     console: Console,
 ) -> dict[str, Any]:
-    first = processes.submit("buffer", fill, experiment, folder, given)
+    folder, state = (run.folder / "buffer").absolute(), run.state.absolute()
+    first = processes.submit("buffer", fill, experiment, folder, state, given)
     for _, done in processes.gather({first: "buffer"}):
         if (error := done.exception()) is not None:
             raise UserError(why(error)) from None
         rows = done.result()
-    tell = f"{experiment.name}: {rows} rows, {len(experiment.algorithms)} objectives; writing to {folder.parent}"
+    goes = "going on in" if run.resumed else "writing to"
+    tell = f"{experiment.name}: {rows} rows, {len(experiment.algorithms)} objectives; {goes} {run.folder}"
     console.print(tell, style="bold", highlight=False, markup=False, soft_wrap=True)
-    analysis = processes.submit("analysis", measure, experiment, folder, settings)
+    analysis = processes.submit("analysis", measure, experiment, folder, state, settings)
     jobs = {analysis: "analysis"}
     offline = [name for name, row in experiment.algorithms.items() if row.mode == "offline"]
     if settings.every:
-        jobs |= {processes.submit(n, along_training, experiment, n, folder, settings): n for n in offline}
+        jobs |= {processes.submit(n, along_training, experiment, n, folder, state, settings): n for n in offline}
     results: dict[str, Any] = {}
     errors: dict[str, BaseException] = {}
     for name, done in processes.gather(jobs):
@@ -139,10 +167,10 @@ def _run(
     }
 
 
-def fill(experiment: Experiment, folder: Path, given: str | None, report: Report) -> int:
+def fill(experiment: Experiment, folder: Path, state: Path, given: str | None, report: Report) -> int:
     """Make or read the buffer and save it where all jobs read it; the number of its rows."""
     if given is None:
-        rows: int = work.fill_buffer(experiment, folder, report)["rows"]
+        rows: int = work.fill_buffer(experiment, folder, state, report)["rows"]
         return rows
     policy = load_policy(experiment.model, experiment.training.dtype)
     buffer: Buffer = read_buffer(given, policy.tokenizer)
@@ -153,37 +181,55 @@ def fill(experiment: Experiment, folder: Path, given: str | None, report: Report
     return len(buffer)
 
 
-def measure(experiment: Experiment, folder: Path, settings: VarianceSettings, report: Report) -> dict[str, Any]:
+def measure(
+    experiment: Experiment, folder: Path, state: Path, settings: VarianceSettings, report: Report
+) -> dict[str, Any]:
     """The analysis at the experiment's model."""
-    return analyze_variance(
-        load_policy(experiment.model, experiment.training.dtype),
-        {name: work.objective_of(experiment, name) for name in experiment.algorithms},
-        OfflineBuffer.load(folder),
-        rows=settings.rows,
-        draws=settings.draws,
-        seed=settings.seed,
-        learns_from={name: work.selection_of(experiment, name)[0] for name in experiment.algorithms},
-        token_budget=experiment.training.token_budget,
-        progress=report,
-    )
+
+    def analyse() -> dict[str, Any]:
+        return analyze_variance(
+            load_policy(experiment.model, experiment.training.dtype),
+            {name: work.objective_of(experiment, name) for name in experiment.algorithms},
+            OfflineBuffer.load(folder),
+            rows=settings.rows,
+            draws=settings.draws,
+            seed=settings.seed,
+            learns_from={name: work.selection_of(experiment, name)[0] for name in experiment.algorithms},
+            token_budget=experiment.training.token_budget,
+            progress=report,
+        )
+
+    return dict(Pieces(state).once("analysis", analyse))
 
 
 def along_training(
-    experiment: Experiment, name: str, folder: Path, settings: VarianceSettings, report: Report
+    experiment: Experiment, name: str, folder: Path, state: Path, settings: VarianceSettings, report: Report
 ) -> list[dict[str, Any]]:
     """One objective's measurements along its training on the fixed buffer."""
-    objective, buffer = work.objective_of(experiment, name), OfflineBuffer.load(folder)
-    selection, options = work.selection_of(experiment, name)
-    training = experiment.training_of(name)
-    training = training.model_copy(update={"learning_rate": experiment.learning_rates_of(name)[0]})
-    torch.manual_seed(settings.seed)
-    policy = load_policy(experiment.model, training.dtype)
-    probe = VarianceProbe(buffer, settings.every, settings.probe_rows, settings.seed, training.token_budget, selection)
-    probe.measure(policy, objective, 0)
+    pieces = Pieces(state / "training")
+    checkpoints = pieces.within(name).folder
 
-    def tell(_: Trainer, step: int) -> None:
-        report(step / training.steps, f"step {step}/{training.steps}")
+    def train() -> list[dict[str, Any]]:
+        objective, buffer = work.objective_of(experiment, name), OfflineBuffer.load(folder)
+        selection, options = work.selection_of(experiment, name)
+        training = experiment.training_of(name)
+        training = training.model_copy(update={"learning_rate": experiment.learning_rates_of(name)[0]})
+        torch.manual_seed(settings.seed)
+        policy = load_policy(experiment.model, training.dtype)
+        budget = training.token_budget
+        probe = VarianceProbe(buffer, settings.every, settings.probe_rows, settings.seed, budget, selection)
 
-    source = BufferSource(buffer, buffer.view(selection, **options), training.batch_size, settings.seed)
-    Trainer(policy, objective, source, training, [tell, probe]).run()
-    return probe.records
+        def tell(_: Trainer, step: int) -> None:
+            report(step / training.steps, f"step {step}/{training.steps}")
+
+        source = BufferSource(buffer, buffer.view(selection, **options), training.batch_size, settings.seed)
+        record = TrainingRecord(kept={"variance": probe.records})
+        trainer = Trainer(policy, objective, source, training, [tell, probe], record=record, checkpoints=checkpoints)
+        if trainer.step == 0:
+            probe.measure(policy, objective, 0)
+        trainer.run()
+        return probe.records
+
+    found = list(pieces.once(name, train))
+    remove(checkpoints)
+    return found

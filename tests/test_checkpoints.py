@@ -1,0 +1,301 @@
+"""Training that is stopped, killed, runs out of memory or meets infinite numbers."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from rlzoo.buffers import OfflineBuffer
+from rlzoo.config import Experiment, Training
+from rlzoo.errors import UserError
+from rlzoo.objective import Objective, get_objective
+from rlzoo.policy import Policy
+from rlzoo.problems import Problem, demonstrations
+from rlzoo.training import Trainer, TrainingRecord, train
+from rlzoo.training.batches import BufferSource
+from rlzoo.training.checkpoints import Checkpoints
+from rlzoo.types import Coefficients, Selection, TokenBatch, Trajectory
+
+MakePolicy = Callable[..., Policy]
+PROBLEMS = [Problem(str(i), f"{i}+{i}=?\n", {"answer": str(2 * i)}, (f"#### {2 * i}",)) for i in range(6)]
+EVERY = Training(steps=7, batch_size=4, learning_rate=1e-2, checkpoint_seconds=0)
+OBJECTIVES = ("sft", "iw-sft", "rft", "dpo", "ppo", "grpo")
+
+
+def rows_of(policy: Policy) -> OfflineBuffer:
+    """Demonstrations, and samples of which every second one is right."""
+    shown = demonstrations(policy.tokenizer, PROBLEMS)
+    samples = [
+        replace(
+            row, source="policy", reward=float(i % 2), completion_ids=row.completion_ids[i % 2 :],
+            behaviour_logp=[-1.0] * len(row.completion_ids[i % 2 :]),
+        )
+        for row in shown
+        for i in range(4)
+    ]  # fmt: skip
+    return OfflineBuffer.from_trajectories([*shown, *samples])
+
+
+def trained(
+    make_policy: MakePolicy,
+    objective: str,
+    folder: Path | None,
+    settings: Training = EVERY,
+    callback: Callable[[Trainer, int], None] = lambda trainer, step: None,
+) -> tuple[Policy, TrainingRecord]:
+    policy = make_policy("llama", torch.float32)
+
+    def noisy(trainer: Trainer, step: int) -> None:
+        trainer.record.kept.setdefault("noise", []).append([step, float(torch.rand(())), float(np.random.rand())])
+        callback(trainer, step)
+
+    np.random.seed(5)
+    record = train(policy, get_objective(objective), rows_of(policy), settings, 3, [noisy], checkpoints=folder)
+    return policy, record
+
+
+def same(one: tuple[Policy, TrainingRecord], other: tuple[Policy, TrainingRecord]) -> bool:
+    (policy, record), (policy_2, record_2) = one, other
+    weights = [torch.equal(a, b) for a, b in zip(policy.parameters(), policy_2.parameters(), strict=True)]
+    costs = [
+        {k: v for k, v in r.costs.as_dict().items() if k in ("flops", "gradient_tokens")} for r in (record, record_2)
+    ]
+    return all(weights) and record.steps == record_2.steps and record.kept == record_2.kept and costs[0] == costs[1]
+
+
+class StopError(Exception):
+    pass
+
+
+def stop_at(last: int) -> Callable[[Trainer, int], None]:
+    def stop(trainer: Trainer, step: int) -> None:
+        if step == last:
+            raise StopError
+
+    return stop
+
+
+# Going on
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_a_run_that_was_stopped_ends_as_one_that_was_not(
+    make_policy: MakePolicy, tmp_path: Path, objective: str
+) -> None:
+    """Optimizer, schedule, place in a shuffled epoch, critic, moving reference, random numbers, costs: all go on."""
+    whole = trained(make_policy, objective, None)
+    with pytest.raises(StopError):
+        trained(make_policy, objective, tmp_path, callback=stop_at(3))
+    with pytest.raises(StopError):
+        trained(make_policy, objective, tmp_path, callback=stop_at(6))
+    assert same(trained(make_policy, objective, tmp_path), whole)
+    assert same(trained(make_policy, objective, tmp_path), whole), "a run at its end is not trained further"
+
+
+def test_several_updates_a_batch_and_adapters_go_on_too(make_policy: MakePolicy, tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    settings = EVERY.model_validate({**EVERY.model_dump(), "updates_per_batch": 3, "lora": {"rank": 2}})
+    whole = trained(make_policy, "grpo", None, settings)
+    with pytest.raises(StopError):
+        trained(make_policy, "grpo", tmp_path, settings, stop_at(5))
+    assert same(trained(make_policy, "grpo", tmp_path, settings), whole)
+
+
+@pytest.mark.parametrize(
+    ("number", "raised"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, KeyboardInterrupt)]
+)
+def test_a_signal_is_raised_after_a_checkpoint(
+    make_policy: MakePolicy, tmp_path: Path, number: signal.Signals, raised: type[BaseException]
+) -> None:
+    settings = EVERY.model_copy(update={"checkpoint_seconds": 1e6})
+    whole = trained(make_policy, "sft", None, settings)
+    done: list[int] = []
+
+    def interrupt(trainer: Trainer, step: int) -> None:
+        done.append(step)
+        if step == 4:
+            signal.raise_signal(number)
+            done.append(-1)  # not raised where it falls
+
+    with pytest.raises(raised):
+        trained(make_policy, "sft", tmp_path, settings, interrupt)
+    assert done == [1, 2, 3, 4, -1]
+    assert [path.stem for path in tmp_path.glob("*.piece")] == ["step-00000004"]
+    assert same(trained(make_policy, "sft", tmp_path, settings), whole)
+
+
+@pytest.mark.parametrize("damage", ["cut", "flip", "gone", "state"])
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(make_policy: MakePolicy, tmp_path: Path, damage: str) -> None:
+    whole = trained(make_policy, "sft", None)
+    with pytest.raises(StopError):
+        trained(make_policy, "sft", tmp_path, callback=stop_at(6))
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        f"step-0000000{step}.{kind}" for step in (4, 5) for kind in ("piece", "safetensors")
+    ]
+    newest = tmp_path / ("step-00000005.piece" if damage == "state" else "step-00000005.safetensors")
+    content = bytearray(newest.read_bytes())
+    content[len(content) // 2] ^= 1
+    if damage == "gone":
+        newest.unlink()
+    else:
+        newest.write_bytes(content[: len(content) // 2] if damage == "cut" else content)
+    found = Checkpoints(tmp_path, 0).newest()
+    assert found is not None and found[1]["step"] == 4
+    assert same(trained(make_policy, "sft", tmp_path), whole)
+
+
+def test_a_source_that_cannot_go_on_is_told_before_the_end(make_policy: MakePolicy, tmp_path: Path) -> None:
+    policy = make_policy()
+    buffer = rows_of(policy)
+
+    class Plain:
+        def draw(self) -> tuple[list[Trajectory], list[tuple[int, ...]]]:
+            return [buffer[0]], [(0,)]
+
+    with pytest.raises(UserError, match="no checkpoint can hold a Plain"):
+        Trainer(policy, get_objective("sft"), Plain(), EVERY, checkpoints=tmp_path).run()
+
+
+@pytest.mark.parametrize("drawn", [0, 1, 2, 3, 7])
+def test_the_place_in_the_epochs_is_restored(make_policy: MakePolicy, drawn: int) -> None:
+    policy = make_policy()
+    buffer = rows_of(policy)
+    view = buffer.view(Selection.DEMONSTRATIONS)
+
+    def source() -> BufferSource:
+        return BufferSource(buffer, view, 4, seed=9)
+
+    first, second = source(), source()
+    for _ in range(drawn):
+        first.draw()
+    second.restore(first.state())
+    assert [first.draw() for _ in range(5)] == [second.draw() for _ in range(5)]
+
+
+# Numbers that are not finite
+
+
+class Broken(Objective):
+    """SFT whose coefficients are infinite in the third step that is made with it."""
+
+    name = "broken"
+    learns_from = Selection.DEMONSTRATIONS
+    calls = 0
+
+    def coefficients(self, batch: TokenBatch) -> Coefficients:
+        type(self).calls += 1
+        return Coefficients(torch.full_like(batch.logp, torch.inf if type(self).calls == 3 else 1.0))
+
+
+def broken_run(policy: Policy, folder: Path | None, on_nonfinite: str) -> tuple[TrainingRecord, list[list[Tensor]]]:
+    Broken.calls = 0
+    seen: list[list[Tensor]] = []
+
+    def look(trainer: Trainer, step: int) -> None:
+        seen.append([p.detach().clone() for p in trainer.policy.parameters()])
+
+    settings = EVERY.model_validate({**EVERY.model_dump(), "on_nonfinite": on_nonfinite})
+    return train(policy, Broken(), rows_of(policy), settings, 0, [look], checkpoints=folder), seen
+
+
+def test_a_step_that_is_not_finite_stops_the_run_and_spares_the_checkpoint(
+    make_policy: MakePolicy, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=r"step 3: the gradient is (nan|inf).*on_nonfinite=skip"):
+        broken_run(make_policy(), tmp_path, "stop")
+    found = Checkpoints(tmp_path, 0).newest()
+    assert found is not None and found[1]["step"] == 2
+    assert all(bool(torch.isfinite(tensor).all()) for tensor in found[0].values() if tensor.is_floating_point())
+
+
+def test_a_step_that_is_not_finite_can_be_skipped_and_is_counted(make_policy: MakePolicy) -> None:
+    record, seen = broken_run(make_policy(), None, "skip")
+    assert len(record.steps) == 7 and len(record.events) == 1
+    assert record.events[0].startswith("step 3: ") and record.events[0].endswith("skipped")
+    changed = [any(not torch.equal(a, b) for a, b in zip(*pair, strict=True)) for pair in pairwise(seen)]
+    assert changed == [True, False, True, True, True, True]
+    assert all(bool(torch.isfinite(p).all()) for p in seen[-1])
+
+
+def test_weights_that_are_not_finite_are_never_saved(make_policy: MakePolicy, tmp_path: Path) -> None:
+    def spoil(trainer: Trainer, step: int) -> None:
+        if step == 7:
+            with torch.no_grad():
+                next(trainer.policy.parameters())[0] = torch.nan
+
+    with pytest.raises(UserError, match="the last step made weights infinite"):
+        trained(make_policy, "sft", tmp_path, callback=spoil)
+    found = Checkpoints(tmp_path, 0).newest()
+    assert found is not None and found[1]["step"] == 6
+
+
+# Memory
+
+HUNGRY = """
+import resource, sys, torch
+from pathlib import Path
+from rlzoo.buffers import OfflineBuffer
+from rlzoo.config import Training
+from rlzoo.objective import get_objective
+from rlzoo.policy import load_policy
+from rlzoo.training import train
+from rlzoo.types import Trajectory
+
+torch.set_num_threads(1)
+policy = load_policy("embedded")
+ids = policy.tokenizer.encode("1+2=3")
+row = Trajectory("p", "c", (ids * 40)[:200], (ids * 40)[:200], "0", "demonstration")
+buffer = OfflineBuffer.from_trajectories([row] * 64)
+limit = sys.argv[1] == "limited"
+train(policy, get_objective("sft"), buffer, Training(steps=1, batch_size=2, token_budget=1))  # what it loads once
+if limit:
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + int(sys.argv[2]), -1))
+record = train(policy, get_objective("sft"), buffer, Training(steps=2, batch_size=64, token_budget=64 * 400))
+for event in record.events:
+    print(event)
+print([step["gradient_norm"] for step in record.steps])
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits its own address space")
+def test_a_batch_that_does_not_fit_is_taken_in_smaller_parts() -> None:
+    """The limit on memory is the system's, and the gradient is the one of the whole batch."""
+
+    def run(*arguments: str) -> list[str]:
+        command = [sys.executable, "-W", "ignore", "-c", HUNGRY, *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.splitlines()
+
+    (whole,) = run("free")
+    *events, parts = run("limited", str(400 * 2**20))
+    assert events and events[0].startswith("step 1: out of memory with 25600 tokens a micro-batch, now 12800")
+    one, other = ([float(x) for x in text.strip("[]").split(",")] for text in (whole, parts))
+    assert other == pytest.approx(one, rel=1e-5)
+
+
+def test_smaller_parts_of_an_experiment() -> None:
+    experiment = Experiment.model_validate(
+        {
+            "name": "x", "model": "embedded", "reward": "exact", "train": {"source": "world:facts/train"},
+            "benchmarks": {"facts": {"source": "world:facts/test"}},
+            "algorithms": {"sft": {}, "dft": {"training": {"token_budget": 100}}},
+        }
+    )  # fmt: skip
+    smaller: Any = experiment.in_parts(4)
+    assert smaller.training_of("sft").token_budget == experiment.training.token_budget // 4
+    assert smaller.training_of("dft").token_budget == 25
+    assert smaller.evaluation.batch_size == experiment.evaluation.batch_size // 4
+    assert experiment.in_parts(1) is experiment
