@@ -266,14 +266,14 @@ def _run_rollout(arguments: argparse.Namespace) -> int:
     experiment = experiment_of(arguments)
     from rlzoo.buffers import OfflineBuffer
     from rlzoo.comparison.pool import silence
+    from rlzoo.comparison.work import reward_of
     from rlzoo.pieces import Pieces
     from rlzoo.policy import load_policy
     from rlzoo.problems import encode_problems, load_problems
-    from rlzoo.reward import get_reward
     from rlzoo.rollout import collect_rollouts, mismatch, sampler_of
     from rlzoo.runs import run_in
 
-    reward, problems = get_reward(experiment.reward), load_problems(experiment.train)[: experiment.rollouts.prompts]
+    reward, problems = reward_of(experiment), load_problems(experiment.train)[: experiment.rollouts.prompts]
     silence()
     asked = {"experiment": experiment.model_dump(mode="json"), "seed": arguments.seed}
     with run_in(arguments.out, "rollout", asked, "whole") as run:
@@ -313,12 +313,12 @@ def _evaluate(commands: Any) -> None:
 def _run_evaluate(arguments: argparse.Namespace) -> int:
     experiment = experiment_of(arguments)
     from rlzoo.comparison.pool import silence
+    from rlzoo.comparison.work import reward_of
     from rlzoo.evaluation import evaluate
     from rlzoo.policy import load_policy
     from rlzoo.problems import load_problems
-    from rlzoo.reward import get_reward
 
-    reward = get_reward(experiment.reward)
+    reward = reward_of(experiment)
     problems = {name: load_problems(source) for name, source in experiment.benchmarks.items()}
     silence()
     policy = load_policy(experiment.model, experiment.training.dtype)

@@ -98,6 +98,17 @@ class EvaluationSettings(Sampling):
         return self.samples if self.k is None else self.k
 
 
+class Judging(_Strict):
+    """How the reward is called: in a process of its own, unless both limits are null."""
+
+    seconds: Annotated[float, Field(gt=0)] | None = 60.0
+    """For one call; a call that takes longer is ended, and its completions are judged one by one."""
+    memory_gb: Annotated[float, Field(gt=0)] | None = 4.0
+    """Memory that its process may ask for, in 2³⁰ bytes."""
+    on_error: Literal["fail", "null"] = "fail"
+    """A completion on which the reward raises, hangs or gives no number ends the run, or has no reward."""
+
+
 class Lora(_Strict):
     """Low-rank adapters (arXiv 2106.09685; the rank and scale of arXiv 2508.05629)."""
 
@@ -171,6 +182,7 @@ class Experiment(_Strict):
     validation: ProblemSource | None = None
     benchmarks: Annotated[Mapping[str, ProblemSource], Field(min_length=1)]
     reward: Any
+    judging: Judging = Judging()
     rollouts: Rollouts = Rollouts()
     evaluation: EvaluationSettings = EvaluationSettings()
     training: Training = Training()

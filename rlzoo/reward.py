@@ -18,12 +18,15 @@ from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, is_dataclass
-from typing import Any, Literal, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 import pydantic
 
 from rlzoo.errors import UserError, unknown
 from rlzoo.registry import Registry, canonical
+
+if TYPE_CHECKING:
+    from rlzoo.reward_process import RewardProcess
 
 OnError = Literal["fail", "null"]
 _GIVEN = ("prompts", "completions", "completion_ids")
@@ -82,6 +85,8 @@ class Reward:
     function: Callable[..., Any]
     on_error: OnError = "fail"
     """What a row is worth on which the reward fails: an error that names it, or None and a warning."""
+    process: RewardProcess | None = None
+    """Where it is called, if not here."""
 
     @property
     def __name__(self) -> str:
@@ -117,6 +122,10 @@ class Reward:
         """
         if not completions:
             return []
+        if self.process is not None:
+            arguments = {**columns, "prompts": prompts, "completions": completions}
+            arguments |= {} if completion_ids is None else {"completion_ids": completion_ids}
+            return self.process.score(self, arguments)
         if isinstance(self.function, CompositeReward):
             return self.function.score(prompts, completions, columns, completion_ids, self.on_error)
         arguments = {**columns, "prompts": prompts, "completions": completions}
@@ -140,11 +149,11 @@ class Reward:
     def _one_by_one(self, arguments: Mapping[str, Any], rows: int, whole: Exception) -> list[float | None]:
         """Call the reward on each row alone: to find those to blame for an error on all of them."""
         values: list[float | None] = []
-        for row, alone in enumerate(_rows(arguments, rows)):
+        for row, alone in enumerate(one_by_one(arguments, rows)):
             try:
                 result = _call(self.function, alone)
             except Exception as error:
-                self._failed(f"reward {self.name!r} raised on row {row}: {_told(error)}", error)
+                self.failed(f"reward {self.name!r} raised on row {row}: {_told(error)}", error)
                 values.append(None)
             else:
                 values += self._checked(result, 1, first=row)
@@ -159,10 +168,10 @@ class Reward:
         if hasattr(result, "tolist"):  # an array or a tensor
             result = result.tolist()
         if not isinstance(result, Sequence) or isinstance(result, str):
-            self._failed(f"reward {self.name!r} returned {type(result).__name__} {wanted}")
+            self.failed(f"reward {self.name!r} returned {type(result).__name__} {wanted}")
             return [None] * rows
         if len(result) != rows:
-            self._failed(f"reward {self.name!r} returned {len(result)} values {wanted}")
+            self.failed(f"reward {self.name!r} returned {len(result)} values {wanted}")
             return [None] * rows
         return [self._number(value, first + row) for row, value in enumerate(result)]
 
@@ -174,10 +183,11 @@ class Reward:
         if isinstance(value, numbers.Real) and math.isfinite(value):
             return float(value)
         told = f"{value!r:.60} on row {row}: return a finite number, or None where it cannot tell"
-        self._failed(f"reward {self.name!r} returned {told}")
+        self.failed(f"reward {self.name!r} returned {told}")
         return None
 
-    def _failed(self, message: str, cause: Exception | None = None) -> None:
+    def failed(self, message: str, cause: Exception | None = None) -> None:
+        """Raise UserError, or warn, as ``on_error`` says."""
         if self.on_error == "fail":
             raise UserError(message) from cause
         warnings.warn(f"{message}; scored as null", RuntimeWarning, stacklevel=2)
@@ -343,8 +353,8 @@ def _is_column(value: Any) -> bool:
     return (isinstance(value, Sequence) and not isinstance(value, str)) or getattr(value, "ndim", 0) > 0
 
 
-def _rows(arguments: Mapping[str, Any], rows: int) -> Iterator[dict[str, Any]]:
-    """The arguments of each row alone."""
+def one_by_one(arguments: Mapping[str, Any], rows: int) -> Iterator[dict[str, Any]]:
+    """The arguments of a reward for each row alone."""
     for row in range(rows):
         yield {n: value[row : row + 1] if _is_column(value) else value for n, value in arguments.items()}
 

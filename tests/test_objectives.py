@@ -10,6 +10,8 @@ from typing import Any, Literal
 import pytest
 import torch
 from canonical import CANONICAL, Case
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from rlzoo.objective import (
@@ -203,6 +205,46 @@ def test_the_order_of_rows_does_not_matter(name: str, case: Case) -> None:
     other = surrogate(objective, prepared(objective, shuffled))
     torch.testing.assert_close(other, loss, rtol=1e-12, atol=1e-12)
     assert_same(gradients(other, batch), gradients(loss, batch), 1e-12)
+
+
+def wider(batch: TokenBatch, extra: int) -> TokenBatch:
+    """The same batch with so many more masked positions, full of rubbish, at its end."""
+
+    def widen(value: Tensor) -> Tensor:
+        filler = value.new_zeros(ROWS, extra) if value.dtype == torch.bool else value.new_full((ROWS, extra), math.nan)
+        return torch.cat([value, filler], dim=1)
+
+    found = {f.name: getattr(batch, f.name) for f in fields(batch)}
+    tables = {k: widen(v) for k, v in found.items() if isinstance(v, Tensor) and v.ndim == 2}
+    return replace(batch, **tables)
+
+
+@over_cases
+@given(
+    seed=st.integers(0, 2**31),
+    order=st.permutations(range(ROWS // 2)),
+    extra=st.integers(0, 3),
+    pairs=st.integers(1, 7),
+)
+@settings(max_examples=10, deadline=None, derandomize=True)
+def test_rows_may_be_shuffled_padded_and_split(
+    name: str, case: Case, seed: int, order: list[int], extra: int, pairs: int
+) -> None:
+    objective, batch = get_objective(name, **case.options), random_batch(seed)
+    loss = surrogate(objective, prepared(objective, batch))
+    places = torch.arange(ROWS).view(-1, 2)[torch.tensor(order)].flatten()
+    ready = prepared(objective, wider(batch, extra).rows(places, LENGTH + extra))
+    denominator = objective.normaliser.denominator(ready)
+    coefficients = objective.coefficients(ready.detach()).values if objective.couples is Coupling.BATCH else None
+    total = torch.zeros((), dtype=torch.float64)
+    for index in torch.arange(ROWS).split(2 * pairs):
+        part = ready.rows(index, LENGTH + extra)
+        if coefficients is None:
+            total = total + surrogate(objective, part, denominator)
+        else:
+            total = total + surrogate_of(Coefficients(coefficients[index]), objective, part, denominator)
+    torch.testing.assert_close(total, loss, rtol=1e-11, atol=1e-11)
+    assert_same(gradients(total, batch), gradients(loss, batch), 1e-11)
 
 
 @over_cases

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,8 @@ from rlzoo.comparison.report.tables import amount, points, seconds
 from rlzoo.comparison.statistics import summarise
 from rlzoo.errors import UserError
 
-EVIL = "<script>alert('x')</script>"
+EVIL = "<script>document.title='owned'</script>"
+BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 SKILL = {"base": 0.2, "plain": 0.35, "weighted": 0.55, "paired": 0.3}
 BENCHMARKS = ("sums", "longer sums")
 SAMPLES, PROBLEMS, K = 4, 30, 4
@@ -222,6 +225,28 @@ def test_model_output_and_names_show_as_text(tmp_path: Path) -> None:
     assert EVIL in markdown, "inside the fences it stands as the model wrote it"
     for drawing in (tmp_path / "figures").iterdir():
         assert "<script" not in drawing.read_text()
+
+
+def shown(page: Path) -> str:
+    """The page as a browser has it after its scripts ran."""
+    assert BROWSER is not None
+    command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+    command += [f"--user-data-dir={page.parent / 'profile'}", "--dump-dom", page.as_uri()]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+
+
+@pytest.mark.skipif(BROWSER is None, reason="needs Chromium")
+def test_a_browser_runs_nothing_that_a_model_wrote(tmp_path: Path) -> None:
+    synthetic_run(tmp_path, {"base": 0.2, EVIL: 0.4})
+    write_report(tmp_path)
+    source, _ = read(tmp_path)
+    bare = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", source)  # the policy would hide a mistake
+    assert bare != source
+    (tmp_path / "bare.html").write_text(bare)
+    (tmp_path / "broken.html").write_text(bare.replace("<main>", f"<main>{EVIL}"))
+    assert "<title>owned</title>" in shown(tmp_path / "broken.html"), "this browser would run it"
+    page = shown(tmp_path / "bare.html")
+    assert "<title>owned</title>" not in page and page.count("&lt;script&gt;document.title") > 10
 
 
 def test_page_stands_alone_and_describes_its_figures(tmp_path: Path) -> None:

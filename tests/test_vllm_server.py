@@ -14,10 +14,12 @@ import torch
 
 from rlzoo.config import EvaluationSettings, Rollouts, Sampling, load_experiment, validated
 from rlzoo.errors import UserError
+from rlzoo.pieces import Pieces
 from rlzoo.policy import Policy
 from rlzoo.problems import Problem, encode_problems
 from rlzoo.reward import Reward
 from rlzoo.rollout import VLLMSampler, VLLMServerSampler, collect_rollouts, mismatch, sampler_of
+from rlzoo.rollout.rollouts import ENGINE_BATCHES
 from rlzoo.rollout.vllm import _Refreshed
 from rlzoo.types import Trajectory
 
@@ -31,6 +33,8 @@ class FakeServer(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.eos, self.dev = eos, dev
         self.asked: list[tuple[str, Any]] = []
+        self.left: int | None = None
+        """Requests before it goes away."""
         self.weights: list[dict[str, Any]] = []
 
     @property
@@ -47,6 +51,12 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         content = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         self.server.asked.append((self.path, content))
+        if self.server.left is not None and self.path == "/v1/completions":
+            self.server.left -= 1
+            if self.server.left < 0:
+                self.close_connection = True
+                self.connection.close()
+                return
         if self.path == "/v1/completions":
             if content["max_tokens"] > 1000:
                 self.answer(400, {"error": "max_tokens is too large"})
@@ -146,6 +156,29 @@ def test_a_server_that_refuses_or_is_not_there(policy: Policy, server: FakeServe
     for url, told in (("http://127.0.0.1:9", "cannot be reached"), ("nonsense", "http://"), ("file:///", "http://")):
         with pytest.raises(UserError, match=told):
             VLLMServerSampler(policy, url)
+
+
+def test_a_server_that_goes_away_costs_the_batch_that_it_was_in(
+    policy: Policy, server: FakeServer, tmp_path: Path
+) -> None:
+    """The samples of the batches before are kept; the same call goes on with a server that is there again."""
+    settings = Rollouts(samples=1, batch_size=1, engine="vllm", url=server.url, max_new_tokens=4)
+    problems = [Problem(str(i), f"{i}+{i}=?\n", {}) for i in range(3 * ENGINE_BATCHES)]
+    encoded = encode_problems(policy.tokenizer, problems)
+    reward = Reward("one", lambda completions, **_: [1.0] * len(completions))
+
+    def collect(url: str) -> list[Trajectory]:
+        sampler = VLLMServerSampler(policy, url)
+        return collect_rollouts(policy, sampler, encoded, reward, settings, seed=0, pieces=Pieces(tmp_path))
+
+    server.left = 2 * ENGINE_BATCHES + 5
+    with pytest.raises(UserError, match=f"vLLM server at {server.url}"):
+        collect(server.url)
+    assert len(list(tmp_path.glob("*.piece"))) == 2
+    server.left, server.asked = None, []
+    rows = collect(server.url)
+    assert sum(path == "/v1/completions" for path, _ in server.asked) == ENGINE_BATCHES
+    assert [row.prompt_id for row in rows] == [problem.id for problem in problems]
 
 
 def test_settings_of_an_engine_that_is_not_asked_for() -> None:

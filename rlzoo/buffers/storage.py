@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import json
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow
+import pyarrow.parquet
 import pydantic
 
 from rlzoo.buffers.schema import conform, to_dataset, to_row, to_table
 from rlzoo.buffers.tables import quiet, read_lines, read_parquet
 from rlzoo.errors import UserError
-from rlzoo.outputs import replacing
+from rlzoo.outputs import file_digest, replacing
 from rlzoo.types import Trajectory
 
 _DONT_NEED = 4  # MADV_DONTNEED
-_SETTINGS = "buffer.json"
+_SETTINGS, _DIGESTS = "buffer.json", "sha256"
 _FOLDER_MARK = "state.json"  # what `Dataset.save_to_disk` leaves in every folder
 
 
@@ -31,13 +34,15 @@ def write_folder(rows: datasets.Dataset, path: str | Path, settings: dict[str, A
         raise UserError(f"{path} exists and is not a buffer: choose another path")
     with replacing(path) as beside, quiet():
         rows.save_to_disk(beside)
-        (beside / _SETTINGS).write_text(json.dumps(settings))
+        digests = {file.name: file_digest(file) for file in sorted(beside.iterdir())}
+        digests[_SETTINGS] = _digest(settings)
+        (beside / _SETTINGS).write_text(json.dumps({**settings, _DIGESTS: digests}))
 
 
 def write_parquet(rows: datasets.Dataset, path: str | Path) -> None:
     """Write ``rows`` as one Parquet file."""
     with replacing(Path(path)) as beside, quiet():
-        rows.to_parquet(beside)
+        rows.to_parquet(beside, write_page_checksum=True)
 
 
 def write_jsonl(trajectories: Iterable[Trajectory], path: str | Path) -> None:
@@ -52,8 +57,10 @@ def read(path: str | Path) -> datasets.Dataset:
     if not path.exists():
         raise UserError(f"{path} does not exist: give a folder, a .parquet or a .jsonl file that a buffer was saved to")
     if path.is_dir():
+        _check_digests(path)
         return conform(_read_folder(path), str(path))
     if path.suffix == ".parquet":
+        _check_pages(path)
         return conform(read_parquet(path), str(path))
     if path.suffix == ".jsonl":
         return to_dataset(to_table(map(to_row, _read_trajectories(path))))
@@ -79,8 +86,39 @@ def release_pages(rows: datasets.Dataset) -> None:
 def read_settings(path: str | Path) -> dict[str, Any]:
     """What was written beside the rows of a folder; nothing if it is not a folder of `write_folder`."""
     file = Path(path) / _SETTINGS
-    settings: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
+    try:
+        settings = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    except ValueError:
+        settings = None
+    if not isinstance(settings, dict):
+        raise UserError(f"{file} is damaged: save the buffer again")
     return settings
+
+
+def _check_digests(path: Path) -> None:
+    """Raise UserError for a folder whose files are not those that were written."""
+    settings = read_settings(path)
+    digests = settings.pop(_DIGESTS, {})  # a folder of `datasets`, or of an older version, has none
+    there = {file.name for file in path.iterdir() if file.is_file()}
+    if not isinstance(digests, dict) or (digests and there != set(digests)):
+        raise UserError(f"{path} is damaged: its files are not those that were written; save the buffer again")
+    for name, digest in digests.items():
+        if (_digest(settings) if name == _SETTINGS else file_digest(path / name)) != digest:
+            raise UserError(f"{path / name} is damaged: its checksum is another than when it was written")
+
+
+def _digest(settings: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+
+
+def _check_pages(path: Path) -> None:
+    """Raise UserError for a Parquet file with a page whose checksum is another than when it was written."""
+    try:
+        for _ in pyarrow.parquet.ParquetFile(path, page_checksum_verification=True).iter_batches():
+            pass
+    except (pyarrow.ArrowException, OSError, ValueError, MemoryError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{path} is not a readable Parquet file: {reason}") from None
 
 
 def _is_empty(path: Path) -> bool:

@@ -57,8 +57,11 @@ def read_parquet(path: Path) -> datasets.Dataset:
         pa.parquet.read_metadata(path)
     except (pa.ArrowInvalid, OSError) as error:
         raise UserError(f"{path} is not a readable Parquet file: {_first_line(error)}") from None
-    with quiet():
-        return datasets.Dataset.from_parquet(str(path))
+    try:
+        with quiet():
+            return datasets.Dataset.from_parquet(str(path))
+    except Exception as error:  # its parsers of what stands beside the columns raise many kinds, all about this file
+        raise UserError(f"{path} is not a readable Parquet file: {_first_line(error)}") from None
 
 
 def table_of(rows: Sequence[Mapping[str, Any]], places: Sequence[str]) -> datasets.Dataset:
@@ -69,6 +72,9 @@ def table_of(rows: Sequence[Mapping[str, Any]], places: Sequence[str]) -> datase
     names = dict.fromkeys(name for row in rows for name in row)
     columns = {}
     for name in names:
+        if "\0" in name or name.encode(errors="replace").decode() != name:
+            place = next(place for place, row in zip(places, rows, strict=True) if name in row)
+            raise UserError(f"{place}: {name!r} cannot be the name of a column")
         values = [row.get(name) for row in rows]
         try:
             columns[name] = pa.array(values)
@@ -113,6 +119,8 @@ def _read_json(path: Path) -> datasets.Dataset:
         rows = json.loads(_read_text(path))
     except json.JSONDecodeError as error:
         raise UserError(f"{path} line {error.lineno} is not JSON: {error.msg}") from None
+    except (ValueError, RecursionError) as error:  # a number of too many digits, or nested too deep
+        raise UserError(f"{path} is not JSON that can be read: {_first_line(error)}") from None
     places = [f"{path} row {number}" for number in range(1, len(rows) + 1)]
     for place, row in zip(places, rows, strict=True):
         if not isinstance(row, dict):
@@ -126,9 +134,13 @@ def _read_csv(path: Path) -> datasets.Dataset:
     if not _read_text(path).strip():
         raise UserError(f"{path} has no rows: it is empty")
     try:
-        return datasets.Dataset(pa.csv.read_csv(path, read_options=one_thread, parse_options=quoted))
+        table = pa.csv.read_csv(path, read_options=one_thread, parse_options=quoted)
     except pa.ArrowInvalid as error:
         raise UserError(f"{path} is not a readable CSV file: {_first_line(error)}") from None
+    names = table.column_names
+    if len(set(names)) < len(names):
+        raise UserError(f"{path} line 1: the column {max(names, key=names.count)!r} is there more than once")
+    return datasets.Dataset(table)
 
 
 def _read_hub(name: str, split: str | None) -> datasets.Dataset:
@@ -157,11 +169,15 @@ def _hub_message(repo: str, error: Exception) -> str:
 
 def _read_text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8-sig")
+        text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text (byte {error.start}): convert it") from None
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    if "\0" in text:
+        line = text.count("\n", 0, text.index("\0")) + 1
+        raise UserError(f"{path} line {line} holds a NUL character: it is no text, or damaged")
+    return text
 
 
 def _parse_object(line: str, place: str) -> dict[str, Any]:
@@ -169,6 +185,8 @@ def _parse_object(line: str, place: str) -> dict[str, Any]:
         value = json.loads(line)
     except json.JSONDecodeError as error:
         raise UserError(f"{place} is not JSON: {error.msg} at column {error.colno}") from None
+    except (ValueError, RecursionError) as error:  # a number of too many digits, or nested too deep
+        raise UserError(f"{place} is not JSON that can be read: {_first_line(error)}") from None
     if not isinstance(value, dict):
         raise UserError(f"{place} is a {type(value).__name__}: every line must be an object of columns")
     return value

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -28,7 +29,7 @@ from rlzoo.errors import UserError, unknown
 from rlzoo.outputs import replacing, write_atomically
 from rlzoo.problems import Encoded, Problem, load_problems
 from rlzoo.ranks import agreed, is_main, world_size
-from rlzoo.reward import Reward, get_reward
+from rlzoo.reward import Reward
 from rlzoo.rollout.rollouts import judge
 from rlzoo.rollout.sampler import Sample
 from rlzoo.runs import Run, run_in, unfinished, versions
@@ -113,7 +114,9 @@ def where(experiment: Experiment, threads: int = 1) -> Path:
 def place(prefix: str, command: str, settings: Mapping[str, Any]) -> Path:
     """The newest folder runs/<prefix>-<time> in which this command was stopped, else a new one."""
     found = unfinished(Path("runs"), prefix, command, settings) if is_main() else None
-    return agreed(found or Path("runs") / f"{prefix}-{datetime.now(UTC):%Y%m%d-%H%M%S}")
+    fresh = Path("runs") / f"{prefix}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
+    names = (fresh.with_name(f"{fresh.name}-{number}") if number > 1 else fresh for number in itertools.count(1))
+    return agreed(found or next(path for path in names if not path.exists()))
 
 
 def _asked(experiment: Experiment, threads: int) -> dict[str, Any]:
@@ -141,7 +144,7 @@ def check(experiment: Experiment) -> None:
         raise UserError(f"algorithms.{BASE}: results call the untrained model so; give the row another name")
     if experiment.baseline is not None and experiment.baseline not in experiment.algorithms:
         raise unknown("baseline", experiment.baseline, experiment.algorithms)
-    reward = get_reward(experiment.reward)
+    reward = work.reward_of(experiment)
     for source in [experiment.train, *experiment.benchmarks.values(), experiment.validation]:
         if source is not None:
             _try(reward, load_problems(source)[:2])

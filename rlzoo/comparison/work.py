@@ -25,7 +25,8 @@ from rlzoo.policy.loading import save_policy
 from rlzoo.policy.policy import score_rows
 from rlzoo.problems import Encoded, demonstrations, encode_problems, load_problems
 from rlzoo.ranks import agreed, barrier, is_main
-from rlzoo.reward import Reward, get_reward
+from rlzoo.reward import Reward
+from rlzoo.reward_process import Limits, apart
 from rlzoo.rollout import collect_rollouts, mismatch, sampler_of
 from rlzoo.training import Costs, Trainer, TrainingRecord
 from rlzoo.training.batches import BufferSource, FreshSource, Source
@@ -47,6 +48,12 @@ def objective_of(experiment: Experiment, algorithm: str) -> Objective:
     """The configured objective of one row of the comparison."""
     row = experiment.algorithms[algorithm]
     return get_objective(row.objective or algorithm, **row.options)
+
+
+def reward_of(experiment: Experiment) -> Reward:
+    """The experiment's reward, in a process of its own."""
+    limits = Limits(experiment.judging.seconds, experiment.judging.memory_gb)
+    return apart(experiment.reward, limits, experiment.judging.on_error)
 
 
 def check_model(experiment: Experiment, report: Report) -> None:
@@ -97,7 +104,7 @@ def _fill_buffer(experiment: Experiment, folder: Path, pieces: Pieces, report: R
             policy,
             sampler_of(policy, settings),
             encode_problems(policy.tokenizer, chosen),
-            get_reward(experiment.reward),
+            reward_of(experiment),
             settings,
             seed=0,
             token_budget=experiment.training.token_budget,
@@ -280,7 +287,7 @@ def curve_point(policy: Policy, experiment: Experiment, step: int, seed: int) ->
     metrics = {}
     for name, source in experiment.benchmarks.items():
         problems = load_problems(source)[: settings.curve_problems]
-        found = evaluate(policy, problems, _reward(experiment), small, seed, greedy=False)
+        found = evaluate(policy, problems, reward_of(experiment), small, seed, greedy=False)
         metrics[name] = {"avg_at_k": found.metrics["avg_at_k"]}
     return {"step": step, "metrics": metrics}
 
@@ -299,11 +306,7 @@ def _evaluate(
     policy: Policy, experiment: Experiment, source: ProblemSource, seed: int, greedy: bool = True
 ) -> Evaluation:
     problems = load_problems(source)
-    return evaluate(policy, problems, _reward(experiment), experiment.evaluation, seed, greedy=greedy)
-
-
-def _reward(experiment: Experiment) -> Reward:
-    return get_reward(experiment.reward)
+    return evaluate(policy, problems, reward_of(experiment), experiment.evaluation, seed, greedy=greedy)
 
 
 class Collector:
@@ -327,7 +330,7 @@ class Collector:
             policy,
             self._sampler,
             prompts,
-            _reward(self._experiment),
+            reward_of(self._experiment),
             settings,
             seed=self._order.randrange(2**31),
             version=version,

@@ -8,6 +8,7 @@ import tempfile
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from http.client import HTTPException
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -187,7 +188,7 @@ class VLLMServerSampler:
             raise UserError(
                 f"the vLLM server at {self.url} answered {wrong.code} to {path}{mend or f': {said}'}"
             ) from None
-        except (OSError, ValueError) as wrong:
+        except (OSError, ValueError, HTTPException) as wrong:
             reason = getattr(wrong, "reason", wrong)
             raise UserError(f"the vLLM server at {self.url} cannot be reached ({reason}): is it running?") from None
 

@@ -1,0 +1,222 @@
+"""Rewards in a process of their own: one that hangs, crashes or eats memory costs a bounded time, and one row.
+
+`python -m rlzoo.reward_process` is that process. It is asked by JSON on its standard input, and answers by JSON.
+"""
+
+from __future__ import annotations
+
+import atexit
+import ctypes
+import json
+import os
+import resource
+import select
+import signal
+import subprocess
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import astuple, dataclass, replace
+from pathlib import Path
+from typing import IO, Any
+
+from rlzoo.errors import UserError
+from rlzoo.reward import Reward, Score, get_reward, one_by_one
+
+START_SECONDS = 300.0
+"""What importing and building a reward may take."""
+_LENGTH = 8
+_PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a reward may take; None: anything."""
+
+    seconds: float | None = 60.0
+    """For one call."""
+    memory_gb: float | None = 4.0
+    """Memory that its process may ask for, in 2³⁰ bytes."""
+
+
+class RewardProcess:
+    """A process that holds one reward."""
+
+    def __init__(self, spec: Any, limits: Limits) -> None:
+        self._spec, self._limits = spec, limits
+        self._lock = threading.Lock()
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def score(self, reward: Reward, arguments: Mapping[str, Any]) -> list[Score]:
+        """What `Reward.score` gives for these arguments, each of which has one value a completion.
+
+        A call that exceeds a limit, or ends the process, is made again on each row alone. Raises UserError as
+        `Reward.score` does, and with ``on_error="fail"`` for a row on which that happens again.
+        """
+        with self._lock:
+            try:
+                return self._ask(reward, arguments)
+            except _EndedError:
+                return list(self._each(reward, arguments))
+
+    def _each(self, reward: Reward, arguments: Mapping[str, Any]) -> Iterator[Score]:
+        for row, alone in enumerate(one_by_one(arguments, len(arguments["completions"]))):
+            try:
+                yield from self._ask(reward, alone, row)
+            except _EndedError as ended:
+                reward.failed(f"reward {reward.name!r} {ended} on row {row}")
+                yield Score(None, dict.fromkeys(reward.parts))
+
+    def close(self) -> None:
+        """End the process."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            for pipe in (self._process.stdin, self._process.stdout):
+                assert pipe is not None
+                pipe.close()
+            self._process = None
+
+    def _ask(self, reward: Reward, arguments: Mapping[str, Any], first: int = 0) -> list[Score]:
+        answer = self._exchange({"arguments": arguments, "on_error": reward.on_error}, self._limits.seconds)
+        for message in answer["warnings"]:
+            warnings.warn(message.replace("on row 0", f"on row {first}"), RuntimeWarning, stacklevel=4)
+        if "error" in answer:
+            raise UserError(answer["error"].replace("on row 0", f"on row {first}") if first else answer["error"])
+        return [Score(value, parts) for value, parts in answer["scores"]]
+
+    def _exchange(self, message: Any, seconds: float | None) -> Any:
+        process = self._process or self._start()
+        assert process.stdin is not None and process.stdout is not None
+        try:
+            _write(process.stdin, message)
+            return _read(process.stdout, None if seconds is None else time.monotonic() + seconds)
+        except TimeoutError:
+            self.close()
+            raise _EndedError(f"took more than {seconds:g} s") from None
+        except (EOFError, OSError):
+            status = process.wait()
+            self.close()
+            raise _EndedError(f"ended its process with status {status}") from None
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-m", "rlzoo.reward_process"]
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env={**os.environ, "PYTHONPATH": _path()},
+            start_new_session=True,  # Ctrl-C is for those who ask
+        )
+        self._process = process
+        atexit.register(self.close)
+        assert process.stdin is not None and process.stdout is not None
+        try:
+            bound = threading.current_thread() is threading.main_thread()
+            _write(process.stdin, {"spec": self._spec, "memory_gb": self._limits.memory_gb, "bound": bound})
+            answer = _read(process.stdout, time.monotonic() + START_SECONDS)
+        except (EOFError, OSError, TimeoutError):
+            self.close()
+            raise UserError(f"the process of the reward {self._spec!r:.200} does not start") from None
+        if "error" in answer:
+            self.close()
+            raise UserError(answer["error"])
+        return process
+
+
+_processes: dict[str, RewardProcess] = {}
+
+
+def apart(spec: Any, limits: Limits, on_error: Any = "fail") -> Reward:
+    """`get_reward`, for a reward that is called in a process of its own. One process serves all that ask for it.
+
+    Raises UserError for a spec that is not plain data, besides what `get_reward` raises.
+    """
+    reward = get_reward(spec, on_error)
+    if limits.seconds is None and limits.memory_gb is None:
+        return reward
+    try:
+        key = json.dumps([spec, astuple(limits), str(Path.cwd())])
+    except TypeError:
+        raise UserError(
+            "a reward with limits must be named: give its name, module:Name, or path/to/file.py:Name"
+        ) from None
+    if key not in _processes:
+        _processes[key] = RewardProcess(spec, limits)
+    return replace(reward, process=_processes[key])
+
+
+class _EndedError(Exception):
+    """A call that came to no answer: how it ended."""
+
+
+def _path() -> str:
+    """The modules that this process finds, for another to find."""
+    return os.pathsep.join(str(Path(entry).absolute()) for entry in sys.path)
+
+
+def _write(pipe: IO[bytes], message: Any) -> None:
+    content = json.dumps(message).encode()
+    pipe.write(len(content).to_bytes(_LENGTH, "big") + content)
+    pipe.flush()
+
+
+def _read(pipe: IO[bytes], until: float | None) -> Any:
+    size = int.from_bytes(_receive(pipe, _LENGTH, until), "big")
+    return json.loads(_receive(pipe, size, until))
+
+
+def _receive(pipe: IO[bytes], size: int, until: float | None) -> bytes:
+    parts, left = [], size
+    while left:
+        wait = None if until is None else max(0.0, until - time.monotonic())
+        if not select.select([pipe], [], [], wait)[0]:
+            raise TimeoutError
+        part = os.read(pipe.fileno(), left)
+        if not part:
+            raise EOFError
+        parts.append(part)
+        left -= len(part)
+    return b"".join(parts)
+
+
+def _serve() -> None:
+    """Build the reward that the first message names, then answer the others."""
+    asked, answers = os.fdopen(os.dup(0), "rb", 0), os.fdopen(os.dup(1), "wb", 0)
+    os.dup2(2, 1)  # what a reward prints is no answer
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    first = _read(asked, None)
+    if first["bound"] and sys.platform == "linux":  # even if it hangs, it does not outlive the thread that started it
+        ctypes.CDLL(None).prctl(_PARENT_DEATH_SIGNAL, signal.SIGKILL)
+    if first["memory_gb"] is not None:
+        limit = int(first["memory_gb"] * 2**30)
+        resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+    try:
+        reward = get_reward(first["spec"])
+    except UserError as error:
+        _write(answers, {"error": str(error)})
+        return
+    _write(answers, {})
+    while True:
+        message = _read(asked, None)
+        arguments = dict(message["arguments"])
+        given = [arguments.pop(name, None) for name in ("prompts", "completions", "completion_ids")]
+        answer: dict[str, Any] = {}
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            try:
+                judge = replace(reward, on_error=message["on_error"])
+                answer["scores"] = [astuple(score) for score in judge.score(given[0], given[1], arguments, given[2])]
+            except UserError as error:
+                answer["error"] = str(error)
+        answer["warnings"] = [str(w.message) for w in caught if w.category is RuntimeWarning]
+        _write(answers, answer)
+
+
+if __name__ == "__main__":
+    try:
+        _serve()
+    except (EOFError, KeyboardInterrupt):
+        sys.exit(0)
