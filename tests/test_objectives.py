@@ -215,7 +215,7 @@ def wider(batch: TokenBatch, extra: int) -> TokenBatch:
         return torch.cat([value, filler], dim=1)
 
     found = {f.name: getattr(batch, f.name) for f in fields(batch)}
-    tables = {k: widen(v) for k, v in found.items() if isinstance(v, Tensor) and v.ndim == 2}
+    tables: dict[str, Any] = {k: widen(v) for k, v in found.items() if isinstance(v, Tensor) and v.ndim == 2}
     return replace(batch, **tables)
 
 
@@ -237,7 +237,7 @@ def test_rows_may_be_shuffled_padded_and_split(
     denominator = objective.normaliser.denominator(ready)
     coefficients = objective.coefficients(ready.detach()).values if objective.couples is Coupling.BATCH else None
     total = torch.zeros((), dtype=torch.float64)
-    for index in torch.arange(ROWS).split(2 * pairs):
+    for index in torch.split(torch.arange(ROWS), 2 * pairs):
         part = ready.rows(index, LENGTH + extra)
         if coefficients is None:
             total = total + surrogate(objective, part, denominator)
