@@ -11,6 +11,7 @@ import fcntl
 import json
 import os
 import platform
+import re
 import socket
 import time
 from collections.abc import Iterator, Mapping
@@ -90,15 +91,24 @@ def run_in(
                 write_atomically(path / _RECORD, json.dumps(finished, indent=1))
             remove(state)
         except BaseException as error:
-            mistake = isinstance(error, Exception) and not isinstance(error, OSError)
+            reason = _of_the_system(error)
+            mistake = isinstance(error, Exception) and reason is None
             if _holds_work(state) and not (mistake and time.monotonic() - started < WORTH_KEEPING):
                 error.add_note(f"what was done is kept, and the same command with --out {path} goes on from there")
             else:
                 _undo(path, state, missing)
-            if isinstance(error, OSError):
-                reason = f"--out {str(path)!r} cannot be written ({error.strerror or error})"
-                raise UserError(". ".join([reason, *getattr(error, "__notes__", [])])) from error
+            if reason is not None:
+                told = f"--out {str(path)!r} cannot be written ({reason})"
+                raise UserError("; ".join([told, *getattr(error, "__notes__", [])])) from error
             raise
+
+
+def _of_the_system(error: BaseException) -> str | None:
+    """What the system says was wrong, where that is what was: a disk that is full, say."""
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    number = re.search(r"\(os error (\d+)\)", str(error))  # as safetensors tells it
+    return os.strerror(int(number[1])) if number and isinstance(error, Exception) else None
 
 
 def unfinished(folder: Path, prefix: str, command: str, settings: Mapping[str, Any]) -> Path | None:

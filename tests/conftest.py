@@ -1,7 +1,8 @@
 """Tests run offline and on one thread: fast on small tensors, and the same everywhere."""
 
 import os
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Iterator
 from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -11,6 +12,14 @@ import pytest
 import torch  # after the variables above, which huggingface_hub reads when it is imported
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture
+def hears_interrupts() -> Iterator[None]:
+    """A shell that runs the tests in the background has told them to ignore SIGINT."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(scope="session")

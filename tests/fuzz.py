@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import shutil
 import signal
 import tempfile
@@ -30,10 +31,13 @@ from rlzoo.errors import UserError
 from rlzoo.objective import get_objective
 from rlzoo.overrides import pairs
 from rlzoo.pieces import Pieces
+from rlzoo.policy import load_policy
+from rlzoo.policy.policy import score_rows
 from rlzoo.problems import demonstrations, load_problems
 from rlzoo.reward import get_reward
 from rlzoo.training.checkpoints import Checkpoints
 from rlzoo.types import Trajectory
+from rlzoo.worlds import EMBEDDED_BASE
 from rlzoo.worlds.tokenizer import build_tokenizer
 
 CACHE = tempfile.mkdtemp(prefix="rlzoo-fuzz-cache-")
@@ -287,8 +291,25 @@ def piece(draw: Callable[..., Any], folder: Path) -> str:
     return outcome(lambda: pieces.read("one"), lambda found: same or found is None)
 
 
+@st.composite
+def model(draw: Callable[..., Any], folder: Path) -> str:
+    """A model's folder with a file damaged, or weights cut short (weights carry no checksum): the same, or refused."""
+    copy = folder / "model"
+    shutil.rmtree(copy, ignore_errors=True)
+    shutil.copytree(EMBEDDED_BASE, copy)
+    file = draw(st.sampled_from(sorted(p for p in copy.iterdir() if p.suffix in (".json", ".safetensors"))))
+    content = file.read_bytes()
+    place = draw(st.integers(0, len(content) - 1))
+    file.write_bytes(content[:place] if file.suffix == ".safetensors" else damaged(draw, content))
+
+    def runs(policy: Any) -> bool:
+        return all(math.isfinite(value) for row in score_rows(policy, [([3, 4, 5], [6, 7])]) for value in row)
+
+    return outcome(lambda: load_policy(str(copy)), runs, told="model")
+
+
 TARGETS: dict[str, tuple[Callable[[Path], Any], float]] = {
-    "settings of an experiment": (configuration, 0.25),
+    "settings of an experiment": (configuration, 0.23),
     "an experiment's file, damaged": (experiment_file, 0.1),
     "options of an objective": (options, 0.1),
     "tables in TRL's formats and problem sets": (table, 0.25),
@@ -297,6 +318,7 @@ TARGETS: dict[str, tuple[Callable[[Path], Any], float]] = {
     "a buffer's JSONL file, damaged": (jsonl, 0.07),
     "a checkpoint, damaged": (checkpoint, 0.05),
     "a finished piece of work, damaged": (piece, 0.05),
+    "a model's folder, damaged": (model, 0.02),
 }
 """What is fuzzed, and its share of the cases."""
 

@@ -1,4 +1,7 @@
-"""Train some steps of each objective in float64, alone or as one of several processes, and write what comes out."""
+"""Train some steps of each objective in float64, alone or as one of several processes, and write what comes out.
+
+With RANKS_CHECKPOINTS, a folder, the first run stops in its second step, and the next one goes on from there.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,9 @@ from rlzoo.training import Trainer
 from rlzoo.types import Selection, Trajectory
 
 # small micro-batches, so that processes have uneven shares of them, and clipping, so that a norm matters
-SETTINGS = Training(steps=3, learning_rate=1e-3, token_budget=48, max_gradient_norm=0.5, dtype="float64")
+SETTINGS = Training(
+    steps=3, learning_rate=1e-3, token_budget=48, max_gradient_norm=0.5, dtype="float64", checkpoint_seconds=0
+)
 
 
 def rows() -> list[Trajectory]:
@@ -52,6 +57,12 @@ class Fixed:
             return some, [(i + 1, i) for i in range(0, len(some), 2)]
         return some, [(i,) for i in range(len(some))]
 
+    def state(self) -> None:
+        """There is none."""
+
+    def restore(self, state: None) -> None:
+        """There is none."""
+
 
 def shard_on_cpu() -> None:
     """Have Accelerate shard models (FSDP2), which it does of itself on GPUs alone."""
@@ -73,7 +84,19 @@ def run(folder: Path, name: str) -> None:
     policy = load_policy("embedded", "float64", device="cpu")
     objective = get_objective(name)
     together = objective.learns_from in (Selection.PAIRS, Selection.GROUPS)
-    record = Trainer(policy, objective, Fixed(together), SETTINGS).run()
+    checkpoints = Path(os.environ["RANKS_CHECKPOINTS"]) / name if "RANKS_CHECKPOINTS" in os.environ else None
+    begun = checkpoints is not None and checkpoints.exists()
+
+    def stop(trainer: Trainer, step: int) -> None:
+        if checkpoints is not None and not begun and step == 2:
+            raise StopIteration
+
+    trainer = Trainer(policy, objective, Fixed(together), SETTINGS, [stop], checkpoints=checkpoints)
+    try:
+        record = trainer.run()
+    except StopIteration:
+        return
+    assert not begun or trainer.record.kept == {}
     prompts = [row.prompt_ids for row in rows()]
     samples = TransformersSampler(policy).sample(prompts, Sampling(samples=2, max_new_tokens=6), seed=3)
     told = {

@@ -112,6 +112,7 @@ def test_several_updates_a_batch_and_adapters_go_on_too(make_policy: MakePolicy,
     assert same(trained(make_policy, "grpo", tmp_path, settings), whole)
 
 
+@pytest.mark.usefixtures("hears_interrupts")
 @pytest.mark.parametrize(
     ("number", "raised"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, KeyboardInterrupt)]
 )

@@ -279,7 +279,9 @@ def test_ctrl_c_saves_what_was_done_and_says_so_once(tmp_path: Path, number: int
     _, errors = run.communicate(timeout=120)
     assert run.returncode == status
     kept = "what was done is kept, and the same command with --out out goes on from there"
-    assert errors == f"rlzoo: interrupted; {kept}\n"
+    *waiting, last = errors.splitlines()
+    assert last == f"rlzoo: interrupted; {kept}"
+    assert [line for line in waiting if not line.startswith("stopping; ")] == []
     assert any(tmp_path.rglob("step-*.piece"))
     assert _group_is_gone(run.pid)
 
@@ -293,6 +295,30 @@ def _group_is_gone(group: int) -> bool:
             return True
         time.sleep(0.1)
     return False
+
+
+def test_a_disk_that_fills_up_costs_nothing_that_was_done(tmp_path: Path) -> None:
+    """A file system of some megabytes, full in the middle of a training's checkpoints; with room the run goes on."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", str(disk)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("may not mount a file system here")
+    try:
+        main(["rollout", "facts", "--limit", "6", "--set", "rollouts.samples=4", "--out", str(tmp_path / "buffer")])
+        train = ["train", "rft", "--buffer", str(tmp_path / "buffer"), "--steps", "4", "--set", "batch_size=6"]
+        train += ["--set", "checkpoint_seconds=0", "--out"]
+        assert main([*train, str(tmp_path / "whole")]) == 0
+        full = subprocess.run([*RLZOO, *train, str(disk / "out")], capture_output=True, text=True)
+        assert full.returncode == 2 and full.stderr.count("\n") == 1
+        assert "cannot be written (No space left on device)" in full.stderr and "goes on from there" in full.stderr
+        subprocess.run(["mount", "-o", "remount,size=100m", str(disk)], check=True)
+        again = subprocess.run([*RLZOO, *train, str(disk / "out")], capture_output=True, text=True)
+        assert again.returncode == 0 and "step 1/" not in again.stdout
+        one, two = ((place / "model.safetensors").read_bytes() for place in (tmp_path / "whole", disk / "out"))
+        assert one == two
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
 # The commands one after the other

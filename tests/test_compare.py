@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ from rich.console import Console
 import rlzoo.comparison.work as work
 from rlzoo.cli import main
 from rlzoo.comparison import runner
-from rlzoo.comparison.pool import WorkError
+from rlzoo.comparison.plan import Cell
+from rlzoo.comparison.pool import InThisProcess, WorkerDiedError, WorkError
 from rlzoo.comparison.report import write_report
 from rlzoo.config import Experiment, load_experiment
 from rlzoo.errors import UserError
@@ -252,6 +254,37 @@ def test_cells_that_failed_are_tried_again_and_no_others(tmp_path: Path, monkeyp
     assert ran == ["sft", "dft", "dft"] and second["failed"] == []
     assert [cell["algorithm"] for cell in second["cells"]] == ["sft", "dft"]
     assert not (tmp_path / "out" / ".state").exists()
+
+
+def test_a_cell_whose_processes_die_is_done_again_in_smaller_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, int]] = []
+
+    class Dying(InThisProcess):
+        """Cells of dft die unless their micro-batches are a quarter of the size; those of sft always do."""
+
+        def submit(self, name: str, function: Any, *arguments: Any) -> Future[Any]:
+            parts = arguments[-1]
+            asked.append((name, parts))
+            future: Future[Any] = Future()
+            if name.startswith("sft") or (name.startswith("dft") and parts < 4):
+                future.set_exception(WorkerDiedError(-9))
+            else:
+                future.set_result({"metrics": {"facts": {"avg_at_k": 0.5}}, "events": []})
+            return future
+
+    workers, lines = Dying(), io.StringIO()
+    grid = [Cell(name, 0, 1e-4) for name in ("sft", "dft", "rft")]
+
+    def submit(cell: Cell, parts: int) -> Future[Any]:
+        return workers.submit(cell.id, None, parts)
+
+    runs, failed = runner._gather(workers, grid, submit, Console(file=lines, width=500))
+    assert [(name.split("-")[0], parts) for name, parts in asked] == [
+        ("sft", 1), ("dft", 1), ("rft", 1), ("sft", 2), ("dft", 2), ("sft", 4), ("dft", 4),
+    ]  # fmt: skip
+    assert [name.split("-")[0] for name in runs] == ["rft", "dft"]
+    assert [(cell["algorithm"], "killed by SIGKILL" in cell["error"]) for cell in failed] == [("sft", True)]
+    assert lines.getvalue().count("later again, in micro-batches half as large") == 4
 
 
 def test_without_a_folder_the_newest_that_was_stopped_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +23,7 @@ def nap(seconds: float, report: Callable[[float, str], None]) -> float:
     return seconds
 
 
+@pytest.mark.usefixtures("hears_interrupts")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupt_waits_for_a_safe_place_and_for_nothing_else(number: signal.Signals) -> None:
     """An exception in the midst of the executor's own calls would leave its locks held, and the end would hang."""
@@ -35,6 +38,7 @@ def test_an_interrupt_waits_for_a_safe_place_and_for_nothing_else(number: signal
     assert signal.getsignal(number) is before
 
 
+@pytest.mark.usefixtures("hears_interrupts")
 def test_an_interrupt_after_the_last_piece_of_work_is_not_lost() -> None:
     with pytest.raises(KeyboardInterrupt), pool(1, 1, Console(quiet=True)) as processes:
         found = list(processes.gather({processes.submit("short", nap, 0.0): "short"}))
@@ -42,6 +46,7 @@ def test_an_interrupt_after_the_last_piece_of_work_is_not_lost() -> None:
     assert [name for name, _ in found] == ["short"]
 
 
+@pytest.mark.usefixtures("hears_interrupts")
 def test_a_second_interrupt_does_not_wait() -> None:
     with pytest.raises(KeyboardInterrupt), pool(1, 1, Console(quiet=True)):
         signal.raise_signal(signal.SIGINT)
@@ -83,3 +88,23 @@ def test_a_process_that_dies_takes_nothing_with_it(tmp_path: Path) -> None:
     assert str(done["bug"].exception()) == "ZeroDivisionError: a bug"
     told = lines.getvalue().replace("\n", " ")
     assert told.count("; doing it again") == 2
+
+
+def mask(report: Callable[[float, str], None]) -> bool:
+    return signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, set())
+
+
+def test_ctrl_c_in_a_terminal_never_comes_to_a_worker() -> None:
+    """It goes to all processes of a terminal; the one that was started ends the others. The first process too."""
+    script = (
+        "import sys; sys.path.insert(0, sys.argv[1])\n"
+        "from test_pool import mask, pool, Console\n"
+        "if __name__ == '__main__':\n"
+        "    with pool(2, 1, Console(quiet=True)) as processes:\n"
+        "        futures = {processes.submit(str(i), mask): str(i) for i in range(2)}\n"
+        "        print([future.result() for _, future in processes.gather(futures)])\n"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", script, str(Path(__file__).parent)], capture_output=True, text=True, check=False
+    )
+    assert run.stdout == "[True, True]\n", run.stderr

@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,11 +47,29 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return found_in(folder)
 
 
-def found_in(folder: Path) -> dict[str, Any]:
+def found_in(folder: Path, objectives: Sequence[str] = OBJECTIVES) -> dict[str, Any]:
     return {
         name: (load_file(folder / name / "model.safetensors"), json.loads((folder / f"{name}.json").read_text()))
-        for name in OBJECTIVES
+        for name in objectives
     }
+
+
+@pytest.mark.parametrize(("before", "after"), [("fsdp", "alone"), ("alone", "ddp")])
+def test_a_stopped_run_goes_on_in_other_processes(
+    before: str, after: str, alone: dict[str, Any], tmp_path: Path
+) -> None:
+    """Optimizer, moving reference and critic are whole in a checkpoint, whoever wrote it."""
+    objectives = ("iw-sft", "ppo")
+    for kind in (before, after):
+        extra = {"RANKS_CHECKPOINTS": str(tmp_path / "checkpoints"), **(FSDP if kind == "fsdp" else DDP)}
+        launch([str(WORKER), str(tmp_path), *objectives], 1 if kind == "alone" else 2, tmp_path, extra)
+    for name, (weights, told) in found_in(tmp_path, objectives).items():
+        expected, told_alone = alone[name]
+        assert [row["step"] for row in told["steps"]] == [1, 2, 3]
+        for key, value in weights.items():
+            torch.testing.assert_close(value, expected[key], rtol=1e-6, atol=1e-9, msg=f"{name} {key}")
+        for row, row_alone in zip(told["steps"], told_alone["steps"], strict=True):
+            assert row == pytest.approx(row_alone, rel=1e-6, abs=1e-9)
 
 
 @pytest.mark.parametrize(("processes", "kind"), [(2, "ddp"), (3, "ddp"), (2, "fsdp")])

@@ -117,14 +117,14 @@ HOSTILE = [
 
 
 def test_hostile_answers_cost_a_bounded_time() -> None:
-    reward = apart("math-answer", Limits(10.0, 2.0), "null")
+    reward = apart("math-answer", Limits(6.0, 2.0), "null")
     started = time.monotonic()
     texts = [*HOSTILE, r"\boxed{42}", "#### 41"]
     values, _ = judged_with(reward, texts, ["42"] * len(texts))
     took = time.monotonic() - started
     assert values[-2:] == [1.0, 0.0]
     assert all(value in (0.0, None) for value in values[:-2])
-    assert took < 10.0 * (len(HOSTILE) + 3), took
+    assert took < 6.0 * (len(HOSTILE) + 3), took
 
 
 def judged_with(reward: Reward, texts: list[str], answers: list[str]) -> tuple[list[float | None], list[str]]:

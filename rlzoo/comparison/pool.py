@@ -13,7 +13,7 @@ from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from logging import ERROR, getLogger
-from multiprocessing import connection
+from multiprocessing import connection, resource_tracker
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
 from typing import Any, Protocol, cast
@@ -23,13 +23,15 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 
 from rlzoo.comparison.plan import counted
 from rlzoo.errors import UserError
-from rlzoo.interrupts import heed, noted, raise_signal
+from rlzoo.interrupts import heed, noted
 from rlzoo.registry import told
 
 RETRIES = 1
 """Times that a piece of work is done again after the process that did it died."""
 GRACE = 60.0
 """Seconds that a run in training has to save a checkpoint when it is told to stop."""
+QUICK = 3.0
+"""Seconds after which that is said."""
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
@@ -161,15 +163,23 @@ class Pool:
         try:
             for worker in self._workers:
                 worker.process.terminate()
-            until = time.monotonic() + grace
-            for worker in self._workers:
-                worker.process.join(max(0.0, until - time.monotonic()))
+            if not self._ended(min(grace, QUICK)) and grace:
+                told = "stopping; trainings save a checkpoint first, a second Ctrl-C does not wait"
+                self._progress.console.print(told, highlight=False, soft_wrap=True)
+                self._ended(grace)
         finally:
             for worker in self._workers:
                 worker.process.kill()
                 worker.process.join()
                 worker.pipe.close()
             self._workers.clear()
+
+    def _ended(self, seconds: float) -> bool:
+        """Whether all processes have ended, given so many seconds."""
+        until = time.monotonic() + seconds
+        for worker in self._workers:
+            worker.process.join(max(0.0, until - time.monotonic()))
+        return not any(worker.process.is_alive() for worker in self._workers)
 
     def _assign(self) -> None:
         """Give waiting work to idle processes, starting more while there may be."""
@@ -266,6 +276,7 @@ def _interrupts_held() -> Iterator[None]:
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
+    resource_tracker.ensure_running()  # it lets signals through again when it starts, which it does with a process
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
@@ -275,7 +286,8 @@ def _interrupts_held() -> Iterator[None]:
 
 def _serve(pipe: Connection, threads: int, place: int) -> None:
     """What a process of the pool does: pieces of work, one after the other."""
-    signal.signal(signal.SIGTERM, raise_signal)
+    # an exception could fall into a place that swallows it; trainings note the signal instead, and save first
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(1))
     threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
         import torch

@@ -30,8 +30,8 @@ from rlzoo.reward_process import Limits, apart
 from rlzoo.rollout import collect_rollouts, mismatch, sampler_of
 from rlzoo.training import Costs, Trainer, TrainingRecord
 from rlzoo.training.batches import BufferSource, FreshSource, Source
-from rlzoo.training.checkpoints import random_state
 from rlzoo.training.costs import release_memory
+from rlzoo.training.state import random_state
 from rlzoo.training.trainer import with_reference
 from rlzoo.types import Need, Selection, Trajectory
 

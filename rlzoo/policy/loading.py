@@ -41,10 +41,15 @@ def load_policy(name: str, dtype: str = "float32", device: str | torch.device | 
         where = str(folder)
     try:
         tokenizer = AutoTokenizer.from_pretrained(where)
-        model = AutoModelForCausalLM.from_pretrained(where, dtype=DTYPES[dtype], use_safetensors=True)
+        model, found = AutoModelForCausalLM.from_pretrained(
+            where, dtype=DTYPES[dtype], use_safetensors=True, output_loading_info=True
+        )
     except Exception as error:
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise UserError(f"model {name!r} cannot be loaded ({reason.strip()[:160]}): {mend}") from error
+    if lacking := sorted(map(str, [*found["missing_keys"], *found["mismatched_keys"]])):
+        # transformers would draw them at random, and only warn
+        raise UserError(f"model {name!r} has no weights for {lacking[0]} ({len(lacking)} in all): is its folder whole?")
     if tokenizer.eos_token_id is None:
         raise UserError(f"model {name!r}: its tokenizer has no end-of-sequence token, so completions cannot end")
     if tokenizer.pad_token_id is None:
@@ -62,7 +67,11 @@ def _check_head(policy: Policy) -> None:
     """Raise UserError where the model's logits are not those of `Head`: its log-probs would be wrong, and silently."""
     model = policy.model.eval()
     ids = torch.tensor([[policy.tokenizer.eos_token_id] * 2], device=policy.device)
-    expected = model(input_ids=ids, use_cache=False).logits[0].float()
+    try:
+        expected = model(input_ids=ids, use_cache=False).logits[0].float()
+    except Exception as error:  # what a configuration says and the weights are can disagree in any way
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"model {policy.name!r} does not run ({reason:.160}): is its folder whole?") from error
     found = Head.of(model).logits(model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0]).float()
     scale = float(expected.abs().max())
     if found.shape != expected.shape or not torch.allclose(found, expected, rtol=0.02, atol=0.02 * scale + 1e-6):

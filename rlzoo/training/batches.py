@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from torch import Tensor
 from rlzoo.buffers import Buffer, View
 from rlzoo.errors import UserError
 from rlzoo.policy.policy import Sequences
-from rlzoo.training.checkpoints import random_state
+from rlzoo.training.state import random_state, resumable
 from rlzoo.types import Coupling, Selection, TokenBatch, Trajectory
 
 
@@ -22,27 +22,6 @@ class Source(Protocol):
     def draw(self) -> tuple[list[Trajectory], list[tuple[int, ...]]]:
         """The rows of one batch, and the units (rows that belong together) as indices into them."""
         ...
-
-
-@runtime_checkable
-class Resumable(Protocol):
-    """What a checkpoint can hold: a source, or what collects fresh samples for one."""
-
-    def state(self) -> Any:
-        """Where it stands, as plain data."""
-        ...
-
-    def restore(self, state: Any) -> None:
-        """Go on from a ``state``, as JSON gives it back."""
-        ...
-
-
-def resumable(part: object) -> Resumable:
-    """The same, if a checkpoint can hold it. Raises UserError if not."""
-    if not isinstance(part, Resumable):
-        kind = type(part).__name__
-        raise UserError(f"no checkpoint can hold a {kind}: give it methods state and restore, or no checkpoints")
-    return part
 
 
 class BufferSource:

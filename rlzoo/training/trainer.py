@@ -25,18 +25,11 @@ from rlzoo.policy import Policy, Sequences, TokenScores
 from rlzoo.policy.adapters import adapters
 from rlzoo.policy.policy import score_rows, token_batches
 from rlzoo.ranks import agreed, gathered, is_sharded, rank, world_size
-from rlzoo.training.batches import BufferSource, Source, atoms, resumable, static_batch
-from rlzoo.training.checkpoints import (
-    Checkpoints,
-    optimizer_tensors,
-    put,
-    random_states,
-    restore_optimizer,
-    restore_random_states,
-    whole,
-)
+from rlzoo.training.batches import BufferSource, Source, atoms, static_batch
+from rlzoo.training.checkpoints import Checkpoints
 from rlzoo.training.costs import Costs, is_out_of_memory, peak_memory_bytes, release_memory, reset_peak_memory
 from rlzoo.training.savings import gradients_in_place, layers_recomputed
+from rlzoo.training.state import restore, state_of
 from rlzoo.training.trackers import installed, tracked
 from rlzoo.types import STATISTICS, Coefficients, Coupling, Need, TokenBatch, Trajectory
 
@@ -110,7 +103,8 @@ class Trainer:
         self.policy: Policy = self.accelerator.unwrap_model(self.model)
         if checkpoints is not None and settings.checkpoint_seconds is not None:
             self.checkpoints = Checkpoints(checkpoints, settings.checkpoint_seconds)
-            self._restore()
+            if (found := self.checkpoints.newest()) is not None:
+                restore(self, *found)
 
     def _reference_policy(self, policy: Policy, reference: Policy | None) -> Policy | None:
         """The reference that is kept in memory: one that moves, or one that scores fresh samples."""
@@ -172,62 +166,20 @@ class Trainer:
         assert self.checkpoints is not None
         if not self._is_finite():  # never in place of a good one
             return
-        named = self._named()
-        tensors = {f"policy/{name}": whole(parameter) for name, parameter in named}
-        tensors |= optimizer_tensors(self.schedule.optimizer, named)
-        if self._moves_reference:
-            assert self.reference is not None
-            tensors |= {f"reference/{name}": whole(p) for name, p in self.reference.model.named_parameters()}
-        randomness, plain = random_states()
-        state = {
-            "steps": self.record.steps,
-            "costs": self.record.costs.as_dict(),
-            "events": self.record.events,
-            "kept": self.record.kept,
-            "schedule": {k: v for k, v in self.schedule.state_dict().items() if k != "lr_lambdas"},
-            "source": resumable(self.source).state(),
-            "token_budget": self.token_budget,
-            "random": plain,
-        }
-        self.checkpoints.save(self.step, tensors | randomness, state)
+        self.checkpoints.save(self.step, *state_of(self))
 
-    def _restore(self) -> None:
-        assert self.checkpoints is not None
-        if (found := self.checkpoints.newest()) is None:
-            return
-        tensors, state = found
-        named = self._named()
-        for name, parameter in named:
-            put(parameter, tensors[f"policy/{name}"])
-        restore_optimizer(self.schedule.optimizer, named, tensors)
-        if self._moves_reference:
-            assert self.reference is not None
-            for name, parameter in self.reference.model.named_parameters():
-                put(parameter, tensors[f"reference/{name}"])
-        self.record.steps[:] = state["steps"]
-        self.record.events[:] = state["events"]
-        for name, rows in state["kept"].items():
-            self.record.kept.setdefault(name, [])[:] = rows  # in place: a callback may hold the list
-        for name, value in state["costs"].items():
-            setattr(self.record.costs, name, value)
-        self.schedule.load_state_dict({**self.schedule.state_dict(), **state["schedule"]})
-        for group, rate in zip(self.schedule.optimizer.param_groups, self.schedule.get_last_lr(), strict=True):
-            group["lr"] = rate
-        resumable(self.source).restore(state["source"])
-        self.token_budget = min(self.token_budget, state["token_budget"])
-        restore_random_states(tensors, state["random"])
-
-    def _named(self) -> list[tuple[str, torch.nn.Parameter]]:
+    def named_parameters(self) -> list[tuple[str, torch.nn.Parameter]]:
         """What is trained, in the order of the optimizer."""
         return [(name, p) for name, p in self.policy.named_parameters() if p.requires_grad]
 
     def _is_finite(self) -> bool:
-        found = all(bool(torch.isfinite(parameter).all()) for _, parameter in self._named())
+        found = all(bool(torch.isfinite(parameter).all()) for _, parameter in self.named_parameters())
         return all(gathered(found))
 
     @property
-    def _moves_reference(self) -> bool:
-        return self.objective.reference_decay is not None and self.reference is not None
+    def moving_reference(self) -> Policy | None:
+        """The reference, if it follows the policy."""
+        return None if self.objective.reference_decay is None else self.reference
 
     @property
     def _coupled(self) -> bool:
@@ -428,10 +380,10 @@ class Trainer:
 
     @torch.no_grad()
     def _move_reference(self) -> None:
-        decay = self.objective.reference_decay
-        if decay is None or self.reference is None:
+        decay, reference = self.objective.reference_decay, self.moving_reference
+        if decay is None or reference is None:
             return
-        for average, current in zip(self.reference.model.parameters(), self.policy.model.parameters(), strict=True):
+        for average, current in zip(reference.model.parameters(), self.policy.model.parameters(), strict=True):
             average.lerp_(current.full_tensor() if is_sharded(self.policy) else current, 1 - decay)
 
 

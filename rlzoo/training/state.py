@@ -1,0 +1,154 @@
+"""The state of a training run: all that it takes to go on as if it had never stopped, as tensors and plain data."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from rlzoo.errors import UserError
+
+if TYPE_CHECKING:
+    from rlzoo.training.trainer import Trainer
+
+
+@runtime_checkable
+class Resumable(Protocol):
+    """What a checkpoint can hold: a source, or what collects fresh samples for one."""
+
+    def state(self) -> Any:
+        """Where it stands, as plain data."""
+        ...
+
+    def restore(self, state: Any) -> None:
+        """Go on from a ``state``, as JSON gives it back."""
+        ...
+
+
+def resumable(part: object) -> Resumable:
+    """The same, if a checkpoint can hold it. Raises UserError if not."""
+    if not isinstance(part, Resumable):
+        kind = type(part).__name__
+        raise UserError(f"no checkpoint can hold a {kind}: give it methods state and restore, or no checkpoints")
+    return part
+
+
+def state_of(trainer: Trainer) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Everything between two batches. Of several processes all must call this."""
+    named = trainer.named_parameters()
+    tensors = {f"policy/{name}": whole(parameter) for name, parameter in named}
+    tensors |= optimizer_tensors(trainer.schedule.optimizer, named)
+    if (reference := trainer.moving_reference) is not None:
+        tensors |= {f"reference/{name}": whole(p) for name, p in reference.model.named_parameters()}
+    random_tensors, random_plain = random_states()
+    record = trainer.record
+    state = {
+        "steps": record.steps,
+        "costs": record.costs.as_dict(),
+        "events": record.events,
+        "kept": record.kept,
+        "schedule": {k: v for k, v in trainer.schedule.state_dict().items() if k != "lr_lambdas"},
+        "source": resumable(trainer.source).state(),
+        "token_budget": trainer.token_budget,
+        "random": random_plain,
+    }
+    return tensors | random_tensors, state
+
+
+def restore(trainer: Trainer, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+    """The inverse of `state_of`, on a trainer that has made no step; JSON may have held the plain data."""
+    named = trainer.named_parameters()
+    for name, parameter in named:
+        put(parameter, tensors[f"policy/{name}"])
+    restore_optimizer(trainer.schedule.optimizer, named, tensors)
+    if (reference := trainer.moving_reference) is not None:
+        for name, parameter in reference.model.named_parameters():
+            put(parameter, tensors[f"reference/{name}"])
+    record, schedule = trainer.record, trainer.schedule
+    record.steps[:], record.events[:] = state["steps"], state["events"]
+    for name, rows in state["kept"].items():
+        record.kept.setdefault(name, [])[:] = rows  # in place: a callback may hold the list
+    for name, value in state["costs"].items():
+        setattr(record.costs, name, value)
+    schedule.load_state_dict({**schedule.state_dict(), **state["schedule"]})
+    for group, rate in zip(schedule.optimizer.param_groups, schedule.get_last_lr(), strict=True):
+        group["lr"] = rate
+    resumable(trainer.source).restore(state["source"])
+    trainer.token_budget = min(trainer.token_budget, state["token_budget"])
+    restore_random_states(tensors, state["random"])
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor on the CPU, gathered where processes hold parts of it; all of them must call this."""
+    if hasattr(tensor, "full_tensor"):
+        tensor = tensor.full_tensor()
+    return tensor.detach().cpu()
+
+
+@torch.no_grad()
+def put(into: Tensor, value: Tensor) -> None:
+    """Overwrite a tensor with a whole one; a sharded one takes its part."""
+    if hasattr(into, "device_mesh"):
+        from torch.distributed.tensor import DTensor, distribute_tensor
+
+        assert isinstance(into, DTensor)
+        value = distribute_tensor(value.to(into.device), into.device_mesh, into.placements)
+    into.copy_(value)
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer, named: Iterable[tuple[str, nn.Parameter]]) -> dict[str, Tensor]:
+    """The optimizer's state, as ``optimizer/<entry>/<parameter>``."""
+    return {
+        f"optimizer/{entry}/{name}": whole(value)
+        for name, parameter in named
+        for entry, value in optimizer.state.get(parameter, {}).items()
+    }
+
+
+@torch.no_grad()
+def restore_optimizer(
+    optimizer: torch.optim.Optimizer, named: Iterable[tuple[str, nn.Parameter]], tensors: Mapping[str, Tensor]
+) -> None:
+    """The inverse of `optimizer_tensors`, on an optimizer that has made no step."""
+    parameters = dict(named)
+    for key, value in tensors.items():
+        kind, _, rest = key.partition("/")
+        if kind != "optimizer":
+            continue
+        entry, _, name = rest.partition("/")
+        parameter = parameters[name]
+        if value.shape == parameter.shape:
+            optimizer.state[parameter][entry] = torch.zeros_like(parameter, requires_grad=False)
+            put(optimizer.state[parameter][entry], value)
+        else:  # a count of steps
+            optimizer.state[parameter][entry] = value.to(parameter.device)
+
+
+def random_states() -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The states of torch's, NumPy's and Python's own random numbers: as tensors, and as plain data."""
+    tensors = {"random/cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        tensors |= {f"random/cuda/{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())}
+    kind, keys, *rest = np.random.get_state(legacy=True)
+    return tensors, {"python": random.getstate(), "numpy": [kind, np.asarray(keys).tolist(), *rest]}
+
+
+def restore_random_states(tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> None:
+    """The inverse of `random_states`; GPUs that are no longer there are passed over."""
+    torch.set_rng_state(tensors["random/cpu"])
+    for device in range(torch.cuda.device_count()):
+        if (state := tensors.get(f"random/cuda/{device}")) is not None:
+            torch.cuda.set_rng_state(state, device)
+    random.setstate(random_state(plain["python"]))
+    kind, keys, *rest = plain["numpy"]
+    np.random.set_state((kind, np.asarray(keys, np.uint32), *rest))
+
+
+def random_state(plain: Any) -> Any:
+    """The state of a `random.Random`, from what JSON made of it."""
+    version, numbers, gauss = plain
+    return version, tuple(numbers), gauss
