@@ -241,7 +241,7 @@ def _run_train(arguments: argparse.Namespace) -> int:
         )
         save_policy(policy, out)
         if is_main():
-            summary = {"steps": record.steps, "costs": record.costs.as_dict(), "events": record.events}
+            summary = {"steps": record.plain_steps(), "costs": record.costs.as_dict(), "events": record.events}
             write_atomically(out / "training.json", json.dumps(summary, indent=1))
             for event in record.events:
                 print(event)
@@ -368,24 +368,9 @@ def _list(commands: Any) -> None:
 
 
 def _run_list(arguments: argparse.Namespace) -> int:
-    from rlzoo.config import list_experiments
-    from rlzoo.objective import list_objectives, objective_class, options_of
-    from rlzoo.reward import list_rewards
+    from rlzoo.catalogue import catalogue
 
-    found: dict[str, list[dict[str, Any]]] = {"objectives": [], "rewards": [], "experiments": []}
-    for name in list_objectives():
-        objective = objective_class(name)
-        found["objectives"].append(
-            {
-                "name": name,
-                "summary": (objective.__doc__ or "").splitlines()[0],
-                "source": objective.source,
-                "learns_from": objective.learns_from.value,
-                "options": options_of(objective),
-            }
-        )
-    found["rewards"] = [{"name": name} for name in list_rewards()]
-    found["experiments"] = [{"name": n, "description": text} for n, text in list_experiments().items()]
+    found = catalogue()
     if arguments.json:
         print(json.dumps(found, indent=1, default=str))  # an option's default may be of any type
         return 0

@@ -95,8 +95,14 @@ def _placeholders(template: str) -> list[str]:
 
 
 def encode_problems(tokenizer: PreTrainedTokenizerBase, problems: Sequence[Problem]) -> list[Encoded]:
-    """Each problem with its rendered prompt and prompt ids."""
-    return [Encoded(problem, *encode_prompt(tokenizer, problem.prompt)) for problem in problems]
+    """Each problem with its rendered prompt and prompt ids. Raises UserError naming a problem that has none."""
+    encoded = []
+    for problem in problems:
+        try:
+            encoded.append(Encoded(problem, *encode_prompt(tokenizer, problem.prompt)))
+        except UserError as error:
+            raise UserError(f"problem {problem.id!r}: {error}") from None
+    return encoded
 
 
 def demonstrations(

@@ -18,15 +18,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, is_dataclass
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
+from typing import Any, Literal, TypeVar, cast
 
 import pydantic
 
 from rlzoo.errors import UserError, unknown
 from rlzoo.registry import Registry, canonical
-
-if TYPE_CHECKING:
-    from rlzoo.reward_process import RewardProcess
 
 OnError = Literal["fail", "null"]
 _GIVEN = ("prompts", "completions", "completion_ids")
@@ -85,8 +82,6 @@ class Reward:
     function: Callable[..., Any]
     on_error: OnError = "fail"
     """What a row is worth on which the reward fails: an error that names it, or None and a warning."""
-    process: RewardProcess | None = None
-    """Where it is called, if not here."""
 
     @property
     def __name__(self) -> str:
@@ -122,10 +117,6 @@ class Reward:
         """
         if not completions:
             return []
-        if self.process is not None:
-            arguments = {**columns, "prompts": prompts, "completions": completions}
-            arguments |= {} if completion_ids is None else {"completion_ids": completion_ids}
-            return self.process.score(self, arguments)
         if isinstance(self.function, CompositeReward):
             return self.function.score(prompts, completions, columns, completion_ids, self.on_error)
         arguments = {**columns, "prompts": prompts, "completions": completions}
@@ -153,7 +144,7 @@ class Reward:
             try:
                 result = _call(self.function, alone)
             except Exception as error:
-                self.failed(f"reward {self.name!r} raised on row {row}: {_told(error)}", error)
+                failed(f"reward {self.name!r} raised on row {row}: {_told(error)}", self.on_error, error)
                 values.append(None)
             else:
                 values += self._checked(result, 1, first=row)
@@ -168,10 +159,10 @@ class Reward:
         if hasattr(result, "tolist"):  # an array or a tensor
             result = result.tolist()
         if not isinstance(result, Sequence) or isinstance(result, str):
-            self.failed(f"reward {self.name!r} returned {type(result).__name__} {wanted}")
+            failed(f"reward {self.name!r} returned {type(result).__name__} {wanted}", self.on_error)
             return [None] * rows
         if len(result) != rows:
-            self.failed(f"reward {self.name!r} returned {len(result)} values {wanted}")
+            failed(f"reward {self.name!r} returned {len(result)} values {wanted}", self.on_error)
             return [None] * rows
         return [self._number(value, first + row) for row, value in enumerate(result)]
 
@@ -183,14 +174,15 @@ class Reward:
         if isinstance(value, numbers.Real) and math.isfinite(value):
             return float(value)
         told = f"{value!r:.60} on row {row}: return a finite number, or None where it cannot tell"
-        self.failed(f"reward {self.name!r} returned {told}")
+        failed(f"reward {self.name!r} returned {told}", self.on_error)
         return None
 
-    def failed(self, message: str, cause: Exception | None = None) -> None:
-        """Raise UserError, or warn, as ``on_error`` says."""
-        if self.on_error == "fail":
-            raise UserError(message) from cause
-        warnings.warn(f"{message}; scored as null", RuntimeWarning, stacklevel=2)
+
+def failed(message: str, on_error: OnError, cause: Exception | None = None) -> None:
+    """Raise UserError, or warn, as ``on_error`` says."""
+    if on_error == "fail":
+        raise UserError(message) from cause
+    warnings.warn(f"{message}; scored as null", RuntimeWarning, stacklevel=2)
 
 
 def register_reward(reward: _Callable) -> _Callable:

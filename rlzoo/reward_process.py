@@ -17,13 +17,13 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
 from rlzoo.errors import UserError
-from rlzoo.reward import Reward, Score, get_reward, one_by_one
+from rlzoo.reward import CompositeReward, OnError, Reward, Score, failed, get_reward, one_by_one
 
 START_SECONDS = 300.0
 """What importing and building a reward may take."""
@@ -41,33 +41,48 @@ class Limits:
     """Memory that its process may ask for, in 2³⁰ bytes."""
 
 
-class RewardProcess:
-    """A process that holds one reward."""
+class RewardProcess(CompositeReward):
+    """A reward that is called in a process of its own."""
 
     def __init__(self, spec: Any, limits: Limits) -> None:
+        """Raises UserError as `get_reward` does."""
         self._spec, self._limits = spec, limits
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
+        self.name, self._parts = "", tuple[str, ...]()
+        self._start()
 
-    def score(self, reward: Reward, arguments: Mapping[str, Any]) -> list[Score]:
-        """What `Reward.score` gives for these arguments, each of which has one value a completion.
+    @property
+    def parts(self) -> tuple[str, ...]:
+        return self._parts
 
-        A call that exceeds a limit, or ends the process, is made again on each row alone. Raises UserError as
-        `Reward.score` does, and with ``on_error="fail"`` for a row on which that happens again.
+    def score(
+        self,
+        prompts: Sequence[Any],
+        completions: Sequence[Any],
+        columns: Mapping[str, Any],
+        completion_ids: Sequence[Sequence[int]] | None = None,
+        on_error: OnError = "fail",
+    ) -> list[Score]:
+        """What the reward gives there. A call that exceeds a limit, or ends the process, is made again row by row.
+
+        Raises UserError as `Reward.score` does, and with ``on_error="fail"`` for a row on which that happens again.
         """
+        arguments = {**columns, "prompts": prompts, "completions": completions}
+        arguments |= {} if completion_ids is None else {"completion_ids": completion_ids}
         with self._lock:
             try:
-                return self._ask(reward, arguments)
+                return self._ask(arguments, on_error)
             except _EndedError:
-                return list(self._each(reward, arguments))
+                return list(self._each(arguments, on_error))
 
-    def _each(self, reward: Reward, arguments: Mapping[str, Any]) -> Iterator[Score]:
+    def _each(self, arguments: Mapping[str, Any], on_error: OnError) -> Iterator[Score]:
         for row, alone in enumerate(one_by_one(arguments, len(arguments["completions"]))):
             try:
-                yield from self._ask(reward, alone, row)
+                yield from self._ask(alone, on_error, row)
             except _EndedError as ended:
-                reward.failed(f"reward {reward.name!r} {ended} on row {row}")
-                yield Score(None, dict.fromkeys(reward.parts))
+                failed(f"reward {self.name!r} {ended} on row {row}", on_error)
+                yield Score(None, dict.fromkeys(self.parts))
 
     def close(self) -> None:
         """End the process."""
@@ -79,8 +94,8 @@ class RewardProcess:
                 pipe.close()
             self._process = None
 
-    def _ask(self, reward: Reward, arguments: Mapping[str, Any], first: int = 0) -> list[Score]:
-        answer = self._exchange({"arguments": arguments, "on_error": reward.on_error}, self._limits.seconds)
+    def _ask(self, arguments: Mapping[str, Any], on_error: OnError, first: int = 0) -> list[Score]:
+        answer = self._exchange({"arguments": arguments, "on_error": on_error}, self._limits.seconds)
         for message in answer["warnings"]:
             warnings.warn(message.replace("on row 0", f"on row {first}"), RuntimeWarning, stacklevel=4)
         if "error" in answer:
@@ -123,20 +138,20 @@ class RewardProcess:
         if "error" in answer:
             self.close()
             raise UserError(answer["error"])
+        self.name, self._parts = answer["name"], tuple(answer["parts"])
         return process
 
 
 _processes: dict[str, RewardProcess] = {}
 
 
-def apart(spec: Any, limits: Limits, on_error: Any = "fail") -> Reward:
-    """`get_reward`, for a reward that is called in a process of its own. One process serves all that ask for it.
+def apart(spec: Any, limits: Limits, on_error: OnError = "fail") -> Reward:
+    """`get_reward`, for a reward that is built and called in a process of its own, which all that ask for it share.
 
     Raises UserError for a spec that is not plain data, besides what `get_reward` raises.
     """
-    reward = get_reward(spec, on_error)
     if limits.seconds is None and limits.memory_gb is None:
-        return reward
+        return get_reward(spec, on_error)
     try:
         key = json.dumps([spec, astuple(limits), str(Path.cwd())])
     except TypeError:
@@ -145,7 +160,7 @@ def apart(spec: Any, limits: Limits, on_error: Any = "fail") -> Reward:
         ) from None
     if key not in _processes:
         _processes[key] = RewardProcess(spec, limits)
-    return replace(reward, process=_processes[key])
+    return Reward(_processes[key].name, _processes[key], on_error)
 
 
 class _EndedError(Exception):
@@ -198,7 +213,7 @@ def _serve() -> None:
     except UserError as error:
         _write(answers, {"error": str(error)})
         return
-    _write(answers, {})
+    _write(answers, {"name": reward.name, "parts": reward.parts})
     while True:
         message = _read(asked, None)
         arguments = dict(message["arguments"])

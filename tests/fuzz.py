@@ -33,7 +33,7 @@ from rlzoo.overrides import pairs
 from rlzoo.pieces import Pieces
 from rlzoo.policy import load_policy
 from rlzoo.policy.policy import score_rows
-from rlzoo.problems import demonstrations, load_problems
+from rlzoo.problems import Problem, demonstrations, load_problems
 from rlzoo.reward import get_reward
 from rlzoo.training.checkpoints import Checkpoints
 from rlzoo.types import Trajectory
@@ -140,7 +140,7 @@ def experiment_file(draw: Callable[..., Any], folder: Path) -> str:
     """An experiment's file, damaged."""
     file = folder / "x.yaml"
     file.write_bytes(damaged(draw, yaml.safe_dump(EXPERIMENT).encode()))
-    return outcome(lambda: load_experiment(str(file)), told="" if file.exists() else "x.yaml")
+    return outcome(lambda: load_experiment(str(file)), told="x.yaml")
 
 
 @st.composite
@@ -198,12 +198,17 @@ def table(draw: Callable[..., Any], folder: Path) -> str:
     file = folder / f"x{suffix}"
     file.write_bytes(damaged(draw, content) if draw(st.booleans()) else content)
     if draw(st.booleans()):
-        return outcome(lambda: read_buffer(str(file), TOKENIZER), right=lambda buffer: len(list(buffer)) == len(buffer))
+        return outcome(
+            lambda: read_buffer(str(file), TOKENIZER), lambda found: len(list(found)) == len(found), file.name
+        )
     column = draw(st.sampled_from(["prompt", "{prompt}?", "{id}", "nothing"]))
     source = ProblemSource(
         source=str(file), prompt=column, solution=draw(st.sampled_from([None, "answer", "completion"]))
     )
-    return outcome(lambda: demonstrations(TOKENIZER, load_problems(source)), told="")
+    found: list[Problem] = []
+    if outcome(lambda: found.extend(load_problems(source)), told=file.name) == REFUSED:
+        return REFUSED
+    return outcome(lambda: demonstrations(TOKENIZER, found), told="problem '")
 
 
 ROWS = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from torch import Tensor
 from rlzoo.buffers import OfflineBuffer
 from rlzoo.config import Experiment, Training
 from rlzoo.errors import UserError
+from rlzoo.interrupts import Terminated
 from rlzoo.objective import Objective, get_objective
 from rlzoo.policy import Policy
 from rlzoo.problems import Problem, demonstrations
@@ -113,9 +115,7 @@ def test_several_updates_a_batch_and_adapters_go_on_too(make_policy: MakePolicy,
 
 
 @pytest.mark.usefixtures("hears_interrupts")
-@pytest.mark.parametrize(
-    ("number", "raised"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, KeyboardInterrupt)]
-)
+@pytest.mark.parametrize(("number", "raised"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, Terminated)])
 def test_a_signal_is_raised_after_a_checkpoint(
     make_policy: MakePolicy, tmp_path: Path, number: signal.Signals, raised: type[BaseException]
 ) -> None:
@@ -129,8 +129,9 @@ def test_a_signal_is_raised_after_a_checkpoint(
             signal.raise_signal(number)
             done.append(-1)  # not raised where it falls
 
-    with pytest.raises(raised):
+    with pytest.raises(raised) as caught:
         trained(make_policy, "sft", tmp_path, settings, interrupt)
+    assert caught.type is raised
     assert done == [1, 2, 3, 4, -1]
     assert [path.stem for path in tmp_path.glob("*.piece")] == ["step-00000004"]
     assert same(trained(make_policy, "sft", tmp_path, settings), whole)
@@ -154,6 +155,19 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(make_policy: MakePolic
     found = Checkpoints(tmp_path, 0).newest()
     assert found is not None and found[1]["step"] == 4
     assert same(trained(make_policy, "sft", tmp_path), whole)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"), [("dft", "objective: 'sft' there, 'dft' here"), ("steps", "steps: 7 there")]
+)
+def test_the_checkpoints_of_another_run_are_refused(
+    make_policy: MakePolicy, tmp_path: Path, change: str, told: str
+) -> None:
+    with pytest.raises(StopError):
+        trained(make_policy, "sft", tmp_path, callback=stop_at(3))
+    settings = EVERY.model_copy(update={"steps": 9}) if change == "steps" else EVERY
+    with pytest.raises(UserError, match=told):
+        trained(make_policy, "dft" if change == "dft" else "sft", tmp_path, settings)
 
 
 def test_a_source_that_cannot_go_on_is_told_before_the_end(make_policy: MakePolicy, tmp_path: Path) -> None:
@@ -223,6 +237,7 @@ def test_a_step_that_is_not_finite_stops_the_run_and_spares_the_checkpoint(
 def test_a_step_that_is_not_finite_can_be_skipped_and_is_counted(make_policy: MakePolicy) -> None:
     record, seen = broken_run(make_policy(), None, "skip")
     assert len(record.steps) == 7 and len(record.events) == 1
+    assert json.loads(json.dumps(record.plain_steps(), allow_nan=False))[2]["gradient_norm"] is None
     assert record.events[0].startswith("step 3: ") and record.events[0].endswith("skipped")
     changed = [any(not torch.equal(a, b) for a, b in zip(*pair, strict=True)) for pair in pairwise(seen)]
     assert changed == [True, False, True, True, True, True]

@@ -24,7 +24,7 @@ from rlzoo.config import Experiment, Rollouts, load_experiment
 from rlzoo.policy import Sequences
 from rlzoo.problems import Problem, demonstrations, encode_problems, load_problems
 from rlzoo.rollout import TransformersSampler, collect_rollouts
-from rlzoo.training.trainer import with_reference
+from rlzoo.training.run import with_reference
 from rlzoo.types import Selection
 
 pytestmark = [pytest.mark.real_model, pytest.mark.slow]

@@ -55,13 +55,19 @@ def from_trl(rows: Iterable[Row] | datasets.Dataset, tokenizer: Any, max_length:
 
 
 def read_buffer(where: str, tokenizer: Any) -> OfflineBuffer:
-    """A saved buffer (folder, .parquet, .jsonl), or a table or Hub data set in one of TRL's formats."""
+    """A saved buffer (folder, .parquet, .jsonl), or a table or Hub data set in one of TRL's formats.
+
+    Raises UserError naming ``where``, and the row and column at fault.
+    """
     if Path(where).is_dir():
         return OfflineBuffer.load(where)
     rows = load_table(where)
     if {"prompt_ids", "completion_ids"} <= set(rows.column_names):
         return OfflineBuffer.load(where)
-    return from_trl(rows, tokenizer)
+    try:
+        return from_trl(rows, tokenizer)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
 
 
 def _rows(rows: Iterable[Row], tokenizer: Any, max_length: int | None) -> Iterator[dict[str, Any]]:

@@ -28,11 +28,10 @@ from rlzoo.ranks import agreed, barrier, is_main
 from rlzoo.reward import Reward
 from rlzoo.reward_process import Limits, apart
 from rlzoo.rollout import collect_rollouts, mismatch, sampler_of
-from rlzoo.training import Costs, Trainer, TrainingRecord
+from rlzoo.training import Costs, Trainer, TrainingRecord, with_reference
 from rlzoo.training.batches import BufferSource, FreshSource, Source
 from rlzoo.training.costs import release_memory
 from rlzoo.training.state import random_state
-from rlzoo.training.trainer import with_reference
 from rlzoo.types import Need, Selection, Trajectory
 
 Report = Callable[[float, str], None]
@@ -226,7 +225,7 @@ def _run_cell(
         "learning_rate": cell.learning_rate,
         "costs": record.costs.as_dict(),
         "curve": record.kept.get("curve", []),
-        "training": record.steps,
+        "training": record.plain_steps(),
         "events": record.events,
         "token_probabilities": token_probabilities(policy, buffer, settings.token_budget)["counts"],
     }

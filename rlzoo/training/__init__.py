@@ -1,6 +1,8 @@
 """The training loop. It never asks which objective runs."""
 
 from rlzoo.training.costs import Costs
-from rlzoo.training.trainer import Trainer, TrainingRecord, train, with_reference
+from rlzoo.training.record import TrainingRecord
+from rlzoo.training.run import train, with_reference
+from rlzoo.training.trainer import Trainer
 
 __all__ = ["Costs", "Trainer", "TrainingRecord", "train", "with_reference"]

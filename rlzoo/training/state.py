@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from rlzoo.errors import UserError
+from rlzoo.objective import options_of
 
 if TYPE_CHECKING:
     from rlzoo.training.trainer import Trainer
@@ -47,6 +48,7 @@ def state_of(trainer: Trainer) -> tuple[dict[str, Tensor], dict[str, Any]]:
     random_tensors, random_plain = random_states()
     record = trainer.record
     state = {
+        "run": _run_of(trainer),
         "steps": record.steps,
         "costs": record.costs.as_dict(),
         "events": record.events,
@@ -60,7 +62,14 @@ def state_of(trainer: Trainer) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def restore(trainer: Trainer, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
-    """The inverse of `state_of`, on a trainer that has made no step; JSON may have held the plain data."""
+    """The inverse of `state_of`, on a trainer that has made no step; JSON may have held the plain data.
+
+    Raises UserError for the state of another run.
+    """
+    run = _run_of(trainer)
+    if other := [name for name in run if state["run"].get(name) != run[name]]:
+        there, here = state["run"].get(other[0]), run[other[0]]
+        raise UserError(f"the checkpoints are of another run ({other[0]}: {there!r} there, {here!r} here): remove them")
     named = trainer.named_parameters()
     for name, parameter in named:
         put(parameter, tensors[f"policy/{name}"])
@@ -80,6 +89,13 @@ def restore(trainer: Trainer, tensors: Mapping[str, Tensor], state: Mapping[str,
     resumable(trainer.source).restore(state["source"])
     trainer.token_budget = min(trainer.token_budget, state["token_budget"])
     restore_random_states(tensors, state["random"])
+
+
+def _run_of(trainer: Trainer) -> dict[str, Any]:
+    """What may not differ between a run and its continuation."""
+    settings = trainer.settings.model_dump(mode="json", exclude={"token_budget", "checkpoint_seconds", "trackers"})
+    objective = {name: repr(getattr(trainer.objective, name)) for name in options_of(type(trainer.objective))}
+    return {**settings, "objective": trainer.objective.name, **{f"objective.{k}": v for k, v in objective.items()}}
 
 
 def whole(tensor: Tensor) -> Tensor:

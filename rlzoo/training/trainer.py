@@ -4,50 +4,37 @@ from __future__ import annotations
 
 import math
 import time
-from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from rlzoo.buffers import Buffer
 from rlzoo.config import Training
 from rlzoo.errors import UserError
 from rlzoo.interrupts import heed, noted, pending
 from rlzoo.objective import Objective, reduce, surrogate_of
 from rlzoo.policy import Policy, Sequences, TokenScores
 from rlzoo.policy.adapters import adapters
-from rlzoo.policy.policy import score_rows, token_batches
+from rlzoo.policy.policy import token_batches
 from rlzoo.ranks import agreed, gathered, is_sharded, rank, world_size
-from rlzoo.training.batches import BufferSource, Source, atoms, static_batch
+from rlzoo.training.batches import Source, atoms, static_batch
 from rlzoo.training.checkpoints import Checkpoints
-from rlzoo.training.costs import Costs, is_out_of_memory, peak_memory_bytes, release_memory, reset_peak_memory
+from rlzoo.training.costs import is_out_of_memory, peak_memory_bytes, release_memory, reset_peak_memory
+from rlzoo.training.record import TrainingRecord
 from rlzoo.training.savings import gradients_in_place, layers_recomputed
 from rlzoo.training.state import restore, state_of
+from rlzoo.training.sums import Sums, coefficients_of_rows
 from rlzoo.training.trackers import installed, tracked
 from rlzoo.types import STATISTICS, Coefficients, Coupling, Need, TokenBatch, Trajectory
 
 T = TypeVar("T")
 Callback = Callable[["Trainer", int], None]
 """Called with the trainer and the number of steps done, after every optimizer step."""
-
-
-@dataclass
-class TrainingRecord:
-    """What a run did: one row of metrics a step, and its costs. A checkpoint holds it, and a run goes on with it."""
-
-    steps: list[dict[str, float]] = field(default_factory=list)
-    costs: Costs = field(default_factory=Costs)
-    events: list[str] = field(default_factory=list)
-    """What went wrong and was mended: steps that were skipped, micro-batches that did not fit."""
-    kept: dict[str, list[Any]] = field(default_factory=dict)
-    """Plain data that callbacks keep with the run."""
 
 
 class Trainer:
@@ -272,12 +259,12 @@ class Trainer:
             metrics["reward"] = float(batch.reward.mean())
         return {**metrics, "gradient_norm": float(norm), "learning_rate": float(rate)}
 
-    def _gradient(self, rows: Sequence[Trajectory], units: Sequence[tuple[int, ...]], batch: TokenBatch) -> _Sums:
+    def _gradient(self, rows: Sequence[Trajectory], units: Sequence[tuple[int, ...]], batch: TokenBatch) -> Sums:
         """Leave the gradient of the whole batch in the parameters."""
         objective = self.objective
         denominator = objective.normaliser.denominator(batch)
         coefficients = objective.coefficients(batch) if self._coupled else None
-        sums = _Sums()
+        sums = Sums()
         self.optimizer.zero_grad(set_to_none=True)
         recomputed = layers_recomputed(self.policy) if self.settings.gradient_checkpointing else nullcontext()
         with recomputed, nullcontext() if world_size() > 1 else gradients_in_place(self.policy):
@@ -312,7 +299,7 @@ class Trainer:
         coefficients: Coefficients | None,
         index: list[int],
         denominator: float,
-        sums: _Sums | None,
+        sums: Sums | None,
     ) -> None:
         """Add the gradient of a micro-batch; without ``sums`` it keeps step with the other processes and weighs 0."""
         objective, sequences = self.objective, self._collate(rows, index)
@@ -328,7 +315,11 @@ class Trainer:
             value=scores.value,
             statistics=scores.statistics,
         )
-        own = objective.coefficients(part.detach()) if coefficients is None else _rows(coefficients, place, part)
+        own = (
+            objective.coefficients(part.detach())
+            if coefficients is None
+            else coefficients_of_rows(coefficients, place, part)
+        )
         if self.settings.importance_cap is not None:
             own = replace(own, values=own.values * self._importance([rows[i] for i in index], part.mask))
         loss = surrogate_of(own, objective, part, denominator)
@@ -387,55 +378,6 @@ class Trainer:
             average.lerp_(current.full_tensor() if is_sharded(self.policy) else current, 1 - decay)
 
 
-class _Sums:
-    """Metrics of a step from unreduced parts, so that they do not depend on micro-batches either."""
-
-    def __init__(self) -> None:
-        self._loss = 0.0
-        self._total: dict[str, float] = defaultdict(float)
-        self._count: dict[str, float] = defaultdict(float)
-
-    def add(
-        self,
-        objective: Objective,
-        part: TokenBatch,
-        coefficients: Coefficients,
-        loss: Tensor,
-        denominator: float,
-    ) -> None:
-        reported = loss.detach()
-        if coefficients.loss is not None and denominator:
-            reported = reduce(coefficients.loss, part, objective.normaliser, denominator)
-        self._loss += float(reported)
-        per_token = {"logp": part.logp.detach(), "coefficient": coefficients.values, **coefficients.metrics}
-        for name, value in per_token.items():
-            inside = value[part.mask] if value.ndim == 2 else value
-            inside = inside[~inside.isnan()]
-            self._total[name] += float(inside.sum())
-            self._count[name] += inside.numel()
-
-    def over_processes(self) -> _Sums:
-        """The sums over all processes, in order of their numbers."""
-        whole = _Sums()
-        for part in gathered(self):
-            whole._loss += part._loss
-            for name in part._total:
-                whole._total[name] += part._total[name]
-                whole._count[name] += part._count[name]
-        return whole
-
-    def means(self) -> dict[str, float]:
-        return {"loss": self._loss, **{name: self._total[name] / max(self._count[name], 1) for name in self._total}}
-
-
-def _rows(coefficients: Coefficients, index: Tensor, part: TokenBatch) -> Coefficients:
-    def cut(x: Tensor) -> Tensor:
-        return x[index] if x.ndim == 1 else x[index, : part.logp.shape[1]]
-
-    loss = None if coefficients.loss is None else cut(coefficients.loss)
-    return Coefficients(cut(coefficients.values), loss, {k: cut(v) for k, v in coefficients.metrics.items()})
-
-
 def _length(row: Trajectory) -> int:
     return len(row.prompt_ids) + len(row.completion_ids)
 
@@ -446,34 +388,3 @@ def _cosine(step: int, settings: Training) -> float:
     if step < warmup:
         return (step + 1) / (warmup + 1)
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, settings.steps - warmup)))
-
-
-def with_reference(buffer: Buffer, policy: Policy, token_budget: int = 8192) -> Buffer:
-    """The buffer with log-probs of ``policy`` as the reference, computed once."""
-    values = [np.asarray(logp, np.float32) for rows in buffer.ids() for logp in score_rows(policy, rows, token_budget)]
-    return buffer.with_reference_logp(values)
-
-
-def train(
-    policy: Policy,
-    objective: Objective,
-    buffer: Buffer,
-    settings: Training | None = None,
-    seed: int = 0,
-    callbacks: Sequence[Callback] = (),
-    folder: Path | None = None,
-    checkpoints: Path | None = None,
-) -> TrainingRecord:
-    """Train ``policy`` in place on a fixed buffer; missing reference log-probs are those of ``policy`` as it comes.
-
-    ``folder`` is for trackers; from a folder of ``checkpoints`` a run that was stopped goes on. Under `accelerate
-    launch` all processes call this, and each takes its share of a batch.
-    Raises UserError where the buffer lacks what the objective learns from.
-    """
-    settings = settings or Training()
-    torch.manual_seed(seed)
-    view = buffer.view(objective.learns_from, **objective.view_options)
-    if Need.REFERENCE in objective.requires and not buffer.is_complete("reference_logp"):
-        buffer = with_reference(buffer, policy, settings.token_budget)
-    source = BufferSource(buffer, view, settings.batch_size, seed)
-    return Trainer(policy, objective, source, settings, callbacks, folder=folder, checkpoints=checkpoints).run()

@@ -1,0 +1,28 @@
+"""What there is to choose from: objectives, rewards, experiments."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rlzoo.config import list_experiments
+from rlzoo.objective import list_objectives, objective_class, options_of
+from rlzoo.reward import list_rewards
+
+
+def catalogue() -> dict[str, list[dict[str, Any]]]:
+    """Everything that has a name, by kind, with what a user has to know of it."""
+    objectives = [
+        {
+            "name": name,
+            "summary": (objective_class(name).__doc__ or "").splitlines()[0],
+            "source": objective_class(name).source,
+            "learns_from": objective_class(name).learns_from.value,
+            "options": options_of(objective_class(name)),
+        }
+        for name in list_objectives()
+    ]
+    return {
+        "objectives": objectives,
+        "rewards": [{"name": name} for name in list_rewards()],
+        "experiments": [{"name": name, "description": text} for name, text in list_experiments().items()],
+    }

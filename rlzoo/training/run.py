@@ -1,0 +1,50 @@
+"""Training on a fixed buffer, in one call."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from rlzoo.buffers import Buffer
+from rlzoo.config import Training
+from rlzoo.objective import Objective
+from rlzoo.policy import Policy
+from rlzoo.policy.policy import score_rows
+from rlzoo.training.batches import BufferSource
+from rlzoo.training.record import TrainingRecord
+from rlzoo.training.trainer import Callback, Trainer
+from rlzoo.types import Need
+
+
+def with_reference(buffer: Buffer, policy: Policy, token_budget: int = 8192) -> Buffer:
+    """The buffer with log-probs of ``policy`` as the reference, computed once."""
+    values = [np.asarray(logp, np.float32) for rows in buffer.ids() for logp in score_rows(policy, rows, token_budget)]
+    return buffer.with_reference_logp(values)
+
+
+def train(
+    policy: Policy,
+    objective: Objective,
+    buffer: Buffer,
+    settings: Training | None = None,
+    seed: int = 0,
+    callbacks: Sequence[Callback] = (),
+    folder: Path | None = None,
+    checkpoints: Path | None = None,
+) -> TrainingRecord:
+    """Train ``policy`` in place on a fixed buffer; missing reference log-probs are those of ``policy`` as it comes.
+
+    ``folder`` is for trackers; from a folder of ``checkpoints`` a run that was stopped goes on. Under `accelerate
+    launch` all processes call this, and each takes its share of a batch.
+    Raises UserError where the buffer lacks what the objective learns from.
+    """
+    settings = settings or Training()
+    torch.manual_seed(seed)
+    view = buffer.view(objective.learns_from, **objective.view_options)
+    if Need.REFERENCE in objective.requires and not buffer.is_complete("reference_logp"):
+        buffer = with_reference(buffer, policy, settings.token_budget)
+    source = BufferSource(buffer, view, settings.batch_size, seed)
+    return Trainer(policy, objective, source, settings, callbacks, folder=folder, checkpoints=checkpoints).run()
