@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from rlzoo.policy.adapters import adapters
 from rlzoo.policy.loading import save_policy
 from rlzoo.policy.policy import score_rows
 from rlzoo.training import Trainer
+from rlzoo.training.savings import gradients_in_place
 from rlzoo.types import Trajectory
 
 ROWS = [
@@ -140,6 +142,27 @@ def test_recomputed_activations_change_nothing_but_the_work(monkeypatch: pytest.
     for a, b in zip(plain.parameters(), again.parameters(), strict=True):
         assert torch.equal(a, b)
     assert not any("forward" in vars(module) for module in again.modules()), "the model is left as it was"
+
+
+@pytest.mark.parametrize("padding", [None, 5])
+def test_gradients_in_place_are_those_of_autograd(padding: int | None) -> None:
+    torch.manual_seed(0)
+    table, inner = torch.nn.Embedding(11, 6, padding_idx=padding), torch.nn.Linear(6, 6)
+    head = torch.nn.Linear(6, 11, bias=False)
+    head.weight = table.weight  # tied
+    model = torch.nn.Sequential(table, inner, torch.nn.Tanh(), head).double()
+    batches = [torch.randint(0, 11, (3, 4)) for _ in range(3)]
+    found = []
+    for context in (nullcontext(), gradients_in_place(model)):
+        model.zero_grad(set_to_none=True)
+        with context:
+            for batch in batches:  # added up over micro-batches
+                model(batch).square().sum().backward()
+        found.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+    assert len(found[0]) == len(found[1]) == 3
+    for theirs, ours in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+    assert not any("forward" in vars(module) for module in model.modules())
 
 
 def test_mixed_precision_keeps_float32_weights() -> None:

@@ -18,8 +18,8 @@ from rlzoo.types import Need
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-CHUNK_ENTRIES = 2**25
-"""Logits that are held at a time: 128 MB in float32."""
+CHUNK_ENTRIES = 2**26
+"""Logits that are held at a time: 256 MB in float32. Where there are more, they are made a second time."""
 TOP = 20
 """How many of the likeliest tokens `Need.TOP_ENTROPY` looks at (arXiv 2601.02151)."""
 

@@ -1,4 +1,4 @@
-"""What a step saves: embedding gradients without a dense matrix, and activations that are made anew."""
+"""What a step saves: gradients added up where they belong, and activations that are made anew."""
 
 from __future__ import annotations
 
@@ -38,15 +38,16 @@ def layers_recomputed(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def gradients_in_place(model: nn.Module) -> Iterator[None]:
-    """While this lasts, a look-up's backward pass adds the rows that it touched to the weight's ``.grad``.
+    """While this lasts, backward passes add to the ``.grad`` of a layer's weight themselves.
 
-    autograd makes a zero matrix of the whole vocabulary for every micro-batch and adds it up, for tied weights twice:
-    a fifteenth of a small model's step. On a GPU that costs next to nothing and adding in place is not deterministic,
-    so there, and for modules that are more than a plain `nn.Embedding`, all stays as it is.
+    autograd makes every micro-batch's gradient in memory of its own and adds it up; a matrix product adds as it goes.
+    Of a look-up it makes a zero matrix of the whole vocabulary, for tied weights twice, where only the rows that were
+    looked up have a gradient. On a GPU that costs next to nothing, and adding rows in place is not deterministic: so
+    there, and for modules that are more than a plain `nn.Embedding` or `nn.Linear`, all stays as it is.
     """
-    changed = [module for module in model.modules() if isinstance(module, nn.Embedding) and _is_plain(module)]
+    changed = [module for module in model.modules() if _is_plain(module)]
     for module in changed:
-        module.forward = _lookup_of(module)  # type: ignore[method-assign]
+        module.forward = _lookup_of(module) if isinstance(module, nn.Embedding) else _product_of(module)
     try:
         yield
     finally:
@@ -54,10 +55,13 @@ def gradients_in_place(model: nn.Module) -> Iterator[None]:
             del module.forward
 
 
-def _is_plain(module: nn.Embedding) -> bool:
-    special = module.max_norm is not None or module.scale_grad_by_freq or module.sparse
-    here = module.weight.requires_grad and module.weight.device.type == "cpu"
-    return type(module) is nn.Embedding and here and not special
+def _is_plain(module: nn.Module) -> bool:
+    if type(module) is nn.Embedding:
+        plain = module.max_norm is None and not module.scale_grad_by_freq and not module.sparse
+    else:
+        plain = type(module) is nn.Linear
+    weight = getattr(module, "weight", None)
+    return plain and weight is not None and weight.requires_grad and weight.device.type == "cpu"
 
 
 def _lookup_of(module: nn.Embedding) -> Any:
@@ -82,3 +86,34 @@ class _Lookup(torch.autograd.Function):
             weight.grad = torch.zeros_like(weight)
         weight.grad.index_add_(0, ids, rows.to(weight.dtype))
         return None, None, None
+
+
+def _product_of(module: nn.Module) -> Any:
+    assert isinstance(module, nn.Linear)
+
+    def product(x: Tensor) -> Tensor:
+        if torch.is_autocast_enabled("cpu"):  # which casts the weight: its gradient has another dtype
+            return functional.linear(x, module.weight, module.bias)
+        found: Tensor = _Product.apply(x, module.weight)  # type: ignore[no-untyped-call]
+        return found if module.bias is None else found + module.bias
+
+    return product
+
+
+class _Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Float[Tensor, "*B H"], weight: Float[Tensor, "O H"]) -> Float[Tensor, "*B O"]:
+        ctx.save_for_backward(x)
+        ctx.weight = weight  # the parameter itself: what a checkpoint gives back is an alias, with a .grad of its own
+        return functional.linear(x, weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, pull: Float[Tensor, "*B O"]) -> tuple[Tensor | None, None]:
+        (x,), weight = ctx.saved_tensors, ctx.weight
+        rows, pulls = x.flatten(0, -2), pull.flatten(0, -2)
+        if weight.grad is None:
+            weight.grad = pulls.T @ rows
+        else:
+            weight.grad.addmm_(pulls.T, rows)
+        return pull @ weight if ctx.needs_input_grad[0] else None, None

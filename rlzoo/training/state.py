@@ -106,6 +106,13 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 @torch.no_grad()
+def is_finite(tensor: Tensor) -> bool:
+    """Whether no value is infinite or NaN, in one pass; of a sharded tensor this process looks at its own part."""
+    here = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return not here.numel() or all(bool(extreme.isfinite()) for extreme in here.aminmax())
+
+
+@torch.no_grad()
 def put(into: Tensor, value: Tensor) -> None:
     """Overwrite a tensor with a whole one; a sharded one takes its part."""
     if hasattr(into, "device_mesh"):

@@ -27,7 +27,7 @@ from rlzoo.training.checkpoints import Checkpoints
 from rlzoo.training.costs import is_out_of_memory, peak_memory_bytes, release_memory, reset_peak_memory
 from rlzoo.training.record import TrainingRecord
 from rlzoo.training.savings import gradients_in_place, layers_recomputed
-from rlzoo.training.state import restore, state_of
+from rlzoo.training.state import is_finite, restore, state_of
 from rlzoo.training.sums import Sums, coefficients_of_rows
 from rlzoo.training.trackers import installed, tracked
 from rlzoo.types import STATISTICS, Coefficients, Coupling, Need, TokenBatch, Trajectory
@@ -160,7 +160,7 @@ class Trainer:
         return [(name, p) for name, p in self.policy.named_parameters() if p.requires_grad]
 
     def _is_finite(self) -> bool:
-        found = all(bool(torch.isfinite(parameter).all()) for _, parameter in self.named_parameters())
+        found = all(is_finite(parameter) for _, parameter in self.named_parameters())
         return all(gathered(found))
 
     @property
