@@ -16,7 +16,7 @@ from rlzoo.comparison.statistics import (
     ScoreMatrix,
     align,
     compare_to,
-    crossed_bootstrap,
+    crossed_interval,
     paired_difference,
     score_matrices,
     summarise,
@@ -64,49 +64,83 @@ def test_pass_at_k_refuses_impossible_counts() -> None:
         pass_at_k(np.array([5]), np.array([4]), 1)
 
 
-def test_bootstrap_of_two_problems_and_one_seed_by_hand() -> None:
-    # Resampling (0, 1) gives means 0, 1/2, 1 with chances 1/4, 1/2, 1/4: 2.5 % and 97.5 % are 0 and 1.
-    assert crossed_bootstrap(np.array([[0.0, 1.0]])) == Interval(0.5, 0.0, 1.0)
-    # The inner half of that distribution is 1/2 alone.
-    assert crossed_bootstrap(np.array([[0.0, 1.0]]), level=0.4) == Interval(0.5, 0.5, 0.5)
+T1, T2 = 12.706205, 4.302653
+"""Student's 97.5 % quantiles with one and two degrees of freedom, from a table."""
 
 
-def test_single_seed_single_problem_and_constant_scores_have_no_width() -> None:
-    assert crossed_bootstrap(np.array([[0.25]])) == Interval(0.25, 0.25, 0.25)
-    mean, low, high = crossed_bootstrap(np.full((3, 5), 0.4))
-    assert (mean, low, high) == pytest.approx((0.4, 0.4, 0.4))
+@pytest.mark.parametrize(
+    ("scores", "reach"),
+    [
+        # One seed: the problems' mean square ½, over 2 problems: se² = ¼, one degree of freedom.
+        ([[0.0, 1.0]], T1 * 0.5),
+        ([[0.0], [1.0]], T1 * 0.5),
+        # Row means 1 and 5, column means 2 and 4, no noise: mean squares 2·8 and 2·2, se² = 20/4.
+        ([[0.0, 2.0], [4.0, 6.0]], T1 * 5**0.5),
+        # No seed and no problem stands out; the residuals are ±½ with one degree of freedom: se² = 1/4.
+        ([[0.0, 1.0], [1.0, 0.0]], T1 * 0.5),
+        # 3 seeds × 2 problems without noise: row means ½, 1½, 2½, mean squares 2·2/2 = 2 and 3·½/1 = 3/2; se² = 3.5/6,
+        # and t is (2·t₂ + 1.5·t₁)/3.5.
+        ([[0.0, 1.0], [1.0, 2.0], [2.0, 3.0]], (2 * T2 + 1.5 * T1) / 3.5 * (3.5 / 6) ** 0.5),
+    ],
+)
+def test_intervals_by_hand(scores: list[list[float]], reach: float) -> None:
+    mean, low, high = crossed_interval(np.array(scores))
+    assert mean == pytest.approx(np.mean(scores))
+    assert (mean - low, high - mean) == pytest.approx((reach, reach), rel=1e-6)
 
 
-def test_one_problem_resamples_the_seeds() -> None:
-    assert crossed_bootstrap(np.array([[0.0], [1.0]])) == Interval(0.5, 0.0, 1.0)
+def test_a_single_value_and_constant_scores_have_no_width() -> None:
+    assert crossed_interval(np.array([[0.25]])) == Interval(0.25, 0.25, 0.25)
+    assert crossed_interval(np.full((3, 5), 0.5)) == Interval(0.5, 0.5, 0.5)
 
 
-def test_bootstrap_is_the_same_for_the_same_seed_only() -> None:
-    scores = np.random.default_rng(1).random((3, 40))
-    assert crossed_bootstrap(scores, seed=3) == crossed_bootstrap(scores, seed=3)
-    assert crossed_bootstrap(scores, seed=3) != crossed_bootstrap(scores, seed=4)
+def test_a_score_s_interval_stays_between_nought_and_one() -> None:
+    table = outcome_table({("a", 0): [[1], [1], [1], [0]]})
+    assert all(0 <= row["ci_low"] < row["ci_high"] == 1 for row in summarise(table, k=1))
 
 
 @pytest.mark.parametrize("scores", [np.zeros((0, 3)), np.zeros(3), np.array([[np.nan, 1.0]])])
-def test_bootstrap_refuses_what_is_not_a_matrix_of_scores(scores: np.ndarray) -> None:
+def test_an_interval_needs_a_matrix_of_scores(scores: np.ndarray) -> None:
     with pytest.raises(ValueError, match="finite"):
-        crossed_bootstrap(scores)
+        crossed_interval(scores)
 
 
 @pytest.mark.parametrize(
     ("seeds", "problems", "seed_effect", "problem_effect", "noise"),
-    [(3, 80, 0.01, 0.3, 0.25), (20, 50, 0.1, 0.2, 0.1), (25, 25, 0.2, 0.2, 0.05)],
+    [
+        (1, 100, 0.0, 0.3, 0.25),
+        (3, 200, 0.0, 0.3, 0.25),
+        (3, 200, 0.02, 0.3, 0.25),
+        (3, 80, 0.05, 0.3, 0.25),  # seeds, problems and noise matter alike
+        (3, 80, 0.3, 0.1, 0.1),  # seeds alone
+        (3, 200, 0.01, 0.05, 0.4),  # noise alone, as of a difference
+        (5, 100, 0.1, 0.2, 0.1),
+        (10, 50, 0.1, 0.2, 0.1),
+        (25, 25, 0.2, 0.2, 0.05),
+    ],
 )
 def test_intervals_cover_the_truth_nineteen_times_in_twenty(
     seeds: int, problems: int, seed_effect: float, problem_effect: float, noise: float
 ) -> None:
-    truth, covered, runs = 0.5, 0, 500
-    for run in range(runs):
-        rng = np.random.default_rng(run)
-        scores = truth + seed_effect * rng.normal(size=(seeds, 1)) + problem_effect * rng.normal(size=problems)
-        interval = crossed_bootstrap(scores + noise * rng.normal(size=(seeds, problems)), resamples=800)
+    rng, covered, runs = np.random.default_rng(0), 0, 3000
+    for _ in range(runs):
+        scores = seed_effect * rng.normal(size=(seeds, 1)) + problem_effect * rng.normal(size=problems)
+        interval = crossed_interval(scores + noise * rng.normal(size=(seeds, problems)))
+        covered += interval.low <= 0 <= interval.high
+    assert 0.93 <= covered / runs <= 0.97
+
+
+@pytest.mark.parametrize(("centre", "k"), [(0.0, 4), (2.5, 4), (0.0, 1)])
+def test_intervals_cover_for_counts_of_correct_samples(centre: float, k: int) -> None:
+    """Problems of very different difficulty, three seeds, k samples a problem: what an evaluation gives."""
+    rng, covered, runs = np.random.default_rng(1), 0, 2000
+    difficulty = rng.normal(centre, 2.0, size=200_000)
+    truth = float((1 / (1 + np.exp(-difficulty[:, None] - 0.1 * rng.normal(size=(200_000, 20))))).mean())
+    for _ in range(runs):
+        logit = rng.choice(difficulty, 150) + 0.1 * rng.normal(size=(3, 1))
+        interval = crossed_interval(rng.binomial(k, 1 / (1 + np.exp(-logit))) / k)
         covered += interval.low <= truth <= interval.high
-    assert 0.92 <= covered / runs <= 0.98
+    assert 0.93 <= covered / runs <= 0.97
 
 
 def test_pairing_removes_what_two_algorithms_share() -> None:
@@ -114,7 +148,7 @@ def test_pairing_removes_what_two_algorithms_share() -> None:
     hard = rng.random((3, 60))
     difference = paired_difference(hard + 0.1, hard)
     assert difference == pytest.approx((0.1, 0.1, 0.1))
-    assert difference.excludes_zero and not crossed_bootstrap(hard - 0.5).excludes_zero
+    assert difference.excludes_zero and not crossed_interval(hard - 0.5).excludes_zero
     with pytest.raises(ValueError, match="equal shapes"):
         paired_difference(hard, hard[:, 1:])
 
@@ -139,7 +173,7 @@ def test_summary_has_a_row_for_every_algorithm_and_metric() -> None:
     ]
     assert rows[6] == {
         "algorithm": "a", "benchmark": "sums", "metric": "avg_at_k",
-        "mean": 0.75, "ci_low": 0.5, "ci_high": 1.0, "seeds": 2,
+        "mean": 0.75, "ci_low": 0.0, "ci_high": 1.0, "seeds": 2,
     }  # fmt: skip
 
 

@@ -58,13 +58,16 @@ def simulate(repeats: int, units: int) -> dict[str, Any]:
 
 
 def test_the_estimators_are_unbiased_and_their_intervals_cover() -> None:
-    simulated = simulate(800, 40)
+    simulated = simulate(2000, 40)
+    # the jackknife overstates the variance of what is quadratic in the gradients' noise (Efron and Stein 1981)
+    bounds = {"trace_cov": (0.93, 0.97), "grad_norm_sq": (0.95, 0.99), "snr": (0.95, 0.99)}
     for name, truth in simulated["truth"].items():
         estimates = [found[name] for found in simulated["found"]]
         values = np.array([e["value"] for e in estimates])
         assert abs(values.mean() - truth) < 4 * values.std() / np.sqrt(len(values)), name
         covered = np.mean([e["ci_low"] <= truth <= e["ci_high"] for e in estimates])
-        assert 0.92 <= covered <= 0.99, (name, covered)
+        low, high = bounds[name]
+        assert low <= covered <= high, (name, covered)
 
 
 def test_a_drowned_gradient_has_no_noise_scale() -> None:

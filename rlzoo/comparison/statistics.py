@@ -1,18 +1,18 @@
-"""Statistics of a comparison: pass@k, crossed bootstrap intervals and paired differences, as pure functions.
+"""Statistics of a comparison: pass@k, intervals over seeds and problems, paired differences, as pure functions.
 
-S seeds, P problems, R bootstrap resamples. Scores and intervals are fractions in [0, 1].
+S seeds, P problems. Scores and intervals are fractions in [0, 1].
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 from jaxtyping import Float, Int
+from scipy import stats
 
 from rlzoo.errors import UserError, unknown
 from rlzoo.estimators import pass_at_k
@@ -23,7 +23,7 @@ BASE = "base"
 
 
 class Interval(NamedTuple):
-    """A mean and its bootstrap interval."""
+    """A mean and its interval."""
 
     mean: float
     low: float
@@ -47,57 +47,56 @@ ScoreKey = tuple[str, str, str]
 """algorithm, benchmark, metric"""
 
 
-def crossed_bootstrap(
-    scores: Float[np.ndarray, "S P"], resamples: int = 2000, seed: int = 0, level: float = 0.95
-) -> Interval:
-    """The mean of a score matrix and its percentile interval, resampling seeds and problems independently.
+def crossed_interval(scores: Float[np.ndarray, "S P"], level: float = 0.95) -> Interval:
+    """The mean of a score matrix and its interval over other seeds and other problems of the same kind.
 
-    A resample weighs s_ij by u_i v_j, u ~ Multinomial(S)/S and v ~ Multinomial(P)/P, so the interval speaks
-    of other seeds and other problems of the same kind. With one seed only problems are resampled. The noise
-    of a single entry counts up to three times, which errs on the wide side; where the spread between seeds
-    dominates and seeds are two or three, it is understated. Source: Owen, The pigeonhole bootstrap, 2007,
-    doi 10.1214/07-AOAS122. Raises ValueError unless the matrix is 2-D, not empty and finite.
+    In y_ij = μ + seed_i + problem_j + noise_ij the variance of the mean is σ²_s/S + σ²_p/P + σ²_n/(SP). The mean
+    squares of the two-way table estimate its parts, none below 0. The interval is the mean ± t standard errors; t is
+    the mean of Student's quantiles with each part's degrees of freedom, weighed by its share of the variance (the
+    noise goes with the larger of the other two): for three seeds that differ much it is near 4.3. One seed speaks of
+    other problems alone, one problem of other seeds alone, one value of nothing. How often it covers the truth is
+    what experiments/benchmarks/coverage.py counts.
+
+    Sources: Searle, Casella, McCulloch, Variance components, 1992, chapter 4; Cochran, Biometrics 20, 1964, p. 191.
+    Raises ValueError unless the matrix is 2-D, not empty and finite.
     """
     scores = np.asarray(scores, dtype=np.float64)
     if scores.ndim != 2 or scores.size == 0 or not np.isfinite(scores).all():
-        raise ValueError(f"crossed_bootstrap needs a finite [seeds, problems] matrix, got shape {scores.shape}")
-    seed_weights, problem_weights = _weights(*scores.shape, resamples, seed)
-    means = np.einsum("rp,rp->r", seed_weights @ scores, problem_weights)
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
-    return Interval(float(scores.mean()), float(low), float(high))
-
-
-@lru_cache(maxsize=8)
-def _weights(
-    seeds: int, problems: int, resamples: int, seed: int
-) -> tuple[Float[np.ndarray, "R S"], Float[np.ndarray, "R P"]]:
-    # Cached because every algorithm and metric of a benchmark shares one shape.
-    rng = np.random.default_rng(seed)
-
-    def draw(count: int) -> Float[np.ndarray, "R count"]:
-        weights: Float[np.ndarray, "R count"] = (
-            rng.multinomial(count, np.full(count, 1 / count), size=resamples) / count
-        )
-        return weights
-
-    return draw(seeds), draw(problems)
+        raise ValueError(f"crossed_interval needs a finite [seeds, problems] matrix, got shape {scores.shape}")
+    (seeds, problems), mean = scores.shape, scores.mean()
+    by_seed, by_problem = scores.mean(1) - mean, scores.mean(0) - mean
+    noise_freedom = (seeds - 1) * (problems - 1)
+    rest = scores - mean - by_seed[:, None] - by_problem
+    noise = np.square(rest).sum() / max(noise_freedom, 1)
+    seed = max(problems * np.square(by_seed).sum() / max(seeds - 1, 1) - noise, 0.0)
+    problem = max(seeds * np.square(by_problem).sum() / max(problems - 1, 1) - noise, 0.0)
+    freedom = (
+        seeds - 1,
+        problems - 1,
+        noise_freedom if seed == problem == 0 else (seeds if seed > problem else problems) - 1,
+    )
+    total = seed + problem + noise
+    if total == 0:
+        return Interval(float(mean), float(mean), float(mean))
+    parts = zip((seed, problem, noise), freedom, strict=True)
+    quantile = sum(part / total * stats.t.ppf((1 + level) / 2, df) for part, df in parts if part > 0)
+    reach = quantile * np.sqrt(total / scores.size)
+    return Interval(float(mean), float(mean - reach), float(mean + reach))
 
 
 def paired_difference(
     a: Float[np.ndarray, "S P"],
     b: Float[np.ndarray, "S P"],
-    resamples: int = 2000,
-    seed: int = 0,
     level: float = 0.95,
 ) -> Interval:
-    """The mean of a - b and its interval; both are resampled jointly, so what they share cancels.
+    """The mean of a - b and its interval; what the two share by seed and problem cancels.
 
     Raises ValueError if the shapes differ: rows must be the same seeds and columns the same problems.
     """
     a, b = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
     if a.shape != b.shape:
         raise ValueError(f"paired_difference needs equal shapes, got {a.shape} and {b.shape}")
-    return crossed_bootstrap(a - b, resamples, seed, level)
+    return crossed_interval(a - b, level)
 
 
 def score_matrices(outcomes: pa.Table, k: int | Mapping[str, int]) -> dict[ScoreKey, ScoreMatrix]:
@@ -163,9 +162,10 @@ def summarise(outcomes: pa.Table, k: int | Mapping[str, int]) -> list[dict[str, 
     """
     rows: list[dict[str, Any]] = []
     for (algorithm, benchmark, metric), matrix in _ordered(score_matrices(outcomes, k)):
-        mean, low, high = crossed_bootstrap(matrix.values)
+        mean, low, high = crossed_interval(matrix.values)
         row = {"algorithm": algorithm, "benchmark": benchmark, "metric": metric}
-        rows.append(row | {"mean": mean, "ci_low": low, "ci_high": high, "seeds": len(matrix.seeds)})
+        within = {"ci_low": max(low, 0.0), "ci_high": min(high, 1.0)}  # no score lies outside
+        rows.append(row | {"mean": mean} | within | {"seeds": len(matrix.seeds)})
     return rows
 
 

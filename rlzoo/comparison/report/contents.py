@@ -49,7 +49,7 @@ def _answers(run: Run) -> Iterator[Block]:
 def _scores(results: Results) -> Iterator[Block]:
     yield Heading("Results")
     yield Paragraph(
-        "Per cent correct, with 95 % intervals from a bootstrap over seeds and problems. The best "
+        "Per cent correct, with 95 % intervals over other seeds and other problems. The best "
         "algorithm by each metric is bold. The base model is where every algorithm started."
     )
     for index, benchmark in enumerate(results.benchmarks):
