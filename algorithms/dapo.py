@@ -4,11 +4,11 @@ With ρ = π_θ/μ and A = (r - mean_G)/(std_G + 1e-4), the loss of a token is
 
     -min(ρA, clip(ρ, 1-ε_low, 1+ε_high) A),
 
-averaged over the completion tokens of the step. A group of equal rewards carries no gradient and its tokens do not
-count. ``dynamic_sampling`` fills batches without such groups: those of a fixed buffer are left out, and a fresh batch
-that holds no others is sampled again (a limited number of times, then the run stops). A fresh batch that loses some is
-smaller; the paper samples on until it is full. Its penalty for overlong completions would be a reward, and is not here.
-Source: arXiv 2503.14476; μ as in `grpo`.
+averaged over the completion tokens of the step (the paper writes: of a group). A group of equal rewards carries no
+gradient and its tokens do not count. With ``dynamic_sampling`` those of a fixed buffer are left out beforehand, so that
+batches are full, and a fresh batch that holds no others is sampled again, a limited number of times before the run
+stops. A fresh batch that loses some is smaller; the paper samples on until it is full. Its penalty for overlong
+completions would be a reward, and is not here. Source: arXiv 2503.14476; μ as in `grpo`.
 """
 
 from collections.abc import Mapping
