@@ -17,6 +17,7 @@ import torch
 
 from rlzoo.advantages import group_normalised
 from rlzoo.objective import Normaliser, Objective, register
+from rlzoo.ratios import clipped_gradient, token_ratio
 from rlzoo.types import Coefficients, Need, Selection, TokenBatch
 
 
@@ -44,10 +45,8 @@ class GRPO(Objective):
 
     def coefficients(self, batch: TokenBatch) -> Coefficients:
         advantage, behaviour = self.needed(batch, "advantage", "behaviour_logp")
-        ratio = torch.where(batch.mask, batch.logp - behaviour, 0).exp()
-        clipped = ((advantage > 0) & (ratio > 1 + self.clip)) | ((advantage < 0) & (ratio < 1 - self.clip))
-        values = torch.where(clipped, 0, ratio * advantage)
-        loss = -torch.minimum(ratio * advantage, ratio.clamp(1 - self.clip, 1 + self.clip) * advantage)
+        ratio = token_ratio(batch.logp, behaviour, batch.mask)
+        values, loss, clipped = clipped_gradient(ratio, advantage, self.clip, self.clip)
         metrics = {"ratio": ratio, "clipped": clipped.to(ratio.dtype)}
         if self.kl_coefficient:
             (reference,) = self.needed(batch, "reference_logp")

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from rlzoo.advantages import generalised_advantage, last_token, whiten
 from rlzoo.objective import Objective, register
+from rlzoo.ratios import clipped_gradient, token_ratio
 from rlzoo.types import Coefficients, Need, Selection, TokenBatch
 
 
@@ -63,14 +64,13 @@ class PPO(Objective):
 
     def coefficients(self, batch: TokenBatch) -> Coefficients:
         advantage, behaviour = self.needed(batch, "advantage", "behaviour_logp")
-        ratio = torch.where(batch.mask, batch.logp - behaviour, 0).exp()
-        clipped = ((advantage > 0) & (ratio > 1 + self.clip)) | ((advantage < 0) & (ratio < 1 - self.clip))
-        gain = torch.minimum(ratio * advantage, ratio.clamp(1 - self.clip, 1 + self.clip) * advantage)
+        ratio = token_ratio(batch.logp, behaviour, batch.mask)
+        values, loss, clipped = clipped_gradient(ratio, advantage, self.clip, self.clip)
         if self.dual_clip is not None:
-            clipped = clipped | ((advantage < 0) & (ratio > self.dual_clip))
-            gain = torch.where(advantage < 0, gain.clamp(min=self.dual_clip * advantage), gain)
-        values = torch.where(clipped, 0, ratio * advantage)
-        return Coefficients(values, loss=-gain, metrics={"ratio": ratio, "clipped": clipped.to(ratio.dtype)})
+            beyond = (advantage < 0) & (ratio > self.dual_clip)
+            values, clipped = torch.where(beyond, 0, values), clipped | beyond
+            loss = torch.where(advantage < 0, loss.clamp(max=-self.dual_clip * advantage), loss)
+        return Coefficients(values, loss=loss, metrics={"ratio": ratio, "clipped": clipped.to(ratio.dtype)})
 
     def auxiliary(self, batch: TokenBatch) -> Mapping[str, Tensor]:
         if batch.value is None:

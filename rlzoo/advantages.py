@@ -16,6 +16,20 @@ def group_mean(x: Float[Tensor, " B"], group: Int[Tensor, " B"]) -> Float[Tensor
     return (total / count.clamp(min=1))[index]
 
 
+def group_centred(reward: Float[Tensor, " B"], group: Int[Tensor, " B"]) -> Float[Tensor, " B"]:
+    """r - mean_G; 0 for a group of one."""
+    return reward - group_mean(reward, group)
+
+
+def group_varies(reward: Float[Tensor, " B"], group: Int[Tensor, " B"]) -> Bool[Tensor, " B"]:
+    """True for the rows of groups whose rewards are not all equal, to the bit: a std of 0 may be rounded to more."""
+    _, index = torch.unique(group, return_inverse=True)
+    bounds = reward.new_empty(int(index.max()) + 1 if len(index) else 0)
+    least = bounds.scatter_reduce(0, index, reward, "amin", include_self=False)
+    greatest = bounds.scatter_reduce(0, index, reward, "amax", include_self=False)
+    return (least < greatest)[index]
+
+
 def group_normalised(
     reward: Float[Tensor, " B"], group: Int[Tensor, " B"], epsilon: float = 1e-4
 ) -> Float[Tensor, " B"]:
@@ -23,7 +37,7 @@ def group_normalised(
 
     A group of one row has advantage 0. Source: DeepSeekMath, arXiv 2402.03300, section 4.1.2.
     """
-    centred = reward - group_mean(reward, group)
+    centred = group_centred(reward, group)
     size = _size(group, reward)
     std = (group_mean(centred.square(), group) * size / (size - 1).clamp(min=1)).sqrt()
     return centred / (std + epsilon)
@@ -32,13 +46,35 @@ def group_normalised(
 def leave_one_out(reward: Float[Tensor, " B"], group: Int[Tensor, " B"]) -> Float[Tensor, " B"]:
     """r - mean of the others in the group = G/(G-1) (r - mean_G); 0 for a group of one. arXiv 2402.14740."""
     size = _size(group, reward)
-    return (reward - group_mean(reward, group)) * size / (size - 1).clamp(min=1)
+    return group_centred(reward, group) * size / (size - 1).clamp(min=1)
 
 
 def _size(group: Int[Tensor, " B"], like: Float[Tensor, " B"]) -> Float[Tensor, " B"]:
     _, index, count = torch.unique(group, return_inverse=True, return_counts=True)
     size: Tensor = count[index].to(like.dtype)
     return size
+
+
+def optimal_token_baseline(
+    reward: Float[Tensor, " B"],
+    group: Int[Tensor, " B"],
+    score_norm: Float[Tensor, "B T"],
+    mask: Bool[Tensor, "B T"],
+) -> Float[Tensor, "B T"]:
+    """B_t = Σ_i r_i W_{i,t} / Σ_i W_{i,t}, W_{i,t} = Σ_{s≤t} S_{i,s}, over the rows of the group that still run at t.
+
+    ``score_norm`` is S, the squared norm of a token's score. 0 at masked positions and where all W are 0.
+    Source: arXiv 2602.07078.
+    """
+    if score_norm.shape != mask.shape or reward.shape != group.shape or len(reward) != len(mask):
+        shapes = [tuple(x.shape) for x in (reward, group, score_norm, mask)]
+        raise ValueError(f"shapes do not fit: {', '.join(map(str, shapes))}")
+    live = torch.where(mask, score_norm, 0).cumsum(1) * mask
+    _, index = torch.unique(group, return_inverse=True)
+    total = live.new_zeros(int(index.max()) + 1 if len(index) else 0, live.shape[1])
+    weighed = total.index_add(0, index, live * reward[:, None])[index]
+    weight = total.index_add(0, index, live)[index]
+    return torch.where(mask & (weight > 0), weighed / weight, 0)
 
 
 def generalised_advantage(

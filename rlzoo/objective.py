@@ -35,8 +35,8 @@ class Normaliser(Enum):
     """w = 1/|y|, Z = number of sequences: the mean over sequences of the mean over tokens."""
     PER_PAIR = "per_pair"
     """w = 1, Z = number of pairs."""
-    CONSTANT = "constant"
-    """w = 1, Z = number of sequences times the greatest completion length of the batch."""
+    SEQUENCE_SUM = "sequence_sum"
+    """w = 1, Z = number of sequences: the mean over sequences of the sum over tokens."""
 
     def weight(self, batch: TokenBatch) -> Float[Tensor, "B 1"]:
         """The weight w of each row's tokens."""
@@ -45,16 +45,14 @@ class Normaliser(Enum):
 
     def denominator(self, batch: TokenBatch) -> float:
         """Z of a batch. Over micro-batches and ranks, Z of the whole step is the sum of theirs."""
-        rows, length = batch.mask.shape
+        rows = len(batch.mask)
         match self:
             case Normaliser.PER_TOKEN:
                 return float(batch.mask.sum())
-            case Normaliser.PER_SEQUENCE:
+            case Normaliser.PER_SEQUENCE | Normaliser.SEQUENCE_SUM:
                 return float(rows)
             case Normaliser.PER_PAIR:
                 return float(rows if batch.chosen is None else batch.chosen.sum())
-            case Normaliser.CONSTANT:
-                return float(rows * length)
 
 
 @dataclass(frozen=True)
@@ -93,6 +91,9 @@ class Objective:
 
     def prepare(self, batch: TokenBatch) -> TokenBatch:
         """Fix what stays the same for all updates on a batch. Called once on the whole batch, with no gradient.
+
+        It may take a token's mask away, which then counts in no sum and no denominator; if it does, it must give
+        advantages too, as a batch without them is taken for one that is not yet prepared.
 
         ``logp`` and ``statistics`` are there only for an objective that needs SNAPSHOT or CRITIC or couples the BATCH;
         for others ``logp`` is NaN, as nothing has been scored yet.
@@ -224,9 +225,11 @@ def surrogate(objective: Objective, batch: TokenBatch, denominator: float | None
     """The one loss: -(c.detach() · log π)[mask] / Z plus the objective's auxiliary terms.
 
     ``denominator`` is Z of the whole optimizer step; None takes the objective's own normaliser over this batch.
-    An all-masked batch gives 0, with a warning. Its value is not the paper's loss (see `Coefficients.loss`);
-    its gradient is.
+    A batch without advantages is prepared first. An all-masked batch gives 0, with a warning. Its value is not the
+    paper's loss (see `Coefficients.loss`); its gradient is.
     """
+    if batch.advantage is None:
+        batch = replace(objective.prepare(batch.detach()), logp=batch.logp, value=batch.value)
     coefficients = objective.coefficients(batch.detach())
     return surrogate_of(coefficients, objective, batch, denominator)
 

@@ -194,6 +194,116 @@ def ppo(
     return loss.sum() / token_count(batch)
 
 
+def groups_of(batch: TokenBatch) -> list[list[int]]:
+    """The rows of each group."""
+    assert batch.group is not None
+    numbers = batch.group.tolist()
+    return [[i for i, g in enumerate(numbers) if g == group] for group in dict.fromkeys(numbers)]
+
+
+def group_advantages(batch: TokenBatch, divide: bool) -> list[float]:
+    """r - mean_G of each row, over std_G + 1e-4 where ``divide`` (arXiv 2402.03300, section 4.1.2)."""
+    assert batch.reward is not None
+    rewards = batch.reward.tolist()
+    found = [0.0] * len(rewards)
+    for group in groups_of(batch):
+        peers = [rewards[i] for i in group]
+        scale = (statistics.stdev(peers) if len(peers) > 1 else 0.0) + 1e-4 if divide else 1.0
+        for i in group:
+            found[i] = (rewards[i] - statistics.fmean(peers)) / scale
+    return found
+
+
+def reinforce(batch: TokenBatch, baseline: str = "mean") -> Tensor:
+    """-(1/B) Σ_i (r_i - b) log π(y_i), b the mean reward or 0 (Williams 1992)."""
+    assert batch.reward is not None
+    rewards = batch.reward.tolist()
+    b = statistics.fmean(rewards) if baseline == "mean" else 0.0
+    rows = zip(rewards, completions(batch, batch.logp), strict=True)
+    return -torch.stack([(reward - b) * logp.sum() for reward, logp in rows]).mean()
+
+
+def rloo(batch: TokenBatch) -> Tensor:
+    """-(1/B) Σ_i (r_i - mean of the other rewards of i's group) log π(y_i) (arXiv 2402.14740)."""
+    assert batch.reward is not None
+    rewards, logp = batch.reward.tolist(), completions(batch, batch.logp)
+    total = torch.zeros(())
+    for group in groups_of(batch):
+        for i in group:
+            others = [rewards[j] for j in group if j != i]
+            if others:
+                total = total - (rewards[i] - statistics.fmean(others)) * logp[i].sum()
+    return total / len(rewards)
+
+
+def asymmetric_gain(ratio: Tensor, advantage: float, below: float, above: float) -> Tensor:
+    """min(ρA, clip(ρ, 1-ε_low, 1+ε_high) A) (arXiv 2503.14476, eq. 8)."""
+    return torch.min(ratio * advantage, ratio.clip(1 - below, 1 + above) * advantage)
+
+
+def dr_grpo(batch: TokenBatch, clip: float = 0.2, max_length: int = 256) -> Tensor:
+    """-(1/(B L)) Σ_i Σ_t min(ρA, clip(ρ) A), A = r - mean_G (arXiv 2503.20783)."""
+    logp, behaviour = completions(batch, batch.logp), completions(batch, batch.behaviour_logp)
+    total = torch.zeros(())
+    for i, advantage in enumerate(group_advantages(batch, divide=False)):
+        total = total - asymmetric_gain((logp[i] - behaviour[i]).exp(), advantage, clip, clip).sum()
+    return total / (len(logp) * max_length)
+
+
+def dapo(batch: TokenBatch, clip_low: float = 0.2, clip_high: float = 0.28, dynamic_sampling: bool = True) -> Tensor:
+    """-(1/N) Σ min(ρA, clip(ρ, 1-ε_low, 1+ε_high) A) over the N tokens of groups with 0 < std (arXiv 2503.14476)."""
+    assert batch.reward is not None
+    logp, behaviour = completions(batch, batch.logp), completions(batch, batch.behaviour_logp)
+    advantages, tokens, total = group_advantages(batch, divide=True), 0, torch.zeros(())
+    for group in groups_of(batch):
+        if len({float(batch.reward[i]) for i in group}) > 1:
+            for i in group:
+                tokens += len(logp[i])
+                ratio = (logp[i] - behaviour[i]).exp()
+                total = total - asymmetric_gain(ratio, advantages[i], clip_low, clip_high).sum()
+    return total / tokens
+
+
+def gspo(batch: TokenBatch, clip_low: float = 3e-4, clip_high: float = 4e-4) -> Tensor:
+    """-(1/B) Σ_i min(sA, clip(s, 1-ε_low, 1+ε_high) A), s = (π(y)/μ(y))^(1/|y|) (arXiv 2507.18071, eq. 5 and 7)."""
+    logp, behaviour = completions(batch, batch.logp), completions(batch, batch.behaviour_logp)
+    total = torch.zeros(())
+    for i, advantage in enumerate(group_advantages(batch, divide=True)):
+        if len(logp[i]):
+            ratio = (logp[i].sum().exp() / behaviour[i].sum().exp()) ** (1 / len(logp[i]))
+            total = total - asymmetric_gain(ratio, advantage, clip_low, clip_high)
+    return total / len(logp)
+
+
+def cispo(batch: TokenBatch, ratio_min: float = 0.0, ratio_max: float = 5.0) -> Tensor:
+    """-(1/N) Σ sg(clip(ρ)) A log p_t (arXiv 2506.13585, eq. 4)."""
+    logp, behaviour = completions(batch, batch.logp), completions(batch, batch.behaviour_logp)
+    total = torch.zeros(())
+    for i, advantage in enumerate(group_advantages(batch, divide=True)):
+        weight = (logp[i].detach().exp() / behaviour[i].exp()).clip(ratio_min, ratio_max)
+        total = total - (weight * advantage * logp[i]).sum()
+    return total / token_count(batch)
+
+
+def otb(batch: TokenBatch) -> Tensor:
+    """-(1/N) Σ (π/μ) (G - B_t), B_t the mean return over the rows that reach t, weighed by W (arXiv 2602.07078)."""
+    assert batch.reward is not None
+    rewards, ratio = batch.reward.tolist(), completions(batch, batch.logp)
+    ratio = [(a - b).exp() for a, b in zip(ratio, completions(batch, batch.behaviour_logp), strict=True)]
+    p = [row.exp().tolist() for row in completions(batch, batch.snapshot_logp)]
+    square = [row.tolist() for row in completions(batch, batch.statistics["square_mass"])]
+    total = torch.zeros(())
+    for group in groups_of(batch):
+        for i in group:
+            for t in range(len(ratio[i])):
+                energy = {
+                    j: sum(1 - 2 * p[j][s] + square[j][s] for s in range(t + 1)) for j in group if t < len(ratio[j])
+                }
+                baseline = sum(rewards[j] * w for j, w in energy.items()) / sum(energy.values())
+                total = total - ratio[i][t] * (rewards[i] - baseline)
+    return total / token_count(batch)
+
+
 def case(loss: Callable[..., Tensor], **options: Any) -> Case:
     """A case whose options the loss takes under the same names."""
     return Case(partial(loss, **options), options)
@@ -225,4 +335,11 @@ CANONICAL: dict[str, list[Case]] = {
         Case(ppo, {"critic": "shared"}),
     ],
     "grpo": [case(grpo), case(grpo, kl_coefficient=0.0), case(grpo, clip=0.1, kl_coefficient=0.5)],
+    "reinforce": [case(reinforce), case(reinforce, baseline="none")],
+    "rloo": [case(rloo)],
+    "dr-grpo": [case(dr_grpo), case(dr_grpo, clip=0.1, max_length=7)],
+    "dapo": [case(dapo), case(dapo, clip_low=0.1, clip_high=0.3, dynamic_sampling=False)],
+    "gspo": [case(gspo), case(gspo, clip_low=0.05, clip_high=0.1)],
+    "cispo": [case(cispo), case(cispo, ratio_min=0.8, ratio_max=1.28)],
+    "otb": [case(otb)],
 }

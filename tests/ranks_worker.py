@@ -31,7 +31,7 @@ SETTINGS = Training(
 
 
 def rows() -> list[Trajectory]:
-    """Ten rows of very uneven lengths, in pairs of one prompt."""
+    """Ten rows of very uneven lengths, in pairs of one prompt, of which the last has equal rewards."""
     rng = random.Random(0)
     made = []
     for i in range(10):
@@ -39,7 +39,7 @@ def rows() -> list[Trajectory]:
         completion = [rng.randrange(3, 60) for _ in range(1 + (7 * i) % 23)]
         near = [rng.gauss(-3, 1) for _ in completion]
         made.append(
-            Trajectory("", "", prompt, completion, str(i // 2), source="policy", reward=float(i % 2),
+            Trajectory("", "", prompt, completion, str(i // 2), source="policy", reward=float(i % 2 or i == 8),
                        behaviour_logp=near, reference_logp=near)
         )  # fmt: skip
     return made

@@ -60,7 +60,7 @@ def random_batch(seed: int, padding: tuple[float, ...] = PADDING) -> TokenBatch:
     reward[FLAT_GROUP] = 1.0
     first = torch.arange(0, ROWS, 2)
     better = first + torch.randint(0, 2, (ROWS // 2,), generator=draw)
-    return TokenBatch(
+    batch = TokenBatch(
         logp=padded(logp).requires_grad_(),
         mask=mask,
         behaviour_logp=padded(logp + normal(0.4)),
@@ -73,6 +73,14 @@ def random_batch(seed: int, padding: tuple[float, ...] = PADDING) -> TokenBatch:
         partner=torch.arange(ROWS).view(-1, 2).flip(1).flatten(),
         chosen=torch.zeros(ROWS, dtype=torch.bool).index_fill(0, better, True),
     )
+    assert batch.snapshot_logp is not None
+    p, share = batch.snapshot_logp.exp(), torch.rand(ROWS, LENGTH, dtype=torch.float64, generator=draw)
+    statistics = {  # each within its bounds, of which one is the token's own probability
+        "entropy": math.log(64) * share,
+        "top_entropy": math.log(20) * share,
+        "square_mass": p.square() + share * (1 - p).square(),
+    }
+    return replace(batch, statistics={name: padded(value) for name, value in statistics.items()})
 
 
 def prepared(objective: Objective, batch: TokenBatch) -> TokenBatch:
@@ -216,7 +224,7 @@ def wider(batch: TokenBatch, extra: int) -> TokenBatch:
 
     found = {f.name: getattr(batch, f.name) for f in fields(batch)}
     tables: dict[str, Any] = {k: widen(v) for k, v in found.items() if isinstance(v, Tensor) and v.ndim == 2}
-    return replace(batch, **tables)
+    return replace(batch, **tables, statistics={k: widen(v) for k, v in batch.statistics.items()})
 
 
 @over_cases
@@ -277,7 +285,7 @@ def cast(batch: TokenBatch, dtype: torch.dtype) -> TokenBatch:
         for n, v in columns.items()
         if isinstance(v, Tensor) and v.is_floating_point()
     }
-    return replace(batch, **rounded)
+    return replace(batch, **rounded, statistics={k: v.to(dtype) for k, v in batch.statistics.items()})
 
 
 # The random batches really reach every branch
@@ -292,6 +300,9 @@ def cast(batch: TokenBatch, dtype: torch.dtype) -> TokenBatch:
         ("ppo", {}),
         ("ppo", {"whiten": False, "kl_coefficient": 0.0, "gamma": 0.9, "lam": 0.5, "clip": 0.1}),
         ("ppo", {"dual_clip": 1.5}),
+        ("dr-grpo", {}),
+        ("dapo", {"clip_low": 0.2, "clip_high": 0.28}),
+        ("dapo", {"clip_low": 0.1, "clip_high": 0.3}),
     ],
 )
 def test_clipping_is_active_on_both_sides(name: str, options: dict[str, Any], seed: int) -> None:
@@ -299,12 +310,13 @@ def test_clipping_is_active_on_both_sides(name: str, options: dict[str, Any], se
     batch = prepared(objective, random_batch(seed)).detach()
     advantage, behaviour = objective.needed(batch, "advantage", "behaviour_logp")
     clip = options.get("clip", 0.2)
+    least, most = 1 - options.get("clip_low", clip), 1 + options.get("clip_high", clip)
     ratio = (batch.logp - behaviour).exp()
     good, bad = batch.mask & (advantage > 0), batch.mask & (advantage < 0)
-    above, below = good & (ratio > 1 + clip), bad & (ratio < 1 - clip)
+    above, below = good & (ratio > most), bad & (ratio < least)
     free = (good | bad) & ~above & ~below
     assert above.any() and below.any() and (free & good).any() and (free & bad).any()
-    assert (good & (ratio < 1 - clip)).any() and (bad & (ratio > 1 + clip)).any()  # outside, yet not clipped
+    assert (good & (ratio < least)).any() and (bad & (ratio > most)).any()  # outside, yet not clipped
     coefficients = objective.coefficients(batch)
     clipped = above | below
     if "dual_clip" in options:
@@ -312,6 +324,26 @@ def test_clipping_is_active_on_both_sides(name: str, options: dict[str, Any], se
         assert dual.any()
         clipped = clipped | dual
     assert torch.equal(coefficients.metrics["clipped"][batch.mask].bool(), clipped[batch.mask])
+
+
+@pytest.mark.parametrize(("low", "high"), [(3e-4, 4e-4), (0.05, 0.1)])
+def test_clipping_of_sequences_is_active_on_both_sides(low: float, high: float) -> None:
+    objective = get_objective("gspo", clip_low=low, clip_high=high)
+    rows = []
+    for seed in SEEDS:
+        batch = prepared(objective, random_batch(seed)).detach()
+        advantage, behaviour = objective.needed(batch, "advantage", "behaviour_logp")
+        clipped = objective.coefficients(batch).metrics["clipped"]
+        for i, mask in enumerate(batch.mask):
+            if mask.any() and advantage[i, 0] != 0:
+                ratio = math.exp((batch.logp[i] - behaviour[i])[mask].mean())
+                above, below = ratio > 1 + high, ratio < 1 - low
+                good = bool(advantage[i, 0] > 0)
+                assert bool(clipped[i, mask].all()) is bool(clipped[i, 0]) is (above if good else below)
+                rows.append((good, above, below))
+    expected = {(good, *side) for good in (True, False) for side in ((True, False), (False, True))}
+    inside = {(True, False, False), (False, False, False)}
+    assert set(rows) == expected | (inside if low == 0.05 else set())
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -326,6 +358,11 @@ def test_the_other_bounds_are_active_too(seed: int) -> None:
     assert (hinge == 0).any() and (hinge > 0).any() and (hinge < 0).any()
     correct = get_objective("rft", threshold=0.8).coefficients(batch).values[inside]
     assert {0.0, 1.0} == set(correct.tolist())
+    weight = get_objective("cispo", ratio_min=0.8, ratio_max=1.28).coefficients(batch).metrics
+    ratio = weight["ratio"][inside]
+    assert (ratio < 0.8).any() and (ratio > 1.28).any() and 0 < weight["clipped"][inside].sum() < len(ratio)
+    dropped = inside & ~prepared(get_objective("dapo"), batch).mask
+    assert dropped[FLAT_GROUP].any() and dropped[-1].any()  # a group of equal rewards, and one of one row
     ready = prepared(get_objective("ppo"), batch)
     value, old, returns = (t[inside] for t in get_objective("ppo").needed(ready, "value", "old_value", "returns"))
     near = value.clip(old - 0.2, old + 0.2)
@@ -431,14 +468,14 @@ def test_ppo_takes_the_returns_before_whitening() -> None:
 
 
 def test_normalisers_by_hand() -> None:
-    # Rows of 2 and 1 tokens with terms 1, 2 and 4: 7/3 a token; (3/2 + 4)/2 a sequence; 7/1 a pair; 7/(2·2).
+    # Rows of 2 and 1 tokens with terms 1, 2 and 4: 7/3 a token; (3/2 + 4)/2 a sequence; 7/1 a pair; (3 + 4)/2 a sum.
     batch = hand_batch([[0.5, 0.5], [0.5]], chosen=torch.tensor([True, False]), partner=torch.tensor([1, 0]))
     terms = torch.tensor([[1.0, 2.0], [4.0, math.nan]], dtype=torch.float64)
     expected = {
         Normaliser.PER_TOKEN: 7 / 3,
         Normaliser.PER_SEQUENCE: 2.75,
         Normaliser.PER_PAIR: 7.0,
-        Normaliser.CONSTANT: 1.75,
+        Normaliser.SEQUENCE_SUM: 3.5,
     }
     for normaliser in Normaliser:
         found = reduce(terms, batch, normaliser, normaliser.denominator(batch))

@@ -18,7 +18,7 @@ from rlzoo.policy import Policy, Sequences
 from rlzoo.policy.policy import score_rows, token_batches
 from rlzoo.training import Trainer
 from rlzoo.training.batches import BufferSource, atoms, static_batch
-from rlzoo.types import Coefficients, Coupling, Need, Selection, TokenBatch, Trajectory
+from rlzoo.types import STATISTICS, Coefficients, Coupling, Need, Selection, TokenBatch, Trajectory
 
 MakePolicy = Callable[..., Policy]
 Batch = tuple[list[Trajectory], list[tuple[int, ...]]]
@@ -65,6 +65,7 @@ OBJECTIVES: Mapping[str, Objective] = {
     "dpo-ipo": get_objective("dpo", variant="ipo"),
     "iw-sft-step": get_objective("iw-sft", variant="per_step"),
     "iw-sft-ema": get_objective("iw-sft", variant="ema", ema_decay=0.5),
+    "gspo": get_objective("gspo", clip_low=0.9, clip_high=9.0),  # its own bounds clip all of a second update
     "ppo-shared": get_objective("ppo", critic="shared", dual_clip=2.0),
     "batch-coupled": RelativeProbability(),
     "logit-term": Anchored(),
@@ -156,7 +157,7 @@ def full_batch(policy: Policy, objective: Objective, batch: Batch) -> TokenBatch
     needs = objective.requires
     scores = policy(
         Sequences.collate([r.prompt_ids for r in rows], [r.completion_ids for r in rows], CPU),
-        statistics=[need for need in (Need.ENTROPY,) if need in needs],
+        statistics=[need for need in STATISTICS if need in needs],
     )
     size = scores.logp.shape[1]
 
@@ -182,7 +183,7 @@ def full_batch(policy: Policy, objective: Objective, batch: Batch) -> TokenBatch
         statistics=scores.statistics,
     )
     fixed = objective.prepare(whole.detach())
-    return replace(whole, advantage=fixed.advantage, returns=fixed.returns)
+    return replace(whole, mask=fixed.mask, advantage=fixed.advantage, returns=fixed.returns)
 
 
 @every_objective

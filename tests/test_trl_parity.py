@@ -26,7 +26,7 @@ trl = pytest.importorskip("trl", reason="the parity tests need trl 1.16")
 if not trl.__version__.startswith("1.16."):
     pytest.skip(f"the parity tests are written for trl 1.16, not {trl.__version__}", allow_module_level=True)
 
-from trl import DPOTrainer, GRPOTrainer, SFTTrainer  # noqa: E402 - only once trl is known to be there
+from trl import DPOTrainer, GRPOTrainer, RLOOTrainer, SFTTrainer  # noqa: E402 - only once trl is known to be there
 from trl.trainer.utils import add_fused_lm_head, nanstd  # noqa: E402
 
 VOCABULARY, ROWS, GROUP_SIZE = 64, 8, 4
@@ -157,22 +157,43 @@ def trl_dpo(world: World, loss_type: str, beta: float) -> Tensor:
     return loss
 
 
-def trl_grpo(world: World, loss_type: str, beta: float, clip: float, **inputs: Tensor) -> Tensor:
+BUDGET = 16
+"""The constant of TRL's Dr. GRPO, which no completion of these rows reaches."""
+
+
+def trl_grpo(
+    world: World,
+    loss_type: str,
+    beta: float,
+    clip: float,
+    clip_high: float | None = None,
+    level: str = "token",
+    **inputs: Tensor,
+) -> Tensor:
     this = trainer(
         world.policy,
-        args=SimpleNamespace(use_bias_correction_kl=False, delta=None, report_to=[]),
+        args=SimpleNamespace(use_bias_correction_kl=False, delta=None, report_to=[], steps_per_generation=1),
         top_entropy_quantile=1.0,
         off_policy_mask_threshold=None,
-        importance_sampling_level="token",
+        importance_sampling_level=level,
         use_vllm=False,
         loss_type=loss_type,
         beta=beta,
         epsilon_low=clip,
-        epsilon_high=clip,
+        epsilon_high=clip if clip_high is None else clip_high,
+        max_completion_length=BUDGET,
         _entropy_bonus_enabled=False,
     )
+    inputs["num_items_in_batch"] = torch.tensor(sum(map(len, world.completions)))
     this._get_per_token_logps_and_entropies = partial(GRPOTrainer._get_per_token_logps_and_entropies, this)
     loss: Tensor = GRPOTrainer._compute_loss(this, world.policy, world.apart() | inputs)
+    return loss
+
+
+def trl_rloo(world: World, clip: float, **inputs: Tensor) -> Tensor:
+    this = trainer(world.policy, epsilon_low=clip, epsilon_high=clip)
+    this._get_per_token_logps_and_entropies = partial(RLOOTrainer._get_per_token_logps_and_entropies, this)
+    loss: Tensor = RLOOTrainer._compute_loss(this, world.policy, world.apart() | inputs)
     return loss
 
 
@@ -190,6 +211,10 @@ def assert_parity(objective: Objective, batch: TokenBatch, world: World, theirs:
     else:
         value = reduce(reported, batch, objective.normaliser, objective.normaliser.denominator(batch)).item()
     assert value == pytest.approx(theirs.item(), rel=1e-5)
+    assert_one_gradient(ours, world, theirs)
+
+
+def assert_one_gradient(ours: Tensor, world: World, theirs: Tensor) -> None:
     our_gradient, their_gradient = gradient(ours, world.policy), gradient(theirs, world.policy)
     assert their_gradient.norm() > 1e-4
     assert torch.cosine_similarity(our_gradient, their_gradient, dim=0) >= 0.99999
@@ -267,3 +292,71 @@ def test_clipped_surrogate_with_an_advantage_a_token(world: World) -> None:
     assert_clipped_on_both_sides(get_objective("ppo"), batch)
     theirs = trl_grpo(world, "bnpo", 0.0, 0.2, advantages=advantage, old_per_token_logps=batch.behaviour_logp)
     assert_parity(get_objective("ppo"), batch, world, theirs)
+
+
+REWARD = torch.tensor([1.0, 0, 0, 1, 1, 0, 0, 0])
+OF_GROUPS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "dr-grpo": ({"clip": 0.2, "max_length": BUDGET}, {"loss_type": "dr_grpo", "clip": 0.2}),
+    "dapo": ({"clip_low": 0.2, "clip_high": 0.28}, {"loss_type": "dapo", "clip": 0.2, "clip_high": 0.28}),
+    "dapo-as-bnpo": ({"clip_low": 0.1, "clip_high": 0.3}, {"loss_type": "bnpo", "clip": 0.1, "clip_high": 0.3}),
+    "gspo": (
+        {"clip_low": 0.1, "clip_high": 0.1},
+        {"loss_type": "grpo", "clip": 0.1, "level": "sequence"},
+    ),
+    "gspo-tight": ({}, {"loss_type": "grpo", "clip": 3e-4, "clip_high": 4e-4, "level": "sequence"}),
+    "cispo": ({"ratio_max": 1.2}, {"loss_type": "cispo", "clip": 0.2, "clip_high": 1.2}),
+}
+
+
+def centred(reward: Tensor, divide: bool) -> Tensor:
+    """TRL's advantages, with scale_rewards = group or none."""
+    grouped = reward.view(-1, GROUP_SIZE)
+    difference = grouped - grouped.mean(1, keepdim=True)
+    return (difference / (nanstd(grouped, dim=1)[:, None] + 1e-4) if divide else difference).flatten()
+
+
+@pytest.mark.parametrize("name", OF_GROUPS)
+def test_variants_of_group_relative(world: World, name: str) -> None:
+    options, settings = OF_GROUPS[name]
+    objective = get_objective(name.removesuffix("-as-bnpo").removesuffix("-tight"), **options)
+    batch = replace(off_policy(world), reward=REWARD, group=torch.arange(ROWS) // GROUP_SIZE)
+    batch = objective.prepare(batch)
+    clipped = objective.coefficients(batch.detach()).metrics["clipped"][batch.mask]
+    assert 0 < clipped.sum() < len(clipped)
+    assert batch.behaviour_logp is not None
+    theirs = trl_grpo(
+        world,
+        beta=0.0,
+        advantages=centred(REWARD, divide=name != "dr-grpo"),
+        old_per_token_logps=batch.behaviour_logp,
+        **settings,
+    )
+    assert_parity(objective, batch, world, theirs)
+
+
+def test_dapo_is_trl_on_the_groups_that_vary(world: World) -> None:
+    # TRL has no dynamic sampling: it is given the first group alone, whose tokens are then all that it counts.
+    reward = torch.cat([REWARD[:GROUP_SIZE], torch.ones(GROUP_SIZE)])
+    objective = get_objective("dapo")
+    batch = objective.prepare(replace(off_policy(world), reward=reward, group=torch.arange(ROWS) // GROUP_SIZE))
+    part = replace(world, prompts=world.prompts[:GROUP_SIZE], completions=world.completions[:GROUP_SIZE])
+    assert batch.behaviour_logp is not None
+    theirs = trl_grpo(
+        part,
+        "dapo",
+        0.0,
+        0.2,
+        clip_high=0.28,
+        advantages=centred(reward[:GROUP_SIZE], divide=True),
+        old_per_token_logps=batch.behaviour_logp[:GROUP_SIZE],
+    )
+    assert_parity(objective, batch, world, theirs)
+
+
+def test_leave_one_out(world: World) -> None:
+    # TRL's loss is a ratio of sequences, 1 on the policy's own samples: another value than ours, the same gradient.
+    grouped = REWARD.view(-1, GROUP_SIZE)
+    advantages = REWARD - (grouped.sum(1, keepdim=True) - grouped).flatten() / (GROUP_SIZE - 1)
+    batch = replace(world.batch(), reward=REWARD, group=torch.arange(ROWS) // GROUP_SIZE)
+    theirs = trl_rloo(world, 0.2, advantages=advantages, old_logps=batch.logp.detach().sum(1))
+    assert_one_gradient(surrogate(get_objective("rloo"), batch), world, theirs)

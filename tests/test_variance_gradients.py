@@ -16,7 +16,7 @@ from rlzoo import OfflineBuffer
 from rlzoo.errors import UserError
 from rlzoo.objective import Objective, get_objective, list_objectives, surrogate
 from rlzoo.policy import Policy, Sequences
-from rlzoo.types import Coefficients, Need, Selection, TokenBatch, Trajectory
+from rlzoo.types import STATISTICS, Coefficients, Selection, TokenBatch, Trajectory
 from rlzoo.variance import analyze_variance, head_pass, pieces
 from rlzoo.variance.gradients import GradientMeter
 from rlzoo.variance.modules import Modules
@@ -439,7 +439,7 @@ def test_the_mean_gradient_is_that_of_the_surrogate(make_model: MakeModel, name:
     own = [rows[i] for i in subject.rows]
     sequences = Sequences.collate([r.prompt_ids for r in own], [r.completion_ids for r in own], policy.device)
     term = objective.logit_term if name == "flattened" else None
-    statistics = [need for need in (Need.ENTROPY,) if need in objective.requires]
+    statistics = [need for need in STATISTICS if need in objective.requires]
     scores = policy(sequences, term=term, reference=policy.frozen_copy(), statistics=statistics)
     batch = weighed.batch
     live = replace(batch, logp=scores.logp, value=batch.value if scores.value is None else scores.value)

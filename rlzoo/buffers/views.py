@@ -53,7 +53,7 @@ def select(
     for name, value in options.items():
         if name not in known:
             raise unknown(f"option of the view {selection.value!r}", name, known)
-        if name != "threshold" and value is not None and value < 1:
+        if name != "threshold" and value is not None and value is not False and value < 1:
             raise UserError(f"the view {selection.value!r} needs {name} of at least 1, got {value}")
     if "release" in inspect.signature(selector).parameters:
         options = {**options, "release": release}
@@ -114,12 +114,14 @@ def pairs(rows: pa.Table, threshold: float = THRESHOLD, per_prompt: int = 4) -> 
     return tuple(zip(better[left].tolist(), worse[right].tolist(), strict=True))
 
 
-def groups(rows: pa.Table, size: int | None = None) -> Units:
+def groups(rows: pa.Table, size: int | None = None, varied: bool = False) -> Units:
     """All samples of one prompt by one policy version that have a reward and behaviour log-probs.
 
-    With ``size``, the first ``size`` of each; smaller groups are left out.
+    With ``size``, the first ``size`` of each; smaller groups are left out. With ``varied``, so are groups whose
+    rewards are all equal.
     """
-    usable = ~np.isnan(_reward(rows)) & rows["behaviour_logp"].is_valid().to_numpy()
+    reward = _reward(rows)
+    usable = ~np.isnan(reward) & rows["behaviour_logp"].is_valid().to_numpy()
     chosen = np.flatnonzero(_has_source(rows, "policy") & usable)
     if not len(chosen):
         raise UserError(
@@ -132,15 +134,24 @@ def groups(rows: pa.Table, size: int | None = None) -> Units:
     bounds = [*_run_starts(key[order]).tolist(), len(chosen)]
     ordered = chosen[order].tolist()
     units = tuple(tuple(ordered[a:b]) for a, b in pairwise(bounds))
-    if size is None:
-        return units
-    whole = tuple(unit[:size] for unit in units if len(unit) >= size)
-    if not whole:
-        raise UserError(
-            f"the buffer has no groups of {size} samples (the largest of its {len(units):,} has "
-            f"{max(map(len, units))}): sample more a prompt with rlzoo rollout, or lower size"
-        )
-    return whole
+    if size is not None:
+        whole = tuple(unit[:size] for unit in units if len(unit) >= size)
+        if not whole:
+            raise UserError(
+                f"the buffer has no groups of {size} samples (the largest of its {len(units):,} has "
+                f"{max(map(len, units))}): sample more a prompt with rlzoo rollout, or lower size"
+            )
+        units = whole
+    if varied:
+        values = reward.tolist()
+        mixed = tuple(unit for unit in units if len({values[i] for i in unit}) > 1)
+        if not mixed:
+            raise UserError(
+                f"the buffer has no groups of unequal rewards (in all its {len(units):,} the samples have the same): "
+                "sample more a prompt with rlzoo rollout, or take prompts of another difficulty"
+            )
+        units = mixed
+    return units
 
 
 _SELECTORS: Mapping[Selection, Callable[..., Units]] = {

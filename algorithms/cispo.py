@@ -1,0 +1,48 @@
+"""CISPO: the policy gradient with a clipped importance weight, in which no token loses its gradient.
+
+With ρ = π_θ/μ and A = (r - mean_G)/(std_G + 1e-4), the loss of a token is
+
+    -sg(clip(ρ, ratio_min, ratio_max)) A log π_θ(y_t),
+
+averaged over the completion tokens of the step (the paper writes: of a group). The stop-gradient matters: without it a
+clipped token has no gradient. Source: arXiv 2506.13585, eq. 4 and 5, with the bounds 1 - ε_low and 1 + ε_high, which
+sets no lower one and does not tell the upper; 5 is what arXiv 2510.13786 recommends. No KL term; μ as in `grpo`.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from rlzoo.advantages import group_normalised
+from rlzoo.objective import Objective, register
+from rlzoo.ratios import token_ratio
+from rlzoo.types import Coefficients, Need, Selection, TokenBatch
+
+
+@register
+@dataclass(frozen=True)
+class CISPO(Objective):
+    """Clipped importance-weight policy optimisation: c_t = clip(ρ_t) A."""
+
+    name: ClassVar[str] = "cispo"
+    learns_from: ClassVar[Selection] = Selection.GROUPS
+    source: ClassVar[str] = "arXiv 2506.13585"
+
+    ratio_min: float = 0.0
+    ratio_max: float = 5.0
+
+    @property
+    def requires(self) -> frozenset[Need]:
+        return frozenset({Need.BEHAVIOUR})
+
+    def advantages(self, batch: TokenBatch) -> torch.Tensor:
+        reward, group = self.needed(batch, "reward", "group")
+        advantage = group_normalised(reward.to(batch.logp.dtype), group)
+        return torch.where(batch.mask, advantage[:, None], 0)
+
+    def coefficients(self, batch: TokenBatch) -> Coefficients:
+        advantage, behaviour = self.needed(batch, "advantage", "behaviour_logp")
+        ratio = token_ratio(batch.logp, behaviour, batch.mask)
+        weight = ratio.clamp(self.ratio_min, self.ratio_max)
+        return Coefficients(weight * advantage, metrics={"ratio": ratio, "clipped": (weight != ratio).to(ratio.dtype)})

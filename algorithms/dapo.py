@@ -1,0 +1,60 @@
+"""DAPO: GRPO with a wider clip above, a mean over tokens, and no groups of equal rewards.
+
+With ρ = π_θ/μ and A = (r - mean_G)/(std_G + 1e-4), the loss of a token is
+
+    -min(ρA, clip(ρ, 1-ε_low, 1+ε_high) A),
+
+averaged over the completion tokens of the step (the paper writes: of a group). A group of equal rewards carries no
+gradient and its tokens do not count. With ``dynamic_sampling`` those of a fixed buffer are left out beforehand, so that
+batches are full, and a fresh batch that holds no others is sampled again, a limited number of times before the run
+stops. A fresh batch that loses some is smaller; the paper samples on until it is full. Its penalty for overlong
+completions would be a reward, and is not here. Source: arXiv 2503.14476; μ as in `grpo`.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+
+from rlzoo.advantages import group_normalised, group_varies
+from rlzoo.objective import Objective, register
+from rlzoo.ratios import clipped_gradient, token_ratio
+from rlzoo.types import Coefficients, Need, Selection, TokenBatch
+
+
+@register
+@dataclass(frozen=True)
+class DAPO(Objective):
+    """Decoupled clip and dynamic sampling: c_t = ρ_t A 1[not clipped], over groups that vary."""
+
+    name: ClassVar[str] = "dapo"
+    learns_from: ClassVar[Selection] = Selection.GROUPS
+    source: ClassVar[str] = "arXiv 2503.14476"
+
+    clip_low: float = 0.2
+    clip_high: float = 0.28
+    dynamic_sampling: bool = True
+
+    @property
+    def requires(self) -> frozenset[Need]:
+        return frozenset({Need.BEHAVIOUR})
+
+    @property
+    def view_options(self) -> Mapping[str, Any]:
+        return {"varied": self.dynamic_sampling}
+
+    def prepare(self, batch: TokenBatch) -> TokenBatch:
+        reward, group = self.needed(batch, "reward", "group")
+        return super().prepare(replace(batch, mask=batch.mask & group_varies(reward, group)[:, None]))
+
+    def advantages(self, batch: TokenBatch) -> torch.Tensor:
+        reward, group = self.needed(batch, "reward", "group")
+        advantage = group_normalised(reward.to(batch.logp.dtype), group)
+        return torch.where(batch.mask, advantage[:, None], 0)
+
+    def coefficients(self, batch: TokenBatch) -> Coefficients:
+        advantage, behaviour = self.needed(batch, "advantage", "behaviour_logp")
+        ratio = token_ratio(batch.logp, behaviour, batch.mask)
+        values, loss, clipped = clipped_gradient(ratio, advantage, self.clip_low, self.clip_high)
+        return Coefficients(values, loss=loss, metrics={"ratio": ratio, "clipped": clipped.to(ratio.dtype)})

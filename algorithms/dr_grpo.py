@@ -1,0 +1,51 @@
+"""Dr. GRPO: GRPO without the divisions by a group's deviation and by a sequence's length.
+
+With ρ = π_θ/μ and A = r - mean_G, the loss of a token is
+
+    -min(ρA, clip(ρ, 1-ε, 1+ε) A) / L,
+
+summed over each sequence, then averaged over sequences. L is one constant for the whole run, the paper's budget of
+tokens a completion: set ``max_length`` to what completions were sampled with. It only scales the gradient, and so is
+no property of a batch: the longest completion of one would make some batches weigh more than others.
+Source: arXiv 2503.20783, which has no KL term either; μ as in `grpo`.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from rlzoo.advantages import group_centred
+from rlzoo.objective import Normaliser, Objective, register
+from rlzoo.ratios import clipped_gradient, token_ratio
+from rlzoo.types import Coefficients, Need, Selection, TokenBatch
+
+
+@register
+@dataclass(frozen=True)
+class DrGRPO(Objective):
+    """GRPO done right: c_t = ρ_t (r - mean_G) 1[not clipped] / L."""
+
+    name: ClassVar[str] = "dr-grpo"
+    learns_from: ClassVar[Selection] = Selection.GROUPS
+    normaliser: ClassVar[Normaliser] = Normaliser.SEQUENCE_SUM
+    source: ClassVar[str] = "arXiv 2503.20783"
+
+    clip: float = 0.2
+    max_length: int = 256
+
+    @property
+    def requires(self) -> frozenset[Need]:
+        return frozenset({Need.BEHAVIOUR})
+
+    def advantages(self, batch: TokenBatch) -> torch.Tensor:
+        reward, group = self.needed(batch, "reward", "group")
+        advantage = group_centred(reward.to(batch.logp.dtype), group)
+        return torch.where(batch.mask, advantage[:, None], 0)
+
+    def coefficients(self, batch: TokenBatch) -> Coefficients:
+        advantage, behaviour = self.needed(batch, "advantage", "behaviour_logp")
+        ratio = token_ratio(batch.logp, behaviour, batch.mask)
+        values, loss, clipped = clipped_gradient(ratio, advantage, self.clip, self.clip)
+        metrics = {"ratio": ratio, "clipped": clipped.to(ratio.dtype)}
+        return Coefficients(values / self.max_length, loss=loss / self.max_length, metrics=metrics)

@@ -1,0 +1,51 @@
+"""OTB: the policy gradient with the baseline, one a token, that makes its variance least.
+
+With ρ = π_θ/μ, G the return (the completion's reward, which comes at its end) and the other samples of the prompt i,
+
+    loss = -ρ_t (G - B_t),   B_t = Σ_i G_i W_{i,t} / Σ_i W_{i,t},   W_{i,t} = Σ_{s≤t} S_{i,s},
+
+averaged over the completion tokens of the step. S = 1 - 2 p + Σ_v π_v² is the squared norm of the gradient of log π in
+logits, the paper's stand-in for the one in weights. Only samples that still run at t are in B_t; the last one alone is
+its own baseline, and its tail has no gradient. W is of the policy at the start of the batch, where the advantages are
+fixed, and so p, π and B are the same for all updates on it; ρ is of the policy in training, and not clipped.
+Source: arXiv 2602.07078. The reference code (verl) can weigh S by the square of a truncated π/μ, which here is left
+out, and has options that give up the baseline (B = 0) for a group of one and for the tail of the longest sample.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from rlzoo.advantages import optimal_token_baseline
+from rlzoo.objective import Objective, register
+from rlzoo.ratios import token_ratio
+from rlzoo.types import Coefficients, Need, Selection, TokenBatch
+
+
+@register
+@dataclass(frozen=True)
+class OptimalTokenBaseline(Objective):
+    """Optimal token baseline: c_t = ρ_t (G - B_t)."""
+
+    name: ClassVar[str] = "otb"
+    learns_from: ClassVar[Selection] = Selection.GROUPS
+    source: ClassVar[str] = "arXiv 2602.07078"
+
+    @property
+    def requires(self) -> frozenset[Need]:
+        return frozenset({Need.BEHAVIOUR, Need.SNAPSHOT, Need.SQUARE_MASS})
+
+    def advantages(self, batch: TokenBatch) -> torch.Tensor:
+        reward, group, snapshot = self.needed(batch, "reward", "group", "snapshot_logp")
+        wide = torch.promote_types(snapshot.dtype, torch.float32)  # W is a long sum
+        reward, square_mass = reward.to(wide), batch.statistics["square_mass"].to(wide)
+        score_norm = (1 - 2 * snapshot.to(wide).exp() + square_mass).clamp(min=0)  # rounding can take it below
+        baseline = optimal_token_baseline(reward, group, score_norm, batch.mask)
+        return torch.where(batch.mask, reward[:, None] - baseline, 0).to(snapshot.dtype)
+
+    def coefficients(self, batch: TokenBatch) -> Coefficients:
+        advantage, behaviour = self.needed(batch, "advantage", "behaviour_logp")
+        ratio = token_ratio(batch.logp, behaviour, batch.mask)
+        metrics = {"ratio": ratio, "advantage": advantage}
+        return Coefficients(ratio * advantage, loss=-ratio * advantage, metrics=metrics)

@@ -1,0 +1,44 @@
+"""REINFORCE: the plain policy gradient of a completion's reward, less a baseline.
+
+Loss: -(r - b) Σ_t log π_θ(y_t), averaged over completions. The coefficient of each token is r - b, with b
+
+- ``mean``: the mean reward of the optimizer batch, which holds the completion's own reward too, so that the expected
+  gradient is (B - 1)/B of the true one for a batch of B completions;
+- ``none``: 0.
+
+There is no importance ratio. It is the gradient of the expected reward on samples of the policy in training alone: one
+update on fresh ones. On a fixed buffer, or in later updates on a batch, it is a likelihood weighed by rewards.
+Source: Williams 1992, doi 10.1007/BF00992696.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+
+from rlzoo.objective import Normaliser, Objective, register
+from rlzoo.types import Coefficients, Selection, TokenBatch
+
+
+@register
+@dataclass(frozen=True)
+class Reinforce(Objective):
+    """REINFORCE: c_t = r - b."""
+
+    name: ClassVar[str] = "reinforce"
+    learns_from: ClassVar[Selection] = Selection.GROUPS
+    normaliser: ClassVar[Normaliser] = Normaliser.SEQUENCE_SUM
+    source: ClassVar[str] = "doi 10.1007/BF00992696"
+
+    baseline: Literal["mean", "none"] = "mean"
+
+    def advantages(self, batch: TokenBatch) -> torch.Tensor:
+        (reward,) = self.needed(batch, "reward")
+        advantage = reward.to(batch.logp.dtype)
+        if self.baseline == "mean":
+            advantage = advantage - advantage.mean()
+        return torch.where(batch.mask, advantage[:, None], 0)
+
+    def coefficients(self, batch: TokenBatch) -> Coefficients:
+        (advantage,) = self.needed(batch, "advantage")
+        return Coefficients(advantage)
