@@ -18,7 +18,7 @@ from rlzoo.policy import Policy, Sequences
 from rlzoo.policy.policy import score_rows, token_batches
 from rlzoo.training import Trainer
 from rlzoo.training.batches import BufferSource, atoms, static_batch
-from rlzoo.types import Coefficients, Coupling, Need, Selection, TokenBatch, Trajectory
+from rlzoo.types import STATISTICS, Coefficients, Coupling, Need, Selection, TokenBatch, Trajectory
 
 MakePolicy = Callable[..., Policy]
 Batch = tuple[list[Trajectory], list[tuple[int, ...]]]
@@ -50,6 +50,10 @@ class Anchored(Objective):
 
     name: ClassVar[str] = "anchored"
 
+    @property
+    def requires(self) -> frozenset[Need]:
+        return frozenset({Need.REFERENCE_LOGITS})
+
     def coefficients(self, batch: TokenBatch) -> Coefficients:
         return Coefficients(torch.ones_like(batch.logp))
 
@@ -63,6 +67,7 @@ OBJECTIVES: Mapping[str, Objective] = {
     **{name: get_objective(name) for name in list_objectives()},
     "dpo-hinge": get_objective("dpo", variant="hinge"),
     "dpo-ipo": get_objective("dpo", variant="ipo"),
+    "otr": get_objective("otr", temperature=1e-6),  # draws the likeliest token, whatever the micro-batches
     "iw-sft-step": get_objective("iw-sft", variant="per_step"),
     "iw-sft-ema": get_objective("iw-sft", variant="ema", ema_decay=0.5),
     "ppo-shared": get_objective("ppo", critic="shared", dual_clip=2.0),
@@ -156,7 +161,7 @@ def full_batch(policy: Policy, objective: Objective, batch: Batch) -> TokenBatch
     needs = objective.requires
     scores = policy(
         Sequences.collate([r.prompt_ids for r in rows], [r.completion_ids for r in rows], CPU),
-        statistics=[need for need in (Need.ENTROPY,) if need in needs],
+        statistics=[need for need in STATISTICS if need in needs],
     )
     size = scores.logp.shape[1]
 
@@ -185,6 +190,21 @@ def full_batch(policy: Policy, objective: Objective, batch: Batch) -> TokenBatch
     return replace(whole, advantage=fixed.advantage, returns=fixed.returns)
 
 
+def term_of(policy: Policy, objective: Objective, batch: Batch, reference: Policy | None = None) -> Tensor:
+    """The objective's term from the full logits of one row after the other, averaged over tokens."""
+    found = []
+    for row in batch[0]:
+        if row.completion_ids:
+            ids, start = torch.tensor([row.prompt_ids + row.completion_ids]), len(row.prompt_ids) - 1
+            logits = policy.model(ids).logits[0, start:-1]
+            with torch.no_grad():
+                anchor = (reference or policy).model(ids).logits[0, start:-1]
+            term = objective.logit_term(logits, anchor, torch.tensor(row.completion_ids))
+            assert term is not None
+            found.append(term)
+    return torch.cat(found).mean()
+
+
 @every_objective
 def test_the_gradient_of_a_step_is_that_of_the_surrogate(name: str, make_policy: MakePolicy) -> None:
     objective, policy = OBJECTIVES[name], make_policy()
@@ -194,10 +214,11 @@ def test_the_gradient_of_a_step_is_that_of_the_surrogate(name: str, make_policy:
     )
     if Need.CRITIC in objective.requires:
         policy.add_critic(objective.shared_critic)
-    torch.autograd.backward(surrogate(objective, full_batch(policy, objective, batch)))
-    expected = {
-        n: [torch.zeros_like(p) if p.grad is None else p.grad] for n, p in policy.named_parameters()
-    }  # the KL of the logit term has gradient 0 where the policy is its reference
+    loss = surrogate(objective, full_batch(policy, objective, batch))
+    if type(objective).logit_term is not Objective.logit_term:
+        loss = loss + term_of(policy, objective, batch)
+    torch.autograd.backward(loss)
+    expected = {n: [torch.zeros_like(p) if p.grad is None else p.grad] for n, p in policy.named_parameters()}
     assert distance(expected, {n: values[:1] for n, values in found.items()}) < 1e-6
 
 
