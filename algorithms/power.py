@@ -3,7 +3,8 @@
 Loss: (1 - p_t^α)/α where p_t ≥ τ and 0 elsewhere, averaged over the completion tokens of the step. Its gradient weighs
 ∇ log p_t by p_t^α: α = 0 is SFT (the loss tends to -log p), α = 1 DFT, and the larger α, the less an unlikely token
 counts. ``threshold`` τ leaves out the tokens that the policy thinks less likely than that; they still count in the
-denominator. α = 10 is the paper's -p¹⁰. Source: arXiv 2510.00526, whose -p^α differs by a constant and the factor α.
+denominator. α = 10 is the paper's -p¹⁰, for models that know their demonstrations: on others nothing is left of the
+gradient. Source: arXiv 2510.00526, whose -p^α differs by a constant and the factor α.
 """
 
 from dataclasses import dataclass
