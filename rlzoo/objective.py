@@ -119,7 +119,10 @@ class Objective:
         reference_logits: Float[Tensor, "N V"] | None,
         target: Int[Tensor, " N"],
     ) -> Float[Tensor, " N"] | None:
-        """A weighted loss a position that needs the full vocabulary, run chunk by chunk inside the head."""
+        """A weighted loss a position that needs the full vocabulary, run chunk by chunk inside the head.
+
+        ``reference_logits`` are there only for an objective that needs REFERENCE_LOGITS.
+        """
         return None
 
     def needed(self, batch: TokenBatch, *names: str) -> tuple[Tensor, ...]:

@@ -35,6 +35,8 @@ class Need(Enum):
     """``behaviour_logp``: log-probs under the policy that sampled the completion."""
     REFERENCE = "reference"
     """``reference_logp``: log-probs under the frozen initial policy."""
+    REFERENCE_LOGITS = "reference_logits"
+    """The frozen initial policy's logits, for `Objective.logit_term`; the trainer keeps that policy in memory."""
     EMA_REFERENCE = "ema_reference"
     """``reference_logp`` under an exponential average of the trained weights (`Objective.reference_decay`)."""
     SNAPSHOT = "snapshot"

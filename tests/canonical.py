@@ -304,6 +304,66 @@ def otb(batch: TokenBatch) -> Tensor:
     return total / token_count(batch)
 
 
+def power(batch: TokenBatch, alpha: float = 10.0, threshold: float = 0.0) -> Tensor:
+    """(1/N) Σ over the tokens with p_t ≥ τ of (1 - p_t^α)/α, or -log p_t for α = 0 (arXiv 2510.00526)."""
+    p = torch.cat(completions(batch, batch.logp)).exp()
+    p = p[p >= threshold]
+    loss = (1 - p**alpha) / alpha if alpha else -p.log()
+    return loss.sum() / token_count(batch)
+
+
+def psft(batch: TokenBatch, clip: float = 0.28) -> Tensor:
+    """-(1/N) Σ min(ρ_t, clip(ρ_t, 1-ε, 1+ε)), ρ = π_θ/π_old (arXiv 2508.17784): PPO's with the advantage 1."""
+    logp, snapshot = (torch.cat(completions(batch, values)) for values in (batch.logp, batch.snapshot_logp))
+    return -clipped_gain(logp, snapshot, torch.ones_like(logp), clip).sum() / token_count(batch)
+
+
+def eaft(batch: TokenBatch) -> Tensor:
+    """-(1/N) Σ (H_t / ln 20) log p_t, H_t the entropy of the 20 likeliest tokens (arXiv 2601.02151)."""
+    logp = torch.cat(completions(batch, batch.logp))
+    entropy = torch.cat(completions(batch, batch.statistics["top_entropy"])).detach()
+    return -(entropy / torch.tensor(20.0, dtype=logp.dtype).log() * logp).sum() / token_count(batch)
+
+
+def deft(batch: TokenBatch) -> Tensor:
+    """(1/N) Σ (1 - p_t^a_t)/a_t with a_t = Σ_v π_v² under a stop-gradient (arXiv 2602.11424)."""
+    p = torch.cat(completions(batch, batch.logp)).exp()
+    a = torch.cat(completions(batch, batch.statistics["square_mass"])).detach()
+    return ((1 - p**a) / a).sum() / token_count(batch)
+
+
+def asft(mask: Tensor, logits: Tensor, reference: Tensor, target: Tensor, kl_coefficient: float = 0.05) -> Tensor:
+    """(1/N) Σ [-sg(p_t) log p_t + λ Σ_v π_ref(v) log(π_ref(v)/π_θ(v))] (arXiv 2509.23753)."""
+    losses = []
+    for row, t in mask.nonzero().tolist():
+        policy, anchor = logits[row, t].softmax(0), reference[row, t].softmax(0)
+        p = policy[target[row, t]]
+        losses.append(-p.detach() * p.log() + kl_coefficient * (anchor * (anchor / policy).log()).sum())
+    return torch.stack(losses).mean()
+
+
+def otr(
+    mask: Tensor,
+    logits: Tensor,
+    reference: Tensor,
+    target: Tensor,
+    samples: int = 256,
+    temperature: float = 1.3,
+    beta: float = -0.1,
+) -> Tensor:
+    """-(1/N) Σ (1/K) Σ_k R_k log π_θ(a_k), a_k ~ softmax(z/T), R = 1 where a_k = y_t and β elsewhere (2509.26313).
+
+    The tokens are drawn for all positions at once, in their order, so that a seed gives the same ones.
+    """
+    flat, wanted = logits[mask], target[mask].tolist()
+    drawn = torch.multinomial((flat.detach() / temperature).softmax(1), samples, replacement=True).tolist()
+    losses = []
+    for z, y, tokens in zip(flat, wanted, drawn, strict=True):
+        logp = z.log_softmax(0)
+        losses.append(-sum((1.0 if a == y else beta) * logp[a] for a in tokens) / samples)
+    return torch.stack([torch.as_tensor(loss) for loss in losses]).mean()
+
+
 def case(loss: Callable[..., Tensor], **options: Any) -> Case:
     """A case whose options the loss takes under the same names."""
     return Case(partial(loss, **options), options)
@@ -342,4 +402,48 @@ CANONICAL: dict[str, list[Case]] = {
     "gspo": [case(gspo), case(gspo, clip_low=0.05, clip_high=0.1)],
     "cispo": [case(cispo), case(cispo, ratio_min=0.8, ratio_max=1.28)],
     "otb": [case(otb)],
+    "power": [
+        case(power),
+        case(power, alpha=0.0),
+        case(power, alpha=1.0),
+        case(power, alpha=0.5, threshold=0.4),
+        case(power, alpha=0.0, threshold=0.4),
+    ],
+    "asft": [case(dft)],  # what goes through log-probs; the whole is in CANONICAL_IN_LOGITS
+    "psft": [case(psft), case(psft, clip=0.5)],
+    "eaft": [case(eaft)],
+    "deft": [case(deft)],
+    "sft-q": [case(sft)],
 }
+
+
+LogitsLoss = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class LogitsCase:
+    """An objective's options, and its whole loss as a function of mask, logits, reference logits and target."""
+
+    loss: LogitsLoss
+    options: Mapping[str, Any] = field(default_factory=dict)
+    random: bool = False
+    """Whether it draws tokens, so that gradients agree over micro-batches in expectation only."""
+
+    def __str__(self) -> str:
+        return ",".join(f"{k}={v}" for k, v in self.options.items()) or "default"
+
+
+def logits_case(loss: Callable[..., Tensor], random: bool = False, **options: Any) -> LogitsCase:
+    """A case whose options the loss takes under the same names."""
+    return LogitsCase(partial(loss, **options), options, random)
+
+
+CANONICAL_IN_LOGITS: dict[str, list[LogitsCase]] = {
+    "asft": [logits_case(asft), logits_case(asft, kl_coefficient=0.7)],
+    "otr": [
+        logits_case(otr, random=True, samples=16),
+        logits_case(otr, random=True, samples=8, temperature=1.0, beta=-0.5),
+        logits_case(otr, samples=2, temperature=1e-6),  # draws the likeliest token
+    ],
+}
+"""For every objective with a full-vocabulary term. One whose coefficients are 0 has no other case."""

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 import typing
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
 import pytest
 import torch
-from canonical import CANONICAL, Case
+from canonical import CANONICAL, CANONICAL_IN_LOGITS, Case, LogitsCase
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -29,6 +29,10 @@ from rlzoo.types import Coefficients, Coupling, TokenBatch
 CASES = [pytest.param(name, case, id=f"{name}[{case}]") for name in CANONICAL for case in CANONICAL[name]]
 SEEDS = range(4)
 over_cases = pytest.mark.parametrize(("name", "case"), CASES)
+IN_LOGITS = [
+    pytest.param(name, case, id=f"{name}[{case}]") for name, cases in CANONICAL_IN_LOGITS.items() for case in cases
+]
+over_cases_in_logits = pytest.mark.parametrize(("name", "case"), IN_LOGITS)
 
 GROUP_SIZES = (4, 4, 3, 2, 1)
 FLAT_GROUP = slice(4, 8)
@@ -114,9 +118,11 @@ def hand_batch(probabilities: list[list[float]], **columns: Any) -> TokenBatch:
 
 
 def test_every_objective_has_a_canonical_loss_for_every_closed_option() -> None:
-    assert set(CANONICAL) == set(list_objectives())
-    for name, cases in CANONICAL.items():
+    assert set(CANONICAL) | set(CANONICAL_IN_LOGITS) == set(list_objectives())
+    for name in list_objectives():
         found = objective_class(name)
+        cases: list[Case | LogitsCase] = [*CANONICAL.get(name, []), *CANONICAL_IN_LOGITS.get(name, [])]
+        assert (name in CANONICAL_IN_LOGITS) == (found.logit_term is not Objective.logit_term)
         hints = typing.get_type_hints(found)
         for option in fields(found):
             if typing.get_origin(hints[option.name]) is Literal:
@@ -286,6 +292,89 @@ def cast(batch: TokenBatch, dtype: torch.dtype) -> TokenBatch:
         if isinstance(v, Tensor) and v.is_floating_point()
     }
     return replace(batch, **rounded, statistics={k: v.to(dtype) for k, v in batch.statistics.items()})
+
+
+# The contract of full-vocabulary terms, held in the logits
+
+
+VOCABULARY = 9
+
+
+@dataclass(frozen=True)
+class Logits:
+    """Logits of a policy and a reference, a token each, and the batch that they go with."""
+
+    batch: TokenBatch
+    policy: Tensor
+    reference: Tensor
+    target: Tensor
+
+
+def random_logits(seed: int, dtype: torch.dtype = torch.float64) -> Logits:
+    """Logits for the rows of `random_batch`, NaN where these are masked."""
+    batch, draw = random_batch(seed), torch.Generator().manual_seed(seed)
+    shape = (ROWS, LENGTH, VOCABULARY)
+    policy, reference = (2 * torch.randn(shape, dtype=torch.float64, generator=draw) for _ in range(2))
+    policy[~batch.mask] = reference[~batch.mask] = math.nan
+    target = torch.randint(VOCABULARY, (ROWS, LENGTH), generator=draw)
+    return Logits(batch, policy.to(dtype).requires_grad_(), reference.to(dtype), target)
+
+
+def loss_in_logits(objective: Objective, logits: Logits, mask: Tensor, denominator: float | None = None) -> Tensor:
+    """The surrogate and the reduced term at the positions under ``mask``, as the trainer adds them up."""
+    flat, target = logits.policy[mask], logits.target[mask]
+    term = objective.logit_term(flat, logits.reference[mask], target)
+    assert term is not None and term.shape == target.shape
+    logp, per_token = (
+        torch.zeros(mask.shape, dtype=flat.dtype).masked_scatter(mask, found)
+        for found in (flat.log_softmax(1).gather(1, target[:, None])[:, 0], term)
+    )
+    batch = TokenBatch(logp, mask)
+    z = objective.normaliser.denominator(batch) if denominator is None else denominator
+    return surrogate(objective, batch, z) + reduce(per_token, batch, objective.normaliser, z)
+
+
+@over_cases_in_logits
+@pytest.mark.parametrize("seed", SEEDS)
+def test_the_gradient_in_the_logits_is_the_canonical_one(name: str, case: LogitsCase, seed: int) -> None:
+    objective, logits = get_objective(name, **case.options), random_logits(seed)
+    mask = logits.batch.mask
+    torch.manual_seed(seed)
+    ours = loss_in_logits(objective, logits, mask)
+    torch.manual_seed(seed)
+    theirs = case.loss(mask, logits.policy, logits.reference, logits.target)
+    torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
+    (own,), (expected,) = (torch.autograd.grad(loss, logits.policy) for loss in (ours, theirs))
+    assert_same(own[mask], expected[mask])
+    assert (own[~mask] == 0).all()
+
+
+@over_cases_in_logits
+def test_the_gradient_in_the_logits_does_not_depend_on_the_micro_batches(name: str, case: LogitsCase) -> None:
+    if case.random:
+        return
+    objective, logits = get_objective(name, **case.options), random_logits(1)
+    mask = logits.batch.mask
+    (whole,) = torch.autograd.grad(loss_in_logits(objective, logits, mask), logits.policy)
+    denominator, total = objective.normaliser.denominator(logits.batch), torch.zeros_like(whole)
+    for rows in torch.split(torch.randperm(ROWS, generator=torch.Generator().manual_seed(0)), 4):
+        part = torch.zeros_like(mask)
+        part[rows] = mask[rows]
+        total += torch.autograd.grad(loss_in_logits(objective, logits, part, denominator), logits.policy)[0]
+    assert_same(total[mask], whole[mask], 1e-12)
+
+
+@over_cases_in_logits
+def test_float32_logits_stay_close(name: str, case: LogitsCase) -> None:
+    objective, high = get_objective(name, **case.options), random_logits(0)
+    low = random_logits(0, torch.float32)
+    found = []
+    for logits in (low, high):
+        torch.manual_seed(0)
+        loss = loss_in_logits(objective, logits, logits.batch.mask)
+        assert loss.dtype == logits.policy.dtype
+        found.append(torch.autograd.grad(loss, logits.policy)[0][logits.batch.mask].double())
+    assert_same(found[0], found[1], 1e-5)
 
 
 # The random batches really reach every branch

@@ -24,6 +24,8 @@ from rlzoo.types import Coefficients, TokenBatch
 
 ROOT = Path(__file__).parents[1]
 ENGINE = Path(rlzoo.__file__).parent
+ORDINARY = {"power"}
+"""Names that are words of English too, which identifiers of the engine may hold: there, only strings tell."""
 SEVEN = {"dft", "dpo", "grpo", "iw-sft", "ppo", "rft", "sft"}
 
 PLUGIN = """\
@@ -242,7 +244,10 @@ def test_an_algorithm_fits_a_hundred_lines(path: Path) -> None:
 
 
 def words(source: str, filename: str = "<test>") -> Iterator[tuple[int, str]]:
-    """Every identifier, whole and split at underscores, and every string as a whole, with its line."""
+    """Every identifier, whole and split at underscores, and every string as a whole, with its line.
+
+    An identifier that is one of the `ORDINARY` words is left out.
+    """
     for node in ast.walk(ast.parse(source, filename)):
         line = getattr(node, "lineno", 0)
         if isinstance(node, ast.Constant) and isinstance(node.value, str):
@@ -250,7 +255,7 @@ def words(source: str, filename: str = "<test>") -> Iterator[tuple[int, str]]:
         for attribute in ("id", "attr", "arg", "name", "asname", "module"):
             value = getattr(node, attribute, None)
             if isinstance(value, str):
-                for word in {value.lower().replace("_", "-"), *re.split(r"[._]", value.lower())}:
+                for word in {value.lower().replace("_", "-"), *re.split(r"[._]", value.lower())} - ORDINARY:
                     yield line, word
 
 
@@ -258,6 +263,7 @@ def test_words_finds_names_wherever_code_can_hold_them() -> None:
     source = 'import a.dft as b\ndef is_grpo(ppo=1):\n    """The dpo of it."""\n    return x.rft == "IW_SFT"\n'
     found = {word for _, word in words(source)}
     assert found >= {"dft", "grpo", "ppo", "rft", "iw-sft"} and "dpo" not in found
+    assert {word for _, word in words('total_power = 1\nname == "power"')} == {"total-power", "total", "name", "power"}
 
 
 def test_the_engine_knows_no_algorithm_by_name() -> None:

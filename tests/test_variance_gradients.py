@@ -16,7 +16,7 @@ from rlzoo import OfflineBuffer
 from rlzoo.errors import UserError
 from rlzoo.objective import Objective, get_objective, list_objectives, surrogate
 from rlzoo.policy import Policy, Sequences
-from rlzoo.types import STATISTICS, Coefficients, Selection, TokenBatch, Trajectory
+from rlzoo.types import STATISTICS, Coefficients, Need, Selection, TokenBatch, Trajectory
 from rlzoo.variance import analyze_variance, head_pass, pieces
 from rlzoo.variance.gradients import GradientMeter
 from rlzoo.variance.modules import Modules
@@ -388,6 +388,10 @@ class Flattened(Objective):
 
     name: ClassVar[str] = "flattened"
 
+    @property
+    def requires(self) -> frozenset[Need]:
+        return frozenset({Need.REFERENCE_LOGITS})
+
     def coefficients(self, batch: TokenBatch) -> Coefficients:
         return Coefficients(batch.logp.exp())
 
@@ -410,7 +414,10 @@ def buffer_of(policy: Policy) -> OfflineBuffer:
         )
         for i, row in enumerate([*more, *rows[:3]])
     ]  # fmt: skip
-    experts = [Trajectory("", "", row.prompt_ids, row.completion_ids, row.prompt_id) for row in rows]
+    experts = [
+        Trajectory("", "", row.prompt_ids, row.completion_ids, row.prompt_id, reward=0.5 + i % 3)
+        for i, row in enumerate(rows)
+    ]
     return OfflineBuffer.from_trajectories([*experts, *samples])
 
 
@@ -426,6 +433,8 @@ def test_the_mean_gradient_is_that_of_the_surrogate(make_model: MakeModel, name:
         policy.add_critic(shared=True)
         assert policy.value_head is not None
         nn.init.normal_(policy.value_head.weight)
+    elif name == "otr":
+        objective = get_objective(name, temperature=1e-6)  # draws the likeliest token, in whatever order
     else:
         objective = get_objective(name)
     buffer = buffer_of(policy)
@@ -438,7 +447,7 @@ def test_the_mean_gradient_is_that_of_the_surrogate(make_model: MakeModel, name:
     policy.eval()
     own = [rows[i] for i in subject.rows]
     sequences = Sequences.collate([r.prompt_ids for r in own], [r.completion_ids for r in own], policy.device)
-    term = objective.logit_term if name == "flattened" else None
+    term = objective.logit_term if type(objective).logit_term is not Objective.logit_term else None
     statistics = [need for need in STATISTICS if need in objective.requires]
     scores = policy(sequences, term=term, reference=policy.frozen_copy(), statistics=statistics)
     batch = weighed.batch

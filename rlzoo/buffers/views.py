@@ -36,6 +36,8 @@ class View:
     selection: Selection
     units: Units
     """Row indices that must stay together: one row, (better, worse), or all samples of one prompt."""
+    weights: tuple[float, ...] | None = None
+    """Units are drawn with replacement in proportion to these; None draws each once an epoch."""
 
     def __len__(self) -> int:
         return len(self.units)
@@ -46,18 +48,23 @@ def select(
 ) -> View:
     """The view of ``rows``. Raises UserError for an unknown option, and for a view that would be empty.
 
+    A view of single rows may be ``weighted``: its weights are the rows' rewards, then read as quality scores.
     ``release`` is called now and then while texts are read, so that those that were need not stay in memory.
     """
+    options = dict(options)
+    weighted = selection in _SINGLES and bool(options.pop("weighted", False))
     selector = _SELECTORS[selection]
     known = [name for name in inspect.signature(selector).parameters if name not in ("rows", "release")]
     for name, value in options.items():
         if name not in known:
-            raise unknown(f"option of the view {selection.value!r}", name, known)
+            others = ["weighted"] if selection in _SINGLES else []
+            raise unknown(f"option of the view {selection.value!r}", name, [*known, *others])
         if name != "threshold" and value is not None and value is not False and value < 1:
             raise UserError(f"the view {selection.value!r} needs {name} of at least 1, got {value}")
     if "release" in inspect.signature(selector).parameters:
-        options = {**options, "release": release}
-    return View(selection, selector(rows, **options))
+        options["release"] = release
+    units = selector(rows, **options)
+    return View(selection, units, _weights(rows, units) if weighted else None)
 
 
 def demonstrations(rows: pa.Table) -> Units:
@@ -160,6 +167,25 @@ _SELECTORS: Mapping[Selection, Callable[..., Units]] = {
     Selection.PAIRS: pairs,
     Selection.GROUPS: groups,
 }
+
+
+_SINGLES = (Selection.DEMONSTRATIONS, Selection.CORRECT)
+
+
+def _weights(rows: pa.Table, units: Units) -> tuple[float, ...]:
+    """The reward of each unit's row. Raises UserError where one cannot be a weight."""
+    index = np.asarray(units)[:, 0]
+    quality = _reward(rows)[index]
+    for wrong, problem in (
+        (~np.isfinite(quality), "have no finite quality score: give each a reward"),
+        (quality < 0, "have a negative quality score: shift or clip the rewards to 0 or more"),
+    ):
+        if wrong.any():
+            first = int(index[np.flatnonzero(wrong)[0]])
+            raise UserError(f"{int(wrong.sum()):,} of {len(index):,} rows to draw by quality {problem} (row {first})")
+    if not quality.any():
+        raise UserError(f"all {len(index):,} rows to draw by quality have the score 0, so none could be drawn")
+    return tuple(quality.tolist())
 
 
 def _singles(index: Indices) -> Units:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -165,9 +165,9 @@ class Policy(nn.Module):
         other = None
         if reference is not None and term is not None:
             with torch.no_grad():
-                other = (Head.of(reference.model), reference.hidden(sequences))
+                other = (reference.head, reference.hidden(sequences))
         scores = score_tokens(
-            Head.of(self.model),
+            self.head,
             hidden,
             sequences.targets,
             temperature=temperature,
@@ -183,6 +183,11 @@ class Policy(nn.Module):
         spread = {name: sequences.spread(flat) for name, flat in scores.items()}
         logp, extra = spread.pop("logp"), spread.pop("term", None)
         return TokenScores(logp, spread, value, extra)
+
+    @property
+    def head(self) -> Head:
+        """The output layer."""
+        return Head.of(self.model)
 
     def hidden(self, sequences: Sequences, **extra: Any) -> Float[Tensor, "N H"]:
         """The trunk's last hidden states where the next token is a completion token; ``extra`` goes to the trunk."""
@@ -212,6 +217,12 @@ class _WithoutAdapter(Policy):
 
     def __init__(self, policy: Policy) -> None:
         super().__init__(policy.model, policy.tokenizer, policy.name, policy.compute)
+
+    @property
+    def head(self) -> Head:
+        head = super().head
+        layer: Any = head.layer
+        return replace(head, layer=layer.get_base_layer()) if hasattr(layer, "lora_A") else head
 
     def hidden(self, sequences: Sequences, **extra: Any) -> Float[Tensor, "N H"]:
         with switched_off(self.model):

@@ -25,13 +25,16 @@ class Source(Protocol):
 
 
 class BufferSource:
-    """Epochs over a view of a fixed buffer, shuffled by seed; a batch is filled with whole units."""
+    """Epochs over a view of a fixed buffer, shuffled by seed; a batch is filled with whole units.
+
+    An epoch of a view with weights is as many units, drawn with replacement in proportion to them.
+    """
 
     def __init__(self, buffer: Buffer, view: View, batch_size: int, seed: int) -> None:
         self._buffer, self._view, self._batch_size = buffer, view, batch_size
         self._random = random.Random(seed)
         self._queue: list[int] = []
-        self._before = self._random.getstate()  # of the shuffle that made the queue
+        self._before = self._random.getstate()  # what made the queue
 
     def draw(self) -> tuple[list[Trajectory], list[tuple[int, ...]]]:
         rows: list[Trajectory] = []
@@ -51,7 +54,10 @@ class BufferSource:
     def _shuffle(self) -> None:
         self._before = self._random.getstate()
         self._queue = list(range(len(self._view)))
-        self._random.shuffle(self._queue)
+        if self._view.weights is None:
+            self._random.shuffle(self._queue)
+        else:
+            self._queue = self._random.choices(self._queue, self._view.weights, k=len(self._queue))
 
     def state(self) -> Any:
         before = self._before if self._queue else self._random.getstate()

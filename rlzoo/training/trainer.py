@@ -94,10 +94,10 @@ class Trainer:
                 restore(self, *found)
 
     def _reference_policy(self, policy: Policy, reference: Policy | None) -> Policy | None:
-        """The reference that is kept in memory: one that moves, or one that scores fresh samples."""
-        needs_logits = type(self.objective).logit_term is not Objective.logit_term
+        """The reference that is kept in memory: one that moves, gives logits, or scores fresh samples."""
         if Need.EMA_REFERENCE in self.objective.requires:
             return policy.frozen_copy()
+        needs_logits = Need.REFERENCE_LOGITS in self.objective.requires
         return policy.reference() if needs_logits and reference is None else reference
 
     def run(self) -> TrainingRecord:
@@ -238,8 +238,8 @@ class Trainer:
                     parameter.grad.mul_(world_size())
         sums = sums.over_processes()
         self._count(self.policy, rows, passes=2 + self._trained)
-        if self._logit_term() is not None and self.reference is not None:
-            self._count(self.reference, rows, passes=1)
+        if (reference := self._logits_of()) is not None:
+            self._count(reference, rows, passes=1)
         self.record.costs.gradient_tokens += sum(map(_length, rows))
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.settings.max_gradient_norm)
         metrics = sums.means()
@@ -303,7 +303,9 @@ class Trainer:
     ) -> None:
         """Add the gradient of a micro-batch; without ``sums`` it keeps step with the other processes and weighs 0."""
         objective, sequences = self.objective, self._collate(rows, index)
-        scores = self.model(sequences, statistics=self._statistics(), term=self._logit_term(), reference=self.reference)
+        scores = self.model(
+            sequences, statistics=self._statistics(), term=self._logit_term(), reference=self._logits_of()
+        )
         if sums is None:
             parts = [part.sum() for part in (scores.logp, scores.value, scores.term) if part is not None]
             self.accelerator.backward(0.0 * torch.stack(parts).sum())
@@ -326,6 +328,8 @@ class Trainer:
         if scores.term is not None and denominator:
             loss = loss + reduce(scores.term, part, objective.normaliser, denominator)
         self.accelerator.backward(loss)
+        if scores.term is not None:
+            own = replace(own, metrics={**own.metrics, "logit_term": scores.term})
         sums.add(objective, part, own, loss, denominator)
 
     def _importance(self, rows: Sequence[Trajectory], mask: Tensor) -> Tensor:
@@ -357,6 +361,10 @@ class Trainer:
 
     def _logit_term(self) -> Any:
         return self.objective.logit_term if type(self.objective).logit_term is not Objective.logit_term else None
+
+    def _logits_of(self) -> Policy | None:
+        """The policy whose logits the logit term asks for."""
+        return self.reference if Need.REFERENCE_LOGITS in self.objective.requires else None
 
     def _statistics(self) -> list[Need]:
         return [need for need in STATISTICS if need in self.objective.requires]

@@ -172,6 +172,9 @@ def _moments(
             "1[y = y*]/π asks for an expert's token that was not sampled"
         )
         return {"token_moments": moments.no_reading(reason), "importance_weights": weights}
+    if not c.any():
+        reason = "its coefficients are all 0: its gradient, if it has one, is that of a full-vocabulary term"
+        return {"token_moments": moments.no_reading(reason), "importance_weights": None}
     table = scored.table(subject.rows)
     estimates = None
     if draws:

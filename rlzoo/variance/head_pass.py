@@ -10,7 +10,6 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from rlzoo.policy.head import Head
 from rlzoo.policy.policy import Sequences
 from rlzoo.variance.modules import Covered
 from rlzoo.variance.pieces import Block, Projection, Sum, at_least_float32
@@ -156,7 +155,7 @@ class HeadPass:
             term, reference = self.run.tasks[name].term, self.run.reference
             other = None
             if self._reference is not None and reference is not None:
-                other = Head.of(reference.model).logits(self._reference[at]).detach()
+                other = reference.head.logits(self._reference[at]).detach()
             value = None if term is None else term(logits, other, target)
             if value is not None:
                 found[name] = (value * weight[at])[self._unit[name][self._position_row[at]] >= 0].sum()

@@ -189,7 +189,8 @@ def layers(found: Found) -> str | None:
 
 def proxies(found: Found) -> str | None:
     """The logit-space proxy of each unit's squared gradient norm against the exact one."""
-    objectives = {n: o["proxies"]["units"] for n, o in found["objectives"].items() if o.get("proxies")}
+    units_of = {n: o["proxies"]["units"] for n, o in found["objectives"].items() if o.get("proxies")}
+    objectives = {n: units for n, units in units_of.items() if any(units["total_power"])}
     if not objectives:
         return None
     looks = style_of(found)

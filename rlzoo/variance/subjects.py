@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
@@ -26,6 +27,8 @@ BASELINE = "(demonstrations)"
 """The name of what cosines and norm ratios are taken to, where no objective that is analysed is the same."""
 SINGLE_ROWS = (Selection.DEMONSTRATIONS, Selection.CORRECT)
 LearnsFrom = Selection | Mapping[str, Selection] | None
+Draw = tuple[int, int]
+"""A row of the buffer, and how often it was drawn before: what is drawn twice counts as two rows."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +92,7 @@ def subjects_of(
 
     The last subject is the baseline, if there are demonstrations.
     """
-    chosen: dict[str, list[tuple[int, ...]]] = {}
+    chosen: dict[str, list[tuple[Draw, ...]]] = {}
     skipped: dict[str, str] = {}
     selections = {name: view_of(name, objective, learns_from)[0] for name, objective in named.items()}
     for name, objective in named.items():
@@ -106,13 +109,13 @@ def subjects_of(
         wanted[BASELINE], selections[BASELINE] = Likelihood(), Selection.DEMONSTRATIONS
     except UserError:
         pass  # then nothing is compared with it
-    picked = sorted({row for units in chosen.values() for unit in units for row in unit})
-    place = {row: i for i, row in enumerate(picked)}
+    picked = sorted({draw for units in chosen.values() for unit in units for draw in unit})
+    place = {draw: i for i, draw in enumerate(picked)}
     subjects = {
-        name: Subject(wanted[name], selections[name], [tuple(place[row] for row in unit) for unit in units])
+        name: Subject(wanted[name], selections[name], [tuple(place[draw] for draw in unit) for unit in units])
         for name, units in chosen.items()
     }
-    return picked, subjects, skipped
+    return [row for row, _ in picked], subjects, skipped
 
 
 def view_of(name: str, objective: Objective, learns_from: LearnsFrom) -> tuple[Selection, Mapping[str, object]]:
@@ -126,17 +129,24 @@ def view_of(name: str, objective: Objective, learns_from: LearnsFrom) -> tuple[S
     return asked, {}
 
 
-def _sample(view: View, rows: int, seed: int) -> list[tuple[int, ...]]:
-    """Units drawn at random until they have ``rows`` rows, in the buffer's order."""
-    units = view.units
-    order = random.Random(seed).sample(range(len(units)), len(units))
+def _sample(view: View, rows: int, seed: int) -> list[tuple[Draw, ...]]:
+    """Units drawn at random until they have ``rows`` rows, in the buffer's order.
+
+    Those of a view with weights are drawn as in training, in proportion to them: one drawn twice counts as two.
+    """
+    units, draw = view.units, random.Random(seed)
+    if view.weights is None:
+        order = draw.sample(range(len(units)), len(units))
+    else:
+        order = draw.choices(range(len(units)), view.weights, k=len(units))
     kept, held = [], 0
     for index in order:
         if held >= rows:
             break
         kept.append(index)
         held += len(units[index])
-    return [units[index] for index in sorted(kept)]
+    kept.sort()
+    return [tuple((row, n - bisect_left(kept, index)) for row in units[index]) for n, index in enumerate(kept)]
 
 
 def weigh(policy: Policy, subject: Subject, scored: Scored) -> Weighed:

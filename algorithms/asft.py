@@ -1,0 +1,45 @@
+"""ASFT: anchored supervised fine-tuning, DFT held near the initial policy.
+
+Loss: -sg(p_t) log p_t + λ KL(π_ref ‖ π_θ), averaged over the completion tokens of the step; the KL of a token is
+Σ_v π_ref(v) log(π_ref(v)/π_θ(v)) over the whole vocabulary at its position. Its gradient in the logits is
+λ (π_θ - π_ref): 0 at the first step, which is DFT's. The reference stays in memory, and runs once more in every update;
+with an adapter it is the model without it. Source: arXiv 2509.23753, whose code takes λ = 0.05 or 0.1.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from rlzoo.objective import Objective, register
+from rlzoo.types import Coefficients, Need, TokenBatch
+
+
+@register
+@dataclass(frozen=True)
+class ASFT(Objective):
+    """Anchored supervised fine-tuning: c_t = p_t, and λ KL(π_ref ‖ π_θ) over the vocabulary."""
+
+    name: ClassVar[str] = "asft"
+    source: ClassVar[str] = "arXiv 2509.23753"
+
+    kl_coefficient: float = 0.05
+
+    @property
+    def requires(self) -> frozenset[Need]:
+        return frozenset({Need.REFERENCE_LOGITS})
+
+    def coefficients(self, batch: TokenBatch) -> Coefficients:
+        return Coefficients(batch.logp.exp())
+
+    def logit_term(
+        self,
+        policy_logits: Float[Tensor, "N V"],
+        reference_logits: Float[Tensor, "N V"] | None,
+        target: Int[Tensor, " N"],
+    ) -> Float[Tensor, " N"] | None:
+        if reference_logits is None:
+            return None
+        reference = reference_logits.log_softmax(1)
+        return self.kl_coefficient * (reference.exp() * (reference - policy_logits.log_softmax(1))).sum(1)

@@ -1,0 +1,32 @@
+"""DEFT: dynamic entropy fine-tuning, the power family with an exponent for each position.
+
+Loss: (1 - p_t^a_t)/a_t with a_t = Σ_v π_θ(v)², averaged over the completion tokens of the step, with no gradient
+through a_t. The gradient weighs ∇ log p_t by p_t^a_t: near SFT where the policy is undecided (a → 0), near DFT where it
+is sure (a → 1). -log a_t is the Rényi entropy of order 2. Source: arXiv 2602.11424.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from rlzoo.objective import Objective, register
+from rlzoo.types import Coefficients, Need, TokenBatch
+
+
+@register
+@dataclass(frozen=True)
+class DEFT(Objective):
+    """Dynamic entropy fine-tuning: c_t = p_t^a_t, a_t = Σ_v π_v²."""
+
+    name: ClassVar[str] = "deft"
+    source: ClassVar[str] = "arXiv 2602.11424"
+
+    @property
+    def requires(self) -> frozenset[Need]:
+        return frozenset({Need.SQUARE_MASS})
+
+    def coefficients(self, batch: TokenBatch) -> Coefficients:
+        exponent = batch.statistics[Need.SQUARE_MASS.value]
+        power = exponent * batch.logp
+        return Coefficients(power.exp(), loss=-torch.expm1(power) / exponent, metrics={"exponent": exponent})

@@ -1,0 +1,33 @@
+"""EAFT: entropy-adaptive fine-tuning, SFT with each token weighed by how undecided the policy is.
+
+Loss: -sg(H_t / ln 20) log p_t, averaged over the completion tokens of the step, where H_t is the entropy of the 20
+likeliest tokens at the position, renormalised: 0 where one token has all the mass, 1 where the 20 are equally likely.
+Where the policy is sure of another token, which p_t alone does not tell from where it is undecided, little is learned.
+Source: arXiv 2601.02151, with its linear weight; its code divides by 3 in place of ln 20 = 2.9957.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+from rlzoo.objective import Objective, register
+from rlzoo.types import Coefficients, Need, TokenBatch
+
+TOKENS = 20
+"""That `Need.TOP_ENTROPY` looks at."""
+
+
+@register
+@dataclass(frozen=True)
+class EAFT(Objective):
+    """Entropy-adaptive fine-tuning: c_t = H_t(top 20)/ln 20."""
+
+    name: ClassVar[str] = "eaft"
+    source: ClassVar[str] = "arXiv 2601.02151"
+
+    @property
+    def requires(self) -> frozenset[Need]:
+        return frozenset({Need.TOP_ENTROPY})
+
+    def coefficients(self, batch: TokenBatch) -> Coefficients:
+        return Coefficients(batch.statistics[Need.TOP_ENTROPY.value] / math.log(TOKENS))

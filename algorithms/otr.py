@@ -1,0 +1,54 @@
+"""OTR: one-token rollout, a policy gradient on tokens sampled at every position of a demonstration.
+
+At each position K tokens a_k are drawn from softmax(z/T), z being the policy's logits. One that is the demonstration's
+token y_t has the reward R = 1, any other R = β. Loss: -(1/K) Σ_k R_k log π_θ(a_k), averaged over the completion tokens
+of the step, with no gradient through draws and rewards; π_θ is at temperature 1. In expectation the gradient is
+
+    (1-β) q(y_t) ∇ log π_θ(y_t) + β Σ_v q(v) ∇ log π_θ(v),    q = softmax(z/T),
+
+whose second sum is 0 at T = 1: then OTR is DFT times 1-β, plus the noise of the draws.
+
+The whole loss is a full-vocabulary term, since most drawn tokens are not y_t, so the coefficients are 0. Draws come
+from torch's generator in the order in which positions are scored: gradients agree over micro-batches and processes in
+expectation only. Source: arXiv 2509.26313.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from rlzoo.objective import Objective, register
+from rlzoo.types import Coefficients, TokenBatch
+
+
+@register
+@dataclass(frozen=True)
+class OTR(Objective):
+    """One-token rollout: -(1/K) Σ_k R_k log π(a_k) with a_k ~ softmax(z/T), as a full-vocabulary term."""
+
+    name: ClassVar[str] = "otr"
+    source: ClassVar[str] = "arXiv 2509.26313"
+
+    samples: int = 256
+    temperature: float = 1.3
+    beta: float = -0.1
+
+    def coefficients(self, batch: TokenBatch) -> Coefficients:
+        return Coefficients(torch.zeros_like(batch.logp))
+
+    def logit_term(
+        self,
+        policy_logits: Float[Tensor, "N V"],
+        reference_logits: Float[Tensor, "N V"] | None,
+        target: Int[Tensor, " N"],
+    ) -> Float[Tensor, " N"] | None:
+        with torch.no_grad():
+            probability = (policy_logits / self.temperature).softmax(1)
+            drawn = torch.multinomial(probability, self.samples, replacement=True)
+            matched = (drawn == target[:, None]).to(policy_logits.dtype)
+            reward = matched + self.beta * (1 - matched)
+        logp = policy_logits.gather(1, drawn) - policy_logits.logsumexp(1, keepdim=True)
+        return -(reward * logp).mean(1)

@@ -1,0 +1,43 @@
+"""PSFT: proximal supervised fine-tuning, SFT with PPO's trust region.
+
+With ρ_t = π_θ/π_old, the loss of a token is -min(ρ_t, 1+ε), averaged over the completion tokens of the step: PPO's
+clipped loss with the advantage 1 for every token of a demonstration, so that only the upper clip acts. A token whose
+probability has grown by more than the factor 1+ε since the start of the batch gets no gradient.
+
+π_old is the policy at the start of the batch, so at the first update on it ρ = 1 and the gradient is SFT's. PSFT
+differs from SFT only from the second on: set training.updates_per_batch to 2 or more (with 1 it is SFT). The paper
+takes 8 updates a batch, each on another eighth of it; here each is on the whole batch. Source: arXiv 2508.17784.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from rlzoo.objective import Objective, register
+from rlzoo.types import Coefficients, Need, TokenBatch
+
+
+@register
+@dataclass(frozen=True)
+class PSFT(Objective):
+    """Proximal supervised fine-tuning: c_t = ρ_t 1[ρ_t ≤ 1+ε]."""
+
+    name: ClassVar[str] = "psft"
+    source: ClassVar[str] = "arXiv 2508.17784"
+
+    clip: float = 0.28
+
+    @property
+    def requires(self) -> frozenset[Need]:
+        return frozenset({Need.SNAPSHOT})
+
+    def coefficients(self, batch: TokenBatch) -> Coefficients:
+        (snapshot,) = self.needed(batch, "snapshot_logp")
+        ratio = torch.where(batch.mask, batch.logp - snapshot, 0).exp()
+        clipped = ratio > 1 + self.clip
+        return Coefficients(
+            torch.where(clipped, 0, ratio),
+            loss=-ratio.clamp(max=1 + self.clip),
+            metrics={"ratio": ratio, "clipped": clipped.to(ratio.dtype)},
+        )

@@ -1,0 +1,528 @@
+"""The zoo's objectives for demonstrations: how they are related, and numbers that were derived by hand."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from comparisons import inline_pool, small
+from test_objectives import SEEDS, gradients, hand_batch, random_batch
+from test_ranks import DDP, FSDP, WORKER, found_in, launch
+from test_training import RAW, Fixed, MakePolicy, distance, full_batch, make_batch, term_of, trained
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from rlzoo import OfflineBuffer, analyze_variance, compare, train
+from rlzoo.cli import main
+from rlzoo.config import Training
+from rlzoo.errors import UserError
+from rlzoo.objective import Objective, get_objective, surrogate
+from rlzoo.policy import Sequences
+from rlzoo.policy import head as head_module
+from rlzoo.policy.head import Head, score_tokens
+from rlzoo.training import Trainer
+from rlzoo.training.batches import BufferSource
+from rlzoo.types import Need, Selection, TokenBatch, Trajectory
+from rlzoo.variance.subjects import subjects_of
+
+CPU = torch.device("cpu")
+DEMONSTRATIONS = Selection.DEMONSTRATIONS
+
+
+def gradient_of(name: str, batch: TokenBatch, **options: Any) -> Tensor:
+    return gradients(surrogate(get_objective(name, **options), batch), batch)
+
+
+# Relations and hand-derived numbers
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize(("alpha", "name"), [(0.0, "sft"), (1.0, "dft")])
+def test_the_power_family_ends_in_sft_and_dft(alpha: float, name: str, seed: int) -> None:
+    batch = random_batch(seed)
+    assert torch.equal(gradient_of("power", batch, alpha=alpha), gradient_of(name, batch))
+
+
+def test_power_by_hand() -> None:
+    # p = 1/2, 1/4, 1/10. α = 2: c = 1/4, 1/16, 1/100, loss (1 - c)/2. With τ = 1/4 the last token is left out of the
+    # sum and not of the mean: gradients -c/3, loss (3/8 + 15/32)/3.
+    batch = hand_batch([[0.5, 0.25], [0.1]])
+    for threshold, last in ((0.0, 0.01), (0.25, 0.0)):
+        objective = get_objective("power", alpha=2.0, threshold=threshold)
+        gradient = gradients(surrogate(objective, batch), batch).view(2, 2)[batch.mask]
+        assert gradient.tolist() == pytest.approx([-0.25 / 3, -0.0625 / 3, -last / 3])
+        found = objective.coefficients(batch.detach())
+        assert found.loss is not None
+        expected = [0.375, 0.46875, 0.0 if threshold else 0.495]
+        assert found.loss[batch.mask].tolist() == pytest.approx(expected)
+        assert found.metrics["kept"][batch.mask].tolist() == [1, 1, 0 if threshold else 1]
+
+
+def test_deft_by_hand() -> None:
+    # p = 1/4 with a = 1/2: c = 1/2, loss (1 - 1/2)/(1/2) = 1. p = 1/4 with a = 1: DFT's 1/4, loss 3/4.
+    # p = 1/4 with a = 1e-12: SFT's 1, loss ln 4.
+    batch = replace(
+        hand_batch([[0.25, 0.25, 0.25]]),
+        statistics={"square_mass": torch.tensor([[0.5, 1.0, 1e-12]], dtype=torch.float64)},
+    )
+    found = get_objective("deft").coefficients(batch.detach())
+    assert found.values[0].tolist() == pytest.approx([0.5, 0.25, 1.0])
+    assert found.loss is not None and found.loss[0].tolist() == pytest.approx([1.0, 0.75, math.log(4)])
+
+
+def test_eaft_by_hand() -> None:
+    # Entropies ln 20 of 20 equal tokens, ln 2 of two, 0 of one: weights 1, ln 2/ln 20 = 0.2313782, 0.
+    entropy = torch.tensor([[math.log(20), math.log(2), 0.0]], dtype=torch.float64)
+    batch = replace(hand_batch([[0.05, 0.5, 0.9]]), statistics={"top_entropy": entropy})
+    gradient = gradient_of("eaft", batch)
+    assert gradient.tolist() == pytest.approx([-1 / 3, -0.2313782 / 3, 0.0], rel=1e-6)
+
+
+@pytest.mark.parametrize(("weight", "bias", "eaft", "deft"), [(0.0, 0.0, 1.0, 1 / 40), (0.0, 50.0, 0.0, 1.0)])
+def test_the_statistics_that_eaft_and_deft_ask_for(weight: float, bias: float, eaft: float, deft: float) -> None:
+    """Over 40 equal logits, the 20 likeliest tokens are equally likely and Σ π² = 1/40; with one far above, one is all.
+
+    Token 0 is the target: p = 1/40 or 1, so DEFT's coefficient is (1/40)^(1/40), or 1.
+    """
+    layer = nn.Linear(3, 40).double()
+    nn.init.constant_(layer.weight, weight)
+    nn.init.zeros_(layer.bias)
+    with torch.no_grad():
+        layer.bias[0] = bias
+    needs = [Need.TOP_ENTROPY, Need.SQUARE_MASS]
+    found = score_tokens(Head(layer), torch.ones(1, 3).double(), torch.tensor([0]), statistics=needs)
+    statistics = {need.value: found[need.value][None] for need in needs}
+    batch = TokenBatch(found["logp"].detach()[None], torch.ones(1, 1, dtype=torch.bool), statistics=statistics)
+    assert get_objective("eaft").coefficients(batch).values.item() == pytest.approx(eaft, abs=1e-9)
+    p = 1.0 if bias else 1 / 40
+    assert get_objective("deft").coefficients(batch).values.item() == pytest.approx(p**deft, abs=1e-9)
+
+
+def test_psft_by_hand() -> None:
+    # π_old = 1/4 and ρ = 1, 1.2, 1.28, 1.32, 1/2: the fourth is above 1.28 and clipped, the last is not, however low.
+    ratios = [1.0, 1.2, 1.28, 1.32, 0.5]
+    batch = hand_batch([[0.25 * ratio for ratio in ratios]])
+    old = torch.full((1, 5), math.log(0.25), dtype=torch.float64)
+    batch = replace(batch, snapshot_logp=old + 1e-12)  # so that 1.28 is not above itself by a rounding error
+    found = get_objective("psft").coefficients(batch.detach())
+    assert found.values[0].tolist() == pytest.approx([1.0, 1.2, 1.28, 0.0, 0.5])
+    assert found.loss is not None
+    assert found.loss[0].tolist() == pytest.approx([-1.0, -1.2, -1.28, -1.28, -0.5])
+    assert found.metrics["clipped"][0].tolist() == [0, 0, 0, 1, 0]
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_psft_at_its_snapshot_is_sft(seed: int) -> None:
+    batch = random_batch(seed)
+    at_start = replace(batch, snapshot_logp=batch.logp.detach())
+    assert torch.equal(gradient_of("psft", at_start), gradient_of("sft", batch))
+    assert not torch.equal(gradient_of("psft", batch), gradient_of("sft", batch))
+
+
+def test_psft_needs_two_updates_a_batch_to_differ_from_sft(make_policy: MakePolicy) -> None:
+    batch = make_batch(make_policy(), DEMONSTRATIONS)
+    runs = {
+        (name, updates): trained(
+            make_policy(), get_objective(name), batch, RAW.model_copy(update={"updates_per_batch": updates})
+        )
+        for name in ("sft", "psft")
+        for updates in (1, 2)
+    }
+    assert distance(runs["sft", 1], runs["psft", 1]) < 1e-6
+    first = [{n: values[:1] for n, values in runs[name, 2].items()} for name in ("sft", "psft")]
+    assert distance(*first) < 1e-6 < 0.05 < distance(runs["sft", 2], runs["psft", 2])
+    settings = RAW.model_copy(update={"updates_per_batch": 2})
+    one, two = Trainer(make_policy(), get_objective("psft"), Fixed(batch), settings).run().steps
+    assert one["ratio"] == pytest.approx(1, abs=1e-9) and one["clipped"] == 0 < two["clipped"]
+
+
+# ASFT
+
+
+def test_the_kl_of_asft_by_hand() -> None:
+    # π_ref = (1/2, 1/2), π_θ = (1/4, 3/4): KL(π_ref ‖ π_θ) = ½ ln 2 + ½ ln(2/3) = ½ ln(4/3); the other way round it
+    # would be ¼ ln ½ + ¾ ln(3/2). Its gradient in the logits is π_θ - π_ref = (-1/4, 1/4).
+    logits = torch.tensor([[1.0, 3.0]], dtype=torch.float64).log().requires_grad_()
+    reference = torch.zeros(1, 2, dtype=torch.float64)
+    term = get_objective("asft").logit_term(logits, reference, torch.tensor([0]))
+    assert term is not None
+    assert term.tolist() == pytest.approx([0.05 * 0.5 * math.log(4 / 3)])
+    (gradient,) = torch.autograd.grad(term.sum(), logits)
+    assert gradient[0].tolist() == pytest.approx([-0.05 / 4, 0.05 / 4])
+
+
+@pytest.mark.parametrize("budget", [20, 4096])
+def test_a_step_of_asft_is_that_of_its_loss_in_full_logits(
+    budget: int, make_policy: MakePolicy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Towards a reference that is another model, so that the KL pulls; and in chunks of three positions."""
+    policy, reference, objective = make_policy(), make_policy(seed=1), get_objective("asft", kl_coefficient=0.7)
+    batch = make_batch(policy, DEMONSTRATIONS)
+    found: dict[str, list[Tensor]] = {}
+
+    def keep(trainer: Trainer, step: int) -> None:
+        found.update({n: [p.grad.clone()] for n, p in trainer.policy.named_parameters() if p.grad is not None})
+
+    settings = RAW.model_copy(update={"steps": 1, "token_budget": budget})
+    with monkeypatch.context() as patch:
+        patch.setattr(head_module, "CHUNK_ENTRIES", 3 * len(policy.tokenizer))
+        trainer = Trainer(make_policy(), objective, Fixed(batch), settings, [keep], reference=reference.frozen_copy())
+        record = trainer.run()
+    term = term_of(policy, objective, batch, reference)
+    loss = surrogate(objective, full_batch(policy, objective, batch)) + term
+    torch.autograd.backward(loss)
+    assert distance({n: [p.grad] for n, p in policy.named_parameters() if p.grad is not None}, found) < 1e-9
+    assert record.steps[0]["logit_term"] == pytest.approx(term.item(), rel=1e-9)
+    assert record.steps[0]["loss"] == pytest.approx(loss.item(), rel=1e-9)
+    plain = trained(make_policy(), get_objective("dft"), batch, settings)
+    assert distance({n: values[:1] for n, values in plain.items()}, found) > 0.1
+
+
+def test_asft_starts_as_dft_and_is_then_held_back(make_policy: MakePolicy) -> None:
+    batch = make_batch(make_policy(), DEMONSTRATIONS)
+    dft, weak, strong = (
+        trained(make_policy(), objective, batch, RAW)
+        for objective in (
+            get_objective("dft"),
+            get_objective("asft"),
+            get_objective("asft", kl_coefficient=5.0),
+        )
+    )
+    for run in (weak, strong):
+        assert distance({n: v[:1] for n, v in dft.items()}, {n: v[:1] for n, v in run.items()}) < 1e-9
+    second = [{n: v[1:2] for n, v in run.items()} for run in (dft, weak, strong)]
+    assert 1e-6 < distance(second[0], second[1]) < distance(second[0], second[2])
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["c_attn", "lm_head"]])
+def test_with_an_adapter_the_reference_is_the_model_without_it(targets: Any, make_policy: MakePolicy) -> None:
+    """The output layer's adapter too, which acts after the trunk."""
+    plain, policy = make_policy(), make_policy()
+    policy.add_lora(rank=2, target_modules=targets)
+    with torch.no_grad():
+        for name, parameter in policy.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(0, 0.5)
+    rows, _ = make_batch(plain, DEMONSTRATIONS)
+    sequences = Sequences.collate([r.prompt_ids for r in rows], [r.completion_ids for r in rows], CPU)
+    seen: list[Tensor] = []
+
+    def look(own: Tensor, other: Tensor | None, target: Tensor) -> None:
+        assert other is not None and not torch.allclose(own, other)
+        seen.append(other)
+
+    policy(sequences, term=look, reference=policy.reference())
+    expected = plain.head.logits(plain.hidden(sequences))
+    torch.testing.assert_close(torch.cat(seen), expected, rtol=0, atol=1e-9)
+
+
+def test_asft_trains_an_adapter(make_policy: MakePolicy) -> None:
+    policy = make_policy()
+    settings = Training.model_validate({**RAW.model_dump(), "steps": 3, "lora": {"rank": 2}})
+    trainer = Trainer(policy, get_objective("asft"), Fixed(make_batch(policy, DEMONSTRATIONS)), settings)
+    steps = trainer.run().steps
+    assert steps[0]["logit_term"] == pytest.approx(0, abs=1e-12) and steps[2]["logit_term"] > 0
+
+
+def test_a_reference_is_kept_for_those_that_ask_for_its_logits(make_policy: MakePolicy) -> None:
+    batch = make_batch(make_policy(), DEMONSTRATIONS)
+    kept = {
+        name: Trainer(make_policy(), get_objective(name), Fixed(batch), RAW).reference is not None
+        for name in ("asft", "otr", "power")
+    }
+    assert kept == {"asft": True, "otr": False, "power": False}
+
+
+# One-token rollout
+
+
+def test_one_token_rollout_is_dft_in_expectation_exactly(monkeypatch: pytest.MonkeyPatch) -> None:
+    # π = (1/2, 1/4, 1/8, 1/8) and the draws 0 0 0 0 1 1 2 3 have just these shares, so the mean over them is the
+    # expectation: (1-β) times DFT's gradient in the logits, c (e_y - π) with c = p_y, of the loss -c log π_y.
+    shares = torch.tensor([[0, 0, 0, 0, 1, 1, 2, 3]])
+    monkeypatch.setattr(torch, "multinomial", lambda p, *_, **__: shares.expand(len(p), -1))
+    p = torch.tensor([0.5, 0.25, 0.125, 0.125], dtype=torch.float64)
+    for y in range(4):
+        logits = p.log()[None].clone().requires_grad_()
+        term = get_objective("otr", samples=8, temperature=1.0, beta=-0.1).logit_term(logits, None, torch.tensor([y]))
+        assert term is not None
+        (gradient,) = torch.autograd.grad(term.sum(), logits)
+        dft = -p[y] * (torch.eye(4, dtype=torch.float64)[y] - p)
+        torch.testing.assert_close(gradient[0], 1.1 * dft, rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize(("temperature", "beta"), [(1.0, -0.1), (1.0, -0.7), (1.3, -0.1)])
+def test_sampled_one_token_rollout_has_its_expectation(temperature: float, beta: float) -> None:
+    """Each entry's mean over n draws within 5 standard errors of the closed form; at T = 1 that is (1-β) DFT's."""
+    n, positions = 20_000, 6
+    torch.manual_seed(0)
+    logits = torch.randn(positions, 5, dtype=torch.float64).requires_grad_()
+    target = torch.tensor([0, 1, 2, 3, 4, 0])
+    objective = get_objective("otr", samples=n, temperature=temperature, beta=beta)
+    term = objective.logit_term(logits, None, target)
+    assert term is not None
+    (found,) = torch.autograd.grad(term.sum(), logits)
+    q, p = (logits.detach() / temperature).softmax(1), logits.detach().softmax(1)
+    eye = torch.eye(5, dtype=torch.float64)
+    reward = beta + (1 - beta) * eye[target]
+    score = eye[None] - p[:, None]  # ∇ log π_v in the logits: position, v, entry
+    single = -reward[:, :, None] * score
+    mean = (q[:, :, None] * single).sum(1)
+    deviation = ((q[:, :, None] * single.square()).sum(1) - mean.square()).clamp(min=0).sqrt()
+    assert ((found - mean).abs() <= 5 * deviation / math.sqrt(n)).all()
+    dft = -p.gather(1, target[:, None]) * (eye[target] - p)
+    assert torch.allclose(mean, (1 - beta) * dft) == (temperature == 1)
+
+
+class Drawing:
+    """Stands in for torch.multinomial, and keeps what it drew."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.plain, self.drawn = torch.multinomial, list[Tensor]()
+        monkeypatch.setattr(torch, "multinomial", self)
+
+    def __call__(self, *arguments: Any, **options: Any) -> Tensor:
+        self.drawn.append(self.plain(*arguments, **options))
+        return self.drawn[-1]
+
+
+def test_recomputation_draws_the_same_tokens(make_policy: MakePolicy, monkeypatch: pytest.MonkeyPatch) -> None:
+    policy, objective = make_policy(), get_objective("otr", samples=4)
+    rows, _ = make_batch(policy, DEMONSTRATIONS)
+    sequences = Sequences.collate([r.prompt_ids for r in rows], [r.completion_ids for r in rows], CPU)
+    monkeypatch.setattr(head_module, "CHUNK_ENTRIES", 3 * len(policy.tokenizer))
+    drawing = Drawing(monkeypatch)
+    torch.manual_seed(5)
+    term = policy(sequences, term=objective.logit_term).term
+    forward, state = list(drawing.drawn), torch.get_rng_state()
+    assert len(forward) == -(-len(sequences.targets) // 3) > 3
+    term.sum().backward()
+    again = drawing.drawn[len(forward) :]
+    assert len(again) == len(forward)
+    order = sorted(range(len(again)), key=lambda i: -i)  # the last chunk is made again first
+    assert all(torch.equal(forward[order[i]], drawn) for i, drawn in enumerate(again))
+    assert torch.equal(torch.get_rng_state(), state)  # and what is drawn next does not change
+    found = {n: p.grad.clone() for n, p in policy.named_parameters() if p.grad is not None}
+
+    policy.zero_grad(set_to_none=True)  # the loss of the very tokens that were drawn, with no chunks
+    logp = policy.head.logits(policy.hidden(sequences)).log_softmax(1)
+    drawn = torch.cat(forward)
+    reward = torch.where(drawn == sequences.targets[:, None], 1.0, -0.1).double()
+    torch.autograd.backward(-(reward * logp.gather(1, drawn)).sum() / 4)
+    for name, parameter in policy.named_parameters():
+        torch.testing.assert_close(found[name], parameter.grad, rtol=1e-6, atol=1e-9)
+
+
+class Widest(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """The most rows of any tensor of vocabulary width that is made while it is active."""
+
+    def __init__(self, vocabulary: int, hidden: int) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.vocabulary, self.hidden, self.rows = vocabulary, hidden, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for x in out if isinstance(out, tuple) else (out,):
+            if isinstance(x, Tensor) and x.ndim > 1 and x.shape[-1] == self.vocabulary:
+                rows = x.numel() // self.vocabulary
+                self.rows = max(self.rows, 0 if rows == self.hidden else rows)  # the transposed weight
+        return out
+
+
+@pytest.mark.parametrize("name", ["asft", "otr"])
+def test_terms_run_in_chunks(name: str, make_policy: MakePolicy, monkeypatch: pytest.MonkeyPatch) -> None:
+    policy, objective = make_policy(), get_objective(name)
+    rows, _ = make_batch(policy, DEMONSTRATIONS)
+    sequences = Sequences.collate([r.prompt_ids for r in rows], [r.completion_ids for r in rows], CPU)
+    monkeypatch.setattr(head_module, "CHUNK_ENTRIES", 3 * len(policy.tokenizer))
+    with Widest(len(policy.tokenizer), 16) as seen:
+        policy(sequences, term=objective.logit_term, reference=policy.frozen_copy()).term.sum().backward()
+    assert seen.rows == 3 < len(sequences.targets)
+
+
+def test_one_token_rollout_learns_what_it_draws(make_policy: MakePolicy) -> None:
+    """From a policy that SFT has brought near the demonstrations: one that never draws their tokens learns nothing."""
+    policy = make_policy()
+    batch = make_batch(policy, DEMONSTRATIONS)
+    settings = RAW.model_copy(update={"steps": 15, "learning_rate": 1e-2, "token_budget": 40})
+    Trainer(policy, get_objective("sft"), Fixed(batch), settings).run()
+    torch.manual_seed(0)
+    steps = Trainer(policy, get_objective("otr"), Fixed(batch), settings).run().steps
+    assert steps[-1]["logp"] > steps[0]["logp"] + 0.3
+    assert steps[0]["loss"] == pytest.approx(steps[0]["logit_term"]) and steps[0]["coefficient"] == 0
+
+
+# Sampling by quality
+
+
+def demonstrations(*rewards: float | None) -> OfflineBuffer:
+    """One demonstration a reward; its completion says which."""
+    rows = [Trajectory("", str(i), [5], [6 + i, 2], str(i), reward=reward) for i, reward in enumerate(rewards)]
+    return OfflineBuffer.from_trajectories(rows)
+
+
+def drawn(source: BufferSource, batches: int) -> list[str]:
+    return [row.completion for _ in range(batches) for row in source.draw()[0]]
+
+
+def test_rows_are_drawn_in_proportion_to_their_quality() -> None:
+    buffer = demonstrations(1.0, 0.0, 3.0, 0.5)
+    view = buffer.view(DEMONSTRATIONS, **get_objective("sft-q").view_options)
+    assert view.units == ((0,), (1,), (2,), (3,)) and view.weights == (1.0, 0.0, 3.0, 0.5)
+    count = Counter(drawn(BufferSource(buffer, view, 4, seed=0), 2250))
+    # of 9000 draws 2000, 0, 6000 and 1000 are expected; within 5 standard deviations of the binomial
+    for name, expected in (("0", 2000), ("2", 6000), ("3", 1000)):
+        assert abs(count[name] - expected) < 5 * math.sqrt(expected * (1 - expected / 9000))
+    assert count["1"] == 0
+    assert buffer.view(DEMONSTRATIONS).weights is None
+
+
+def test_a_source_that_draws_by_quality_goes_on_bit_for_bit() -> None:
+    buffer = demonstrations(1.0, 0.25, 3.0, 0.5, 2.0)
+    view = buffer.view(DEMONSTRATIONS, weighted=True)
+
+    def source() -> BufferSource:
+        return BufferSource(buffer, view, 2, seed=3)
+
+    whole = drawn(source(), 40)
+    assert drawn(source(), 40) == whole
+    for stop in (1, 2, 5, 7):  # the last of them where an epoch of five ends, or in its midst
+        before, after = source(), source()
+        first = drawn(before, stop)
+        after.restore(json.loads(json.dumps(before.state())))
+        assert first + drawn(after, 40 - stop) == whole
+    assert whole != drawn(BufferSource(buffer, view, 2, seed=4), 40)
+
+
+@pytest.mark.parametrize(
+    ("rewards", "reason"),
+    [
+        ((1.0, None, None), r"2 of 3 rows to draw by quality have no finite quality score: give .* \(row 1\)"),
+        ((1.0, math.inf), r"1 of 2 rows .* have no finite quality score"),
+        ((1.0, 2.0, -0.5), r"1 of 3 rows .* have a negative quality score: .* \(row 2\)"),
+        ((0.0, 0.0), r"all 2 rows .* have the score 0"),
+    ],
+)
+def test_rows_that_cannot_be_drawn_by_quality(
+    rewards: tuple[float | None, ...], reason: str, make_policy: MakePolicy
+) -> None:
+    with pytest.raises(UserError, match=reason) as error:
+        train(make_policy(), get_objective("sft-q"), demonstrations(*rewards), RAW)
+    assert "\n" not in str(error.value)
+
+
+def test_views_of_more_than_single_rows_have_no_weights() -> None:
+    with pytest.raises(UserError, match="unknown option of the view 'groups' 'weighted'"):
+        demonstrations(1.0).view(Selection.GROUPS, weighted=True)
+    with pytest.raises(UserError, match="'weigthed': did you mean 'weighted'"):
+        demonstrations(1.0).view(DEMONSTRATIONS, weigthed=True)
+
+
+def test_training_by_quality_learns_what_is_good(make_policy: MakePolicy) -> None:
+    """Two answers to one prompt, of quality 3 and 1: the likelihood is greatest at 3/4 and 1/4."""
+    rows = [Trajectory("", "", [5], [6 + i], "0", reward=reward) for i, reward in enumerate((3.0, 1.0))]
+    policy = make_policy()
+    settings = RAW.model_copy(update={"steps": 60, "batch_size": 64})
+    train(policy, get_objective("sft-q"), OfflineBuffer.from_trajectories(rows), settings, seed=1)
+    p = policy(Sequences.collate([[5], [5]], [[6], [7]], CPU)).logp.detach().exp()[:, 0]
+    assert p.tolist() == pytest.approx([0.75, 0.25], abs=0.08)
+
+
+# The analyzer and the commands
+
+
+def test_the_analyzer_draws_by_quality_too() -> None:
+    buffer = demonstrations(*([1.0] * 10 + [0.0] * 10 + [9.0] * 10))
+    named: dict[str, Objective] = {name: get_objective(name) for name in ("sft", "sft-q")}
+    rows, subjects, skipped = subjects_of(named, buffer, 1000, 0, None)
+    assert not skipped and len(subjects["sft"].units) == len(subjects["sft-q"].units) == 30
+    assert sorted(rows[i] for i in subjects["sft"].rows) == list(range(30))
+    by_quality = Counter(rows[i] for i in subjects["sft-q"].rows)
+    assert len(set(subjects["sft-q"].rows)) == 30  # what is drawn twice is two rows
+    assert max(by_quality.values()) > 1 and not set(by_quality) & set(range(10, 20))
+    assert sum(by_quality[i] for i in range(20, 30)) > 20
+
+
+def test_a_unit_drawn_twice_counts_twice(make_policy: MakePolicy) -> None:
+    """tr Σ over the drawn rows is that of a buffer that holds each of them as often."""
+    policy = make_policy("llama")
+    rows = [Trajectory("", "", [5, 6 + i], [7 + i, 9, 2], str(i), reward=float(i % 3)) for i in range(12)]
+    buffer = OfflineBuffer.from_trajectories(rows)
+    picked, subjects, _ = subjects_of({"sft-q": get_objective("sft-q")}, buffer, 100, 4, None)
+    twice = OfflineBuffer.from_trajectories([rows[picked[i]] for i in subjects["sft-q"].rows])
+    own = analyze_variance(policy, ["sft-q"], buffer, rows=100, draws=0, seed=4)["objectives"]["sft-q"]["data_noise"]
+    other = analyze_variance(policy, ["sft"], twice, rows=100, draws=0)["objectives"]["sft"]["data_noise"]
+    assert len(set(subjects["sft-q"].rows)) > len({picked[i] for i in subjects["sft-q"].rows})
+    for key in ("trace_cov", "grad_norm_sq"):
+        assert own[key]["value"] == pytest.approx(other[key]["value"], rel=1e-5)
+
+
+NEW = ("power", "asft", "psft", "eaft", "deft", "otr", "sft-q")
+
+
+@pytest.fixture
+def table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Demonstrations with a quality score, as a file of rlzoo's own rows."""
+    monkeypatch.chdir(tmp_path)
+    buffer = OfflineBuffer.from_trajectories(
+        [Trajectory("", "", [5, 6 + i], [7 + i, 9, 2], str(i), reward=float(1 + i % 3)) for i in range(12)]
+    )
+    buffer.save(tmp_path / "buffer")
+    return tmp_path / "buffer"
+
+
+@pytest.mark.parametrize("name", NEW)
+def test_the_command_trains_each(name: str, table: Path, tmp_path: Path) -> None:
+    arguments = ["train", name, "--buffer", str(table), "--steps", "2", "--set", "batch_size=6", "--out", "trained"]
+    if name == "power":  # on these rows nothing would be left of p¹⁰
+        arguments += ["--option", "alpha=0.5"]
+    assert main(arguments) == 0
+    steps = json.loads((tmp_path / "trained" / "training.json").read_text())["steps"]
+    assert all(math.isfinite(value) for row in steps for value in row.values()) and steps[0]["gradient_norm"] > 0
+
+
+def test_a_comparison_of_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rlzoo.comparison.runner.pool", inline_pool)
+    names: Sequence[str] = [name for name in NEW if name != "sft-q"]
+    results = compare(small({name: {} for name in names}, training__updates_per_batch=2), tmp_path / "out")
+    assert {cell["algorithm"] for cell in results["cells"]} == set(names) and not results["failed"]
+
+
+def test_the_analyzer_reads_each(make_policy: MakePolicy, table: Path) -> None:
+    policy, buffer = make_policy("llama"), OfflineBuffer.load(table)
+    found = analyze_variance(policy, ["sft", "dft", *NEW], buffer, rows=12, draws=256)
+    json.dumps(found, allow_nan=False)
+    assert found["skipped"] == {} and set(found["objectives"]) == {"sft", "dft", *NEW}
+    noise = {name: entry["data_noise"] for name, entry in found["objectives"].items()}
+    assert noise["psft"]["cosine_to_sft"]["value"] == pytest.approx(1)  # at its snapshot it is SFT
+    own, plain = (found["objectives"][name]["layers"] for name in ("asft", "dft"))  # and at its reference ASFT is DFT
+    for layer, entry in own.items():
+        assert entry["trace_cov"]["value"] == pytest.approx(plain[layer]["trace_cov"]["value"], rel=1e-4)
+    assert noise["otr"]["cosine_to_sft"]["value"] > 0.5
+    assert "full-vocabulary term" in found["objectives"]["otr"]["token_moments"]["reason"]
+
+
+def test_processes_train_as_one(tmp_path: Path) -> None:
+    """Where a reference gives logits, where the snapshot is scored by all, and where the head gives statistics."""
+    names, found = ("asft", "psft", "eaft"), {}
+    for kind, processes, extra in (("alone", 1, DDP), ("ddp", 2, DDP), ("fsdp", 2, FSDP)):
+        folder = tmp_path / kind
+        folder.mkdir()
+        launch([str(WORKER), str(folder), *names], processes, folder, extra)
+        found[kind] = found_in(folder, names)
+    for kind in ("ddp", "fsdp"):
+        for name, (weights, told) in found[kind].items():
+            expected, told_alone = found["alone"][name]
+            assert told["ranks"] == 2 and told["sharded"] == (kind == "fsdp")
+            for key, value in weights.items():
+                torch.testing.assert_close(value, expected[key], rtol=1e-6, atol=1e-9, msg=f"{name} {key}")
+            for row, row_alone in zip(told["steps"], told_alone["steps"], strict=True):
+                assert row == pytest.approx(row_alone, rel=1e-6, abs=1e-9)
+        assert found[kind]["asft"][1]["steps"][2]["logit_term"] > 0
