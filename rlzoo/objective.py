@@ -33,6 +33,8 @@ class Normaliser(Enum):
     """w = 1, Z = number of completion tokens."""
     PER_SEQUENCE = "per_sequence"
     """w = 1/|y|, Z = number of sequences: the mean over sequences of the mean over tokens."""
+    SEQUENCE_SUM = "sequence_sum"
+    """w = 1, Z = number of sequences: the mean over sequences of the sum over tokens."""
     PER_PAIR = "per_pair"
     """w = 1, Z = number of pairs."""
     CONSTANT = "constant"
@@ -49,7 +51,7 @@ class Normaliser(Enum):
         match self:
             case Normaliser.PER_TOKEN:
                 return float(batch.mask.sum())
-            case Normaliser.PER_SEQUENCE:
+            case Normaliser.PER_SEQUENCE | Normaliser.SEQUENCE_SUM:
                 return float(rows)
             case Normaliser.PER_PAIR:
                 return float(rows if batch.chosen is None else batch.chosen.sum())

@@ -72,6 +72,7 @@ def random_batch(seed: int, padding: tuple[float, ...] = PADDING) -> TokenBatch:
         group=torch.arange(len(GROUP_SIZES)).repeat_interleave(torch.tensor(GROUP_SIZES)),
         partner=torch.arange(ROWS).view(-1, 2).flip(1).flatten(),
         chosen=torch.zeros(ROWS, dtype=torch.bool).index_fill(0, better, True),
+        mismatched=torch.randn((), dtype=torch.float64, generator=draw).expand(ROWS),
     )
 
 
@@ -162,7 +163,7 @@ def test_coefficients_carry_no_graph(name: str, case: Case) -> None:
     objective, batch = get_objective(name, **case.options), random_batch(0)
     inputs = {
         f: getattr(batch, f).clone().requires_grad_()
-        for f in ("behaviour_logp", "reference_logp", "snapshot_logp", "old_value", "reward")
+        for f in ("behaviour_logp", "reference_logp", "snapshot_logp", "old_value", "reward", "mismatched")
     }
     ready = prepared(objective, replace(batch, **inputs))
     found = objective.coefficients(ready)
@@ -431,12 +432,14 @@ def test_ppo_takes_the_returns_before_whitening() -> None:
 
 
 def test_normalisers_by_hand() -> None:
-    # Rows of 2 and 1 tokens with terms 1, 2 and 4: 7/3 a token; (3/2 + 4)/2 a sequence; 7/1 a pair; 7/(2·2).
+    # Rows of 2 and 1 tokens with terms 1, 2 and 4: 7/3 a token; (3/2 + 4)/2 a sequence, (3 + 4)/2 of sums; 7/1 a pair;
+    # 7/(2·2).
     batch = hand_batch([[0.5, 0.5], [0.5]], chosen=torch.tensor([True, False]), partner=torch.tensor([1, 0]))
     terms = torch.tensor([[1.0, 2.0], [4.0, math.nan]], dtype=torch.float64)
     expected = {
         Normaliser.PER_TOKEN: 7 / 3,
         Normaliser.PER_SEQUENCE: 2.75,
+        Normaliser.SEQUENCE_SUM: 3.5,
         Normaliser.PER_PAIR: 7.0,
         Normaliser.CONSTANT: 1.75,
     }

@@ -179,6 +179,7 @@ def full_batch(policy: Policy, objective: Objective, batch: Batch) -> TokenBatch
         group=torch.tensor([int(r.prompt_id) for r in rows]),
         partner=partner,
         chosen=torch.arange(len(rows)) % 2 == 0,
+        mismatched=torch.zeros(len(rows)),  # at the first step the policy is its reference
         statistics=scores.statistics,
     )
     fixed = objective.prepare(whole.detach())

@@ -113,7 +113,7 @@ def test_what_the_paper_says_and_what_it_does_not(report: dict[str, Any]) -> Non
     assert dft["data_noise"]["snr"]["value"] < 3 * sft["data_noise"]["snr"]["value"]
     iw = report["objectives"]["iw-sft"]  # at its reference it is SFT
     assert iw["data_noise"]["cosine_to_sft"] == {"value": 1.0, "ci_low": 1.0, "ci_high": 1.0}
-    assert sft["data_noise"]["norm_ratio_to_sft"]["value"] == 1
+    assert sft["data_noise"]["norm_ratio_to_sft"]["value"] == pytest.approx(1, rel=1e-12)
 
 
 def test_exact_and_sampled_variances_agree(base: Policy, buffer: Buffer) -> None:

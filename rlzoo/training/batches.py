@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -126,6 +128,18 @@ def static_batch(
         partner=partner.to(device) if pairs else None,
         chosen=chosen.to(device) if pairs else None,
     )
+
+
+def mismatched(rows: Sequence[Trajectory]) -> list[Trajectory]:
+    """Each prompt with a completion of another prompt, each completion once, whatever the order of the rows.
+
+    Where one prompt has more than half of the rows, those without a counterpart are left out.
+    """
+    order = sorted(rows, key=lambda row: (row.prompt_id, row.completion_ids))
+    shift = max(Counter(row.prompt_id for row in rows).values())
+    others = order[shift:] + order[:shift]
+    pairs = zip(order, others, strict=True)
+    return [replace(a, completion_ids=b.completion_ids) for a, b in pairs if a.prompt_id != b.prompt_id]
 
 
 def _groups(rows: Sequence[Trajectory], units: Sequence[tuple[int, ...]], selection: Selection) -> list[int]:

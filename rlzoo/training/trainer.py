@@ -22,7 +22,7 @@ from rlzoo.policy import Policy, Sequences, TokenScores
 from rlzoo.policy.adapters import adapters
 from rlzoo.policy.policy import token_batches
 from rlzoo.ranks import agreed, gathered, is_sharded, rank, world_size
-from rlzoo.training.batches import Source, atoms, static_batch
+from rlzoo.training.batches import Source, atoms, mismatched, static_batch
 from rlzoo.training.checkpoints import Checkpoints
 from rlzoo.training.costs import is_out_of_memory, peak_memory_bytes, release_memory, reset_peak_memory
 from rlzoo.training.record import TrainingRecord
@@ -94,11 +94,12 @@ class Trainer:
                 restore(self, *found)
 
     def _reference_policy(self, policy: Policy, reference: Policy | None) -> Policy | None:
-        """The reference that is kept in memory: one that moves, or one that scores fresh samples."""
+        """The reference that is kept in memory: one that moves, or one that scores what no buffer holds."""
         needs_logits = type(self.objective).logit_term is not Objective.logit_term
         if Need.EMA_REFERENCE in self.objective.requires:
             return policy.frozen_copy()
-        return policy.reference() if needs_logits and reference is None else reference
+        needed = needs_logits or Need.MISMATCHED in self.objective.requires
+        return policy.reference() if needed and reference is None else reference
 
     def run(self) -> TrainingRecord:
         """Train up to ``settings.steps`` optimizer steps.
@@ -124,8 +125,8 @@ class Trainer:
             rows, units = agreed(self.source.draw())
             batch = self._prepare(rows, units)
             for update in range(self.settings.updates_per_batch):
-                if update and self._coupled:
-                    batch = self._scored(rows, batch)
+                if update:
+                    batch = self._renewed(rows, batch)
                 metrics = self._update(rows, units, batch)
                 step += 1
                 costs = self.record.costs
@@ -179,14 +180,30 @@ class Trainer:
         batch = static_batch(rows, units, objective.learns_from, self.policy.device)
         if Need.BEHAVIOUR in needs and batch.behaviour_logp is None:
             raise UserError("the buffer has no behaviour log-probs: fill it with `rlzoo rollout`, which records them")
-        if needs & {Need.REFERENCE, Need.EMA_REFERENCE} and self.reference is not None:
+        stored = batch.reference_logp is not None and Need.EMA_REFERENCE not in needs
+        if needs & {Need.REFERENCE, Need.EMA_REFERENCE} and self.reference is not None and not stored:
             batch = replace(batch, reference_logp=self._score(self.reference, rows)[0].logp)
         if Need.REFERENCE in needs and batch.reference_logp is None:
             raise UserError("the buffer has no reference log-probs: use rlzoo.train, which computes them")
         if needs & {Need.SNAPSHOT, Need.CRITIC} or self._coupled:
             batch = self._scored(rows, batch)
             batch = replace(batch, snapshot_logp=batch.logp, old_value=batch.value)
-        return objective.prepare(batch)
+        return objective.prepare(self._against_others(rows, batch))
+
+    def _renewed(self, rows: Sequence[Trajectory], batch: TokenBatch) -> TokenBatch:
+        """The batch with what depends on other rows and on the policy as it has become."""
+        return self._against_others(rows, self._scored(rows, batch) if self._coupled else batch)
+
+    def _against_others(self, rows: Sequence[Trajectory], batch: TokenBatch) -> TokenBatch:
+        """The batch with ``mismatched``, for `Need.MISMATCHED`; 0 where all rows have one prompt."""
+        if Need.MISMATCHED not in self.objective.requires:
+            return batch
+        assert self.reference is not None
+        others, mean = mismatched(rows), torch.zeros((), device=batch.mask.device)
+        if others:
+            own, reference = (self._score(policy, others)[0].logp.sum(1) for policy in (self.policy, self.reference))
+            mean = (own - reference).mean()
+        return replace(batch, mismatched=mean.expand(len(rows)))
 
     def _scored(self, rows: Sequence[Trajectory], batch: TokenBatch) -> TokenBatch:
         """The batch with log-probs, values and statistics of the policy as it is."""
