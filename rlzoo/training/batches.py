@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from rlzoo.buffers import Buffer, View
 from rlzoo.errors import UserError
+from rlzoo.objective import Objective, Part
 from rlzoo.policy.policy import Sequences
 from rlzoo.training.state import random_state, resumable
 from rlzoo.types import Coupling, Selection, TokenBatch, Trajectory
@@ -64,6 +65,36 @@ class BufferSource:
         if state["left"]:
             self._shuffle()
             del self._queue[state["left"] :]
+
+
+Views = Sequence[tuple[Selection, Mapping[str, Any]]]
+"""What each part of an objective learns from: a selection, and its options."""
+
+
+def views_of(objective: Objective) -> Views:
+    """The views that the parts of an objective ask for."""
+    return [(part.objective.learns_from, part.objective.view_options) for part in objective.parts]
+
+
+def shares(batch_size: int, parts: int) -> list[int]:
+    """A batch's rows, split evenly over the parts of an objective; no part has none."""
+    return [max(1, batch_size // parts + (number < batch_size % parts)) for number in range(parts)]
+
+
+def buffer_sources(buffer: Buffer, views: Views, batch_size: int, seed: int) -> list[BufferSource]:
+    """A source for each part of an objective, which share the batch."""
+    split = zip(views, shares(batch_size, len(views)), strict=True)
+    return [BufferSource(buffer, buffer.view(which, **options), size, seed) for (which, options), size in split]
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A part of the objective, and the rows that it learns from in a step."""
+
+    part: Part
+    rows: Sequence[Trajectory]
+    units: Sequence[tuple[int, ...]]
+    batch: TokenBatch
 
 
 class FreshSource:
