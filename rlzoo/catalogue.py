@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from rlzoo.config import list_experiments
-from rlzoo.objective import is_mixture, list_objectives, objective_class, options_of
+from rlzoo.objective import is_composite, list_objectives, objective_class, options_of
 from rlzoo.reward import list_rewards
 
 
@@ -16,7 +16,7 @@ def catalogue() -> dict[str, list[dict[str, Any]]]:
             "name": name,
             "summary": (found.__doc__ or "").splitlines()[0],
             "source": found.source,
-            "learns_from": "its parts' views" if is_mixture(found) else found.learns_from.value,
+            "learns_from": "its parts' views" if is_composite(found) else found.learns_from.value,
             "options": options_of(found),
         }
         for name, found in ((name, objective_class(name)) for name in list_objectives())

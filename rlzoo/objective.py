@@ -105,9 +105,9 @@ class Objective:
 
     @property
     def parts(self) -> tuple[Part, ...]:
-        """The objectives whose gradients are summed in a step: this one alone, unless it is a mixture.
+        """The objectives whose gradients are summed in a step: this one alone, unless it is a composite.
 
-        A mixture has its parts' ``requires``, ``shared_critic`` and ``reference_decay``, and nothing else of its own.
+        A composite has its parts' ``requires``, ``shared_critic`` and ``reference_decay``, and nothing else of its own.
         """
         return (Part(self),)
 
@@ -176,12 +176,12 @@ def objective_class(spec: str) -> type[Objective]:
         raise UserError(f"objective {spec!r} is not a subclass of rlzoo.Objective")
     if not isinstance(getattr(found, "name", None), str):
         raise UserError(f"objective {spec!r} has no name: give the class one, as in name = 'mine'")
-    if found.coefficients is Objective.coefficients and not is_mixture(found):
+    if found.coefficients is Objective.coefficients and not is_composite(found):
         raise UserError(f"objective {spec!r} does not define coefficients(self, batch): every objective must")
     return found
 
 
-def is_mixture(objective: type[Objective]) -> bool:
+def is_composite(objective: type[Objective]) -> bool:
     """Whether an objective is made of others, with views, coefficients and normalisers of their own."""
     return objective.parts is not Objective.parts
 
@@ -249,12 +249,12 @@ def surrogate(objective: Objective, batch: TokenBatch, denominator: float | None
     """The one loss: -(c.detach() · log π)[mask] / Z plus the objective's auxiliary terms.
 
     ``denominator`` is Z of the whole optimizer step; None takes the objective's own normaliser over this batch.
-    The parts of a mixture all look at this batch; each has a normaliser of its own, so it takes no ``denominator``.
+    The parts of a composite all look at this batch; each has a normaliser of its own, so it takes no ``denominator``.
     An all-masked batch gives 0, with a warning. Its value is not the paper's loss (see `Coefficients.loss`);
     its gradient is.
     """
-    if denominator is not None and is_mixture(type(objective)):
-        raise ValueError(f"objective {objective.name!r} is a mixture: each of its parts has its own denominator")
+    if denominator is not None and is_composite(type(objective)):
+        raise ValueError(f"objective {objective.name!r} is a composite: each of its parts has its own denominator")
     losses = []
     for part in objective.parts:
         coefficients = part.objective.coefficients(batch.detach())

@@ -18,7 +18,7 @@ from rlzoo.objective import (
     Normaliser,
     Objective,
     get_objective,
-    is_mixture,
+    is_composite,
     list_objectives,
     objective_class,
     reduce,
@@ -32,7 +32,7 @@ SEEDS = range(4)
 over_cases = pytest.mark.parametrize(("name", "case"), CASES)
 # a mixture has no coefficients and no denominator: they are those of its parts
 over_single_cases = pytest.mark.parametrize(
-    ("name", "case"), [case for case in CASES if not is_mixture(objective_class(str(case.values[0])))]
+    ("name", "case"), [case for case in CASES if not is_composite(objective_class(str(case.values[0])))]
 )
 
 GROUP_SIZES = (4, 4, 3, 2, 1)

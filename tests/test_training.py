@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rlzoo.buffers import OfflineBuffer
 from rlzoo.config import Training
-from rlzoo.objective import Objective, get_objective, is_mixture, list_objectives, objective_class, surrogate
+from rlzoo.objective import Objective, get_objective, is_composite, list_objectives, objective_class, surrogate
 from rlzoo.policy import Policy, Sequences
 from rlzoo.policy.policy import score_rows, token_batches
 from rlzoo.training import Trainer
@@ -60,7 +60,7 @@ class Anchored(Objective):
 
 
 OBJECTIVES: Mapping[str, Objective] = {
-    **{name: get_objective(name) for name in list_objectives() if not is_mixture(objective_class(name))},
+    **{name: get_objective(name) for name in list_objectives() if not is_composite(objective_class(name))},
     "dpo-hinge": get_objective("dpo", variant="hinge"),
     "dpo-ipo": get_objective("dpo", variant="ipo"),
     "iw-sft-step": get_objective("iw-sft", variant="per_step"),

@@ -20,7 +20,7 @@ from rlzoo.buffers import Buffer
 from rlzoo.config import ProblemSource, Sampling, Training, load_experiment
 from rlzoo.document import Figure
 from rlzoo.errors import UserError
-from rlzoo.objective import is_mixture, list_objectives, objective_class
+from rlzoo.objective import is_composite, list_objectives, objective_class
 from rlzoo.problems import demonstrations, encode_problems, load_problems
 from rlzoo.reward import get_reward
 from rlzoo.rollout import TransformersSampler, collect_rollouts
@@ -31,7 +31,7 @@ from rlzoo.variance.report import contents, estimate, report_tables, write_repor
 from rlzoo.variance.run import VarianceSettings, _cut, run_variance
 from rlzoo.variance.scoring import score
 
-SINGLE = [name for name in list_objectives() if not is_mixture(objective_class(name))]
+SINGLE = [name for name in list_objectives() if not is_composite(objective_class(name))]
 COEFFICIENTS = {"mean", "cv", "max_over_mean", "kurtosis", "hill", "ess_fraction"}
 MOMENTS = {"predicted_trace_cov", "comparable", "slope", "slope_ci"}
 COMPARABLE = {"fraction", "predicted", "monte_carlo", "ci_low", "ci_high"}

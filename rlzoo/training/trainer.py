@@ -59,7 +59,7 @@ class Trainer:
     ) -> None:
         """``folder`` is where trackers write that write files, and names the run for all of them.
 
-        A mixture takes a ``source`` for each of its parts, in their order.
+        A composite objective takes a ``source`` for each of its parts, in their order.
 
         With a folder for ``checkpoints`` they are written there, and the run goes on from the newest one in it, to
         the same end, bit for bit, as if it had never stopped; ``record`` then has what came before.

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from rlzoo.buffers import Buffer, View
 from rlzoo.errors import UserError
-from rlzoo.objective import Objective, get_objective, is_mixture, surrogate_of
+from rlzoo.objective import Objective, get_objective, is_composite, surrogate_of
 from rlzoo.policy import Policy
 from rlzoo.policy.policy import score_rows
 from rlzoo.registry import told
@@ -92,11 +92,11 @@ def subjects_of(
     """
     chosen: dict[str, list[tuple[int, ...]]] = {}
     skipped: dict[str, str] = {}
-    plain = {name: objective for name, objective in named.items() if not is_mixture(type(objective))}
+    plain = {name: objective for name, objective in named.items() if not is_composite(type(objective))}
     selections = {name: view_of(name, objective, learns_from)[0] for name, objective in plain.items()}
     for name, objective in named.items():
         if name not in plain:
-            skipped[name] = f"{objective.name!r} is a mixture, and each part has rows of its own: analyse its parts"
+            skipped[name] = f"{objective.name!r} is a composite, and each part has rows of its own: analyse its parts"
             continue
         try:
             selection, options = view_of(name, objective, learns_from)
