@@ -7,10 +7,10 @@ step's batch evenly, so that a mixture sees as many rows as any other objective.
 
 With ``mode: online`` the parts that learn from samples get fresh ones, and the others read the buffer.
 
-This is SFT beside RL with fixed weights: CHORD's loss (1-μ) L_GRPO + μ L_SFT (arXiv 2508.11408) for a constant μ, and
-the mix that LUFFY (arXiv 2504.14945) and HPT (arXiv 2509.04419) start from. It has no weight that changes: not CHORD's
-schedule of μ and its weight p(1-p) a token, not LUFFY's demonstrations among the group with shaped ratios, not HPT's
-choice between the two by how many samples of a prompt are right.
+This is SFT beside RL with fixed weights: CHORD's loss (1-μ) L_GRPO + μ L_SFT (arXiv 2508.11408) for a constant μ. No
+weight changes and no part looks at another's rows, so it is neither CHORD's schedule of μ and weight p(1-p) a token,
+nor LUFFY (arXiv 2504.14945), which puts demonstrations into the group and shapes their ratios, nor HPT (arXiv
+2509.04419), which chooses between SFT and RL by how well the policy does on a prompt.
 """
 
 import math

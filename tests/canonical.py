@@ -202,13 +202,13 @@ def paired_means(batch: TokenBatch) -> list[tuple[Tensor, Tensor]]:
 
 
 def simpo(batch: TokenBatch, beta: float = 2.0, gamma: float = 1.0) -> Tensor:
-    """The mean over pairs of -log σ(β/|y⁺| log π(y⁺) - β/|y⁻| log π(y⁻) - γ) (arXiv 2405.14734, eq. 6)."""
+    """The mean over pairs of -log σ(β/|y⁺| log π(y⁺) - β/|y⁻| log π(y⁻) - γ) (arXiv 2405.14734)."""
     losses = [-functional.logsigmoid(beta * better - beta * worse - gamma) for better, worse in paired_means(batch)]
     return torch.stack(losses).mean()
 
 
 def orpo(batch: TokenBatch, lam: float = 0.1) -> Tensor:
-    """The mean over pairs of -log P(y⁺) - λ log σ(log (odds(y⁺)/odds(y⁻))) (arXiv 2403.07691, eq. 3 to 7).
+    """The mean over pairs of -log P(y⁺) - λ log σ(log (odds(y⁺)/odds(y⁻))) (arXiv 2403.07691, eq. 4 to 7).
 
     P = exp(mean log-prob), odds = P/(1-P); P is held below exp(-1e-6), as 1 - P must not be 0.
     """
@@ -231,7 +231,7 @@ def kto(
     undesirable_weight: float = 1.0,
     threshold: float = 0.5,
 ) -> Tensor:
-    """The mean over rows of λ_y - v(x, y), z0 the step's mismatched log-ratio or 0 (arXiv 2402.01306, eq. 6 to 8)."""
+    """The mean over rows of λ_y - v(x, y), z0 the step's mismatched log-ratio or 0 (arXiv 2402.01306, eq. 7)."""
     assert batch.reward is not None and batch.mismatched is not None
     baseline = max(float(batch.mismatched[0]), 0.0)
     logp, reference = completions(batch, batch.logp), completions(batch, batch.reference_logp)
@@ -246,7 +246,7 @@ def kto(
 
 
 def mixture(batch: TokenBatch, parts: Mapping[Loss, float]) -> Tensor:
-    """Σ_k w_k L_k (arXiv 2508.11408, eq. 3, for a constant μ), here over one batch that all parts see."""
+    """Σ_k w_k L_k (arXiv 2508.11408 for a constant μ), here over one batch that all parts see."""
     return torch.stack([weight * loss(batch) for loss, weight in parts.items()]).sum()
 
 
