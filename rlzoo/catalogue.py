@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from rlzoo.config import list_experiments
-from rlzoo.objective import list_objectives, objective_class, options_of
+from rlzoo.objective import is_composite, list_objectives, objective_class, options_of
 from rlzoo.reward import list_rewards
 
 
@@ -14,12 +14,12 @@ def catalogue() -> dict[str, list[dict[str, Any]]]:
     objectives = [
         {
             "name": name,
-            "summary": (objective_class(name).__doc__ or "").splitlines()[0],
-            "source": objective_class(name).source,
-            "learns_from": objective_class(name).learns_from.value,
-            "options": options_of(objective_class(name)),
+            "summary": (found.__doc__ or "").splitlines()[0],
+            "source": found.source,
+            "learns_from": "its parts' views" if is_composite(found) else found.learns_from.value,
+            "options": options_of(found),
         }
-        for name in list_objectives()
+        for name, found in ((name, objective_class(name)) for name in list_objectives())
     ]
     return {
         "objectives": objectives,

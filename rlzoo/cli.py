@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 from rlzoo.errors import UserError
 from rlzoo.interrupts import Terminated, raise_signal
-from rlzoo.overrides import add_overrides, experiment_of, pairs
+from rlzoo.overrides import add_overrides, add_trust, experiment_of, pairs
 
 Handler = Callable[[argparse.Namespace], int]
 
@@ -25,6 +25,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Exit status: 0 done, 1 some runs failed, 2 wrong input (one line on standard error), 130 or 143 told to stop.
     """
     parsed = _parser().parse_args(arguments)
+    os.environ.pop("RLZOO_TRUST_REMOTE_CODE", None)
+    if getattr(parsed, "trust_remote_code", False):
+        os.environ["RLZOO_TRUST_REMOTE_CODE"] = "1"  # an environment variable, so that worker processes have it too
     sys.path.append(str(Path.cwd()))  # for package.module:Name of a user's own; last, so that it hides nothing
     signal.signal(signal.SIGTERM, raise_signal)  # a job that is told to stop ends as for Ctrl-C
     try:
@@ -189,6 +192,7 @@ def _train(commands: Any) -> None:
     command.add_argument("objective", help="a name, module:Name, or path/to/file.py:Name")
     command.add_argument("--buffer", required=True, help="a saved buffer (see rollout), or a table in a TRL format")
     command.add_argument("--model", default="embedded", help="'embedded', a folder, or a Hub id")
+    add_trust(command)
     command.add_argument("--out", type=Path, required=True, help="a folder for the model, new or of the same run")
     command.add_argument("--option", action="append", default=[], metavar="KEY=VALUE", help="of the objective")
     command.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="of the training")

@@ -33,6 +33,8 @@ class ProblemSource(_Strict):
     """A column, or a template such as ``"{question}\\nShow your work."``."""
     solution: str | None = None
     """The column of a worked solution, for demonstrations."""
+    quality: str | None = None
+    """The column of a solution's quality score, for objectives that draw demonstrations in proportion to it."""
     columns: Mapping[str, str] = {}
     """Names that a reward asks for → columns of the table."""
     chat: bool = False
@@ -63,6 +65,8 @@ class Sampling(_Strict):
             raise ValueError("url and engine_options are for engine: vllm")
         if self.url is not None and self.engine_options:
             raise ValueError("a server has its own options: give url or engine_options")
+        if "trust_remote_code" in self.engine_options:
+            raise ValueError("engine_options: no file may ask for trust_remote_code: use the flag --trust-remote-code")
         return self
 
 

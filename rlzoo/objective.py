@@ -33,10 +33,10 @@ class Normaliser(Enum):
     """w = 1, Z = number of completion tokens."""
     PER_SEQUENCE = "per_sequence"
     """w = 1/|y|, Z = number of sequences: the mean over sequences of the mean over tokens."""
-    PER_PAIR = "per_pair"
-    """w = 1, Z = number of pairs."""
     SEQUENCE_SUM = "sequence_sum"
     """w = 1, Z = number of sequences: the mean over sequences of the sum over tokens."""
+    PER_PAIR = "per_pair"
+    """w = 1, Z = number of pairs."""
 
     def weight(self, batch: TokenBatch) -> Float[Tensor, "B 1"]:
         """The weight w of each row's tokens."""
@@ -53,6 +53,16 @@ class Normaliser(Enum):
                 return float(rows)
             case Normaliser.PER_PAIR:
                 return float(rows if batch.chosen is None else batch.chosen.sum())
+
+
+@dataclass(frozen=True)
+class Part:
+    """An objective as one of those whose weighted gradients make up an optimizer step, each on rows of its own."""
+
+    objective: Objective
+    weight: float = 1.0
+    label: str = ""
+    """What its metrics are called by, before a slash."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +98,14 @@ class Objective:
     def reference_decay(self) -> float | None:
         """Decay of the averaged reference an optimizer step, for `Need.EMA_REFERENCE`."""
         return None
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """The objectives whose gradients are summed in a step: this one alone, unless it is a composite.
+
+        A composite has its parts' ``requires``, ``shared_critic`` and ``reference_decay``, and nothing else of its own.
+        """
+        return (Part(self),)
 
     def prepare(self, batch: TokenBatch) -> TokenBatch:
         """Fix what stays the same for all updates on a batch. Called once on the whole batch, with no gradient.
@@ -160,9 +178,14 @@ def objective_class(spec: str) -> type[Objective]:
         raise UserError(f"objective {spec!r} is not a subclass of rlzoo.Objective")
     if not isinstance(getattr(found, "name", None), str):
         raise UserError(f"objective {spec!r} has no name: give the class one, as in name = 'mine'")
-    if found.coefficients is Objective.coefficients:
+    if found.coefficients is Objective.coefficients and not is_composite(found):
         raise UserError(f"objective {spec!r} does not define coefficients(self, batch): every objective must")
     return found
+
+
+def is_composite(objective: type[Objective]) -> bool:
+    """Whether an objective is made of others, with views, coefficients and normalisers of their own."""
+    return objective.parts is not Objective.parts
 
 
 def options_of(objective: type[Objective]) -> dict[str, dict[str, Any]]:
@@ -228,13 +251,20 @@ def surrogate(objective: Objective, batch: TokenBatch, denominator: float | None
     """The one loss: -(c.detach() · log π)[mask] / Z plus the objective's auxiliary terms.
 
     ``denominator`` is Z of the whole optimizer step; None takes the objective's own normaliser over this batch.
+    The parts of a composite all look at this batch; each has a normaliser of its own, so it takes no ``denominator``.
     A batch without advantages is prepared first. An all-masked batch gives 0, with a warning. Its value is not the
     paper's loss (see `Coefficients.loss`); its gradient is.
     """
-    if batch.advantage is None:
-        batch = replace(objective.prepare(batch.detach()), logp=batch.logp, value=batch.value)
-    coefficients = objective.coefficients(batch.detach())
-    return surrogate_of(coefficients, objective, batch, denominator)
+    if denominator is not None and is_composite(type(objective)):
+        raise ValueError(f"objective {objective.name!r} is a composite: each of its parts has its own denominator")
+    losses = []
+    for part in objective.parts:
+        own = batch
+        if batch.advantage is None:
+            own = replace(part.objective.prepare(batch.detach()), logp=batch.logp, value=batch.value)
+        coefficients = part.objective.coefficients(own.detach())
+        losses.append(part.weight * surrogate_of(coefficients, part.objective, own, denominator))
+    return torch.stack(losses).sum()
 
 
 def surrogate_of(

@@ -34,10 +34,16 @@ def add_overrides(command: argparse.ArgumentParser, *options: str, default: str 
     for name in ("model", "reward", *options):
         kind, text, _ = _OPTIONS[name]
         command.add_argument(f"--{name}", type=kind, help=text)
+    add_trust(command)
     command.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE",
         help="any other setting, by its dotted name; the value is YAML: --set rollouts.temperature=0.8",
     )  # fmt: skip
+
+
+def add_trust(command: argparse.ArgumentParser) -> None:
+    """The one way to let a model bring code of its own: no file can ask for it."""
+    command.add_argument("--trust-remote-code", action="store_true", help="run the code that the model's folder brings")
 
 
 def experiment_of(arguments: argparse.Namespace) -> Experiment:

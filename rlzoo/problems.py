@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import string
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from rlzoo.buffers.encoding import encode_completion, encode_prompt
@@ -27,6 +27,8 @@ class Problem:
     prompt: str | list[dict[str, str]]
     columns: Mapping[str, Any]
     solutions: tuple[str, ...] = ()
+    quality: float | None = None
+    """Of its solutions; the reward of the demonstrations that they become."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,8 @@ def load_problems(source: ProblemSource) -> list[Problem]:
     if not problems:
         raise UserError(f"problem set {source.source!r} is empty")
     problems = problems[: source.limit]
+    if source.quality is not None:
+        problems = [replace(p, quality=_quality(source, i, p.columns)) for i, p in enumerate(problems)]
     first: dict[str, int] = {}
     for index, problem in enumerate(problems):
         if first.setdefault(problem.id, index) != index:
@@ -81,6 +85,17 @@ def _problem(index: int, row: Mapping[str, Any], source: ProblemSource) -> Probl
     solutions = () if solution is None else (str(solution),)
     own = row.get("id")
     return Problem(f"{source.split}-{index}" if own is None else str(own), prompt, columns, solutions)
+
+
+def _quality(source: ProblemSource, index: int, columns: Mapping[str, Any]) -> float:
+    assert source.quality is not None
+    try:
+        return float(columns[source.quality])
+    except (KeyError, TypeError, ValueError):
+        what = repr(columns[source.quality])[:60] if source.quality in columns else "not there"
+        raise UserError(
+            f"problem set {source.source!r}, row {index}: quality column {source.quality!r} is {what}: give a number"
+        ) from None
 
 
 def _placeholders(template: str) -> list[str]:
@@ -116,7 +131,7 @@ def demonstrations(
             truncated = max_tokens is not None and len(ids) > max_tokens
             kept = ids[:max_tokens]
             text = tokenizer.decode(kept) if truncated else solution
-            rows.append(trajectory(encoded, text, kept, truncated=truncated))
+            rows.append(trajectory(encoded, text, kept, truncated=truncated, reward=encoded.problem.quality))
     return rows
 
 

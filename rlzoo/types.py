@@ -26,6 +26,8 @@ class Selection(Enum):
     """A better and a worse completion of one prompt."""
     GROUPS = "groups"
     """All samples of one prompt."""
+    UNPAIRED = "unpaired"
+    """Single rows that have a reward, good and bad ones."""
 
 
 class Need(Enum):
@@ -43,6 +45,8 @@ class Need(Enum):
     """``snapshot_logp``: log-probs under the policy at the start of the batch."""
     CRITIC = "critic"
     """``value`` and ``old_value``: a critic's estimate of the return before each token."""
+    MISMATCHED = "mismatched"
+    """``mismatched``: how much likelier than the reference finds them the policy finds answers to other prompts."""
     ENTROPY = "entropy"
     """``statistics["entropy"]``: -Σ_v π_v log π_v, in nats."""
     TOP_ENTROPY = "top_entropy"
@@ -87,6 +91,11 @@ class TokenBatch:
     """Row index of the other half of a pair."""
     chosen: Bool[Tensor, " B"] | None = None
     """True for the better half of a pair."""
+    mismatched: Float[Tensor, " B"] | None = None
+    """Mean over the whole step of Σ_t log π_θ/π_ref of a completion that is put to another row's prompt; no graph.
+
+    The same in all rows, so that a coefficient may look at it whatever the micro-batch.
+    """
     statistics: Mapping[str, Float[Tensor, "B T"]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

@@ -364,6 +364,62 @@ def otr(
     return torch.stack([torch.as_tensor(loss) for loss in losses]).mean()
 
 
+def paired_means(batch: TokenBatch) -> list[tuple[Tensor, Tensor]]:
+    """Of each pair: the mean log-prob of a token of the better completion, and of the worse one."""
+    assert batch.chosen is not None and batch.partner is not None
+    means = [row.sum() / max(len(row), 1) for row in completions(batch, batch.logp)]
+    return [(means[i], means[int(batch.partner[i])]) for i in batch.chosen.nonzero().flatten().tolist()]
+
+
+def simpo(batch: TokenBatch, beta: float = 2.0, gamma: float = 1.0) -> Tensor:
+    """The mean over pairs of -log σ(β/|y⁺| log π(y⁺) - β/|y⁻| log π(y⁻) - γ) (arXiv 2405.14734)."""
+    losses = [-functional.logsigmoid(beta * better - beta * worse - gamma) for better, worse in paired_means(batch)]
+    return torch.stack(losses).mean()
+
+
+def orpo(batch: TokenBatch, lam: float = 0.1) -> Tensor:
+    """The mean over pairs of -log P(y⁺) - λ log σ(log (odds(y⁺)/odds(y⁻))) (arXiv 2403.07691, eq. 4 to 7).
+
+    P = exp(mean log-prob), odds = P/(1-P); P is held below exp(-1e-6), as 1 - P must not be 0.
+    """
+
+    def odds(mean: Tensor) -> Tensor:
+        p = mean.clamp(max=-1e-6).exp()
+        return p / (1 - p)
+
+    losses = [
+        -better - lam * functional.logsigmoid((odds(better) / odds(worse)).log())
+        for better, worse in paired_means(batch)
+    ]
+    return torch.stack(losses).mean()
+
+
+def kto(
+    batch: TokenBatch,
+    beta: float = 0.1,
+    desirable_weight: float = 1.0,
+    undesirable_weight: float = 1.0,
+    threshold: float = 0.5,
+) -> Tensor:
+    """The mean over rows of λ_y - v(x, y), z0 the step's mismatched log-ratio or 0 (arXiv 2402.01306, eq. 7)."""
+    assert batch.reward is not None and batch.mismatched is not None
+    baseline = max(float(batch.mismatched[0]), 0.0)
+    logp, reference = completions(batch, batch.logp), completions(batch, batch.reference_logp)
+    losses = []
+    for i, reward in enumerate(batch.reward.tolist()):
+        gain = (logp[i] - reference[i]).sum()
+        if reward >= threshold:
+            losses.append(desirable_weight - desirable_weight * torch.sigmoid(beta * (gain - baseline)))
+        else:
+            losses.append(undesirable_weight - undesirable_weight * torch.sigmoid(beta * (baseline - gain)))
+    return torch.stack(losses).mean()
+
+
+def mixture(batch: TokenBatch, parts: Mapping[Loss, float]) -> Tensor:
+    """Σ_k w_k L_k (arXiv 2508.11408 for a constant μ), here over one batch that all parts see."""
+    return torch.stack([weight * loss(batch) for loss, weight in parts.items()]).sum()
+
+
 def case(loss: Callable[..., Tensor], **options: Any) -> Case:
     """A case whose options the loss takes under the same names."""
     return Case(partial(loss, **options), options)
@@ -414,6 +470,16 @@ CANONICAL: dict[str, list[Case]] = {
     "eaft": [case(eaft)],
     "deft": [case(deft)],
     "sft-q": [case(sft)],
+    "simpo": [case(simpo), case(simpo, beta=0.7, gamma=0.0)],
+    "orpo": [case(orpo), case(orpo, lam=1.5)],
+    "kto": [case(kto), case(kto, beta=0.7, desirable_weight=1.3, undesirable_weight=0.6, threshold=0.8)],
+    "mixture": [
+        Case(partial(mixture, parts={sft: 0.1, grpo: 0.9}), {"weights": {"sft": 0.1, "grpo": 0.9}}),
+        Case(
+            partial(mixture, parts={partial(dpo, beta=0.7): 1.0, dft: 0.5}),
+            {"weights": {"dpo": 1.0, "dft": 0.5}, "options": {"dpo": {"beta": 0.7}}},
+        ),
+    ],
 }
 
 

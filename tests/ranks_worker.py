@@ -82,8 +82,9 @@ def shard_on_cpu() -> None:
 def run(folder: Path, name: str) -> None:
     torch.manual_seed(0)
     policy = load_policy("embedded", "float64", device="cpu")
-    objective = get_objective(name)
-    together = objective.learns_from in (Selection.PAIRS, Selection.GROUPS)
+    parts = name.split("+")  # the critic's part first: its gradients are none of those that come last
+    objective = get_objective("mixture", weights=dict.fromkeys(parts, 0.5)) if len(parts) > 1 else get_objective(name)
+    together = [part.objective.learns_from in (Selection.PAIRS, Selection.GROUPS) for part in objective.parts]
     checkpoints = Path(os.environ["RANKS_CHECKPOINTS"]) / name if "RANKS_CHECKPOINTS" in os.environ else None
     begun = checkpoints is not None and checkpoints.exists()
 
@@ -91,7 +92,9 @@ def run(folder: Path, name: str) -> None:
         if checkpoints is not None and not begun and step == 2:
             raise StopIteration
 
-    trainer = Trainer(policy, objective, Fixed(together), SETTINGS, [stop], checkpoints=checkpoints)
+    trainer = Trainer(
+        policy, objective, [Fixed(pairs) for pairs in together], SETTINGS, [stop], checkpoints=checkpoints
+    )
     try:
         record = trainer.run()
     except StopIteration:

@@ -32,7 +32,7 @@ from rlzoo.types import Coefficients, Selection, TokenBatch, Trajectory
 MakePolicy = Callable[..., Policy]
 PROBLEMS = [Problem(str(i), f"{i}+{i}=?\n", {"answer": str(2 * i)}, (f"#### {2 * i}",)) for i in range(6)]
 EVERY = Training(steps=7, batch_size=4, learning_rate=1e-2, checkpoint_seconds=0)
-OBJECTIVES = ("sft", "iw-sft", "rft", "dpo", "ppo", "grpo")
+OBJECTIVES = ("sft", "iw-sft", "rft", "dpo", "ppo", "grpo", "kto")
 
 
 def rows_of(policy: Policy) -> OfflineBuffer:

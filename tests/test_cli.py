@@ -354,3 +354,39 @@ def test_train_that_fails_leaves_nothing(fails: Fails, tmp_path: Path) -> None:
     row = {"prompt": "a", "completion": "b"}
     (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
     assert "the buffer has no" in fails("train", "grpo", "--buffer", "rows.jsonl", "--out", "new/trained")
+
+
+REMOTE = """
+from pathlib import Path
+from transformers import LlamaConfig, LlamaForCausalLM
+Path(__file__).with_name("ran").touch()
+class OwnConfig(LlamaConfig):
+    model_type = "own"
+class OwnModel(LlamaForCausalLM):
+    config_class = OwnConfig
+"""
+
+
+def test_the_code_of_a_model_is_run_by_its_flag_alone(tmp_path: Path, fails: Fails) -> None:
+    folder, cache = tmp_path / "own", tmp_path / "cache"
+    shutil.copytree(EMBEDDED_BASE, folder)
+    cache.mkdir()
+    (folder / "own.py").write_text(REMOTE.replace("Path(__file__).with_name", f"Path({str(folder)!r}).joinpath"))
+    config = json.loads((folder / "config.json").read_text())
+    config |= {
+        "model_type": "own",
+        "architectures": ["OwnModel"],
+        "auto_map": {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"},
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    command = ["evaluate", "arithmetic", "--model", str(folder), "--limit", "2", "--samples", "1"]
+    told = fails(*command)
+    assert "trust" in told and not (folder / "ran").exists()
+    assert "--trust-remote-code" in fails(*command, "--set", "evaluation.engine=vllm",
+                                          "--set", "evaluation.engine_options={trust_remote_code: true}")  # fmt: skip
+    # in a process of its own, where transformers may keep the code that it copies
+    environment = {**os.environ, "HF_HOME": str(cache)}
+    run = [sys.executable, "-m", "rlzoo", *command]
+    done = subprocess.run([*run, "--trust-remote-code"], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (folder / "ran").exists()

@@ -20,7 +20,7 @@ from rlzoo.training import Trainer
 from rlzoo.types import Trajectory
 
 WORKER = Path(__file__).with_name("ranks_worker.py")
-OBJECTIVES = ("sft", "dft", "iw-sft", "dpo", "ppo", "grpo", "dapo", "otb")
+OBJECTIVES = ("sft", "dft", "iw-sft", "dpo", "ppo", "grpo", "dapo", "otb", "kto", "ppo+sft")
 DDP: Mapping[str, str] = {}
 FSDP = {"RANKS_SHARD": "1"}
 

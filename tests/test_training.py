@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rlzoo.buffers import OfflineBuffer
 from rlzoo.config import Training
-from rlzoo.objective import Objective, get_objective, list_objectives, surrogate
+from rlzoo.objective import Objective, get_objective, is_composite, list_objectives, objective_class, surrogate
 from rlzoo.policy import Policy, Sequences
 from rlzoo.policy.policy import score_rows, token_batches
 from rlzoo.training import Trainer
@@ -64,7 +64,7 @@ class Anchored(Objective):
 
 
 OBJECTIVES: Mapping[str, Objective] = {
-    **{name: get_objective(name) for name in list_objectives()},
+    **{name: get_objective(name) for name in list_objectives() if not is_composite(objective_class(name))},
     "dpo-hinge": get_objective("dpo", variant="hinge"),
     "dpo-ipo": get_objective("dpo", variant="ipo"),
     "otr": get_objective("otr", temperature=1e-6),  # draws the likeliest token, whatever the micro-batches
@@ -185,6 +185,7 @@ def full_batch(policy: Policy, objective: Objective, batch: Batch) -> TokenBatch
         group=torch.tensor([int(r.prompt_id) for r in rows]),
         partner=partner,
         chosen=torch.arange(len(rows)) % 2 == 0,
+        mismatched=torch.zeros(len(rows)),  # at the first step the policy is its reference
         statistics=scores.statistics,
     )
     fixed = objective.prepare(whole.detach())

@@ -360,3 +360,82 @@ def test_leave_one_out(world: World) -> None:
     batch = replace(world.batch(), reward=REWARD, group=torch.arange(ROWS) // GROUP_SIZE)
     theirs = trl_rloo(world, 0.2, advantages=advantages, old_logps=batch.logp.detach().sum(1))
     assert_one_gradient(surrogate(get_objective("rloo"), batch), world, theirs)
+
+
+def beside(world: World) -> dict[str, Tensor]:
+    """Pairs as the CPO and ORPO trainers take them: the better half of the rows, and the worse half."""
+    found = world.joined()
+    found["labels"] = found["input_ids"].masked_fill(found.pop("completion_mask") == 0, -100)
+    half = ROWS // 2
+    halves = {"chosen": slice(0, half), "rejected": slice(half, ROWS)}
+    return {f"{side}_{name}": value[rows] for side, rows in halves.items() for name, value in found.items()}
+
+
+def pairs_of(world: World) -> TokenBatch:
+    half = ROWS // 2
+    return world.batch(partner=torch.arange(ROWS).roll(half), chosen=torch.arange(ROWS) < half)
+
+
+def trl_beside(which: Any, world: World, **attributes: Any) -> Tensor:
+    this = trainer(world.policy, is_encoder_decoder=False, pad_token_id=0, padding_value=0, **attributes)
+    for name in ("concatenated_inputs", "get_batch_logps"):
+        setattr(this, name, getattr(which, name))
+    for name in ("concatenated_forward", "cpo_loss", "odds_ratio_loss"):
+        if hasattr(which, name):
+            setattr(this, name, partial(getattr(which, name), this))
+    loss: Tensor = which.get_batch_loss_metrics(this, world.policy, beside(world))[0]
+    return loss
+
+
+@pytest.mark.parametrize(("beta", "gamma"), [(2.0, 1.0), (0.5, 0.0)])
+def test_simple_preference(world: World, beta: float, gamma: float) -> None:
+    from trl.experimental.cpo import CPOTrainer
+
+    options = {"loss_type": "simpo", "alpha": 0.0, "cpo_alpha": 0.0, "label_smoothing": 0.0}
+    theirs = trl_beside(CPOTrainer, world, beta=beta, simpo_gamma=gamma, **options)
+    assert_parity(get_objective("simpo", beta=beta, gamma=gamma), pairs_of(world), world, theirs)
+
+
+@pytest.mark.parametrize("lam", [0.1, 2.0])
+def test_odds_ratio(world: World, lam: float) -> None:
+    # TRL's SFT loss is a mean over all tokens of the better halves, prompts included. With prompts of one token, which
+    # nothing predicts, and better completions of one length that is the mean over completions of ours.
+    from trl.experimental.orpo import ORPOTrainer
+
+    draw = partial(torch.randint, 1, VOCABULARY, generator=torch.Generator().manual_seed(5))
+    lengths = (*[5] * (ROWS // 2), *COMPLETION_LENGTHS[ROWS // 2 :])
+    even = replace(world, prompts=[draw((1,)) for _ in range(ROWS)], completions=[draw((n,)) for n in lengths])
+    assert_parity(get_objective("orpo", lam=lam), pairs_of(even), even, trl_beside(ORPOTrainer, even, beta=lam))
+
+
+@pytest.mark.parametrize("weights", [(1.0, 1.0), (1.5, 0.5)])
+@pytest.mark.parametrize("beta", [0.1, 0.5])
+@pytest.mark.parametrize("swapped", [False, True])
+def test_unpaired_preference(world: World, swapped: bool, beta: float, weights: tuple[float, float]) -> None:
+    from trl import KTOTrainer
+
+    if swapped:  # then the mismatched log-ratio has the other sign
+        world = replace(world, policy=world.reference.train(), reference=world.policy.eval())
+    label = torch.tensor([True, False, True, True, False, False, True, False])
+    mixed = replace(world, completions=[world.completions[-1], *world.completions[:-1]])  # as TRL rotates them
+    this = trainer(
+        world.policy,
+        ref_model=world.reference,
+        args=SimpleNamespace(gradient_checkpointing_kwargs=None),
+        calculate_KL=True,
+        precompute_ref_logps=False,
+        loss_type="kto",
+        beta=beta,
+        desirable_weight=weights[0],
+        undesirable_weight=weights[1],
+    )
+    this._compute_kl_logps = partial(KTOTrainer._compute_kl_logps, this)
+    inputs = {**world.joined(), **{f"KL_{k}": v for k, v in mixed.joined().items()}, "label": label}
+    theirs = KTOTrainer._compute_loss(this, world.policy, inputs, return_outputs=False)
+    with torch.no_grad():
+        divergence = (mixed.logp(world.policy) - mixed.logp(world.reference)).sum(1).mean()
+    batch = world.batch(reference_logp=world.reference_logp(), reward=label.float(), mismatched=divergence.expand(ROWS))
+    assert (divergence > 0) == swapped
+    assert this._metrics["train"]["kl"] == [pytest.approx(max(divergence.item(), 0.0), rel=1e-5)]
+    objective = get_objective("kto", beta=beta, desirable_weight=weights[0], undesirable_weight=weights[1])
+    assert_parity(objective, batch, world, theirs)

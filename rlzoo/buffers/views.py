@@ -1,4 +1,4 @@
-"""The four views over a buffer: which rows an objective learns from and which belong together.
+"""The five views over a buffer: which rows an objective learns from and which belong together.
 
 A view is computed on columns, and is a function of them alone: earlier rows win wherever a choice has to be
 made.
@@ -161,11 +161,23 @@ def groups(rows: pa.Table, size: int | None = None, varied: bool = False) -> Uni
     return units
 
 
+def unpaired(rows: pa.Table) -> Units:
+    """Rows of any source but ``demonstration`` that have a reward, one a unit."""
+    chosen = np.flatnonzero(~_has_source(rows, "demonstration") & ~np.isnan(_reward(rows)))
+    if not len(chosen):
+        raise UserError(
+            f"the buffer has no rewarded rows (0 of {len(rows):,} rows have a reward and are no demonstrations): "
+            "sample some with rlzoo rollout, or import unpaired preferences with from_trl"
+        )
+    return _singles(chosen)
+
+
 _SELECTORS: Mapping[Selection, Callable[..., Units]] = {
     Selection.DEMONSTRATIONS: demonstrations,
     Selection.CORRECT: correct,
     Selection.PAIRS: pairs,
     Selection.GROUPS: groups,
+    Selection.UNPAIRED: unpaired,
 }
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from rlzoo.comparison.pool import THREAD_VARIABLES, WorkError, Workers, _run, silence
 from rlzoo.errors import UserError
+from rlzoo.policy.loading import REMOTE_CODE
 
 RETRIES = 3
 """Times that a task is started again after its worker or its node died."""
@@ -26,6 +27,7 @@ class RayTasks:
     def __init__(self, ray: Any, threads: int) -> None:
         self._ray, self._refs = ray, dict[Future[Any], Any]()
         variables = {name: str(threads) for name in THREAD_VARIABLES}
+        variables |= {REMOTE_CODE: os.environ[REMOTE_CODE]} if REMOTE_CODE in os.environ else {}
         self._task = ray.remote(
             num_cpus=threads,
             num_gpus=1 if ray.cluster_resources().get("GPU", 0) else 0,

@@ -33,7 +33,6 @@ from rlzoo.reward import Reward
 from rlzoo.rollout.rollouts import judge
 from rlzoo.rollout.sampler import Sample
 from rlzoo.runs import Run, run_in, unfinished, versions
-from rlzoo.types import Selection
 
 RETRIES = 2
 """Times that a cell whose processes keep dying is done again, with micro-batches half as large each time."""
@@ -136,7 +135,7 @@ def check(experiment: Experiment) -> None:
     for name, row in experiment.algorithms.items():
         objective = work.objective_of(experiment, name)
         experiment.training_of(name)
-        if row.mode == "online" and work.selection_of(experiment, name)[0] is Selection.DEMONSTRATIONS:
+        if row.mode == "online" and not work.learns_from_samples(work.views_of(experiment, name)):
             raise UserError(
                 f"algorithms.{name}: {objective.name!r} learns from demonstrations, so mode must be offline"
             )

@@ -6,7 +6,7 @@ Every function takes plain data and gives plain data back, so that it can run in
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +28,8 @@ from rlzoo.ranks import agreed, barrier, is_main
 from rlzoo.reward import Reward
 from rlzoo.reward_process import Limits, apart
 from rlzoo.rollout import collect_rollouts, mismatch, sampler_of
-from rlzoo.training import Costs, Trainer, TrainingRecord, with_reference
-from rlzoo.training.batches import BufferSource, FreshSource, Source
+from rlzoo.training import Costs, Trainer, TrainingRecord, batches, with_reference
+from rlzoo.training.batches import BufferSource, FreshSource, Source, Views, shares
 from rlzoo.training.costs import release_memory
 from rlzoo.training.state import random_state
 from rlzoo.types import Need, Selection, Trajectory
@@ -61,18 +61,25 @@ def check_model(experiment: Experiment, report: Report) -> None:
     load_policy(experiment.model, experiment.training.dtype)
 
 
-def selection_of(experiment: Experiment, algorithm: str) -> tuple[Selection, Mapping[str, Any]]:
-    """What one row of the comparison learns from, with the options of that view."""
+def views_of(experiment: Experiment, algorithm: str) -> Views:
+    """What each part of one row of the comparison learns from: a selection, with the options of that view."""
     objective = objective_of(experiment, algorithm)
-    other = experiment.algorithms[algorithm].learns_from
-    if other is None or Selection(other) is objective.learns_from:
-        return objective.learns_from, objective.view_options
-    if objective.learns_from not in (Selection.DEMONSTRATIONS, Selection.CORRECT):
+    other, own = experiment.algorithms[algorithm].learns_from, batches.views_of(objective)
+    if other is None or [Selection(other)] == [selection for selection, _ in own]:
+        return own
+    if len(own) > 1 or own[0][0] not in (Selection.DEMONSTRATIONS, Selection.CORRECT):
+        views = " and ".join(selection.value for selection, _ in own)
         raise UserError(
             f"algorithms.{algorithm}: learns_from is for objectives of single rows; "
-            f"{objective.name!r} learns from {objective.learns_from.value}"
+            f"{objective.name!r} learns from {views}"
         )
-    return Selection(other), {}
+    options = own[0][1]
+    return [(Selection(other), {"weighted": options["weighted"]} if "weighted" in options else {})]
+
+
+def learns_from_samples(views: Views) -> bool:
+    """Whether any part learns from samples."""
+    return any(selection is not Selection.DEMONSTRATIONS for selection, _ in views)
 
 
 def fill_buffer(experiment: Experiment, folder: Path, state: Path, report: Report) -> dict[str, Any]:
@@ -96,7 +103,7 @@ def _fill_buffer(experiment: Experiment, folder: Path, pieces: Pieces, report: R
         buffer = read_buffer(experiment.demonstrations, policy.tokenizer)
     samples: list[Trajectory] = []
     offline = [name for name, row in experiment.algorithms.items() if row.mode == "offline"]
-    if any(selection_of(experiment, name)[0] is not Selection.DEMONSTRATIONS for name in offline):
+    if any(learns_from_samples(views_of(experiment, name)) for name in offline):
         settings = experiment.rollouts
         chosen = problems if settings.prompts is None else problems[: settings.prompts]
         samples = collect_rollouts(
@@ -195,14 +202,16 @@ def _run_cell(
     online = experiment.algorithms[cell.algorithm].mode == "online"
     record = TrainingRecord()
     costs = record.costs
-    selection, options = selection_of(experiment, cell.algorithm)
-    source: Source
-    if online:
-        collect = Collector(experiment, policy, settings.batch_size, cell.seed, costs)
-        source = FreshSource(collect, selection, **options)
-    else:
-        source = BufferSource(buffer, buffer.view(selection, **options), settings.batch_size, cell.seed)
-        if selection is not Selection.DEMONSTRATIONS:
+    views = views_of(experiment, cell.algorithm)
+    sources: list[Source] = []
+    for (selection, options), size in zip(views, shares(settings.batch_size, len(views)), strict=True):
+        if online and selection is not Selection.DEMONSTRATIONS:
+            collect = Collector(experiment, policy, size, cell.seed, costs)
+            sources.append(FreshSource(collect, selection, **options))
+        else:
+            sources.append(BufferSource(buffer, buffer.view(selection, **options), size, cell.seed))
+    if not online:
+        if learns_from_samples(views):
             costs.sampled_tokens, costs.flops = shared["sampled_tokens"], shared["sampling_flops"]
         if Need.REFERENCE in objective.requires:
             costs.flops += shared["reference_flops"]
@@ -216,7 +225,7 @@ def _run_cell(
 
     reference = policy.reference() if online and Need.REFERENCE in objective.requires else None
     Trainer(
-        policy, objective, source, settings, [along], reference,
+        policy, objective, sources, settings, [along], reference,
         folder=state.parent / "logs" / cell.id, record=record, checkpoints=pieces.folder / "checkpoints",
     ).run()  # fmt: skip
     result = {

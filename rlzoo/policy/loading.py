@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from rlzoo.ranks import rank
 from rlzoo.worlds import EMBEDDED_BASE
 
 EMBEDDED = "embedded"
+REMOTE_CODE = "RLZOO_TRUST_REMOTE_CODE"
+"""Set by the command line's flag, for this process and those that it starts. No file can set it."""
 DTYPES = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
@@ -24,10 +27,16 @@ DTYPES = {
 }
 
 
+def trusts_remote_code() -> bool:
+    """Whether the user asked for models whose code lies in their own folder or repository."""
+    return os.environ.get(REMOTE_CODE) == "1"
+
+
 def load_policy(name: str, dtype: str = "float32", device: str | torch.device | None = None) -> Policy:
     """The policy behind ``embedded``, a folder, or a Hub id. Raises UserError if it cannot be loaded.
 
-    ``bfloat16-mixed`` has float32 weights, and matrix products in bfloat16.
+    ``bfloat16-mixed`` has float32 weights, and matrix products in bfloat16. A model that brings code of its own is
+    refused, unless ``rlzoo --trust-remote-code`` runs this.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -39,12 +48,16 @@ def load_policy(name: str, dtype: str = "float32", device: str | torch.device | 
             what = "has no config.json" if folder.is_dir() else "does not exist"
             raise UserError(f"model {name!r} cannot be loaded: that folder {what}; {mend}")
         where = str(folder)
+    trusted = trusts_remote_code()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(where)
+        tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=trusted)
         model, found = AutoModelForCausalLM.from_pretrained(
-            where, dtype=DTYPES[dtype], use_safetensors=True, output_loading_info=True
+            where, dtype=DTYPES[dtype], use_safetensors=True, output_loading_info=True, trust_remote_code=trusted
         )
     except Exception as error:
+        if "trust_remote_code" in str(error) and not trusted:
+            told = "brings code of its own: add --trust-remote-code if you trust where it comes from"
+            raise UserError(f"model {name!r} {told}") from None
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise UserError(f"model {name!r} cannot be loaded ({reason.strip()[:160]}): {mend}") from error
     if lacking := sorted(map(str, [*found["missing_keys"], *found["mismatched_keys"]])):

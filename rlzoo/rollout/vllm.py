@@ -20,7 +20,7 @@ from rlzoo.config import Sampling
 from rlzoo.errors import UserError
 from rlzoo.policy import Policy
 from rlzoo.policy.adapters import merged
-from rlzoo.policy.loading import EMBEDDED, save_policy
+from rlzoo.policy.loading import EMBEDDED, save_policy, trusts_remote_code
 from rlzoo.ranks import barrier, is_main, is_sharded, shared, world_size
 from rlzoo.rollout.sampler import Sample
 from rlzoo.worlds import EMBEDDED_BASE
@@ -202,6 +202,7 @@ def _start(where: str, policy: Policy, options: Mapping[str, Any]) -> Any:
         "dtype": str(policy.model.dtype).removeprefix("torch."),
         "logprobs_mode": "processed_logprobs",
         "gpu_memory_utilization": 0.3,  # the rest is for training
+        "trust_remote_code": trusts_remote_code(),
         **options,
     }
     if policy.device.type == "cpu":

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -11,6 +13,7 @@ from torch import Tensor
 
 from rlzoo.buffers import Buffer, View
 from rlzoo.errors import UserError
+from rlzoo.objective import Objective, Part
 from rlzoo.policy.policy import Sequences
 from rlzoo.training.state import random_state, resumable
 from rlzoo.types import Coupling, Selection, TokenBatch, Trajectory
@@ -68,6 +71,36 @@ class BufferSource:
         if state["left"]:
             self._shuffle()
             del self._queue[state["left"] :]
+
+
+Views = Sequence[tuple[Selection, Mapping[str, Any]]]
+"""What each part of an objective learns from: a selection, and its options."""
+
+
+def views_of(objective: Objective) -> Views:
+    """The views that the parts of an objective ask for."""
+    return [(part.objective.learns_from, part.objective.view_options) for part in objective.parts]
+
+
+def shares(batch_size: int, parts: int) -> list[int]:
+    """A batch's rows, split evenly over the parts of an objective; no part has none."""
+    return [max(1, batch_size // parts + (number < batch_size % parts)) for number in range(parts)]
+
+
+def buffer_sources(buffer: Buffer, views: Views, batch_size: int, seed: int) -> list[BufferSource]:
+    """A source for each part of an objective, which share the batch."""
+    split = zip(views, shares(batch_size, len(views)), strict=True)
+    return [BufferSource(buffer, buffer.view(which, **options), size, seed) for (which, options), size in split]
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A part of the objective, and the rows that it learns from in a step."""
+
+    part: Part
+    rows: Sequence[Trajectory]
+    units: Sequence[tuple[int, ...]]
+    batch: TokenBatch
 
 
 class FreshSource:
@@ -132,6 +165,18 @@ def static_batch(
         partner=partner.to(device) if pairs else None,
         chosen=chosen.to(device) if pairs else None,
     )
+
+
+def mismatched(rows: Sequence[Trajectory]) -> list[Trajectory]:
+    """Each prompt with a completion of another prompt, each completion once, whatever the order of the rows.
+
+    Where one prompt has more than half of the rows, those without a counterpart are left out.
+    """
+    order = sorted(rows, key=lambda row: (row.prompt_id, row.completion_ids))
+    shift = max(Counter(row.prompt_id for row in rows).values())
+    others = order[shift:] + order[:shift]
+    pairs = zip(order, others, strict=True)
+    return [replace(a, completion_ids=b.completion_ids) for a, b in pairs if a.prompt_id != b.prompt_id]
 
 
 def _groups(rows: Sequence[Trajectory], units: Sequence[tuple[int, ...]], selection: Selection) -> list[int]:

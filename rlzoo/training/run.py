@@ -13,7 +13,7 @@ from rlzoo.config import Training
 from rlzoo.objective import Objective
 from rlzoo.policy import Policy
 from rlzoo.policy.policy import score_rows
-from rlzoo.training.batches import BufferSource
+from rlzoo.training.batches import buffer_sources, views_of
 from rlzoo.training.record import TrainingRecord
 from rlzoo.training.trainer import Callback, Trainer
 from rlzoo.types import Need
@@ -43,8 +43,8 @@ def train(
     """
     settings = settings or Training()
     torch.manual_seed(seed)
-    view = buffer.view(objective.learns_from, **objective.view_options)
+    sources = buffer_sources(buffer, views_of(objective), settings.batch_size, seed)
     if Need.REFERENCE in objective.requires and not buffer.is_complete("reference_logp"):
         buffer = with_reference(buffer, policy, settings.token_budget)
-    source = BufferSource(buffer, view, settings.batch_size, seed)
-    return Trainer(policy, objective, source, settings, callbacks, folder=folder, checkpoints=checkpoints).run()
+        sources = buffer_sources(buffer, views_of(objective), settings.batch_size, seed)
+    return Trainer(policy, objective, sources, settings, callbacks, folder=folder, checkpoints=checkpoints).run()

@@ -54,7 +54,7 @@ def state_of(trainer: Trainer) -> tuple[dict[str, Tensor], dict[str, Any]]:
         "events": record.events,
         "kept": record.kept,
         "schedule": {k: v for k, v in trainer.schedule.state_dict().items() if k != "lr_lambdas"},
-        "source": resumable(trainer.source).state(),
+        "sources": [resumable(source).state() for source in trainer.sources],
         "token_budget": trainer.token_budget,
         "random": random_plain,
     }
@@ -86,7 +86,8 @@ def restore(trainer: Trainer, tensors: Mapping[str, Tensor], state: Mapping[str,
     schedule.load_state_dict({**schedule.state_dict(), **state["schedule"]})
     for group, rate in zip(schedule.optimizer.param_groups, schedule.get_last_lr(), strict=True):
         group["lr"] = rate
-    resumable(trainer.source).restore(state["source"])
+    for source, where in zip(trainer.sources, state["sources"], strict=True):
+        resumable(source).restore(where)
     trainer.token_budget = min(trainer.token_budget, state["token_budget"])
     restore_random_states(tensors, state["random"])
 

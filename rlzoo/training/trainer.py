@@ -17,12 +17,13 @@ from torch import Tensor
 from rlzoo.config import Training
 from rlzoo.errors import UserError
 from rlzoo.interrupts import heed, noted, pending
-from rlzoo.objective import Objective, reduce, surrogate_of
+from rlzoo.objective import Objective, Part, reduce, surrogate_of
 from rlzoo.policy import Policy, Sequences, TokenScores
 from rlzoo.policy.adapters import adapters
+from rlzoo.policy.head import LogitTerm
 from rlzoo.policy.policy import token_batches
 from rlzoo.ranks import agreed, gathered, is_sharded, rank, world_size
-from rlzoo.training.batches import Source, atoms, static_batch
+from rlzoo.training.batches import Drawn, Source, atoms, mismatched, static_batch
 from rlzoo.training.checkpoints import Checkpoints
 from rlzoo.training.costs import is_out_of_memory, peak_memory_bytes, release_memory, reset_peak_memory
 from rlzoo.training.record import TrainingRecord
@@ -48,7 +49,7 @@ class Trainer:
         self,
         policy: Policy,
         objective: Objective,
-        source: Source,
+        source: Source | Sequence[Source],
         settings: Training,
         callbacks: Sequence[Callback] = (),
         reference: Policy | None = None,
@@ -58,10 +59,18 @@ class Trainer:
     ) -> None:
         """``folder`` is where trackers write that write files, and names the run for all of them.
 
+        A composite objective takes a ``source`` for each of its parts, in their order.
+
         With a folder for ``checkpoints`` they are written there, and the run goes on from the newest one in it, to
         the same end, bit for bit, as if it had never stopped; ``record`` then has what came before.
         """
-        self.objective, self.source, self.settings = objective, source, settings
+        self.objective, self.settings = objective, settings
+        self.sources = source if isinstance(source, Sequence) else [source]
+        if len(self.sources) != len(objective.parts):
+            raise UserError(
+                f"objective {objective.name!r} has {len(objective.parts)} parts and {len(self.sources)} sources: "
+                "give one for each"
+            )
         self.callbacks, self.folder = callbacks, folder
         self.record = record or TrainingRecord()
         self.token_budget = settings.token_budget
@@ -94,11 +103,11 @@ class Trainer:
                 restore(self, *found)
 
     def _reference_policy(self, policy: Policy, reference: Policy | None) -> Policy | None:
-        """The reference that is kept in memory: one that moves, gives logits, or scores fresh samples."""
+        """The reference that is kept in memory: one that moves, gives logits, or scores what no buffer holds."""
         if Need.EMA_REFERENCE in self.objective.requires:
             return policy.frozen_copy()
-        needs_logits = Need.REFERENCE_LOGITS in self.objective.requires
-        return policy.reference() if needs_logits and reference is None else reference
+        needed = self.objective.requires & {Need.REFERENCE_LOGITS, Need.MISMATCHED}
+        return policy.reference() if needed and reference is None else reference
 
     def run(self) -> TrainingRecord:
         """Train up to ``settings.steps`` optimizer steps.
@@ -121,12 +130,12 @@ class Trainer:
         while step < self.settings.steps:
             reset_peak_memory()
             started = time.perf_counter()
-            rows, units = agreed(self.source.draw())
-            batch = self._prepare(rows, units)
+            fresh = agreed([source.draw() for source in self.sources])
+            drawn = [self._prepare(part, *rows) for part, rows in zip(self.objective.parts, fresh, strict=True)]
             for update in range(self.settings.updates_per_batch):
-                if update and self._coupled:
-                    batch = self._scored(rows, batch)
-                metrics = self._update(rows, units, batch)
+                if update:
+                    drawn = [self._renewed(some) for some in drawn]
+                metrics = self._update(drawn)
                 step += 1
                 costs = self.record.costs
                 costs.wall_seconds += time.perf_counter() - started
@@ -168,33 +177,49 @@ class Trainer:
         """The reference, if it follows the policy."""
         return None if self.objective.reference_decay is None else self.reference
 
-    @property
-    def _coupled(self) -> bool:
-        """Whether a coefficient looks at the whole batch, which then has to be scored before its first backward."""
-        return self.objective.couples is Coupling.BATCH
-
-    def _prepare(self, rows: Sequence[Trajectory], units: Sequence[tuple[int, ...]]) -> TokenBatch:
-        """The batch with everything that is fixed during its updates."""
-        objective, needs = self.objective, self.objective.requires
+    def _prepare(self, part: Part, rows: Sequence[Trajectory], units: Sequence[tuple[int, ...]]) -> Drawn:
+        """A part's rows as a batch, with everything that is fixed during its updates."""
+        objective, needs = part.objective, part.objective.requires
         batch = static_batch(rows, units, objective.learns_from, self.policy.device)
         if Need.BEHAVIOUR in needs and batch.behaviour_logp is None:
             raise UserError("the buffer has no behaviour log-probs: fill it with `rlzoo rollout`, which records them")
-        if needs & {Need.REFERENCE, Need.EMA_REFERENCE} and self.reference is not None:
+        stored = batch.reference_logp is not None and Need.EMA_REFERENCE not in needs
+        if needs & {Need.REFERENCE, Need.EMA_REFERENCE} and self.reference is not None and not stored:
             batch = replace(batch, reference_logp=self._score(self.reference, rows)[0].logp)
         if Need.REFERENCE in needs and batch.reference_logp is None:
             raise UserError("the buffer has no reference log-probs: use rlzoo.train, which computes them")
-        if needs & {Need.SNAPSHOT, Need.CRITIC} or self._coupled:
-            batch = self._scored(rows, batch)
+        if needs & {Need.SNAPSHOT, Need.CRITIC} or _is_coupled(objective):
+            batch = self._scored(objective, rows, batch)
             batch = replace(batch, snapshot_logp=batch.logp, old_value=batch.value)
-        return objective.prepare(batch)
+        return Drawn(part, rows, units, objective.prepare(self._against_others(objective, rows, batch)))
 
-    def _scored(self, rows: Sequence[Trajectory], batch: TokenBatch) -> TokenBatch:
+    def _renewed(self, drawn: Drawn) -> Drawn:
+        """The same with what depends on other rows and on the policy as it has become."""
+        objective, batch = drawn.part.objective, drawn.batch
+        if _is_coupled(objective):
+            batch = self._scored(objective, drawn.rows, batch)
+        return replace(drawn, batch=self._against_others(objective, drawn.rows, batch))
+
+    def _against_others(self, objective: Objective, rows: Sequence[Trajectory], batch: TokenBatch) -> TokenBatch:
+        """The batch with ``mismatched``, for `Need.MISMATCHED`; 0 where all rows have one prompt."""
+        if Need.MISMATCHED not in objective.requires:
+            return batch
+        assert self.reference is not None
+        others, mean = mismatched(rows), torch.zeros((), device=batch.mask.device)
+        if others:
+            own, reference = (self._score(policy, others)[0].logp.sum(1) for policy in (self.policy, self.reference))
+            mean = (own - reference).mean()
+        return replace(batch, mismatched=mean.expand(len(rows)))
+
+    def _scored(self, objective: Objective, rows: Sequence[Trajectory], batch: TokenBatch) -> TokenBatch:
         """The batch with log-probs, values and statistics of the policy as it is."""
-        scores, statistics = self._score(self.policy, rows)
+        scores, statistics = self._score(self.policy, rows, _statistics(objective))
         return replace(batch, logp=scores.logp, value=scores.value, statistics=statistics)
 
     @torch.no_grad()
-    def _score(self, policy: Policy, rows: Sequence[Trajectory]) -> tuple[TokenScores, Mapping[str, Tensor]]:
+    def _score(
+        self, policy: Policy, rows: Sequence[Trajectory], statistics: Sequence[Need] = ()
+    ) -> tuple[TokenScores, Mapping[str, Tensor]]:
         """Scores of all rows by ``policy`` as it is, with no graph."""
         width = max(len(r.completion_ids) for r in rows)
         training = policy.training
@@ -204,7 +229,7 @@ class Trainer:
             parts: dict[str, Tensor] = {}
             for index, counts in self._share(rows, [(i,) for i in range(len(rows))]):
                 sequences = self._collate(rows, index)
-                scores = policy(sequences, statistics=self._statistics())
+                scores = policy(sequences, statistics=statistics)
                 found = {"logp": scores.logp, "value": scores.value, **scores.statistics}
                 for name, value in found.items():
                     if value is not None:
@@ -221,28 +246,24 @@ class Trainer:
         logp, value = parts.pop("logp"), parts.pop("value", None)
         return TokenScores(logp, {}, value), parts
 
-    def _update(
-        self,
-        rows: Sequence[Trajectory],
-        units: Sequence[tuple[int, ...]],
-        batch: TokenBatch,
-    ) -> dict[str, float]:
-        """One optimizer step on the batch."""
+    def _update(self, drawn: Sequence[Drawn]) -> dict[str, float]:
+        """One optimizer step on the batches of all parts."""
+        rows = [row for some in drawn for row in some.rows]
         self.model.eval()  # dropout would move ratios off 1 and tie the gradient to the micro-batches
-        sums = self._within_memory(rows, lambda: self._gradient(rows, units, batch))
+        sums = self._within_memory(rows, lambda: self._gradient(drawn))
         if world_size() > 1:
             # gradients were averaged over processes. Not done to the loss: models round some gradients to float32,
             # and a factor of 3 would round others
             for parameter in self.policy.parameters():
                 if parameter.grad is not None:
                     parameter.grad.mul_(world_size())
-        sums = sums.over_processes()
         self._count(self.policy, rows, passes=2 + self._trained)
-        if (reference := self._logits_of()) is not None:
-            self._count(reference, rows, passes=1)
+        for some in drawn:
+            if (reference := self._logits_of(some.part.objective)) is not None:
+                self._count(reference, some.rows, passes=1)
         self.record.costs.gradient_tokens += sum(map(_length, rows))
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.settings.max_gradient_norm)
-        metrics = sums.means()
+        metrics = _metrics(drawn, [part.over_processes() for part in sums])
         sound = math.isfinite(float(norm)) and math.isfinite(metrics["loss"])
         if not sound:
             told = f"step {self.step + 1}: the gradient is {float(norm)} and the loss {metrics['loss']}"
@@ -255,23 +276,25 @@ class Trainer:
             self.optimizer.step()
             self._move_reference()
         self.schedule.step()
-        if batch.reward is not None:
-            metrics["reward"] = float(batch.reward.mean())
         return {**metrics, "gradient_norm": float(norm), "learning_rate": float(rate)}
 
-    def _gradient(self, rows: Sequence[Trajectory], units: Sequence[tuple[int, ...]], batch: TokenBatch) -> Sums:
-        """Leave the gradient of the whole batch in the parameters."""
-        objective = self.objective
-        denominator = objective.normaliser.denominator(batch)
-        coefficients = objective.coefficients(batch) if self._coupled else None
-        sums = Sums()
+    def _gradient(self, drawn: Sequence[Drawn]) -> list[Sums]:
+        """Leave the weighted sum of the gradients of whole batches in the parameters; the metrics of each."""
+        denominators = [some.part.objective.normaliser.denominator(some.batch) for some in drawn]
+        coefficients = [_coupled_coefficients(some) for some in drawn]
+        sums = [Sums() for _ in drawn]
         self.optimizer.zero_grad(set_to_none=True)
         recomputed = layers_recomputed(self.policy) if self.settings.gradient_checkpointing else nullcontext()
         with recomputed, nullcontext() if world_size() > 1 else gradients_in_place(self.policy):
-            mine = self._share(rows, atoms(units, objective.couples))
-            for number, (index, counts) in enumerate(mine):
+            mine = [
+                (place, index, counts)
+                for place, some in enumerate(drawn)
+                for index, counts in self._share(some.rows, atoms(some.units, some.part.objective.couples))
+            ]
+            for number, (place, index, counts) in enumerate(mine):
+                own = sums[place] if counts else None
                 with nullcontext() if number + 1 == len(mine) else self._no_exchange():
-                    self._backward(rows, batch, coefficients, index, denominator, sums if counts else None)
+                    self._backward(drawn[place], coefficients[place], index, denominators[place], own)
         return sums
 
     def _within_memory(self, rows: Sequence[Trajectory], work: Callable[[], T]) -> T:
@@ -294,18 +317,17 @@ class Trainer:
 
     def _backward(
         self,
-        rows: Sequence[Trajectory],
-        batch: TokenBatch,
+        drawn: Drawn,
         coefficients: Coefficients | None,
         index: list[int],
         denominator: float,
         sums: Sums | None,
     ) -> None:
         """Add the gradient of a micro-batch; without ``sums`` it keeps step with the other processes and weighs 0."""
-        objective, sequences = self.objective, self._collate(rows, index)
-        scores = self.model(
-            sequences, statistics=self._statistics(), term=self._logit_term(), reference=self._logits_of()
-        )
+        objective, rows, batch = drawn.part.objective, drawn.rows, drawn.batch
+        sequences, reference = self._collate(rows, index), self._logits_of(objective)
+        statistics, term = _statistics(objective), _logit_term(objective)
+        scores = self.model(sequences, statistics=statistics, term=term, reference=reference)
         if sums is None:
             parts = [part.sum() for part in (scores.logp, scores.value, scores.term) if part is not None]
             self.accelerator.backward(0.0 * torch.stack(parts).sum())
@@ -327,7 +349,9 @@ class Trainer:
         loss = surrogate_of(own, objective, part, denominator)
         if scores.term is not None and denominator:
             loss = loss + reduce(scores.term, part, objective.normaliser, denominator)
-        self.accelerator.backward(loss)
+        if scores.value is not None and Need.CRITIC not in objective.requires:
+            loss = loss + 0.0 * scores.value.sum()  # another part's critic: processes wait for all gradients
+        self.accelerator.backward(drawn.part.weight * loss)
         if scores.term is not None:
             own = replace(own, metrics={**own.metrics, "logit_term": scores.term})
         sums.add(objective, part, own, loss, denominator)
@@ -359,15 +383,9 @@ class Trainer:
         context: AbstractContextManager[Any] = self.accelerator.no_sync(self.model)
         return context
 
-    def _logit_term(self) -> Any:
-        return self.objective.logit_term if type(self.objective).logit_term is not Objective.logit_term else None
-
-    def _logits_of(self) -> Policy | None:
-        """The policy whose logits the logit term asks for."""
-        return self.reference if Need.REFERENCE_LOGITS in self.objective.requires else None
-
-    def _statistics(self) -> list[Need]:
-        return [need for need in STATISTICS if need in self.objective.requires]
+    def _logits_of(self, objective: Objective) -> Policy | None:
+        """The policy whose logits an objective's logit term asks for."""
+        return self.reference if Need.REFERENCE_LOGITS in objective.requires else None
 
     def _collate(self, rows: Sequence[Trajectory], index: Sequence[int]) -> Sequences:
         prompts, completions = [rows[i].prompt_ids for i in index], [rows[i].completion_ids for i in index]
@@ -384,6 +402,38 @@ class Trainer:
             return
         for average, current in zip(reference.model.parameters(), self.policy.model.parameters(), strict=True):
             average.lerp_(current.full_tensor() if is_sharded(self.policy) else current, 1 - decay)
+
+
+def _is_coupled(objective: Objective) -> bool:
+    """Whether a coefficient looks at the whole batch, which then has to be scored before its first backward."""
+    return objective.couples is Coupling.BATCH
+
+
+def _coupled_coefficients(drawn: Drawn) -> Coefficients | None:
+    """The coefficients that have to be taken over the whole batch."""
+    objective = drawn.part.objective
+    return objective.coefficients(drawn.batch) if _is_coupled(objective) else None
+
+
+def _logit_term(objective: Objective) -> LogitTerm | None:
+    return objective.logit_term if type(objective).logit_term is not Objective.logit_term else None
+
+
+def _statistics(objective: Objective) -> list[Need]:
+    return [need for need in STATISTICS if need in objective.requires]
+
+
+def _metrics(drawn: Sequence[Drawn], sums: Sequence[Sums]) -> dict[str, float]:
+    """The weighted loss, and what is worth plotting of each part, under its label."""
+    total, metrics = 0.0, dict[str, float]()
+    for some, own in zip(drawn, sums, strict=True):
+        found = own.means()
+        total += some.part.weight * found["loss"]
+        if some.batch.reward is not None:
+            found["reward"] = float(some.batch.reward.mean())
+        label = f"{some.part.label}/" if some.part.label else ""
+        metrics |= {f"{label}{name}": value for name, value in found.items()}
+    return {"loss": total, **metrics}
 
 
 def _length(row: Trajectory) -> int:

@@ -75,7 +75,7 @@ def analyze_variance(
     weighed: dict[str, Weighed] = {}
     for name, subject in subjects.items():
         try:
-            weighed[name] = weigh(policy, subject, scored)
+            weighed[name] = weigh(policy, subject, scored, reference)
         except UserError as error:
             skipped[name] = str(error)
     if not set(weighed) & set(named):

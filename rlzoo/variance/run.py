@@ -25,7 +25,7 @@ from rlzoo.pieces import Pieces
 from rlzoo.policy import load_policy
 from rlzoo.runs import Run, run_in, versions
 from rlzoo.training import Trainer, TrainingRecord, with_reference
-from rlzoo.training.batches import BufferSource
+from rlzoo.training.batches import buffer_sources
 from rlzoo.types import Need
 from rlzoo.variance.analyzer import analyze_variance
 from rlzoo.variance.probe import VarianceProbe
@@ -194,7 +194,7 @@ def measure(
             rows=settings.rows,
             draws=settings.draws,
             seed=settings.seed,
-            learns_from={name: work.selection_of(experiment, name)[0] for name in experiment.algorithms},
+            learns_from={name: work.views_of(experiment, name)[0][0] for name in experiment.algorithms},
             token_budget=experiment.training.token_budget,
             progress=report,
         )
@@ -211,20 +211,20 @@ def along_training(
 
     def train() -> list[dict[str, Any]]:
         objective, buffer = work.objective_of(experiment, name), OfflineBuffer.load(folder)
-        selection, options = work.selection_of(experiment, name)
+        views = work.views_of(experiment, name)
         training = experiment.training_of(name)
         training = training.model_copy(update={"learning_rate": experiment.learning_rates_of(name)[0]})
         torch.manual_seed(settings.seed)
         policy = load_policy(experiment.model, training.dtype)
         budget = training.token_budget
-        probe = VarianceProbe(buffer, settings.every, settings.probe_rows, settings.seed, budget, selection)
+        probe = VarianceProbe(buffer, settings.every, settings.probe_rows, settings.seed, budget, views[0][0])
 
         def tell(_: Trainer, step: int) -> None:
             report(step / training.steps, f"step {step}/{training.steps}")
 
-        source = BufferSource(buffer, buffer.view(selection, **options), training.batch_size, settings.seed)
+        sources = buffer_sources(buffer, views, training.batch_size, settings.seed)
         record = TrainingRecord(kept={"variance": probe.records})
-        trainer = Trainer(policy, objective, source, training, [tell, probe], record=record, checkpoints=checkpoints)
+        trainer = Trainer(policy, objective, sources, training, [tell, probe], record=record, checkpoints=checkpoints)
         if trainer.step == 0:
             probe.measure(policy, objective, 0)
         trainer.run()

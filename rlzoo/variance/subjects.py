@@ -15,11 +15,12 @@ from torch import Tensor
 
 from rlzoo.buffers import Buffer, View
 from rlzoo.errors import UserError
-from rlzoo.objective import Objective, get_objective, surrogate_of
+from rlzoo.objective import Objective, get_objective, is_composite, surrogate_of
 from rlzoo.policy import Policy
+from rlzoo.policy.policy import score_rows
 from rlzoo.registry import told
-from rlzoo.training.batches import static_batch
-from rlzoo.types import STATISTICS, Coefficients, Need, Selection, TokenBatch
+from rlzoo.training.batches import mismatched, static_batch
+from rlzoo.types import STATISTICS, Coefficients, Need, Selection, TokenBatch, Trajectory
 from rlzoo.variance.scoring import Scored
 from rlzoo.variance.tasks import Task
 
@@ -94,8 +95,12 @@ def subjects_of(
     """
     chosen: dict[str, list[tuple[Draw, ...]]] = {}
     skipped: dict[str, str] = {}
-    selections = {name: view_of(name, objective, learns_from)[0] for name, objective in named.items()}
+    plain = {name: objective for name, objective in named.items() if not is_composite(type(objective))}
+    selections = {name: view_of(name, objective, learns_from)[0] for name, objective in plain.items()}
     for name, objective in named.items():
+        if name not in plain:
+            skipped[name] = f"{objective.name!r} is a composite, and each part has rows of its own: analyse its parts"
+            continue
         try:
             selection, options = view_of(name, objective, learns_from)
             chosen[name] = _sample(buffer.view(selection, **options), rows, seed)
@@ -149,13 +154,13 @@ def _sample(view: View, rows: int, seed: int) -> list[tuple[Draw, ...]]:
     return [tuple((row, n - bisect_left(kept, index)) for row in units[index]) for n, index in enumerate(kept)]
 
 
-def weigh(policy: Policy, subject: Subject, scored: Scored) -> Weighed:
+def weigh(policy: Policy, subject: Subject, scored: Scored, reference: Policy | None = None) -> Weighed:
     """The objective's coefficients on all its rows as one batch, and the weights that its surrogate puts on ∇ log π.
 
     Raises UserError where the objective fails on the batch or gives a coefficient that is not finite.
     """
     try:
-        found = _weigh(policy, subject, scored)
+        found = _weigh(policy, subject, scored, reference)
     except UserError:
         raise
     except Exception as error:  # of an objective of a user's own
@@ -165,12 +170,15 @@ def weigh(policy: Policy, subject: Subject, scored: Scored) -> Weighed:
     return found
 
 
-def _weigh(policy: Policy, subject: Subject, scored: Scored) -> Weighed:
+def _weigh(policy: Policy, subject: Subject, scored: Scored, reference: Policy | None) -> Weighed:
     objective, chosen = subject.objective, subject.rows
     place = {row: i for i, row in enumerate(chosen)}
     rows, units = [scored.rows[i] for i in chosen], [tuple(place[row] for row in unit) for unit in subject.units]
     batch = static_batch(rows, units, objective.learns_from, policy.device)
-    batch = objective.prepare(_filled(objective, batch, chosen, scored))
+    batch = _filled(objective, batch, chosen, scored)
+    if Need.MISMATCHED in objective.requires:
+        batch = replace(batch, mismatched=_mismatched(policy, reference, rows).to(batch.logp))
+    batch = objective.prepare(batch)
     found = objective.coefficients(batch.detach())
     leaves = [batch.logp.clone().requires_grad_(True)]
     if batch.value is not None:
@@ -251,6 +259,15 @@ def _filled(objective: Objective, batch: TokenBatch, chosen: Sequence[int], scor
         old_value=value,
         statistics={need.value: table(need.value) for need in STATISTICS if need in needs},
     )
+
+
+def _mismatched(policy: Policy, reference: Policy | None, rows: Sequence[Trajectory]) -> Float[Tensor, " B"]:
+    """`TokenBatch.mismatched`; without a ``reference`` the policy is its own."""
+    others = [(row.prompt_ids, row.completion_ids) for row in mismatched(rows)]
+    if reference is None or not others:
+        return torch.zeros(len(rows))
+    own, theirs = (torch.tensor([sum(row) for row in score_rows(model, others)]) for model in (policy, reference))
+    return (own - theirs).mean().expand(len(rows))
 
 
 def tokens_of(values: Float[Tensor, "B T"], batch: TokenBatch) -> Float[np.ndarray, " N"]:

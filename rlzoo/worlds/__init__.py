@@ -42,7 +42,7 @@ def world_problems(name: str) -> list[Problem]:
             Problem(
                 id,
                 p.question,
-                {"answer": str(p.answer)},
+                {"answer": str(p.answer), "terms": len(p.numbers)},
                 tuple(arithmetic.solve(p, s) for s in arithmetic.STYLES),
             )
             for id, p in arithmetic.problems(split)

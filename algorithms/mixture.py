@@ -1,0 +1,77 @@
+"""Mixture: the weighted sum of the gradients of several objectives in one optimizer step, each on rows of its own.
+
+Loss: Σ_k w_k L_k, where L_k is the loss of part k over its own rows, divided by its own normaliser. The parts share the
+step's batch evenly, so that a mixture sees as many rows as any other objective. A row of an experiment says
+
+    sft+grpo: {objective: mixture, options: {weights: {sft: 0.1, grpo: 0.9}, options: {grpo: {kl_coefficient: 0}}}}
+
+With ``mode: online`` the parts that learn from samples get fresh ones, and the others read the buffer.
+
+This is SFT beside RL with fixed weights: CHORD's loss (1-μ) L_GRPO + μ L_SFT (arXiv 2508.11408) for a constant μ. No
+weight changes and no part looks at another's rows, so it is neither CHORD's schedule of μ and weight p(1-p) a token,
+nor LUFFY (arXiv 2504.14945), which puts demonstrations into the group and shapes their ratios, nor HPT (arXiv
+2509.04419), which chooses between SFT and RL by how well the policy does on a prompt.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, ClassVar
+
+from rlzoo.errors import UserError, unknown
+from rlzoo.objective import Objective, Part, get_objective, register
+from rlzoo.types import Need
+
+
+@register
+@dataclass(frozen=True)
+class Mixture(Objective):
+    """A mixture of objectives: ∇L = Σ_k w_k ∇L_k, each part on its own view of the buffer."""
+
+    name: ClassVar[str] = "mixture"
+    source: ClassVar[str] = "arXiv 2508.11408"
+
+    weights: Mapping[str, float]
+    """Objective → weight."""
+    options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Objective → its options."""
+
+    def __post_init__(self) -> None:
+        if not self.weights:
+            raise UserError("a mixture needs weights, such as {sft: 0.1, grpo: 0.9}")
+        for name, weight in self.weights.items():
+            if not (math.isfinite(weight) and weight >= 0):
+                raise UserError(f"a mixture needs weights of 0 or more: {name!r} has {weight}")
+        for name in self.options:
+            if name not in self.weights:
+                raise unknown("part with options", name, self.weights)
+        if len({self.reference_decay, *(decay for decay in self._decays)}) > 1 or (
+            self._decays and Need.REFERENCE in self.requires
+        ):
+            raise UserError("the parts of this mixture need different references, and a run has one")
+
+    @cached_property
+    def parts(self) -> tuple[Part, ...]:
+        return tuple(
+            Part(part.objective, weight * part.weight, f"{name}/{part.label}".rstrip("/"))
+            for name, weight in self.weights.items()
+            for part in get_objective(name, **self.options.get(name, {})).parts
+        )
+
+    @property
+    def requires(self) -> frozenset[Need]:
+        return frozenset().union(*(part.objective.requires for part in self.parts))
+
+    @property
+    def shared_critic(self) -> bool:
+        return any(part.objective.shared_critic for part in self.parts)
+
+    @property
+    def _decays(self) -> list[float]:
+        decays = (part.objective.reference_decay for part in self.parts)
+        return [decay for decay in decays if decay is not None]
+
+    @property
+    def reference_decay(self) -> float | None:
+        return next(iter(self._decays), None)

@@ -1,0 +1,60 @@
+"""ORPO: SFT on the better completion of a pair, and a penalty on the odds of the worse one. No reference.
+
+With ℓ(y) = (1/|y|) Σ_t log π_θ(y_t), P = exp(ℓ) and log odds(y) = ℓ - log(1 - P), the loss of a pair, averaged over
+pairs, is
+
+    -ℓ(y⁺) - λ log σ(Ω),    Ω = log odds(y⁺) - log odds(y⁻).
+
+As d log odds / dℓ = 1/(1 - P), the coefficient of a token is (1 + λ σ(-Ω)/(1 - P⁺)) / |y⁺| in y⁺ and
+-λ σ(-Ω)/(1 - P⁻) / |y⁻| in y⁻. Source: arXiv 2403.07691, λ = 0.1 as in TRL. Its SFT loss is taken as -ℓ(y⁺), the
+mean over the tokens of each completion, as its P is defined; TRL averages over the tokens of the whole micro-batch,
+those of the prompts too. ℓ is held below -1e-6, where the odds of a certain completion would be infinite.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from rlzoo.objective import Normaliser, Objective, register
+from rlzoo.types import Coefficients, Coupling, Selection, TokenBatch
+
+CERTAIN = -1e-6
+"""Mean log-probs above this count as this."""
+
+
+@register
+@dataclass(frozen=True)
+class ORPO(Objective):
+    """Odds-ratio preference optimisation: c_t = (1[y⁺] ± λ σ(-Ω)/(1 - P)) / |y|."""
+
+    name: ClassVar[str] = "orpo"
+    learns_from: ClassVar[Selection] = Selection.PAIRS
+    couples: ClassVar[Coupling] = Coupling.PAIR
+    normaliser: ClassVar[Normaliser] = Normaliser.PER_PAIR
+    source: ClassVar[str] = "arXiv 2403.07691"
+
+    lam: float = 0.1
+
+    def coefficients(self, batch: TokenBatch) -> Coefficients:
+        partner, chosen = self.needed(batch, "partner", "chosen")
+        length = batch.mask.sum(1).clamp(min=1).to(batch.logp.dtype)
+        mean = torch.where(batch.mask, batch.logp, 0).sum(1) / length
+        held = mean.clamp(max=CERTAIN)
+        odds = held - log1mexp(held)
+        sign = torch.where(chosen, 1.0, -1.0).to(mean.dtype)
+        ratio = sign * (odds - odds[partner])
+        slope = torch.where(mean < CERTAIN, -1 / torch.expm1(held), 0)  # d log odds / dℓ = 1/(1 - P)
+        values = (chosen.to(mean.dtype) + sign * self.lam * torch.sigmoid(-ratio) * slope) / length
+        return Coefficients(
+            values[:, None].expand_as(batch.logp),
+            loss=torch.where(chosen, self.lam * functional.softplus(-ratio) - mean, 0),  # carried by the better half
+            metrics={"log_odds_ratio": ratio, "accuracy": (ratio > 0).to(mean.dtype)},
+        )
+
+
+def log1mexp(x: Tensor) -> Tensor:
+    """log(1 - exp(x)) for x < 0, without the cancellation on either side of exp(x) = ½."""
+    return torch.where(x > -0.6931, torch.log(-torch.expm1(x)), torch.log1p(-torch.exp(x)))

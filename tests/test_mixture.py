@@ -1,0 +1,296 @@
+"""Mixtures: the gradient of a step is the weighted sum of the parts' gradients, each on its own rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from comparisons import inline_pool, small
+from test_checkpoints import EVERY, StopError, rows_of, same, stop_at
+from test_objectives import gradients, prepared, random_batch
+from torch import Tensor
+
+from rlzoo import analyze_variance, compare
+from rlzoo.buffers import OfflineBuffer
+from rlzoo.catalogue import catalogue
+from rlzoo.cli import main
+from rlzoo.comparison import runner, work
+from rlzoo.config import Training
+from rlzoo.errors import UserError
+from rlzoo.objective import Objective, get_objective, surrogate
+from rlzoo.policy import Policy, Sequences
+from rlzoo.policy.loading import save_policy
+from rlzoo.training import Trainer, train, with_reference
+from rlzoo.training.batches import BufferSource, buffer_sources, shares, static_batch, views_of
+from rlzoo.types import Need, Selection, Trajectory
+
+MakePolicy = Callable[..., Policy]
+Draw = tuple[list[Trajectory], list[tuple[int, ...]]]
+RAW = EVERY.model_copy(update={"steps": 1, "batch_size": 16, "max_gradient_norm": 1e9})
+OVER_TWO: Mapping[str, Mapping[str, float]] = {
+    "sft+grpo": {"sft": 0.25, "grpo": 2.0},
+    "dft+dpo": {"dft": 0.7, "dpo": 0.3},
+    "ppo+kto": {"ppo": 1.0, "kto": 3.0},
+}
+
+
+def mixture(weights: Mapping[str, float], **options: Mapping[str, Any]) -> Objective:
+    return get_objective("mixture", weights=weights, options=options)
+
+
+def filled(policy: Policy) -> OfflineBuffer:
+    """Demonstrations and groups, with log-probs of a reference that is not the policy."""
+    rows = list(with_reference(rows_of(policy), policy))
+    moved = [[x - 0.1 * (i % 4) for i, x in enumerate(row.reference_logp or [])] for row in rows]
+    return OfflineBuffer.from_trajectories(
+        [replace(row, reference_logp=logp) for row, logp in zip(rows, moved, strict=True)]
+    )
+
+
+def kept_gradient(policy: Policy, objective: Objective, buffer: OfflineBuffer, settings: Training) -> Tensor:
+    found: list[Tensor] = []
+
+    def keep(trainer: Trainer, step: int) -> None:
+        found.append(gradient_of(trainer.policy))
+
+    train(policy, objective, buffer, settings, seed=3, callbacks=[keep])
+    return found[0]
+
+
+def gradient_of(policy: Policy) -> Tensor:
+    parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in policy.parameters()]
+    return torch.cat([part.flatten() for part in parts]).clone()
+
+
+def gradient_by_hand(policy: Policy, objective: Objective, drawn: Draw) -> Tensor:
+    """∇ of the surrogate of one objective on its rows, all in one forward pass."""
+    rows, units = drawn
+    policy.zero_grad()
+    scores = policy(Sequences.collate([r.prompt_ids for r in rows], [r.completion_ids for r in rows], policy.device))
+    batch = static_batch(rows, units, objective.learns_from, policy.device)
+    value = None if scores.value is None else scores.value.detach()
+    none = torch.zeros(len(rows))  # KTO's z0 where the policy is its reference
+    batch = replace(batch, logp=scores.logp.detach(), value=value, old_value=value, mismatched=none)
+    batch = replace(objective.prepare(batch), logp=scores.logp, value=scores.value)
+    torch.autograd.backward(surrogate(objective, batch))
+    return gradient_of(policy)
+
+
+# The gradient
+
+
+@pytest.mark.parametrize("token_budget", [20, 4096])
+@pytest.mark.parametrize("name", OVER_TWO)
+def test_a_step_has_the_weighted_sum_of_the_parts_gradients(
+    make_policy: MakePolicy, name: str, token_budget: int
+) -> None:
+    weights, policy = OVER_TWO[name], make_policy()
+    buffer, settings = filled(policy), RAW.model_copy(update={"token_budget": token_budget})
+    ours = kept_gradient(make_policy(), mixture(weights), buffer, settings)
+    if "ppo" in weights:
+        policy.add_critic(shared=False)
+    theirs = torch.zeros_like(ours)
+    norms = []
+    for part, weight in weights.items():
+        objective = get_objective(part)
+        view = buffer.view(objective.learns_from, **objective.view_options)
+        drawn = BufferSource(buffer, view, settings.batch_size // 2, seed=3).draw()
+        gradient = gradient_by_hand(policy, objective, drawn)
+        norms.append(float(weight * gradient.norm()))
+        theirs += weight * gradient
+    assert min(norms) > 1e-3 * max(norms), "each part is seen"
+    assert float((ours - theirs).norm() / theirs.norm()) < 1e-6
+
+
+@pytest.mark.parametrize("name", ["sft", "dft-control", "iw-sft", "rft", "dpo", "ppo", "grpo", "kto"])
+def test_a_mixture_of_one_part_is_that_part_bit_for_bit(make_policy: MakePolicy, name: str) -> None:
+    runs = []
+    for objective in (get_objective(name), mixture({name: 1.0})):
+        policy = make_policy("llama", torch.float32)
+        record = train(policy, objective, rows_of(policy), EVERY.model_copy(update={"updates_per_batch": 2}), seed=3)
+        runs.append((list(policy.parameters()), record))
+    (plain, alone), (mixed, record) = runs
+    assert all(torch.equal(a, b) for a, b in zip(plain, mixed, strict=True))
+    whole = ("step", "loss", "gradient_norm", "learning_rate")
+    for row, own in zip(record.steps, alone.steps, strict=True):
+        renamed = {k if k in whole else f"{name}/{k}": v for k, v in own.items()}
+        assert row == {**renamed, f"{name}/loss": own["loss"]}
+    assert record.costs.gradient_tokens == alone.costs.gradient_tokens and record.costs.flops == alone.costs.flops
+
+
+def test_the_moving_reference_of_a_part_moves(make_policy: MakePolicy) -> None:
+    options = {"variant": "ema", "ema_decay": 0.5}
+    runs = []
+    for objective in (get_objective("iw-sft", **options), mixture({"iw-sft": 1.0}, **{"iw-sft": options})):
+        policy = make_policy()
+        steps = train(policy, objective, rows_of(policy), EVERY).steps
+        runs.append([row.get("weight", row.get("iw-sft/weight")) for row in steps])
+    assert runs[0] == runs[1] and runs[0][0] != runs[0][-1]
+
+
+def test_a_mixture_on_one_batch_is_the_sum_of_surrogates() -> None:
+    batch = random_batch(0)
+    objective = mixture({"grpo": 0.3, "dpo": 2.0}, dpo={"variant": "ipo"})
+    expected = torch.zeros(2 * batch.logp.numel(), dtype=torch.float64)
+    for weight, part in ((0.3, get_objective("grpo")), (2.0, get_objective("dpo", variant="ipo"))):
+        expected += weight * gradients(surrogate(part, prepared(part, batch)), batch)
+    torch.testing.assert_close(gradients(surrogate(objective, batch), batch), expected)
+    with pytest.raises(ValueError, match="each of its parts has its own denominator"):
+        surrogate(objective, batch, denominator=3.0)
+
+
+def test_a_mixture_in_a_mixture_is_flat() -> None:
+    inner = {"weights": {"sft": 0.5, "dpo": 2.0}, "options": {"dpo": {"beta": 0.7}}}
+    objective = mixture({"mixture": 0.5, "grpo": 1.0}, mixture=inner)
+    found = [(part.label, part.weight, part.objective) for part in objective.parts]
+    dpo = get_objective("dpo", beta=0.7)
+    assert found == [
+        ("mixture/sft", 0.25, get_objective("sft")), ("mixture/dpo", 1.0, dpo), ("grpo", 1.0, get_objective("grpo")),
+    ]  # fmt: skip
+
+
+# The run
+
+
+def test_the_metrics_are_those_of_the_parts(make_policy: MakePolicy) -> None:
+    policy = make_policy()
+    row = train(policy, mixture({"sft": 0.25, "grpo": 2.0}), rows_of(policy), RAW).steps[0]
+    assert row["loss"] == pytest.approx(0.25 * row["sft/loss"] + 2.0 * row["grpo/loss"])
+    assert row["sft/loss"] == pytest.approx(-row["sft/logp"])
+    assert {"grpo/ratio", "grpo/clipped", "grpo/kl", "grpo/reward", "sft/coefficient"} <= set(row)
+    assert row["grpo/reward"] == 0.5 and "sft/reward" not in row
+
+
+def test_the_parts_share_the_batch(make_policy: MakePolicy) -> None:
+    assert shares(64, 1) == [64] and shares(64, 2) == [32, 32] and shares(8, 3) == [3, 3, 2] and shares(1, 2) == [1, 1]
+    policy = make_policy()
+    objective = mixture({"sft": 1.0, "grpo": 1.0})
+    sft, grpo = buffer_sources(rows_of(policy), views_of(objective), 12, seed=0)
+    assert len(sft.draw()[0]) == 6
+    rows, units = grpo.draw()
+    assert len(rows) == 4 == len(units[0]) and {row.source for row in rows} == {"policy"}
+
+
+@pytest.mark.parametrize("weights", [{"sft": 0.3, "grpo": 0.7}, {"ppo": 0.5, "dpo": 0.5}], ids="+".join)
+def test_a_run_that_was_stopped_ends_as_one_that_was_not(
+    make_policy: MakePolicy, tmp_path: Path, weights: Mapping[str, float]
+) -> None:
+    def run(folder: Path | None, *callbacks: Callable[[Trainer, int], None]) -> Any:
+        policy = make_policy("llama", torch.float32)
+        settings = EVERY.model_copy(update={"batch_size": 8})
+        return policy, train(policy, mixture(weights), rows_of(policy), settings, 3, callbacks, checkpoints=folder)
+
+    whole = run(None)
+    for last in (3, 6):
+        with pytest.raises(StopError):
+            run(tmp_path, stop_at(last))
+    assert same(run(tmp_path), whole)
+    other = mixture({name: weight / 2 for name, weight in weights.items()})
+    policy = make_policy("llama", torch.float32)
+    with pytest.raises(UserError, match="the checkpoints are of another run"):
+        train(policy, other, rows_of(policy), EVERY.model_copy(update={"batch_size": 8}), 3, checkpoints=tmp_path)
+
+
+MIXED = {
+    "objective": "mixture",
+    "options": {"weights": {"sft": 0.2, "grpo": 0.8}, "options": {"grpo": {"kl_coefficient": 0.0}}},
+}
+
+
+@pytest.mark.parametrize("mode", ["offline", "online"])
+def test_a_comparison_runs_a_mixture(mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner, "pool", inline_pool)
+    experiment = small({"sft": {}, "sft+grpo": {**MIXED, "mode": mode}})
+    found = compare(experiment, tmp_path / "out")
+    (run,) = (run for run in found["cells"] if run["algorithm"] == "sft+grpo")
+    assert len(run["training"]) == 2
+    for row in run["training"]:
+        assert row["loss"] == pytest.approx(0.2 * row["sft/loss"] + 0.8 * row["grpo/loss"])
+    assert (run["costs"]["sampled_tokens"] > 0) and found["failed"] == []
+    if mode == "online":  # the samples of a fresh batch are the policy's own, those of the buffer the base's
+        assert run["training"][0]["grpo/ratio"] == pytest.approx(1, abs=1e-4)
+
+
+def test_a_mixture_of_demonstrations_alone_has_nothing_to_sample() -> None:
+    rows = {"sft+dft": {"objective": "mixture", "options": {"weights": {"sft": 1, "dft": 1}}, "mode": "online"}}
+    with pytest.raises(UserError, match="learns from demonstrations, so mode must be offline"):
+        runner.check(small(rows))
+    with pytest.raises(UserError, match="'mixture' learns from demonstrations and groups"):
+        work.views_of(small({"x": {**MIXED, "learns_from": "correct"}}), "x")
+
+
+def test_the_command_line_trains_a_mixture(
+    make_policy: MakePolicy, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    policy = make_policy("llama", torch.float32)
+    save_policy(policy, tmp_path / "model")
+    rows_of(policy).save(tmp_path / "buffer")
+    command = [
+        "train", "mixture", "--buffer", str(tmp_path / "buffer"), "--model", str(tmp_path / "model"), "--steps", "1",
+        "--option", "weights={sft: 0.5, dpo: 0.5}", "--option", "options={dpo: {beta: 0.2}}",
+        "--out", str(tmp_path / "out"),
+    ]  # fmt: skip
+    assert main(command) == 0
+    assert '"dpo/margin"' in (tmp_path / "out" / "training.json").read_text()
+    assert "step 1/1" in capsys.readouterr().out
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("weights", "options", "told"),
+    [
+        ({}, {}, "a mixture needs weights, such as"),
+        ({"sft": -1.0}, {}, "weights of 0 or more: 'sft' has -1.0"),
+        ({"sft": float("nan")}, {}, "weights of 0 or more: 'sft' has nan"),
+        ({"sfft": 1.0}, {}, "unknown objective 'sfft'"),
+        ({"dpo": 1.0}, {"dpo": {"bta": 1}}, "unknown option of objective 'dpo' 'bta'"),
+        ({"dpo": 1.0}, {"grpo": {"clip": 0.1}}, "unknown part with options 'grpo'"),
+        ({"dpo": 1.0, "iw-sft": 1.0}, {"iw-sft": {"variant": "ema"}}, "need different references, and a run has one"),
+    ],
+)
+def test_a_wrong_mixture_is_one_line(
+    weights: Mapping[str, float], options: Mapping[str, Mapping[str, Any]], told: str
+) -> None:
+    with pytest.raises(UserError, match=told) as found:
+        mixture(weights, **options)
+    assert "\n" not in str(found.value)
+
+
+def test_weights_must_be_given() -> None:
+    with pytest.raises(UserError, match="weights"):
+        get_objective("mixture")
+    with pytest.raises(UserError, match="option 'weights' = 'sft'"):
+        get_objective("mixture", weights="sft")
+
+
+def test_a_part_without_a_source_is_refused(make_policy: MakePolicy) -> None:
+    policy = make_policy()
+    buffer = rows_of(policy)
+    source = BufferSource(buffer, buffer.view(Selection.DEMONSTRATIONS), 4, 0)
+    with pytest.raises(UserError, match="has 2 parts and 1 sources"):
+        Trainer(policy, mixture({"sft": 1.0, "dft": 1.0}), source, RAW)
+
+
+def test_the_analyzer_refuses_a_mixture_in_one_line(make_policy: MakePolicy) -> None:
+    policy = make_policy("gpt2")
+    named = {"both": mixture({"sft": 1.0, "dft": 1.0}), "sft": get_objective("sft")}
+    found = analyze_variance(policy, named, rows_of(policy), rows=6, draws=0)
+    assert set(found["objectives"]) == {"sft"}
+    assert found["skipped"]["both"].startswith("'mixture' is a composite, and each part has rows of its own: analyse")
+    with pytest.raises(UserError, match="analyse its parts"):
+        analyze_variance(policy, [named["both"]], rows_of(policy), rows=6, draws=0)
+
+
+def test_a_mixture_needs_what_its_parts_need() -> None:
+    objective = mixture({"sft": 1.0, "ppo": 1.0, "kto": 1.0}, ppo={"critic": "shared"})
+    assert objective.requires == {Need.BEHAVIOUR, Need.CRITIC, Need.REFERENCE, Need.MISMATCHED}
+    assert objective.shared_critic and objective.reference_decay is None
+    (listed,) = (row for row in catalogue()["objectives"] if row["name"] == "mixture")
+    assert listed["learns_from"] == "its parts' views"
+    assert get_objective("sft").parts[0].label == "" and mixture({"sft": 1.0}).parts[0].label == "sft"
