@@ -13,6 +13,8 @@ from matplotlib.ticker import MaxNLocator
 from rlzoo.document.drawing import GREY, MARKERS, PALETTE, STYLE, WIDTH, axes_row, log_scale, short, to_svg
 
 Found = Mapping[str, Any]
+FEWEST_ON_CHART = 8
+"""Objectives from which on a chart says more than the rows of `directions`."""
 
 
 def style_of(found: Found) -> dict[str, dict[str, Any]]:
@@ -123,6 +125,37 @@ def directions(found: Found) -> str | None:
             axes.grid(True, axis="x")
         log_scale(panels[1], "x")
         log_scale(panels[2], "x")
+        return to_svg(figure)
+
+
+def chart(found: Found) -> str | None:
+    """Every objective by the length and direction of its mean gradient; the area of a point is its ESS over tokens."""
+    places = {}
+    for name, entry in found["objectives"].items():
+        noise = entry.get("data_noise", {})
+        cosine, ratio = (noise.get(key, {}).get("value") for key in ("cosine_to_sft", "norm_ratio_to_sft"))
+        if cosine is not None and ratio:
+            places[name] = (ratio, cosine)
+    if len(places) < FEWEST_ON_CHART:
+        return None
+    looks, ess = style_of(found), {name: found["objectives"][name]["coefficients"]["ess_fraction"] for name in places}
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(WIDTH, 2.4 + 0.2 * len(places)), layout="constrained")
+        axes = figure.subplots()
+        for name, (ratio, cosine) in places.items():
+            area = 20 + 180 * (ess[name] or 0)
+            axes.scatter(ratio, cosine, s=area, color=looks[name]["color"], alpha=0.65, linewidth=0)
+        axes.set(xlabel="norm over SFT's", ylabel="cosine to SFT's gradient")
+        log_scale(axes, "x")
+        axes.grid(True)
+        # names stand in a column beside the chart, in order of height, so that none hides another
+        ordered = sorted(places, key=lambda name: places[name][1])
+        for name, height in zip(ordered, np.linspace(0, 1, len(ordered)), strict=True):
+            axes.annotate(
+                short(name), places[name], (1.06, height), textcoords="axes fraction", va="center", fontsize=9,
+                arrowprops={"arrowstyle": "-", "color": looks[name]["color"], "linewidth": 0.7, "alpha": 0.6},
+                annotation_clip=False,
+            )  # fmt: skip
         return to_svg(figure)
 
 

@@ -240,6 +240,12 @@ def _over_data(found: Found) -> Iterator[Block]:
         "It does not show what an optimizer makes of it: AdamW and gradient clipping remove most differences of scale.",
     )  # fmt: skip
     yield from _figure(
+        found, "chart", plots.chart, "The objectives by the length and direction of their mean gradients.",
+        "Where each objective's mean gradient lies: right is longer than SFT's, up is more like it, below 0 is against "
+        "it. A point's area follows the effective sample size of its coefficients over tokens.",
+        "It does not show the noise, nor where training leads: neighbours here may end far apart.",
+    )  # fmt: skip
+    yield from _figure(
         found, "layers", plots.layers, "Noise and direction by layer.",
         "The share of tr Σ that each layer has, and how well the layer's mean gradient agrees with SFT's.",
         "A layer's share follows its number of parameters too: it does not say that the layer matters more.",
