@@ -14,7 +14,7 @@ def catalogue() -> dict[str, list[dict[str, Any]]]:
     objectives = [
         {
             "name": name,
-            "summary": (found.__doc__ or "").splitlines()[0],
+            "summary": (found.__doc__ or "").partition("\n")[0],
             "source": found.source,
             "learns_from": "its parts' views" if is_composite(found) else found.learns_from.value,
             "options": options_of(found),

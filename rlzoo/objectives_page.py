@@ -124,7 +124,7 @@ def _section(objective: type[Objective], names: Sequence[str]) -> str:
 
 def _summary(objective: type[Objective]) -> tuple[str, str]:
     """The full name and the coefficient: the two halves of the class docstring's first line."""
-    full, _, formula = (objective.__doc__ or "").splitlines()[0].partition(": ")
+    full, _, formula = (objective.__doc__ or "").partition("\n")[0].partition(": ")
     return full, formula.removeprefix("c_t = ").removesuffix(".")
 
 

@@ -14,6 +14,7 @@ from markdown_it import MarkdownIt
 
 from rlzoo import objective as objective_module
 from rlzoo import registry as registry_module
+from rlzoo.catalogue import catalogue
 from rlzoo.cli import main
 from rlzoo.objective import Objective, is_composite, list_objectives, objective_class
 from rlzoo.objectives_page import COMMAND, lines_of_code, objectives_page, prose
@@ -53,11 +54,11 @@ def test_plug_ins_do_not_change_the_page(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(registry_module, "entry_points", lambda group: [point])
     assert "own" in list_objectives()
     assert objectives_page() == before
+    (row,) = (row for row in catalogue()["objectives"] if row["name"] == "own")
+    assert row["summary"] == ""  # it has no docstring
 
 
 class Own(Objective):
-    """Of a user."""
-
     name = "own"
 
     def coefficients(self, batch: Any) -> Any:
