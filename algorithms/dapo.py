@@ -26,7 +26,7 @@ from rlzoo.types import Coefficients, Need, Selection, TokenBatch
 @register
 @dataclass(frozen=True)
 class DAPO(Objective):
-    """Decoupled clip and dynamic sampling: c_t = ρ_t A 1[not clipped], over groups that vary."""
+    """Decoupled clip and dynamic sampling policy optimisation: c_t = ρ_t A 1[not clipped], over groups that vary."""
 
     name: ClassVar[str] = "dapo"
     learns_from: ClassVar[Selection] = Selection.GROUPS

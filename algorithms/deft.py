@@ -17,7 +17,7 @@ from rlzoo.types import Coefficients, Need, TokenBatch
 @register
 @dataclass(frozen=True)
 class DEFT(Objective):
-    """Dynamic entropy fine-tuning: c_t = p_t^a_t, a_t = Σ_v π_v²."""
+    """Dynamic entropy fine-tuning: c_t = p_t^a_t, with a_t = Σ_v π_v²."""
 
     name: ClassVar[str] = "deft"
     source: ClassVar[str] = "arXiv 2602.11424"

@@ -3,9 +3,9 @@
 With Δ = Σ_t log(π_θ/π_ref)(y⁺) - Σ_t log(π_θ/π_ref)(y⁻) and h̄ the same difference of means over tokens, the loss
 of a pair, averaged over pairs, and the coefficient of a token of y⁺ (of y⁻ with the other sign) are
 
-- ``sigmoid``: -log σ(βΔ);        β σ(-βΔ)
-- ``hinge``:   max(0, 1 - βΔ);    β 1[βΔ < 1]
-- ``ipo``:     (h̄ - 1/(2β))²;     -2 (h̄ - 1/(2β)) / |y|
+- ``sigmoid``: -log σ(βΔ), and β σ(-βΔ);
+- ``hinge``: max(0, 1 - βΔ), and β 1[βΔ < 1];
+- ``ipo``: (h̄ - 1/(2β))², and -2 (h̄ - 1/(2β)) / |y|.
 
 Sums and means run over the completion alone. Sources: arXiv 2305.18290; SLiC, arXiv 2305.10425 (hinge);
 arXiv 2310.12036 (IPO), here with per-token means, as TRL has it.

@@ -20,7 +20,7 @@ TOKENS = 20
 @register
 @dataclass(frozen=True)
 class EAFT(Objective):
-    """Entropy-adaptive fine-tuning: c_t = H_t(top 20)/ln 20."""
+    """Entropy-adaptive fine-tuning: c_t = H_t/ln 20, H_t the entropy of the top 20."""
 
     name: ClassVar[str] = "eaft"
     source: ClassVar[str] = "arXiv 2601.02151"

@@ -23,7 +23,7 @@ from rlzoo.types import Coefficients, Need, Selection, TokenBatch
 @register
 @dataclass(frozen=True)
 class GSPO(Objective):
-    """Group sequence policy optimisation: c_t = s A 1[not clipped], s the sequence's ratio."""
+    """Group sequence policy optimisation: c_t = s A 1[not clipped], with s the ratio of the sequence."""
 
     name: ClassVar[str] = "gspo"
     learns_from: ClassVar[Selection] = Selection.GROUPS

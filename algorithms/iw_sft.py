@@ -22,7 +22,7 @@ from rlzoo.types import Coefficients, Need, TokenBatch
 @register
 @dataclass(frozen=True)
 class ImportanceWeightedSFT(Objective):
-    """Importance-weighted SFT: c_t = w."""
+    """Importance-weighted SFT: c_t = w, from the ratio π_θ/π_ref of the sequence or of the token."""
 
     name: ClassVar[str] = "iw-sft"
     source: ClassVar[str] = "arXiv 2507.12856"

@@ -2,8 +2,8 @@
 
 With r = Σ_t log(π_θ/π_ref)(y_t), the loss of a completion, averaged over completions, is λ_y - v with
 
-- v = λ_D σ(β(r - z0)) for a desirable completion:      c_t =  λ_D β σ(β(r - z0)) σ(β(z0 - r)),
-- v = λ_U σ(β(z0 - r)) for an undesirable one:          c_t = -λ_U β σ(β(r - z0)) σ(β(z0 - r)),
+- v = λ_D σ(β(r - z0)) for a desirable completion, and so c_t = λ_D β σ(β(r - z0)) σ(β(z0 - r));
+- v = λ_U σ(β(z0 - r)) for an undesirable one, and so c_t = -λ_U β σ(β(r - z0)) σ(β(z0 - r));
 
 and z0 = max(0, the batch's mean of r over completions that are put to prompts of other rows), with no gradient: a
 cheap, biased estimate of KL(π_θ ‖ π_ref). A completion is desirable if its reward reaches ``threshold``. The weights

@@ -9,8 +9,8 @@ With ``mode: online`` the parts that learn from samples get fresh ones, and the 
 
 This is SFT beside RL with fixed weights: CHORD's loss (1-μ) L_GRPO + μ L_SFT (arXiv 2508.11408) for a constant μ. No
 weight changes and no part looks at another's rows, so it is neither CHORD's schedule of μ and weight p(1-p) a token,
-nor LUFFY (arXiv 2504.14945), which puts demonstrations into the group and shapes their ratios, nor HPT (arXiv
-2509.04419), which chooses between SFT and RL by how well the policy does on a prompt.
+nor LUFFY (arXiv 2504.14945), which puts demonstrations into the group and shapes their ratios, nor HPT
+(arXiv 2509.04419), which chooses between SFT and RL by how well the policy does on a prompt.
 """
 
 import math
@@ -27,7 +27,7 @@ from rlzoo.types import Need
 @register
 @dataclass(frozen=True)
 class Mixture(Objective):
-    """A mixture of objectives: ∇L = Σ_k w_k ∇L_k, each part on its own view of the buffer."""
+    """Mixture of objectives: ∇L = Σ_k w_k ∇L_k, each part on its own view of the buffer."""
 
     name: ClassVar[str] = "mixture"
     source: ClassVar[str] = "arXiv 2508.11408"

@@ -27,7 +27,7 @@ from rlzoo.types import Coefficients, TokenBatch
 @register
 @dataclass(frozen=True)
 class OTR(Objective):
-    """One-token rollout: -(1/K) Σ_k R_k log π(a_k) with a_k ~ softmax(z/T), as a full-vocabulary term."""
+    """One-token rollout: c_t = 0, and -(1/K) Σ_k R_k log π(a_k) over drawn tokens a_k."""
 
     name: ClassVar[str] = "otr"
     source: ClassVar[str] = "arXiv 2509.26313"

@@ -1,9 +1,8 @@
 """RFT: rejection-sampling fine-tuning, SFT on the policy's own correct samples.
 
-Loss: -1[correct] log π_θ(y_t), averaged over the completion tokens of the step. The buffer's view keeps the
-samples with reward ≥ threshold, drops repeated completions of a prompt, and keeps at most
-``samples_per_prompt`` of the rest. Source: arXiv 2308.01825, which selects distinct equations; here a
-completion is distinct if its text is.
+Loss: -1[correct] log π_θ(y_t), averaged over the completion tokens of the step. The buffer's view keeps the samples
+whose reward reaches ``threshold``, drops repeated completions of a prompt, and keeps at most ``samples_per_prompt`` of
+the rest. Source: arXiv 2308.01825, which selects distinct equations; here a completion is distinct if its text is.
 """
 
 from collections.abc import Mapping

@@ -1,6 +1,6 @@
 """SFT: supervised fine-tuning, the log-likelihood of demonstrations.
 
-Loss: -log π_θ(y_t | x, y_<t), averaged over the completion tokens of the step.
+Loss: -log π_θ(y_t | x, y_<t), averaged over the completion tokens of the step. Source: none, it is maximum likelihood.
 """
 
 from dataclasses import dataclass

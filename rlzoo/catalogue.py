@@ -14,7 +14,7 @@ def catalogue() -> dict[str, list[dict[str, Any]]]:
     objectives = [
         {
             "name": name,
-            "summary": (found.__doc__ or "").splitlines()[0],
+            "summary": (found.__doc__ or "").partition("\n")[0],
             "source": found.source,
             "learns_from": "its parts' views" if is_composite(found) else found.learns_from.value,
             "options": options_of(found),
@@ -26,3 +26,16 @@ def catalogue() -> dict[str, list[dict[str, Any]]]:
         "rewards": [{"name": name} for name in list_rewards()],
         "experiments": [{"name": name, "description": text} for name, text in list_experiments().items()],
     }
+
+
+def catalogue_text() -> str:
+    """The catalogue for a terminal."""
+    found = catalogue()
+    lines = ["objectives"]
+    for row in found["objectives"]:
+        options = ", ".join(f"{k}={v['default']}" for k, v in row["options"].items())
+        lines.append(f"  {row['name']:11} {row['summary']}" + (f" [{options}]" if options else ""))
+    lines += ["rewards", "  " + ", ".join(row["name"] for row in found["rewards"]), "experiments"]
+    for row in found["experiments"]:
+        lines.append(f"  {row['name']:18} {row['description'].split('. ')[0].rstrip('.')}.")
+    return "\n".join(lines)

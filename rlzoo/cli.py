@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 from rlzoo.errors import UserError
 from rlzoo.interrupts import Terminated, raise_signal
-from rlzoo.overrides import add_overrides, add_trust, experiment_of, pairs
+from rlzoo.overrides import add_overrides, add_processes, add_trust, check_processes, experiment_of, pairs
 
 Handler = Callable[[argparse.Namespace], int]
 
@@ -64,7 +64,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog="example: rlzoo compare arithmetic",
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for add in (_compare, _variance, _train, _rollout, _evaluate, _report, _list):
+    for add in (_compare, _variance, _train, _rollout, _evaluate, _report, _list, _new):
         add(commands)
     return parser
 
@@ -93,17 +93,10 @@ def _compare(commands: Any) -> None:
     command.add_argument("--algorithms", help="comma-separated: names, module:Name, or path/to/file.py:Name")
     command.add_argument("--seeds", help="comma-separated whole numbers")
     command.add_argument("--learning-rates", help="comma-separated; the best on validation is reported")
-    command.add_argument("--workers", type=int, help="processes; default: one a core")
-    command.add_argument("--threads", type=int, default=1, help="threads a process")
+    add_processes(command)
     command.add_argument("--executor", choices=("local", "ray"), default="local", help="what runs the cells")
     command.add_argument("--address", help="of a Ray cluster; default: one that is started here")
     command.add_argument("--out", type=Path, help="a folder, new or of the same run; default: runs/<name>-<time>")
-
-
-def _check_processes(arguments: argparse.Namespace) -> None:
-    for option in ("workers", "threads"):
-        if (number := getattr(arguments, option)) is not None and number < 1:
-            raise UserError(f"--{option} {number}: give a whole number of at least 1")
 
 
 def _run_compare(arguments: argparse.Namespace) -> int:
@@ -114,7 +107,7 @@ def _run_compare(arguments: argparse.Namespace) -> int:
     from rlzoo.comparison.runner import compare, where
     from rlzoo.ranks import is_main
 
-    _check_processes(arguments)
+    check_processes(arguments)
     if arguments.address is not None and arguments.executor != "ray":
         raise UserError("--address is of a Ray cluster: add --executor ray")
     experiment = experiment_of(arguments)
@@ -154,8 +147,7 @@ def _variance(commands: Any) -> None:
     command.add_argument("--every", type=int, help="steps between measurements along training; 0 for no training")
     command.add_argument("--probe-rows", type=int, help="rows that are measured along training; default 64")
     command.add_argument("--seed", type=int, help="of the rows, the draws and the training; default 0")
-    command.add_argument("--workers", type=int, help="processes; default: one a core")
-    command.add_argument("--threads", type=int, default=1, help="threads a process")
+    add_processes(command)
     command.add_argument(
         "--out", type=Path, help="a folder, new or of the same run; default: runs/<name>-variance-<time>"
     )
@@ -168,7 +160,7 @@ def _run_variance(arguments: argparse.Namespace) -> int:
     from rlzoo.variance.report import report_tables
     from rlzoo.variance.run import VarianceSettings, run_variance, where
 
-    _check_processes(arguments)
+    check_processes(arguments)
     given = {name: getattr(arguments, name) for name in VarianceSettings.model_fields}
     settings = validated(VarianceSettings, {k: v for k, v in given.items() if v is not None}, "variance")
     experiment = experiment_of(arguments)
@@ -368,24 +360,38 @@ def _list(commands: Any) -> None:
         commands, "list", _run_list, "List objectives with their options, rewards, and experiments.",
         "rlzoo list --json",
     )  # fmt: skip
-    command.add_argument("--json", action="store_true", help="print JSON")
+    form = command.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="print JSON")
+    form.add_argument("--markdown", action="store_true", help="print the reference of the built-in objectives")
 
 
 def _run_list(arguments: argparse.Namespace) -> int:
-    from rlzoo.catalogue import catalogue
+    from rlzoo.catalogue import catalogue, catalogue_text
+    from rlzoo.objectives_page import objectives_page
 
-    found = catalogue()
-    if arguments.json:
-        print(json.dumps(found, indent=1, default=str))  # an option's default may be of any type
-        return 0
-    print("objectives")
-    for row in found["objectives"]:
-        options = ", ".join(f"{k}={v['default']}" for k, v in row["options"].items())
-        print(f"  {row['name']:10} {row['summary']}" + (f" [{options}]" if options else ""))
-    print("rewards\n  " + ", ".join(row["name"] for row in found["rewards"]))
-    print("experiments")
-    for row in found["experiments"]:
-        print(f"  {row['name']:18} {row['description'].split('. ')[0].rstrip('.')}.")
+    if arguments.markdown:
+        print(objectives_page())
+    elif arguments.json:
+        print(json.dumps(catalogue(), indent=1, default=str))  # an option's default may be of any type
+    else:
+        print(catalogue_text())
+    return 0
+
+
+def _new(commands: Any) -> None:
+    command = _command(
+        commands, "new", _run_new, "Write an objective that works, and its test, to start your own from.",
+        "rlzoo new objective my-objective",
+    )  # fmt: skip
+    command.add_argument("kind", choices=("objective",))
+    command.add_argument("name", help="what it is to be called, as in my-objective")
+    command.add_argument("--folder", type=Path, default=Path(), help="where; default: here (in a clone, its folders)")
+
+
+def _run_new(arguments: argparse.Namespace) -> int:
+    from rlzoo.scaffold import new_objective
+
+    print(new_objective(arguments.name, arguments.folder))
     return 0
 
 

@@ -191,10 +191,12 @@ def is_composite(objective: type[Objective]) -> bool:
 def options_of(objective: type[Objective]) -> dict[str, dict[str, Any]]:
     """The hyper-parameters of an objective: name → type and default (None if it has none), as text and value."""
     hints = _hints(objective)
-    return {
-        f.name: {"type": getattr(hints[f.name], "__name__", str(hints[f.name])), "default": _default(f)}
-        for f in dataclasses.fields(objective)
-    }
+    return {f.name: {"type": _type_name(hints[f.name]), "default": _default(f)} for f in dataclasses.fields(objective)}
+
+
+def _type_name(hint: Any) -> str:
+    plain = isinstance(hint, type) and typing.get_origin(hint) is None
+    return hint.__name__ if plain else str(hint).replace("typing.", "").replace("collections.abc.", "")
 
 
 def _default(field: dataclasses.Field[Any]) -> Any:

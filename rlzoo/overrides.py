@@ -46,6 +46,19 @@ def add_trust(command: argparse.ArgumentParser) -> None:
     command.add_argument("--trust-remote-code", action="store_true", help="run the code that the model's folder brings")
 
 
+def add_processes(command: argparse.ArgumentParser) -> None:
+    """How many processes the work is spread over, and how many threads each of them has."""
+    command.add_argument("--workers", type=int, help="processes; default: one a core")
+    command.add_argument("--threads", type=int, default=1, help="threads a process")
+
+
+def check_processes(arguments: argparse.Namespace) -> None:
+    """Raises UserError for what `add_processes` cannot mean."""
+    for option in ("workers", "threads"):
+        if (number := getattr(arguments, option)) is not None and number < 1:
+            raise UserError(f"--{option} {number}: give a whole number of at least 1")
+
+
 def experiment_of(arguments: argparse.Namespace) -> Experiment:
     """The experiment with the command's options laid over it."""
     from rlzoo.config import load_experiment

@@ -23,7 +23,7 @@ from rlzoo.comparison import runner
 from rlzoo.overrides import rows_of
 from rlzoo.worlds import EMBEDDED_BASE
 
-COMMANDS = ("compare", "variance", "train", "rollout", "evaluate", "report", "list")
+COMMANDS = ("compare", "variance", "train", "rollout", "evaluate", "report", "list", "new")
 HEAVY = ("torch", "transformers", "datasets", "pyarrow", "matplotlib")
 Fails = Callable[..., str]
 
@@ -95,6 +95,7 @@ def test_list_as_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert {"sft", "dft", "iw-sft", "rft", "dpo", "ppo", "grpo"} <= set(objectives)
     assert objectives["grpo"]["options"]["clip"] == {"type": "float", "default": 0.2}
     assert {"exact-match", "math-answer"} <= {row["name"] for row in found["rewards"]}
+    assert objectives["dpo"]["options"]["variant"]["type"] == "Literal['sigmoid', 'hinge', 'ipo']"
     assert {"arithmetic", "facts"} <= {row["name"] for row in found["experiments"]}
 
 
@@ -147,6 +148,8 @@ SPECS: Sequence[tuple[str, tuple[str, ...]]] = [
     ("model 'damaged' cannot be loaded", ("compare", "facts", "--model", "damaged")),
     ("model 'bare' cannot be loaded", ("evaluate", "facts", "--limit", "2", "--model", "bare")),
     ("unknown experiment 'facs'", ("evaluate", "facs")),
+    ("--markdown: not allowed with argument --json", ("list", "--json", "--markdown")),
+    ("invalid choice: 'optimizer'", ("new", "optimizer", "mine")),
     ("unknown objective 'sfft'", ("train", "sfft", "--buffer", "missing", "--out", "out")),
     ("option of objective 'grpo' 'clipp'", ("train", "grpo", "--option", "clipp=1", "--buffer", "x", "--out", "out")),
     ("unknown option of objective 'sft' 'name'", ("train", "sft", "--option", "name=x", "--buffer", "x", "--out", "o")),

@@ -1,0 +1,171 @@
+"""docs/objectives.md: the built-in objectives as their classes and docstrings tell of them."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import io
+import re
+import sys
+import textwrap
+import token
+import tokenize
+import typing
+from collections.abc import Iterator, Sequence
+from dataclasses import MISSING, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from rlzoo.objective import Objective, is_composite, list_objectives, objective_class, options_of
+from rlzoo.types import Selection
+
+COMMAND = "rlzoo list --markdown > docs/objectives.md"
+BUILT_IN = "rlzoo.algorithms."
+LAYOUT = (tokenize.NL, tokenize.COMMENT, token.NEWLINE, token.INDENT, token.DEDENT, token.ENDMARKER)
+TITLES = {
+    Selection.DEMONSTRATIONS: "From demonstrations",
+    Selection.CORRECT: "From a policy's own correct samples",
+    Selection.PAIRS: "From pairs of a better and a worse completion",
+    Selection.UNPAIRED: "From single completions, good and bad",
+    Selection.GROUPS: "From groups of rewarded samples",
+    None: "Composites of other objectives",
+}
+
+
+def objectives_page() -> str:
+    """The page, in Markdown, with no newline at its end. Plug-ins are not on it."""
+    found = [objective_class(name) for name in list_objectives()]
+    built_in = {title: [one for one in found if _is_under(one, selection)] for selection, title in TITLES.items()}
+    names = [one.name for some in built_in.values() for one in some]
+    intro = f"""\
+# Objectives
+
+The {len(names)} objectives that come with rlzoo, as their own files describe them. This page is generated from the
+classes:
+
+    {COMMAND}
+
+An objective gives each token a coefficient c_t, the factor of ∇ log π_θ(y_t) in the gradient; p_t is π_θ(y_t), the
+probability of the token under the policy in training. [interface.md](interface.md) says how coefficients become a loss,
+and what an objective can need. "Code" counts the lines of a file that are not blank, comment or docstring."""
+    columns = ["objective", "coefficient", "learns from", "normaliser", "needs", "source", "code"]
+    parts = [intro, _table(columns, [_row(one) for some in built_in.values() for one in some])]
+    for title, some in built_in.items():
+        parts += [f"## {title}", *(_section(one, names) for one in some)]
+    return "\n\n".join(parts)
+
+
+def prose(docstring: str, names: Sequence[str]) -> str:
+    """A docstring as Markdown: indented blocks are fenced, names are code, other objectives and papers are linked."""
+    blocks = []
+    for block in re.split(r"\n\n+", docstring):
+        if block.startswith("    "):
+            blocks.append(f"```text\n{textwrap.dedent(block)}\n```")
+            continue
+        text = re.sub(r"``(.+?)``", r"`\1`", block)
+        for name in names:
+            text = re.sub(rf"(?<!`)`{name}`(?!`)", f"[`{name}`](#{name})", text)
+        blocks.append(_linked(text))
+    return "\n\n".join(blocks)
+
+
+def lines_of_code(source: str) -> int:
+    """Lines that hold code: neither blank nor comment nor docstring, those under a field included."""
+    held: set[int] = set()
+    for piece in tokenize.generate_tokens(io.StringIO(source).readline):
+        if piece.type not in LAYOUT:
+            held |= set(range(piece.start[0], piece.end[0] + 1))
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+            held -= set(range(node.lineno, (node.end_lineno or node.lineno) + 1))
+    return len(held)
+
+
+def _is_under(objective: type[Objective], selection: Selection | None) -> bool:
+    own = None if is_composite(objective) else objective.learns_from
+    return own is selection and objective.__module__.startswith(BUILT_IN)
+
+
+def _row(objective: type[Objective]) -> list[str]:
+    if is_composite(objective):
+        own = ["as its parts"] * 3
+    else:
+        own = [objective.learns_from.value, _words(objective.normaliser.value), _needs(objective)]
+    link = f"[{objective.name}](#{objective.name})"
+    return [link, _summary(objective)[1], *own, _linked(objective.source) or "none", str(_code(objective))]
+
+
+def _section(objective: type[Objective], names: Sequence[str]) -> str:
+    full, formula = _summary(objective)
+    facts = [["full name", full], ["coefficient", formula]]
+    if is_composite(objective):
+        facts += [["learns from, needs, coupling, normaliser", "as its parts"]]
+    else:
+        facts += [
+            ["learns from", objective.learns_from.value],
+            ["needs", "; ".join([_needs(objective), *_other_needs(objective)])],
+            ["coupling", _coupling(objective)],
+            ["normaliser", _words(objective.normaliser.value)],
+        ]
+    path = f"algorithms/{Path(inspect.getfile(objective)).name}"
+    facts += [["source", _linked(objective.source) or "none"]]
+    facts += [["code", f"[{path}](../{path}), {_code(objective)} lines"]]
+    text = inspect.getdoc(sys.modules[objective.__module__]) or ""
+    parts = [f"### {objective.name}", prose(text, names), _table(["", ""], facts)]
+    if options := options_of(objective):
+        required = {field.name for field in fields(objective) if field.default is field.default_factory is MISSING}
+        rows = [
+            [f"`{name}`", _type(option["type"]), "none: required" if name in required else f"`{option['default']}`"]
+            for name, option in options.items()
+        ]
+        parts.append(_table(["option", "type", "default"], rows))
+    return "\n\n".join(parts)
+
+
+def _summary(objective: type[Objective]) -> tuple[str, str]:
+    """The full name and the coefficient: the two halves of the class docstring's first line."""
+    full, _, formula = (objective.__doc__ or "").partition("\n")[0].partition(": ")
+    return full, formula.removeprefix("c_t = ").removesuffix(".")
+
+
+def _needs(objective: type[Objective], **options: Any) -> str:
+    return ", ".join(sorted(_words(need.value) for need in objective(**options).requires)) or "nothing"
+
+
+def _other_needs(objective: type[Objective]) -> Iterator[str]:
+    """Where another value of a closed option, or a weight of 0, changes what it needs."""
+    hints = typing.get_type_hints(objective)
+    for field in fields(objective):
+        hint = hints[field.name]
+        values = typing.get_args(hint) if typing.get_origin(hint) is Literal else (0.0,) if hint is float else ()
+        for value in values:
+            if (needs := _needs(objective, **{field.name: value})) != _needs(objective):
+                yield f"with `{field.name}` = {value:g}: {needs}" if hint is float else f"with `{value}`: {needs}"
+
+
+def _coupling(objective: type[Objective]) -> str:
+    fixed = objective.advantages is not Objective.advantages or objective.prepare is not Objective.prepare
+    return objective.couples.value + (", once advantages are fixed over the whole batch" if fixed else "")
+
+
+def _type(text: str) -> str:
+    choice = re.fullmatch(r"Literal\[(.*)\]", text)
+    return choice[1].replace("'", "`").replace(", ", " or ") if choice else f"`{text}`"
+
+
+def _words(value: str) -> str:
+    return value.replace("_", " ")
+
+
+def _code(objective: type[Objective]) -> int:
+    return lines_of_code(inspect.getsource(sys.modules[objective.__module__]))
+
+
+def _linked(text: str) -> str:
+    text = re.sub(r"arXiv (\d{4}\.\d{5})", r"[arXiv \1](https://arxiv.org/abs/\1)", text)
+    return re.sub(r"doi (10\.\d+/[\w.-]*\w)", r"[doi \1](https://doi.org/\1)", text)
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", r"\|") for cell in line) + " |" for line in lines)

@@ -1,0 +1,165 @@
+"""docs/objectives.md: in step with the classes, complete, and shown by Markdown as it was meant."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import sys
+from importlib.metadata import EntryPoint
+from pathlib import Path
+from typing import Any
+
+import pytest
+from markdown_it import MarkdownIt
+
+from rlzoo import objective as objective_module
+from rlzoo import registry as registry_module
+from rlzoo.catalogue import catalogue
+from rlzoo.cli import main
+from rlzoo.objective import Objective, is_composite, list_objectives, objective_class
+from rlzoo.objectives_page import COMMAND, lines_of_code, objectives_page, prose
+
+PAGE = Path(__file__).parents[1] / "docs" / "objectives.md"
+
+
+@pytest.fixture(autouse=True)
+def leave_the_registry_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    list_objectives()
+    entries = objective_module._objectives._entries
+    monkeypatch.setattr(objective_module._objectives, "_entries", dict(entries))
+
+
+def built_in() -> list[type[Objective]]:
+    found = [objective_class(name) for name in list_objectives()]
+    return [objective for objective in found if objective.__module__.startswith("rlzoo.algorithms.")]
+
+
+def docstring(objective: type[Objective]) -> str:
+    return inspect.getdoc(sys.modules[objective.__module__]) or ""
+
+
+over_built_ins = pytest.mark.parametrize("objective", built_in(), ids=lambda objective: objective.name)
+
+
+def test_the_page_is_in_step_with_the_classes(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["list", "--markdown"]) == 0
+    # not ==: pytest would show both pages, and not the line below
+    assert (capsys.readouterr().out == PAGE.read_text(encoding="utf-8")) is True, f"run: {COMMAND}"
+
+
+def test_plug_ins_do_not_change_the_page(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = objectives_page()
+    point = EntryPoint("own", "test_catalogue:Own", "rlzoo.objectives")
+    monkeypatch.setattr(objective_module._objectives, "_filled", False)
+    monkeypatch.setattr(registry_module, "entry_points", lambda group: [point])
+    assert "own" in list_objectives()
+    assert objectives_page() == before
+    (row,) = (row for row in catalogue()["objectives"] if row["name"] == "own")
+    assert row["summary"] == ""  # it has no docstring
+
+
+class Own(Objective):
+    name = "own"
+
+    def coefficients(self, batch: Any) -> Any:
+        raise NotImplementedError
+
+
+@over_built_ins
+def test_a_docstring_says_what_the_page_needs(objective: type[Objective]) -> None:
+    summary, text = (objective.__doc__ or "").splitlines()[0], docstring(objective)
+    form = r"[A-Z][^:]+: ∇L = .+\." if is_composite(objective) else r"[A-Z][^:]+: c_t = .+\."
+    assert re.fullmatch(form, summary), f"{objective.name}: write 'Full name: c_t = ….'"
+    if objective.source:
+        assert objective.source in text
+        assert re.fullmatch(r"arXiv \d{4}\.\d{5}|doi 10\.\d+/\S+", objective.source)
+        assert re.search(r"\bSources?:|\(arXiv", text)
+    else:
+        assert "Source: none" in text, f"{objective.name} has no source: say so in its docstring"
+    assert all(re.search(r"arXiv \d{4}\.\d{5}", found) for found in re.findall(r"arXiv\s+.{10}", text, re.DOTALL))
+
+
+def letters(text: str) -> str:
+    """Without white space and the signs of code."""
+    return re.sub(r"[`\s]", "", text)
+
+
+@over_built_ins
+def test_markdown_shows_a_section_as_its_docstring_reads(objective: type[Objective]) -> None:
+    """Rendered by CommonMark: no emphasis, no HTML, no heading or list that the docstring does not have."""
+    page = PAGE.read_text(encoding="utf-8")
+    section = re.split(r"\n##+ ", page.split(f"\n### {objective.name}\n", 1)[1])[0]
+    tokens = MarkdownIt("commonmark").enable(["table", "strikethrough"]).parse(section)
+    spans = [span for token in tokens for span in token.children or []]
+    assert {token.type for token in tokens} <= {
+        "paragraph_open", "paragraph_close", "inline", "fence",
+        "bullet_list_open", "bullet_list_close", "list_item_open", "list_item_close",
+        *(f"{part}_{side}" for part in ("table", "thead", "tbody", "tr", "th", "td") for side in ("open", "close")),
+    }  # fmt: skip
+    assert {span.type for span in spans} <= {"text", "softbreak", "code_inline", "link_open", "link_close"}
+    shown = [token.content if token.type == "fence" else "" for token in tokens]
+    for i, token in enumerate(tokens):
+        shown[i] += "".join(span.content for span in token.children or [])
+    bullets = sum(token.type == "list_item_open" for token in tokens)
+    assert bullets == len(re.findall(r"^- ", docstring(objective), re.MULTILINE))
+    text = letters(re.sub(r"^- ", "", docstring(objective), flags=re.MULTILINE))
+    assert letters("".join(shown))[: len(text)] == text
+    assert f"algorithms/{objective.__module__.rsplit('.', 1)[1]}.py" in section
+
+
+def test_every_link_on_the_page_leads_somewhere() -> None:
+    page = PAGE.read_text(encoding="utf-8")
+    headings = set(re.findall(r"^### (.+)$", page, re.MULTILINE))
+    assert headings == {objective.name for objective in built_in()}
+    for target in re.findall(r"\]\(([^)]+)\)", page):
+        if target.startswith("#"):
+            assert target[1:] in headings
+        elif not target.startswith("https://"):
+            assert (PAGE.parent / target).is_file(), target
+
+
+def test_needs_that_depend_on_an_option_are_told() -> None:
+    page = PAGE.read_text(encoding="utf-8")
+    assert "| needs | reference; with `ema`: ema reference |" in page
+    assert "| needs | behaviour, reference; with `kl_coefficient` = 0: behaviour |" in page
+    assert "| `variant` | `sigmoid` or `hinge` or `ipo` | `sigmoid` |" in page
+    assert "| `weights` | `Mapping[str, float]` | none: required |" in page
+
+
+SOURCE = '''\
+"""A module.
+
+With two paragraphs."""
+
+# a comment
+from a import (
+    b,  # another
+)
+
+
+class C:
+    """A docstring."""
+
+    d: int = 1
+    """Of a field,
+    on two lines."""
+
+    def e(self):
+        return """a string
+that is code"""
+'''
+
+
+def test_lines_of_code() -> None:
+    # three of the import, the class, the field, the def, and two of the string that is returned
+    assert lines_of_code(SOURCE) == 8
+
+
+def test_prose() -> None:
+    text = (
+        "A ``b`` of `dft` and `other` (arXiv 2508.05629, eq. 9).\n\n    x = 1\n      y\n\n- ``dft``: doi 10.1007/BF1."
+    )
+    assert prose(text, ["dft"]) == (
+        "A `b` of [`dft`](#dft) and `other` ([arXiv 2508.05629](https://arxiv.org/abs/2508.05629), eq. 9).\n\n"
+        "```text\nx = 1\n  y\n```\n\n- [`dft`](#dft): [doi 10.1007/BF1](https://doi.org/10.1007/BF1)."
+    )

@@ -1,0 +1,151 @@
+"""``rlzoo new objective``: what it writes works at once, its test can fail, and nothing is overwritten."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from comparisons import RLZOO
+
+from rlzoo.cli import main
+
+ROOT = Path(__file__).parents[1]
+FORMULA = "(self.alpha * batch.logp).exp()"
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """``main`` changes sys.path, which is right for a command and not for a test."""
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.chdir(tmp_path)
+
+
+def run(command: Sequence[str], folder: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, timeout=300)
+
+
+def new(name: str, *options: str) -> None:
+    assert main(["new", "objective", name, *options]) == 0
+
+
+def refused(capsys: pytest.CaptureFixture[str], name: str, *options: str) -> str:
+    """The line that ``rlzoo new objective`` refuses a name with. It must leave everything as it was."""
+    before = {path: path.stat().st_mtime_ns for path in Path().rglob("*")}
+    capsys.readouterr()
+    assert main(["new", "objective", name, *options]) == 2
+    out, errors = capsys.readouterr()
+    assert out == "" and errors.startswith("rlzoo: ") and errors.count("\n") == 1
+    assert {path: path.stat().st_mtime_ns for path in Path().rglob("*")} == before
+    return errors
+
+
+def test_its_test_passes_and_it_trains(tmp_path: Path) -> None:
+    """From a folder with nothing else in it, by the lines that the command prints."""
+    done = run([*RLZOO, "new", "objective", "My_Tempered"], tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) <= 6
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["my_tempered.py", "test_my_tempered.py"]
+    command = re.search(r"^  2\. pytest (.+)$", done.stdout, re.MULTILINE)
+    compared = re.search(r"^  3\. rlzoo compare arithmetic --algorithms sft,(.+)$", done.stdout, re.MULTILINE)
+    assert command is not None and compared is not None
+    tested = run([sys.executable, "-m", "pytest", "-q", command[1]], tmp_path)
+    assert tested.returncode == 0, tested.stdout
+    assert "11 passed" in tested.stdout
+
+    rows = [{"prompt": f"{i}+1=", "completion": f"{i + 1}"} for i in range(4)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    train = ["train", compared[1], "--option", "alpha=0.25", "--buffer", "rows.jsonl", "--steps", "2"]
+    trained = run([*RLZOO, *train, "--set", "batch_size=4", "--out", "out"], tmp_path)
+    assert trained.returncode == 0, trained.stderr
+    steps = json.loads((tmp_path / "out" / "training.json").read_text())["steps"]
+    assert [row["step"] for row in steps] == [1, 2] and steps[0]["gradient_norm"] > 0
+
+
+WRONG = {
+    "wrong-sign": (FORMULA, f"-{FORMULA}", "that_of_the_loss"),
+    "wrong-power": (FORMULA, "(2 * self.alpha * batch.logp).exp()", "that_of_the_loss"),
+    "wrong-length": (FORMULA, f"{FORMULA} / batch.logp.shape[1]", "that_of_the_loss"),
+    "wrong-loss": (FORMULA, f"{FORMULA}, loss={FORMULA}", "reported_loss"),
+    "looks-at-padding": (FORMULA, f"{FORMULA} * batch.logp.sum().sign().neg()", "masked_positions"),
+    "looks-at-rows": (FORMULA, f"{FORMULA} / {FORMULA}[batch.mask].max()", "row_alone"),
+    "one-a-row": (FORMULA, f"{FORMULA}[:, :1]", "one_a_token"),
+    "keeps-its-graph": (f"Coefficients({FORMULA})", f"Kept({FORMULA})", "no_graph"),
+}
+"""Objectives that are wrong: what is changed, into what, and a part of the name of a test that must see it."""
+KEPT = "\n\nclass Kept(Coefficients):\n    def __post_init__(self) -> None:\n        pass\n"
+
+
+def test_its_test_fails_for_an_objective_that_is_wrong(tmp_path: Path) -> None:
+    """Of each wrong one its own test fails, and one that is right passes beside them."""
+    new("right-one")
+    for name, (old, changed, _) in WRONG.items():
+        new(name)
+        file = tmp_path / f"{name.replace('-', '_')}.py"
+        text = file.read_text()
+        assert text.count(old) == 1
+        file.write_text(text.replace(old, changed) + KEPT)
+    done = run([sys.executable, "-m", "pytest", "-q", "-rf", "--tb=no"], tmp_path)
+    assert done.returncode == 1, done.stdout
+    failed = re.findall(r"^FAILED test_(\w+)\.py::(\w+)", done.stdout, re.MULTILINE)
+    assert {file.replace("_", "-") for file, _ in failed} == set(WRONG)
+    for name, (_, _, told) in WRONG.items():
+        assert any(file.replace("_", "-") == name and told in test for file, test in failed), name
+
+
+def test_in_a_clone_it_joins_the_others(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    clone = tmp_path / "clone"
+    for name in ("rlzoo", "algorithms", "rewards", "experiments"):
+        shutil.copytree(ROOT / name, clone / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+    (clone / "tests").mkdir()
+    for name in ("canonical.py", "conftest.py"):
+        shutil.copy(ROOT / "tests" / name, clone / "tests")
+    shutil.copy(ROOT / "pyproject.toml", clone)
+    new("tempered", "--folder", "clone")
+    told = capsys.readouterr().out
+    assert len(told.splitlines()) <= 6
+    assert "add that loss as 'tempered' to CANONICAL in clone/tests/canonical.py" in told
+    assert "rlzoo list --markdown > docs/objectives.md\n" in told and told.endswith("--algorithms sft,tempered\n")
+    written = ["algorithms/tempered.py", "tests/test_tempered.py"]
+    environment = {**os.environ, "PYTHONPATH": str(clone)}
+    command = [sys.executable, "-m", "pytest", "-q", written[1]]
+    done = subprocess.run(command, cwd=clone, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+    for arguments in (["check"], ["format", "--check"]):  # by the rules of this repository
+        linted = run([sys.executable, "-m", "ruff", *arguments, *written], clone)
+        assert linted.returncode == 0, linted.stdout
+    assert "exists already" in refused(capsys, "tempered", "--folder", "clone")
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("IW_SFT", "'iw-sft' is registered already"),
+        ("1st", "letters, digits and dashes, a letter first"),
+        ("two words", "letters, digits and dashes"),
+        ("../up", "letters, digits and dashes"),
+        ("a--b", "letters, digits and dashes"),
+        ("", "letters, digits and dashes"),
+        ("token-batch", "TokenBatch means something else"),
+        ("lambda", "Lambda means something else"),
+        ("none", "None means something else"),
+        ("torch", "torch.py would hide the module 'torch'"),
+    ],
+)
+def test_names_that_cannot_be(name: str, told: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert told in refused(capsys, name)
+
+
+@pytest.mark.parametrize("there", ["mine.py", "test_mine.py"])
+def test_nothing_is_overwritten(there: str, capsys: pytest.CaptureFixture[str]) -> None:
+    Path(there).write_text("of a user")
+    assert f"'{there}' exists already" in refused(capsys, "mine")
+    new("mine", "--folder", "new/folder")
+    assert sorted(path.name for path in Path("new/folder").iterdir()) == ["mine.py", "test_mine.py"]
+    assert f"'{there}/yours.py' cannot be written" in refused(capsys, "yours", "--folder", there)
