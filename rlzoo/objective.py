@@ -23,7 +23,7 @@ from torch import Tensor
 
 from rlzoo.errors import UserError, unknown
 from rlzoo.registry import Registry, told
-from rlzoo.types import Coefficients, Coupling, Need, Selection, TokenBatch
+from rlzoo.types import STATISTICS, Coefficients, Coupling, Need, Selection, TokenBatch
 
 
 class Normaliser(Enum):
@@ -143,6 +143,16 @@ class Objective:
         """
         return None
 
+    @property
+    def has_logit_term(self) -> bool:
+        """Whether this objective defines a `logit_term`."""
+        return type(self).logit_term is not Objective.logit_term
+
+    @property
+    def is_coupled(self) -> bool:
+        """Whether a coefficient looks at the whole batch, which then has to be scored before its first backward."""
+        return self.couples is Coupling.BATCH
+
     def needed(self, batch: TokenBatch, *names: str) -> tuple[Tensor, ...]:
         """Fields of the batch that this objective cannot do without. Raises UserError naming the missing one."""
         values = []
@@ -154,6 +164,11 @@ class Objective:
                 raise UserError(f"objective {self.name!r} needs {name} and the batch has none")
             values.append(value)
         return tuple(values)
+
+
+def statistics_of(objective: Objective) -> list[Need]:
+    """The token statistics that an objective needs, in their order."""
+    return [need for need in STATISTICS if need in objective.requires]
 
 
 _objectives: Registry[type[Objective]] = Registry("objective", "rlzoo.algorithms", "rlzoo.objectives")

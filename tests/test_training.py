@@ -217,7 +217,7 @@ def test_the_gradient_of_a_step_is_that_of_the_surrogate(name: str, make_policy:
     if Need.CRITIC in objective.requires:
         policy.add_critic(objective.shared_critic)
     loss = surrogate(objective, full_batch(policy, objective, batch))
-    if type(objective).logit_term is not Objective.logit_term:
+    if objective.has_logit_term:
         loss = loss + term_of(policy, objective, batch)
     torch.autograd.backward(loss)
     expected = {n: [torch.zeros_like(p) if p.grad is None else p.grad] for n, p in policy.named_parameters()}

@@ -449,7 +449,7 @@ def test_the_mean_gradient_is_that_of_the_surrogate(make_model: MakeModel, name:
     policy.eval()
     own = [rows[i] for i in subject.rows]
     sequences = Sequences.collate([r.prompt_ids for r in own], [r.completion_ids for r in own], policy.device)
-    term = objective.logit_term if type(objective).logit_term is not Objective.logit_term else None
+    term = objective.logit_term if objective.has_logit_term else None
     statistics = [need for need in STATISTICS if need in objective.requires]
     scores = policy(sequences, term=term, reference=policy.frozen_copy(), statistics=statistics)
     batch = weighed.batch

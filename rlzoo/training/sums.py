@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from rlzoo.objective import Objective, reduce
 from rlzoo.ranks import gathered
-from rlzoo.types import Coefficients, TokenBatch
+from rlzoo.training.batches import Drawn
+from rlzoo.types import Coefficients, TokenBatch, Trajectory
 
 
 class Sums:
@@ -62,3 +65,32 @@ def coefficients_of_rows(coefficients: Coefficients, index: Tensor, part: TokenB
 
     loss = None if coefficients.loss is None else cut(coefficients.loss)
     return Coefficients(cut(coefficients.values), loss, {k: cut(v) for k, v in coefficients.metrics.items()})
+
+
+def coupled_coefficients(drawn: Drawn) -> Coefficients | None:
+    """The coefficients of an objective that are taken over the whole batch, if it has such."""
+    objective = drawn.part.objective
+    return objective.coefficients(drawn.batch) if objective.is_coupled else None
+
+
+def metrics_of(drawn: Sequence[Drawn], sums: Sequence[Sums]) -> dict[str, float]:
+    """The weighted loss, and what is worth plotting of each part, under its label."""
+    total, metrics = 0.0, dict[str, float]()
+    for some, own in zip(drawn, sums, strict=True):
+        found = own.means()
+        total += some.part.weight * found["loss"]
+        if some.batch.reward is not None:
+            found["reward"] = float(some.batch.reward.mean())
+        label = f"{some.part.label}/" if some.part.label else ""
+        metrics |= {f"{label}{name}": value for name, value in found.items()}
+    return {"loss": total, **metrics}
+
+
+def truncated_importance(rows: Sequence[Trajectory], mask: Tensor, cap: float) -> Tensor:
+    """min(π/π_engine, cap) of each token at the time of sampling, 1 for rows that no other engine sampled."""
+    weight = torch.ones(mask.shape, device=mask.device)
+    for place, row in enumerate(rows):
+        if row.sampler_logp is not None and row.behaviour_logp is not None:
+            gap = torch.tensor(row.behaviour_logp) - torch.tensor(row.sampler_logp)
+            weight[place, : len(gap)] = gap.exp().clamp(max=cap)
+    return weight

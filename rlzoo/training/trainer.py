@@ -17,10 +17,9 @@ from torch import Tensor
 from rlzoo.config import Training
 from rlzoo.errors import UserError
 from rlzoo.interrupts import heed, noted, pending
-from rlzoo.objective import Objective, Part, reduce, surrogate_of
+from rlzoo.objective import Objective, Part, reduce, statistics_of, surrogate_of
 from rlzoo.policy import Policy, Sequences, TokenScores
 from rlzoo.policy.adapters import adapters
-from rlzoo.policy.head import LogitTerm
 from rlzoo.policy.policy import token_batches
 from rlzoo.ranks import agreed, gathered, is_sharded, rank, world_size
 from rlzoo.training.batches import Drawn, Source, atoms, mismatched, static_batch
@@ -28,10 +27,11 @@ from rlzoo.training.checkpoints import Checkpoints
 from rlzoo.training.costs import is_out_of_memory, peak_memory_bytes, release_memory, reset_peak_memory
 from rlzoo.training.record import TrainingRecord
 from rlzoo.training.savings import gradients_in_place, layers_recomputed
+from rlzoo.training.schedule import cosine
 from rlzoo.training.state import is_finite, restore, state_of
-from rlzoo.training.sums import Sums, coefficients_of_rows
+from rlzoo.training.sums import Sums, coefficients_of_rows, coupled_coefficients, metrics_of, truncated_importance
 from rlzoo.training.trackers import installed, tracked
-from rlzoo.types import STATISTICS, Coefficients, Coupling, Need, TokenBatch, Trajectory
+from rlzoo.types import Coefficients, Need, TokenBatch, Trajectory
 
 T = TypeVar("T")
 Callback = Callable[["Trainer", int], None]
@@ -95,7 +95,7 @@ class Trainer:
         )
         self.model, self.optimizer = self.accelerator.prepare(policy, optimizer)
         # not prepared: Accelerate would step the schedule once a process
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _cosine(step, settings))
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: cosine(step, settings))
         self.policy: Policy = self.accelerator.unwrap_model(self.model)
         if checkpoints is not None and settings.checkpoint_seconds is not None:
             self.checkpoints = Checkpoints(checkpoints, settings.checkpoint_seconds)
@@ -188,7 +188,7 @@ class Trainer:
             batch = replace(batch, reference_logp=self._score(self.reference, rows)[0].logp)
         if Need.REFERENCE in needs and batch.reference_logp is None:
             raise UserError("the buffer has no reference log-probs: use rlzoo.train, which computes them")
-        if needs & {Need.SNAPSHOT, Need.CRITIC} or _is_coupled(objective):
+        if needs & {Need.SNAPSHOT, Need.CRITIC} or objective.is_coupled:
             batch = self._scored(objective, rows, batch)
             batch = replace(batch, snapshot_logp=batch.logp, old_value=batch.value)
         return Drawn(part, rows, units, objective.prepare(self._against_others(objective, rows, batch)))
@@ -196,7 +196,7 @@ class Trainer:
     def _renewed(self, drawn: Drawn) -> Drawn:
         """The same with what depends on other rows and on the policy as it has become."""
         objective, batch = drawn.part.objective, drawn.batch
-        if _is_coupled(objective):
+        if objective.is_coupled:
             batch = self._scored(objective, drawn.rows, batch)
         return replace(drawn, batch=self._against_others(objective, drawn.rows, batch))
 
@@ -213,7 +213,7 @@ class Trainer:
 
     def _scored(self, objective: Objective, rows: Sequence[Trajectory], batch: TokenBatch) -> TokenBatch:
         """The batch with log-probs, values and statistics of the policy as it is."""
-        scores, statistics = self._score(self.policy, rows, _statistics(objective))
+        scores, statistics = self._score(self.policy, rows, statistics_of(objective))
         return replace(batch, logp=scores.logp, value=scores.value, statistics=statistics)
 
     @torch.no_grad()
@@ -263,7 +263,7 @@ class Trainer:
                 self._count(reference, some.rows, passes=1)
         self.record.costs.gradient_tokens += sum(map(_length, rows))
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.settings.max_gradient_norm)
-        metrics = _metrics(drawn, [part.over_processes() for part in sums])
+        metrics = metrics_of(drawn, [part.over_processes() for part in sums])
         sound = math.isfinite(float(norm)) and math.isfinite(metrics["loss"])
         if not sound:
             told = f"step {self.step + 1}: the gradient is {float(norm)} and the loss {metrics['loss']}"
@@ -281,7 +281,7 @@ class Trainer:
     def _gradient(self, drawn: Sequence[Drawn]) -> list[Sums]:
         """Leave the weighted sum of the gradients of whole batches in the parameters; the metrics of each."""
         denominators = [some.part.objective.normaliser.denominator(some.batch) for some in drawn]
-        coefficients = [_coupled_coefficients(some) for some in drawn]
+        coefficients = [coupled_coefficients(some) for some in drawn]
         sums = [Sums() for _ in drawn]
         self.optimizer.zero_grad(set_to_none=True)
         recomputed = layers_recomputed(self.policy) if self.settings.gradient_checkpointing else nullcontext()
@@ -326,7 +326,7 @@ class Trainer:
         """Add the gradient of a micro-batch; without ``sums`` it keeps step with the other processes and weighs 0."""
         objective, rows, batch = drawn.part.objective, drawn.rows, drawn.batch
         sequences, reference = self._collate(rows, index), self._logits_of(objective)
-        statistics, term = _statistics(objective), _logit_term(objective)
+        statistics, term = statistics_of(objective), objective.logit_term if objective.has_logit_term else None
         scores = self.model(sequences, statistics=statistics, term=term, reference=reference)
         if sums is None:
             parts = [part.sum() for part in (scores.logp, scores.value, scores.term) if part is not None]
@@ -344,8 +344,8 @@ class Trainer:
             if coefficients is None
             else coefficients_of_rows(coefficients, place, part)
         )
-        if self.settings.importance_cap is not None:
-            own = replace(own, values=own.values * self._importance([rows[i] for i in index], part.mask))
+        if (cap := self.settings.importance_cap) is not None:
+            own = replace(own, values=own.values * truncated_importance([rows[i] for i in index], part.mask, cap))
         loss = surrogate_of(own, objective, part, denominator)
         if scores.term is not None and denominator:
             loss = loss + reduce(scores.term, part, objective.normaliser, denominator)
@@ -355,15 +355,6 @@ class Trainer:
         if scores.term is not None:
             own = replace(own, metrics={**own.metrics, "logit_term": scores.term})
         sums.add(objective, part, own, loss, denominator)
-
-    def _importance(self, rows: Sequence[Trajectory], mask: Tensor) -> Tensor:
-        """min(π/π_engine, cap) of each token at the time of sampling, 1 for rows that no other engine sampled."""
-        weight = torch.ones(mask.shape, device=mask.device)
-        for place, row in enumerate(rows):
-            if row.sampler_logp is not None and row.behaviour_logp is not None:
-                gap = torch.tensor(row.behaviour_logp) - torch.tensor(row.sampler_logp)
-                weight[place, : len(gap)] = gap.exp().clamp(max=self.settings.importance_cap)
-        return weight
 
     def _share(self, rows: Sequence[Trajectory], together: Sequence[tuple[int, ...]]) -> list[tuple[list[int], bool]]:
         """This process's micro-batches, and whether each counts: all processes have as many, of like length.
@@ -404,45 +395,5 @@ class Trainer:
             average.lerp_(current.full_tensor() if is_sharded(self.policy) else current, 1 - decay)
 
 
-def _is_coupled(objective: Objective) -> bool:
-    """Whether a coefficient looks at the whole batch, which then has to be scored before its first backward."""
-    return objective.couples is Coupling.BATCH
-
-
-def _coupled_coefficients(drawn: Drawn) -> Coefficients | None:
-    """The coefficients that have to be taken over the whole batch."""
-    objective = drawn.part.objective
-    return objective.coefficients(drawn.batch) if _is_coupled(objective) else None
-
-
-def _logit_term(objective: Objective) -> LogitTerm | None:
-    return objective.logit_term if type(objective).logit_term is not Objective.logit_term else None
-
-
-def _statistics(objective: Objective) -> list[Need]:
-    return [need for need in STATISTICS if need in objective.requires]
-
-
-def _metrics(drawn: Sequence[Drawn], sums: Sequence[Sums]) -> dict[str, float]:
-    """The weighted loss, and what is worth plotting of each part, under its label."""
-    total, metrics = 0.0, dict[str, float]()
-    for some, own in zip(drawn, sums, strict=True):
-        found = own.means()
-        total += some.part.weight * found["loss"]
-        if some.batch.reward is not None:
-            found["reward"] = float(some.batch.reward.mean())
-        label = f"{some.part.label}/" if some.part.label else ""
-        metrics |= {f"{label}{name}": value for name, value in found.items()}
-    return {"loss": total, **metrics}
-
-
 def _length(row: Trajectory) -> int:
     return len(row.prompt_ids) + len(row.completion_ids)
-
-
-def _cosine(step: int, settings: Training) -> float:
-    """Linear warm-up over ``warmup_ratio`` of the steps, then a cosine that would reach 0 one step after the last."""
-    warmup = math.ceil(settings.warmup_ratio * settings.steps)
-    if step < warmup:
-        return (step + 1) / (warmup + 1)
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, settings.steps - warmup)))

@@ -198,7 +198,6 @@ def _weigh(policy: Policy, subject: Subject, scored: Scored, reference: Policy |
         whole[torch.tensor(chosen, device=part.device), : part.shape[1]] = part
         return whole
 
-    has_term = type(objective).logit_term is not Objective.logit_term
     on_trunk = policy.critic is None and policy.value_head is not None
     weight = spread(gradients[0])
     assert weight is not None
@@ -208,8 +207,8 @@ def _weigh(policy: Policy, subject: Subject, scored: Scored, reference: Policy |
         weight,
         scale,
         spread(gradients[1]) if on_trunk and len(gradients) > 1 else None,
-        objective.logit_term if has_term else None,
-        row_weight[:, 0] if has_term and row_weight is not None else None,
+        objective.logit_term if objective.has_logit_term else None,
+        row_weight[:, 0] if objective.has_logit_term and row_weight is not None else None,
     )
     return Weighed(batch, found, task)
 
