@@ -27,6 +27,7 @@ from rlzoo.errors import UserError
 from rlzoo.policy import load_policy
 from rlzoo.rollout import rollouts
 from rlzoo.runs import run_in
+from rlzoo.types import Selection
 
 Compare = Callable[..., dict[str, Any]]
 TIMES = ("wall_seconds", "peak_memory_bytes")
@@ -386,3 +387,15 @@ def test_the_report_can_be_written_again(tmp_path: Path) -> None:
     assert "Differences to dft" in (tmp_path / "out" / "report.md").read_text()
     assert main(["report", str(tmp_path / "out"), "--baseline", "sft"]) == 0
     assert (tmp_path / "out" / "report.md").read_text() == first
+
+
+def test_rows_drawn_by_quality_stay_so_when_they_are_the_base_s_own() -> None:
+    rows = {
+        "sft-q": {"learns_from": "correct"},
+        "rft": {"learns_from": "demonstrations"},
+        "plain": {"objective": "sft-q"},
+    }
+    experiment = load_experiment("arithmetic", {"algorithms": rows, "baseline": "rft"})
+    assert work.views_of(experiment, "sft-q") == [(Selection.CORRECT, {"weighted": True})]
+    assert work.views_of(experiment, "plain") == [(Selection.DEMONSTRATIONS, {"weighted": True})]
+    assert work.views_of(experiment, "rft") == [(Selection.DEMONSTRATIONS, {})]

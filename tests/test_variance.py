@@ -26,6 +26,7 @@ from rlzoo.reward import get_reward
 from rlzoo.rollout import TransformersSampler, collect_rollouts
 from rlzoo.training import with_reference
 from rlzoo.types import Coefficients, Need, Selection, TokenBatch
+from rlzoo.variance import plots
 from rlzoo.variance.probe import VarianceProbe
 from rlzoo.variance.report import contents, estimate, report_tables, write_report
 from rlzoo.variance.run import VarianceSettings, _cut, run_variance
@@ -368,3 +369,12 @@ def test_a_folder_without_an_analysis_is_refused(tmp_path: Path) -> None:
     (tmp_path / "variance.json").write_text("{}")
     with pytest.raises(UserError, match="is no analysis that rlzoo variance wrote"):
         write_report(tmp_path)
+
+
+def test_a_chart_names_every_objective_and_needs_some(report: dict[str, Any]) -> None:
+    drawn = plots.chart(report)
+    assert drawn is not None
+    placed = [n for n, o in report["objectives"].items() if o["data_noise"]["cosine_to_sft"]["value"] is not None]
+    assert len(placed) >= plots.FEWEST_ON_CHART and all(f">{name}<" in drawn for name in placed)
+    few = {**report, "objectives": {name: report["objectives"][name] for name in placed[:3]}}
+    assert plots.chart(few) is None

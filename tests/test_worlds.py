@@ -229,3 +229,16 @@ def test_problems_have_ids_of_their_own(tmp_path: Path) -> None:
     table.write_text("".join(json.dumps({"id": 7, "prompt": text}) + "\n" for text in "abc"))
     with pytest.raises(UserError, match="rows 0 and 1 have the same id '7'"):
         load_problems(ProblemSource(source=str(table)))
+
+
+def test_a_quality_column_becomes_the_reward_of_demonstrations(tokenizer: Any) -> None:
+    source = ProblemSource(source="world:arithmetic/train", limit=40, quality="terms")
+    rows = demonstrations(tokenizer, load_problems(source))
+    assert {row.reward for row in rows} == {2.0, 3.0}
+    for row in rows:
+        assert row.reward == row.prompt.count("+") + row.prompt.count("-") + 1
+    assert all(
+        row.reward is None for row in demonstrations(tokenizer, load_problems(ProblemSource(source=source.source)))
+    )
+    with pytest.raises(UserError, match="row 0: quality column 'beauty' is not there: give a number"):
+        load_problems(ProblemSource(source=source.source, quality="beauty"))
