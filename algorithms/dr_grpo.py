@@ -16,6 +16,7 @@ from typing import ClassVar
 import torch
 
 from rlzoo.advantages import group_centred
+from rlzoo.errors import UserError
 from rlzoo.objective import Normaliser, Objective, register
 from rlzoo.ratios import clipped_gradient, token_ratio
 from rlzoo.types import Coefficients, Need, Selection, TokenBatch
@@ -33,6 +34,10 @@ class DrGRPO(Objective):
 
     clip: float = 0.2
     max_length: int = 256
+
+    def __post_init__(self) -> None:
+        if self.max_length < 1:
+            raise UserError(f"dr-grpo needs max_length ≥ 1, got {self.max_length}")
 
     @property
     def requires(self) -> frozenset[Need]:

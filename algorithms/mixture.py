@@ -1,7 +1,8 @@
 """Mixture: the weighted sum of the gradients of several objectives in one optimizer step, each on rows of its own.
 
 Loss: Σ_k w_k L_k, where L_k is the loss of part k over its own rows, divided by its own normaliser. The parts share the
-step's batch evenly, so that a mixture sees as many rows as any other objective. A row of an experiment says
+step's batch evenly, up to whole units, so that a mixture sees about as many rows as any other objective. A row of an
+experiment says
 
     sft+grpo: {objective: mixture, options: {weights: {sft: 0.1, grpo: 0.9}, options: {grpo: {kl_coefficient: 0}}}}
 
@@ -47,7 +48,7 @@ class Mixture(Objective):
             if name not in self.weights:
                 raise unknown("part with options", name, self.weights)
         if len({self.reference_decay, *(decay for decay in self._decays)}) > 1 or (
-            self._decays and Need.REFERENCE in self.requires
+            self._decays and self.requires & {Need.REFERENCE, Need.REFERENCE_LOGITS, Need.MISMATCHED}
         ):
             raise UserError("the parts of this mixture need different references, and a run has one")
 

@@ -21,6 +21,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from rlzoo.errors import UserError
 from rlzoo.objective import Objective, register
 from rlzoo.types import Coefficients, TokenBatch
 
@@ -37,6 +38,10 @@ class OTR(Objective):
     temperature: float = 1.3
     beta: float = -0.1
 
+    def __post_init__(self) -> None:
+        if self.samples < 1 or not self.temperature > 0:
+            raise UserError(f"otr needs samples ≥ 1 and temperature > 0, got {self.samples} and {self.temperature}")
+
     def coefficients(self, batch: TokenBatch) -> Coefficients:
         return Coefficients(torch.zeros_like(batch.logp))
 
@@ -47,7 +52,7 @@ class OTR(Objective):
         target: Int[Tensor, " N"],
     ) -> Float[Tensor, " N"] | None:
         with torch.no_grad():
-            probability = (policy_logits / self.temperature).softmax(1)
+            probability = (policy_logits / self.temperature).softmax(1).nan_to_num(1.0)  # a NaN is the loss's to tell
             drawn = torch.multinomial(probability, self.samples, replacement=True)
             matched = (drawn == target[:, None]).to(policy_logits.dtype)
             reward = matched + self.beta * (1 - matched)

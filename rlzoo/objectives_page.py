@@ -12,10 +12,12 @@ import token
 import tokenize
 import typing
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any, Literal
 
+from rlzoo.errors import UserError
 from rlzoo.objective import Objective, is_composite, list_objectives, objective_class, options_of
 from rlzoo.types import Selection
 
@@ -139,7 +141,10 @@ def _other_needs(objective: type[Objective]) -> Iterator[str]:
         hint = hints[field.name]
         values = typing.get_args(hint) if typing.get_origin(hint) is Literal else (0.0,) if hint is float else ()
         for value in values:
-            if (needs := _needs(objective, **{field.name: value})) != _needs(objective):
+            with suppress(UserError):  # a value that the objective refuses
+                needs = _needs(objective, **{field.name: value})
+                if needs == _needs(objective):
+                    continue
                 yield f"with `{field.name}` = {value:g}: {needs}" if hint is float else f"with `{value}`: {needs}"
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from canonical import ppo
 from comparisons import inline_pool, small
 from test_checkpoints import EVERY, StopError, rows_of, same, stop_at
 from test_objectives import gradients, prepared, random_batch
@@ -21,11 +22,12 @@ from rlzoo.cli import main
 from rlzoo.comparison import runner, work
 from rlzoo.config import Training
 from rlzoo.errors import UserError
-from rlzoo.objective import Objective, get_objective, surrogate
+from rlzoo.objective import Objective, get_objective, surrogate, surrogate_of
 from rlzoo.policy import Policy, Sequences
 from rlzoo.policy.loading import save_policy
 from rlzoo.training import Trainer, train, with_reference
-from rlzoo.training.batches import BufferSource, buffer_sources, shares, static_batch, views_of
+from rlzoo.training.batches import BufferSource, buffer_sources, seeds, shares, static_batch, views_of
+from rlzoo.training.sums import Sums
 from rlzoo.types import Need, Selection, Trajectory
 
 MakePolicy = Callable[..., Policy]
@@ -294,3 +296,23 @@ def test_a_mixture_needs_what_its_parts_need() -> None:
     (listed,) = (row for row in catalogue()["objectives"] if row["name"] == "mixture")
     assert listed["learns_from"] == "its parts' views"
     assert get_objective("sft").parts[0].label == "" and mixture({"sft": 1.0}).parts[0].label == "sft"
+
+
+def test_an_anchored_part_does_not_follow_the_averaged_reference_of_another() -> None:
+    with pytest.raises(UserError, match="need different references"):
+        get_objective("mixture", weights={"asft": 0.5, "iw-sft": 0.5}, options={"iw-sft": {"variant": "ema"}})
+
+
+def test_parts_of_one_view_draw_other_rows() -> None:
+    views = views_of(get_objective("mixture", weights={"sft": 1.0, "grpo": 1.0, "dft": 1.0}))
+    assert seeds(views, 7) == [7, 7, 7 + 2**32]
+
+
+def test_a_reported_loss_has_what_auxiliary_losses_add() -> None:
+    # of PPO the paper's loss takes the place of the surrogate, and the critic's stays beside it
+    objective, batch = get_objective("ppo"), random_batch(0)
+    ready, sums = prepared(objective, batch), Sums()
+    coefficients, tokens = objective.coefficients(ready.detach()), objective.normaliser.denominator(ready)
+    sums.add(objective, ready, coefficients, surrogate_of(coefficients, objective, ready, tokens), tokens)
+    assert sums.means()["loss"] == pytest.approx(ppo(batch).item(), rel=1e-9)
+    assert ppo(batch).item() != pytest.approx(ppo(replace(batch, value=None)).item(), rel=1e-3)

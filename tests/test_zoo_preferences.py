@@ -20,7 +20,7 @@ from rlzoo.errors import UserError
 from rlzoo.objective import get_objective, reduce, surrogate
 from rlzoo.policy import Policy
 from rlzoo.policy.policy import score_rows
-from rlzoo.training import Trainer, train
+from rlzoo.training import Trainer, train, with_reference
 from rlzoo.training.batches import mismatched
 from rlzoo.types import Selection, TokenBatch, Trajectory
 from rlzoo.variance.scoring import score
@@ -309,3 +309,11 @@ def test_kto_learns_from_unpaired_preferences_of_trl(make_policy: MakePolicy) ->
     assert steps[-1]["loss"] < steps[0]["loss"] == pytest.approx(0.5)
     gap = [row["desirable_log_ratio"] - row["undesirable_log_ratio"] for row in steps]
     assert gap[-1] > 1 > abs(gap[0])
+
+
+def test_both_log_ratios_of_kto_are_to_the_policy_as_it_comes(make_policy: MakePolicy) -> None:
+    policy, other = make_policy(), make_policy(seed=5)
+    buffer = with_reference(OfflineBuffer.from_trajectories(unpaired()), other)  # of somebody else's run
+    first = train(policy, get_objective("kto"), buffer, RAW).steps[0]
+    for name in ("kl", "desirable_log_ratio", "undesirable_log_ratio"):
+        assert first[name] == pytest.approx(0, abs=1e-5)

@@ -30,7 +30,7 @@ from rlzoo.policy.head import Head, score_tokens
 from rlzoo.training import Trainer
 from rlzoo.training.batches import BufferSource
 from rlzoo.types import Need, Selection, TokenBatch, Trajectory
-from rlzoo.variance.subjects import subjects_of
+from rlzoo.variance.subjects import subjects_of, view_of
 
 CPU = torch.device("cpu")
 DEMONSTRATIONS = Selection.DEMONSTRATIONS
@@ -526,3 +526,16 @@ def test_processes_train_as_one(tmp_path: Path) -> None:
             for row, row_alone in zip(told["steps"], told_alone["steps"], strict=True):
                 assert row == pytest.approx(row_alone, rel=1e-6, abs=1e-9)
         assert found[kind]["asft"][1]["steps"][2]["logit_term"] > 0
+
+
+def test_otr_leaves_it_to_the_trainer_to_tell_of_a_nan() -> None:
+    term = get_objective("otr", samples=4).logit_term(torch.full((2, 5), math.nan), None, torch.tensor([0, 1]))
+    assert term is not None and term.isnan().all()
+    for wrong in ({"samples": 0}, {"temperature": 0.0}):
+        with pytest.raises(UserError, match="otr needs samples ≥ 1 and temperature > 0"):
+            get_objective("otr", **wrong)
+
+
+def test_the_analyzer_draws_by_quality_from_other_rows_too() -> None:
+    asked = {"sft-q": Selection.CORRECT}
+    assert view_of("sft-q", get_objective("sft-q"), asked) == (Selection.CORRECT, {"weighted": True})

@@ -24,9 +24,11 @@ Units = tuple[tuple[int, ...], ...]
 Mask = Bool[np.ndarray, " N"]
 Indices = Int[np.ndarray, " R"]
 THRESHOLD = 0.5
+"""The reward from which a completion counts as correct."""
 RELEASED = 64
 """Chunks of texts, of a thousand rows each, that stay mapped at a time."""
-"""The reward from which a completion counts as correct."""
+SINGLE_ROW_OPTIONS = ("weighted",)
+"""Options that every view of single rows has."""
 
 
 @dataclass(frozen=True)

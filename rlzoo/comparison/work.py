@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from rlzoo.buffers import Buffer, OfflineBuffer, read_buffer
+from rlzoo.buffers.views import SINGLE_ROW_OPTIONS
 from rlzoo.comparison.plan import Cell, has_choice
 from rlzoo.config import Experiment, ProblemSource
 from rlzoo.errors import UserError
@@ -29,7 +30,7 @@ from rlzoo.reward import Reward
 from rlzoo.reward_process import Limits, apart
 from rlzoo.rollout import collect_rollouts, mismatch, sampler_of
 from rlzoo.training import Costs, Trainer, TrainingRecord, batches, with_reference
-from rlzoo.training.batches import BufferSource, FreshSource, Source, Views, shares
+from rlzoo.training.batches import BufferSource, FreshSource, Source, Views, seeds, shares
 from rlzoo.training.costs import release_memory
 from rlzoo.training.state import random_state
 from rlzoo.types import Need, Selection, Trajectory
@@ -73,8 +74,7 @@ def views_of(experiment: Experiment, algorithm: str) -> Views:
             f"algorithms.{algorithm}: learns_from is for objectives of single rows; "
             f"{objective.name!r} learns from {views}"
         )
-    options = own[0][1]
-    return [(Selection(other), {"weighted": options["weighted"]} if "weighted" in options else {})]
+    return [(Selection(other), {name: value for name, value in own[0][1].items() if name in SINGLE_ROW_OPTIONS})]
 
 
 def learns_from_samples(views: Views) -> bool:
@@ -204,12 +204,13 @@ def _run_cell(
     costs = record.costs
     views = views_of(experiment, cell.algorithm)
     sources: list[Source] = []
-    for (selection, options), size in zip(views, shares(settings.batch_size, len(views)), strict=True):
+    split = zip(views, shares(settings.batch_size, len(views)), seeds(views, cell.seed), strict=True)
+    for (selection, options), size, own in split:
         if online and selection is not Selection.DEMONSTRATIONS:
-            collect = Collector(experiment, policy, size, cell.seed, costs)
+            collect = Collector(experiment, policy, size, own, costs)
             sources.append(FreshSource(collect, selection, **options))
         else:
-            sources.append(BufferSource(buffer, buffer.view(selection, **options), size, cell.seed))
+            sources.append(BufferSource(buffer, buffer.view(selection, **options), size, own))
     if not online:
         if learns_from_samples(views):
             costs.sampled_tokens, costs.flops = shared["sampled_tokens"], shared["sampling_flops"]

@@ -85,11 +85,14 @@ def _check_head(policy: Policy) -> None:
     except Exception as error:  # what a configuration says and the weights are can disagree in any way
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"model {policy.name!r} does not run ({reason:.160}): is its folder whole?") from error
-    found = Head.of(model).logits(model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0]).float()
-    scale = float(expected.abs().max())
+    scale, kind = float(expected.abs().max()), model.config.model_type
+    unknown = UserError(f"model {policy.name!r}: rlzoo does not know how a {kind!r} makes its logits: use another")
+    try:
+        found = Head.of(model).logits(model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0]).float()
+    except Exception as error:  # a model's own code need not keep to transformers' conventions
+        raise unknown from error
     if found.shape != expected.shape or not torch.allclose(found, expected, rtol=0.02, atol=0.02 * scale + 1e-6):
-        kind = policy.model.config.model_type
-        raise UserError(f"model {policy.name!r}: rlzoo does not know how a {kind!r} makes its logits: use another")
+        raise unknown
 
 
 def save_policy(policy: Policy, folder: Path) -> None:

@@ -87,10 +87,16 @@ def shares(batch_size: int, parts: int) -> list[int]:
     return [max(1, batch_size // parts + (number < batch_size % parts)) for number in range(parts)]
 
 
+def seeds(views: Views, seed: int) -> list[int]:
+    """A seed for each view: another for one that stands there twice, whose rows would be the same otherwise."""
+    before = [[which for which, _ in views[:number]].count(views[number][0]) for number in range(len(views))]
+    return [seed + 2**32 * repeats for repeats in before]
+
+
 def buffer_sources(buffer: Buffer, views: Views, batch_size: int, seed: int) -> list[BufferSource]:
     """A source for each part of an objective, which share the batch."""
-    split = zip(views, shares(batch_size, len(views)), strict=True)
-    return [BufferSource(buffer, buffer.view(which, **options), size, seed) for (which, options), size in split]
+    split = zip(views, shares(batch_size, len(views)), seeds(views, seed), strict=True)
+    return [BufferSource(buffer, buffer.view(which, **options), size, own) for (which, options), size, own in split]
 
 
 @dataclass(frozen=True)

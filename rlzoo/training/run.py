@@ -44,7 +44,9 @@ def train(
     settings = settings or Training()
     torch.manual_seed(seed)
     sources = buffer_sources(buffer, views_of(objective), settings.batch_size, seed)
-    if Need.REFERENCE in objective.requires and not buffer.is_complete("reference_logp"):
+    # stored log-probs may be another policy's, and those of mismatched rows are of this one
+    known = buffer.is_complete("reference_logp") and Need.MISMATCHED not in objective.requires
+    if Need.REFERENCE in objective.requires and not known:
         buffer = with_reference(buffer, policy, settings.token_budget)
         sources = buffer_sources(buffer, views_of(objective), settings.batch_size, seed)
     return Trainer(policy, objective, sources, settings, callbacks, folder=folder, checkpoints=checkpoints).run()

@@ -61,11 +61,12 @@ def _is_plain(module: nn.Module) -> bool:
     else:
         plain = type(module) is nn.Linear
     weight = getattr(module, "weight", None)
-    return plain and weight is not None and weight.requires_grad and weight.device.type == "cpu"
+    own = "forward" not in vars(module)  # somebody else's stays
+    return plain and own and weight is not None and weight.requires_grad and weight.device.type == "cpu"
 
 
 def _lookup_of(module: nn.Embedding) -> Any:
-    return lambda ids: _Lookup.apply(module.weight, ids, module.padding_idx)  # type: ignore[no-untyped-call]
+    return lambda input: _Lookup.apply(module.weight, input, module.padding_idx)  # type: ignore[no-untyped-call]
 
 
 class _Lookup(torch.autograd.Function):
@@ -91,10 +92,10 @@ class _Lookup(torch.autograd.Function):
 def _product_of(module: nn.Module) -> Any:
     assert isinstance(module, nn.Linear)
 
-    def product(x: Tensor) -> Tensor:
+    def product(input: Tensor) -> Tensor:
         if torch.is_autocast_enabled("cpu"):  # which casts the weight: its gradient has another dtype
-            return functional.linear(x, module.weight, module.bias)
-        found: Tensor = _Product.apply(x, module.weight)  # type: ignore[no-untyped-call]
+            return functional.linear(input, module.weight, module.bias)
+        found: Tensor = _Product.apply(input, module.weight)  # type: ignore[no-untyped-call]
         return found if module.bias is None else found + module.bias
 
     return product
@@ -111,7 +112,7 @@ class _Product(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, pull: Float[Tensor, "*B O"]) -> tuple[Tensor | None, None]:
         (x,), weight = ctx.saved_tensors, ctx.weight
-        rows, pulls = x.flatten(0, -2), pull.flatten(0, -2)
+        rows, pulls = x.reshape(-1, x.shape[-1]), pull.reshape(-1, pull.shape[-1])
         if weight.grad is None:
             weight.grad = pulls.T @ rows
         else:

@@ -12,9 +12,14 @@ from torch import Tensor, nn
 
 from rlzoo.errors import UserError
 from rlzoo.objective import options_of
+from rlzoo.ranks import gathered, rank
 
 if TYPE_CHECKING:
     from rlzoo.training.trainer import Trainer
+
+
+LAYOUT = 2
+"""Of the state; a checkpoint of another one is refused."""
 
 
 @runtime_checkable
@@ -96,7 +101,8 @@ def _run_of(trainer: Trainer) -> dict[str, Any]:
     """What may not differ between a run and its continuation."""
     settings = trainer.settings.model_dump(mode="json", exclude={"token_budget", "checkpoint_seconds", "trackers"})
     objective = {name: repr(getattr(trainer.objective, name)) for name in options_of(type(trainer.objective))}
-    return {**settings, "objective": trainer.objective.name, **{f"objective.{k}": v for k, v in objective.items()}}
+    named = {f"objective.{name}": value for name, value in objective.items()}
+    return {"layout": LAYOUT, **settings, "objective": trainer.objective.name, **named}
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -153,8 +159,11 @@ def restore_optimizer(
 
 
 def random_states() -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The states of torch's, NumPy's and Python's own random numbers: as tensors, and as plain data."""
-    tensors = {"random/cpu": torch.get_rng_state()}
+    """The states of torch's, NumPy's and Python's own random numbers: as tensors, and as plain data.
+
+    Of several processes each has its own on the CPU, and all must call this.
+    """
+    tensors = {f"random/cpu/{number}": state for number, state in enumerate(gathered(torch.get_rng_state()))}
     if torch.cuda.is_available():
         tensors |= {f"random/cuda/{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())}
     kind, keys, *rest = np.random.get_state(legacy=True)
@@ -163,7 +172,7 @@ def random_states() -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 def restore_random_states(tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> None:
     """The inverse of `random_states`; GPUs that are no longer there are passed over."""
-    torch.set_rng_state(tensors["random/cpu"])
+    torch.set_rng_state(tensors.get(f"random/cpu/{rank()}", tensors["random/cpu/0"]))
     for device in range(torch.cuda.device_count()):
         if (state := tensors.get(f"random/cuda/{device}")) is not None:
             torch.cuda.set_rng_state(state, device)

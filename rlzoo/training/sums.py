@@ -33,7 +33,10 @@ class Sums:
         """Take a micro-batch in."""
         reported = loss.detach()
         if coefficients.loss is not None and denominator:
-            reported = reduce(coefficients.loss, part, objective.normaliser, denominator)
+            # the paper's in place of the surrogate's; auxiliary losses and logit terms stay
+            main = torch.where(part.mask, coefficients.values, 0) * part.logp.detach()
+            reported = reported + reduce(main, part, objective.normaliser, denominator)
+            reported = reported + reduce(coefficients.loss, part, objective.normaliser, denominator)
         self._loss += float(reported)
         per_token = {"logp": part.logp.detach(), "coefficient": coefficients.values, **coefficients.metrics}
         for name, value in per_token.items():

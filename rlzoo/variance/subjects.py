@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rlzoo.buffers import Buffer, View
+from rlzoo.buffers.views import SINGLE_ROW_OPTIONS
 from rlzoo.errors import UserError
 from rlzoo.objective import Objective, get_objective, is_composite, surrogate_of
 from rlzoo.policy import Policy
@@ -131,7 +132,7 @@ def view_of(name: str, objective: Objective, learns_from: LearnsFrom) -> tuple[S
         return own, objective.view_options
     if asked not in SINGLE_ROWS or own not in SINGLE_ROWS:
         raise UserError(f"{name}: learns_from is demonstrations or correct, for objectives of single rows")
-    return asked, {}
+    return asked, {name: value for name, value in objective.view_options.items() if name in SINGLE_ROW_OPTIONS}
 
 
 def _sample(view: View, rows: int, seed: int) -> list[tuple[Draw, ...]]:
