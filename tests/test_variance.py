@@ -347,7 +347,7 @@ def test_the_report_says_what_figures_do_not_show(report: dict[str, Any], tmp_pa
     assert "broken was left out: why" in text
     assert "<script>" not in (tmp_path / "report.html").read_text()
     figures = [block for block in contents(whole) if isinstance(block, Figure)]
-    assert all(figure.hides for figure in figures) and len(figures) == 5  # no training
+    assert all(figure.hides for figure in figures) and len(figures) == 6  # no training
     assert [table.row_count for table in report_tables(whole)] == [len(report["objectives"])] * 2
 
 
