@@ -94,7 +94,7 @@ def test_a_step_has_the_weighted_sum_of_the_parts_gradients(
     buffer, settings = filled(policy), RAW.model_copy(update={"token_budget": token_budget})
     ours = kept_gradient(make_policy(), mixture(weights), buffer, settings)
     if Need.MISMATCHED in mixture(weights).requires:  # then the reference is the policy as it comes
-        buffer = with_reference(buffer, policy)
+        buffer = OfflineBuffer.from_trajectories(list(with_reference(buffer, policy)))
     if "ppo" in weights:
         policy.add_critic(shared=False)
     theirs = torch.zeros_like(ours)
