@@ -243,11 +243,14 @@ def get_objective(name: str, /, **options: Any) -> Objective:
         except pydantic.ValidationError as error:
             reason = error.errors()[0]["msg"]
             raise UserError(f"objective {name!r}: option {option!r} = {value!r}: {reason}") from None
+    bare = [f for f in dataclasses.fields(found) if f.default is f.default_factory is dataclasses.MISSING]
+    if lacking := [f.name for f in bare if f.init and f.name not in options]:
+        raise UserError(f"objective {name!r} needs the option {lacking[0]!r}, which has no default: give it a value")
     try:
         return found(**options)
     except UserError:
         raise
-    except Exception as error:  # of a plug-in's own checks, or an option without a default
+    except Exception as error:  # of a plug-in's own checks
         raise UserError(f"objective {name!r} cannot be built from {options}: {told(error)}") from error
 
 

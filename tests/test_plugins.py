@@ -117,7 +117,7 @@ HEAD = "from dataclasses import dataclass, field\nimport rlzoo\n@dataclass(froze
 @pytest.mark.parametrize(
     ("fields", "options", "told"),
     [
-        ("    scale: float\n", {}, "cannot be built from {}: TypeError: "),
+        ("    scale: float\n", {}, "needs the option 'scale', which has no default"),
         ("    scale: Unknown = 1\n", {"scale": 1}, "'mine' has an annotation that cannot be read: name 'Unknown'"),
         ("    scale: float = 1\n", {"scale": "x"}, "option 'scale' = 'x': Input should be a valid number"),
         (
