@@ -77,6 +77,8 @@ class Rollouts(Sampling):
     """How many of the training problems; None: all."""
     behaviour: Literal["recompute", "sampler"] = "recompute"
     """Whose log-probs the buffer holds as the behaviour's: the trainer's own, or those of the engine that sampled."""
+    per_seed: bool = False
+    """Whether each seed has a buffer of its own samples, so that intervals cover the drawing of the samples too."""
 
 
 class EvaluationSettings(Sampling):

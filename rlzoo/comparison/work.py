@@ -82,18 +82,18 @@ def learns_from_samples(views: Views) -> bool:
     return any(selection is not Selection.DEMONSTRATIONS for selection, _ in views)
 
 
-def fill_buffer(experiment: Experiment, folder: Path, state: Path, report: Report) -> dict[str, Any]:
-    """Sample the base policy, join the demonstrations, add reference log-probs, and save the shared buffer."""
+def fill_buffer(experiment: Experiment, folder: Path, state: Path, seed: int, report: Report) -> dict[str, Any]:
+    """Sample the base policy, join the demonstrations, add reference log-probs, and save the buffer in ``folder``."""
 
     def fill() -> dict[str, Any]:
-        return _fill_buffer(experiment, folder, Pieces(state / "samples"), report)
+        return _fill_buffer(experiment, folder, Pieces(state / "samples").within(folder.name), seed, report)
 
     if not agreed(folder.exists()):  # the piece says that it is there
-        return dict(Pieces(state).write("buffer", fill())) if is_main() else fill()
-    return dict(Pieces(state).once("buffer", fill))
+        return dict(Pieces(state).write(folder.name, fill())) if is_main() else fill()
+    return dict(Pieces(state).once(folder.name, fill))
 
 
-def _fill_buffer(experiment: Experiment, folder: Path, pieces: Pieces, report: Report) -> dict[str, Any]:
+def _fill_buffer(experiment: Experiment, folder: Path, pieces: Pieces, seed: int, report: Report) -> dict[str, Any]:
     policy = load_policy(experiment.model, experiment.training.dtype)
     problems = load_problems(experiment.train)
     if experiment.demonstrations is None:
@@ -112,7 +112,7 @@ def _fill_buffer(experiment: Experiment, folder: Path, pieces: Pieces, report: R
             encode_problems(policy.tokenizer, chosen),
             reward_of(experiment),
             settings,
-            seed=0,
+            seed=seed,
             token_budget=experiment.training.token_budget,
             progress=_counted(len(chosen), "sampling the base policy", report),
             recompute=settings.behaviour == "recompute",

@@ -170,7 +170,7 @@ def _run(
 def fill(experiment: Experiment, folder: Path, state: Path, given: str | None, report: Report) -> int:
     """Make or read the buffer and save it where all jobs read it; the number of its rows."""
     if given is None:
-        rows: int = work.fill_buffer(experiment, folder, state, report)["rows"]
+        rows: int = work.fill_buffer(experiment, folder, state, 0, report)["rows"]
         return rows
     policy = load_policy(experiment.model, experiment.training.dtype)
     buffer: Buffer = read_buffer(given, policy.tokenizer)
