@@ -20,7 +20,6 @@ from rlzoo.problems import Problem, encode_problems
 from rlzoo.reward import Reward
 from rlzoo.rollout import VLLMSampler, VLLMServerSampler, collect_rollouts, mismatch, sampler_of
 from rlzoo.rollout.rollouts import ENGINE_BATCHES
-from rlzoo.rollout.vllm import _Refreshed
 from rlzoo.types import Trajectory
 
 MakePolicy = Callable[..., Policy]
@@ -116,17 +115,6 @@ def test_samples_come_in_order_with_the_policys_weights(policy: Policy, server: 
         next(policy.model.parameters()).add_(1.0)
     sampler.sample(prompts, Sampling(), seed=4)
     assert len(server.weights) == 2
-
-
-def test_another_model_at_the_same_place_is_another_model(
-    policy: Policy, make_policy: MakePolicy, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Trained as many steps as the last, it has the same versions; Python may give it the same id."""
-    monkeypatch.setattr("rlzoo.rollout.vllm.id", lambda thing: 7, raising=False)
-    seen, other = _Refreshed(), make_policy("llama", dtype=torch.float32, seed=1)
-    assert [p._version for p in policy.model.parameters()] == [p._version for p in other.model.parameters()]
-    assert seen.changed(policy) and not seen.changed(policy)
-    assert seen.changed(other) and not seen.changed(other)
 
 
 def test_one_process_of_several_hands_the_weights_over(

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from rlzoo.policy.adapters import adapters, add_lora, switched_off
 from rlzoo.policy.head import Head, LogitTerm, score_tokens
+from rlzoo.policy.weights import changes_of, mark_changed
 from rlzoo.ranks import shared
 from rlzoo.types import Need
 
@@ -101,6 +102,19 @@ class Policy(nn.Module):
         configured = getattr(self.model.generation_config, "eos_token_id", None)
         ids = configured if isinstance(configured, list) else [configured]
         return {i for i in [*ids, self.tokenizer.eos_token_id] if i is not None}
+
+    @property
+    def weights_version(self) -> int:
+        """Another number after every change of the model's weights, however it came about.
+
+        An optimizer's step, a loaded state dict, a change in place and a change of modules all count. A change through
+        ``.data`` goes unseen: call `weights_changed` after it.
+        """
+        return changes_of(self.model)
+
+    def weights_changed(self) -> None:
+        """Tell whoever samples with a copy of the weights that they are other ones now."""
+        mark_changed(self.model.parameters())
 
     def add_critic(self, shared: bool) -> None:
         """A value head that starts at 0, on the policy's trunk or on a copy of it that trains by itself."""

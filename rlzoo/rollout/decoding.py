@@ -19,7 +19,6 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from rlzoo.config import Sampling
 from rlzoo.policy import Policy
-from rlzoo.policy.head import Head
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -122,9 +121,8 @@ class Decoder:
     """Continues prompts with a policy, one token of every live sequence at a time."""
 
     def __init__(self, policy: Policy) -> None:
-        self.policy, self.head = policy, Head.of(policy.model)
-        self.trunk = policy.model.base_model
-        self.takes_positions = "position_ids" in inspect.signature(self.trunk.forward).parameters
+        self.policy = policy  # its modules are looked up at every step: an adapter may replace one
+        self.takes_positions = "position_ids" in inspect.signature(policy.model.base_model.forward).parameters
 
     @torch.no_grad()
     def decode(
@@ -178,13 +176,15 @@ class Decoder:
     ) -> Float[Tensor, "B V"]:
         """What the model says after the last position of each sequence."""
         extra = {"position_ids": positions.clamp(min=0)} if self.takes_positions else {}
+        policy = self.policy
 
         def work() -> Tensor:
-            with _folded(self.policy.model):
-                out = self.trunk(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, **extra)
-            return self.head.logits(out.last_hidden_state[:, -1])
+            with _folded(policy.model):
+                trunk = policy.model.base_model
+                out = trunk(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, **extra)
+            return policy.head.logits(out.last_hidden_state[:, -1])
 
-        return self.policy.run(work)
+        return policy.run(work)
 
 
 def padded(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Int[Tensor, "B L"], Bool[Tensor, "B L"]]:

@@ -6,8 +6,9 @@ import json
 import os
 import tempfile
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from http.client import HTTPException
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,7 +22,7 @@ from rlzoo.errors import UserError
 from rlzoo.policy import Policy
 from rlzoo.policy.adapters import merged
 from rlzoo.policy.loading import EMBEDDED, save_policy, trusts_remote_code
-from rlzoo.ranks import barrier, is_main, is_sharded, shared, world_size
+from rlzoo.ranks import barrier, gathered, is_main, shared, world_size
 from rlzoo.rollout.sampler import Sample
 from rlzoo.worlds import EMBEDDED_BASE
 
@@ -29,26 +30,32 @@ AT_A_TIME = 64
 """Requests that wait at a server together; it batches them as it sees fit."""
 TIMEOUT = 3600.0
 """Seconds until a server's silence is an error."""
-_engines: dict[str, Any] = {}
-"""Engines of this process by model and options: one takes most of a minute to start."""
 
 
-class _Refreshed:
-    """Knows whether the policy's weights are other ones than those that were handed over last."""
+class _Handed:
+    """What an engine holds: the weights of which model, at which of its versions."""
 
     def __init__(self) -> None:
         self._model: weakref.ref[Any] | None = None
-        self._versions: list[int] = []
+        self._version = -1
 
-    def changed(self, policy: Policy) -> bool:
-        """True at the first call, for another model, and after any change of a weight in place."""
+    def holds(self, policy: Policy) -> bool:
+        """Whether the engine has the policy's weights as they are now. All processes get the same answer."""
         same = self._model is not None and self._model() is policy.model  # by id, a new model could pass for an old one
-        versions = [p._version for p in policy.model.parameters()]
-        changed = (
-            not same or versions != self._versions or is_sharded(policy.model)
-        )  # a shard's version is not the whole's
-        self._model, self._versions = weakref.ref(policy.model), versions
-        return changed
+        return all(gathered(same and self._version == policy.weights_version))
+
+    @contextmanager
+    def taking(self, policy: Policy) -> Iterator[None]:
+        """While the policy's weights are handed over. If that fails, nobody knows what the engine holds."""
+        self._model = None
+        yield
+        self._model, self._version = weakref.ref(policy.model), policy.weights_version
+
+
+_engines: dict[str, tuple[Any, _Handed]] = {}
+"""Engines of this process by model and options: one takes most of a minute to start."""
+_servers: dict[str, _Handed] = {}
+"""What servers were handed, by URL: several samplers of this process may use one in turn."""
 
 
 class VLLMSampler:
@@ -67,8 +74,8 @@ class VLLMSampler:
         where = str(EMBEDDED_BASE) if policy.name == EMBEDDED else policy.name
         key = json.dumps([where, str(policy.model.dtype), options], sort_keys=True, default=str)
         if key not in _engines:
-            _engines[key] = (_start(where, policy, options), _Refreshed())
-        self.engine, self._refreshed = _engines[key]
+            _engines[key] = (_start(where, policy, options), _Handed())
+        self.engine, self._handed = _engines[key]
 
     def sample(
         self,
@@ -81,10 +88,11 @@ class VLLMSampler:
     ) -> list[list[Sample]]:
         from vllm import SamplingParams
 
-        if self._refreshed.changed(self.policy):
-            weights = merged(self.policy.model, dict(self.policy.model.state_dict()))
-            self.engine.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights.items())})
-            self.engine.reset_prefix_cache()
+        if not self._handed.holds(self.policy):
+            with self._handed.taking(self.policy):
+                weights = merged(self.policy.model, dict(self.policy.model.state_dict()))
+                self.engine.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights.items())})
+                self.engine.reset_prefix_cache()
         streams = range(len(prompts)) if numbers is None else numbers
         asked = [_asked(self.policy, settings, seed, number, greedy) for number in streams]
         found = self.engine.generate(
@@ -124,7 +132,7 @@ class VLLMServerSampler:
             self.model = str(models["data"][0]["id"])
         except (KeyError, IndexError, TypeError):
             raise UserError(f"what answers at {self.url} is no vLLM server") from None
-        self._refreshed = _Refreshed()
+        _servers[self.url] = _Handed()  # it may have been started anew since it was last asked
 
     def sample(
         self,
@@ -135,8 +143,9 @@ class VLLMServerSampler:
         progress: Callable[[int], None] | None = None,
         numbers: Sequence[int] | None = None,
     ) -> list[list[Sample]]:
-        if self._refreshed.changed(self.policy):
-            self._hand_over()
+        if not (handed := _servers[self.url]).holds(self.policy):
+            with handed.taking(self.policy):
+                self._hand_over()
 
         streams = range(len(prompts)) if numbers is None else numbers
 

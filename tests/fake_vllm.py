@@ -1,0 +1,122 @@
+"""A stand-in for vLLM in this process: it samples with the weights that it was handed, and says log-probs as vLLM does."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from rlzoo.config import Sampling
+from rlzoo.policy import Policy, Sequences
+from rlzoo.rollout import TransformersSampler
+
+
+@dataclass
+class Entry:
+    logprob: float
+
+
+@dataclass
+class Output:
+    token_ids: list[int]
+    logprobs: list[dict[int, Entry]]
+
+
+@dataclass
+class Request:
+    outputs: list[Output]
+
+
+@dataclass
+class SamplingParams:
+    """What is asked of an engine for one prompt."""
+
+    n: int
+    temperature: float
+    top_p: float
+    max_tokens: int
+    seed: int
+    others: dict[str, Any] = field(default_factory=dict)
+
+    def __init__(self, n: int, temperature: float, top_p: float, max_tokens: int, seed: int, **others: Any) -> None:
+        self.n, self.temperature, self.top_p, self.max_tokens = n, temperature, top_p, max_tokens
+        self.seed, self.others = seed, others
+
+
+class FakeEngine:
+    """Starts with weights of its own, as an engine does that loads a model's folder."""
+
+    def __init__(self, policy: Policy, gap: float = 0.0) -> None:
+        """``gap``, in nats, is how far its log-probs are from what they should be."""
+        self.policy = Policy(copy.deepcopy(policy.model), policy.tokenizer, policy.name)
+        self.gap, self.handed, self.fails = gap, 0, False
+
+    def holds(self, policy: Policy) -> bool:
+        """Whether its weights are the policy's."""
+        weights = plain_weights(policy)
+        own = self.policy.model.state_dict()
+        return set(own) == set(weights) and all(torch.equal(own[name], value) for name, value in weights.items())
+
+    def collective_rpc(self, method: str, kwargs: dict[str, Iterator[tuple[str, Tensor]]]) -> None:
+        assert method == "reload_weights"
+        if self.fails:
+            raise RuntimeError("the engine is out of memory")
+        self.handed += 1
+        self.policy.model.load_state_dict(dict(kwargs["weights_iterator"]))
+
+    def reset_prefix_cache(self) -> None:
+        pass
+
+    def generate(
+        self, prompts: list[dict[str, list[int]]], params: list[SamplingParams], use_tqdm: bool
+    ) -> list[Request]:
+        return [
+            self._answer(prompt["prompt_token_ids"], asked) for prompt, asked in zip(prompts, params, strict=True)
+        ]
+
+    @torch.no_grad()
+    def _answer(self, prompt: list[int], asked: SamplingParams) -> Request:
+        greedy = asked.temperature == 0
+        heat = 1.0 if greedy else asked.temperature
+        settings = Sampling(
+            samples=asked.n, temperature=heat, top_p=asked.top_p, max_new_tokens=asked.max_tokens, batch_size=asked.n
+        )
+        (samples,) = TransformersSampler(self.policy).sample([prompt], settings, asked.seed, greedy=greedy)
+        sequences = Sequences.collate([prompt] * len(samples), [s.ids for s in samples], self.policy.device)
+        processed = self.policy(sequences, temperature=heat, top_p=asked.top_p).logp
+        return Request(
+            [
+                Output(s.ids, [{t: Entry(float(x) + self.gap)} for t, x in zip(s.ids, row, strict=False)])
+                for s, row in zip(samples, processed, strict=True)
+            ]
+        )
+
+
+def plain_weights(policy: Policy) -> dict[str, Tensor]:
+    """A policy's weights, an adapter merged into them."""
+    from rlzoo.policy.adapters import merged
+
+    return merged(policy.model, dict(policy.model.state_dict()))
+
+
+def install(monkeypatch: pytest.MonkeyPatch, policy: Policy, gap: float = 0.0) -> list[FakeEngine]:
+    """Put the stand-in in vLLM's place; the engines that get started, each with ``policy``'s weights of now."""
+    started: list[FakeEngine] = []
+
+    def start(where: str, **options: Any) -> FakeEngine:
+        started.append(FakeEngine(policy, gap))
+        return started[-1]
+
+    module = ModuleType("vllm")
+    vars(module).update(LLM=start, SamplingParams=SamplingParams)
+    monkeypatch.setitem(sys.modules, "vllm", module)
+    monkeypatch.setattr("rlzoo.rollout.vllm.find_spec", lambda name: True)
+    monkeypatch.setattr("rlzoo.rollout.vllm._engines", {})
+    return started
