@@ -231,7 +231,7 @@ def _run_train(arguments: argparse.Namespace) -> int:
             print(f"finished before: {out}")
             return 0
         policy = load_policy(arguments.model, training.dtype)
-        buffer = read_buffer(arguments.buffer, policy.tokenizer)
+        buffer = read_buffer(arguments.buffer, policy.tokenizer, training.special_tokens)
         record = train(
             policy, objective, buffer, training, arguments.seed, [show], out / "logs", run.state / "checkpoints"
         )

@@ -40,6 +40,11 @@ class ProblemSource(_Strict):
     chat: bool = False
     """Whether to put the prompt into the model's chat template as a user's turn."""
     system: str | None = None
+    """The text of a system turn before each conversation; ``""``: an empty turn. None: no turn, and so the template's
+    default where it has one."""
+    special_tokens: Literal["reject", "allow"] = "reject"
+    """Text that spells a special token (a message that spells ``<|im_end|>``, a completion that goes on after an end of
+    sequence): an error that names the problem, or read as that token."""
     limit: Positive | None = None
 
 
@@ -145,6 +150,8 @@ class Training(_Strict):
     """Truncated importance sampling for samples of another engine: each token weighs min(π/π_engine, this) as much."""
     max_completion_tokens: Positive = 2048
     """Longer demonstrations are cut on the right, and so lose their end-of-sequence token."""
+    special_tokens: Literal["reject", "allow"] = "reject"
+    """Text in a table of demonstrations that spells a special token, as in `ProblemSource`."""
     dtype: Literal["float32", "bfloat16", "bfloat16-mixed", "float64"] = "float32"
     """``bfloat16-mixed`` keeps the weights in float32 and multiplies matrices in bfloat16."""
     lora: Lora | None = None

@@ -15,7 +15,7 @@ from rlzoo.policy import Policy
 from rlzoo.problems import Encoded, Problem, encode_problems
 from rlzoo.reward import Reward
 from rlzoo.rollout import Sampler, sampler_of
-from rlzoo.rollout.rollouts import judge
+from rlzoo.rollout.rollouts import check_prompts, judge
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,7 @@ def evaluate(
         raise UserError(f"pass@{settings.pass_k} needs as many samples, and there are {settings.samples}: change one")
     sampler = sampler or sampler_of(policy, settings)
     encoded = encode_problems(policy.tokenizer, problems)
+    check_prompts(policy, sampler, encoded, settings)
     sampled = _outcomes(sampler, encoded, reward, settings, seed, False, progress)
     best = _outcomes(sampler, encoded, reward, settings, seed, True, progress) if greedy else []
     correct = np.array([row["correct"] for row in sampled]).reshape(len(problems), settings.samples)

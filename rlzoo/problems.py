@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import string
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from rlzoo.buffers.encoding import encode_completion, encode_prompt
+from rlzoo.buffers.encoding import Special, Spelling, encode, encode_prompt, spelled
 from rlzoo.buffers.tables import load_table
+from rlzoo.chat import Message, messages
 from rlzoo.errors import UserError
 from rlzoo.types import Trajectory
 from rlzoo.worlds import WORLD_PREFIX, world_problems
@@ -24,11 +26,13 @@ class Problem:
     """A prompt, text or conversation, with the columns that rewards ask for and its demonstrations."""
 
     id: str
-    prompt: str | list[dict[str, str]]
+    prompt: str | list[Message]
     columns: Mapping[str, Any]
     solutions: tuple[str, ...] = ()
     quality: float | None = None
     """Of its solutions; the reward of the demonstrations that they become."""
+    special_tokens: Special = "reject"
+    """What happens to text that spells a special token."""
 
 
 @dataclass(frozen=True)
@@ -78,13 +82,24 @@ def _problem(index: int, row: Mapping[str, Any], source: ProblemSource) -> Probl
     else:
         prompt = column(source.prompt)
     if source.chat and isinstance(prompt, str):
-        system = [{"role": "system", "content": source.system}] if source.system else []
-        prompt = [*system, {"role": "user", "content": prompt}]
+        prompt = [{"role": "user", "content": prompt}]
+    if source.system is not None:
+        prompt = _instructed(prompt, source.system, f"problem set {source.source!r}, row {index}")
     columns = dict(row) | {new: column(old) for new, old in source.columns.items()}
     solution = None if source.solution is None else column(source.solution)
     solutions = () if solution is None else (str(solution),)
     own = row.get("id")
-    return Problem(f"{source.split}-{index}" if own is None else str(own), prompt, columns, solutions)
+    id = f"{source.split}-{index}" if own is None else str(own)
+    return Problem(id, prompt, columns, solutions, special_tokens=source.special_tokens)
+
+
+def _instructed(prompt: Any, system: str, where: str) -> list[Message]:
+    """The conversation behind a system turn; an empty one too, which keeps the template's default away."""
+    if not isinstance(prompt, list):
+        raise UserError(f"{where}: `system` is for conversations, and the prompt is plain text: add chat: true")
+    if prompt and isinstance(prompt[0], Mapping) and prompt[0].get("role") == "system":
+        raise UserError(f"{where}: the conversation has a system turn of its own: leave `system` out")
+    return [{"role": "system", "content": system}, *prompt]
 
 
 def _quality(source: ProblemSource, index: int, columns: Mapping[str, Any]) -> float:
@@ -111,12 +126,15 @@ def _placeholders(template: str) -> list[str]:
 
 def encode_problems(tokenizer: PreTrainedTokenizerBase, problems: Sequence[Problem]) -> list[Encoded]:
     """Each problem with its rendered prompt and prompt ids. Raises UserError naming a problem that has none."""
-    encoded = []
+    encoded, spelling = [], Spelling("problem")
     for problem in problems:
-        try:
-            encoded.append(Encoded(problem, *encode_prompt(tokenizer, problem.prompt)))
-        except UserError as error:
-            raise UserError(f"problem {problem.id!r}: {error}") from None
+        with naming(problem):
+            prompt = problem.prompt if isinstance(problem.prompt, str) else messages(problem.prompt)
+            if problem.special_tokens == "allow":
+                spelling.add(problem.id, spelled(tokenizer, prompt))
+            text, ids = encode_prompt(tokenizer, prompt, problem.special_tokens)
+            encoded.append(Encoded(replace(problem, prompt=prompt), text, ids))
+    spelling.tell()
     return encoded
 
 
@@ -126,13 +144,24 @@ def demonstrations(
     """One row a worked solution. A completion over ``max_tokens`` is cut: it loses its end and is marked so."""
     rows = []
     for encoded in encode_problems(tokenizer, problems):
-        for solution in encoded.problem.solutions:
-            ids = encode_completion(tokenizer, solution)
-            truncated = max_tokens is not None and len(ids) > max_tokens
-            kept = ids[:max_tokens]
-            text = tokenizer.decode(kept) if truncated else solution
-            rows.append(trajectory(encoded, text, kept, truncated=truncated, reward=encoded.problem.quality))
+        problem = encoded.problem
+        for solution in problem.solutions:
+            with naming(problem):
+                made = encode(tokenizer, problem.prompt, solution, None, max_tokens, problem.special_tokens)
+            own = replace(encoded, text=made.prompt, ids=made.prompt_ids)
+            text = made.completion if made.truncated else solution
+            known = {"truncated": made.truncated, "reward": problem.quality}
+            rows.append(trajectory(own, text, made.completion_ids, **known))
     return rows
+
+
+@contextmanager
+def naming(problem: Problem) -> Iterator[None]:
+    """Errors about a problem say which one it is."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"problem {problem.id!r}: {error}") from None
 
 
 def trajectory(encoded: Encoded, completion: str, ids: list[int], **known: Any) -> Trajectory:

@@ -29,7 +29,8 @@ from rlzoo.ranks import agreed, barrier, is_main
 from rlzoo.reward import Reward
 from rlzoo.reward_process import Limits, apart
 from rlzoo.rollout import collect_rollouts, mismatch, sampler_of
-from rlzoo.training import Costs, Trainer, TrainingRecord, batches, with_reference
+from rlzoo.rollout.rollouts import check_prompts
+from rlzoo.training import Costs, Trainer, TrainingRecord, batches, check_buffer, with_reference
 from rlzoo.training.batches import BufferSource, FreshSource, Source, Views, seeds, shares
 from rlzoo.training.costs import release_memory
 from rlzoo.training.state import random_state
@@ -100,7 +101,8 @@ def _fill_buffer(experiment: Experiment, folder: Path, pieces: Pieces, seed: int
         rows = demonstrations(policy.tokenizer, problems, experiment.training.max_completion_tokens)
         buffer: Buffer = OfflineBuffer.from_trajectories(rows)
     else:
-        buffer = read_buffer(experiment.demonstrations, policy.tokenizer)
+        buffer = read_buffer(experiment.demonstrations, policy.tokenizer, experiment.training.special_tokens)
+    check_buffer(policy, buffer)
     samples: list[Trajectory] = []
     offline = [name for name, row in experiment.algorithms.items() if row.mode == "offline"]
     if any(learns_from_samples(views_of(experiment, name)) for name in offline):
@@ -327,6 +329,7 @@ class Collector:
         self._encoded = encode_problems(policy.tokenizer, load_problems(experiment.train))
         self._order, self._queue = random.Random(seed), list[int]()
         self._sampler = sampler_of(policy, experiment.rollouts)
+        check_prompts(policy, self._sampler, self._encoded, experiment.rollouts)
 
     def __call__(self, version: int) -> Buffer:
         policy, settings = self._policy, self._experiment.rollouts

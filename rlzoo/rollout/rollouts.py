@@ -9,13 +9,14 @@ from typing import Any
 import numpy as np
 
 from rlzoo.config import Sampling
+from rlzoo.errors import UserError
 from rlzoo.pieces import Pieces
 from rlzoo.policy import Policy
 from rlzoo.policy.policy import score_rows
-from rlzoo.problems import Encoded, trajectory
+from rlzoo.problems import Encoded, naming, trajectory
 from rlzoo.ranks import agreed, world_size
 from rlzoo.reward import Reward, Score
-from rlzoo.rollout.sampler import Sample, Sampler, by_length
+from rlzoo.rollout.sampler import Sample, Sampler, TransformersSampler, by_length
 from rlzoo.types import Trajectory
 
 ENGINE_BATCHES = 16
@@ -41,6 +42,7 @@ def collect_rollouts(
     recomputed by the policy itself: in the trainer's numerics, whatever engine sampled. Without ``recompute`` they are
     the engine's own, where it gives any. With ``pieces`` what was sampled is kept there, and not sampled again.
     """
+    check_prompts(policy, sampler, problems, settings)
     sampled = _sampled(sampler, [p.ids for p in problems], settings, seed, progress, pieces)
     flat = [(problem, sample) for problem, samples in zip(problems, sampled, strict=True) for sample in samples]
     scores = agreed(judge(reward, flat))
@@ -116,6 +118,22 @@ def mismatch(rows: Sequence[Trajectory]) -> dict[str, float] | None:
         "mean_ratio": float(np.exp(gap).mean()),
         "kl": float((np.expm1(gap) - gap).mean()),
     }
+
+
+def check_prompts(policy: Policy, sampler: Sampler, problems: Sequence[Encoded], settings: Sampling) -> None:
+    """Raise UserError naming a problem with a token id that has no embedding, or with more tokens than positions.
+
+    The policy's own sampler also needs positions for ``max_new_tokens``; other engines have limits of their own.
+    """
+    positions, more = policy.positions, settings.max_new_tokens if isinstance(sampler, TransformersSampler) else 0
+    for encoded in problems:
+        with naming(encoded.problem):
+            policy.check_range(max(encoded.ids), min(encoded.ids))
+            if positions is not None and len(encoded.ids) + more > positions:
+                raise UserError(
+                    f"its prompt has {len(encoded.ids)} tokens, {more} may follow, and the model has {positions} "
+                    "positions: lower max_new_tokens, or drop the problem"
+                )
 
 
 def judge(reward: Reward, answered: Sequence[tuple[Encoded, Sample]]) -> list[Score]:

@@ -24,7 +24,7 @@ from rlzoo.outputs import remove, write_atomically
 from rlzoo.pieces import Pieces
 from rlzoo.policy import load_policy
 from rlzoo.runs import Run, run_in, versions
-from rlzoo.training import Trainer, TrainingRecord, with_reference
+from rlzoo.training import Trainer, TrainingRecord, check_buffer, with_reference
 from rlzoo.training.batches import buffer_sources
 from rlzoo.types import Need
 from rlzoo.variance.analyzer import analyze_variance
@@ -173,7 +173,8 @@ def fill(experiment: Experiment, folder: Path, state: Path, given: str | None, r
         rows: int = work.fill_buffer(experiment, folder, state, 0, report)["rows"]
         return rows
     policy = load_policy(experiment.model, experiment.training.dtype)
-    buffer: Buffer = read_buffer(given, policy.tokenizer)
+    buffer: Buffer = read_buffer(given, policy.tokenizer, experiment.training.special_tokens)
+    check_buffer(policy, buffer)
     needed = any(Need.REFERENCE in work.objective_of(experiment, name).requires for name in experiment.algorithms)
     if needed and not buffer.is_complete("reference_logp"):
         buffer = with_reference(buffer, policy, experiment.training.token_budget)

@@ -1,0 +1,218 @@
+"""Chat templates: a conversation as the model's text, and where the template starts and ends an assistant's turn."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from rlzoo.errors import UserError
+
+Message = dict[str, Any]
+"""``role`` and ``content``, both text, and what else the template reads (``tool_calls``, ``reasoning_content``)."""
+
+ROLES = ("system", "user", "assistant", "tool")
+"""Roles that any template may be given; others are accepted where the template names them."""
+_PROBE = "PROBE"
+"""An answer that no template changes, to see what a template puts around one."""
+
+
+@dataclass(frozen=True)
+class Turn:
+    """How a chat template writes an assistant's turn."""
+
+    opening: str = ""
+    """What a template without a generation prompt puts before the answer; empty where it has one."""
+    ending: tuple[int, ...] = ()
+    """The tokens after the answer."""
+    stop: int | None = None
+    """The special token among them at which sampling stops."""
+    controls: frozenset[str] = frozenset()
+    """Special tokens that structure a conversation. A message's text that spells one would break it."""
+
+    @property
+    def after_stop(self) -> int:
+        """Tokens of the ending that sampling never reaches: Qwen's newline after ``<|im_end|>``."""
+        return 0 if self.stop is None else len(self.ending) - 1 - self.ending.index(self.stop)
+
+
+def messages(value: Any, what: str = "the prompt") -> list[Message]:
+    """A conversation with text in every message. Lists of text parts are joined; keys without a value are dropped.
+
+    Raises UserError naming the message (from 1) that has no role or no text.
+    """
+    if not isinstance(value, Sequence) or isinstance(value, str | bytes):
+        raise UserError(f"{what} holds {_kind(value)}: give text or a list of messages")
+    if not value:
+        raise UserError(f"{what} is a conversation of no messages: give it at least one turn")
+    return [_message(message, number, what) for number, message in enumerate(value, 1)]
+
+
+def _message(message: Any, number: int, what: str) -> Message:
+    role = message.get("role") if isinstance(message, Mapping) else None
+    content = message.get("content") if isinstance(message, Mapping) else None
+    if isinstance(message, Mapping) and content is None and message.get("tool_calls"):
+        content = ""  # a call of tools needs no words
+    if isinstance(content, list) and content:
+        content = "".join(_part(part, number, what) for part in content)
+    for name, text in (("role", role), ("content", content)):
+        if not isinstance(text, str):
+            raise UserError(
+                f"{what} has a message without text in 'role' and 'content' "
+                f"({name} of message {number} is {_kind(text)}): "
+                "give both as text"
+            )
+    known = {key: value for key, value in message.items() if value is not None}
+    return {**known, "content": content}
+
+
+def _kind(value: Any) -> str:
+    return "null" if value is None else f"a {type(value).__name__}"
+
+
+def _part(part: Any, number: int, what: str) -> str:
+    if isinstance(part, str):
+        return part
+    text = part.get("text") if isinstance(part, Mapping) and part.get("type", "text") == "text" else None
+    if not isinstance(text, str):
+        kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
+        raise UserError(
+            f"{what} has a part of type {kind!r} in message {number}: rlzoo trains on text alone, so drop the row"
+        )
+    return text
+
+
+def render(tokenizer: Any, conversation: Sequence[Message], generation_prompt: bool = False) -> str:
+    """The conversation in the tokenizer's chat template. Raises UserError if there is none, or it refuses."""
+    if not getattr(tokenizer, "chat_template", None):
+        raise UserError(
+            "the tokenizer has no chat template for a conversation: "
+            "use a chat model's tokenizer, set tokenizer.chat_template, or give plain text"
+        )
+    try:
+        text: str = tokenizer.apply_chat_template(
+            list(conversation), add_generation_prompt=generation_prompt, tokenize=False
+        )
+    except Exception as error:  # a template is a program, and can fail in any way
+        reason = " ".join(str(error).split()) or type(error).__name__
+        roles = ", ".join(message["role"] for message in conversation)
+        raise UserError(
+            f"the chat template refuses a conversation of the roles {roles:.80} ({reason:.160}): "
+            "change its turns, or tokenizer.chat_template"
+        ) from None
+    return text
+
+
+def opened(tokenizer: Any, conversation: Sequence[Message]) -> str:
+    """A prompt as the model sees it before it answers: the conversation, and the opening of the assistant's turn.
+
+    A template without a generation prompt opens it as it opens the assistant's turns of a conversation. Raises
+    UserError for a template that refuses the conversation, does not know a role, or leaves a turn out.
+    """
+    text = render(tokenizer, conversation, generation_prompt=True)
+    for number, message in enumerate(conversation, 1):
+        role, content = message["role"], message["content"]
+        if role not in ROLES and role not in str(tokenizer.chat_template):
+            raise UserError(
+                f"message {number} has the role {role!r}, which the chat template does not name: "
+                f"call it one of {', '.join(ROLES)}"
+            )
+        if role in ("system", "user") and content.strip() not in text and _squeezed(content) not in _squeezed(text):
+            raise UserError(
+                f"the chat template leaves out message {number} (role {role}): "
+                "move its text to another turn, or change tokenizer.chat_template"
+            )
+    return text + turn_of(tokenizer).opening
+
+
+def answered(tokenizer: Any, conversation: Sequence[Message], answer: Message) -> tuple[str, str]:
+    """The opened prompt, and the whole conversation with the answer.
+
+    The whole is the template's own rendering wherever that keeps the prompt and the answer. Where it does not (R1's
+    template drops the reasoning of every answer, some of Mistral's drop the system turn once there is an answer), it is
+    the prompt as the model sees it, the answer as it is written, and the template's ending. A ``<think>`` that both
+    the generation prompt and the answer open is opened once.
+    """
+    prompt, whole = opened(tokenizer, conversation), render(tokenizer, [*conversation, answer])
+    content = answer["content"]
+    if whole.startswith(prompt) and content.strip() in whole[len(prompt) :]:
+        return prompt, prompt + _opened_once(prompt, whole[len(prompt) :])
+    boundary = shared(prompt, render(tokenizer, conversation))
+    if shared(prompt, whole) >= boundary and _squeezed(content) in _squeezed(whole[boundary:]):
+        return prompt, whole
+    before, after = _around(tokenizer, [*conversation, {**answer, "content": _PROBE}])
+    space = before[len(before.rstrip()) :] if prompt == prompt.rstrip() else ""
+    return prompt, prompt + _opened_once(prompt, space + content + after)
+
+
+def turn_of(tokenizer: Any) -> Turn:
+    """How the tokenizer's chat template writes an assistant's turn, found by rendering a conversation."""
+    if not getattr(tokenizer, "chat_template", None):
+        return Turn()
+    key = tuple(getattr(tokenizer, name) for name in ("chat_template", "bos_token", "eos_token", "pad_token"))
+    known = _TURNS.get(tokenizer)
+    if known is None or known[0] != key:
+        known = _TURNS[tokenizer] = (key, _turn(tokenizer))
+    return known[1]
+
+
+_TURNS: WeakKeyDictionary[Any, tuple[Any, Turn]] = WeakKeyDictionary()
+
+
+def _turn(tokenizer: Any) -> Turn:
+    own = {token for token in (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token) if token}
+    question, answer = {"role": "user", "content": "Q"}, {"role": "assistant", "content": _PROBE}
+    for start in ([], [{"role": "system", "content": "S"}]):
+        try:
+            closed, prompt = (render(tokenizer, [*start, question], opens) for opens in (False, True))
+            before, after = _around(tokenizer, [*start, question, answer])
+        except UserError:
+            continue
+        header = before[len(closed) :] if prompt == closed and before.startswith(closed) else ""
+        ending = tuple(tokenizer(after, add_special_tokens=False)["input_ids"])
+        single = {*tokenizer.all_special_ids, *(n for token, n in tokenizer.get_added_vocab().items() if token.strip())}
+        stop = next((token for token in ending if token in single), None)
+        controls = own | _marks(tokenizer, [*start, question, answer], question)
+        return Turn(header.rstrip(" ") if header.strip() else "", ending, stop, frozenset(controls))
+    return Turn(controls=frozenset(own))
+
+
+def _around(tokenizer: Any, conversation: Sequence[Message]) -> tuple[str, str]:
+    """What the template writes before and after the last message's text, which is the probe."""
+    before, probe, after = render(tokenizer, conversation).rpartition(_PROBE)
+    if not probe:
+        raise UserError("the chat template leaves out the assistant's turn: change tokenizer.chat_template")
+    return before, after
+
+
+def _marks(tokenizer: Any, conversation: list[Message], further: Message) -> set[str]:
+    """The special tokens that mark turns: those in a conversation whose last answer is past, its thinking gone."""
+    try:
+        text = render(tokenizer, [*conversation, further])
+    except UserError:  # it takes one question alone
+        text = render(tokenizer, conversation)
+    added = getattr(tokenizer, "added_tokens_decoder", {}).values()
+    special = {*tokenizer.all_special_tokens, *(token.content for token in added if token.special)}
+    # a tag that has a closing one marks a part of a text, as <think> does
+    tags = {tag for token in special if f"</{token[1:]}" in special for tag in (token, f"</{token[1:]}")}
+    return {token for token in special - tags if token.strip() and token in text}
+
+
+def _opened_once(prompt: str, rest: str) -> str:
+    """What follows the prompt, without a tag such as ``<think>`` that the prompt has opened already."""
+    found = re.search(r"(<[^<>\s]+>)(\s*)$", prompt)
+    if found is None or not rest.lstrip().startswith(found[1]):
+        return rest
+    return rest.lstrip().removeprefix(found[1]).removeprefix(found[2])
+
+
+def shared(one: Sequence[Any], other: Sequence[Any]) -> int:
+    """How many characters, or tokens, two sequences begin with together."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((place for place, (a, b) in pairs if a != b), min(len(one), len(other)))
+
+
+def _squeezed(text: str) -> str:
+    return "".join(text.split())
