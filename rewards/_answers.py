@@ -97,7 +97,7 @@ _PHRASE = re.compile(rf"(?:{_COPULA}|(?:^|\n)\s*A\s*:)\s*(?:\*\*|__)?", re.IGNOR
 _VERB_AT_END = re.compile(r"\s*(?:です|である|だ|となります|になります|입니다|이다|이에요|예요|है|हैं|হয়|'?d[ıiuü]r)\W*$")
 """Where the verb stands after the answer."""
 _ABBREVIATED = re.compile(r"\b(?:mrs?|ms|dr|st|prof|mt|jr|sr|vs|no|a\.m|p\.m|e\.g|i\.e|approx)\.$", re.IGNORECASE)
-_SENTENCE_END = re.compile(r"[.!?](?:\*\*)?(?=\s|$)|。")
+_SENTENCE_END = re.compile(r"(?<!\\)[.!?](?:\*\*)?(?=\s|$)|。")
 _NOTHING = re.compile(r"(?:therefore|thus|then|hence|now|simply|just|equal to|也?就?是|also|consequently|so)\b,?\s*:?\s*", re.IGNORECASE)
 _NO_ANSWER = re.compile(r"(?:not\b|correct|right|wrong|as follows|below|above|unknown to|clear\b)", re.IGNORECASE)
 
@@ -135,7 +135,7 @@ def _sentence(line: str) -> str:
 
 # Neither: values in running text
 
-_LATEX = r"\$\$[^$]+\$\$|\$(?!\s)[^$\n]*?(?<![\s\\])\$(?!\d)|\\\((?:[^\\]|\\(?!\)))*\\\)|\\\[(?:[^\\]|\\(?!\]))*\\\]|-?\\frac\{[^{}]*\}\{[^{}]*\}"
+_LATEX = r"\$\$[^$]+\$\$|(?<!\\)\$(?!\s)(?:\\\$|[^$\n])*?(?<![\s\\])\$(?!\d)|\\\((?:[^\\]|\\(?!\)))*\\\)|\\\[(?:[^\\]|\\(?!\]))*\\\]|-?\\frac\{[^{}]*\}\{[^{}]*\}"
 _FIGURE = r"(?<![\w.,])[-−(]*(?:\\?[$€£¥₹]\s?)?[-−]?\.?\d(?:[\d.,]*\d)?(?:\s?\\?%)?\)*"
 _ARITHMETIC = rf"{_FIGURE}(?:\s*[-+*/^=×÷·−x]\s*(?:\\?[$€£¥₹]\s?)?[-(]*(?:\\?[$€£¥₹]\s?)?(?:\.?\d(?:[\d.,]*\d)?)(?:\s?\\?%)?\)*)*"
 _ITEM = rf"(?:{_LATEX}|{_ARITHMETIC})"

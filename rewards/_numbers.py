@@ -32,8 +32,8 @@ _WRITTEN.insert(0, re.compile(_POWER % ("e1", "e2")))  # 10^{6}
 _PERCENT = re.compile(r" ?(?:%|\\text\{ ?(?:%|percent|per cent|pct) ?\}|(?:percent|per cent|pct)\b)")
 _ORDINAL = re.compile(r"(?:\^\{?)?(?:\\text\{)?(?:st|nd|rd|th)\}?\}?(?![A-Za-z])")
 _UNIT = re.compile(
-    r"\s*(?:\\text\{(?P<text>[^{}\d]*)\}|(?P<degree>\^\\circ ?)|(?P<power>\^\{?-?\d\}?)|\((?P<round>[^\W\d_][^()\d]*)\)"
-    r"|(?P<link>[/.-]|\\cdot)|(?P<sign>[€£¥₹¢$])|(?P<word>[^\W\d_]+))"
+    r"\s*(?:\\text\{(?P<text>[^{}\d]*)\}|(?P<degree>\^\\circ ?)|\^\{?(?P<power>-?\d)\}?|\((?P<round>[^\W\d_][^()\d]*)\)"
+    r"|(?P<link>[/.-]|\\cdot)|(?P<sign>[€£¥₹¢$])|(?P<word>[^\W\d_]+(?:'[^\W\d_]+)?))"
 )
 _EXTREME = 400
 """Digits, and powers of ten, beyond which a number is left to the comparison of texts."""
@@ -97,7 +97,7 @@ def unit_of(text: str) -> frozenset[str] | None:
             return None if text[at:].strip() else _units.canonical(found)
         at = match.end()
         spelled = match["text"] if match["text"] is not None else match["round"] or match["word"] or match["sign"] or ""
-        named = re.findall(r"[€£¥₹¢$]|[^\W\d_]+", spelled)
+        named = re.findall(r"[€£¥₹¢$]|[^\W\d_]+(?:'[^\W\d_]+)?", spelled)
         bare = match["text"] is None and not match["sign"]
         if bare and not all(is_word(word) or word in _units.SYMBOLS for word in named):
             return None  # variables
@@ -105,7 +105,7 @@ def unit_of(text: str) -> frozenset[str] | None:
             return None
         if (match["power"] or match["link"]) and not found:
             return None
-        found += ["degree"] if match["degree"] else named
+        found += ["degree"] if match["degree"] else [match["power"]] if match["power"] else named
     return _units.canonical(found)
 
 
@@ -118,12 +118,12 @@ def comma_decimal(text: str) -> Number | None:
 
 
 def equal(one: Number, other: Number) -> bool:
-    """Equal numbers in units that agree; p % also equals p/100 without a sign, and p."""
+    """Equal numbers in units that agree; p % also equals p/100 without the sign and, from 1 % on, p without it."""
     if not _units.agree(one.unit, other.unit):
         return False
     rounded = one.decimal or other.decimal
     x, y = one.value, other.value
-    if close(x, y, rounded):
+    if close(x, y, rounded) and (one.percent == other.percent or abs(x) >= 1):
         return True
     return one.percent != other.percent and (close(x / 100, y, True) if one.percent else close(x, y / 100, True))
 
@@ -164,3 +164,19 @@ def same_ratio(one: list[Fraction], other: list[Fraction]) -> bool:
     if len(one) != len(other) or not one[0] or not other[0]:
         return one == other
     return all(x * other[0] == y * one[0] for x, y in zip(one, other, strict=True))
+
+
+def based(text: str) -> tuple[str, int | None] | None:
+    """The digits of a number and its base, 1010_2, or None where it says none; None for what has no such digits."""
+    match = re.fullmatch(r"([0-9A-Z]+)(?:_(?:\{(\d+)\}|(\d)))?", text)
+    return (match[1], int(match[2] or match[3]) if match[2] or match[3] else None) if match else None
+
+
+def same_in_base(one: tuple[str, int | None], other: tuple[str, int | None]) -> bool:
+    """Equal values in bases that both name; equal digits where one of them leaves its base out."""
+    if one[1] is None or other[1] is None or not all(2 <= (base or 0) <= 36 for _, base in (one, other)):
+        return one[0] == other[0] and (one[1] is None or other[1] is None or one[1] == other[1])
+    try:
+        return int(one[0], one[1]) == int(other[0], other[1])
+    except ValueError:  # a digit that the base has not, or thousands of them
+        return False

@@ -44,6 +44,8 @@ _MEASURES = {
     "mile hour": "mph",
     "km hour": "kmh kph kmph",
     "hertz": "hz",
+    "2": "square sq",
+    "3": "cubic cube",
     "pascal": "pa",
 }
 _CANONICAL = {other: unit for unit, others in _MEASURES.items() for other in (unit, *others.split())}

@@ -37,7 +37,7 @@ _REWRITE = [
         (r"\\(?:left|right|[bB]igg?[lrm]?)(?![A-Za-z])\s*\.?", ""),  # sizes of brackets; \left. is an empty bracket
         (r"\\(?:displaystyle|textstyle|limits|nolimits|bf|rm|it|hfill|protect|strut)(?![A-Za-z])", ""),
         (r"\\[dtc]frac(?![A-Za-z])", r"\\frac"),
-        (r"(?<=\d)(?:\{,\}|\\[,!: ]|\\thinspace|~)\s*(?=\d{3}(?!\d))", ""),  # thousands: 1{,}000, 1\,000
+        (r"(?<=\d)(?:\{,\}|,?\\!|\\[,: ]|\\thinspace|~)\s*(?=\d{3}(?!\d))", ""),  # thousands: 1{,}000, 1,\!000, 1\,000
         (r"\{,\}", ","),
         (r"(?<!\\)\\(?:[,;:! >]|(?:quad|qquad|thinspace|enspace|nobreakspace)(?![A-Za-z]))|~", " "),
         (r"\^\s*\{?\s*(?:\\circ|\\degree)\s*\}?|\\(?:text)?degree(?![A-Za-z])", r"^\\circ "),
@@ -53,6 +53,7 @@ _REWRITE = [
         (r"(?<![\\A-Za-z])(pi|sqrt|infinity)(?![A-Za-z])", r"\\\1 "),  # names of what LaTeX has commands for
         (r"(?<![\\A-Za-z])(sin|cos|tan|cot|sec|csc|log|ln|exp)(?=\s*[\d(\\^_])", r"\\\1 "),
         (r"\\infinity", r"\\infty"),
+        (r"\\sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}"),
     )
 ]
 
@@ -145,7 +146,7 @@ def _balanced(text: str) -> bool:
 
 def compact(text: str) -> str:
     """The clean text without blanks, and without braces around single signs: what two equal formulas share."""
-    return re.sub(r"\{(\w)\}", r"\1", re.sub(r"\s+", "", text))
+    return re.sub(r"\{(\w)\}", r"\1", re.sub(r"(?<!\d)\s+|\s+(?!\d)", "", text))
 
 
 # Words
@@ -173,8 +174,8 @@ def is_prose(text: str) -> bool:
         return True
     bare = re.sub(r"\\[A-Za-z]+|\{[A-Za-z]*(?:matrix|cases|array)\}", " ", text)
     found = [letters for letters in re.findall(r"[^\W\d_]{2,}", bare) if letters not in FUNCTIONS]
-    if len(found) == 1 and len(text) > 2 and found[0] == text:  # the whole answer: red, but not xyz
-        return is_word(text) or re.search("[aeiouAEIOU]", text) is not None
+    if re.fullmatch(r"[^\W\d_]{2,}(?: [^\W\d_]{2,})*", text) and len(text) > 2:  # nothing else: red one, but not xyz
+        return any(is_word(letters) or re.search("[aeiouAEIOU]", letters) for letters in found)
     return any(is_word(letters) for letters in found)
 
 
@@ -184,9 +185,9 @@ _OPENING = {"(", "[", "{", r"\{", r"\begin", r"\langle", r"\lfloor", r"\lceil"}
 _CLOSING = {")", "]", "}", r"\}", r"\end", r"\rangle", r"\rfloor", r"\rceil"}
 _BRACKET = re.compile(r"\\[{}]|\\(?:begin|end|langle|rangle|lfloor|rfloor|lceil|rceil)(?![A-Za-z])|[()\[\]{}]")
 _AND = r"(?:and|or|und|oder|et|ou|и|или|y/o|also)"
+_TEXT_AND = re.compile(rf"\\text\{{\s*,?\s*{_AND}\s*,?\s*\}}")
 _SEPARATOR = re.compile(
-    rf"[,;]|\\text\{{\s*,?\s*{_AND}\s*,?\s*\}}|(?<![^\W\d_\\])(?<!\\){_AND}(?![^\W\d_])"
-    r"|\\(?:lor|land|vee|wedge)(?![A-Za-z])|[和或与及]|또는|그리고"
+    rf"[,;&]|(?<![^\W\d_\\])(?<!\\){_AND}(?![^\W\d_])|\\(?:lor|land|vee|wedge)(?![A-Za-z])|[和或与及]|또는|그리고"
 )
 
 
@@ -207,6 +208,7 @@ def _outside(text: str) -> list[tuple[int, int]]:
 
 def split(text: str, separator: re.Pattern[str] = _SEPARATOR) -> list[str]:
     r"""What a clean text lists outside brackets, by commas, "and" and "or"; ``\pm`` lists both signs."""
+    text = _TEXT_AND.sub(",", text)
     items, at = list[str](), 0
     for start, end in _outside(text):
         for match in separator.finditer(text, start, end):

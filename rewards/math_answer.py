@@ -17,7 +17,18 @@ from typing import Any, ClassVar
 from rlzoo.reward import register_reward
 from rlzoo.rewards import _symbols
 from rlzoo.rewards._answers import announced, first_value, last_value, marked
-from rlzoo.rewards._numbers import clock, comma_decimal, equal, number, ratio, same_ratio, same_time, unit_of
+from rlzoo.rewards._numbers import (
+    based,
+    clock,
+    comma_decimal,
+    equal,
+    number,
+    ratio,
+    same_in_base,
+    same_ratio,
+    same_time,
+    unit_of,
+)
 from rlzoo.rewards._text import column_of, completion_text
 from rlzoo.rewards._units import agree
 from rlzoo.rewards._writing import bracketed, clean, compact, is_prose, split, words
@@ -93,9 +104,9 @@ def _unmarked(text: str, golds: list[str]) -> bool | None:
     lines = text.strip().splitlines()
     if lines and (_all_equal([lines[-1]], golds) or not is_prose(clean(lines[-1]))):
         return _all_equal([lines[-1]], golds)
-    if wanted_words:
-        return None
     value = last_value(text)
+    if wanted_words and value and not is_prose(clean(value)):
+        return None
     return None if value is None else _all_equal([value], golds)
 
 
@@ -139,8 +150,11 @@ def _equal(answer: str, gold: str) -> bool:
         one, other = read(answer), read(gold)
         if one is not None and other is not None:
             return bool(same(one, other))  # type: ignore[operator]
-    if _is_choice(gold) or _is_choice(answer):
-        return _same_choice(answer, gold)
+    if "_" in answer + gold and (one := based(answer)) and (other := based(gold)):
+        return same_in_base(one, other)
+    given, asked = _choice(answer), _choice(gold)
+    if given or asked:
+        return _same_choice(given, asked, gold if given else answer)
     decimal, expected = comma_decimal(answer), number(gold)
     if decimal and expected and expected.decimal:
         return equal(decimal, expected)
@@ -150,31 +164,33 @@ def _equal(answer: str, gold: str) -> bool:
     values = _same_values(answer, gold)
     if values is not None:
         return values
-    (answer, unit), (gold, asked) = _without_unit(answer), _without_unit(gold)
+    (answer, unit), (gold, unit_asked) = _without_unit(answer), _without_unit(gold)
     if is_prose(answer) or is_prose(gold):
         return False
-    return agree(unit, asked) and _symbols.equal(gold, answer)
+    return agree(unit, unit_asked) and _symbols.equal(gold, answer)
 
 
-_CHOICE = re.compile(r"\(([A-J])\)\s*(.*)|([A-J])(?:[.):]\s*(.*))?", re.DOTALL)
+_CHOICE = re.compile(
+    r"(?:\((?P<round>[A-J])\)|(?P<bare>[A-J])(?:[.):](?=\s|$)|$))(?:\s+(?P<value>(?!(?:or|and)\b|\\text\{\s*(?:or|and)\b|[-+*/^=<>,]).*))?",
+    re.DOTALL,
+)
+_CHOICES = re.compile(r"(?<![A-Za-z\\])(?:\([A-J]\)|[A-J][.)](?=\s|$))|\b(?:or|and)\W+[A-J]\b")
 
 
-def _is_choice(text: str) -> bool:
+def _choice(text: str) -> tuple[str, str] | None:
+    """A letter of several, alone or before what it stands for: A, (A), A. 5; None for anything else."""
     match = _CHOICE.fullmatch(text)
-    return match is not None
+    if match is None or _CHOICES.search(match["value"] or ""):
+        return None
+    return match["round"] or match["bare"], clean(match["value"] or "")
 
 
-def _same_choice(answer: str, gold: str) -> bool:
-    """A letter of several, alone or before what it stands for: A, (A), A. 5."""
-    one, other = _CHOICE.fullmatch(answer), _CHOICE.fullmatch(gold)
-    if one is None or other is None:
-        choice, text = (one, gold) if one else (other, answer)
-        assert choice is not None
-        value = choice[2] or choice[4]
-        return bool(value) and _equal(clean(value), text)
-    values = [clean(choice[2] or choice[4] or "") for choice in (one, other)]
-    same_letter = (one[1] or one[3]) == (other[1] or other[3])
-    return same_letter and (not all(values) or _equal(values[0], values[1]))
+def _same_choice(one: tuple[str, str] | None, other: tuple[str, str] | None, text: str) -> bool:
+    """Whether two choices are the same, or the value of the only one is the ``text`` that is none."""
+    if one and other:
+        return one[0] == other[0] and (not one[1] or not other[1] or _equal(one[1], other[1]))
+    value = (one or other or ("", ""))[1]
+    return value != "" and _equal(value, text)
 
 
 def _same_lists(answer: str, gold: str) -> bool | None:
@@ -188,8 +204,10 @@ def _same_lists(answer: str, gold: str) -> bool | None:
                   for brackets, items, text in ((kind, given, answer), (asked, wanted, gold))]  # fmt: skip
         return None if inside == [answer, gold] else _equal(*inside)
     if len(given) <= 1 or len(wanted) <= 1:
-        single, brackets = (answer, asked) if len(given) <= 1 else (gold, kind)
-        return None if brackets not in ("", "{}") or _is_relation(single) else False
+        (single, brackets), items = ((answer, asked), wanted) if len(given) <= 1 else ((gold, kind), given)
+        if brackets not in ("", "{}") or _is_relation(single):
+            return None
+        return all(_equal(single, item) for item in items)  # one and the same answer, written twice
     if kind != asked and ((kind and asked) or (kind or asked) not in ("()", "{}")):
         return False
     return _same_items(given, wanted, ordered=(kind or asked) not in ("", "{}"))
