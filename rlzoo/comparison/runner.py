@@ -51,6 +51,7 @@ OUTCOMES = pa.schema(
         ("length", pa.int64()),
         ("truncated", pa.bool_()),
         ("text", pa.string()),
+        ("logged", pa.string()),
     ]
 )
 
