@@ -329,6 +329,7 @@ def _run_evaluate(arguments: argparse.Namespace) -> int:
         print(
             f"{name}: avg@{m['samples']} {m['avg_at_k']:.1%}  greedy {m['greedy']:.1%}  "
             f"pass@{m['k']} {m['pass_at_k']:.1%}"
+            + "".join(f"  {n.removeprefix('reward/')} {v:.4g}" for n, v in m.items() if n.startswith("reward/"))
         )
     return 0
 

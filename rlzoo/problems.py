@@ -164,9 +164,12 @@ def naming(problem: Problem) -> Iterator[None]:
         raise UserError(f"problem {problem.id!r}: {error}") from None
 
 
-def trajectory(encoded: Encoded, completion: str, ids: list[int], **known: Any) -> Trajectory:
-    """A buffer row for one completion of a problem."""
+def trajectory(
+    encoded: Encoded, completion: str, ids: list[int], logged: Mapping[str, Any] | None = None, **known: Any
+) -> Trajectory:
+    """A buffer row for one completion of a problem, with what a reward ``logged`` of it in columns of its own."""
     problem = encoded.problem
+    own = {f"logged_{n}" if n in problem.columns else n: value for n, value in (logged or {}).items()}
     return Trajectory(
         prompt=encoded.text,
         completion=completion,
@@ -174,6 +177,6 @@ def trajectory(encoded: Encoded, completion: str, ids: list[int], **known: Any) 
         completion_ids=ids,
         prompt_id=problem.id,
         messages=None if isinstance(problem.prompt, str) else problem.prompt,
-        columns=dict(problem.columns),
+        columns={**problem.columns, **own},
         **known,
     )

@@ -122,7 +122,7 @@ def test_register_reward_uses_dashes(monkeypatch: pytest.MonkeyPatch) -> None:
         ([{"name": "length", "weight": "heavy"}], r"the weight of 'length' is 'heavy', not a number"),
         ([{"name": "length"}, "nothing-here"], r"unknown reward 'nothing-here'"),
         (3, r"reward 3 is int, not something that can be called"),
-        (lambda: 3, r"takes no completions, and builds no reward but int"),
+        (lambda: 3, r"takes no completions but \(\); a reward has TRL's signature, .* must return a callable, not int"),
         ("trl.rewards:get_soft_overlong_punishment", r"needs the option 'max_completion_len'"),
         ({"name": "trl.rewards:get_repetition_penalty_reward", "max_penalty": 1.0}, r"cannot be built: ValueError"),
     ],

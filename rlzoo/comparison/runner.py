@@ -53,6 +53,7 @@ OUTCOMES = pa.schema(
         ("length", pa.int64()),
         ("truncated", pa.bool_()),
         ("text", pa.string()),
+        ("logged", pa.string()),
     ]
 )
 

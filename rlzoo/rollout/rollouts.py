@@ -15,7 +15,7 @@ from rlzoo.policy import Policy
 from rlzoo.policy.policy import score_rows
 from rlzoo.problems import Encoded, naming, trajectory
 from rlzoo.ranks import agreed, world_size
-from rlzoo.reward import Reward, Score
+from rlzoo.reward import Reward, Score, get_reward
 from rlzoo.rollout.sampler import Sample, Sampler, TransformersSampler, by_length
 from rlzoo.types import Trajectory
 
@@ -27,7 +27,7 @@ def collect_rollouts(
     policy: Policy,
     sampler: Sampler,
     problems: Sequence[Encoded],
-    reward: Reward,
+    reward: Any,
     settings: Sampling,
     seed: int,
     version: int = 0,
@@ -36,13 +36,15 @@ def collect_rollouts(
     recompute: bool = True,
     pieces: Pieces | None = None,
 ) -> list[Trajectory]:
-    """Sample each problem ``settings.samples`` times and judge the completions.
+    """Sample each problem ``settings.samples`` times and score the completions; ``reward`` is what `get_reward` takes.
 
     Behaviour log-probs are those of the distribution that was sampled from (temperature and top_p applied),
     recomputed by the policy itself: in the trainer's numerics, whatever engine sampled. Without ``recompute`` they are
     the engine's own, where it gives any. With ``pieces`` what was sampled is kept there, and not sampled again.
+    What a reward logs of a completion becomes a column of its row; metrics of a call stand beside the reward's parts.
     """
     check_prompts(policy, sampler, problems, settings)
+    reward = get_reward(reward)
     sampled = _sampled(sampler, [p.ids for p in problems], settings, seed, progress, pieces)
     flat = [(problem, sample) for problem, samples in zip(problems, sampled, strict=True) for sample in samples]
     scores = agreed(judge(reward, flat))
@@ -59,7 +61,8 @@ def collect_rollouts(
             sample.ids,
             source="policy",
             reward=score.value,
-            reward_parts=score.parts,
+            reward_parts={**score.metrics, **score.parts},
+            logged=score.extra,
             behaviour_logp=logp,
             sampler_logp=sample.logp if recompute else None,  # held against itself it would say that all is well
             policy_version=version,
