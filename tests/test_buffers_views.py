@@ -7,7 +7,7 @@ from collections import Counter
 
 import pytest
 from buffer_rows import sample, samples
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from rlzoo.buffers import OfflineBuffer
@@ -79,6 +79,9 @@ def test_pairs_straddle_the_threshold_within_a_prompt(
 
 
 @given(row_lists)
+@example([sample(0, 1.0, version=0), sample(0, 0.0, version=1), sample(0, 0.5, version=0)])
+@example([sample(0, 1.0), sample(1, 0.0), sample(0, None), sample(0, 0.0, behaviour_logp=None), sample(1, 1.0)])
+@example([sample(0, 1.0, source="preference"), sample(0, 1.0, source="demonstration"), sample(0, 0.0)])
 def test_groups_are_whole(rows: list[Trajectory]) -> None:
     expected: dict[tuple[str, int], list[int]] = {}
     for i, row in enumerate(rows):

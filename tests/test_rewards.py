@@ -284,6 +284,14 @@ def test_math_answer(completion: str, gold: Any, value: float | None) -> None:
     assert scores("math-answer", [said(completion)], answer=[gold]) == [value]
 
 
+@pytest.mark.parametrize(
+    ("completion", "gold"), [("0.5%", "50"), ("50", "0.5%"), (r"0.5\%", r"50\%"), ("50%", "5000"), ("5000", "50%")]
+)
+def test_a_percentage_is_its_number_or_its_hundredth_and_never_a_hundred_times_it(completion: str, gold: str) -> None:
+    assert scores("math-answer", [f"#### {completion}"], answer=[gold]) == [0.0]
+    assert scores("math-answer", [rf"\boxed{{{completion}}}"], answer=[gold]) == [0.0]
+
+
 def test_math_answer_may_demand_a_mark() -> None:
     completions = ["so 20 or so", "#### 20", r"\boxed{\frac{40}{2}}", "so 20", "#### 3"]
     golds = ["20", "20", "20", "", "#### 3"]

@@ -14,7 +14,6 @@ import pytest
 import torch
 from comparisons import inline_pool, small
 from test_objectives import SEEDS, gradients, hand_batch, random_batch
-from test_ranks import DDP, FSDP, WORKER, found_in, launch
 from test_training import RAW, Fixed, MakePolicy, distance, full_batch, make_batch, term_of, trained
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -507,25 +506,6 @@ def test_the_analyzer_reads_each(make_policy: MakePolicy, table: Path) -> None:
         assert entry["trace_cov"]["value"] == pytest.approx(plain[layer]["trace_cov"]["value"], rel=1e-4)
     assert noise["otr"]["cosine_to_sft"]["value"] > 0.5
     assert "full-vocabulary term" in found["objectives"]["otr"]["token_moments"]["reason"]
-
-
-def test_processes_train_as_one(tmp_path: Path) -> None:
-    """Where a reference gives logits, where the snapshot is scored by all, and where the head gives statistics."""
-    names, found = ("asft", "psft", "eaft"), {}
-    for kind, processes, extra in (("alone", 1, DDP), ("ddp", 2, DDP), ("fsdp", 2, FSDP)):
-        folder = tmp_path / kind
-        folder.mkdir()
-        launch([str(WORKER), str(folder), *names], processes, folder, extra)
-        found[kind] = found_in(folder, names)
-    for kind in ("ddp", "fsdp"):
-        for name, (weights, told) in found[kind].items():
-            expected, told_alone = found["alone"][name]
-            assert told["ranks"] == 2 and told["sharded"] == (kind == "fsdp")
-            for key, value in weights.items():
-                torch.testing.assert_close(value, expected[key], rtol=1e-6, atol=1e-9, msg=f"{name} {key}")
-            for row, row_alone in zip(told["steps"], told_alone["steps"], strict=True):
-                assert row == pytest.approx(row_alone, rel=1e-6, abs=1e-9)
-        assert found[kind]["asft"][1]["steps"][2]["logit_term"] > 0
 
 
 def test_otr_leaves_it_to_the_trainer_to_tell_of_a_nan() -> None:
