@@ -100,6 +100,15 @@ class Objective:
         return None
 
     @property
+    def at_sampling_temperature(self) -> bool:
+        """Whether log-probs of a row, and all that goes with them, are taken at the temperature it was sampled at.
+
+        So they are where the policy that samples is what is improved: by groups of its samples, or by ratios to it,
+        which are 1 at the start only at that temperature. Other objectives learn the policy at temperature 1.
+        """
+        return self.learns_from is Selection.GROUPS or Need.BEHAVIOUR in self.requires
+
+    @property
     def parts(self) -> tuple[Part, ...]:
         """The objectives whose gradients are summed in a step: this one alone, unless it is a composite.
 

@@ -163,12 +163,19 @@ class Trajectory:
     reward: float | None = None
     reward_parts: dict[str, float | None] = field(default_factory=dict)
     behaviour_logp: list[float] | None = None
-    """One log-prob a completion token, in nats, under the distribution that was sampled from."""
+    """One log-prob per completion token, in nats, of the policy that sampled: at ``temperature``, without ``top_p``."""
     sampler_logp: list[float] | None = None
     """The same as the engine that sampled computed it, where that is not the one that trains."""
     reference_logp: list[float] | None = None
+    """Of the frozen reference, at temperature 1."""
+    tempered_reference_logp: list[float] | None = None
+    """Of the frozen reference at ``temperature``, where that is not 1."""
     policy_version: int = 0
     truncated: bool = False
+    temperature: float = 1.0
+    """The temperature that the completion was sampled at; 1 for what no policy of this run's kind sampled."""
+    top_p: float = 1.0
+    """The nucleus that it was sampled from."""
     messages: list[dict[str, str]] | None = None
     """The conversation behind ``prompt``, if it was one."""
     columns: dict[str, object] = field(default_factory=dict)

@@ -1,4 +1,4 @@
-"""A stand-in for vLLM in this process: it samples with the weights that it was handed, and says log-probs as vLLM does."""
+"""A stand-in for vLLM in this process: it samples with the weights it was handed, and gives log-probs as vLLM does."""
 
 from __future__ import annotations
 
@@ -77,9 +77,7 @@ class FakeEngine:
     def generate(
         self, prompts: list[dict[str, list[int]]], params: list[SamplingParams], use_tqdm: bool
     ) -> list[Request]:
-        return [
-            self._answer(prompt["prompt_token_ids"], asked) for prompt, asked in zip(prompts, params, strict=True)
-        ]
+        return [self._answer(prompt["prompt_token_ids"], asked) for prompt, asked in zip(prompts, params, strict=True)]
 
     @torch.no_grad()
     def _answer(self, prompt: list[int], asked: SamplingParams) -> Request:

@@ -34,8 +34,11 @@ FULL = Trajectory(
     reward_parts={"format": 0.25, "answer": None},
     behaviour_logp=[-0.5, -math.inf],
     reference_logp=[-0.25, -2.0],
+    tempered_reference_logp=[-0.125, -1.0],
     policy_version=3,
     truncated=True,
+    temperature=0.6,
+    top_p=0.9,
     messages=[{"role": "user", "content": "1+1=?"}],
     columns={"answer": 2, "nested": {"steps": [1, 2.5, None, "x"]}},
 )
@@ -71,8 +74,11 @@ def trajectories(draw: st.DrawFn) -> Trajectory:
         reward_parts=draw(st.dictionaries(texts, st.none() | st.floats(allow_nan=False), max_size=2)),
         behaviour_logp=draw(logp),
         reference_logp=draw(logp),
+        tempered_reference_logp=draw(logp),
         policy_version=draw(st.integers(0, 9)),
         truncated=draw(st.booleans()),
+        temperature=draw(st.floats(0, 4, exclude_min=True)),
+        top_p=draw(st.floats(0, 1, exclude_min=True)),
         messages=draw(st.none() | messages),
         columns=draw(columns),
     )
@@ -241,7 +247,9 @@ def test_token_values_and_rewards_make_a_new_buffer() -> None:
     assert derived.column("reward_parts") == [{"a": 1.0, "b": None}, {}]
     assert derived.rows.features == SCHEMA
     assert list(buffer) == [FULL, PLAIN]
-    same = derived.with_reference_logp([FULL.reference_logp, None]).with_behaviour_logp([FULL.behaviour_logp, None])
+    same = derived.with_reference_logp(
+        [FULL.reference_logp, None], [FULL.tempered_reference_logp, None]
+    ).with_behaviour_logp([FULL.behaviour_logp, None])
     assert list(same.with_rewards([FULL.reward, None], [FULL.reward_parts, {}])) == [FULL, PLAIN]
 
 

@@ -16,7 +16,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from rlzoo.buffers import OfflineBuffer
-from rlzoo.config import EvaluationSettings, Lora, Sampling, Training
+from rlzoo.comparison.plan import workers_at
+from rlzoo.comparison.runner import compare
+from rlzoo.config import EvaluationSettings, Lora, Sampling, Training, load_experiment
 from rlzoo.errors import UserError
 from rlzoo.evaluation import evaluate
 from rlzoo.objective import get_objective
@@ -171,6 +173,10 @@ def loaded(policy: Policy, assign: bool) -> None:
     policy.model.load_state_dict(weights, assign=assign)
 
 
+def loaded_whole(policy: Policy) -> None:
+    policy.load_state_dict({name: value + 1 for name, value in policy.state_dict().items()})
+
+
 @torch.no_grad()
 def changed_in_place(policy: Policy) -> None:
     policy.model.lm_head.weight.add_(1.0)
@@ -188,7 +194,7 @@ CHANGES: dict[str, Callable[[Policy], None]] = {
     "plain SGD": lambda p: step(p, torch.optim.SGD(p.parameters(), lr=0.1, foreach=False)),
     "state dict": lambda p: loaded(p, assign=False),
     "state dict, assigned": lambda p: loaded(p, assign=True),
-    "of the policy": lambda p: None if p.load_state_dict(p.state_dict()) else None,
+    "state dict of the policy": loaded_whole,
     "in place": changed_in_place,
     "another parameter": replaced_weight,
     "through .data": changed_unseen,
@@ -225,7 +231,11 @@ def test_a_moving_reference_counts_too(policy: Policy, monkeypatch: pytest.Monke
     trainer = Trainer(policy, get_objective("iw-sft", variant="ema"), source, STEPS)
     assert trainer.reference is not None
     sampler = Watched(trainer.reference)
-    trainer.callbacks = [lambda running, step: None if sampler.sample([[20]], SHORT, seed=0) else None]
+
+    def watch(running: Trainer, step: int) -> None:
+        sampler.sample([[20]], SHORT, seed=0)
+
+    trainer.callbacks = [watch]
     trainer.run()
     assert engines[0].handed == STEPS.steps
 
@@ -326,6 +336,20 @@ def test_policies_take_turns_at_one_server(make_policy: MakePolicy, server: Serv
     assert server.handed == 4
     samplers[1].sample([[20]], SHORT, seed=0)
     assert server.handed == 4
+
+
+@pytest.mark.parametrize("how", [{"workers": 2}, {"workers": 1, "executor": "ray"}, {"executor": "ray"}])
+def test_cells_do_not_share_a_server(how: dict[str, Any]) -> None:
+    """Each would sample with the weights that another handed over last."""
+    evaluation = {"evaluation.engine": "vllm", "evaluation.url": "http://127.0.0.1:9"}
+    rollouts = {"rollouts.engine": "vllm", "rollouts.url": "http://127.0.0.1:9"}
+    grpo = {"algorithms": {"grpo": {"mode": "online"}, "sft": {}}}
+    for changes in (evaluation, {**rollouts, **grpo}):
+        with pytest.raises(UserError, match=r"one policy's weights at a time.*--workers 1"):
+            compare(load_experiment("arithmetic", changes), **how)
+        assert workers_at(load_experiment("arithmetic", changes), None, "local") == 1
+    offline = load_experiment("arithmetic", {**rollouts, "algorithms": {"grpo": {}, "sft": {}}})
+    assert workers_at(offline, 4, "ray") == 4, "only the base fills the buffer"
 
 
 def test_a_server_that_refused_weights_is_asked_again(policy: Policy, server: Server) -> None:

@@ -199,6 +199,11 @@ def test_an_engine_is_not_held_against_itself(policy: Policy, server: FakeServer
 def test_importance_needs_both_log_probs() -> None:
     with pytest.raises(UserError, match=r"needs rollouts\.behaviour"):
         load_experiment("facts", {"rollouts.behaviour": "sampler", "training.importance_cap": 2.0})
+    server = {"rollouts.engine": "vllm", "rollouts.url": "http://x", "training.importance_cap": 2.0}
+    assert load_experiment("facts", server).rollouts.url == "http://x"
+    for unknown in ({"rollouts.temperature": 0.6}, {"rollouts.top_p": 0.9}):
+        with pytest.raises(UserError, match="known at temperature 1 and top_p 1"):
+            load_experiment("facts", {**server, **unknown})
 
 
 def test_mismatch_by_hand() -> None:

@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from datasets.fingerprint import generate_random_fingerprint
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from rlzoo.buffers import storage, views
 from rlzoo.buffers.schema import (
@@ -70,6 +70,11 @@ class Buffer:
         """Whether no row lacks a value in this column. Reads no values."""
         return not arrow(self._rows)[name].null_count
 
+    def has(self, name: str) -> Bool[np.ndarray, " N"]:
+        """Which rows have a value in this column. Reads no values."""
+        found: Bool[np.ndarray, " N"] = arrow(self._rows)[name].is_valid().to_numpy()
+        return found
+
     def tokens(self, *names: str) -> Int[np.ndarray, " N"]:
         """Tokens of each row in ``prompt_ids`` and ``completion_ids``, or in those of them that are named."""
         table = arrow(self._rows)
@@ -113,9 +118,14 @@ class Buffer:
         """Let the system have the memory of what was read from disk; it is read again when it is asked for."""
         storage.release_pages(self._rows)
 
-    def with_reference_logp(self, values: TokenValues) -> Self:
-        """The same rows with the frozen reference's log-probs. Raises ValueError for a wrong length."""
-        return self._with_column("reference_logp", self._token_column("reference_logp", values))
+    def with_reference_logp(self, values: TokenValues, tempered: TokenValues | None = None) -> Self:
+        """The same rows with the frozen reference's log-probs. Raises ValueError for a wrong length.
+
+        ``tempered`` are those at the temperature of each row's sampling, where that is not 1.
+        """
+        buffer = self._with_column("reference_logp", self._token_column("reference_logp", values))
+        column = self._token_column("tempered_reference_logp", tempered or [None] * len(self))
+        return buffer._with_column("tempered_reference_logp", column)
 
     def with_behaviour_logp(self, values: TokenValues) -> Self:
         """The same rows with the sampling policy's log-probs. Raises ValueError for a wrong length."""

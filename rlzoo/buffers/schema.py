@@ -7,13 +7,16 @@ row's ``columns`` are one JSON string, because problems of different worlds have
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+import sys
+from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from itertools import islice
 from typing import Any
 
 import datasets
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from datasets import List, Value
 from datasets.fingerprint import generate_random_fingerprint
 
@@ -33,13 +36,21 @@ SCHEMA = datasets.Features(
         "behaviour_logp": List(Value("float32")),
         "sampler_logp": List(Value("float32")),
         "reference_logp": List(Value("float32")),
+        "tempered_reference_logp": List(Value("float32")),
         "policy_version": Value("int32"),
         "truncated": Value("bool"),
+        "temperature": Value("float64"),
+        "top_p": Value("float64"),
         "messages": List({"role": Value("string"), "content": Value("string")}),
         "columns": Value("string"),
     }
 )
-NULLABLE = frozenset({"reward", "behaviour_logp", "sampler_logp", "reference_logp", "messages"})
+LOG_PROBS = ("behaviour_logp", "sampler_logp", "reference_logp", "tempered_reference_logp")
+NULLABLE = frozenset({"reward", "messages", *LOG_PROBS})
+ADDED: Mapping[str, Any] = {"sampler_logp": None, "tempered_reference_logp": None, "temperature": 1.0, "top_p": 1.0}
+"""Columns that buffers saved by earlier versions lack, and what their rows have there."""
+SAMPLING = {"temperature": (sys.float_info.max, "above 0"), "top_p": (1.0, "above 0 and at most 1")}
+"""How a row was sampled: the greatest value, and the bounds in words."""
 CHUNK = 10_000
 """Rows that are Python objects at one time when many are written or read."""
 
@@ -49,7 +60,7 @@ _NAMES = [f.name for f in fields(Trajectory)]
 def to_row(trajectory: Trajectory) -> dict[str, Any]:
     """The row of a trajectory. Raises ValueError for log-probs of another length than the completion's."""
     row = {name: getattr(trajectory, name) for name in _NAMES}
-    for name in ("behaviour_logp", "sampler_logp", "reference_logp"):
+    for name in LOG_PROBS:
         if row[name] is not None and len(row[name]) != len(trajectory.completion_ids):
             raise ValueError(
                 f"{name} of prompt {trajectory.prompt_id!r} has {len(row[name])} values for "
@@ -97,8 +108,9 @@ def arrow(rows: datasets.Dataset) -> pa.Table:
 
 def conform(rows: datasets.Dataset, origin: str) -> datasets.Dataset:
     """The data set in the schema's columns. Raises UserError for one that is missing, null or ill-typed."""
-    if {"prompt_ids", "behaviour_logp"} <= set(rows.column_names) and "sampler_logp" not in rows.column_names:
-        rows = rows.add_column("sampler_logp", [None] * len(rows))  # saved before there was one
+    if {"prompt_ids", "behaviour_logp"} <= set(rows.column_names):
+        for name in [name for name in ADDED if name not in rows.column_names]:
+            rows = rows.add_column(name, [ADDED[name]] * len(rows))
     missing = [name for name in SCHEMA if name not in rows.column_names]
     if missing:
         raise UserError(
@@ -112,9 +124,19 @@ def conform(rows: datasets.Dataset, origin: str) -> datasets.Dataset:
         except pa.ArrowInvalid as error:
             raise UserError(f"{origin} is not a saved buffer: {str(error).splitlines()[0]}") from None
     table = arrow(rows)
+    if any(table[name].null_count for name in SAMPLING):
+        for name in SAMPLING:  # another's table, or one joined to rows of an earlier version
+            place = table.column_names.index(name)
+            table = table.set_column(place, table.field(name), pc.fill_null(table[name], ADDED[name]))
+        rows = to_dataset(table)
     for name in SCHEMA:
         if name not in NULLABLE and table[name].null_count:
             raise UserError(f"{origin} has rows with no {name}: every row needs one")
+    for name, (most, bounds) in SAMPLING.items():
+        values = table[name].to_numpy()
+        wrong = np.flatnonzero(~((values > 0) & (values <= most)))
+        if len(wrong):
+            raise UserError(f"{origin}: {name} of row {wrong[0]} is {values[wrong[0]]}: it must be {bounds}")
     return rows
 
 

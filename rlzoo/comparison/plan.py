@@ -9,6 +9,7 @@ from typing import Any
 from urllib.parse import quote
 
 from rlzoo.config import Experiment
+from rlzoo.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,23 @@ def sampling_seeds(experiment: Experiment) -> dict[str, int]:
 def buffer_of(experiment: Experiment, seed: int) -> str:
     """The name of the buffer that cells of a seed learn from."""
     return f"buffer-seed{seed}" if experiment.rollouts.per_seed else "buffer"
+
+
+def workers_at(experiment: Experiment, workers: int | None, executor: str) -> int | None:
+    """How many cells may run at a time: one where several policies would sample from one server, else ``workers``.
+
+    A server holds the weights of one policy, and another cell's would take their place. Raises UserError for more.
+    """
+    online = any(row.mode == "online" for row in experiment.algorithms.values())
+    url = experiment.evaluation.url or (experiment.rollouts.url if online else None)
+    if url is None:
+        return workers
+    if executor == "ray" or (workers or 1) > 1:
+        raise UserError(
+            f"the vLLM server at {url} holds one policy's weights at a time, so cells cannot share it: "
+            "use --workers 1 and no --executor, or leave the url out for an engine in each process"
+        )
+    return 1
 
 
 def has_choice(experiment: Experiment, algorithm: str) -> bool:

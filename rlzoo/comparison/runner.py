@@ -20,7 +20,16 @@ from rich.console import Console
 
 from rlzoo.comparison import work
 from rlzoo.comparison.on_ray import ray_tasks
-from rlzoo.comparison.plan import Cell, buffer_of, cells, chosen_cells, counted, has_choice, sampling_seeds
+from rlzoo.comparison.plan import (
+    Cell,
+    buffer_of,
+    cells,
+    chosen_cells,
+    counted,
+    has_choice,
+    sampling_seeds,
+    workers_at,
+)
 from rlzoo.comparison.pool import WorkerDiedError, Workers, default_workers, in_this_process, pool, why
 from rlzoo.comparison.report import write_report
 from rlzoo.comparison.statistics import BASE, summarise
@@ -82,6 +91,7 @@ def compare(
     console = console or Console(stderr=True, quiet=not is_main())
     started = time.perf_counter()
     check(experiment)
+    workers = workers_at(experiment, workers, executor)
     out = where(experiment, threads) if out is None else Path(out)
     with run_in(out, "compare", _asked(experiment, threads)) as run:
         if run.finished:

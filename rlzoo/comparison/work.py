@@ -125,7 +125,9 @@ def _fill_buffer(experiment: Experiment, folder: Path, pieces: Pieces, seed: int
     if any(Need.REFERENCE in objective_of(experiment, name).requires for name in offline):
         report(1.0, "reference log-probs")
         buffer = with_reference(buffer, policy, experiment.training.token_budget)
-        reference_flops = policy.flops(int(buffer.tokens().sum()), int(buffer.tokens("completion_ids").sum()))
+        passes = 1 + (np.array(buffer.column("temperature")) != 1.0)  # one more at the temperature of the sampling
+        tokens, completions = (int(passes @ buffer.tokens(*names)) for names in ((), ("completion_ids",)))
+        reference_flops = policy.flops(tokens, completions)
     if is_main():
         buffer.save(folder)
     barrier()

@@ -67,7 +67,7 @@ def score_tokens(
     hidden: Float[Tensor, "N H"],
     target: Int[Tensor, " N"],
     *,
-    temperature: float = 1.0,
+    temperature: Float[Tensor, " N"] | None = None,
     top_p: float = 1.0,
     statistics: Collection[Need] = (),
     term: LogitTerm | None = None,
@@ -75,13 +75,14 @@ def score_tokens(
 ) -> dict[str, Float[Tensor, " N"]]:
     """``logp`` of each target, the asked-for statistics (no graph), and ``term`` where one is given.
 
-    ``temperature`` and ``top_p`` give log-probs of the distribution that a sampler with these settings draws from.
+    Everything is of the logits divided by ``temperature``; None: by 1. ``top_p`` below 1 gives log-probs of the
+    distribution that a sampler with these settings draws from, and the log-prob of its ``nucleus``.
     """
 
-    def run(part: Tensor, tokens: Tensor, reference_part: Tensor | None) -> tuple[Tensor, ...]:
+    def run(part: Tensor, tokens: Tensor, heat: Tensor | None, reference_part: Tensor | None) -> tuple[Tensor, ...]:
         logits = head.logits(part)
-        if temperature != 1.0:
-            logits = logits / temperature
+        if heat is not None:
+            logits = logits.div_(heat.to(logits.dtype))  # nobody else has them
         with torch.no_grad():
             found = [_statistic(need, logits) for need in wanted]
             if top_p < 1.0:
@@ -92,6 +93,8 @@ def score_tokens(
         reference_logits = None
         if reference is not None and reference_part is not None:
             reference_logits = reference[0].logits(reference_part).detach()
+            if heat is not None:
+                reference_logits = reference_logits.div_(heat.to(logits.dtype))
         value = term(logits, reference_logits, tokens)
         return (logp, *found, torch.zeros_like(logp) if value is None else value)
 
@@ -101,12 +104,14 @@ def score_tokens(
     chunks = []
     for start in range(0, max(len(hidden), 1), size):
         span = slice(start, start + size)
-        inputs = (hidden[span], target[span], None if reference is None else reference[1][span])
+        heat = None if temperature is None else temperature[span, None]
+        inputs = (hidden[span], target[span], heat, None if reference is None else reference[1][span])
         chunks.append(checkpoint(run, *inputs, use_reentrant=False) if recompute else run(*inputs))
     columns = [torch.cat(column) for column in zip(*chunks, strict=True)]
     scores = dict(zip(["logp", *(need.value for need in wanted)], columns, strict=False))
     extra = columns[1 + len(wanted) :]
     if top_p < 1.0:
+        scores["nucleus"] = extra[0]
         scores["logp"] = scores["logp"] - extra[0]
     if term is not None:
         scores["term"] = extra[-1]

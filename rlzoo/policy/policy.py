@@ -17,7 +17,7 @@ from rlzoo.policy.adapters import adapters, add_lora, switched_off
 from rlzoo.policy.head import Head, LogitTerm, score_tokens
 from rlzoo.policy.weights import changes_of, mark_changed
 from rlzoo.ranks import shared
-from rlzoo.types import Need
+from rlzoo.types import Need, Trajectory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -36,10 +36,22 @@ class Sequences:
     """True at completion tokens, in the frame where the prompt is cut away."""
     tokens: int
     """Prompt and completion tokens, padding left out."""
+    temperature: Float[Tensor, " B"] | None = None
+    """What each row's logits are divided by; None: nothing, 1."""
+
+    @classmethod
+    def of(cls, rows: Sequence[Trajectory], device: torch.device) -> Sequences:
+        """Rows of a buffer, each at its temperature."""
+        prompts, completions = [row.prompt_ids for row in rows], [row.completion_ids for row in rows]
+        return cls.collate(prompts, completions, device, [row.temperature for row in rows])
 
     @classmethod
     def collate(
-        cls, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], device: torch.device
+        cls,
+        prompts: Sequence[Sequence[int]],
+        completions: Sequence[Sequence[int]],
+        device: torch.device,
+        temperature: Sequence[float] | None = None,
     ) -> Sequences:
         """Join each prompt with its completion. A prompt must have at least one token."""
         rows, longest = len(prompts), max(len(p) + len(c) for p, c in zip(prompts, completions, strict=True))
@@ -51,12 +63,27 @@ class Sequences:
             predicts[row, len(prompt) - 1 : len(prompt) + len(completion) - 1] = True
             mask[row, : len(completion)] = True
         tokens = sum(map(len, prompts)) + sum(map(len, completions))
-        return cls(ids.to(device), predicts.to(device), mask.to(device), tokens)
+        heat = None
+        if temperature is not None and any(t != 1.0 for t in temperature):
+            heat = torch.tensor(temperature, dtype=torch.float64, device=device)
+        return cls(ids.to(device), predicts.to(device), mask.to(device), tokens, heat)
+
+    def at(self, temperature: float) -> Sequences:
+        """The same rows, all at one temperature."""
+        heat = torch.full(self.mask.shape[:1], temperature, dtype=torch.float64, device=self.ids.device)
+        return replace(self, temperature=None if temperature == 1.0 else heat)
 
     @property
     def targets(self) -> Int[Tensor, " N"]:
         """The completion tokens of all rows, one after the other."""
         return self.ids.roll(-1, dims=1)[self.predicts]
+
+    @property
+    def temperatures(self) -> Float[Tensor, " N"] | None:
+        """The temperature of each completion token."""
+        if self.temperature is None:
+            return None
+        return self.temperature[:, None].expand(self.mask.shape)[self.mask]
 
     def spread(self, flat: Float[Tensor, " N"]) -> Float[Tensor, "B T"]:
         """Values a completion token, in rows; 0 at padding."""
@@ -204,12 +231,14 @@ class Policy(nn.Module):
         sequences: Sequences,
         *,
         statistics: Collection[Need] = (),
-        temperature: float = 1.0,
+        temperature: float | None = None,
         top_p: float = 1.0,
         term: LogitTerm | None = None,
         reference: Policy | None = None,
     ) -> TokenScores:
-        """``reference`` gives ``term`` its reference logits."""
+        """``reference`` gives ``term`` its reference logits; ``temperature`` takes the place of the sequences' own."""
+        if temperature is not None:
+            sequences = sequences.at(temperature)
         hidden = self.hidden(sequences)
         other = None
         if reference is not None and term is not None:
@@ -219,7 +248,7 @@ class Policy(nn.Module):
             self.head,
             hidden,
             sequences.targets,
-            temperature=temperature,
+            temperature=sequences.temperatures,
             top_p=top_p,
             statistics=statistics,
             term=term,
@@ -301,29 +330,56 @@ def token_batches(atoms: Sequence[Sequence[int]], lengths: Sequence[int], token_
         yield batch
 
 
-@torch.no_grad()
 def score_rows(
     policy: Policy,
     rows: Sequence[Row],
     token_budget: int = 8192,
-    temperature: float = 1.0,
+    temperature: float | Sequence[float] = 1.0,
     top_p: float = 1.0,
     progress: Callable[[int], None] | None = None,
 ) -> list[list[float]]:
     """Log-probs of each row's completion tokens in nats, in the trainer's numerics.
 
-    Of several processes each scores a part, and all get the whole.
+    ``temperature`` may be one per row. Of several processes each scores a part, and all get the whole.
     """
+    return [logp for logp, _ in _scored_rows(policy, rows, token_budget, temperature, top_p, progress)]
 
-    def own(numbers: list[int]) -> list[list[float]]:
+
+def score_rows_and_nuclei(
+    policy: Policy, rows: Sequence[Row], token_budget: int, temperature: float, top_p: float
+) -> list[tuple[list[float], list[float]]]:
+    """Of each completion token its log-prob at ``temperature``, and that of the nucleus of ``top_p`` it came from.
+
+    Their difference is the log-prob of a sampler that draws from the nucleus alone.
+    """
+    found = _scored_rows(policy, rows, token_budget, temperature, top_p, None)
+    return [([a + b for a, b in zip(logp, nucleus, strict=True)], nucleus) for logp, nucleus in found]
+
+
+@torch.no_grad()
+def _scored_rows(
+    policy: Policy,
+    rows: Sequence[Row],
+    token_budget: int,
+    temperature: float | Sequence[float],
+    top_p: float,
+    progress: Callable[[int], None] | None,
+) -> list[tuple[list[float], list[float]]]:
+    """Log-probs of each row's tokens, and of their nuclei: none where ``top_p`` is 1."""
+    heats = [temperature] * len(rows) if isinstance(temperature, (int, float)) else temperature
+
+    def own(numbers: list[int]) -> list[tuple[list[float], list[float]]]:
         lengths = [len(rows[i][0]) + len(rows[i][1]) for i in numbers]
-        out: list[list[float]] = [[] for _ in numbers]
+        out: list[tuple[list[float], list[float]]] = [([], []) for _ in numbers]
         for batch in token_batches([[place] for place in range(len(numbers))], lengths, token_budget):
             some = [rows[numbers[place]] for place in batch]
-            sequences = Sequences.collate([prompt for prompt, _ in some], [ids for _, ids in some], policy.device)
-            logp = policy(sequences, temperature=temperature, top_p=top_p).logp.float().cpu()
-            for row, place in enumerate(batch):
-                out[place] = logp[row, : len(some[row][1])].tolist()
+            prompts, completions = [prompt for prompt, _ in some], [ids for _, ids in some]
+            heat = [heats[numbers[place]] for place in batch]
+            scores = policy(Sequences.collate(prompts, completions, policy.device, heat), top_p=top_p)
+            both = [scores.logp, *([scores.statistics["nucleus"]] if top_p < 1.0 else [])]
+            for column, values in enumerate(values.float().cpu() for values in both):
+                for row, place in enumerate(batch):
+                    out[place][column].extend(values[row, : len(some[row][1])].tolist())
             if progress is not None:
                 progress(len(batch))
         return out

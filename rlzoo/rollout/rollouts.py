@@ -12,7 +12,7 @@ from rlzoo.config import Sampling
 from rlzoo.errors import UserError
 from rlzoo.pieces import Pieces
 from rlzoo.policy import Policy
-from rlzoo.policy.policy import score_rows
+from rlzoo.policy.policy import score_rows, score_rows_and_nuclei
 from rlzoo.problems import Encoded, naming, trajectory
 from rlzoo.ranks import agreed, world_size
 from rlzoo.reward import Reward, Score, get_reward
@@ -38,9 +38,11 @@ def collect_rollouts(
 ) -> list[Trajectory]:
     """Sample each problem ``settings.samples`` times and score the completions; ``reward`` is what `get_reward` takes.
 
-    Behaviour log-probs are those of the distribution that was sampled from (temperature and top_p applied),
-    recomputed by the policy itself: in the trainer's numerics, whatever engine sampled. Without ``recompute`` they are
-    the engine's own, where it gives any. With ``pieces`` what was sampled is kept there, and not sampled again.
+    Behaviour log-probs are those of the policy at the temperature of the sampling, where training takes its own, so
+    that ratios start at 1; ``top_p`` is no part of them (docs/interface.md says why). The policy recomputes them in the
+    trainer's numerics, whatever engine sampled; without ``recompute`` they are the engine's own, where it gives any.
+    An engine's are relative to the nucleus, so the log-prob of the nucleus, by the policy, is added to them.
+    With ``pieces`` what was sampled is kept there, and not sampled again.
     What a reward logs of a completion becomes a column of its row; metrics of a call stand beside the reward's parts.
     """
     check_prompts(policy, sampler, problems, settings)
@@ -48,12 +50,16 @@ def collect_rollouts(
     sampled = _sampled(sampler, [p.ids for p in problems], settings, seed, progress, pieces)
     flat = [(problem, sample) for problem, samples in zip(problems, sampled, strict=True) for sample in samples]
     scores = agreed(judge(reward, flat))
-    own = [sample.logp for _, sample in flat]
-    logps = [logp for logp in own if logp is not None]
-    recompute = recompute or len(logps) < len(own)
-    if recompute:
-        rows = [(p.ids, s.ids) for p, s in flat]
-        logps = score_rows(policy, rows, token_budget, settings.temperature, settings.top_p)
+    rows = [(p.ids, s.ids) for p, s in flat]
+    engine = [sample.logp for _, sample in flat]
+    recompute = recompute or None in engine
+    recomputed: list[list[float]] = []
+    if settings.top_p < 1.0 and any(engine):
+        found = score_rows_and_nuclei(policy, rows, token_budget, settings.temperature, settings.top_p)
+        recomputed = [logp for logp, _ in found]
+        engine = [logp and _sums(logp, nucleus) for logp, (_, nucleus) in zip(engine, found, strict=True)]
+    elif recompute:
+        recomputed = score_rows(policy, rows, token_budget, settings.temperature)
     return [
         trajectory(
             problem,
@@ -63,13 +69,21 @@ def collect_rollouts(
             reward=score.value,
             reward_parts={**score.metrics, **score.parts},
             logged=score.extra,
-            behaviour_logp=logp,
-            sampler_logp=sample.logp if recompute else None,  # held against itself it would say that all is well
+            behaviour_logp=behaviour,
+            sampler_logp=other if recompute else None,  # held against itself it would say that all is well
             policy_version=version,
             truncated=sample.truncated,
+            temperature=settings.temperature,
+            top_p=settings.top_p,
         )
-        for (problem, sample), score, logp in zip(flat, scores, logps, strict=True)
+        for (problem, sample), score, behaviour, other in zip(
+            flat, scores, recomputed if recompute else engine, engine, strict=True
+        )
     ]
+
+
+def _sums(one: Sequence[float], other: Sequence[float]) -> list[float]:
+    return [a + b for a, b in zip(one, other, strict=True)]
 
 
 def _sampled(

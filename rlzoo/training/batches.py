@@ -149,11 +149,20 @@ class FreshSource:
         resumable(self._collect).restore(state["collect"])
 
 
+def as_scored(row: Trajectory, at_sampling_temperature: bool) -> Trajectory:
+    """The row at the temperature that an objective takes log-probs at, with the reference's at that."""
+    if row.temperature == 1.0:
+        return row
+    if at_sampling_temperature:
+        return replace(row, reference_logp=row.tempered_reference_logp)
+    return replace(row, temperature=1.0)
+
+
 def static_batch(
     rows: Sequence[Trajectory], units: Sequence[tuple[int, ...]], selection: Selection, device: torch.device
 ) -> TokenBatch:
     """All that is known of a batch before a forward pass; ``logp`` is NaN, so that nobody takes it for known."""
-    mask = Sequences.collate([r.prompt_ids for r in rows], [r.completion_ids for r in rows], device).mask
+    mask = Sequences.of(rows, device).mask
     pairs = selection is Selection.PAIRS
     partner, chosen = torch.zeros(len(rows), dtype=torch.long), torch.zeros(len(rows), dtype=torch.bool)
     for better, worse in units if pairs else ():

@@ -42,9 +42,33 @@ def check_buffer(policy: Policy, buffer: Buffer) -> None:
 
 
 def with_reference(buffer: Buffer, policy: Policy, token_budget: int = 8192) -> Buffer:
-    """The buffer with log-probs of ``policy`` as the reference, computed once."""
-    values = [np.asarray(logp, np.float32) for rows in buffer.ids() for logp in score_rows(policy, rows, token_budget)]
-    return buffer.with_reference_logp(values)
+    """The buffer with log-probs of ``policy`` as the reference, computed once.
+
+    Rows that were sampled at a temperature other than 1 get them at that temperature too.
+    """
+    heats = buffer.column("temperature")
+    values: list[np.ndarray] = []
+    tempered: list[np.ndarray | None] = []
+    for rows in buffer.ids():
+        values += [np.asarray(logp, np.float32) for logp in score_rows(policy, rows, token_budget)]
+        some = heats[len(tempered) : len(tempered) + len(rows)]
+        hot = [place for place, heat in enumerate(some) if heat != 1.0]
+        scores = score_rows(policy, [rows[i] for i in hot], token_budget, [some[i] for i in hot])
+        found = dict(zip(hot, scores, strict=True))
+        tempered += [np.asarray(found[i], np.float32) if i in found else None for i in range(len(rows))]
+    return buffer.with_reference_logp(values, tempered)
+
+
+def lacks_reference(buffer: Buffer, *objectives: Objective) -> bool:
+    """Whether rows have no log-probs of the frozen reference where one of the objectives takes them."""
+    parts = [part.objective for objective in objectives for part in objective.parts]
+    needy = [objective for objective in parts if Need.REFERENCE in objective.requires]
+    if needy and not buffer.is_complete("reference_logp"):
+        return True
+    if not any(objective.at_sampling_temperature for objective in needy):
+        return False
+    hot = np.array(buffer.column("temperature")) != 1.0
+    return bool((hot & ~buffer.has("tempered_reference_logp")).any())
 
 
 def train(
@@ -68,8 +92,8 @@ def train(
     torch.manual_seed(seed)
     sources = buffer_sources(buffer, views_of(objective), settings.batch_size, seed)
     # stored log-probs may be another policy's, and those of mismatched rows are of this one
-    known = buffer.is_complete("reference_logp") and Need.MISMATCHED not in objective.requires
-    if Need.REFERENCE in objective.requires and not known:
+    mismatched = {Need.REFERENCE, Need.MISMATCHED} <= objective.requires
+    if mismatched or lacks_reference(buffer, objective):
         buffer = with_reference(buffer, policy, settings.token_budget)
         sources = buffer_sources(buffer, views_of(objective), settings.batch_size, seed)
     return Trainer(policy, objective, sources, settings, callbacks, folder=folder, checkpoints=checkpoints).run()

@@ -22,7 +22,7 @@ from rlzoo.policy import Policy, Sequences, TokenScores
 from rlzoo.policy.adapters import adapters
 from rlzoo.policy.policy import token_batches
 from rlzoo.ranks import agreed, gathered, is_sharded, rank, world_size
-from rlzoo.training.batches import Drawn, Source, atoms, mismatched, static_batch
+from rlzoo.training.batches import Drawn, Source, as_scored, atoms, mismatched, static_batch
 from rlzoo.training.checkpoints import Checkpoints
 from rlzoo.training.costs import is_out_of_memory, peak_memory_bytes, release_memory, reset_peak_memory
 from rlzoo.training.record import TrainingRecord
@@ -180,6 +180,7 @@ class Trainer:
     def _prepare(self, part: Part, rows: Sequence[Trajectory], units: Sequence[tuple[int, ...]]) -> Drawn:
         """A part's rows as a batch, with everything that is fixed during its updates."""
         objective, needs = part.objective, part.objective.requires
+        rows = [as_scored(row, objective.at_sampling_temperature) for row in rows]
         batch = static_batch(rows, units, objective.learns_from, self.policy.device)
         if Need.BEHAVIOUR in needs and batch.behaviour_logp is None:
             raise UserError("the buffer has no behaviour log-probs: fill it with `rlzoo rollout`, which records them")
@@ -379,8 +380,7 @@ class Trainer:
         return self.reference if Need.REFERENCE_LOGITS in objective.requires else None
 
     def _collate(self, rows: Sequence[Trajectory], index: Sequence[int]) -> Sequences:
-        prompts, completions = [rows[i].prompt_ids for i in index], [rows[i].completion_ids for i in index]
-        return Sequences.collate(prompts, completions, self.policy.device)
+        return Sequences.of([rows[i] for i in index], self.policy.device)
 
     def _count(self, policy: Policy, rows: Sequence[Trajectory], passes: float) -> None:
         completions = sum(len(row.completion_ids) for row in rows)

@@ -26,6 +26,7 @@ from rlzoo.variance.subjects import (
     Weighed,
     baseline,
     named_objectives,
+    rows_of,
     subjects_of,
     tokens_of,
     weigh,
@@ -73,7 +74,7 @@ def analyze_variance(
     tell(0.0, "scoring")
     needs = frozenset().union(*(s.objective.requires for s in subjects.values()))
     experts = {name: set(s.rows) for name, s in subjects.items() if s.weighs_experts and name in named}
-    scored = score(policy, [buffer[i] for i in picked], needs, experts, draws, seed, reference, token_budget)
+    scored = score(policy, rows_of(buffer, picked, subjects), needs, experts, draws, seed, reference, token_budget)
     weighed: dict[str, Weighed] = {}
     for name, subject in subjects.items():
         try:

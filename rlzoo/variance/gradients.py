@@ -92,9 +92,7 @@ class Measurement:
     def micro_batch(self, rows: Sequence[Trajectory], batch: Sequence[int]) -> None:
         """Forward once, then backward for each pass with tasks that have units here."""
         policy = self.meter.policy
-        sequences = Sequences.collate(
-            [rows[i].prompt_ids for i in batch], [rows[i].completion_ids for i in batch], policy.device
-        )
+        sequences = Sequences.of([rows[i] for i in batch], policy.device)
         blocks = {name: found for name in self.tasks if (found := self._blocks_of(name, batch))}
         hidden = self._forward(sequences)
         passes = [shared for shared in self._passes if not blocks.keys().isdisjoint(shared.scale)]

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from rlzoo.policy.head import Head
 from rlzoo.policy.policy import Sequences
 from rlzoo.variance.modules import Covered
 from rlzoo.variance.pieces import Block, Projection, Sum, at_least_float32
@@ -58,6 +59,7 @@ class HeadPass:
         self.run, self.modules, self.head = run, run.meter.modules, run.meter.head
         self.shape = sequences.ids.shape
         self.sequences, self.hidden = sequences, hidden.to(at_least_float32(hidden.dtype))
+        self.temperatures = sequences.temperatures
         self.pull = [torch.zeros_like(self.hidden) for _ in passes]
         """∂ loss / ∂ hidden of each pass."""
         self._unit = {name: self._units(some) for name, some in blocks.items()}
@@ -122,7 +124,7 @@ class HeadPass:
         with torch.no_grad():
             raw = self.head.layer(hidden.to(matrix.dtype)).to(hidden.dtype)
         with torch.enable_grad():
-            logits = self.head.finish(raw.requires_grad_(True))
+            logits = self._finish(self.head, raw.requires_grad_(True), at)
             logp = logits.gather(1, target[:, None])[:, 0] - logits.logsumexp(1)
             terms = self._terms(logits, target, at)
         (score,) = torch.autograd.grad(logp.sum(), raw, retain_graph=bool(terms))
@@ -144,6 +146,11 @@ class HeadPass:
                     self.pull[self._alone[name]][at] = weight[:, None] * back
             self._take(name, own, scores, weight, at, atoms)
 
+    def _finish(self, head: Head, raw: Tensor, at: Tensor) -> Tensor:
+        """Logits at the temperature of each position, from what the output layer gives."""
+        logits = head.finish(raw)
+        return logits if self.temperatures is None else logits / self.temperatures[at, None].to(logits.dtype)
+
     def _scores(self, atoms: Sequence[Tensor], score: Tensor, hidden: Tensor) -> list[_Score]:
         sizes = [len(atom) for atom in atoms]
         return [_Score(s, h) for s, h in zip(torch.split(score, sizes), torch.split(hidden, sizes), strict=True)]
@@ -155,7 +162,7 @@ class HeadPass:
             term, reference = self.run.tasks[name].term, self.run.reference
             other = None
             if self._reference is not None and reference is not None:
-                other = reference.head.logits(self._reference[at]).detach()
+                other = self._finish(reference.head, reference.head.layer(self._reference[at]), at).detach()
             value = None if term is None else term(logits, other, target)
             if value is not None:
                 found[name] = (value * weight[at])[self._unit[name][self._position_row[at]] >= 0].sum()

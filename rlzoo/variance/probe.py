@@ -8,8 +8,8 @@ from rlzoo.buffers import Buffer
 from rlzoo.errors import UserError
 from rlzoo.objective import Objective
 from rlzoo.policy import Policy
-from rlzoo.training import Trainer
-from rlzoo.types import Need, Selection
+from rlzoo.training import Trainer, lacks_reference
+from rlzoo.types import Selection
 from rlzoo.variance.analyzer import analyze_variance
 
 
@@ -40,8 +40,7 @@ class VarianceProbe:
         """Measure, if it is time. Raises UserError where the buffer lacks the reference's log-probs."""
         if step % self.every:
             return
-        frozen = Need.REFERENCE in trainer.objective.requires and trainer.reference is None
-        if frozen and not self.buffer.is_complete("reference_logp"):
+        if trainer.reference is None and lacks_reference(self.buffer, trainer.objective):
             raise UserError("the probe's buffer has no reference log-probs: add them with training.with_reference")
         self.measure(trainer.policy, trainer.objective, step, trainer.reference)
 

@@ -24,9 +24,8 @@ from rlzoo.outputs import remove, write_atomically
 from rlzoo.pieces import Pieces
 from rlzoo.policy import load_policy
 from rlzoo.runs import Run, run_in, versions
-from rlzoo.training import Trainer, TrainingRecord, check_buffer, with_reference
+from rlzoo.training import Trainer, TrainingRecord, check_buffer, lacks_reference, with_reference
 from rlzoo.training.batches import buffer_sources
-from rlzoo.types import Need
 from rlzoo.variance.analyzer import analyze_variance
 from rlzoo.variance.probe import VarianceProbe
 from rlzoo.variance.report import write_report
@@ -175,8 +174,7 @@ def fill(experiment: Experiment, folder: Path, state: Path, given: str | None, r
     policy = load_policy(experiment.model, experiment.training.dtype)
     buffer: Buffer = read_buffer(given, policy.tokenizer, experiment.training.special_tokens)
     check_buffer(policy, buffer)
-    needed = any(Need.REFERENCE in work.objective_of(experiment, name).requires for name in experiment.algorithms)
-    if needed and not buffer.is_complete("reference_logp"):
+    if lacks_reference(buffer, *(work.objective_of(experiment, name) for name in experiment.algorithms)):
         buffer = with_reference(buffer, policy, experiment.training.token_budget)
     buffer.save(folder)
     return len(buffer)

@@ -88,9 +88,7 @@ def score(
         for model, _ in modes:
             model.eval()
         for batch in token_batches([(i,) for i in range(len(rows))], lengths, token_budget):
-            sequences = Sequences.collate(
-                [rows[i].prompt_ids for i in batch], [rows[i].completion_ids for i in batch], policy.device
-            )
+            sequences = Sequences.of([rows[i] for i in batch], policy.device)
             look = _Look(draws, generators if everyone.intersection(batch) else {})
             scores = policy(sequences, statistics=statistics, term=look)
             columns = {"logp": scores.logp, **scores.statistics}

@@ -20,7 +20,7 @@ from rlzoo.objective import Objective, get_objective, is_composite, surrogate_of
 from rlzoo.policy import Policy
 from rlzoo.policy.policy import score_rows
 from rlzoo.registry import told
-from rlzoo.training.batches import mismatched, static_batch
+from rlzoo.training.batches import as_scored, mismatched, static_batch
 from rlzoo.types import STATISTICS, Coefficients, Need, Selection, TokenBatch, Trajectory
 from rlzoo.variance.scoring import Scored
 from rlzoo.variance.tasks import Task
@@ -29,8 +29,11 @@ BASELINE = "(demonstrations)"
 """The name of what cosines and norm ratios are taken to, where no objective that is analysed is the same."""
 SINGLE_ROWS = (Selection.DEMONSTRATIONS, Selection.CORRECT)
 LearnsFrom = Selection | Mapping[str, Selection] | None
-Draw = tuple[int, int]
-"""A row of the buffer, and how often it was drawn before: what is drawn twice counts as two rows."""
+Draw = tuple[int, int, bool]
+"""A row of the buffer, how often it was drawn before, and whether it is taken at a temperature of its own.
+
+What is drawn twice, or taken at two temperatures, counts as two rows.
+"""
 
 
 @dataclass(frozen=True)
@@ -115,13 +118,25 @@ def subjects_of(
         wanted[BASELINE], selections[BASELINE] = Likelihood(), Selection.DEMONSTRATIONS
     except UserError:
         pass  # then nothing is compared with it
+    hot = np.array(buffer.column("temperature")) != 1.0
+    for name in [name for name in chosen if wanted[name].at_sampling_temperature]:
+        chosen[name] = [tuple((row, n, bool(hot[row])) for row, n, _ in unit) for unit in chosen[name]]
     picked = sorted({draw for units in chosen.values() for unit in units for draw in unit})
     place = {draw: i for i, draw in enumerate(picked)}
     subjects = {
         name: Subject(wanted[name], selections[name], [tuple(place[draw] for draw in unit) for unit in units])
         for name, units in chosen.items()
     }
-    return [row for row, _ in picked], subjects, skipped
+    return [row for row, _, _ in picked], subjects, skipped
+
+
+def rows_of(buffer: Buffer, picked: Sequence[int], subjects: Mapping[str, Subject]) -> list[Trajectory]:
+    """The rows, each at the temperature at which the objectives that were given it take log-probs."""
+    rows = [buffer[index] for index in picked]
+    for subject in subjects.values():
+        for place in subject.rows:
+            rows[place] = as_scored(rows[place], subject.objective.at_sampling_temperature)
+    return rows
 
 
 def view_of(name: str, objective: Objective, learns_from: LearnsFrom) -> tuple[Selection, Mapping[str, object]]:
@@ -152,7 +167,7 @@ def _sample(view: View, rows: int, seed: int) -> list[tuple[Draw, ...]]:
         kept.append(index)
         held += len(units[index])
     kept.sort()
-    return [tuple((row, n - bisect_left(kept, index)) for row in units[index]) for n, index in enumerate(kept)]
+    return [tuple((row, n - bisect_left(kept, index), False) for row in units[index]) for n, index in enumerate(kept)]
 
 
 def weigh(policy: Policy, subject: Subject, scored: Scored, reference: Policy | None = None) -> Weighed:
@@ -263,10 +278,12 @@ def _filled(objective: Objective, batch: TokenBatch, chosen: Sequence[int], scor
 
 def _mismatched(policy: Policy, reference: Policy | None, rows: Sequence[Trajectory]) -> Float[Tensor, " B"]:
     """`TokenBatch.mismatched`; without a ``reference`` the policy is its own."""
-    others = [(row.prompt_ids, row.completion_ids) for row in mismatched(rows)]
-    if reference is None or not others:
+    mixed = mismatched(rows)
+    if reference is None or not mixed:
         return torch.zeros(len(rows))
-    own, theirs = (torch.tensor([sum(row) for row in score_rows(model, others)]) for model in (policy, reference))
+    others, heats = [(row.prompt_ids, row.completion_ids) for row in mixed], [row.temperature for row in mixed]
+    scores = (score_rows(model, others, temperature=heats) for model in (policy, reference))
+    own, theirs = (torch.tensor([sum(row) for row in found]) for found in scores)
     return (own - theirs).mean().expand(len(rows))
 
 
