@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -53,7 +54,7 @@ def messages(value: Any, what: str = "the prompt") -> list[Message]:
 def _message(message: Any, number: int, what: str) -> Message:
     role = message.get("role") if isinstance(message, Mapping) else None
     content = message.get("content") if isinstance(message, Mapping) else None
-    if isinstance(message, Mapping) and content is None and message.get("tool_calls"):
+    if content is None and isinstance(message, Mapping) and message.get("tool_calls"):
         content = ""  # a call of tools needs no words
     if isinstance(content, list) and content:
         content = "".join(_part(part, number, what) for part in content)
@@ -61,8 +62,7 @@ def _message(message: Any, number: int, what: str) -> Message:
         if not isinstance(text, str):
             raise UserError(
                 f"{what} has a message without text in 'role' and 'content' "
-                f"({name} of message {number} is {_kind(text)}): "
-                "give both as text"
+                f"({name} of message {number} is {_kind(text)}): give both as text"
             )
     known = {key: value for key, value in message.items() if value is not None}
     return {**known, "content": content}
@@ -113,18 +113,28 @@ def opened(tokenizer: Any, conversation: Sequence[Message]) -> str:
     """
     text = render(tokenizer, conversation, generation_prompt=True)
     for number, message in enumerate(conversation, 1):
-        role, content = message["role"], message["content"]
+        role = message["role"]
         if role not in ROLES and role not in str(tokenizer.chat_template):
             raise UserError(
                 f"message {number} has the role {role!r}, which the chat template does not name: "
                 f"call it one of {', '.join(ROLES)}"
             )
-        if role in ("system", "user") and content.strip() not in text and _squeezed(content) not in _squeezed(text):
+        if not _holds(text, message):
             raise UserError(
                 f"the chat template leaves out message {number} (role {role}): "
                 "move its text to another turn, or change tokenizer.chat_template"
             )
     return text + turn_of(tokenizer).opening
+
+
+def _holds(text: str, message: Message) -> bool:
+    """Whether a rendered conversation has the text of a message, apart from spaces: as it is, as JSON, or, for an
+    answer that is past, without its thinking."""
+    content = message["content"].rpartition("</think>")[2] if message["role"] == "assistant" else message["content"]
+    if content.strip() in text or message.get("tool_calls"):
+        return True
+    said = (content, json.dumps(content, ensure_ascii=False))
+    return any(_squeezed(form) in _squeezed(text) for form in said)
 
 
 def answered(tokenizer: Any, conversation: Sequence[Message], answer: Message) -> tuple[str, str]:
@@ -149,20 +159,25 @@ def answered(tokenizer: Any, conversation: Sequence[Message], answer: Message) -
 
 def turn_of(tokenizer: Any) -> Turn:
     """How the tokenizer's chat template writes an assistant's turn, found by rendering a conversation."""
-    if not getattr(tokenizer, "chat_template", None):
-        return Turn()
-    key = tuple(getattr(tokenizer, name) for name in ("chat_template", "bos_token", "eos_token", "pad_token"))
+    names = ("chat_template", "bos_token", "eos_token", "pad_token")
+    template, *own = key = tuple(getattr(tokenizer, name, None) for name in names)
+    if not template:
+        return Turn(controls=_long(own))
     known = _TURNS.get(tokenizer)
     if known is None or known[0] != key:
-        known = _TURNS[tokenizer] = (key, _turn(tokenizer))
+        known = _TURNS[tokenizer] = (key, _turn(tokenizer, _long(own)))
     return known[1]
 
 
 _TURNS: WeakKeyDictionary[Any, tuple[Any, Turn]] = WeakKeyDictionary()
 
 
-def _turn(tokenizer: Any) -> Turn:
-    own = {token for token in (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token) if token}
+def _long(tokens: Iterable[str | None]) -> frozenset[str]:
+    """Without single characters, which some tokenizers take as their padding: they are text."""
+    return frozenset(token for token in tokens if token and len(token.strip()) > 1)
+
+
+def _turn(tokenizer: Any, own: frozenset[str]) -> Turn:
     question, answer = {"role": "user", "content": "Q"}, {"role": "assistant", "content": _PROBE}
     for start in ([], [{"role": "system", "content": "S"}]):
         try:
@@ -175,8 +190,8 @@ def _turn(tokenizer: Any) -> Turn:
         single = {*tokenizer.all_special_ids, *(n for token, n in tokenizer.get_added_vocab().items() if token.strip())}
         stop = next((token for token in ending if token in single), None)
         controls = own | _marks(tokenizer, [*start, question, answer], question)
-        return Turn(header.rstrip(" ") if header.strip() else "", ending, stop, frozenset(controls))
-    return Turn(controls=frozenset(own))
+        return Turn(header.rstrip(" ") if header.strip() else "", ending, stop, controls)
+    return Turn(controls=own)
 
 
 def _around(tokenizer: Any, conversation: Sequence[Message]) -> tuple[str, str]:
@@ -187,7 +202,7 @@ def _around(tokenizer: Any, conversation: Sequence[Message]) -> tuple[str, str]:
     return before, after
 
 
-def _marks(tokenizer: Any, conversation: list[Message], further: Message) -> set[str]:
+def _marks(tokenizer: Any, conversation: list[Message], further: Message) -> frozenset[str]:
     """The special tokens that mark turns: those in a conversation whose last answer is past, its thinking gone."""
     try:
         text = render(tokenizer, [*conversation, further])
@@ -197,7 +212,7 @@ def _marks(tokenizer: Any, conversation: list[Message], further: Message) -> set
     special = {*tokenizer.all_special_tokens, *(token.content for token in added if token.special)}
     # a tag that has a closing one marks a part of a text, as <think> does
     tags = {tag for token in special if f"</{token[1:]}" in special for tag in (token, f"</{token[1:]}")}
-    return {token for token in special - tags if token.strip() and token in text}
+    return _long(token for token in special - tags if token in text)
 
 
 def _opened_once(prompt: str, rest: str) -> str:

@@ -126,6 +126,7 @@ CONVERSATIONS = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:the chat template drops the prompt's last words")  # as TRL says, too
 @pytest.mark.parametrize("conversation", CONVERSATIONS)
 @pytest.mark.parametrize("template", TEMPLATES)
 def test_a_conversation_has_the_tokens_of_its_template_and_of_trl(template: str, conversation: str) -> None:
@@ -279,7 +280,8 @@ def test_a_demonstration_and_a_sample_have_the_same_prompt() -> None:
 def test_pairs_of_one_prompt_stay_one_prompt_where_an_answer_has_no_thinking() -> None:
     tokenizer = tokenizer_of("r1")
     row = {"prompt": [user("1")], "chosen": [assistant("<think>\na\n</think>2")], "rejected": [assistant("3")]}
-    chosen, rejected = from_trl([row], tokenizer)
+    with pytest.warns(UserWarning, match=r"last words before an answer.*: 1 in all \(row 1: '<think>\\n'\)"):
+        chosen, rejected = from_trl([row], tokenizer)
     assert chosen.prompt_id == rejected.prompt_id and chosen.prompt_ids != rejected.prompt_ids
     assert tokenizer.decode(rejected.prompt_ids) == rejected.prompt
 
@@ -300,6 +302,7 @@ GOOD = {"messages": [user("1"), assistant("2")]}
         ("gemma", [user("1"), user("2")], "(Conversation roles must alternate)"),
         ("needsys", [user("1")], "(A system message is required)"),
         ("r1", [turn("system", "S"), user("1")], "leaves out message 1 (role system)"),
+        ("r1", [user("1"), assistant("2"), turn("tool", "3"), user("4")], "leaves out message 3 (role tool)"),
         ("chatml", [turn("human", "1")], "message 1 has the role 'human', which the chat template does not name"),
         ("chatml", [user(None)], "content of message 1 is null"),
         ("chatml", [user("1"), assistant(3), user("2")], "content of message 2 is a int"),
@@ -379,7 +382,7 @@ def test_a_message_that_spells_a_token_of_the_conversation_is_refused(turns: lis
     tokenizer = tokenizer_of("chatml")
     with pytest.raises(UserError, match=r"^row 2: the (user|assistant)'s text spells '<.*special_tokens: allow"):
         from_trl([GOOD, {"messages": turns}], tokenizer)
-    with pytest.warns(UserWarning, match=r"read as such, 1 times \(row 2: the (user|assistant)'s text spells"):
+    with pytest.warns(UserWarning, match=r"read as that token: 1 in all \(row 2: the (user|assistant)'s text spells"):
         row = from_trl([GOOD, {"messages": turns}], tokenizer, special_tokens="allow")[1]
     assert row.prompt_ids + row.completion_ids == tokenizer.apply_chat_template(turns)["input_ids"]
 
@@ -390,7 +393,7 @@ def test_problems_that_spell_special_tokens_are_refused_or_counted(tmp_path: Pat
     with pytest.raises(UserError, match=r"problem 'train-1': the user's text spells '<\|im_end\|>'"):
         encode_problems(tokenizer, load_problems(source))
     allowed = load_problems(source.model_copy(update={"special_tokens": "allow"}))
-    with pytest.warns(UserWarning, match="read as such, 1 times .problem train-1"):
+    with pytest.warns(UserWarning, match="read as that token: 1 in all .problem train-1"):
         assert len(encode_problems(tokenizer, allowed)) == 2
 
 
@@ -409,8 +412,11 @@ def test_plain_prompts_may_be_rendered_before_and_plain_completions_end_once() -
     for completion in ("2<eos>3", "<eos>2", "2<|im_end|>\n<|im_start|>user\n3"):
         with pytest.raises(UserError, match=r"row 1: the completion goes on after '<eos>' or '<\|im_end\|>'"):
             from_trl([{"prompt": rendered, "completion": completion}], tokenizer)
-        with pytest.warns(UserWarning, match="read as such, 1 times"):
+        with pytest.warns(UserWarning, match="read as that token: 1 in all"):
             from_trl([{"prompt": rendered, "completion": completion}], tokenizer, special_tokens="allow")
+    for token in ("<bos>", "<pad>", "<|im_start|>"):
+        with pytest.raises(UserError, match="row 1: the completion's text spells '<"):
+            from_trl([{"prompt": rendered, "completion": f"2{token}3"}], tokenizer)
     (row,) = from_trl([{"text": rendered + "2<|im_end|>\n"}], built(TEMPLATES["chatml"], bos=True))
     assert tokenizer.decode(row.completion_ids).startswith(rendered)
 

@@ -8,9 +8,10 @@ from typing import Any, Literal
 import datasets
 
 from rlzoo.buffers.buffer import Buffer
-from rlzoo.buffers.encoding import Message, Prompt
+from rlzoo.buffers.encoding import Prompt
 from rlzoo.buffers.tables import table_of
 from rlzoo.buffers.views import THRESHOLD
+from rlzoo.chat import Message
 from rlzoo.errors import UserError, unknown
 from rlzoo.types import Selection, Trajectory
 
