@@ -14,8 +14,12 @@ from rlzoo.errors import UserError
 Message = dict[str, Any]
 """``role`` and ``content``, both text, and what else the template reads (``tool_calls``, ``reasoning_content``)."""
 
+Options = Mapping[str, Any]
+"""What a template is given besides messages: ``tools``, ``enable_thinking``."""
+
 ROLES = ("system", "user", "assistant", "tool")
 """Roles that any template may be given; others are accepted where the template names them."""
+_NONE: Options = {}
 _PROBE = "PROBE"
 """An answer that no template changes, to see what a template puts around one."""
 
@@ -84,7 +88,27 @@ def _part(part: Any, number: int, what: str) -> str:
     return text
 
 
-def render(tokenizer: Any, conversation: Sequence[Message], generation_prompt: bool = False) -> str:
+def options_of(row: Mapping[str, Any]) -> Options:
+    """What a row gives its chat template besides messages, as in TRL: ``tools`` and ``chat_template_kwargs``.
+
+    Raises UserError for a column of another type.
+    """
+    tools, options = row.get("tools"), row.get("chat_template_kwargs")
+    if isinstance(tools, str) and tools:
+        try:
+            tools = json.loads(tools)
+        except ValueError:
+            raise UserError("column 'tools' is text that is no JSON: give a list of functions' schemas") from None
+    if not isinstance(tools, list | None) or not isinstance(options, Mapping | None):
+        name, kind = ("chat_template_kwargs", "a mapping") if isinstance(tools, list | None) else ("tools", "a list")
+        raise UserError(f"column {name!r} holds {_kind(row[name])}: give {kind}, or call the column otherwise")
+    known = {key: value for key, value in (options or {}).items() if value is not None}
+    return {"tools": tools, **known} if tools else known
+
+
+def render(
+    tokenizer: Any, conversation: Sequence[Message], generation_prompt: bool = False, options: Options = _NONE
+) -> str:
     """The conversation in the tokenizer's chat template. Raises UserError if there is none, or it refuses."""
     if not getattr(tokenizer, "chat_template", None):
         raise UserError(
@@ -93,7 +117,7 @@ def render(tokenizer: Any, conversation: Sequence[Message], generation_prompt: b
         )
     try:
         text: str = tokenizer.apply_chat_template(
-            list(conversation), add_generation_prompt=generation_prompt, tokenize=False
+            list(conversation), add_generation_prompt=generation_prompt, tokenize=False, **options
         )
     except Exception as error:  # a template is a program, and can fail in any way
         reason = " ".join(str(error).split()) or type(error).__name__
@@ -105,13 +129,13 @@ def render(tokenizer: Any, conversation: Sequence[Message], generation_prompt: b
     return text
 
 
-def opened(tokenizer: Any, conversation: Sequence[Message]) -> str:
+def opened(tokenizer: Any, conversation: Sequence[Message], options: Options = _NONE) -> str:
     """A prompt as the model sees it before it answers: the conversation, and the opening of the assistant's turn.
 
     A template without a generation prompt opens it as it opens the assistant's turns of a conversation. Raises
     UserError for a template that refuses the conversation, does not know a role, or leaves a turn out.
     """
-    text = render(tokenizer, conversation, generation_prompt=True)
+    text = render(tokenizer, conversation, True, options)
     for number, message in enumerate(conversation, 1):
         role = message["role"]
         if role not in ROLES and role not in str(tokenizer.chat_template):
@@ -137,7 +161,9 @@ def _holds(text: str, message: Message) -> bool:
     return any(_squeezed(form) in _squeezed(text) for form in said)
 
 
-def answered(tokenizer: Any, conversation: Sequence[Message], answer: Message) -> tuple[str, str]:
+def answered(
+    tokenizer: Any, conversation: Sequence[Message], answer: Message, options: Options = _NONE
+) -> tuple[str, str]:
     """The opened prompt, and the whole conversation with the answer.
 
     The whole is the template's own rendering wherever that keeps the prompt and the answer. Where it does not (R1's
@@ -145,14 +171,14 @@ def answered(tokenizer: Any, conversation: Sequence[Message], answer: Message) -
     the prompt as the model sees it, the answer as it is written, and the template's ending. A ``<think>`` that both
     the generation prompt and the answer open is opened once.
     """
-    prompt, whole = opened(tokenizer, conversation), render(tokenizer, [*conversation, answer])
-    content = answer["content"]
+    prompt, content = opened(tokenizer, conversation, options), answer["content"]
+    whole = render(tokenizer, [*conversation, answer], options=options)
     if whole.startswith(prompt) and content.strip() in whole[len(prompt) :]:
         return prompt, prompt + _opened_once(prompt, whole[len(prompt) :])
-    boundary = shared(prompt, render(tokenizer, conversation))
+    boundary = shared(prompt, render(tokenizer, conversation, options=options))
     if shared(prompt, whole) >= boundary and _squeezed(content) in _squeezed(whole[boundary:]):
         return prompt, whole
-    before, after = _around(tokenizer, [*conversation, {**answer, "content": _PROBE}])
+    before, after = _around(tokenizer, [*conversation, {**answer, "content": _PROBE}], options)
     space = before[len(before.rstrip()) :] if prompt == prompt.rstrip() else ""
     return prompt, prompt + _opened_once(prompt, space + content + after)
 
@@ -194,9 +220,9 @@ def _turn(tokenizer: Any, own: frozenset[str]) -> Turn:
     return Turn(controls=own)
 
 
-def _around(tokenizer: Any, conversation: Sequence[Message]) -> tuple[str, str]:
+def _around(tokenizer: Any, conversation: Sequence[Message], options: Options = _NONE) -> tuple[str, str]:
     """What the template writes before and after the last message's text, which is the probe."""
-    before, probe, after = render(tokenizer, conversation).rpartition(_PROBE)
+    before, probe, after = render(tokenizer, conversation, options=options).rpartition(_PROBE)
     if not probe:
         raise UserError("the chat template leaves out the assistant's turn: change tokenizer.chat_template")
     return before, after

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from rlzoo.buffers.encoding import SPELLED, Notes, Special, encode, encode_prompt, spelled
 from rlzoo.buffers.tables import load_table
-from rlzoo.chat import Message, messages
+from rlzoo.chat import Message, Options, messages, options_of
 from rlzoo.errors import UserError
 from rlzoo.types import Trajectory
 from rlzoo.worlds import WORLD_PREFIX, world_problems
@@ -132,7 +132,7 @@ def encode_problems(tokenizer: PreTrainedTokenizerBase, problems: Sequence[Probl
             prompt = problem.prompt if isinstance(problem.prompt, str) else messages(problem.prompt)
             if problem.special_tokens == "allow" and (found := spelled(tokenizer, prompt)):
                 notes.add(problem.id, {SPELLED: found})
-            text, ids = encode_prompt(tokenizer, prompt, problem.special_tokens)
+            text, ids = encode_prompt(tokenizer, prompt, problem.special_tokens, _options(problem))
             encoded.append(Encoded(replace(problem, prompt=prompt), text, ids))
     notes.tell()
     return encoded
@@ -147,7 +147,8 @@ def demonstrations(
         problem = encoded.problem
         for solution in problem.solutions:
             with naming(problem):
-                made = encode(tokenizer, problem.prompt, solution, None, max_tokens, problem.special_tokens)
+                how = problem.special_tokens, _options(problem)
+                made = encode(tokenizer, problem.prompt, solution, None, max_tokens, *how)
             notes.add(problem.id, made.notes)
             own = replace(encoded, text=made.prompt, ids=made.prompt_ids)
             text = made.completion if made.truncated else solution
@@ -155,6 +156,10 @@ def demonstrations(
             rows.append(trajectory(own, text, made.completion_ids, **known))
     notes.tell()
     return rows
+
+
+def _options(problem: Problem) -> Options:
+    return {} if isinstance(problem.prompt, str) else options_of(problem.columns)
 
 
 @contextmanager

@@ -12,7 +12,7 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from rlzoo.buffers import encode, from_trl
+from rlzoo.buffers import encode, from_trl, to_trl
 from rlzoo.chat import opened, turn_of
 from rlzoo.config import ProblemSource, Sampling
 from rlzoo.errors import UserError
@@ -215,6 +215,41 @@ def test_parts_of_text_are_joined_and_other_keys_reach_the_template() -> None:
     answer = {"role": "assistant", "content": "2", "reasoning_content": "one and one: ", "tool_calls": None}
     (row,) = from_trl([{"prompt": [user("1+1?")], "completion": [answer]}], reasons)
     assert (reasons.decode(row.completion_ids), row.completion) == ("one and one: 2<|im_end|>\n", "2")
+    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "add"}}]}
+    called = built("{% for m in messages %}{{ m.content }}{{ m.tool_calls | tojson if m.tool_calls }};{% endfor %}")
+    (row,) = from_trl([{"messages": [user("1+1?"), call, turn("tool", "2"), assistant("Two")]}], called)
+    assert row.prompt == '1+1?;[{"function": {"name": "add"}}];2;'
+    assert row.messages == [user("1+1?"), assistant(""), turn("tool", "2")]
+
+
+def test_what_a_row_gives_its_template_is_what_trl_gives_it() -> None:
+    tokenizer = built(
+        "{% if tools %}<|im_start|>system\n{{ tools | tojson }}<|im_end|>\n{% endif %}"
+        + TEMPLATES["qwen3"]
+        + "{% if add_generation_prompt and enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}"
+    )
+    tools = [{"type": "function", "function": {"name": "add"}}]
+    turns = [user("1+1?"), assistant("2")]
+    for given in (tools, json.dumps(tools)):
+        row = {"prompt": turns[:1], "completion": turns[1:], "tools": given}
+        (made,) = from_trl([{**row, "chat_template_kwargs": {"enable_thinking": False, "x": None}}], tokenizer)
+        assert made.prompt_ids + made.completion_ids == tokenizer.apply_chat_template(turns, tools=tools)["input_ids"]
+        assert made.prompt.startswith("<|im_start|>system\n") and made.prompt.endswith("<think>\n\n</think>\n\n")
+        columns = {"tools": given, "chat_template_kwargs": {"enable_thinking": False}}
+        assert encode_problems(tokenizer, [Problem("p", turns[:1], columns)])[0].ids == made.prompt_ids
+    for name, value in (("tools", "{"), ("tools", 3), ("chat_template_kwargs", "no")):
+        with pytest.raises(UserError, match=f"row 1: column '{name}'"):
+            from_trl([{**GOOD, name: value}], tokenizer)
+    assert from_trl([{"prompt": "1", "completion": "2", "tools": 3}], tokenizer)[0].columns == {"tools": 3}
+
+
+def test_conversations_are_exported_as_conversations() -> None:
+    """Text alone would get TRL's end of sequence, and not the template's end of a turn."""
+    tokenizer = tokenizer_of("gemma")
+    buffer = from_trl([{**GOOD, "prompt_id": "p"}], tokenizer)
+    exported = to_trl(buffer, "prompt_completion")
+    assert exported["completion"][:] == [[assistant("2")]]
+    assert list(from_trl(exported, tokenizer)) == list(buffer)
 
 
 # Where a turn ends

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import Any, Literal
 
-from rlzoo.chat import Message, answered, messages, opened, shared, turn_of
+from rlzoo.chat import Message, Options, answered, messages, opened, shared, turn_of
 from rlzoo.errors import UserError
 
 Prompt = str | list[Message]
@@ -39,13 +39,16 @@ class Encoded:
     """What is to be known of its tokens: what happened → an example."""
 
 
-def encode_prompt(tokenizer: Any, prompt: Prompt, special: Special = "reject") -> tuple[str, list[int]]:
+def encode_prompt(
+    tokenizer: Any, prompt: Prompt, special: Special = "reject", options: Options | None = None
+) -> tuple[str, list[int]]:
     """The text that the model sees, and its tokens.
 
-    A conversation goes through the chat template, with the header of the assistant's turn and no further
-    special tokens. Plain text gets the tokenizer's own special tokens, but never an end of sequence. Raises
-    UserError for a conversation without a template or one that the template refuses, with ``special="reject"`` for one
-    whose text spells a special token, and for a prompt of no tokens, after which no first token can be predicted.
+    A conversation goes through the chat template, with ``options`` for the template (``tools``, ``enable_thinking``),
+    the header of the assistant's turn and no further special tokens. Plain text gets the tokenizer's own special
+    tokens, but never an end of sequence. Raises UserError for a conversation without a template or one that the
+    template refuses, with ``special="reject"`` for one whose text spells a special token, and for a prompt of no
+    tokens, after which no first token can be predicted.
     """
     if isinstance(prompt, str):
         text, ids = prompt, _tokens(tokenizer, prompt, special=True)
@@ -56,7 +59,7 @@ def encode_prompt(tokenizer: Any, prompt: Prompt, special: Special = "reject") -
         conversation = messages(prompt)
         if special == "reject":
             _reject(spelled(tokenizer, conversation))
-        text = opened(tokenizer, conversation)
+        text = opened(tokenizer, conversation, options or {})
         ids = _tokens(tokenizer, text, special=False)
     if not ids:
         raise UserError("the prompt has no tokens: give it some text, or use a tokenizer that begins with a BOS")
@@ -79,6 +82,7 @@ def encode(
     max_length: int | None = None,
     max_completion_tokens: int | None = None,
     special: Special = "reject",
+    options: Options | None = None,
 ) -> Encoded:
     """Both, cut on the right to ``max_length`` tokens of prompt + completion, ``max_completion_tokens`` of completion.
 
@@ -101,7 +105,7 @@ def encode(
         turn = {"role": "assistant", "content": completion} if isinstance(completion, str) else completion
         conversation, (answer,) = messages(prompt), messages([turn], "the completion")
         found = spelled(tokenizer, conversation, answer)
-        text, whole = answered(tokenizer, conversation, answer)
+        text, whole = answered(tokenizer, conversation, answer, options or {})
         said, key = answer["content"], prompt_key(text)
         prompt_ids, left_out, ids, end = _turn(tokenizer, text, whole)
         text = tokenizer.decode(prompt_ids) if left_out else text

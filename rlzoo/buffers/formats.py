@@ -18,7 +18,7 @@ from rlzoo.buffers.buffer import OfflineBuffer
 from rlzoo.buffers.encoding import Encoded, Notes, Prompt, Special, encode
 from rlzoo.buffers.schema import to_dataset, to_row, to_table
 from rlzoo.buffers.tables import load_table
-from rlzoo.chat import Message, messages
+from rlzoo.chat import Message, messages, options_of
 from rlzoo.errors import UserError
 from rlzoo.types import Trajectory
 
@@ -102,7 +102,10 @@ def _read_row(
     name = next((name for name in ("prompt_id", "id") if row.get(name) is not None), "prompt_id")
     columns = {key: value for key, value in row.items() if key not in (*form.columns, name)}
     for example in form.read(row):
-        encoded = encode(tokenizer, example.prompt, example.completion, max_length, special=special_tokens)
+        options = {} if isinstance(example.prompt, str) else options_of(row)
+        encoded = encode(
+            tokenizer, example.prompt, example.completion, max_length, special=special_tokens, options=options
+        )
         yield (
             encoded,
             Trajectory(
