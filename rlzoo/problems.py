@@ -8,9 +8,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from rlzoo.buffers.encoding import Special, Spelling, encode, encode_prompt, spelled
+from rlzoo.buffers.encoding import SPELLED, Notes, Special, encode, encode_prompt, spelled
 from rlzoo.buffers.tables import load_table
-from rlzoo.chat import Message, messages
+from rlzoo.chat import Message, Options, messages, options_of
 from rlzoo.errors import UserError
 from rlzoo.types import Trajectory
 from rlzoo.worlds import WORLD_PREFIX, world_problems
@@ -126,15 +126,15 @@ def _placeholders(template: str) -> list[str]:
 
 def encode_problems(tokenizer: PreTrainedTokenizerBase, problems: Sequence[Problem]) -> list[Encoded]:
     """Each problem with its rendered prompt and prompt ids. Raises UserError naming a problem that has none."""
-    encoded, spelling = [], Spelling("problem")
+    encoded, notes = [], Notes("problem")
     for problem in problems:
         with naming(problem):
             prompt = problem.prompt if isinstance(problem.prompt, str) else messages(problem.prompt)
-            if problem.special_tokens == "allow":
-                spelling.add(problem.id, spelled(tokenizer, prompt))
-            text, ids = encode_prompt(tokenizer, prompt, problem.special_tokens)
+            if problem.special_tokens == "allow" and (found := spelled(tokenizer, prompt)):
+                notes.add(problem.id, {SPELLED: found})
+            text, ids = encode_prompt(tokenizer, prompt, problem.special_tokens, _options(problem))
             encoded.append(Encoded(replace(problem, prompt=prompt), text, ids))
-    spelling.tell()
+    notes.tell()
     return encoded
 
 
@@ -142,17 +142,24 @@ def demonstrations(
     tokenizer: PreTrainedTokenizerBase, problems: Sequence[Problem], max_tokens: int | None = None
 ) -> list[Trajectory]:
     """One row a worked solution. A completion over ``max_tokens`` is cut: it loses its end and is marked so."""
-    rows = []
+    rows, notes = [], Notes("problem")
     for encoded in encode_problems(tokenizer, problems):
         problem = encoded.problem
         for solution in problem.solutions:
             with naming(problem):
-                made = encode(tokenizer, problem.prompt, solution, None, max_tokens, problem.special_tokens)
+                how = problem.special_tokens, _options(problem)
+                made = encode(tokenizer, problem.prompt, solution, None, max_tokens, *how)
+            notes.add(problem.id, made.notes)
             own = replace(encoded, text=made.prompt, ids=made.prompt_ids)
             text = made.completion if made.truncated else solution
             known = {"truncated": made.truncated, "reward": problem.quality}
             rows.append(trajectory(own, text, made.completion_ids, **known))
+    notes.tell()
     return rows
+
+
+def _options(problem: Problem) -> Options:
+    return {} if isinstance(problem.prompt, str) else options_of(problem.columns)
 
 
 @contextmanager

@@ -12,7 +12,7 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from rlzoo.buffers import encode, from_trl
+from rlzoo.buffers import encode, from_trl, to_trl
 from rlzoo.chat import opened, turn_of
 from rlzoo.config import ProblemSource, Sampling
 from rlzoo.errors import UserError
@@ -126,6 +126,7 @@ CONVERSATIONS = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:the chat template drops the prompt's last words")  # as TRL says, too
 @pytest.mark.parametrize("conversation", CONVERSATIONS)
 @pytest.mark.parametrize("template", TEMPLATES)
 def test_a_conversation_has_the_tokens_of_its_template_and_of_trl(template: str, conversation: str) -> None:
@@ -214,6 +215,41 @@ def test_parts_of_text_are_joined_and_other_keys_reach_the_template() -> None:
     answer = {"role": "assistant", "content": "2", "reasoning_content": "one and one: ", "tool_calls": None}
     (row,) = from_trl([{"prompt": [user("1+1?")], "completion": [answer]}], reasons)
     assert (reasons.decode(row.completion_ids), row.completion) == ("one and one: 2<|im_end|>\n", "2")
+    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "add"}}]}
+    called = built("{% for m in messages %}{{ m.content }}{{ m.tool_calls | tojson if m.tool_calls }};{% endfor %}")
+    (row,) = from_trl([{"messages": [user("1+1?"), call, turn("tool", "2"), assistant("Two")]}], called)
+    assert row.prompt == '1+1?;[{"function": {"name": "add"}}];2;'
+    assert row.messages == [user("1+1?"), assistant(""), turn("tool", "2")]
+
+
+def test_what_a_row_gives_its_template_is_what_trl_gives_it() -> None:
+    tokenizer = built(
+        "{% if tools %}<|im_start|>system\n{{ tools | tojson }}<|im_end|>\n{% endif %}"
+        + TEMPLATES["qwen3"]
+        + "{% if add_generation_prompt and enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}"
+    )
+    tools = [{"type": "function", "function": {"name": "add"}}]
+    turns = [user("1+1?"), assistant("2")]
+    for given in (tools, json.dumps(tools)):
+        row = {"prompt": turns[:1], "completion": turns[1:], "tools": given}
+        (made,) = from_trl([{**row, "chat_template_kwargs": {"enable_thinking": False, "x": None}}], tokenizer)
+        assert made.prompt_ids + made.completion_ids == tokenizer.apply_chat_template(turns, tools=tools)["input_ids"]
+        assert made.prompt.startswith("<|im_start|>system\n") and made.prompt.endswith("<think>\n\n</think>\n\n")
+        columns = {"tools": given, "chat_template_kwargs": {"enable_thinking": False}}
+        assert encode_problems(tokenizer, [Problem("p", turns[:1], columns)])[0].ids == made.prompt_ids
+    for name, value in (("tools", "{"), ("tools", 3), ("chat_template_kwargs", "no")):
+        with pytest.raises(UserError, match=f"row 1: column '{name}'"):
+            from_trl([{**GOOD, name: value}], tokenizer)
+    assert from_trl([{"prompt": "1", "completion": "2", "tools": 3}], tokenizer)[0].columns == {"tools": 3}
+
+
+def test_conversations_are_exported_as_conversations() -> None:
+    """Text alone would get TRL's end of sequence, and not the template's end of a turn."""
+    tokenizer = tokenizer_of("gemma")
+    buffer = from_trl([{**GOOD, "prompt_id": "p"}], tokenizer)
+    exported = to_trl(buffer, "prompt_completion")
+    assert exported["completion"][:] == [[assistant("2")]]
+    assert list(from_trl(exported, tokenizer)) == list(buffer)
 
 
 # Where a turn ends
@@ -279,7 +315,8 @@ def test_a_demonstration_and_a_sample_have_the_same_prompt() -> None:
 def test_pairs_of_one_prompt_stay_one_prompt_where_an_answer_has_no_thinking() -> None:
     tokenizer = tokenizer_of("r1")
     row = {"prompt": [user("1")], "chosen": [assistant("<think>\na\n</think>2")], "rejected": [assistant("3")]}
-    chosen, rejected = from_trl([row], tokenizer)
+    with pytest.warns(UserWarning, match=r"last words before an answer.*: 1 in all \(row 1: '<think>\\n'\)"):
+        chosen, rejected = from_trl([row], tokenizer)
     assert chosen.prompt_id == rejected.prompt_id and chosen.prompt_ids != rejected.prompt_ids
     assert tokenizer.decode(rejected.prompt_ids) == rejected.prompt
 
@@ -300,6 +337,7 @@ GOOD = {"messages": [user("1"), assistant("2")]}
         ("gemma", [user("1"), user("2")], "(Conversation roles must alternate)"),
         ("needsys", [user("1")], "(A system message is required)"),
         ("r1", [turn("system", "S"), user("1")], "leaves out message 1 (role system)"),
+        ("r1", [user("1"), assistant("2"), turn("tool", "3"), user("4")], "leaves out message 3 (role tool)"),
         ("chatml", [turn("human", "1")], "message 1 has the role 'human', which the chat template does not name"),
         ("chatml", [user(None)], "content of message 1 is null"),
         ("chatml", [user("1"), assistant(3), user("2")], "content of message 2 is a int"),
@@ -379,7 +417,7 @@ def test_a_message_that_spells_a_token_of_the_conversation_is_refused(turns: lis
     tokenizer = tokenizer_of("chatml")
     with pytest.raises(UserError, match=r"^row 2: the (user|assistant)'s text spells '<.*special_tokens: allow"):
         from_trl([GOOD, {"messages": turns}], tokenizer)
-    with pytest.warns(UserWarning, match=r"read as such, 1 times \(row 2: the (user|assistant)'s text spells"):
+    with pytest.warns(UserWarning, match=r"read as that token: 1 in all \(row 2: the (user|assistant)'s text spells"):
         row = from_trl([GOOD, {"messages": turns}], tokenizer, special_tokens="allow")[1]
     assert row.prompt_ids + row.completion_ids == tokenizer.apply_chat_template(turns)["input_ids"]
 
@@ -390,7 +428,7 @@ def test_problems_that_spell_special_tokens_are_refused_or_counted(tmp_path: Pat
     with pytest.raises(UserError, match=r"problem 'train-1': the user's text spells '<\|im_end\|>'"):
         encode_problems(tokenizer, load_problems(source))
     allowed = load_problems(source.model_copy(update={"special_tokens": "allow"}))
-    with pytest.warns(UserWarning, match="read as such, 1 times .problem train-1"):
+    with pytest.warns(UserWarning, match="read as that token: 1 in all .problem train-1"):
         assert len(encode_problems(tokenizer, allowed)) == 2
 
 
@@ -409,8 +447,11 @@ def test_plain_prompts_may_be_rendered_before_and_plain_completions_end_once() -
     for completion in ("2<eos>3", "<eos>2", "2<|im_end|>\n<|im_start|>user\n3"):
         with pytest.raises(UserError, match=r"row 1: the completion goes on after '<eos>' or '<\|im_end\|>'"):
             from_trl([{"prompt": rendered, "completion": completion}], tokenizer)
-        with pytest.warns(UserWarning, match="read as such, 1 times"):
+        with pytest.warns(UserWarning, match="read as that token: 1 in all"):
             from_trl([{"prompt": rendered, "completion": completion}], tokenizer, special_tokens="allow")
+    for token in ("<bos>", "<pad>", "<|im_start|>"):
+        with pytest.raises(UserError, match="row 1: the completion's text spells '<"):
+            from_trl([{"prompt": rendered, "completion": f"2{token}3"}], tokenizer)
     (row,) = from_trl([{"text": rendered + "2<|im_end|>\n"}], built(TEMPLATES["chatml"], bos=True))
     assert tokenizer.decode(row.completion_ids).startswith(rendered)
 

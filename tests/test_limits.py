@@ -134,6 +134,14 @@ def test_a_problem_with_a_token_without_an_embedding_is_named(policy: Policy) ->
         train(policy, get_objective("sft"), rows, Training(steps=1))
 
 
+def test_a_model_without_an_embedding_of_its_end_is_refused_when_it_is_loaded(policy: Policy, tmp_path: Path) -> None:
+    policy.tokenizer = build_tokenizer()
+    policy.tokenizer.add_special_tokens({"eos_token": "<end>"})
+    save_policy(policy, tmp_path / "model")
+    with pytest.raises(UserError, match=r"has no embedding of its end of sequence: token \d+ \('<end>'\) is not one"):
+        load_policy(str(tmp_path / "model"))
+
+
 EXPERIMENT = {
     "train": {"source": "train.jsonl", "solution": "answer"},
     "benchmarks": {"own": {"source": "test.jsonl"}},

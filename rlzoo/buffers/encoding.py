@@ -8,17 +8,20 @@ from __future__ import annotations
 
 import re
 import warnings
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import Any, Literal
 
-from rlzoo.chat import Message, answered, messages, opened, shared, turn_of
+from rlzoo.chat import Message, Options, answered, messages, opened, shared, turn_of
 from rlzoo.errors import UserError
 
 Prompt = str | list[Message]
 Special = Literal["reject", "allow"]
 """What happens to text that spells a special token: it is an error, or it is read as that token."""
+SPELLED = "text that spells a special token is read as that token"
+LEFT_OUT = "the chat template drops the prompt's last words before an answer, which samples continue from"
 
 
 @dataclass(frozen=True)
@@ -32,17 +35,20 @@ class Encoded:
     truncated: bool
     key: str = ""
     """The prompt's identity where the data give none: the same whatever its completion."""
-    spelled: str | None = None
-    """The special token that the text spells, in words, where that is allowed."""
+    notes: Mapping[str, str] = field(default_factory=dict)
+    """What is to be known of its tokens: what happened → an example."""
 
 
-def encode_prompt(tokenizer: Any, prompt: Prompt, special: Special = "reject") -> tuple[str, list[int]]:
+def encode_prompt(
+    tokenizer: Any, prompt: Prompt, special: Special = "reject", options: Options | None = None
+) -> tuple[str, list[int]]:
     """The text that the model sees, and its tokens.
 
-    A conversation goes through the chat template, with the header of the assistant's turn and no further
-    special tokens. Plain text gets the tokenizer's own special tokens, but never an end of sequence. Raises
-    UserError for a conversation without a template or one that the template refuses, with ``special="reject"`` for one
-    whose text spells a special token, and for a prompt of no tokens, after which no first token can be predicted.
+    A conversation goes through the chat template, with ``options`` for the template (``tools``, ``enable_thinking``),
+    the header of the assistant's turn and no further special tokens. Plain text gets the tokenizer's own special
+    tokens, but never an end of sequence. Raises UserError for a conversation without a template or one that the
+    template refuses, with ``special="reject"`` for one whose text spells a special token, and for a prompt of no
+    tokens, after which no first token can be predicted.
     """
     if isinstance(prompt, str):
         text, ids = prompt, _tokens(tokenizer, prompt, special=True)
@@ -53,7 +59,7 @@ def encode_prompt(tokenizer: Any, prompt: Prompt, special: Special = "reject") -
         conversation = messages(prompt)
         if special == "reject":
             _reject(spelled(tokenizer, conversation))
-        text = opened(tokenizer, conversation)
+        text = opened(tokenizer, conversation, options or {})
         ids = _tokens(tokenizer, text, special=False)
     if not ids:
         raise UserError("the prompt has no tokens: give it some text, or use a tokenizer that begins with a BOS")
@@ -76,6 +82,7 @@ def encode(
     max_length: int | None = None,
     max_completion_tokens: int | None = None,
     special: Special = "reject",
+    options: Options | None = None,
 ) -> Encoded:
     """Both, cut on the right to ``max_length`` tokens of prompt + completion, ``max_completion_tokens`` of completion.
 
@@ -90,17 +97,18 @@ def encode(
     if isinstance(prompt, str):
         if not isinstance(completion, str):
             raise UserError("the prompt is plain text and the completion a conversation: make both one of them")
-        found = spelled(tokenizer, prompt, completion)
+        found, left_out = spelled(tokenizer, prompt, completion), ""
         text, prompt_ids = encode_prompt(tokenizer, prompt)
         ids, said, key = encode_completion(tokenizer, completion), completion, prompt_key(text)
         said, end = said.removesuffix(tokenizer.eos_token), len(ids)
     else:
         turn = {"role": "assistant", "content": completion} if isinstance(completion, str) else completion
-        *conversation, answer = messages([*prompt, turn])
+        conversation, (answer,) = messages(prompt), messages([turn], "the completion")
         found = spelled(tokenizer, conversation, answer)
-        text, whole = answered(tokenizer, conversation, answer)
+        text, whole = answered(tokenizer, conversation, answer, options or {})
         said, key = answer["content"], prompt_key(text)
-        text, prompt_ids, ids, end = _turn(tokenizer, text, whole)
+        prompt_ids, left_out, ids, end = _turn(tokenizer, text, whole)
+        text = tokenizer.decode(prompt_ids) if left_out else text
     if special == "reject":
         _reject(found)
     rooms = [len(ids), max_completion_tokens, None if max_length is None else max_length - len(prompt_ids)]
@@ -111,24 +119,24 @@ def encode(
         )
     if truncated := room < end:
         said = tokenizer.decode(ids[:room])
-    return Encoded(text, said, prompt_ids, ids[:room], truncated, key, found)
+    notes = {SPELLED: found, LEFT_OUT: left_out and repr(left_out)}
+    return Encoded(text, said, prompt_ids, ids[:room], truncated, key, {k: v for k, v in notes.items() if v})
 
 
-def _turn(tokenizer: Any, prompt: str, whole: str) -> tuple[str, list[int], list[int], int]:
-    """A rendered conversation split at the start of its last turn, which may be before the end of the prompt: the
-    prompt's text and tokens, the turn's tokens, and how many of those it takes to end it."""
+def _turn(tokenizer: Any, prompt: str, whole: str) -> tuple[list[int], str, list[int], int]:
+    """A rendered conversation, split where it parts from its prompt: the tokens before that, the text that the prompt
+    alone has after it, the turn's tokens, and how many of those it takes to end the turn."""
     first, both = _tokens(tokenizer, prompt, special=False), _tokens(tokenizer, whole, special=False)
     start = shared(first, both)
     if not start:
         raise UserError("the prompt has no tokens of its own: give plain text, or change tokenizer.chat_template")
     ids, turn = both[start:], turn_of(tokenizer)
-    text = prompt if start == len(first) else tokenizer.decode(first[:start])
     if not {turn.stop, tokenizer.eos_token_id} & set(ids):
         if tokenizer.eos_token_id is None:
             raise UserError("the tokenizer has no end of sequence: set tokenizer.eos_token")
         ids = [*ids, tokenizer.eos_token_id]
     ended = turn.after_stop if tuple(ids[-len(turn.ending) :]) == turn.ending else 0
-    return text, both[:start], ids, len(ids) - ended
+    return both[:start], tokenizer.decode(first[start:]), ids, len(ids) - ended
 
 
 def spelled(tokenizer: Any, prompt: Prompt, completion: str | Message = "") -> str | None:
@@ -146,29 +154,32 @@ def spelled(tokenizer: Any, prompt: Prompt, completion: str | Message = "") -> s
                 return f"the {message['role']}'s text spells {found[0]!r}, which structures conversations"
         return None
     stops = {tokenizer.eos_token, None if turn.stop is None else tokenizer.convert_ids_to_tokens(turn.stop)} - {None}
-    if prompt and isinstance(completion, str) and stops:
-        _, *more = re.split("|".join(map(re.escape, stops)), completion)
-        if any(part.strip() for part in more):
-            return f"the completion goes on after {' or '.join(sorted(map(repr, stops)))}, where sampling stops"
-    return None
+    if not prompt or not isinstance(completion, str) or not stops:
+        return None
+    said, *more = re.split("|".join(map(re.escape, sorted(stops))), completion)
+    if any(part.strip() for part in more):
+        return f"the completion goes on after {' or '.join(sorted(map(repr, stops)))}, where sampling stops"
+    found = sorted(token for token in turn.controls if token in said)
+    return f"the completion's text spells {found[0]!r}" if found else None
 
 
-class Spelling:
-    """Counts rows whose text spells a special token, where that is allowed, and warns of them once."""
+class Notes:
+    """Counts what is to be known of the tokens of many rows, and warns of each thing once."""
 
     def __init__(self, what: str) -> None:
-        self._what, self._count, self._first = what, 0, ""
+        self._what = what
+        self._count, self._first = Counter[str](), dict[str, str]()
 
-    def add(self, name: object, found: str | None) -> None:
-        """Take in a row's name and what `spelled` said of it."""
-        if found is not None:
-            self._first = self._first or f"{self._what} {name}: {found}"
-            self._count += 1
+    def add(self, name: object, notes: Mapping[str, str]) -> None:
+        """Take in the notes of the row of that name."""
+        for kind, example in notes.items():
+            self._count[kind] += 1
+            self._first.setdefault(kind, f"{self._what} {name}: {example}")
 
     def tell(self) -> None:
         """Warn, if there were any."""
-        if self._count:
-            warnings.warn(f"special tokens in text are read as such, {self._count} times ({self._first})", stacklevel=3)
+        for kind, count in self._count.items():
+            warnings.warn(f"{kind}: {count} in all ({self._first[kind]})", stacklevel=3)
 
 
 def _reject(problem: str | None) -> None:

@@ -15,10 +15,10 @@ from typing import Any
 import datasets
 
 from rlzoo.buffers.buffer import OfflineBuffer
-from rlzoo.buffers.encoding import Encoded, Prompt, Special, Spelling, encode
+from rlzoo.buffers.encoding import Encoded, Notes, Prompt, Special, encode
 from rlzoo.buffers.schema import to_dataset, to_row, to_table
 from rlzoo.buffers.tables import load_table
-from rlzoo.chat import Message, messages
+from rlzoo.chat import Message, messages, options_of
 from rlzoo.errors import UserError
 from rlzoo.types import Trajectory
 
@@ -80,20 +80,20 @@ def read_buffer(where: str, tokenizer: Any, special_tokens: Special = "reject") 
 def _rows(
     rows: Iterable[Row], tokenizer: Any, max_length: int | None, special_tokens: Special
 ) -> Iterator[dict[str, Any]]:
-    first, spelling = None, Spelling("row")
+    first, notes = None, Notes("row")
     for number, row in enumerate(rows, 1):
         try:
             found = _recognise(row)
             first = first or found
             _require_same(first, found)
-            for made in _read_row(row, first[0], tokenizer, max_length, special_tokens):
-                spelling.add(number, made[0].spelled)
-                yield to_row(made[1])
+            for encoded, made in _read_row(row, first[0], tokenizer, max_length, special_tokens):
+                notes.add(number, encoded.notes)
+                yield to_row(made)
         except UserError as error:
             raise UserError(f"row {number}: {error}") from None
     if first is None:
         raise UserError("the data set has no rows: it is empty")
-    spelling.tell()
+    notes.tell()
 
 
 def _read_row(
@@ -102,7 +102,10 @@ def _read_row(
     name = next((name for name in ("prompt_id", "id") if row.get(name) is not None), "prompt_id")
     columns = {key: value for key, value in row.items() if key not in (*form.columns, name)}
     for example in form.read(row):
-        encoded = encode(tokenizer, example.prompt, example.completion, max_length, special=special_tokens)
+        options = {} if isinstance(example.prompt, str) else options_of(row)
+        encoded = encode(
+            tokenizer, example.prompt, example.completion, max_length, special=special_tokens, options=options
+        )
         yield (
             encoded,
             Trajectory(
