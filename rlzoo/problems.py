@@ -50,7 +50,8 @@ def load_problems(source: ProblemSource) -> list[Problem]:
     Raises UserError for a source that cannot be read, a missing column, or an empty set.
     """
     if source.source.startswith(WORLD_PREFIX):
-        problems = world_problems(source.source.removeprefix(WORLD_PREFIX))
+        made = world_problems(source.source.removeprefix(WORLD_PREFIX))[: source.limit]
+        problems = [_as_asked(index, problem, source) for index, problem in enumerate(made)]
     else:
         rows = load_table(source.source, source.split)
         limit = len(rows) if source.limit is None else min(source.limit, len(rows))
@@ -68,6 +69,13 @@ def load_problems(source: ProblemSource) -> list[Problem]:
                 f"{problem.id!r}: give each problem its own, or leave the column out"
             )
     return problems
+
+
+def _as_asked(index: int, problem: Problem, source: ProblemSource) -> Problem:
+    """A problem of a built-in task with the prompt and the columns that its source asks for."""
+    made = _problem(index, {"id": problem.id, "prompt": problem.prompt, **problem.columns}, source)
+    own = {name: value for name, value in made.columns.items() if name not in ("id", "prompt")}
+    return replace(made, columns=own, solutions=made.solutions if source.solution else problem.solutions)
 
 
 def _problem(index: int, row: Mapping[str, Any], source: ProblemSource) -> Problem:

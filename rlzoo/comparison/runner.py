@@ -19,6 +19,7 @@ import yaml
 from rich.console import Console
 
 from rlzoo.comparison import work
+from rlzoo.comparison.heartbeat import Heartbeat
 from rlzoo.comparison.on_ray import ray_tasks
 from rlzoo.comparison.plan import (
     Cell,
@@ -90,10 +91,11 @@ def compare(
         experiment = load_experiment(experiment)
     console = console or Console(stderr=True, quiet=not is_main())
     started = time.perf_counter()
-    check(experiment)
+    with Heartbeat(console, "reading the data"):
+        check(experiment)
     workers = workers_at(experiment, workers, executor)
     out = where(experiment, threads) if out is None else Path(out)
-    with run_in(out, "compare", _asked(experiment, threads)) as run:
+    with run_in(out, "compare", _asked(experiment, threads)) as run, Heartbeat(console, "starting") as heartbeat:
         if run.finished:
             _say(console, f"{experiment.name}: finished before, in {out}", style="bold")
             found: dict[str, Any] = json.loads((out / "results.json").read_text(encoding="utf-8"))
@@ -101,7 +103,9 @@ def compare(
         number = min(workers or default_workers(), max(2, len(cells(experiment))))
         processes, how = _workers(executor, address, number, threads, console)
         with processes as running:
+            heartbeat.doing = running.doing
             results, outcomes = _run(experiment, run, running, how, console)
+        heartbeat.report(1.0, "writing the report")
         results["wall_seconds"] = time.perf_counter() - started
         table = pa.Table.from_pylist(outcomes, schema=OUTCOMES)
         rows = summarise(table, experiment.evaluation.pass_k)

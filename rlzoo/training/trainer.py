@@ -33,6 +33,7 @@ from rlzoo.training.sums import Sums, coefficients_of_rows, coupled_coefficients
 from rlzoo.training.trackers import installed, tracked
 from rlzoo.types import Coefficients, Need, TokenBatch, Trajectory
 
+NO_ENGINE = "importance_cap changes nothing for rows without sampler_logp, the log-probs of another engine"
 T = TypeVar("T")
 Callback = Callable[["Trainer", int], None]
 """Called with the trainer and the number of steps done, after every optimizer step."""
@@ -180,6 +181,9 @@ class Trainer:
     def _prepare(self, part: Part, rows: Sequence[Trajectory], units: Sequence[tuple[int, ...]]) -> Drawn:
         """A part's rows as a batch, with everything that is fixed during its updates."""
         objective, needs = part.objective, part.objective.requires
+        capped = self.settings.importance_cap is not None and all(row.sampler_logp is None for row in rows)
+        if capped and NO_ENGINE not in self.record.events:
+            self.record.events.append(NO_ENGINE)
         rows = [as_scored(row, objective.at_sampling_temperature) for row in rows]
         batch = static_batch(rows, units, objective.learns_from, self.policy.device)
         if Need.BEHAVIOUR in needs and batch.behaviour_logp is None:

@@ -16,6 +16,7 @@ from rich.console import Console
 
 from rlzoo.buffers import Buffer, OfflineBuffer, read_buffer
 from rlzoo.comparison import work
+from rlzoo.comparison.heartbeat import Heartbeat
 from rlzoo.comparison.pool import Workers, default_workers, pool, why
 from rlzoo.comparison.runner import check, place
 from rlzoo.config import Experiment, Positive
@@ -81,7 +82,9 @@ def run_variance(
             console.print(f"{experiment.name}: finished before, in {out}", style="bold", highlight=False, markup=False)
             earlier: dict[str, Any] = json.loads((out / "variance.json").read_text(encoding="utf-8"))
             return earlier
-        with pool(min(workers or default_workers(), 1 + len(experiment.algorithms)), threads, console) as processes:
+        number = min(workers or default_workers(), 1 + len(experiment.algorithms))
+        with pool(number, threads, console) as processes, Heartbeat(console, "starting") as heartbeat:
+            heartbeat.doing = processes.doing
             found = _run(processes, experiment, run, settings, buffer, console)
         found = {
             "experiment": experiment.name,
