@@ -49,7 +49,11 @@ classes:
 
 An objective gives each token a coefficient c_t, the factor of ∇ log π_θ(y_t) in the gradient; p_t is π_θ(y_t), the
 probability of the token under the policy in training. [interface.md](interface.md) says how coefficients become a loss,
-and what an objective can need. "Code" counts the lines of a file that are not blank, comment or docstring."""
+and what an objective can need. "Code" counts the lines of a file that are not blank, comment or docstring.
+
+Besides its own options, every objective but a composite has `truncated`: what happens to completions that were cut at
+the limit on their length, `keep` (the default), `drop` or, where it learns from groups, `mask`.
+[data.md](data.md) says what each does."""
     columns = ["objective", "coefficient", "learns from", "normaliser", "needs", "source", "code"]
     parts = [intro, _table(columns, [_row(one) for some in built_in.values() for one in some])]
     for title, some in built_in.items():
@@ -114,7 +118,7 @@ def _section(objective: type[Objective], names: Sequence[str]) -> str:
     facts += [["code", f"[{path}](../{path}), {_code(objective)} lines"]]
     text = inspect.getdoc(sys.modules[objective.__module__]) or ""
     parts = [f"### {objective.name}", prose(text, names), _table(["", ""], facts)]
-    if options := options_of(objective):
+    if options := _own_options(objective):
         required = {field.name for field in fields(objective) if field.default is field.default_factory is MISSING}
         rows = [
             [f"`{name}`", _type(option["type"]), "none: required" if name in required else f"`{option['default']}`"]
@@ -122,6 +126,12 @@ def _section(objective: type[Objective], names: Sequence[str]) -> str:
         ]
         parts.append(_table(["option", "type", "default"], rows))
     return "\n\n".join(parts)
+
+
+def _own_options(objective: type[Objective]) -> dict[str, dict[str, Any]]:
+    """Its options but for those that every objective has."""
+    common = {field.name for field in fields(Objective)}
+    return {name: option for name, option in options_of(objective).items() if name not in common}
 
 
 def _summary(objective: type[Objective]) -> tuple[str, str]:

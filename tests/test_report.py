@@ -191,6 +191,18 @@ def test_report_has_all_parts_in_order(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.glob(".*")] == [], "no temporary file is left"
 
 
+def test_events_of_training_are_in_the_report(tmp_path: Path) -> None:
+    results = synthetic_run(tmp_path)
+    told = "12 of 16 groups drawn have equal rewards and teach nothing"
+    for cell in results["cells"]:
+        cell["events"] = [told] if cell["algorithm"] == "plain" and cell["seed"] > 0 else []
+    save(tmp_path, results)
+    write_report(tmp_path)
+    source, markdown = read(tmp_path)
+    assert f"| plain | 1, 2 | 0.0001 | {told} |" in markdown and markdown.count(told) == 1
+    assert "Events in training" in Page(source).text and told in Page(source).text
+
+
 def test_answer_follows_from_the_data(tmp_path: Path) -> None:
     results = synthetic_run(tmp_path, SKILL | {"weighted": 0.9})
     write_report(tmp_path)

@@ -167,6 +167,10 @@ def _costs(results: Results) -> Iterator[Block]:
             "trained with and reported on the test problems."
         )
         yield sweep
+    if events := tables.event_table(results):
+        yield Heading("Events in training")
+        yield Paragraph("What the cells report about their training, such as steps skipped and rows not learned from.")
+        yield events
     if failures := tables.failure_table(results):
         yield Heading("Failed cells")
         yield Paragraph("These did not finish and count in no number above.")

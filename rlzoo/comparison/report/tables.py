@@ -165,6 +165,19 @@ def failure_table(results: Results) -> Table | None:
     return Table(["algorithm", "seed", "learning rate", "error"], rows, prose="error") if rows else None
 
 
+def event_table(results: Results) -> Table | None:
+    """What happened in training that a reader should know, cells with the same events in one row; None if nothing."""
+    seeds: dict[tuple[str, str, str], list[int]] = {}
+    for cell in results.cells:
+        for event in cell.events:
+            seeds.setdefault((cell.algorithm, rate(cell.learning_rate), event), []).append(cell.seed)
+    rows = [
+        [Entry(algorithm), Entry(", ".join(map(str, own))), Entry(learning_rate), Entry(" ".join(event.split())[:500])]
+        for (algorithm, learning_rate, event), own in seeds.items()
+    ]
+    return Table(["algorithm", "seeds", "learning rate", "event"], rows, prose="event") if rows else None
+
+
 def report_table(results: Results | Mapping[str, Any]) -> list[rich.table.Table]:
     """The tables for the terminal: scores of each benchmark with 95 % intervals, then costs.
 
