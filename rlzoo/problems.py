@@ -160,8 +160,8 @@ def demonstrations(
             notes.add(problem.id, made.notes)
             own = replace(encoded, text=made.prompt, ids=made.prompt_ids)
             text = made.completion if made.truncated else solution
-            known = {"truncated": made.truncated, "reward": problem.quality}
-            rows.append(trajectory(own, text, made.completion_ids, **known))
+            ids = made.completion_ids
+            rows.append(trajectory(own, text, ids, truncated=made.truncated, reward=problem.quality))
     notes.tell()
     return rows
 

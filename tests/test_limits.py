@@ -188,7 +188,7 @@ def test_comparisons_and_variance_say_so_before_anything_is_trained(experiment: 
     sampled = experiment.model_copy(update={"algorithms": {"rft": experiment.algorithms["sft"]}})
     for some, who in ((experiment, "row 1 of"), (table, "row 1 of"), (sampled, "(row 1 of|problem 'train-0')")):
         with pytest.raises(UserError, match=f"^{who}.*64 positions"):
-            work.fill_buffer(some, tmp_path / "buffer", tmp_path / "state", report)
+            work.fill_buffer(some, tmp_path / "buffer", tmp_path / "state", 0, report)
         with pytest.raises(UserError, match=f"^{who}.*64 positions"):
             variance.fill(some, tmp_path / "buffer", tmp_path / "state", None, report)
     with pytest.raises(UserError, match=r"^row 1 of.*64 positions"):
