@@ -38,7 +38,7 @@ class CISPO(Objective):
 
     def advantages(self, batch: TokenBatch) -> torch.Tensor:
         reward, group = self.needed(batch, "reward", "group")
-        advantage = group_normalised(reward.to(batch.logp.dtype), group)
+        advantage = group_normalised(reward, group, dtype=batch.logp.dtype)
         return torch.where(batch.mask, advantage[:, None], 0)
 
     def coefficients(self, batch: TokenBatch) -> Coefficients:

@@ -7,8 +7,9 @@ With ρ = π_θ/μ and A = (r - mean_G)/(std_G + 1e-4), the loss of a token is
 averaged over the completion tokens of the step (the paper writes: of a group). A group of equal rewards carries no
 gradient and its tokens do not count. With ``dynamic_sampling`` those of a fixed buffer are left out beforehand, so that
 batches are full, and a fresh batch that holds no others is sampled again, a limited number of times before the run
-stops. A fresh batch that loses some is smaller; the paper samples on until it is full. Its penalty for overlong
-completions would be a reward, and is not here. Source: arXiv 2503.14476; μ as in `grpo`.
+stops. A fresh batch that loses some is smaller; the paper samples on until it is full. ``truncated: mask`` is its
+overlong filtering; its penalty for overlong completions would be a reward, and is not here. Source: arXiv 2503.14476;
+μ and ``delta`` as in `grpo`.
 """
 
 from collections.abc import Mapping
@@ -19,7 +20,7 @@ import torch
 
 from rlzoo.advantages import group_normalised, group_varies
 from rlzoo.objective import Objective, register
-from rlzoo.ratios import clipped_gradient, token_ratio
+from rlzoo.ratios import check_upper_bound, clipped_gradient, token_ratio
 from rlzoo.types import Coefficients, Need, Selection, TokenBatch
 
 
@@ -34,7 +35,11 @@ class DAPO(Objective):
 
     clip_low: float = 0.2
     clip_high: float = 0.28
+    delta: float | None = None
     dynamic_sampling: bool = True
+
+    def __post_init__(self) -> None:
+        check_upper_bound("dapo", "delta", self.delta, self.clip_high)
 
     @property
     def requires(self) -> frozenset[Need]:
@@ -50,11 +55,11 @@ class DAPO(Objective):
 
     def advantages(self, batch: TokenBatch) -> torch.Tensor:
         reward, group = self.needed(batch, "reward", "group")
-        advantage = group_normalised(reward.to(batch.logp.dtype), group)
+        advantage = group_normalised(reward, group, dtype=batch.logp.dtype)
         return torch.where(batch.mask, advantage[:, None], 0)
 
     def coefficients(self, batch: TokenBatch) -> Coefficients:
         advantage, behaviour = self.needed(batch, "advantage", "behaviour_logp")
         ratio = token_ratio(batch.logp, behaviour, batch.mask)
-        values, loss, clipped = clipped_gradient(ratio, advantage, self.clip_low, self.clip_high)
+        values, loss, clipped = clipped_gradient(ratio, advantage, self.clip_low, self.clip_high, self.delta)
         return Coefficients(values, loss=loss, metrics={"ratio": ratio, "clipped": clipped.to(ratio.dtype)})

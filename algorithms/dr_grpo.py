@@ -7,7 +7,7 @@ With ρ = π_θ/μ and A = r - mean_G, the loss of a token is
 summed over each sequence, then averaged over sequences. L is one constant for the whole run, the paper's budget of
 tokens a completion: set ``max_length`` to what completions were sampled with. It only scales the gradient, and so is
 no property of a batch: the longest completion of one would make some batches weigh more than others.
-Source: arXiv 2503.20783, which has no KL term either; μ as in `grpo`.
+Source: arXiv 2503.20783, which has no KL term either; μ and ``delta`` as in `grpo`.
 """
 
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ import torch
 from rlzoo.advantages import group_centred
 from rlzoo.errors import UserError
 from rlzoo.objective import Normaliser, Objective, register
-from rlzoo.ratios import clipped_gradient, token_ratio
+from rlzoo.ratios import check_upper_bound, clipped_gradient, token_ratio
 from rlzoo.types import Coefficients, Need, Selection, TokenBatch
 
 
@@ -34,10 +34,12 @@ class DrGRPO(Objective):
 
     clip: float = 0.2
     max_length: int = 256
+    delta: float | None = None
 
     def __post_init__(self) -> None:
         if self.max_length < 1:
             raise UserError(f"dr-grpo needs max_length ≥ 1, got {self.max_length}")
+        check_upper_bound("dr-grpo", "delta", self.delta, self.clip)
 
     @property
     def requires(self) -> frozenset[Need]:
@@ -45,12 +47,12 @@ class DrGRPO(Objective):
 
     def advantages(self, batch: TokenBatch) -> torch.Tensor:
         reward, group = self.needed(batch, "reward", "group")
-        advantage = group_centred(reward.to(batch.logp.dtype), group)
+        advantage = group_centred(reward, group, batch.logp.dtype)
         return torch.where(batch.mask, advantage[:, None], 0)
 
     def coefficients(self, batch: TokenBatch) -> Coefficients:
         advantage, behaviour = self.needed(batch, "advantage", "behaviour_logp")
         ratio = token_ratio(batch.logp, behaviour, batch.mask)
-        values, loss, clipped = clipped_gradient(ratio, advantage, self.clip, self.clip)
+        values, loss, clipped = clipped_gradient(ratio, advantage, self.clip, self.clip, self.delta)
         metrics = {"ratio": ratio, "clipped": clipped.to(ratio.dtype)}
         return Coefficients(values / self.max_length, loss=loss / self.max_length, metrics=metrics)

@@ -5,9 +5,14 @@ With ρ = π_θ/μ and A = (r - mean_G)/(std_G + 1e-4), the loss of a token is
     -min(ρA, clip(ρ, 1-ε, 1+ε) A) + β k3,    k3 = π_ref/π_θ - log(π_ref/π_θ) - 1,
 
 averaged over each sequence, then over sequences. k3 inside the loss has the gradient -β(π_ref/π_θ - 1) ∇log π_θ,
-which is not the gradient of the reverse KL. A group of equal rewards has A = 0; its tokens still count and still
-carry the KL term. Source: arXiv 2402.03300; μ is the policy that filled the buffer, so that a fixed buffer makes
-it offline GRPO and a refreshed one online GRPO.
+which is not the gradient of the reverse KL. Its mean is the KL only over samples of π_θ: on a fixed buffer, or in later
+updates on a batch, it is biased. ``kl_correction`` takes ρ k3 in its place, whose mean over μ is the KL and whose
+gradient, -βρ log(π_ref/π_θ) ∇log π_θ, is the KL's (DeepSeek-V3.2, arXiv 2512.02556; TRL's use_bias_correction_kl).
+
+A group of equal rewards, or of one, has A = 0; its tokens still count and still carry the KL term. Where A < 0 the clip
+sets ρ no upper bound, and a stale token may outweigh all others: ``delta`` δ bounds ρA by δA there, with no gradient
+past it (two-sided GRPO, arXiv 2505.07291). Without it ρ is at most e²⁰. Source: arXiv 2402.03300; μ is the policy that
+filled the buffer, so that a fixed buffer makes it offline GRPO and a refreshed one online GRPO.
 """
 
 from dataclasses import dataclass
@@ -17,7 +22,7 @@ import torch
 
 from rlzoo.advantages import group_normalised
 from rlzoo.objective import Normaliser, Objective, register
-from rlzoo.ratios import clipped_gradient, token_ratio
+from rlzoo.ratios import check_upper_bound, clipped_gradient, k3, token_ratio
 from rlzoo.types import Coefficients, Need, Selection, TokenBatch
 
 
@@ -33,6 +38,11 @@ class GRPO(Objective):
 
     clip: float = 0.2
     kl_coefficient: float = 0.04
+    kl_correction: bool = False
+    delta: float | None = None
+
+    def __post_init__(self) -> None:
+        check_upper_bound("grpo", "delta", self.delta, self.clip)
 
     @property
     def requires(self) -> frozenset[Need]:
@@ -40,19 +50,20 @@ class GRPO(Objective):
 
     def advantages(self, batch: TokenBatch) -> torch.Tensor:
         reward, group = self.needed(batch, "reward", "group")
-        advantage = group_normalised(reward.to(batch.logp.dtype), group)
+        advantage = group_normalised(reward, group, dtype=batch.logp.dtype)
         return torch.where(batch.mask, advantage[:, None], 0)
 
     def coefficients(self, batch: TokenBatch) -> Coefficients:
         advantage, behaviour = self.needed(batch, "advantage", "behaviour_logp")
         ratio = token_ratio(batch.logp, behaviour, batch.mask)
-        values, loss, clipped = clipped_gradient(ratio, advantage, self.clip, self.clip)
+        values, loss, clipped = clipped_gradient(ratio, advantage, self.clip, self.clip, self.delta)
         metrics = {"ratio": ratio, "clipped": clipped.to(ratio.dtype)}
         if self.kl_coefficient:
             (reference,) = self.needed(batch, "reference_logp")
-            log_ratio = torch.where(batch.mask, reference - batch.logp, 0)
-            excess = log_ratio.expm1()
-            metrics["kl"] = excess - log_ratio
-            values = values + self.kl_coefficient * excess
-            loss = loss + self.kl_coefficient * metrics["kl"]
+            kl, pull = k3(batch.logp, reference, batch.mask)
+            if self.kl_correction:
+                kl, pull = ratio * kl, ratio * torch.where(batch.mask, reference - batch.logp, 0)
+            metrics["kl"] = kl
+            values = values + self.kl_coefficient * pull
+            loss = loss + self.kl_coefficient * kl
         return Coefficients(values, loss=loss, metrics=metrics)

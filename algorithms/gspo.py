@@ -6,7 +6,8 @@ With s = (π_θ(y)/μ(y))^(1/|y|) and A = (r - mean_G)/(std_G + 1e-4), the loss 
 
 averaged over sequences. Its gradient is -sA · mean_t ∇log π_θ(y_t) where s is not clipped, so a token has the
 coefficient sA and a sequence the weight 1/|y|. The bounds are far tighter than GRPO's, because a mean of |y| log-ratios
-is far smaller than one of them. Source: arXiv 2507.18071, section 5.1 for the bounds; no KL term; μ as in `grpo`.
+is far smaller than one of them. Source: arXiv 2507.18071, section 5.1 for the bounds; no KL term; μ and ``delta`` as in
+`grpo`.
 """
 
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ import torch
 
 from rlzoo.advantages import group_normalised
 from rlzoo.objective import Normaliser, Objective, register
-from rlzoo.ratios import clipped_gradient, sequence_ratio
+from rlzoo.ratios import check_upper_bound, clipped_gradient, sequence_ratio
 from rlzoo.types import Coefficients, Need, Selection, TokenBatch
 
 
@@ -32,6 +33,10 @@ class GSPO(Objective):
 
     clip_low: float = 3e-4
     clip_high: float = 4e-4
+    delta: float | None = None
+
+    def __post_init__(self) -> None:
+        check_upper_bound("gspo", "delta", self.delta, self.clip_high)
 
     @property
     def requires(self) -> frozenset[Need]:
@@ -39,12 +44,12 @@ class GSPO(Objective):
 
     def advantages(self, batch: TokenBatch) -> torch.Tensor:
         reward, group = self.needed(batch, "reward", "group")
-        advantage = group_normalised(reward.to(batch.logp.dtype), group)
+        advantage = group_normalised(reward, group, dtype=batch.logp.dtype)
         return torch.where(batch.mask, advantage[:, None], 0)
 
     def coefficients(self, batch: TokenBatch) -> Coefficients:
         advantage, behaviour = self.needed(batch, "advantage", "behaviour_logp")
         ratio = sequence_ratio(batch.logp, behaviour, batch.mask)
-        values, loss, clipped = clipped_gradient(ratio, advantage, self.clip_low, self.clip_high)
+        values, loss, clipped = clipped_gradient(ratio, advantage, self.clip_low, self.clip_high, self.delta)
         metrics = {"sequence_ratio": ratio, "clipped": clipped.to(ratio.dtype)}  # s is no importance weight
         return Coefficients(values, loss=loss, metrics=metrics)

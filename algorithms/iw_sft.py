@@ -16,6 +16,7 @@ from typing import ClassVar, Literal
 import torch
 
 from rlzoo.objective import Objective, register
+from rlzoo.ratios import ratio_of
 from rlzoo.types import Coefficients, Need, TokenBatch
 
 
@@ -46,8 +47,8 @@ class ImportanceWeightedSFT(Objective):
         (reference,) = self.needed(batch, "reference_logp")
         log_ratio = torch.where(batch.mask, batch.logp - reference, 0)
         if self.variant == "per_step":
-            weight = log_ratio.exp().clamp(self.step_min, self.step_max)
+            weight = ratio_of(log_ratio).clamp(self.step_min, self.step_max)
         else:
             mean = log_ratio.sum(1, keepdim=True) / batch.mask.sum(1, keepdim=True).clamp(min=1)
-            weight = (self.kappa * mean).exp().clamp(0, self.weight_max).expand_as(log_ratio)
+            weight = ratio_of(self.kappa * mean).clamp(0, self.weight_max).expand_as(log_ratio)
         return Coefficients(weight, metrics={"weight": weight})

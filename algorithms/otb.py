@@ -5,11 +5,14 @@ With ρ = π_θ/μ, G the return (the completion's reward, which comes at its en
     loss = -ρ_t (G - B_t),   B_t = Σ_i G_i W_{i,t} / Σ_i W_{i,t},   W_{i,t} = Σ_{s≤t} S_{i,s},
 
 averaged over the completion tokens of the step. S = 1 - 2 p + Σ_v π_v² is the squared norm of the gradient of log π in
-logits, the paper's stand-in for the one in weights. Only samples that still run at t are in B_t; the last one alone is
-its own baseline, and its tail has no gradient. W is of the policy at the start of the batch, where the advantages are
-fixed, and so p, π and B are the same for all updates on it; ρ is of the policy in training, and not clipped.
-Source: arXiv 2602.07078. The reference code (verl) can weigh S by the square of a truncated π/μ, which here is left
-out, and has options that give up the baseline (B = 0) for a group of one and for the tail of the longest sample.
+logits, the paper's stand-in for the one in weights. Only samples that still run at t are in B_t. W is of the policy at
+the start of the batch, where the advantages are fixed, and so p, π and B are the same for all updates on it; ρ is of
+the policy in training, and not clipped.
+
+A sample that runs alone is its own baseline: a group of one, and the tail of the longest sample, have no gradient. The
+reference code (verl) takes B = 0 there, always for a group of one and by default for the tail, and so learns from G
+itself, even where the rewards are equal: ``zero_tail`` does both. verl can also weigh S by the square of a truncated
+π/μ, which is left out here. Source: arXiv 2602.07078.
 """
 
 from dataclasses import dataclass
@@ -32,6 +35,8 @@ class OptimalTokenBaseline(Objective):
     learns_from: ClassVar[Selection] = Selection.GROUPS
     source: ClassVar[str] = "arXiv 2602.07078"
 
+    zero_tail: bool = False
+
     @property
     def requires(self) -> frozenset[Need]:
         return frozenset({Need.BEHAVIOUR, Need.SNAPSHOT, Need.SQUARE_MASS})
@@ -39,9 +44,9 @@ class OptimalTokenBaseline(Objective):
     def advantages(self, batch: TokenBatch) -> torch.Tensor:
         reward, group, snapshot = self.needed(batch, "reward", "group", "snapshot_logp")
         wide = torch.promote_types(snapshot.dtype, torch.float32)  # W is a long sum
-        reward, square_mass = reward.to(wide), batch.statistics["square_mass"].to(wide)
+        square_mass = batch.statistics["square_mass"].to(wide)
         score_norm = (1 - 2 * snapshot.to(wide).exp() + square_mass).clamp(min=0)  # rounding can take it below
-        baseline = optimal_token_baseline(reward, group, score_norm, batch.mask)
+        baseline = optimal_token_baseline(reward, group, score_norm, batch.mask, self.zero_tail)
         return torch.where(batch.mask, reward[:, None] - baseline, 0).to(snapshot.dtype)
 
     def coefficients(self, batch: TokenBatch) -> Coefficients:

@@ -1,10 +1,15 @@
 """Power: the family of probability-based losses between SFT and beyond DFT.
 
-Loss: (1 - p_t^α)/α where p_t ≥ τ and 0 elsewhere, averaged over the completion tokens of the step. Its gradient weighs
-∇ log p_t by p_t^α: α = 0 is SFT (the loss tends to -log p), α = 1 DFT, and the larger α, the less an unlikely token
-counts. ``threshold`` τ leaves out the tokens that the policy thinks less likely than that; they still count in the
-denominator. α = 10 is the paper's -p¹⁰, for models that know their demonstrations: on others nothing is left of the
-gradient. Source: arXiv 2510.00526, whose -p^α differs by a constant and the factor α.
+Loss: (1 - p_t^α)/α where p_t ≥ τ, averaged over those tokens of the step. Its gradient weighs ∇ log p_t by p_t^α:
+α = 0 is SFT (the loss tends to -log p), α = 1 DFT, and the larger α, the less an unlikely token counts. ``threshold`` τ
+leaves out tokens that the policy thinks less likely than that, from the sum and from the number that it is divided by,
+as the authors' code does.
+
+Which α is good depends on what the base knows of the task. The paper finds -p, -p¹⁰ (α = 1 and 10) and the threshold
+ahead of SFT where it knows much, as of mathematics; SFT (α = 0) ahead where it knows nothing, as of a puzzle of its own
+making; and none ahead in between. The default is α = 1, which is DFT: α = 10 weighs a token of p = ½ by a thousandth,
+and leaves nothing of the gradient unless the base is nearly sure of its demonstrations.
+Source: arXiv 2510.00526, whose -p^α differs by a constant and the factor α.
 """
 
 from dataclasses import dataclass
@@ -19,20 +24,27 @@ from rlzoo.types import Coefficients, TokenBatch
 @register
 @dataclass(frozen=True)
 class Power(Objective):
-    """Power family: c_t = p_t^α 1[p_t ≥ τ]."""
+    """Power family: c_t = p_t^α 1[p_t ≥ τ] / (the share of tokens with p_t ≥ τ)."""
 
     name: ClassVar[str] = "power"
     source: ClassVar[str] = "arXiv 2510.00526"
 
-    alpha: float = 10.0
+    alpha: float = 1.0
     threshold: float = 0.0
+
+    @property
+    def is_coupled(self) -> bool:
+        return self.threshold > 0  # the tokens that are kept are counted over the whole step
 
     def coefficients(self, batch: TokenBatch) -> Coefficients:
         weight = (self.alpha * batch.logp).exp()
         loss = -torch.expm1(self.alpha * batch.logp) / self.alpha if self.alpha else -batch.logp
-        kept = batch.logp.exp() >= self.threshold
+        if not self.is_coupled:
+            return Coefficients(weight, loss=loss)
+        kept = batch.mask & (batch.logp.exp() >= self.threshold)
+        share = kept.sum().clamp(min=1).to(weight.dtype) / batch.mask.sum().clamp(min=1)
         return Coefficients(
-            torch.where(kept, weight, 0),
-            loss=torch.where(kept, loss, 0),
+            torch.where(kept, weight / share, 0),
+            loss=torch.where(kept, loss / share, 0),
             metrics={"kept": kept.to(weight.dtype)},
         )

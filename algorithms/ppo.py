@@ -7,7 +7,11 @@ critic's values; A is whitened over the batch, after the returns are taken. The 
     -min(ρA, clip(ρ, 1-ε, 1+ε) A) + value_coefficient · ½ max((V-R)², (V_clip-R)²),
 
 with V_clip within value_clip of the value at the start of the batch, and, with ``dual_clip`` c, at most -cA where
-A < 0. ρ = π_θ/μ with μ the policy that filled the buffer: a fixed buffer makes it offline PPO.
+A < 0; without it ρ is at most e²⁰ there. ρ = π_θ/μ with μ the policy that filled the buffer: a fixed buffer makes it
+offline PPO.
+
+A truncated completion counts as ended: its reward is all that it will get, and the value after its last token is 0.
+``bootstrap_truncated`` takes the critic's value at the last token for the one after it, which no forward pass gives.
 Sources: arXiv 1707.06347; GAE, arXiv 1506.02438; dual clip, arXiv 1912.09729.
 """
 
@@ -20,7 +24,7 @@ from torch import Tensor
 
 from rlzoo.advantages import generalised_advantage, last_token, whiten
 from rlzoo.objective import Objective, register
-from rlzoo.ratios import clipped_gradient, token_ratio
+from rlzoo.ratios import check_upper_bound, clipped_gradient, token_ratio
 from rlzoo.types import Coefficients, Need, Selection, TokenBatch
 
 
@@ -42,6 +46,10 @@ class PPO(Objective):
     value_clip: float | None = 0.2
     value_coefficient: float = 0.1
     critic: Literal["separate", "shared"] = "separate"
+    bootstrap_truncated: bool = False
+
+    def __post_init__(self) -> None:
+        check_upper_bound("ppo", "dual_clip", self.dual_clip, 0.0)
 
     @property
     def requires(self) -> frozenset[Need]:
@@ -57,7 +65,12 @@ class PPO(Objective):
         if self.kl_coefficient:
             (reference,) = self.needed(batch, "reference_logp")
             per_token = per_token - self.kl_coefficient * torch.where(batch.mask, batch.logp - reference, 0)
-        advantage, returns = generalised_advantage(per_token, value, batch.mask, self.gamma, self.lam)
+        after = None
+        if self.bootstrap_truncated:
+            (truncated,) = self.needed(batch, "truncated")
+            last = torch.where(last_token(batch.mask), value, 0).sum(1)
+            after = torch.where(truncated, last, 0)
+        advantage, returns = generalised_advantage(per_token, value, batch.mask, self.gamma, self.lam, after)
         if self.whiten:
             advantage = whiten(advantage, batch.mask)
         return replace(batch, advantage=advantage, returns=returns)
@@ -65,11 +78,7 @@ class PPO(Objective):
     def coefficients(self, batch: TokenBatch) -> Coefficients:
         advantage, behaviour = self.needed(batch, "advantage", "behaviour_logp")
         ratio = token_ratio(batch.logp, behaviour, batch.mask)
-        values, loss, clipped = clipped_gradient(ratio, advantage, self.clip, self.clip)
-        if self.dual_clip is not None:
-            beyond = (advantage < 0) & (ratio > self.dual_clip)
-            values, clipped = torch.where(beyond, 0, values), clipped | beyond
-            loss = torch.where(advantage < 0, loss.clamp(max=-self.dual_clip * advantage), loss)
+        values, loss, clipped = clipped_gradient(ratio, advantage, self.clip, self.clip, self.dual_clip)
         return Coefficients(values, loss=loss, metrics={"ratio": ratio, "clipped": clipped.to(ratio.dtype)})
 
     def auxiliary(self, batch: TokenBatch) -> Mapping[str, Tensor]:

@@ -15,6 +15,7 @@ from typing import ClassVar
 import torch
 
 from rlzoo.objective import Objective, register
+from rlzoo.ratios import token_ratio
 from rlzoo.types import Coefficients, Need, TokenBatch
 
 
@@ -34,7 +35,7 @@ class PSFT(Objective):
 
     def coefficients(self, batch: TokenBatch) -> Coefficients:
         (snapshot,) = self.needed(batch, "snapshot_logp")
-        ratio = torch.where(batch.mask, batch.logp - snapshot, 0).exp()
+        ratio = token_ratio(batch.logp, snapshot, batch.mask)
         clipped = ratio > 1 + self.clip
         return Coefficients(
             torch.where(clipped, 0, ratio),

@@ -16,6 +16,7 @@ from typing import ClassVar, Literal
 
 import torch
 
+from rlzoo.advantages import group_centred
 from rlzoo.objective import Normaliser, Objective, register
 from rlzoo.types import Coefficients, Selection, TokenBatch
 
@@ -36,7 +37,7 @@ class Reinforce(Objective):
         (reward,) = self.needed(batch, "reward")
         advantage = reward.to(batch.logp.dtype)
         if self.baseline == "mean":
-            advantage = advantage - advantage.mean()
+            advantage = group_centred(reward, torch.zeros_like(reward, dtype=torch.long), batch.logp.dtype)
         return torch.where(batch.mask, advantage[:, None], 0)
 
     def coefficients(self, batch: TokenBatch) -> Coefficients:

@@ -2,12 +2,17 @@
 
 Loss: -1[correct] log π_θ(y_t), averaged over the completion tokens of the step. The buffer's view keeps the samples
 whose reward reaches ``threshold``, drops repeated completions of a prompt, and keeps at most ``samples_per_prompt`` of
-the rest. Source: arXiv 2308.01825, which selects distinct equations; here a completion is distinct if its text is.
+the rest. A truncated sample that is correct is learned from without an end of sequence, unless ``truncated`` is
+``drop``. Source: arXiv 2308.01825, which departs in two ways: it selects distinct equations, where here a completion is
+distinct if its text is; and it trains on these samples and the demonstrations together, as here ``with_demonstrations``
+does, every row once an epoch with the coefficient 1. A `mixture` of `sft` and `rft` gives each a weight of its own.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
+
+import torch
 
 from rlzoo.objective import Objective, register
 from rlzoo.types import Coefficients, Selection, TokenBatch
@@ -24,12 +29,19 @@ class RFT(Objective):
 
     threshold: float = 0.5
     samples_per_prompt: int = 4
+    with_demonstrations: bool = False
 
     @property
     def view_options(self) -> Mapping[str, Any]:
-        return {"threshold": self.threshold, "per_prompt": self.samples_per_prompt}
+        return {
+            "threshold": self.threshold,
+            "per_prompt": self.samples_per_prompt,
+            "with_demonstrations": self.with_demonstrations,
+        }
 
     def coefficients(self, batch: TokenBatch) -> Coefficients:
+        if self.with_demonstrations:  # which need no reward, and wrong samples are not in the view
+            return Coefficients(torch.ones_like(batch.logp))
         (reward,) = self.needed(batch, "reward")
         correct = (reward >= self.threshold).to(batch.logp.dtype)
         return Coefficients(correct[:, None].expand_as(batch.logp), metrics={"correct": correct})

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 from rlzoo.errors import UserError
 from rlzoo.reward import CompositeReward, OnError, Reward, Score, get_reward, register_reward
+from rlzoo.reward_call import means
 
 
 @register_reward
@@ -71,5 +72,7 @@ class Weighted(CompositeReward):
             values = [score.value for score in row]
             known = [w * v for w, v in zip(weights, values, strict=True) if v is not None]
             total = sum(known) if len(known) == len(values) else None
-            scores.append(Score(total, dict(zip(self.parts, values, strict=True))))
+            extra = {column: value for score in row for column, value in score.extra.items()}
+            metrics = means(score.metrics for score in row)
+            scores.append(Score(total, dict(zip(self.parts, values, strict=True)), extra, metrics))
         return scores

@@ -16,37 +16,56 @@ def group_mean(x: Float[Tensor, " B"], group: Int[Tensor, " B"]) -> Float[Tensor
     return (total / count.clamp(min=1))[index]
 
 
-def group_centred(reward: Float[Tensor, " B"], group: Int[Tensor, " B"]) -> Float[Tensor, " B"]:
-    """r - mean_G; 0 for a group of one."""
-    return reward - group_mean(reward, group)
+def group_centred(
+    reward: Float[Tensor, " B"], group: Int[Tensor, " B"], dtype: torch.dtype | None = None
+) -> Float[Tensor, " B"]:
+    """r - mean_G of each row, in ``dtype`` (None: the rewards' own); exactly 0 for a group of one or of equal rewards.
+
+    The group's least reward comes off first, in the rewards' own precision: the mean of equal rewards may round to
+    another number, and a large offset would cost the digits of small differences.
+    """
+    above = (reward - _least(reward, group)).to(dtype or reward.dtype)
+    return above - group_mean(above, group)
 
 
 def group_varies(reward: Float[Tensor, " B"], group: Int[Tensor, " B"]) -> Bool[Tensor, " B"]:
     """True for the rows of groups whose rewards are not all equal, to the bit: a std of 0 may be rounded to more."""
+    return _least(reward, group) < -_least(-reward, group)
+
+
+def _least(reward: Float[Tensor, " B"], group: Int[Tensor, " B"]) -> Float[Tensor, " B"]:
+    """The least reward of each row's group."""
     _, index = torch.unique(group, return_inverse=True)
     bounds = reward.new_empty(int(index.max()) + 1 if len(index) else 0)
-    least = bounds.scatter_reduce(0, index, reward, "amin", include_self=False)
-    greatest = bounds.scatter_reduce(0, index, reward, "amax", include_self=False)
-    return (least < greatest)[index]
+    return bounds.scatter_reduce(0, index, reward, "amin", include_self=False)[index]
 
 
 def group_normalised(
-    reward: Float[Tensor, " B"], group: Int[Tensor, " B"], epsilon: float = 1e-4
+    reward: Float[Tensor, " B"],
+    group: Int[Tensor, " B"],
+    epsilon: float = 1e-4,
+    dtype: torch.dtype | None = None,
 ) -> Float[Tensor, " B"]:
-    """(r - mean_G) / (std_G + ε), std with Bessel's correction as in TRL; 0 where the group's std is 0.
+    """(r - mean_G) / (std_G + ε) in ``dtype``, std with Bessel's correction as in TRL.
 
-    A group of one row has advantage 0. Source: DeepSeekMath, arXiv 2402.03300, section 4.1.2.
+    Exactly 0 for a group of one or of equal rewards. Source: DeepSeekMath, arXiv 2402.03300, section 4.1.2.
     """
-    centred = group_centred(reward, group)
-    size = _size(group, reward)
+    centred = group_centred(reward, group, dtype)
+    size = _size(group, centred)
     std = (group_mean(centred.square(), group) * size / (size - 1).clamp(min=1)).sqrt()
     return centred / (std + epsilon)
 
 
-def leave_one_out(reward: Float[Tensor, " B"], group: Int[Tensor, " B"]) -> Float[Tensor, " B"]:
-    """r - mean of the others in the group = G/(G-1) (r - mean_G); 0 for a group of one. arXiv 2402.14740."""
-    size = _size(group, reward)
-    return group_centred(reward, group) * size / (size - 1).clamp(min=1)
+def leave_one_out(
+    reward: Float[Tensor, " B"], group: Int[Tensor, " B"], dtype: torch.dtype | None = None
+) -> Float[Tensor, " B"]:
+    """r - mean of the others in the group = G/(G-1) (r - mean_G), in ``dtype``; 0 as in `group_centred`.
+
+    Source: arXiv 2402.14740.
+    """
+    centred = group_centred(reward, group, dtype)
+    size = _size(group, centred)
+    return centred * size / (size - 1).clamp(min=1)
 
 
 def _size(group: Int[Tensor, " B"], like: Float[Tensor, " B"]) -> Float[Tensor, " B"]:
@@ -60,21 +79,28 @@ def optimal_token_baseline(
     group: Int[Tensor, " B"],
     score_norm: Float[Tensor, "B T"],
     mask: Bool[Tensor, "B T"],
+    zero_tail: bool = False,
 ) -> Float[Tensor, "B T"]:
     """B_t = Σ_i r_i W_{i,t} / Σ_i W_{i,t}, W_{i,t} = Σ_{s≤t} S_{i,s}, over the rows of the group that still run at t.
 
-    ``score_norm`` is S, the squared norm of a token's score. 0 at masked positions and where all W are 0.
-    Source: arXiv 2602.07078.
+    ``score_norm`` is S, the squared norm of a token's score. 0 at masked positions; the group's least reward where all
+    W are 0. Of equal rewards it is exactly that reward. With ``zero_tail`` it is 0 where one row runs alone, which
+    otherwise is its own baseline. Source: arXiv 2602.07078.
     """
     if score_norm.shape != mask.shape or reward.shape != group.shape or len(reward) != len(mask):
         shapes = [tuple(x.shape) for x in (reward, group, score_norm, mask)]
         raise ValueError(f"shapes do not fit: {', '.join(map(str, shapes))}")
     live = torch.where(mask, score_norm, 0).cumsum(1) * mask
+    least = _least(reward, group)
     _, index = torch.unique(group, return_inverse=True)
     total = live.new_zeros(int(index.max()) + 1 if len(index) else 0, live.shape[1])
-    weighed = total.index_add(0, index, live * reward[:, None])[index]
+    weighed = total.index_add(0, index, live * (reward - least).to(live.dtype)[:, None])[index]
     weight = total.index_add(0, index, live)[index]
-    return torch.where(mask & (weight > 0), weighed / weight, 0)
+    baseline = least[:, None] + torch.where(weight > 0, weighed / weight, 0)
+    has_baseline = mask
+    if zero_tail:
+        has_baseline = mask & (total.index_add(0, index, mask.to(live.dtype))[index] > 1)
+    return torch.where(has_baseline, baseline, 0)
 
 
 def generalised_advantage(
@@ -83,33 +109,39 @@ def generalised_advantage(
     mask: Bool[Tensor, "B T"],
     gamma: float,
     lam: float,
+    after: Float[Tensor, " B"] | None = None,
 ) -> tuple[Float[Tensor, "B T"], Float[Tensor, "B T"]]:
     """GAE(γ, λ) and the returns A + V, both 0 at masked positions.
 
-    δ_t = r_t + γ V_{t+1} - V_t, A_t = δ_t + γλ A_{t+1}; the value after the last token is 0, because a
-    completion ends the episode. Source: arXiv 1506.02438, eq. 16.
+    δ_t = r_t + γ V_{t+1} - V_t, A_t = δ_t + γλ A_{t+1}; ``after`` is the value after each row's last token, 0 unless
+    given, because a completion ends the episode. Source: arXiv 1506.02438, eq. 16.
     """
     if reward.shape != value.shape or reward.shape != mask.shape:
         raise ValueError(f"shapes differ: {tuple(reward.shape)}, {tuple(value.shape)}, {tuple(mask.shape)}")
     value = torch.where(mask, value, 0)
     reward = torch.where(mask, reward, 0)
     advantage = torch.zeros_like(value)
-    after, running = value.new_zeros(len(value)), value.new_zeros(len(value))
+    following = value.new_zeros(len(value)) if after is None else after.to(value.dtype)
+    running = value.new_zeros(len(value))
     for t in reversed(range(value.shape[1])):
         live = mask[:, t]
-        delta = reward[:, t] + gamma * after - value[:, t]
+        delta = reward[:, t] + gamma * following - value[:, t]
         running = torch.where(live, delta + gamma * lam * running, running)
-        after = torch.where(live, value[:, t], after)
+        following = torch.where(live, value[:, t], following)
         advantage[:, t] = torch.where(live, running, 0)
     return advantage, torch.where(mask, advantage + value, 0)
 
 
 def whiten(x: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"], epsilon: float = 1e-8) -> Float[Tensor, "B T"]:
-    """(x - mean) / sqrt(var + ε) over the unmasked entries; 0 elsewhere. Fewer than two entries stay as they are."""
+    """(x - mean) / sqrt(var + ε) over the unmasked entries; 0 elsewhere. Fewer than two entries stay as they are.
+
+    Entries that are all equal give exactly 0: the mean of them may round to another number, which ε would not hide.
+    """
     inside = x[mask]
     if inside.numel() < 2:
         return torch.where(mask, x, 0)
-    return torch.where(mask, (x - inside.mean()) * (inside.var() + epsilon).rsqrt(), 0)
+    varied = mask & (inside.amin() < inside.amax())
+    return torch.where(varied, (x - inside.mean()) * (inside.var() + epsilon).rsqrt(), 0)
 
 
 def last_token(mask: Bool[Tensor, "B T"]) -> Bool[Tensor, "B T"]:

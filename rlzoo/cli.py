@@ -14,7 +14,16 @@ from typing import Any, NoReturn
 
 from rlzoo.errors import UserError
 from rlzoo.interrupts import Terminated, raise_signal
-from rlzoo.overrides import add_overrides, add_processes, add_trust, check_processes, experiment_of, pairs
+from rlzoo.overrides import (
+    add_overrides,
+    add_processes,
+    add_threads,
+    add_trust,
+    check_processes,
+    experiment_of,
+    pairs,
+    use_threads,
+)
 
 Handler = Callable[[argparse.Namespace], int]
 
@@ -88,7 +97,8 @@ def _compare(commands: Any) -> None:
         "rlzoo compare arithmetic --algorithms sft,dft --seeds 0,1,2",
     )  # fmt: skip
     add_overrides(
-        command, "data", "test-data", "limit", "steps", "batch-size", "samples", "rollout-samples", "k"
+        command, "data", "test-data", "limit", "train-limit", "test-limit", "steps", "batch-size", "samples",
+        "rollout-samples", "k",
     )  # fmt: skip
     command.add_argument("--algorithms", help="comma-separated: names, module:Name, or path/to/file.py:Name")
     command.add_argument("--seeds", help="comma-separated whole numbers")
@@ -191,6 +201,7 @@ def _train(commands: Any) -> None:
     command.add_argument("--steps", type=int, help="optimizer steps")
     command.add_argument("--learning-rate", type=float)
     command.add_argument("--seed", type=int, default=0)
+    add_threads(command)
 
 
 def _run_train(arguments: argparse.Namespace) -> int:
@@ -204,6 +215,7 @@ def _run_train(arguments: argparse.Namespace) -> int:
     from rlzoo.runs import run_in
     from rlzoo.training import train
 
+    use_threads(arguments)
     settings = pairs(arguments.set, "--set")
     for name, value in (("steps", arguments.steps), ("learning_rate", arguments.learning_rate)):
         if value is not None:
@@ -218,12 +230,14 @@ def _run_train(arguments: argparse.Namespace) -> int:
         "model": arguments.model,
         "buffer": arguments.buffer,
         "seed": arguments.seed,
+        "threads": arguments.threads,
     }
 
     def show(trainer: Any, step: int) -> None:
         row = trainer.record.steps[-1]
         if is_main():
-            print(f"step {step}/{training.steps}  loss {row['loss']:.4f}  gradient norm {row['gradient_norm']:.3f}")
+            told = f"step {step}/{training.steps}  loss {row['loss']:.4f}  gradient norm {row['gradient_norm']:.3f}"
+            print(told, flush=True)  # a log is to show how far it is
 
     out = arguments.out
     with run_in(out, "train", asked) as run:
@@ -231,7 +245,7 @@ def _run_train(arguments: argparse.Namespace) -> int:
             print(f"finished before: {out}")
             return 0
         policy = load_policy(arguments.model, training.dtype)
-        buffer = read_buffer(arguments.buffer, policy.tokenizer)
+        buffer = read_buffer(arguments.buffer, policy.tokenizer, training.special_tokens)
         record = train(
             policy, objective, buffer, training, arguments.seed, [show], out / "logs", run.state / "checkpoints"
         )
@@ -253,12 +267,14 @@ def _rollout(commands: Any) -> None:
     )  # fmt: skip
     add_overrides(command, "data", "limit", "rollout-samples")
     command.add_argument("--seed", type=int, default=0)
+    add_threads(command)
     command.add_argument(
         "--out", type=Path, required=True, help="a folder, new or of the same run, or a .parquet or .jsonl file"
     )
 
 
 def _run_rollout(arguments: argparse.Namespace) -> int:
+    use_threads(arguments)
     experiment = experiment_of(arguments)
     from rlzoo.buffers import OfflineBuffer
     from rlzoo.comparison.pool import silence
@@ -266,12 +282,12 @@ def _run_rollout(arguments: argparse.Namespace) -> int:
     from rlzoo.pieces import Pieces
     from rlzoo.policy import load_policy
     from rlzoo.problems import encode_problems, load_problems
-    from rlzoo.rollout import collect_rollouts, mismatch, sampler_of
+    from rlzoo.rollout import collect_rollouts, mismatch, sampler_of, unscored
     from rlzoo.runs import run_in
 
     reward, problems = reward_of(experiment), load_problems(experiment.train)[: experiment.rollouts.prompts]
     silence()
-    asked = {"experiment": experiment.model_dump(mode="json"), "seed": arguments.seed}
+    asked = {"experiment": experiment.model_dump(mode="json"), "seed": arguments.seed, "threads": arguments.threads}
     with run_in(arguments.out, "rollout", asked, "whole") as run:
         if run.finished:
             print(f"finished before: {arguments.out}")
@@ -281,13 +297,16 @@ def _run_rollout(arguments: argparse.Namespace) -> int:
         settings = experiment.rollouts
         sampler, recompute = sampler_of(policy, settings), settings.behaviour == "recompute"
         rows = collect_rollouts(
-            policy, sampler, encoded, reward, settings, arguments.seed, recompute=recompute, pieces=Pieces(run.state)
-        )
+            policy, sampler, encoded, reward, settings, arguments.seed,
+            token_budget=experiment.training.token_budget, recompute=recompute, pieces=Pieces(run.state),
+        )  # fmt: skip
         buffer = OfflineBuffer.from_trajectories(rows)
         writers = {".parquet": buffer.to_parquet, ".jsonl": buffer.to_jsonl}
         writers.get(arguments.out.suffix, buffer.save)(arguments.out)
     right = sum((row.reward or 0) >= experiment.evaluation.correct_at for row in rows)
     print(f"{len(rows)} samples of {len(problems)} prompts, {right} correct; saved to {arguments.out}")
+    if without := unscored((row.reward, row.prompt) for row in rows):
+        print(without)
     if found := mismatch(rows):
         print(
             f"log-probs of the engine and the trainer: {found['mean_absolute']:.2g} apart in the mean, "
@@ -303,25 +322,31 @@ def _evaluate(commands: Any) -> None:
     )  # fmt: skip
     add_overrides(command, "test-data", "limit", "samples", "k")
     command.add_argument("--seed", type=int, default=0)
+    add_threads(command)
     command.add_argument("--json", action="store_true", help="print the scores as JSON")
 
 
 def _run_evaluate(arguments: argparse.Namespace) -> int:
+    use_threads(arguments)
     experiment = experiment_of(arguments)
     from rlzoo.comparison.pool import silence
     from rlzoo.comparison.work import reward_of
     from rlzoo.evaluation import evaluate
     from rlzoo.policy import load_policy
     from rlzoo.problems import load_problems
+    from rlzoo.rollout import unscored
 
     reward = reward_of(experiment)
     problems = {name: load_problems(source) for name, source in experiment.benchmarks.items()}
     silence()
     policy = load_policy(experiment.model, experiment.training.dtype)
-    scores = {
-        name: evaluate(policy, some, reward, experiment.evaluation, arguments.seed).metrics
-        for name, some in problems.items()
+    found = {
+        name: evaluate(policy, some, reward, experiment.evaluation, arguments.seed) for name, some in problems.items()
     }
+    scores = {name: one.metrics for name, one in found.items()}
+    for name, one in found.items():
+        if without := unscored((row["reward"], row["prompt"]) for row in one.outcomes):
+            print(f"{name}: {without}; they count as wrong", file=sys.stderr)
     if arguments.json:
         print(json.dumps(scores, indent=1))
         return 0
@@ -329,6 +354,7 @@ def _run_evaluate(arguments: argparse.Namespace) -> int:
         print(
             f"{name}: avg@{m['samples']} {m['avg_at_k']:.1%}  greedy {m['greedy']:.1%}  "
             f"pass@{m['k']} {m['pass_at_k']:.1%}"
+            + "".join(f"  {n.removeprefix('reward/')} {v:.4g}" for n, v in m.items() if n.startswith("reward/"))
         )
     return 0
 

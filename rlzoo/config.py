@@ -19,6 +19,11 @@ M = TypeVar("M", bound=pydantic.BaseModel)
 EXPERIMENTS = Path(__file__).parent / "experiments"
 
 
+def _named_null(value: Any) -> Any:
+    """``null`` in YAML is no text; there it is meant as the word."""
+    return "null" if value is None else value
+
+
 class _Strict(pydantic.BaseModel):
     model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
 
@@ -29,6 +34,7 @@ class ProblemSource(_Strict):
     source: str
     """``world:arithmetic/test``, a .jsonl, .parquet or .csv file, or a Hub id (``openai/gsm8k:main``)."""
     split: str = "train"
+    """Of a Hub data set. A file is one split, whatever its name, and a built-in task has its split in its name."""
     prompt: str = "prompt"
     """A column, or a template such as ``"{question}\\nShow your work."``."""
     solution: str | None = None
@@ -40,6 +46,11 @@ class ProblemSource(_Strict):
     chat: bool = False
     """Whether to put the prompt into the model's chat template as a user's turn."""
     system: str | None = None
+    """The text of a system turn before each conversation; ``""``: an empty turn. None: no turn, and so the template's
+    default where it has one."""
+    special_tokens: Literal["reject", "allow"] = "reject"
+    """Text that spells a special token (a message that spells ``<|im_end|>``, a completion that goes on after an end of
+    sequence): an error that names the problem, or read as that token."""
     limit: Positive | None = None
 
 
@@ -77,6 +88,8 @@ class Rollouts(Sampling):
     """How many of the training problems; None: all."""
     behaviour: Literal["recompute", "sampler"] = "recompute"
     """Whose log-probs the buffer holds as the behaviour's: the trainer's own, or those of the engine that sampled."""
+    per_seed: bool = False
+    """Whether each seed has a buffer of its own samples, so that intervals cover the drawing of the samples too."""
 
 
 class EvaluationSettings(Sampling):
@@ -109,7 +122,7 @@ class Judging(_Strict):
     """For one call; a call that takes longer is ended, and its completions are judged one by one."""
     memory_gb: Annotated[float, Field(gt=0)] | None = 4.0
     """Memory that its process may ask for, in 2³⁰ bytes."""
-    on_error: Literal["fail", "null"] = "fail"
+    on_error: Annotated[Literal["fail", "null"], pydantic.BeforeValidator(_named_null)] = "fail"
     """A completion on which the reward raises, hangs or gives no number ends the run, or has no reward."""
 
 
@@ -143,6 +156,8 @@ class Training(_Strict):
     """Truncated importance sampling for samples of another engine: each token weighs min(π/π_engine, this) as much."""
     max_completion_tokens: Positive = 2048
     """Longer demonstrations are cut on the right, and so lose their end-of-sequence token."""
+    special_tokens: Literal["reject", "allow"] = "reject"
+    """Text in a table of demonstrations that spells a special token, as in `ProblemSource`."""
     dtype: Literal["float32", "bfloat16", "bfloat16-mixed", "float64"] = "float32"
     """``bfloat16-mixed`` keeps the weights in float32 and multiplies matrices in bfloat16."""
     lora: Lora | None = None
@@ -208,6 +223,8 @@ class Experiment(_Strict):
         ):
             if wrong and any(self.training_of(name).importance_cap is not None for name in self.algorithms):
                 raise ValueError(told)
+        if sampling.behaviour == "sampler" and sampling.engine == "transformers":
+            raise ValueError("rollouts.behaviour: sampler needs an engine with log-probs of its own: engine: vllm")
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds repeat: {list(self.seeds)}")
         for name, row in self.algorithms.items():

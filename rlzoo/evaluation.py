@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,9 +14,10 @@ from rlzoo.errors import UserError
 from rlzoo.estimators import pass_at_k
 from rlzoo.policy import Policy
 from rlzoo.problems import Encoded, Problem, encode_problems
-from rlzoo.reward import Reward
+from rlzoo.reward import Reward, get_reward
+from rlzoo.reward_call import means
 from rlzoo.rollout import Sampler, sampler_of
-from rlzoo.rollout.rollouts import judge
+from rlzoo.rollout.rollouts import check_prompts, judge
 
 
 @dataclass(frozen=True)
@@ -24,35 +26,39 @@ class Evaluation:
 
     metrics: dict[str, float]
     """``avg_at_k``, ``greedy``, ``pass_at_k`` as fractions, ``k``, ``samples``, ``mean_length`` in tokens,
-    ``truncated`` as a fraction."""
+    ``truncated`` as a fraction, and ``reward/NAME`` for what the reward logged as the metric NAME of the samples."""
     outcomes: list[dict[str, Any]]
-    """One row a sample: problem_id, prompt, decoding, sample, reward, correct, length, truncated, text."""
+    """One row a sample: problem_id, prompt, decoding, sample, reward, correct, length, truncated, text; and
+    ``logged``, as JSON, where the reward logged anything of it."""
 
 
 def evaluate(
     policy: Policy,
     problems: Sequence[Problem],
-    reward: Reward,
+    reward: Any,
     settings: EvaluationSettings | None = None,
     seed: int = 0,
     sampler: Sampler | None = None,
     greedy: bool = True,
     progress: Callable[[int], None] | None = None,
 ) -> Evaluation:
-    """Sample each problem ``settings.samples`` times, and once greedily, and judge the answers.
+    """Sample each problem ``settings.samples`` times, and once greedily, and score the answers.
+
+    ``reward`` is anything that `get_reward` takes, such as a plain function.
 
     A sample with a reward of ``settings.correct_at`` or more is correct; a null reward counts as wrong.
     pass@k is the unbiased estimate of arXiv 2107.03374. Raises UserError for no problems or k > samples.
     """
-    settings = settings or EvaluationSettings()
+    settings, reward = settings or EvaluationSettings(), get_reward(reward)
     if not problems:
         raise UserError("there are no problems to evaluate on: give a problem set with at least one row")
     if settings.pass_k > settings.samples:
         raise UserError(f"pass@{settings.pass_k} needs as many samples, and there are {settings.samples}: change one")
     sampler = sampler or sampler_of(policy, settings)
     encoded = encode_problems(policy.tokenizer, problems)
-    sampled = _outcomes(sampler, encoded, reward, settings, seed, False, progress)
-    best = _outcomes(sampler, encoded, reward, settings, seed, True, progress) if greedy else []
+    check_prompts(policy, sampler, encoded, settings)
+    sampled, logged = _outcomes(sampler, encoded, reward, settings, seed, False, progress)
+    best = _outcomes(sampler, encoded, reward, settings, seed, True, progress)[0] if greedy else []
     correct = np.array([row["correct"] for row in sampled]).reshape(len(problems), settings.samples)
     hits, n = correct.sum(1), np.full(len(problems), settings.samples)
     metrics = {
@@ -63,6 +69,7 @@ def evaluate(
         "mean_length": float(np.mean([row["length"] for row in sampled])),
         "truncated": float(np.mean([row["truncated"] for row in sampled])),
     }
+    metrics |= {f"reward/{name}": value for name, value in logged.items()}
     if greedy:
         metrics["greedy"] = float(np.mean([row["correct"] for row in best]))
     return Evaluation(metrics, sampled + best)
@@ -76,11 +83,12 @@ def _outcomes(
     seed: int,
     greedy: bool,
     progress: Callable[[int], None] | None,
-) -> list[dict[str, Any]]:
+) -> tuple[list[dict[str, Any]], dict[str, float]]:
+    """One row a sample, and the means of what the reward logged."""
     sampled = sampler.sample([p.ids for p in problems], settings, seed, greedy=greedy, progress=progress)
     flat = [(p, n, s) for p, samples in zip(problems, sampled, strict=True) for n, s in enumerate(samples)]
     scores = judge(reward, [(p, s) for p, _, s in flat])
-    return [
+    rows = [
         {
             "problem_id": problem.problem.id,
             "prompt": problem.text,
@@ -91,6 +99,8 @@ def _outcomes(
             "length": len(sample.ids),
             "truncated": sample.truncated,
             "text": sample.text,
+            **({"logged": json.dumps(score.extra)} if score.extra else {}),
         }
         for (problem, number, sample), score in zip(flat, scores, strict=True)
     ]
+    return rows, means([score.metrics for score in scores])

@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from enum import Enum
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 import pydantic
 import torch
@@ -72,6 +72,11 @@ class Objective:
     A subclass's fields are its hyper-parameters; its class variables say what it learns from.
     """
 
+    truncated: Literal["keep", "mask", "drop"] = dataclasses.field(default="keep", kw_only=True)
+    """What happens to truncated completions: ``keep`` learns from them as from any other, though they do not end;
+    ``drop`` leaves them out of the view; ``mask``, for objectives of groups, takes their tokens out of the loss and of
+    the number of tokens, while their rewards count in their groups and they count as sequences."""
+
     name: ClassVar[str]
     learns_from: ClassVar[Selection] = Selection.DEMONSTRATIONS
     couples: ClassVar[Coupling] = Coupling.NONE
@@ -91,7 +96,7 @@ class Objective:
 
     @property
     def view_options(self) -> Mapping[str, Any]:
-        """Options for the buffer's view named by ``learns_from``."""
+        """Options for the buffer's view named by ``learns_from``; `views_of` adds what ``truncated`` asks for."""
         return {}
 
     @property
@@ -175,6 +180,12 @@ class Objective:
         return tuple(values)
 
 
+def view_of(objective: Objective) -> tuple[Selection, dict[str, Any]]:
+    """The view that an objective learns from, and all its options: its own, and to leave out truncated rows."""
+    dropping = {"truncated": "drop"} if objective.truncated == "drop" else {}
+    return objective.learns_from, {**objective.view_options, **dropping}
+
+
 def statistics_of(objective: Objective) -> list[Need]:
     """The token statistics that an objective needs, in their order."""
     return [need for need in STATISTICS if need in objective.requires]
@@ -218,6 +229,12 @@ def options_of(objective: type[Objective]) -> dict[str, dict[str, Any]]:
     return {f.name: {"type": _type_name(hints[f.name]), "default": _default(f)} for f in dataclasses.fields(objective)}
 
 
+def own_options_of(objective: type[Objective]) -> dict[str, dict[str, Any]]:
+    """`options_of` without those that every objective has."""
+    common = {field.name for field in dataclasses.fields(Objective)}
+    return {name: option for name, option in options_of(objective).items() if name not in common}
+
+
 def _type_name(hint: Any) -> str:
     plain = isinstance(hint, type) and typing.get_origin(hint) is None
     return hint.__name__ if plain else str(hint).replace("typing.", "").replace("collections.abc.", "")
@@ -256,11 +273,23 @@ def get_objective(name: str, /, **options: Any) -> Objective:
     if lacking := [f.name for f in bare if f.init and f.name not in options]:
         raise UserError(f"objective {name!r} needs the option {lacking[0]!r}, which has no default: give it a value")
     try:
-        return found(**options)
+        built = found(**options)
     except UserError:
         raise
     except Exception as error:  # of a plug-in's own checks
         raise UserError(f"objective {name!r} cannot be built from {options}: {told(error)}") from error
+    _check_truncated(built)
+    return built
+
+
+def _check_truncated(objective: Objective) -> None:
+    if objective.truncated != "keep" and is_composite(type(objective)):
+        raise UserError(f"objective {objective.name!r} is a composite: give truncated to its parts, in their options")
+    if objective.truncated == "mask" and objective.learns_from is not Selection.GROUPS:
+        raise UserError(
+            f"objective {objective.name!r} does not learn from groups, in which a masked completion's reward counts: "
+            "use truncated=drop"
+        )
 
 
 def reduce(

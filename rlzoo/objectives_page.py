@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rlzoo.errors import UserError
-from rlzoo.objective import Objective, is_composite, list_objectives, objective_class, options_of
+from rlzoo.objective import Objective, is_composite, list_objectives, objective_class, own_options_of
 from rlzoo.types import Selection
 
 COMMAND = "rlzoo list --markdown > docs/objectives.md"
@@ -49,7 +49,11 @@ classes:
 
 An objective gives each token a coefficient c_t, the factor of ∇ log π_θ(y_t) in the gradient; p_t is π_θ(y_t), the
 probability of the token under the policy in training. [interface.md](interface.md) says how coefficients become a loss,
-and what an objective can need. "Code" counts the lines of a file that are not blank, comment or docstring."""
+and what an objective can need. "Code" counts the lines of a file that are not blank, comment or docstring.
+
+Besides its own options, every objective but a composite has `truncated`: what happens to completions that were cut at
+the limit on their length, `keep` (the default), `drop` or, where it learns from groups, `mask`.
+[data.md](data.md) says what each does."""
     columns = ["objective", "coefficient", "learns from", "normaliser", "needs", "source", "code"]
     parts = [intro, _table(columns, [_row(one) for some in built_in.values() for one in some])]
     for title, some in built_in.items():
@@ -114,7 +118,7 @@ def _section(objective: type[Objective], names: Sequence[str]) -> str:
     facts += [["code", f"[{path}](../{path}), {_code(objective)} lines"]]
     text = inspect.getdoc(sys.modules[objective.__module__]) or ""
     parts = [f"### {objective.name}", prose(text, names), _table(["", ""], facts)]
-    if options := options_of(objective):
+    if options := own_options_of(objective):
         required = {field.name for field in fields(objective) if field.default is field.default_factory is MISSING}
         rows = [
             [f"`{name}`", _type(option["type"]), "none: required" if name in required else f"`{option['default']}`"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -11,21 +12,24 @@ import yaml
 from rlzoo.errors import UserError
 
 if TYPE_CHECKING:
-    from rlzoo.config import Experiment
+    from rlzoo.config import Experiment, ProblemSource
 
+_TRAINING_LIMITS = ("train.limit", "rollouts.prompts")
 _OPTIONS: dict[str, tuple[type, str, tuple[str, ...]]] = {
     "model": (str, "'embedded', a folder, or a Hub id", ("model",)),
     "reward": (str, "a name, package.module:Name, or path/to/file.py:Name", ("reward",)),
     "data": (str, "training problems: a file, a Hub id, or world:NAME/SPLIT", ("train.source",)),
     "test-data": (str, "benchmark problems, for every benchmark of the experiment", ()),
-    "limit": (int, "use at most this many problems of each set", ("train.limit", "rollouts.prompts")),
+    "limit": (int, "use at most this many problems of each set", _TRAINING_LIMITS),
+    "train-limit": (int, "use at most this many training problems", _TRAINING_LIMITS),
+    "test-limit": (int, "use at most this many problems of each benchmark, and of validation", ()),
     "steps": (int, "optimizer steps", ("training.steps",)),
     "batch-size": (int, "sequences an optimizer step", ("training.batch_size",)),
     "samples": (int, "samples a problem when evaluating", ("evaluation.samples",)),
     "rollout-samples": (int, "samples a prompt to learn from", ("rollouts.samples",)),
     "k": (int, "pass@k's k", ("evaluation.k",)),
 }
-"""Options that change an experiment: type, help, and the settings they stand for."""
+"""Options that change an experiment: type, help, and the settings they stand for. Of two for one the later counts."""
 
 
 def add_overrides(command: argparse.ArgumentParser, *options: str, default: str = "arithmetic") -> None:
@@ -48,15 +52,32 @@ def add_trust(command: argparse.ArgumentParser) -> None:
 
 def add_processes(command: argparse.ArgumentParser) -> None:
     """How many processes the work is spread over, and how many threads each of them has."""
-    command.add_argument("--workers", type=int, help="processes; default: one a core")
-    command.add_argument("--threads", type=int, default=1, help="threads a process")
+    command.add_argument("--workers", type=int, help="processes; default: one per core")
+    command.add_argument("--threads", type=int, default=1, help="threads per process; default 1")
 
 
 def check_processes(arguments: argparse.Namespace) -> None:
-    """Raises UserError for what `add_processes` cannot mean."""
+    """Raises UserError for numbers of workers or threads that cannot be."""
     for option in ("workers", "threads"):
-        if (number := getattr(arguments, option)) is not None and number < 1:
+        if (number := getattr(arguments, option, None)) is not None and number < 1:
             raise UserError(f"--{option} {number}: give a whole number of at least 1")
+
+
+def add_threads(command: argparse.ArgumentParser) -> None:
+    """How many threads a command has that does its work in this process."""
+    command.add_argument("--threads", type=int, help="threads of this process; default: PyTorch's own choice")
+
+
+def use_threads(arguments: argparse.Namespace) -> None:
+    """Compute with as many threads as `add_threads` was told, here and in processes that are started. Imports torch."""
+    check_processes(arguments)
+    if arguments.threads is not None:
+        import torch
+
+        from rlzoo.comparison.pool import THREAD_VARIABLES
+
+        os.environ.update({name: str(arguments.threads) for name in THREAD_VARIABLES})
+        torch.set_num_threads(arguments.threads)
 
 
 def experiment_of(arguments: argparse.Namespace) -> Experiment:
@@ -65,11 +86,27 @@ def experiment_of(arguments: argparse.Namespace) -> Experiment:
 
     given = {name: getattr(arguments, name.replace("-", "_"), None) for name in _OPTIONS}
     changes = {key: given[name] for name in _OPTIONS if given[name] is not None for key in _OPTIONS[name][2]}
-    plain = load_experiment(arguments.experiment, changes | pairs(arguments.set, "--set"))
-    over = {key: given[name] for key, name in (("limit", "limit"), ("source", "test-data")) if given[name] is not None}
-    benchmarks = {name: source.model_dump() | over for name, source in plain.benchmarks.items()}
-    changes |= pairs(arguments.set, "--set") | ({"benchmarks": benchmarks} if over else {})
-    return load_experiment(arguments.experiment, changes | _grid(arguments, plain))
+    other = pairs(arguments.set, "--set")
+    plain = load_experiment(arguments.experiment, {**changes, **other})
+    return load_experiment(
+        arguments.experiment, {**changes, **other, **_tests(given, plain, other), **_grid(arguments, plain)}
+    )
+
+
+def _tests(given: Mapping[str, Any], plain: Experiment, other: Mapping[str, Any]) -> dict[str, Any]:
+    """The benchmarks and the validation set as options change them; what ``other`` (--set) says of one counts more."""
+    limit = given["limit"] if given["test-limit"] is None else given["test-limit"]
+
+    def changed(place: str, problems: ProblemSource, **over: Any) -> dict[str, Any]:
+        asked = {key: value for key, value in over.items() if value is not None and f"{place}.{key}" not in other}
+        return problems.model_dump() | asked
+
+    benchmarks = {
+        name: changed(f"benchmarks.{name}", problems, source=given["test-data"], limit=limit)
+        for name, problems in plain.benchmarks.items()
+    }
+    validation = plain.validation and changed("validation", plain.validation, limit=limit)
+    return {"benchmarks": benchmarks, "validation": validation}
 
 
 def _grid(arguments: argparse.Namespace, plain: Experiment) -> dict[str, Any]:
@@ -81,6 +118,10 @@ def _grid(arguments: argparse.Namespace, plain: Experiment) -> dict[str, Any]:
         rows = rows_of(algorithms.split(","), rows)
         if plain.baseline in plain.algorithms and plain.baseline not in rows:
             changes["baseline"] = next(iter(rows))
+    asked = {key for key in ("steps", "batch_size") if getattr(arguments, key, None) is not None}
+    for name, row in rows.items():  # what is asked for here counts for rows with settings of their own too
+        own = {key: value for key, value in row.get("training", {}).items() if key not in asked}
+        rows[name] = {**row, "training": own}
     if rates is not None:
         numbers = _numbers(rates, float, "--learning-rates")
         rows = {name: {**row, "learning_rates": numbers} for name, row in rows.items()}

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import string
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from rlzoo.buffers.encoding import encode_completion, encode_prompt
+from rlzoo.buffers.encoding import SPELLED, Notes, Special, encode, encode_prompt, spelled
 from rlzoo.buffers.tables import load_table
+from rlzoo.chat import Message, Options, messages, options_of
 from rlzoo.errors import UserError
 from rlzoo.types import Trajectory
 from rlzoo.worlds import WORLD_PREFIX, world_problems
@@ -24,11 +26,13 @@ class Problem:
     """A prompt, text or conversation, with the columns that rewards ask for and its demonstrations."""
 
     id: str
-    prompt: str | list[dict[str, str]]
+    prompt: str | list[Message]
     columns: Mapping[str, Any]
     solutions: tuple[str, ...] = ()
     quality: float | None = None
     """Of its solutions; the reward of the demonstrations that they become."""
+    special_tokens: Special = "reject"
+    """What happens to text that spells a special token."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +50,8 @@ def load_problems(source: ProblemSource) -> list[Problem]:
     Raises UserError for a source that cannot be read, a missing column, or an empty set.
     """
     if source.source.startswith(WORLD_PREFIX):
-        problems = world_problems(source.source.removeprefix(WORLD_PREFIX))
+        made = world_problems(source.source.removeprefix(WORLD_PREFIX))[: source.limit]
+        problems = [_as_asked(index, problem, source) for index, problem in enumerate(made)]
     else:
         rows = load_table(source.source, source.split)
         limit = len(rows) if source.limit is None else min(source.limit, len(rows))
@@ -66,6 +71,13 @@ def load_problems(source: ProblemSource) -> list[Problem]:
     return problems
 
 
+def _as_asked(index: int, problem: Problem, source: ProblemSource) -> Problem:
+    """A problem of a built-in task with the prompt and the columns that its source asks for."""
+    made = _problem(index, {"id": problem.id, "prompt": problem.prompt, **problem.columns}, source)
+    own = {name: value for name, value in made.columns.items() if name not in ("id", "prompt")}
+    return replace(made, columns=own, solutions=made.solutions if source.solution else problem.solutions)
+
+
 def _problem(index: int, row: Mapping[str, Any], source: ProblemSource) -> Problem:
     def column(name: str) -> Any:
         if name not in row:
@@ -78,13 +90,24 @@ def _problem(index: int, row: Mapping[str, Any], source: ProblemSource) -> Probl
     else:
         prompt = column(source.prompt)
     if source.chat and isinstance(prompt, str):
-        system = [{"role": "system", "content": source.system}] if source.system else []
-        prompt = [*system, {"role": "user", "content": prompt}]
+        prompt = [{"role": "user", "content": prompt}]
+    if source.system is not None:
+        prompt = _instructed(prompt, source.system, f"problem set {source.source!r}, row {index}")
     columns = dict(row) | {new: column(old) for new, old in source.columns.items()}
     solution = None if source.solution is None else column(source.solution)
     solutions = () if solution is None else (str(solution),)
     own = row.get("id")
-    return Problem(f"{source.split}-{index}" if own is None else str(own), prompt, columns, solutions)
+    id = f"{source.split}-{index}" if own is None else str(own)
+    return Problem(id, prompt, columns, solutions, special_tokens=source.special_tokens)
+
+
+def _instructed(prompt: Any, system: str, where: str) -> list[Message]:
+    """The conversation behind a system turn; an empty one too, which keeps the template's default away."""
+    if not isinstance(prompt, list):
+        raise UserError(f"{where}: `system` is for conversations, and the prompt is plain text: add chat: true")
+    if prompt and isinstance(prompt[0], Mapping) and prompt[0].get("role") == "system":
+        raise UserError(f"{where}: the conversation has a system turn of its own: leave `system` out")
+    return [{"role": "system", "content": system}, *prompt]
 
 
 def _quality(source: ProblemSource, index: int, columns: Mapping[str, Any]) -> float:
@@ -111,12 +134,15 @@ def _placeholders(template: str) -> list[str]:
 
 def encode_problems(tokenizer: PreTrainedTokenizerBase, problems: Sequence[Problem]) -> list[Encoded]:
     """Each problem with its rendered prompt and prompt ids. Raises UserError naming a problem that has none."""
-    encoded = []
+    encoded, notes = [], Notes("problem")
     for problem in problems:
-        try:
-            encoded.append(Encoded(problem, *encode_prompt(tokenizer, problem.prompt)))
-        except UserError as error:
-            raise UserError(f"problem {problem.id!r}: {error}") from None
+        with naming(problem):
+            prompt = problem.prompt if isinstance(problem.prompt, str) else messages(problem.prompt)
+            if problem.special_tokens == "allow" and (found := spelled(tokenizer, prompt)):
+                notes.add(problem.id, {SPELLED: found})
+            text, ids = encode_prompt(tokenizer, prompt, problem.special_tokens, _options(problem))
+            encoded.append(Encoded(replace(problem, prompt=prompt), text, ids))
+    notes.tell()
     return encoded
 
 
@@ -124,20 +150,41 @@ def demonstrations(
     tokenizer: PreTrainedTokenizerBase, problems: Sequence[Problem], max_tokens: int | None = None
 ) -> list[Trajectory]:
     """One row a worked solution. A completion over ``max_tokens`` is cut: it loses its end and is marked so."""
-    rows = []
+    rows, notes = [], Notes("problem")
     for encoded in encode_problems(tokenizer, problems):
-        for solution in encoded.problem.solutions:
-            ids = encode_completion(tokenizer, solution)
-            truncated = max_tokens is not None and len(ids) > max_tokens
-            kept = ids[:max_tokens]
-            text = tokenizer.decode(kept) if truncated else solution
-            rows.append(trajectory(encoded, text, kept, truncated=truncated, reward=encoded.problem.quality))
+        problem = encoded.problem
+        for solution in problem.solutions:
+            with naming(problem):
+                how = problem.special_tokens, _options(problem)
+                made = encode(tokenizer, problem.prompt, solution, None, max_tokens, *how)
+            notes.add(problem.id, made.notes)
+            own = replace(encoded, text=made.prompt, ids=made.prompt_ids)
+            text = made.completion if made.truncated else solution
+            ids = made.completion_ids
+            rows.append(trajectory(own, text, ids, truncated=made.truncated, reward=problem.quality))
+    notes.tell()
     return rows
 
 
-def trajectory(encoded: Encoded, completion: str, ids: list[int], **known: Any) -> Trajectory:
-    """A buffer row for one completion of a problem."""
+def _options(problem: Problem) -> Options:
+    return {} if isinstance(problem.prompt, str) else options_of(problem.columns)
+
+
+@contextmanager
+def naming(problem: Problem) -> Iterator[None]:
+    """Errors about a problem say which one it is."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"problem {problem.id!r}: {error}") from None
+
+
+def trajectory(
+    encoded: Encoded, completion: str, ids: list[int], logged: Mapping[str, Any] | None = None, **known: Any
+) -> Trajectory:
+    """A buffer row for one completion of a problem, with what a reward ``logged`` of it in columns of its own."""
     problem = encoded.problem
+    own = {f"logged_{n}" if n in problem.columns else n: value for n, value in (logged or {}).items()}
     return Trajectory(
         prompt=encoded.text,
         completion=completion,
@@ -145,6 +192,6 @@ def trajectory(encoded: Encoded, completion: str, ids: list[int], **known: Any) 
         completion_ids=ids,
         prompt_id=problem.id,
         messages=None if isinstance(problem.prompt, str) else problem.prompt,
-        columns=dict(problem.columns),
+        columns={**problem.columns, **own},
         **known,
     )

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
+
+from rlzoo.errors import UserError
+
+RATIO_MAX = math.exp(20)
+"""A ratio above this counts as this, so that no coefficient is infinite on stale data. The bound is verl's."""
 
 
 class Clipped(NamedTuple):
@@ -15,38 +21,79 @@ class Clipped(NamedTuple):
     values: Float[Tensor, "B T"]
     """The coefficient: ρA, and 0 where the token is clipped."""
     loss: Float[Tensor, "B T"]
-    """-min(ρA, clip(ρ) A)."""
+    """-min(ρA, clip(ρ) A), with ρ at most the upper bound."""
     clipped: Bool[Tensor, "B T"]
+
+
+def ratio_of(log_ratio: Tensor) -> Tensor:
+    """exp(log ratio), at most `RATIO_MAX`."""
+    return log_ratio.exp().clamp(max=RATIO_MAX)
 
 
 def token_ratio(
     logp: Float[Tensor, "B T"], behaviour: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]
 ) -> Float[Tensor, "B T"]:
-    """ρ_t = π/μ of each token; 1 at masked positions, whatever stands there."""
+    """ρ_t = π/μ of each token, at most `RATIO_MAX`; 1 at masked positions, whatever stands there."""
     _same_shape(logp, behaviour, mask)
-    return torch.where(mask, logp - behaviour, 0).exp()
+    return ratio_of(torch.where(mask, logp - behaviour, 0))
 
 
 def sequence_ratio(
     logp: Float[Tensor, "B T"], behaviour: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]
 ) -> Float[Tensor, "B T"]:
-    """s = exp(mean_t log ρ_t), the geometric mean of a row's ratios, at each of its tokens; 1 for a row of none."""
+    """s = exp(mean_t log ρ_t), the geometric mean of a row's ratios, at each of its tokens; 1 for a row of none.
+
+    At most `RATIO_MAX`.
+    """
     _same_shape(logp, behaviour, mask)
     total = torch.where(mask, logp - behaviour, 0).sum(1, keepdim=True)
-    return (total / mask.sum(1, keepdim=True).clamp(min=1)).exp().expand_as(logp)
+    return ratio_of(total / mask.sum(1, keepdim=True).clamp(min=1)).expand_as(logp)
 
 
 def clipped_gradient(
-    ratio: Float[Tensor, "B T"], advantage: Float[Tensor, "B T"], below: float, above: float
+    ratio: Float[Tensor, "B T"],
+    advantage: Float[Tensor, "B T"],
+    below: float,
+    above: float,
+    most: float | None = None,
 ) -> Clipped:
     """The gradient of min(ρA, clip(ρ, 1-ε_below, 1+ε_above) A): ρA, or 0 past a bound in the direction of A.
 
-    A ratio beyond the bound that the advantage pulls it back to is not clipped. Source: arXiv 1707.06347, eq. 7.
+    A ratio beyond the bound that the advantage pulls it back to is not clipped, so ρA has no bound of its own where
+    A < 0. ``most`` is one: from ρ = ``most`` on, the loss is -``most`` A and its gradient 0. None takes `RATIO_MAX`.
+    Sources: arXiv 1707.06347, eq. 7; for the upper bound dual-clip PPO, arXiv 1912.09729, and two-sided GRPO,
+    arXiv 2505.07291, which are the same.
     """
     _same_shape(ratio, advantage)
-    clipped = ((advantage > 0) & (ratio > 1 + above)) | ((advantage < 0) & (ratio < 1 - below))
+    most = RATIO_MAX if most is None else most
+    past = (advantage < 0) & (ratio >= most)
+    clipped = ((advantage > 0) & (ratio > 1 + above)) | ((advantage < 0) & (ratio < 1 - below)) | past
     gain = torch.minimum(ratio * advantage, ratio.clamp(1 - below, 1 + above) * advantage)
+    gain = torch.where(past, most * advantage, gain)
     return Clipped(torch.where(clipped, 0, ratio * advantage), -gain, clipped)
+
+
+def k3(
+    logp: Float[Tensor, "B T"], reference: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]
+) -> tuple[Float[Tensor, "B T"], Float[Tensor, "B T"]]:
+    """The k3 estimate x - log x - 1 of KL(π ‖ π_ref), x = π_ref/π, and x - 1, its coefficient in a loss; both [B, T].
+
+    0 at masked positions. x is at most `RATIO_MAX`, where the loss is flat and the coefficient 0.
+    Source: Schulman 2020, joschu.net/blog/kl-approx.html.
+    """
+    _same_shape(logp, reference, mask)
+    limit = math.log(RATIO_MAX)
+    log_ratio = torch.where(mask, reference - logp, 0).clamp(max=limit)
+    excess = log_ratio.expm1()
+    return excess - log_ratio, torch.where(log_ratio < limit, excess, 0)
+
+
+def check_upper_bound(owner: str, option: str, most: float | None, above: float) -> None:
+    """Raise UserError for an upper bound of the ratio that is not beyond the clip's own, 1 + ``above``."""
+    if most is not None and not most > 1 + above:
+        raise UserError(
+            f"{owner} needs {option} above 1 + {above:g}, where the clip ends, got {most:g}: raise it or leave it out"
+        )
 
 
 def _same_shape(*tensors: Tensor) -> None:

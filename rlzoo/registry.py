@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import builtins
 import hashlib
 import importlib
 import importlib.util
 import pkgutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from types import ModuleType
@@ -126,13 +128,16 @@ def _load_module(name: str, kind: str) -> ModuleType:
 
 
 def _load_file(path: Path, kind: str) -> ModuleType:
+    """The module of a file, which finds the modules in its folder as a script would: ``import helpers`` works."""
     path = path.expanduser().resolve()
     if not path.is_file():
         raise UserError(f"{kind} file {str(path)!r} does not exist")
-    name = f"rlzoo_plugin_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
+    own = path.stem if path.stem.isidentifier() else f"file_{_digest(path)}"
+    name = f"{_package(path.parent)}.{own}"
     if name in sys.modules:
         return sys.modules[name]
-    spec = importlib.util.spec_from_file_location(name, path)
+    importlib.invalidate_caches()  # what is beside it may be new
+    spec = importlib.util.spec_from_file_location(name, path, loader=_Loader(name, str(path)))
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
@@ -144,3 +149,74 @@ def _load_file(path: Path, kind: str) -> ModuleType:
             raise
         raise UserError(f"{kind} file {str(path)!r} cannot be loaded: {told(error)}") from error
     return module
+
+
+# Modules beside a plugin's file. Each folder is a package of its own, so that two folders may both have a helpers.py;
+# sys.path stays as it is, so that no module of a user's hides one that rlzoo or another package imports.
+
+_PREFIX = "rlzoo_plugin_"
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(str(path).encode()).hexdigest()[:8]
+
+
+def _package(folder: Path) -> str:
+    """The name of the package that a folder's modules are imported in."""
+    name = _PREFIX + _digest(folder)
+    if name not in sys.modules:
+        package = ModuleType(name)
+        package.__path__ = [str(folder)]
+        sys.modules[name] = package
+    if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Finder())
+    return name
+
+
+class _Loader(SourceFileLoader):
+    """Gives a module an ``import`` that looks beside it first."""
+
+    def exec_module(self, module: ModuleType) -> None:
+        vars(module)["__builtins__"] = {**vars(builtins), "__import__": _import}
+        super().exec_module(module)
+
+
+class _Finder:
+    """Finds what is imported in the packages of plugins' folders, and nothing else."""
+
+    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
+        spec = PathFinder.find_spec(name, path) if name.startswith(_PREFIX) else None
+        if spec is not None and type(spec.loader) is SourceFileLoader:
+            spec.loader = _Loader(spec.loader.name, spec.loader.path)
+        return spec
+
+
+def _import(
+    name: str,
+    globals: Mapping[str, object] | None = None,
+    locals: Mapping[str, object] | None = None,
+    fromlist: Sequence[str] = (),
+    level: int = 0,
+) -> ModuleType:
+    package = str((globals or {}).get("__name__", "")).partition(".")[0]
+    if level == 0 and package in sys.modules and _is_beside(package, name.partition(".")[0]):
+        return builtins.__import__(name, {"__package__": package}, None, fromlist, 1)
+    return builtins.__import__(name, globals, locals, fromlist, level)
+
+
+def _is_beside(package: str, name: str) -> bool:
+    """Whether ``import name`` means a module in a plugin's folder. It does as in a script, but hides nothing of Python.
+
+    What a plain import finds in that very place is imported plainly: it may be imported from elsewhere too.
+    """
+    if not package.startswith(_PREFIX) or name in sys.stdlib_module_names:
+        return False
+    beside = PathFinder.find_spec(f"{package}.{name}", sys.modules[package].__path__)
+    if beside is None:
+        return False
+    try:
+        plain = importlib.util.find_spec(name)
+    except ValueError:  # a module that does not say where it is from
+        return False
+    # a folder without __init__.py is a package only where there is no other of that name
+    return plain is None or (beside.origin is not None and beside.origin != plain.origin)

@@ -1,4 +1,4 @@
-"""Rewards: finding them by name, giving them their options, calling them, and checking what they return.
+"""Rewards: finding them by name, giving them their options, and checking what they return.
 
 A reward has TRL's signature, ``reward(prompts, completions, **columns) -> list[float | None]``, sync or
 async, so that TRL's rewards work here and ours work there. Prompts and completions are strings or
@@ -7,7 +7,6 @@ conversations.
 
 from __future__ import annotations
 
-import asyncio
 import functools
 import inspect
 import math
@@ -15,20 +14,17 @@ import numbers
 import typing
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, is_dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass, field, is_dataclass, replace
 from typing import Any, Literal, TypeVar, cast
 
 import pydantic
 
 from rlzoo.errors import UserError, unknown
-from rlzoo.registry import Registry, canonical
+from rlzoo.registry import Registry, canonical, told
+from rlzoo.reward_call import ENGINE, RAISED, SIGNATURE, Log, TrainerState, advice, call, columns_of
 
 OnError = Literal["fail", "null"]
-_GIVEN = ("prompts", "completions", "completion_ids")
-"""What the engine itself passes to a reward; everything else is a column of the data."""
-
 _VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 _rewards: Registry[Callable[..., Any]] = Registry("reward", "rlzoo.rewards", "rlzoo.rewards")
@@ -42,6 +38,10 @@ class Score:
     value: float | None
     parts: dict[str, float | None]
     """The value of each named part: of the reward itself, or of the terms of a weighted sum."""
+    extra: dict[str, Any] = field(default_factory=dict)
+    """What the reward logged of this completion with ``log_extra``."""
+    metrics: dict[str, float] = field(default_factory=dict)
+    """What it logged of the whole call with ``log_metric``."""
 
 
 class CompositeReward(ABC):
@@ -82,6 +82,8 @@ class Reward:
     function: Callable[..., Any]
     on_error: OnError = "fail"
     """What a row is worth on which the reward fails: an error that names it, or None and a warning."""
+    state: TrainerState = field(default_factory=TrainerState)
+    """What it is told as ``trainer_state``."""
 
     @property
     def __name__(self) -> str:
@@ -103,6 +105,10 @@ class Reward:
         """The values alone, in TRL's signature."""
         return [score.value for score in self.score(prompts, completions, columns, completion_ids)]
 
+    def at(self, step: int, max_steps: int, epoch: float = 0.0) -> Reward:
+        """The same, told that ``step`` of ``max_steps`` optimizer steps are done, and ``epoch`` passes over prompts."""
+        return replace(self, state=replace(self.state, global_step=step, max_steps=max_steps, epoch=epoch))
+
     def score(
         self,
         prompts: Sequence[Any],
@@ -117,68 +123,80 @@ class Reward:
         """
         if not completions:
             return []
+        columns = {"trainer_state": self.state, **columns}  # TRL passes its own where it calls this
         if isinstance(self.function, CompositeReward):
             return self.function.score(prompts, completions, columns, completion_ids, self.on_error)
         arguments = {**columns, "prompts": prompts, "completions": completions}
         if completion_ids is not None:
             arguments["completion_ids"] = completion_ids
-        values = self._values(_accepted(self.function, arguments, self.name), len(completions))
-        return [Score(value, {self.name: value}) for value in values]
-
-    def _values(self, arguments: Mapping[str, Any], rows: int) -> list[float | None]:
-        for name, values in arguments.items():
-            if _is_column(values) and len(values) != rows:
-                raise UserError(f"reward {self.name!r}: {name!r} has {len(values)} values for {rows} completions")
         try:
-            result = _call(self.function, arguments)
+            return self._called(arguments, len(completions))
         except UserError:  # the data lacks something: no row is to blame
             raise
-        except Exception as error:
-            return self._one_by_one(arguments, rows, error)
-        return self._checked(result, rows)
+        except RAISED as error:
+            return self._one_by_one(arguments, len(completions), error)
 
-    def _one_by_one(self, arguments: Mapping[str, Any], rows: int, whole: Exception) -> list[float | None]:
+    def _called(self, arguments: Mapping[str, Any], rows: int, first: int = 0) -> list[Score]:
+        """The scores of ``rows`` completions, the first of them that of row ``first``."""
+        log = Log(self.name, rows)
+        values = self._checked(call(self.function, self._given(arguments, log, rows)), rows, first)
+        return [Score(v, {self.name: v}, *logged) for v, logged in zip(values, log.of_rows(), strict=True)]
+
+    def _given(self, arguments: Mapping[str, Any], log: Log, rows: int) -> dict[str, Any]:
+        """What the reward takes of the arguments and of TRL's functions to log with."""
+        arguments = {"log_extra": log.extra, "log_metric": log.metric, **arguments}
+        given = _accepted(self.function, arguments, self.name)
+        for name, values in given.items():
+            if _is_column(values) and len(values) != rows:
+                raise UserError(f"reward {self.name!r}: {name!r} has {len(values)} values for {rows} completions")
+        return given
+
+    def _one_by_one(self, arguments: Mapping[str, Any], rows: int, whole: BaseException) -> list[Score]:
         """Call the reward on each row alone: to find those to blame for an error on all of them."""
-        values: list[float | None] = []
+        scores: list[Score] = []
+        mend: str | None = None
         for row, alone in enumerate(one_by_one(arguments, rows)):
             try:
-                result = _call(self.function, alone)
-            except Exception as error:
-                failed(f"reward {self.name!r} raised on row {row}: {_told(error)}", self.on_error, error)
-                values.append(None)
-            else:
-                values += self._checked(result, 1, first=row)
+                scores += self._called(alone, 1, first=row)
+            except UserError:
+                raise
+            except RAISED as error:
+                if mend is None:  # found by calling the reward once more
+                    mend = advice(self.function, self._given(alone, Log(self.name, 1), 1), error)
+                failed(f"reward {self.name!r} raised on row {row}: {told(error)}{mend}", self.on_error, error)
+                scores.append(Score(None, {self.name: None}))
         if self.on_error == "fail":
-            told = f"raised on {rows} rows together and on none of them alone: {_told(whole)}"
-            raise UserError(f"reward {self.name!r} {told}") from whole
-        return values
+            message = f"raised on {rows} rows together and on none of them alone: {told(whole)}"
+            raise UserError(f"reward {self.name!r} {message}") from whole
+        return scores
 
     def _checked(self, result: Any, rows: int, first: int = 0) -> list[float | None]:
         """The result as ``rows`` floats or None, the first of them of row ``first``."""
         wanted = f"for {rows} completions: return one number or None for each"
         if hasattr(result, "tolist"):  # an array or a tensor
             result = result.tolist()
-        if not isinstance(result, Sequence) or isinstance(result, str):
+        if not isinstance(result, Iterable) or isinstance(result, str | bytes | Mapping | Set):
             failed(f"reward {self.name!r} returned {type(result).__name__} {wanted}", self.on_error)
             return [None] * rows
+        result = list(result)
         if len(result) != rows:
             failed(f"reward {self.name!r} returned {len(result)} values {wanted}", self.on_error)
             return [None] * rows
         return [self._number(value, first + row) for row, value in enumerate(result)]
 
     def _number(self, value: Any, row: int) -> float | None:
-        if hasattr(value, "item"):  # an element of an array or a tensor
-            value = value.item()
+        if hasattr(value, "tolist"):  # an element of an array or a tensor
+            value = value.tolist()
         if value is None:
             return None
         if isinstance(value, numbers.Real) and math.isfinite(value):
             return float(value)
-        told = f"{value!r:.60} on row {row}: return a finite number, or None where it cannot tell"
-        failed(f"reward {self.name!r} returned {told}", self.on_error)
+        message = f"{value!r:.60} on row {row}: return a finite number, or None where it cannot tell"
+        failed(f"reward {self.name!r} returned {message}", self.on_error)
         return None
 
 
-def failed(message: str, on_error: OnError, cause: Exception | None = None) -> None:
+def failed(message: str, on_error: OnError, cause: BaseException | None = None) -> None:
     """Raise UserError, or warn, as ``on_error`` says."""
     if on_error == "fail":
         raise UserError(message) from cause
@@ -222,9 +240,14 @@ def get_reward(spec: Any, on_error: OnError = "fail") -> Reward:
     return Reward(_name_of(function), function, on_error)
 
 
+def _innermost(function: Any) -> Any:
+    while isinstance(function, functools.partial):
+        function = function.func
+    return function
+
+
 def _name_of(reward: Any) -> str:
-    while isinstance(reward, functools.partial):
-        reward = reward.func
+    reward = _innermost(reward)
     given = getattr(reward, "name", None)
     own = given if isinstance(given, str) else getattr(reward, "__name__", type(reward).__name__)
     return canonical(own)
@@ -239,25 +262,38 @@ def _built(found: Callable[..., Any], options: Mapping[str, Any]) -> Callable[..
         return functools.partial(found, **options) if options else found
     missing = [p.name for p in _required(takes) if p.name not in options]
     if missing:
-        raise UserError(f"reward {name!r} needs the option {missing[0]!r}: {{'name': ..., {missing[0]!r}: ...}}")
+        message = f"needs the option {missing[0]!r}: {{'name': ..., {missing[0]!r}: ...}}"
+        if not isinstance(found, type):
+            message = f"{_unlike(found, takes)}; if it builds a reward, it {message}"
+        raise UserError(f"reward {name!r} {message}")
     try:
         built = found(**options)
     except UserError:
         raise
-    except Exception as error:
-        raise UserError(f"reward {name!r} cannot be built: {_told(error)}") from error
+    except RAISED as error:
+        raise UserError(f"reward {name!r} cannot be built: {told(error)}") from error
     if not callable(built):
         raise UserError(
-            f"reward {name!r} takes no completions, and builds no reward but {type(built).__name__}: "
-            "name its first parameter 'completions', or return a callable"
+            f"reward {name!r} {_unlike(found, takes)}; if it builds a reward, it must return a callable, "
+            f"not {type(built).__name__}"
         )
     return cast(Callable[..., Any], built)
+
+
+def _unlike(found: Callable[..., Any], takes: Mapping[str, inspect.Parameter]) -> str:
+    """What to do with a function of another signature, such as verl's."""
+    own = _innermost(found)
+    name = getattr(own, "__name__", type(own).__name__)
+    return (
+        f"takes no completions but ({', '.join(takes)}); a reward has TRL's signature, {SIGNATURE}: wrap it, "
+        f"`def reward(completions, **columns): return [{name}(...) for completion in completions]`"
+    )
 
 
 def _checked_options(
     found: Any, name: str, takes: Mapping[str, inspect.Parameter], options: Mapping[str, Any], anything: bool
 ) -> dict[str, Any]:
-    known = [n for n, p in takes.items() if p.kind not in _VARIADIC and n not in _GIVEN]
+    known = [n for n, p in takes.items() if p.kind not in _VARIADIC and n not in ENGINE]
     hints = _hints(found) if options else {}
     checked = {}
     for option, value in options.items():
@@ -286,16 +322,21 @@ def _hints(found: Any) -> dict[str, Any]:
 
 
 def _parameters(function: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
-    """The parameters of a callable; none for a builtin that does not tell."""
+    """The parameters of a callable; none for a builtin that does not tell.
+
+    Those of a decorator's wrapper, unless it passes on whatever it gets.
+    """
     try:
-        return inspect.signature(function).parameters
+        outer = inspect.signature(function, follow_wrapped=False).parameters
+        passes_on = all(p.kind in _VARIADIC for p in outer.values())
+        return inspect.signature(function).parameters if passes_on else outer
     except ValueError:
         return {}
 
 
 def _is_reward(takes: Mapping[str, inspect.Parameter]) -> bool:
     """Whether a function scores completions, or is a factory. One of ``*args, **columns`` alone scores."""
-    return bool(set(takes) & set(_GIVEN)) or (bool(takes) and all(p.kind in _VARIADIC for p in takes.values()))
+    return bool(set(takes) & set(ENGINE)) or (bool(takes) and all(p.kind in _VARIADIC for p in takes.values()))
 
 
 def _takes_anything(takes: Mapping[str, inspect.Parameter]) -> bool:
@@ -312,32 +353,15 @@ def _accepted(function: Callable[..., Any], arguments: Mapping[str, Any], name: 
     takes = _parameters(function)
     for parameter in _required(takes):
         if parameter.name not in arguments:
-            raise missing_column(name, parameter.name, arguments)
+            mend = f"rename one with `columns: {{{parameter.name}: ...}}`, or keep to TRL's signature, {SIGNATURE}"
+            raise UserError(f"{missing_column(name, parameter.name, arguments)}; {mend}")
     anything = _takes_anything(takes)
     return {n: value for n, value in arguments.items() if n not in bound and (anything or n in takes)}
 
 
 def missing_column(reward: str, column: str, columns: Mapping[str, Any]) -> UserError:
     """The error for data without a column that a reward needs."""
-    there = ", ".join(sorted(set(columns) - set(_GIVEN))) or "none"
-    return UserError(f"reward {reward!r} needs the column {column!r}; the data's columns: {there}")
-
-
-def _call(function: Callable[..., Any], arguments: Mapping[str, Any]) -> Any:
-    """The function's result, awaited in a loop of its own if it is async."""
-    result = function(**arguments)
-    if not inspect.isawaitable(result):
-        return result
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        return asyncio.run(_awaited(result))
-    with ThreadPoolExecutor(1) as thread:  # a running loop cannot be entered again
-        return thread.submit(asyncio.run, _awaited(result)).result()
-
-
-async def _awaited(result: Awaitable[Any]) -> Any:
-    return await result
+    return UserError(f"reward {reward!r} needs the column {column!r}; the data's columns: {columns_of(columns)}")
 
 
 def _is_column(value: Any) -> bool:
@@ -349,8 +373,3 @@ def one_by_one(arguments: Mapping[str, Any], rows: int) -> Iterator[dict[str, An
     """The arguments of a reward for each row alone."""
     for row in range(rows):
         yield {n: value[row : row + 1] if _is_column(value) else value for n, value in arguments.items()}
-
-
-def _told(error: Exception) -> str:
-    """An exception in one line."""
-    return f"{type(error).__name__}: {' '.join(str(error).split()):.300}"

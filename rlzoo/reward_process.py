@@ -24,6 +24,7 @@ from typing import IO, Any
 
 from rlzoo.errors import UserError
 from rlzoo.reward import CompositeReward, OnError, Reward, Score, failed, get_reward, one_by_one
+from rlzoo.reward_call import TrainerState
 
 START_SECONDS = 300.0
 """What importing and building a reward may take."""
@@ -95,12 +96,14 @@ class RewardProcess(CompositeReward):
             self._process = None
 
     def _ask(self, arguments: Mapping[str, Any], on_error: OnError, first: int = 0) -> list[Score]:
-        answer = self._exchange({"arguments": arguments, "on_error": on_error}, self._limits.seconds)
+        plain = dict(arguments)
+        state = vars(plain.pop("trainer_state", TrainerState()))
+        answer = self._exchange({"arguments": plain, "state": state, "on_error": on_error}, self._limits.seconds)
         for message in answer["warnings"]:
             warnings.warn(message.replace("on row 0", f"on row {first}"), RuntimeWarning, stacklevel=4)
         if "error" in answer:
             raise UserError(answer["error"].replace("on row 0", f"on row {first}") if first else answer["error"])
-        return [Score(value, parts) for value, parts in answer["scores"]]
+        return [Score(*score) for score in answer["scores"]]
 
     def _exchange(self, message: Any, seconds: float | None) -> Any:
         process = self._process or self._start()
@@ -222,7 +225,7 @@ def _serve() -> None:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             try:
-                judge = replace(reward, on_error=message["on_error"])
+                judge = replace(reward, on_error=message["on_error"], state=TrainerState(**message["state"]))
                 answer["scores"] = [astuple(score) for score in judge.score(given[0], given[1], arguments, given[2])]
             except UserError as error:
                 answer["error"] = str(error)

@@ -91,6 +91,8 @@ class TokenBatch:
     """Row index of the other half of a pair."""
     chosen: Bool[Tensor, " B"] | None = None
     """True for the better half of a pair."""
+    truncated: Bool[Tensor, " B"] | None = None
+    """True where the completion was cut at the limit on its length, and so has no end of sequence."""
     mismatched: Float[Tensor, " B"] | None = None
     """Mean over the whole step of Σ_t log π_θ/π_ref of a completion that is put to another row's prompt; no graph.
 

@@ -115,14 +115,24 @@ def dpo(batch: TokenBatch, beta: float = 0.1, variant: str = "sigmoid") -> Tenso
     return torch.stack(losses).mean()
 
 
-def clipped_gain(logp: Tensor, behaviour: Tensor, advantage: Tensor, clip: float) -> Tensor:
-    """min(ρA, clip(ρ, 1-ε, 1+ε) A) of each token (arXiv 1707.06347, eq. 7)."""
-    ratio = (logp - behaviour).exp()
-    return torch.min(ratio * advantage, ratio.clip(1 - clip, 1 + clip) * advantage)
+def ratio_of(log_ratio: Tensor) -> Tensor:
+    """exp of log-ratios held within ±20, as verl holds them: beyond, a loss is flat."""
+    return log_ratio.clip(-20, 20).exp()
 
 
-def grpo(batch: TokenBatch, clip: float = 0.2, kl_coefficient: float = 0.04) -> Tensor:
-    """-(1/B) Σ_i (1/|y_i|) Σ_t [min(ρA, clip(ρ) A) - β k3] (arXiv 2402.03300, eq. 3 and 4)."""
+def clipped_gain(logp: Tensor, behaviour: Tensor, advantage: Tensor, clip: float, delta: float | None = None) -> Tensor:
+    """min(ρA, clip(ρ, 1-ε, 1+ε) A) of each token (arXiv 1707.06347, eq. 7), the first ρ at most δ (2505.07291)."""
+    return asymmetric_gain(ratio_of(logp - behaviour), advantage, clip, clip, delta)
+
+
+def grpo(
+    batch: TokenBatch,
+    clip: float = 0.2,
+    kl_coefficient: float = 0.04,
+    kl_correction: bool = False,
+    delta: float | None = None,
+) -> Tensor:
+    """-(1/B) Σ_i (1/|y_i|) Σ_t [min(ρA, clip(ρ) A) - β k3] (arXiv 2402.03300, eq. 3 and 4); ρ k3 is of 2512.02556."""
     assert batch.reward is not None and batch.group is not None
     rewards, groups = batch.reward.tolist(), batch.group.tolist()
     logp, behaviour = completions(batch, batch.logp), completions(batch, batch.behaviour_logp)
@@ -131,18 +141,22 @@ def grpo(batch: TokenBatch, clip: float = 0.2, kl_coefficient: float = 0.04) -> 
         peers = [r for r, g in zip(rewards, groups, strict=True) if g == group]
         deviation = statistics.stdev(peers) if len(peers) > 1 else 0.0
         advantage = torch.full_like(logp[i], (rewards[i] - statistics.fmean(peers)) / (deviation + 1e-4))
-        loss = -clipped_gain(logp[i], behaviour[i], advantage, clip)
+        loss = -clipped_gain(logp[i], behaviour[i], advantage, clip, delta)
         if kl_coefficient:
-            log_ratio = completions(batch, batch.reference_logp)[i] - logp[i]
-            loss = loss + kl_coefficient * (log_ratio.exp() - log_ratio - 1)
+            log_ratio = (completions(batch, batch.reference_logp)[i] - logp[i]).clip(max=20)
+            weight = ratio_of(logp[i] - behaviour[i]) if kl_correction else 1.0
+            loss = loss + kl_coefficient * weight * (log_ratio.exp() - log_ratio - 1)
         if len(loss):
             total = total + loss.mean()
     return total / len(groups)
 
 
-def advantages_by_definition(reward: Tensor, value: Tensor, gamma: float, lam: float) -> Tensor:
-    """A_t = Σ_l (γλ)^l δ_{t+l}, δ_t = r_t + γ V_{t+1} - V_t, of one row (arXiv 1506.02438, eq. 16)."""
-    following = torch.cat([value[1:], value.new_zeros(1)])[: len(value)]
+def advantages_by_definition(reward: Tensor, value: Tensor, gamma: float, lam: float, ended: bool = True) -> Tensor:
+    """A_t = Σ_l (γλ)^l δ_{t+l}, δ_t = r_t + γ V_{t+1} - V_t, of one row (arXiv 1506.02438, eq. 16).
+
+    The value after the last token is 0, or that at the last token where the episode has not ended.
+    """
+    following = torch.cat([value[1:], value.new_zeros(1) if ended else value[-1:]])[: len(value)]
     delta = reward + gamma * following - value
     advantage = [
         sum((gamma * lam) ** (later - t) * float(delta[later]) for later in range(t, len(delta)))
@@ -161,6 +175,7 @@ def ppo(
     whiten: bool = True,
     value_clip: float | None = 0.2,
     value_coefficient: float = 0.1,
+    bootstrap_truncated: bool = False,
 ) -> Tensor:
     """The mean over tokens of -min(ρA, clip(ρ) A) + ½ c_v max((V-R)², (V_clip-R)²) (arXiv 1707.06347, eq. 9).
 
@@ -175,7 +190,9 @@ def ppo(
             reward -= kl_coefficient * (logp[i].detach() - completions(batch, batch.reference_logp)[i])
         if len(reward):
             reward[-1] += score
-        rows.append(advantages_by_definition(reward, old_value[i], gamma, lam))
+        assert batch.truncated is not None
+        ended = not (bootstrap_truncated and bool(batch.truncated[i]))
+        rows.append(advantages_by_definition(reward, old_value[i], gamma, lam, ended))
     advantage, old = torch.cat(rows), torch.cat(old_value)
     returns = advantage + old
     if whiten:
@@ -236,21 +253,30 @@ def rloo(batch: TokenBatch) -> Tensor:
     return total / len(rewards)
 
 
-def asymmetric_gain(ratio: Tensor, advantage: float, below: float, above: float) -> Tensor:
-    """min(ρA, clip(ρ, 1-ε_low, 1+ε_high) A) (arXiv 2503.14476, eq. 8)."""
-    return torch.min(ratio * advantage, ratio.clip(1 - below, 1 + above) * advantage)
+def asymmetric_gain(
+    ratio: Tensor, advantage: Tensor | float, below: float, above: float, delta: float | None = None
+) -> Tensor:
+    """min(min(ρ, δ) A, clip(ρ, 1-ε_low, 1+ε_high) A) (arXiv 2503.14476, eq. 8; δ as TRL has it, 2505.07291)."""
+    held = ratio if delta is None else ratio.clip(max=delta)
+    return torch.min(held * advantage, ratio.clip(1 - below, 1 + above) * advantage)
 
 
-def dr_grpo(batch: TokenBatch, clip: float = 0.2, max_length: int = 256) -> Tensor:
+def dr_grpo(batch: TokenBatch, clip: float = 0.2, max_length: int = 256, delta: float | None = None) -> Tensor:
     """-(1/(B L)) Σ_i Σ_t min(ρA, clip(ρ) A), A = r - mean_G (arXiv 2503.20783)."""
     logp, behaviour = completions(batch, batch.logp), completions(batch, batch.behaviour_logp)
     total = torch.zeros(())
     for i, advantage in enumerate(group_advantages(batch, divide=False)):
-        total = total - asymmetric_gain((logp[i] - behaviour[i]).exp(), advantage, clip, clip).sum()
+        total = total - asymmetric_gain(ratio_of(logp[i] - behaviour[i]), advantage, clip, clip, delta).sum()
     return total / (len(logp) * max_length)
 
 
-def dapo(batch: TokenBatch, clip_low: float = 0.2, clip_high: float = 0.28, dynamic_sampling: bool = True) -> Tensor:
+def dapo(
+    batch: TokenBatch,
+    clip_low: float = 0.2,
+    clip_high: float = 0.28,
+    dynamic_sampling: bool = True,
+    delta: float | None = None,
+) -> Tensor:
     """-(1/N) Σ min(ρA, clip(ρ, 1-ε_low, 1+ε_high) A) over the N tokens of groups with 0 < std (arXiv 2503.14476)."""
     assert batch.reward is not None
     logp, behaviour = completions(batch, batch.logp), completions(batch, batch.behaviour_logp)
@@ -259,19 +285,19 @@ def dapo(batch: TokenBatch, clip_low: float = 0.2, clip_high: float = 0.28, dyna
         if len({float(batch.reward[i]) for i in group}) > 1:
             for i in group:
                 tokens += len(logp[i])
-                ratio = (logp[i] - behaviour[i]).exp()
-                total = total - asymmetric_gain(ratio, advantages[i], clip_low, clip_high).sum()
+                ratio = ratio_of(logp[i] - behaviour[i])
+                total = total - asymmetric_gain(ratio, advantages[i], clip_low, clip_high, delta).sum()
     return total / tokens
 
 
-def gspo(batch: TokenBatch, clip_low: float = 3e-4, clip_high: float = 4e-4) -> Tensor:
+def gspo(batch: TokenBatch, clip_low: float = 3e-4, clip_high: float = 4e-4, delta: float | None = None) -> Tensor:
     """-(1/B) Σ_i min(sA, clip(s, 1-ε_low, 1+ε_high) A), s = (π(y)/μ(y))^(1/|y|) (arXiv 2507.18071, eq. 5 and 7)."""
     logp, behaviour = completions(batch, batch.logp), completions(batch, batch.behaviour_logp)
     total = torch.zeros(())
     for i, advantage in enumerate(group_advantages(batch, divide=True)):
         if len(logp[i]):
             ratio = (logp[i].sum().exp() / behaviour[i].sum().exp()) ** (1 / len(logp[i]))
-            total = total - asymmetric_gain(ratio, advantage, clip_low, clip_high)
+            total = total - asymmetric_gain(ratio, advantage, clip_low, clip_high, delta)
     return total / len(logp)
 
 
@@ -285,8 +311,11 @@ def cispo(batch: TokenBatch, ratio_min: float = 0.0, ratio_max: float = 5.0) -> 
     return total / token_count(batch)
 
 
-def otb(batch: TokenBatch) -> Tensor:
-    """-(1/N) Σ (π/μ) (G - B_t), B_t the mean return over the rows that reach t, weighed by W (arXiv 2602.07078)."""
+def otb(batch: TokenBatch, zero_tail: bool = False) -> Tensor:
+    """-(1/N) Σ (π/μ) (G - B_t), B_t the mean return over the rows that reach t, weighed by W (arXiv 2602.07078).
+
+    With ``zero_tail`` B_t is 0 where only one row reaches t, as in verl.
+    """
     assert batch.reward is not None
     rewards, ratio = batch.reward.tolist(), completions(batch, batch.logp)
     ratio = [(a - b).exp() for a, b in zip(ratio, completions(batch, batch.behaviour_logp), strict=True)]
@@ -300,16 +329,18 @@ def otb(batch: TokenBatch) -> Tensor:
                     j: sum(1 - 2 * p[j][s] + square[j][s] for s in range(t + 1)) for j in group if t < len(ratio[j])
                 }
                 baseline = sum(rewards[j] * w for j, w in energy.items()) / sum(energy.values())
+                if zero_tail and len(energy) == 1:
+                    baseline = 0.0
                 total = total - ratio[i][t] * (rewards[i] - baseline)
     return total / token_count(batch)
 
 
-def power(batch: TokenBatch, alpha: float = 10.0, threshold: float = 0.0) -> Tensor:
-    """(1/N) Σ over the tokens with p_t ≥ τ of (1 - p_t^α)/α, or -log p_t for α = 0 (arXiv 2510.00526)."""
+def power(batch: TokenBatch, alpha: float = 1.0, threshold: float = 0.0) -> Tensor:
+    """The mean over the tokens with p_t ≥ τ of (1 - p_t^α)/α, or of -log p_t for α = 0 (arXiv 2510.00526)."""
     p = torch.cat(completions(batch, batch.logp)).exp()
     p = p[p >= threshold]
     loss = (1 - p**alpha) / alpha if alpha else -p.log()
-    return loss.sum() / token_count(batch)
+    return loss.sum() / len(p) if len(p) else 0 * batch.logp[batch.mask].sum()
 
 
 def psft(batch: TokenBatch, clip: float = 0.28) -> Tensor:
@@ -435,7 +466,7 @@ CANONICAL: dict[str, list[Case]] = {
         Case(iw_sft_step, {"variant": "per_step"}),
         Case(iw_sft_sequence, {"variant": "ema"}),
     ],
-    "rft": [case(rft), case(rft, threshold=0.8)],
+    "rft": [case(rft), case(rft, threshold=0.8), Case(sft, {"with_demonstrations": True})],
     "dpo": [
         case(dpo),
         case(dpo, beta=0.7, variant="sigmoid"),
@@ -445,23 +476,34 @@ CANONICAL: dict[str, list[Case]] = {
     "ppo": [
         case(ppo),
         case(ppo, dual_clip=1.5),
+        case(ppo, bootstrap_truncated=True, gamma=0.9),
         case(ppo, value_clip=None),
         case(ppo, whiten=False),
         case(ppo, whiten=False, kl_coefficient=0.0, gamma=0.9, lam=0.5, clip=0.1, value_coefficient=0.7),
         Case(ppo, {"critic": "shared"}),
     ],
-    "grpo": [case(grpo), case(grpo, kl_coefficient=0.0), case(grpo, clip=0.1, kl_coefficient=0.5)],
+    "grpo": [
+        case(grpo),
+        case(grpo, kl_coefficient=0.0),
+        case(grpo, clip=0.1, kl_coefficient=0.5),
+        case(grpo, delta=1.4),
+        case(grpo, kl_correction=True, kl_coefficient=0.5),
+    ],
     "reinforce": [case(reinforce), case(reinforce, baseline="none")],
     "rloo": [case(rloo)],
-    "dr-grpo": [case(dr_grpo), case(dr_grpo, clip=0.1, max_length=7)],
-    "dapo": [case(dapo), case(dapo, clip_low=0.1, clip_high=0.3, dynamic_sampling=False)],
-    "gspo": [case(gspo), case(gspo, clip_low=0.05, clip_high=0.1)],
+    "dr-grpo": [case(dr_grpo), case(dr_grpo, clip=0.1, max_length=7), case(dr_grpo, delta=1.4)],
+    "dapo": [case(dapo), case(dapo, clip_low=0.1, clip_high=0.3, dynamic_sampling=False), case(dapo, delta=1.4)],
+    "gspo": [
+        case(gspo),
+        case(gspo, clip_low=0.05, clip_high=0.1),
+        case(gspo, clip_low=0.05, clip_high=0.1, delta=1.15),
+    ],
     "cispo": [case(cispo), case(cispo, ratio_min=0.8, ratio_max=1.28)],
-    "otb": [case(otb)],
+    "otb": [case(otb), case(otb, zero_tail=True)],
     "power": [
         case(power),
         case(power, alpha=0.0),
-        case(power, alpha=1.0),
+        case(power, alpha=10.0),
         case(power, alpha=0.5, threshold=0.4),
         case(power, alpha=0.0, threshold=0.4),
     ],

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
 from torch import Tensor
 
 from rlzoo.advantages import (
     generalised_advantage,
+    group_centred,
     group_mean,
     group_normalised,
     last_token,
     leave_one_out,
+    optimal_token_baseline,
     whiten,
 )
 
@@ -65,6 +70,13 @@ def test_with_gamma_zero_the_return_is_the_reward() -> None:
     torch.testing.assert_close(returns, reward)
 
 
+def test_gae_of_an_episode_that_goes_on() -> None:
+    # γ = 1/2, λ = 1: the value 8 after the last token adds 8/2, 8/4 and 8/8 to the returns 4, 4 and 3.
+    reward, mask = double([[1, 2, 4], [1, 2, 4]]), torch.ones(2, 3, dtype=torch.bool)
+    _, returns = generalised_advantage(reward, 0 * reward, mask, gamma=0.5, lam=1.0, after=double([8, 0]))
+    torch.testing.assert_close(returns, double([[4, 6, 8], [3, 4, 4]]))
+
+
 def test_gae_does_not_look_at_the_padding_or_change_its_input() -> None:
     reward, value = double([[0, 1, NAN]]), double([[0.5, 0.25, NAN]])
     before = reward.clone(), value.clone()
@@ -101,6 +113,45 @@ def test_group_normalised_by_hand() -> None:
 def test_leave_one_out_by_hand() -> None:
     # Group 9: 1 - (2 + 6)/2 = -3, 2 - (1 + 6)/2 = -1.5, 6 - (1 + 2)/2 = 4.5.
     torch.testing.assert_close(leave_one_out(REWARD, GROUP), double([-3, 0, -1.5, 0, 4.5, 0]))
+
+
+def otb_advantage(reward: Tensor, group: Tensor) -> Tensor:
+    """r - B_t of rows of three tokens with random score norms."""
+    norm = torch.rand(len(reward), 3, dtype=reward.dtype, generator=torch.manual_seed(0))
+    baseline = optimal_token_baseline(reward, group, norm, torch.ones_like(norm, dtype=torch.bool))
+    return (reward[:, None] - baseline).flatten()
+
+
+def whitened(reward: Tensor, _: Tensor) -> Tensor:
+    return whiten(reward[None], torch.ones(1, len(reward), dtype=torch.bool))
+
+
+ESTIMATORS = (group_centred, group_normalised, leave_one_out, otb_advantage, whitened)
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@given(value=st.floats(-1e30, 1e30), size=st.integers(2, 12))
+@example(value=1000.1, size=3)  # whose float32 mean is another number: A was 0.35
+@example(value=0.1, size=3)
+def test_equal_rewards_give_exactly_zero_whatever_their_scale(
+    estimator: Callable[[Tensor, Tensor], Tensor], dtype: torch.dtype, value: float, size: int
+) -> None:
+    reward, group = torch.full((size,), value, dtype=dtype), torch.zeros(size, dtype=torch.long)
+    assert (estimator(reward, group) == 0).all()
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS[:4])
+def test_a_large_offset_costs_no_digits(estimator: Callable[..., Tensor]) -> None:
+    # 10⁹ + 0, ½, 1: in float32, whose numbers lie 64 apart there, they would all be equal
+    reward, group = double([0, 0.5, 1, 7]), torch.tensor([0, 0, 0, 1])
+    for offset in (0.0, 1e9, -1e9):
+        torch.testing.assert_close(estimator(reward + offset, group), estimator(reward, group), rtol=1e-6, atol=1e-6)
+    assert estimator(reward, group).abs().max() > 0.4
+    if estimator is not otb_advantage:  # differences first, then fewer digits
+        low = estimator(reward + 1e9, group, dtype=torch.float32)
+        assert low.dtype == torch.float32
+        torch.testing.assert_close(low.double(), estimator(reward, group), rtol=1e-6, atol=1e-6)
 
 
 def test_whiten_by_hand() -> None:

@@ -163,7 +163,8 @@ def test_every_format_is_recognised_by_its_columns(chat: Any, name: str, as_data
     assert [(t.prompt, t.completion, t.source, t.reward) for t in buffer] == expected * 2
     for made in buffer:
         assert made.prompt_ids == chat(made.prompt)["input_ids"]
-        assert made.completion_ids == [*chat(made.completion)["input_ids"], chat.eos_token_id]
+        ending = "\n" if made.messages else ""  # of a turn in the template; no token of it would stop a sample
+        assert made.completion_ids == [*chat(made.completion + ending)["input_ids"], chat.eos_token_id]
         assert made.columns == {"answer": 2}
         assert not made.truncated
         assert (made.messages is None) == (not made.prompt.startswith("u:"))

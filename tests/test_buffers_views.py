@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 from buffer_rows import sample, samples
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from rlzoo.buffers import OfflineBuffer
@@ -28,7 +29,7 @@ row_lists = st.lists(
 )
 
 
-def units(buffer: OfflineBuffer, selection: Selection, **options: float | None) -> list[tuple[int, ...]]:
+def units(buffer: OfflineBuffer, selection: Selection, **options: object) -> list[tuple[int, ...]]:
     """The view's units; none where the view is refused for being empty."""
     try:
         return list(buffer.view(selection, **options).units)
@@ -79,6 +80,9 @@ def test_pairs_straddle_the_threshold_within_a_prompt(
 
 
 @given(row_lists)
+@example([sample(0, 1.0, version=0), sample(0, 0.0, version=1), sample(0, 0.5, version=0)])
+@example([sample(0, 1.0), sample(1, 0.0), sample(0, None), sample(0, 0.0, behaviour_logp=None), sample(1, 1.0)])
+@example([sample(0, 1.0, source="preference"), sample(0, 1.0, source="demonstration"), sample(0, 0.0)])
 def test_groups_are_whole(rows: list[Trajectory]) -> None:
     expected: dict[tuple[str, int], list[int]] = {}
     for i, row in enumerate(rows):
@@ -159,7 +163,31 @@ def test_an_empty_buffer_has_no_views(selection: Selection) -> None:
         samples().view(selection)
 
 
+@pytest.mark.parametrize("selection", Selection)
+@given(row_lists, st.lists(st.booleans(), min_size=24, max_size=24))
+def test_a_view_without_truncated_rows_is_that_of_the_others(
+    selection: Selection, rows: list[Trajectory], cut: list[bool]
+) -> None:
+    rows = [replace(row, truncated=flag) for row, flag in zip(rows, cut, strict=False)]
+    whole = [i for i, row in enumerate(rows) if not row.truncated]
+    expected = units(samples(*(rows[i] for i in whole)), selection)
+    found = units(samples(*rows), selection, truncated="drop")
+    assert sorted(found) == sorted(tuple(whole[place] for place in unit) for unit in expected)
+
+
+def test_a_view_says_how_much_it_left_out() -> None:
+    rows = [sample(i // 2, float(i % 4 == 0), text=str(i), truncated=i in (0, 3)) for i in range(8)]
+    buffer = samples(*rows)  # rewards 1 0, 0 0, 1 0, 0 0
+    assert buffer.view(Selection.UNPAIRED, truncated="drop").left_out == {"truncated completions": 2}
+    assert buffer.view(Selection.CORRECT, truncated="drop").left_out == {"truncated completions": 1}
+    assert buffer.view(Selection.GROUPS, varied=True).left_out == {"groups of equal rewards": 2}
+    for options in ({}, {"truncated": "keep"}, {"varied": False}):
+        assert buffer.view(Selection.GROUPS, **options).left_out == {}
+
+
 def test_wrong_options_of_a_view_are_refused() -> None:
+    with pytest.raises(UserError, match="unknown value of the view's option truncated 'dorp': did you mean 'drop'"):
+        samples(sample(0, 1.0)).view(Selection.GROUPS, truncated="dorp")
     with pytest.raises(UserError, match="unknown option of the view 'groups' 'sise': did you mean 'size'"):
         samples(sample(0, 1.0)).view(Selection.GROUPS, sise=4)
     with pytest.raises(UserError, match="the view 'correct' needs per_prompt of at least 1, got 0"):

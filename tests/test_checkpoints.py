@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import signal
 import subprocess
 import sys
@@ -32,7 +33,8 @@ from rlzoo.types import Coefficients, Selection, TokenBatch, Trajectory
 MakePolicy = Callable[..., Policy]
 PROBLEMS = [Problem(str(i), f"{i}+{i}=?\n", {"answer": str(2 * i)}, (f"#### {2 * i}",)) for i in range(6)]
 EVERY = Training(steps=7, batch_size=4, learning_rate=1e-2, checkpoint_seconds=0)
-OBJECTIVES = ("sft", "iw-sft", "rft", "dpo", "ppo", "grpo", "kto")
+OBJECTIVES = ("sft", "iw-sft", "iw-sft-ema", "rft", "dpo", "ppo", "grpo", "kto")
+OPTIONS: dict[str, dict[str, Any]] = {"iw-sft-ema": {"variant": "ema", "ema_decay": 0.5}}
 
 
 def rows_of(policy: Policy) -> OfflineBuffer:
@@ -59,11 +61,14 @@ def trained(
     policy = make_policy("llama", torch.float32)
 
     def noisy(trainer: Trainer, step: int) -> None:
-        trainer.record.kept.setdefault("noise", []).append([step, float(torch.rand(())), float(np.random.rand())])
+        noise = [step, float(torch.rand(())), float(np.random.rand()), random.random()]
+        trainer.record.kept.setdefault("noise", []).append(noise)
         callback(trainer, step)
 
     np.random.seed(5)
-    record = train(policy, get_objective(objective), rows_of(policy), settings, 3, [noisy], checkpoints=folder)
+    random.seed(5)
+    asked = get_objective(objective.removesuffix("-ema"), **OPTIONS.get(objective, {}))
+    record = train(policy, asked, rows_of(policy), settings, 3, [noisy], checkpoints=folder)
     return policy, record
 
 
@@ -157,17 +162,51 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(make_policy: MakePolic
     assert same(trained(make_policy, "sft", tmp_path), whole)
 
 
-@pytest.mark.parametrize(
-    ("change", "told"), [("dft", "objective: 'sft' there, 'dft' here"), ("steps", "steps: 7 there")]
-)
-def test_the_checkpoints_of_another_run_are_refused(
-    make_policy: MakePolicy, tmp_path: Path, change: str, told: str
-) -> None:
+OTHER: dict[str, Any] = {
+    "steps": 9, "batch_size": 3, "updates_per_batch": 2, "learning_rate": 2e-2, "betas": (0.9, 0.99),
+    "weight_decay": 0.0, "warmup_ratio": 0.5, "max_gradient_norm": 2.0, "importance_cap": 2.0,
+    "max_completion_tokens": 7,
+    "dtype": "bfloat16-mixed", "lora": {"rank": 2}, "gradient_checkpointing": True, "on_nonfinite": "skip",
+}  # fmt: skip
+"""Another value of each setting that decides what a run finds."""
+
+
+def test_the_checkpoints_of_another_run_are_refused(make_policy: MakePolicy, tmp_path: Path) -> None:
     with pytest.raises(StopError):
-        trained(make_policy, "sft", tmp_path, callback=stop_at(3))
-    settings = EVERY.model_copy(update={"steps": 9}) if change == "steps" else EVERY
-    with pytest.raises(UserError, match=told):
-        trained(make_policy, "dft" if change == "dft" else "sft", tmp_path, settings)
+        trained(make_policy, "iw-sft", tmp_path, callback=stop_at(3))
+    free = {"token_budget", "checkpoint_seconds", "trackers"}
+    assert OTHER.keys() | free == Training.model_fields.keys()
+    for name, value in OTHER.items():
+        settings = Training.model_validate({**EVERY.model_dump(), name: value})
+        with pytest.raises(UserError, match=rf"of another run \({name}: .* there, .* here\): remove them"):
+            trained(make_policy, "iw-sft", tmp_path, settings)
+    with pytest.raises(UserError, match="objective: 'iw-sft' there, 'dft' here"):
+        trained(make_policy, "dft", tmp_path)
+    with pytest.raises(UserError, match=r"objective\.\w+: .* there, .* here"):
+        trained(make_policy, "iw-sft-ema", tmp_path)
+    smaller = EVERY.model_copy(update={"token_budget": 40, "checkpoint_seconds": 9.0})
+    assert len(trained(make_policy, "iw-sft", tmp_path, smaller)[1].steps) == 7
+
+
+def test_micro_batches_that_had_to_be_smaller_stay_so(make_policy: MakePolicy, tmp_path: Path) -> None:
+    """Or each continuation would run out of memory again. One that is asked for fewer tokens yet takes fewer."""
+
+    def shrink(trainer: Trainer, step: int) -> None:
+        trainer.token_budget = 100
+        stop_at(3)(trainer, step)
+
+    with pytest.raises(StopError):
+        trained(make_policy, "sft", tmp_path, callback=shrink)
+    for asked, taken in ((EVERY.token_budget, 100), (60, 60)):
+        budgets: list[int] = []
+
+        def keep(trainer: Trainer, step: int, budgets: list[int] = budgets) -> None:
+            budgets.append(trainer.token_budget)
+            raise StopError
+
+        with pytest.raises(StopError):
+            trained(make_policy, "sft", tmp_path, EVERY.model_copy(update={"token_budget": asked}), keep)
+        assert budgets == [taken]
 
 
 def test_a_source_that_cannot_go_on_is_told_before_the_end(make_policy: MakePolicy, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from comparisons import SMALL_OPTIONS, inline_pool, small
 from rich.console import Console
 
 import rlzoo.comparison.work as work
+from rlzoo.buffers import OfflineBuffer
 from rlzoo.cli import main
 from rlzoo.comparison import runner
 from rlzoo.comparison.plan import Cell
@@ -360,6 +361,26 @@ def test_no_run_that_succeeds_leaves_nothing(tmp_path: Path, monkeypatch: pytest
         with pytest.raises(UserError, match="no run succeeded; the first failed with: RuntimeError: oh"):
             quietly(small({"sft": {}}), out)
     assert [path.name for path in tmp_path.rglob("*")] == ["empty"]  # it was there, and is empty again
+
+
+@pytest.mark.usefixtures("inline")
+def test_each_seed_may_have_samples_of_its_own(tmp_path: Path) -> None:
+    grid = {"rft": {"options": {"threshold": 0}}}
+    both = quietly(small(grid, seeds=[0, 3], rollouts__per_seed=True), tmp_path / "own")
+    assert sorted(path.name for path in (tmp_path / "own").glob("buffer*")) == ["buffer-seed0", "buffer-seed3"]
+    assert "buffer" not in both and set(both["buffers"]) == {"buffer-seed0", "buffer-seed3"}
+    own = {seed: OfflineBuffer.load(tmp_path / "own" / f"buffer-seed{seed}") for seed in (0, 3)}
+    shared = quietly(small(grid, seeds=[0, 3]), tmp_path / "one")
+    one = OfflineBuffer.load(tmp_path / "one" / "buffer")
+    assert own[0].column("completion_ids") == one.column("completion_ids"), "seed 0 draws what all share by default"
+    assert own[3].column("completion_ids") != one.column("completion_ids")
+    assert own[3].column("prompt_ids") == one.column("prompt_ids"), "of the same prompts"
+
+    def trained(results: dict[str, Any], seed: int) -> Any:
+        return next(cell["training"] for cell in results["cells"] if cell["seed"] == seed)
+
+    assert trained(both, 0) == trained(shared, 0)
+    assert trained(both, 3) != trained(shared, 3), "the cell of seed 3 learned from its own"
 
 
 @pytest.mark.usefixtures("inline")

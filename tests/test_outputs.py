@@ -46,6 +46,45 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
     assert file.read_text() == "before" and names(tmp_path) == ["rows.txt"]
 
 
+def test_a_reader_sees_the_old_file_or_the_new_one(tmp_path: Path) -> None:
+    file = tmp_path / "rows.txt"
+    write_atomically(file, "before")
+    with file.open() as reader:
+        write_atomically(file, "after")
+        assert reader.read() == "before" and file.read_text() == "after"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks the system which file a descriptor is of")
+def test_what_is_written_is_on_the_disk_before_it_takes_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a crash of the machine could leave an empty file under the new name."""
+    events: list[str] = []
+    sync, replace = os.fsync, Path.replace
+
+    def fsync(descriptor: int) -> None:
+        path = Path(f"/proc/self/fd/{descriptor}").readlink()
+        events.append(f"{path.name}: {path.read_text() if path.is_file() else 'names'}")
+        sync(descriptor)
+
+    def replaced(self: Path, target: Path) -> Path:
+        events.append(f"replace {target.name}")
+        return replace(self, target)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(Path, "replace", replaced)
+    write_atomically(tmp_path / "rows.txt", "whole")
+    assert events == ["rows.txt: whole", "replace rows.txt", f"{tmp_path.name}: names"]
+    events.clear()
+    with replacing(tmp_path / "folder") as beside:
+        (beside / "deep").mkdir(parents=True)
+        (beside / "one.txt").write_text("1")
+        (beside / "deep" / "two.txt").write_text("2")
+    before, after = events[:-2], events[-2:]
+    assert sorted(before) == ["deep: names", "folder: names", "one.txt: 1", "two.txt: 2"]
+    assert after == ["replace folder", f"{tmp_path.name}: names"]
+
+
 def test_what_a_killed_process_had_half_written_is_removed(tmp_path: Path) -> None:
     script = (
         "import os, signal, sys; from pathlib import Path; from rlzoo.outputs import replacing\n"

@@ -110,13 +110,16 @@ def test_log_probs_depend_neither_on_padding_nor_on_the_other_rows(kind: str) ->
             assert not logp[place, size:].any()
 
 
-def test_score_rows_keeps_the_order_and_the_training_mode() -> None:
-    policy = build("llama").train()
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_score_rows_keeps_the_order_and_the_training_mode(kind: str) -> None:
+    """Scores are those without dropout, which GPT-2 has, whatever mode the policy is in."""
+    expected = build(kind)
+    policy = build(kind).train()
     for budget in (1, 9, 1000):
         scores = score_rows(policy, ROWS, token_budget=budget)
         for found, row in zip(scores, ROWS, strict=True):
-            assert found == pytest.approx(plain_logp(policy, *row).tolist(), abs=2e-6)
-    assert policy.training
+            assert found == pytest.approx(plain_logp(expected, *row).tolist(), abs=2e-6)
+    assert policy.training and policy.model.training
     assert score_rows(policy, []) == []
 
 
@@ -376,6 +379,13 @@ def test_a_model_that_is_not_there_is_named() -> None:
     with pytest.raises(UserError, match="model 'no/such-model' cannot be loaded") as caught:
         load_policy("no/such-model")
     assert "\n" not in str(caught.value)
+
+
+def test_logits_are_scaled_and_then_capped() -> None:
+    head = Head(torch.nn.Linear(1, 1), scale=3.0, soft_cap=2.0)
+    # 2 tanh(3·1/2) and 2 tanh(3·(-0.5)/2); the cap first would give 3·2 tanh(1/2) = 2.77
+    found = head.finish(torch.tensor([[1.0, -0.5]], dtype=torch.float64))[0].tolist()
+    assert found == pytest.approx([1.8102965077, -1.2702979047], abs=1e-9)
 
 
 def test_the_head_finds_scales_and_caps() -> None:

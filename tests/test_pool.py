@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from rlzoo.comparison import heartbeat
 from rlzoo.comparison.pool import WorkerDiedError, pool
 
 
@@ -88,6 +90,24 @@ def test_a_process_that_dies_takes_nothing_with_it(tmp_path: Path) -> None:
     assert str(done["bug"].exception()) == "ZeroDivisionError: a bug"
     told = lines.getvalue().replace("\n", " ")
     assert told.count("; doing it again") == 2
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_a_log_shows_now_and_then_what_is_done(terminal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A terminal has the live view for that."""
+    monkeypatch.setattr(heartbeat, "EVERY", 0.05)
+    lines = io.StringIO()
+    with (
+        heartbeat.Heartbeat(Console(file=lines, force_terminal=terminal, width=500), "starting") as beat,
+        pool(1, 1, Console(quiet=True)) as processes,
+    ):
+        beat.doing = processes.doing
+        list(processes.gather({processes.submit(name, nap, 0.4): name for name in ("first", "second")}))
+    told = [re.sub(r"^  \d+:\d\d:\d\d ", "", line) for line in lines.getvalue().splitlines()]
+    if terminal:
+        assert told == []
+    else:
+        assert "0 of 2 done; first: asleep" in told and "1 of 2 done; second: asleep" in told
 
 
 def mask(report: Callable[[float, str], None]) -> bool:

@@ -20,7 +20,10 @@ from rlzoo.training import Trainer
 from rlzoo.types import Trajectory
 
 WORKER = Path(__file__).with_name("ranks_worker.py")
-OBJECTIVES = ("sft", "dft", "iw-sft", "dpo", "ppo", "grpo", "dapo", "otb", "kto", "ppo+sft")
+OBJECTIVES = (
+    "sft", "dft", "iw-sft", "dpo", "ppo", "grpo", "dapo", "otb", "kto", "ppo+sft",
+    "asft", "psft", "eaft",  # a reference that gives logits, a snapshot that all score, a statistic of the head
+)  # fmt: skip
 DDP: Mapping[str, str] = {}
 FSDP = {"RANKS_SHARD": "1"}
 
@@ -87,6 +90,7 @@ def test_processes_train_as_one(processes: int, kind: str, alone: dict[str, Any]
         for cost in ("gradient_tokens", "flops"):
             assert told["costs"][cost] == pytest.approx(told_alone["costs"][cost], rel=1e-12)
         assert told["sampled"] == told_alone["sampled"]
+        assert name != "asft" or told["steps"][2]["logit_term"] > 0
         assert told["ranks"] == processes and told["sharded"] == (kind == "fsdp")
         first, second, third, sampled = told["versions"]
         assert first < second < third <= sampled

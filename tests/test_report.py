@@ -191,8 +191,20 @@ def test_report_has_all_parts_in_order(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.glob(".*")] == [], "no temporary file is left"
 
 
-def test_answer_follows_from_the_data(tmp_path: Path) -> None:
+def test_events_of_training_are_in_the_report(tmp_path: Path) -> None:
     results = synthetic_run(tmp_path)
+    told = "12 of 16 groups drawn have equal rewards and teach nothing"
+    for cell in results["cells"]:
+        cell["events"] = [told] if cell["algorithm"] == "plain" and cell["seed"] > 0 else []
+    save(tmp_path, results)
+    write_report(tmp_path)
+    source, markdown = read(tmp_path)
+    assert f"| plain | 1, 2 | 0.0001 | {told} |" in markdown and markdown.count(told) == 1
+    assert "Events in training" in Page(source).text and told in Page(source).text
+
+
+def test_answer_follows_from_the_data(tmp_path: Path) -> None:
+    results = synthetic_run(tmp_path, SKILL | {"weighted": 0.9})
     write_report(tmp_path)
     mean = next(
         row["mean"] for row in results["summary"]
@@ -202,6 +214,40 @@ def test_answer_follows_from_the_data(tmp_path: Path) -> None:
     assert f"weighted has the best avg@4: {100 * mean:.1f} %" in lead
     assert "points against plain, the second" in lead and "the two are distinguishable here" in lead
     assert "By greedy decoding weighted leads" in lead and "By pass@4 weighted leads" in lead
+
+
+def test_distinguishable_is_meant_after_correction(tmp_path: Path) -> None:
+    """The interval of the best two alone excludes 0; for one of three pairs, that says too little."""
+    synthetic_run(tmp_path)
+    write_report(tmp_path)
+    _, markdown = read(tmp_path)
+    lead = next(line for line in markdown.splitlines() if line.startswith("**On sums"))
+    found = re.search(r"interval \+(\S+) to \+\S+; p = (\S+), Holm-corrected for 3 pairs\): the two are not dist", lead)
+    assert found is not None and float(found[1]) > 0 and float(found[2]) > 0.05
+    entries = differences_shown(markdown)
+    assert len(entries) == 2 * len(BENCHMARKS) * 3
+    matches = [re.search(r"\[.*\], p (?:= ([\d.e-]+)|&lt; 0.001)", entry) for entry in entries]
+    p_values = [float(each[1] or 0) for each in matches if each]
+    assert len(p_values) == len(entries), "the uncorrected interval beside the p-value"
+    assert 0 < sum(p < 0.05 for p in p_values) < len(p_values)
+    assert [entry.startswith("**") for entry in entries] == [p < 0.05 for p in p_values]
+
+
+def differences_shown(markdown: str) -> list[str]:
+    """The entries of the tables of differences, but for the base model's."""
+    section = markdown.partition("## Differences to")[2].partition("\n## ")[0]
+    rows = [line for line in section.splitlines() if re.match(r"\| (weighted|paired) ", line)]
+    return [entry.strip() for row in rows for entry in row.strip("|").split("|")[1:]]
+
+
+def test_the_report_says_what_its_intervals_leave_out(tmp_path: Path) -> None:
+    results = synthetic_run(tmp_path)
+    write_report(tmp_path)
+    assert "one base model, learned from one buffer" in read(tmp_path)[1]
+    results["config"]["rollouts"] = {"per_seed": True}
+    save(tmp_path, results)
+    write_report(tmp_path)
+    assert "one base model, learned from one set of training problems" in read(tmp_path)[1]
 
 
 def test_answer_owns_up_to_a_tie_and_to_a_better_base(tmp_path: Path) -> None:

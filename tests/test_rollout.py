@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from scipy.stats import chisquare
 
 from rlzoo.config import Sampling
+from rlzoo.pieces import Pieces
 from rlzoo.policy import Policy, Sequences
 from rlzoo.problems import Problem, encode_problems
 from rlzoo.reward import Reward
@@ -101,19 +103,26 @@ def test_text_has_no_special_tokens(policy: Policy) -> None:
     assert tokenizer.decode([*words, tokenizer.eos_token_id], skip_special_tokens=True) == "#### 17"
 
 
-@pytest.mark.parametrize("temperature", [1.0, 2.0])
-def test_first_tokens_follow_the_models_distribution(policy: Policy, temperature: float) -> None:
+@pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (2.0, 1.0), (1.0, 0.5), (1.0, 0.9), (1.6, 0.7)])
+def test_first_tokens_follow_the_models_distribution(policy: Policy, temperature: float, top_p: float) -> None:
     n, prompt = 4000, PROMPTS[0]
-    settings = Sampling(samples=n, temperature=temperature, max_new_tokens=1, batch_size=n)
+    settings = Sampling(samples=n, temperature=temperature, top_p=top_p, max_new_tokens=1, batch_size=n)
     # another prompt in the batch: padding on the left must not change the distribution
     samples = TransformersSampler(policy).sample([prompt, PROMPTS[2]], settings, seed=3)[0]
-    expected = n * (next_logp(policy, prompt) / temperature).softmax(0).double().numpy()
+    p = (next_logp(policy, prompt) / temperature).softmax(0).double()
+    if top_p < 1:  # of the likeliest tokens as many as reach top_p, in proportion
+        ordered, order = p.sort(descending=True)
+        p[order[1:][ordered.cumsum(0)[:-1] >= top_p]] = 0
+        p /= p.sum()
+    expected = n * p.numpy()
     counted = Counter(s.ids[0] for s in samples)
+    assert all(expected[token] > 0 for token in counted)
     common = [token for token in range(len(expected)) if expected[token] >= 5]
     rest = n - sum(counted[t] for t in common), n - sum(expected[t] for t in common)
     observed = [*(counted[t] for t in common), rest[0]]
-    assert len(common) > 4
-    assert chisquare(observed, [*(expected[t] for t in common), rest[1]]).pvalue > 1e-3
+    assert len(common) >= 3
+    kept = slice(None, None if rest[1] > 1e-6 else -1)  # top_p may leave no rare tokens
+    assert chisquare(observed[kept], [*(expected[t] for t in common), rest[1]][kept]).pvalue > 1e-3
 
 
 def test_a_checkpoints_own_generation_settings_are_put_aside(policy: Policy) -> None:
@@ -241,6 +250,25 @@ def test_samples_do_not_depend_on_the_batch(policy: Policy) -> None:
     expected = sampled_ids(policy, settings, seed=4)
     for size in (1, 3, 7, 15):
         assert sampled_ids(policy, settings.model_copy(update={"batch_size": size}), seed=4) == expected
+
+
+def test_prompts_sampled_in_portions_are_sampled_as_they_would_be_together(policy: Policy, tmp_path: Path) -> None:
+    """Numbers tell the random streams apart: the same ones again would give equal prompts equal samples."""
+    settings, prompts = Sampling(samples=3, max_new_tokens=9, batch_size=6), [[20, 21]] * 5
+    sampler = TransformersSampler(policy)
+    whole = [[s.ids for s in samples] for samples in sampler.sample(prompts, settings, 4)]
+    assert len({str(samples) for samples in whole}) == 5
+    part = sampler.sample(prompts[:2], settings, 4, numbers=[3, 1])
+    assert [[s.ids for s in samples] for samples in part] == [whole[3], whole[1]]
+    problems = encode_problems(policy.tokenizer, [problem(number, "17+25=?\n") for number in range(5)])
+    reward = Reward("parrot", parrot)
+    rows = [
+        collect_rollouts(policy, sampler, problems, reward, settings, seed=4, pieces=pieces)
+        for pieces in (None, Pieces(tmp_path))
+    ]
+    assert len(list(tmp_path.iterdir())) == 3  # two prompts of three samples are a batch
+    assert [row.completion_ids for row in rows[0]] == [row.completion_ids for row in rows[1]]
+    assert len({str([row.completion_ids for row in rows[0][i : i + 3]]) for i in range(0, 15, 3)}) == 5
 
 
 def test_a_model_with_other_state_is_sampled_by_generate(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,11 +12,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rlzoo.comparison.statistics import (
+    SIGNIFICANT,
     Interval,
     ScoreMatrix,
     align,
+    compare_pairs,
     compare_to,
     crossed_interval,
+    holm,
+    p_value,
     paired_difference,
     score_matrices,
     summarise,
@@ -148,7 +152,7 @@ def test_pairing_removes_what_two_algorithms_share() -> None:
     hard = rng.random((3, 60))
     difference = paired_difference(hard + 0.1, hard)
     assert difference == pytest.approx((0.1, 0.1, 0.1))
-    assert difference.excludes_zero and not crossed_interval(hard - 0.5).excludes_zero
+    assert p_value(hard + 0.1 - hard) < 1e-12 and p_value(hard - 0.5) > 0.01
     with pytest.raises(ValueError, match="equal shapes"):
         paired_difference(hard, hard[:, 1:])
 
@@ -214,3 +218,72 @@ def test_inconsistent_outcomes_are_named() -> None:
         score_matrices(pa.concat_tables([table, table]), k=1)
     with pytest.raises(UserError, match="did you mean 'a'"):
         compare_to(outcome_table({("a", 0): [[1]]}), "aa", k=1)
+
+
+def test_a_p_value_is_where_the_interval_ends_at_zero() -> None:
+    rng = np.random.default_rng(3)
+    for shape in ((1, 30), (3, 1), (2, 8), (3, 40), (10, 20)):
+        scores = 0.3 + rng.normal(size=(shape[0], 1)) / 4 + rng.normal(size=shape[1]) / 4 + rng.normal(size=shape) / 4
+        p = p_value(scores)
+        ends = crossed_interval(scores, level=1 - p)[1:]
+        assert min(map(abs, ends)) == pytest.approx(0, abs=1e-6) and 0 < p < 1
+
+
+def test_p_values_by_hand() -> None:
+    # One seed, two problems: mean ½, standard error ½, one degree of freedom: P(|t₁| > 1) = ½.
+    assert p_value(np.array([[0.0, 1.0]])) == pytest.approx(0.5)
+    assert p_value(np.array([[-1.0, 1.0]])) == 1, "a mean of 0"
+    assert p_value(np.array([[0.7]])) == 1, "one value speaks of nothing"
+    assert p_value(np.full((3, 4), 0.1)) < 1e-12, "no variance but for rounding"
+    assert p_value(np.ones((3, 4))) == 0
+
+
+def test_holm_by_hand() -> None:
+    # In order 0.01, 0.02, 0.03, 0.04: times 4, 3, 2, 1 gives 0.04, 0.06, 0.06, 0.04, and none may fall.
+    assert holm([0.04, 0.01, 0.03, 0.02]) == pytest.approx([0.06, 0.04, 0.06, 0.06])
+    assert holm([0.9, 0.6]) == [1, 1] and holm([0.2]) == [0.2] and holm([]) == []
+
+
+def test_a_table_of_equal_algorithms_rarely_calls_one_distinguishable() -> None:
+    """27 algorithms no better than the baseline: at least one is called distinguishable in at most 5 % of tables."""
+    rng, wrong, uncorrected, tables = np.random.default_rng(0), 0, 0, 200
+    for _ in range(tables):
+        baseline = rng.normal(size=(3, 60))
+        p = [p_value(rng.normal(size=(3, 60)) - baseline) for _ in range(27)]
+        wrong += min(holm(p)) < SIGNIFICANT
+        uncorrected += min(p) < SIGNIFICANT
+    assert wrong / tables <= 0.08  # 5 % and two standard errors
+    assert uncorrected / tables > 0.3, "without the correction it happens all the time"
+
+
+def flips(*correct: int) -> list[list[int]]:
+    return [[c] for c in correct]
+
+
+def test_differences_of_a_benchmark_are_corrected_together() -> None:
+    table = pa.concat_tables(
+        [
+            outcome_table(
+                {("a", 0): flips(*[0] * 12), ("b", 0): flips(*[1] * 9, *[0] * 3), ("c", 0): flips(1, *[0] * 11)}
+            ),
+            outcome_table({("a", 0): flips(0, 0, 0, 0), ("b", 0): flips(1, 1, 1, 0)}, benchmark="few"),
+        ]
+    )
+    rows = {(r["algorithm"], r["benchmark"], r["metric"]): r for r in compare_to(table, "a", k=1)}
+    alone = p_value(np.array([[1.0] * 9 + [0.0] * 3]))
+    # with one sample per problem the three metrics are one number: of 6 differences on sums, b's three are the smallest
+    assert rows["b", "sums", "avg_at_k"]["p"] == pytest.approx(6 * alone)
+    assert rows["b", "sums", "pass_at_k"]["p"] == pytest.approx(6 * alone), "a larger p is never corrected to a smaller"
+    assert rows["b", "few", "greedy"]["p"] == pytest.approx(3 * p_value(np.array([[1.0, 1.0, 1.0, 0.0]])))
+    low, high = rows["b", "sums", "greedy"]["ci_low"], rows["b", "sums", "greedy"]["ci_high"]
+    assert Interval(0.75, low, high) == pytest.approx(crossed_interval(np.array([[1.0] * 9 + [0.0] * 3])))
+
+
+def test_the_best_two_are_corrected_for_all_pairs() -> None:
+    table = outcome_table({("base", -1): flips(1, 1, 1), ("a", 0): flips(1, 1, 0), ("b", 0): flips(1, 0, 0),
+                           ("c", 0): flips(0, 0, 0), ("d", 1): flips(0, 0, 0)})  # fmt: skip
+    pairs = compare_pairs(score_matrices(table, k=1), "sums", "greedy")
+    assert set(pairs) == {(x, y) for x in "abc" for y in "abc" if x != y}, "d shares no seed, the base is no algorithm"
+    assert pairs["a", "b"] == pairs["b", "a"] == pytest.approx(2 * p_value(np.array([[0.0, 1.0, 0.0]]))), (
+        "second of three"
+    )

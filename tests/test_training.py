@@ -257,7 +257,7 @@ class Watching(Objective):
 
 
 def test_what_is_fixed_stays_fixed_during_the_updates_on_a_batch(make_policy: MakePolicy) -> None:
-    policy = make_policy()
+    policy = make_policy().train()  # as a model may come; its dropout is no part of its log-probs
     Watching.seen.clear()
     settings = RAW.model_copy(update={"steps": 4, "updates_per_batch": 2})
     Trainer(policy, Watching(), Fixed(make_batch(policy, Selection.GROUPS)), settings).run()
@@ -310,6 +310,27 @@ def test_the_moving_reference_moves_by_its_decay(make_policy: MakePolicy) -> Non
     trainer.callbacks = [check]
     steps = trainer.run().steps
     assert steps[0]["weight"] == pytest.approx(1, abs=1e-12) and steps[1]["weight"] > 1 + 1e-3
+
+
+def test_the_optimizer_is_adamw_as_the_settings_say(make_policy: MakePolicy) -> None:
+    """θ ← θ - η λ θ - η m̂/(√v̂ + ε), with the gradients that the run itself left (arXiv 1711.05101, algorithm 2)."""
+    policy = make_policy()
+    decay, betas = 0.3, (0.6, 0.7)
+    settings = RAW.model_copy(update={"steps": 4, "betas": betas, "weight_decay": decay})
+    weights = {n: p.detach().clone() for n, p in policy.named_parameters()}
+    first, second = ({n: torch.zeros_like(p) for n, p in weights.items()} for _ in range(2))
+
+    def check(trainer: Trainer, step: int) -> None:
+        rate = trainer.record.steps[-1]["learning_rate"]
+        for name, parameter in trainer.policy.named_parameters():
+            assert parameter.grad is not None
+            first[name] = betas[0] * first[name] + (1 - betas[0]) * parameter.grad
+            second[name] = betas[1] * second[name] + (1 - betas[1]) * parameter.grad.square()
+            mean, square = first[name] / (1 - betas[0] ** step), second[name] / (1 - betas[1] ** step)
+            weights[name] = weights[name] * (1 - rate * decay) - rate * mean / (square.sqrt() + 1e-8)
+            torch.testing.assert_close(parameter.detach(), weights[name], rtol=1e-7, atol=1e-10)
+
+    Trainer(policy, get_objective("sft"), Fixed(make_batch(policy, Selection.CORRECT)), settings, [check]).run()
 
 
 def test_the_schedule_warms_up_and_follows_a_cosine(make_policy: MakePolicy) -> None:

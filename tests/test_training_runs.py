@@ -121,6 +121,31 @@ def test_online_training_raises_a_trivial_reward(name: str, make_policy: MakePol
     assert sum(rewards[-2:]) / 2 > rewards[0] + 0.2
 
 
+def test_each_fresh_batch_is_of_a_later_version_also_after_a_stop(make_policy: MakePolicy) -> None:
+    rows = list(sampled(make_policy("llama")))
+
+    class Collect:
+        asked: list[int]
+
+        def __call__(self, version: int) -> Buffer:
+            self.asked.append(version)
+            return OfflineBuffer.from_trajectories([replace(row, policy_version=version) for row in rows])
+
+        def state(self) -> list[int]:
+            return self.asked
+
+        def restore(self, state: list[int]) -> None:
+            self.asked = [*state]
+
+    first, second = Collect(), Collect()
+    first.asked, second.asked = [], []
+    source, later = FreshSource(first, Selection.GROUPS), FreshSource(second, Selection.GROUPS)
+    assert [{row.policy_version for row in source.draw()[0]} for _ in range(3)] == [{0}, {1}, {2}]
+    later.restore(source.state())
+    later.draw()
+    assert second.asked == [0, 1, 2, 3] and first.asked == [0, 1, 2]
+
+
 def test_a_fresh_batch_with_nothing_to_learn_from_is_sampled_again(make_policy: MakePolicy) -> None:
     rows = list(sampled(make_policy("llama")))
     asked: list[int] = []
@@ -201,6 +226,50 @@ def test_costs_are_counted_exactly(make_policy: MakePolicy) -> None:
     assert costs.flops == pytest.approx(2 * (3 + 1) * (forward + trunk), rel=1e-12)
     costs = run(make_policy(), "ppo", rows, updates_per_batch=2, **whole).costs
     assert costs.flops == pytest.approx((2 * 3 + 1) * (forward + trunk), rel=1e-12)
+
+
+@pytest.mark.parametrize("updates", [1, 2])
+def test_time_is_that_of_drawing_and_training_and_no_callback_s(
+    updates: int, make_policy: MakePolicy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 0.0
+
+    def passes(seconds: float) -> None:
+        nonlocal now
+        now += seconds
+
+    class Slow:
+        def draw(self) -> tuple[list[Trajectory], list[tuple[int, ...]]]:
+            passes(1.0)
+            return rows, [(i,) for i in range(len(rows))]
+
+    policy = make_policy()
+    rows = list(demonstrated(policy))
+    monkeypatch.setattr("rlzoo.training.trainer.time.perf_counter", lambda: now)
+    policy.model.transformer.wte.register_forward_hook(lambda *_: passes(10.0))
+    settings = QUICK.model_copy(update={"steps": 4, "updates_per_batch": updates})
+    trainer = Trainer(policy, get_objective("sft"), Slow(), settings, [lambda *_: passes(1000.0)])
+    assert trainer.run().costs.wall_seconds == 4 / updates + 4 * 10
+
+
+@pytest.mark.parametrize(("steps", "updates", "drawn"), [(5, 2, 3), (4, 2, 2), (1, 3, 1), (7, 3, 3)])
+def test_a_run_has_as_many_steps_as_were_asked_for(
+    steps: int, updates: int, drawn: int, make_policy: MakePolicy
+) -> None:
+    policy = make_policy()
+    rows = list(demonstrated(policy))[:2]
+    draws, told = [], list[int]()
+
+    class Counted:
+        def draw(self) -> tuple[list[Trajectory], list[tuple[int, ...]]]:
+            draws.append(1)
+            return rows, [(0,), (1,)]
+
+    settings = QUICK.model_copy(update={"steps": steps, "updates_per_batch": updates})
+    record = Trainer(policy, get_objective("sft"), Counted(), settings, [lambda _, step: told.append(step)]).run()
+    assert [row["step"] for row in record.steps] == told == list(range(1, steps + 1))
+    assert len(draws) == drawn
+    assert record.costs.gradient_tokens == steps * sum(len(r.prompt_ids) + len(r.completion_ids) for r in rows)
 
 
 def test_memory_is_measured_where_the_peak_cannot_be_reset(

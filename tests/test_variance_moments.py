@@ -179,6 +179,20 @@ def test_the_slope_is_that_of_the_law(alpha: float, expected: float) -> None:
     assert found["slope_raw"] == pytest.approx(raw)
 
 
+def test_the_slope_is_taken_at_equal_score_norm() -> None:
+    """S of rare tokens from (1-p)² to near 2(1-p)², the rarer the more: left in, it would bend the slope by 0.1."""
+    rng = np.random.default_rng(1)
+    logp = np.log(rng.uniform(1e-4, 0.1, 500))
+    rarity = (np.log(0.1) - logp) / np.log(1000)  # 0 at p = 0.1, 1 at p = 1e-4
+    table = by_logp(np.arange(500) // 5, logp, rarity)
+    found = moments.slope(table, np.ones(500), 0)
+    # tr Cov / S = (1-p)/p, fitted by hand
+    by_hand = np.polyfit(logp, np.log1p(-np.exp(logp)) - logp, 1)[0]
+    assert found["slope"] == pytest.approx(by_hand, rel=1e-9)
+    assert found["slope_raw"] < by_hand - 0.05
+    assert found["slope_ci"][0] <= by_hand <= found["slope_ci"][1] < by_hand + 0.05
+
+
 def test_a_slope_needs_rare_tokens() -> None:
     found = moments.slope(by_logp(np.arange(50), np.full(50, -0.1)), np.ones(50), 0)
     assert found["slope"] is None and found["slope_reason"].startswith("0 tokens have p ≤ 0.1")

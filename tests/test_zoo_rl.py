@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 from buffer_rows import sample, samples
+from canonical import grpo as grpo_canonical
 from hypothesis import given
 from hypothesis import strategies as st
 from test_objectives import LENGTH, assert_same, gradients, hand_batch, prepared, random_batch
@@ -285,6 +286,143 @@ def test_shapes_are_checked() -> None:
         clipped_gradient(table, row, 0.2, 0.2)
     with pytest.raises(ValueError, match="shapes do not fit"):
         optimal_token_baseline(row, torch.zeros(3, dtype=torch.long), table, mask)
+
+
+# Stale data
+
+
+def stale(gap: float, advantage: float = -1.0) -> TokenBatch:
+    """A good and a bad row, each of a token that is e^gap times as likely as when it was sampled, and a fresh one."""
+    logp = double([[-1.0, -1.0]] * 2)
+    batch = TokenBatch(
+        logp=logp.clone().requires_grad_(),
+        mask=torch.ones(2, 2, dtype=torch.bool),
+        behaviour_logp=logp - double([[gap, 0.0]] * 2),
+        reference_logp=logp + double([[gap, 0.0]] * 2),
+        reward=double([-advantage, advantage]),
+        group=torch.tensor([0, 0]),
+    )
+    return replace(
+        batch, snapshot_logp=batch.behaviour_logp, old_value=0 * logp, statistics={"square_mass": 0 * logp + 0.5}
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("gap", [25.0, 100.0, 1000.0, -100.0, math.inf])
+@pytest.mark.parametrize(
+    "name", ["grpo", "ppo", "dr-grpo", "dapo", "gspo", "cispo", "otb", "psft", "iw-sft", "dpo", "kto"]
+)
+def test_nothing_is_infinite_on_stale_data(name: str, gap: float, dtype: torch.dtype) -> None:
+    batch = stale(gap)
+    batch = replace(batch, mismatched=double([0, 0]), partner=torch.tensor([1, 0]), chosen=torch.tensor([True, False]))
+    if math.isinf(gap):  # a token that the behaviour policy cannot have sampled
+        batch = replace(batch, reference_logp=batch.logp.detach())
+    low = {k: v.detach().to(dtype) for k, v in batch._tensors().items() if v.is_floating_point()}
+    batch = replace(batch, **low, statistics={k: v.to(dtype) for k, v in batch.statistics.items()})
+    objective = get_objective(name)
+    found = objective.coefficients(prepared(objective, batch).detach())
+    tensors = [found.values, *found.metrics.values(), *([] if found.loss is None else [found.loss])]
+    bounded = [tensor for tensor in tensors if not tensor.isnan().all()]
+    assert all(torch.isfinite(tensor[~tensor.isnan()]).all() for tensor in bounded)
+    assert torch.isfinite(found.values).all() and torch.isfinite(found.values.sum())
+
+
+@pytest.mark.parametrize("name", ["grpo", "ppo", "dr-grpo", "dapo", "gspo"])
+def test_a_stale_token_beyond_the_bound_has_no_gradient_and_others_have_theirs(name: str) -> None:
+    options: dict[str, object] = {"whiten": False} if name == "ppo" else {}
+    options |= {"kl_coefficient": 0.0} if name in ("grpo", "ppo") else {}
+    found = values(get_objective(name, **options), stale(100.0))
+    if name == "gspo":  # one ratio of the sequence
+        assert (found == 0).all()
+    else:
+        assert (found[:, 0] == 0).all() and found[0, 1] > 0 > found[1, 1]
+
+
+def test_the_gradient_on_stale_data_is_that_of_the_bounded_loss() -> None:
+    # log-ratios of ±19 are taken as they are, those of ±21 as ±20, where the loss does not change: verl's clamp
+    for gap in (-21.0, -19.0, 19.0, 21.0):
+        batch = stale(gap)
+        loss = grpo_canonical(batch)
+        (expected,) = torch.autograd.grad(loss, batch.logp)
+        ours = gradients(surrogate(get_objective("grpo"), batch), batch)
+        torch.testing.assert_close(ours.view(expected.shape), expected, rtol=1e-10, atol=1e-9)
+
+
+def test_two_sided_clipping_by_hand() -> None:
+    # ρ = 3 on both tokens: on the good row it is clipped at 1.2 as ever; on the bad one, where GRPO has the loss 3a and
+    # the coefficient -3a, δ = 2 leaves the loss 2a and no gradient, and δ = 4 changes nothing.
+    batch = hand_batch([[0.6], [0.6]], reward=double([1, 0]), group=torch.tensor([0, 0]))
+    batch = replace(batch, behaviour_logp=double([[0.2], [0.2]]).log(), value=None)
+    batch = replace(batch, old_value=0 * batch.logp.detach(), reference_logp=batch.logp.detach())
+    a = 0.5 / (math.sqrt(0.5) + 1e-4)
+    for name, option in (("grpo", "delta"), ("dapo", "delta"), ("gspo", "delta"), ("dr-grpo", "delta")):
+        scale = {"dr-grpo": 0.5 / 256}.get(name, a)
+        for bound, held in ((None, 3.0), (4.0, 3.0), (2.0, 2.0)):
+            objective = get_objective(name, **{option: bound})
+            found = objective.coefficients(prepared(objective, batch).detach())
+            assert found.loss is not None
+            torch.testing.assert_close(found.loss[1], double([held * scale]))
+            torch.testing.assert_close(found.values, double([[0.0], [-3 * scale if held == 3 else 0.0]]))
+
+
+@pytest.mark.parametrize(
+    ("name", "option"), [("grpo", "delta"), ("dapo", "delta"), ("gspo", "delta"), ("ppo", "dual_clip")]
+)
+def test_an_upper_bound_below_the_clip_is_refused(name: str, option: str) -> None:
+    with pytest.raises(UserError, match=f"{name} needs {option} above 1"):
+        get_objective(name, **{option: 1.0})
+
+
+def test_the_corrected_kl_has_the_gradient_of_the_kl() -> None:
+    # Over three tokens drawn from μ, E_μ[ρ k3] = KL(π ‖ π_ref) and so are their gradients in the logits; k3 alone has
+    # the mean 0.116 here, and the KL is 0.089.
+    logits = double([0.3, -0.2, 0.5]).requires_grad_()
+    logp, reference = logits.log_softmax(0), double([-0.1, 0.4, 0.2]).log_softmax(0)
+    behaviour = double([0.6, 0.3, 0.1])
+    kl = (logp.exp() * (logp - reference)).sum()
+    (expected,) = torch.autograd.grad(kl, logits, retain_graph=True)
+    batch = TokenBatch(
+        logp=logp[None],
+        mask=torch.ones(1, 3, dtype=torch.bool),
+        behaviour_logp=behaviour.log()[None],
+        reference_logp=reference[None],
+        reward=double([1.0]),
+        group=torch.tensor([0]),
+    )
+    found = {}
+    for correction in (True, False):
+        objective = get_objective("grpo", kl_coefficient=1.0, kl_correction=correction)
+        own = objective.coefficients(prepared(objective, batch).detach())
+        (gradient,) = torch.autograd.grad(-(behaviour * own.values[0] * logp).sum(), logits, retain_graph=True)
+        found[correction] = (own.metrics["kl"][0] * behaviour).sum(), gradient
+    torch.testing.assert_close(found[True][0], kl)
+    torch.testing.assert_close(found[True][1], expected)
+    assert abs(found[False][0] - kl) > 0.01 and (found[False][1] - expected).abs().max() > 0.01
+
+
+def test_ppo_takes_the_value_at_a_truncated_end_for_the_one_after_it() -> None:
+    # γ = λ = 1, values 2, 3, reward 1: an episode that ended has the returns 1, 1; one that was cut has 1 + 3.
+    batch = hand_batch([[0.5, 0.5]] * 2, reward=double([1, 1]), truncated=torch.tensor([True, False]))
+    batch = replace(batch, behaviour_logp=batch.logp.detach(), old_value=double([[2, 3]] * 2))
+    options = {"kl_coefficient": 0.0, "lam": 1.0, "whiten": False}
+    for bootstrap, cut in ((True, 4.0), (False, 1.0)):
+        ready = prepared(get_objective("ppo", bootstrap_truncated=bootstrap, **options), batch)
+        assert ready.returns is not None and ready.advantage is not None
+        torch.testing.assert_close(ready.returns, double([[cut, cut], [1, 1]]))
+        torch.testing.assert_close(ready.advantage, double([[cut - 2, cut - 3], [-1, -2]]))
+
+
+def test_otb_with_a_zero_tail_by_hand() -> None:
+    # as in `test_otb_by_hand`, but where row 0 runs alone, and in the group of one, B = 0: A = G
+    batch = hand_batch([[0.5, 0.5], [0.75], [0.5]], reward=double([1, 0, 3]), group=torch.tensor([0, 0, 9]))
+    batch = replace(
+        on_policy(batch),
+        snapshot_logp=batch.logp.detach(),
+        statistics={"square_mass": double([[0.5, 0.5], [0.625, math.nan], [0.5, math.nan]])},
+    )
+    torch.testing.assert_close(
+        values(get_objective("otb", zero_tail=True), batch), double([[0.2, 1], [-0.8, 0], [3, 0]])
+    )
 
 
 # Groups that vary

@@ -14,7 +14,6 @@ import pytest
 import torch
 from comparisons import inline_pool, small
 from test_objectives import SEEDS, gradients, hand_batch, random_batch
-from test_ranks import DDP, FSDP, WORKER, found_in, launch
 from test_training import RAW, Fixed, MakePolicy, distance, full_batch, make_batch, term_of, trained
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -52,17 +51,29 @@ def test_the_power_family_ends_in_sft_and_dft(alpha: float, name: str, seed: int
 
 def test_power_by_hand() -> None:
     # p = 1/2, 1/4, 1/10. α = 2: c = 1/4, 1/16, 1/100, loss (1 - c)/2. With τ = 1/4 the last token is left out of the
-    # sum and not of the mean: gradients -c/3, loss (3/8 + 15/32)/3.
+    # sum and of the number that it is divided by: gradients -c/2 in place of -c/3, loss (3/8 + 15/32)/2.
     batch = hand_batch([[0.5, 0.25], [0.1]])
-    for threshold, last in ((0.0, 0.01), (0.25, 0.0)):
+    for threshold, kept, last in ((0.0, 3, 0.01), (0.25, 2, 0.0)):
         objective = get_objective("power", alpha=2.0, threshold=threshold)
         gradient = gradients(surrogate(objective, batch), batch).view(2, 2)[batch.mask]
-        assert gradient.tolist() == pytest.approx([-0.25 / 3, -0.0625 / 3, -last / 3])
+        assert gradient.tolist() == pytest.approx([-0.25 / kept, -0.0625 / kept, -last / kept])
         found = objective.coefficients(batch.detach())
         assert found.loss is not None
-        expected = [0.375, 0.46875, 0.0 if threshold else 0.495]
-        assert found.loss[batch.mask].tolist() == pytest.approx(expected)
-        assert found.metrics["kept"][batch.mask].tolist() == [1, 1, 0 if threshold else 1]
+        expected = (0.375 + 0.46875 + (0.0 if threshold else 0.495)) / kept
+        assert float(found.loss[batch.mask].mean()) == pytest.approx(expected)
+        assert float(found.metrics["kept"][batch.mask].sum() if threshold else 3) == kept
+
+
+def test_power_by_default_still_learns_from_an_unlikely_token() -> None:
+    # at the tenth power a token of p = 1/2 would weigh 1/1024 as much as a certain one
+    batch = hand_batch([[0.5, 0.1]])
+    assert get_objective("power").coefficients(batch.detach()).values.tolist() == [pytest.approx([0.5, 0.1])]
+
+
+def test_power_that_keeps_no_token_is_zero() -> None:
+    batch = hand_batch([[0.5, 0.25], [0.1]])
+    gradient = gradients(surrogate(get_objective("power", threshold=0.9), batch), batch)
+    assert (gradient == 0).all()
 
 
 def test_deft_by_hand() -> None:
@@ -481,8 +492,6 @@ def table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.parametrize("name", NEW)
 def test_the_command_trains_each(name: str, table: Path, tmp_path: Path) -> None:
     arguments = ["train", name, "--buffer", str(table), "--steps", "2", "--set", "batch_size=6", "--out", "trained"]
-    if name == "power":  # on these rows nothing would be left of p¹⁰
-        arguments += ["--option", "alpha=0.5"]
     assert main(arguments) == 0
     steps = json.loads((tmp_path / "trained" / "training.json").read_text())["steps"]
     assert all(math.isfinite(value) for row in steps for value in row.values()) and steps[0]["gradient_norm"] > 0
@@ -507,25 +516,6 @@ def test_the_analyzer_reads_each(make_policy: MakePolicy, table: Path) -> None:
         assert entry["trace_cov"]["value"] == pytest.approx(plain[layer]["trace_cov"]["value"], rel=1e-4)
     assert noise["otr"]["cosine_to_sft"]["value"] > 0.5
     assert "full-vocabulary term" in found["objectives"]["otr"]["token_moments"]["reason"]
-
-
-def test_processes_train_as_one(tmp_path: Path) -> None:
-    """Where a reference gives logits, where the snapshot is scored by all, and where the head gives statistics."""
-    names, found = ("asft", "psft", "eaft"), {}
-    for kind, processes, extra in (("alone", 1, DDP), ("ddp", 2, DDP), ("fsdp", 2, FSDP)):
-        folder = tmp_path / kind
-        folder.mkdir()
-        launch([str(WORKER), str(folder), *names], processes, folder, extra)
-        found[kind] = found_in(folder, names)
-    for kind in ("ddp", "fsdp"):
-        for name, (weights, told) in found[kind].items():
-            expected, told_alone = found["alone"][name]
-            assert told["ranks"] == 2 and told["sharded"] == (kind == "fsdp")
-            for key, value in weights.items():
-                torch.testing.assert_close(value, expected[key], rtol=1e-6, atol=1e-9, msg=f"{name} {key}")
-            for row, row_alone in zip(told["steps"], told_alone["steps"], strict=True):
-                assert row == pytest.approx(row_alone, rel=1e-6, abs=1e-9)
-        assert found[kind]["asft"][1]["steps"][2]["logit_term"] > 0
 
 
 def test_otr_leaves_it_to_the_trainer_to_tell_of_a_nan() -> None:

@@ -83,6 +83,24 @@ class Buffer:
             total += pc.list_value_length(table[name]).to_numpy()
         return total
 
+    def outside(self, vocabulary: int) -> tuple[int, int] | None:
+        """A row with a token id that is not below ``vocabulary``, and that id; None if there is none."""
+        try:
+            for name in ("prompt_ids", "completion_ids"):
+                before = 0
+                for chunk in arrow(self._rows)[name].chunks:
+                    ids = chunk.flatten()
+                    found = pc.min_max(ids).as_py()
+                    if len(ids) and not 0 <= found["min"] <= found["max"] < vocabulary:
+                        token = found["max"] if found["max"] >= vocabulary else found["min"]
+                        ends = pc.list_value_length(chunk).to_numpy(zero_copy_only=False).cumsum()
+                        place = pc.index(ids, token).as_py()
+                        return before + int(np.searchsorted(ends, place, side="right")), token
+                    before += len(chunk)
+            return None
+        finally:
+            self.release_pages()
+
     def ids(self, size: int = CHUNK) -> Iterator[list[tuple[list[int], list[int]]]]:
         """(prompt ids, completion ids) of all rows, ``size`` rows at a time."""
         rows = self._rows.select_columns(["prompt_ids", "completion_ids"])

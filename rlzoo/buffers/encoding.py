@@ -1,20 +1,27 @@
 """Text to tokens: the one place that decides about templates, special tokens, end of sequence and truncation.
 
 Everything that is trained on or sampled from goes through here, so a prompt has the same tokens in a
-demonstration, in a rollout and in an evaluation.
+demonstration, in a rollout and in an evaluation. What chat templates do to a conversation is `rlzoo.chat`'s.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import re
+import warnings
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from hashlib import blake2b
-from typing import Any
+from typing import Any, Literal
 
+from rlzoo.chat import Message, Options, answered, messages, opened, shared, turn_of
 from rlzoo.errors import UserError
 
-Message = dict[str, str]
 Prompt = str | list[Message]
+Special = Literal["reject", "allow"]
+"""What happens to text that spells a special token: it is an error, or it is read as that token."""
+SPELLED = "text that spells a special token is read as that token"
+LEFT_OUT = "the chat template drops the prompt's last words before an answer, which samples continue from"
 
 
 @dataclass(frozen=True)
@@ -26,15 +33,22 @@ class Encoded:
     prompt_ids: list[int]
     completion_ids: list[int]
     truncated: bool
+    key: str = ""
+    """The prompt's identity where the data give none: the same whatever its completion."""
+    notes: Mapping[str, str] = field(default_factory=dict)
+    """What is to be known of its tokens: what happened → an example."""
 
 
-def encode_prompt(tokenizer: Any, prompt: Prompt) -> tuple[str, list[int]]:
+def encode_prompt(
+    tokenizer: Any, prompt: Prompt, special: Special = "reject", options: Options | None = None
+) -> tuple[str, list[int]]:
     """The text that the model sees, and its tokens.
 
-    A conversation goes through the chat template, with the header of the assistant's turn and no further
-    special tokens. Plain text gets the tokenizer's own special tokens, but never an end of sequence. Raises
-    UserError for a conversation without a template and for a prompt of no tokens, after which no first token
-    can be predicted.
+    A conversation goes through the chat template, with ``options`` for the template (``tools``, ``enable_thinking``),
+    the header of the assistant's turn and no further special tokens. Plain text gets the tokenizer's own special
+    tokens, but never an end of sequence. Raises UserError for a conversation without a template or one that the
+    template refuses, with ``special="reject"`` for one whose text spells a special token, and for a prompt of no
+    tokens, after which no first token can be predicted.
     """
     if isinstance(prompt, str):
         text, ids = prompt, _tokens(tokenizer, prompt, special=True)
@@ -42,12 +56,10 @@ def encode_prompt(tokenizer: Any, prompt: Prompt) -> tuple[str, list[int]]:
         if ids[-1:] == [eos] and _tokens(tokenizer, prompt, special=False)[-1:] != [eos]:
             ids = ids[:-1]  # the tokenizer's doing: the model would learn to go on after the end
     else:
-        if not getattr(tokenizer, "chat_template", None):
-            raise UserError(
-                "the tokenizer has no chat template for a conversation: "
-                "use a chat model's tokenizer, set tokenizer.chat_template, or give plain text"
-            )
-        text = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
+        conversation = messages(prompt)
+        if special == "reject":
+            _reject(spelled(tokenizer, conversation))
+        text = opened(tokenizer, conversation, options or {})
         ids = _tokens(tokenizer, text, special=False)
     if not ids:
         raise UserError("the prompt has no tokens: give it some text, or use a tokenizer that begins with a BOS")
@@ -55,7 +67,7 @@ def encode_prompt(tokenizer: Any, prompt: Prompt) -> tuple[str, list[int]]:
 
 
 def encode_completion(tokenizer: Any, text: str) -> list[int]:
-    """The completion's tokens and one end of sequence. Raises UserError if the tokenizer has none."""
+    """The tokens of plain text and one end of sequence. Raises UserError if the tokenizer has none."""
     eos = tokenizer.eos_token_id
     if eos is None:
         raise UserError("the tokenizer has no end of sequence: set tokenizer.eos_token")
@@ -63,25 +75,116 @@ def encode_completion(tokenizer: Any, text: str) -> list[int]:
     return ids if ids[-1:] == [eos] else [*ids, eos]
 
 
-def encode(tokenizer: Any, prompt: Prompt, completion: str, max_length: int | None = None) -> Encoded:
-    """Both, with prompt + completion cut on the right to ``max_length`` tokens.
+def encode(
+    tokenizer: Any,
+    prompt: Prompt,
+    completion: str | Message,
+    max_length: int | None = None,
+    max_completion_tokens: int | None = None,
+    special: Special = "reject",
+    options: Options | None = None,
+) -> Encoded:
+    """Both, cut on the right to ``max_length`` tokens of prompt + completion, ``max_completion_tokens`` of completion.
 
-    A cut completion has lost its end of sequence and is marked truncated; its text is what its tokens say. A
+    The completion of a conversation is an assistant's turn, text or a message: its tokens are those with which the chat
+    template goes on after the prompt, from where the two part to the end of the turn (as in TRL), and one end of
+    sequence where a turn of the template has no end at which sampling could stop.
+
+    A completion that was cut before the end is marked truncated; its text is what its tokens say. A
     completion's text never holds the end of sequence, its tokens do. Raises UserError if the prompt leaves no
-    room.
+    room, and with ``special="reject"`` for text that spells a special token (see `spelled`).
     """
-    text, prompt_ids = encode_prompt(tokenizer, prompt)
-    ids = encode_completion(tokenizer, completion)
-    completion = completion.removesuffix(tokenizer.eos_token)
-    if max_length is None or len(prompt_ids) + len(ids) <= max_length:
-        return Encoded(text, completion, prompt_ids, ids, truncated=False)
-    room = max_length - len(prompt_ids)
+    if isinstance(prompt, str):
+        if not isinstance(completion, str):
+            raise UserError("the prompt is plain text and the completion a conversation: make both one of them")
+        found, left_out = spelled(tokenizer, prompt, completion), ""
+        text, prompt_ids = encode_prompt(tokenizer, prompt)
+        ids, said, key = encode_completion(tokenizer, completion), completion, prompt_key(text)
+        said, end = said.removesuffix(tokenizer.eos_token), len(ids)
+    else:
+        turn = {"role": "assistant", "content": completion} if isinstance(completion, str) else completion
+        conversation, (answer,) = messages(prompt), messages([turn], "the completion")
+        found = spelled(tokenizer, conversation, answer)
+        text, whole = answered(tokenizer, conversation, answer, options or {})
+        said, key = answer["content"], prompt_key(text)
+        prompt_ids, left_out, ids, end = _turn(tokenizer, text, whole)
+        text = tokenizer.decode(prompt_ids) if left_out else text
+    if special == "reject":
+        _reject(found)
+    rooms = [len(ids), max_completion_tokens, None if max_length is None else max_length - len(prompt_ids)]
+    room = min(room for room in rooms if room is not None)
     if room < 1:
         raise UserError(
             f"the prompt alone has {len(prompt_ids)} tokens of {max_length}: raise max_length or drop the row"
         )
-    kept = ids[:room]
-    return Encoded(text, tokenizer.decode(kept), prompt_ids, kept, truncated=True)
+    if truncated := room < end:
+        said = tokenizer.decode(ids[:room])
+    notes = {SPELLED: found, LEFT_OUT: left_out and repr(left_out)}
+    return Encoded(text, said, prompt_ids, ids[:room], truncated, key, {k: v for k, v in notes.items() if v})
+
+
+def _turn(tokenizer: Any, prompt: str, whole: str) -> tuple[list[int], str, list[int], int]:
+    """A rendered conversation, split where it parts from its prompt: the tokens before that, the text that the prompt
+    alone has after it, the turn's tokens, and how many of those it takes to end the turn."""
+    first, both = _tokens(tokenizer, prompt, special=False), _tokens(tokenizer, whole, special=False)
+    start = shared(first, both)
+    if not start:
+        raise UserError("the prompt has no tokens of its own: give plain text, or change tokenizer.chat_template")
+    ids, turn = both[start:], turn_of(tokenizer)
+    if not {turn.stop, tokenizer.eos_token_id} & set(ids):
+        if tokenizer.eos_token_id is None:
+            raise UserError("the tokenizer has no end of sequence: set tokenizer.eos_token")
+        ids = [*ids, tokenizer.eos_token_id]
+    ended = turn.after_stop if tuple(ids[-len(turn.ending) :]) == turn.ending else 0
+    return both[:start], tokenizer.decode(first[start:]), ids, len(ids) - ended
+
+
+def spelled(tokenizer: Any, prompt: Prompt, completion: str | Message = "") -> str | None:
+    """Which special token a row's text spells where it should not, in words, or None.
+
+    In a conversation no message may spell a token that structures it (a turn's marks, BOS, EOS, padding; ``<think>``
+    and the like are free). A plain prompt may spell any, as one that was rendered before does. A plain completion may
+    not go on after the end of a sequence or turn, unless it has no prompt: it is a whole text then.
+    """
+    turn = turn_of(tokenizer)
+    if not isinstance(prompt, str):
+        answer = completion if isinstance(completion, Mapping) else {"role": "assistant", "content": completion}
+        for message in (*prompt, answer):
+            if found := sorted(token for token in turn.controls if token in message["content"]):
+                return f"the {message['role']}'s text spells {found[0]!r}, which structures conversations"
+        return None
+    stops = {tokenizer.eos_token, None if turn.stop is None else tokenizer.convert_ids_to_tokens(turn.stop)} - {None}
+    if not prompt or not isinstance(completion, str) or not stops:
+        return None
+    said, *more = re.split("|".join(map(re.escape, sorted(stops))), completion)
+    if any(part.strip() for part in more):
+        return f"the completion goes on after {' or '.join(sorted(map(repr, stops)))}, where sampling stops"
+    found = sorted(token for token in turn.controls if token in said)
+    return f"the completion's text spells {found[0]!r}" if found else None
+
+
+class Notes:
+    """Counts what is to be known of the tokens of many rows, and warns of each thing once."""
+
+    def __init__(self, what: str) -> None:
+        self._what = what
+        self._count, self._first = Counter[str](), dict[str, str]()
+
+    def add(self, name: object, notes: Mapping[str, str]) -> None:
+        """Take in the notes of the row of that name."""
+        for kind, example in notes.items():
+            self._count[kind] += 1
+            self._first.setdefault(kind, f"{self._what} {name}: {example}")
+
+    def tell(self) -> None:
+        """Warn, if there were any."""
+        for kind, count in self._count.items():
+            warnings.warn(f"{kind}: {count} in all ({self._first[kind]})", stacklevel=3)
+
+
+def _reject(problem: str | None) -> None:
+    if problem is not None:
+        raise UserError(f"{problem}: take it out, drop the row, or read it as that token with special_tokens: allow")
 
 
 def prompt_key(prompt: str) -> str:

@@ -8,9 +8,10 @@ from typing import Any, Literal
 import datasets
 
 from rlzoo.buffers.buffer import Buffer
-from rlzoo.buffers.encoding import Message, Prompt
+from rlzoo.buffers.encoding import Prompt
 from rlzoo.buffers.tables import table_of
 from rlzoo.buffers.views import THRESHOLD
+from rlzoo.chat import Message
 from rlzoo.errors import UserError, unknown
 from rlzoo.types import Selection, Trajectory
 
@@ -18,14 +19,17 @@ Kind = Literal["prompt_completion", "preference", "unpaired_preference", "prompt
 Exported = Iterator[tuple[Trajectory, dict[str, Any]]]
 
 
-def to_trl(buffer: Buffer, kind: Kind, conversational: bool = False) -> datasets.Dataset:
+def to_trl(buffer: Buffer, kind: Kind, conversational: bool | None = None) -> datasets.Dataset:
     """The buffer's rows in one of TRL's formats, with ``prompt_id`` and the problems' own columns.
 
     ``prompt_completion`` takes demonstrations; ``preference`` pairs of a better and a worse completion;
     ``unpaired_preference`` every sampled row with a reward; ``prompt_only`` each prompt once. Truncated
     completions are left out, because TRL would end them. A prompt that is no conversation becomes a user's
-    turn if one is asked for. Raises UserError if nothing is left.
+    turn if one is asked for; None gives conversations where all rows are, as text alone has no end of a turn.
+    Raises UserError if nothing is left.
     """
+    if conversational is None:
+        conversational = len(buffer) > 0 and buffer.is_complete("messages")
     if kind not in _EXPORTS:
         raise unknown("kind of TRL data set", kind, _EXPORTS)
     rows = [{**row.columns, "prompt_id": row.prompt_id, **out} for row, out in _EXPORTS[kind](buffer, conversational)]

@@ -15,9 +15,10 @@ from typing import Any
 import datasets
 
 from rlzoo.buffers.buffer import OfflineBuffer
-from rlzoo.buffers.encoding import Message, Prompt, encode, prompt_key
+from rlzoo.buffers.encoding import Encoded, Notes, Prompt, Special, encode
 from rlzoo.buffers.schema import to_dataset, to_row, to_table
 from rlzoo.buffers.tables import load_table
+from rlzoo.chat import Message, messages, options_of
 from rlzoo.errors import UserError
 from rlzoo.types import Trajectory
 
@@ -29,7 +30,7 @@ class Example:
     """A prompt with one completion, before tokenisation."""
 
     prompt: Prompt
-    completion: str
+    completion: str | Message
     source: str = "demonstration"
     reward: float | None = None
 
@@ -43,21 +44,27 @@ class Format:
     read: Callable[[Row], list[Example]]
 
 
-def from_trl(rows: Iterable[Row] | datasets.Dataset, tokenizer: Any, max_length: int | None = None) -> OfflineBuffer:
+def from_trl(
+    rows: Iterable[Row] | datasets.Dataset,
+    tokenizer: Any,
+    max_length: int | None = None,
+    special_tokens: Special = "reject",
+) -> OfflineBuffer:
     """A buffer of the rows of a TRL data set.
 
     Prompt-completion and language-modelling rows are demonstrations (of ``messages``, the last turn is the
     completion); preference rows give two rows of reward 1 and 0, unpaired ones a row of reward 1 or 0.
     ``prompt_id`` or ``id`` names the prompt, else its text does. ``max_length`` cuts prompt + completion, in
-    tokens. Raises UserError naming the row (from 1) and the column.
+    tokens. Text that spells a special token is an error, or with ``special_tokens="allow"`` counted in a warning.
+    Raises UserError naming the row (from 1) and the column.
     """
-    return OfflineBuffer(to_dataset(to_table(_rows(rows, tokenizer, max_length))))
+    return OfflineBuffer(to_dataset(to_table(_rows(rows, tokenizer, max_length, special_tokens))))
 
 
-def read_buffer(where: str, tokenizer: Any) -> OfflineBuffer:
+def read_buffer(where: str, tokenizer: Any, special_tokens: Special = "reject") -> OfflineBuffer:
     """A saved buffer (folder, .parquet, .jsonl), or a table or Hub data set in one of TRL's formats.
 
-    Raises UserError naming ``where``, and the row and column at fault.
+    ``special_tokens`` is that of `from_trl`. Raises UserError naming ``where``, and the row and column at fault.
     """
     if Path(where).is_dir():
         return OfflineBuffer.load(where)
@@ -65,41 +72,54 @@ def read_buffer(where: str, tokenizer: Any) -> OfflineBuffer:
     if {"prompt_ids", "completion_ids"} <= set(rows.column_names):
         return OfflineBuffer.load(where)
     try:
-        return from_trl(rows, tokenizer)
+        return from_trl(rows, tokenizer, special_tokens=special_tokens)
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
 
 
-def _rows(rows: Iterable[Row], tokenizer: Any, max_length: int | None) -> Iterator[dict[str, Any]]:
-    first = None
+def _rows(
+    rows: Iterable[Row], tokenizer: Any, max_length: int | None, special_tokens: Special
+) -> Iterator[dict[str, Any]]:
+    first, notes = None, Notes("row")
     for number, row in enumerate(rows, 1):
         try:
             found = _recognise(row)
             first = first or found
             _require_same(first, found)
-            yield from map(to_row, _read_row(row, first[0], tokenizer, max_length))
+            for encoded, made in _read_row(row, first[0], tokenizer, max_length, special_tokens):
+                notes.add(number, encoded.notes)
+                yield to_row(made)
         except UserError as error:
             raise UserError(f"row {number}: {error}") from None
     if first is None:
         raise UserError("the data set has no rows: it is empty")
+    notes.tell()
 
 
-def _read_row(row: Row, form: Format, tokenizer: Any, max_length: int | None) -> Iterator[Trajectory]:
+def _read_row(
+    row: Row, form: Format, tokenizer: Any, max_length: int | None, special_tokens: Special
+) -> Iterator[tuple[Encoded, Trajectory]]:
     name = next((name for name in ("prompt_id", "id") if row.get(name) is not None), "prompt_id")
     columns = {key: value for key, value in row.items() if key not in (*form.columns, name)}
     for example in form.read(row):
-        encoded = encode(tokenizer, example.prompt, example.completion, max_length)
-        yield Trajectory(
-            prompt=encoded.prompt,
-            completion=encoded.completion,
-            prompt_ids=encoded.prompt_ids,
-            completion_ids=encoded.completion_ids,
-            truncated=encoded.truncated,
-            prompt_id=prompt_key(encoded.prompt) if row.get(name) is None else str(row[name]),
-            source=example.source,
-            reward=example.reward,
-            messages=None if isinstance(example.prompt, str) else example.prompt,
-            columns=columns,
+        options = {} if isinstance(example.prompt, str) else options_of(row)
+        encoded = encode(
+            tokenizer, example.prompt, example.completion, max_length, special=special_tokens, options=options
+        )
+        yield (
+            encoded,
+            Trajectory(
+                prompt=encoded.prompt,
+                completion=encoded.completion,
+                prompt_ids=encoded.prompt_ids,
+                completion_ids=encoded.completion_ids,
+                truncated=encoded.truncated,
+                prompt_id=encoded.key if row.get(name) is None else str(row[name]),
+                source=example.source,
+                reward=example.reward,
+                messages=None if isinstance(example.prompt, str) else example.prompt,
+                columns=columns,
+            ),
         )
 
 
@@ -158,7 +178,7 @@ def _implicit_text_preference(chosen: str, rejected: str) -> list[Example]:
     return _ranked(chosen[:same], chosen[same:], rejected[same:])
 
 
-def _ranked(prompt: Prompt, better: str, worse: str) -> list[Example]:
+def _ranked(prompt: Prompt, better: str | Message, worse: str | Message) -> list[Example]:
     if better == worse:
         raise UserError("columns 'chosen' and 'rejected' are the same: drop the row")
     return [Example(prompt, better, "preference", 1.0), Example(prompt, worse, "preference", 0.0)]
@@ -177,10 +197,10 @@ def _prompt_completion(row: Row) -> list[Example]:
 
 
 def _messages(row: Row) -> list[Example]:
-    messages = _text(row, "messages")
-    if isinstance(messages, str):
+    conversation = _text(row, "messages")
+    if isinstance(conversation, str):
         raise UserError("column 'messages' is plain text: give a list of {role, content}, or call it 'text'")
-    return [Example(*_last_turn(messages, "messages"))]
+    return [Example(*_last_turn(conversation, "messages"))]
 
 
 def _plain_text(row: Row) -> list[Example]:
@@ -201,19 +221,11 @@ FORMATS = (
 
 
 def _text(row: Row, column: str) -> Prompt:
-    """A column's text, or its conversation reduced to role and content."""
+    """A column's text, or its conversation."""
     value = row[column]
     if isinstance(value, str):
         return value
-    if not isinstance(value, list) or not value:
-        raise UserError(f"column {column!r} holds a {type(value).__name__}: give text or a list of messages")
-    return [_message(message, column) for message in value]
-
-
-def _message(message: Any, column: str) -> Message:
-    if not isinstance(message, Mapping) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
-        raise UserError(f"column {column!r} has a message without text in 'role' and 'content': give both as text")
-    return {"role": message["role"], "content": message["content"]}
+    return messages(value, f"column {column!r}")
 
 
 def _prompt(row: Row, column: str) -> Prompt:
@@ -223,7 +235,7 @@ def _prompt(row: Row, column: str) -> Prompt:
     return prompt
 
 
-def _completion(row: Row, column: str, prompt: Prompt) -> str:
+def _completion(row: Row, column: str, prompt: Prompt) -> str | Message:
     value = _text(row, column)
     if isinstance(value, str) != isinstance(prompt, str):
         raise UserError(f"column {column!r} and 'prompt' mix a conversation and plain text: make both one of them")
@@ -231,11 +243,11 @@ def _completion(row: Row, column: str, prompt: Prompt) -> str:
         return value
     if len(value) != 1 or value[0]["role"] != "assistant":
         raise UserError(f"column {column!r} must be one turn of the assistant: move earlier turns to 'prompt'")
-    return value[0]["content"]
+    return value[0]
 
 
-def _last_turn(messages: list[Message], column: str) -> tuple[list[Message], str]:
-    *prompt, last = messages
+def _last_turn(conversation: list[Message], column: str) -> tuple[list[Message], Message]:
+    *prompt, last = conversation
     if last["role"] != "assistant" or not prompt:
         raise UserError(f"column {column!r} must hold a prompt and end with the assistant's turn: add what is missing")
-    return prompt, last["content"]
+    return prompt, last

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -27,8 +27,11 @@ THRESHOLD = 0.5
 """The reward from which a completion counts as correct."""
 RELEASED = 64
 """Chunks of texts, of a thousand rows each, that stay mapped at a time."""
-SINGLE_ROW_OPTIONS = ("weighted",)
+SINGLE_ROW_OPTIONS = ("weighted", "truncated")
 """Options that every view of single rows has."""
+TRUNCATED, FLAT = "truncated completions", "groups of equal rewards"
+"""What a view may leave out."""
+Truncated = Literal["keep", "drop"]
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,8 @@ class View:
     """Row indices that must stay together: one row, (better, worse), or all samples of one prompt."""
     weights: tuple[float, ...] | None = None
     """Units are drawn with replacement in proportion to these; None draws each once an epoch."""
+    left_out: Mapping[str, int] = field(default_factory=dict)
+    """What options left out that would otherwise be in the view, and how many: `TRUNCATED` rows, `FLAT` groups."""
 
     def __len__(self) -> int:
         return len(self.units)
@@ -51,6 +56,7 @@ def select(
     """The view of ``rows``. Raises UserError for an unknown option, and for a view that would be empty.
 
     A view of single rows may be ``weighted``: its weights are the rows' rewards, then read as quality scores.
+    ``truncated="drop"`` leaves truncated rows out of any view, before anything else is chosen.
     ``release`` is called now and then while texts are read, so that those that were need not stay in memory.
     """
     options = dict(options)
@@ -61,49 +67,79 @@ def select(
         if name not in known:
             others = ["weighted"] if selection in _SINGLES else []
             raise unknown(f"option of the view {selection.value!r}", name, [*known, *others])
-        if name != "threshold" and value is not None and value is not False and value < 1:
+        if name == "truncated":
+            if value not in ("keep", "drop"):
+                raise unknown("value of the view's option truncated", str(value), ["keep", "drop"])
+        elif name != "threshold" and value is not None and value is not False and value < 1:
             raise UserError(f"the view {selection.value!r} needs {name} of at least 1, got {value}")
     if "release" in inspect.signature(selector).parameters:
         options["release"] = release
     units = selector(rows, **options)
-    return View(selection, units, _weights(rows, units) if weighted else None)
+    left_out = _left_out(rows, selector, options, units)
+    return View(selection, units, _weights(rows, units) if weighted else None, left_out)
 
 
-def demonstrations(rows: pa.Table) -> Units:
+def _left_out(
+    rows: pa.Table, selector: Callable[..., Units], options: Mapping[str, Any], units: Units
+) -> dict[str, int]:
+    """`View.left_out`: what the selector gives without an option and does not give with it."""
+    found = {}
+    if options.get("truncated") == "drop":
+        truncated = rows["truncated"].to_numpy()
+        everything = selector(rows, **{**options, "truncated": "keep"})
+        found[TRUNCATED] = sum(bool(truncated[row]) for unit in everything for row in unit)
+    if options.get("varied"):
+        found[FLAT] = len(selector(rows, **{**options, "varied": False})) - len(units)
+    return {what: number for what, number in found.items() if number}
+
+
+def demonstrations(rows: pa.Table, truncated: Truncated = "keep") -> Units:
     """Rows with source ``demonstration``, one a unit."""
-    chosen = np.flatnonzero(_has_source(rows, "demonstration"))
+    chosen = np.flatnonzero(_has_source(rows, "demonstration") & _whole(rows, truncated))
     if not len(chosen):
         raise UserError(
-            f"the buffer has no demonstrations (0 of {len(rows):,} rows have the source 'demonstration'): "
-            "import some with from_trl"
+            f"the buffer has no demonstrations (0 of {len(rows):,} rows have the source 'demonstration'"
+            f"{_and_whole(truncated)}): import some with from_trl"
         )
     return _singles(chosen)
 
 
 def correct(
-    rows: pa.Table, threshold: float = THRESHOLD, per_prompt: int = 4, release: Callable[[], None] | None = None
+    rows: pa.Table,
+    threshold: float = THRESHOLD,
+    per_prompt: int = 4,
+    with_demonstrations: bool = False,
+    truncated: Truncated = "keep",
+    release: Callable[[], None] | None = None,
 ) -> Units:
-    """Sampled rows with reward ≥ threshold, one a unit: at most ``per_prompt`` distinct texts a prompt."""
-    mask = ~_has_source(rows, "demonstration") & (_reward(rows) >= threshold)
+    """Sampled rows with reward ≥ threshold, one a unit: at most ``per_prompt`` distinct texts a prompt.
+
+    With ``with_demonstrations`` every demonstration is in it too, whatever its reward.
+    """
+    mask = ~_has_source(rows, "demonstration") & (_reward(rows) >= threshold) & _whole(rows, truncated)
     chosen = np.flatnonzero(mask)
     if not len(chosen):
         raise UserError(
-            f"the buffer has no correct samples (0 of {len(rows):,} rows reach reward {threshold:g}): "
-            "sample more with rlzoo rollout, or lower the threshold"
+            f"the buffer has no correct samples (0 of {len(rows):,} rows reach reward {threshold:g}"
+            f"{_and_whole(truncated)}): sample more with rlzoo rollout, or lower the threshold"
         )
     prompt = _codes(rows["prompt_id"])[mask]
     distinct = _first_of_equals(prompt, _text_hashes(rows["completion"], mask, release))
     chosen, prompt = chosen[distinct], prompt[distinct]
-    return _singles(chosen[_rank(prompt) < per_prompt])
+    chosen = chosen[_rank(prompt) < per_prompt]
+    if with_demonstrations:
+        experts = np.asarray(demonstrations(rows, truncated))[:, 0]
+        chosen = np.sort(np.concatenate([chosen, experts]))
+    return _singles(chosen)
 
 
-def pairs(rows: pa.Table, threshold: float = THRESHOLD, per_prompt: int = 4) -> Units:
+def pairs(rows: pa.Table, threshold: float = THRESHOLD, per_prompt: int = 4, truncated: Truncated = "keep") -> Units:
     """(better, worse) rows of one prompt, on either side of the threshold, at most ``per_prompt`` a prompt.
 
     The i-th better row goes with the i-th worse one, so no row is used twice and imported pairs stay pairs.
     """
     reward = _reward(rows)
-    mask = _has_source(rows, "policy", "preference") & ~np.isnan(reward)
+    mask = _has_source(rows, "policy", "preference") & ~np.isnan(reward) & _whole(rows, truncated)
     prompt = _codes(rows["prompt_id"])
     sides = []
     for side in (mask & (reward >= threshold), mask & (reward < threshold)):
@@ -117,25 +153,25 @@ def pairs(rows: pa.Table, threshold: float = THRESHOLD, per_prompt: int = 4) -> 
         prompts = len(np.unique(prompt[mask]))
         raise UserError(
             f"the buffer has no pairs (0 of {prompts:,} sampled prompts have both a completion that reaches "
-            f"reward {threshold:g} and one that does not): sample more a prompt with rlzoo rollout, "
-            "or move the threshold"
+            f"reward {threshold:g} and one that does not{_and_whole(truncated)}): sample more per prompt with rlzoo "
+            "rollout, or move the threshold"
         )
     return tuple(zip(better[left].tolist(), worse[right].tolist(), strict=True))
 
 
-def groups(rows: pa.Table, size: int | None = None, varied: bool = False) -> Units:
+def groups(rows: pa.Table, size: int | None = None, varied: bool = False, truncated: Truncated = "keep") -> Units:
     """All samples of one prompt by one policy version that have a reward and behaviour log-probs.
 
     With ``size``, the first ``size`` of each; smaller groups are left out. With ``varied``, so are groups whose
     rewards are all equal.
     """
     reward = _reward(rows)
-    usable = ~np.isnan(reward) & rows["behaviour_logp"].is_valid().to_numpy()
+    usable = ~np.isnan(reward) & rows["behaviour_logp"].is_valid().to_numpy() & _whole(rows, truncated)
     chosen = np.flatnonzero(_has_source(rows, "policy") & usable)
     if not len(chosen):
         raise UserError(
             f"the buffer has no groups (0 of {len(rows):,} rows have the source 'policy', a reward and "
-            "behaviour log-probs): sample some with rlzoo rollout"
+            f"behaviour log-probs{_and_whole(truncated)}): sample some with rlzoo rollout"
         )
     versions, version = np.unique(rows["policy_version"].to_numpy()[chosen], return_inverse=True)
     key = _codes(rows["prompt_id"])[chosen] * len(versions) + version
@@ -163,13 +199,13 @@ def groups(rows: pa.Table, size: int | None = None, varied: bool = False) -> Uni
     return units
 
 
-def unpaired(rows: pa.Table) -> Units:
+def unpaired(rows: pa.Table, truncated: Truncated = "keep") -> Units:
     """Rows of any source but ``demonstration`` that have a reward, one a unit."""
-    chosen = np.flatnonzero(~_has_source(rows, "demonstration") & ~np.isnan(_reward(rows)))
+    chosen = np.flatnonzero(~_has_source(rows, "demonstration") & ~np.isnan(_reward(rows)) & _whole(rows, truncated))
     if not len(chosen):
         raise UserError(
-            f"the buffer has no rewarded rows (0 of {len(rows):,} rows have a reward and are no demonstrations): "
-            "sample some with rlzoo rollout, or import unpaired preferences with from_trl"
+            f"the buffer has no rewarded rows (0 of {len(rows):,} rows have a reward and are no demonstrations"
+            f"{_and_whole(truncated)}): sample some with rlzoo rollout, or import unpaired preferences with from_trl"
         )
     return _singles(chosen)
 
@@ -209,6 +245,16 @@ def _singles(index: Indices) -> Units:
 def _has_source(rows: pa.Table, *sources: str) -> Mask:
     mask: Mask = pc.is_in(rows["source"], pa.array(sources)).to_numpy()
     return mask
+
+
+def _whole(rows: pa.Table, truncated: Truncated) -> Mask:
+    """True for the rows that may stay: all, or those that are not truncated."""
+    return ~rows["truncated"].to_numpy() if truncated == "drop" else np.ones(len(rows), bool)
+
+
+def _and_whole(truncated: Truncated) -> str:
+    """How an empty view says that truncated rows did not count."""
+    return ", truncated rows left out" if truncated == "drop" else ""
 
 
 def _reward(rows: pa.Table) -> Float[np.ndarray, " N"]:

@@ -26,6 +26,7 @@ class RayTasks:
 
     def __init__(self, ray: Any, threads: int) -> None:
         self._ray, self._refs = ray, dict[Future[Any], Any]()
+        self._doing = "starting"
         variables = {name: str(threads) for name in THREAD_VARIABLES}
         variables |= {REMOTE_CODE: os.environ[REMOTE_CODE]} if REMOTE_CODE in os.environ else {}
         self._task = ray.remote(
@@ -40,9 +41,13 @@ class RayTasks:
         self._refs[future] = self._task.remote(str(Path.cwd()), sys.path, function, arguments)
         return future
 
+    def doing(self) -> str:
+        return self._doing
+
     def gather(self, futures: Mapping[Future[Any], str]) -> Iterator[tuple[str, Future[Any]]]:
         waiting = {self._refs[future]: future for future in futures}
         while waiting:
+            self._doing = f"{len(futures) - len(waiting)} of {len(futures)} done"
             ready, _ = self._ray.wait(list(waiting), timeout=0.5)
             for ref in ready:
                 future = waiting.pop(ref)

@@ -36,6 +36,18 @@ def cells(experiment: Experiment) -> list[Cell]:
     ]
 
 
+def sampling_seeds(experiment: Experiment) -> dict[str, int]:
+    """The buffers of samples of the base policy: the name of each, and the seed it is drawn with."""
+    if experiment.rollouts.per_seed:
+        return {buffer_of(experiment, seed): seed for seed in experiment.seeds}
+    return {"buffer": 0}
+
+
+def buffer_of(experiment: Experiment, seed: int) -> str:
+    """The name of the buffer that cells of a seed learn from."""
+    return f"buffer-seed{seed}" if experiment.rollouts.per_seed else "buffer"
+
+
 def workers_at(experiment: Experiment, workers: int | None, executor: str) -> int | None:
     """How many cells may run at a time: one where several policies would sample from one server, else ``workers``.
 

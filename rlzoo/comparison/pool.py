@@ -79,14 +79,27 @@ class Workers(Protocol):
         """The futures with their names as they finish."""
         ...
 
+    def doing(self) -> str:
+        """What runs, in words; may be asked from another thread."""
+        ...
+
 
 class InThisProcess:
     """Runs each piece at once, here: what the processes of a distributed run do, all of them in step."""
 
+    def __init__(self) -> None:
+        self._doing = "starting"
+
+    def doing(self) -> str:
+        return self._doing
+
     def submit(self, name: str, function: Callable[..., Any], *arguments: Any) -> Future[Any]:
+        def report(share: float, detail: str) -> None:
+            self._doing = f"{name}: {detail}"
+
         future: Future[Any] = Future()
         try:
-            future.set_result(_run(function, arguments, lambda share, detail: None))
+            future.set_result(_run(function, arguments, report))
         except Exception as error:
             future.set_exception(error)
         return future
@@ -132,6 +145,7 @@ class Pool:
         self._workers: list[_Worker] = []
         self._waiting: deque[_Task] = deque()
         self._bars: dict[str, TaskID] = {}
+        self._done, self._details = "", dict[str, str]()
         self._starting = progress.add_task(
             f"starting {counted(workers, 'process', 'processes')}", total=None, detail=""
         )
@@ -148,6 +162,7 @@ class Pool:
         """The futures with their names as they finish, while the live view goes on. Here Ctrl-C is heard."""
         waiting = set(futures)
         while waiting:
+            self._done = f"{len(futures) - len(waiting)} of {len(futures)} done"
             heed()
             for future in [future for future in waiting if future.done()]:
                 waiting.remove(future)
@@ -157,6 +172,11 @@ class Pool:
             for pipe in connection.wait(busy, timeout=0.2):
                 self._receive(busy[cast(Connection, pipe)])
             self._assign()
+
+    def doing(self) -> str:
+        running = [worker.task.name for worker in list(self._workers) if worker.task is not None]
+        told = ", ".join(f"{name}: {self._details.get(name, 'starting')}" for name in running)
+        return "; ".join(part for part in (self._done, told) if part)
 
     def stop(self, grace: float) -> None:
         """End the processes: those that train save a checkpoint first, for which they have ``grace`` seconds."""
@@ -215,6 +235,7 @@ class Pool:
         bar = self._bars[worker.task.name]
         if kind == "progress":
             share, detail = content
+            self._details[worker.task.name] = detail
             if not self._progress.tasks[bar].started:
                 self._progress.start_task(bar)  # its clock: a cell may have waited long for its turn
             self._progress.update(bar, completed=share, detail=detail, visible=True)

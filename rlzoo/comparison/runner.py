@@ -19,8 +19,18 @@ import yaml
 from rich.console import Console
 
 from rlzoo.comparison import work
+from rlzoo.comparison.heartbeat import Heartbeat
 from rlzoo.comparison.on_ray import ray_tasks
-from rlzoo.comparison.plan import Cell, cells, chosen_cells, counted, has_choice, workers_at
+from rlzoo.comparison.plan import (
+    Cell,
+    buffer_of,
+    cells,
+    chosen_cells,
+    counted,
+    has_choice,
+    sampling_seeds,
+    workers_at,
+)
 from rlzoo.comparison.pool import WorkerDiedError, Workers, default_workers, in_this_process, pool, why
 from rlzoo.comparison.report import write_report
 from rlzoo.comparison.statistics import BASE, summarise
@@ -30,12 +40,14 @@ from rlzoo.outputs import replacing, write_atomically
 from rlzoo.problems import Encoded, Problem, load_problems
 from rlzoo.ranks import agreed, is_main, world_size
 from rlzoo.reward import Reward
-from rlzoo.rollout.rollouts import judge
+from rlzoo.rollout.rollouts import judge, unscored
 from rlzoo.rollout.sampler import Sample
 from rlzoo.runs import Run, run_in, unfinished, versions
 
 RETRIES = 2
 """Times that a cell whose processes keep dying is done again, with micro-batches half as large each time."""
+BUFFER_FACTS = ("rows", "samples", "correct", "sampled_tokens", "mismatch")
+"""What results.json says of each buffer."""
 OUTCOMES = pa.schema(
     [
         ("algorithm", pa.string()),
@@ -51,6 +63,7 @@ OUTCOMES = pa.schema(
         ("length", pa.int64()),
         ("truncated", pa.bool_()),
         ("text", pa.string()),
+        ("logged", pa.string()),
     ]
 )
 
@@ -78,10 +91,11 @@ def compare(
         experiment = load_experiment(experiment)
     console = console or Console(stderr=True, quiet=not is_main())
     started = time.perf_counter()
-    check(experiment)
+    with Heartbeat(console, "reading the data"):
+        check(experiment)
     workers = workers_at(experiment, workers, executor)
     out = where(experiment, threads) if out is None else Path(out)
-    with run_in(out, "compare", _asked(experiment, threads)) as run:
+    with run_in(out, "compare", _asked(experiment, threads)) as run, Heartbeat(console, "starting") as heartbeat:
         if run.finished:
             _say(console, f"{experiment.name}: finished before, in {out}", style="bold")
             found: dict[str, Any] = json.loads((out / "results.json").read_text(encoding="utf-8"))
@@ -89,7 +103,9 @@ def compare(
         number = min(workers or default_workers(), max(2, len(cells(experiment))))
         processes, how = _workers(executor, address, number, threads, console)
         with processes as running:
+            heartbeat.doing = running.doing
             results, outcomes = _run(experiment, run, running, how, console)
+        heartbeat.report(1.0, "writing the report")
         results["wall_seconds"] = time.perf_counter() - started
         table = pa.Table.from_pylist(outcomes, schema=OUTCOMES)
         rows = summarise(table, experiment.evaluation.pass_k)
@@ -171,15 +187,21 @@ def _run(
     experiment: Experiment, run: Run, processes: Workers, where: str, console: Console
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     grid = cells(experiment)
-    buffer, state = (run.folder / "buffer").absolute(), run.state.absolute()
+    folder, state = run.folder.absolute(), run.state.absolute()
     goes = "going on in" if run.resumed else "writing to"
     plan = f"{_sizes(experiment)} {where}; {goes} {run.folder}"
-    shared, base = _share(processes, experiment, buffer, state, console, plan)
-    samples = f", {shared['correct']} of {shared['samples']} samples correct" if shared["samples"] else ""
-    _say(console, f"  shared buffer: {shared['rows']} rows{samples}; base model: {_scores(base)}")
+    buffers, base = _share(processes, experiment, folder, state, console, plan)
+    for name, shared in buffers.items():
+        samples = f", {shared['correct']} of {shared['samples']} samples correct" if shared["samples"] else ""
+        _say(console, f"  {_called(name)}: {shared['rows']} rows{samples}")
+        if shared.get("unscored"):
+            _say(console, f"  {_called(name)}: {shared['unscored']}", style="yellow")
+    _say(console, f"  base model: {_scores(base)}")
 
     def train(cell: Cell, parts: int) -> Future[Any]:
-        return processes.submit(cell.id, work.run_cell, experiment, cell, shared, buffer, state, parts)
+        name = buffer_of(experiment, cell.seed)
+        shared, place = buffers[name], folder / name
+        return processes.submit(cell.id, work.run_cell, experiment, cell, shared, place, state, parts)
 
     def test(cell: Cell, parts: int) -> Future[Any]:
         return processes.submit(cell.id, work.evaluate_cell, experiment, cell, state, parts)
@@ -194,6 +216,9 @@ def _run(
     if not reported:
         raise UserError(f"no run succeeded; the first failed with: {failed[0]['error']}")
     outcomes = base.pop("outcomes") + [row for done in reported for row in done.pop("outcomes")]
+    facts = {name: {key: found[key] for key in BUFFER_FACTS} for name, found in buffers.items()}
+    if without := unscored((row["reward"], row["prompt"]) for row in outcomes):
+        _say(console, f"  evaluation: {without}; they count as wrong", style="yellow")
     results = {
         "experiment": experiment.name,
         "description": experiment.description,
@@ -205,8 +230,8 @@ def _run(
         "cells": reported,
         "learning_rates": rates,
         "failed": failed,
-        "buffer": {name: shared[name] for name in ("rows", "samples", "correct", "sampled_tokens", "mismatch")},
-        "token_probabilities": {
+        **({"buffers": facts} if experiment.rollouts.per_seed else facts),
+        "token_probabilities": {  # of the demonstrations, which all buffers have
             "edges": shared["token_probabilities"]["edges"],
             "before": shared["token_probabilities"]["counts"],
         },
@@ -214,15 +239,22 @@ def _run(
     return results, outcomes
 
 
+def _called(buffer: str) -> str:
+    """A buffer's name in words."""
+    _, _, seed = buffer.partition("-seed")
+    return f"buffer of seed {seed}" if seed else "shared buffer"
+
+
 def _share(
-    processes: Workers, experiment: Experiment, buffer: Path, state: Path, console: Console, plan: str
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The work that all cells share: the buffer, and the base's scores. Raises UserError if any of it fails."""
-    futures = {
-        processes.submit("model", work.check_model, experiment): "model",
-        processes.submit("shared buffer", work.fill_buffer, experiment, buffer, state): "shared buffer",
-        processes.submit("base model", work.evaluate_base, experiment, state): "base model",
-    }
+    processes: Workers, experiment: Experiment, folder: Path, state: Path, console: Console, plan: str
+) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
+    """The work that cells share: the buffers by name, and the base's scores. Raises UserError if any of it fails."""
+    seeds = sampling_seeds(experiment)
+    futures = {processes.submit("model", work.check_model, experiment): "model"}
+    for name, seed in seeds.items():
+        filled = processes.submit(_called(name), work.fill_buffer, experiment, folder / name, state, seed)
+        futures[filled] = _called(name)
+    futures[processes.submit("base model", work.evaluate_base, experiment, state)] = "base model"
     done = {}
     for name, future in processes.gather(futures):
         if isinstance(error := future.exception(), WorkerDiedError):
@@ -230,7 +262,7 @@ def _share(
         done[name] = future.result()
         if name == "model":  # not before: of wrong input, one line says what is wrong and nothing else is printed
             _say(console, f"{experiment.name}: {plan}", style="bold")
-    return done["shared buffer"], done["base model"]
+    return {name: done[_called(name)] for name in seeds}, done["base model"]
 
 
 def _gather(

@@ -5,19 +5,22 @@ S seeds, P problems. Scores and intervals are fractions in [0, 1].
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 from jaxtyping import Float, Int
-from scipy import stats
+from scipy import optimize, stats
 
 from rlzoo.errors import UserError, unknown
 from rlzoo.estimators import pass_at_k
 
 METRICS = ("avg_at_k", "greedy", "pass_at_k")
+SIGNIFICANT = 0.05
+"""A difference is called distinguishable from none where its corrected p-value is below this."""
 BASE = "base"
 """The name under which outcomes carry the samples of the model that every cell started from."""
 
@@ -29,9 +32,20 @@ class Interval(NamedTuple):
     low: float
     high: float
 
-    @property
-    def excludes_zero(self) -> bool:
-        return self.low > 0 or self.high < 0
+
+@dataclass(frozen=True)
+class _Spread:
+    """What is known of a score matrix's mean: its standard error, and the parts of its variance."""
+
+    mean: float
+    standard_error: float
+    shares: tuple[float, ...]
+    freedom: tuple[int, ...]
+    """Degrees of freedom of each part, in the order of ``shares``."""
+
+    def quantile(self, tail: float) -> float:
+        """The value that the mean, in standard errors, exceeds with probability ``tail``."""
+        return float(sum(s * stats.t.isf(tail, df) for s, df in zip(self.shares, self.freedom, strict=True)))
 
 
 @dataclass(frozen=True)
@@ -60,6 +74,48 @@ def crossed_interval(scores: Float[np.ndarray, "S P"], level: float = 0.95) -> I
     Sources: Searle, Casella, McCulloch, Variance components, 1992, chapter 4; Cochran, Biometrics 20, 1964, p. 191.
     Raises ValueError unless the matrix is 2-D, not empty and finite.
     """
+    spread = _spread(scores)
+    reach = spread.quantile((1 - level) / 2) * spread.standard_error if spread.standard_error else 0.0
+    return Interval(spread.mean, spread.mean - reach, spread.mean + reach)
+
+
+def p_value(scores: Float[np.ndarray, "S P"]) -> float:
+    """The two-sided p-value of a mean of 0: the interval of `crossed_interval` at level 1 - p ends at 0.
+
+    A single value, which has no interval, gives 1. Raises ValueError as `crossed_interval` does.
+    """
+    spread = _spread(scores)
+    if spread.mean == 0 or np.size(scores) == 1:
+        return 1.0
+    if spread.standard_error == 0:
+        return 0.0
+    reach = abs(spread.mean) / spread.standard_error
+    each = [float(stats.t.sf(reach, df)) for df in spread.freedom]
+    if len(set(each)) == 1 or min(each) == 0:
+        return 2 * max(each)
+    low, high = (
+        np.log(min(each)) - 1e-6,
+        np.log(max(each)) + 1e-6,
+    )  # a mean of quantiles lies between: so does its inverse
+    return float(2 * np.exp(optimize.brentq(lambda tail: spread.quantile(np.exp(tail)) - reach, low, high)))
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """P-values corrected for their number, so that any true null hypothesis among them falls below α with probability
+    at most α, whatever their dependence: the k-th smallest of m becomes max_{j ≤ k} (m - j + 1) p_(j), at most 1.
+
+    Source: Holm, Scandinavian Journal of Statistics 6, 1979.
+    """
+    p = np.asarray(p_values, dtype=np.float64)
+    order = np.argsort(p, kind="stable")
+    corrected = np.empty_like(p)
+    corrected[order] = np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1)).clip(max=1)
+    found: list[float] = corrected.tolist()
+    return found
+
+
+def _spread(scores: Float[np.ndarray, "S P"]) -> _Spread:
+    """The mean of a score matrix and the parts of its variance: see `crossed_interval`."""
     scores = np.asarray(scores, dtype=np.float64)
     if scores.ndim != 2 or scores.size == 0 or not np.isfinite(scores).all():
         raise ValueError(f"crossed_interval needs a finite [seeds, problems] matrix, got shape {scores.shape}")
@@ -76,12 +132,9 @@ def crossed_interval(scores: Float[np.ndarray, "S P"], level: float = 0.95) -> I
         noise_freedom if seed == problem == 0 else (seeds if seed > problem else problems) - 1,
     )
     total = seed + problem + noise
-    if total == 0:
-        return Interval(float(mean), float(mean), float(mean))
-    parts = zip((seed, problem, noise), freedom, strict=True)
-    quantile = sum(part / total * stats.t.ppf((1 + level) / 2, df) for part, df in parts if part > 0)
-    reach = quantile * np.sqrt(total / scores.size)
-    return Interval(float(mean), float(mean - reach), float(mean + reach))
+    parts = [(part / total, df) for part, df in zip((seed, problem, noise), freedom, strict=True) if part > 0]
+    shares, known = tuple(share for share, _ in parts), tuple(df for _, df in parts)
+    return _Spread(float(mean), float(np.sqrt(total / scores.size)), shares, known)
 
 
 def paired_difference(
@@ -172,8 +225,9 @@ def summarise(outcomes: pa.Table, k: int | Mapping[str, int]) -> list[dict[str, 
 def compare_to(outcomes: pa.Table, baseline: str, k: int | Mapping[str, int]) -> list[dict[str, Any]]:
     """Paired differences (algorithm - baseline) of every other algorithm × benchmark × metric.
 
-    Rows have the keys algorithm, benchmark, metric, difference, ci_low, ci_high and seeds, the number of
-    seeds that both have; a pair with no seed in common is left out. Raises UserError for an unknown baseline.
+    Rows have the keys algorithm, benchmark, metric, difference, ci_low, ci_high, p and seeds, the number of seeds that
+    both have; a pair with no seed in common is left out. The interval speaks of one difference alone; p is corrected by
+    `holm` for all differences on the benchmark. Raises UserError for an unknown baseline.
     """
     matrices = score_matrices(outcomes, k)
     names = dict.fromkeys(algorithm for algorithm, _, _ in matrices)
@@ -186,9 +240,28 @@ def compare_to(outcomes: pa.Table, baseline: str, k: int | Mapping[str, int]) ->
         if pair is None:
             continue
         difference, low, high = paired_difference(*pair)
-        row = {"algorithm": algorithm, "benchmark": benchmark, "metric": metric}
-        rows.append(row | {"difference": difference, "ci_low": low, "ci_high": high, "seeds": len(pair[0])})
+        row: dict[str, Any] = {"algorithm": algorithm, "benchmark": benchmark, "metric": metric}
+        row |= {"difference": difference, "ci_low": low, "ci_high": high}
+        rows.append(row | {"p": p_value(pair[0] - pair[1]), "seeds": len(pair[0])})
+    for benchmark in {row["benchmark"] for row in rows}:
+        family = [row for row in rows if row["benchmark"] == benchmark]
+        for row, corrected in zip(family, holm([row["p"] for row in family]), strict=True):
+            row["p"] = corrected
     return rows
+
+
+def compare_pairs(
+    matrices: Mapping[ScoreKey, ScoreMatrix], benchmark: str, metric: str
+) -> dict[tuple[str, str], float]:
+    """The p-value of the paired difference of every two algorithms, corrected by `holm` for the number of pairs.
+
+    The base model is none of them, and pairs with no seed in common are left out. Keys have both orders.
+    """
+    found = {a: m for (a, b, by), m in matrices.items() if (b, by) == (benchmark, metric) and a != BASE}
+    aligned = {(a, b): align(found[a], found[b]) for a, b in combinations(found, 2)}
+    p = {pair: p_value(both[0] - both[1]) for pair, both in aligned.items() if both is not None}
+    corrected = dict(zip(p, holm(list(p.values())), strict=True))
+    return corrected | {(b, a): value for (a, b), value in corrected.items()}
 
 
 def align(a: ScoreMatrix, b: ScoreMatrix) -> tuple[Float[np.ndarray, "S P"], Float[np.ndarray, "S P"]] | None:

@@ -15,7 +15,7 @@ import numpy as np
 from rlzoo.buffers import Buffer, OfflineBuffer, read_buffer
 from rlzoo.buffers.views import SINGLE_ROW_OPTIONS
 from rlzoo.comparison.plan import Cell, has_choice
-from rlzoo.config import Experiment, ProblemSource
+from rlzoo.config import Experiment, ProblemSource, Training
 from rlzoo.errors import UserError
 from rlzoo.evaluation import Evaluation, evaluate
 from rlzoo.objective import Objective, get_objective
@@ -28,8 +28,9 @@ from rlzoo.problems import Encoded, demonstrations, encode_problems, load_proble
 from rlzoo.ranks import agreed, barrier, is_main
 from rlzoo.reward import Reward
 from rlzoo.reward_process import Limits, apart
-from rlzoo.rollout import collect_rollouts, mismatch, sampler_of
-from rlzoo.training import Costs, Trainer, TrainingRecord, batches, with_reference
+from rlzoo.rollout import collect_rollouts, mismatch, sampler_of, unscored
+from rlzoo.rollout.rollouts import check_prompts
+from rlzoo.training import Costs, Trainer, TrainingRecord, batches, check_buffer, with_reference
 from rlzoo.training.batches import BufferSource, FreshSource, Source, Views, seeds, shares
 from rlzoo.training.costs import release_memory
 from rlzoo.training.state import random_state
@@ -50,10 +51,10 @@ def objective_of(experiment: Experiment, algorithm: str) -> Objective:
     return get_objective(row.objective or algorithm, **row.options)
 
 
-def reward_of(experiment: Experiment) -> Reward:
-    """The experiment's reward, in a process of its own."""
+def reward_of(experiment: Experiment, step: int = 0, max_steps: int = 0, epoch: float = 0.0) -> Reward:
+    """The experiment's reward, in a process of its own, told how far training is."""
     limits = Limits(experiment.judging.seconds, experiment.judging.memory_gb)
-    return apart(experiment.reward, limits, experiment.judging.on_error)
+    return apart(experiment.reward, limits, experiment.judging.on_error).at(step, max_steps, epoch)
 
 
 def check_model(experiment: Experiment, report: Report) -> None:
@@ -82,25 +83,26 @@ def learns_from_samples(views: Views) -> bool:
     return any(selection is not Selection.DEMONSTRATIONS for selection, _ in views)
 
 
-def fill_buffer(experiment: Experiment, folder: Path, state: Path, report: Report) -> dict[str, Any]:
-    """Sample the base policy, join the demonstrations, add reference log-probs, and save the shared buffer."""
+def fill_buffer(experiment: Experiment, folder: Path, state: Path, seed: int, report: Report) -> dict[str, Any]:
+    """Sample the base policy, join the demonstrations, add reference log-probs, and save the buffer in ``folder``."""
 
     def fill() -> dict[str, Any]:
-        return _fill_buffer(experiment, folder, Pieces(state / "samples"), report)
+        return _fill_buffer(experiment, folder, Pieces(state / "samples").within(folder.name), seed, report)
 
     if not agreed(folder.exists()):  # the piece says that it is there
-        return dict(Pieces(state).write("buffer", fill())) if is_main() else fill()
-    return dict(Pieces(state).once("buffer", fill))
+        return dict(Pieces(state).write(folder.name, fill())) if is_main() else fill()
+    return dict(Pieces(state).once(folder.name, fill))
 
 
-def _fill_buffer(experiment: Experiment, folder: Path, pieces: Pieces, report: Report) -> dict[str, Any]:
+def _fill_buffer(experiment: Experiment, folder: Path, pieces: Pieces, seed: int, report: Report) -> dict[str, Any]:
     policy = load_policy(experiment.model, experiment.training.dtype)
     problems = load_problems(experiment.train)
     if experiment.demonstrations is None:
         rows = demonstrations(policy.tokenizer, problems, experiment.training.max_completion_tokens)
         buffer: Buffer = OfflineBuffer.from_trajectories(rows)
     else:
-        buffer = read_buffer(experiment.demonstrations, policy.tokenizer)
+        buffer = read_buffer(experiment.demonstrations, policy.tokenizer, experiment.training.special_tokens)
+    check_buffer(policy, buffer)
     samples: list[Trajectory] = []
     offline = [name for name, row in experiment.algorithms.items() if row.mode == "offline"]
     if any(learns_from_samples(views_of(experiment, name)) for name in offline):
@@ -112,7 +114,7 @@ def _fill_buffer(experiment: Experiment, folder: Path, pieces: Pieces, report: R
             encode_problems(policy.tokenizer, chosen),
             reward_of(experiment),
             settings,
-            seed=0,
+            seed=seed,
             token_budget=experiment.training.token_budget,
             progress=_counted(len(chosen), "sampling the base policy", report),
             recompute=settings.behaviour == "recompute",
@@ -136,6 +138,7 @@ def _fill_buffer(experiment: Experiment, folder: Path, pieces: Pieces, report: R
         "samples": len(samples),
         "correct": sum((row.reward or 0.0) >= experiment.evaluation.correct_at for row in samples),
         "sampled_tokens": sampled,
+        "unscored": unscored((row.reward, row.prompt) for row in samples),
         "mismatch": mismatch(samples),
         "sampling_flops": 2 * policy.flops(tokens, sampled),  # sampled, then scored
         "reference_flops": reference_flops,
@@ -209,7 +212,7 @@ def _run_cell(
     split = zip(views, shares(settings.batch_size, len(views)), seeds(views, cell.seed), strict=True)
     for (selection, options), size, own in split:
         if online and selection is not Selection.DEMONSTRATIONS:
-            collect = Collector(experiment, policy, size, own, costs)
+            collect = Collector(experiment, policy, size, own, costs, settings)
             sources.append(FreshSource(collect, selection, **options))
         else:
             sources.append(BufferSource(buffer, buffer.view(selection, **options), size, own))
@@ -224,7 +227,8 @@ def _run_cell(
     def along(trainer: Trainer, step: int) -> None:
         report(0.8 * step / settings.steps, f"step {step}/{settings.steps}")
         if step in marks:
-            trainer.record.kept.setdefault("curve", []).append(curve_point(policy, experiment, step, cell.seed))
+            point = curve_point(policy, experiment, step, cell.seed, settings.steps)
+            trainer.record.kept.setdefault("curve", []).append(point)
 
     reference = policy.reference() if online and Need.REFERENCE in objective.requires else None
     Trainer(
@@ -243,7 +247,8 @@ def _run_cell(
     }
     if has_choice(experiment, cell.algorithm):
         assert experiment.validation is not None  # the experiment's validator saw to it
-        validation = _evaluate(policy, experiment, experiment.validation, cell.seed, greedy=False)
+        reward = reward_of(experiment, settings.steps, settings.steps)
+        validation = _evaluate(policy, experiment, experiment.validation, reward, cell.seed, greedy=False)
         if is_main():
             remove(state / "models" / cell.id)
         save_policy(policy, state / "models" / cell.id)
@@ -278,11 +283,13 @@ def evaluate_all(
 ) -> dict[str, Any]:
     """``metrics`` by benchmark and ``outcomes`` of all of them, one row a sample."""
     metrics, outcomes = {}, []
+    steps = experiment.training_of(algorithm).steps if algorithm in experiment.algorithms else 0  # the base has none
+    reward = reward_of(experiment, steps, steps)
     for number, (name, source) in enumerate(experiment.benchmarks.items()):
         report(number / len(experiment.benchmarks), f"evaluating {name}")
 
         def evaluate(source: ProblemSource = source) -> dict[str, Any]:
-            return vars(_evaluate(policy, experiment, source, max(seed, 0)))
+            return vars(_evaluate(policy, experiment, source, reward, max(seed, 0)))
 
         found = pieces.once(f"on {name}", evaluate)
         metrics[name] = found["metrics"]
@@ -291,14 +298,14 @@ def evaluate_all(
     return {"metrics": metrics, "outcomes": outcomes}
 
 
-def curve_point(policy: Policy, experiment: Experiment, step: int, seed: int) -> dict[str, Any]:
+def curve_point(policy: Policy, experiment: Experiment, step: int, seed: int, max_steps: int = 0) -> dict[str, Any]:
     """A cheap evaluation along training: avg@k on the first problems of each benchmark."""
     settings = experiment.evaluation
     small = settings.model_copy(update={"samples": settings.curve_samples, "k": None})
     metrics = {}
     for name, source in experiment.benchmarks.items():
         problems = load_problems(source)[: settings.curve_problems]
-        found = evaluate(policy, problems, reward_of(experiment), small, seed, greedy=False)
+        found = evaluate(policy, problems, reward_of(experiment, step, max_steps), small, seed, greedy=False)
         metrics[name] = {"avg_at_k": found.metrics["avg_at_k"]}
     return {"step": step, "metrics": metrics}
 
@@ -314,21 +321,31 @@ def token_probabilities(policy: Policy, buffer: Buffer, token_budget: int) -> di
 
 
 def _evaluate(
-    policy: Policy, experiment: Experiment, source: ProblemSource, seed: int, greedy: bool = True
+    policy: Policy, experiment: Experiment, source: ProblemSource, reward: Reward, seed: int, greedy: bool = True
 ) -> Evaluation:
-    problems = load_problems(source)
-    return evaluate(policy, problems, reward_of(experiment), experiment.evaluation, seed, greedy=greedy)
+    return evaluate(policy, load_problems(source), reward, experiment.evaluation, seed, greedy=greedy)
 
 
 class Collector:
     """Fresh groups of the policy in training: ``batch_size`` sequences of the next prompts, shuffled by seed."""
 
-    def __init__(self, experiment: Experiment, policy: Policy, batch_size: int, seed: int, costs: Costs) -> None:
+    def __init__(
+        self,
+        experiment: Experiment,
+        policy: Policy,
+        batch_size: int,
+        seed: int,
+        costs: Costs,
+        training: Training | None = None,
+    ) -> None:
+        """``training`` is the cell's own, where it differs from the experiment's."""
         self._experiment, self._policy, self._costs = experiment, policy, costs
+        self._training = training or experiment.training
         self._prompts = max(1, batch_size // experiment.rollouts.samples)
         self._encoded = encode_problems(policy.tokenizer, load_problems(experiment.train))
         self._order, self._queue = random.Random(seed), list[int]()
         self._sampler = sampler_of(policy, experiment.rollouts)
+        check_prompts(policy, self._sampler, self._encoded, experiment.rollouts)
 
     def __call__(self, version: int) -> Buffer:
         policy, settings = self._policy, self._experiment.rollouts
@@ -337,15 +354,16 @@ class Collector:
             if not self._queue:
                 self._queue = self._order.sample(range(len(self._encoded)), len(self._encoded))
             prompts.append(self._encoded[self._queue.pop()])
+        training, epoch = self._training, version * self._prompts / len(self._encoded)
         rows = collect_rollouts(
             policy,
             self._sampler,
             prompts,
-            reward_of(self._experiment),
+            reward_of(self._experiment, version * training.updates_per_batch, training.steps, epoch),
             settings,
             seed=self._order.randrange(2**31),
             version=version,
-            token_budget=self._experiment.training.token_budget,
+            token_budget=training.token_budget,
             recompute=settings.behaviour == "recompute",
         )
         sampled = sum(len(row.completion_ids) for row in rows)

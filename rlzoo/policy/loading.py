@@ -79,6 +79,10 @@ def load_policy(name: str, dtype: str = "float32", device: str | torch.device | 
 def _check_head(policy: Policy) -> None:
     """Raise UserError where the model's logits are not those of `Head`: its log-probs would be wrong, and silently."""
     model = policy.model.eval()
+    try:
+        policy.check_range(policy.tokenizer.eos_token_id)
+    except UserError as error:
+        raise UserError(f"model {policy.name!r} has no embedding of its end of sequence: {error}") from None
     ids = torch.tensor([[policy.tokenizer.eos_token_id] * 2], device=policy.device)
     try:
         expected = model(input_ids=ids, use_cache=False).logits[0].float()

@@ -11,6 +11,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from rlzoo.chat import turn_of
+from rlzoo.errors import UserError
 from rlzoo.policy.adapters import adapters, add_lora, switched_off
 from rlzoo.policy.head import Head, LogitTerm, score_tokens
 from rlzoo.policy.weights import changes_of
@@ -125,10 +127,43 @@ class Policy(nn.Module):
 
     @property
     def eos_ids(self) -> set[int]:
-        """Every token that ends a completion: the tokenizer's and the generation configuration's."""
+        """Every token that ends a completion: the tokenizer's, the generation configuration's, and the one that ends an
+        assistant's turn in the chat template."""
         configured = getattr(self.model.generation_config, "eos_token_id", None)
         ids = configured if isinstance(configured, list) else [configured]
-        return {i for i in [*ids, self.tokenizer.eos_token_id] if i is not None}
+        return {i for i in [*ids, self.tokenizer.eos_token_id, turn_of(self.tokenizer).stop] if i is not None}
+
+    @property
+    def vocabulary(self) -> int:
+        """Tokens that the model has an embedding of, which may be fewer than the tokenizer's or more."""
+        layer: Any = self.model.get_input_embeddings()
+        return int(getattr(layer, "num_embeddings", 0) or layer.weight.shape[0])
+
+    @property
+    def positions(self) -> int | None:
+        """Tokens that a sequence may have where the model looks its positions up in a table (GPT-2, OPT, GPT-J).
+
+        None for one that computes them (rotary embeddings, ALiBi): it runs past ``max_position_embeddings`` as well.
+        """
+        size = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        if not isinstance(size, int):
+            return None
+        words = self.model.get_input_embeddings()
+        learned = (m.num_embeddings for m in self.model.modules() if isinstance(m, nn.Embedding) and m is not words)
+        # OPT and its kin have two rows more than positions; GPT-J's table is no parameter
+        fixed = (len(b) for name, b in self.model.named_buffers() if name.endswith("embed_positions"))
+        return size if any(0 <= rows - size <= 2 for rows in (*learned, *fixed)) else None
+
+    def check_range(self, *ids: int) -> None:
+        """Raise UserError for a token id that has no embedding."""
+        for token in ids:
+            if not 0 <= token < self.vocabulary:
+                text = self.tokenizer.convert_ids_to_tokens(token) if 0 <= token < len(self.tokenizer) else None
+                name = f" ({text!r})" if text is not None else ""
+                raise UserError(
+                    f"token {token}{name} is not one of the model's {self.vocabulary} embeddings: use the tokenizer "
+                    "that the model was trained with, or save the model after model.resize_token_embeddings(...)"
+                )
 
     @property
     def weights_version(self) -> int:

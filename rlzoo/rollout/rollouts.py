@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import astuple
 from typing import Any
 
 import numpy as np
 
 from rlzoo.config import Sampling
+from rlzoo.errors import UserError
 from rlzoo.pieces import Pieces
 from rlzoo.policy import Policy
 from rlzoo.policy.policy import score_rows, score_rows_and_nuclei
-from rlzoo.problems import Encoded, trajectory
+from rlzoo.problems import Encoded, naming, trajectory
 from rlzoo.ranks import agreed, world_size
-from rlzoo.reward import Reward, Score
-from rlzoo.rollout.sampler import Sample, Sampler, by_length
+from rlzoo.reward import Reward, Score, get_reward
+from rlzoo.rollout.sampler import Sample, Sampler, TransformersSampler, by_length
 from rlzoo.types import Trajectory
 
 ENGINE_BATCHES = 16
@@ -26,7 +27,7 @@ def collect_rollouts(
     policy: Policy,
     sampler: Sampler,
     problems: Sequence[Encoded],
-    reward: Reward,
+    reward: Any,
     settings: Sampling,
     seed: int,
     version: int = 0,
@@ -35,14 +36,17 @@ def collect_rollouts(
     recompute: bool = True,
     pieces: Pieces | None = None,
 ) -> list[Trajectory]:
-    """Sample each problem ``settings.samples`` times and judge the completions.
+    """Sample each problem ``settings.samples`` times and score the completions; ``reward`` is what `get_reward` takes.
 
     Behaviour log-probs are those of the policy at the temperature of the sampling, where training takes its own, so
     that ratios start at 1; ``top_p`` is no part of them (docs/interface.md says why). The policy recomputes them in the
     trainer's numerics, whatever engine sampled; without ``recompute`` they are the engine's own, where it gives any.
     An engine's are relative to the nucleus, so the log-prob of the nucleus, by the policy, is added to them.
     With ``pieces`` what was sampled is kept there, and not sampled again.
+    What a reward logs of a completion becomes a column of its row; metrics of a call stand beside the reward's parts.
     """
+    check_prompts(policy, sampler, problems, settings)
+    reward = get_reward(reward)
     sampled = _sampled(sampler, [p.ids for p in problems], settings, seed, progress, pieces)
     flat = [(problem, sample) for problem, samples in zip(problems, sampled, strict=True) for sample in samples]
     scores = agreed(judge(reward, flat))
@@ -63,7 +67,8 @@ def collect_rollouts(
             sample.ids,
             source="policy",
             reward=score.value,
-            reward_parts=score.parts,
+            reward_parts={**score.metrics, **score.parts},
+            logged=score.extra,
             behaviour_logp=behaviour,
             sampler_logp=other if recompute else None,  # held against itself it would say that all is well
             policy_version=version,
@@ -130,6 +135,33 @@ def mismatch(rows: Sequence[Trajectory]) -> dict[str, float] | None:
         "mean_ratio": float(np.exp(gap).mean()),
         "kl": float((np.expm1(gap) - gap).mean()),
     }
+
+
+def check_prompts(policy: Policy, sampler: Sampler, problems: Sequence[Encoded], settings: Sampling) -> None:
+    """Raise UserError naming a problem with a token id that has no embedding, or with more tokens than positions.
+
+    The policy's own sampler also needs positions for ``max_new_tokens``; other engines have limits of their own.
+    """
+    positions, more = policy.positions, settings.max_new_tokens if isinstance(sampler, TransformersSampler) else 0
+    for encoded in problems:
+        with naming(encoded.problem):
+            policy.check_range(max(encoded.ids), min(encoded.ids))
+            if positions is not None and len(encoded.ids) + more > positions:
+                raise UserError(
+                    f"its prompt has {len(encoded.ids)} tokens, {more} may follow, and the model has {positions} "
+                    "positions: lower max_new_tokens, or drop the problem"
+                )
+
+
+def unscored(scored: Iterable[tuple[float | None, str]]) -> str | None:
+    """One line on the samples without a reward, of pairs of reward and prompt; None if all have one."""
+    rows = list(scored)
+    without = [prompt for reward, prompt in rows if reward is None]
+    if not without:
+        return None
+    first = " ".join(without[0].split())
+    told = "the reward returned None, as for a missing gold answer"
+    return f"{len(without)} of {len(rows)} samples have no reward ({told}); the first one's prompt: {first[-100:]!r}"
 
 
 def judge(reward: Reward, answered: Sequence[tuple[Encoded, Sample]]) -> list[Score]:

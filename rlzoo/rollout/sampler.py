@@ -27,7 +27,7 @@ class Sample:
     ids: list[int]
     """Tokens up to and with the end of sequence; without one if truncated."""
     text: str
-    """The tokens as text, special tokens left out."""
+    """The tokens as text, special tokens and the end left out."""
     truncated: bool
     """True if ``max_new_tokens`` came before an end of sequence."""
     logp: list[float] | None = None
@@ -157,10 +157,17 @@ class TransformersSampler:
         return rows
 
     def _sample(self, ids: list[int]) -> Sample:
-        end = next((i for i, token in enumerate(ids) if token in self.policy.eos_ids), None)
+        ends = self.policy.eos_ids
+        end = next((i for i, token in enumerate(ids) if token in ends), None)
         kept = ids if end is None else ids[: end + 1]
-        text = self.policy.tokenizer.decode(kept, skip_special_tokens=True)
-        return Sample(kept, text, truncated=end is None)
+        return Sample(kept, text_of(self.policy, kept), truncated=end is None)
+
+
+def text_of(policy: Policy, ids: Sequence[int]) -> str:
+    """A completion's tokens as text: special tokens left out, and the one that ends it whether it is special or not."""
+    said = ids[:-1] if ids and ids[-1] in policy.eos_ids else ids
+    text: str = policy.tokenizer.decode(said, skip_special_tokens=True)
+    return text
 
 
 def by_length(prompts: Sequence[Sequence[int]], places: Iterable[int]) -> list[int]:

@@ -23,7 +23,7 @@ from rlzoo.policy import Policy
 from rlzoo.policy.adapters import merged
 from rlzoo.policy.loading import EMBEDDED, save_policy, trusts_remote_code
 from rlzoo.ranks import barrier, gathered, is_main, shared, world_size
-from rlzoo.rollout.sampler import Sample
+from rlzoo.rollout.sampler import Sample, text_of
 from rlzoo.worlds import EMBEDDED_BASE
 
 AT_A_TIME = 64
@@ -236,5 +236,4 @@ def _asked(policy: Policy, settings: Sampling, seed: int, number: int, greedy: b
 
 
 def _sample(policy: Policy, ids: list[int], logp: list[float] | None) -> Sample:
-    text = policy.tokenizer.decode(ids, skip_special_tokens=True)
-    return Sample(ids, text, truncated=not (ids and ids[-1] in policy.eos_ids), logp=logp)
+    return Sample(ids, text_of(policy, ids), truncated=not (ids and ids[-1] in policy.eos_ids), logp=logp)

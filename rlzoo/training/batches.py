@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rlzoo.buffers import Buffer, View
 from rlzoo.errors import UserError
-from rlzoo.objective import Objective, Part
+from rlzoo.objective import Objective, Part, view_of
 from rlzoo.policy.policy import Sequences
 from rlzoo.training.state import random_state, resumable
 from rlzoo.types import Coupling, Selection, TokenBatch, Trajectory
@@ -35,6 +35,7 @@ class BufferSource:
 
     def __init__(self, buffer: Buffer, view: View, batch_size: int, seed: int) -> None:
         self._buffer, self._view, self._batch_size = buffer, view, batch_size
+        self.left_out = view.left_out
         self._random = random.Random(seed)
         self._queue: list[int] = []
         self._before = self._random.getstate()  # what made the queue
@@ -79,7 +80,7 @@ Views = Sequence[tuple[Selection, Mapping[str, Any]]]
 
 def views_of(objective: Objective) -> Views:
     """The views that the parts of an objective ask for."""
-    return [(part.objective.learns_from, part.objective.view_options) for part in objective.parts]
+    return [view_of(part.objective) for part in objective.parts]
 
 
 def shares(batch_size: int, parts: int) -> list[int]:
@@ -117,6 +118,8 @@ class FreshSource:
     def __init__(self, collect: Callable[[int], Buffer], selection: Selection, **options: object) -> None:
         self._collect, self._selection, self._options = collect, selection, options
         self._version = 0
+        self.left_out = Counter[str]()
+        """What the views of all batches left out, and the batches that were sampled again."""
 
     def draw(self) -> tuple[list[Trajectory], list[tuple[int, ...]]]:
         buffer, view = self._fresh()
@@ -137,15 +140,18 @@ class FreshSource:
             except UserError as error:
                 if attempt == self.ATTEMPTS:
                     raise UserError(f"{attempt} fresh batches in a row gave nothing to learn from: {error}") from None
+                self.left_out["fresh batches with nothing to learn from"] += 1
                 continue
             self._version += 1
+            self.left_out.update(view.left_out)
             return buffer, view
 
     def state(self) -> Any:
-        return {"version": self._version, "collect": resumable(self._collect).state()}
+        left_out = dict(self.left_out)
+        return {"version": self._version, "left_out": left_out, "collect": resumable(self._collect).state()}
 
     def restore(self, state: Any) -> None:
-        self._version = state["version"]
+        self._version, self.left_out = state["version"], Counter(state.get("left_out", {}))
         resumable(self._collect).restore(state["collect"])
 
 
@@ -159,26 +165,35 @@ def as_scored(row: Trajectory, at_sampling_temperature: bool) -> Trajectory:
 
 
 def static_batch(
-    rows: Sequence[Trajectory], units: Sequence[tuple[int, ...]], selection: Selection, device: torch.device
+    rows: Sequence[Trajectory],
+    units: Sequence[tuple[int, ...]],
+    selection: Selection,
+    device: torch.device,
+    masks_truncated: bool = False,
 ) -> TokenBatch:
-    """All that is known of a batch before a forward pass; ``logp`` is NaN, so that nobody takes it for known."""
+    """All that is known of a batch before a forward pass; ``logp`` is NaN, so that nobody takes it for known.
+
+    Rewards are in float64: a group's differences may be small beside what its rewards have in common.
+    """
     mask = Sequences.of(rows, device).mask
+    truncated = torch.tensor([r.truncated for r in rows], dtype=torch.bool, device=device)
     pairs = selection is Selection.PAIRS
     partner, chosen = torch.zeros(len(rows), dtype=torch.long), torch.zeros(len(rows), dtype=torch.bool)
     for better, worse in units if pairs else ():
         partner[better], partner[worse], chosen[better] = worse, better, True
     reward = None
     if all(r.reward is not None for r in rows):
-        reward = torch.tensor([float(r.reward or 0.0) for r in rows], device=device)
+        reward = torch.tensor([float(r.reward or 0.0) for r in rows], dtype=torch.float64, device=device)
     return TokenBatch(
         logp=torch.full(mask.shape, torch.nan, device=device),
-        mask=mask,
+        mask=mask & ~truncated[:, None] if masks_truncated else mask,
         behaviour_logp=_rows_of([r.behaviour_logp for r in rows], mask),
         reference_logp=_rows_of([r.reference_logp for r in rows], mask),
         reward=reward,
         group=torch.tensor(_groups(rows, units, selection), device=device),
         partner=partner.to(device) if pairs else None,
         chosen=chosen.to(device) if pairs else None,
+        truncated=truncated,
     )
 
 

@@ -10,6 +10,7 @@ import torch
 
 from rlzoo.buffers import Buffer
 from rlzoo.config import Training
+from rlzoo.errors import UserError
 from rlzoo.objective import Objective
 from rlzoo.policy import Policy
 from rlzoo.policy.policy import score_rows
@@ -17,6 +18,27 @@ from rlzoo.training.batches import buffer_sources, views_of
 from rlzoo.training.record import TrainingRecord
 from rlzoo.training.trainer import Callback, Trainer
 from rlzoo.types import Need
+
+
+def check_buffer(policy: Policy, buffer: Buffer) -> None:
+    """Raise UserError naming a row (from 1) with a token id that has no embedding, or more tokens than positions."""
+
+    def naming(row: int) -> str:
+        return f"row {row + 1} of the buffer (prompt {buffer[row].prompt_id!r})"
+
+    if (found := buffer.outside(policy.vocabulary)) is not None:
+        try:
+            policy.check_range(found[1])
+        except UserError as error:
+            raise UserError(f"{naming(found[0])}: {error}") from None
+    if policy.positions is not None and len(buffer):
+        tokens = buffer.tokens()
+        if tokens.max() > policy.positions:
+            row = int(tokens.argmax())
+            raise UserError(
+                f"{naming(row)} has {tokens[row]} tokens, and the model has {policy.positions} positions: "
+                "drop the row, or cut it (max_completion_tokens, from_trl's max_length)"
+            )
 
 
 def with_reference(buffer: Buffer, policy: Policy, token_budget: int = 8192) -> Buffer:
@@ -63,9 +85,10 @@ def train(
 
     ``folder`` is for trackers; from a folder of ``checkpoints`` a run that was stopped goes on. Under `accelerate
     launch` all processes call this, and each takes its share of a batch.
-    Raises UserError where the buffer lacks what the objective learns from.
+    Raises UserError where the buffer lacks what the objective learns from, and for a row that the model cannot take.
     """
     settings = settings or Training()
+    check_buffer(policy, buffer)
     torch.manual_seed(seed)
     sources = buffer_sources(buffer, views_of(objective), settings.batch_size, seed)
     # stored log-probs may be another policy's, and those of mismatched rows are of this one

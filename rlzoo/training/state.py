@@ -57,6 +57,7 @@ def state_of(trainer: Trainer) -> tuple[dict[str, Tensor], dict[str, Any]]:
         "steps": record.steps,
         "costs": record.costs.as_dict(),
         "events": record.events,
+        "counts": record.counts,
         "kept": record.kept,
         "schedule": {k: v for k, v in trainer.schedule.state_dict().items() if k != "lr_lambdas"},
         "sources": [resumable(source).state() for source in trainer.sources],
@@ -85,6 +86,7 @@ def restore(trainer: Trainer, tensors: Mapping[str, Tensor], state: Mapping[str,
             put(parameter, tensors[f"reference/{name}"])
     record, schedule = trainer.record, trainer.schedule
     record.steps[:], record.events[:] = state["steps"], state["events"]
+    record.counts |= state.get("counts", {})
     for name, rows in state["kept"].items():
         record.kept.setdefault(name, [])[:] = rows  # in place: a callback may hold the list
     for name, value in state["costs"].items():

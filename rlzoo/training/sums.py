@@ -10,6 +10,7 @@ from torch import Tensor
 
 from rlzoo.objective import Objective, reduce
 from rlzoo.ranks import gathered
+from rlzoo.reward_call import means
 from rlzoo.training.batches import Drawn
 from rlzoo.types import Coefficients, TokenBatch, Trajectory
 
@@ -84,6 +85,9 @@ def metrics_of(drawn: Sequence[Drawn], sums: Sequence[Sums]) -> dict[str, float]
         total += some.part.weight * found["loss"]
         if some.batch.reward is not None:
             found["reward"] = float(some.batch.reward.mean())
+        parts = means(row.reward_parts for row in some.rows)
+        if len(parts) > 1:  # a single one is the reward itself
+            found |= {f"reward/{name}": value for name, value in parts.items()}
         label = f"{some.part.label}/" if some.part.label else ""
         metrics |= {f"{label}{name}": value for name, value in found.items()}
     return {"loss": total, **metrics}

@@ -30,9 +30,11 @@ from rlzoo.training.savings import gradients_in_place, layers_recomputed
 from rlzoo.training.schedule import cosine
 from rlzoo.training.state import is_finite, restore, state_of
 from rlzoo.training.sums import Sums, coefficients_of_rows, coupled_coefficients, metrics_of, truncated_importance
+from rlzoo.training.tally import count, told
 from rlzoo.training.trackers import installed, tracked
 from rlzoo.types import Coefficients, Need, TokenBatch, Trajectory
 
+NO_ENGINE = "importance_cap changes nothing for rows without sampler_logp, the log-probs of another engine"
 T = TypeVar("T")
 Callback = Callable[["Trainer", int], None]
 """Called with the trainer and the number of steps done, after every optimizer step."""
@@ -118,6 +120,7 @@ class Trainer:
             self._run(log)
         if not self._is_finite():
             raise UserError("the last step made weights infinite: lower learning_rate")
+        self.record.events += told(self.record.counts, self.objective.parts, self.sources)
         return self.record
 
     @property
@@ -132,6 +135,8 @@ class Trainer:
             started = time.perf_counter()
             fresh = agreed([source.draw() for source in self.sources])
             drawn = [self._prepare(part, *rows) for part, rows in zip(self.objective.parts, fresh, strict=True)]
+            for some in drawn:
+                count(self.record.counts, some)
             for update in range(self.settings.updates_per_batch):
                 if update:
                     drawn = [self._renewed(some) for some in drawn]
@@ -180,8 +185,11 @@ class Trainer:
     def _prepare(self, part: Part, rows: Sequence[Trajectory], units: Sequence[tuple[int, ...]]) -> Drawn:
         """A part's rows as a batch, with everything that is fixed during its updates."""
         objective, needs = part.objective, part.objective.requires
+        capped = self.settings.importance_cap is not None and all(row.sampler_logp is None for row in rows)
+        if capped and NO_ENGINE not in self.record.events:
+            self.record.events.append(NO_ENGINE)
         rows = [as_scored(row, objective.at_sampling_temperature) for row in rows]
-        batch = static_batch(rows, units, objective.learns_from, self.policy.device)
+        batch = static_batch(rows, units, objective.learns_from, self.policy.device, objective.truncated == "mask")
         if Need.BEHAVIOUR in needs and batch.behaviour_logp is None:
             raise UserError("the buffer has no behaviour log-probs: fill it with `rlzoo rollout`, which records them")
         stored = batch.reference_logp is not None and Need.EMA_REFERENCE not in needs

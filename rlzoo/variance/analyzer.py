@@ -12,6 +12,7 @@ from rlzoo.buffers import Buffer
 from rlzoo.errors import UserError
 from rlzoo.objective import Objective
 from rlzoo.policy import Policy
+from rlzoo.training import check_buffer
 from rlzoo.training.costs import release_memory
 from rlzoo.variance import moments
 from rlzoo.variance.coefficients import coefficient_statistics, ess_fraction
@@ -65,6 +66,7 @@ def analyze_variance(
     and cosines between objectives of different passes stay unknown, but for those to SFT.
     """
     _check(rows, draws, seed, means_held)
+    check_buffer(policy, buffer)
     tell = progress or (lambda share, what: None)
     named = named_objectives(objectives)
     meter = GradientMeter(policy) if gradients else None

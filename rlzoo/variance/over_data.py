@@ -13,7 +13,7 @@ from torch import Tensor
 from rlzoo.variance.noise import Estimate, Units, against, data_noise, nothing, rank_correlation
 from rlzoo.variance.pieces import at_least_float32
 from rlzoo.variance.scoring import Scored
-from rlzoo.variance.subjects import Subject, Weighed, tokens_of
+from rlzoo.variance.subjects import Subject, Weighed
 from rlzoo.variance.tasks import UnitGradients
 
 HELD_BYTES = 2**31
@@ -120,7 +120,10 @@ def proxies(subject: Subject, weighed: Weighed, scored: Scored, measured: UnitGr
     table = scored.table(rows)
     unit_of = {row: u for u, unit in enumerate(subject.units) for row in unit}
     unit = np.array([unit_of[row] for row in rows])[table.row]
-    weight = tokens_of(weighed.task.weight[rows, : weighed.batch.mask.shape[1]] * weighed.task.scale, weighed.batch)
+    weights = (weighed.task.weight[rows] * weighed.task.scale).double().cpu().numpy()  # 0 where a token is masked
+    weight = np.concatenate(
+        [own[: len(scored.rows[row].completion_ids)] for row, own in zip(rows, weights, strict=True)]
+    )
     score, power = (
         np.bincount(unit, values, minlength=len(exact)) for values in (table.score_norm, weight**2 * table.score_norm)
     )

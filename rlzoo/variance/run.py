@@ -16,6 +16,7 @@ from rich.console import Console
 
 from rlzoo.buffers import Buffer, OfflineBuffer, read_buffer
 from rlzoo.comparison import work
+from rlzoo.comparison.heartbeat import Heartbeat
 from rlzoo.comparison.pool import Workers, default_workers, pool, why
 from rlzoo.comparison.runner import check, place
 from rlzoo.config import Experiment, Positive
@@ -24,7 +25,7 @@ from rlzoo.outputs import remove, write_atomically
 from rlzoo.pieces import Pieces
 from rlzoo.policy import load_policy
 from rlzoo.runs import Run, run_in, versions
-from rlzoo.training import Trainer, TrainingRecord, lacks_reference, with_reference
+from rlzoo.training import Trainer, TrainingRecord, check_buffer, lacks_reference, with_reference
 from rlzoo.training.batches import buffer_sources
 from rlzoo.variance.analyzer import analyze_variance
 from rlzoo.variance.probe import VarianceProbe
@@ -81,7 +82,9 @@ def run_variance(
             console.print(f"{experiment.name}: finished before, in {out}", style="bold", highlight=False, markup=False)
             earlier: dict[str, Any] = json.loads((out / "variance.json").read_text(encoding="utf-8"))
             return earlier
-        with pool(min(workers or default_workers(), 1 + len(experiment.algorithms)), threads, console) as processes:
+        number = min(workers or default_workers(), 1 + len(experiment.algorithms))
+        with pool(number, threads, console) as processes, Heartbeat(console, "starting") as heartbeat:
+            heartbeat.doing = processes.doing
             found = _run(processes, experiment, run, settings, buffer, console)
         found = {
             "experiment": experiment.name,
@@ -169,10 +172,11 @@ def _run(
 def fill(experiment: Experiment, folder: Path, state: Path, given: str | None, report: Report) -> int:
     """Make or read the buffer and save it where all jobs read it; the number of its rows."""
     if given is None:
-        rows: int = work.fill_buffer(experiment, folder, state, report)["rows"]
+        rows: int = work.fill_buffer(experiment, folder, state, 0, report)["rows"]
         return rows
     policy = load_policy(experiment.model, experiment.training.dtype)
-    buffer: Buffer = read_buffer(given, policy.tokenizer)
+    buffer: Buffer = read_buffer(given, policy.tokenizer, experiment.training.special_tokens)
+    check_buffer(policy, buffer)
     if lacks_reference(buffer, *(work.objective_of(experiment, name) for name in experiment.algorithms)):
         buffer = with_reference(buffer, policy, experiment.training.token_budget)
     buffer.save(folder)

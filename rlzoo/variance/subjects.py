@@ -17,6 +17,7 @@ from rlzoo.buffers import Buffer, View
 from rlzoo.buffers.views import SINGLE_ROW_OPTIONS
 from rlzoo.errors import UserError
 from rlzoo.objective import Objective, get_objective, is_composite, surrogate_of
+from rlzoo.objective import view_of as own_view
 from rlzoo.policy import Policy
 from rlzoo.policy.policy import score_rows
 from rlzoo.registry import told
@@ -142,12 +143,12 @@ def rows_of(buffer: Buffer, picked: Sequence[int], subjects: Mapping[str, Subjec
 def view_of(name: str, objective: Objective, learns_from: LearnsFrom) -> tuple[Selection, Mapping[str, object]]:
     """The view that an objective is measured on, with its options: its own, or another of single rows."""
     asked = learns_from.get(name) if isinstance(learns_from, Mapping) else learns_from
-    own = objective.learns_from
+    own, options = own_view(objective)
     if asked is None or asked is own or (own not in SINGLE_ROWS and not isinstance(learns_from, Mapping)):
-        return own, objective.view_options
+        return own, options
     if asked not in SINGLE_ROWS or own not in SINGLE_ROWS:
         raise UserError(f"{name}: learns_from is demonstrations or correct, for objectives of single rows")
-    return asked, {name: value for name, value in objective.view_options.items() if name in SINGLE_ROW_OPTIONS}
+    return asked, {name: value for name, value in options.items() if name in SINGLE_ROW_OPTIONS}
 
 
 def _sample(view: View, rows: int, seed: int) -> list[tuple[Draw, ...]]:
@@ -181,6 +182,8 @@ def weigh(policy: Policy, subject: Subject, scored: Scored, reference: Policy | 
         raise
     except Exception as error:  # of an objective of a user's own
         raise UserError(f"objective {subject.objective.name!r} failed: {told(error)}") from error
+    if not found.batch.mask.any():
+        raise UserError(f"objective {subject.objective.name!r} learns from no token of its rows: all are masked")
     if not torch.isfinite(found.coefficients.values[found.batch.mask]).all():
         raise UserError(f"objective {subject.objective.name!r} gives coefficients that are not finite")
     return found
@@ -190,7 +193,7 @@ def _weigh(policy: Policy, subject: Subject, scored: Scored, reference: Policy |
     objective, chosen = subject.objective, subject.rows
     place = {row: i for i, row in enumerate(chosen)}
     rows, units = [scored.rows[i] for i in chosen], [tuple(place[row] for row in unit) for unit in subject.units]
-    batch = static_batch(rows, units, objective.learns_from, policy.device)
+    batch = static_batch(rows, units, objective.learns_from, policy.device, objective.truncated == "mask")
     batch = _filled(objective, batch, chosen, scored)
     if Need.MISMATCHED in objective.requires:
         batch = replace(batch, mismatched=_mismatched(policy, reference, rows).to(batch.logp))

@@ -5,8 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from rlzoo.comparison.report.schema import Results
-from rlzoo.comparison.report.tables import percent, points
-from rlzoo.comparison.statistics import BASE, METRICS, ScoreKey, ScoreMatrix, align, paired_difference
+from rlzoo.comparison.report.tables import percent, points, significance
+from rlzoo.comparison.statistics import (
+    BASE,
+    METRICS,
+    SIGNIFICANT,
+    ScoreKey,
+    ScoreMatrix,
+    align,
+    compare_pairs,
+    paired_difference,
+)
 
 
 def answer(results: Results, matrices: Mapping[ScoreKey, ScoreMatrix], benchmark: str) -> str:
@@ -37,15 +46,19 @@ def _ranking(means: Mapping[str, float]) -> list[str]:
 
 
 def _margin(matrices: Mapping[ScoreKey, ScoreMatrix], benchmark: str, best: str, second: str) -> str:
+    """Best against second, corrected for all pairs: which two they are was not known before the scores were."""
     a, b = (matrices.get((name, benchmark, "avg_at_k")) for name in (best, second))
     pair = align(a, b) if a and b else None
     if pair is None:
         return f", before {second}, with which it has no seed in common, so the two are not compared"
-    difference = paired_difference(*pair)
-    verdict = "distinguishable" if difference.excludes_zero else "not distinguishable"
+    difference, pairs = paired_difference(*pair), compare_pairs(matrices, benchmark, "avg_at_k")
+    p, number = pairs[best, second], len(pairs) // 2
+    verdict = "distinguishable" if p < SIGNIFICANT else "not distinguishable"
+    corrected = f", Holm-corrected for {number} pairs" if number > 1 else ""
     return (
         f", {points(difference.mean)} points against {second}, the second (paired 95 % interval "
-        f"{points(difference.low)} to {points(difference.high)}): the two are {verdict} here"
+        f"{points(difference.low)} to {points(difference.high)}; {significance(p)}{corrected}): "
+        f"the two are {verdict} here"
     )
 
 

@@ -41,17 +41,18 @@ def _answers(run: Run) -> Iterator[Block]:
     yield Paragraph(
         "avg@k at temperature 1 rewards an objective for sharpening the model's distribution, whether or "
         "not the model can solve more problems. Greedy decoding and pass@k do not: read the three "
-        "together. The first two places were chosen after seeing the scores, so an interval that only just "
-        "excludes zero is weak evidence."
+        "together. Which algorithms take the first two places is known only after seeing the scores, so whether they "
+        "are distinguishable is decided by a p-value that is corrected for all pairs."
     )
 
 
 def _scores(results: Results) -> Iterator[Block]:
     yield Heading("Results")
     yield Paragraph(
-        "Per cent correct, with 95 % intervals over other seeds and other problems. The best "
+        "Per cent correct, with 95 % intervals over other seeds and other problems of the same kind. The best "
         "algorithm by each metric is bold. The base model is where every algorithm started."
     )
+    yield Paragraph(_left_out(results))
     for index, benchmark in enumerate(results.benchmarks):
         yield Heading(benchmark, level=3)
         yield tables.score_table(results, benchmark)
@@ -71,6 +72,20 @@ def _scores(results: Results) -> Iterator[Block]:
         )
 
 
+def _left_out(results: Results) -> str:
+    """What the intervals do not cover."""
+    rollouts = results.config.get("rollouts") if isinstance(results.config, dict) else None
+    shared = not (isinstance(rollouts, dict) and rollouts.get("per_seed"))
+    buffer = (
+        "one buffer (samples that were drawn once; rollouts.per_seed draws them anew for each seed), " if shared else ""
+    )
+    return (
+        f"What the intervals leave out: every cell started from one base model, learned from {buffer}"
+        "one set of training problems and one setting of every hyper-parameter that was not tuned. "
+        "How much scores vary with those, no interval here says."
+    )
+
+
 def _baseline(results: Results, asked: str | None) -> str:
     """The algorithm asked for, unless all its cells failed; then, and if none was, the first of several."""
     failed = {failure.algorithm for failure in results.failed or []} - set(results.algorithms)
@@ -85,8 +100,9 @@ def _differences(run: Run, baseline: str) -> Iterator[Block]:
         return
     yield Heading(f"Differences to {baseline}")
     yield Paragraph(
-        "Each algorithm's score minus the baseline's on the same problems and seeds, in percentage points. "
-        "Intervals that exclude zero are bold. No correction is made for the number of comparisons."
+        "Each algorithm's score minus the baseline's on the same problems and seeds, in percentage points. Each "
+        "95 % interval is that of one difference alone. p-values are corrected for the number of differences in the "
+        "table (Holm); those below 0.05 are bold, and only they are called distinguishable from none."
     )
     for index, benchmark in enumerate(run.results.benchmarks):
         if not any(row["benchmark"] == benchmark for row in rows):
@@ -97,7 +113,8 @@ def _differences(run: Run, baseline: str) -> Iterator[Block]:
             f"differences-{index}",
             plots.differences(rows, run.results, benchmark),
             f"Paired differences to {baseline} on {benchmark}, as in the table above.",
-            f"Points right of the line did better than {baseline}, with the 95 % interval of the paired difference.",
+            f"Points right of the line did better than {baseline}, with the 95 % interval of the paired difference, "
+            "uncorrected; filled points are distinguishable from none after Holm's correction.",
             "It does not show that a difference carries over to another model, data set or budget.",
         )
 
@@ -150,6 +167,10 @@ def _costs(results: Results) -> Iterator[Block]:
             "trained with and reported on the test problems."
         )
         yield sweep
+    if events := tables.event_table(results):
+        yield Heading("Events in training")
+        yield Paragraph("What the cells report about their training, such as steps skipped and rows not learned from.")
+        yield events
     if failures := tables.failure_table(results):
         yield Heading("Failed cells")
         yield Paragraph("These did not finish and count in no number above.")

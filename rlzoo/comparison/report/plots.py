@@ -12,7 +12,7 @@ from matplotlib.ticker import MaxNLocator
 
 from rlzoo.comparison.report.schema import Results
 from rlzoo.comparison.report.tables import amount
-from rlzoo.comparison.statistics import BASE, METRICS
+from rlzoo.comparison.statistics import BASE, METRICS, SIGNIFICANT
 from rlzoo.document.drawing import GREY, INK, MARKERS, PALETTE, STYLE, WIDTH, axes_row, short, to_svg
 
 
@@ -44,7 +44,7 @@ def score_bars(results: Results, benchmark: str) -> str:
 
 
 def differences(rows: Sequence[Mapping[str, Any]], results: Results, benchmark: str) -> str:
-    """Paired differences with 95 % intervals, one panel a metric; the line marks no difference."""
+    """Paired differences with 95 % intervals, one panel per metric; filled where distinguishable from none."""
     here = [row for row in rows if row["benchmark"] == benchmark]
     names = list(dict.fromkeys(row["algorithm"] for row in here))
     palette = colours(results)
@@ -56,7 +56,8 @@ def differences(rows: Sequence[Mapping[str, Any]], results: Results, benchmark: 
                 if row["metric"] == metric:
                     place, colour = names.index(row["algorithm"]), palette.get(row["algorithm"], GREY)
                     _whisker(axes, place, row["ci_low"], row["ci_high"], colour)
-                    axes.plot(100 * row["difference"], place, marker="o", markersize=6.5, color=colour)
+                    face = colour if row["p"] < SIGNIFICANT else "white"
+                    axes.plot(100 * row["difference"], place, marker="o", markersize=6.5, color=colour, mfc=face)
             axes.set(title=results.label(metric, benchmark), xlabel="difference, points")
             _name_rows(axes, names)
         return to_svg(figure)

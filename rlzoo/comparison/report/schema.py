@@ -72,6 +72,7 @@ class Cell(_Model):
     costs: Costs = Costs()
     curve: list[Evaluation] | None = None
     token_probabilities: list[float] | None = None
+    events: list[str] = []
 
 
 class SummaryRow(_Model):

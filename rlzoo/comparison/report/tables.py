@@ -11,7 +11,7 @@ import rich.table
 from rich.text import Text
 
 from rlzoo.comparison.report.schema import Costs, Results, SummaryRow, parse_results
-from rlzoo.comparison.statistics import BASE, METRICS
+from rlzoo.comparison.statistics import BASE, METRICS, SIGNIFICANT
 from rlzoo.document import Entry, Table
 
 NONE = "–"
@@ -63,6 +63,11 @@ def interval(row: SummaryRow | None) -> str:
     return f"{percent(row.mean)} [{percent(row.ci_low)}, {percent(row.ci_high)}]"
 
 
+def significance(p: float) -> str:
+    """A p-value, with two digits."""
+    return "p < 0.001" if p < 0.001 else f"p = {min(p, 1):.2g}" if p < 0.995 else "p = 1"
+
+
 def score_table(results: Results, benchmark: str) -> Table:
     """Mean and interval of each metric, base model first; the best mean of the algorithms is marked."""
     best = {metric: _best(results, benchmark, metric) for metric in METRICS}
@@ -85,13 +90,16 @@ def _best(results: Results, benchmark: str, metric: str) -> float | None:
 
 
 def difference_table(rows: Sequence[Mapping[str, Any]], results: Results, benchmark: str) -> Table:
-    """Paired differences in percentage points; those whose interval excludes zero are marked."""
+    """Paired differences in percentage points, each with its own interval and its corrected p-value.
+
+    Those that are distinguishable from none after the correction are marked.
+    """
     cells: dict[str, dict[str, Entry]] = {}
     for row in rows:
         if row["benchmark"] == benchmark:
             low, high = row["ci_low"], row["ci_high"]
-            text = f"{points(row['difference'])} [{points(low)}, {points(high)}]"
-            cells.setdefault(row["algorithm"], {})[row["metric"]] = Entry(text, low > 0 or high < 0)
+            text = f"{points(row['difference'])} [{points(low)}, {points(high)}], {significance(row['p'])}"
+            cells.setdefault(row["algorithm"], {})[row["metric"]] = Entry(text, row["p"] < SIGNIFICANT)
     body = [[Entry(name), *(found.get(metric, Entry(NONE)) for metric in METRICS)] for name, found in cells.items()]
     return Table(["algorithm", *(f"{results.label(metric, benchmark)} (points)" for metric in METRICS)], body)
 
@@ -155,6 +163,19 @@ def failure_table(results: Results) -> Table | None:
         for f in results.failed or []
     ]
     return Table(["algorithm", "seed", "learning rate", "error"], rows, prose="error") if rows else None
+
+
+def event_table(results: Results) -> Table | None:
+    """What happened in training that a reader should know, cells with the same events in one row; None if nothing."""
+    seeds: dict[tuple[str, str, str], list[int]] = {}
+    for cell in results.cells:
+        for event in cell.events:
+            seeds.setdefault((cell.algorithm, rate(cell.learning_rate), event), []).append(cell.seed)
+    rows = [
+        [Entry(algorithm), Entry(", ".join(map(str, own))), Entry(learning_rate), Entry(" ".join(event.split())[:500])]
+        for (algorithm, learning_rate, event), own in seeds.items()
+    ]
+    return Table(["algorithm", "seeds", "learning rate", "event"], rows, prose="event") if rows else None
 
 
 def report_table(results: Results | Mapping[str, Any]) -> list[rich.table.Table]:

@@ -1,0 +1,259 @@
+"""Chat templates: a conversation as the model's text, and where the template starts and ends an assistant's turn."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from rlzoo.errors import UserError
+
+Message = dict[str, Any]
+"""``role`` and ``content``, both text, and what else the template reads (``tool_calls``, ``reasoning_content``)."""
+
+Options = Mapping[str, Any]
+"""What a template is given besides messages: ``tools``, ``enable_thinking``."""
+
+ROLES = ("system", "user", "assistant", "tool")
+"""Roles that any template may be given; others are accepted where the template names them."""
+_NONE: Options = {}
+_PROBE = "PROBE"
+"""An answer that no template changes, to see what a template puts around one."""
+
+
+@dataclass(frozen=True)
+class Turn:
+    """How a chat template writes an assistant's turn."""
+
+    opening: str = ""
+    """What a template without a generation prompt puts before the answer; empty where it has one."""
+    ending: tuple[int, ...] = ()
+    """The tokens after the answer."""
+    stop: int | None = None
+    """The special token among them at which sampling stops."""
+    controls: frozenset[str] = frozenset()
+    """Special tokens that structure a conversation. A message's text that spells one would break it."""
+
+    @property
+    def after_stop(self) -> int:
+        """Tokens of the ending that sampling never reaches: Qwen's newline after ``<|im_end|>``."""
+        return 0 if self.stop is None else len(self.ending) - 1 - self.ending.index(self.stop)
+
+
+def messages(value: Any, what: str = "the prompt") -> list[Message]:
+    """A conversation with text in every message. Lists of text parts are joined; keys without a value are dropped.
+
+    Raises UserError naming the message (from 1) that has no role or no text.
+    """
+    if not isinstance(value, Sequence) or isinstance(value, str | bytes):
+        raise UserError(f"{what} holds {_kind(value)}: give text or a list of messages")
+    if not value:
+        raise UserError(f"{what} is a conversation of no messages: give it at least one turn")
+    return [_message(message, number, what) for number, message in enumerate(value, 1)]
+
+
+def _message(message: Any, number: int, what: str) -> Message:
+    role = message.get("role") if isinstance(message, Mapping) else None
+    content = message.get("content") if isinstance(message, Mapping) else None
+    if content is None and isinstance(message, Mapping) and message.get("tool_calls"):
+        content = ""  # a call of tools needs no words
+    if isinstance(content, list) and content:
+        content = "".join(_part(part, number, what) for part in content)
+    for name, text in (("role", role), ("content", content)):
+        if not isinstance(text, str):
+            raise UserError(
+                f"{what} has a message without text in 'role' and 'content' "
+                f"({name} of message {number} is {_kind(text)}): give both as text"
+            )
+    known = {key: value for key, value in message.items() if value is not None}
+    return {**known, "content": content}
+
+
+def _kind(value: Any) -> str:
+    return "null" if value is None else f"a {type(value).__name__}"
+
+
+def _part(part: Any, number: int, what: str) -> str:
+    if isinstance(part, str):
+        return part
+    text = part.get("text") if isinstance(part, Mapping) and part.get("type", "text") == "text" else None
+    if not isinstance(text, str):
+        kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
+        raise UserError(
+            f"{what} has a part of type {kind!r} in message {number}: rlzoo trains on text alone, so drop the row"
+        )
+    return text
+
+
+def options_of(row: Mapping[str, Any]) -> Options:
+    """What a row gives its chat template besides messages, as in TRL: ``tools`` and ``chat_template_kwargs``.
+
+    Raises UserError for a column of another type.
+    """
+    tools, options = row.get("tools"), row.get("chat_template_kwargs")
+    if isinstance(tools, str) and tools:
+        try:
+            tools = json.loads(tools)
+        except ValueError:
+            raise UserError("column 'tools' is text that is no JSON: give a list of functions' schemas") from None
+    if not isinstance(tools, list | None) or not isinstance(options, Mapping | None):
+        name, kind = ("chat_template_kwargs", "a mapping") if isinstance(tools, list | None) else ("tools", "a list")
+        raise UserError(f"column {name!r} holds {_kind(row[name])}: give {kind}, or call the column otherwise")
+    known = {key: value for key, value in (options or {}).items() if value is not None}
+    return {"tools": tools, **known} if tools else known
+
+
+def render(
+    tokenizer: Any, conversation: Sequence[Message], generation_prompt: bool = False, options: Options = _NONE
+) -> str:
+    """The conversation in the tokenizer's chat template. Raises UserError if there is none, or it refuses."""
+    if not getattr(tokenizer, "chat_template", None):
+        raise UserError(
+            "the tokenizer has no chat template for a conversation: "
+            "use a chat model's tokenizer, set tokenizer.chat_template, or give plain text"
+        )
+    try:
+        text: str = tokenizer.apply_chat_template(
+            list(conversation), add_generation_prompt=generation_prompt, tokenize=False, **options
+        )
+    except Exception as error:  # a template is a program, and can fail in any way
+        reason = " ".join(str(error).split()) or type(error).__name__
+        roles = ", ".join(message["role"] for message in conversation)
+        raise UserError(
+            f"the chat template refuses a conversation of the roles {roles:.80} ({reason:.160}): "
+            "change its turns, or tokenizer.chat_template"
+        ) from None
+    return text
+
+
+def opened(tokenizer: Any, conversation: Sequence[Message], options: Options = _NONE) -> str:
+    """A prompt as the model sees it before it answers: the conversation, and the opening of the assistant's turn.
+
+    A template without a generation prompt opens it as it opens the assistant's turns of a conversation. Raises
+    UserError for a template that refuses the conversation, does not know a role, or leaves a turn out.
+    """
+    text = render(tokenizer, conversation, True, options)
+    for number, message in enumerate(conversation, 1):
+        role = message["role"]
+        if role not in ROLES and role not in str(tokenizer.chat_template):
+            raise UserError(
+                f"message {number} has the role {role!r}, which the chat template does not name: "
+                f"call it one of {', '.join(ROLES)}"
+            )
+        if not _holds(text, message):
+            raise UserError(
+                f"the chat template leaves out message {number} (role {role}): "
+                "move its text to another turn, or change tokenizer.chat_template"
+            )
+    return text + turn_of(tokenizer).opening
+
+
+def _holds(text: str, message: Message) -> bool:
+    """Whether a rendered conversation has the text of a message, apart from spaces: as it is, as JSON, or, for an
+    answer that is past, without its thinking."""
+    content = message["content"].rpartition("</think>")[2] if message["role"] == "assistant" else message["content"]
+    if content.strip() in text or message.get("tool_calls"):
+        return True
+    said = (content, json.dumps(content, ensure_ascii=False))
+    return any(_squeezed(form) in _squeezed(text) for form in said)
+
+
+def answered(
+    tokenizer: Any, conversation: Sequence[Message], answer: Message, options: Options = _NONE
+) -> tuple[str, str]:
+    """The opened prompt, and the whole conversation with the answer.
+
+    The whole is the template's own rendering wherever that keeps the prompt and the answer. Where it does not (R1's
+    template drops the reasoning of every answer, some of Mistral's drop the system turn once there is an answer), it is
+    the prompt as the model sees it, the answer as it is written, and the template's ending. A ``<think>`` that both
+    the generation prompt and the answer open is opened once.
+    """
+    prompt, content = opened(tokenizer, conversation, options), answer["content"]
+    whole = render(tokenizer, [*conversation, answer], options=options)
+    if whole.startswith(prompt) and content.strip() in whole[len(prompt) :]:
+        return prompt, prompt + _opened_once(prompt, whole[len(prompt) :])
+    boundary = shared(prompt, render(tokenizer, conversation, options=options))
+    if shared(prompt, whole) >= boundary and _squeezed(content) in _squeezed(whole[boundary:]):
+        return prompt, whole
+    before, after = _around(tokenizer, [*conversation, {**answer, "content": _PROBE}], options)
+    space = before[len(before.rstrip()) :] if prompt == prompt.rstrip() else ""
+    return prompt, prompt + _opened_once(prompt, space + content + after)
+
+
+def turn_of(tokenizer: Any) -> Turn:
+    """How the tokenizer's chat template writes an assistant's turn, found by rendering a conversation."""
+    names = ("chat_template", "bos_token", "eos_token", "pad_token")
+    template, *own = key = tuple(getattr(tokenizer, name, None) for name in names)
+    if not template:
+        return Turn(controls=_long(own))
+    known = _TURNS.get(tokenizer)
+    if known is None or known[0] != key:
+        known = _TURNS[tokenizer] = (key, _turn(tokenizer, _long(own)))
+    return known[1]
+
+
+_TURNS: WeakKeyDictionary[Any, tuple[Any, Turn]] = WeakKeyDictionary()
+
+
+def _long(tokens: Iterable[str | None]) -> frozenset[str]:
+    """Without single characters, which some tokenizers take as their padding: they are text."""
+    return frozenset(token for token in tokens if token and len(token.strip()) > 1)
+
+
+def _turn(tokenizer: Any, own: frozenset[str]) -> Turn:
+    question, answer = {"role": "user", "content": "Q"}, {"role": "assistant", "content": _PROBE}
+    for start in ([], [{"role": "system", "content": "S"}]):
+        try:
+            closed, prompt = (render(tokenizer, [*start, question], opens) for opens in (False, True))
+            before, after = _around(tokenizer, [*start, question, answer])
+        except UserError:
+            continue
+        header = before[len(closed) :] if prompt == closed and before.startswith(closed) else ""
+        ending = tuple(tokenizer(after, add_special_tokens=False)["input_ids"])
+        single = {*tokenizer.all_special_ids, *(n for token, n in tokenizer.get_added_vocab().items() if token.strip())}
+        stop = next((token for token in ending if token in single), None)
+        controls = own | _marks(tokenizer, [*start, question, answer], question)
+        return Turn(header.rstrip(" ") if header.strip() else "", ending, stop, controls)
+    return Turn(controls=own)
+
+
+def _around(tokenizer: Any, conversation: Sequence[Message], options: Options = _NONE) -> tuple[str, str]:
+    """What the template writes before and after the last message's text, which is the probe."""
+    before, probe, after = render(tokenizer, conversation, options=options).rpartition(_PROBE)
+    if not probe:
+        raise UserError("the chat template leaves out the assistant's turn: change tokenizer.chat_template")
+    return before, after
+
+
+def _marks(tokenizer: Any, conversation: list[Message], further: Message) -> frozenset[str]:
+    """The special tokens that mark turns: those in a conversation whose last answer is past, its thinking gone."""
+    try:
+        text = render(tokenizer, [*conversation, further])
+    except UserError:  # it takes one question alone
+        text = render(tokenizer, conversation)
+    added = getattr(tokenizer, "added_tokens_decoder", {}).values()
+    special = {*tokenizer.all_special_tokens, *(token.content for token in added if token.special)}
+    # a tag that has a closing one marks a part of a text, as <think> does
+    tags = {tag for token in special if f"</{token[1:]}" in special for tag in (token, f"</{token[1:]}")}
+    return _long(token for token in special - tags if token in text)
+
+
+def _opened_once(prompt: str, rest: str) -> str:
+    """What follows the prompt, without a tag such as ``<think>`` that the prompt has opened already."""
+    found = re.search(r"(<[^<>\s]+>)(\s*)$", prompt)
+    if found is None or not rest.lstrip().startswith(found[1]):
+        return rest
+    return rest.lstrip().removeprefix(found[1]).removeprefix(found[2])
+
+
+def shared(one: Sequence[Any], other: Sequence[Any]) -> int:
+    """How many characters, or tokens, two sequences begin with together."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((place for place, (a, b) in pairs if a != b), min(len(one), len(other)))
+
+
+def _squeezed(text: str) -> str:
+    return "".join(text.split())

@@ -1,0 +1,47 @@
+"""A line now and then in a log, so that long work does not look as if it hung."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from types import TracebackType
+
+from rich.console import Console
+
+EVERY = 20.0
+"""Seconds between two lines."""
+
+
+class Heartbeat:
+    """Says every `EVERY` seconds what is being done, unless the console is a terminal, which has a live view."""
+
+    def __init__(self, console: Console, doing: str) -> None:
+        self.doing: Callable[[], str] = lambda: doing
+        """Asked from another thread."""
+        self._console, self._ended = console, threading.Event()
+        self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
+
+    def report(self, share: float, detail: str) -> None:
+        """Take down what is being done; a reporter of `rlzoo.comparison.work`."""
+        self.doing = lambda: detail
+
+    def __enter__(self) -> Heartbeat:
+        if not self._console.is_terminal:
+            self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._ended.set()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def _beat(self) -> None:
+        started = time.monotonic()
+        while not self._ended.wait(EVERY):
+            elapsed = timedelta(seconds=round(time.monotonic() - started))
+            line = f"  {elapsed} {self.doing()}"
+            self._console.print(line, highlight=False, markup=False, soft_wrap=True)

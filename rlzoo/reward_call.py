@@ -1,0 +1,182 @@
+"""One call of a reward: what it gets besides the data, what it logs, and what an error of its own may mean."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import json
+import math
+import os
+import re
+import threading
+import warnings
+from collections import defaultdict
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+from rlzoo.registry import told
+
+SIGNATURE = "reward(prompts, completions, **columns)"
+"""TRL's, which rlzoo calls."""
+ENGINE = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
+"""What is passed to a reward besides the data's columns; the names are TRL's."""
+RAISED = (Exception, SystemExit)
+"""What a reward may raise; SystemExit would end the run without a word."""
+
+
+@dataclass
+class TrainerState:
+    """How far training is, as TRL tells a reward: the fields of ``transformers.TrainerState``, without its import.
+
+    ``global_step`` optimizer steps of ``max_steps`` are done, and ``epoch`` passes over the prompts. All are 0 where
+    nothing was trained.
+    """
+
+    epoch: float = 0
+    global_step: int = 0
+    max_steps: int = 0
+    logging_steps: int = 500
+    eval_steps: int = 500
+    save_steps: int = 500
+    train_batch_size: int | None = None
+    num_train_epochs: int = 0
+    num_input_tokens_seen: int = 0
+    total_flos: float = 0
+    log_history: list[dict[str, float]] = field(default_factory=list)
+    best_metric: float | None = None
+    best_global_step: int | None = None
+    best_model_checkpoint: str | None = None
+    is_local_process_zero: bool = True
+    is_world_process_zero: bool = True
+    is_hyper_param_search: bool = False
+    trial_name: str | None = None
+    trial_params: dict[str, Any] | None = None
+    stateful_callbacks: dict[str, Any] = field(default_factory=dict)
+
+
+class Log:
+    """What a reward logs in one call, through TRL's ``log_extra(column, values)`` and ``log_metric(name, value)``."""
+
+    def __init__(self, reward: str, rows: int) -> None:
+        self._reward, self._rows = reward, rows
+        self._extra: dict[str, list[Any]] = defaultdict(list)
+        self._metrics: dict[str, list[float]] = defaultdict(list)
+
+    def extra(self, column: str, values: Sequence[Any]) -> None:
+        """A value for each completion, in one go or in several."""
+        self._extra[str(column)].extend(json.loads(json.dumps(list(values), default=_plain)))
+
+    def metric(self, name: str, value: Any) -> None:
+        """A number about the call. Raises TypeError or ValueError for what is none."""
+        self._metrics[str(name)].append(float(value))
+
+    def of_rows(self) -> list[tuple[dict[str, Any], dict[str, float]]]:
+        """The extra values of each completion, and the metrics of the call beside each of them."""
+        for column, values in self._extra.items():
+            if len(values) != self._rows:
+                message = f"logged {len(values)} values of {column!r} for {self._rows} completions; they are left out"
+                warnings.warn(f"reward {self._reward!r} {message}", RuntimeWarning, stacklevel=2)
+        extra = {column: values for column, values in self._extra.items() if len(values) == self._rows}
+        metrics = means({name: value} for name, values in self._metrics.items() for value in values)
+        return [({column: values[row] for column, values in extra.items()}, metrics) for row in range(self._rows)]
+
+
+def means(rows: Iterable[Mapping[str, float | None]]) -> dict[str, float]:
+    """The mean of each name's finite values."""
+    found: dict[str, list[float]] = defaultdict(list)
+    for row in rows:
+        for name, value in row.items():
+            if value is not None and math.isfinite(value):
+                found[name].append(value)
+    return {name: sum(values) / len(values) for name, values in found.items()}
+
+
+def _plain(value: Any) -> Any:
+    """An array, a tensor or an element of one as plain data; anything else as its text."""
+    return value.tolist() if hasattr(value, "tolist") else str(value)
+
+
+def call(function: Callable[..., Any], arguments: Mapping[str, Any]) -> Any:
+    """The function's result, awaited if it is async. It gets its own copies, to do with what it likes."""
+    result = function(**{name: _copied(value) for name, value in arguments.items()})
+    if inspect.isawaitable(result):
+        result = asyncio.run_coroutine_threadsafe(_awaited(result), _loop(os.getpid())).result()
+    return list(result) if isinstance(result, Iterator) else result  # a generator runs only now
+
+
+def _copied(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_copied(part) for part in value]
+    return {key: _copied(part) for key, part in value.items()} if type(value) is dict else value
+
+
+@lru_cache
+def _loop(process: int) -> asyncio.AbstractEventLoop:
+    """An event loop that goes on between calls, as in TRL: clients that a reward keeps are bound to it."""
+    loop = asyncio.new_event_loop()
+    threading.Thread(target=loop.run_forever, name="rewards", daemon=True).start()
+    return loop
+
+
+async def _awaited(result: Awaitable[Any]) -> Any:
+    try:
+        return await result
+    except SystemExit as error:  # it would end the loop, and nobody would hear of it
+        raise RuntimeError(f"SystemExit: {error}") from error
+
+
+# What an error may mean
+
+
+def advice(function: Callable[..., Any], arguments: Mapping[str, Any], error: BaseException) -> str:
+    """The end of an error's line: how to mend what the form of the completions, or a missing column, explains."""
+    if not isinstance(error, TypeError | KeyError | AttributeError | IndexError):
+        return ""
+    if _wants_other_form(function, arguments, error):
+        if isinstance(arguments["completions"][0], str):
+            return (
+                "; it takes conversations, and these prompts and completions are plain text: "
+                "set `chat: true` in the problem set, or have it read the text itself"
+            )
+        return (
+            "; it takes plain text, and these completions are conversations, [{'role': 'assistant', 'content': ...}]: "
+            "leave out `chat: true` (or messages as prompts), or have it read completion[0]['content']"
+        )
+    if isinstance(error, KeyError) and error.args and isinstance(error.args[0], str):
+        return "" if error.args[0] in arguments else f"; the data's columns: {columns_of(arguments)}"
+    return ""
+
+
+def columns_of(arguments: Mapping[str, Any]) -> str:
+    """The names of the data's columns, in words."""
+    return ", ".join(sorted(set(arguments) - set(ENGINE))) or "none"
+
+
+_OF_TEXT = re.compile(r"string indices must be|'str' object (has no attribute|does not support item)")
+_OF_MESSAGES = re.compile(r"'(list|dict)' object|'list'$|not list|unhashable type: 'list'|\(not \"str\"\) to list")
+
+
+def _wants_other_form(function: Callable[..., Any], arguments: Mapping[str, Any], error: BaseException) -> bool:
+    """Whether the reward takes the other of text and conversations: it is tried.
+
+    An error that is typical of the wrong form says so too, unless the other form raises the very same.
+    """
+    if not arguments.get("completions"):
+        return False
+    other = {**arguments, "completions": [_other_form(c, "assistant") for c in arguments["completions"]]}
+    if "prompts" in other:
+        other["prompts"] = [_other_form(prompt, "user") for prompt in arguments["prompts"]]
+    try:
+        call(function, other)
+    except RAISED as second:
+        typical = _OF_TEXT if isinstance(arguments["completions"][0], str) else _OF_MESSAGES
+        return told(second) != told(error) and bool(typical.search(str(error)))
+    return True
+
+
+def _other_form(text_or_messages: Any, role: str) -> Any:
+    if isinstance(text_or_messages, str):
+        return [{"role": role, "content": text_or_messages}]
+    return "\n".join(str(message.get("content") or "") for message in text_or_messages)

@@ -1,0 +1,333 @@
+"""What the pieces of a comparison do: on which problems, with which seeds and rates, and at what cost."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from comparisons import inline_pool, small
+from rich.console import Console
+
+from rlzoo.buffers import OfflineBuffer
+from rlzoo.comparison import runner, work
+from rlzoo.comparison.pool import InThisProcess
+from rlzoo.config import Experiment, ProblemSource, Rollouts, Sampling
+from rlzoo.objective import get_objective
+from rlzoo.policy import Policy, load_policy
+from rlzoo.policy.policy import score_rows
+from rlzoo.problems import load_problems
+from rlzoo.rollout import Sample, TransformersSampler
+from rlzoo.training import train
+
+NO_CURVE = {"samples": 3, "k": 2, "max_new_tokens": 8, "curve_points": 0}
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a sampler was asked for, and gave."""
+
+    prompts: tuple[tuple[int, ...], ...]
+    settings: Sampling
+    seed: int
+    greedy: bool
+    given: list[list[Sample]]
+    weights: float
+    """Of the policy that was sampled."""
+
+    @property
+    def trains(self) -> bool:
+        """Whether it samples what is learned from."""
+        return isinstance(self.settings, Rollouts)
+
+    @property
+    def tokens(self) -> tuple[int, int]:
+        """Prompt and completion tokens of all samples, and completion tokens alone."""
+        completions = [len(sample.ids) for samples in self.given for sample in samples]
+        prompts = [len(p) * len(samples) for p, samples in zip(self.prompts, self.given, strict=True)]
+        return sum(prompts) + sum(completions), sum(completions)
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[Call]:
+    """Every call of the sampler."""
+    made: list[Call] = []
+    real = TransformersSampler.sample
+
+    def sample(
+        self: TransformersSampler,
+        prompts: Sequence[Sequence[int]],
+        settings: Sampling,
+        seed: int,
+        greedy: bool = False,
+        progress: Callable[[int], None] | None = None,
+        numbers: Sequence[int] | None = None,
+    ) -> list[list[Sample]]:
+        given = real(self, prompts, settings, seed, greedy, progress, numbers)
+        with torch.no_grad():
+            weights = float(sum(p.double().sum() for p in self.policy.model.parameters()))
+        made.append(Call(tuple(map(tuple, prompts)), settings, seed, greedy, given, weights))
+        return given
+
+    monkeypatch.setattr(TransformersSampler, "sample", sample)
+    return made
+
+
+@pytest.fixture(autouse=True)
+def inline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cells run in this process, which gives no memory back after each, and no report is drawn."""
+    monkeypatch.setattr(runner, "pool", inline_pool)
+    monkeypatch.setattr(work, "release_memory", lambda: None)
+    monkeypatch.setattr(runner, "write_report", lambda *_: None)
+
+
+@pytest.fixture(scope="module")
+def base() -> Policy:
+    return load_policy("embedded")
+
+
+def compared(experiment: Experiment, out: Path) -> dict[str, Any]:
+    found = runner.compare(experiment, out, 1, console=Console(file=io.StringIO()))
+    assert found["failed"] == []
+    return found
+
+
+def prompts_of(policy: Policy, source: ProblemSource) -> tuple[tuple[int, ...], ...]:
+    return tuple(tuple(policy.tokenizer.encode(str(problem.prompt))) for problem in load_problems(source))
+
+
+def by_name(results: Mapping[str, Any]) -> dict[str, Any]:
+    return {cell["algorithm"]: cell for cell in results["cells"]}
+
+
+# Training
+
+
+def test_a_cell_trains_as_train_does_and_bears_its_share_of_the_costs(base: Policy, tmp_path: Path) -> None:
+    """Sampled tokens were sampled and then scored once; the reference scored the whole buffer."""
+    rates = {"sft": 1e-2, "rft": 3e-3, "iw-sft": 2e-4, "dpo": 5e-4}
+    rows = {name: {"learning_rates": [rate]} for name, rate in rates.items()}
+    experiment = small(rows, seeds=[3], evaluation=NO_CURVE, training__steps=3)
+    results = compared(experiment, tmp_path / "out")
+    buffer = OfflineBuffer.load(tmp_path / "out" / "buffer")
+    samples = [row for row in buffer if row.source == "policy"]
+    completions = sum(len(row.completion_ids) for row in samples)
+    sampling = 2 * base.flops(sum(len(row.prompt_ids) for row in samples) + completions, completions)
+    everything = sum(len(row.prompt_ids) + len(row.completion_ids) for row in buffer)
+    reference = base.flops(everything, sum(len(row.completion_ids) for row in buffer))
+    shared = {"sft": (0, 0.0), "rft": (completions, sampling), "iw-sft": (0, reference)}
+    shared["dpo"] = (completions, sampling + reference)
+    assert results["buffer"]["sampled_tokens"] == completions > 0
+    for name, cell in by_name(results).items():
+        settings = experiment.training_of(name).model_copy(update={"learning_rate": rates[name]})
+        alone = train(load_policy("embedded"), get_objective(name), buffer, settings, seed=3)
+        assert cell["training"] == alone.plain_steps(), name
+        assert max(row["learning_rate"] for row in cell["training"]) == rates[name] == cell["learning_rate"]
+        sampled, flops = shared[name]
+        assert cell["costs"]["sampled_tokens"] == sampled
+        assert cell["costs"]["gradient_tokens"] == alone.costs.gradient_tokens
+        assert cell["costs"]["flops"] == pytest.approx(alone.costs.flops + flops, rel=1e-12), name
+
+
+def test_an_online_cell_pays_for_what_it_samples(base: Policy, calls: list[Call], tmp_path: Path) -> None:
+    """And for nothing of the shared buffer, which it does not read."""
+    rows = {name: {"mode": "online", "options": {"kl_coefficient": 0.0}} for name in ("grpo", "ppo")}
+    experiment = small({"rft": {}, **rows}, seeds=[0], evaluation=NO_CURVE, training__steps=3)
+    results = compared(experiment, tmp_path / "out")
+    _shared, *online = [call for call in calls if call.trains]
+    assert len(online) == 6 and results["buffer"]["sampled_tokens"] > 0
+    for name, own in (("grpo", online[:3]), ("ppo", online[3:])):
+        tokens, completions = (sum(column) for column in zip(*(call.tokens for call in own), strict=True))
+        costs = by_name(results)[name]["costs"]
+        assert costs["sampled_tokens"] == completions
+        assert costs["gradient_tokens"] == tokens
+        plain, trunk = base.flops(tokens, completions), base.flops(tokens, 0)
+        # sampled, scored, and three times a forward pass to train. PPO's critic, a trunk of its own, takes part in all
+        # but the sampling, and says its values once before the update.
+        expected = 5 * plain if name == "grpo" else plain + 5 * (plain + trunk)
+        assert costs["flops"] == pytest.approx(expected, rel=1e-12), name
+
+
+def test_online_batches_have_seeds_of_their_own_and_go_through_the_prompts(
+    base: Policy, calls: list[Call], tmp_path: Path
+) -> None:
+    experiment = small({"grpo": {"mode": "online"}}, seeds=[0, 1], evaluation=NO_CURVE, training__steps=3)
+    compared(experiment, tmp_path / "out")
+    online = [call for call in calls if call.trains]
+    assert len({call.seed for call in online}) == len(online) == 6
+    everything = prompts_of(base, experiment.train)
+    for own in (online[:3], online[3:]):  # 8 rows are 2 prompts of 4 samples: 3 batches are the 6 prompts
+        assert sorted(prompt for call in own for prompt in call.prompts) == sorted(everything)
+        assert len({call.weights for call in own}) == 3, "each batch is of the policy as it has become"
+    assert online[0].prompts != online[3].prompts and online[0].weights == online[3].weights
+
+
+def test_what_is_drawn_in_a_cell_hangs_on_its_seed_alone(tmp_path: Path) -> None:
+    """LoRA's first factor is drawn; on the same rows it decides the gradient of the second."""
+    rows: list[Any] = []
+    for attempt in range(2):
+        torch.rand(attempt)
+        experiment = small(
+            {"sft": {}}, seeds=[0, 1], evaluation=NO_CURVE, training={"steps": 1, "batch_size": 6, "lora": {"rank": 2}}
+        )
+        rows.append([cell["training"] for cell in compared(experiment, tmp_path / str(attempt))["cells"]])
+    assert rows[0] == rows[1]
+    (first,), (second,) = rows[0]
+    assert first["loss"] == pytest.approx(second["loss"], rel=1e-6)
+    assert first["gradient_norm"] != pytest.approx(second["gradient_norm"], rel=1e-3)
+
+
+def test_the_settings_of_a_row_are_its_own(tmp_path: Path) -> None:
+    rows = {"sft": {}, "longer": {"objective": "sft", "training": {"steps": 3, "batch_size": 2}}}
+    cells = by_name(compared(small(rows, evaluation=NO_CURVE), tmp_path / "out"))
+    assert [len(cells[name]["training"]) for name in rows] == [2, 3]
+    assert cells["longer"]["costs"]["gradient_tokens"] < cells["sft"]["costs"]["gradient_tokens"]
+
+
+# The shared buffer
+
+
+def test_the_buffer_has_samples_of_as_many_prompts_as_were_asked_for(
+    base: Policy, calls: list[Call], tmp_path: Path
+) -> None:
+    experiment = small({"rft": {}}, rollouts__prompts=2, rollouts__samples=5, evaluation=NO_CURVE)
+    experiment = experiment.model_copy(
+        update={"evaluation": experiment.evaluation.model_copy(update={"correct_at": 1.0})}
+    )
+    results = compared(experiment, tmp_path / "out")
+    assert results["buffer"]["samples"] == 10
+    sampled = [call for call in calls if call.trains]
+    assert [p for call in sampled for p in call.prompts] == list(prompts_of(base, experiment.train)[:2])
+    buffer = OfflineBuffer.load(tmp_path / "out" / "buffer")
+    rewards = [row.reward for row in buffer if row.source == "policy"]
+    assert results["buffer"]["correct"] == rewards.count(1.0) > 0 and 0.0 in rewards
+    assert results["buffer"]["rows"] == len(buffer) == 10 + 6
+
+
+def test_token_probabilities_are_of_the_demonstrations_before_and_after(base: Policy, tmp_path: Path) -> None:
+    experiment = small({"rft": {}, "sft": {"learning_rates": [1e-2]}}, evaluation=NO_CURVE)
+    results = compared(experiment, tmp_path / "out")
+    buffer = OfflineBuffer.load(tmp_path / "out" / "buffer")
+    rows = [(row.prompt_ids, row.completion_ids) for row in buffer if row.source == "demonstration"]
+    found = results["token_probabilities"]
+    probabilities = np.exp(np.concatenate([np.array(logp) for logp in score_rows(base, rows)]))
+    assert found["edges"] == pytest.approx(np.linspace(0, 1, 21))
+    assert found["before"] == np.histogram(probabilities, np.linspace(0, 1, 21))[0].tolist()
+    after = by_name(results)["sft"]["token_probabilities"]
+    assert sum(after) == sum(found["before"]) and after != found["before"]
+
+
+# Evaluation
+
+
+def test_a_rate_is_chosen_on_validation_and_reported_on_the_benchmarks(
+    base: Policy, calls: list[Call], tmp_path: Path
+) -> None:
+    rows = {"sft": {"learning_rates": [1e-4, 1e-2]}}
+    experiment = small(rows, seeds=[0, 5], evaluation=NO_CURVE)
+    results = compared(experiment, tmp_path / "out")
+    assert experiment.validation is not None
+    names = {
+        prompts_of(base, experiment.validation): "validation",
+        prompts_of(base, experiment.benchmarks["facts"]): "facts",
+    }
+    assert len(names) == 2
+    made = [(names[call.prompts], call.seed, call.greedy) for call in calls]
+    benchmark = [[("facts", seed, greedy) for greedy in (False, True)] for seed in (0, 0, 5)]
+    validation = [("validation", seed, False) for seed in (0, 0, 5, 5)]
+    assert made == [*benchmark[0], *validation, *benchmark[1], *benchmark[2]]
+    tuned, reported = calls[2:6], calls[6:]
+    assert len({call.weights for call in tuned}) == 4
+    (scores,) = results["learning_rates"].values()
+    best = max(scores, key=scores.__getitem__)
+    assert {cell["learning_rate"] for cell in results["cells"]} == {float(best)}
+    kept = [call.weights for call in tuned][list(rows["sft"]["learning_rates"]).index(float(best)) :: 2]
+    assert [call.weights for call in reported[::2]] == kept, "the weights that validation saw"
+
+
+def test_benchmarks_are_sampled_with_the_seed_of_the_cell(calls: list[Call], tmp_path: Path) -> None:
+    benchmarks = {
+        "facts": {"source": "world:facts/test", "limit": 4},
+        "unseen": {"source": "world:facts/unseen", "limit": 3},
+    }
+    experiment = small({"sft": {}}, seeds=[7], benchmarks=benchmarks, evaluation=NO_CURVE)
+    results = compared(experiment, tmp_path / "out")
+    assert [(len(call.prompts), call.seed, call.greedy) for call in calls] == [
+        (size, seed, greedy) for seed in (0, 7) for size in (4, 3) for greedy in (False, True)
+    ]
+    for metrics in (results["base"], results["cells"][0]["metrics"]):
+        assert list(metrics) == ["facts", "unseen"] and {m["samples"] for m in metrics.values()} == {3}
+
+
+def test_the_curve_is_drawn_along_training_on_a_few_problems(calls: list[Call], tmp_path: Path) -> None:
+    evaluation = {**NO_CURVE, "curve_points": 2, "curve_problems": 2, "curve_samples": 4}
+    experiment = small({"sft": {"learning_rates": [1e-2]}}, seeds=[4], evaluation=evaluation, training__steps=5)
+    results = compared(experiment, tmp_path / "out")
+    (cell,) = results["cells"]
+    assert results["base_curve"]["step"] == 0
+    assert [point["step"] for point in cell["curve"]] == [2, 5]
+    drawn = [call for call in calls if call.settings.samples == 4]
+    assert [(len(call.prompts), call.seed, call.greedy) for call in drawn] == [(2, seed, False) for seed in (0, 4, 4)]
+    assert len({call.weights for call in drawn}) == 3
+    for point, call in zip((results["base_curve"], *cell["curve"]), drawn, strict=True):
+        assert 0 <= point["metrics"]["facts"]["avg_at_k"] <= 1 and call.settings.max_new_tokens == 8
+
+
+# Progress
+
+
+@contextmanager
+def telling_pool(told: list[tuple[str, list[tuple[float, str]]]]) -> Iterator[InThisProcess]:
+    """What each piece of work told of its progress, by name in the order of the work."""
+
+    class Telling(InThisProcess):
+        def submit(self, name: str, function: Callable[..., Any], *arguments: Any) -> Future[Any]:
+            future: Future[Any] = Future()
+            heard: list[tuple[float, str]] = []
+            told.append((name, heard))
+            future.set_result(function(*arguments, lambda share, what: heard.append((share, what))))
+            return future
+
+    yield Telling()
+
+
+def test_progress_is_told_from_beginning_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[tuple[str, list[tuple[float, str]]]] = []
+    monkeypatch.setattr(runner, "pool", lambda *_: telling_pool(told))
+    rows = {"dpo": {}, "sft": {"learning_rates": [1e-3, 1e-2]}}
+    compared(small(rows, evaluation=NO_CURVE, rollouts__batch_size=8), tmp_path / "out")
+    for name, heard in told:
+        shares = [share for share, _ in heard]
+        assert shares and shares == sorted(shares) and shares[0] >= 0 and shares[-1] <= 1, name
+    assert [name.split("-")[0] for name, _ in told] == ["model", "shared buffer", "base model", "dpo", *["sft"] * 3]
+    sampling = [what for _, what in told[1][1]]
+    assert sampling == [*[f"sampling the base policy {done}/6" for done in (2, 4, 6)], "reference log-probs"]
+    assert told[3][1] == [(0.4, "step 1/2"), (0.8, "step 2/2"), (0.8, "evaluating facts")]
+
+
+def test_smaller_parts_change_what_fits_and_not_what_is_found(calls: list[Call], tmp_path: Path) -> None:
+    """As cells are done again whose processes ran out of memory."""
+    experiment = small({"sft": {"learning_rates": [1e-3, 1e-2]}}, seeds=[0], evaluation=NO_CURVE)
+    whole = compared(experiment, tmp_path / "whole")
+    calls.clear()
+    run_cell, evaluate_cell = work.run_cell, work.evaluate_cell
+
+    def in_parts(function: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *arguments: function(*arguments[:-2], 4, arguments[-1])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(work, "run_cell", in_parts(run_cell))
+        patch.setattr(work, "evaluate_cell", in_parts(evaluate_cell))
+        again = compared(experiment, tmp_path / "again")
+    assert [call.settings.batch_size for call in calls] == [256] * 2 + [64] * 4
+    for one, other in zip(whole["cells"], again["cells"], strict=True):
+        assert one["metrics"] == other["metrics"]
+        for row, smaller in zip(one["training"], other["training"], strict=True):
+            assert smaller == pytest.approx(row, rel=1e-4, abs=1e-6)
