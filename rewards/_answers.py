@@ -15,7 +15,7 @@ _HEADING = re.compile(r"(?:step|part|case|method|approach|problem|question)\b|[^
 _AND = re.compile(r"\b(?:and|or|und|oder|et|ou|as well as)\b|[,;&和或与、]|и|или")
 _BETWEEN = re.compile(
     r"(?:[\s,.;:&$~、，；]|\\[\[\](),;:! \\]|\\q?quad|and|or|und|oder|et|ou|и|или|[和或与及]"
-    r"|\\text\{\s*,?\s*(?:and|or)\s*\}|[A-Za-z](?:_\{?\w\}?)? ?=)*"
+    r"|\\text\{\s*,?\s*(?:and|or)\s*\}|[A-Za-z](?:_\{?\w\}?)?\$? ?=)*"
 )
 _REVISED = re.compile(
     r"[.!?]\s|\n\s*\n|\b(?:no|not|wait|actually|but|instead|rather|correct(?:ion|ed)?|sorry|mistake|which|so|thus|hence|"
@@ -24,12 +24,14 @@ _REVISED = re.compile(
 )  # fmt: skip
 
 
-def marked(text: str) -> list[str]:
+def marked(text: str, within: int = 4) -> list[str]:
     r"""What the last mark holds: ``\boxed{}``, ``<answer></answer>``, or the line after ``####``; [] without a mark.
 
     Boxes or tags that are listed together are all of them the answer: next to one another, or in one sentence
-    with "and", "or" or a comma between.
+    with "and", "or" or a comma between. A mark may hold others, ``within`` deep.
     """
+    if not within:
+        return []
     found = _outermost([*boxes(text), *tags(text)])
     hashes = [m for m in _HASHES.finditer(text) if not (_HEADING.match(m[1]) and text[m.end() :].strip())]
     if hashes and (not found or hashes[-1].start() > found[-1].end):
@@ -42,7 +44,7 @@ def marked(text: str) -> list[str]:
         together.insert(0, earlier)
     answers = list[str]()
     for mark in together:
-        answers += marked(mark.answer) or [_announced(mark.answer).strip()]
+        answers += marked(mark.answer, within - 1) or [_announced(mark.answer).strip()]
     return answers
 
 
@@ -89,33 +91,52 @@ _ANNOUNCED = (  # language, what an answer is called there, and the verbs that f
     ("Telugu, Tamil", r"(?:సమాధానం|பதில்)", r"="),
     ("Thai", r"(?:คำตอบ)", r"คือ"),
 )  # fmt: skip
-_COPULA = "|".join(
-    rf"{noun}(?P<of{i}>[^\n.!?。:：=]{{0,60}}?)(?:\s*[:：=]|(?<!\w)\s*[-–—](?=\s)|(?:(?<!\w)|(?<![ -~]))(?:{verbs})(?:(?!\w)|(?![ -~]))(?:\s*:)?|(?=\s*(?:[$\d]|\\[(\[])))"
-    for i, (_, noun, verbs) in enumerate(_ANNOUNCED)
+_UNSPACED = ("Chinese", "Japanese", "Korean", "Thai")
+
+
+def _phrase(language: str, noun: str, verbs: str) -> str:
+    """The noun, a few words on it, and a verb or colon; or the noun a little before a number."""
+    verb = rf"(?:{verbs})" if language in _UNSPACED else rf"(?<!\w)(?:{verbs})(?!\w)(?:\s*:)?"
+    after = rf"\s*[:：=]|\s[-–—](?=\s)|{verb}"
+    return rf"(?:{noun})(?:[^\n.!?。:：=]{{0,60}}?(?:{after})|[^\n.!?。:：=]{{0,20}}?(?=\s*(?:[$\d]|\\[(\[])))"
+
+
+_PHRASE = re.compile(
+    "|".join(_phrase(*announcement) for announcement in _ANNOUNCED) + r"|(?:^|\n)\s*A\s*:", re.IGNORECASE
 )
-_PHRASE = re.compile(rf"(?:{_COPULA}|(?:^|\n)\s*A\s*:)\s*(?:\*\*|__)?", re.IGNORECASE)
 _VERB_AT_END = re.compile(r"\s*(?:です|である|だ|となります|になります|입니다|이다|이에요|예요|है|हैं|হয়|'?d[ıiuü]r)\W*$")
 """Where the verb stands after the answer."""
+_ANNOUNCED_WITHIN, _CLAUSE, _LAST_PHRASES = 20_000, 500, 5
+"""Characters from the end of a text in which it is searched for phrases; after a phrase for the answer; how many."""
 _ABBREVIATED = re.compile(r"\b(?:mrs?|ms|dr|st|prof|mt|jr|sr|vs|no|a\.m|p\.m|e\.g|i\.e|approx)\.$", re.IGNORECASE)
 _SENTENCE_END = re.compile(r"(?<!\\)[.!?](?:\*\*)?(?=\s|$)|。")
-_NOTHING = re.compile(r"(?:therefore|thus|then|hence|now|simply|just|equal to|也?就?是|also|consequently|so)\b,?\s*:?\s*", re.IGNORECASE)
-_NO_ANSWER = re.compile(r"(?:not\b|correct|right|wrong|as follows|below|above|unknown to|clear\b)", re.IGNORECASE)
+_NOTHING = re.compile(
+    r"(?:therefore|thus|then|hence|now|simply|just|equal to|也?就?是|also|consequently|so)\b,?\s*:?\s*", re.IGNORECASE
+)
+_NO_ANSWER = re.compile(r"(?:correct|right|wrong|as follows|below|above|unknown to|clear\b)", re.IGNORECASE)
 
 
 def _announced(text: str) -> str:
     """What a text says after a phrase that it begins with, such as "Answer:"; all of it if it does not."""
     match = _PHRASE.search(text)
-    if match and re.fullmatch(r"\W*(?:\\text\{)?\W*(?:(?:so|thus|therefore|hence|the|my|our|final|correct|la|el|die|der|das|最终|正确)\W+)*(?:最终|正确)?", text[: match.start()], re.I):
+    if match and re.fullmatch(
+        r"\W*(?:\\text\{)?\W*(?:(?:so|thus|therefore|hence|the|my|our|final|correct|la|el|die|der|das|最终|正确)\W+)*(?:最终|正确)?",
+        text[: match.start()],
+        re.I,
+    ):
         rest = text[match.end() :]
-        return _VERB_AT_END.sub("", rest[1:] if rest.startswith("}") else rest.replace("}", "", rest.count("}") > rest.count("{")))
+        return _VERB_AT_END.sub(
+            "", rest[1:] if rest.startswith("}") else rest.replace("}", "", rest.count("}") > rest.count("{"))
+        )
     return text
 
 
 def announced(text: str) -> list[str]:
     """What follows the phrases that announce an answer, the last first: each the sentence that it begins."""
     found = list[str]()
-    for match in reversed(list(_PHRASE.finditer(text))):
-        rest = text[match.end() :]
+    text = text[-_ANNOUNCED_WITHIN:]
+    for match in list(_PHRASE.finditer(text))[: -_LAST_PHRASES - 1 : -1]:
+        rest = text[match.end() : match.end() + _CLAUSE]
         shown = re.match(r"\s*(?:\$\$|\\\[)(.*?)(?:\$\$|\\\])", rest, re.DOTALL)
         line = shown[1] if shown else next((line for line in rest.split("\n") if line.strip()), "")
         clause = _NOTHING.sub("", _VERB_AT_END.sub("", _sentence(line.strip(" *_"))), count=1).strip()
@@ -137,19 +158,25 @@ def _sentence(line: str) -> str:
 
 _LATEX = r"\$\$[^$]+\$\$|(?<!\\)\$(?!\s)(?:\\\$|[^$\n])*?(?<![\s\\])\$(?!\d)|\\\((?:[^\\]|\\(?!\)))*\\\)|\\\[(?:[^\\]|\\(?!\]))*\\\]|-?\\frac\{[^{}]*\}\{[^{}]*\}"
 _FIGURE = r"(?<![\w.,])[-−(]*(?:\\?[$€£¥₹]\s?)?[-−]?\.?\d(?:[\d.,]*\d)?(?:\s?\\?%)?\)*"
-_ARITHMETIC = rf"{_FIGURE}(?:\s*[-+*/^=×÷·−x]\s*(?:\\?[$€£¥₹]\s?)?[-(]*(?:\\?[$€£¥₹]\s?)?(?:\.?\d(?:[\d.,]*\d)?)(?:\s?\\?%)?\)*)*"
+_ARITHMETIC = (
+    rf"{_FIGURE}(?:\s*[-+*/^=×÷·−x]\s*(?:\\?[$€£¥₹]\s?)?[-(]*(?:\\?[$€£¥₹]\s?)?(?:\.?\d(?:[\d.,]*\d)?)(?:\s?\\?%)?\)*)*"
+)
 _ITEM = rf"(?:{_LATEX}|{_ARITHMETIC})"
-_VALUES = re.compile(rf"{_ITEM}(?:(?:\s+(?!and\b|or\b)[A-Za-z]+){{0,2}}\s*(?:,\s*(?:and|or)?|;|\band\b|\bor\b|\bto\b|和|或|、)\s*{_ITEM})*")
-_HEDGED = re.compile(r"\b(?:not|less|more|greater|fewer|least|most|between|over|under|above|below|never|neither|either)\b", re.IGNORECASE)
+_VALUES = re.compile(
+    rf"{_ITEM}(?:(?:\s+(?!and\b|or\b)[A-Za-z]+){{0,2}}\s*(?:,\s*(?:and|or)?|;|\band\b|\bor\b|\bto\b|和|或|、)\s*{_ITEM})*"
+)
+_HEDGED = re.compile(
+    r"\b(?:not|less|more|greater|fewer|least|most|between|over|under|above|below|never|neither)\b", re.IGNORECASE
+)
 _TAIL = 1000
 
 
 def first_value(clause: str) -> str | None:
-    """The number, formula, or list of them near the start of a clause of prose; None if it is hedged, or far."""
+    """The number, formula, or list of them near the start of a clause of prose; all of the clause if it is hedged."""
     match = _VALUES.search(clause)
-    if match is None or match.start() > 40 or _HEDGED.search(clause[: match.start()]):
+    if match is None or match.start() > 40:
         return None
-    return _last_side(match[0])
+    return clause if _HEDGED.search(clause[: match.start()]) else _last_side(match[0])
 
 
 def last_value(text: str) -> str | None:
@@ -164,4 +191,8 @@ def last_value(text: str) -> str | None:
 
 def _last_side(value: str) -> str:
     """The result of arithmetic that is written out: 18 of 9 * 2 = 18."""
-    return value.rpartition("=")[2] if re.fullmatch(r"[\s\d.,+\-*/^=×÷·−x()$€£¥₹%\\]+", value) and "," not in re.sub(r",(?=\d)", "", value) else value
+    return (
+        value.rpartition("=")[2]
+        if re.fullmatch(r"[\s\d.,+\-*/^=×÷·−x()$€£¥₹%\\]+", value) and "," not in re.sub(r",(?=\d)", "", value)
+        else value
+    )

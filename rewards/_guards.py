@@ -61,8 +61,14 @@ TEXTS = (
     TextRule("brackets nested beyond what the grammar reads in seconds", _too_deep),
     TextRule("too great to be computed (Math-Verify#14: 1/2004!)", _too_great),
     TextRule("dots are dropped: 1+2+...+10 reads as 13", lambda text: r"\ldots" in text),
-    TextRule("congruences are read as products of letters: 2 mod 5", lambda t: re.search(r"mod(?![A-Za-z])|\\equiv", t) is not None),
-    TextRule("numbers side by side are added or multiplied: 3 4 reads as 7", lambda t: re.search(r"(?<![_^\d])\d+ \d", t) is not None),
+    TextRule(
+        "congruences are read as products of letters: 2 mod 5",
+        lambda t: re.search(r"mod(?![A-Za-z])|\\equiv", t) is not None,
+    ),
+    TextRule(
+        "numbers side by side are added or multiplied: 3 4 reads as 7",
+        lambda t: re.search(r"(?<![_^\d])\d+ \d", t) is not None,
+    ),
     TextRule(
         "one digit without braces is taken where people mean the number: \\sqrt21 and \\frac{1}21",
         lambda t: re.search(r"\\sqrt ?\d\d|\\frac ?(?:\{[^{}]*\}|\d) ?\d\d", t) is not None,

@@ -135,7 +135,9 @@ def close(x: Fraction, y: Fraction, rounded: bool) -> bool:
     return rounded and round(x, 6) == round(y, 6) and abs(x - y) <= max(abs(x), abs(y)) / 10**6
 
 
-_CLOCK = re.compile(r"(\d{1,2}):([0-5]\d)(?::([0-5]\d))?(?: ?\(?(?:\\text\{)? ?([ap])\.? ?m\b\.?\}?\)?)?", re.IGNORECASE)
+_CLOCK = re.compile(
+    r"(\d{1,2}):([0-5]\d)(?::([0-5]\d))?(?: ?\(?(?:\\text\{)? ?([ap])\.? ?m\b\.?\}?\)?)?", re.IGNORECASE
+)
 
 
 def clock(text: str) -> tuple[tuple[int, int, int], str] | None:

@@ -52,14 +52,14 @@ _CANONICAL = {other: unit for unit, others in _MEASURES.items() for other in (un
 
 SHORT = {f"{unit}{plural}" for unit in _CANONICAL for plural in ("", "s") if unit.isalpha() and len(unit) > 1}
 """Units of few letters, which are no product of variables even without ``\\text`` around them."""
-SHORT |= set("am pm sq cup cups egg eggs cat cats dog dogs car cars pen pens box bag bags toy toys".split())
+SHORT |= set(["am", "pm", "sq", "cup", "cups", "egg", "eggs", "cat", "cats", "dog", "dogs", "car", "cars", "pen", "pens", "box", "bag", "bags", "toy", "toys"])
 
 SYMBOLS = frozenset("mgshlL")
 """Units of one letter, which are taken for such after a number."""
 
-_LINKING = frozenset("or and not but to than either nor between through".split())
+_LINKING = frozenset(["or", "and", "not", "but", "to", "than", "either", "nor", "between", "through"])
 """Words by which a number with words after it is not one number with its unit: 5 or more."""
-_IDLE = frozenset("of the a an per each about in total for altogether".split())
+_IDLE = frozenset(["of", "the", "a", "an", "per", "each", "about", "in", "total", "for", "altogether"])
 
 
 def canonical(words: list[str]) -> frozenset[str] | None:

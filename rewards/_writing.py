@@ -24,8 +24,7 @@ _TEX = {
 """What people type for LaTeX's commands, and the punctuation of other scripts."""
 
 FUNCTIONS = frozenset(
-    "sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh log ln lg exp min max gcd lcm mod det dim ker deg arg "
-    "sup inf lim".split()
+    ["sin", "cos", "tan", "cot", "sec", "csc", "arcsin", "arccos", "arctan", "sinh", "cosh", "tanh", "log", "ln", "lg", "exp", "min", "max", "gcd", "lcm", "mod", "det", "dim", "ker", "deg", "arg", "sup", "inf", "lim"]
 )
 
 _REWRITE = [
@@ -66,9 +65,15 @@ _UNIT_LETTERS = frozenset("NJWVAKCFmgshlLT")
 _SCRIPTS = re.compile(r"[⁰¹²³⁴-⁹⁻⁺]+")
 
 
+_LONGEST = 4000
+"""Characters beyond which a text is no answer that could be written otherwise."""
+
+
 @lru_cache(4096)
 def clean(text: str) -> str:
     r"""The text in one writing: no Markdown, no delimiters, no fonts but ``\text`` around words, few blanks."""
+    if len(text) > _LONGEST:
+        return " ".join(text.split())
     text = _SCRIPTS.sub(lambda m: "^{" + unicodedata.normalize("NFKC", m[0]).replace("−", "-") + "}", text)
     text = text if text.isascii() else "".join(_ascii(character) for character in text)
     text = re.sub(r"(?<!\\)\\[()\[\]]", " ", text)
@@ -124,7 +129,7 @@ def _unfonted(font: re.Match[str]) -> str:
 
 def _trimmed(text: str) -> str:
     """Without what may stand around an answer: punctuation, a line break, quotes, braces."""
-    while True:
+    for _ in range(20):
         before = text
         text = re.sub(r"^(?:[\s:;=,]|\\\\|\.(?!\d))+|(?:\s|\\\\|[.,;:?])+$", "", text)
         for opening, closing in ("{}", '""', "''", "**", "__", "$$"):
@@ -132,7 +137,8 @@ def _trimmed(text: str) -> str:
             if len(text) > 2 and text[0] == opening and text[-1] == closing and _balanced(inner):
                 text = inner
         if text == before:
-            return text
+            break
+    return text
 
 
 def _balanced(text: str) -> bool:
@@ -151,7 +157,7 @@ def compact(text: str) -> str:
 
 # Words
 
-_SHORT = frozenset("no on up us is it to of or so we me he in at as an am be by do go if my ok".split())
+_SHORT = frozenset(["no", "on", "up", "us", "is", "it", "to", "of", "or", "so", "we", "me", "he", "in", "at", "as", "an", "am", "be", "by", "do", "go", "if", "my", "ok"])
 """Words of two letters, which are no product of two variables."""
 _ARTICLE = re.compile(r"\b(?:the|an?)\s+(?=\S)")
 
@@ -226,7 +232,7 @@ def _signs(item: str) -> list[str]:
     if len(signs) != 1:
         return [item]
     before, _, after = item.partition(signs[0])
-    plus = "+" if before and before[-1] not in "(,=[{ " or re.search(r"[\w})] $", before) else ""
+    plus = "+" if (before and before[-1] not in "(,=[{ ") or re.search(r"[\w})] $", before) else ""
     return [_trimmed(f"{before}{sign}{after.strip()}") for sign in (plus, "-")]
 
 

@@ -35,6 +35,7 @@ from rlzoo.rewards._writing import bracketed, clean, compact, is_prose, split, w
 
 _LONG = 100
 """Characters from which a gold answer in words is taken for a worked solution."""
+_BLANKS = re.compile(r"[^\S\n]{3,}|\n{3,}")
 _MOST = 50
 """Items of a list that are compared."""
 
@@ -57,13 +58,20 @@ class MathAnswer:
     def __call__(self, completions: Sequence[Any], **columns: Any) -> list[float | None]:
         """One value for each completion. Raises UserError if the data lacks ``column``."""
         golds = column_of(columns, self.column, self.name)
-        return [_score(completion_text(c), gold, self.marked) for c, gold in zip(completions, golds, strict=True)]
+        values = [_score(completion_text(c), gold, self.marked) for c, gold in zip(completions, golds, strict=True)]
+        if None in values:
+            first = values.index(None)
+            told = f"{values.count(None)} of {len(values)} rows have no gold answer in column {self.column!r}"
+            example = f"the first is row {first}, {golds[first]!r:.60}"
+            warnings.warn(f"reward {self.name!r}: {told} and are worth None; {example}", UserWarning, stacklevel=2)
+        return values
 
 
 def _score(completion: str, gold: Any, must_be_marked: bool) -> float | None:
     expected = gold_answers(gold)
     if not expected:
         return None
+    completion = _BLANKS.sub(lambda run: run[0][:2], completion)
     said = completion.rpartition("</think>")[2]
     for text in (said, completion) if said.strip() and said != completion else (completion,):
         answers = marked(text)
@@ -117,6 +125,9 @@ def _all_equal(answers: list[str], golds: list[str]) -> bool:
     """Whether two lists hold the same answers, in any order: what is missing or superfluous makes them differ."""
     if len(answers) == len(golds) == 1:
         return _equal(clean(answers[0]), clean(golds[0]))
+    kind, inside = bracketed(clean(golds[0])) or ("", "")
+    if len(golds) == 1 and kind == "()":  # the coordinates of a point, each in a box
+        return _same_items([clean(answer) for answer in answers], split(inside), ordered=True)
     return _same_items([i for a in answers for i in _items(a)], [i for g in golds for i in _items(g)], ordered=False)
 
 
@@ -135,7 +146,9 @@ def _same_items(answers: list[str], golds: list[str], ordered: bool) -> bool:
         return len(answers) == len(golds) and all(map(_equal, answers, golds))
     if {compact(a) for a in answers} == {compact(g) for g in golds}:
         return True
-    asked = [any(_equal(answer, gold) for answer in answers) for gold in golds] if len(answers) >= len(golds) else [False]
+    asked = (
+        [any(_equal(answer, gold) for answer in answers) for gold in golds] if len(answers) >= len(golds) else [False]
+    )
     return all(asked) and all(any(_equal(answer, gold) for gold in golds) for answer in answers)
 
 
@@ -144,7 +157,7 @@ def _equal(answer: str, gold: str) -> bool:
     answer, gold = _exact(answer), _exact(gold)
     if not answer or not gold:
         return False
-    if compact(answer) == compact(gold) or words(answer) == words(gold) != "" and is_prose(gold):
+    if compact(answer) == compact(gold) or (words(answer) == words(gold) != "" and is_prose(gold)):
         return True
     for read, same in ((number, equal), (clock, same_time), (ratio, same_ratio)):
         one, other = read(answer), read(gold)
@@ -171,7 +184,7 @@ def _equal(answer: str, gold: str) -> bool:
 
 
 _CHOICE = re.compile(
-    r"(?:\((?P<round>[A-J])\)|(?P<bare>[A-J])(?:[.):](?=\s|$)|$))(?:\s+(?P<value>(?!(?:or|and)\b|\\text\{\s*(?:or|and)\b|[-+*/^=<>,]).*))?",
+    r"(?:(?i:option|choice|选项) ?)?(?:\((?P<round>[A-J])\)|(?P<bare>[A-J])(?:[.):](?=\s|$)|$))(?:\s+(?P<value>(?!(?:or|and)\b|\\text\{\s*(?:or|and)\b|[-+*/^=<>,]).*))?",
     re.DOTALL,
 )
 _CHOICES = re.compile(r"(?<![A-Za-z\\])(?:\([A-J]\)|[A-J][.)](?=\s|$))|\b(?:or|and)\W+[A-J]\b")
@@ -215,7 +228,7 @@ def _same_lists(answer: str, gold: str) -> bool | None:
 
 def _listed(text: str) -> tuple[str, list[str]]:
     kind, inside = bracketed(text) or ("", text)
-    return kind, split(inside)
+    return kind, [inside] if number(inside) else split(inside)  # the commas of a number list nothing
 
 
 # Names for values: x = 5, f(x) = x^2, x \in (0, 1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from rlzoo.config import list_experiments
-from rlzoo.objective import is_composite, list_objectives, objective_class, options_of
+from rlzoo.objective import is_composite, list_objectives, objective_class, options_of, own_options_of
 from rlzoo.reward import list_rewards
 
 
@@ -31,9 +31,10 @@ def catalogue() -> dict[str, list[dict[str, Any]]]:
 def catalogue_text() -> str:
     """The catalogue for a terminal."""
     found = catalogue()
-    lines = ["objectives"]
+    lines = ["objectives (options of all: truncated=keep)"]
     for row in found["objectives"]:
-        options = ", ".join(f"{k}={v['default']}" for k, v in row["options"].items())
+        own = own_options_of(objective_class(row["name"]))
+        options = ", ".join(f"{k}={v['default']}" for k, v in own.items())
         lines.append(f"  {row['name']:11} {row['summary']}" + (f" [{options}]" if options else ""))
     lines += ["rewards", "  " + ", ".join(row["name"] for row in found["rewards"]), "experiments"]
     for row in found["experiments"]:

@@ -229,6 +229,12 @@ def options_of(objective: type[Objective]) -> dict[str, dict[str, Any]]:
     return {f.name: {"type": _type_name(hints[f.name]), "default": _default(f)} for f in dataclasses.fields(objective)}
 
 
+def own_options_of(objective: type[Objective]) -> dict[str, dict[str, Any]]:
+    """`options_of` without those that every objective has."""
+    common = {field.name for field in dataclasses.fields(Objective)}
+    return {name: option for name, option in options_of(objective).items() if name not in common}
+
+
 def _type_name(hint: Any) -> str:
     plain = isinstance(hint, type) and typing.get_origin(hint) is None
     return hint.__name__ if plain else str(hint).replace("typing.", "").replace("collections.abc.", "")

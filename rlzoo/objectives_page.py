@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rlzoo.errors import UserError
-from rlzoo.objective import Objective, is_composite, list_objectives, objective_class, options_of
+from rlzoo.objective import Objective, is_composite, list_objectives, objective_class, own_options_of
 from rlzoo.types import Selection
 
 COMMAND = "rlzoo list --markdown > docs/objectives.md"
@@ -118,7 +118,7 @@ def _section(objective: type[Objective], names: Sequence[str]) -> str:
     facts += [["code", f"[{path}](../{path}), {_code(objective)} lines"]]
     text = inspect.getdoc(sys.modules[objective.__module__]) or ""
     parts = [f"### {objective.name}", prose(text, names), _table(["", ""], facts)]
-    if options := _own_options(objective):
+    if options := own_options_of(objective):
         required = {field.name for field in fields(objective) if field.default is field.default_factory is MISSING}
         rows = [
             [f"`{name}`", _type(option["type"]), "none: required" if name in required else f"`{option['default']}`"]
@@ -126,12 +126,6 @@ def _section(objective: type[Objective], names: Sequence[str]) -> str:
         ]
         parts.append(_table(["option", "type", "default"], rows))
     return "\n\n".join(parts)
-
-
-def _own_options(objective: type[Objective]) -> dict[str, dict[str, Any]]:
-    """Its options but for those that every objective has."""
-    common = {field.name for field in fields(Objective)}
-    return {name: option for name, option in options_of(objective).items() if name not in common}
 
 
 def _summary(objective: type[Objective]) -> tuple[str, str]:

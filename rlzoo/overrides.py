@@ -118,6 +118,10 @@ def _grid(arguments: argparse.Namespace, plain: Experiment) -> dict[str, Any]:
         rows = rows_of(algorithms.split(","), rows)
         if plain.baseline in plain.algorithms and plain.baseline not in rows:
             changes["baseline"] = next(iter(rows))
+    asked = {key for key in ("steps", "batch_size") if getattr(arguments, key, None) is not None}
+    for name, row in rows.items():  # what is asked for here counts for rows with settings of their own too
+        own = {key: value for key, value in row.get("training", {}).items() if key not in asked}
+        rows[name] = {**row, "training": own}
     if rates is not None:
         numbers = _numbers(rates, float, "--learning-rates")
         rows = {name: {**row, "learning_rates": numbers} for name, row in rows.items()}

@@ -69,7 +69,7 @@ def test_an_objective_that_learns_from_flat_groups_says_nothing_of_them(name: st
 def test_a_batch_of_equal_rewards_is_told(make_policy: MakePolicy) -> None:
     policy = make_policy()
     events = events_of(policy, "reinforce", groups_of(policy, 0.1, 0.1, 0.1, size=3))
-    assert f"reinforce: all 2 {SILENT} and teach nothing" in events
+    assert f"reinforce: all 2 {SILENT}: nothing is learned from their rewards" in events
 
 
 def test_the_parts_of_a_mixture_are_told_apart(make_policy: MakePolicy) -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -12,13 +13,14 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 import torch
-from comparisons import RLZOO
+from comparisons import inline_pool
 
 import rlzoo
-from rlzoo import OfflineBuffer, Policy, analyze_variance, get_objective, load_policy, train
+from rlzoo import OfflineBuffer, Policy, analyze_variance, cli, get_objective, load_policy, train
 from rlzoo.buffers import Buffer
+from rlzoo.comparison.pool import in_this_process
 from rlzoo.config import ProblemSource, Sampling, Training, load_experiment
-from rlzoo.document import Figure
+from rlzoo.document import Block, Figure, write_document
 from rlzoo.errors import UserError
 from rlzoo.objective import is_composite, list_objectives, objective_class
 from rlzoo.problems import demonstrations, encode_problems, load_problems
@@ -28,7 +30,7 @@ from rlzoo.training import with_reference
 from rlzoo.types import Coefficients, Need, Selection, TokenBatch
 from rlzoo.variance import plots
 from rlzoo.variance.probe import VarianceProbe
-from rlzoo.variance.report import contents, estimate, report_tables, write_report
+from rlzoo.variance.report import estimate, report_tables, write_report
 from rlzoo.variance.run import VarianceSettings, _cut, run_variance
 from rlzoo.variance.scoring import score
 
@@ -37,6 +39,7 @@ COEFFICIENTS = {"mean", "cv", "max_over_mean", "kurtosis", "hill", "ess_fraction
 MOMENTS = {"predicted_trace_cov", "comparable", "slope", "slope_ci"}
 COMPARABLE = {"fraction", "predicted", "monte_carlo", "ci_low", "ci_high"}
 NOISE = {"grad_norm_sq", "trace_cov", "noise_scale", "snr", "cosine_to_sft", "norm_ratio_to_sft"}
+Run = Callable[..., tuple[int, str, str]]
 PLUGIN = """\
 from dataclasses import dataclass
 import rlzoo
@@ -264,17 +267,30 @@ def test_the_probe_measures_every_k_steps_and_changes_nothing(base: Policy, buff
 # The command
 
 
-def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "COLUMNS": "200"}
-    return subprocess.run([*RLZOO, "variance", *arguments], cwd=folder, capture_output=True, text=True, env=environment)
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Iterator[Run]:
+    """A command in an empty folder: its exit status, standard output and standard error, workers' included."""
+    handler = signal.getsignal(signal.SIGTERM)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr(sys, "path", [*sys.path])
+
+    def main(*arguments: str) -> tuple[int, str, str]:
+        capfd.readouterr()
+        status = cli.main(arguments)
+        return status, *capfd.readouterr()
+
+    yield main
+    signal.signal(signal.SIGTERM, handler)
 
 
-def test_the_command_with_an_objective_from_a_file(tmp_path: Path) -> None:
+def test_the_command_with_an_objective_from_a_file(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "mine.py").write_text(PLUGIN)
     options = ["--objectives", "sft,mine.py:RootDFT,grpo", "--rows", "16", "--draws", "256", "--steps", "2"]
-    done = run(tmp_path, *options, "--every", "1", "--probe-rows", "8", "--limit", "24", "--out", "found")
-    assert done.returncode == 0, done.stderr
-    assert "root-dft" in done.stdout and "report.html" in done.stdout
+    options += ["--every", "1", "--probe-rows", "8", "--limit", "24", "--workers", "1", "--out", "found"]
+    status, told, errors = run("variance", *options)  # in a process of its own, which must find mine.py too
+    assert status == 0, errors
+    assert "root-dft" in told and "report.html" in told
     found = json.loads((tmp_path / "found" / "variance.json").read_text())
     assert list(found["objectives"]) == ["sft", "root-dft", "grpo"]
     # c = √p, so tr Cov = S(1-p): for every bin between p(1-p)S and (1-p)S/p, and the coefficient's mean below 1
@@ -285,16 +301,16 @@ def test_the_command_with_an_objective_from_a_file(tmp_path: Path) -> None:
     }  # fmt: skip
     page = (tmp_path / "found" / "report.html").read_text()
     assert page.count("<figure>") == 6 and "root-dft" in page and "<script" not in page
-    again = subprocess.run([*RLZOO, "report", "found"], cwd=tmp_path, capture_output=True, text=True)
-    assert again.returncode == 0 and (tmp_path / "found" / "report.html").read_text() == page
-    buffer = run(
-        tmp_path, "--buffer", "found/buffer", "--objectives", "dft", "--every", "0", "--draws", "0", "--out", "b"
-    )
-    assert buffer.returncode == 0, buffer.stderr
+    assert run("report", "found")[0] == 0 and (tmp_path / "found" / "report.html").read_text() == page
+    monkeypatch.setattr("rlzoo.variance.run.pool", inline_pool)
+    options = ["--objectives", "dft", "--every", "0", "--draws", "0", "--rows", "16", "--out", "b"]
+    status, _, errors = run("variance", "--buffer", "found/buffer", *options)
+    assert status == 0, errors
     assert json.loads((tmp_path / "b" / "variance.json").read_text())["training"] == {}
 
 
-def test_a_row_may_be_called_as_the_analysis_is(tmp_path: Path) -> None:
+def test_a_row_may_be_called_as_the_analysis_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rlzoo.variance.run.pool", inline_pool)
     changes = {"algorithms": {"analysis": {"objective": "sft"}}, "baseline": "analysis", "training.steps": 1}
     experiment = load_experiment("both-worlds", {**changes, "train.limit": 8, "training.batch_size": 4})
     settings = VarianceSettings(rows=8, draws=0, every=1, probe_rows=4)
@@ -316,10 +332,14 @@ def test_a_row_may_be_called_as_the_analysis_is(tmp_path: Path) -> None:
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )
-def test_wrong_input_is_one_line_and_leaves_nothing(tmp_path: Path, options: list[str], told: str) -> None:
-    done = run(tmp_path, *options, "--limit", "4", "--steps", "1", "--out", "out")
-    assert done.returncode == 2, done.stderr
-    assert done.stderr.count("\n") == 1 and done.stderr.startswith("rlzoo: ") and told in done.stderr
+def test_wrong_input_is_one_line_and_leaves_nothing(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: list[str], told: str
+) -> None:
+    if "--model" not in options:  # which a process of its own finds wrong, in one line too
+        monkeypatch.setattr("rlzoo.variance.run.pool", lambda *_: in_this_process())
+    status, _, errors = run("variance", *options, "--limit", "4", "--steps", "1", "--out", "out")
+    assert status == 2, errors
+    assert errors.count("\n") == 1 and errors.startswith("rlzoo: ") and told in errors
     assert list(tmp_path.iterdir()) == []
 
 
@@ -335,7 +355,16 @@ def test_an_experiment_is_cut_to_what_the_rows_are_worth() -> None:
 # The report
 
 
-def test_the_report_says_what_figures_do_not_show(report: dict[str, Any], tmp_path: Path) -> None:
+def test_the_report_says_what_figures_do_not_show(
+    report: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    figures: list[Figure] = []
+
+    def written(folder: Path, title: str, blocks: Sequence[Block]) -> None:
+        figures.extend(block for block in blocks if isinstance(block, Figure))
+        write_document(folder, title, blocks)
+
+    monkeypatch.setattr("rlzoo.variance.report.write_document", written)
     whole = {
         **report, "experiment": "x<script>", "model": "embedded", "created": "now", "settings": {}, "versions": {},
         "failed": {"broken": "why"},
@@ -346,7 +375,6 @@ def test_the_report_says_what_figures_do_not_show(report: dict[str, Any], tmp_pa
     assert "does not show the noise of training on demonstrations" in text
     assert "broken was left out: why" in text
     assert "<script>" not in (tmp_path / "report.html").read_text()
-    figures = [block for block in contents(whole) if isinstance(block, Figure)]
     assert all(figure.hides for figure in figures) and len(figures) == 6  # no training
     assert [table.row_count for table in report_tables(whole)] == [len(report["objectives"])] * 2
 

@@ -40,7 +40,7 @@ from rlzoo.outputs import replacing, write_atomically
 from rlzoo.problems import Encoded, Problem, load_problems
 from rlzoo.ranks import agreed, is_main, world_size
 from rlzoo.reward import Reward
-from rlzoo.rollout.rollouts import judge
+from rlzoo.rollout.rollouts import judge, unscored
 from rlzoo.rollout.sampler import Sample
 from rlzoo.runs import Run, run_in, unfinished, versions
 
@@ -194,6 +194,8 @@ def _run(
     for name, shared in buffers.items():
         samples = f", {shared['correct']} of {shared['samples']} samples correct" if shared["samples"] else ""
         _say(console, f"  {_called(name)}: {shared['rows']} rows{samples}")
+        if shared.get("unscored"):
+            _say(console, f"  {_called(name)}: {shared['unscored']}", style="yellow")
     _say(console, f"  base model: {_scores(base)}")
 
     def train(cell: Cell, parts: int) -> Future[Any]:
@@ -215,6 +217,8 @@ def _run(
         raise UserError(f"no run succeeded; the first failed with: {failed[0]['error']}")
     outcomes = base.pop("outcomes") + [row for done in reported for row in done.pop("outcomes")]
     facts = {name: {key: found[key] for key in BUFFER_FACTS} for name, found in buffers.items()}
+    if without := unscored((row["reward"], row["prompt"]) for row in outcomes):
+        _say(console, f"  evaluation: {without}; they count as wrong", style="yellow")
     results = {
         "experiment": experiment.name,
         "description": experiment.description,

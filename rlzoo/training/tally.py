@@ -13,7 +13,7 @@ LINES = (
     ("single", "groups", "groups drawn have one sample and nothing to compare it with, so they teach nothing: "
      "sample more per prompt (rollouts.samples)"),
     ("flat", "groups", "groups drawn have equal rewards and teach nothing"),
-    ("silent", "batches", "batches have no advantage other than 0 and teach nothing"),
+    ("silent", "batches", "batches have no advantage other than 0: nothing is learned from their rewards"),
     ("masked", "rows", "completions drawn are truncated and masked"),
 )  # fmt: skip
 """Of which count, out of which, a line is told, and what it says."""

@@ -1,0 +1,597 @@
+"""Every setting and every option of the command line changes what it says: one that nobody tests fails here.
+
+A setting is shown by a test of this file (`shows`), or by one of another file (`ELSEWHERE`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import io
+import json
+import math
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import datasets
+import pydantic
+import pytest
+import torch
+import yaml
+from comparisons import inline_pool, small
+from rich.console import Console
+
+from rlzoo import cli, config, overrides
+from rlzoo.buffers import OfflineBuffer
+from rlzoo.comparison import runner, work
+from rlzoo.comparison.plan import cells
+from rlzoo.config import EvaluationSettings, Experiment, ProblemSource, Rollouts, Sampling, Training, load_experiment
+from rlzoo.errors import UserError
+from rlzoo.objective import get_objective
+from rlzoo.policy import Policy, load_policy
+from rlzoo.policy.adapters import adapters
+from rlzoo.problems import load_problems
+from rlzoo.reward import Reward, get_reward
+from rlzoo.reward_process import Limits
+from rlzoo.rollout import Sample, TransformersSampler, sampler_of
+from rlzoo.training import Trainer, train
+from rlzoo.training.batches import BufferSource
+from rlzoo.types import Trajectory
+from rlzoo.variance.run import VarianceSettings
+
+MakePolicy = Callable[..., Policy]
+Test = TypeVar("Test", bound=Callable[..., Any])
+SHOWN: dict[str, str] = {}
+"""Settings that tests of this file show, by name."""
+OPTIONS = "test_training_options.py"
+ELSEWHERE = {
+    "Rollouts.top_p": "test_rollout.py::test_behaviour_log_probs_are_those_of_the_distribution_that_was_sampled",
+    "EvaluationSettings.k": "test_evaluation.py::test_k_is_the_number_of_samples_unless_it_is_given",
+    "EvaluationSettings.correct_at": "test_evaluation.py::test_the_threshold_of_correctness_is_a_setting",
+    "Training.learning_rate": "test_training.py::test_the_schedule_warms_up_and_follows_a_cosine",
+    "Training.warmup_ratio": "test_training.py::test_the_schedule_warms_up_and_follows_a_cosine",
+    "Training.max_gradient_norm": "test_training_runs.py::test_weight_decay_and_clipping_reach_the_optimizer",
+    "Training.importance_cap": f"{OPTIONS}::test_truncated_importance_weighs_what_another_engine_sampled",
+    "Training.lora": f"{OPTIONS}::test_lora_trains_the_adapters_alone",
+    "Training.gradient_checkpointing": f"{OPTIONS}::test_recomputed_activations_change_nothing_but_the_work",
+    "Training.on_nonfinite": "test_checkpoints.py::test_a_step_that_is_not_finite_can_be_skipped_and_is_counted",
+    "Training.trackers": f"{OPTIONS}::test_a_tracker_gets_every_step",
+    "Algorithm.learning_rates": "test_compare.py::test_the_learning_rate_is_chosen_on_validation",
+    "Algorithm.mode": "test_compare.py::test_online_samples_the_policy_in_training",
+    "Algorithm.learns_from": "test_compare.py::test_a_row_may_learn_from_the_bases_own_correct_samples",
+    "Algorithm.training": "test_config.py::test_a_row_has_its_own_training",
+    "Experiment.model": "test_compare.py::test_a_trained_folder_is_a_base_like_any_other",
+    "Experiment.validation": "test_compare.py::test_the_learning_rate_is_chosen_on_validation",
+    "Experiment.baseline": "test_compare.py::test_the_report_can_be_written_again",
+    "VarianceSettings.rows": "test_variance.py::test_an_experiment_is_cut_to_what_the_rows_are_worth",
+    "VarianceSettings.draws": "test_variance.py::test_exact_and_sampled_variances_agree",
+    "VarianceSettings.every": "test_variance.py::test_the_command_with_an_objective_from_a_file",
+    "VarianceSettings.probe_rows": "test_variance.py::test_the_probe_measures_every_k_steps_and_changes_nothing",
+    "VarianceSettings.seed": "test_variance.py::test_the_same_seed_gives_the_same_report",
+    "--trust-remote-code": "test_cli.py::test_the_code_of_a_model_is_run_by_its_flag_alone",
+    "--option": "test_cli.py::test_rollout_train_evaluate",
+    "--out": "test_cli.py::test_rollout_train_evaluate",
+    "--json": "test_cli.py::test_list_as_json",
+    "--markdown": "test_catalogue.py::test_the_page_is_in_step_with_the_classes",
+    "--folder": "test_scaffold.py",
+    "--baseline": "test_compare.py::test_the_report_can_be_written_again",
+    "--executor": "test_ray.py::test_a_node_that_dies_half_way_costs_nothing_but_time",
+    "--address": "test_ray.py::test_there_is_no_cluster",
+    "--buffer": "test_variance.py::test_the_command_with_an_objective_from_a_file",
+    "--workers": "test_compare.py::test_processes_change_no_number",
+    "--rows": "test_variance.py::test_the_command_with_an_objective_from_a_file",
+    "--draws": "test_variance.py::test_the_command_with_an_objective_from_a_file",
+    "--every": "test_variance.py::test_the_command_with_an_objective_from_a_file",
+    "--probe-rows": "test_variance.py::test_the_command_with_an_objective_from_a_file",
+}
+MODELS: Sequence[type[pydantic.BaseModel]] = [
+    *(kind for kind in vars(config).values() if isinstance(kind, type) and issubclass(kind, config._Strict)),
+    VarianceSettings,
+]
+ABSTRACT = {"_Strict", "Sampling"}
+"""Whose settings count as those of the classes that inherit them."""
+
+
+def shows(*settings: str) -> Callable[[Test], Test]:
+    """Decorator: this test shows that these settings have an effect."""
+
+    def mark(test: Test) -> Test:
+        SHOWN.update(dict.fromkeys(settings, test.__name__))
+        return test
+
+    return mark
+
+
+def options() -> dict[str, list[str]]:
+    """The options of each command."""
+    (commands,) = (a for a in cli._parser()._actions if isinstance(a, argparse._SubParsersAction))
+    return {
+        name: [
+            action.option_strings[0] for action in command._actions if action.option_strings and action.dest != "help"
+        ]
+        for name, command in commands.choices.items()
+    }
+
+
+def test_every_setting_and_option_has_a_test() -> None:
+    there = {f"{m.__name__}.{field}" for m in MODELS if m.__name__ not in ABSTRACT for field in m.model_fields}
+    there |= {option for some in options().values() for option in some}
+    tested = set(SHOWN) | set(ELSEWHERE)
+    assert there - tested == set(), "settings without a test of their effect: add one here, or name it in ELSEWHERE"
+    assert tested - there == set(), "tests of settings that are gone"
+
+
+@pytest.mark.parametrize("place", sorted(set(ELSEWHERE.values())))
+def test_the_tests_elsewhere_are_there(place: str) -> None:
+    file, _, name = place.partition("::")
+    assert f"def {name}" in (Path(__file__).parent / file).read_text(encoding="utf-8")
+
+
+# Problem sets
+
+
+@pytest.fixture
+def table(tmp_path: Path) -> str:
+    rows = [
+        {"q": f"{i}+{i}=?", "prompt": f"{i}", "gold": str(2 * i), "work": f"#### {2 * i}", "good": i} for i in (1, 2)
+    ]
+    path = tmp_path / "problems.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    return str(path)
+
+
+@shows(
+    "ProblemSource.source", "ProblemSource.prompt", "ProblemSource.solution", "ProblemSource.quality",
+    "ProblemSource.columns", "ProblemSource.chat", "ProblemSource.system", "ProblemSource.limit",
+)  # fmt: skip
+@pytest.mark.parametrize("built_in", [False, True])
+def test_a_problem_source(built_in: bool, table: str) -> None:
+    """A built-in task's row has the columns prompt, answer and terms."""
+    names = (
+        {"q": "prompt", "gold": "answer", "work": "answer", "good": "terms"}
+        if built_in
+        else {n: n for n in ("q", "gold", "work", "good")}
+    )
+    source = {"source": "world:arithmetic/train" if built_in else table}
+    plain = load_problems(ProblemSource(**source))
+
+    def one(**changes: Any) -> Any:
+        return load_problems(ProblemSource(**source, **changes))[0]
+
+    assert len(plain) > 1 and len(load_problems(ProblemSource(**source, limit=1))) == 1
+    assert one(prompt=f"Say {{{names['q']}}}").prompt == f"Say {one(prompt=names['q']).prompt}"
+    assert one(columns={"solution": names["gold"]}).columns["solution"] == plain[0].columns[names["gold"]]
+    assert one(solution=names["work"]).solutions == (plain[0].columns[names["work"]],)
+    assert one(quality=names["good"]).quality == plain[0].columns[names["good"]] and plain[0].quality is None
+    turns = [{"role": "user", "content": plain[0].prompt}]
+    assert one(chat=True).prompt == turns
+    assert one(chat=True, system="Add.").prompt == [{"role": "system", "content": "Add."}, *turns]
+
+
+@shows("ProblemSource.split")
+def test_the_split_of_a_data_set_on_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load_dataset(name: str, configuration: str | None, split: str, **_: Any) -> datasets.Dataset:
+        return datasets.Dataset.from_list([{"prompt": f"of {name}, {split}"}])
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    for split in ("train", "test[:10]"):
+        (problem,) = load_problems(ProblemSource(source="someone/something", split=split))
+        assert problem.prompt == f"of someone/something, {split}" and problem.id == f"{split}-0"
+
+
+# Sampling
+
+PROMPTS = [[20], [21, 22], [23]]
+
+
+@pytest.fixture
+def policy(make_policy: MakePolicy) -> Policy:
+    return make_policy("gpt2", dtype=torch.float32)
+
+
+def ids(policy: Policy, settings: Sampling, greedy: bool = False) -> list[list[list[int]]]:
+    return [[one.ids for one in row] for row in TransformersSampler(policy).sample(PROMPTS, settings, 0, greedy)]
+
+
+@shows(
+    *(f"{kind}.{field}" for kind in ("Rollouts", "EvaluationSettings") for field in ("samples", "max_new_tokens")),
+    *(f"{kind}.{field}" for kind in ("Rollouts", "EvaluationSettings") for field in ("temperature", "batch_size")),
+    "EvaluationSettings.top_p",
+)
+@pytest.mark.parametrize("kind", [Rollouts, EvaluationSettings])
+def test_sampling(kind: type[Sampling], policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = kind(samples=3, max_new_tokens=6)
+    sampled, greedy = ids(policy, plain), ids(policy, plain, greedy=True)
+    assert {len(row) for row in sampled} == {3} and max(len(one) for row in sampled for one in row) == 6
+    assert {len(row) for row in ids(policy, kind(samples=5, max_new_tokens=6))} == {5}
+    assert max(len(one) for row in ids(policy, kind(samples=3, max_new_tokens=2)) for one in row) == 2
+    likeliest = [row * 3 for row in greedy]
+    assert sampled != likeliest
+    assert ids(policy, kind(samples=3, max_new_tokens=6, temperature=1e-4)) == likeliest
+    assert ids(policy, kind(samples=3, max_new_tokens=6, top_p=1e-6)) == likeliest
+    together: list[int] = []
+    real = TransformersSampler._decoded
+
+    def decoded(self: Any, prompts: Any, numbers: Any, copies: range, *rest: Any) -> Any:
+        together.append(len(prompts) * len(copies))
+        return real(self, prompts, numbers, copies, *rest)
+
+    monkeypatch.setattr(TransformersSampler, "_decoded", decoded)
+    for size, expected in ((256, [9]), (6, [6, 3]), (2, [2, 1] * 3)):
+        together.clear()
+        ids(policy, kind(samples=3, max_new_tokens=2, batch_size=size))
+        assert together == expected
+
+
+@shows(*(f"{kind}.{f}" for kind in ("Rollouts", "EvaluationSettings") for f in ("engine", "url", "engine_options")))
+@pytest.mark.parametrize("kind", [Rollouts, EvaluationSettings])
+def test_the_engine_that_samples(kind: type[Sampling], policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rlzoo.rollout.VLLMSampler", lambda policy, **options: ("in process", options))
+    monkeypatch.setattr("rlzoo.rollout.VLLMServerSampler", lambda policy, url: ("server", url))
+    assert isinstance(sampler_of(policy, kind()), TransformersSampler)
+    asked: Any = sampler_of(policy, kind(engine="vllm", engine_options={"max_model_len": 99}))
+    assert asked == ("in process", {"max_model_len": 99})
+    asked = sampler_of(policy, kind(engine="vllm", url="http://host"))
+    assert asked == ("server", "http://host")
+
+
+class FakeSampler:
+    """Says "0", "1", … at once, with log-probs of its own, and remembers what it was asked."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[int, Sampling, int]] = []
+
+    def sample(
+        self,
+        prompts: Sequence[Sequence[int]],
+        settings: Sampling,
+        seed: int,
+        greedy: bool = False,
+        progress: Callable[[int], None] | None = None,
+        numbers: Sequence[int] | None = None,
+    ) -> list[list[Sample]]:
+        self.asked.append((len(prompts), settings, seed))
+        copies = 1 if greedy else settings.samples
+        return [[Sample([30 + n, 2], str(n), False, [-0.5, -0.25]) for n in range(copies)] for _ in prompts]
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> FakeSampler:
+    """In place of every sampler."""
+    sampler = FakeSampler()
+    monkeypatch.setattr(work, "sampler_of", lambda policy, settings: sampler)
+    monkeypatch.setattr("rlzoo.evaluation.sampler_of", lambda policy, settings: sampler)
+    monkeypatch.setattr(runner, "pool", inline_pool)
+    return sampler
+
+
+def filled(experiment: Experiment, folder: Path) -> OfflineBuffer:
+    work.fill_buffer(experiment, folder / "buffer", folder / "state", lambda share, what: None)
+    return OfflineBuffer.load(folder / "buffer")
+
+
+@shows("Rollouts.prompts", "Rollouts.behaviour", "Experiment.train")
+def test_the_rollouts_of_the_shared_buffer(fake: FakeSampler, tmp_path: Path) -> None:
+    engine = {"rollouts__engine": "vllm"}
+    for behaviour, prompts in (("recompute", 6), ("sampler", 2)):
+        experiment = small({"grpo": {}}, rollouts__behaviour=behaviour, rollouts__prompts=prompts, **engine)
+        rows = [row for row in filled(experiment, tmp_path / behaviour) if row.source == "policy"]
+        assert fake.asked[-1] == (prompts, experiment.rollouts, 0) and len(rows) == 4 * prompts
+        assert all((row.behaviour_logp == [-0.5, -0.25]) is (behaviour == "sampler") for row in rows)
+        assert [row.prompt for row in rows[::4]] == [p.prompt for p in load_problems(experiment.train)[:prompts]]
+    with pytest.raises(UserError, match=r"rollouts\.behaviour: sampler needs an engine with log-probs of its own"):
+        small({"grpo": {}}, rollouts__behaviour="sampler")
+
+
+# Training
+
+ROWS = [
+    Trajectory("", "", [5, 6, 7 + i], [20 + i, 21, 22 + i % 3, 2], str(i), source="demonstration") for i in range(8)
+]  # fmt: skip
+
+
+def trained(policy: Policy, callback: Callable[[Trainer, int], None] | None = None, **settings: Any) -> Any:
+    some = Training.model_validate({"steps": 4, "batch_size": 4, "learning_rate": 1e-2, **settings})
+    callbacks = [] if callback is None else [callback]
+    return train(policy, get_objective("sft"), OfflineBuffer.from_trajectories(ROWS), some, 0, callbacks)
+
+
+@shows("Training.steps", "Training.batch_size", "Training.updates_per_batch", "Training.token_budget")
+def test_what_a_step_of_training_takes(make_policy: MakePolicy, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[int] = []
+    micro: list[int] = []
+    real = BufferSource.draw
+
+    def draw(self: BufferSource) -> Any:
+        rows, units = real(self)
+        drawn.append(len(rows))
+        return rows, units
+
+    def run(**settings: Any) -> tuple[int, list[int], int]:
+        policy = make_policy("gpt2")
+        policy.register_forward_pre_hook(lambda module, inputs: micro.append(1))
+        del drawn[:], micro[:]
+        return len(trained(policy, **settings).steps), list(drawn), len(micro)
+
+    monkeypatch.setattr(BufferSource, "draw", draw)
+    assert run() == (4, [4] * 4, 4)
+    assert run(steps=3) == (3, [4] * 3, 3)
+    assert run(batch_size=8) == (4, [8] * 4, 4)
+    assert run(updates_per_batch=2) == (4, [4] * 2, 4)
+    assert run(updates_per_batch=3) == (4, [4] * 2, 4), "no more than `steps`"
+    assert run(token_budget=14) == (4, [4] * 4, 8), "two rows of 7 tokens in a micro-batch"
+
+
+@shows("Training.betas", "Training.weight_decay")
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"betas": (0.5, 0.6)}, {"weight_decay": 0.3}, {"learning_rate": 1e-3}],
+    ids=str,
+)
+def test_the_optimizer_is_adamw_with_its_settings(changes: dict[str, Any], make_policy: MakePolicy) -> None:
+    """The same gradients, given to PyTorch's AdamW with the schedule by hand, end in the same weights."""
+    policy = make_policy("gpt2")
+    copies = [copy.deepcopy(p) for p in policy.parameters()]
+    gradients: list[list[torch.Tensor]] = []
+
+    def keep(trainer: Trainer, step: int) -> None:
+        gradients.append([torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in policy.parameters()])
+
+    trained(policy, keep, warmup_ratio=0.0, **changes)
+    settings = Training.model_validate({"learning_rate": 1e-2, **changes})
+    by_hand = torch.optim.AdamW(copies, betas=settings.betas, weight_decay=settings.weight_decay)
+    for step, gradient_of in enumerate(gradients):
+        for group in by_hand.param_groups:
+            group["lr"] = settings.learning_rate * (1 + math.cos(math.pi * step / 4)) / 2
+        for parameter, gradient in zip(copies, gradient_of, strict=True):
+            parameter.grad = gradient
+        by_hand.step()
+    for found, expected in zip(policy.parameters(), copies, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+
+
+@shows("Training.dtype")
+def test_the_type_of_the_weights() -> None:
+    for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16), ("float64", torch.float64)):
+        assert {p.dtype for p in load_policy("embedded", name).parameters()} == {dtype}
+    mixed = load_policy("embedded", "bfloat16-mixed")
+    assert {p.dtype for p in mixed.parameters()} == {torch.float32} and mixed.compute == torch.bfloat16
+
+
+@shows("Training.checkpoint_seconds")
+def test_when_checkpoints_are_written(make_policy: MakePolicy, tmp_path: Path) -> None:
+    buffer = OfflineBuffer.from_trajectories(ROWS)
+    for seconds, expected in ((0.0, 2), (300.0, 0), (None, 0)):
+        settings, folder = Training(steps=2, batch_size=4, checkpoint_seconds=seconds), tmp_path / str(seconds)
+        train(make_policy("gpt2"), get_objective("sft"), buffer, settings, checkpoints=folder)
+        assert len(list(folder.glob("step-*.safetensors"))) == expected
+
+
+@shows("Training.max_completion_tokens")
+def test_long_demonstrations_are_cut(fake: FakeSampler, tmp_path: Path) -> None:
+    lengths = {}
+    for most in (2048, 2):
+        experiment = small({"sft": {}}, training__max_completion_tokens=most)
+        rows = list(filled(experiment, tmp_path / str(most)))
+        lengths[most] = max(len(row.completion_ids) for row in rows)
+        assert any(row.truncated for row in rows) is (most == 2)
+    assert lengths[2048] > lengths[2] == 2
+
+
+@shows("Lora.rank", "Lora.alpha", "Lora.target_modules")
+def test_adapters_have_their_settings(make_policy: MakePolicy) -> None:
+    policy = make_policy("llama", dtype=torch.float32)
+    trained(policy, steps=1, lora={"rank": 3, "alpha": 6.0, "target_modules": ["q_proj"]})
+    layers = adapters(policy.model)
+    assert {name.rsplit(".", 1)[1] for name in layers} == {"q_proj"}
+    for layer in layers.values():
+        assert layer.lora_A["default"].weight.shape[0] == 3 and layer.scaling["default"] == 2.0
+
+
+def test_a_cap_on_weights_of_another_engine_says_where_there_is_none(make_policy: MakePolicy) -> None:
+    record = trained(make_policy("gpt2"), importance_cap=2.0)
+    assert record.events == [
+        "importance_cap changes nothing for rows without sampler_logp, the log-probs of another engine"
+    ]
+
+
+# Experiments
+
+
+@shows("Judging.seconds", "Judging.memory_gb", "Judging.on_error", "Experiment.judging", "Experiment.reward")
+def test_how_the_reward_is_called(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+
+    def called(*arguments: Any) -> Reward:
+        asked.append(arguments)
+        return get_reward("exact-match")
+
+    monkeypatch.setattr("rlzoo.comparison.work.apart", called)
+    data = load_experiment("facts").model_dump(mode="json")
+    text = "{seconds: 7, memory_gb: null, on_error: null}"  # as documented
+    data |= {"judging": yaml.safe_load(text), "reward": "format"}
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(data))
+    work.reward_of(load_experiment(str(tmp_path / "mine.yaml")))
+    assert asked == [("format", Limits(7.0, None), "null")]
+    for value in ("null", "fail"):
+        parsed = cli._parser().parse_args(["compare", "facts", "--set", f"judging.on_error={value}"])
+        assert overrides.experiment_of(parsed).judging.on_error == value
+    again = load_experiment(str(tmp_path / "mine.yaml")).model_dump(mode="json")
+    assert Experiment.model_validate(yaml.safe_load(yaml.safe_dump(again))).judging.on_error == "null"
+
+
+@shows(
+    "EvaluationSettings.curve_points", "EvaluationSettings.curve_problems", "EvaluationSettings.curve_samples",
+    "Experiment.name", "Experiment.description", "Experiment.benchmarks", "Experiment.rollouts",
+    "Experiment.evaluation", "Experiment.training", "Experiment.algorithms", "Experiment.seeds",
+)  # fmt: skip
+def test_an_experiment(fake: FakeSampler, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    evaluation = {"samples": 3, "curve_points": 2, "curve_problems": 2, "curve_samples": 5, "max_new_tokens": 9}
+    benchmarks = {"a": {"source": "world:facts/test", "limit": 4}, "b": {"source": "world:facts/unseen", "limit": 3}}
+    experiment = small(
+        {"sft": {}, "mine": {"objective": "dft"}}, name="called-so", description="Said so.", seeds=[5],
+        benchmarks=benchmarks, evaluation=evaluation, training__steps=4,
+    )  # fmt: skip
+    assert runner.where(experiment).name.startswith("called-so-")
+    results = runner.compare(experiment, tmp_path / "out", 1, console=Console(file=io.StringIO()))
+    assert results["experiment"] == "called-so" and "Said so." in (tmp_path / "out" / "report.md").read_text()
+    assert [(cell["algorithm"], cell["seed"]) for cell in results["cells"]] == [("sft", 5), ("mine", 5)]
+    assert [list(cell["metrics"]) for cell in results["cells"]] == [["a", "b"]] * 2
+    assert [len(cell["training"]) for cell in results["cells"]] == [4, 4]
+    assert [[point["step"] for point in cell["curve"]] for cell in results["cells"]] == [[2, 4]] * 2
+    whole = [(size, s, seed) for size, s, seed in fake.asked if s == experiment.evaluation]
+    assert whole == [(n, experiment.evaluation, seed) for seed in (0, 5, 5) for n in (4, 4, 3, 3)]
+    curve = [(size, s.samples) for size, s, _ in fake.asked if s != experiment.evaluation]
+    assert curve == [(2, 5)] * 2 * (1 + 2 * 2), "both benchmarks, of the base and at two points of two cells"
+    without = small({"sft": {}}, evaluation={**evaluation, "curve_points": 0}, benchmarks=benchmarks)
+    assert runner.compare(without, tmp_path / "none", 1, console=Console(file=io.StringIO()))["cells"][0]["curve"] == []
+
+
+@shows("Experiment.demonstrations")
+def test_demonstrations_of_a_table(fake: FakeSampler, tmp_path: Path) -> None:
+    (tmp_path / "mine.jsonl").write_text(json.dumps({"prompt": "1+1=?", "completion": "#### 2"}))
+    experiment = small({"sft": {}}, demonstrations=str(tmp_path / "mine.jsonl"))
+    (row,) = filled(experiment, tmp_path)
+    assert (row.prompt, row.completion) == ("1+1=?", "#### 2")
+
+
+@shows("Algorithm.objective", "Algorithm.options")
+def test_the_objective_of_a_row() -> None:
+    experiment = small({"mine": {"objective": "grpo", "options": {"clip": 0.3}}, "grpo": {}})
+    assert work.objective_of(experiment, "mine") == get_objective("grpo", clip=0.3)
+    assert work.objective_of(experiment, "grpo") == get_objective("grpo")
+
+
+# The command line
+
+
+def flat(value: Any, name: str = "") -> dict[str, Any]:
+    if isinstance(value, dict) and value:
+        return {key: v for k, part in value.items() for key, v in flat(part, f"{name}.{k}" if name else k).items()}
+    return {name: value}
+
+
+def changed(command: str, *arguments: str, experiment: str = "facts") -> dict[str, Any]:
+    """The settings that options of a command change."""
+    found, plain = (
+        overrides.experiment_of(cli._parser().parse_args([command, experiment, *some, *_needed(command)]))
+        for some in (arguments, ())
+    )
+    before, after = flat(plain.model_dump(mode="json")), flat(found.model_dump(mode="json"))
+    return {key: value for key, value in after.items() if before.get(key, "nothing") != value}
+
+
+def _needed(command: str) -> list[str]:
+    return ["--out", "x"] if command == "rollout" else []
+
+
+TESTS = {"benchmarks.facts.limit": 7, "benchmarks.unseen-facts.limit": 7, "validation.limit": 7}
+TRAINING = {"train.limit": 7, "rollouts.prompts": 7}
+CHANGES: dict[tuple[str, ...], dict[str, Any]] = {
+    ("--model", "other"): {"model": "other"},
+    ("--reward", "format"): {"reward": "format"},
+    ("--data", "mine.jsonl"): {"train.source": "mine.jsonl"},
+    ("--test-data", "t.csv"): {"benchmarks.facts.source": "t.csv", "benchmarks.unseen-facts.source": "t.csv"},
+    ("--limit", "7"): TRAINING | TESTS,
+    ("--train-limit", "7"): TRAINING,
+    ("--test-limit", "7"): TESTS,
+    ("--steps", "3"): {"training.steps": 3},
+    ("--batch-size", "6"): {"training.batch_size": 6},
+    ("--samples", "9"): {"evaluation.samples": 9},
+    ("--rollout-samples", "9"): {"rollouts.samples": 9},
+    ("--k", "2"): {"evaluation.k": 2},
+    ("--set", "rollouts.temperature=0.8"): {"rollouts.temperature": 0.8},
+    ("--set", "training.lora={}"): {
+        "training.lora.rank": 8,
+        "training.lora.alpha": 16.0,
+        "training.lora.target_modules": "all-linear",
+    },
+    ("--seeds", "4,2"): {"seeds": [4, 2]},
+    ("--algorithms", "sft,power"): {"algorithms.power.objective": "power", "algorithms.power.learning_rates": []},
+    ("--objectives", "sft,power"): {"algorithms.power.objective": "power", "algorithms.power.learning_rates": []},
+}
+
+
+@shows(*(option for option, _ in CHANGES))
+@pytest.mark.parametrize("arguments", CHANGES, ids=" ".join)
+def test_an_option_changes_its_settings_and_no_others(arguments: tuple[str, str]) -> None:
+    taking = [
+        command
+        for command, some in options().items()
+        if arguments[0] in some and "--set" in some and command != "train"
+    ]
+    assert taking
+    for command in taking:
+        found = changed(command, *arguments)
+        expected = CHANGES[arguments]
+        assert {key: value for key, value in found.items() if key in expected} == expected
+        assert {key for key in found if key not in expected and not key.startswith("algorithms.power.")} == set()
+
+
+def test_options_together() -> None:
+    both = changed("compare", "--limit", "9", "--test-limit", "7")
+    assert both == {"train.limit": 9, "rollouts.prompts": 9} | TESTS
+    both = changed("compare", "--train-limit", "7", "--limit", "9")
+    assert both == TRAINING | dict.fromkeys(TESTS, 9), "whatever their order"
+    one = changed("compare", "--limit", "7", "--set", "benchmarks.facts.limit=3", "--set", "train.limit=5")
+    assert one == TRAINING | TESTS | {"benchmarks.facts.limit": 3, "train.limit": 5}
+    new = changed(
+        "compare", "--limit", "7", "--set", "benchmarks.more.source=world:facts/test", experiment="arithmetic"
+    )
+    assert new["benchmarks.more.limit"] == new["benchmarks.chain-sums.limit"] == 7
+    row = changed("compare", "--batch-size", "6", experiment="own-samples")
+    assert row["training.batch_size"] == 6
+    parsed = cli._parser().parse_args(["compare", "own-samples", "--batch-size", "6"])
+    experiment = overrides.experiment_of(parsed)
+    assert {experiment.training_of(name).batch_size for name in experiment.algorithms} == {6}
+
+
+@shows("--learning-rates")
+def test_learning_rates_are_those_of_every_row() -> None:
+    parsed = cli._parser().parse_args(["compare", "facts", "--learning-rates", "1e-4,1e-3", "--seeds", "0"])
+    experiment = overrides.experiment_of(parsed)
+    assert {cell.learning_rate for cell in cells(experiment)} == {1e-4, 1e-3}
+    assert len(cells(experiment)) == 2 * len(experiment.algorithms)
+
+
+@shows("--threads")
+@pytest.mark.parametrize(
+    "command", [["train", "sft", "--buffer", "b", "--out", "o"], ["rollout", "--out", "o"], ["evaluate"]]
+)
+def test_threads(command: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+        monkeypatch.setenv(name, "9")
+    before, seen = torch.get_num_threads(), []
+
+    def stop(*_: Any, **__: Any) -> Any:
+        seen.append((torch.get_num_threads(), os.environ["OMP_NUM_THREADS"]))
+        raise UserError("far enough")
+
+    monkeypatch.setattr(overrides, "pairs", stop)  # the next thing that each command does
+    monkeypatch.setattr(cli, "pairs", stop)
+    try:
+        torch.set_num_threads(1)
+        for threads in ([], ["--threads", "3"]):
+            assert cli.main([*command, *threads]) == 2
+        assert seen == [(1, "9"), (3, "3")]
+        assert cli.main([*command, "--threads", "0"]) == 2 and len(seen) == 2
+        assert "--threads 0: give a whole number of at least 1" in capsys.readouterr().err
+    finally:
+        torch.set_num_threads(before)
+
+
+@shows("--learning-rate", "--seed")
+def test_the_options_of_train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    OfflineBuffer.from_trajectories(ROWS).save(tmp_path / "buffer")
+    rows = {}
+    for name, more in (("plain", []), ("rate", ["--learning-rate", "0.5"]), ("seed", ["--seed", "3"])):
+        arguments = ["train", "sft", "--buffer", "buffer", "--steps", "2", "--set", "batch_size=2", "--out", name]
+        assert cli.main([*arguments, *more]) == 0
+        rows[name] = json.loads((tmp_path / name / "training.json").read_text())["steps"]
+    peaks = {name: max(row["learning_rate"] for row in steps) for name, steps in rows.items()}
+    assert peaks == {"plain": 5e-5, "rate": 0.5, "seed": 5e-5}
+    assert rows["rate"][0]["loss"] == rows["plain"][0]["loss"] != rows["seed"][0]["loss"]
