@@ -4,12 +4,26 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from rlzoo.reward import missing_column
 
-_BOXED = re.compile(r"\\boxed\s*\{")
-_BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
+_TAG = re.compile(r"<answer>((?:(?!<answer>).)*?)</answer>", re.DOTALL | re.IGNORECASE)
+_OPEN_TAG = re.compile(r"<answer>([^<]*)\Z", re.IGNORECASE)
+"""A tag at which sampling stopped: a stop string is not part of the completion."""
+
+_BOX = r"\\(?:boxed|fbox)\s*"
+_BRACE = re.compile(rf"{_BOX}\{{|\\.|[{{}}]", re.DOTALL)
+_UNBRACED = re.compile(rf"{_BOX}([^\s{{}}$\\.,;]+)")
+r"""``\boxed 5``: TeX takes the next token, people mean the next word."""
+
+
+class Mark(NamedTuple):
+    """A marked answer in a text: where the mark starts and ends, and what it holds."""
+
+    start: int
+    end: int
+    answer: str
 
 
 def completion_text(completion: Any) -> str:
@@ -25,15 +39,30 @@ def _content(content: Any) -> str:
     return "".join(part.get("text", "") for part in content)
 
 
+def boxes(text: str) -> list[Mark]:
+    r"""The complete ``\boxed{...}`` of a text, in order of their ends; braces balanced, ``\{`` and ``\}`` text."""
+    found, opened = list[Mark](), list[re.Match[str]]()
+    for brace in _BRACE.finditer(text):
+        if brace.group().endswith("{") and brace.group() != r"\{":
+            opened.append(brace)
+        elif brace.group() == "}" and opened:
+            start = opened.pop()
+            if len(start.group()) > 1:
+                found.append(Mark(start.start(), brace.end(), text[start.end() : brace.start()].strip()))
+    found += [Mark(m.start(), m.end(), m[1]) for m in _UNBRACED.finditer(text)]
+    return sorted(found, key=lambda mark: mark.end)
+
+
+def tags(text: str) -> list[Mark]:
+    """The ``<answer>...</answer>`` of a text, in order; one that the end of the text cuts off if there is no other."""
+    found = list(_TAG.finditer(text)) or list(_OPEN_TAG.finditer(text))
+    return [Mark(match.start(), match.end(), match[1].strip()) for match in found]
+
+
 def last_boxed(text: str) -> str | None:
-    r"""What the last complete ``\boxed{...}`` holds, braces within it balanced; None if there is none."""
-    for start in reversed([match.end() for match in _BOXED.finditer(text)]):
-        depth = 1
-        for brace in _BRACE.finditer(text, start):  # \{ and \} are text, not braces
-            depth += {"{": 1, "}": -1}.get(brace.group(), 0)
-            if depth == 0:
-                return text[start : brace.start()].strip()
-    return None
+    r"""What the complete ``\boxed{...}`` that starts last holds; None if there is none."""
+    found = boxes(text)
+    return max(found, key=lambda mark: mark.start).answer if found else None
 
 
 def after_last(text: str, marker: str) -> str | None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ast
 import json
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -16,7 +15,7 @@ from typing import Any, ClassVar
 
 from rlzoo.errors import UserError
 from rlzoo.reward import register_reward
-from rlzoo.rewards._text import after_last, column_of, completion_text, last_boxed
+from rlzoo.rewards._text import after_last, column_of, completion_text, last_boxed, tags
 
 PYTHON_SCORERS = frozenset({"binary_matrix", "n_queens", "spiral_matrix", "string_insertion"})
 """Data sets whose scorers pass an answer that is not right as it stands to ``eval``."""
@@ -45,7 +44,6 @@ _FUNCTIONS = {
     "Abs",
 }
 _GREATEST_EXPONENT = 100
-_ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 
 
 @register_reward
@@ -83,9 +81,9 @@ class ReasoningGym:
 
 
 def _final(text: str) -> str:
-    tagged = _ANSWER.findall(text)
+    tagged = tags(text)
     if tagged:
-        return str(tagged[-1]).strip()
+        return tagged[-1].answer
     for answer in (last_boxed(text), after_last(text, "####")):
         if answer is not None:
             return answer

@@ -266,7 +266,7 @@ def _run_rollout(arguments: argparse.Namespace) -> int:
     from rlzoo.pieces import Pieces
     from rlzoo.policy import load_policy
     from rlzoo.problems import encode_problems, load_problems
-    from rlzoo.rollout import collect_rollouts, mismatch, sampler_of
+    from rlzoo.rollout import collect_rollouts, mismatch, sampler_of, unscored
     from rlzoo.runs import run_in
 
     reward, problems = reward_of(experiment), load_problems(experiment.train)[: experiment.rollouts.prompts]
@@ -288,6 +288,8 @@ def _run_rollout(arguments: argparse.Namespace) -> int:
         writers.get(arguments.out.suffix, buffer.save)(arguments.out)
     right = sum((row.reward or 0) >= experiment.evaluation.correct_at for row in rows)
     print(f"{len(rows)} samples of {len(problems)} prompts, {right} correct; saved to {arguments.out}")
+    if without := unscored((row.reward, row.prompt) for row in rows):
+        print(without)
     if found := mismatch(rows):
         print(
             f"log-probs of the engine and the trainer: {found['mean_absolute']:.2g} apart in the mean, "
@@ -313,15 +315,19 @@ def _run_evaluate(arguments: argparse.Namespace) -> int:
     from rlzoo.evaluation import evaluate
     from rlzoo.policy import load_policy
     from rlzoo.problems import load_problems
+    from rlzoo.rollout import unscored
 
     reward = reward_of(experiment)
     problems = {name: load_problems(source) for name, source in experiment.benchmarks.items()}
     silence()
     policy = load_policy(experiment.model, experiment.training.dtype)
-    scores = {
-        name: evaluate(policy, some, reward, experiment.evaluation, arguments.seed).metrics
-        for name, some in problems.items()
+    found = {
+        name: evaluate(policy, some, reward, experiment.evaluation, arguments.seed) for name, some in problems.items()
     }
+    scores = {name: one.metrics for name, one in found.items()}
+    for name, one in found.items():
+        if without := unscored((row["reward"], row["prompt"]) for row in one.outcomes):
+            print(f"{name}: {without}; they count as wrong", file=sys.stderr)
     if arguments.json:
         print(json.dumps(scores, indent=1))
         return 0

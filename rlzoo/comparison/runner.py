@@ -30,7 +30,7 @@ from rlzoo.outputs import replacing, write_atomically
 from rlzoo.problems import Encoded, Problem, load_problems
 from rlzoo.ranks import agreed, is_main, world_size
 from rlzoo.reward import Reward
-from rlzoo.rollout.rollouts import judge
+from rlzoo.rollout.rollouts import judge, unscored
 from rlzoo.rollout.sampler import Sample
 from rlzoo.runs import Run, run_in, unfinished, versions
 
@@ -176,6 +176,8 @@ def _run(
     shared, base = _share(processes, experiment, buffer, state, console, plan)
     samples = f", {shared['correct']} of {shared['samples']} samples correct" if shared["samples"] else ""
     _say(console, f"  shared buffer: {shared['rows']} rows{samples}; base model: {_scores(base)}")
+    if shared.get("unscored"):
+        _say(console, f"  shared buffer: {shared['unscored']}", style="yellow")
 
     def train(cell: Cell, parts: int) -> Future[Any]:
         return processes.submit(cell.id, work.run_cell, experiment, cell, shared, buffer, state, parts)
@@ -193,6 +195,8 @@ def _run(
     if not reported:
         raise UserError(f"no run succeeded; the first failed with: {failed[0]['error']}")
     outcomes = base.pop("outcomes") + [row for done in reported for row in done.pop("outcomes")]
+    if without := unscored((row["reward"], row["prompt"]) for row in outcomes):
+        _say(console, f"  evaluation: {without}; they count as wrong", style="yellow")
     results = {
         "experiment": experiment.name,
         "description": experiment.description,

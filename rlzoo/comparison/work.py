@@ -28,7 +28,7 @@ from rlzoo.problems import Encoded, demonstrations, encode_problems, load_proble
 from rlzoo.ranks import agreed, barrier, is_main
 from rlzoo.reward import Reward
 from rlzoo.reward_process import Limits, apart
-from rlzoo.rollout import collect_rollouts, mismatch, sampler_of
+from rlzoo.rollout import collect_rollouts, mismatch, sampler_of, unscored
 from rlzoo.training import Costs, Trainer, TrainingRecord, batches, with_reference
 from rlzoo.training.batches import BufferSource, FreshSource, Source, Views, seeds, shares
 from rlzoo.training.costs import release_memory
@@ -134,6 +134,7 @@ def _fill_buffer(experiment: Experiment, folder: Path, pieces: Pieces, report: R
         "samples": len(samples),
         "correct": sum((row.reward or 0.0) >= experiment.evaluation.correct_at for row in samples),
         "sampled_tokens": sampled,
+        "unscored": unscored((row.reward, row.prompt) for row in samples),
         "mismatch": mismatch(samples),
         "sampling_flops": 2 * policy.flops(tokens, sampled),  # sampled, then scored
         "reference_flops": reference_flops,

@@ -2,7 +2,7 @@
 
 from rlzoo.config import Sampling
 from rlzoo.policy import Policy
-from rlzoo.rollout.rollouts import collect_rollouts, mismatch
+from rlzoo.rollout.rollouts import collect_rollouts, mismatch, unscored
 from rlzoo.rollout.sampler import Sample, Sampler, TransformersSampler
 from rlzoo.rollout.vllm import VLLMSampler, VLLMServerSampler
 
@@ -15,6 +15,7 @@ __all__ = [
     "collect_rollouts",
     "mismatch",
     "sampler_of",
+    "unscored",
 ]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import astuple
 from typing import Any
 
@@ -116,6 +116,17 @@ def mismatch(rows: Sequence[Trajectory]) -> dict[str, float] | None:
         "mean_ratio": float(np.exp(gap).mean()),
         "kl": float((np.expm1(gap) - gap).mean()),
     }
+
+
+def unscored(scored: Iterable[tuple[float | None, str]]) -> str | None:
+    """One line on the samples without a reward, of pairs of reward and prompt; None if all have one."""
+    rows = list(scored)
+    without = [prompt for reward, prompt in rows if reward is None]
+    if not without:
+        return None
+    first = " ".join(without[0].split())
+    told = "the reward returned None, as for a missing gold answer"
+    return f"{len(without)} of {len(rows)} samples have no reward ({told}); the first one's prompt: {first[-100:]!r}"
 
 
 def judge(reward: Reward, answered: Sequence[tuple[Encoded, Sample]]) -> list[Score]:

@@ -1,0 +1,86 @@
+"""Units of measurement, and words after a number in general: what they are called, and which of them agree."""
+
+from __future__ import annotations
+
+import re
+
+_MEASURES = {
+    "m": "metre meter",
+    "cm": "centimetre centimeter",
+    "mm": "millimetre millimeter",
+    "km": "kilometre kilometer",
+    "inch": "in",
+    "foot": "ft feet",
+    "yard": "yd",
+    "mile": "mi",
+    "kg": "kilogram kilo",
+    "g": "gram gm",
+    "mg": "milligram",
+    "pound": "lb",
+    "ounce": "oz",
+    "ton": "tonne",
+    "l": "litre liter",
+    "ml": "millilitre milliliter",
+    "gallon": "gal",
+    "s": "sec second",
+    "minute": "min",
+    "hour": "h hr",
+    "day": "",
+    "week": "wk",
+    "year": "yr",
+    "dollar": "$ us$ usd buck",
+    "cent": "¢",
+    "euro": "€ eur",
+    "pound sterling": "£ gbp",
+    "rupee": "₹ rs inr",
+    "yen": "¥ jpy",
+    "yuan": "元 rmb cny",
+    "degree": "deg",
+    "radian": "rad",
+    "person": "people",
+    "man": "men",
+    "woman": "women",
+    "child": "children",
+    "mile hour": "mph",
+    "km hour": "kmh kph kmph",
+    "hertz": "hz",
+    "2": "square sq",
+    "3": "cubic cube",
+    "pascal": "pa",
+}
+_CANONICAL = {other: unit for unit, others in _MEASURES.items() for other in (unit, *others.split())}
+
+SHORT = {f"{unit}{plural}" for unit in _CANONICAL for plural in ("", "s") if unit.isalpha() and len(unit) > 1}
+"""Units of few letters, which are no product of variables even without ``\\text`` around them."""
+SHORT |= {"am", "pm", "sq", "box", "units"}
+SHORT |= {
+    f"{noun}{plural}" for noun in ("bag", "car", "cat", "cup", "dog", "egg", "pen", "toy") for plural in ("", "s")
+}
+
+SYMBOLS = frozenset("mgshlL")
+"""Units of one letter, which are taken for such after a number."""
+
+_LINKING = frozenset(["or", "and", "not", "but", "to", "than", "either", "nor", "between", "through"])
+"""Words by which a number with words after it is not one number with its unit: 5 or more."""
+_IDLE = frozenset(["of", "the", "a", "an", "per", "each", "about", "in", "total", "for", "altogether"])
+
+
+def canonical(words: list[str]) -> frozenset[str] | None:
+    """The words of a unit as they are compared: singular, one name for each measure. None if this is no unit."""
+    if any(word.lower() in _LINKING for word in words):
+        return None
+    named = (_CANONICAL.get(word.lower()) or _singular(word.lower()) for word in words)
+    return frozenset(word for name in named for word in name.split()) - _IDLE
+
+
+def _singular(word: str) -> str:
+    for plural, end in ((r"ies$", "y"), (r"(?<=x|s)es$|(?<=ch|sh)es$", ""), (r"(?<=[^\Wsu])s$", "")):
+        if re.search(plural, word):
+            word = re.sub(plural, end, word)
+            break
+    return _CANONICAL.get(word, word)
+
+
+def agree(one: frozenset[str], other: frozenset[str]) -> bool:
+    """Whether two units may be the same: one of them says no more than the other, or nothing at all."""
+    return one <= other or other <= one
