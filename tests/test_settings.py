@@ -279,7 +279,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> FakeSampler:
 
 
 def filled(experiment: Experiment, folder: Path) -> OfflineBuffer:
-    work.fill_buffer(experiment, folder / "buffer", folder / "state", lambda share, what: None)
+    work.fill_buffer(experiment, folder / "buffer", folder / "state", 0, lambda share, what: None)
     return OfflineBuffer.load(folder / "buffer")
 
 
