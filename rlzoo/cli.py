@@ -9,12 +9,22 @@ import signal
 import sys
 import textwrap
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
 from rlzoo.errors import UserError
 from rlzoo.interrupts import Terminated, raise_signal
-from rlzoo.overrides import add_overrides, add_processes, add_trust, check_processes, experiment_of, pairs
+from rlzoo.overrides import (
+    add_overrides,
+    add_processes,
+    add_table,
+    add_trust,
+    check_processes,
+    experiment_of,
+    pairs,
+    table_of,
+)
 
 Handler = Callable[[argparse.Namespace], int]
 
@@ -88,7 +98,7 @@ def _compare(commands: Any) -> None:
         "rlzoo compare arithmetic --algorithms sft,dft --seeds 0,1,2",
     )  # fmt: skip
     add_overrides(
-        command, "data", "test-data", "limit", "steps", "batch-size", "samples", "rollout-samples", "k"
+        command, "data", "bad-rows", "test-data", "limit", "steps", "batch-size", "samples", "rollout-samples", "k"
     )  # fmt: skip
     command.add_argument("--algorithms", help="comma-separated: names, module:Name, or path/to/file.py:Name")
     command.add_argument("--seeds", help="comma-separated whole numbers")
@@ -137,7 +147,7 @@ def _variance(commands: Any) -> None:
         "Measure the variance of objectives' gradients: token by token, over the data, and along training.",
         "rlzoo variance both-worlds --objectives sft,dft,my.py:Mine --rows 128",
     )  # fmt: skip
-    add_overrides(command, "data", "limit", "steps", "rollout-samples", default="both-worlds")
+    add_overrides(command, "data", "bad-rows", "limit", "steps", "rollout-samples", default="both-worlds")
     command.add_argument(
         "--objectives", dest="algorithms", help="comma-separated: names, module:Name, or path/to/file.py:Name"
     )
@@ -182,7 +192,7 @@ def _train(commands: Any) -> None:
         "rlzoo train rft --buffer runs/buffer --model embedded --steps 50 --out runs/rft",
     )  # fmt: skip
     command.add_argument("objective", help="a name, module:Name, or path/to/file.py:Name")
-    command.add_argument("--buffer", required=True, help="a saved buffer (see rollout), or a table in a TRL format")
+    add_table(command)
     command.add_argument("--model", default="embedded", help="'embedded', a folder, or a Hub id")
     add_trust(command)
     command.add_argument("--out", type=Path, required=True, help="a folder for the model, new or of the same run")
@@ -194,6 +204,7 @@ def _train(commands: Any) -> None:
 
 
 def _run_train(arguments: argparse.Namespace) -> int:
+    from rlzoo.bad_rows import BadRows, told
     from rlzoo.buffers import read_buffer
     from rlzoo.comparison.pool import silence
     from rlzoo.config import Training, validated
@@ -209,6 +220,7 @@ def _run_train(arguments: argparse.Namespace) -> int:
         if value is not None:
             settings[name] = value
     training = validated(Training, settings, "training")
+    table = table_of(arguments)
     objective = get_objective(arguments.objective, **pairs(arguments.option, "--option"))
     silence()
     asked = {
@@ -216,7 +228,7 @@ def _run_train(arguments: argparse.Namespace) -> int:
         "options": pairs(arguments.option, "--option"),
         "training": training.model_dump(mode="json"),
         "model": arguments.model,
-        "buffer": arguments.buffer,
+        "buffer": table.model_dump(mode="json"),
         "seed": arguments.seed,
     }
 
@@ -231,13 +243,21 @@ def _run_train(arguments: argparse.Namespace) -> int:
             print(f"finished before: {out}")
             return 0
         policy = load_policy(arguments.model, training.dtype)
-        buffer = read_buffer(arguments.buffer, policy.tokenizer)
+        bad, longest = BadRows(table.bad_rows), training.max_completion_tokens
+        buffer = read_buffer(table.source, policy.tokenizer, longest, table.split, table.columns, bad)
+        if is_main() and (line := told(bad.summary())):
+            print(line)
         record = train(
             policy, objective, buffer, training, arguments.seed, [show], out / "logs", run.state / "checkpoints"
         )
         save_policy(policy, out)
         if is_main():
-            summary = {"steps": record.plain_steps(), "costs": record.costs.as_dict(), "events": record.events}
+            summary = {
+                "steps": record.plain_steps(),
+                "costs": record.costs.as_dict(),
+                "events": record.events,
+                "dropped_rows": bad.summary(),
+            }
             write_atomically(out / "training.json", json.dumps(summary, indent=1))
             for event in record.events:
                 print(event)
@@ -251,7 +271,7 @@ def _rollout(commands: Any) -> None:
         "Sample a policy on an experiment's training problems, judge the samples, and save them as a buffer.",
         "rlzoo rollout arithmetic --limit 100 --out runs/buffer",
     )  # fmt: skip
-    add_overrides(command, "data", "limit", "rollout-samples")
+    add_overrides(command, "data", "bad-rows", "limit", "rollout-samples")
     command.add_argument("--seed", type=int, default=0)
     command.add_argument(
         "--out", type=Path, required=True, help="a folder, new or of the same run, or a .parquet or .jsonl file"
@@ -260,6 +280,7 @@ def _rollout(commands: Any) -> None:
 
 def _run_rollout(arguments: argparse.Namespace) -> int:
     experiment = experiment_of(arguments)
+    from rlzoo.bad_rows import BadRows, told
     from rlzoo.buffers import OfflineBuffer
     from rlzoo.comparison.pool import silence
     from rlzoo.comparison.work import reward_of
@@ -269,7 +290,8 @@ def _run_rollout(arguments: argparse.Namespace) -> int:
     from rlzoo.rollout import collect_rollouts, mismatch, sampler_of
     from rlzoo.runs import run_in
 
-    reward, problems = reward_of(experiment), load_problems(experiment.train)[: experiment.rollouts.prompts]
+    bad = BadRows(experiment.train.bad_rows)
+    reward, problems = reward_of(experiment), load_problems(experiment.train, bad)[: experiment.rollouts.prompts]
     silence()
     asked = {"experiment": experiment.model_dump(mode="json"), "seed": arguments.seed}
     with run_in(arguments.out, "rollout", asked, "whole") as run:
@@ -277,17 +299,21 @@ def _run_rollout(arguments: argparse.Namespace) -> int:
             print(f"finished before: {arguments.out}")
             return 0
         policy = load_policy(experiment.model, experiment.training.dtype)
-        encoded = encode_problems(policy.tokenizer, problems)
+        encoded = encode_problems(policy.tokenizer, problems, bad)
         settings = experiment.rollouts
         sampler, recompute = sampler_of(policy, settings), settings.behaviour == "recompute"
         rows = collect_rollouts(
             policy, sampler, encoded, reward, settings, arguments.seed, recompute=recompute, pieces=Pieces(run.state)
         )
         buffer = OfflineBuffer.from_trajectories(rows)
-        writers = {".parquet": buffer.to_parquet, ".jsonl": buffer.to_jsonl}
-        writers.get(arguments.out.suffix, buffer.save)(arguments.out)
+        dropped = bad.summary()
+        save = partial(buffer.save, notes={"dropped_rows": dropped} if dropped else {})
+        writers: dict[str, Callable[[Path], None]] = {".parquet": buffer.to_parquet, ".jsonl": buffer.to_jsonl}
+        writers.get(arguments.out.suffix, save)(arguments.out)
     right = sum((row.reward or 0) >= experiment.evaluation.correct_at for row in rows)
-    print(f"{len(rows)} samples of {len(problems)} prompts, {right} correct; saved to {arguments.out}")
+    if line := told(dropped):
+        print(line)
+    print(f"{len(rows)} samples of {len(encoded)} prompts, {right} correct; saved to {arguments.out}")
     if found := mismatch(rows):
         print(
             f"log-probs of the engine and the trainer: {found['mean_absolute']:.2g} apart in the mean, "

@@ -11,13 +11,14 @@ import yaml
 from rlzoo.errors import UserError
 
 if TYPE_CHECKING:
-    from rlzoo.config import Experiment
+    from rlzoo.config import Experiment, Table
 
 _OPTIONS: dict[str, tuple[type, str, tuple[str, ...]]] = {
     "model": (str, "'embedded', a folder, or a Hub id", ("model",)),
     "reward": (str, "a name, package.module:Name, or path/to/file.py:Name", ("reward",)),
     "data": (str, "training problems: a file, a Hub id, or world:NAME/SPLIT", ("train.source",)),
     "test-data": (str, "benchmark problems, for every benchmark of the experiment", ()),
+    "bad-rows": (str, "what to do with rows that cannot be used: reject, or drop and count", ("train.bad_rows",)),
     "limit": (int, "use at most this many problems of each set", ("train.limit", "rollouts.prompts")),
     "steps": (int, "optimizer steps", ("training.steps",)),
     "batch-size": (int, "sequences an optimizer step", ("training.batch_size",)),
@@ -44,6 +45,28 @@ def add_overrides(command: argparse.ArgumentParser, *options: str, default: str 
 def add_trust(command: argparse.ArgumentParser) -> None:
     """The one way to let a model bring code of its own: no file can ask for it."""
     command.add_argument("--trust-remote-code", action="store_true", help="run the code that the model's folder brings")
+
+
+def add_table(command: argparse.ArgumentParser) -> None:
+    """What is trained on: a saved buffer or a table, and how the table is read."""
+    command.add_argument("--buffer", required=True, help="a saved buffer (see rollout), or a table in a TRL format")
+    command.add_argument("--split", help="of a table: which split of a Hub data set or folder")
+    command.add_argument(
+        "--column", action="append", default=[], metavar="NAME=COLUMN",
+        help="of a table: the column that stands for one of the format, as in completion=response",
+    )  # fmt: skip
+    command.add_argument(
+        "--bad-rows", choices=("reject", "drop"), default="reject",
+        help="of a table: stop at a row that cannot be used, or drop such rows and count them",
+    )  # fmt: skip
+
+
+def table_of(arguments: argparse.Namespace) -> Table:
+    """The table that the options of `add_table` name."""
+    from rlzoo.config import Table, validated
+
+    given = {"source": arguments.buffer, "split": arguments.split, "bad_rows": arguments.bad_rows}
+    return validated(Table, {**given, "columns": pairs(arguments.column, "--column")}, "buffer")
 
 
 def add_processes(command: argparse.ArgumentParser) -> None:

@@ -63,8 +63,14 @@ def encode_completion(tokenizer: Any, text: str) -> list[int]:
     return ids if ids[-1:] == [eos] else [*ids, eos]
 
 
-def encode(tokenizer: Any, prompt: Prompt, completion: str, max_length: int | None = None) -> Encoded:
-    """Both, with prompt + completion cut on the right to ``max_length`` tokens.
+def encode(
+    tokenizer: Any,
+    prompt: Prompt,
+    completion: str,
+    max_length: int | None = None,
+    max_completion_tokens: int | None = None,
+) -> Encoded:
+    """Both, cut on the right to ``max_length`` tokens of prompt + completion, ``max_completion_tokens`` of completion.
 
     A cut completion has lost its end of sequence and is marked truncated; its text is what its tokens say. A
     completion's text never holds the end of sequence, its tokens do. Raises UserError if the prompt leaves no
@@ -73,9 +79,10 @@ def encode(tokenizer: Any, prompt: Prompt, completion: str, max_length: int | No
     text, prompt_ids = encode_prompt(tokenizer, prompt)
     ids = encode_completion(tokenizer, completion)
     completion = completion.removesuffix(tokenizer.eos_token)
-    if max_length is None or len(prompt_ids) + len(ids) <= max_length:
+    rooms = [len(ids), max_completion_tokens, None if max_length is None else max_length - len(prompt_ids)]
+    room = min(room for room in rooms if room is not None)
+    if room == len(ids):
         return Encoded(text, completion, prompt_ids, ids, truncated=False)
-    room = max_length - len(prompt_ids)
     if room < 1:
         raise UserError(
             f"the prompt alone has {len(prompt_ids)} tokens of {max_length}: raise max_length or drop the row"

@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 import yaml
 from rich.console import Console
 
+from rlzoo.bad_rows import BadRows, told
 from rlzoo.comparison import work
 from rlzoo.comparison.on_ray import ray_tasks
 from rlzoo.comparison.plan import Cell, cells, chosen_cells, counted, has_choice
@@ -78,7 +79,7 @@ def compare(
         experiment = load_experiment(experiment)
     console = console or Console(stderr=True, quiet=not is_main())
     started = time.perf_counter()
-    check(experiment)
+    dropped = check(experiment)
     out = where(experiment, threads) if out is None else Path(out)
     with run_in(out, "compare", _asked(experiment, threads)) as run:
         if run.finished:
@@ -88,7 +89,7 @@ def compare(
         number = min(workers or default_workers(), max(2, len(cells(experiment))))
         processes, how = _workers(executor, address, number, threads, console)
         with processes as running:
-            results, outcomes = _run(experiment, run, running, how, console)
+            results, outcomes = _run(experiment, run, running, how, console, dropped)
         results["wall_seconds"] = time.perf_counter() - started
         table = pa.Table.from_pylist(outcomes, schema=OUTCOMES)
         rows = summarise(table, experiment.evaluation.pass_k)
@@ -123,8 +124,11 @@ def _asked(experiment: Experiment, threads: int) -> dict[str, Any]:
     return {"experiment": experiment.model_dump(mode="json"), "threads": threads}
 
 
-def check(experiment: Experiment) -> None:
-    """Find what is wrong with names, options, problems and the reward before a model is loaded. Raises UserError."""
+def check(experiment: Experiment) -> dict[str, Any]:
+    """Find what is wrong with names, options, problems and the reward before a model is loaded. Raises UserError.
+
+    Gives back what was dropped of validation and benchmarks, by set (`BadRows.summary`).
+    """
     try:
         json.dumps(experiment.model_dump(mode="json"))
     except (ValueError, TypeError):
@@ -144,9 +148,15 @@ def check(experiment: Experiment) -> None:
     if experiment.baseline is not None and experiment.baseline not in experiment.algorithms:
         raise unknown("baseline", experiment.baseline, experiment.algorithms)
     reward = work.reward_of(experiment)
-    for source in [experiment.train, *experiment.benchmarks.values(), experiment.validation]:
+    sources = {"train": experiment.train, "validation": experiment.validation, **experiment.benchmarks}
+    dropped = {}
+    for name, source in sources.items():
         if source is not None:
-            _try(reward, load_problems(source)[:2])
+            bad = BadRows(source.bad_rows)
+            _try(reward, load_problems(source, bad)[:2])
+            if (summary := bad.summary()) and source is not experiment.train:  # those are counted with the buffer
+                dropped[name] = summary
+    return dropped
 
 
 def _try(reward: Reward, problems: Sequence[Problem]) -> None:
@@ -167,7 +177,12 @@ def _workers(
 
 
 def _run(
-    experiment: Experiment, run: Run, processes: Workers, where: str, console: Console
+    experiment: Experiment,
+    run: Run,
+    processes: Workers,
+    where: str,
+    console: Console,
+    dropped: Mapping[str, Any],
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     grid = cells(experiment)
     buffer, state = (run.folder / "buffer").absolute(), run.state.absolute()
@@ -176,6 +191,9 @@ def _run(
     shared, base = _share(processes, experiment, buffer, state, console, plan)
     samples = f", {shared['correct']} of {shared['samples']} samples correct" if shared["samples"] else ""
     _say(console, f"  shared buffer: {shared['rows']} rows{samples}; base model: {_scores(base)}")
+    dropped = {**shared["dropped_rows"], **dropped}
+    for line in [*(f"{name}: {told(summary)}" for name, summary in dropped.items()), *shared["events"]]:
+        _say(console, f"  {line}", style="red")
 
     def train(cell: Cell, parts: int) -> Future[Any]:
         return processes.submit(cell.id, work.run_cell, experiment, cell, shared, buffer, state, parts)
@@ -205,6 +223,8 @@ def _run(
         "learning_rates": rates,
         "failed": failed,
         "buffer": {name: shared[name] for name in ("rows", "samples", "correct", "sampled_tokens", "mismatch")},
+        "dropped_rows": dropped,
+        "events": shared["events"],
         "token_probabilities": {
             "edges": shared["token_probabilities"]["edges"],
             "before": shared["token_probabilities"]["counts"],

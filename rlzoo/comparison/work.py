@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from rlzoo.bad_rows import BadRows, OnBadRow
 from rlzoo.buffers import Buffer, OfflineBuffer, read_buffer
 from rlzoo.buffers.views import SINGLE_ROW_OPTIONS
 from rlzoo.comparison.plan import Cell, has_choice
@@ -29,7 +30,7 @@ from rlzoo.ranks import agreed, barrier, is_main
 from rlzoo.reward import Reward
 from rlzoo.reward_process import Limits, apart
 from rlzoo.rollout import collect_rollouts, mismatch, sampler_of
-from rlzoo.training import Costs, Trainer, TrainingRecord, batches, with_reference
+from rlzoo.training import Costs, Trainer, TrainingRecord, batches, scored_event, with_behaviour, with_reference
 from rlzoo.training.batches import BufferSource, FreshSource, Source, Views, seeds, shares
 from rlzoo.training.costs import release_memory
 from rlzoo.training.state import random_state
@@ -95,30 +96,36 @@ def fill_buffer(experiment: Experiment, folder: Path, state: Path, report: Repor
 
 def _fill_buffer(experiment: Experiment, folder: Path, pieces: Pieces, report: Report) -> dict[str, Any]:
     policy = load_policy(experiment.model, experiment.training.dtype)
-    problems = load_problems(experiment.train)
-    if experiment.demonstrations is None:
-        rows = demonstrations(policy.tokenizer, problems, experiment.training.max_completion_tokens)
+    bad = {name: BadRows(mode) for name, mode in _on_bad_rows(experiment).items()}
+    problems = load_problems(experiment.train, bad["train"])
+    longest = experiment.training.max_completion_tokens
+    if (table := experiment.demonstrations_table) is None:
+        rows = demonstrations(policy.tokenizer, problems, longest, bad["train"])
         buffer: Buffer = OfflineBuffer.from_trajectories(rows)
     else:
-        buffer = read_buffer(experiment.demonstrations, policy.tokenizer)
+        buffer = read_buffer(table.source, policy.tokenizer, longest, table.split, table.columns, bad["demonstrations"])
     samples: list[Trajectory] = []
     offline = [name for name, row in experiment.algorithms.items() if row.mode == "offline"]
     if any(learns_from_samples(views_of(experiment, name)) for name in offline):
         settings = experiment.rollouts
-        chosen = problems if settings.prompts is None else problems[: settings.prompts]
+        encoded = encode_problems(policy.tokenizer, problems[: settings.prompts], bad["train"])
         samples = collect_rollouts(
             policy,
             sampler_of(policy, settings),
-            encode_problems(policy.tokenizer, chosen),
+            encoded,
             reward_of(experiment),
             settings,
             seed=0,
             token_budget=experiment.training.token_budget,
-            progress=_counted(len(chosen), "sampling the base policy", report),
+            progress=_counted(len(encoded), "sampling the base policy", report),
             recompute=settings.behaviour == "recompute",
             pieces=pieces,
         )
         buffer = buffer.concatenate(OfflineBuffer.from_trajectories(samples))
+    events = []
+    if experiment.training.behaviour == "current":
+        buffer, scored = with_behaviour(buffer, policy, experiment.training.token_budget)
+        events = [scored_event(scored)] if scored else []
     reference_flops = 0.0
     if any(Need.REFERENCE in objective_of(experiment, name).requires for name in offline):
         report(1.0, "reference log-probs")
@@ -135,10 +142,20 @@ def _fill_buffer(experiment: Experiment, folder: Path, pieces: Pieces, report: R
         "correct": sum((row.reward or 0.0) >= experiment.evaluation.correct_at for row in samples),
         "sampled_tokens": sampled,
         "mismatch": mismatch(samples),
+        "dropped_rows": {name: summary for name, rows in bad.items() if (summary := rows.summary())},
+        "events": events,
         "sampling_flops": 2 * policy.flops(tokens, sampled),  # sampled, then scored
         "reference_flops": reference_flops,
         "token_probabilities": token_probabilities(policy, buffer, experiment.training.token_budget),
     }
+
+
+def _on_bad_rows(experiment: Experiment) -> dict[str, OnBadRow]:
+    """What happens to bad rows of what the shared buffer is filled from."""
+    modes = {"train": experiment.train.bad_rows}
+    if (table := experiment.demonstrations_table) is not None:
+        modes["demonstrations"] = table.bad_rows
+    return modes
 
 
 def evaluate_base(experiment: Experiment, state: Path, report: Report) -> dict[str, Any]:
@@ -324,7 +341,8 @@ class Collector:
     def __init__(self, experiment: Experiment, policy: Policy, batch_size: int, seed: int, costs: Costs) -> None:
         self._experiment, self._policy, self._costs = experiment, policy, costs
         self._prompts = max(1, batch_size // experiment.rollouts.samples)
-        self._encoded = encode_problems(policy.tokenizer, load_problems(experiment.train))
+        bad = BadRows(experiment.train.bad_rows)
+        self._encoded = encode_problems(policy.tokenizer, load_problems(experiment.train, bad), bad)
         self._order, self._queue = random.Random(seed), list[int]()
         self._sampler = sampler_of(policy, experiment.rollouts)
 

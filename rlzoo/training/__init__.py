@@ -2,7 +2,7 @@
 
 from rlzoo.training.costs import Costs
 from rlzoo.training.record import TrainingRecord
-from rlzoo.training.run import train, with_reference
+from rlzoo.training.run import scored_event, train, with_behaviour, with_reference
 from rlzoo.training.trainer import Trainer
 
-__all__ = ["Costs", "Trainer", "TrainingRecord", "train", "with_reference"]
+__all__ = ["Costs", "Trainer", "TrainingRecord", "scored_event", "train", "with_behaviour", "with_reference"]
