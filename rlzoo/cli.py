@@ -334,6 +334,7 @@ def _evaluate(commands: Any) -> None:
 
 def _run_evaluate(arguments: argparse.Namespace) -> int:
     experiment = experiment_of(arguments)
+    from rlzoo.bad_rows import BadRows, told
     from rlzoo.comparison.pool import silence
     from rlzoo.comparison.work import reward_of
     from rlzoo.evaluation import evaluate
@@ -341,7 +342,12 @@ def _run_evaluate(arguments: argparse.Namespace) -> int:
     from rlzoo.problems import load_problems
 
     reward = reward_of(experiment)
-    problems = {name: load_problems(source) for name, source in experiment.benchmarks.items()}
+    problems = {}
+    for name, source in experiment.benchmarks.items():
+        bad = BadRows(source.bad_rows)
+        problems[name] = load_problems(source, bad)
+        if line := told(bad.summary()):
+            print(f"{name}: {line}", file=sys.stderr)
     silence()
     policy = load_policy(experiment.model, experiment.training.dtype)
     scores = {

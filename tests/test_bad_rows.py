@@ -16,6 +16,7 @@ from rlzoo.comparison.runner import compare
 from rlzoo.config import ProblemSource
 from rlzoo.errors import UserError
 from rlzoo.problems import Problem, demonstrations, encode_problems, load_problems
+from rlzoo.variance.run import fill
 
 LINES = [
     '{"prompt": "1+1=", "completion": "2"}',
@@ -110,5 +111,22 @@ def test_compare_records_what_it_dropped_of_every_set(table: str, monkeypatch: p
     changes: dict[str, Any] = {"reward": "length", "train__bad_rows": "drop", "demonstrations": table}
     experiment = small({"sft": {}}, validation=None, benchmarks={"own": benchmark}, **changes)
     results = compare(experiment, out=Path("out"))
-    assert {name: found["count"] for name, found in results["dropped_rows"].items()} == {"demonstrations": 3, "own": 2}
+    assert {name: found["count"] for name, found in results["dropped_rows"].items()} == {
+        "demonstrations": 3,
+        "benchmark own": 2,
+    }
     assert results["buffer"]["rows"] == 2
+
+
+def test_variance_tells_what_it_dropped(table: str) -> None:
+    filled = fill(small({"sft": {}}, train__bad_rows="drop"), Path("buffer"), Path("state"), table, lambda *_: None)
+    assert (filled["rows"], filled["dropped_rows"]["buffer"]["count"]) == (2, 3)
+
+
+def test_evaluate_tells_what_it_dropped(table: str, capsys: pytest.CaptureFixture[str]) -> None:
+    benchmark = f"benchmarks={{own: {{source: {table}, solution: completion, bad_rows: drop}}}}"
+    evaluation = ["evaluate", "arithmetic", "--reward", "length", "--limit", "2", "--samples", "1", "--k", "1"]
+    assert main([*evaluation, "--set", "evaluation.max_new_tokens=2", "--json", "--set", benchmark]) == 0
+    out, err = capsys.readouterr()
+    assert list(json.loads(out)) == ["own"]
+    assert "own: dropped 1 of 3 rows" in err, "no more rows are read than make two problems"

@@ -150,8 +150,8 @@ def test_samples_without_behaviour_log_probs_can_have_those_of_the_policy() -> N
     ]
     assert record.steps[0]["ratio"] == pytest.approx(1.0)
     known = buffer.with_behaviour_logp([[-1.0] * len(expected[0]), None, None])
-    scored, number = with_behaviour(known, load_policy("embedded"))
-    assert number == 2
+    scored, which = with_behaviour(known, load_policy("embedded"))
+    assert which == [1, 2]
     assert scored.column("behaviour_logp")[0] == [-1.0] * len(expected[0]), "what was recorded stays"
     assert scored.column("behaviour_logp")[1:] == [pytest.approx(logp) for logp in expected[1:]]
 

@@ -34,14 +34,14 @@ def as_trl(row: Row, chat: bool) -> dict[str, Any]:
     Raises UserError for a conversation that cannot be read.
     """
     made = dict(row)
-    if "messages" not in made and isinstance(made.get("conversations"), list):
+    if made.get("messages") is None and isinstance(made.get("conversations"), list):
         name = "prompt" if all(made.get(side) is not None for side in _PAIR) else "messages"
         made[name] = _turns(made.pop("conversations"), "conversations")
         _instruct(made, name)
-    elif isinstance(made.get("instruction"), str) and not {"prompt", "messages"} & set(made):
-        if made.get("output") is not None and "completion" not in made:
+    elif isinstance(made.get("instruction"), str) and made.get("prompt") is None and made.get("messages") is None:
+        if made.get("output") is not None and made.get("completion") is None:
             made["completion"] = made.pop("output")
-        if {"completion", *_PAIR} & set(made):
+        if any(made.get(name) is not None for name in ("completion", *_PAIR)):
             _alpaca(made, chat)
     for name in _CONVERSATIONS:
         value = made.get(name)

@@ -148,9 +148,9 @@ def check(experiment: Experiment) -> dict[str, Any]:
     if experiment.baseline is not None and experiment.baseline not in experiment.algorithms:
         raise unknown("baseline", experiment.baseline, experiment.algorithms)
     reward = work.reward_of(experiment)
-    sources = {"train": experiment.train, "validation": experiment.validation, **experiment.benchmarks}
+    benchmarks = [(f"benchmark {name}", source) for name, source in experiment.benchmarks.items()]
     dropped = {}
-    for name, source in sources.items():
+    for name, source in [("train", experiment.train), ("validation", experiment.validation), *benchmarks]:
         if source is not None:
             bad = BadRows(source.bad_rows)
             _try(reward, load_problems(source, bad)[:2])

@@ -122,10 +122,12 @@ def _fill_buffer(experiment: Experiment, folder: Path, pieces: Pieces, report: R
             pieces=pieces,
         )
         buffer = buffer.concatenate(OfflineBuffer.from_trajectories(samples))
-    events = []
+    events, scoring_flops = [], 0.0
     if experiment.training.behaviour == "current":
         buffer, scored = with_behaviour(buffer, policy, experiment.training.token_budget)
-        events = [scored_event(scored)] if scored else []
+        events = [scored_event(len(scored))] if scored else []
+        tokens, completions = (int(buffer.tokens(*names)[scored].sum()) for names in ((), ("completion_ids",)))
+        scoring_flops = policy.flops(tokens, completions)
     reference_flops = 0.0
     if any(Need.REFERENCE in objective_of(experiment, name).requires for name in offline):
         report(1.0, "reference log-probs")
@@ -144,7 +146,7 @@ def _fill_buffer(experiment: Experiment, folder: Path, pieces: Pieces, report: R
         "mismatch": mismatch(samples),
         "dropped_rows": {name: summary for name, rows in bad.items() if (summary := rows.summary())},
         "events": events,
-        "sampling_flops": 2 * policy.flops(tokens, sampled),  # sampled, then scored
+        "sampling_flops": 2 * policy.flops(tokens, sampled) + scoring_flops,  # sampled, then scored
         "reference_flops": reference_flops,
         "token_probabilities": token_probabilities(policy, buffer, experiment.training.token_budget),
     }

@@ -25,15 +25,15 @@ def with_reference(buffer: Buffer, policy: Policy, token_budget: int = 8192) -> 
     return buffer.with_reference_logp(values)
 
 
-def with_behaviour(buffer: Buffer, policy: Policy, token_budget: int = 8192) -> tuple[Buffer, int]:
-    """The buffer with log-probs of ``policy`` as the behaviour's in those samples that have none, and their number."""
+def with_behaviour(buffer: Buffer, policy: Policy, token_budget: int = 8192) -> tuple[Buffer, list[int]]:
+    """The buffer with log-probs of ``policy`` as the behaviour's in samples that have none, and the rows of those."""
     known = buffer.column("behaviour_logp")
     sources = zip(buffer.column("source"), known, strict=True)
     lacking = [index for index, (source, logp) in enumerate(sources) if source != "demonstration" and logp is None]
     rows = [(row.prompt_ids, row.completion_ids) for row in (buffer[index] for index in lacking)]
     for index, logp in zip(lacking, score_rows(policy, rows, token_budget), strict=True):
         known[index] = logp
-    return (buffer.with_behaviour_logp(known) if lacking else buffer), len(lacking)
+    return (buffer.with_behaviour_logp(known) if lacking else buffer), lacking
 
 
 def scored_event(rows: int) -> str:
@@ -62,7 +62,7 @@ def train(
     record = TrainingRecord()
     if settings.behaviour == "current" and Need.BEHAVIOUR in objective.requires:
         buffer, scored = with_behaviour(buffer, policy, settings.token_budget)
-        record.events += [scored_event(scored)] if scored else []
+        record.events += [scored_event(len(scored))] if scored else []
     sources = buffer_sources(buffer, views_of(objective), settings.batch_size, seed)
     # stored log-probs may be another policy's, and those of mismatched rows are of this one
     known = buffer.is_complete("reference_logp") and Need.MISMATCHED not in objective.requires
