@@ -24,7 +24,6 @@ CONVERSATIONS = {
     "several turns": [user("1+1?"), assistant("<think>\na\n</think>\n\n2"), user("2+2?"), assistant("4")],
     "spaces": [user(" 1+1?\n"), assistant("\n  2 \n")],
     "thinking": [user("1+1?"), assistant("<think>\none and one\n</think>\n\n2")],
-    "an empty answer": [user("1+1?"), assistant("")],
 }
 
 
