@@ -47,7 +47,7 @@ SHOWN: dict[str, str] = {}
 """Settings that tests of this file show, by name."""
 OPTIONS = "test_training_options.py"
 ELSEWHERE = {
-    "Rollouts.top_p": "test_rollout.py::test_behaviour_log_probs_are_those_of_the_distribution_that_was_sampled",
+    "Rollouts.top_p": "test_rollout.py::test_first_tokens_follow_the_models_distribution",
     "EvaluationSettings.k": "test_evaluation.py::test_k_is_the_number_of_samples_unless_it_is_given",
     "EvaluationSettings.correct_at": "test_evaluation.py::test_the_threshold_of_correctness_is_a_setting",
     "Training.learning_rate": "test_training.py::test_the_schedule_warms_up_and_follows_a_cosine",
