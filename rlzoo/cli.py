@@ -9,6 +9,7 @@ import signal
 import sys
 import textwrap
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -17,11 +18,13 @@ from rlzoo.interrupts import Terminated, raise_signal
 from rlzoo.overrides import (
     add_overrides,
     add_processes,
+    add_table,
     add_threads,
     add_trust,
     check_processes,
     experiment_of,
     pairs,
+    table_of,
     use_threads,
 )
 
@@ -97,8 +100,8 @@ def _compare(commands: Any) -> None:
         "rlzoo compare arithmetic --algorithms sft,dft --seeds 0,1,2",
     )  # fmt: skip
     add_overrides(
-        command, "data", "test-data", "limit", "train-limit", "test-limit", "steps", "batch-size", "samples",
-        "rollout-samples", "k",
+        command, "data", "bad-rows", "test-data", "limit", "train-limit", "test-limit", "steps", "batch-size",
+        "samples", "rollout-samples", "k",
     )  # fmt: skip
     command.add_argument("--algorithms", help="comma-separated: names, module:Name, or path/to/file.py:Name")
     command.add_argument("--seeds", help="comma-separated whole numbers")
@@ -147,7 +150,7 @@ def _variance(commands: Any) -> None:
         "Measure the variance of objectives' gradients: token by token, over the data, and along training.",
         "rlzoo variance both-worlds --objectives sft,dft,my.py:Mine --rows 128",
     )  # fmt: skip
-    add_overrides(command, "data", "limit", "steps", "rollout-samples", default="both-worlds")
+    add_overrides(command, "data", "bad-rows", "limit", "steps", "rollout-samples", default="both-worlds")
     command.add_argument(
         "--objectives", dest="algorithms", help="comma-separated: names, module:Name, or path/to/file.py:Name"
     )
@@ -192,7 +195,7 @@ def _train(commands: Any) -> None:
         "rlzoo train rft --buffer runs/buffer --model embedded --steps 50 --out runs/rft",
     )  # fmt: skip
     command.add_argument("objective", help="a name, module:Name, or path/to/file.py:Name")
-    command.add_argument("--buffer", required=True, help="a saved buffer (see rollout), or a table in a TRL format")
+    add_table(command)
     command.add_argument("--model", default="embedded", help="'embedded', a folder, or a Hub id")
     add_trust(command)
     command.add_argument("--out", type=Path, required=True, help="a folder for the model, new or of the same run")
@@ -205,6 +208,7 @@ def _train(commands: Any) -> None:
 
 
 def _run_train(arguments: argparse.Namespace) -> int:
+    from rlzoo.bad_rows import BadRows, told
     from rlzoo.buffers import read_buffer
     from rlzoo.comparison.pool import silence
     from rlzoo.config import Training, validated
@@ -221,6 +225,7 @@ def _run_train(arguments: argparse.Namespace) -> int:
         if value is not None:
             settings[name] = value
     training = validated(Training, settings, "training")
+    table = table_of(arguments)
     objective = get_objective(arguments.objective, **pairs(arguments.option, "--option"))
     silence()
     asked = {
@@ -228,7 +233,7 @@ def _run_train(arguments: argparse.Namespace) -> int:
         "options": pairs(arguments.option, "--option"),
         "training": training.model_dump(mode="json"),
         "model": arguments.model,
-        "buffer": arguments.buffer,
+        "buffer": table.model_dump(mode="json"),
         "seed": arguments.seed,
         "threads": arguments.threads,
     }
@@ -245,13 +250,23 @@ def _run_train(arguments: argparse.Namespace) -> int:
             print(f"finished before: {out}")
             return 0
         policy = load_policy(arguments.model, training.dtype)
-        buffer = read_buffer(arguments.buffer, policy.tokenizer, training.special_tokens)
+        bad, longest = BadRows(table.bad_rows), training.max_completion_tokens
+        buffer = read_buffer(
+            table.source, policy.tokenizer, longest, table.split, table.columns, bad, training.special_tokens
+        )
+        if is_main() and (line := told(bad.summary())):
+            print(line)
         record = train(
             policy, objective, buffer, training, arguments.seed, [show], out / "logs", run.state / "checkpoints"
         )
         save_policy(policy, out)
         if is_main():
-            summary = {"steps": record.plain_steps(), "costs": record.costs.as_dict(), "events": record.events}
+            summary = {
+                "steps": record.plain_steps(),
+                "costs": record.costs.as_dict(),
+                "events": record.events,
+                "dropped_rows": bad.summary(),
+            }
             write_atomically(out / "training.json", json.dumps(summary, indent=1))
             for event in record.events:
                 print(event)
@@ -265,7 +280,7 @@ def _rollout(commands: Any) -> None:
         "Sample a policy on an experiment's training problems, judge the samples, and save them as a buffer.",
         "rlzoo rollout arithmetic --limit 100 --out runs/buffer",
     )  # fmt: skip
-    add_overrides(command, "data", "limit", "rollout-samples")
+    add_overrides(command, "data", "bad-rows", "limit", "rollout-samples")
     command.add_argument("--seed", type=int, default=0)
     add_threads(command)
     command.add_argument(
@@ -276,6 +291,7 @@ def _rollout(commands: Any) -> None:
 def _run_rollout(arguments: argparse.Namespace) -> int:
     use_threads(arguments)
     experiment = experiment_of(arguments)
+    from rlzoo.bad_rows import BadRows, told
     from rlzoo.buffers import OfflineBuffer
     from rlzoo.comparison.pool import silence
     from rlzoo.comparison.work import reward_of
@@ -285,7 +301,8 @@ def _run_rollout(arguments: argparse.Namespace) -> int:
     from rlzoo.rollout import collect_rollouts, mismatch, sampler_of, unscored
     from rlzoo.runs import run_in
 
-    reward, problems = reward_of(experiment), load_problems(experiment.train)[: experiment.rollouts.prompts]
+    bad = BadRows(experiment.train.bad_rows)
+    reward, problems = reward_of(experiment), load_problems(experiment.train, bad)[: experiment.rollouts.prompts]
     silence()
     asked = {"experiment": experiment.model_dump(mode="json"), "seed": arguments.seed, "threads": arguments.threads}
     with run_in(arguments.out, "rollout", asked, "whole") as run:
@@ -293,7 +310,7 @@ def _run_rollout(arguments: argparse.Namespace) -> int:
             print(f"finished before: {arguments.out}")
             return 0
         policy = load_policy(experiment.model, experiment.training.dtype)
-        encoded = encode_problems(policy.tokenizer, problems)
+        encoded = encode_problems(policy.tokenizer, problems, bad)
         settings = experiment.rollouts
         sampler, recompute = sampler_of(policy, settings), settings.behaviour == "recompute"
         rows = collect_rollouts(
@@ -301,10 +318,14 @@ def _run_rollout(arguments: argparse.Namespace) -> int:
             token_budget=experiment.training.token_budget, recompute=recompute, pieces=Pieces(run.state),
         )  # fmt: skip
         buffer = OfflineBuffer.from_trajectories(rows)
-        writers = {".parquet": buffer.to_parquet, ".jsonl": buffer.to_jsonl}
-        writers.get(arguments.out.suffix, buffer.save)(arguments.out)
+        dropped = bad.summary()
+        save = partial(buffer.save, notes={"dropped_rows": dropped} if dropped else {})
+        writers: dict[str, Callable[[Path], None]] = {".parquet": buffer.to_parquet, ".jsonl": buffer.to_jsonl}
+        writers.get(arguments.out.suffix, save)(arguments.out)
     right = sum((row.reward or 0) >= experiment.evaluation.correct_at for row in rows)
-    print(f"{len(rows)} samples of {len(problems)} prompts, {right} correct; saved to {arguments.out}")
+    if line := told(dropped):
+        print(line)
+    print(f"{len(rows)} samples of {len(encoded)} prompts, {right} correct; saved to {arguments.out}")
     if without := unscored((row.reward, row.prompt) for row in rows):
         print(without)
     if found := mismatch(rows):
@@ -329,6 +350,7 @@ def _evaluate(commands: Any) -> None:
 def _run_evaluate(arguments: argparse.Namespace) -> int:
     use_threads(arguments)
     experiment = experiment_of(arguments)
+    from rlzoo.bad_rows import BadRows, told
     from rlzoo.comparison.pool import silence
     from rlzoo.comparison.work import reward_of
     from rlzoo.evaluation import evaluate
@@ -337,7 +359,12 @@ def _run_evaluate(arguments: argparse.Namespace) -> int:
     from rlzoo.rollout import unscored
 
     reward = reward_of(experiment)
-    problems = {name: load_problems(source) for name, source in experiment.benchmarks.items()}
+    problems = {}
+    for name, source in experiment.benchmarks.items():
+        bad = BadRows(source.bad_rows)
+        problems[name] = load_problems(source, bad)
+        if line := told(bad.summary()):
+            print(f"{name}: {line}", file=sys.stderr)
     silence()
     policy = load_policy(experiment.model, experiment.training.dtype)
     found = {

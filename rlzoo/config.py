@@ -10,6 +10,7 @@ import pydantic
 import yaml
 from pydantic import Field
 
+from rlzoo.bad_rows import OnBadRow
 from rlzoo.errors import UserError, unknown
 
 Positive = Annotated[int, Field(gt=0)]
@@ -32,17 +33,20 @@ class ProblemSource(_Strict):
     """Where problems come from and how a row becomes a prompt."""
 
     source: str
-    """``world:arithmetic/test``, a .jsonl, .parquet or .csv file, or a Hub id (``openai/gsm8k:main``)."""
+    """``world:arithmetic/test``, a file (.jsonl, .json, .parquet, .csv, .tsv, compressed or not), a folder of shards, a
+    pattern (``data/*.parquet``), a saved data set, or a Hub id (``openai/gsm8k:main``)."""
     split: str = "train"
     """Of a Hub data set. A file is one split, whatever its name, and a built-in task has its split in its name."""
     prompt: str = "prompt"
-    """A column, or a template such as ``"{question}\\nShow your work."``."""
+    """A column, or a template such as ``"{question}\\nShow your work."``; ``extra.question`` is a field within one."""
     solution: str | None = None
     """The column of a worked solution, for demonstrations."""
     quality: str | None = None
     """The column of a solution's quality score, for objectives that draw demonstrations in proportion to it."""
     columns: Mapping[str, str] = {}
-    """Names that a reward asks for → columns of the table."""
+    """Names that a reward asks for → columns of the table, or fields such as ``reward_model.ground_truth``."""
+    bad_rows: OnBadRow = "reject"
+    """A row that cannot be a problem or a demonstration stops the run, or is dropped and counted (``drop``)."""
     chat: bool = False
     """Whether to put the prompt into the model's chat template as a user's turn."""
     system: str | None = None
@@ -52,6 +56,16 @@ class ProblemSource(_Strict):
     """Text that spells a special token (a message that spells ``<|im_end|>``, a completion that goes on after an end of
     sequence): an error that names the problem, or read as that token."""
     limit: Positive | None = None
+
+
+class Table(_Strict):
+    """A table of demonstrations, preferences or graded samples, or a saved buffer."""
+
+    source: str
+    split: str | None = None
+    columns: Mapping[str, str | list[str] | None] = {}
+    """Names of a format → columns of the table (or fields within them, or lists of both); null leaves a column out."""
+    bad_rows: OnBadRow = "reject"
 
 
 class Sampling(_Strict):
@@ -155,9 +169,12 @@ class Training(_Strict):
     importance_cap: Annotated[float, Field(gt=0)] | None = None
     """Truncated importance sampling for samples of another engine: each token weighs min(π/π_engine, this) as much."""
     max_completion_tokens: Positive = 2048
-    """Longer demonstrations are cut on the right, and so lose their end-of-sequence token."""
+    """Longer demonstrations, and any longer completions of a table, are cut on the right, lose their end-of-sequence
+    token and are marked truncated."""
     special_tokens: Literal["reject", "allow"] = "reject"
     """Text in a table of demonstrations that spells a special token, as in `ProblemSource`."""
+    behaviour: Literal["recorded", "current"] = "recorded"
+    """Samples without behaviour log-probs, as other people's: left out, or with those of the policy as it starts."""
     dtype: Literal["float32", "bfloat16", "bfloat16-mixed", "float64"] = "float32"
     """``bfloat16-mixed`` keeps the weights in float32 and multiplies matrices in bfloat16."""
     lora: Lora | None = None
@@ -196,8 +213,11 @@ class Experiment(_Strict):
     model: str
     """``embedded``, a Hub id, or a folder."""
     train: ProblemSource
-    demonstrations: str | None = None
-    """A saved buffer, or a table in one of TRL's formats, in place of the training problems' solutions."""
+    demonstrations: str | Table | None = None
+    """A saved buffer, or a table in one of TRL's formats, in place of the training problems' solutions.
+
+    Bad rows of a table that is only named go the way of the training problems' (``train.bad_rows``).
+    """
     validation: ProblemSource | None = None
     benchmarks: Annotated[Mapping[str, ProblemSource], Field(min_length=1)]
     reward: Any
@@ -233,6 +253,12 @@ class Experiment(_Strict):
             if len({f"{rate:g}" for rate in row.learning_rates}) < len(row.learning_rates):
                 raise ValueError(f"learning rates of {name!r} repeat: {list(row.learning_rates)}")
         return self
+
+    @property
+    def demonstrations_table(self) -> Table | None:
+        """The table of demonstrations, if there is one."""
+        given = self.demonstrations
+        return Table(source=given, bad_rows=self.train.bad_rows) if isinstance(given, str) else given
 
     def in_parts(self, parts: int) -> Experiment:
         """The same with ``parts`` times fewer tokens a micro-batch and sequences sampled together: results are equal

@@ -12,7 +12,7 @@ import yaml
 from rlzoo.errors import UserError
 
 if TYPE_CHECKING:
-    from rlzoo.config import Experiment, ProblemSource
+    from rlzoo.config import Experiment, ProblemSource, Table
 
 _TRAINING_LIMITS = ("train.limit", "rollouts.prompts")
 _OPTIONS: dict[str, tuple[type, str, tuple[str, ...]]] = {
@@ -20,6 +20,7 @@ _OPTIONS: dict[str, tuple[type, str, tuple[str, ...]]] = {
     "reward": (str, "a name, package.module:Name, or path/to/file.py:Name", ("reward",)),
     "data": (str, "training problems: a file, a Hub id, or world:NAME/SPLIT", ("train.source",)),
     "test-data": (str, "benchmark problems, for every benchmark of the experiment", ()),
+    "bad-rows": (str, "what to do with rows that cannot be used: reject, or drop and count", ("train.bad_rows",)),
     "limit": (int, "use at most this many problems of each set", _TRAINING_LIMITS),
     "train-limit": (int, "use at most this many training problems", _TRAINING_LIMITS),
     "test-limit": (int, "use at most this many problems of each benchmark, and of validation", ()),
@@ -48,6 +49,28 @@ def add_overrides(command: argparse.ArgumentParser, *options: str, default: str 
 def add_trust(command: argparse.ArgumentParser) -> None:
     """The one way to let a model bring code of its own: no file can ask for it."""
     command.add_argument("--trust-remote-code", action="store_true", help="run the code that the model's folder brings")
+
+
+def add_table(command: argparse.ArgumentParser) -> None:
+    """What is trained on: a saved buffer or a table, and how the table is read."""
+    command.add_argument("--buffer", required=True, help="a saved buffer (see rollout), or a table in a TRL format")
+    command.add_argument("--split", help="of a table: which split of a Hub data set or folder")
+    command.add_argument(
+        "--column", action="append", default=[], metavar="NAME=COLUMN",
+        help="of a table: the column that stands for one of the format, as in completion=response",
+    )  # fmt: skip
+    command.add_argument(
+        "--bad-rows", choices=("reject", "drop"), default="reject",
+        help="of a table: stop at a row that cannot be used, or drop such rows and count them",
+    )  # fmt: skip
+
+
+def table_of(arguments: argparse.Namespace) -> Table:
+    """The table that the options of `add_table` name."""
+    from rlzoo.config import Table, validated
+
+    given = {"source": arguments.buffer, "split": arguments.split, "bad_rows": arguments.bad_rows}
+    return validated(Table, {**given, "columns": pairs(arguments.column, "--column")}, "buffer")
 
 
 def add_processes(command: argparse.ArgumentParser) -> None:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import math
+import re
 import string
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from rlzoo.bad_rows import BadRows
 from rlzoo.buffers.encoding import SPELLED, Notes, Special, encode, encode_prompt, spelled
-from rlzoo.buffers.tables import load_table
+from rlzoo.buffers.tables import good_rows, read_rows
+from rlzoo.buffers.values import find, kind_of, number, usable
 from rlzoo.chat import Message, Options, messages, options_of
 from rlzoo.errors import UserError
 from rlzoo.types import Trajectory
@@ -44,30 +48,48 @@ class Encoded:
     ids: list[int] = field(repr=False)
 
 
-def load_problems(source: ProblemSource) -> list[Problem]:
+def load_problems(source: ProblemSource, bad: BadRows | None = None) -> list[Problem]:
     """The problems of an embedded world, a local table or a Hub data set, in their order, cut to ``limit``.
 
-    Raises UserError for a source that cannot be read, a missing column, or an empty set.
+    Raises UserError for a source that cannot be read, a missing column, or an empty set; a row that cannot be a problem
+    goes to ``bad``, which by default does with it what the source says.
     """
+    bad = BadRows(source.bad_rows) if bad is None else bad
     if source.source.startswith(WORLD_PREFIX):
-        made = world_problems(source.source.removeprefix(WORLD_PREFIX))[: source.limit]
-        problems = [_as_asked(index, problem, source) for index, problem in enumerate(made)]
+        made = enumerate(world_problems(source.source.removeprefix(WORLD_PREFIX)))
+        problems = _kept(((f"problem {p.id!r}", _as_asked(i, p, source)) for i, p in made), source, bad)
     else:
-        rows = load_table(source.source, source.split)
-        limit = len(rows) if source.limit is None else min(source.limit, len(rows))
-        problems = [_problem(index, rows[index], source) for index in range(limit)]
+        problems = _kept(_problems(source, bad), source, bad)
+    bad.require_some(len(problems))
     if not problems:
         raise UserError(f"problem set {source.source!r} is empty")
-    problems = problems[: source.limit]
-    if source.quality is not None:
-        problems = [replace(p, quality=_quality(source, i, p.columns)) for i, p in enumerate(problems)]
-    first: dict[str, int] = {}
-    for index, problem in enumerate(problems):
-        if first.setdefault(problem.id, index) != index:
-            raise UserError(
-                f"problem set {source.source!r}: rows {first[problem.id]} and {index} have the same id "
-                f"{problem.id!r}: give each problem its own, or leave the column out"
-            )
+    return problems
+
+
+def _problems(source: ProblemSource, bad: BadRows) -> Iterator[tuple[str, Problem]]:
+    """(place, problem) of each row of a table that can be one."""
+    for place, row in good_rows(read_rows(source.source, source.split), bad):
+        problem = None
+        with bad.at(place):
+            problem = _problem(bad.rows - 1, row, source)
+        if problem is not None:
+            yield place, problem
+
+
+def _kept(made: Iterator[tuple[str, Problem]], source: ProblemSource, bad: BadRows) -> list[Problem]:
+    """The first problems, up to the limit, with their quality. One with the id of an earlier one is bad."""
+    places: dict[str, str] = {}
+    problems: list[Problem] = []
+    for place, problem in made:
+        with bad.at(place):
+            if problem.id in places:
+                raise UserError(
+                    f"the id {problem.id!r} is that of {places[problem.id]}: give each its own, or leave the column out"
+                )
+            problems.append(_rated(problem, source.quality))
+            places[problem.id] = place
+        if len(problems) == source.limit:
+            break
     return problems
 
 
@@ -79,50 +101,80 @@ def _as_asked(index: int, problem: Problem, source: ProblemSource) -> Problem:
 
 
 def _problem(index: int, row: Mapping[str, Any], source: ProblemSource) -> Problem:
-    def column(name: str) -> Any:
-        if name not in row:
-            raise UserError(f"problem set {source.source!r}, row {index}: no column {name!r}; it has: {', '.join(row)}")
-        return row[name]
-
-    names = _placeholders(source.prompt)
-    if names:
-        prompt: Any = source.prompt.format(**{name: column(name) for name in names})
-    else:
-        prompt = column(source.prompt)
+    prompt = _filled(source.prompt, row) if _placeholders(source.prompt) else find(row, source.prompt)
+    if prompt is None or (isinstance(prompt, str) and not prompt.strip()):
+        told = "null" if prompt is None else "empty or blank"
+        raise UserError(f"the prompt, {source.prompt!r:.60}, is {told}: fill the column in, or drop the row")
+    if not isinstance(prompt, (str, list)):
+        raise UserError(f"column {source.prompt!r} is {kind_of(prompt)}: give text or a list of messages")
     if source.chat and isinstance(prompt, str):
         prompt = [{"role": "user", "content": prompt}]
     if source.system is not None:
-        prompt = _instructed(prompt, source.system, f"problem set {source.source!r}, row {index}")
-    columns = dict(row) | {new: column(old) for new, old in source.columns.items()}
-    solution = None if source.solution is None else column(source.solution)
-    solutions = () if solution is None else (str(solution),)
-    own = row.get("id")
-    id = f"{source.split}-{index}" if own is None else str(own)
-    return Problem(id, prompt, columns, solutions, special_tokens=source.special_tokens)
+        prompt = _instructed(prompt, source.system)
+    columns = usable(row) | {new: find(row, old) for new, old in source.columns.items()}
+    own = columns.get("id")
+    name = f"{source.split}-{index}" if own is None else str(own)
+    return Problem(name, prompt, columns, _solutions(row, source.solution), special_tokens=source.special_tokens)
 
 
-def _instructed(prompt: Any, system: str, where: str) -> list[Message]:
+def _instructed(prompt: Any, system: str) -> list[Message]:
     """The conversation behind a system turn; an empty one too, which keeps the template's default away."""
     if not isinstance(prompt, list):
-        raise UserError(f"{where}: `system` is for conversations, and the prompt is plain text: add chat: true")
+        raise UserError("`system` is for conversations, and the prompt is plain text: add chat: true")
     if prompt and isinstance(prompt[0], Mapping) and prompt[0].get("role") == "system":
-        raise UserError(f"{where}: the conversation has a system turn of its own: leave `system` out")
+        raise UserError("the conversation has a system turn of its own: leave `system` out")
     return [{"role": "system", "content": system}, *prompt]
 
 
-def _quality(source: ProblemSource, index: int, columns: Mapping[str, Any]) -> float:
-    assert source.quality is not None
+def _solutions(row: Mapping[str, Any], column: str | None) -> tuple[str, ...]:
+    """The worked solutions in a column: one, or a list of them; none where it is null."""
+    found = None if column is None else find(row, column)
+    solutions = [each for each in (found if isinstance(found, list) else [found]) if each is not None]
+    for solution in solutions:
+        if not isinstance(solution, (str, int, float)):
+            raise UserError(f"column {column!r} holds {kind_of(solution)}: give text")
+        if not str(solution).strip():
+            raise UserError(f"column {column!r} is empty or blank: fill it in, or drop the row")
+    return tuple(map(str, solutions))
+
+
+def _rated(problem: Problem, column: str | None) -> Problem:
+    """The problem with the quality of its solutions, if there is a column of it."""
+    if column is None:
+        return problem
     try:
-        return float(columns[source.quality])
-    except (KeyError, TypeError, ValueError):
-        what = repr(columns[source.quality])[:60] if source.quality in columns else "not there"
-        raise UserError(
-            f"problem set {source.source!r}, row {index}: quality column {source.quality!r} is {what}: give a number"
-        ) from None
+        value = find(problem.columns, column)
+    except UserError:
+        raise UserError(f"quality column {column!r} is not there: give a number") from None
+    try:
+        return replace(problem, quality=number(value))
+    except ValueError:
+        raise UserError(f"quality column {column!r} is {value!r:.60}: give a finite number") from None
+
+
+def _filled(template: str, row: Mapping[str, Any]) -> str:
+    """The prompt that a template makes of a row. Raises UserError for a value that is null or no text."""
+    parts = []
+    for text, name, spec, conversion in string.Formatter().parse(template):
+        parts.append(text)
+        if name is None:
+            continue
+        value = find(row, re.sub(r"\[(\w+)\]", r".\1", name))
+        if value is None or isinstance(value, (list, dict)) or value in (math.inf, -math.inf) or value != value:
+            what = f"{value}" if isinstance(value, float) else kind_of(value)
+            raise UserError(
+                f"column {name!r} is {what}, and the prompt needs text there: fill it in (with an empty text where "
+                "nothing is meant), or drop the row"
+            )
+        try:
+            parts.append(format(string.Formatter().convert_field(value, conversion), spec or ""))
+        except ValueError as error:
+            raise UserError(f"column {name!r} cannot be shown as {{{name}:{spec}}}: {error}") from None
+    return "".join(parts)
 
 
 def _placeholders(template: str) -> list[str]:
-    """The columns that a prompt template names; none for a plain column name."""
+    """The columns that a prompt template names; none for a column's name."""
     try:
         names = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
     except ValueError as error:
@@ -132,36 +184,48 @@ def _placeholders(template: str) -> list[str]:
     return names
 
 
-def encode_problems(tokenizer: PreTrainedTokenizerBase, problems: Sequence[Problem]) -> list[Encoded]:
-    """Each problem with its rendered prompt and prompt ids. Raises UserError naming a problem that has none."""
+def encode_problems(
+    tokenizer: PreTrainedTokenizerBase, problems: Sequence[Problem], bad: BadRows | None = None
+) -> list[Encoded]:
+    """Each problem with its rendered prompt and prompt ids. Raises UserError naming a problem that has none.
+
+    With ``bad`` it is left to that what happens to such a problem.
+    """
+    bad = BadRows() if bad is None else bad
     encoded, notes = [], Notes("problem")
     for problem in problems:
-        with naming(problem):
+        with bad.at(f"problem {problem.id!r}"):
             prompt = problem.prompt if isinstance(problem.prompt, str) else messages(problem.prompt)
             if problem.special_tokens == "allow" and (found := spelled(tokenizer, prompt)):
                 notes.add(problem.id, {SPELLED: found})
             text, ids = encode_prompt(tokenizer, prompt, problem.special_tokens, _options(problem))
             encoded.append(Encoded(replace(problem, prompt=prompt), text, ids))
+    if problems:
+        bad.require_some(len(encoded))
     notes.tell()
     return encoded
 
 
 def demonstrations(
-    tokenizer: PreTrainedTokenizerBase, problems: Sequence[Problem], max_tokens: int | None = None
+    tokenizer: PreTrainedTokenizerBase,
+    problems: Sequence[Problem],
+    max_tokens: int | None = None,
+    bad: BadRows | None = None,
 ) -> list[Trajectory]:
     """One row a worked solution. A completion over ``max_tokens`` is cut: it loses its end and is marked so."""
+    bad = BadRows() if bad is None else bad
     rows, notes = [], Notes("problem")
-    for encoded in encode_problems(tokenizer, problems):
+    for encoded in encode_problems(tokenizer, problems, bad):
         problem = encoded.problem
         for solution in problem.solutions:
-            with naming(problem):
+            with bad.at(f"problem {problem.id!r}"):
                 how = problem.special_tokens, _options(problem)
                 made = encode(tokenizer, problem.prompt, solution, None, max_tokens, *how)
-            notes.add(problem.id, made.notes)
-            own = replace(encoded, text=made.prompt, ids=made.prompt_ids)
-            text = made.completion if made.truncated else solution
-            ids = made.completion_ids
-            rows.append(trajectory(own, text, ids, truncated=made.truncated, reward=problem.quality))
+                notes.add(problem.id, made.notes)
+                own = replace(encoded, text=made.prompt, ids=made.prompt_ids)
+                text = made.completion if made.truncated else solution
+                ids = made.completion_ids
+                rows.append(trajectory(own, text, ids, truncated=made.truncated, reward=problem.quality))
     notes.tell()
     return rows
 

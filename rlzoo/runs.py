@@ -30,7 +30,7 @@ PACKAGES = ("rlzoo", "torch", "transformers", "datasets", "accelerate", "numpy",
 WORTH_KEEPING = 60.0
 """Seconds of work that are kept even if it failed on something that has to be mended."""
 _RECORD, _STATE, _LOCK = "run.json", ".state", "lock"
-_DATA = {".csv", ".json", ".jsonl", ".parquet", ".py", ".yaml", ".yml"}
+_CODE = {".py", ".yaml", ".yml"}
 
 
 @dataclass
@@ -144,6 +144,9 @@ def _identity(command: str, settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def _files(value: Any) -> dict[str, list[Any]]:
     """Size and time of change of the data, models and modules that settings name."""
+    from rlzoo.buffers.files import kind_of_file
+    from rlzoo.buffers.tables import data_files
+
     if isinstance(value, Mapping):
         value = [*value, *value.values()]
     if isinstance(value, list):
@@ -152,12 +155,12 @@ def _files(value: Any) -> dict[str, list[Any]]:
         return {}
     path = Path(value.rpartition(":")[0] if ".py:" in value else value).expanduser()
     try:
-        if path.suffix in _DATA and path.is_file():
+        if path.suffix in _CODE and path.is_file():
             files = [path]
         elif (path / "config.json").is_file() or (path / "state.json").is_file():
             files = sorted(p for p in path.iterdir() if p.is_file())
         else:
-            return {}
+            files = data_files(value) if value and (kind_of_file(path) or path.is_dir()) else []
         return {str(file): [file.stat().st_size, file.stat().st_mtime_ns] for file in files}
     except OSError:
         return {}

@@ -236,7 +236,24 @@ GOOD = {"prompt": "1", "completion": "2"}
             [{"prompt": user("1"), "completion": assistant("2") + user("3")}],
             "row 1: column 'completion' must be one turn of the assistant",
         ),
-        ([{**GOOD, "image": b"x"}], "row 1: column 'image' holds a bytes, which JSON cannot hold"),
+        ([{"prompt": b"\xff", "completion": "2"}], "row 1: column 'prompt' holds bytes that are no UTF-8 text"),
+        ([{**GOOD, "completion": "\ud83d"}], "row 1: column 'completion' holds a lone surrogate (\\ud83d)"),
+        ([{**GOOD, "completion": ""}], "row 1: column 'completion' is empty or blank"),
+        ([{"prompt": "1", "chosen": "2", "rejected": " \n"}], "row 1: column 'rejected' is empty or blank"),
+        ([{"messages": user("1") + assistant("")}], "row 1: column 'messages' has an answer that is empty"),
+        ([{**GOOD, "label": None}], "row 1: no value in column 'label', which unpaired preference data need"),
+        ([{**GOOD, "reward": None}], "row 1: no value in column 'reward', which graded data need"),
+        ([{**GOOD, "reward": "good"}], "row 1: column 'reward' holds 'good': give a finite number"),
+        ([{**GOOD, "reward": float("nan")}], "row 1: column 'reward' holds nan: give a finite number"),
+        ([{"prompt": "1", "completion": ["2"], "reward": [1, 0]}], "row 1: 1 completions and 2 rewards"),
+        (
+            [{"conversations": [{"from": "alien", "value": "1"}]}],
+            "row 1: column 'conversations' has a turn from 'alien'",
+        ),
+        (
+            [{"conversations": [{"from": "human", "value": "1"}]}],
+            "row 1: column 'messages' must hold a prompt and end with the assistant's turn",
+        ),
     ],
 )
 def test_bad_data_name_the_row_the_column_and_the_mend(chat: Any, rows: list[dict[str, Any]], message: str) -> None:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import bz2
+import gzip
 import json
+import lzma
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow as pa
 import pytest
 
-from rlzoo.buffers import load_table
+from rlzoo.buffers import load_table, read_buffer
 from rlzoo.errors import UserError
 
 ROWS: list[dict[str, Any]] = [{"question": "1+1?", "answer": 2}, {"question": "a,\n“b”", "answer": 3}]
@@ -33,7 +38,8 @@ def test_every_kind_of_file_gives_the_same_rows(tmp_path: Path, suffix: str) -> 
             table.to_parquet(path)
         case _:
             path.write_text("\ufeff" + "\n\n".join(json.dumps(row) for row in ROWS) + "\n", encoding="utf-8")
-    assert load_table(path).to_list() == load_table(str(path), split="train").to_list() == ROWS
+    rows = [{name: str(value) for name, value in row.items()} for row in ROWS] if suffix == "csv" else ROWS
+    assert load_table(path).to_list() == load_table(str(path), split="train").to_list() == rows
 
 
 def test_a_column_that_a_row_lacks_is_null_there(tmp_path: Path) -> None:
@@ -54,7 +60,7 @@ def test_a_column_that_a_row_lacks_is_null_there(tmp_path: Path) -> None:
         ("types.jsonl", '{"a": 1}\n\n{"a": 2}\n{"a": "x"}\n', "types.jsonl line 4: column 'a' holds a value (str)"),
         ("bad.json", '[\n{"a": 1},\n{"a" 1}]', "bad.json line 3 is not JSON: "),
         ("list.json", '[{"a": 1}, 2]', "list.json row 2 is a int: every row must be an object"),
-        ("ragged.csv", "a,b\n1,2\n3\n", "ragged.csv is not a readable CSV file: CSV parse error: Row #3"),
+        ("ragged.csv", "a,b\n1,2\n3\n", "ragged.csv row 2 has 1 values for 2 columns"),
         ("bad.parquet", "PAR", "bad.parquet is not a readable Parquet file"),
         ("rows.xlsx", "x", "rows.xlsx has the ending '.xlsx': give one of .jsonl, .json, .parquet, .csv"),
     ],
@@ -69,7 +75,7 @@ def test_a_bad_file_is_named_with_its_line(tmp_path: Path, name: str, content: s
 
 def test_text_that_is_not_utf8_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "latin.jsonl").write_bytes('{"a": "é"}'.encode("latin-1"))
-    with pytest.raises(UserError, match=r"latin\.jsonl is not UTF-8 text \(byte 7\)"):
+    with pytest.raises(UserError, match=r"latin\.jsonl line 1 is not UTF-8 text \(byte 8 of the line\)"):
         load_table(tmp_path / "latin.jsonl")
 
 
@@ -78,7 +84,7 @@ def test_a_missing_file_is_not_looked_for_on_the_hub(tmp_path: Path, monkeypatch
     for name in ("rows.jsonl", "./rows", str(tmp_path / "rows"), tmp_path / "rows.csv"):
         with pytest.raises(UserError, match=r"rows.* does not exist: give a file"):
             load_table(name)
-    with pytest.raises(UserError, match="is a folder: give a file"):
+    with pytest.raises(UserError, match="is a folder without data: give a file"):
         load_table(tmp_path)
 
 
@@ -124,3 +130,114 @@ def test_a_hub_id_that_cannot_be_had_offline_is_one_line() -> None:
     with pytest.raises(UserError, match="nobody/nothing is neither a file here nor a data set") as error:
         load_table("nobody/nothing")
     assert "\n" not in str(error.value)
+
+
+def rows_in(folder: Path, *names: str) -> None:
+    """JSONL files, one row in each, which says where it is from."""
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(json.dumps({"prompt": name, "completion": "2"}) + "\n")
+
+
+def zstd(content: bytes) -> bytes:
+    sink = pa.BufferOutputStream()
+    with pa.CompressedOutputStream(sink, "zstd") as stream:
+        stream.write(content)
+    return bytes(sink.getvalue())
+
+
+@pytest.mark.parametrize(
+    ("ending", "compress"), [("gz", gzip.compress), ("bz2", bz2.compress), ("xz", lzma.compress), ("zst", zstd)]
+)
+def test_compressed_files_are_read_and_damaged_ones_named(
+    tmp_path: Path, ending: str, compress: Callable[[bytes], bytes]
+) -> None:
+    lines = "".join(json.dumps(row) + "\n" for row in ROWS).encode()
+    for name, content in {"a.jsonl": lines, "b.json": json.dumps(ROWS).encode(), "c.csv": b"question\n1+1?\n"}.items():
+        file = tmp_path / f"{name}.{ending}"
+        file.write_bytes(compress(content))
+        assert load_table(file)[0]["question"] == "1+1?"
+        file.write_bytes(compress(content)[:-3])
+        with pytest.raises(UserError, match=rf"{name}\.{ending} cannot be read"):
+            load_table(file)
+
+
+def test_a_folder_of_shards_is_one_table(tmp_path: Path, tokenizer: Any) -> None:
+    rows_in(tmp_path, "data/train-00001-of-00002.jsonl", "data/train-00000-of-00002.jsonl", ".cache/x.jsonl")
+    (tmp_path / "dataset_infos.json").write_text("{}")
+    names = ["data/train-00000-of-00002.jsonl", "data/train-00001-of-00002.jsonl"]
+    assert load_table(tmp_path)["prompt"][:] == names
+    assert read_buffer(str(tmp_path), tokenizer).column("prompt") == names
+    rows_in(tmp_path, "data/test-00000-of-00001.jsonl")
+    assert load_table(tmp_path, "train")["prompt"][:] == names
+    assert load_table(tmp_path, "train[1:]")["prompt"][:] == names[1:]
+    with pytest.raises(UserError, match="has the splits test, train: say which with split"):
+        load_table(tmp_path)
+    with pytest.raises(UserError, match="has the splits test, train and no 'dev'"):
+        load_table(tmp_path, "dev")
+
+
+@pytest.mark.parametrize(
+    ("names", "split", "expected"),
+    [
+        (["part-10.jsonl", "part-2.jsonl"], "train", ["part-2.jsonl", "part-10.jsonl"]),
+        (["gsm8k_train.jsonl", "gsm8k_test.jsonl"], "test", ["gsm8k_test.jsonl"]),
+        (["train/0.jsonl", "dev/0.jsonl"], "validation", ["dev/0.jsonl"]),
+        (["train_prefs-00000-of-00001.jsonl", "train_sft-00000-of-00001.jsonl"], "train_sft", None),
+    ],
+)
+def test_names_of_files_and_folders_tell_splits(
+    tmp_path: Path, names: list[str], split: str, expected: list[str] | None
+) -> None:
+    rows_in(tmp_path, *names)
+    assert load_table(tmp_path, split)["prompt"][:] == (expected or [n for n in names if n.startswith(split)])
+
+
+def test_folders_that_cannot_be_one_table_say_what_to_give(tmp_path: Path) -> None:
+    rows_in(tmp_path / "configs", "main/train-00000-of-00001.jsonl", "socratic/train-00000-of-00001.jsonl")
+    with pytest.raises(UserError, match=r"data in several folders \(main, socratic\): name one of them"):
+        load_table(tmp_path / "configs", "train")
+    rows_in(tmp_path / "kinds", "a.jsonl", "b.csv")
+    with pytest.raises(UserError, match=r"several kinds \(\.csv, \.jsonl\): give a pattern such as \*\.csv"):
+        load_table(tmp_path / "kinds")
+
+
+def test_patterns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows_in(tmp_path, "a/1.jsonl", "a/b/2.jsonl")
+    monkeypatch.chdir(tmp_path)
+    assert load_table("a/*.jsonl")["prompt"][:] == ["a/1.jsonl"]
+    assert load_table(str(tmp_path / "a/**/*.jsonl"))["prompt"][:] == ["a/1.jsonl", "a/b/2.jsonl"]
+    for pattern in ("a/*.csv", "**a/?.jsonl"):
+        with pytest.raises(UserError, match="matches no file"):
+            load_table(pattern)
+
+
+def test_shards_of_parquet_agree_or_are_named(tmp_path: Path) -> None:
+    for number, value in enumerate([1, 2]):
+        datasets.Dataset.from_list([{"a": value}]).to_parquet(tmp_path / f"s-0000{number}-of-00002.parquet")
+    assert load_table(tmp_path)["a"][:] == [1, 2]
+    datasets.Dataset.from_list([{"a": "x"}]).to_parquet(tmp_path / "s-00001-of-00002.parquet")
+    with pytest.raises(UserError, match=r"s-00000-of-00002\.parquet and the files after it have other columns"):
+        load_table(tmp_path)
+
+
+def test_saved_data_sets_are_tables(tmp_path: Path, tokenizer: Any) -> None:
+    one = datasets.Dataset.from_list([{"prompt": "1", "completion": "2"}] * 2)
+    one.save_to_disk(tmp_path / "one")
+    datasets.DatasetDict(train=one, test=one.select([0])).save_to_disk(tmp_path / "several")
+    assert len(load_table(tmp_path / "one", "train")) == 2
+    assert len(load_table(tmp_path / "one", "train[:50%]")) == 1
+    assert len(read_buffer(str(tmp_path / "several"), tokenizer, split="test")) == 1
+    with pytest.raises(UserError, match="several has the splits train, test: say which with split"):
+        read_buffer(str(tmp_path / "several"), tokenizer)
+    (next((tmp_path / "one").glob("*.arrow"))).write_bytes(b"")
+    with pytest.raises(UserError, match="one is not a readable saved data set"):
+        load_table(tmp_path / "one")
+
+
+def test_a_part_of_a_file_is_that_part(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text("".join(f'{{"a": {i}}}\n' for i in range(10)))
+    assert load_table(tmp_path / "rows.jsonl", "train[:3]")["a"][:] == [0, 1, 2]
+    assert load_table(tmp_path / "rows.jsonl", "test[80%:]")["a"][:] == [8, 9]
+    with pytest.raises(UserError, match=r"split 'train\[x\]'"):
+        load_table(tmp_path / "rows.jsonl", "train[x]")

@@ -203,7 +203,7 @@ def test_a_wrong_experiment_file(text: str, told: str, fails: Fails, tmp_path: P
     [
         ("", "data.jsonl has no rows: it is empty"),
         ('{"prompt": "a", "answer": "b"}\n{"prompt": \n', "data.jsonl line 2 is not JSON"),
-        ('{"question": "a", "answer": "b"}\n', "row 0: no column 'prompt'; it has: question, answer"),
+        ('{"question": "a", "answer": "b"}\n', "data.jsonl line 1: no column 'prompt'; it has: question, answer"),
         ('{"prompt": "a"}\n', "needs the column 'answer'"),
     ],
 )

@@ -227,7 +227,7 @@ def test_problems_have_ids_of_their_own(tmp_path: Path) -> None:
     table.write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert [p.id for p in load_problems(ProblemSource(source=str(table)))] == ["train-0", "7", "train-2"]
     table.write_text("".join(json.dumps({"id": 7, "prompt": text}) + "\n" for text in "abc"))
-    with pytest.raises(UserError, match="rows 0 and 1 have the same id '7'"):
+    with pytest.raises(UserError, match=r"rows\.jsonl line 2: the id '7' is that of .*rows\.jsonl line 1"):
         load_problems(ProblemSource(source=str(table)))
 
 
@@ -240,5 +240,5 @@ def test_a_quality_column_becomes_the_reward_of_demonstrations(tokenizer: Any) -
     assert all(
         row.reward is None for row in demonstrations(tokenizer, load_problems(ProblemSource(source=source.source)))
     )
-    with pytest.raises(UserError, match="row 0: quality column 'beauty' is not there: give a number"):
+    with pytest.raises(UserError, match=r"problem .*: quality column 'beauty' is not there: give a number"):
         load_problems(ProblemSource(source=source.source, quality="beauty"))

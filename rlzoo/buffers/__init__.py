@@ -1,5 +1,6 @@
 """What is learned from: one row schema, two buffers, the four views over them, and TRL's formats."""
 
+from rlzoo.bad_rows import BadRows
 from rlzoo.buffers.buffer import Buffer, OfflineBuffer, RolloutBuffer
 from rlzoo.buffers.encoding import Encoded, encode, encode_completion, encode_prompt, prompt_key
 from rlzoo.buffers.exports import to_trl
@@ -10,6 +11,7 @@ from rlzoo.buffers.views import View
 
 __all__ = [
     "SCHEMA",
+    "BadRows",
     "Buffer",
     "Encoded",
     "OfflineBuffer",

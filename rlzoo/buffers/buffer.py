@@ -146,9 +146,12 @@ class Buffer:
         """These rows, then those of ``other``."""
         return self._with_rows(datasets.concatenate_datasets([self._rows, other.rows]))
 
-    def save(self, path: str | Path) -> None:
-        """Write a folder that opens memory-mapped; it takes its place only when complete."""
-        storage.write_folder(self._rows, path, self._settings())
+    def save(self, path: str | Path, notes: Mapping[str, Any] | None = None) -> None:
+        """Write a folder that opens memory-mapped; it takes its place only when complete.
+
+        ``notes``, plain data, are kept in its buffer.json.
+        """
+        storage.write_folder(self._rows, path, {**(notes or {}), **self._settings()})
 
     def to_parquet(self, path: str | Path) -> None:
         """Write one Parquet file."""

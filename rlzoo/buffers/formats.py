@@ -1,28 +1,36 @@
-"""TRL's data set formats, made buffers.
+"""Data sets in the formats that people train on, made buffers.
 
-The formats are prompt-completion, preference (with an explicit or an implicit prompt), unpaired preference,
-and language modelling (``messages`` or ``text``), each plain or conversational, told apart by their columns.
-A row's further columns go along in `Trajectory.columns`.
+TRL's formats are prompt-completion, preference (with an explicit or an implicit prompt), unpaired preference,
+and language modelling (``messages`` or ``text``), each plain or conversational; beside them are graded samples
+(prompt, completion, reward), ShareGPT and Alpaca. They are told apart by their columns. A row's further columns
+go along in `Trajectory.columns`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import datasets
 
+from rlzoo.bad_rows import BadRows
 from rlzoo.buffers.buffer import OfflineBuffer
 from rlzoo.buffers.encoding import Encoded, Notes, Prompt, Special, encode
+from rlzoo.buffers.files import BATCH, Item, batch_rows
+from rlzoo.buffers.layouts import as_trl
 from rlzoo.buffers.schema import to_dataset, to_row, to_table
-from rlzoo.buffers.tables import load_table
+from rlzoo.buffers.tables import good_rows, read_rows
+from rlzoo.buffers.values import Columns, Row, find, number, plain_row, renamed, usable
 from rlzoo.chat import Message, messages, options_of
 from rlzoo.errors import UserError
 from rlzoo.types import Trajectory
 
-Row = Mapping[str, Any]
+COMPLETIONS = ("completion", "chosen", "rejected", "messages", "text")
+"""Columns that hold what is learned."""
+RENAME = "say which stands for it (columns: {completion: NAME}, or --column completion=NAME)"
 
 
 @dataclass(frozen=True)
@@ -48,64 +56,125 @@ def from_trl(
     rows: Iterable[Row] | datasets.Dataset,
     tokenizer: Any,
     max_length: int | None = None,
+    max_completion_tokens: int | None = None,
+    columns: Columns | None = None,
+    bad: BadRows | None = None,
     special_tokens: Special = "reject",
 ) -> OfflineBuffer:
     """A buffer of the rows of a TRL data set.
 
     Prompt-completion and language-modelling rows are demonstrations (of ``messages``, the last turn is the
-    completion); preference rows give two rows of reward 1 and 0, unpaired ones a row of reward 1 or 0.
-    ``prompt_id`` or ``id`` names the prompt, else its text does. ``max_length`` cuts prompt + completion, in
-    tokens. Text that spells a special token is an error, or with ``special_tokens="allow"`` counted in a warning.
-    Raises UserError naming the row (from 1) and the column.
+    completion); preference rows give two rows of reward 1 and 0, unpaired ones a row of reward 1 or 0, and graded ones
+    samples with their reward. ``prompt_id`` or ``id`` names the prompt, else its text does. ``max_length`` cuts
+    prompt + completion, in tokens, and ``max_completion_tokens`` the completion. ``columns`` gives columns other names
+    first. Text that spells a special token makes a row bad, or with ``special_tokens="allow"`` is counted in a warning.
+    Raises UserError naming the row (from 1) and the column, unless ``bad`` rows are dropped.
     """
-    return OfflineBuffer(to_dataset(to_table(_rows(rows, tokenizer, max_length, special_tokens))))
+    bad = BadRows() if bad is None else bad
+    if isinstance(rows, datasets.Dataset):
+        items: Iterator[Item] = batch_rows(rows.with_format("arrow").iter(BATCH), "")
+        items = ((place.strip(), row) for place, row in items)
+    else:
+        items = ((f"row {number}", plain_row(row)) for number, row in enumerate(rows, 1))
+    encoding = _Encoding(tokenizer, max_length, max_completion_tokens, special_tokens)
+    return OfflineBuffer(to_dataset(to_table(_rows(items, encoding, columns or {}, bad))))
 
 
-def read_buffer(where: str, tokenizer: Any, special_tokens: Special = "reject") -> OfflineBuffer:
-    """A saved buffer (folder, .parquet, .jsonl), or a table or Hub data set in one of TRL's formats.
+def read_buffer(
+    where: str,
+    tokenizer: Any,
+    max_completion_tokens: int | None = None,
+    split: str | None = None,
+    columns: Columns | None = None,
+    bad: BadRows | None = None,
+    special_tokens: Special = "reject",
+) -> OfflineBuffer:
+    """A saved buffer (folder, .parquet, .jsonl), or a table or Hub data set in a format that `from_trl` reads.
 
-    ``special_tokens`` is that of `from_trl`. Raises UserError naming ``where``, and the row and column at fault.
+    ``split``, ``columns``, ``bad`` and ``special_tokens`` are for tables. Demonstrations of more than
+    ``max_completion_tokens`` are cut, and so is any completion of a table. Raises UserError naming ``where``, and the
+    row and column at fault.
     """
-    if Path(where).is_dir():
-        return OfflineBuffer.load(where)
-    rows = load_table(where)
-    if {"prompt_ids", "completion_ids"} <= set(rows.column_names):
-        return OfflineBuffer.load(where)
-    try:
-        return from_trl(rows, tokenizer, special_tokens=special_tokens)
-    except UserError as error:
-        raise UserError(f"{where}: {error}") from None
+    if (Path(where) / "buffer.json").is_file():
+        return _shortened(OfflineBuffer.load(where), tokenizer, max_completion_tokens)
+    items = read_rows(where, split)
+    first = next(items)
+    if isinstance(first[1], dict) and {"prompt_ids", "completion_ids"} <= set(first[1]):
+        if columns:
+            raise UserError(f"{where} is a saved buffer: only a table's columns can be given other names")
+        return _shortened(OfflineBuffer.load(where), tokenizer, max_completion_tokens)
+    bad = BadRows() if bad is None else bad
+    encoding = _Encoding(tokenizer, None, max_completion_tokens, special_tokens)
+    return OfflineBuffer(to_dataset(to_table(_rows(itertools.chain([first], items), encoding, columns or {}, bad))))
 
 
-def _rows(
-    rows: Iterable[Row], tokenizer: Any, max_length: int | None, special_tokens: Special
-) -> Iterator[dict[str, Any]]:
-    first, notes = None, Notes("row")
-    for number, row in enumerate(rows, 1):
-        try:
+def _shortened(buffer: OfflineBuffer, tokenizer: Any, limit: int | None) -> OfflineBuffer:
+    """The buffer with its demonstrations cut. Samples stay whole: their rewards are of the whole."""
+    if limit is None or not (buffer.tokens("completion_ids") > limit).any():
+        return buffer
+    return OfflineBuffer.from_trajectories(_cut(row, tokenizer, limit) for row in buffer)
+
+
+def _cut(row: Trajectory, tokenizer: Any, limit: int) -> Trajectory:
+    if row.source != "demonstration" or len(row.completion_ids) <= limit:
+        return row
+    kept = row.completion_ids[:limit]
+    values = {name: value and value[:limit] for name, value in vars(row).items() if name.endswith("_logp")}
+    return replace(row, completion=tokenizer.decode(kept), completion_ids=kept, truncated=True, **values)
+
+
+class _Encoding(NamedTuple):
+    """How the texts of a table become tokens."""
+
+    tokenizer: Any
+    max_length: int | None
+    max_completion_tokens: int | None
+    special_tokens: Special
+
+    def __call__(self, example: Example, row: Row) -> Encoded:
+        options = {} if isinstance(example.prompt, str) else options_of(row)
+        return encode(
+            self.tokenizer, example.prompt, example.completion, self.max_length, self.max_completion_tokens,
+            self.special_tokens, options,
+        )  # fmt: skip
+
+
+def _rows(items: Iterable[Item], encoding: _Encoding, columns: Columns, bad: BadRows) -> Iterator[dict[str, Any]]:
+    chat = bool(getattr(encoding.tokenizer, "chat_template", None))
+    first, made, notes = None, 0, Notes("at")
+    for place, item in good_rows(items, bad):
+        rows: list[dict[str, Any]] = []
+        with bad.at(place):
+            row = as_trl(renamed(item, columns) if columns else item, chat)
             found = _recognise(row)
+            if first is not None:
+                _require_same(first, found)
+            read = list(_read_row(row, found[0], encoding))
+            rows = [to_row(trajectory) for _, trajectory in read]
+            for encoded, _ in read:
+                notes.add(place, encoded.notes)
             first = first or found
-            _require_same(first, found)
-            for encoded, made in _read_row(row, first[0], tokenizer, max_length, special_tokens):
-                notes.add(number, encoded.notes)
-                yield to_row(made)
-        except UserError as error:
-            raise UserError(f"row {number}: {error}") from None
-    if first is None:
+        made += len(rows)
+        yield from rows
+    bad.require_some(made)
+    if not made:
         raise UserError("the data set has no rows: it is empty")
     notes.tell()
 
 
-def _read_row(
-    row: Row, form: Format, tokenizer: Any, max_length: int | None, special_tokens: Special
-) -> Iterator[tuple[Encoded, Trajectory]]:
-    name = next((name for name in ("prompt_id", "id") if row.get(name) is not None), "prompt_id")
-    columns = {key: value for key, value in row.items() if key not in (*form.columns, name)}
-    for example in form.read(row):
-        options = {} if isinstance(example.prompt, str) else options_of(row)
-        encoded = encode(
-            tokenizer, example.prompt, example.completion, max_length, special=special_tokens, options=options
-        )
+def _read_row(row: Row, form: Format, encoding: _Encoding) -> Iterator[tuple[Encoded, Trajectory]]:
+    for name in form.columns:
+        find(row, name)  # raises for one that is no plain data
+    known = usable(row)
+    names = ("prompt_id",) if form is GRADED else ("prompt_id", "id")  # a graded sample's id may be its own
+    name = next((name for name in names if known.get(name) is not None), "prompt_id")
+    columns = {key: value for key, value in known.items() if key not in (*form.columns, name)}
+    examples = form.read(row)
+    filled = [column for column in COMPLETIONS if column in form.columns]
+    for place, example in enumerate(examples):
+        _require_text(example, filled[place % len(filled)])
+    for example in examples:
+        encoded = encoding(example, row)
         yield (
             encoded,
             Trajectory(
@@ -114,7 +183,7 @@ def _read_row(
                 prompt_ids=encoded.prompt_ids,
                 completion_ids=encoded.completion_ids,
                 truncated=encoded.truncated,
-                prompt_id=encoded.key if row.get(name) is None else str(row[name]),
+                prompt_id=encoded.key if known.get(name) is None else str(known[name]),
                 source=example.source,
                 reward=example.reward,
                 messages=None if isinstance(example.prompt, str) else example.prompt,
@@ -123,20 +192,41 @@ def _read_row(
         )
 
 
+def _require_text(example: Example, column: str) -> None:
+    said = example.completion
+    if not isinstance(said, str):
+        (turn,) = messages([said], "the completion")
+        said = turn["content"] or str(turn.get("tool_calls") or "")
+    if not said.strip():
+        what = "has an answer that is" if column == "messages" else "is"
+        raise UserError(f"column {column!r} {what} empty or blank: fill it in, or drop the row")
+
+
 def _recognise(row: Row) -> tuple[Format, bool]:
     """The row's format, and whether it is conversational."""
     given = {name for name, value in row.items() if value is not None}
     for form in FORMATS:
         if given.issuperset(form.columns):
+            _require_no_gap(row, given, form)
             return form, not isinstance(row[form.columns[0]], str)
     if given & {"prompt", "chosen", "rejected", "completion", "messages", "text"}:
         near = min(FORMATS, key=lambda form: len(set(form.columns) - given) - len(set(form.columns) & given))
         missing = next(name for name in near.columns if name not in given)
-        raise UserError(f"no value in column {missing!r}, which {near.name} data need: fill it in, or rename a column")
+        raise UserError(f"no value in column {missing!r}, which {near.name} data need: fill it in, or {RENAME}")
     raise UserError(
         f"the columns {', '.join(map(repr, row)) or 'none'} match no format of TRL's: name them "
-        f"{'; '.join(' + '.join(form.columns) for form in FORMATS)}"
+        f"{'; '.join(' + '.join(form.columns) for form in FORMATS)} or {RENAME}"
     )
+
+
+def _require_no_gap(row: Row, given: set[str], form: Format) -> None:
+    """Raise UserError for a row that would be of a richer format, if a column of it were not null."""
+    for richer in FORMATS:
+        missing = [name for name in richer.columns if name not in given]
+        if set(form.columns) < set(richer.columns) <= set(row) and missing:
+            raise UserError(
+                f"no value in column {missing[0]!r}, which {richer.name} data need: fill it in, or drop the column"
+            )
 
 
 def _require_same(first: tuple[Format, bool], found: tuple[Format, bool]) -> None:
@@ -185,10 +275,33 @@ def _ranked(prompt: Prompt, better: str | Message, worse: str | Message) -> list
 
 
 def _unpaired_preference(row: Row) -> list[Example]:
-    if row["label"] not in (0, 1):
-        raise UserError(f"column 'label' holds {row['label']!r}: give true or false")
+    label = row["label"]
+    if isinstance(label, str):  # as a CSV file has it
+        label = {"true": 1, "false": 0, "1": 1, "0": 0}.get(label.strip().lower(), label)
+    if label not in (0, 1):
+        raise UserError(f"column 'label' holds {row['label']!r:.60}: give true or false")
     (example,) = _prompt_completion(row)
-    return [Example(example.prompt, example.completion, "preference", float(row["label"]))]
+    return [Example(example.prompt, example.completion, "preference", float(label))]
+
+
+def _graded(row: Row) -> list[Example]:
+    """Samples of other policies: one completion with its reward, or lists of both."""
+    prompt, completions, rewards = _prompt(row, "prompt"), row["completion"], row["reward"]
+    if not (isinstance(completions, list) and isinstance(rewards, list)):
+        return [Example(prompt, _completion(row, "completion", prompt), "policy", _reward(rewards))]
+    if len(completions) != len(rewards) or not completions:
+        raise UserError(f"{len(completions)} completions and {len(rewards)} rewards: give one for each")
+    pairs = zip(completions, rewards, strict=True)
+    made = [(_completion({"completion": each}, "completion", prompt), _reward(reward)) for each, reward in pairs]
+    return [Example(prompt, completion, "policy", reward) for completion, reward in made]
+
+
+def _reward(value: Any) -> float:
+    try:
+        return number(value)
+    except ValueError:
+        told = "null" if value is None else f"{value!r:.60}"
+        raise UserError(f"column 'reward' holds {told}: give a finite number") from None
 
 
 def _prompt_completion(row: Row) -> list[Example]:
@@ -210,10 +323,12 @@ def _plain_text(row: Row) -> list[Example]:
     return [Example("", text)]
 
 
+GRADED = Format("graded", ("prompt", "completion", "reward"), _graded)
 FORMATS = (
     Format("preference", ("prompt", "chosen", "rejected"), _preference),
     Format("implicit-prompt preference", ("chosen", "rejected"), _implicit_preference),
     Format("unpaired preference", ("prompt", "completion", "label"), _unpaired_preference),
+    GRADED,
     Format("prompt-completion", ("prompt", "completion"), _prompt_completion),
     Format("conversational language-modelling", ("messages",), _messages),
     Format("plain language-modelling", ("text",), _plain_text),
@@ -230,8 +345,8 @@ def _text(row: Row, column: str) -> Prompt:
 
 def _prompt(row: Row, column: str) -> Prompt:
     prompt = _text(row, column)
-    if not prompt:
-        raise UserError(f"column {column!r} is empty: give the prompt some text")
+    if not prompt or (isinstance(prompt, str) and not prompt.strip()):
+        raise UserError(f"column {column!r} is empty or blank: give the prompt some text")
     return prompt
 
 

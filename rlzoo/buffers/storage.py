@@ -16,8 +16,10 @@ import pyarrow
 import pyarrow.parquet
 import pydantic
 
+from rlzoo.bad_rows import located
+from rlzoo.buffers.files import json_lines, kind_of_file
 from rlzoo.buffers.schema import conform, to_dataset, to_row, to_table
-from rlzoo.buffers.tables import quiet, read_lines, read_parquet
+from rlzoo.buffers.tables import quiet, read_parquet
 from rlzoo.errors import UserError
 from rlzoo.outputs import file_digest, replacing
 from rlzoo.types import Trajectory
@@ -62,7 +64,7 @@ def read(path: str | Path) -> datasets.Dataset:
     if path.suffix == ".parquet":
         _check_pages(path)
         return conform(read_parquet(path), str(path))
-    if path.suffix == ".jsonl":
+    if kind_of_file(path) == ".jsonl":
         return to_dataset(to_table(map(to_row, _read_trajectories(path))))
     raise UserError(f"{path} is no buffer: give a folder, a .parquet or a .jsonl file that one was saved to")
 
@@ -140,7 +142,10 @@ _FIELDS = frozenset(f.name for f in fields(Trajectory))
 
 
 def _read_trajectories(path: Path) -> Iterator[Trajectory]:
-    for number, row in read_lines(path):
+    number = 0
+    for number, row in json_lines(path):
+        if isinstance(row, UserError):
+            raise UserError(located(f"{path} line {number}", row))
         surplus = sorted(row.keys() - _FIELDS)
         if surplus:
             raise UserError(f"{path} line {number}: a buffer has no field {surplus[0]!r}: keep it in 'columns'")
@@ -150,3 +155,5 @@ def _read_trajectories(path: Path) -> Iterator[Trajectory]:
             first = error.errors()[0]
             where = ".".join(map(str, first["loc"]))
             raise UserError(f"{path} line {number}: {where}: {first['msg'].lower()}") from None
+    if not number:
+        raise UserError(f"{path} has no rows: it is empty")

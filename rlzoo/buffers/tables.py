@@ -1,54 +1,102 @@
-"""Data sets as people have them: JSONL, JSON, CSV and Parquet files, and the Hugging Face Hub."""
+"""Data sets as people have them: files, folders of shards, patterns, saved data sets, and the Hugging Face Hub."""
 
 from __future__ import annotations
 
-import json
+import itertools
+import re
 from bisect import bisect_left
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import datasets
 import pyarrow as pa
-import pyarrow.csv
 import pyarrow.parquet
 
+from rlzoo.bad_rows import BadRows, located
+from rlzoo.buffers.files import BATCH, SUFFIXES, Item, batch_rows, file_rows, first_line, kind_of_file
+from rlzoo.buffers.values import usable
 from rlzoo.errors import UserError
 
-SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
+GIVE = f"give a file ({', '.join(SUFFIXES)}), a folder of them, or a Hub id"
+_SPLITS = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
+    **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
+}
+"""Words in the names of files that name a split."""
+_NO_DATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
 
 
-def load_table(path_or_hub_id: str | Path, split: str | None = None) -> datasets.Dataset:
-    """The rows of a local file or of a data set on the Hub.
+def load_table(source: str | Path, split: str | None = None) -> datasets.Dataset:
+    """The rows of a local file, a folder of shards, a pattern, a saved data set, or a data set on the Hub.
 
-    A Hub id may name a configuration (``openai/gsm8k:main``). ``split`` is a split of the Hub's, such as
-    ``train`` or ``train[:100]``; a file is one split, whatever its name. Raises UserError for a file that is
-    missing, empty or damaged (with the line), and for a Hub data set that cannot be had.
+    A Hub id may name a configuration (``openai/gsm8k:main``). ``split`` is a split, such as ``train`` or
+    ``train[:100]``; a file is one split, whatever its name. Raises UserError for what is missing, empty or damaged
+    (with the row), for a column of several types, and for a Hub data set that cannot be had.
     """
-    path = Path(path_or_hub_id)
-    if path.is_dir():
-        raise UserError(f"{path} is a folder: give a file ({', '.join(SUFFIXES)}) or a Hub id")
-    if path.is_file():
-        rows = _read_file(path)
-    elif path.suffix in SUFFIXES or path.is_absolute() or str(path_or_hub_id).startswith("."):
-        raise UserError(f"{path} does not exist: give a file ({', '.join(SUFFIXES)}) or a Hub id")
+    found = _found(source, split)
+    if isinstance(found, list) and all(kind_of_file(file) == ".parquet" for file in found):
+        found = _part(_joined(found), split)
+    if isinstance(found, list):
+        places, rows = [], []
+        for place, row in read_rows(source, split):
+            if isinstance(row, UserError):
+                raise UserError(located(place, row))
+            places.append(place)
+            rows.append(usable(row))
+        return table_of(rows, places)
+    if not len(found):
+        raise UserError(f"{source} has no rows: it is empty")
+    return found
+
+
+def read_rows(source: str | Path, split: str | None = None) -> Iterator[Item]:
+    """(place, row or what is wrong with it) of the same, read as they are asked for; values as they stand there.
+
+    Raises UserError for what is missing, empty or damaged as a whole.
+    """
+    found = _found(source, split)
+    if isinstance(found, list):
+        rows: Iterator[Item] = itertools.chain.from_iterable(map(file_rows, found))
+        if _is_sliced(split):
+            every = list(rows)
+            rows = iter([every[index] for index in _indices(str(split), len(every))])
     else:
-        rows = _read_hub(str(path_or_hub_id), split)
-    if not len(rows):
-        raise UserError(f"{path_or_hub_id} has no rows: it is empty")
-    return rows
+        rows = batch_rows(found.with_format("arrow").iter(BATCH), str(source))
+    first = next(rows, None)
+    if first is None:
+        raise UserError(f"{source} has no rows: it is empty")
+    yield from itertools.chain([first], rows)
 
 
-def read_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(line number, object) of each JSONL line that is not blank. Raises UserError for a bad line."""
-    found = False
-    for number, line in enumerate(_read_text(path).split("\n"), 1):
-        if line.strip():
-            found = True
-            yield number, _parse_object(line, f"{path} line {number}")
-    if not found:
-        raise UserError(f"{path} has no rows: it is empty")
+def good_rows(items: Iterable[Item], bad: BadRows) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(place, row) of those rows that could be read."""
+    for place, row in items:
+        bad.rows += 1
+        if isinstance(row, UserError):
+            bad.refuse(place, row)
+        else:
+            yield place, row
+
+
+def data_files(source: str | Path) -> list[Path]:
+    """The files on this machine that a source names, whatever their split, in order; none for any other source."""
+    path = Path(source)
+    if path.is_dir():
+        found = path.rglob("*")
+        files = iter([f for f in found if not any(part.startswith(".") for part in f.relative_to(path).parts)])
+    elif path.is_file():
+        files = iter([path])
+    elif _is_pattern(str(source)):
+        files = Path(path.anchor).glob(str(path.relative_to(path.anchor)))
+    else:
+        return []
+    try:
+        return sorted((f for f in files if kind_of_file(f) and f.name not in _NO_DATA and f.is_file()), key=_order)
+    except (ValueError, OSError):  # no pattern of files
+        return []
 
 
 def read_parquet(path: Path) -> datasets.Dataset:
@@ -56,12 +104,12 @@ def read_parquet(path: Path) -> datasets.Dataset:
     try:
         pa.parquet.read_metadata(path)
     except (pa.ArrowInvalid, OSError) as error:
-        raise UserError(f"{path} is not a readable Parquet file: {_first_line(error)}") from None
+        raise UserError(f"{path} is not a readable Parquet file: {first_line(error)}") from None
     try:
         with quiet():
             return datasets.Dataset.from_parquet(str(path))
     except Exception as error:  # its parsers of what stands beside the columns raise many kinds, all about this file
-        raise UserError(f"{path} is not a readable Parquet file: {_first_line(error)}") from None
+        raise UserError(f"{path} is not a readable Parquet file: {first_line(error)}") from None
 
 
 def table_of(rows: Sequence[Mapping[str, Any]], places: Sequence[str]) -> datasets.Dataset:
@@ -100,47 +148,110 @@ def quiet() -> Iterator[None]:
             datasets.enable_progress_bars()
 
 
-def _read_file(path: Path) -> datasets.Dataset:
-    match path.suffix:
-        case ".parquet":
-            return read_parquet(path)
-        case ".csv":
-            return _read_csv(path)
-        case ".json" if _read_text(path).lstrip().startswith("["):
-            return _read_json(path)
-        case ".json" | ".jsonl":
-            numbers, rows = zip(*read_lines(path), strict=True)
-            return table_of(rows, [f"{path} line {number}" for number in numbers])
-    raise UserError(f"{path} has the ending {path.suffix or 'of none'!r}: give one of {', '.join(SUFFIXES)}")
+def _is_local(source: str | Path) -> bool:
+    """Whether a source is, or looks like, something on this machine."""
+    path, name = Path(source), str(source)
+    return path.exists() or _is_pattern(name) or bool(kind_of_file(path)) or path.is_absolute() or name.startswith(".")
 
 
-def _read_json(path: Path) -> datasets.Dataset:
+def _is_pattern(name: str) -> bool:
+    return any(mark in name for mark in "*?[") and not Path(name).exists()
+
+
+def _found(source: str | Path, split: str | None) -> list[Path] | datasets.Dataset:
+    """The files of a source, or the data set that it is, whole whatever part of the split is asked for."""
+    path = Path(source)
+    if not _is_local(source):
+        return _read_hub(str(source), split)
+    if path.is_file():
+        return [path]
+    if path.is_dir():
+        saved = (path / "state.json").exists() or (path / "dataset_dict.json").exists()
+        return _read_saved(path, split) if saved else _shards(path, split)
+    if _is_pattern(str(source)):
+        if files := data_files(source):
+            return files
+        raise UserError(f"{source} matches no file: {GIVE}")
+    raise UserError(f"{path} does not exist: {GIVE}")
+
+
+def _read_saved(path: Path, split: str | None) -> datasets.Dataset:
     try:
-        rows = json.loads(_read_text(path))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path} line {error.lineno} is not JSON: {error.msg}") from None
-    except (ValueError, RecursionError) as error:  # a number of too many digits, or nested too deep
-        raise UserError(f"{path} is not JSON that can be read: {_first_line(error)}") from None
-    places = [f"{path} row {number}" for number in range(1, len(rows) + 1)]
-    for place, row in zip(places, rows, strict=True):
-        if not isinstance(row, dict):
-            raise UserError(f"{place} is a {type(row).__name__}: every row must be an object of columns")
-    return table_of(rows, places)
+        rows = datasets.load_from_disk(path)
+    except Exception as error:  # damaged files raise many kinds
+        raise UserError(f"{path} is not a readable saved data set: {first_line(error)}") from None
+    return _part(rows[_chosen(path, list(rows), split)] if isinstance(rows, datasets.DatasetDict) else rows, split)
 
 
-def _read_csv(path: Path) -> datasets.Dataset:
-    one_thread = pa.csv.ReadOptions(use_threads=False)  # with more, errors do not name the row
-    quoted = pa.csv.ParseOptions(newlines_in_values=True)
-    if not _read_text(path).strip():
-        raise UserError(f"{path} has no rows: it is empty")
+def _shards(path: Path, split: str | None) -> list[Path]:
+    """The data files in a folder, of one split where their names tell several."""
+    files = data_files(path)
+    if not files:
+        raise UserError(f"{path} is a folder without data: {GIVE}")
+    splits: dict[str, list[Path]] = {}
+    for file in files:
+        splits.setdefault(_split_of(file.relative_to(path)) or "", []).append(file)
+    if list(splits) != [""]:
+        splits.pop("", None)  # what stands beside the splits is no data of theirs
+        files = splits[_chosen(path, list(splits), split)]
+    if len(folders := list(dict.fromkeys(str(file.parent.relative_to(path)) for file in files))) > 1:
+        raise UserError(f"{path} has data in several folders ({', '.join(folders)}): name one of them, or a pattern")
+    if len(kinds := sorted({kind_of_file(file) for file in files})) > 1:
+        raise UserError(f"{path} has data of several kinds ({', '.join(kinds)}): give a pattern such as *{kinds[0]}")
+    return files
+
+
+def _split_of(file: Path) -> str | None:
+    """The split that a file's name tells, or else that of its folder."""
+    stem = file.name.partition(".")[0]
+    if shard := re.fullmatch(r"(.+?)-\d{5}-of-\d{5}(-\w+)?", stem):
+        return _SPLITS.get(shard[1], shard[1])
+    for part in (stem, *reversed(file.parent.parts)):
+        for word in re.split(r"[^a-z]+", part.lower()):
+            if word in _SPLITS:
+                return _SPLITS[word]
+    return None
+
+
+def _chosen(where: object, splits: Sequence[str], split: str | None) -> str:
+    name = split.partition("[")[0] if split is not None else None
+    if name is None and len(splits) == 1:
+        return splits[0]
+    if name not in splits:
+        asked = "" if name is None else f" and no {name!r}"
+        raise UserError(f"{where} has the splits {', '.join(splits)}{asked}: say which with split")
+    return str(name)
+
+
+def _is_sliced(split: str | None) -> bool:
+    return split is not None and "[" in split
+
+
+def _indices(split: str, length: int) -> range:
+    """The rows that ``train[:100]`` asks for."""
     try:
-        table = pa.csv.read_csv(path, read_options=one_thread, parse_options=quoted)
-    except pa.ArrowInvalid as error:
-        raise UserError(f"{path} is not a readable CSV file: {_first_line(error)}") from None
-    names = table.column_names
-    if len(set(names)) < len(names):
-        raise UserError(f"{path} line 1: the column {max(names, key=names.count)!r} is there more than once")
-    return datasets.Dataset(table)
+        instruction = datasets.ReadInstruction.from_spec(split)
+        (part,) = instruction.to_absolute({split.partition("[")[0]: length})
+    except (ValueError, AssertionError) as error:
+        raise UserError(f"split {split!r}: {first_line(error)}") from None
+    return range(part.from_ or 0, length if part.to is None else part.to)
+
+
+def _part(rows: datasets.Dataset, split: str | None) -> datasets.Dataset:
+    return rows.select(_indices(str(split), len(rows))) if _is_sliced(split) else rows
+
+
+def _joined(files: Sequence[Path]) -> datasets.Dataset:
+    tables = [read_parquet(file) for file in files]
+    try:
+        return datasets.concatenate_datasets(tables) if len(tables) > 1 else tables[0]
+    except ValueError as error:
+        raise UserError(f"{files[0]} and the files after it have other columns or types: {first_line(error)}") from None
+
+
+def _order(path: Path) -> list[Any]:
+    """Sorts part-2 before part-10."""
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", str(path))]
 
 
 def _read_hub(name: str, split: str | None) -> datasets.Dataset:
@@ -157,39 +268,11 @@ def _read_hub(name: str, split: str | None) -> datasets.Dataset:
 
 
 def _hub_message(repo: str, error: Exception) -> str:
-    message = _first_line(error)
+    message = first_line(error)
     if "onfig name is missing" in message:
         names = str(error).partition("[")[2].partition("]")[0]
         return f"{repo} has several configurations: write {repo}:NAME with one of {names}"
-    return (
-        f"{repo} is neither a file here nor a data set that the Hub gives ({message}): "
-        f"check the name, or give a file ({', '.join(SUFFIXES)})"
-    )
-
-
-def _read_text(path: Path) -> str:
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text (byte {error.start}): convert it") from None
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from None
-    if "\0" in text:
-        line = text.count("\n", 0, text.index("\0")) + 1
-        raise UserError(f"{path} line {line} holds a NUL character: it is no text, or damaged")
-    return text
-
-
-def _parse_object(line: str, place: str) -> dict[str, Any]:
-    try:
-        value = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{place} is not JSON: {error.msg} at column {error.colno}") from None
-    except (ValueError, RecursionError) as error:  # a number of too many digits, or nested too deep
-        raise UserError(f"{place} is not JSON that can be read: {_first_line(error)}") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{place} is a {type(value).__name__}: every line must be an object of columns")
-    return value
+    return f"{repo} is neither a file here nor a data set that the Hub gives ({message}): check the name, or {GIVE}"
 
 
 def _first_misfit(values: list[Any]) -> int:
@@ -202,7 +285,3 @@ def _is_column(values: list[Any]) -> bool:
     except (pa.ArrowException, OverflowError, UnicodeError):
         return False
     return True
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

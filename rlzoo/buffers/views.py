@@ -99,7 +99,8 @@ def demonstrations(rows: pa.Table, truncated: Truncated = "keep") -> Units:
     if not len(chosen):
         raise UserError(
             f"the buffer has no demonstrations (0 of {len(rows):,} rows have the source 'demonstration'"
-            f"{_and_whole(truncated)}): import some with from_trl"
+            f"{_and_whole(truncated)}): "
+            "import some with from_trl (a table with the column 'reward' holds samples: rft learns from correct ones)"
         )
     return _singles(chosen)
 
@@ -169,6 +170,12 @@ def groups(rows: pa.Table, size: int | None = None, varied: bool = False, trunca
     usable = ~np.isnan(reward) & rows["behaviour_logp"].is_valid().to_numpy() & _whole(rows, truncated)
     chosen = np.flatnonzero(_has_source(rows, "policy") & usable)
     if not len(chosen):
+        unscored = int((_has_source(rows, "policy") & ~np.isnan(reward)).sum())
+        if unscored:
+            raise UserError(
+                f"the buffer has no groups ({unscored:,} samples have a reward but no behaviour log-probs): score them "
+                "with the policy as it starts by training.behaviour: current (rlzoo train --set behaviour=current)"
+            )
         raise UserError(
             f"the buffer has no groups (0 of {len(rows):,} rows have the source 'policy', a reward and "
             f"behaviour log-probs{_and_whole(truncated)}): sample some with rlzoo rollout"

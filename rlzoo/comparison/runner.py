@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 import yaml
 from rich.console import Console
 
+from rlzoo.bad_rows import BadRows, told
 from rlzoo.comparison import work
 from rlzoo.comparison.heartbeat import Heartbeat
 from rlzoo.comparison.on_ray import ray_tasks
@@ -92,7 +93,7 @@ def compare(
     console = console or Console(stderr=True, quiet=not is_main())
     started = time.perf_counter()
     with Heartbeat(console, "reading the data"):
-        check(experiment)
+        dropped = check(experiment)
     workers = workers_at(experiment, workers, executor)
     out = where(experiment, threads) if out is None else Path(out)
     with run_in(out, "compare", _asked(experiment, threads)) as run, Heartbeat(console, "starting") as heartbeat:
@@ -104,7 +105,7 @@ def compare(
         processes, how = _workers(executor, address, number, threads, console)
         with processes as running:
             heartbeat.doing = running.doing
-            results, outcomes = _run(experiment, run, running, how, console)
+            results, outcomes = _run(experiment, run, running, how, console, dropped)
         heartbeat.report(1.0, "writing the report")
         results["wall_seconds"] = time.perf_counter() - started
         table = pa.Table.from_pylist(outcomes, schema=OUTCOMES)
@@ -140,8 +141,11 @@ def _asked(experiment: Experiment, threads: int) -> dict[str, Any]:
     return {"experiment": experiment.model_dump(mode="json"), "threads": threads}
 
 
-def check(experiment: Experiment) -> None:
-    """Find what is wrong with names, options, problems and the reward before a model is loaded. Raises UserError."""
+def check(experiment: Experiment) -> dict[str, Any]:
+    """Find what is wrong with names, options, problems and the reward before a model is loaded. Raises UserError.
+
+    Gives back what was dropped of validation and benchmarks, by set (`BadRows.summary`).
+    """
     try:
         json.dumps(experiment.model_dump(mode="json"))
     except (ValueError, TypeError):
@@ -161,9 +165,15 @@ def check(experiment: Experiment) -> None:
     if experiment.baseline is not None and experiment.baseline not in experiment.algorithms:
         raise unknown("baseline", experiment.baseline, experiment.algorithms)
     reward = work.reward_of(experiment)
-    for source in [experiment.train, *experiment.benchmarks.values(), experiment.validation]:
+    benchmarks = [(f"benchmark {name}", source) for name, source in experiment.benchmarks.items()]
+    dropped = {}
+    for name, source in [("train", experiment.train), ("validation", experiment.validation), *benchmarks]:
         if source is not None:
-            _try(reward, load_problems(source)[:2])
+            bad = BadRows(source.bad_rows)
+            _try(reward, load_problems(source, bad)[:2])
+            if (summary := bad.summary()) and source is not experiment.train:  # those are counted with the buffer
+                dropped[name] = summary
+    return dropped
 
 
 def _try(reward: Reward, problems: Sequence[Problem]) -> None:
@@ -184,7 +194,12 @@ def _workers(
 
 
 def _run(
-    experiment: Experiment, run: Run, processes: Workers, where: str, console: Console
+    experiment: Experiment,
+    run: Run,
+    processes: Workers,
+    where: str,
+    console: Console,
+    dropped: Mapping[str, Any],
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     grid = cells(experiment)
     folder, state = run.folder.absolute(), run.state.absolute()
@@ -197,6 +212,9 @@ def _run(
         if shared.get("unscored"):
             _say(console, f"  {_called(name)}: {shared['unscored']}", style="yellow")
     _say(console, f"  base model: {_scores(base)}")
+    dropped = {**shared["dropped_rows"], **dropped}  # all buffers are made of the same rows
+    for line in [*(f"{name}: {told(summary)}" for name, summary in dropped.items()), *shared["events"]]:
+        _say(console, f"  {line}", style="red")
 
     def train(cell: Cell, parts: int) -> Future[Any]:
         name = buffer_of(experiment, cell.seed)
@@ -231,6 +249,8 @@ def _run(
         "learning_rates": rates,
         "failed": failed,
         **({"buffers": facts} if experiment.rollouts.per_seed else facts),
+        "dropped_rows": dropped,
+        "events": shared["events"],
         "token_probabilities": {  # of the demonstrations, which all buffers have
             "edges": shared["token_probabilities"]["edges"],
             "before": shared["token_probabilities"]["counts"],

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from rlzoo.bad_rows import BadRows, OnBadRow
 from rlzoo.buffers import Buffer, OfflineBuffer, read_buffer
 from rlzoo.buffers.views import SINGLE_ROW_OPTIONS
 from rlzoo.comparison.plan import Cell, has_choice
@@ -30,7 +31,16 @@ from rlzoo.reward import Reward
 from rlzoo.reward_process import Limits, apart
 from rlzoo.rollout import collect_rollouts, mismatch, sampler_of, unscored
 from rlzoo.rollout.rollouts import check_prompts
-from rlzoo.training import Costs, Trainer, TrainingRecord, batches, check_buffer, with_reference
+from rlzoo.training import (
+    Costs,
+    Trainer,
+    TrainingRecord,
+    batches,
+    check_buffer,
+    scored_event,
+    with_behaviour,
+    with_reference,
+)
 from rlzoo.training.batches import BufferSource, FreshSource, Source, Views, seeds, shares
 from rlzoo.training.costs import release_memory
 from rlzoo.training.state import random_state
@@ -96,31 +106,40 @@ def fill_buffer(experiment: Experiment, folder: Path, state: Path, seed: int, re
 
 def _fill_buffer(experiment: Experiment, folder: Path, pieces: Pieces, seed: int, report: Report) -> dict[str, Any]:
     policy = load_policy(experiment.model, experiment.training.dtype)
-    problems = load_problems(experiment.train)
-    if experiment.demonstrations is None:
-        rows = demonstrations(policy.tokenizer, problems, experiment.training.max_completion_tokens)
+    bad = {name: BadRows(mode) for name, mode in _on_bad_rows(experiment).items()}
+    problems = load_problems(experiment.train, bad["train"])
+    longest = experiment.training.max_completion_tokens
+    if (table := experiment.demonstrations_table) is None:
+        rows = demonstrations(policy.tokenizer, problems, longest, bad["train"])
         buffer: Buffer = OfflineBuffer.from_trajectories(rows)
     else:
-        buffer = read_buffer(experiment.demonstrations, policy.tokenizer, experiment.training.special_tokens)
+        how = longest, table.split, table.columns, bad["demonstrations"], experiment.training.special_tokens
+        buffer = read_buffer(table.source, policy.tokenizer, *how)
     check_buffer(policy, buffer)
     samples: list[Trajectory] = []
     offline = [name for name, row in experiment.algorithms.items() if row.mode == "offline"]
     if any(learns_from_samples(views_of(experiment, name)) for name in offline):
         settings = experiment.rollouts
-        chosen = problems if settings.prompts is None else problems[: settings.prompts]
+        encoded = encode_problems(policy.tokenizer, problems[: settings.prompts], bad["train"])
         samples = collect_rollouts(
             policy,
             sampler_of(policy, settings),
-            encode_problems(policy.tokenizer, chosen),
+            encoded,
             reward_of(experiment),
             settings,
             seed=seed,
             token_budget=experiment.training.token_budget,
-            progress=_counted(len(chosen), "sampling the base policy", report),
+            progress=_counted(len(encoded), "sampling the base policy", report),
             recompute=settings.behaviour == "recompute",
             pieces=pieces,
         )
         buffer = buffer.concatenate(OfflineBuffer.from_trajectories(samples))
+    events, scoring_flops = [], 0.0
+    if experiment.training.behaviour == "current":
+        buffer, scored = with_behaviour(buffer, policy, experiment.training.token_budget)
+        events = [scored_event(len(scored))] if scored else []
+        tokens, completions = (int(buffer.tokens(*names)[scored].sum()) for names in ((), ("completion_ids",)))
+        scoring_flops = policy.flops(tokens, completions)
     reference_flops = 0.0
     if any(Need.REFERENCE in objective_of(experiment, name).requires for name in offline):
         report(1.0, "reference log-probs")
@@ -140,10 +159,20 @@ def _fill_buffer(experiment: Experiment, folder: Path, pieces: Pieces, seed: int
         "sampled_tokens": sampled,
         "unscored": unscored((row.reward, row.prompt) for row in samples),
         "mismatch": mismatch(samples),
-        "sampling_flops": 2 * policy.flops(tokens, sampled),  # sampled, then scored
+        "dropped_rows": {name: summary for name, rows in bad.items() if (summary := rows.summary())},
+        "events": events,
+        "sampling_flops": 2 * policy.flops(tokens, sampled) + scoring_flops,  # sampled, then scored
         "reference_flops": reference_flops,
         "token_probabilities": token_probabilities(policy, buffer, experiment.training.token_budget),
     }
+
+
+def _on_bad_rows(experiment: Experiment) -> dict[str, OnBadRow]:
+    """What happens to bad rows of what the shared buffer is filled from."""
+    modes = {"train": experiment.train.bad_rows}
+    if (table := experiment.demonstrations_table) is not None:
+        modes["demonstrations"] = table.bad_rows
+    return modes
 
 
 def evaluate_base(experiment: Experiment, state: Path, report: Report) -> dict[str, Any]:
@@ -342,7 +371,8 @@ class Collector:
         self._experiment, self._policy, self._costs = experiment, policy, costs
         self._training = training or experiment.training
         self._prompts = max(1, batch_size // experiment.rollouts.samples)
-        self._encoded = encode_problems(policy.tokenizer, load_problems(experiment.train))
+        bad = BadRows(experiment.train.bad_rows)
+        self._encoded = encode_problems(policy.tokenizer, load_problems(experiment.train, bad), bad)
         self._order, self._queue = random.Random(seed), list[int]()
         self._sampler = sampler_of(policy, experiment.rollouts)
         check_prompts(policy, self._sampler, self._encoded, experiment.rollouts)

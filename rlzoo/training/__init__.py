@@ -2,7 +2,17 @@
 
 from rlzoo.training.costs import Costs
 from rlzoo.training.record import TrainingRecord
-from rlzoo.training.run import check_buffer, lacks_reference, train, with_reference
+from rlzoo.training.run import check_buffer, lacks_reference, scored_event, train, with_behaviour, with_reference
 from rlzoo.training.trainer import Trainer
 
-__all__ = ["Costs", "Trainer", "TrainingRecord", "check_buffer", "lacks_reference", "train", "with_reference"]
+__all__ = [
+    "Costs",
+    "Trainer",
+    "TrainingRecord",
+    "check_buffer",
+    "lacks_reference",
+    "scored_event",
+    "train",
+    "with_behaviour",
+    "with_reference",
+]

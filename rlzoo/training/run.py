@@ -71,6 +71,22 @@ def lacks_reference(buffer: Buffer, *objectives: Objective) -> bool:
     return bool((hot & ~buffer.has("tempered_reference_logp")).any())
 
 
+def with_behaviour(buffer: Buffer, policy: Policy, token_budget: int = 8192) -> tuple[Buffer, list[int]]:
+    """The buffer with log-probs of ``policy`` as the behaviour's in samples that have none, and the rows of those."""
+    known = buffer.column("behaviour_logp")
+    sources = zip(buffer.column("source"), known, strict=True)
+    lacking = [index for index, (source, logp) in enumerate(sources) if source != "demonstration" and logp is None]
+    rows = [(row.prompt_ids, row.completion_ids) for row in (buffer[index] for index in lacking)]
+    for index, logp in zip(lacking, score_rows(policy, rows, token_budget), strict=True):
+        known[index] = logp
+    return (buffer.with_behaviour_logp(known) if lacking else buffer), lacking
+
+
+def scored_event(rows: int) -> str:
+    """What a run records about ``rows`` that `with_behaviour` scored."""
+    return f"behaviour log-probs of {rows:,} samples were scored with the policy before training (behaviour: current)"
+
+
 def train(
     policy: Policy,
     objective: Objective,
@@ -90,10 +106,17 @@ def train(
     settings = settings or Training()
     check_buffer(policy, buffer)
     torch.manual_seed(seed)
+    record = TrainingRecord()
+    if settings.behaviour == "current" and Need.BEHAVIOUR in objective.requires:
+        buffer, scored = with_behaviour(buffer, policy, settings.token_budget)
+        record.events += [scored_event(len(scored))] if scored else []
     sources = buffer_sources(buffer, views_of(objective), settings.batch_size, seed)
     # stored log-probs may be another policy's, and those of mismatched rows are of this one
     mismatched = {Need.REFERENCE, Need.MISMATCHED} <= objective.requires
     if mismatched or lacks_reference(buffer, objective):
         buffer = with_reference(buffer, policy, settings.token_budget)
         sources = buffer_sources(buffer, views_of(objective), settings.batch_size, seed)
-    return Trainer(policy, objective, sources, settings, callbacks, folder=folder, checkpoints=checkpoints).run()
+    trainer = Trainer(
+        policy, objective, sources, settings, callbacks, folder=folder, record=record, checkpoints=checkpoints
+    )
+    return trainer.run()

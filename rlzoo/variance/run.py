@@ -14,6 +14,7 @@ import torch
 from pydantic import Field
 from rich.console import Console
 
+from rlzoo.bad_rows import BadRows, told
 from rlzoo.buffers import Buffer, OfflineBuffer, read_buffer
 from rlzoo.comparison import work
 from rlzoo.comparison.heartbeat import Heartbeat
@@ -25,7 +26,7 @@ from rlzoo.outputs import remove, write_atomically
 from rlzoo.pieces import Pieces
 from rlzoo.policy import load_policy
 from rlzoo.runs import Run, run_in, versions
-from rlzoo.training import Trainer, TrainingRecord, check_buffer, lacks_reference, with_reference
+from rlzoo.training import Trainer, TrainingRecord, check_buffer, lacks_reference, with_behaviour, with_reference
 from rlzoo.training.batches import buffer_sources
 from rlzoo.variance.analyzer import analyze_variance
 from rlzoo.variance.probe import VarianceProbe
@@ -141,10 +142,12 @@ def _run(
     for _, done in processes.gather({first: "buffer"}):
         if (error := done.exception()) is not None:
             raise UserError(why(error)) from None
-        rows = done.result()
+        filled = done.result()
     goes = "going on in" if run.resumed else "writing to"
-    tell = f"{experiment.name}: {rows} rows, {len(experiment.algorithms)} objectives; {goes} {run.folder}"
+    tell = f"{experiment.name}: {filled['rows']} rows, {len(experiment.algorithms)} objectives; {goes} {run.folder}"
     console.print(tell, style="bold", highlight=False, markup=False, soft_wrap=True)
+    for name, summary in filled["dropped_rows"].items():
+        console.print(f"  {name}: {told(summary)}", style="red", highlight=False, markup=False, soft_wrap=True)
     analysis = processes.submit("analysis", measure, experiment, folder, state, settings)
     jobs = {analysis: "analysis"}
     offline = [name for name, row in experiment.algorithms.items() if row.mode == "offline"]
@@ -164,23 +167,27 @@ def _run(
     found = analysis.result()
     return {
         **found,
+        "dropped_rows": filled["dropped_rows"],
         "training": {name: results[name] for name in offline if name in results},
         "failed": {name: why(error) for name, error in errors.items() if name not in found["skipped"]},
     }
 
 
-def fill(experiment: Experiment, folder: Path, state: Path, given: str | None, report: Report) -> int:
-    """Make or read the buffer and save it where all jobs read it; the number of its rows."""
+def fill(experiment: Experiment, folder: Path, state: Path, given: str | None, report: Report) -> dict[str, Any]:
+    """Make or read the buffer and save it where all jobs read it; the number of its rows, and what was dropped."""
     if given is None:
-        rows: int = work.fill_buffer(experiment, folder, state, 0, report)["rows"]
-        return rows
+        made = work.fill_buffer(experiment, folder, state, 0, report)
+        return {name: made[name] for name in ("rows", "dropped_rows")}
     policy = load_policy(experiment.model, experiment.training.dtype)
-    buffer: Buffer = read_buffer(given, policy.tokenizer, experiment.training.special_tokens)
+    bad = BadRows(experiment.train.bad_rows)
+    buffer: Buffer = read_buffer(given, policy.tokenizer, bad=bad, special_tokens=experiment.training.special_tokens)
     check_buffer(policy, buffer)
+    if experiment.training.behaviour == "current":
+        buffer, _ = with_behaviour(buffer, policy, experiment.training.token_budget)
     if lacks_reference(buffer, *(work.objective_of(experiment, name) for name in experiment.algorithms)):
         buffer = with_reference(buffer, policy, experiment.training.token_budget)
     buffer.save(folder)
-    return len(buffer)
+    return {"rows": len(buffer), "dropped_rows": {"buffer": summary} if (summary := bad.summary()) else {}}
 
 
 def measure(

@@ -1,0 +1,207 @@
+"""The rows of one file: JSONL, JSON, CSV, TSV or Parquet, compressed or not, read as they are asked for.
+
+Values stay what the file says: numbers of any size in JSON, and in CSV, where everything is text, the text itself.
+"""
+
+from __future__ import annotations
+
+import bz2
+import csv
+import gzip
+import io
+import json
+import lzma
+import sys
+import zlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import IO, Any
+
+import pyarrow as pa
+import pyarrow.parquet
+
+from rlzoo.bad_rows import located
+from rlzoo.buffers.values import kind_of, plain_row
+from rlzoo.errors import UserError
+
+SUFFIXES = (".jsonl", ".json", ".parquet", ".csv", ".tsv")
+COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
+"""What may follow the ending of a file of text."""
+BATCH = 1000
+"""Rows of Arrow that are Python objects at one time."""
+
+Item = tuple[str, dict[str, Any] | UserError]
+"""A row's place, for errors, and the row with plain values, or what is wrong with it."""
+
+_OPENERS: dict[str, Any] = {
+    ".gz": gzip.open,
+    ".bz2": bz2.open,
+    ".xz": lzma.open,
+    ".zst": lambda path: io.BufferedReader(pa.input_stream(str(path), compression="zstd")),
+}
+
+_UNREADABLE = (OSError, EOFError, lzma.LZMAError, zlib.error)
+
+csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
+
+
+def kind_of_file(path: Path) -> str:
+    """The ending that says what a file holds, without that of a compression; "" if it is none of `SUFFIXES`."""
+    suffixes = [suffix.lower() for suffix in path.suffixes[-2:]]
+    if suffixes and suffixes[-1] in COMPRESSED:
+        suffixes.pop()
+    kind = suffixes[-1] if suffixes else ""
+    kind = {".ndjson": ".jsonl"}.get(kind, kind)
+    return kind if kind in SUFFIXES else ""
+
+
+def file_rows(path: Path) -> Iterator[Item]:
+    """The rows of a file. Raises UserError for one that is no such file, or is damaged."""
+    match kind_of_file(path):
+        case ".parquet":
+            yield from parquet_rows(path)
+        case ".csv":
+            yield from _csv_rows(path, ",")
+        case ".tsv":
+            yield from _csv_rows(path, "\t")
+        case ".json" if not _is_lines(path):
+            yield from _json_rows(path)
+        case ".json" | ".jsonl":
+            yield from ((f"{path} line {number}", row) for number, row in json_lines(path))
+        case _:
+            raise UserError(f"{path} has the ending {path.suffix or 'of none'!r}: give one of {', '.join(SUFFIXES)}")
+
+
+def json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any] | UserError]]:
+    """(line number, object) of each line that is not blank; of a bad line, the error without its place."""
+    for number, line in _lines(path):
+        if isinstance(line, UserError) or line.strip():
+            yield number, line if isinstance(line, UserError) else _object(line)
+
+
+def parquet_rows(path: Path) -> Iterator[Item]:
+    """The rows of a Parquet file, a batch at a time."""
+    try:
+        file = pa.parquet.ParquetFile(path)
+        yield from batch_rows(file.iter_batches(BATCH), str(path))
+    except (pa.ArrowException, OSError, MemoryError) as error:
+        raise UserError(f"{path} is not a readable Parquet file: {first_line(error)}") from None
+
+
+def batch_rows(batches: Iterable[pa.RecordBatch | pa.Table], origin: str) -> Iterator[Item]:
+    """The rows of Arrow batches, numbered from 1."""
+    number = 0
+    for batch in batches:
+        columns = [_values(column) for column in batch.columns]
+        for values in zip(*columns, strict=True):
+            number += 1
+            yield f"{origin} row {number}", plain_row(dict(zip(batch.schema.names, values, strict=True)))
+
+
+def first_line(error: Exception) -> str:
+    """An exception's message, cut to one line."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _values(column: Any) -> list[Any]:
+    try:
+        values: list[Any] = column.to_pylist()
+    except (ValueError, OverflowError, pa.ArrowException):  # nanoseconds, or years that Python's dates have not
+        values = column.cast(pa.string()).to_pylist()
+    return values
+
+
+def _open(path: Path) -> IO[bytes]:
+    opener = _OPENERS.get(path.suffix.lower())
+    try:
+        stream: IO[bytes] = path.open("rb") if opener is None else opener(path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or first_line(error)}") from None
+    return stream
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str | UserError]]:
+    """(number, line) of a text file; of a line that is no text, the error without its place."""
+    try:
+        with _open(path) as stream:
+            for number, line in enumerate(stream, 1):
+                yield number, _text(line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line)
+    except _UNREADABLE as error:
+        reason = getattr(error, "strerror", None) or first_line(error)
+        raise UserError(f"{path} cannot be read: {reason}") from None
+
+
+def _text(line: bytes) -> str | UserError:
+    if b"\0" in line:
+        return UserError("holds a NUL character: it is no text, or damaged")
+    try:
+        return line.decode()
+    except UnicodeDecodeError as error:
+        return UserError(f"is not UTF-8 text (byte {error.start + 1} of the line): convert the file")
+
+
+def _object(line: str) -> dict[str, Any] | UserError:
+    try:
+        value = json.loads(line)
+    except json.JSONDecodeError as error:
+        return UserError(f"is not JSON: {error.msg} at column {error.colno}")
+    except (ValueError, RecursionError) as error:  # a number of too many digits, or nested too deep
+        return UserError(f"is not JSON that can be read: {first_line(error)}")
+    if not isinstance(value, dict):
+        return _no_object(value, "line")
+    return plain_row(value)
+
+
+def _json_rows(path: Path) -> Iterator[Item]:
+    lines = []
+    for number, line in _lines(path):
+        if isinstance(line, UserError):
+            raise UserError(located(f"{path} line {number}", line))
+        lines.append(line)
+    try:
+        rows = json.loads("".join(lines))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} line {error.lineno} is not JSON: {error.msg}") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not JSON that can be read: {first_line(error)}") from None
+    if isinstance(rows, dict):
+        lists = [value for value in rows.values() if isinstance(value, list)]
+        if len(lists) != 1:
+            raise UserError(f"{path} is one object: give a list of rows, or one object per line")
+        (rows,) = lists  # the rows, and what was noted beside them
+    for number, row in enumerate(rows, 1):
+        yield f"{path} row {number}", plain_row(row) if isinstance(row, dict) else _no_object(row, "row")
+
+
+def _no_object(value: Any, what: str) -> UserError:
+    return UserError(f"is {kind_of(value)}: every {what} must be an object of columns")
+
+
+def _csv_rows(path: Path, delimiter: str) -> Iterator[Item]:
+    def lines() -> Iterator[str]:
+        for number, line in _lines(path):
+            if isinstance(line, UserError):
+                raise UserError(located(f"{path} line {number}", line))
+            yield line
+
+    reader = csv.reader(lines(), delimiter=delimiter, strict=True)
+    try:
+        records = (record for record in reader if record)
+        names = next(records, [])
+        if repeated := [name for name in names if names.count(name) > 1]:
+            raise UserError(f"{path} line 1: the column {repeated[0]!r} is there more than once")
+        for number, record in enumerate(records, 1):
+            row: dict[str, Any] | UserError = dict(zip(names, record, strict=False))
+            if len(record) != len(names):
+                row = UserError(
+                    f"has {len(record)} values for {len(names)} columns: quote commas and line breaks in text"
+                )
+            yield f"{path} row {number}", row
+    except csv.Error as error:
+        raise UserError(f"{path} line {reader.line_num} is not CSV: {error}") from None
+
+
+def _is_lines(path: Path) -> bool:
+    """Whether a .json file has an object on each line: whether its first line is one."""
+    first = next((line for _, line in _lines(path) if isinstance(line, UserError) or line.strip()), "{}")
+    return isinstance(first, str) and not first.lstrip().startswith("[") and isinstance(_object(first), dict)

@@ -1,0 +1,121 @@
+"""Layouts that people's data come in, as rows of TRL's formats: ShareGPT, Alpaca, UltraFeedback.
+
+A layout is told by its columns, as TRL's formats are; a row of none of them stays as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rlzoo.buffers.values import Row, kind_of
+from rlzoo.errors import UserError
+
+_SPEAKERS = {
+    **dict.fromkeys(("human", "user", "prompter"), "user"),
+    **dict.fromkeys(("gpt", "assistant", "chatgpt", "bard", "bing", "model", "bot"), "assistant"),
+    **dict.fromkeys(("observation", "tool", "function", "tool_response"), "tool"),
+    "system": "system",
+}
+"""ShareGPT's ``from`` → a message's role."""
+_CONVERSATIONS = ("messages", "prompt", "completion", "chosen", "rejected")
+_PAIR = ("chosen", "rejected")
+_ALPACA = (
+    "Below is an instruction that describes a task{extra}. Write a response that appropriately completes the request."
+    "\n\n### Instruction:\n{instruction}\n\n{input}### Response:\n"
+)
+"""The prompt of Stanford Alpaca, for models without a chat template."""
+
+
+def as_trl(row: Row, chat: bool) -> dict[str, Any]:
+    """The row in one of TRL's formats, if it has a known layout.
+
+    An Alpaca row is a user's turn where the model has a ``chat`` template, and Alpaca's own prompt where it has none.
+    Raises UserError for a conversation that cannot be read.
+    """
+    made = dict(row)
+    if made.get("messages") is None and isinstance(made.get("conversations"), list):
+        name = "prompt" if all(made.get(side) is not None for side in _PAIR) else "messages"
+        made[name] = _turns(made.pop("conversations"), "conversations")
+        _instruct(made, name)
+    elif isinstance(made.get("instruction"), str) and made.get("prompt") is None and made.get("messages") is None:
+        if made.get("output") is not None and made.get("completion") is None:
+            made["completion"] = made.pop("output")
+        if any(made.get(name) is not None for name in ("completion", *_PAIR)):
+            _alpaca(made, chat)
+    for name in _CONVERSATIONS:
+        value = made.get(name)
+        if name in _PAIR and isinstance(value, Mapping):
+            value = [value]  # one message alone
+        if isinstance(value, list):
+            made[name] = _turns(value, name)
+    _ask(made)
+    return made
+
+
+def _ask(row: dict[str, Any]) -> None:
+    """Give a prompt of plain text beside conversations the form that theirs has, as TRL reads UltraFeedback."""
+    for names in (_PAIR, ("completion",)):
+        turns = [list(row[name]) for name in names if _is_conversation(row.get(name))]
+        if len(turns) < len(names):
+            continue
+        prompt = row.get("prompt")
+        if isinstance(prompt, str) and all(len(value) > 1 for value in turns):  # whole conversations: theirs is shared
+            row["prompt"] = turns[0][:-1]
+        elif isinstance(prompt, str) and prompt.strip():
+            row["prompt"] = [{"role": "user", "content": prompt}]
+        shared = row.get("prompt")
+        if isinstance(shared, list) and all(value[: len(shared)] == shared and value[len(shared) :] for value in turns):
+            row.update({name: value[len(shared) :] for name, value in zip(names, turns, strict=True)})
+
+
+def _is_conversation(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and isinstance(value[0], Mapping)
+
+
+def _turns(messages: list[Any], column: str) -> list[Any]:
+    """Messages with ``role`` and ``content``, from ShareGPT's ``from`` and ``value``."""
+    return [_turn(m, column) if isinstance(m, Mapping) and "from" in m and "role" not in m else m for m in messages]
+
+
+def _turn(message: Mapping[str, Any], column: str) -> dict[str, Any]:
+    role = _SPEAKERS.get(message["from"]) if isinstance(message["from"], str) else None
+    if role is None:
+        raise UserError(
+            f"column {column!r} has a turn from {message['from']!r}, which has no role here: drop the row, "
+            f"or write one of {', '.join(_SPEAKERS)}"
+        )
+    return {"role": role, "content": message.get("value")}
+
+
+def _instruct(row: dict[str, Any], column: str) -> None:
+    """Put the text of a column ``system`` before the conversation, unless that has a system turn."""
+    system, turns = row.get("system"), row[column]
+    if isinstance(system, str) and system.strip() and not (turns and turns[0].get("role") == "system"):
+        row[column] = [{"role": "system", "content": system}, *turns]
+    row.pop("system", None)
+
+
+def _alpaca(row: dict[str, Any], chat: bool) -> None:
+    instruction, given = row.pop("instruction"), row.pop("input", None)
+    if given is not None and not isinstance(given, str):
+        raise UserError(f"column 'input' is {kind_of(given)}: give text")
+    history, given = row.pop("history", None) or [], (given or "").strip()
+    if not chat:
+        if history or row.get("system"):
+            raise UserError("columns 'history' and 'system' need a chat template: train a model that has one")
+        extra = ", paired with an input that provides further context" if given else ""
+        text = f"### Input:\n{given}\n\n" if given else ""
+        row["prompt"] = _ALPACA.format(extra=extra, instruction=instruction, input=text)
+        return
+    asked = "\n\n".join(part for part in (instruction, given) if part)
+    past = [
+        {"role": role, "content": text}
+        for turn in history
+        for role, text in zip(("user", "assistant"), turn, strict=False)
+    ]
+    row["prompt"] = [*past, {"role": "user", "content": asked}]
+    _instruct(row, "prompt")
+    for name in ("completion", *_PAIR):
+        if isinstance(row.get(name), str):
+            row[name] = [{"role": "assistant", "content": row[name]}]

@@ -1,0 +1,132 @@
+"""Rows that cannot be used: refused by name, or dropped and counted, on every way into a run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from comparisons import inline_pool, small
+
+from rlzoo.bad_rows import BadRows, told
+from rlzoo.buffers import from_trl, read_buffer
+from rlzoo.cli import main
+from rlzoo.comparison.runner import compare
+from rlzoo.config import ProblemSource
+from rlzoo.errors import UserError
+from rlzoo.problems import Problem, demonstrations, encode_problems, load_problems
+from rlzoo.variance.run import fill
+
+LINES = [
+    '{"prompt": "1+1=", "completion": "2"}',
+    '{"prompt": "1+2=", "completion": ""}',
+    '{"prompt": "1+3=", "completion": null}',
+    '{"prompt": "1+4=", "comp',
+    '{"prompt": "1+5=", "completion": "6"}',
+]
+PLACES = [
+    "rows.jsonl line 2: column 'completion' is empty",
+    "rows.jsonl line 3: no value",
+    "rows.jsonl line 4 is not JSON",
+]
+
+
+@pytest.fixture
+def table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.chdir(tmp_path)
+    Path("rows.jsonl").write_text("\n".join(LINES))
+    return "rows.jsonl"
+
+
+def test_bad_rows_are_refused_by_name_and_the_setting_is_named(table: str, tokenizer: Any) -> None:
+    with pytest.raises(UserError, match=r"rows\.jsonl line 2: column 'completion' is empty .*bad_rows: drop"):
+        read_buffer(table, tokenizer)
+
+
+def test_dropped_rows_are_counted_with_their_reasons(table: str, tokenizer: Any) -> None:
+    bad = BadRows("drop")
+    assert read_buffer(table, tokenizer, bad=bad).column("prompt") == ["1+1=", "1+5="]
+    summary = bad.summary()
+    assert summary is not None and (summary["count"], summary["of"]) == (3, 5)
+    assert all(found.startswith(place) for found, place in zip(summary["first"], PLACES, strict=True))
+    line = told(summary)
+    assert line is not None and line.startswith("dropped 3 of 5 rows (bad_rows: drop): rows.jsonl line 2")
+    assert told(BadRows("drop").summary()) is None
+
+
+def test_the_first_good_row_gives_the_format(tokenizer: Any) -> None:
+    rows = [{"prompt": "1", "label": None}, {"prompt": "1", "completion": "2"}, {"text": "3"}]
+    assert len(from_trl(rows, tokenizer, bad=BadRows("drop"))) == 1
+
+
+def test_a_table_of_bad_rows_alone_is_an_error(tokenizer: Any) -> None:
+    with pytest.raises(UserError, match="all 2 rows are bad and were dropped; the first, row 1: column 'completion'"):
+        from_trl([{"prompt": "1", "completion": " "}] * 2, tokenizer, bad=BadRows("drop"))
+
+
+def test_problems_that_cannot_be_read_or_encoded_are_dropped(table: str, tokenizer: Any) -> None:
+    source = ProblemSource(source=table, solution="completion", bad_rows="drop")
+    bad = BadRows("drop")
+    problems = load_problems(source, bad)
+    assert [problem.id for problem in problems] == ["train-0", "train-2", "train-4"]  # no solution is no mistake
+    assert len(load_problems(source)) == 3, "what the source says goes where nobody counts"
+    assert bad.dropped == 2
+    conversation = Problem("talk", [{"role": "user", "content": "1"}], {})  # for which there is no chat template
+    assert len(encode_problems(tokenizer, [*problems, conversation], bad)) == 3
+    assert len(demonstrations(tokenizer, [*problems, conversation], bad=bad)) == 2
+    assert bad.dropped == 3, "a row is counted once"
+    with pytest.raises(UserError, match="problem 'talk'"):
+        encode_problems(tokenizer, [conversation])
+
+
+def test_the_limit_is_of_good_rows(table: str) -> None:
+    source = ProblemSource(source=table, solution="completion", bad_rows="drop", limit=2)
+    assert [problem.prompt for problem in load_problems(source)] == ["1+1=", "1+3="]
+
+
+def test_train_reports_and_records_what_it_dropped(table: str, capsys: pytest.CaptureFixture[str]) -> None:
+    train = ["train", "sft", "--buffer", table, "--steps", "1", "--set", "batch_size=2"]
+    assert main([*train, "--out", "refused"]) == 2
+    assert main([*train, "--bad-rows", "drop", "--out", "done"]) == 0
+    assert "dropped 3 of 5 rows" in capsys.readouterr().out
+    recorded = json.loads(Path("done/training.json").read_text())["dropped_rows"]
+    assert (recorded["count"], recorded["of"]) == (3, 5)
+
+
+def test_rollout_reports_and_records_what_it_dropped(table: str, capsys: pytest.CaptureFixture[str]) -> None:
+    sample = ["rollout", "arithmetic", "--data", table, "--reward", "length", "--rollout-samples", "1"]
+    sample += ["--set", "train.solution=completion", "--set", "rollouts.max_new_tokens=2"]
+    assert main([*sample, "--out", "refused"]) == 2
+    assert main([*sample, "--bad-rows", "drop", "--out", "buffer"]) == 0
+    out = capsys.readouterr().out
+    assert "dropped 2 of 5 rows" in out and "3 samples of 3 prompts" in out
+    assert json.loads(Path("buffer/buffer.json").read_text())["dropped_rows"]["count"] == 2
+    assert len(read_buffer("buffer", None)) == 3
+
+
+def test_compare_records_what_it_dropped_of_every_set(table: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rlzoo.comparison.runner.pool", inline_pool)
+    benchmark = {"source": table, "solution": "completion", "bad_rows": "drop"}
+    changes: dict[str, Any] = {"reward": "length", "train__bad_rows": "drop", "demonstrations": table}
+    experiment = small({"sft": {}}, validation=None, benchmarks={"own": benchmark}, **changes)
+    results = compare(experiment, out=Path("out"))
+    assert {name: found["count"] for name, found in results["dropped_rows"].items()} == {
+        "demonstrations": 3,
+        "benchmark own": 2,
+    }
+    assert results["buffer"]["rows"] == 2
+
+
+def test_variance_tells_what_it_dropped(table: str) -> None:
+    filled = fill(small({"sft": {}}, train__bad_rows="drop"), Path("buffer"), Path("state"), table, lambda *_: None)
+    assert (filled["rows"], filled["dropped_rows"]["buffer"]["count"]) == (2, 3)
+
+
+def test_evaluate_tells_what_it_dropped(table: str, capsys: pytest.CaptureFixture[str]) -> None:
+    benchmark = f"benchmarks={{own: {{source: {table}, solution: completion, bad_rows: drop}}}}"
+    evaluation = ["evaluate", "arithmetic", "--reward", "length", "--limit", "2", "--samples", "1", "--k", "1"]
+    assert main([*evaluation, "--set", "evaluation.max_new_tokens=2", "--json", "--set", benchmark]) == 0
+    out, err = capsys.readouterr()
+    assert list(json.loads(out)) == ["own"]
+    assert "own: dropped 1 of 3 rows" in err, "no more rows are read than make two problems"

@@ -1,0 +1,185 @@
+"""Data in the layouts that people have: UltraFeedback, ShareGPT, Alpaca, graded samples; renamed columns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rlzoo.buffers import OfflineBuffer, from_trl, read_buffer
+from rlzoo.config import Training
+from rlzoo.errors import UserError
+from rlzoo.objective import get_objective
+from rlzoo.policy import load_policy
+from rlzoo.policy.policy import score_rows
+from rlzoo.training import train, with_behaviour
+from rlzoo.types import Selection
+from rlzoo.worlds.tokenizer import build_tokenizer
+
+TEMPLATE = (
+    "{% for m in messages %}{{ m.role[0] + ':' + m.content + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'a:' }}{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def chat() -> Any:
+    made = build_tokenizer()
+    made.chat_template = TEMPLATE
+    return made
+
+
+def says(role: str, content: str) -> dict[str, str]:
+    return {"role": role, "content": content}
+
+
+def turn(speaker: str, value: str) -> dict[str, str]:
+    return {"from": speaker, "value": value}
+
+
+ASKED, GOOD, BAD = says("user", "1+1"), says("assistant", "2"), says("assistant", "3")
+SYSTEM = says("system", "S")
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "1+1", "chosen": [ASKED, GOOD], "rejected": [ASKED, BAD]},
+        {"prompt": "1+1", "chosen": [GOOD], "rejected": [BAD]},
+        {"prompt": [ASKED], "chosen": [ASKED, GOOD], "rejected": [ASKED, BAD]},
+        {"prompt": "1+1", "chosen": GOOD, "rejected": BAD},
+        {"instruction": "1+1", "input": "", "chosen": "2", "rejected": "3"},
+        {"conversations": [turn("human", "1+1")], "chosen": turn("gpt", "2"), "rejected": turn("gpt", "3")},
+    ],
+)
+def test_preferences_beside_a_prompt_of_text(chat: Any, row: dict[str, Any]) -> None:
+    extra = {"messages": [ASKED, GOOD], "score_chosen": 8.0}
+    buffer = from_trl([{**row, **extra} if "prompt" in row else row], chat)
+    assert [(t.prompt, t.completion, t.reward) for t in buffer] == [("u:1+1\na:", "2", 1.0), ("u:1+1\na:", "3", 0.0)]
+    assert buffer.view(Selection.PAIRS).units == ((0, 1),)
+    assert buffer[0].messages == [ASKED]
+
+
+def test_the_prompt_of_whole_conversations_is_what_they_share(chat: Any) -> None:
+    row = {"prompt": "1+1", "chosen": [SYSTEM, ASKED, GOOD], "rejected": [SYSTEM, ASKED, BAD]}
+    assert from_trl([row], chat)[0].messages == [SYSTEM, ASKED]
+
+
+@pytest.mark.parametrize(
+    ("row", "prompt"),
+    [
+        ({"conversations": [turn("human", "1"), turn("gpt", "2")]}, "u:1\na:"),
+        ({"conversations": [turn("system", "S"), turn("human", "1"), turn("gpt", "2")]}, "s:S\nu:1\na:"),
+        ({"system": "S", "conversations": [turn("human", "1"), turn("gpt", "2")]}, "s:S\nu:1\na:"),
+        ({"system": "", "conversations": [says("user", "1"), GOOD]}, "u:1\na:"),
+        ({"messages": [turn("human", "1"), turn("gpt", "2")]}, "u:1\na:"),
+        (
+            {"conversations": [turn("human", "1"), turn("gpt", "?"), turn("observation", "3"), turn("gpt", "2")]},
+            "u:1\na:?\nt:3\na:",
+        ),
+        ({"instruction": "1", "input": None, "output": "2"}, "u:1\na:"),
+        ({"instruction": "1", "input": "x", "output": "2"}, "u:1\n\nx\na:"),
+        ({"instruction": "1", "output": "2", "system": "S", "history": [["5", "6"]]}, "s:S\nu:5\na:6\nu:1\na:"),
+        ({"prompt": "1", "completion": [GOOD]}, "u:1\na:"),
+        ({"prompt": "1", "completion": [says("user", "1"), GOOD]}, "u:1\na:"),
+    ],
+)
+def test_conversations_and_instructions_are_read(chat: Any, row: dict[str, Any], prompt: str) -> None:
+    (made,) = from_trl([row], chat)
+    assert (made.prompt, made.completion, made.source, made.columns) == (prompt, "2", "demonstration", {})
+
+
+def test_alpaca_without_a_chat_template_has_its_own_prompt(tokenizer: Any) -> None:
+    (made,) = from_trl([{"instruction": "Add.", "input": "1+1", "output": "2"}], tokenizer)
+    assert made.prompt.endswith("### Instruction:\nAdd.\n\n### Input:\n1+1\n\n### Response:\n")
+    (made,) = from_trl([{"instruction": "Add.", "input": None, "output": "2"}], tokenizer)
+    assert "### Input" not in made.prompt and "None" not in made.prompt
+    with pytest.raises(UserError, match="row 1: the tokenizer has no chat template"):
+        from_trl([{"conversations": [turn("human", "1"), turn("gpt", "2")]}], tokenizer)
+
+
+# Graded samples
+
+GRADED = [
+    {"prompt": "1+1=", "completion": "2", "reward": 1, "id": 0},
+    {"prompt": "1+1=", "completion": "3", "reward": False, "id": 1},
+    {"prompt": "1+2=", "completion": "3", "reward": "0.75", "id": 2},
+]
+
+
+def test_rows_with_rewards_are_samples(tokenizer: Any) -> None:
+    buffer = from_trl(GRADED, tokenizer)
+    assert [(row.source, row.reward, row.columns) for row in buffer] == [
+        ("policy", 1.0, {"id": 0}),
+        ("policy", 0.0, {"id": 1}),
+        ("policy", 0.75, {"id": 2}),
+    ]
+    assert buffer.view(Selection.CORRECT).units == ((0,), (2,))
+    assert buffer.view(Selection.PAIRS).units == ((0, 1),), "samples of one prompt, whatever ids they have"
+    (plain,) = from_trl(GRADED[:1], tokenizer, columns={"reward": None})
+    assert (plain.source, plain.reward) == ("demonstration", None)
+
+
+def test_columns_of_other_names_stand_for_those_of_a_format(tokenizer: Any) -> None:
+    nested = {"question": "1+1=", "one": {"ok": True, "said": "2"}, "two": {"ok": False, "said": "3"}}
+    columns: dict[str, Any] = {"prompt": "question", "completion": "one.said", "reward": "one.ok"}
+    assert [(row.completion, row.reward) for row in from_trl([nested], tokenizer, columns=columns)] == [("2", 1.0)]
+    columns |= {"completion": ["one.said", "two.said"], "reward": ["one.ok", "two.ok"]}
+    buffer = from_trl([nested], tokenizer, columns=columns)
+    assert [(row.completion, row.reward) for row in buffer] == [("2", 1.0), ("3", 0.0)]
+    listed = {"instruction": "1+1=", "completions": [{"text": "2", "score": 7.5}, {"text": "3", "score": 2}]}
+    columns = {"prompt": "instruction", "completion": "completions.text", "reward": "completions.score"}
+    assert [row.reward for row in from_trl([listed], tokenizer, columns=columns)] == [7.5, 2.0]
+    with pytest.raises(UserError, match=r"--column completion=NAME"):
+        from_trl([{"prompt": "1", "response": "2", "helpfulness": 3}], tokenizer)
+
+
+def test_samples_without_behaviour_log_probs_can_have_those_of_the_policy() -> None:
+    policy = load_policy("embedded")
+    buffer = from_trl(GRADED, policy.tokenizer)
+    settings = {"steps": 1, "batch_size": 3}
+    grpo = get_objective("grpo")
+    with pytest.raises(UserError, match=r"3 samples have a reward but no behaviour log-probs.*behaviour: current"):
+        train(policy, grpo, buffer, Training(**settings))
+    expected = score_rows(policy, next(buffer.ids()))
+    record = train(policy, grpo, buffer, Training(**settings, behaviour="current"))
+    assert record.events == [
+        "behaviour log-probs of 3 samples were scored with the policy before training (behaviour: current)"
+    ]
+    assert record.steps[0]["ratio"] == pytest.approx(1.0)
+    known = buffer.with_behaviour_logp([[-1.0] * len(expected[0]), None, None])
+    scored, which = with_behaviour(known, load_policy("embedded"))
+    assert which == [1, 2]
+    assert scored.column("behaviour_logp")[0] == [-1.0] * len(expected[0]), "what was recorded stays"
+    assert scored.column("behaviour_logp")[1:] == [pytest.approx(logp) for logp in expected[1:]]
+
+
+# The longest completion
+
+
+def test_completions_are_cut_to_the_longest_that_is_asked_for(tmp_path: Path, tokenizer: Any) -> None:
+    (tmp_path / "rows.jsonl").write_text(
+        '{"prompt": "1+1=", "completion": "222"}\n{"prompt": "1+1=", "completion": "2"}'
+    )
+    buffer = read_buffer(str(tmp_path / "rows.jsonl"), tokenizer, max_completion_tokens=2)
+    assert [(row.completion, len(row.completion_ids), row.truncated) for row in buffer] == [
+        ("22", 2, True),
+        ("2", 2, False),
+    ]
+
+
+@pytest.mark.parametrize("save", [OfflineBuffer.save, OfflineBuffer.to_parquet, OfflineBuffer.to_jsonl])
+def test_demonstrations_of_a_saved_buffer_are_cut_and_samples_are_not(
+    tmp_path: Path, tokenizer: Any, save: Callable[[Any, Path], None]
+) -> None:
+    rows = from_trl([{"prompt": "1", "completion": "222"}], tokenizer)
+    rows = rows.with_reference_logp([[-1.0, -2.0, -3.0, -4.0]])
+    rows = rows.concatenate(from_trl([{"prompt": "1", "completion": "222", "reward": 1}], tokenizer))
+    path = tmp_path / {"save": "b", "to_parquet": "b.parquet", "to_jsonl": "b.jsonl"}[save.__name__]
+    save(rows, path)
+    cut, sample = read_buffer(str(path), tokenizer, max_completion_tokens=2)
+    assert (cut.completion, len(cut.completion_ids), cut.truncated, cut.reference_logp) == ("22", 2, True, [-1.0, -2.0])
+    assert (len(sample.completion_ids), sample.truncated) == (4, False)
+    assert list(read_buffer(str(path), tokenizer, max_completion_tokens=4)) == list(rows)

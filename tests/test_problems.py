@@ -1,0 +1,132 @@
+"""Problems from tables: what stands in a prompt, fields within columns, and values as the file says."""
+
+from __future__ import annotations
+
+import datetime
+import decimal
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from rlzoo.config import ProblemSource
+from rlzoo.errors import UserError
+from rlzoo.problems import load_problems
+
+VERL: dict[str, Any] = {
+    "prompt": [{"role": "user", "content": "1+1?"}],
+    "reward_model": {"style": "rule", "ground_truth": "2"},
+    "extra_info": {"answer": "So 2", "score": "0.5"},
+    "a.b": "whole",
+    "a": {"b": "within"},
+    "choices": [{"text": "x"}, {"text": "y"}],
+}
+
+
+def written(folder: Path, *rows: dict[str, Any]) -> str:
+    path = folder / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def load(source: str, **settings: Any) -> Any:
+    return load_problems(ProblemSource(source=source, **settings))
+
+
+def test_fields_within_columns_have_dotted_names(tmp_path: Path) -> None:
+    answers = {"answer": "reward_model.ground_truth", "texts": "choices.text"}
+    settings = {"columns": answers, "solution": "extra_info.answer", "quality": "extra_info.score"}
+    (problem,) = load(written(tmp_path, VERL), **settings)
+    assert problem.prompt == VERL["prompt"]
+    assert (problem.columns["answer"], problem.columns["texts"]) == ("2", ["x", "y"])
+    assert (problem.solutions, problem.quality) == (("So 2",), 0.5)
+    (problem,) = load(written(tmp_path, VERL), prompt="{a.b}, {choices[0].text} or {choices.1.text!r:>5}?")
+    assert problem.prompt == "whole, x or   'y'?", "a column whose own name has a dot comes first"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"columns": {"answer": "reward_model.gold"}}, "'reward_model' has: style, ground_truth"),
+        ({"columns": {"answer": "prompt.0.content.x"}}, "'prompt.0.content' is a str"),
+        ({"columns": {"answer": "gold"}}, "no column 'gold'; it has: prompt, reward_model"),
+        ({"prompt": "{choices}"}, "column 'choices' is a list, and the prompt needs text there"),
+        ({"prompt": "{a.b:d}"}, "column 'a.b' cannot be shown as {a.b:d}"),
+        ({"prompt": "a"}, "column 'a' is a dict: give text or a list of messages"),
+        ({"solution": "reward_model"}, "column 'reward_model' holds a dict: give text"),
+    ],
+)
+def test_a_wrong_name_or_value_names_the_row_and_what_there_is(
+    tmp_path: Path, settings: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UserError) as error:
+        load(written(tmp_path, VERL), **settings)
+    assert str(error.value).startswith(f"{tmp_path}/rows.jsonl line 1: ")
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize("chat", [False, True])
+@pytest.mark.parametrize("prompt", ["question", "{question}"])
+@pytest.mark.parametrize("value", [None, "", " \n", float("nan")])
+def test_a_prompt_is_never_none_or_blank(tmp_path: Path, chat: bool, prompt: str, value: Any) -> None:
+    source = written(tmp_path, {"question": "1+1?"}, {"question": value})
+    with pytest.raises(UserError, match=r"rows\.jsonl line 2: .*question"):
+        load(source, prompt=prompt, chat=chat)
+    assert len(load(source, prompt=prompt, chat=chat, bad_rows="drop")) == 1
+
+
+def test_an_empty_text_in_a_template_is_nothing(tmp_path: Path) -> None:
+    (problem,) = load(written(tmp_path, {"instruction": "Add.", "input": ""}), prompt="{instruction}{input}")
+    assert problem.prompt == "Add."
+
+
+def test_numbers_of_any_size_and_columns_of_several_types_are_read_exactly(tmp_path: Path) -> None:
+    values: list[Any] = [2**100, 7, 7.0, "x", True, [1], -(10**30)]
+    problems = load(written(tmp_path, *({"q": str(i), "answer": v} for i, v in enumerate(values))), prompt="q")
+    found = [problem.columns["answer"] for problem in problems]
+    assert found == values and list(map(type, found)) == list(map(type, values))
+    source = written(tmp_path, {"q": "1", "answer": 2**100})
+    assert load(source, prompt="{q}", solution="answer")[0].solutions == ("1267650600228229401496703205376",)
+
+
+def test_half_a_character_is_an_error_where_it_is_used(tmp_path: Path) -> None:
+    source = written(tmp_path, {"q": "1", "other": "\ud83d"}, {"q": "\ud83d", "other": ""})
+    assert len(load(source, prompt="q", limit=1)) == 1
+    with pytest.raises(UserError, match=r"line 2: column 'q' holds a lone surrogate \(\\ud83d\)"):
+        load(source, prompt="q")
+
+
+def test_csv_is_text_as_it_stands(tmp_path: Path) -> None:
+    said = ["007", "1e5", "1.50", "true", "NA", "null", "12:30", "2024-03-04", "123456789012345678901", "", "1,5"]
+    rows = "".join(f'"{i}+1","{answer}"\n' for i, answer in enumerate(said))
+    for name, content in (("a.csv", rows), ("b.tsv", rows.replace('","', '"\t"'))):
+        (tmp_path / name).write_text(("q\tanswer\n" if name == "b.tsv" else "q,answer\n") + content)
+        assert [p.columns["answer"] for p in load(str(tmp_path / name), prompt="{q}=")] == said
+    (tmp_path / "c.csv").write_text("q,score\n1+1,2.5\n1+2,high\n")
+    with pytest.raises(UserError, match=r"c\.csv row 2: quality column 'score' is 'high': give a finite number"):
+        load(str(tmp_path / "c.csv"), prompt="q", quality="score")
+
+
+def test_columns_that_json_cannot_hold_are_text_or_left_out(tmp_path: Path) -> None:
+    columns = {
+        "q": ["1+1"],
+        "date": [datetime.date(2024, 3, 4)],
+        "time": [datetime.time(12, 30)],
+        "stamp": pa.array([1], pa.timestamp("ns")),
+        "price": [decimal.Decimal("1.50")],
+        "utf8": [b"text"],
+        "image": [{"bytes": b"\x89PNG", "path": "a.png"}],
+    }
+    path = str(tmp_path / "rows.parquet")
+    pq.write_table(pa.table(columns), path)
+    (problem,) = load(path, prompt="{q} at {time} for {price}", columns={"answer": "utf8"})
+    assert problem.prompt == "1+1 at 12:30:00 for 1.50"
+    assert problem.columns["answer"] == "text"
+    assert problem.columns["date"] == "2024-03-04" and "image" not in problem.columns
+    json.dumps(problem.columns)
+    for settings in ({"prompt": "image"}, {"prompt": "q", "columns": {"answer": "image"}}, {"prompt": "{q}{image}"}):
+        with pytest.raises(UserError, match=r"rows\.parquet row 1: column 'image' holds bytes that are no UTF-8 text"):
+            load(path, **settings)
