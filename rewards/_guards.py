@@ -28,12 +28,18 @@ class VerdictRule(NamedTuple):
     differ: Callable[[Any, Any], bool]
 
 
-def _too_deep(text: str) -> bool:
+def too_deep(text: str) -> bool:
+    """Whether brackets are nested beyond what any answer needs, and any grammar reads in seconds."""
     depth = deepest = 0
     for sign in re.findall(r"\\[{}]|[{}()\[\]]", text):
         depth += 1 if sign[-1] in "{([" else -1
         deepest = max(deepest, depth)
     return deepest > 15
+
+
+def _has_both_cases(text: str) -> bool:
+    letters = set(re.findall("[A-Za-z]", re.sub(r"\\[A-Za-z]+", "", text)))
+    return any(letter.swapcase() in letters for letter in letters)
 
 
 def _too_great(text: str) -> bool:
@@ -58,8 +64,9 @@ def _too_great(text: str) -> bool:
 
 TEXTS = (
     TextRule("too long to be a final answer", lambda text: len(text) > 1000),
-    TextRule("brackets nested beyond what the grammar reads in seconds", _too_deep),
+    TextRule("brackets nested too deep", too_deep),
     TextRule("too great to be computed (Math-Verify#14: 1/2004!)", _too_great),
+    TextRule("capital and small letters are one variable: A + a reads as 2a", _has_both_cases),
     TextRule("dots are dropped: 1+2+...+10 reads as 13", lambda text: r"\ldots" in text),
     TextRule(
         "congruences are read as products of letters: 2 mod 5",
@@ -73,6 +80,7 @@ TEXTS = (
         "one digit without braces is taken where people mean the number: \\sqrt21 and \\frac{1}21",
         lambda t: re.search(r"\\sqrt ?\d\d|\\frac ?(?:\{[^{}]*\}|\d) ?\d\d", t) is not None,
     ),
+    TextRule("a number's base is dropped: 52_8 equals 52_7", lambda text: re.search(r"\d_", text) is not None),
     TextRule("a repeating decimal loses its bar", lambda t: re.search(r"\.\d*\\(?:overline|bar|dot)", t) is not None),
 )
 

@@ -52,7 +52,7 @@ def _parsed(text: str, limited: bool) -> Any | None:
 
 
 def _differ_at_a_point(gold: Any, answer: Any) -> bool:
-    """Whether two terms have clearly different values where their variables are random: sooner known than by algebra."""
+    """Whether two terms have clearly different values at random values of their variables: faster than algebra."""
     from sympy import Expr, Float
 
     if not (isinstance(gold, Expr) and isinstance(answer, Expr)):

@@ -52,7 +52,10 @@ _CANONICAL = {other: unit for unit, others in _MEASURES.items() for other in (un
 
 SHORT = {f"{unit}{plural}" for unit in _CANONICAL for plural in ("", "s") if unit.isalpha() and len(unit) > 1}
 """Units of few letters, which are no product of variables even without ``\\text`` around them."""
-SHORT |= set(["am", "pm", "sq", "cup", "cups", "egg", "eggs", "cat", "cats", "dog", "dogs", "car", "cars", "pen", "pens", "box", "bag", "bags", "toy", "toys"])
+SHORT |= {"am", "pm", "sq", "box", "units"}
+SHORT |= {
+    f"{noun}{plural}" for noun in ("bag", "car", "cat", "cup", "dog", "egg", "pen", "toy") for plural in ("", "s")
+}
 
 SYMBOLS = frozenset("mgshlL")
 """Units of one letter, which are taken for such after a number."""

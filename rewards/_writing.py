@@ -23,8 +23,8 @@ _TEX = {
 }
 """What people type for LaTeX's commands, and the punctuation of other scripts."""
 
-FUNCTIONS = frozenset(
-    ["sin", "cos", "tan", "cot", "sec", "csc", "arcsin", "arccos", "arctan", "sinh", "cosh", "tanh", "log", "ln", "lg", "exp", "min", "max", "gcd", "lcm", "mod", "det", "dim", "ker", "deg", "arg", "sup", "inf", "lim"]
+_FUNCTION = re.compile(
+    "(?:arc)?(?:sin|cos|tan)h?|cot|sec|csc|log|ln|lg|exp|min|max|gcd|lcm|mod|det|dim|ker|deg|arg|sup|inf|lim"
 )
 
 _REWRITE = [
@@ -118,7 +118,7 @@ def _unfonted(font: re.Match[str]) -> str:
     content = font[1].strip()
     if font[0].startswith((r"\boxed", r"\fbox")):
         return f" {font[1]} "
-    if content in FUNCTIONS:
+    if _FUNCTION.fullmatch(content):
         return rf"\{content} "
     if re.search(r"[^\W\d_]{2}", content):
         return content if font[0].startswith(r"\operatorname") else rf"\text{{{font[1]}}}"
@@ -157,7 +157,7 @@ def compact(text: str) -> str:
 
 # Words
 
-_SHORT = frozenset(["no", "on", "up", "us", "is", "it", "to", "of", "or", "so", "we", "me", "he", "in", "at", "as", "an", "am", "be", "by", "do", "go", "if", "my", "ok"])
+_SHORT = re.compile("no|on|up|us|is|it|to|of|or|so|we|me|he|in|at|as|an|am|be|by|do|go|if|my|ok", re.IGNORECASE)
 """Words of two letters, which are no product of two variables."""
 _ARTICLE = re.compile(r"\b(?:the|an?)\s+(?=\S)")
 
@@ -171,7 +171,8 @@ def words(text: str) -> str:
 
 def is_word(letters: str) -> bool:
     """Whether letters are a word rather than a product of variables."""
-    return len(letters) > 3 or not letters.isascii() or letters.lower() in _SHORT | _units.SHORT
+    short = _SHORT.fullmatch(letters) is not None or letters.lower() in _units.SHORT
+    return short or len(letters) > 3 or not letters.isascii()
 
 
 def is_prose(text: str) -> bool:
@@ -179,7 +180,7 @@ def is_prose(text: str) -> bool:
     if r"\text{" in text:
         return True
     bare = re.sub(r"\\[A-Za-z]+|\{[A-Za-z]*(?:matrix|cases|array)\}", " ", text)
-    found = [letters for letters in re.findall(r"[^\W\d_]{2,}", bare) if letters not in FUNCTIONS]
+    found = [letters for letters in re.findall(r"[^\W\d_]{2,}", bare) if not _FUNCTION.fullmatch(letters)]
     if re.fullmatch(r"[^\W\d_]{2,}(?: [^\W\d_]{2,})*", text) and len(text) > 2:  # nothing else: red one, but not xyz
         return any(is_word(letters) or re.search("[aeiouAEIOU]", letters) for letters in found)
     return any(is_word(letters) for letters in found)

@@ -218,5 +218,12 @@ def _is_beside(package: str, name: str) -> bool:
         plain = importlib.util.find_spec(name)
     except ValueError:  # a module that does not say where it is from
         return False
-    # a folder without __init__.py is a package only where there is no other of that name
-    return plain is None or (beside.origin is not None and beside.origin != plain.origin)
+    if plain is None:
+        return True
+    if beside.origin is None:  # a folder without __init__.py, which any module of that name comes before
+        return plain.origin is None and not set(_places(beside)) <= set(_places(plain))
+    return beside.origin != plain.origin
+
+
+def _places(package: ModuleSpec) -> Sequence[str]:
+    return list(package.submodule_search_locations or ())

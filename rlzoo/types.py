@@ -72,7 +72,7 @@ class TokenBatch:
     """Everything an objective may look at. Optional fields are None unless asked for by `Objective.requires`."""
 
     logp: Float[Tensor, "B T"]
-    """log π_θ(y_t | x, y_<t) in nats; carries the graph."""
+    """log π_θ(y_t | x, y_<t) in nats, at the temperature of `Objective.at_sampling_temperature`; carries the graph."""
     mask: Bool[Tensor, "B T"]
     """True at completion tokens, end of sequence included."""
     behaviour_logp: Float[Tensor, "B T"] | None = None

@@ -88,7 +88,10 @@ def run(folder: Path, name: str) -> None:
     checkpoints = Path(os.environ["RANKS_CHECKPOINTS"]) / name if "RANKS_CHECKPOINTS" in os.environ else None
     begun = checkpoints is not None and checkpoints.exists()
 
+    versions: list[int] = []
+
     def stop(trainer: Trainer, step: int) -> None:
+        versions.append(policy.weights_version)
         if checkpoints is not None and not begun and step == 2:
             raise StopIteration
 
@@ -109,7 +112,9 @@ def run(folder: Path, name: str) -> None:
         "scored": score_rows(policy, [(row.prompt_ids, row.completion_ids) for row in rows()]),
         "ranks": world_size(),
         "sharded": is_sharded(policy),
+        "versions": versions,
     }
+    versions.append(policy.weights_version)
     save_policy(policy, folder / name)
     if is_main():
         (folder / f"{name}.json").write_text(json.dumps(told))

@@ -92,6 +92,9 @@ def test_processes_train_as_one(processes: int, kind: str, alone: dict[str, Any]
         assert told["sampled"] == told_alone["sampled"]
         assert name != "asft" or told["steps"][2]["logit_term"] > 0
         assert told["ranks"] == processes and told["sharded"] == (kind == "fsdp")
+        first, second, third, sampled = told["versions"]
+        assert first < second < third <= sampled
+        assert sampled == third or told["sharded"], "sampling changes no weight, though shards come and go"
         for row, row_alone in zip(told["scored"], told_alone["scored"], strict=True):
             assert row == pytest.approx(row_alone, rel=1e-6, abs=1e-9)
 

@@ -336,7 +336,13 @@ def folders(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_a_file_imports_what_lies_beside_it_and_nothing_of_another_folder(folders: Path) -> None:
+def test_a_file_imports_what_lies_beside_it_and_nothing_of_another_folder(
+    folders: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("plain", "tools"):  # folders of data in the working directory, say
+        (folders / "here" / name).mkdir(parents=True)
+    (folders / "here" / "helpers.py").write_text("raise RuntimeError('not meant')")
+    monkeypatch.setattr(sys, "path", [*sys.path, str(folders / "here")])
     path, modules = list(sys.path), set(sys.modules)
     for name in ("one", "two"):
         assert get_reward(f"{folders / name / 'mine.py'}:mine")(["q"], ["4"], name=[name]) == [16.0]

@@ -11,7 +11,9 @@ import io
 import json
 import math
 import os
-from collections.abc import Callable, Sequence
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -92,6 +94,15 @@ MODELS: Sequence[type[pydantic.BaseModel]] = [
 ]
 ABSTRACT = {"_Strict", "Sampling"}
 """Whose settings count as those of the classes that inherit them."""
+
+
+@pytest.fixture(autouse=True)
+def leave_the_process_as_it_was(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """``main`` changes sys.path and a signal handler, which is right for a command and not for a test."""
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    handler = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, handler)
 
 
 def shows(*settings: str) -> Callable[[Test], Test]:
@@ -268,7 +279,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> FakeSampler:
 
 
 def filled(experiment: Experiment, folder: Path) -> OfflineBuffer:
-    work.fill_buffer(experiment, folder / "buffer", folder / "state", lambda share, what: None)
+    work.fill_buffer(experiment, folder / "buffer", folder / "state", 0, lambda share, what: None)
     return OfflineBuffer.load(folder / "buffer")
 
 

@@ -15,7 +15,7 @@ from rlzoo.chat import turn_of
 from rlzoo.errors import UserError
 from rlzoo.policy.adapters import adapters, add_lora, switched_off
 from rlzoo.policy.head import Head, LogitTerm, score_tokens
-from rlzoo.policy.weights import changes_of, mark_changed
+from rlzoo.policy.weights import changes_of
 from rlzoo.ranks import shared
 from rlzoo.types import Need, Trajectory
 
@@ -167,16 +167,16 @@ class Policy(nn.Module):
 
     @property
     def weights_version(self) -> int:
-        """Another number after every change of the model's weights, however it came about.
+        """A number that rises with every change of the model's weights, however it came about.
 
         An optimizer's step, a loaded state dict, a change in place and a change of modules all count. A change through
         ``.data`` goes unseen: call `weights_changed` after it.
         """
-        return changes_of(self.model)
+        return changes_of(self.model).count(self.model)
 
     def weights_changed(self) -> None:
         """Tell whoever samples with a copy of the weights that they are other ones now."""
-        mark_changed(self.model.parameters())
+        changes_of(self.model).add()
 
     def add_critic(self, shared: bool) -> None:
         """A value head that starts at 0, on the policy's trunk or on a copy of it that trains by itself."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -11,16 +10,12 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 
-def mark_changed(weights: Iterable[Tensor]) -> None:
-    """Tell torch of a change in place that it cannot see: by a kernel of another's, or through ``.data``."""
-    torch.autograd.graph.increment_version(list(weights))
-
-
 def _mark_stepped(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-    mark_changed(p for group in optimizer.param_groups for p in group["params"])
+    """Fused kernels leave torch's count of a tensor's changes as it was."""
+    torch.autograd.graph.increment_version([p for group in optimizer.param_groups for p in group["params"]])
 
 
-register_optimizer_step_post_hook(_mark_stepped)  # fused kernels leave the count of a tensor's changes as it was
+register_optimizer_step_post_hook(_mark_stepped)
 
 
 class Changes:
@@ -31,7 +26,7 @@ class Changes:
         self._seen: list[tuple[weakref.ref[Tensor], int]] = []
 
     def count(self, model: nn.Module) -> int:
-        """Another number whenever a weight is another than at the last call."""
+        """A greater number whenever a weight is another than at the last call."""
         now = list(model.parameters())
         same = len(now) == len(self._seen) and all(
             tensor is seen() and tensor._version == version  # by id, a new tensor could pass for an old one
@@ -42,10 +37,14 @@ class Changes:
             self._seen = [(weakref.ref(tensor), tensor._version) for tensor in now]
         return self._count
 
+    def add(self) -> None:
+        """Have the next call of `count` find a change."""
+        self._seen = []
+
 
 _changes: weakref.WeakKeyDictionary[nn.Module, Changes] = weakref.WeakKeyDictionary()
 
 
-def changes_of(model: nn.Module) -> int:
-    """How often the weights of a model were found changed: the same for every policy that stands on it."""
-    return _changes.setdefault(model, Changes()).count(model)
+def changes_of(model: nn.Module) -> Changes:
+    """The count of a model: the same for every policy that stands on it."""
+    return _changes.setdefault(model, Changes())

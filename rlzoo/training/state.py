@@ -79,6 +79,7 @@ def restore(trainer: Trainer, tensors: Mapping[str, Tensor], state: Mapping[str,
     named = trainer.named_parameters()
     for name, parameter in named:
         put(parameter, tensors[f"policy/{name}"])
+    trainer.policy.weights_changed()
     restore_optimizer(trainer.schedule.optimizer, named, tensors)
     if (reference := trainer.moving_reference) is not None:
         for name, parameter in reference.model.named_parameters():

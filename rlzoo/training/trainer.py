@@ -283,6 +283,7 @@ class Trainer:
         rate = self.schedule.get_last_lr()[0]
         if sound:
             self.optimizer.step()
+            self.policy.weights_changed()  # a sharded weight that steps may stand behind its gathered copy
             self._move_reference()
         self.schedule.step()
         return {**metrics, "gradient_norm": float(norm), "learning_rate": float(rate)}

@@ -1,0 +1,213 @@
+r"""Which answers are equal, whatever the form of writing: texts first, then numbers, lists and names, formulas last."""
+
+from __future__ import annotations
+
+import re
+
+from rlzoo.rewards import _numbers, _symbols, _units
+from rlzoo.rewards._guards import too_deep
+from rlzoo.rewards._writing import bracketed, clean, compact, is_prose, split, words
+
+_MOST = 50
+"""Items of a list that are compared."""
+
+
+def all_equal(answers: list[str], golds: list[str]) -> bool:
+    """Whether two lists hold the same answers, in any order: what is missing or superfluous makes them differ."""
+    answers, golds = [clean(answer) for answer in answers], [clean(gold) for gold in golds]
+    if any(too_deep(text) for text in (*answers, *golds)):
+        return [compact(answer) for answer in answers] == [compact(gold) for gold in golds]
+    if len(answers) == len(golds) == 1:
+        return _equal(answers[0], golds[0])
+    kind, inside = bracketed(golds[0]) or ("", "")
+    if len(golds) == 1 and kind == "()":  # the coordinates of a point, each in a box
+        return _same_items(answers, split(inside), ordered=True)
+    return _same_items(_items(answers), _items(golds), ordered=False)
+
+
+def _items(texts: list[str]) -> list[str]:
+    listed = [_listed(text) for text in texts]
+    each = [items if kind in ("", "{}") else [text] for (kind, items), text in zip(listed, texts, strict=True)]
+    return [item for items in each for item in items]
+
+
+def _equal(answer: str, gold: str) -> bool:
+    """Whether two clean texts are one answer. Each step decides only what it can read."""
+    answer, gold = _exact(answer), _exact(gold)
+    if not answer or not gold:
+        return False
+    if compact(answer) == compact(gold) or (is_prose(gold) and words(answer) == words(gold) != ""):
+        return True
+    for step in (_same_quantity, _same_choice, _same_lists, _same_values):
+        same = step(answer, gold)
+        if same is not None:
+            return same
+    (answer, unit), (gold, wanted) = _without_unit(answer), _without_unit(gold)
+    if is_prose(answer) or is_prose(gold):  # words that are not the same
+        return False
+    return _units.agree(unit, wanted) and _symbols.equal(gold, answer)
+
+
+def _exact(text: str) -> str:
+    r"""What is said to be approximated: \sqrt{2} \approx 1.41; or the approximation, if that is of a name."""
+    exact, _, rounded = text.partition(r"\approx")
+    return rounded.strip() if not exact.strip() or (rounded and _is_name(exact)) else exact.strip()
+
+
+# Quantities
+
+
+def _same_quantity(answer: str, gold: str) -> bool | None:
+    """Numbers, times of the day, ratios, and numbers in a base; None unless both are the same kind of these."""
+    one, other = _numbers.number(answer), _numbers.number(gold)
+    if one and other:
+        return _numbers.equal(one, other)
+    if other and other.decimal and (comma := _numbers.comma_decimal(answer)):
+        return _numbers.equal(comma, other)
+    if (time := _numbers.clock(answer)) and (expected := _numbers.clock(gold)):
+        return _numbers.same_time(time, expected)
+    if (given := _numbers.ratio(answer)) and (wanted := _numbers.ratio(gold)):
+        return _numbers.same_ratio(given, wanted)
+    if "_" in answer + gold and (digits := _numbers.based(answer)) and (asked := _numbers.based(gold)):
+        return _numbers.same_in_base(digits, asked)
+    return None
+
+
+# Letters of a multiple choice: A, (A), A. 5
+
+_CHOICE = re.compile(
+    r"(?:(?i:option|choice|选项) ?)?(?:\((?P<round>[A-J])\)|(?P<bare>[A-J])(?:[.):](?=\s|$)|$))"
+    r"(?:\s+(?P<value>(?!(?:or|and)\b|\\text\{\s*(?:or|and)\b|[-+*/^=<>,]).*))?",
+    re.DOTALL,
+)
+_CHOICES = re.compile(r"(?<![A-Za-z\\])(?:\([A-J]\)|[A-J][.)](?=\s|$))|\b(?:or|and)\W+[A-J]\b")
+
+
+def _choice(text: str) -> tuple[str, str] | None:
+    """A letter, and what it stands for or an empty text; None for anything else."""
+    match = _CHOICE.fullmatch(text)
+    if match is None or _CHOICES.search(match["value"] or ""):
+        return None
+    return match["round"] or match["bare"], clean(match["value"] or "")
+
+
+def _same_choice(answer: str, gold: str) -> bool | None:
+    """The same letter and, where both give one, the same value; or the value of the only one that has a letter."""
+    one, other = _choice(answer), _choice(gold)
+    if one and other:
+        return one[0] == other[0] and (not one[1] or not other[1] or _equal(one[1], other[1]))
+    if len(answer) == len(gold) == 1:  # of one case only, as math-verify would have it
+        return False
+    if one and one[1]:
+        return _equal(one[1], gold)
+    return _equal(answer, other[1]) if other and other[1] else None
+
+
+# Lists: 1, 2 and 3; (1, 2); \{1, 2\}
+
+
+def _same_lists(answer: str, gold: str) -> bool | None:
+    """Lists of equal items, in order within round or square brackets; None if neither is a list.
+
+    A bare list may stand for a set or for a tuple. An interval may equal an inequality, which is for formulas.
+    """
+    (kind, given), (asked, wanted) = _listed(answer), _listed(gold)
+    if len(given) <= 1 and len(wanted) <= 1:
+        inside = _alone(answer, kind, given), _alone(gold, asked, wanted)
+        return None if inside == (answer, gold) else _equal(*inside)
+    if len(given) <= 1 or len(wanted) <= 1:
+        single, brackets, items = (answer, asked, wanted) if len(given) <= 1 else (gold, kind, given)
+        if brackets not in ("", "{}") or _RELATION.search(single):
+            return None
+        return all(_equal(single, item) for item in items)  # one and the same answer, written twice
+    if kind != asked and ((kind and asked) or (kind or asked) not in ("()", "{}")):
+        return False
+    return _same_items(given, wanted, ordered=(kind or asked) not in ("", "{}"))
+
+
+def _listed(text: str) -> tuple[str, list[str]]:
+    """The kind of the brackets around a text, and the items in it."""
+    kind, inside = bracketed(text) or ("", text)
+    return kind, [inside] if _numbers.number(inside) else split(inside)  # the commas of a number list nothing
+
+
+def _alone(text: str, kind: str, items: list[str]) -> str:
+    """The only item in parentheses, or of a set."""
+    return items[0] if kind in ("()", "{}") and items else text
+
+
+def _same_items(answers: list[str], golds: list[str], ordered: bool) -> bool:
+    if max(len(answers), len(golds)) > _MOST or not answers or not golds:
+        return False
+    (answers, given), (golds, wanted) = _without_name(answers), _without_name(golds)
+    if ordered or given != wanted:  # values of x and y without their names: in their order
+        return len(answers) == len(golds) and all(map(_equal, answers, golds))
+    if {compact(answer) for answer in answers} == {compact(gold) for gold in golds}:
+        return True
+    return all(any(_equal(answer, gold) for answer in answers) for gold in golds) and all(
+        any(_equal(answer, gold) for gold in golds) for answer in answers
+    )
+
+
+def _without_name(items: list[str]) -> tuple[list[str], bool]:
+    """The items without a name that all share, n = 2, 3 or x = 1, x = 2; and whether their names are different."""
+    named = [_named(item) for item in items]
+    names = {compact(one[0]) for one in named if one and one[0]}
+    if len(names) == 1 and named[0]:
+        return [one[1] if one else item for one, item in zip(named, items, strict=True)], False
+    return items, len(names) > 1
+
+
+# Names for values: x = 5, f(x) = x^2, x \in (0, 1)
+
+_EQUALS = re.compile(r"(?<![<>!:=\\])=(?!=)|\\in(?![A-Za-z])")
+_RELATION = re.compile(r"[<>=]|\\(?:le|ge|ne|in|lt|gt|subset)(?![A-Za-z])")
+
+
+def _same_values(answer: str, gold: str) -> bool | None:
+    """The values of two answers of one name, or of the only one that has a name; None where that says nothing."""
+    given, wanted = _named(answer), _named(gold)
+    if given and wanted:
+        in_words = is_prose(given[0]) != is_prose(wanted[0])  # Area = 5 and A = 5
+        return _equal(given[1], wanted[1]) if in_words or compact(given[0]) == compact(wanted[0]) else None
+    if given and not _RELATION.search(gold):
+        return _equal(given[1], gold)
+    if wanted and not _RELATION.search(answer):
+        return _equal(answer, wanted[1])
+    return None
+
+
+def _named(text: str) -> tuple[str, str] | None:
+    """The name and the value of x = 5 or 5 = x; an empty name before the result of arithmetic, 5 + 3 = 8."""
+    sides = split(text, _EQUALS)
+    if len(sides) < 2:
+        return None
+    if _is_name(sides[0]):
+        return sides[0], sides[-1]
+    if len(sides) == 2 and _is_name(sides[1]):
+        return sides[1], sides[0]
+    if re.search(r"[^\W\d_]", re.sub(r"\\[A-Za-z]+", "", text)) is not None:
+        return None
+    two_numbers = all(_numbers.number(side) for side in sides[-2:])
+    return ("", sides[-1]) if not two_numbers or _equal(*sides[-2:]) else None  # 3 = 4 is no arithmetic
+
+
+def _is_name(side: str) -> bool:
+    """Whether a side of an equation names a value and does not compute one: x, f(2), a + b, |AB|, but not 2x."""
+    bare = re.sub(r"_(?:\w|\{[^{}]*\})|(?<=[A-Za-z}'])\([^()]*\)", "", side)
+    return re.search(r"[^\W\d_]", bare) is not None and re.search(r"[\d^]|\\infty", bare) is None
+
+
+# Units after formulas: 3\sqrt{2} \text{ cm}
+
+_WITH_UNIT = re.compile(
+    r"(?P<body>.*?[\w})\]!])\s*(?P<unit>(?:\\text\{[^{}\d]*\}|(?<=[\s\d})])[A-Za-z]{2,})"
+    r"(?:\^\{?\d\}?|[\s/.]|\\text\{[^{}\d]*\}|[A-Za-z]{2,})*)",
+    re.DOTALL,
+)
+
+
+def _without_unit(text: str) -> tuple[str, frozenset[str]]:
+    match = _WITH_UNIT.fullmatch(text)
+    unit = _numbers.unit_of(match["unit"]) if match else None
+    return (match["body"], unit) if match and unit else (text, frozenset())
