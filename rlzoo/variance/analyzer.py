@@ -178,10 +178,12 @@ def _moments(
     if not c.any():
         reason = "its coefficients are all 0: its gradient, if it has one, is that of a full-vocabulary term"
         return {"token_moments": moments.no_reading(reason), "importance_weights": None}
-    table = scored.table(subject.rows)
+    masks = zip(subject.rows, weighed.batch.mask.cpu().numpy(), strict=True)
+    learned = np.concatenate([mask[: len(scored.rows[row].completion_ids)] for row, mask in masks])
+    table = scored.table(subject.rows).where(learned)
     estimates = None
     if draws:
-        hits = np.concatenate([scored.hits[name][row] for row in subject.rows])
+        hits = np.concatenate([scored.hits[name][row] for row in subject.rows])[learned]
         estimates = moments.block_variances(table, c, hits, draws // BLOCKS)
     all_bins.extend({"objective": name, **row} for row in moments.bins(table, c, estimates, draws, seed))
     log_variance = moments.log_trace_cov(table, c)
