@@ -46,7 +46,10 @@ Test = TypeVar("Test", bound=Callable[..., Any])
 SHOWN: dict[str, str] = {}
 """Settings that tests of this file show, by name."""
 OPTIONS = "test_training_options.py"
+REFUSED = "test_chat_refused.py"
 ELSEWHERE = {
+    "ProblemSource.special_tokens": f"{REFUSED}::test_problems_that_spell_special_tokens_are_refused_or_counted",
+    "Training.special_tokens": f"{REFUSED}::test_tables_that_spell_special_tokens_are_refused_or_counted",
     "Rollouts.top_p": "test_rollout.py::test_behaviour_log_probs_are_those_of_the_distribution_that_was_sampled",
     "EvaluationSettings.k": "test_evaluation.py::test_k_is_the_number_of_samples_unless_it_is_given",
     "EvaluationSettings.correct_at": "test_evaluation.py::test_the_threshold_of_correctness_is_a_setting",
