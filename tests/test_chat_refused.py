@@ -131,7 +131,7 @@ def test_problems_that_spell_special_tokens_are_refused_or_counted(tmp_path: Pat
         assert len(encode_problems(tokenizer, allowed)) == 2
 
 
-def test_tables_that_spell_special_tokens_are_refused_or_allowed_by_a_setting(
+def test_tables_that_spell_special_tokens_are_refused_or_counted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)

@@ -48,15 +48,16 @@ Test = TypeVar("Test", bound=Callable[..., Any])
 SHOWN: dict[str, str] = {}
 """Settings that tests of this file show, by name."""
 OPTIONS = "test_training_options.py"
+REFUSED = "test_chat_refused.py"
 ELSEWHERE = {
     "Rollouts.top_p": "test_rollout.py::test_first_tokens_follow_the_models_distribution",
     "Rollouts.per_seed": "test_compare.py::test_each_seed_may_have_samples_of_its_own",
     "ProblemSource.bad_rows": "test_bad_rows.py::test_problems_that_cannot_be_read_or_encoded_are_dropped",
-    "ProblemSource.special_tokens": "test_chat_refused.py::test_tables_that_spell_special_tokens",
+    "ProblemSource.special_tokens": f"{REFUSED}::test_problems_that_spell_special_tokens_are_refused_or_counted",
     "Table.source": "test_bad_rows.py::test_compare_records_what_it_dropped_of_every_set",
     "Table.bad_rows": "test_bad_rows.py::test_compare_records_what_it_dropped_of_every_set",
     "Training.behaviour": "test_buffers_layouts.py::test_samples_without_behaviour_log_probs",
-    "Training.special_tokens": "test_chat_refused.py::test_tables_that_spell_special_tokens",
+    "Training.special_tokens": f"{REFUSED}::test_tables_that_spell_special_tokens_are_refused_or_counted",
     "--bad-rows": "test_bad_rows.py::test_rollout_reports_and_records_what_it_dropped",
     "EvaluationSettings.k": "test_evaluation.py::test_k_is_the_number_of_samples_unless_it_is_given",
     "EvaluationSettings.correct_at": "test_evaluation.py::test_the_threshold_of_correctness_is_a_setting",
