@@ -285,10 +285,10 @@ def test_no_other_error_is_put_down_to_the_form(reward: Any, form: Callable[[str
 
 
 def test_a_conversation_is_a_list_in_all_else() -> None:
-    def mine(completions: list[Any], **columns: Any) -> list[float]:
+    def mine(completions: Any, **columns: Any) -> list[float]:
         for c in completions:
-            assert isinstance(c, list) and c == [{"role": "assistant", "content": "4"}] and "" not in c
-            assert c not in ("", None)
+            assert c not in ("", None) and "" not in c
+            assert isinstance(c, list) and c == [{"role": "assistant", "content": "4"}]
             assert json.loads(json.dumps(c)) == [*c] and {"role": "assistant", "content": "4"} in c
         return [1.0] * len(completions)
 
