@@ -81,18 +81,18 @@ BOUNDS = {"grad_norm_sq": 0.05, "trace_cov": 0.01, "noise_scale": 0.08, "snr": 0
 )
 def test_estimates_are_unbiased_and_their_intervals_cover(name: str) -> None:
     """A short run of experiments/benchmarks/coverage.py."""
-    case = replace(CASES[name], prompts=64, others=64, common=64 * (CASES[name].common > 0))
-    found = gradients(case, 400, seed=1)
+    case = replace(CASES[name], prompts=40, others=40, common=40 * (CASES[name].common > 0))
+    found = gradients(case, 500, seed=2)
     assert found.keys() == BOUNDS.keys()
     for quantity, numbers in found.items():
-        assert 0.925 <= numbers["coverage"] <= 0.975, (quantity, numbers)
+        assert 0.92 <= numbers["coverage"] <= 0.98, (quantity, numbers)  # 93 to 97 %, give or take a standard error
         assert abs(numbers["bias"]) <= BOUNDS[quantity], (quantity, numbers)
         assert numbers["shown"] == 1
 
 
 def test_a_hidden_gradient_has_intervals_and_no_number() -> None:
-    case = Case(noise=10, prompts=48, others=48, common=48)
-    found = gradients(case, 400)
+    case = Case(noise=10, prompts=40, others=40, common=40)
+    found = gradients(case, 200)
     for quantity, numbers in found.items():
         assert numbers["coverage"] >= 0.93, (quantity, numbers)
     assert (

@@ -10,6 +10,8 @@ large. The estimators are those that `rlzoo compare` and `rlzoo variance` use.
 The bias is that of the mean over the draws that show a number, relative to the true value, or absolute where that is 0,
 and null where fewer than half of the draws show one. The coverage is that of all intervals, those without an end
 included; where the noise hides a gradient there is an interval and no number, and ``shown`` is the share with a number.
+The estimates of ‖G‖² and of its ratio to tr Σ vary by several times the true value where noise dominates; from their
+bias the deviation of ‖ḡ‖² from its known mean, ‖G‖² + tr Σ/P, is taken out (a control variate).
 """
 
 from __future__ import annotations
@@ -128,13 +130,13 @@ class Tally:
         self.values: list[float] = []
         self.covered: list[bool] = []
 
-    def add(self, value: float | None, low: float | None, high: float | None) -> None:
-        """One estimate; an end of None is open."""
+    def add(self, value: float | None, low: float | None, high: float | None, control: float = 0.0) -> None:
+        """One estimate; an end of None is open. ``control`` has the mean 0, and is what chance adds to the value."""
         rounding = 1e-9 * max(abs(self.truth), 1e-3)
         above = low is None or low <= self.truth + rounding
         self.covered.append(above and (high is None or self.truth - rounding <= high))
         if value is not None:
-            self.values.append(value)
+            self.values.append(value - control)
 
     def found(self) -> dict[str, float | None]:
         """Bias, coverage, and the share of draws that show a number."""
@@ -147,12 +149,15 @@ class Tally:
 def gradients(case: Case, runs: int, seed: int = 0) -> dict[str, dict[str, float | None]]:
     """What the analyzer says of a case, by quantity."""
     rng = np.random.default_rng(seed)
-    tallies = {name: Tally(value) for name, value in case.truth().items()}
+    truth = case.truth()
+    tallies = {name: Tally(value) for name, value in truth.items()}
     for _ in range(runs):
         first, second = case.draw(rng)
+        excess = first.mean_squared_norm - truth["grad_norm_sq"] - truth["trace_cov"] / len(first)
+        controls = {"grad_norm_sq": excess, "snr": excess / truth["trace_cov"]}
         of_means = float(first.sketch.mean(0) @ second.sketch.mean(0))
         for name, estimate in {**data_noise(first), **against(first, second, of_means)}.items():
-            tallies[name].add(estimate["value"], estimate["ci_low"], estimate["ci_high"])
+            tallies[name].add(estimate["value"], estimate["ci_low"], estimate["ci_high"], controls.get(name, 0.0))
     return {name: tally.found() for name, tally in tallies.items()}
 
 

@@ -129,13 +129,17 @@ def directions(found: Found) -> str | None:
 
 
 def chart(found: Found) -> str | None:
-    """Every objective by the length and direction of its mean gradient; the area of a point is its ESS over tokens."""
-    places = {}
+    """Every objective by the length and direction of its expected gradient, with intervals; areas are ESS over tokens.
+
+    Objectives whose gradient the noise hides have no place on it.
+    """
+    places, reach = {}, {}
     for name, entry in found["objectives"].items():
         noise = entry.get("data_noise", {})
-        cosine, ratio = (noise.get(key, {}).get("value") for key in ("cosine_to_sft", "norm_ratio_to_sft"))
-        if cosine is not None and ratio:
-            places[name] = (ratio, cosine)
+        cosine, ratio = (noise.get(key, {}) for key in ("cosine_to_sft", "norm_ratio_to_sft"))
+        if cosine.get("value") is not None and ratio.get("value"):
+            places[name] = (ratio["value"], cosine["value"])
+            reach[name] = (ratio["ci_low"], ratio["ci_high"], cosine["ci_low"], cosine["ci_high"])
     if len(places) < FEWEST_ON_CHART:
         return None
     looks, ess = style_of(found), {name: found["objectives"][name]["coefficients"]["ess_fraction"] for name in places}
@@ -145,6 +149,10 @@ def chart(found: Found) -> str | None:
         for name, (ratio, cosine) in places.items():
             area = 20 + 180 * (ess[name] or 0)
             axes.scatter(ratio, cosine, s=area, color=looks[name]["color"], alpha=0.65, linewidth=0)
+            left, right, low, high = reach[name]
+            faint = {"color": looks[name]["color"], "linewidth": 0.6, "alpha": 0.4}
+            axes.plot([left or ratio, right or ratio], [cosine, cosine], **faint)
+            axes.plot([ratio, ratio], [low, high], **faint)
         axes.set(xlabel="norm over SFT's", ylabel="cosine to SFT's gradient")
         log_scale(axes, "x")
         axes.grid(True)
