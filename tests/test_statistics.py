@@ -101,11 +101,6 @@ def test_a_single_value_and_constant_scores_have_no_width() -> None:
     assert crossed_interval(np.full((3, 5), 0.5)) == Interval(0.5, 0.5, 0.5)
 
 
-def test_an_interval_on_either_side_of_zero_excludes_it() -> None:
-    found = [Interval(mean, mean - 0.1, mean + 0.1).excludes_zero for mean in (-0.2, -0.05, 0.0, 0.05, 0.2)]
-    assert found == [True, False, False, False, True]
-
-
 def test_a_score_s_interval_stays_between_nought_and_one() -> None:
     table = outcome_table({("a", 0): [[1], [1], [1], [0]]})
     assert all(0 <= row["ci_low"] < row["ci_high"] == 1 for row in summarise(table, k=1))
