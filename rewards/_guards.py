@@ -107,7 +107,7 @@ def _is_percentage_of(x: Any, y: Any, gold: Any, answer: Any) -> bool:
     """Whether one is 100 times the other and was read from a percentage, which math-verify keeps unevaluated."""
     from sympy import UnevaluatedExpr
 
-    return (x == 100 * y or y == 100 * x) and (gold.has(UnevaluatedExpr) or answer.has(UnevaluatedExpr))
+    return bool(x == 100 * y or y == 100 * x) and (gold.has(UnevaluatedExpr) or answer.has(UnevaluatedExpr))
 
 
 def _is_other_side(gold: Any, answer: Any) -> bool:
