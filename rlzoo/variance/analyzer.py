@@ -52,8 +52,8 @@ def analyze_variance(
     """Measure the variance of the objectives' gradients at a policy: what variance.json holds (docs/variance.md).
 
     Each objective is measured on all that its own view of the buffer has of some prompts, ``rows`` rows or a little
-    more, drawn by ``seed``; ``learns_from``, one selection or one per name, gives objectives of single rows another view
-    of single rows. Estimates are for new prompts of the same kind; where noise hides a gradient there is none.
+    more, drawn by ``seed``; ``learns_from``, one selection or one per name, gives objectives of single rows another
+    view of single rows. Estimates are for new prompts of the same kind; where noise hides a gradient there is none.
     ``draws`` samples a token check the exact moments; ``gradients=False`` leaves out what needs a backward pass.
     Log-probs of a reference are those stored in the buffer, else ``reference``'s, else the policy's own, as at the
     start of a run; a critic that the policy lacks is 0, as a fresh one is. Raises UserError for a model whose per-unit
