@@ -174,7 +174,7 @@ def _read_row(row: Row, form: Format, encoding: _Encoding) -> Iterator[tuple[Enc
     for place, example in enumerate(examples):
         _require_text(example, filled[place % len(filled)])
     for example in examples:
-        encoded = encoding(example, row)
+        encoded = encoding(example, known)
         yield (
             encoded,
             Trajectory(

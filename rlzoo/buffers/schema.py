@@ -108,7 +108,7 @@ def arrow(rows: datasets.Dataset) -> pa.Table:
 
 def conform(rows: datasets.Dataset, origin: str) -> datasets.Dataset:
     """The data set in the schema's columns. Raises UserError for one that is missing, null or ill-typed."""
-    if {"prompt_ids", "behaviour_logp"} <= set(rows.column_names):
+    if {"prompt_ids", "behaviour_logp"} <= set(rows.column_names) <= set(SCHEMA):  # else a name may be damaged
         for name in [name for name in ADDED if name not in rows.column_names]:
             rows = rows.add_column(name, [ADDED[name]] * len(rows))
     missing = [name for name in SCHEMA if name not in rows.column_names]
@@ -119,6 +119,10 @@ def conform(rows: datasets.Dataset, origin: str) -> datasets.Dataset:
     if list(rows.column_names) != list(SCHEMA):
         rows = rows.select_columns(list(SCHEMA))
     if dict(rows.features) != dict(SCHEMA):
+        found = rows.features.arrow_schema
+        for name in ("reward_parts", "messages"):
+            if _fields(found.field(name).type) not in (None, _fields(SCHEMA.arrow_schema.field(name).type)):
+                raise UserError(f"{origin} is not a saved buffer: the fields of {name} have other names")
         try:
             rows = to_dataset(arrow(rows).cast(SCHEMA.arrow_schema))
         except pa.ArrowInvalid as error:
@@ -138,6 +142,12 @@ def conform(rows: datasets.Dataset, origin: str) -> datasets.Dataset:
         if len(wrong):
             raise UserError(f"{origin}: {name} of row {wrong[0]} is {values[wrong[0]]}: it must be {bounds}")
     return rows
+
+
+def _fields(kind: pa.DataType) -> list[str] | None:
+    """The names of the fields of a list of structs, which a cast would fill with nulls where they differ."""
+    inner = getattr(kind, "value_type", kind)
+    return [field.name for field in inner] if pa.types.is_struct(inner) else None
 
 
 def _to_json(columns: dict[str, object]) -> str:

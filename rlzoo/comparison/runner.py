@@ -211,10 +211,12 @@ def _run(
         _say(console, f"  {_called(name)}: {shared['rows']} rows{samples}")
         if shared.get("unscored"):
             _say(console, f"  {_called(name)}: {shared['unscored']}", style="yellow")
+        for event in shared["events"]:
+            _say(console, f"  {_called(name)}: {event}", style="yellow")
     _say(console, f"  base model: {_scores(base)}")
     dropped = {**shared["dropped_rows"], **dropped}  # all buffers are made of the same rows
-    for line in [*(f"{name}: {told(summary)}" for name, summary in dropped.items()), *shared["events"]]:
-        _say(console, f"  {line}", style="red")
+    for name, summary in dropped.items():
+        _say(console, f"  {name}: {told(summary)}", style="yellow")
 
     def train(cell: Cell, parts: int) -> Future[Any]:
         name = buffer_of(experiment, cell.seed)
