@@ -172,6 +172,9 @@ _ITEM = rf"(?:{_LATEX}|{_ARITHMETIC})"
 _UNIT = r"(?:\s+(?!and\b|or\b)[A-Za-z]+){0,2}"
 _VALUES = re.compile(rf"{_ITEM}(?:{_UNIT}\s*(?:,\s*(?:and|or)?|;|\band\b|\bor\b|\bto\b|和|或|、)\s*{_ITEM})*")
 """A number, arithmetic or a formula, or a list of them: 3 apples and 4."""
+_WORD = re.compile(r"(?<![\\\w{])(?!(?:and|or)\b)[^\W\d_]{2,}(?=[,:]?\s)")
+_TEX = re.compile(r"[^$]*(?:\\[A-Za-z!]|[\^=_]|\d[a-z]\b)[^$]*$")
+"""LaTeX without dollars to the end of a line."""
 _HEDGED = re.compile(
     r"\b(?:not|less|more|greater|fewer|least|most|between|over|under|above|below|never|neither)\b", re.IGNORECASE
 )
@@ -190,6 +193,9 @@ def first_value(clause: str) -> str | None:
 def last_value(text: str) -> str | None:
     """The last number, formula, or list of them in a text."""
     for line in reversed(text[-_TAIL:].splitlines()):
+        after = max((word.end() for word in _WORD.finditer(line)), default=0)
+        if _TEX.match(line, after) and not _HEDGED.search(line[:after]):
+            return line[after:]
         found = list(_VALUES.finditer(line))
         if found:
             return _result(found[-1][0])
