@@ -14,7 +14,7 @@ _TITLES = "answer|result|conclusion|solution|summary|verification|explanation|ch
 _HEADING = re.compile(rf"(?:step|part|case|method|approach|problem|question)\b|[^:]*\b(?:{_TITLES})\W*$", re.IGNORECASE)
 """What follows #### where that is Markdown's heading of the fourth level."""
 
-_AND = re.compile(r"\b(?:and|or|und|oder|et|ou|as well as)\b|[,;&和或与、]|и|или")
+_AND = re.compile(r"\b(?:and|or|maybe|perhaps|possibly|alternatively|und|oder|et|ou|as well as)\b|[,;&和或与、]|и|или")
 _BETWEEN = re.compile(
     r"(?:[\s,.;:&$~、，；]|\\[\[\](),;:! \\]|\\q?quad|and|or|und|oder|et|ou|и|или|[和或与及]"
     r"|\\text\{\s*,?\s*(?:and|or)\s*\}|[A-Za-z](?:_\{?\w\}?)?\$? ?=)*"
@@ -178,6 +178,7 @@ _TEX = re.compile(r"[^$]*(?:\\[A-Za-z!]|[\^=_]|\d[a-z]\b)[^$]*$")
 _HEDGED = re.compile(
     r"\b(?:not|less|more|greater|fewer|least|most|between|over|under|above|below|never|neither)\b", re.IGNORECASE
 )
+_OR_ELSE = re.compile(r"\b(?:or|maybe|perhaps|possibly|alternatively)\b[^.]*?\d", re.IGNORECASE)
 _NEAR, _TAIL = 40, 1000
 """Characters before the value of a clause; from the end of a text in which its last value is searched for."""
 
@@ -187,7 +188,8 @@ def first_value(clause: str) -> str | None:
     match = _VALUES.search(clause)
     if match is None or match.start() > _NEAR:
         return None
-    return clause if _HEDGED.search(clause[: match.start()]) else _result(match[0])
+    hedged = _HEDGED.search(clause[: match.start()]) or _OR_ELSE.search(clause, match.end())
+    return clause if hedged else _result(match[0])
 
 
 def last_value(text: str) -> str | None:
