@@ -20,10 +20,9 @@ import argparse
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from rlzoo.comparison.statistics import crossed_interval, paired_difference
 from rlzoo.variance.noise import Units, against, data_noise, rank_correlation
@@ -117,7 +116,7 @@ CASES: Mapping[str, Case] = {
 }
 
 
-def units(gradients: Float[np.ndarray, "P D"], prompt: Any = None) -> Units:
+def units(gradients: Float[np.ndarray, "P D"], prompt: Int[np.ndarray, " P"]) -> Units:
     """Gradients with exact inner products, as no projection gives them."""
     return Units(np.square(gradients).sum(1), gradients, float(np.square(gradients.mean(0)).sum()), prompt)
 
