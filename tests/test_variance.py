@@ -30,7 +30,7 @@ from rlzoo.training import with_reference
 from rlzoo.types import Coefficients, Need, Selection, TokenBatch
 from rlzoo.variance import plots
 from rlzoo.variance.probe import VarianceProbe
-from rlzoo.variance.report import estimate, report_tables, write_report
+from rlzoo.variance.report import NOISE_COLUMNS, contents, estimate, hidden, report_tables, write_report
 from rlzoo.variance.run import VarianceSettings, _cut, run_variance
 from rlzoo.variance.scoring import score
 
@@ -402,10 +402,30 @@ def test_a_folder_without_an_analysis_is_refused(tmp_path: Path) -> None:
         write_report(tmp_path)
 
 
-def test_a_chart_names_every_objective_and_needs_some(report: dict[str, Any]) -> None:
-    drawn = plots.chart(report)
-    assert drawn is not None
-    placed = [n for n, o in report["objectives"].items() if o["data_noise"]["cosine_to_sft"]["value"] is not None]
-    assert len(placed) >= plots.FEWEST_ON_CHART and all(f">{name}<" in drawn for name in placed)
-    few = {**report, "objectives": {name: report["objectives"][name] for name in placed[:3]}}
-    assert plots.chart(few) is None
+def test_a_chart_leaves_out_what_noise_hides_and_needs_some() -> None:
+    def entry(cosine: float | None) -> dict[str, Any]:
+        shown = {"value": cosine, "ci_low": -1.0, "ci_high": 1.0}
+        ratio = {"value": None if cosine is None else 2.0, "ci_low": 0.0, "ci_high": None}
+        return {
+            "data_noise": {"cosine_to_sft": shown, "norm_ratio_to_sft": ratio},
+            "coefficients": {"ess_fraction": 1.0},
+        }
+
+    objectives = {f"objective-{i}": entry(i / 10) for i in range(plots.FEWEST_ON_CHART)}
+    drawn = plots.chart({"objectives": {**objectives, "drowned": entry(None)}})
+    assert drawn is not None and all(f">{name}<" in drawn for name in objectives) and "drowned" not in drawn
+    objectives.popitem()
+    assert plots.chart({"objectives": {**objectives, "drowned": entry(None)}}) is None
+
+
+def test_what_noise_hides_is_named_with_a_bound_and_no_number(report: dict[str, Any]) -> None:
+    names = hidden(report)
+    assert "grpo" in names  # thirty prompts
+    whole = {**report, "experiment": "x", "model": "m", "created": "now", "settings": {}, "versions": {}, "failed": {}}
+    text = " ".join(str(block) for block in contents(whole))
+    assert f"The noise hides the gradient of {', '.join(names)}" in text
+    assert report["cosines"]["grpo"]["sft"] is None
+    noise = report["objectives"]["grpo"]["data_noise"]
+    assert NOISE_COLUMNS["cosine to SFT"](report["objectives"]["grpo"]) == "–"
+    assert NOISE_COLUMNS["noise scale (prompts)"](report["objectives"]["grpo"]).startswith("> ")
+    assert noise["noise_scale"]["ci_low"] > 0 and noise["grad_norm_sq"]["value"] is not None

@@ -24,7 +24,7 @@ from rlzoo.variance.noise import (
 
 def units_of(gradients: np.ndarray, prompt: Any = None) -> Units:
     """Gradients whose projections are themselves: the exact inner products."""
-    return units(gradients, None if prompt is None else np.asarray(prompt))
+    return units(gradients, np.arange(len(gradients)) if prompt is None else np.asarray(prompt))
 
 
 def test_the_estimators_by_hand() -> None:
@@ -122,14 +122,24 @@ def test_too_few_prompts_give_reasons() -> None:
     assert against(zero, units_of(np.ones((5, 2))), 0.0)["cosine"]["reason"] == "a gradient is 0"
 
 
+@pytest.mark.filterwarnings("error")
+def test_gradients_without_noise_are_what_they_are() -> None:
+    first, other = (np.tile(g, (6, 1)) for g in ([1.0, 0.0], [3.0, 4.0]))
+    noise, pair = data_noise(units_of(first)), against(units_of(first), units_of(other), 3.0)
+    assert noise["grad_norm_sq"] == pytest.approx({"value": 1, "ci_low": 1, "ci_high": 1})
+    assert noise["trace_cov"]["value"] == pytest.approx(0) and noise["noise_scale"]["reason"] == "its noise is 0"
+    for name, value in (("cosine", 0.6), ("norm_ratio", 0.2)):
+        assert pair[name] == pytest.approx({"value": value, "ci_low": value, "ci_high": value}, rel=1e-3)
+
+
 @pytest.mark.parametrize("factor", [1.0, -0.4])
 def test_proportional_gradients_have_their_cosine_whatever_noise_and_projection(factor: float) -> None:
     rng = np.random.default_rng(3)
     gradients = rng.standard_normal((20, 6))  # all noise
     sketch = rng.standard_normal((20, 3))
     size = float(np.square(gradients.mean(0)).sum())
-    first = Units(np.square(gradients).sum(1), sketch, size)
-    other = Units(factor**2 * first.squared_norm, factor * sketch, factor**2 * size)
+    first = Units(np.square(gradients).sum(1), sketch, size, np.arange(20))
+    other = Units(factor**2 * first.squared_norm, factor * sketch, factor**2 * size, np.arange(20))
     found = against(other, first, factor * size)
     for name, value in (("cosine", np.sign(factor)), ("norm_ratio", abs(factor))):
         assert found[name] == pytest.approx({"value": value, "ci_low": value, "ci_high": value})
@@ -144,7 +154,7 @@ def test_projections_hardly_move_a_cosine_and_no_norm() -> None:
         second = 0.9 * first + 0.4 * rng.standard_normal((60, 40))
         signs = rng.choice([-1, 1], (40, 64)) / 8
         exact = [units_of(g) for g in (first, second)]
-        projected = [Units(u.squared_norm, u.sketch @ signs, u.mean_squared_norm) for u in exact]
+        projected = [replace(u, sketch=u.sketch @ signs) for u in exact]
         of_means = float(first.mean(0) @ second.mean(0))
         one, other = (against(a, b, of_means) for a, b in (exact, projected))
         assert one["norm_ratio"]["value"] == other["norm_ratio"]["value"]

@@ -23,13 +23,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from rlzoo.comparison.statistics import crossed_interval, paired_difference
 from rlzoo.variance.noise import Units, against, data_noise, rank_correlation
 
-Table = dict[str, dict[str, dict[str, float | None]]]
-"""By quantity and case: bias, coverage, shown."""
+Numbers = dict[str, Any]
+"""bias (None where there is none), coverage, shown."""
+Table = dict[str, dict[str, Numbers]]
+"""By quantity and case."""
 SHARES = (
     (0.0, 0.8),
     (0.0, 0.0),
@@ -117,7 +119,7 @@ CASES: Mapping[str, Case] = {
 }
 
 
-def units(gradients: Float[np.ndarray, "P D"], prompt: Any = None) -> Units:
+def units(gradients: Float[np.ndarray, "P D"], prompt: Int[np.ndarray, " P"]) -> Units:
     """Gradients with exact inner products, as no projection gives them."""
     return Units(np.square(gradients).sum(1), gradients, float(np.square(gradients.mean(0)).sum()), prompt)
 
@@ -138,7 +140,7 @@ class Tally:
         if value is not None:
             self.values.append(value - control)
 
-    def found(self) -> dict[str, float | None]:
+    def found(self) -> Numbers:
         """Bias, coverage, and the share of draws that show a number."""
         shown = len(self.values) / len(self.covered)
         bias = float(np.mean(self.values)) - self.truth if shown >= 0.5 else None
@@ -146,7 +148,7 @@ class Tally:
         return {"bias": relative, "coverage": float(np.mean(self.covered)), "shown": shown}
 
 
-def gradients(case: Case, runs: int, seed: int = 0) -> dict[str, dict[str, float | None]]:
+def gradients(case: Case, runs: int, seed: int = 0) -> dict[str, Numbers]:
     """What the analyzer says of a case, by quantity."""
     rng = np.random.default_rng(seed)
     truth = case.truth()
@@ -161,7 +163,7 @@ def gradients(case: Case, runs: int, seed: int = 0) -> dict[str, dict[str, float
     return {name: tally.found() for name, tally in tallies.items()}
 
 
-def ranks(correlation: float, count: int, runs: int) -> dict[str, float | None]:
+def ranks(correlation: float, count: int, runs: int) -> Numbers:
     """What the analyzer says of Spearman's rank correlation of lognormal pairs."""
     rng = np.random.default_rng(0)
     tally = Tally(float(6 / np.pi * np.arcsin(correlation / 2)))
@@ -172,7 +174,7 @@ def ranks(correlation: float, count: int, runs: int) -> dict[str, float | None]:
     return tally.found()
 
 
-def scores(seeds: int, problems: int, shares: tuple[float, float], runs: int) -> dict[str, dict[str, float | None]]:
+def scores(seeds: int, problems: int, shares: tuple[float, float], runs: int) -> dict[str, Numbers]:
     """What a comparison says where seeds and problems make these shares of the mean's variance."""
     rng = np.random.default_rng(0)
     by_seed, by_problem = shares
@@ -201,9 +203,7 @@ def table(runs: int, score_runs: int, problems: int, seeds: list[int]) -> Table:
     return found
 
 
-def _cases(
-    runs: int, score_runs: int, problems: int, seeds: list[int]
-) -> Iterator[tuple[str, dict[str, dict[str, float | None]]]]:
+def _cases(runs: int, score_runs: int, problems: int, seeds: list[int]) -> Iterator[tuple[str, dict[str, Numbers]]]:
     for a, b in SHARES:
         for count in seeds:
             if count > 1 or a == 0:

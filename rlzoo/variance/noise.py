@@ -20,7 +20,7 @@ Where they need inner products between prompts these come from random projection
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -49,12 +49,8 @@ class Units:
     sketch: Float[np.ndarray, "P D"]
     mean_squared_norm: float
     """‖ḡ‖², exact."""
-    prompt: Int[np.ndarray, " P"] = field(default=None)  # type: ignore[assignment]
-    """Which prompt each is, the same number in all objectives; None: the first ones, in order."""
-
-    def __post_init__(self) -> None:
-        if self.prompt is None:
-            object.__setattr__(self, "prompt", np.arange(len(self)))
+    prompt: Int[np.ndarray, " P"]
+    """Which prompt each is, the same number in all objectives."""
 
     def __len__(self) -> int:
         return len(self.squared_norm)
@@ -276,7 +272,7 @@ def _ratio(norms: tuple[float, float], covariance: Joint, scales: tuple[float, f
     if min(norms) > 0:
         at = np.sort(np.append(at, one / two))
     sure = covariance.at(*np.maximum(norms, 0)[:, None])
-    first, second = max(sure[0, 0, 0], 1e-300), max(sure[1, 1, 0], 1e-300)
+    first, second = np.maximum(np.diag(sure[:2, :2, 0]), _floor(norms))
 
     def score(x: Float[np.ndarray, " N"]) -> Float[np.ndarray, " N"]:
         """The squared statistic less its limit; what the two have in common is estimated under the hypothesis."""
@@ -311,7 +307,7 @@ def _cosine(norms: tuple[float, float], inner: float, covariance: Joint, t: floa
     standard deviations of its regression on them; the interval is the range of that over √(ab).
     """
     here = covariance.at(*np.maximum(norms, 0)[:, None])[:2, :2, 0]
-    ridge = 1e-10 * np.maximum(np.diag(here), 1e-300)
+    ridge = 1e-10 * np.maximum(np.diag(here), _floor(norms))
     tried = np.array(norms)[:, None] + np.linalg.cholesky(here + np.diag(ridge)) @ (2.5 * t * DISC)
     tried = tried[:, (tried > 0).all(0)]
     v = covariance.at(*tried)
@@ -329,6 +325,11 @@ def _cosine(norms: tuple[float, float], inner: float, covariance: Joint, t: floa
     reach = np.sqrt(np.maximum(rest, 0) * np.maximum(t * t - distance, 0))
     low, high = ((expected - reach) / size)[kept].min(), ((expected + reach) / size)[kept].max()
     return _estimate(value, float(np.clip(low, -1, 1)), float(np.clip(high, -1, 1)))
+
+
+def _floor(norms: tuple[float, float]) -> Float[np.ndarray, " 2"]:
+    """The least variance of estimates of ‖G‖² to reckon with, where all gradients are the same up to rounding."""
+    return 1e-18 * np.square(norms) + 1e-280
 
 
 def _disc(rings: int, spokes: int) -> Float[np.ndarray, "2 N"]:

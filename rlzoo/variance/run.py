@@ -42,7 +42,7 @@ class VarianceSettings(pydantic.BaseModel):
     model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
 
     rows: Positive = 512
-    """Rows an objective is measured on, in whole units."""
+    """Rows an objective is measured on, those of a prompt together."""
     draws: Annotated[int, Field(ge=0)] = 4096
     """Monte-Carlo samples a token, at least 256; 0 for none."""
     every: Annotated[int, Field(ge=0)] = 10

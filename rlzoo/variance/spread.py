@@ -116,7 +116,8 @@ class Joint:
         found[0, 1] = found[1, 0] = 4 * one * two * lever[0, 1]
         found[0, 2] = found[2, 0] = 2 * one * (two * lever[0, 2] + one * lever[0, 3])
         found[1, 2] = found[2, 1] = 2 * two * (two * lever[1, 2] + one * lever[1, 3])
-        return found + self.second[:, :, None]
+        found += self.second[:, :, None]
+        return found
 
 
 def joint(
@@ -170,7 +171,8 @@ def joint(
         by_chance[s, t] = by_chance[t, s] = random * share
     levers = _positive(levers, np.diag(by_chance))
     noise = float(np.mean(x[in_a, in_b])) - inner if both else 0.0  # tr Σ of one objective with the other
-    levers += _slack(a, b, inner, noise / np.sqrt(a.trace_cov * b.trace_cov) if noise else 0.0, both)
+    noises = max(a.trace_cov, 0.0) * max(b.trace_cov, 0.0)
+    levers += _slack(a, b, inner, noise / noises**0.5 if noises else 0.0, both)
     sizes = np.sqrt([a.size, b.size, b.size, a.size])
     with np.errstate(divide="ignore", invalid="ignore"):
         levers = np.nan_to_num(levers / np.outer(sizes, sizes))
