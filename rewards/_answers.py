@@ -104,7 +104,9 @@ def _phrase(language: str, noun: str, verbs: str) -> str:
     return rf"(?:{noun})(?:{after}|{before_number})"
 
 
-_PHRASE = re.compile("|".join(_phrase(*one) for one in _ANNOUNCED) + r"|(?:^|\n)\s*A\s*:", re.IGNORECASE)
+_PHRASES = "|".join(_phrase(*one) for one in _ANNOUNCED)
+_PHRASE = re.compile(_PHRASES, re.IGNORECASE)
+_PHRASE_OR_A = re.compile(rf"{_PHRASES}|(?:^|\n)\s*A\s*:", re.IGNORECASE)
 _BEFORE_PHRASE = re.compile(
     r"(?:\W|\\text\b|(?:so|thus|therefore|hence|the|my|our|final|correct|la|el|die|der|das)\b|最终|正确)*",
     re.IGNORECASE,
@@ -138,7 +140,7 @@ def announced(text: str) -> list[str]:
     """What follows the phrases that announce an answer, the last first: each the sentence that it begins."""
     found = list[str]()
     text = text[-_ANNOUNCED_WITHIN:]
-    for match in list(_PHRASE.finditer(text))[: -_LAST_PHRASES - 1 : -1]:
+    for match in list(_PHRASE_OR_A.finditer(text))[: -_LAST_PHRASES - 1 : -1]:
         rest = text[match.end() : match.end() + _CLAUSE]
         display = re.match(r"\s*(?:\$\$|\\\[)(.*?)(?:\$\$|\\\])", rest, re.DOTALL)
         line = display[1] if display else next((line for line in rest.split("\n") if line.strip(" *_")), "")

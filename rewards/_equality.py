@@ -3,6 +3,7 @@ r"""Which answers are equal, whatever the form of writing: texts first, then num
 from __future__ import annotations
 
 import re
+from itertools import pairwise
 
 from rlzoo.rewards import _numbers, _symbols, _units
 from rlzoo.rewards._guards import too_deep
@@ -166,6 +167,8 @@ _RELATION = re.compile(r"[<>=]|\\(?:le|ge|ne|in|lt|gt|subset)(?![A-Za-z])")
 
 def _same_values(answer: str, gold: str) -> bool | None:
     """The values of two answers of one name, or of the only one that has a name; None where that says nothing."""
+    if _contradicts_itself(answer):
+        return False
     given, wanted = _named(answer), _named(gold)
     if given and wanted:
         in_words = is_prose(given[0]) != is_prose(wanted[0])  # Area = 5 and A = 5
@@ -188,8 +191,13 @@ def _named(text: str) -> tuple[str, str] | None:
         return sides[1], sides[0]
     if re.search(r"[^\W\d_]", re.sub(r"\\[A-Za-z]+", "", text)) is not None:
         return None
-    two_numbers = all(_numbers.number(side) for side in sides[-2:])
-    return ("", sides[-1]) if not two_numbers or _equal(*sides[-2:]) else None  # 3 = 4 is no arithmetic
+    return "", sides[-1]
+
+
+def _contradicts_itself(text: str) -> bool:
+    """Whether an equation gives different numbers, one of which could be the answer: 3 = 4, x = 3 = 4."""
+    read = [_numbers.number(side) for side in split(text, _EQUALS)]
+    return any(one and other and not _numbers.equal(one, other) for one, other in pairwise(read))
 
 
 def _is_name(side: str) -> bool:

@@ -1,7 +1,7 @@
 r"""Where math-verify is not to be trusted, as tables of rules.
 
 `TEXTS` keeps formulas from it that it reads wrongly or that no machine should compute; `VERDICTS` are asked about
-every pair that it finds equal, and each may object. What a rule does not know of it lets pass.
+every pair that it finds equal, and each may object. `UNTIMED` joins `TEXTS` outside the main thread.
 """
 
 from __future__ import annotations
@@ -58,6 +58,8 @@ def _too_great(text: str) -> bool:
         return True
     if any(len(digits) > 4 for digits in re.findall(r"(\d+)\s*!", text)):
         return True
+    if re.search(r"\\prod(?![A-Za-z])", text) and any(len(digits) > 3 for digits in re.findall(r"\d+", text)):
+        return True
     counted = r"\\(?:d|t)?binom|\\choose|\\sum|\\prod|\\int|\\operatorname|\\gcd|\\lcm|\\bmod"
     return re.search(counted, text) is not None and any(len(digits) > 5 for digits in re.findall(r"\d+", text))
 
@@ -85,6 +87,20 @@ TEXTS = (
 )
 
 
+UNTIMED = (
+    TextRule(
+        "sums, products, integrals, limits and determinants take any time",
+        lambda text: re.search(r"\\(?:sum|prod|i*nt|oint|lim|det|binom|Gamma|zeta)(?![A-Za-z])", text) is not None,
+    ),
+    TextRule(
+        "great powers are expanded",
+        lambda text: any(int(match["exponent"][:9]) > 50 for match in _POWER.finditer(text)),
+    ),
+    TextRule("too long to be simplified in a second", lambda text: len(text) > 150),
+)
+"""What is compared as texts only where no time limit can be kept."""
+
+
 def _of_other_size(gold: Any, answer: Any) -> bool:
     """Closed numbers that differ by more than rounding, in proportion to their size."""
     from sympy import Float, MatrixBase, Rational
@@ -107,7 +123,7 @@ def _is_percentage_of(x: Any, y: Any, gold: Any, answer: Any) -> bool:
     """Whether one is 100 times the other and was read from a percentage, which math-verify keeps unevaluated."""
     from sympy import UnevaluatedExpr
 
-    return (x == 100 * y or y == 100 * x) and (gold.has(UnevaluatedExpr) or answer.has(UnevaluatedExpr))
+    return bool(x == 100 * y or y == 100 * x) and (gold.has(UnevaluatedExpr) or answer.has(UnevaluatedExpr))
 
 
 def _is_other_side(gold: Any, answer: Any) -> bool:

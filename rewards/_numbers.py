@@ -29,7 +29,7 @@ _WRITTEN = [
     )
 ]
 _WRITTEN.insert(0, re.compile(_POWER % ("e1", "e2")))  # 10^{6}
-_PERCENT = re.compile(r" ?(?:%|\\text\{ ?(?:%|percent|per cent|pct) ?\}|(?:percent|per cent|pct)\b)")
+_PERCENT = re.compile(r" ?(?:%|\(%\)|\\text\{ ?(?:%|percent|per cent|pct) ?\}|(?:percent|per cent|pct)\b)")
 _ORDINAL = re.compile(r"(?:\^\{?)?(?:\\text\{)?(?:st|nd|rd|th)\}?\}?(?![A-Za-z])")
 _UNIT = re.compile(
     r"\s*(?:\\text\{(?P<text>[^{}\d]*)\}|(?P<degree>\^\\circ ?)|\^\{?(?P<power>-?\d)\}?|\((?P<round>[^\W\d_][^()\d]*)\)"
@@ -98,9 +98,10 @@ def unit_of(text: str) -> frozenset[str] | None:
         at = match.end()
         spelled = match["text"] if match["text"] is not None else match["round"] or match["word"] or match["sign"] or ""
         named = re.findall(r"[€£¥₹¢$]|[^\W\d_]+(?:'[^\W\d_]+)?", spelled)
-        bare = match["text"] is None and not match["sign"]
-        if bare and not all(is_word(word) or word in _units.SYMBOLS for word in named):
-            return None  # variables
+        if match["word"] and not (found or is_word(match["word"]) or match["word"] in _units.SYMBOLS):
+            return None  # a variable
+        if match["round"] and any(len(word) < 3 and not is_word(word) and word not in _units.SYMBOLS for word in named):
+            return None  # a factor
         if match["round"] and re.search(r"[^\w\s/.,'-]", match["round"]):
             return None
         if (match["power"] or match["link"]) and not found:

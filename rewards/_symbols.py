@@ -6,27 +6,31 @@ import logging
 import random
 import re
 import threading
+import time
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
 from rlzoo.rewards import _guards
 
-PARSE_SECONDS, VERIFY_SECONDS = 1, 2
+SECONDS = 2
+"""What a comparison may take in all, about: math-verify keeps time in whole seconds, one at least for each step."""
 
 
 @lru_cache(4096)
 def equal(gold: str, answer: str) -> bool:
     """Whether two clean formulas are equal as mathematics; False where neither math-verify nor a rule can tell."""
-    if any(rule.applies(text) for rule in _guards.TEXTS for text in (gold, answer)):
-        return False
     limited = _limited()
+    rules = _guards.TEXTS if limited else (*_guards.TEXTS, *_guards.UNTIMED)
+    if any(rule.applies(text) for rule in rules for text in (gold, answer)):
+        return False
+    started = time.monotonic()
     expected, given = _parsed(gold, limited), _parsed(answer, limited)
     if expected is None or given is None or _within(limited, _differ_at_a_point, expected, given):
         return False
     from math_verify import verify
 
-    seconds = VERIFY_SECONDS if limited else None
+    seconds = max(1, SECONDS - int(time.monotonic() - started)) if limited else None
     if not verify([expected], [given], allow_set_relation_comp=True, timeout_seconds=seconds):
         return False
     return not any(_within(limited, rule.differ, expected, given) for rule in _guards.VERDICTS)
@@ -45,9 +49,8 @@ def _parsed(text: str, limited: bool) -> Any | None:
     config = LatexExtractionConfig(
         try_extract_without_anchor=False, boxed_match_priority=0, normalization_config=normal
     )
-    seconds = PARSE_SECONDS if limited else None
     text = re.sub(r"(?<=\d)i(?![A-Za-z])", " i", text)  # next to a digit it is taken for a real variable
-    found = parse(rf"\boxed{{{text}}}", [config], fallback_mode="no_fallback", parsing_timeout=seconds)
+    found = parse(rf"\boxed{{{text}}}", [config], fallback_mode="no_fallback", parsing_timeout=1 if limited else None)
     return found[0] if found else None
 
 
@@ -60,8 +63,8 @@ def _differ_at_a_point(gold: Any, answer: Any) -> bool:
     draw = random.Random(0)
     variables = sorted(gold.free_symbols | answer.free_symbols, key=str)
     point = {variable: Float(draw.uniform(0.3, 0.9)) for variable in variables}
-    one, other = complex(gold.subs(point).evalf(15)), complex(answer.subs(point).evalf(15))
-    return abs(one - other) > 0.01 * max(abs(one), abs(other))
+    one, other = gold.subs(point).evalf(15), answer.subs(point).evalf(15)
+    return bool(abs(one - other) > 0.01 * max(abs(one), abs(other)))
 
 
 def _within(limited: bool, question: Callable[[Any, Any], bool], gold: Any, answer: Any) -> bool:
@@ -70,13 +73,13 @@ def _within(limited: bool, question: Callable[[Any, Any], bool], gold: Any, answ
     from math_verify.utils import timeout
 
     try:
-        return bool(timeout(PARSE_SECONDS if limited else None)(question)(gold, answer))
+        return bool(timeout(1 if limited else None)(question)(gold, answer))
     except (Exception, TimeoutException):
         return False
 
 
 def _limited() -> bool:
-    """math-verify keeps time with SIGALRM, which only the main thread has: elsewhere there is no limit."""
+    """math-verify keeps time with SIGALRM, which only the main thread has: elsewhere what may take long is left out."""
     if threading.current_thread() is threading.main_thread():
         return True
     for module in ("parser", "grader"):  # they warn at every start about what is done here on purpose

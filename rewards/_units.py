@@ -78,7 +78,7 @@ def _singular(word: str) -> str:
         if re.search(plural, word):
             word = re.sub(plural, end, word)
             break
-    return _CANONICAL.get(word, word)
+    return _CANONICAL.get(word) or re.sub(r"ie$", "y", word)
 
 
 def agree(one: frozenset[str], other: frozenset[str]) -> bool:

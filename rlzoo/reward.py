@@ -284,8 +284,10 @@ def _unlike(found: Callable[..., Any], takes: Mapping[str, inspect.Parameter]) -
     """What to do with a function of another signature, such as verl's."""
     own = _innermost(found)
     name = getattr(own, "__name__", type(own).__name__)
+    stars: dict[int, str] = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
+    own_parameters = ", ".join(stars.get(p.kind, "") + p.name for p in takes.values())
     return (
-        f"takes no completions but ({', '.join(takes)}); a reward has TRL's signature, {SIGNATURE}: wrap it, "
+        f"takes no completions but ({own_parameters}); a reward has TRL's signature, {SIGNATURE}: wrap it, "
         f"`def reward(completions, **columns): return [{name}(...) for completion in completions]`"
     )
 

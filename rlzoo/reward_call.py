@@ -100,10 +100,33 @@ def _plain(value: Any) -> Any:
 
 def call(function: Callable[..., Any], arguments: Mapping[str, Any]) -> Any:
     """The function's result, awaited if it is async. It gets its own copies, to do with what it likes."""
-    result = function(**{name: _copied(value) for name, value in arguments.items()})
+    given = {name: _copied(value) for name, value in arguments.items()}
+    for name in {"prompts", "completions"} & set(given):
+        given[name] = [Conversation(each) if isinstance(each, list) else each for each in given[name]]
+    result = function(**given)
     if inspect.isawaitable(result):
         result = asyncio.run_coroutine_threadsafe(_awaited(result), _loop(os.getpid())).result()
     return list(result) if isinstance(result, Iterator) else result  # a generator runs only now
+
+
+class Conversation(list[Any]):
+    """Messages. To look for a text among them, as in a text, is an error: it would never be found, and silently."""
+
+    def __contains__(self, part: object) -> bool:
+        return super().__contains__(self._no_text(part))
+
+    def __eq__(self, other: object) -> bool:
+        return super().__eq__(self._no_text(other))
+
+    def __ne__(self, other: object) -> bool:
+        return super().__ne__(self._no_text(other))
+
+    __hash__ = None
+
+    def _no_text(self, other: object) -> object:
+        if isinstance(other, str) and other:
+            raise TypeError(f"a conversation is a list of messages, and {other!r:.40} is text")
+        return other
 
 
 def _copied(value: Any) -> Any:
@@ -155,7 +178,7 @@ def columns_of(arguments: Mapping[str, Any]) -> str:
 
 
 _OF_TEXT = re.compile(r"string indices must be|'str' object (has no attribute|does not support item)")
-_OF_MESSAGES = re.compile(r"'(list|dict)' object|'list'$|not list|unhashable type: 'list'|\(not \"str\"\) to list")
+_OF_MESSAGES = re.compile(r"'?Conversation'?( object|$)|'dict' object|\(not \"str\"\) to list|^a conversation is")
 
 
 def _wants_other_form(function: Callable[..., Any], arguments: Mapping[str, Any], error: BaseException) -> bool:

@@ -157,7 +157,7 @@ class Trajectory:
     completion: str
     prompt_ids: list[int]
     completion_ids: list[int]
-    """End of sequence included, unless truncated."""
+    """Its end included, unless truncated: the end of sequence, or what ends a turn in the chat template."""
     prompt_id: str
     """Equal for completions of one prompt."""
     source: str = "demonstration"

@@ -60,10 +60,11 @@ ADDS_BOS = ("gemma", "r1", "llama3", "mistral")
 STOPS = {"gemma": "<end_of_turn>", "r1": "<eos>", "mistral": "<eos>", "llama3": "<|eot_id|>", "phi": "<|end|>"}
 
 
-def built(template: str | None, bos: bool = False, more: Sequence[str] = ()) -> Any:
+def built(template: str | None, bos: bool = False, merges: Sequence[tuple[str, str]] = ()) -> Any:
     """A tokenizer of bytes whose end of sequence, ``<eos>``, ends no turn but R1's and Mistral's."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    inner = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
+    known = [*alphabet, *(a + b for a, b in merges)]
+    inner = Tokenizer(models.BPE({token: i for i, token in enumerate(known)}, list(merges)))
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     inner.decoder = decoders.ByteLevel()
     inner.add_special_tokens([AddedToken(s, normalized=False, special=True) for s in SPECIAL])
@@ -76,7 +77,6 @@ def built(template: str | None, bos: bool = False, more: Sequence[str] = ()) -> 
         clean_up_tokenization_spaces=False,
     )  # fmt: skip
     tokenizer.chat_template = template
-    tokenizer.add_tokens([AddedToken(token, special=True) for token in more])
     return tokenizer
 
 

@@ -153,7 +153,7 @@ def test_an_empty_view_names_the_selection_and_the_mend(
 
 
 def test_groups_without_behaviour_log_probs_say_so() -> None:
-    with pytest.raises(UserError, match="0 of 1 rows have the source 'policy', a reward and behaviour log-probs"):
+    with pytest.raises(UserError, match=r"1 samples have a reward but no behaviour log-probs.*behaviour: current"):
         samples(sample(0, 1.0, behaviour_logp=None)).view(Selection.GROUPS)
 
 

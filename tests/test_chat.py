@@ -24,7 +24,6 @@ CONVERSATIONS = {
     "several turns": [user("1+1?"), assistant("<think>\na\n</think>\n\n2"), user("2+2?"), assistant("4")],
     "spaces": [user(" 1+1?\n"), assistant("\n  2 \n")],
     "thinking": [user("1+1?"), assistant("<think>\none and one\n</think>\n\n2")],
-    "an empty answer": [user("1+1?"), assistant("")],
 }
 
 
@@ -80,6 +79,18 @@ def test_a_template_without_a_generation_prompt_still_opens_the_turn() -> None:
     assert row.prompt == problem.text == expected
     assert row.prompt_ids == problem.ids == tokenizer(expected)["input_ids"]
     assert tokenizer.decode(row.completion_ids) == "2<|im_end|>\n"
+
+
+def test_a_token_across_the_start_of_a_turn_belongs_to_the_turn() -> None:
+    """As in TRL; a warning counts such rows, as samples start with another token."""
+    template = "{% for m in messages %}{{ m.role + '=' + m.content + ';' }}{% endfor %}"
+    tokenizer = built(template + "{% if add_generation_prompt %}assistant={% endif %}", merges=[("=", "2")])
+    turns = [user("1"), assistant("2")]
+    with pytest.warns(UserWarning, match=r"last words before an answer.*row 1: '='"):
+        (row,) = from_trl([{"messages": turns}], tokenizer)
+    whole = tokenizer.apply_chat_template(turns)["input_ids"]
+    assert row.prompt_ids + row.completion_ids == [*whole, tokenizer.eos_token_id]
+    assert (row.prompt, tokenizer.decode(row.completion_ids)) == ("user=1;assistant", "=2;<eos>")
 
 
 def test_a_template_that_drops_the_system_turn_once_there_is_an_answer() -> None:

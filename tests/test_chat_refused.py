@@ -93,9 +93,9 @@ def test_an_empty_system_keeps_the_default_away(tmp_path: Path) -> None:
 def test_a_system_setting_reaches_conversations_and_is_never_without_effect(tmp_path: Path) -> None:
     said = ProblemSource(source=table(tmp_path, {"prompt": [user("1")]}), system="S")
     assert load_problems(said)[0].prompt == [turn("system", "S"), user("1")]
-    with pytest.raises(UserError, match="row 0: the conversation has a system turn of its own: leave `system` out"):
+    with pytest.raises(UserError, match="line 1: the conversation has a system turn of its own: leave `system` out"):
         load_problems(ProblemSource(source=table(tmp_path, {"prompt": [turn("system", "T"), user("1")]}), system="S"))
-    with pytest.raises(UserError, match=r"row 0: `system` is for conversations.*add chat: true"):
+    with pytest.raises(UserError, match=r"line 1: `system` is for conversations.*add chat: true"):
         load_problems(ProblemSource(source=table(tmp_path, {"prompt": "1"}), system="S"))
 
 
@@ -131,7 +131,7 @@ def test_problems_that_spell_special_tokens_are_refused_or_counted(tmp_path: Pat
         assert len(encode_problems(tokenizer, allowed)) == 2
 
 
-def test_tables_that_spell_special_tokens_are_refused_or_allowed_by_a_setting(
+def test_tables_that_spell_special_tokens_are_refused_or_counted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -139,7 +139,7 @@ def test_tables_that_spell_special_tokens_are_refused_or_allowed_by_a_setting(
     Path("t.jsonl").write_text(json.dumps({"messages": [user("What is <|im_end|>?"), assistant("2")]}) + "\n")
     train = ["train", "sft", "--buffer", "t.jsonl", "--model", "model", "--steps", "1", "--out", "out"]
     assert main(train) == 2
-    assert "t.jsonl: row 1: the user's text spells '<|im_end|>'" in capsys.readouterr().err
+    assert "t.jsonl line 1: the user's text spells '<|im_end|>'" in capsys.readouterr().err
     with pytest.warns(UserWarning, match="read as that token: 1 in all"):
         assert main([*train, "--set", "special_tokens=allow"]) == 0
     changes = {"model": "model", "demonstrations": "t.jsonl", "algorithms": {"sft": {}}}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -23,9 +24,9 @@ from rlzoo.config import Experiment, Training
 from rlzoo.errors import UserError
 from rlzoo.interrupts import Terminated
 from rlzoo.objective import Objective, get_objective
-from rlzoo.policy import Policy
+from rlzoo.policy import Policy, Sequences
 from rlzoo.problems import Problem, demonstrations
-from rlzoo.training import Trainer, TrainingRecord, train
+from rlzoo.training import Trainer, TrainingRecord, train, with_reference
 from rlzoo.training.batches import BufferSource
 from rlzoo.training.checkpoints import Checkpoints
 from rlzoo.types import Coefficients, Selection, TokenBatch, Trajectory
@@ -237,7 +238,54 @@ def test_the_place_in_the_epochs_is_restored(make_policy: MakePolicy, drawn: int
     assert [first.draw() for _ in range(5)] == [second.draw() for _ in range(5)]
 
 
+def test_what_a_callback_keeps_is_given_back_into_its_own_list(make_policy: MakePolicy, tmp_path: Path) -> None:
+    with pytest.raises(StopError):
+        trained(make_policy, "sft", tmp_path, callback=stop_at(4))
+    policy, held = make_policy("llama", torch.float32), list[Any]()
+    record = TrainingRecord(kept={"noise": held}, events=["lost"])
+    source = BufferSource(rows_of(policy), rows_of(policy).view(Selection.DEMONSTRATIONS), 4, seed=3)
+    trainer = Trainer(policy, get_objective("sft"), source, EVERY, record=record, checkpoints=tmp_path)
+    assert trainer.step == 3 and [row[0] for row in held] == [1, 2, 3] and record.events == []
+    assert record.costs.gradient_tokens > 0 and record.costs.wall_seconds > 0
+
+
+def test_checkpoints_come_when_they_are_due(
+    make_policy: MakePolicy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every batch takes 4 seconds, and one is due 10 seconds after the last."""
+    now = 0.0
+    monkeypatch.setattr("rlzoo.training.checkpoints.time.monotonic", lambda: now)
+
+    def passes(trainer: Trainer, step: int) -> None:
+        nonlocal now
+        now += 4.0
+        seen.append(sorted(int(path.stem.removeprefix("step-")) for path in tmp_path.glob("*.piece")))
+
+    seen: list[list[int]] = []
+    settings = EVERY.model_copy(update={"steps": 8, "checkpoint_seconds": 10.0})
+    trained(make_policy, "sft", tmp_path, settings, passes)
+    assert seen == [[], [], [], [3], [3], [3], [3, 6], [3, 6]]
+    none = EVERY.model_copy(update={"checkpoint_seconds": None})
+    assert len(trained(make_policy, "sft", tmp_path / "none", none)[1].steps) == 7 and not (tmp_path / "none").exists()
+
+
 # Numbers that are not finite
+
+
+class Boundless(Objective):
+    """SFT that reports an infinite loss beside a sound gradient."""
+
+    name = "boundless"
+    learns_from = Selection.DEMONSTRATIONS
+
+    def coefficients(self, batch: TokenBatch) -> Coefficients:
+        return Coefficients(torch.ones_like(batch.logp), torch.full_like(batch.logp, torch.inf))
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(make_policy: MakePolicy) -> None:
+    policy = make_policy()
+    with pytest.raises(UserError, match=r"step 1: the gradient is \d.* and the loss inf"):
+        train(policy, Boundless(), rows_of(policy), EVERY)
 
 
 class Broken(Objective):
@@ -296,6 +344,39 @@ def test_weights_that_are_not_finite_are_never_saved(make_policy: MakePolicy, tm
 
 
 # Memory
+
+
+def hungry(policy: Policy, entries: int) -> Policy:
+    """The policy, which runs out of memory in a forward pass of more padded tokens."""
+    forward = policy.forward
+
+    def limited(sequences: Sequences | None = None, **options: Any) -> Any:
+        if sequences is not None and sequences.ids.numel() > entries:
+            raise MemoryError
+        return forward(sequences, **options)
+
+    policy.forward = limited  # type: ignore[method-assign]
+    return policy
+
+
+@pytest.mark.parametrize("name", ["sft", "ppo"])
+def test_micro_batches_are_halved_until_they_fit(make_policy: MakePolicy, name: str) -> None:
+    policy = make_policy()
+    buffer = OfflineBuffer.from_trajectories(list(with_reference(rows_of(policy), policy)))
+    settings = EVERY.model_copy(update={"steps": 2, "batch_size": 12})
+    whole = train(make_policy(), get_objective(name), buffer, settings)
+    found = train(hungry(make_policy(), 40), get_objective(name), buffer, settings)
+    longest = max(len(row.prompt_ids) + len(row.completion_ids) for row in buffer)
+    assert longest <= 20 and found.events
+    told = [re.fullmatch(r"step 1: out of memory with (\d+) tokens .*, now (\d+)", event) for event in found.events]
+    pairs = [tuple(map(int, match.groups())) for match in told if match is not None]
+    assert len(pairs) == len(told) and pairs[0][0] == 4096 and pairs[0][1] < 12 * longest
+    assert all(now <= before / 2 for before, now in pairs) and 20 <= pairs[-1][1] <= 40
+    for row, parted in zip(whole.steps, found.steps, strict=True):
+        assert parted == pytest.approx(row, rel=1e-6, abs=1e-9)
+    with pytest.raises(UserError, match="out of memory with one sequence a micro-batch"):
+        train(hungry(make_policy(), 4), get_objective(name), buffer, settings)
+
 
 HUNGRY = """
 import resource, sys, torch

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from fake_vllm import install
 from transformers import GPTJConfig, GPTJForCausalLM, LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
 from rlzoo import OfflineBuffer, analyze_variance, evaluate, get_objective, train
@@ -22,7 +23,7 @@ from rlzoo.policy import Policy
 from rlzoo.policy.loading import load_policy, save_policy
 from rlzoo.problems import Problem, encode_problems
 from rlzoo.reward import Reward
-from rlzoo.rollout import TransformersSampler, collect_rollouts
+from rlzoo.rollout import TransformersSampler, VLLMSampler, collect_rollouts
 from rlzoo.training import Costs
 from rlzoo.types import Trajectory
 from rlzoo.variance import run as variance
@@ -132,6 +133,20 @@ def test_a_problem_with_a_token_without_an_embedding_is_named(policy: Policy) ->
     rows = from_trl([{"prompt": "1", "completion": "<answer>2"}], policy.tokenizer)
     with pytest.raises(UserError, match=r"^row 1 of the buffer .*\('<answer>'\).*resize_token_embeddings"):
         train(policy, get_objective("sft"), rows, Training(steps=1))
+
+
+def test_prompts_that_vllm_refuses_are_one_line(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
+    install(monkeypatch, policy)
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise ValueError("The decoder prompt (length 12) is longer than the maximum model length of 8")
+
+    sampler = VLLMSampler(policy)
+    monkeypatch.setattr(sampler.engine, "generate", refuse)
+    with pytest.raises(
+        UserError, match=r"^vLLM refuses prompts of up to 12 tokens \(The decoder prompt .*length of 8\)$"
+    ):
+        sampler.sample([[5], [5] * 12], Sampling(samples=1), seed=0)
 
 
 def test_a_model_without_an_embedding_of_its_end_is_refused_when_it_is_loaded(policy: Policy, tmp_path: Path) -> None:

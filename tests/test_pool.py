@@ -13,10 +13,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from rich.console import Console
 
 from rlzoo.comparison import heartbeat
-from rlzoo.comparison.pool import WorkerDiedError, pool
+from rlzoo.comparison.pool import THREAD_VARIABLES, WorkerDiedError, pool
 
 
 def nap(seconds: float, report: Callable[[float, str], None]) -> float:
@@ -73,13 +74,18 @@ def fail(report: Callable[[float, str], None]) -> None:
     raise ZeroDivisionError("a bug")
 
 
+def threads(report: Callable[[float, str], None]) -> tuple[int, list[str]]:
+    return torch.get_num_threads(), [os.environ[name] for name in THREAD_VARIABLES]
+
+
 def test_a_process_that_dies_takes_nothing_with_it(tmp_path: Path) -> None:
-    lines = io.StringIO()
-    with pool(2, 1, Console(file=lines)) as processes:
+    lines, before = io.StringIO(), {name: os.environ.get(name) for name in THREAD_VARIABLES}
+    with pool(2, 2, Console(file=lines)) as processes:
         futures = {
             processes.submit("once", die_once, tmp_path / "mark"): "once",
             processes.submit("always", die): "always",
             processes.submit("bug", fail): "bug",
+            processes.submit("threads", threads): "threads",
             **{processes.submit(f"nap {i}", nap, 0.1): f"nap {i}" for i in range(3)},
         }
         done = dict(processes.gather(futures))
@@ -90,6 +96,8 @@ def test_a_process_that_dies_takes_nothing_with_it(tmp_path: Path) -> None:
     assert str(done["bug"].exception()) == "ZeroDivisionError: a bug"
     told = lines.getvalue().replace("\n", " ")
     assert told.count("; doing it again") == 2
+    assert done["threads"].result() == (2, ["2"] * 3)
+    assert {name: os.environ.get(name) for name in THREAD_VARIABLES} == before
 
 
 @pytest.mark.parametrize("terminal", [False, True])

@@ -243,6 +243,10 @@ TAKE_TEXT: dict[str, Callable[..., list[float]]] = {
     "float": lambda completions, **_: [float(c) for c in completions],
     "add": lambda completions, **_: [float(len(c + "x")) for c in completions],
     "split": lambda completions, **_: [float(c.split("####")[1]) for c in completions],
+    "in": lambda completions, **_: [float("4" in c) for c in completions],
+    "equal": lambda completions, **_: [float(c == "4") for c in completions],
+    "differs": lambda completions, **_: [float(c != "4") for c in completions],
+    "key": lambda completions, **_: [{"4": 1.0}.get(c, 0.0) for c in completions],
     "prompt": lambda prompts, **_: [float(p.endswith("?")) for p in prompts],
 }
 
@@ -278,6 +282,17 @@ def test_a_reward_that_takes_text_and_gets_conversations(name: str, text: str) -
 def test_no_other_error_is_put_down_to_the_form(reward: Any, form: Callable[[str], Any]) -> None:
     told = one_line(lambda: get_reward(reward)([form("q")], [form("4")], info=['{"level": 1}'], answer=[5]))
     assert "raised on row 0" in told and "chat: true" not in told
+
+
+def test_a_conversation_is_a_list_in_all_else() -> None:
+    def mine(completions: Any, **columns: Any) -> list[float]:
+        for c in completions:
+            assert c not in ("", None) and "" not in c
+            assert isinstance(c, list) and c == [{"role": "assistant", "content": "4"}]
+            assert json.loads(json.dumps(c)) == [*c] and {"role": "assistant", "content": "4"} in c
+        return [1.0] * len(completions)
+
+    assert get_reward(mine)([FORMS[1]("q")], [FORMS[1]("4")]) == [1.0]
 
 
 def test_the_hint_is_there_in_a_process_of_its_own_and_for_null(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,8 +16,9 @@ from rlzoo.config import Sampling
 from rlzoo.pieces import Pieces
 from rlzoo.policy import Policy, Sequences
 from rlzoo.problems import Problem, encode_problems
-from rlzoo.reward import Reward
-from rlzoo.rollout import Sample, TransformersSampler, collect_rollouts
+from rlzoo.reward import Reward, get_reward
+from rlzoo.rollout import Sample, TransformersSampler, collect_rollouts, mismatch
+from rlzoo.types import Trajectory
 
 MakePolicy = Callable[..., Policy]
 PROMPTS = [[20, 21, 22], [23], [24, 25, 26, 27, 28], [29, 30]]
@@ -177,7 +179,9 @@ def test_behaviour_log_probs_are_those_at_the_temperature_of_the_sampling(
 
 
 class FakeSampler:
-    """Answers every prompt with its number of tokens."""
+    """Answers every prompt with the numbers of its samples, of which the first have log-probs of their own."""
+
+    scored = 0
 
     def sample(
         self,
@@ -188,7 +192,49 @@ class FakeSampler:
         progress: Callable[[int], None] | None = None,
         numbers: Sequence[int] | None = None,
     ) -> list[list[Sample]]:
-        return [[Sample([30 + n], str(n), truncated=True) for n in range(settings.samples)] for _ in prompts]
+        own = [[-1.0] if n < self.scored else None for n in range(settings.samples)]
+        return [[Sample([30 + n], str(n), truncated=True, logp=logp) for n, logp in enumerate(own)] for _ in prompts]
+
+
+def test_an_engine_s_log_probs_stand_in_for_the_policy_s_where_it_gives_all(make_policy: MakePolicy) -> None:
+    policy, sampler = make_policy("gpt2", dtype=torch.float32), FakeSampler()
+    problems, reward = encode_problems(policy.tokenizer, [problem(1, "17+25=?\n")]), Reward("parrot", parrot)
+    known = [[float(next_logp(policy, problems[0].ids)[30 + n])] for n in range(2)]
+
+    def collected(scored: int, recompute: bool) -> list[tuple[list[float] | None, list[float] | None]]:
+        sampler.scored = scored
+        rows = collect_rollouts(policy, sampler, problems, reward, Sampling(samples=2), 0, recompute=recompute)
+        return [(row.behaviour_logp, row.sampler_logp) for row in rows]
+
+    assert collected(2, recompute=False) == [([-1.0], None)] * 2
+    assert [theirs for _, theirs in collected(2, recompute=True)] == [[-1.0]] * 2
+    for scored, recompute in ((2, True), (1, True), (1, False), (0, False)):
+        for (ours, _), expected in zip(collected(scored, recompute), known, strict=True):
+            assert ours == pytest.approx(expected, abs=1e-5)
+
+
+def test_the_parts_of_a_reward_reach_the_rows(make_policy: MakePolicy) -> None:
+    policy = make_policy("gpt2", dtype=torch.float32)
+    reward = get_reward([{"name": "exact-match"}, {"name": "format", "weight": 0.5, "pattern": "[01]"}])
+    problems = encode_problems(policy.tokenizer, [problem(1, "17+25=?\n")])
+    zero, one = collect_rollouts(policy, FakeSampler(), problems, reward, Sampling(samples=2), seed=0)
+    assert (zero.reward, one.reward) == (0.5, 1.5)
+    assert (list((zero.reward_parts or {}).values()), list((one.reward_parts or {}).values())) == ([0, 1], [1, 1])
+
+
+def test_a_mismatch_by_hand() -> None:
+    """Gaps of log 2, 0 and -log 2: ratios 2, 1, 1/2; k3 = ratio - 1 - gap."""
+    two = math.log(2)
+    known: dict[str, Any] = {"source": "policy", "reward": 1.0}
+    rows = [
+        Trajectory("", "", [1], [2, 3], "a", behaviour_logp=[-1.0, -3.0], sampler_logp=[-1.0 - two, -3.0], **known),
+        Trajectory("", "", [1], [2], "a", behaviour_logp=[-2.0], sampler_logp=[-2.0 + two], **known),
+        Trajectory("", "", [1], [2], "a", behaviour_logp=[-2.0], **known),
+    ]
+    assert mismatch(rows) == pytest.approx(
+        {"tokens": 3, "mean_absolute": 2 * two / 3, "largest": two, "mean_ratio": 3.5 / 3, "kl": 0.5 / 3}
+    )
+    assert mismatch(rows[2:]) is None
 
 
 def test_conversations_get_conversational_completions(make_policy: MakePolicy) -> None:
@@ -269,6 +315,8 @@ def test_prompts_sampled_in_portions_are_sampled_as_they_would_be_together(polic
     assert len(list(tmp_path.iterdir())) == 3  # two prompts of three samples are a batch
     assert [row.completion_ids for row in rows[0]] == [row.completion_ids for row in rows[1]]
     assert len({str([row.completion_ids for row in rows[0][i : i + 3]]) for i in range(0, 15, 3)}) == 5
+    other = collect_rollouts(policy, sampler, problems, reward, settings, seed=5, pieces=Pieces(tmp_path))
+    assert [row.completion_ids for row in other] != [row.completion_ids for row in rows[0]]
 
 
 def test_a_model_with_other_state_is_sampled_by_generate(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:

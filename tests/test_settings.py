@@ -48,8 +48,17 @@ Test = TypeVar("Test", bound=Callable[..., Any])
 SHOWN: dict[str, str] = {}
 """Settings that tests of this file show, by name."""
 OPTIONS = "test_training_options.py"
+REFUSED = "test_chat_refused.py"
 ELSEWHERE = {
-    "Rollouts.top_p": "test_rollout.py::test_behaviour_log_probs_are_those_of_the_distribution_that_was_sampled",
+    "Rollouts.top_p": "test_rollout.py::test_first_tokens_follow_the_models_distribution",
+    "Rollouts.per_seed": "test_compare.py::test_each_seed_may_have_samples_of_its_own",
+    "ProblemSource.bad_rows": "test_bad_rows.py::test_problems_that_cannot_be_read_or_encoded_are_dropped",
+    "ProblemSource.special_tokens": f"{REFUSED}::test_problems_that_spell_special_tokens_are_refused_or_counted",
+    "Table.source": "test_bad_rows.py::test_compare_records_what_it_dropped_of_every_set",
+    "Table.bad_rows": "test_bad_rows.py::test_compare_records_what_it_dropped_of_every_set",
+    "Training.behaviour": "test_buffers_layouts.py::test_samples_without_behaviour_log_probs",
+    "Training.special_tokens": f"{REFUSED}::test_tables_that_spell_special_tokens_are_refused_or_counted",
+    "--bad-rows": "test_bad_rows.py::test_rollout_reports_and_records_what_it_dropped",
     "EvaluationSettings.k": "test_evaluation.py::test_k_is_the_number_of_samples_unless_it_is_given",
     "EvaluationSettings.correct_at": "test_evaluation.py::test_the_threshold_of_correctness_is_a_setting",
     "Training.learning_rate": "test_training.py::test_the_schedule_warms_up_and_follows_a_cosine",
@@ -190,6 +199,25 @@ def test_the_split_of_a_data_set_on_the_hub(monkeypatch: pytest.MonkeyPatch) -> 
     for split in ("train", "test[:10]"):
         (problem,) = load_problems(ProblemSource(source="someone/something", split=split))
         assert problem.prompt == f"of someone/something, {split}" and problem.id == f"{split}-0"
+
+
+@shows("Table.split", "Table.columns", "--split", "--column")
+def test_a_table_to_train_on(tmp_path: Path) -> None:
+    (tmp_path / "shards").mkdir()
+    for split, answer in (("train", "1"), ("dev", "12")):
+        row = {"prompt": "1+1=", "answer": answer, "completion": "123"}
+        (tmp_path / "shards" / f"{split}-00000-of-00001.jsonl").write_text(json.dumps(row) + "\n")
+
+    def learned(*options: str) -> int:
+        """The characters of the completion that is learned from."""
+        out = tmp_path / f"out-{len(list(tmp_path.iterdir()))}"
+        command = ["train", "sft", "--buffer", str(tmp_path / "shards"), "--steps", "1", "--set", "batch_size=1"]
+        assert cli.main([*command, "--out", str(out), *options]) == 0
+        return int(json.loads((out / "training.json").read_text())["costs"]["gradient_tokens"]) - len("1+1=") - 1
+
+    assert learned("--split", "train") == 3
+    assert learned("--split", "train", "--column", "completion=answer") == 1
+    assert learned("--split", "dev", "--column", "completion=answer") == 2
 
 
 # Sampling

@@ -10,11 +10,13 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+from comparisons import small
 from test_training import RAW, Batch, Fixed, distance, make_batch, trained
 
 from rlzoo import analyze_variance
 from rlzoo.buffers import Buffer, OfflineBuffer
 from rlzoo.cli import main
+from rlzoo.comparison.work import views_of
 from rlzoo.errors import UserError
 from rlzoo.objective import Objective, get_objective
 from rlzoo.policy import Policy
@@ -213,6 +215,20 @@ def test_dropped_completions_leave_the_view_and_are_told(name: str, make_policy:
     assert not any("truncated" in event for event in run(rows)[1])
 
 
+def test_a_comparison_drops_them_from_whatever_the_algorithm_learns_from() -> None:
+    rows: dict[str, dict[str, Any]] = {
+        "sft": {},
+        "own": {"objective": "sft", "learns_from": "correct"},
+        "both": {"objective": "mixture", "options": {"weights": {"sft": 1.0, "dpo": 1.0}}},
+    }
+    for name in ("sft", "own"):
+        rows[name]["options"] = {"truncated": "drop"}
+    rows["both"]["options"]["options"] = {"dpo": {"truncated": "drop"}}
+    experiment = small(rows)
+    views = {name: [options.get("truncated") for _, options in views_of(experiment, name)] for name in rows}
+    assert views == {"sft": ["drop"], "own": ["drop"], "both": [None, "drop"]}
+
+
 def test_the_analyzer_measures_what_training_learns_from(make_policy: MakePolicy) -> None:
     policy = make_policy("llama")
     rows = truncated_rows(policy, 0, 4, source="demonstration")
@@ -231,6 +247,31 @@ def test_the_analyzer_measures_what_training_learns_from(make_policy: MakePolicy
         found = analyze_variance(policy, named, OfflineBuffer.from_trajectories(sampled), rows=8, draws=0)
         norms.append(found["objectives"]["grpo"]["data_noise"]["grad_norm_sq"]["value"])
     assert norms[1] == pytest.approx(norms[2]) and norms[0] != pytest.approx(norms[1])
+
+
+@dataclass(frozen=True)
+class Later(Objective):
+    """SFT on all tokens of a demonstration but its first."""
+
+    name: ClassVar[str] = "later"
+    masks: bool = True
+
+    def prepare(self, batch: TokenBatch) -> TokenBatch:
+        mask = batch.mask.clone()
+        mask[:, 0] = False
+        return replace(batch, mask=mask, advantage=torch.zeros_like(batch.logp)) if self.masks else batch
+
+    def coefficients(self, batch: TokenBatch) -> Coefficients:
+        return Coefficients((torch.arange(batch.logp.shape[1]) > 0).to(batch.logp.dtype).expand_as(batch.logp))
+
+
+def test_the_analyzer_reads_an_objective_that_masks_tokens_of_demonstrations(make_policy: MakePolicy) -> None:
+    policy = make_policy("llama")
+    buffer = OfflineBuffer.from_trajectories(truncated_rows(policy, source="demonstration"))
+    named = {"masked": Later(), "weighed": Later(masks=False)}
+    found = analyze_variance(policy, named, buffer, rows=8, draws=256)["objectives"]
+    masked, weighed = (found[name]["token_moments"]["predicted_trace_cov"] for name in named)
+    assert masked == pytest.approx(weighed) and masked > 0
 
 
 def test_what_cannot_be_done_with_truncated_completions_is_refused(make_policy: MakePolicy) -> None:

@@ -85,6 +85,9 @@ T1, T2 = 12.706205, 4.302653
         # 3 seeds × 2 problems without noise: row means ½, 1½, 2½, mean squares 2·2/2 = 2 and 3·½/1 = 3/2; se² = 3.5/6,
         # and t is (2·t₂ + 1.5·t₁)/3.5.
         ([[0.0, 1.0], [1.0, 2.0], [2.0, 3.0]], (2 * T2 + 1.5 * T1) / 3.5 * (3.5 / 6) ** 0.5),
+        # Seeds -2, 0, 2, problems ∓1 and noise ∓½, ±1, ∓½: mean squares 8, 6 and 3/2, so the parts are 6.5, 4.5 and
+        # 1.5. The noise goes with the seeds, the larger: t is ((6.5 + 1.5)·t₂ + 4.5·t₁)/12.5.
+        ([[-3.5, -0.5], [0.0, 0.0], [0.5, 3.5]], (8 * T2 + 4.5 * T1) / 12.5 * (12.5 / 6) ** 0.5),
     ],
 )
 def test_intervals_by_hand(scores: list[list[float]], reach: float) -> None:
@@ -153,6 +156,9 @@ def test_pairing_removes_what_two_algorithms_share() -> None:
     difference = paired_difference(hard + 0.1, hard)
     assert difference == pytest.approx((0.1, 0.1, 0.1))
     assert p_value(hard + 0.1 - hard) < 1e-12 and p_value(hard - 0.5) > 0.01
+    noisy = rng.random((3, 60))
+    assert paired_difference(noisy, hard, level=0.5) == crossed_interval(noisy - hard, level=0.5)
+    assert paired_difference(noisy, hard, level=0.5).high < paired_difference(noisy, hard).high
     with pytest.raises(ValueError, match="equal shapes"):
         paired_difference(hard, hard[:, 1:])
 
@@ -179,6 +185,20 @@ def test_summary_has_a_row_for_every_algorithm_and_metric() -> None:
         "algorithm": "a", "benchmark": "sums", "metric": "avg_at_k",
         "mean": 0.75, "ci_low": 0.0, "ci_high": 1.0, "seeds": 2,
     }  # fmt: skip
+
+
+def test_each_benchmark_has_its_own_k_and_its_own_rows() -> None:
+    correct = {("b", 0): [[1, 0]], ("a", 0): [[1, 0]]}
+    table = pa.concat_tables([outcome_table(correct, "sums"), outcome_table(correct, "words")])
+    rows = summarise(table, k={"sums": 1, "words": 2})
+    assert [(row["benchmark"], row["algorithm"], row["metric"]) for row in rows] == [
+        (benchmark, algorithm, metric)
+        for benchmark in ("sums", "words")
+        for algorithm in ("b", "a")
+        for metric in ("avg_at_k", "greedy", "pass_at_k")
+    ]
+    chances = {row["benchmark"]: row["mean"] for row in rows if row["metric"] == "pass_at_k"}
+    assert chances == {"sums": 0.5, "words": 1.0}
 
 
 def test_comparison_pairs_shared_seeds_and_sets_the_base_beside_each() -> None:

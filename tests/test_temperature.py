@@ -244,6 +244,15 @@ def test_plain_policy_gradients_are_those_of_the_policy_that_samples(rows: Rows,
     torch.testing.assert_close(gradients(found.policy), gradients(expected), rtol=1e-6, atol=1e-9)
 
 
+def test_ratios_to_samples_without_log_probs_start_at_one(
+    rows: Rows, make_policy: MakePolicy, watched: Callable[[Objective], Seen]
+) -> None:
+    bare = OfflineBuffer.from_trajectories([replace(row, behaviour_logp=None) for row in rows(OWN, 0.6, 0.8)])
+    seen = watched(get_objective("grpo"))
+    train(make_policy(), get_objective("grpo"), bare, STEP.model_copy(update={"behaviour": "current"}))
+    assert_ratios_are_one(seen)
+
+
 def test_parts_of_a_mixture_have_temperatures_of_their_own(
     rows: Rows, policy: Policy, make_policy: MakePolicy, watched: Callable[[Objective], Seen]
 ) -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from comparisons import inline_pool, small
 
+from rlzoo.buffers import OfflineBuffer
 from rlzoo.comparison.runner import compare
 from rlzoo.config import Training
 from rlzoo.errors import UserError
@@ -19,7 +20,7 @@ from rlzoo.policy import Policy, load_policy
 from rlzoo.policy.adapters import adapters
 from rlzoo.policy.loading import save_policy
 from rlzoo.policy.policy import score_rows
-from rlzoo.training import Trainer
+from rlzoo.training import Trainer, train
 from rlzoo.training.savings import gradients_in_place
 from rlzoo.types import Trajectory
 
@@ -87,6 +88,18 @@ def test_lora_trains_the_adapters_alone(tmp_path: Path) -> None:
         assert x == pytest.approx(y, abs=1e-5)
     config = json.loads((tmp_path / "saved" / "adapter" / "adapter_config.json").read_text())
     assert config["r"] == 8 and config["base_model_name_or_path"] == "embedded"
+
+
+def test_adapters_are_drawn_by_the_seed_of_the_run() -> None:
+    settings = Training.model_validate({"steps": 1, "batch_size": 8, "lora": {"rank": 2}})
+    buffer = OfflineBuffer.from_trajectories(ROWS)
+    found = []
+    for attempt, seed in enumerate((3, 3, 4)):
+        policy = load_policy("embedded")
+        torch.rand(attempt)  # whatever was drawn before must not matter
+        train(policy, get_objective("rft"), buffer, settings, seed=seed)
+        found.append([layer.lora_A["default"].weight.detach() for layer in adapters(policy.model).values()])
+    assert all(map(torch.equal, found[0], found[1])) and not any(map(torch.equal, found[0], found[2]))
 
 
 @pytest.mark.parametrize("name", ["dpo", "ppo", "grpo", "iw-sft"])

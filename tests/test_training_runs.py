@@ -272,6 +272,33 @@ def test_a_run_has_as_many_steps_as_were_asked_for(
     assert record.costs.gradient_tokens == steps * sum(len(r.prompt_ids) + len(r.completion_ids) for r in rows)
 
 
+def test_peak_memory_is_the_highest_of_all_steps_and_no_callback_s(
+    make_policy: MakePolicy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    peak, step = 0, 0
+
+    def rises(to: int) -> None:
+        nonlocal peak
+        peak = max(peak, to)
+
+    def reset() -> None:
+        nonlocal peak
+        peak = 0
+
+    def callback(_: Trainer, done: int) -> None:
+        nonlocal step
+        step = done
+        rises(1000)
+
+    policy = make_policy()
+    policy.model.transformer.wte.register_forward_hook(lambda *_: rises([10, 30, 20, 15][step]))
+    monkeypatch.setattr("rlzoo.training.trainer.reset_peak_memory", reset)
+    monkeypatch.setattr("rlzoo.training.trainer.peak_memory_bytes", lambda: peak)
+    settings = QUICK.model_copy(update={"steps": 4, "updates_per_batch": 2})
+    record = train(policy, get_objective("sft"), demonstrated(policy), settings, callbacks=[callback])
+    assert record.costs.peak_memory_bytes == 30
+
+
 def test_memory_is_measured_where_the_peak_cannot_be_reset(
     make_policy: MakePolicy, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -99,9 +99,9 @@ def test_every_registered_objective_is_reported_in_full(report: dict[str, Any]) 
             assert "a policy sampled" in entry["token_moments"]["reason"]
         assert set(entry["data_noise"]) == NOISE and all(map(is_estimate, entry["data_noise"].values()))
         assert set(entry["layers"]) == set(report["layers"])
-        assert 30 <= entry["rows"] <= 480 and 0 < entry["units"] <= entry["rows"]
+        assert 30 <= entry["rows"] <= 480 and 0 < entry["prompts"] <= entry["units"] <= entry["rows"]
         proxies = entry["proxies"]
-        assert proxies["total_power"]["exact"] == pytest.approx(sum(proxies["units"]["exact"]) / entry["units"])
+        assert proxies["total_power"]["exact"] == pytest.approx(sum(proxies["prompts"]["exact"]) / entry["prompts"])
     assert {row["objective"] for row in report["bins"]} == read >= {"sft", "dft", "iw-sft", "dft-control"}
 
 
@@ -145,7 +145,10 @@ def test_the_same_seed_gives_the_same_report(base: Policy, buffer: Buffer) -> No
 def test_sft_is_measured_for_comparison_even_if_not_asked_for(base: Policy, buffer: Buffer) -> None:
     found = analyze_variance(base, ["dft"], buffer, rows=24, draws=0)
     assert list(found["objectives"]) == ["dft"] and found["cosines"]["dft"].keys() == {"dft", "(demonstrations)"}
-    assert 0 < found["objectives"]["dft"]["data_noise"]["cosine_to_sft"]["value"] < 1
+    cosine = found["objectives"]["dft"]["data_noise"]["cosine_to_sft"]
+    assert cosine["value"] is None and "the noise hides the gradient" in cosine["reason"]  # over 24 rows
+    assert found["cosines"]["dft"] == {"dft": 1, "(demonstrations)": None}
+    assert -1 <= cosine["ci_low"] < cosine["ci_high"] == 1
 
 
 def test_rows_that_are_missing_skip_an_objective_and_are_named(base: Policy, buffer: Buffer) -> None:
@@ -216,7 +219,7 @@ def test_an_experiments_rows_are_measured_on_what_they_learn_from(base: Policy, 
     named = {"a": get_objective("sft"), "b": get_objective("sft"), "c": get_objective("dpo")}
     found = analyze_variance(base, named, buffer, rows=24, draws=0, learns_from={"b": Selection.CORRECT})
     assert found["objectives"]["a"]["data_noise"]["cosine_to_sft"]["value"] == 1
-    assert found["objectives"]["b"]["data_noise"]["cosine_to_sft"]["value"] < 1
+    assert found["objectives"]["b"]["data_noise"]["cosine_to_sft"]["value"] is None
     assert "correct" in found["objectives"]["b"]["token_moments"]["reason"]
     with pytest.raises(UserError, match="c: learns_from is demonstrations or correct"):
         analyze_variance(base, named, buffer, draws=0, learns_from={"c": Selection.CORRECT})

@@ -16,7 +16,7 @@ from rlzoo import OfflineBuffer
 from rlzoo.errors import UserError
 from rlzoo.objective import Objective, get_objective, is_composite, list_objectives, objective_class, surrogate
 from rlzoo.policy import Policy, Sequences
-from rlzoo.types import STATISTICS, Coefficients, Need, Selection, TokenBatch, Trajectory
+from rlzoo.types import STATISTICS, Coefficients, Need, TokenBatch, Trajectory
 from rlzoo.variance import analyze_variance, head_pass, pieces
 from rlzoo.variance.gradients import GradientMeter
 from rlzoo.variance.modules import Modules
@@ -468,30 +468,60 @@ def test_the_mean_gradient_is_that_of_the_surrogate(make_model: MakeModel, name:
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "gpt2"])
 def test_the_reported_noise_is_that_of_torch_func(make_model: MakeModel, kind: str, tied: bool) -> None:
-    """tr Σ, ‖G‖², cosines and norm ratios of the report, from one gradient a row by torch.func."""
+    """tr Σ, ‖G‖², cosines and norm ratios of the report, from one gradient per row by torch.func."""
     policy = make_model(kind, tied)
-    buffer = buffer_of(policy)
-    report = analyze_variance(policy, ["sft", "dft"], buffer, rows=100, draws=0, token_budget=60)
-    rows = [buffer[i] for (i,) in buffer.view(Selection.DEMONSTRATIONS).units]
-    count = sum(len(row.completion_ids) for row in rows)
-    ones = torch.ones(len(rows), max(len(row.completion_ids) for row in rows), dtype=torch.float64)
+    random, _ = random_rows(policy)
+    prompts = [[3 + i, *random[0].prompt_ids] for i in range(12)]  # alike, so that the gradient stands out
+    rows = [Trajectory("", "", ids, random[0].completion_ids, str(i)) for i, ids in enumerate(prompts)]
+    report = analyze_variance(policy, ["sft", "dft"], OfflineBuffer.from_trajectories(rows), draws=0, token_budget=60)
+    n, ones = len(rows), torch.ones(len(rows), len(rows[0].completion_ids), dtype=torch.float64)
     sequences = Sequences.collate([r.prompt_ids for r in rows], [r.completion_ids for r in rows], policy.device)
     with torch.no_grad():
         p = policy(sequences).logp.exp()
-    means = {}
+    gradients, norms = {}, {}
     for name, weight in (("sft", ones), ("dft", p)):
-        by_row = flat(by_torch_func(policy, rows, weight)) * len(rows) / count
-        power, mean = float(by_row.square().sum(1).mean()), by_row.mean(0)
-        means[name] = mean
+        by_row = gradients[name] = flat(by_torch_func(policy, rows, weight)) / len(rows[0].completion_ids)
+        power, squared = float(by_row.square().sum(1).mean()), float(by_row.mean(0).square().sum())
+        norms[name] = gradient_squared_norm(n, power, squared)
         noise = report["objectives"][name]["data_noise"]
-        n, squared = len(rows), float(mean.square().sum())
         assert noise["trace_cov"]["value"] == pytest.approx(trace_cov(n, power, squared), rel=1e-9)
-        assert noise["grad_norm_sq"]["value"] == pytest.approx(gradient_squared_norm(n, power, squared), rel=1e-7)
+        assert noise["grad_norm_sq"]["value"] == pytest.approx(norms[name], rel=1e-9)
         assert trace_cov(n, power, squared) == pytest.approx(float(by_row.var(0).sum()), rel=1e-9)
-        assert noise["norm_ratio_to_sft"]["value"] == pytest.approx(float(mean.norm() / means["sft"].norm()), rel=1e-9)
-        cosine = float(torch.cosine_similarity(mean, means["sft"], dim=0))
-        assert noise["cosine_to_sft"]["value"] == pytest.approx(cosine, rel=1e-9)
-        assert report["cosines"][name]["sft"] == pytest.approx(cosine, rel=1e-9)
+    # over all pairs of different rows, as an unbiased inner product is
+    products = gradients["dft"] @ gradients["sft"].T
+    inner = float(products.sum() - products.trace()) / (n * (n - 1))
+    noise, cosine = report["objectives"]["dft"]["data_noise"], inner / (norms["dft"] * norms["sft"]) ** 0.5
+    assert noise["norm_ratio_to_sft"]["value"] == pytest.approx((norms["dft"] / norms["sft"]) ** 0.5, rel=1e-9)
+    assert noise["cosine_to_sft"]["value"] == pytest.approx(cosine, rel=5e-3)  # ⟨g, g'⟩ of one row is projected
+    assert report["cosines"]["dft"]["sft"] == pytest.approx(noise["cosine_to_sft"]["value"])
+    assert noise["cosine_to_sft"]["ci_low"] < cosine < noise["cosine_to_sft"]["ci_high"]
+
+
+def test_rows_of_one_prompt_are_one_draw(make_model: MakeModel) -> None:
+    """A row four times over under one prompt is no more evidence than once."""
+    policy = make_model()
+    random, _ = random_rows(policy)
+    once = [Trajectory("", "", r.prompt_ids, r.completion_ids, str(i)) for i, r in enumerate(random)]
+    apart = [replace(row, prompt_id=f"{row.prompt_id}-{k}") for row in once for k in range(4)]
+    one, four, wrong = (
+        analyze_variance(policy, ["sft"], OfflineBuffer.from_trajectories(rows), draws=0)["objectives"]["sft"]
+        for rows in (once, [row for row in once for _ in range(4)], apart)
+    )
+    assert (four["rows"], four["prompts"], wrong["prompts"]) == (36, 9, 36)
+    assert_close_nested(four["data_noise"], one["data_noise"])
+    assert wrong["data_noise"]["grad_norm_sq"]["value"] > one["data_noise"]["grad_norm_sq"]["value"] + 1e-9
+
+
+def test_objectives_look_at_the_same_prompts(make_model: MakeModel) -> None:
+    policy = make_model()
+    rows = list(buffer_of(policy))
+    rows = [replace(row, prompt_id=row.prompt_id.removeprefix("p")) for row in rows]  # samples of the experts' prompts
+    named = {name: get_objective(name) for name in ("sft", "grpo", "dpo")}
+    _, subjects, _ = subjects_of(named, OfflineBuffer.from_trajectories(rows), 8, 0, None)
+    prompts = {name: set(subject.prompts) for name, subject in subjects.items()}
+    assert prompts["grpo"] <= prompts["dpo"] and prompts["grpo"] & prompts["sft"]
+    for subject in subjects.values():
+        assert sorted(row for own in subject.prompts.values() for row in own) == sorted(subject.rows)
 
 
 def test_bfloat16_measures_in_float32(make_model: MakeModel) -> None:

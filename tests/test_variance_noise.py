@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 
+from rlzoo.experiments.benchmarks.coverage import CASES, Case, gradients, units
 from rlzoo.variance.noise import (
     Units,
     against,
     data_noise,
     gradient_squared_norm,
+    inner_product,
     nothing,
     rank_correlation,
     trace_cov,
+    within,
 )
 
 
-def units_of(gradients: np.ndarray) -> Units:
+def units_of(gradients: np.ndarray, prompt: Any = None) -> Units:
     """Gradients whose projections are themselves: the exact inner products."""
-    return Units(np.square(gradients).sum(1), gradients, float(np.square(gradients.mean(0)).sum()))
+    return units(gradients, None if prompt is None else np.asarray(prompt))
 
 
 def test_the_estimators_by_hand() -> None:
@@ -35,100 +39,120 @@ def test_the_estimators_by_hand() -> None:
     assert values == pytest.approx(expected)
 
 
-def test_the_jackknife_by_hand() -> None:
-    # Leaving one of the three out, tr Σ is that of a pair, half its squared distance: 5, 5 and 2 for
-    # g_1, g_2, g_3. In logs, (n-1)/n Σ (x - x̄)² is their variance.
-    units = units_of(np.array([[1.0, 0], [3, 0], [2, 3]]))
-    left_out = np.log([10 / 2, 10 / 2, 4 / 2])
-    reach = 4.302653 * np.sqrt(2 * np.var(left_out))  # Student's t with 2 degrees of freedom
-    found = data_noise(units)["trace_cov"]
-    assert found["ci_low"] == pytest.approx(4 * np.exp(-reach), rel=1e-6)
-    assert found["ci_high"] == pytest.approx(4 * np.exp(reach), rel=1e-6)
+def test_paired_inner_products_by_hand() -> None:
+    # g = (1, 0), (3, 0), (2, 3) and g' = (0, 2), (1, 1), (2, 0). Over the six ordered pairs of different prompts
+    # ⟨g_p, g'_q⟩ is 1, 2, 0, 6, 6 and 5.
+    first, other = np.array([[1.0, 0], [3, 0], [2, 3]]), np.array([[0.0, 2], [1, 1], [2, 0]])
+    pairs = [first[p] @ other[q] for p in range(3) for q in range(3) if p != q]
+    assert pairs == [1, 2, 0, 6, 6, 5]
+    of_means = float(first.mean(0) @ other.mean(0))  # (2, 1) · (1, 1) = 3
+    same = within(units_of(first), units_of(other))  # 0 + 3 + 4
+    assert (of_means, same) == pytest.approx((3, 7))
+    assert inner_product(3, 3, 3, of_means, same) == pytest.approx(20 / 6)
+    apart = units_of(first), units_of(other, prompt=[5, 6, 7])
+    assert within(*apart) == 0 and inner_product(3, 3, 0, of_means, 0.0) == pytest.approx(3)
 
 
-def simulate(repeats: int, units: int) -> dict[str, Any]:
-    rng = np.random.default_rng(0)
-    mean = np.zeros(20)
-    mean[:2] = 0.5, 1.0
-    scale = np.linspace(0.2, 1.5, 20)
-    draws = mean + scale * rng.standard_normal((repeats, units, 20))
-    truth = {"grad_norm_sq": float(mean @ mean), "trace_cov": float(scale @ scale)}
-    truth["snr"] = truth["grad_norm_sq"] / truth["trace_cov"]
-    return {"truth": truth, "found": [data_noise(units_of(g)) for g in draws]}
+def test_prompts_are_paired_by_name_whatever_their_order() -> None:
+    rng = np.random.default_rng(7)
+    first, other = rng.standard_normal((30, 8)) + 1, rng.standard_normal((20, 8)) + np.arange(8) / 3
+    other[:10] += 0.5 * (first[:10] - 1)  # ten prompts in common
+    order = rng.permutation(20)
+    names = np.arange(20) + np.where(np.arange(20) < 10, 0, 100)
+    of_means = float(first.mean(0) @ other.mean(0))
+    plain = against(units_of(first), units_of(other, prompt=names), of_means)
+    shuffled = against(units_of(first), units_of(other[order], prompt=names[order]), of_means)
+    for name, estimate in plain.items():
+        assert shuffled[name] == pytest.approx(estimate, rel=1e-9), name
+    # the mean over all pairs of different prompts, directly
+    pairs = [first[p] @ other[q] for p in range(30) for q in range(20) if p != names[q]]
+    norms = [
+        gradient_squared_norm(len(g), np.square(g).sum(1).mean(), np.square(g.mean(0)).sum()) for g in (first, other)
+    ]
+    assert plain["cosine"]["value"] == pytest.approx(np.mean(pairs) / np.sqrt(np.prod(norms)))
 
 
-def test_the_estimators_are_unbiased_and_their_intervals_cover() -> None:
-    simulated = simulate(2000, 40)
-    # the jackknife overstates the variance of what is quadratic in the gradients' noise (Efron and Stein 1981)
-    bounds = {"trace_cov": (0.93, 0.97), "grad_norm_sq": (0.95, 0.99), "snr": (0.95, 0.99)}
-    for name, truth in simulated["truth"].items():
-        estimates = [found[name] for found in simulated["found"]]
-        values = np.array([e["value"] for e in estimates])
-        assert abs(values.mean() - truth) < 4 * values.std() / np.sqrt(len(values)), name
-        covered = np.mean([e["ci_low"] <= truth <= e["ci_high"] for e in estimates])
-        low, high = bounds[name]
-        assert low <= covered <= high, (name, covered)
+BOUNDS = {"grad_norm_sq": 0.05, "trace_cov": 0.01, "noise_scale": 0.08, "snr": 0.05, "cosine": 0.06, "norm_ratio": 0.06}
 
 
-def test_a_drowned_gradient_has_no_noise_scale() -> None:
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    "name", ["same prompts, correlated 0.9, orthogonal", "other prompts", "same prompts, 4 rows each"]
+)
+def test_estimates_are_unbiased_and_their_intervals_cover(name: str) -> None:
+    """A short run of experiments/benchmarks/coverage.py."""
+    case = replace(CASES[name], prompts=40, others=40, common=40 * (CASES[name].common > 0))
+    found = gradients(case, 500, seed=2)
+    assert found.keys() == BOUNDS.keys()
+    for quantity, numbers in found.items():
+        assert 0.92 <= numbers["coverage"] <= 0.98, (quantity, numbers)  # 93 to 97 %, give or take a standard error
+        assert abs(numbers["bias"]) <= BOUNDS[quantity], (quantity, numbers)
+        assert numbers["shown"] == 1
+
+
+def test_a_hidden_gradient_has_intervals_and_no_number() -> None:
+    case = Case(noise=10, prompts=40, others=40, common=40)
+    found = gradients(case, 200)
+    for quantity, numbers in found.items():
+        assert numbers["coverage"] >= 0.93, (quantity, numbers)
+    assert (
+        found["grad_norm_sq"]["shown"] == 1 and found["cosine"]["shown"] < 0.1 and found["noise_scale"]["shown"] < 0.15
+    )
+    first, second = case.draw(np.random.default_rng(0))
+    noise, pair = data_noise(first), against(first, second, float(first.sketch.mean(0) @ second.sketch.mean(0)))
+    for estimate in (noise["noise_scale"], pair["cosine"], pair["norm_ratio"]):
+        assert estimate["value"] is None and "the noise hides the gradient" in estimate["reason"]
+    assert noise["noise_scale"]["ci_low"] == pytest.approx(1 / noise["snr"]["ci_high"])
+    assert noise["noise_scale"]["ci_high"] is None and noise["snr"]["ci_low"] <= 0
+
+
+def test_the_noise_scale_is_the_inverse_of_the_signal() -> None:
     rng = np.random.default_rng(1)
-    found = data_noise(units_of(rng.standard_normal((30, 50))))
-    scale = found["noise_scale"]
-    assert (scale["value"] is None) == (found["snr"]["value"] <= 0)
-    weak = data_noise(units_of(rng.standard_normal((30, 50)) + 0.05))["noise_scale"]
-    assert weak["ci_high"] is None  # the interval of the signal reaches 0
+    noise = data_noise(units_of(rng.standard_normal((50, 30)) + 0.5))
+    for end, other in (("value", "value"), ("ci_low", "ci_high"), ("ci_high", "ci_low")):
+        assert noise["noise_scale"][end] == pytest.approx(1 / noise["snr"][other])
 
 
-def test_too_few_units_give_reasons() -> None:
+def test_too_few_prompts_give_reasons() -> None:
     two = units_of(np.eye(2))
-    assert all(e == nothing("fewer than 3 units") for e in data_noise(two).values())
-    assert against(two, two, 0.5, paired=True)["cosine"]["reason"] == "fewer than 3 units"
+    assert all(e == nothing("fewer than 3 prompts") for e in data_noise(two).values())
+    other = units_of(np.array([[1.0, 0], [1, 0]]))
+    assert against(two, other, 0.5)["cosine"]["reason"] == "fewer than 3 prompts"
     zero = units_of(np.zeros((5, 2)))
-    assert against(zero, units_of(np.ones((5, 2))), 0.0, paired=True)["cosine"]["reason"] == "a gradient is 0"
+    assert against(zero, units_of(np.ones((5, 2))), 0.0)["cosine"]["reason"] == "a gradient is 0"
 
 
-@pytest.mark.parametrize("paired", [True, False])
-def test_cosine_and_norm_ratio_cover_the_truth(paired: bool) -> None:
-    rng = np.random.default_rng(2)
-    a, b = np.array([2.0, 1.0, 0, 0]), np.array([1.0, 2.0, 1.0, 0])
-    cosine, ratio = a @ b / np.sqrt(a @ a * (b @ b)), np.sqrt(a @ a / (b @ b))
-    hits = np.zeros(2)
-    for _ in range(400):
-        shared = rng.standard_normal((60, 4))
-        own = shared if paired else rng.standard_normal((60, 4))
-        first, second = a + own, b + 0.5 * shared + 0.5 * rng.standard_normal((60, 4))
-        found = against(units_of(first), units_of(second), float(first.mean(0) @ second.mean(0)), paired)
-        hits += [e["ci_low"] <= t <= e["ci_high"] for e, t in zip(found.values(), (cosine, ratio), strict=True)]
-    assert ((hits / 400 >= 0.92) & (hits / 400 <= 0.985)).all(), hits / 400
-
-
-def test_the_same_gradient_has_cosine_one_whatever_the_projection() -> None:
+@pytest.mark.parametrize("factor", [1.0, -0.4])
+def test_proportional_gradients_have_their_cosine_whatever_noise_and_projection(factor: float) -> None:
     rng = np.random.default_rng(3)
-    gradients = rng.standard_normal((20, 6)) + 1
-    units = Units(np.square(gradients).sum(1), rng.standard_normal((20, 3)), float(np.square(gradients.mean(0)).sum()))
-    found = against(units, units, units.mean_squared_norm, paired=True)
-    assert found["cosine"] == {"value": 1.0, "ci_low": 1.0, "ci_high": 1.0}
-    assert found["norm_ratio"] == {"value": 1.0, "ci_low": 1.0, "ci_high": 1.0}
+    gradients = rng.standard_normal((20, 6))  # all noise
+    sketch = rng.standard_normal((20, 3))
+    size = float(np.square(gradients.mean(0)).sum())
+    first = Units(np.square(gradients).sum(1), sketch, size)
+    other = Units(factor**2 * first.squared_norm, factor * sketch, factor**2 * size)
+    found = against(other, first, factor * size)
+    for name, value in (("cosine", np.sign(factor)), ("norm_ratio", abs(factor))):
+        assert found[name] == pytest.approx({"value": value, "ci_low": value, "ci_high": value})
 
 
-def test_projections_widen_intervals_and_move_no_value() -> None:
-    """Close gradients too: intervals of cosines near 1 exist and hold the truth."""
+def test_projections_hardly_move_a_cosine_and_no_norm() -> None:
+    """Norms are exact, so that the projection's error is that of ⟨g_p, g'_p⟩ on one prompt alone."""
     rng = np.random.default_rng(5)
-    hits, wider = 0, []
-    for _ in range(100):
-        first = rng.standard_normal((60, 40)) + 1
-        second = first + 0.05 * rng.standard_normal((60, 40))
+    moved, widths = [], []
+    for _ in range(50):
+        first = rng.standard_normal((60, 40)) + 0.4
+        second = 0.9 * first + 0.4 * rng.standard_normal((60, 40))
         signs = rng.choice([-1, 1], (40, 64)) / 8
         exact = [units_of(g) for g in (first, second)]
         projected = [Units(u.squared_norm, u.sketch @ signs, u.mean_squared_norm) for u in exact]
-        inner = float(first.mean(0) @ second.mean(0))
-        one, other = (against(a, b, inner, paired=True)["cosine"] for a, b in (exact, projected))
-        assert one["value"] == other["value"] > 0.99
-        hits += other["ci_low"] <= 1 / np.sqrt(1 + 0.0025 * 40 / 60 / 40) <= other["ci_high"]
-        wider.append((other["ci_high"] - other["ci_low"]) / (one["ci_high"] - one["ci_low"]))
-        noise = data_noise(projected[0])
-        assert noise["trace_cov"]["value"] == data_noise(exact[0])["trace_cov"]["value"]
-    assert hits >= 85 and 0.8 < np.median(wider) < 3
+        of_means = float(first.mean(0) @ second.mean(0))
+        one, other = (against(a, b, of_means) for a, b in (exact, projected))
+        assert one["norm_ratio"]["value"] == other["norm_ratio"]["value"]
+        assert data_noise(projected[0])["trace_cov"]["value"] == data_noise(exact[0])["trace_cov"]["value"]
+        moved.append(other["cosine"]["value"] - one["cosine"]["value"])
+        widths.append([e["cosine"]["ci_high"] - e["cosine"]["ci_low"] for e in (one, other)])
+    exact_width, width = np.mean(widths, 0)
+    assert np.std(moved) < 0.1 * exact_width and 0.9 < width / exact_width < 1.5
 
 
 def test_rank_correlation_and_its_interval() -> None:

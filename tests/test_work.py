@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import io
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,10 @@ class Call:
     greedy: bool
     given: list[list[Sample]]
     weights: float
-    """Of the policy that was sampled."""
+    """The sum of those of the policy that was sampled."""
+    trained: int
+    """How many of them take a gradient."""
+    dtype: torch.dtype
 
     @property
     def trains(self) -> bool:
@@ -73,7 +77,9 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[Call]:
         given = real(self, prompts, settings, seed, greedy, progress, numbers)
         with torch.no_grad():
             weights = float(sum(p.double().sum() for p in self.policy.model.parameters()))
-        made.append(Call(tuple(map(tuple, prompts)), settings, seed, greedy, given, weights))
+        trained = sum(p.numel() for p in self.policy.model.parameters() if p.requires_grad)
+        dtype = self.policy.model.dtype
+        made.append(Call(tuple(map(tuple, prompts)), settings, seed, greedy, given, weights, trained, dtype))
         return given
 
     monkeypatch.setattr(TransformersSampler, "sample", sample)
@@ -113,7 +119,8 @@ def by_name(results: Mapping[str, Any]) -> dict[str, Any]:
 def test_a_cell_trains_as_train_does_and_bears_its_share_of_the_costs(base: Policy, tmp_path: Path) -> None:
     """Sampled tokens were sampled and then scored once; the reference scored the whole buffer."""
     rates = {"sft": 1e-2, "rft": 3e-3, "iw-sft": 2e-4, "dpo": 5e-4}
-    rows = {name: {"learning_rates": [rate]} for name, rate in rates.items()}
+    options: dict[str, dict[str, Any]] = {"rft": {"samples_per_prompt": 1}, "dpo": {"beta": 0.7}}
+    rows = {name: {"learning_rates": [rate], "options": options.get(name, {})} for name, rate in rates.items()}
     experiment = small(rows, seeds=[3], evaluation=NO_CURVE, training__steps=3)
     results = compared(experiment, tmp_path / "out")
     buffer = OfflineBuffer.load(tmp_path / "out" / "buffer")
@@ -127,7 +134,8 @@ def test_a_cell_trains_as_train_does_and_bears_its_share_of_the_costs(base: Poli
     assert results["buffer"]["sampled_tokens"] == completions > 0
     for name, cell in by_name(results).items():
         settings = experiment.training_of(name).model_copy(update={"learning_rate": rates[name]})
-        alone = train(load_policy("embedded"), get_objective(name), buffer, settings, seed=3)
+        objective = get_objective(name, **options.get(name, {}))
+        alone = train(load_policy("embedded"), objective, buffer, settings, seed=3)
         assert cell["training"] == alone.plain_steps(), name
         assert max(row["learning_rate"] for row in cell["training"]) == rates[name] == cell["learning_rate"]
         sampled, flops = shared[name]
@@ -169,7 +177,14 @@ def test_online_batches_have_seeds_of_their_own_and_go_through_the_prompts(
     assert online[0].prompts != online[3].prompts and online[0].weights == online[3].weights
 
 
-def test_what_is_drawn_in_a_cell_hangs_on_its_seed_alone(tmp_path: Path) -> None:
+def test_an_online_cell_is_held_to_the_policy_it_began_as(tmp_path: Path) -> None:
+    rows = {"grpo": {"mode": "online", "learning_rates": [1e-2]}}
+    (cell,) = compared(small(rows, evaluation=NO_CURVE, training__steps=3), tmp_path / "out")["cells"]
+    first, second, third = (row["kl"] for row in cell["training"])
+    assert first == pytest.approx(0, abs=1e-6) and second > 1e-3 and third > 1e-3
+
+
+def test_what_is_drawn_in_a_cell_hangs_on_its_seed_alone(calls: list[Call], tmp_path: Path) -> None:
     """LoRA's first factor is drawn; on the same rows it decides the gradient of the second."""
     rows: list[Any] = []
     for attempt in range(2):
@@ -179,6 +194,10 @@ def test_what_is_drawn_in_a_cell_hangs_on_its_seed_alone(tmp_path: Path) -> None
         )
         rows.append([cell["training"] for cell in compared(experiment, tmp_path / str(attempt))["cells"]])
     assert rows[0] == rows[1]
+    adapted = load_policy("embedded")
+    adapted.add_lora(rank=2)
+    expected = sum(p.numel() for p in adapted.model.parameters() if p.requires_grad)
+    assert {call.trained for call in calls if call.seed == 1} == {expected}
     (first,), (second,) = rows[0]
     assert first["loss"] == pytest.approx(second["loss"], rel=1e-6)
     assert first["gradient_norm"] != pytest.approx(second["gradient_norm"], rel=1e-3)
@@ -191,7 +210,82 @@ def test_the_settings_of_a_row_are_its_own(tmp_path: Path) -> None:
     assert cells["longer"]["costs"]["gradient_tokens"] < cells["sft"]["costs"]["gradient_tokens"]
 
 
+def test_weights_have_the_dtype_that_was_asked_for_and_demonstrations_their_length(
+    calls: list[Call], tmp_path: Path
+) -> None:
+    half = {"objective": "sft", "training": {"dtype": "bfloat16"}}
+    rows = {"rft": {}, "sft": {"learning_rates": [1e-3, 1e-2]}, "half": half}
+    training = {"steps": 1, "batch_size": 8, "dtype": "float64", "max_completion_tokens": 1}
+    compared(small(rows, training=training, evaluation=NO_CURVE), tmp_path / "out")
+    shared, *others = [call.dtype for call in calls]
+    # base, rft and half on the benchmark, sampled and greedy; sft's rates on validation, and the better one tested
+    assert shared == torch.float64 and others.count(torch.bfloat16) == 2 and others.count(torch.float64) == 8
+    buffer = OfflineBuffer.load(tmp_path / "out" / "buffer")
+    shown = [row for row in buffer if row.source == "demonstration"]
+    assert len(shown) == 6 and all(row.truncated and len(row.completion_ids) == 1 for row in shown)
+
+
+SPOILT = """\
+import rlzoo, torch
+class Spoilt(rlzoo.Objective):
+    name, steps = "spoilt", []
+    def coefficients(self, batch):
+        self.steps.append(1)
+        return rlzoo.Coefficients(torch.full_like(batch.logp, torch.inf if len(self.steps) == 2 else 1.0))
+"""
+
+
+def test_a_step_that_was_skipped_is_told_in_the_results(tmp_path: Path) -> None:
+    (tmp_path / "spoilt.py").write_text(SPOILT)
+    rows = {"spoilt": {"objective": f"{tmp_path / 'spoilt.py'}:Spoilt"}}
+    training = {"steps": 3, "batch_size": 8, "token_budget": 9999, "on_nonfinite": "skip"}
+    (cell,) = compared(small(rows, training=training, evaluation=NO_CURVE), tmp_path / "out")["cells"]
+    (event,) = cell["events"]
+    assert event.startswith("step 2: the gradient is ") and event.endswith("; skipped")
+    assert [row["gradient_norm"] is None for row in cell["training"]] == [False, True, False]
+
+
 # The shared buffer
+
+
+@pytest.mark.parametrize("behaviour", ["recompute", "sampler"])
+def test_behaviour_log_probs_are_the_trainers_own_or_those_of_the_sampler(
+    behaviour: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a sampler that gives every token a log-prob of -2."""
+    real = TransformersSampler.sample
+
+    def sample(self: TransformersSampler, *arguments: Any, **options: Any) -> list[list[Sample]]:
+        given = real(self, *arguments, **options)
+        return [[replace(one, logp=[-2.0] * len(one.ids)) for one in samples] for samples in given]
+
+    monkeypatch.setattr(TransformersSampler, "sample", sample)
+    rows = {"rft": {}, "grpo": {"mode": "online", "options": {"kl_coefficient": 0.0}}}
+    experiment = small(rows, rollouts__behaviour=behaviour, evaluation=NO_CURVE, training__steps=1)
+    results = compared(experiment, tmp_path / "out")
+    samples = [row for row in OfflineBuffer.load(tmp_path / "out" / "buffer") if row.source == "policy"]
+    flat = [x for row in samples for x in row.behaviour_logp or []]
+    (ratio,) = (row["ratio"] for row in by_name(results)["grpo"]["training"])
+    if behaviour == "sampler":
+        assert set(flat) == {-2.0} and results["buffer"]["mismatch"] is None
+        assert ratio != pytest.approx(1, abs=0.05)
+    else:
+        gaps = [abs(x + 2.0) for x in flat]
+        assert results["buffer"]["mismatch"]["tokens"] == len(flat) == results["buffer"]["sampled_tokens"]
+        assert results["buffer"]["mismatch"]["mean_absolute"] == pytest.approx(sum(gaps) / len(gaps), rel=1e-5)
+        assert ratio == pytest.approx(1, abs=1e-5)
+
+
+def test_demonstrations_may_come_from_a_table(tmp_path: Path) -> None:
+    lines = [{"prompt": f"{i}+1=?\n", "completion": f"#### {i + 1}"} for i in range(3)]
+    (tmp_path / "shown.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    experiment = small({"sft": {}}, demonstrations=str(tmp_path / "shown.jsonl"), evaluation=NO_CURVE)
+    results = compared(experiment, tmp_path / "out")
+    buffer = OfflineBuffer.load(tmp_path / "out" / "buffer")
+    assert [(row.prompt, row.completion, row.source) for row in buffer] == [
+        (line["prompt"], line["completion"], "demonstration") for line in lines
+    ]
+    assert results["buffer"]["rows"] == 3
 
 
 def test_the_buffer_has_samples_of_as_many_prompts_as_were_asked_for(
@@ -267,13 +361,13 @@ def test_benchmarks_are_sampled_with_the_seed_of_the_cell(calls: list[Call], tmp
 
 
 def test_the_curve_is_drawn_along_training_on_a_few_problems(calls: list[Call], tmp_path: Path) -> None:
-    evaluation = {**NO_CURVE, "curve_points": 2, "curve_problems": 2, "curve_samples": 4}
+    evaluation = {**NO_CURVE, "curve_points": 2, "curve_problems": 2, "curve_samples": 1}  # fewer than pass@k's k
     experiment = small({"sft": {"learning_rates": [1e-2]}}, seeds=[4], evaluation=evaluation, training__steps=5)
     results = compared(experiment, tmp_path / "out")
     (cell,) = results["cells"]
     assert results["base_curve"]["step"] == 0
     assert [point["step"] for point in cell["curve"]] == [2, 5]
-    drawn = [call for call in calls if call.settings.samples == 4]
+    drawn = [call for call in calls if call.settings.samples == 1]
     assert [(len(call.prompts), call.seed, call.greedy) for call in drawn] == [(2, seed, False) for seed in (0, 4, 4)]
     assert len({call.weights for call in drawn}) == 3
     for point, call in zip((results["base_curve"], *cell["curve"]), drawn, strict=True):

@@ -1,21 +1,35 @@
-"""How often a comparison's 95 % intervals hold the truth, by simulation.
+"""Bias of the reported numbers, and how often their 95 % intervals cover the true value, by simulation.
 
     python experiments/benchmarks/coverage.py
 
-Scores are drawn as μ + seed + problem + noise with effects of known size; the table gives the share of ``--runs``
-comparisons whose interval holds μ, for numbers of seeds and for shares of the mean's variance that are due to seeds and
-to problems (the rest is noise).
+Of a comparison: scores are drawn as μ + seed + problem + noise with effects of known size, for numbers of seeds and for
+shares of the mean's variance that are due to seeds and to problems (the rest is noise). Of the variance analyzer: one
+gradient per prompt and objective is drawn around known means, with the noise of most directions small and of a few
+large. The estimators are those that `rlzoo compare` and `rlzoo variance` use.
+
+The bias is that of the mean over the draws that show a number, relative to the true value, or absolute where that is 0,
+and null where fewer than half of the draws show one. The coverage is that of all intervals, those without an end
+included; where the noise hides a gradient there is an interval and no number, and ``shown`` is the share with a number.
+The estimates of ‖G‖² and of its ratio to tr Σ vary by several times the true value where noise dominates; from their
+bias the deviation of ‖ḡ‖² from its known mean, ‖G‖² + tr Σ/P, is taken out (a control variate).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+from jaxtyping import Float
 
-from rlzoo.comparison.statistics import crossed_interval
+from rlzoo.comparison.statistics import crossed_interval, paired_difference
+from rlzoo.variance.noise import Units, against, data_noise, rank_correlation
 
+Table = dict[str, dict[str, dict[str, float | None]]]
+"""By quantity and case: bias, coverage, shown."""
 SHARES = (
     (0.0, 0.8),
     (0.0, 0.0),
@@ -27,44 +41,205 @@ SHARES = (
     (0.95, 0.05),
     (1.0, 0.0),
 )
+"""Of the variance of a mean score: the seeds' and the problems' share."""
+SCORE, DIFFERENCE = 0.5, 0.1
+"""The true mean score and difference."""
+DIRECTIONS = 64
+SPECTRUM = np.arange(1, DIRECTIONS + 1) ** -0.4
+SPECTRUM /= np.linalg.norm(SPECTRUM)
+"""Standard deviation of the noise along each direction: 23 directions' worth, as measured on the embedded base."""
 
 
-def coverage(seeds: int, problems: int, shares: tuple[float, float], runs: int) -> float:
-    """The share of intervals that hold the truth, where seeds and problems make these shares of the mean's variance."""
+@dataclass(frozen=True)
+class Case:
+    """Two objectives' gradients: their means have length 1 and this cosine."""
+
+    noise: float = 0.25
+    """Noise scale of the first over its prompts: how far the noise of the mean gradient exceeds the gradient."""
+    cosine: float = 0.0
+    correlation: float = 0.9
+    """Of the two objectives' noise on a prompt that both look at."""
+    prompts: int = 128
+    others: int = 128
+    """Prompts of the second objective."""
+    common: int = 128
+    """Prompts that both look at."""
+    tail: float = 0.0
+    """σ of the lognormal factor on a prompt's noise: 0.5 gives ‖g‖² a coefficient of variation of 1.3."""
+    rows: int = 1
+    """Rows per prompt, whose noise has a correlation of 0.3."""
+
+    def draw(self, rng: np.random.Generator) -> tuple[Units, Units]:
+        """A sample of both objectives' gradients."""
+        total = self.prompts + self.others - self.common
+        shared = rng.standard_normal((total, self.rows, DIRECTIONS))
+        own = rng.standard_normal((total, self.rows, DIRECTIONS))
+        noise = np.stack([shared, self.correlation * shared + np.sqrt(1 - self.correlation**2) * own])
+        if self.rows > 1:
+            of_prompt = rng.standard_normal((2, total, 1, DIRECTIONS))
+            of_prompt[1] = self.correlation * of_prompt[0] + np.sqrt(1 - self.correlation**2) * of_prompt[1]
+            noise = np.sqrt(0.3) * of_prompt + np.sqrt(0.7) * noise
+        factor = np.exp(self.tail * rng.standard_normal((total, 1)) - self.tail**2)
+        by_prompt = noise.mean(2) * factor * SPECTRUM * np.sqrt(self.noise * self.prompts)
+        means = np.stack([FIRST, self.cosine * FIRST + np.sqrt(1 - self.cosine**2) * SECOND])
+        gradients = means[:, None] + by_prompt
+        first, second = np.arange(self.prompts), np.arange(total - self.others, total)
+        return units(gradients[0, first], first), units(gradients[1, second], second)
+
+    def truth(self) -> dict[str, float]:
+        """The true value of each quantity."""
+        trace = self.noise * self.prompts * (0.3 + 0.7 / self.rows if self.rows > 1 else 1.0)
+        return {
+            "grad_norm_sq": 1.0, "trace_cov": trace, "noise_scale": trace, "snr": 1 / trace,
+            "cosine": self.cosine, "norm_ratio": 1.0,
+        }  # fmt: skip
+
+
+def _directions() -> tuple[Float[np.ndarray, " D"], Float[np.ndarray, " D"]]:
+    """Two orthogonal directions of length 1 that have more where the noise has more."""
+    rng = np.random.default_rng(0)
+    first, second = (np.where(rng.random(DIRECTIONS) < 0.5, -1, 1) * SPECTRUM for _ in range(2))
+    second = second - first * (first @ second)
+    return first, second / np.linalg.norm(second)
+
+
+FIRST, SECOND = _directions()
+CASES: Mapping[str, Case] = {
+    "same prompts, correlated 0.9, orthogonal": Case(),
+    "same prompts, correlated 0.9, cosine 0.7": Case(cosine=0.7),
+    "same prompts, heavy tails": Case(cosine=0.7, tail=0.5, prompts=256, others=256, common=256),
+    "same prompts, 4 rows each": Case(rows=4, prompts=64, others=64, common=64),
+    "half of the prompts the same": Case(cosine=0.7, common=64),
+    "other prompts": Case(cosine=0.6, others=64, common=0),
+    "other prompts, noise scale 0.9 and 1.7 x the prompts": Case(cosine=0.6, noise=0.87, others=64, common=0),
+    "same prompts, correlated 0.9, orthogonal, noise scale 10 x the prompts": Case(noise=10),
+    "other prompts, noise scale 10 x the prompts": Case(cosine=0.6, noise=10, common=0),
+}
+
+
+def units(gradients: Float[np.ndarray, "P D"], prompt: Any = None) -> Units:
+    """Gradients with exact inner products, as no projection gives them."""
+    return Units(np.square(gradients).sum(1), gradients, float(np.square(gradients.mean(0)).sum()), prompt)
+
+
+class Tally:
+    """Counts what a quantity's estimates say against its true value."""
+
+    def __init__(self, truth: float) -> None:
+        self.truth = truth
+        self.values: list[float] = []
+        self.covered: list[bool] = []
+
+    def add(self, value: float | None, low: float | None, high: float | None, control: float = 0.0) -> None:
+        """One estimate; an end of None is open. ``control`` has the mean 0, and is what chance adds to the value."""
+        rounding = 1e-9 * max(abs(self.truth), 1e-3)
+        above = low is None or low <= self.truth + rounding
+        self.covered.append(above and (high is None or self.truth - rounding <= high))
+        if value is not None:
+            self.values.append(value - control)
+
+    def found(self) -> dict[str, float | None]:
+        """Bias, coverage, and the share of draws that show a number."""
+        shown = len(self.values) / len(self.covered)
+        bias = float(np.mean(self.values)) - self.truth if shown >= 0.5 else None
+        relative = bias / self.truth if bias is not None and self.truth else bias
+        return {"bias": relative, "coverage": float(np.mean(self.covered)), "shown": shown}
+
+
+def gradients(case: Case, runs: int, seed: int = 0) -> dict[str, dict[str, float | None]]:
+    """What the analyzer says of a case, by quantity."""
+    rng = np.random.default_rng(seed)
+    truth = case.truth()
+    tallies = {name: Tally(value) for name, value in truth.items()}
+    for _ in range(runs):
+        first, second = case.draw(rng)
+        excess = first.mean_squared_norm - truth["grad_norm_sq"] - truth["trace_cov"] / len(first)
+        controls = {"grad_norm_sq": excess, "snr": excess / truth["trace_cov"]}
+        of_means = float(first.sketch.mean(0) @ second.sketch.mean(0))
+        for name, estimate in {**data_noise(first), **against(first, second, of_means)}.items():
+            tallies[name].add(estimate["value"], estimate["ci_low"], estimate["ci_high"], controls.get(name, 0.0))
+    return {name: tally.found() for name, tally in tallies.items()}
+
+
+def ranks(correlation: float, count: int, runs: int) -> dict[str, float | None]:
+    """What the analyzer says of Spearman's rank correlation of lognormal pairs."""
+    rng = np.random.default_rng(0)
+    tally = Tally(float(6 / np.pi * np.arcsin(correlation / 2)))
+    for _ in range(runs):
+        pair = rng.multivariate_normal([0, 0], [[1, correlation], [correlation, 1]], count)
+        estimate = rank_correlation(*np.exp(pair.T))
+        tally.add(estimate["value"], estimate["ci_low"], estimate["ci_high"])
+    return tally.found()
+
+
+def scores(seeds: int, problems: int, shares: tuple[float, float], runs: int) -> dict[str, dict[str, float | None]]:
+    """What a comparison says where seeds and problems make these shares of the mean's variance."""
     rng = np.random.default_rng(0)
     by_seed, by_problem = shares
     noise = max(1 - by_seed - by_problem, 0.0)
-    scale = np.sqrt([by_seed * seeds, by_problem * problems, noise * seeds * problems])
-    held = 0
-    for _ in range(runs):
+    scale = 0.05 * np.sqrt([by_seed * seeds, by_problem * problems, noise * seeds * problems])
+
+    def drawn() -> Float[np.ndarray, "S P"]:
         parts = (rng.normal(size=(seeds, 1)), rng.normal(size=problems), rng.normal(size=(seeds, problems)))
-        interval = crossed_interval(sum(size * part for size, part in zip(scale, parts, strict=True)))
-        held += interval.low <= 0 <= interval.high
-    return held / runs
+        total: Float[np.ndarray, "S P"] = sum(size * part for size, part in zip(scale, parts, strict=True))
+        return total
+
+    mean, difference = Tally(SCORE), Tally(DIFFERENCE)
+    for _ in range(runs):
+        mean.add(*crossed_interval(SCORE + drawn()))
+        shared = SCORE + drawn()  # what both algorithms have in common cancels
+        difference.add(*paired_difference(shared + DIFFERENCE + drawn(), shared))
+    return {"mean score": mean.found(), "paired difference": difference.found()}
+
+
+def table(runs: int, score_runs: int, problems: int, seeds: list[int]) -> Table:
+    """Every quantity of a comparison and of the analyzer, by case."""
+    found: Table = {}
+    for case, by_quantity in _cases(runs, score_runs, problems, seeds):
+        for quantity, numbers in by_quantity.items():
+            found.setdefault(quantity, {})[case] = numbers
+    return found
+
+
+def _cases(
+    runs: int, score_runs: int, problems: int, seeds: list[int]
+) -> Iterator[tuple[str, dict[str, dict[str, float | None]]]]:
+    for a, b in SHARES:
+        for count in seeds:
+            if count > 1 or a == 0:
+                yield (
+                    f"{count} seeds, {a:.0%} seeds' share, {b:.0%} problems'",
+                    scores(count, problems, (a, b), score_runs),
+                )
+    for name, case in CASES.items():
+        yield name, gradients(case, runs)
+    for correlation in (0.3, 0.9):
+        for count in (32, 256):
+            yield (
+                f"{count} prompts, normal correlation {correlation}",
+                {"rank correlation": ranks(correlation, count, runs)},
+            )
 
 
 def main() -> None:
-    """Print one row a share, one column a number of seeds."""
+    """Print a table, or JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", type=int, default=4000)
+    parser.add_argument("--runs", type=int, default=1000, help="simulated analyses per case")
+    parser.add_argument("--score-runs", type=int, default=4000, help="simulated comparisons per case")
     parser.add_argument("--problems", type=int, default=200)
     parser.add_argument("--seeds", default="1,2,3,5,10", help="comma-separated")
     parser.add_argument("--json", action="store_true", help="print JSON alone")
     arguments = parser.parse_args()
     seeds = [int(number) for number in arguments.seeds.split(",")]
-    rows = [
-        {"seed_share": a, "problem_share": b}
-        | {str(s): coverage(s, arguments.problems, (a, b), arguments.runs) for s in seeds if s > 1 or a == 0}
-        for a, b in SHARES
-    ]
+    found = table(arguments.runs, arguments.score_runs, arguments.problems, seeds)
     if arguments.json:
-        print(json.dumps(rows))
+        print(json.dumps(found))
         return
-    print("| seeds' share | problems' share | " + " | ".join(f"{s} seeds" for s in seeds) + " |")
-    print("|---|---|" + "---|" * len(seeds))
-    for row in rows:
-        cells = [f"{100 * row[str(s)]:.1f}" if str(s) in row else "–" for s in seeds]
-        print(f"| {row['seed_share']:.0%} | {row['problem_share']:.0%} | " + " | ".join(cells) + " |")
+    print("| quantity | case | bias | coverage | shown |\n|---|---|---|---|---|")
+    for quantity, cases in found.items():
+        for case, row in cases.items():
+            bias = "–" if row["bias"] is None else f"{row['bias']:+.1%}"
+            print(f"| {quantity} | {case} | {bias} | {row['coverage']:.1%} | {row['shown']:.0%} |")
 
 
 if __name__ == "__main__":

@@ -174,7 +174,7 @@ class Notes:
         """Take in the notes of the row of that name."""
         for kind, example in notes.items():
             self._count[kind] += 1
-            self._first.setdefault(kind, f"{self._what} {name}: {example}")
+            self._first.setdefault(kind, f"{self._what} {name}: {example}".strip())
 
     def tell(self) -> None:
         """Warn, if there were any."""

@@ -141,7 +141,7 @@ class _Encoding(NamedTuple):
 
 def _rows(items: Iterable[Item], encoding: _Encoding, columns: Columns, bad: BadRows) -> Iterator[dict[str, Any]]:
     chat = bool(getattr(encoding.tokenizer, "chat_template", None))
-    first, made, notes = None, 0, Notes("at")
+    first, made, notes = None, 0, Notes("")
     for place, item in good_rows(items, bad):
         rows: list[dict[str, Any]] = []
         with bad.at(place):

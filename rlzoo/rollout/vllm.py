@@ -95,11 +95,14 @@ class VLLMSampler:
                 self.engine.reset_prefix_cache()
         streams = range(len(prompts)) if numbers is None else numbers
         asked = [_asked(self.policy, settings, seed, number, greedy) for number in streams]
-        found = self.engine.generate(
-            [{"prompt_token_ids": list(prompt)} for prompt in prompts],
-            [SamplingParams(**some, logprobs=0, detokenize=False) for some in asked],
-            use_tqdm=False,
-        )
+        try:
+            found = self.engine.generate(
+                [{"prompt_token_ids": list(prompt)} for prompt in prompts],
+                [SamplingParams(**some, logprobs=0, detokenize=False) for some in asked],
+                use_tqdm=False,
+            )
+        except ValueError as error:  # of a prompt that is longer than its max_model_len, say
+            raise UserError(f"vLLM refuses prompts of up to {max(map(len, prompts))} tokens ({error!s:.200})") from None
         if progress is not None:
             progress(len(prompts))
         return [

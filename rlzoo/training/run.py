@@ -76,8 +76,9 @@ def with_behaviour(buffer: Buffer, policy: Policy, token_budget: int = 8192) -> 
     known = buffer.column("behaviour_logp")
     sources = zip(buffer.column("source"), known, strict=True)
     lacking = [index for index, (source, logp) in enumerate(sources) if source != "demonstration" and logp is None]
-    rows = [(row.prompt_ids, row.completion_ids) for row in (buffer[index] for index in lacking)]
-    for index, logp in zip(lacking, score_rows(policy, rows, token_budget), strict=True):
+    found = [buffer[index] for index in lacking]
+    rows, heats = [(row.prompt_ids, row.completion_ids) for row in found], [row.temperature for row in found]
+    for index, logp in zip(lacking, score_rows(policy, rows, token_budget, heats), strict=True):
         known[index] = logp
     return (buffer.with_behaviour_logp(known) if lacking else buffer), lacking
 

@@ -53,8 +53,9 @@ def analyze_variance(
 ) -> dict[str, Any]:
     """Measure the variance of the objectives' gradients at a policy: what variance.json holds (docs/variance.md).
 
-    Each objective is measured on whole units of its own view of the buffer, ``rows`` rows or a little more, drawn by
-    ``seed``; ``learns_from``, one selection or one a name, gives objectives of single rows another view of single rows.
+    Each objective is measured on all units that its own view of the buffer has of some prompts, ``rows`` rows or a
+    little more, drawn by ``seed``;
+    ``learns_from``, one selection or one a name, gives objectives of single rows another view of single rows.
     ``draws`` samples a token check the exact moments; ``gradients=False`` leaves out what needs a backward pass.
     Log-probs of a reference are those stored in the buffer, else ``reference``'s, else the policy's own, as at the
     start of a run; a critic that the policy lacks is 0, as a fresh one is. Raises UserError for a model whose per-unit
@@ -91,6 +92,7 @@ def analyze_variance(
         found["objectives"][name] = {
             "rows": len(subject.rows),
             "units": len(subject.units),
+            "prompts": len(subject.prompts),
             "median_p": float(np.exp(np.median(tokens_of(own.batch.logp, own.batch)))),
             "coefficients": coefficient_statistics(c),
             "coefficient_histogram": _histogram(c),
@@ -149,13 +151,13 @@ def _measure_gradients(
         tasks = {name: weighed[name].task for name in names}
         measured = kept | meter.measure(scored.rows, tasks, token_budget, reference, count)
         kept = {base: measured[base]} if base is not None else {}
-        compared = Comparison(measured, meter.modules.layer_of, meter.modules.layers, base)
+        prompts = {name: list(subjects[name].prompts) for name in measured}
+        compared = Comparison(measured, prompts, meter.modules.layer_of, meter.modules.layers, base)
         for name in [name for name in names if name in found["objectives"]]:
-            paired = base is not None and subjects[name].units == subjects[base].units
             found["cosines"][name] = compared.cosines(name)
             found["objectives"][name] |= {
-                "data_noise": compared.noise(name, paired),
-                "layers": compared.by_layer(name, paired),
+                "data_noise": compared.noise(name),
+                "layers": compared.by_layer(name),
                 "proxies": proxies(subjects[name], weighed[name], scored, measured[name]),
             }
         del measured, compared  # before the next pass makes its own
@@ -178,10 +180,12 @@ def _moments(
     if not c.any():
         reason = "its coefficients are all 0: its gradient, if it has one, is that of a full-vocabulary term"
         return {"token_moments": moments.no_reading(reason), "importance_weights": None}
-    table = scored.table(subject.rows)
+    masks = zip(subject.rows, weighed.batch.mask.cpu().numpy(), strict=True)
+    learned = np.concatenate([mask[: len(scored.rows[row].completion_ids)] for row, mask in masks])
+    table = scored.table(subject.rows).where(learned)
     estimates = None
     if draws:
-        hits = np.concatenate([scored.hits[name][row] for row in subject.rows])
+        hits = np.concatenate([scored.hits[name][row] for row in subject.rows])[learned]
         estimates = moments.block_variances(table, c, hits, draws // BLOCKS)
     all_bins.extend({"objective": name, **row} for row in moments.bins(table, c, estimates, draws, seed))
     log_variance = moments.log_trace_cov(table, c)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from scipy import stats
 
 LEAST_PROBABILITY = 1e-2
@@ -47,6 +47,11 @@ class TokenTable:
         """S = ‖∇_logits log π(y*)‖²."""
         found: Float[np.ndarray, " N"] = self.miss**2 + self.others
         return found
+
+    def where(self, kept: Bool[np.ndarray, " N"]) -> TokenTable:
+        """The tokens that are kept; sequences of which none is are not counted."""
+        _, row = np.unique(self.row[kept], return_inverse=True)
+        return TokenTable(row, self.logp[kept], self.miss[kept], self.others[kept])
 
 
 def log_trace_cov(table: TokenTable, c: Float[np.ndarray, " N"]) -> Float[np.ndarray, " N"]:

@@ -1,190 +1,377 @@
-"""The noise of a gradient over the data: unbiased estimators of ‖G‖² and tr Σ with intervals, as pure functions.
+"""The noise of a gradient over new prompts: unbiased estimators with 95 % intervals, as pure functions.
 
-With g_1 … g_U the gradients of independently drawn units and ḡ their mean,
+Prompts are drawn independently; all rows of a prompt that an objective learns from make one gradient g_p, as what they
+share is no independent evidence. With g_1 … g_P and their mean ḡ, and g'_p of another objective,
 
-    tr Σ ≈ U/(U-1) · (mean ‖g_u‖² - ‖ḡ‖²),    ‖G‖² ≈ ‖ḡ‖² - tr Σ / U
+    tr Σ ≈ P/(P-1) · (mean ‖g_p‖² - ‖ḡ‖²),    ‖G‖² ≈ ‖ḡ‖² - tr Σ/P,    ⟨G, G'⟩ ≈ mean of ⟨g_p, g'_q⟩ over p ≠ q
 
-are unbiased for the trace of a unit's covariance and the squared norm of the expected gradient (arXiv 1812.06162,
-appendix A.1). Intervals come from the jackknife over units, which needs ⟨g_u, ḡ⟩ besides the norms: those inner
-products are estimated from random projections, the values themselves from nothing but exact sums.
+are unbiased for the trace of a prompt's covariance, the squared norm of the expected gradient (arXiv 1812.06162,
+appendix A.1) and the inner product of two; where both objectives look at the same prompts the last one is
+(P ⟨ḡ, ḡ'⟩ - mean ⟨g_p, g'_p⟩)/(P-1). Ratios of these are not unbiased: the noise scale tr Σ/‖G‖², the cosine
+⟨G, G'⟩/√(‖G‖² ‖G'‖²) and the norm ratio √(‖G‖²/‖G'‖²) are estimated by the ratios of unbiased estimates. Where the
+estimate of a ‖G‖² that is divided by is not positive, the noise hides the gradient and there is no number.
+
+Intervals invert tests: they hold every value that the estimates do not reject, with the estimates' covariance
+(`rlzoo.variance.spread`) taken at that value. So they exist, perhaps without an end, however weak the gradient is.
+Where they need inner products between prompts these come from random projections; values come from exact sums, but for
+⟨g_p, g'_p⟩ of one prompt (`within`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
-from scipy import stats
+from jaxtyping import Float, Int
+from scipy import optimize, stats
+
+from rlzoo.variance.spread import Joint, Side, centred, joint, row_means
 
 Estimate = dict[str, Any]
 """``value``, ``ci_low``, ``ci_high``; None where there is none, and then a ``reason``."""
 
 FEWEST = 3
-"""Units that an interval needs."""
-TOO_FEW = f"fewer than {FEWEST} units"
-DROWNED = "the noise hides the gradient: take more rows"
+"""Prompts that an interval needs."""
+TOO_FEW = f"fewer than {FEWEST} prompts"
+HIDDEN = "the noise hides the gradient: take more rows"
+HIDDEN_OTHER = "the noise hides the gradient that it is compared with: take more rows"
+NO_GRADIENT = "a gradient is 0"
 
 
 @dataclass(frozen=True)
 class Units:
-    """One objective's gradients, of the whole model or of one layer."""
+    """One objective's gradients by prompt, of the whole model or of one layer."""
 
-    squared_norm: Float[np.ndarray, " U"]
-    sketch: Float[np.ndarray, "U D"]
+    squared_norm: Float[np.ndarray, " P"]
+    sketch: Float[np.ndarray, "P D"]
     mean_squared_norm: float
     """‖ḡ‖², exact."""
+    prompt: Int[np.ndarray, " P"] = field(default=None)  # type: ignore[assignment]
+    """Which prompt each is, the same number in all objectives; None: the first ones, in order."""
+
+    def __post_init__(self) -> None:
+        if self.prompt is None:
+            object.__setattr__(self, "prompt", np.arange(len(self)))
 
     def __len__(self) -> int:
         return len(self.squared_norm)
 
-    def along_mean(self) -> Float[np.ndarray, " U"]:
-        """⟨g_u, ḡ⟩ of each unit: projected, but for its own share and for the mean, which are exact."""
-        own = (self.squared_norm - np.einsum("ud,ud->u", self.sketch, self.sketch)) / len(self)
-        found = self.sketch @ self.sketch.mean(0) + own
-        return _recentred(found, self.mean_squared_norm)
+    @property
+    def trace_cov(self) -> float:
+        """tr Σ."""
+        return trace_cov(len(self), float(self.squared_norm.mean()), self.mean_squared_norm)
 
-    def without_each(self) -> tuple[Float[np.ndarray, " U"], Float[np.ndarray, " U"]]:
-        """mean ‖g‖² and ‖ḡ‖² with one unit left out, for each."""
-        n, q = len(self), self.squared_norm
-        power = (q.sum() - q) / (n - 1)
-        mean = (n**2 * self.mean_squared_norm - 2 * n * self.along_mean() + q) / (n - 1) ** 2
-        return power, np.maximum(mean, 0)
+    @property
+    def grad_norm_sq(self) -> float:
+        """‖G‖²; it may come out negative."""
+        return gradient_squared_norm(len(self), float(self.squared_norm.mean()), self.mean_squared_norm)
 
-    def projected_without_each(self) -> Float[np.ndarray, " U"]:
-        """‖ḡ‖² with one unit left out, by projections alone, as the inner products of two objectives are."""
-        n = len(self)
-        along = _recentred(self.sketch @ self.sketch.mean(0), self.mean_squared_norm)
-        own = np.einsum("ud,ud->u", self.sketch, self.sketch)
-        found: Float[np.ndarray, " U"] = (n**2 * self.mean_squared_norm - 2 * n * along + own) / (n - 1) ** 2
-        return found.clip(min=0)
+    @cached_property
+    def side(self) -> Side:
+        """What the covariance of the estimates needs."""
+        products, apart = self.sketch @ self.sketch.T, ~np.eye(len(self), dtype=bool)
+        return Side(centred(products, apart), row_means(products, apart), self.grad_norm_sq, self.trace_cov)
 
 
-def trace_cov(units: int, power: Any, mean_squared_norm: Any) -> Any:
-    """tr Σ from mean ‖g_u‖² and ‖ḡ‖²."""
-    return units / (units - 1) * (power - mean_squared_norm)
+def trace_cov(prompts: int, power: float, mean_squared_norm: float) -> float:
+    """tr Σ from mean ‖g_p‖² and ‖ḡ‖²."""
+    return prompts / (prompts - 1) * (power - mean_squared_norm)
 
 
-def gradient_squared_norm(units: int, power: Any, mean_squared_norm: Any) -> Any:
-    """‖G‖² from mean ‖g_u‖² and ‖ḡ‖²; it may come out negative."""
-    return (units * mean_squared_norm - power) / (units - 1)
+def gradient_squared_norm(prompts: int, power: float, mean_squared_norm: float) -> float:
+    """‖G‖² from mean ‖g_p‖² and ‖ḡ‖²; it may come out negative."""
+    return (prompts * mean_squared_norm - power) / (prompts - 1)
+
+
+def inner_product(first: int, other: int, common: int, of_means: float, within: float) -> float:
+    """⟨G, G'⟩ from ⟨ḡ, ḡ'⟩ of so many prompts each, and from the sum of ⟨g_p, g'_p⟩ over those that both have."""
+    return (first * other * of_means - within) / (first * other - common)
+
+
+def within(first: Units, other: Units) -> float:
+    """The sum of ⟨g_p, g'_p⟩ over common prompts: cosines from random projections, norms exact.
+
+    With the norms known, the error is that of the cosine alone, (1 - cos²)/√D relative to ‖g_p‖ ‖g'_p‖: none for
+    gradients that are proportional, and small beside the sampling error of ⟨ḡ, ḡ'⟩ for all.
+    """
+    _, a, b = np.intersect1d(first.prompt, other.prompt, assume_unique=True, return_indices=True)
+    return within_by_prompt(first.squared_norm[a], other.squared_norm[b], first.sketch[a], other.sketch[b])
+
+
+def within_by_prompt(
+    first: Float[np.ndarray, " O"],
+    other: Float[np.ndarray, " O"],
+    first_sketch: Float[np.ndarray, "O D"],
+    other_sketch: Float[np.ndarray, "O D"],
+) -> float:
+    """Σ_p ‖g_p‖ ‖g'_p‖ cos_p, with squared norms given and the cosine that of the projections."""
+    products = np.einsum("pd,pd->p", first_sketch, other_sketch)
+    size = np.linalg.norm(first_sketch, axis=1) * np.linalg.norm(other_sketch, axis=1)
+    cosine = np.divide(products, size, out=np.zeros_like(size), where=size > 0)
+    return float((cosine.astype(float) * np.sqrt(first * other)).sum())
 
 
 def data_noise(units: Units) -> dict[str, Estimate]:
-    """grad_norm_sq, trace_cov, noise_scale = tr Σ/‖G‖² (in units), and snr = ‖G‖²/tr Σ."""
+    """grad_norm_sq, trace_cov, noise_scale = tr Σ/‖G‖² (in prompts), and snr = ‖G‖²/tr Σ."""
     if len(units) < FEWEST:
         return {name: nothing(TOO_FEW) for name in ("grad_norm_sq", "trace_cov", "noise_scale", "snr")}
-    n, power = len(units), float(units.squared_norm.mean())
-    left_out = units.without_each()
-
-    def snr(count: int, p: Any, m: Any) -> Any:
-        return gradient_squared_norm(count, p, m) / trace_cov(count, p, m)
-
-    found: dict[str, Estimate] = {}
-    for name, function in (("grad_norm_sq", gradient_squared_norm), ("trace_cov", trace_cov), ("snr", snr)):
-        with np.errstate(divide="ignore", invalid="ignore"):
-            value, others = function(n, power, units.mean_squared_norm), function(n - 1, *left_out)
-        found[name] = _jackknife(value, [others], positive=name == "trace_cov")
+    side, t = units.side, _quantile(len(units))
+    norm, trace = units.grad_norm_sq, units.trace_cov
+    second, lever = side.second, side.lever
+    # (‖G‖² - x)² = t² (second + 4 λ x), and without the first-order part below 0
+    half = norm + 2 * t * t * lever
+    root = half**2 - norm**2 + t * t * second
+    low, high = norm - t * np.sqrt(second), norm + t * np.sqrt(second)
+    if root >= 0 and half + np.sqrt(root) >= 0:
+        high = half + np.sqrt(root)
+    if root >= 0 and half - np.sqrt(root) >= 0:
+        low = half - np.sqrt(root)
+    found = {"grad_norm_sq": _estimate(norm, low, high)}
+    spread = (units.squared_norm - 2 * side.along) / len(units)
+    spread = spread - spread.mean()
+    found["trace_cov"] = _trace(trace, spread, t)
+    found["snr"] = _snr(norm, trace, side, spread, t)
     found["noise_scale"] = _inverse(found["snr"])
     return found
 
 
-def _inverse(snr: Estimate) -> Estimate:
-    """The noise scale; unbounded above where the interval of its inverse reaches 0."""
-    if snr["value"] is None or snr["value"] <= 0:
-        return nothing(snr.get("reason", DROWNED))
-    low, high = snr["ci_low"], snr["ci_high"]
-    return {
-        "value": 1 / snr["value"],
-        "ci_low": None if high is None else 1 / high,
-        "ci_high": 1 / low if low is not None and low > 0 else None,
-    }
+def against(units: Units, other: Units, of_means: float, same_prompts: float | None = None) -> dict[str, Estimate]:
+    """Cosine and norm ratio of an objective's expected gradient to another's.
 
-
-def against(units: Units, other: Units, inner: float, paired: bool) -> dict[str, Estimate]:
-    """cosine and norm ratio of the mean gradient to another objective's.
-
-    ``inner`` is ⟨ḡ, ḡ'⟩, exact; ``paired`` says whether both look at the same units. The values are those of the
-    measured means: noise in them pulls a cosine towards 0.
+    ``of_means`` is ⟨ḡ, ḡ'⟩, exact; ``same_prompts`` the sum that `within` estimates if it is not given. An estimate of
+    a cosine beyond ±1 is cut to that. Two gradients that are proportional on every prompt have their cosine and ratio
+    exactly, however noisy they are.
     """
+    names = ("cosine", "norm_ratio")
     if units.mean_squared_norm == 0 or other.mean_squared_norm == 0:
-        return {name: nothing("a gradient is 0") for name in ("cosine", "norm_ratio")}
+        return {name: nothing(NO_GRADIENT) for name in names}
+    if (factor := _proportional(units, other, of_means)) is not None:
+        return {"cosine": _exactly(float(np.sign(factor))), "norm_ratio": _exactly(abs(factor))}
     if min(len(units), len(other)) < FEWEST:
-        return {name: nothing(TOO_FEW) for name in ("cosine", "norm_ratio")}
-    own, others = units.projected_without_each(), other.projected_without_each()
-    n, m = len(units), len(other)
-    along = _recentred(units.sketch @ other.sketch.mean(0), inner)
-    beside = _recentred(other.sketch @ units.sketch.mean(0), inner)
-    if paired:
-        both = np.einsum("ud,ud->u", units.sketch, other.sketch)
-        parts = [((n**2 * inner - n * along - n * beside + both) / (n - 1) ** 2, own, others)]
-    else:
-        parts = [
-            ((n * inner - along) / (n - 1), own, np.full(n, other.mean_squared_norm)),
-            ((m * inner - beside) / (m - 1), np.full(m, units.mean_squared_norm), others),
-        ]
-    cosine = inner / np.sqrt(units.mean_squared_norm * other.mean_squared_norm)
-    ratio = np.sqrt(units.mean_squared_norm / other.mean_squared_norm)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        cosines = [np.clip(x / np.sqrt(a * b), -1, 1) for x, a, b in parts]
-        ratios = [np.sqrt(a / b) for _, a, b in parts]
+        return {name: nothing(TOO_FEW) for name in names}
+    apart = units.prompt[:, None] != other.prompt[None]
+    _, a, b = np.intersect1d(units.prompt, other.prompt, assume_unique=True, return_indices=True)
+    first, second, t = units.side, other.side, _quantile(min(len(units), len(other)))
+    shared = within(units, other) if same_prompts is None else same_prompts
+    inner = inner_product(len(units), len(other), len(a), of_means, shared)
+    covariance = joint(first, second, units.sketch @ other.sketch.T, apart, a, b, inner)
+    norms = (first.grad_norm_sq, second.grad_norm_sq)
+    cosine = _cosine(norms, inner, covariance, t)
+    ratio = _ratio(norms, covariance, (first.trace_cov, second.trace_cov), t)
+    for side, reason in ((first, HIDDEN), (second, HIDDEN_OTHER)):
+        if is_hidden(side):
+            return {
+                "cosine": {**cosine, "value": None, "reason": reason},
+                "norm_ratio": {**ratio, "value": None, "reason": reason},
+            }
+    return {"cosine": cosine, "norm_ratio": ratio}
+
+
+def cosine_of(units: Units, other: Units, of_means: float, same_prompts: float) -> float | None:
+    """The cosine of `against` alone; None where there is none."""
+    if units.mean_squared_norm == 0 or other.mean_squared_norm == 0:
+        return None
+    if (factor := _proportional(units, other, of_means)) is not None:
+        return float(np.sign(factor))
+    if min(len(units), len(other)) < FEWEST or is_hidden(units.side) or is_hidden(other.side):
+        return None
+    common = len(np.intersect1d(units.prompt, other.prompt))
+    inner = inner_product(len(units), len(other), common, of_means, same_prompts)
+    return float(np.clip(inner / np.sqrt(units.grad_norm_sq * other.grad_norm_sq), -1, 1))
+
+
+def is_hidden(side: Side) -> bool:
+    """Whether noise hides the gradient: ‖G‖² = 0 is not rejected at 95 %."""
+    return side.grad_norm_sq <= _quantile(side.count) * float(np.sqrt(side.second))
+
+
+def _proportional(units: Units, other: Units, of_means: float) -> float | None:
+    """k where g_p = k g'_p for all prompts, up to rounding."""
+    if not np.array_equal(units.prompt, other.prompt):
+        return None
+    size = float(np.sqrt(units.mean_squared_norm * other.mean_squared_norm))
+    factor = float(np.sign(of_means) * np.sqrt(units.mean_squared_norm / other.mean_squared_norm))
+    alike = abs(of_means) >= (1 - 1e-9) * size and np.allclose(
+        units.squared_norm, factor**2 * other.squared_norm, rtol=1e-5, atol=1e-9 * units.squared_norm.max()
+    )
+    return (
+        factor
+        if alike and np.allclose(units.sketch, factor * other.sketch, rtol=1e-3, atol=1e-4 * np.abs(units.sketch).max())
+        else None
+    )
+
+
+def _quantile(count: int) -> float:
+    """Student's, with a third of the degrees of freedom: noise is measured along a direction that is estimated too."""
+    return float(stats.t.ppf(0.975, max((count - 1) / 3, 2)))
+
+
+NORMAL = float(stats.norm.ppf(0.975))
+
+
+def _trace(trace: float, spread: Float[np.ndarray, " P"], t: float) -> Estimate:
+    """tr Σ, a mean of squared norms, whose few large ones skew Student's ratio: Hall's transformation mends that.
+
+    Source: Hall 1992, doi 10.1111/j.2517-6161.1992.tb01872.x.
+    """
+    size = _size(spread)
+    if size <= 1e-9 * abs(trace):
+        return _exactly(trace)
+    skew = _skew(spread, size)
+    low, high = (trace - size * t / NORMAL * _unhall(end, skew) for end in (NORMAL, -NORMAL))
+    return _estimate(trace, max(low, 0.0), high)
+
+
+def _snr(norm: float, trace: float, side: Side, spread: Float[np.ndarray, " P"], t: float) -> Estimate:
+    """‖G‖²/tr Σ: the values x for which ‖G‖² - x tr Σ may be 0."""
+    if trace <= 0:
+        return nothing("its noise is 0")
+    size, lever = _size(spread), side.lever
+    skew = _skew(spread, size) if size else 0.0
+    lean = float(side.along @ spread) / max(float(np.linalg.norm(side.along) * np.linalg.norm(spread)), 1e-300)
+
+    def accepts(x: float) -> bool:
+        first = 2 * np.sqrt(max(x, 0) * trace * lever)
+        variance = side.second + first**2 - 2 * x * size * first * lean + (x * size) ** 2
+        deviation = float(np.sqrt(max(variance, 1e-300)))
+        return abs(_hall((norm - x * trace) / deviation * NORMAL / t, -skew * (x * size / deviation) ** 3)) <= NORMAL
+
+    value = norm / trace
+    step = float(np.sqrt(side.second + (value * size) ** 2)) / trace
+    return _estimate(value, *(_edge(accepts, value, way * step) for way in (-1, 1)))
+
+
+def _edge(accepts: Callable[[float], bool], start: float, step: float) -> float:
+    """Where a set that holds ``start`` ends, in the direction of ``step``."""
+    inside, outside = start, start + step
+    for _ in range(60):
+        if step == 0 or not accepts(outside):
+            break
+        inside, outside = outside, start + 2 * (outside - start)
+    for _ in range(40):
+        middle = (inside + outside) / 2
+        inside, outside = (middle, outside) if accepts(middle) else (inside, middle)
+    return inside
+
+
+def _inverse(snr: Estimate) -> Estimate:
+    """The noise scale with the inverse of the signal's interval: without an upper end where that reaches 0."""
+    if snr["value"] is None:
+        return dict(snr)
+    low, high = snr["ci_low"], snr["ci_high"]
+    found = _estimate(
+        1 / snr["value"] if low > 0 else None, 1 / high if high > 0 else None, 1 / low if low > 0 else None
+    )
+    return found if low > 0 else {**found, "reason": HIDDEN}
+
+
+def _ratio(norms: tuple[float, float], covariance: Joint, scales: tuple[float, float], t: float) -> Estimate:
+    """√(‖G‖²/‖G'‖²): the values whose square x may have ‖G‖² - x ‖G'‖² = 0. Source: Fieller 1954."""
+    one, two = norms
+    middle = scales[0] / scales[1] if min(scales) > 0 else 1.0
+    at = middle * np.logspace(-8, 8, 321)
+    if min(norms) > 0:
+        at = np.sort(np.append(at, one / two))
+    sure = covariance.at(*np.maximum(norms, 0)[:, None])
+    first, second = max(sure[0, 0, 0], 1e-300), max(sure[1, 1, 0], 1e-300)
+
+    def score(x: Float[np.ndarray, " N"]) -> Float[np.ndarray, " N"]:
+        """The squared statistic less its limit; what the two have in common is estimated under the hypothesis."""
+        common = np.maximum((x * one / first + two / second) / (x * x / first + 1 / second), 0)
+        v = covariance.at(x * common, common)
+        variance = v[0, 0] - 2 * x * v[0, 1] + x * x * v[1, 1]
+        found: Float[np.ndarray, " N"] = (one - x * two) ** 2 - t * t * np.maximum(variance, 0)
+        return found
+
+    inside = np.flatnonzero(score(at) <= 1e-12 * one * one)
+    value = float(np.sqrt(one / two)) if min(norms) > 0 else None
+    if not len(inside):
+        return _estimate(value, 0.0, None)
+    low, high = inside[0], inside[-1]
+
+    def cross(a: float, b: float) -> float:
+        return float(np.sqrt(optimize.brentq(lambda x: float(score(np.array([x]))[0]) or 1e-300, a, b, rtol=1e-6)))
+
+    def end(x: int, beyond: int) -> float:
+        inner, outer = score(at[[x, beyond]])
+        return float(np.sqrt(at[x])) if inner >= 0 or outer <= 0 else cross(at[x], at[beyond])
+
+    return _estimate(
+        value, 0.0 if low == 0 else end(low, low - 1), None if high == len(at) - 1 else end(high, high + 1)
+    )
+
+
+def _cosine(norms: tuple[float, float], inner: float, covariance: Joint, t: float) -> Estimate:
+    """⟨G, G'⟩/√(‖G‖² ‖G'‖²): the values x for which some ‖G‖² and ‖G'‖² explain all three estimates.
+
+    For a pair (a, b) at Mahalanobis distance q² ≤ t² of the two estimates, ⟨G, G'⟩ lies within √(t² - q²) conditional
+    standard deviations of its regression on them; the interval is the range of that over √(ab).
+    """
+    here = covariance.at(*np.maximum(norms, 0)[:, None])[:2, :2, 0]
+    ridge = 1e-10 * np.maximum(np.diag(here), 1e-300)
+    tried = np.array(norms)[:, None] + np.linalg.cholesky(here + np.diag(ridge)) @ (2.5 * t * DISC)
+    tried = tried[:, (tried > 0).all(0)]
+    v = covariance.at(*tried)
+    one, two, both = v[0, 0] + ridge[0], v[1, 1] + ridge[1], v[0, 1]
+    off = np.array(norms)[:, None] - tried
+    scale = one * two - both**2
+    distance = (two * off[0] ** 2 - 2 * both * off[0] * off[1] + one * off[1] ** 2) / scale
+    slope = np.array([two * v[0, 2] - both * v[1, 2], one * v[1, 2] - both * v[0, 2]]) / scale
+    rest = v[2, 2] - (slope * v[:2, 2]).sum(0)
+    kept = distance <= t * t
+    value = float(np.clip(inner / np.sqrt(norms[0] * norms[1]), -1, 1)) if min(norms) > 0 else None
+    if not kept.any():
+        return _estimate(value, -1.0, 1.0)
+    expected, size = inner - (slope * off).sum(0), np.sqrt(tried.prod(0))
+    reach = np.sqrt(np.maximum(rest, 0) * np.maximum(t * t - distance, 0))
+    low, high = ((expected - reach) / size)[kept].min(), ((expected + reach) / size)[kept].max()
+    return _estimate(value, float(np.clip(low, -1, 1)), float(np.clip(high, -1, 1)))
+
+
+def _disc(rings: int, spokes: int) -> Float[np.ndarray, "2 N"]:
+    """Points of the unit disc."""
+    angle, radius = np.meshgrid(np.linspace(0, 2 * np.pi, spokes, endpoint=False), np.linspace(0, 1, rings))
+    return np.stack([radius * np.cos(angle), radius * np.sin(angle)]).reshape(2, -1)
+
+
+DISC = _disc(41, 64)
+
+
+def _size(spread: Float[np.ndarray, " P"]) -> float:
+    """The standard error of a sum of independent terms."""
+    return float(np.sqrt(np.square(spread).sum() * len(spread) / (len(spread) - 1)))
+
+
+def _skew(spread: Float[np.ndarray, " P"], size: float) -> float:
+    """The third cumulant of the sum over its standard error cubed."""
+    return float(np.clip((spread**3).sum() / size**3, -3, 3))
+
+
+def _hall(x: float, skew: float) -> float:
+    return x + skew / 3 * x**2 + skew**2 / 27 * x**3 + skew / 6
+
+
+def _unhall(y: float, skew: float) -> float:
+    return y if abs(skew) < 1e-6 else 3 / skew * float(np.cbrt(1 + skew * (y - skew / 6)) - 1)
+
+
+def _estimate(value: float | None, low: float | None, high: float | None) -> Estimate:
     return {
-        "cosine": _cosine(float(np.clip(cosine, -1, 1)), cosines),
-        "norm_ratio": _jackknife(float(ratio), ratios, positive=True),
+        key: None if v is None else float(v)
+        for key, v in zip(("value", "ci_low", "ci_high"), (value, low, high), strict=True)
     }
 
 
-def _cosine(value: float, left_out: list[Float[np.ndarray, " U"]]) -> Estimate:
-    if abs(value) > 1 - 1e-9:  # the same gradient: projections must not blur that
-        return {"value": value, "ci_low": value, "ci_high": value}
-    return _jackknife(value, left_out, through=(np.arctanh, np.tanh))
-
-
-def _recentred(values: Float[np.ndarray, " U"], mean: float) -> Float[np.ndarray, " U"]:
-    moved: Float[np.ndarray, " U"] = values + mean - values.mean()
-    return moved
-
-
-Maps = tuple[Callable[[Any], Any], Callable[[Any], Any]]
-
-
-def _jackknife(
-    value: float, left_out: list[Float[np.ndarray, " U"]], *, positive: bool = False, through: Maps | None = None
-) -> Estimate:
-    """The value with its 95 % jackknife interval; one array of left-out values a sample that was drawn.
-
-    Source: Efron and Stein, The jackknife estimate of variance, 1981, doi 10.1214/aos/1176345462. ``through`` is a map
-    to a scale on which the interval is symmetric, and its inverse; the logarithm for a ``positive`` value.
-    """
-    if not np.isfinite(value):
-        return nothing("its noise is 0")
-    if positive and value > 0:
-        through = (np.log, np.exp)
-    to, back = through or (_same, _same)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        moved = [to(values) for values in left_out]
-        centre = to(value)
-    if not np.isfinite(centre) or not all(np.isfinite(values).all() for values in moved):
-        return {
-            "value": float(value),
-            "ci_low": None,
-            "ci_high": None,
-            "reason": "not positive without one of the units",
-        }
-    variance = sum(float((len(v) - 1) * np.var(v)) for v in moved)
-    reach = stats.t.ppf(0.975, min(map(len, left_out)) - 1) * np.sqrt(variance)
-    return {"value": float(value), "ci_low": float(back(centre - reach)), "ci_high": float(back(centre + reach))}
-
-
-def _same(x: Any) -> Any:
-    return x
+def _exactly(value: float) -> Estimate:
+    return _estimate(value, value, value)
 
 
 def nothing(reason: str) -> Estimate:
     """No value, and why."""
-    return {"value": None, "ci_low": None, "ci_high": None, "reason": reason}
+    return {**_estimate(None, None, None), "reason": reason}
 
 
 def rank_correlation(a: Float[np.ndarray, " U"], b: Float[np.ndarray, " U"]) -> Estimate:

@@ -10,7 +10,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rlzoo.variance.noise import Estimate, Units, against, data_noise, nothing, rank_correlation
+from rlzoo.variance.noise import (
+    Estimate,
+    Units,
+    against,
+    cosine_of,
+    data_noise,
+    nothing,
+    rank_correlation,
+    within_by_prompt,
+)
 from rlzoo.variance.pieces import at_least_float32
 from rlzoo.variance.scoring import Scored
 from rlzoo.variance.subjects import Subject, Weighed
@@ -44,46 +53,65 @@ class Comparison:
     def __init__(
         self,
         measured: Mapping[str, UnitGradients],
+        prompts: Mapping[str, Sequence[int]],
         layer_of: Mapping[str, int],
         layers: Sequence[str],
         base: str | None,
     ) -> None:
-        self.measured, self.layers, self.base = measured, layers, base
+        self.measured, self.prompts, self.layers, self.base = measured, prompts, layers, base
         self.names = list(measured)
         self.products = inner_products([measured[name].mean for name in self.names], layer_of, len(layers))
+        self._whole = {name: self._units(name, slice(None)) for name in self.names}
 
     def cosines(self, name: str) -> dict[str, float | None]:
-        """The cosine of an objective's mean gradient to each of this pass."""
-        whole = self.products.sum(0)
-        size = np.sqrt(np.diag(whole))
-        k = self.names.index(name)
+        """The cosine of an objective's expected gradient to each of this pass; None where noise hides one of them."""
+        k, whole = self.names.index(name), self.products.sum(0)
+        own = self._whole[name]
         return {
-            other: float(np.clip(whole[k, j] / (size[k] * size[j]), -1, 1)) if size[k] * size[j] else None
+            other: cosine_of(own, self._whole[other], float(whole[k, j]), float(self._within(name, other).sum()))
             for j, other in enumerate(self.names)
         }
 
-    def noise(self, name: str, paired: bool) -> dict[str, Estimate]:
-        """Of the whole model; ``paired`` says whether the objective and the baseline look at the same units."""
-        return self._noise(name, slice(None), self.products.sum(0), paired)
+    def noise(self, name: str) -> dict[str, Estimate]:
+        """Of the whole model."""
+        return self._noise(name, slice(None))
 
-    def by_layer(self, name: str, paired: bool) -> dict[str, dict[str, Estimate]]:
+    def by_layer(self, name: str) -> dict[str, dict[str, Estimate]]:
         """The same of each layer."""
-        return {
-            label: self._noise(name, slice(number, number + 1), self.products[number], paired)
-            for number, label in enumerate(self.layers)
-        }
+        return {label: self._noise(name, slice(number, number + 1)) for number, label in enumerate(self.layers)}
 
-    def _noise(self, name: str, layers: slice, products: Float[np.ndarray, "K K"], paired: bool) -> dict[str, Estimate]:
-        k = self.names.index(name)
-        own = _units(self.measured[name], layers, float(products[k, k]))
+    def _noise(self, name: str, layers: slice) -> dict[str, Estimate]:
+        whole = layers == slice(None)
+        own = self._whole[name] if whole else self._units(name, layers)
         found = data_noise(own)
         if self.base is None:
             missing = nothing("the buffer has no demonstrations to take the baseline's gradient on")
             return {**found, "cosine_to_sft": missing, "norm_ratio_to_sft": missing}
-        b = self.names.index(self.base)
-        other = _units(self.measured[self.base], layers, float(products[b, b]))
-        pair = against(own, other, float(products[k, b]), paired)
+        other = self._whole[self.base] if whole else self._units(self.base, layers)
+        k, b = self.names.index(name), self.names.index(self.base)
+        of_means, shared = float(self.products[layers, k, b].sum()), float(self._within(name, self.base)[layers].sum())
+        pair = against(own, other, of_means, shared)
         return {**found, "cosine_to_sft": pair["cosine"], "norm_ratio_to_sft": pair["norm_ratio"]}
+
+    def _within(self, name: str, other: str) -> Float[np.ndarray, " L"]:
+        """The sum over common prompts of the inner products of two objectives' gradients, by layer."""
+        first, second = (self.measured[n] for n in (name, other))
+        _, a, b = np.intersect1d(self.prompts[name], self.prompts[other], return_indices=True)
+        return np.array(
+            [
+                within_by_prompt(*(part[index, layer].cpu().numpy() for part, index in (
+                    (first.squared_norm, a), (second.squared_norm, b), (first.sketch, a), (second.sketch, b)
+                )))
+                for layer in range(len(self.layers))
+            ]
+        )  # fmt: skip
+
+    def _units(self, name: str, layers: slice) -> Units:
+        """An objective's gradients over some layers."""
+        gradients, k = self.measured[name], self.names.index(name)
+        squared, sketch = gradients.squared_norm[:, layers].sum(1), gradients.sketch[:, layers].flatten(1)
+        mean_squared_norm = float(self.products[layers, k, k].sum())
+        return Units(squared.cpu().numpy(), sketch.cpu().numpy(), mean_squared_norm, np.array(self.prompts[name]))
 
 
 def inner_products(
@@ -99,18 +127,8 @@ def inner_products(
     return found
 
 
-def _units(gradients: UnitGradients, layers: slice, mean_squared_norm: float) -> Units:
-    """The gradients over some layers."""
-    squared, sketch = gradients.squared_norm[:, layers].sum(1), gradients.sketch[:, layers].flatten(1)
-    return Units(squared.cpu().numpy(), sketch.double().cpu().numpy(), mean_squared_norm)
-
-
-def _cosine(product: float, norms: float) -> float | None:
-    return None if norms == 0 else float(np.clip(product / norms, -1, 1))
-
-
 def proxies(subject: Subject, weighed: Weighed, scored: Scored, measured: UnitGradients) -> dict[str, Any]:
-    """The logit-space stand-ins for ‖g_u‖² that need no backward pass, against the exact ones.
+    """The logit-space stand-ins for ‖g_p‖² of each prompt that need no backward pass, against the exact ones.
 
     W = Σ_t S_t and the total power Σ_t a_t² S_t, a_t being the token's weight in the loss: what verl logs for online
     RL, where a_t is the advantage (arXiv 2602.07078).
@@ -118,14 +136,14 @@ def proxies(subject: Subject, weighed: Weighed, scored: Scored, measured: UnitGr
     exact = measured.squared_norm.sum(1).cpu().numpy()
     rows = subject.rows
     table = scored.table(rows)
-    unit_of = {row: u for u, unit in enumerate(subject.units) for row in unit}
-    unit = np.array([unit_of[row] for row in rows])[table.row]
+    prompt_of = {row: p for p, own in enumerate(subject.prompts.values()) for row in own}
+    prompt = np.array([prompt_of[row] for row in rows])[table.row]
     weights = (weighed.task.weight[rows] * weighed.task.scale).double().cpu().numpy()  # 0 where a token is masked
     weight = np.concatenate(
         [own[: len(scored.rows[row].completion_ids)] for row, own in zip(rows, weights, strict=True)]
     )
     score, power = (
-        np.bincount(unit, values, minlength=len(exact)) for values in (table.score_norm, weight**2 * table.score_norm)
+        np.bincount(prompt, values, minlength=len(exact)) for values in (table.score_norm, weight**2 * table.score_norm)
     )
     return {
         "score_norm": {"mean": float(score.mean()), "rank_correlation": rank_correlation(score, exact)},
@@ -134,5 +152,5 @@ def proxies(subject: Subject, weighed: Weighed, scored: Scored, measured: UnitGr
             "exact": float(exact.mean()),
             "rank_correlation": rank_correlation(power, exact),
         },
-        "units": {"score_norm": score.tolist(), "total_power": power.tolist(), "exact": exact.tolist()},
+        "prompts": {"score_norm": score.tolist(), "total_power": power.tolist(), "exact": exact.tolist()},
     }

@@ -105,7 +105,7 @@ def directions(found: Found) -> str | None:
     with mpl.rc_context(STYLE):
         figure, panels = axes_row(3, 0.9 + 0.3 * len(names), sharey=True)
         measures = ("cosine_to_sft", "norm_ratio_to_sft", "noise_scale")
-        titles = ("cosine to SFT's gradient", "norm over SFT's", "noise scale, units")
+        titles = ("cosine to SFT's gradient", "norm over SFT's", "noise scale, prompts")
         for axes, key, title in zip(panels, measures, titles, strict=True):
             for place, name in enumerate(names):
                 estimate = found["objectives"][name]["data_noise"][key]
@@ -129,13 +129,17 @@ def directions(found: Found) -> str | None:
 
 
 def chart(found: Found) -> str | None:
-    """Every objective by the length and direction of its mean gradient; the area of a point is its ESS over tokens."""
-    places = {}
+    """Every objective by the length and direction of its expected gradient, with intervals; areas are ESS over tokens.
+
+    Objectives whose gradient the noise hides have no place on it.
+    """
+    places, reach = {}, {}
     for name, entry in found["objectives"].items():
         noise = entry.get("data_noise", {})
-        cosine, ratio = (noise.get(key, {}).get("value") for key in ("cosine_to_sft", "norm_ratio_to_sft"))
-        if cosine is not None and ratio:
-            places[name] = (ratio, cosine)
+        cosine, ratio = (noise.get(key, {}) for key in ("cosine_to_sft", "norm_ratio_to_sft"))
+        if cosine.get("value") is not None and ratio.get("value"):
+            places[name] = (ratio["value"], cosine["value"])
+            reach[name] = (ratio["ci_low"], ratio["ci_high"], cosine["ci_low"], cosine["ci_high"])
     if len(places) < FEWEST_ON_CHART:
         return None
     looks, ess = style_of(found), {name: found["objectives"][name]["coefficients"]["ess_fraction"] for name in places}
@@ -145,6 +149,10 @@ def chart(found: Found) -> str | None:
         for name, (ratio, cosine) in places.items():
             area = 20 + 180 * (ess[name] or 0)
             axes.scatter(ratio, cosine, s=area, color=looks[name]["color"], alpha=0.65, linewidth=0)
+            left, right, low, high = reach[name]
+            faint = {"color": looks[name]["color"], "linewidth": 0.6, "alpha": 0.4}
+            axes.plot([left or ratio, right or ratio], [cosine, cosine], **faint)
+            axes.plot([ratio, ratio], [low, high], **faint)
         axes.set(xlabel="norm over SFT's", ylabel="cosine to SFT's gradient")
         log_scale(axes, "x")
         axes.grid(True)
@@ -173,8 +181,8 @@ def along_training(found: Found) -> str | None:
     with mpl.rc_context(STYLE):
         figure, panels = axes_row(3, 3.5)
         keys = (
-            ("trace_cov", "tr Σ of a unit"),
-            ("noise_scale", "noise scale, units"),
+            ("trace_cov", "tr Σ of a prompt"),
+            ("noise_scale", "noise scale, prompts"),
             ("ess_fraction", "ESS over tokens"),
         )
         for axes, (key, title) in zip(panels, keys, strict=True):
@@ -221,9 +229,9 @@ def layers(found: Found) -> str | None:
 
 
 def proxies(found: Found) -> str | None:
-    """The logit-space proxy of each unit's squared gradient norm against the exact one."""
-    units_of = {n: o["proxies"]["units"] for n, o in found["objectives"].items() if o.get("proxies")}
-    objectives = {n: units for n, units in units_of.items() if any(units["total_power"])}
+    """The logit-space proxy of each prompt's squared gradient norm against the exact one."""
+    prompts_of = {n: o["proxies"]["prompts"] for n, o in found["objectives"].items() if o.get("proxies")}
+    objectives = {n: prompts for n, prompts in prompts_of.items() if any(prompts["total_power"])}
     if not objectives:
         return None
     looks = style_of(found)
@@ -234,12 +242,12 @@ def proxies(found: Found) -> str | None:
         grid = figure.subplots(lines, columns, squeeze=False)
         for axes in grid.flat[len(objectives) :]:
             axes.set_visible(False)
-        for axes, (name, units) in zip(grid.flat, objectives.items(), strict=False):
-            x, y = np.array(units["total_power"]), np.array(units["exact"])
+        for axes, (name, prompts) in zip(grid.flat, objectives.items(), strict=False):
+            x, y = np.array(prompts["total_power"]), np.array(prompts["exact"])
             some = (x > 0) & (y > 1e-9 * y.max(initial=0))  # a group of equal rewards has only rounding
             axes.plot(x[some], y[some], linewidth=0, marker=".", markersize=3, color=looks[name]["color"], alpha=0.6)
             axes.set(title=short(name))
             log_scale(axes, "xy")
-        figure.supxlabel("proxy of a unit: Σ a² S in logits", fontsize=10)
-        figure.supylabel("‖g‖², exact", fontsize=10)
+        figure.supxlabel("proxy of a prompt: Σ a² S in logits", fontsize=10)
+        figure.supylabel("‖g_p‖², exact", fontsize=10)
         return to_svg(figure)

@@ -53,6 +53,24 @@ def _noise(key: str) -> Callable[[Found], str]:
     return lambda entry: estimate(entry.get("data_noise", {}).get(key))
 
 
+def _scale(entry: Found) -> str:
+    """The noise scale; where noise hides the gradient, how large it is at least."""
+    found = entry.get("data_noise", {}).get("noise_scale")
+    if found is not None and found["value"] is None and found["ci_low"] is not None:
+        return f"> {number(found['ci_low'], 2)}"
+    return estimate(found)
+
+
+def hidden(found: Found) -> list[str]:
+    """The objectives whose gradient the noise hides, in whole."""
+    return [
+        name
+        for name, entry in found["objectives"].items()
+        if "noise_scale" in entry.get("data_noise", {})
+        and "hides" in entry["data_noise"]["noise_scale"].get("reason", "")
+    ]
+
+
 def _slope(entry: Found) -> str:
     moments = entry["token_moments"]
     interval = moments.get("slope_ci") or (None, None)
@@ -62,9 +80,10 @@ def _slope(entry: Found) -> str:
 NOISE_COLUMNS: dict[str, Callable[[Found], str]] = {
     "norm / SFT's": _noise("norm_ratio_to_sft"),
     "cosine to SFT": _noise("cosine_to_sft"),
-    "tr Σ of a unit": _noise("trace_cov"),
-    "noise scale (units)": _noise("noise_scale"),
-    "units": lambda entry: str(entry["units"]),
+    "tr Σ of a prompt": _noise("trace_cov"),
+    "noise scale (prompts)": _scale,
+    "prompts": lambda entry: str(entry["prompts"]),
+    "rows": lambda entry: str(entry["rows"]),
 }
 COEFFICIENT_COLUMNS: dict[str, Callable[[Found], str]] = {
     "mean c": lambda entry: number(round(entry["coefficients"]["mean"], 6)),
@@ -95,7 +114,7 @@ def _monte_carlo(comparable: Found | None) -> str:
 IN_TERMINAL = (
     "norm / SFT's",
     "cosine to SFT",
-    "noise scale (units)",
+    "noise scale (prompts)",
     "mean c",
     "cv",
     "ESS",
@@ -225,14 +244,19 @@ def _sequences(found: Found) -> Iterator[Block]:
 def _over_data(found: Found) -> Iterator[Block]:
     yield Heading("Over the data")
     yield Paragraph(
-        "What training sees: given its row, a gradient is deterministic, and the noise is that of drawing rows. A unit "
-        "is what is drawn as a whole: a demonstration or sample, a pair, or all samples of a prompt. tr Σ is the trace "
-        "of a unit's covariance over all parameters, the noise scale tr Σ/‖G‖² the batch size, in units, at which "
-        "noise and gradient are level. The estimators of both are unbiased; norm ratio and cosine are those of the "
-        "mean gradients as measured. A dash stands where there is no value, as where the noise hides the gradient: "
-        "variance.json has the reason."
+        "What training sees: given its row, a gradient is deterministic, and the noise is that of drawing prompts. All "
+        "rows of a prompt that an objective learns from make one gradient, and intervals speak of new prompts of the "
+        "same kind, for this model. tr Σ is the trace of the covariance of a prompt's gradient over all parameters, "
+        "the noise scale tr Σ/‖G‖² the batch size, in prompts, at which noise and gradient are level. Norm ratio and "
+        "cosine are estimates for the expected gradients, without the noise that two objectives share; each interval "
+        "is for one number alone."
     )
     yield _table(found, NOISE_COLUMNS)
+    if names := hidden(found):
+        yield Paragraph(
+            f"The noise hides the gradient of {', '.join(names)}: it cannot be told from 0 at 95 %, so it has no "
+            "direction or length to report, and the noise scale is above the number in the table. Take more rows."
+        )
     yield from _figure(
         found, "directions", plots.directions, "Cosine, norm ratio and noise scale of each objective.",
         "Direction and size of each mean gradient against SFT's, and how noisy it is, with 95 % intervals; an arrow is "
@@ -241,9 +265,10 @@ def _over_data(found: Found) -> Iterator[Block]:
     )  # fmt: skip
     yield from _figure(
         found, "chart", plots.chart, "The objectives by the length and direction of their mean gradients.",
-        "Where each objective's mean gradient lies: right is longer than SFT's, up is more like it, below 0 is against "
-        "it. A point's area follows the effective sample size of its coefficients over tokens.",
-        "It does not show the noise, nor where training leads: neighbours here may end far apart.",
+        "Where each objective's expected gradient lies: right is longer than SFT's, up is more like it, below 0 is "
+        "against it. Thin lines are 95 % intervals, a point's area follows the effective sample size of its "
+        "coefficients over tokens. Objectives whose gradient the noise hides are left out.",
+        "It does not show where training leads: neighbours here may end far apart.",
     )  # fmt: skip
     yield from _figure(
         found, "layers", plots.layers, "Noise and direction by layer.",
@@ -252,7 +277,7 @@ def _over_data(found: Found) -> Iterator[Block]:
     )  # fmt: skip
     yield from _figure(
         found, "proxies", plots.proxies, "Logit-space proxies against exact squared gradient norms.",
-        "Each point is a unit: the proxy Σ a²S, which needs no backward pass, against the exact squared norm of its "
+        "Each point is a prompt: the proxy Σ a²S, which needs no backward pass, against the exact squared norm of its "
         "gradient. The table has their rank correlations.",
         "It does not show the scale: the proxy is in logits, the norm in parameters, and only their order is compared.",
     )  # fmt: skip
@@ -279,8 +304,8 @@ def _method(found: Found) -> Iterator[Block]:
     yield Heading("How it was made")
     yield Paragraph(
         f"Model {found['model']}, made {found['created']}. Exact means one forward pass and closed forms; gradients "
-        "are exact in one backward pass an objective; their intervals are jackknifed over units with inner products "
-        "from random projections. variance.json has every number, and docs/variance.md says what each is."
+        "are exact in one backward pass per objective; their intervals take inner products between prompts from random "
+        "projections. variance.json has every number, and docs/variance.md says what each is."
     )
     settings = {**found["settings"], **found["versions"]}
     yield Code("\n".join(f"{key} {value}" for key, value in settings.items()))

@@ -55,6 +55,8 @@ class Subject:
     selection: Selection
     units: list[tuple[int, ...]]
     """Rows of each unit, as indices into the rows of `Scored`."""
+    prompts: dict[int, tuple[int, ...]]
+    """The rows of each prompt, by a number that is the prompt's in all subjects."""
 
     @property
     def rows(self) -> list[int]:
@@ -98,6 +100,7 @@ def subjects_of(
 
     The last subject is the baseline, if there are demonstrations.
     """
+    prompt_of = _numbers(buffer.column("prompt_id"))
     chosen: dict[str, list[tuple[Draw, ...]]] = {}
     skipped: dict[str, str] = {}
     plain = {name: objective for name, objective in named.items() if not is_composite(type(objective))}
@@ -108,14 +111,14 @@ def subjects_of(
             continue
         try:
             selection, options = view_of(name, objective, learns_from)
-            chosen[name] = _sample(buffer.view(selection, **options), rows, seed)
+            chosen[name] = _sample(buffer.view(selection, **options), prompt_of, rows, seed)
         except UserError as error:
             skipped[name] = str(error)
     if not chosen:
         raise UserError(next(iter(skipped.values())))
     wanted = dict(named)
     try:
-        chosen[BASELINE] = _sample(buffer.view(Selection.DEMONSTRATIONS), rows, seed)
+        chosen[BASELINE] = _sample(buffer.view(Selection.DEMONSTRATIONS), prompt_of, rows, seed)
         wanted[BASELINE], selections[BASELINE] = Likelihood(), Selection.DEMONSTRATIONS
     except UserError:
         pass  # then nothing is compared with it
@@ -125,7 +128,12 @@ def subjects_of(
     picked = sorted({draw for units in chosen.values() for unit in units for draw in unit})
     place = {draw: i for i, draw in enumerate(picked)}
     subjects = {
-        name: Subject(wanted[name], selections[name], [tuple(place[draw] for draw in unit) for unit in units])
+        name: Subject(
+            wanted[name],
+            selections[name],
+            [tuple(place[draw] for draw in unit) for unit in units],
+            {p: tuple(place[draw] for draw in draws) for p, draws in _by_prompt(units, prompt_of).items()},
+        )
         for name, units in chosen.items()
     }
     return [row for row, _, _ in picked], subjects, skipped
@@ -151,24 +159,53 @@ def view_of(name: str, objective: Objective, learns_from: LearnsFrom) -> tuple[S
     return asked, {name: value for name, value in options.items() if name in SINGLE_ROW_OPTIONS}
 
 
-def _sample(view: View, rows: int, seed: int) -> list[tuple[Draw, ...]]:
-    """Units drawn at random until they have ``rows`` rows, in the buffer's order.
+def _numbers(prompt_ids: Sequence[str]) -> list[int]:
+    """A number for each row's prompt."""
+    known: dict[str, int] = {}
+    return [known.setdefault(name, len(known)) for name in prompt_ids]
 
-    Those of a view with weights are drawn as in training, in proportion to them: one drawn twice counts as two.
+
+def _sample(view: View, prompt_of: Sequence[int], rows: int, seed: int) -> list[tuple[Draw, ...]]:
+    """The units of prompts drawn at random until they have ``rows`` rows, in the buffer's order.
+
+    Prompts are drawn whole and in one order for all views, so that objectives look at the same prompts as far as
+    their views have them; one with more than ``rows`` rows is cut to that. Units of a view with weights are drawn as in
+    training, in proportion to them, whatever their prompt: one drawn twice counts as two.
     """
     units, draw = view.units, random.Random(seed)
-    if view.weights is None:
-        order = draw.sample(range(len(units)), len(units))
-    else:
+    if view.weights is not None:
         order = draw.choices(range(len(units)), view.weights, k=len(units))
-    kept, held = [], 0
-    for index in order:
-        if held >= rows:
-            break
-        kept.append(index)
-        held += len(units[index])
+        kept, held = [], 0
+        for index in order:
+            if held >= rows:
+                break
+            kept.append(index)
+            held += len(units[index])
+    else:
+        of_prompt: dict[int, list[int]] = {}
+        for index, unit in enumerate(units):
+            of_prompt.setdefault(prompt_of[unit[0]], []).append(index)
+        kept, held = [], 0
+        for prompt in draw.sample(range(max(prompt_of) + 1), max(prompt_of) + 1):
+            if held >= rows:
+                break
+            own = 0
+            for index in of_prompt.get(prompt, ()):
+                if own < rows:
+                    kept.append(index)
+                    own += len(units[index])
+            held += own
     kept.sort()
     return [tuple((row, n - bisect_left(kept, index), False) for row in units[index]) for n, index in enumerate(kept)]
+
+
+def _by_prompt(units: Sequence[tuple[Draw, ...]], prompt_of: Sequence[int]) -> dict[int, tuple[Draw, ...]]:
+    """The rows drawn of each prompt."""
+    found: dict[int, tuple[Draw, ...]] = {}
+    for unit in units:
+        prompt = prompt_of[unit[0][0]]
+        found[prompt] = (*found.get(prompt, ()), *unit)
+    return found
 
 
 def weigh(policy: Policy, subject: Subject, scored: Scored, reference: Policy | None = None) -> Weighed:
@@ -207,7 +244,7 @@ def _weigh(policy: Policy, subject: Subject, scored: Scored, reference: Policy |
         loss = surrogate_of(found, objective, live, denominator=1.0)
     gradients = torch.autograd.grad(loss, leaves, allow_unused=True)
     denominator = objective.normaliser.denominator(batch)
-    scale = len(units) / denominator if denominator else 0.0
+    scale = len(subject.prompts) / denominator if denominator else 0.0
 
     def spread(part: Tensor | None) -> Tensor | None:
         """From the objective's rows to all rows."""
@@ -222,7 +259,7 @@ def _weigh(policy: Policy, subject: Subject, scored: Scored, reference: Policy |
     assert weight is not None
     row_weight = spread(objective.normaliser.weight(batch).expand(batch.mask.shape).contiguous())
     task = Task(
-        subject.units,
+        list(subject.prompts.values()),
         weight,
         scale,
         spread(gradients[1]) if on_trunk and len(gradients) > 1 else None,
