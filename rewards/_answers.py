@@ -14,7 +14,7 @@ _TITLES = "answer|result|conclusion|solution|summary|verification|explanation|ch
 _HEADING = re.compile(rf"(?:step|part|case|method|approach|problem|question)\b|[^:]*\b(?:{_TITLES})\W*$", re.IGNORECASE)
 """What follows #### where that is Markdown's heading of the fourth level."""
 
-_AND = re.compile(r"\b(?:and|or|und|oder|et|ou|as well as)\b|[,;&和或与、]|и|или")
+_AND = re.compile(r"\b(?:and|or|maybe|perhaps|possibly|alternatively|und|oder|et|ou|as well as)\b|[,;&和或与、]|и|или")
 _BETWEEN = re.compile(
     r"(?:[\s,.;:&$~、，；]|\\[\[\](),;:! \\]|\\q?quad|and|or|und|oder|et|ou|и|или|[和或与及]"
     r"|\\text\{\s*,?\s*(?:and|or)\s*\}|[A-Za-z](?:_\{?\w\}?)?\$? ?=)*"
@@ -172,9 +172,13 @@ _ITEM = rf"(?:{_LATEX}|{_ARITHMETIC})"
 _UNIT = r"(?:\s+(?!and\b|or\b)[A-Za-z]+){0,2}"
 _VALUES = re.compile(rf"{_ITEM}(?:{_UNIT}\s*(?:,\s*(?:and|or)?|;|\band\b|\bor\b|\bto\b|和|或|、)\s*{_ITEM})*")
 """A number, arithmetic or a formula, or a list of them: 3 apples and 4."""
+_WORD = re.compile(r"(?<![\\\w{])(?!(?:and|or)\b)[^\W\d_]{2,}(?=[,:]?\s)")
+_TEX = re.compile(r"[^$]*(?:\\[A-Za-z!]|[\^=_]|\d[a-z]\b)[^$]*$")
+"""LaTeX without dollars to the end of a line."""
 _HEDGED = re.compile(
     r"\b(?:not|less|more|greater|fewer|least|most|between|over|under|above|below|never|neither)\b", re.IGNORECASE
 )
+_OR_ELSE = re.compile(r"\b(?:or|maybe|perhaps|possibly|alternatively)\b[^.]*?\d", re.IGNORECASE)
 _NEAR, _TAIL = 40, 1000
 """Characters before the value of a clause; from the end of a text in which its last value is searched for."""
 
@@ -184,12 +188,16 @@ def first_value(clause: str) -> str | None:
     match = _VALUES.search(clause)
     if match is None or match.start() > _NEAR:
         return None
-    return clause if _HEDGED.search(clause[: match.start()]) else _result(match[0])
+    hedged = _HEDGED.search(clause[: match.start()]) or _OR_ELSE.search(clause, match.end())
+    return clause if hedged else _result(match[0])
 
 
 def last_value(text: str) -> str | None:
     """The last number, formula, or list of them in a text."""
     for line in reversed(text[-_TAIL:].splitlines()):
+        after = max((word.end() for word in _WORD.finditer(line)), default=0)
+        if _TEX.match(line, after) and not _HEDGED.search(line[:after]):
+            return line[after:]
         found = list(_VALUES.finditer(line))
         if found:
             return _result(found[-1][0])

@@ -82,7 +82,7 @@ class Reward:
     function: Callable[..., Any]
     on_error: OnError = "fail"
     """What a row is worth on which the reward fails: an error that names it, or None and a warning."""
-    state: TrainerState = field(default_factory=TrainerState)
+    state: TrainerState = field(default_factory=TrainerState, compare=False)
     """What it is told as ``trainer_state``."""
 
     @property

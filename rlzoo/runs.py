@@ -72,8 +72,9 @@ def run_in(
         return
     missing = _made(path, state, kind)
     with _locked(state / _LOCK, path):
-        resumed = _holds_work(state)
-        if resumed and (record := _read(state / _RECORD)) is not None:
+        record = _read(state / _RECORD) if _holds_work(state) else None
+        resumed = record is not None
+        if record is not None:
             _check_same(path, record, identity, "unfinished")
         else:
             _clear(state)

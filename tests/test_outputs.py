@@ -211,6 +211,57 @@ def test_another_run_is_told_apart_by_what_differs(tmp_path: Path) -> None:
     assert Pieces(out / ".state").read("half") == 1
 
 
+@pytest.mark.parametrize("kind", ["table", "module", "model", "key"])
+def test_a_file_of_the_same_size_that_changed_is_told(tmp_path: Path, kind: str) -> None:
+    """Whatever settings name: a table, a module with a name in it, a model's folder, or a module as a key."""
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    files = {"table": "rows.csv", "module": "mine.py", "model": "model/weights.safetensors", "key": "mine.py"}
+    file = tmp_path / files[kind]
+    named: dict[str, Any] = {"table": str(file), "module": f"{file}:Mine", "model": str(tmp_path / "model")}
+    asked = {**ASKED, "named": [{f"{file}:Mine": {}}] if kind == "key" else [named[kind]]}
+    file.write_text("a")
+    os.utime(file, ns=(1, 1))
+    stopped(tmp_path / "out", asked)
+    file.write_text("b")
+    os.utime(file, ns=(2, 2))
+    told = rf"{file.name}: \[1, 1\] there, \[1, 2\] here"
+    with pytest.raises(UserError, match=told), run_in(tmp_path / "out", "train", asked):
+        pytest.fail("must not come here")
+
+
+def test_what_a_killed_run_had_half_written_or_half_removed_is_gone(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    stopped(out)
+    (out / ".report.md.x.partial").mkdir()
+    with run_in(out, "train", ASKED):
+        assert names(out) == [".state", ".state/half.piece", ".state/lock", ".state/run.json"]
+    (out / ".state").mkdir()
+    (out / ".state" / "half.piece").touch()
+    with run_in(out, "train", ASKED) as run:
+        assert run.finished
+    assert names(out) == ["run.json"]
+
+
+def test_work_of_which_nothing_says_what_it_is_is_done_again(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    stopped(out)
+    (out / ".state" / "run.json").write_text('{"command": "tra')
+    with run_in(out, "train", ASKED) as run:
+        assert not run.resumed and Pieces(run.state).read("half") is None
+
+
+def test_a_file_that_was_whole_when_its_run_was_killed_is_finished(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    with pytest.raises(KeyboardInterrupt), run_in(file, "rollout", ASKED, "whole") as run:
+        Pieces(run.state).write("half", 1)
+        file.write_text("whole")
+        raise KeyboardInterrupt
+    with run_in(file, "rollout", ASKED, "whole") as run:
+        assert run.finished
+    assert names(tmp_path) == ["rows.jsonl"] and file.read_text() == "whole"
+
+
 def test_other_versions_of_packages_do_not_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stopped(tmp_path / "out")
     monkeypatch.setattr(runs, "versions", lambda: {"torch": "1"})

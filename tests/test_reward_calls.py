@@ -71,6 +71,7 @@ def test_a_reward_is_told_how_far_training_is() -> None:
     assert get_reward(curriculum)([""], ["a"]) == [0.0]
     assert get_reward(curriculum).at(3, 12)([""] * 2, ["a", "b"]) == [0.25, 0.25]
     assert get_reward([by_name, curriculum]).at(3, 12)([""], ["a"]) == [3.25]
+    assert len({get_reward(curriculum), get_reward(curriculum).at(3, 12)}) == 1, "it can be a key, and is one reward"
     theirs = TrainerState(global_step=7)
     assert get_reward(by_name).at(3, 12)([""], ["a"], trainer_state=theirs) == [7.0], "TRL passes its own"
 

@@ -223,16 +223,16 @@ def test_the_parts_of_a_reward_reach_the_rows(make_policy: MakePolicy) -> None:
 
 
 def test_a_mismatch_by_hand() -> None:
-    """Gaps of log 2, 0 and -log 2: ratios 2, 1, 1/2; k3 = ratio - 1 - gap."""
+    """Gaps of log 2, 0 and -log 4: ratios 2, 1, 1/4; k3 = ratio - 1 - gap."""
     two = math.log(2)
     known: dict[str, Any] = {"source": "policy", "reward": 1.0}
     rows = [
         Trajectory("", "", [1], [2, 3], "a", behaviour_logp=[-1.0, -3.0], sampler_logp=[-1.0 - two, -3.0], **known),
-        Trajectory("", "", [1], [2], "a", behaviour_logp=[-2.0], sampler_logp=[-2.0 + two], **known),
+        Trajectory("", "", [1], [2], "a", behaviour_logp=[-2.0], sampler_logp=[-2.0 + 2 * two], **known),
         Trajectory("", "", [1], [2], "a", behaviour_logp=[-2.0], **known),
     ]
     assert mismatch(rows) == pytest.approx(
-        {"tokens": 3, "mean_absolute": 2 * two / 3, "largest": two, "mean_ratio": 3.5 / 3, "kl": 0.5 / 3}
+        {"tokens": 3, "mean_absolute": two, "largest": 2 * two, "mean_ratio": 3.25 / 3, "kl": (0.25 + two) / 3}
     )
     assert mismatch(rows[2:]) is None
 

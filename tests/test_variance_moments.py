@@ -193,6 +193,18 @@ def test_the_slope_is_taken_at_equal_score_norm() -> None:
     assert found["slope_ci"][0] <= by_hand <= found["slope_ci"][1] < by_hand + 0.05
 
 
+def test_rows_of_one_prompt_do_not_narrow_the_slopes_interval() -> None:
+    rng = np.random.default_rng(0)
+    logp = np.log(rng.uniform(1e-4, 0.1, 200))
+    c = np.exp(rng.normal(size=40).repeat(5) * logp / 10)  # how c depends on p differs by row
+    once = moments.slope(by_logp(np.arange(200) // 5, logp), c, 0)
+    four = by_logp(np.arange(800) // 5, np.tile(logp, 4))
+    again = moments.slope(four, np.tile(c, 4), 0, np.tile(np.arange(40), 4))
+    assert again["slope_ci"] == pytest.approx(once["slope_ci"])
+    low, high = moments.slope(four, np.tile(c, 4), 0)["slope_ci"]
+    assert high - low < 0.7 * (once["slope_ci"][1] - once["slope_ci"][0])
+
+
 def test_a_slope_needs_rare_tokens() -> None:
     found = moments.slope(by_logp(np.arange(50), np.full(50, -0.1)), np.ones(50), 0)
     assert found["slope"] is None and found["slope_reason"].startswith("0 tokens have p ≤ 0.1")

@@ -53,9 +53,9 @@ def analyze_variance(
 ) -> dict[str, Any]:
     """Measure the variance of the objectives' gradients at a policy: what variance.json holds (docs/variance.md).
 
-    Each objective is measured on all units that its own view of the buffer has of some prompts, ``rows`` rows or a
-    little more, drawn by ``seed``;
-    ``learns_from``, one selection or one a name, gives objectives of single rows another view of single rows.
+    Each objective is measured on all that its own view of the buffer has of some prompts, ``rows`` rows or a little
+    more, drawn by ``seed``; ``learns_from``, one selection or one per name, gives objectives of single rows another
+    view of single rows. Estimates are for new prompts of the same kind; where noise hides a gradient there is none.
     ``draws`` samples a token check the exact moments; ``gradients=False`` leaves out what needs a backward pass.
     Log-probs of a reference are those stored in the buffer, else ``reference``'s, else the policy's own, as at the
     start of a run; a critic that the policy lacks is 0, as a fresh one is. Raises UserError for a model whose per-unit
@@ -188,6 +188,7 @@ def _moments(
         hits = np.concatenate([scored.hits[name][row] for row in subject.rows])[learned]
         estimates = moments.block_variances(table, c, hits, draws // BLOCKS)
     all_bins.extend({"objective": name, **row} for row in moments.bins(table, c, estimates, draws, seed))
+    prompt_of = {row: prompt for prompt, rows in subject.prompts.items() for row in rows}
     log_variance = moments.log_trace_cov(table, c)
     by_sequence = np.bincount(table.row, np.exp(log_variance))
     found = {
@@ -195,7 +196,7 @@ def _moments(
         "per_sequence": moments.quantiles(by_sequence),
         "log10_per_token": moments.quantiles(log_variance / np.log(10)),
         "comparable": moments.comparable(table, c, estimates, seed),
-        **moments.slope(table, c, seed),
+        **moments.slope(table, c, seed, np.array([prompt_of[row] for row in subject.rows])),
         "sequence_level": moments.sequences(table),
     }
     return {"token_moments": found, "importance_weights": moments.importance_weights(table, c)}

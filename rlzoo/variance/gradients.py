@@ -1,9 +1,10 @@
 """The gradient of every unit of a batch by its norm alone: at most one backward pass an objective, and one forward.
 
-A unit is what the optimizer draws as a whole: a row, a pair, a group. Inside a layer y = W x the gradient of a unit is
-Σ_t e_t x_tᵀ over its positions, with e the gradient at y, so its norm follows from what a backward pass has in hand
-anyway (arXiv 1510.01799; for sequences, arXiv 2205.09632). Either the Gram matrices of e and x give it, or the product
-is formed for a few units of one layer at a time: no tensor of units × parameters ever exists.
+A unit is any set of rows: a row, a pair, a group, or, as the analyzer takes it, all rows of a prompt. Inside a layer
+y = W x the gradient of a unit is Σ_t e_t x_tᵀ over its positions, with e the gradient at y, so its norm follows from
+what a backward pass has in hand anyway (arXiv 1510.01799; for sequences, arXiv 2205.09632). Either the Gram matrices of
+e and x give it, or the product is formed for a few units of one layer at a time: no tensor of units × parameters ever
+exists.
 """
 
 from __future__ import annotations

@@ -148,12 +148,15 @@ def comparable(
     return {**found, "monte_carlo": mean, "ci_low": low, "ci_high": high}
 
 
-def slope(table: TokenTable, c: Float[np.ndarray, " N"], seed: int) -> dict[str, Any]:
+def slope(
+    table: TokenTable, c: Float[np.ndarray, " N"], seed: int, prompt: Int[np.ndarray, " R"] | None = None
+) -> dict[str, Any]:
     """The slope of log(tr Cov) against log p over tokens with p ≤ `SLOPE_BELOW`, at equal score norm S.
 
     The law tr Cov ∝ 1/p or p is one context's, for which S is fixed; over tokens S varies between (1-p)² and 2(1-p)²
     and falls as p rises, so it is taken to the left side: log(tr Cov / S) is fitted. So the slope speaks of how
-    c depends on p, not of the model. ``slope_raw`` has S left in. Intervals: bootstrap over sequences.
+    c depends on p, not of the model. ``slope_raw`` has S left in. Intervals: bootstrap over prompts; ``prompt``
+    is that of each row, and without it every row is one.
     """
     with np.errstate(divide="ignore"):
         y = log_trace_cov(table, c)
@@ -164,13 +167,13 @@ def slope(table: TokenTable, c: Float[np.ndarray, " N"], seed: int) -> dict[str,
             "over a decade of p"
         )
         return {"slope": None, "slope_ci": None, "slope_raw": None, "slope_reason": reason}
-    x, row = table.logp[chosen], table.row[chosen]
+    x, row = table.logp[chosen], table.row[chosen] if prompt is None else prompt[table.row[chosen]]
     raw = y[chosen]
     fixed = raw - np.log(table.score_norm[chosen])
     _, number = np.unique(row, return_inverse=True)
     sums = np.stack(
         [np.bincount(number, v) for v in (np.ones_like(x), x, fixed, x * x, x * fixed)]
-    )  # a sequence's share of the normal equations
+    )  # a prompt's share of the normal equations
 
     def fit(*parts: Float[np.ndarray, "... R"], axis: int = -1) -> Any:
         n, sx, sy, sxx, sxy = (part.sum(axis) for part in parts)

@@ -17,7 +17,8 @@ class VarianceProbe:
     """A callback for `rlzoo.train` that measures the trained objective's gradients every ``every`` steps.
 
     ``records`` has one row a measurement: the step, the coefficients' mean, spread and effective sample size, the
-    median probability of the tokens, and the gradient's noise over ``rows`` rows of the buffer, the same each time.
+    median probability of the tokens, and the gradient's noise over ``rows`` rows of the buffer, the same each time, as
+    estimates for new prompts (`rlzoo.variance.noise`).
     An objective with a frozen reference needs its log-probs in the buffer (`rlzoo.training.with_reference`).
     """
 
