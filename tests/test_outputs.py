@@ -134,9 +134,12 @@ def test_a_failed_run_takes_nothing_of_others_with_it(tmp_path: Path) -> None:
     assert names(tmp_path) == ["runs", "runs/b", "runs/b/results.json"]
 
 
-def test_a_failed_run_removes_the_folders_it_made(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError), run_in(tmp_path / "runs" / "a", "train", ASKED):
-        raise RuntimeError("out of luck")
+@pytest.mark.parametrize("what", [RuntimeError, KeyboardInterrupt])
+def test_a_run_that_ends_before_it_did_anything_removes_the_folders_it_made(
+    tmp_path: Path, what: type[BaseException]
+) -> None:
+    with pytest.raises(what), run_in(tmp_path / "runs" / "a", "train", ASKED):
+        raise what("out of luck")
     assert names(tmp_path) == []
 
 
@@ -249,6 +252,8 @@ def test_work_of_which_nothing_says_what_it_is_is_done_again(tmp_path: Path) -> 
     (out / ".state" / "run.json").write_text('{"command": "tra')
     with run_in(out, "train", ASKED) as run:
         assert not run.resumed and Pieces(run.state).read("half") is None
+        with pytest.raises(UserError, match="in use by process"), run_in(out, "train", ASKED):
+            pytest.fail("must not come here")
 
 
 def test_a_file_that_was_whole_when_its_run_was_killed_is_finished(tmp_path: Path) -> None:
