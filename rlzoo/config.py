@@ -237,13 +237,13 @@ class Experiment(_Strict):
     @pydantic.model_validator(mode="after")
     def _is_a_grid(self) -> Experiment:
         sampling = self.rollouts
-        unknown = sampling.url is not None and (sampling.temperature, sampling.top_p) != (1.0, 1.0)
+        untold = sampling.url is not None and (sampling.temperature, sampling.top_p) != (1.0, 1.0)
         for wrong, told in (
             (
                 sampling.behaviour == "sampler",
                 "importance_cap weighs π/π_engine, which needs rollouts.behaviour: recompute",
             ),
-            (unknown, "importance_cap needs log-probs of the server: known at temperature 1 and top_p 1"),
+            (untold, "importance_cap needs log-probs of the server: known at temperature 1 and top_p 1"),
         ):
             if wrong and any(self.training_of(name).importance_cap is not None for name in self.algorithms):
                 raise ValueError(told)
