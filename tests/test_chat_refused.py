@@ -147,10 +147,10 @@ def test_tables_that_spell_special_tokens_are_refused_or_counted(
     allowed = load_experiment("arithmetic", {**changes, "training.special_tokens": "allow"})
     ways: list[Callable[[Experiment], Any]] = [
         lambda some: work.fill_buffer(some, tmp_path / "a", tmp_path / "s", 0, lambda *_: None)["rows"],
-        lambda some: variance.fill(some, tmp_path / "b", tmp_path / "s", "t.jsonl", lambda *_: None),
+        lambda some: variance.fill(some, tmp_path / "b", tmp_path / "s", "t.jsonl", lambda *_: None)["rows"],
     ]
     for way in ways:
-        with pytest.raises(UserError, match=r"row 1: the user's text spells"):
+        with pytest.raises(UserError, match=r"line 1: the user's text spells"):
             way(experiment)
         with pytest.warns(UserWarning, match="read as that token: 1 in all"):
             assert way(allowed) == 1

@@ -200,6 +200,9 @@ def test_options_are_listed_and_coerced() -> None:
     assert options_of(objective_module.objective_class("grpo")) == {
         "clip": {"type": "float", "default": 0.2},
         "kl_coefficient": {"type": "float", "default": 0.04},
+        "delta": {"type": "float | None", "default": None},
+        "kl_correction": {"type": "bool", "default": False},
+        "truncated": {"type": "Literal['keep', 'mask', 'drop']", "default": "keep"},
     }
     assert get_objective("grpo", clip="0.3") == get_objective("grpo", clip=0.3)
     assert get_objective("ppo", dual_clip=None) == get_objective("ppo")
@@ -213,7 +216,7 @@ def test_options_are_listed_and_coerced() -> None:
             {"clipp": 0.1},
             r"unknown option of objective 'grpo' 'clipp': did you mean 'clip'\? known: clip, ",
         ),
-        ("sft", {"beta": 0.1}, r"unknown option of objective 'sft' 'beta': known: none"),
+        ("sft", {"beta": 0.1}, r"unknown option of objective 'sft' 'beta': known: truncated"),
         ("sft", {"source": "x"}, r"unknown option of objective 'sft' 'source'"),  # a class variable
         ("dpo", {"beta": "much"}, r"objective 'dpo': option 'beta' = 'much': .*valid number"),
         ("dpo", {"variant": "cubic"}, r"option 'variant' = 'cubic': .*'sigmoid', 'hinge' or 'ipo'"),

@@ -204,7 +204,7 @@ def test_the_split_of_a_data_set_on_the_hub(monkeypatch: pytest.MonkeyPatch) -> 
 @shows("Table.split", "Table.columns", "--split", "--column")
 def test_a_table_to_train_on(tmp_path: Path) -> None:
     (tmp_path / "shards").mkdir()
-    for split, answer in (("train", "1"), ("dev", "12")):
+    for split, answer in (("train", "1"), ("test", "12")):
         row = {"prompt": "1+1=", "answer": answer, "completion": "123"}
         (tmp_path / "shards" / f"{split}-00000-of-00001.jsonl").write_text(json.dumps(row) + "\n")
 
@@ -217,7 +217,7 @@ def test_a_table_to_train_on(tmp_path: Path) -> None:
 
     assert learned("--split", "train") == 3
     assert learned("--split", "train", "--column", "completion=answer") == 1
-    assert learned("--split", "dev", "--column", "completion=answer") == 2
+    assert learned("--split", "test", "--column", "completion=answer") == 2
 
 
 # Sampling

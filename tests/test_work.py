@@ -260,8 +260,10 @@ def test_behaviour_log_probs_are_the_trainers_own_or_those_of_the_sampler(
         return [[replace(one, logp=[-2.0] * len(one.ids)) for one in samples] for samples in given]
 
     monkeypatch.setattr(TransformersSampler, "sample", sample)
+    monkeypatch.setattr("rlzoo.rollout.VLLMSampler", TransformersSampler)  # an engine with log-probs of its own
     rows = {"rft": {}, "grpo": {"mode": "online", "options": {"kl_coefficient": 0.0}}}
-    experiment = small(rows, rollouts__behaviour=behaviour, evaluation=NO_CURVE, training__steps=1)
+    changes = {"rollouts__behaviour": behaviour, "rollouts__engine": "vllm"}
+    experiment = small(rows, **changes, evaluation=NO_CURVE, training__steps=1)
     results = compared(experiment, tmp_path / "out")
     samples = [row for row in OfflineBuffer.load(tmp_path / "out" / "buffer") if row.source == "policy"]
     flat = [x for row in samples for x in row.behaviour_logp or []]
