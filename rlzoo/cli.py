@@ -34,14 +34,14 @@ Handler = Callable[[argparse.Namespace], int]
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command.
 
-    Exit status: 0 done, 1 some runs failed, 2 wrong input (one line on standard error), 130 or 143 told to stop.
+    Exit status: 0 done, 1 some runs failed, 2 wrong input (one line on standard error), 130 or 143 stopped by a signal.
     """
     parsed = _parser().parse_args(arguments)
     os.environ.pop("RLZOO_TRUST_REMOTE_CODE", None)
     if getattr(parsed, "trust_remote_code", False):
         os.environ["RLZOO_TRUST_REMOTE_CODE"] = "1"  # an environment variable, so that worker processes have it too
     sys.path.append(str(Path.cwd()))  # for package.module:Name of a user's own; last, so that it hides nothing
-    signal.signal(signal.SIGTERM, raise_signal)  # a job that is told to stop ends as for Ctrl-C
+    signal.signal(signal.SIGTERM, raise_signal)  # a job that the system stops ends as for Ctrl-C
     try:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             from rlzoo.ranks import joined
