@@ -5,7 +5,7 @@ With ρ = π_θ/μ and A = r - mean_G, the loss of a token is
     -min(ρA, clip(ρ, 1-ε, 1+ε) A) / L,
 
 summed over each sequence, then averaged over sequences. L is one constant for the whole run, the paper's budget of
-tokens a completion: set ``max_length`` to what completions were sampled with. It only scales the gradient, and so is
+tokens per completion: set ``max_length`` to what completions were sampled with. It only scales the gradient, and so is
 no property of a batch: the longest completion of one would make some batches weigh more than others.
 Source: arXiv 2503.20783, which has no KL term either; μ and ``delta`` as in `grpo`.
 """

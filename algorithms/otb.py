@@ -1,4 +1,4 @@
-"""OTB: the policy gradient with the baseline, one a token, that makes its variance least.
+"""OTB: the policy gradient with the baseline, one per token, that makes its variance least.
 
 With ρ = π_θ/μ, G the return (the completion's reward, which comes at its end) and the other samples of the prompt i,
 

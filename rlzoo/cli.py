@@ -34,14 +34,14 @@ Handler = Callable[[argparse.Namespace], int]
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command.
 
-    Exit status: 0 done, 1 some runs failed, 2 wrong input (one line on standard error), 130 or 143 told to stop.
+    Exit status: 0 done, 1 some runs failed, 2 wrong input (one line on standard error), 130 or 143 stopped by a signal.
     """
     parsed = _parser().parse_args(arguments)
     os.environ.pop("RLZOO_TRUST_REMOTE_CODE", None)
     if getattr(parsed, "trust_remote_code", False):
         os.environ["RLZOO_TRUST_REMOTE_CODE"] = "1"  # an environment variable, so that worker processes have it too
     sys.path.append(str(Path.cwd()))  # for package.module:Name of a user's own; last, so that it hides nothing
-    signal.signal(signal.SIGTERM, raise_signal)  # a job that is told to stop ends as for Ctrl-C
+    signal.signal(signal.SIGTERM, raise_signal)  # a job that the system stops ends as for Ctrl-C
     try:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             from rlzoo.ranks import joined
@@ -156,7 +156,7 @@ def _variance(commands: Any) -> None:
     )
     command.add_argument("--buffer", help="a saved buffer (see rollout) in place of the experiment's data")
     command.add_argument("--rows", type=int, help="rows an objective is measured on; default 512")
-    command.add_argument("--draws", type=int, help="Monte-Carlo samples a token; default 4096, 0 for none")
+    command.add_argument("--draws", type=int, help="Monte-Carlo samples per token; default 4096, 0 for none")
     command.add_argument("--every", type=int, help="steps between measurements along training; 0 for no training")
     command.add_argument("--probe-rows", type=int, help="rows that are measured along training; default 64")
     command.add_argument("--seed", type=int, help="of the rows, the draws and the training; default 0")
@@ -241,8 +241,8 @@ def _run_train(arguments: argparse.Namespace) -> int:
     def show(trainer: Any, step: int) -> None:
         row = trainer.record.steps[-1]
         if is_main():
-            told = f"step {step}/{training.steps}  loss {row['loss']:.4f}  gradient norm {row['gradient_norm']:.3f}"
-            print(told, flush=True)  # a log is to show how far it is
+            line = f"step {step}/{training.steps}  loss {row['loss']:.4f}  gradient norm {row['gradient_norm']:.3f}"
+            print(line, flush=True)  # a log is to show how far it is
 
     out = arguments.out
     with run_in(out, "train", asked) as run:
@@ -277,7 +277,7 @@ def _run_train(arguments: argparse.Namespace) -> int:
 def _rollout(commands: Any) -> None:
     command = _command(
         commands, "rollout", _run_rollout,
-        "Sample a policy on an experiment's training problems, judge the samples, and save them as a buffer.",
+        "Sample a policy on an experiment's training problems, score the samples, and save them as a buffer.",
         "rlzoo rollout arithmetic --limit 100 --out runs/buffer",
     )  # fmt: skip
     add_overrides(command, "data", "bad-rows", "limit", "rollout-samples")

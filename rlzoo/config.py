@@ -133,7 +133,7 @@ class Judging(_Strict):
     """How the reward is called: in a process of its own, unless both limits are null."""
 
     seconds: Annotated[float, Field(gt=0)] | None = 60.0
-    """For one call; a call that takes longer is ended, and its completions are judged one by one."""
+    """For one call; a call that takes longer is ended, and its completions are scored one by one."""
     memory_gb: Annotated[float, Field(gt=0)] | None = 4.0
     """Memory that its process may ask for, in 2³⁰ bytes."""
     on_error: Annotated[Literal["fail", "null"], pydantic.BeforeValidator(_named_null)] = "fail"
@@ -160,7 +160,7 @@ class Training(_Strict):
     updates_per_batch: Positive = 1
     """Optimizer steps on each batch before the next is drawn; above 1, ratios and value clipping come to bear."""
     token_budget: Positive = 4096
-    """Padded tokens a micro-batch; the gradient does not depend on it."""
+    """Padded tokens per micro-batch; the gradient does not depend on it."""
     learning_rate: Rate = 5e-5
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
@@ -180,13 +180,17 @@ class Training(_Strict):
     lora: Lora | None = None
     """Train adapters of low rank in place of the weights."""
     gradient_checkpointing: bool = False
-    """Keep one activation a layer and make the others anew in the backward pass: a third more time, less memory."""
+    """Keep one activation per layer and recompute the others in the backward pass: a third more time, less memory."""
     checkpoint_seconds: Annotated[float, Field(ge=0)] | None = 300.0
-    """Time between checkpoints, from which a run that was stopped goes on; 0: after every batch; None: none."""
+    """Time between checkpoints, from which a run that was stopped resumes; 0: after every batch; None: none."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
     """What to do at a step whose loss or gradient is not finite; a step that is skipped is counted."""
     trackers: tuple[Literal["tensorboard", "trackio", "wandb"], ...] = ()
     """Where the metrics of each step go besides the results."""
+
+
+OF_THE_BUFFER = ("behaviour", "max_completion_tokens", "special_tokens")
+"""Settings of training that decide what the buffer of a comparison holds, and so are the same for all of its rows."""
 
 
 class Algorithm(_Strict):
@@ -233,13 +237,13 @@ class Experiment(_Strict):
     @pydantic.model_validator(mode="after")
     def _is_a_grid(self) -> Experiment:
         sampling = self.rollouts
-        unknown = sampling.url is not None and (sampling.temperature, sampling.top_p) != (1.0, 1.0)
+        untold = sampling.url is not None and (sampling.temperature, sampling.top_p) != (1.0, 1.0)
         for wrong, told in (
             (
                 sampling.behaviour == "sampler",
                 "importance_cap weighs π/π_engine, which needs rollouts.behaviour: recompute",
             ),
-            (unknown, "importance_cap needs log-probs of the server: known at temperature 1 and top_p 1"),
+            (untold, "importance_cap needs log-probs of the server: known at temperature 1 and top_p 1"),
         ):
             if wrong and any(self.training_of(name).importance_cap is not None for name in self.algorithms):
                 raise ValueError(told)
@@ -248,6 +252,12 @@ class Experiment(_Strict):
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds repeat: {list(self.seeds)}")
         for name, row in self.algorithms.items():
+            for setting in OF_THE_BUFFER:
+                shared = getattr(self.training, setting)
+                if row.training.get(setting, shared) != shared:
+                    raise ValueError(
+                        f"{setting} of {name!r} would change the buffer that all rows share: set it for all"
+                    )
             if len(row.learning_rates) > 1 and self.validation is None:
                 raise ValueError("choosing among learning rates needs a validation problem set: add `validation`")
             if len({f"{rate:g}" for rate in row.learning_rates}) < len(row.learning_rates):
@@ -261,7 +271,7 @@ class Experiment(_Strict):
         return Table(source=given, bad_rows=self.train.bad_rows) if isinstance(given, str) else given
 
     def in_parts(self, parts: int) -> Experiment:
-        """The same with ``parts`` times fewer tokens a micro-batch and sequences sampled together: results are equal
+        """The same with ``parts`` times fewer tokens per micro-batch and sequences sampled together: results are equal
         but for rounding."""
         if parts == 1:
             return self

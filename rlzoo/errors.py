@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 
 class UserError(ValueError):
-    """Wrong input: the message names the thing and the mend, in one line."""
+    """Wrong input: the message names the thing and how to fix it, in one line."""
 
 
 def unknown(kind: str, name: str, known: Iterable[str]) -> UserError:

@@ -19,7 +19,7 @@ def pass_at_k(correct: Int[np.ndarray, "*n"], n: Int[np.ndarray, "*n"], k: int) 
         raise ValueError("pass_at_k needs 0 ≤ correct ≤ n")
     if k < 1 or (n.size and k > n.min()):
         fewest = int(n.min()) if n.size else 0
-        raise UserError(f"pass@{k} needs 1 ≤ k ≤ samples a problem, which is {fewest}: change k or take more samples")
+        raise UserError(f"pass@{k} needs 1 ≤ k ≤ samples per problem, which is {fewest}: change k or take more samples")
     drawn = np.arange(k)
     failures = np.maximum((n - correct)[..., None] - drawn, 0)
     missed: Float[np.ndarray, "*n"] = 1.0 - np.prod(failures / (n[..., None] - drawn), axis=-1)

@@ -28,7 +28,7 @@ class Evaluation:
     """``avg_at_k``, ``greedy``, ``pass_at_k`` as fractions, ``k``, ``samples``, ``mean_length`` in tokens,
     ``truncated`` as a fraction, and ``reward/NAME`` for what the reward logged as the metric NAME of the samples."""
     outcomes: list[dict[str, Any]]
-    """One row a sample: problem_id, prompt, decoding, sample, reward, correct, length, truncated, text; and
+    """One row per sample: problem_id, prompt, decoding, sample, reward, correct, length, truncated, text; and
     ``logged``, as JSON, where the reward logged anything of it."""
 
 
@@ -84,7 +84,7 @@ def _outcomes(
     greedy: bool,
     progress: Callable[[int], None] | None,
 ) -> tuple[list[dict[str, Any]], dict[str, float]]:
-    """One row a sample, and the means of what the reward logged."""
+    """One row per sample, and the means of what the reward logged."""
     sampled = sampler.sample([p.ids for p in problems], settings, seed, greedy=greedy, progress=progress)
     flat = [(p, n, s) for p, samples in zip(problems, sampled, strict=True) for n, s in enumerate(samples)]
     scores = judge(reward, [(p, s) for p, _, s in flat])

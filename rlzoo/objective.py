@@ -96,7 +96,7 @@ class Objective:
 
     @property
     def view_options(self) -> Mapping[str, Any]:
-        """Options for the buffer's view named by ``learns_from``; `views_of` adds what ``truncated`` asks for."""
+        """Options for the buffer's view named by ``learns_from``; `view_of` adds what ``truncated`` asks for."""
         return {}
 
     @property

@@ -18,16 +18,20 @@ _TRAINING_LIMITS = ("train.limit", "rollouts.prompts")
 _OPTIONS: dict[str, tuple[type, str, tuple[str, ...]]] = {
     "model": (str, "'embedded', a folder, or a Hub id", ("model",)),
     "reward": (str, "a name, package.module:Name, or path/to/file.py:Name", ("reward",)),
-    "data": (str, "training problems: a file, a Hub id, or world:NAME/SPLIT", ("train.source",)),
+    "data": (str, "training problems: a file, a folder of shards, a Hub id, or world:NAME/SPLIT", ("train.source",)),
     "test-data": (str, "benchmark problems, for every benchmark of the experiment", ()),
-    "bad-rows": (str, "what to do with rows that cannot be used: reject, or drop and count", ("train.bad_rows",)),
+    "bad-rows": (
+        str,
+        "what to do with rows that cannot be used: reject (stop there), or drop (and count them)",
+        ("train.bad_rows",),
+    ),
     "limit": (int, "use at most this many problems of each set", _TRAINING_LIMITS),
     "train-limit": (int, "use at most this many training problems", _TRAINING_LIMITS),
     "test-limit": (int, "use at most this many problems of each benchmark, and of validation", ()),
     "steps": (int, "optimizer steps", ("training.steps",)),
-    "batch-size": (int, "sequences an optimizer step", ("training.batch_size",)),
-    "samples": (int, "samples a problem when evaluating", ("evaluation.samples",)),
-    "rollout-samples": (int, "samples a prompt to learn from", ("rollouts.samples",)),
+    "batch-size": (int, "sequences per optimizer step", ("training.batch_size",)),
+    "samples": (int, "samples per problem when evaluating", ("evaluation.samples",)),
+    "rollout-samples": (int, "samples per prompt to learn from", ("rollouts.samples",)),
     "k": (int, "pass@k's k", ("evaluation.k",)),
 }
 """Options that change an experiment: type, help, and the settings they stand for. Of two for one the later counts."""

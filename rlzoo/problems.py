@@ -1,4 +1,4 @@
-"""Problem sets: prompts with what a reward needs to judge an answer, and worked solutions where there are some."""
+"""Problem sets: prompts with what a reward needs to score an answer, and worked solutions where there are some."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import math
 import re
 import string
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -232,15 +231,6 @@ def demonstrations(
 
 def _options(problem: Problem) -> Options:
     return {} if isinstance(problem.prompt, str) else options_of(problem.columns)
-
-
-@contextmanager
-def naming(problem: Problem) -> Iterator[None]:
-    """Errors about a problem say which one it is."""
-    try:
-        yield
-    except UserError as error:
-        raise UserError(f"problem {problem.id!r}: {error}") from None
 
 
 def trajectory(

@@ -83,7 +83,7 @@ class Reward:
     on_error: OnError = "fail"
     """What a row is worth on which the reward fails: an error that names it, or None and a warning."""
     state: TrainerState = field(default_factory=TrainerState, compare=False)
-    """What it is told as ``trainer_state``."""
+    """What it gets as ``trainer_state``."""
 
     @property
     def __name__(self) -> str:
@@ -131,7 +131,7 @@ class Reward:
             arguments["completion_ids"] = completion_ids
         try:
             return self._called(arguments, len(completions))
-        except UserError:  # the data lacks something: no row is to blame
+        except UserError:  # the data lacks something: no row is at fault
             raise
         except RAISED as error:
             return self._one_by_one(arguments, len(completions), error)
@@ -152,18 +152,18 @@ class Reward:
         return given
 
     def _one_by_one(self, arguments: Mapping[str, Any], rows: int, whole: BaseException) -> list[Score]:
-        """Call the reward on each row alone: to find those to blame for an error on all of them."""
+        """Call the reward on each row alone: to find the offending ones of an error on all of them."""
         scores: list[Score] = []
-        mend: str | None = None
+        hint: str | None = None
         for row, alone in enumerate(one_by_one(arguments, rows)):
             try:
                 scores += self._called(alone, 1, first=row)
             except UserError:
                 raise
             except RAISED as error:
-                if mend is None:  # found by calling the reward once more
-                    mend = advice(self.function, self._given(alone, Log(self.name, 1), 1), error)
-                failed(f"reward {self.name!r} raised on row {row}: {told(error)}{mend}", self.on_error, error)
+                if hint is None:  # found by calling the reward once more
+                    hint = advice(self.function, self._given(alone, Log(self.name, 1), 1), error)
+                failed(f"reward {self.name!r} raised on row {row}: {told(error)}{hint}", self.on_error, error)
                 scores.append(Score(None, {self.name: None}))
         if self.on_error == "fail":
             message = f"raised on {rows} rows together and on none of them alone: {told(whole)}"
@@ -355,8 +355,8 @@ def _accepted(function: Callable[..., Any], arguments: Mapping[str, Any], name: 
     takes = _parameters(function)
     for parameter in _required(takes):
         if parameter.name not in arguments:
-            mend = f"rename one with `columns: {{{parameter.name}: ...}}`, or keep to TRL's signature, {SIGNATURE}"
-            raise UserError(f"{missing_column(name, parameter.name, arguments)}; {mend}")
+            fix = f"rename one with `columns: {{{parameter.name}: ...}}`, or keep to TRL's signature, {SIGNATURE}"
+            raise UserError(f"{missing_column(name, parameter.name, arguments)}; {fix}")
     anything = _takes_anything(takes)
     return {n: value for n, value in arguments.items() if n not in bound and (anything or n in takes)}
 

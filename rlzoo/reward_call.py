@@ -154,7 +154,7 @@ async def _awaited(result: Awaitable[Any]) -> Any:
 
 
 def advice(function: Callable[..., Any], arguments: Mapping[str, Any], error: BaseException) -> str:
-    """The end of an error's line: how to mend what the form of the completions, or a missing column, explains."""
+    """The end of an error's line: how to fix what the form of the completions, or a missing column, explains."""
     if not isinstance(error, TypeError | KeyError | AttributeError | IndexError):
         return ""
     if _wants_other_form(function, arguments, error):

@@ -1,7 +1,7 @@
 """A run and its folder: one runner at a time, gone on with where it stopped, and whole when it is called finished.
 
 While a run is under way the folder ``.state`` in it holds what it has done so far, and says what it is. The same
-command goes on from there. At the end the results lie in the folder, and ``.state`` is gone.
+command resumes there. At the end the results lie in the folder, and ``.state`` is gone.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from rlzoo.ranks import agreed, is_main
 
 PACKAGES = ("rlzoo", "torch", "transformers", "datasets", "accelerate", "numpy", "scipy", "math-verify")
 WORTH_KEEPING = 60.0
-"""Seconds of work that are kept even if it failed on something that has to be mended."""
+"""Seconds of work that are kept even if it failed on something that has to be fixed."""
 _RECORD, _STATE, _LOCK = "run.json", ".state", "lock"
 _CODE = {".py", ".yaml", ".yml"}
 
@@ -55,8 +55,8 @@ def run_in(
     """Claim a place for the results of ``command`` with these settings (plain data).
 
     They are files in a folder, or the ``whole`` is one file or one folder that is put there at the end.
-    An unfinished run of the same is gone on with; a finished one is told by ``finished``. If the work raises before
-    it kept anything under ``state``, or soon and for something that has to be mended, nothing is left behind; else a
+    An unfinished run of the same is resumed; of a finished one ``finished`` is true. If the work raises before
+    it kept anything under ``state``, or soon and for something that has to be fixed, nothing is left behind; else a
     note on the exception tells how to go on. Raises UserError for a place that holds anything else, is in use, or
     cannot be written.
     """
@@ -95,7 +95,7 @@ def run_in(
             reason = _of_the_system(error)
             mistake = isinstance(error, Exception) and reason is None
             if _holds_work(state) and not (mistake and time.monotonic() - started < WORTH_KEEPING):
-                error.add_note(f"what was done is kept, and the same command with --out {path} goes on from there")
+                error.add_note(f"what was done is kept, and the same command with --out {path} resumes there")
             else:
                 _undo(path, state, missing)
             if reason is not None:

@@ -1,6 +1,6 @@
 """Train some steps of each objective in float64, alone or as one of several processes, and write what comes out.
 
-With RANKS_CHECKPOINTS, a folder, the first run stops in its second step, and the next one goes on from there.
+With RANKS_CHECKPOINTS, a folder, the first run stops in its second step, and the next one resumes there.
 """
 
 from __future__ import annotations

@@ -153,6 +153,7 @@ def test_samples_without_behaviour_log_probs_can_have_those_of_the_policy() -> N
     assert which == [1, 2]
     assert scored.column("behaviour_logp")[0] == [-1.0] * len(expected[0]), "what was recorded stays"
     assert scored.column("behaviour_logp")[1:] == [pytest.approx(logp) for logp in expected[1:]]
+    assert with_behaviour(scored, load_policy("embedded")) == (scored, [])
 
 
 # The longest completion

@@ -374,7 +374,7 @@ def test_micro_batches_are_halved_until_they_fit(make_policy: MakePolicy, name: 
     assert all(now <= before / 2 for before, now in pairs) and 20 <= pairs[-1][1] <= 40
     for row, parted in zip(whole.steps, found.steps, strict=True):
         assert parted == pytest.approx(row, rel=1e-6, abs=1e-9)
-    with pytest.raises(UserError, match="out of memory with one sequence a micro-batch"):
+    with pytest.raises(UserError, match="out of memory with one sequence per micro-batch"):
         train(hungry(make_policy(), 4), get_objective(name), buffer, settings)
 
 
@@ -417,7 +417,7 @@ def test_a_batch_that_does_not_fit_is_taken_in_smaller_parts() -> None:
 
     (whole,) = run("free")
     *events, parts = run("limited", str(400 * 2**20))
-    assert events and events[0].startswith("step 1: out of memory with 25600 tokens a micro-batch, now 12800")
+    assert events and events[0].startswith("step 1: out of memory with 25600 tokens per micro-batch, now 12800")
     one, other = ([float(x) for x in text.strip("[]").split(",")] for text in (whole, parts))
     assert other == pytest.approx(one, rel=1e-5)
 

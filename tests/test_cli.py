@@ -286,7 +286,7 @@ def test_ctrl_c_saves_what_was_done_and_says_so_once(tmp_path: Path, number: int
         run.send_signal(number)
     _, errors = run.communicate(timeout=120)
     assert run.returncode == status
-    kept = "what was done is kept, and the same command with --out out goes on from there"
+    kept = "what was done is kept, and the same command with --out out resumes there"
     *waiting, last = [line for line in errors.splitlines() if not BEAT.match(line)]
     assert last == f"rlzoo: interrupted; {kept}"
     assert [line for line in waiting if not line.startswith("stopping; ")] == []
@@ -319,7 +319,7 @@ def test_a_disk_that_fills_up_costs_nothing_that_was_done(tmp_path: Path) -> Non
         assert main([*train, str(tmp_path / "whole")]) == 0
         full = subprocess.run([*RLZOO, *train, str(disk / "out")], capture_output=True, text=True)
         assert full.returncode == 2 and full.stderr.count("\n") == 1
-        assert "cannot be written (No space left on device)" in full.stderr and "goes on from there" in full.stderr
+        assert "cannot be written (No space left on device)" in full.stderr and "resumes there" in full.stderr
         subprocess.run(["mount", "-o", "remount,size=100m", str(disk)], check=True)
         again = subprocess.run([*RLZOO, *train, str(disk / "out")], capture_output=True, text=True)
         assert again.returncode == 0 and "step 1/" not in again.stdout

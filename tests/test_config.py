@@ -77,6 +77,16 @@ def test_a_row_has_its_own_training() -> None:
     assert experiment.learning_rates_of("dft") == (1e-2,)
 
 
+@pytest.mark.parametrize(
+    ("setting", "value"), [("behaviour", "current"), ("max_completion_tokens", 5), ("special_tokens", "allow")]
+)
+def test_a_row_cannot_change_the_buffer_that_it_shares(setting: str, value: Any) -> None:
+    with pytest.raises(UserError, match=rf"{setting} of 'sft' would change the buffer that all rows share"):
+        load_experiment("facts", {"algorithms.sft.training": {setting: value}})
+    of_all = {f"training.{setting}": value, "algorithms.sft.training": {setting: value}}
+    assert getattr(load_experiment("facts", of_all).training_of("sft"), setting) == value
+
+
 def test_an_unknown_setting_of_a_row_names_the_nearest() -> None:
     experiment = load_experiment("facts", {"algorithms.sft.training": {"stepz": 1}})
     with pytest.raises(UserError, match=r"unknown setting in sft\.training 'stepz': did you mean 'steps'\?"):

@@ -203,6 +203,19 @@ def test_events_of_training_are_in_the_report(tmp_path: Path) -> None:
     assert "Events in training" in Page(source).text and told in Page(source).text
 
 
+def test_what_was_done_to_the_data_is_in_the_report(tmp_path: Path) -> None:
+    results = synthetic_run(tmp_path)
+    write_report(tmp_path)
+    assert "Events before training" not in read(tmp_path)[1]
+    dropped = {"train": {"count": 2, "of": 9, "first": ["rows.jsonl line 3 is not JSON"]}}
+    save(tmp_path, results | {"dropped_rows": dropped, "events": ["4 samples were scored"]})
+    write_report(tmp_path)
+    source, markdown = read(tmp_path)
+    for line in ("Events before training", "train: dropped 2 of 9 rows", "rows.jsonl line 3", "4 samples were scored"):
+        assert line in Page(source).text
+    assert "dropped 2 of 9 rows" in markdown
+
+
 def test_answer_follows_from_the_data(tmp_path: Path) -> None:
     results = synthetic_run(tmp_path, SKILL | {"weighted": 0.9})
     write_report(tmp_path)

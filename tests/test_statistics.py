@@ -58,7 +58,7 @@ def test_pass_at_k_by_hand_and_for_many_samples() -> None:
 
 @pytest.mark.parametrize("k", [0, 5])
 def test_pass_at_k_outside_the_samples_is_an_error_of_the_user(k: int) -> None:
-    with pytest.raises(UserError, match=f"pass@{k} needs 1 ≤ k ≤ samples a problem, which is 4") as error:
+    with pytest.raises(UserError, match=f"pass@{k} needs 1 ≤ k ≤ samples per problem, which is 4") as error:
         pass_at_k(np.array([2, 2]), np.array([4, 6]), k)
     assert "\n" not in str(error.value)
 
@@ -139,7 +139,7 @@ def test_intervals_cover_the_truth_nineteen_times_in_twenty(
 
 @pytest.mark.parametrize(("centre", "k"), [(0.0, 4), (2.5, 4), (0.0, 1)])
 def test_intervals_cover_for_counts_of_correct_samples(centre: float, k: int) -> None:
-    """Problems of very different difficulty, three seeds, k samples a problem: what an evaluation gives."""
+    """Problems of very different difficulty, three seeds, k samples per problem: what an evaluation gives."""
     rng, covered, runs = np.random.default_rng(1), 0, 2000
     difficulty = rng.normal(centre, 2.0, size=200_000)
     truth = float((1 / (1 + np.exp(-difficulty[:, None] - 0.1 * rng.normal(size=(200_000, 20))))).mean())

@@ -31,7 +31,7 @@ from rlzoo.types import Coefficients, Need, Selection, TokenBatch
 from rlzoo.variance import plots
 from rlzoo.variance.probe import VarianceProbe
 from rlzoo.variance.report import NOISE_COLUMNS, contents, estimate, hidden, report_tables, write_report
-from rlzoo.variance.run import VarianceSettings, _cut, run_variance
+from rlzoo.variance.run import VarianceSettings, _cut, fill, run_variance
 from rlzoo.variance.scoring import score
 
 SINGLE = [name for name in list_objectives() if not is_composite(objective_class(name))]
@@ -310,6 +310,18 @@ def test_the_command_with_an_objective_from_a_file(run: Run, tmp_path: Path, mon
     status, _, errors = run("variance", "--buffer", "found/buffer", *options)
     assert status == 0, errors
     assert json.loads((tmp_path / "b" / "variance.json").read_text())["training"] == {}
+
+
+def test_a_table_is_cut_and_scored_as_the_settings_of_training_say(tmp_path: Path) -> None:
+    rows = [{"prompt": f"{n}+1=", "completion": "A long answer.", "reward": n} for n in (0, 1)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    changes = {"training.max_completion_tokens": 2, "training.behaviour": "current"}
+    table = str(tmp_path / "rows.jsonl")
+    found = fill(load_experiment("both-worlds", changes), tmp_path / "b", tmp_path, table, lambda *_: None)
+    buffer = OfflineBuffer.load(tmp_path / "b")
+    assert [len(row.completion_ids) for row in buffer] == [2, 2] and all(row.truncated for row in buffer)
+    assert buffer.is_complete("behaviour_logp")
+    assert found["rows"] == 2 and len(found["events"]) == 1 and "2 samples were scored" in found["events"][0]
 
 
 def test_a_row_may_be_called_as_the_analysis_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,10 +4,10 @@
 
 ``rlzoo train``, ``rollout``, ``variance`` and ``compare`` are killed in turn: every second time as soon as something
 is half written, else after a random time; every third time the command's process alone, else it and its workers. A
-killed command is started again as it was, until it ends by itself or is killed again. Told are:
+killed command is started again as it was, until it ends by itself or is killed again. Reported are:
 
 - ``kills``: how many runs were killed;
-- ``lost``: how many results that lay whole on the disk at a kill were made a second time;
+- ``lost``: how many results that were complete on disk at a kill were made a second time;
 - ``steps_again``: optimizer steps of ``train`` that were done a second time;
 - ``identical``: whether all runs ended with the results of the undisturbed ones, bit for bit: weights, buffers,
   metrics of every step, outcomes of every sample, costs but for seconds and bytes of memory.
@@ -76,7 +76,7 @@ def kill(run: subprocess.Popen[str], alone: bool) -> None:
     else:
         os.killpg(run.pid, signal.SIGKILL)
     run.wait()
-    while True:  # what is told as kept must be looked at when nobody writes any more
+    while True:  # what is reported as kept must be read when nobody writes any more
         try:
             os.killpg(run.pid, 0)
         except ProcessLookupError:
@@ -91,7 +91,7 @@ def half_written(out: Path) -> bool:
 
 
 def made(out: Path) -> dict[str, tuple[int, int]]:
-    """The results that lie whole on the disk: a file that is made again is another one."""
+    """The results that are complete on disk: a file that is made again is another one."""
     found = {}
     for place in (out, out.parent / f".{out.name}.state"):
         for path in place.rglob("*") if place.is_dir() else []:

@@ -1,6 +1,6 @@
 """Layouts that people's data come in, as rows of TRL's formats: ShareGPT, Alpaca, UltraFeedback.
 
-A layout is told by its columns, as TRL's formats are; a row of none of them stays as it is.
+A layout is known by its columns, as TRL's formats are; a row of none of them stays as it is.
 """
 
 from __future__ import annotations

@@ -94,7 +94,7 @@ def _left_out(
 
 
 def demonstrations(rows: pa.Table, truncated: Truncated = "keep") -> Units:
-    """Rows with source ``demonstration``, one a unit."""
+    """Rows with source ``demonstration``, one per unit."""
     chosen = np.flatnonzero(_has_source(rows, "demonstration") & _whole(rows, truncated))
     if not len(chosen):
         raise UserError(
@@ -113,7 +113,7 @@ def correct(
     truncated: Truncated = "keep",
     release: Callable[[], None] | None = None,
 ) -> Units:
-    """Sampled rows with reward ≥ threshold, one a unit: at most ``per_prompt`` distinct texts a prompt.
+    """Sampled rows with reward ≥ threshold, one per unit: at most ``per_prompt`` distinct texts per prompt.
 
     With ``with_demonstrations`` every demonstration is in it too, whatever its reward.
     """
@@ -207,7 +207,7 @@ def groups(rows: pa.Table, size: int | None = None, varied: bool = False, trunca
 
 
 def unpaired(rows: pa.Table, truncated: Truncated = "keep") -> Units:
-    """Rows of any source but ``demonstration`` that have a reward, one a unit."""
+    """Rows of any source but ``demonstration`` that have a reward, one per unit."""
     chosen = np.flatnonzero(~_has_source(rows, "demonstration") & ~np.isnan(_reward(rows)) & _whole(rows, truncated))
     if not len(chosen):
         raise UserError(

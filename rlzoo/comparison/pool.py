@@ -29,7 +29,7 @@ from rlzoo.registry import told
 RETRIES = 1
 """Times that a piece of work is done again after the process that did it died."""
 GRACE = 60.0
-"""Seconds that a run in training has to save a checkpoint when it is told to stop."""
+"""Seconds that a run in training has to save a checkpoint when it is asked to stop."""
 QUICK = 3.0
 """Seconds after which that is said."""
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
@@ -41,7 +41,7 @@ def available_cores() -> int:
 
 
 def default_workers() -> int:
-    """One process a GPU where there are GPUs, else one a core."""
+    """One process per GPU where there are GPUs, else one per core."""
     import torch
 
     return torch.cuda.device_count() if torch.cuda.is_available() else available_cores()
@@ -52,7 +52,7 @@ class WorkError(RuntimeError):
 
 
 def why(error: BaseException) -> str:
-    """What is told of a piece of work that failed, in one line."""
+    """Why a piece of work failed, in one line."""
     return str(error) if isinstance(error, (UserError, WorkError)) else told(error)
 
 

@@ -252,7 +252,7 @@ def _run(
         "failed": failed,
         **({"buffers": facts} if experiment.rollouts.per_seed else facts),
         "dropped_rows": dropped,
-        "events": shared["events"],
+        "events": list(dict.fromkeys(event for found in buffers.values() for event in found["events"])),
         "token_probabilities": {  # of the demonstrations, which all buffers have
             "edges": shared["token_probabilities"]["edges"],
             "before": shared["token_probabilities"]["counts"],
@@ -307,7 +307,7 @@ def _gather(
                 runs[name] = future.result()
                 _say(console, f"{done}: {_scores(runs[name])}")
                 for event in runs[name].get("events", []):
-                    _say(console, f"    {event}", style="red")
+                    _say(console, f"    {event}", style="yellow")
             elif isinstance(error, WorkerDiedError) and attempt < RETRIES:
                 left.append(cell)
                 _say(console, f"  {name}: {why(error)}; later again, in micro-batches half as large", style="red")

@@ -167,7 +167,7 @@ def score_matrices(outcomes: pa.Table, k: int | Mapping[str, int]) -> dict[Score
     if np.any(column["sample_count_distinct"] != column["correct_count"]):
         row = int(np.argmax(column["sample_count_distinct"] != column["correct_count"]))
         where = ", ".join(f"{name} {column[name][row]}" for name in [*cells, "seed", "problem_id"])
-        raise UserError(f"outcomes hold a sample twice ({where}): keep one learning rate and one row a sample")
+        raise UserError(f"outcomes hold a sample twice ({where}): keep one learning rate and one row per sample")
     matrices: dict[ScoreKey, ScoreMatrix] = {}
     for algorithm, benchmark, decoding in dict.fromkeys(zip(*(column[name] for name in cells), strict=True)):
         rows = np.logical_and.reduce(

@@ -144,7 +144,7 @@ def _fill_buffer(experiment: Experiment, folder: Path, pieces: Pieces, seed: int
     if any(Need.REFERENCE in objective_of(experiment, name).requires for name in offline):
         report(1.0, "reference log-probs")
         buffer = with_reference(buffer, policy, experiment.training.token_budget)
-        passes = 1 + (np.array(buffer.column("temperature")) != 1.0)  # one more at the temperature of the sampling
+        passes = 1 + (buffer.numbers("temperature") != 1.0)  # one more at the temperature of the sampling
         tokens, completions = (int(passes @ buffer.tokens(*names)) for names in ((), ("completion_ids",)))
         reference_flops = policy.flops(tokens, completions)
     if is_main():
@@ -310,7 +310,7 @@ def evaluate_all(
     pieces: Pieces,
     report: Report,
 ) -> dict[str, Any]:
-    """``metrics`` by benchmark and ``outcomes`` of all of them, one row a sample."""
+    """``metrics`` by benchmark and ``outcomes`` of all of them, one row per sample."""
     metrics, outcomes = {}, []
     steps = experiment.training_of(algorithm).steps if algorithm in experiment.algorithms else 0  # the base has none
     reward = reward_of(experiment, steps, steps)
@@ -407,7 +407,7 @@ class Collector:
         return {"order": self._order.getstate(), "queue": self._queue}
 
     def restore(self, state: Any) -> None:
-        """Go on from a ``state``."""
+        """Resume from a ``state``."""
         self._order.setstate(random_state(state["order"]))
         self._queue = list(state["queue"])
 

@@ -126,7 +126,7 @@ class _LogProb(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits: Float[Tensor, "N V"], target: Int[Tensor, " N"]) -> Float[Tensor, " N"]:
-        own = logits.detach()  # shares its version counter: whoever kept the logits is told that they are gone
+        own = logits.detach()  # shares its version counter: autograd tells whoever kept the logits that they are gone
         chosen = own.gather(1, target[:, None])[:, 0]
         largest = own.amax(1)
         total = own.sub_(largest[:, None]).exp_().sum(1)

@@ -41,12 +41,12 @@ def load_policy(name: str, dtype: str = "float32", device: str | torch.device | 
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     where = str(EMBEDDED_BASE) if name == EMBEDDED else name
-    mend = "give 'embedded', a folder that save_pretrained wrote, or a Hub id that this machine can reach"
+    fix = "give 'embedded', a folder that save_pretrained wrote, or a Hub id that this machine can reach"
     folder = Path(where).expanduser()
     if folder.is_dir() or name.startswith((".", "/", "~")):
         if not (folder / "config.json").is_file():
             what = "has no config.json" if folder.is_dir() else "does not exist"
-            raise UserError(f"model {name!r} cannot be loaded: that folder {what}; {mend}")
+            raise UserError(f"model {name!r} cannot be loaded: that folder {what}; {fix}")
         where = str(folder)
     trusted = trusts_remote_code()
     try:
@@ -59,7 +59,7 @@ def load_policy(name: str, dtype: str = "float32", device: str | torch.device | 
             told = "brings code of its own: add --trust-remote-code if you trust where it comes from"
             raise UserError(f"model {name!r} {told}") from None
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise UserError(f"model {name!r} cannot be loaded ({reason.strip()[:160]}): {mend}") from error
+        raise UserError(f"model {name!r} cannot be loaded ({reason.strip()[:160]}): {fix}") from error
     if lacking := sorted(map(str, [*found["missing_keys"], *found["mismatched_keys"]])):
         # transformers would draw them at random, and only warn
         raise UserError(f"model {name!r} has no weights for {lacking[0]} ({len(lacking)} in all): is its folder whole?")

@@ -86,7 +86,7 @@ class Sequences:
         return self.temperature[:, None].expand(self.mask.shape)[self.mask]
 
     def spread(self, flat: Float[Tensor, " N"]) -> Float[Tensor, "B T"]:
-        """Values a completion token, in rows; 0 at padding."""
+        """Values per completion token, in rows; 0 at padding."""
         return flat.new_zeros(self.mask.shape).masked_scatter(self.mask, flat)
 
 

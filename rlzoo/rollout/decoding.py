@@ -134,7 +134,7 @@ class Decoder:
     ) -> list[list[int]]:
         """``copies`` completions of each prompt, B = prompts × copies in all, each up to and with its end of sequence.
 
-        ``draws`` are uniform on [0, 1), one a token of each; None takes the likeliest token.
+        ``draws`` are uniform on [0, 1), one per token of each; None takes the likeliest token.
         """
         device, room = self.policy.device, settings.max_new_tokens
         ids, mask = padded(prompts, device)

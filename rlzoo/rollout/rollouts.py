@@ -1,4 +1,4 @@
-"""From a policy and problems to buffer rows: sampled, judged, with behaviour log-probs."""
+"""From a policy and problems to buffer rows: sampled, scored, with behaviour log-probs."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from typing import Any
 
 import numpy as np
 
+from rlzoo.bad_rows import BadRows
 from rlzoo.config import Sampling
 from rlzoo.errors import UserError
 from rlzoo.pieces import Pieces
 from rlzoo.policy import Policy
 from rlzoo.policy.policy import score_rows, score_rows_and_nuclei
-from rlzoo.problems import Encoded, naming, trajectory
+from rlzoo.problems import Encoded, trajectory
 from rlzoo.ranks import agreed, world_size
 from rlzoo.reward import Reward, Score, get_reward
 from rlzoo.rollout.sampler import Sample, Sampler, TransformersSampler, by_length
@@ -144,7 +145,7 @@ def check_prompts(policy: Policy, sampler: Sampler, problems: Sequence[Encoded],
     """
     positions, more = policy.positions, settings.max_new_tokens if isinstance(sampler, TransformersSampler) else 0
     for encoded in problems:
-        with naming(encoded.problem):
+        with BadRows().at(f"problem {encoded.problem.id!r}"):
             policy.check_range(max(encoded.ids), min(encoded.ids))
             if positions is not None and len(encoded.ids) + more > positions:
                 raise UserError(

@@ -48,7 +48,7 @@ class Sampler(Protocol):
     ) -> list[list[Sample]]:
         """``settings.samples`` completions of each prompt, one if ``greedy``; the same for the same seed.
 
-        ``progress`` is told how many prompts are done. ``numbers`` tell apart the random streams of the prompts, where
+        ``progress`` gets how many prompts are done. ``numbers`` tell apart the random streams of the prompts, where
         they are a part of more; None: their places.
         """
         ...

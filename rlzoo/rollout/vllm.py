@@ -193,12 +193,12 @@ class VLLMServerSampler:
                 text = answer.read()
             return json.loads(text) if text.strip() else None
         except error.HTTPError as wrong:
-            mend = ""
+            fix = ""
             if wrong.code == 404 and path in ("/collective_rpc", "/reset_prefix_cache"):
-                mend = ": start it with VLLM_SERVER_DEV_MODE=1 in its environment, for weights to be handed over"
+                fix = ": start it with VLLM_SERVER_DEV_MODE=1 in its environment, for weights to be handed over"
             said = wrong.read().decode(errors="replace").strip()[:200]
             raise UserError(
-                f"the vLLM server at {self.url} answered {wrong.code} to {path}{mend or f': {said}'}"
+                f"the vLLM server at {self.url} answered {wrong.code} to {path}{fix or f': {said}'}"
             ) from None
         except (OSError, ValueError, HTTPException) as wrong:
             reason = getattr(wrong, "reason", wrong)

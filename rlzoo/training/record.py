@@ -11,7 +11,7 @@ from rlzoo.training.costs import Costs
 
 @dataclass
 class TrainingRecord:
-    """What a run did: one row of metrics a step, and its costs. A checkpoint holds it, and a run goes on with it."""
+    """What a run did: one row of metrics per step, and its costs. A checkpoint holds it; a resumed run adds to it."""
 
     steps: list[dict[str, float]] = field(default_factory=list)
     costs: Costs = field(default_factory=Costs)

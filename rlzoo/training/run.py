@@ -46,14 +46,14 @@ def with_reference(buffer: Buffer, policy: Policy, token_budget: int = 8192) -> 
 
     Rows that were sampled at a temperature other than 1 get them at that temperature too.
     """
-    heats = buffer.column("temperature")
+    heats = buffer.numbers("temperature")
     values: list[np.ndarray] = []
     tempered: list[np.ndarray | None] = []
     for rows in buffer.ids():
         values += [np.asarray(logp, np.float32) for logp in score_rows(policy, rows, token_budget)]
         some = heats[len(tempered) : len(tempered) + len(rows)]
-        hot = [place for place, heat in enumerate(some) if heat != 1.0]
-        scores = score_rows(policy, [rows[i] for i in hot], token_budget, [some[i] for i in hot])
+        hot = np.flatnonzero(some != 1.0).tolist()
+        scores = score_rows(policy, [rows[i] for i in hot], token_budget, some[hot].tolist())
         found = dict(zip(hot, scores, strict=True))
         tempered += [np.asarray(found[i], np.float32) if i in found else None for i in range(len(rows))]
     return buffer.with_reference_logp(values, tempered)
@@ -67,20 +67,24 @@ def lacks_reference(buffer: Buffer, *objectives: Objective) -> bool:
         return True
     if not any(objective.at_sampling_temperature for objective in needy):
         return False
-    hot = np.array(buffer.column("temperature")) != 1.0
+    hot = buffer.numbers("temperature") != 1.0
     return bool((hot & ~buffer.has("tempered_reference_logp")).any())
 
 
 def with_behaviour(buffer: Buffer, policy: Policy, token_budget: int = 8192) -> tuple[Buffer, list[int]]:
     """The buffer with log-probs of ``policy`` as the behaviour's in samples that have none, and the rows of those."""
-    known = buffer.column("behaviour_logp")
-    sources = zip(buffer.column("source"), known, strict=True)
-    lacking = [index for index, (source, logp) in enumerate(sources) if source != "demonstration" and logp is None]
-    found = [buffer[index] for index in lacking]
-    rows, heats = [(row.prompt_ids, row.completion_ids) for row in found], [row.temperature for row in found]
-    for index, logp in zip(lacking, score_rows(policy, rows, token_budget, heats), strict=True):
-        known[index] = logp
-    return (buffer.with_behaviour_logp(known) if lacking else buffer), lacking
+    sampled = np.array(buffer.column("source")) != "demonstration"
+    lacks = ~buffer.has("behaviour_logp") & sampled
+    if not lacks.any():  # nothing of a large buffer is read into memory
+        return buffer, []
+    known, heats, start = buffer.column("behaviour_logp"), buffer.numbers("temperature"), 0
+    for rows in buffer.ids():
+        own = np.flatnonzero(lacks[start : start + len(rows)])
+        scores = score_rows(policy, [rows[i] for i in own], token_budget, heats[start + own].tolist())
+        for i, logp in zip(own, scores, strict=True):
+            known[start + i] = logp
+        start += len(rows)
+    return buffer.with_behaviour_logp(known), np.flatnonzero(lacks).tolist()
 
 
 def scored_event(rows: int) -> str:
@@ -100,7 +104,7 @@ def train(
 ) -> TrainingRecord:
     """Train ``policy`` in place on a fixed buffer; missing reference log-probs are those of ``policy`` as it comes.
 
-    ``folder`` is for trackers; from a folder of ``checkpoints`` a run that was stopped goes on. Under `accelerate
+    ``folder`` is for trackers; from a folder of ``checkpoints`` a run that was stopped resumes. Under `accelerate
     launch` all processes call this, and each takes its share of a batch.
     Raises UserError where the buffer lacks what the objective learns from, and for a row that the model cannot take.
     """

@@ -31,7 +31,7 @@ class Resumable(Protocol):
         ...
 
     def restore(self, state: Any) -> None:
-        """Go on from a ``state``, as JSON gives it back."""
+        """Resume from a ``state``, as JSON gives it back."""
         ...
 
 

@@ -16,7 +16,7 @@ LINES = (
     ("silent", "batches", "batches have no advantage other than 0: nothing is learned from their rewards"),
     ("masked", "rows", "completions drawn are truncated and masked"),
 )  # fmt: skip
-"""Of which count, out of which, a line is told, and what it says."""
+"""The count that a line reports, out of which other count, and what it says."""
 Counts = dict[str, dict[str, int]]
 """By the name of a part, then by what is counted."""
 

@@ -63,7 +63,7 @@ class Trainer:
 
         A composite objective takes a ``source`` for each of its parts, in their order.
 
-        With a folder for ``checkpoints`` they are written there, and the run goes on from the newest one in it, to
+        With a folder for ``checkpoints`` they are written there, and the run resumes from the newest one in it, to
         the same end, bit for bit, as if it had never stopped; ``record`` then has what came before.
         """
         self.objective, self.settings = objective, settings
@@ -316,12 +316,12 @@ class Trainer:
                 if not is_out_of_memory(error) or world_size() > 1:
                     raise
                 if self.token_budget <= max(map(_length, rows)):
-                    raise UserError(f"out of memory with one sequence a micro-batch: {error}") from None
+                    raise UserError(f"out of memory with one sequence per micro-batch: {error}") from None
             self.optimizer.zero_grad(set_to_none=True)
             release_memory()
             halved = max(min(self.token_budget, sum(map(_length, rows))) // 2, 1)
             self.record.events.append(
-                f"step {self.step + 1}: out of memory with {self.token_budget} tokens a micro-batch, now {halved}"
+                f"step {self.step + 1}: out of memory with {self.token_budget} tokens per micro-batch, now {halved}"
             )
             self.token_budget = halved
 

@@ -56,7 +56,7 @@ def analyze_variance(
     Each objective is measured on all that its own view of the buffer has of some prompts, ``rows`` rows or a little
     more, drawn by ``seed``; ``learns_from``, one selection or one per name, gives objectives of single rows another
     view of single rows. Estimates are for new prompts of the same kind; where noise hides a gradient there is none.
-    ``draws`` samples a token check the exact moments; ``gradients=False`` leaves out what needs a backward pass.
+    ``draws`` samples per token check the exact moments; ``gradients=False`` leaves out what needs a backward pass.
     Log-probs of a reference are those stored in the buffer, else ``reference``'s, else the policy's own, as at the
     start of a run; a critic that the policy lacks is 0, as a fresh one is. Raises UserError for a model whose per-unit
     gradients are not known, and if no objective can be measured; one among others that finds no rows, or fails on

@@ -18,7 +18,7 @@ from rlzoo.policy.head import Head
 from rlzoo.policy.policy import Policy
 from rlzoo.variance.pieces import Block, Lookup, Outer, Piece, Sum, at_least_float32
 
-MEND = "freeze its parameters (requires_grad_(False)), or leave the gradients out"
+FIX = "freeze its parameters (requires_grad_(False)), or leave the gradients out"
 
 
 @dataclass
@@ -39,7 +39,7 @@ class Covered:
     def remember(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Keep what the backward needs of the module's inputs."""
         if self.saved is not None:
-            raise UserError(f"module {self.name!r} runs twice in one forward pass: {MEND}")
+            raise UserError(f"module {self.name!r} runs twice in one forward pass: {FIX}")
         if _is_matrix(self.module) or isinstance(self.module, nn.Embedding):
             self.saved = (args[0] if args else next(iter(kwargs.values()))).detach()
         else:
@@ -53,7 +53,7 @@ class Covered:
             return e.reshape(rows, positions, -1)
         raise UserError(
             f"module {self.name!r} gives {tuple(e.shape)} for {rows} rows of {positions} tokens, so its gradients "
-            f"cannot be told apart by row: {MEND}"
+            f"cannot be told apart by row: {FIX}"
         )
 
     def looked_up(self, e: Float[Tensor, "B L D"]) -> Float[Tensor, "B L D"]:
@@ -113,7 +113,7 @@ class Modules:
             elif own:
                 self.covered.append(Covered(name, module, own, self._layer(name), _checked(name, module)))
         if type(head).forward is not nn.Linear.forward and any(p.requires_grad for p in head.parameters()):
-            raise UserError(f"the output layer ({type(head).__name__}) is not a plain linear layer: {MEND}")
+            raise UserError(f"the output layer ({type(head).__name__}) is not a plain linear layer: {FIX}")
         self.tied = self._tied_embedding(owners)
         if self.tied is not None:
             self.head_layer = self.tied.layer
@@ -137,7 +137,7 @@ class Modules:
             if len(sharing) > 1:
                 embeddings = [c for c in self.covered if c.name in sharing and isinstance(c.module, nn.Embedding)]
                 if len(sharing) > 2 or len(embeddings) != 1 or full != self.head_parameters.get("weight"):
-                    raise UserError(f"parameter {full!r} is shared by the modules {', '.join(sharing)}: {MEND}")
+                    raise UserError(f"parameter {full!r} is shared by the modules {', '.join(sharing)}: {FIX}")
                 tied = embeddings[0]
         return tied
 
@@ -166,7 +166,7 @@ class Modules:
                 handle.remove()
         for covered in self.covered:
             if covered.saved is None:
-                raise UserError(f"module {covered.name!r} has parameters that train and does not run: {MEND}")
+                raise UserError(f"module {covered.name!r} has parameters that train and does not run: {FIX}")
 
     def forget(self) -> None:
         """Drop what the last forward pass left."""
@@ -182,7 +182,7 @@ def _checked(name: str, module: nn.Module) -> float:
     elif _is_matrix(module) or _is_scale(module):
         factor = 1.0
     if factor is None:
-        raise UserError(f"module {name!r} ({type(module).__name__}) has no known gradient by row: {MEND}")
+        raise UserError(f"module {name!r} ({type(module).__name__}) has no known gradient by row: {FIX}")
     return factor
 
 

@@ -97,9 +97,9 @@ def bin_edges(logp: Float[np.ndarray, " N"]) -> Float[np.ndarray, " E"]:
 def bins(
     table: TokenTable, c: Float[np.ndarray, " N"], estimates: Float[np.ndarray, "N R"] | None, draws: int, seed: int
 ) -> list[dict[str, Any]]:
-    """Mean tr Cov a token in bins of log10 p, predicted and by Monte Carlo, and where the two can be compared.
+    """Mean tr Cov per token in bins of log10 p, predicted and by Monte Carlo, and where the two can be compared.
 
-    ``estimates`` are those of `block_variances`, ``draws`` the samples a token behind all of them; None and 0 for none.
+    ``estimates`` are those of `block_variances`, ``draws`` the samples per token behind them; None and 0 for none.
     """
     edges = bin_edges(table.logp)
     x = np.minimum(table.logp / np.log(10), 0)

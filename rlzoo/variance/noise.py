@@ -209,7 +209,7 @@ NORMAL = float(stats.norm.ppf(0.975))
 
 
 def _trace(trace: float, spread: Float[np.ndarray, " P"], t: float) -> Estimate:
-    """tr Σ, a mean of squared norms, whose few large ones skew Student's ratio: Hall's transformation mends that.
+    """tr Σ, a mean of squared norms, whose few large ones skew Student's ratio: Hall's transformation corrects that.
 
     Source: Hall 1992, doi 10.1111/j.2517-6161.1992.tb01872.x.
     """

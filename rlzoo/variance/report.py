@@ -154,7 +154,7 @@ def contents(found: Found) -> Iterator[Block]:
     yield from _answer(found)
     yield Heading("Token by token")
     yield Paragraph(
-        "SFT can be read as a policy gradient that samples a token y from the policy and weighs it by 1[y = y*]/π(y*), "
+        "SFT can be read as a policy gradient that draws a token y from the policy and weighs it by 1[y = y*]/π(y*), "
         "y* being the expert's token. For one prefix that estimator has the variance S(1−p)/p, with p = π(y*) and S "
         "the squared norm of ∇ log π(y*) in the logits: unbounded as p → 0. DFT's weight p turns it into p(1−p)S. The "
         "slope is that of log(tr Cov / S) against log p over tokens with p ≤ 0.1: a property of how the coefficient "
@@ -184,7 +184,7 @@ def contents(found: Found) -> Iterator[Block]:
     if found.get("training"):
         yield Heading("Along training")
     yield from _figure(
-        found, "training", plots.along_training, "Noise along training, one line an objective.",
+        found, "training", plots.along_training, "Noise along training, one line per objective.",
         "The gradient's covariance, the noise scale tr Σ/‖G‖² and the effective sample size of the coefficients at the "
         "policy in training, always on the same rows. Gaps are where the noise hides the gradient.",
         "One run of one seed on few rows: a difference between two lines is an observation, not a finding.",

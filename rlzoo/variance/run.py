@@ -26,7 +26,15 @@ from rlzoo.outputs import remove, write_atomically
 from rlzoo.pieces import Pieces
 from rlzoo.policy import load_policy
 from rlzoo.runs import Run, run_in, versions
-from rlzoo.training import Trainer, TrainingRecord, check_buffer, lacks_reference, with_behaviour, with_reference
+from rlzoo.training import (
+    Trainer,
+    TrainingRecord,
+    check_buffer,
+    lacks_reference,
+    scored_event,
+    with_behaviour,
+    with_reference,
+)
 from rlzoo.training.batches import buffer_sources
 from rlzoo.variance.analyzer import analyze_variance
 from rlzoo.variance.probe import VarianceProbe
@@ -42,9 +50,9 @@ class VarianceSettings(pydantic.BaseModel):
     model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
 
     rows: Positive = 512
-    """Rows an objective is measured on, those of a prompt together."""
+    """Rows that an objective is measured on, those of a prompt together."""
     draws: Annotated[int, Field(ge=0)] = 4096
-    """Monte-Carlo samples a token, at least 256; 0 for none."""
+    """Monte-Carlo samples per token, at least 256; 0 for none."""
     every: Annotated[int, Field(ge=0)] = 10
     """Steps between measurements along training; 0 for no training."""
     probe_rows: Positive = 64
@@ -147,7 +155,9 @@ def _run(
     tell = f"{experiment.name}: {filled['rows']} rows, {len(experiment.algorithms)} objectives; {goes} {run.folder}"
     console.print(tell, style="bold", highlight=False, markup=False, soft_wrap=True)
     for name, summary in filled["dropped_rows"].items():
-        console.print(f"  {name}: {told(summary)}", style="red", highlight=False, markup=False, soft_wrap=True)
+        console.print(f"  {name}: {told(summary)}", style="yellow", highlight=False, markup=False, soft_wrap=True)
+    for event in filled["events"]:
+        console.print(f"  buffer: {event}", style="yellow", highlight=False, markup=False, soft_wrap=True)
     analysis = processes.submit("analysis", measure, experiment, folder, state, settings)
     jobs = {analysis: "analysis"}
     offline = [name for name, row in experiment.algorithms.items() if row.mode == "offline"]
@@ -168,26 +178,31 @@ def _run(
     return {
         **found,
         "dropped_rows": filled["dropped_rows"],
+        "events": filled["events"],
         "training": {name: results[name] for name in offline if name in results},
         "failed": {name: why(error) for name, error in errors.items() if name not in found["skipped"]},
     }
 
 
 def fill(experiment: Experiment, folder: Path, state: Path, given: str | None, report: Report) -> dict[str, Any]:
-    """Make or read the buffer and save it where all jobs read it; the number of its rows, and what was dropped."""
+    """Make or read the buffer and save it where all jobs read it; its rows' number, what was dropped, and events."""
     if given is None:
         made = work.fill_buffer(experiment, folder, state, 0, report)
-        return {name: made[name] for name in ("rows", "dropped_rows")}
+        return {name: made[name] for name in ("rows", "dropped_rows", "events")}
     policy = load_policy(experiment.model, experiment.training.dtype)
     bad = BadRows(experiment.train.bad_rows)
-    buffer: Buffer = read_buffer(given, policy.tokenizer, bad=bad, special_tokens=experiment.training.special_tokens)
+    longest, special = experiment.training.max_completion_tokens, experiment.training.special_tokens
+    buffer: Buffer = read_buffer(given, policy.tokenizer, longest, bad=bad, special_tokens=special)
     check_buffer(policy, buffer)
+    events = []
     if experiment.training.behaviour == "current":
-        buffer, _ = with_behaviour(buffer, policy, experiment.training.token_budget)
+        buffer, scored = with_behaviour(buffer, policy, experiment.training.token_budget)
+        events = [scored_event(len(scored))] if scored else []
     if lacks_reference(buffer, *(work.objective_of(experiment, name) for name in experiment.algorithms)):
         buffer = with_reference(buffer, policy, experiment.training.token_budget)
     buffer.save(folder)
-    return {"rows": len(buffer), "dropped_rows": {"buffer": summary} if (summary := bad.summary()) else {}}
+    dropped = {"buffer": summary} if (summary := bad.summary()) else {}
+    return {"rows": len(buffer), "dropped_rows": dropped, "events": events}
 
 
 def measure(

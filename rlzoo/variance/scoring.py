@@ -75,7 +75,7 @@ def score(
     reference: Policy | None,
     token_budget: int,
 ) -> Scored:
-    """Score all rows, with ``draws`` samples a token for each objective on the rows where it weighs an expert."""
+    """Score all rows, with ``draws`` samples per token for each objective on the rows where it weighs an expert."""
     statistics = [need for need in STATISTICS if need in needs]
     generators = {
         name: torch.Generator(policy.device).manual_seed(seed * 1000 + number) for number, name in enumerate(experts)

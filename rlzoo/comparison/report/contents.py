@@ -8,6 +8,7 @@ from typing import Any
 import pyarrow.compute as pc
 import yaml
 
+from rlzoo.bad_rows import told
 from rlzoo.comparison.report import plots, tables
 from rlzoo.comparison.report.answer import answer
 from rlzoo.comparison.report.schema import Results, Run
@@ -129,7 +130,7 @@ def _curves(results: Results) -> Iterator[Block]:
         yield Figure(
             f"curves-{index}",
             svg,
-            f"Scores on {benchmark} along training, one line an algorithm.",
+            f"Scores on {benchmark} along training, one line per algorithm.",
             "Evaluations along training: lines are means over seeds, bands reach from the least to the greatest seed.",
             "A band is not a confidence interval, and evaluations during training may use fewer problems "
             "than the tables.",
@@ -167,6 +168,10 @@ def _costs(results: Results) -> Iterator[Block]:
             "trained with and reported on the test problems."
         )
         yield sweep
+    dropped = [f"{name}: {told(summary)}" for name, summary in results.dropped_rows.items()]
+    if dropped or results.events:
+        yield Heading("Events before training")
+        yield from map(Paragraph, dropped + results.events)
     if events := tables.event_table(results):
         yield Heading("Events in training")
         yield Paragraph("What the cells report about their training, such as steps skipped and rows not learned from.")

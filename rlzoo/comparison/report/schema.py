@@ -42,7 +42,7 @@ class Scores(_Model):
     pass_at_k: float | None = None
     k: int
     samples: int | None = None
-    """Samples a problem behind avg@k; k where it is not given."""
+    """Samples per problem behind avg@k; k where it is not given."""
 
 
 class Costs(_Model):
@@ -122,6 +122,10 @@ class Results(_Model):
     learning_rates: dict[str, dict[str, float | None]] | None = None
     wall_seconds: float | None = None
     failed: list[Failure] | None = None
+    dropped_rows: dict[str, Any] = Field(default_factory=dict)
+    """By problem set or table: a `BadRows.summary`."""
+    events: list[str] = []
+    """What was done to the buffer before training."""
 
     @cached_property
     def algorithms(self) -> tuple[str, ...]:
