@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from rlzoo.errors import UserError
+from rlzoo.errors import UserError, kind_of
 
 Message = dict[str, Any]
 """``role`` and ``content``, both text, and what else the template reads (``tool_calls``, ``reasoning_content``)."""
@@ -49,16 +49,17 @@ def messages(value: Any, what: str = "the prompt") -> list[Message]:
     Raises UserError naming the message (from 1) that has no role or no text.
     """
     if not isinstance(value, Sequence) or isinstance(value, str | bytes):
-        raise UserError(f"{what} holds {_kind(value)}: give text or a list of messages")
+        raise UserError(f"{what} holds {kind_of(value)}: give text or a list of messages")
     if not value:
         raise UserError(f"{what} is a conversation of no messages: give it at least one turn")
     return [_message(message, number, what) for number, message in enumerate(value, 1)]
 
 
 def _message(message: Any, number: int, what: str) -> Message:
-    role = message.get("role") if isinstance(message, Mapping) else None
-    content = message.get("content") if isinstance(message, Mapping) else None
-    if content is None and isinstance(message, Mapping) and message.get("tool_calls"):
+    if not isinstance(message, Mapping):
+        raise UserError(f"{what} is no conversation (its entry {number} is {kind_of(message)}): give {{role, content}}")
+    role, content = message.get("role"), message.get("content")
+    if content is None and message.get("tool_calls"):
         content = ""  # a call of tools needs no words
     if isinstance(content, list) and content:
         content = "".join(_part(part, number, what) for part in content)
@@ -66,14 +67,10 @@ def _message(message: Any, number: int, what: str) -> Message:
         if not isinstance(text, str):
             raise UserError(
                 f"{what} has a message without text in 'role' and 'content' "
-                f"({name} of message {number} is {_kind(text)}): give both as text"
+                f"({name} of message {number} is {kind_of(text)}): give both as text"
             )
     known = {key: value for key, value in message.items() if value is not None}
     return {**known, "content": content}
-
-
-def _kind(value: Any) -> str:
-    return "null" if value is None else f"a {type(value).__name__}"
 
 
 def _part(part: Any, number: int, what: str) -> str:
@@ -101,7 +98,7 @@ def options_of(row: Mapping[str, Any]) -> Options:
             raise UserError("column 'tools' is text that is no JSON: give a list of functions' schemas") from None
     if not isinstance(tools, list | None) or not isinstance(options, Mapping | None):
         name, kind = ("chat_template_kwargs", "a mapping") if isinstance(tools, list | None) else ("tools", "a list")
-        raise UserError(f"column {name!r} holds {_kind(row[name])}: give {kind}, or call the column otherwise")
+        raise UserError(f"column {name!r} holds {kind_of(row[name])}: give {kind}, or call the column otherwise")
     known = {key: value for key, value in (options or {}).items() if value is not None}
     return {"tools": tools, **known} if tools else known
 
@@ -135,6 +132,9 @@ def opened(tokenizer: Any, conversation: Sequence[Message], options: Options = _
     A template without a generation prompt opens it as it opens the assistant's turns of a conversation. Raises
     UserError for a template that refuses the conversation, does not know a role, or leaves a turn out.
     """
+    turns = [message for message in conversation if message["role"] != "system"] or conversation
+    if not any(message["content"].strip() or message.get("tool_calls") for message in turns):
+        raise UserError("the prompt's turns are empty or blank: give the user's turn some text, or drop the row")
     text = render(tokenizer, conversation, True, options)
     for number, message in enumerate(conversation, 1):
         role = message["role"]
@@ -143,12 +143,22 @@ def opened(tokenizer: Any, conversation: Sequence[Message], options: Options = _
                 f"message {number} has the role {role!r}, which the chat template does not name: "
                 f"call it one of {', '.join(ROLES)}"
             )
+        _require_calls(tokenizer, message)
         if not _holds(text, message):
             raise UserError(
                 f"the chat template leaves out message {number} (role {role}): "
                 "move its text to another turn, or change tokenizer.chat_template"
             )
     return text + turn_of(tokenizer).opening
+
+
+def _require_calls(tokenizer: Any, message: Message) -> None:
+    """Raise UserError for calls of tools that the chat template would leave out."""
+    if message.get("tool_calls") and "tool_calls" not in str(tokenizer.chat_template):
+        raise UserError(
+            "the chat template does not write 'tool_calls': write the call in the turn's content, "
+            "or use a chat template for tools"
+        )
 
 
 def _holds(text: str, message: Message) -> bool:
@@ -171,6 +181,7 @@ def answered(
     the prompt as the model sees it, the answer as it is written, and the template's ending. A ``<think>`` that both
     the generation prompt and the answer open is opened once.
     """
+    _require_calls(tokenizer, answer)
     prompt, content = opened(tokenizer, conversation, options), answer["content"]
     whole = render(tokenizer, [*conversation, answer], options=options)
     if whole.startswith(prompt) and content.strip() in whole[len(prompt) :]:

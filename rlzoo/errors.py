@@ -16,3 +16,11 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> UserError:
     near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     hint = f" did you mean {near[0]!r}?" if near else ""
     return UserError(f"unknown {kind} {name!r}:{hint} known: {', '.join(names) or 'none'}")
+
+
+def kind_of(value: object) -> str:
+    """What a value is, in a word for an error."""
+    if value is None or value != value:
+        return "null" if value is None else "NaN"
+    name = type(value).__name__
+    return f"an {name}" if name[0] in "aeiou" else f"a {name}"

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 from rlzoo.bad_rows import BadRows
 from rlzoo.buffers.encoding import SPELLED, Notes, Special, encode, encode_prompt, spelled
 from rlzoo.buffers.tables import good_rows, read_rows
-from rlzoo.buffers.values import find, kind_of, number, usable
+from rlzoo.buffers.values import find, number, usable
 from rlzoo.chat import Message, Options, messages, options_of
-from rlzoo.errors import UserError
+from rlzoo.errors import UserError, kind_of
 from rlzoo.types import Trajectory
 from rlzoo.worlds import WORLD_PREFIX, world_problems
 
@@ -36,6 +36,13 @@ class Problem:
     """Of its solutions; the reward of the demonstrations that they become."""
     special_tokens: Special = "reject"
     """What happens to text that spells a special token."""
+    place: str = field(default="", compare=False)
+    """The file and row that it is from, for errors; empty for one that no file holds."""
+
+    @property
+    def told(self) -> str:
+        """What errors call it."""
+        return f"problem {self.id!r}" + (f" ({self.place})" if self.place else "")
 
 
 @dataclass(frozen=True)
@@ -72,7 +79,7 @@ def _problems(source: ProblemSource, bad: BadRows) -> Iterator[tuple[str, Proble
         with bad.at(place):
             problem = _problem(bad.rows - 1, row, source)
         if problem is not None:
-            yield place, problem
+            yield place, replace(problem, place=place)
 
 
 def _kept(made: Iterator[tuple[str, Problem]], source: ProblemSource, bad: BadRows) -> list[Problem]:
@@ -130,7 +137,7 @@ def _solutions(row: Mapping[str, Any], column: str | None) -> tuple[str, ...]:
     found = None if column is None else find(row, column)
     solutions = [each for each in (found if isinstance(found, list) else [found]) if each is not None]
     for solution in solutions:
-        if not isinstance(solution, (str, int, float)):
+        if not isinstance(solution, (str, int, float)) or solution != solution:
             raise UserError(f"column {column!r} holds {kind_of(solution)}: give text")
         if not str(solution).strip():
             raise UserError(f"column {column!r} is empty or blank: fill it in, or drop the row")
@@ -148,7 +155,9 @@ def _rated(problem: Problem, column: str | None) -> Problem:
     try:
         return replace(problem, quality=number(value))
     except ValueError:
-        raise UserError(f"quality column {column!r} is {value!r:.60}: give a finite number") from None
+        raise UserError(
+            f"quality column {column!r} is {'null' if value is None else f'{value!r:.60}'}: give a finite number"
+        ) from None
 
 
 def _filled(template: str, row: Mapping[str, Any]) -> str:
@@ -160,7 +169,7 @@ def _filled(template: str, row: Mapping[str, Any]) -> str:
             continue
         value = find(row, re.sub(r"\[(\w+)\]", r".\1", name))
         if value is None or isinstance(value, (list, dict)) or value in (math.inf, -math.inf) or value != value:
-            what = f"{value}" if isinstance(value, float) else kind_of(value)
+            what = str(value) if value in (math.inf, -math.inf) else kind_of(value)
             raise UserError(
                 f"column {name!r} is {what}, and the prompt needs text there: fill it in (with an empty text where "
                 "nothing is meant), or drop the row"
@@ -193,7 +202,7 @@ def encode_problems(
     bad = BadRows() if bad is None else bad
     encoded, notes = [], Notes("problem")
     for problem in problems:
-        with bad.at(f"problem {problem.id!r}"):
+        with bad.at(problem.told):
             prompt = problem.prompt if isinstance(problem.prompt, str) else messages(problem.prompt)
             if problem.special_tokens == "allow" and (found := spelled(tokenizer, prompt)):
                 notes.add(problem.id, {SPELLED: found})
@@ -217,7 +226,7 @@ def demonstrations(
     for encoded in encode_problems(tokenizer, problems, bad):
         problem = encoded.problem
         for solution in problem.solutions:
-            with bad.at(f"problem {problem.id!r}"):
+            with bad.at(problem.told):
                 how = problem.special_tokens, _options(problem)
                 made = encode(tokenizer, problem.prompt, solution, None, max_tokens, *how)
                 notes.add(problem.id, made.notes)

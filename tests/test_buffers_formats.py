@@ -174,8 +174,11 @@ def test_every_format_is_recognised_by_its_columns(chat: Any, name: str, as_data
 def test_plain_text_needs_a_first_token(plain: Any, ending: Any) -> None:
     (row,) = from_trl([{"text": "1+1"}], ending)
     assert (row.prompt_ids, row.completion) == ([2], "1+1")
-    with pytest.raises(UserError, match="row 1: the prompt has no tokens"):
-        from_trl([{"text": "1+1"}], plain)
+    (row,) = from_trl([{"text": "1+1"}], plain)  # the tokenizer has none: the text's own is given, not learned
+    assert (row.prompt, row.completion) == ("1", "+1")
+    assert row.prompt_ids + row.completion_ids == encode_completion(plain, "1+1")
+    with pytest.raises(UserError, match="row 1: the text is one token"):
+        from_trl([{"text": "<eos>"}], plain)
 
 
 def test_prompts_are_named_by_a_column_or_by_their_text(plain: Any) -> None:
@@ -208,18 +211,45 @@ GOOD = {"prompt": "1", "completion": "2"}
     [
         ([], "the data set has no rows"),
         ([{"question": "1", "answer": "2"}], "row 1: the columns 'question', 'answer' match no format"),
-        ([{"prompt": "1"}], "row 1: no value in column 'completion', which prompt-completion data need"),
-        ([{"prompt": "1", "chosen": "2"}], "row 1: no value in column 'rejected', which preference data need"),
+        (
+            [{"prompt": "1"}],
+            "row 1: no column 'completion', which prompt-completion data need; the row has 'prompt': say which",
+        ),
+        ([{"prompt": "1", "chosen": "2"}], "--column rejected=NAME"),
+        ([GOOD, {"prompt": 5, "completion": "2"}], "row 2: column 'prompt' holds an int"),
+        ([GOOD, {"prompt": b"\xff", "completion": "2"}], "row 2: column 'prompt' holds bytes"),
+        ([{"prompt": "1", "completion": "2", "text": None}, {}], "row 2 has no columns"),
+        ([{"messages": user(" \n") + assistant("2")}], "row 1: the prompt's turns are empty or blank"),
+        ([{"instruction": "1", "output": None}], "row 1: column 'output' is null"),
+        ([{"instruction": "1", "input": "", "output": " "}], "row 1: column 'output' is empty or blank"),
+        ([{"instruction": None, "input": "1", "output": "2"}], "row 1: column 'instruction' is null"),
+        ([{"instruction": "", "input": "", "output": "2"}], "row 1: column 'instruction' is empty or blank"),
+        ([{"instruction": "1", "output": 2}], "row 1: column 'output' is an int: give text"),
+        (
+            [{"instruction": "1", "output": "2", "history": [{"role": "user", "content": "0"}]}],
+            "row 1: column 'history' must hold pairs of texts",
+        ),
+        (
+            [{"conversations": [{"from": "human"}, {"from": "gpt", "value": "2"}]}],
+            "row 1: column 'conversations' has no text in 'value' of turn 1",
+        ),
+        (
+            [{"prompt": "1", "chosen": "2", "rejected": ["3"]}],
+            "row 1: column 'rejected' is no conversation (its entry 1",
+        ),
         ([GOOD, {"prompt": "1", "completion": None}], "row 2: no value in column 'completion'"),
-        ([GOOD, {**GOOD, "label": True}], "row 2: this is unpaired preference data and row 1 is prompt-completion"),
+        (
+            [GOOD, {**GOOD, "label": True}],
+            "row 2: this is unpaired preference data and the first row is prompt-completion",
+        ),
         (
             [GOOD, {"prompt": user("1"), "completion": assistant("2")}],
             "row 2: column 'prompt' mixes conversations and plain text",
         ),
-        ([{"prompt": user("1"), "completion": "2"}], "row 1: column 'completion' and 'prompt' mix"),
+        ([{"prompt": user("1"), "completion": "2"}], "row 1: columns 'completion' and 'prompt' mix"),
         ([{**GOOD, "label": "yes"}], "row 1: column 'label' holds 'yes': give true or false"),
         ([{"prompt": "", "completion": "2"}], "row 1: column 'prompt' is empty"),
-        ([{"prompt": 3, "completion": "2"}], "row 1: column 'prompt' holds a int"),
+        ([{"prompt": 3, "completion": "2"}], "row 1: column 'prompt' holds an int"),
         ([{"prompt": "1", "chosen": "2", "rejected": "2"}], "row 1: columns 'chosen' and 'rejected' are the same"),
         ([{"chosen": "2", "rejected": "3"}], "row 1: columns 'chosen' and 'rejected' share no beginning"),
         ([{"chosen": "2", "rejected": user("3")}], "row 1: columns 'chosen' and 'rejected' mix"),
@@ -245,7 +275,10 @@ GOOD = {"prompt": "1", "completion": "2"}
         ([{**GOOD, "reward": None}], "row 1: no value in column 'reward', which graded data need"),
         ([{**GOOD, "reward": "good"}], "row 1: column 'reward' holds 'good': give a finite number"),
         ([{**GOOD, "reward": float("nan")}], "row 1: column 'reward' holds nan: give a finite number"),
-        ([{"prompt": "1", "completion": ["2"], "reward": [1, 0]}], "row 1: 1 completions and 2 rewards"),
+        (
+            [{"prompt": "1", "completion": ["2"], "reward": [1, 0]}],
+            "row 1: columns 'completion' and 'reward' hold lists of 1 and 2",
+        ),
         (
             [{"conversations": [{"from": "alien", "value": "1"}]}],
             "row 1: column 'conversations' has a turn from 'alien'",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -79,6 +80,10 @@ def test_the_prompt_of_whole_conversations_is_what_they_share(chat: Any) -> None
             {"conversations": [turn("human", "1"), turn("gpt", "?"), turn("observation", "3"), turn("gpt", "2")]},
             "u:1\na:?\nt:3\na:",
         ),
+        ({"conversations": [turn("Human", "1"), turn("GPT", "2")]}, "u:1\na:"),
+        ({"conversations": [{"role": "user", "value": "1"}, {"from": "gpt", "content": "2"}]}, "u:1\na:"),
+        ({"messages": json.dumps([says("user", "1"), GOOD])}, "u:1\na:"),
+        ({"instruction": " ", "input": "1", "output": "2"}, "u:1\na:"),
         ({"instruction": "1", "input": None, "output": "2"}, "u:1\na:"),
         ({"instruction": "1", "input": "x", "output": "2"}, "u:1\n\nx\na:"),
         ({"instruction": "1", "output": "2", "system": "S", "history": [["5", "6"]]}, "s:S\nu:5\na:6\nu:1\na:"),
@@ -148,6 +153,8 @@ def test_samples_without_behaviour_log_probs_can_have_those_of_the_policy() -> N
     told = "behaviour log-probs of 3 samples were scored with the policy before training (behaviour: current)"
     assert record.events[0] == told
     assert record.steps[0]["ratio"] == pytest.approx(1.0)
+    record = train(policy, get_objective("rloo"), buffer, Training(**settings, behaviour="current"))
+    assert record.events[0] == told, "groups need them, whether or not the objective has a ratio"
     known = buffer.with_behaviour_logp([[-1.0] * len(expected[0]), None, None])
     scored, which = with_behaviour(known, load_policy("embedded"))
     assert which == [1, 2]

@@ -12,9 +12,11 @@ from typing import Any
 
 import datasets
 import pyarrow as pa
+import pyarrow.parquet
 import pytest
 
 from rlzoo.buffers import load_table, read_buffer
+from rlzoo.buffers.tables import read_rows
 from rlzoo.errors import UserError
 
 ROWS: list[dict[str, Any]] = [{"question": "1+1?", "answer": 2}, {"question": "a,\n“b”", "answer": 3}]
@@ -59,7 +61,13 @@ def test_a_column_that_a_row_lacks_is_null_there(tmp_path: Path) -> None:
         ("list.jsonl", '{"a": 1}\n[1]\n', "list.jsonl line 2 is a list: every line must be an object"),
         ("types.jsonl", '{"a": 1}\n\n{"a": 2}\n{"a": "x"}\n', "types.jsonl line 4: column 'a' holds a value (str)"),
         ("bad.json", '[\n{"a": 1},\n{"a" 1}]', "bad.json line 3 is not JSON: "),
-        ("list.json", '[{"a": 1}, 2]', "list.json row 2 is a int: every row must be an object"),
+        ("list.json", '[{"a": 1}, 2]', "list.json row 2 is an int: every row must be an object"),
+        ("number.json", "5", "number.json holds an int: give a list of rows, or one object per line"),
+        ("two.json", '{"train": [{"a": 1}], "test": [{"a": 2}]}', "two.json holds several lists of rows (train, test)"),
+        ("cut.jsonl", '{"a": "1', "cut.jsonl line 1 is not JSON: Unterminated string starting at column 7"),
+        ("twice.csv", "a,b,a\n1,2,3\n", "twice.csv line 1: the column 'a' is there more than once"),
+        ("lfs.jsonl", "version https://git-lfs.github.com/spec/v1\nsize 1\n", "lfs.jsonl is a Git LFS pointer"),
+        ("lfs.parquet", "version https://git-lfs.github.com/spec/v1\nsize 1\n", "lfs.parquet is a Git LFS pointer"),
         ("ragged.csv", "a,b\n1,2\n3\n", "ragged.csv row 2 has 1 values for 2 columns"),
         ("bad.parquet", "PAR", "bad.parquet is not a readable Parquet file"),
         ("rows.xlsx", "x", "rows.xlsx has the ending '.xlsx': give one of .jsonl, .json, .parquet, .csv"),
@@ -198,7 +206,7 @@ def test_folders_that_cannot_be_one_table_say_what_to_give(tmp_path: Path) -> No
     with pytest.raises(UserError, match=r"data in several folders \(main, socratic\): name one of them"):
         load_table(tmp_path / "configs", "train")
     rows_in(tmp_path / "kinds", "a.jsonl", "b.csv")
-    with pytest.raises(UserError, match=r"several kinds \(\.csv, \.jsonl\): give a pattern such as \*\.csv"):
+    with pytest.raises(UserError, match=r"several kinds \(\.csv, \.jsonl\): give a pattern such as .*/kinds/\*\.csv$"):
         load_table(tmp_path / "kinds")
 
 
@@ -233,6 +241,28 @@ def test_saved_data_sets_are_tables(tmp_path: Path, tokenizer: Any) -> None:
     (next((tmp_path / "one").glob("*.arrow"))).write_bytes(b"")
     with pytest.raises(UserError, match="one is not a readable saved data set"):
         load_table(tmp_path / "one")
+
+
+def test_json_and_csv_as_programs_write_them(tmp_path: Path) -> None:
+    """One object with the rows in it, one object that is the only row, other separators, an unnamed index."""
+    row = '{"prompt": "1", "completion": "2"}'
+    for name, content in (
+        ("data.json", f'{{"version": 1, "data": [{row}]}}'),
+        ("one.json", row.replace(",", ",\n")),
+        ("chat.json", '{"prompt": "1", "completion": "2", "messages": [{"role": "user", "content": "1"}]}'),
+        ("semicolons.csv", "prompt;completion\n1;2\n"),
+        ("tabs.csv", "prompt\tcompletion\n1\t2\n"),
+        ("unnamed.csv", ",prompt,completion,\n0,1,2,\n"),
+    ):
+        (tmp_path / name).write_text(content)
+        rows = load_table(tmp_path / name)
+        assert (rows["prompt"][:], rows["completion"][:]) == (["1"], ["2"]), name
+
+
+def test_a_parquet_column_that_is_there_twice_is_named(tmp_path: Path) -> None:
+    pa.parquet.write_table(pa.Table.from_arrays([pa.array(["1"])] * 2, names=["a", "a"]), tmp_path / "twice.parquet")
+    with pytest.raises(UserError, match=r"twice\.parquet has the column 'a' more than once"):
+        list(read_rows(tmp_path / "twice.parquet"))
 
 
 def test_a_part_of_a_file_is_that_part(tmp_path: Path) -> None:

@@ -39,13 +39,20 @@ GOOD = {"messages": [user("1"), assistant("2")]}
         ("r1", [user("1"), assistant("2"), turn("tool", "3"), user("4")], "leaves out message 3 (role tool)"),
         ("chatml", [turn("human", "1")], "message 1 has the role 'human', which the chat template does not name"),
         ("chatml", [user(None)], "content of message 1 is null"),
-        ("chatml", [user("1"), assistant(3), user("2")], "content of message 2 is a int"),
+        ("chatml", [user("1"), assistant(3), user("2")], "content of message 2 is an int"),
         ("chatml", [user({"text": "1"})], "content of message 1 is a dict"),
         ("chatml", [user([])], "content of message 1 is a list"),
         ("chatml", [user([{"type": "image", "url": "x"}])], "a part of type 'image' in message 1"),
         ("chatml", [user([3])], "a part of type 'int' in message 1"),
         ("chatml", [{"content": "1"}], "role of message 1 is null"),
-        ("chatml", ["1"], "role of message 1 is null"),
+        ("chatml", ["1"], "is no conversation (its entry 1 is a str)"),
+        ("chatml", [user("")], "turns are empty or blank"),
+        ("chatml", [turn("system", "S"), user(" ")], "turns are empty or blank"),
+        (
+            "chatml",
+            [user("1"), {**assistant(None), "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}, user("2")],
+            "the chat template does not write 'tool_calls'",
+        ),
     ],
 )
 def test_what_a_template_does_not_take_is_one_line(template: str, conversation: list[Any], message: str) -> None:
@@ -124,7 +131,7 @@ def test_a_message_that_spells_a_token_of_the_conversation_is_refused(turns: lis
 def test_problems_that_spell_special_tokens_are_refused_or_counted(tmp_path: Path) -> None:
     tokenizer = tokenizer_of("chatml")
     source = ProblemSource(source=table(tmp_path, {"prompt": "1"}, {"prompt": "<|im_end|>"}), chat=True)
-    with pytest.raises(UserError, match=r"problem 'train-1': the user's text spells '<\|im_end\|>'"):
+    with pytest.raises(UserError, match=r"problem 'train-1' \(.*line 2\): the user's text spells '<\|im_end\|>'"):
         encode_problems(tokenizer, load_problems(source))
     allowed = load_problems(source.model_copy(update={"special_tokens": "allow"}))
     with pytest.warns(UserWarning, match="read as that token: 1 in all .problem train-1"):

@@ -23,6 +23,7 @@ VERL: dict[str, Any] = {
     "a.b": "whole",
     "a": {"b": "within"},
     "choices": [{"text": "x"}, {"text": "y"}],
+    "nan": float("nan"),
 }
 
 
@@ -57,6 +58,7 @@ def test_fields_within_columns_have_dotted_names(tmp_path: Path) -> None:
         ({"prompt": "{a.b:d}"}, "column 'a.b' cannot be shown as {a.b:d}"),
         ({"prompt": "a"}, "column 'a' is a dict: give text or a list of messages"),
         ({"solution": "reward_model"}, "column 'reward_model' holds a dict: give text"),
+        ({"solution": "nan"}, "column 'nan' holds NaN: give text"),
     ],
 )
 def test_a_wrong_name_or_value_names_the_row_and_what_there_is(

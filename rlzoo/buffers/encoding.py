@@ -98,8 +98,15 @@ def encode(
         if not isinstance(completion, str):
             raise UserError("the prompt is plain text and the completion a conversation: make both one of them")
         found, left_out = spelled(tokenizer, prompt, completion), ""
-        text, prompt_ids = encode_prompt(tokenizer, prompt)
-        ids, said, key = encode_completion(tokenizer, completion), completion, prompt_key(text)
+        ids, said = encode_completion(tokenizer, completion), completion
+        if prompt or _tokens(tokenizer, prompt, special=True):
+            text, prompt_ids = encode_prompt(tokenizer, prompt)
+        else:  # a text without a prompt, and nothing begins it: its first token is given, not learned
+            text, prompt_ids, ids = tokenizer.decode(ids[:1]), ids[:1], ids[1:]
+            said = said.removeprefix(text)
+        if not ids:
+            raise UserError("the text is one token, and there is nothing before it to learn it from: drop the row")
+        key = prompt_key(text)
         said, end = said.removesuffix(tokenizer.eos_token), len(ids)
     else:
         turn = {"role": "assistant", "content": completion} if isinstance(completion, str) else completion

@@ -21,8 +21,8 @@ import pyarrow as pa
 import pyarrow.parquet
 
 from rlzoo.bad_rows import located
-from rlzoo.buffers.values import kind_of, plain_row
-from rlzoo.errors import UserError
+from rlzoo.buffers.values import plain_row
+from rlzoo.errors import UserError, kind_of
 
 SUFFIXES = (".jsonl", ".json", ".parquet", ".csv", ".tsv")
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
@@ -40,6 +40,7 @@ _OPENERS: dict[str, Any] = {
     ".zst": lambda path: io.BufferedReader(pa.input_stream(str(path), compression="zstd")),
 }
 
+_POINTER = b"version https://git-lfs.github.com/spec/"
 _UNREADABLE = (OSError, EOFError, lzma.LZMAError, zlib.error)
 
 csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
@@ -57,6 +58,7 @@ def kind_of_file(path: Path) -> str:
 
 def file_rows(path: Path) -> Iterator[Item]:
     """The rows of a file. Raises UserError for one that is no such file, or is damaged."""
+    require_data(path)
     match kind_of_file(path):
         case ".parquet":
             yield from parquet_rows(path)
@@ -69,7 +71,19 @@ def file_rows(path: Path) -> Iterator[Item]:
         case ".json" | ".jsonl":
             yield from ((f"{path} line {number}", row) for number, row in json_lines(path))
         case _:
-            raise UserError(f"{path} has the ending {path.suffix or 'of none'!r}: give one of {', '.join(SUFFIXES)}")
+            ending = f"the ending {path.suffix!r}" if path.suffix else "no ending"
+            raise UserError(f"{path} has {ending}: give one of {', '.join(SUFFIXES)}")
+
+
+def require_data(path: Path) -> None:
+    """Raise UserError for what Git leaves in place of a large file that was not downloaded."""
+    with _open(path) as stream:
+        try:
+            pointer = stream.read(len(_POINTER)) == _POINTER
+        except _UNREADABLE:
+            return  # to be told by who reads it
+    if pointer:
+        raise UserError(f"{path} is a Git LFS pointer, not the data: get them with git lfs pull")
 
 
 def json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any] | UserError]]:
@@ -92,10 +106,13 @@ def batch_rows(batches: Iterable[pa.RecordBatch | pa.Table], origin: str) -> Ite
     """The rows of Arrow batches, numbered from 1."""
     number = 0
     for batch in batches:
+        names = batch.schema.names
+        if repeated := [name for name in names if names.count(name) > 1]:
+            raise UserError(f"{origin} has the column {repeated[0]!r} more than once")
         columns = [_values(column) for column in batch.columns]
         for values in zip(*columns, strict=True):
             number += 1
-            yield f"{origin} row {number}", plain_row(dict(zip(batch.schema.names, values, strict=True)))
+            yield f"{origin} row {number}", plain_row(dict(zip(names, values, strict=True)))
 
 
 def first_line(error: Exception) -> str:
@@ -133,7 +150,7 @@ def _lines(path: Path) -> Iterator[tuple[int, str | UserError]]:
 
 def _text(line: bytes) -> str | UserError:
     if b"\0" in line:
-        return UserError("holds a NUL character: it is no text, or damaged")
+        return UserError("holds a NUL character: it is damaged, or UTF-16, which must be converted to UTF-8")
     try:
         return line.decode()
     except UnicodeDecodeError as error:
@@ -144,7 +161,7 @@ def _object(line: str) -> dict[str, Any] | UserError:
     try:
         value = json.loads(line)
     except json.JSONDecodeError as error:
-        return UserError(f"is not JSON: {error.msg} at column {error.colno}")
+        return UserError(f"is not JSON: {_reason(error)} at column {error.colno}")
     except (ValueError, RecursionError) as error:  # a number of too many digits, or nested too deep
         return UserError(f"is not JSON that can be read: {first_line(error)}")
     if not isinstance(value, dict):
@@ -161,16 +178,31 @@ def _json_rows(path: Path) -> Iterator[Item]:
     try:
         rows = json.loads("".join(lines))
     except json.JSONDecodeError as error:
-        raise UserError(f"{path} line {error.lineno} is not JSON: {error.msg}") from None
+        raise UserError(f"{path} line {error.lineno} is not JSON: {_reason(error)} at column {error.colno}") from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not JSON that can be read: {first_line(error)}") from None
     if isinstance(rows, dict):
-        lists = [value for value in rows.values() if isinstance(value, list)]
-        if len(lists) != 1:
-            raise UserError(f"{path} is one object: give a list of rows, or one object per line")
-        (rows,) = lists  # the rows, and what was noted beside them
+        tables = [name for name, value in rows.items() if _are_rows(value)]
+        if len(tables) > 1:
+            raise UserError(f"{path} holds several lists of rows ({', '.join(tables)}): give each a file of its own")
+        rows = rows[tables[0]] if tables else [rows]  # the rows, and what was noted beside them
+    if not isinstance(rows, list):
+        raise UserError(f"{path} holds {kind_of(rows)}: give a list of rows, or one object per line")
     for number, row in enumerate(rows, 1):
         yield f"{path} row {number}", plain_row(row) if isinstance(row, dict) else _no_object(row, "row")
+
+
+def _are_rows(value: Any) -> bool:
+    """Whether a value is a list of objects other than a conversation's messages."""
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(isinstance(entry, dict) and not {"role", "from"} & set(entry) for entry in value)
+    )
+
+
+def _reason(error: json.JSONDecodeError) -> str:
+    return error.msg.removesuffix(" at")
 
 
 def _no_object(value: Any, what: str) -> UserError:
@@ -184,11 +216,14 @@ def _csv_rows(path: Path, delimiter: str) -> Iterator[Item]:
                 raise UserError(located(f"{path} line {number}", line))
             yield line
 
+    header = next((line for line in lines() if line.strip()), "")
+    # spreadsheets of many countries separate by semicolons
+    delimiter = next((mark for mark in (delimiter, ";", "\t") if mark in header), delimiter)
     reader = csv.reader(lines(), delimiter=delimiter, strict=True)
     try:
         records = (record for record in reader if record)
         names = next(records, [])
-        if repeated := [name for name in names if names.count(name) > 1]:
+        if repeated := [name for name in names if name and names.count(name) > 1]:
             raise UserError(f"{path} line 1: the column {repeated[0]!r} is there more than once")
         for number, record in enumerate(records, 1):
             row: dict[str, Any] | UserError = dict(zip(names, record, strict=False))
@@ -202,6 +237,7 @@ def _csv_rows(path: Path, delimiter: str) -> Iterator[Item]:
 
 
 def _is_lines(path: Path) -> bool:
-    """Whether a .json file has an object on each line: whether its first line is one."""
-    first = next((line for _, line in _lines(path) if isinstance(line, UserError) or line.strip()), "{}")
-    return isinstance(first, str) and not first.lstrip().startswith("[") and isinstance(_object(first), dict)
+    """Whether a .json file has an object on each line: whether its first line is one, and not its only one."""
+    lines = (line for _, line in _lines(path) if isinstance(line, UserError) or line.strip())
+    first, second = next(lines, "{}"), next(lines, None)
+    return second is not None and isinstance(first, str) and isinstance(_object(first), dict)

@@ -25,12 +25,11 @@ from rlzoo.buffers.schema import to_dataset, to_row, to_table
 from rlzoo.buffers.tables import good_rows, read_rows
 from rlzoo.buffers.values import Columns, Row, find, number, plain_row, renamed, usable
 from rlzoo.chat import Message, messages, options_of
-from rlzoo.errors import UserError
+from rlzoo.errors import UserError, kind_of
 from rlzoo.types import Trajectory
 
 COMPLETIONS = ("completion", "chosen", "rejected", "messages", "text")
 """Columns that hold what is learned."""
-RENAME = "say which stands for it (columns: {completion: NAME}, or --column completion=NAME)"
 
 
 @dataclass(frozen=True)
@@ -208,15 +207,29 @@ def _recognise(row: Row) -> tuple[Format, bool]:
     for form in FORMATS:
         if given.issuperset(form.columns):
             _require_no_gap(row, given, form)
-            return form, not isinstance(row[form.columns[0]], str)
+            value = find(row, form.columns[0])
+            if not isinstance(value, (str, list)):
+                raise UserError(f"column {form.columns[0]!r} holds {kind_of(value)}: give text or a list of messages")
+            return form, isinstance(value, list)
     if given & {"prompt", "chosen", "rejected", "completion", "messages", "text"}:
         near = min(FORMATS, key=lambda form: len(set(form.columns) - given) - len(set(form.columns) & given))
         missing = next(name for name in near.columns if name not in given)
-        raise UserError(f"no value in column {missing!r}, which {near.name} data need: fill it in, or {RENAME}")
+        if missing in row:
+            raise UserError(f"no value in column {missing!r}, which {near.name} data need: fill it in, or drop the row")
+        raise UserError(
+            f"no column {missing!r}, which {near.name} data need; the row has {', '.join(map(repr, row))}: "
+            f"{_rename(missing)}"
+        )
+    if not row:
+        raise UserError("has no columns: fill the row in, or drop it")
     raise UserError(
-        f"the columns {', '.join(map(repr, row)) or 'none'} match no format of TRL's: name them "
-        f"{'; '.join(' + '.join(form.columns) for form in FORMATS)} or {RENAME}"
+        f"the columns {', '.join(map(repr, row))} match no format that rlzoo reads "
+        f"({'; '.join(' + '.join(form.columns) for form in FORMATS)}): {_rename('completion')}"
     )
+
+
+def _rename(column: str) -> str:
+    return f"say which column stands for it with --column {column}=NAME, or columns: {{{column}: NAME}}"
 
 
 def _require_no_gap(row: Row, given: set[str], form: Format) -> None:
@@ -233,7 +246,9 @@ def _require_same(first: tuple[Format, bool], found: tuple[Format, bool]) -> Non
     if found[0] is not first[0]:
         names = dict.fromkeys((*first[0].columns, *found[0].columns))
         odd = next(name for name in names if (name in first[0].columns) != (name in found[0].columns))
-        raise UserError(f"this is {found[0].name} data and row 1 is {first[0].name}: fill in or drop column {odd!r}")
+        raise UserError(
+            f"this is {found[0].name} data and the first row is {first[0].name}: fill in or drop column {odd!r}"
+        )
     if found[1] != first[1]:
         raise UserError(
             f"column {first[0].columns[0]!r} mixes conversations and plain text: give all rows as one of them"
@@ -290,7 +305,10 @@ def _graded(row: Row) -> list[Example]:
     if not (isinstance(completions, list) and isinstance(rewards, list)):
         return [Example(prompt, _completion(row, "completion", prompt), "policy", _reward(rewards))]
     if len(completions) != len(rewards) or not completions:
-        raise UserError(f"{len(completions)} completions and {len(rewards)} rewards: give one for each")
+        raise UserError(
+            f"columns 'completion' and 'reward' hold lists of {len(completions)} and {len(rewards)}: "
+            "give each completion its reward"
+        )
     pairs = zip(completions, rewards, strict=True)
     made = [(_completion({"completion": each}, "completion", prompt), _reward(reward)) for each, reward in pairs]
     return [Example(prompt, completion, "policy", reward) for completion, reward in made]
@@ -353,7 +371,7 @@ def _prompt(row: Row, column: str) -> Prompt:
 def _completion(row: Row, column: str, prompt: Prompt) -> str | Message:
     value = _text(row, column)
     if isinstance(value, str) != isinstance(prompt, str):
-        raise UserError(f"column {column!r} and 'prompt' mix a conversation and plain text: make both one of them")
+        raise UserError(f"columns {column!r} and 'prompt' mix a conversation and plain text: make both one of them")
     if isinstance(value, str):
         return value
     if len(value) != 1 or value[0]["role"] != "assistant":

@@ -5,11 +5,12 @@ A layout is known by its columns, as TRL's formats are; a row of none of them st
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
-from rlzoo.buffers.values import Row, kind_of
-from rlzoo.errors import UserError
+from rlzoo.buffers.values import Row, find, plain_row
+from rlzoo.errors import UserError, kind_of
 
 _SPEAKERS = {
     **dict.fromkeys(("human", "user", "prompter"), "user"),
@@ -19,6 +20,8 @@ _SPEAKERS = {
 }
 """ShareGPT's ``from`` → a message's role."""
 _CONVERSATIONS = ("messages", "prompt", "completion", "chosen", "rejected")
+_TURNS = ("messages", "conversations")
+"""Columns that are never plain text."""
 _PAIR = ("chosen", "rejected")
 _ALPACA = (
     "Below is an instruction that describes a task{extra}. Write a response that appropriately completes the request."
@@ -33,14 +36,14 @@ def as_trl(row: Row, chat: bool) -> dict[str, Any]:
     An Alpaca row is a user's turn where the model has a ``chat`` template, and Alpaca's own prompt where it has none.
     Raises UserError for a conversation that cannot be read.
     """
-    made = dict(row)
+    made = {name: _parsed(value) if name in _TURNS else value for name, value in row.items()}
     if made.get("messages") is None and isinstance(made.get("conversations"), list):
         name = "prompt" if all(made.get(side) is not None for side in _PAIR) else "messages"
         made[name] = _turns(made.pop("conversations"), "conversations")
         _instruct(made, name)
-    elif isinstance(made.get("instruction"), str) and made.get("prompt") is None and made.get("messages") is None:
-        if made.get("output") is not None and made.get("completion") is None:
-            made["completion"] = made.pop("output")
+    elif "instruction" in made and made.get("prompt") is None and made.get("messages") is None:
+        if "output" in made and all(made.get(name) is None for name in ("completion", *_PAIR)):
+            made["completion"] = _filled(made, "output")
         if any(made.get(name) is not None for name in ("completion", *_PAIR)):
             _alpaca(made, chat)
     for name in _CONVERSATIONS:
@@ -51,6 +54,16 @@ def as_trl(row: Row, chat: bool) -> dict[str, Any]:
             made[name] = _turns(value, name)
     _ask(made)
     return made
+
+
+def _parsed(value: Any) -> Any:
+    """A conversation that a CSV file can only have as JSON."""
+    if not isinstance(value, str) or not value.lstrip().startswith("["):
+        return value
+    try:
+        return plain_row({"": json.loads(value)})[""]
+    except (ValueError, RecursionError):
+        return value
 
 
 def _ask(row: dict[str, Any]) -> None:
@@ -75,17 +88,36 @@ def _is_conversation(value: Any) -> bool:
 
 def _turns(messages: list[Any], column: str) -> list[Any]:
     """Messages with ``role`` and ``content``, from ShareGPT's ``from`` and ``value``."""
-    return [_turn(m, column) if isinstance(m, Mapping) and "from" in m and "role" not in m else m for m in messages]
+    return [
+        _turn(message, number, column) if isinstance(message, Mapping) and {"from", "value"} & set(message) else message
+        for number, message in enumerate(messages, 1)
+    ]
 
 
-def _turn(message: Mapping[str, Any], column: str) -> dict[str, Any]:
-    role = _SPEAKERS.get(message["from"]) if isinstance(message["from"], str) else None
+def _turn(message: Mapping[str, Any], number: int, column: str) -> dict[str, Any]:
+    speaker = message.get("role", message.get("from"))
+    role = _SPEAKERS.get(speaker.lower()) if isinstance(speaker, str) else None
     if role is None:
         raise UserError(
-            f"column {column!r} has a turn from {message['from']!r}, which has no role here: drop the row, "
+            f"column {column!r} has a turn from {speaker!r}, which has no role here: drop the row, "
             f"or write one of {', '.join(_SPEAKERS)}"
         )
-    return {"role": role, "content": message.get("value")}
+    text = message.get("content", message.get("value"))
+    if text is None:
+        raise UserError(f"column {column!r} has no text in 'value' of turn {number}: fill it in, or drop the row")
+    return {"role": role, "content": text}
+
+
+def _filled(row: dict[str, Any], column: str) -> Any:
+    """Take a column out of the row. Raises UserError if it is null, blank or no text."""
+    value = find(row, column)
+    row.pop(column)
+    if value is None or (isinstance(value, str) and not value.strip()):
+        told = "null" if value is None else "empty or blank"
+        raise UserError(f"column {column!r} is {told}: fill it in, or drop the row")
+    if not isinstance(value, str):
+        raise UserError(f"column {column!r} is {kind_of(value)}: give text")
+    return value
 
 
 def _instruct(row: dict[str, Any], column: str) -> None:
@@ -96,11 +128,20 @@ def _instruct(row: dict[str, Any], column: str) -> None:
     row.pop("system", None)
 
 
+def _is_exchange(turn: Any) -> bool:
+    return isinstance(turn, list) and len(turn) == 2 and all(isinstance(text, str) for text in turn)
+
+
 def _alpaca(row: dict[str, Any], chat: bool) -> None:
-    instruction, given = row.pop("instruction"), row.pop("input", None)
+    given = find(row, "input") if "input" in row else None
+    row.pop("input", None)
     if given is not None and not isinstance(given, str):
         raise UserError(f"column 'input' is {kind_of(given)}: give text")
     history, given = row.pop("history", None) or [], (given or "").strip()
+    blank = isinstance(row["instruction"], str) and not row["instruction"].strip()
+    instruction = row.pop("instruction").strip() if given and blank else _filled(row, "instruction")
+    if not isinstance(history, list) or not all(_is_exchange(turn) for turn in history):
+        raise UserError("column 'history' must hold pairs of texts, [question, answer]: write it so, or drop the row")
     if not chat:
         if history or row.get("system"):
             raise UserError("columns 'history' and 'system' need a chat template: train a model that has one")
@@ -112,7 +153,7 @@ def _alpaca(row: dict[str, Any], chat: bool) -> None:
     past = [
         {"role": role, "content": text}
         for turn in history
-        for role, text in zip(("user", "assistant"), turn, strict=False)
+        for role, text in zip(("user", "assistant"), turn, strict=True)
     ]
     row["prompt"] = [*past, {"role": "user", "content": asked}]
     _instruct(row, "prompt")

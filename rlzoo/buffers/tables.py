@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet
 
 from rlzoo.bad_rows import BadRows, located
-from rlzoo.buffers.files import BATCH, SUFFIXES, Item, batch_rows, file_rows, first_line, kind_of_file
+from rlzoo.buffers.files import BATCH, SUFFIXES, Item, batch_rows, file_rows, first_line, kind_of_file, require_data
 from rlzoo.buffers.values import usable
 from rlzoo.errors import UserError
 
@@ -67,7 +67,7 @@ def read_rows(source: str | Path, split: str | None = None) -> Iterator[Item]:
         rows = batch_rows(found.with_format("arrow").iter(BATCH), str(source))
     first = next(rows, None)
     if first is None:
-        raise UserError(f"{source} has no rows: it is empty")
+        raise UserError(f"{source} has no rows" + (f" in {split}" if _is_sliced(split) else ": it is empty"))
     yield from itertools.chain([first], rows)
 
 
@@ -101,6 +101,7 @@ def data_files(source: str | Path) -> list[Path]:
 
 def read_parquet(path: Path) -> datasets.Dataset:
     """The rows of a Parquet file, memory-mapped through the cache of `datasets`."""
+    require_data(path)
     try:
         pa.parquet.read_metadata(path)
     except (pa.ArrowInvalid, OSError) as error:
@@ -197,7 +198,9 @@ def _shards(path: Path, split: str | None) -> list[Path]:
     if len(folders := list(dict.fromkeys(str(file.parent.relative_to(path)) for file in files))) > 1:
         raise UserError(f"{path} has data in several folders ({', '.join(folders)}): name one of them, or a pattern")
     if len(kinds := sorted({kind_of_file(file) for file in files})) > 1:
-        raise UserError(f"{path} has data of several kinds ({', '.join(kinds)}): give a pattern such as *{kinds[0]}")
+        raise UserError(
+            f"{path} has data of several kinds ({', '.join(kinds)}): give a pattern such as {path}/*{kinds[0]}"
+        )
     return files
 
 
@@ -219,7 +222,8 @@ def _chosen(where: object, splits: Sequence[str], split: str | None) -> str:
         return splits[0]
     if name not in splits:
         asked = "" if name is None else f" and no {name!r}"
-        raise UserError(f"{where} has the splits {', '.join(splits)}{asked}: say which with split")
+        split_s = "split" if len(splits) == 1 else "splits"
+        raise UserError(f"{where} has the {split_s} {', '.join(splits)}{asked}: say which with split")
     return str(name)
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from rlzoo.errors import UserError
+from rlzoo.errors import UserError, kind_of
 
 Row = Mapping[str, Any]
 Columns = Mapping[str, str | list[str] | None]
@@ -98,11 +98,6 @@ def _field(value: Any, field: str, path: str, name: str) -> Any:
         return [entry[field] for entry in value]
     there = f"has: {', '.join(value)}" if isinstance(value, Mapping) else f"is {kind_of(value)}"
     raise UserError(f"no column {name!r}: {path!r} {there}")
-
-
-def kind_of(value: Any) -> str:
-    """What a value is, in a word of the data's."""
-    return "null" if value is None else f"a {type(value).__name__}"
 
 
 def _plain(value: Any) -> Any:

@@ -145,7 +145,7 @@ def check_prompts(policy: Policy, sampler: Sampler, problems: Sequence[Encoded],
     """
     positions, more = policy.positions, settings.max_new_tokens if isinstance(sampler, TransformersSampler) else 0
     for encoded in problems:
-        with BadRows().at(f"problem {encoded.problem.id!r}"):
+        with BadRows().at(encoded.problem.told):
             policy.check_range(max(encoded.ids), min(encoded.ids))
             if positions is not None and len(encoded.ids) + more > positions:
                 raise UserError(

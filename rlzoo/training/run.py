@@ -112,7 +112,7 @@ def train(
     check_buffer(policy, buffer)
     torch.manual_seed(seed)
     record = TrainingRecord()
-    if settings.behaviour == "current" and Need.BEHAVIOUR in objective.requires:
+    if settings.behaviour == "current" and any(part.objective.at_sampling_temperature for part in objective.parts):
         buffer, scored = with_behaviour(buffer, policy, settings.token_budget)
         record.events += [scored_event(len(scored))] if scored else []
     sources = buffer_sources(buffer, views_of(objective), settings.batch_size, seed)
