@@ -35,6 +35,7 @@ _REWRITE = [
         (r"\\([$%#])", r"\1"),  # currency and percent signs, escaped
         (r"\\(?:left|right|[bB]igg?[lrm]?)(?![A-Za-z])\s*\.?", ""),  # sizes of brackets; \left. is an empty bracket
         (r"\\(?:displaystyle|textstyle|limits|nolimits|bf|rm|it|hfill|protect|strut)(?![A-Za-z])", ""),
+        (r"\\(?:tiny|small|normalsize|[lL]arge|LARGE|[hH]uge)(?![A-Za-z])|\\(?:text)?color\s*\{[^{}]*\}", ""),
         (r"\\[dtc]frac(?![A-Za-z])", r"\\frac"),
         (r"(?<=\d)(?:\{,\}|,?\\!|\\[,: ]|\\thinspace|~)\s*(?=\d{3}(?!\d))", ""),  # thousands: 1{,}000, 1,\!000, 1\,000
         (r"\{,\}", ","),
