@@ -73,8 +73,8 @@ def _listed(between: str) -> bool:
 
 _ANNOUNCED = (  # the language, what it calls an answer, and the verbs that follow
     ("English", r"\banswers?\b|\bans\b\.?", "is|are|was|(?:would |must )?be|equals|becomes|comes (?:out )?to|of"),
-    ("English", r"\b(?:correct|right) (?:option|choice)\b", "is|would be"),
-    ("Chinese", "答案|答|最终结果|故选|应选|本题选", "应?该?[是为选]|等于|(?=[A-J])"),
+    ("English", r"\b(?:correct|right) (?:option|choice)s?\b", "is|are|would be"),
+    ("Chinese", "答案|答|最终结果|故选|应选|本题选|正确选项", "应?该?[是为选]|等于|(?=[A-J])"),
     ("Japanese", "答え|解答|正解|回答", "は"),
     ("Korean", "정답|답변?|최종 ?답", "[은는이]"),
     ("Spanish", r"\brespuestas?\b", "es|son|sería"),
@@ -190,7 +190,10 @@ _RATIO = r"(?<![A-Za-z\d_.,:])\d+(?:\s?:\s?\d+)+(?!\d)(?:\s?[ap]\.?m\b\.?)?"  # 
 _ARITHMETIC = rf"(?<![A-Za-z\d_.,])[-−(]*{_SIGN}[-−]?{_DIGITS}(?:\s*[-+*/^=×÷·−x]\s*{_SIGN}[-(]*{_SIGN}{_DIGITS})*"
 _ITEM = rf"(?:{_LATEX}|{_RATIO}|{_ARITHMETIC})"
 _UNIT = r"(?:\s+(?!and\b|or\b)[A-Za-z]+){0,2}"
-_JOIN = r"(?:[,;]?\s*(?:and|or(?:\s+else)?|otherwise|maybe|perhaps|possibly)\b|\bto\b|[,;和或、])"
+_JOIN = (
+    r"(?:[,;]?\s*(?:and|(?:or(?:\s+else)?|otherwise)(?:\s+it\s+is)?|maybe|perhaps|possibly)\b|\bto\b|[,;]|[和、]|或者?"
+    r"|[个元]?[，,]?[也或者还]*可能[是有])"
+)
 _VALUES = re.compile(rf"{_ITEM}(?:{_UNIT}\s*{_JOIN}\s*{_ITEM})*", re.IGNORECASE)
 """A number, arithmetic or a formula, or a list of them: 3 apples and 4."""
 _WORD = re.compile(r"(?<![\\\w{])(?!(?:and|or)\b)[^\W\d_]{2,}(?=[,:]?\s)")

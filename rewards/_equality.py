@@ -11,12 +11,14 @@ from rlzoo.rewards._writing import bracketed, clean, compact, is_prose, split, w
 
 _MOST = 50
 """Items of a list that are compared."""
+_LONGEST = 2000
+"""Characters beyond which answers are compared as texts."""
 
 
 def all_equal(answers: list[str], golds: list[str]) -> bool:
     """Whether two lists hold the same answers, in any order: what is missing or superfluous makes them differ."""
     answers, golds = [clean(answer) for answer in answers], [clean(gold) for gold in golds]
-    if any(too_deep(text) for text in (*answers, *golds)):
+    if any(too_deep(text) or len(text) > _LONGEST for text in (*answers, *golds)):
         return [compact(answer) for answer in answers] == [compact(gold) for gold in golds]
     if len(answers) == len(golds) == 1:
         return _equal(answers[0], golds[0])

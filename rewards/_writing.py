@@ -177,8 +177,8 @@ def is_word(letters: str) -> bool:
 
 
 def is_prose(text: str) -> bool:
-    r"""Whether a clean text is words rather than a formula: it has a ``\text``, or letters that make a word."""
-    if r"\text{" in text:
+    r"""Whether a clean text is words rather than a formula: it has a ``\text``, letters of a word, or Chinese."""
+    if r"\text{" in text or re.search("[\u3400-\u9fff]", text):
         return True
     bare = re.sub(r"\\[A-Za-z]+|\{[A-Za-z]*(?:matrix|cases|array)\}", " ", text)
     found = [letters for letters in re.findall(r"[^\W\d_]{2,}", bare) if not _FUNCTION.fullmatch(letters)]

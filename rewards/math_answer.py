@@ -26,6 +26,11 @@ _LONG = 100
 _BLANKS = re.compile(r"[^\S\n]{3,}|\n{3,}")
 _DISPLAY = re.compile(r"\\\[(?:(?!\\\]|\n\s*\n).){,500}\\\]|\$\$(?:(?!\n\s*\n)[^$]){,500}\$\$", re.DOTALL)
 """Displayed formulas, which may stand on lines of their own."""
+_ALIGNED = re.compile(r"\\begin\{((?:align|gather)(?:ed)?|equation|split)(\*?)\}(.{,2000}?)\\end\{\1\2\}", re.DOTALL)
+_OVER_LINES = re.compile(r"[^\S\n]?\n{1,2}(or|and)\b[^\S\n]?\n{,2}|[^\S\n](or|and)[^\S\n]?\n{1,2}")
+"""An "or" that joins the lines above and below."""
+_DENIAL = re.compile(r"(?:,| and| but) not\s[^,;]*$")
+"""What the answer is not: 5, not 6."""
 _REASON = re.compile(r",?\s+(?:because|since)\b.*", re.DOTALL)
 
 
@@ -85,15 +90,24 @@ def _gold_answers(gold: Any) -> list[str]:
     return [answer for answer in found or [text] if clean(answer)]
 
 
+def _last_row(aligned: re.Match[str]) -> str:
+    """The last row of an aligned formula that goes on from row to row; else all rows, which stand for themselves."""
+    rows = [" ".join(row.split()) for row in aligned[3].split(r"\\") if row.strip()] or [""]
+    return (rows[-1] if rows[-1].startswith(("&", "=")) else ", ".join(rows)).replace("&", "")
+
+
 def _is_wording(gold: str) -> bool:
     return is_prose(gold) and number(gold) is None and clock(gold) is None
 
 
 def _ends_in(text: str, golds: list[str]) -> bool:
     """Whether a text without marks gives the gold answer."""
+    text = _ALIGNED.sub(_last_row, text)
     text = _DISPLAY.sub(lambda display: " ".join(display[0].split()), text)
+    text = _OVER_LINES.sub(lambda word: f" {word[1] or word[2]} ", text)
     words_wanted = all(_is_wording(clean(gold)) for gold in golds)
-    for clause in announced(text):
+    for said in announced(text):
+        clause = _DENIAL.sub("", said)
         if all_equal([clause], golds) or (words_wanted and all_equal([_REASON.sub("", clause)], golds)):
             return True
         if words_wanted or number(clean(clause)) or not is_prose(clean(clause)):
