@@ -26,6 +26,7 @@ _REVISED = re.compile(
     re.IGNORECASE,
 )
 """What makes the second of two answers take the place of the first."""
+_DENIED = re.compile(r"\b(?:not|isn't|never)\s*(?:\$|\\[(\[]|\*\*)*\s*\Z", re.IGNORECASE)
 
 
 def marked(text: str, within: int = 4) -> list[str]:
@@ -36,7 +37,7 @@ def marked(text: str, within: int = 4) -> list[str]:
     """
     if not within:
         return []
-    found = _outermost([*boxes(text), *tags(text)])
+    found = [mark for mark in _outermost([*boxes(text), *tags(text)]) if not _denied(text, mark)]
     hashes = [m for m in _HASHES.finditer(text) if not (_HEADING.match(m[1]) and text[m.end() :].strip())]
     if hashes and (not found or hashes[-1].start() > found[-1].end):
         return [_after_phrase(hashes[-1][1])]
@@ -47,6 +48,11 @@ def marked(text: str, within: int = 4) -> list[str]:
         together.insert(0, earlier)
     each = [marked(mark.answer, within - 1) or [_after_phrase(mark.answer)] for mark in together]
     return [answer for answers in each for answer in answers]
+
+
+def _denied(text: str, mark: Mark) -> bool:
+    r"""Whether a mark is no answer, for a "not" stands before it: not \boxed{5}."""
+    return _DENIED.search(text[max(0, mark.start - 20) : mark.start]) is not None
 
 
 def _outermost(found: list[Mark]) -> list[Mark]:
@@ -67,7 +73,8 @@ def _listed(between: str) -> bool:
 
 _ANNOUNCED = (  # the language, what it calls an answer, and the verbs that follow
     ("English", r"\banswers?\b|\bans\b\.?", "is|are|was|(?:would |must )?be|equals|becomes|comes (?:out )?to|of"),
-    ("Chinese", "答案|答|最终结果|故选|应选", "应?该?[是为选]|等于"),
+    ("English", r"\b(?:correct|right) (?:option|choice)s?\b", "is|are|would be"),
+    ("Chinese", "答案|答|最终结果|故选|应选|本题选|正确选项", "应?该?[是为选]|等于|(?=[A-J])"),
     ("Japanese", "答え|解答|正解|回答", "は"),
     ("Korean", "정답|답변?|최종 ?답", "[은는이]"),
     ("Spanish", r"\brespuestas?\b", "es|son|sería"),
@@ -119,7 +126,16 @@ _ADVERB = re.compile(
 _NO_ANSWER = re.compile(r"(?:correct|right|wrong|as follows|below|above|unknown to|clear\b)", re.IGNORECASE)
 """What follows "the answer is" where no answer does."""
 _ABBREVIATED = re.compile(r"\b(?:mrs?|ms|dr|st|prof|mt|jr|sr|vs|no|a\.m|p\.m|e\.g|i\.e|approx)\.$", re.IGNORECASE)
-_SENTENCE_END = re.compile(r"(?<!\\)[.!?](?:\*\*)?(?=\s|$)|。")
+_SENTENCE_END = re.compile(
+    r"(?<!\\)[.!?](?:\*\*)?(?=\s|$)"
+    r"(?!\s+(?:or|maybe|perhaps|possibly|alternatively|(?:it|this) (?:may|might|could))\b)"
+    r"(?!\s+\$?-?\d[\d.,]*[?.]?\$?$)|。",
+    re.IGNORECASE,
+)
+"""The end of a sentence, unless the next takes it back, 5. Or 6, or is no more than a number, 5? 6?"""
+
+_NUMBERED = re.compile(r"[^\W\d]+\s*#?\d+\s*[:：=]")
+"""A phrase that announces one answer of several: Answer 2:"""
 
 _ANNOUNCED_WITHIN, _CLAUSE, _LAST_PHRASES = 20_000, 500, 5
 """Characters from the end of a text in which phrases are searched for; after a phrase for the answer; how many."""
@@ -140,13 +156,16 @@ def announced(text: str) -> list[str]:
     """What follows the phrases that announce an answer, the last first: each the sentence that it begins."""
     found = list[str]()
     text = text[-_ANNOUNCED_WITHIN:]
-    for match in list(_PHRASE_OR_A.finditer(text))[: -_LAST_PHRASES - 1 : -1]:
+    matches = list(_PHRASE_OR_A.finditer(text))[: -_LAST_PHRASES - 1 : -1]
+    for match in matches:
         rest = text[match.end() : match.end() + _CLAUSE]
         display = re.match(r"\s*(?:\$\$|\\\[)(.*?)(?:\$\$|\\\])", rest, re.DOTALL)
         line = display[1] if display else next((line for line in rest.split("\n") if line.strip(" *_")), "")
         clause = _ADVERB.sub("", _VERB_AT_END.sub("", _sentence(line.strip(" *_"))), count=1).strip()
         if clause and not _NO_ANSWER.match(clause):
             found.append(clause)
+    if len(found) > 1 and all(_NUMBERED.fullmatch(match[0].strip()) for match in matches[:2]):
+        return [", ".join(reversed(found))]  # candidates
     return found
 
 
@@ -167,10 +186,15 @@ _LATEX = (
 )
 _SIGN = r"(?:\\?[$€£¥₹]\s?)?"
 _DIGITS = r"\.?\d(?:[\d.,]*\d)?(?:\s?\\?%)?\)*"
-_ARITHMETIC = rf"(?<![\w.,])[-−(]*{_SIGN}[-−]?{_DIGITS}(?:\s*[-+*/^=×÷·−x]\s*{_SIGN}[-(]*{_SIGN}{_DIGITS})*"
-_ITEM = rf"(?:{_LATEX}|{_ARITHMETIC})"
+_RATIO = r"(?<![A-Za-z\d_.,:])\d+(?:\s?:\s?\d+)+(?!\d)(?:\s?[ap]\.?m\b\.?)?"  # or a time of the day
+_ARITHMETIC = rf"(?<![A-Za-z\d_.,])[-−(]*{_SIGN}[-−]?{_DIGITS}(?:\s*[-+*/^=×÷·−x]\s*{_SIGN}[-(]*{_SIGN}{_DIGITS})*"
+_ITEM = rf"(?:{_LATEX}|{_RATIO}|{_ARITHMETIC})"
 _UNIT = r"(?:\s+(?!and\b|or\b)[A-Za-z]+){0,2}"
-_VALUES = re.compile(rf"{_ITEM}(?:{_UNIT}\s*(?:,\s*(?:and|or)?|;|\band\b|\bor\b|\bto\b|和|或|、)\s*{_ITEM})*")
+_JOIN = (
+    r"(?:[,;]?\s*(?:and|(?:or(?:\s+else)?|otherwise)(?:\s+it\s+is)?|maybe|perhaps|possibly)\b|\bto\b|[,;]|[和、]|或者?"
+    r"|[个元]?[，,]?[也或者还]*可能[是有])"
+)
+_VALUES = re.compile(rf"{_ITEM}(?:{_UNIT}\s*{_JOIN}\s*{_ITEM})*", re.IGNORECASE)
 """A number, arithmetic or a formula, or a list of them: 3 apples and 4."""
 _WORD = re.compile(r"(?<![\\\w{])(?!(?:and|or)\b)[^\W\d_]{2,}(?=[,:]?\s)")
 _TEX = re.compile(r"[^$]*(?:\\[A-Za-z!]|[\^=_]|\d[a-z]\b)[^$]*$")
@@ -178,7 +202,11 @@ _TEX = re.compile(r"[^$]*(?:\\[A-Za-z!]|[\^=_]|\d[a-z]\b)[^$]*$")
 _HEDGED = re.compile(
     r"\b(?:not|less|more|greater|fewer|least|most|between|over|under|above|below|never|neither)\b", re.IGNORECASE
 )
-_OR_ELSE = re.compile(r"\b(?:or|maybe|perhaps|possibly|alternatively)\b[^.]*?\d", re.IGNORECASE)
+_OR_ELSE = re.compile(
+    r"\b(?:or|maybe|perhaps|possibly|alternatively)\b[^.]*?\d|\b(?:may|might|could)(?: also| well)* be\W*\d"
+    r"|\d\W*otherwise\b",
+    re.IGNORECASE,
+)
 _NEAR, _TAIL = 40, 1000
 """Characters before the value of a clause; from the end of a text in which its last value is searched for."""
 

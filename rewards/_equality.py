@@ -11,12 +11,14 @@ from rlzoo.rewards._writing import bracketed, clean, compact, is_prose, split, w
 
 _MOST = 50
 """Items of a list that are compared."""
+_LONGEST = 2000
+"""Characters beyond which answers are compared as texts."""
 
 
 def all_equal(answers: list[str], golds: list[str]) -> bool:
     """Whether two lists hold the same answers, in any order: what is missing or superfluous makes them differ."""
     answers, golds = [clean(answer) for answer in answers], [clean(gold) for gold in golds]
-    if any(too_deep(text) for text in (*answers, *golds)):
+    if any(too_deep(text) or len(text) > _LONGEST for text in (*answers, *golds)):
         return [compact(answer) for answer in answers] == [compact(gold) for gold in golds]
     if len(answers) == len(golds) == 1:
         return _equal(answers[0], golds[0])
@@ -39,7 +41,7 @@ def _equal(answer: str, gold: str) -> bool:
         return False
     if compact(answer) == compact(gold) or (is_prose(gold) and words(answer) == words(gold) != ""):
         return True
-    for step in (_same_quantity, _same_choice, _same_lists, _same_values):
+    for step in (_same_quantity, _same_choice, _same_unions, _same_lists, _same_values):
         same = step(answer, gold)
         if same is not None:
             return same
@@ -49,8 +51,16 @@ def _equal(answer: str, gold: str) -> bool:
     return _units.agree(unit, wanted) and _symbols.equal(gold, answer)
 
 
+_BUILDER = re.compile(r"\\\{ ?[a-z](?: ?\\in ?(?:\\mathbb\{R\}|R))? ?(?:\||\\v?mid|\\vert|:) ?([^{}|]*)\\\}")
+
+
 def _exact(text: str) -> str:
-    r"""What is said to be approximated: \sqrt{2} \approx 1.41; or the approximation, if that is of a name."""
+    r"""What is said to be approximated: \sqrt{2} \approx 1.41; or the approximation, if that is of a name.
+
+    Of a set of numbers, \{x | x > 2\}, its condition.
+    """
+    if builder := _BUILDER.fullmatch(text):
+        text = builder[1].strip()
     exact, _, rounded = text.partition(r"\approx")
     return rounded.strip() if not exact.strip() or (rounded and _is_name(exact)) else exact.strip()
 
@@ -67,7 +77,7 @@ def _same_quantity(answer: str, gold: str) -> bool | None:
         return _numbers.equal(comma, other)
     if (time := _numbers.clock(answer)) and (expected := _numbers.clock(gold)):
         return _numbers.same_time(time, expected)
-    if (given := _numbers.ratio(answer)) and (wanted := _numbers.ratio(gold)):
+    if ":" in answer + gold and (given := _numbers.ratio(answer)) and (wanted := _numbers.ratio(gold)):
         return _numbers.same_ratio(given, wanted)
     if "_" in answer + gold and (digits := _numbers.based(answer)) and (asked := _numbers.based(gold)):
         return _numbers.same_in_base(digits, asked)
@@ -77,10 +87,12 @@ def _same_quantity(answer: str, gold: str) -> bool | None:
 # Letters of a multiple choice: A, (A), A. 5
 
 _CHOICE = re.compile(
-    r"(?:(?i:option|choice|选项) ?)?(?:\((?P<round>[A-J])\)|(?P<bare>[A-J])(?:[.):](?=\s|$)|$))"
+    r"(?:(?i:option|choice|故?选[项择]?) ?)?(?:\((?P<round>[A-J])\)|(?P<bare>[A-J])(?:[.):](?=\s|$)|$))"
     r"(?:\s+(?P<value>(?!(?:or|and)\b|\\text\{\s*(?:or|and)\b|[-+*/^=<>,]).*))?",
     re.DOTALL,
 )
+_LETTERS = re.compile(r"\s*[A-H](?:([\s,;]+(?:and\s+)?)?[A-H])+\s*")
+"""Several choices: ABD, or A, B and D."""
 _CHOICES = re.compile(r"(?<![A-Za-z\\])(?:\([A-J]\)|[A-J][.)](?=\s|$))|\b(?:or|and)\W+[A-J]\b")
 
 
@@ -95,6 +107,9 @@ def _choice(text: str) -> tuple[str, str] | None:
 def _same_choice(answer: str, gold: str) -> bool | None:
     """The same letter and, where both give one, the same value; or the value of the only one that has a letter."""
     one, other = _choice(answer), _choice(gold)
+    given, wanted = (_LETTERS.fullmatch(re.sub(r"\\text|[{}]", " ", text)) for text in (answer, gold))
+    if given and wanted and bool(given[1]) != bool(wanted[1]):
+        return sorted(re.findall("[A-H]", given[0])) == sorted(re.findall("[A-H]", wanted[0]))
     if one and other:
         return one[0] == other[0] and (not one[1] or not other[1] or _equal(one[1], other[1]))
     if len(answer) == len(gold) == 1:  # of one case only, as math-verify would have it
@@ -105,6 +120,20 @@ def _same_choice(answer: str, gold: str) -> bool | None:
 
 
 # Lists: 1, 2 and 3; (1, 2); \{1, 2\}
+
+
+_ELEMENT = re.compile(r"[A-Za-z] ?\\in ?(?=\\\{)")
+_OR = re.compile(r"\\(?:cup|lor|vee)(?![A-Za-z])|(?<![^\W\d_\\])or(?![^\W\d_])")
+
+
+def _same_unions(answer: str, gold: str) -> bool | None:
+    r"""Intervals \cup others, and inequalities with "or" between; None for all else."""
+    if sum(r"\cup" in text for text in (answer, gold)) != 1:
+        return None
+    given, wanted = (split(re.sub(r"\\text\{\s*or\s*\}", " or ", text), _OR) for text in (answer, gold))
+    if len(given) != len(wanted) or len(given) < 2:
+        return None
+    return _same_items(given, wanted, ordered=False)
 
 
 def _same_lists(answer: str, gold: str) -> bool | None:
@@ -121,14 +150,17 @@ def _same_lists(answer: str, gold: str) -> bool | None:
         if brackets not in ("", "{}") or _RELATION.search(single):
             return None
         return all(_equal(single, item) for item in items)  # one and the same answer, written twice
-    if kind != asked and ((kind and asked) or (kind or asked) not in ("()", "{}")):
+    if kind != asked and ((kind and asked) or ((kind or asked) not in ("()", "{}", "[]"))):
+        return False
+    if kind != asked and (kind or asked) == "[]" and len(wanted) == 2:  # an interval
         return False
     return _same_items(given, wanted, ordered=(kind or asked) not in ("", "{}"))
 
 
 def _listed(text: str) -> tuple[str, list[str]]:
     """The kind of the brackets around a text, and the items in it."""
-    kind, inside = bracketed(text) or ("", text)
+    set_of = _ELEMENT.match(text)
+    kind, inside = bracketed(text[set_of.end() :] if set_of else text) or ("", text)
     return kind, [inside] if _numbers.number(inside) else split(inside)  # the commas of a number list nothing
 
 
@@ -189,9 +221,8 @@ def _named(text: str) -> tuple[str, str] | None:
         return sides[0], sides[-1]
     if len(sides) == 2 and _is_name(sides[1]):
         return sides[1], sides[0]
-    if re.search(r"[^\W\d_]", re.sub(r"\\[A-Za-z]+", "", text)) is not None:
-        return None
-    return "", sides[-1]
+    computed = "".join(sides[:-1]) if _numbers.number(sides[-1]) else text  # = 12 apples
+    return None if re.search(r"[^\W\d_]", re.sub(r"\\[A-Za-z]+", "", computed)) else ("", sides[-1])
 
 
 def _contradicts_itself(text: str) -> bool:

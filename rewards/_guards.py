@@ -82,6 +82,10 @@ TEXTS = (
         "one digit without braces is taken where people mean the number: \\sqrt21 and \\frac{1}21",
         lambda t: re.search(r"\\sqrt ?\d\d|\\frac ?(?:\{[^{}]*\}|\d) ?\d\d", t) is not None,
     ),
+    TextRule(
+        "dates are read as differences and quotients: 2024-01-05 as 2018",
+        lambda t: re.search(r"(?<!\d)(?:\d{4}-\d\d?-\d\d?|\d\d?[-/]\d\d?[-/]\d{4})(?!\d)", t) is not None,
+    ),
     TextRule("a number's base is dropped: 52_8 equals 52_7", lambda text: re.search(r"\d_", text) is not None),
     TextRule("a repeating decimal loses its bar", lambda t: re.search(r"\.\d*\\(?:overline|bar|dot)", t) is not None),
 )

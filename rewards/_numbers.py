@@ -21,6 +21,8 @@ _WRITTEN = [
         # 1/2, \frac12, and mixed: 5 1/2, 5\frac{1}{2}
         r"(?:(?P<whole>\d+) ?)?\\frac ?(?:\{(?P<a1>-?\d+)\}|(?P<a2>\d)) ?(?:\{(?P<b1>\d+)\}|(?P<b2>\d))",
         r"(?:(?P<whole>\d+) )?(?P<a1>\d{1,3}(?:,\d{3})+|\d+) ?/ ?(?P<b1>\d{1,3}(?:,\d{3})+|\d+)(?![\d.])",
+        # 0.1\bar{6}
+        r"(?P<before>\d*\.\d*)\\(?:overline|bar)(?:\{(?P<bar1>\d+)\}|(?P<bar2>\d))",
         # 1.234,56 and 1.234.567
         r"(?P<dotted>\d{1,3}(?:\.\d{3})+,\d+|\d{1,3}(?:\.\d{3}){2,})(?![\d.])",
         # 12, 1.5, .5, 1,234.5, 1 234, 1'234; 1.5e3, 1.5 \times 10^3
@@ -35,6 +37,9 @@ _UNIT = re.compile(
     r"\s*(?:\\text\{(?P<text>[^{}\d]*)\}|(?P<degree>\^\\circ ?)|\^\{?(?P<power>-?\d)\}?|\((?P<round>[^\W\d_][^()\d]*)\)"
     r"|(?P<link>[/.-]|\\cdot)|(?P<sign>[€£¥₹¢$])|(?P<word>[^\W\d_]+(?:'[^\W\d_]+)?))"
 )
+_UNIT_FRACTION = re.compile(r"\\frac\{(\\text\{[^{}\d]*\})\}\{((?:\\text\{[^{}\d]*\}|[A-Za-z])(?:\^\{?\d\}?)?)\}")
+_ADJECTIVE = re.compile(r" ?(?=[a-z]*[aeiou])[a-z]{2,3} [a-z]{4,}")
+"""A short word that is no product of variables, for another follows: red marbles."""
 _EXTREME = 400
 """Digits, and powers of ten, beyond which a number is left to the comparison of texts."""
 
@@ -70,7 +75,8 @@ def number(text: str) -> Number | None:
     if before["currency"]:
         unit |= _units.canonical([before["currency"].rstrip(".")]) or frozenset()
     negative = "-" in (before["sign"], before["sign2"])
-    decimal = value.denominator > 1 and not written.groupdict().get("b1") and not written.groupdict().get("b2")
+    exact = any(written.groupdict().get(part) for part in ("b1", "b2", "bar1", "bar2"))
+    decimal = value.denominator > 1 and not exact
     return Number(-value if negative else value, percent, decimal, unit)
 
 
@@ -83,6 +89,9 @@ def _value(parts: dict[str, str | None]) -> Fraction | None:
         return None if not int(below) else Fraction(int(above), int(below)) + int(part("whole") or 0)
     if part("dotted"):
         return Fraction(part("dotted").replace(".", "").replace(",", "."))
+    if repeated := part("bar1", "bar2"):
+        places = len(part("before").partition(".")[2])
+        return Fraction(part("before") + "0") + Fraction(int(repeated), (10 ** len(repeated) - 1) * 10**places)
     exponent = int(part("e0", "e1", "e2") or 0)
     digits = re.sub("[, ']", "", part("digits")).rstrip(".") or "1"
     return Fraction(digits) * Fraction(10) ** exponent if abs(exponent) <= _EXTREME else None
@@ -90,7 +99,7 @@ def _value(parts: dict[str, str | None]) -> Fraction | None:
 
 def unit_of(text: str) -> frozenset[str] | None:
     """The words of the unit after a number, none for no text; None if that is no unit but part of a formula."""
-    found, at = list[str](), 0
+    found, at, text = list[str](), 0, _UNIT_FRACTION.sub(r"\1/\2", text)
     while at < len(text):
         match = _UNIT.match(text, at)
         if match is None:
@@ -98,7 +107,9 @@ def unit_of(text: str) -> frozenset[str] | None:
         at = match.end()
         spelled = match["text"] if match["text"] is not None else match["round"] or match["word"] or match["sign"] or ""
         named = re.findall(r"[€£¥₹¢$]|[^\W\d_]+(?:'[^\W\d_]+)?", spelled)
-        if match["word"] and not (found or is_word(match["word"]) or match["word"] in _units.SYMBOLS):
+        if match["word"] and not (
+            found or is_word(match["word"]) or match["word"] in _units.SYMBOLS or _ADJECTIVE.match(text, match.start())
+        ):
             return None  # a variable
         if match["round"] and any(len(word) < 3 and not is_word(word) and word not in _units.SYMBOLS for word in named):
             return None  # a factor
@@ -112,7 +123,7 @@ def unit_of(text: str) -> frozenset[str] | None:
 
 def comma_decimal(text: str) -> Number | None:
     """A number with a decimal comma, ``1000,99``; None for what may be thousands, 1,234."""
-    match = re.match(r"([+-]?[€£$]? ?\d+),(\d+)(?!\d|,)", text)
+    match = re.match(r"([+-]?[€£$]? ?(?:\d{1,3}(?:[ ']\d{3})+|\d+)),(\d+)(?!\d|,)", text)
     if match is None or (len(match[2]) == 3 and len(re.sub(r"\D", "", match[1])) <= 3):
         return None
     return number(f"{match[1]}.{match[2]}{text[match.end() :]}")
@@ -151,12 +162,21 @@ def clock(text: str) -> tuple[tuple[int, int, int], str] | None:
 
 def same_time(one: tuple[tuple[int, int, int], str], other: tuple[tuple[int, int, int], str]) -> bool:
     """Whether two times are the same, where both say so with am or pm in the same half of the day."""
-    return one[0] == other[0] and (not one[1] or not other[1] or one[1] == other[1])
+    (_, *one_rest), (_, *other_rest) = one[0], other[0]
+    return one_rest == other_rest and not _hours(*one).isdisjoint(_hours(*other))
+
+
+def _hours(time: tuple[int, int, int], half: str) -> set[int]:
+    """The hours of the day, 0 to 23, that a time may stand for: two if it is from 1 to 12 without am or pm."""
+    if not 1 <= time[0] <= 12:
+        return {time[0] % 24}
+    hour = time[0] % 12
+    return {hour + 12 * (half == "p")} if half else {hour, hour + 12}
 
 
 def ratio(text: str) -> list[Fraction] | None:
     """The terms of a ratio such as 3:4; None for anything else."""
-    terms = [number(term.strip()) for term in re.split(r":|\\colon", text)]
+    terms = [number(term.strip()) for term in re.split(r":|\\colon(?![A-Za-z])|\bto\b", text)]
     if len(terms) < 2 or any(term is None or term.unit or term.percent for term in terms):
         return None
     return [term.value for term in terms if term]

@@ -47,12 +47,16 @@ _MEASURES = {
     "2": "square sq",
     "3": "cubic cube",
     "pascal": "pa",
+    "celsius": "c centigrade",
+    "fahrenheit": "f",
 }
 _CANONICAL = {other: unit for unit, others in _MEASURES.items() for other in (unit, *others.split())}
 
 SHORT = {f"{unit}{plural}" for unit in _CANONICAL for plural in ("", "s") if unit.isalpha() and len(unit) > 1}
 """Units of few letters, which are no product of variables even without ``\\text`` around them."""
 SHORT |= {"am", "pm", "sq", "box", "units"}
+SHORT |= {"atm", "cal", "dyn", "erg", "mol", "kj", "kw", "nm", "ohm", "rpm"}
+SHORT |= {f"{prefix}{unit}" for prefix in ("", "k", "m", "g") for unit in ("ev", "hz", "pa", "wh")}
 SHORT |= {
     f"{noun}{plural}" for noun in ("bag", "car", "cat", "cup", "dog", "egg", "pen", "toy") for plural in ("", "s")
 }

@@ -35,6 +35,7 @@ _REWRITE = [
         (r"\\([$%#])", r"\1"),  # currency and percent signs, escaped
         (r"\\(?:left|right|[bB]igg?[lrm]?)(?![A-Za-z])\s*\.?", ""),  # sizes of brackets; \left. is an empty bracket
         (r"\\(?:displaystyle|textstyle|limits|nolimits|bf|rm|it|hfill|protect|strut)(?![A-Za-z])", ""),
+        (r"\\(?:tiny|small|normalsize|[lL]arge|LARGE|[hH]uge)(?![A-Za-z])|\\(?:text)?color\s*\{[^{}]*\}", ""),
         (r"\\[dtc]frac(?![A-Za-z])", r"\\frac"),
         (r"(?<=\d)(?:\{,\}|,?\\!|\\[,: ]|\\thinspace|~)\s*(?=\d{3}(?!\d))", ""),  # thousands: 1{,}000, 1,\!000, 1\,000
         (r"\{,\}", ","),
@@ -176,8 +177,8 @@ def is_word(letters: str) -> bool:
 
 
 def is_prose(text: str) -> bool:
-    r"""Whether a clean text is words rather than a formula: it has a ``\text``, or letters that make a word."""
-    if r"\text{" in text:
+    r"""Whether a clean text is words rather than a formula: it has a ``\text``, letters of a word, or Chinese."""
+    if r"\text{" in text or re.search("[\u3400-\u9fff]", text):
         return True
     bare = re.sub(r"\\[A-Za-z]+|\{[A-Za-z]*(?:matrix|cases|array)\}", " ", text)
     found = [letters for letters in re.findall(r"[^\W\d_]{2,}", bare) if not _FUNCTION.fullmatch(letters)]

@@ -17,13 +17,21 @@ from typing import Any, ClassVar
 from rlzoo.reward import register_reward
 from rlzoo.rewards._answers import announced, first_value, last_value, marked
 from rlzoo.rewards._equality import all_equal
-from rlzoo.rewards._numbers import number
+from rlzoo.rewards._numbers import clock, number
 from rlzoo.rewards._text import column_of, completion_text
 from rlzoo.rewards._writing import clean, is_prose
 
 _LONG = 100
 """Characters from which a gold answer in words is taken for a worked solution."""
 _BLANKS = re.compile(r"[^\S\n]{3,}|\n{3,}")
+_DISPLAY = re.compile(r"\\\[(?:(?!\\\]|\n\s*\n).){,500}\\\]|\$\$(?:(?!\n\s*\n)[^$]){,500}\$\$", re.DOTALL)
+"""Displayed formulas, which may stand on lines of their own."""
+_ALIGNED = re.compile(r"\\begin\{((?:align|gather)(?:ed)?|equation|split)(\*?)\}(.{,2000}?)\\end\{\1\2\}", re.DOTALL)
+_OVER_LINES = re.compile(r"[^\S\n]?\n{1,2}(or|and)\b[^\S\n]?\n{,2}|[^\S\n](or|and)[^\S\n]?\n{1,2}")
+"""An "or" that joins the lines above and below."""
+_DENIAL = re.compile(r"(?:,| and| but) not\s[^,;]*$")
+"""What the answer is not: 5, not 6."""
+_REASON = re.compile(r",?\s+(?:because|since)\b.*", re.DOTALL)
 
 
 @register_reward
@@ -59,13 +67,11 @@ def _score(completion: str, gold: Any, must_be_marked: bool) -> float | None:
         return None
     completion = _BLANKS.sub(lambda run: run[0][:2], completion)
     concluded = completion.rpartition("</think>")[2]
-    for text in (concluded, completion) if concluded.strip() else (completion,):
-        answers = marked(text)
-        if answers:
-            return float(all(answers) and all_equal(answers, expected))
-        if not must_be_marked and (found := _ends_in(text, expected)) is not None:
-            return float(found)
-    return 0.0
+    text = concluded if concluded.strip() else completion
+    answers = marked(text)
+    if answers:
+        return float(all(answers) and all_equal(answers, expected))
+    return float(not must_be_marked and _ends_in(text, expected))
 
 
 def _gold_answers(gold: Any) -> list[str]:
@@ -84,11 +90,25 @@ def _gold_answers(gold: Any) -> list[str]:
     return [answer for answer in found or [text] if clean(answer)]
 
 
-def _ends_in(text: str, golds: list[str]) -> bool | None:
-    """Whether the answer that a text without marks gives is the gold one; None if it gives none."""
-    words_wanted = all(is_prose(clean(gold)) and number(clean(gold)) is None for gold in golds)
-    for clause in announced(text):
-        if all_equal([clause], golds):
+def _last_row(aligned: re.Match[str]) -> str:
+    """The last row of an aligned formula that goes on from row to row; else all rows, which stand for themselves."""
+    rows = [" ".join(row.split()) for row in aligned[3].split(r"\\") if row.strip()] or [""]
+    return (rows[-1] if rows[-1].startswith(("&", "=")) else ", ".join(rows)).replace("&", "")
+
+
+def _is_wording(gold: str) -> bool:
+    return is_prose(gold) and number(gold) is None and clock(gold) is None
+
+
+def _ends_in(text: str, golds: list[str]) -> bool:
+    """Whether a text without marks gives the gold answer."""
+    text = _ALIGNED.sub(_last_row, text)
+    text = _DISPLAY.sub(lambda display: " ".join(display[0].split()), text)
+    text = _OVER_LINES.sub(lambda word: f" {word[1] or word[2]} ", text)
+    words_wanted = all(_is_wording(clean(gold)) for gold in golds)
+    for said in announced(text):
+        clause = _DENIAL.sub("", said)
+        if all_equal([clause], golds) or (words_wanted and all_equal([_REASON.sub("", clause)], golds)):
             return True
         if words_wanted or number(clean(clause)) or not is_prose(clean(clause)):
             return False
@@ -102,5 +122,5 @@ def _ends_in(text: str, golds: list[str]) -> bool | None:
         return False
     value = last_value(text)
     if value is None or (words_wanted and not is_prose(clean(value))):
-        return None
+        return False
     return all_equal([value], golds)
