@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from rlzoo.bad_rows import BadRows
 from rlzoo.buffers.encoding import SPELLED, Notes, Special, encode, encode_prompt, spelled
 from rlzoo.buffers.tables import good_rows, read_rows
-from rlzoo.buffers.values import find, number, usable
+from rlzoo.buffers.values import find, number, own_id, usable
 from rlzoo.chat import Message, Options, messages, options_of
 from rlzoo.errors import UserError, kind_of
 from rlzoo.types import Trajectory
@@ -118,8 +118,7 @@ def _problem(index: int, row: Mapping[str, Any], source: ProblemSource) -> Probl
     if source.system is not None:
         prompt = _instructed(prompt, source.system)
     columns = usable(row) | {new: find(row, old) for new, old in source.columns.items()}
-    own = columns.get("id")
-    name = f"{source.split}-{index}" if own is None else str(own)
+    name = own_id(columns.get("id")) or f"{source.split}-{index}"
     return Problem(name, prompt, columns, _solutions(row, source.solution), special_tokens=source.special_tokens)
 
 

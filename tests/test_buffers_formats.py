@@ -6,6 +6,7 @@ from typing import Any
 
 import datasets
 import pytest
+from chat_templates import tokenizer_of
 from tokenizers import processors
 
 from rlzoo.buffers import OfflineBuffer, encode, encode_completion, encode_prompt, from_trl, to_trl
@@ -171,9 +172,29 @@ def test_every_format_is_recognised_by_its_columns(chat: Any, name: str, as_data
     assert len(set(buffer.column("prompt_id"))) == 1
 
 
+def test_text_that_brings_its_own_bos_has_one() -> None:
+    made = tokenizer_of("gemma")
+    (row,) = from_trl([{"text": "<bos>1<eos>"}], made)
+    assert made.decode(row.prompt_ids + row.completion_ids) == "<bos>1<eos>"
+    rendered = made.apply_chat_template(user("1"), add_generation_prompt=True, tokenize=False)
+    (row,) = from_trl([{"prompt": rendered, "completion": "2"}], made)
+    assert made.decode(row.prompt_ids) == rendered
+    assert encode_prompt(made, "1")[1] == encode_prompt(made, "<bos>1")[1]
+
+
+def test_rows_without_an_id_of_their_own_are_told_apart_by_their_prompts(plain: Any) -> None:
+    """An id that is null, NaN or an empty cell would make one group of all such rows."""
+    rows = [{"prompt": str(n), "completion": "2", "id": own} for n, own in enumerate((None, float("nan"), "", " ", 7))]
+    found = from_trl(rows, plain).column("prompt_id")
+    assert len(set(found)) == 5
+    assert found[4] == "7"
+
+
 def test_plain_text_needs_a_first_token(plain: Any, ending: Any) -> None:
     (row,) = from_trl([{"text": "1+1"}], ending)
     assert (row.prompt_ids, row.completion) == ([2], "1+1")
+    (row,) = from_trl([{"text": "11+1"}], plain)
+    assert (row.prompt, row.completion) == ("1", "1+1")
     (row,) = from_trl([{"text": "1+1"}], plain)  # the tokenizer has none: the text's own is given, not learned
     assert (row.prompt, row.completion) == ("1", "+1")
     assert row.prompt_ids + row.completion_ids == encode_completion(plain, "1+1")

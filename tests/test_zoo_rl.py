@@ -453,7 +453,7 @@ def test_the_view_of_varied_groups_leaves_uniform_ones_out(rows: list[Trajectory
 
 def test_a_buffer_without_varied_groups_is_refused() -> None:
     buffer = samples(*(sample(i // 2, float(i // 2)) for i in range(6)))
-    told = "no groups of unequal rewards .in all its 3 the samples have the same.: sample more a prompt"
+    told = "no groups of unequal rewards .in all its 3 the samples have the same.: sample more per prompt"
     with pytest.raises(UserError, match=told):
         buffer.view(Selection.GROUPS, varied=True)
 

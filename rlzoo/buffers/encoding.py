@@ -52,7 +52,9 @@ def encode_prompt(
     """
     if isinstance(prompt, str):
         text, ids = prompt, _tokens(tokenizer, prompt, special=True)
-        eos = tokenizer.eos_token_id
+        bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+        if bos is not None and ids[:2] == [bos, bos] and _tokens(tokenizer, prompt, special=False)[:2] != [bos, bos]:
+            ids = ids[1:]  # the text was rendered before, and brings its own
         if ids[-1:] == [eos] and _tokens(tokenizer, prompt, special=False)[-1:] != [eos]:
             ids = ids[:-1]  # the tokenizer's doing: the model would learn to go on after the end
     else:
@@ -101,6 +103,8 @@ def encode(
         ids, said = encode_completion(tokenizer, completion), completion
         if prompt or _tokens(tokenizer, prompt, special=True):
             text, prompt_ids = encode_prompt(tokenizer, prompt)
+            if not prompt and ids[: len(prompt_ids)] == prompt_ids:  # the text brings its own BOS
+                ids, said = ids[len(prompt_ids) :], said.removeprefix(tokenizer.decode(prompt_ids))
         else:  # a text without a prompt, and nothing begins it: its first token is given, not learned
             text, prompt_ids, ids = tokenizer.decode(ids[:1]), ids[:1], ids[1:]
             said = said.removeprefix(text)

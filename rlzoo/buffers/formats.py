@@ -23,7 +23,7 @@ from rlzoo.buffers.files import BATCH, Item, batch_rows
 from rlzoo.buffers.layouts import as_trl
 from rlzoo.buffers.schema import to_dataset, to_row, to_table
 from rlzoo.buffers.tables import good_rows, read_rows
-from rlzoo.buffers.values import Columns, Row, find, number, plain_row, renamed, usable
+from rlzoo.buffers.values import Columns, Row, find, number, own_id, plain_row, renamed, usable
 from rlzoo.chat import Message, messages, options_of
 from rlzoo.errors import UserError, kind_of
 from rlzoo.types import Trajectory
@@ -166,7 +166,7 @@ def _read_row(row: Row, form: Format, encoding: _Encoding) -> Iterator[tuple[Enc
         find(row, name)  # raises for one that is no plain data
     known = usable(row)
     names = ("prompt_id",) if form is GRADED else ("prompt_id", "id")  # a graded sample's id may be its own
-    name = next((name for name in names if known.get(name) is not None), "prompt_id")
+    name = next((name for name in names if own_id(known.get(name)) is not None), "prompt_id")
     columns = {key: value for key, value in known.items() if key not in (*form.columns, name)}
     examples = form.read(row)
     filled = [column for column in COMPLETIONS if column in form.columns]
@@ -182,7 +182,7 @@ def _read_row(row: Row, form: Format, encoding: _Encoding) -> Iterator[tuple[Enc
                 prompt_ids=encoded.prompt_ids,
                 completion_ids=encoded.completion_ids,
                 truncated=encoded.truncated,
-                prompt_id=encoded.key if known.get(name) is None else str(known[name]),
+                prompt_id=own_id(known.get(name)) or encoded.key,
                 source=example.source,
                 reward=example.reward,
                 messages=None if isinstance(example.prompt, str) else example.prompt,
@@ -382,5 +382,9 @@ def _completion(row: Row, column: str, prompt: Prompt) -> str | Message:
 def _last_turn(conversation: list[Message], column: str) -> tuple[list[Message], Message]:
     *prompt, last = conversation
     if last["role"] != "assistant" or not prompt:
-        raise UserError(f"column {column!r} must hold a prompt and end with the assistant's turn: add what is missing")
+        roles = ", ".join(message["role"] for message in conversation)
+        raise UserError(
+            f"column {column!r} must hold a prompt and end with the assistant's turn, and its roles are {roles:.80}: "
+            "add what is missing, or call them user and assistant"
+        )
     return prompt, last

@@ -82,6 +82,12 @@ def number(value: Any) -> float:
     return found
 
 
+def own_id(value: Any) -> str | None:
+    """A row's own id as text; None where there is none: a null, NaN, or the empty cell of a CSV file."""
+    missing = value is None or value != value or (isinstance(value, str) and not value.strip())
+    return None if missing else str(value)
+
+
 def _found(row: Row, old: str | list[str]) -> Any:
     return find(row, old) if isinstance(old, str) else [find(row, name) for name in old]
 

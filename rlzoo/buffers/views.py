@@ -152,6 +152,11 @@ def pairs(rows: pa.Table, threshold: float = THRESHOLD, per_prompt: int = 4, tru
     _, left, right = np.intersect1d(better_key, worse_key, assume_unique=True, return_indices=True)
     if not len(left):
         prompts = len(np.unique(prompt[mask]))
+        if not prompts:
+            raise UserError(
+                f"the buffer has no pairs (none of its {len(rows):,} rows is a sample or a preference with a reward"
+                f"{_and_whole(truncated)}): give a table with 'chosen' and 'rejected', or sample with rlzoo rollout"
+            )
         raise UserError(
             f"the buffer has no pairs (0 of {prompts:,} sampled prompts have both a completion that reaches "
             f"reward {threshold:g} and one that does not{_and_whole(truncated)}): sample more per prompt with rlzoo "
@@ -191,7 +196,7 @@ def groups(rows: pa.Table, size: int | None = None, varied: bool = False, trunca
         if not whole:
             raise UserError(
                 f"the buffer has no groups of {size} samples (the largest of its {len(units):,} has "
-                f"{max(map(len, units))}): sample more a prompt with rlzoo rollout, or lower size"
+                f"{max(map(len, units))}): sample more per prompt with rlzoo rollout, or lower size"
             )
         units = whole
     if varied:
@@ -200,7 +205,7 @@ def groups(rows: pa.Table, size: int | None = None, varied: bool = False, trunca
         if not mixed:
             raise UserError(
                 f"the buffer has no groups of unequal rewards (in all its {len(units):,} the samples have the same): "
-                "sample more a prompt with rlzoo rollout, or take prompts of another difficulty"
+                "sample more per prompt with rlzoo rollout, or take prompts of another difficulty"
             )
         units = mixed
     return units

@@ -53,7 +53,7 @@ def told(counts: Counts, parts: Sequence[Part], sources: Sequence[Source]) -> li
         name, own = name_of(part), counts.get(name_of(part), {})
         for some, whole, line in LINES:
             if found := own.get(some, 0):
-                share = f"all {found:,}" if found == own[whole] else f"{found:,} of {own[whole]:,}"
+                share = f"all {found:,}" if found == own[whole] > 1 else f"{found:,} of {own[whole]:,}"
                 lines.append(f"{name}: {share} {line}")
         left_out: Mapping[str, int] = getattr(source, "left_out", {})
         lines += [f"{name}: left out {number:,} {what}" for what, number in left_out.items()]
