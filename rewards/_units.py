@@ -66,15 +66,19 @@ SYMBOLS = frozenset("mgshlL")
 
 _LINKING = frozenset(["or", "and", "not", "but", "to", "than", "either", "nor", "between", "through"])
 """Words by which a number with words after it is not one number with its unit: 5 or more."""
+_LINKING |= {"squared", "cubed", "factorial", "below", "above", "times", "fold", "out", "halves", "thirds", "tenths"}
+_SCALES = frozenset(["hundred", "thousand", "million", "billion", "trillion", "dozen", *"百千万亿"])
+"""Words that multiply the number before them: one that has such a word is no number without it."""
 _IDLE = frozenset(["of", "the", "a", "an", "per", "each", "about", "in", "total", "for", "altogether"])
 
 
 def canonical(words: list[str]) -> frozenset[str] | None:
     """The words of a unit as they are compared: singular, one name for each measure. None if this is no unit."""
-    if any(word.lower() in _LINKING for word in words):
+    if any(word.lower() in _LINKING or re.match("分之|以上|以下|左右", word) for word in words):
         return None
     named = (_CANONICAL.get(word.lower()) or _singular(word.lower()) for word in words)
-    return frozenset(word for name in named for word in name.split()) - _IDLE
+    found = frozenset(word for name in named for word in name.split()) - _IDLE
+    return found | {word[0] for word in found if word[0] in _SCALES}  # 万元
 
 
 def _singular(word: str) -> str:
@@ -87,4 +91,4 @@ def _singular(word: str) -> str:
 
 def agree(one: frozenset[str], other: frozenset[str]) -> bool:
     """Whether two units may be the same: one of them says no more than the other, or nothing at all."""
-    return one <= other or other <= one
+    return one & _SCALES == other & _SCALES and (one <= other or other <= one)
