@@ -127,6 +127,21 @@ def test_rows_with_rewards_are_samples(tokenizer: Any) -> None:
     assert (plain.source, plain.reward) == ("demonstration", None)
 
 
+@pytest.mark.parametrize("column", ["messages", "conversations"])
+def test_scored_conversations_are_no_demonstrations(chat: Any, column: str) -> None:
+    turns = [{"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "3"}]
+    (disliked,) = from_trl([{column: turns, "label": False}], chat)
+    (graded,) = from_trl([{column: turns, "reward": 0.25}], chat)
+    (shown,) = from_trl([{column: turns}], chat)
+    assert (disliked.source, disliked.reward) == ("preference", 0.0)
+    assert (graded.source, graded.reward) == ("policy", 0.25)
+    assert (shown.source, shown.reward) == ("demonstration", None)
+    for row in (disliked, graded):
+        assert (row.prompt_ids, row.completion_ids) == (shown.prompt_ids, shown.completion_ids)
+    with pytest.raises(UserError, match="no value in column 'label'"):
+        from_trl([{column: turns, "label": None}], chat)
+
+
 def test_columns_of_other_names_stand_for_those_of_a_format(tokenizer: Any) -> None:
     nested = {"question": "1+1=", "one": {"ok": True, "said": "2"}, "two": {"ok": False, "said": "3"}}
     columns: dict[str, Any] = {"prompt": "question", "completion": "one.said", "reward": "one.ok"}

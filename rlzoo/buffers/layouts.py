@@ -52,6 +52,9 @@ def as_trl(row: Row, chat: bool) -> dict[str, Any]:
             value = [value]  # one message alone
         if isinstance(value, list):
             made[name] = _turns(value, name)
+    if isinstance(made.get("messages"), list) and {"label", "reward"} & set(made) and made.get("prompt") is None:
+        turns = made.pop("messages")  # what was scored is the last turn
+        made["prompt"], made["completion"] = turns[:-1], turns[-1:]
     _ask(made)
     return made
 
