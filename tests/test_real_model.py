@@ -160,7 +160,7 @@ def test_the_gradients_of_its_rows_are_measured(base: Policy, buffer: Buffer) ->
         torch.autograd.backward(base(sequences).logp.sum())
         squares.append(sum(float(p.grad.double().square().sum()) for p in base.parameters() if p.grad is not None))
     base.zero_grad(set_to_none=True)
-    exact = found["objectives"]["sft"]["proxies"]["units"]["exact"]
+    exact = found["objectives"]["sft"]["proxies"]["prompts"]["exact"]
     assert len(exact) == count == 3
     tokens = sum(len(row.completion_ids) for row in rows)
     for square in exact:  # three of the four rows, scaled by rows over their tokens
