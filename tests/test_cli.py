@@ -273,7 +273,7 @@ def test_ctrl_c_saves_what_was_done_and_says_so_once(tmp_path: Path, number: int
     )
     assert run.stderr is not None
     told = [""]
-    while "shared buffer: " not in told[-1] or BEAT.match(told[-1]):  # after the plan: the shared work is done
+    while "base model: " not in told[-1] or BEAT.match(told[-1]):  # after the plan: the shared work is done
         told.append(run.stderr.readline())
         assert told[-1], told
     for _ in range(1000):

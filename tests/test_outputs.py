@@ -176,7 +176,7 @@ def test_a_full_disk_is_one_line_and_keeps_what_was_done(tmp_path: Path) -> None
 
 def test_a_stopped_run_goes_on_and_then_is_finished(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    assert f"the same command with --out {out} goes on" in stopped(out)
+    assert f"the same command with --out {out} resumes there" in stopped(out)
     with run_in(out, "train", ASKED) as run:
         assert run.resumed and not run.finished
         assert Pieces(run.state).read("half") == 1
