@@ -91,7 +91,7 @@ def _gold_answers(gold: Any) -> list[str]:
 
 
 def _last_row(aligned: re.Match[str]) -> str:
-    """The last row of an aligned formula that goes on from row to row; else all rows, which stand for themselves."""
+    """The last row of an aligned formula that continues from row to row; else all rows, which stand for themselves."""
     rows = [" ".join(row.split()) for row in aligned[3].split(r"\\") if row.strip()] or [""]
     return (rows[-1] if rows[-1].startswith(("&", "=")) else ", ".join(rows)).replace("&", "")
 
