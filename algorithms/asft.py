@@ -12,8 +12,9 @@ from typing import ClassVar
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from rlzoo.inputs import Input, ReferenceLogits
 from rlzoo.objective import Objective, register
-from rlzoo.types import Coefficients, Need, TokenBatch
+from rlzoo.types import Coefficients, TokenBatch
 
 
 @register
@@ -27,8 +28,8 @@ class ASFT(Objective):
     kl_coefficient: float = 0.05
 
     @property
-    def requires(self) -> frozenset[Need]:
-        return frozenset({Need.REFERENCE_LOGITS})
+    def requires(self) -> tuple[Input, ...]:
+        return (ReferenceLogits(),)
 
     def coefficients(self, batch: TokenBatch) -> Coefficients:
         return Coefficients(batch.logp.exp())

@@ -15,9 +15,10 @@ from typing import ClassVar
 import torch
 
 from rlzoo.advantages import group_normalised
+from rlzoo.inputs import Behaviour, Input
 from rlzoo.objective import Objective, register
 from rlzoo.ratios import token_ratio
-from rlzoo.types import Coefficients, Need, Selection, TokenBatch
+from rlzoo.types import Coefficients, Selection, TokenBatch
 
 
 @register
@@ -33,12 +34,12 @@ class CISPO(Objective):
     ratio_max: float = 5.0
 
     @property
-    def requires(self) -> frozenset[Need]:
-        return frozenset({Need.BEHAVIOUR})
+    def requires(self) -> tuple[Input, ...]:
+        return (Behaviour(),)
 
     def advantages(self, batch: TokenBatch) -> torch.Tensor:
         reward, group = self.needed(batch, "reward", "group")
-        advantage = group_normalised(reward, group, dtype=batch.logp.dtype)
+        advantage = group_normalised(reward, group, dtype=batch.dtype)
         return torch.where(batch.mask, advantage[:, None], 0)
 
     def coefficients(self, batch: TokenBatch) -> Coefficients:

@@ -13,15 +13,16 @@ overlong filtering; its penalty for overlong completions would be a reward, and 
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 
 from rlzoo.advantages import group_normalised, group_varies
+from rlzoo.inputs import Behaviour, Input
 from rlzoo.objective import Objective, register
 from rlzoo.ratios import check_upper_bound, clipped_gradient, token_ratio
-from rlzoo.types import Coefficients, Need, Selection, TokenBatch
+from rlzoo.types import Coefficients, Selection, TokenBatch
 
 
 @register
@@ -42,8 +43,8 @@ class DAPO(Objective):
         check_upper_bound("dapo", "delta", self.delta, self.clip_high)
 
     @property
-    def requires(self) -> frozenset[Need]:
-        return frozenset({Need.BEHAVIOUR})
+    def requires(self) -> tuple[Input, ...]:
+        return (Behaviour(),)
 
     @property
     def view_options(self) -> Mapping[str, Any]:
@@ -51,11 +52,11 @@ class DAPO(Objective):
 
     def prepare(self, batch: TokenBatch) -> TokenBatch:
         reward, group = self.needed(batch, "reward", "group")
-        return super().prepare(replace(batch, mask=batch.mask & group_varies(reward, group)[:, None]))
+        return super().prepare(batch.replace(mask=batch.mask & group_varies(reward, group)[:, None]))
 
     def advantages(self, batch: TokenBatch) -> torch.Tensor:
         reward, group = self.needed(batch, "reward", "group")
-        advantage = group_normalised(reward, group, dtype=batch.logp.dtype)
+        advantage = group_normalised(reward, group, dtype=batch.dtype)
         return torch.where(batch.mask, advantage[:, None], 0)
 
     def coefficients(self, batch: TokenBatch) -> Coefficients:

@@ -10,8 +10,9 @@ from typing import ClassVar
 
 import torch
 
+from rlzoo.inputs import Input, Statistic
 from rlzoo.objective import Objective, register
-from rlzoo.types import Coefficients, Need, TokenBatch
+from rlzoo.types import Coefficients, TokenBatch
 
 
 @register
@@ -23,10 +24,10 @@ class DEFT(Objective):
     source: ClassVar[str] = "arXiv 2602.11424"
 
     @property
-    def requires(self) -> frozenset[Need]:
-        return frozenset({Need.SQUARE_MASS})
+    def requires(self) -> tuple[Input, ...]:
+        return (Statistic("square_mass"),)
 
     def coefficients(self, batch: TokenBatch) -> Coefficients:
-        exponent = batch.statistics[Need.SQUARE_MASS.value]
+        exponent = batch["square_mass"]
         power = exponent * batch.logp
         return Coefficients(power.exp(), loss=-torch.expm1(power) / exponent, metrics={"exponent": exponent})

@@ -17,8 +17,9 @@ from typing import ClassVar, Literal
 import torch
 from torch.nn import functional
 
+from rlzoo.inputs import Input, Reference
 from rlzoo.objective import Normaliser, Objective, register
-from rlzoo.types import Coefficients, Coupling, Need, Selection, TokenBatch
+from rlzoo.types import Coefficients, Coupling, Selection, TokenBatch
 
 
 @register
@@ -36,8 +37,8 @@ class DPO(Objective):
     variant: Literal["sigmoid", "hinge", "ipo"] = "sigmoid"
 
     @property
-    def requires(self) -> frozenset[Need]:
-        return frozenset({Need.REFERENCE})
+    def requires(self) -> tuple[Input, ...]:
+        return (Reference(),)
 
     def coefficients(self, batch: TokenBatch) -> Coefficients:
         reference, partner, chosen = self.needed(batch, "reference_logp", "partner", "chosen")

@@ -17,9 +17,10 @@ import torch
 
 from rlzoo.advantages import group_centred
 from rlzoo.errors import UserError
+from rlzoo.inputs import Behaviour, Input
 from rlzoo.objective import Normaliser, Objective, register
 from rlzoo.ratios import check_upper_bound, clipped_gradient, token_ratio
-from rlzoo.types import Coefficients, Need, Selection, TokenBatch
+from rlzoo.types import Coefficients, Selection, TokenBatch
 
 
 @register
@@ -42,12 +43,12 @@ class DrGRPO(Objective):
         check_upper_bound("dr-grpo", "delta", self.delta, self.clip)
 
     @property
-    def requires(self) -> frozenset[Need]:
-        return frozenset({Need.BEHAVIOUR})
+    def requires(self) -> tuple[Input, ...]:
+        return (Behaviour(),)
 
     def advantages(self, batch: TokenBatch) -> torch.Tensor:
         reward, group = self.needed(batch, "reward", "group")
-        advantage = group_centred(reward, group, batch.logp.dtype)
+        advantage = group_centred(reward, group, batch.dtype)
         return torch.where(batch.mask, advantage[:, None], 0)
 
     def coefficients(self, batch: TokenBatch) -> Coefficients:

@@ -10,11 +10,12 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
+from rlzoo.inputs import Input, Statistic
 from rlzoo.objective import Objective, register
-from rlzoo.types import Coefficients, Need, TokenBatch
+from rlzoo.types import Coefficients, TokenBatch
 
 TOKENS = 20
-"""That `Need.TOP_ENTROPY` looks at."""
+"""That `Statistic("top_entropy")` looks at."""
 
 
 @register
@@ -26,8 +27,8 @@ class EAFT(Objective):
     source: ClassVar[str] = "arXiv 2601.02151"
 
     @property
-    def requires(self) -> frozenset[Need]:
-        return frozenset({Need.TOP_ENTROPY})
+    def requires(self) -> tuple[Input, ...]:
+        return (Statistic("top_entropy"),)
 
     def coefficients(self, batch: TokenBatch) -> Coefficients:
-        return Coefficients(batch.statistics[Need.TOP_ENTROPY.value] / math.log(TOKENS))
+        return Coefficients(batch["top_entropy"] / math.log(TOKENS))

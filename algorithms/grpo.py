@@ -21,9 +21,10 @@ from typing import ClassVar
 import torch
 
 from rlzoo.advantages import group_normalised
+from rlzoo.inputs import Behaviour, Input, Reference
 from rlzoo.objective import Normaliser, Objective, register
 from rlzoo.ratios import check_upper_bound, clipped_gradient, k3, token_ratio
-from rlzoo.types import Coefficients, Need, Selection, TokenBatch
+from rlzoo.types import Coefficients, Selection, TokenBatch
 
 
 @register
@@ -45,12 +46,12 @@ class GRPO(Objective):
         check_upper_bound("grpo", "delta", self.delta, self.clip)
 
     @property
-    def requires(self) -> frozenset[Need]:
-        return frozenset({Need.BEHAVIOUR} | ({Need.REFERENCE} if self.kl_coefficient else set()))
+    def requires(self) -> tuple[Input, ...]:
+        return (Behaviour(), Reference()) if self.kl_coefficient else (Behaviour(),)
 
     def advantages(self, batch: TokenBatch) -> torch.Tensor:
         reward, group = self.needed(batch, "reward", "group")
-        advantage = group_normalised(reward, group, dtype=batch.logp.dtype)
+        advantage = group_normalised(reward, group, dtype=batch.dtype)
         return torch.where(batch.mask, advantage[:, None], 0)
 
     def coefficients(self, batch: TokenBatch) -> Coefficients:

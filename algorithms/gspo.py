@@ -16,9 +16,10 @@ from typing import ClassVar
 import torch
 
 from rlzoo.advantages import group_normalised
+from rlzoo.inputs import Behaviour, Input
 from rlzoo.objective import Normaliser, Objective, register
 from rlzoo.ratios import check_upper_bound, clipped_gradient, sequence_ratio
-from rlzoo.types import Coefficients, Need, Selection, TokenBatch
+from rlzoo.types import Coefficients, Selection, TokenBatch
 
 
 @register
@@ -39,12 +40,12 @@ class GSPO(Objective):
         check_upper_bound("gspo", "delta", self.delta, self.clip_high)
 
     @property
-    def requires(self) -> frozenset[Need]:
-        return frozenset({Need.BEHAVIOUR})
+    def requires(self) -> tuple[Input, ...]:
+        return (Behaviour(),)
 
     def advantages(self, batch: TokenBatch) -> torch.Tensor:
         reward, group = self.needed(batch, "reward", "group")
-        advantage = group_normalised(reward, group, dtype=batch.logp.dtype)
+        advantage = group_normalised(reward, group, dtype=batch.dtype)
         return torch.where(batch.mask, advantage[:, None], 0)
 
     def coefficients(self, batch: TokenBatch) -> Coefficients:

@@ -15,9 +15,10 @@ from typing import ClassVar, Literal
 
 import torch
 
+from rlzoo.inputs import Input, MovingReference, Reference
 from rlzoo.objective import Objective, register
 from rlzoo.ratios import ratio_of
-from rlzoo.types import Coefficients, Need, TokenBatch
+from rlzoo.types import Coefficients, TokenBatch
 
 
 @register
@@ -36,12 +37,8 @@ class ImportanceWeightedSFT(Objective):
     ema_decay: float = 0.99
 
     @property
-    def requires(self) -> frozenset[Need]:
-        return frozenset({Need.EMA_REFERENCE if self.variant == "ema" else Need.REFERENCE})
-
-    @property
-    def reference_decay(self) -> float | None:
-        return self.ema_decay if self.variant == "ema" else None
+    def requires(self) -> tuple[Input, ...]:
+        return (MovingReference(self.ema_decay) if self.variant == "ema" else Reference(),)
 
     def coefficients(self, batch: TokenBatch) -> Coefficients:
         (reference,) = self.needed(batch, "reference_logp")

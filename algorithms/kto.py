@@ -16,8 +16,9 @@ from typing import ClassVar
 
 import torch
 
+from rlzoo.inputs import Input, Mismatched, Reference
 from rlzoo.objective import Normaliser, Objective, register
-from rlzoo.types import Coefficients, Need, Selection, TokenBatch
+from rlzoo.types import Coefficients, Selection, TokenBatch
 
 
 @register
@@ -36,8 +37,8 @@ class KTO(Objective):
     threshold: float = 0.5
 
     @property
-    def requires(self) -> frozenset[Need]:
-        return frozenset({Need.REFERENCE, Need.MISMATCHED})
+    def requires(self) -> tuple[Input, ...]:
+        return (Reference(), Mismatched())
 
     def coefficients(self, batch: TokenBatch) -> Coefficients:
         reference, reward, mismatched = self.needed(batch, "reference_logp", "reward", "mismatched")

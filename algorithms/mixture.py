@@ -21,8 +21,8 @@ from functools import cached_property
 from typing import Any, ClassVar
 
 from rlzoo.errors import UserError, unknown
+from rlzoo.inputs import Input
 from rlzoo.objective import Objective, Part, get_objective, register
-from rlzoo.types import Need
 
 
 @register
@@ -47,10 +47,7 @@ class Mixture(Objective):
         for name in self.options:
             if name not in self.weights:
                 raise unknown("part with options", name, self.weights)
-        if len({self.reference_decay, *(decay for decay in self._decays)}) > 1 or (
-            self._decays and self.requires & {Need.REFERENCE, Need.REFERENCE_LOGITS, Need.MISMATCHED}
-        ):
-            raise UserError("the parts of this mixture need different references, and a run has one")
+        _ = self.parts  # now, so that an unknown name is an error at once
 
     @cached_property
     def parts(self) -> tuple[Part, ...]:
@@ -61,18 +58,5 @@ class Mixture(Objective):
         )
 
     @property
-    def requires(self) -> frozenset[Need]:
-        return frozenset().union(*(part.objective.requires for part in self.parts))
-
-    @property
-    def shared_critic(self) -> bool:
-        return any(part.objective.shared_critic for part in self.parts)
-
-    @property
-    def _decays(self) -> list[float]:
-        decays = (part.objective.reference_decay for part in self.parts)
-        return [decay for decay in decays if decay is not None]
-
-    @property
-    def reference_decay(self) -> float | None:
-        return next(iter(self._decays), None)
+    def requires(self) -> tuple[Input, ...]:
+        return tuple(dict.fromkeys(one for part in self.parts for one in part.objective.requires))

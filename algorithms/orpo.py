@@ -40,7 +40,7 @@ class ORPO(Objective):
 
     def coefficients(self, batch: TokenBatch) -> Coefficients:
         partner, chosen = self.needed(batch, "partner", "chosen")
-        length = batch.mask.sum(1).clamp(min=1).to(batch.logp.dtype)
+        length = batch.mask.sum(1).clamp(min=1).to(batch.dtype)
         mean = torch.where(batch.mask, batch.logp, 0).sum(1) / length
         held = mean.clamp(max=CERTAIN)
         odds = held - log1mexp(held)

@@ -21,9 +21,10 @@ from typing import ClassVar
 import torch
 
 from rlzoo.advantages import optimal_token_baseline
+from rlzoo.inputs import Behaviour, Input, Snapshot, Statistic
 from rlzoo.objective import Objective, register
 from rlzoo.ratios import token_ratio
-from rlzoo.types import Coefficients, Need, Selection, TokenBatch
+from rlzoo.types import Coefficients, Selection, TokenBatch
 
 
 @register
@@ -38,13 +39,13 @@ class OptimalTokenBaseline(Objective):
     zero_tail: bool = False
 
     @property
-    def requires(self) -> frozenset[Need]:
-        return frozenset({Need.BEHAVIOUR, Need.SNAPSHOT, Need.SQUARE_MASS})
+    def requires(self) -> tuple[Input, ...]:
+        return (Behaviour(), Snapshot(), Statistic("square_mass"))
 
     def advantages(self, batch: TokenBatch) -> torch.Tensor:
         reward, group, snapshot = self.needed(batch, "reward", "group", "snapshot_logp")
         wide = torch.promote_types(snapshot.dtype, torch.float32)  # W is a long sum
-        square_mass = batch.statistics["square_mass"].to(wide)
+        square_mass = batch["square_mass"].to(wide)
         score_norm = (1 - 2 * snapshot.to(wide).exp() + square_mass).clamp(min=0)  # rounding can take it below
         baseline = optimal_token_baseline(reward, group, score_norm, batch.mask, self.zero_tail)
         return torch.where(batch.mask, reward[:, None] - baseline, 0).to(snapshot.dtype)

@@ -16,16 +16,17 @@ Sources: arXiv 1707.06347; GAE, arXiv 1506.02438; dual clip, arXiv 1912.09729.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from rlzoo.advantages import generalised_advantage, last_token, whiten
+from rlzoo.inputs import Behaviour, Critic, Input, Reference, Snapshot, Truncated
 from rlzoo.objective import Objective, register
 from rlzoo.ratios import check_upper_bound, clipped_gradient, token_ratio
-from rlzoo.types import Coefficients, Need, Selection, TokenBatch
+from rlzoo.types import Coefficients, Selection, TokenBatch
 
 
 @register
@@ -52,19 +53,21 @@ class PPO(Objective):
         check_upper_bound("ppo", "dual_clip", self.dual_clip, 0.0)
 
     @property
-    def requires(self) -> frozenset[Need]:
-        return frozenset({Need.BEHAVIOUR, Need.CRITIC} | ({Need.REFERENCE} if self.kl_coefficient else set()))
-
-    @property
-    def shared_critic(self) -> bool:
-        return self.critic == "shared"
+    def requires(self) -> tuple[Input, ...]:
+        return (
+            Behaviour(),
+            Critic(shared=self.critic == "shared"),
+            Snapshot("value"),
+            *([Snapshot(), Reference()] if self.kl_coefficient else []),
+            *([Truncated()] if self.bootstrap_truncated else []),
+        )
 
     def prepare(self, batch: TokenBatch) -> TokenBatch:
         reward, value = self.needed(batch, "reward", "old_value")
-        per_token = torch.where(last_token(batch.mask), reward[:, None].to(batch.logp.dtype), 0)
+        per_token = torch.where(last_token(batch.mask), reward[:, None].to(batch.dtype), 0)
         if self.kl_coefficient:
-            (reference,) = self.needed(batch, "reference_logp")
-            per_token = per_token - self.kl_coefficient * torch.where(batch.mask, batch.logp - reference, 0)
+            reference, snapshot = self.needed(batch, "reference_logp", "snapshot_logp")
+            per_token = per_token - self.kl_coefficient * torch.where(batch.mask, snapshot - reference, 0)
         after = None
         if self.bootstrap_truncated:
             (truncated,) = self.needed(batch, "truncated")
@@ -73,7 +76,7 @@ class PPO(Objective):
         advantage, returns = generalised_advantage(per_token, value, batch.mask, self.gamma, self.lam, after)
         if self.whiten:
             advantage = whiten(advantage, batch.mask)
-        return replace(batch, advantage=advantage, returns=returns)
+        return batch.replace(advantage=advantage, returns=returns)
 
     def coefficients(self, batch: TokenBatch) -> Coefficients:
         advantage, behaviour = self.needed(batch, "advantage", "behaviour_logp")
@@ -82,10 +85,11 @@ class PPO(Objective):
         return Coefficients(values, loss=loss, metrics={"ratio": ratio, "clipped": clipped.to(ratio.dtype)})
 
     def auxiliary(self, batch: TokenBatch) -> Mapping[str, Tensor]:
-        if batch.value is None:
+        estimate = batch.get("value")
+        if estimate is None:
             return {}
         (returns,) = self.needed(batch, "returns")
-        value = torch.where(batch.mask, batch.value, 0)  # NaN in the padding would reach the gradient
+        value = torch.where(batch.mask, estimate, 0)  # NaN in the padding would reach the gradient
         error = (value - returns).square()
         if self.value_clip is not None:
             (old,) = self.needed(batch, "old_value")

@@ -14,9 +14,10 @@ from typing import ClassVar
 
 import torch
 
+from rlzoo.inputs import Input, Snapshot
 from rlzoo.objective import Objective, register
 from rlzoo.ratios import token_ratio
-from rlzoo.types import Coefficients, Need, TokenBatch
+from rlzoo.types import Coefficients, TokenBatch
 
 
 @register
@@ -30,8 +31,8 @@ class PSFT(Objective):
     clip: float = 0.28
 
     @property
-    def requires(self) -> frozenset[Need]:
-        return frozenset({Need.SNAPSHOT})
+    def requires(self) -> tuple[Input, ...]:
+        return (Snapshot(),)
 
     def coefficients(self, batch: TokenBatch) -> Coefficients:
         (snapshot,) = self.needed(batch, "snapshot_logp")

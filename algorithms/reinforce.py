@@ -35,9 +35,9 @@ class Reinforce(Objective):
 
     def advantages(self, batch: TokenBatch) -> torch.Tensor:
         (reward,) = self.needed(batch, "reward")
-        advantage = reward.to(batch.logp.dtype)
+        advantage = reward.to(batch.dtype)
         if self.baseline == "mean":
-            advantage = group_centred(reward, torch.zeros_like(reward, dtype=torch.long), batch.logp.dtype)
+            advantage = group_centred(reward, torch.zeros_like(reward, dtype=torch.long), batch.dtype)
         return torch.where(batch.mask, advantage[:, None], 0)
 
     def coefficients(self, batch: TokenBatch) -> Coefficients:

@@ -43,5 +43,5 @@ class RFT(Objective):
         if self.with_demonstrations:  # which need no reward, and wrong samples are not in the view
             return Coefficients(torch.ones_like(batch.logp))
         (reward,) = self.needed(batch, "reward")
-        correct = (reward >= self.threshold).to(batch.logp.dtype)
+        correct = (reward >= self.threshold).to(batch.dtype)
         return Coefficients(correct[:, None].expand_as(batch.logp), metrics={"correct": correct})

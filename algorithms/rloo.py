@@ -30,7 +30,7 @@ class RLOO(Objective):
 
     def advantages(self, batch: TokenBatch) -> torch.Tensor:
         reward, group = self.needed(batch, "reward", "group")
-        advantage = leave_one_out(reward, group, batch.logp.dtype)
+        advantage = leave_one_out(reward, group, batch.dtype)
         return torch.where(batch.mask, advantage[:, None], 0)
 
     def coefficients(self, batch: TokenBatch) -> Coefficients:

@@ -34,7 +34,7 @@ class SimPO(Objective):
 
     def coefficients(self, batch: TokenBatch) -> Coefficients:
         partner, chosen = self.needed(batch, "partner", "chosen")
-        length = batch.mask.sum(1).clamp(min=1).to(batch.logp.dtype)
+        length = batch.mask.sum(1).clamp(min=1).to(batch.dtype)
         score = torch.where(batch.mask, batch.logp, 0).sum(1) / length
         sign = torch.where(chosen, 1.0, -1.0).to(score.dtype)
         margin = sign * (score - score[partner])

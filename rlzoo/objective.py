@@ -12,7 +12,7 @@ import dataclasses
 import typing
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import Enum
 from typing import Any, ClassVar, Literal, TypeVar
 
@@ -22,8 +22,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from rlzoo.errors import UserError, unknown
+from rlzoo.inputs import Input
 from rlzoo.registry import Registry, told
-from rlzoo.types import STATISTICS, Coefficients, Coupling, Need, Selection, TokenBatch
+from rlzoo.types import Coefficients, Coupling, Selection, TokenBatch
 
 
 class Normaliser(Enum):
@@ -40,7 +41,7 @@ class Normaliser(Enum):
 
     def weight(self, batch: TokenBatch) -> Float[Tensor, "B 1"]:
         """The weight w of each row's tokens."""
-        length = batch.mask.sum(1, keepdim=True).to(batch.logp.dtype)
+        length = batch.mask.sum(1, keepdim=True).to(batch.dtype)
         return 1 / length.clamp(min=1) if self is Normaliser.PER_SEQUENCE else torch.ones_like(length)
 
     def denominator(self, batch: TokenBatch) -> float:
@@ -85,24 +86,14 @@ class Objective:
     """Where the objective comes from: an arXiv id."""
 
     @property
-    def requires(self) -> frozenset[Need]:
-        """What the trainer must put into the batch."""
-        return frozenset()
-
-    @property
-    def shared_critic(self) -> bool:
-        """For `Need.CRITIC`: whether the value head stands on the policy's trunk or on a copy of its own."""
-        return False
+    def requires(self) -> tuple[Input, ...]:
+        """What the batch must hold beside what rows hold anyway: see `rlzoo.inputs`."""
+        return ()
 
     @property
     def view_options(self) -> Mapping[str, Any]:
         """Options for the buffer's view named by ``learns_from``; `view_of` adds what ``truncated`` asks for."""
         return {}
-
-    @property
-    def reference_decay(self) -> float | None:
-        """Decay of the averaged reference an optimizer step, for `Need.EMA_REFERENCE`."""
-        return None
 
     @property
     def at_sampling_temperature(self) -> bool:
@@ -111,13 +102,13 @@ class Objective:
         So they are where the policy that samples is what is improved: by groups of its samples, or by ratios to it,
         which are 1 at the start only at that temperature. Other objectives learn the policy at temperature 1.
         """
-        return self.learns_from is Selection.GROUPS or Need.BEHAVIOUR in self.requires
+        return self.learns_from is Selection.GROUPS or any(one.at_sampling_temperature for one in self.requires)
 
     @property
     def parts(self) -> tuple[Part, ...]:
         """The objectives whose gradients are summed in a step: this one alone, unless it is a composite.
 
-        A composite has its parts' ``requires``, ``shared_critic`` and ``reference_decay``, and nothing else of its own.
+        A composite has nothing else of its own.
         """
         return (Part(self),)
 
@@ -127,11 +118,11 @@ class Objective:
         It may take a token's mask away, which then counts in no sum and no denominator; if it does, it must give
         advantages too, as a batch without them is taken for one that is not yet prepared.
 
-        ``logp`` and ``statistics`` are there only for an objective that needs SNAPSHOT or CRITIC or couples the BATCH;
-        for others ``logp`` is NaN, as nothing has been scored yet.
+        ``logp`` and inputs of the forward pass are there only for an objective with a `Snapshot`, or one that couples
+        the BATCH: for others nothing has been scored yet, and asking for them is an error. ``batch.dtype`` is theirs.
         """
         advantage = self.advantages(batch)
-        return batch if advantage is None else replace(batch, advantage=advantage)
+        return batch if advantage is None else batch.replace(advantage=advantage)
 
     def advantages(self, batch: TokenBatch) -> Float[Tensor, "B T"] | None:
         """The advantage of each token, over the whole batch; None for an objective that has none."""
@@ -153,7 +144,7 @@ class Objective:
     ) -> Float[Tensor, " N"] | None:
         """A weighted loss a position that needs the full vocabulary, run chunk by chunk inside the head.
 
-        ``reference_logits`` are there only for an objective that needs REFERENCE_LOGITS.
+        ``reference_logits`` are there only for an objective that lists `ReferenceLogits`.
         """
         return None
 
@@ -171,9 +162,9 @@ class Objective:
         """Fields of the batch that this objective cannot do without. Raises UserError naming the missing one."""
         values = []
         for name in names:
-            value = getattr(batch, name)
+            value = batch.get(name)
             if value is None and name in ("advantage", "returns"):
-                value = getattr(self.prepare(batch.detach()), name)
+                value = self.prepare(batch.detach()).get(name)
             if value is None:
                 raise UserError(f"objective {self.name!r} needs {name} and the batch has none")
             values.append(value)
@@ -184,11 +175,6 @@ def view_of(objective: Objective) -> tuple[Selection, dict[str, Any]]:
     """The view that an objective learns from, and all its options: its own, and to leave out truncated rows."""
     dropping = {"truncated": "drop"} if objective.truncated == "drop" else {}
     return objective.learns_from, {**objective.view_options, **dropping}
-
-
-def statistics_of(objective: Objective) -> list[Need]:
-    """The token statistics that an objective needs, in their order."""
-    return [need for need in STATISTICS if need in objective.requires]
 
 
 _objectives: Registry[type[Objective]] = Registry("objective", "rlzoo.algorithms", "rlzoo.objectives")
@@ -279,7 +265,22 @@ def get_objective(name: str, /, **options: Any) -> Objective:
     except Exception as error:  # of a plug-in's own checks
         raise UserError(f"objective {name!r} cannot be built from {options}: {told(error)}") from error
     _check_truncated(built)
+    _check_requires(built)
     return built
+
+
+def _check_requires(objective: Objective) -> None:
+    if is_composite(type(objective)):
+        return
+    for one in objective.requires:
+        if not isinstance(one, Input):
+            raise UserError(
+                f"objective {objective.name!r}: requires lists {one!r}, which is no input: give instances, as in "
+                "rlzoo.inputs.Reference()"
+            )
+    keys = [one.key for one in objective.requires]
+    if twice := [key for key in keys if keys.count(key) > 1]:
+        raise UserError(f"objective {objective.name!r} has two inputs with the key {twice[0]!r}: give one another key")
 
 
 def _check_truncated(objective: Objective) -> None:
@@ -319,7 +320,8 @@ def surrogate(objective: Objective, batch: TokenBatch, denominator: float | None
     for part in objective.parts:
         own = batch
         if batch.advantage is None:
-            own = replace(part.objective.prepare(batch.detach()), logp=batch.logp, value=batch.value)
+            fixed = part.objective.prepare(batch.detach())
+            own = fixed.replace(logp=batch.logp, inputs={**fixed.inputs, **batch.inputs})  # with their graph
         coefficients = part.objective.coefficients(own.detach())
         losses.append(part.weight * surrogate_of(coefficients, part.objective, own, denominator))
     return torch.stack(losses).sum()

@@ -135,7 +135,7 @@ def _summary(objective: type[Objective]) -> tuple[str, str]:
 
 
 def _needs(objective: type[Objective], **options: Any) -> str:
-    return ", ".join(sorted(_words(need.value) for need in objective(**options).requires)) or "nothing"
+    return ", ".join(sorted(one.label for one in objective(**options).requires)) or "nothing"
 
 
 def _other_needs(objective: type[Objective]) -> Iterator[str]:

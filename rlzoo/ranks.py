@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -77,6 +77,13 @@ def gathered(value: T) -> list[T]:
     found: list[Any] = [None] * world_size()
     dist.all_gather_object(found, value)
     return found
+
+
+def summed(value: Tensor) -> Tensor:
+    """The sum of what every process has; the tensor itself takes it."""
+    if world_size() > 1:
+        dist.all_reduce(value)
+    return value
 
 
 def barrier() -> None:

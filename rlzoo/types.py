@@ -9,10 +9,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from enum import Enum
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+
+from rlzoo.errors import UserError
 
 
 class Selection(Enum):
@@ -30,31 +33,6 @@ class Selection(Enum):
     """Single rows that have a reward, good and bad ones."""
 
 
-class Need(Enum):
-    """What an objective asks the trainer to put into its `TokenBatch`."""
-
-    BEHAVIOUR = "behaviour"
-    """``behaviour_logp``: log-probs under the policy that sampled the completion."""
-    REFERENCE = "reference"
-    """``reference_logp``: log-probs under the frozen initial policy."""
-    REFERENCE_LOGITS = "reference_logits"
-    """The frozen initial policy's logits, for `Objective.logit_term`; the trainer keeps that policy in memory."""
-    EMA_REFERENCE = "ema_reference"
-    """``reference_logp`` under an exponential average of the trained weights (`Objective.reference_decay`)."""
-    SNAPSHOT = "snapshot"
-    """``snapshot_logp``: log-probs under the policy at the start of the batch."""
-    CRITIC = "critic"
-    """``value`` and ``old_value``: a critic's estimate of the return before each token."""
-    MISMATCHED = "mismatched"
-    """``mismatched``: how much likelier than the reference finds them the policy finds answers to other prompts."""
-    ENTROPY = "entropy"
-    """``statistics["entropy"]``: -Σ_v π_v log π_v, in nats."""
-    TOP_ENTROPY = "top_entropy"
-    """``statistics["top_entropy"]``: the entropy of the 20 likeliest tokens, renormalised, in nats."""
-    SQUARE_MASS = "square_mass"
-    """``statistics["square_mass"]``: Σ_v π_v²."""
-
-
 class Coupling(Enum):
     """Which other rows of the batch a coefficient looks at."""
 
@@ -64,71 +42,133 @@ class Coupling(Enum):
     BATCH = "batch"
 
 
-STATISTICS = (Need.ENTROPY, Need.TOP_ENTROPY, Need.SQUARE_MASS)
+class AbsentInputError(UserError, AttributeError):
+    """A batch was asked for what its objective's ``requires`` does not list."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False)
 class TokenBatch:
-    """Everything an objective may look at. Optional fields are None unless asked for by `Objective.requires`."""
+    """Everything an objective may look at: what the rows hold anyway, and the inputs that `Objective.requires` lists.
+
+    An input is read by its key, ``batch["behaviour_logp"]`` or ``batch.behaviour_logp``. One that was not asked for
+    raises `AbsentInputError`, which names it; so does ``logp`` where advantages are computed before any scoring.
+    """
 
     logp: Float[Tensor, "B T"]
     """log π_θ(y_t | x, y_<t) in nats, at the temperature of `Objective.at_sampling_temperature`; carries the graph."""
     mask: Bool[Tensor, "B T"]
     """True at completion tokens, end of sequence included."""
-    behaviour_logp: Float[Tensor, "B T"] | None = None
-    reference_logp: Float[Tensor, "B T"] | None = None
-    snapshot_logp: Float[Tensor, "B T"] | None = None
-    advantage: Float[Tensor, "B T"] | None = None
-    returns: Float[Tensor, "B T"] | None = None
-    value: Float[Tensor, "B T"] | None = None
-    """The critic's estimate; carries the graph."""
-    old_value: Float[Tensor, "B T"] | None = None
-    """The critic's estimate at the start of the batch."""
-    reward: Float[Tensor, " B"] | None = None
-    group: Int[Tensor, " B"] | None = None
+    advantage: Float[Tensor, "B T"] | None
+    reward: Float[Tensor, " B"] | None
+    group: Int[Tensor, " B"] | None
     """Equal for rows of one prompt."""
-    partner: Int[Tensor, " B"] | None = None
+    partner: Int[Tensor, " B"] | None
     """Row index of the other half of a pair."""
-    chosen: Bool[Tensor, " B"] | None = None
+    chosen: Bool[Tensor, " B"] | None
     """True for the better half of a pair."""
-    truncated: Bool[Tensor, " B"] | None = None
-    """True where the completion was cut at the limit on its length, and so has no end of sequence."""
-    mismatched: Float[Tensor, " B"] | None = None
-    """Mean over the whole step of Σ_t log π_θ/π_ref of a completion that is put to another row's prompt; no graph.
+    inputs: Mapping[str, Float[Tensor, "B T"] | Float[Tensor, " B"] | Float[Tensor, ""]]
+    """Inputs by key, and what `Objective.prepare` adds, such as returns."""
 
-    The same in all rows, so that a coefficient may look at it whatever the micro-batch.
-    """
-    statistics: Mapping[str, Float[Tensor, "B T"]] = field(default_factory=dict)
+    def __init__(
+        self,
+        logp: Float[Tensor, "B T"] | None,
+        mask: Bool[Tensor, "B T"],
+        advantage: Float[Tensor, "B T"] | None = None,
+        reward: Float[Tensor, " B"] | None = None,
+        group: Int[Tensor, " B"] | None = None,
+        partner: Int[Tensor, " B"] | None = None,
+        chosen: Bool[Tensor, " B"] | None = None,
+        inputs: Mapping[str, Tensor] | None = None,
+        statistics: Mapping[str, Tensor] | None = None,
+        **named: Tensor | None,
+    ) -> None:
+        """``statistics`` and ``named`` are inputs too; one that is None is left out. ``logp`` is None where unknown.
 
-    def __post_init__(self) -> None:
-        if self.logp.ndim != 2 or self.mask.dtype != torch.bool:
-            raise ValueError(
-                f"TokenBatch needs logp [B, T] and a boolean mask, got {tuple(self.logp.shape)}, {self.mask.dtype}"
-            )
-        rows, length = self.logp.shape
+        Raises ValueError for a tensor of another shape than its kind has.
+        """
+        if mask.ndim != 2 or mask.dtype != torch.bool:
+            raise ValueError(f"TokenBatch needs a boolean mask [B, T], got {tuple(mask.shape)}, {mask.dtype}")
+        known = {
+            **(inputs or {}),
+            **(statistics or {}),
+            **{name: value for name, value in named.items() if value is not None},
+        }
+        values: dict[str, Any] = {
+            "mask": mask,
+            "advantage": advantage,
+            "reward": reward,
+            "group": group,
+            "partner": partner,
+        }
+        values |= {"chosen": chosen, "inputs": known, **({} if logp is None else {"logp": logp})}
+        vars(self).update(values)
+        rows, length = mask.shape
         for name, value in self._tensors().items():
-            expected = (rows, length) if value.ndim == 2 else (rows,)
-            if tuple(value.shape) != expected:
-                raise ValueError(f"TokenBatch.{name} has shape {tuple(value.shape)}, expected {expected}")
+            expected = [(rows, length)] if name in ("logp", "advantage") else [(rows, length), (rows,)]
+            if tuple(value.shape) not in (expected if name in _OWN else [*expected, ()]):
+                raise ValueError(f"TokenBatch.{name} has shape {tuple(value.shape)}, expected {expected[0]}")
+
+    def __getitem__(self, key: str) -> Tensor:
+        """The input of this key. Raises `AbsentInputError`."""
+        if key not in self.inputs:
+            raise AbsentInputError(f"the batch has no {key!r}: {_told(self.inputs)}")
+        return self.inputs[key]
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or "inputs" not in vars(self):  # of copying and the like
+            raise AttributeError(name)
+        if name == "logp":
+            raise AbsentInputError(
+                "the policy's log-probs are not known where advantages are computed: list Snapshot() in the "
+                "objective's requires and read batch.snapshot_logp"
+            )
+        return self[name]
+
+    def get(self, name: str) -> Tensor | None:
+        """A field or an input, or None where the batch has none."""
+        found: Tensor | None = vars(self).get(name, self.inputs.get(name))
+        return found
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of log-probs, which advantages take."""
+        logp = self.get("logp")
+        return torch.get_default_dtype() if logp is None else logp.dtype
+
+    def replace(self, **values: Any) -> TokenBatch:
+        """The same batch with some fields or inputs changed or added; an input given as None is left out."""
+        own = {name: values.pop(name, self.get(name)) for name in _OWN}
+        inputs = {**values.pop("inputs", self.inputs), **values.pop("statistics", {}), **values}
+        return TokenBatch(**own, inputs={key: value for key, value in inputs.items() if value is not None})
 
     def _tensors(self) -> dict[str, Tensor]:
-        own = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "statistics"}
-        return {name: value for name, value in own.items() if value is not None}
+        own = {name: self.get(name) for name in _OWN}
+        return {**{name: value for name, value in own.items() if value is not None}, **self.inputs}
 
     def detach(self) -> TokenBatch:
         """The same batch with no graph."""
-        values = {name: value.detach() for name, value in self._tensors().items()}
-        return replace(self, **values, statistics={k: v.detach() for k, v in self.statistics.items()})
+        return self.replace(**{name: value.detach() for name, value in self._tensors().items()})
 
     def rows(self, index: Int[Tensor, " R"], length: int) -> TokenBatch:
         """The rows at ``index``, cut to ``length`` positions. Partners must come along; they are renumbered."""
-        values = {n: v[index] if v.ndim == 1 else v[index, :length] for n, v in self._tensors().items()}
+
+        def cut(value: Tensor) -> Tensor:
+            return value if value.ndim == 0 else value[index] if value.ndim == 1 else value[index, :length]
+
+        values = {name: cut(value) for name, value in self._tensors().items()}
         if self.partner is not None:
-            place = torch.full((self.logp.shape[0],), -1, dtype=torch.long, device=index.device)
+            place = torch.full((len(self.mask),), -1, dtype=torch.long, device=index.device)
             place[index] = torch.arange(len(index), device=index.device)
             values["partner"] = place[self.partner[index]]
-        statistics = {k: v[index, :length] for k, v in self.statistics.items()}
-        return replace(self, **values, statistics=statistics)
+        return self.replace(**values)
+
+
+_OWN = ("logp", "mask", "advantage", "reward", "group", "partner", "chosen")
+
+
+def _told(inputs: Mapping[str, Tensor]) -> str:
+    there = ", ".join(inputs) or "none"
+    return f"an objective gets the inputs that its requires lists, here {there}; add the one that gives it"
 
 
 @dataclass(frozen=True)
@@ -181,4 +221,26 @@ class Trajectory:
     messages: list[dict[str, str]] | None = None
     """The conversation behind ``prompt``, if it was one."""
     columns: dict[str, object] = field(default_factory=dict)
-    """The problem's other columns, which rewards may ask for."""
+    """The problem's other columns, which rewards and inputs may ask for."""
+    inputs: dict[str, list[float]] = field(default_factory=dict)
+    """Stored inputs that have no field here, by `Input.column`: one value per completion token, or one."""
+
+    def stored(self, name: str) -> Any:
+        """A field of this name, or else a stored input; None where there is none."""
+        return getattr(self, name) if name in _FIELDS else self.inputs.get(name)
+
+
+_FIELDS = frozenset(f.name for f in fields(Trajectory))
+TEMPERED = "tempered_"
+"""Before the name of a stored input at the row's temperature, where that is not 1."""
+
+
+def at_temperature(row: Trajectory, sampling: bool) -> Trajectory:
+    """The row with log-probs, and all stored inputs, at the temperature of its ``sampling`` or at 1."""
+    if row.temperature == 1.0:
+        return row
+    if not sampling:
+        return replace(row, temperature=1.0)
+    tempered = {n.removeprefix(TEMPERED): v for n, v in row.inputs.items() if n.startswith(TEMPERED)}
+    others = {n: v for n, v in row.inputs.items() if not n.startswith(TEMPERED) and n not in tempered}
+    return replace(row, reference_logp=row.tempered_reference_logp, inputs={**others, **tempered})

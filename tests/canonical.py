@@ -187,10 +187,10 @@ def ppo(
     for i, score in enumerate(batch.reward.tolist()):
         reward = torch.zeros_like(old_value[i])
         if kl_coefficient:
-            reward -= kl_coefficient * (logp[i].detach() - completions(batch, batch.reference_logp)[i])
+            old_logp, reference = (completions(batch, x)[i] for x in (batch.snapshot_logp, batch.reference_logp))
+            reward -= kl_coefficient * (old_logp - reference)
         if len(reward):
             reward[-1] += score
-        assert batch.truncated is not None
         ended = not (bootstrap_truncated and bool(batch.truncated[i]))
         rows.append(advantages_by_definition(reward, old_value[i], gamma, lam, ended))
     advantage, old = torch.cat(rows), torch.cat(old_value)
@@ -201,7 +201,7 @@ def ppo(
     if dual_clip is not None:
         gain = torch.where(advantage < 0, torch.max(gain, dual_clip * advantage), gain)
     loss = -gain
-    if batch.value is not None:
+    if batch.get("value") is not None:
         value = torch.cat(completions(batch, batch.value))
         error = (value - returns) ** 2
         if value_clip is not None:
@@ -320,7 +320,7 @@ def otb(batch: TokenBatch, zero_tail: bool = False) -> Tensor:
     rewards, ratio = batch.reward.tolist(), completions(batch, batch.logp)
     ratio = [(a - b).exp() for a, b in zip(ratio, completions(batch, batch.behaviour_logp), strict=True)]
     p = [row.exp().tolist() for row in completions(batch, batch.snapshot_logp)]
-    square = [row.tolist() for row in completions(batch, batch.statistics["square_mass"])]
+    square = [row.tolist() for row in completions(batch, batch.inputs["square_mass"])]
     total = torch.zeros(())
     for group in groups_of(batch):
         for i in group:
@@ -352,14 +352,14 @@ def psft(batch: TokenBatch, clip: float = 0.28) -> Tensor:
 def eaft(batch: TokenBatch) -> Tensor:
     """-(1/N) Σ (H_t / ln 20) log p_t, H_t the entropy of the 20 likeliest tokens (arXiv 2601.02151)."""
     logp = torch.cat(completions(batch, batch.logp))
-    entropy = torch.cat(completions(batch, batch.statistics["top_entropy"])).detach()
+    entropy = torch.cat(completions(batch, batch.inputs["top_entropy"])).detach()
     return -(entropy / torch.tensor(20.0, dtype=logp.dtype).log() * logp).sum() / token_count(batch)
 
 
 def deft(batch: TokenBatch) -> Tensor:
     """(1/N) Σ (1 - p_t^a_t)/a_t with a_t = Σ_v π_v² under a stop-gradient (arXiv 2602.11424)."""
     p = torch.cat(completions(batch, batch.logp)).exp()
-    a = torch.cat(completions(batch, batch.statistics["square_mass"])).detach()
+    a = torch.cat(completions(batch, batch.inputs["square_mass"])).detach()
     return ((1 - p**a) / a).sum() / token_count(batch)
 
 

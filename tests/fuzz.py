@@ -32,7 +32,7 @@ from rlzoo.objective import get_objective
 from rlzoo.overrides import pairs
 from rlzoo.pieces import Pieces
 from rlzoo.policy import load_policy
-from rlzoo.policy.policy import score_rows
+from rlzoo.policy.microbatches import score_rows
 from rlzoo.problems import Problem, demonstrations, load_problems
 from rlzoo.reward import get_reward
 from rlzoo.training.checkpoints import Checkpoints

@@ -18,7 +18,7 @@ from rlzoo.config import Sampling, Training
 from rlzoo.objective import get_objective
 from rlzoo.policy import load_policy
 from rlzoo.policy.loading import save_policy
-from rlzoo.policy.policy import score_rows
+from rlzoo.policy.microbatches import score_rows
 from rlzoo.ranks import is_main, is_sharded, joined, world_size
 from rlzoo.rollout import TransformersSampler
 from rlzoo.training import Trainer

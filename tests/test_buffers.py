@@ -237,7 +237,7 @@ def test_pages_that_were_read_can_be_given_back(tmp_path: Path) -> None:
 def test_token_values_and_rewards_make_a_new_buffer() -> None:
     buffer = samples(FULL, PLAIN)
     derived = (
-        buffer.with_reference_logp([[-1, -2], [-3]])
+        buffer.with_values("reference_logp", [[-1, -2], [-3]])
         .with_behaviour_logp([None, np.array([-4.0])])
         .with_rewards([1, None], [{"a": 1.0, "b": None}, {}])
     )
@@ -247,16 +247,16 @@ def test_token_values_and_rewards_make_a_new_buffer() -> None:
     assert derived.column("reward_parts") == [{"a": 1.0, "b": None}, {}]
     assert derived.rows.features == SCHEMA
     assert list(buffer) == [FULL, PLAIN]
-    same = derived.with_reference_logp(
-        [FULL.reference_logp, None], [FULL.tempered_reference_logp, None]
-    ).with_behaviour_logp([FULL.behaviour_logp, None])
+    same = derived.with_behaviour_logp([FULL.behaviour_logp, None])
+    for name in ("reference_logp", "tempered_reference_logp"):
+        same = same.with_values(name, [getattr(FULL, name), None])
     assert list(same.with_rewards([FULL.reward, None], [FULL.reward_parts, {}])) == [FULL, PLAIN]
 
 
 def test_values_of_the_wrong_length_are_refused() -> None:
     buffer = samples(FULL, PLAIN)
     with pytest.raises(ValueError, match="reference_logp has 1 rows for 2 rows"):
-        buffer.with_reference_logp([[-1, -2]])
+        buffer.with_values("reference_logp", [[-1, -2]])
     with pytest.raises(ValueError, match="behaviour_logp of row 1 has 2 values for 1 completion tokens"):
         buffer.with_behaviour_logp([[-1, -2], [-3, -4]])
     with pytest.raises(ValueError, match="3 rewards for 2 rows"):

@@ -14,7 +14,7 @@ from rlzoo.config import Training
 from rlzoo.errors import UserError
 from rlzoo.objective import get_objective
 from rlzoo.policy import load_policy
-from rlzoo.policy.policy import score_rows
+from rlzoo.policy.microbatches import score_rows
 from rlzoo.training import train, with_behaviour
 from rlzoo.types import Selection
 from rlzoo.worlds.tokenizer import build_tokenizer
@@ -197,7 +197,7 @@ def test_demonstrations_of_a_saved_buffer_are_cut_and_samples_are_not(
     tmp_path: Path, tokenizer: Any, save: Callable[[Any, Path], None]
 ) -> None:
     rows = from_trl([{"prompt": "1", "completion": "222"}], tokenizer)
-    rows = rows.with_reference_logp([[-1.0, -2.0, -3.0, -4.0]])
+    rows = rows.with_values("reference_logp", [[-1.0, -2.0, -3.0, -4.0]])
     rows = rows.concatenate(from_trl([{"prompt": "1", "completion": "222", "reward": 1}], tokenizer))
     path = tmp_path / {"save": "b", "to_parquet": "b.parquet", "to_jsonl": "b.jsonl"}[save.__name__]
     save(rows, path)

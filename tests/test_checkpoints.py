@@ -193,7 +193,7 @@ def test_micro_batches_that_had_to_be_smaller_stay_so(make_policy: MakePolicy, t
     """Or each continuation would run out of memory again. One that is asked for fewer tokens yet takes fewer."""
 
     def shrink(trainer: Trainer, step: int) -> None:
-        trainer.token_budget = 100
+        trainer.micro.token_budget = 100
         stop_at(3)(trainer, step)
 
     with pytest.raises(StopError):
@@ -202,7 +202,7 @@ def test_micro_batches_that_had_to_be_smaller_stay_so(make_policy: MakePolicy, t
         budgets: list[int] = []
 
         def keep(trainer: Trainer, step: int, budgets: list[int] = budgets) -> None:
-            budgets.append(trainer.token_budget)
+            budgets.append(trainer.micro.token_budget)
             raise StopError
 
         with pytest.raises(StopError):

@@ -22,13 +22,14 @@ from rlzoo.cli import main
 from rlzoo.comparison import runner, work
 from rlzoo.config import Training
 from rlzoo.errors import UserError
+from rlzoo.inputs import Behaviour, Critic, Mismatched, Reference, Snapshot
 from rlzoo.objective import Objective, get_objective, surrogate, surrogate_of
-from rlzoo.policy import Policy, Sequences
+from rlzoo.policy import Assembler, Models, Policy, Sequences
 from rlzoo.policy.loading import save_policy
 from rlzoo.training import Trainer, train, with_reference
-from rlzoo.training.batches import BufferSource, buffer_sources, seeds, shares, static_batch, views_of
+from rlzoo.training.batches import BufferSource, buffer_sources, seeds, shares, views_of
 from rlzoo.training.sums import Sums
-from rlzoo.types import Need, Selection, Trajectory
+from rlzoo.types import Selection, Trajectory
 
 MakePolicy = Callable[..., Policy]
 Draw = tuple[list[Trajectory], list[tuple[int, ...]]]
@@ -73,11 +74,8 @@ def gradient_by_hand(policy: Policy, objective: Objective, drawn: Draw) -> Tenso
     rows, units = drawn
     policy.zero_grad()
     scores = policy(Sequences.collate([r.prompt_ids for r in rows], [r.completion_ids for r in rows], policy.device))
-    batch = static_batch(rows, units, objective.learns_from, policy.device)
-    value = None if scores.value is None else scores.value.detach()
-    none = torch.zeros(len(rows))  # KTO's z0 where the policy is its reference
-    batch = replace(batch, logp=scores.logp.detach(), value=value, old_value=value, mismatched=none)
-    batch = replace(objective.prepare(batch), logp=scores.logp, value=scores.value)
+    batch = Assembler(policy, Models(policy, {None: policy})).assemble(rows, units, objective)
+    batch = objective.prepare(batch).replace(logp=scores.logp, **scores.of(objective.requires))
     torch.autograd.backward(surrogate(objective, batch))
     return gradient_of(policy)
 
@@ -93,10 +91,9 @@ def test_a_step_has_the_weighted_sum_of_the_parts_gradients(
     weights, policy = OVER_TWO[name], make_policy()
     buffer, settings = filled(policy), RAW.model_copy(update={"token_budget": token_budget})
     ours = kept_gradient(make_policy(), mixture(weights), buffer, settings)
-    if Need.MISMATCHED in mixture(weights).requires:  # then the reference is the policy as it comes
+    if Mismatched() in mixture(weights).requires:  # then the reference is the policy as it comes
         buffer = OfflineBuffer.from_trajectories(list(with_reference(buffer, policy)))
-    if "ppo" in weights:
-        policy.add_critic(shared=False)
+    policy.attach(mixture(weights).requires)
     theirs = torch.zeros_like(ours)
     norms = []
     for part, weight in weights.items():
@@ -134,6 +131,19 @@ def test_the_moving_reference_of_a_part_moves(make_policy: MakePolicy) -> None:
         steps = train(policy, objective, rows_of(policy), EVERY).steps
         runs.append([row.get("weight", row.get("iw-sft/weight")) for row in steps])
     assert runs[0] == runs[1] and runs[0][0] != runs[0][-1]
+
+
+@pytest.mark.parametrize(("anchored", "metric"), [("dpo", "margin"), ("asft", "logit_term")])
+def test_parts_may_have_different_references(make_policy: MakePolicy, anchored: str, metric: str) -> None:
+    """One is held to the policy as it came, iw-SFT's average follows it: each has the metrics that it has alone."""
+    options = {"variant": "ema", "ema_decay": 0.5}
+    policy = make_policy()
+    both = train(policy, mixture({anchored: 1.0, "iw-sft": 0.0}, **{"iw-sft": options}), rows_of(policy), EVERY).steps
+    policy = make_policy()
+    alone = train(policy, mixture({anchored: 1.0, "sft": 0.0}), rows_of(policy), EVERY).steps
+    name = f"{anchored}/{metric}"
+    assert [row[name] for row in both] == pytest.approx([row[name] for row in alone], rel=1e-9, abs=1e-12)
+    assert both[0]["iw-sft/weight"] == pytest.approx(1) and both[-1]["iw-sft/weight"] != both[0]["iw-sft/weight"]
 
 
 def test_a_mixture_on_one_batch_is_the_sum_of_surrogates() -> None:
@@ -255,7 +265,6 @@ def test_the_command_line_trains_a_mixture(
         ({"sfft": 1.0}, {}, "unknown objective 'sfft'"),
         ({"dpo": 1.0}, {"dpo": {"bta": 1}}, "unknown option of objective 'dpo' 'bta'"),
         ({"dpo": 1.0}, {"grpo": {"clip": 0.1}}, "unknown part with options 'grpo'"),
-        ({"dpo": 1.0, "iw-sft": 1.0}, {"iw-sft": {"variant": "ema"}}, "need different references, and a run has one"),
     ],
 )
 def test_a_wrong_mixture_is_one_line(
@@ -293,16 +302,11 @@ def test_the_analyzer_refuses_a_mixture_in_one_line(make_policy: MakePolicy) -> 
 
 def test_a_mixture_needs_what_its_parts_need() -> None:
     objective = mixture({"sft": 1.0, "ppo": 1.0, "kto": 1.0}, ppo={"critic": "shared"})
-    assert objective.requires == {Need.BEHAVIOUR, Need.CRITIC, Need.REFERENCE, Need.MISMATCHED}
-    assert objective.shared_critic and objective.reference_decay is None
+    own = {Behaviour(), Critic(shared=True), Snapshot("value"), Snapshot(), Reference(), Mismatched()}
+    assert set(objective.requires) == own and len(objective.requires) == len(own)
     (listed,) = (row for row in catalogue()["objectives"] if row["name"] == "mixture")
     assert listed["learns_from"] == "its parts' views"
     assert get_objective("sft").parts[0].label == "" and mixture({"sft": 1.0}).parts[0].label == "sft"
-
-
-def test_an_anchored_part_does_not_follow_the_averaged_reference_of_another() -> None:
-    with pytest.raises(UserError, match="need different references"):
-        get_objective("mixture", weights={"asft": 0.5, "iw-sft": 0.5}, options={"iw-sft": {"variant": "ema"}})
 
 
 def test_parts_of_one_view_draw_other_rows() -> None:
@@ -317,4 +321,4 @@ def test_a_reported_loss_has_what_auxiliary_losses_add() -> None:
     coefficients, tokens = objective.coefficients(ready.detach()), objective.normaliser.denominator(ready)
     sums.add(objective, ready, coefficients, surrogate_of(coefficients, objective, ready, tokens), tokens)
     assert sums.means()["loss"] == pytest.approx(ppo(batch).item(), rel=1e-9)
-    assert ppo(batch).item() != pytest.approx(ppo(replace(batch, value=None)).item(), rel=1e-3)
+    assert ppo(batch).item() != pytest.approx(ppo(batch.replace(value=None)).item(), rel=1e-3)

@@ -91,7 +91,7 @@ def random_batch(seed: int, padding: tuple[float, ...] = PADDING) -> TokenBatch:
         "top_entropy": math.log(20) * share,
         "square_mass": p.square() + share * (1 - p).square(),
     }
-    return replace(batch, statistics={name: padded(value) for name, value in statistics.items()})
+    return batch.replace(statistics={name: padded(value) for name, value in statistics.items()})
 
 
 def prepared(objective: Objective, batch: TokenBatch) -> TokenBatch:
@@ -101,7 +101,7 @@ def prepared(objective: Objective, batch: TokenBatch) -> TokenBatch:
 
 def gradients(loss: Tensor, batch: TokenBatch) -> Tensor:
     """The gradient over log-probs and values, as one vector; 0 where the loss does not look."""
-    leaves = [leaf for leaf in (batch.logp, batch.value) if leaf is not None]
+    leaves = [leaf for leaf in (batch.logp, batch.get("value")) if leaf is not None]
     found = torch.autograd.grad(loss, leaves, allow_unused=True)
     pairs = zip(leaves, found, strict=True)
     return torch.cat([(torch.zeros_like(leaf) if g is None else g).flatten() for leaf, g in pairs])
@@ -148,7 +148,7 @@ def test_the_gradient_is_the_canonical_one(name: str, case: Case, seed: int) -> 
 @over_single_cases
 @pytest.mark.parametrize("seed", SEEDS)
 def test_the_reported_loss_is_the_canonical_one(name: str, case: Case, seed: int) -> None:
-    objective, batch = get_objective(name, **case.options), replace(random_batch(seed), value=None)
+    objective, batch = get_objective(name, **case.options), random_batch(seed).replace(value=None)
     ready = prepared(objective, batch)
     reported = objective.coefficients(ready.detach()).loss
     if reported is None:
@@ -191,7 +191,7 @@ def test_coefficients_carry_no_graph(name: str, case: Case) -> None:
     assert not any(tensor.requires_grad for tensor in tensors)
     assert found.values.shape == batch.logp.shape
     leaves = list(inputs.values())
-    through = torch.autograd.grad(surrogate(objective, replace(ready, value=None)), leaves, allow_unused=True)
+    through = torch.autograd.grad(surrogate(objective, ready.replace(value=None)), leaves, allow_unused=True)
     assert all(gradient is None for gradient in through)
 
 
@@ -237,7 +237,7 @@ def wider(batch: TokenBatch, extra: int) -> TokenBatch:
 
     found = {f.name: getattr(batch, f.name) for f in fields(batch)}
     tables: dict[str, Any] = {k: widen(v) for k, v in found.items() if isinstance(v, Tensor) and v.ndim == 2}
-    return replace(batch, **tables, statistics={k: widen(v) for k, v in batch.statistics.items()})
+    return batch.replace(**tables, statistics={k: widen(v) for k, v in batch.inputs.items()})
 
 
 @over_single_cases
@@ -298,7 +298,7 @@ def cast(batch: TokenBatch, dtype: torch.dtype) -> TokenBatch:
         for n, v in columns.items()
         if isinstance(v, Tensor) and v.is_floating_point()
     }
-    return replace(batch, **rounded, statistics={k: v.to(dtype) for k, v in batch.statistics.items()})
+    return batch.replace(**rounded, statistics={k: v.to(dtype) for k, v in batch.inputs.items()})
 
 
 # The contract of full-vocabulary terms, held in the logits
@@ -484,7 +484,7 @@ def test_dft_weighs_by_p_and_divides_by_the_number_of_tokens() -> None:
 @pytest.mark.parametrize("variant", ["per_sequence", "per_step", "ema"])
 def test_iw_sft_is_sft_when_the_reference_is_the_policy(variant: str) -> None:
     batch = random_batch(0)
-    batch = replace(batch, reference_logp=batch.logp.detach())
+    batch = batch.replace(reference_logp=batch.logp.detach())
     ours = surrogate(get_objective("iw-sft", variant=variant), batch)
     sft = surrogate(get_objective("sft"), batch)
     assert torch.equal(ours, sft)
@@ -530,7 +530,7 @@ def test_grpo_groups_of_equal_rewards_carry_the_kl_and_count() -> None:
     # the KL coefficient is β(2 - 1) = 0.04; the advantages are 0, 0 and ±½/(√½ + 1e-4).
     batch = hand_batch([[0.25, 0.25]] * 4, reward=torch.tensor([1.0, 1, 1, 0]), group=torch.tensor([7, 7, 3, 3]))
     logp = batch.logp.detach()
-    batch = replace(batch, behaviour_logp=logp, reference_logp=logp + math.log(2))
+    batch = batch.replace(behaviour_logp=logp, reference_logp=logp + math.log(2))
     objective = get_objective("grpo")
     gradient = gradients(surrogate(objective, prepared(objective, batch)), batch).view(4, 2)
     advantage = 0.5 / (math.sqrt(0.5) + 1e-4)
@@ -541,7 +541,7 @@ def test_grpo_groups_of_equal_rewards_carry_the_kl_and_count() -> None:
 @pytest.mark.parametrize("name", ["grpo", "ppo"])
 def test_a_ratio_of_one_still_has_a_gradient(name: str) -> None:
     batch = random_batch(0)
-    batch = replace(batch, behaviour_logp=batch.logp.detach(), value=None)
+    batch = batch.replace(behaviour_logp=batch.logp.detach(), value=None)
     objective = get_objective(name, kl_coefficient=0.0)
     ready = prepared(objective, batch)
     (advantage,) = objective.needed(ready, "advantage")

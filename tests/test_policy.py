@@ -28,11 +28,11 @@ from transformers import (
 )
 
 from rlzoo.errors import UserError
+from rlzoo.inputs import Critic, Statistic
 from rlzoo.policy import Policy, Sequences, load_policy
 from rlzoo.policy import head as head_module
 from rlzoo.policy.head import Head
-from rlzoo.policy.policy import score_rows, token_batches
-from rlzoo.types import STATISTICS
+from rlzoo.policy.microbatches import score_rows, token_batches
 
 VOCABULARY, HIDDEN = 97, 32
 PROMPTS = [[5, 9, 3], [7], [2, 2, 8, 11, 4, 6], [1, 13], [20, 21]]
@@ -70,6 +70,9 @@ def build(kind: str, seed: int = 0, dtype: torch.dtype = torch.float64) -> Polic
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(CONFIGS[kind]()).to(dtype).eval()
     return Policy(model, SimpleNamespace(eos_token_id=1, pad_token_id=0), kind)
+
+
+STATISTICS = [Statistic(name) for name in ("entropy", "top_entropy", "square_mass")]
 
 
 def collate(rows: list[tuple[list[int], list[int]]]) -> Sequences:
@@ -145,7 +148,7 @@ def scored_with_gradients(policy: Policy, reference: Policy) -> tuple[dict[str, 
     scores = policy(collate(ROWS), statistics=STATISTICS, term=kl, reference=reference)
     weight = torch.linspace(-1, 2, scores.logp.numel(), dtype=scores.logp.dtype).view_as(scores.logp)
     (scores.logp * weight).sum().add(scores.term.sum()).backward()
-    values = {"logp": scores.logp, "term": scores.term, **scores.statistics}
+    values = {"logp": scores.logp, "term": scores.term, **scores.inputs}
     gradients = {n: p.grad.clone() for n, p in policy.named_parameters() if p.grad is not None}
     return {n: v.detach() for n, v in values.items()}, gradients
 
@@ -213,7 +216,7 @@ def test_a_second_backward_pass_is_refused_and_not_wrong() -> None:
 def test_statistics_against_their_definitions() -> None:
     policy = build("gpt2")
     scores = policy(collate(ROWS), statistics=STATISTICS)
-    assert not any(value.requires_grad for value in scores.statistics.values())
+    assert not any(value.requires_grad for value in scores.inputs.values())
     for place, row in enumerate(ROWS):
         for t, logits in enumerate(plain_logits(policy, *row)):
             p = logits.softmax(0)
@@ -225,7 +228,7 @@ def test_statistics_against_their_definitions() -> None:
                 "square_mass": (p * p).sum(),
             }
             for name, value in expected.items():
-                assert float(scores.statistics[name][place, t]) == pytest.approx(float(value), abs=1e-10)
+                assert float(scores.inputs[name][place, t]) == pytest.approx(float(value), abs=1e-10)
 
 
 @pytest.mark.parametrize(("temperature", "top_p"), [(0.7, 1.0), (1.0, 0.6), (1.6, 0.8), (0.5, 0.95)])
@@ -257,7 +260,7 @@ def test_a_bfloat16_model_gets_its_softmax_in_float32() -> None:
     sequences = collate(ROWS)
     scores = policy(sequences, statistics=STATISTICS)
     assert scores.logp.dtype == torch.float32
-    assert {s.dtype for s in scores.statistics.values()} == {torch.float32}
+    assert {s.dtype for s in scores.inputs.values()} == {torch.float32}
     hidden = policy.model.base_model(input_ids=sequences.ids, use_cache=False).last_hidden_state[sequences.predicts]
     rounded = policy.model.lm_head(hidden).double()
     exact = rounded.log_softmax(1).gather(1, sequences.targets[:, None])[:, 0]
@@ -280,22 +283,22 @@ def test_a_logit_term_sees_both_policies_and_sends_its_gradient_to_one() -> None
 @pytest.mark.parametrize("shared", [False, True])
 def test_a_critic_starts_at_zero_and_trains_the_trunk_only_if_shared(kind: str, shared: bool) -> None:
     policy = build(kind)
-    policy.add_critic(shared)
+    policy.attach([Critic(shared)])
     scores = policy(collate(ROWS))
-    assert scores.value is not None and not scores.value.any()
-    assert policy.value_head is not None
-    torch.nn.init.normal_(policy.value_head.weight)
-    value = policy(collate(ROWS)).value
+    assert not scores.inputs["value"].any()
+    module: Any = policy.modules_of_inputs["value"]
+    torch.nn.init.normal_(module.head.weight)
+    value = policy(collate(ROWS)).inputs["value"]
     hidden = policy.model.base_model(input_ids=torch.tensor([PROMPTS[0] + COMPLETIONS[0]])).last_hidden_state[0, 2:4]
-    expected = policy.value_head(hidden)[:, 0]
+    expected = module.head(hidden)[:, 0]
     torch.testing.assert_close(value[0, :2], expected, rtol=0, atol=1e-5)
     policy.zero_grad(set_to_none=True)
     value.sum().backward()
     trunk = [p.grad for p in policy.model.parameters() if p.grad is not None and p.grad.any()]
     assert bool(trunk) == shared
-    assert policy.value_head.weight.grad is not None
-    if policy.critic is not None:
-        assert any(p.grad is not None and p.grad.any() for p in policy.critic.parameters())
+    assert module.head.weight.grad is not None
+    if not shared:
+        assert any(p.grad is not None and p.grad.any() for p in module.trunk.parameters())
 
 
 def test_a_policy_is_in_the_mode_of_its_model() -> None:
@@ -307,14 +310,14 @@ def test_a_policy_is_in_the_mode_of_its_model() -> None:
 
 def test_a_frozen_copy_stands_still() -> None:
     policy = build("gpt2").train()
-    policy.add_critic(shared=True)
+    policy.attach([Critic(shared=True)])
     frozen = policy.frozen_copy()
     before = frozen(collate(ROWS)).logp
     with torch.no_grad():
         for parameter in policy.parameters():
             parameter.mul_(1.5)
     assert not frozen.training and not any(p.requires_grad for p in frozen.parameters())
-    assert frozen.value_head is None
+    assert not frozen.attached
     assert frozen.model.lm_head.weight is frozen.model.transformer.wte.weight
     assert torch.equal(frozen(collate(ROWS)).logp, before)
     assert policy.training
@@ -354,9 +357,10 @@ def test_flops_by_hand() -> None:
     # last norm: 15520. The head: 97·32 = 3104.
     policy = build("llama")
     assert policy.flops(10, 4) == 2 * (15520 * 10 + 3104 * 4)
-    policy.add_critic(shared=True)
+    policy.attach([Critic(shared=True)])
     assert policy.flops(10, 4) == 2 * (15520 * 10 + 3104 * 4)
-    policy.add_critic(shared=False)
+    policy = build("llama")
+    policy.attach([Critic()])
     assert policy.flops(10, 4) == 2 * (2 * 15520 * 10 + 3104 * 4)
     # GPT-2, tied: per layer 4·32² + 8·32² weights, 9·32 + 4·32 biases and norms; positions 1024·32; last norm 64.
     assert build("gpt2").flops(1, 0) == 2 * (2 * (12 * 32**2 + 13 * 32) + 1024 * 32 + 64)

@@ -15,8 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from rlzoo.cli import main
-from rlzoo.policy import load_policy
-from rlzoo.training import Trainer
+from rlzoo.policy import MicroBatches, load_policy
 from rlzoo.types import Trajectory
 
 WORKER = Path(__file__).with_name("ranks_worker.py")
@@ -101,16 +100,15 @@ def test_processes_train_as_one(processes: int, kind: str, alone: dict[str, Any]
 
 def test_units_stay_whole_in_every_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     rows = [Trajectory("", "", [5] * (1 + i % 3), [6 + i % 5] * (1 + 3 * (i % 4)), str(i // 2)) for i in range(14)]
-    trainer = object.__new__(Trainer)
-    trainer.token_budget = 16
+    micro = MicroBatches(16)
     pairs = [(i, i + 1) for i in range(0, 14, 2)]
     for world in (2, 3, 5):
         seen: list[int] = []
         rounds = set()
         for number in range(world):
-            monkeypatch.setattr("rlzoo.training.trainer.world_size", lambda world=world: world)
-            monkeypatch.setattr("rlzoo.training.trainer.rank", lambda number=number: number)
-            mine = trainer._share(rows, pairs)
+            monkeypatch.setattr("rlzoo.policy.microbatches.world_size", lambda world=world: world)
+            monkeypatch.setattr("rlzoo.policy.microbatches.rank", lambda number=number: number)
+            mine = micro.share(rows, pairs)
             rounds.add(len(mine))
             for index, counts in mine:
                 assert {i + 1 - 2 * (i % 2) for i in index} == set(index)

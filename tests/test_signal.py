@@ -18,10 +18,11 @@ from rlzoo.buffers import Buffer, OfflineBuffer
 from rlzoo.cli import main
 from rlzoo.comparison.work import views_of
 from rlzoo.errors import UserError
+from rlzoo.inputs import Input, Truncated
 from rlzoo.objective import Objective, get_objective
-from rlzoo.policy import Policy
+from rlzoo.policy import Assembler, Policy
 from rlzoo.training import Trainer, train
-from rlzoo.training.batches import FreshSource, static_batch
+from rlzoo.training.batches import FreshSource
 from rlzoo.types import Coefficients, Selection, TokenBatch, Trajectory
 
 MakePolicy = Callable[..., Policy]
@@ -155,10 +156,10 @@ def truncated_rows(policy: Policy, *places: int, source: str = "policy") -> list
 
 def test_the_batch_says_which_completions_are_truncated(make_policy: MakePolicy) -> None:
     rows = truncated_rows(make_policy(), 1, 6)
-    batch = static_batch(rows, SINGLES, Selection.GROUPS, torch.device("cpu"))
-    assert batch.truncated is not None and batch.truncated.tolist() == [i in (1, 6) for i in range(8)]
+    batch = Assembler(make_policy()).assemble(rows, SINGLES, Whole())
+    assert batch.truncated.tolist() == [i in (1, 6) for i in range(8)]
     part = batch.rows(torch.tensor([6, 0]), 3)
-    assert part.truncated is not None and part.truncated.tolist() == [True, False]
+    assert part.truncated.tolist() == [True, False]
 
 
 @dataclass(frozen=True)
@@ -167,9 +168,12 @@ class Whole(Objective):
 
     name: ClassVar[str] = "whole"
 
+    @property
+    def requires(self) -> tuple[Input, ...]:
+        return (Truncated(),)
+
     def coefficients(self, batch: TokenBatch) -> Coefficients:
-        (truncated,) = self.needed(batch, "truncated")
-        return Coefficients((~truncated).to(batch.logp.dtype)[:, None].expand_as(batch.logp))
+        return Coefficients((~batch.truncated).to(batch.logp.dtype)[:, None].expand_as(batch.logp))
 
 
 def test_an_objective_of_ones_own_can_skip_truncated_rows(make_policy: MakePolicy) -> None:

@@ -229,8 +229,8 @@ def test_a_moving_reference_counts_too(policy: Policy, monkeypatch: pytest.Monke
 
     source = FreshSource(collect, Selection.CORRECT, threshold=0.0)
     trainer = Trainer(policy, get_objective("iw-sft", variant="ema"), source, STEPS)
-    assert trainer.reference is not None
-    sampler = Watched(trainer.reference)
+    (reference,) = trainer.models.moving.values()
+    sampler = Watched(reference)
 
     def watch(running: Trainer, step: int) -> None:
         sampler.sample([[20]], SHORT, seed=0)

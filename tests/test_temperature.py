@@ -18,16 +18,17 @@ from torch import Tensor
 from rlzoo.buffers import SCHEMA, Buffer, OfflineBuffer
 from rlzoo.config import Sampling, Training
 from rlzoo.errors import UserError
+from rlzoo.inputs import Behaviour, Reference, Snapshot, Statistic
 from rlzoo.objective import Objective, get_objective, is_composite, list_objectives, objective_class
-from rlzoo.policy import Policy, Sequences
-from rlzoo.policy.policy import score_rows
+from rlzoo.policy import Assembler, MicroBatches, Models, Policy, Sequences
+from rlzoo.policy.microbatches import score_rows
 from rlzoo.problems import Problem, demonstrations, encode_problems
 from rlzoo.reward import Reward
 from rlzoo.rollout import Sampler, TransformersSampler, VLLMSampler, collect_rollouts, mismatch
-from rlzoo.training import Trainer, lacks_reference, train, with_reference
+from rlzoo.training import Trainer, lacking, train, with_reference
 from rlzoo.training.batches import BufferSource, FreshSource
 from rlzoo.training.sums import truncated_importance
-from rlzoo.types import Coefficients, Need, Selection, TokenBatch, Trajectory
+from rlzoo.types import Coefficients, Selection, TokenBatch, Trajectory
 from rlzoo.variance import analyze_variance
 from rlzoo.variance.gradients import GradientMeter
 from rlzoo.variance.scoring import score
@@ -44,7 +45,7 @@ STEP = Training(steps=1, learning_rate=1e-2, warmup_ratio=0.0, weight_decay=0.0,
 WITH_RATIO = [
     name
     for name in list_objectives()
-    if not is_composite(objective_class(name)) and get_objective(name).requires & {Need.BEHAVIOUR, Need.SNAPSHOT}
+    if not is_composite(objective_class(name)) and {Behaviour(), Snapshot()} & set(get_objective(name).requires)
 ]
 
 
@@ -157,10 +158,10 @@ def test_ratios_to_fresh_samples_start_at_one(
         def collect(version: int, sample: Callable[[int], list[Trajectory]] = sample) -> OfflineBuffer:
             return OfflineBuffer.from_trajectories(sample(version))
 
-        reference = policy.reference() if Need.REFERENCE in objective.requires else None
         settings = STEP.model_copy(update={"steps": 2})
-        Trainer(policy, objective, FreshSource(collect, selection, **options), settings, reference=reference).run()
-        assert len(seen) == 2 and {batch.reference_logp is not None for batch, _ in seen} == {reference is not None}
+        Trainer(policy, objective, FreshSource(collect, selection, **options), settings).run()
+        has = Reference() in objective.requires
+        assert len(seen) == 2 and {batch.get("reference_logp") is not None for batch, _ in seen} == {has}
         assert_ratios_are_one(seen, moved=True)
 
 
@@ -230,7 +231,7 @@ def test_what_learns_the_policy_at_one_does_not_ask_how_samples_were_drawn(
     assert torch.equal(gradients(both[0].policy), gradients(both[1].policy))
     assert both[0].record.plain_steps() == both[1].record.plain_steps()
     for batch, _ in seen:
-        if Need.REFERENCE in objective.requires and batch.reference_logp is not None:
+        if Reference() in objective.requires:
             torch.testing.assert_close(batch.logp, batch.reference_logp.to(batch.logp), rtol=0, atol=1e-5)
 
 
@@ -281,12 +282,12 @@ def test_the_references_log_probs_are_kept_for_both_temperatures(rows: Rows, pol
             assert row.tempered_reference_logp is None
     grpo, dpo, free = get_objective("grpo"), get_objective("dpo"), get_objective("grpo", kl_coefficient=0.0)
     mixture = get_objective("mixture", weights={"grpo": 1.0, "sft": 1.0})
-    assert not lacks_reference(buffer, grpo, dpo, mixture) and not lacks_reference(plain, free)
-    half = buffer.with_reference_logp(buffer.column("reference_logp"))  # as buffers were before
-    assert lacks_reference(plain, dpo) and not lacks_reference(half, dpo)
-    assert lacks_reference(half, grpo) and lacks_reference(half, dpo, mixture)
+    assert not lacking(buffer, grpo, dpo, mixture) and not lacking(plain, free)
+    half = buffer.with_values("reference_logp", buffer.column("reference_logp"))  # as buffers were before
+    assert lacking(plain, dpo) and not lacking(half, dpo)
+    assert lacking(half, grpo) and lacking(half, dpo, mixture)
     cold = OfflineBuffer.from_trajectories(rows(OWN, 1.0, 0.8))
-    assert not lacks_reference(cold.with_reference_logp(cold.column("behaviour_logp")), grpo)
+    assert not lacking(cold.with_values("reference_logp", cold.column("behaviour_logp")), grpo)
 
 
 @pytest.mark.parametrize("recompute", [True, False])
@@ -353,9 +354,11 @@ def test_the_analyzers_gradient_is_that_of_training(
     objective = get_objective(name)
     picked, subjects, _ = subjects_of({"it": objective, "other": get_objective("rft")}, buffer, 64, 0, None)
     seen = rows_of(buffer, picked, subjects)
-    scored = score(policy, seen, objective.requires, {}, 0, 0, None, 60)
-    task = weigh(policy, subjects["it"], scored).task
-    found = GradientMeter(policy).measure(seen, {"it": task}, 60)["it"]
+    micro = MicroBatches(60)
+    assembler = Assembler(policy, Models(policy, {None: policy}), micro, remember=True)
+    scored = score(assembler, seen, [one for one in objective.requires if one.is_statistic], {}, 0, 0)
+    task = weigh(assembler, subjects["it"], scored).task
+    found = GradientMeter(policy).measure(seen, {"it": task}, micro)["it"]
     trained = step_on(make_policy, objective, buffer).policy
     for parameter, p in trained.model.named_parameters():
         assert p.grad is not None
@@ -373,15 +376,20 @@ def test_statistics_and_terms_are_of_the_tempered_logits(policy: Policy) -> None
 
     sequences = Sequences.collate(prompts, completions, policy.device, heats)
     plain = Sequences.collate(prompts, completions, policy.device)
-    scores = policy(sequences, statistics=[Need.ENTROPY, Need.SQUARE_MASS], term=term, reference=policy.frozen_copy())
+    scores = policy(
+        sequences,
+        statistics=[Statistic("entropy"), Statistic("square_mass")],
+        term=term,
+        reference=policy.frozen_copy(),
+    )
     hidden = policy.hidden(plain)
     logits = policy.head.logits(hidden) / torch.tensor([0.6] * 3 + [1.3], dtype=torch.float64)[:, None]
     logp = logits.log_softmax(1)
     torch.testing.assert_close(seen[0], logits)
     torch.testing.assert_close(seen[1], logits)
     mask = sequences.mask
-    torch.testing.assert_close(scores.statistics["entropy"][mask], -(logp.exp() * logp).sum(1))
-    torch.testing.assert_close(scores.statistics["square_mass"][mask], logp.exp().square().sum(1))
+    torch.testing.assert_close(scores.inputs["entropy"][mask], -(logp.exp() * logp).sum(1))
+    torch.testing.assert_close(scores.inputs["square_mass"][mask], logp.exp().square().sum(1))
     torch.testing.assert_close(scores.logp[mask], logp.gather(1, plain.targets[:, None])[:, 0])
     assert (
         plain.temperature is None

@@ -13,12 +13,14 @@ from torch import Tensor
 
 from rlzoo.buffers import OfflineBuffer
 from rlzoo.config import Training
+from rlzoo.inputs import Input, MovingReference, ReferenceLogits, Snapshot, Statistic
 from rlzoo.objective import Objective, get_objective, is_composite, list_objectives, objective_class, surrogate
 from rlzoo.policy import Policy, Sequences
-from rlzoo.policy.policy import score_rows, token_batches
+from rlzoo.policy.assembly import fixed_batch
+from rlzoo.policy.microbatches import score_rows, token_batches
 from rlzoo.training import Trainer
-from rlzoo.training.batches import BufferSource, atoms, static_batch
-from rlzoo.types import STATISTICS, Coefficients, Coupling, Need, Selection, TokenBatch, Trajectory
+from rlzoo.training.batches import BufferSource, micro_units
+from rlzoo.types import Coefficients, Coupling, Selection, TokenBatch, Trajectory
 
 MakePolicy = Callable[..., Policy]
 Batch = tuple[list[Trajectory], list[tuple[int, ...]]]
@@ -35,11 +37,11 @@ class RelativeProbability(Objective):
     couples: ClassVar[Coupling] = Coupling.BATCH
 
     @property
-    def requires(self) -> frozenset[Need]:
-        return frozenset({Need.ENTROPY})
+    def requires(self) -> tuple[Input, ...]:
+        return (Statistic("entropy"),)
 
     def coefficients(self, batch: TokenBatch) -> Coefficients:
-        p = torch.where(batch.mask, batch.logp, 0).exp() * (1 + batch.statistics["entropy"])
+        p = torch.where(batch.mask, batch.logp, 0).exp() * (1 + batch.inputs["entropy"])
         mean = p[batch.mask].mean() if batch.mask.any() else 1.0
         return Coefficients(p / mean, metrics={"seen": batch.logp})
 
@@ -51,8 +53,8 @@ class Anchored(Objective):
     name: ClassVar[str] = "anchored"
 
     @property
-    def requires(self) -> frozenset[Need]:
-        return frozenset({Need.REFERENCE_LOGITS})
+    def requires(self) -> tuple[Input, ...]:
+        return (ReferenceLogits(),)
 
     def coefficients(self, batch: TokenBatch) -> Coefficients:
         return Coefficients(torch.ones_like(batch.logp))
@@ -162,8 +164,9 @@ def full_batch(policy: Policy, objective: Objective, batch: Batch) -> TokenBatch
     needs = objective.requires
     scores = policy(
         Sequences.collate([r.prompt_ids for r in rows], [r.completion_ids for r in rows], CPU),
-        statistics=[need for need in STATISTICS if need in needs],
+        statistics=[one for one in needs if one.is_statistic],
     )
+    value = scores.inputs.get("value")
     size = scores.logp.shape[1]
 
     def padded(values: list[list[float] | None]) -> Tensor:
@@ -176,20 +179,19 @@ def full_batch(policy: Policy, objective: Objective, batch: Batch) -> TokenBatch
         mask=mask,
         behaviour_logp=padded([r.behaviour_logp for r in rows]),
         reference_logp=scores.logp.detach()
-        if Need.EMA_REFERENCE in needs
+        if any(isinstance(one, MovingReference) for one in needs)
         else padded([r.reference_logp for r in rows]),
         snapshot_logp=scores.logp.detach(),
-        value=scores.value,
-        old_value=None if scores.value is None else scores.value.detach(),
+        old_value=None if value is None else value.detach(),
         reward=torch.tensor([r.reward or 0.0 for r in rows]),
         group=torch.tensor([int(r.prompt_id) for r in rows]),
         partner=partner,
         chosen=torch.arange(len(rows)) % 2 == 0,
         mismatched=torch.zeros(len(rows)),  # at the first step the policy is its reference
-        statistics=scores.statistics,
+        statistics=scores.inputs,
     )
     fixed = objective.prepare(whole.detach())
-    return replace(whole, mask=fixed.mask, advantage=fixed.advantage, returns=fixed.returns)
+    return whole.replace(mask=fixed.mask, advantage=fixed.advantage, returns=fixed.get("returns"))
 
 
 def term_of(policy: Policy, objective: Objective, batch: Batch, reference: Policy | None = None) -> Tensor:
@@ -214,8 +216,7 @@ def test_the_gradient_of_a_step_is_that_of_the_surrogate(name: str, make_policy:
     found = trained(
         make_policy(), objective, batch, RAW.model_copy(update={"steps": 1, "token_budget": 20, "weight_decay": 0.0})
     )
-    if Need.CRITIC in objective.requires:
-        policy.add_critic(objective.shared_critic)
+    policy.attach(objective.requires)
     loss = surrogate(objective, full_batch(policy, objective, batch))
     if objective.has_logit_term:
         loss = loss + term_of(policy, objective, batch)
@@ -243,8 +244,8 @@ class Watching(Objective):
     seen: ClassVar[list[TokenBatch]] = []
 
     @property
-    def requires(self) -> frozenset[Need]:
-        return frozenset({Need.SNAPSHOT})
+    def requires(self) -> tuple[Input, ...]:
+        return (Snapshot(),)
 
     def advantages(self, batch: TokenBatch) -> Tensor:
         assert batch.reward is not None
@@ -302,10 +303,10 @@ def test_the_moving_reference_moves_by_its_decay(make_policy: MakePolicy) -> Non
     averages: dict[str, Tensor] = {n: p.detach().clone() for n, p in before.model.named_parameters()}
 
     def check(running: Trainer, step: int) -> None:
-        assert running.reference is not None
+        (reference,) = running.models.moving.values()
         for name, parameter in running.policy.model.named_parameters():
             averages[name] = 0.75 * averages[name] + 0.25 * parameter.detach()
-            torch.testing.assert_close(running.reference.model.get_parameter(name), averages[name], check_stride=False)
+            torch.testing.assert_close(reference.model.get_parameter(name), averages[name], check_stride=False)
 
     trainer.callbacks = [check]
     steps = trainer.run().steps
@@ -369,17 +370,17 @@ def test_an_epoch_draws_every_unit_once_and_whole(selection: Selection, batch_si
 
 def test_coupled_rows_share_a_micro_batch() -> None:
     units = [(0, 1), (2, 3), (4, 5)]
-    for batch in token_batches(atoms(units, Coupling.PAIR), [3, 9, 2, 2, 8, 1], token_budget=1):
+    for batch in token_batches(micro_units(units, Coupling.PAIR), [3, 9, 2, 2, 8, 1], token_budget=1):
         assert tuple(batch) in units
-    assert atoms(units, Coupling.GROUP) == units
-    assert atoms(units, Coupling.NONE) == atoms(units, Coupling.BATCH) == [(i,) for i in range(6)]
+    assert micro_units(units, Coupling.GROUP) == units
+    assert micro_units(units, Coupling.NONE) == micro_units(units, Coupling.BATCH) == [(i,) for i in range(6)]
 
 
 def test_samples_of_two_policy_versions_are_two_groups() -> None:
     rows = [
         Trajectory("", "", [1], [2], "same", source="policy", reward=r, behaviour_logp=[-1.0]) for r in (0, 1, 1, 1)
     ]
-    batch = static_batch(rows, [(0, 1), (2, 3)], Selection.GROUPS, CPU)
+    batch = fixed_batch(rows, [(0, 1), (2, 3)], get_objective("grpo"), CPU)
     assert batch.group is not None and batch.group.tolist() == [0, 0, 1, 1]
-    alone = static_batch(rows, [(i,) for i in range(4)], Selection.CORRECT, CPU)
+    alone = fixed_batch(rows, [(i,) for i in range(4)], get_objective("rft"), CPU)
     assert alone.group is not None and alone.group.tolist() == [0, 0, 0, 0]

@@ -19,7 +19,7 @@ from rlzoo.objective import get_objective
 from rlzoo.policy import Policy, load_policy
 from rlzoo.policy.adapters import adapters
 from rlzoo.policy.loading import save_policy
-from rlzoo.policy.policy import score_rows
+from rlzoo.policy.microbatches import score_rows
 from rlzoo.training import Trainer, train
 from rlzoo.training.savings import gradients_in_place
 from rlzoo.types import Trajectory

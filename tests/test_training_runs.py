@@ -18,7 +18,7 @@ from rlzoo.errors import UserError
 from rlzoo.objective import get_objective
 from rlzoo.policy import Policy, Sequences, load_policy
 from rlzoo.policy.loading import save_policy
-from rlzoo.policy.policy import score_rows
+from rlzoo.policy.microbatches import score_rows
 from rlzoo.problems import Problem, demonstrations, encode_problems
 from rlzoo.reward import Reward
 from rlzoo.rollout import TransformersSampler, collect_rollouts
@@ -212,7 +212,7 @@ def run(policy: Policy, name: str, buffer: Buffer, **changes: Any) -> TrainingRe
 def test_costs_are_counted_exactly(make_policy: MakePolicy) -> None:
     policy = make_policy()
     rows = sampled(policy)
-    rows = rows.with_reference_logp(rows.column("behaviour_logp"))
+    rows = rows.with_values("reference_logp", rows.column("behaviour_logp"))
     prompts, completions = (sum(map(len, rows.column(f"{part}_ids"))) for part in ("prompt", "completion"))
     whole = {"batch_size": len(rows), "token_budget": 30}
     forward = policy.flops(prompts + completions, completions)

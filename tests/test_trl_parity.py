@@ -243,7 +243,7 @@ def off_policy(world: World) -> TokenBatch:
     """A batch whose behaviour policy is a noisy copy of the policy: ρ on both sides of 1 ± 0.2."""
     batch = world.batch(reference_logp=world.reference_logp())
     noise = torch.randn(batch.logp.shape, generator=torch.Generator().manual_seed(3))
-    return replace(batch, behaviour_logp=batch.logp.detach() + 0.5 * noise)
+    return batch.replace(behaviour_logp=batch.logp.detach() + 0.5 * noise)
 
 
 def assert_clipped_on_both_sides(objective: Objective, batch: TokenBatch) -> None:
@@ -279,7 +279,7 @@ def test_group_relative_on_its_own_samples(world: World) -> None:
     # ρ = 1: TRL detaches its own log-probs when it is given none.
     advantages = torch.tensor([1.5, -0.5, 2.0, 0.25, -1.0, 0.0, 0.5, 0.75])
     batch = world.batch()
-    batch = replace(batch, behaviour_logp=batch.logp.detach(), advantage=advantages[:, None].expand_as(batch.logp))
+    batch = batch.replace(behaviour_logp=batch.logp.detach(), advantage=advantages[:, None].expand_as(batch.logp))
     theirs = trl_grpo(world, "grpo", 0.0, 0.2, advantages=advantages)
     assert_parity(get_objective("grpo", kl_coefficient=0.0), batch, world, theirs)
 

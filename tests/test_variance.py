@@ -22,12 +22,14 @@ from rlzoo.comparison.pool import in_this_process
 from rlzoo.config import ProblemSource, Sampling, Training, load_experiment
 from rlzoo.document import Block, Figure, write_document
 from rlzoo.errors import UserError
+from rlzoo.inputs import Behaviour, Input, Statistic
 from rlzoo.objective import is_composite, list_objectives, objective_class
+from rlzoo.policy import Assembler
 from rlzoo.problems import demonstrations, encode_problems, load_problems
 from rlzoo.reward import get_reward
 from rlzoo.rollout import TransformersSampler, collect_rollouts
 from rlzoo.training import with_reference
-from rlzoo.types import Coefficients, Need, Selection, TokenBatch
+from rlzoo.types import Coefficients, Selection, TokenBatch
 from rlzoo.variance import plots
 from rlzoo.variance.probe import VarianceProbe
 from rlzoo.variance.report import NOISE_COLUMNS, contents, estimate, hidden, report_tables, write_report
@@ -206,12 +208,12 @@ def test_what_cannot_be_measured_is_told_and_the_rest_goes_on(base: Policy, buff
 def test_likely_tokens_have_an_exact_score_norm(base: Policy, buffer: Buffer) -> None:
     """In float32 Σπ² - p² would be rounding for them: S lies between (1-p)² and 2(1-p)²."""
     rows = [row for row in buffer if row.source == "demonstration"][:100]
-    scored = score(base, rows, frozenset(), {}, 0, 0, None, 2048)
+    scored = score(Assembler(base), rows, [], {}, 0, 0)
     table = scored.table(range(100))
     assert (table.logp > -1e-4).sum() > 100
     assert (table.score_norm >= 0.9999 * table.miss**2).all() and (table.score_norm <= 2.0001 * table.miss**2).all()
     exact = load_policy("embedded", "float64")
-    double = score(exact, rows, frozenset(), {}, 0, 0, None, 2048).table(range(100))
+    double = score(Assembler(exact), rows, [], {}, 0, 0).table(range(100))
     np.testing.assert_allclose(table.score_norm, double.score_norm, rtol=2e-3)
 
 
@@ -233,11 +235,11 @@ def test_behaviour_log_probs_are_asked_for(base: Policy, buffer: Buffer) -> None
         name: ClassVar[str] = "needs-behaviour"
 
         @property
-        def requires(self) -> frozenset[Need]:
-            return frozenset({Need.BEHAVIOUR, Need.ENTROPY})
+        def requires(self) -> tuple[Input, ...]:
+            return (Behaviour(), Statistic("entropy"))
 
         def coefficients(self, batch: TokenBatch) -> Coefficients:
-            return Coefficients(batch.statistics["entropy"])
+            return Coefficients(batch["entropy"])
 
     with pytest.raises(UserError, match="no behaviour log-probs"):
         analyze_variance(base, [NeedsBehaviour()], buffer, rows=4, draws=0)

@@ -14,9 +14,10 @@ from torch.func import functional_call, grad, vmap
 
 from rlzoo import OfflineBuffer
 from rlzoo.errors import UserError
+from rlzoo.inputs import Input, ReferenceLogits
 from rlzoo.objective import Objective, get_objective, is_composite, list_objectives, objective_class, surrogate
-from rlzoo.policy import Policy, Sequences
-from rlzoo.types import STATISTICS, Coefficients, Need, TokenBatch, Trajectory
+from rlzoo.policy import Assembler, MicroBatches, Models, Policy, Sequences
+from rlzoo.types import Coefficients, TokenBatch, Trajectory
 from rlzoo.variance import analyze_variance, head_pass, pieces
 from rlzoo.variance.gradients import GradientMeter
 from rlzoo.variance.modules import Modules
@@ -126,7 +127,7 @@ def test_norms_and_means_are_those_of_torch_func(make_model: MakeModel, kind: st
     by_row = by_torch_func(policy, rows, weight)
     # powers of two, as transformers' RMSNorm rounds gradients to float32 whatever the dtype
     tasks = {name: Task(units, weight * 2.0**k) for k, (name, units) in enumerate(UNITS.items())}
-    found = GradientMeter(policy).measure(rows, tasks, token_budget=40)
+    found = GradientMeter(policy).measure(rows, tasks, MicroBatches(40))
     for k, (name, units) in enumerate(UNITS.items()):
         expected = {n: 2.0**k * g for n, g in of_units(by_row, units).items()}
         assert_equal(found[name], expected)
@@ -164,7 +165,7 @@ def test_micro_batches_do_not_matter(make_model: MakeModel, token_budget: int) -
     policy = make_model("gpt2")
     rows, weight = random_rows(policy)
     tasks = {name: Task(units, weight) for name, units in UNITS.items()}
-    found, whole = (GradientMeter(policy).measure(rows, tasks, b) for b in (token_budget, 100_000))
+    found, whole = (GradientMeter(policy).measure(rows, tasks, MicroBatches(b)) for b in (token_budget, 100_000))
     for name in tasks:
         torch.testing.assert_close(found[name].squared_norm, whole[name].squared_norm, rtol=1e-10, atol=0)
         torch.testing.assert_close(found[name].sketch, whole[name].sketch, rtol=1e-4, atol=1e-4)
@@ -389,8 +390,8 @@ class Flattened(Objective):
     name: ClassVar[str] = "flattened"
 
     @property
-    def requires(self) -> frozenset[Need]:
-        return frozenset({Need.REFERENCE_LOGITS})
+    def requires(self) -> tuple[Input, ...]:
+        return (ReferenceLogits(),)
 
     def coefficients(self, batch: TokenBatch) -> Coefficients:
         return Coefficients(batch.logp.exp())
@@ -432,9 +433,8 @@ def test_the_mean_gradient_is_that_of_the_surrogate(make_model: MakeModel, name:
         objective = Flattened()
     elif name == "shared-ppo":
         objective = get_objective("ppo", critic="shared")
-        policy.add_critic(shared=True)
-        assert policy.value_head is not None
-        nn.init.normal_(policy.value_head.weight)
+        policy.attach(objective.requires)
+        nn.init.normal_(policy.get_parameter("modules_of_inputs.value.head.weight"))
     elif name == "otr":
         objective = get_objective(name, temperature=1e-6)  # draws the likeliest token, in whatever order
     else:
@@ -442,18 +442,18 @@ def test_the_mean_gradient_is_that_of_the_surrogate(make_model: MakeModel, name:
     buffer = buffer_of(policy)
     picked, subjects, _ = subjects_of({"x": objective}, buffer, 100, 0, None)
     rows, subject = [buffer[i] for i in picked], subjects["x"]
-    scored = score(policy, rows, objective.requires, {}, 0, 0, None, 100)
-    weighed = weigh(policy, subject, scored)
-    found = GradientMeter(policy).measure(rows, {"x": weighed.task}, 100, policy)["x"]
+    statistics, micro = [one for one in objective.requires if one.is_statistic], MicroBatches(100)
+    assembler = Assembler(policy, Models(policy, {None: policy}), micro, remember=True)
+    weighed = weigh(assembler, subject, score(assembler, rows, statistics, {}, 0, 0))
+    found = GradientMeter(policy).measure(rows, {"x": weighed.task}, micro)["x"]
 
     policy.eval()
     own = [rows[i] for i in subject.rows]
     sequences = Sequences.collate([r.prompt_ids for r in own], [r.completion_ids for r in own], policy.device)
     term = objective.logit_term if objective.has_logit_term else None
-    statistics = [need for need in STATISTICS if need in objective.requires]
     scores = policy(sequences, term=term, reference=policy.frozen_copy(), statistics=statistics)
     batch = weighed.batch
-    live = replace(batch, logp=scores.logp, value=batch.value if scores.value is None else scores.value)
+    live = batch.replace(logp=scores.logp, **scores.of(objective.requires))
     loss = surrogate(objective, live)
     if scores.term is not None:
         loss = loss + scores.term.sum() / batch.mask.sum()
@@ -570,9 +570,11 @@ def test_proportional_weights_share_a_backward_pass(make_model: MakeModel) -> No
         for name, numbers in shared.scale.items():
             torch.testing.assert_close(numbers[:, None] * shared.weight, weights[name])
     for units in UNITS.values():
-        together = GradientMeter(policy).measure(rows, {n: Task(units, w) for n, w in weights.items()}, 60)
+        together = GradientMeter(policy).measure(
+            rows, {n: Task(units, w) for n, w in weights.items()}, MicroBatches(60)
+        )
         for name, w in weights.items():
-            alone = GradientMeter(policy).measure(rows, {name: Task(units, w)}, 60)[name]
+            alone = GradientMeter(policy).measure(rows, {name: Task(units, w)}, MicroBatches(60))[name]
             torch.testing.assert_close(together[name].squared_norm, alone.squared_norm, rtol=1e-10, atol=1e-15)
             torch.testing.assert_close(together[name].mean, alone.mean, rtol=1e-9, atol=1e-12)
     scaled = {name: g * scale.view(-1, *[1] * (g.ndim - 1)) for name, g in by_row.items()}

@@ -23,7 +23,7 @@ from rlzoo.comparison.pool import InThisProcess
 from rlzoo.config import Experiment, ProblemSource, Rollouts, Sampling
 from rlzoo.objective import get_objective
 from rlzoo.policy import Policy, load_policy
-from rlzoo.policy.policy import score_rows
+from rlzoo.policy.microbatches import score_rows
 from rlzoo.problems import load_problems
 from rlzoo.rollout import Sample, TransformersSampler
 from rlzoo.training import train

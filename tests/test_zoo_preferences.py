@@ -17,11 +17,11 @@ from rlzoo.buffers import OfflineBuffer
 from rlzoo.buffers.formats import from_trl
 from rlzoo.config import Training
 from rlzoo.errors import UserError
+from rlzoo.inputs.references import mismatched
 from rlzoo.objective import get_objective, reduce, surrogate
-from rlzoo.policy import Policy
-from rlzoo.policy.policy import score_rows
+from rlzoo.policy import Assembler, MicroBatches, Models, Policy
+from rlzoo.policy.microbatches import score_rows
 from rlzoo.training import Trainer, train, with_reference
-from rlzoo.training.batches import mismatched
 from rlzoo.types import Selection, TokenBatch, Trajectory
 from rlzoo.variance.scoring import score
 from rlzoo.variance.subjects import subjects_of, weigh
@@ -63,7 +63,7 @@ def test_simpo_does_not_look_at_a_reference() -> None:
     objective = get_objective("simpo")
     assert not objective.requires and not get_objective("orpo").requires
     batch = random_batch(0)
-    without = replace(batch, reference_logp=None, behaviour_logp=None, snapshot_logp=None)
+    without = batch.replace(reference_logp=None, behaviour_logp=None, snapshot_logp=None)
     assert torch.equal(surrogate(objective, without), surrogate(objective, batch))
 
 
@@ -72,7 +72,7 @@ def test_simpo_of_one_token_is_dpo_under_a_reference_of_zero_log_probs(seed: int
     # With |y| = 1 the mean is the sum; γ = 0 leaves -log σ(βΔ).
     batch = random_batch(seed)
     mask = batch.mask & (torch.arange(batch.mask.shape[1]) == 0)
-    short = replace(batch, mask=mask, reference_logp=torch.zeros_like(batch.logp).detach())
+    short = batch.replace(mask=mask, reference_logp=torch.zeros_like(batch.logp).detach())
     ours, dpo = (
         gradients(surrogate(get_objective(name, beta=0.7, **options), short), short)
         for name, options in (("simpo", {"gamma": 0.0}), ("dpo", {}))
@@ -134,7 +134,7 @@ def test_kto_by_hand() -> None:
     # bad: σ(ln 2 + ln 4) = 8/9, c = -0.9 · 8/81 = -4/45, loss 0.9/9 = 1/10.
     batch = hand_batch([[0.5, 0.5], [0.25]], reward=torch.tensor([1.0, 0.0]), mismatched=torch.full((2,), math.log(2)))
     ratio = torch.tensor([[math.log(2), math.log(2)], [-math.log(4), 0]], dtype=torch.float64)
-    batch = replace(batch, reference_logp=batch.logp.detach() - ratio)
+    batch = batch.replace(reference_logp=batch.logp.detach() - ratio)
     options = {"beta": 1.0, "desirable_weight": 1.5, "undesirable_weight": 0.9}
     assert values_of("kto", batch, **options) == pytest.approx([1 / 3, -4 / 45])
     assert loss_of("kto", batch, **options) == pytest.approx((0.5 + 0.1) / 2)
@@ -144,10 +144,9 @@ def test_a_negative_mismatched_log_ratio_counts_as_nothing() -> None:
     seen = set()
     for seed in SEEDS:
         batch = random_batch(seed)
-        assert batch.mismatched is not None
         below = bool(batch.mismatched[0] < 0)
         seen.add(below)
-        none = replace(batch, mismatched=torch.zeros_like(batch.mismatched))
+        none = batch.replace(mismatched=torch.zeros_like(batch.mismatched))
         objective = get_objective("kto")
         ours, without = (gradients(surrogate(objective, b), b) for b in (batch, none))
         assert torch.equal(ours, without) == below
@@ -281,9 +280,12 @@ def test_the_analyzer_measures_z0_against_a_reference(make_policy: MakePolicy) -
     objective = get_objective("kto")
     buffer = OfflineBuffer.from_trajectories(rows)
     picked, subjects, _ = subjects_of({"kto": objective}, buffer, 100, 0, None)
-    scored = score(policy, [buffer[i] for i in picked], objective.requires, {}, 0, 0, start, 100)
-    own, at_start = (weigh(policy, subjects["kto"], scored, reference).batch for reference in (start, None))
-    assert own.mismatched is not None and at_start.mismatched is not None
+    batches = []
+    for reference in (start, policy):
+        assembler = Assembler(policy, Models(policy, {None: reference}), MicroBatches(100), remember=True)
+        scored = score(assembler, [buffer[i] for i in picked], [], {}, 0, 0)
+        batches.append(weigh(assembler, subjects["kto"], scored).batch)
+    own, at_start = batches
     assert own.mismatched.tolist() == pytest.approx([divergence(policy, start, rows)] * 8, rel=1e-4)
     assert at_start.mismatched.tolist() == [0] * 8
 

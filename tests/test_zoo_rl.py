@@ -44,7 +44,7 @@ def values(objective: Objective, batch: TokenBatch) -> Tensor:
 
 def on_policy(batch: TokenBatch) -> TokenBatch:
     """The batch as if the policy in training had sampled it: ρ = 1."""
-    return replace(batch, behaviour_logp=batch.logp.detach())
+    return batch.replace(behaviour_logp=batch.logp.detach())
 
 
 def double(rows: object) -> Tensor:
@@ -94,7 +94,7 @@ def test_dapo_clips_later_above_than_grpo_and_alike_below(seed: int) -> None:
 def test_dapo_reaches_between_the_bounds() -> None:
     # ρ = 1.25 on a good token: clipped by GRPO at 1.2, not by DAPO at 1.28; ρ = 1.3 by both
     batch = hand_batch([[0.5, 0.52], [0.5, 0.5]], reward=double([1, 0]), group=torch.tensor([0, 0]))
-    batch = replace(batch, behaviour_logp=double([[0.4, 0.4], [0.5, 0.5]]).log())
+    batch = batch.replace(behaviour_logp=double([[0.4, 0.4], [0.5, 0.5]]).log())
     advantage = 0.5 / (math.sqrt(0.5) + 1e-4)
     expected = double([[1.25 * advantage, 0], [-advantage, -advantage]])
     torch.testing.assert_close(values(get_objective("dapo"), batch), expected)
@@ -152,7 +152,7 @@ def test_otb_with_equal_weights_has_the_mean_of_the_group_as_its_baseline(seed: 
     every = torch.ones_like(batch.mask)
     same = torch.linspace(0.1, 0.9, LENGTH, dtype=torch.float64).expand(every.shape)
     statistics = {"square_mass": same.square() + 0.1 * (1 - same)}
-    batch = replace(batch, mask=every, snapshot_logp=same.log(), statistics=statistics)
+    batch = batch.replace(mask=every, snapshot_logp=same.log(), statistics=statistics)
     assert batch.behaviour_logp is not None and batch.reward is not None and batch.group is not None
     ratio = (batch.logp - batch.behaviour_logp).detach().exp()
     expected = ratio * group_centred(batch.reward, batch.group)[:, None]
@@ -166,7 +166,7 @@ def test_the_optimal_baseline_leaves_no_weighted_advantage(seed: int) -> None:
     objective = get_objective("otb")
     advantage = prepared(objective, batch).advantage
     assert advantage is not None and batch.snapshot_logp is not None and batch.group is not None
-    score_norm = 1 - 2 * batch.snapshot_logp.exp() + batch.statistics["square_mass"]
+    score_norm = 1 - 2 * batch.snapshot_logp.exp() + batch.inputs["square_mass"]
     weight = torch.where(batch.mask, score_norm, 0).cumsum(1) * batch.mask
     for group in set(batch.group.tolist()):
         rows = batch.group == group
@@ -177,8 +177,8 @@ def test_the_optimal_baseline_leaves_no_weighted_advantage(seed: int) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_where_the_ratio_is_one_a_good_sample_is_raised_and_a_bad_one_lowered(name: str) -> None:
     batch = hand_batch([[0.5, 0.25], [0.5, 0.25]], reward=double([1, 0]), group=torch.tensor([0, 0]))
-    batch = replace(
-        on_policy(batch), snapshot_logp=batch.logp.detach(), statistics={"square_mass": double([[0.5, 0.3]] * 2)}
+    batch = on_policy(batch).replace(
+        snapshot_logp=batch.logp.detach(), statistics={"square_mass": double([[0.5, 0.3]] * 2)}
     )
     found = values(get_objective(name), batch)
     assert (found[0] > 0).all()
@@ -236,7 +236,7 @@ def test_dapo_without_any_group_that_varies_is_zero() -> None:
 def test_gspo_takes_the_geometric_mean_of_the_ratios() -> None:
     # ρ = 2 and 1/2 · 1.21 have the geometric mean 1.1: within 0.2 of 1, beyond 0.05 of it.
     batch = hand_batch([[0.5, 0.121], [0.5, 0.5]], reward=double([1, 0]), group=torch.tensor([0, 0]))
-    batch = replace(batch, behaviour_logp=double([[0.25, 0.2], [0.5, 0.5]]).log())
+    batch = batch.replace(behaviour_logp=double([[0.25, 0.2], [0.5, 0.5]]).log())
     advantage = 0.5 / (math.sqrt(0.5) + 1e-4)
     found = values(get_objective("gspo", clip_low=0.2, clip_high=0.2), batch)
     torch.testing.assert_close(found, double([[1.1 * advantage] * 2, [-advantage] * 2]))
@@ -249,8 +249,7 @@ def test_otb_by_hand() -> None:
     # p = 3/4, Σπ² = 9/16 + 1/16, S = 1 - 3/2 + 5/8 = 1/8. Returns 1 and 0. B_0 = 0.5/(0.5 + 0.125) = 0.8; at 1 row 0
     # runs alone and B_1 = 1. Row 2 is a group of its own. ρ = 2 throughout.
     batch = hand_batch([[0.5, 0.5], [0.75], [0.5]], reward=double([1, 0, 3]), group=torch.tensor([0, 0, 9]))
-    batch = replace(
-        batch,
+    batch = batch.replace(
         snapshot_logp=batch.logp.detach(),
         behaviour_logp=batch.logp.detach() - math.log(2),
         statistics={"square_mass": double([[0.5, 0.5], [0.625, math.nan], [0.5, math.nan]])},
@@ -261,9 +260,7 @@ def test_otb_by_hand() -> None:
 def test_otb_of_tokens_that_are_certain_has_no_baseline_and_no_nan() -> None:
     # p = 1: S = 0, and so is the gradient of log p
     batch = hand_batch([[1.0], [1.0]], reward=double([1, 0]), group=torch.tensor([0, 0]))
-    batch = replace(
-        on_policy(batch), snapshot_logp=batch.logp.detach(), statistics={"square_mass": double([[1.0]] * 2)}
-    )
+    batch = on_policy(batch).replace(snapshot_logp=batch.logp.detach(), statistics={"square_mass": double([[1.0]] * 2)})
     assert torch.equal(values(get_objective("otb"), batch), double([[1.0], [0.0]]))
 
 
@@ -302,8 +299,8 @@ def stale(gap: float, advantage: float = -1.0) -> TokenBatch:
         reward=double([-advantage, advantage]),
         group=torch.tensor([0, 0]),
     )
-    return replace(
-        batch, snapshot_logp=batch.behaviour_logp, old_value=0 * logp, statistics={"square_mass": 0 * logp + 0.5}
+    return batch.replace(
+        snapshot_logp=batch.behaviour_logp, old_value=0 * logp, statistics={"square_mass": 0 * logp + 0.5}
     )
 
 
@@ -314,11 +311,13 @@ def stale(gap: float, advantage: float = -1.0) -> TokenBatch:
 )
 def test_nothing_is_infinite_on_stale_data(name: str, gap: float, dtype: torch.dtype) -> None:
     batch = stale(gap)
-    batch = replace(batch, mismatched=double([0, 0]), partner=torch.tensor([1, 0]), chosen=torch.tensor([True, False]))
+    batch = batch.replace(mismatched=double([0, 0]), partner=torch.tensor([1, 0]), chosen=torch.tensor([True, False]))
     if math.isinf(gap):  # a token that the behaviour policy cannot have sampled
-        batch = replace(batch, reference_logp=batch.logp.detach())
+        batch = batch.replace(reference_logp=batch.logp.detach())
+        if name == "ppo":  # its snapshot is a policy's that could have sampled it
+            batch = batch.replace(snapshot_logp=batch.logp.detach())
     low = {k: v.detach().to(dtype) for k, v in batch._tensors().items() if v.is_floating_point()}
-    batch = replace(batch, **low, statistics={k: v.to(dtype) for k, v in batch.statistics.items()})
+    batch = batch.replace(**low, statistics={k: v.to(dtype) for k, v in batch.inputs.items()})
     objective = get_objective(name)
     found = objective.coefficients(prepared(objective, batch).detach())
     tensors = [found.values, *found.metrics.values(), *([] if found.loss is None else [found.loss])]
@@ -352,8 +351,8 @@ def test_two_sided_clipping_by_hand() -> None:
     # ρ = 3 on both tokens: on the good row it is clipped at 1.2 as ever; on the bad one, where GRPO has the loss 3a and
     # the coefficient -3a, δ = 2 leaves the loss 2a and no gradient, and δ = 4 changes nothing.
     batch = hand_batch([[0.6], [0.6]], reward=double([1, 0]), group=torch.tensor([0, 0]))
-    batch = replace(batch, behaviour_logp=double([[0.2], [0.2]]).log(), value=None)
-    batch = replace(batch, old_value=0 * batch.logp.detach(), reference_logp=batch.logp.detach())
+    batch = batch.replace(behaviour_logp=double([[0.2], [0.2]]).log(), value=None)
+    batch = batch.replace(old_value=0 * batch.logp.detach(), reference_logp=batch.logp.detach())
     a = 0.5 / (math.sqrt(0.5) + 1e-4)
     for name, option in (("grpo", "delta"), ("dapo", "delta"), ("gspo", "delta"), ("dr-grpo", "delta")):
         scale = {"dr-grpo": 0.5 / 256}.get(name, a)
@@ -403,7 +402,7 @@ def test_the_corrected_kl_has_the_gradient_of_the_kl() -> None:
 def test_ppo_takes_the_value_at_a_truncated_end_for_the_one_after_it() -> None:
     # γ = λ = 1, values 2, 3, reward 1: an episode that ended has the returns 1, 1; one that was cut has 1 + 3.
     batch = hand_batch([[0.5, 0.5]] * 2, reward=double([1, 1]), truncated=torch.tensor([True, False]))
-    batch = replace(batch, behaviour_logp=batch.logp.detach(), old_value=double([[2, 3]] * 2))
+    batch = batch.replace(behaviour_logp=batch.logp.detach(), old_value=double([[2, 3]] * 2))
     options = {"kl_coefficient": 0.0, "lam": 1.0, "whiten": False}
     for bootstrap, cut in ((True, 4.0), (False, 1.0)):
         ready = prepared(get_objective("ppo", bootstrap_truncated=bootstrap, **options), batch)
@@ -415,8 +414,7 @@ def test_ppo_takes_the_value_at_a_truncated_end_for_the_one_after_it() -> None:
 def test_otb_with_a_zero_tail_by_hand() -> None:
     # as in `test_otb_by_hand`, but where row 0 runs alone, and in the group of one, B = 0: A = G
     batch = hand_batch([[0.5, 0.5], [0.75], [0.5]], reward=double([1, 0, 3]), group=torch.tensor([0, 0, 9]))
-    batch = replace(
-        on_policy(batch),
+    batch = on_policy(batch).replace(
         snapshot_logp=batch.logp.detach(),
         statistics={"square_mass": double([[0.5, 0.5], [0.625, math.nan], [0.5, math.nan]])},
     )

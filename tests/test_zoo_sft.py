@@ -6,7 +6,6 @@ import json
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +21,14 @@ from rlzoo import OfflineBuffer, analyze_variance, compare, train
 from rlzoo.cli import main
 from rlzoo.config import Training
 from rlzoo.errors import UserError
+from rlzoo.inputs import Statistic
 from rlzoo.objective import Objective, get_objective, surrogate
 from rlzoo.policy import Sequences
 from rlzoo.policy import head as head_module
 from rlzoo.policy.head import Head, score_tokens
 from rlzoo.training import Trainer
 from rlzoo.training.batches import BufferSource
-from rlzoo.types import Need, Selection, TokenBatch, Trajectory
+from rlzoo.types import Selection, TokenBatch, Trajectory
 from rlzoo.variance.subjects import subjects_of, view_of
 
 CPU = torch.device("cpu")
@@ -79,8 +79,7 @@ def test_power_that_keeps_no_token_is_zero() -> None:
 def test_deft_by_hand() -> None:
     # p = 1/4 with a = 1/2: c = 1/2, loss (1 - 1/2)/(1/2) = 1. p = 1/4 with a = 1: DFT's 1/4, loss 3/4.
     # p = 1/4 with a = 1e-12: SFT's 1, loss ln 4.
-    batch = replace(
-        hand_batch([[0.25, 0.25, 0.25]]),
+    batch = hand_batch([[0.25, 0.25, 0.25]]).replace(
         statistics={"square_mass": torch.tensor([[0.5, 1.0, 1e-12]], dtype=torch.float64)},
     )
     found = get_objective("deft").coefficients(batch.detach())
@@ -91,7 +90,7 @@ def test_deft_by_hand() -> None:
 def test_eaft_by_hand() -> None:
     # Entropies ln 20 of 20 equal tokens, ln 2 of two, 0 of one: weights 1, ln 2/ln 20 = 0.2313782, 0.
     entropy = torch.tensor([[math.log(20), math.log(2), 0.0]], dtype=torch.float64)
-    batch = replace(hand_batch([[0.05, 0.5, 0.9]]), statistics={"top_entropy": entropy})
+    batch = hand_batch([[0.05, 0.5, 0.9]]).replace(statistics={"top_entropy": entropy})
     gradient = gradient_of("eaft", batch)
     assert gradient.tolist() == pytest.approx([-1 / 3, -0.2313782 / 3, 0.0], rel=1e-6)
 
@@ -107,9 +106,9 @@ def test_the_statistics_that_eaft_and_deft_ask_for(weight: float, bias: float, e
     nn.init.zeros_(layer.bias)
     with torch.no_grad():
         layer.bias[0] = bias
-    needs = [Need.TOP_ENTROPY, Need.SQUARE_MASS]
+    needs = [Statistic("top_entropy"), Statistic("square_mass")]
     found = score_tokens(Head(layer), torch.ones(1, 3).double(), torch.tensor([0]), statistics=needs)
-    statistics = {need.value: found[need.value][None] for need in needs}
+    statistics = {one.key: found[one.key][None] for one in needs}
     batch = TokenBatch(found["logp"].detach()[None], torch.ones(1, 1, dtype=torch.bool), statistics=statistics)
     assert get_objective("eaft").coefficients(batch).values.item() == pytest.approx(eaft, abs=1e-9)
     p = 1.0 if bias else 1 / 40
@@ -121,7 +120,7 @@ def test_psft_by_hand() -> None:
     ratios = [1.0, 1.2, 1.28, 1.32, 0.5]
     batch = hand_batch([[0.25 * ratio for ratio in ratios]])
     old = torch.full((1, 5), math.log(0.25), dtype=torch.float64)
-    batch = replace(batch, snapshot_logp=old + 1e-12)  # so that 1.28 is not above itself by a rounding error
+    batch = batch.replace(snapshot_logp=old + 1e-12)  # so that 1.28 is not above itself by a rounding error
     found = get_objective("psft").coefficients(batch.detach())
     assert found.values[0].tolist() == pytest.approx([1.0, 1.2, 1.28, 0.0, 0.5])
     assert found.loss is not None
@@ -132,7 +131,7 @@ def test_psft_by_hand() -> None:
 @pytest.mark.parametrize("seed", SEEDS)
 def test_psft_at_its_snapshot_is_sft(seed: int) -> None:
     batch = random_batch(seed)
-    at_start = replace(batch, snapshot_logp=batch.logp.detach())
+    at_start = batch.replace(snapshot_logp=batch.logp.detach())
     assert torch.equal(gradient_of("psft", at_start), gradient_of("sft", batch))
     assert not torch.equal(gradient_of("psft", batch), gradient_of("sft", batch))
 
@@ -245,7 +244,7 @@ def test_asft_trains_an_adapter(make_policy: MakePolicy) -> None:
 def test_a_reference_is_kept_for_those_that_ask_for_its_logits(make_policy: MakePolicy) -> None:
     batch = make_batch(make_policy(), DEMONSTRATIONS)
     kept = {
-        name: Trainer(make_policy(), get_objective(name), Fixed(batch), RAW).reference is not None
+        name: Trainer(make_policy(), get_objective(name), Fixed(batch), RAW).models.initial is not None
         for name in ("asft", "otr", "power")
     }
     assert kept == {"asft": True, "otr": False, "power": False}

@@ -42,11 +42,12 @@ from torch.nn.utils.rnn import pad_sequence
 
 from rlzoo import Policy, get_objective, load_policy
 from rlzoo.config import ProblemSource, Training
-from rlzoo.policy.policy import score_rows
+from rlzoo.policy import Assembler
+from rlzoo.policy.memory import release_memory
+from rlzoo.policy.microbatches import score_rows
 from rlzoo.problems import demonstrations, load_problems
 from rlzoo.training import Trainer
-from rlzoo.training.batches import static_batch
-from rlzoo.training.costs import peak_memory_bytes, release_memory, reset_peak_memory
+from rlzoo.training.costs import peak_memory_bytes, reset_peak_memory
 from rlzoo.types import Trajectory
 
 ENGINES = ("rlzoo", "trl_padded", "trl_packed")
@@ -223,8 +224,8 @@ def grpo_loss(policy: Policy, rows: list[Trajectory]) -> torch.Tensor:
 
     objective: Any = get_objective("grpo")
     units = [tuple(range(i, i + UNIT["grpo"])) for i in range(0, len(rows), UNIT["grpo"])]
-    batch = objective.prepare(static_batch(rows, units, objective.learns_from, policy.device))
-    assert batch.advantage is not None and batch.behaviour_logp is not None and batch.reference_logp is not None
+    batch = objective.prepare(Assembler(policy).assemble(rows, units, objective))
+    assert batch.advantage is not None
     prompts, completions = ([torch.tensor(ids) for ids in side] for side in zip(
         *((row.prompt_ids, row.completion_ids) for row in rows), strict=True
     ))  # fmt: skip

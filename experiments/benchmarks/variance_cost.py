@@ -30,11 +30,12 @@ import torch
 
 from rlzoo import OfflineBuffer, Policy, analyze_variance, get_objective, load_policy
 from rlzoo.config import ProblemSource, Training
-from rlzoo.policy import Sequences
-from rlzoo.policy.policy import score_rows, token_batches
+from rlzoo.policy import Assembler, MicroBatches, Models, Sequences
+from rlzoo.policy.memory import release_memory
+from rlzoo.policy.microbatches import score_rows, token_batches
 from rlzoo.problems import demonstrations, load_problems
 from rlzoo.training import train
-from rlzoo.training.costs import peak_memory_bytes, release_memory, reset_peak_memory
+from rlzoo.training.costs import peak_memory_bytes, reset_peak_memory
 from rlzoo.types import Trajectory
 from rlzoo.variance.gradients import GradientMeter
 from rlzoo.variance.over_data import default_held, portions
@@ -74,9 +75,11 @@ def tasks_of(policy: Policy, buffer: OfflineBuffer, arguments: argparse.Namespac
     named = {name: get_objective(name) for name in OBJECTIVES}
     picked, subjects, _ = subjects_of(named, buffer, arguments.rows, 0, None)
     rows = [buffer[i] for i in picked]
-    needs = frozenset().union(*(o.requires for o in named.values()))
-    scored = score(policy, rows, needs, {}, 0, 0, None, arguments.token_budget)
-    return rows, {name: weigh(policy, subjects[name], scored).task for name in named}
+    statistics = list(dict.fromkeys(one for o in named.values() for one in o.requires if one.is_statistic))
+    models = Models(policy, {None: policy})
+    assembler = Assembler(policy, models, MicroBatches(arguments.token_budget), remember=True)
+    scored = score(assembler, rows, statistics, {}, 0, 0)
+    return rows, {name: weigh(assembler, subjects[name], scored).task for name in named}
 
 
 def ordinary(policy: Policy, buffer: OfflineBuffer, arguments: argparse.Namespace) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from rlzoo.buffers.schema import (
     arrow,
     conform,
     decode,
+    encode_inputs,
     encode_parts,
     from_row,
     to_dataset,
@@ -33,7 +34,7 @@ from rlzoo.buffers.schema import (
 )
 from rlzoo.buffers.views import View
 from rlzoo.errors import UserError
-from rlzoo.types import Selection, Trajectory
+from rlzoo.types import TEMPERED, Selection, Trajectory
 
 TokenValues = Sequence[Sequence[float] | Float[np.ndarray, " T"] | None]
 """For each row, one value a completion token, or None."""
@@ -57,8 +58,8 @@ class Buffer:
         return from_row(self._rows[index])
 
     def __iter__(self) -> Iterator[Trajectory]:
-        for batch in self._rows.with_format("arrow").iter(CHUNK):
-            yield from map(from_row, batch.to_pylist())
+        for rows in self.chunks():
+            yield from rows
 
     def column(self, name: str) -> list[Any]:
         """One field of every `Trajectory`. Reads only that column; raises UserError for an unknown one."""
@@ -112,6 +113,27 @@ class Buffer:
         for batch in rows.with_format("arrow").iter(size):
             yield list(zip(*(column.to_pylist() for column in batch.columns), strict=True))
 
+    def chunks(self, size: int = CHUNK) -> Iterator[list[Trajectory]]:
+        """All rows, ``size`` at a time."""
+        for batch in self._rows.with_format("arrow").iter(size):
+            yield list(map(from_row, batch.to_pylist()))
+
+    def lacks(self, name: str, at_sampling_temperature: bool = False) -> bool:
+        """Whether a row has no value of a stored input: of one taken at its temperature, where that is asked for."""
+        lacking = ~self._has_values(name)
+        if at_sampling_temperature and self._is_tempered(name):
+            lacking |= (self.numbers("temperature") != 1.0) & ~self._has_values(TEMPERED + name)
+        return bool(lacking.any())
+
+    def _is_tempered(self, name: str) -> bool:
+        """Whether the input has a value of its own at a row's temperature."""
+        return TEMPERED + name in SCHEMA or name not in SCHEMA
+
+    def _has_values(self, name: str) -> Bool[np.ndarray, " N"]:
+        if name in SCHEMA:
+            return self.has(name)
+        return np.array([name in decode("inputs", row) for row in arrow(self._rows)["inputs"].to_pylist()], bool)
+
     def view(self, selection: Selection, **options: Any) -> View:
         """The units that a selection takes: see `rlzoo.buffers.views`. Raises UserError if there are none."""
         try:
@@ -123,14 +145,25 @@ class Buffer:
         """Let the system have the memory of what was read from disk; it is read again when it is asked for."""
         storage.release_pages(self._rows)
 
-    def with_reference_logp(self, values: TokenValues, tempered: TokenValues | None = None) -> Self:
-        """The same rows with the frozen reference's log-probs. Raises ValueError for a wrong length.
+    def with_values(self, name: str, values: TokenValues) -> Self:
+        """The same rows with a stored input's values, None where a row has none; those at temperatures of its rows go.
 
-        ``tempered`` are those at the temperature of each row's sampling, where that is not 1.
+        Raises ValueError for a wrong length.
         """
-        buffer = self._with_column("reference_logp", self._token_column("reference_logp", values))
-        column = self._token_column("tempered_reference_logp", tempered or [None] * len(self))
-        return buffer._with_column("tempered_reference_logp", column)
+        if name in SCHEMA:
+            changed = self._with_column(name, self._token_column(name, values))
+            if TEMPERED + name in SCHEMA:
+                none = self._token_column(TEMPERED + name, [None] * len(self))
+                changed = changed._with_column(TEMPERED + name, none)
+            return changed
+        if len(values) != len(self):
+            raise ValueError(f"{name} has {len(values)} rows for {len(self)} rows")
+        held = [decode("inputs", row) for row in arrow(self._rows)["inputs"].to_pylist()]
+        for row, value in zip(held, values, strict=True):
+            for stale in (name, TEMPERED + name):
+                row.pop(stale, None)
+            row |= {} if value is None else {name: np.asarray(value, np.float32).tolist()}
+        return self._with_column("inputs", [encode_inputs(row) for row in held])
 
     def with_behaviour_logp(self, values: TokenValues) -> Self:
         """The same rows with the sampling policy's log-probs. Raises ValueError for a wrong length."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from itertools import islice
 from typing import Any
@@ -43,11 +43,18 @@ SCHEMA = datasets.Features(
         "top_p": Value("float64"),
         "messages": List({"role": Value("string"), "content": Value("string")}),
         "columns": Value("string"),
+        "inputs": List({"name": Value("string"), "values": List(Value("float32"))}),
     }
 )
 LOG_PROBS = ("behaviour_logp", "sampler_logp", "reference_logp", "tempered_reference_logp")
 NULLABLE = frozenset({"reward", "messages", *LOG_PROBS})
-ADDED: Mapping[str, Any] = {"sampler_logp": None, "tempered_reference_logp": None, "temperature": 1.0, "top_p": 1.0}
+ADDED: Mapping[str, Any] = {
+    "sampler_logp": None,
+    "tempered_reference_logp": None,
+    "temperature": 1.0,
+    "top_p": 1.0,
+    "inputs": [],
+}
 """Columns that buffers saved by earlier versions lack, and what their rows have there."""
 SAMPLING = {"temperature": (sys.float_info.max, "above 0"), "top_p": (1.0, "above 0 and at most 1")}
 """How a row was sampled: the greatest value, and the bounds in words."""
@@ -68,12 +75,13 @@ def to_row(trajectory: Trajectory) -> dict[str, Any]:
             )
     row["reward_parts"] = encode_parts(trajectory.reward_parts)
     row["columns"] = _to_json(trajectory.columns)
+    row["inputs"] = encode_inputs(trajectory.inputs)
     return row
 
 
 def from_row(row: dict[str, Any]) -> Trajectory:
     """The trajectory of a row: the inverse of `to_row`."""
-    return Trajectory(**{**row, **{name: decode(name, row[name]) for name in ("reward_parts", "columns")}})
+    return Trajectory(**{**row, **{name: decode(name, row[name]) for name in ("reward_parts", "columns", "inputs")}})
 
 
 def encode_parts(parts: dict[str, float | None]) -> list[dict[str, Any]]:
@@ -81,10 +89,17 @@ def encode_parts(parts: dict[str, float | None]) -> list[dict[str, Any]]:
     return [{"name": name, "value": value} for name, value in parts.items()]
 
 
+def encode_inputs(inputs: Mapping[str, Sequence[float]]) -> list[dict[str, Any]]:
+    """Stored inputs as the list of structs that Arrow stores."""
+    return [{"name": name, "values": list(values)} for name, values in inputs.items()]
+
+
 def decode(name: str, value: Any) -> Any:
     """The value of a `Trajectory`'s field from what the column of that name stores."""
     if name == "reward_parts":
         return {part["name"]: part["value"] for part in value}
+    if name == "inputs":
+        return {one["name"]: one["values"] for one in value}
     return json.loads(value) if name == "columns" else value
 
 
@@ -120,7 +135,7 @@ def conform(rows: datasets.Dataset, origin: str) -> datasets.Dataset:
         rows = rows.select_columns(list(SCHEMA))
     if dict(rows.features) != dict(SCHEMA):
         found = rows.features.arrow_schema
-        for name in ("reward_parts", "messages"):
+        for name in ("reward_parts", "messages", "inputs"):
             if _fields(found.field(name).type) not in (None, _fields(SCHEMA.arrow_schema.field(name).type)):
                 raise UserError(f"{origin} is not a saved buffer: the fields of {name} have other names")
         try:

@@ -19,12 +19,13 @@ from rlzoo.comparison.plan import Cell, has_choice
 from rlzoo.config import Experiment, ProblemSource, Training
 from rlzoo.errors import UserError
 from rlzoo.evaluation import Evaluation, evaluate
+from rlzoo.inputs import Stage
 from rlzoo.objective import Objective, get_objective
 from rlzoo.outputs import remove
 from rlzoo.pieces import Pieces
-from rlzoo.policy import Policy, load_policy
+from rlzoo.policy import Policy, load_policy, score_rows
 from rlzoo.policy.loading import save_policy
-from rlzoo.policy.policy import score_rows
+from rlzoo.policy.memory import release_memory
 from rlzoo.problems import Encoded, demonstrations, encode_problems, load_problems
 from rlzoo.ranks import agreed, barrier, is_main
 from rlzoo.reward import Reward
@@ -37,14 +38,14 @@ from rlzoo.training import (
     TrainingRecord,
     batches,
     check_buffer,
+    lacking,
     scored_event,
     with_behaviour,
-    with_reference,
+    with_inputs,
 )
 from rlzoo.training.batches import BufferSource, FreshSource, Source, Views, seeds, shares
-from rlzoo.training.costs import release_memory
 from rlzoo.training.state import random_state
-from rlzoo.types import Need, Selection, Trajectory
+from rlzoo.types import Selection, Trajectory
 
 Report = Callable[[float, str], None]
 """Told the share that is done, 0 to 1, and what is being done."""
@@ -140,13 +141,13 @@ def _fill_buffer(experiment: Experiment, folder: Path, pieces: Pieces, seed: int
         events = [scored_event(len(scored))] if scored else []
         tokens, completions = (int(buffer.tokens(*names)[scored].sum()) for names in ((), ("completion_ids",)))
         scoring_flops = policy.flops(tokens, completions)
-    reference_flops = 0.0
-    if any(Need.REFERENCE in objective_of(experiment, name).requires for name in offline):
-        report(1.0, "reference log-probs")
-        buffer = with_reference(buffer, policy, experiment.training.token_budget)
+    flops_of: dict[str, float] = {}
+    for one in lacking(OfflineBuffer(buffer.rows), *(objective_of(experiment, name) for name in offline), again=True):
+        report(1.0, f"{one.label} log-probs")
+        buffer = with_inputs(buffer, [one], policy, experiment.training.token_budget)
         passes = 1 + (buffer.numbers("temperature") != 1.0)  # one more at the temperature of the sampling
         tokens, completions = (int(passes @ buffer.tokens(*names)) for names in ((), ("completion_ids",)))
-        reference_flops = policy.flops(tokens, completions)
+        flops_of[one.column] = policy.flops(tokens, completions)
     if is_main():
         buffer.save(folder)
     barrier()
@@ -162,7 +163,7 @@ def _fill_buffer(experiment: Experiment, folder: Path, pieces: Pieces, seed: int
         "dropped_rows": {name: summary for name, rows in bad.items() if (summary := rows.summary())},
         "events": events,
         "sampling_flops": 2 * policy.flops(tokens, sampled) + scoring_flops,  # sampled, then scored
-        "reference_flops": reference_flops,
+        "input_flops": flops_of,
         "token_probabilities": token_probabilities(policy, buffer, experiment.training.token_budget),
     }
 
@@ -248,8 +249,8 @@ def _run_cell(
     if not online:
         if learns_from_samples(views):
             costs.sampled_tokens, costs.flops = shared["sampled_tokens"], shared["sampling_flops"]
-        if Need.REFERENCE in objective.requires:
-            costs.flops += shared["reference_flops"]
+        columns = {one.column for one in objective.requires if one.stage is Stage.STORED}
+        costs.flops += sum(flops for column, flops in shared["input_flops"].items() if column in columns)
     points = experiment.evaluation.curve_points
     marks = {round(settings.steps * (i + 1) / points) for i in range(points)}
 
@@ -259,9 +260,8 @@ def _run_cell(
             point = curve_point(policy, experiment, step, cell.seed, settings.steps)
             trainer.record.kept.setdefault("curve", []).append(point)
 
-    reference = policy.reference() if online and Need.REFERENCE in objective.requires else None
     Trainer(
-        policy, objective, sources, settings, [along], reference,
+        policy, objective, sources, settings, [along],
         folder=state.parent / "logs" / cell.id, record=record, checkpoints=pieces.folder / "checkpoints",
     ).run()  # fmt: skip
     result = {
@@ -399,7 +399,7 @@ class Collector:
         sampled = sum(len(row.completion_ids) for row in rows)
         self._costs.sampled_tokens += sampled
         tokens = sampled + sum(len(row.prompt_ids) for row in rows)
-        self._costs.flops += policy.flops(tokens, sampled, critic=False) + policy.flops(tokens, sampled)
+        self._costs.flops += policy.flops(tokens, sampled, modules=False) + policy.flops(tokens, sampled)
         return OfflineBuffer.from_trajectories(rows)
 
     def state(self) -> Any:

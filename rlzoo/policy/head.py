@@ -13,15 +13,13 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from rlzoo.types import Need
+from rlzoo.inputs import Input
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 CHUNK_ENTRIES = 2**26
 """Logits that are held at a time: 256 MB in float32. Where there are more, they are made a second time."""
-TOP = 20
-"""How many of the likeliest tokens `Need.TOP_ENTROPY` looks at (arXiv 2601.02151)."""
 
 LogitTerm = Callable[[Tensor, Tensor | None, Tensor], Tensor | None]
 
@@ -69,7 +67,7 @@ def score_tokens(
     *,
     temperature: Float[Tensor, " N"] | None = None,
     top_p: float = 1.0,
-    statistics: Collection[Need] = (),
+    statistics: Collection[Input] = (),
     term: LogitTerm | None = None,
     reference: tuple[Head, Float[Tensor, "N H"]] | None = None,
 ) -> dict[str, Float[Tensor, " N"]]:
@@ -84,7 +82,7 @@ def score_tokens(
         if heat is not None:
             logits = logits.div_(heat.to(logits.dtype))  # nobody else has them
         with torch.no_grad():
-            found = [_statistic(need, logits) for need in wanted]
+            found = [statistic.of_logits(logits, tokens) for statistic in wanted]
             if top_p < 1.0:
                 found.append(_nucleus_mass(logits, top_p).log())
         if term is None:
@@ -108,7 +106,7 @@ def score_tokens(
         inputs = (hidden[span], target[span], heat, None if reference is None else reference[1][span])
         chunks.append(checkpoint(run, *inputs, use_reentrant=False) if recompute else run(*inputs))
     columns = [torch.cat(column) for column in zip(*chunks, strict=True)]
-    scores = dict(zip(["logp", *(need.value for need in wanted)], columns, strict=False))
+    scores = dict(zip(["logp", *(statistic.key for statistic in wanted)], columns, strict=False))
     extra = columns[1 + len(wanted) :]
     if top_p < 1.0:
         scores["nucleus"] = extra[0]
@@ -140,20 +138,6 @@ class _LogProb(torch.autograd.Function):
         own.mul_((-pull / total)[:, None])  # so a second backward pass is refused by autograd
         own.scatter_add_(1, target[:, None], pull[:, None])
         return own, None
-
-
-def _statistic(need: Need, logits: Float[Tensor, "N V"]) -> Float[Tensor, " N"]:
-    match need:
-        case Need.ENTROPY:
-            logp = logits.log_softmax(1)
-            return -(logp.exp() * logp).sum(1)
-        case Need.TOP_ENTROPY:
-            logp = logits.topk(min(TOP, logits.shape[1]), dim=1).values.log_softmax(1)
-            return -(logp.exp() * logp).sum(1)
-        case Need.SQUARE_MASS:
-            return functional.softmax(logits, 1).square().sum(1)
-        case _:
-            raise ValueError(f"{need} is not a token statistic")
 
 
 def _nucleus_mass(logits: Float[Tensor, "N V"], top_p: float) -> Float[Tensor, " N"]:

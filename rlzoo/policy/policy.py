@@ -1,23 +1,24 @@
-"""The policy: log-probs of completions with the head on completion positions only, and a critic where asked for."""
+"""The policy: log-probs of completions with the head on completion positions only, and inputs of its forward pass."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from rlzoo.chat import turn_of
 from rlzoo.errors import UserError
+from rlzoo.inputs import Input, Stage
 from rlzoo.policy.adapters import adapters, add_lora, switched_off
 from rlzoo.policy.head import Head, LogitTerm, score_tokens
+from rlzoo.policy.sequences import Sequences
 from rlzoo.policy.weights import changes_of
-from rlzoo.ranks import shared
-from rlzoo.types import Need, Trajectory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -26,82 +27,27 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Sequences:
-    """Prompts and completions as model input: rows padded on the right, so causal attention needs no mask."""
-
-    ids: Int[Tensor, "B L"]
-    predicts: Bool[Tensor, "B L"]
-    """True where the next token is a completion token."""
-    mask: Bool[Tensor, "B T"]
-    """True at completion tokens, in the frame where the prompt is cut away."""
-    tokens: int
-    """Prompt and completion tokens, padding left out."""
-    temperature: Float[Tensor, " B"] | None = None
-    """What each row's logits are divided by; None: nothing, 1."""
-
-    @classmethod
-    def of(cls, rows: Sequence[Trajectory], device: torch.device) -> Sequences:
-        """Rows of a buffer, each at its temperature."""
-        prompts, completions = [row.prompt_ids for row in rows], [row.completion_ids for row in rows]
-        return cls.collate(prompts, completions, device, [row.temperature for row in rows])
-
-    @classmethod
-    def collate(
-        cls,
-        prompts: Sequence[Sequence[int]],
-        completions: Sequence[Sequence[int]],
-        device: torch.device,
-        temperature: Sequence[float] | None = None,
-    ) -> Sequences:
-        """Join each prompt with its completion. A prompt must have at least one token."""
-        rows, longest = len(prompts), max(len(p) + len(c) for p, c in zip(prompts, completions, strict=True))
-        ids = torch.zeros(rows, longest, dtype=torch.long)
-        predicts = torch.zeros(rows, longest, dtype=torch.bool)
-        mask = torch.zeros(rows, max(map(len, completions)), dtype=torch.bool)
-        for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
-            ids[row, : len(prompt) + len(completion)] = torch.as_tensor([*prompt, *completion])
-            predicts[row, len(prompt) - 1 : len(prompt) + len(completion) - 1] = True
-            mask[row, : len(completion)] = True
-        tokens = sum(map(len, prompts)) + sum(map(len, completions))
-        heat = None
-        if temperature is not None and any(t != 1.0 for t in temperature):
-            heat = torch.tensor(temperature, dtype=torch.float64, device=device)
-        return cls(ids.to(device), predicts.to(device), mask.to(device), tokens, heat)
-
-    def at(self, temperature: float) -> Sequences:
-        """The same rows, all at one temperature."""
-        heat = torch.full(self.mask.shape[:1], temperature, dtype=torch.float64, device=self.ids.device)
-        return replace(self, temperature=None if temperature == 1.0 else heat)
-
-    @property
-    def targets(self) -> Int[Tensor, " N"]:
-        """The completion tokens of all rows, one after the other."""
-        return self.ids.roll(-1, dims=1)[self.predicts]
-
-    @property
-    def temperatures(self) -> Float[Tensor, " N"] | None:
-        """The temperature of each completion token."""
-        if self.temperature is None:
-            return None
-        return self.temperature[:, None].expand(self.mask.shape)[self.mask]
-
-    def spread(self, flat: Float[Tensor, " N"]) -> Float[Tensor, "B T"]:
-        """Values per completion token, in rows; 0 at padding."""
-        return flat.new_zeros(self.mask.shape).masked_scatter(self.mask, flat)
-
-
-@dataclass(frozen=True)
 class TokenScores:
     """What one forward pass says about completion tokens; everything is 0 at padding."""
 
     logp: Float[Tensor, "B T"]
-    statistics: dict[str, Float[Tensor, "B T"]]
-    value: Float[Tensor, "B T"] | None = None
+    inputs: dict[str, Float[Tensor, "B T"]]
+    """FORWARD inputs by key: statistics, with no graph, and what modules make of hidden states, with theirs. Where
+    ``top_p`` is below 1, also the log-prob of the ``nucleus``."""
     term: Float[Tensor, "B T"] | None = None
+
+    def of(self, requires: Iterable[Input]) -> dict[str, Float[Tensor, "B T"]]:
+        """Those inputs that an objective lists."""
+        keys = [one.key for one in requires if one.stage is Stage.FORWARD]
+        return {key: self.inputs[key] for key in keys if key in self.inputs}
+
+    def values(self) -> dict[str, Float[Tensor, "B T"]]:
+        """``logp`` and all inputs."""
+        return {"logp": self.logp, **self.inputs}
 
 
 class Policy(nn.Module):
-    """Any transformers causal LM with its tokenizer, and optionally a critic."""
+    """Any transformers causal LM with its tokenizer, and the modules that inputs bring."""
 
     def __init__(
         self,
@@ -116,8 +62,9 @@ class Policy(nn.Module):
         self.tokenizer = tokenizer
         self.name = name
         self.compute = compute
-        self.critic: nn.Module | None = None
-        self.value_head: nn.Linear | None = None
+        self.modules_of_inputs = nn.ModuleDict()
+        """By key: modules that inputs own, such as a critic; they train and are checkpointed with the policy."""
+        self.attached: dict[str, Input] = {}
         self.train(model.training)  # a fresh module says that it trains, whatever its parts do
 
     @property
@@ -178,13 +125,42 @@ class Policy(nn.Module):
         """Tell whoever samples with a copy of the weights that they are other ones now."""
         changes_of(self.model).add()
 
-    def add_critic(self, shared: bool) -> None:
-        """A value head that starts at 0, on the policy's trunk or on a copy of it that trains by itself."""
-        self.critic = None if shared else copy.deepcopy(self.model.base_model)
-        weight = self.model.get_output_embeddings().weight
-        self.value_head = nn.Linear(weight.shape[1], 1, device=self.device, dtype=weight.dtype)
-        nn.init.zeros_(self.value_head.weight)
-        nn.init.zeros_(self.value_head.bias)
+    @property
+    def hidden_size(self) -> int:
+        """Entries of the last hidden states."""
+        return int(self.model.get_output_embeddings().weight.shape[1])
+
+    def attach(self, inputs: Iterable[Input]) -> None:
+        """Give inputs the modules that they own, in this dtype and on this device; those that have theirs keep them.
+
+        Raises UserError for two different inputs with one key.
+        """
+        like = self.model.get_output_embeddings().weight
+        for one in inputs:
+            if one in self.attached.values() or one.stage is not Stage.FORWARD:
+                continue
+            if (module := one.module(self)) is not None:
+                if (other := self.attached.get(one.key)) is not None:
+                    raise UserError(f"two inputs have the key {one.key!r}, {other} and {one}: a run has one of them")
+                self.modules_of_inputs[one.key] = module.to(like.device, like.dtype)
+                self.attached[one.key] = one
+
+    def untrained_state(self) -> list[tuple[str, Tensor]]:
+        """What inputs' modules hold beside the parameters that train, such as running means."""
+        trained = {name for name, p in self.modules_of_inputs.named_parameters() if p.requires_grad}
+        state = self.modules_of_inputs.state_dict(keep_vars=True)
+        return [(name, value) for name, value in state.items() if name not in trained]
+
+    @contextmanager
+    def attached_for(self, inputs: Iterable[Input]) -> Iterator[None]:
+        """While this lasts, inputs without a module have one as at the start of training."""
+        before = dict(self.attached)
+        self.attach(inputs)
+        try:
+            yield
+        finally:
+            for key in self.attached.keys() - before.keys():
+                del self.attached[key], self.modules_of_inputs[key]
 
     def frozen_copy(self) -> Policy:
         """A copy in eval mode whose parameters take no gradient: a reference."""
@@ -230,7 +206,7 @@ class Policy(nn.Module):
         self,
         sequences: Sequences,
         *,
-        statistics: Collection[Need] = (),
+        statistics: Collection[Input] = (),
         temperature: float | None = None,
         top_p: float = 1.0,
         term: LogitTerm | None = None,
@@ -254,13 +230,14 @@ class Policy(nn.Module):
             term=term,
             reference=other,
         )
-        value = None
-        if self.value_head is not None:
-            trunk = hidden if self.critic is None else self._trunk(self.critic, sequences)
-            value = sequences.spread(self.value_head(trunk)[:, 0].to(scores["logp"].dtype))
+        for key, one in self.attached.items():
+            module = self.modules_of_inputs[key]
+            trunk = one.trunk(module)
+            scores[key] = one.of_hidden(module, hidden if trunk is None else self._trunk(trunk, sequences))
+            scores[key] = scores[key].to(scores["logp"].dtype)
         spread = {name: sequences.spread(flat) for name, flat in scores.items()}
         logp, extra = spread.pop("logp"), spread.pop("term", None)
-        return TokenScores(logp, spread, value, extra)
+        return TokenScores(logp, spread, extra)
 
     @property
     def head(self) -> Head:
@@ -277,16 +254,18 @@ class Policy(nn.Module):
         selected: Tensor = states[sequences.predicts]
         return selected
 
-    def flops(self, tokens: int, completion_tokens: int, critic: bool = True) -> float:
+    def flops(self, tokens: int, completion_tokens: int, modules: bool = True) -> float:
         """FLOPs of a forward pass: 2 a parameter and token, the head on completion tokens only.
 
         Embedding look-ups and attention scores are left out (the usual 6N convention); a backward costs twice this.
+        ``modules`` counts those of inputs too.
         """
         head = self.model.get_output_embeddings().weight.numel()
         trunk = sum(p.numel() for p in self.model.base_model.parameters())
         trunk -= self.model.get_input_embeddings().weight.numel()
-        critics = 1 if critic and self.critic is not None else 0
-        total: float = 2.0 * ((1 + critics) * trunk * tokens + head * completion_tokens)
+        total: float = 2.0 * (trunk * tokens + head * completion_tokens)
+        for key, one in self.attached.items() if modules else ():
+            total += one.flops(self.modules_of_inputs[key], tokens, completion_tokens)
         return total
 
 
@@ -305,87 +284,3 @@ class _WithoutAdapter(Policy):
     def hidden(self, sequences: Sequences, **extra: Any) -> Float[Tensor, "N H"]:
         with switched_off(self.model):
             return super().hidden(sequences, **extra)
-
-
-Row = tuple[Sequence[int], Sequence[int]]
-"""Prompt ids and completion ids."""
-
-
-def token_batches(atoms: Sequence[Sequence[int]], lengths: Sequence[int], token_budget: int) -> Iterable[list[int]]:
-    """Rows in micro-batches of at most ``token_budget`` padded tokens, rows of like length together.
-
-    An atom is a set of rows that must not be separated; one that is over the budget goes alone.
-    """
-    order = sorted(range(len(atoms)), key=lambda a: (max(lengths[r] for r in atoms[a]), a))
-    batch: list[int] = []
-    longest = 0
-    for index in order:
-        atom = atoms[index]
-        widest = max(longest, *(lengths[r] for r in atom))
-        if batch and widest * (len(batch) + len(atom)) > token_budget:
-            yield batch
-            batch, widest = [], max(lengths[r] for r in atom)
-        batch, longest = [*batch, *atom], widest
-    if batch:
-        yield batch
-
-
-def score_rows(
-    policy: Policy,
-    rows: Sequence[Row],
-    token_budget: int = 8192,
-    temperature: float | Sequence[float] = 1.0,
-    top_p: float = 1.0,
-    progress: Callable[[int], None] | None = None,
-) -> list[list[float]]:
-    """Log-probs of each row's completion tokens in nats, in the trainer's numerics.
-
-    ``temperature`` may be one per row. Of several processes each scores a part, and all get the whole.
-    """
-    return [logp for logp, _ in _scored_rows(policy, rows, token_budget, temperature, top_p, progress)]
-
-
-def score_rows_and_nuclei(
-    policy: Policy, rows: Sequence[Row], token_budget: int, temperature: float, top_p: float
-) -> list[tuple[list[float], list[float]]]:
-    """Of each completion token its log-prob at ``temperature``, and that of the nucleus of ``top_p`` it came from.
-
-    Their difference is the log-prob of a sampler that draws from the nucleus alone.
-    """
-    found = _scored_rows(policy, rows, token_budget, temperature, top_p, None)
-    return [([a + b for a, b in zip(logp, nucleus, strict=True)], nucleus) for logp, nucleus in found]
-
-
-@torch.no_grad()
-def _scored_rows(
-    policy: Policy,
-    rows: Sequence[Row],
-    token_budget: int,
-    temperature: float | Sequence[float],
-    top_p: float,
-    progress: Callable[[int], None] | None,
-) -> list[tuple[list[float], list[float]]]:
-    """Log-probs of each row's tokens, and of their nuclei: none where ``top_p`` is 1."""
-    heats = [temperature] * len(rows) if isinstance(temperature, (int, float)) else temperature
-
-    def own(numbers: list[int]) -> list[tuple[list[float], list[float]]]:
-        lengths = [len(rows[i][0]) + len(rows[i][1]) for i in numbers]
-        out: list[tuple[list[float], list[float]]] = [([], []) for _ in numbers]
-        for batch in token_batches([[place] for place in range(len(numbers))], lengths, token_budget):
-            some = [rows[numbers[place]] for place in batch]
-            prompts, completions = [prompt for prompt, _ in some], [ids for _, ids in some]
-            heat = [heats[numbers[place]] for place in batch]
-            scores = policy(Sequences.collate(prompts, completions, policy.device, heat), top_p=top_p)
-            both = [scores.logp, *([scores.statistics["nucleus"]] if top_p < 1.0 else [])]
-            for column, values in enumerate(values.float().cpu() for values in both):
-                for row, place in enumerate(batch):
-                    out[place][column].extend(values[row, : len(some[row][1])].tolist())
-            if progress is not None:
-                progress(len(batch))
-        return out
-
-    training = policy.training
-    policy.eval()
-    found = shared(rows, own, policy)
-    policy.train(training)
-    return found

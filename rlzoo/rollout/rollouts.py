@@ -13,7 +13,7 @@ from rlzoo.config import Sampling
 from rlzoo.errors import UserError
 from rlzoo.pieces import Pieces
 from rlzoo.policy import Policy
-from rlzoo.policy.policy import score_rows, score_rows_and_nuclei
+from rlzoo.policy.microbatches import score_rows, score_rows_and_nuclei
 from rlzoo.problems import Encoded, trajectory
 from rlzoo.ranks import agreed, world_size
 from rlzoo.reward import Reward, Score, get_reward

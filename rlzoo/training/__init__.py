@@ -2,7 +2,7 @@
 
 from rlzoo.training.costs import Costs
 from rlzoo.training.record import TrainingRecord
-from rlzoo.training.run import check_buffer, lacks_reference, scored_event, train, with_behaviour, with_reference
+from rlzoo.training.run import check_buffer, lacking, scored_event, train, with_behaviour, with_inputs, with_reference
 from rlzoo.training.trainer import Trainer
 
 __all__ = [
@@ -10,9 +10,10 @@ __all__ = [
     "Trainer",
     "TrainingRecord",
     "check_buffer",
-    "lacks_reference",
+    "lacking",
     "scored_event",
     "train",
     "with_behaviour",
+    "with_inputs",
     "with_reference",
 ]

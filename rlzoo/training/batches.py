@@ -5,16 +5,13 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Protocol
-
-import torch
-from torch import Tensor
 
 from rlzoo.buffers import Buffer, View
 from rlzoo.errors import UserError
+from rlzoo.inputs import Input
 from rlzoo.objective import Objective, Part, view_of
-from rlzoo.policy.policy import Sequences
 from rlzoo.training.state import random_state, resumable
 from rlzoo.types import Coupling, Selection, TokenBatch, Trajectory
 
@@ -54,6 +51,10 @@ class BufferSource:
             rows.extend(self._buffer[index] for index in unit)
         self._buffer.release_pages()
         return rows, units
+
+    def lacks(self, one: Input, at_sampling_temperature: bool) -> bool:
+        """Whether rows of the buffer have no stored value of an input, at the temperature that it is taken at."""
+        return self._buffer.lacks(one.column, at_sampling_temperature)
 
     def _shuffle(self) -> None:
         self._before = self._random.getstate()
@@ -155,82 +156,13 @@ class FreshSource:
         resumable(self._collect).restore(state["collect"])
 
 
-def as_scored(row: Trajectory, at_sampling_temperature: bool) -> Trajectory:
-    """The row at the temperature that an objective takes log-probs at, with the reference's at that."""
-    if row.temperature == 1.0:
-        return row
-    if at_sampling_temperature:
-        return replace(row, reference_logp=row.tempered_reference_logp)
-    return replace(row, temperature=1.0)
+def lacks(source: Source, one: Input, at_sampling_temperature: bool) -> bool:
+    """Whether a source's rows may have no stored value of an input; True for one that does not say."""
+    check: Callable[[Input, bool], bool] | None = getattr(source, "lacks", None)
+    return check is None or check(one, at_sampling_temperature)
 
 
-def static_batch(
-    rows: Sequence[Trajectory],
-    units: Sequence[tuple[int, ...]],
-    selection: Selection,
-    device: torch.device,
-    masks_truncated: bool = False,
-) -> TokenBatch:
-    """All that is known of a batch before a forward pass; ``logp`` is NaN, so that nobody takes it for known.
-
-    Rewards are in float64: a group's differences may be small beside what its rewards have in common.
-    """
-    mask = Sequences.of(rows, device).mask
-    truncated = torch.tensor([r.truncated for r in rows], dtype=torch.bool, device=device)
-    pairs = selection is Selection.PAIRS
-    partner, chosen = torch.zeros(len(rows), dtype=torch.long), torch.zeros(len(rows), dtype=torch.bool)
-    for better, worse in units if pairs else ():
-        partner[better], partner[worse], chosen[better] = worse, better, True
-    reward = None
-    if all(r.reward is not None for r in rows):
-        reward = torch.tensor([float(r.reward or 0.0) for r in rows], dtype=torch.float64, device=device)
-    return TokenBatch(
-        logp=torch.full(mask.shape, torch.nan, device=device),
-        mask=mask & ~truncated[:, None] if masks_truncated else mask,
-        behaviour_logp=_rows_of([r.behaviour_logp for r in rows], mask),
-        reference_logp=_rows_of([r.reference_logp for r in rows], mask),
-        reward=reward,
-        group=torch.tensor(_groups(rows, units, selection), device=device),
-        partner=partner.to(device) if pairs else None,
-        chosen=chosen.to(device) if pairs else None,
-        truncated=truncated,
-    )
-
-
-def mismatched(rows: Sequence[Trajectory]) -> list[Trajectory]:
-    """Each prompt with a completion of another prompt, each completion once, whatever the order of the rows.
-
-    Where one prompt has more than half of the rows, those without a counterpart are left out.
-    """
-    order = sorted(rows, key=lambda row: (row.prompt_id, row.completion_ids))
-    shift = max(Counter(row.prompt_id for row in rows).values())
-    others = order[shift:] + order[:shift]
-    pairs = zip(order, others, strict=True)
-    return [replace(a, completion_ids=b.completion_ids) for a, b in pairs if a.prompt_id != b.prompt_id]
-
-
-def _groups(rows: Sequence[Trajectory], units: Sequence[tuple[int, ...]], selection: Selection) -> list[int]:
-    """A number for each row's group: its unit where units are groups (two policy versions may share a prompt)."""
-    keys: list[object] = [row.prompt_id for row in rows]
-    if selection is Selection.GROUPS:
-        for number, unit in enumerate(units):
-            for row in unit:
-                keys[row] = number
-    numbers = {key: number for number, key in enumerate(dict.fromkeys(keys))}
-    return [numbers[key] for key in keys]
-
-
-def _rows_of(values: Sequence[Sequence[float] | None], mask: Tensor) -> Tensor | None:
-    """Lists of floats as one padded tensor, or None where a row has none."""
-    out = torch.zeros(mask.shape)
-    for row, value in enumerate(values):
-        if value is None:
-            return None
-        out[row, : len(value)] = torch.as_tensor(value)
-    return out.to(mask.device)
-
-
-def atoms(units: Sequence[tuple[int, ...]], coupling: Coupling) -> list[tuple[int, ...]]:
+def micro_units(units: Sequence[tuple[int, ...]], coupling: Coupling) -> list[tuple[int, ...]]:
     """The sets of rows that a micro-batch must not separate."""
     if coupling in (Coupling.PAIR, Coupling.GROUP):
         return list(units)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import resource
 import sys
 from contextlib import suppress
@@ -32,17 +30,6 @@ class Costs:
         return asdict(self)
 
 
-def release_memory() -> None:
-    """Give memory that nothing uses any more back to the system, so that the next peak is not the last run's."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    elif sys.platform == "linux":
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it, musl has not
-        if trim is not None:
-            trim(0)
-
-
 def reset_peak_memory() -> None:
     """Start a new peak where the platform can; elsewhere the peak is that of the process."""
     if torch.cuda.is_available():
@@ -62,8 +49,3 @@ def peak_memory_bytes() -> int:
         return int(line.split()[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out, on a GPU or here."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,13 +11,13 @@ import torch
 from rlzoo.buffers import Buffer
 from rlzoo.config import Training
 from rlzoo.errors import UserError
+from rlzoo.inputs import Input, Reference, Stage
 from rlzoo.objective import Objective
-from rlzoo.policy import Policy
-from rlzoo.policy.policy import score_rows
+from rlzoo.policy import Assembler, MicroBatches, Models, Policy, score_rows
 from rlzoo.training.batches import buffer_sources, views_of
 from rlzoo.training.record import TrainingRecord
 from rlzoo.training.trainer import Callback, Trainer
-from rlzoo.types import Need
+from rlzoo.types import TEMPERED, at_temperature
 
 
 def check_buffer(policy: Policy, buffer: Buffer) -> None:
@@ -41,34 +41,49 @@ def check_buffer(policy: Policy, buffer: Buffer) -> None:
             )
 
 
-def with_reference(buffer: Buffer, policy: Policy, token_budget: int = 8192) -> Buffer:
-    """The buffer with log-probs of ``policy`` as the reference, computed once.
+def with_inputs(
+    buffer: Buffer, inputs: Iterable[Input], policy: Policy, token_budget: int = 8192, initial: Policy | None = None
+) -> Buffer:
+    """The buffer with the values of stored inputs, computed once; ``initial`` is the initial policy, else ``policy``.
 
     Rows that were sampled at a temperature other than 1 get them at that temperature too.
     """
-    heats = buffer.numbers("temperature")
-    values: list[np.ndarray] = []
-    tempered: list[np.ndarray | None] = []
-    for rows in buffer.ids():
-        values += [np.asarray(logp, np.float32) for logp in score_rows(policy, rows, token_budget)]
-        some = heats[len(tempered) : len(tempered) + len(rows)]
-        hot = np.flatnonzero(some != 1.0).tolist()
-        scores = score_rows(policy, [rows[i] for i in hot], token_budget, some[hot].tolist())
-        found = dict(zip(hot, scores, strict=True))
-        tempered += [np.asarray(found[i], np.float32) if i in found else None for i in range(len(rows))]
-    return buffer.with_reference_logp(values, tempered)
+    for one in inputs:
+        models = Models.load(policy, [one], initial or policy)
+        assembler = Assembler(policy, models, MicroBatches(token_budget))
+        plain: list[np.ndarray] = []
+        tempered: list[np.ndarray | None] = []
+        for rows in buffer.chunks():
+            hot = [place for place, row in enumerate(rows) if row.temperature != 1.0]
+            cold = [at_temperature(row, sampling=False) for row in rows]
+            plain += assembler.values(one, cold)
+            own = dict(zip(hot, assembler.values(one, [rows[place] for place in hot]), strict=True))
+            tempered += [own.get(place) for place in range(len(rows))]
+        buffer = buffer.with_values(one.column, plain)
+        buffer = buffer.with_values(TEMPERED + one.column, tempered)
+    return buffer
 
 
-def lacks_reference(buffer: Buffer, *objectives: Objective) -> bool:
-    """Whether rows have no log-probs of the frozen reference where one of the objectives takes them."""
-    parts = [part.objective for objective in objectives for part in objective.parts]
-    needy = [objective for objective in parts if Need.REFERENCE in objective.requires]
-    if needy and not buffer.is_complete("reference_logp"):
-        return True
-    if not any(objective.at_sampling_temperature for objective in needy):
-        return False
-    hot = buffer.numbers("temperature") != 1.0
-    return bool((hot & ~buffer.has("tempered_reference_logp")).any())
+def with_reference(buffer: Buffer, policy: Policy, token_budget: int = 8192) -> Buffer:
+    """`with_inputs` for log-probs of ``policy`` as the frozen reference."""
+    return with_inputs(buffer, [Reference()], policy, token_budget)
+
+
+def lacking(buffer: Buffer, *objectives: Objective, again: bool = False) -> list[Input]:
+    """The stored inputs of objectives that can be computed and that rows of the buffer have no value of.
+
+    With ``again`` also those with a model that a later input of the same objective scores with: stored values may be
+    another model's, and the two must agree.
+    """
+    found: dict[Input, None] = {}
+    for objective in (part.objective for whole in objectives for part in whole.parts):
+        later = {name for one in objective.requires if one.stage is not Stage.STORED for name in one.models()}
+        for one in objective.requires:
+            if one.stage is Stage.STORED and one.is_computed:
+                stale = again and bool(later.intersection(one.models()))
+                if stale or buffer.lacks(one.column, objective.at_sampling_temperature):
+                    found[one] = None
+    return list(found)
 
 
 def with_behaviour(buffer: Buffer, policy: Policy, token_budget: int = 8192) -> tuple[Buffer, list[int]]:
@@ -102,7 +117,7 @@ def train(
     folder: Path | None = None,
     checkpoints: Path | None = None,
 ) -> TrainingRecord:
-    """Train ``policy`` in place on a fixed buffer; missing reference log-probs are those of ``policy`` as it comes.
+    """Train ``policy`` in place on a fixed buffer; what rows lack is computed by ``policy`` as it comes.
 
     ``folder`` is for trackers; from a folder of ``checkpoints`` a run that was stopped resumes. Under `accelerate
     launch` all processes call this, and each takes its share of a batch.
@@ -116,10 +131,8 @@ def train(
         buffer, scored = with_behaviour(buffer, policy, settings.token_budget)
         record.events += [scored_event(len(scored))] if scored else []
     sources = buffer_sources(buffer, views_of(objective), settings.batch_size, seed)
-    # stored log-probs may be another policy's, and those of mismatched rows are of this one
-    mismatched = {Need.REFERENCE, Need.MISMATCHED} <= objective.requires
-    if mismatched or lacks_reference(buffer, objective):
-        buffer = with_reference(buffer, policy, settings.token_budget)
+    if missing := lacking(buffer, objective, again=True):
+        buffer = with_inputs(buffer, missing, policy, settings.token_budget)
         sources = buffer_sources(buffer, views_of(objective), settings.batch_size, seed)
     trainer = Trainer(
         policy, objective, sources, settings, callbacks, folder=folder, record=record, checkpoints=checkpoints

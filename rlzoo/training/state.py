@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from rlzoo.training.trainer import Trainer
 
 
-LAYOUT = 2
+LAYOUT = 3
 """Of the state; a checkpoint of another one is refused."""
 
 
@@ -48,8 +48,9 @@ def state_of(trainer: Trainer) -> tuple[dict[str, Tensor], dict[str, Any]]:
     named = trainer.named_parameters()
     tensors = {f"policy/{name}": whole(parameter) for name, parameter in named}
     tensors |= optimizer_tensors(trainer.schedule.optimizer, named)
-    if (reference := trainer.moving_reference) is not None:
-        tensors |= {f"reference/{name}": whole(p) for name, p in reference.model.named_parameters()}
+    for one, model in trainer.models.moving.items():
+        tensors |= {f"model/{one.key}/{name}": whole(p) for name, p in model.model.named_parameters()}
+    tensors |= {f"module/{name}": whole(value) for name, value in trainer.policy.untrained_state()}
     random_tensors, random_plain = random_states()
     record = trainer.record
     state = {
@@ -61,7 +62,7 @@ def state_of(trainer: Trainer) -> tuple[dict[str, Tensor], dict[str, Any]]:
         "kept": record.kept,
         "schedule": {k: v for k, v in trainer.schedule.state_dict().items() if k != "lr_lambdas"},
         "sources": [resumable(source).state() for source in trainer.sources],
-        "token_budget": trainer.token_budget,
+        "token_budget": trainer.micro.token_budget,
         "random": random_plain,
     }
     return tensors | random_tensors, state
@@ -81,9 +82,11 @@ def restore(trainer: Trainer, tensors: Mapping[str, Tensor], state: Mapping[str,
         put(parameter, tensors[f"policy/{name}"])
     trainer.policy.weights_changed()
     restore_optimizer(trainer.schedule.optimizer, named, tensors)
-    if (reference := trainer.moving_reference) is not None:
-        for name, parameter in reference.model.named_parameters():
-            put(parameter, tensors[f"reference/{name}"])
+    for one, model in trainer.models.moving.items():
+        for name, parameter in model.model.named_parameters():
+            put(parameter, tensors[f"model/{one.key}/{name}"])
+    for name, value in trainer.policy.untrained_state():
+        put(value, tensors[f"module/{name}"])
     record, schedule = trainer.record, trainer.schedule
     record.steps[:], record.events[:] = state["steps"], state["events"]
     record.counts |= state.get("counts", {})
@@ -96,7 +99,7 @@ def restore(trainer: Trainer, tensors: Mapping[str, Tensor], state: Mapping[str,
         group["lr"] = rate
     for source, where in zip(trainer.sources, state["sources"], strict=True):
         resumable(source).restore(where)
-    trainer.token_budget = min(trainer.token_budget, state["token_budget"])
+    trainer.micro.token_budget = min(trainer.micro.token_budget, state["token_budget"])
     restore_random_states(tensors, state["random"])
 
 

@@ -11,9 +11,9 @@ from jaxtyping import Float
 from rlzoo.buffers import Buffer
 from rlzoo.errors import UserError
 from rlzoo.objective import Objective
-from rlzoo.policy import Policy
+from rlzoo.policy import Assembler, MicroBatches, Models, Policy
+from rlzoo.policy.memory import release_memory
 from rlzoo.training import check_buffer
-from rlzoo.training.costs import release_memory
 from rlzoo.variance import moments
 from rlzoo.variance.coefficients import coefficient_statistics, ess_fraction
 from rlzoo.variance.gradients import GradientMeter
@@ -47,6 +47,7 @@ def analyze_variance(
     gradients: bool = True,
     learns_from: LearnsFrom = None,
     reference: Policy | None = None,
+    models: Models | None = None,
     token_budget: int = 2048,
     means_held: int | None = None,
     progress: Callable[[float, str], None] | None = None,
@@ -57,8 +58,9 @@ def analyze_variance(
     more, drawn by ``seed``; ``learns_from``, one selection or one per name, gives objectives of single rows another
     view of single rows. Estimates are for new prompts of the same kind; where noise hides a gradient there is none.
     ``draws`` samples per token check the exact moments; ``gradients=False`` leaves out what needs a backward pass.
-    Log-probs of a reference are those stored in the buffer, else ``reference``'s, else the policy's own, as at the
-    start of a run; a critic that the policy lacks is 0, as a fresh one is. Raises UserError for a model whose per-unit
+    Log-probs of the initial policy are those stored in the buffer, else ``reference``'s, else the policy's own, as at
+    the start of a run; ``models`` are those of a run that goes on. Modules of inputs that the policy lacks, such as a
+    critic, are as at the start of a run too. Raises UserError for a model whose per-unit
     gradients are not known, and if no objective can be measured; one among others that finds no rows, or fails on
     them, is listed under ``skipped``.
 
@@ -72,36 +74,48 @@ def analyze_variance(
     named = named_objectives(objectives)
     meter = GradientMeter(policy) if gradients else None
     picked, subjects, skipped = subjects_of(named, buffer, rows, seed, learns_from)
-    tell(0.0, "scoring")
-    needs = frozenset().union(*(s.objective.requires for s in subjects.values()))
-    experts = {name: set(s.rows) for name, s in subjects.items() if s.weighs_experts and name in named}
-    scored = score(policy, rows_of(buffer, picked, subjects), needs, experts, draws, seed, reference, token_budget)
-    weighed: dict[str, Weighed] = {}
-    for name, subject in subjects.items():
-        try:
-            weighed[name] = weigh(policy, subject, scored, reference)
-        except UserError as error:
-            skipped[name] = str(error)
-    if not set(weighed) & set(named):
-        raise UserError(next(iter(skipped.values())))
-    subjects = {name: subjects[name] for name in weighed}
-    found: dict[str, Any] = {"objectives": {}, "skipped": skipped, "bins": []}
-    for name in [name for name in named if name in subjects]:
-        subject, own = subjects[name], weighed[name]
-        c = tokens_of(own.coefficients.values, own.batch)
-        found["objectives"][name] = {
-            "rows": len(subject.rows),
-            "units": len(subject.units),
-            "prompts": len(subject.prompts),
-            "median_p": float(np.exp(np.median(tokens_of(own.batch.logp, own.batch)))),
-            "coefficients": coefficient_statistics(c),
-            "coefficient_histogram": _histogram(c),
-            **_moments(name, subject, own, scored, draws, seed, found["bins"]),
-        }
-    found["token_probabilities"] = _probabilities(scored, experts)
-    if meter is not None:
-        _measure_gradients(found, meter, subjects, weighed, scored, means_held, token_budget, reference or policy, tell)
+    requires = list(dict.fromkeys(one for s in subjects.values() for one in s.objective.requires))
+    models = models or Models.load(policy, requires, reference or policy, moving=False)
+    assembler = Assembler(policy, models, MicroBatches(token_budget), remember=True)
+    with policy.attached_for([one for one in requires if one.initial is None]):
+        tell(0.0, "scoring")
+        experts = {name: set(s.rows) for name, s in subjects.items() if s.weighs_experts and name in named}
+        statistics = [one for one in requires if one.is_statistic]
+        scored = score(assembler, rows_of(buffer, picked, subjects), statistics, experts, draws, seed)
+        weighed: dict[str, Weighed] = {}
+        for name, subject in subjects.items():
+            try:
+                weighed[name] = weigh(assembler, subject, scored)
+            except UserError as error:
+                skipped[name] = str(error)
+        if not set(weighed) & set(named):
+            raise UserError(next(iter(skipped.values())))
+        subjects = {name: subjects[name] for name in weighed}
+        found: dict[str, Any] = {"objectives": {}, "skipped": skipped, "bins": []}
+        for name in [name for name in named if name in subjects]:
+            found["objectives"][name] = _described(
+                name, subjects[name], weighed[name], scored, draws, seed, found["bins"]
+            )
+        found["token_probabilities"] = _probabilities(scored, experts)
+        if meter is not None:
+            _measure_gradients(found, meter, subjects, weighed, scored, means_held, assembler.micro, tell)
     return found
+
+
+def _described(
+    name: str, subject: Subject, weighed: Weighed, scored: Scored, draws: int, seed: int, bins: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """What takes no backward pass; adds the objective's bins to ``bins``."""
+    c = tokens_of(weighed.coefficients.values, weighed.batch)
+    return {
+        "rows": len(subject.rows),
+        "units": len(subject.units),
+        "prompts": len(subject.prompts),
+        "median_p": float(np.exp(np.median(tokens_of(weighed.batch.logp, weighed.batch)))),
+        "coefficients": coefficient_statistics(c),
+        "coefficient_histogram": _histogram(c),
+        **_moments(name, subject, weighed, scored, draws, seed, bins),
+    }
 
 
 def _check(rows: int, draws: int, seed: int, means_held: int | None) -> None:
@@ -127,8 +141,7 @@ def _measure_gradients(
     weighed: Mapping[str, Weighed],
     scored: Scored,
     means_held: int | None,
-    token_budget: int,
-    reference: Policy,
+    micro: MicroBatches,
     tell: Callable[[float, str], None],
 ) -> None:
     """data_noise, layers and proxies of each objective, and the cosines between those of one pass."""
@@ -149,7 +162,7 @@ def _measure_gradients(
     kept: dict[str, UnitGradients] = {}
     for names in passes:
         tasks = {name: weighed[name].task for name in names}
-        measured = kept | meter.measure(scored.rows, tasks, token_budget, reference, count)
+        measured = kept | meter.measure(scored.rows, tasks, micro, count)
         kept = {base: measured[base]} if base is not None else {}
         prompts = {name: list(subjects[name].prompts) for name in measured}
         compared = Comparison(measured, prompts, meter.modules.layer_of, meter.modules.layers, base)

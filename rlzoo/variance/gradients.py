@@ -17,8 +17,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from rlzoo.policy import MicroBatches, Policy, Sequences
 from rlzoo.policy.head import Head
-from rlzoo.policy.policy import Policy, Sequences, token_batches
+from rlzoo.policy.microbatches import token_batches
+from rlzoo.policy.sequences import length
 from rlzoo.types import Trajectory
 from rlzoo.variance.head_pass import HeadPass
 from rlzoo.variance.modules import Covered, Modules
@@ -43,26 +45,30 @@ class GradientMeter:
         self,
         rows: Sequence[Trajectory],
         tasks: Mapping[str, Task],
-        token_budget: int = 2048,
-        reference: Policy | None = None,
+        micro: MicroBatches | None = None,
         progress: Callable[[int], None] | None = None,
     ) -> dict[str, UnitGradients]:
         """The gradients of all units of every task, from one forward pass over the rows that any task uses.
 
-        Memory: the activations of a micro-batch (``token_budget`` padded tokens, or one unit that is larger), and one
-        mean gradient a task. ``reference`` gives logits to the tasks' terms.
+        Memory: the activations of a micro-batch (2,048 padded tokens unless ``micro`` says otherwise, or one unit that
+        is larger), and one mean gradient a task.
         """
-        run = Measurement(self, tasks, reference)
-        lengths = [len(row.prompt_ids) + len(row.completion_ids) for row in rows]
+        micro, together = micro or MicroBatches(2048), connected(task.units for task in tasks.values())
+
+        def work() -> Measurement:
+            run = Measurement(self, tasks)
+            for batch in token_batches(together, list(map(length, rows)), micro.token_budget):
+                run.micro_batch(rows, batch)
+                if progress is not None:
+                    progress(len(batch))
+            return run
+
         trained, training = list(self.modules.trainable.values()), self.policy.training
         self.policy.eval()
         try:
             for parameter in trained:
                 parameter.requires_grad_(False)  # autograd then makes no gradient of its own for them
-            for batch in token_batches(connected(task.units for task in tasks.values()), lengths, token_budget):
-                run.micro_batch(rows, batch)
-                if progress is not None:
-                    progress(len(batch))
+            run = micro.within_memory(rows, work, self.modules.forget)
         finally:
             for parameter in trained:
                 parameter.requires_grad_(True)
@@ -73,8 +79,8 @@ class GradientMeter:
 class Measurement:
     """One pass over the data: what accumulates, and what belongs to the micro-batch at hand."""
 
-    def __init__(self, meter: GradientMeter, tasks: Mapping[str, Task], reference: Policy | None) -> None:
-        self.meter, self.tasks, self.reference = meter, tasks, reference
+    def __init__(self, meter: GradientMeter, tasks: Mapping[str, Task]) -> None:
+        self.meter, self.tasks = meter, tasks
         self.found = {name: self._empty(task) for name, task in tasks.items()}
         self._unit_of = {n: {row: u for u, unit in enumerate(t.units) for row in unit} for n, t in tasks.items()}
         self._leaves: list[Tensor] = []

@@ -10,8 +10,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from rlzoo.policy import Sequences
 from rlzoo.policy.head import Head
-from rlzoo.policy.policy import Sequences
 from rlzoo.variance.modules import Covered
 from rlzoo.variance.pieces import Block, Projection, Sum, at_least_float32
 from rlzoo.variance.tasks import Pass, connected
@@ -79,17 +79,23 @@ class HeadPass:
             for name, task in tasks.items()
             if task.term is not None and task.term_weight is not None
         }
-        self._reference = None
-        if run.reference is not None and self._term_weight:
-            with torch.no_grad():
-                self._reference = run.reference.hidden(sequences)
+        self._references: dict[int, Tensor] = {}
+        """Hidden states of the models that give logits to terms, by the model's id."""
+        for name in self._term_weight:
+            model = tasks[name].reference
+            if model is not None and id(model) not in self._references:
+                with torch.no_grad():
+                    self._references[id(model)] = model.hidden(sequences)
         for atoms in self._chunks():
             self._chunk(atoms)
-        value_head = run.meter.policy.value_head
+        policy = run.meter.policy
         for name, task in tasks.items():
-            if task.value_weight is not None and value_head is not None:
-                pull = self.pull[self._alone[name]]
-                pull += flat(task.value_weight)[:, None] * value_head.weight.detach()[0].to(self.hidden)
+            for key, weight in task.input_weights.items():
+                with torch.enable_grad():
+                    leaf = hidden.detach().requires_grad_(True)
+                    made = policy.attached[key].of_hidden(policy.modules_of_inputs[key], leaf)
+                    (pull,) = torch.autograd.grad(made, leaf, flat(weight).to(made.dtype))
+                self.pull[self._alone[name]] += pull.to(self.hidden)
 
     def _units(self, blocks: Sequence[Block]) -> Int[Tensor, " B"]:
         """The unit of each row; -1 where it is in none of the task's."""
@@ -159,10 +165,11 @@ class HeadPass:
         """The full-vocabulary losses of the tasks that have one, summed."""
         found = {}
         for name, weight in self._term_weight.items():
-            term, reference = self.run.tasks[name].term, self.run.reference
+            term, reference = self.run.tasks[name].term, self.run.tasks[name].reference
             other = None
-            if self._reference is not None and reference is not None:
-                other = self._finish(reference.head, reference.head.layer(self._reference[at]), at).detach()
+            if reference is not None:
+                states = self._references[id(reference)][at]
+                other = self._finish(reference.head, reference.head.layer(states), at).detach()
             value = None if term is None else term(logits, other, target)
             if value is not None:
                 found[name] = (value * weight[at])[self._unit[name][self._position_row[at]] >= 0].sum()

@@ -7,8 +7,8 @@ from typing import Any
 from rlzoo.buffers import Buffer
 from rlzoo.errors import UserError
 from rlzoo.objective import Objective
-from rlzoo.policy import Policy
-from rlzoo.training import Trainer, lacks_reference
+from rlzoo.policy import Models, Policy
+from rlzoo.training import Trainer, lacking
 from rlzoo.types import Selection
 from rlzoo.variance.analyzer import analyze_variance
 
@@ -19,7 +19,7 @@ class VarianceProbe:
     ``records`` has one row a measurement: the step, the coefficients' mean, spread and effective sample size, the
     median probability of the tokens, and the gradient's noise over ``rows`` rows of the buffer, the same each time, as
     estimates for new prompts (`rlzoo.variance.noise`).
-    An objective with a frozen reference needs its log-probs in the buffer (`rlzoo.training.with_reference`).
+    An objective with a frozen reference needs its log-probs in the buffer (`rlzoo.training.with_inputs`).
     """
 
     def __init__(
@@ -38,18 +38,19 @@ class VarianceProbe:
         self.records: list[dict[str, Any]] = []
 
     def __call__(self, trainer: Trainer, step: int) -> None:
-        """Measure, if it is time. Raises UserError where the buffer lacks the reference's log-probs."""
+        """Measure, if it is time. Raises UserError where the buffer lacks stored inputs."""
         if step % self.every:
             return
-        if trainer.reference is None and lacks_reference(self.buffer, trainer.objective):
-            raise UserError("the probe's buffer has no reference log-probs: add them with training.with_reference")
-        self.measure(trainer.policy, trainer.objective, step, trainer.reference)
+        for one in lacking(self.buffer, trainer.objective):
+            if not trainer.models.frozen.keys() >= set(one.models()):
+                raise UserError(f"the probe's buffer has no {one.label} log-probs: add them with training.with_inputs")
+        self.measure(trainer.policy, trainer.objective, step, trainer.models)
 
-    def measure(self, policy: Policy, objective: Objective, step: int, reference: Policy | None = None) -> None:
+    def measure(self, policy: Policy, objective: Objective, step: int, models: Models | None = None) -> None:
         """Add a record of the policy as it is."""
         found = analyze_variance(
             policy, {objective.name: objective}, self.buffer, rows=self.rows, draws=0, seed=self.seed,
-            reference=reference, token_budget=self.token_budget, learns_from=self.learns_from,
+            models=models, token_budget=self.token_budget, learns_from=self.learns_from,
         )  # fmt: skip
         entry = found["objectives"][objective.name]
         coefficients = {key: entry["coefficients"][key] for key in ("mean", "cv", "ess_fraction")}

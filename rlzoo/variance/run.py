@@ -30,10 +30,10 @@ from rlzoo.training import (
     Trainer,
     TrainingRecord,
     check_buffer,
-    lacks_reference,
+    lacking,
     scored_event,
     with_behaviour,
-    with_reference,
+    with_inputs,
 )
 from rlzoo.training.batches import buffer_sources
 from rlzoo.variance.analyzer import analyze_variance
@@ -198,8 +198,8 @@ def fill(experiment: Experiment, folder: Path, state: Path, given: str | None, r
     if experiment.training.behaviour == "current":
         buffer, scored = with_behaviour(buffer, policy, experiment.training.token_budget)
         events = [scored_event(len(scored))] if scored else []
-    if lacks_reference(buffer, *(work.objective_of(experiment, name) for name in experiment.algorithms)):
-        buffer = with_reference(buffer, policy, experiment.training.token_budget)
+    objectives = [work.objective_of(experiment, name) for name in experiment.algorithms]
+    buffer = with_inputs(buffer, lacking(buffer, *objectives), policy, experiment.training.token_budget)
     buffer.save(folder)
     dropped = {"buffer": summary} if (summary := bad.summary()) else {}
     return {"rows": len(buffer), "dropped_rows": dropped, "events": events}

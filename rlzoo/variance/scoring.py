@@ -10,9 +10,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from rlzoo.policy import Policy, Sequences
-from rlzoo.policy.policy import token_batches
-from rlzoo.types import STATISTICS, Need, Trajectory
+from rlzoo.inputs import Input
+from rlzoo.policy import Assembler, Sequences, TokenScores
+from rlzoo.types import Trajectory
 from rlzoo.variance.moments import TokenTable
 
 BLOCKS = 128
@@ -25,7 +25,7 @@ class Scored:
 
     rows: list[Trajectory]
     columns: dict[str, list[Float[Tensor, " n"]]]
-    """``logp``, ``miss`` = 1 - p, ``others`` = Σ_{v≠y} π_v², token statistics; ``value`` and ``reference`` if any."""
+    """``logp``, ``miss`` = 1 - p, ``others`` = Σ_{v≠y} π_v², and inputs of the forward pass."""
     hits: dict[str, dict[int, Int[np.ndarray, "n R"]]]
     """By objective and row: draws that hit the token, by block."""
 
@@ -64,58 +64,33 @@ class _Look:
         self.others.append(probability.square_().sum(1))
 
 
-@torch.no_grad()
 def score(
-    policy: Policy,
+    assembler: Assembler,
     rows: list[Trajectory],
-    needs: frozenset[Need],
+    statistics: Sequence[Input],
     experts: Mapping[str, set[int]],
     draws: int,
     seed: int,
-    reference: Policy | None,
-    token_budget: int,
 ) -> Scored:
     """Score all rows, with ``draws`` samples per token for each objective on the rows where it weighs an expert."""
-    statistics = [need for need in STATISTICS if need in needs]
+    policy = assembler.policy
     generators = {
         name: torch.Generator(policy.device).manual_seed(seed * 1000 + number) for number, name in enumerate(experts)
     }
     found = Scored(rows, {}, {name: {} for name in experts})
     everyone = set().union(*experts.values()) if draws else set()
-    lengths = [len(row.prompt_ids) + len(row.completion_ids) for row in rows]
-    modes = [(model, model.training) for model in (policy, reference) if model is not None]
-    try:
-        for model, _ in modes:
-            model.eval()
-        for batch in token_batches([(i,) for i in range(len(rows))], lengths, token_budget):
-            sequences = Sequences.of([rows[i] for i in batch], policy.device)
-            look = _Look(draws, generators if everyone.intersection(batch) else {})
-            scores = policy(sequences, statistics=statistics, term=look)
-            columns = {"logp": scores.logp, **scores.statistics}
-            columns |= {
-                "miss": sequences.spread(torch.cat(look.miss)),
-                "others": sequences.spread(torch.cat(look.others)),
-            }
-            if scores.value is not None:
-                columns["value"] = scores.value
-            if reference is not None:
-                columns["reference"] = reference(sequences).logp
-            _keep(found, batch, columns, look, experts)
-    finally:
-        for model, training in modes:
-            model.train(training)
+
+    def forward(sequences: Sequences, batch: list[int]) -> TokenScores:
+        look = _Look(draws, generators if everyone.intersection(batch) else {})
+        scores = policy(sequences, statistics=statistics, term=look)
+        counts = [len(rows[row].completion_ids) for row in batch]
+        for name, parts in look.hits.items():
+            for row, part in zip(batch, torch.split(torch.cat(parts), counts), strict=True):
+                if row in experts[name]:
+                    found.hits[name][row] = part.numpy()
+        sums = {"miss": torch.cat(look.miss), "others": torch.cat(look.others)}
+        return TokenScores(scores.logp, scores.inputs | {n: sequences.spread(flat) for n, flat in sums.items()})
+
+    for name, values in assembler.score(policy, rows, statistics, forward).items():
+        found.columns[name] = [values[place, : len(row.completion_ids)] for place, row in enumerate(rows)]
     return found
-
-
-def _keep(
-    found: Scored, batch: Sequence[int], columns: Mapping[str, Tensor], look: _Look, experts: Mapping[str, set[int]]
-) -> None:
-    counts = [len(found.rows[row].completion_ids) for row in batch]
-    for name, values in columns.items():
-        kept = found.columns.setdefault(name, [values.new_empty(0)] * len(found.rows))
-        for place, (row, count) in enumerate(zip(batch, counts, strict=True)):
-            kept[row] = values[place, :count]
-    for name, parts in look.hits.items():
-        for row, part in zip(batch, torch.split(torch.cat(parts), counts), strict=True):
-            if row in experts[name]:
-                found.hits[name][row] = part.numpy()

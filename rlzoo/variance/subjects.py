@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
@@ -18,11 +18,9 @@ from rlzoo.buffers.views import SINGLE_ROW_OPTIONS
 from rlzoo.errors import UserError
 from rlzoo.objective import Objective, get_objective, is_composite, surrogate_of
 from rlzoo.objective import view_of as own_view
-from rlzoo.policy import Policy
-from rlzoo.policy.policy import score_rows
+from rlzoo.policy import Assembler
 from rlzoo.registry import told
-from rlzoo.training.batches import as_scored, mismatched, static_batch
-from rlzoo.types import STATISTICS, Coefficients, Need, Selection, TokenBatch, Trajectory
+from rlzoo.types import Coefficients, Selection, TokenBatch, Trajectory, at_temperature
 from rlzoo.variance.scoring import Scored
 from rlzoo.variance.tasks import Task
 
@@ -144,7 +142,7 @@ def rows_of(buffer: Buffer, picked: Sequence[int], subjects: Mapping[str, Subjec
     rows = [buffer[index] for index in picked]
     for subject in subjects.values():
         for place in subject.rows:
-            rows[place] = as_scored(rows[place], subject.objective.at_sampling_temperature)
+            rows[place] = at_temperature(rows[place], subject.objective.at_sampling_temperature)
     return rows
 
 
@@ -208,13 +206,13 @@ def _by_prompt(units: Sequence[tuple[Draw, ...]], prompt_of: Sequence[int]) -> d
     return found
 
 
-def weigh(policy: Policy, subject: Subject, scored: Scored, reference: Policy | None = None) -> Weighed:
+def weigh(assembler: Assembler, subject: Subject, scored: Scored) -> Weighed:
     """The objective's coefficients on all its rows as one batch, and the weights that its surrogate puts on ∇ log π.
 
     Raises UserError where the objective fails on the batch or gives a coefficient that is not finite.
     """
     try:
-        found = _weigh(policy, subject, scored, reference)
+        found = _weigh(assembler, subject, scored)
     except UserError:
         raise
     except Exception as error:  # of an objective of a user's own
@@ -226,23 +224,19 @@ def weigh(policy: Policy, subject: Subject, scored: Scored, reference: Policy | 
     return found
 
 
-def _weigh(policy: Policy, subject: Subject, scored: Scored, reference: Policy | None) -> Weighed:
-    objective, chosen = subject.objective, subject.rows
+def _weigh(assembler: Assembler, subject: Subject, scored: Scored) -> Weighed:
+    objective, chosen, policy = subject.objective, subject.rows, assembler.policy
     place = {row: i for i, row in enumerate(chosen)}
     rows, units = [scored.rows[i] for i in chosen], [tuple(place[row] for row in unit) for unit in subject.units]
-    batch = static_batch(rows, units, objective.learns_from, policy.device, objective.truncated == "mask")
-    batch = _filled(objective, batch, chosen, scored)
-    if Need.MISMATCHED in objective.requires:
-        batch = replace(batch, mismatched=_mismatched(policy, reference, rows).to(batch.logp))
-    batch = objective.prepare(batch)
+    batch = objective.prepare(assembler.assemble(rows, units, objective))
+    batch = batch.replace(**assembler.forward(rows, units, objective))
     found = objective.coefficients(batch.detach())
-    leaves = [batch.logp.clone().requires_grad_(True)]
-    if batch.value is not None:
-        leaves.append(batch.value.clone().requires_grad_(True))
-    live = replace(batch, logp=leaves[0], value=leaves[1] if len(leaves) > 1 else None)
+    made = {one.key: one for one in objective.requires if one == policy.attached.get(one.key)}
+    leaves = {key: batch[key].clone().requires_grad_(True) for key in made}
+    logp = batch.logp.clone().requires_grad_(True)
     with torch.enable_grad():
-        loss = surrogate_of(found, objective, live, denominator=1.0)
-    gradients = torch.autograd.grad(loss, leaves, allow_unused=True)
+        loss = surrogate_of(found, objective, batch.replace(logp=logp, **leaves), denominator=1.0)
+    gradient, *others = torch.autograd.grad(loss, [logp, *leaves.values()], allow_unused=True)
     denominator = objective.normaliser.denominator(batch)
     scale = len(subject.prompts) / denominator if denominator else 0.0
 
@@ -254,16 +248,22 @@ def _weigh(policy: Policy, subject: Subject, scored: Scored, reference: Policy |
         whole[torch.tensor(chosen, device=part.device), : part.shape[1]] = part
         return whole
 
-    on_trunk = policy.critic is None and policy.value_head is not None
-    weight = spread(gradients[0])
+    weight = spread(gradient)
     assert weight is not None
     row_weight = spread(objective.normaliser.weight(batch).expand(batch.mask.shape).contiguous())
+    on_trunk = {
+        key: spread(own)
+        for (key, one), own in zip(made.items(), others, strict=True)
+        if one.trunk(policy.modules_of_inputs[key]) is None
+    }
+    giver = next((one for one in objective.requires if one.gives_logits), None)
     task = Task(
         list(subject.prompts.values()),
         weight,
         scale,
-        spread(gradients[1]) if on_trunk and len(gradients) > 1 else None,
+        {key: own for key, own in on_trunk.items() if own is not None},
         objective.logit_term if objective.has_logit_term else None,
+        None if giver is None else assembler.models.of(giver.models()[0]),
         row_weight[:, 0] if objective.has_logit_term and row_weight is not None else None,
     )
     return Weighed(batch, found, task)
@@ -280,51 +280,9 @@ def baseline(weighed: Mapping[str, Weighed]) -> str | None:
 
     def same(task: Task) -> bool:
         alike = task.units == plain.task.units and task.scale == plain.task.scale
-        return alike and task.term is None and task.value_weight is None and torch.equal(task.weight, plain.task.weight)
+        return alike and task.term is None and not task.input_weights and torch.equal(task.weight, plain.task.weight)
 
     return next(name for name, own in weighed.items() if same(own.task))
-
-
-def _filled(objective: Objective, batch: TokenBatch, chosen: Sequence[int], scored: Scored) -> TokenBatch:
-    """The batch with all that the objective may look at."""
-    needs = objective.requires
-
-    def table(name: str) -> Tensor:
-        values = scored.columns[name]
-        out = values[0].new_zeros(batch.mask.shape)
-        for place, row in enumerate(chosen):
-            out[place, : len(values[row])] = values[row]
-        return out
-
-    if Need.BEHAVIOUR in needs and batch.behaviour_logp is None:
-        raise UserError("the buffer has no behaviour log-probs: fill it with `rlzoo rollout`, which records them")
-    logp = table("logp")
-    stored = batch.reference_logp
-    if Need.EMA_REFERENCE in needs or stored is None:
-        stored = table("reference") if "reference" in scored.columns else logp
-    value = None
-    if Need.CRITIC in needs:
-        value = table("value") if "value" in scored.columns else torch.zeros_like(logp)
-    return replace(
-        batch,
-        logp=logp,
-        reference_logp=stored,
-        snapshot_logp=logp,
-        value=value,
-        old_value=value,
-        statistics={need.value: table(need.value) for need in STATISTICS if need in needs},
-    )
-
-
-def _mismatched(policy: Policy, reference: Policy | None, rows: Sequence[Trajectory]) -> Float[Tensor, " B"]:
-    """`TokenBatch.mismatched`; without a ``reference`` the policy is its own."""
-    mixed = mismatched(rows)
-    if reference is None or not mixed:
-        return torch.zeros(len(rows))
-    others, heats = [(row.prompt_ids, row.completion_ids) for row in mixed], [row.temperature for row in mixed]
-    scores = (score_rows(model, others, temperature=heats) for model in (policy, reference))
-    own, theirs = (torch.tensor([sum(row) for row in found]) for found in scores)
-    return (own - theirs).mean().expand(len(rows))
 
 
 def tokens_of(values: Float[Tensor, "B T"], batch: TokenBatch) -> Float[np.ndarray, " N"]:

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from rlzoo.policy import Policy
 from rlzoo.policy.head import LogitTerm
 
 
@@ -25,10 +26,12 @@ class Task:
     """∂ loss / ∂ log π of each completion token."""
     scale: float = 1.0
     """What every unit's gradient is multiplied by in the end, so that their mean is the gradient of the batch."""
-    value_weight: Float[Tensor, "R T"] | None = None
-    """∂ loss / ∂ value, where a critic stands on the policy's own trunk."""
+    input_weights: Mapping[str, Float[Tensor, "R T"]] = field(default_factory=dict)
+    """∂ loss / ∂ x of each input x that a module of its own makes of the policy's hidden states, by key."""
     term: LogitTerm | None = None
     """A loss a position over the full vocabulary."""
+    reference: Policy | None = None
+    """Gives the term its reference logits."""
     term_weight: Float[Tensor, " R"] | None = None
 
 
@@ -60,7 +63,7 @@ def shared_passes(tasks: Mapping[str, Task]) -> list[Pass]:
     """As few backward passes as it takes: a coefficient that is constant over a row only scales that row's gradient."""
     passes: list[Pass] = []
     for name, task in tasks.items():
-        alone = task.term is not None or task.value_weight is not None
+        alone = task.term is not None or bool(task.input_weights)
         if alone or not any(known.join(name, task.weight) for known in passes):
             used = task.weight.abs().amax(1) > 0
             passes.append(Pass(task.weight, {name: (used | alone).to(task.weight.dtype)}, alone))

@@ -1,0 +1,128 @@
+"""Inputs that the policy itself gives: statistics of its distribution, what it was before, and a critic's values."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn import functional
+
+from rlzoo.errors import unknown
+from rlzoo.inputs.base import Context, Input, Stage
+
+if TYPE_CHECKING:
+    from rlzoo.policy import Policy
+
+TOP = 20
+"""How many of the likeliest tokens ``top_entropy`` looks at (arXiv 2601.02151)."""
+
+
+def entropy(logits: Float[Tensor, "N V"]) -> Float[Tensor, " N"]:
+    """-Σ_v π_v log π_v, in nats."""
+    logp = logits.log_softmax(1)
+    return -(logp.exp() * logp).sum(1)
+
+
+def top_entropy(logits: Float[Tensor, "N V"]) -> Float[Tensor, " N"]:
+    """The entropy of the 20 likeliest tokens, renormalised, in nats."""
+    return entropy(logits.topk(min(TOP, logits.shape[1]), dim=1).values)
+
+
+def square_mass(logits: Float[Tensor, "N V"]) -> Float[Tensor, " N"]:
+    """Σ_v π_v²."""
+    return functional.softmax(logits, 1).square().sum(1)
+
+
+STATISTICS: Mapping[str, Callable[[Tensor], Tensor]] = {
+    function.__name__: function for function in (entropy, top_entropy, square_mass)
+}
+
+
+@dataclass(frozen=True)
+class Statistic(Input):
+    """A statistic of the policy's distribution at each position [B, T], with no graph.
+
+    ``entropy``: -Σ_v π_v log π_v; ``top_entropy``: that of the 20 likeliest tokens, renormalised; both in nats;
+    ``square_mass``: Σ_v π_v².
+    """
+
+    stage: ClassVar[Stage] = Stage.FORWARD
+
+    name: str
+
+    def __post_init__(self) -> None:
+        if self.name not in STATISTICS:
+            raise unknown("statistic", self.name, STATISTICS)
+
+    @property
+    def key(self) -> str:
+        return self.name
+
+    def of_logits(self, logits: Float[Tensor, "N V"], target: Int[Tensor, " N"]) -> Float[Tensor, " N"]:
+        return STATISTICS[self.name](logits)
+
+
+@dataclass(frozen=True)
+class Snapshot(Input):
+    """``snapshot_logp`` [B, T]: the policy's log-probs at the start of the batch, in nats.
+
+    `Snapshot("value")` is ``old_value``, an input of every forward pass as it was then.
+    """
+
+    stage: ClassVar[Stage] = Stage.BATCH
+
+    of: str = "logp"
+
+    @property
+    def key(self) -> str:
+        return "snapshot_logp" if self.of == "logp" else f"old_{self.of}"
+
+    def compute(self, context: Context) -> Float[Tensor, "B T"]:
+        return context.now(self.of)
+
+
+@dataclass(frozen=True)
+class Critic(Input):
+    """``value`` [B, T]: a critic's estimate of the return before each token, with its graph.
+
+    A linear head that starts at 0, on the policy's trunk (``shared``) or on a copy of it that trains by itself.
+    """
+
+    stage: ClassVar[Stage] = Stage.FORWARD
+    key: ClassVar[str] = "value"
+    initial: ClassVar[float | None] = 0.0
+
+    shared: bool = False
+
+    def module(self, policy: Policy) -> nn.Module:
+        return ValueHead(None if self.shared else copy.deepcopy(policy.model.base_model), policy.hidden_size)
+
+    def of_hidden(self, module: ValueHead, hidden: Float[Tensor, "N H"]) -> Float[Tensor, " N"]:
+        found: Tensor = module.head(hidden)[:, 0]
+        return found
+
+    def trunk(self, module: ValueHead) -> nn.Module | None:
+        return module.trunk
+
+    def flops(self, module: nn.Module, tokens: int, completion_tokens: int) -> float:
+        """2 per parameter of a trunk of its own and token; the head is left out, as it is next to nothing."""
+        trunk = module.trunk
+        if not isinstance(trunk, nn.Module):
+            return 0.0
+        look_up = trunk.get_input_embeddings().weight.numel()  # type: ignore[operator]
+        return 2.0 * float(sum(p.numel() for p in trunk.parameters()) - look_up) * tokens
+
+
+class ValueHead(nn.Module):
+    """A linear layer from hidden states to one number, which starts at 0, and the trunk it may stand on."""
+
+    def __init__(self, trunk: nn.Module | None, hidden_size: int) -> None:
+        super().__init__()
+        self.trunk = trunk
+        self.head = nn.Linear(hidden_size, 1)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)

@@ -1,0 +1,177 @@
+"""Inputs that look at other models than the policy: the initial policy, a teacher, a moving average."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from rlzoo.errors import UserError
+from rlzoo.inputs.base import Context, Input, Stage
+from rlzoo.types import Trajectory
+
+if TYPE_CHECKING:
+    from rlzoo.policy import Policy
+
+
+@dataclass(frozen=True)
+class Reference(Input):
+    """``reference_logp`` [B, T]: log-probs in nats under a frozen model.
+
+    The model is the policy before training, or a teacher: a folder or a Hub id, with the policy's tokenizer. An
+    objective with several gives each a key of its own, ``as_key``.
+    """
+
+    stage: ClassVar[Stage] = Stage.STORED
+
+    name: str | None = None
+    as_key: str = "reference_logp"
+
+    @property
+    def key(self) -> str:
+        return self.as_key
+
+    @property
+    def column(self) -> str:
+        return "reference_logp" if self.name is None else f"logp of {self.name}"
+
+    def models(self) -> tuple[str | None, ...]:
+        return (self.name,)
+
+    def compute(self, context: Context) -> Float[Tensor, "B T"]:
+        return context.score(context.model(self.name))
+
+    @property
+    def label(self) -> str:
+        return "reference" if self.name is None else f"reference ({self.name})"
+
+
+@dataclass(frozen=True)
+class MovingReference(Input):
+    """``reference_logp`` [B, T]: log-probs in nats under an exponential average of the policy's weights.
+
+    After each optimizer step θ_ref ← decay θ_ref + (1 - decay) θ.
+    """
+
+    stage: ClassVar[Stage] = Stage.BATCH
+    key: ClassVar[str] = "reference_logp"
+
+    decay: float
+
+    def moving_model(self, policy: Policy) -> Policy:
+        return policy.frozen_copy()
+
+    def compute(self, context: Context) -> Float[Tensor, "B T"]:
+        return context.score(context.own)
+
+    @torch.no_grad()
+    def after_step(self, context: Context) -> None:
+        pairs = zip(context.own.model.parameters(), context.policy.model.parameters(), strict=True)
+        for average, current in pairs:
+            whole = current.full_tensor() if hasattr(current, "full_tensor") else current
+            average.lerp_(whole, 1 - self.decay)
+
+    @property
+    def label(self) -> str:
+        return "moving reference"
+
+
+@dataclass(frozen=True)
+class ReferenceLogits(Input):
+    """The logits of a frozen model, for `Objective.logit_term`: the policy before training, or a teacher.
+
+    The model stays in memory, and runs once more in every update.
+    """
+
+    stage: ClassVar[Stage] = Stage.FORWARD
+    key: ClassVar[str] = "reference_logits"
+
+    name: str | None = None
+
+    def models(self) -> tuple[str | None, ...]:
+        return (self.name,)
+
+    @property
+    def gives_logits(self) -> bool:
+        return True
+
+
+@dataclass(frozen=True)
+class Mismatched(Input):
+    """``mismatched`` [B]: the step's mean of Σ_t log π_θ/π_ref of completions that are put to other rows' prompts.
+
+    The same number in all rows, whatever the micro-batch; 0 where all rows have one prompt.
+    """
+
+    stage: ClassVar[Stage] = Stage.STEP
+    key: ClassVar[str] = "mismatched"
+
+    def models(self) -> tuple[str | None, ...]:
+        return (None,)
+
+    def compute(self, context: Context) -> Float[Tensor, " B"]:
+        others, mean = mismatched(context.rows), torch.zeros((), device=context.mask.device)
+        if others and context.model(None) is not context.policy:
+            own, reference = (context.score(m, others).sum(1) for m in (context.policy, context.model(None)))
+            mean = (own - reference).mean()
+        return mean.expand(len(context.rows))
+
+
+def mismatched(rows: Sequence[Trajectory]) -> list[Trajectory]:
+    """Each prompt with a completion of another prompt, each completion once, whatever the order of the rows.
+
+    Where one prompt has more than half of the rows, those without a counterpart are left out.
+    """
+    order = sorted(rows, key=lambda row: (row.prompt_id, row.completion_ids))
+    shift = max(Counter(row.prompt_id for row in rows).values())
+    others = order[shift:] + order[:shift]
+    pairs = zip(order, others, strict=True)
+    return [replace(a, completion_ids=b.completion_ids) for a, b in pairs if a.prompt_id != b.prompt_id]
+
+
+@dataclass(frozen=True)
+class Privileged(Input):
+    """``privileged_logp`` [B, T]: log-probs in nats of the same completions after another prompt.
+
+    ``template`` makes that prompt of ``{prompt}`` and the row's columns, as in ``"{prompt}\\nHint: {answer}\\n"``; the
+    policy at the start of the batch scores it, or the frozen ``model``. Its difference from the policy's own log-prob
+    is what self-distillation learns from.
+    """
+
+    stage: ClassVar[Stage] = Stage.BATCH
+    key: ClassVar[str] = "privileged_logp"
+
+    template: str
+    model: str | None = None
+
+    def models(self) -> tuple[str | None, ...]:
+        return () if self.model is None else (self.model,)
+
+    def compute(self, context: Context) -> Float[Tensor, "B T"]:
+        told = [replace(row, prompt_ids=context.encode(self._prompt(row))) for row in context.rows]
+        return context.score(context.policy if self.model is None else context.model(self.model), told)
+
+    def _prompt(self, row: Trajectory) -> str | list[dict[str, Any]]:
+        """The prompt in the template; of a conversation, its last user turn."""
+        if row.messages is None:
+            return self._filled(row, row.prompt)
+        turns = [dict(turn) for turn in row.messages]
+        last = max((n for n, turn in enumerate(turns) if turn["role"] == "user"), default=len(turns) - 1)
+        turns[last]["content"] = self._filled(row, turns[last]["content"])
+        return turns
+
+    def _filled(self, row: Trajectory, prompt: str) -> str:
+        given = {name: value if isinstance(value, str) else json.dumps(value) for name, value in row.columns.items()}
+        try:
+            return self.template.format(**{**given, "prompt": prompt})
+        except (KeyError, IndexError) as error:
+            raise UserError(
+                f"the template {self.template!r} asks for {error.args[0]!r}, and a row of prompt {row.prompt_id!r} has "
+                f"{', '.join(['prompt', *given])}"
+            ) from None

@@ -1,0 +1,61 @@
+"""Inputs that rows bring with them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from rlzoo.errors import UserError
+from rlzoo.inputs.base import Input, Stage
+from rlzoo.types import Trajectory
+
+
+@dataclass(frozen=True)
+class Behaviour(Input):
+    """``behaviour_logp`` [B, T]: log-probs in nats under the policy that sampled the completion."""
+
+    stage: ClassVar[Stage] = Stage.STORED
+    key: ClassVar[str] = "behaviour_logp"
+    at_sampling_temperature: ClassVar[bool] = True
+
+    def stored(self, row: Trajectory) -> Sequence[float]:
+        if row.behaviour_logp is None:
+            raise UserError("the buffer has no behaviour log-probs: fill it with `rlzoo rollout`, which records them")
+        return row.behaviour_logp
+
+
+@dataclass(frozen=True)
+class Truncated(Input):
+    """``truncated`` [B]: True where the completion was cut at the limit on its length, and so has no end."""
+
+    stage: ClassVar[Stage] = Stage.STORED
+    key: ClassVar[str] = "truncated"
+
+
+@dataclass(frozen=True)
+class Column(Input):
+    """A column of the data under its own name: one number per completion token [B, T], or per row [B].
+
+    Raises UserError naming a row that lacks it, or whose list is not as long as the completion in tokens, its end
+    included.
+    """
+
+    stage: ClassVar[Stage] = Stage.STORED
+
+    name: str
+
+    @property
+    def key(self) -> str:
+        return self.name
+
+    def stored(self, row: Trajectory) -> Sequence[float] | float:
+        value = row.columns.get(self.name)
+        if isinstance(value, (int, float)):
+            return float(value)
+        if isinstance(value, list) and all(isinstance(x, (int, float)) for x in value):
+            return value
+        there = ", ".join(row.columns) or "none"
+        raise UserError(
+            f"a row of prompt {row.prompt_id!r} has no numbers in the column {self.name!r}; its columns: {there}"
+        )

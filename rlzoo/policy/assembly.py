@@ -1,0 +1,310 @@
+"""From rows to the batch that an objective sees: one way, for the trainer, the analyzer and the contract's tests."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from rlzoo.errors import UserError
+from rlzoo.inputs import Input, Stage
+from rlzoo.objective import Objective
+from rlzoo.policy.loading import load_policy
+from rlzoo.policy.microbatches import Forward, MicroBatches
+from rlzoo.policy.policy import Policy
+from rlzoo.policy.sequences import Tokens
+from rlzoo.types import Selection, TokenBatch, Trajectory
+
+Units = Sequence[tuple[int, ...]]
+"""The rows that belong together, as indices into the rows of a batch."""
+
+
+class Models:
+    """The models that inputs look at beside the policy: frozen ones, each loaded once, and those that move."""
+
+    def __init__(
+        self,
+        policy: Policy,
+        frozen: Mapping[str | None, Policy] | None = None,
+        moving: Mapping[Input, Policy] | None = None,
+    ) -> None:
+        self.policy = policy
+        self.frozen: dict[str | None, Policy] = dict(frozen or {})
+        self.moving: dict[Input, Policy] = dict(moving or {})
+
+    @classmethod
+    def load(
+        cls, policy: Policy, inputs: Iterable[Input], initial: Policy | None = None, moving: bool = True
+    ) -> Models:
+        """All that ``inputs`` name, before training starts; ``initial`` is a copy of the initial policy that is there.
+
+        Without ``moving`` the policy stands for models that move, as it does before the first step. Raises UserError
+        for a model with another vocabulary than the policy's.
+        """
+        found = cls(policy, {} if initial is None else {None: initial})
+        for one in inputs:
+            for name in one.models():
+                if name not in found.frozen:
+                    found.frozen[name] = policy.reference() if name is None else _loaded(name, policy)
+            if moving and one not in found.moving and (model := one.moving_model(policy)) is not None:
+                found.moving[one] = model
+        return found
+
+    def of(self, name: str | None) -> Policy:
+        """A frozen model. Raises UserError for one that was not loaded."""
+        if name not in self.frozen:
+            told = "the initial policy" if name is None else repr(name)
+            raise UserError(f"{told} is not loaded: an input that scores with it names it in models()")
+        return self.frozen[name]
+
+    def own(self, one: Input) -> Policy:
+        """An input's moving model."""
+        return self.moving.get(one, self.policy)
+
+    @property
+    def initial(self) -> Policy | None:
+        """The initial policy, if it is loaded."""
+        return self.frozen.get(None)
+
+
+def _loaded(name: str, policy: Policy) -> Policy:
+    model = load_policy(name).eval().requires_grad_(False)
+    if model.tokenizer.get_vocab() != policy.tokenizer.get_vocab():
+        raise UserError(f"the model {name!r} has another vocabulary than the policy, whose tokens it cannot score")
+    model.compute = policy.compute
+    model.to(policy.device)
+    return model
+
+
+class Assembler:
+    """Turns rows into batches for a policy that trains or is analysed."""
+
+    def __init__(
+        self,
+        policy: Policy,
+        models: Models | None = None,
+        micro: MicroBatches | None = None,
+        on_scored: Callable[[Policy, Sequence[Tokens]], None] | None = None,
+        remember: bool = False,
+    ) -> None:
+        """``on_scored`` is told of every forward pass without a graph, for the costs.
+
+        With ``remember`` a row that was scored by a model is not scored again: for models that do not change.
+        """
+        self.policy, self.models = policy, models or Models(policy)
+        self.micro = micro or MicroBatches(8192)
+        self._on_scored = on_scored
+        self._known: dict[tuple[int, int], tuple[Tokens, dict[str, Tensor]]] | None = {} if remember else None
+
+    def assemble(self, rows: Sequence[Trajectory], units: Units, objective: Objective) -> TokenBatch:
+        """The batch with all inputs that are known before an update, with no graph; `Objective.prepare` comes next.
+
+        ``logp`` is in it where the policy was scored: for a `Snapshot`, or an objective that couples the whole batch.
+        Raises UserError for what rows lack and nothing can compute.
+        """
+        context = _Context(self, rows, units, objective)
+        batch = fixed_batch(rows, units, objective, self.policy.device)
+        context.mask = batch.mask
+        batch = batch.replace(
+            **{one.key: context.value_of(one) for one in objective.requires if one.stage in (Stage.STORED, Stage.BATCH)}
+        )
+        if objective.is_coupled:
+            context.now()
+        if context.scores is not None:
+            batch = batch.replace(**context.scores)
+        return self._step(batch, context)
+
+    def forward(self, rows: Sequence[Trajectory], units: Units, objective: Objective) -> dict[str, Tensor]:
+        """``logp`` and the objective's inputs of the forward pass, by key, with no graph."""
+        context = _Context(self, rows, units, objective)
+        keys = ["logp", *(one.key for one in objective.requires if one.stage is Stage.FORWARD and not one.gives_logits)]
+        return {key: context.now(key) for key in keys}
+
+    def values(self, one: Input, rows: Sequence[Trajectory]) -> list[Float[np.ndarray, " n"]]:
+        """What a stored input computes for each row, in float32: one value per completion token, or one."""
+        if not rows:
+            return []
+        context = _Context(self, rows, [(place,) for place in range(len(rows))], None)
+        context.mask = fixed_mask(rows).to(self.policy.device)
+        context.input = one
+        found = one.compute(context).float().cpu().numpy()
+        return [
+            value[: len(row.completion_ids)] if found.ndim == 2 else value[None]
+            for value, row in zip(found, rows, strict=True)
+        ]
+
+    def renew(self, batch: TokenBatch, rows: Sequence[Trajectory], units: Units, objective: Objective) -> TokenBatch:
+        """The same batch before its next update: with STEP inputs and, where all rows are coupled, log-probs."""
+        context = _Context(self, rows, units, objective)
+        context.mask = batch.mask
+        if objective.is_coupled:
+            context.now()
+            batch = batch.replace(**(context.scores or {}))
+        return self._step(batch, context)
+
+    @staticmethod
+    def _step(batch: TokenBatch, context: _Context) -> TokenBatch:
+        requires = () if context.objective is None else context.objective.requires
+        return batch.replace(**{one.key: context.value_of(one) for one in requires if one.stage is Stage.STEP})
+
+    def after_step(self) -> None:
+        """Tell inputs with a model or a module of their own that an optimizer step is done."""
+        for one in {*self.models.moving, *self.policy.attached.values()}:
+            context = _Context(self, [], [], None)
+            context.input = one
+            one.after_step(context)
+
+    def score(
+        self,
+        model: Policy,
+        rows: Sequence[Trajectory],
+        statistics: Sequence[Input] = (),
+        forward: Forward | None = None,
+        progress: Callable[[int], None] | None = None,
+    ) -> dict[str, Float[Tensor, "R T"]]:
+        """`MicroBatches.score`."""
+        if self._known is not None and (known := self._recalled(model, rows, statistics)) is not None:
+            return known
+        found = self.micro.score(model, rows, statistics, forward=forward, progress=progress)
+        if self._on_scored is not None:
+            self._on_scored(model, rows)
+        if self._known is not None:
+            for place, row in enumerate(rows):
+                kept = {key: value[place, : len(row.completion_ids)] for key, value in found.items()}
+                self._known[id(model), id(row)] = row, kept  # the row with it, or its id might become another's
+        return found
+
+    def _recalled(
+        self, model: Policy, rows: Sequence[Trajectory], statistics: Sequence[Input]
+    ) -> dict[str, Tensor] | None:
+        assert self._known is not None
+        kept = [self._known.get((id(model), id(row))) for row in rows]
+        wanted = {"logp", *(one.key for one in statistics), *(self.policy.attached if model is self.policy else ())}
+        if not rows or not all(one is not None and wanted <= one[1].keys() for one in kept):
+            return None
+        columns = [one[1] for one in kept if one is not None]
+        return {key: _padded([column[key] for column in columns]) for key in wanted}
+
+
+class _Context:
+    """`rlzoo.inputs.Context` for one batch."""
+
+    def __init__(
+        self, assembler: Assembler, rows: Sequence[Trajectory], units: Units, objective: Objective | None
+    ) -> None:
+        self.assembler, self.rows, self.units, self.objective = assembler, rows, units, objective
+        self.mask: Bool[Tensor, "B T"] = torch.zeros(0, 0, dtype=torch.bool)
+        self.scores: dict[str, Tensor] | None = None
+        """The policy's log-probs and the objective's FORWARD inputs as they are, if anything asked for them."""
+        self.input: Input | None = None
+
+    @property
+    def policy(self) -> Policy:
+        return self.assembler.policy
+
+    @property
+    def own(self) -> Policy:
+        assert self.input is not None
+        return self.assembler.models.own(self.input)
+
+    def model(self, name: str | None) -> Policy:
+        return self.assembler.models.of(name)
+
+    def encode(self, prompt: Any) -> list[int]:
+        from rlzoo.buffers.encoding import encode_prompt
+
+        return encode_prompt(self.policy.tokenizer, prompt)[1]
+
+    def score(self, model: Policy, rows: Sequence[Trajectory] | None = None) -> Float[Tensor, "R T"]:
+        if rows is None and model is self.policy:
+            return self.now()
+        return self.assembler.score(model, self.rows if rows is None else rows)["logp"]
+
+    def now(self, key: str = "logp") -> Float[Tensor, "B T"]:
+        requires = () if self.objective is None else self.objective.requires
+        if self.scores is None:
+            statistics = [one for one in requires if one.is_statistic]
+            found = self.assembler.score(self.policy, self.rows, statistics)
+            keys = {"logp", *(one.key for one in requires)}
+            self.scores = {key: value for key, value in found.items() if key in keys}
+        if key not in self.scores:
+            constant = next((one.initial for one in requires if one.key == key), None)
+            if constant is None:
+                raise UserError(f"a Snapshot of {key!r} needs an input of every forward pass that has this key")
+            return torch.full_like(self.scores["logp"], constant)
+        return self.scores[key]
+
+    def value_of(self, one: Input) -> Tensor:
+        """The input's values of all rows."""
+        if one.stage is Stage.STORED:
+            own = [one.stored(row) for row in self.rows]
+            if not any(value is None for value in own):
+                return self._table(one, own)
+        self.input = one
+        return one.compute(self)
+
+    def _table(self, one: Input, values: Sequence[Any]) -> Tensor:
+        """The rows' own values as a tensor."""
+        device = self.mask.device
+        if not any(isinstance(value, Sequence) for value in values):
+            return torch.tensor(values, device=device)
+        table = torch.zeros(self.mask.shape)
+        for place, (value, row) in enumerate(zip(values, self.rows, strict=True)):
+            if not isinstance(value, Sequence) or len(value) != len(row.completion_ids):
+                held = f"{len(value)} values" if isinstance(value, Sequence) else "one value"
+                raise UserError(
+                    f"{one.column!r} has {held} in a row of prompt {row.prompt_id!r} whose completion has "
+                    f"{len(row.completion_ids)} tokens, its end included: give one per token"
+                )
+            table[place, : len(value)] = torch.as_tensor(value)
+        return table.to(device)
+
+
+def fixed_batch(rows: Sequence[Trajectory], units: Units, objective: Objective, device: torch.device) -> TokenBatch:
+    """What the rows themselves say: the mask, rewards, groups and pairs.
+
+    Rewards are in float64: a group's differences may be small beside what its rewards have in common.
+    """
+    mask = fixed_mask(rows, objective.truncated == "mask")
+    pairs = objective.learns_from is Selection.PAIRS
+    partner, chosen = torch.zeros(len(rows), dtype=torch.long), torch.zeros(len(rows), dtype=torch.bool)
+    for better, worse in units if pairs else ():
+        partner[better], partner[worse], chosen[better] = worse, better, True
+    reward = None
+    if all(row.reward is not None for row in rows):
+        reward = torch.tensor([float(row.reward or 0.0) for row in rows], dtype=torch.float64, device=device)
+    return TokenBatch(
+        None,
+        mask.to(device),
+        reward=reward,
+        group=torch.tensor(_groups(rows, units, objective.learns_from), device=device),
+        partner=partner.to(device) if pairs else None,
+        chosen=chosen.to(device) if pairs else None,
+    )
+
+
+def fixed_mask(rows: Sequence[Trajectory], masks_truncated: bool = False) -> Bool[Tensor, "B T"]:
+    """True at completion tokens, of truncated rows too unless those are masked."""
+    mask = torch.zeros(len(rows), max(len(row.completion_ids) for row in rows), dtype=torch.bool)
+    for place, row in enumerate(rows):
+        mask[place, : 0 if masks_truncated and row.truncated else len(row.completion_ids)] = True
+    return mask
+
+
+def _groups(rows: Sequence[Trajectory], units: Units, selection: Selection) -> list[int]:
+    """A number for each row's group: its unit where units are groups (two policy versions may share a prompt)."""
+    keys: list[object] = [row.prompt_id for row in rows]
+    if selection is Selection.GROUPS:
+        for number, unit in enumerate(units):
+            for row in unit:
+                keys[row] = number
+    numbers = {key: number for number, key in enumerate(dict.fromkeys(keys))}
+    return [numbers[key] for key in keys]
+
+
+def _padded(values: Sequence[Float[Tensor, " n"]]) -> Float[Tensor, "R T"]:
+    return torch.nn.utils.rnn.pad_sequence(list(values), batch_first=True)

@@ -1,0 +1,100 @@
+"""Prompts and completions as model input."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple, Protocol
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+
+class Tokens(Protocol):
+    """A prompt and a completion as token ids, and the temperature that log-probs are taken at: a `Trajectory`, too."""
+
+    @property
+    def prompt_ids(self) -> Sequence[int]: ...
+    @property
+    def completion_ids(self) -> Sequence[int]: ...
+    @property
+    def temperature(self) -> float: ...
+
+
+class Row(NamedTuple):
+    """`Tokens` and nothing else."""
+
+    prompt_ids: Sequence[int]
+    completion_ids: Sequence[int]
+    temperature: float = 1.0
+
+
+def length(row: Tokens) -> int:
+    """Prompt and completion tokens."""
+    return len(row.prompt_ids) + len(row.completion_ids)
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """Prompts and completions as model input: rows padded on the right, so causal attention needs no mask."""
+
+    ids: Int[Tensor, "B L"]
+    predicts: Bool[Tensor, "B L"]
+    """True where the next token is a completion token."""
+    mask: Bool[Tensor, "B T"]
+    """True at completion tokens, in the frame where the prompt is cut away."""
+    tokens: int
+    """Prompt and completion tokens, padding left out."""
+    temperature: Float[Tensor, " B"] | None = None
+    """What each row's logits are divided by; None: nothing, 1."""
+
+    @classmethod
+    def of(cls, rows: Sequence[Tokens], device: torch.device) -> Sequences:
+        """Rows of a buffer, or others, each at its temperature."""
+        prompts, completions = [row.prompt_ids for row in rows], [row.completion_ids for row in rows]
+        return cls.collate(prompts, completions, device, [row.temperature for row in rows])
+
+    @classmethod
+    def collate(
+        cls,
+        prompts: Sequence[Sequence[int]],
+        completions: Sequence[Sequence[int]],
+        device: torch.device,
+        temperature: Sequence[float] | None = None,
+    ) -> Sequences:
+        """Join each prompt with its completion. A prompt must have at least one token."""
+        rows, longest = len(prompts), max(len(p) + len(c) for p, c in zip(prompts, completions, strict=True))
+        ids = torch.zeros(rows, longest, dtype=torch.long)
+        predicts = torch.zeros(rows, longest, dtype=torch.bool)
+        mask = torch.zeros(rows, max(map(len, completions)), dtype=torch.bool)
+        for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
+            ids[row, : len(prompt) + len(completion)] = torch.as_tensor([*prompt, *completion])
+            predicts[row, len(prompt) - 1 : len(prompt) + len(completion) - 1] = True
+            mask[row, : len(completion)] = True
+        tokens = sum(map(len, prompts)) + sum(map(len, completions))
+        heat = None
+        if temperature is not None and any(t != 1.0 for t in temperature):
+            heat = torch.tensor(temperature, dtype=torch.float64, device=device)
+        return cls(ids.to(device), predicts.to(device), mask.to(device), tokens, heat)
+
+    def at(self, temperature: float) -> Sequences:
+        """The same rows, all at one temperature."""
+        heat = torch.full(self.mask.shape[:1], temperature, dtype=torch.float64, device=self.ids.device)
+        return replace(self, temperature=None if temperature == 1.0 else heat)
+
+    @property
+    def targets(self) -> Int[Tensor, " N"]:
+        """The completion tokens of all rows, one after the other."""
+        return self.ids.roll(-1, dims=1)[self.predicts]
+
+    @property
+    def temperatures(self) -> Float[Tensor, " N"] | None:
+        """The temperature of each completion token."""
+        if self.temperature is None:
+            return None
+        return self.temperature[:, None].expand(self.mask.shape)[self.mask]
+
+    def spread(self, flat: Float[Tensor, " N"]) -> Float[Tensor, "B T"]:
+        """Values per completion token, in rows; 0 at padding."""
+        return flat.new_zeros(self.mask.shape).masked_scatter(self.mask, flat)
