@@ -85,11 +85,10 @@ class PPO(Objective):
         return Coefficients(values, loss=loss, metrics={"ratio": ratio, "clipped": clipped.to(ratio.dtype)})
 
     def auxiliary(self, batch: TokenBatch) -> Mapping[str, Tensor]:
-        estimate = batch.get("value")
-        if estimate is None:
+        value = batch.get("value")
+        if value is None:
             return {}
         (returns,) = self.needed(batch, "returns")
-        value = torch.where(batch.mask, estimate, 0)  # NaN in the padding would reach the gradient
         error = (value - returns).square()
         if self.value_clip is not None:
             (old,) = self.needed(batch, "old_value")

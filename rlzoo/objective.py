@@ -340,6 +340,8 @@ def surrogate_of(
         return batch.logp[batch.mask].sum()
     values = torch.where(batch.mask, coefficients.values, 0)  # padding may hold anything, NaN too
     loss = -reduce(values * batch.logp, batch, normaliser, denominator)
+    live = {key: value for key, value in batch.inputs.items() if value.requires_grad and value.ndim == 2}
+    batch = batch.replace(**{key: torch.where(batch.mask, value, 0) for key, value in live.items()})
     for term in objective.auxiliary(batch).values():
         loss = loss + reduce(term, batch, normaliser, denominator)
     return loss

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
+import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
@@ -67,6 +68,11 @@ class Context(Protocol):
     def now(self, key: str = "logp") -> Float[Tensor, "B T"]:
         """The policy's log-probs, or a FORWARD input of the same objective, as they are now, with no graph."""
         ...
+
+
+def normal(shape: Sequence[int], draw: torch.Generator) -> Float[Tensor, ...]:
+    """Standard normal numbers in float64."""
+    return torch.randn(tuple(shape), dtype=torch.float64, generator=draw)
 
 
 @dataclass(frozen=True)
@@ -148,6 +154,10 @@ class Input:
 
     def after_step(self, context: Context) -> None:
         """Called after each optimizer step; the context has no rows."""
+
+    def example(self, logp: Float[Tensor, "B T"], draw: torch.Generator) -> Float[Tensor, "B T"] | Float[Tensor, " B"]:
+        """Values that it might have beside these log-probs, for `rlzoo.testing`: log-probs that are near to them."""
+        return logp + 0.4 * normal(logp.shape, draw)
 
     @property
     def label(self) -> str:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
 from rlzoo.errors import unknown
-from rlzoo.inputs.base import Context, Input, Stage
+from rlzoo.inputs.base import Context, Input, Stage, normal
 
 if TYPE_CHECKING:
     from rlzoo.policy import Policy
@@ -62,6 +64,12 @@ class Statistic(Input):
     def key(self) -> str:
         return self.name
 
+    def example(self, logp: Float[Tensor, "B T"], draw: torch.Generator) -> Float[Tensor, "B T"]:
+        p, share = logp.exp(), torch.rand(logp.shape, dtype=torch.float64, generator=draw)
+        if self.name == "square_mass":  # of which one term is the token's own
+            return p.square() + share * (1 - p).square()
+        return math.log(TOP) * share
+
     def of_logits(self, logits: Float[Tensor, "N V"], target: Int[Tensor, " N"]) -> Float[Tensor, " N"]:
         return STATISTICS[self.name](logits)
 
@@ -84,6 +92,9 @@ class Snapshot(Input):
     def compute(self, context: Context) -> Float[Tensor, "B T"]:
         return context.now(self.of)
 
+    def example(self, logp: Float[Tensor, "B T"], draw: torch.Generator) -> Float[Tensor, "B T"]:
+        return super().example(logp, draw) if self.of == "logp" else 0.3 * normal(logp.shape, draw)
+
 
 @dataclass(frozen=True)
 class Critic(Input):
@@ -97,6 +108,9 @@ class Critic(Input):
     initial: ClassVar[float | None] = 0.0
 
     shared: bool = False
+
+    def example(self, logp: Float[Tensor, "B T"], draw: torch.Generator) -> Float[Tensor, "B T"]:
+        return 0.3 * normal(logp.shape, draw)
 
     def module(self, policy: Policy) -> nn.Module:
         return ValueHead(None if self.shared else copy.deepcopy(policy.model.base_model), policy.hidden_size)

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rlzoo.errors import UserError
-from rlzoo.inputs.base import Context, Input, Stage
+from rlzoo.inputs.base import Context, Input, Stage, normal
 from rlzoo.types import Trajectory
 
 if TYPE_CHECKING:
@@ -114,6 +114,9 @@ class Mismatched(Input):
 
     def models(self) -> tuple[str | None, ...]:
         return (None,)
+
+    def example(self, logp: Float[Tensor, "B T"], draw: torch.Generator) -> Float[Tensor, " B"]:
+        return normal((), draw).expand(len(logp))
 
     def compute(self, context: Context) -> Float[Tensor, " B"]:
         others, mean = mismatched(context.rows), torch.zeros((), device=context.mask.device)

@@ -6,8 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
 from rlzoo.errors import UserError
-from rlzoo.inputs.base import Input, Stage
+from rlzoo.inputs.base import Input, Stage, normal
 from rlzoo.types import Trajectory
 
 
@@ -32,6 +36,9 @@ class Truncated(Input):
     stage: ClassVar[Stage] = Stage.STORED
     key: ClassVar[str] = "truncated"
 
+    def example(self, logp: Float[Tensor, "B T"], draw: torch.Generator) -> Bool[Tensor, " B"]:
+        return torch.rand(len(logp), generator=draw) < 0.4
+
 
 @dataclass(frozen=True)
 class Column(Input):
@@ -48,6 +55,9 @@ class Column(Input):
     @property
     def key(self) -> str:
         return self.name
+
+    def example(self, logp: Float[Tensor, "B T"], draw: torch.Generator) -> Float[Tensor, "B T"]:
+        return normal(logp.shape, draw)
 
     def stored(self, row: Trajectory) -> Sequence[float] | float:
         value = row.columns.get(self.name)
