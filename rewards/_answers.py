@@ -210,13 +210,13 @@ _SENTENCE_END = re.compile(
 """The end of a sentence, unless the next takes it back, 5. Or 6, or is no more than a number, 5? 6?"""
 
 
-_ANNOUNCED_WITHIN, _CLAUSE, _LAST_PHRASES = 20_000, 500, 5
+ENDING, _CLAUSE, _LAST_PHRASES = 20_000, 500, 5
 """Characters from the end of a text in which phrases are searched for; after a phrase for the answer; how many."""
 
 
 def _after_phrase(text: str) -> str:
     """What a text says after a phrase that it begins with, such as "Answer:"; all of it if it does not."""
-    match = _PHRASE.search(text)
+    match = _PHRASE.search(text, 0, _CLAUSE)
     if match is None or not _BEFORE_PHRASE.fullmatch(text[: match.start()]):
         return re.sub(rf"^(?:{_ADVERB.pattern})", "", text.strip(), flags=re.IGNORECASE)
     rest = text[match.end() :]
@@ -230,7 +230,6 @@ def announced(text: str) -> list[list[str]]:
 
     Announcements that are listed together, as marks are, come together.
     """
-    text = text[-_ANNOUNCED_WITHIN:]
     phrases = list(_PHRASE_OR_A.finditer(text))[-_LAST_PHRASES:]
     ends = [*(phrase.start() for phrase in phrases), len(text)][1:]
     found = [_announcement(text[:end], phrase) for phrase, end in zip(phrases, ends, strict=True)]
@@ -316,7 +315,7 @@ def first_value(clause: str) -> str | None:
 
 def only_value(text: str) -> str | None:
     """The one value in a sentence: There are 5 apples; None for a text of another kind."""
-    found = list(_VALUES.finditer(text))
+    found = list(_VALUES.finditer(text)) if len(text) < _CLAUSE else []
     if len(found) != 1 or re.search(r"[\n?]", text) or not _VERB.search(text[: found[0].start()]):
         return None
     return _committed(text, found)

@@ -87,7 +87,7 @@ def _same_quantity(answer: str, gold: str) -> bool | None:
 # Letters of a multiple choice: A, (A), A. 5
 
 _CHOICE = re.compile(
-    r"(?:(?i:option|choice|故?选[项择]?) ?)?(?:\((?P<round>[A-J])\)|(?P<bare>[A-J])(?:[.):](?=\s|$)|$))"
+    r"(?:(?i:option|choice|故?选[项择]?) ?)?(?:\((?P<round>[A-Ja-j])\)|(?P<bare>[A-J])(?: ?[.):](?=\s|$)|$))"
     r"(?:\s+(?P<value>(?!(?:or|and)\b|\\text\{\s*(?:or|and)\b|[-+*/^=<>,]).*))?",
     re.DOTALL,
 )
@@ -101,7 +101,7 @@ def _choice(text: str) -> tuple[str, str] | None:
     match = _CHOICE.fullmatch(text)
     if match is None or _CHOICES.search(match["value"] or ""):
         return None
-    return match["round"] or match["bare"], clean(match["value"] or "")
+    return (match["round"] or match["bare"]).upper(), clean(match["value"] or "")
 
 
 def _same_choice(answer: str, gold: str) -> bool | None:

@@ -7,18 +7,17 @@ before numbers, and those before formulas (`_equality`), which are left to math-
 
 from __future__ import annotations
 
-import math
 import re
 import warnings
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from rlzoo.reward import register_reward
-from rlzoo.rewards._answers import announced, first_value, last_value, marked, only_value
+from rlzoo.rewards._answers import ENDING, announced, first_value, last_value, marked, only_value
 from rlzoo.rewards._equality import all_equal
 from rlzoo.rewards._numbers import clock, number
-from rlzoo.rewards._text import column_of, completion_text
+from rlzoo.rewards._text import column_of, completion_text, gold_text, is_missing
 from rlzoo.rewards._writing import clean, is_prose
 
 _LONG = 100
@@ -81,18 +80,15 @@ def _gold_answers(gold: Any) -> list[str]:
     """The answers that a row asks for, all of them; [] if it has none. Raises TypeError for a mapping or bytes."""
     if hasattr(gold, "tolist"):  # numpy's arrays and numbers
         gold = gold.tolist()
-    if isinstance(gold, Mapping | bytes):
-        hint = "name a field of it, as in columns: {answer: reward_model.ground_truth}"
-        raise TypeError(f"the gold answer is {type(gold).__name__}, {gold!r:.60}, not text: {hint}")
-    if isinstance(gold, Sequence | Set) and not isinstance(gold, str):
+    if isinstance(gold, Sequence | Set) and not isinstance(gold, str | bytes):
         each = [_gold_answers(one) for one in gold]
         return [answer for answers in each for answer in answers] if all(each) else []
-    if gold is None or (isinstance(gold, float) and not math.isfinite(gold)):
+    if is_missing(gold):
         return []
-    text = str(gold).strip()
+    text = gold_text(gold).strip()
     found = marked(text)
     if not found and (len(text) > _LONG or "\n" in text) and is_prose(clean(text)):  # a worked solution
-        found = (announced(text) or [[last_value(text) or text]])[0]
+        found = (announced(text[-ENDING:]) or [[last_value(text) or text]])[0]
     return [answer for answer in found or [text] if clean(answer)]
 
 
@@ -116,7 +112,7 @@ def _read(clause: str, words_wanted: bool) -> str | None:
 
 def _ends_in(text: str, golds: list[str]) -> bool:
     """Whether a text without marks gives the gold answer."""
-    text = _ALIGNED.sub(_last_row, text)
+    text = _ALIGNED.sub(_last_row, text[-ENDING:])
     text = _DISPLAY.sub(lambda display: " ".join(display[0].split()), text)
     text = _OVER_LINES.sub(lambda word: f" {word[1] or word[2]} ", text)
     words_wanted = all(_is_wording(clean(gold)) for gold in golds)
