@@ -8,7 +8,7 @@ from itertools import pairwise
 from rlzoo.rewards import _units
 from rlzoo.rewards._numbers import clock, number
 from rlzoo.rewards._text import Mark, boxes, tags
-from rlzoo.rewards._writing import clean
+from rlzoo.rewards._writing import CONJUNCTION, clean
 
 # Marked: a box, a tag, ####
 
@@ -17,11 +17,12 @@ _TITLES = "answer|result|conclusion|solution|summary|verification|explanation|ch
 _HEADING = re.compile(rf"(?:step|part|case|method|approach|problem|question)\b|[^:]*\b(?:{_TITLES})\W*$", re.IGNORECASE)
 """What follows #### where that is Markdown's heading of the fourth level."""
 
-_AND = re.compile(r"\b(?:and|or|maybe|perhaps|possibly|alternatively|und|oder|et|ou|as well as)\b|[,;&和或与、]|и|или")
+_AND = re.compile(rf"\b(?:maybe|perhaps|possibly|alternatively|as well as)\b|[,;&、]|{CONJUNCTION}")
 _BETWEEN = re.compile(
-    r"(?:[\s,.;:&$~|/*\-•、，；]|\\[\[\](),;:! \\]|\\q?quad|and|or|und|oder|et|ou|и|или|[和或与及]"
+    rf"(?:[\s,.;:&$~|/*\-•、，；。]|\\[\[\](),;:! \\]|\\q?quad|{CONJUNCTION}"
     r"|\\text\{\s*,?\s*(?:and|or)\s*\}|[A-Za-z](?:_\{?\w\}?)?\$? ?=|(?<!\w)\(?[\da-z]{1,2}[.)]"
-    r"|[^\W\d_]{3,}(?: \(?[A-Za-z]\)?| ?\d):|(?<!\w)(?i:the|my|first|second|third|next|other|answers? (?:is|are))\b)*"
+    r"|[^\W\d_]{3,}(?: \(?[A-Za-z]\)?| ?\d):"
+    r"|(?<!\w)(?i:the|my|first|second|third|next|other|another|possible|answers? (?:is|are))\b)*"
 )
 r"""All that may stand between two answers next to one another: signs, "and", what the second is called: y =, (b)."""
 _INSTEAD = (
@@ -34,7 +35,8 @@ _REPLACED = re.compile(_INSTEAD, re.IGNORECASE)
 """The same, where a sentence on another candidate is announced as such."""
 _CANDIDATE = re.compile(
     r"\b(?:maybe|perhaps|possibly|alternatively|either|otherwise|guess(?:es)?|(?:might|may|could)(?: also| well)* be)\b"
-    r"|(?:^|[.;,!?]) *\bor\b|\b(?:options?|alternatives?|candidates?|attempts?|possibility)\b(?! (?:is|are) correct)",
+    r"|可能|也许|(?:^|[.;,!?]) *\bor\b"
+    r"|\b(?:options?|alternatives?|candidates?|attempts?|possibility)\b(?! (?:is|are) correct)",
     re.IGNORECASE,
 )
 """What announces the second of several candidates, even in a sentence of its own."""
@@ -96,7 +98,10 @@ def _is_candidate(between: str) -> bool:
 # Denied and bounded: not 5, more than 5
 
 _DENIED = (  # the language, and what says before an answer that it is none
-    ("English", r"\b(?:not|never|neither|nor|cannot|anything but|other than|except|unlike)\b|n't\b"),
+    (
+        "English",
+        r"\b(?:not|never|neither|nor|cannot|such as|for example|anything but|other than|except|unlike)\b|n't\b",
+    ),
     ("French", r"\b(?:pas|sauf)\b"),
     ("German, Dutch", r"\b(?:nicht|kein\w*|weder|niet|geen)\b"),
     ("Spanish, Portuguese, Italian", r"\b(?:no (?:es|son)|não (?:é|são)|non (?:è|sono))\b"),
@@ -204,7 +209,7 @@ _ABBREVIATED = re.compile(r"\b(?:mrs?|ms|dr|st|prof|mt|jr|sr|vs|no|a\.m|p\.m|e\.
 _SENTENCE_END = re.compile(
     r"(?<!\\)[.!?](?:\*\*)?(?=\s|$)"
     r"(?!\s+(?:or|maybe|perhaps|possibly|alternatively|(?:it|this) (?:may|might|could))\b)"
-    r"(?!\s+\$?-?\d[\d.,]*[?.]?\$?$)|。",
+    r"(?!\s+(?:\$?-?\d[\d.,]*|[A-J])[?.]?\$?$|\s+\S+ is also\b)|。",
     re.IGNORECASE,
 )
 """The end of a sentence, unless the next takes it back, 5. Or 6, or is no more than a number, 5? 6?"""
@@ -282,7 +287,8 @@ _ITEM = rf"(?:{_LATEX}|{_RATIO}|{_SPACED}|{_ARITHMETIC})"
 _UNIT = r"(?:\s+(?!and\b|or\b)[A-Za-z]+){0,2}"
 _JOIN = (
     r"(?:[,;]?\s*(?:and|(?:or(?:\s+else)?|otherwise)(?:\s+it\s+is)?|maybe|perhaps|possibly)\b|\bto\b|[,;]|[和、]|或者?"
-    r"|[个元]?[，,]?[也或者还]*可能[是有])"
+    r"|[个元]?[，,]?[也或者还]*可能[是有]"
+    rf"|{CONJUNCTION})"
 )
 _VALUES = re.compile(rf"{_ITEM}(?:{_UNIT}\s*{_JOIN}\s*{_ITEM})*", re.IGNORECASE)
 """A number, arithmetic or a formula, or a list of them: 3 apples and 4."""
@@ -293,7 +299,7 @@ _TEX = re.compile(r"[^$]*(?:\\[A-Za-z!]|[\^=_<>≤≥≠]|\d[a-z]\b)[^$]*$")
 """LaTeX without dollars to the end of a line."""
 _OR_ELSE = re.compile(
     r"\b(?:or|maybe|perhaps|possibly|alternatively)\b[^.]*?\d|\b(?:may|might|could)(?: also| well)* be\W*\d"
-    r"|\d\W*otherwise\b",
+    r"|\d\W*otherwise\b|\b(?:if|when|for|in|another)\b[^.]*?(?:[,;]|\band\b|\banother\b[^.]*?)\s*(?:is\s+)?\$?-?\d",
     re.IGNORECASE,
 )
 _VERB = re.compile(

@@ -64,7 +64,27 @@ SHORT |= {
 SYMBOLS = frozenset("mgshlL")
 """Units of one letter, which are taken for such after a number."""
 
-_LINKING = frozenset(["or", "and", "not", "but", "to", "than", "either", "nor", "between", "through"])
+CONJUNCTIONS: tuple[str, ...] = (
+    "and",
+    "or",
+    "und",
+    "oder",
+    "et",
+    "ou",
+    "и",
+    "или",
+    "і",
+    "або",
+    "och",
+    "og",
+    "eller",
+    "lub",
+    "albo",
+    "veya",
+)
+CONJUNCTIONS += ("hoặc", "atau", "vagy", "tai", "ή", "أو", "या", "או")
+"""And, and or, of languages that put blanks around words."""
+_LINKING = frozenset([*CONJUNCTIONS, "not", "but", "to", "than", "either", "nor", "between", "through"])
 """Words by which a number with words after it is not one number with its unit: 5 or more."""
 _LINKING |= {"is", "if", "unless", "when", "wrong", "incorrect", "maybe", "perhaps", "possibly"}
 _LINKING |= {"squared", "cubed", "factorial", "below", "above", "times", "fold", "out", "halves", "thirds", "tenths"}

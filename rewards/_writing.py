@@ -194,11 +194,10 @@ def is_prose(text: str) -> bool:
 _OPENING = {"(", "[", "{", r"\{", r"\begin", r"\lfloor", r"\lceil"}
 _CLOSING = {")", "]", "}", r"\}", r"\end", r"\rfloor", r"\rceil"}
 _BRACKET = re.compile(r"\\[{}]|\\(?:begin|end|lfloor|rfloor|lceil|rceil)(?![A-Za-z])|[()\[\]{}]")
-_AND = r"(?:and|or|und|oder|et|ou|и|или|y/o|also)"
+_AND = rf"(?:{'|'.join(_units.CONJUNCTIONS)}|y/o|also)"
+CONJUNCTION = rf"(?<![^\W\d_\\]){_AND}(?![^\W\d_])|[和或与及]|또는|그리고|または|もしくは|หรือ"
 _TEXT_AND = re.compile(rf"\\text\{{\s*,?\s*{_AND}\s*,?\s*\}}")
-_SEPARATOR = re.compile(
-    rf"[,;&]|(?<![^\W\d_\\])(?<!\\){_AND}(?![^\W\d_])|\\(?:lor|land|vee|wedge)(?![A-Za-z])|[和或与及]|또는|그리고"
-)
+_SEPARATOR = re.compile(rf"[,;&]|{CONJUNCTION}|\\(?:lor|land|vee|wedge)(?![A-Za-z])")
 
 
 def _outside(text: str) -> list[tuple[int, int]]:

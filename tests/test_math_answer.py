@@ -229,6 +229,14 @@ def test_no_answer_takes_long(answer: str) -> None:
         assert time.perf_counter() - started < 4
 
 
+@pytest.mark.parametrize("sign", ["\x00", "\ud800", "\udfff", "\u202e", "\u200b", "\ufeff", "\U0001f600", "\\"])
+@pytest.mark.parametrize("written", list(WRITTEN))
+def test_no_sign_is_an_error(sign: str, written: str) -> None:
+    for text in (sign, f"6{sign}", f"{sign}6", sign * 2000):
+        for gold in ("5", f"5{sign}", r"\sqrt{2}", "Tom"):
+            assert score(WRITTEN[written](text), gold) == 0
+
+
 def test_commands_count_the_samples_without_a_reward(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
