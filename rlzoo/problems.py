@@ -9,8 +9,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from rlzoo.bad_rows import BadRows
-from rlzoo.buffers.encoding import SPELLED, Notes, Special, encode, encode_prompt, spelled
+from rlzoo.bad_rows import BadRows, told_of
+from rlzoo.buffers.encoding import SPELLED, Special, encode, encode_prompt, spelled
+from rlzoo.buffers.formats import Fits
 from rlzoo.buffers.tables import good_rows, read_rows
 from rlzoo.buffers.values import find, number, own_id, usable
 from rlzoo.chat import Message, Options, messages, options_of
@@ -198,18 +199,17 @@ def encode_problems(
 
     With ``bad`` it is left to that what happens to such a problem.
     """
-    bad = BadRows() if bad is None else bad
-    encoded, notes = [], Notes("problem")
-    for problem in problems:
-        with bad.at(problem.told):
-            prompt = problem.prompt if isinstance(problem.prompt, str) else messages(problem.prompt)
-            if problem.special_tokens == "allow" and (found := spelled(tokenizer, prompt)):
-                notes.add(problem.id, {SPELLED: found})
-            text, ids = encode_prompt(tokenizer, prompt, problem.special_tokens, _options(problem))
-            encoded.append(Encoded(replace(problem, prompt=prompt), text, ids))
-    if problems:
-        bad.require_some(len(encoded))
-    notes.tell()
+    encoded = []
+    with told_of(bad) as bad:
+        for problem in problems:
+            with bad.at(problem.told):
+                prompt = problem.prompt if isinstance(problem.prompt, str) else messages(problem.prompt)
+                if problem.special_tokens == "allow" and (found := spelled(tokenizer, prompt)):
+                    bad.note(problem.told, {SPELLED: found})
+                text, ids = encode_prompt(tokenizer, prompt, problem.special_tokens, _options(problem))
+                encoded.append(Encoded(replace(problem, prompt=prompt), text, ids))
+        if problems:
+            bad.require_some(len(encoded))
     return encoded
 
 
@@ -218,22 +218,27 @@ def demonstrations(
     problems: Sequence[Problem],
     max_tokens: int | None = None,
     bad: BadRows | None = None,
+    fits: Fits | None = None,
 ) -> list[Trajectory]:
-    """One row a worked solution. A completion over ``max_tokens`` is cut: it loses its end and is marked so."""
-    bad = BadRows() if bad is None else bad
-    rows, notes = [], Notes("problem")
-    for encoded in encode_problems(tokenizer, problems, bad):
-        problem = encoded.problem
-        for solution in problem.solutions:
-            with bad.at(problem.told):
-                how = problem.special_tokens, _options(problem)
-                made = encode(tokenizer, problem.prompt, solution, None, max_tokens, *how)
-                notes.add(problem.id, made.notes)
-                own = replace(encoded, text=made.prompt, ids=made.prompt_ids)
-                text = made.completion if made.truncated else solution
-                ids = made.completion_ids
-                rows.append(trajectory(own, text, ids, truncated=made.truncated, reward=problem.quality))
-    notes.tell()
+    """One row per worked solution. A completion over ``max_tokens`` is cut: it loses its end and is marked so.
+
+    One that does not fit (`Policy.row_check`) makes its problem a bad row.
+    """
+    rows = []
+    with told_of(bad) as bad:
+        for encoded in encode_problems(tokenizer, problems, bad):
+            problem = encoded.problem
+            for number, solution in enumerate(problem.solutions, 1):
+                with bad.at(problem.told):
+                    how = problem.special_tokens, _options(problem)
+                    made = encode(tokenizer, problem.prompt, solution, None, max_tokens, *how)
+                    if fits is not None:
+                        fits(made.prompt_ids, made.completion_ids)
+                    bad.note(problem.told + (f", solution {number}" if number > 1 else ""), made.notes)
+                    own = replace(encoded, text=made.prompt, ids=made.prompt_ids)
+                    text = made.completion if made.truncated else solution
+                    ids = made.completion_ids
+                    rows.append(trajectory(own, text, ids, truncated=made.truncated, reward=problem.quality))
     return rows
 
 

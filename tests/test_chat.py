@@ -228,7 +228,9 @@ def test_a_demonstration_and_a_sample_have_the_same_prompt() -> None:
 def test_pairs_of_one_prompt_stay_one_prompt_where_an_answer_has_no_thinking() -> None:
     tokenizer = tokenizer_of("r1")
     row = {"prompt": [user("1")], "chosen": [assistant("<think>\na\n</think>2")], "rejected": [assistant("3")]}
-    with pytest.warns(UserWarning, match=r"last words before an answer.*: 1 in all \(row 1: '<think>\\n'\)"):
+    with pytest.warns(
+        UserWarning, match=r"last words before an answer.*: 1 in all \(row 1, completion 2: '<think>\\n'\)"
+    ):
         chosen, rejected = from_trl([row], tokenizer)
     assert chosen.prompt_id == rejected.prompt_id and chosen.prompt_ids != rejected.prompt_ids
     assert tokenizer.decode(rejected.prompt_ids) == rejected.prompt

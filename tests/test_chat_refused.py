@@ -134,7 +134,7 @@ def test_problems_that_spell_special_tokens_are_refused_or_counted(tmp_path: Pat
     with pytest.raises(UserError, match=r"problem 'train-1' \(.*line 2\): the user's text spells '<\|im_end\|>'"):
         encode_problems(tokenizer, load_problems(source))
     allowed = load_problems(source.model_copy(update={"special_tokens": "allow"}))
-    with pytest.warns(UserWarning, match="read as that token: 1 in all .problem train-1"):
+    with pytest.warns(UserWarning, match="read as that token: 1 in all .problem 'train-1'"):
         assert len(encode_problems(tokenizer, allowed)) == 2
 
 
@@ -147,20 +147,22 @@ def test_tables_that_spell_special_tokens_are_refused_or_counted(
     train = ["train", "sft", "--buffer", "t.jsonl", "--model", "model", "--steps", "1", "--out", "out"]
     assert main(train) == 2
     assert "t.jsonl line 1: the user's text spells '<|im_end|>'" in capsys.readouterr().err
-    with pytest.warns(UserWarning, match="read as that token: 1 in all"):
-        assert main([*train, "--set", "special_tokens=allow"]) == 0
+    assert main([*train, "--set", "special_tokens=allow"]) == 0
+    told = "text that spells a special token is read as that token: 1 in all (t.jsonl line 1: the user's text"
+    assert told in capsys.readouterr().out
+    assert any(told in event for event in json.loads(Path("out/training.json").read_text())["events"])
     changes = {"model": "model", "demonstrations": "t.jsonl", "algorithms": {"sft": {}}}
     experiment = load_experiment("arithmetic", changes)
     allowed = load_experiment("arithmetic", {**changes, "training.special_tokens": "allow"})
     ways: list[Callable[[Experiment], Any]] = [
-        lambda some: work.fill_buffer(some, tmp_path / "a", tmp_path / "s", 0, lambda *_: None)["rows"],
-        lambda some: variance.fill(some, tmp_path / "b", tmp_path / "s", "t.jsonl", lambda *_: None)["rows"],
+        lambda some: work.fill_buffer(some, tmp_path / "a", tmp_path / "s", 0, lambda *_: None),
+        lambda some: variance.fill(some, tmp_path / "b", tmp_path / "s", "t.jsonl", lambda *_: None),
     ]
     for way in ways:
         with pytest.raises(UserError, match=r"line 1: the user's text spells"):
             way(experiment)
-        with pytest.warns(UserWarning, match="read as that token: 1 in all"):
-            assert way(allowed) == 1
+        made = way(allowed)
+        assert made["rows"] == 1 and any(told in event for event in made["events"])
 
 
 def test_what_marks_thinking_and_other_special_tokens_stay_free() -> None:

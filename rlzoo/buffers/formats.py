@@ -9,16 +9,16 @@ go along in `Trajectory.columns`.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import datasets
 
-from rlzoo.bad_rows import BadRows
+from rlzoo.bad_rows import BadRows, told_of
 from rlzoo.buffers.buffer import OfflineBuffer
-from rlzoo.buffers.encoding import Encoded, Notes, Prompt, Special, encode
+from rlzoo.buffers.encoding import CUT, Encoded, Prompt, Special, encode
 from rlzoo.buffers.files import BATCH, Item, batch_rows
 from rlzoo.buffers.layouts import as_trl
 from rlzoo.buffers.schema import to_dataset, to_row, to_table
@@ -28,6 +28,8 @@ from rlzoo.chat import Message, messages, options_of
 from rlzoo.errors import UserError, kind_of
 from rlzoo.types import Trajectory
 
+Fits = Callable[[Sequence[int], Sequence[int]], None]
+"""Raises UserError for the tokens of a prompt and a completion that a model cannot take."""
 COMPLETIONS = ("completion", "chosen", "rejected", "messages", "text")
 """Columns that hold what is learned."""
 
@@ -66,17 +68,18 @@ def from_trl(
     completion); preference rows give two rows of reward 1 and 0, unpaired ones a row of reward 1 or 0, and graded ones
     samples with their reward. ``prompt_id`` or ``id`` names the prompt, else its text does. ``max_length`` cuts
     prompt + completion, in tokens, and ``max_completion_tokens`` the completion. ``columns`` gives columns other names
-    first. Text that spells a special token makes a row bad, or with ``special_tokens="allow"`` is counted in a warning.
+    first. Text that spells a special token makes a row bad, or with ``special_tokens="allow"`` is counted. ``bad``
+    takes the counts, which else become warnings.
     Raises UserError naming the row (from 1) and the column, unless ``bad`` rows are dropped.
     """
-    bad = BadRows() if bad is None else bad
     if isinstance(rows, datasets.Dataset):
         items: Iterator[Item] = batch_rows(rows.with_format("arrow").iter(BATCH), "")
         items = ((place.strip(), row) for place, row in items)
     else:
         items = ((f"row {number}", plain_row(row)) for number, row in enumerate(rows, 1))
     encoding = _Encoding(tokenizer, max_length, max_completion_tokens, special_tokens)
-    return OfflineBuffer(to_dataset(to_table(_rows(items, encoding, columns or {}, bad))))
+    with told_of(bad) as bad:
+        return OfflineBuffer(to_dataset(to_table(_rows(items, encoding, columns or {}, bad))))
 
 
 def read_buffer(
@@ -87,39 +90,64 @@ def read_buffer(
     columns: Columns | None = None,
     bad: BadRows | None = None,
     special_tokens: Special = "reject",
+    fits: Fits | None = None,
 ) -> OfflineBuffer:
     """A saved buffer (folder, .parquet, .jsonl), or a table or Hub data set in a format that `from_trl` reads.
 
-    ``split``, ``columns``, ``bad`` and ``special_tokens`` are for tables. Demonstrations of more than
-    ``max_completion_tokens`` are cut, and so is any completion of a table. Raises UserError naming ``where``, and the
-    row and column at fault.
+    ``split``, ``columns`` and ``special_tokens`` are for tables. Demonstrations of more than
+    ``max_completion_tokens`` are cut, and so is any completion of a table. A row that does not fit (`Policy.row_check`)
+    is a bad row. Raises UserError naming ``where``, and the row and column at fault.
     """
+    with told_of(bad) as bad:
+        return _read_buffer(where, bad, split, columns or {}, _Encoding(
+            tokenizer, None, max_completion_tokens, special_tokens, fits
+        ))  # fmt: skip
+
+
+def _read_buffer(where: str, bad: BadRows, split: str | None, columns: Columns, encoding: _Encoding) -> OfflineBuffer:
     if (Path(where) / "buffer.json").is_file():
-        return _shortened(OfflineBuffer.load(where), tokenizer, max_completion_tokens)
-    items = read_rows(where, split)
-    first = next(items)
-    if isinstance(first[1], dict) and {"prompt_ids", "completion_ids"} <= set(first[1]):
+        return _saved(where, encoding, bad)
+    items, seen = read_rows(where, split), list[Item]()
+    for item in items:
+        seen.append(item)
+        if isinstance(item[1], dict):
+            break
+    if isinstance(seen[-1][1], dict) and {"prompt_ids", "completion_ids"} <= set(seen[-1][1]):
         if columns:
             raise UserError(f"{where} is a saved buffer: only a table's columns can be given other names")
-        return _shortened(OfflineBuffer.load(where), tokenizer, max_completion_tokens)
-    bad = BadRows() if bad is None else bad
-    encoding = _Encoding(tokenizer, None, max_completion_tokens, special_tokens)
-    return OfflineBuffer(to_dataset(to_table(_rows(itertools.chain([first], items), encoding, columns or {}, bad))))
+        return _saved(where, encoding, bad)
+    return OfflineBuffer(to_dataset(to_table(_rows(itertools.chain(seen, items), encoding, columns, bad))))
 
 
-def _shortened(buffer: OfflineBuffer, tokenizer: Any, limit: int | None) -> OfflineBuffer:
-    """The buffer with its demonstrations cut. Samples stay whole: their rewards are of the whole."""
-    if limit is None or not (buffer.tokens("completion_ids") > limit).any():
+def _saved(where: str, encoding: _Encoding, bad: BadRows) -> OfflineBuffer:
+    """A saved buffer with its demonstrations cut. Samples stay whole: their rewards are of the whole."""
+    buffer, limit = OfflineBuffer.load(where, bad), encoding.max_completion_tokens
+    if limit is not None and (buffer.tokens("completion_ids") > limit).any():
+        cut = (_cut(number, row, encoding.tokenizer, limit, bad) for number, row in enumerate(buffer, 1))
+        buffer = OfflineBuffer.from_trajectories(cut)
+    if encoding.fits is None or bad.mode == "reject":  # who takes the buffer checks it, all rows at a time
         return buffer
-    return OfflineBuffer.from_trajectories(_cut(row, tokenizer, limit) for row in buffer)
+    return _fitting(buffer, encoding.fits, bad)
 
 
-def _cut(row: Trajectory, tokenizer: Any, limit: int) -> Trajectory:
+def _cut(number: int, row: Trajectory, tokenizer: Any, limit: int, bad: BadRows) -> Trajectory:
     if row.source != "demonstration" or len(row.completion_ids) <= limit:
         return row
+    bad.note(f"row {number} of the buffer", {CUT: f"{limit} of {len(row.completion_ids)} tokens are left"})
     kept = row.completion_ids[:limit]
     values = {name: value and value[:limit] for name, value in vars(row).items() if name.endswith("_logp")}
     return replace(row, completion=tokenizer.decode(kept), completion_ids=kept, truncated=True, **values)
+
+
+def _fitting(buffer: OfflineBuffer, fits: Fits, bad: BadRows) -> OfflineBuffer:
+    """The rows of a saved buffer that the model can take."""
+    kept, bad.rows = [], max(bad.rows, len(buffer))
+    for index, ids in enumerate(itertools.chain.from_iterable(buffer.ids())):
+        with bad.at(f"row {index + 1} of the buffer"):
+            fits(*ids)
+            kept.append(index)
+    bad.require_some(len(kept))
+    return buffer if len(kept) == len(buffer) else OfflineBuffer(buffer.rows.select(kept))
 
 
 class _Encoding(NamedTuple):
@@ -129,18 +157,22 @@ class _Encoding(NamedTuple):
     max_length: int | None
     max_completion_tokens: int | None
     special_tokens: Special
+    fits: Fits | None = None
 
     def __call__(self, example: Example, row: Row) -> Encoded:
         options = {} if isinstance(example.prompt, str) else options_of(row)
-        return encode(
+        made = encode(
             self.tokenizer, example.prompt, example.completion, self.max_length, self.max_completion_tokens,
             self.special_tokens, options,
         )  # fmt: skip
+        if self.fits is not None:
+            self.fits(made.prompt_ids, made.completion_ids)
+        return made
 
 
 def _rows(items: Iterable[Item], encoding: _Encoding, columns: Columns, bad: BadRows) -> Iterator[dict[str, Any]]:
     chat = bool(getattr(encoding.tokenizer, "chat_template", None))
-    first, made, notes = None, 0, Notes("")
+    first, made = None, 0
     for place, item in good_rows(items, bad):
         rows: list[dict[str, Any]] = []
         with bad.at(place):
@@ -150,15 +182,14 @@ def _rows(items: Iterable[Item], encoding: _Encoding, columns: Columns, bad: Bad
                 _require_same(first, found)
             read = list(_read_row(row, found[0], encoding))
             rows = [to_row(trajectory) for _, trajectory in read]
-            for encoded, _ in read:
-                notes.add(place, encoded.notes)
+            for number, (encoded, _) in enumerate(read, 1):
+                bad.note(place if len(read) == 1 else f"{place}, completion {number}", encoded.notes)
             first = first or found
         made += len(rows)
         yield from rows
     bad.require_some(made)
     if not made:
         raise UserError("the data set has no rows: it is empty")
-    notes.tell()
 
 
 def _read_row(row: Row, form: Format, encoding: _Encoding) -> Iterator[tuple[Encoded, Trajectory]]:

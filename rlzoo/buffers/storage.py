@@ -16,7 +16,7 @@ import pyarrow
 import pyarrow.parquet
 import pydantic
 
-from rlzoo.bad_rows import located
+from rlzoo.bad_rows import BadRows
 from rlzoo.buffers.files import json_lines, kind_of_file
 from rlzoo.buffers.schema import conform, to_dataset, to_row, to_table
 from rlzoo.buffers.tables import quiet, read_parquet
@@ -53,8 +53,11 @@ def write_jsonl(trajectories: Iterable[Trajectory], path: str | Path) -> None:
         file.writelines(json.dumps(asdict(t), ensure_ascii=False) + "\n" for t in trajectories)
 
 
-def read(path: str | Path) -> datasets.Dataset:
-    """The rows of a folder, a .parquet or a .jsonl file. Raises UserError for anything else."""
+def read(path: str | Path, bad: BadRows | None = None) -> datasets.Dataset:
+    """The rows of a folder, a .parquet or a .jsonl file, of that without the ``bad`` lines.
+
+    Raises UserError for anything else.
+    """
     path = Path(path)
     if not path.exists():
         raise UserError(f"{path} does not exist: give a folder, a .parquet or a .jsonl file that a buffer was saved to")
@@ -65,7 +68,7 @@ def read(path: str | Path) -> datasets.Dataset:
         _check_pages(path)
         return conform(read_parquet(path), str(path))
     if kind_of_file(path) == ".jsonl":
-        return to_dataset(to_table(map(to_row, _read_trajectories(path))))
+        return to_dataset(to_table(_read_trajectories(path, BadRows() if bad is None else bad)))
     raise UserError(f"{path} is no buffer: give a folder, a .parquet or a .jsonl file that one was saved to")
 
 
@@ -141,19 +144,28 @@ _TRAJECTORY = pydantic.TypeAdapter(Trajectory)
 _FIELDS = frozenset(f.name for f in fields(Trajectory))
 
 
-def _read_trajectories(path: Path) -> Iterator[Trajectory]:
-    number = 0
-    for number, row in json_lines(path):
-        if isinstance(row, UserError):
-            raise UserError(located(f"{path} line {number}", row))
-        surplus = sorted(row.keys() - _FIELDS)
-        if surplus:
-            raise UserError(f"{path} line {number}: a buffer has no field {surplus[0]!r}: keep it in 'columns'")
-        try:
-            yield _TRAJECTORY.validate_python(row)
-        except pydantic.ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(map(str, first["loc"]))
-            raise UserError(f"{path} line {number}: {where}: {first['msg'].lower()}") from None
-    if not number:
+def _read_trajectories(path: Path, bad: BadRows) -> Iterator[dict[str, Any]]:
+    made = 0
+    for number, line in json_lines(path):
+        bad.rows += 1
+        row = None
+        with bad.at(f"{path} line {number}"):
+            row = _buffer_row(line)
+        if row is not None:
+            made += 1
+            yield row
+    bad.require_some(made)
+    if not made:
         raise UserError(f"{path} has no rows: it is empty")
+
+
+def _buffer_row(line: dict[str, Any] | UserError) -> dict[str, Any]:
+    if isinstance(line, UserError):
+        raise line
+    if surplus := sorted(line.keys() - _FIELDS):
+        raise UserError(f"a buffer has no field {surplus[0]!r}: keep it in 'columns'")
+    try:
+        return to_row(_TRAJECTORY.validate_python(line))
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        raise UserError(f"{'.'.join(map(str, first['loc']))}: {first['msg'].lower()}") from None

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from rlzoo.bad_rows import BadRows
 from rlzoo.buffers import Buffer
 from rlzoo.config import Training
-from rlzoo.errors import UserError
 from rlzoo.objective import Objective
 from rlzoo.policy import Policy
 from rlzoo.policy.policy import score_rows
@@ -26,19 +26,14 @@ def check_buffer(policy: Policy, buffer: Buffer) -> None:
     def naming(row: int) -> str:
         return f"row {row + 1} of the buffer (prompt {buffer[row].prompt_id!r})"
 
+    doubtful = []
     if (found := buffer.outside(policy.vocabulary)) is not None:
-        try:
-            policy.check_range(found[1])
-        except UserError as error:
-            raise UserError(f"{naming(found[0])}: {error}") from None
-    if policy.positions is not None and len(buffer):
-        tokens = buffer.tokens()
-        if tokens.max() > policy.positions:
-            row = int(tokens.argmax())
-            raise UserError(
-                f"{naming(row)} has {tokens[row]} tokens, and the model has {policy.positions} positions: "
-                "drop the row, or cut it (max_completion_tokens, from_trl's max_length)"
-            )
+        doubtful = [found[0]]
+    elif policy.positions is not None and len(buffer) and buffer.tokens().max() > policy.positions:
+        doubtful = [int(buffer.tokens().argmax())]
+    for row in doubtful:
+        with BadRows().at(naming(row)):
+            policy.row_check()(buffer[row].prompt_ids, buffer[row].completion_ids)
 
 
 def with_reference(buffer: Buffer, policy: Policy, token_budget: int = 8192) -> Buffer:
