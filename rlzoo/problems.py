@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from rlzoo.bad_rows import BadRows, told_of
 from rlzoo.buffers.encoding import SPELLED, Special, encode, encode_prompt, spelled
 from rlzoo.buffers.formats import Fits
+from rlzoo.buffers.layouts import conversation_of
 from rlzoo.buffers.tables import good_rows, read_rows
 from rlzoo.buffers.values import find, number, own_id, usable
 from rlzoo.chat import Message, Options, messages, options_of
@@ -108,7 +109,10 @@ def _as_asked(index: int, problem: Problem, source: ProblemSource) -> Problem:
 
 
 def _problem(index: int, row: Mapping[str, Any], source: ProblemSource) -> Problem:
-    prompt = _filled(source.prompt, row) if _placeholders(source.prompt) else find(row, source.prompt)
+    if _placeholders(source.prompt):
+        prompt: Any = _filled(source.prompt, row)
+    else:
+        prompt = conversation_of(find(row, source.prompt), source.prompt)
     if prompt is None or (isinstance(prompt, str) and not prompt.strip()):
         told = "null" if prompt is None else "empty or blank"
         raise UserError(f"the prompt, {source.prompt!r:.60}, is {told}: fill the column in, or drop the row")
@@ -167,7 +171,10 @@ def _filled(template: str, row: Mapping[str, Any]) -> str:
         parts.append(text)
         if name is None:
             continue
-        value = find(row, re.sub(r"\[(\w+)\]", r".\1", name))
+        try:
+            value = find(row, re.sub(r"\[(\w+)\]", r".\1", name))
+        except UserError as error:
+            raise UserError(f"{error}: name a column in {{{name}}}, or write {{{{{name}}}}} for text") from None
         if value is None or isinstance(value, (list, dict)) or value in (math.inf, -math.inf) or value != value:
             what = str(value) if value in (math.inf, -math.inf) else kind_of(value)
             raise UserError(

@@ -202,12 +202,41 @@ def test_a_function_of_another_signature_is_told_trls(function: Any) -> None:
 
 
 def test_a_parameter_that_is_no_column_is_told_the_signature() -> None:
-    def reward_func(queries: list[str], prompts: list[str], labels: list[str]) -> list[float]:
-        return [1.0] * len(queries)
+    def reward_func(completions: list[str], labels: list[str]) -> list[float]:
+        return [1.0] * len(completions)
 
     told = one_line(lambda: get_reward(reward_func)(["p"], ["c"], answer=["4"]))
-    assert told.startswith("reward 'reward-func' needs the column 'queries'; the data's columns: answer; ")
-    assert "`columns: {queries: ...}`" in told and "TRL's signature, reward(prompts, completions, **columns)" in told
+    assert told.startswith("reward 'reward-func' needs the column 'labels'; the data's columns: answer; ")
+    assert "`columns: {labels: ...}`" in told and "TRL's signature, reward(prompts, completions, **columns)" in told
+
+
+def openrlhf(queries: list[str], prompts: list[str], labels: list[str], **options: Any) -> list[float]:
+    return [1.0] * len(queries)
+
+
+def trlx(samples: list[str], prompts: list[str], outputs: list[str]) -> list[float]:
+    return [1.0] * len(samples)
+
+
+class Verifier:  # as in open-instruct
+    def __call__(self, tokenized_prediction: list[int], prediction: str, label: str) -> float:
+        return 1.0
+
+
+@pytest.mark.parametrize("function", [openrlhf, trlx, Verifier])
+def test_a_function_that_does_not_look_at_completions_is_told_trls_signature(function: Any) -> None:
+    told = one_line(lambda: get_reward(function)(["p"], ["c"], labels=["4"]))
+    assert "takes no completions but (" in told
+    assert "a reward has TRL's signature, reward(prompts, completions, **columns): wrap it" in told
+
+
+class Orm:  # as in ms-swift
+    def __call__(self, completions: list[str], solution: list[str], **columns: Any) -> list[float]:
+        return [float(text == gold) for text, gold in zip(completions, solution, strict=True)]
+
+
+def test_a_class_whose_objects_score_is_a_reward() -> None:
+    assert get_reward(Orm)(["p", "p"], ["4", "5"], solution=["4", "4"]) == [1.0, 0.0]
 
 
 def test_a_decorator_that_changes_the_signature() -> None:

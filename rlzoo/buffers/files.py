@@ -11,6 +11,7 @@ import gzip
 import io
 import json
 import lzma
+import re
 import sys
 import zlib
 from collections.abc import Iterable, Iterator
@@ -66,7 +67,7 @@ def file_rows(path: Path) -> Iterator[Item]:
             yield from _csv_rows(path, ",")
         case ".tsv":
             yield from _csv_rows(path, "\t")
-        case ".json" if not _is_lines(path):
+        case ".json" | ".jsonl" as kind if not _is_lines(path, kind):
             yield from _json_rows(path)
         case ".json" | ".jsonl":
             yield from ((f"{path} line {number}", row) for number, row in json_lines(path))
@@ -84,6 +85,12 @@ def require_data(path: Path) -> None:
             return  # to be told by who reads it
     if pointer:
         raise UserError(f"{path} is a Git LFS pointer, not the data: get them with git lfs pull")
+
+
+def require_distinct(names: list[str], origin: str) -> None:
+    """Raise UserError for a column's name that is there twice."""
+    if repeated := [name for name in names if name and names.count(name) > 1]:
+        raise UserError(f"{origin} has the column {repeated[0]!r} more than once: rename or drop one")
 
 
 def json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any] | UserError]]:
@@ -107,8 +114,7 @@ def batch_rows(batches: Iterable[pa.RecordBatch | pa.Table], origin: str) -> Ite
     number = 0
     for batch in batches:
         names = batch.schema.names
-        if repeated := [name for name in names if names.count(name) > 1]:
-            raise UserError(f"{origin} has the column {repeated[0]!r} more than once")
+        require_distinct(names, origin)
         columns = [_values(column) for column in batch.columns]
         for values in zip(*columns, strict=True):
             number += 1
@@ -201,6 +207,11 @@ def _are_rows(value: Any) -> bool:
     )
 
 
+def _begins_list(line: str) -> bool:
+    """Whether a line opens a list of objects, here or on the next line."""
+    return bool(re.match(r"\s*\[\s*(\{|$)", line))
+
+
 def _reason(error: json.JSONDecodeError) -> str:
     return error.msg.removesuffix(" at")
 
@@ -223,8 +234,7 @@ def _csv_rows(path: Path, delimiter: str) -> Iterator[Item]:
     try:
         records = (record for record in reader if record)
         names = next(records, [])
-        if repeated := [name for name in names if name and names.count(name) > 1]:
-            raise UserError(f"{path} line 1: the column {repeated[0]!r} is there more than once")
+        require_distinct(names, f"{path} line 1")
         for number, record in enumerate(records, 1):
             row: dict[str, Any] | UserError = dict(zip(names, record, strict=False))
             if len(record) != len(names):
@@ -236,8 +246,11 @@ def _csv_rows(path: Path, delimiter: str) -> Iterator[Item]:
         raise UserError(f"{path} line {reader.line_num} is not CSV: {error}") from None
 
 
-def _is_lines(path: Path) -> bool:
-    """Whether a .json file has an object on each line: whether its first line is one, and not its only one."""
+def _is_lines(path: Path, kind: str) -> bool:
+    """Whether a file of JSON has an object on each line: a .jsonl file unless it begins as a list, and a .json file if
+    its first line is an object, and not its only one."""
     lines = (line for _, line in _lines(path) if isinstance(line, UserError) or line.strip())
     first, second = next(lines, "{}"), next(lines, None)
+    if kind == ".jsonl":
+        return not (isinstance(first, str) and _begins_list(first))
     return second is not None and isinstance(first, str) and isinstance(_object(first), dict)
