@@ -18,11 +18,14 @@ from rlzoo.buffers import OfflineBuffer, from_trl, read_buffer
 from rlzoo.cli import main
 from rlzoo.comparison import work
 from rlzoo.comparison.runner import compare
-from rlzoo.config import ProblemSource
+from rlzoo.config import ProblemSource, Training
 from rlzoo.errors import UserError
+from rlzoo.objective import get_objective
 from rlzoo.policy import Policy
 from rlzoo.policy.loading import save_policy
 from rlzoo.problems import Problem, demonstrations, encode_problems, load_problems
+from rlzoo.training import train
+from rlzoo.types import Trajectory
 from rlzoo.variance.run import fill
 
 LINES = [
@@ -239,3 +242,54 @@ def test_without_a_place_for_the_counts_they_are_warnings(tokenizer: Any) -> Non
         warnings.simplefilter("error")
         from_trl(rows, tokenizer, max_completion_tokens=1, bad=bad)
     assert len(bad.events()) == 1 and bad.lines() == bad.events()
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "reason"),
+    [
+        ("behaviour_logp", [-0.1], "behaviour_logp of prompt 'q' has 1 values for 2 completion tokens"),
+        ("behaviour_logp", [-0.1, float("nan")], "behaviour_logp holds nan, which is no log-prob"),
+        ("prompt_ids", [], "prompt_ids is empty"),
+        ("completion_ids", [], "completion_ids is empty"),
+        ("completion_ids", [2**40, 1], "completion_ids holds 1099511627776, which is no token's id"),
+        ("policy_version", 2**40, "policy_version is 1099511627776"),
+        ("reward", float("inf"), "reward is inf: it must be a finite number"),
+        ("source", "human", "source is 'human': it must be one of demonstration, policy, preference"),
+        ("temperature", 0.0, "temperature is 0.0: it must be above 0"),
+    ],
+)
+def test_a_line_of_a_buffer_with_a_value_that_no_row_has(tmp_path: Path, field: str, value: Any, reason: str) -> None:
+    row: dict[str, Any] = vars(Trajectory("p", "c", [5, 6], [7, 1], "q"))
+    file = tmp_path / "b.jsonl"
+    file.write_text("".join(json.dumps(one) + "\n" for one in (row, {**row, field: value})))
+    with pytest.raises(UserError) as error:
+        OfflineBuffer.load(file)
+    assert str(error.value).startswith(f"{file} line 2: {reason}")
+    assert len(OfflineBuffer.load(file, BadRows("drop"))) == 1
+
+
+def test_a_saved_row_without_tokens_is_named(short: Policy) -> None:
+    rows = [Trajectory("p", "c", [5], [1], "q"), Trajectory("p", "c", [], [1], "q"), Trajectory("p", "c", [5], [], "q")]
+    OfflineBuffer.from_trajectories(rows).save("holes")
+    with pytest.raises(
+        UserError, match=r"^row 2 of the buffer \(prompt 'q'\) has no tokens in its prompt: drop the row"
+    ):
+        train(short, get_objective("sft"), OfflineBuffer.load("holes"), Training(steps=1))
+    bad = BadRows("drop")
+    assert len(read_buffer("holes", short.tokenizer, bad=bad, fits=short.row_check())) == 1 and bad.dropped == 2
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ({"train": [], "test": []}, r"from_trl takes the rows of one data set, and this is a dict \(train, test\)"),
+        (5, "from_trl takes the rows of one data set, and this is an int"),
+        (["1+1="], "row 1 is a str: every row must be an object of columns"),
+        ([None], "row 1 is null: every row must be an object of columns"),
+    ],
+)
+def test_what_is_no_list_of_rows_is_one_line(tokenizer: Any, rows: Any, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        from_trl(rows, tokenizer)
+    with pytest.raises(UserError, match="the name of the data is empty"):
+        read_buffer("", tokenizer)

@@ -14,7 +14,7 @@ import lzma
 import re
 import sys
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -170,9 +170,7 @@ def _object(line: str) -> dict[str, Any] | UserError:
         return UserError(f"is not JSON: {_reason(error)} at column {error.colno}")
     except (ValueError, RecursionError) as error:  # a number of too many digits, or nested too deep
         return UserError(f"is not JSON that can be read: {first_line(error)}")
-    if not isinstance(value, dict):
-        return _no_object(value, "line")
-    return plain_row(value)
+    return object_row(value, "line")
 
 
 def _json_rows(path: Path) -> Iterator[Item]:
@@ -195,7 +193,7 @@ def _json_rows(path: Path) -> Iterator[Item]:
     if not isinstance(rows, list):
         raise UserError(f"{path} holds {kind_of(rows)}: give a list of rows, or one object per line")
     for number, row in enumerate(rows, 1):
-        yield f"{path} row {number}", plain_row(row) if isinstance(row, dict) else _no_object(row, "row")
+        yield f"{path} row {number}", object_row(row, "row")
 
 
 def _are_rows(value: Any) -> bool:
@@ -216,7 +214,10 @@ def _reason(error: json.JSONDecodeError) -> str:
     return error.msg.removesuffix(" at")
 
 
-def _no_object(value: Any, what: str) -> UserError:
+def object_row(value: Any, what: str) -> dict[str, Any] | UserError:
+    """A line's or a row's columns as plain values; of anything but an object, the error without its place."""
+    if isinstance(value, Mapping):
+        return plain_row(value)
     return UserError(f"is {kind_of(value)}: every {what} must be an object of columns")
 
 

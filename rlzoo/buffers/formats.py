@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -19,13 +19,13 @@ from rlzoo.bad_rows import BadRows, told_of
 from rlzoo.buffers.buffer import OfflineBuffer
 from rlzoo.buffers.encoding import CUT, Encoded, Special, encode
 from rlzoo.buffers.examples import COMPLETIONS, GRADED, Example, Format, recognise, require_same, require_text
-from rlzoo.buffers.files import BATCH, Item, batch_rows
+from rlzoo.buffers.files import BATCH, Item, batch_rows, object_row
 from rlzoo.buffers.layouts import aliases, as_trl
 from rlzoo.buffers.schema import to_dataset, to_row, to_table
 from rlzoo.buffers.tables import good_rows, read_rows
-from rlzoo.buffers.values import Columns, Row, find, own_id, plain_row, renamed, usable
+from rlzoo.buffers.values import Columns, Row, find, own_id, renamed, usable
 from rlzoo.chat import options_of
-from rlzoo.errors import UserError
+from rlzoo.errors import UserError, kind_of
 from rlzoo.types import Trajectory
 
 Fits = Callable[[Sequence[int], Sequence[int]], None]
@@ -51,11 +51,16 @@ def from_trl(
     takes the counts, which else become warnings.
     Raises UserError naming the row (from 1) and the column, unless ``bad`` rows are dropped.
     """
+    if isinstance(rows, Mapping) or not isinstance(rows, Iterable):
+        names = f" ({', '.join(map(str, rows))})" if isinstance(rows, Mapping) else ""
+        raise UserError(
+            f"from_trl takes the rows of one data set, and this is {kind_of(rows)}{names}: give a list of rows"
+        )
     if isinstance(rows, datasets.Dataset):
         items: Iterator[Item] = batch_rows(rows.with_format("arrow").iter(BATCH), "")
         items = ((place.strip(), row) for place, row in items)
     else:
-        items = ((f"row {number}", plain_row(row)) for number, row in enumerate(rows, 1))
+        items = ((f"row {number}", object_row(row, "row")) for number, row in enumerate(rows, 1))
     encoding = _Encoding(tokenizer, max_length, max_completion_tokens, special_tokens)
     with told_of(bad) as bad:
         return OfflineBuffer(to_dataset(to_table(_rows(items, encoding, columns or {}, bad))))

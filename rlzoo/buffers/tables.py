@@ -173,6 +173,8 @@ def _is_pattern(name: str) -> bool:
 def _found(source: str | Path, split: str | None) -> list[Path] | datasets.Dataset:
     """The files of a source, or the data set that it is, whole whatever part of the split is asked for."""
     path = Path(source)
+    if not str(source).strip():
+        raise UserError(f"the name of the data is empty: {GIVE}")
     if not _is_local(source):
         return _read_hub(str(source), split)
     if path.is_file():

@@ -171,7 +171,9 @@ class Policy(nn.Module):
 
         def check(prompt: Sequence[int], completion: Sequence[int]) -> None:
             ids = (*prompt, *completion)
-            if ids and not 0 <= min(ids) <= max(ids) < vocabulary:
+            if not prompt or not completion:
+                raise UserError(f"has no tokens in its {'completion' if prompt else 'prompt'}: drop the row")
+            if not 0 <= min(ids) <= max(ids) < vocabulary:
                 self.check_range(max(ids), min(ids))
             if positions is not None and len(ids) > positions:
                 raise UserError(

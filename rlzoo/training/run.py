@@ -21,19 +21,17 @@ from rlzoo.types import Need
 
 
 def check_buffer(policy: Policy, buffer: Buffer) -> None:
-    """Raise UserError naming a row (from 1) with a token id that has no embedding, or more tokens than positions."""
-
-    def naming(row: int) -> str:
-        return f"row {row + 1} of the buffer (prompt {buffer[row].prompt_id!r})"
-
-    doubtful = []
-    if (found := buffer.outside(policy.vocabulary)) is not None:
-        doubtful = [found[0]]
-    elif policy.positions is not None and len(buffer) and buffer.tokens().max() > policy.positions:
-        doubtful = [int(buffer.tokens().argmax())]
-    for row in doubtful:
-        with BadRows().at(naming(row)):
-            policy.row_check()(buffer[row].prompt_ids, buffer[row].completion_ids)
+    """Raise UserError naming a row (from 1) without tokens, with one that has no embedding, or more than positions."""
+    empty = [row for name in ("prompt_ids", "completion_ids") for row in np.flatnonzero(buffer.tokens(name) == 0)]
+    doubtful = int(empty[0]) if empty else None
+    if doubtful is None and (found := buffer.outside(policy.vocabulary)) is not None:
+        doubtful = found[0]
+    if doubtful is None and policy.positions is not None and len(buffer) and buffer.tokens().max() > policy.positions:
+        doubtful = int(buffer.tokens().argmax())
+    if doubtful is not None:
+        row = buffer[doubtful]
+        with BadRows().at(f"row {doubtful + 1} of the buffer (prompt {row.prompt_id!r})"):
+            policy.row_check()(row.prompt_ids, row.completion_ids)
 
 
 def with_reference(buffer: Buffer, policy: Policy, token_budget: int = 8192) -> Buffer:
