@@ -156,7 +156,8 @@ def opened(tokenizer: Any, conversation: Sequence[Message], options: Options = _
                 f"call it one of {', '.join(ROLES)}"
             )
         _require_calls(tokenizer, message)
-        if not _holds(text, message):
+        said = message["content"].strip() and not message.get("tool_calls")
+        if not _holds(text, message) or (said and number in _unwritten(tokenizer, conversation)):
             raise UserError(
                 f"the chat template leaves out message {number} (role {role}): "
                 "move its text to another turn, or change tokenizer.chat_template"
@@ -181,6 +182,24 @@ def _require_thoughts(tokenizer: Any, answer: Message) -> None:
                 f"the chat template does not write {key!r} of the assistant's turn: write it in the content, as "
                 "<think>...</think>, or take it out"
             )
+
+
+def _unwritten(tokenizer: Any, conversation: Sequence[Message]) -> frozenset[int]:
+    """The places (from 1) of messages that the template leaves out whatever they say: it is given marks in their place.
+
+    A short text such as "5" may stand in the rendered conversation by chance.
+    """
+    known = _UNWRITTEN.setdefault(tokenizer, {})
+    key = tokenizer.chat_template, *((message["role"], bool(message.get("tool_calls"))) for message in conversation)
+    if key not in known:
+        marks = [f"{_PROBE}-{number}-" for number in range(len(conversation))]
+        marked = [{**message, "content": mark} for message, mark in zip(conversation, marks, strict=True)]
+        try:
+            text = render(tokenizer, marked, True)
+        except UserError:  # it looks into contents, or needs options
+            text = "".join(marks)
+        known[key] = frozenset(number for number, mark in enumerate(marks, 1) if mark not in text)
+    return known[key]
 
 
 def _holds(text: str, message: Message) -> bool:
@@ -231,6 +250,7 @@ def turn_of(tokenizer: Any) -> Turn:
 
 
 _TURNS: WeakKeyDictionary[Any, tuple[Any, Turn]] = WeakKeyDictionary()
+_UNWRITTEN: WeakKeyDictionary[Any, dict[Any, frozenset[int]]] = WeakKeyDictionary()
 
 
 def _long(tokens: Iterable[str | None]) -> frozenset[str]:

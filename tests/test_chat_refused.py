@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from chat_templates import TEMPLATES, assistant, built, policy_of, tokenizer_of, turn, user
+from chat_templates import OPENS, TEMPLATES, assistant, built, policy_of, tokenizer_of, turn, user
 
 from rlzoo.buffers import from_trl
 from rlzoo.chat import opened
@@ -187,3 +187,16 @@ def test_plain_prompts_may_be_rendered_before_and_plain_completions_end_once() -
             from_trl([{"prompt": rendered, "completion": f"2{token}3"}], tokenizer)
     (row,) = from_trl([{"text": rendered + "2<|im_end|>\n"}], built(TEMPLATES["chatml"], bos=True))
     assert tokenizer.decode(row.completion_ids).startswith(rendered)
+
+
+@pytest.mark.parametrize("text", ["5", "user", "Answer in one word, and say nothing else."])
+def test_a_turn_that_the_template_leaves_out_is_refused_however_short(text: str) -> None:
+    tokenizer = built(
+        "{% for m in messages %}{% if m['role'] in ('user', 'assistant') %}"
+        "{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endif %}{% endfor %}" + OPENS
+    )
+    asked = [user("5+5?"), assistant("10")]
+    for turns in ([turn("system", text), *asked], [*asked, turn("tool", text), user("And?"), assistant("10")]):
+        with pytest.raises(UserError, match=r"the chat template leaves out message \d \(role (system|tool)\)"):
+            from_trl([{"messages": turns}], tokenizer)
+    assert from_trl([{"messages": asked}], tokenizer)[0].completion == "10"
