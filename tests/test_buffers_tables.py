@@ -289,3 +289,17 @@ def test_a_value_that_is_nested_too_deep_is_an_error_where_it_is_used(tmp_path: 
     assert isinstance(row, dict) and find(row, "a") == 1
     with pytest.raises(UserError, match="column 'd' is nested too deep"):
         find(row, "d")
+
+
+@pytest.mark.parametrize("new", [pa.ipc.new_file, pa.ipc.new_stream])
+def test_an_arrow_file_is_read(tmp_path: Path, new: Callable[..., Any]) -> None:
+    table, file = (
+        pa.table({"a": pa.array(["x", "y", "x"]).dictionary_encode(), "n": [1, 2, 3]}),
+        tmp_path / "rows.arrow",
+    )
+    with pa.OSFile(str(file), "wb") as sink, new(sink, table.schema) as writer:
+        writer.write_table(table)
+    assert load_table(file)["a"][:] == ["x", "y", "x"]
+    file.write_bytes(file.read_bytes()[:30])
+    with pytest.raises(UserError, match=r"rows\.arrow is not a readable Arrow file"):
+        load_table(file)

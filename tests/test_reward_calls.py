@@ -178,6 +178,18 @@ def test_fresh_samples_are_rewarded_as_of_their_step(make_policy: Callable[..., 
             assert row.reward_parts == {"epoch": version * 2 / 4, "mine": row.reward}
 
 
+def test_columns_with_the_names_of_what_rlzoo_passes_do_not_take_its_place(make_policy: Callable[..., Policy]) -> None:
+    def reward(prompts: Any, completions: Any, trainer_state: Any, log_metric: Any, answer: Any) -> list[float]:
+        log_metric("step", trainer_state.global_step)
+        return [float(prompt == "1+1=") for prompt in prompts]
+
+    own = dict.fromkeys(("prompts", "completions", "completion_ids", "trainer_state", "log_metric"), "x")
+    problems = [Problem("p", "1+1=", {**own, "answer": "2"})]
+    settings = EvaluationSettings(samples=2, max_new_tokens=2)
+    found = evaluate(make_policy("gpt2"), problems, reward, settings, greedy=False)
+    assert found.metrics["avg_at_k"] == 1.0 and found.metrics["reward/step"] == 0.0
+
+
 # Other signatures
 
 

@@ -1,4 +1,4 @@
-"""The rows of one file: JSONL, JSON, CSV, TSV or Parquet, compressed or not, read as they are asked for.
+"""The rows of one file: JSONL, JSON, CSV, TSV, Parquet or Arrow, text compressed or not, read as they are asked for.
 
 Values stay what the file says: numbers of any size in JSON, and in CSV, where everything is text, the text itself.
 """
@@ -19,13 +19,14 @@ from pathlib import Path
 from typing import IO, Any
 
 import pyarrow as pa
+import pyarrow.ipc
 import pyarrow.parquet
 
 from rlzoo.bad_rows import located
 from rlzoo.buffers.values import plain_row
 from rlzoo.errors import UserError, kind_of
 
-SUFFIXES = (".jsonl", ".json", ".parquet", ".csv", ".tsv")
+SUFFIXES = (".jsonl", ".json", ".parquet", ".csv", ".tsv", ".arrow")
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 """What may follow the ending of a file of text."""
 BATCH = 1000
@@ -63,6 +64,8 @@ def file_rows(path: Path) -> Iterator[Item]:
     match kind_of_file(path):
         case ".parquet":
             yield from parquet_rows(path)
+        case ".arrow":
+            yield from arrow_rows(path)
         case ".csv":
             yield from _csv_rows(path, ",")
         case ".tsv":
@@ -107,6 +110,21 @@ def parquet_rows(path: Path) -> Iterator[Item]:
         yield from batch_rows(file.iter_batches(BATCH), str(path))
     except (pa.ArrowException, OSError, MemoryError) as error:
         raise UserError(f"{path} is not a readable Parquet file: {first_line(error)}") from None
+
+
+def arrow_rows(path: Path) -> Iterator[Item]:
+    """The rows of an Arrow file, or of a stream in one, as `datasets` writes them."""
+    try:
+        with pa.memory_map(str(path)) as source:
+            try:
+                file = pa.ipc.open_file(source)
+                batches: Iterable[pa.RecordBatch] = map(file.get_batch, range(file.num_record_batches))
+            except pa.ArrowInvalid:
+                source.seek(0)
+                batches = pa.ipc.open_stream(source)
+            yield from batch_rows(batches, str(path))
+    except (pa.ArrowException, OSError, MemoryError) as error:
+        raise UserError(f"{path} is not a readable Arrow file: {first_line(error)}") from None
 
 
 def batch_rows(batches: Iterable[pa.RecordBatch | pa.Table], origin: str) -> Iterator[Item]:

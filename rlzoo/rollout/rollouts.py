@@ -17,6 +17,7 @@ from rlzoo.policy.policy import score_rows, score_rows_and_nuclei
 from rlzoo.problems import Encoded, trajectory
 from rlzoo.ranks import agreed, world_size
 from rlzoo.reward import Reward, Score, get_reward
+from rlzoo.reward_call import ENGINE
 from rlzoo.rollout.sampler import Sample, Sampler, TransformersSampler, by_length
 from rlzoo.types import Trajectory
 
@@ -187,6 +188,6 @@ def judge(reward: Reward, answered: Sequence[tuple[Encoded, Sample]]) -> list[Sc
     completions = [
         s.text if isinstance(p.problem.prompt, str) else [{"role": "assistant", "content": s.text}] for p, s in answered
     ]
-    names = {name for p, _ in answered for name in p.problem.columns}
+    names = {name for p, _ in answered for name in p.problem.columns} - set(ENGINE)
     columns = {name: [p.problem.columns.get(name) for p, _ in answered] for name in sorted(names)}
     return reward.score(prompts, completions, columns, completion_ids=[s.ids for _, s in answered])
