@@ -226,7 +226,8 @@ def test_a_conversation_may_be_the_json_text_that_a_csv_file_has(tmp_path: Path,
 @pytest.mark.parametrize("column", ["conversation", "conversations"])
 def test_llama_factorys_names(chat: Any, column: str) -> None:
     turns = [turn("human", "1+1"), turn("gpt", "2")]
-    assert from_trl([{column: turns}], chat)[0].completion == "2"
+    for row in ({column: turns}, {"conversation": None, "conversations": None, "messages": None, column: turns}):
+        assert from_trl([row], chat)[0].completion == "2"
     rows = [{column: turns, "kto_tag": True}, {"instruction": "1+1", "output": "3", "kto_tag": False}]
     assert [(row.source, row.reward) for row in from_trl(rows, chat)] == [("preference", 1.0), ("preference", 0.0)]
 

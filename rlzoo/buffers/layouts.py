@@ -71,9 +71,13 @@ def as_trl(row: Row, chat: bool) -> dict[str, Any]:
 
 
 def aliases(row: Row) -> dict[str, str]:
-    """Columns of this row that ShareGPT or LLaMA-Factory call otherwise than TRL → TRL's name."""
-    lacking = {alias: name for alias, name in _ALIASES.items() if alias in row and row.get(name) is None}
-    return {a: name for a, name in lacking.items() if name == "label" or row[a] is None or isinstance(row[a], list)}
+    """Columns of this row that ShareGPT or LLaMA-Factory call otherwise than TRL → TRL's name, one for each."""
+    found: dict[str, str] = {}
+    for alias, name in _ALIASES.items():
+        fits = name == "label" or row.get(alias) is None or isinstance(row[alias], list)
+        if alias in row and row.get(name) is None and fits and (name not in found or row[alias] is not None):
+            found[name] = alias
+    return {alias: name for name, alias in found.items()}
 
 
 def _parsed(name: str, value: Any) -> Any:
