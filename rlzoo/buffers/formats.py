@@ -82,10 +82,9 @@ def read_buffer(
     ``max_completion_tokens`` are cut, and so is any completion of a table. A row that does not fit (`Policy.row_check`)
     is a bad row. Raises UserError naming ``where``, and the row and column at fault.
     """
+    encoding = _Encoding(tokenizer, None, max_completion_tokens, special_tokens, fits)
     with told_of(bad) as bad:
-        return _read_buffer(where, bad, split, columns or {}, _Encoding(
-            tokenizer, None, max_completion_tokens, special_tokens, fits
-        ))  # fmt: skip
+        return _read_buffer(where, bad, split, columns or {}, encoding)
 
 
 def _read_buffer(where: str, bad: BadRows, split: str | None, columns: Columns, encoding: _Encoding) -> OfflineBuffer:
