@@ -208,7 +208,7 @@ def _train(commands: Any) -> None:
 
 
 def _run_train(arguments: argparse.Namespace) -> int:
-    from rlzoo.bad_rows import BadRows, told
+    from rlzoo.bad_rows import BadRows
     from rlzoo.buffers import read_buffer
     from rlzoo.comparison.pool import silence
     from rlzoo.config import Training, validated
@@ -252,10 +252,12 @@ def _run_train(arguments: argparse.Namespace) -> int:
         policy = load_policy(arguments.model, training.dtype)
         bad, longest = BadRows(table.bad_rows), training.max_completion_tokens
         buffer = read_buffer(
-            table.source, policy.tokenizer, longest, table.split, table.columns, bad, training.special_tokens
-        )
-        if is_main() and (line := told(bad.summary())):
-            print(line)
+            table.source, policy.tokenizer, longest, table.split, table.columns, bad, training.special_tokens,
+            policy.row_check(),
+        )  # fmt: skip
+        if is_main():
+            for line in bad.lines():
+                print(line, flush=True)
         record = train(
             policy, objective, buffer, training, arguments.seed, [show], out / "logs", run.state / "checkpoints"
         )
@@ -264,7 +266,7 @@ def _run_train(arguments: argparse.Namespace) -> int:
             summary = {
                 "steps": record.plain_steps(),
                 "costs": record.costs.as_dict(),
-                "events": record.events,
+                "events": [*bad.events(), *record.events],
                 "dropped_rows": bad.summary(),
             }
             write_atomically(out / "training.json", json.dumps(summary, indent=1))
@@ -291,14 +293,14 @@ def _rollout(commands: Any) -> None:
 def _run_rollout(arguments: argparse.Namespace) -> int:
     use_threads(arguments)
     experiment = experiment_of(arguments)
-    from rlzoo.bad_rows import BadRows, told
+    from rlzoo.bad_rows import BadRows
     from rlzoo.buffers import OfflineBuffer
     from rlzoo.comparison.pool import silence
     from rlzoo.comparison.work import reward_of
     from rlzoo.pieces import Pieces
     from rlzoo.policy import load_policy
     from rlzoo.problems import encode_problems, load_problems
-    from rlzoo.rollout import collect_rollouts, mismatch, sampler_of, unscored
+    from rlzoo.rollout import collect_rollouts, cut_short, mismatch, sampler_of, unscored
     from rlzoo.runs import run_in
 
     bad = BadRows(experiment.train.bad_rows)
@@ -315,17 +317,21 @@ def _run_rollout(arguments: argparse.Namespace) -> int:
         sampler, recompute = sampler_of(policy, settings), settings.behaviour == "recompute"
         rows = collect_rollouts(
             policy, sampler, encoded, reward, settings, arguments.seed,
-            token_budget=experiment.training.token_budget, recompute=recompute, pieces=Pieces(run.state),
+            token_budget=experiment.training.token_budget, recompute=recompute, pieces=Pieces(run.state), bad=bad,
         )  # fmt: skip
         buffer = OfflineBuffer.from_trajectories(rows)
-        dropped = bad.summary()
-        save = partial(buffer.save, notes={"dropped_rows": dropped} if dropped else {})
+        events = [*bad.events(), *cut_short(rows, settings.max_new_tokens)]
+        known = {"dropped_rows": bad.summary(), "events": events}
+        save = partial(buffer.save, notes={name: value for name, value in known.items() if value})
         writers: dict[str, Callable[[Path], None]] = {".parquet": buffer.to_parquet, ".jsonl": buffer.to_jsonl}
         writers.get(arguments.out.suffix, save)(arguments.out)
     right = sum((row.reward or 0) >= experiment.evaluation.correct_at for row in rows)
-    if line := told(dropped):
+    for line in bad.lines():
         print(line)
-    print(f"{len(rows)} samples of {len(encoded)} prompts, {right} correct; saved to {arguments.out}")
+    prompts = len({row.prompt_id for row in rows})
+    print(f"{len(rows)} samples of {prompts} prompts, {right} correct; saved to {arguments.out}")
+    for line in cut_short(rows, settings.max_new_tokens):
+        print(line)
     if without := unscored((row.reward, row.prompt) for row in rows):
         print(without)
     if found := mismatch(rows):
@@ -350,7 +356,7 @@ def _evaluate(commands: Any) -> None:
 def _run_evaluate(arguments: argparse.Namespace) -> int:
     use_threads(arguments)
     experiment = experiment_of(arguments)
-    from rlzoo.bad_rows import BadRows, told
+    from rlzoo.bad_rows import BadRows
     from rlzoo.comparison.pool import silence
     from rlzoo.comparison.work import reward_of
     from rlzoo.evaluation import evaluate
@@ -359,19 +365,18 @@ def _run_evaluate(arguments: argparse.Namespace) -> int:
     from rlzoo.rollout import unscored
 
     reward = reward_of(experiment)
-    problems = {}
-    for name, source in experiment.benchmarks.items():
-        bad = BadRows(source.bad_rows)
-        problems[name] = load_problems(source, bad)
-        if line := told(bad.summary()):
-            print(f"{name}: {line}", file=sys.stderr)
+    bad = {name: BadRows(source.bad_rows) for name, source in experiment.benchmarks.items()}
+    problems = {name: load_problems(source, bad[name]) for name, source in experiment.benchmarks.items()}
     silence()
     policy = load_policy(experiment.model, experiment.training.dtype)
     found = {
-        name: evaluate(policy, some, reward, experiment.evaluation, arguments.seed) for name, some in problems.items()
+        name: evaluate(policy, some, reward, experiment.evaluation, arguments.seed, bad=bad[name])
+        for name, some in problems.items()
     }
     scores = {name: one.metrics for name, one in found.items()}
     for name, one in found.items():
+        for line in bad[name].lines():
+            print(f"{name}: {line}", file=sys.stderr)
         if without := unscored((row["reward"], row["prompt"]) for row in one.outcomes):
             print(f"{name}: {without}; they count as wrong", file=sys.stderr)
     if arguments.json:
