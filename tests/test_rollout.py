@@ -273,8 +273,7 @@ def test_conversations_get_conversational_completions(make_policy: MakePolicy) -
 @pytest.mark.parametrize("kind", ["grouped", "sliding", "scaled"])
 def test_attention_heads_that_share_keys(kind: str, make_policy: MakePolicy) -> None:
     """Grouped query heads, a sliding window, a scale of its own: greedy tokens are those of a plain forward pass."""
-    from transformers import GraniteConfig, GraniteForCausalLM, LlamaConfig, LlamaForCausalLM
-    from transformers import MistralConfig, MistralForCausalLM
+    import transformers as hf
 
     tokenizer = make_policy("gpt2", dtype=torch.float32).tokenizer
     torch.manual_seed(0)
@@ -284,9 +283,9 @@ def test_attention_heads_that_share_keys(kind: str, make_policy: MakePolicy) -> 
         "eos_token_id": tokenizer.eos_token_id,
     }  # fmt: skip
     models: dict[str, Callable[[], Any]] = {
-        "grouped": lambda: LlamaForCausalLM(LlamaConfig(**common)),
-        "sliding": lambda: MistralForCausalLM(MistralConfig(**common, sliding_window=4)),
-        "scaled": lambda: GraniteForCausalLM(GraniteConfig(**common, attention_multiplier=2.0)),
+        "grouped": lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**common)),
+        "sliding": lambda: hf.MistralForCausalLM(hf.MistralConfig(**common, sliding_window=4)),
+        "scaled": lambda: hf.GraniteForCausalLM(hf.GraniteConfig(**common, attention_multiplier=2.0)),
     }
     policy = Policy(models[kind]().eval(), tokenizer, kind)
     found = sampled_ids(policy, Sampling(max_new_tokens=9), seed=0, greedy=True)

@@ -27,7 +27,7 @@ MakePolicy = Callable[..., Policy]
 
 
 class FakeServer(ThreadingHTTPServer):
-    """Answers each prompt with its own tokens and an end of sequence; ``dev`` is whether weights can be handed over."""
+    """Answers each prompt with its tokens, the sample's number and an end of sequence; ``dev`` is whether weights can be handed over."""
 
     request_queue_size = 64  # as many connect at once; in a shorter queue some would be refused
 
@@ -68,9 +68,11 @@ class Handler(BaseHTTPRequestHandler):
             if content["max_tokens"] > 1000:
                 self.answer(400, {"error": "max_tokens is too large"})
                 return
-            ids = [*content["prompt"], self.server.eos]
-            choice = {"token_ids": ids, "logprobs": {"token_logprobs": [-0.5] * len(ids)}, "finish_reason": "stop"}
-            choices = [{**choice, "index": n} for n in reversed(range(content["n"]))]
+            logprobs = {"token_logprobs": [-0.5] * (len(content["prompt"]) + 2)}
+            choices = [
+                {"index": n, "token_ids": [*content["prompt"], 50 + n, self.server.eos], "logprobs": logprobs}
+                for n in reversed(range(content["n"]))
+            ]
             self.answer(200, {"choices": choices})
         elif self.server.dev:
             if self.path == "/collective_rpc":
@@ -111,8 +113,8 @@ def test_samples_come_in_order_with_the_policys_weights(policy: Policy, server: 
     assert isinstance(sampler, VLLMServerSampler) and sampler.model == "the-model"
     prompts = [[20 + i, 21] for i in range(9)]
     found = sampler.sample(prompts, Sampling(samples=2), seed=3)
-    assert [[s.ids[:-1] for s in row] for row in found] == [[prompt] * 2 for prompt in prompts]
-    assert all(s.logp == [-0.5] * 3 and not s.truncated for row in found for s in row)
+    assert [[s.ids[:-1] for s in row] for row in found] == [[[*prompt, 50], [*prompt, 51]] for prompt in prompts]
+    assert all(s.logp == [-0.5] * 4 and not s.truncated for row in found for s in row)
     assert len(server.weights) == 1 and server.weights[0]["model_type"] == "llama"
     asked = [content for path, content in server.asked if path == "/v1/completions"]
     assert len({content["seed"] for content in asked}) == 9
