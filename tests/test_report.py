@@ -17,11 +17,14 @@ import pyarrow.parquet as pq
 import pytest
 import rich.console
 
-from rlzoo.comparison.report import report_table, write_report
+from rlzoo.comparison.report import plots, report_table, tables, write_report
+from rlzoo.comparison.report.answer import answer
+from rlzoo.comparison.report.contents import contents
 from rlzoo.comparison.report.plots import curves_of
-from rlzoo.comparison.report.schema import parse_results
-from rlzoo.comparison.report.tables import amount, points, seconds
-from rlzoo.comparison.statistics import summarise
+from rlzoo.comparison.report.schema import parse_results, read_run
+from rlzoo.comparison.report.tables import amount, points, seconds, significance
+from rlzoo.comparison.statistics import METRICS, compare_to, summarise
+from rlzoo.document import Code, Entry, Heading, Paragraph
 from rlzoo.errors import UserError
 
 EVIL = "<script>document.title='owned'</script>"
@@ -361,6 +364,129 @@ def test_learning_curves_start_at_the_base_and_average_the_seeds() -> None:
     np.testing.assert_allclose(np.stack(curves["a"]), [[0.0, 5.0], [0.2, 0.6], [0.2, 0.4], [0.2, 0.8]])
 
 
+@pytest.fixture
+def figures(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The figures that are drawn, which are not made into SVG."""
+    drawn: list[Any] = []
+    monkeypatch.setattr(plots, "to_svg", lambda figure: str(drawn.append(figure)))
+    return drawn
+
+
+def test_figures_show_the_numbers_of_the_tables(figures: list[Any], tmp_path: Path) -> None:
+    results = parse_results(synthetic_run(tmp_path))
+    plots.score_bars(results, "sums")
+    for axes, metric in zip(figures[-1].axes, METRICS, strict=True):
+        rows = [results.row(name, "sums", metric) for name in ("base", "plain", "weighted", "paired")]
+        assert all(row is not None for row in rows)
+        known = [row for row in rows if row is not None]
+        assert [bar.get_width() for bar in axes.patches] == pytest.approx([100 * row.mean for row in known])
+        assert whiskers(axes) == pytest.approx([100 * x for row in known for x in (row.ci_low, row.ci_high)])
+        assert 100 * known[0].mean in [line.get_xdata()[0] for line in axes.lines if line.get_linestyle() == "--"]
+    assert names_of(figures[-1]) == list(SKILL)
+
+    differences = compare_to(read_run(tmp_path).outcomes, "plain", results.k)
+    plots.differences(differences, results, "sums")
+    for axes, metric in zip(figures[-1].axes, METRICS, strict=True):
+        own = [row for row in differences if (row["benchmark"], row["metric"]) == ("sums", metric)]
+        assert [row["algorithm"] for row in own] == names_of(figures[-1])
+        assert whiskers(axes) == pytest.approx([100 * x for row in own for x in (row["ci_low"], row["ci_high"])])
+        points = [line for line in axes.lines if line.get_marker() == "o"]
+        assert [float(point.get_xdata()[0]) for point in points] == pytest.approx(
+            [100 * row["difference"] for row in own]
+        )
+        assert [point.get_markerfacecolor() != "white" for point in points] == [row["p"] < 0.05 for row in own]
+
+    plots.token_probabilities(results)
+    for axes, name in zip(figures[-1].axes, results.algorithms, strict=False):
+        counts = [cell.token_probabilities for cell in results.cells if cell.algorithm == name]
+        before, after = (patch.get_data().values for patch in axes.patches)
+        assert results.token_probabilities is not None
+        assert before.tolist() == results.token_probabilities.before
+        np.testing.assert_allclose(after, np.maximum(np.mean(counts, axis=0), 0.5))
+
+    plots.learning_curves(results, "sums")
+    (axes,) = figures[-1].axes
+    for line, name in zip(axes.lines, results.algorithms, strict=True):
+        steps, mean, _low, _high = curves_of(results, "sums", "avg_at_k")[name]
+        np.testing.assert_allclose(line.get_xydata(), np.stack([steps, 100 * mean], axis=1))
+
+
+def names_of(figure: Any) -> list[str]:
+    """The rows, which the first panel names."""
+    return [label.get_text() for label in figure.axes[0].get_yticklabels()]
+
+
+def whiskers(axes: Any) -> list[float]:
+    """The ends of the intervals, in order."""
+    segments = [segment for collection in axes.collections for segment in collection.get_segments()]
+    return [float(x) for segment in segments for x in segment[:, 0]]
+
+
+def test_costs_are_means_of_cells_and_the_highest_peak() -> None:
+    costs = [dict.fromkeys(COSTS, value) for value in (100.0, 300.0)]
+    cells = [
+        {"algorithm": name, "seed": 0, "learning_rate": 1e-4, "metrics": {}, "costs": own}
+        for name, own in (("a", costs[0]), ("a", costs[1]), ("b", {}))
+    ]
+    rates = {"a": {"1e-05": 0.5, "0.0001": 0.25}, "b": {}}
+    known = {"experiment": "x", "created": "now", "base": {}, "summary": [], "cells": cells, "learning_rates": rates}
+    results = parse_results(known)
+    rows = [[entry.text for entry in row] for row in tables.cost_table(results).rows]
+    assert rows == [["a", "200", "200", "200", "3 min 20 s", "300 B", "2"], ["b", *["–"] * 5, "1"]]
+    chosen = tables.learning_rate_table(results)
+    assert chosen is not None and list(chosen.header) == ["algorithm", "1e-05", "0.0001"]
+    assert chosen.rows == [[Entry("a"), Entry("50.0"), Entry("25.0", best=True)]]
+
+
+SUMMARY = {  # avg@k, greedy and pass@k of each
+    "same order": ({"a": (0.5, 0.6, 0.7), "b": (0.4, 0.5, 0.6)}, "By greedy decoding a leads at 60.0 %: the order is "
+                   "the same. By pass@2 a leads at 70.0 %: the order is the same."),
+    "another leads": ({"a": (0.5, 0.5, 0.5), "b": (0.4, 0.6, 0.5)}, "By greedy decoding b leads at 60.0 %: the order "
+                      "differs. By pass@2 all are equal, at 50.0 %."),
+    "behind": ({"a": (0.5, 0.6, 0.7), "b": (0.4, 0.4, 0.7), "c": (0.3, 0.5, 0.1)}, "By greedy decoding a leads at "
+               "60.0 %: only the order behind it differs. By pass@2 a and b lead at 70.0 %: the order is the same."),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", SUMMARY)
+def test_whether_the_metrics_agree_is_said(case: str) -> None:
+    means, told = SUMMARY[case]
+    summary = [
+        {"algorithm": name, "benchmark": "sums", "metric": metric, "mean": mean, "ci_low": 0, "ci_high": 1, "seeds": 1}
+        for name, own in reversed(means.items())
+        for metric, mean in zip(METRICS, own, strict=True)
+    ]
+    cells = [{"algorithm": name, "seed": 0, "metrics": {}} for name in means]
+    base = {"sums": {"k": 2, "samples": 3, "avg_at_k": 0.5 if case == "behind" else 0.1}}
+    known = {"experiment": "x", "created": "now", "base": base, "summary": summary, "cells": cells}
+    below = " The base model, at 50.0 %, is not below it." if case == "behind" else ""
+    assert answer(parse_results(known), {}, "sums") == (
+        "On sums, a has the best avg@3: 50.0 %, before b, with which it has no seed in common, so the two are not "
+        f"compared.{below} {told}"
+    )
+
+
+@pytest.mark.usefixtures("figures")
+def test_completions_are_the_first_of_the_first_problems_of_each_benchmark(tmp_path: Path) -> None:
+    results = synthetic_run(tmp_path)
+    rows = outcome_rows(SKILL, seeds=2)[::-1]
+    for row in rows:
+        first = row["decoding"] == "sample" and row["sample"] == 0 and row["seed"] <= 0
+        row.update(text="this one" if first else "another", prompt=row["problem_id"] * 100)
+        row.update(correct=row["algorithm"] == "plain", truncated=row["algorithm"] == "paired")
+    save(tmp_path, results, pa.Table.from_pylist(rows))
+    blocks = list(contents(read_run(tmp_path), None))
+    shown = [block.text for block in blocks if isinstance(block, (Heading, Paragraph, Code))]
+    shown = shown[shown.index("Sample completions") + 2 : shown.index("How it was made")]
+    verdicts = ["base (wrong)", "plain (correct)", "weighted (wrong)", "paired (wrong, truncated)"]
+    answers = [line for verdict in verdicts for line in (verdict, "this one")]
+    assert shown == [
+        line
+        for name in ("sums-000", "longer sums-000", "sums-001")
+        for line in (f"{name[:-4]}: {name}", f"{(name * 100)[:700]} …", *answers)
+    ]
+
+
 def test_run_in_which_every_cell_failed(tmp_path: Path) -> None:
     results = synthetic_run(tmp_path, {"base": 0.2, "plain": 0.3})
     results["cells"] = []
@@ -428,6 +554,7 @@ def test_terminal_tables_fit_and_mark_the_best(tmp_path: Path) -> None:
         (amount(0), "0"), (amount(999), "999"), (amount(1500), "1.5 k"), (amount(3.21e12), "3.21 T"),
         (amount(812e6, "B"), "812 MB"), (amount(None), "–"), (amount(0.25), "0.25"),
         (seconds(0.42), "0.4 s"), (seconds(59.7), "1 min 0 s"), (seconds(7500), "2 h 5 min"),
+        (significance(0.0004), "p < 0.001"), (significance(0.0123), "p = 0.012"), (significance(0.996), "p = 1"),
         (points(-0.0123), "−1.2"), (points(0.0123), "+1.2"), (points(-0.0001), "0.0"),
     ],
 )  # fmt: skip

@@ -132,7 +132,11 @@ def check_first_tokens(policy: Policy, n: int, temperature: float, top_p: float)
     assert chisquare(observed[kept], [*(expected[t] for t in common), rest[1]][kept]).pvalue > 1e-3
 
 
-def test_a_checkpoints_own_generation_settings_are_put_aside(policy: Policy) -> None:
+@pytest.mark.parametrize("kind", ["gpt2", "mamba"])
+def test_a_checkpoints_own_generation_settings_are_put_aside(
+    kind: str, make_policy: MakePolicy, request: pytest.FixtureRequest
+) -> None:
+    policy = make_policy("gpt2", dtype=torch.float32) if kind == "gpt2" else request.getfixturevalue("mamba")
     plain = sampled_ids(policy, SHORT, seed=1), sampled_ids(policy, SHORT, seed=1, greedy=True)
     kept = policy.model.generation_config
     try:
@@ -315,7 +319,8 @@ def test_prompts_sampled_in_portions_are_sampled_as_they_would_be_together(polic
     assert len({str(samples) for samples in whole}) == 5
     part = sampler.sample(prompts[:2], settings, 4, numbers=[3, 1])
     assert [[s.ids for s in samples] for samples in part] == [whole[3], whole[1]]
-    problems = encode_problems(policy.tokenizer, [problem(number, "17+25=?\n") for number in range(5)])
+    texts = ["17+25=?\n", "3-1=?\n", "17+25=?\n", "3-1=?\n", "17+25=?\n"]  # those of like length share a portion
+    problems = encode_problems(policy.tokenizer, [problem(number, text) for number, text in enumerate(texts)])
     reward = Reward("parrot", parrot)
     rows = [
         collect_rollouts(policy, sampler, problems, reward, settings, seed=4, pieces=pieces)
@@ -339,6 +344,9 @@ def mamba(make_policy: MakePolicy) -> Policy:
     model = MambaForCausalLM(config)
     with torch.no_grad():
         model.lm_head.weight.normal_(0, 0.5)
+        for name, parameter in model.named_parameters():
+            if "proj" in name or "conv" in name:
+                parameter.mul_(4)  # so that what was read matters
     return Policy(model.eval(), tokenizer, "mamba")
 
 

@@ -27,7 +27,10 @@ MakePolicy = Callable[..., Policy]
 
 
 class FakeServer(ThreadingHTTPServer):
-    """Answers each prompt with its tokens, the sample's number and an end of sequence; ``dev`` is whether weights can be handed over."""
+    """Answers each prompt with its tokens, the sample's number and an end of sequence.
+
+    ``dev`` is whether weights can be handed over.
+    """
 
     request_queue_size = 64  # as many connect at once; in a shorter queue some would be refused
 
@@ -39,6 +42,9 @@ class FakeServer(ThreadingHTTPServer):
         """Requests before it goes away."""
         self.weights: list[dict[str, Any]] = []
         self.models: Any = {"data": [{"id": "the-model"}]}
+        """None: there is no such page."""
+        self.lost = 0
+        """Characters of each answer that do not arrive."""
         self.hangs = threading.Event()
         self.hangs.set()
         """Cleared, it does not answer."""
@@ -53,7 +59,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         self.server.hangs.wait(60)
-        self.answer(200, self.server.models)
+        self.answer(200 if self.server.models is not None else 404, self.server.models)
 
     def do_POST(self) -> None:
         content = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -83,9 +89,9 @@ class Handler(BaseHTTPRequestHandler):
             self.answer(404, {})
 
     def answer(self, code: int, content: Any) -> None:
-        data = json.dumps(content).encode()
+        data = content.encode() if isinstance(content, str) else json.dumps(content).encode()
         self.send_response(code)
-        self.send_header("Content-Length", str(len(data)))
+        self.send_header("Content-Length", str(len(data) + self.server.lost))
         self.end_headers()
         self.wfile.write(data)
 
@@ -191,10 +197,17 @@ def test_a_server_that_refuses_or_is_not_there(policy: Policy, server: FakeServe
     for url, told in (("http://127.0.0.1:9", "cannot be reached"), ("nonsense", "http://"), ("file:///", "http://")):
         with pytest.raises(UserError, match=told):
             VLLMServerSampler(policy, url)
-    for models in ([], {"data": []}, {"error": "no such page"}):
+    for models in ([], {"data": []}, {"error": "no such page"}, "<html>"):
         server.models = models
         with pytest.raises(UserError, match=f"what answers at {server.url} is no vLLM server"):
             VLLMServerSampler(policy, server.url)
+    server.models = None
+    with pytest.raises(UserError, match="answered 404 to /v1/models: null"):
+        VLLMServerSampler(policy, server.url)
+    server.lost = 3
+    with pytest.raises(UserError, match=r"cannot be reached \(IncompleteRead"):
+        server.models = []
+        VLLMServerSampler(policy, server.url)
 
 
 def test_a_server_that_does_not_answer_is_not_waited_for_for_ever(
