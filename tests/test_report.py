@@ -168,6 +168,19 @@ def outside_fences(markdown: str) -> str:
     return re.sub(r"^(`{3,})\w*\n.*?\n\1$", "", markdown, flags=re.DOTALL | re.MULTILINE)
 
 
+@pytest.fixture
+def figures(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The figures that are drawn. Making them into SVG takes longer than all the rest, so an empty one stands in."""
+    drawn: list[Any] = []
+
+    def to_svg(figure: Any) -> str:
+        drawn.append(figure)
+        return '<svg width="1pt" height="1pt" viewBox="0 0 1 1"></svg>'
+
+    monkeypatch.setattr(plots, "to_svg", to_svg)
+    return drawn
+
+
 def test_report_has_all_parts_in_order(tmp_path: Path) -> None:
     synthetic_run(tmp_path)
     write_report(tmp_path)
@@ -194,6 +207,7 @@ def test_report_has_all_parts_in_order(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.glob(".*")] == [], "no temporary file is left"
 
 
+@pytest.mark.usefixtures("figures")
 def test_events_of_training_are_in_the_report(tmp_path: Path) -> None:
     results = synthetic_run(tmp_path)
     told = "12 of 16 groups drawn have equal rewards and teach nothing"
@@ -206,6 +220,7 @@ def test_events_of_training_are_in_the_report(tmp_path: Path) -> None:
     assert "Events in training" in Page(source).text and told in Page(source).text
 
 
+@pytest.mark.usefixtures("figures")
 def test_what_was_done_to_the_data_is_in_the_report(tmp_path: Path) -> None:
     results = synthetic_run(tmp_path)
     write_report(tmp_path)
@@ -219,6 +234,7 @@ def test_what_was_done_to_the_data_is_in_the_report(tmp_path: Path) -> None:
     assert "dropped 2 of 9 rows" in markdown
 
 
+@pytest.mark.usefixtures("figures")
 def test_answer_follows_from_the_data(tmp_path: Path) -> None:
     results = synthetic_run(tmp_path, SKILL | {"weighted": 0.9})
     write_report(tmp_path)
@@ -232,6 +248,7 @@ def test_answer_follows_from_the_data(tmp_path: Path) -> None:
     assert "By greedy decoding weighted leads" in lead and "By pass@4 weighted leads" in lead
 
 
+@pytest.mark.usefixtures("figures")
 def test_distinguishable_is_meant_after_correction(tmp_path: Path) -> None:
     """The interval of the best two alone excludes 0; for one of three pairs, that says too little."""
     synthetic_run(tmp_path)
@@ -256,6 +273,7 @@ def differences_shown(markdown: str) -> list[str]:
     return [entry.strip() for row in rows for entry in row.strip("|").split("|")[1:]]
 
 
+@pytest.mark.usefixtures("figures")
 def test_the_report_says_what_its_intervals_leave_out(tmp_path: Path) -> None:
     results = synthetic_run(tmp_path)
     write_report(tmp_path)
@@ -266,6 +284,7 @@ def test_the_report_says_what_its_intervals_leave_out(tmp_path: Path) -> None:
     assert "one base model, learned from one set of training problems" in read(tmp_path)[1]
 
 
+@pytest.mark.usefixtures("figures")
 def test_answer_owns_up_to_a_tie_and_to_a_better_base(tmp_path: Path) -> None:
     synthetic_run(tmp_path, {"base": 0.9, "plain": 0.30, "other": 0.31}, seeds=1)
     write_report(tmp_path)
@@ -327,6 +346,7 @@ def test_page_stands_alone_and_describes_its_figures(tmp_path: Path) -> None:
         assert alt and ElementTree.parse(tmp_path / path).getroot().tag.endswith("svg")
 
 
+@pytest.mark.usefixtures("figures")
 def test_parts_without_data_are_left_out(tmp_path: Path) -> None:
     results = synthetic_run(tmp_path)
     for cell in results["cells"]:
@@ -362,14 +382,6 @@ def test_learning_curves_start_at_the_base_and_average_the_seeds() -> None:
     curves = curves_of(results, "sums", "avg_at_k")
     assert list(curves) == ["a"]
     np.testing.assert_allclose(np.stack(curves["a"]), [[0.0, 5.0], [0.2, 0.6], [0.2, 0.4], [0.2, 0.8]])
-
-
-@pytest.fixture
-def figures(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """The figures that are drawn, which are not made into SVG."""
-    drawn: list[Any] = []
-    monkeypatch.setattr(plots, "to_svg", lambda figure: str(drawn.append(figure)))
-    return drawn
 
 
 def test_figures_show_the_numbers_of_the_tables(figures: list[Any], tmp_path: Path) -> None:
@@ -487,6 +499,7 @@ def test_completions_are_the_first_of_the_first_problems_of_each_benchmark(tmp_p
     ]
 
 
+@pytest.mark.usefixtures("figures")
 def test_run_in_which_every_cell_failed(tmp_path: Path) -> None:
     results = synthetic_run(tmp_path, {"base": 0.2, "plain": 0.3})
     results["cells"] = []
@@ -497,6 +510,7 @@ def test_run_in_which_every_cell_failed(tmp_path: Path) -> None:
     assert "Failed cells" in text and "Differences" not in text
 
 
+@pytest.mark.usefixtures("figures")
 def test_baseline_can_be_chosen(tmp_path: Path) -> None:
     synthetic_run(tmp_path)
     write_report(tmp_path, baseline="base")
