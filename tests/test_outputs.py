@@ -99,7 +99,7 @@ def test_what_a_killed_process_had_half_written_is_removed(tmp_path: Path) -> No
 
 
 def test_a_piece_is_made_once_and_comes_back_as_it_was(tmp_path: Path) -> None:
-    pieces, made = Pieces(tmp_path), []
+    pieces, made = Pieces(tmp_path), list[int]()
 
     def work() -> dict[str, Any]:
         made.append(1)
@@ -108,6 +108,9 @@ def test_a_piece_is_made_once_and_comes_back_as_it_was(tmp_path: Path) -> None:
     first, second = pieces.once("grpo-lr1e-05/seed 0", work), pieces.once("grpo-lr1e-05/seed 0", work)
     assert first == second == {"a": [0.1 + 0.2, float("inf"), None], "b": ["é", 2**70]}
     assert len(made) == 1 and len(list(tmp_path.iterdir())) == 1
+    for _ in range(2):
+        assert pieces.once("of which nothing came", lambda: made.append(2) or []) == []
+    assert made == [1, 2]
 
 
 @pytest.mark.parametrize("damage", ["cut", "flip", "empty"])
