@@ -15,7 +15,7 @@ import pytest
 
 from rlzoo import runs
 from rlzoo.errors import UserError
-from rlzoo.outputs import remove_partial, replacing, write_atomically
+from rlzoo.outputs import remove, remove_partial, replacing, write_atomically
 from rlzoo.pieces import Pieces
 from rlzoo.runs import run_in, unfinished
 
@@ -98,6 +98,14 @@ def test_what_a_killed_process_had_half_written_is_removed(tmp_path: Path) -> No
     assert names(tmp_path) == []
 
 
+def test_a_link_is_removed_and_not_what_it_leads_to(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "rows.txt").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "mine", target_is_directory=True)
+    remove(tmp_path / "link")
+    assert names(tmp_path) == ["mine", "mine/rows.txt"]
+
+
 def test_a_piece_is_made_once_and_comes_back_as_it_was(tmp_path: Path) -> None:
     pieces, made = Pieces(tmp_path), list[int]()
 
@@ -108,9 +116,12 @@ def test_a_piece_is_made_once_and_comes_back_as_it_was(tmp_path: Path) -> None:
     first, second = pieces.once("grpo-lr1e-05/seed 0", work), pieces.once("grpo-lr1e-05/seed 0", work)
     assert first == second == {"a": [0.1 + 0.2, float("inf"), None], "b": ["é", 2**70]}
     assert len(made) == 1 and len(list(tmp_path.iterdir())) == 1
-    for _ in range(2):
-        assert pieces.once("of which nothing came", lambda: made.append(2) or []) == []
-    assert made == [1, 2]
+
+    def nothing() -> list[int]:
+        made.append(2)
+        return []
+
+    assert pieces.once("nothing", nothing) == pieces.once("nothing", nothing) == [] and made == [1, 2]
 
 
 @pytest.mark.parametrize("damage", ["cut", "flip", "empty"])
@@ -245,6 +256,7 @@ def test_what_a_killed_run_had_half_written_or_half_removed_is_gone(tmp_path: Pa
     out = tmp_path / "out"
     stopped(out)
     (out / ".report.md.x.partial").mkdir()
+    (out / ".state" / ".half.piece.x.partial").mkdir()
     with run_in(out, "train", ASKED):
         assert names(out) == [".state", ".state/half.piece", ".state/lock", ".state/run.json"]
     (out / ".state").mkdir()

@@ -24,6 +24,7 @@ VERL: dict[str, Any] = {
     "a": {"b": "within"},
     "choices": [{"text": "x"}, {"text": "y"}],
     "nan": float("nan"),
+    "inf": float("inf"),
 }
 
 
@@ -55,6 +56,7 @@ def test_fields_within_columns_have_dotted_names(tmp_path: Path) -> None:
         ({"columns": {"answer": "prompt.0.content.x"}}, "'prompt.0.content' is a str"),
         ({"columns": {"answer": "gold"}}, "no column 'gold'; it has: prompt, reward_model"),
         ({"prompt": "{choices}"}, "column 'choices' is a list, and the prompt needs text there"),
+        ({"prompt": "{inf}"}, "column 'inf' is inf, and the prompt needs text there"),
         ({"prompt": "{a.b:d}"}, "column 'a.b' cannot be shown as {a.b:d}"),
         ({"prompt": "a"}, "column 'a' is a dict: give text or a list of messages"),
         ({"solution": "reward_model"}, "column 'reward_model' holds a dict: give text"),
@@ -83,6 +85,25 @@ def test_a_prompt_is_never_none_or_blank(tmp_path: Path, chat: bool, prompt: str
 def test_an_empty_text_in_a_template_is_nothing(tmp_path: Path) -> None:
     (problem,) = load(written(tmp_path, {"instruction": "Add.", "input": ""}), prompt="{instruction}{input}")
     assert problem.prompt == "Add."
+
+
+def test_ids_are_a_tables_own_and_no_two_are_the_same(tmp_path: Path) -> None:
+    rows: list[dict[str, Any]] = [{"id": 7, "q": "1"}, {"id": "b", "q": "2"}, {"id": None, "q": "3"}]
+    assert [problem.id for problem in load(written(tmp_path, *rows), prompt="q")] == ["7", "b", "train-2"]
+    source = written(tmp_path, *rows, {"id": "b", "q": "4"})
+    with pytest.raises(UserError, match=r"line 4: the id 'b' is that of .*line 2: give each its own"):
+        load(source, prompt="q")
+    assert [problem.prompt for problem in load(source, prompt="q", bad_rows="drop")] == ["1", "2", "3"]
+
+
+def test_a_column_may_take_the_name_of_another(tmp_path: Path) -> None:
+    (problem,) = load(
+        written(tmp_path, {"q": "1+1", "answer": "so", "gold": "2"}), prompt="q", columns={"answer": "gold"}
+    )
+    assert problem.columns["answer"] == "2"
+    (built_in,) = load("world:facts/train", limit=1, columns={"answer": "prompt"})
+    assert built_in.columns["answer"] == built_in.prompt and not {"id", "prompt"} & set(built_in.columns)
+    assert built_in.solutions, "those of the task"
 
 
 def test_numbers_of_any_size_and_columns_of_several_types_are_read_exactly(tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ EVIL = "<script>document.title='owned'</script>"
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 SKILL = {"base": 0.2, "plain": 0.35, "weighted": 0.55, "paired": 0.3}
 BENCHMARKS = ("sums", "longer sums")
-SAMPLES, PROBLEMS, K = 4, 30, 4
+SAMPLES, PROBLEMS, K = 4, 30, 2
 COSTS = {
     "gradient_tokens": 1_234_567,
     "sampled_tokens": 0,
@@ -245,7 +245,7 @@ def test_answer_follows_from_the_data(tmp_path: Path) -> None:
     lead = next(line for line in read(tmp_path)[1].splitlines() if line.startswith("**On sums"))
     assert f"weighted has the best avg@4: {100 * mean:.1f} %" in lead
     assert "points against plain, the second" in lead and "the two are distinguishable here" in lead
-    assert "By greedy decoding weighted leads" in lead and "By pass@4 weighted leads" in lead
+    assert "By greedy decoding weighted leads" in lead and "By pass@2 weighted leads" in lead
 
 
 @pytest.mark.usefixtures("figures")
@@ -386,26 +386,30 @@ def test_learning_curves_start_at_the_base_and_average_the_seeds() -> None:
 
 def test_figures_show_the_numbers_of_the_tables(figures: list[Any], tmp_path: Path) -> None:
     results = parse_results(synthetic_run(tmp_path))
-    plots.score_bars(results, "sums")
+    plots.score_bars(results, "longer sums")
     for axes, metric in zip(figures[-1].axes, METRICS, strict=True):
-        rows = [results.row(name, "sums", metric) for name in ("base", "plain", "weighted", "paired")]
+        rows = [results.row(name, "longer sums", metric) for name in ("base", "plain", "weighted", "paired")]
         assert all(row is not None for row in rows)
         known = [row for row in rows if row is not None]
         assert [bar.get_width() for bar in axes.patches] == pytest.approx([100 * row.mean for row in known])
+        assert [bar.get_y() + bar.get_height() / 2 for bar in axes.patches] == pytest.approx([0, 1, 2, 3])
         assert whiskers(axes) == pytest.approx([100 * x for row in known for x in (row.ci_low, row.ci_high)])
         assert 100 * known[0].mean in [line.get_xdata()[0] for line in axes.lines if line.get_linestyle() == "--"]
     assert names_of(figures[-1]) == list(SKILL)
 
     differences = compare_to(read_run(tmp_path).outcomes, "plain", results.k)
-    plots.differences(differences, results, "sums")
+    plots.differences(differences, results, "longer sums")
     for axes, metric in zip(figures[-1].axes, METRICS, strict=True):
-        own = [row for row in differences if (row["benchmark"], row["metric"]) == ("sums", metric)]
+        own = [row for row in differences if (row["benchmark"], row["metric"]) == ("longer sums", metric)]
         assert [row["algorithm"] for row in own] == names_of(figures[-1])
         assert whiskers(axes) == pytest.approx([100 * x for row in own for x in (row["ci_low"], row["ci_high"])])
         points = [line for line in axes.lines if line.get_marker() == "o"]
-        assert [float(point.get_xdata()[0]) for point in points] == pytest.approx(
-            [100 * row["difference"] for row in own]
-        )
+        means = {name: results.row(name, "longer sums", metric) for name in SKILL}
+        for row in own:
+            one, other = means[row["algorithm"]], means["plain"]
+            assert one and other and row["difference"] == pytest.approx(one.mean - other.mean)
+        expected = [(100 * row["difference"], place) for place, row in enumerate(own)]
+        np.testing.assert_allclose([point.get_xydata()[0] for point in points], expected)
         assert [point.get_markerfacecolor() != "white" for point in points] == [row["p"] < 0.05 for row in own]
 
     plots.token_probabilities(results)
@@ -416,10 +420,10 @@ def test_figures_show_the_numbers_of_the_tables(figures: list[Any], tmp_path: Pa
         assert before.tolist() == results.token_probabilities.before
         np.testing.assert_allclose(after, np.maximum(np.mean(counts, axis=0), 0.5))
 
-    plots.learning_curves(results, "sums")
+    plots.learning_curves(results, "longer sums")
     (axes,) = figures[-1].axes
     for line, name in zip(axes.lines, results.algorithms, strict=True):
-        steps, mean, _low, _high = curves_of(results, "sums", "avg_at_k")[name]
+        steps, mean, _low, _high = curves_of(results, "longer sums", "avg_at_k")[name]
         np.testing.assert_allclose(line.get_xydata(), np.stack([steps, 100 * mean], axis=1))
 
 

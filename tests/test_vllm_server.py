@@ -142,8 +142,9 @@ def test_what_is_asked_of_an_engine(
     """Everything, so that nothing is the checkpoint's own default; a prompt's random stream is that of its number."""
     policy.model.generation_config.eos_token_id = [policy.tokenizer.eos_token_id, 40]
     engines = install(monkeypatch, policy)
-    samplers = {"server": VLLMServerSampler(policy, server.url), "in this process": VLLMSampler(policy)}
-    sampler: Sampler = samplers[engine]
+    samplers: dict[str, Sampler] = {"in this process": VLLMSampler(policy)}
+    samplers["server"] = VLLMServerSampler(policy, server.url)
+    sampler = samplers[engine]
     prompts = [[20 + i, 21] for i in range(5)]
 
     def asked(places: list[int], numbers: list[int] | None, seed: int = 4, greedy: bool = False) -> list[Any]:
@@ -196,8 +197,8 @@ def test_a_server_that_refuses_or_is_not_there(policy: Policy, server: FakeServe
     for url, told in (("http://127.0.0.1:9", "cannot be reached"), ("nonsense", "http://"), ("file:///", "http://")):
         with pytest.raises(UserError, match=told):
             VLLMServerSampler(policy, url)
-    for models in ([], {"data": []}, {"error": "no such page"}, "<html>"):
-        server.models = models
+    answers: list[Any] = [[], {"data": []}, {"error": "no such page"}, "<html>"]
+    for server.models in answers:
         with pytest.raises(UserError, match=f"what answers at {server.url} is no vLLM server"):
             VLLMServerSampler(policy, server.url)
     server.models = None
