@@ -12,9 +12,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from rlzoo.bad_rows import BadRows
 from rlzoo.config import ProblemSource
 from rlzoo.errors import UserError
-from rlzoo.problems import load_problems
+from rlzoo.problems import Problem, demonstrations, encode_problems, load_problems
 
 VERL: dict[str, Any] = {
     "prompt": [{"role": "user", "content": "1+1?"}],
@@ -80,6 +81,29 @@ def test_a_prompt_is_never_none_or_blank(tmp_path: Path, chat: bool, prompt: str
     with pytest.raises(UserError, match=r"rows\.jsonl line 2: .*question"):
         load(source, prompt=prompt, chat=chat)
     assert len(load(source, prompt=prompt, chat=chat, bad_rows="drop")) == 1
+
+
+def test_a_template_names_its_columns(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"prompt 'Say \{\}' has \{\}: name a column in it"):
+        load(written(tmp_path, {"q": "1"}), prompt="Say {}")
+
+
+def test_demonstrations_are_rows_of_their_problems(tokenizer: Any) -> None:
+    """One that is cut has the text of the tokens that are left."""
+    problem = Problem("a", "1+1=", {"answer": "2"}, solutions=("3-1=2", "2"), quality=0.5)
+    one, other = demonstrations(tokenizer, [problem])
+    assert (one.completion, other.completion) == ("3-1=2", "2") and not one.truncated
+    assert one.completion_ids == [*tokenizer.encode("3-1=2"), tokenizer.eos_token_id]
+    assert (one.prompt, one.prompt_id, one.reward, one.columns) == ("1+1=", "a", 0.5, {"answer": "2"})
+    cut, whole = demonstrations(tokenizer, [problem], max_tokens=2)
+    assert cut.truncated and cut.completion_ids == one.completion_ids[:2]
+    assert cut.completion == tokenizer.decode(cut.completion_ids) != "3-1=2"
+    assert not whole.truncated and whole.completion_ids == other.completion_ids
+
+
+def test_problems_that_are_all_dropped_are_an_error(tokenizer: Any) -> None:
+    with pytest.raises(UserError, match="problem 'a'"):
+        encode_problems(tokenizer, [Problem("a", [{"role": "user", "content": "1+1"}], {})], BadRows("drop"))
 
 
 def test_an_empty_text_in_a_template_is_nothing(tmp_path: Path) -> None:

@@ -33,7 +33,7 @@ def bad(prompts, completions, **columns):
         if text == "exit":
             os._exit(7)
         if text == "memory":
-            bytearray(3 * 2 ** 29)
+            bytearray(2 ** 30)
         if text == "mark":
             pathlib.Path(__file__).with_suffix(".pid").write_text(str(os.getpid()))
             time.sleep(600)
@@ -48,8 +48,8 @@ def bad(prompts, completions, **columns):
 def bad(tmp_path: Path) -> Any:
     (tmp_path / "bad.py").write_text(BAD)
 
-    def make(on_error: Any = "null", seconds: float = 2.0) -> Reward:
-        return apart(f"{tmp_path / 'bad.py'}:bad", Limits(seconds, 1.0), on_error)
+    def make(on_error: Any = "null", seconds: float = 2.0, memory: float = 1.0) -> Reward:
+        return apart(f"{tmp_path / 'bad.py'}:bad", Limits(seconds, memory), on_error)
 
     yield make
     for process in reward_process._processes.values():
@@ -96,6 +96,11 @@ def test_rows_that_have_to_be_scored_alone_keep_their_numbers(bad: Any) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         assert reward.score(["?"], ["exit"], {}) == [Score(None, {"bad": None})]
+
+
+def test_other_limits_are_another_process(bad: Any) -> None:
+    assert judged(bad(seconds=60.0), "memory")[0] == [None]
+    assert judged(bad(seconds=60.0, memory=8.0), "memory") == ([6.0], [])
 
 
 def test_threads_take_turns_at_one_process(bad: Any) -> None:
