@@ -418,7 +418,7 @@ def test_figures_show_the_numbers_of_the_tables(figures: list[Any], tmp_path: Pa
         before, after = (patch.get_data().values for patch in axes.patches)
         assert results.token_probabilities is not None
         assert before.tolist() == results.token_probabilities.before
-        np.testing.assert_allclose(after, np.maximum(np.mean(counts, axis=0), 0.5))
+        np.testing.assert_allclose(after, np.maximum(np.mean(np.array(counts), axis=0), 0.5))
 
     plots.learning_curves(results, "longer sums")
     (axes,) = figures[-1].axes
@@ -452,6 +452,23 @@ def test_costs_are_means_of_cells_and_the_highest_peak() -> None:
     chosen = tables.learning_rate_table(results)
     assert chosen is not None and list(chosen.header) == ["algorithm", "1e-05", "0.0001"]
     assert chosen.rows == [[Entry("a"), Entry("50.0"), Entry("25.0", best=True)]]
+
+
+def test_the_best_algorithm_is_marked_and_what_is_missing_is_no_number() -> None:
+    """Not the base model, whose scores stand in for no algorithm's."""
+    summary = [
+        {"algorithm": name, "benchmark": "sums", "metric": "avg_at_k", "mean": m, "ci_low": 0, "ci_high": 1, "seeds": n}
+        for name, m, n in (("a", 0.5, 3), ("b", 0.25, 2))
+    ]
+    cells = [{"algorithm": name, "seed": 0, "metrics": {}} for name in "ab"]
+    base = {"sums": {"k": 2, "avg_at_k": 0.5, "greedy": 0.5}}
+    known = {"experiment": "x", "created": "now", "base": base, "summary": summary, "cells": cells}
+    rows = tables.score_table(parse_results(known), "sums").rows
+    assert [[entry.text for entry in row] for row in rows] == [
+        ["base", "50.0", "50.0", "–", "–"], ["a", "50.0 [0.0, 100.0]", "–", "–", "3"],
+        ["b", "25.0 [0.0, 100.0]", "–", "–", "2"],
+    ]  # fmt: skip
+    assert [entry.text for row in rows for entry in row if entry.best] == ["50.0 [0.0, 100.0]"]
 
 
 SUMMARY = {  # avg@k, greedy and pass@k of each
