@@ -86,6 +86,28 @@ def test_what_a_reward_logs_stands_in_its_scores() -> None:
     assert both.extra == {"length": 1, "upper": "A"} and both.metrics == {"longest": 0.5}
 
 
+def test_a_trainer_that_passes_its_own_functions_to_log_with_gets_what_is_logged() -> None:
+    def mine(completions: list[str], log_extra: Callable[[str, Any], None], **_: Any) -> list[float]:
+        log_extra("length", [len(c) for c in completions])
+        return [1.0] * len(completions)
+
+    got: dict[str, Any] = {}
+    assert get_reward(mine)(["q"], ["four"], log_extra=got.__setitem__) == [1.0] and got == {"length": [4]}
+
+
+def test_rows_that_fail_keep_their_numbers_and_have_null_parts() -> None:
+    def odd(completions: list[str], gold: Any, weight: Any) -> list[float]:
+        assert (gold[0], weight[0]) in (("a", 1), ("b", 2), ("c", 3))
+        return [float(c) for c in completions]
+
+    with pytest.warns(RuntimeWarning) as caught:
+        columns = {"gold": ("a", "b", "c"), "weight": np.array([1, 2, 3])}
+        scores = get_reward(odd, "null").score(["q"] * 3, ["1", "one", "nan"], columns)
+    assert [score.parts for score in scores] == [{"odd": 1.0}, {"odd": None}, {"odd": None}]
+    told = ["reward 'odd' raised on row 1: ", "reward 'odd' returned nan on row 2: "]
+    assert [str(w.message)[: len(t)] for w, t in zip(caught, told, strict=True)] == told
+
+
 def test_a_reward_of_trls_may_run_in_a_process_of_its_own(tmp_path: Path) -> None:
     body = inspect.getsource(curriculum) + inspect.getsource(logging)
     (tmp_path / "mine.py").write_text(f"from typing import Any\nimport numpy as np\n{body}")
