@@ -29,7 +29,7 @@ from rlzoo.problems import Problem, demonstrations
 from rlzoo.training import Trainer, TrainingRecord, train, with_reference
 from rlzoo.training.batches import BufferSource
 from rlzoo.training.checkpoints import Checkpoints
-from rlzoo.types import Coefficients, Selection, TokenBatch, Trajectory
+from rlzoo.types import Coefficients, Need, Selection, TokenBatch, Trajectory
 
 MakePolicy = Callable[..., Policy]
 PROBLEMS = [Problem(str(i), f"{i}+{i}=?\n", {"answer": str(2 * i)}, (f"#### {2 * i}",)) for i in range(6)]
@@ -288,11 +288,29 @@ def test_a_loss_that_is_not_finite_stops_the_run(make_policy: MakePolicy) -> Non
         train(policy, Boundless(), rows_of(policy), EVERY)
 
 
+class Steep(Objective):
+    """SFT whose gradient is too long for its norm to be a float32, with a finite loss."""
+
+    name = "steep"
+    learns_from = Selection.DEMONSTRATIONS
+
+    def coefficients(self, batch: TokenBatch) -> Coefficients:
+        return Coefficients(torch.full_like(batch.logp, 1e30))
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run(make_policy: MakePolicy) -> None:
+    policy = make_policy("llama", torch.float32)
+    with pytest.raises(UserError, match=r"step 1: the gradient is inf and the loss \d"):
+        train(policy, Steep(), rows_of(policy), EVERY)
+
+
 class Broken(Objective):
-    """SFT whose coefficients are infinite in the third step that is made with it."""
+    """SFT with a moving reference, whose coefficients are infinite in the third step that is made with it."""
 
     name = "broken"
     learns_from = Selection.DEMONSTRATIONS
+    requires = frozenset({Need.EMA_REFERENCE})
+    reference_decay = 0.5
     calls = 0
 
     def coefficients(self, batch: TokenBatch) -> Coefficients:
@@ -305,7 +323,9 @@ def broken_run(policy: Policy, folder: Path | None, on_nonfinite: str) -> tuple[
     seen: list[list[Tensor]] = []
 
     def look(trainer: Trainer, step: int) -> None:
-        seen.append([p.detach().clone() for p in trainer.policy.parameters()])
+        assert trainer.reference is not None
+        both = trainer.policy, trainer.reference
+        seen.append([p.detach().clone() for model in both for p in model.parameters()])
 
     settings = EVERY.model_validate({**EVERY.model_dump(), "on_nonfinite": on_nonfinite})
     return train(policy, Broken(), rows_of(policy), settings, 0, [look], checkpoints=folder), seen
@@ -327,7 +347,9 @@ def test_a_step_that_is_not_finite_can_be_skipped_and_is_counted(make_policy: Ma
     assert json.loads(json.dumps(record.plain_steps(), allow_nan=False))[2]["gradient_norm"] is None
     assert record.events[0].startswith("step 3: ") and record.events[0].endswith("skipped")
     changed = [any(not torch.equal(a, b) for a, b in zip(*pair, strict=True)) for pair in pairwise(seen)]
-    assert changed == [True, False, True, True, True, True]
+    assert changed == [True, False, True, True, True, True], "neither the policy nor what follows it"
+    rates = [row["learning_rate"] for row in record.steps]
+    assert all(a != b for a, b in pairwise(rates)), "the schedule goes on"
     assert all(bool(torch.isfinite(p).all()) for p in seen[-1])
 
 
@@ -379,7 +401,7 @@ def test_micro_batches_are_halved_until_they_fit(make_policy: MakePolicy, name: 
 
 
 HUNGRY = """
-import resource, sys, torch
+import resource, torch
 from pathlib import Path
 from rlzoo.buffers import OfflineBuffer
 from rlzoo.config import Training
@@ -389,37 +411,25 @@ from rlzoo.training import train
 from rlzoo.types import Trajectory
 
 torch.set_num_threads(1)
-policy = load_policy("embedded")
-ids = policy.tokenizer.encode("1+2=3")
-row = Trajectory("p", "c", (ids * 40)[:200], (ids * 40)[:200], "0", "demonstration")
-buffer = OfflineBuffer.from_trajectories([row] * 64)
-limit = sys.argv[1] == "limited"
-train(policy, get_objective("sft"), buffer, Training(steps=1, batch_size=2, token_budget=1))  # what it loads once
-if limit:
-    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (used + int(sys.argv[2]), -1))
-record = train(policy, get_objective("sft"), buffer, Training(steps=2, batch_size=64, token_budget=64 * 400))
-for event in record.events:
-    print(event)
-print([step["gradient_norm"] for step in record.steps])
+buffer = OfflineBuffer.from_trajectories([Trajectory("p", "c", [20] * 128, [21] * 128, "0", "demonstration")] * 16)
+for budget in (256, 16 * 256):
+    if budget > 256:  # what is loaded once has been
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (used + 80 * 2**20, -1))
+    settings = Training(steps=2, batch_size=16, token_budget=budget)
+    record = train(load_policy("embedded"), get_objective("sft"), buffer, settings)
+    print(*record.events, *(step["gradient_norm"] for step in record.steps), sep="\\n")
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits its own address space")
 def test_a_batch_that_does_not_fit_is_taken_in_smaller_parts() -> None:
     """The limit on memory is the system's, and the gradient is the one of the whole batch."""
-
-    def run(*arguments: str) -> list[str]:
-        command = [sys.executable, "-W", "ignore", "-c", HUNGRY, *arguments]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
-        return done.stdout.splitlines()
-
-    (whole,) = run("free")
-    *events, parts = run("limited", str(400 * 2**20))
-    assert events and events[0].startswith("step 1: out of memory with 25600 tokens per micro-batch, now 12800")
-    one, other = ([float(x) for x in text.strip("[]").split(",")] for text in (whole, parts))
-    assert other == pytest.approx(one, rel=1e-5)
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", HUNGRY], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    first, second, *events, third, fourth = done.stdout.splitlines()
+    assert events[0].startswith("step 1: out of memory with 4096 tokens per micro-batch, now 2048")
+    assert [float(third), float(fourth)] == pytest.approx([float(first), float(second)], rel=1e-5)
 
 
 def test_smaller_parts_of_an_experiment() -> None:

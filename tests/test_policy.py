@@ -252,11 +252,21 @@ def test_tempered_and_truncated_log_probs_are_those_of_transformers_warpers(temp
     assert inside > 10
 
 
+def test_a_temperature_takes_the_place_of_the_rows_own() -> None:
+    policy = build("gpt2")
+    prompts, completions = zip(*ROWS, strict=True)
+    hot = Sequences.collate(prompts, completions, CPU, [0.5, 1.0, 2.0, 1.0, 1.0])
+    plain = policy(collate(ROWS)).logp
+    assert torch.equal(policy(hot, temperature=1.0).logp, plain) and not torch.equal(policy(hot).logp, plain)
+    assert torch.equal(policy(hot, temperature=2.0).logp, policy(collate(ROWS), temperature=2.0).logp)
+
+
 def test_a_bfloat16_model_gets_its_softmax_in_float32() -> None:
     policy = build("llama", dtype=torch.bfloat16)
+    policy.add_critic(shared=True)
     sequences = collate(ROWS)
     scores = policy(sequences, statistics=STATISTICS)
-    assert scores.logp.dtype == torch.float32
+    assert scores.logp.dtype == scores.value.dtype == torch.float32
     assert {s.dtype for s in scores.statistics.values()} == {torch.float32}
     hidden = policy.model.base_model(input_ids=sequences.ids, use_cache=False).last_hidden_state[sequences.predicts]
     rounded = policy.model.lm_head(hidden).double()

@@ -312,6 +312,33 @@ def test_the_moving_reference_moves_by_its_decay(make_policy: MakePolicy) -> Non
     assert steps[0]["weight"] == pytest.approx(1, abs=1e-12) and steps[1]["weight"] > 1 + 1e-3
 
 
+def test_a_reference_that_is_given_is_the_one_that_is_held_to(make_policy: MakePolicy) -> None:
+    objective, other = OBJECTIVES["logit-term"], make_policy(seed=1).frozen_copy()
+    batch = make_batch(make_policy(), objective.learns_from)
+    first, _ = Trainer(make_policy(), objective, Fixed(batch), RAW, reference=other).run().steps
+    expected = float(term_of(make_policy(), objective, batch, other).detach())
+    assert first["logit_term"] == pytest.approx(expected, rel=1e-6) and expected > 0.1
+
+
+@pytest.mark.parametrize("updates", [1, 2])
+def test_the_baseline_of_kto_is_the_policys_as_it_has_become(updates: int, make_policy: MakePolicy) -> None:
+    """The mean over both prompts of log π(y')/π_ref(y'), y' being the other prompt's completion (arXiv 2402.01306)."""
+    objective, means = get_objective("kto", undesirable_weight=0.0), [0.0]
+    rows = [Trajectory("", "", [5, 6 + i], [20 + i, 30], str(i), source="policy", reward=1.0, reference_logp=[-1.0] * 2)
+            for i in range(2)]  # fmt: skip
+    swapped = [(rows[0].prompt_ids, rows[1].completion_ids), (rows[1].prompt_ids, rows[0].completion_ids)]
+
+    def total(policy: Policy) -> float:
+        return sum(map(sum, score_rows(policy, swapped)))
+
+    def measure(trainer: Trainer, step: int) -> None:
+        means.append((total(trainer.policy) - total(make_policy())) / 2)
+
+    settings = RAW.model_copy(update={"steps": 3, "updates_per_batch": updates})
+    steps = Trainer(make_policy(), objective, Fixed((rows, [(0,), (1,)])), settings, [measure]).run().steps
+    assert [row["kl"] for row in steps] == pytest.approx(means[:3], rel=1e-6) and means[1] > 0.1
+
+
 def test_the_optimizer_is_adamw_as_the_settings_say(make_policy: MakePolicy) -> None:
     """θ ← θ - η λ θ - η m̂/(√v̂ + ε), with the gradients that the run itself left (arXiv 1711.05101, algorithm 2)."""
     policy = make_policy()
@@ -357,9 +384,12 @@ def test_an_epoch_draws_every_unit_once_and_whole(selection: Selection, batch_si
     source = BufferSource(buffer, view, batch_size, seed=3)
     wanted = sorted(tuple(rows[i].completion for i in unit) for unit in view.units)
     drawn: list[tuple[str, ...]] = []
+    room = 0
     while len(drawn) < 3 * len(wanted):
         found, units = source.draw()
         assert len(found) <= batch_size or len(units) == 1
+        assert len(units[0]) > room, "the batch before had room for it"
+        room = batch_size - len(found)
         assert [i for unit in units for i in unit] == list(range(len(found)))
         drawn += [tuple(found[i].completion for i in unit) for unit in units]
     for epoch in range(3):

@@ -226,6 +226,11 @@ def test_costs_are_counted_exactly(make_policy: MakePolicy) -> None:
     assert costs.flops == pytest.approx(2 * (3 + 1) * (forward + trunk), rel=1e-12)
     costs = run(make_policy(), "ppo", rows, updates_per_batch=2, **whole).costs
     assert costs.flops == pytest.approx((2 * 3 + 1) * (forward + trunk), rel=1e-12)
+    # a reference that gives logits makes a forward pass of its own with every update
+    shown = demonstrated(policy)
+    prompts, completions = (sum(map(len, shown.column(f"{part}_ids"))) for part in ("prompt", "completion"))
+    costs = run(make_policy(), "asft", shown, batch_size=len(shown)).costs
+    assert costs.flops == pytest.approx(2 * (3 + 1) * policy.flops(prompts + completions, completions), rel=1e-12)
 
 
 @pytest.mark.parametrize("updates", [1, 2])
@@ -275,7 +280,7 @@ def test_a_run_has_as_many_steps_as_were_asked_for(
 def test_peak_memory_is_the_highest_of_all_steps_and_no_callback_s(
     make_policy: MakePolicy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    peak, step = 0, 0
+    peak, step = 500, 0  # of what came before
 
     def rises(to: int) -> None:
         nonlocal peak
