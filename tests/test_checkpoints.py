@@ -253,7 +253,7 @@ def test_checkpoints_come_when_they_are_due(
     make_policy: MakePolicy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every batch takes 4 seconds, and one is due 10 seconds after the last."""
-    now = 0.0
+    now = 1000.0
     monkeypatch.setattr("rlzoo.training.checkpoints.time.monotonic", lambda: now)
 
     def passes(trainer: Trainer, step: int) -> None:
@@ -398,6 +398,16 @@ def test_micro_batches_are_halved_until_they_fit(make_policy: MakePolicy, name: 
         assert parted == pytest.approx(row, rel=1e-6, abs=1e-9)
     with pytest.raises(UserError, match="out of memory with one sequence per micro-batch"):
         train(hungry(make_policy(), 4), get_objective(name), buffer, settings)
+
+
+def test_all_that_is_scored_before_training_keeps_to_the_token_budget(make_policy: MakePolicy) -> None:
+    policy = make_policy()
+    bare = OfflineBuffer.from_trajectories(
+        [replace(row, behaviour_logp=None) for row in rows_of(policy) if row.source == "policy"]
+    )
+    changes: dict[str, Any] = {"steps": 1, "token_budget": 40, "behaviour": "current"}
+    record = train(hungry(policy, 40), get_objective("grpo"), bare, EVERY.model_copy(update=changes))
+    assert [event for event in record.events if "memory" in event] == []
 
 
 HUNGRY = """

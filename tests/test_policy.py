@@ -17,6 +17,7 @@ from transformers import (
     AutoModelForCausalLM,
     CohereConfig,
     Gemma2Config,
+    Gemma3Config,
     GPT2Config,
     GraniteConfig,
     LlamaConfig,
@@ -84,8 +85,8 @@ def plain_logits(policy: Policy, prompt: list[int], completion: list[int]) -> Te
     return logits
 
 
-def plain_logp(policy: Policy, prompt: list[int], completion: list[int]) -> Tensor:
-    logits = plain_logits(policy, prompt, completion)
+def plain_logp(policy: Policy, prompt: list[int], completion: list[int], temperature: float = 1.0) -> Tensor:
+    logits = plain_logits(policy, prompt, completion) / temperature
     return logits.log_softmax(-1).gather(1, torch.tensor(completion, dtype=torch.long)[:, None])[:, 0]
 
 
@@ -115,10 +116,18 @@ def test_score_rows_keeps_the_order_and_the_training_mode(kind: str) -> None:
     """Scores are those without dropout, which GPT-2 has, whatever mode the policy is in."""
     expected = build(kind)
     policy = build(kind).train()
+    sizes: list[int] = []
+    policy.register_forward_pre_hook(lambda _, inputs: sizes.append(inputs[0].ids.numel()))
+    heats, done = [0.5, 1.0, 2.0, 1.0, 0.7], list[int]()
     for budget in (1, 9, 1000):
-        scores = score_rows(policy, ROWS, token_budget=budget)
-        for found, row in zip(scores, ROWS, strict=True):
+        sizes.clear()
+        scores = score_rows(policy, ROWS, token_budget=budget, progress=done.append)
+        tempered = score_rows(policy, ROWS, budget, heats)
+        for found, hot, heat, row in zip(scores, tempered, heats, ROWS, strict=True):
             assert found == pytest.approx(plain_logp(expected, *row).tolist(), abs=2e-6)
+            assert hot == pytest.approx(plain_logp(expected, *row, heat).tolist(), abs=2e-6)
+        assert max(sizes) <= max(budget, max(len(prompt) + len(completion) for prompt, completion in ROWS))
+    assert sum(done) == 3 * len(ROWS)
     assert policy.training and policy.model.training
     assert score_rows(policy, []) == []
 
@@ -340,6 +349,11 @@ def test_every_end_of_sequence_is_known() -> None:
     assert policy.eos_ids == {1}
 
 
+def test_rows_of_like_length_share_a_micro_batch() -> None:
+    batches = list(token_batches([[i] for i in range(6)], [9, 1, 9, 2, 9, 1], token_budget=18))
+    assert batches == [[1, 5, 3], [0, 2], [4]]
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     st.lists(st.lists(st.integers(1, 40), min_size=1, max_size=4), max_size=15),
@@ -403,3 +417,12 @@ def test_the_head_finds_scales_and_caps() -> None:
     assert Head.of(build("granite").model).scale == 0.25
     assert Head.of(build("gemma2").model).soft_cap == 2.0
     assert Head.of(build("recurrent_gemma").model).soft_cap == 2.0
+    other = build("granite").model
+    other.config.model_type = "hyperclovax"  # multiplies by what Granite divides by
+    assert Head.of(other).scale == 4.0
+    plain = build("llama").model
+    plain.config.lm_head_multiplier, plain.config.output_multiplier = 0.5, 3.0
+    assert Head.of(plain).scale == 1.5
+    sees: Any = SimpleNamespace(get_output_embeddings=lambda: None)
+    sees.config = Gemma3Config(text_config={"final_logit_softcapping": 3.0})  # of a model that takes images too
+    assert Head.of(sees).soft_cap == 3.0

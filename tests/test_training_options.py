@@ -22,7 +22,7 @@ from rlzoo.policy.adapters import adapters
 from rlzoo.policy.loading import save_policy
 from rlzoo.policy.policy import score_rows
 from rlzoo.training import Trainer, train
-from rlzoo.training.savings import gradients_in_place
+from rlzoo.training.savings import gradients_in_place, layers_recomputed
 from rlzoo.types import Trajectory
 
 ROWS = [
@@ -126,6 +126,15 @@ def test_lora_of_layers_that_hold_their_weight_the_other_way_round(tmp_path: Pat
         assert x == pytest.approx(y, abs=1e-3)
 
 
+def test_a_reference_is_without_the_adapter_of_the_output_layer_too() -> None:
+    policy = load_policy("embedded")
+    before = score_rows(policy, PAIRS)
+    policy.add_lora(rank=2, target_modules=["lm_head"])
+    with torch.no_grad():
+        adapters(policy.model)["lm_head"].lora_B["default"].weight.fill_(0.5)
+    assert score_rows(policy.reference(), PAIRS) == before != score_rows(policy, PAIRS)
+
+
 def test_lora_of_layers_that_are_not_there() -> None:
     with pytest.raises(UserError, match="target_modules"):
         load_policy("embedded").add_lora(target_modules=["nowhere"])
@@ -158,6 +167,11 @@ def test_recomputed_activations_change_nothing_but_the_work(monkeypatch: pytest.
     for a, b in zip(plain.parameters(), again.parameters(), strict=True):
         assert torch.equal(a, b)
     assert not any("forward" in vars(module) for module in again.modules()), "the model is left as it was"
+    with (
+        pytest.raises(UserError, match="no layers that transformers would checkpoint"),
+        layers_recomputed(plain.head.layer),
+    ):
+        pass
 
 
 @pytest.mark.parametrize("padding", [None, 5])
@@ -179,6 +193,31 @@ def test_gradients_in_place_are_those_of_autograd(padding: int | None) -> None:
     for theirs, ours in zip(*found, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
     assert not any("forward" in vars(module) for module in model.modules())
+
+
+class Doubled(torch.nn.Linear):
+    """A layer that is more than its base class."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(input)
+
+
+def test_gradients_in_place_leave_alone_what_is_no_plain_layer() -> None:
+    torch.manual_seed(0)
+    table = torch.nn.Embedding(11, 6, scale_grad_by_freq=True)
+    patched, frozen = torch.nn.Linear(6, 6), torch.nn.Linear(6, 6).requires_grad_(False)
+    patched.forward = lambda x: torch.nn.functional.linear(3 * x, patched.weight)  # type: ignore[method-assign]
+    model = torch.nn.Sequential(table, Doubled(6, 6), patched, torch.nn.Tanh(), frozen)
+    ids = torch.randint(0, 11, (3, 9))
+    found = []
+    for context in (nullcontext(), gradients_in_place(model)):
+        model.zero_grad(set_to_none=True)
+        with context:
+            model(ids).square().sum().backward()
+        found.append({name: p.grad for name, p in model.named_parameters()})
+    theirs, ours = found
+    assert ours["4.weight"] is None and "forward" in vars(patched)
+    torch.testing.assert_close(ours, theirs)
 
 
 def test_mixed_precision_keeps_float32_weights() -> None:
