@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
@@ -32,6 +34,7 @@ from rlzoo.errors import UserError
 from rlzoo.policy import Policy, Sequences, load_policy
 from rlzoo.policy import head as head_module
 from rlzoo.policy.head import Head
+from rlzoo.policy.loading import save_policy
 from rlzoo.policy.policy import score_rows, token_batches
 from rlzoo.types import STATISTICS
 
@@ -270,6 +273,15 @@ def test_a_temperature_takes_the_place_of_the_rows_own() -> None:
     assert torch.equal(policy(hot, temperature=2.0).logp, policy(collate(ROWS), temperature=2.0).logp)
 
 
+def test_logits_in_the_thousands_overflow_nowhere() -> None:
+    policy = build("llama", dtype=torch.float32)
+    with torch.no_grad():
+        policy.model.lm_head.weight.mul_(1000)
+    expected = plain_logp(policy, *ROWS[0])
+    assert plain_logits(policy, *ROWS[0]).max() > 1000
+    torch.testing.assert_close(policy(collate(ROWS[:1])).logp[0].detach(), expected)
+
+
 def test_a_bfloat16_model_gets_its_softmax_in_float32() -> None:
     policy = build("llama", dtype=torch.bfloat16)
     policy.add_critic(shared=True)
@@ -403,6 +415,29 @@ def test_a_model_that_is_not_there_is_named() -> None:
     with pytest.raises(UserError, match="model 'no/such-model' cannot be loaded") as caught:
         load_policy("no/such-model")
     assert "\n" not in str(caught.value)
+
+
+def test_a_folder_that_lacks_something_is_refused(tmp_path: Path) -> None:
+    policy = load_policy("embedded")
+    save_policy(policy, tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    most = {name: weight for name, weight in weights.items() if name != "model.norm.weight"}
+    save_file(most, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=r"has no weights for model\.norm\.weight \(1 in all\): is its folder whole\?"):
+        load_policy(str(tmp_path))
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(weights, tmp_path / "pytorch_model.bin")  # a pickle, which could run anything
+    with pytest.raises(UserError, match="cannot be loaded"):
+        load_policy(str(tmp_path))
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    policy.tokenizer.pad_token = None
+    policy.tokenizer.save_pretrained(tmp_path)
+    tokenizer = load_policy(str(tmp_path)).tokenizer  # padding can be done without
+    assert tokenizer.pad_token_id == tokenizer.eos_token_id
+    policy.tokenizer.eos_token = None
+    policy.tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="its tokenizer has no end-of-sequence token"):
+        load_policy(str(tmp_path))
 
 
 def test_logits_are_scaled_and_then_capped() -> None:

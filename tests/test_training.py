@@ -41,7 +41,7 @@ class RelativeProbability(Objective):
     def coefficients(self, batch: TokenBatch) -> Coefficients:
         p = torch.where(batch.mask, batch.logp, 0).exp() * (1 + batch.statistics["entropy"])
         mean = p[batch.mask].mean() if batch.mask.any() else 1.0
-        return Coefficients(p / mean, metrics={"seen": batch.logp})
+        return Coefficients(p / mean, loss=-2 * batch.logp, metrics={"seen": batch.logp})
 
 
 @dataclass(frozen=True)
@@ -232,6 +232,7 @@ def test_coupled_coefficients_see_the_policy_of_each_update(make_policy: MakePol
     assert len({row["logp"] for row in steps}) == 3
     for row in steps:
         assert row["seen"] == pytest.approx(row["logp"], rel=1e-9)
+        assert row["loss"] == pytest.approx(-2 * row["logp"], rel=1e-9)
 
 
 @dataclass(frozen=True)
@@ -337,6 +338,28 @@ def test_the_baseline_of_kto_is_the_policys_as_it_has_become(updates: int, make_
     settings = RAW.model_copy(update={"steps": 3, "updates_per_batch": updates})
     steps = Trainer(make_policy(), objective, Fixed((rows, [(0,), (1,)])), settings, [measure]).run().steps
     assert [row["kl"] for row in steps] == pytest.approx(means[:3], rel=1e-6) and means[1] > 0.1
+
+
+@pytest.mark.parametrize("owners", ["AABBC", "CBABA", "AAAB"])
+def test_kto_shows_each_prompt_a_completion_of_another(owners: str, make_policy: MakePolicy) -> None:
+    """Each completion once; of a prompt with more than half of the rows, as many as have a counterpart."""
+
+    def pairs(order: list[int]) -> set[tuple[str, int]]:
+        known: dict[str, Any] = {"source": "policy", "reward": 1.0, "reference_logp": [-1.0]}
+        rows = [Trajectory("", "", [ord(owners[i])], [20 + i], owners[i], **known) for i in order]
+        seen: list[list[int]] = []
+        reference = make_policy().frozen_copy()
+        reference.register_forward_pre_hook(lambda _, inputs: seen.extend(inputs[0].ids.tolist()))
+        source, settings = Fixed((rows, [(i,) for i in range(len(rows))])), RAW.model_copy(update={"steps": 1})
+        Trainer(make_policy(), get_objective("kto"), source, settings, reference=reference).run()
+        assert len(seen) == (2 if owners == "AAAB" else 5)
+        return {(chr(prompt), completion - 20) for prompt, completion in seen}
+
+    found = pairs([*range(len(owners))])
+    assert all(owners[completion] != prompt for prompt, completion in found)
+    assert len({completion for _, completion in found}) == len(found) == (2 if owners == "AAAB" else 5)
+    assert sorted(prompt for prompt, _ in found) == (["A", "B"] if owners == "AAAB" else sorted(owners))
+    assert pairs([*reversed(range(len(owners)))]) == found
 
 
 def test_the_optimizer_is_adamw_as_the_settings_say(make_policy: MakePolicy) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -141,7 +142,9 @@ def test_each_fresh_batch_is_of_a_later_version_also_after_a_stop(make_policy: M
     first.asked, second.asked = [], []
     source, later = FreshSource(first, Selection.GROUPS), FreshSource(second, Selection.GROUPS)
     assert [{row.policy_version for row in source.draw()[0]} for _ in range(3)] == [{0}, {1}, {2}]
-    later.restore(source.state())
+    source.left_out["groups of equal rewards"] += 2
+    later.restore(json.loads(json.dumps(source.state())))
+    assert later.left_out == source.left_out
     later.draw()
     assert second.asked == [0, 1, 2, 3] and first.asked == [0, 1, 2]
 
@@ -325,7 +328,7 @@ def test_missing_log_probs_are_user_errors(make_policy: MakePolicy) -> None:
             self.row = row
 
         def draw(self) -> tuple[list[Trajectory], list[tuple[int, ...]]]:
-            return [self.row, self.row], [(0, 1)]
+            return [replace(row, behaviour_logp=[-1.0]), self.row], [(0, 1)]  # the first lacks nothing
 
     for name, bare, message in (
         ("grpo", row, "no behaviour log-probs: fill it with `rlzoo rollout`"),
