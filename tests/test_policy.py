@@ -411,7 +411,10 @@ def test_a_model_that_makes_logits_in_an_unknown_way_is_refused(monkeypatch: pyt
         load_policy("embedded")
 
 
-def test_a_model_that_is_not_there_is_named() -> None:
+def test_a_model_that_is_not_there_is_named(tmp_path: Path) -> None:
+    for folder, told in ((tmp_path, "has no config.json"), (tmp_path / "nowhere", "does not exist")):
+        with pytest.raises(UserError, match=f"cannot be loaded: that folder {told}"):
+            load_policy(str(folder))
     with pytest.raises(UserError, match="model 'no/such-model' cannot be loaded") as caught:
         load_policy("no/such-model")
     assert "\n" not in str(caught.value)

@@ -391,6 +391,9 @@ def test_the_schedule_warms_up_and_follows_a_cosine(make_policy: MakePolicy) -> 
     expected = [1 / 3, 2 / 3, 1, 0.8535533906, 0.5, 0.1464466094]
     assert [row["learning_rate"] for row in steps] == pytest.approx([1e-3 * x for x in expected], rel=1e-8)
     assert [row["step"] for row in steps] == [1, 2, 3, 4, 5, 6]
+    warm = RAW.model_copy(update={"steps": 2, "warmup_ratio": 1.0})
+    steps = Trainer(policy, get_objective("sft"), Fixed(make_batch(policy, Selection.CORRECT)), warm).run().steps
+    assert [row["learning_rate"] for row in steps] == pytest.approx([1e-2 / 3, 2e-2 / 3], rel=1e-8)
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 5, 7])

@@ -112,6 +112,17 @@ def test_lora_goes_with_every_kind_of_objective(name: str) -> None:
     trained(policy, name, lora=lora)  # what was trained is trained further
 
 
+def test_a_moving_reference_has_an_adapter_of_its_own() -> None:
+    policy = load_policy("embedded")
+    before, objective = score_rows(policy, PAIRS), get_objective("iw-sft", variant="ema", ema_decay=0.5)
+    settings = Training.model_validate({"steps": 2, "learning_rate": 1e-2, "lora": {"rank": 2}})
+    trainer = Trainer(policy, objective, Fixed(), settings)
+    trainer.run()
+    assert trainer.reference is not None
+    average, after = score_rows(trainer.reference, PAIRS), score_rows(policy, PAIRS)
+    assert before != average != after != before
+
+
 def test_lora_of_layers_that_hold_their_weight_the_other_way_round(tmp_path: Path, make_policy: Make) -> None:
     """GPT-2's square projection would take a transposed product without a word."""
     policy = make_policy("gpt2", dtype=torch.float32)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +26,7 @@ from rlzoo.reward import Reward
 from rlzoo.rollout import TransformersSampler, collect_rollouts
 from rlzoo.training import Trainer, TrainingRecord, train
 from rlzoo.training.batches import FreshSource
+from rlzoo.training.costs import peak_memory_bytes, reset_peak_memory
 from rlzoo.types import Selection, Trajectory
 
 MakePolicy = Callable[..., Policy]
@@ -305,6 +307,17 @@ def test_peak_memory_is_the_highest_of_all_steps_and_no_callback_s(
     settings = QUICK.model_copy(update={"steps": 4, "updates_per_batch": 2})
     record = train(policy, get_objective("sft"), demonstrated(policy), settings, callbacks=[callback])
     assert record.costs.peak_memory_bytes == 30
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the peak is that of the process")
+def test_peak_memory_is_in_bytes_and_starts_anew() -> None:
+    reset_peak_memory()
+    before = peak_memory_bytes()
+    torch.ones(2**24).sum()  # 64 MB, which are given back at once
+    peak = peak_memory_bytes()
+    assert 2**25 < peak - before < 2**28
+    reset_peak_memory()
+    assert peak_memory_bytes() < peak - 2**25
 
 
 def test_memory_is_measured_where_the_peak_cannot_be_reset(
