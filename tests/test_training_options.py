@@ -217,7 +217,7 @@ def test_gradients_in_place_leave_alone_what_is_no_plain_layer() -> None:
     torch.manual_seed(0)
     table = torch.nn.Embedding(11, 6, scale_grad_by_freq=True)
     patched, frozen = torch.nn.Linear(6, 6), torch.nn.Linear(6, 6).requires_grad_(False)
-    patched.forward = lambda x: torch.nn.functional.linear(3 * x, patched.weight)  # type: ignore[method-assign]
+    patched.forward = lambda input: torch.nn.functional.linear(3 * input, patched.weight)  # type: ignore[method-assign]
     model = torch.nn.Sequential(table, Doubled(6, 6), patched, torch.nn.Tanh(), frozen)
     ids = torch.randint(0, 11, (3, 9))
     found = []
