@@ -173,6 +173,9 @@ def test_samples_without_behaviour_log_probs_can_have_those_of_the_policy() -> N
     assert record.steps[0]["ratio"] == pytest.approx(1.0)
     record = train(policy, get_objective("rloo"), buffer, Training(**settings, behaviour="current"))
     assert record.events[0] == told, "groups need them, whether or not the objective has a ratio"
+    mixed = get_objective("mixture", weights={"rft": 1.0, "grpo": 1.0})
+    assert train(policy, mixed, buffer, Training(**settings, behaviour="current")).events[0] == told
+    assert told not in train(policy, get_objective("rft"), buffer, Training(**settings, behaviour="current")).events
     known = buffer.with_behaviour_logp([[-1.0] * len(expected[0]), None, None])
     scored, which = with_behaviour(known, load_policy("embedded"))
     assert which == [1, 2]

@@ -90,6 +90,7 @@ def test_only_a_table_of_positions_is_a_limit(make_policy: MakePolicy, policy: P
         OPTConfig(**small, ffn_dim=16, num_hidden_layers=1, num_attention_heads=2, word_embed_proj_dim=16)
     )
     gptj = GPTJForCausalLM(GPTJConfig(vocab_size=50, n_positions=16, n_embd=16, n_layer=1, n_head=2, rotary_dim=4))
+    small["vocab_size"] = 16  # as many words as positions
     llama = LlamaForCausalLM(LlamaConfig(**small, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2))
     for model, limited in ((opt, True), (gptj, True), (llama, False)):
         made = Policy(model.eval(), policy.tokenizer, "m")

@@ -305,9 +305,11 @@ def test_an_anchored_part_does_not_follow_the_averaged_reference_of_another() ->
         get_objective("mixture", weights={"asft": 0.5, "iw-sft": 0.5}, options={"iw-sft": {"variant": "ema"}})
 
 
-def test_parts_of_one_view_draw_other_rows() -> None:
+def test_parts_of_one_view_draw_other_rows(make_policy: MakePolicy) -> None:
     views = views_of(get_objective("mixture", weights={"sft": 1.0, "grpo": 1.0, "dft": 1.0}))
     assert seeds(views, 7) == [7, 7, 7 + 2**32]
+    sft, _, dft = buffer_sources(rows_of(make_policy()), views, 9, seed=7)
+    assert [sft.draw() for _ in range(3)] != [dft.draw() for _ in range(3)]
 
 
 def test_a_reported_loss_has_what_auxiliary_losses_add() -> None:

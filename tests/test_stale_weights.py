@@ -194,7 +194,11 @@ def step(policy: Policy, optimizer: torch.optim.Optimizer) -> None:
 
 
 def replaced_weight(policy: Policy) -> None:
-    policy.model.lm_head.weight = nn.Parameter(policy.model.lm_head.weight.detach() + 1)
+    old = policy.model.lm_head.weight
+    new = nn.Parameter(old.detach() + 1)
+    for _ in range(old._version - new._version):
+        torch.autograd.graph.increment_version([new])  # torch's count is the same for both
+    policy.model.lm_head.weight = new
 
 
 def loaded(policy: Policy, assign: bool) -> None:

@@ -336,14 +336,13 @@ def token_batches(atoms: Sequence[Sequence[int]], lengths: Sequence[int], token_
     """
     order = sorted(range(len(atoms)), key=lambda a: (max(lengths[r] for r in atoms[a]), a))
     batch: list[int] = []
-    longest = 0
     for index in order:
         atom = atoms[index]
-        widest = max(longest, *(lengths[r] for r in atom))
+        widest = max(lengths[r] for r in atom)  # of all so far
         if batch and widest * (len(batch) + len(atom)) > token_budget:
             yield batch
-            batch, widest = [], max(lengths[r] for r in atom)
-        batch, longest = [*batch, *atom], widest
+            batch = []
+        batch = [*batch, *atom]
     if batch:
         yield batch
 
