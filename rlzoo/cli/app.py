@@ -1,0 +1,76 @@
+"""The commands, and what a command line means. Typer reads it; `rlzoo.cli.main` runs what it asks for."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Annotated
+
+import typer
+
+from rlzoo.cli.catalogue import list_
+from rlzoo.cli.compare import compare
+from rlzoo.cli.evaluate import evaluate
+from rlzoo.cli.help import Command, Group
+from rlzoo.cli.report import report
+from rlzoo.cli.rollout import rollout
+from rlzoo.cli.scaffold import new
+from rlzoo.cli.train import train
+from rlzoo.cli.variance import variance
+
+Handler = Callable[..., int]
+PANELS: dict[str, Sequence[Handler]] = {
+    "Experiments": (compare, variance, report),
+    "One step at a time": (rollout, train, evaluate),
+    "Look up and extend": (list_, new),
+}
+
+
+def parsed(arguments: Sequence[str] | None = None) -> functools.partial[int] | None:
+    """The command that the arguments ask for, with its parameters; None where typer has answered (--help, --version).
+
+    Raises UserError for arguments that make no sense.
+    """
+    found = group().main(arguments, prog_name="rlzoo", standalone_mode=False)
+    return found if isinstance(found, functools.partial) else None
+
+
+def group() -> Group:
+    """All commands, as typer knows them."""
+    app = typer.Typer(cls=Group, rich_markup_mode=None, context_settings={"help_option_names": ["-h", "--help"]})
+    app.callback()(_rlzoo)
+    for panel, handlers in PANELS.items():
+        for handler in handlers:
+            text, _, examples = (inspect.getdoc(handler) or "").partition("\n\nExamples:\n")
+            name = handler.__name__.rstrip("_")
+            app.command(name, cls=Command, help=text, epilog=examples, rich_help_panel=panel)(_bound(handler))
+    made = typer.main.get_command(app)
+    assert isinstance(made, Group)
+    return made
+
+
+def _bound(handler: Handler) -> Callable[..., functools.partial[int]]:
+    """The handler's signature without its work, which `rlzoo.cli.main` does: errors and signals are told there."""
+
+    @functools.wraps(handler)
+    def bind(**parameters: object) -> functools.partial[int]:
+        return functools.partial(handler, **parameters)
+
+    return bind
+
+
+def _show_version(value: bool) -> None:
+    if value:
+        from importlib.metadata import version
+
+        print(f"rlzoo {version('rlzoo')}")
+        raise typer.Exit
+
+
+def _rlzoo(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Compare fine-tuning objectives of language models: one interface, one buffer, one budget."""
