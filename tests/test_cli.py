@@ -137,6 +137,14 @@ def test_tables_have_lines_on_terminals(rich: bool, monkeypatch: pytest.MonkeyPa
     assert ("─" in out.getvalue()) is rich and "sft" in out.getvalue() and ("--" in out.getvalue()) is not rich
 
 
+def test_a_reader_that_has_gone_is_no_error() -> None:
+    read, write = os.pipe()
+    os.close(read)
+    run = subprocess.run([*RLZOO, "list"], stdout=write, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(write)
+    assert (run.returncode, run.stderr) == (141, "")
+
+
 # Completion
 
 
