@@ -352,7 +352,7 @@ def load_experiment(name: str, changes: Mapping[str, Any] | None = None) -> Expe
 
 
 def lay(data: dict[str, Any], key: str, value: Any) -> None:
-    """Set a dotted key of nested mappings, of which those on the way are copied or made."""
+    """Set a dotted key in nested mappings; those on the way are copied, or created."""
     *parents, last = key.split(".")
     for parent in parents:
         child = data.get(parent)

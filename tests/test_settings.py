@@ -606,6 +606,14 @@ def test_options_together() -> None:
         "compare", "--limit", "7", "--set", "benchmarks.more.source=world:facts/test", experiment="arithmetic"
     )
     assert new["benchmarks.more.limit"] == new["benchmarks.chain-sums.limit"] == 7
+    own = changed(
+        "compare", "--seeds", "1", "--learning-rates", "2e-3", "--steps", "3", "--set", "seeds=[2]",
+        "--set", "algorithms.sft.learning_rates=[1e-5]", "--set", "algorithms.sft.training.steps=4",
+    )  # fmt: skip
+    assert (own["seeds"], own["algorithms.sft.learning_rates"], own["algorithms.dft.learning_rates"]) == (
+        [2], [1e-5], [2e-3],
+    )  # fmt: skip
+    assert own["algorithms.sft.training.steps"] == 4 and own["training.steps"] == 3
     row = changed("compare", "--batch-size", "6", experiment="own-samples")
     assert row["training.batch_size"] == 6
     experiment = experiment_of("compare", "own-samples", "--batch-size", "6")

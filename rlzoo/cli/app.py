@@ -1,4 +1,4 @@
-"""The commands, and what a command line means. Typer reads it; `rlzoo.cli.main` runs what it asks for."""
+"""The typer app: all commands, and how a command line is parsed. `rlzoo.cli.main` runs the result."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ PANELS: dict[str, Sequence[Handler]] = {
 
 
 def parsed(arguments: Sequence[str] | None = None) -> functools.partial[int] | None:
-    """The command that the arguments ask for, with its parameters; None where typer has answered (--help, --version).
+    """The command that the arguments ask for, bound to its parameters; None if typer has answered (--help, --version).
 
-    Raises UserError for arguments that make no sense.
+    Raises UserError for wrong usage.
     """
     found = group().main(arguments, prog_name="rlzoo", standalone_mode=False)
     return found if isinstance(found, functools.partial) else None
 
 
 def group() -> Group:
-    """All commands, as typer knows them."""
+    """All commands. The docstring of a handler is its help, up to its examples."""
     app = typer.Typer(cls=Group, rich_markup_mode=None, context_settings={"help_option_names": ["-h", "--help"]})
     app.callback()(_rlzoo)
     for panel, handlers in PANELS.items():
@@ -51,7 +51,10 @@ def group() -> Group:
 
 
 def _bound(handler: Handler) -> Callable[..., functools.partial[int]]:
-    """The handler's signature without its work, which `rlzoo.cli.main` does: errors and signals are told there."""
+    """A function with the handler's signature that returns the call instead of making it.
+
+    Typer would otherwise catch what a running command raises: signals and broken pipes are handled in `rlzoo.cli.main`.
+    """
 
     @functools.wraps(handler)
     def bind(**parameters: object) -> functools.partial[int]:

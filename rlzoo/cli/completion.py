@@ -1,4 +1,4 @@
-"""What a shell offers on TAB: names, read from the names of files so that torch is not imported, and settings."""
+"""Shell completion. Names of built-ins are read from the names of their files, so that TAB does not import torch."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""How the command line shows help, and what it says of wrong usage.
+"""The layout of help, and usage errors in one line.
 
-Help has one layout of at most 80 columns: typer's records under the headings that options name, with colours on a
-terminal alone. A usage error is a UserError: one line, with the nearest name where one is misspelt.
+Help fits 80 columns and groups options under the headings they name; only a terminal gets colours. A usage error
+becomes a UserError, which suggests the nearest name for a misspelt one.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from typer.exceptions import TyperException
 from rlzoo.errors import UserError
 
 Row = tuple[str, str, str]
-"""The heading of a line of help, what it explains, and the explanation."""
+"""Heading, option or command, explanation."""
 
 
 def is_rich() -> bool:
-    """Whether standard output is a terminal that is to show colours and lines."""
+    """Whether standard output is a terminal that should get colours and box-drawing characters."""
     return sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
 class Command(TyperCommand):
-    """One command, whose epilog has its examples."""
+    """One command. Its epilog holds its examples, one per line."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         with _usage_errors(ctx):
@@ -43,12 +43,12 @@ class Command(TyperCommand):
 
     def format_epilog(self, ctx: Any, formatter: Any) -> None:
         with formatter.section(_styled("Examples", bold=True)):
-            for line in (self.epilog or "").splitlines():  # as they are to be typed, however long
+            for line in (self.epilog or "").splitlines():  # never wrapped: they are there to be copied
                 formatter.write(f"  {line.strip()}\n")
 
 
 class Group(TyperGroup):
-    """The command of commands. Without arguments it shows its help."""
+    """``rlzoo`` itself, which shows its help when called without arguments."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         with _usage_errors(ctx):
@@ -90,7 +90,7 @@ def _styled(text: str, **style: Any) -> str:
 
 @contextmanager
 def _usage_errors(ctx: Any) -> Iterator[None]:
-    """What typer says of wrong usage, as a UserError."""
+    """Turns typer's usage errors into UserErrors."""
     try:
         yield
     except TyperException as error:

@@ -1,7 +1,7 @@
-"""What the options of a command say, as settings: of an experiment, or of one training.
+"""From a command's options to settings: those of an experiment, or those of one training run.
 
-Every command has ``--set KEY=VALUE``, whose key is the dotted name of a setting. The other options are shorthands for
-settings that are often changed; where both say something, ``--set`` counts.
+``--set KEY=VALUE`` is the same in all commands: the key is the dotted name of a setting. Other options are shorthands
+for settings that are often changed; where both give the same setting, ``--set`` wins.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import os
 import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from typing import Any, Union, get_args, get_origin
 
 import pydantic
@@ -36,7 +36,7 @@ SHORTHANDS: dict[str, tuple[str, ...]] = {
 
 
 class TrainSettings(pydantic.BaseModel):
-    """What ``rlzoo train`` does: one objective on one buffer."""
+    """Everything ``rlzoo train`` needs to know: one objective, one buffer, one model."""
 
     model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
 
@@ -73,13 +73,13 @@ def experiment_of(
     seeds: str | None = None,
     **shorthands: str | int | None,
 ) -> Experiment:
-    """The experiment of that name or file with a command's options laid over it."""
+    """The experiment of that name or file, changed as a command's options say."""
     given = {option: value for option in SHORTHANDS if (value := shorthands.get(option)) is not None}
     changes = {key: value for option, value in given.items() for key in SHORTHANDS[option]}
     other = changes_of(sets, Experiment)
     plain = load_experiment(name, {**changes, **other})
     tests = _tests(plain, other, test_data, given.get("limit") if test_limit is None else test_limit)
-    grid = _grid(plain, algorithms, learning_rates, seeds, given)
+    grid = _grid(plain, other, algorithms, learning_rates, seeds, {"steps", "batch_size"} & set(given))
     return load_experiment(name, {**changes, **other, **tests, **grid})
 
 
@@ -139,23 +139,31 @@ def _tests(plain: Experiment, other: Mapping[str, Any], source: str | None, limi
 
 
 def _grid(
-    plain: Experiment, algorithms: str | None, rates: str | None, seeds: str | None, given: Mapping[str, Any]
+    plain: Experiment,
+    other: Mapping[str, Any],
+    algorithms: str | None,
+    rates: str | None,
+    seeds: str | None,
+    asked: Set[str],
 ) -> dict[str, Any]:
-    """What --algorithms, --learning-rates and --seeds change in an experiment."""
+    """The rows, seeds and baseline as --algorithms, --learning-rates and --seeds change them.
+
+    ``asked`` are the settings of training that have an option: it counts for rows with settings of their own too. What
+    ``other`` (--set) says of a row counts more.
+    """
     changes: dict[str, Any] = {}
     rows = {name: row.model_dump() for name, row in plain.algorithms.items()}
     if algorithms is not None:
         rows = rows_of(algorithms.split(","), rows)
-        if plain.baseline in plain.algorithms and plain.baseline not in rows:
+        if plain.baseline in plain.algorithms and plain.baseline not in rows and "baseline" not in other:
             changes["baseline"] = next(iter(rows))
-    asked = {"steps", "batch_size"} & set(given)
-    for name, row in rows.items():  # what is asked for here counts for rows with settings of their own too
-        own = {key: value for key, value in row.get("training", {}).items() if key not in asked}
-        rows[name] = {**row, "training": own}
-    if rates is not None:
-        numbers = _numbers(rates, float, "--learning-rates")
-        rows = {name: {**row, "learning_rates": numbers} for name, row in rows.items()}
-    if seeds is not None:
+    numbers = None if rates is None else _numbers(rates, float, "--learning-rates")
+    for name, row in rows.items():
+        lost = {key for key in asked if f"algorithms.{name}.training.{key}" not in other}
+        rows[name] = {**row, "training": {k: v for k, v in row.get("training", {}).items() if k not in lost}}
+        if numbers is not None and f"algorithms.{name}.learning_rates" not in other:
+            rows[name]["learning_rates"] = numbers
+    if seeds is not None and "seeds" not in other:
         changes["seeds"] = _numbers(seeds, int, "--seeds")
     return {**changes, "algorithms": rows}
 

@@ -15,7 +15,7 @@ PLAIN = Box("\n".join(["    ", "    ", " -- ", *["    "] * 5]) + "\n", ascii=Tru
 
 
 def show(console: Console, tables: Iterable[Table]) -> None:
-    """Print tables: without box-drawing characters where standard output is no terminal, or colours are not wanted."""
+    """Print tables, without box-drawing characters unless standard output is a terminal (see `is_rich`)."""
     for table in tables:
         if not is_rich():
             table.box = PLAIN
