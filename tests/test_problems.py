@@ -132,3 +132,22 @@ def test_columns_that_json_cannot_hold_are_text_or_left_out(tmp_path: Path) -> N
     for settings in ({"prompt": "image"}, {"prompt": "q", "columns": {"answer": "image"}}, {"prompt": "{q}{image}"}):
         with pytest.raises(UserError, match=r"rows\.parquet row 1: column 'image' holds bytes that are no UTF-8 text"):
             load(path, **settings)
+
+
+def test_a_name_leads_into_json_text(tmp_path: Path) -> None:
+    """As in SYNTHETIC-1's ``verification_info``."""
+    row = {"prompt": "1+1=", "info": json.dumps({"gold": {"value": ["2"]}}), "note": "{no JSON"}
+    file = tmp_path / "p.jsonl"
+    file.write_text(json.dumps(row))
+    (problem,) = load_problems(ProblemSource(source=str(file), columns={"answer": "info.gold.value.0"}))
+    assert problem.columns["answer"] == "2" and problem.columns["info"] == row["info"]
+    with pytest.raises(UserError, match=r"no column 'note\.x': 'note' is a str"):
+        load_problems(ProblemSource(source=str(file), columns={"answer": "note.x"}))
+
+
+def test_braces_that_are_no_column_are_told_how_to_be_text(tmp_path: Path) -> None:
+    (tmp_path / "p.jsonl").write_text('{"q": "1+1="}')
+    with pytest.raises(
+        UserError, match=r"no column '2'; it has: q: name a column in \{2\}, or write \{\{2\}\} for text"
+    ):
+        load_problems(ProblemSource(source=str(tmp_path / "p.jsonl"), prompt="{q} as in \\frac{2}"))

@@ -178,6 +178,18 @@ def test_fresh_samples_are_rewarded_as_of_their_step(make_policy: Callable[..., 
             assert row.reward_parts == {"epoch": version * 2 / 4, "mine": row.reward}
 
 
+def test_columns_with_the_names_of_what_rlzoo_passes_do_not_take_its_place(make_policy: Callable[..., Policy]) -> None:
+    def reward(prompts: Any, completions: Any, trainer_state: Any, log_metric: Any, answer: Any) -> list[float]:
+        log_metric("step", trainer_state.global_step)
+        return [float(prompt == "1+1=") for prompt in prompts]
+
+    own = dict.fromkeys(("prompts", "completions", "completion_ids", "trainer_state", "log_metric"), "x")
+    problems = [Problem("p", "1+1=", {**own, "answer": "2"})]
+    settings = EvaluationSettings(samples=2, max_new_tokens=2)
+    found = evaluate(make_policy("gpt2"), problems, reward, settings, greedy=False)
+    assert found.metrics["avg_at_k"] == 1.0 and found.metrics["reward/step"] == 0.0
+
+
 # Other signatures
 
 
@@ -202,12 +214,41 @@ def test_a_function_of_another_signature_is_told_trls(function: Any) -> None:
 
 
 def test_a_parameter_that_is_no_column_is_told_the_signature() -> None:
-    def reward_func(queries: list[str], prompts: list[str], labels: list[str]) -> list[float]:
-        return [1.0] * len(queries)
+    def reward_func(completions: list[str], labels: list[str]) -> list[float]:
+        return [1.0] * len(completions)
 
     told = one_line(lambda: get_reward(reward_func)(["p"], ["c"], answer=["4"]))
-    assert told.startswith("reward 'reward-func' needs the column 'queries'; the data's columns: answer; ")
-    assert "`columns: {queries: ...}`" in told and "TRL's signature, reward(prompts, completions, **columns)" in told
+    assert told.startswith("reward 'reward-func' needs the column 'labels'; the data's columns: answer; ")
+    assert "`columns: {labels: ...}`" in told and "TRL's signature, reward(prompts, completions, **columns)" in told
+
+
+def openrlhf(queries: list[str], prompts: list[str], labels: list[str], **options: Any) -> list[float]:
+    return [1.0] * len(queries)
+
+
+def trlx(samples: list[str], prompts: list[str], outputs: list[str]) -> list[float]:
+    return [1.0] * len(samples)
+
+
+class Verifier:  # as in open-instruct
+    def __call__(self, tokenized_prediction: list[int], prediction: str, label: str) -> float:
+        return 1.0
+
+
+@pytest.mark.parametrize("function", [openrlhf, trlx, Verifier])
+def test_a_function_that_does_not_look_at_completions_is_told_trls_signature(function: Any) -> None:
+    told = one_line(lambda: get_reward(function)(["p"], ["c"], labels=["4"]))
+    assert "takes no completions but (" in told
+    assert "a reward has TRL's signature, reward(prompts, completions, **columns): wrap it" in told
+
+
+class Orm:  # as in ms-swift
+    def __call__(self, completions: list[str], solution: list[str], **columns: Any) -> list[float]:
+        return [float(text == gold) for text, gold in zip(completions, solution, strict=True)]
+
+
+def test_a_class_whose_objects_score_is_a_reward() -> None:
+    assert get_reward(Orm)(["p", "p"], ["4", "5"], solution=["4", "4"]) == [1.0, 0.0]
 
 
 def test_a_decorator_that_changes_the_signature() -> None:

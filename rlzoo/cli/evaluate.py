@@ -36,7 +36,7 @@ def evaluate(
     chosen = experiment_of(
         experiment, sets, model=model, reward=reward, test_data=test_data, limit=limit, samples=samples, k=k
     )
-    from rlzoo.bad_rows import BadRows, told
+    from rlzoo.bad_rows import BadRows
     from rlzoo.comparison.pool import silence
     from rlzoo.comparison.work import reward_of
     from rlzoo.evaluation import evaluate
@@ -45,17 +45,18 @@ def evaluate(
     from rlzoo.rollout import unscored
 
     scored_by = reward_of(chosen)
-    problems = {}
-    for name, source in chosen.benchmarks.items():
-        bad = BadRows(source.bad_rows)
-        problems[name] = load_problems(source, bad)
-        if line := told(bad.summary()):
-            print(f"{name}: {line}", file=sys.stderr)
+    bad = {name: BadRows(source.bad_rows) for name, source in chosen.benchmarks.items()}
+    problems = {name: load_problems(source, bad[name]) for name, source in chosen.benchmarks.items()}
     silence()
     policy = load_policy(chosen.model, chosen.training.dtype)
-    found = {name: evaluate(policy, some, scored_by, chosen.evaluation, seed) for name, some in problems.items()}
+    found = {
+        name: evaluate(policy, some, scored_by, chosen.evaluation, seed, bad=bad[name])
+        for name, some in problems.items()
+    }
     results = {name: one.metrics for name, one in found.items()}
     for name, one in found.items():
+        for line in bad[name].lines():
+            print(f"{name}: {line}", file=sys.stderr)
         if without := unscored((row["reward"], row["prompt"]) for row in one.outcomes):
             print(f"{name}: {without}; they count as wrong", file=sys.stderr)
     if as_json:

@@ -45,14 +45,14 @@ def rollout(
         experiment, sets,
         model=model, reward=reward, data=data, bad_rows=bad_rows, limit=limit, rollout_samples=rollout_samples,
     )  # fmt: skip
-    from rlzoo.bad_rows import BadRows, told
+    from rlzoo.bad_rows import BadRows
     from rlzoo.buffers import OfflineBuffer
     from rlzoo.comparison.pool import silence
     from rlzoo.comparison.work import reward_of
     from rlzoo.pieces import Pieces
     from rlzoo.policy import load_policy
     from rlzoo.problems import encode_problems, load_problems
-    from rlzoo.rollout import collect_rollouts, mismatch, sampler_of, unscored
+    from rlzoo.rollout import collect_rollouts, cut_short, mismatch, sampler_of, unscored
     from rlzoo.runs import run_in
 
     bad = BadRows(chosen.train.bad_rows)
@@ -69,17 +69,21 @@ def rollout(
         sampler, recompute = sampler_of(policy, settings), settings.behaviour == "recompute"
         rows = collect_rollouts(
             policy, sampler, encoded, scored_by, settings, seed,
-            token_budget=chosen.training.token_budget, recompute=recompute, pieces=Pieces(run.state),
+            token_budget=chosen.training.token_budget, recompute=recompute, pieces=Pieces(run.state), bad=bad,
         )  # fmt: skip
         buffer = OfflineBuffer.from_trajectories(rows)
-        dropped = bad.summary()
-        save = partial(buffer.save, notes={"dropped_rows": dropped} if dropped else {})
+        events = [*bad.events(), *cut_short(rows, settings.max_new_tokens)]
+        known = {"dropped_rows": bad.summary(), "events": events}
+        save = partial(buffer.save, notes={name: value for name, value in known.items() if value})
         writers: dict[str, Callable[[Path], None]] = {".parquet": buffer.to_parquet, ".jsonl": buffer.to_jsonl}
         writers.get(out.suffix, save)(out)
     right = sum((row.reward or 0) >= chosen.evaluation.correct_at for row in rows)
-    if line := told(dropped):
+    for line in bad.lines():
         print(line)
-    print(f"{len(rows)} samples of {len(encoded)} prompts, {right} correct; saved to {out}")
+    prompts = len({row.prompt_id for row in rows})
+    print(f"{len(rows)} samples of {prompts} prompts, {right} correct; saved to {out}")
+    for line in cut_short(rows, settings.max_new_tokens):
+        print(line)
     if without := unscored((row.reward, row.prompt) for row in rows):
         print(without)
     if found := mismatch(rows):

@@ -61,7 +61,7 @@ def train(
       rlzoo train dpo --buffer pairs.jsonl --option beta=0.2 --out runs/dpo
       rlzoo train sft --buffer pairs.jsonl --set training.lora={} --out runs/sft
     """
-    from rlzoo.bad_rows import BadRows, told
+    from rlzoo.bad_rows import BadRows
     from rlzoo.buffers import read_buffer
     from rlzoo.cli.settings import prepare, train_settings
     from rlzoo.comparison.pool import silence
@@ -96,17 +96,19 @@ def train(
         policy = load_policy(settings.model, training.dtype)
         bad, longest = BadRows(table.bad_rows), training.max_completion_tokens
         rows = read_buffer(
-            table.source, policy.tokenizer, longest, table.split, table.columns, bad, training.special_tokens
-        )
-        if is_main() and (line := told(bad.summary())):
-            print(line)
+            table.source, policy.tokenizer, longest, table.split, table.columns, bad, training.special_tokens,
+            policy.row_check(),
+        )  # fmt: skip
+        if is_main():
+            for line in bad.lines():
+                print(line, flush=True)
         record = train(policy, what, rows, training, settings.seed, [show], out / "logs", run.state / "checkpoints")
         save_policy(policy, out)
         if is_main():
             summary = {
                 "steps": record.plain_steps(),
                 "costs": record.costs.as_dict(),
-                "events": record.events,
+                "events": [*bad.events(), *record.events],
                 "dropped_rows": bad.summary(),
             }
             write_atomically(out / "training.json", json.dumps(summary, indent=1))
