@@ -87,6 +87,7 @@ def test_help_imports_nothing_heavy() -> None:
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
     assert all(f"  {command} " in run.stdout for command in COMMANDS)
+    assert max(map(len, run.stdout.splitlines())) <= 80
 
 
 @pytest.mark.parametrize("command", COMMANDS)

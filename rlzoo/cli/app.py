@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -37,17 +37,22 @@ def parsed(arguments: Sequence[str] | None = None) -> functools.partial[int] | N
 
 
 def group() -> Group:
-    """All commands. The docstring of a handler is its help, up to its examples."""
+    """All commands."""
     app = typer.Typer(cls=Group, rich_markup_mode=None, context_settings={"help_option_names": ["-h", "--help"]})
-    app.callback()(_rlzoo)
+    app.callback(**_help(_rlzoo))(_rlzoo)
     for panel, handlers in PANELS.items():
         for handler in handlers:
-            text, _, examples = (inspect.getdoc(handler) or "").partition("\n\nExamples:\n")
             name = handler.__name__.rstrip("_")
-            app.command(name, cls=Command, help=text, epilog=examples, rich_help_panel=panel)(_bound(handler))
+            app.command(name, cls=Command, rich_help_panel=panel, **_help(handler))(_bound(handler))
     made = typer.main.get_command(app)
     assert isinstance(made, Group)
     return made
+
+
+def _help(handler: Callable[..., object]) -> dict[str, Any]:
+    """Its docstring, as typer has it: the text, and the examples as the epilog."""
+    text, _, examples = (inspect.getdoc(handler) or "").partition("\n\nExamples:\n")
+    return {"help": text, "epilog": examples}
 
 
 def _bound(handler: Handler) -> Callable[..., functools.partial[int]]:
@@ -76,4 +81,11 @@ def _rlzoo(
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
     ] = False,
 ) -> None:
-    """Compare fine-tuning objectives of language models: one interface, one buffer, one budget."""
+    """Compare fine-tuning objectives of language models: one interface, one buffer, one budget.
+
+    Exit status: 0 done, 1 some cells failed, 2 wrong input, 130 or 143 interrupted.
+
+    Examples:
+      rlzoo compare arithmetic
+      rlzoo train --help
+    """

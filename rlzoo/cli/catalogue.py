@@ -66,7 +66,7 @@ def catalogue_text() -> str:
     from rlzoo.objective import objective_class, own_options_of
 
     found = catalogue()
-    lines = ["objectives (options of all: truncated=keep)"]
+    lines = ["objectives (all of them also take truncated=keep)"]
     for row in found["objectives"]:
         own = own_options_of(objective_class(row["name"]))
         options = ", ".join(f"{k}={v['default']}" for k, v in own.items())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from importlib.metadata import entry_points
 from pathlib import Path
 
 from typer import Context
@@ -42,6 +41,8 @@ def settings(context: Context, incomplete: str) -> list[str]:
 
 
 def _names(folder: str, group: str) -> set[str]:
+    from importlib.metadata import entry_points
+
     built_in = {path.stem.replace("_", "-") for path in (PACKAGE / folder).glob("[!_]*.py")}
     return built_in | {point.name for point in entry_points(group=group)}
 

@@ -29,7 +29,7 @@ def is_rich() -> bool:
 
 
 class Command(TyperCommand):
-    """One command. Its epilog holds its examples, one per line."""
+    """One command, whose epilog holds its examples, one per line."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         with _usage_errors(ctx):
@@ -42,9 +42,7 @@ class Command(TyperCommand):
         _write(formatter, _parameters(self, ctx))
 
     def format_epilog(self, ctx: Any, formatter: Any) -> None:
-        with formatter.section(_styled("Examples", bold=True)):
-            for line in (self.epilog or "").splitlines():  # never wrapped: they are there to be copied
-                formatter.write(f"  {line.strip()}\n")
+        _write_examples(formatter, self.epilog)
 
 
 class Group(TyperGroup):
@@ -64,6 +62,9 @@ class Group(TyperGroup):
         commands = [(command.rich_help_panel or "Commands", name, command.help or "") for name, command in found]
         _write(formatter, [*commands, *_parameters(self, ctx)])
 
+    def format_epilog(self, ctx: Any, formatter: Any) -> None:
+        _write_examples(formatter, self.epilog)
+
 
 def _parameters(command: TyperCommand | TyperGroup, ctx: Any) -> Iterator[Row]:
     for parameter in command.get_params(ctx):
@@ -82,6 +83,12 @@ def _write(formatter: Any, rows: Iterable[Row]) -> None:
     for panel, lines in panels.items():
         with formatter.section(_styled(panel, bold=True)):
             formatter.write_dl(lines)
+
+
+def _write_examples(formatter: Any, examples: str | None) -> None:
+    with formatter.section(_styled("Examples", bold=True)):
+        for line in (examples or "").splitlines():  # never wrapped: they are there to be copied
+            formatter.write(f"  {line.strip()}\n")
 
 
 def _styled(text: str, **style: Any) -> str:
