@@ -33,8 +33,8 @@ class ProblemSource(_Strict):
     """Where problems come from and how a row becomes a prompt."""
 
     source: str
-    """``world:arithmetic/test``, a file (.jsonl, .json, .parquet, .csv, .tsv, .arrow; text also compressed), a folder of
-    shards, a pattern (``data/*.parquet``), a saved data set, or a Hub id (``openai/gsm8k:main``)."""
+    """``world:arithmetic/test``, a file (.jsonl, .json, .parquet, .csv, .tsv, .arrow; text also compressed), a folder
+    of shards, a pattern (``data/*.parquet``), a saved data set, or a Hub id (``openai/gsm8k:main``)."""
     split: str = "train"
     """Of a Hub data set. A file is one split, whatever its name, and a built-in task has its split in its name."""
     prompt: str = "prompt"
