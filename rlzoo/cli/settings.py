@@ -49,16 +49,21 @@ class TrainSettings(pydantic.BaseModel):
 
 
 def train_settings(
-    sets: Sequence[str] | None, options: Sequence[str] | None, columns: Sequence[str] | None, **given: Any
+    given: Mapping[str, Any],
+    options: Sequence[str] | None = None,
+    columns: Sequence[str] | None = None,
+    sets: Sequence[str] | None = None,
 ) -> TrainSettings:
-    """The settings of ``rlzoo train``: ``given`` are its shorthands by dotted name, with "__" for the dot."""
-    data: dict[str, Any] = {"options": pairs(options or (), "--option")}
-    for key, value in given.items():
-        if value is not None:
-            lay(data, key.replace("__", "."), value)
-    data["buffer"]["columns"] = pairs(columns or (), "--column")
-    for key, value in changes_of(sets, TrainSettings).items():
-        lay(data, key, value)
+    """The settings of ``rlzoo train``.
+
+    ``given`` are the options that take one value, by the dotted name of their setting; None leaves its default.
+    """
+    single = {key: value for key, value in given.items() if value is not None}
+    named = {"options": pairs(options or (), "--option"), "buffer.columns": pairs(columns or (), "--column")}
+    data: dict[str, Any] = {}
+    for changes in (single, named, changes_of(sets, TrainSettings)):
+        for key, value in changes.items():
+            lay(data, key, value)
     return validated(TrainSettings, data, "rlzoo train")
 
 

@@ -73,12 +73,18 @@ def train(
     from rlzoo.training import train
 
     prepare(threads, trust_remote_code)
-    settings = train_settings(
-        sets, option, column,
-        objective=objective, model=model, seed=seed,
-        buffer__source=buffer, buffer__split=split, buffer__bad_rows=bad_rows,
-        training__steps=steps, training__batch_size=batch_size, training__learning_rate=learning_rate,
-    )  # fmt: skip
+    given = {
+        "objective": objective,
+        "model": model,
+        "buffer.source": buffer,
+        "buffer.split": split,
+        "buffer.bad_rows": bad_rows,
+        "training.steps": steps,
+        "training.batch_size": batch_size,
+        "training.learning_rate": learning_rate,
+        "seed": seed,
+    }
+    settings = train_settings(given, option, column, sets)
     training, table = settings.training, settings.buffer
     what = get_objective(settings.objective, **settings.options)
     silence()
