@@ -347,11 +347,12 @@ def load_experiment(name: str, changes: Mapping[str, Any] | None = None) -> Expe
         raise unknown("experiment", name, [p.stem for p in EXPERIMENTS.glob("*.yaml")])
     data = {"name": path.stem, **read_yaml(path)}
     for key, value in (changes or {}).items():
-        _set(data, key, value)
+        lay(data, key, value)
     return validated(Experiment, data, str(path.name))
 
 
-def _set(data: dict[str, Any], key: str, value: Any) -> None:
+def lay(data: dict[str, Any], key: str, value: Any) -> None:
+    """Set a dotted key in nested mappings; those on the way are copied, or created."""
     *parents, last = key.split(".")
     for parent in parents:
         child = data.get(parent)

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from rlzoo import analyze_variance, compare
 from rlzoo.buffers import OfflineBuffer
-from rlzoo.catalogue import catalogue
 from rlzoo.cli import main
+from rlzoo.cli.catalogue import catalogue
 from rlzoo.comparison import runner, work
 from rlzoo.config import Training
 from rlzoo.errors import UserError
