@@ -87,7 +87,7 @@ def _same_quantity(answer: str, gold: str) -> bool | None:
 # Letters of a multiple choice: A, (A), A. 5
 
 _CHOICE = re.compile(
-    r"(?:(?i:option|choice|故?选[项择]?) ?)?(?:\((?P<round>[A-J])\)|(?P<bare>[A-J])(?:[.):](?=\s|$)|$))"
+    r"(?:(?i:option|choice|故?选[项择]?) ?)?(?:\((?P<round>[A-Ja-j])\)|(?P<bare>[A-J])(?: ?[.):](?=\s|$)|$))"
     r"(?:\s+(?P<value>(?!(?:or|and)\b|\\text\{\s*(?:or|and)\b|[-+*/^=<>,]).*))?",
     re.DOTALL,
 )
@@ -101,7 +101,7 @@ def _choice(text: str) -> tuple[str, str] | None:
     match = _CHOICE.fullmatch(text)
     if match is None or _CHOICES.search(match["value"] or ""):
         return None
-    return match["round"] or match["bare"], clean(match["value"] or "")
+    return (match["round"] or match["bare"]).upper(), clean(match["value"] or "")
 
 
 def _same_choice(answer: str, gold: str) -> bool | None:
@@ -161,7 +161,15 @@ def _listed(text: str) -> tuple[str, list[str]]:
     """The kind of the brackets around a text, and the items in it."""
     set_of = _ELEMENT.match(text)
     kind, inside = bracketed(text[set_of.end() :] if set_of else text) or ("", text)
-    return kind, [inside] if _numbers.number(inside) else split(inside)  # the commas of a number list nothing
+    if _numbers.number(inside):  # its commas list nothing
+        return kind, [inside]
+    return kind, (not kind and _compound(inside)) or split(inside)
+
+
+def _compound(text: str) -> list[str]:
+    """The quantities that make up one, each with a unit: 2 hours 30 minutes; [] for anything else."""
+    read = [(part, _numbers.number(part)) for part in re.split(r"(?<=[^\W\d_])[ ,]+(?:and )?(?=\d)", text)]
+    return [part for part, one in read] if all(one and one.unit for _, one in read) else []
 
 
 def _alone(text: str, kind: str, items: list[str]) -> str:
@@ -248,5 +256,6 @@ _WITH_UNIT = re.compile(
 
 def _without_unit(text: str) -> tuple[str, frozenset[str]]:
     match = _WITH_UNIT.fullmatch(text)
-    unit = _numbers.unit_of(match["unit"]) if match else None
+    measured = match is not None and re.search(r"[\d\\^+*/-]", match["body"])  # A student: no A in students
+    unit = _numbers.unit_of(match["unit"]) if match and measured else None
     return (match["body"], unit) if match and unit else (text, frozenset())

@@ -67,6 +67,7 @@ def _too_great(text: str) -> bool:
 TEXTS = (
     TextRule("too long to be a final answer", lambda text: len(text) > 1000),
     TextRule("brackets nested too deep", too_deep),
+    TextRule("two signs are one or none: --5 reads as 5", lambda text: re.match(r"[-+] ?[-+]", text) is not None),
     TextRule("too great to be computed (Math-Verify#14: 1/2004!)", _too_great),
     TextRule("capital and small letters are one variable: A + a reads as 2a", _has_both_cases),
     TextRule("dots are dropped: 1+2+...+10 reads as 13", lambda text: r"\ldots" in text),
@@ -132,15 +133,15 @@ def _is_percentage_of(x: Any, y: Any, gold: Any, answer: Any) -> bool:
 
 def _is_other_side(gold: Any, answer: Any) -> bool:
     """A value, and an equation that has it on its right although the left is no name for it: 3x + 2y = 6, or 3 = 4."""
-    from sympy import Eq, Integer, Number
+    from sympy import Dummy, Eq, Number
     from sympy.core.function import AppliedUndef
 
     if isinstance(gold, Eq) or not isinstance(answer, Eq):
         return False
-    left = answer.lhs.replace(lambda part: isinstance(part, AppliedUndef), lambda part: Integer(1))
+    left = answer.lhs.replace(lambda part: isinstance(part, AppliedUndef), lambda part: Dummy())
     if not left.free_symbols and left == answer.lhs:
         return bool(abs((answer.lhs - answer.rhs).evalf()) > 0.01 * abs(answer.rhs.evalf()))
-    return any(number != -1 for number in left.atoms(Number) if number != 1)
+    return any(number != -1 for number in left.atoms(Number))
 
 
 def _is_other_collection(gold: Any, answer: Any) -> bool:

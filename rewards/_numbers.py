@@ -12,7 +12,8 @@ from rlzoo.rewards._writing import is_word
 
 _CURRENCY = r"(?P<currency>US\$|[$€£¥₹]|USD|EUR|GBP|Rs\.?)"
 _BEFORE = re.compile(
-    rf"(?:\\approx |\\sim |(?:approximately|about|roughly) )?(?P<sign>[+-]?) ?{_CURRENCY}? ?(?P<sign2>[+-]?) ?"
+    r"(?:\\approx |\\sim |(?:approximately|about|roughly) )?"
+    rf"(?P<sign>negative|minus|[+-]?) ?{_CURRENCY}? ?(?P<sign2>[+-]?) ?"
 )
 _POWER = r"10\^(?:\{ ?(?P<%s>[+-]?\d+) ?\}|(?P<%s>[+-]?\d+))"
 _WRITTEN = [
@@ -35,7 +36,7 @@ _PERCENT = re.compile(r" ?(?:%|\(%\)|\\text\{ ?(?:%|percent|per cent|pct) ?\}|(?
 _ORDINAL = re.compile(r"(?:\^\{?)?(?:\\text\{)?(?:st|nd|rd|th)\}?\}?(?![A-Za-z])")
 _UNIT = re.compile(
     r"\s*(?:\\text\{(?P<text>[^{}\d]*)\}|(?P<degree>\^\\circ ?)|\^\{?(?P<power>-?\d)\}?|\((?P<round>[^\W\d_][^()\d]*)\)"
-    r"|(?P<link>[/.-]|\\cdot)|(?P<sign>[€£¥₹¢$])|(?P<word>[^\W\d_]+(?:'[^\W\d_]+)?))"
+    r"|(?P<link>[/.-]|\\cdot)|(?P<sign>[€£¥₹¢$]|''?|\")|(?P<word>[^\W\d_]+(?:'[^\W\d_]+)?))"
 )
 _UNIT_FRACTION = re.compile(r"\\frac\{(\\text\{[^{}\d]*\})\}\{((?:\\text\{[^{}\d]*\}|[A-Za-z])(?:\^\{?\d\}?)?)\}")
 _ADJECTIVE = re.compile(r" ?(?=[a-z]*[aeiou])[a-z]{2,3} [a-z]{4,}")
@@ -74,7 +75,7 @@ def number(text: str) -> Number | None:
         return None
     if before["currency"]:
         unit |= _units.canonical([before["currency"].rstrip(".")]) or frozenset()
-    negative = "-" in (before["sign"], before["sign2"])
+    negative = before["sign"] in ("-", "negative", "minus") or before["sign2"] == "-"
     exact = any(written.groupdict().get(part) for part in ("b1", "b2", "bar1", "bar2"))
     decimal = value.denominator > 1 and not exact
     return Number(-value if negative else value, percent, decimal, unit)
@@ -106,7 +107,7 @@ def unit_of(text: str) -> frozenset[str] | None:
             return None if text[at:].strip() else _units.canonical(found)
         at = match.end()
         spelled = match["text"] if match["text"] is not None else match["round"] or match["word"] or match["sign"] or ""
-        named = re.findall(r"[€£¥₹¢$]|[^\W\d_]+(?:'[^\W\d_]+)?", spelled)
+        named = re.findall(r"[€£¥₹¢$]|''?|\"|[^\W\d_]+(?:'[^\W\d_]+)?", spelled)
         if match["word"] and not (
             found or is_word(match["word"]) or match["word"] in _units.SYMBOLS or _ADJECTIVE.match(text, match.start())
         ):
@@ -148,16 +149,16 @@ def close(x: Fraction, y: Fraction, rounded: bool) -> bool:
 
 
 _CLOCK = re.compile(
-    r"(\d{1,2}):([0-5]\d)(?::([0-5]\d))?(?: ?\(?(?:\\text\{)? ?([ap])\.? ?m\b\.?\}?\)?)?", re.IGNORECASE
+    r"(\d{1,2})(?::([0-5]\d)(?::([0-5]\d))?)?(?: ?\(?(?:\\text\{)? ?([ap])\.? ?m\b\.?\}?\)?)?", re.IGNORECASE
 )
 
 
 def clock(text: str) -> tuple[tuple[int, int, int], str] | None:
-    """A time of the day: hours, minutes and seconds as written, and "a", "p" or nothing."""
+    """A time of the day, 5:30 or 5 pm: hours, minutes and seconds as written, and "a", "p" or nothing."""
     match = _CLOCK.fullmatch(text)
-    if match is None or int(match[1]) > 24:
+    if match is None or int(match[1]) > 24 or not (match[2] or match[4]):
         return None
-    return (int(match[1]), int(match[2]), int(match[3] or 0)), (match[4] or "").lower()
+    return (int(match[1]), int(match[2] or 0), int(match[3] or 0)), (match[4] or "").lower()
 
 
 def same_time(one: tuple[tuple[int, int, int], str], other: tuple[tuple[int, int, int], str]) -> bool:
@@ -176,8 +177,8 @@ def _hours(time: tuple[int, int, int], half: str) -> set[int]:
 
 def ratio(text: str) -> list[Fraction] | None:
     """The terms of a ratio such as 3:4; None for anything else."""
-    terms = [number(term.strip()) for term in re.split(r":|\\colon(?![A-Za-z])|\bto\b", text)]
-    if len(terms) < 2 or any(term is None or term.unit or term.percent for term in terms):
+    terms = [number(term.strip()) for term in re.split(r":|\\colon(?![A-Za-z])|\\text\{ ?to ?\}|\bto\b", text)]
+    if len(terms) < 2 or re.search(r"\b0\d", text) or any(term is None or term.unit or term.percent for term in terms):
         return None
     return [term.value for term in terms if term]
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from typing import Any, NamedTuple
 
 from rlzoo.reward import missing_column
@@ -69,6 +70,19 @@ def after_last(text: str, marker: str) -> str | None:
     """What follows the last ``marker``, stripped; None if the text has none."""
     _, found, rest = text.rpartition(marker)
     return rest.strip() if found else None
+
+
+def is_missing(gold: Any) -> bool:
+    """Whether a row has no gold answer: None, or NaN as tables have it in empty cells."""
+    return gold is None or (isinstance(gold, float) and not math.isfinite(gold))
+
+
+def gold_text(gold: Any) -> str:
+    """A gold answer as text. Raises TypeError for one that is a mapping, a list or bytes."""
+    if isinstance(gold, Mapping | Sequence | Set | bytes) and not isinstance(gold, str):
+        hint = "name a field of it, as in columns: {answer: reward_model.ground_truth}"
+        raise TypeError(f"the gold answer is {type(gold).__name__}, {gold!r:.60}, not text: {hint}")
+    return str(gold)
 
 
 def column_of(columns: Mapping[str, Any], column: str, reward: str) -> Sequence[Any]:

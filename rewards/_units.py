@@ -9,8 +9,8 @@ _MEASURES = {
     "cm": "centimetre centimeter",
     "mm": "millimetre millimeter",
     "km": "kilometre kilometer",
-    "inch": "in",
-    "foot": "ft feet",
+    "inch": "in \" ''",
+    "foot": "ft feet '",
     "yard": "yd",
     "mile": "mi",
     "kg": "kilogram kilo",
@@ -64,12 +64,35 @@ SHORT |= {
 SYMBOLS = frozenset("mgshlL")
 """Units of one letter, which are taken for such after a number."""
 
-_LINKING = frozenset(["or", "and", "not", "but", "to", "than", "either", "nor", "between", "through"])
+CONJUNCTIONS: tuple[str, ...] = (
+    "and",
+    "or",
+    "und",
+    "oder",
+    "et",
+    "ou",
+    "и",
+    "или",
+    "і",
+    "або",
+    "och",
+    "og",
+    "eller",
+    "lub",
+    "albo",
+    "veya",
+)
+CONJUNCTIONS += ("hoặc", "atau", "vagy", "tai", "ή", "أو", "या", "או")
+"""And, and or, of languages that put blanks around words."""
+_LINKING = frozenset([*CONJUNCTIONS, "not", "but", "to", "than", "either", "nor", "between", "through"])
 """Words by which a number with words after it is not one number with its unit: 5 or more."""
+_LINKING |= {"is", "if", "unless", "when", "wrong", "incorrect", "maybe", "perhaps", "possibly"}
 _LINKING |= {"squared", "cubed", "factorial", "below", "above", "times", "fold", "out", "halves", "thirds", "tenths"}
 _SCALES = frozenset(["hundred", "thousand", "million", "billion", "trillion", "dozen", *"百千万亿"])
 """Words that multiply the number before them: one that has such a word is no number without it."""
 _IDLE = frozenset(["of", "the", "a", "an", "per", "each", "about", "in", "total", "for", "altogether"])
+_IDLE |= {"left", "remaining", "more", "now", "away"}
+_DIMENSIONS = frozenset("23")
 
 
 def canonical(words: list[str]) -> frozenset[str] | None:
@@ -91,4 +114,14 @@ def _singular(word: str) -> str:
 
 def agree(one: frozenset[str], other: frozenset[str]) -> bool:
     """Whether two units may be the same: one of them says no more than the other, or nothing at all."""
-    return one & _SCALES == other & _SCALES and (one <= other or other <= one)
+    if one & _SCALES != other & _SCALES or (one and other and one & _DIMENSIONS != other & _DIMENSIONS):
+        return False
+    return one <= other or other <= one
+
+
+def names_unit(words: str) -> bool:
+    """Whether words after a number may say of what: they have a measure, or a noun in the plural."""
+    return any(
+        word.lower() in _CANONICAL or word.lower() in _SCALES or re.fullmatch(r"[a-z]{2,}[a-rt-z]s", word)
+        for word in re.findall("[A-Za-z]+", words)
+    )

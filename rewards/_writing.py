@@ -47,6 +47,8 @@ _REWRITE = [
         (r"\\varnothing(?![A-Za-z])", r"\\emptyset"),
         (r"\\lbrace(?![A-Za-z])", r"\\{"),
         (r"\\rbrace(?![A-Za-z])", r"\\}"),
+        (r"\\langle(?![A-Za-z])", "("),
+        (r"\\rangle(?![A-Za-z])", ")"),
         (r"\\(?:dots[bcimo]?|cdots)(?![A-Za-z])", r"\\ldots"),
         (r"\*\*(?=\s*[^\s*][^*]*\*\*)|(?<=[^\s*])\*\*(?=[^\w(]|$)|`", " "),  # Markdown's bold and code
         (r"\*\*", "^"),  # Python's power
@@ -166,7 +168,7 @@ _ARTICLE = re.compile(r"\b(?:the|an?)\s+(?=\S)")
 def words(text: str) -> str:
     """The words of a text as they are compared: case, blanks, articles, full stops and quotes make no difference."""
     text = re.sub(r"\\text\{([^{}]*)\}", r" \1 ", text)
-    text = re.sub(r"[\"“”.,;:!?]|(?<!\w)'|'(?!\w)", " ", text).casefold()
+    text = re.sub(r"[\"“”.,;:!?]|(?<!\w)'|'(?!\w)|(?<=\d)(?:st|nd|rd|th)\b", " ", text).casefold()
     return " ".join(_ARTICLE.sub("", " ".join(text.split())).split())
 
 
@@ -189,14 +191,13 @@ def is_prose(text: str) -> bool:
 
 # Lists
 
-_OPENING = {"(", "[", "{", r"\{", r"\begin", r"\langle", r"\lfloor", r"\lceil"}
-_CLOSING = {")", "]", "}", r"\}", r"\end", r"\rangle", r"\rfloor", r"\rceil"}
-_BRACKET = re.compile(r"\\[{}]|\\(?:begin|end|langle|rangle|lfloor|rfloor|lceil|rceil)(?![A-Za-z])|[()\[\]{}]")
-_AND = r"(?:and|or|und|oder|et|ou|и|или|y/o|also)"
+_OPENING = {"(", "[", "{", r"\{", r"\begin", r"\lfloor", r"\lceil"}
+_CLOSING = {")", "]", "}", r"\}", r"\end", r"\rfloor", r"\rceil"}
+_BRACKET = re.compile(r"\\[{}]|\\(?:begin|end|lfloor|rfloor|lceil|rceil)(?![A-Za-z])|[()\[\]{}]")
+_AND = rf"(?:{'|'.join(_units.CONJUNCTIONS)}|y/o|also)"
+CONJUNCTION = rf"(?<![^\W\d_\\]){_AND}(?![^\W\d_])|[和或与及]|또는|그리고|または|もしくは|หรือ"
 _TEXT_AND = re.compile(rf"\\text\{{\s*,?\s*{_AND}\s*,?\s*\}}")
-_SEPARATOR = re.compile(
-    rf"[,;&]|(?<![^\W\d_\\])(?<!\\){_AND}(?![^\W\d_])|\\(?:lor|land|vee|wedge)(?![A-Za-z])|[和或与及]|또는|그리고"
-)
+_SEPARATOR = re.compile(rf"[,;&]|{CONJUNCTION}|\\(?:lor|land|vee|wedge)(?![A-Za-z])")
 
 
 def _outside(text: str) -> list[tuple[int, int]]:

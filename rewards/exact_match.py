@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from rlzoo.reward import register_reward
-from rlzoo.rewards._text import after_last, column_of, completion_text
+from rlzoo.rewards._text import after_last, column_of, completion_text, gold_text, is_missing
 
 
 @register_reward
@@ -13,7 +13,7 @@ from rlzoo.rewards._text import after_last, column_of, completion_text
 class ExactMatch:
     """1[answer = gold], the answer being what follows the last ``marker``, or all of a text that has none.
 
-    The gold answer is read from ``column`` in the same way; a row without one (None) is worth None.
+    The gold answer is read from ``column`` in the same way; a row without one (None, NaN) is worth None.
     """
 
     name: ClassVar[str] = "exact-match"
@@ -24,10 +24,12 @@ class ExactMatch:
     ignore_case: bool = False
 
     def __call__(self, completions: Sequence[Any], **columns: Any) -> list[float | None]:
-        """One value for each completion. Raises UserError if the data lacks ``column``."""
+        """One value for each completion. Raises UserError if the data lacks ``column``, TypeError as `gold_text`."""
         golds = column_of(columns, self.column, self.name)
         return [
-            None if gold is None else float(self._answer(completion_text(completion)) == self._answer(str(gold)))
+            None
+            if is_missing(gold)
+            else float(self._answer(completion_text(completion)) == self._answer(gold_text(gold)))
             for completion, gold in zip(completions, golds, strict=True)
         ]
 

@@ -38,6 +38,10 @@ class Length:
         **columns: Any,
     ) -> list[float | None]:
         """One value for each completion."""
+        return list(self.shares(completions, completion_ids))
+
+    def shares(self, completions: Sequence[Any], completion_ids: Sequence[Sequence[int]] | None) -> list[float]:
+        """How much of the way from ``limit`` down to ``target`` each completion is, in [0, 1]."""
         if completion_ids is None:
             lengths = [len(completion_text(c).split()) for c in completions]
         else:

@@ -7,18 +7,17 @@ before numbers, and those before formulas (`_equality`), which are left to math-
 
 from __future__ import annotations
 
-import math
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from rlzoo.reward import register_reward
-from rlzoo.rewards._answers import announced, first_value, last_value, marked
+from rlzoo.rewards._answers import ENDING, announced, first_value, last_value, marked, only_value
 from rlzoo.rewards._equality import all_equal
 from rlzoo.rewards._numbers import clock, number
-from rlzoo.rewards._text import column_of, completion_text
+from rlzoo.rewards._text import column_of, completion_text, gold_text, is_missing
 from rlzoo.rewards._writing import clean, is_prose
 
 _LONG = 100
@@ -31,6 +30,7 @@ _OVER_LINES = re.compile(r"[^\S\n]?\n{1,2}(or|and)\b[^\S\n]?\n{,2}|[^\S\n](or|an
 """An "or" that joins the lines above and below."""
 _DENIAL = re.compile(r"(?:,| and| but) not\s[^,;]*$")
 """What the answer is not: 5, not 6."""
+_NOT_BUT = re.compile(r"not\s[^,;]{,20}?,? but (?:rather |instead )?")
 _REASON = re.compile(r",?\s+(?:because|since)\b.*", re.DOTALL)
 
 
@@ -70,23 +70,25 @@ def _score(completion: str, gold: Any, must_be_marked: bool) -> float | None:
     text = concluded if concluded.strip() else completion
     answers = marked(text)
     if answers:
-        return float(all(answers) and all_equal(answers, expected))
+        in_sentences = [only_value(answer) or answer for answer in answers]
+        same = all_equal(answers, expected) or (in_sentences != answers and all_equal(in_sentences, expected))
+        return float(same and all(map(clean, answers)))
     return float(not must_be_marked and _ends_in(text, expected))
 
 
 def _gold_answers(gold: Any) -> list[str]:
-    """The answers that a row asks for, all of them; [] if there is none to compare with."""
+    """The answers that a row asks for, all of them; [] if it has none. Raises TypeError for a mapping or bytes."""
     if hasattr(gold, "tolist"):  # numpy's arrays and numbers
         gold = gold.tolist()
-    if isinstance(gold, Sequence) and not isinstance(gold, str):
+    if isinstance(gold, Sequence | Set) and not isinstance(gold, str | bytes):
         each = [_gold_answers(one) for one in gold]
         return [answer for answers in each for answer in answers] if all(each) else []
-    if gold is None or (isinstance(gold, float) and not math.isfinite(gold)):
+    if is_missing(gold):
         return []
-    text = str(gold).strip()
+    text = gold_text(gold).strip()
     found = marked(text)
     if not found and (len(text) > _LONG or "\n" in text) and is_prose(clean(text)):  # a worked solution
-        found = (announced(text) or [last_value(text) or text])[:1]
+        found = (announced(text[-ENDING:]) or [[last_value(text) or text]])[0]
     return [answer for answer in found or [text] if clean(answer)]
 
 
@@ -100,21 +102,28 @@ def _is_wording(gold: str) -> bool:
     return is_prose(gold) and number(gold) is None and clock(gold) is None
 
 
+def _read(clause: str, words_wanted: bool) -> str | None:
+    """What a clause that announces an answer gives for it; None if it only speaks of it."""
+    clause = _REASON.sub("", _NOT_BUT.sub("", clause))
+    if words_wanted or number(clean(clause)) or not is_prose(clean(clause)):
+        return clause
+    return first_value(clause)
+
+
 def _ends_in(text: str, golds: list[str]) -> bool:
     """Whether a text without marks gives the gold answer."""
-    text = _ALIGNED.sub(_last_row, text)
+    text = _ALIGNED.sub(_last_row, text[-ENDING:])
     text = _DISPLAY.sub(lambda display: " ".join(display[0].split()), text)
     text = _OVER_LINES.sub(lambda word: f" {word[1] or word[2]} ", text)
     words_wanted = all(_is_wording(clean(gold)) for gold in golds)
     for said in announced(text):
-        clause = _DENIAL.sub("", said)
-        if all_equal([clause], golds) or (words_wanted and all_equal([_REASON.sub("", clause)], golds)):
+        clauses = [_DENIAL.sub("", clause) for clause in said]
+        read = [_read(clause, words_wanted) for clause in clauses]
+        values = [value for value in read if value is not None]
+        if all_equal(clauses, golds) or (len(values) == len(read) and all_equal(values, golds)):
             return True
-        if words_wanted or number(clean(clause)) or not is_prose(clean(clause)):
+        if values:
             return False
-        value = first_value(clause)
-        if value is not None:
-            return all_equal([value], golds)
     last_line = text.strip().rpartition("\n")[2]
     if all_equal([last_line], golds):
         return True

@@ -1,8 +1,9 @@
-"""What happens to a row of a table that cannot be used: it stops the run, or it is dropped and counted."""
+"""What a run tells of the rows that it reads: those that cannot be used, and what was done to those that can."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -16,7 +17,10 @@ SHOWN = 3
 
 
 class BadRows:
-    """``reject`` raises a bad row's error with its place; ``drop`` leaves the row out, and counts it."""
+    """``reject`` raises a bad row's error with its place; ``drop`` leaves the row out, and counts it.
+
+    What is to be known of good rows is counted as well (`note`), such as completions that were cut.
+    """
 
     def __init__(self, mode: OnBadRow = "reject") -> None:
         self.mode = mode
@@ -24,6 +28,7 @@ class BadRows:
         """Rows that were read, bad ones included."""
         self._places: set[str] = set()
         self._first: list[str] = []
+        self._noted: dict[str, tuple[set[str], str]] = {}
 
     @property
     def dropped(self) -> int:
@@ -48,6 +53,21 @@ class BadRows:
             self._places.add(place)
             self._first = [*self._first, reason][:KEPT]
 
+    def note(self, place: str, notes: Mapping[str, str]) -> None:
+        """What is to be known of a good row: what happened → an example. A row is counted once for each."""
+        for kind, example in notes.items():
+            places, _ = self._noted.setdefault(kind, (set(), f"{place}: {example}"))
+            places.add(place)
+
+    def events(self) -> list[str]:
+        """What is to be known of good rows: one line for each kind, with its count and its first row."""
+        return [f"{kind}: {len(places):,} in all ({first})" for kind, (places, first) in self._noted.items()]
+
+    def lines(self) -> list[str]:
+        """All that is to be told."""
+        dropped = told(self.summary())
+        return [*([dropped] if dropped else []), *self.events()]
+
     def require_some(self, left: int) -> None:
         """Raises UserError if rows were dropped and none is ``left``."""
         if not left and self.dropped:
@@ -56,6 +76,18 @@ class BadRows:
     def summary(self) -> dict[str, Any] | None:
         """How many rows were dropped, of how many, and the first reasons, as plain data; None if none were."""
         return {"count": self.dropped, "of": self.rows, "first": list(self._first)} if self.dropped else None
+
+
+@contextmanager
+def told_of(bad: BadRows | None) -> Iterator[BadRows]:
+    """The caller's ``bad``, who tells of it; without one, bad rows are refused and events become warnings."""
+    if bad is not None:
+        yield bad
+        return
+    own = BadRows()
+    yield own
+    for event in own.events():
+        warnings.warn(event, stacklevel=4)
 
 
 def located(place: str, error: UserError) -> str:

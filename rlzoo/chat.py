@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -19,6 +20,8 @@ Options = Mapping[str, Any]
 
 ROLES = ("system", "user", "assistant", "tool")
 """Roles that any template may be given; others are accepted where the template names them."""
+_THOUGHTS = ("reasoning_content", "reasoning", "thinking")
+"""Keys of a message that hold what was thought before its content."""
 _NONE: Options = {}
 _PROBE = "PROBE"
 """An answer that no template changes, to see what a template puts around one."""
@@ -36,6 +39,8 @@ class Turn:
     """The special token among them at which sampling stops."""
     controls: frozenset[str] = frozenset()
     """Special tokens that structure a conversation. A message's text that spells one would break it."""
+    parts: bool = False
+    """Whether it writes contents that are lists of parts alone, as some templates of models of images do."""
 
     @property
     def after_stop(self) -> int:
@@ -107,14 +112,21 @@ def render(
     tokenizer: Any, conversation: Sequence[Message], generation_prompt: bool = False, options: Options = _NONE
 ) -> str:
     """The conversation in the tokenizer's chat template. Raises UserError if there is none, or it refuses."""
+    return _render(tokenizer, conversation, generation_prompt, options, turn_of(tokenizer).parts)
+
+
+def _render(
+    tokenizer: Any, conversation: Sequence[Message], generation_prompt: bool, options: Options, parts: bool
+) -> str:
     if not getattr(tokenizer, "chat_template", None):
         raise UserError(
             "the tokenizer has no chat template for a conversation: "
             "use a chat model's tokenizer, set tokenizer.chat_template, or give plain text"
         )
+    given = [{**m, "content": [{"type": "text", "text": m["content"]}]} if parts else m for m in conversation]
     try:
         text: str = tokenizer.apply_chat_template(
-            list(conversation), add_generation_prompt=generation_prompt, tokenize=False, **options
+            given, add_generation_prompt=generation_prompt, tokenize=False, **options
         )
     except Exception as error:  # a template is a program, and can fail in any way
         reason = " ".join(str(error).split()) or type(error).__name__
@@ -144,7 +156,8 @@ def opened(tokenizer: Any, conversation: Sequence[Message], options: Options = _
                 f"call it one of {', '.join(ROLES)}"
             )
         _require_calls(tokenizer, message)
-        if not _holds(text, message):
+        said = message["content"].strip() and not message.get("tool_calls")
+        if not _holds(text, message) or (said and number in _unwritten(tokenizer, conversation)):
             raise UserError(
                 f"the chat template leaves out message {number} (role {role}): "
                 "move its text to another turn, or change tokenizer.chat_template"
@@ -159,6 +172,34 @@ def _require_calls(tokenizer: Any, message: Message) -> None:
             "the chat template does not write 'tool_calls': write the call in the turn's content, "
             "or use a chat template for tools"
         )
+
+
+def _require_thoughts(tokenizer: Any, answer: Message) -> None:
+    """Raise UserError for an answer's reasoning, in a key of its own, that the chat template would leave out."""
+    for key in _THOUGHTS:
+        if answer.get(key) and key not in str(tokenizer.chat_template):
+            raise UserError(
+                f"the chat template does not write {key!r} of the assistant's turn: write it in the content, as "
+                "<think>...</think>, or take it out"
+            )
+
+
+def _unwritten(tokenizer: Any, conversation: Sequence[Message]) -> frozenset[int]:
+    """The places (from 1) of messages that the template leaves out whatever they say: it is given marks in their place.
+
+    A short text such as "5" may stand in the rendered conversation by chance.
+    """
+    known = _UNWRITTEN.setdefault(tokenizer, {})
+    key = tokenizer.chat_template, *((message["role"], bool(message.get("tool_calls"))) for message in conversation)
+    if key not in known:
+        marks = [f"{_PROBE}-{number}-" for number in range(len(conversation))]
+        marked = [{**message, "content": mark} for message, mark in zip(conversation, marks, strict=True)]
+        try:
+            text = render(tokenizer, marked, True)
+        except UserError:  # it looks into contents, or needs options
+            text = "".join(marks)
+        known[key] = frozenset(number for number, mark in enumerate(marks, 1) if mark not in text)
+    return known[key]
 
 
 def _holds(text: str, message: Message) -> bool:
@@ -182,6 +223,7 @@ def answered(
     the generation prompt and the answer open is opened once.
     """
     _require_calls(tokenizer, answer)
+    _require_thoughts(tokenizer, answer)
     prompt, content = opened(tokenizer, conversation, options), answer["content"]
     whole = render(tokenizer, [*conversation, answer], options=options)
     if whole.startswith(prompt) and content.strip() in whole[len(prompt) :]:
@@ -189,7 +231,8 @@ def answered(
     boundary = shared(prompt, render(tokenizer, conversation, options=options))
     if shared(prompt, whole) >= boundary and _squeezed(content) in _squeezed(whole[boundary:]):
         return prompt, whole
-    before, after = _around(tokenizer, [*conversation, {**answer, "content": _PROBE}], options)
+    probed = [*conversation, {**answer, "content": _PROBE}]
+    before, after = _around(tokenizer, probed, options, turn_of(tokenizer).parts)
     space = before[len(before.rstrip()) :] if prompt == prompt.rstrip() else ""
     return prompt, prompt + _opened_once(prompt, space + content + after)
 
@@ -207,6 +250,7 @@ def turn_of(tokenizer: Any) -> Turn:
 
 
 _TURNS: WeakKeyDictionary[Any, tuple[Any, Turn]] = WeakKeyDictionary()
+_UNWRITTEN: WeakKeyDictionary[Any, dict[Any, frozenset[int]]] = WeakKeyDictionary()
 
 
 def _long(tokens: Iterable[str | None]) -> frozenset[str]:
@@ -216,35 +260,35 @@ def _long(tokens: Iterable[str | None]) -> frozenset[str]:
 
 def _turn(tokenizer: Any, own: frozenset[str]) -> Turn:
     question, answer = {"role": "user", "content": "Q"}, {"role": "assistant", "content": _PROBE}
-    for start in ([], [{"role": "system", "content": "S"}]):
+    for parts, start in product((False, True), ([], [{"role": "system", "content": "S"}])):
         try:
-            closed, prompt = (render(tokenizer, [*start, question], opens) for opens in (False, True))
-            before, after = _around(tokenizer, [*start, question, answer])
+            closed, prompt = (_render(tokenizer, [*start, question], opens, _NONE, parts) for opens in (False, True))
+            before, after = _around(tokenizer, [*start, question, answer], _NONE, parts)
         except UserError:
             continue
         header = before[len(closed) :] if prompt == closed and before.startswith(closed) else ""
         ending = tuple(tokenizer(after, add_special_tokens=False)["input_ids"])
         single = {*tokenizer.all_special_ids, *(n for token, n in tokenizer.get_added_vocab().items() if token.strip())}
         stop = next((token for token in ending if token in single), None)
-        controls = own | _marks(tokenizer, [*start, question, answer], question)
-        return Turn(header.rstrip(" ") if header.strip() else "", ending, stop, controls)
+        controls = own | _marks(tokenizer, [*start, question, answer], question, parts)
+        return Turn(header.rstrip(" ") if header.strip() else "", ending, stop, controls, parts)
     return Turn(controls=own)
 
 
-def _around(tokenizer: Any, conversation: Sequence[Message], options: Options = _NONE) -> tuple[str, str]:
+def _around(tokenizer: Any, conversation: Sequence[Message], options: Options, parts: bool) -> tuple[str, str]:
     """What the template writes before and after the last message's text, which is the probe."""
-    before, probe, after = render(tokenizer, conversation, options=options).rpartition(_PROBE)
+    before, probe, after = _render(tokenizer, conversation, False, options, parts).rpartition(_PROBE)
     if not probe:
         raise UserError("the chat template leaves out the assistant's turn: change tokenizer.chat_template")
     return before, after
 
 
-def _marks(tokenizer: Any, conversation: list[Message], further: Message) -> frozenset[str]:
+def _marks(tokenizer: Any, conversation: list[Message], further: Message, parts: bool) -> frozenset[str]:
     """The special tokens that mark turns: those in a conversation whose last answer is past, its thinking gone."""
     try:
-        text = render(tokenizer, [*conversation, further])
+        text = _render(tokenizer, [*conversation, further], False, _NONE, parts)
     except UserError:  # it takes one question alone
-        text = render(tokenizer, conversation)
+        text = _render(tokenizer, conversation, False, _NONE, parts)
     added = getattr(tokenizer, "added_tokens_decoder", {}).values()
     special = {*tokenizer.all_special_tokens, *(token.content for token in added if token.special)}
     # a tag that has a closing one marks a part of a text, as <think> does

@@ -33,8 +33,8 @@ class ProblemSource(_Strict):
     """Where problems come from and how a row becomes a prompt."""
 
     source: str
-    """``world:arithmetic/test``, a file (.jsonl, .json, .parquet, .csv, .tsv, compressed or not), a folder of shards, a
-    pattern (``data/*.parquet``), a saved data set, or a Hub id (``openai/gsm8k:main``)."""
+    """``world:arithmetic/test``, a file (.jsonl, .json, .parquet, .csv, .tsv, .arrow; text also compressed), a folder
+    of shards, a pattern (``data/*.parquet``), a saved data set, or a Hub id (``openai/gsm8k:main``)."""
     split: str = "train"
     """Of a Hub data set. A file is one split, whatever its name, and a built-in task has its split in its name."""
     prompt: str = "prompt"
@@ -347,11 +347,12 @@ def load_experiment(name: str, changes: Mapping[str, Any] | None = None) -> Expe
         raise unknown("experiment", name, [p.stem for p in EXPERIMENTS.glob("*.yaml")])
     data = {"name": path.stem, **read_yaml(path)}
     for key, value in (changes or {}).items():
-        _set(data, key, value)
+        lay(data, key, value)
     return validated(Experiment, data, str(path.name))
 
 
-def _set(data: dict[str, Any], key: str, value: Any) -> None:
+def lay(data: dict[str, Any], key: str, value: Any) -> None:
+    """Set a dotted key in nested mappings; those on the way are copied, or created."""
     *parents, last = key.split(".")
     for parent in parents:
         child = data.get(parent)

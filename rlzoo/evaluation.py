@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from rlzoo.bad_rows import BadRows
 from rlzoo.config import EvaluationSettings
 from rlzoo.errors import UserError
 from rlzoo.estimators import pass_at_k
@@ -17,7 +18,7 @@ from rlzoo.problems import Encoded, Problem, encode_problems
 from rlzoo.reward import Reward, get_reward
 from rlzoo.reward_call import means
 from rlzoo.rollout import Sampler, sampler_of
-from rlzoo.rollout.rollouts import check_prompts, judge
+from rlzoo.rollout.rollouts import judge, within_limits
 
 
 @dataclass(frozen=True)
@@ -41,13 +42,15 @@ def evaluate(
     sampler: Sampler | None = None,
     greedy: bool = True,
     progress: Callable[[int], None] | None = None,
+    bad: BadRows | None = None,
 ) -> Evaluation:
     """Sample each problem ``settings.samples`` times, and once greedily, and score the answers.
 
     ``reward`` is anything that `get_reward` takes, such as a plain function.
 
     A sample with a reward of ``settings.correct_at`` or more is correct; a null reward counts as wrong.
-    pass@k is the unbiased estimate of arXiv 2107.03374. Raises UserError for no problems or k > samples.
+    pass@k is the unbiased estimate of arXiv 2107.03374. A problem that cannot be encoded, or that the model cannot
+    take, is an error, or goes to ``bad``. Raises UserError for no problems or k > samples.
     """
     settings, reward = settings or EvaluationSettings(), get_reward(reward)
     if not problems:
@@ -55,12 +58,11 @@ def evaluate(
     if settings.pass_k > settings.samples:
         raise UserError(f"pass@{settings.pass_k} needs as many samples, and there are {settings.samples}: change one")
     sampler = sampler or sampler_of(policy, settings)
-    encoded = encode_problems(policy.tokenizer, problems)
-    check_prompts(policy, sampler, encoded, settings)
+    encoded = within_limits(policy, sampler, encode_problems(policy.tokenizer, problems, bad), settings, bad)
     sampled, logged = _outcomes(sampler, encoded, reward, settings, seed, False, progress)
     best = _outcomes(sampler, encoded, reward, settings, seed, True, progress)[0] if greedy else []
-    correct = np.array([row["correct"] for row in sampled]).reshape(len(problems), settings.samples)
-    hits, n = correct.sum(1), np.full(len(problems), settings.samples)
+    correct = np.array([row["correct"] for row in sampled]).reshape(len(encoded), settings.samples)
+    hits, n = correct.sum(1), np.full(len(encoded), settings.samples)
     metrics = {
         "avg_at_k": float(correct.mean()),
         "pass_at_k": float(np.mean(pass_at_k(hits, n, settings.pass_k))),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -44,9 +45,11 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def remove_partial(folder: Path) -> None:
-    """Remove what processes that were killed had half written into ``folder``."""
-    for place in list(folder.rglob(f".*{PARTIAL}")):
+def remove_partial(path: Path) -> None:
+    """Remove what processes that were killed had half written into the folder ``path``, or had to put in its place."""
+    own = re.compile(rf"\.{re.escape(path.name)}\.[^.]*{re.escape(PARTIAL)}")
+    beside = [place for place in path.parent.iterdir() if own.fullmatch(place.name)]
+    for place in [*beside, *path.rglob(f".*{PARTIAL}")]:
         remove(place)
 
 

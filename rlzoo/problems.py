@@ -9,8 +9,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from rlzoo.bad_rows import BadRows
-from rlzoo.buffers.encoding import SPELLED, Notes, Special, encode, encode_prompt, spelled
+from rlzoo.bad_rows import BadRows, told_of
+from rlzoo.buffers.encoding import SPELLED, Special, encode, encode_prompt, spelled
+from rlzoo.buffers.formats import Fits
+from rlzoo.buffers.layouts import conversation_of
 from rlzoo.buffers.tables import good_rows, read_rows
 from rlzoo.buffers.values import find, number, own_id, usable
 from rlzoo.chat import Message, Options, messages, options_of
@@ -107,7 +109,10 @@ def _as_asked(index: int, problem: Problem, source: ProblemSource) -> Problem:
 
 
 def _problem(index: int, row: Mapping[str, Any], source: ProblemSource) -> Problem:
-    prompt = _filled(source.prompt, row) if _placeholders(source.prompt) else find(row, source.prompt)
+    if _placeholders(source.prompt):
+        prompt: Any = _filled(source.prompt, row)
+    else:
+        prompt = conversation_of(find(row, source.prompt), source.prompt)
     if prompt is None or (isinstance(prompt, str) and not prompt.strip()):
         told = "null" if prompt is None else "empty or blank"
         raise UserError(f"the prompt, {source.prompt!r:.60}, is {told}: fill the column in, or drop the row")
@@ -166,7 +171,10 @@ def _filled(template: str, row: Mapping[str, Any]) -> str:
         parts.append(text)
         if name is None:
             continue
-        value = find(row, re.sub(r"\[(\w+)\]", r".\1", name))
+        try:
+            value = find(row, re.sub(r"\[(\w+)\]", r".\1", name))
+        except UserError as error:
+            raise UserError(f"{error}: name a column in {{{name}}}, or write {{{{{name}}}}} for text") from None
         if value is None or isinstance(value, (list, dict)) or value in (math.inf, -math.inf) or value != value:
             what = str(value) if value in (math.inf, -math.inf) else kind_of(value)
             raise UserError(
@@ -198,18 +206,17 @@ def encode_problems(
 
     With ``bad`` it is left to that what happens to such a problem.
     """
-    bad = BadRows() if bad is None else bad
-    encoded, notes = [], Notes("problem")
-    for problem in problems:
-        with bad.at(problem.told):
-            prompt = problem.prompt if isinstance(problem.prompt, str) else messages(problem.prompt)
-            if problem.special_tokens == "allow" and (found := spelled(tokenizer, prompt)):
-                notes.add(problem.id, {SPELLED: found})
-            text, ids = encode_prompt(tokenizer, prompt, problem.special_tokens, _options(problem))
-            encoded.append(Encoded(replace(problem, prompt=prompt), text, ids))
-    if problems:
-        bad.require_some(len(encoded))
-    notes.tell()
+    encoded = []
+    with told_of(bad) as bad:
+        for problem in problems:
+            with bad.at(problem.told):
+                prompt = problem.prompt if isinstance(problem.prompt, str) else messages(problem.prompt)
+                if problem.special_tokens == "allow" and (found := spelled(tokenizer, prompt)):
+                    bad.note(problem.told, {SPELLED: found})
+                text, ids = encode_prompt(tokenizer, prompt, problem.special_tokens, _options(problem))
+                encoded.append(Encoded(replace(problem, prompt=prompt), text, ids))
+        if problems:
+            bad.require_some(len(encoded))
     return encoded
 
 
@@ -218,22 +225,27 @@ def demonstrations(
     problems: Sequence[Problem],
     max_tokens: int | None = None,
     bad: BadRows | None = None,
+    fits: Fits | None = None,
 ) -> list[Trajectory]:
-    """One row a worked solution. A completion over ``max_tokens`` is cut: it loses its end and is marked so."""
-    bad = BadRows() if bad is None else bad
-    rows, notes = [], Notes("problem")
-    for encoded in encode_problems(tokenizer, problems, bad):
-        problem = encoded.problem
-        for solution in problem.solutions:
-            with bad.at(problem.told):
-                how = problem.special_tokens, _options(problem)
-                made = encode(tokenizer, problem.prompt, solution, None, max_tokens, *how)
-                notes.add(problem.id, made.notes)
-                own = replace(encoded, text=made.prompt, ids=made.prompt_ids)
-                text = made.completion if made.truncated else solution
-                ids = made.completion_ids
-                rows.append(trajectory(own, text, ids, truncated=made.truncated, reward=problem.quality))
-    notes.tell()
+    """One row per worked solution. A completion over ``max_tokens`` is cut: it loses its end and is marked so.
+
+    One that does not fit (`Policy.row_check`) makes its problem a bad row.
+    """
+    rows = []
+    with told_of(bad) as bad:
+        for encoded in encode_problems(tokenizer, problems, bad):
+            problem = encoded.problem
+            for number, solution in enumerate(problem.solutions, 1):
+                with bad.at(problem.told):
+                    how = problem.special_tokens, _options(problem)
+                    made = encode(tokenizer, problem.prompt, solution, None, max_tokens, *how)
+                    if fits is not None:
+                        fits(made.prompt_ids, made.completion_ids)
+                    bad.note(problem.told + (f", solution {number}" if number > 1 else ""), made.notes)
+                    own = replace(encoded, text=made.prompt, ids=made.prompt_ids)
+                    text = made.completion if made.truncated else solution
+                    ids = made.completion_ids
+                    rows.append(trajectory(own, text, ids, truncated=made.truncated, reward=problem.quality))
     return rows
 
 

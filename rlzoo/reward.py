@@ -355,6 +355,8 @@ def _accepted(function: Callable[..., Any], arguments: Mapping[str, Any], name: 
     takes = _parameters(function)
     for parameter in _required(takes):
         if parameter.name not in arguments:
+            if not {"completions", "completion_ids"} & set(takes):
+                raise UserError(f"reward {name!r} {_unlike(function, takes)}")
             fix = f"rename one with `columns: {{{parameter.name}: ...}}`, or keep to TRL's signature, {SIGNATURE}"
             raise UserError(f"{missing_column(name, parameter.name, arguments)}; {fix}")
     anything = _takes_anything(takes)

@@ -79,7 +79,7 @@ def run_in(
         else:
             _clear(state)
             write_atomically(state / _RECORD, json.dumps(identity, indent=1))
-        remove_partial(path if kind == "folder" else state)
+        remove_partial(path)
         started = time.monotonic()
         try:
             # the whole may be there: killed between the last write and the clean-up

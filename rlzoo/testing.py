@@ -324,7 +324,7 @@ def _rows(policy: Policy, objective: Objective) -> list[Trajectory]:
     """Eight rows of four prompts with everything that rows can have stored."""
     draw, rows = torch.Generator().manual_seed(0), []
     texts = [(f"{i // 2 + 1}+{i // 2 + 2}=?\n", f"#### {i + 3}" * (1 + i % 3)) for i in range(8)]
-    ids = [[policy.tokenizer(text, add_special_tokens=False)["input_ids"] for text in pair] for pair in texts]
+    ids = [tuple(policy.tokenizer(text, add_special_tokens=False)["input_ids"] for text in pair) for pair in texts]
     stored = [one for one in _inputs(objective) if one.stage is Stage.STORED]
     for i, ((prompt, completion), logp) in enumerate(zip(ids, score_rows(policy, ids), strict=True)):
         held = {}

@@ -53,10 +53,13 @@ class SamplingParams:
 class FakeEngine:
     """Starts with weights of its own, as an engine does that loads a model's folder."""
 
-    def __init__(self, policy: Policy, gap: float = 0.0) -> None:
+    def __init__(self, policy: Policy, gap: float = 0.0, where: str = "", **options: Any) -> None:
         """``gap``, in nats, is how far its log-probs are from what they should be."""
         self.policy = Policy(copy.deepcopy(policy.model), policy.tokenizer, policy.name)
         self.gap, self.handed, self.fails = gap, 0, False
+        self.where, self.options = where, options
+        self.asked: list[SamplingParams] = []
+        self._cache_is_stale = False
 
     def holds(self, policy: Policy) -> bool:
         """Whether its weights are the policy's."""
@@ -66,17 +69,20 @@ class FakeEngine:
 
     def collective_rpc(self, method: str, kwargs: dict[str, Iterator[tuple[str, Tensor]]]) -> None:
         assert method == "reload_weights"
+        self._cache_is_stale = True
+        self.policy.model.load_state_dict(dict(kwargs["weights_iterator"]))
         if self.fails:
             raise RuntimeError("the engine is out of memory")
         self.handed += 1
-        self.policy.model.load_state_dict(dict(kwargs["weights_iterator"]))
 
     def reset_prefix_cache(self) -> None:
-        pass
+        self._cache_is_stale = False
 
     def generate(
         self, prompts: list[dict[str, list[int]]], params: list[SamplingParams], use_tqdm: bool
     ) -> list[Request]:
+        assert not self._cache_is_stale, "keys and values of the old weights"
+        self.asked += params
         return [self._answer(prompt["prompt_token_ids"], asked) for prompt, asked in zip(prompts, params, strict=True)]
 
     @torch.no_grad()
@@ -109,7 +115,7 @@ def install(monkeypatch: pytest.MonkeyPatch, policy: Policy, gap: float = 0.0) -
     started: list[FakeEngine] = []
 
     def start(where: str, **options: Any) -> FakeEngine:
-        started.append(FakeEngine(policy, gap))
+        started.append(FakeEngine(policy, gap, where, **options))
         return started[-1]
 
     module = ModuleType("vllm")

@@ -26,10 +26,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from rlzoo.buffers import OfflineBuffer, read_buffer
+from rlzoo.cli.settings import pairs
 from rlzoo.config import EXPERIMENTS, Experiment, ProblemSource, load_experiment, read_yaml
 from rlzoo.errors import UserError
 from rlzoo.objective import get_objective
-from rlzoo.overrides import pairs
 from rlzoo.pieces import Pieces
 from rlzoo.policy import load_policy
 from rlzoo.policy.microbatches import score_rows

@@ -1,6 +1,6 @@
 """Train some steps of each objective in float64, alone or as one of several processes, and write what comes out.
 
-With RANKS_CHECKPOINTS, a folder, the first run stops in its second step, and the next one resumes there.
+With RANKS_CHECKPOINTS, a folder, a run resumes there; with RANKS_STOP, a number, it stops in that step.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from rlzoo.types import Selection, Trajectory
 SETTINGS = Training(
     steps=3, learning_rate=1e-3, token_budget=48, max_gradient_norm=0.5, dtype="float64", checkpoint_seconds=0
 )
+OPTIONS = {"iw-sft-ema": ("iw-sft", {"variant": "ema", "ema_decay": 0.5})}
 
 
 def rows() -> list[Trajectory]:
@@ -83,16 +84,16 @@ def run(folder: Path, name: str) -> None:
     torch.manual_seed(0)
     policy = load_policy("embedded", "float64", device="cpu")
     parts = name.split("+")  # the critic's part first: its gradients are none of those that come last
-    objective = get_objective("mixture", weights=dict.fromkeys(parts, 0.5)) if len(parts) > 1 else get_objective(name)
+    kind, options = OPTIONS.get(name, (name, {}))
+    weights = dict.fromkeys(parts, 0.5)
+    objective = get_objective("mixture", weights=weights) if len(parts) > 1 else get_objective(kind, **options)
     together = [part.objective.learns_from in (Selection.PAIRS, Selection.GROUPS) for part in objective.parts]
     checkpoints = Path(os.environ["RANKS_CHECKPOINTS"]) / name if "RANKS_CHECKPOINTS" in os.environ else None
-    begun = checkpoints is not None and checkpoints.exists()
-
     versions: list[int] = []
 
     def stop(trainer: Trainer, step: int) -> None:
         versions.append(policy.weights_version)
-        if checkpoints is not None and not begun and step == 2:
+        if step == int(os.environ.get("RANKS_STOP", "0")):
             raise StopIteration
 
     trainer = Trainer(
@@ -102,7 +103,6 @@ def run(folder: Path, name: str) -> None:
         record = trainer.run()
     except StopIteration:
         return
-    assert not begun or trainer.record.kept == {}
     prompts = [row.prompt_ids for row in rows()]
     samples = TransformersSampler(policy).sample(prompts, Sampling(samples=2, max_new_tokens=6), seed=3)
     told = {

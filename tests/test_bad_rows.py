@@ -3,19 +3,29 @@
 from __future__ import annotations
 
 import json
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import yaml
 from comparisons import inline_pool, small
 
 from rlzoo.bad_rows import BadRows, told
-from rlzoo.buffers import from_trl, read_buffer
+from rlzoo.buffers import OfflineBuffer, from_trl, read_buffer
 from rlzoo.cli import main
+from rlzoo.comparison import work
 from rlzoo.comparison.runner import compare
-from rlzoo.config import ProblemSource
+from rlzoo.config import ProblemSource, Training
 from rlzoo.errors import UserError
+from rlzoo.objective import get_objective
+from rlzoo.policy import Policy
+from rlzoo.policy.loading import save_policy
 from rlzoo.problems import Problem, demonstrations, encode_problems, load_problems
+from rlzoo.training import train
+from rlzoo.types import Trajectory
 from rlzoo.variance.run import fill
 
 LINES = [
@@ -130,3 +140,156 @@ def test_evaluate_tells_what_it_dropped(table: str, capsys: pytest.CaptureFixtur
     out, err = capsys.readouterr()
     assert list(json.loads(out)) == ["own"]
     assert "own: dropped 1 of 3 rows" in err, "no more rows are read than make two problems"
+
+
+# What is known only with a model: rows that it cannot take, and completions that are cut
+
+TOO_LONG = "1" * 70
+
+
+@pytest.fixture
+def short(make_policy: Callable[..., Policy], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Policy:
+    """A model of 64 positions, saved as ``model``, and tables and a buffer of which it can take some rows."""
+    monkeypatch.chdir(tmp_path)
+    policy = make_policy("gpt2", dtype=torch.float32)
+    save_policy(policy, tmp_path / "model")
+    rows = [{"prompt": prompt, "completion": "2", "answer": "2"} for prompt in ("1+1=", TOO_LONG, "3-1=")]
+    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    buffer = from_trl(rows, policy.tokenizer)
+    buffer.save("folder")
+    buffer.to_jsonl("buffer.jsonl")
+    lines = Path("buffer.jsonl").read_text().splitlines()
+    Path("broken.jsonl").write_text("\n".join(["{", lines[0], '{"prompt": 3}', *lines[1:], "[]"]))
+    return policy
+
+
+@pytest.mark.parametrize(
+    ("where", "count", "reason"),
+    [
+        ("rows.jsonl", "1 of 3", "rows.jsonl line 2 has 72 tokens, and the model has 64 positions"),
+        ("folder", "1 of 3", "row 2 of the buffer has 72 tokens"),
+        ("broken.jsonl", "4 of 6", "broken.jsonl line 1 is not JSON"),
+    ],
+)
+def test_train_drops_rows_that_its_model_cannot_take(
+    short: Policy, where: str, count: str, reason: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train = ["train", "sft", "--buffer", where, "--model", "model", "--steps", "1", "--set", "batch_size=2"]
+    assert main([*train, "--out", "refused"]) == 2
+    assert main([*train, "--bad-rows", "drop", "--out", "done"]) == 0
+    assert f"dropped {count} rows (bad_rows: drop): {reason}" in capsys.readouterr().out
+
+
+def test_a_saved_buffer_opens_without_its_bad_lines(short: Policy) -> None:
+    with pytest.raises(UserError, match=r"^broken\.jsonl line 1 is not JSON"):
+        OfflineBuffer.load("broken.jsonl")
+    bad = BadRows("drop")
+    assert len(OfflineBuffer.load("broken.jsonl", bad)) == 3
+    summary = bad.summary()
+    assert summary is not None and (summary["count"], summary["of"]) == (3, 6)
+    assert summary["first"][1].startswith("broken.jsonl line 3: ")
+    Path("none.jsonl").write_text("{\n[]\n")
+    with pytest.raises(UserError, match="all 2 rows are bad"):
+        OfflineBuffer.load("none.jsonl", BadRows("drop"))
+
+
+def test_problems_that_the_model_cannot_take_are_dropped_everywhere(
+    short: Policy, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("rlzoo.comparison.runner.pool", inline_pool)
+    few = {"samples": 2, "max_new_tokens": 4}
+    source = {"source": "rows.jsonl", "solution": "completion", "bad_rows": "drop"}
+    algorithms = {"sft": {}, "rft": {}, "grpo": {"mode": "online"}}
+    changes: dict[str, Any] = {"train": source, "rollouts": few, "evaluation": {**few, "curve_points": 1}}
+    experiment = small(
+        algorithms, model="model", reward="length", validation=source, benchmarks={"own": source}, **changes
+    )
+    results = compare(experiment, out=Path("out"))
+    assert results["failed"] == []
+    reasons = {name: (found["count"], found["of"]) for name, found in results["dropped_rows"].items()}
+    assert reasons == dict.fromkeys(("train", "benchmark own", "validation"), (1, 3))
+    Path("x.yaml").write_text(yaml.safe_dump(experiment.model_dump(mode="json")))
+    assert main(["evaluate", "x.yaml", "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert "own: dropped 1 of 3 rows" in err and list(json.loads(out)) == ["own"]
+    assert main(["rollout", "x.yaml", "--out", "sampled"]) == 0
+    assert "4 samples of 2 prompts" in capsys.readouterr().out
+
+
+def test_cut_completions_are_counted(table: str, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("long.jsonl").write_text('{"prompt": "1+1=", "completion": "222222"}\n' * 3 + LINES[0] + "\n")
+    told = "completions cut to the limit on their length, which have no end: 3 in all"
+    train = ["train", "sft", "--buffer", "long.jsonl", "--steps", "1", "--set", "max_completion_tokens=4"]
+    assert main([*train, "--out", "done"]) == 0
+    assert f"{told} (long.jsonl line 1: 4 of 7 tokens are left)" in capsys.readouterr().out
+    assert told in json.loads(Path("done/training.json").read_text())["events"][0]
+    changes = {"demonstrations": "long.jsonl", "training__max_completion_tokens": 4}
+    sampled = small({"rft": {}}, rollouts={"samples": 2, "max_new_tokens": 2}, **changes)
+    events = work.fill_buffer(sampled, Path("buffer"), Path("state"), 0, lambda *_: None)["events"]
+    assert events[0].startswith(f"demonstrations: {told}")
+    assert "samples were cut at max_new_tokens (2), and have no end" in events[1]
+    rollout = ["rollout", "arithmetic", "--limit", "2", "--rollout-samples", "1", "--set", "rollouts.max_new_tokens=2"]
+    assert main([*rollout, "--out", "sampled"]) == 0
+    assert "2 of 2 samples were cut at max_new_tokens (2)" in capsys.readouterr().out
+    assert "2 of 2 samples" in json.loads(Path("sampled/buffer.json").read_text())["events"][0]
+
+
+def test_without_a_place_for_the_counts_they_are_warnings(tokenizer: Any) -> None:
+    rows, bad = [{"prompt": "1", "completion": "22"}] * 2, BadRows()
+    with pytest.warns(UserWarning, match=r"2 in all \(row 1: 1 of 3 tokens are left\)"):
+        from_trl(rows, tokenizer, max_completion_tokens=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        from_trl(rows, tokenizer, max_completion_tokens=1, bad=bad)
+    assert len(bad.events()) == 1 and bad.lines() == bad.events()
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "reason"),
+    [
+        ("behaviour_logp", [-0.1], "behaviour_logp of prompt 'q' has 1 values for 2 completion tokens"),
+        ("behaviour_logp", [-0.1, float("nan")], "behaviour_logp holds nan, which is no log-prob"),
+        ("prompt_ids", [], "prompt_ids is empty"),
+        ("completion_ids", [], "completion_ids is empty"),
+        ("completion_ids", [2**40, 1], "completion_ids holds 1099511627776, which is no token's id"),
+        ("policy_version", 2**40, "policy_version is 1099511627776"),
+        ("reward", float("inf"), "reward is inf: it must be a finite number"),
+        ("source", "human", "source is 'human': it must be one of demonstration, policy, preference"),
+        ("temperature", 0.0, "temperature is 0.0: it must be above 0"),
+    ],
+)
+def test_a_line_of_a_buffer_with_a_value_that_no_row_has(tmp_path: Path, field: str, value: Any, reason: str) -> None:
+    row: dict[str, Any] = vars(Trajectory("p", "c", [5, 6], [7, 1], "q"))
+    file = tmp_path / "b.jsonl"
+    file.write_text("".join(json.dumps(one) + "\n" for one in (row, {**row, field: value})))
+    with pytest.raises(UserError) as error:
+        OfflineBuffer.load(file)
+    assert str(error.value).startswith(f"{file} line 2: {reason}")
+    assert len(OfflineBuffer.load(file, BadRows("drop"))) == 1
+
+
+def test_a_saved_row_without_tokens_is_named(short: Policy) -> None:
+    rows = [Trajectory("p", "c", [5], [1], "q"), Trajectory("p", "c", [], [1], "q"), Trajectory("p", "c", [5], [], "q")]
+    OfflineBuffer.from_trajectories(rows).save("holes")
+    with pytest.raises(
+        UserError, match=r"^row 2 of the buffer \(prompt 'q'\) has no tokens in its prompt: drop the row"
+    ):
+        train(short, get_objective("sft"), OfflineBuffer.load("holes"), Training(steps=1))
+    bad = BadRows("drop")
+    assert len(read_buffer("holes", short.tokenizer, bad=bad, fits=short.row_check())) == 1 and bad.dropped == 2
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ({"train": [], "test": []}, r"from_trl takes the rows of one data set, and this is a dict \(train, test\)"),
+        (5, "from_trl takes the rows of one data set, and this is an int"),
+        (["1+1="], "row 1 is a str: every row must be an object of columns"),
+        ([None], "row 1 is null: every row must be an object of columns"),
+    ],
+)
+def test_what_is_no_list_of_rows_is_one_line(tokenizer: Any, rows: Any, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        from_trl(rows, tokenizer)
+    with pytest.raises(UserError, match="the name of the data is empty"):
+        read_buffer("", tokenizer)

@@ -306,7 +306,26 @@ GOOD = {"prompt": "1", "completion": "2"}
         ),
         (
             [{"conversations": [{"from": "human", "value": "1"}]}],
-            "row 1: column 'messages' must hold a prompt and end with the assistant's turn",
+            "row 1: column 'conversations' must hold a prompt and end with the assistant's turn",
+        ),
+        ([{"conversations": None}], "row 1: no value in column 'conversations', which conversational"),
+        ([{"text": None}], "row 1: no value in column 'text', which plain language-modelling data need"),
+        ([{"prompt": "1", "completion": "2", "kto_tag": None}], "row 1: no value in column 'kto_tag', which unpaired"),
+        (
+            [{"question": "1", "chosen": "ab", "rejected": "ac"}],
+            "no column 'prompt', but 'question': say whether it is",
+        ),
+        (
+            [{"prompt": "[{'role': 'user', 'content': '1'}]", "completion": "2"}],
+            "column 'prompt' holds a conversation as",
+        ),
+        (
+            [{"messages": [*user("1"), {"role": "assistant", "content": "2", "reasoning_content": "one and one"}]}],
+            "row 1: the chat template does not write 'reasoning_content' of the assistant's turn",
+        ),
+        (
+            [{"conversations": [{"from": "human", "value": "1"}, {"from": "function_call", "value": "rate(USD)"}]}],
+            "row 1: column 'conversations' has a call of tools in turn 2 that is no JSON of a name and arguments",
         ),
     ],
 )

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from chat_templates import built
 
 from rlzoo.buffers import OfflineBuffer, from_trl, read_buffer
-from rlzoo.config import Training
+from rlzoo.config import ProblemSource, Training
 from rlzoo.errors import UserError
 from rlzoo.objective import get_objective
 from rlzoo.policy import load_policy
 from rlzoo.policy.microbatches import score_rows
+from rlzoo.problems import load_problems
 from rlzoo.training import train, with_behaviour
 from rlzoo.types import Selection
 from rlzoo.worlds.tokenizer import build_tokenizer
@@ -170,6 +173,9 @@ def test_samples_without_behaviour_log_probs_can_have_those_of_the_policy() -> N
     assert record.steps[0]["ratio"] == pytest.approx(1.0)
     record = train(policy, get_objective("rloo"), buffer, Training(**settings, behaviour="current"))
     assert record.events[0] == told, "groups need them, whether or not the objective has a ratio"
+    mixed = get_objective("mixture", weights={"rft": 1.0, "grpo": 1.0})
+    assert train(policy, mixed, buffer, Training(**settings, behaviour="current")).events[0] == told
+    assert told not in train(policy, get_objective("rft"), buffer, Training(**settings, behaviour="current")).events
     known = buffer.with_behaviour_logp([[-1.0] * len(expected[0]), None, None])
     scored, which = with_behaviour(known, load_policy("embedded"))
     assert which == [1, 2]
@@ -205,3 +211,52 @@ def test_demonstrations_of_a_saved_buffer_are_cut_and_samples_are_not(
     assert (cut.completion, len(cut.completion_ids), cut.truncated, cut.reference_logp) == ("22", 2, True, [-1.0, -2.0])
     assert (len(sample.completion_ids), sample.truncated) == (4, False)
     assert list(read_buffer(str(path), tokenizer, max_completion_tokens=4)) == list(rows)
+
+
+def test_a_conversation_may_be_the_json_text_that_a_csv_file_has(tmp_path: Path, chat: Any) -> None:
+    shared, sides = [ASKED], {"chosen": [ASKED, GOOD], "rejected": [ASKED, BAD]}
+    made = from_trl([{name: json.dumps(value) for name, value in sides.items()}], chat)
+    assert [row.messages for row in made] == [shared, shared] and [row.completion for row in made] == ["2", "3"]
+    (row,) = from_trl([{"prompt": json.dumps(shared), "completion": json.dumps([GOOD])}], chat)
+    assert (row.prompt, row.completion) == ("u:1+1\na:", "2")
+    text = '[{"value": 1}]'
+    assert from_trl([{"prompt": "1", "completion": text}], chat)[0].completion == text, "an answer may be JSON"
+    with (tmp_path / "p.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([["prompt"], [json.dumps(shared)]])
+    assert load_problems(ProblemSource(source=str(tmp_path / "p.csv")))[0].prompt == shared
+
+
+@pytest.mark.parametrize("column", ["conversation", "conversations"])
+def test_llama_factorys_names(chat: Any, column: str) -> None:
+    turns = [turn("human", "1+1"), turn("gpt", "2")]
+    for row in ({column: turns}, {"conversation": None, "conversations": None, "messages": None, column: turns}):
+        assert from_trl([row], chat)[0].completion == "2"
+    rows = [{column: turns, "kto_tag": True}, {"instruction": "1+1", "output": "3", "kto_tag": False}]
+    assert [(row.source, row.reward) for row in from_trl(rows, chat)] == [("preference", 1.0), ("preference", 0.0)]
+
+
+CALL = {"name": "rate", "arguments": {"of": "USD"}}
+TOOLS = (
+    "{% for m in messages %}{{ m.role[0] + ':' + m.content }}{% for c in m.tool_calls or [] %}"
+    "{{ '<call>' + c.function.name + ' ' + (c.function.arguments | tojson) }}{% endfor %}{{ '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'a:' }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    "value", [json.dumps(CALL), json.dumps([CALL]), "<think>\nUSD?\n</think>\n" + json.dumps(CALL)]
+)
+def test_sharegpts_calls_of_tools_are_those_of_the_template(chat: Any, value: str) -> None:
+    tokenizer, thought = built(TOOLS), value[: value.rfind(">") + 1]
+    asked = [turn("human", "USD?"), turn("function_call", value)]
+    (row,) = from_trl([{"conversations": asked}], tokenizer)
+    assert tokenizer.decode(row.completion_ids) == thought + '<call>rate {"of": "USD"}\n<eos>'
+    (later,) = from_trl([{"conversations": [*asked, turn("observation", "0.9"), turn("gpt", "It is 0.9")]}], tokenizer)
+    assert later.prompt == f"u:USD?\na:{thought}<call>rate " + '{"of": "USD"}\nt:0.9\na:'
+    with pytest.raises(UserError, match="does not write 'tool_calls'"):
+        from_trl([{"conversations": asked}], chat)
+
+
+def test_errors_name_a_column_as_the_table_does(chat: Any) -> None:
+    with pytest.raises(UserError, match="row 1: column 'response' is empty or blank"):
+        from_trl([{"prompt": "1", "response": ""}], chat, columns={"completion": "response"})

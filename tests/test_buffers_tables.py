@@ -17,6 +17,7 @@ import pytest
 
 from rlzoo.buffers import load_table, read_buffer
 from rlzoo.buffers.tables import read_rows
+from rlzoo.buffers.values import find
 from rlzoo.errors import UserError
 
 ROWS: list[dict[str, Any]] = [{"question": "1+1?", "answer": 2}, {"question": "a,\n“b”", "answer": 3}]
@@ -65,7 +66,7 @@ def test_a_column_that_a_row_lacks_is_null_there(tmp_path: Path) -> None:
         ("number.json", "5", "number.json holds an int: give a list of rows, or one object per line"),
         ("two.json", '{"train": [{"a": 1}], "test": [{"a": 2}]}', "two.json holds several lists of rows (train, test)"),
         ("cut.jsonl", '{"a": "1', "cut.jsonl line 1 is not JSON: Unterminated string starting at column 7"),
-        ("twice.csv", "a,b,a\n1,2,3\n", "twice.csv line 1: the column 'a' is there more than once"),
+        ("twice.csv", "a,b,a\n1,2,3\n", "twice.csv line 1 has the column 'a' more than once"),
         ("lfs.jsonl", "version https://git-lfs.github.com/spec/v1\nsize 1\n", "lfs.jsonl is a Git LFS pointer"),
         ("lfs.parquet", "version https://git-lfs.github.com/spec/v1\nsize 1\n", "lfs.parquet is a Git LFS pointer"),
         ("ragged.csv", "a,b\n1,2\n3\n", "ragged.csv row 2 has 1 values for 2 columns"),
@@ -271,3 +272,34 @@ def test_a_part_of_a_file_is_that_part(tmp_path: Path) -> None:
     assert load_table(tmp_path / "rows.jsonl", "test[80%:]")["a"][:] == [8, 9]
     with pytest.raises(UserError, match=r"split 'train\[x\]'"):
         load_table(tmp_path / "rows.jsonl", "train[x]")
+
+
+@pytest.mark.parametrize(
+    "content", ['[{"a": 1},\n {"a": 2}]', '[\n{\n"a": 1\n},\n{"a": 2}]', ' [ {"a": 1}, {"a": 2} ]\n']
+)
+def test_a_list_of_rows_may_be_called_jsonl(tmp_path: Path, content: str) -> None:
+    (tmp_path / "rows.jsonl").write_text(content)
+    assert load_table(tmp_path / "rows.jsonl")["a"][:] == [1, 2]
+
+
+def test_a_value_that_is_nested_too_deep_is_an_error_where_it_is_used(tmp_path: Path) -> None:
+    file = tmp_path / "deep.jsonl"
+    file.write_text('{"a": 1, "d": ' + "[" * 900 + "]" * 900 + "}\n")
+    ((_, row),) = read_rows(file)
+    assert isinstance(row, dict) and find(row, "a") == 1
+    with pytest.raises(UserError, match="column 'd' is nested too deep"):
+        find(row, "d")
+
+
+@pytest.mark.parametrize("new", [pa.ipc.new_file, pa.ipc.new_stream])
+def test_an_arrow_file_is_read(tmp_path: Path, new: Callable[..., Any]) -> None:
+    table, file = (
+        pa.table({"a": pa.array(["x", "y", "x"]).dictionary_encode(), "n": [1, 2, 3]}),
+        tmp_path / "rows.arrow",
+    )
+    with pa.OSFile(str(file), "wb") as sink, new(sink, table.schema) as writer:
+        writer.write_table(table)
+    assert load_table(file)["a"][:] == ["x", "y", "x"]
+    file.write_bytes(file.read_bytes()[:30])
+    with pytest.raises(UserError, match=r"rows\.arrow is not a readable Arrow file"):
+        load_table(file)

@@ -14,10 +14,10 @@ from markdown_it import MarkdownIt
 
 from rlzoo import objective as objective_module
 from rlzoo import registry as registry_module
-from rlzoo.catalogue import catalogue
 from rlzoo.cli import main
+from rlzoo.cli.catalogue import catalogue
+from rlzoo.cli.objectives_page import COMMAND, lines_of_code, objectives_page, prose
 from rlzoo.objective import Objective, is_composite, list_objectives, objective_class
-from rlzoo.objectives_page import COMMAND, lines_of_code, objectives_page, prose
 
 PAGE = Path(__file__).parents[1] / "docs" / "objectives.md"
 

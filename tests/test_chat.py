@@ -228,7 +228,9 @@ def test_a_demonstration_and_a_sample_have_the_same_prompt() -> None:
 def test_pairs_of_one_prompt_stay_one_prompt_where_an_answer_has_no_thinking() -> None:
     tokenizer = tokenizer_of("r1")
     row = {"prompt": [user("1")], "chosen": [assistant("<think>\na\n</think>2")], "rejected": [assistant("3")]}
-    with pytest.warns(UserWarning, match=r"last words before an answer.*: 1 in all \(row 1: '<think>\\n'\)"):
+    with pytest.warns(
+        UserWarning, match=r"last words before an answer.*: 1 in all \(row 1, completion 2: '<think>\\n'\)"
+    ):
         chosen, rejected = from_trl([row], tokenizer)
     assert chosen.prompt_id == rejected.prompt_id and chosen.prompt_ids != rejected.prompt_ids
     assert tokenizer.decode(rejected.prompt_ids) == rejected.prompt
@@ -241,3 +243,28 @@ def test_a_change_of_the_template_is_noticed() -> None:
     assert turn_of(tokenizer).stop == tokenizer.convert_tokens_to_ids("<end_of_turn>")
     tokenizer.chat_template = None
     assert turn_of(tokenizer).stop is None
+
+
+PARTS = {  # templates of models of images, for which a text is no content
+    "loop": "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% for part in m['content'] %}"
+    "{% if part.type == 'text' %}{{ part.text }}{% endif %}{% endfor %}<|im_end|>\n{% endfor %}" + OPENS,
+    "selectattr": "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}"
+    "{% for part in m['content'] | selectattr('type', 'equalto', 'text') %}{{ part['text'] }}{% endfor %}"
+    "{{ '<|im_end|>\n' }}{% endfor %}" + OPENS,
+}
+
+
+@pytest.mark.parametrize("form", PARTS)
+def test_a_template_of_parts_alone_gets_parts(form: str) -> None:
+    tokenizer, said = built(PARTS[form]), ("1+1?", "2", "3+3?", "6")
+    assert "1+1?" not in tokenizer.apply_chat_template([user("1+1?")], tokenize=False)
+    plain = [turn(role, text) for role, text in zip(("user", "assistant") * 2, said, strict=True)]
+    parts = [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in plain]
+    whole = tokenizer.apply_chat_template(parts)["input_ids"]
+    for turns in (plain, parts):
+        (row,) = from_trl([{"messages": turns}], tokenizer)
+        assert row.prompt_ids + row.completion_ids == whole and row.completion == "6"
+        assert tokenizer.decode(row.completion_ids) == "6<|im_end|>\n" and not row.truncated
+        (problem,) = encode_problems(tokenizer, [Problem("p", turns[:-1], {})])
+        assert problem.ids == row.prompt_ids
+    assert turn_of(tokenizer).stop == tokenizer.convert_tokens_to_ids("<|im_end|>")

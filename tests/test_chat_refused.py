@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from chat_templates import TEMPLATES, assistant, built, policy_of, tokenizer_of, turn, user
+from chat_templates import OPENS, TEMPLATES, assistant, built, policy_of, tokenizer_of, turn, user
 
 from rlzoo.buffers import from_trl
 from rlzoo.chat import opened
@@ -134,7 +134,7 @@ def test_problems_that_spell_special_tokens_are_refused_or_counted(tmp_path: Pat
     with pytest.raises(UserError, match=r"problem 'train-1' \(.*line 2\): the user's text spells '<\|im_end\|>'"):
         encode_problems(tokenizer, load_problems(source))
     allowed = load_problems(source.model_copy(update={"special_tokens": "allow"}))
-    with pytest.warns(UserWarning, match="read as that token: 1 in all .problem train-1"):
+    with pytest.warns(UserWarning, match="read as that token: 1 in all .problem 'train-1'"):
         assert len(encode_problems(tokenizer, allowed)) == 2
 
 
@@ -147,20 +147,22 @@ def test_tables_that_spell_special_tokens_are_refused_or_counted(
     train = ["train", "sft", "--buffer", "t.jsonl", "--model", "model", "--steps", "1", "--out", "out"]
     assert main(train) == 2
     assert "t.jsonl line 1: the user's text spells '<|im_end|>'" in capsys.readouterr().err
-    with pytest.warns(UserWarning, match="read as that token: 1 in all"):
-        assert main([*train, "--set", "special_tokens=allow"]) == 0
+    assert main([*train, "--set", "special_tokens=allow"]) == 0
+    told = "text that spells a special token is read as that token: 1 in all (t.jsonl line 1: the user's text"
+    assert told in capsys.readouterr().out
+    assert any(told in event for event in json.loads(Path("out/training.json").read_text())["events"])
     changes = {"model": "model", "demonstrations": "t.jsonl", "algorithms": {"sft": {}}}
     experiment = load_experiment("arithmetic", changes)
     allowed = load_experiment("arithmetic", {**changes, "training.special_tokens": "allow"})
     ways: list[Callable[[Experiment], Any]] = [
-        lambda some: work.fill_buffer(some, tmp_path / "a", tmp_path / "s", 0, lambda *_: None)["rows"],
-        lambda some: variance.fill(some, tmp_path / "b", tmp_path / "s", "t.jsonl", lambda *_: None)["rows"],
+        lambda some: work.fill_buffer(some, tmp_path / "a", tmp_path / "s", 0, lambda *_: None),
+        lambda some: variance.fill(some, tmp_path / "b", tmp_path / "s", "t.jsonl", lambda *_: None),
     ]
     for way in ways:
         with pytest.raises(UserError, match=r"line 1: the user's text spells"):
             way(experiment)
-        with pytest.warns(UserWarning, match="read as that token: 1 in all"):
-            assert way(allowed) == 1
+        made = way(allowed)
+        assert made["rows"] == 1 and any(told in event for event in made["events"])
 
 
 def test_what_marks_thinking_and_other_special_tokens_stay_free() -> None:
@@ -185,3 +187,16 @@ def test_plain_prompts_may_be_rendered_before_and_plain_completions_end_once() -
             from_trl([{"prompt": rendered, "completion": f"2{token}3"}], tokenizer)
     (row,) = from_trl([{"text": rendered + "2<|im_end|>\n"}], built(TEMPLATES["chatml"], bos=True))
     assert tokenizer.decode(row.completion_ids).startswith(rendered)
+
+
+@pytest.mark.parametrize("text", ["5", "user", "Answer in one word, and say nothing else."])
+def test_a_turn_that_the_template_leaves_out_is_refused_however_short(text: str) -> None:
+    tokenizer = built(
+        "{% for m in messages %}{% if m['role'] in ('user', 'assistant') %}"
+        "{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endif %}{% endfor %}" + OPENS
+    )
+    asked = [user("5+5?"), assistant("10")]
+    for turns in ([turn("system", text), *asked], [*asked, turn("tool", text), user("And?"), assistant("10")]):
+        with pytest.raises(UserError, match=r"the chat template leaves out message \d \(role (system|tool)\)"):
+            from_trl([{"messages": turns}], tokenizer)
+    assert from_trl([{"messages": asked}], tokenizer)[0].completion == "10"

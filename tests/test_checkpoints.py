@@ -22,6 +22,7 @@ from torch import Tensor
 from rlzoo.buffers import OfflineBuffer
 from rlzoo.config import Experiment, Training
 from rlzoo.errors import UserError
+from rlzoo.inputs import MovingReference
 from rlzoo.interrupts import Terminated
 from rlzoo.objective import Objective, get_objective
 from rlzoo.policy import Policy, Sequences
@@ -69,7 +70,8 @@ def trained(
     np.random.seed(5)
     random.seed(5)
     asked = get_objective(objective.removesuffix("-ema"), **OPTIONS.get(objective, {}))
-    record = train(policy, asked, rows_of(policy), settings, 3, [noisy], checkpoints=folder)
+    logs = None if folder is None else folder / "logs"
+    record = train(policy, asked, rows_of(policy), settings, 3, [noisy], folder=logs, checkpoints=folder)
     return policy, record
 
 
@@ -185,8 +187,8 @@ def test_the_checkpoints_of_another_run_are_refused(make_policy: MakePolicy, tmp
         trained(make_policy, "dft", tmp_path)
     with pytest.raises(UserError, match=r"objective\.\w+: .* there, .* here"):
         trained(make_policy, "iw-sft-ema", tmp_path)
-    smaller = EVERY.model_copy(update={"token_budget": 40, "checkpoint_seconds": 9.0})
-    assert len(trained(make_policy, "iw-sft", tmp_path, smaller)[1].steps) == 7
+    other = EVERY.model_copy(update={"token_budget": 40, "checkpoint_seconds": 9.0, "trackers": ["tensorboard"]})
+    assert len(trained(make_policy, "iw-sft", tmp_path, other)[1].steps) == 7
 
 
 def test_micro_batches_that_had_to_be_smaller_stay_so(make_policy: MakePolicy, tmp_path: Path) -> None:
@@ -253,7 +255,7 @@ def test_checkpoints_come_when_they_are_due(
     make_policy: MakePolicy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every batch takes 4 seconds, and one is due 10 seconds after the last."""
-    now = 0.0
+    now = 1000.0
     monkeypatch.setattr("rlzoo.training.checkpoints.time.monotonic", lambda: now)
 
     def passes(trainer: Trainer, step: int) -> None:
@@ -288,11 +290,28 @@ def test_a_loss_that_is_not_finite_stops_the_run(make_policy: MakePolicy) -> Non
         train(policy, Boundless(), rows_of(policy), EVERY)
 
 
+class Steep(Objective):
+    """SFT whose gradient is too long for its norm to be a float32, with a finite loss."""
+
+    name = "steep"
+    learns_from = Selection.DEMONSTRATIONS
+
+    def coefficients(self, batch: TokenBatch) -> Coefficients:
+        return Coefficients(torch.full_like(batch.logp, 1e30))
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run(make_policy: MakePolicy) -> None:
+    policy = make_policy("llama", torch.float32)
+    with pytest.raises(UserError, match=r"step 1: the gradient is inf and the loss \d"):
+        train(policy, Steep(), rows_of(policy), EVERY)
+
+
 class Broken(Objective):
-    """SFT whose coefficients are infinite in the third step that is made with it."""
+    """SFT with a moving reference, whose coefficients are infinite in the third step that is made with it."""
 
     name = "broken"
     learns_from = Selection.DEMONSTRATIONS
+    requires = (MovingReference(0.5),)
     calls = 0
 
     def coefficients(self, batch: TokenBatch) -> Coefficients:
@@ -305,7 +324,9 @@ def broken_run(policy: Policy, folder: Path | None, on_nonfinite: str) -> tuple[
     seen: list[list[Tensor]] = []
 
     def look(trainer: Trainer, step: int) -> None:
-        seen.append([p.detach().clone() for p in trainer.policy.parameters()])
+        (reference,) = trainer.models.moving.values()
+        both = trainer.policy, reference
+        seen.append([p.detach().clone() for model in both for p in model.parameters()])
 
     settings = EVERY.model_validate({**EVERY.model_dump(), "on_nonfinite": on_nonfinite})
     return train(policy, Broken(), rows_of(policy), settings, 0, [look], checkpoints=folder), seen
@@ -327,15 +348,18 @@ def test_a_step_that_is_not_finite_can_be_skipped_and_is_counted(make_policy: Ma
     assert json.loads(json.dumps(record.plain_steps(), allow_nan=False))[2]["gradient_norm"] is None
     assert record.events[0].startswith("step 3: ") and record.events[0].endswith("skipped")
     changed = [any(not torch.equal(a, b) for a, b in zip(*pair, strict=True)) for pair in pairwise(seen)]
-    assert changed == [True, False, True, True, True, True]
+    assert changed == [True, False, True, True, True, True], "neither the policy nor what follows it"
+    rates = [row["learning_rate"] for row in record.steps]
+    assert all(a != b for a, b in pairwise(rates)), "the schedule goes on"
     assert all(bool(torch.isfinite(p).all()) for p in seen[-1])
 
 
-def test_weights_that_are_not_finite_are_never_saved(make_policy: MakePolicy, tmp_path: Path) -> None:
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_weights_that_are_not_finite_are_never_saved(value: float, make_policy: MakePolicy, tmp_path: Path) -> None:
     def spoil(trainer: Trainer, step: int) -> None:
         if step == 7:
             with torch.no_grad():
-                next(trainer.policy.parameters())[0] = torch.nan
+                next(trainer.policy.parameters())[0] = value
 
     with pytest.raises(UserError, match="the last step made weights infinite"):
         trained(make_policy, "sft", tmp_path, callback=spoil)
@@ -378,48 +402,47 @@ def test_micro_batches_are_halved_until_they_fit(make_policy: MakePolicy, name: 
         train(hungry(make_policy(), 4), get_objective(name), buffer, settings)
 
 
+def test_all_that_is_scored_before_training_keeps_to_the_token_budget(make_policy: MakePolicy) -> None:
+    policy = make_policy()
+    bare = OfflineBuffer.from_trajectories(
+        [replace(row, behaviour_logp=None) for row in rows_of(policy) if row.source == "policy"]
+    )
+    changes: dict[str, Any] = {"steps": 1, "token_budget": 40, "behaviour": "current"}
+    record = train(hungry(policy, 40), get_objective("grpo"), bare, EVERY.model_copy(update=changes))
+    assert [event for event in record.events if "memory" in event] == []
+
+
 HUNGRY = """
-import resource, sys, torch
+import resource, torch
 from pathlib import Path
 from rlzoo.buffers import OfflineBuffer
 from rlzoo.config import Training
+from rlzoo.inputs import MovingReference
 from rlzoo.objective import get_objective
 from rlzoo.policy import load_policy
 from rlzoo.training import train
 from rlzoo.types import Trajectory
 
 torch.set_num_threads(1)
-policy = load_policy("embedded")
-ids = policy.tokenizer.encode("1+2=3")
-row = Trajectory("p", "c", (ids * 40)[:200], (ids * 40)[:200], "0", "demonstration")
-buffer = OfflineBuffer.from_trajectories([row] * 64)
-limit = sys.argv[1] == "limited"
-train(policy, get_objective("sft"), buffer, Training(steps=1, batch_size=2, token_budget=1))  # what it loads once
-if limit:
-    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (used + int(sys.argv[2]), -1))
-record = train(policy, get_objective("sft"), buffer, Training(steps=2, batch_size=64, token_budget=64 * 400))
-for event in record.events:
-    print(event)
-print([step["gradient_norm"] for step in record.steps])
+buffer = OfflineBuffer.from_trajectories([Trajectory("p", "c", [20] * 128, [21] * 128, "0", "demonstration")] * 16)
+for budget in (256, 16 * 256):
+    if budget > 256:  # what is loaded once has been
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (used + 80 * 2**20, -1))
+    settings = Training(steps=2, batch_size=16, token_budget=budget)
+    record = train(load_policy("embedded"), get_objective("sft"), buffer, settings)
+    print(*record.events, *(step["gradient_norm"] for step in record.steps), sep="\\n")
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits its own address space")
 def test_a_batch_that_does_not_fit_is_taken_in_smaller_parts() -> None:
     """The limit on memory is the system's, and the gradient is the one of the whole batch."""
-
-    def run(*arguments: str) -> list[str]:
-        command = [sys.executable, "-W", "ignore", "-c", HUNGRY, *arguments]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
-        return done.stdout.splitlines()
-
-    (whole,) = run("free")
-    *events, parts = run("limited", str(400 * 2**20))
-    assert events and events[0].startswith("step 1: out of memory with 25600 tokens per micro-batch, now 12800")
-    one, other = ([float(x) for x in text.strip("[]").split(",")] for text in (whole, parts))
-    assert other == pytest.approx(one, rel=1e-5)
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", HUNGRY], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    first, second, *events, third, fourth = done.stdout.splitlines()
+    assert events[0].startswith("step 1: out of memory with 4096 tokens per micro-batch, now 2048")
+    assert [float(third), float(fourth)] == pytest.approx([float(first), float(second)], rel=1e-5)
 
 
 def test_smaller_parts_of_an_experiment() -> None:

@@ -4,24 +4,35 @@ from __future__ import annotations
 
 import json
 import os
+import pty
 import re
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from importlib.metadata import version
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from comparisons import RLZOO, SMALL_OPTIONS, inline_pool
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
 from transformers import AutoModelForCausalLM
 
-from rlzoo.cli import main
+from rlzoo.cli import completion, main, tables
+from rlzoo.cli.app import parsed
+from rlzoo.cli.settings import rows_of
 from rlzoo.comparison import runner
-from rlzoo.overrides import rows_of
+from rlzoo.objective import list_objectives, objective_class
+from rlzoo.reward import list_rewards
 from rlzoo.worlds import EMBEDDED_BASE
 
 COMMANDS = ("compare", "variance", "train", "rollout", "evaluate", "report", "list", "new")
@@ -49,10 +60,7 @@ def fails(capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest
     def run(*arguments: str) -> str:
         before = sorted(tmp_path.rglob("*"))
         capfd.readouterr()
-        try:
-            status = main(arguments)
-        except SystemExit as stop:  # argparse's own
-            status = int(str(stop.code))
+        status = main(arguments)
         _, errors = capfd.readouterr()
         assert status == 2
         assert errors.startswith("rlzoo: ") and errors.count("\n") == 1, errors
@@ -73,21 +81,132 @@ def test_an_objective_that_the_experiment_does_not_name_gets_its_defaults() -> N
 def test_help_imports_nothing_heavy() -> None:
     code = (
         "import sys\nfrom rlzoo.cli import main\n"
-        "try: main(['--help'])\nexcept SystemExit as stop: assert stop.code == 0\n"
+        "assert main(['compare', '--help']) == main(['--version']) == main([]) == 0\n"
         f"assert not set({HEAVY}) & set(sys.modules), sorted(set({HEAVY}) & set(sys.modules))\n"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
-    assert all(command in run.stdout for command in COMMANDS) and "example: rlzoo" in run.stdout
+    assert all(f"  {command} " in run.stdout for command in COMMANDS)
+    assert max(map(len, run.stdout.splitlines())) <= 80
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_has_an_example_in_one_line(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_fits_80_columns_and_ends_with_examples_that_parse(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([command, "-h"]) == 0
+    text = capsys.readouterr().out
+    assert max(map(len, text.splitlines())) <= 80 and "\x1b" not in text and not set(text) & set("╭─│╰")
+    _, examples = text.split("\nExamples:\n")
+    for example in examples.splitlines():
+        _, *words = example.partition(" > ")[0].split()
+        assert words[0] == command and parsed(words) is not None
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"rlzoo {version('rlzoo')}\n"
+
+
+@pytest.mark.parametrize(
+    ("environment", "coloured"), [({}, True), ({"NO_COLOR": "1"}, False), ({"TERM": "dumb"}, False)]
+)
+def test_colours_are_for_terminals(environment: dict[str, str], coloured: bool) -> None:
+    """Help on a pseudo-terminal, and a table."""
+    code = "from rlzoo.cli import main; from rlzoo.cli.help import is_rich; main([]); print(f'rich: {is_rich()}')"
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.environ.pop("NO_COLOR", None)
+        os.environ.update({"TERM": "xterm-256color", **environment})
+        os.execv(sys.executable, [sys.executable, "-c", code])
+    shown = b""
+    with suppress(OSError):  # the end of the other side
+        while part := os.read(terminal, 1 << 16):
+            shown += part
+    os.close(terminal)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    assert (b"\x1b[" in shown) is coloured and b"Options" in shown and f"rich: {coloured}".encode() in shown
+
+
+@pytest.mark.parametrize("rich", [True, False])
+def test_tables_have_lines_on_terminals(rich: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tables, "is_rich", lambda: rich)
+    table = Table("algorithm", "seeds", box=SIMPLE_HEAD)
+    table.add_row("sft", "3")
+    out = StringIO()
+    tables.show(Console(file=out), [table])
+    assert ("─" in out.getvalue()) is rich and "sft" in out.getvalue() and ("--" in out.getvalue()) is not rich
+
+
+def test_a_reader_that_has_gone_is_no_error() -> None:
+    read, write = os.pipe()
+    os.close(read)
+    run = subprocess.run([*RLZOO, "list"], stdout=write, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(write)
+    assert (run.returncode, run.stderr) == (141, "")
+
+
+# Completion
+
+
+@pytest.mark.parametrize(
+    ("line", "offered"),
+    [
+        ("rlzoo co", {"compare"}),
+        ("rlzoo compare ari", {"arithmetic"}),
+        ("rlzoo compare --algorithms sft,iw", {"sft,iw-sft"}),
+        ("rlzoo compare --algorithms sft,sf", {"sft,sft-q"}),
+        ("rlzoo variance --objectives gr", {"grpo"}),
+        ("rlzoo evaluate --reward exa", {"exact-match"}),
+        ("rlzoo train gr", {"grpo"}),
+        ("rlzoo train sft --bad-rows ", {"reject", "drop"}),
+        ("rlzoo compare --set rollouts.temp", {"rollouts.temperature="}),
+        ("rlzoo train sft --set training.warm", {"training.warmup_ratio="}),
+        ("rlzoo rollout --rollout-s", {"--rollout-samples"}),
+    ],
+)
+def test_completion(
+    line: str, offered: set[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, value in {
+        "_RLZOO_COMPLETE": "complete_bash",
+        "COMP_WORDS": line,
+        "COMP_CWORD": str(line.count(" ")),
+    }.items():
+        monkeypatch.setenv(name, value)
     with pytest.raises(SystemExit) as stop:
-        main([command, "--help"])
+        main([])
     assert stop.value.code == 0
-    example = capsys.readouterr().out.rstrip().splitlines()[-1]
-    assert example.startswith(f"  rlzoo {command}")
+    assert set(capsys.readouterr().out.split()) == offered
+
+
+def test_all_names_are_completed() -> None:
+    """They are read from the names of files."""
+    built_in = {name for name in list_objectives() if objective_class(name).__module__.startswith("rlzoo.algorithms.")}
+    assert built_in <= set(completion.objectives("")) and "grpo" in built_in
+    assert {"exact-match", "weighted"} <= set(completion.rewards("")) <= set(list_rewards())
+
+
+def test_completion_is_installed_for_the_shell(tmp_path: Path) -> None:
+    if (bash := shutil.which("bash")) is None:
+        pytest.skip("needs bash")
+    (tmp_path / "rlzoo").write_text(f'#!{bash}\nexec {shlex.join(RLZOO)} "$@"\n')
+    (tmp_path / "rlzoo").chmod(0o755)
+    environment = {**os.environ, "HOME": str(tmp_path), "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+
+    def run(code: str) -> str:
+        done = subprocess.run([bash, "-c", f"{code}; exit $?"], env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    assert "complete_bash" in run("rlzoo --show-completion")
+    run("rlzoo --install-completion")
+    assert "bash_completions" in (tmp_path / ".bashrc").read_text()
+    ask = "COMP_WORDS=(rlzoo compare ari); COMP_CWORD=2; $(complete -p rlzoo | sed 's/.*-F \\([^ ]*\\).*/\\1/') rlzoo"
+    assert (
+        run(f'. .bashrc; {ask}; echo "${{COMPREPLY[@]}}"'.replace(". .bashrc", f". {tmp_path}/.bashrc"))
+        == "arithmetic\n"
+    )
 
 
 def test_list_as_json(capsys: pytest.CaptureFixture[str]) -> None:
@@ -112,8 +231,14 @@ def test_list_as_text_names_everything(capsys: pytest.CaptureFixture[str]) -> No
 
 
 SPECS: Sequence[tuple[str, tuple[str, ...]]] = [
-    ("'frob'", ("frob",)),
-    ("--nothing", ("compare", "--nothing")),
+    ("unknown command 'comprae': did you mean compare?", ("comprae",)),
+    ("unknown command 'frob'; see rlzoo --help", ("frob",)),
+    ("unknown option --stpes: did you mean --steps? see rlzoo compare --help", ("compare", "--stpes", "3")),
+    ("unknown option --nothing; see rlzoo --help", ("--nothing",)),
+    ("missing OBJECTIVE; see rlzoo train --help", ("train",)),
+    ("missing --buffer", ("train", "sft", "--out", "out")),
+    ("--executor: 'rya' is not one of 'local', 'ray'", ("compare", "--executor", "rya")),
+    ("--address is that of a Ray cluster", ("compare", "--address", "host:1")),
     ("unknown experiment 'facs': did you mean 'facts'?", ("compare", "facs")),
     ("'missing.yaml' cannot be read", ("compare", "missing.yaml")),
     ("unknown objective 'sfft': did you mean 'sft'?", ("compare", "facts", "--algorithms", "sfft")),
@@ -128,7 +253,13 @@ SPECS: Sequence[tuple[str, tuple[str, ...]]] = [
     ("--set 'training.steps'", ("compare", "facts", "--set", "training.steps")),
     ("not valid YAML", ("compare", "facts", "--set", "seeds=[1")),
     ("training.steps = 0", ("compare", "facts", "--steps", "0")),
-    ("--steps: invalid int value: 'abc'", ("compare", "facts", "--steps", "abc")),
+    ("--steps: 'abc' is not a whole number; see rlzoo compare --help", ("compare", "facts", "--steps", "abc")),
+    (
+        "--set lerning_rate: unknown setting: did you mean training.learning_rate?",
+        ("compare", "--set", "lerning_rate=1"),
+    ),
+    ("--set traning.steps: unknown setting: did you mean training.steps?", ("compare", "--set", "traning.steps=1")),
+    ("--set samples could mean rollouts.samples or evaluation.samples", ("compare", "--set", "samples=1")),
     ("train.limit = 0", ("compare", "facts", "--limit", "0")),
     ("k = 9 needs at least 9 samples", ("compare", "facts", "--samples", "4", "--k", "9")),
     ("seeds repeat: [1, 1]", ("compare", "facts", "--seeds", "1,1")),
@@ -139,7 +270,7 @@ SPECS: Sequence[tuple[str, tuple[str, ...]]] = [
     ("--learning-rates: 'fast' is not a number", ("compare", "facts", "--learning-rates", "fast")),
     ("learning rates of 'sft' repeat", ("compare", "facts", "--learning-rates", "1e-4,0.0001")),
     ("needs a validation", ("compare", "facts", "--learning-rates", "1e-4,1e-3", "--set", "validation=null")),
-    ("--workers 0", ("compare", "facts", "--workers", "0")),
+    ("--workers: 0 is too few", ("compare", "facts", "--workers", "0")),
     ("unknown baseline 'dtf'", ("compare", "facts", "--set", "baseline=dtf")),
     ("mode must be offline", ("compare", "facts", "--set", "algorithms.sft.mode=online")),
     ("algorithms.base", ("compare", "facts", "--set", "algorithms.base.objective=sft")),
@@ -151,13 +282,15 @@ SPECS: Sequence[tuple[str, tuple[str, ...]]] = [
     ("model 'damaged' cannot be loaded", ("compare", "facts", "--model", "damaged")),
     ("model 'bare' cannot be loaded", ("evaluate", "facts", "--limit", "2", "--model", "bare")),
     ("unknown experiment 'facs'", ("evaluate", "facs")),
-    ("--markdown: not allowed with argument --json", ("list", "--json", "--markdown")),
-    ("invalid choice: 'optimizer'", ("new", "optimizer", "mine")),
+    ("--json and --markdown: give one of them", ("list", "--json", "--markdown")),
+    ("KIND: 'optimizer' is not one of 'objective'", ("new", "optimizer", "mine")),
     ("unknown objective 'sfft'", ("train", "sfft", "--buffer", "missing", "--out", "out")),
     ("option of objective 'grpo' 'clipp'", ("train", "grpo", "--option", "clipp=1", "--buffer", "x", "--out", "out")),
     ("unknown option of objective 'sft' 'name'", ("train", "sft", "--option", "name=x", "--buffer", "x", "--out", "o")),
     ("missing does not exist", ("train", "sft", "--buffer", "./missing", "--out", "out")),
-    ("training: learning_rate = 0.0", ("train", "sft", "--learning-rate", "0", "--buffer", "x", "--out", "out")),
+    ("training.learning_rate = 0.0", ("train", "sft", "--learning-rate", "0", "--buffer", "x", "--out", "out")),
+    ("--learning-rate: 'fast' is not a number", ("train", "sft", "--learning-rate", "fast", "--buffer", "x")),
+    ("did you mean options.clip?", ("train", "grpo", "--set", "clip=1", "--buffer", "x", "--out", "out")),
     ("--out 'taken' exists already", ("rollout", "facts", "--limit", "2", "--out", "taken")),
     ("--out 'file/out' cannot be written", ("rollout", "facts", "--limit", "2", "--out", "file/out")),
     ("run directory 'missing' does not exist", ("report", "missing")),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
@@ -36,7 +37,14 @@ TIMES = ("wall_seconds", "peak_memory_bytes")
 
 @pytest.fixture
 def inline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cells run in this process."""
     monkeypatch.setattr(runner, "pool", inline_pool)
+
+
+@pytest.fixture
+def undrawn(inline: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And no report is drawn, which takes longer than a small comparison."""
+    monkeypatch.setattr(runner, "write_report", lambda *_: None)
 
 
 def quietly(experiment: Experiment, out: Path, workers: int = 1) -> dict[str, Any]:
@@ -91,7 +99,7 @@ def test_results_hold_what_the_contract_says(tmp_path: Path) -> None:
     }  # fmt: skip
 
 
-@pytest.mark.usefixtures("inline")
+@pytest.mark.usefixtures("undrawn")
 def test_outcomes_have_one_row_a_sample_and_give_the_scores_back(tmp_path: Path) -> None:
     results = quietly(small({"sft": {}}, seeds=[0, 1]), tmp_path / "out")
     table = outcomes(tmp_path / "out")
@@ -119,7 +127,7 @@ def test_outcomes_have_one_row_a_sample_and_give_the_scores_back(tmp_path: Path)
         assert shown["pass_at_k"] == pytest.approx(np.mean(chances))
 
 
-@pytest.mark.usefixtures("inline")
+@pytest.mark.usefixtures("undrawn")
 def test_the_written_experiment_gives_the_same_numbers(tmp_path: Path) -> None:
     rows = {"sft": {}, "grpo": {"options": {"clip": 0.1}}}
     first = quietly(small(rows, seeds=[1]), tmp_path / "first")
@@ -137,16 +145,16 @@ def test_processes_change_no_number(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert outcomes(tmp_path / "spawned").equals(outcomes(tmp_path / "inline"))
 
 
-@pytest.mark.usefixtures("inline")
+@pytest.mark.usefixtures("undrawn")
 def test_a_seed_does_not_depend_on_the_rest_of_the_grid(tmp_path: Path) -> None:
-    alone = quietly(small({"dft": {}}, seeds=[1]), tmp_path / "alone")
-    among = quietly(small({"sft": {}, "dft": {}}, seeds=[0, 1]), tmp_path / "among")
-    (same,) = [c for c in numbers(among)["cells"] if (c["algorithm"], c["seed"]) == ("dft", 1)]
+    alone = quietly(small({"rft": {}}, seeds=[1]), tmp_path / "alone")
+    among = quietly(small({"sft": {}, "rft": {}}, seeds=[0, 1]), tmp_path / "among")
+    (same,) = [c for c in numbers(among)["cells"] if (c["algorithm"], c["seed"]) == ("rft", 1)]
     assert numbers(alone)["cells"] == [same]
     assert alone["base"] == among["base"]
 
 
-@pytest.mark.usefixtures("inline")
+@pytest.mark.usefixtures("undrawn")
 def test_online_samples_the_policy_in_training(tmp_path: Path) -> None:
     rows = {name: {"mode": "online", "learning_rates": [1e-2]} for name in ("grpo", "ppo")}
     results = quietly(small(rows), tmp_path / "out")
@@ -157,7 +165,7 @@ def test_online_samples_the_policy_in_training(tmp_path: Path) -> None:
         assert cell["costs"]["sampled_tokens"] > 0
 
 
-@pytest.mark.usefixtures("inline")
+@pytest.mark.usefixtures("undrawn")
 def test_a_row_may_learn_from_the_bases_own_correct_samples(tmp_path: Path) -> None:
     rows = {"sft-own": {"objective": "sft", "learns_from": "correct"}, "rft": {"options": {"samples_per_prompt": 4}}}
     results = quietly(small(rows, seeds=[1]), tmp_path / "out")
@@ -168,7 +176,7 @@ def test_a_row_may_learn_from_the_bases_own_correct_samples(tmp_path: Path) -> N
         quietly(small({"dpo": {"learns_from": "correct"}}), tmp_path / "wrong")
 
 
-@pytest.mark.usefixtures("inline")
+@pytest.mark.usefixtures("undrawn")
 def test_the_learning_rate_is_chosen_on_validation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     scores = {(0, 1e-4): 0.1, (1, 1e-4): 0.3, (0, 1e-2): 0.6, (1, 1e-2): 0.0}
     run_cell = work.run_cell
@@ -187,7 +195,7 @@ def test_the_learning_rate_is_chosen_on_validation(tmp_path: Path, monkeypatch: 
     assert not (tmp_path / "out" / ".state").exists()
 
 
-@pytest.mark.usefixtures("inline")
+@pytest.mark.usefixtures("undrawn")
 def test_a_trained_folder_is_a_base_like_any_other(tmp_path: Path) -> None:
     from rlzoo.policy.loading import save_policy
 
@@ -201,11 +209,12 @@ def test_a_trained_folder_is_a_base_like_any_other(tmp_path: Path) -> None:
 # What is stopped
 
 
-@pytest.mark.usefixtures("inline")
+@pytest.mark.usefixtures("undrawn")
 def test_a_comparison_that_was_stopped_ends_as_one_that_was_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Stopped in its sampling, in the training of a cell, after it, and between the chosen cells."""
+    """Stopped in its sampling, in the training of a cell, after it, and between the chosen cells; a buffer that got
+    lost meanwhile is made again."""
     rows = {"sft": {"learning_rates": [1e-4, 1e-2]}, "grpo": {"mode": "online"}, "rft": {}}
     experiment = small(rows, training__checkpoint_seconds=0, rollouts__batch_size=8)
     whole = quietly(experiment, tmp_path / "whole")
@@ -229,6 +238,8 @@ def test_a_comparison_that_was_stopped_ends_as_one_that_was_not(
     for _ in stops:
         with pytest.raises(KeyboardInterrupt):
             quietly(experiment, out)
+        if calls["evaluate"] < 4:
+            shutil.rmtree(out / "buffer", ignore_errors=True)
     made = {path: path.stat().st_mtime_ns for path in out.rglob("*.piece")}
     found = quietly(experiment, out)
     assert len(made) >= 6 and all(path.stat().st_mtime_ns == made[path] for path in made if path.exists())
@@ -239,7 +250,7 @@ def test_a_comparison_that_was_stopped_ends_as_one_that_was_not(
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
 
 
-@pytest.mark.usefixtures("inline")
+@pytest.mark.usefixtures("undrawn")
 def test_cells_that_failed_are_tried_again_and_no_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run, ran = work._run_cell, list[str]()
 
@@ -334,7 +345,7 @@ def test_a_cell_that_fails_stops_no_other(tmp_path: Path, capsys: pytest.Capture
     assert "1 run failed" in told.out and "failing-lr" in told.err
 
 
-@pytest.mark.usefixtures("inline")
+@pytest.mark.usefixtures("undrawn")
 def test_a_cell_that_fails_its_evaluation_stops_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     evaluate_cell = work.evaluate_cell
 
@@ -350,7 +361,7 @@ def test_a_cell_that_fails_its_evaluation_stops_no_other(tmp_path: Path, monkeyp
     assert [(f["algorithm"], f["error"]) for f in results["failed"]] == [("dft", "OSError: no space")]
 
 
-@pytest.mark.usefixtures("inline")
+@pytest.mark.usefixtures("undrawn")
 def test_no_run_that_succeeds_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: Any) -> dict[str, Any]:
         raise RuntimeError("oh")
@@ -363,7 +374,7 @@ def test_no_run_that_succeeds_leaves_nothing(tmp_path: Path, monkeypatch: pytest
     assert [path.name for path in tmp_path.rglob("*")] == ["empty"]  # it was there, and is empty again
 
 
-@pytest.mark.usefixtures("inline")
+@pytest.mark.usefixtures("undrawn")
 def test_each_seed_may_have_samples_of_its_own(tmp_path: Path) -> None:
     grid = {"rft": {"options": {"threshold": 0}}}
     both = quietly(small(grid, seeds=[0, 3], rollouts__per_seed=True), tmp_path / "own")
@@ -383,7 +394,7 @@ def test_each_seed_may_have_samples_of_its_own(tmp_path: Path) -> None:
     assert trained(both, 3) != trained(shared, 3), "the cell of seed 3 learned from its own"
 
 
-@pytest.mark.usefixtures("inline")
+@pytest.mark.usefixtures("undrawn")
 def test_a_bug_in_the_shared_work_is_no_user_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: Any) -> dict[str, Any]:
         raise ZeroDivisionError("a bug")
@@ -402,12 +413,30 @@ def test_a_reward_must_have_a_name_to_be_written_down(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("inline")
 def test_the_report_can_be_written_again(tmp_path: Path) -> None:
-    quietly(small({"sft": {}, "dft": {}}), tmp_path / "out")
+    quietly(small({"sft": {}, "dft": {}}, baseline="dft"), tmp_path / "out")
     first = (tmp_path / "out" / "report.md").read_text()
-    write_report(tmp_path / "out", "dft")
-    assert "Differences to dft" in (tmp_path / "out" / "report.md").read_text()
-    assert main(["report", str(tmp_path / "out"), "--baseline", "sft"]) == 0
+    assert "Differences to dft" in first
+    write_report(tmp_path / "out", "sft")
+    assert "Differences to sft" in (tmp_path / "out" / "report.md").read_text()
+    assert main(["report", str(tmp_path / "out"), "--baseline", "dft"]) == 0
     assert (tmp_path / "out" / "report.md").read_text() == first
+
+
+@pytest.mark.parametrize(
+    ("workers", "seeds", "expected"), [(None, [0, 1, 2], 3), (None, [*range(9)], 5), (8, [0], 2), (1, [0, 1, 2], 1)]
+)
+def test_there_are_as_many_processes_as_cells_can_use(
+    workers: int | None, seeds: list[int], expected: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two at least, for the base model and the buffer, and by default no more than the machine has cores or GPUs."""
+
+    def pool(workers: int, threads: int, console: Console) -> Any:
+        raise UserError(f"{workers} processes with {threads} threads")
+
+    monkeypatch.setattr(runner, "pool", pool)
+    monkeypatch.setattr(runner, "default_workers", lambda: 5)
+    with pytest.raises(UserError, match=f"^{expected} processes with 3 threads"):
+        runner.compare(small({"sft": {}}, seeds=seeds), tmp_path / "out", workers, 3, Console(quiet=True))
 
 
 def test_rows_drawn_by_quality_stay_so_when_they_are_the_base_s_own() -> None:

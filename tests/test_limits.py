@@ -90,6 +90,7 @@ def test_only_a_table_of_positions_is_a_limit(make_policy: MakePolicy, policy: P
         OPTConfig(**small, ffn_dim=16, num_hidden_layers=1, num_attention_heads=2, word_embed_proj_dim=16)
     )
     gptj = GPTJForCausalLM(GPTJConfig(vocab_size=50, n_positions=16, n_embd=16, n_layer=1, n_head=2, rotary_dim=4))
+    small["vocab_size"] = 16  # as many words as positions
     llama = LlamaForCausalLM(LlamaConfig(**small, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2))
     for model, limited in ((opt, True), (gptj, True), (llama, False)):
         made = Policy(model.eval(), policy.tokenizer, "m")
@@ -182,7 +183,7 @@ def experiment(policy: Policy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize(
     ("command", "who"),
     [
-        ("train sft --buffer train.jsonl --model model --out out", "row 1 of the buffer"),
+        ("train sft --buffer train.jsonl --model model --out out", "train.jsonl line 1"),
         ("rollout x.yaml --out out", "problem 'train-0'"),
         ("evaluate x.yaml", "problem 'train-0'"),
     ],
@@ -201,12 +202,12 @@ def test_comparisons_and_variance_say_so_before_anything_is_trained(experiment: 
 
     table = experiment.model_copy(update={"demonstrations": "train.jsonl"})
     sampled = experiment.model_copy(update={"algorithms": {"rft": experiment.algorithms["sft"]}})
-    for some, who in ((experiment, "row 1 of"), (table, "row 1 of"), (sampled, "(row 1 of|problem 'train-0')")):
+    for some, who in ((experiment, "problem"), (table, "train.jsonl line 1"), (sampled, "problem 'train-0'")):
         with pytest.raises(UserError, match=f"^{who}.*64 positions"):
             work.fill_buffer(some, tmp_path / "buffer", tmp_path / "state", 0, report)
         with pytest.raises(UserError, match=f"^{who}.*64 positions"):
             variance.fill(some, tmp_path / "buffer", tmp_path / "state", None, report)
-    with pytest.raises(UserError, match=r"^row 1 of.*64 positions"):
+    with pytest.raises(UserError, match=r"^train.jsonl line 1 has 72 tokens, .*64 positions"):
         variance.fill(experiment, tmp_path / "buffer", tmp_path / "state", "train.jsonl", report)
     with pytest.raises(UserError, match=r"^problem 'train-0'.*64 positions"):
         work.Collector(experiment, load_policy("model"), 2, 0, Costs())

@@ -229,6 +229,14 @@ def test_no_answer_takes_long(answer: str) -> None:
         assert time.perf_counter() - started < 4
 
 
+@pytest.mark.parametrize("sign", ["\x00", "\ud800", "\udfff", "\u202e", "\u200b", "\ufeff", "\U0001f600", "\\"])
+@pytest.mark.parametrize("written", list(WRITTEN))
+def test_no_sign_is_an_error(sign: str, written: str) -> None:
+    for text in (sign, f"6{sign}", f"{sign}6", sign * 2000):
+        for gold in ("5", f"5{sign}", r"\sqrt{2}", "Tom"):
+            assert score(WRITTEN[written](text), gold) == 0
+
+
 def test_commands_count_the_samples_without_a_reward(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -271,6 +279,14 @@ def test_rows_without_a_gold_answer_are_counted() -> None:
     ):
         values = scores("math-answer", ["#### 4"] * 6, answer=golds)
     assert values == [1.0, None, None, None, None, None]
+
+
+@pytest.mark.parametrize("gold", [{"ground_truth": "5", "style": "rule"}, ["5", {"ground_truth": "5"}], b"5"])
+def test_a_gold_answer_that_is_no_text_is_refused(gold: Any) -> None:
+    with pytest.raises(
+        UserError, match=r"on row 1: TypeError: the gold answer is (dict|bytes), .*reward_model.ground_truth"
+    ):
+        scores("math-answer", ["#### 5"] * 2, answer=["5", gold])
 
 
 # What is equal to what
@@ -335,6 +351,8 @@ def test_a_thread_without_time_limits_takes_no_longer() -> None:
         (["$x=1$", "$x=2$"], r"\boxed{1, 2}", 1),
         (["(1,2)", "(3,4)"], r"\boxed{(3,4), (1,2)}", 1),
         (("3", 5), r"\boxed{3, 5}", 1),
+        ({"3", "5"}, r"\boxed{3, 5}", 1),
+        ({"3", "5"}, r"\boxed{3}", 0),
         (True, r"\boxed{True}", 1),
         (True, r"\boxed{False}", 0),
     ],

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from rlzoo import analyze_variance, compare
 from rlzoo.buffers import OfflineBuffer
-from rlzoo.catalogue import catalogue
 from rlzoo.cli import main
+from rlzoo.cli.catalogue import catalogue
 from rlzoo.comparison import runner, work
 from rlzoo.config import Training
 from rlzoo.errors import UserError
@@ -309,9 +309,11 @@ def test_a_mixture_needs_what_its_parts_need() -> None:
     assert get_objective("sft").parts[0].label == "" and mixture({"sft": 1.0}).parts[0].label == "sft"
 
 
-def test_parts_of_one_view_draw_other_rows() -> None:
+def test_parts_of_one_view_draw_other_rows(make_policy: MakePolicy) -> None:
     views = views_of(get_objective("mixture", weights={"sft": 1.0, "grpo": 1.0, "dft": 1.0}))
     assert seeds(views, 7) == [7, 7, 7 + 2**32]
+    sft, _, dft = buffer_sources(rows_of(make_policy()), views, 9, seed=7)
+    assert [sft.draw() for _ in range(3)] != [dft.draw() for _ in range(3)]
 
 
 def test_a_reported_loss_has_what_auxiliary_losses_add() -> None:

@@ -54,7 +54,7 @@ def buffer_of(policy: Policy) -> OfflineBuffer:
         text = f"{i + 1}+{i + 2}=?\n", f"{i + 1}+{i + 2}={2 * i + 3} #### {2 * i + 3}"
         prompt, completion = (policy.tokenizer(part, add_special_tokens=False)["input_ids"] for part in text)
         (logp,) = score_rows(policy, [(prompt, completion)])
-        columns = {"token_reward": [0.1 * (t % 3) for t in range(len(completion))]}
+        columns: dict[str, object] = {"token_reward": [0.1 * (t % 3) for t in range(len(completion))]}
         row = Trajectory(*text, prompt, completion, str(i), source="policy", reward=1.0, columns=columns)
         rows += [replace(row, behaviour_logp=logp, truncated=i % 3 == 0), replace(row, source="demonstration")]
     return OfflineBuffer.from_trajectories(rows)
@@ -130,7 +130,8 @@ def test_a_head_of_ones_own_learns(tmp_path: Path) -> None:
 
 def test_asking_for_what_was_not_listed_is_an_error_that_names_it(tmp_path: Path) -> None:
     (tmp_path / "greedy.py").write_text(
-        "from dataclasses import dataclass\nfrom typing import ClassVar\nfrom rlzoo import Coefficients, Objective\n\n\n"
+        "from dataclasses import dataclass\nfrom typing import ClassVar\n\n"
+        "from rlzoo import Coefficients, Objective\n\n\n"
         "@dataclass(frozen=True)\nclass Greedy(Objective):\n    name: ClassVar[str] = 'greedy'\n\n"
         "    def coefficients(self, batch):\n        return Coefficients(batch.logp - batch.reference_logp)\n"
     )

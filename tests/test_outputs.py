@@ -15,7 +15,7 @@ import pytest
 
 from rlzoo import runs
 from rlzoo.errors import UserError
-from rlzoo.outputs import remove_partial, replacing, write_atomically
+from rlzoo.outputs import remove, remove_partial, replacing, write_atomically
 from rlzoo.pieces import Pieces
 from rlzoo.runs import run_in, unfinished
 
@@ -98,8 +98,16 @@ def test_what_a_killed_process_had_half_written_is_removed(tmp_path: Path) -> No
     assert names(tmp_path) == []
 
 
+def test_a_link_is_removed_and_not_what_it_leads_to(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "rows.txt").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "mine", target_is_directory=True)
+    remove(tmp_path / "link")
+    assert names(tmp_path) == ["mine", "mine/rows.txt"]
+
+
 def test_a_piece_is_made_once_and_comes_back_as_it_was(tmp_path: Path) -> None:
-    pieces, made = Pieces(tmp_path), []
+    pieces, made = Pieces(tmp_path), list[int]()
 
     def work() -> dict[str, Any]:
         made.append(1)
@@ -108,6 +116,12 @@ def test_a_piece_is_made_once_and_comes_back_as_it_was(tmp_path: Path) -> None:
     first, second = pieces.once("grpo-lr1e-05/seed 0", work), pieces.once("grpo-lr1e-05/seed 0", work)
     assert first == second == {"a": [0.1 + 0.2, float("inf"), None], "b": ["é", 2**70]}
     assert len(made) == 1 and len(list(tmp_path.iterdir())) == 1
+
+    def nothing() -> list[int]:
+        made.append(2)
+        return []
+
+    assert pieces.once("nothing", nothing) == pieces.once("nothing", nothing) == [] and made == [1, 2]
 
 
 @pytest.mark.parametrize("damage", ["cut", "flip", "empty"])
@@ -138,7 +152,7 @@ def test_a_failed_run_takes_nothing_of_others_with_it(tmp_path: Path) -> None:
 def test_a_run_that_ends_before_it_did_anything_removes_the_folders_it_made(
     tmp_path: Path, what: type[BaseException]
 ) -> None:
-    with pytest.raises(what), run_in(tmp_path / "runs" / "a", "train", ASKED):
+    with pytest.raises(what), run_in(tmp_path / "runs" / "deep" / "a", "train", ASKED):
         raise what("out of luck")
     assert names(tmp_path) == []
 
@@ -214,14 +228,19 @@ def test_another_run_is_told_apart_by_what_differs(tmp_path: Path) -> None:
     assert Pieces(out / ".state").read("half") == 1
 
 
-@pytest.mark.parametrize("kind", ["table", "module", "model", "key"])
-def test_a_file_of_the_same_size_that_changed_is_told(tmp_path: Path, kind: str) -> None:
-    """Whatever settings name: a table, a module with a name in it, a model's folder, or a module as a key."""
-    (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "config.json").write_text("{}")
-    files = {"table": "rows.csv", "module": "mine.py", "model": "model/weights.safetensors", "key": "mine.py"}
-    file = tmp_path / files[kind]
-    named: dict[str, Any] = {"table": str(file), "module": f"{file}:Mine", "model": str(tmp_path / "model")}
+@pytest.mark.parametrize("kind", ["table", "module", "model", "buffer", "experiment", "key", "home"])
+def test_a_file_of_the_same_size_that_changed_is_told(
+    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever settings name: a table, a module with a name in it, a model's or buffer's folder, a module as a key."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for folder, mark in (("model", "config.json"), ("buffer", "state.json")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / mark).write_text("{}")
+    files = {"table": "rows.csv", "model": "model/weights.safetensors", "buffer": "buffer/data.arrow"}
+    file = tmp_path / {**files, "experiment": "mine.yaml"}.get(kind, "mine.py")
+    named: dict[str, Any] = {name: str(tmp_path / name) for name in ("model", "buffer")}
+    named |= {"table": str(file), "experiment": str(file), "module": f"{file}:Mine", "home": "~/mine.py:Mine"}
     asked = {**ASKED, "named": [{f"{file}:Mine": {}}] if kind == "key" else [named[kind]]}
     file.write_text("a")
     os.utime(file, ns=(1, 1))
@@ -237,6 +256,7 @@ def test_what_a_killed_run_had_half_written_or_half_removed_is_gone(tmp_path: Pa
     out = tmp_path / "out"
     stopped(out)
     (out / ".report.md.x.partial").mkdir()
+    (out / ".state" / ".half.piece.x.partial").mkdir()
     with run_in(out, "train", ASKED):
         assert names(out) == [".state", ".state/half.piece", ".state/lock", ".state/run.json"]
     (out / ".state").mkdir()
@@ -265,6 +285,15 @@ def test_a_file_that_was_whole_when_its_run_was_killed_is_finished(tmp_path: Pat
     with run_in(file, "rollout", ASKED, "whole") as run:
         assert run.finished
     assert names(tmp_path) == ["rows.jsonl"] and file.read_text() == "whole"
+
+
+def test_what_a_killed_run_had_half_written_beside_its_file_is_gone(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    for name in (".rows.jsonl.a1b2.partial", ".rows.jsonl.gz.a1b2.partial"):
+        (tmp_path / name).mkdir()
+    with run_in(file, "rollout", ASKED, "whole"):
+        write_atomically(file, "whole")
+    assert names(tmp_path) == [".rows.jsonl.gz.a1b2.partial", "rows.jsonl"], "another's is not touched"
 
 
 def test_other_versions_of_packages_do_not_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

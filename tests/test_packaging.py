@@ -54,7 +54,7 @@ def expected() -> set[str]:
     found |= {f"rlzoo/{name}/{path.name}" for name in ("algorithms", "rewards") for path in (ROOT / name).glob("*.py")}
     found |= {f"rlzoo/experiments/{path.name}" for path in (ROOT / "experiments").glob("*.yaml")}
     found |= {f"rlzoo/worlds/base/{path.name}" for path in (ROOT / "rlzoo" / "worlds" / "base").iterdir()}
-    found |= {f"rlzoo/templates/{path.name}" for path in (ROOT / "rlzoo" / "templates").iterdir()}
+    found |= {f"rlzoo/cli/templates/{path.name}" for path in (ROOT / "rlzoo" / "cli" / "templates").iterdir()}
     return found | {"rlzoo/py.typed", "rlzoo/experiments/__init__.py"}
 
 
@@ -107,7 +107,7 @@ def test_it_runs_where_it_is_installed(wheel: Path, tmp_path: Path) -> None:
         code = f"import importlib.util as u, sys; sys.exit(u.find_spec({name!r}) is not None)"
         run(str(python), "-c", code)
     assert run(str(tmp_path / "env" / "bin" / "rlzoo"), "new", "objective", "mine").startswith("wrote mine.py and ")
-    score = run(str(python), "-m", "rlzoo.cli", "evaluate", "facts", "--limit", "2", "--samples", "1")
+    score = run(str(python), "-m", "rlzoo", "evaluate", "facts", "--limit", "2", "--samples", "1")
     assert score.startswith("facts: avg@1")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,12 +12,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     AutoModelForCausalLM,
     CohereConfig,
     Gemma2Config,
+    Gemma3Config,
     GPT2Config,
     GraniteConfig,
     LlamaConfig,
@@ -32,6 +35,7 @@ from rlzoo.inputs import Critic, Statistic
 from rlzoo.policy import Policy, Sequences, load_policy
 from rlzoo.policy import head as head_module
 from rlzoo.policy.head import Head
+from rlzoo.policy.loading import save_policy
 from rlzoo.policy.microbatches import score_rows, token_batches
 
 VOCABULARY, HIDDEN = 97, 32
@@ -87,8 +91,8 @@ def plain_logits(policy: Policy, prompt: list[int], completion: list[int]) -> Te
     return logits
 
 
-def plain_logp(policy: Policy, prompt: list[int], completion: list[int]) -> Tensor:
-    logits = plain_logits(policy, prompt, completion)
+def plain_logp(policy: Policy, prompt: list[int], completion: list[int], temperature: float = 1.0) -> Tensor:
+    logits = plain_logits(policy, prompt, completion) / temperature
     return logits.log_softmax(-1).gather(1, torch.tensor(completion, dtype=torch.long)[:, None])[:, 0]
 
 
@@ -118,10 +122,18 @@ def test_score_rows_keeps_the_order_and_the_training_mode(kind: str) -> None:
     """Scores are those without dropout, which GPT-2 has, whatever mode the policy is in."""
     expected = build(kind)
     policy = build(kind).train()
+    sizes: list[int] = []
+    policy.register_forward_pre_hook(lambda _, inputs: sizes.append(inputs[0].ids.numel()))
+    heats, done = [0.5, 1.0, 2.0, 1.0, 0.7], list[int]()
     for budget in (1, 9, 1000):
-        scores = score_rows(policy, ROWS, token_budget=budget)
-        for found, row in zip(scores, ROWS, strict=True):
+        sizes.clear()
+        scores = score_rows(policy, ROWS, token_budget=budget, progress=done.append)
+        tempered = score_rows(policy, ROWS, budget, heats)
+        for found, hot, heat, row in zip(scores, tempered, heats, ROWS, strict=True):
             assert found == pytest.approx(plain_logp(expected, *row).tolist(), abs=2e-6)
+            assert hot == pytest.approx(plain_logp(expected, *row, heat).tolist(), abs=2e-6)
+        assert max(sizes) <= max(budget, max(len(prompt) + len(completion) for prompt, completion in ROWS))
+    assert sum(done) == 3 * len(ROWS)
     assert policy.training and policy.model.training
     assert score_rows(policy, []) == []
 
@@ -255,12 +267,31 @@ def test_tempered_and_truncated_log_probs_are_those_of_transformers_warpers(temp
     assert inside > 10
 
 
+def test_a_temperature_takes_the_place_of_the_rows_own() -> None:
+    policy = build("gpt2")
+    prompts, completions = zip(*ROWS, strict=True)
+    hot = Sequences.collate(prompts, completions, CPU, [0.5, 1.0, 2.0, 1.0, 1.0])
+    plain = policy(collate(ROWS)).logp
+    assert torch.equal(policy(hot, temperature=1.0).logp, plain) and not torch.equal(policy(hot).logp, plain)
+    assert torch.equal(policy(hot, temperature=2.0).logp, policy(collate(ROWS), temperature=2.0).logp)
+
+
+def test_logits_in_the_thousands_overflow_nowhere() -> None:
+    policy = build("llama", dtype=torch.float32)
+    with torch.no_grad():
+        policy.model.lm_head.weight.mul_(1000)
+    expected = plain_logp(policy, *ROWS[0])
+    assert plain_logits(policy, *ROWS[0]).max() > 1000
+    torch.testing.assert_close(policy(collate(ROWS[:1])).logp[0].detach(), expected)
+
+
 def test_a_bfloat16_model_gets_its_softmax_in_float32() -> None:
     policy = build("llama", dtype=torch.bfloat16)
+    policy.attach([Critic(shared=True)])
     sequences = collate(ROWS)
     scores = policy(sequences, statistics=STATISTICS)
     assert scores.logp.dtype == torch.float32
-    assert {s.dtype for s in scores.inputs.values()} == {torch.float32}
+    assert {s.dtype for s in scores.inputs.values()} == {torch.float32} and "value" in scores.inputs
     hidden = policy.model.base_model(input_ids=sequences.ids, use_cache=False).last_hidden_state[sequences.predicts]
     rounded = policy.model.lm_head(hidden).double()
     exact = rounded.log_softmax(1).gather(1, sequences.targets[:, None])[:, 0]
@@ -333,6 +364,11 @@ def test_every_end_of_sequence_is_known() -> None:
     assert policy.eos_ids == {1}
 
 
+def test_rows_of_like_length_share_a_micro_batch() -> None:
+    batches = list(token_batches([[i] for i in range(6)], [9, 1, 9, 2, 9, 1], token_budget=18))
+    assert batches == [[1, 5, 3], [0, 2], [4]]
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     st.lists(st.lists(st.integers(1, 40), min_size=1, max_size=4), max_size=15),
@@ -379,10 +415,36 @@ def test_a_model_that_makes_logits_in_an_unknown_way_is_refused(monkeypatch: pyt
         load_policy("embedded")
 
 
-def test_a_model_that_is_not_there_is_named() -> None:
+def test_a_model_that_is_not_there_is_named(tmp_path: Path) -> None:
+    for folder, told in ((tmp_path, "has no config.json"), (tmp_path / "nowhere", "does not exist")):
+        with pytest.raises(UserError, match=f"cannot be loaded: that folder {told}"):
+            load_policy(str(folder))
     with pytest.raises(UserError, match="model 'no/such-model' cannot be loaded") as caught:
         load_policy("no/such-model")
     assert "\n" not in str(caught.value)
+
+
+def test_a_folder_that_lacks_something_is_refused(tmp_path: Path) -> None:
+    policy = load_policy("embedded")
+    save_policy(policy, tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    most = {name: weight for name, weight in weights.items() if name != "model.norm.weight"}
+    save_file(most, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=r"has no weights for model\.norm\.weight \(1 in all\): is its folder whole\?"):
+        load_policy(str(tmp_path))
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(weights, tmp_path / "pytorch_model.bin")  # a pickle, which could run anything
+    with pytest.raises(UserError, match="cannot be loaded"):
+        load_policy(str(tmp_path))
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    policy.tokenizer.pad_token = None
+    policy.tokenizer.save_pretrained(tmp_path)
+    tokenizer = load_policy(str(tmp_path)).tokenizer  # padding can be done without
+    assert tokenizer.pad_token_id == tokenizer.eos_token_id
+    policy.tokenizer.eos_token = None
+    policy.tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="its tokenizer has no end-of-sequence token"):
+        load_policy(str(tmp_path))
 
 
 def test_logits_are_scaled_and_then_capped() -> None:
@@ -397,3 +459,12 @@ def test_the_head_finds_scales_and_caps() -> None:
     assert Head.of(build("granite").model).scale == 0.25
     assert Head.of(build("gemma2").model).soft_cap == 2.0
     assert Head.of(build("recurrent_gemma").model).soft_cap == 2.0
+    other = build("granite").model
+    other.config.model_type = "hyperclovax"  # multiplies by what Granite divides by
+    assert Head.of(other).scale == 4.0
+    plain = build("llama").model
+    plain.config.lm_head_multiplier, plain.config.output_multiplier = 0.5, 3.0
+    assert Head.of(plain).scale == 1.5
+    sees: Any = SimpleNamespace(get_output_embeddings=lambda: None)
+    sees.config = Gemma3Config(text_config={"final_logit_softcapping": 3.0})  # of a model that takes images too
+    assert Head.of(sees).soft_cap == 3.0

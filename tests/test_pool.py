@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import io
+import multiprocessing
 import os
 import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +20,7 @@ from rich.console import Console
 
 from rlzoo.comparison import heartbeat
 from rlzoo.comparison.pool import THREAD_VARIABLES, WorkerDiedError, pool
+from rlzoo.outputs import write_atomically
 
 
 def nap(seconds: float, report: Callable[[float, str], None]) -> float:
@@ -39,6 +42,78 @@ def test_an_interrupt_waits_for_a_safe_place_and_for_nothing_else(number: signal
     assert reached, "raised where it fell"
     assert time.monotonic() - started < 120, "the piece of work was waited for"
     assert signal.getsignal(number) is before
+
+
+def deaf_nap(report: Callable[[float, str], None]) -> None:
+    """As in code that swallows what a signal raises."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    report(0.0, "deaf")
+    time.sleep(600)
+
+
+@pytest.mark.usefixtures("hears_interrupts")
+def test_a_process_that_does_not_end_in_its_time_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rlzoo.comparison.pool.GRACE", 0.2)
+    monkeypatch.setattr("rlzoo.comparison.pool.QUICK", 0.1)
+    lines, started = io.StringIO(), time.monotonic()
+    with pytest.raises(KeyboardInterrupt), pool(1, 1, Console(file=lines)) as processes:
+        futures = {processes.submit("deaf", deaf_nap): "deaf"}
+        threading.Thread(target=interrupt_when, args=(lambda: processes.doing().endswith("deaf: deaf"),)).start()
+        list(processes.gather(futures))
+    assert "stopping; trainings save a checkpoint first" in lines.getvalue()
+    assert time.monotonic() - started < 120 and not multiprocessing.active_children()
+
+
+def interrupt_when(ready: Callable[[], bool]) -> None:
+    while not ready():
+        time.sleep(0.02)
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_a_signal_that_the_shell_ignores_stays_ignored() -> None:
+    """As it does for a command in the background: another's Ctrl-C is not for it."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with pool(1, 1, Console(quiet=True)):
+            signal.raise_signal(signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_processes_end_with_one_that_is_killed(tmp_path: Path) -> None:
+    script = (
+        "import sys; sys.path.insert(0, sys.argv[1])\n"
+        "from test_pool import mark_and_nap, pool, Console, Path\n"
+        "if __name__ == '__main__':\n"
+        "    with pool(1, 1, Console(quiet=True)) as processes:\n"
+        "        list(processes.gather({processes.submit('nap', mark_and_nap, Path(sys.argv[2])): 'nap'}))\n"
+    )
+    run = subprocess.Popen([sys.executable, "-c", script, str(Path(__file__).parent), str(tmp_path / "pid")])
+    while not (tmp_path / "pid").exists():
+        assert run.poll() is None
+        time.sleep(0.05)
+    run.kill()
+    run.wait()
+    worker = int((tmp_path / "pid").read_text())
+    for _ in range(200):
+        if not alive(worker):
+            return
+        time.sleep(0.05)
+    os.kill(worker, signal.SIGKILL)
+    pytest.fail("the worker goes on without the process that started it")
+
+
+def mark_and_nap(mark: Path, report: Callable[[float, str], None]) -> None:
+    write_atomically(mark, str(os.getpid()))
+    time.sleep(600)
+
+
+def alive(process: int) -> bool:
+    """Whether it runs; one that has ended may wait for somebody to ask how."""
+    try:
+        return "(zombie)" not in Path(f"/proc/{process}/status").read_text()
+    except OSError:
+        return False
 
 
 @pytest.mark.usefixtures("hears_interrupts")
@@ -102,7 +177,8 @@ def test_a_process_that_dies_takes_nothing_with_it(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("terminal", [False, True])
 def test_a_log_shows_now_and_then_what_is_done(terminal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A terminal has the live view for that."""
+    """At least every 30 seconds; a terminal has the live view for that."""
+    assert heartbeat.EVERY <= 30
     monkeypatch.setattr(heartbeat, "EVERY", 0.05)
     lines = io.StringIO()
     with (

@@ -12,9 +12,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from rlzoo.bad_rows import BadRows
 from rlzoo.config import ProblemSource
 from rlzoo.errors import UserError
-from rlzoo.problems import load_problems
+from rlzoo.problems import Problem, demonstrations, encode_problems, load_problems
 
 VERL: dict[str, Any] = {
     "prompt": [{"role": "user", "content": "1+1?"}],
@@ -24,6 +25,7 @@ VERL: dict[str, Any] = {
     "a": {"b": "within"},
     "choices": [{"text": "x"}, {"text": "y"}],
     "nan": float("nan"),
+    "inf": float("inf"),
 }
 
 
@@ -55,6 +57,7 @@ def test_fields_within_columns_have_dotted_names(tmp_path: Path) -> None:
         ({"columns": {"answer": "prompt.0.content.x"}}, "'prompt.0.content' is a str"),
         ({"columns": {"answer": "gold"}}, "no column 'gold'; it has: prompt, reward_model"),
         ({"prompt": "{choices}"}, "column 'choices' is a list, and the prompt needs text there"),
+        ({"prompt": "{inf}"}, "column 'inf' is inf, and the prompt needs text there"),
         ({"prompt": "{a.b:d}"}, "column 'a.b' cannot be shown as {a.b:d}"),
         ({"prompt": "a"}, "column 'a' is a dict: give text or a list of messages"),
         ({"solution": "reward_model"}, "column 'reward_model' holds a dict: give text"),
@@ -80,9 +83,51 @@ def test_a_prompt_is_never_none_or_blank(tmp_path: Path, chat: bool, prompt: str
     assert len(load(source, prompt=prompt, chat=chat, bad_rows="drop")) == 1
 
 
+def test_a_template_names_its_columns(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"prompt 'Say \{\}' has \{\}: name a column in it"):
+        load(written(tmp_path, {"q": "1"}), prompt="Say {}")
+
+
+def test_demonstrations_are_rows_of_their_problems(tokenizer: Any) -> None:
+    """One that is cut has the text of the tokens that are left."""
+    problem = Problem("a", "1+1=", {"answer": "2"}, solutions=("3-1=2", "2"), quality=0.5)
+    one, other = demonstrations(tokenizer, [problem])
+    assert (one.completion, other.completion) == ("3-1=2", "2") and not one.truncated
+    assert one.completion_ids == [*tokenizer.encode("3-1=2"), tokenizer.eos_token_id]
+    assert (one.prompt, one.prompt_id, one.reward, one.columns) == ("1+1=", "a", 0.5, {"answer": "2"})
+    cut, whole = demonstrations(tokenizer, [problem], max_tokens=2)
+    assert cut.truncated and cut.completion_ids == one.completion_ids[:2]
+    assert cut.completion == tokenizer.decode(cut.completion_ids) != "3-1=2"
+    assert not whole.truncated and whole.completion_ids == other.completion_ids
+
+
+def test_problems_that_are_all_dropped_are_an_error(tokenizer: Any) -> None:
+    with pytest.raises(UserError, match="problem 'a'"):
+        encode_problems(tokenizer, [Problem("a", [{"role": "user", "content": "1+1"}], {})], BadRows("drop"))
+
+
 def test_an_empty_text_in_a_template_is_nothing(tmp_path: Path) -> None:
     (problem,) = load(written(tmp_path, {"instruction": "Add.", "input": ""}), prompt="{instruction}{input}")
     assert problem.prompt == "Add."
+
+
+def test_ids_are_a_tables_own_and_no_two_are_the_same(tmp_path: Path) -> None:
+    rows: list[dict[str, Any]] = [{"id": 7, "q": "1"}, {"id": "b", "q": "2"}, {"id": None, "q": "3"}]
+    assert [problem.id for problem in load(written(tmp_path, *rows), prompt="q")] == ["7", "b", "train-2"]
+    source = written(tmp_path, *rows, {"id": "b", "q": "4"})
+    with pytest.raises(UserError, match=r"line 4: the id 'b' is that of .*line 2: give each its own"):
+        load(source, prompt="q")
+    assert [problem.prompt for problem in load(source, prompt="q", bad_rows="drop")] == ["1", "2", "3"]
+
+
+def test_a_column_may_take_the_name_of_another(tmp_path: Path) -> None:
+    (problem,) = load(
+        written(tmp_path, {"q": "1+1", "answer": "so", "gold": "2"}), prompt="q", columns={"answer": "gold"}
+    )
+    assert problem.columns["answer"] == "2"
+    (built_in,) = load("world:facts/train", limit=1, columns={"answer": "prompt"})
+    assert built_in.columns["answer"] == built_in.prompt and not {"id", "prompt"} & set(built_in.columns)
+    assert built_in.solutions, "those of the task"
 
 
 def test_numbers_of_any_size_and_columns_of_several_types_are_read_exactly(tmp_path: Path) -> None:
@@ -132,3 +177,22 @@ def test_columns_that_json_cannot_hold_are_text_or_left_out(tmp_path: Path) -> N
     for settings in ({"prompt": "image"}, {"prompt": "q", "columns": {"answer": "image"}}, {"prompt": "{q}{image}"}):
         with pytest.raises(UserError, match=r"rows\.parquet row 1: column 'image' holds bytes that are no UTF-8 text"):
             load(path, **settings)
+
+
+def test_a_name_leads_into_json_text(tmp_path: Path) -> None:
+    """As in SYNTHETIC-1's ``verification_info``."""
+    row = {"prompt": "1+1=", "info": json.dumps({"gold": {"value": ["2"]}}), "note": "{no JSON"}
+    file = tmp_path / "p.jsonl"
+    file.write_text(json.dumps(row))
+    (problem,) = load_problems(ProblemSource(source=str(file), columns={"answer": "info.gold.value.0"}))
+    assert problem.columns["answer"] == "2" and problem.columns["info"] == row["info"]
+    with pytest.raises(UserError, match=r"no column 'note\.x': 'note' is a str"):
+        load_problems(ProblemSource(source=str(file), columns={"answer": "note.x"}))
+
+
+def test_braces_that_are_no_column_are_told_how_to_be_text(tmp_path: Path) -> None:
+    (tmp_path / "p.jsonl").write_text('{"q": "1+1="}')
+    with pytest.raises(
+        UserError, match=r"no column '2'; it has: q: name a column in \{2\}, or write \{\{2\}\} for text"
+    ):
+        load_problems(ProblemSource(source=str(tmp_path / "p.jsonl"), prompt="{q} as in \\frac{2}"))

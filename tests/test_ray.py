@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -75,11 +76,17 @@ def test_a_node_that_dies_half_way_costs_nothing_but_time(
     ).read_bytes()
 
 
-def test_what_goes_wrong_in_a_task_is_told_in_one_line(cluster: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_goes_wrong_in_a_task_is_told_in_one_line(
+    cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And what goes right finds files and modules where the driver does, and runs with as many threads."""
     monkeypatch.setattr("rlzoo.comparison.on_ray.RETRIES", 0)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path / "modules"))
 
-    def works(report: Any) -> int:
-        return 7
+    def works(report: Any) -> tuple[str, bool, list[str]]:
+        variables = [os.environ[name] for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")]
+        return str(Path.cwd()), str(tmp_path / "modules") in sys.path, variables
 
     def wrong(report: Any) -> None:
         raise UserError("this is wrong")
@@ -90,7 +97,7 @@ def test_what_goes_wrong_in_a_task_is_told_in_one_line(cluster: Any, monkeypatch
     with ray_tasks(cluster.address, 1) as tasks:
         futures = {tasks.submit(function.__name__, function): function.__name__ for function in (works, wrong, ends)}
         found = dict(tasks.gather(futures))
-    assert found["works"].result() == 7
+    assert found["works"].result() == (str(tmp_path), True, ["1"] * 3)
     assert type(found["wrong"].exception()) is UserError and str(found["wrong"].exception()) == "this is wrong"
     told = str(found["ends"].exception())
     assert told.startswith("Ray gave it up") and "\n" not in told

@@ -86,6 +86,28 @@ def test_what_a_reward_logs_stands_in_its_scores() -> None:
     assert both.extra == {"length": 1, "upper": "A"} and both.metrics == {"longest": 0.5}
 
 
+def test_a_trainer_that_passes_its_own_functions_to_log_with_gets_what_is_logged() -> None:
+    def mine(completions: list[str], log_extra: Callable[[str, Any], None], **_: Any) -> list[float]:
+        log_extra("length", [len(c) for c in completions])
+        return [1.0] * len(completions)
+
+    got: dict[str, Any] = {}
+    assert get_reward(mine)(["q"], ["four"], log_extra=got.__setitem__) == [1.0] and got == {"length": [4]}
+
+
+def test_rows_that_fail_keep_their_numbers_and_have_null_parts() -> None:
+    def odd(completions: list[str], gold: Any, weight: Any) -> list[float]:
+        assert (gold[0], weight[0]) in (("a", 1), ("b", 2), ("c", 3))
+        return [float(c) for c in completions]
+
+    with pytest.warns(RuntimeWarning) as caught:
+        columns = {"gold": ("a", "b", "c"), "weight": np.array([1, 2, 3])}
+        scores = get_reward(odd, "null").score(["q"] * 3, ["1", "one", "nan"], columns)
+    assert [score.parts for score in scores] == [{"odd": 1.0}, {"odd": None}, {"odd": None}]
+    told = ["reward 'odd' raised on row 1: ", "reward 'odd' returned nan on row 2: "]
+    assert [str(w.message)[: len(t)] for w, t in zip(caught, told, strict=True)] == told
+
+
 def test_a_reward_of_trls_may_run_in_a_process_of_its_own(tmp_path: Path) -> None:
     body = inspect.getsource(curriculum) + inspect.getsource(logging)
     (tmp_path / "mine.py").write_text(f"from typing import Any\nimport numpy as np\n{body}")
@@ -178,6 +200,18 @@ def test_fresh_samples_are_rewarded_as_of_their_step(make_policy: Callable[..., 
             assert row.reward_parts == {"epoch": version * 2 / 4, "mine": row.reward}
 
 
+def test_columns_with_the_names_of_what_rlzoo_passes_do_not_take_its_place(make_policy: Callable[..., Policy]) -> None:
+    def reward(prompts: Any, completions: Any, trainer_state: Any, log_metric: Any, answer: Any) -> list[float]:
+        log_metric("step", trainer_state.global_step)
+        return [float(prompt == "1+1=") for prompt in prompts]
+
+    own = dict.fromkeys(("prompts", "completions", "completion_ids", "trainer_state", "log_metric"), "x")
+    problems = [Problem("p", "1+1=", {**own, "answer": "2"})]
+    settings = EvaluationSettings(samples=2, max_new_tokens=2)
+    found = evaluate(make_policy("gpt2"), problems, reward, settings, greedy=False)
+    assert found.metrics["avg_at_k"] == 1.0 and found.metrics["reward/step"] == 0.0
+
+
 # Other signatures
 
 
@@ -202,12 +236,41 @@ def test_a_function_of_another_signature_is_told_trls(function: Any) -> None:
 
 
 def test_a_parameter_that_is_no_column_is_told_the_signature() -> None:
-    def reward_func(queries: list[str], prompts: list[str], labels: list[str]) -> list[float]:
-        return [1.0] * len(queries)
+    def reward_func(completions: list[str], labels: list[str]) -> list[float]:
+        return [1.0] * len(completions)
 
     told = one_line(lambda: get_reward(reward_func)(["p"], ["c"], answer=["4"]))
-    assert told.startswith("reward 'reward-func' needs the column 'queries'; the data's columns: answer; ")
-    assert "`columns: {queries: ...}`" in told and "TRL's signature, reward(prompts, completions, **columns)" in told
+    assert told.startswith("reward 'reward-func' needs the column 'labels'; the data's columns: answer; ")
+    assert "`columns: {labels: ...}`" in told and "TRL's signature, reward(prompts, completions, **columns)" in told
+
+
+def openrlhf(queries: list[str], prompts: list[str], labels: list[str], **options: Any) -> list[float]:
+    return [1.0] * len(queries)
+
+
+def trlx(samples: list[str], prompts: list[str], outputs: list[str]) -> list[float]:
+    return [1.0] * len(samples)
+
+
+class Verifier:  # as in open-instruct
+    def __call__(self, tokenized_prediction: list[int], prediction: str, label: str) -> float:
+        return 1.0
+
+
+@pytest.mark.parametrize("function", [openrlhf, trlx, Verifier])
+def test_a_function_that_does_not_look_at_completions_is_told_trls_signature(function: Any) -> None:
+    told = one_line(lambda: get_reward(function)(["p"], ["c"], labels=["4"]))
+    assert "takes no completions but (" in told
+    assert "a reward has TRL's signature, reward(prompts, completions, **columns): wrap it" in told
+
+
+class Orm:  # as in ms-swift
+    def __call__(self, completions: list[str], solution: list[str], **columns: Any) -> list[float]:
+        return [float(text == gold) for text, gold in zip(completions, solution, strict=True)]
+
+
+def test_a_class_whose_objects_score_is_a_reward() -> None:
+    assert get_reward(Orm)(["p", "p"], ["4", "5"], solution=["4", "4"]) == [1.0, 0.0]
 
 
 def test_a_decorator_that_changes_the_signature() -> None:

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
 import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +20,7 @@ from rlzoo.reward import Reward, Score
 from rlzoo.reward_process import Limits, apart
 
 BAD = """
-import os, time, sys
+import os, pathlib, time
 def bad(prompts, completions, **columns):
     values = []
     print("a reward may print")
@@ -28,7 +33,10 @@ def bad(prompts, completions, **columns):
         if text == "exit":
             os._exit(7)
         if text == "memory":
-            bytearray(2 ** 40)
+            bytearray(2 ** 30)
+        if text == "mark":
+            pathlib.Path(__file__).with_suffix(".pid").write_text(str(os.getpid()))
+            time.sleep(600)
         if text == "raise":
             raise RuntimeError("oh")
         values.append({"nan": float("nan"), "text": "high", "none": None}.get(text, float(len(text))))
@@ -40,8 +48,8 @@ def bad(prompts, completions, **columns):
 def bad(tmp_path: Path) -> Any:
     (tmp_path / "bad.py").write_text(BAD)
 
-    def make(on_error: Any = "null", seconds: float = 2.0) -> Reward:
-        return apart(f"{tmp_path / 'bad.py'}:bad", Limits(seconds, 1.0), on_error)
+    def make(on_error: Any = "null", seconds: float | None = 2.0, memory: float = 1.0) -> Reward:
+        return apart(f"{tmp_path / 'bad.py'}:bad", Limits(seconds, memory), on_error)
 
     yield make
     for process in reward_process._processes.values():
@@ -77,6 +85,60 @@ def test_a_bad_row_costs_a_bounded_time_and_no_other_row(bad: Any, text: str, to
         bad("fail").score(["?"] * 3, ["ab", text, "abc"], {})
     assert str(caught.value).startswith(told)
     assert judged(bad(), "abcd") == ([4.0], []), "the process serves on"
+
+
+def test_rows_that_have_to_be_scored_alone_keep_their_numbers(bad: Any) -> None:
+    reward = bad(seconds=1.0)
+    values, messages = judged(reward, "ab", "hang", "raise", "nan")
+    assert values == [2.0, None, None, None]
+    told = ["took more than 1 s on row 1", "raised on row 2: RuntimeError", "returned nan on row 3"]
+    assert [message.removeprefix("reward 'bad' ")[: len(t)] for message, t in zip(messages, told, strict=True)] == told
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert reward.score(["?"], ["exit"], {}) == [Score(None, {"bad": None})]
+
+
+def test_other_limits_are_another_process(bad: Any) -> None:
+    assert judged(bad(seconds=None), "memory")[0] == [None]
+    assert judged(bad(seconds=60.0, memory=8.0), "memory") == ([6.0], [])
+
+
+def test_threads_take_turns_at_one_process(bad: Any) -> None:
+    reward = bad()
+    with ThreadPoolExecutor(4) as threads:
+        texts = ["x" * n for n in range(20)]
+        found = list(threads.map(lambda text: reward.score(["?"], [text], {})[0].value, texts))
+    assert found == [float(n) for n in range(20)]
+
+
+def test_a_file_of_the_same_name_in_another_folder_is_another_reward(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in (1, 2):
+        (tmp_path / str(number)).mkdir()
+        (tmp_path / str(number) / "mine.py").write_text(f"def mine(completions, **_): return [{number}.0]")
+        monkeypatch.chdir(tmp_path / str(number))
+        assert judged(apart("mine.py:mine", Limits()), "x") == ([number], [])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks the system to end a process with its parent")
+def test_a_reward_that_hangs_does_not_outlive_a_run_that_is_killed(tmp_path: Path) -> None:
+    (tmp_path / "bad.py").write_text(BAD)
+    script = "import sys; from rlzoo.reward_process import *\napart(sys.argv[1], Limits()).score(['?'], ['mark'], {})"
+    run = subprocess.Popen([sys.executable, "-c", script, f"{tmp_path / 'bad.py'}:bad"])
+    mark = tmp_path / "bad.pid"
+    while not (mark.exists() and mark.read_text()):
+        assert run.poll() is None
+        time.sleep(0.05)
+    run.kill()
+    run.wait()
+    process = Path("/proc", mark.read_text(), "cmdline")
+    for _ in range(200):
+        if not process.exists() or not process.read_bytes():  # the second: ended, and nobody asked how
+            return
+        time.sleep(0.05)
+    os.kill(int(mark.read_text()), signal.SIGKILL)
+    pytest.fail("the reward goes on without the run")
 
 
 def test_too_few_values_are_told(bad: Any) -> None:

@@ -30,7 +30,7 @@ def said(text: str) -> list[dict[str, str]]:
 
 
 def test_list_rewards() -> None:
-    built_in = {"exact-match", "format", "length", "math-answer", "reasoning-gym", "weighted"}
+    built_in = {"exact-match", "format", "length", "math-answer", "overlong", "reasoning-gym", "weighted"}
     assert built_in <= set(list_rewards())
 
 
@@ -238,10 +238,19 @@ def test_a_missing_column_is_an_error_whatever_the_setting() -> None:
         ({"marker": "Answer:"}, "Answer: 42", "42", 1),
         ({"marker": ""}, "#### 42", "42", 0),
         ({}, "#### 42", None, None),
+        ({}, "#### 42", float("nan"), None),
+        ({}, "#### Ünï ♥", "Ünï ♥", 1),
+        ({}, "####\u00a042\u3000", "42", 1),
     ],
 )
 def test_exact_match(options: dict[str, Any], completion: str, gold: Any, value: float | None) -> None:
     assert scores({"name": "exact-match", **options}, [completion], answer=[gold]) == [value]
+
+
+@pytest.mark.parametrize("gold", [["42"], {"answer": "42"}, b"42"])
+def test_exact_match_refuses_a_gold_answer_that_is_no_text(gold: Any) -> None:
+    with pytest.raises(UserError, match=rf"raised on row 0: TypeError: the gold answer is {type(gold).__name__}"):
+        scores("exact-match", ["#### 42"], answer=[gold])
 
 
 @pytest.mark.parametrize(
@@ -271,6 +280,20 @@ def test_length_counts_tokens_and_else_words() -> None:
     assert reward(texts, texts) == falling
     assert reward(texts, [said(t) for t in texts]) == falling
     assert reward(["q"] * 2, ["one word more", "a"], completion_ids=[[7], [7] * 4]) == [1.0, 0.5]
+
+
+def test_overlong_is_the_soft_punishment_of_dapo() -> None:
+    """Eq. 13 with L_max = 10 and L_cache = 4: 0 up to 6 tokens, (6 - n) / 4 up to 10, -1 beyond."""
+    lengths = [0, 1, 6, 7, 8, 10, 11, 99]
+    expected = [0.0, 0.0, 0.0, -0.25, -0.5, -1.0, -1.0, -1.0]
+    reward = get_reward({"name": "overlong", "target": 6, "limit": 10})
+    ids = [[7] * n for n in lengths]
+    assert reward(["q"] * 8, ["a word"] * 8, completion_ids=ids) == expected
+    assert reward(["q"] * 8, ["word " * n for n in lengths]) == expected
+    punish = pytest.importorskip("trl.rewards").get_soft_overlong_punishment(10, 4)
+    assert punish(completion_ids=ids) == expected
+    with pytest.raises(UserError, match="reward 'overlong': target 9, limit 9: must be 0 <= target < limit"):
+        get_reward({"name": "overlong", "target": 9, "limit": 9})
 
 
 def test_a_weighted_sum_reports_its_parts() -> None:

@@ -54,6 +54,7 @@ def test_samples_are_many_seeded_and_leave_the_random_state_alone(policy: Policy
     assert first != sampled_ids(policy, SHORT, seed=2)
     assert len({tuple(ids) for samples in first for ids in samples}) > 6
     policy.eval()
+    assert first == sampled_ids(policy, SHORT, seed=1) and not policy.training
 
 
 def test_greedy_is_the_likeliest_token_whatever_the_batch(policy: Policy) -> None:
@@ -107,7 +108,11 @@ def test_text_has_no_special_tokens(policy: Policy) -> None:
 
 @pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (2.0, 1.0), (1.0, 0.5), (1.0, 0.9), (1.6, 0.7)])
 def test_first_tokens_follow_the_models_distribution(policy: Policy, temperature: float, top_p: float) -> None:
-    n, prompt = 4000, PROMPTS[0]
+    check_first_tokens(policy, 4000, temperature, top_p)
+
+
+def check_first_tokens(policy: Policy, n: int, temperature: float, top_p: float) -> None:
+    prompt = PROMPTS[0]
     settings = Sampling(samples=n, temperature=temperature, top_p=top_p, max_new_tokens=1, batch_size=n)
     # another prompt in the batch: padding on the left must not change the distribution
     samples = TransformersSampler(policy).sample([prompt, PROMPTS[2]], settings, seed=3)[0]
@@ -127,7 +132,11 @@ def test_first_tokens_follow_the_models_distribution(policy: Policy, temperature
     assert chisquare(observed[kept], [*(expected[t] for t in common), rest[1]][kept]).pvalue > 1e-3
 
 
-def test_a_checkpoints_own_generation_settings_are_put_aside(policy: Policy) -> None:
+@pytest.mark.parametrize("kind", ["gpt2", "mamba"])
+def test_a_checkpoints_own_generation_settings_are_put_aside(
+    kind: str, make_policy: MakePolicy, request: pytest.FixtureRequest
+) -> None:
+    policy = make_policy("gpt2", dtype=torch.float32) if kind == "gpt2" else request.getfixturevalue("mamba")
     plain = sampled_ids(policy, SHORT, seed=1), sampled_ids(policy, SHORT, seed=1, greedy=True)
     kept = policy.model.generation_config
     try:
@@ -265,10 +274,10 @@ def test_conversations_get_conversational_completions(make_policy: MakePolicy) -
     assert all(row.truncated for row in rows)
 
 
-@pytest.mark.parametrize("kind", ["grouped", "sliding"])
+@pytest.mark.parametrize("kind", ["grouped", "sliding", "scaled"])
 def test_attention_heads_that_share_keys(kind: str, make_policy: MakePolicy) -> None:
-    """Grouped query heads, and a sliding window: greedy tokens are those of a plain forward pass."""
-    from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+    """Grouped query heads, a sliding window, a scale of its own: greedy tokens are those of a plain forward pass."""
+    import transformers as hf
 
     tokenizer = make_policy("gpt2", dtype=torch.float32).tokenizer
     torch.manual_seed(0)
@@ -277,12 +286,12 @@ def test_attention_heads_that_share_keys(kind: str, make_policy: MakePolicy) -> 
         "num_key_value_heads": 2, "intermediate_size": 48, "initializer_range": 0.3, "max_position_embeddings": 64,
         "eos_token_id": tokenizer.eos_token_id,
     }  # fmt: skip
-    model = (
-        LlamaForCausalLM(LlamaConfig(**common))
-        if kind == "grouped"
-        else MistralForCausalLM(MistralConfig(**common, sliding_window=4))
-    )
-    policy = Policy(model.eval(), tokenizer, kind)
+    models: dict[str, Callable[[], Any]] = {
+        "grouped": lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**common)),
+        "sliding": lambda: hf.MistralForCausalLM(hf.MistralConfig(**common, sliding_window=4)),
+        "scaled": lambda: hf.GraniteForCausalLM(hf.GraniteConfig(**common, attention_multiplier=2.0)),
+    }
+    policy = Policy(models[kind]().eval(), tokenizer, kind)
     found = sampled_ids(policy, Sampling(max_new_tokens=9), seed=0, greedy=True)
     for prompt, (ids,) in zip(PROMPTS, found, strict=True):
         for t, token in enumerate(ids):
@@ -295,7 +304,11 @@ def test_samples_do_not_depend_on_the_batch(policy: Policy) -> None:
     settings = Sampling(samples=7, max_new_tokens=9, batch_size=64)
     expected = sampled_ids(policy, settings, seed=4)
     for size in (1, 3, 7, 15):
-        assert sampled_ids(policy, settings.model_copy(update={"batch_size": size}), seed=4) == expected
+        done: list[int] = []
+        some = settings.model_copy(update={"batch_size": size})
+        found = TransformersSampler(policy).sample(PROMPTS, some, 4, progress=done.append)
+        assert [[sample.ids for sample in samples] for samples in found] == expected
+        assert sum(done) == len(PROMPTS) and len(done) > 1
 
 
 def test_prompts_sampled_in_portions_are_sampled_as_they_would_be_together(policy: Policy, tmp_path: Path) -> None:
@@ -306,7 +319,8 @@ def test_prompts_sampled_in_portions_are_sampled_as_they_would_be_together(polic
     assert len({str(samples) for samples in whole}) == 5
     part = sampler.sample(prompts[:2], settings, 4, numbers=[3, 1])
     assert [[s.ids for s in samples] for samples in part] == [whole[3], whole[1]]
-    problems = encode_problems(policy.tokenizer, [problem(number, "17+25=?\n") for number in range(5)])
+    texts = ["17+25=?\n", "3-1=?\n", "17+25=?\n", "3-1=?\n", "17+25=?\n"]  # those of like length share a portion
+    problems = encode_problems(policy.tokenizer, [problem(number, text) for number, text in enumerate(texts)])
     reward = Reward("parrot", parrot)
     rows = [
         collect_rollouts(policy, sampler, problems, reward, settings, seed=4, pieces=pieces)
@@ -319,10 +333,58 @@ def test_prompts_sampled_in_portions_are_sampled_as_they_would_be_together(polic
     assert [row.completion_ids for row in other] != [row.completion_ids for row in rows[0]]
 
 
-def test_a_model_with_other_state_is_sampled_by_generate(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
-    greedy = sampled_ids(policy, SHORT, seed=0, greedy=True)
-    monkeypatch.setattr("rlzoo.rollout.sampler.can_decode", lambda model: False)
-    assert sampled_ids(policy, SHORT, seed=0, greedy=True) == greedy
-    first = sampled_ids(policy, SHORT, seed=1)
-    assert first == sampled_ids(policy, SHORT, seed=1) != sampled_ids(policy, SHORT, seed=2)
+@pytest.fixture(scope="module")
+def mamba(make_policy: MakePolicy) -> Policy:
+    """A model whose state is more than keys and values: transformers' ``generate`` samples it."""
+    from transformers import MambaConfig, MambaForCausalLM
+
+    tokenizer = make_policy("gpt2").tokenizer
+    torch.manual_seed(0)
+    config = MambaConfig(vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=2, state_size=4)
+    model = MambaForCausalLM(config)
+    with torch.no_grad():
+        model.lm_head.weight.normal_(0, 0.5)
+        for name, parameter in model.named_parameters():
+            if "proj" in name or "conv" in name:
+                parameter.mul_(4)  # so that what was read matters
+    return Policy(model.eval(), tokenizer, "mamba")
+
+
+def test_a_model_with_other_state_is_sampled_too(mamba: Policy) -> None:
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    first = sampled_ids(mamba, SHORT, seed=1)
+    assert torch.equal(torch.rand(3), expected), "the random state is left alone"
+    assert first == sampled_ids(mamba, SHORT, seed=1) != sampled_ids(mamba, SHORT, seed=2)
     assert [len(samples) for samples in first] == [3] * 4
+    for prompt, (ids,) in zip(PROMPTS, sampled_ids(mamba, SHORT, seed=0, greedy=True), strict=True):
+        for t, token in enumerate(ids):
+            assert token == int(next_logp(mamba, [*prompt, *ids[:t]]).argmax())
+    twice = Sampling(samples=4, max_new_tokens=9, batch_size=2)
+    one, other = (TransformersSampler(mamba).sample([[20, 21]], twice, 0, numbers=[i])[0] for i in (0, 1))
+    assert len({tuple(sample.ids) for sample in (*one, *other)}) == 8, "each batch and prompt has draws of its own"
+    check_first_tokens(mamba, 1000, 1.6, 0.7)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "mamba"])
+def test_sampling_keeps_no_graph_and_leaves_the_policy_as_it_was_also_when_it_fails(
+    kind: str, make_policy: MakePolicy, request: pytest.FixtureRequest
+) -> None:
+    policy = make_policy("gpt2", dtype=torch.float32) if kind == "gpt2" else request.getfixturevalue("mamba")
+    calls: list[bool] = []
+
+    def fail(module: Any, inputs: Any, output: Any) -> None:
+        calls.append(output[0].requires_grad or policy.training)
+        if len(calls) == 3:
+            raise RuntimeError("out of memory")
+
+    generation, attention = policy.model.generation_config, policy.model.config._attn_implementation
+    policy.train()
+    handle = policy.model.base_model.register_forward_hook(fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        TransformersSampler(policy).sample(PROMPTS, Sampling(max_new_tokens=6), seed=0)
+    handle.remove()
+    assert calls == [False] * 3 and policy.training
+    assert policy.model.generation_config is generation and policy.model.config._attn_implementation == attention
+    policy.eval()

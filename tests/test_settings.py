@@ -5,7 +5,6 @@ A setting is shown by a test of this file (`shows`), or by one of another file (
 
 from __future__ import annotations
 
-import argparse
 import copy
 import io
 import json
@@ -25,8 +24,10 @@ import yaml
 from comparisons import inline_pool, small
 from rich.console import Console
 
-from rlzoo import cli, config, overrides
+from rlzoo import cli, config
 from rlzoo.buffers import OfflineBuffer
+from rlzoo.cli import app, settings
+from rlzoo.cli.settings import TrainSettings
 from rlzoo.comparison import runner, work
 from rlzoo.comparison.plan import cells
 from rlzoo.config import EvaluationSettings, Experiment, ProblemSource, Rollouts, Sampling, Training, load_experiment
@@ -85,6 +86,9 @@ ELSEWHERE = {
     "--option": "test_cli.py::test_rollout_train_evaluate",
     "--out": "test_cli.py::test_rollout_train_evaluate",
     "--json": "test_cli.py::test_list_as_json",
+    "--version": "test_cli.py::test_version",
+    "--show-completion": "test_cli.py::test_completion_is_installed_for_the_shell",
+    "--install-completion": "test_cli.py::test_completion_is_installed_for_the_shell",
     "--markdown": "test_catalogue.py::test_the_page_is_in_step_with_the_classes",
     "--folder": "test_scaffold.py",
     "--baseline": "test_compare.py::test_the_report_can_be_written_again",
@@ -99,6 +103,7 @@ ELSEWHERE = {
 }
 MODELS: Sequence[type[pydantic.BaseModel]] = [
     *(kind for kind in vars(config).values() if isinstance(kind, type) and issubclass(kind, config._Strict)),
+    TrainSettings,
     VarianceSettings,
 ]
 ABSTRACT = {"_Strict", "Sampling"}
@@ -125,14 +130,37 @@ def shows(*settings: str) -> Callable[[Test], Test]:
 
 
 def options() -> dict[str, list[str]]:
-    """The options of each command."""
-    (commands,) = (a for a in cli._parser()._actions if isinstance(a, argparse._SubParsersAction))
+    """The options of each command, and under "" those of ``rlzoo`` itself."""
+    group = app.group()
     return {
-        name: [
-            action.option_strings[0] for action in command._actions if action.option_strings and action.dest != "help"
-        ]
-        for name, command in commands.choices.items()
+        name: [parameter.opts[0] for parameter in command.params if parameter.param_type_name == "option"]
+        for name, command in {"": group, **group.commands}.items()
     }
+
+
+def read_from(function: str, *arguments: str) -> Any:
+    """What a function of `rlzoo.cli.settings` makes of a command line, whose command goes no further."""
+
+    class FoundError(Exception):
+        pass
+
+    real = getattr(settings, function)
+
+    def found(*given: Any, **more: Any) -> Any:
+        raise FoundError(real(*given, **more))
+
+    run = app.parsed(arguments)
+    assert run is not None
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(FoundError) as caught:
+        patch.setattr(settings, function, found)
+        run()
+    return caught.value.args[0]
+
+
+def experiment_of(*arguments: str) -> Experiment:
+    """The experiment that a command line asks for."""
+    found: Experiment = read_from("experiment_of", *arguments)
+    return found
 
 
 def test_every_setting_and_option_has_a_test() -> None:
@@ -455,8 +483,7 @@ def test_how_the_reward_is_called(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     work.reward_of(load_experiment(str(tmp_path / "mine.yaml")))
     assert asked == [("format", Limits(7.0, None), "null")]
     for value in ("null", "fail"):
-        parsed = cli._parser().parse_args(["compare", "facts", "--set", f"judging.on_error={value}"])
-        assert overrides.experiment_of(parsed).judging.on_error == value
+        assert experiment_of("compare", "facts", "--set", f"judging.on_error={value}").judging.on_error == value
     again = load_experiment(str(tmp_path / "mine.yaml")).model_dump(mode="json")
     assert Experiment.model_validate(yaml.safe_load(yaml.safe_dump(again))).judging.on_error == "null"
 
@@ -515,10 +542,7 @@ def flat(value: Any, name: str = "") -> dict[str, Any]:
 
 def changed(command: str, *arguments: str, experiment: str = "facts") -> dict[str, Any]:
     """The settings that options of a command change."""
-    found, plain = (
-        overrides.experiment_of(cli._parser().parse_args([command, experiment, *some, *_needed(command)]))
-        for some in (arguments, ())
-    )
+    found, plain = (experiment_of(command, experiment, *some, *_needed(command)) for some in (arguments, ()))
     before, after = flat(plain.model_dump(mode="json")), flat(found.model_dump(mode="json"))
     return {key: value for key, value in after.items() if before.get(key, "nothing") != value}
 
@@ -543,6 +567,7 @@ CHANGES: dict[tuple[str, ...], dict[str, Any]] = {
     ("--rollout-samples", "9"): {"rollouts.samples": 9},
     ("--k", "2"): {"evaluation.k": 2},
     ("--set", "rollouts.temperature=0.8"): {"rollouts.temperature": 0.8},
+    ("--set", "per_seed=true"): {"rollouts.per_seed": True},
     ("--set", "training.lora={}"): {
         "training.lora.rank": 8,
         "training.lora.alpha": 16.0,
@@ -581,19 +606,66 @@ def test_options_together() -> None:
         "compare", "--limit", "7", "--set", "benchmarks.more.source=world:facts/test", experiment="arithmetic"
     )
     assert new["benchmarks.more.limit"] == new["benchmarks.chain-sums.limit"] == 7
+    own = changed(
+        "compare", "--seeds", "1", "--learning-rates", "2e-3", "--steps", "3", "--set", "seeds=[2]",
+        "--set", "algorithms.sft.learning_rates=[1e-5]", "--set", "algorithms.sft.training.steps=4",
+    )  # fmt: skip
+    assert (own["seeds"], own["algorithms.sft.learning_rates"], own["algorithms.dft.learning_rates"]) == (
+        [2], [1e-5], [2e-3],
+    )  # fmt: skip
+    assert own["algorithms.sft.training.steps"] == 4 and own["training.steps"] == 3
     row = changed("compare", "--batch-size", "6", experiment="own-samples")
     assert row["training.batch_size"] == 6
-    parsed = cli._parser().parse_args(["compare", "own-samples", "--batch-size", "6"])
-    experiment = overrides.experiment_of(parsed)
+    experiment = experiment_of("compare", "own-samples", "--batch-size", "6")
     assert {experiment.training_of(name).batch_size for name in experiment.algorithms} == {6}
 
 
 @shows("--learning-rates")
 def test_learning_rates_are_those_of_every_row() -> None:
-    parsed = cli._parser().parse_args(["compare", "facts", "--learning-rates", "1e-4,1e-3", "--seeds", "0"])
-    experiment = overrides.experiment_of(parsed)
+    experiment = experiment_of("compare", "facts", "--learning-rates", "1e-4,1e-3", "--seeds", "0")
     assert {cell.learning_rate for cell in cells(experiment)} == {1e-4, 1e-3}
     assert len(cells(experiment)) == 2 * len(experiment.algorithms)
+
+
+TRAIN = ("train", "grpo", "--buffer", "b", "--out", "o")
+TRAIN_CHANGES: dict[tuple[str, ...], dict[str, Any]] = {
+    ("--steps", "3"): {"training.steps": 3},
+    ("--batch-size", "6"): {"training.batch_size": 6},
+    ("--learning-rate", "1e-3"): {"training.learning_rate": 1e-3},
+    ("--set", "training.learning_rate=1e-3"): {"training.learning_rate": 1e-3},
+    ("--set", "learning_rate=1e-3"): {"training.learning_rate": 1e-3},
+    ("--option", "clip=0.3"): {"options.clip": 0.3},
+    ("--set", "options.clip=0.3"): {"options.clip": 0.3},
+    ("--option", "clip=0.3", "--set", "options.clip=0.1"): {"options.clip": 0.1},
+    ("--steps", "3", "--set", "training.steps=4"): {"training.steps": 4},
+    ("--seed", "5"): {"seed": 5},
+    ("--set", "seed=5"): {"seed": 5},
+    ("--model", "other"): {"model": "other"},
+    ("--set", "objective=dpo"): {"objective": "dpo"},
+    ("--bad-rows", "drop"): {"buffer.bad_rows": "drop"},
+    ("--set", "split=test"): {"buffer.split": "test"},
+    ("--column", "reward=score"): {"buffer.columns.reward": "score"},
+    ("--set", "buffer.columns.reward=score"): {"buffer.columns.reward": "score"},
+}
+
+
+@shows(*(f"TrainSettings.{name}" for name in TrainSettings.model_fields))
+@pytest.mark.parametrize("arguments", TRAIN_CHANGES, ids=" ".join)
+def test_any_setting_of_a_training(arguments: tuple[str, ...]) -> None:
+    found, plain = (
+        flat(read_from("train_settings", *TRAIN, *some).model_dump(mode="json")) for some in (arguments, ())
+    )
+    assert {key: value for key, value in found.items() if plain.get(key, "nothing") != value} == TRAIN_CHANGES[
+        arguments
+    ]
+
+
+def test_the_defaults_of_the_measurement() -> None:
+    """Its help shows them, and is not to import what needs torch."""
+    run = app.parsed(["variance"])
+    assert run is not None
+    defaults = VarianceSettings().model_dump()
+    assert {name: run.keywords[name] for name in defaults} == defaults
 
 
 @shows("--threads")
@@ -609,15 +681,14 @@ def test_threads(command: list[str], monkeypatch: pytest.MonkeyPatch, capsys: py
         seen.append((torch.get_num_threads(), os.environ["OMP_NUM_THREADS"]))
         raise UserError("far enough")
 
-    monkeypatch.setattr(overrides, "pairs", stop)  # the next thing that each command does
-    monkeypatch.setattr(cli, "pairs", stop)
+    monkeypatch.setattr(settings, "pairs", stop)  # the next thing that each command does
     try:
         torch.set_num_threads(1)
         for threads in ([], ["--threads", "3"]):
             assert cli.main([*command, *threads]) == 2
         assert seen == [(1, "9"), (3, "3")]
         assert cli.main([*command, "--threads", "0"]) == 2 and len(seen) == 2
-        assert "--threads 0: give a whole number of at least 1" in capsys.readouterr().err
+        assert "--threads: 0 is too few: give a whole number of at least 1" in capsys.readouterr().err
     finally:
         torch.set_num_threads(before)
 

@@ -29,6 +29,7 @@ from rlzoo.rollout import Sampler, TransformersSampler, VLLMSampler, VLLMServerS
 from rlzoo.training import Trainer
 from rlzoo.training.batches import FreshSource
 from rlzoo.types import Selection
+from rlzoo.worlds import EMBEDDED_BASE
 
 MakePolicy = Callable[..., Policy]
 PROBLEMS = [Problem(str(i), f"{i}+{i}=?\n", {}) for i in range(3)]
@@ -145,14 +146,42 @@ def test_policies_take_turns_at_one_engine(make_policy: MakePolicy, monkeypatch:
     assert len(engines) == 1 and engines[0].handed == 4
 
 
-def test_weights_that_did_not_arrive_are_handed_over_again(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_engine_is_one_of_a_model_a_type_and_options(
+    make_policy: MakePolicy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It starts as is best for training beside it, unless ``engine_options`` say otherwise."""
+    policy = make_policy("llama", dtype=torch.float32)
+    engines = install(monkeypatch, policy)
+    VLLMSampler(policy)
+    VLLMSampler(policy)
+    VLLMSampler(policy, max_model_len=9, gpu_memory_utilization=0.5)
+    VLLMSampler(make_policy("llama", dtype=torch.bfloat16))
+    policy.name = "embedded"
+    VLLMSampler(policy)
+    assert [engine.where for engine in engines] == ["llama"] * 3 + [str(EMBEDDED_BASE)]
+    assert [engine.options["dtype"] for engine in engines] == ["float32", "float32", "bfloat16", "float32"]
+    assert [engine.options["gpu_memory_utilization"] for engine in engines] == [0.3, 0.5, 0.3, 0.3]
+    assert [engine.options.get("max_model_len") for engine in engines] == [None, 9, None, None]
+    for engine in engines:
+        assert engine.options["logprobs_mode"] == "processed_logprobs", "of the distribution that is sampled from"
+        assert engine.options["trust_remote_code"] is False
+
+
+@pytest.mark.parametrize("whose", ["its own", "another policy's"])
+def test_weights_that_did_not_arrive_are_handed_over_again(
+    policy: Policy, make_policy: MakePolicy, monkeypatch: pytest.MonkeyPatch, whose: str
+) -> None:
+    """A hand-over that fails half way leaves an engine with weights that nobody knows."""
     engines = install(monkeypatch, policy)
     sampler = Watched(policy)
     sampler.sample([[20]], SHORT, seed=0)
-    step(policy, torch.optim.AdamW(policy.parameters(), lr=0.1, fused=True))
+    if whose == "its own":
+        step(policy, torch.optim.AdamW(policy.parameters(), lr=0.1, fused=True))
     engines[0].fails = True
     with pytest.raises(RuntimeError, match="out of memory"):
-        sampler.sample([[20]], SHORT, seed=0)
+        (sampler if whose == "its own" else Watched(make_policy("llama", dtype=torch.float32, seed=1))).sample(
+            [[20]], SHORT, seed=0
+        )
     engines[0].fails = False
     sampler.sample([[20]], SHORT, seed=0)
     assert engines[0].handed == 2
@@ -165,7 +194,11 @@ def step(policy: Policy, optimizer: torch.optim.Optimizer) -> None:
 
 
 def replaced_weight(policy: Policy) -> None:
-    policy.model.lm_head.weight = nn.Parameter(policy.model.lm_head.weight.detach() + 1)
+    old = policy.model.lm_head.weight
+    new = nn.Parameter(old.detach() + 1)
+    for _ in range(old._version - new._version):
+        torch.autograd.graph.increment_version([new])  # torch's count is the same for both
+    policy.model.lm_head.weight = new
 
 
 def loaded(policy: Policy, assign: bool) -> None:
@@ -260,7 +293,7 @@ class Server(ThreadingHTTPServer):
 
     def __init__(self, eos: int) -> None:
         super().__init__(("127.0.0.1", 0), Answers)
-        self.eos, self.handed, self.refuses = eos, 0, False
+        self.eos, self.handed, self.refuses, self.cache_is_stale = eos, 0, False, False
         self.weights: dict[str, Tensor] = {}
 
     @property
@@ -285,13 +318,18 @@ class Answers(BaseHTTPRequestHandler):
             self.answer({}, 500)
         elif self.path == "/collective_rpc":
             folder = Path(content["kwargs"]["weights_path"])
+            readable = folder.stat().st_mode & 0o055 == 0o055  # by another user too, whom the server may be
             self.server.handed, self.server.weights = self.server.handed + 1, load_file(folder / "model.safetensors")
-            self.answer({})
+            self.server.cache_is_stale = True
+            self.answer({}, 200 if readable else 403)
+        elif self.path == "/v1/completions" and self.server.cache_is_stale:
+            self.answer({"error": "keys and values of the old weights"}, 500)
         elif self.path == "/v1/completions":
             ids = [content["prompt"][0], self.server.eos]
             choice = {"token_ids": ids, "logprobs": {"token_logprobs": [-0.5] * 2}}
             self.answer({"choices": [{**choice, "index": n} for n in range(content["n"])]})
         else:
+            self.server.cache_is_stale = self.server.cache_is_stale and self.path != "/reset_prefix_cache"
             self.answer({})
 
     def answer(self, content: Any, code: int = 200) -> None:
@@ -308,7 +346,7 @@ class Answers(BaseHTTPRequestHandler):
 @pytest.fixture
 def server(policy: Policy) -> Iterator[Server]:
     made = Server(policy.tokenizer.eos_token_id)
-    threading.Thread(target=made.serve_forever, daemon=True).start()
+    threading.Thread(target=made.serve_forever, args=(0.01,), daemon=True).start()
     yield made
     made.shutdown()
     made.server_close()
@@ -325,6 +363,19 @@ def test_a_server_samples_with_the_weights_of_each_step(policy: Policy, server: 
     online(policy, sampler, STEPS, callbacks=[watch]).run()
     sampler.sample([[20]], SHORT, seed=0)
     assert server.handed == STEPS.steps + 1, "nothing changed: nothing is handed over"
+    VLLMServerSampler(policy, server.url).sample([[20]], SHORT, seed=0)
+    assert server.handed == STEPS.steps + 2, "it may have been started anew at the same place"
+
+
+def test_all_processes_hand_over_what_one_of_them_changed(
+    policy: Policy, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else some would wait for the others forever."""
+    sampler = VLLMServerSampler(policy, server.url)
+    sampler.sample([[20]], SHORT, seed=0)
+    monkeypatch.setattr("rlzoo.rollout.vllm.gathered", lambda value: [value, False])
+    sampler.sample([[20]], SHORT, seed=0)
+    assert server.handed == 2
 
 
 def test_policies_take_turns_at_one_server(make_policy: MakePolicy, server: Server) -> None:
@@ -355,7 +406,7 @@ def test_cells_do_not_share_a_server(how: dict[str, Any]) -> None:
 def test_a_server_that_refused_weights_is_asked_again(policy: Policy, server: Server) -> None:
     sampler = VLLMServerSampler(policy, server.url)
     server.refuses = True
-    with pytest.raises(UserError, match="answered 500 to /collective_rpc"):
+    with pytest.raises(UserError, match=r"answered 500 to /collective_rpc: \{\}"):
         sampler.sample([[20]], SHORT, seed=0)
     server.refuses = False
     sampler.sample([[20]], SHORT, seed=0)

@@ -25,7 +25,7 @@ from rlzoo.policy.microbatches import score_rows
 from rlzoo.problems import Problem, demonstrations, encode_problems
 from rlzoo.reward import Reward
 from rlzoo.rollout import Sampler, TransformersSampler, VLLMSampler, collect_rollouts, mismatch
-from rlzoo.training import Trainer, lacking, train, with_reference
+from rlzoo.training import Trainer, lacking, train, with_behaviour, with_reference
 from rlzoo.training.batches import BufferSource, FreshSource
 from rlzoo.training.sums import truncated_importance
 from rlzoo.types import Coefficients, Selection, TokenBatch, Trajectory
@@ -268,6 +268,25 @@ def test_parts_of_a_mixture_have_temperatures_of_their_own(
     assert not torch.isclose(samples.logp[samples.mask].mean(), pairs.logp[pairs.mask].mean())
 
 
+@pytest.fixture
+def small_portions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A large buffer is read some rows at a time: here 4."""
+    ids = Buffer.ids
+    monkeypatch.setattr(Buffer, "ids", lambda self: ids(self, 4))
+
+
+@pytest.mark.usefixtures("small_portions")
+def test_samples_without_log_probs_are_scored_at_their_temperatures(rows: Rows, policy: Policy) -> None:
+    shown, sampled = demonstrations(policy.tokenizer, PROBLEMS), list(rows(OWN, 0.6, 1.0))
+    bare = [replace(row, behaviour_logp=None) for row in sampled[1:]]
+    buffer, scored = with_behaviour(OfflineBuffer.from_trajectories([*shown, sampled[0], *bare]), policy, 40)
+    assert scored == list(range(len(shown) + 1, len(buffer)))
+    assert all(row.behaviour_logp is None for row in list(buffer)[: len(shown)])
+    for row, before in zip(list(buffer)[len(shown) :], sampled, strict=True):
+        assert row.behaviour_logp == pytest.approx(before.behaviour_logp, abs=1e-5)
+
+
+@pytest.mark.usefixtures("small_portions")
 def test_the_references_log_probs_are_kept_for_both_temperatures(rows: Rows, policy: Policy) -> None:
     shown = demonstrations(policy.tokenizer, PROBLEMS)
     plain = OfflineBuffer.from_trajectories([*shown, *rows(OWN, 0.6, 1.0)])

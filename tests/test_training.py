@@ -43,7 +43,7 @@ class RelativeProbability(Objective):
     def coefficients(self, batch: TokenBatch) -> Coefficients:
         p = torch.where(batch.mask, batch.logp, 0).exp() * (1 + batch.inputs["entropy"])
         mean = p[batch.mask].mean() if batch.mask.any() else 1.0
-        return Coefficients(p / mean, metrics={"seen": batch.logp})
+        return Coefficients(p / mean, loss=-2 * batch.logp, metrics={"seen": batch.logp})
 
 
 @dataclass(frozen=True)
@@ -233,6 +233,7 @@ def test_coupled_coefficients_see_the_policy_of_each_update(make_policy: MakePol
     assert len({row["logp"] for row in steps}) == 3
     for row in steps:
         assert row["seen"] == pytest.approx(row["logp"], rel=1e-9)
+        assert row["loss"] == pytest.approx(-2 * row["logp"], rel=1e-9)
 
 
 @dataclass(frozen=True)
@@ -313,6 +314,55 @@ def test_the_moving_reference_moves_by_its_decay(make_policy: MakePolicy) -> Non
     assert steps[0]["weight"] == pytest.approx(1, abs=1e-12) and steps[1]["weight"] > 1 + 1e-3
 
 
+def test_a_reference_that_is_given_is_the_one_that_is_held_to(make_policy: MakePolicy) -> None:
+    objective, other = OBJECTIVES["logit-term"], make_policy(seed=1).frozen_copy()
+    batch = make_batch(make_policy(), objective.learns_from)
+    first, _ = Trainer(make_policy(), objective, Fixed(batch), RAW, reference=other).run().steps
+    expected = float(term_of(make_policy(), objective, batch, other).detach())
+    assert first["logit_term"] == pytest.approx(expected, rel=1e-6) and expected > 0.1
+
+
+@pytest.mark.parametrize("updates", [1, 2])
+def test_the_baseline_of_kto_is_the_policys_as_it_has_become(updates: int, make_policy: MakePolicy) -> None:
+    """The mean over both prompts of log π(y')/π_ref(y'), y' being the other prompt's completion (arXiv 2402.01306)."""
+    objective, means = get_objective("kto", undesirable_weight=0.0), [0.0]
+    rows = [Trajectory("", "", [5, 6 + i], [20 + i, 30], str(i), source="policy", reward=1.0, reference_logp=[-1.0] * 2)
+            for i in range(2)]  # fmt: skip
+    swapped = [(rows[0].prompt_ids, rows[1].completion_ids), (rows[1].prompt_ids, rows[0].completion_ids)]
+
+    def total(policy: Policy) -> float:
+        return sum(map(sum, score_rows(policy, swapped)))
+
+    def measure(trainer: Trainer, step: int) -> None:
+        means.append((total(trainer.policy) - total(make_policy())) / 2)
+
+    settings = RAW.model_copy(update={"steps": 3, "updates_per_batch": updates})
+    steps = Trainer(make_policy(), objective, Fixed((rows, [(0,), (1,)])), settings, [measure]).run().steps
+    assert [row["kl"] for row in steps] == pytest.approx(means[:3], rel=1e-6) and means[1] > 0.1
+
+
+@pytest.mark.parametrize("owners", ["AABBC", "CBABA", "AAAB"])
+def test_kto_shows_each_prompt_a_completion_of_another(owners: str, make_policy: MakePolicy) -> None:
+    """Each completion once; of a prompt with more than half of the rows, as many as have a counterpart."""
+
+    def pairs(order: list[int]) -> set[tuple[str, int]]:
+        known: dict[str, Any] = {"source": "policy", "reward": 1.0, "reference_logp": [-1.0]}
+        rows = [Trajectory("", "", [ord(owners[i])], [20 + i], owners[i], **known) for i in order]
+        seen: list[list[int]] = []
+        reference = make_policy().frozen_copy()
+        reference.register_forward_pre_hook(lambda _, inputs: seen.extend(inputs[0].ids.tolist()))
+        source, settings = Fixed((rows, [(i,) for i in range(len(rows))])), RAW.model_copy(update={"steps": 1})
+        Trainer(make_policy(), get_objective("kto"), source, settings, reference=reference).run()
+        assert len(seen) == (2 if owners == "AAAB" else 5)
+        return {(chr(prompt), completion - 20) for prompt, completion in seen}
+
+    found = pairs([*range(len(owners))])
+    assert all(owners[completion] != prompt for prompt, completion in found)
+    assert len({completion for _, completion in found}) == len(found) == (2 if owners == "AAAB" else 5)
+    assert sorted(prompt for prompt, _ in found) == (["A", "B"] if owners == "AAAB" else sorted(owners))
+    assert pairs([*reversed(range(len(owners)))]) == found
+
+
 def test_the_optimizer_is_adamw_as_the_settings_say(make_policy: MakePolicy) -> None:
     """θ ← θ - η λ θ - η m̂/(√v̂ + ε), with the gradients that the run itself left (arXiv 1711.05101, algorithm 2)."""
     policy = make_policy()
@@ -342,6 +392,9 @@ def test_the_schedule_warms_up_and_follows_a_cosine(make_policy: MakePolicy) -> 
     expected = [1 / 3, 2 / 3, 1, 0.8535533906, 0.5, 0.1464466094]
     assert [row["learning_rate"] for row in steps] == pytest.approx([1e-3 * x for x in expected], rel=1e-8)
     assert [row["step"] for row in steps] == [1, 2, 3, 4, 5, 6]
+    warm = RAW.model_copy(update={"steps": 2, "warmup_ratio": 1.0})
+    steps = Trainer(policy, get_objective("sft"), Fixed(make_batch(policy, Selection.CORRECT)), warm).run().steps
+    assert [row["learning_rate"] for row in steps] == pytest.approx([1e-2 / 3, 2e-2 / 3], rel=1e-8)
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 5, 7])
@@ -358,9 +411,12 @@ def test_an_epoch_draws_every_unit_once_and_whole(selection: Selection, batch_si
     source = BufferSource(buffer, view, batch_size, seed=3)
     wanted = sorted(tuple(rows[i].completion for i in unit) for unit in view.units)
     drawn: list[tuple[str, ...]] = []
+    room = 0
     while len(drawn) < 3 * len(wanted):
         found, units = source.draw()
         assert len(found) <= batch_size or len(units) == 1
+        assert len(units[0]) > room, "the batch before had room for it"
+        room = batch_size - len(found)
         assert [i for unit in units for i in unit] == list(range(len(found)))
         drawn += [tuple(found[i].completion for i in unit) for unit in units]
     for epoch in range(3):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +26,7 @@ from rlzoo.reward import Reward
 from rlzoo.rollout import TransformersSampler, collect_rollouts
 from rlzoo.training import Trainer, TrainingRecord, train
 from rlzoo.training.batches import FreshSource
+from rlzoo.training.costs import peak_memory_bytes, reset_peak_memory
 from rlzoo.types import Selection, Trajectory
 
 MakePolicy = Callable[..., Policy]
@@ -141,7 +144,9 @@ def test_each_fresh_batch_is_of_a_later_version_also_after_a_stop(make_policy: M
     first.asked, second.asked = [], []
     source, later = FreshSource(first, Selection.GROUPS), FreshSource(second, Selection.GROUPS)
     assert [{row.policy_version for row in source.draw()[0]} for _ in range(3)] == [{0}, {1}, {2}]
-    later.restore(source.state())
+    source.left_out["groups of equal rewards"] += 2
+    later.restore(json.loads(json.dumps(source.state())))
+    assert later.left_out == source.left_out
     later.draw()
     assert second.asked == [0, 1, 2, 3] and first.asked == [0, 1, 2]
 
@@ -226,6 +231,11 @@ def test_costs_are_counted_exactly(make_policy: MakePolicy) -> None:
     assert costs.flops == pytest.approx(2 * (3 + 1) * (forward + trunk), rel=1e-12)
     costs = run(make_policy(), "ppo", rows, updates_per_batch=2, **whole).costs
     assert costs.flops == pytest.approx((2 * 3 + 1) * (forward + trunk), rel=1e-12)
+    # a reference that gives logits makes a forward pass of its own with every update
+    shown = demonstrated(policy)
+    prompts, completions = (sum(map(len, shown.column(f"{part}_ids"))) for part in ("prompt", "completion"))
+    costs = run(make_policy(), "asft", shown, batch_size=len(shown)).costs
+    assert costs.flops == pytest.approx(2 * (3 + 1) * policy.flops(prompts + completions, completions), rel=1e-12)
 
 
 @pytest.mark.parametrize("updates", [1, 2])
@@ -275,7 +285,7 @@ def test_a_run_has_as_many_steps_as_were_asked_for(
 def test_peak_memory_is_the_highest_of_all_steps_and_no_callback_s(
     make_policy: MakePolicy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    peak, step = 0, 0
+    peak, step = 500, 0  # of what came before
 
     def rises(to: int) -> None:
         nonlocal peak
@@ -299,6 +309,17 @@ def test_peak_memory_is_the_highest_of_all_steps_and_no_callback_s(
     assert record.costs.peak_memory_bytes == 30
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the peak is that of the process")
+def test_peak_memory_is_in_bytes_and_starts_anew() -> None:
+    reset_peak_memory()
+    before = peak_memory_bytes()
+    torch.ones(2**24).sum()  # 64 MB, which are given back at once
+    peak = peak_memory_bytes()
+    assert 2**25 < peak - before < 2**28
+    reset_peak_memory()
+    assert peak_memory_bytes() < peak - 2**25
+
+
 def test_memory_is_measured_where_the_peak_cannot_be_reset(
     make_policy: MakePolicy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -320,7 +341,7 @@ def test_missing_log_probs_are_user_errors(make_policy: MakePolicy) -> None:
             self.row = row
 
         def draw(self) -> tuple[list[Trajectory], list[tuple[int, ...]]]:
-            return [self.row, self.row], [(0, 1)]
+            return [replace(row, behaviour_logp=[-1.0]), self.row], [(0, 1)]  # the first lacks nothing
 
     for name, bare, message in (
         ("grpo", row, "no behaviour log-probs: fill it with `rlzoo rollout`"),

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from fake_vllm import install
 
 from rlzoo.config import EvaluationSettings, Rollouts, Sampling, load_experiment, validated
 from rlzoo.errors import UserError
@@ -18,7 +19,7 @@ from rlzoo.pieces import Pieces
 from rlzoo.policy import Policy
 from rlzoo.problems import Problem, encode_problems
 from rlzoo.reward import Reward
-from rlzoo.rollout import VLLMSampler, VLLMServerSampler, collect_rollouts, mismatch, sampler_of
+from rlzoo.rollout import Sampler, VLLMSampler, VLLMServerSampler, collect_rollouts, mismatch, sampler_of
 from rlzoo.rollout.rollouts import ENGINE_BATCHES
 from rlzoo.types import Trajectory
 
@@ -26,7 +27,12 @@ MakePolicy = Callable[..., Policy]
 
 
 class FakeServer(ThreadingHTTPServer):
-    """Answers each prompt with its own tokens and an end of sequence; ``dev`` is whether weights can be handed over."""
+    """Answers each prompt with its tokens, the sample's number and an end of sequence.
+
+    ``dev`` is whether weights can be handed over.
+    """
+
+    request_queue_size = 64  # as many connect at once; in a shorter queue some would be refused
 
     def __init__(self, eos: int, dev: bool = True) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
@@ -35,6 +41,13 @@ class FakeServer(ThreadingHTTPServer):
         self.left: int | None = None
         """Requests before it goes away."""
         self.weights: list[dict[str, Any]] = []
+        self.models: Any = {"data": [{"id": "the-model"}]}
+        """None: there is no such page."""
+        self.lost = 0
+        """Characters of each answer that do not arrive."""
+        self.hangs = threading.Event()
+        self.hangs.set()
+        """Cleared, it does not answer."""
 
     @property
     def url(self) -> str:
@@ -45,7 +58,8 @@ class Handler(BaseHTTPRequestHandler):
     server: FakeServer
 
     def do_GET(self) -> None:
-        self.answer(200, {"data": [{"id": "the-model"}]})
+        self.server.hangs.wait(60)
+        self.answer(200 if self.server.models is not None else 404, self.server.models)
 
     def do_POST(self) -> None:
         content = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -60,9 +74,10 @@ class Handler(BaseHTTPRequestHandler):
             if content["max_tokens"] > 1000:
                 self.answer(400, {"error": "max_tokens is too large"})
                 return
-            ids = [*content["prompt"], self.server.eos]
-            choice = {"token_ids": ids, "logprobs": {"token_logprobs": [-0.5] * len(ids)}, "finish_reason": "stop"}
-            choices = [{**choice, "index": n} for n in reversed(range(content["n"]))]
+            choices = []
+            for n in reversed(range(content["n"])):
+                ids = [*content["prompt"], 50 + n, self.server.eos][: content["max_tokens"]]
+                choices.append({"index": n, "token_ids": ids, "logprobs": {"token_logprobs": [-0.5] * len(ids)}})
             self.answer(200, {"choices": choices})
         elif self.server.dev:
             if self.path == "/collective_rpc":
@@ -73,9 +88,9 @@ class Handler(BaseHTTPRequestHandler):
             self.answer(404, {})
 
     def answer(self, code: int, content: Any) -> None:
-        data = json.dumps(content).encode()
+        data = content.encode() if isinstance(content, str) else json.dumps(content).encode()
         self.send_response(code)
-        self.send_header("Content-Length", str(len(data)))
+        self.send_header("Content-Length", str(len(data) + self.server.lost))
         self.end_headers()
         self.wfile.write(data)
 
@@ -91,8 +106,9 @@ def policy(make_policy: MakePolicy) -> Policy:
 @pytest.fixture
 def server(policy: Policy, request: pytest.FixtureRequest) -> Iterator[FakeServer]:
     made = FakeServer(policy.tokenizer.eos_token_id, dev=getattr(request, "param", True))
-    threading.Thread(target=made.serve_forever, daemon=True).start()
+    threading.Thread(target=made.serve_forever, args=(0.01,), daemon=True).start()
     yield made
+    made.hangs.set()
     made.shutdown()
     made.server_close()
 
@@ -102,12 +118,11 @@ def test_samples_come_in_order_with_the_policys_weights(policy: Policy, server: 
     assert isinstance(sampler, VLLMServerSampler) and sampler.model == "the-model"
     prompts = [[20 + i, 21] for i in range(9)]
     found = sampler.sample(prompts, Sampling(samples=2), seed=3)
-    assert [[s.ids[:-1] for s in row] for row in found] == [[prompt] * 2 for prompt in prompts]
-    assert all(s.logp == [-0.5] * 3 and not s.truncated for row in found for s in row)
+    assert [[s.ids[:-1] for s in row] for row in found] == [[[*prompt, 50], [*prompt, 51]] for prompt in prompts]
+    assert all(s.logp == [-0.5] * 4 and not s.truncated for row in found for s in row)
+    cut = sampler.sample(prompts, Sampling(max_new_tokens=3), seed=3)
+    assert all(len(s.ids) == 3 and s.truncated for row in cut for s in row)
     assert len(server.weights) == 1 and server.weights[0]["model_type"] == "llama"
-    asked = [content for path, content in server.asked if path == "/v1/completions"]
-    assert len({content["seed"] for content in asked}) == 9
-    assert all(content["top_k"] == -1 and content["stop_token_ids"] for content in asked)
 
     sampler.sample(prompts, Sampling(), seed=4)
     assert len(server.weights) == 1, "unchanged weights are not handed over again"
@@ -115,6 +130,44 @@ def test_samples_come_in_order_with_the_policys_weights(policy: Policy, server: 
         next(policy.model.parameters()).add_(1.0)
     sampler.sample(prompts, Sampling(), seed=4)
     assert len(server.weights) == 2
+
+
+HOT = Sampling(samples=2, temperature=1.3, top_p=0.9, max_new_tokens=5)
+
+
+@pytest.mark.parametrize("engine", ["server", "in this process"])
+def test_what_is_asked_of_an_engine(
+    engine: str, policy: Policy, server: FakeServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Everything, so that nothing is the checkpoint's own default; a prompt's random stream is that of its number."""
+    policy.model.generation_config.eos_token_id = [policy.tokenizer.eos_token_id, 40]
+    engines = install(monkeypatch, policy)
+    samplers: dict[str, Sampler] = {"in this process": VLLMSampler(policy)}
+    samplers["server"] = VLLMServerSampler(policy, server.url)
+    sampler = samplers[engine]
+    prompts = [[20 + i, 21] for i in range(5)]
+
+    def asked(places: list[int], numbers: list[int] | None, seed: int = 4, greedy: bool = False) -> list[Any]:
+        """What is asked for the prompts in these places."""
+        server.asked, engines[-1].asked, done = [], [], list[int]()
+        sampler.sample([prompts[i] for i in places], HOT, seed, greedy, done.append, numbers)
+        assert sum(done) == len(places)
+        if engine == "in this process":
+            return [{**vars(one), **one.others} for one in engines[-1].asked]
+        own = {content["prompt"][0]: content for path, content in server.asked if path == "/v1/completions"}
+        return [own[20 + i] for i in places]
+
+    everything = [0, 1, 2, 3, 4]
+    whole = asked(everything, None)
+    ends = sorted(policy.eos_ids)
+    plain = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0, "max_tokens": 5, "stop_token_ids": ends}
+    sampled = {"n": 2, "temperature": 1.3, "top_p": 0.9, "logprobs": 0, **plain}
+    assert [{name: one[name] for name in sampled} for one in whole] == [sampled] * 5
+    greedy = {"n": 1, "temperature": 0.0, "top_p": 1.0, **plain}
+    assert [{name: one[name] for name in greedy} for one in asked(everything, None, greedy=True)] == [greedy] * 5
+    assert len({one["seed"] for one in whole}) == 5 and len(ends) == 2
+    assert asked([3, 1], [3, 1]) == [whole[3], whole[1]]
+    assert not {one["seed"] for one in asked(everything, None, seed=5)} & {one["seed"] for one in whole}
 
 
 def test_one_process_of_several_hands_the_weights_over(
@@ -144,6 +197,26 @@ def test_a_server_that_refuses_or_is_not_there(policy: Policy, server: FakeServe
     for url, told in (("http://127.0.0.1:9", "cannot be reached"), ("nonsense", "http://"), ("file:///", "http://")):
         with pytest.raises(UserError, match=told):
             VLLMServerSampler(policy, url)
+    answers: list[Any] = [[], {"data": []}, {"error": "no such page"}, "<html>"]
+    for server.models in answers:
+        with pytest.raises(UserError, match=f"what answers at {server.url} is no vLLM server"):
+            VLLMServerSampler(policy, server.url)
+    server.models = None
+    with pytest.raises(UserError, match="answered 404 to /v1/models: null"):
+        VLLMServerSampler(policy, server.url)
+    server.lost = 3
+    with pytest.raises(UserError, match=r"cannot be reached \(IncompleteRead"):
+        server.models = []
+        VLLMServerSampler(policy, server.url)
+
+
+def test_a_server_that_does_not_answer_is_not_waited_for_for_ever(
+    policy: Policy, server: FakeServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rlzoo.rollout.vllm.TIMEOUT", 0.2)
+    server.hangs.clear()
+    with pytest.raises(UserError, match=r"cannot be reached \(timed out\)"):
+        VLLMServerSampler(policy, server.url)
 
 
 def test_a_server_that_goes_away_costs_the_batch_that_it_was_in(
@@ -178,6 +251,13 @@ def test_settings_of_an_engine_that_is_not_asked_for() -> None:
 def test_vllm_is_not_installed(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("rlzoo.rollout.vllm.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"rlzoo\[vllm\]"):
+        VLLMSampler(policy)
+
+
+def test_several_processes_need_a_server(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
+    install(monkeypatch, policy)
+    monkeypatch.setattr("rlzoo.rollout.vllm.world_size", lambda: 2)
+    with pytest.raises(UserError, match="several processes cannot each hold a vLLM engine: start a server"):
         VLLMSampler(policy)
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from rlzoo.policy.microbatches import score_rows
 from rlzoo.problems import load_problems
 from rlzoo.rollout import Sample, TransformersSampler
 from rlzoo.training import train
+from rlzoo.types import Trajectory
 
 NO_CURVE = {"samples": 3, "k": 2, "max_new_tokens": 8, "curve_points": 0}
 
@@ -117,18 +119,16 @@ def by_name(results: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def test_a_cell_trains_as_train_does_and_bears_its_share_of_the_costs(base: Policy, tmp_path: Path) -> None:
-    """Sampled tokens were sampled and then scored once; the reference scored the whole buffer."""
+    """Sampled tokens were sampled and then scored once; the reference scored the whole buffer, and samples at T too."""
     rates = {"sft": 1e-2, "rft": 3e-3, "iw-sft": 2e-4, "dpo": 5e-4}
     options: dict[str, dict[str, Any]] = {"rft": {"samples_per_prompt": 1}, "dpo": {"beta": 0.7}}
     rows = {name: {"learning_rates": [rate], "options": options.get(name, {})} for name, rate in rates.items()}
-    experiment = small(rows, seeds=[3], evaluation=NO_CURVE, training__steps=3)
+    experiment = small(rows, seeds=[3], evaluation=NO_CURVE, training__steps=3, rollouts__temperature=0.8)
     results = compared(experiment, tmp_path / "out")
     buffer = OfflineBuffer.load(tmp_path / "out" / "buffer")
-    samples = [row for row in buffer if row.source == "policy"]
-    completions = sum(len(row.completion_ids) for row in samples)
-    sampling = 2 * base.flops(sum(len(row.prompt_ids) for row in samples) + completions, completions)
-    everything = sum(len(row.prompt_ids) + len(row.completion_ids) for row in buffer)
-    reference = base.flops(everything, sum(len(row.completion_ids) for row in buffer))
+    completions = sum(len(row.completion_ids) for row in buffer if row.source == "policy")
+    scoring = scoring_of(base, [row for row in buffer if row.source == "policy"])
+    sampling, reference = 2 * scoring, scoring_of(base, list(buffer)) + scoring
     shared = {"sft": (0, 0.0), "rft": (completions, sampling), "iw-sft": (0, reference)}
     shared["dpo"] = (completions, sampling + reference)
     assert results["buffer"]["sampled_tokens"] == completions > 0
@@ -142,6 +142,32 @@ def test_a_cell_trains_as_train_does_and_bears_its_share_of_the_costs(base: Poli
         assert cell["costs"]["sampled_tokens"] == sampled
         assert cell["costs"]["gradient_tokens"] == alone.costs.gradient_tokens
         assert cell["costs"]["flops"] == pytest.approx(alone.costs.flops + flops, rel=1e-12), name
+
+
+def scoring_of(policy: Policy, rows: Sequence[Trajectory]) -> float:
+    """The FLOPs of one forward pass over these rows."""
+    completions = sum(len(row.completion_ids) for row in rows)
+    return policy.flops(sum(len(row.prompt_ids) for row in rows) + completions, completions)
+
+
+def test_samples_of_others_are_scored_once_and_that_is_paid_for(base: Policy, tmp_path: Path) -> None:
+    lines = [{"prompt": f"{i // 2}+1=?\n", "completion": f"#### {i}", "reward": i % 2} for i in range(4)]
+    (tmp_path / "graded.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    changes = {"demonstrations": str(tmp_path / "graded.jsonl"), "training__behaviour": "current"}
+    experiment = small({"rloo": {}}, **changes, evaluation=NO_CURVE)
+    results = compared(experiment, tmp_path / "out")
+    buffer = OfflineBuffer.load(tmp_path / "out" / "buffer")
+    graded, own = list(buffer)[:4], list(buffer)[4:]
+    assert [row.completion for row in graded] == [line["completion"] for line in lines]
+    expected = score_rows(base, [(row.prompt_ids, row.completion_ids) for row in graded])
+    for row, logp in zip(graded, expected, strict=True):
+        assert row.behaviour_logp == pytest.approx(logp, abs=1e-5)
+    (event,), (cell,) = results["events"], results["cells"]
+    assert event.startswith("behaviour log-probs of 4 samples were scored")
+    settings = experiment.training_of("rloo").model_copy(update={"learning_rate": cell["learning_rate"]})
+    alone = train(load_policy("embedded"), get_objective("rloo"), buffer, settings, seed=0)
+    shared = 2 * scoring_of(base, own) + scoring_of(base, graded)
+    assert cell["costs"]["flops"] == pytest.approx(alone.costs.flops + shared, rel=1e-12)
 
 
 def test_an_online_cell_pays_for_what_it_samples(base: Policy, calls: list[Call], tmp_path: Path) -> None:
@@ -374,6 +400,26 @@ def test_the_curve_is_drawn_along_training_on_a_few_problems(calls: list[Call], 
     assert len({call.weights for call in drawn}) == 3
     for point, call in zip((results["base_curve"], *cell["curve"]), drawn, strict=True):
         assert 0 <= point["metrics"]["facts"]["avg_at_k"] <= 1 and call.settings.max_new_tokens == 8
+
+
+TOLD = """\
+import json, pathlib
+def told(completions, trainer_state, **columns):
+    with pathlib.Path(__file__).with_suffix(".jsonl").open("a") as file:
+        print(json.dumps([trainer_state.global_step, trainer_state.max_steps]), file=file)
+    return [1.0] * len(completions)
+"""
+
+
+def test_a_reward_is_told_how_far_the_policy_is_that_it_scores(tmp_path: Path) -> None:
+    """The base is nowhere; then come each cell's curve and validation, and the benchmarks of the better one."""
+    (tmp_path / "told.py").write_text(TOLD)
+    rows = {"sft": {"learning_rates": [1e-4, 1e-3], "training": {"steps": 4}}}
+    evaluation = {**NO_CURVE, "curve_points": 2, "curve_problems": 2}
+    judging = {"seconds": None, "memory_gb": None}
+    compared(small(rows, evaluation=evaluation, reward=f"{tmp_path / 'told.py'}:told", judging=judging), tmp_path / "o")
+    told = [tuple(json.loads(line)) for line in (tmp_path / "told.jsonl").read_text().splitlines()]
+    assert [at for at, _ in groupby(told)] == [(0, 0), (2, 4), (4, 4), (2, 4), (4, 4)]
 
 
 # Progress

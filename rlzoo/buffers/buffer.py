@@ -18,6 +18,7 @@ import pyarrow.compute as pc
 from datasets.fingerprint import generate_random_fingerprint
 from jaxtyping import Bool, Float, Int
 
+from rlzoo.bad_rows import BadRows
 from rlzoo.buffers import storage, views
 from rlzoo.buffers.schema import (
     CHUNK,
@@ -239,9 +240,12 @@ class OfflineBuffer(Buffer):
         return cls(to_dataset(to_table(map(to_row, trajectories))))
 
     @classmethod
-    def load(cls, path: str | Path) -> Self:
-        """Open a buffer's folder (memory-mapped), .parquet or .jsonl file. Raises UserError if it is none."""
-        return cls(storage.read(path))
+    def load(cls, path: str | Path, bad: BadRows | None = None) -> Self:
+        """Open a buffer's folder (memory-mapped), .parquet or .jsonl file.
+
+        Raises UserError if it is none, and for a line of a .jsonl file that is no row, unless ``bad`` rows are dropped.
+        """
+        return cls(storage.read(path, bad))
 
 
 class RolloutBuffer(Buffer):

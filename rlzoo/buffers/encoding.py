@@ -7,8 +7,6 @@ demonstration, in a rollout and in an evaluation. What chat templates do to a co
 from __future__ import annotations
 
 import re
-import warnings
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
@@ -21,6 +19,7 @@ Prompt = str | list[Message]
 Special = Literal["reject", "allow"]
 """What happens to text that spells a special token: it is an error, or it is read as that token."""
 SPELLED = "text that spells a special token is read as that token"
+CUT = "completions cut to the limit on their length, which have no end"
 LEFT_OUT = "the chat template drops the prompt's last words before an answer, which samples continue from"
 
 
@@ -130,7 +129,8 @@ def encode(
         )
     if truncated := room < end:
         said = tokenizer.decode(ids[:room])
-    notes = {SPELLED: found, LEFT_OUT: left_out and repr(left_out)}
+    cut = f"{room} of {end} tokens are left" if truncated else None
+    notes = {SPELLED: found, LEFT_OUT: left_out and repr(left_out), CUT: cut}
     return Encoded(text, said, prompt_ids, ids[:room], truncated, key, {k: v for k, v in notes.items() if v})
 
 
@@ -172,25 +172,6 @@ def spelled(tokenizer: Any, prompt: Prompt, completion: str | Message = "") -> s
         return f"the completion goes on after {' or '.join(sorted(map(repr, stops)))}, where sampling stops"
     found = sorted(token for token in turn.controls if token in said)
     return f"the completion's text spells {found[0]!r}" if found else None
-
-
-class Notes:
-    """Counts what is to be known of the tokens of many rows, and warns of each thing once."""
-
-    def __init__(self, what: str) -> None:
-        self._what = what
-        self._count, self._first = Counter[str](), dict[str, str]()
-
-    def add(self, name: object, notes: Mapping[str, str]) -> None:
-        """Take in the notes of the row of that name."""
-        for kind, example in notes.items():
-            self._count[kind] += 1
-            self._first.setdefault(kind, f"{self._what} {name}: {example}".strip())
-
-    def tell(self) -> None:
-        """Warn, if there were any."""
-        for kind, count in self._count.items():
-            warnings.warn(f"{kind}: {count} in all ({self._first[kind]})", stacklevel=3)
 
 
 def _reject(problem: str | None) -> None:

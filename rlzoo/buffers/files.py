@@ -1,4 +1,4 @@
-"""The rows of one file: JSONL, JSON, CSV, TSV or Parquet, compressed or not, read as they are asked for.
+"""The rows of one file: JSONL, JSON, CSV, TSV, Parquet or Arrow, text compressed or not, read as they are asked for.
 
 Values stay what the file says: numbers of any size in JSON, and in CSV, where everything is text, the text itself.
 """
@@ -11,20 +11,22 @@ import gzip
 import io
 import json
 import lzma
+import re
 import sys
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
 import pyarrow as pa
+import pyarrow.ipc
 import pyarrow.parquet
 
 from rlzoo.bad_rows import located
 from rlzoo.buffers.values import plain_row
 from rlzoo.errors import UserError, kind_of
 
-SUFFIXES = (".jsonl", ".json", ".parquet", ".csv", ".tsv")
+SUFFIXES = (".jsonl", ".json", ".parquet", ".csv", ".tsv", ".arrow")
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 """What may follow the ending of a file of text."""
 BATCH = 1000
@@ -62,11 +64,13 @@ def file_rows(path: Path) -> Iterator[Item]:
     match kind_of_file(path):
         case ".parquet":
             yield from parquet_rows(path)
+        case ".arrow":
+            yield from arrow_rows(path)
         case ".csv":
             yield from _csv_rows(path, ",")
         case ".tsv":
             yield from _csv_rows(path, "\t")
-        case ".json" if not _is_lines(path):
+        case ".json" | ".jsonl" as kind if not _is_lines(path, kind):
             yield from _json_rows(path)
         case ".json" | ".jsonl":
             yield from ((f"{path} line {number}", row) for number, row in json_lines(path))
@@ -86,6 +90,12 @@ def require_data(path: Path) -> None:
         raise UserError(f"{path} is a Git LFS pointer, not the data: get them with git lfs pull")
 
 
+def require_distinct(names: list[str], origin: str) -> None:
+    """Raise UserError for a column's name that is there twice."""
+    if repeated := [name for name in names if name and names.count(name) > 1]:
+        raise UserError(f"{origin} has the column {repeated[0]!r} more than once: rename or drop one")
+
+
 def json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any] | UserError]]:
     """(line number, object) of each line that is not blank; of a bad line, the error without its place."""
     for number, line in _lines(path):
@@ -102,13 +112,27 @@ def parquet_rows(path: Path) -> Iterator[Item]:
         raise UserError(f"{path} is not a readable Parquet file: {first_line(error)}") from None
 
 
+def arrow_rows(path: Path) -> Iterator[Item]:
+    """The rows of an Arrow file, or of a stream in one, as `datasets` writes them."""
+    try:
+        with pa.memory_map(str(path)) as source:
+            try:
+                file = pa.ipc.open_file(source)
+                batches: Iterable[pa.RecordBatch] = map(file.get_batch, range(file.num_record_batches))
+            except pa.ArrowInvalid:
+                source.seek(0)
+                batches = pa.ipc.open_stream(source)
+            yield from batch_rows(batches, str(path))
+    except (pa.ArrowException, OSError, MemoryError) as error:
+        raise UserError(f"{path} is not a readable Arrow file: {first_line(error)}") from None
+
+
 def batch_rows(batches: Iterable[pa.RecordBatch | pa.Table], origin: str) -> Iterator[Item]:
     """The rows of Arrow batches, numbered from 1."""
     number = 0
     for batch in batches:
         names = batch.schema.names
-        if repeated := [name for name in names if names.count(name) > 1]:
-            raise UserError(f"{origin} has the column {repeated[0]!r} more than once")
+        require_distinct(names, origin)
         columns = [_values(column) for column in batch.columns]
         for values in zip(*columns, strict=True):
             number += 1
@@ -164,9 +188,7 @@ def _object(line: str) -> dict[str, Any] | UserError:
         return UserError(f"is not JSON: {_reason(error)} at column {error.colno}")
     except (ValueError, RecursionError) as error:  # a number of too many digits, or nested too deep
         return UserError(f"is not JSON that can be read: {first_line(error)}")
-    if not isinstance(value, dict):
-        return _no_object(value, "line")
-    return plain_row(value)
+    return object_row(value, "line")
 
 
 def _json_rows(path: Path) -> Iterator[Item]:
@@ -189,7 +211,7 @@ def _json_rows(path: Path) -> Iterator[Item]:
     if not isinstance(rows, list):
         raise UserError(f"{path} holds {kind_of(rows)}: give a list of rows, or one object per line")
     for number, row in enumerate(rows, 1):
-        yield f"{path} row {number}", plain_row(row) if isinstance(row, dict) else _no_object(row, "row")
+        yield f"{path} row {number}", object_row(row, "row")
 
 
 def _are_rows(value: Any) -> bool:
@@ -201,11 +223,19 @@ def _are_rows(value: Any) -> bool:
     )
 
 
+def _begins_list(line: str) -> bool:
+    """Whether a line opens a list of objects, here or on the next line."""
+    return bool(re.match(r"\s*\[\s*(\{|$)", line))
+
+
 def _reason(error: json.JSONDecodeError) -> str:
     return error.msg.removesuffix(" at")
 
 
-def _no_object(value: Any, what: str) -> UserError:
+def object_row(value: Any, what: str) -> dict[str, Any] | UserError:
+    """A line's or a row's columns as plain values; of anything but an object, the error without its place."""
+    if isinstance(value, Mapping):
+        return plain_row(value)
     return UserError(f"is {kind_of(value)}: every {what} must be an object of columns")
 
 
@@ -223,8 +253,7 @@ def _csv_rows(path: Path, delimiter: str) -> Iterator[Item]:
     try:
         records = (record for record in reader if record)
         names = next(records, [])
-        if repeated := [name for name in names if name and names.count(name) > 1]:
-            raise UserError(f"{path} line 1: the column {repeated[0]!r} is there more than once")
+        require_distinct(names, f"{path} line 1")
         for number, record in enumerate(records, 1):
             row: dict[str, Any] | UserError = dict(zip(names, record, strict=False))
             if len(record) != len(names):
@@ -236,8 +265,11 @@ def _csv_rows(path: Path, delimiter: str) -> Iterator[Item]:
         raise UserError(f"{path} line {reader.line_num} is not CSV: {error}") from None
 
 
-def _is_lines(path: Path) -> bool:
-    """Whether a .json file has an object on each line: whether its first line is one, and not its only one."""
+def _is_lines(path: Path, kind: str) -> bool:
+    """Whether a file of JSON has an object on each line: a .jsonl file unless it begins as a list, and a .json file if
+    its first line is an object, and not its only one."""
     lines = (line for _, line in _lines(path) if isinstance(line, UserError) or line.strip())
     first, second = next(lines, "{}"), next(lines, None)
+    if kind == ".jsonl":
+        return not (isinstance(first, str) and _begins_list(first))
     return second is not None and isinstance(first, str) and isinstance(_object(first), dict)

@@ -6,22 +6,30 @@ A layout is known by its columns, as TRL's formats are; a row of none of them st
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
-from rlzoo.buffers.values import Row, find, plain_row
+from rlzoo.buffers.values import Row, find, read_json
 from rlzoo.errors import UserError, kind_of
 
 _SPEAKERS = {
     **dict.fromkeys(("human", "user", "prompter"), "user"),
     **dict.fromkeys(("gpt", "assistant", "chatgpt", "bard", "bing", "model", "bot"), "assistant"),
-    **dict.fromkeys(("observation", "tool", "function", "tool_response"), "tool"),
+    **dict.fromkeys(("observation", "tool", "function", "tool_response", "function_response"), "tool"),
+    **dict.fromkeys(("function_call", "tool_call"), "assistant"),
     "system": "system",
 }
 """ShareGPT's ``from`` → a message's role."""
+_CALLS = ("function_call", "tool_call")
+"""Speakers whose value is a call of tools as JSON, as in LLaMA-Factory's data."""
 _CONVERSATIONS = ("messages", "prompt", "completion", "chosen", "rejected")
-_TURNS = ("messages", "conversations")
+_TURNS = ("messages", "conversations", "conversation")
 """Columns that are never plain text."""
+_ALIASES = {"conversations": "messages", "conversation": "messages", "kto_tag": "label"}
+"""A column of ShareGPT or LLaMA-Factory → TRL's, for rows that lack that."""
+_PRINTED = re.compile(r"\s*\[\s*\{\s*'(role|from)':|\s*\[\s*\{\s*'(content|value)':.*'(role|from)':", re.DOTALL)
+"""How a conversation begins that was made text by Python instead of JSON."""
 _PAIR = ("chosen", "rejected")
 _ALPACA = (
     "Below is an instruction that describes a task{extra}. Write a response that appropriately completes the request."
@@ -36,11 +44,14 @@ def as_trl(row: Row, chat: bool) -> dict[str, Any]:
     An Alpaca row is a user's turn where the model has a ``chat`` template, and Alpaca's own prompt where it has none.
     Raises UserError for a conversation that cannot be read.
     """
-    made = {name: _parsed(value) if name in _TURNS else value for name, value in row.items()}
-    if made.get("messages") is None and isinstance(made.get("conversations"), list):
-        name = "prompt" if all(made.get(side) is not None for side in _PAIR) else "messages"
-        made[name] = _turns(made.pop("conversations"), "conversations")
-        _instruct(made, name)
+    made = {name: _parsed(name, value) for name, value in row.items()}
+    for alias, name in aliases(made).items():
+        value = made.pop(alias)
+        made[name] = _turns(value, alias) if isinstance(value, list) else value
+    if made.get("messages") is not None and row.get("messages") is None:
+        if all(made.get(side) is not None for side in _PAIR):
+            made["prompt"] = made.pop("messages")
+        _instruct(made, "prompt" if "messages" not in made else "messages")
     elif "instruction" in made and made.get("prompt") is None and made.get("messages") is None:
         if "output" in made and all(made.get(name) is None for name in ("completion", *_PAIR)):
             made["completion"] = _filled(made, "output")
@@ -59,14 +70,38 @@ def as_trl(row: Row, chat: bool) -> dict[str, Any]:
     return made
 
 
-def _parsed(value: Any) -> Any:
-    """A conversation that a CSV file can only have as JSON."""
-    if not isinstance(value, str) or not value.lstrip().startswith("["):
+def aliases(row: Row) -> dict[str, str]:
+    """Columns of this row that ShareGPT or LLaMA-Factory call otherwise than TRL → TRL's name, one for each."""
+    found: dict[str, str] = {}
+    for alias, name in _ALIASES.items():
+        fits = name == "label" or row.get(alias) is None or isinstance(row[alias], list)
+        if alias in row and row.get(name) is None and fits and (name not in found or row[alias] is not None):
+            found[name] = alias
+    return {alias: name for name, alias in found.items()}
+
+
+def _parsed(name: str, value: Any) -> Any:
+    """A conversation that a table has as JSON text, as a CSV file can only have it; any other value as it is."""
+    return conversation_of(value, name) if name in (*_TURNS, *_CONVERSATIONS) else value
+
+
+def conversation_of(value: Any, column: str) -> Any:
+    """The same for the value of one column. Raises UserError for a conversation that Python printed."""
+    if not isinstance(value, str):
         return value
-    try:
-        return plain_row({"": json.loads(value)})[""]
-    except (ValueError, RecursionError):
-        return value
+    found = read_json(value)
+    if isinstance(found, list) and found and (column in _TURNS or all(map(_is_message, found))):
+        return found
+    if _PRINTED.match(value):
+        raise UserError(
+            f"column {column!r} holds a conversation as Python prints it, {value[:24]!r}...: write it as JSON, "
+            "or keep lists in a .jsonl or .parquet file"
+        )
+    return value
+
+
+def _is_message(value: Any) -> bool:
+    return isinstance(value, Mapping) and any(pair <= set(value) for pair in ({"role", "content"}, {"from", "value"}))
 
 
 def _ask(row: dict[str, Any]) -> None:
@@ -99,7 +134,8 @@ def _turns(messages: list[Any], column: str) -> list[Any]:
 
 def _turn(message: Mapping[str, Any], number: int, column: str) -> dict[str, Any]:
     speaker = message.get("role", message.get("from"))
-    role = _SPEAKERS.get(speaker.lower()) if isinstance(speaker, str) else None
+    speaker = speaker.strip().lower().replace("-", "_") if isinstance(speaker, str) else speaker
+    role = _SPEAKERS.get(speaker) if isinstance(speaker, str) else None
     if role is None:
         raise UserError(
             f"column {column!r} has a turn from {speaker!r}, which has no role here: drop the row, "
@@ -108,7 +144,27 @@ def _turn(message: Mapping[str, Any], number: int, column: str) -> dict[str, Any
     text = message.get("content", message.get("value"))
     if text is None:
         raise UserError(f"column {column!r} has no text in 'value' of turn {number}: fill it in, or drop the row")
+    if speaker in _CALLS:
+        return {"role": role, **_called(text, number, column)}
     return {"role": role, "content": text}
+
+
+def _called(text: Any, number: int, column: str) -> dict[str, Any]:
+    """A call of tools as chat templates take it, of ``{"name": ..., "arguments": {...}}`` or a list of such; what is
+    thought before it stays text."""
+    thought, closed, call = text.rpartition("</think>") if isinstance(text, str) else ("", "", text)
+    try:
+        calls = json.loads(call) if isinstance(call, str) else call
+    except (ValueError, RecursionError):
+        calls = None
+    calls = [calls] if isinstance(calls, Mapping) else calls
+    if not isinstance(calls, list) or not calls or not all(isinstance(c, Mapping) and "name" in c for c in calls):
+        raise UserError(
+            f"column {column!r} has a call of tools in turn {number} that is no JSON of a name and arguments: "
+            'write {"name": ..., "arguments": {...}}, or drop the row'
+        )
+    made = [{"type": "function", "function": {"arguments": {}, **c}} for c in calls]
+    return {"content": thought + closed, "tool_calls": made}
 
 
 def _filled(row: dict[str, Any], column: str) -> Any:

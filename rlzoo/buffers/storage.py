@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import json
+import math
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, fields
@@ -16,9 +17,9 @@ import pyarrow
 import pyarrow.parquet
 import pydantic
 
-from rlzoo.bad_rows import located
+from rlzoo.bad_rows import BadRows
 from rlzoo.buffers.files import json_lines, kind_of_file
-from rlzoo.buffers.schema import conform, to_dataset, to_row, to_table
+from rlzoo.buffers.schema import LOG_PROBS, SAMPLING, conform, to_dataset, to_row, to_table
 from rlzoo.buffers.tables import quiet, read_parquet
 from rlzoo.errors import UserError
 from rlzoo.outputs import file_digest, replacing
@@ -26,6 +27,10 @@ from rlzoo.types import Trajectory
 
 _DONT_NEED = 4  # MADV_DONTNEED
 _SETTINGS, _DIGESTS = "buffer.json", "sha256"
+SOURCES = ("demonstration", "policy", "preference")
+"""What a row's ``source`` may be."""
+LARGEST = 2**31 - 1
+"""Of the integers of a row."""
 _FOLDER_MARK = "state.json"  # what `Dataset.save_to_disk` leaves in every folder
 
 
@@ -53,8 +58,11 @@ def write_jsonl(trajectories: Iterable[Trajectory], path: str | Path) -> None:
         file.writelines(json.dumps(asdict(t), ensure_ascii=False) + "\n" for t in trajectories)
 
 
-def read(path: str | Path) -> datasets.Dataset:
-    """The rows of a folder, a .parquet or a .jsonl file. Raises UserError for anything else."""
+def read(path: str | Path, bad: BadRows | None = None) -> datasets.Dataset:
+    """The rows of a folder, a .parquet or a .jsonl file, of that without the ``bad`` lines.
+
+    Raises UserError for anything else.
+    """
     path = Path(path)
     if not path.exists():
         raise UserError(f"{path} does not exist: give a folder, a .parquet or a .jsonl file that a buffer was saved to")
@@ -65,7 +73,7 @@ def read(path: str | Path) -> datasets.Dataset:
         _check_pages(path)
         return conform(read_parquet(path), str(path))
     if kind_of_file(path) == ".jsonl":
-        return to_dataset(to_table(map(to_row, _read_trajectories(path))))
+        return to_dataset(to_table(_read_trajectories(path, BadRows() if bad is None else bad)))
     raise UserError(f"{path} is no buffer: give a folder, a .parquet or a .jsonl file that one was saved to")
 
 
@@ -141,19 +149,55 @@ _TRAJECTORY = pydantic.TypeAdapter(Trajectory)
 _FIELDS = frozenset(f.name for f in fields(Trajectory))
 
 
-def _read_trajectories(path: Path) -> Iterator[Trajectory]:
-    number = 0
-    for number, row in json_lines(path):
-        if isinstance(row, UserError):
-            raise UserError(located(f"{path} line {number}", row))
-        surplus = sorted(row.keys() - _FIELDS)
-        if surplus:
-            raise UserError(f"{path} line {number}: a buffer has no field {surplus[0]!r}: keep it in 'columns'")
-        try:
-            yield _TRAJECTORY.validate_python(row)
-        except pydantic.ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(map(str, first["loc"]))
-            raise UserError(f"{path} line {number}: {where}: {first['msg'].lower()}") from None
-    if not number:
+def _read_trajectories(path: Path, bad: BadRows) -> Iterator[dict[str, Any]]:
+    made = 0
+    for number, line in json_lines(path):
+        bad.rows += 1
+        row = None
+        with bad.at(f"{path} line {number}"):
+            row = _buffer_row(line)
+        if row is not None:
+            made += 1
+            yield row
+    bad.require_some(made)
+    if not made:
         raise UserError(f"{path} has no rows: it is empty")
+
+
+def _buffer_row(line: dict[str, Any] | UserError) -> dict[str, Any]:
+    if isinstance(line, UserError):
+        raise line
+    if surplus := sorted(line.keys() - _FIELDS):
+        raise UserError(f"a buffer has no field {surplus[0]!r}: keep it in 'columns'")
+    try:
+        trajectory = _TRAJECTORY.validate_python(line)
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        raise UserError(f"{'.'.join(map(str, first['loc']))}: {first['msg'].lower()}") from None
+    _check(trajectory)
+    try:
+        return to_row(trajectory)
+    except ValueError as error:  # log-probs of another length
+        raise UserError(f"{error}: score the row again, or leave the field out") from None
+
+
+def _check(row: Trajectory) -> None:
+    """Raise UserError for values that no row has, whatever their type."""
+    if row.source not in SOURCES:
+        raise UserError(f"source is {row.source!r}: it must be one of {', '.join(SOURCES)}")
+    if row.reward is not None and not math.isfinite(row.reward):
+        raise UserError(f"reward is {row.reward}: it must be a finite number, or null")
+    for name in ("prompt_ids", "completion_ids"):
+        ids = getattr(row, name)
+        if not ids:
+            raise UserError(f"{name} is empty: a row needs a token or more there")
+        if not -LARGEST <= min(ids) <= max(ids) <= LARGEST:
+            raise UserError(f"{name} holds {max(ids, key=abs)}, which is no token's id")
+    if abs(row.policy_version) > LARGEST:
+        raise UserError(f"policy_version is {row.policy_version}: it must be at most {LARGEST}")
+    for name, (most, bounds) in SAMPLING.items():
+        if not 0 < getattr(row, name) <= most:
+            raise UserError(f"{name} is {getattr(row, name)}: it must be {bounds}")
+    for name in LOG_PROBS:
+        if wrong := [x for x in getattr(row, name) or () if not x < math.inf]:
+            raise UserError(f"{name} holds {wrong[0]}, which is no log-prob")

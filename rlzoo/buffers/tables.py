@@ -15,7 +15,17 @@ import pyarrow as pa
 import pyarrow.parquet
 
 from rlzoo.bad_rows import BadRows, located
-from rlzoo.buffers.files import BATCH, SUFFIXES, Item, batch_rows, file_rows, first_line, kind_of_file, require_data
+from rlzoo.buffers.files import (
+    BATCH,
+    SUFFIXES,
+    Item,
+    batch_rows,
+    file_rows,
+    first_line,
+    kind_of_file,
+    require_data,
+    require_distinct,
+)
 from rlzoo.buffers.values import usable
 from rlzoo.errors import UserError
 
@@ -103,9 +113,10 @@ def read_parquet(path: Path) -> datasets.Dataset:
     """The rows of a Parquet file, memory-mapped through the cache of `datasets`."""
     require_data(path)
     try:
-        pa.parquet.read_metadata(path)
+        names = pa.parquet.read_schema(path).names
     except (pa.ArrowInvalid, OSError) as error:
         raise UserError(f"{path} is not a readable Parquet file: {first_line(error)}") from None
+    require_distinct(names, str(path))
     try:
         with quiet():
             return datasets.Dataset.from_parquet(str(path))
@@ -162,6 +173,8 @@ def _is_pattern(name: str) -> bool:
 def _found(source: str | Path, split: str | None) -> list[Path] | datasets.Dataset:
     """The files of a source, or the data set that it is, whole whatever part of the split is asked for."""
     path = Path(source)
+    if not str(source).strip():
+        raise UserError(f"the name of the data is empty: {GIVE}")
     if not _is_local(source):
         return _read_hub(str(source), split)
     if path.is_file():

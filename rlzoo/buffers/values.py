@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import datetime
 import decimal
+import json
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -40,6 +41,8 @@ def plain_row(row: Row) -> dict[str, Any]:
             plain[name] = _plain(value)
         except UserError as error:
             plain[name] = Unusable(str(error))
+        except RecursionError:
+            plain[name] = Unusable("is nested too deep: flatten it, or name another column")
     return plain
 
 
@@ -51,8 +54,8 @@ def usable(row: Row) -> dict[str, Any]:
 def find(row: Row, name: str) -> Any:
     """The value of a column, or of a field within one: ``reward_model.ground_truth``, ``choices.0.text``.
 
-    A column whose own name has dots comes first. Through a list of objects, a field is the list of theirs. Raises
-    UserError for a column or field that is not there, or that is no plain data.
+    A column whose own name has dots comes first. Through a list of objects, a field is the list of theirs; text that is
+    JSON has the fields of what it says. Raises UserError for a column or field that is not there, or is no plain data.
     """
     parts = name.split(".")
     for end in range(len(parts), 0, -1):
@@ -70,6 +73,17 @@ def renamed(row: Row, columns: Columns) -> dict[str, Any]:
     """The row with further names for its columns. Raises as `find`."""
     found = {new: _found(row, old) for new, old in columns.items() if old is not None}
     return {name: value for name, value in row.items() if columns.get(name, name) is not None} | found
+
+
+def read_json(text: str) -> dict[str, Any] | list[Any] | None:
+    """The object or list that a text says as JSON, as plain data; None for any other text."""
+    if not text.lstrip().startswith(("{", "[")):
+        return None
+    try:
+        found: dict[str, Any] | list[Any] = _plain(json.loads(text))
+    except (ValueError, RecursionError):
+        return None
+    return found
 
 
 def number(value: Any) -> float:
@@ -96,6 +110,8 @@ def _field(value: Any, field: str, path: str, name: str) -> Any:
     """A field of the value at ``path``, on the way to ``name``."""
     if isinstance(value, Unusable):
         raise UserError(f"column {path!r} {value.reason}")
+    if isinstance(value, str) and (inner := read_json(value)) is not None:
+        value = inner
     if isinstance(value, Mapping) and field in value:
         return value[field]
     if isinstance(value, list) and field.isdecimal() and int(field) < len(value):

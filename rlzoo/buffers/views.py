@@ -179,7 +179,7 @@ def groups(rows: pa.Table, size: int | None = None, varied: bool = False, trunca
         if unscored:
             raise UserError(
                 f"the buffer has no groups ({unscored:,} samples have a reward but no behaviour log-probs): score them "
-                "with the policy as it starts by training.behaviour: current (rlzoo train --set behaviour=current)"
+                "with the policy as it starts by training.behaviour: current (--set training.behaviour=current)"
             )
         raise UserError(
             f"the buffer has no groups (0 of {len(rows):,} rows have the source 'policy', a reward and "

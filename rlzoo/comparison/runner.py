@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 import yaml
 from rich.console import Console
 
-from rlzoo.bad_rows import BadRows, told
+from rlzoo.bad_rows import told
 from rlzoo.comparison import work
 from rlzoo.comparison.heartbeat import Heartbeat
 from rlzoo.comparison.on_ray import ray_tasks
@@ -93,7 +93,7 @@ def compare(
     console = console or Console(stderr=True, quiet=not is_main())
     started = time.perf_counter()
     with Heartbeat(console, "reading the data"):
-        dropped = check(experiment)
+        check(experiment)
     workers = workers_at(experiment, workers, executor)
     out = where(experiment, threads) if out is None else Path(out)
     with run_in(out, "compare", _asked(experiment, threads)) as run, Heartbeat(console, "starting") as heartbeat:
@@ -105,7 +105,7 @@ def compare(
         processes, how = _workers(executor, address, number, threads, console)
         with processes as running:
             heartbeat.doing = running.doing
-            results, outcomes = _run(experiment, run, running, how, console, dropped)
+            results, outcomes = _run(experiment, run, running, how, console)
         heartbeat.report(1.0, "writing the report")
         results["wall_seconds"] = time.perf_counter() - started
         table = pa.Table.from_pylist(outcomes, schema=OUTCOMES)
@@ -141,11 +141,8 @@ def _asked(experiment: Experiment, threads: int) -> dict[str, Any]:
     return {"experiment": experiment.model_dump(mode="json"), "threads": threads}
 
 
-def check(experiment: Experiment) -> dict[str, Any]:
-    """Find what is wrong with names, options, problems and the reward before a model is loaded. Raises UserError.
-
-    Gives back what was dropped of validation and benchmarks, by set (`BadRows.summary`).
-    """
+def check(experiment: Experiment) -> None:
+    """Find what is wrong with names, options, problems and the reward before a model is loaded. Raises UserError."""
     try:
         json.dumps(experiment.model_dump(mode="json"))
     except (ValueError, TypeError):
@@ -165,15 +162,9 @@ def check(experiment: Experiment) -> dict[str, Any]:
     if experiment.baseline is not None and experiment.baseline not in experiment.algorithms:
         raise unknown("baseline", experiment.baseline, experiment.algorithms)
     reward = work.reward_of(experiment)
-    benchmarks = [(f"benchmark {name}", source) for name, source in experiment.benchmarks.items()]
-    dropped = {}
-    for name, source in [("train", experiment.train), ("validation", experiment.validation), *benchmarks]:
+    for source in (experiment.train, experiment.validation, *experiment.benchmarks.values()):
         if source is not None:
-            bad = BadRows(source.bad_rows)
-            _try(reward, load_problems(source, bad)[:2])
-            if (summary := bad.summary()) and source is not experiment.train:  # those are counted with the buffer
-                dropped[name] = summary
-    return dropped
+            _try(reward, load_problems(source)[:2])
 
 
 def _try(reward: Reward, problems: Sequence[Problem]) -> None:
@@ -199,7 +190,6 @@ def _run(
     processes: Workers,
     where: str,
     console: Console,
-    dropped: Mapping[str, Any],
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     grid = cells(experiment)
     folder, state = run.folder.absolute(), run.state.absolute()
@@ -214,9 +204,11 @@ def _run(
         for event in shared["events"]:
             _say(console, f"  {_called(name)}: {event}", style="yellow")
     _say(console, f"  base model: {_scores(base)}")
-    dropped = {**shared["dropped_rows"], **dropped}  # all buffers are made of the same rows
+    dropped = {**shared["dropped_rows"], **base["dropped_rows"]}  # all buffers are made of the same rows
     for name, summary in dropped.items():
         _say(console, f"  {name}: {told(summary)}", style="yellow")
+    for event in base["events"]:
+        _say(console, f"  {event}", style="yellow")
 
     def train(cell: Cell, parts: int) -> Future[Any]:
         name = buffer_of(experiment, cell.seed)
@@ -252,7 +244,7 @@ def _run(
         "failed": failed,
         **({"buffers": facts} if experiment.rollouts.per_seed else facts),
         "dropped_rows": dropped,
-        "events": list(dict.fromkeys(event for found in buffers.values() for event in found["events"])),
+        "events": list(dict.fromkeys(event for found in (*buffers.values(), base) for event in found["events"])),
         "token_probabilities": {  # of the demonstrations, which all buffers have
             "edges": shared["token_probabilities"]["edges"],
             "before": shared["token_probabilities"]["counts"],

@@ -30,8 +30,8 @@ from rlzoo.problems import Encoded, demonstrations, encode_problems, load_proble
 from rlzoo.ranks import agreed, barrier, is_main
 from rlzoo.reward import Reward
 from rlzoo.reward_process import Limits, apart
-from rlzoo.rollout import collect_rollouts, mismatch, sampler_of, unscored
-from rlzoo.rollout.rollouts import check_prompts
+from rlzoo.rollout import collect_rollouts, cut_short, mismatch, sampler_of, unscored
+from rlzoo.rollout.rollouts import within_limits
 from rlzoo.training import (
     Costs,
     Trainer,
@@ -111,16 +111,16 @@ def _fill_buffer(experiment: Experiment, folder: Path, pieces: Pieces, seed: int
     problems = load_problems(experiment.train, bad["train"])
     longest = experiment.training.max_completion_tokens
     if (table := experiment.demonstrations_table) is None:
-        rows = demonstrations(policy.tokenizer, problems, longest, bad["train"])
+        rows = demonstrations(policy.tokenizer, problems, longest, bad["train"], policy.row_check())
         buffer: Buffer = OfflineBuffer.from_trajectories(rows)
     else:
         how = longest, table.split, table.columns, bad["demonstrations"], experiment.training.special_tokens
-        buffer = read_buffer(table.source, policy.tokenizer, *how)
+        buffer = read_buffer(table.source, policy.tokenizer, *how, policy.row_check())
     check_buffer(policy, buffer)
     samples: list[Trajectory] = []
+    settings, events = experiment.rollouts, list[str]()
     offline = [name for name, row in experiment.algorithms.items() if row.mode == "offline"]
     if any(learns_from_samples(views_of(experiment, name)) for name in offline):
-        settings = experiment.rollouts
         encoded = encode_problems(policy.tokenizer, problems[: settings.prompts], bad["train"])
         samples = collect_rollouts(
             policy,
@@ -133,12 +133,14 @@ def _fill_buffer(experiment: Experiment, folder: Path, pieces: Pieces, seed: int
             progress=_counted(len(encoded), "sampling the base policy", report),
             recompute=settings.behaviour == "recompute",
             pieces=pieces,
+            bad=bad["train"],
         )
         buffer = buffer.concatenate(OfflineBuffer.from_trajectories(samples))
-    events, scoring_flops = [], 0.0
+        events += cut_short(samples, settings.max_new_tokens)
+    scoring_flops = 0.0
     if experiment.training.behaviour == "current":
         buffer, scored = with_behaviour(buffer, policy, experiment.training.token_budget)
-        events = [scored_event(len(scored))] if scored else []
+        events += [scored_event(len(scored))] if scored else []
         tokens, completions = (int(buffer.tokens(*names)[scored].sum()) for names in ((), ("completion_ids",)))
         scoring_flops = policy.flops(tokens, completions)
     flops_of: dict[str, float] = {}
@@ -161,7 +163,7 @@ def _fill_buffer(experiment: Experiment, folder: Path, pieces: Pieces, seed: int
         "unscored": unscored((row.reward, row.prompt) for row in samples),
         "mismatch": mismatch(samples),
         "dropped_rows": {name: summary for name, rows in bad.items() if (summary := rows.summary())},
-        "events": events,
+        "events": [*(f"{name}: {event}" for name, rows in bad.items() for event in rows.events()), *events],
         "sampling_flops": 2 * policy.flops(tokens, sampled) + scoring_flops,  # sampled, then scored
         "input_flops": flops_of,
         "token_probabilities": token_probabilities(policy, buffer, experiment.training.token_budget),
@@ -177,16 +179,36 @@ def _on_bad_rows(experiment: Experiment) -> dict[str, OnBadRow]:
 
 
 def evaluate_base(experiment: Experiment, state: Path, report: Report) -> dict[str, Any]:
-    """The base policy's scores on all benchmarks, its outcomes, and the first point of the learning curves."""
+    """The base policy's scores on all benchmarks, its outcomes, and the first point of the learning curves.
+
+    And what all policies are not evaluated on: the ``dropped_rows`` of benchmarks and validation, and ``events``.
+    """
     pieces = Pieces(state)
 
     def evaluate() -> dict[str, Any]:
         policy = load_policy(experiment.model, experiment.training.dtype)
+        bad = _unfit(policy, experiment)
         found = evaluate_all(policy, experiment, "base", -1, None, pieces.within("base"), report)
         drawn = experiment.evaluation.curve_points > 0
-        return {**found, "curve": curve_point(policy, experiment, 0, seed=0) if drawn else None}
+        return {
+            **found,
+            "curve": curve_point(policy, experiment, 0, seed=0) if drawn else None,
+            "dropped_rows": {name: summary for name, rows in bad.items() if (summary := rows.summary())},
+            "events": [f"{name}: {event}" for name, rows in bad.items() for event in rows.events()],
+        }
 
     return dict(pieces.once("base", evaluate))
+
+
+def _unfit(policy: Policy, experiment: Experiment) -> dict[str, BadRows]:
+    """What is to be told of the rows of each set that policies are evaluated on."""
+    sets = {f"benchmark {name}": source for name, source in experiment.benchmarks.items()}
+    sets |= {} if experiment.validation is None else {"validation": experiment.validation}
+    bad = {name: BadRows(source.bad_rows) for name, source in sets.items()}
+    for name, source in sets.items():
+        encoded = encode_problems(policy.tokenizer, load_problems(source, bad[name]), bad[name])
+        within_limits(policy, sampler_of(policy, experiment.evaluation), encoded, experiment.evaluation, bad[name])
+    return bad
 
 
 def run_cell(
@@ -333,8 +355,8 @@ def curve_point(policy: Policy, experiment: Experiment, step: int, seed: int, ma
     small = settings.model_copy(update={"samples": settings.curve_samples, "k": None})
     metrics = {}
     for name, source in experiment.benchmarks.items():
-        problems = load_problems(source)[: settings.curve_problems]
-        found = evaluate(policy, problems, reward_of(experiment, step, max_steps), small, seed, greedy=False)
+        problems, bad = load_problems(source)[: settings.curve_problems], BadRows(source.bad_rows)
+        found = evaluate(policy, problems, reward_of(experiment, step, max_steps), small, seed, greedy=False, bad=bad)
         metrics[name] = {"avg_at_k": found.metrics["avg_at_k"]}
     return {"step": step, "metrics": metrics}
 
@@ -352,7 +374,8 @@ def token_probabilities(policy: Policy, buffer: Buffer, token_budget: int) -> di
 def _evaluate(
     policy: Policy, experiment: Experiment, source: ProblemSource, reward: Reward, seed: int, greedy: bool = True
 ) -> Evaluation:
-    return evaluate(policy, load_problems(source), reward, experiment.evaluation, seed, greedy=greedy)
+    problems, bad = load_problems(source), BadRows(source.bad_rows)
+    return evaluate(policy, problems, reward, experiment.evaluation, seed, greedy=greedy, bad=bad)
 
 
 class Collector:
@@ -372,10 +395,10 @@ class Collector:
         self._training = training or experiment.training
         self._prompts = max(1, batch_size // experiment.rollouts.samples)
         bad = BadRows(experiment.train.bad_rows)
-        self._encoded = encode_problems(policy.tokenizer, load_problems(experiment.train, bad), bad)
+        encoded = encode_problems(policy.tokenizer, load_problems(experiment.train, bad), bad)
         self._order, self._queue = random.Random(seed), list[int]()
         self._sampler = sampler_of(policy, experiment.rollouts)
-        check_prompts(policy, self._sampler, self._encoded, experiment.rollouts)
+        self._encoded = within_limits(policy, self._sampler, encoded, experiment.rollouts, bad)
 
     def __call__(self, version: int) -> Buffer:
         policy, settings = self._policy, self._experiment.rollouts

@@ -107,14 +107,13 @@ def token_batches(together: Sequence[Sequence[int]], lengths: Sequence[int], tok
     """
     order = sorted(range(len(together)), key=lambda a: (max(lengths[r] for r in together[a]), a))
     batch: list[int] = []
-    longest = 0
     for index in order:
         some = together[index]
-        widest = max(longest, *(lengths[r] for r in some))
+        widest = max(lengths[r] for r in some)  # of all so far
         if batch and widest * (len(batch) + len(some)) > token_budget:
             yield batch
-            batch, widest = [], max(lengths[r] for r in some)
-        batch, longest = [*batch, *some], widest
+            batch = []
+        batch = [*batch, *some]
     if batch:
         yield batch
 

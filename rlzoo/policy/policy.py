@@ -112,6 +112,24 @@ class Policy(nn.Module):
                     "that the model was trained with, or save the model after model.resize_token_embeddings(...)"
                 )
 
+    def row_check(self) -> Callable[[Sequence[int], Sequence[int]], None]:
+        """Takes the ids of a prompt and a completion; raises UserError for those that the model cannot take."""
+        positions, vocabulary = self.positions, self.vocabulary
+
+        def check(prompt: Sequence[int], completion: Sequence[int]) -> None:
+            ids = (*prompt, *completion)
+            if not prompt or not completion:
+                raise UserError(f"has no tokens in its {'completion' if prompt else 'prompt'}: drop the row")
+            if not 0 <= min(ids) <= max(ids) < vocabulary:
+                self.check_range(max(ids), min(ids))
+            if positions is not None and len(ids) > positions:
+                raise UserError(
+                    f"has {len(ids)} tokens, and the model has {positions} positions: "
+                    "drop the row, or cut it (max_completion_tokens, from_trl's max_length)"
+                )
+
+        return check
+
     @property
     def weights_version(self) -> int:
         """A number that rises with every change of the model's weights, however it came about.

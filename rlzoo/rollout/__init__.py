@@ -2,7 +2,7 @@
 
 from rlzoo.config import Sampling
 from rlzoo.policy import Policy
-from rlzoo.rollout.rollouts import collect_rollouts, mismatch, unscored
+from rlzoo.rollout.rollouts import collect_rollouts, cut_short, mismatch, unscored
 from rlzoo.rollout.sampler import Sample, Sampler, TransformersSampler
 from rlzoo.rollout.vllm import VLLMSampler, VLLMServerSampler
 
@@ -13,6 +13,7 @@ __all__ = [
     "VLLMSampler",
     "VLLMServerSampler",
     "collect_rollouts",
+    "cut_short",
     "mismatch",
     "sampler_of",
     "unscored",

@@ -17,6 +17,7 @@ from rlzoo.policy.microbatches import score_rows, score_rows_and_nuclei
 from rlzoo.problems import Encoded, trajectory
 from rlzoo.ranks import agreed, world_size
 from rlzoo.reward import Reward, Score, get_reward
+from rlzoo.reward_call import ENGINE
 from rlzoo.rollout.sampler import Sample, Sampler, TransformersSampler, by_length
 from rlzoo.types import Trajectory
 
@@ -36,6 +37,7 @@ def collect_rollouts(
     progress: Callable[[int], None] | None = None,
     recompute: bool = True,
     pieces: Pieces | None = None,
+    bad: BadRows | None = None,
 ) -> list[Trajectory]:
     """Sample each problem ``settings.samples`` times and score the completions; ``reward`` is what `get_reward` takes.
 
@@ -45,8 +47,9 @@ def collect_rollouts(
     An engine's are relative to the nucleus, so the log-prob of the nucleus, by the policy, is added to them.
     With ``pieces`` what was sampled is kept there, and not sampled again.
     What a reward logs of a completion becomes a column of its row; metrics of a call stand beside the reward's parts.
+    A problem that the model cannot take is an error, or goes to ``bad``.
     """
-    check_prompts(policy, sampler, problems, settings)
+    problems = within_limits(policy, sampler, problems, settings, bad)
     reward = get_reward(reward)
     sampled = _sampled(sampler, [p.ids for p in problems], settings, seed, progress, pieces)
     flat = [(problem, sample) for problem, samples in zip(problems, sampled, strict=True) for sample in samples]
@@ -138,20 +141,34 @@ def mismatch(rows: Sequence[Trajectory]) -> dict[str, float] | None:
     }
 
 
-def check_prompts(policy: Policy, sampler: Sampler, problems: Sequence[Encoded], settings: Sampling) -> None:
-    """Raise UserError naming a problem with a token id that has no embedding, or with more tokens than positions.
+def within_limits(
+    policy: Policy, sampler: Sampler, problems: Sequence[Encoded], settings: Sampling, bad: BadRows | None = None
+) -> list[Encoded]:
+    """The problems that the model can take: each token id has an embedding, and the tokens fit into its positions.
 
     The policy's own sampler also needs positions for ``max_new_tokens``; other engines have limits of their own.
+    Raises UserError naming a problem that is not so, unless ``bad`` rows are dropped.
     """
     positions, more = policy.positions, settings.max_new_tokens if isinstance(sampler, TransformersSampler) else 0
+    bad, kept = BadRows() if bad is None else bad, []
     for encoded in problems:
-        with BadRows().at(encoded.problem.told):
+        with bad.at(encoded.problem.told):
             policy.check_range(max(encoded.ids), min(encoded.ids))
             if positions is not None and len(encoded.ids) + more > positions:
                 raise UserError(
                     f"its prompt has {len(encoded.ids)} tokens, {more} may follow, and the model has {positions} "
                     "positions: lower max_new_tokens, or drop the problem"
                 )
+            kept.append(encoded)
+    if problems:
+        bad.require_some(len(kept))
+    return kept
+
+
+def cut_short(rows: Sequence[Trajectory], limit: int) -> list[str]:
+    """A line on the samples that reached ``max_new_tokens`` and were cut, if there are any."""
+    cut = sum(row.truncated for row in rows)
+    return [f"{cut:,} of {len(rows):,} samples were cut at max_new_tokens ({limit}), and have no end"] if cut else []
 
 
 def unscored(scored: Iterable[tuple[float | None, str]]) -> str | None:
@@ -171,6 +188,6 @@ def judge(reward: Reward, answered: Sequence[tuple[Encoded, Sample]]) -> list[Sc
     completions = [
         s.text if isinstance(p.problem.prompt, str) else [{"role": "assistant", "content": s.text}] for p, s in answered
     ]
-    names = {name for p, _ in answered for name in p.problem.columns}
+    names = {name for p, _ in answered for name in p.problem.columns} - set(ENGINE)
     columns = {name: [p.problem.columns.get(name) for p, _ in answered] for name in sorted(names)}
     return reward.score(prompts, completions, columns, completion_ids=[s.ids for _, s in answered])

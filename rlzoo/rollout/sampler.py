@@ -131,7 +131,6 @@ class TransformersSampler:
         draws = None if greedy else _streams(seed, numbers, copies, settings.max_new_tokens)
         return self.decoder.decode(prompts, len(copies), settings, draws)
 
-    @torch.no_grad()
     def _generate(
         self, prompts: Sequence[Sequence[int]], settings: Sampling, copies: int, greedy: bool, seed: int
     ) -> list[list[int]]:

@@ -134,7 +134,7 @@ class VLLMServerSampler:
         try:
             self.model = str(models["data"][0]["id"])
         except (KeyError, IndexError, TypeError):
-            raise UserError(f"what answers at {self.url} is no vLLM server") from None
+            raise self._no_server() from None
         _servers[self.url] = _Handed()  # it may have been started anew since it was last asked
 
     def sample(
@@ -185,6 +185,9 @@ class VLLMServerSampler:
                 self._ask("/reset_prefix_cache", {})
         barrier()
 
+    def _no_server(self) -> UserError:
+        return UserError(f"what answers at {self.url} is no vLLM server")
+
     def _ask(self, path: str, content: Mapping[str, Any] | None = None) -> Any:
         data = None if content is None else json.dumps(content).encode()
         question = request.Request(self.url + path, data, {"Content-Type": "application/json"})
@@ -200,7 +203,9 @@ class VLLMServerSampler:
             raise UserError(
                 f"the vLLM server at {self.url} answered {wrong.code} to {path}{fix or f': {said}'}"
             ) from None
-        except (OSError, ValueError, HTTPException) as wrong:
+        except ValueError:  # of an answer that is no JSON
+            raise self._no_server() from None
+        except (OSError, HTTPException) as wrong:
             reason = getattr(wrong, "reason", wrong)
             raise UserError(f"the vLLM server at {self.url} cannot be reached ({reason}): is it running?") from None
 

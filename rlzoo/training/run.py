@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from rlzoo.bad_rows import BadRows
 from rlzoo.buffers import Buffer
 from rlzoo.config import Training
-from rlzoo.errors import UserError
 from rlzoo.inputs import Input, Reference, Stage
 from rlzoo.objective import Objective
 from rlzoo.policy import Assembler, MicroBatches, Models, Policy, score_rows
@@ -21,24 +21,17 @@ from rlzoo.types import TEMPERED, at_temperature
 
 
 def check_buffer(policy: Policy, buffer: Buffer) -> None:
-    """Raise UserError naming a row (from 1) with a token id that has no embedding, or more tokens than positions."""
-
-    def naming(row: int) -> str:
-        return f"row {row + 1} of the buffer (prompt {buffer[row].prompt_id!r})"
-
-    if (found := buffer.outside(policy.vocabulary)) is not None:
-        try:
-            policy.check_range(found[1])
-        except UserError as error:
-            raise UserError(f"{naming(found[0])}: {error}") from None
-    if policy.positions is not None and len(buffer):
-        tokens = buffer.tokens()
-        if tokens.max() > policy.positions:
-            row = int(tokens.argmax())
-            raise UserError(
-                f"{naming(row)} has {tokens[row]} tokens, and the model has {policy.positions} positions: "
-                "drop the row, or cut it (max_completion_tokens, from_trl's max_length)"
-            )
+    """Raise UserError naming a row (from 1) without tokens, with one that has no embedding, or more than positions."""
+    empty = [row for name in ("prompt_ids", "completion_ids") for row in np.flatnonzero(buffer.tokens(name) == 0)]
+    doubtful = int(empty[0]) if empty else None
+    if doubtful is None and (found := buffer.outside(policy.vocabulary)) is not None:
+        doubtful = found[0]
+    if doubtful is None and policy.positions is not None and len(buffer) and buffer.tokens().max() > policy.positions:
+        doubtful = int(buffer.tokens().argmax())
+    if doubtful is not None:
+        row = buffer[doubtful]
+        with BadRows().at(f"row {doubtful + 1} of the buffer (prompt {row.prompt_id!r})"):
+            policy.row_check()(row.prompt_ids, row.completion_ids)
 
 
 def with_inputs(

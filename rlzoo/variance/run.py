@@ -192,12 +192,13 @@ def fill(experiment: Experiment, folder: Path, state: Path, given: str | None, r
     policy = load_policy(experiment.model, experiment.training.dtype)
     bad = BadRows(experiment.train.bad_rows)
     longest, special = experiment.training.max_completion_tokens, experiment.training.special_tokens
-    buffer: Buffer = read_buffer(given, policy.tokenizer, longest, bad=bad, special_tokens=special)
+    fits = policy.row_check()
+    buffer: Buffer = read_buffer(given, policy.tokenizer, longest, bad=bad, special_tokens=special, fits=fits)
     check_buffer(policy, buffer)
-    events = []
+    events = bad.events()
     if experiment.training.behaviour == "current":
         buffer, scored = with_behaviour(buffer, policy, experiment.training.token_budget)
-        events = [scored_event(len(scored))] if scored else []
+        events += [scored_event(len(scored))] if scored else []
     objectives = [work.objective_of(experiment, name) for name in experiment.algorithms]
     buffer = with_inputs(buffer, lacking(buffer, *objectives), policy, experiment.training.token_budget)
     buffer.save(folder)

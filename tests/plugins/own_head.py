@@ -23,7 +23,8 @@ class Confidence(Input):
         return nn.Linear(policy.hidden_size, 1)
 
     def of_hidden(self, module: Any, hidden: Tensor) -> Tensor:
-        return module(hidden)[:, 0]
+        found: Tensor = module(hidden)[:, 0]
+        return found
 
 
 @dataclass(frozen=True)

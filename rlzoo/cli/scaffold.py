@@ -8,13 +8,32 @@ import re
 import shlex
 from pathlib import Path
 from string import Template
+from typing import Annotated, Literal
+
+from typer import Argument, Option
 
 from rlzoo.errors import UserError
-from rlzoo.objective import list_objectives
-from rlzoo.objectives_page import COMMAND as PAGE_COMMAND
-from rlzoo.registry import canonical
 
 TEMPLATES = Path(__file__).parent / "templates"
+
+
+def new(
+    kind: Annotated[Literal["objective"], Argument(metavar="KIND", help="What to write: objective.")],
+    name: Annotated[str, Argument(metavar="NAME", help="Its name, as in my-objective.")],
+    folder: Annotated[
+        Path,
+        Option(metavar="FOLDER", help="Where to write it; in a clone of rlzoo, in the clone's own folders."),
+    ] = Path(),
+) -> int:
+    """Write an objective that works, and its test, to start your own from.
+
+    Examples:
+      rlzoo new objective my-objective
+      rlzoo new objective my-objective --folder plugins
+    """
+    assert kind == "objective"
+    print(new_objective(name, folder))
+    return 0
 
 
 def new_objective(name: str, folder: Path) -> str:
@@ -23,6 +42,8 @@ def new_objective(name: str, folder: Path) -> str:
     They are ``NAME.py`` and ``test_NAME.py``; in a clone of rlzoo they go to ``algorithms/`` and ``tests/``. Raises
     UserError for a name that is taken or cannot be one, and for files that are there already.
     """
+    from rlzoo.registry import canonical
+
     name = canonical(name)
     stem, class_name = name.replace("-", "_"), "".join(word.capitalize() for word in name.split("-"))
     in_clone = (folder / "algorithms" / "__init__.py").is_file() and (folder / "tests" / "canonical.py").is_file()
@@ -61,6 +82,8 @@ def _check(name: str, stem: str, class_name: str, template: str) -> None:
     imported = re.search(rf"import .*\b{class_name}\b", template)
     if keyword.iskeyword(stem) or keyword.iskeyword(class_name) or imported:
         raise UserError(f"objective name {name!r}: {class_name} means something else in its file; choose another name")
+    from rlzoo.objective import list_objectives
+
     if name in list_objectives():
         raise UserError(f"objective {name!r} is registered already: choose another name")
 
@@ -72,6 +95,8 @@ def _is_installed(module: str) -> bool:
 
 
 def _next_steps(name: str, class_name: str, code: Path, test: Path, in_clone: bool) -> list[str]:
+    from rlzoo.cli.objectives_page import COMMAND as PAGE_COMMAND
+
     steps = [f"write your coefficient in {code} and the loss of its paper in {test}"]
     run = f"pytest {shlex.quote(str(test))}"
     if in_clone:

@@ -1,16 +1,49 @@
-"""What there is to choose from: objectives, rewards, experiments."""
+"""``rlzoo list``: what there is to choose from."""
 
 from __future__ import annotations
 
-from typing import Any
+import json
+from typing import Annotated, Any
 
-from rlzoo.config import list_experiments
-from rlzoo.objective import is_composite, list_objectives, objective_class, options_of, own_options_of
-from rlzoo.reward import list_rewards
+from typer import Option
+
+from rlzoo.errors import UserError
+
+
+def list_(
+    as_json: Annotated[
+        bool, Option("--json", help="Print everything as JSON, with the types and defaults of options.")
+    ] = False,
+    markdown: Annotated[
+        bool, Option("--markdown", help="Print the reference of the built-in objectives, in Markdown.")
+    ] = False,
+) -> int:
+    """List objectives with their hyper-parameters, rewards, and experiments.
+
+    Examples:
+      rlzoo list
+      rlzoo list --json
+      rlzoo list --markdown > docs/objectives.md
+    """
+    if as_json and markdown:
+        raise UserError("--json and --markdown: give one of them")
+    if markdown:
+        from rlzoo.cli.objectives_page import objectives_page
+
+        print(objectives_page())
+    elif as_json:
+        print(json.dumps(catalogue(), indent=1, default=str))  # an option's default may be of any type
+    else:
+        print(catalogue_text())
+    return 0
 
 
 def catalogue() -> dict[str, list[dict[str, Any]]]:
     """Everything that has a name, by kind, with what a user has to know of it."""
+    from rlzoo.config import list_experiments
+    from rlzoo.objective import is_composite, list_objectives, objective_class, options_of
+    from rlzoo.reward import list_rewards
+
     objectives = [
         {
             "name": name,
@@ -30,8 +63,10 @@ def catalogue() -> dict[str, list[dict[str, Any]]]:
 
 def catalogue_text() -> str:
     """The catalogue for a terminal."""
+    from rlzoo.objective import objective_class, own_options_of
+
     found = catalogue()
-    lines = ["objectives (options of all: truncated=keep)"]
+    lines = ["objectives (all of them also take truncated=keep)"]
     for row in found["objectives"]:
         own = own_options_of(objective_class(row["name"]))
         options = ", ".join(f"{k}={v['default']}" for k, v in own.items())

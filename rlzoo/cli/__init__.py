@@ -1,0 +1,64 @@
+"""The ``rlzoo`` command. Heavy imports wait until a command runs, so that help and shell completion answer at once."""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from rlzoo.errors import UserError
+from rlzoo.interrupts import Terminated, raise_signal
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Exit status: 0 done, 1 some cells failed, 2 wrong input (one line on standard error), 130 or 143 stopped by
+    a signal, 141 nobody reads standard output any more.
+    """
+    from rlzoo.cli.app import parsed
+
+    os.environ.pop("RLZOO_TRUST_REMOTE_CODE", None)
+    sys.path.append(str(Path.cwd()))  # for package.module:Name of a user's own; last, so that it hides nothing
+    signal.signal(signal.SIGTERM, raise_signal)  # a job that the system stops ends as for Ctrl-C
+    try:
+        status = _run(parsed(arguments))
+        sys.stdout.flush()  # here, where an error can be told
+        return status
+    except BrokenPipeError:
+        if not _reader_is_gone():
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes at its end
+        return 141  # as a shell says of SIGPIPE
+    except UserError as error:
+        print(f"rlzoo: {_told(error, str(error))}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt as error:
+        print(f"rlzoo: {_told(error, 'interrupted')}", file=sys.stderr)
+        return 143 if isinstance(error, Terminated) else 130
+
+
+def _run(command: Callable[[], int] | None) -> int:
+    if command is None:
+        return 0
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        from rlzoo.ranks import joined
+
+        with joined():
+            return command()
+    return command()
+
+
+def _reader_is_gone() -> bool:
+    """Whether nobody reads standard output any more, as in ``rlzoo list | head``."""
+    poll = select.poll()
+    poll.register(sys.stdout, select.POLLOUT)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
+
+
+def _told(error: BaseException, message: str) -> str:
+    """One line: the message, and what the run's folder has to say about it."""
+    return " ".join("; ".join([message, *getattr(error, "__notes__", [])]).split())

@@ -1,0 +1,87 @@
+"""``rlzoo compare``."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from rlzoo.cli import completion, options
+from rlzoo.errors import UserError
+
+
+def compare(
+    experiment: options.ExperimentName = "arithmetic",
+    *,
+    algorithms: Annotated[
+        str | None,
+        options.training(metavar="LIST", help=options.LIST, autocompletion=completion.several_objectives),
+    ] = None,
+    seeds: Annotated[str | None, options.training(metavar="LIST", help="Comma-separated seeds, as in 0,1,2.")] = None,
+    learning_rates: Annotated[
+        str | None,
+        options.training(
+            metavar="LIST",
+            help="Comma-separated learning rates; each algorithm is reported at its best one on validation.",
+        ),
+    ] = None,
+    steps: options.Steps = None,
+    batch_size: options.BatchSize = None,
+    model: options.Model = None,
+    reward: options.Reward = None,
+    data: options.Data = None,
+    test_data: options.TestData = None,
+    bad_rows: options.BadRows = None,
+    limit: options.Limit = None,
+    train_limit: options.TrainLimit = None,
+    test_limit: options.TestLimit = None,
+    rollout_samples: options.RolloutSamples = None,
+    samples: options.Samples = None,
+    k: options.K = None,
+    sets: options.Set = None,
+    out: options.Out = None,
+    workers: options.Workers = None,
+    threads: options.WorkerThreads = 1,
+    executor: Annotated[
+        Literal["local", "ray"],
+        options.running(metavar="local|ray", help="Run the cells in processes on this machine, or as Ray tasks."),
+    ] = "local",
+    address: Annotated[
+        str | None,
+        options.running(metavar="HOST:PORT", help="Ray cluster to use; by default a new one on this machine."),
+    ] = None,
+    trust_remote_code: options.Trust = False,
+) -> int:
+    """Train every algorithm on every seed from one base model and one buffer, evaluate, and report.
+
+    Examples:
+      rlzoo compare arithmetic
+      rlzoo compare arithmetic --algorithms sft,dft,my.py:Mine --seeds 0,1,2
+      rlzoo compare arithmetic --set training.steps=40 --set evaluation.samples=8
+      rlzoo compare my.yaml --learning-rates 1e-5,5e-5 --executor ray
+    """
+    from rich.console import Console
+
+    from rlzoo.cli.settings import allow_remote_code, experiment_of
+    from rlzoo.cli.tables import show
+    from rlzoo.comparison.plan import counted
+    from rlzoo.comparison.report import report_table
+    from rlzoo.comparison.runner import compare, where
+    from rlzoo.ranks import is_main
+
+    if address is not None and executor != "ray":
+        raise UserError("--address is that of a Ray cluster: add --executor ray")
+    allow_remote_code(trust_remote_code)
+    chosen = experiment_of(
+        experiment, sets,
+        algorithms=algorithms, seeds=seeds, learning_rates=learning_rates, steps=steps, batch_size=batch_size,
+        model=model, reward=reward, data=data, test_data=test_data, bad_rows=bad_rows,
+        limit=limit, train_limit=train_limit, test_limit=test_limit,
+        rollout_samples=rollout_samples, samples=samples, k=k,
+    )  # fmt: skip
+    folder = out or where(chosen, threads)
+    results = compare(chosen, folder, workers, threads, executor=executor, address=address)
+    console = Console(quiet=not is_main(), highlight=False, markup=False)
+    show(console, report_table(results))
+    console.print(f"{results['wall_seconds']:.0f} s; report: {folder / 'report.html'}", soft_wrap=True)
+    if failed := len(results["failed"]):
+        console.print(f"{counted(failed, 'run')} failed: the report says why; the same command tries again")
+    return 1 if failed else 0

@@ -1,0 +1,51 @@
+"""Shell completion. Names of built-ins are read from the names of their files, so that TAB does not import torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from typer import Context
+
+PACKAGE = Path(__file__).parents[1]
+
+
+def experiments(incomplete: str) -> list[str]:
+    """Built-in experiments."""
+    return _beginning(incomplete, (path.stem for path in (PACKAGE / "experiments").glob("*.yaml")))
+
+
+def objectives(incomplete: str) -> list[str]:
+    """Built-in objectives and those of installed packages."""
+    return _beginning(incomplete, _names("algorithms", "rlzoo.objectives"))
+
+
+def several_objectives(incomplete: str) -> list[str]:
+    """The list so far, with each objective that can follow."""
+    *before, last = incomplete.split(",")
+    return [",".join([*before, name]) for name in objectives(last) if name not in before]
+
+
+def rewards(incomplete: str) -> list[str]:
+    """Built-in rewards and those of installed packages."""
+    return _beginning(incomplete, _names("rewards", "rlzoo.rewards"))
+
+
+def settings(context: Context, incomplete: str) -> list[str]:
+    """Dotted names for --set."""
+    from rlzoo.cli.settings import TrainSettings, names_of
+    from rlzoo.config import Experiment
+
+    model = TrainSettings if context.command.name == "train" else Experiment
+    return _beginning(incomplete, (f"{name}=" for name in names_of(model)))
+
+
+def _names(folder: str, group: str) -> set[str]:
+    from importlib.metadata import entry_points
+
+    built_in = {path.stem.replace("_", "-") for path in (PACKAGE / folder).glob("[!_]*.py")}
+    return built_in | {point.name for point in entry_points(group=group)}
+
+
+def _beginning(start: str, names: Iterable[str]) -> list[str]:
+    return sorted(name for name in names if name.startswith(start))

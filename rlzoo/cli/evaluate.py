@@ -1,0 +1,71 @@
+"""``rlzoo evaluate``."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Annotated
+
+from rlzoo.cli import options
+
+
+def evaluate(
+    experiment: options.ExperimentName = "arithmetic",
+    *,
+    model: options.Model = None,
+    reward: options.Reward = None,
+    test_data: options.TestData = None,
+    limit: options.Limit = None,
+    samples: options.Samples = None,
+    k: options.K = None,
+    sets: options.Set = None,
+    as_json: Annotated[bool, options.running("--json", help="Print the results as JSON.")] = False,
+    seed: options.Seed = 0,
+    threads: options.Threads = None,
+    trust_remote_code: options.Trust = False,
+) -> int:
+    """Evaluate a policy on an experiment's benchmarks: avg@k, greedy and pass@k.
+
+    Examples:
+      rlzoo evaluate arithmetic --model runs/rft --samples 8 --k 4
+      rlzoo evaluate smollm2-gsm8k --test-data test.jsonl --limit 200 --json
+    """
+    from rlzoo.cli.settings import experiment_of, prepare
+
+    prepare(threads, trust_remote_code)
+    chosen = experiment_of(
+        experiment, sets, model=model, reward=reward, test_data=test_data, limit=limit, samples=samples, k=k
+    )
+    from rlzoo.bad_rows import BadRows
+    from rlzoo.comparison.pool import silence
+    from rlzoo.comparison.work import reward_of
+    from rlzoo.evaluation import evaluate
+    from rlzoo.policy import load_policy
+    from rlzoo.problems import load_problems
+    from rlzoo.rollout import unscored
+
+    scored_by = reward_of(chosen)
+    bad = {name: BadRows(source.bad_rows) for name, source in chosen.benchmarks.items()}
+    problems = {name: load_problems(source, bad[name]) for name, source in chosen.benchmarks.items()}
+    silence()
+    policy = load_policy(chosen.model, chosen.training.dtype)
+    found = {
+        name: evaluate(policy, some, scored_by, chosen.evaluation, seed, bad=bad[name])
+        for name, some in problems.items()
+    }
+    results = {name: one.metrics for name, one in found.items()}
+    for name, one in found.items():
+        for line in bad[name].lines():
+            print(f"{name}: {line}", file=sys.stderr)
+        if without := unscored((row["reward"], row["prompt"]) for row in one.outcomes):
+            print(f"{name}: {without}; they count as wrong", file=sys.stderr)
+    if as_json:
+        print(json.dumps(results, indent=1))
+        return 0
+    for name, m in results.items():
+        print(
+            f"{name}: avg@{m['samples']} {m['avg_at_k']:.1%}  greedy {m['greedy']:.1%}  "
+            f"pass@{m['k']} {m['pass_at_k']:.1%}"
+            + "".join(f"  {n.removeprefix('reward/')} {v:.4g}" for n, v in m.items() if n.startswith("reward/"))
+        )
+    return 0

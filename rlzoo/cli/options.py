@@ -1,0 +1,106 @@
+"""Parameters that several commands share: each is declared once, and shows the same help everywhere."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from typer import Argument, BadParameter, Option
+
+from rlzoo.cli import completion
+
+SPEC = "a name (see rlzoo list), package.module:Name, or path/to/file.py:Name"
+LIST = f"Comma-separated objectives, each {SPEC}; by default those of the experiment."
+
+
+def whole(text: str) -> int:
+    """A whole number of a command line."""
+    try:
+        return int(text)
+    except ValueError:
+        raise BadParameter(f"{text!r} is not a whole number") from None
+
+
+def count(text: str) -> int:
+    """A whole number of at least 1."""
+    if (number := whole(text)) < 1:
+        raise BadParameter(f"{number} is too few: give a whole number of at least 1")
+    return number
+
+
+def number(text: str) -> float:
+    """A number of a command line."""
+    try:
+        return float(text)
+    except ValueError:
+        raise BadParameter(f"{text!r} is not a number") from None
+
+
+def under(panel: str) -> Any:
+    """Options below a heading of the help."""
+    return partial(Option, rich_help_panel=panel)
+
+
+training, data, sampling = under("Training"), under("Model and data"), under("Sampling and evaluation")
+settings, running = under("Settings"), under("Run")
+
+ExperimentName = Annotated[
+    str,
+    Argument(
+        metavar="EXPERIMENT",
+        help="Built-in experiment (see rlzoo list), or a .yaml file.",
+        autocompletion=completion.experiments,
+    ),
+]
+
+Steps = Annotated[int | None, training(metavar="N", parser=whole, help="Optimizer steps.")]
+BatchSize = Annotated[int | None, training(metavar="N", parser=whole, help="Sequences per optimizer step.")]
+
+Model = Annotated[str | None, data(metavar="MODEL", help="Base model: 'embedded', a folder, or a Hub ID.")]
+Reward = Annotated[str | None, data(metavar="REWARD", help=f"Reward: {SPEC}.", autocompletion=completion.rewards)]
+Data = Annotated[
+    str | None,
+    data(metavar="SOURCE", help="Training problems: a file, a folder of shards, a Hub ID, or world:NAME/SPLIT."),
+]
+TestData = Annotated[str | None, data(metavar="SOURCE", help="Test problems, in place of those of every benchmark.")]
+BadRows = Annotated[
+    Literal["reject", "drop"] | None,
+    data(metavar="reject|drop", help="Stop at the first row that cannot be used, or drop such rows and count them."),
+]
+Limit = Annotated[int | None, data(metavar="N", parser=whole, help="Use at most N problems from each set.")]
+TrainLimit = Annotated[int | None, data(metavar="N", parser=whole, help="Use at most N training problems.")]
+TestLimit = Annotated[
+    int | None,
+    data(metavar="N", parser=whole, help="Use at most N problems from each benchmark and from the validation set."),
+]
+
+RolloutSamples = Annotated[int | None, sampling(metavar="N", parser=whole, help="Samples per prompt to learn from.")]
+Samples = Annotated[int | None, sampling(metavar="N", parser=whole, help="Samples per problem in evaluation.")]
+K = Annotated[int | None, sampling(metavar="K", parser=whole, help="The k of pass@k, at most --samples.")]
+
+Set = Annotated[
+    list[str] | None,
+    settings(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Change any setting by its dotted name, as in training.weight_decay=0.1; the value is YAML. "
+        "Repeatable; overrides the other options.",
+        autocompletion=completion.settings,
+    ),
+]
+
+Out = Annotated[
+    Path | None,
+    running(
+        metavar="FOLDER",
+        help="Output folder: a new one, or that of the same run, which then resumes; by default a new one below runs/.",
+    ),
+]
+Seed = Annotated[int, running(metavar="N", parser=whole, help="Random seed.")]
+Workers = Annotated[int | None, running(metavar="N", parser=count, help="Worker processes; by default one per core.")]
+WorkerThreads = Annotated[int, running(metavar="N", parser=count, help="Threads per worker process.")]
+Threads = Annotated[
+    int | None, running(metavar="N", parser=count, help="Threads to compute with; by default PyTorch's choice.")
+]
+Trust = Annotated[bool, running("--trust-remote-code", help="Run the Python code that ships with the model.")]

@@ -1,0 +1,94 @@
+"""``rlzoo rollout``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+from rlzoo.cli import options
+
+
+def rollout(
+    experiment: options.ExperimentName = "arithmetic",
+    *,
+    model: options.Model = None,
+    reward: options.Reward = None,
+    data: options.Data = None,
+    bad_rows: options.BadRows = None,
+    limit: options.Limit = None,
+    rollout_samples: options.RolloutSamples = None,
+    sets: options.Set = None,
+    out: Annotated[
+        Path,
+        options.running(
+            metavar="PATH",
+            help="Where the buffer is saved: a new folder, that of the same run, or a .parquet or .jsonl file.",
+        ),
+    ],
+    seed: options.Seed = 0,
+    threads: options.Threads = None,
+    trust_remote_code: options.Trust = False,
+) -> int:
+    """Sample a policy on an experiment's training problems, score the samples, and save them as a buffer.
+
+    Examples:
+      rlzoo rollout arithmetic --limit 100 --out runs/buffer
+      rlzoo rollout --model runs/rft --rollout-samples 8 --out samples.jsonl
+      rlzoo rollout smollm2-gsm8k --set rollouts.engine=vllm --out runs/buffer
+    """
+    from rlzoo.cli.settings import experiment_of, prepare
+
+    prepare(threads, trust_remote_code)
+    chosen = experiment_of(
+        experiment, sets,
+        model=model, reward=reward, data=data, bad_rows=bad_rows, limit=limit, rollout_samples=rollout_samples,
+    )  # fmt: skip
+    from rlzoo.bad_rows import BadRows
+    from rlzoo.buffers import OfflineBuffer
+    from rlzoo.comparison.pool import silence
+    from rlzoo.comparison.work import reward_of
+    from rlzoo.pieces import Pieces
+    from rlzoo.policy import load_policy
+    from rlzoo.problems import encode_problems, load_problems
+    from rlzoo.rollout import collect_rollouts, cut_short, mismatch, sampler_of, unscored
+    from rlzoo.runs import run_in
+
+    bad = BadRows(chosen.train.bad_rows)
+    scored_by, problems = reward_of(chosen), load_problems(chosen.train, bad)[: chosen.rollouts.prompts]
+    silence()
+    asked = {"experiment": chosen.model_dump(mode="json"), "seed": seed, "threads": threads}
+    with run_in(out, "rollout", asked, "whole") as run:
+        if run.finished:
+            print(f"finished before: {out}")
+            return 0
+        policy = load_policy(chosen.model, chosen.training.dtype)
+        encoded = encode_problems(policy.tokenizer, problems, bad)
+        settings = chosen.rollouts
+        sampler, recompute = sampler_of(policy, settings), settings.behaviour == "recompute"
+        rows = collect_rollouts(
+            policy, sampler, encoded, scored_by, settings, seed,
+            token_budget=chosen.training.token_budget, recompute=recompute, pieces=Pieces(run.state), bad=bad,
+        )  # fmt: skip
+        buffer = OfflineBuffer.from_trajectories(rows)
+        events = [*bad.events(), *cut_short(rows, settings.max_new_tokens)]
+        known = {"dropped_rows": bad.summary(), "events": events}
+        save = partial(buffer.save, notes={name: value for name, value in known.items() if value})
+        writers: dict[str, Callable[[Path], None]] = {".parquet": buffer.to_parquet, ".jsonl": buffer.to_jsonl}
+        writers.get(out.suffix, save)(out)
+    right = sum((row.reward or 0) >= chosen.evaluation.correct_at for row in rows)
+    for line in bad.lines():
+        print(line)
+    prompts = len({row.prompt_id for row in rows})
+    print(f"{len(rows)} samples of {prompts} prompts, {right} correct; saved to {out}")
+    for line in cut_short(rows, settings.max_new_tokens):
+        print(line)
+    if without := unscored((row.reward, row.prompt) for row in rows):
+        print(without)
+    if found := mismatch(rows):
+        print(
+            f"log-probs of the engine and the trainer: {found['mean_absolute']:.2g} apart in the mean, "
+            f"{found['largest']:.2g} at most, mean ratio {found['mean_ratio']:.6f}"
+        )
+    return 0

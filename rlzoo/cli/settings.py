@@ -1,0 +1,231 @@
+"""From a command's options to settings: those of an experiment, or those of one training run.
+
+``--set KEY=VALUE`` is the same in all commands: the key is the dotted name of a setting. Other options are shorthands
+for settings that are often changed; where both give the same setting, ``--set`` wins.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import types
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from typing import Any, Union, get_args, get_origin
+
+import pydantic
+import yaml
+
+from rlzoo.config import Experiment, ProblemSource, Table, Training, lay, load_experiment, validated
+from rlzoo.errors import UserError
+
+TRAINING_LIMITS = ("train.limit", "rollouts.prompts")
+SHORTHANDS: dict[str, tuple[str, ...]] = {
+    "model": ("model",),
+    "reward": ("reward",),
+    "data": ("train.source",),
+    "bad_rows": ("train.bad_rows",),
+    "limit": TRAINING_LIMITS,
+    "train_limit": TRAINING_LIMITS,
+    "steps": ("training.steps",),
+    "batch_size": ("training.batch_size",),
+    "samples": ("evaluation.samples",),
+    "rollout_samples": ("rollouts.samples",),
+    "k": ("evaluation.k",),
+}
+"""Options → the settings of an experiment. Of two for the same setting the later in this table counts."""
+
+
+class TrainSettings(pydantic.BaseModel):
+    """Everything ``rlzoo train`` needs to know: one objective, one buffer, one model."""
+
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
+
+    objective: str
+    options: Mapping[str, Any] = {}
+    training: Training = Training()
+    model: str = "embedded"
+    buffer: Table
+    seed: int = 0
+
+
+def train_settings(
+    given: Mapping[str, Any],
+    options: Sequence[str] | None = None,
+    columns: Sequence[str] | None = None,
+    sets: Sequence[str] | None = None,
+) -> TrainSettings:
+    """The settings of ``rlzoo train``.
+
+    ``given`` are the options that take one value, by the dotted name of their setting; None leaves its default.
+    """
+    single = {key: value for key, value in given.items() if value is not None}
+    named = {"options": pairs(options or (), "--option"), "buffer.columns": pairs(columns or (), "--column")}
+    data: dict[str, Any] = {}
+    for changes in (single, named, changes_of(sets, TrainSettings)):
+        for key, value in changes.items():
+            lay(data, key, value)
+    return validated(TrainSettings, data, "rlzoo train")
+
+
+def experiment_of(
+    name: str,
+    sets: Sequence[str] | None = None,
+    *,
+    test_data: str | None = None,
+    test_limit: int | None = None,
+    algorithms: str | None = None,
+    learning_rates: str | None = None,
+    seeds: str | None = None,
+    **shorthands: str | int | None,
+) -> Experiment:
+    """The experiment of that name or file, changed as a command's options say."""
+    given = {option: value for option in SHORTHANDS if (value := shorthands.get(option)) is not None}
+    changes = {key: value for option, value in given.items() for key in SHORTHANDS[option]}
+    other = changes_of(sets, Experiment)
+    plain = load_experiment(name, {**changes, **other})
+    tests = _tests(plain, other, test_data, given.get("limit") if test_limit is None else test_limit)
+    grid = _grid(plain, other, algorithms, learning_rates, seeds, {"steps", "batch_size"} & set(given))
+    return load_experiment(name, {**changes, **other, **tests, **grid})
+
+
+def changes_of(sets: Sequence[str] | None, model: type[pydantic.BaseModel]) -> dict[str, Any]:
+    """What ``--set`` asks for: dotted names of settings → values."""
+    return {dotted(key, model): value for key, value in pairs(sets or (), "--set").items()}
+
+
+def dotted(key: str, model: type[pydantic.BaseModel]) -> str:
+    """The full name of a setting. Its section may be left out where only one section has such a setting.
+
+    Raises UserError for a key that is no setting, or that of several sections.
+    """
+    first = key.partition(".")[0]
+    if first in model.model_fields:
+        return key
+    names = names_of(model)
+    homes = [name for name in names if name.rpartition(".")[2] == first]
+    if len(homes) == 1:
+        return homes[0] + key[len(first) :]
+    if homes:
+        raise UserError(f"--set {key} could mean {' or '.join(homes)}: write one of them in full")
+    known = {name.rpartition(".")[2]: name for name in names} | {name: name for name in names}
+    near = difflib.get_close_matches(key, known, n=1)
+    meant = [known[name] for name in near] + [f"options.{key}"] * ("options" in model.model_fields)
+    hint = f"did you mean {' or '.join(meant)}?" if meant else f"known: {', '.join(model.model_fields)}"
+    raise UserError(f"--set {key}: unknown setting: {hint}")
+
+
+def names_of(model: type[pydantic.BaseModel]) -> list[str]:
+    """The dotted names of all settings, but for those below a name that a user gives (of a benchmark, of a row)."""
+    inner = [f"{section}.{field}" for section, part in _sections(model) for field in part.model_fields]
+    return [*model.model_fields, *inner]
+
+
+def _sections(model: type[pydantic.BaseModel]) -> Iterator[tuple[str, type[pydantic.BaseModel]]]:
+    """The settings that hold settings, but not those that hold rows of a name of their own."""
+    for name, field in model.model_fields.items():
+        kind = field.annotation
+        parts = get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
+        yield from ((name, part) for part in parts if isinstance(part, type) and issubclass(part, pydantic.BaseModel))
+
+
+def _tests(plain: Experiment, other: Mapping[str, Any], source: str | None, limit: Any) -> dict[str, Any]:
+    """The benchmarks and the validation set as options change them; what ``other`` (--set) says of one counts more."""
+
+    def changed(place: str, problems: ProblemSource, **over: Any) -> dict[str, Any]:
+        asked = {key: value for key, value in over.items() if value is not None and f"{place}.{key}" not in other}
+        return problems.model_dump() | asked
+
+    benchmarks = {
+        name: changed(f"benchmarks.{name}", problems, source=source, limit=limit)
+        for name, problems in plain.benchmarks.items()
+    }
+    validation = plain.validation and changed("validation", plain.validation, limit=limit)
+    return {"benchmarks": benchmarks, "validation": validation}
+
+
+def _grid(
+    plain: Experiment,
+    other: Mapping[str, Any],
+    algorithms: str | None,
+    rates: str | None,
+    seeds: str | None,
+    asked: Set[str],
+) -> dict[str, Any]:
+    """The rows, seeds and baseline as --algorithms, --learning-rates and --seeds change them.
+
+    ``asked`` are the settings of training that have an option: it counts for rows with settings of their own too. What
+    ``other`` (--set) says of a row counts more.
+    """
+    changes: dict[str, Any] = {}
+    rows = {name: row.model_dump() for name, row in plain.algorithms.items()}
+    if algorithms is not None:
+        rows = rows_of(algorithms.split(","), rows)
+        if plain.baseline in plain.algorithms and plain.baseline not in rows and "baseline" not in other:
+            changes["baseline"] = next(iter(rows))
+    numbers = None if rates is None else _numbers(rates, float, "--learning-rates")
+    for name, row in rows.items():
+        lost = {key for key in asked if f"algorithms.{name}.training.{key}" not in other}
+        rows[name] = {**row, "training": {k: v for k, v in row.get("training", {}).items() if k not in lost}}
+        if numbers is not None and f"algorithms.{name}.learning_rates" not in other:
+            rows[name]["learning_rates"] = numbers
+    if seeds is not None and "seeds" not in other:
+        changes["seeds"] = _numbers(seeds, int, "--seeds")
+    return {**changes, "algorithms": rows}
+
+
+def rows_of(specs: Sequence[str], present: Mapping[str, Any]) -> dict[str, Any]:
+    """Rows for --algorithms: those of the experiment keep their settings, others get the experiment's defaults."""
+    from rlzoo.objective import objective_class
+    from rlzoo.registry import canonical
+
+    rows: dict[str, Any] = {}
+    for spec in specs:
+        same = canonical(spec)
+        row = same if same in present else objective_class(spec.strip()).name
+        if row in rows:
+            raise UserError(f"the list of algorithms names {row!r} twice: name each once")
+        rows[row] = present[row] if same in present else {"objective": spec.strip()}
+    return rows
+
+
+def _numbers(text: str, kind: Callable[[str], float], option: str) -> list[float]:
+    numbers = []
+    for part in text.split(","):
+        try:
+            numbers.append(kind(part))
+        except ValueError:
+            what = "a whole number" if kind is int else "a number"
+            raise UserError(f"{option}: {part!r} is not {what}; separate numbers by commas") from None
+    return numbers
+
+
+def pairs(texts: Sequence[str], option: str) -> dict[str, Any]:
+    """KEY=VALUE texts of an option, the values read as YAML."""
+    found = {}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise UserError(f"{option} {text!r}: write KEY=VALUE")
+        try:
+            found[key] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise UserError(f"{option} {text!r}: the value is not valid YAML") from None
+    return found
+
+
+def prepare(threads: int | None, trust_remote_code: bool) -> None:
+    """Compute with that many threads and allow a model's own code, here and in processes that are started."""
+    allow_remote_code(trust_remote_code)
+    if threads is not None:
+        import torch
+
+        from rlzoo.comparison.pool import THREAD_VARIABLES
+
+        os.environ.update({name: str(threads) for name in THREAD_VARIABLES})
+        torch.set_num_threads(threads)
+
+
+def allow_remote_code(allowed: bool) -> None:
+    """The one way to let a model bring code of its own: no file can ask for it."""
+    if allowed:
+        os.environ["RLZOO_TRUST_REMOTE_CODE"] = "1"  # an environment variable, so that worker processes have it too

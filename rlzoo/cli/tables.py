@@ -1,0 +1,22 @@
+"""Tables on standard output."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from rich.box import Box
+from rich.console import Console
+from rich.table import Table
+
+from rlzoo.cli.help import is_rich
+
+PLAIN = Box("\n".join(["    ", "    ", " -- ", *["    "] * 5]) + "\n", ascii=True)
+"""A rule of dashes below the header, and no other line."""
+
+
+def show(console: Console, tables: Iterable[Table]) -> None:
+    """Print tables, without box-drawing characters unless standard output is a terminal (see `is_rich`)."""
+    for table in tables:
+        if not is_rich():
+            table.box = PLAIN
+        console.print(table)

@@ -1,0 +1,124 @@
+"""``rlzoo train``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+from typer import Argument
+
+from rlzoo.cli import completion, options
+
+
+def train(
+    objective: Annotated[
+        str,
+        Argument(metavar="OBJECTIVE", help=f"Objective: {options.SPEC}.", autocompletion=completion.objectives),
+    ],
+    *,
+    option: Annotated[
+        list[str] | None,
+        options.training(
+            metavar="KEY=VALUE", help="Hyper-parameter of the objective: short for --set options.KEY=VALUE. Repeatable."
+        ),
+    ] = None,
+    steps: options.Steps = None,
+    batch_size: options.BatchSize = None,
+    learning_rate: Annotated[
+        float | None, options.training(metavar="RATE", parser=options.number, help="Peak learning rate.")
+    ] = None,
+    buffer: Annotated[
+        str,
+        options.data(metavar="BUFFER", help="Saved buffer (see rlzoo rollout), or a table in one of TRL's formats."),
+    ],
+    model: options.Model = "embedded",
+    split: Annotated[str | None, options.data(metavar="NAME", help="Split of the table, where it has several.")] = None,
+    column: Annotated[
+        list[str] | None,
+        options.data(
+            metavar="NAME=COLUMN",
+            help="Column of the table to read as NAME, as in completion=response. Repeatable.",
+        ),
+    ] = None,
+    bad_rows: options.BadRows = None,
+    sets: options.Set = None,
+    out: Annotated[
+        Path,
+        options.running(
+            metavar="FOLDER",
+            help="Where the model is saved: a new folder, or that of the same run, which then resumes.",
+        ),
+    ],
+    seed: options.Seed = 0,
+    threads: options.Threads = None,
+    trust_remote_code: options.Trust = False,
+) -> int:
+    """Train a policy with one objective on a saved buffer or a table.
+
+    Examples:
+      rlzoo train rft --buffer runs/buffer --steps 50 --out runs/rft
+      rlzoo train dpo --buffer pairs.jsonl --option beta=0.2 --out runs/dpo
+      rlzoo train sft --buffer pairs.jsonl --set training.lora={} --out runs/sft
+    """
+    from rlzoo.bad_rows import BadRows
+    from rlzoo.buffers import read_buffer
+    from rlzoo.cli.settings import prepare, train_settings
+    from rlzoo.comparison.pool import silence
+    from rlzoo.objective import get_objective
+    from rlzoo.outputs import write_atomically
+    from rlzoo.policy.loading import load_policy, save_policy
+    from rlzoo.ranks import is_main
+    from rlzoo.runs import run_in
+    from rlzoo.training import train
+
+    prepare(threads, trust_remote_code)
+    given = {
+        "objective": objective,
+        "model": model,
+        "buffer.source": buffer,
+        "buffer.split": split,
+        "buffer.bad_rows": bad_rows,
+        "training.steps": steps,
+        "training.batch_size": batch_size,
+        "training.learning_rate": learning_rate,
+        "seed": seed,
+    }
+    settings = train_settings(given, option, column, sets)
+    training, table = settings.training, settings.buffer
+    what = get_objective(settings.objective, **settings.options)
+    silence()
+
+    def show(trainer: Any, step: int) -> None:
+        row = trainer.record.steps[-1]
+        if is_main():
+            line = f"step {step}/{training.steps}  loss {row['loss']:.4f}  gradient norm {row['gradient_norm']:.3f}"
+            print(line, flush=True)  # a log is to show how far it is
+
+    with run_in(out, "train", {**settings.model_dump(mode="json"), "threads": threads}) as run:
+        if run.finished:
+            print(f"finished before: {out}")
+            return 0
+        policy = load_policy(settings.model, training.dtype)
+        bad, longest = BadRows(table.bad_rows), training.max_completion_tokens
+        rows = read_buffer(
+            table.source, policy.tokenizer, longest, table.split, table.columns, bad, training.special_tokens,
+            policy.row_check(),
+        )  # fmt: skip
+        if is_main():
+            for line in bad.lines():
+                print(line, flush=True)
+        record = train(policy, what, rows, training, settings.seed, [show], out / "logs", run.state / "checkpoints")
+        save_policy(policy, out)
+        if is_main():
+            summary = {
+                "steps": record.plain_steps(),
+                "costs": record.costs.as_dict(),
+                "events": [*bad.events(), *record.events],
+                "dropped_rows": bad.summary(),
+            }
+            write_atomically(out / "training.json", json.dumps(summary, indent=1))
+            for event in record.events:
+                print(event)
+            print(f"saved to {out}")
+    return 0

@@ -1,0 +1,96 @@
+"""``rlzoo variance``."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from rlzoo.cli import completion, options
+
+measurement = options.under("Measurement")
+
+
+def variance(
+    experiment: options.ExperimentName = "both-worlds",
+    *,
+    objectives: Annotated[
+        str | None, measurement(metavar="LIST", help=options.LIST, autocompletion=completion.several_objectives)
+    ] = None,
+    rows: Annotated[
+        int,
+        measurement(metavar="N", parser=options.whole, help="Rows each objective is measured on."),
+    ] = 512,
+    draws: Annotated[
+        int,
+        measurement(metavar="N", parser=options.whole, help="Monte Carlo samples per token; 0 for none."),
+    ] = 4096,
+    every: Annotated[
+        int,
+        measurement(
+            metavar="N",
+            parser=options.whole,
+            help="Training steps between measurements; 0 for the base model alone.",
+        ),
+    ] = 10,
+    probe_rows: Annotated[
+        int,
+        measurement(metavar="N", parser=options.whole, help="Rows measured along training."),
+    ] = 64,
+    steps: options.Steps = None,
+    model: options.Model = None,
+    reward: options.Reward = None,
+    data: options.Data = None,
+    buffer: Annotated[
+        str | None,
+        options.data(
+            metavar="BUFFER",
+            help="Saved buffer (see rlzoo rollout) or table to measure on, in place of the experiment's data.",
+        ),
+    ] = None,
+    bad_rows: options.BadRows = None,
+    limit: options.Limit = None,
+    rollout_samples: options.RolloutSamples = None,
+    sets: options.Set = None,
+    seed: Annotated[
+        int,
+        options.running(
+            metavar="N",
+            parser=options.whole,
+            help="Random seed for the choice of rows, the Monte Carlo samples and training.",
+        ),
+    ] = 0,
+    out: options.Out = None,
+    workers: options.Workers = None,
+    threads: options.WorkerThreads = 1,
+    trust_remote_code: options.Trust = False,
+) -> int:
+    """Measure the variance of objectives' gradients: per token, over the data, and along training.
+
+    Examples:
+      rlzoo variance
+      rlzoo variance both-worlds --objectives sft,dft,my.py:Mine --rows 128
+      rlzoo variance --buffer runs/buffer --objectives rft,dpo,grpo --every 0
+    """
+    from rich.console import Console
+
+    from rlzoo.cli.settings import allow_remote_code, experiment_of
+    from rlzoo.cli.tables import show
+    from rlzoo.config import validated
+    from rlzoo.variance.report import report_tables
+    from rlzoo.variance.run import VarianceSettings, run_variance, where
+
+    allow_remote_code(trust_remote_code)
+    measured = {"rows": rows, "draws": draws, "every": every, "probe_rows": probe_rows, "seed": seed}
+    settings = validated(VarianceSettings, measured, "variance")
+    chosen = experiment_of(
+        experiment, sets,
+        algorithms=objectives, steps=steps, model=model, reward=reward, data=data, bad_rows=bad_rows, limit=limit,
+        rollout_samples=rollout_samples,
+    )  # fmt: skip
+    folder = out or where(chosen, settings, buffer, threads)
+    found = run_variance(chosen, folder, settings, buffer, workers, threads)
+    console = Console(highlight=False, markup=False)
+    show(console, report_tables(found))
+    for name, reason in {**found["skipped"], **found["failed"]}.items():
+        console.print(f"{name}: {reason}", soft_wrap=True)
+    console.print(f"{found['wall_seconds']:.0f} s; report: {folder / 'report.html'}", soft_wrap=True)
+    return 1 if found["failed"] else 0
