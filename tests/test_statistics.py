@@ -83,11 +83,11 @@ T1, T2 = 12.706205, 4.302653
         ([[0.0] * 9, [1.0] * 9, [2.0] * 9], T2 * (1 / 3) ** 0.5),
         # 3 seeds × 2 problems: mean squares 8, 6 and 3/2. The problems are fewer, so that theirs holds the noise, with
         # one degree of freedom, and seeds add 8 - 3/2; over 6 values. The shares are 0.48 and 0.52. Cochran's quantile
-        # is t₂ + (t₁ - t₂)((0.48 - 0.1)/0.9)^0.8, Welch's has 1/(0.48²/1 + 0.52²/2) = 2.735 degrees of freedom and so
+        # is t₂ + (t₁ - t₂)((0.48 - 0.08)/0.92)^0.7, Welch's has 1/(0.48²/1 + 0.52²/2) = 2.735 degrees of freedom and so
         # is 3.3640; halfway between them, as 1/1 - 1/2 = ½.
         (
             [[-3.5, -0.5], [0.0, 0.0], [0.5, 3.5]],
-            (T2 + (T1 - T2) * (0.38 / 0.9) ** 0.8 + 3.3640) / 2 * (12.5 / 6) ** 0.5,
+            (T2 + (T1 - T2) * (0.4 / 0.92) ** 0.7 + 3.3640) / 2 * (12.5 / 6) ** 0.5,
         ),
         # The problems' means agree to the last digit, the noise being ½: 0.0039 of that is what chance goes below once
         # in 20 times.
