@@ -70,7 +70,8 @@ COUNTS = (
     (10, 30, 4, 3.0),
 )
 """Seeds, problems, samples per problem and mean log-odds of a correct one; problems vary by 1.5 in log-odds, seeds by
-0.2, and each problem's odds under the second algorithm by 0.5."""
+0.2 (where there is more than one, as one speaks of problems alone), and each problem's odds under the second algorithm
+by 0.5."""
 DIRECTIONS = 64
 SPECTRUM = np.arange(1, DIRECTIONS + 1) ** -0.4
 SPECTRUM /= np.linalg.norm(SPECTRUM)
@@ -234,9 +235,10 @@ def counts(seeds: int, problems: int, samples: int, centre: float, runs: int) ->
         """Of a correct sample, by two algorithms, the second a little better."""
         first = centre + 1.5 * rng.normal(size=problems)
         second = first + 0.3 + 0.5 * rng.normal(size=problems)
-        return [1 / (1 + np.exp(-odds - 0.2 * rng.normal(size=(seeds, 1)))) for odds in (first, second)]
+        return [1 / (1 + np.exp(-odds - by_seed * rng.normal(size=(seeds, 1)))) for odds in (first, second)]
 
-    first, second = np.mean([[own.mean() for own in chances(1000, 1000)] for _ in range(10)], 0)
+    by_seed = 0.2 if seeds > 1 else 0.0
+    first, second = np.mean([[own.mean() for own in chances(50, 20_000)] for _ in range(10)], 0)
     mean, difference = Tally(float(first)), Tally(float(second - first))
     for _ in range(runs):
         first, second = (rng.binomial(samples, chance) / samples for chance in chances(seeds, problems))
