@@ -69,8 +69,10 @@ class Comparison:
         return {other: self._cosine(name, other) for other in self.names}
 
     def _cosine(self, name: str, other: str) -> Estimate:
-        if (other, name) in self._cosines:
-            return turned(self._cosines[other, name])
+        if (name, other) in self._cosines:
+            return self._cosines[name, other]
+        if (other, name) in self._cosines or (name == self.base != other):  # as `noise` has it, to the last digit
+            return turned(self._cosine(other, name))
         k, j = self.names.index(name), self.names.index(other)
         of_means, shared = float(self.products[:, k, j].sum()), float(self._within(name, other).sum())
         found = against(self._whole[name], self._whole[other], of_means, shared)["cosine"]
