@@ -38,8 +38,8 @@ from rlzoo.training import (
     TrainingRecord,
     batches,
     check_buffer,
-    lacking,
     scored_event,
+    stored_inputs,
     with_behaviour,
     with_inputs,
 )
@@ -144,7 +144,9 @@ def _fill_buffer(experiment: Experiment, folder: Path, pieces: Pieces, seed: int
         tokens, completions = (int(buffer.tokens(*names)[scored].sum()) for names in ((), ("completion_ids",)))
         scoring_flops = policy.flops(tokens, completions)
     flops_of: dict[str, float] = {}
-    for one in lacking(OfflineBuffer(buffer.rows), *(objective_of(experiment, name) for name in offline), again=True):
+    for one in stored_inputs(
+        objective_of(experiment, name) for name in offline
+    ):  # anew: what is stored may be another's
         report(1.0, f"{one.label} log-probs")
         buffer = with_inputs(buffer, [one], policy, experiment.training.token_budget)
         passes = 1 + (buffer.numbers("temperature") != 1.0)  # one more at the temperature of the sampling
