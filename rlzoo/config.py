@@ -78,21 +78,25 @@ class Sampling(_Strict):
     max_new_tokens: Positive = 256
     batch_size: Positive = 256
     """Sequences sampled together."""
-    engine: Literal["transformers", "vllm"] = "transformers"
+    engine: str = "transformers"
+    """The sampler: ``transformers``, ``vllm``, another registered name, ``module:Name`` or ``file.py:Name``."""
     url: str | None = None
     """Of a vLLM server; without one, vLLM runs in the process that samples."""
     engine_options: Mapping[str, Any] = {}
-    """Of ``vllm.LLM``: max_model_len, tensor_parallel_size, gpu_memory_utilization, ..."""
+    """What the sampler is built with. Of vllm those of ``vllm.LLM``: max_model_len, gpu_memory_utilization, ..."""
 
     @pydantic.model_validator(mode="after")
-    def _is_of_vllm(self) -> Sampling:
-        if self.engine != "vllm" and (self.url is not None or self.engine_options):
-            raise ValueError("url and engine_options are for engine: vllm")
+    def _is_of_one_engine(self) -> Sampling:
         if self.url is not None and self.engine_options:
             raise ValueError("a server has its own options: give url or engine_options")
         if "trust_remote_code" in self.engine_options:
             raise ValueError("engine_options: no file may ask for trust_remote_code: use the flag --trust-remote-code")
         return self
+
+    @property
+    def wants_sampler_logp(self) -> bool:
+        """Whether the sampler's own log-probs are the behaviour's."""
+        return False
 
 
 class Rollouts(Sampling):
@@ -104,6 +108,10 @@ class Rollouts(Sampling):
     """Whose log-probs the buffer holds as the behaviour's: the trainer's own, or those of the engine that sampled."""
     per_seed: bool = False
     """Whether each seed has a buffer of its own samples, so that intervals cover the drawing of the samples too."""
+
+    @property
+    def wants_sampler_logp(self) -> bool:
+        return self.behaviour == "sampler"
 
 
 class EvaluationSettings(Sampling):
@@ -240,15 +248,13 @@ class Experiment(_Strict):
         untold = sampling.url is not None and (sampling.temperature, sampling.top_p) != (1.0, 1.0)
         for wrong, told in (
             (
-                sampling.behaviour == "sampler",
+                sampling.wants_sampler_logp,
                 "importance_cap weighs π/π_engine, which needs rollouts.behaviour: recompute",
             ),
             (untold, "importance_cap needs log-probs of the server: known at temperature 1 and top_p 1"),
         ):
             if wrong and any(self.training_of(name).importance_cap is not None for name in self.algorithms):
                 raise ValueError(told)
-        if sampling.behaviour == "sampler" and sampling.engine == "transformers":
-            raise ValueError("rollouts.behaviour: sampler needs an engine with log-probs of its own: engine: vllm")
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds repeat: {list(self.seeds)}")
         for name, row in self.algorithms.items():

@@ -48,3 +48,9 @@ class Pieces:
 
     def _file(self, name: str) -> Path:
         return self.folder / f"{quote(name, safe='')}.piece"
+
+
+def random_state(plain: Any) -> Any:
+    """The state of a `random.Random`, from what JSON made of it."""
+    version, numbers, gauss = plain
+    return version, tuple(numbers), gauss

@@ -14,7 +14,7 @@ from rlzoo.evaluation import evaluate
 from rlzoo.policy import Policy
 from rlzoo.problems import Problem
 from rlzoo.reward import Reward
-from rlzoo.rollout import Sample
+from rlzoo.rollout import Sample, Sampler
 
 PROBLEMS = [Problem(f"p{i}", f"{i}=?\n", {"answer": str(i)}) for i in range(3)]
 SAMPLED = [["0", "0", "1", "0"], ["1", "0", "2", "3"], ["0", "1", "", "3"]]
@@ -22,7 +22,7 @@ SAMPLED = [["0", "0", "1", "0"], ["1", "0", "2", "3"], ["0", "1", "", "3"]]
 GREEDY = ["0", "7", "2"]
 
 
-class FakeSampler:
+class FakeSampler(Sampler):
     """Gives the answers above, and remembers how it was asked."""
 
     def __init__(self) -> None:

@@ -24,7 +24,6 @@ from rlzoo.policy.loading import load_policy, save_policy
 from rlzoo.problems import Problem, encode_problems
 from rlzoo.reward import Reward
 from rlzoo.rollout import TransformersSampler, VLLMSampler, collect_rollouts
-from rlzoo.training import Costs
 from rlzoo.types import Trajectory
 from rlzoo.variance import run as variance
 from rlzoo.worlds.tokenizer import build_tokenizer
@@ -210,4 +209,4 @@ def test_comparisons_and_variance_say_so_before_anything_is_trained(experiment: 
     with pytest.raises(UserError, match=r"^train.jsonl line 1 has 72 tokens, .*64 positions"):
         variance.fill(experiment, tmp_path / "buffer", tmp_path / "state", "train.jsonl", report)
     with pytest.raises(UserError, match=r"^problem 'train-0'.*64 positions"):
-        work.Collector(experiment, load_policy("model"), 2, 0, Costs())
+        work.collector_of(experiment, load_policy("model"), experiment.training, 2, 0)

@@ -1,10 +1,13 @@
 """What nobody thought of is a file of its own: plug-ins outside the package, which need no change to it.
 
 Each objective passes the contract, trains, resumes bit for bit after kill -9, and has its gradients' noise measured.
+A sampler is sampled from online, and its run resumes as well.
 """
 
 from __future__ import annotations
 
+import itertools
+import re
 import signal
 import subprocess
 import sys
@@ -17,11 +20,16 @@ import pytest
 import torch
 
 from rlzoo.buffers import OfflineBuffer
-from rlzoo.config import Training
+from rlzoo.cli import main
+from rlzoo.cli.catalogue import catalogue
+from rlzoo.config import ProblemSource, Sampling, Training
 from rlzoo.errors import UserError
 from rlzoo.objective import get_objective
+from rlzoo.pieces import Pieces
 from rlzoo.policy import Policy, load_policy, score_rows
 from rlzoo.policy.loading import save_policy
+from rlzoo.problems import Problem, encode_problems, load_problems
+from rlzoo.rollout import Collector, TransformersSampler, collect_rollouts, register_sampler, sampler_of
 from rlzoo.testing import check_objective
 from rlzoo.training import Trainer, TrainingRecord, train
 from rlzoo.types import TokenBatch, Trajectory
@@ -34,13 +42,14 @@ OBJECTIVES = {
     "own_head": "WithHead",
     "whole_only": "WholeOnly",
 }
+SAMPLERS = {"replaying": "Replaying"}
 SETTINGS = Training(steps=4, batch_size=4, learning_rate=1e-3, checkpoint_seconds=0.0)
 KILLED_AT = 2
 over_objectives = pytest.mark.parametrize("plugin", OBJECTIVES)
 
 
 def spec(plugin: str) -> str:
-    return f"{PLUGINS / plugin}.py:{OBJECTIVES[plugin]}"
+    return f"{PLUGINS / plugin}.py:{(OBJECTIVES | SAMPLERS)[plugin]}"
 
 
 def options(plugin: str, teacher: Path) -> dict[str, Any]:
@@ -60,6 +69,17 @@ def buffer_of(policy: Policy) -> OfflineBuffer:
     return OfflineBuffer.from_trajectories(rows)
 
 
+def fresh(policy: Policy, plugin: str) -> Collector:
+    """Groups that a plug-in samples of the policy in training, of few prompts, so that each comes again."""
+    problems = load_problems(ProblemSource(source="world:arithmetic/train", limit=3))
+    settings = Sampling(samples=4, max_new_tokens=6, engine=spec(plugin), engine_options={"after": 1})
+    return Collector(policy, sampler_of(policy, settings), problems, length, settings, SETTINGS)
+
+
+def length(completions: list[str], **_: Any) -> list[float]:
+    return [float(len(completion)) for completion in completions]
+
+
 def run(plugin: str, folder: Path, checkpoints: Path | None, kill: bool = False) -> tuple[Policy, TrainingRecord]:
     """Train the embedded model with a plug-in; if asked to, die in the middle."""
     policy = load_policy("embedded")
@@ -68,8 +88,10 @@ def run(plugin: str, folder: Path, checkpoints: Path | None, kill: bool = False)
         if kill and step == KILLED_AT + 1:
             signal.raise_signal(signal.SIGKILL)
 
-    objective = get_objective(spec(plugin), **options(plugin, folder / "teacher"))
-    record = train(policy, objective, buffer_of(policy), SETTINGS, callbacks=[die], checkpoints=checkpoints)
+    online = plugin in SAMPLERS
+    objective = get_objective("grpo" if online else spec(plugin), **options(plugin, folder / "teacher"))
+    source = fresh(policy, plugin) if online else buffer_of(policy)
+    record = train(policy, objective, source, SETTINGS, callbacks=[die], checkpoints=checkpoints)
     return policy, record
 
 
@@ -81,7 +103,7 @@ def teacher_in(folder: Path) -> None:
     save_policy(teacher, folder / "teacher")
 
 
-@over_objectives
+@pytest.mark.parametrize("plugin", [*OBJECTIVES, *SAMPLERS])
 def test_a_plugin_resumes_bit_for_bit_after_kill_9(plugin: str, tmp_path: Path) -> None:
     teacher_in(tmp_path)
     died = subprocess.run([sys.executable, __file__, plugin, str(tmp_path)], capture_output=True, check=False)
@@ -128,6 +150,69 @@ def test_a_head_of_ones_own_learns(tmp_path: Path) -> None:
     assert not policy.frozen_copy().attached
 
 
+def test_a_sampler_of_ones_own_in_a_rollout(tmp_path: Path) -> None:
+    tell = ["rollout", "arithmetic", "--limit", "2", "--rollout-samples", "2", "--set", "rollouts.max_new_tokens=6"]
+    assert main([*tell, "--set", f"rollouts.engine={spec('replaying')}", "--out", str(tmp_path / "buffer")]) == 0
+    rows = list(OfflineBuffer.load(tmp_path / "buffer"))
+    assert len(rows) == 4 and all(row.behaviour_logp for row in rows)
+
+
+def test_a_rollout_that_was_stopped_goes_on_with_what_its_sampler_knew(tmp_path: Path) -> None:
+    policy = load_policy("embedded")
+    settings = Sampling(samples=4, batch_size=4, max_new_tokens=6, engine=spec("replaying"))
+    problems = encode_problems(policy.tokenizer, [Problem(str(i), "1+2=?\n", {}) for i in range(3)])
+
+    def collect(folder: str, reaches: int = 3) -> list[Trajectory]:
+        sampler, calls = sampler_of(policy, settings), itertools.count(1)
+        sample = sampler.sample
+
+        def or_die(*arguments: Any, **options: Any) -> Any:
+            if next(calls) > reaches:
+                raise KeyboardInterrupt
+            return sample(*arguments, **options)
+
+        sampler.sample = or_die  # type: ignore[method-assign]
+        return collect_rollouts(policy, sampler, problems, length, settings, 0, pieces=Pieces(tmp_path / folder))
+
+    whole = collect("whole")
+    assert whole[4].completion == whole[3].completion, "what the second prompt got first is the first's last"
+    with pytest.raises(KeyboardInterrupt):
+        collect("stopped", reaches=1)
+    assert collect("stopped", reaches=2) == whole
+
+
+def test_samplers_by_name(tmp_path: Path) -> None:
+    policy = load_policy("embedded")
+    with pytest.raises(UserError, match=r"unknown sampler 'transformer'.*did you mean 'transformers'\?"):
+        sampler_of(policy, Sampling(engine="transformer"))
+    with pytest.raises(UserError, match=r"cannot take these engine_options: .*'before'"):
+        sampler_of(policy, Sampling(engine=spec("replaying"), engine_options={"before": 1}))
+    with pytest.raises(UserError, match=r"is not a subclass of rlzoo\.rollout\.Sampler"):
+        sampler_of(policy, Sampling(engine=spec("own_head")))
+    twice = type("Other", (TransformersSampler,), {"name": "transformers", "__module__": "mine"})
+    with pytest.raises(UserError, match="sampler 'transformers' is registered twice"):
+        register_sampler(twice)
+    assert {"transformers", "vllm"} <= {row["name"] for row in catalogue()["samplers"]}
+
+
+def test_the_ten_lines_of_the_documentation_train_online() -> None:
+    text = (Path(__file__).parent.parent / "docs" / "interface.md").read_text(encoding="utf-8")
+    (code,) = (block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "Collector(" in block)
+    names: dict[str, Any] = {}
+    exec(code, names)
+    record = names["record"]
+    assert len(record.steps) == 2 and record.costs.sampled_tokens > 0 and record.costs.flops > 0
+
+
+def test_a_composite_learns_from_a_buffer_and_from_fresh_samples() -> None:
+    policy = load_policy("embedded")
+    mixed = get_objective("mixture", weights={"sft": 0.5, "grpo": 0.5})
+    record = train(policy, mixed, [buffer_of(policy), fresh(policy, "replaying")], SETTINGS)
+    assert len(record.steps) == SETTINGS.steps and record.costs.sampled_tokens > 0
+    with pytest.raises(UserError, match="has 2 parts and 1 sources"):
+        train(policy, mixed, fresh(policy, "replaying"), SETTINGS)
+
+
 def test_asking_for_what_was_not_listed_is_an_error_that_names_it(tmp_path: Path) -> None:
     (tmp_path / "greedy.py").write_text(
         "from dataclasses import dataclass\nfrom typing import ClassVar\n\n"
@@ -147,7 +232,7 @@ def test_asking_for_what_was_not_listed_is_an_error_that_names_it(tmp_path: Path
 
 def test_no_plugin_is_longer_than_forty_lines() -> None:
     lengths = {path.name: len(path.read_text(encoding="utf-8").splitlines()) for path in PLUGINS.glob("*.py")}
-    assert len(lengths) >= 4 and max(lengths.values()) <= 40, lengths
+    assert len(lengths) >= 5 and max(lengths.values()) <= 40, lengths
 
 
 if __name__ == "__main__":

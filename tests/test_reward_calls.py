@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 
-from rlzoo.comparison.work import Collector
+from rlzoo.comparison.work import collector_of
 from rlzoo.config import EvaluationSettings, Sampling, Training, load_experiment
 from rlzoo.errors import UserError
 from rlzoo.evaluation import evaluate
@@ -27,8 +27,7 @@ from rlzoo.problems import Problem, encode_problems
 from rlzoo.reward import Reward, Score, get_reward
 from rlzoo.reward_call import TrainerState
 from rlzoo.reward_process import Limits, apart
-from rlzoo.rollout import Sample, collect_rollouts
-from rlzoo.training import Costs
+from rlzoo.rollout import Sample, Sampler, collect_rollouts
 
 FORMS: Sequence[Callable[[str], Any]] = (lambda text: text, lambda text: [{"role": "assistant", "content": text}])
 
@@ -135,7 +134,7 @@ def test_logging_that_goes_wrong_costs_no_reward() -> None:
     assert "raised on row 0: ValueError: could not convert" in one_line(lambda: get_reward(wrong)([""], ["a"]))
 
 
-class Sampler:
+class FakeSampler(Sampler):
     """Answers with the number of the sample."""
 
     def sample(
@@ -155,14 +154,14 @@ def test_what_a_reward_logs_reaches_buffers_outcomes_and_metrics(make_policy: Ca
     policy = make_policy("gpt2")
     problems = [Problem("p", "17+25=?\n", {"answer": "1", "upper": "data"})]
     rows = collect_rollouts(
-        policy, Sampler(), encode_problems(policy.tokenizer, problems), logging, Sampling(samples=2), seed=0
+        policy, FakeSampler(), encode_problems(policy.tokenizer, problems), logging, Sampling(samples=2), seed=0
     )
     assert [row.columns for row in rows] == [
         {"answer": "1", "upper": "data", "length": 1, "logged_upper": str(n)} for n in range(2)
     ]
     assert [row.reward_parts for row in rows] == [{"logging": 1.0, "longest": 0.5}] * 2
 
-    found = evaluate(policy, problems, logging, EvaluationSettings(samples=2), sampler=Sampler())
+    found = evaluate(policy, problems, logging, EvaluationSettings(samples=2), sampler=FakeSampler())
     assert found.metrics["reward/longest"] == 0.5
     assert [row["logged"] for row in found.outcomes] == [json.dumps({"length": 1, "upper": upper}) for upper in "010"]
 
@@ -177,7 +176,7 @@ def test_the_parts_of_a_reward_and_its_metrics_are_metrics_of_training(make_poli
         log_metric("seen", len(completions))
         return [float(c == "0") for c in completions]
 
-    rows = collect_rollouts(policy, Sampler(), problems, first, Sampling(samples=2), seed=0)
+    rows = collect_rollouts(policy, FakeSampler(), problems, first, Sampling(samples=2), seed=0)
     record = train(policy, get_objective("grpo"), OfflineBuffer.from_trajectories(rows), Training(steps=1))
     assert record.steps[0]["reward/seen"] == 2.0 and record.steps[0]["reward/first"] == record.steps[0]["reward"] == 0.5
 
@@ -193,7 +192,7 @@ def test_fresh_samples_are_rewarded_as_of_their_step(make_policy: Callable[..., 
         "facts", {**changes, "train.limit": 4, "judging": {"seconds": None, "memory_gb": None}}
     )
     training = Training(steps=8, updates_per_batch=2)
-    collect = Collector(experiment, make_policy("gpt2"), 4, seed=0, costs=Costs(), training=training)
+    collect = collector_of(experiment, make_policy("gpt2"), training, 4, seed=0)
     for version in (0, 3):  # three batches of two prompts each were drawn, and two steps made on each
         for row in collect(version):
             assert row.reward == version * 2 / 8
@@ -563,9 +562,9 @@ def test_evaluate_takes_whatever_get_reward_takes(make_policy: Callable[..., Pol
     settings = EvaluationSettings(samples=2)
     function = lambda completions, answer, **_: [c == a for c, a in zip(completions, answer, strict=True)]  # noqa: E731
     for reward in (function, get_reward(function), "exact-match", {"name": "exact-match"}, Scorer()):
-        assert evaluate(policy, problems, reward, settings, sampler=Sampler()).metrics["avg_at_k"] == 0.5
+        assert evaluate(policy, problems, reward, settings, sampler=FakeSampler()).metrics["avg_at_k"] == 0.5
     with pytest.raises(UserError, match="reward 3 is int"):
-        evaluate(policy, problems, 3, settings, sampler=Sampler())
+        evaluate(policy, problems, 3, settings, sampler=FakeSampler())
 
 
 def test_a_reward_of_a_thread_of_ones_own() -> None:

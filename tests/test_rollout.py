@@ -17,7 +17,7 @@ from rlzoo.pieces import Pieces
 from rlzoo.policy import Policy, Sequences
 from rlzoo.problems import Problem, encode_problems
 from rlzoo.reward import Reward, get_reward
-from rlzoo.rollout import Sample, TransformersSampler, collect_rollouts, mismatch
+from rlzoo.rollout import Sample, Sampler, TransformersSampler, collect_rollouts, mismatch
 from rlzoo.types import Trajectory
 
 MakePolicy = Callable[..., Policy]
@@ -187,7 +187,7 @@ def test_behaviour_log_probs_are_those_at_the_temperature_of_the_sampling(
     assert all(row.reward == (len(row.completion) or None) for row in rows)
 
 
-class FakeSampler:
+class FakeSampler(Sampler):
     """Answers every prompt with the numbers of its samples, of which the first have log-probs of their own."""
 
     scored = 0

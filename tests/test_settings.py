@@ -38,7 +38,7 @@ from rlzoo.policy.adapters import adapters
 from rlzoo.problems import load_problems
 from rlzoo.reward import Reward, get_reward
 from rlzoo.reward_process import Limits
-from rlzoo.rollout import Sample, TransformersSampler, sampler_of
+from rlzoo.rollout import Sample, Sampler, TransformersSampler, VLLMSampler, VLLMServerSampler, sampler_of
 from rlzoo.training import Trainer, train
 from rlzoo.training.batches import BufferSource
 from rlzoo.types import Trajectory
@@ -295,16 +295,19 @@ def test_sampling(kind: type[Sampling], policy: Policy, monkeypatch: pytest.Monk
 @shows(*(f"{kind}.{f}" for kind in ("Rollouts", "EvaluationSettings") for f in ("engine", "url", "engine_options")))
 @pytest.mark.parametrize("kind", [Rollouts, EvaluationSettings])
 def test_the_engine_that_samples(kind: type[Sampling], policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rlzoo.rollout.VLLMSampler", lambda policy, **options: ("in process", options))
-    monkeypatch.setattr("rlzoo.rollout.VLLMServerSampler", lambda policy, url: ("server", url))
+    def init(self: Sampler, policy: Policy, **options: Any) -> None:
+        built.append((type(self), options))
+
+    built: list[tuple[type[Sampler], dict[str, Any]]] = []
+    for server_or_not in (VLLMSampler, VLLMServerSampler):
+        monkeypatch.setattr(server_or_not, "__init__", init)
     assert isinstance(sampler_of(policy, kind()), TransformersSampler)
-    asked: Any = sampler_of(policy, kind(engine="vllm", engine_options={"max_model_len": 99}))
-    assert asked == ("in process", {"max_model_len": 99})
-    asked = sampler_of(policy, kind(engine="vllm", url="http://host"))
-    assert asked == ("server", "http://host")
+    sampler_of(policy, kind(engine="vllm", engine_options={"max_model_len": 99}))
+    sampler_of(policy, kind(engine="vllm", url="http://host"))
+    assert built == [(VLLMSampler, {"max_model_len": 99}), (VLLMServerSampler, {"url": "http://host"})]
 
 
-class FakeSampler:
+class FakeSampler(Sampler):
     """Says "0", "1", … at once, with log-probs of its own, and remembers what it was asked."""
 
     def __init__(self) -> None:
@@ -349,7 +352,7 @@ def test_the_rollouts_of_the_shared_buffer(fake: FakeSampler, tmp_path: Path) ->
         assert all((row.behaviour_logp == [-0.5, -0.25]) is (behaviour == "sampler") for row in rows)
         assert [row.prompt for row in rows[::4]] == [p.prompt for p in load_problems(experiment.train)[:prompts]]
     with pytest.raises(UserError, match=r"rollouts\.behaviour: sampler needs an engine with log-probs of its own"):
-        small({"grpo": {}}, rollouts__behaviour="sampler")
+        runner.check(small({"grpo": {}}, rollouts__behaviour="sampler"))
 
 
 # Training

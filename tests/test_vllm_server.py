@@ -20,7 +20,7 @@ from rlzoo.policy import Policy
 from rlzoo.problems import Problem, encode_problems
 from rlzoo.reward import Reward
 from rlzoo.rollout import Sampler, VLLMSampler, VLLMServerSampler, collect_rollouts, mismatch, sampler_of
-from rlzoo.rollout.rollouts import ENGINE_BATCHES
+from rlzoo.rollout.vllm import ENGINE_BATCHES
 from rlzoo.types import Trajectory
 
 MakePolicy = Callable[..., Policy]
@@ -242,10 +242,13 @@ def test_a_server_that_goes_away_costs_the_batch_that_it_was_in(
     assert [row.prompt_id for row in rows] == [problem.id for problem in problems]
 
 
-def test_settings_of_an_engine_that_is_not_asked_for() -> None:
-    for wrong in ({"url": "http://x"}, {"engine": "vllm", "url": "http://x", "engine_options": {"a": 1}}):
-        with pytest.raises(UserError, match="engine"):
-            validated(EvaluationSettings, wrong, "evaluation")
+def test_settings_of_an_engine_that_is_not_asked_for(policy: Policy) -> None:
+    with pytest.raises(UserError, match="a server has its own options: give url or engine_options"):
+        validated(EvaluationSettings, {"engine": "vllm", "url": "http://x", "engine_options": {"a": 1}}, "evaluation")
+    with pytest.raises(UserError, match="engine 'transformers' has no server: url is for engines that have one"):
+        sampler_of(policy, Sampling(url="http://x"))
+    with pytest.raises(UserError, match=r"engine 'transformers' cannot take these engine_options: .*'max_model_len'"):
+        sampler_of(policy, Sampling(engine_options={"max_model_len": 9}))
 
 
 def test_vllm_is_not_installed(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -273,22 +273,25 @@ def test_a_step_that_was_skipped_is_told_in_the_results(tmp_path: Path) -> None:
 
 # The shared buffer
 
+ENGINE = """
+from dataclasses import replace
+from rlzoo.rollout import TransformersSampler
+
+class WithLogp(TransformersSampler):
+    gives_logp = True
+
+    def sample(self, *arguments, **options):
+        given = super().sample(*arguments, **options)
+        return [[replace(one, logp=[-2.0] * len(one.ids)) for one in samples] for samples in given]
+"""
+
 
 @pytest.mark.parametrize("behaviour", ["recompute", "sampler"])
-def test_behaviour_log_probs_are_the_trainers_own_or_those_of_the_sampler(
-    behaviour: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_behaviour_log_probs_are_the_trainers_own_or_those_of_the_sampler(behaviour: str, tmp_path: Path) -> None:
     """Of a sampler that gives every token a log-prob of -2."""
-    real = TransformersSampler.sample
-
-    def sample(self: TransformersSampler, *arguments: Any, **options: Any) -> list[list[Sample]]:
-        given = real(self, *arguments, **options)
-        return [[replace(one, logp=[-2.0] * len(one.ids)) for one in samples] for samples in given]
-
-    monkeypatch.setattr(TransformersSampler, "sample", sample)
-    monkeypatch.setattr("rlzoo.rollout.VLLMSampler", TransformersSampler)  # an engine with log-probs of its own
+    (tmp_path / "engine.py").write_text(ENGINE)
     rows = {"rft": {}, "grpo": {"mode": "online", "options": {"kl_coefficient": 0.0}}}
-    changes = {"rollouts__behaviour": behaviour, "rollouts__engine": "vllm"}
+    changes = {"rollouts__behaviour": behaviour, "rollouts__engine": f"{tmp_path / 'engine.py'}:WithLogp"}
     experiment = small(rows, **changes, evaluation=NO_CURVE, training__steps=1)
     results = compared(experiment, tmp_path / "out")
     samples = [row for row in OfflineBuffer.load(tmp_path / "out" / "buffer") if row.source == "policy"]

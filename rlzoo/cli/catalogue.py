@@ -18,7 +18,7 @@ def list_(
         bool, Option("--markdown", help="Print the reference of the built-in objectives, in Markdown.")
     ] = False,
 ) -> int:
-    """List objectives with their hyper-parameters, rewards, and experiments.
+    """List objectives with their hyper-parameters, rewards, samplers, and experiments.
 
     Examples:
       rlzoo list
@@ -43,6 +43,7 @@ def catalogue() -> dict[str, list[dict[str, Any]]]:
     from rlzoo.config import list_experiments
     from rlzoo.objective import is_composite, list_objectives, objective_class, options_of
     from rlzoo.reward import list_rewards
+    from rlzoo.rollout import list_samplers
 
     objectives = [
         {
@@ -57,6 +58,7 @@ def catalogue() -> dict[str, list[dict[str, Any]]]:
     return {
         "objectives": objectives,
         "rewards": [{"name": name} for name in list_rewards()],
+        "samplers": [{"name": name} for name in list_samplers()],
         "experiments": [{"name": name, "description": text} for name, text in list_experiments().items()],
     }
 
@@ -71,7 +73,9 @@ def catalogue_text() -> str:
         own = own_options_of(objective_class(row["name"]))
         options = ", ".join(f"{k}={v['default']}" for k, v in own.items())
         lines.append(f"  {row['name']:11} {row['summary']}" + (f" [{options}]" if options else ""))
-    lines += ["rewards", "  " + ", ".join(row["name"] for row in found["rewards"]), "experiments"]
+    for kind in ("rewards", "samplers"):
+        lines += [kind, "  " + ", ".join(row["name"] for row in found[kind])]
+    lines.append("experiments")
     for row in found["experiments"]:
         lines.append(f"  {row['name']:18} {row['description'].split('. ')[0].rstrip('.')}.")
     return "\n".join(lines)

@@ -66,7 +66,7 @@ def rollout(
         policy = load_policy(chosen.model, chosen.training.dtype)
         encoded = encode_problems(policy.tokenizer, problems, bad)
         settings = chosen.rollouts
-        sampler, recompute = sampler_of(policy, settings), settings.behaviour == "recompute"
+        sampler, recompute = sampler_of(policy, settings), not settings.wants_sampler_logp
         rows = collect_rollouts(
             policy, sampler, encoded, scored_by, settings, seed,
             token_budget=chosen.training.token_budget, recompute=recompute, pieces=Pieces(run.state), bad=bad,

@@ -42,7 +42,7 @@ from rlzoo.problems import Encoded, Problem, load_problems
 from rlzoo.ranks import agreed, is_main, world_size
 from rlzoo.reward import Reward
 from rlzoo.rollout.rollouts import judge, unscored
-from rlzoo.rollout.sampler import Sample
+from rlzoo.rollout.sampler import Sample, sampler_class
 from rlzoo.runs import Run, run_in, unfinished, versions
 
 RETRIES = 2
@@ -157,6 +157,8 @@ def check(experiment: Experiment) -> None:
             raise UserError(
                 f"algorithms.{name}: {objective.name!r} learns from demonstrations, so mode must be offline"
             )
+    for settings in (experiment.rollouts, experiment.evaluation):
+        sampler_class(settings)
     if BASE in experiment.algorithms:
         raise UserError(f"algorithms.{BASE}: results call the untrained model so; give the row another name")
     if experiment.baseline is not None and experiment.baseline not in experiment.algorithms:

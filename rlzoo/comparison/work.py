@@ -5,7 +5,6 @@ Every function takes plain data and gives plain data back, so that it can run in
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,14 +25,13 @@ from rlzoo.pieces import Pieces
 from rlzoo.policy import Policy, load_policy, score_rows
 from rlzoo.policy.loading import save_policy
 from rlzoo.policy.memory import release_memory
-from rlzoo.problems import Encoded, demonstrations, encode_problems, load_problems
+from rlzoo.problems import demonstrations, encode_problems, load_problems
 from rlzoo.ranks import agreed, barrier, is_main
 from rlzoo.reward import Reward
 from rlzoo.reward_process import Limits, apart
-from rlzoo.rollout import collect_rollouts, cut_short, mismatch, sampler_of, unscored
+from rlzoo.rollout import Collector, collect_rollouts, cut_short, mismatch, sampler_of, unscored
 from rlzoo.rollout.rollouts import within_limits
 from rlzoo.training import (
-    Costs,
     Trainer,
     TrainingRecord,
     batches,
@@ -44,7 +42,6 @@ from rlzoo.training import (
     with_inputs,
 )
 from rlzoo.training.batches import BufferSource, FreshSource, Source, Views, seeds, shares
-from rlzoo.training.state import random_state
 from rlzoo.types import Selection, Trajectory
 
 Report = Callable[[float, str], None]
@@ -131,7 +128,7 @@ def _fill_buffer(experiment: Experiment, folder: Path, pieces: Pieces, seed: int
             seed=seed,
             token_budget=experiment.training.token_budget,
             progress=_counted(len(encoded), "sampling the base policy", report),
-            recompute=settings.behaviour == "recompute",
+            recompute=not settings.wants_sampler_logp,
             pieces=pieces,
             bad=bad["train"],
         )
@@ -266,7 +263,7 @@ def _run_cell(
     split = zip(views, shares(settings.batch_size, len(views)), seeds(views, cell.seed), strict=True)
     for (selection, options), size, own in split:
         if online and selection is not Selection.DEMONSTRATIONS:
-            collect = Collector(experiment, policy, size, own, costs, settings)
+            collect = collector_of(experiment, policy, settings, size, own)
             sources.append(FreshSource(collect, selection, **options))
         else:
             sources.append(BufferSource(buffer, buffer.view(selection, **options), size, own))
@@ -380,61 +377,12 @@ def _evaluate(
     return evaluate(policy, problems, reward, experiment.evaluation, seed, greedy=greedy, bad=bad)
 
 
-class Collector:
-    """Fresh groups of the policy in training: ``batch_size`` sequences of the next prompts, shuffled by seed."""
-
-    def __init__(
-        self,
-        experiment: Experiment,
-        policy: Policy,
-        batch_size: int,
-        seed: int,
-        costs: Costs,
-        training: Training | None = None,
-    ) -> None:
-        """``training`` is the cell's own, where it differs from the experiment's."""
-        self._experiment, self._policy, self._costs = experiment, policy, costs
-        self._training = training or experiment.training
-        self._prompts = max(1, batch_size // experiment.rollouts.samples)
-        bad = BadRows(experiment.train.bad_rows)
-        encoded = encode_problems(policy.tokenizer, load_problems(experiment.train, bad), bad)
-        self._order, self._queue = random.Random(seed), list[int]()
-        self._sampler = sampler_of(policy, experiment.rollouts)
-        self._encoded = within_limits(policy, self._sampler, encoded, experiment.rollouts, bad)
-
-    def __call__(self, version: int) -> Buffer:
-        policy, settings = self._policy, self._experiment.rollouts
-        prompts: list[Encoded] = []
-        while len(prompts) < self._prompts:
-            if not self._queue:
-                self._queue = self._order.sample(range(len(self._encoded)), len(self._encoded))
-            prompts.append(self._encoded[self._queue.pop()])
-        training, epoch = self._training, version * self._prompts / len(self._encoded)
-        rows = collect_rollouts(
-            policy,
-            self._sampler,
-            prompts,
-            reward_of(self._experiment, version * training.updates_per_batch, training.steps, epoch),
-            settings,
-            seed=self._order.randrange(2**31),
-            version=version,
-            token_budget=training.token_budget,
-            recompute=settings.behaviour == "recompute",
-        )
-        sampled = sum(len(row.completion_ids) for row in rows)
-        self._costs.sampled_tokens += sampled
-        tokens = sampled + sum(len(row.prompt_ids) for row in rows)
-        self._costs.flops += policy.flops(tokens, sampled, modules=False) + policy.flops(tokens, sampled)
-        return OfflineBuffer.from_trajectories(rows)
-
-    def state(self) -> Any:
-        """Where it stands in its prompts, as plain data."""
-        return {"order": self._order.getstate(), "queue": self._queue}
-
-    def restore(self, state: Any) -> None:
-        """Resume from a ``state``."""
-        self._order.setstate(random_state(state["order"]))
-        self._queue = list(state["queue"])
+def collector_of(experiment: Experiment, policy: Policy, training: Training, batch_size: int, seed: int) -> Collector:
+    """What samples the training problems anew for a cell in training."""
+    bad = BadRows(experiment.train.bad_rows)
+    problems, settings = load_problems(experiment.train, bad), experiment.rollouts
+    sampler = sampler_of(policy, settings)
+    return Collector(policy, sampler, problems, reward_of(experiment), settings, training, seed, batch_size, bad)
 
 
 def _counted(total: int, what: str, report: Report) -> Callable[[int], None]:

@@ -1,12 +1,20 @@
 """Sampling completions and judging them."""
 
-from rlzoo.config import Sampling
-from rlzoo.policy import Policy
+from rlzoo.rollout.collector import Collector
 from rlzoo.rollout.rollouts import collect_rollouts, cut_short, mismatch, unscored
-from rlzoo.rollout.sampler import Sample, Sampler, TransformersSampler
+from rlzoo.rollout.sampler import (
+    Sample,
+    Sampler,
+    TransformersSampler,
+    list_samplers,
+    register_sampler,
+    sampler_class,
+    sampler_of,
+)
 from rlzoo.rollout.vllm import VLLMSampler, VLLMServerSampler
 
 __all__ = [
+    "Collector",
     "Sample",
     "Sampler",
     "TransformersSampler",
@@ -14,16 +22,10 @@ __all__ = [
     "VLLMServerSampler",
     "collect_rollouts",
     "cut_short",
+    "list_samplers",
     "mismatch",
+    "register_sampler",
+    "sampler_class",
     "sampler_of",
     "unscored",
 ]
-
-
-def sampler_of(policy: Policy, settings: Sampling) -> Sampler:
-    """The sampler that the settings ask for. Raises UserError where it cannot be had."""
-    if settings.engine == "transformers":
-        return TransformersSampler(policy)
-    if settings.url is not None:
-        return VLLMServerSampler(policy, settings.url)
-    return VLLMSampler(policy, **settings.engine_options)

@@ -15,14 +15,11 @@ from rlzoo.pieces import Pieces
 from rlzoo.policy import Policy
 from rlzoo.policy.microbatches import score_rows, score_rows_and_nuclei
 from rlzoo.problems import Encoded, trajectory
-from rlzoo.ranks import agreed, world_size
+from rlzoo.ranks import agreed
 from rlzoo.reward import Reward, Score, get_reward
 from rlzoo.reward_call import ENGINE
-from rlzoo.rollout.sampler import Sample, Sampler, TransformersSampler, by_length
+from rlzoo.rollout.sampler import Sample, Sampler, by_length
 from rlzoo.types import Trajectory
-
-ENGINE_BATCHES = 16
-"""Batches of prompts that an engine that batches them itself is asked for at a time."""
 
 
 def collect_rollouts(
@@ -101,24 +98,20 @@ def _sampled(
     """The samples of each prompt, made a portion at a time: the same portions whether the work is stopped or not."""
     if pieces is None:
         return sampler.sample(prompts, settings, seed, progress=progress)
-    order, size = by_length(prompts, range(len(prompts))), _portion(settings)
+    order, size = by_length(prompts, range(len(prompts))), sampler.portion(settings)
     found: dict[int, list[Sample]] = {}
     for start in range(0, len(order), size):
         places = order[start : start + size]
 
         def sample(places: list[int] = places) -> list[Any]:
             made = sampler.sample([prompts[i] for i in places], settings, seed, progress=progress, numbers=places)
-            return [[astuple(one) for one in some] for some in made]
+            return [[[astuple(one) for one in some] for some in made], sampler.state()]
 
-        for place, some in zip(places, pieces.once(f"samples-{seed}-{start}", sample), strict=True):
+        made, state = pieces.once(f"samples-{seed}-{start}", sample)
+        sampler.restore(state)
+        for place, some in zip(places, made, strict=True):
             found[place] = [Sample(*one) for one in some]
     return [found[place] for place in range(len(prompts))]
-
-
-def _portion(settings: Sampling) -> int:
-    """How many prompts are sampled before the samples are kept: a batch, or what an engine of its own keeps busy on."""
-    prompts = max(1, settings.batch_size // settings.samples) * world_size()
-    return prompts if settings.engine == "transformers" else prompts * ENGINE_BATCHES
 
 
 def mismatch(rows: Sequence[Trajectory]) -> dict[str, float] | None:
@@ -146,10 +139,10 @@ def within_limits(
 ) -> list[Encoded]:
     """The problems that the model can take: each token id has an embedding, and the tokens fit into its positions.
 
-    The policy's own sampler also needs positions for ``max_new_tokens``; other engines have limits of their own.
+    A sampler that is bound by them also needs positions for ``max_new_tokens``; other engines have limits of their own.
     Raises UserError naming a problem that is not so, unless ``bad`` rows are dropped.
     """
-    positions, more = policy.positions, settings.max_new_tokens if isinstance(sampler, TransformersSampler) else 0
+    positions, more = policy.positions, settings.max_new_tokens if sampler.bound_by_positions else 0
     bad, kept = BadRows() if bad is None else bad, []
     for encoded in problems:
         with bad.at(encoded.problem.told):

@@ -1,19 +1,22 @@
-"""The Sampler protocol and the sampler that needs nothing but transformers."""
+"""What a sampler is, samplers by name, and the one that needs nothing but transformers."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import numpy as np
 import torch
 from jaxtyping import Float
 
 from rlzoo.config import Sampling
+from rlzoo.errors import UserError
 from rlzoo.policy import Policy
-from rlzoo.ranks import shared
+from rlzoo.ranks import shared, world_size
+from rlzoo.registry import Registry
 from rlzoo.rollout.decoding import Decoder, can_decode, padded
 
 if TYPE_CHECKING:
@@ -34,8 +37,31 @@ class Sample:
     """A log-prob a token under the distribution that was sampled from, as an engine of its own numerics says."""
 
 
-class Sampler(Protocol):
-    """Anything that continues prompts."""
+class Sampler:
+    """Anything that continues prompts.
+
+    A subclass defines `sample`; where an ``engine`` names it, it is built as ``Class(policy, **engine_options)``.
+    """
+
+    name: ClassVar[str]
+    """What ``engine`` calls it."""
+    gives_logp: ClassVar[bool] = False
+    """Whether samples have log-probs of an engine's own numerics, which ``rollouts.behaviour: sampler`` needs."""
+    bound_by_positions: ClassVar[bool] = False
+    """Whether ``max_new_tokens`` must fit into the model's positions too; an engine may have limits of its own."""
+    of_server: ClassVar[type[Sampler] | None] = None
+    """What samples in its place where the settings have a ``url``, built with that."""
+
+    def portion(self, settings: Sampling) -> int:
+        """How many prompts to ask for at a time, where finished samples are kept in between: one batch."""
+        return max(1, settings.batch_size // settings.samples) * world_size()
+
+    def state(self) -> Any:
+        """What a checkpoint must hold for the same samples to follow, as plain data; None: nothing."""
+        return None
+
+    def restore(self, state: Any) -> None:
+        """Resume from a ``state``, as JSON gives it back."""
 
     def sample(
         self,
@@ -51,16 +77,60 @@ class Sampler(Protocol):
         ``progress`` gets how many prompts are done. ``numbers`` tell apart the random streams of the prompts, where
         they are a part of more; None: their places.
         """
-        ...
+        raise NotImplementedError(f"{type(self).__name__} must define sample(prompts, settings, seed, ...)")
 
 
-class TransformersSampler:
+_samplers: Registry[type[Sampler]] = Registry("sampler", "rlzoo.rollout", "rlzoo.samplers")
+_Class = TypeVar("_Class", bound=type[Sampler])
+
+
+def register_sampler(sampler: _Class) -> _Class:
+    """Class decorator: make a `Sampler` known under its ``name``. A name taken by another class is an error."""
+    _samplers.add(sampler.name, sampler)
+    return sampler
+
+
+def list_samplers() -> list[str]:
+    """The names of all registered samplers: built-ins and those of installed packages' entry points."""
+    return _samplers.names()
+
+
+def sampler_class(settings: Sampling) -> type[Sampler]:
+    """What samples under these settings. Raises UserError for an unknown ``engine``, or one that cannot do so."""
+    found = _samplers.get(settings.engine)
+    if not (isinstance(found, type) and issubclass(found, Sampler)):
+        raise UserError(f"sampler {settings.engine!r} is not a subclass of rlzoo.rollout.Sampler")
+    if settings.url is not None:
+        if found.of_server is None:
+            raise UserError(f"engine {settings.engine!r} has no server: url is for engines that have one, such as vllm")
+        found = found.of_server
+    if settings.wants_sampler_logp and not found.gives_logp:
+        raise UserError("rollouts.behaviour: sampler needs an engine with log-probs of its own, such as engine: vllm")
+    return found
+
+
+def sampler_of(policy: Policy, settings: Sampling) -> Sampler:
+    """The sampler that the settings ask for. Raises UserError where it cannot be had."""
+    build: Callable[..., Sampler] = sampler_class(settings)
+    options = dict(settings.engine_options) if settings.url is None else {"url": settings.url}
+    try:
+        inspect.signature(build).bind(policy, **options)
+    except TypeError as error:
+        raise UserError(f"engine {settings.engine!r} cannot take these engine_options: {error}") from None
+    return build(policy, **options)
+
+
+@register_sampler
+class TransformersSampler(Sampler):
     """Samples with the policy's own transformers model; prompts of like length share a batch.
 
     Every sample has a random stream of its own, of the seed, its prompt's place and its number, so what is sampled does
     not depend on the batch size (but for rounding). A model whose state is more than keys and values (Mamba's, say) is
     sampled by transformers' ``generate``.
     """
+
+    name: ClassVar[str] = "transformers"
+    bound_by_positions: ClassVar[bool] = True
 
     def __init__(self, policy: Policy) -> None:
         self.policy = policy

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from http.client import HTTPException
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 from urllib import error, request
 
 import numpy as np
@@ -23,9 +23,11 @@ from rlzoo.policy import Policy
 from rlzoo.policy.adapters import merged
 from rlzoo.policy.loading import EMBEDDED, save_policy, trusts_remote_code
 from rlzoo.ranks import barrier, gathered, is_main, shared, world_size
-from rlzoo.rollout.sampler import Sample, text_of
+from rlzoo.rollout.sampler import Sample, Sampler, register_sampler, text_of
 from rlzoo.worlds import EMBEDDED_BASE
 
+ENGINE_BATCHES = 16
+"""Batches of prompts that an engine is asked for at a time: it makes batches of its own."""
 AT_A_TIME = 64
 """Requests that wait at a server together; it batches them as it sees fit."""
 TIMEOUT = 3600.0
@@ -58,67 +60,18 @@ _servers: dict[str, _Handed] = {}
 """What servers were handed, by URL: several samplers of this process may use one in turn."""
 
 
-class VLLMSampler:
-    """Samples with a vLLM engine of this process (colocated). Raises UserError where vLLM is not installed.
+class _VLLM(Sampler):
+    """What both kinds of engine have in common."""
 
-    ``options`` go to ``vllm.LLM``. Every prompt has a seed of its own. Log-probs are those of the distribution that
-    was sampled from, temperature and top-p applied.
-    """
+    name: ClassVar[str] = "vllm"
+    gives_logp: ClassVar[bool] = True
 
-    def __init__(self, policy: Policy, **options: Any) -> None:
-        if find_spec("vllm") is None:
-            raise UserError("engine vllm is not installed: pip install 'rlzoo[vllm]', or give the url of a server")
-        if world_size() > 1:
-            raise UserError("several processes cannot each hold a vLLM engine: start a server, and give its url")
-        self.policy = policy
-        where = str(EMBEDDED_BASE) if policy.name == EMBEDDED else policy.name
-        key = json.dumps([where, str(policy.model.dtype), options], sort_keys=True, default=str)
-        if key not in _engines:
-            _engines[key] = (_start(where, policy, options), _Handed())
-        self.engine, self._handed = _engines[key]
-
-    def sample(
-        self,
-        prompts: Sequence[Sequence[int]],
-        settings: Sampling,
-        seed: int,
-        greedy: bool = False,
-        progress: Callable[[int], None] | None = None,
-        numbers: Sequence[int] | None = None,
-    ) -> list[list[Sample]]:
-        from vllm import SamplingParams
-
-        if not self._handed.holds(self.policy):
-            with self._handed.taking(self.policy):
-                weights = merged(self.policy.model, dict(self.policy.model.state_dict()))
-                self.engine.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights.items())})
-                self.engine.reset_prefix_cache()
-        streams = range(len(prompts)) if numbers is None else numbers
-        asked = [_asked(self.policy, settings, seed, number, greedy) for number in streams]
-        try:
-            found = self.engine.generate(
-                [{"prompt_token_ids": list(prompt)} for prompt in prompts],
-                [SamplingParams(**some, logprobs=0, detokenize=False) for some in asked],
-                use_tqdm=False,
-            )
-        except ValueError as error:  # of a prompt that is longer than its max_model_len, say
-            raise UserError(f"vLLM refuses prompts of up to {max(map(len, prompts))} tokens ({error!s:.200})") from None
-        if progress is not None:
-            progress(len(prompts))
-        return [
-            [
-                _sample(
-                    self.policy,
-                    list(one.token_ids),
-                    [step[token].logprob for step, token in zip(one.logprobs, one.token_ids, strict=True)],
-                )
-                for one in row.outputs
-            ]
-            for row in found
-        ]
+    def portion(self, settings: Sampling) -> int:
+        """What keeps an engine busy that batches prompts itself."""
+        return super().portion(settings) * ENGINE_BATCHES
 
 
-class VLLMServerSampler:
+class VLLMServerSampler(_VLLM):
     """Samples from a server that ``vllm serve`` started, by its URL.
 
     Weights are handed over through a folder that both can read, which needs VLLM_SERVER_DEV_MODE=1 in the server's
@@ -208,6 +161,69 @@ class VLLMServerSampler:
         except (OSError, HTTPException) as wrong:
             reason = getattr(wrong, "reason", wrong)
             raise UserError(f"the vLLM server at {self.url} cannot be reached ({reason}): is it running?") from None
+
+
+@register_sampler
+class VLLMSampler(_VLLM):
+    """Samples with a vLLM engine of this process (colocated). Raises UserError where vLLM is not installed.
+
+    ``options`` go to ``vllm.LLM``. Every prompt has a seed of its own. Log-probs are those of the distribution that
+    was sampled from, temperature and top-p applied.
+    """
+
+    of_server: ClassVar[type[Sampler] | None] = VLLMServerSampler
+
+    def __init__(self, policy: Policy, **options: Any) -> None:
+        if find_spec("vllm") is None:
+            raise UserError("engine vllm is not installed: pip install 'rlzoo[vllm]', or give the url of a server")
+        if world_size() > 1:
+            raise UserError("several processes cannot each hold a vLLM engine: start a server, and give its url")
+        self.policy = policy
+        where = str(EMBEDDED_BASE) if policy.name == EMBEDDED else policy.name
+        key = json.dumps([where, str(policy.model.dtype), options], sort_keys=True, default=str)
+        if key not in _engines:
+            _engines[key] = (_start(where, policy, options), _Handed())
+        self.engine, self._handed = _engines[key]
+
+    def sample(
+        self,
+        prompts: Sequence[Sequence[int]],
+        settings: Sampling,
+        seed: int,
+        greedy: bool = False,
+        progress: Callable[[int], None] | None = None,
+        numbers: Sequence[int] | None = None,
+    ) -> list[list[Sample]]:
+        from vllm import SamplingParams
+
+        if not self._handed.holds(self.policy):
+            with self._handed.taking(self.policy):
+                weights = merged(self.policy.model, dict(self.policy.model.state_dict()))
+                self.engine.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights.items())})
+                self.engine.reset_prefix_cache()
+        streams = range(len(prompts)) if numbers is None else numbers
+        asked = [_asked(self.policy, settings, seed, number, greedy) for number in streams]
+        try:
+            found = self.engine.generate(
+                [{"prompt_token_ids": list(prompt)} for prompt in prompts],
+                [SamplingParams(**some, logprobs=0, detokenize=False) for some in asked],
+                use_tqdm=False,
+            )
+        except ValueError as error:  # of a prompt that is longer than its max_model_len, say
+            raise UserError(f"vLLM refuses prompts of up to {max(map(len, prompts))} tokens ({error!s:.200})") from None
+        if progress is not None:
+            progress(len(prompts))
+        return [
+            [
+                _sample(
+                    self.policy,
+                    list(one.token_ids),
+                    [step[token].logprob for step, token in zip(one.logprobs, one.token_ids, strict=True)],
+                )
+                for one in row.outputs
+            ]
+            for row in found
+        ]
 
 
 def _start(where: str, policy: Policy, options: Mapping[str, Any]) -> Any:

@@ -6,16 +6,18 @@ import random
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from rlzoo.buffers import Buffer, View
 from rlzoo.errors import UserError
 from rlzoo.inputs import Input
 from rlzoo.objective import Objective, Part, view_of
-from rlzoo.training.state import random_state, resumable
+from rlzoo.pieces import random_state
+from rlzoo.training.state import resumable
 from rlzoo.types import Coupling, Selection, TokenBatch, Trajectory
 
 
+@runtime_checkable
 class Source(Protocol):
     """Where a step's rows come from."""
 
@@ -101,6 +103,15 @@ def buffer_sources(buffer: Buffer, views: Views, batch_size: int, seed: int) -> 
     return [BufferSource(buffer, buffer.view(which, **options), size, own) for (which, options), size, own in split]
 
 
+def check_sources(objective: Objective, sources: Sequence[object]) -> None:
+    """Raise UserError unless there is one source for each part of an objective."""
+    if len(sources) != len(objective.parts):
+        raise UserError(
+            f"objective {objective.name!r} has {len(objective.parts)} parts and {len(sources)} sources: "
+            "give one for each"
+        )
+
+
 @dataclass(frozen=True)
 class Drawn:
     """A part of the objective, and the rows that it learns from in a step."""
@@ -146,6 +157,11 @@ class FreshSource:
             self._version += 1
             self.left_out.update(view.left_out)
             return buffer, view
+
+    def spent(self) -> Mapping[str, float]:
+        """What the samples cost since the last call, by the names of `Costs`, as far as what collects them says."""
+        spent: Callable[[], Mapping[str, float]] = getattr(self._collect, "spent", dict)
+        return spent()
 
     def state(self) -> Any:
         left_out = dict(self.left_out)

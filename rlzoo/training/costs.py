@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import resource
 import sys
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,6 +26,11 @@ class Costs:
     """Training time alone."""
     peak_memory_bytes: int = 0
     """Peak of the process (CPU: resident set; GPU: allocated), from the start of training to its end."""
+
+    def add(self, spent: Mapping[str, float]) -> None:
+        """Add what something took, by the names of these fields."""
+        for name, amount in spent.items():
+            setattr(self, name, getattr(self, name) + amount)
 
     def as_dict(self) -> dict[str, float]:
         return asdict(self)

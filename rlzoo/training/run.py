@@ -1,8 +1,8 @@
-"""Training on a fixed buffer, in one call."""
+"""Training in one call, and what a fixed buffer needs for it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +14,16 @@ from rlzoo.config import Training
 from rlzoo.inputs import Input, Reference, Stage
 from rlzoo.objective import Objective
 from rlzoo.policy import Assembler, MicroBatches, Models, Policy, score_rows
-from rlzoo.training.batches import buffer_sources, views_of
+from rlzoo.training.batches import (
+    BufferSource,
+    FreshSource,
+    Source,
+    buffer_sources,
+    check_sources,
+    seeds,
+    shares,
+    views_of,
+)
 from rlzoo.training.record import TrainingRecord
 from rlzoo.training.trainer import Callback, Trainer
 from rlzoo.types import TEMPERED, at_temperature
@@ -107,26 +116,54 @@ def scored_event(rows: int) -> str:
     return f"behaviour log-probs of {rows:,} samples were scored with the policy before training (behaviour: current)"
 
 
+Collect = Callable[[int], Buffer]
+"""Makes a buffer of fresh rows for a batch, given how many batches there were: a `rlzoo.rollout.Collector`, say."""
+
+
 def train(
     policy: Policy,
     objective: Objective,
-    buffer: Buffer,
+    source: Buffer | Collect | Source | Sequence[Buffer | Collect | Source],
     settings: Training | None = None,
     seed: int = 0,
     callbacks: Sequence[Callback] = (),
     folder: Path | None = None,
     checkpoints: Path | None = None,
 ) -> TrainingRecord:
-    """Train ``policy`` in place on a fixed buffer; what rows lack is computed by ``policy`` as it comes.
+    """Train ``policy`` in place, offline on a buffer or online on what a `rlzoo.rollout.Collector` samples.
 
+    ``source`` is a buffer, whose rows get what they lack from ``policy`` as it comes; or any function of the number of
+    batches so far that makes a fresh buffer; or any `Source`; or, for the parts of a composite, one of these for each.
     ``folder`` is for trackers; from a folder of ``checkpoints`` a run that was stopped resumes. Under `accelerate
     launch` all processes call this, and each takes its share of a batch.
-    Raises UserError where the buffer lacks what the objective learns from, and for a row that the model cannot take.
+    Raises UserError where rows lack what the objective learns from, and for a row that the model cannot take.
     """
-    settings = settings or Training()
-    check_buffer(policy, buffer)
+    settings, parts, record = settings or Training(), objective.parts, TrainingRecord()
     torch.manual_seed(seed)
-    record = TrainingRecord()
+    if isinstance(source, Buffer):
+        sources: list[Source] = [*_of_buffer(policy, objective, source, settings, seed, record)]
+    else:
+        given = list(source) if isinstance(source, Sequence) else [source]
+        check_sources(objective, given)
+        views, sources = views_of(objective), []
+        split = zip(given, parts, views, shares(settings.batch_size, len(views)), seeds(views, seed), strict=True)
+        for one, part, (which, options), size, own in split:
+            if isinstance(one, Buffer):
+                smaller = settings.model_copy(update={"batch_size": size})
+                sources += _of_buffer(policy, part.objective, one, smaller, own, record)
+            else:
+                sources.append(one if isinstance(one, Source) else FreshSource(one, which, **options))
+    trainer = Trainer(
+        policy, objective, sources, settings, callbacks, folder=folder, record=record, checkpoints=checkpoints
+    )
+    return trainer.run()
+
+
+def _of_buffer(
+    policy: Policy, objective: Objective, buffer: Buffer, settings: Training, seed: int, record: TrainingRecord
+) -> list[BufferSource]:
+    """A source for each part of an objective from one buffer, with what its rows lack."""
+    check_buffer(policy, buffer)
     if settings.behaviour == "current" and any(part.objective.at_sampling_temperature for part in objective.parts):
         buffer, scored = with_behaviour(buffer, policy, settings.token_budget)
         record.events += [scored_event(len(scored))] if scored else []
@@ -134,7 +171,4 @@ def train(
     if missing := lacking(buffer, objective, again=True):
         buffer = with_inputs(buffer, missing, policy, settings.token_budget)
         sources = buffer_sources(buffer, views_of(objective), settings.batch_size, seed)
-    trainer = Trainer(
-        policy, objective, sources, settings, callbacks, folder=folder, record=record, checkpoints=checkpoints
-    )
-    return trainer.run()
+    return sources

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from rlzoo.errors import UserError
 from rlzoo.objective import options_of
+from rlzoo.pieces import random_state
 from rlzoo.ranks import gathered, rank
 
 if TYPE_CHECKING:
@@ -185,9 +186,3 @@ def restore_random_states(tensors: Mapping[str, Tensor], plain: Mapping[str, Any
     random.setstate(random_state(plain["python"]))
     kind, keys, *rest = plain["numpy"]
     np.random.set_state((kind, np.asarray(keys, np.uint32), *rest))
-
-
-def random_state(plain: Any) -> Any:
-    """The state of a `random.Random`, from what JSON made of it."""
-    version, numbers, gauss = plain
-    return version, tuple(numbers), gauss

@@ -22,7 +22,7 @@ from rlzoo.policy import Assembler, MicroBatches, Models, Policy, Sequences
 from rlzoo.policy.adapters import adapters
 from rlzoo.policy.sequences import Tokens, length
 from rlzoo.ranks import agreed, gathered, is_sharded, world_size
-from rlzoo.training.batches import Drawn, Source, lacks, micro_units
+from rlzoo.training.batches import Drawn, Source, check_sources, lacks, micro_units
 from rlzoo.training.checkpoints import Checkpoints
 from rlzoo.training.costs import peak_memory_bytes, reset_peak_memory
 from rlzoo.training.record import TrainingRecord
@@ -67,11 +67,7 @@ class Trainer:
         """
         self.objective, self.settings = objective, settings
         self.sources = source if isinstance(source, Sequence) else [source]
-        if len(self.sources) != len(objective.parts):
-            raise UserError(
-                f"objective {objective.name!r} has {len(objective.parts)} parts and {len(self.sources)} sources: "
-                "give one for each"
-            )
+        check_sources(objective, self.sources)
         self.callbacks, self.folder = callbacks, folder
         self.record = record or TrainingRecord()
         self.micro = MicroBatches(settings.token_budget, self._halved)
@@ -139,6 +135,8 @@ class Trainer:
             reset_peak_memory()
             started = time.perf_counter()
             fresh = agreed([source.draw() for source in self.sources])
+            for source in self.sources:
+                self.record.costs.add(getattr(source, "spent", dict)())
             drawn = [self._prepare(part, *rows) for part, rows in zip(self.objective.parts, fresh, strict=True)]
             for some in drawn:
                 count(self.record.counts, some)

@@ -4,8 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor, nn, ones_like
 
 from rlzoo.inputs import Input, Stage
 from rlzoo.objective import Objective
@@ -35,7 +34,7 @@ class WithHead(Objective):
     requires: ClassVar[tuple[Input, ...]] = (Confidence(),)
 
     def coefficients(self, batch: TokenBatch) -> Coefficients:
-        return Coefficients(torch.ones_like(batch.logp))
+        return Coefficients(ones_like(batch.logp))
 
     def auxiliary(self, batch: TokenBatch) -> Mapping[str, Tensor]:
         return {"confidence": 0.1 * (batch["confidence"] - batch.logp.detach().exp()).square()}

@@ -1,0 +1,92 @@
+"""Fresh samples of the policy in training, for training online."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from typing import Any
+
+from rlzoo.bad_rows import BadRows
+from rlzoo.buffers import OfflineBuffer
+from rlzoo.config import Sampling, Training
+from rlzoo.pieces import random_state
+from rlzoo.policy import Policy
+from rlzoo.problems import Encoded, Problem, encode_problems
+from rlzoo.reward import get_reward
+from rlzoo.rollout.rollouts import collect_rollouts, within_limits
+from rlzoo.rollout.sampler import Sampler
+
+
+class Collector:
+    """A buffer of fresh groups for every batch: samples of the policy as it is, of the next prompts, shuffled by seed.
+
+    It can be a source of `rlzoo.train`, and a checkpoint can hold where it stands.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        sampler: Sampler,
+        problems: Sequence[Problem],
+        reward: Any,
+        settings: Sampling | None = None,
+        training: Training | None = None,
+        seed: int = 0,
+        batch_size: int | None = None,
+        bad: BadRows | None = None,
+    ) -> None:
+        """``reward`` is what `get_reward` takes; it is told how far ``training`` is.
+
+        A batch has ``batch_size`` sequences (None: those of ``training``), ``settings.samples`` of each prompt.
+        Raises UserError for a problem that the model cannot take, unless ``bad`` rows are dropped.
+        """
+        self._policy, self._sampler, self._reward = policy, sampler, get_reward(reward)
+        self._settings, self._training = settings or Sampling(), training or Training()
+        self._prompts = max(1, (batch_size or self._training.batch_size) // self._settings.samples)
+        bad = BadRows() if bad is None else bad
+        encoded = encode_problems(policy.tokenizer, problems, bad)
+        self._encoded = within_limits(policy, sampler, encoded, self._settings, bad)
+        self._order, self._queue = random.Random(seed), list[int]()
+        self._sampled_tokens, self._flops = 0, 0.0
+
+    def __call__(self, version: int) -> OfflineBuffer:
+        """The batch of policy version ``version``: the number of batches before it."""
+        policy, settings, training = self._policy, self._settings, self._training
+        prompts: list[Encoded] = []
+        while len(prompts) < self._prompts:
+            if not self._queue:
+                self._queue = self._order.sample(range(len(self._encoded)), len(self._encoded))
+            prompts.append(self._encoded[self._queue.pop()])
+        epoch = version * self._prompts / len(self._encoded)
+        rows = collect_rollouts(
+            policy,
+            self._sampler,
+            prompts,
+            self._reward.at(version * training.updates_per_batch, training.steps, epoch),
+            settings,
+            seed=self._order.randrange(2**31),
+            version=version,
+            token_budget=training.token_budget,
+            recompute=not settings.wants_sampler_logp,
+        )
+        sampled = sum(len(row.completion_ids) for row in rows)
+        tokens = sampled + sum(len(row.prompt_ids) for row in rows)
+        self._sampled_tokens += sampled
+        self._flops += policy.flops(tokens, sampled, modules=False) + policy.flops(tokens, sampled)
+        return OfflineBuffer.from_trajectories(rows)
+
+    def spent(self) -> dict[str, float]:
+        """What samples took since the last call: ``sampled_tokens``, and ``flops`` (see `Policy.flops`)."""
+        found = {"sampled_tokens": self._sampled_tokens, "flops": self._flops}
+        self._sampled_tokens, self._flops = 0, 0.0
+        return found
+
+    def state(self) -> Any:
+        """Where it stands in its prompts, and what its sampler keeps, as plain data."""
+        return {"order": self._order.getstate(), "queue": self._queue, "sampler": self._sampler.state()}
+
+    def restore(self, state: Any) -> None:
+        """Resume from a ``state``."""
+        self._order.setstate(random_state(state["order"]))
+        self._queue = list(state["queue"])
+        self._sampler.restore(state["sampler"])
