@@ -140,7 +140,7 @@ def _unmarked(text: str) -> list[str]:
 
 def _in_one_writing(answer: str) -> str:
     """A clean answer as a vote counts it: a number by its value, words by themselves, a formula without blanks."""
-    read = number(answer)
+    read = number(answer) if len(answer) < _LONG else None
     if read is not None:
         return f"{read.value}{'%' if read.percent else ''}"
     return words(answer) if is_prose(answer) else compact(answer)

@@ -18,7 +18,7 @@ def list_(
         bool, Option("--markdown", help="Print the reference of the built-in objectives, in Markdown.")
     ] = False,
 ) -> int:
-    """List objectives with their hyper-parameters, rewards, and experiments.
+    """List objectives with their hyper-parameters, rewards, metrics, and experiments.
 
     Examples:
       rlzoo list
@@ -41,6 +41,7 @@ def list_(
 def catalogue() -> dict[str, list[dict[str, Any]]]:
     """Everything that has a name, by kind, with what a user has to know of it."""
     from rlzoo.config import list_experiments
+    from rlzoo.evaluation import list_metrics
     from rlzoo.objective import is_composite, list_objectives, objective_class, options_of
     from rlzoo.reward import list_rewards
 
@@ -57,6 +58,7 @@ def catalogue() -> dict[str, list[dict[str, Any]]]:
     return {
         "objectives": objectives,
         "rewards": [{"name": name} for name in list_rewards()],
+        "metrics": [{"name": name} for name in list_metrics()],
         "experiments": [{"name": name, "description": text} for name, text in list_experiments().items()],
     }
 
@@ -71,7 +73,8 @@ def catalogue_text() -> str:
         own = own_options_of(objective_class(row["name"]))
         options = ", ".join(f"{k}={v['default']}" for k, v in own.items())
         lines.append(f"  {row['name']:11} {row['summary']}" + (f" [{options}]" if options else ""))
-    lines += ["rewards", "  " + ", ".join(row["name"] for row in found["rewards"]), "experiments"]
+    lines += ["rewards", "  " + ", ".join(row["name"] for row in found["rewards"])]
+    lines += ["metrics", "  " + ", ".join(row["name"] for row in found["metrics"]), "experiments"]
     for row in found["experiments"]:
         lines.append(f"  {row['name']:18} {row['description'].split('. ')[0].rstrip('.')}.")
     return "\n".join(lines)

@@ -394,7 +394,11 @@ def _evaluate(
     """All metrics, or avg@k alone."""
     problems, bad = load_problems(source), BadRows(source.bad_rows)
     metrics = [AVERAGE] if brief else None
-    return evaluate(policy, problems, reward, experiment.evaluation, seed, greedy=not brief, bad=bad, metrics=metrics)
+    budget = experiment.training.token_budget
+    return evaluate(
+        policy, problems, reward, experiment.evaluation, seed,
+        greedy=not brief, bad=bad, metrics=metrics, token_budget=budget,
+    )  # fmt: skip
 
 
 class Collector:

@@ -44,11 +44,12 @@ def evaluate(
     progress: Callable[[int], None] | None = None,
     bad: BadRows | None = None,
     metrics: Sequence[Any] | None = None,
+    token_budget: int = 8192,
 ) -> Evaluation:
     """Sample each problem ``settings.samples`` times, and once greedily, score the answers, and compute the metrics.
 
     ``reward`` is anything that `get_reward` takes, such as a plain function; each of ``metrics`` anything that
-    `get_metric` takes (None: all of `metric_table`).
+    `get_metric` takes (None: all of `metric_table`). ``token_budget`` is for the micro-batches of gold completions.
 
     A sample with a reward of ``settings.correct_at`` or more is correct; a null reward counts as wrong. A problem that
     cannot be encoded, or that the model cannot take, is an error, or goes to ``bad``; a solution of one has no part in
@@ -64,15 +65,18 @@ def evaluate(
     encoded = within_limits(policy, sampler, encode_problems(policy.tokenizer, problems, bad), settings, bad)
     sampled, logged = _outcomes(sampler, encoded, reward, settings, seed, False, progress)
     best = _outcomes(sampler, encoded, reward, settings, seed, True, progress)[0] if greedy else []
-    gold = _gold_logp(policy, encoded, bad) if any(metric.scores_gold for metric in table) else [[]] * len(encoded)
+    gold: Sequence[Sequence[Sequence[float]]] = [()] * len(encoded)
+    if any(metric.scores_gold for metric in table):
+        gold = _gold_logp(policy, encoded, bad, token_budget)
     n = settings.samples
-    for row, of in [*zip(sampled, [g for g in gold for _ in range(n)], strict=True), *zip(best, gold, strict=False)]:
-        if of:
-            row |= {"gold_logp": sum(map(sum, of)), "gold_tokens": sum(map(len, of))}
-    seen = [
-        ProblemSamples(one.problem, sampled[n * i : n * (i + 1)], best[i] if greedy else None, gold[i])
-        for i, one in enumerate(encoded)
-    ]
+    seen = []
+    for i, one in enumerate(encoded):
+        of_problem = sampled[n * i : n * (i + 1)]
+        if gold[i]:
+            told = {"gold_logp": sum(map(sum, gold[i])), "gold_tokens": sum(map(len, gold[i]))}
+            for row in (*of_problem, *best[i : i + 1]):
+                row |= told
+        seen.append(ProblemSamples(one.problem, of_problem, best[i] if greedy else None, gold[i]))
     numbers = {metric.name: metric.average(seen) for metric in table}
     found = {name: value for name, value in numbers.items() if value is not None}
     found |= {"k": settings.pass_k, "samples": n, **{f"reward/{name}": value for name, value in logged.items()}}
@@ -91,10 +95,13 @@ def gold_rows(policy: Policy, problems: Sequence[Encoded], bad: BadRows | None =
     return rows
 
 
-def _gold_logp(policy: Policy, problems: Sequence[Encoded], bad: BadRows | None) -> list[list[list[float]]]:
+def _gold_logp(
+    policy: Policy, problems: Sequence[Encoded], bad: BadRows | None, token_budget: int
+) -> list[list[list[float]]]:
     """The log-probs of the tokens of each problem's gold completions, at temperature 1."""
     rows = gold_rows(policy, problems, bad)
-    scored = iter(score_rows(policy, [(row.prompt_ids, row.completion_ids) for some in rows for row in some]))
+    flat = [(row.prompt_ids, row.completion_ids) for some in rows for row in some]
+    scored = iter(score_rows(policy, flat, token_budget))
     return [[next(scored) for _ in some] for some in rows]
 
 

@@ -82,6 +82,7 @@ class Metric:
             raise UserError(f"{where}: {told(error)}") from error
         if value is None:
             return None
+        value = value.item() if hasattr(value, "item") else value  # of an array or a tensor
         total, count = (value.total, value.count) if isinstance(value, Total) else (value, 1)
         if not all(isinstance(each, numbers.Real) and math.isfinite(each) for each in (total, count)):
             raise UserError(f"{where}: it returned {value!r:.60}: return a finite number, a Total, or None")
@@ -98,7 +99,7 @@ def register_metric(metric: Metric) -> Metric:
 
 def list_metrics() -> list[str]:
     """The names of all registered metrics: built-ins and those of installed packages' entry points."""
-    return _metrics.names()
+    return sorted(get_metric(metric).name for _, metric in _metrics.items())
 
 
 def get_metric(spec: Any) -> Metric:

@@ -167,10 +167,9 @@ class Results(_Model):
 
     def mean(self, algorithm: str, benchmark: str, metric: str) -> float | None:
         """The mean of any metric over the seeds that have it; None if there is none."""
-        own = [cell.metrics[benchmark] for cell in self.cells if cell.algorithm == algorithm]
-        known = [v for scores in own if (v := scores.value(metric)) is not None]
-        if algorithm == BASE:
-            return self.base[benchmark].value(metric)
+        own = [cell.metrics.get(benchmark) for cell in self.cells if cell.algorithm == algorithm]
+        own = [self.base[benchmark]] if algorithm == BASE else own
+        known = [v for scores in own if scores is not None and (v := scores.value(metric)) is not None]
         return sum(known) / len(known) if known else None
 
     def row(self, algorithm: str, benchmark: str, metric: str) -> SummaryRow | None:
