@@ -7,7 +7,8 @@ def test_mine() -> None:
 """
 
 from rlzoo.testing.batches import random_batch
-from rlzoo.testing.objectives import Loss, LossInLogits, check_objective
+from rlzoo.testing.logits import LossInLogits
+from rlzoo.testing.objectives import Loss, check_objective
 from rlzoo.testing.rewards import check_reward
 
 __all__ = ["Loss", "LossInLogits", "check_objective", "check_reward", "random_batch"]

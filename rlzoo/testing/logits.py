@@ -114,7 +114,7 @@ def _check_split(objective: Objective) -> None:
     mask, denominator = logits.batch.mask, objective.normaliser.denominator(logits.batch)
     whole = _gradient(_surrogate(objective, logits), logits)
     total = torch.zeros_like(whole)
-    for rows in permutation(ROWS).split(4):
+    for rows in torch.split(permutation(ROWS), 4):
         part = torch.zeros_like(mask)
         part[rows] = mask[rows]
         total += _gradient(_surrogate(objective, logits, part, denominator), logits)

@@ -30,7 +30,7 @@ Loss = Callable[[TokenBatch], Tensor]
 """A loss as its paper writes it, of a batch [B, T] without advantages: a scalar that autograd differentiates."""
 Check = Callable[[Objective, Loss | None], None]
 
-SEEDS = range(2)
+SEEDS = range(4)
 EXACT, SUMMED = 1e-10, 1e-11
 """Relative differences: of a gradient and that of another formula, and of sums in another order, in float64."""
 
@@ -137,7 +137,7 @@ def _masked(objective: Objective, _: Loss | None) -> None:
         reported = _reported_loss(objective, clean), _reported_loss(objective, batch)
         same = same and (reported[0] is None or torch.equal(*reported))  # type: ignore[arg-type]
         _demand(objective, same, f"looks at masked positions, which may hold anything: {_WHERE}")
-    for leaf in gradient.split(ROWS * LENGTH):
+    for leaf in torch.split(gradient, ROWS * LENGTH):
         outside = leaf.view(ROWS, LENGTH)[~clean.mask]
         _demand(objective, not outside.any(), f"has a gradient at masked positions: {_WHERE}")
 
@@ -248,7 +248,7 @@ def _micro_batches(objective: Objective, batch: TokenBatch, units: int) -> list[
     """Rows in micro-batches of so many groups or pairs, in another order than that of the batch."""
     if objective.couples is Coupling.GROUP:
         assert batch.group is not None
-        together = [(batch.group == group).nonzero().flatten() for group in batch.group.unique()]
+        together = [(batch.group == group).nonzero().flatten() for group in set(batch.group.tolist())]
     else:
         together = list(torch.arange(ROWS).view(-1, 2))
     order = permutation(len(together)).tolist()
