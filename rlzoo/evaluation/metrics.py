@@ -56,8 +56,8 @@ class Metric:
     """What reports call it; its name by default."""
     unit: str = "%"
     """``%``: a fraction, shown as a percentage; anything else: shown as the unit of a plain number."""
-    scores_gold: bool = False
-    """Whether it reads ``gold_logp``, which takes a forward pass over the gold completions."""
+    needs: tuple[str, ...] = ()
+    """What it reads that takes work of its own: ``gold_logp``, and the ``answer`` that a reward finds in a sample."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "label", self.label or self.name.replace("_", " "))
@@ -158,7 +158,7 @@ def _greedy(problem: ProblemSamples) -> float | None:
 def _majority(problem: ProblemSamples) -> float:
     """Whether the answer that most samples give is correct; of several such answers, their mean.
 
-    A sample's answer is what its reward says (``answer_of``), or else its text, whatever its case and blanks. A sample
+    A sample's answer is what its reward finds (``answer_of``), or else its text, whatever its case and blanks. A sample
     without an answer has no vote; where none votes, the score is 0. Source: arXiv 2203.11171.
     """
     votes: dict[str, list[bool]] = {}
@@ -190,11 +190,11 @@ def _log_likelihood(problem: ProblemSamples) -> Total | None:
 
 AVERAGE = register_metric(Metric("avg_at_k", _average, "avg@k"))
 GREEDY = register_metric(Metric("greedy", _greedy, "greedy"))
-MAJORITY = register_metric(Metric("maj_at_k", _majority, "maj@k"))
+MAJORITY = register_metric(Metric("maj_at_k", _majority, "maj@k", needs=("answer",)))
 LENGTH = register_metric(Metric("mean_length", _length, "mean length", "tokens"))
 TRUNCATION = register_metric(Metric("truncated", _truncation, "truncated"))
 LOG_LIKELIHOOD = register_metric(
-    Metric("log_likelihood", _log_likelihood, "held-out log-likelihood", "nats per token", scores_gold=True)
+    Metric("log_likelihood", _log_likelihood, "held-out log-likelihood", "nats per token", needs=("gold_logp",))
 )
 
 
