@@ -99,7 +99,7 @@ def register_metric(metric: Metric) -> Metric:
 
 def list_metrics() -> list[str]:
     """The names of all registered metrics: built-ins and those of installed packages' entry points."""
-    return sorted(get_metric(metric).name for _, metric in _metrics.items())
+    return sorted(metric.name if isinstance(metric, Metric) else name for name, metric in _metrics.items())
 
 
 def get_metric(spec: Any) -> Metric:
