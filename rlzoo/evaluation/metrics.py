@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Float, Int
 
-from rlzoo.errors import UserError
+from rlzoo.errors import UserError, unknown
 from rlzoo.registry import Registry, told
 
 if TYPE_CHECKING:
@@ -41,6 +41,7 @@ class Total:
     count: float
 
 
+NEEDS = ("gold_logp", "answer")
 Found = float | Total | None
 """A problem's number, averaged over problems; or its part of an average over samples or tokens; or none."""
 
@@ -60,6 +61,8 @@ class Metric:
     """What it reads that takes work of its own: ``gold_logp``, and the ``answer`` that a reward finds in a sample."""
 
     def __post_init__(self) -> None:
+        if wrong := [need for need in self.needs if need not in NEEDS]:
+            raise unknown(f"need of metric {self.name!r}", wrong[0], NEEDS)
         object.__setattr__(self, "label", self.label or self.name.replace("_", " "))
         for name in ("__module__", "__qualname__", "__doc__"):  # which errors tell two metrics of one name apart by
             object.__setattr__(self, name, getattr(self.of, name, None))
@@ -211,7 +214,7 @@ def component_metric(part: str) -> Metric:
     """The mean of one component of the reward, over the samples that have one."""
 
     def component(problem: ProblemSamples) -> Total:
-        values = [json.loads(sample["components"])[part] for sample in problem.samples if sample.get("components")]
+        values = [json.loads(sample["components"]).get(part) for sample in problem.samples if sample.get("components")]
         return _total([value for value in values if value is not None])
 
     return Metric(f"component/{part}", component, part, "mean reward")
