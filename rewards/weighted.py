@@ -74,6 +74,10 @@ class Weighted(CompositeReward):
             total = sum(known) if len(known) == len(values) else None
             extra = {column: value for score in row for column, value in score.extra.items()}
             metrics = means(score.metrics for score in row)
-            answer = next((score.answer for score in row if score.answer is not None), None)
-            scores.append(Score(total, dict(zip(self.parts, values, strict=True)), extra, metrics, answer))
+            scores.append(Score(total, dict(zip(self.parts, values, strict=True)), extra, metrics))
         return scores
+
+    def answers(self, completions: Sequence[Any]) -> list[str | None]:
+        """Those of the first reward that has some."""
+        of_terms = (reward.answers(completions) for _, reward in self.terms.values())
+        return next((found for found in of_terms if None not in found), [None] * len(completions))

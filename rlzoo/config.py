@@ -75,6 +75,12 @@ class Benchmark(ProblemSource):
     reward: Any = None
     """Scores its answers in place of the experiment's reward."""
 
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _of_problems(cls, given: Any) -> Any:
+        """Any problem set can be a benchmark."""
+        return given.model_dump() if type(given) is ProblemSource else given
+
 
 class Table(_Strict):
     """A table of demonstrations, preferences or graded samples, or a saved buffer."""

@@ -42,9 +42,6 @@ class Score:
     """What the reward logged of this completion with ``log_extra``."""
     metrics: dict[str, float] = field(default_factory=dict)
     """What it logged of the whole call with ``log_metric``."""
-    answer: str | None = None
-    """The answer that the completion commits to, by the reward's method ``answer_of(completion)``: empty where it
-    commits to none, and None where the reward has no such method."""
 
 
 class CompositeReward(ABC):
@@ -75,6 +72,10 @@ class CompositeReward(ABC):
         on_error: OnError = "fail",
     ) -> list[Score]:
         """One `Score` for each completion."""
+
+    def answers(self, completions: Sequence[Any]) -> list[str | None]:
+        """What `Reward.answers` gives; by default, no answers."""
+        return [None] * len(completions)
 
 
 @dataclass(frozen=True)
@@ -139,14 +140,29 @@ class Reward:
         except RAISED as error:
             return self._one_by_one(arguments, len(completions), error)
 
+    def answers(self, completions: Sequence[Any]) -> list[str | None]:
+        """The answer that each completion commits to, by the reward's method ``answer_of(completion)``.
+
+        It is empty where a completion commits to none, and None where the reward has no such method. Raises UserError
+        where that raises, with ``on_error="fail"``.
+        """
+        answer_of = getattr(_innermost(self.function), "answer_of", None)
+        try:
+            if isinstance(self.function, CompositeReward):
+                return self.function.answers(completions)
+            if answer_of is not None:
+                return [str(answer_of(completion) or "") for completion in completions]
+        except UserError as error:
+            failed(str(error), self.on_error, error)
+        except RAISED as error:
+            failed(f"reward {self.name!r}: answer_of raised {told(error)}", self.on_error, error)
+        return [None] * len(completions)
+
     def _called(self, arguments: Mapping[str, Any], rows: int, first: int = 0) -> list[Score]:
         """The scores of ``rows`` completions, the first of them that of row ``first``."""
         log = Log(self.name, rows)
         values = self._checked(call(self.function, self._given(arguments, log, rows)), rows, first)
-        answer_of = getattr(_innermost(self.function), "answer_of", None)
-        answers = [None if answer_of is None else str(answer_of(c) or "") for c in arguments["completions"]]
-        scored = zip(values, log.of_rows(), answers, strict=True)
-        return [Score(value, {self.name: value}, *logged, answer) for value, logged, answer in scored]
+        return [Score(v, {self.name: v}, *logged) for v, logged in zip(values, log.of_rows(), strict=True)]
 
     def _given(self, arguments: Mapping[str, Any], log: Log, rows: int) -> dict[str, Any]:
         """What the reward takes of the arguments and of TRL's functions to log with."""

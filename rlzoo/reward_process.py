@@ -77,6 +77,18 @@ class RewardProcess(CompositeReward):
             except _EndedError:
                 return list(self._each(arguments, on_error))
 
+    def answers(self, completions: Sequence[Any]) -> list[str | None]:
+        """None of them where finding them exceeds a limit."""
+        with self._lock:
+            try:
+                answer = self._exchange({"answers_in": list(completions)}, self._limits.seconds)
+            except _EndedError:
+                return [None] * len(completions)
+        if "error" in answer:
+            raise UserError(answer["error"])
+        found: list[str | None] = answer["answers"]
+        return found
+
     def _each(self, arguments: Mapping[str, Any], on_error: OnError) -> Iterator[Score]:
         for row, alone in enumerate(one_by_one(arguments, len(arguments["completions"]))):
             try:
@@ -219,6 +231,12 @@ def _serve() -> None:
     _write(answers, {"name": reward.name, "parts": reward.parts})
     while True:
         message = _read(asked, None)
+        if "answers_in" in message:
+            try:
+                _write(answers, {"answers": reward.answers(message["answers_in"])})
+            except UserError as error:
+                _write(answers, {"error": str(error)})
+            continue
         arguments = dict(message["arguments"])
         given = [arguments.pop(name, None) for name in ("prompts", "completions", "completion_ids")]
         answer: dict[str, Any] = {}

@@ -24,7 +24,7 @@ from rlzoo.comparison import runner
 from rlzoo.comparison.plan import Cell
 from rlzoo.comparison.pool import InThisProcess, WorkerDiedError, WorkError
 from rlzoo.comparison.report import write_report
-from rlzoo.config import Experiment, load_experiment
+from rlzoo.config import Experiment, ProblemSource, load_experiment
 from rlzoo.errors import UserError
 from rlzoo.policy import load_policy
 from rlzoo.rollout import rollouts
@@ -228,6 +228,21 @@ def test_a_benchmark_may_have_a_reward_of_its_own(tmp_path: Path) -> None:
     assert results["metrics"]["component/length"]["label"] == "length"
     with pytest.raises(UserError, match="unknown reward 'lenth'"):
         quietly(small({"sft": {}}, benchmarks={"own": source | {"reward": "lenth"}}), tmp_path / "wrong")
+
+
+def test_gold_completions_without_a_log_likelihood_are_counted_once(tmp_path: Path) -> None:
+    row = {"prompt": "1+1=?\n", "answer": "2"}
+    end = load_policy("embedded").tokenizer.eos_token
+    rows = [row | {"id": str(i), "solution": text} for i, text in enumerate(("#### 2", f"2{end}2", f"{end}2"))]
+    (tmp_path / "problems.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    benchmarks = {"mine": ProblemSource(source=str(tmp_path / "problems.jsonl"), solution="solution")}
+    experiment = Experiment.model_validate(small({"sft": {}}).model_dump() | {"benchmarks": benchmarks})
+    found = work.evaluate_base(experiment, tmp_path / "state", lambda share, what: None)
+    (event,) = found["events"]
+    assert event.startswith("benchmark mine: gold completions without a log-likelihood: 2 in all (problem '1'")
+    assert found["metrics"]["mine"]["log_likelihood"] < 0 and found["dropped_rows"] == {}
+    tokens = {row["problem_id"]: row.get("gold_tokens") for row in found["outcomes"]}
+    assert tokens["0"] and tokens["1"] is None is tokens["2"]
 
 
 # What is stopped

@@ -274,6 +274,8 @@ def test_names_of_metrics(tmp_path: Path) -> None:
             metric_table(settings(metrics=[f"{tmp_path / 'mine.py'}:{name}"]))
     with pytest.raises(UserError, match="is int: give a Metric, or a function"):
         metric_table(settings(metrics=[f"{tmp_path / 'mine.py'}:x"]))
+    with pytest.raises(UserError, match="unknown need of metric 'mine' 'anser': did you mean 'answer'"):
+        Metric("mine", lambda problem: 1.0, needs=("anser",))
     with pytest.raises(UserError, match="metric 'greedy' is registered twice"):
         register_metric(Metric("greedy", lambda problem: 1.0))
 

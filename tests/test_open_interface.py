@@ -237,7 +237,7 @@ def compared(out: Path, kill: bool = False) -> dict[str, Any]:
         return runner.compare(small({"sft": {}, "dft": {}}, evaluation=settings, benchmarks=benchmarks), out, 1)
 
 
-def test_a_metric_of_a_plugin_reaches_results_and_report_after_kill_9(tmp_path: Path) -> None:
+def test_a_plugins_metric_is_reported_after_kill_9(tmp_path: Path) -> None:
     command = [sys.executable, __file__, "distinct", str(tmp_path / "out")]
     died = subprocess.run(command, capture_output=True, check=False)
     assert died.returncode == -signal.SIGKILL, died.stderr.decode()

@@ -16,7 +16,7 @@ import pytest
 
 from rlzoo import reward_process
 from rlzoo.errors import UserError
-from rlzoo.reward import Reward, Score
+from rlzoo.reward import Reward, Score, get_reward
 from rlzoo.reward_process import Limits, apart
 
 BAD = """
@@ -52,6 +52,28 @@ def bad(tmp_path: Path) -> Any:
         return apart(f"{tmp_path / 'bad.py'}:bad", Limits(seconds, memory), on_error)
 
     yield make
+    for process in reward_process._processes.values():
+        process.close()
+
+
+def test_answers_are_found_in_the_process_too(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(
+        "import time\nclass Mine:\n    name = 'mine'\n    def __call__(self, completions, **columns):\n"
+        "        return [1.0 for _ in completions]\n    def answer_of(self, completion):\n"
+        "        time.sleep(600 if completion == 'hang' else 0)\n"
+        "        return completion[1:] and 1 / int(completion[1:])\n"
+    )
+    spec = f"{tmp_path / 'mine.py'}:Mine"
+    reward = apart(spec, Limits(2.0, 1.0))
+    assert reward.answers(["x1", "x2", "x"]) == ["1.0", "0.5", ""]
+    assert reward.answers(["x1", "hang"]) == [None, None], "in time, and none of them"
+    with pytest.raises(UserError, match=r"^reward 'mine': answer_of raised ZeroDivisionError: division by zero$"):
+        reward.answers(["x0"])
+    lenient = apart(spec, Limits(2.0, 1.0), "null")
+    with pytest.warns(RuntimeWarning, match="answer_of raised ZeroDivisionError"):
+        assert lenient.answers(["x0"]) == [None]
+    weighted = get_reward(["format", spec, "exact-match"])
+    assert weighted.answers(["x4", "x"]) == ["0.25", ""], "of the first that has some"
     for process in reward_process._processes.values():
         process.close()
 

@@ -61,7 +61,7 @@ ELSEWHERE = {
     "Training.special_tokens": f"{REFUSED}::test_tables_that_spell_special_tokens_are_refused_or_counted",
     "--bad-rows": "test_bad_rows.py::test_rollout_reports_and_records_what_it_dropped",
     "EvaluationSettings.k": "test_evaluation.py::test_k_is_the_number_of_samples_unless_it_is_given",
-    "EvaluationSettings.metrics": "test_open_interface.py::test_a_metric_of_a_plugin_reaches_results_and_report",
+    "EvaluationSettings.metrics": "test_open_interface.py::test_a_plugins_metric_is_reported_after_kill_9",
     "Benchmark.reward": "test_compare.py::test_a_benchmark_may_have_a_reward_of_its_own",
     "EvaluationSettings.correct_at": "test_evaluation.py::test_the_threshold_of_correctness_is_a_setting",
     "Training.learning_rate": "test_training.py::test_the_schedule_warms_up_and_follows_a_cosine",

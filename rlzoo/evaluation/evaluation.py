@@ -16,7 +16,7 @@ from rlzoo.problems import Encoded, Problem, demonstrations, encode_problems
 from rlzoo.reward import Reward, get_reward
 from rlzoo.reward_call import means
 from rlzoo.rollout import Sampler, sampler_of
-from rlzoo.rollout.rollouts import judge, within_limits
+from rlzoo.rollout.rollouts import completions_of, judge, within_limits
 from rlzoo.types import Trajectory
 
 
@@ -63,10 +63,12 @@ def evaluate(
     table = metric_table(settings, reward.parts) if metrics is None else [get_metric(metric) for metric in metrics]
     sampler = sampler or sampler_of(policy, settings)
     encoded = within_limits(policy, sampler, encode_problems(policy.tokenizer, problems, bad), settings, bad)
-    sampled, logged = _outcomes(sampler, encoded, reward, settings, seed, False, progress)
-    best = _outcomes(sampler, encoded, reward, settings, seed, True, progress)[0] if greedy else []
+    needs = {need for metric in table for need in metric.needs}
+    how = reward, settings, seed, "answer" in needs, progress
+    sampled, logged = _outcomes(sampler, encoded, False, *how)
+    best = _outcomes(sampler, encoded, True, *how)[0] if greedy else []
     gold: Sequence[Sequence[Sequence[float]]] = [()] * len(encoded)
-    if any(metric.scores_gold for metric in table):
+    if "gold_logp" in needs:
         gold = _gold_logp(policy, encoded, bad, token_budget)
     n = settings.samples
     seen = []
@@ -108,16 +110,19 @@ def _gold_logp(
 def _outcomes(
     sampler: Sampler,
     problems: Sequence[Encoded],
+    greedy: bool,
     reward: Reward,
     settings: EvaluationSettings,
     seed: int,
-    greedy: bool,
+    with_answers: bool,
     progress: Callable[[int], None] | None,
 ) -> tuple[list[dict[str, Any]], dict[str, float]]:
     """One row per sample, and the means of what the reward logged."""
     sampled = sampler.sample([p.ids for p in problems], settings, seed, greedy=greedy, progress=progress)
     flat = [(p, n, s) for p, samples in zip(problems, sampled, strict=True) for n, s in enumerate(samples)]
-    scores = judge(reward, [(p, s) for p, _, s in flat])
+    answered = [(p, s) for p, _, s in flat]
+    scores = judge(reward, answered)
+    answers = reward.answers(completions_of(answered)) if with_answers else [None] * len(flat)
     rows = [
         {
             "problem_id": problem.problem.id,
@@ -131,8 +136,8 @@ def _outcomes(
             "text": sample.text,
             **({"logged": json.dumps(score.extra)} if score.extra else {}),
             **({"components": json.dumps(score.parts)} if len(score.parts) > 1 else {}),
-            **({} if score.answer is None else {"answer": score.answer}),
+            **({} if answer is None else {"answer": answer}),
         }
-        for (problem, number, sample), score in zip(flat, scores, strict=True)
+        for (problem, number, sample), score, answer in zip(flat, scores, answers, strict=True)
     ]
     return rows, means([score.metrics for score in scores])

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Float, Int
 
-from rlzoo.errors import UserError
+from rlzoo.errors import UserError, unknown
 from rlzoo.registry import Registry, told
 
 if TYPE_CHECKING:
@@ -41,6 +41,7 @@ class Total:
     count: float
 
 
+NEEDS = ("gold_logp", "answer")
 Found = float | Total | None
 """A problem's number, averaged over problems; or its part of an average over samples or tokens; or none."""
 
@@ -56,10 +57,12 @@ class Metric:
     """What reports call it; its name by default."""
     unit: str = "%"
     """``%``: a fraction, shown as a percentage; anything else: shown as the unit of a plain number."""
-    scores_gold: bool = False
-    """Whether it reads ``gold_logp``, which takes a forward pass over the gold completions."""
+    needs: tuple[str, ...] = ()
+    """What it reads that takes work of its own: ``gold_logp``, and the ``answer`` that a reward finds in a sample."""
 
     def __post_init__(self) -> None:
+        if wrong := [need for need in self.needs if need not in NEEDS]:
+            raise unknown(f"need of metric {self.name!r}", wrong[0], NEEDS)
         object.__setattr__(self, "label", self.label or self.name.replace("_", " "))
         for name in ("__module__", "__qualname__", "__doc__"):  # which errors tell two metrics of one name apart by
             object.__setattr__(self, name, getattr(self.of, name, None))
@@ -99,7 +102,7 @@ def register_metric(metric: Metric) -> Metric:
 
 def list_metrics() -> list[str]:
     """The names of all registered metrics: built-ins and those of installed packages' entry points."""
-    return sorted(get_metric(metric).name for _, metric in _metrics.items())
+    return sorted(metric.name if isinstance(metric, Metric) else name for name, metric in _metrics.items())
 
 
 def get_metric(spec: Any) -> Metric:
@@ -158,7 +161,7 @@ def _greedy(problem: ProblemSamples) -> float | None:
 def _majority(problem: ProblemSamples) -> float:
     """Whether the answer that most samples give is correct; of several such answers, their mean.
 
-    A sample's answer is what its reward says (``answer_of``), or else its text, whatever its case and blanks. A sample
+    A sample's answer is what its reward finds (``answer_of``), or else its text, whatever its case and blanks. A sample
     without an answer has no vote; where none votes, the score is 0. Source: arXiv 2203.11171.
     """
     votes: dict[str, list[bool]] = {}
@@ -190,11 +193,11 @@ def _log_likelihood(problem: ProblemSamples) -> Total | None:
 
 AVERAGE = register_metric(Metric("avg_at_k", _average, "avg@k"))
 GREEDY = register_metric(Metric("greedy", _greedy, "greedy"))
-MAJORITY = register_metric(Metric("maj_at_k", _majority, "maj@k"))
+MAJORITY = register_metric(Metric("maj_at_k", _majority, "maj@k", needs=("answer",)))
 LENGTH = register_metric(Metric("mean_length", _length, "mean length", "tokens"))
 TRUNCATION = register_metric(Metric("truncated", _truncation, "truncated"))
 LOG_LIKELIHOOD = register_metric(
-    Metric("log_likelihood", _log_likelihood, "held-out log-likelihood", "nats per token", scores_gold=True)
+    Metric("log_likelihood", _log_likelihood, "held-out log-likelihood", "nats per token", needs=("gold_logp",))
 )
 
 
@@ -211,7 +214,7 @@ def component_metric(part: str) -> Metric:
     """The mean of one component of the reward, over the samples that have one."""
 
     def component(problem: ProblemSamples) -> Total:
-        values = [json.loads(sample["components"])[part] for sample in problem.samples if sample.get("components")]
+        values = [json.loads(sample["components"]).get(part) for sample in problem.samples if sample.get("components")]
         return _total([value for value in values if value is not None])
 
     return Metric(f"component/{part}", component, part, "mean reward")

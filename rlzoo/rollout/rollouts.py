@@ -175,12 +175,16 @@ def unscored(scored: Iterable[tuple[float | None, str]]) -> str | None:
     return f"{len(without)} of {len(rows)} samples have no reward ({told}); the first one's prompt: {first[-100:]!r}"
 
 
-def judge(reward: Reward, answered: Sequence[tuple[Encoded, Sample]]) -> list[Score]:
-    """The reward of each completion; conversational problems get conversational completions, as in TRL."""
-    prompts = [p.problem.prompt for p, _ in answered]
-    completions = [
+def completions_of(answered: Sequence[tuple[Encoded, Sample]]) -> list[Any]:
+    """Completions as rewards take them: of conversational problems they are conversations, as in TRL."""
+    return [
         s.text if isinstance(p.problem.prompt, str) else [{"role": "assistant", "content": s.text}] for p, s in answered
     ]
+
+
+def judge(reward: Reward, answered: Sequence[tuple[Encoded, Sample]]) -> list[Score]:
+    """The reward of each completion."""
+    prompts = [p.problem.prompt for p, _ in answered]
     names = {name for p, _ in answered for name in p.problem.columns} - set(ENGINE)
     columns = {name: [p.problem.columns.get(name) for p, _ in answered] for name in sorted(names)}
-    return reward.score(prompts, completions, columns, completion_ids=[s.ids for _, s in answered])
+    return reward.score(prompts, completions_of(answered), columns, completion_ids=[s.ids for _, s in answered])
