@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -32,6 +32,16 @@ class Everything(Objective):
 def random_batch(seed: int, padding: Sequence[float] = PADDING) -> TokenBatch:
     """The random batch of `rlzoo.testing`, with every built-in input."""
     return testing.random_batch(Everything(), seed, padding)
+
+
+def of_each_kind(objectives: Mapping[str, Objective]) -> list[str]:
+    """The first objective of each kind that the engine can tell apart: others run the same code on the same batches."""
+    kinds: dict[Any, str] = {}
+    for name, one in objectives.items():
+        has_auxiliary = type(one).auxiliary is not Objective.auxiliary
+        kind = frozenset(one.requires), one.learns_from, one.couples, one.normaliser, one.has_logit_term, has_auxiliary
+        kinds.setdefault(kind, name)
+    return list(kinds.values())
 
 
 def hand_batch(probabilities: list[list[float]], **columns: Any) -> TokenBatch:

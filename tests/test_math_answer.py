@@ -230,11 +230,10 @@ def test_no_answer_takes_long(answer: str) -> None:
 
 
 @pytest.mark.parametrize("sign", ["\x00", "\ud800", "\udfff", "\u202e", "\u200b", "\ufeff", "\U0001f600", "\\"])
-@pytest.mark.parametrize("written", list(WRITTEN))
-def test_no_sign_is_an_error(sign: str, written: str) -> None:
+def test_no_sign_is_an_error(sign: str) -> None:
     for text in (sign, f"6{sign}", f"{sign}6", sign * 2000):
         for gold in ("5", f"5{sign}", r"\sqrt{2}", "Tom"):
-            assert score(WRITTEN[written](text), gold) == 0
+            assert {name: score(write(text), gold) for name, write in WRITTEN.items()} == dict.fromkeys(WRITTEN, 0)
 
 
 def test_commands_count_the_samples_without_a_reward(
@@ -292,9 +291,15 @@ def test_a_gold_answer_that_is_no_text_is_refused(gold: Any) -> None:
 # What is equal to what
 
 
-@pytest.mark.parametrize(("gold", "boxed", "value"), table("math_boxes.txt"))
-def test_what_a_box_is_worth(gold: str, boxed: str, value: float) -> None:
-    assert score(rf"The answer is $\boxed{{{boxed}}}$.", gold) == value
+def wrong_rows(file: str, written: str = "{}") -> list[str]:
+    """The rows of a table that are not worth what they should be."""
+    found = [(gold, text, value, score(written.format(text), gold)) for gold, text, value in table(file)]
+    return [f"{gold}  {text!r}  {got} for {value}" for gold, text, value, got in found if got != value]
+
+
+def test_what_a_box_is_worth() -> None:
+    assert len(table("math_boxes.txt")) > 700
+    assert wrong_rows("math_boxes.txt", r"The answer is $\boxed{{{}}}$.") == []
 
 
 @pytest.mark.parametrize(
@@ -320,9 +325,9 @@ def test_what_a_box_is_worth_for_numbers(gold: Any, boxed: str, value: float) ->
 # What is the final answer
 
 
-@pytest.mark.parametrize(("gold", "completion", "value"), table("math_completions.txt"))
-def test_where_the_final_answer_is(gold: str, completion: str, value: float) -> None:
-    assert score(completion, gold) == value
+def test_where_the_final_answer_is() -> None:
+    assert len(table("math_completions.txt")) > 100
+    assert wrong_rows("math_completions.txt") == []
 
 
 def test_a_thread_without_time_limits_takes_no_longer() -> None:

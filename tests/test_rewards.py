@@ -16,6 +16,7 @@ import torch
 from rlzoo.errors import UserError
 from rlzoo.registry import Registry
 from rlzoo.reward import Score, get_reward, list_rewards, register_reward
+from rlzoo.testing import check_reward
 
 
 def scores(spec: Any, completions: list[Any], **columns: Any) -> list[float | None]:
@@ -121,6 +122,34 @@ def test_a_wrong_spec_is_told_in_one_line(spec: Any, message: str) -> None:
     with pytest.raises(UserError, match=message) as error:
         get_reward(spec)
     assert "\n" not in str(error.value)
+
+
+# The contract
+
+GOLD = {"answer": ["4", "5", None, "x+1"]}
+CHECKED: dict[str, tuple[Any, dict[str, list[Any]]]] = {
+    "exact-match": ("exact-match", GOLD),
+    "format": ("format", {}),
+    "length": ({"name": "length", "target": 1, "limit": 4}, {}),
+    "math-answer": ("math-answer", GOLD),
+    "overlong": ({"name": "overlong", "target": 1, "limit": 4}, {}),
+    "reasoning-gym": (
+        "reasoning-gym",
+        {"metadata": [{"source_dataset": "chain_sum"}] * 4, "answer": ["4", "5", "6", "7"], "question": ["q"] * 4},
+    ),
+    "weighted": ([{"name": "math-answer", "weight": 2}, "format"], GOLD),
+}
+
+
+@pytest.mark.parametrize("name", list_rewards())
+@pytest.mark.parametrize("conversational", [False, True], ids=["texts", "conversations"])
+@pytest.mark.filterwarnings("ignore:.*no gold answer")
+def test_the_contract(name: str, conversational: bool) -> None:
+    if name == "reasoning-gym":
+        pytest.importorskip("reasoning_gym")
+    spec, columns = CHECKED[name]
+    texts = ["It is 4.\n#### 4", r"so \boxed{4}, not 5", "I cannot say", r"\boxed{1+x}"]
+    check_reward(spec, ["What is 2+2?"] * 4, [said(text) for text in texts] if conversational else texts, **columns)
 
 
 # Calling a reward

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -149,3 +150,12 @@ def test_nothing_is_overwritten(there: str, capsys: pytest.CaptureFixture[str]) 
     new("mine", "--folder", "new/folder")
     assert sorted(path.name for path in Path("new/folder").iterdir()) == ["mine.py", "test_mine.py"]
     assert f"'{there}/yours.py' cannot be written" in refused(capsys, "yours", "--folder", there)
+
+
+def test_the_objective_of_the_guide_passes_its_contract() -> None:
+    guide = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    code, test = (textwrap.dedent(block) for block in re.findall(r"```python\n(.*?)```", guide, re.DOTALL))
+    Path("my_objective.py").write_text(code)
+    Path("test_my_objective.py").write_text(test.replace('"my-objective"', '"my_objective.py:MyObjective"'))
+    tested = run([sys.executable, "-m", "pytest", "-q"], Path())
+    assert tested.returncode == 0 and "1 passed" in tested.stdout, tested.stdout

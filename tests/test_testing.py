@@ -74,6 +74,16 @@ def from_row_means(self: Objective, batch: TokenBatch) -> Tensor:
     return (batch.reward - row_mean(batch, batch["reference_logp"]).mean())[:, None].expand(batch.mask.shape)
 
 
+class Squared:
+    """A normaliser whose Z is no sum over micro-batches."""
+
+    def weight(self, batch: TokenBatch) -> Tensor:
+        return torch.ones(len(batch.mask), 1, dtype=batch.dtype)
+
+    def denominator(self, batch: TokenBatch) -> float:
+        return float(batch.mask.sum()) ** 2
+
+
 def seeded(batch: TokenBatch) -> Tensor:
     return torch.rand(batch.logp.shape, dtype=batch.dtype)
 
@@ -146,6 +156,25 @@ WRONG: Mapping[str, tuple[Objective, str]] = {
         broken(lambda b: torch.ones_like(b.logp), advantages=lambda self, b: b.logp.exp()),
         "list Snapshot() in the objective's requires and read batch.snapshot_logp",
     ),
+    "prepares otherwise where it has been scored": (
+        broken(
+            lambda b: torch.ones_like(b.logp) if b.advantage is None else b.advantage,
+            advantages=lambda self, b: torch.full(b.mask.shape, 1.0 if b.get("logp") is None else 2.0, dtype=b.dtype),
+        ),
+        "has another gradient where prepare gets the policy's log-probs",
+    ),
+    "a normaliser that does not add up": (
+        broken(lambda b: b.logp.exp(), normaliser=Squared()),
+        "has a normaliser whose denominators do not add up",
+    ),
+    "a loss of nothing": (
+        broken(
+            lambda b: b.logp.exp(),
+            normaliser=Normaliser.SEQUENCE_SUM,
+            auxiliary=lambda self, b: {"constant": torch.ones(len(b.mask), dtype=b.dtype)},
+        ),
+        "has a loss or a gradient where every token is masked",
+    ),
     "random": (broken(seeded), "gives another gradient the second time"),
 }
 
@@ -217,6 +246,8 @@ TERMS: Mapping[str, tuple[Callable[[Tensor, Tensor], Tensor], str]] = {
     "shifted": (lambda p, r: divergence(p, r) + 1, "has the loss .* in the logits where it is "),
     "reduced": (lambda p, r: divergence(p, r).mean(), r"logit_term of shape \(\): give one value per position"),
     "looks at its chunk": (lambda p, r: divergence(p, r) * len(p), "depends on how a batch is split"),
+    "loses digits": (lambda p, r: divergence((p + 1e3) - 1e3, r), "logit_term that loses precision in float32"),
+    "infinite": (lambda p, r: divergence(p, r) / 0, "gradient in the logits that is not finite"),
     "in float32": (lambda p, r: divergence(p.float(), r.float()), "logit_term in torch.float32 of logits in torch.f"),
 }
 

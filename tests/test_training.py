@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+from batches import of_each_kind
 from torch import Tensor
 
 from rlzoo.buffers import OfflineBuffer
@@ -78,6 +79,7 @@ OBJECTIVES: Mapping[str, Objective] = {
     "logit-term": Anchored(),
 }
 every_objective = pytest.mark.parametrize("name", OBJECTIVES)
+every_kind = pytest.mark.parametrize("name", of_each_kind(OBJECTIVES))
 
 
 class Fixed:
@@ -147,7 +149,7 @@ def distance(a: Mapping[str, list[Tensor]], b: Mapping[str, list[Tensor]]) -> fl
     return worst
 
 
-@every_objective
+@every_kind
 def test_neither_micro_batches_nor_the_order_of_rows_matter(name: str, make_policy: MakePolicy) -> None:
     objective = OBJECTIVES[name]
     batch = make_batch(make_policy(), objective.learns_from)
@@ -286,7 +288,7 @@ def test_ratios_leave_one_and_clip_on_the_second_update(name: str, make_policy: 
     assert abs(second["ratio"] - 1) > 1e-3 and second["clipped"] > 0
 
 
-@every_objective
+@every_kind
 def test_rows_of_nothing_give_no_nan(name: str, make_policy: MakePolicy) -> None:
     objective, policy = OBJECTIVES[name], make_policy()
     before = {n: p.detach().clone() for n, p in policy.model.named_parameters()}

@@ -304,21 +304,24 @@ def stale(gap: float, advantage: float = -1.0) -> TokenBatch:
     )
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("gap", [25.0, 100.0, 1000.0, -100.0, math.inf])
 @pytest.mark.parametrize(
     "name", ["grpo", "ppo", "dr-grpo", "dapo", "gspo", "cispo", "otb", "psft", "iw-sft", "dpo", "kto"]
 )
-def test_nothing_is_infinite_on_stale_data(name: str, gap: float, dtype: torch.dtype) -> None:
+def test_nothing_is_infinite_on_stale_data(name: str) -> None:
+    for gap in (25.0, 100.0, 1000.0, -100.0, math.inf):
+        for dtype in (torch.float32, torch.float64):
+            assert_finite_on_stale_data(get_objective(name), gap, dtype)
+
+
+def assert_finite_on_stale_data(objective: Objective, gap: float, dtype: torch.dtype) -> None:
     batch = stale(gap)
     batch = batch.replace(mismatched=double([0, 0]), partner=torch.tensor([1, 0]), chosen=torch.tensor([True, False]))
     if math.isinf(gap):  # a token that the behaviour policy cannot have sampled
         batch = batch.replace(reference_logp=batch.logp.detach())
-        if name == "ppo":  # its snapshot is a policy's that could have sampled it
+        if objective.name == "ppo":  # its snapshot is a policy's that could have sampled it
             batch = batch.replace(snapshot_logp=batch.logp.detach())
     low = {k: v.detach().to(dtype) for k, v in batch._tensors().items() if v.is_floating_point()}
     batch = batch.replace(**low, statistics={k: v.to(dtype) for k, v in batch.inputs.items()})
-    objective = get_objective(name)
     found = objective.coefficients(prepared(objective, batch).detach())
     tensors = [found.values, *found.metrics.values(), *([] if found.loss is None else [found.loss])]
     bounded = [tensor for tensor in tensors if not tensor.isnan().all()]
@@ -531,7 +534,7 @@ def test_online_training_raises_a_trivial_reward(name: str, make_policy: MakePol
     assert sum(rewards[-2:]) / 2 > rewards[0] + 0.2
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ["reinforce", "dapo", "otb"])  # the others' rows are made as these
 def test_offline_training_raises_it_too(name: str, make_policy: MakePolicy) -> None:
     policy = make_policy("llama", dtype=torch.float32, seed=1)
     rows = sampled(policy, 0)
