@@ -38,10 +38,15 @@ def events_of(policy: Policy, name: str, batch: Batch, **options: Any) -> list[s
     return Trainer(policy, get_objective(name, **options), Fixed(batch), RAW).run().events
 
 
+def whole_rows(policy: Policy) -> list[Trajectory]:
+    """Four groups of two, of which none is empty: training takes no such row from a buffer."""
+    one: dict[str, Any] = {"completion_ids": [5], "behaviour_logp": [-1.0], "reference_logp": [-1.0]}
+    return [r if r.completion_ids else replace(r, **one) for r in make_batch(policy, Selection.GROUPS)[0]]
+
+
 def groups_of(policy: Policy, *rewards: float, size: int = 2) -> Batch:
     """Groups of ``size`` rows with these rewards."""
-    rows, _ = make_batch(policy, Selection.GROUPS)
-    rows = [replace(row, reward=reward) for row, reward in zip(rows, rewards, strict=False)]
+    rows = [replace(row, reward=reward) for row, reward in zip(whole_rows(policy), rewards, strict=False)]
     return rows, [tuple(range(i, i + size)) for i in range(0, len(rows), size)]
 
 
@@ -150,7 +155,7 @@ def test_small_differences_on_a_large_offset_are_learned_from(make_policy: MakeP
 
 
 def truncated_rows(policy: Policy, *places: int, source: str = "policy") -> list[Trajectory]:
-    rows, _ = make_batch(policy, Selection.GROUPS)
+    rows = whole_rows(policy)
     return [replace(row, truncated=i in places, source=source, completion=str(i)) for i, row in enumerate(rows)]
 
 
@@ -263,7 +268,7 @@ class Later(Objective):
     def prepare(self, batch: TokenBatch) -> TokenBatch:
         mask = batch.mask.clone()
         mask[:, 0] = False
-        return replace(batch, mask=mask, advantage=torch.zeros_like(batch.logp)) if self.masks else batch
+        return batch.replace(mask=mask, advantage=torch.zeros(mask.shape, dtype=batch.dtype)) if self.masks else batch
 
     def coefficients(self, batch: TokenBatch) -> Coefficients:
         return Coefficients((torch.arange(batch.logp.shape[1]) > 0).to(batch.logp.dtype).expand_as(batch.logp))
