@@ -24,7 +24,7 @@ from rlzoo.objective import Objective, get_objective, is_composite, reduce, surr
 from rlzoo.policy import Policy, load_policy, score_rows
 from rlzoo.reward import get_reward
 from rlzoo.training import Trainer
-from rlzoo.types import Coefficients, Selection, TokenBatch, Trajectory
+from rlzoo.types import Coefficients, TokenBatch, Trajectory, Unit, selector_of
 from rlzoo.variance import analyze_variance
 
 Loss = Callable[[TokenBatch], Tensor]
@@ -343,7 +343,7 @@ def _rows(policy: Policy, objective: Objective) -> list[Trajectory]:
 
 
 def _units(objective: Objective) -> list[tuple[int, ...]]:
-    together = objective.learns_from in (Selection.PAIRS, Selection.GROUPS)
+    together = selector_of(objective.learns_from).unit is not Unit.ROW
     return [(i + 1, i) for i in range(0, 8, 2)] if together else [(i,) for i in range(8)]
 
 
@@ -366,7 +366,7 @@ def _trained(objective: Objective) -> None:
 def _analysed(objective: Objective) -> None:
     policy = load_policy("embedded", "float64")
     rows = _rows(policy, objective)
-    if objective.learns_from is Selection.DEMONSTRATIONS:
+    if not selector_of(objective.learns_from).is_sampled:
         rows = [Trajectory(**{**vars(row), "source": "demonstration"}) for row in rows]
     buffer = OfflineBuffer.from_trajectories(rows)
     found: Mapping[str, Any] = analyze_variance(policy, [objective], buffer, rows=8, draws=0)

@@ -15,9 +15,11 @@ class Replaying(TransformersSampler):
         self.calls, self.after = 0, after
         self.memory: dict[str, list[Any]] = {}
 
-    def sample(self, prompts: Any, settings: Any, seed: int, greedy: bool = False, **others: Any) -> list[list[Sample]]:
+    def sample(
+        self, prompts: Any, settings: Any, seed: int, greedy: bool = False, progress: Any = None, numbers: Any = None
+    ) -> list[list[Sample]]:
         """What the policy says; ``after`` so many calls, with a replayed sample in front."""
-        found = super().sample(prompts, settings, seed, greedy, **others)
+        found = super().sample(prompts, settings, seed, greedy, progress, numbers)
         if greedy:
             return found
         self.calls += 1
