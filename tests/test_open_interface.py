@@ -217,12 +217,23 @@ def test_samplers_by_name(tmp_path: Path) -> None:
     assert {"transformers", "vllm"} <= {row["name"] for row in catalogue()["samplers"]}
 
 
-def test_the_ten_lines_of_the_documentation_train_online() -> None:
+def documented(word: str) -> dict[str, Any]:
+    """The names that the one example of docs/interface.md with this word leaves."""
     text = (Path(__file__).parent.parent / "docs" / "interface.md").read_text(encoding="utf-8")
-    (code,) = (block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "Collector(" in block)
+    (code,) = (block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if word in block)
     names: dict[str, Any] = {}
     exec(code, names)
-    record = names["record"]
+    return names
+
+
+def test_the_view_of_the_documentation() -> None:
+    buffer, short = buffer_of(load_policy("embedded")), documented("register_view")["Short"]
+    tokens = min(len(row.completion_ids) for row in buffer)
+    assert 0 < len(buffer.view(short(), tokens=tokens)) < len(buffer) == len(buffer.view(short()))
+
+
+def test_the_ten_lines_of_the_documentation_train_online() -> None:
+    record = documented("Collector(")["record"]
     assert len(record.steps) == 2 and record.costs.sampled_tokens > 0 and record.costs.flops > 0
 
 
@@ -233,6 +244,10 @@ def test_a_composite_learns_from_a_buffer_and_from_fresh_samples() -> None:
     assert len(record.steps) == SETTINGS.steps and record.costs.sampled_tokens > 0
     with pytest.raises(UserError, match="has 2 parts and 1 sources"):
         train(policy, mixed, fresh(policy, "replaying"), SETTINGS)
+    with pytest.raises(UserError, match="a PosixPath is no source: give a buffer, a Collector"):
+        train(policy, get_objective("grpo"), PLUGINS, SETTINGS)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="there are no problems to sample completions of"):
+        Collector(policy, TransformersSampler(policy), [], length)
 
 
 def test_asking_for_what_was_not_listed_is_an_error_that_names_it(tmp_path: Path) -> None:
