@@ -33,6 +33,10 @@ class ExactMatch:
             for completion, gold in zip(completions, golds, strict=True)
         ]
 
+    def answer_of(self, completion: Any) -> str:
+        """What the completion answers."""
+        return self._answer(completion_text(completion))
+
     def _answer(self, text: str) -> str:
         answer = after_last(text, self.marker) if self.marker else None
         answer = text.strip() if answer is None else answer

@@ -18,7 +18,7 @@ from rlzoo.rewards._answers import ENDING, announced, first_value, last_value, m
 from rlzoo.rewards._equality import all_equal
 from rlzoo.rewards._numbers import clock, number
 from rlzoo.rewards._text import column_of, completion_text, gold_text, is_missing
-from rlzoo.rewards._writing import clean, is_prose
+from rlzoo.rewards._writing import clean, compact, is_prose, words
 
 _LONG = 100
 """Characters from which a gold answer in words is taken for a worked solution."""
@@ -60,20 +60,31 @@ class MathAnswer:
             warnings.warn(f"reward {self.name!r}: {told} and are worth None; {example}", UserWarning, stacklevel=2)
         return values
 
+    def answer_of(self, completion: Any) -> str:
+        """The final answer in one writing, for a vote among samples: 0.5 and 1/2 are one answer; empty without one."""
+        text = _concluded(completion_text(completion))
+        answers = marked(text) or ([] if self.marked else _unmarked(_prepared(text)))
+        return "; ".join(sorted(_in_one_writing(clean(answer)) for answer in answers))
+
 
 def _score(completion: str, gold: Any, must_be_marked: bool) -> float | None:
     expected = _gold_answers(gold)
     if not expected:
         return None
-    completion = _BLANKS.sub(lambda run: run[0][:2], completion)
-    concluded = completion.rpartition("</think>")[2]
-    text = concluded if concluded.strip() else completion
+    text = _concluded(completion)
     answers = marked(text)
     if answers:
         in_sentences = [only_value(answer) or answer for answer in answers]
         same = all_equal(answers, expected) or (in_sentences != answers and all_equal(in_sentences, expected))
         return float(same and all(map(clean, answers)))
     return float(not must_be_marked and _ends_in(text, expected))
+
+
+def _concluded(completion: str) -> str:
+    """A completion without the reasoning before its conclusion, if it has one."""
+    completion = _BLANKS.sub(lambda run: run[0][:2], completion)
+    concluded = completion.rpartition("</think>")[2]
+    return concluded if concluded.strip() else completion
 
 
 def _gold_answers(gold: Any) -> list[str]:
@@ -110,11 +121,34 @@ def _read(clause: str, words_wanted: bool) -> str | None:
     return first_value(clause)
 
 
-def _ends_in(text: str, golds: list[str]) -> bool:
-    """Whether a text without marks gives the gold answer."""
+def _prepared(text: str) -> str:
+    """The end of a text without marks, each formula on one line."""
     text = _ALIGNED.sub(_last_row, text[-ENDING:])
     text = _DISPLAY.sub(lambda display: " ".join(display[0].split()), text)
-    text = _OVER_LINES.sub(lambda word: f" {word[1] or word[2]} ", text)
+    return _OVER_LINES.sub(lambda word: f" {word[1] or word[2]} ", text)
+
+
+def _unmarked(text: str) -> list[str]:
+    """What a text without marks answers: what it announces last, else its last value, else its last line."""
+    for said in announced(text):
+        values = [value for clause in said if (value := _read(_DENIAL.sub("", clause), False)) is not None]
+        if values:
+            return values
+    value = last_value(text)
+    return [text.strip().rpartition("\n")[2] if value is None else value]
+
+
+def _in_one_writing(answer: str) -> str:
+    """A clean answer as a vote counts it: a number by its value, words by themselves, a formula without blanks."""
+    read = number(answer) if len(answer) < _LONG else None
+    if read is not None:
+        return f"{read.value}{'%' if read.percent else ''}"
+    return words(answer) if is_prose(answer) else compact(answer)
+
+
+def _ends_in(text: str, golds: list[str]) -> bool:
+    """Whether a text without marks gives the gold answer."""
+    text = _prepared(text)
     words_wanted = all(_is_wording(clean(gold)) for gold in golds)
     for said in announced(text):
         clauses = [_DENIAL.sub("", clause) for clause in said]

@@ -70,6 +70,10 @@ class ReasoningGym:
             for row, (c, q, a, m) in enumerate(zip(completions, questions, answers, metadata, strict=True))
         ]
 
+    def answer_of(self, completion: Any) -> str:
+        """What the scorer is given of a completion."""
+        return _final(completion_text(completion))
+
     def _read(self, metadata: Any, row: int) -> Mapping[str, Any]:
         try:
             read = json.loads(metadata) if isinstance(metadata, str) else metadata

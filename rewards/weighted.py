@@ -74,5 +74,6 @@ class Weighted(CompositeReward):
             total = sum(known) if len(known) == len(values) else None
             extra = {column: value for score in row for column, value in score.extra.items()}
             metrics = means(score.metrics for score in row)
-            scores.append(Score(total, dict(zip(self.parts, values, strict=True)), extra, metrics))
+            answer = next((score.answer for score in row if score.answer is not None), None)
+            scores.append(Score(total, dict(zip(self.parts, values, strict=True)), extra, metrics, answer))
         return scores

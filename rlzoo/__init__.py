@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rlzoo.buffers import OfflineBuffer, RolloutBuffer
     from rlzoo.comparison.runner import compare
-    from rlzoo.evaluation import evaluate
+    from rlzoo.evaluation import Metric, evaluate, list_metrics, register_metric
     from rlzoo.objective import Objective, get_objective, list_objectives, register, surrogate
     from rlzoo.policy import Policy, load_policy
     from rlzoo.reward import get_reward, list_rewards, register_reward
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "Coefficients": "rlzoo.types",
+    "Metric": "rlzoo.evaluation",
     "Objective": "rlzoo.objective",
     "OfflineBuffer": "rlzoo.buffers",
     "Policy": "rlzoo.policy",
@@ -28,10 +29,12 @@ _HOMES = {
     "evaluate": "rlzoo.evaluation",
     "get_objective": "rlzoo.objective",
     "get_reward": "rlzoo.reward",
+    "list_metrics": "rlzoo.evaluation",
     "list_objectives": "rlzoo.objective",
     "list_rewards": "rlzoo.reward",
     "load_policy": "rlzoo.policy",
     "register": "rlzoo.objective",
+    "register_metric": "rlzoo.evaluation",
     "register_reward": "rlzoo.reward",
     "surrogate": "rlzoo.objective",
     "train": "rlzoo.training",
@@ -39,6 +42,7 @@ _HOMES = {
 
 __all__ = [
     "Coefficients",
+    "Metric",
     "Objective",
     "OfflineBuffer",
     "Policy",
@@ -49,10 +53,12 @@ __all__ = [
     "evaluate",
     "get_objective",
     "get_reward",
+    "list_metrics",
     "list_objectives",
     "list_rewards",
     "load_policy",
     "register",
+    "register_metric",
     "register_reward",
     "surrogate",
     "train",

@@ -25,6 +25,17 @@ def _named_null(value: Any) -> Any:
     return "null" if value is None else value
 
 
+def _one_or_several(value: Any, check: pydantic.ValidatorFunctionWrapHandler) -> Any:
+    """A whole number, or a list of different ones."""
+    try:
+        checked = check(value)
+    except pydantic.ValidationError:
+        checked = ()
+    if isinstance(checked, tuple) and (not checked or len(set(checked)) < len(checked)):
+        raise ValueError(f"{value!r:.60} is neither a whole number of at least 1 nor a list of different ones")
+    return checked
+
+
 class _Strict(pydantic.BaseModel):
     model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
 
@@ -56,6 +67,13 @@ class ProblemSource(_Strict):
     """Text that spells a special token (a message that spells ``<|im_end|>``, a completion that goes on after an end of
     sequence): an error that names the problem, or read as that token."""
     limit: Positive | None = None
+
+
+class Benchmark(ProblemSource):
+    """A problem set to evaluate on."""
+
+    reward: Any = None
+    """Scores its answers in place of the experiment's reward."""
 
 
 class Table(_Strict):
@@ -117,8 +135,10 @@ class Rollouts(Sampling):
 class EvaluationSettings(Sampling):
     """``samples`` at ``temperature`` give avg@k and pass@k; one more, greedy, gives the greedy score."""
 
-    k: Positive | None = None
-    """pass@k's k, at most ``samples``; None: ``samples``."""
+    k: Annotated[Positive | tuple[Positive, ...] | None, pydantic.WrapValidator(_one_or_several)] = None
+    """pass@k's k, at most ``samples``, or several, the first of which the main tables show; None: ``samples``."""
+    metrics: tuple[str, ...] = ()
+    """Metrics besides the built-in ones: registered names, ``module:Name`` or ``file.py:Name``."""
     correct_at: float = 0.5
     """A reward of this much or more counts as correct."""
     curve_points: Annotated[int, Field(ge=0)] = 4
@@ -128,13 +148,20 @@ class EvaluationSettings(Sampling):
 
     @pydantic.model_validator(mode="after")
     def _k_fits(self) -> EvaluationSettings:
-        if self.k is not None and self.k > self.samples:
-            raise ValueError(f"k = {self.k} needs at least {self.k} samples, and samples = {self.samples}")
+        if self.k is not None and (most := max(self.pass_ks)) > self.samples:
+            raise ValueError(f"k = {most} needs at least {most} samples, and samples = {self.samples}")
         return self
 
     @property
+    def pass_ks(self) -> tuple[int, ...]:
+        """The k of each pass@k."""
+        k = self.samples if self.k is None else self.k
+        return k if isinstance(k, tuple) else (k,)
+
+    @property
     def pass_k(self) -> int:
-        return self.samples if self.k is None else self.k
+        """The first of them."""
+        return self.pass_ks[0]
 
 
 class Judging(_Strict):
@@ -231,7 +258,7 @@ class Experiment(_Strict):
     Bad rows of a table that is only named go the way of the training problems' (``train.bad_rows``).
     """
     validation: ProblemSource | None = None
-    benchmarks: Annotated[Mapping[str, ProblemSource], Field(min_length=1)]
+    benchmarks: Annotated[Mapping[str, Benchmark], Field(min_length=1)]
     reward: Any
     judging: Judging = Judging()
     rollouts: Rollouts = Rollouts()

@@ -42,6 +42,9 @@ class Score:
     """What the reward logged of this completion with ``log_extra``."""
     metrics: dict[str, float] = field(default_factory=dict)
     """What it logged of the whole call with ``log_metric``."""
+    answer: str | None = None
+    """The answer that the completion commits to, by the reward's method ``answer_of(completion)``: empty where it
+    commits to none, and None where the reward has no such method."""
 
 
 class CompositeReward(ABC):
@@ -140,7 +143,10 @@ class Reward:
         """The scores of ``rows`` completions, the first of them that of row ``first``."""
         log = Log(self.name, rows)
         values = self._checked(call(self.function, self._given(arguments, log, rows)), rows, first)
-        return [Score(v, {self.name: v}, *logged) for v, logged in zip(values, log.of_rows(), strict=True)]
+        answer_of = getattr(_innermost(self.function), "answer_of", None)
+        answers = [None if answer_of is None else str(answer_of(c) or "") for c in arguments["completions"]]
+        scored = zip(values, log.of_rows(), answers, strict=True)
+        return [Score(value, {self.name: value}, *logged, answer) for value, logged, answer in scored]
 
     def _given(self, arguments: Mapping[str, Any], log: Log, rows: int) -> dict[str, Any]:
         """What the reward takes of the arguments and of TRL's functions to log with."""

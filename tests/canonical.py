@@ -534,23 +534,21 @@ class LogitsCase:
 
     loss: LogitsLoss
     options: Mapping[str, Any] = field(default_factory=dict)
-    random: bool = False
-    """Whether it draws tokens, so that gradients agree over micro-batches in expectation only."""
 
     def __str__(self) -> str:
         return ",".join(f"{k}={v}" for k, v in self.options.items()) or "default"
 
 
-def logits_case(loss: Callable[..., Tensor], random: bool = False, **options: Any) -> LogitsCase:
+def logits_case(loss: Callable[..., Tensor], **options: Any) -> LogitsCase:
     """A case whose options the loss takes under the same names."""
-    return LogitsCase(partial(loss, **options), options, random)
+    return LogitsCase(partial(loss, **options), options)
 
 
 CANONICAL_IN_LOGITS: dict[str, list[LogitsCase]] = {
     "asft": [logits_case(asft), logits_case(asft, kl_coefficient=0.7)],
     "otr": [
-        logits_case(otr, random=True, samples=16),
-        logits_case(otr, random=True, samples=8, temperature=1.0, beta=-0.5),
+        logits_case(otr, samples=16),
+        logits_case(otr, samples=8, temperature=1.0, beta=-0.5),
         logits_case(otr, samples=2, temperature=1e-6),  # draws the likeliest token
     ],
 }

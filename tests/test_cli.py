@@ -212,19 +212,20 @@ def test_completion_is_installed_for_the_shell(tmp_path: Path) -> None:
 def test_list_as_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["list", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert set(found) == {"objectives", "rewards", "views", "samplers", "experiments"}
+    assert set(found) == {"objectives", "rewards", "metrics", "views", "samplers", "experiments"}
     objectives = {row["name"]: row for row in found["objectives"]}
     assert {"sft", "dft", "iw-sft", "rft", "dpo", "ppo", "grpo"} <= set(objectives)
     assert objectives["grpo"]["options"]["clip"] == {"type": "float", "default": 0.2}
     assert {"exact-match", "math-answer"} <= {row["name"] for row in found["rewards"]}
     assert objectives["dpo"]["options"]["variant"]["type"] == "Literal['sigmoid', 'hinge', 'ipo']"
+    assert {"avg_at_k", "maj_at_k"} <= {row["name"] for row in found["metrics"]}
     assert {"arithmetic", "facts"} <= {row["name"] for row in found["experiments"]}
 
 
 def test_list_as_text_names_everything(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["list"]) == 0
     text = capsys.readouterr().out
-    assert all(name in text for name in ("iw-sft", "kl_coefficient=0.04", "exact-match", "arithmetic"))
+    assert all(name in text for name in ("iw-sft", "kl_coefficient=0.04", "exact-match", "maj_at_k", "arithmetic"))
 
 
 # Wrong input
@@ -488,7 +489,10 @@ def test_rollout_train_evaluate(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert set(scores) == {"facts", "unseen-facts"} and scores["facts"]["k"] == 1
     assert main(evaluation) == 0
     shown = f"facts: avg@2 {scores['facts']['avg_at_k']:.1%}  greedy {scores['facts']['greedy']:.1%}"
-    assert capsys.readouterr().out.startswith(shown)
+    told = capsys.readouterr().out
+    assert told.startswith(shown)
+    assert f"maj@2 {scores['facts']['maj_at_k']:.1%}  mean length {scores['facts']['mean_length']:.4g} tokens" in told
+    assert f"held-out log-likelihood {scores['facts']['log_likelihood']:.4g} nats per token" in told
 
 
 def test_train_that_fails_leaves_nothing(fails: Fails, tmp_path: Path) -> None:

@@ -206,6 +206,30 @@ def test_a_trained_folder_is_a_base_like_any_other(tmp_path: Path) -> None:
     assert folder["base"] == embedded["base"]
 
 
+@pytest.mark.usefixtures("undrawn")
+def test_a_benchmark_may_have_a_reward_of_its_own(tmp_path: Path) -> None:
+    """A weighted one, so that its components reach results and outcomes; the rest is as without it."""
+    source = {"source": "world:facts/test", "limit": 3}
+    own = [{"name": "length", "target": 1, "limit": 9}, {"name": "format", "pattern": ".", "weight": 3.0}]
+    benchmarks = {"plain": source, "own": source | {"reward": own}}
+    results = quietly(small({"sft": {}}, benchmarks=benchmarks), tmp_path / "out")
+    alone = quietly(small({"sft": {}}, benchmarks={"plain": source}), tmp_path / "alone")
+    (cell,), (plain,) = results["cells"], alone["cells"]
+    assert cell["metrics"]["plain"] == plain["metrics"]["plain"] and cell["training"] == plain["training"]
+    assert results["base"]["plain"] == alone["base"]["plain"] and cell["metrics"]["own"]["avg_at_k"] > 0.9
+    rows = pq.read_table(tmp_path / "out" / "outcomes.parquet").to_pylist()
+    assert {row["components"] for row in rows if row["benchmark"] == "plain"} == {None}
+    mine = [row for row in rows if row["benchmark"] == "own" and row["algorithm"] == "sft"]
+    for row in mine:
+        parts = json.loads(row["components"])
+        assert row["reward"] == pytest.approx(parts["length"] + 3 * parts["format"])
+    lengths = [json.loads(row["components"])["length"] for row in mine if row["decoding"] == "sample"]
+    assert cell["metrics"]["own"]["component/length"] == pytest.approx(sum(lengths) / len(lengths))
+    assert results["metrics"]["component/length"]["label"] == "length"
+    with pytest.raises(UserError, match="unknown reward 'lenth'"):
+        quietly(small({"sft": {}}, benchmarks={"own": source | {"reward": "lenth"}}), tmp_path / "wrong")
+
+
 # What is stopped
 
 

@@ -2,18 +2,34 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pydantic
 import pytest
 
+from rlzoo.bad_rows import BadRows
 from rlzoo.config import EvaluationSettings, Sampling, validated
 from rlzoo.errors import UserError
-from rlzoo.evaluation import evaluate
-from rlzoo.policy import Policy
+from rlzoo.evaluation import (
+    Metric,
+    ProblemSamples,
+    Total,
+    evaluate,
+    list_metrics,
+    mean_over_benchmarks,
+    metric_table,
+    metrics,
+    pass_at_k,
+    register_metric,
+)
+from rlzoo.policy import Policy, score_rows
 from rlzoo.problems import Problem
-from rlzoo.reward import Reward
+from rlzoo.reward import Reward, get_reward
 from rlzoo.rollout import Sample, Sampler
 
 PROBLEMS = [Problem(f"p{i}", f"{i}=?\n", {"answer": str(i)}) for i in range(3)]
@@ -75,6 +91,8 @@ def test_metrics_of_known_answers(policy: Policy) -> None:
             "samples": 4,
             "mean_length": (11 * 2 + 1) / 12,
             "truncated": 2 / 12,
+            # three of four say "0"; four answers tie, one of them right; three tie, none right, and "" is no answer
+            "maj_at_k": (1 + 1 / 4 + 0) / 3,
         }
     )
     assert sampler.asked == [(3, False, 7), (3, True, 7)]
@@ -85,6 +103,16 @@ def test_k_is_the_number_of_samples_unless_it_is_given(policy: Policy) -> None:
     found = evaluate(policy, PROBLEMS, Reward("match", match), settings(k=None), sampler=FakeSampler())
     assert found.metrics["k"] == 4
     assert found.metrics["pass_at_k"] == pytest.approx(2 / 3)
+
+
+def test_several_k(policy: Policy) -> None:
+    found = evaluate(policy, PROBLEMS, Reward("match", match), settings(k=[2, 1, 4]), sampler=FakeSampler()).metrics
+    one = evaluate(policy, PROBLEMS, Reward("match", match), settings(), sampler=FakeSampler()).metrics
+    assert {name: found.pop(f"pass_at_{name}") for name in (1, 4)} == pytest.approx({1: 4 / 12, 4: 2 / 3})
+    assert found == one, "the first is what one number would be"
+    for wrong in ([], [0], [2, 2], "x", 0):
+        with pytest.raises(UserError, match=r"^e: k: .* is neither a whole number of at least 1 nor a list of diff"):
+            validated(EvaluationSettings, {"k": wrong}, "e")
 
 
 def test_no_greedy_score_unless_asked_for(policy: Policy) -> None:
@@ -123,6 +151,136 @@ def test_the_threshold_of_correctness_is_a_setting(policy: Policy) -> None:
     strict = evaluate(policy, PROBLEMS, Reward("match", match), settings(), sampler=FakeSampler())
     lenient = evaluate(policy, PROBLEMS, Reward("match", match), settings(correct_at=0.4), sampler=FakeSampler())
     assert lenient.metrics["avg_at_k"] - strict.metrics["avg_at_k"] == pytest.approx(2 / 12)
+
+
+def test_the_log_likelihood_is_that_of_the_gold_completions(policy: Policy) -> None:
+    """In nats per token; a problem without one, or with one that the model cannot take, has no part in it."""
+    texts: list[tuple[str, ...]] = [("0 #### 0", "0"), (), ("2" * 200,)]
+    problems = [replace(problem, solutions=some) for problem, some in zip(PROBLEMS, texts, strict=True)]
+    bad = BadRows()
+    found = evaluate(policy, problems, Reward("match", match), settings(), sampler=FakeSampler(), bad=bad)
+    ids = [policy.tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("0=?\n", *texts[0])]
+    end = policy.tokenizer.eos_token_id
+    scored = score_rows(policy, [(ids[0], [*completion, end]) for completion in ids[1:]])
+    tokens = [logp for row in scored for logp in row]
+    assert len(tokens) == len(ids[1]) + len(ids[2]) + 2
+    assert found.metrics["log_likelihood"] == pytest.approx(sum(tokens) / len(tokens))
+    gold = {row["problem_id"]: (row.get("gold_logp"), row.get("gold_tokens")) for row in found.outcomes}
+    assert gold == {"p0": (pytest.approx(sum(tokens)), len(tokens)), "p1": (None, None), "p2": (None, None)}
+    (event,) = bad.events()
+    assert event.startswith("gold completions without a log-likelihood: 1 in all (problem 'p2'")
+    without = evaluate(policy, PROBLEMS, Reward("match", match), settings(), sampler=FakeSampler())
+    assert "log_likelihood" not in without.metrics
+    assert {key: found.metrics[key] for key in without.metrics} == without.metrics
+
+
+def test_components_of_a_weighted_reward_are_metrics_and_stand_in_the_outcomes(policy: Policy) -> None:
+    def half(completions: list[str], **_: Any) -> list[float | None]:
+        return [0.5 if text else None for text in completions]
+
+    reward = get_reward([{"name": match, "weight": 2.0}, half])
+    found = evaluate(policy, PROBLEMS, reward, settings(), sampler=FakeSampler())
+    # of 12 samples one has no text, and so no reward: 4 are right, 2 say "3"
+    assert found.metrics["component/match"] == pytest.approx((4 + 2 * 0.4) / 11)
+    assert found.metrics["component/half"] == pytest.approx(0.5)
+    first = found.outcomes[0]
+    assert json.loads(first["components"]) == {"match": 1.0, "half": 0.5} and first["reward"] == 2.5
+
+
+SHORT = {"name": "length", "target": 9, "limit": 10, "weight": 0.1}
+
+
+@pytest.mark.parametrize(
+    ("reward", "texts", "expected"),
+    [
+        ("exact-match", ["1 #### 7", "2 #### 7", "no #### 8", "or #### 9"], 1.0),
+        ("exact-match", ["1 #### 7", "2 #### 7", "no #### 8", "or #### 8"], 0.5),  # a tie: the mean
+        ("exact-match", ["#### 8", "#### 8", "#### 7", ""], 0.0),
+        ("math-answer", [r"so \boxed{14/2}", "The answer is 7.0.", r"\boxed{8}", r"\boxed{9}"], 1.0),
+        ([SHORT, "exact-match"], ["a #### 7", "#### 7", "8", "9"], 1.0),
+        (match, ["7", " 7", "8", "9"], 0.5),  # a function's answers are texts, of which the second is wrong
+    ],
+)  # fmt: skip
+def test_the_majority_votes_by_what_the_reward_calls_an_answer(
+    reward: Any, texts: list[str], expected: float, policy: Policy
+) -> None:
+    class Says(FakeSampler):
+        def sample(self, prompts: Any, settings: Sampling, *_: Any, **options: Any) -> list[list[Sample]]:
+            return [[Sample([5], text, truncated=False) for text in texts] for _ in prompts]
+
+    problems = [Problem("p", "?\n", {"answer": "7"})]
+    found = evaluate(policy, problems, reward, settings(), sampler=Says(), greedy=False)
+    assert found.metrics["maj_at_k"] == expected
+
+
+def test_averages_have_the_digits_of_numpys_means() -> None:
+    """As results had before metrics were a table."""
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        problems, n = rng.integers(1, 300), rng.integers(2, 9)
+        correct, lengths = rng.random((problems, n)) < 0.4, rng.integers(1, 999, (problems, n))
+        k = int(rng.integers(1, n + 1))
+        seen = [
+            ProblemSamples(
+                Problem("", "", {}), [{"correct": bool(c), "length": int(x)} for c, x in zip(*row, strict=True)]
+            )
+            for row in zip(correct, lengths, strict=True)
+        ]
+        assert metrics.AVERAGE.average(seen) == float(correct.mean())
+        assert metrics.LENGTH.average(seen) == float(np.mean(lengths))
+        estimates = pass_at_k(correct.sum(1), np.full(problems, n), k)
+        assert metrics.pass_metric(k).average(seen) == float(np.mean(estimates))
+
+
+def test_a_metric_is_a_row_that_anyone_can_add(policy: Policy) -> None:
+    def distinct(problem: ProblemSamples) -> float:
+        return len({sample["text"] for sample in problem.samples})
+
+    def wrong_length(problem: ProblemSamples) -> Total | None:
+        wrong = [sample["length"] for sample in problem.samples if not sample["correct"]]
+        return Total(sum(wrong), len(wrong)) if problem.problem.id != "p2" else None
+
+    table = [distinct, Metric("wrong_length", wrong_length, unit="tokens")]
+    found = evaluate(policy, PROBLEMS, match, settings(), sampler=FakeSampler(), metrics=table)
+    assert found.metrics == {"distinct": (2 + 4 + 4) / 3, "wrong_length": 2.0, "k": 2, "samples": 4}
+
+
+@pytest.mark.parametrize(
+    ("body", "told"),
+    [
+        ("1 / 0", r"metric 'mine' on problem 'p0': ZeroDivisionError"),
+        ("float('nan')", r"metric 'mine' on problem 'p0': it returned nan: return a finite number"),
+        ("'many'", r"it returned 'many'"),
+    ],
+)
+def test_a_metric_that_fails_is_named(body: str, told: str, policy: Policy, tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(f"def mine(problem):\n    return {body}\n")
+    asked = settings(metrics=[f"{tmp_path / 'mine.py'}:mine"])
+    with pytest.raises(UserError, match=told):
+        evaluate(policy, PROBLEMS, match, asked, sampler=FakeSampler())
+
+
+def test_names_of_metrics(tmp_path: Path) -> None:
+    assert {"avg_at_k", "maj_at_k", "log_likelihood"} <= set(list_metrics())
+    names = [metric.name for metric in metric_table(settings())]
+    assert [metric.name for metric in metric_table(settings(metrics=["greedy"]))] == names, "it is there anyway"
+    with pytest.raises(UserError, match=r"unknown metric 'gredy'.*greedy"):
+        metric_table(settings(metrics=["gredy"]))
+    (tmp_path / "mine.py").write_text(
+        "def samples(problem):\n    return 1\n\ndef greedy(problem):\n    return 1\nx = 3\n"
+    )
+    for name in ("samples", "greedy"):
+        with pytest.raises(UserError, match=f"the results have a '{name}' already: give it another name"):
+            metric_table(settings(metrics=[f"{tmp_path / 'mine.py'}:{name}"]))
+    with pytest.raises(UserError, match="is int: give a Metric, or a function"):
+        metric_table(settings(metrics=[f"{tmp_path / 'mine.py'}:x"]))
+    with pytest.raises(UserError, match="metric 'greedy' is registered twice"):
+        register_metric(Metric("greedy", lambda problem: 1.0))
+
+
+def test_the_mean_over_benchmarks_counts_each_the_same() -> None:
+    cells = [{"a": {"avg_at_k": x, "k": 2, "only": 1.0}, "b": {"avg_at_k": 0.5, "k": 2}} for x in (0.0, 1.0)]
+    assert mean_over_benchmarks(cells) == {"avg_at_k": 0.5}
 
 
 def test_no_problems_is_an_error(policy: Policy) -> None:

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from batches import random_batch
 from canonical import ppo
 from comparisons import inline_pool, small
 from test_checkpoints import EVERY, StopError, rows_of, same, stop_at
-from test_objectives import gradients, prepared, random_batch
 from torch import Tensor
 
 from rlzoo import analyze_variance, compare
@@ -26,6 +26,7 @@ from rlzoo.inputs import Behaviour, Critic, Mismatched, Reference, Snapshot
 from rlzoo.objective import Objective, get_objective, surrogate, surrogate_of
 from rlzoo.policy import Assembler, Models, Policy, Sequences
 from rlzoo.policy.loading import save_policy
+from rlzoo.testing.batches import gradients, prepared
 from rlzoo.training import Trainer, train, with_reference
 from rlzoo.training.batches import BufferSource, buffer_sources, seeds, shares, views_of
 from rlzoo.training.sums import Sums

@@ -14,16 +14,21 @@ import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 import torch
+from comparisons import inline_pool, small
 
 from rlzoo.buffers import OfflineBuffer
 from rlzoo.cli import main
 from rlzoo.cli.catalogue import catalogue
+from rlzoo.comparison import runner, work
 from rlzoo.config import ProblemSource, Sampling, Training
 from rlzoo.errors import UserError
+from rlzoo.evaluation import evaluation
 from rlzoo.objective import get_objective
 from rlzoo.pieces import Pieces
 from rlzoo.policy import Policy, load_policy, score_rows
@@ -250,6 +255,56 @@ def test_a_composite_learns_from_a_buffer_and_from_fresh_samples() -> None:
         Collector(policy, TransformersSampler(policy), [], length)
 
 
+def compared(out: Path, kill: bool = False) -> dict[str, Any]:
+    """Two objectives on two benchmarks, with a metric of a plug-in; if asked to, die in the last evaluation."""
+    metrics = [f"{PLUGINS / 'distinct.py'}:distinct"]
+    settings = {"samples": 3, "k": [2, 3], "max_new_tokens": 8, "curve_points": 0, "metrics": metrics}
+    benchmarks = {"a": {"source": "world:facts/test", "limit": 4}, "b": {"source": "world:facts/unseen", "limit": 3}}
+    calls, real = list[int](), evaluation.evaluate
+
+    def evaluate(*arguments: Any, **options: Any) -> Any:
+        calls.append(1)
+        if kill and len(calls) == 6:
+            signal.raise_signal(signal.SIGKILL)
+        return real(*arguments, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runner, "pool", inline_pool)
+        patch.setattr(work, "evaluate", evaluate)
+        return runner.compare(small({"sft": {}, "dft": {}}, evaluation=settings, benchmarks=benchmarks), out, 1)
+
+
+def test_a_metric_of_a_plugin_reaches_results_and_report_after_kill_9(tmp_path: Path) -> None:
+    command = [sys.executable, __file__, "distinct", str(tmp_path / "out")]
+    died = subprocess.run(command, capture_output=True, check=False)
+    assert died.returncode == -signal.SIGKILL, died.stderr.decode()
+    found, whole = compared(tmp_path / "out"), compared(tmp_path / "whole")
+    assert [cell["metrics"] for cell in found["cells"]] == [cell["metrics"] for cell in whole["cells"]]
+    assert found["mean_over_benchmarks"] == whole["mean_over_benchmarks"] and found["base"] == whole["base"]
+    texts: dict[tuple[str, str, str], set[str]] = {}
+    for row in pq.read_table(tmp_path / "out" / "outcomes.parquet").to_pylist():
+        if row["decoding"] == "sample":
+            texts.setdefault((row["algorithm"], row["benchmark"], row["problem_id"]), set()).add(row["text"])
+    shares = {
+        name: {
+            benchmark: mean(len(some) / 3 for (a, b, _), some in texts.items() if (a, b) == (name, benchmark))
+            for benchmark in ("a", "b")
+        }
+        for name in ("base", "sft", "dft")
+    }
+    assert {name: of["distinct"] for name, of in found["base"].items()} == pytest.approx(shares["base"])
+    report = (tmp_path / "out" / "report.md").read_text()
+    further = report[report.index("## Further metrics") :]
+    assert further.count("distinct answers (%)") == 3
+    for cell in found["cells"]:
+        own = shares[cell["algorithm"]]
+        assert {name: of["distinct"] for name, of in cell["metrics"].items()} == pytest.approx(own)
+        assert found["mean_over_benchmarks"][cell["algorithm"]]["distinct"] == pytest.approx(mean(own.values()))
+        for value in (*own.values(), mean(own.values())):
+            assert f" {100 * value:.1f} |" in further
+    assert found["metrics"]["pass_at_3"] == {"label": "pass@3", "unit": "%"} and "pass@3" in further
+
+
 def test_asking_for_what_was_not_listed_is_an_error_that_names_it(tmp_path: Path) -> None:
     (tmp_path / "greedy.py").write_text(
         "from dataclasses import dataclass\nfrom typing import ClassVar\n\n"
@@ -273,4 +328,6 @@ def test_no_plugin_is_longer_than_forty_lines() -> None:
 
 
 if __name__ == "__main__":
+    if sys.argv[1] == "distinct":
+        compared(Path(sys.argv[2]), kill=True)
     run(sys.argv[1], Path(sys.argv[2]), Path(sys.argv[2]) / "checkpoints", kill=True)

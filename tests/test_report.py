@@ -235,6 +235,39 @@ def test_what_was_done_to_the_data_is_in_the_report(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("figures")
+def test_further_metrics_and_the_mean_over_benchmarks_are_in_the_report(tmp_path: Path) -> None:
+    results = synthetic_run(tmp_path)
+    write_report(tmp_path)
+    assert "Further metrics" not in read(tmp_path)[1] and "mean over benchmarks" not in read(tmp_path)[1]
+    results["metrics"] = {
+        "avg_at_k": {"label": "avg@4", "unit": "%"},
+        "maj": {"label": "maj@4 <b>", "unit": "%"},
+        "nats": {"label": "log-likelihood", "unit": "nats per token"},
+        "none": {"label": "nowhere", "unit": "%"},
+    }
+    for scores in (results["base"], *(cell["metrics"] for cell in results["cells"])):
+        scores["sums"] |= {"maj": 0.5, "nats": -1.25}
+    for seed, value in enumerate((0.1, 0.2, 0.6)):
+        next(c for c in results["cells"] if (c["algorithm"], c["seed"]) == ("plain", seed))["metrics"]["sums"][
+            "maj"
+        ] = value
+    scores = {"avg_at_k": 0.4, "pass_at_k": 0.7}
+    results["mean_over_benchmarks"] = {"base": scores, "plain": scores | {"avg_at_k": 0.3, "maj": 0.25}}
+    save(tmp_path, results)
+    write_report(tmp_path)
+    source, markdown = read(tmp_path)
+    assert "<b>" not in source
+    section = markdown.partition("## Further metrics")[2].partition("\n## ")[0]
+    assert "| plain | 30.0 | −1.25 |" in section and "| weighted | 50.0 | −1.25 |" in section
+    assert "nowhere" not in section and "| base | – |" in section and "| plain | 25.0 |" in section
+    means = markdown.partition("### mean over benchmarks")[2].partition("\n## ")[0]
+    assert "| algorithm | avg@4 (%) | pass@2 (%) |" in means
+    assert "| base | 40.0 | 70.0 |" in means and "| plain | **30.0** | **70.0** |" in means
+    titles = [str(table.title) for table in report_table(results)]
+    assert titles[2:] == ["mean over benchmarks", "costs: mean of a cell"]
+
+
+@pytest.mark.usefixtures("figures")
 def test_answer_follows_from_the_data(tmp_path: Path) -> None:
     results = synthetic_run(tmp_path, SKILL | {"weighted": 0.9})
     write_report(tmp_path)

@@ -57,7 +57,7 @@ def test_its_test_passes_and_it_trains(tmp_path: Path) -> None:
     assert command is not None and compared is not None
     tested = run([sys.executable, "-m", "pytest", "-q", command[1]], tmp_path)
     assert tested.returncode == 0, tested.stdout
-    assert "11 passed" in tested.stdout
+    assert "3 passed" in tested.stdout
 
     rows = [{"prompt": f"{i}+1=", "completion": f"{i + 1}"} for i in range(4)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -69,34 +69,34 @@ def test_its_test_passes_and_it_trains(tmp_path: Path) -> None:
 
 
 WRONG = {
-    "wrong-sign": (FORMULA, f"-{FORMULA}", "that_of_the_loss"),
-    "wrong-power": (FORMULA, "(2 * self.alpha * batch.logp).exp()", "that_of_the_loss"),
-    "wrong-length": (FORMULA, f"{FORMULA} / batch.logp.shape[1]", "that_of_the_loss"),
-    "wrong-loss": (FORMULA, f"{FORMULA}, loss={FORMULA}", "reported_loss"),
-    "looks-at-padding": (FORMULA, f"{FORMULA} * batch.logp.sum().sign().neg()", "masked_positions"),
-    "looks-at-rows": (FORMULA, f"{FORMULA} / {FORMULA}[batch.mask].max()", "row_alone"),
-    "one-a-row": (FORMULA, f"{FORMULA}[:, :1]", "one_a_token"),
-    "keeps-its-graph": (f"Coefficients({FORMULA})", f"Kept({FORMULA})", "no_graph"),
+    "wrong-sign": (f"-{FORMULA}", "not that of the loss: it has the opposite sign"),
+    "wrong-power": ("(2 * self.alpha * batch.logp).exp()", "not that of the loss"),
+    "wrong-length": (f"{FORMULA} / batch.logp.shape[1]", "depends on how far rows are padded"),
+    "wrong-loss": (f"{FORMULA}, loss={FORMULA}", "reports the loss"),
+    "looks-at-padding": (f"{FORMULA} * batch.logp.sum().sign().neg()", "looks at masked positions"),
+    "looks-at-rows": (f"{FORMULA} / {FORMULA}[batch.mask].sum()", "depends on how a batch is split"),
+    "one-a-row": (f"{FORMULA}[:, :1]", "give one per token"),
+    "not-listed": ("batch.logp - batch.reference_logp", "the batch has no 'reference_logp'"),
 }
-"""Objectives that are wrong: what is changed, into what, and a part of the name of a test that must see it."""
-KEPT = "\n\nclass Kept(Coefficients):\n    def __post_init__(self) -> None:\n        pass\n"
+"""Objectives that are wrong: what takes the place of the coefficient, and what its test must say."""
 
 
-def test_its_test_fails_for_an_objective_that_is_wrong(tmp_path: Path) -> None:
+def test_its_test_fails_for_an_objective_that_is_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of each wrong one its own test fails, and one that is right passes beside them."""
+    monkeypatch.setenv("COLUMNS", "400")  # or pytest cuts what a failed test says
     new("right-one")
-    for name, (old, changed, _) in WRONG.items():
+    for name, (changed, _) in WRONG.items():
         new(name)
         file = tmp_path / f"{name.replace('-', '_')}.py"
         text = file.read_text()
-        assert text.count(old) == 1
-        file.write_text(text.replace(old, changed) + KEPT)
+        assert text.count(FORMULA) == 1
+        file.write_text(text.replace(FORMULA, changed))
     done = run([sys.executable, "-m", "pytest", "-q", "-rf", "--tb=no"], tmp_path)
     assert done.returncode == 1, done.stdout
-    failed = re.findall(r"^FAILED test_(\w+)\.py::(\w+)", done.stdout, re.MULTILINE)
-    assert {file.replace("_", "-") for file, _ in failed} == set(WRONG)
-    for name, (_, _, told) in WRONG.items():
-        assert any(file.replace("_", "-") == name and told in test for file, test in failed), name
+    failed = re.findall(r"^FAILED test_\w+\.py::test_(\w+)\[.*?\] - AssertionError: (.+)$", done.stdout, re.MULTILINE)
+    assert {name.replace("_", "-") for name, _ in failed} == set(WRONG), done.stdout
+    for name, (_, told) in WRONG.items():
+        assert any(test.replace("_", "-") == name and told in message for test, message in failed), name
 
 
 def test_in_a_clone_it_joins_the_others(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -22,6 +22,7 @@ from rlzoo.comparison.statistics import (
     holm,
     p_value,
     paired_difference,
+    score_interval,
     score_matrices,
     summarise,
 )
@@ -78,22 +79,25 @@ T1, T2 = 12.706205, 4.302653
         # One seed: the problems' mean square ½, over 2 problems: se² = ¼, one degree of freedom.
         ([[0.0, 1.0]], T1 * 0.5),
         ([[0.0], [1.0]], T1 * 0.5),
-        # Row means 1 and 5, column means 2 and 4, no noise: mean squares 2·8 and 2·2, se² = 20/4.
-        ([[0.0, 2.0], [4.0, 6.0]], T1 * 5**0.5),
-        # No seed and no problem stands out; the residuals are ±½ with one degree of freedom: se² = 1/4.
-        ([[0.0, 1.0], [1.0, 0.0]], T1 * 0.5),
-        # 3 seeds × 2 problems without noise: row means ½, 1½, 2½, mean squares 2·2/2 = 2 and 3·½/1 = 3/2; se² = 3.5/6,
-        # and t is (2·t₂ + 1.5·t₁)/3.5.
-        ([[0.0, 1.0], [1.0, 2.0], [2.0, 3.0]], (2 * T2 + 1.5 * T1) / 3.5 * (3.5 / 6) ** 0.5),
-        # Seeds -2, 0, 2, problems ∓1 and noise ∓½, ±1, ∓½: mean squares 8, 6 and 3/2, so the parts are 6.5, 4.5 and
-        # 1.5. The noise goes with the seeds, the larger: t is ((6.5 + 1.5)·t₂ + 4.5·t₁)/12.5.
-        ([[-3.5, -0.5], [0.0, 0.0], [0.5, 3.5]], (8 * T2 + 4.5 * T1) / 12.5 * (12.5 / 6) ** 0.5),
+        # Row means 0, 1, 2 and no other differences: Student's over the seeds' means, se² = 1/3.
+        ([[0.0] * 9, [1.0] * 9, [2.0] * 9], T2 * (1 / 3) ** 0.5),
+        # 3 seeds × 2 problems: mean squares 8, 6 and 3/2. The problems are fewer, so that theirs holds the noise, with
+        # one degree of freedom, and seeds add 8 - 3/2; over 6 values. The shares are 0.48 and 0.52. Cochran's quantile
+        # is t₂ + (t₁ - t₂)((0.48 - 0.08)/0.92)^0.7, Welch's has 1/(0.48²/1 + 0.52²/2) = 2.735 degrees of freedom and so
+        # is 3.3640; halfway between them, as 1/1 - 1/2 = ½.
+        (
+            [[-3.5, -0.5], [0.0, 0.0], [0.5, 3.5]],
+            (T2 + (T1 - T2) * (0.4 / 0.92) ** 0.7 + 3.3640) / 2 * (12.5 / 6) ** 0.5,
+        ),
+        # The problems' means agree to the last digit, the noise being ½: 0.0039 of that is what chance goes below once
+        # in 20 times.
+        ([[0.0, 1.0], [1.0, 0.0], [0.5, 0.5]], T1 * (0.00393214 * 0.5 / 6) ** 0.5),
     ],
 )
 def test_intervals_by_hand(scores: list[list[float]], reach: float) -> None:
     mean, low, high = crossed_interval(np.array(scores))
     assert mean == pytest.approx(np.mean(scores))
-    assert (mean - low, high - mean) == pytest.approx((reach, reach), rel=1e-6)
+    assert (mean - low, high - mean) == pytest.approx((reach, reach), rel=1e-4)
 
 
 def test_a_single_value_and_constant_scores_have_no_width() -> None:
@@ -103,7 +107,7 @@ def test_a_single_value_and_constant_scores_have_no_width() -> None:
 
 def test_a_score_s_interval_stays_between_nought_and_one() -> None:
     table = outcome_table({("a", 0): [[1], [1], [1], [0]]})
-    assert all(0 <= row["ci_low"] < row["ci_high"] == 1 for row in summarise(table, k=1))
+    assert all(0 < row["ci_low"] < 0.75 < row["ci_high"] < 1 for row in summarise(table, k=1))
 
 
 @pytest.mark.parametrize("scores", [np.zeros((0, 3)), np.zeros(3), np.array([[np.nan, 1.0]])])
@@ -116,6 +120,10 @@ def test_an_interval_needs_a_matrix_of_scores(scores: np.ndarray) -> None:
     ("seeds", "problems", "seed_effect", "problem_effect", "noise"),
     [
         (1, 100, 0.0, 0.3, 0.25),
+        (2, 200, 0.0, 0.3, 0.25),
+        (2, 200, 0.01, 0.05, 0.4),  # noise alone, as of a difference
+        (2, 80, 0.1, 0.05, 0.1),  # seeds, mostly
+        (2, 20, 0.05, 0.2, 0.05),
         (3, 200, 0.0, 0.3, 0.25),
         (3, 200, 0.02, 0.3, 0.25),
         (3, 80, 0.05, 0.3, 0.25),  # seeds, problems and noise matter alike
@@ -137,17 +145,32 @@ def test_intervals_cover_the_truth_nineteen_times_in_twenty(
     assert 0.93 <= covered / runs <= 0.97
 
 
-@pytest.mark.parametrize(("centre", "k"), [(0.0, 4), (2.5, 4), (0.0, 1)])
-def test_intervals_cover_for_counts_of_correct_samples(centre: float, k: int) -> None:
-    """Problems of very different difficulty, three seeds, k samples per problem: what an evaluation gives."""
+@pytest.mark.parametrize(
+    ("seeds", "problems", "centre", "k"),
+    [(3, 150, 0.0, 4), (3, 150, 2.5, 4), (3, 150, 0.0, 1), (1, 100, 2.5, 1), (2, 20, 0.0, 4), (10, 30, 3.0, 4)],
+)
+def test_intervals_cover_for_counts_of_correct_samples(seeds: int, problems: int, centre: float, k: int) -> None:
+    """Problems of very different difficulty, k samples per problem: what an evaluation gives."""
     rng, covered, runs = np.random.default_rng(1), 0, 2000
     difficulty = rng.normal(centre, 2.0, size=200_000)
     truth = float((1 / (1 + np.exp(-difficulty[:, None] - 0.1 * rng.normal(size=(200_000, 20))))).mean())
     for _ in range(runs):
-        logit = rng.choice(difficulty, 150) + 0.1 * rng.normal(size=(3, 1))
-        interval = crossed_interval(rng.binomial(k, 1 / (1 + np.exp(-logit))) / k)
+        logit = rng.choice(difficulty, problems) + 0.1 * rng.normal(size=(seeds, 1))
+        interval = score_interval(rng.binomial(k, 1 / (1 + np.exp(-logit))) / k)
         covered += interval.low <= truth <= interval.high
     assert 0.93 <= covered / runs <= 0.97
+
+
+def test_score_intervals_by_hand() -> None:
+    # Wilson for 15 of 20: centre (0.75 + z²/40)/(1 + z²/20), reach √(z²/20 · 0.1875 + (z²/40)²)/(1 + z²/20).
+    assert score_interval(np.array([[1.0] * 15 + [0.0] * 5])) == pytest.approx((0.75, 0.5313, 0.8881), abs=1e-4)
+    # 20 of 20, by any number of seeds: 1/(1 + z²/20).
+    for seeds in (1, 3):
+        assert score_interval(np.ones((seeds, 20))) == pytest.approx((1, 0.8389, 1), abs=1e-4)
+    # 2 seeds, means ¼ and ¾, problems alike: t₁ and SE = ¼, so n = ¼/(1/16) = 4 and t²/n = 40.36: almost everything.
+    mean, low, high = score_interval(np.array([[0.25] * 8, [0.75] * 8]))
+    reach = (40.3619 / 4 + 40.3619**2 / 4) ** 0.5 / 41.3619
+    assert (mean, low, high) == pytest.approx((0.5, 0.5 - reach, 0.5 + reach), abs=1e-4)
 
 
 def test_pairing_removes_what_two_algorithms_share() -> None:
@@ -181,9 +204,10 @@ def test_summary_has_a_row_for_every_algorithm_and_metric() -> None:
         ("base", "pass_at_k"),
         ("b", "avg_at_k"),
     ]
+    within = score_interval(np.array([[1.0], [0.5]]))
     assert rows[6] == {
         "algorithm": "a", "benchmark": "sums", "metric": "avg_at_k",
-        "mean": 0.75, "ci_low": 0.0, "ci_high": 1.0, "seeds": 2,
+        "mean": 0.75, "seeds": 2, "ci_low": pytest.approx(within.low), "ci_high": pytest.approx(within.high),
     }  # fmt: skip
 
 
@@ -240,13 +264,27 @@ def test_inconsistent_outcomes_are_named() -> None:
         compare_to(outcome_table({("a", 0): [[1]]}), "aa", k=1)
 
 
-def test_a_p_value_is_where_the_interval_ends_at_zero() -> None:
+def test_a_p_value_is_never_below_the_level_at_which_the_interval_ends_at_zero() -> None:
     rng = np.random.default_rng(3)
     for shape in ((1, 30), (3, 1), (2, 8), (3, 40), (10, 20)):
         scores = 0.3 + rng.normal(size=(shape[0], 1)) / 4 + rng.normal(size=shape[1]) / 4 + rng.normal(size=shape) / 4
         p = p_value(scores)
         ends = crossed_interval(scores, level=1 - p)[1:]
-        assert min(map(abs, ends)) == pytest.approx(0, abs=1e-6) and 0 < p < 1
+        assert 0 < p < 1 and (ends[0] * ends[1] > 0 or min(map(abs, ends)) == pytest.approx(0, abs=1e-6))
+        if 1 in shape:
+            assert min(map(abs, ends)) == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize(("seeds", "seed_effect"), [(2, 0.0), (2, 1.0), (2, 4.0), (3, 0.0), (3, 4.0)])
+def test_small_p_values_are_as_rare_as_they_say(seeds: int, seed_effect: float) -> None:
+    """Holm's correction decides at p-values of a thousandth; few seeds that agree by chance must not reach them."""
+    rng, runs = np.random.default_rng(0), 2000
+    p = np.array([
+        p_value(seed_effect * rng.normal(size=(seeds, 1)) + rng.normal(size=20) + rng.normal(size=(seeds, 20)))
+        for _ in range(runs)
+    ])  # fmt: skip
+    for level in (0.05, 0.01, 0.001):
+        assert np.mean(p <= level) <= level + 3 * (level / runs) ** 0.5
 
 
 def test_p_values_by_hand() -> None:

@@ -345,13 +345,14 @@ def test_missing_log_probs_are_user_errors(make_policy: MakePolicy) -> None:
 
     for name, bare, message in (
         ("grpo", row, "no behaviour log-probs: fill it with `rlzoo rollout`"),
-        ("dpo", replace(row, reference_logp=None), "no reference log-probs"),
         ("rft", replace(row, reward=None), "needs reward"),
     ):
         with pytest.raises(UserError, match=message):
             Trainer(policy, get_objective(name), One(bare), QUICK).run()
     with pytest.raises(UserError, match="no groups"):
         train(policy, get_objective("grpo"), demonstrated(policy), QUICK)
+    steps = Trainer(policy, get_objective("dpo"), One(replace(row, reference_logp=None)), QUICK).run().steps
+    assert steps[0]["margin"] == 0, "the policy as it came scores what a row lacks"
 
 
 def test_training_computes_reference_log_probs_of_the_policy_as_it_comes(make_policy: MakePolicy) -> None:

@@ -149,7 +149,8 @@ def test_sft_is_measured_for_comparison_even_if_not_asked_for(base: Policy, buff
     assert list(found["objectives"]) == ["dft"] and found["cosines"]["dft"].keys() == {"dft", "(demonstrations)"}
     cosine = found["objectives"]["dft"]["data_noise"]["cosine_to_sft"]
     assert cosine["value"] is None and "the noise hides the gradient" in cosine["reason"]  # over 24 rows
-    assert found["cosines"]["dft"] == {"dft": 1, "(demonstrations)": None}
+    itself = {"value": 1, "ci_low": 1, "ci_high": 1}
+    assert found["cosines"]["dft"] == {"dft": itself, "(demonstrations)": cosine}
     assert -1 <= cosine["ci_low"] < cosine["ci_high"] == 1
 
 
@@ -166,7 +167,7 @@ def test_rows_that_are_missing_skip_an_objective_and_are_named(base: Policy, buf
 
 def test_single_rows_can_come_from_another_view(base: Policy, buffer: Buffer) -> None:
     found = analyze_variance(base, ["sft", "rft"], buffer, rows=24, draws=0, learns_from=Selection.CORRECT)
-    assert found["cosines"]["rft"]["sft"] == pytest.approx(1)  # the same rows with the same coefficient
+    assert found["cosines"]["rft"]["sft"]["value"] == pytest.approx(1)  # the same rows with the same coefficient
 
 
 @pytest.mark.parametrize(
@@ -439,7 +440,9 @@ def test_what_noise_hides_is_named_with_a_bound_and_no_number(report: dict[str, 
     whole = {**report, "experiment": "x", "model": "m", "created": "now", "settings": {}, "versions": {}, "failed": {}}
     text = " ".join(str(block) for block in contents(whole))
     assert f"The noise hides the gradient of {', '.join(names)}" in text
-    assert report["cosines"]["grpo"]["sft"] is None
+    cosine, back = report["cosines"]["grpo"]["sft"], report["cosines"]["sft"]["grpo"]
+    assert cosine["value"] is None and -1 <= cosine["ci_low"] < cosine["ci_high"] <= 1
+    assert back == cosine | {"reason": "the noise hides the gradient that it is compared with: take more rows"}
     noise = report["objectives"]["grpo"]["data_noise"]
     assert NOISE_COLUMNS["cosine to SFT"](report["objectives"]["grpo"]) == "–"
     assert NOISE_COLUMNS["noise scale (prompts)"](report["objectives"]["grpo"]).startswith("> ")

@@ -11,6 +11,7 @@ import pytest
 from rlzoo.experiments.benchmarks.coverage import CASES, Case, gradients, units
 from rlzoo.variance.noise import (
     Units,
+    _quantile,
     against,
     data_noise,
     gradient_squared_norm,
@@ -70,6 +71,23 @@ def test_prompts_are_paired_by_name_whatever_their_order() -> None:
         gradient_squared_norm(len(g), np.square(g).sum(1).mean(), np.square(g.mean(0)).sum()) for g in (first, other)
     ]
     assert plain["cosine"]["value"] == pytest.approx(np.mean(pairs) / np.sqrt(np.prod(norms)))
+
+
+def test_quantiles_follow_the_kurtosis_of_what_is_summed() -> None:
+    # 41 terms of ±1 have κ = 1: 2·40/(1 + 3) = 20 degrees of freedom. One of 41 terms alone: κ = 41, 80/44 < 2.
+    signs, alone = np.resize([1.0, -1.0], 41), np.eye(41)[0]
+    assert _quantile(signs) == pytest.approx(2.0860, abs=1e-4)
+    assert _quantile(alone) == pytest.approx(4.3027, abs=1e-4)  # never fewer than two
+
+
+def test_a_ratio_is_the_inverse_of_the_reverse_ratio() -> None:
+    rng = np.random.default_rng(8)
+    first, other = rng.standard_normal((2, 50, 20)) + np.array([0.8, 0.5])[:, None, None]
+    of_means = float(first.mean(0) @ other.mean(0))
+    there, back = (against(units_of(a), units_of(b), of_means) for a, b in ((first, other), (other, first)))
+    for end, reverse in (("value", "value"), ("ci_low", "ci_high"), ("ci_high", "ci_low")):
+        assert there["norm_ratio"][end] == pytest.approx(1 / back["norm_ratio"][reverse], rel=1e-4)
+        assert there["cosine"][end] == pytest.approx(back["cosine"][end], rel=1e-2)
 
 
 BOUNDS = {"grad_norm_sq": 0.05, "trace_cov": 0.01, "noise_scale": 0.08, "snr": 0.05, "cosine": 0.06, "norm_ratio": 0.06}

@@ -8,11 +8,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+from batches import SEEDS, assert_same, hand_batch, random_batch
 from buffer_rows import sample, samples
 from canonical import grpo as grpo_canonical
 from hypothesis import given
 from hypothesis import strategies as st
-from test_objectives import LENGTH, assert_same, gradients, hand_batch, prepared, random_batch
 from test_training import RAW, Fixed, distance, make_batch, trained
 from torch import Tensor
 
@@ -26,13 +26,13 @@ from rlzoo.problems import Problem, encode_problems
 from rlzoo.ratios import clipped_gradient, sequence_ratio, token_ratio
 from rlzoo.reward import Reward
 from rlzoo.rollout import TransformersSampler, collect_rollouts
+from rlzoo.testing.batches import LENGTH, gradients, prepared
 from rlzoo.training import Trainer, train
 from rlzoo.training.batches import FreshSource
 from rlzoo.types import Selection, TokenBatch, Trajectory
 
 MakePolicy = Callable[..., Policy]
 NAMES = ("reinforce", "rloo", "dr-grpo", "dapo", "gspo", "cispo", "otb")
-SEEDS = range(4)
 over_seeds = pytest.mark.parametrize("seed", SEEDS)
 
 

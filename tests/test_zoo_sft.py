@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+from batches import SEEDS, hand_batch, random_batch
 from comparisons import inline_pool, small
-from test_objectives import SEEDS, gradients, hand_batch, random_batch
 from test_training import RAW, Fixed, MakePolicy, distance, full_batch, make_batch, term_of, trained
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -26,6 +26,7 @@ from rlzoo.objective import Objective, get_objective, surrogate
 from rlzoo.policy import Sequences
 from rlzoo.policy import head as head_module
 from rlzoo.policy.head import Head, score_tokens
+from rlzoo.testing.batches import gradients
 from rlzoo.training import Trainer
 from rlzoo.training.batches import BufferSource
 from rlzoo.types import Selection, TokenBatch, Trajectory

@@ -38,19 +38,20 @@ def evaluate(
     )
     from rlzoo.bad_rows import BadRows
     from rlzoo.comparison.pool import silence
-    from rlzoo.comparison.work import reward_of
+    from rlzoo.comparison.work import metrics_of, reward_of
     from rlzoo.evaluation import evaluate
     from rlzoo.policy import load_policy
     from rlzoo.problems import load_problems
     from rlzoo.rollout import unscored
 
-    scored_by = reward_of(chosen)
+    scored_by = {name: reward_of(chosen, benchmark=name) for name in chosen.benchmarks}
+    table = metrics_of(chosen)
     bad = {name: BadRows(source.bad_rows) for name, source in chosen.benchmarks.items()}
     problems = {name: load_problems(source, bad[name]) for name, source in chosen.benchmarks.items()}
     silence()
     policy = load_policy(chosen.model, chosen.training.dtype)
     found = {
-        name: evaluate(policy, some, scored_by, chosen.evaluation, seed, bad=bad[name])
+        name: evaluate(policy, some, scored_by[name], chosen.evaluation, seed, bad=bad[name])
         for name, some in problems.items()
     }
     results = {name: one.metrics for name, one in found.items()}
@@ -68,4 +69,8 @@ def evaluate(
             f"pass@{m['k']} {m['pass_at_k']:.1%}"
             + "".join(f"  {n.removeprefix('reward/')} {v:.4g}" for n, v in m.items() if n.startswith("reward/"))
         )
+        others = [
+            metric for key, metric in table.items() if key in m and key not in ("avg_at_k", "greedy", "pass_at_k")
+        ]
+        print("  " + "  ".join(f"{one.label} {one.shown(m[one.name])}" for one in others))
     return 0

@@ -64,7 +64,8 @@ def new_objective(name: str, folder: Path) -> str:
         "title": name.replace("-", " ").capitalize(),
         "class_name": class_name,
         "spec": f'"{name}"' if in_clone else beside,
-        "imports": "" if in_clone else "from pathlib import Path\n",
+        "stem": stem,
+        "imports": "" if in_clone else "from pathlib import Path\n\n",
     }
     test_template = (TEMPLATES / "test_objective.py.txt").read_text(encoding="utf-8")
     for path, text in ((code, template), (test, test_template)):

@@ -37,6 +37,7 @@ from rlzoo.comparison.report import write_report
 from rlzoo.comparison.statistics import BASE, summarise
 from rlzoo.config import Experiment, load_experiment
 from rlzoo.errors import UserError, unknown
+from rlzoo.evaluation import mean_over_benchmarks
 from rlzoo.outputs import replacing, write_atomically
 from rlzoo.problems import Encoded, Problem, load_problems
 from rlzoo.ranks import agreed, is_main, world_size
@@ -65,6 +66,10 @@ OUTCOMES = pa.schema(
         ("truncated", pa.bool_()),
         ("text", pa.string()),
         ("logged", pa.string()),
+        ("components", pa.string()),
+        ("answer", pa.string()),
+        ("gold_logp", pa.float64()),
+        ("gold_tokens", pa.int64()),
     ]
 )
 
@@ -163,10 +168,12 @@ def check(experiment: Experiment) -> None:
         raise UserError(f"algorithms.{BASE}: results call the untrained model so; give the row another name")
     if experiment.baseline is not None and experiment.baseline not in experiment.algorithms:
         raise unknown("baseline", experiment.baseline, experiment.algorithms)
-    reward = work.reward_of(experiment)
-    for source in (experiment.train, experiment.validation, *experiment.benchmarks.values()):
+    for source in (experiment.train, experiment.validation):
         if source is not None:
-            _try(reward, load_problems(source)[:2])
+            _try(work.reward_of(experiment), load_problems(source)[:2])
+    for name, source in experiment.benchmarks.items():
+        _try(work.reward_of(experiment, benchmark=name), load_problems(source)[:2])
+    work.metrics_of(experiment)
 
 
 def _try(reward: Reward, problems: Sequence[Problem]) -> None:
@@ -239,7 +246,9 @@ def _run(
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": versions(),
         "config": experiment.model_dump(mode="json"),
+        "metrics": {name: {"label": m.label, "unit": m.unit} for name, m in work.metrics_of(experiment).items()},
         "base": base["metrics"],
+        "mean_over_benchmarks": _over_benchmarks(base, reported) if len(experiment.benchmarks) > 1 else {},
         "base_curve": base["curve"],
         "cells": reported,
         "learning_rates": rates,
@@ -253,6 +262,14 @@ def _run(
         },
     }
     return results, outcomes
+
+
+def _over_benchmarks(base: Mapping[str, Any], cells: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
+    """The mean over benchmarks of each metric: algorithm, the base model among them, → metric → number."""
+    own: dict[str, list[Any]] = {BASE: [base["metrics"]]}
+    for cell in cells:
+        own.setdefault(cell["algorithm"], []).append(cell["metrics"])
+    return {algorithm: mean_over_benchmarks(found) for algorithm, found in own.items()}
 
 
 def _called(buffer: str) -> str:

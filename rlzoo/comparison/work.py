@@ -17,7 +17,9 @@ from rlzoo.buffers.views import SINGLE_ROW_OPTIONS
 from rlzoo.comparison.plan import Cell, has_choice
 from rlzoo.config import Experiment, ProblemSource, Training
 from rlzoo.errors import UserError
-from rlzoo.evaluation import Evaluation, evaluate
+from rlzoo.evaluation import Evaluation, Metric, evaluate, metric_table
+from rlzoo.evaluation.evaluation import gold_rows
+from rlzoo.evaluation.metrics import AVERAGE
 from rlzoo.inputs import Stage
 from rlzoo.objective import Objective, get_objective
 from rlzoo.outputs import remove
@@ -36,8 +38,8 @@ from rlzoo.training import (
     TrainingRecord,
     batches,
     check_buffer,
-    lacking,
     scored_event,
+    stored_inputs,
     with_behaviour,
     with_inputs,
 )
@@ -59,10 +61,21 @@ def objective_of(experiment: Experiment, algorithm: str) -> Objective:
     return get_objective(row.objective or algorithm, **row.options)
 
 
-def reward_of(experiment: Experiment, step: int = 0, max_steps: int = 0, epoch: float = 0.0) -> Reward:
-    """The experiment's reward, in a process of its own, told how far training is."""
+def reward_of(
+    experiment: Experiment, step: int = 0, max_steps: int = 0, epoch: float = 0.0, benchmark: str | None = None
+) -> Reward:
+    """The experiment's reward, or a benchmark's own, in a process of its own, told how far training is."""
     limits = Limits(experiment.judging.seconds, experiment.judging.memory_gb)
-    return apart(experiment.reward, limits, experiment.judging.on_error).at(step, max_steps, epoch)
+    own = None if benchmark is None else experiment.benchmarks[benchmark].reward
+    spec = experiment.reward if own is None else own
+    return apart(spec, limits, experiment.judging.on_error).at(step, max_steps, epoch)
+
+
+def metrics_of(experiment: Experiment) -> dict[str, Metric]:
+    """The metrics of all benchmarks, by name. Raises UserError as `metric_table` does."""
+    rewards = {name: reward_of(experiment, benchmark=name) for name in experiment.benchmarks}
+    tables = [metric_table(experiment.evaluation, reward.parts) for reward in rewards.values()]
+    return {metric.name: metric for table in tables for metric in table}
 
 
 def check_model(experiment: Experiment, report: Report) -> None:
@@ -141,7 +154,9 @@ def _fill_buffer(experiment: Experiment, folder: Path, pieces: Pieces, seed: int
         tokens, completions = (int(buffer.tokens(*names)[scored].sum()) for names in ((), ("completion_ids",)))
         scoring_flops = policy.flops(tokens, completions)
     flops_of: dict[str, float] = {}
-    for one in lacking(OfflineBuffer(buffer.rows), *(objective_of(experiment, name) for name in offline), again=True):
+    for one in stored_inputs(
+        objective_of(experiment, name) for name in offline
+    ):  # anew: what is stored may be another's
         report(1.0, f"{one.label} log-probs")
         buffer = with_inputs(buffer, [one], policy, experiment.training.token_budget)
         passes = 1 + (buffer.numbers("temperature") != 1.0)  # one more at the temperature of the sampling
@@ -199,12 +214,15 @@ def evaluate_base(experiment: Experiment, state: Path, report: Report) -> dict[s
 
 def _unfit(policy: Policy, experiment: Experiment) -> dict[str, BadRows]:
     """What is to be told of the rows of each set that policies are evaluated on."""
-    sets = {f"benchmark {name}": source for name, source in experiment.benchmarks.items()}
+    sets: dict[str, ProblemSource] = {f"benchmark {name}": source for name, source in experiment.benchmarks.items()}
     sets |= {} if experiment.validation is None else {"validation": experiment.validation}
     bad = {name: BadRows(source.bad_rows) for name, source in sets.items()}
     for name, source in sets.items():
         encoded = encode_problems(policy.tokenizer, load_problems(source, bad[name]), bad[name])
-        within_limits(policy, sampler_of(policy, experiment.evaluation), encoded, experiment.evaluation, bad[name])
+        sampler = sampler_of(policy, experiment.evaluation)
+        fit = within_limits(policy, sampler, encoded, experiment.evaluation, bad[name])
+        if name != "validation":
+            gold_rows(policy, fit, bad[name])
     return bad
 
 
@@ -296,7 +314,7 @@ def _run_cell(
     if has_choice(experiment, cell.algorithm):
         assert experiment.validation is not None  # the experiment's validator saw to it
         reward = reward_of(experiment, settings.steps, settings.steps)
-        validation = _evaluate(policy, experiment, experiment.validation, reward, cell.seed, greedy=False)
+        validation = _evaluate(policy, experiment, experiment.validation, reward, cell.seed, brief=True)
         if is_main():
             remove(state / "models" / cell.id)
         save_policy(policy, state / "models" / cell.id)
@@ -332,11 +350,11 @@ def evaluate_all(
     """``metrics`` by benchmark and ``outcomes`` of all of them, one row per sample."""
     metrics, outcomes = {}, []
     steps = experiment.training_of(algorithm).steps if algorithm in experiment.algorithms else 0  # the base has none
-    reward = reward_of(experiment, steps, steps)
     for number, (name, source) in enumerate(experiment.benchmarks.items()):
         report(number / len(experiment.benchmarks), f"evaluating {name}")
 
-        def evaluate(source: ProblemSource = source) -> dict[str, Any]:
+        def evaluate(name: str = name, source: ProblemSource = source) -> dict[str, Any]:
+            reward = reward_of(experiment, steps, steps, benchmark=name)
             return vars(_evaluate(policy, experiment, source, reward, max(seed, 0)))
 
         found = pieces.once(f"on {name}", evaluate)
@@ -353,7 +371,8 @@ def curve_point(policy: Policy, experiment: Experiment, step: int, seed: int, ma
     metrics = {}
     for name, source in experiment.benchmarks.items():
         problems, bad = load_problems(source)[: settings.curve_problems], BadRows(source.bad_rows)
-        found = evaluate(policy, problems, reward_of(experiment, step, max_steps), small, seed, greedy=False, bad=bad)
+        reward = reward_of(experiment, step, max_steps, benchmark=name)
+        found = evaluate(policy, problems, reward, small, seed, greedy=False, bad=bad, metrics=[AVERAGE])
         metrics[name] = {"avg_at_k": found.metrics["avg_at_k"]}
     return {"step": step, "metrics": metrics}
 
@@ -369,10 +388,16 @@ def token_probabilities(policy: Policy, buffer: Buffer, token_budget: int) -> di
 
 
 def _evaluate(
-    policy: Policy, experiment: Experiment, source: ProblemSource, reward: Reward, seed: int, greedy: bool = True
+    policy: Policy, experiment: Experiment, source: ProblemSource, reward: Reward, seed: int, brief: bool = False
 ) -> Evaluation:
+    """All metrics, or avg@k alone."""
     problems, bad = load_problems(source), BadRows(source.bad_rows)
-    return evaluate(policy, problems, reward, experiment.evaluation, seed, greedy=greedy, bad=bad)
+    metrics = [AVERAGE] if brief else None
+    budget = experiment.training.token_budget
+    return evaluate(
+        policy, problems, reward, experiment.evaluation, seed,
+        greedy=not brief, bad=bad, metrics=metrics, token_budget=budget,
+    )  # fmt: skip
 
 
 def collector_of(experiment: Experiment, policy: Policy, training: Training, batch_size: int, seed: int) -> Collector:

@@ -47,6 +47,10 @@ class Reference(Input):
     def compute(self, context: Context) -> Float[Tensor, "B T"]:
         return context.score(context.model(self.name))
 
+    def example(self, logp: Float[Tensor, "B T"], draw: torch.Generator) -> Float[Tensor, "B T"]:
+        """Log-probs that training has moved away from, so that bounds on their ratio are reached."""
+        return logp + normal(logp.shape, draw)
+
     @property
     def label(self) -> str:
         return "reference" if self.name is None else f"reference ({self.name})"

@@ -250,6 +250,10 @@ class _Context:
     def _table(self, one: Input, values: Sequence[Any]) -> Tensor:
         """The rows' own values as a tensor."""
         device = self.mask.device
+        if any(len(row.completion_ids) != 1 for row in self.rows) and all(
+            isinstance(value, Sequence) and len(value) == 1 for value in values
+        ):
+            values = [value[0] for value in values]  # a number per row, as a buffer stores it
         if not any(isinstance(value, Sequence) for value in values):
             return torch.tensor(values, device=device)
         table = torch.zeros(self.mask.shape)

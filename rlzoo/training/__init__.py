@@ -2,7 +2,16 @@
 
 from rlzoo.training.costs import Costs
 from rlzoo.training.record import TrainingRecord
-from rlzoo.training.run import check_buffer, lacking, scored_event, train, with_behaviour, with_inputs, with_reference
+from rlzoo.training.run import (
+    check_buffer,
+    lacking,
+    scored_event,
+    stored_inputs,
+    train,
+    with_behaviour,
+    with_inputs,
+    with_reference,
+)
 from rlzoo.training.trainer import Trainer
 
 __all__ = [
@@ -12,6 +21,7 @@ __all__ = [
     "check_buffer",
     "lacking",
     "scored_event",
+    "stored_inputs",
     "train",
     "with_behaviour",
     "with_inputs",

@@ -72,6 +72,13 @@ def with_reference(buffer: Buffer, policy: Policy, token_budget: int = 8192) -> 
     return with_inputs(buffer, [Reference()], policy, token_budget)
 
 
+def stored_inputs(objectives: Iterable[Objective]) -> list[Input]:
+    """The stored inputs of objectives that can be computed, each once."""
+    parts = (part.objective for whole in objectives for part in whole.parts)
+    wanted = (one for objective in parts for one in objective.requires)
+    return list(dict.fromkeys(one for one in wanted if one.stage is Stage.STORED and one.is_computed))
+
+
 def lacking(buffer: Buffer, *objectives: Objective, again: bool = False) -> list[Input]:
     """The stored inputs of objectives that can be computed and that rows of the buffer have no value of.
 

@@ -19,6 +19,7 @@ Where they need inner products between prompts these come from random projection
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -26,7 +27,7 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int
-from scipy import optimize, stats
+from scipy import optimize, special, stats
 
 from rlzoo.variance.spread import Joint, Side, centred, joint, row_means
 
@@ -114,7 +115,7 @@ def data_noise(units: Units) -> dict[str, Estimate]:
     """grad_norm_sq, trace_cov, noise_scale = tr Σ/‖G‖² (in prompts), and snr = ‖G‖²/tr Σ."""
     if len(units) < FEWEST:
         return {name: nothing(TOO_FEW) for name in ("grad_norm_sq", "trace_cov", "noise_scale", "snr")}
-    side, t = units.side, _quantile(len(units))
+    side, t = units.side, _quantile(units.side.along)
     norm, trace = units.grad_norm_sq, units.trace_cov
     second, lever = side.second, side.lever
     # (‖G‖² - x)² = t² (second + 4 λ x), and without the first-order part below 0
@@ -128,8 +129,9 @@ def data_noise(units: Units) -> dict[str, Estimate]:
     found = {"grad_norm_sq": _estimate(norm, low, high)}
     spread = (units.squared_norm - 2 * side.along) / len(units)
     spread = spread - spread.mean()
-    found["trace_cov"] = _trace(trace, spread, t)
-    found["snr"] = _snr(norm, trace, side, spread, t)
+    found["trace_cov"] = _trace(trace, spread, _quantile(spread))
+    of_ratio = 2 * side.along / len(units) - norm / max(trace, 1e-300) * spread
+    found["snr"] = _snr(norm, trace, side, spread, _quantile(of_ratio))
     found["noise_scale"] = _inverse(found["snr"])
     return found
 
@@ -150,7 +152,8 @@ def against(units: Units, other: Units, of_means: float, same_prompts: float | N
         return {name: nothing(TOO_FEW) for name in names}
     apart = units.prompt[:, None] != other.prompt[None]
     _, a, b = np.intersect1d(units.prompt, other.prompt, assume_unique=True, return_indices=True)
-    first, second, t = units.side, other.side, _quantile(min(len(units), len(other)))
+    first, second = units.side, other.side
+    t = max(_quantile(side.along) for side in (first, second))
     shared = within(units, other) if same_prompts is None else same_prompts
     inner = inner_product(len(units), len(other), len(a), of_means, shared)
     covariance = joint(first, second, units.sketch @ other.sketch.T, apart, a, b, inner)
@@ -166,22 +169,15 @@ def against(units: Units, other: Units, of_means: float, same_prompts: float | N
     return {"cosine": cosine, "norm_ratio": ratio}
 
 
-def cosine_of(units: Units, other: Units, of_means: float, same_prompts: float) -> float | None:
-    """The cosine of `against` alone; None where there is none."""
-    if units.mean_squared_norm == 0 or other.mean_squared_norm == 0:
-        return None
-    if (factor := _proportional(units, other, of_means)) is not None:
-        return float(np.sign(factor))
-    if min(len(units), len(other)) < FEWEST or is_hidden(units.side) or is_hidden(other.side):
-        return None
-    common = len(np.intersect1d(units.prompt, other.prompt))
-    inner = inner_product(len(units), len(other), common, of_means, same_prompts)
-    return float(np.clip(inner / np.sqrt(units.grad_norm_sq * other.grad_norm_sq), -1, 1))
+def turned(cosine: Estimate) -> Estimate:
+    """The cosine of `against` with the two objectives exchanged."""
+    other = {HIDDEN: HIDDEN_OTHER, HIDDEN_OTHER: HIDDEN}
+    return cosine | {key: other.get(cosine[key], cosine[key]) for key in cosine.keys() & {"reason"}}
 
 
 def is_hidden(side: Side) -> bool:
     """Whether noise hides the gradient: ‖G‖² = 0 is not rejected at 95 %."""
-    return side.grad_norm_sq <= _quantile(side.count) * float(np.sqrt(side.second))
+    return side.grad_norm_sq <= _student((side.count - 1) / 3) * float(np.sqrt(side.second))
 
 
 def _proportional(units: Units, other: Units, of_means: float) -> float | None:
@@ -200,9 +196,20 @@ def _proportional(units: Units, other: Units, of_means: float) -> float | None:
     )
 
 
-def _quantile(count: int) -> float:
-    """Student's, with a third of the degrees of freedom: noise is measured along a direction that is estimated too."""
-    return float(stats.t.ppf(0.975, max((count - 1) / 3, 2)))
+def _quantile(terms: Float[np.ndarray, " P"]) -> float:
+    """Student's for a sum of terms with mean 0, whose variance is known to 2 (P-1)/(κ+3) degrees of freedom.
+
+    A sample variance has 2P/(κ-1), κ being the terms' kurtosis (Satterthwaite's rule); a third of P where they are
+    normal, as the direction along which noise is measured is estimated too.
+    """
+    squares = np.square(terms)
+    power = float(squares.mean())
+    kurtosis = float(np.square(squares).mean()) / power**2 if power > 0 else 3.0
+    return _student(2 * (len(terms) - 1) / (kurtosis + 3))
+
+
+def _student(freedom: float) -> float:
+    return -float(special.stdtrit(max(freedom, 2), 0.025))
 
 
 NORMAL = float(stats.norm.ppf(0.975))
@@ -229,11 +236,12 @@ def _snr(norm: float, trace: float, side: Side, spread: Float[np.ndarray, " P"],
     skew = _skew(spread, size) if size else 0.0
     lean = float(side.along @ spread) / max(float(np.linalg.norm(side.along) * np.linalg.norm(spread)), 1e-300)
 
+    second, slope = side.second, 4 * trace * lever
+
     def accepts(x: float) -> bool:
-        first = 2 * np.sqrt(max(x, 0) * trace * lever)
-        variance = side.second + first**2 - 2 * x * size * first * lean + (x * size) ** 2
-        deviation = float(np.sqrt(max(variance, 1e-300)))
-        return abs(_hall((norm - x * trace) / deviation * NORMAL / t, -skew * (x * size / deviation) ** 3)) <= NORMAL
+        first, own = math.sqrt(slope * max(x, 0.0)), x * size
+        deviation = math.sqrt(max(second + first**2 - 2 * own * first * lean + own**2, 1e-300))
+        return abs(_hall((norm - x * trace) / deviation * NORMAL / t, -skew * (own / deviation) ** 3)) <= NORMAL
 
     value = norm / trace
     step = float(np.sqrt(side.second + (value * size) ** 2)) / trace
@@ -271,12 +279,18 @@ def _ratio(norms: tuple[float, float], covariance: Joint, scales: tuple[float, f
     at = middle * np.logspace(-8, 8, 321)
     if min(norms) > 0:
         at = np.sort(np.append(at, one / two))
-    sure = covariance.at(*np.maximum(norms, 0)[:, None])
-    first, second = np.maximum(np.diag(sure[:2, :2, 0]), _floor(norms))
+    # what the two have in common under a hypothesis is weighted by variances at their own estimates, but at no more
+    # than noise alone would give: else one that came out too large gets too little weight, and both seem shorter
+    certain = np.sqrt(np.diag(covariance.second)[:2])
+    own = covariance.at(*np.clip(norms, 0, certain)[:, None])
+    first, second = np.maximum(np.diag(own[:2, :2, 0]), _floor(norms))
 
     def score(x: Float[np.ndarray, " N"]) -> Float[np.ndarray, " N"]:
-        """The squared statistic less its limit; what the two have in common is estimated under the hypothesis."""
-        common = np.maximum((x * one / first + two / second) / (x * x / first + 1 / second), 0)
+        """The squared statistic less its limit."""
+        weights = x * x / first + 1 / second
+        common = np.maximum((x * one / first + two / second) / weights, 0)
+        uncertain = (certain[0] ** 2 / first + certain[1] ** 2 / second) / weights
+        common = common**3 / np.maximum(common**2 + uncertain, 1e-300)  # where it may be noise, rather none
         v = covariance.at(x * common, common)
         variance = v[0, 0] - 2 * x * v[0, 1] + x * x * v[1, 1]
         found: Float[np.ndarray, " N"] = (one - x * two) ** 2 - t * t * np.maximum(variance, 0)

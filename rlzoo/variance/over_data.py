@@ -14,10 +14,10 @@ from rlzoo.variance.noise import (
     Estimate,
     Units,
     against,
-    cosine_of,
     data_noise,
     nothing,
     rank_correlation,
+    turned,
     within_by_prompt,
 )
 from rlzoo.variance.pieces import at_least_float32
@@ -62,15 +62,22 @@ class Comparison:
         self.names = list(measured)
         self.products = inner_products([measured[name].mean for name in self.names], layer_of, len(layers))
         self._whole = {name: self._units(name, slice(None)) for name in self.names}
+        self._cosines: dict[tuple[str, str], Estimate] = {}
 
-    def cosines(self, name: str) -> dict[str, float | None]:
-        """The cosine of an objective's expected gradient to each of this pass; None where noise hides one of them."""
-        k, whole = self.names.index(name), self.products.sum(0)
-        own = self._whole[name]
-        return {
-            other: cosine_of(own, self._whole[other], float(whole[k, j]), float(self._within(name, other).sum()))
-            for j, other in enumerate(self.names)
-        }
+    def cosines(self, name: str) -> dict[str, Estimate]:
+        """The cosine of an objective's expected gradient to each of this pass, with its interval."""
+        return {other: self._cosine(name, other) for other in self.names}
+
+    def _cosine(self, name: str, other: str) -> Estimate:
+        if (name, other) in self._cosines:
+            return self._cosines[name, other]
+        if (other, name) in self._cosines or (name == self.base != other):  # as `noise` has it, to the last digit
+            return turned(self._cosine(other, name))
+        k, j = self.names.index(name), self.names.index(other)
+        of_means, shared = float(self.products[:, k, j].sum()), float(self._within(name, other).sum())
+        found = against(self._whole[name], self._whole[other], of_means, shared)["cosine"]
+        self._cosines[name, other] = found
+        return found
 
     def noise(self, name: str) -> dict[str, Estimate]:
         """Of the whole model."""

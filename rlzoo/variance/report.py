@@ -257,6 +257,7 @@ def _over_data(found: Found) -> Iterator[Block]:
             f"The noise hides the gradient of {', '.join(names)}: it cannot be told from 0 at 95 %, so it has no "
             "direction or length to report, and the noise scale is above the number in the table. Take more rows."
         )
+    yield from _cosines(found)
     yield from _figure(
         found, "directions", plots.directions, "Cosine, norm ratio and noise scale of each objective.",
         "Direction and size of each mean gradient against SFT's, and how noisy it is, with 95 % intervals; an arrow is "
@@ -290,6 +291,21 @@ def _over_data(found: Found) -> Iterator[Block]:
         for name, entry in found["objectives"].items()
     ]
     yield Table(["objective", "rank correlation of Σ S", "of Σ a²S"], rows)
+
+
+MOST_COSINES = 8
+"""Objectives up to which a table of all their cosines can be read."""
+
+
+def _cosines(found: Found) -> Iterator[Block]:
+    """The cosines between all objectives, where there are more than the baseline's; variance.json has every one."""
+    drowned = hidden(found)
+    names = [name for name in found["cosines"] if name not in drowned]
+    if not 3 <= len(names) <= MOST_COSINES:
+        return
+    yield Paragraph("Cosines between the expected gradients of those that the noise does not hide:")
+    rows = [[Entry(a), *(Entry(estimate(found["cosines"][a].get(b))) for b in names)] for a in names]
+    yield Table(["objective", *names], rows)
 
 
 def _figure(

@@ -20,7 +20,7 @@ from rlzoo.comparison import work
 from rlzoo.comparison.heartbeat import Heartbeat
 from rlzoo.comparison.pool import Workers, default_workers, pool, why
 from rlzoo.comparison.runner import check, place
-from rlzoo.config import Experiment, Positive
+from rlzoo.config import Benchmark, Experiment, Positive
 from rlzoo.errors import UserError
 from rlzoo.outputs import remove, write_atomically
 from rlzoo.pieces import Pieces
@@ -133,7 +133,7 @@ def _cut(experiment: Experiment, rows: int) -> Experiment:
     problems, prompts = 4 * rows, rows
     train = experiment.train.model_copy(update={"limit": min(experiment.train.limit or problems, problems)})
     rollouts = experiment.rollouts.model_copy(update={"prompts": min(experiment.rollouts.prompts or prompts, prompts)})
-    unused = {"benchmarks": {"train": train}, "validation": None}
+    unused = {"benchmarks": {"train": Benchmark(**train.model_dump())}, "validation": None}
     return experiment.model_copy(update={"train": train, "rollouts": rollouts, **unused})
 
 

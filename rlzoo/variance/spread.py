@@ -14,11 +14,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-SLACK = 1.4
+SLACK = 1.3
 """How much more noise than along an average direction is expected along one that is unknown: gradients lie where their
 noise is large. Set by experiments/benchmarks/coverage.py."""
 Matrix = Float[np.ndarray, "n m"]
@@ -62,17 +63,17 @@ class Side:
     def count(self) -> int:
         return len(self.along)
 
-    @property
+    @cached_property
     def squares(self) -> float:
         """Σ of the centred products' squares: n(n-1) tr Σ²."""
         return float(np.vdot(self.centred, self.centred))
 
-    @property
+    @cached_property
     def second(self) -> float:
         """The second-order variance of ‖G‖²: 2 tr Σ²/(n(n-1))."""
         return 2 * self.squares / (self.count * (self.count - 1)) ** 2
 
-    @property
+    @cached_property
     def size(self) -> float:
         """‖G‖² as the first-order part is scaled by: not less than the noise of its estimate."""
         return max(self.grad_norm_sq, 0.0) + float(np.sqrt(self.second))
@@ -86,7 +87,7 @@ class Side:
         average = self.squares / (self.count * (self.count - 1)) / self.trace_cov if self.trace_cov > 0 else 0.0
         return SLACK * average * size
 
-    @property
+    @cached_property
     def lever(self) -> float:
         """λ of the first-order variance 4 λ ‖G‖² of ‖G‖²: the noise along the gradient's direction, over n."""
         uncertain = float(np.sqrt(self.second))

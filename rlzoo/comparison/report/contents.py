@@ -28,6 +28,7 @@ def contents(run: Run, baseline: str | None) -> Iterator[Block]:
     yield from _answers(run)
     yield from _scores(results)
     yield from _differences(run, _baseline(results, baseline))
+    yield from _further(results)
     yield from _curves(results)
     yield from _token_probabilities(results)
     yield from _costs(results)
@@ -71,6 +72,26 @@ def _scores(results: Results) -> Iterator[Block]:
             "Overlapping intervals do not mean that two algorithms are equal, because they share problems "
             "and seeds: the paired differences below answer that.",
         )
+    if (means := tables.mean_table(results)) is not None:
+        yield Heading("mean over benchmarks", level=3)
+        yield Paragraph("Each benchmark counts the same, however many problems it has. These means have no intervals.")
+        yield means
+
+
+def _further(results: Results) -> Iterator[Block]:
+    found = {name: tables.further_table(results, name) for name in results.benchmarks}
+    if not any(found.values()):
+        return
+    yield Heading("Further metrics")
+    yield Paragraph(
+        "Means over seeds, without intervals: they say what a score is made of, not which algorithm is better. "
+        "maj@k is the majority vote of k samples; the held-out log-likelihood is that of the benchmark's gold "
+        "completions, where it has some."
+    )
+    for name, table in [*found.items(), ("mean over benchmarks", tables.further_table(results, None))]:
+        if table is not None:
+            yield Heading(name, level=3)
+            yield table
 
 
 def _left_out(results: Results) -> str:

@@ -35,7 +35,9 @@ class _Model(BaseModel):
 
 
 class Scores(_Model):
-    """A model's scores on one benchmark, as fractions."""
+    """A model's scores on one benchmark, as fractions, and any other metrics under their names."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
 
     avg_at_k: float | None = None
     greedy: float | None = None
@@ -43,6 +45,18 @@ class Scores(_Model):
     k: int
     samples: int | None = None
     """Samples per problem behind avg@k; k where it is not given."""
+
+    def value(self, metric: str) -> float | None:
+        """The number of any metric; None if there is none."""
+        found: float | None = getattr(self, metric, None)
+        return found
+
+
+class ShownMetric(_Model):
+    """How a metric is shown."""
+
+    label: str
+    unit: str = "%"
 
 
 class Costs(_Model):
@@ -111,6 +125,10 @@ class Results(_Model):
     created: str
     versions: dict[str, str | None] = Field(default_factory=dict)
     config: Any = None
+    metrics: dict[str, ShownMetric] = Field(default_factory=dict)
+    """All metrics of the run, by name."""
+    mean_over_benchmarks: dict[str, dict[str, float]] = Field(default_factory=dict)
+    """Algorithm (the base model among them) → metric → mean over seeds and benchmarks."""
     base: dict[str, Scores]
     base_curve: Evaluation | None = None
     """The point at step 0 that all learning curves start from."""
@@ -146,6 +164,13 @@ class Results(_Model):
         scores = self.base[benchmark]
         names = {"avg_at_k": f"avg@{scores.samples or scores.k}", "pass_at_k": f"pass@{scores.k}"}
         return names.get(metric, metric)
+
+    def mean(self, algorithm: str, benchmark: str, metric: str) -> float | None:
+        """The mean of any metric over the seeds that have it; None if there is none."""
+        own = [cell.metrics.get(benchmark) for cell in self.cells if cell.algorithm == algorithm]
+        own = [self.base[benchmark]] if algorithm == BASE else own
+        known = [v for scores in own if scores is not None and (v := scores.value(metric)) is not None]
+        return sum(known) / len(known) if known else None
 
     def row(self, algorithm: str, benchmark: str, metric: str) -> SummaryRow | None:
         """The summary of a metric; for the base model without one, its point value."""

@@ -37,6 +37,13 @@ def amount(value: float | None, unit: str = "") -> str:
     return f"{number} {' kMGTPE'[power].strip()}{unit}".strip()
 
 
+def plain(value: float | None, unit: str) -> str:
+    """A number of a metric: a fraction in per cent, anything else with four digits and a real minus."""
+    if value is None or unit == "%":
+        return percent(value)
+    return f"{value:.4g}".replace("-", "−")
+
+
 def seconds(value: float | None) -> str:
     """A duration: 41 s, 3 min 20 s, 2 h 5 min."""
     if value is None:
@@ -82,6 +89,40 @@ def score_table(results: Results, benchmark: str) -> Table:
         rows.append([Entry(algorithm), *entries, Entry(NONE if algorithm == BASE else str(seeds))])
     labels = [f"{results.label(metric, benchmark)} (%)" for metric in METRICS]
     return Table(["algorithm", *labels, "seeds"], rows)
+
+
+def mean_table(results: Results) -> Table | None:
+    """The mean of each metric over benchmarks, base model first, the best algorithm marked; None for one benchmark."""
+    means = results.mean_over_benchmarks
+    shown = [metric for metric in METRICS if any(metric in found for found in means.values())]
+    best = {m: max((own[m] for name, own in means.items() if name != BASE and m in own), default=None) for m in shown}
+    rows = [
+        [Entry(name), *(Entry(percent(own.get(m)), name != BASE and m in own and own[m] == best[m]) for m in shown)]
+        for name, own in means.items()
+    ]
+    labels = [{results.label(metric, benchmark) for benchmark in results.benchmarks} for metric in shown]
+    header = [f"{label.pop() if len(label) == 1 else metric} (%)" for label, metric in zip(labels, shown, strict=True)]
+    return Table(["algorithm", *header], rows) if rows else None
+
+
+def further_table(results: Results, benchmark: str | None) -> Table | None:
+    """The means of the metrics that have no interval, on a benchmark or (None) over all; None if there are none."""
+    algorithms, shown = (BASE, *results.algorithms), [name for name in results.metrics if name not in METRICS]
+
+    def value(algorithm: str, metric: str) -> float | None:
+        if benchmark is None:
+            return results.mean_over_benchmarks.get(algorithm, {}).get(metric)
+        return results.mean(algorithm, benchmark, metric)
+
+    columns = {metric: [value(algorithm, metric) for algorithm in algorithms] for metric in shown}
+    columns = {metric: values for metric, values in columns.items() if any(v is not None for v in values)}
+    kinds = [results.metrics[metric] for metric in columns]
+    header = [f"{kind.label} ({kind.unit})" if kind.unit else kind.label for kind in kinds]
+    rows = [
+        [Entry(name), *(Entry(plain(v, kind.unit)) for v, kind in zip(values, kinds, strict=True))]
+        for name, values in zip(algorithms, zip(*columns.values(), strict=True), strict=False)
+    ]
+    return Table(["algorithm", *header], rows) if rows else None
 
 
 def _best(results: Results, benchmark: str, metric: str) -> float | None:
@@ -188,6 +229,8 @@ def report_table(results: Results | Mapping[str, Any]) -> list[rich.table.Table]
         _rich(score_table(checked, benchmark), f"{benchmark}: mean and 95 % interval")
         for benchmark in checked.benchmarks
     ]
+    if (means := mean_table(checked)) is not None:
+        scores.append(_rich(means, "mean over benchmarks"))
     return [*scores, _rich(cost_table(checked), "costs: mean of a cell")]
 
 

@@ -1,0 +1,138 @@
+"""Running an evaluation: samples at temperature T and a greedy one per problem, scored, and the metrics of them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rlzoo.bad_rows import BadRows, told_of
+from rlzoo.config import EvaluationSettings
+from rlzoo.errors import UserError
+from rlzoo.evaluation.metrics import ProblemSamples, get_metric, metric_table
+from rlzoo.policy import Policy, score_rows
+from rlzoo.problems import Encoded, Problem, demonstrations, encode_problems
+from rlzoo.reward import Reward, get_reward
+from rlzoo.reward_call import means
+from rlzoo.rollout import Sampler, sampler_of
+from rlzoo.rollout.rollouts import judge, within_limits
+from rlzoo.types import Trajectory
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Scores of one policy on one problem set, and the outcome of every sample behind them."""
+
+    metrics: dict[str, float]
+    """The number of each metric of the table under its name, such as ``avg_at_k``, with ``k`` and ``samples``; and
+    ``reward/NAME`` for what the reward logged as the metric NAME of the samples."""
+    outcomes: list[dict[str, Any]]
+    """One row per sample: problem_id, prompt, decoding, sample, reward, correct, length, truncated, text. And, where
+    there is such a thing, ``logged`` and ``components`` of the reward as JSON, the ``answer`` that the reward reads in
+    the text, and ``gold_logp``, the log-prob of the problem's ``gold_tokens``, in nats."""
+
+
+def evaluate(
+    policy: Policy,
+    problems: Sequence[Problem],
+    reward: Any,
+    settings: EvaluationSettings | None = None,
+    seed: int = 0,
+    sampler: Sampler | None = None,
+    greedy: bool = True,
+    progress: Callable[[int], None] | None = None,
+    bad: BadRows | None = None,
+    metrics: Sequence[Any] | None = None,
+    token_budget: int = 8192,
+) -> Evaluation:
+    """Sample each problem ``settings.samples`` times, and once greedily, score the answers, and compute the metrics.
+
+    ``reward`` is anything that `get_reward` takes, such as a plain function; each of ``metrics`` anything that
+    `get_metric` takes (None: all of `metric_table`). ``token_budget`` is for the micro-batches of gold completions.
+
+    A sample with a reward of ``settings.correct_at`` or more is correct; a null reward counts as wrong. A problem that
+    cannot be encoded, or that the model cannot take, is an error, or goes to ``bad``; a solution of one has no part in
+    the log-likelihood. Raises UserError for no problems, k > samples, and a metric that fails.
+    """
+    settings, reward = settings or EvaluationSettings(), get_reward(reward)
+    if not problems:
+        raise UserError("there are no problems to evaluate on: give a problem set with at least one row")
+    if (most := max(settings.pass_ks)) > settings.samples:
+        raise UserError(f"pass@{most} needs as many samples, and there are {settings.samples}: change one")
+    table = metric_table(settings, reward.parts) if metrics is None else [get_metric(metric) for metric in metrics]
+    sampler = sampler or sampler_of(policy, settings)
+    encoded = within_limits(policy, sampler, encode_problems(policy.tokenizer, problems, bad), settings, bad)
+    sampled, logged = _outcomes(sampler, encoded, reward, settings, seed, False, progress)
+    best = _outcomes(sampler, encoded, reward, settings, seed, True, progress)[0] if greedy else []
+    gold: Sequence[Sequence[Sequence[float]]] = [()] * len(encoded)
+    if any(metric.scores_gold for metric in table):
+        gold = _gold_logp(policy, encoded, bad, token_budget)
+    n = settings.samples
+    seen = []
+    for i, one in enumerate(encoded):
+        of_problem = sampled[n * i : n * (i + 1)]
+        if gold[i]:
+            told = {"gold_logp": sum(map(sum, gold[i])), "gold_tokens": sum(map(len, gold[i]))}
+            for row in (*of_problem, *best[i : i + 1]):
+                row |= told
+        seen.append(ProblemSamples(one.problem, of_problem, best[i] if greedy else None, gold[i]))
+    numbers = {metric.name: metric.average(seen) for metric in table}
+    found = {name: value for name, value in numbers.items() if value is not None}
+    found |= {"k": settings.pass_k, "samples": n, **{f"reward/{name}": value for name, value in logged.items()}}
+    return Evaluation(found, sampled + best)
+
+
+def gold_rows(policy: Policy, problems: Sequence[Encoded], bad: BadRows | None = None) -> list[list[Trajectory]]:
+    """Each problem's gold completions. One that cannot be encoded, or that the model cannot take, is left out."""
+    rows = []
+    with told_of(bad) as bad:
+        for encoded in problems:
+            unfit = BadRows("drop")
+            rows.append(demonstrations(policy.tokenizer, [encoded.problem], None, unfit, policy.row_check()))
+            if (summary := unfit.summary()) is not None:
+                bad.note(encoded.problem.told, {"gold completions without a log-likelihood": summary["first"][0]})
+    return rows
+
+
+def _gold_logp(
+    policy: Policy, problems: Sequence[Encoded], bad: BadRows | None, token_budget: int
+) -> list[list[list[float]]]:
+    """The log-probs of the tokens of each problem's gold completions, at temperature 1."""
+    rows = gold_rows(policy, problems, bad)
+    flat = [(row.prompt_ids, row.completion_ids) for some in rows for row in some]
+    scored = iter(score_rows(policy, flat, token_budget))
+    return [[next(scored) for _ in some] for some in rows]
+
+
+def _outcomes(
+    sampler: Sampler,
+    problems: Sequence[Encoded],
+    reward: Reward,
+    settings: EvaluationSettings,
+    seed: int,
+    greedy: bool,
+    progress: Callable[[int], None] | None,
+) -> tuple[list[dict[str, Any]], dict[str, float]]:
+    """One row per sample, and the means of what the reward logged."""
+    sampled = sampler.sample([p.ids for p in problems], settings, seed, greedy=greedy, progress=progress)
+    flat = [(p, n, s) for p, samples in zip(problems, sampled, strict=True) for n, s in enumerate(samples)]
+    scores = judge(reward, [(p, s) for p, _, s in flat])
+    rows = [
+        {
+            "problem_id": problem.problem.id,
+            "prompt": problem.text,
+            "decoding": "greedy" if greedy else "sample",
+            "sample": number,
+            "reward": score.value,
+            "correct": score.value is not None and score.value >= settings.correct_at,
+            "length": len(sample.ids),
+            "truncated": sample.truncated,
+            "text": sample.text,
+            **({"logged": json.dumps(score.extra)} if score.extra else {}),
+            **({"components": json.dumps(score.parts)} if len(score.parts) > 1 else {}),
+            **({} if score.answer is None else {"answer": score.answer}),
+        }
+        for (problem, number, sample), score in zip(flat, scores, strict=True)
+    ]
+    return rows, means([score.metrics for score in scores])

@@ -1,0 +1,264 @@
+"""Metrics as a table: each is a name, a label, and a function from one problem's samples to a number."""
+
+from __future__ import annotations
+
+import json
+import math
+import numbers
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from rlzoo.errors import UserError
+from rlzoo.registry import Registry, told
+
+if TYPE_CHECKING:
+    from rlzoo.config import EvaluationSettings
+    from rlzoo.problems import Problem
+
+
+@dataclass(frozen=True)
+class ProblemSamples:
+    """What a metric sees of one problem. A sample is a row of outcomes.parquet: its text, reward, correct, length, …"""
+
+    problem: Problem
+    samples: Sequence[Mapping[str, Any]]
+    """The completions sampled at the evaluation's temperature."""
+    greedy: Mapping[str, Any] | None = None
+    """The greedy completion; None where there was no greedy decoding."""
+    gold_logp: Sequence[Sequence[float]] = ()
+    """The policy's log-probs of the tokens of each gold completion, in nats."""
+
+
+@dataclass(frozen=True)
+class Total:
+    """A sum and what it is divided by: problems with more samples or tokens count for more in the average."""
+
+    total: float
+    count: float
+
+
+Found = float | Total | None
+"""A problem's number, averaged over problems; or its part of an average over samples or tokens; or none."""
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A row of the table of metrics. A metric that no problem has a number for is left out of the results."""
+
+    name: str
+    """Its key in results.json."""
+    of: Callable[[ProblemSamples], Found]
+    label: str = ""
+    """What reports call it; its name by default."""
+    unit: str = "%"
+    """``%``: a fraction, shown as a percentage; anything else: shown as the unit of a plain number."""
+    scores_gold: bool = False
+    """Whether it reads ``gold_logp``, which takes a forward pass over the gold completions."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "label", self.label or self.name.replace("_", " "))
+        for name in ("__module__", "__qualname__", "__doc__"):  # which errors tell two metrics of one name apart by
+            object.__setattr__(self, name, getattr(self.of, name, None))
+
+    def average(self, problems: Sequence[ProblemSamples]) -> float | None:
+        """Σ totals / Σ counts over the problems that have one. Raises UserError for what is not a finite number."""
+        found = [value for value in map(self._value, problems) if value is not None]
+        count = np.sum([value.count for value in found])
+        return float(np.sum([value.total for value in found]) / count) if count else None
+
+    def shown(self, value: float) -> str:
+        """A number of it with its unit, for people."""
+        return f"{value:.1%}" if self.unit == "%" else f"{value:.4g} {self.unit}".rstrip()
+
+    def _value(self, problem: ProblemSamples) -> Total | None:
+        where = f"metric {self.name!r} on {problem.problem.told}"
+        try:
+            value = self.of(problem)
+        except Exception as error:
+            raise UserError(f"{where}: {told(error)}") from error
+        if value is None:
+            return None
+        value = value.item() if hasattr(value, "item") else value  # of an array or a tensor
+        total, count = (value.total, value.count) if isinstance(value, Total) else (value, 1)
+        if not all(isinstance(each, numbers.Real) and math.isfinite(each) for each in (total, count)):
+            raise UserError(f"{where}: it returned {value!r:.60}: return a finite number, a Total, or None")
+        return Total(float(total), float(count))
+
+
+_metrics: Registry[Metric] = Registry("metric", "rlzoo.evaluation", "rlzoo.metrics")
+
+
+def register_metric(metric: Metric) -> Metric:
+    """Make a metric known under its name, for ``evaluation.metrics``. Raises UserError if the name is taken."""
+    return _metrics.add(metric.name, metric)
+
+
+def list_metrics() -> list[str]:
+    """The names of all registered metrics: built-ins and those of installed packages' entry points."""
+    return sorted(get_metric(metric).name for _, metric in _metrics.items())
+
+
+def get_metric(spec: Any) -> Metric:
+    """The metric that a name, ``package.module:Name`` or ``path/to/file.py:Name`` stands for.
+
+    A function is a metric of its own name. Raises UserError for an unknown name and for what is not a metric.
+    """
+    found = _metrics.get(spec) if isinstance(spec, str) else spec
+    if isinstance(found, Metric):
+        return found
+    if not callable(found) or isinstance(found, type):
+        wanted = "give a Metric, or a function from ProblemSamples to a number"
+        raise UserError(f"metric {spec!r:.200} is {type(found).__name__}: {wanted}")
+    return Metric(getattr(found, "__name__", type(found).__name__), found)
+
+
+# The built-in metrics
+
+
+def pass_at_k(correct: Int[np.ndarray, "*n"], n: Int[np.ndarray, "*n"], k: int) -> Float[np.ndarray, "*n"]:
+    """The unbiased chance that one of k samples is correct, from c of n correct: 1 - C(n-c, k) / C(n, k).
+
+    Computed as 1 - Π_{j<k} (n-c-j)/(n-j), which neither overflows nor cancels. Source: arXiv 2107.03374.
+    Raises UserError for k < 1 or k > n, ValueError for counts that are not 0 ≤ c ≤ n.
+    """
+    correct, n = np.asarray(correct), np.asarray(n)
+    if np.any(correct < 0) or np.any(correct > n):
+        raise ValueError("pass_at_k needs 0 ≤ correct ≤ n")
+    if k < 1 or (n.size and k > n.min()):
+        fewest = int(n.min()) if n.size else 0
+        raise UserError(f"pass@{k} needs 1 ≤ k ≤ samples per problem, which is {fewest}: change k or take more samples")
+    drawn = np.arange(k)
+    failures = np.maximum((n - correct)[..., None] - drawn, 0)
+    missed: Float[np.ndarray, "*n"] = 1.0 - np.prod(failures / (n[..., None] - drawn), axis=-1)
+    return missed
+
+
+def _total(values: Sequence[float]) -> Total:
+    return Total(sum(values), len(values))
+
+
+def _hits(problem: ProblemSamples) -> int:
+    return sum(sample["correct"] for sample in problem.samples)
+
+
+def _average(problem: ProblemSamples) -> Total:
+    """The share of correct samples: the expected score of one sample."""
+    return Total(_hits(problem), len(problem.samples))
+
+
+def _greedy(problem: ProblemSamples) -> float | None:
+    """Whether the greedy completion is correct."""
+    return None if problem.greedy is None else float(problem.greedy["correct"])
+
+
+def _majority(problem: ProblemSamples) -> float:
+    """Whether the answer that most samples give is correct; of several such answers, their mean.
+
+    A sample's answer is what its reward says (``answer_of``), or else its text, whatever its case and blanks. A sample
+    without an answer has no vote; where none votes, the score is 0. Source: arXiv 2203.11171.
+    """
+    votes: dict[str, list[bool]] = {}
+    for sample in problem.samples:
+        answer = sample.get("answer")
+        answer = " ".join(sample["text"].split()).casefold() if answer is None else answer
+        if answer:
+            votes.setdefault(answer, []).append(sample["correct"])
+    most = max(map(len, votes.values()), default=0)
+    winners = [sum(voters) / most for voters in votes.values() if len(voters) == most]
+    return sum(winners) / len(winners) if winners else 0.0
+
+
+def _length(problem: ProblemSamples) -> Total:
+    """The tokens of a completion."""
+    return _total([sample["length"] for sample in problem.samples])
+
+
+def _truncation(problem: ProblemSamples) -> Total:
+    """The share of samples that reached ``max_new_tokens`` and were cut."""
+    return _total([sample["truncated"] for sample in problem.samples])
+
+
+def _log_likelihood(problem: ProblemSamples) -> Total | None:
+    """log π_θ(y | x) of the gold completions at temperature 1, end of sequence included, in nats per token."""
+    tokens = [logp for completion in problem.gold_logp for logp in completion]
+    return _total(tokens) if tokens else None
+
+
+AVERAGE = register_metric(Metric("avg_at_k", _average, "avg@k"))
+GREEDY = register_metric(Metric("greedy", _greedy, "greedy"))
+MAJORITY = register_metric(Metric("maj_at_k", _majority, "maj@k"))
+LENGTH = register_metric(Metric("mean_length", _length, "mean length", "tokens"))
+TRUNCATION = register_metric(Metric("truncated", _truncation, "truncated"))
+LOG_LIKELIHOOD = register_metric(
+    Metric("log_likelihood", _log_likelihood, "held-out log-likelihood", "nats per token", scores_gold=True)
+)
+
+
+def pass_metric(k: int, name: str | None = None) -> Metric:
+    """pass@k by the estimate of `pass_at_k`; its name is ``pass_at_8`` for k = 8, unless it is given."""
+
+    def estimate(problem: ProblemSamples) -> float:
+        return float(pass_at_k(np.array(_hits(problem)), np.array(len(problem.samples)), k))
+
+    return Metric(name or f"pass_at_{k}", estimate, f"pass@{k}")
+
+
+def component_metric(part: str) -> Metric:
+    """The mean of one component of the reward, over the samples that have one."""
+
+    def component(problem: ProblemSamples) -> Total:
+        values = [json.loads(sample["components"])[part] for sample in problem.samples if sample.get("components")]
+        return _total([value for value in values if value is not None])
+
+    return Metric(f"component/{part}", component, part, "mean reward")
+
+
+RESERVED = ("k", "samples")
+"""Keys of the results beside the metrics."""
+
+
+def metric_table(settings: EvaluationSettings, parts: Sequence[str] = ()) -> list[Metric]:
+    """The metrics of an evaluation: the built-in ones, a row per k, a row per component of a reward with several
+    ``parts``, and ``settings.metrics``.
+
+    Raises UserError as `get_metric`, and for two metrics of one name.
+    """
+    first, *others = settings.pass_ks
+    table = [
+        replace(AVERAGE, label=f"avg@{settings.samples}"),
+        GREEDY,
+        pass_metric(first, "pass_at_k"),
+        *map(pass_metric, others),
+        replace(MAJORITY, label=f"maj@{settings.samples}"),
+        LENGTH,
+        TRUNCATION,
+        LOG_LIKELIHOOD,
+        *(component_metric(part) for part in parts if len(parts) > 1),
+    ]
+    there = {metric.name: metric for metric in table}
+    for metric in map(get_metric, settings.metrics):
+        same = there.get(metric.name)
+        if same is not None and same.of is metric.of:
+            continue
+        if same is not None or metric.name in RESERVED or metric.name.startswith("reward/"):
+            raise UserError(f"evaluation.metrics: the results have a {metric.name!r} already: give it another name")
+        there[metric.name] = metric
+    return list(there.values())
+
+
+def mean_over_benchmarks(cells: Sequence[Mapping[str, Mapping[str, float | None]]]) -> dict[str, float]:
+    """The mean of each metric over seeds and benchmarks, each of which counts the same, however many problems it has.
+
+    ``cells`` are one algorithm's, benchmark → metric → number. A metric that a benchmark lacks is left out.
+    """
+    found: dict[str, list[float]] = {}
+    rows = [benchmark for cell in cells for benchmark in cell.values()]
+    for row in rows:
+        for name, value in row.items():
+            if name not in RESERVED and value is not None:
+                found.setdefault(name, []).append(value)
+    return {name: sum(values) / len(rows) for name, values in found.items() if len(values) == len(rows)}

@@ -1,0 +1,136 @@
+"""Batches to test objectives on: random rows of every kind, with rubbish where a loss must not look."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from rlzoo.inputs import Input, Snapshot, Stage
+from rlzoo.objective import Objective, is_composite
+from rlzoo.types import TokenBatch
+
+GROUPS = (4, 4, 3, 2, 1)
+FLAT_GROUP = slice(4, 8)
+"""The rows of a group of equal rewards."""
+SINGLE_TOKEN, EMPTY = (1, 6, 9), (3, 7)
+ROWS, LENGTH = sum(GROUPS), 11
+PADDING = (math.nan, math.inf, -math.inf, 1e9, 0.0)
+
+
+def random_batch(objective: Objective, seed: int = 0, padding: Sequence[float] = PADDING) -> TokenBatch:
+    """Fourteen rows with all that an objective asks for, in float64, and rubbish at masked positions.
+
+    Among them: a group of equal rewards, a group of one, rows of one token or none. Pairs are consecutive.
+    """
+    draw = torch.Generator().manual_seed(seed)
+    length = torch.randint(2, LENGTH + 1, (ROWS,), generator=draw)
+    length[list(SINGLE_TOKEN)], length[list(EMPTY)] = 1, 0
+    mask = torch.arange(LENGTH) < length[:, None]
+    rubbish = torch.tensor(padding, dtype=torch.float64).repeat(ROWS * LENGTH)[: ROWS * LENGTH].view(ROWS, LENGTH)
+
+    def padded(values: Tensor) -> Tensor:
+        return torch.where(mask, values, rubbish) if values.ndim == 2 and values.is_floating_point() else values
+
+    logp = -torch.randn(ROWS, LENGTH, dtype=torch.float64, generator=draw).abs() - 0.01
+    reward = torch.rand(ROWS, dtype=torch.float64, generator=draw).round(decimals=1)
+    reward[FLAT_GROUP] = 1.0
+    better = torch.arange(0, ROWS, 2) + torch.randint(0, 2, (ROWS // 2,), generator=draw)
+    inputs: dict[str, Tensor] = {}
+    for one in sorted(inputs_of(objective), key=lambda one: one.is_statistic):
+        if not one.gives_logits:  # statistics are those of the policy at the start of the batch, where that is there
+            inputs[one.key] = one.example(inputs.get("snapshot_logp", logp), draw)
+    inputs = {key: padded(value) for key, value in inputs.items()}
+    for key in keys_with_graph(objective):
+        inputs[key].requires_grad_()
+    return TokenBatch(
+        padded(logp).requires_grad_(),
+        mask,
+        reward=reward,
+        group=torch.arange(len(GROUPS)).repeat_interleave(torch.tensor(GROUPS)),
+        partner=torch.arange(ROWS).view(-1, 2).flip(1).flatten(),
+        chosen=torch.zeros(ROWS, dtype=torch.bool).index_fill(0, better, True),
+        inputs=inputs,
+    )
+
+
+def inputs_of(objective: Objective) -> list[Input]:
+    """What an objective, or any part of it, asks for: each input once."""
+    return list(dict.fromkeys(one for part in objective.parts for one in part.objective.requires))
+
+
+def keys_with_graph(objective: Objective) -> list[str]:
+    """The keys of inputs that come with a graph: what modules make of hidden states."""
+    forward = [one for one in inputs_of(objective) if one.stage is Stage.FORWARD]
+    return [one.key for one in forward if not one.is_statistic and not one.gives_logits]
+
+
+def prepared(objective: Objective, batch: TokenBatch) -> TokenBatch:
+    """Prepared as the trainer does it: without log-probs unless something has the policy scored.
+
+    A composite's parts are prepared by `surrogate`.
+    """
+    if is_composite(type(objective)):
+        return batch
+    known = batch.detach()
+    if not objective.is_coupled and not any(isinstance(one, Snapshot) for one in objective.requires):
+        later = [one.key for one in objective.requires if one.stage is Stage.FORWARD]
+        known = known.replace(logp=None, **dict.fromkeys(later))
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(batch.dtype)  # that of log-probs which are not there yet
+    try:
+        with torch.no_grad():
+            fixed = objective.prepare(known)
+    finally:
+        torch.set_default_dtype(default)
+    return fixed.replace(logp=batch.logp, inputs={**fixed.inputs, **batch.inputs})
+
+
+def leaves(batch: TokenBatch) -> list[Tensor]:
+    """What a loss is differentiated in: log-probs, and inputs with a graph."""
+    return [batch.logp, *(value for value in batch.inputs.values() if value.requires_grad)]
+
+
+def gradients(loss: Tensor, batch: TokenBatch) -> Float[Tensor, " G"]:
+    """The gradient in all `leaves` of a batch, as one vector; 0 where the loss does not look."""
+    own = leaves(batch)
+    found = torch.autograd.grad(loss, own, allow_unused=True, retain_graph=True)
+    pairs = zip(own, found, strict=True)
+    return torch.cat([(torch.zeros_like(leaf) if g is None else g).flatten() for leaf, g in pairs])
+
+
+def wider(batch: TokenBatch, extra: int) -> TokenBatch:
+    """The same batch with so many more masked positions, full of NaN, at its end."""
+
+    def widened(value: Tensor) -> Tensor:
+        if value.ndim != 2:
+            return value
+        filler = math.nan if value.is_floating_point() else 0
+        return torch.cat([value, value.new_full((len(value), extra), filler)], dim=1)
+
+    return _mapped(batch, widened)
+
+
+def cast(batch: TokenBatch, dtype: torch.dtype) -> TokenBatch:
+    """The batch with all its floating-point tensors rounded to ``dtype``, as fresh leaves."""
+
+    def rounded(value: Tensor) -> Tensor:
+        if not value.is_floating_point():
+            return value
+        return value.detach().to(dtype).requires_grad_(value.requires_grad)
+
+    return _mapped(batch, rounded)
+
+
+def _mapped(batch: TokenBatch, function: Callable[[Tensor], Tensor]) -> TokenBatch:
+    fields = {name: batch.get(name) for name in ("logp", "mask", "advantage", "reward")}
+    changed = {name: function(value) for name, value in {**fields, **batch.inputs}.items() if value is not None}
+    return batch.replace(**changed)
+
+
+def permutation(size: int, seed: int = 0) -> Int[Tensor, " N"]:
+    """A random order that is always the same."""
+    return torch.randperm(size, generator=torch.Generator().manual_seed(seed))

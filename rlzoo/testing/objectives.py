@@ -1,0 +1,319 @@
+"""`check_objective`: the contract on random batches, one small check each."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from rlzoo.errors import UserError
+from rlzoo.objective import Objective, get_objective, is_composite, reduce, surrogate, surrogate_of
+from rlzoo.registry import told
+from rlzoo.testing.batches import (
+    LENGTH,
+    ROWS,
+    cast,
+    gradients,
+    keys_with_graph,
+    permutation,
+    prepared,
+    random_batch,
+    wider,
+)
+from rlzoo.testing.engine import check_analysis, check_training
+from rlzoo.testing.logits import LossInLogits, check_logits, is_random
+from rlzoo.types import Coefficients, Coupling, TokenBatch
+
+Loss = Callable[[TokenBatch], Tensor]
+"""A loss as its paper writes it, of a batch [B, T] without advantages: a scalar that autograd differentiates."""
+Check = Callable[[Objective, Loss | None], None]
+
+SEEDS = range(4)
+EXACT, SUMMED = 1e-10, 1e-11
+"""Relative differences: of a gradient and that of another formula, and of sums in another order, in float64."""
+
+
+def check_objective(
+    objective: Objective | str,
+    loss: Loss | None = None,
+    *,
+    loss_in_logits: LossInLogits | None = None,
+    through_trainer: bool = True,
+) -> None:
+    """Check an objective against the ``loss`` of its paper, and for all that the trainer and the analyzer rely on.
+
+    ``loss`` gets a batch [B, T] with everything that ``requires`` lists, log-probs in nats and float64, and rubbish
+    at masked positions. Its gradient in log-probs, and in what modules of inputs give, must be that of the objective,
+    and its value the loss that the objective reports; without it both go unchecked. The loss of an objective with a
+    `logit_term` is ``loss_in_logits(mask [B, T], logits [B, T, V], reference logits [B, T, V], target [B, T])``.
+
+    Checked besides: that masked positions do not count, that coefficients carry no graph, any order of rows, any
+    padding, any split into micro-batches, batches with every token masked, float32 and bfloat16; and, unless
+    ``through_trainer`` is False, two steps of the trainer on the embedded model and the variance analyzer. It takes a
+    fraction of a second, and one or two with these. Raises AssertionError, which says what failed in one line, and
+    UserError for an objective that cannot be found or built.
+    """
+    found = get_objective(objective) if isinstance(objective, str) else objective
+    for check, where in CHECKS.items():
+        _run(found, where, lambda check=check: check(found, loss))  # type: ignore[misc]
+    random = False
+    if found.has_logit_term:
+        _run(found, "on random logits", lambda: check_logits(found, loss_in_logits))
+        random = is_random(found)
+    if through_trainer:
+        _run(found, "in the trainer", lambda: check_training(found, random))
+        _run(found, "in the variance analyzer", lambda: check_analysis(found))
+
+
+def _run(objective: Objective, where: str, check: Callable[[], None]) -> None:
+    try:
+        check()
+    except AssertionError:
+        raise
+    except UserError as error:
+        raise AssertionError(f"objective {objective.name!r} fails {where}: {error}") from error
+    except Exception as error:
+        raise AssertionError(f"objective {objective.name!r} fails {where}: {told(error)}") from error
+
+
+def _demand(objective: Objective, holds: bool, message: str) -> None:
+    if not holds:
+        raise AssertionError(f"objective {objective.name!r} {message}")
+
+
+def _gap(ours: Tensor, theirs: Tensor) -> float:
+    """The distance of two tensors, relative to the second."""
+    ours, theirs = ours.detach(), theirs.detach()
+    return float((ours - theirs).norm()) / max(float(theirs.norm()), 1e-30)
+
+
+def _kinds(objective: Objective, _: Loss | None) -> None:
+    """Coefficients, metrics and the reported loss are of the right shape, carry no graph, and are finite."""
+    if is_composite(type(objective)):
+        return
+    batch = random_batch(objective)
+    fixed = {
+        one.key: batch[one.key].clone().requires_grad_()
+        for one in objective.requires
+        if one.key in batch.inputs and not batch[one.key].requires_grad and batch[one.key].is_floating_point()
+    }
+    ready = prepared(objective, batch).replace(**fixed)
+    found = objective.coefficients(ready)
+    shape = tuple(found.values.shape)
+    _demand(objective, shape == (ROWS, LENGTH), f"gives coefficients of shape {shape}: give one per token, {_SHAPE}")
+    others = {**found.metrics, **({} if found.loss is None else {"loss": found.loss})}
+    for name, value in others.items():
+        fits = tuple(value.shape) in ((ROWS, LENGTH), (ROWS,))
+        _demand(objective, fits, f"gives {name!r} of shape {tuple(value.shape)}: give {_SHAPE} or [B], not reduced")
+    for name, value in {"coefficients": found.values, **others}.items():
+        _demand(objective, not value.requires_grad, f"gives {name} with a graph: detach them")
+
+
+_SHAPE = "[B, T]"
+
+
+def _finite(objective: Objective, _: Loss | None) -> None:
+    """No NaN from rows of one token, of none, or groups of one or of equal rewards, and the same every time."""
+    clean = random_batch(objective, padding=(0.0,))
+    first, second = (gradients(surrogate(objective, prepared(objective, clean)), clean) for _ in range(2))
+    among = "finite on rows with one token or none, and groups of one row or of equal rewards"
+    _demand(objective, _is_finite(first), f"has a gradient that is not {among}: divide by no length or spread of 0")
+    loss = _reported_loss(objective, clean)
+    _demand(objective, loss is None or _is_finite(loss), f"reports a loss that is not {among}")
+    same = torch.equal(first, second)
+    _demand(objective, same, "gives another gradient the second time: draw with a torch.Generator of a fixed seed")
+
+
+def _masked(objective: Objective, _: Loss | None) -> None:
+    """What stands at masked positions does not count, and nothing is learned there."""
+    clean, *dirty = (random_batch(objective, padding=(x,)) for x in (0.0, float("nan"), float("inf"), -1e9))
+    loss = surrogate(objective, prepared(objective, clean))
+    gradient = gradients(loss, clean)
+    for batch in dirty:
+        other = surrogate(objective, prepared(objective, batch))
+        same = torch.equal(other, loss) and torch.equal(gradients(other, batch), gradient)
+        reported = _reported_loss(objective, clean), _reported_loss(objective, batch)
+        same = same and (reported[0] is None or torch.equal(*reported))  # type: ignore[arg-type]
+        _demand(objective, same, f"looks at masked positions, which may hold anything: {_WHERE}")
+    for leaf in torch.split(gradient, ROWS * LENGTH):
+        outside = leaf.view(ROWS, LENGTH)[~clean.mask]
+        _demand(objective, not outside.any(), f"has a gradient at masked positions: {_WHERE}")
+
+
+_WHERE = "use torch.where(batch.mask, x, 0), as x * batch.mask keeps NaN"
+
+
+def _gradient(objective: Objective, loss: Loss | None) -> None:
+    """The gradient is that of the loss, whether or not the batch was prepared before."""
+    for seed in SEEDS:
+        batch = random_batch(objective, seed)
+        ours = gradients(surrogate(objective, prepared(objective, batch)), batch)
+        unprepared = gradients(surrogate(objective, batch), batch)
+        gap = _gap(unprepared, ours)
+        _demand(objective, gap <= 1e-12, "has another gradient where prepare gets the policy's log-probs")
+        if loss is not None:
+            theirs = _gradient_of_the_loss(objective, loss, batch)
+            message = f"has a gradient that is not that of the loss{_told(ours, theirs)}"
+            _demand(objective, _gap(ours, theirs) <= EXACT, message)
+
+
+def _gradient_of_the_loss(objective: Objective, loss: Loss, batch: TokenBatch) -> Tensor:
+    value = loss(batch)
+    name = objective.name
+    if value.ndim or not value.requires_grad:
+        raise AssertionError(f"the loss given for {name!r} must be a scalar, computed from batch.logp and its graph")
+    found = gradients(value, batch)
+    if not _is_finite(found) or not _is_finite(value):
+        raise AssertionError(f"the loss given for {name!r} looks at masked positions: take batch.logp[batch.mask]")
+    if not found.any():
+        raise AssertionError(f"the loss given for {name!r} has no gradient on a random batch, so it checks nothing")
+    return found
+
+
+def _told(ours: Tensor, theirs: Tensor) -> str:
+    """How two gradients differ."""
+    ratio = float(ours @ theirs / (theirs @ theirs))
+    if ratio and _gap(ours, ratio * theirs) < EXACT:
+        return ": it has the opposite sign" if abs(ratio + 1) < EXACT else f": it is {ratio:.6g} times as large"
+    return f" (relative difference {_gap(ours, theirs):.2g})"
+
+
+def _reported_loss(objective: Objective, batch: TokenBatch) -> Tensor | None:
+    """The loss that training reports, where that is not -c log p; without auxiliary losses, reported apart."""
+    if is_composite(type(objective)):
+        return None
+    ready = prepared(objective, batch)
+    reported = objective.coefficients(ready.detach()).loss
+    if reported is None:
+        return None
+    return reduce(reported, ready, objective.normaliser, objective.normaliser.denominator(ready))
+
+
+def _reported(objective: Objective, loss: Loss | None) -> None:
+    """The reported loss is the loss, without auxiliary losses."""
+    if loss is None or is_composite(type(objective)):
+        return
+    for seed in SEEDS:
+        batch = random_batch(objective, seed).replace(**dict.fromkeys(keys_with_graph(objective)))
+        ours = _reported_loss(objective, batch)
+        if ours is None:
+            ours = surrogate(objective, prepared(objective, batch))
+        ours, theirs = ours.detach(), loss(batch).detach()
+        close = abs(float(ours - theirs)) <= EXACT * max(1.0, abs(float(theirs)))
+        message = (
+            f"reports the loss {float(ours):.6g} where it is {float(theirs):.6g}: give it as Coefficients(…, loss=)"
+        )
+        _demand(objective, close, message)
+
+
+def _order(objective: Objective, _: Loss | None) -> None:
+    for seed in SEEDS:
+        batch = random_batch(objective, seed)
+        _same(objective, batch, batch.rows(permutation(ROWS, seed), LENGTH), "depends on the order of rows")
+
+
+def _padding(objective: Objective, _: Loss | None) -> None:
+    batch = random_batch(objective, 3)
+    advice = "use batch.mask.sum(1), not the width of a batch"
+    _same(objective, batch, wider(batch, 3), f"depends on how far rows are padded: {advice}")
+
+
+def _same(objective: Objective, batch: TokenBatch, changed: TokenBatch, fault: str) -> None:
+    """The loss and its gradient in the first batch, of which the second is made."""
+    loss, other = (surrogate(objective, prepared(objective, one)) for one in (batch, changed))
+    gap = max(_gap(other, loss), _gap(gradients(other, batch), gradients(loss, batch)))
+    _demand(objective, gap <= SUMMED, f"{fault} (relative difference {gap:.2g})")
+
+
+def _split(objective: Objective, _: Loss | None) -> None:
+    """The sum over micro-batches is the whole."""
+    if is_composite(type(objective)):
+        return
+    batch = random_batch(objective, 1)
+    ready = prepared(objective, batch)
+    whole, denominator = surrogate(objective, ready), objective.normaliser.denominator(ready)
+    for units in (1, 2, 5):
+        indices = _micro_batches(objective, ready, units)
+        total = sum(objective.normaliser.denominator(ready.rows(index, LENGTH)) for index in indices)
+        _demand(objective, total == denominator, "has a normaliser whose denominators do not add up")
+        summed = _summed(objective, ready, indices)
+        gap = max(_gap(summed, whole), _gap(gradients(summed, batch), gradients(whole, batch)))
+        advice = "does a coefficient look at other rows? do so in advantages, which see the whole batch, or set couples"
+        _demand(objective, gap <= SUMMED, f"depends on how a batch is split into micro-batches: {advice}")
+
+
+def _micro_batches(objective: Objective, batch: TokenBatch, units: int) -> list[Tensor]:
+    """Rows in micro-batches of so many groups or pairs, in another order than that of the batch."""
+    if objective.couples is Coupling.GROUP:
+        assert batch.group is not None
+        together = [(batch.group == group).nonzero().flatten() for group in set(batch.group.tolist())]
+    else:
+        together = list(torch.arange(ROWS).view(-1, 2))
+    order = permutation(len(together)).tolist()
+    shuffled = [together[place] for place in order]
+    return [torch.cat(shuffled[i : i + units]) for i in range(0, len(shuffled), units)]
+
+
+def _summed(objective: Objective, ready: TokenBatch, indices: Sequence[Tensor]) -> Tensor:
+    """The surrogate as a sum over micro-batches."""
+    denominator = objective.normaliser.denominator(ready)
+    coefficients = objective.coefficients(ready.detach()).values if objective.is_coupled else None
+    total = torch.zeros((), dtype=ready.dtype)
+    for index in indices:
+        width = max(int(ready.mask[index].sum(1).max()), 1)
+        part = ready.rows(index, width)
+        if coefficients is None:
+            total = total + surrogate(objective, part, denominator)
+        else:  # they look at the whole batch, and are known before the first backward pass
+            total = total + surrogate_of(Coefficients(coefficients[index, :width]), objective, part, denominator)
+    return total
+
+
+def _nothing(objective: Objective, _: Loss | None) -> None:
+    """A batch in which every token is masked is worth 0."""
+    batch = random_batch(objective).replace(mask=torch.zeros(ROWS, LENGTH, dtype=torch.bool))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "every token of the batch is masked")
+        loss = surrogate(objective, prepared(objective, batch))
+    none = float(loss.detach()) == 0 and not gradients(loss, batch).any()
+    _demand(objective, none, "has a loss or a gradient where every token is masked: both must be 0")
+
+
+def _precision(objective: Objective, _: Loss | None) -> None:
+    """In float32 and bfloat16 all is computed in the dtype of log-probs, near to float64 on the same numbers."""
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2)):
+        low = cast(random_batch(objective), dtype)
+        high = cast(low, torch.float64)
+        loss = surrogate(objective, prepared(objective, low))
+        advice = "give constants the dtype of the batch, as in torch.tensor(x, dtype=batch.dtype)"
+        message = f"computes in {loss.dtype} where log-probs are {dtype}: {advice}"
+        _demand(objective, loss.dtype == dtype, message)
+        exact = gradients(surrogate(objective, prepared(objective, high)), high)
+        gap = _gap(gradients(loss, low).double(), exact)
+        _demand(
+            objective, gap <= tolerance, f"loses precision in {dtype}: its gradient is off by {gap:.2g} of its size"
+        )
+
+
+def _is_finite(value: Tensor) -> bool:
+    return bool(torch.isfinite(value).all())
+
+
+CHECKS: dict[Check, str] = {
+    _kinds: "on a random batch",
+    _finite: "on a random batch",
+    _masked: "on a batch with rubbish at masked positions",
+    _order: "with rows in another order",
+    _padding: "on a batch with more padding",
+    _split: "in micro-batches",
+    _nothing: "where every token is masked",
+    _gradient: "on a random batch",
+    _reported: "on a random batch",
+    _precision: "in lower precision",
+}
+"""Each check, and where it looks, for the message of an objective that raises something there.
+
+What has a cause that can be named comes before the gradient, which sees most faults but cannot tell them apart.
+"""

@@ -1,0 +1,48 @@
+"""Batches to try coefficients on: from probabilities written by hand, and random ones with every input there is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from rlzoo import testing
+from rlzoo.inputs import Behaviour, Critic, Input, Mismatched, Reference, Snapshot, Statistic, Truncated
+from rlzoo.objective import Objective
+from rlzoo.testing.batches import PADDING
+from rlzoo.types import TokenBatch
+
+SEEDS = range(2)
+
+
+@dataclass(frozen=True)
+class Everything(Objective):
+    """Asks for all built-in inputs."""
+
+    name: ClassVar[str] = "everything"
+    requires: ClassVar[tuple[Input, ...]] = (
+        Behaviour(), Reference(), Snapshot(), Snapshot("value"), Critic(), Truncated(), Mismatched(),
+        *(Statistic(name) for name in ("entropy", "top_entropy", "square_mass")),
+    )  # fmt: skip
+
+
+def random_batch(seed: int, padding: Sequence[float] = PADDING) -> TokenBatch:
+    """The random batch of `rlzoo.testing`, with every built-in input."""
+    return testing.random_batch(Everything(), seed, padding)
+
+
+def hand_batch(probabilities: list[list[float]], **columns: Any) -> TokenBatch:
+    """A batch from token probabilities; rows are padded to the longest with 0, which is masked."""
+    width = max(map(len, probabilities))
+    table = torch.tensor([row + [0.0] * (width - len(row)) for row in probabilities], dtype=torch.float64)
+    return TokenBatch(logp=table.log().requires_grad_(), mask=table > 0, **columns)
+
+
+def assert_same(ours: Tensor, theirs: Tensor, tolerance: float = 1e-10) -> None:
+    """Equal up to ``tolerance`` relative to the norm of ``theirs``, which must not be 0."""
+    assert theirs.norm() > 0
+    assert torch.isfinite(ours).all()
+    assert float((ours - theirs).norm() / theirs.norm()) <= tolerance
