@@ -24,7 +24,7 @@ from torch import Tensor
 from rlzoo.errors import UserError, unknown
 from rlzoo.inputs import Input
 from rlzoo.registry import Registry, told
-from rlzoo.types import Coefficients, Coupling, Selection, TokenBatch
+from rlzoo.types import Coefficients, Coupling, Selection, TokenBatch, Unit, WhichView, selector_of
 
 
 class Normaliser(Enum):
@@ -79,7 +79,8 @@ class Objective:
     the number of tokens, while their rewards count in their groups and they count as sequences."""
 
     name: ClassVar[str]
-    learns_from: ClassVar[Selection] = Selection.DEMONSTRATIONS
+    learns_from: ClassVar[WhichView] = Selection.DEMONSTRATIONS
+    """A view of the buffer: built in, of one's own, or by name."""
     couples: ClassVar[Coupling] = Coupling.NONE
     normaliser: ClassVar[Normaliser] = Normaliser.PER_TOKEN
     source: ClassVar[str] = ""
@@ -102,7 +103,8 @@ class Objective:
         So they are where the policy that samples is what is improved: by groups of its samples, or by ratios to it,
         which are 1 at the start only at that temperature. Other objectives learn the policy at temperature 1.
         """
-        return self.learns_from is Selection.GROUPS or any(one.at_sampling_temperature for one in self.requires)
+        groups = selector_of(self.learns_from).unit is Unit.GROUP
+        return groups or any(one.at_sampling_temperature for one in self.requires)
 
     @property
     def parts(self) -> tuple[Part, ...]:
@@ -171,7 +173,7 @@ class Objective:
         return tuple(values)
 
 
-def view_of(objective: Objective) -> tuple[Selection, dict[str, Any]]:
+def view_of(objective: Objective) -> tuple[WhichView, dict[str, Any]]:
     """The view that an objective learns from, and all its options: its own, and to leave out truncated rows."""
     dropping = {"truncated": "drop"} if objective.truncated == "drop" else {}
     return objective.learns_from, {**objective.view_options, **dropping}
@@ -286,7 +288,7 @@ def _check_requires(objective: Objective) -> None:
 def _check_truncated(objective: Objective) -> None:
     if objective.truncated != "keep" and is_composite(type(objective)):
         raise UserError(f"objective {objective.name!r} is a composite: give truncated to its parts, in their options")
-    if objective.truncated == "mask" and objective.learns_from is not Selection.GROUPS:
+    if objective.truncated == "mask" and selector_of(objective.learns_from).unit is not Unit.GROUP:
         raise UserError(
             f"objective {objective.name!r} does not learn from groups, in which a masked completion's reward counts: "
             "use truncated=drop"

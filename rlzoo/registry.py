@@ -21,7 +21,7 @@ T = TypeVar("T")
 
 
 class Registry(Generic[T]):
-    """A table of names, filled by a package of built-ins and by entry points when it is first read."""
+    """A table of names, filled by a package or module of built-ins and by entry points when it is first read."""
 
     def __init__(self, kind: str, builtins: str, group: str) -> None:
         self.kind, self._builtins, self._group = kind, builtins, group
@@ -71,7 +71,7 @@ class Registry(Generic[T]):
 
     def _import_all(self) -> None:
         package = importlib.import_module(self._builtins)
-        for module in pkgutil.iter_modules(package.__path__):
+        for module in pkgutil.iter_modules(getattr(package, "__path__", ())):  # a module has none
             if not module.name.startswith("_"):
                 importlib.import_module(f"{self._builtins}.{module.name}")
         for point in entry_points(group=self._group):

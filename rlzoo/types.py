@@ -6,16 +6,17 @@ rows are padded on the right, and everything at a masked position is ignored.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from enum import Enum
-from typing import Any
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from rlzoo.errors import UserError
+from rlzoo.registry import Registry
 
 
 class Selection(Enum):
@@ -31,6 +32,75 @@ class Selection(Enum):
     """All samples of one prompt."""
     UNPAIRED = "unpaired"
     """Single rows that have a reward, good and bad ones."""
+
+
+class Unit(Enum):
+    """Which rows of a view belong together."""
+
+    ROW = "row"
+    PAIR = "pair"
+    """A better and a worse completion of one prompt, in this order."""
+    GROUP = "group"
+    """Samples of one prompt."""
+
+
+Units = tuple[tuple[int, ...], ...]
+"""Indices of rows, by unit."""
+
+
+class Selector:
+    """A view: which rows an objective learns from, which of them belong together, and with which weights.
+
+    A subclass defines ``units(self, rows, ...)``, of the buffer as a pyarrow table; parameters after ``rows`` are what
+    an objective's ``view_options`` may set. A view without units is an error when a buffer is asked for it.
+    """
+
+    name: ClassVar[str]
+    unit: ClassVar[Unit] = Unit.ROW
+    is_sampled: ClassVar[bool] = True
+    """Whether its rows are samples. False for demonstrations: nothing is sampled for their sake."""
+    is_imitated: ClassVar[bool] = False
+    """Whether its single rows are learned from whatever their reward. Another view of this kind can take its place, and
+    the option ``weighted`` draws them in proportion to the reward."""
+    units: Callable[..., Units]
+
+    def weights(self, rows: Any, units: Units) -> tuple[float, ...] | None:
+        """Units are drawn with replacement in proportion to these; None: each once an epoch."""
+        return None
+
+
+WhichView = Selection | Selector | str
+"""A built-in view, one of one's own, or a name (registered, ``module:Name`` or ``file.py:Name``)."""
+_views: Registry[type[Selector]] = Registry("view", "rlzoo.buffers.views", "rlzoo.views")
+_View = TypeVar("_View", bound=type[Selector])
+
+
+def register_view(view: _View) -> _View:
+    """Class decorator: make a `Selector` known under its ``name``. A name taken by another class is an error."""
+    _views.add(view.name, view)
+    return view
+
+
+def list_views() -> list[str]:
+    """The names of all registered views: built-ins and those of installed packages' entry points."""
+    return _views.names()
+
+
+def selector_of(which: WhichView) -> Selector:
+    """The view that is meant. Raises UserError for an unknown name, and for what is no view."""
+    if isinstance(which, Selector):
+        return which
+    found = _views.get(name_of_view(which)) if isinstance(which, Selection | str) else None
+    if not (isinstance(found, type) and issubclass(found, Selector) and hasattr(found, "units")):
+        raise UserError(f"learns_from: {which!r} is no view: give a Selection, or a Selector (with a method units)")
+    return found()
+
+
+def name_of_view(which: WhichView) -> str:
+    """What messages and tables call a view."""
+    if isinstance(which, Selection):
+        return which.value
+    return which if isinstance(which, str) else which.name
 
 
 class Coupling(Enum):

@@ -28,7 +28,7 @@ from rlzoo.rollout import Sampler, TransformersSampler, VLLMSampler, collect_rol
 from rlzoo.training import Trainer, lacking, train, with_behaviour, with_reference
 from rlzoo.training.batches import BufferSource, FreshSource
 from rlzoo.training.sums import truncated_importance
-from rlzoo.types import Coefficients, Selection, TokenBatch, Trajectory
+from rlzoo.types import Coefficients, Selection, TokenBatch, Trajectory, WhichView
 from rlzoo.variance import analyze_variance
 from rlzoo.variance.gradients import GradientMeter
 from rlzoo.variance.scoring import score
@@ -110,7 +110,7 @@ def assert_ratios_are_one(seen: Seen, moved: bool = False) -> None:
     seen.clear()
 
 
-def view_of(objective: Objective) -> tuple[Selection, Mapping[str, Any]]:
+def view_of(objective: Objective) -> tuple[WhichView, Mapping[str, Any]]:
     """Samples, also for an objective of demonstrations: as ``learns_from: correct`` has it."""
     if objective.learns_from is Selection.DEMONSTRATIONS:
         return Selection.CORRECT, {"threshold": 0.0}

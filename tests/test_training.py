@@ -21,7 +21,7 @@ from rlzoo.policy.assembly import fixed_batch
 from rlzoo.policy.microbatches import score_rows, token_batches
 from rlzoo.training import Trainer
 from rlzoo.training.batches import BufferSource, micro_units
-from rlzoo.types import Coefficients, Coupling, Selection, TokenBatch, Trajectory
+from rlzoo.types import Coefficients, Coupling, Selection, TokenBatch, Trajectory, WhichView
 
 MakePolicy = Callable[..., Policy]
 Batch = tuple[list[Trajectory], list[tuple[int, ...]]]
@@ -92,7 +92,7 @@ class Fixed:
         return self.batch
 
 
-def make_batch(policy: Policy, selection: Selection, seed: int = 0, empty: bool = False) -> Batch:
+def make_batch(policy: Policy, selection: WhichView, seed: int = 0, empty: bool = False) -> Batch:
     """Eight rows of 4 prompts and many lengths, with log-probs near the policy's; all that any objective asks for."""
     rng = random.Random(seed)
 

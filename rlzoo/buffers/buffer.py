@@ -35,7 +35,7 @@ from rlzoo.buffers.schema import (
 )
 from rlzoo.buffers.views import View
 from rlzoo.errors import UserError
-from rlzoo.types import TEMPERED, Selection, Trajectory
+from rlzoo.types import TEMPERED, Trajectory, WhichView
 
 TokenValues = Sequence[Sequence[float] | Float[np.ndarray, " T"] | None]
 """For each row, one value a completion token, or None."""
@@ -135,8 +135,8 @@ class Buffer:
             return self.has(name)
         return np.array([name in decode("inputs", row) for row in arrow(self._rows)["inputs"].to_pylist()], bool)
 
-    def view(self, selection: Selection, **options: Any) -> View:
-        """The units that a selection takes: see `rlzoo.buffers.views`. Raises UserError if there are none."""
+    def view(self, selection: WhichView, **options: Any) -> View:
+        """The units that a view takes: see `rlzoo.buffers.views`. Raises UserError if there are none."""
         try:
             return views.select(arrow(self._rows), selection, options, self.release_pages)
         finally:

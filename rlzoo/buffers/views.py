@@ -1,4 +1,4 @@
-"""The five views over a buffer: which rows an objective learns from and which belong together.
+"""Views over a buffer, five of them built in: which rows an objective learns from and which belong together.
 
 A view is computed on columns, and is a function of them alone: earlier rows win wherever a choice has to be
 made.
@@ -10,7 +10,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -18,9 +18,8 @@ import pyarrow.compute as pc
 from jaxtyping import Bool, Float, Int
 
 from rlzoo.errors import UserError, unknown
-from rlzoo.types import Selection
+from rlzoo.types import Selector, Unit, Units, WhichView, register_view, selector_of
 
-Units = tuple[tuple[int, ...], ...]
 Mask = Bool[np.ndarray, " N"]
 Indices = Int[np.ndarray, " R"]
 THRESHOLD = 0.5
@@ -29,6 +28,8 @@ RELEASED = 64
 """Chunks of texts, of a thousand rows each, that stay mapped at a time."""
 SINGLE_ROW_OPTIONS = ("weighted", "truncated")
 """Options that every view of single rows has."""
+COUNTS = ("per_prompt", "size")
+"""Options that are a number of rows."""
 TRUNCATED, FLAT = "truncated completions", "groups of equal rewards"
 """What a view may leave out."""
 Truncated = Literal["keep", "drop"]
@@ -38,7 +39,7 @@ Truncated = Literal["keep", "drop"]
 class View:
     """The part of a buffer that an objective learns from."""
 
-    selection: Selection
+    selection: WhichView
     units: Units
     """Row indices that must stay together: one row, (better, worse), or all samples of one prompt."""
     weights: tuple[float, ...] | None = None
@@ -51,32 +52,35 @@ class View:
 
 
 def select(
-    rows: pa.Table, selection: Selection, options: Mapping[str, Any], release: Callable[[], None] | None = None
+    rows: pa.Table, which: WhichView, options: Mapping[str, Any], release: Callable[[], None] | None = None
 ) -> View:
     """The view of ``rows``. Raises UserError for an unknown option, and for a view that would be empty.
 
-    A view of single rows may be ``weighted``: its weights are the rows' rewards, then read as quality scores.
+    A view of rows to imitate may be ``weighted``: its weights are the rows' rewards, then read as quality scores.
     ``truncated="drop"`` leaves truncated rows out of any view, before anything else is chosen.
     ``release`` is called now and then while texts are read, so that those that were need not stay in memory.
     """
-    options = dict(options)
-    weighted = selection in _SINGLES and bool(options.pop("weighted", False))
-    selector = _SELECTORS[selection]
-    known = [name for name in inspect.signature(selector).parameters if name not in ("rows", "release")]
+    options, selector = dict(options), selector_of(which)
+    weighted = selector.is_imitated and bool(options.pop("weighted", False))
+    parameters = inspect.signature(selector.units).parameters
+    known = [name for name in parameters if name not in ("rows", "release")]
     for name, value in options.items():
         if name not in known:
-            others = ["weighted"] if selection in _SINGLES else []
-            raise unknown(f"option of the view {selection.value!r}", name, [*known, *others])
+            others = ["weighted"] if selector.is_imitated else []
+            raise unknown(f"option of the view {selector.name!r}", name, [*known, *others])
         if name == "truncated":
             if value not in ("keep", "drop"):
                 raise unknown("value of the view's option truncated", str(value), ["keep", "drop"])
-        elif name != "threshold" and value is not None and value is not False and value < 1:
-            raise UserError(f"the view {selection.value!r} needs {name} of at least 1, got {value}")
-    if "release" in inspect.signature(selector).parameters:
+        elif name in COUNTS and value is not None and value < 1:
+            raise UserError(f"the view {selector.name!r} needs {name} of at least 1, got {value}")
+    if "release" in parameters:
         options["release"] = release
-    units = selector(rows, **options)
-    left_out = _left_out(rows, selector, options, units)
-    return View(selection, units, _weights(rows, units) if weighted else None, left_out)
+    units = selector.units(rows, **options)
+    if not units:
+        raise UserError(f"the view {selector.name!r} takes none of the buffer's {len(rows):,} rows")
+    left_out = _left_out(rows, selector.units, options, units)
+    weights = _quality(rows, units) if weighted else selector.weights(rows, units)
+    return View(which, units, weights, left_out)
 
 
 def _left_out(
@@ -222,19 +226,52 @@ def unpaired(rows: pa.Table, truncated: Truncated = "keep") -> Units:
     return _singles(chosen)
 
 
-_SELECTORS: Mapping[Selection, Callable[..., Units]] = {
-    Selection.DEMONSTRATIONS: demonstrations,
-    Selection.CORRECT: correct,
-    Selection.PAIRS: pairs,
-    Selection.GROUPS: groups,
-    Selection.UNPAIRED: unpaired,
-}
+@register_view
+class Demonstrations(Selector):
+    """Single rows written by an expert."""
+
+    name: ClassVar[str] = "demonstrations"
+    is_sampled: ClassVar[bool] = False
+    is_imitated: ClassVar[bool] = True
+    units = staticmethod(demonstrations)
 
 
-_SINGLES = (Selection.DEMONSTRATIONS, Selection.CORRECT)
+@register_view
+class Correct(Selector):
+    """Single rows sampled by a policy and rewarded as correct."""
+
+    name: ClassVar[str] = "correct"
+    is_imitated: ClassVar[bool] = True
+    units = staticmethod(correct)
 
 
-def _weights(rows: pa.Table, units: Units) -> tuple[float, ...]:
+@register_view
+class Pairs(Selector):
+    """A better and a worse completion of one prompt."""
+
+    name: ClassVar[str] = "pairs"
+    unit: ClassVar[Unit] = Unit.PAIR
+    units = staticmethod(pairs)
+
+
+@register_view
+class Groups(Selector):
+    """All samples of one prompt."""
+
+    name: ClassVar[str] = "groups"
+    unit: ClassVar[Unit] = Unit.GROUP
+    units = staticmethod(groups)
+
+
+@register_view
+class Unpaired(Selector):
+    """Single rows that have a reward, good and bad ones."""
+
+    name: ClassVar[str] = "unpaired"
+    units = staticmethod(unpaired)
+
+
+def _quality(rows: pa.Table, units: Units) -> tuple[float, ...]:
     """The reward of each unit's row. Raises UserError where one cannot be a weight."""
     index = np.asarray(units)[:, 0]
     quality = _reward(rows)[index]

@@ -18,7 +18,7 @@ def list_(
         bool, Option("--markdown", help="Print the reference of the built-in objectives, in Markdown.")
     ] = False,
 ) -> int:
-    """List objectives with their hyper-parameters, rewards, metrics, samplers, and experiments.
+    """List objectives with their hyper-parameters, rewards, metrics, views, samplers, and experiments.
 
     Examples:
       rlzoo list
@@ -45,13 +45,14 @@ def catalogue() -> dict[str, list[dict[str, Any]]]:
     from rlzoo.objective import is_composite, list_objectives, objective_class, options_of
     from rlzoo.reward import list_rewards
     from rlzoo.rollout import list_samplers
+    from rlzoo.types import list_views, name_of_view
 
     objectives = [
         {
             "name": name,
             "summary": (found.__doc__ or "").partition("\n")[0],
             "source": found.source,
-            "learns_from": "its parts' views" if is_composite(found) else found.learns_from.value,
+            "learns_from": "its parts' views" if is_composite(found) else name_of_view(found.learns_from),
             "options": options_of(found),
         }
         for name, found in ((name, objective_class(name)) for name in list_objectives())
@@ -59,6 +60,7 @@ def catalogue() -> dict[str, list[dict[str, Any]]]:
     return {
         "objectives": objectives,
         "rewards": [{"name": name} for name in list_rewards()],
+        "views": [{"name": name} for name in list_views()],
         "samplers": [{"name": name} for name in list_samplers()],
         "metrics": [{"name": name} for name in list_metrics()],
         "experiments": [{"name": name, "description": text} for name, text in list_experiments().items()],
@@ -75,7 +77,7 @@ def catalogue_text() -> str:
         own = own_options_of(objective_class(row["name"]))
         options = ", ".join(f"{k}={v['default']}" for k, v in own.items())
         lines.append(f"  {row['name']:11} {row['summary']}" + (f" [{options}]" if options else ""))
-    for kind in ("rewards", "metrics", "samplers"):
+    for kind in ("rewards", "metrics", "views", "samplers"):
         lines += [kind, "  " + ", ".join(row["name"] for row in found[kind])]
     lines.append("experiments")
     for row in found["experiments"]:

@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 from rlzoo.errors import UserError
 from rlzoo.objective import Objective, is_composite, list_objectives, objective_class, own_options_of
-from rlzoo.types import Selection
+from rlzoo.types import Selection, name_of_view
 
 COMMAND = "rlzoo list --markdown > docs/objectives.md"
 BUILT_IN = "rlzoo.algorithms."
@@ -96,7 +96,7 @@ def _row(objective: type[Objective]) -> list[str]:
     if is_composite(objective):
         own = ["as its parts"] * 3
     else:
-        own = [objective.learns_from.value, _words(objective.normaliser.value), _needs(objective)]
+        own = [name_of_view(objective.learns_from), _words(objective.normaliser.value), _needs(objective)]
     link = f"[{objective.name}](#{objective.name})"
     return [link, _summary(objective)[1], *own, _linked(objective.source) or "none", str(_code(objective))]
 
@@ -108,7 +108,7 @@ def _section(objective: type[Objective], names: Sequence[str]) -> str:
         facts += [["learns from, needs, coupling, normaliser", "as its parts"]]
     else:
         facts += [
-            ["learns from", objective.learns_from.value],
+            ["learns from", name_of_view(objective.learns_from)],
             ["needs", "; ".join([_needs(objective), *_other_needs(objective)])],
             ["coupling", _coupling(objective)],
             ["normaliser", _words(objective.normaliser.value)],

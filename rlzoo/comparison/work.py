@@ -44,7 +44,7 @@ from rlzoo.training import (
     with_inputs,
 )
 from rlzoo.training.batches import BufferSource, FreshSource, Source, Views, seeds, shares
-from rlzoo.types import Selection, Trajectory
+from rlzoo.types import Selection, Trajectory, name_of_view, selector_of
 
 Report = Callable[[float, str], None]
 """Told the share that is done, 0 to 1, and what is being done."""
@@ -90,8 +90,8 @@ def views_of(experiment: Experiment, algorithm: str) -> Views:
     other, own = experiment.algorithms[algorithm].learns_from, batches.views_of(objective)
     if other is None or [Selection(other)] == [selection for selection, _ in own]:
         return own
-    if len(own) > 1 or own[0][0] not in (Selection.DEMONSTRATIONS, Selection.CORRECT):
-        views = " and ".join(selection.value for selection, _ in own)
+    if len(own) > 1 or not selector_of(own[0][0]).is_imitated:
+        views = " and ".join(name_of_view(selection) for selection, _ in own)
         raise UserError(
             f"algorithms.{algorithm}: learns_from is for objectives of single rows; "
             f"{objective.name!r} learns from {views}"
@@ -101,7 +101,7 @@ def views_of(experiment: Experiment, algorithm: str) -> Views:
 
 def learns_from_samples(views: Views) -> bool:
     """Whether any part learns from samples."""
-    return any(selection is not Selection.DEMONSTRATIONS for selection, _ in views)
+    return any(selector_of(selection).is_sampled for selection, _ in views)
 
 
 def fill_buffer(experiment: Experiment, folder: Path, state: Path, seed: int, report: Report) -> dict[str, Any]:
@@ -278,7 +278,7 @@ def _run_cell(
     sources: list[Source] = []
     split = zip(views, shares(settings.batch_size, len(views)), seeds(views, cell.seed), strict=True)
     for (selection, options), size, own in split:
-        if online and selection is not Selection.DEMONSTRATIONS:
+        if online and selector_of(selection).is_sampled:
             collect = collector_of(experiment, policy, settings, size, own)
             sources.append(FreshSource(collect, selection, **options))
         else:

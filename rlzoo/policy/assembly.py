@@ -17,7 +17,7 @@ from rlzoo.policy.loading import load_policy
 from rlzoo.policy.microbatches import Forward, MicroBatches
 from rlzoo.policy.policy import Policy
 from rlzoo.policy.sequences import Tokens
-from rlzoo.types import Selection, TokenBatch, Trajectory
+from rlzoo.types import TokenBatch, Trajectory, Unit, selector_of
 
 Units = Sequence[tuple[int, ...]]
 """The rows that belong together, as indices into the rows of a batch."""
@@ -274,7 +274,8 @@ def fixed_batch(rows: Sequence[Trajectory], units: Units, objective: Objective, 
     Rewards are in float64: a group's differences may be small beside what its rewards have in common.
     """
     mask = fixed_mask(rows, objective.truncated == "mask")
-    pairs = objective.learns_from is Selection.PAIRS
+    unit = selector_of(objective.learns_from).unit
+    pairs = unit is Unit.PAIR
     partner, chosen = torch.zeros(len(rows), dtype=torch.long), torch.zeros(len(rows), dtype=torch.bool)
     for better, worse in units if pairs else ():
         partner[better], partner[worse], chosen[better] = worse, better, True
@@ -285,7 +286,7 @@ def fixed_batch(rows: Sequence[Trajectory], units: Units, objective: Objective, 
         None,
         mask.to(device),
         reward=reward,
-        group=torch.tensor(_groups(rows, units, objective.learns_from), device=device),
+        group=torch.tensor(_groups(rows, units, unit), device=device),
         partner=partner.to(device) if pairs else None,
         chosen=chosen.to(device) if pairs else None,
     )
@@ -299,10 +300,10 @@ def fixed_mask(rows: Sequence[Trajectory], masks_truncated: bool = False) -> Boo
     return mask
 
 
-def _groups(rows: Sequence[Trajectory], units: Units, selection: Selection) -> list[int]:
+def _groups(rows: Sequence[Trajectory], units: Units, kind: Unit) -> list[int]:
     """A number for each row's group: its unit where units are groups (two policy versions may share a prompt)."""
     keys: list[object] = [row.prompt_id for row in rows]
-    if selection is Selection.GROUPS:
+    if kind is Unit.GROUP:
         for number, unit in enumerate(units):
             for row in unit:
                 keys[row] = number

@@ -9,6 +9,7 @@ from typing import Any
 from rlzoo.bad_rows import BadRows
 from rlzoo.buffers import OfflineBuffer
 from rlzoo.config import Sampling, Training
+from rlzoo.errors import UserError
 from rlzoo.pieces import random_state
 from rlzoo.policy import Policy
 from rlzoo.problems import Encoded, Problem, encode_problems
@@ -38,11 +39,13 @@ class Collector:
         """``reward`` is what `get_reward` takes; it is told how far ``training`` is.
 
         A batch has ``batch_size`` sequences (None: those of ``training``), ``settings.samples`` of each prompt.
-        Raises UserError for a problem that the model cannot take, unless ``bad`` rows are dropped.
+        Raises UserError without problems, and for one that the model cannot take, unless ``bad`` rows are dropped.
         """
         self._policy, self._sampler, self._reward = policy, sampler, get_reward(reward)
         self._settings, self._training = settings or Sampling(), training or Training()
         self._prompts = max(1, (batch_size or self._training.batch_size) // self._settings.samples)
+        if not problems:
+            raise UserError("there are no problems to sample completions of: give at least one")
         bad = BadRows() if bad is None else bad
         encoded = encode_problems(policy.tokenizer, problems, bad)
         self._encoded = within_limits(policy, sampler, encoded, self._settings, bad)

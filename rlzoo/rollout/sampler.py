@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
@@ -106,18 +106,22 @@ def sampler_class(settings: Sampling) -> type[Sampler]:
         found = found.of_server
     if settings.wants_sampler_logp and not found.gives_logp:
         raise UserError("rollouts.behaviour: sampler needs an engine with log-probs of its own, such as engine: vllm")
+    try:
+        inspect.signature(found).bind(None, **_options(settings))
+    except TypeError as error:
+        raise UserError(f"engine {settings.engine!r} cannot take these engine_options: {error}") from None
     return found
+
+
+def _options(settings: Sampling) -> Mapping[str, Any]:
+    """What the sampler is built with, besides the policy."""
+    return settings.engine_options if settings.url is None else {"url": settings.url}
 
 
 def sampler_of(policy: Policy, settings: Sampling) -> Sampler:
     """The sampler that the settings ask for. Raises UserError where it cannot be had."""
     build: Callable[..., Sampler] = sampler_class(settings)
-    options = dict(settings.engine_options) if settings.url is None else {"url": settings.url}
-    try:
-        inspect.signature(build).bind(policy, **options)
-    except TypeError as error:
-        raise UserError(f"engine {settings.engine!r} cannot take these engine_options: {error}") from None
-    return build(policy, **options)
+    return build(policy, **_options(settings))
 
 
 @register_sampler

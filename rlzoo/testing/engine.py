@@ -16,7 +16,7 @@ from rlzoo.objective import Objective, is_composite
 from rlzoo.policy import Policy, load_policy, score_rows
 from rlzoo.testing.batches import inputs_of
 from rlzoo.training import Trainer
-from rlzoo.types import Selection, Trajectory
+from rlzoo.types import Trajectory, Unit, selector_of
 from rlzoo.variance import analyze_variance
 
 SETTINGS = Training(steps=2, updates_per_batch=2, learning_rate=1e-4, warmup_ratio=0.0, on_nonfinite="stop")
@@ -43,7 +43,7 @@ def check_analysis(objective: Objective) -> None:
         return  # it is analysed part by part
     policy = load_policy("embedded", "float64")
     rows = _rows(policy, objective)
-    if objective.learns_from is Selection.DEMONSTRATIONS:
+    if not selector_of(objective.learns_from).is_sampled:
         rows = [replace(row, source="demonstration") for row in rows]
     buffer = OfflineBuffer.from_trajectories(rows)
     found = analyze_variance(policy, [objective], buffer, rows=len(rows), draws=0)
@@ -79,7 +79,7 @@ def _trained(objective: Objective, token_budget: int) -> Tensor:
 
 def _units(objective: Objective) -> list[tuple[int, ...]]:
     rows = range(0, PROMPTS * SAMPLES, SAMPLES)
-    if objective.learns_from in (Selection.PAIRS, Selection.GROUPS):
+    if selector_of(objective.learns_from).unit is not Unit.ROW:
         return [(row + 1, row) for row in rows]  # the better completion of a pair comes first
     return [(row,) for row in range(PROMPTS * SAMPLES)]
 

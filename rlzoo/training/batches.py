@@ -14,7 +14,7 @@ from rlzoo.inputs import Input
 from rlzoo.objective import Objective, Part, view_of
 from rlzoo.pieces import random_state
 from rlzoo.training.state import resumable
-from rlzoo.types import Coupling, Selection, TokenBatch, Trajectory
+from rlzoo.types import Coupling, TokenBatch, Trajectory, WhichView
 
 
 @runtime_checkable
@@ -77,8 +77,8 @@ class BufferSource:
             del self._queue[state["left"] :]
 
 
-Views = Sequence[tuple[Selection, Mapping[str, Any]]]
-"""What each part of an objective learns from: a selection, and its options."""
+Views = Sequence[tuple[WhichView, Mapping[str, Any]]]
+"""What each part of an objective learns from: a view, and its options."""
 
 
 def views_of(objective: Objective) -> Views:
@@ -127,7 +127,7 @@ class FreshSource:
 
     ATTEMPTS = 8
 
-    def __init__(self, collect: Callable[[int], Buffer], selection: Selection, **options: object) -> None:
+    def __init__(self, collect: Callable[[int], Buffer], selection: WhichView, **options: object) -> None:
         self._collect, self._selection, self._options = collect, selection, options
         self._version = 0
         self.left_out = Counter[str]()

@@ -11,6 +11,7 @@ import torch
 from rlzoo.bad_rows import BadRows
 from rlzoo.buffers import Buffer
 from rlzoo.config import Training
+from rlzoo.errors import UserError
 from rlzoo.inputs import Input, Reference, Stage
 from rlzoo.objective import Objective
 from rlzoo.policy import Assembler, MicroBatches, Models, Policy, score_rows
@@ -151,8 +152,14 @@ def train(
             if isinstance(one, Buffer):
                 smaller = settings.model_copy(update={"batch_size": size})
                 sources += _of_buffer(policy, part.objective, one, smaller, own, record)
+            elif isinstance(one, Source):
+                sources.append(one)
+            elif callable(one):
+                sources.append(FreshSource(one, which, **options))
             else:
-                sources.append(one if isinstance(one, Source) else FreshSource(one, which, **options))
+                raise UserError(
+                    f"a {type(one).__name__} is no source: give a buffer, a Collector, or a source of your own"
+                )
     trainer = Trainer(
         policy, objective, sources, settings, callbacks, folder=folder, record=record, checkpoints=checkpoints
     )

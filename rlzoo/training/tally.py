@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from rlzoo.objective import Part
 from rlzoo.training.batches import Drawn, Source
-from rlzoo.types import Selection
+from rlzoo.types import Unit, selector_of
 
 LINES = (
     ("single", "groups", "groups drawn have one sample and nothing to compare it with, so they teach nothing: "
@@ -37,7 +37,7 @@ def count(counts: Counts, drawn: Drawn) -> None:
     if objective.truncated == "mask":
         found["rows"] += len(drawn.rows)
         found["masked"] += sum(row.truncated for row in drawn.rows)
-    if objective.learns_from is Selection.GROUPS:
+    if selector_of(objective.learns_from).unit is Unit.GROUP:
         found["groups"] += len(drawn.units)
         for unit in drawn.units:
             if not any(teaches[row] for row in unit):

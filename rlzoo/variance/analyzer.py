@@ -14,6 +14,7 @@ from rlzoo.objective import Objective
 from rlzoo.policy import Assembler, MicroBatches, Models, Policy
 from rlzoo.policy.memory import release_memory
 from rlzoo.training import check_buffer
+from rlzoo.types import name_of_view
 from rlzoo.variance import moments
 from rlzoo.variance.coefficients import coefficient_statistics, ess_fraction
 from rlzoo.variance.gradients import GradientMeter
@@ -186,8 +187,8 @@ def _moments(
         ratio = weighed.coefficients.metrics.get("ratio")
         weights = None if ratio is None else _ratio(tokens_of(ratio, weighed.batch))
         reason = (
-            f"it learns from {subject.selection.value}, which a policy sampled: the reading as importance weights "
-            "1[y = y*]/π asks for an expert's token that was not sampled"
+            f"it learns from {name_of_view(subject.selection)}, which a policy sampled: the reading as importance "
+            "weights 1[y = y*]/π asks for an expert's token that was not sampled"
         )
         return {"token_moments": moments.no_reading(reason), "importance_weights": weights}
     if not c.any():

@@ -9,7 +9,7 @@ from rlzoo.errors import UserError
 from rlzoo.objective import Objective
 from rlzoo.policy import Models, Policy
 from rlzoo.training import Trainer, lacking
-from rlzoo.types import Selection
+from rlzoo.types import WhichView
 from rlzoo.variance.analyzer import analyze_variance
 
 
@@ -29,7 +29,7 @@ class VarianceProbe:
         rows: int = 64,
         seed: int = 0,
         token_budget: int = 2048,
-        learns_from: Selection | None = None,
+        learns_from: WhichView | None = None,
     ) -> None:
         if every < 1:
             raise UserError(f"a probe every {every} steps: give at least 1")

@@ -20,14 +20,21 @@ from rlzoo.objective import Objective, get_objective, is_composite, surrogate_of
 from rlzoo.objective import view_of as own_view
 from rlzoo.policy import Assembler
 from rlzoo.registry import told
-from rlzoo.types import Coefficients, Selection, TokenBatch, Trajectory, at_temperature
+from rlzoo.types import (
+    Coefficients,
+    Selection,
+    TokenBatch,
+    Trajectory,
+    WhichView,
+    at_temperature,
+    selector_of,
+)
 from rlzoo.variance.scoring import Scored
 from rlzoo.variance.tasks import Task
 
 BASELINE = "(demonstrations)"
 """The name of what cosines and norm ratios are taken to, where no objective that is analysed is the same."""
-SINGLE_ROWS = (Selection.DEMONSTRATIONS, Selection.CORRECT)
-LearnsFrom = Selection | Mapping[str, Selection] | None
+LearnsFrom = WhichView | Mapping[str, WhichView] | None
 Draw = tuple[int, int, bool]
 """A row of the buffer, how often it was drawn before, and whether it is taken at a temperature of its own.
 
@@ -50,7 +57,7 @@ class Subject:
     """One objective with the rows that it is measured on."""
 
     objective: Objective
-    selection: Selection
+    selection: WhichView
     units: list[tuple[int, ...]]
     """Rows of each unit, as indices into the rows of `Scored`."""
     prompts: dict[int, tuple[int, ...]]
@@ -63,7 +70,7 @@ class Subject:
     @property
     def weighs_experts(self) -> bool:
         """Whether its coefficient weighs an expert's token, which the token moments ask for."""
-        return self.selection is self.objective.learns_from is Selection.DEMONSTRATIONS
+        return self.selection == self.objective.learns_from and not selector_of(self.selection).is_sampled
 
 
 @dataclass
@@ -146,13 +153,14 @@ def rows_of(buffer: Buffer, picked: Sequence[int], subjects: Mapping[str, Subjec
     return rows
 
 
-def view_of(name: str, objective: Objective, learns_from: LearnsFrom) -> tuple[Selection, Mapping[str, object]]:
+def view_of(name: str, objective: Objective, learns_from: LearnsFrom) -> tuple[WhichView, Mapping[str, object]]:
     """The view that an objective is measured on, with its options: its own, or another of single rows."""
     asked = learns_from.get(name) if isinstance(learns_from, Mapping) else learns_from
     own, options = own_view(objective)
-    if asked is None or asked is own or (own not in SINGLE_ROWS and not isinstance(learns_from, Mapping)):
+    imitated = selector_of(own).is_imitated
+    if asked is None or asked == own or not (imitated or isinstance(learns_from, Mapping)):
         return own, options
-    if asked not in SINGLE_ROWS or own not in SINGLE_ROWS:
+    if not (imitated and selector_of(asked).is_imitated):
         raise UserError(f"{name}: learns_from is demonstrations or correct, for objectives of single rows")
     return asked, {name: value for name, value in options.items() if name in SINGLE_ROW_OPTIONS}
 
