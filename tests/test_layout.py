@@ -17,7 +17,8 @@ BESIDE = ("algorithms", "rewards", "experiments")
 """At the top level of the repository; imported as `rlzoo.algorithms` and so on, through symlinks."""
 LAYERS = (
     ("errors",),
-    ("types", "registry", "config", "worlds"),
+    ("registry", "config", "worlds"),
+    ("types",),
     ("advantages", "ratios", "inputs", "jobs", "reward"),
     ("objective", "document"),
     ("algorithms", "rewards"),
