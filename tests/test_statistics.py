@@ -27,7 +27,7 @@ from rlzoo.comparison.statistics import (
     summarise,
 )
 from rlzoo.errors import UserError
-from rlzoo.estimators import pass_at_k
+from rlzoo.evaluation.metrics import pass_at_k
 
 
 def outcome_table(correct: dict[tuple[str, int], list[list[int]]], benchmark: str = "sums") -> pa.Table:

@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from scipy import optimize, special
 
 from rlzoo.errors import UserError, unknown
-from rlzoo.estimators import pass_at_k
+from rlzoo.evaluation.metrics import pass_at_k
 
 METRICS = ("avg_at_k", "greedy", "pass_at_k")
 SIGNIFICANT = 0.05
