@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 from rlzoo.errors import UserError
 from rlzoo.reward import CompositeReward, OnError, Reward, Score, get_reward, register_reward
-from rlzoo.reward_call import means
+from rlzoo.reward.calling import means
 
 
 @register_reward

@@ -10,8 +10,12 @@ import pydantic
 import yaml
 from pydantic import Field
 
-from rlzoo.bad_rows import OnBadRow
 from rlzoo.errors import UserError, unknown
+
+OnBadRow = Literal["reject", "drop"]
+
+BASE = "base"
+"""The name under which outcomes carry the samples of the model that every cell started from."""
 
 Positive = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(gt=0, le=1)]
@@ -82,7 +86,7 @@ class Benchmark(ProblemSource):
         return given.model_dump() if type(given) is ProblemSource else given
 
 
-class Table(_Strict):
+class TableSource(_Strict):
     """A table of demonstrations, preferences or graded samples, or a saved buffer."""
 
     source: str
@@ -258,7 +262,7 @@ class Experiment(_Strict):
     model: str
     """``embedded``, a Hub id, or a folder."""
     train: ProblemSource
-    demonstrations: str | Table | None = None
+    demonstrations: str | TableSource | None = None
     """A saved buffer, or a table in one of TRL's formats, in place of the training problems' solutions.
 
     Bad rows of a table that is only named go the way of the training problems' (``train.bad_rows``).
@@ -304,10 +308,10 @@ class Experiment(_Strict):
         return self
 
     @property
-    def demonstrations_table(self) -> Table | None:
+    def demonstrations_table(self) -> TableSource | None:
         """The table of demonstrations, if there is one."""
         given = self.demonstrations
-        return Table(source=given, bad_rows=self.train.bad_rows) if isinstance(given, str) else given
+        return TableSource(source=given, bad_rows=self.train.bad_rows) if isinstance(given, str) else given
 
     def in_parts(self, parts: int) -> Experiment:
         """The same with ``parts`` times fewer tokens per micro-batch and sequences sampled together: results are equal

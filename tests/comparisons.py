@@ -9,8 +9,8 @@ from typing import Any
 
 from rich.console import Console
 
-from rlzoo.comparison.pool import InThisProcess, Workers
 from rlzoo.config import Experiment, load_experiment
+from rlzoo.jobs.pool import InThisProcess, Workers
 
 SMALL = {
     "train.limit": 6,
@@ -34,7 +34,7 @@ def small(algorithms: Mapping[str, Any], **changes: Any) -> Experiment:
 
 @contextmanager
 def inline_pool(workers: int, threads: int, console: Console) -> Iterator[Workers]:
-    """What `rlzoo.comparison.pool.pool` gives, in this process."""
+    """What `rlzoo.jobs.pool.pool` gives, in this process."""
     yield InThisProcess()
 
 

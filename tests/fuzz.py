@@ -26,14 +26,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from rlzoo.buffers import OfflineBuffer, read_buffer
+from rlzoo.buffers.problems import Problem, demonstrations, load_problems
 from rlzoo.cli.settings import pairs
 from rlzoo.config import EXPERIMENTS, Experiment, ProblemSource, load_experiment, read_yaml
 from rlzoo.errors import UserError
+from rlzoo.jobs.pieces import Pieces
 from rlzoo.objective import get_objective
-from rlzoo.pieces import Pieces
 from rlzoo.policy import load_policy
 from rlzoo.policy.microbatches import score_rows
-from rlzoo.problems import Problem, demonstrations, load_problems
 from rlzoo.reward import get_reward
 from rlzoo.training.checkpoints import Checkpoints
 from rlzoo.types import Trajectory

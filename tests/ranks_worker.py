@@ -15,11 +15,11 @@ from pathlib import Path
 import torch
 
 from rlzoo.config import Sampling, Training
+from rlzoo.jobs.ranks import is_main, is_sharded, joined, world_size
 from rlzoo.objective import get_objective
 from rlzoo.policy import load_policy
 from rlzoo.policy.loading import save_policy
 from rlzoo.policy.microbatches import score_rows
-from rlzoo.ranks import is_main, is_sharded, joined, world_size
 from rlzoo.rollout import TransformersSampler
 from rlzoo.training import Trainer
 from rlzoo.types import Selection, Trajectory

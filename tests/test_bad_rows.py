@@ -13,17 +13,17 @@ import torch
 import yaml
 from comparisons import inline_pool, small
 
-from rlzoo.bad_rows import BadRows, told
 from rlzoo.buffers import OfflineBuffer, from_trl, read_buffer
+from rlzoo.buffers.bad_rows import BadRows, told
+from rlzoo.buffers.problems import Problem, demonstrations, encode_problems, load_problems
 from rlzoo.cli import main
-from rlzoo.comparison import work
+from rlzoo.comparison import shared_buffer
 from rlzoo.comparison.runner import compare
 from rlzoo.config import ProblemSource, Training
 from rlzoo.errors import UserError
 from rlzoo.objective import get_objective
 from rlzoo.policy import Policy
 from rlzoo.policy.loading import save_policy
-from rlzoo.problems import Problem, demonstrations, encode_problems, load_problems
 from rlzoo.training import train
 from rlzoo.types import Trajectory
 from rlzoo.variance.run import fill
@@ -225,7 +225,7 @@ def test_cut_completions_are_counted(table: str, capsys: pytest.CaptureFixture[s
     assert told in json.loads(Path("done/training.json").read_text())["events"][0]
     changes = {"demonstrations": "long.jsonl", "training__max_completion_tokens": 4}
     sampled = small({"rft": {}}, rollouts={"samples": 2, "max_new_tokens": 2}, **changes)
-    events = work.fill_buffer(sampled, Path("buffer"), Path("state"), 0, lambda *_: None)["events"]
+    events = shared_buffer.fill_buffer(sampled, Path("buffer"), Path("state"), 0, lambda *_: None)["events"]
     assert events[0].startswith(f"demonstrations: {told}")
     assert "samples were cut at max_new_tokens (2), and have no end" in events[1]
     rollout = ["rollout", "arithmetic", "--limit", "2", "--rollout-samples", "1", "--set", "rollouts.max_new_tokens=2"]

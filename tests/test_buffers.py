@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from rlzoo.buffers import SCHEMA, OfflineBuffer, RolloutBuffer
 from rlzoo.buffers.schema import from_row, to_row
 from rlzoo.errors import UserError
-from rlzoo.outputs import replacing
+from rlzoo.jobs.outputs import replacing
 from rlzoo.types import Selection, Trajectory
 
 FULL = Trajectory(

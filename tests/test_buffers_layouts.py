@@ -12,12 +12,12 @@ import pytest
 from chat_templates import built
 
 from rlzoo.buffers import OfflineBuffer, from_trl, read_buffer
+from rlzoo.buffers.problems import load_problems
 from rlzoo.config import ProblemSource, Training
 from rlzoo.errors import UserError
 from rlzoo.objective import get_objective
 from rlzoo.policy import load_policy
 from rlzoo.policy.microbatches import score_rows
-from rlzoo.problems import load_problems
 from rlzoo.training import train, with_behaviour
 from rlzoo.types import Selection
 from rlzoo.worlds.tokenizer import build_tokenizer

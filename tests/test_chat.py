@@ -8,10 +8,10 @@ import pytest
 from chat_templates import OPENS, STOPS, TEMPLATES, assistant, built, policy_of, tokenizer_of, turn, user
 
 from rlzoo.buffers import encode, from_trl, to_trl
-from rlzoo.chat import turn_of
+from rlzoo.buffers.problems import Problem, demonstrations, encode_problems
 from rlzoo.config import Sampling
 from rlzoo.errors import UserError
-from rlzoo.problems import Problem, demonstrations, encode_problems
+from rlzoo.policy.chat import turn_of
 from rlzoo.rollout import TransformersSampler
 from rlzoo.rollout.vllm import _asked, _sample
 

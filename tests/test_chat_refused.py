@@ -11,13 +11,13 @@ import pytest
 from chat_templates import OPENS, TEMPLATES, assistant, built, policy_of, tokenizer_of, turn, user
 
 from rlzoo.buffers import from_trl
-from rlzoo.chat import opened
+from rlzoo.buffers.problems import Problem, encode_problems, load_problems
 from rlzoo.cli import main
-from rlzoo.comparison import work
+from rlzoo.comparison import shared_buffer
 from rlzoo.config import Experiment, ProblemSource, load_experiment
 from rlzoo.errors import UserError
+from rlzoo.policy.chat import opened
 from rlzoo.policy.loading import save_policy
-from rlzoo.problems import Problem, encode_problems, load_problems
 from rlzoo.variance import run as variance
 
 # What is refused
@@ -155,7 +155,7 @@ def test_tables_that_spell_special_tokens_are_refused_or_counted(
     experiment = load_experiment("arithmetic", changes)
     allowed = load_experiment("arithmetic", {**changes, "training.special_tokens": "allow"})
     ways: list[Callable[[Experiment], Any]] = [
-        lambda some: work.fill_buffer(some, tmp_path / "a", tmp_path / "s", 0, lambda *_: None),
+        lambda some: shared_buffer.fill_buffer(some, tmp_path / "a", tmp_path / "s", 0, lambda *_: None),
         lambda some: variance.fill(some, tmp_path / "b", tmp_path / "s", "t.jsonl", lambda *_: None),
     ]
     for way in ways:

@@ -20,13 +20,13 @@ import torch
 from torch import Tensor
 
 from rlzoo.buffers import OfflineBuffer
+from rlzoo.buffers.problems import Problem, demonstrations
 from rlzoo.config import Experiment, Training
 from rlzoo.errors import UserError
 from rlzoo.inputs import MovingReference
-from rlzoo.interrupts import Terminated
+from rlzoo.jobs.interrupts import Terminated
 from rlzoo.objective import Objective, get_objective
 from rlzoo.policy import Policy, Sequences
-from rlzoo.problems import Problem, demonstrations
 from rlzoo.training import Trainer, TrainingRecord, train, with_reference
 from rlzoo.training.batches import BufferSource
 from rlzoo.training.checkpoints import Checkpoints

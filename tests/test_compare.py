@@ -17,18 +17,17 @@ import pytest
 from comparisons import SMALL_OPTIONS, inline_pool, small
 from rich.console import Console
 
-import rlzoo.comparison.work as work
 from rlzoo.buffers import OfflineBuffer
 from rlzoo.cli import main
-from rlzoo.comparison import runner
+from rlzoo.comparison import one_cell, resolve, runner, shared_buffer
 from rlzoo.comparison.plan import Cell
-from rlzoo.comparison.pool import InThisProcess, WorkerDiedError, WorkError
 from rlzoo.comparison.report import write_report
 from rlzoo.config import Experiment, ProblemSource, load_experiment
 from rlzoo.errors import UserError
+from rlzoo.jobs.pool import InThisProcess, WorkerDiedError, WorkError
+from rlzoo.jobs.runs import run_in
 from rlzoo.policy import load_policy
 from rlzoo.rollout import rollouts
-from rlzoo.runs import run_in
 from rlzoo.types import Selection
 
 Compare = Callable[..., dict[str, Any]]
@@ -179,14 +178,14 @@ def test_a_row_may_learn_from_the_bases_own_correct_samples(tmp_path: Path) -> N
 @pytest.mark.usefixtures("undrawn")
 def test_the_learning_rate_is_chosen_on_validation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     scores = {(0, 1e-4): 0.1, (1, 1e-4): 0.3, (0, 1e-2): 0.6, (1, 1e-2): 0.0}
-    run_cell = work.run_cell
+    run_cell = one_cell.run_cell
 
     def with_score(experiment: Experiment, cell: Any, *rest: Any) -> dict[str, Any]:
         result = run_cell(experiment, cell, *rest)
         assert (tmp_path / "out" / ".state" / "models" / cell.id).is_dir()
         return {**result, "validation": scores[cell.seed, cell.learning_rate]}
 
-    monkeypatch.setattr(work, "run_cell", with_score)
+    monkeypatch.setattr(one_cell, "run_cell", with_score)
     results = quietly(small({"sft": {"learning_rates": [1e-4, 1e-2]}}, seeds=[0, 1]), tmp_path / "out")
     assert results["learning_rates"] == {"sft": {"0.0001": pytest.approx(0.2), "0.01": pytest.approx(0.3)}}
     assert [(c["seed"], c["learning_rate"]) for c in results["cells"]] == [(0, 1e-2), (1, 1e-2)]
@@ -237,7 +236,7 @@ def test_gold_completions_without_a_log_likelihood_are_counted_once(tmp_path: Pa
     (tmp_path / "problems.jsonl").write_text("\n".join(map(json.dumps, rows)))
     benchmarks = {"mine": ProblemSource(source=str(tmp_path / "problems.jsonl"), solution="solution")}
     experiment = Experiment.model_validate(small({"sft": {}}).model_dump() | {"benchmarks": benchmarks})
-    found = work.evaluate_base(experiment, tmp_path / "state", lambda share, what: None)
+    found = one_cell.evaluate_base(experiment, tmp_path / "state", lambda share, what: None)
     (event,) = found["events"]
     assert event.startswith("benchmark mine: gold completions without a log-likelihood: 2 in all (problem '1'")
     assert found["metrics"]["mine"]["log_likelihood"] < 0 and found["dropped_rows"] == {}
@@ -272,8 +271,8 @@ def test_a_comparison_that_was_stopped_ends_as_one_that_was_not(
         monkeypatch.setattr(home, name, call)
 
     stopping(rollouts, "judge")
-    stopping(work, "evaluate")
-    stopping(work, "curve_point")
+    stopping(one_cell, "evaluate")
+    stopping(one_cell, "curve_point")
     for _ in stops:
         with pytest.raises(KeyboardInterrupt):
             quietly(experiment, out)
@@ -291,7 +290,7 @@ def test_a_comparison_that_was_stopped_ends_as_one_that_was_not(
 
 @pytest.mark.usefixtures("undrawn")
 def test_cells_that_failed_are_tried_again_and_no_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run, ran = work._run_cell, list[str]()
+    run, ran = one_cell._run_cell, list[str]()
 
     def broken(experiment: Experiment, cell: Any, *rest: Any) -> dict[str, Any]:
         ran.append(cell.algorithm)
@@ -299,7 +298,7 @@ def test_cells_that_failed_are_tried_again_and_no_others(tmp_path: Path, monkeyp
             raise OSError("no space")
         return run(experiment, cell, *rest)
 
-    monkeypatch.setattr(work, "_run_cell", broken)
+    monkeypatch.setattr(one_cell, "_run_cell", broken)
     first = quietly(small({"sft": {}, "dft": {}}), tmp_path / "out")
     assert [failed["algorithm"] for failed in first["failed"]] == ["dft"]
     second = quietly(small({"sft": {}, "dft": {}}), tmp_path / "out")
@@ -386,14 +385,14 @@ def test_a_cell_that_fails_stops_no_other(tmp_path: Path, capsys: pytest.Capture
 
 @pytest.mark.usefixtures("undrawn")
 def test_a_cell_that_fails_its_evaluation_stops_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    evaluate_cell = work.evaluate_cell
+    evaluate_cell = one_cell.evaluate_cell
 
     def broken(experiment: Experiment, cell: Any, *rest: Any) -> dict[str, Any]:
         if cell.algorithm == "dft":
             raise OSError("no space")
         return evaluate_cell(experiment, cell, *rest)
 
-    monkeypatch.setattr(work, "evaluate_cell", broken)
+    monkeypatch.setattr(one_cell, "evaluate_cell", broken)
     rates = {"learning_rates": [1e-4, 1e-3]}
     results = quietly(small({"sft": rates, "dft": rates}), tmp_path / "out")
     assert [cell["algorithm"] for cell in results["cells"]] == ["sft"]
@@ -405,7 +404,7 @@ def test_no_run_that_succeeds_leaves_nothing(tmp_path: Path, monkeypatch: pytest
     def broken(*_: Any) -> dict[str, Any]:
         raise RuntimeError("oh")
 
-    monkeypatch.setattr(work, "run_cell", broken)
+    monkeypatch.setattr(one_cell, "run_cell", broken)
     (tmp_path / "empty").mkdir()
     for out in (tmp_path / "empty", tmp_path / "new" / "deep"):
         with pytest.raises(UserError, match="no run succeeded; the first failed with: RuntimeError: oh"):
@@ -438,7 +437,7 @@ def test_a_bug_in_the_shared_work_is_no_user_error(tmp_path: Path, monkeypatch: 
     def broken(*_: Any) -> dict[str, Any]:
         raise ZeroDivisionError("a bug")
 
-    monkeypatch.setattr(work, "fill_buffer", broken)
+    monkeypatch.setattr(shared_buffer, "fill_buffer", broken)
     with pytest.raises(WorkError, match="ZeroDivisionError: a bug"):
         quietly(small({"sft": {}}), tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -485,6 +484,6 @@ def test_rows_drawn_by_quality_stay_so_when_they_are_the_base_s_own() -> None:
         "plain": {"objective": "sft-q"},
     }
     experiment = load_experiment("arithmetic", {"algorithms": rows, "baseline": "rft"})
-    assert work.views_of(experiment, "sft-q") == [(Selection.CORRECT, {"weighted": True})]
-    assert work.views_of(experiment, "plain") == [(Selection.DEMONSTRATIONS, {"weighted": True})]
-    assert work.views_of(experiment, "rft") == [(Selection.DEMONSTRATIONS, {})]
+    assert resolve.views_of(experiment, "sft-q") == [(Selection.CORRECT, {"weighted": True})]
+    assert resolve.views_of(experiment, "plain") == [(Selection.DEMONSTRATIONS, {"weighted": True})]
+    assert resolve.views_of(experiment, "rft") == [(Selection.DEMONSTRATIONS, {})]

@@ -12,7 +12,8 @@ import numpy as np
 import pydantic
 import pytest
 
-from rlzoo.bad_rows import BadRows
+from rlzoo.buffers.bad_rows import BadRows
+from rlzoo.buffers.problems import Problem
 from rlzoo.config import EvaluationSettings, Sampling, validated
 from rlzoo.errors import UserError
 from rlzoo.evaluation import (
@@ -28,7 +29,6 @@ from rlzoo.evaluation import (
     register_metric,
 )
 from rlzoo.policy import Policy, score_rows
-from rlzoo.problems import Problem
 from rlzoo.reward import Reward, get_reward
 from rlzoo.rollout import Sample, Sampler
 

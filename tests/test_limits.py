@@ -15,13 +15,13 @@ from transformers import GPTJConfig, GPTJForCausalLM, LlamaConfig, LlamaForCausa
 
 from rlzoo import OfflineBuffer, analyze_variance, evaluate, get_objective, train
 from rlzoo.buffers import from_trl
+from rlzoo.buffers.problems import Problem, encode_problems
 from rlzoo.cli import main
-from rlzoo.comparison import work
+from rlzoo.comparison import one_cell, shared_buffer
 from rlzoo.config import EvaluationSettings, Experiment, Sampling, Training, load_experiment
 from rlzoo.errors import UserError
 from rlzoo.policy import Policy
 from rlzoo.policy.loading import load_policy, save_policy
-from rlzoo.problems import Problem, encode_problems
 from rlzoo.reward import Reward
 from rlzoo.rollout import TransformersSampler, VLLMSampler, collect_rollouts
 from rlzoo.types import Trajectory
@@ -203,10 +203,10 @@ def test_comparisons_and_variance_say_so_before_anything_is_trained(experiment: 
     sampled = experiment.model_copy(update={"algorithms": {"rft": experiment.algorithms["sft"]}})
     for some, who in ((experiment, "problem"), (table, "train.jsonl line 1"), (sampled, "problem 'train-0'")):
         with pytest.raises(UserError, match=f"^{who}.*64 positions"):
-            work.fill_buffer(some, tmp_path / "buffer", tmp_path / "state", 0, report)
+            shared_buffer.fill_buffer(some, tmp_path / "buffer", tmp_path / "state", 0, report)
         with pytest.raises(UserError, match=f"^{who}.*64 positions"):
             variance.fill(some, tmp_path / "buffer", tmp_path / "state", None, report)
     with pytest.raises(UserError, match=r"^train.jsonl line 1 has 72 tokens, .*64 positions"):
         variance.fill(experiment, tmp_path / "buffer", tmp_path / "state", "train.jsonl", report)
     with pytest.raises(UserError, match=r"^problem 'train-0'.*64 positions"):
-        work.collector_of(experiment, load_policy("model"), experiment.training, 2, 0)
+        one_cell.collector_of(experiment, load_policy("model"), experiment.training, 2, 0)

@@ -19,7 +19,7 @@ from rlzoo import analyze_variance, compare
 from rlzoo.buffers import OfflineBuffer
 from rlzoo.cli import main
 from rlzoo.cli.catalogue import catalogue
-from rlzoo.comparison import runner, work
+from rlzoo.comparison import resolve, runner
 from rlzoo.config import Training
 from rlzoo.errors import UserError
 from rlzoo.inputs import Behaviour, Critic, Mismatched, Reference, Snapshot
@@ -233,9 +233,9 @@ def test_a_comparison_runs_a_mixture(mode: str, tmp_path: Path, monkeypatch: pyt
 def test_a_mixture_of_demonstrations_alone_has_nothing_to_sample() -> None:
     rows = {"sft+dft": {"objective": "mixture", "options": {"weights": {"sft": 1, "dft": 1}}, "mode": "online"}}
     with pytest.raises(UserError, match="learns from demonstrations, so mode must be offline"):
-        runner.check(small(rows))
+        resolve.check(small(rows))
     with pytest.raises(UserError, match="'mixture' learns from demonstrations and groups"):
-        work.views_of(small({"x": {**MIXED, "learns_from": "correct"}}), "x")
+        resolve.views_of(small({"x": {**MIXED, "learns_from": "correct"}}), "x")
 
 
 def test_the_command_line_trains_a_mixture(

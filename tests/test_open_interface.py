@@ -23,17 +23,17 @@ import torch
 from comparisons import inline_pool, small
 
 from rlzoo.buffers import OfflineBuffer
+from rlzoo.buffers.problems import Problem, encode_problems, load_problems
 from rlzoo.cli import main
 from rlzoo.cli.catalogue import catalogue
-from rlzoo.comparison import runner, work
+from rlzoo.comparison import one_cell, runner
 from rlzoo.config import ProblemSource, Sampling, Training
 from rlzoo.errors import UserError
 from rlzoo.evaluation import evaluation
+from rlzoo.jobs.pieces import Pieces
 from rlzoo.objective import get_objective
-from rlzoo.pieces import Pieces
 from rlzoo.policy import Policy, load_policy, score_rows
 from rlzoo.policy.loading import save_policy
-from rlzoo.problems import Problem, encode_problems, load_problems
 from rlzoo.rollout import Collector, TransformersSampler, collect_rollouts, register_sampler, sampler_of
 from rlzoo.testing import check_objective
 from rlzoo.training import Trainer, TrainingRecord, train
@@ -270,7 +270,7 @@ def compared(out: Path, kill: bool = False) -> dict[str, Any]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(runner, "pool", inline_pool)
-        patch.setattr(work, "evaluate", evaluate)
+        patch.setattr(one_cell, "evaluate", evaluate)
         return runner.compare(small({"sft": {}, "dft": {}}, evaluation=settings, benchmarks=benchmarks), out, 1)
 
 

@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 
-from rlzoo import runs
 from rlzoo.errors import UserError
-from rlzoo.outputs import remove, remove_partial, replacing, write_atomically
-from rlzoo.pieces import Pieces
-from rlzoo.runs import run_in, unfinished
+from rlzoo.jobs import runs
+from rlzoo.jobs.outputs import remove, remove_partial, replacing, write_atomically
+from rlzoo.jobs.pieces import Pieces
+from rlzoo.jobs.runs import run_in, unfinished
 
 ASKED = {"steps": 10, "model": "embedded"}
 
@@ -87,7 +87,7 @@ def test_what_is_written_is_on_the_disk_before_it_takes_its_place(
 
 def test_what_a_killed_process_had_half_written_is_removed(tmp_path: Path) -> None:
     script = (
-        "import os, signal, sys; from pathlib import Path; from rlzoo.outputs import replacing\n"
+        "import os, signal, sys; from pathlib import Path; from rlzoo.jobs.outputs import replacing\n"
         "with replacing(Path(sys.argv[1])) as beside:\n"
         "    beside.write_text('half'); os.kill(os.getpid(), signal.SIGKILL)"
     )

@@ -17,11 +17,11 @@ from comparisons import RLZOO, SMALL_OPTIONS
 
 from rlzoo import objective as objective_module
 from rlzoo import registry as registry_module
+from rlzoo.buffers.problems import world_problems
 from rlzoo.errors import UserError
 from rlzoo.objective import get_objective, list_objectives, objective_class, options_of
 from rlzoo.reward import get_reward
 from rlzoo.types import TokenBatch
-from rlzoo.worlds import world_problems
 
 REWARD = """\
 def starts_right(completions, answer, **columns):

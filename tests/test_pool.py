@@ -18,9 +18,9 @@ import pytest
 import torch
 from rich.console import Console
 
-from rlzoo.comparison import heartbeat
-from rlzoo.comparison.pool import THREAD_VARIABLES, WorkerDiedError, pool
-from rlzoo.outputs import write_atomically
+from rlzoo.jobs import heartbeat
+from rlzoo.jobs.outputs import write_atomically
+from rlzoo.jobs.pool import THREAD_VARIABLES, WorkerDiedError, pool
 
 
 def nap(seconds: float, report: Callable[[float, str], None]) -> float:
@@ -53,8 +53,8 @@ def deaf_nap(report: Callable[[float, str], None]) -> None:
 
 @pytest.mark.usefixtures("hears_interrupts")
 def test_a_process_that_does_not_end_in_its_time_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rlzoo.comparison.pool.GRACE", 0.2)
-    monkeypatch.setattr("rlzoo.comparison.pool.QUICK", 0.1)
+    monkeypatch.setattr("rlzoo.jobs.pool.GRACE", 0.2)
+    monkeypatch.setattr("rlzoo.jobs.pool.QUICK", 0.1)
     lines, started = io.StringIO(), time.monotonic()
     with pytest.raises(KeyboardInterrupt), pool(1, 1, Console(file=lines)) as processes:
         futures = {processes.submit("deaf", deaf_nap): "deaf"}

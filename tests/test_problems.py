@@ -12,10 +12,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from rlzoo.bad_rows import BadRows
+from rlzoo.buffers.bad_rows import BadRows
+from rlzoo.buffers.problems import Problem, demonstrations, encode_problems, load_problems
 from rlzoo.config import ProblemSource
 from rlzoo.errors import UserError
-from rlzoo.problems import Problem, demonstrations, encode_problems, load_problems
 
 VERL: dict[str, Any] = {
     "prompt": [{"role": "user", "content": "1+1?"}],

@@ -14,9 +14,9 @@ from comparisons import inline_pool, small
 from rich.console import Console
 
 from rlzoo.cli import main
-from rlzoo.comparison.on_ray import ray_tasks
 from rlzoo.comparison.runner import compare
 from rlzoo.errors import UserError
+from rlzoo.jobs.on_ray import ray_tasks
 
 ray = pytest.importorskip("ray")
 ALGORITHMS: dict[str, dict[str, object]] = {"sft": {}, "rft": {}, "dpo": {}}
@@ -80,7 +80,7 @@ def test_what_goes_wrong_in_a_task_is_told_in_one_line(
     cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And what goes right finds files and modules where the driver does, and runs with as many threads."""
-    monkeypatch.setattr("rlzoo.comparison.on_ray.RETRIES", 0)
+    monkeypatch.setattr("rlzoo.jobs.on_ray.RETRIES", 0)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path / "modules"))
 

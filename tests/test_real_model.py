@@ -19,10 +19,10 @@ import torch
 
 from rlzoo import OfflineBuffer, Policy, analyze_variance, get_objective, get_reward, load_policy, train
 from rlzoo.buffers import Buffer
+from rlzoo.buffers.problems import Problem, demonstrations, encode_problems, load_problems
 from rlzoo.cli import main
 from rlzoo.config import Experiment, Rollouts, load_experiment
 from rlzoo.policy import Sequences
-from rlzoo.problems import Problem, demonstrations, encode_problems, load_problems
 from rlzoo.rollout import TransformersSampler, collect_rollouts
 from rlzoo.training.run import with_reference
 from rlzoo.types import Selection

@@ -17,16 +17,16 @@ import numpy as np
 import pytest
 import torch
 
-from rlzoo.comparison.work import collector_of
+from rlzoo.buffers.problems import Problem, encode_problems
+from rlzoo.comparison.one_cell import collector_of
 from rlzoo.config import EvaluationSettings, Sampling, Training, load_experiment
 from rlzoo.errors import UserError
 from rlzoo.evaluation import evaluate
 from rlzoo.objective import get_objective
 from rlzoo.policy import Policy
-from rlzoo.problems import Problem, encode_problems
 from rlzoo.reward import Reward, Score, get_reward
-from rlzoo.reward_call import TrainerState
-from rlzoo.reward_process import Limits, apart
+from rlzoo.reward.calling import TrainerState
+from rlzoo.reward.isolation import Limits, apart
 from rlzoo.rollout import Sample, Sampler, collect_rollouts
 
 FORMS: Sequence[Callable[[str], Any]] = (lambda text: text, lambda text: [{"role": "assistant", "content": text}])

@@ -14,10 +14,9 @@ from typing import Any
 
 import pytest
 
-from rlzoo import reward_process
 from rlzoo.errors import UserError
-from rlzoo.reward import Reward, Score, get_reward
-from rlzoo.reward_process import Limits, apart
+from rlzoo.reward import Reward, Score, get_reward, isolation
+from rlzoo.reward.isolation import Limits, apart
 
 BAD = """
 import os, pathlib, time
@@ -52,7 +51,7 @@ def bad(tmp_path: Path) -> Any:
         return apart(f"{tmp_path / 'bad.py'}:bad", Limits(seconds, memory), on_error)
 
     yield make
-    for process in reward_process._processes.values():
+    for process in isolation._processes.values():
         process.close()
 
 
@@ -74,7 +73,7 @@ def test_answers_are_found_in_the_process_too(tmp_path: Path) -> None:
         assert lenient.answers(["x0"]) == [None]
     weighted = get_reward(["format", spec, "exact-match"])
     assert weighted.answers(["x4", "x"]) == ["0.25", ""], "of the first that has some"
-    for process in reward_process._processes.values():
+    for process in isolation._processes.values():
         process.close()
 
 
@@ -146,7 +145,7 @@ def test_a_file_of_the_same_name_in_another_folder_is_another_reward(
 @pytest.mark.skipif(sys.platform != "linux", reason="asks the system to end a process with its parent")
 def test_a_reward_that_hangs_does_not_outlive_a_run_that_is_killed(tmp_path: Path) -> None:
     (tmp_path / "bad.py").write_text(BAD)
-    script = "import sys; from rlzoo.reward_process import *\napart(sys.argv[1], Limits()).score(['?'], ['mark'], {})"
+    script = "import sys; from rlzoo.reward.isolation import *\napart(sys.argv[1], Limits()).score(['?'], ['mark'], {})"
     run = subprocess.Popen([sys.executable, "-c", script, f"{tmp_path / 'bad.py'}:bad"])
     mark = tmp_path / "bad.pid"
     while not (mark.exists() and mark.read_text()):

@@ -90,7 +90,7 @@ def test_reward_from_a_callable_and_from_a_reward() -> None:
 
 def test_register_reward_uses_dashes(monkeypatch: pytest.MonkeyPatch) -> None:
     empty: Registry[Any] = Registry("reward", "rlzoo.rewards", "rlzoo.rewards")
-    monkeypatch.setattr("rlzoo.reward._rewards", empty)
+    monkeypatch.setattr("rlzoo.reward.finding._rewards", empty)
 
     @register_reward
     def a_test_reward(completions: list[str]) -> list[float]:

@@ -12,10 +12,10 @@ import pytest
 import torch
 from scipy.stats import chisquare
 
+from rlzoo.buffers.problems import Problem, encode_problems
 from rlzoo.config import Sampling
-from rlzoo.pieces import Pieces
+from rlzoo.jobs.pieces import Pieces
 from rlzoo.policy import Policy, Sequences
-from rlzoo.problems import Problem, encode_problems
 from rlzoo.reward import Reward, get_reward
 from rlzoo.rollout import Sample, Sampler, TransformersSampler, collect_rollouts, mismatch
 from rlzoo.types import Trajectory

@@ -26,18 +26,18 @@ from rich.console import Console
 
 from rlzoo import cli, config
 from rlzoo.buffers import OfflineBuffer
+from rlzoo.buffers.problems import load_problems
 from rlzoo.cli import app, settings
 from rlzoo.cli.settings import TrainSettings
-from rlzoo.comparison import runner, work
+from rlzoo.comparison import one_cell, resolve, runner, shared_buffer
 from rlzoo.comparison.plan import cells
 from rlzoo.config import EvaluationSettings, Experiment, ProblemSource, Rollouts, Sampling, Training, load_experiment
 from rlzoo.errors import UserError
 from rlzoo.objective import get_objective
 from rlzoo.policy import Policy, load_policy
 from rlzoo.policy.adapters import adapters
-from rlzoo.problems import load_problems
 from rlzoo.reward import Reward, get_reward
-from rlzoo.reward_process import Limits
+from rlzoo.reward.isolation import Limits
 from rlzoo.rollout import Sample, Sampler, TransformersSampler, VLLMSampler, VLLMServerSampler, sampler_of
 from rlzoo.training import Trainer, train
 from rlzoo.training.batches import BufferSource
@@ -55,8 +55,8 @@ ELSEWHERE = {
     "Rollouts.per_seed": "test_compare.py::test_each_seed_may_have_samples_of_its_own",
     "ProblemSource.bad_rows": "test_bad_rows.py::test_problems_that_cannot_be_read_or_encoded_are_dropped",
     "ProblemSource.special_tokens": f"{REFUSED}::test_problems_that_spell_special_tokens_are_refused_or_counted",
-    "Table.source": "test_bad_rows.py::test_compare_records_what_it_dropped_of_every_set",
-    "Table.bad_rows": "test_bad_rows.py::test_compare_records_what_it_dropped_of_every_set",
+    "TableSource.source": "test_bad_rows.py::test_compare_records_what_it_dropped_of_every_set",
+    "TableSource.bad_rows": "test_bad_rows.py::test_compare_records_what_it_dropped_of_every_set",
     "Training.behaviour": "test_buffers_layouts.py::test_samples_without_behaviour_log_probs",
     "Training.special_tokens": f"{REFUSED}::test_tables_that_spell_special_tokens_are_refused_or_counted",
     "--bad-rows": "test_bad_rows.py::test_rollout_reports_and_records_what_it_dropped",
@@ -237,7 +237,7 @@ def test_the_split_of_a_data_set_on_the_hub(monkeypatch: pytest.MonkeyPatch) -> 
         assert problem.prompt == f"of someone/something, {split}" and problem.id == f"{split}-0"
 
 
-@shows("Table.split", "Table.columns", "--split", "--column")
+@shows("TableSource.split", "TableSource.columns", "--split", "--column")
 def test_a_table_to_train_on(tmp_path: Path) -> None:
     (tmp_path / "shards").mkdir()
     for split, answer in (("train", "1"), ("test", "12")):
@@ -339,14 +339,15 @@ class FakeSampler(Sampler):
 def fake(monkeypatch: pytest.MonkeyPatch) -> FakeSampler:
     """In place of every sampler."""
     sampler = FakeSampler()
-    monkeypatch.setattr(work, "sampler_of", lambda policy, settings: sampler)
+    monkeypatch.setattr(one_cell, "sampler_of", lambda policy, settings: sampler)
+    monkeypatch.setattr(shared_buffer, "sampler_of", lambda policy, settings: sampler)
     monkeypatch.setattr("rlzoo.evaluation.evaluation.sampler_of", lambda policy, settings: sampler)
     monkeypatch.setattr(runner, "pool", inline_pool)
     return sampler
 
 
 def filled(experiment: Experiment, folder: Path) -> OfflineBuffer:
-    work.fill_buffer(experiment, folder / "buffer", folder / "state", 0, lambda share, what: None)
+    shared_buffer.fill_buffer(experiment, folder / "buffer", folder / "state", 0, lambda share, what: None)
     return OfflineBuffer.load(folder / "buffer")
 
 
@@ -360,7 +361,7 @@ def test_the_rollouts_of_the_shared_buffer(fake: FakeSampler, tmp_path: Path) ->
         assert all((row.behaviour_logp == [-0.5, -0.25]) is (behaviour == "sampler") for row in rows)
         assert [row.prompt for row in rows[::4]] == [p.prompt for p in load_problems(experiment.train)[:prompts]]
     with pytest.raises(UserError, match=r"rollouts\.behaviour: sampler needs an engine with log-probs of its own"):
-        runner.check(small({"grpo": {}}, rollouts__behaviour="sampler"))
+        resolve.check(small({"grpo": {}}, rollouts__behaviour="sampler"))
 
 
 # Training
@@ -486,12 +487,12 @@ def test_how_the_reward_is_called(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         asked.append(arguments)
         return get_reward("exact-match")
 
-    monkeypatch.setattr("rlzoo.comparison.work.apart", called)
+    monkeypatch.setattr("rlzoo.comparison.resolve.apart", called)
     data = load_experiment("facts").model_dump(mode="json")
     text = "{seconds: 7, memory_gb: null, on_error: null}"  # as documented
     data |= {"judging": yaml.safe_load(text), "reward": "format"}
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(data))
-    work.reward_of(load_experiment(str(tmp_path / "mine.yaml")))
+    resolve.reward_of(load_experiment(str(tmp_path / "mine.yaml")))
     assert asked == [("format", Limits(7.0, None), "null")]
     for value in ("null", "fail"):
         assert experiment_of("compare", "facts", "--set", f"judging.on_error={value}").judging.on_error == value
@@ -538,8 +539,8 @@ def test_demonstrations_of_a_table(fake: FakeSampler, tmp_path: Path) -> None:
 @shows("Algorithm.objective", "Algorithm.options")
 def test_the_objective_of_a_row() -> None:
     experiment = small({"mine": {"objective": "grpo", "options": {"clip": 0.3}}, "grpo": {}})
-    assert work.objective_of(experiment, "mine") == get_objective("grpo", clip=0.3)
-    assert work.objective_of(experiment, "grpo") == get_objective("grpo")
+    assert resolve.objective_of(experiment, "mine") == get_objective("grpo", clip=0.3)
+    assert resolve.objective_of(experiment, "grpo") == get_objective("grpo")
 
 
 # The command line

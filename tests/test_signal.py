@@ -16,7 +16,7 @@ from test_training import RAW, Batch, Fixed, distance, make_batch, trained
 from rlzoo import analyze_variance
 from rlzoo.buffers import Buffer, OfflineBuffer
 from rlzoo.cli import main
-from rlzoo.comparison.work import views_of
+from rlzoo.comparison.resolve import views_of
 from rlzoo.errors import UserError
 from rlzoo.inputs import Input, Truncated
 from rlzoo.objective import Objective, get_objective

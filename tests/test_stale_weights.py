@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from rlzoo.buffers import OfflineBuffer
+from rlzoo.buffers.problems import Problem, encode_problems
 from rlzoo.comparison.plan import workers_at
 from rlzoo.comparison.runner import compare
 from rlzoo.config import EvaluationSettings, Lora, Sampling, Training, load_experiment
@@ -23,7 +24,6 @@ from rlzoo.errors import UserError
 from rlzoo.evaluation import evaluate
 from rlzoo.objective import get_objective
 from rlzoo.policy import Policy
-from rlzoo.problems import Problem, encode_problems
 from rlzoo.reward import Reward
 from rlzoo.rollout import Sampler, TransformersSampler, VLLMSampler, VLLMServerSampler, collect_rollouts
 from rlzoo.training import Trainer

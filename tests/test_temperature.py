@@ -16,13 +16,13 @@ from fake_vllm import install
 from torch import Tensor
 
 from rlzoo.buffers import SCHEMA, Buffer, OfflineBuffer
+from rlzoo.buffers.problems import Problem, demonstrations, encode_problems
 from rlzoo.config import Sampling, Training
 from rlzoo.errors import UserError
 from rlzoo.inputs import Behaviour, Reference, Snapshot, Statistic
 from rlzoo.objective import Objective, get_objective, is_composite, list_objectives, objective_class
 from rlzoo.policy import Assembler, MicroBatches, Models, Policy, Sequences
 from rlzoo.policy.microbatches import score_rows
-from rlzoo.problems import Problem, demonstrations, encode_problems
 from rlzoo.reward import Reward
 from rlzoo.rollout import Sampler, TransformersSampler, VLLMSampler, collect_rollouts, mismatch
 from rlzoo.training import Trainer, lacking, train, with_behaviour, with_reference

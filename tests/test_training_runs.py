@@ -15,13 +15,13 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from rlzoo.buffers import Buffer, OfflineBuffer
+from rlzoo.buffers.problems import Problem, demonstrations, encode_problems
 from rlzoo.config import Sampling, Training
 from rlzoo.errors import UserError
 from rlzoo.objective import get_objective
 from rlzoo.policy import Policy, Sequences, load_policy
 from rlzoo.policy.loading import save_policy
 from rlzoo.policy.microbatches import score_rows
-from rlzoo.problems import Problem, demonstrations, encode_problems
 from rlzoo.reward import Reward
 from rlzoo.rollout import TransformersSampler, collect_rollouts
 from rlzoo.training import Trainer, TrainingRecord, train

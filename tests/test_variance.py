@@ -18,14 +18,14 @@ from comparisons import inline_pool
 import rlzoo
 from rlzoo import OfflineBuffer, Policy, analyze_variance, cli, get_objective, load_policy, train
 from rlzoo.buffers import Buffer
-from rlzoo.comparison.pool import in_this_process
+from rlzoo.buffers.problems import demonstrations, encode_problems, load_problems
 from rlzoo.config import ProblemSource, Sampling, Training, load_experiment
 from rlzoo.document import Block, Figure, write_document
 from rlzoo.errors import UserError
 from rlzoo.inputs import Behaviour, Input, Statistic
+from rlzoo.jobs.pool import in_this_process
 from rlzoo.objective import is_composite, list_objectives, objective_class
 from rlzoo.policy import Assembler
-from rlzoo.problems import demonstrations, encode_problems, load_problems
 from rlzoo.reward import get_reward
 from rlzoo.rollout import TransformersSampler, collect_rollouts
 from rlzoo.training import with_reference

@@ -21,11 +21,11 @@ import pytest
 import torch
 from scipy.stats import chisquare, ks_2samp
 
+from rlzoo.buffers.problems import Problem, encode_problems
 from rlzoo.config import Rollouts, Sampling
 from rlzoo.errors import UserError
 from rlzoo.policy import Policy, load_policy
 from rlzoo.policy.microbatches import score_rows
-from rlzoo.problems import Problem, encode_problems
 from rlzoo.reward import get_reward
 from rlzoo.rollout import Sampler, TransformersSampler, VLLMSampler, VLLMServerSampler, collect_rollouts, mismatch
 from rlzoo.types import Trajectory

@@ -13,11 +13,11 @@ import pytest
 import torch
 from fake_vllm import install
 
+from rlzoo.buffers.problems import Problem, encode_problems
 from rlzoo.config import EvaluationSettings, Rollouts, Sampling, load_experiment, validated
 from rlzoo.errors import UserError
-from rlzoo.pieces import Pieces
+from rlzoo.jobs.pieces import Pieces
 from rlzoo.policy import Policy
-from rlzoo.problems import Problem, encode_problems
 from rlzoo.reward import Reward
 from rlzoo.rollout import Sampler, VLLMSampler, VLLMServerSampler, collect_rollouts, mismatch, sampler_of
 from rlzoo.rollout.vllm import ENGINE_BATCHES

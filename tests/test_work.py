@@ -19,13 +19,13 @@ from comparisons import inline_pool, small
 from rich.console import Console
 
 from rlzoo.buffers import OfflineBuffer
-from rlzoo.comparison import runner, work
-from rlzoo.comparison.pool import InThisProcess
+from rlzoo.buffers.problems import load_problems
+from rlzoo.comparison import one_cell, runner
 from rlzoo.config import Experiment, ProblemSource, Rollouts, Sampling
+from rlzoo.jobs.pool import InThisProcess
 from rlzoo.objective import get_objective
 from rlzoo.policy import Policy, load_policy
 from rlzoo.policy.microbatches import score_rows
-from rlzoo.problems import load_problems
 from rlzoo.rollout import Sample, TransformersSampler
 from rlzoo.training import train
 from rlzoo.types import Trajectory
@@ -92,7 +92,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[Call]:
 def inline(monkeypatch: pytest.MonkeyPatch) -> None:
     """Cells run in this process, which gives no memory back after each, and no report is drawn."""
     monkeypatch.setattr(runner, "pool", inline_pool)
-    monkeypatch.setattr(work, "release_memory", lambda: None)
+    monkeypatch.setattr(one_cell, "release_memory", lambda: None)
     monkeypatch.setattr(runner, "write_report", lambda *_: None)
 
 
@@ -462,14 +462,14 @@ def test_smaller_parts_change_what_fits_and_not_what_is_found(calls: list[Call],
     experiment = small({"sft": {"learning_rates": [1e-3, 1e-2]}}, seeds=[0], evaluation=NO_CURVE)
     whole = compared(experiment, tmp_path / "whole")
     calls.clear()
-    run_cell, evaluate_cell = work.run_cell, work.evaluate_cell
+    run_cell, evaluate_cell = one_cell.run_cell, one_cell.evaluate_cell
 
     def in_parts(function: Callable[..., Any]) -> Callable[..., Any]:
         return lambda *arguments: function(*arguments[:-2], 4, arguments[-1])
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(work, "run_cell", in_parts(run_cell))
-        patch.setattr(work, "evaluate_cell", in_parts(evaluate_cell))
+        patch.setattr(one_cell, "run_cell", in_parts(run_cell))
+        patch.setattr(one_cell, "evaluate_cell", in_parts(evaluate_cell))
         again = compared(experiment, tmp_path / "again")
     assert [call.settings.batch_size for call in calls] == [256] * 2 + [64] * 4
     for one, other in zip(whole["cells"], again["cells"], strict=True):

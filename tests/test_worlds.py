@@ -14,11 +14,11 @@ import pytest
 import torch
 
 from rlzoo.buffers import OfflineBuffer
+from rlzoo.buffers.problems import Problem, demonstrations, load_problems, world_problems
 from rlzoo.config import ProblemSource
 from rlzoo.errors import UserError
 from rlzoo.policy import load_policy
-from rlzoo.problems import Problem, demonstrations, load_problems
-from rlzoo.worlds import EMBEDDED_BASE, WORLDS, arithmetic, facts, world_problems
+from rlzoo.worlds import EMBEDDED_BASE, WORLDS, arithmetic, facts
 from rlzoo.worlds.arithmetic import ChainSum
 
 ALL = [f"{world}/{split}" for world, splits in WORLDS.items() for split in splits]

@@ -18,11 +18,11 @@ from torch import Tensor
 
 from rlzoo.advantages import group_centred, group_varies, optimal_token_baseline
 from rlzoo.buffers import Buffer, OfflineBuffer
+from rlzoo.buffers.problems import Problem, encode_problems
 from rlzoo.config import Sampling, Training
 from rlzoo.errors import UserError
 from rlzoo.objective import Objective, get_objective, surrogate
 from rlzoo.policy import Policy
-from rlzoo.problems import Problem, encode_problems
 from rlzoo.ratios import clipped_gradient, sequence_ratio, token_ratio
 from rlzoo.reward import Reward
 from rlzoo.rollout import TransformersSampler, collect_rollouts

@@ -27,8 +27,8 @@ from typing import Any
 import torch
 
 from rlzoo import Policy, load_policy
+from rlzoo.buffers.problems import encode_problems, load_problems
 from rlzoo.config import ProblemSource, Sampling
-from rlzoo.problems import encode_problems, load_problems
 from rlzoo.rollout import TransformersSampler
 from rlzoo.rollout.decoding import padded
 

@@ -1,13 +1,13 @@
 """What is learned from: one row schema, two buffers, the four views over them, and TRL's formats."""
 
-from rlzoo.bad_rows import BadRows
+from rlzoo.buffers.bad_rows import BadRows
 from rlzoo.buffers.buffer import Buffer, OfflineBuffer, RolloutBuffer
-from rlzoo.buffers.encoding import Encoded, encode, encode_completion, encode_prompt, prompt_key
 from rlzoo.buffers.exports import to_trl
 from rlzoo.buffers.formats import from_trl, read_buffer
 from rlzoo.buffers.schema import SCHEMA
 from rlzoo.buffers.tables import load_table
 from rlzoo.buffers.views import View
+from rlzoo.policy.encoding import Encoded, encode, encode_completion, encode_prompt, prompt_key
 
 __all__ = [
     "SCHEMA",

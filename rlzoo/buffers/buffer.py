@@ -18,8 +18,8 @@ import pyarrow.compute as pc
 from datasets.fingerprint import generate_random_fingerprint
 from jaxtyping import Bool, Float, Int
 
-from rlzoo.bad_rows import BadRows
 from rlzoo.buffers import storage, views
+from rlzoo.buffers.bad_rows import BadRows
 from rlzoo.buffers.schema import (
     CHUNK,
     SCHEMA,

@@ -11,10 +11,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from rlzoo.buffers.encoding import Prompt
 from rlzoo.buffers.values import Row, find, number
-from rlzoo.chat import Message, messages
 from rlzoo.errors import UserError, kind_of
+from rlzoo.policy.chat import Message, messages
+from rlzoo.policy.encoding import Prompt
 
 _QUESTIONS = ("question", "query", "instruction", "input", "problem")
 """Columns that are likely the prompt where there is none of that name."""
@@ -33,7 +33,7 @@ class Example:
 
 
 @dataclass(frozen=True)
-class Format:
+class ExampleFormat:
     """A format: what it is called, the columns that tell it, and how a row is read."""
 
     name: str
@@ -52,7 +52,7 @@ def require_text(example: Example, column: str) -> None:
         raise UserError(f"column {column!r} {what} empty or blank: fill it in, or drop the row")
 
 
-def recognise(row: Row) -> tuple[Format, bool]:
+def recognise(row: Row) -> tuple[ExampleFormat, bool]:
     """The row's format, and whether it is conversational."""
     given = {name for name, value in row.items() if value is not None}
     for form in FORMATS:
@@ -88,7 +88,7 @@ def _rename(column: str) -> str:
     return f"say which column stands for it with --column {column}=NAME, or columns: {{{column}: NAME}}"
 
 
-def _require_no_gap(row: Row, given: set[str], form: Format) -> None:
+def _require_no_gap(row: Row, given: set[str], form: ExampleFormat) -> None:
     """Raise UserError for a row that would be of a richer format, if a column of it were not null."""
     for richer in FORMATS:
         missing = [name for name in richer.columns if name not in given]
@@ -98,7 +98,7 @@ def _require_no_gap(row: Row, given: set[str], form: Format) -> None:
             )
 
 
-def require_same(first: tuple[Format, bool], found: tuple[Format, bool]) -> None:
+def require_same(first: tuple[ExampleFormat, bool], found: tuple[ExampleFormat, bool]) -> None:
     """Raise UserError for a row of another format than the first, or one that is conversational where that is not."""
     if found[0] is not first[0]:
         names = dict.fromkeys((*first[0].columns, *found[0].columns))
@@ -203,15 +203,15 @@ def _plain_text(row: Row) -> list[Example]:
     return [Example("", text)]
 
 
-GRADED = Format("graded", ("prompt", "completion", "reward"), _graded)
+GRADED = ExampleFormat("graded", ("prompt", "completion", "reward"), _graded)
 FORMATS = (
-    Format("preference", ("prompt", "chosen", "rejected"), _preference),
-    Format("implicit-prompt preference", ("chosen", "rejected"), _implicit_preference),
-    Format("unpaired preference", ("prompt", "completion", "label"), _unpaired_preference),
+    ExampleFormat("preference", ("prompt", "chosen", "rejected"), _preference),
+    ExampleFormat("implicit-prompt preference", ("chosen", "rejected"), _implicit_preference),
+    ExampleFormat("unpaired preference", ("prompt", "completion", "label"), _unpaired_preference),
     GRADED,
-    Format("prompt-completion", ("prompt", "completion"), _prompt_completion),
-    Format("conversational language-modelling", ("messages",), _messages),
-    Format("plain language-modelling", ("text",), _plain_text),
+    ExampleFormat("prompt-completion", ("prompt", "completion"), _prompt_completion),
+    ExampleFormat("conversational language-modelling", ("messages",), _messages),
+    ExampleFormat("plain language-modelling", ("text",), _plain_text),
 )
 
 

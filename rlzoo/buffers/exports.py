@@ -8,11 +8,11 @@ from typing import Any, Literal
 import datasets
 
 from rlzoo.buffers.buffer import Buffer
-from rlzoo.buffers.encoding import Prompt
 from rlzoo.buffers.tables import table_of
 from rlzoo.buffers.views import THRESHOLD
-from rlzoo.chat import Message
 from rlzoo.errors import UserError, unknown
+from rlzoo.policy.chat import Message
+from rlzoo.policy.encoding import Prompt
 from rlzoo.types import Selection, Trajectory
 
 Kind = Literal["prompt_completion", "preference", "unpaired_preference", "prompt_only"]

@@ -22,13 +22,11 @@ import pyarrow as pa
 import pyarrow.ipc
 import pyarrow.parquet
 
-from rlzoo.bad_rows import located
+from rlzoo.buffers.bad_rows import located
 from rlzoo.buffers.values import plain_row
 from rlzoo.errors import UserError, kind_of
+from rlzoo.jobs.sources import SUFFIXES, kind_of_file
 
-SUFFIXES = (".jsonl", ".json", ".parquet", ".csv", ".tsv", ".arrow")
-COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
-"""What may follow the ending of a file of text."""
 BATCH = 1000
 """Rows of Arrow that are Python objects at one time."""
 
@@ -46,16 +44,6 @@ _POINTER = b"version https://git-lfs.github.com/spec/"
 _UNREADABLE = (OSError, EOFError, lzma.LZMAError, zlib.error)
 
 csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
-
-
-def kind_of_file(path: Path) -> str:
-    """The ending that says what a file holds, without that of a compression; "" if it is none of `SUFFIXES`."""
-    suffixes = [suffix.lower() for suffix in path.suffixes[-2:]]
-    if suffixes and suffixes[-1] in COMPRESSED:
-        suffixes.pop()
-    kind = suffixes[-1] if suffixes else ""
-    kind = {".ndjson": ".jsonl"}.get(kind, kind)
-    return kind if kind in SUFFIXES else ""
 
 
 def file_rows(path: Path) -> Iterator[Item]:

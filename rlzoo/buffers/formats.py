@@ -15,17 +15,17 @@ from typing import Any, NamedTuple
 
 import datasets
 
-from rlzoo.bad_rows import BadRows, told_of
+from rlzoo.buffers.bad_rows import BadRows, told_of
 from rlzoo.buffers.buffer import OfflineBuffer
-from rlzoo.buffers.encoding import CUT, Encoded, Special, encode
-from rlzoo.buffers.examples import COMPLETIONS, GRADED, Example, Format, recognise, require_same, require_text
+from rlzoo.buffers.examples import COMPLETIONS, GRADED, Example, ExampleFormat, recognise, require_same, require_text
 from rlzoo.buffers.files import BATCH, Item, batch_rows, object_row
 from rlzoo.buffers.layouts import aliases, as_trl
 from rlzoo.buffers.schema import to_dataset, to_row, to_table
 from rlzoo.buffers.tables import good_rows, read_rows
 from rlzoo.buffers.values import Columns, Row, find, own_id, renamed, usable
-from rlzoo.chat import options_of
 from rlzoo.errors import UserError, kind_of
+from rlzoo.policy.chat import options_of
+from rlzoo.policy.encoding import CUT, Encoded, Special, encode
 from rlzoo.types import Trajectory
 
 Fits = Callable[[Sequence[int], Sequence[int]], None]
@@ -188,7 +188,7 @@ def _in_their_words(row: Row, columns: Columns) -> Iterator[None]:
         raise UserError(found) from None
 
 
-def _read_row(row: Row, form: Format, encoding: _Encoding) -> Iterator[tuple[Encoded, Trajectory]]:
+def _read_row(row: Row, form: ExampleFormat, encoding: _Encoding) -> Iterator[tuple[Encoded, Trajectory]]:
     for name in form.columns:
         find(row, name)  # raises for one that is no plain data
     known = usable(row)

@@ -17,12 +17,13 @@ import pyarrow
 import pyarrow.parquet
 import pydantic
 
-from rlzoo.bad_rows import BadRows
-from rlzoo.buffers.files import json_lines, kind_of_file
+from rlzoo.buffers.bad_rows import BadRows
+from rlzoo.buffers.files import json_lines
 from rlzoo.buffers.schema import LOG_PROBS, SAMPLING, conform, to_dataset, to_row, to_table
 from rlzoo.buffers.tables import quiet, read_parquet
 from rlzoo.errors import UserError
-from rlzoo.outputs import file_digest, replacing
+from rlzoo.jobs.outputs import file_digest, replacing
+from rlzoo.jobs.sources import kind_of_file
 from rlzoo.types import Trajectory
 
 _DONT_NEED = 4  # MADV_DONTNEED

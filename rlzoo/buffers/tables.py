@@ -14,20 +14,11 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet
 
-from rlzoo.bad_rows import BadRows, located
-from rlzoo.buffers.files import (
-    BATCH,
-    SUFFIXES,
-    Item,
-    batch_rows,
-    file_rows,
-    first_line,
-    kind_of_file,
-    require_data,
-    require_distinct,
-)
+from rlzoo.buffers.bad_rows import BadRows, located
+from rlzoo.buffers.files import BATCH, Item, batch_rows, file_rows, first_line, require_data, require_distinct
 from rlzoo.buffers.values import usable
 from rlzoo.errors import UserError
+from rlzoo.jobs.sources import SUFFIXES, data_files, is_pattern, kind_of_file
 
 GIVE = f"give a file ({', '.join(SUFFIXES)}), a folder of them, or a Hub id"
 _SPLITS = {
@@ -36,7 +27,6 @@ _SPLITS = {
     **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
 }
 """Words in the names of files that name a split."""
-_NO_DATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
 
 
 def load_table(source: str | Path, split: str | None = None) -> datasets.Dataset:
@@ -89,24 +79,6 @@ def good_rows(items: Iterable[Item], bad: BadRows) -> Iterator[tuple[str, dict[s
             bad.refuse(place, row)
         else:
             yield place, row
-
-
-def data_files(source: str | Path) -> list[Path]:
-    """The files on this machine that a source names, whatever their split, in order; none for any other source."""
-    path = Path(source)
-    if path.is_dir():
-        found = path.rglob("*")
-        files = iter([f for f in found if not any(part.startswith(".") for part in f.relative_to(path).parts)])
-    elif path.is_file():
-        files = iter([path])
-    elif _is_pattern(str(source)):
-        files = Path(path.anchor).glob(str(path.relative_to(path.anchor)))
-    else:
-        return []
-    try:
-        return sorted((f for f in files if kind_of_file(f) and f.name not in _NO_DATA and f.is_file()), key=_order)
-    except (ValueError, OSError):  # no pattern of files
-        return []
 
 
 def read_parquet(path: Path) -> datasets.Dataset:
@@ -163,11 +135,7 @@ def quiet() -> Iterator[None]:
 def _is_local(source: str | Path) -> bool:
     """Whether a source is, or looks like, something on this machine."""
     path, name = Path(source), str(source)
-    return path.exists() or _is_pattern(name) or bool(kind_of_file(path)) or path.is_absolute() or name.startswith(".")
-
-
-def _is_pattern(name: str) -> bool:
-    return any(mark in name for mark in "*?[") and not Path(name).exists()
+    return path.exists() or is_pattern(name) or bool(kind_of_file(path)) or path.is_absolute() or name.startswith(".")
 
 
 def _found(source: str | Path, split: str | None) -> list[Path] | datasets.Dataset:
@@ -182,7 +150,7 @@ def _found(source: str | Path, split: str | None) -> list[Path] | datasets.Datas
     if path.is_dir():
         saved = (path / "state.json").exists() or (path / "dataset_dict.json").exists()
         return _read_saved(path, split) if saved else _shards(path, split)
-    if _is_pattern(str(source)):
+    if is_pattern(str(source)):
         if files := data_files(source):
             return files
         raise UserError(f"{source} matches no file: {GIVE}")
@@ -264,11 +232,6 @@ def _joined(files: Sequence[Path]) -> datasets.Dataset:
         return datasets.concatenate_datasets(tables) if len(tables) > 1 else tables[0]
     except ValueError as error:
         raise UserError(f"{files[0]} and the files after it have other columns or types: {first_line(error)}") from None
-
-
-def _order(path: Path) -> list[Any]:
-    """Sorts part-2 before part-10."""
-    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", str(path))]
 
 
 def _read_hub(name: str, split: str | None) -> datasets.Dataset:

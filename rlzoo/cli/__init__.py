@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from rlzoo.errors import UserError
-from rlzoo.interrupts import Terminated, raise_signal
+from rlzoo.jobs.interrupts import Terminated, raise_signal
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -45,7 +45,7 @@ def _run(command: Callable[[], int] | None) -> int:
     if command is None:
         return 0
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        from rlzoo.ranks import joined
+        from rlzoo.jobs.ranks import joined
 
         with joined():
             return command()

@@ -62,10 +62,10 @@ def compare(
 
     from rlzoo.cli.settings import allow_remote_code, experiment_of
     from rlzoo.cli.tables import show
-    from rlzoo.comparison.plan import counted
     from rlzoo.comparison.report import report_table
     from rlzoo.comparison.runner import compare, where
-    from rlzoo.ranks import is_main
+    from rlzoo.jobs.pool import counted
+    from rlzoo.jobs.ranks import is_main
 
     if address is not None and executor != "ray":
         raise UserError("--address is that of a Ray cluster: add --executor ray")

@@ -36,12 +36,12 @@ def evaluate(
     chosen = experiment_of(
         experiment, sets, model=model, reward=reward, test_data=test_data, limit=limit, samples=samples, k=k
     )
-    from rlzoo.bad_rows import BadRows
-    from rlzoo.comparison.pool import silence
-    from rlzoo.comparison.work import metrics_of, reward_of
+    from rlzoo.buffers.bad_rows import BadRows
+    from rlzoo.buffers.problems import load_problems
+    from rlzoo.comparison.resolve import metrics_of, reward_of
     from rlzoo.evaluation import evaluate
+    from rlzoo.jobs.pool import silence
     from rlzoo.policy import load_policy
-    from rlzoo.problems import load_problems
     from rlzoo.rollout import unscored
 
     scored_by = {name: reward_of(chosen, benchmark=name) for name in chosen.benchmarks}

@@ -45,15 +45,15 @@ def rollout(
         experiment, sets,
         model=model, reward=reward, data=data, bad_rows=bad_rows, limit=limit, rollout_samples=rollout_samples,
     )  # fmt: skip
-    from rlzoo.bad_rows import BadRows
     from rlzoo.buffers import OfflineBuffer
-    from rlzoo.comparison.pool import silence
-    from rlzoo.comparison.work import reward_of
-    from rlzoo.pieces import Pieces
+    from rlzoo.buffers.bad_rows import BadRows
+    from rlzoo.buffers.problems import encode_problems, load_problems
+    from rlzoo.comparison.resolve import reward_of
+    from rlzoo.jobs.pieces import Pieces
+    from rlzoo.jobs.pool import silence
+    from rlzoo.jobs.runs import run_in
     from rlzoo.policy import load_policy
-    from rlzoo.problems import encode_problems, load_problems
     from rlzoo.rollout import collect_rollouts, cut_short, mismatch, sampler_of, unscored
-    from rlzoo.runs import run_in
 
     bad = BadRows(chosen.train.bad_rows)
     scored_by, problems = reward_of(chosen), load_problems(chosen.train, bad)[: chosen.rollouts.prompts]

@@ -15,7 +15,7 @@ from typing import Any, Union, get_args, get_origin
 import pydantic
 import yaml
 
-from rlzoo.config import Experiment, ProblemSource, Table, Training, lay, load_experiment, validated
+from rlzoo.config import Experiment, ProblemSource, TableSource, Training, lay, load_experiment, validated
 from rlzoo.errors import UserError
 
 TRAINING_LIMITS = ("train.limit", "rollouts.prompts")
@@ -44,7 +44,7 @@ class TrainSettings(pydantic.BaseModel):
     options: Mapping[str, Any] = {}
     training: Training = Training()
     model: str = "embedded"
-    buffer: Table
+    buffer: TableSource
     seed: int = 0
 
 
@@ -219,7 +219,7 @@ def prepare(threads: int | None, trust_remote_code: bool) -> None:
     if threads is not None:
         import torch
 
-        from rlzoo.comparison.pool import THREAD_VARIABLES
+        from rlzoo.jobs.pool import THREAD_VARIABLES
 
         os.environ.update({name: str(threads) for name in THREAD_VARIABLES})
         torch.set_num_threads(threads)

@@ -61,15 +61,15 @@ def train(
       rlzoo train dpo --buffer pairs.jsonl --option beta=0.2 --out runs/dpo
       rlzoo train sft --buffer pairs.jsonl --set training.lora={} --out runs/sft
     """
-    from rlzoo.bad_rows import BadRows
     from rlzoo.buffers import read_buffer
+    from rlzoo.buffers.bad_rows import BadRows
     from rlzoo.cli.settings import prepare, train_settings
-    from rlzoo.comparison.pool import silence
+    from rlzoo.jobs.outputs import write_atomically
+    from rlzoo.jobs.pool import silence
+    from rlzoo.jobs.ranks import is_main
+    from rlzoo.jobs.runs import run_in
     from rlzoo.objective import get_objective
-    from rlzoo.outputs import write_atomically
     from rlzoo.policy.loading import load_policy, save_policy
-    from rlzoo.ranks import is_main
-    from rlzoo.runs import run_in
     from rlzoo.training import train
 
     prepare(threads, trust_remote_code)

@@ -96,8 +96,3 @@ def chosen_cells(
             best = max((rate for rate in scores if len(by_rate[rate]) == whole), key=scores.__getitem__)
         chosen += by_rate[best]
     return chosen, tried
-
-
-def counted(number: int, thing: str, things: str | None = None) -> str:
-    """``1 run``, ``2 runs``."""
-    return f"{number} {thing if number == 1 else things or thing + 's'}"

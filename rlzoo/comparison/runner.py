@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -18,33 +17,22 @@ import pyarrow.parquet as pq
 import yaml
 from rich.console import Console
 
-from rlzoo.bad_rows import told
-from rlzoo.comparison import work
-from rlzoo.comparison.heartbeat import Heartbeat
-from rlzoo.comparison.on_ray import ray_tasks
-from rlzoo.comparison.plan import (
-    Cell,
-    buffer_of,
-    cells,
-    chosen_cells,
-    counted,
-    has_choice,
-    sampling_seeds,
-    workers_at,
-)
-from rlzoo.comparison.pool import WorkerDiedError, Workers, default_workers, in_this_process, pool, why
+from rlzoo.buffers.bad_rows import told
+from rlzoo.comparison import one_cell, resolve, shared_buffer
+from rlzoo.comparison.plan import Cell, buffer_of, cells, chosen_cells, has_choice, sampling_seeds, workers_at
 from rlzoo.comparison.report import write_report
-from rlzoo.comparison.statistics import BASE, summarise
-from rlzoo.config import Experiment, load_experiment
-from rlzoo.errors import UserError, unknown
+from rlzoo.comparison.resolve import check
+from rlzoo.comparison.statistics import summarise
+from rlzoo.config import BASE, Experiment, load_experiment
+from rlzoo.errors import UserError
 from rlzoo.evaluation import mean_over_benchmarks
-from rlzoo.outputs import replacing, write_atomically
-from rlzoo.problems import Encoded, Problem, load_problems
-from rlzoo.ranks import agreed, is_main, world_size
-from rlzoo.reward import Reward
-from rlzoo.rollout.rollouts import judge, unscored
-from rlzoo.rollout.sampler import Sample, sampler_class
-from rlzoo.runs import Run, run_in, unfinished, versions
+from rlzoo.jobs.heartbeat import Heartbeat
+from rlzoo.jobs.on_ray import ray_tasks
+from rlzoo.jobs.outputs import replacing, write_atomically
+from rlzoo.jobs.pool import WorkerDiedError, Workers, counted, default_workers, in_this_process, pool, why
+from rlzoo.jobs.ranks import is_main, world_size
+from rlzoo.jobs.runs import Run, place, run_in, versions
+from rlzoo.rollout.rollouts import unscored
 
 RETRIES = 2
 """Times that a cell whose processes keep dying is done again, with micro-batches half as large each time."""
@@ -133,53 +121,9 @@ def where(experiment: Experiment, threads: int = 1) -> Path:
     return place(experiment.name, "compare", _asked(experiment, threads))
 
 
-def place(prefix: str, command: str, settings: Mapping[str, Any]) -> Path:
-    """The newest folder runs/<prefix>-<time> in which this command was stopped, else a new one."""
-    found = unfinished(Path("runs"), prefix, command, settings) if is_main() else None
-    fresh = Path("runs") / f"{prefix}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
-    names = (fresh.with_name(f"{fresh.name}-{number}") if number > 1 else fresh for number in itertools.count(1))
-    return agreed(found or next(path for path in names if not path.exists()))
-
-
 def _asked(experiment: Experiment, threads: int) -> dict[str, Any]:
     """What must be the same for a comparison to go on: all that its numbers depend on."""
     return {"experiment": experiment.model_dump(mode="json"), "threads": threads}
-
-
-def check(experiment: Experiment) -> None:
-    """Find what is wrong with names, options, problems and the reward before a model is loaded. Raises UserError."""
-    try:
-        json.dumps(experiment.model_dump(mode="json"))
-    except (ValueError, TypeError):
-        raise UserError(
-            "the reward and the options must be plain data, for experiment.yaml and the worker processes: name a "
-            "reward of your own as package.module:Name or path/to/file.py:Name"
-        ) from None
-    for name, row in experiment.algorithms.items():
-        objective = work.objective_of(experiment, name)
-        experiment.training_of(name)
-        if row.mode == "online" and not work.learns_from_samples(work.views_of(experiment, name)):
-            raise UserError(
-                f"algorithms.{name}: {objective.name!r} learns from demonstrations, so mode must be offline"
-            )
-    for settings in (experiment.rollouts, experiment.evaluation):
-        sampler_class(settings)
-    if BASE in experiment.algorithms:
-        raise UserError(f"algorithms.{BASE}: results call the untrained model so; give the row another name")
-    if experiment.baseline is not None and experiment.baseline not in experiment.algorithms:
-        raise unknown("baseline", experiment.baseline, experiment.algorithms)
-    for source in (experiment.train, experiment.validation):
-        if source is not None:
-            _try(work.reward_of(experiment), load_problems(source)[:2])
-    for name, source in experiment.benchmarks.items():
-        _try(work.reward_of(experiment, benchmark=name), load_problems(source)[:2])
-    work.metrics_of(experiment)
-
-
-def _try(reward: Reward, problems: Sequence[Problem]) -> None:
-    """Judge empty answers: a missing column or a broken reward shows now, and not after hours of sampling."""
-    nothing = Sample([], "", truncated=False)
-    judge(reward, [(Encoded(problem, "", []), nothing) for problem in problems])
 
 
 def _workers(
@@ -222,10 +166,10 @@ def _run(
     def train(cell: Cell, parts: int) -> Future[Any]:
         name = buffer_of(experiment, cell.seed)
         shared, place = buffers[name], folder / name
-        return processes.submit(cell.id, work.run_cell, experiment, cell, shared, place, state, parts)
+        return processes.submit(cell.id, one_cell.run_cell, experiment, cell, shared, place, state, parts)
 
     def test(cell: Cell, parts: int) -> Future[Any]:
-        return processes.submit(cell.id, work.evaluate_cell, experiment, cell, state, parts)
+        return processes.submit(cell.id, one_cell.evaluate_cell, experiment, cell, state, parts)
 
     runs, failed = _gather(processes, grid, train, console)
     chosen, rates = chosen_cells(experiment, runs)
@@ -246,7 +190,7 @@ def _run(
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": versions(),
         "config": experiment.model_dump(mode="json"),
-        "metrics": {name: {"label": m.label, "unit": m.unit} for name, m in work.metrics_of(experiment).items()},
+        "metrics": {name: {"label": m.label, "unit": m.unit} for name, m in resolve.metrics_of(experiment).items()},
         "base": base["metrics"],
         "mean_over_benchmarks": _over_benchmarks(base, reported) if len(experiment.benchmarks) > 1 else {},
         "base_curve": base["curve"],
@@ -283,11 +227,11 @@ def _share(
 ) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
     """The work that cells share: the buffers by name, and the base's scores. Raises UserError if any of it fails."""
     seeds = sampling_seeds(experiment)
-    futures = {processes.submit("model", work.check_model, experiment): "model"}
+    futures = {processes.submit("model", shared_buffer.check_model, experiment): "model"}
     for name, seed in seeds.items():
-        filled = processes.submit(_called(name), work.fill_buffer, experiment, folder / name, state, seed)
+        filled = processes.submit(_called(name), shared_buffer.fill_buffer, experiment, folder / name, state, seed)
         futures[filled] = _called(name)
-    futures[processes.submit("base model", work.evaluate_base, experiment, state)] = "base model"
+    futures[processes.submit("base model", one_cell.evaluate_base, experiment, state)] = "base model"
     done = {}
     for name, future in processes.gather(futures):
         if isinstance(error := future.exception(), WorkerDiedError):

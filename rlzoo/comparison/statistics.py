@@ -15,14 +15,13 @@ import pyarrow as pa
 from jaxtyping import Float, Int
 from scipy import optimize, special
 
+from rlzoo.config import BASE
 from rlzoo.errors import UserError, unknown
 from rlzoo.evaluation.metrics import pass_at_k
 
 METRICS = ("avg_at_k", "greedy", "pass_at_k")
 SIGNIFICANT = 0.05
 """A difference is called distinguishable from none where its corrected p-value is below this."""
-BASE = "base"
-"""The name under which outcomes carry the samples of the model that every cell started from."""
 
 
 class Interval(NamedTuple):

@@ -9,7 +9,7 @@ from rlzoo.document.blocks import Block, Code, Entry, Figure, Heading, Paragraph
 from rlzoo.document.drawing import standalone
 from rlzoo.document.markdown import FIGURES, render_markdown
 from rlzoo.document.page import render_html
-from rlzoo.outputs import write_atomically
+from rlzoo.jobs.outputs import write_atomically
 
 __all__ = ["Block", "Code", "Entry", "Figure", "Heading", "Paragraph", "Table", "write_document"]
 

@@ -7,14 +7,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rlzoo.bad_rows import BadRows, told_of
+from rlzoo.buffers.bad_rows import BadRows, told_of
+from rlzoo.buffers.problems import EncodedProblem, Problem, demonstrations, encode_problems
 from rlzoo.config import EvaluationSettings
 from rlzoo.errors import UserError
 from rlzoo.evaluation.metrics import ProblemSamples, get_metric, metric_table
 from rlzoo.policy import Policy, score_rows
-from rlzoo.problems import Encoded, Problem, demonstrations, encode_problems
 from rlzoo.reward import Reward, get_reward
-from rlzoo.reward_call import means
+from rlzoo.reward.calling import means
 from rlzoo.rollout import Sampler, sampler_of
 from rlzoo.rollout.rollouts import completions_of, judge, within_limits
 from rlzoo.types import Trajectory
@@ -85,7 +85,7 @@ def evaluate(
     return Evaluation(found, sampled + best)
 
 
-def gold_rows(policy: Policy, problems: Sequence[Encoded], bad: BadRows | None = None) -> list[list[Trajectory]]:
+def gold_rows(policy: Policy, problems: Sequence[EncodedProblem], bad: BadRows | None = None) -> list[list[Trajectory]]:
     """Each problem's gold completions. One that cannot be encoded, or that the model cannot take, is left out."""
     rows = []
     with told_of(bad) as bad:
@@ -98,7 +98,7 @@ def gold_rows(policy: Policy, problems: Sequence[Encoded], bad: BadRows | None =
 
 
 def _gold_logp(
-    policy: Policy, problems: Sequence[Encoded], bad: BadRows | None, token_budget: int
+    policy: Policy, problems: Sequence[EncodedProblem], bad: BadRows | None, token_budget: int
 ) -> list[list[list[float]]]:
     """The log-probs of the tokens of each problem's gold completions, at temperature 1."""
     rows = gold_rows(policy, problems, bad)
@@ -109,7 +109,7 @@ def _gold_logp(
 
 def _outcomes(
     sampler: Sampler,
-    problems: Sequence[Encoded],
+    problems: Sequence[EncodedProblem],
     greedy: bool,
     reward: Reward,
     settings: EvaluationSettings,

@@ -16,8 +16,8 @@ from rlzoo.errors import UserError, unknown
 from rlzoo.registry import Registry, told
 
 if TYPE_CHECKING:
+    from rlzoo.buffers.problems import Problem
     from rlzoo.config import EvaluationSettings
-    from rlzoo.problems import Problem
 
 
 @dataclass(frozen=True)

@@ -215,7 +215,7 @@ class _Context:
         return self.assembler.models.of(name)
 
     def encode(self, prompt: Any) -> list[int]:
-        from rlzoo.buffers.encoding import encode_prompt
+        from rlzoo.policy.encoding import encode_prompt
 
         return encode_prompt(self.policy.tokenizer, prompt)[1]
 

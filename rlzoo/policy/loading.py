@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from rlzoo.errors import UserError
+from rlzoo.jobs.ranks import rank
 from rlzoo.policy.adapters import adapters, merged, save_adapter
 from rlzoo.policy.head import Head
 from rlzoo.policy.policy import Policy
-from rlzoo.ranks import rank
 from rlzoo.worlds import EMBEDDED_BASE
 
 EMBEDDED = "embedded"

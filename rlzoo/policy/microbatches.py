@@ -11,10 +11,10 @@ from torch import Tensor
 
 from rlzoo.errors import UserError
 from rlzoo.inputs import Input
+from rlzoo.jobs.ranks import rank, summed, world_size
 from rlzoo.policy.memory import is_out_of_memory, release_memory
 from rlzoo.policy.policy import Policy, TokenScores
 from rlzoo.policy.sequences import Row, Sequences, Tokens, length
-from rlzoo.ranks import rank, summed, world_size
 
 T = TypeVar("T")
 Forward = Callable[[Sequences, list[int]], TokenScores]

@@ -12,10 +12,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from rlzoo.chat import turn_of
 from rlzoo.errors import UserError
 from rlzoo.inputs import Input, Stage
 from rlzoo.policy.adapters import adapters, add_lora, switched_off
+from rlzoo.policy.chat import turn_of
 from rlzoo.policy.head import Head, LogitTerm, score_tokens
 from rlzoo.policy.sequences import Sequences
 from rlzoo.policy.weights import changes_of

@@ -6,13 +6,13 @@ import random
 from collections.abc import Sequence
 from typing import Any
 
-from rlzoo.bad_rows import BadRows
 from rlzoo.buffers import OfflineBuffer
+from rlzoo.buffers.bad_rows import BadRows
+from rlzoo.buffers.problems import EncodedProblem, Problem, encode_problems
 from rlzoo.config import Sampling, Training
 from rlzoo.errors import UserError
-from rlzoo.pieces import random_state
+from rlzoo.jobs.pieces import random_state
 from rlzoo.policy import Policy
-from rlzoo.problems import Encoded, Problem, encode_problems
 from rlzoo.reward import get_reward
 from rlzoo.rollout.rollouts import collect_rollouts, within_limits
 from rlzoo.rollout.sampler import Sampler
@@ -55,7 +55,7 @@ class Collector:
     def __call__(self, version: int) -> OfflineBuffer:
         """The batch of policy version ``version``: the number of batches before it."""
         policy, settings, training = self._policy, self._settings, self._training
-        prompts: list[Encoded] = []
+        prompts: list[EncodedProblem] = []
         while len(prompts) < self._prompts:
             if not self._queue:
                 self._queue = self._order.sample(range(len(self._encoded)), len(self._encoded))

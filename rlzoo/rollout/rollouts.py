@@ -8,16 +8,16 @@ from typing import Any
 
 import numpy as np
 
-from rlzoo.bad_rows import BadRows
+from rlzoo.buffers.bad_rows import BadRows
+from rlzoo.buffers.problems import EncodedProblem, trajectory
 from rlzoo.config import Sampling
 from rlzoo.errors import UserError
-from rlzoo.pieces import Pieces
+from rlzoo.jobs.pieces import Pieces
+from rlzoo.jobs.ranks import agreed
 from rlzoo.policy import Policy
 from rlzoo.policy.microbatches import score_rows, score_rows_and_nuclei
-from rlzoo.problems import Encoded, trajectory
-from rlzoo.ranks import agreed
 from rlzoo.reward import Reward, Score, get_reward
-from rlzoo.reward_call import ENGINE
+from rlzoo.reward.calling import ENGINE
 from rlzoo.rollout.sampler import Sample, Sampler, by_length
 from rlzoo.types import Trajectory
 
@@ -25,7 +25,7 @@ from rlzoo.types import Trajectory
 def collect_rollouts(
     policy: Policy,
     sampler: Sampler,
-    problems: Sequence[Encoded],
+    problems: Sequence[EncodedProblem],
     reward: Any,
     settings: Sampling,
     seed: int,
@@ -135,8 +135,8 @@ def mismatch(rows: Sequence[Trajectory]) -> dict[str, float] | None:
 
 
 def within_limits(
-    policy: Policy, sampler: Sampler, problems: Sequence[Encoded], settings: Sampling, bad: BadRows | None = None
-) -> list[Encoded]:
+    policy: Policy, sampler: Sampler, problems: Sequence[EncodedProblem], settings: Sampling, bad: BadRows | None = None
+) -> list[EncodedProblem]:
     """The problems that the model can take: each token id has an embedding, and the tokens fit into its positions.
 
     A sampler that is bound by them also needs positions for ``max_new_tokens``; other engines have limits of their own.
@@ -175,14 +175,14 @@ def unscored(scored: Iterable[tuple[float | None, str]]) -> str | None:
     return f"{len(without)} of {len(rows)} samples have no reward ({told}); the first one's prompt: {first[-100:]!r}"
 
 
-def completions_of(answered: Sequence[tuple[Encoded, Sample]]) -> list[Any]:
+def completions_of(answered: Sequence[tuple[EncodedProblem, Sample]]) -> list[Any]:
     """Completions as rewards take them: of conversational problems they are conversations, as in TRL."""
     return [
         s.text if isinstance(p.problem.prompt, str) else [{"role": "assistant", "content": s.text}] for p, s in answered
     ]
 
 
-def judge(reward: Reward, answered: Sequence[tuple[Encoded, Sample]]) -> list[Score]:
+def judge(reward: Reward, answered: Sequence[tuple[EncodedProblem, Sample]]) -> list[Score]:
     """The reward of each completion."""
     prompts = [p.problem.prompt for p, _ in answered]
     names = {name for p, _ in answered for name in p.problem.columns} - set(ENGINE)

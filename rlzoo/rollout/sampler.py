@@ -14,8 +14,8 @@ from jaxtyping import Float
 
 from rlzoo.config import Sampling
 from rlzoo.errors import UserError
+from rlzoo.jobs.ranks import shared, world_size
 from rlzoo.policy import Policy
-from rlzoo.ranks import shared, world_size
 from rlzoo.registry import Registry
 from rlzoo.rollout.decoding import Decoder, can_decode, padded
 

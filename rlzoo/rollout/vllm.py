@@ -19,10 +19,10 @@ import numpy as np
 
 from rlzoo.config import Sampling
 from rlzoo.errors import UserError
+from rlzoo.jobs.ranks import barrier, gathered, is_main, shared, world_size
 from rlzoo.policy import Policy
 from rlzoo.policy.adapters import merged
 from rlzoo.policy.loading import EMBEDDED, save_policy, trusts_remote_code
-from rlzoo.ranks import barrier, gathered, is_main, shared, world_size
 from rlzoo.rollout.sampler import Sample, Sampler, register_sampler, text_of
 from rlzoo.worlds import EMBEDDED_BASE
 

@@ -11,8 +11,8 @@ from typing import Any, Protocol, runtime_checkable
 from rlzoo.buffers import Buffer, View
 from rlzoo.errors import UserError
 from rlzoo.inputs import Input
+from rlzoo.jobs.pieces import random_state
 from rlzoo.objective import Objective, Part, view_of
-from rlzoo.pieces import random_state
 from rlzoo.training.state import resumable
 from rlzoo.types import Coupling, TokenBatch, Trajectory, WhichView
 

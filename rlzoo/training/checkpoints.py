@@ -11,9 +11,9 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from rlzoo.outputs import file_digest, remove, replacing
-from rlzoo.pieces import Pieces
-from rlzoo.ranks import agreed, barrier, is_main
+from rlzoo.jobs.outputs import file_digest, remove, replacing
+from rlzoo.jobs.pieces import Pieces
+from rlzoo.jobs.ranks import agreed, barrier, is_main
 
 KEPT = 2
 """Checkpoints that are kept: one that turns out to be damaged leaves the one before."""

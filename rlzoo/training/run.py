@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from rlzoo.bad_rows import BadRows
 from rlzoo.buffers import Buffer
+from rlzoo.buffers.bad_rows import BadRows
 from rlzoo.config import Training
 from rlzoo.errors import UserError
 from rlzoo.inputs import Input, Reference, Stage

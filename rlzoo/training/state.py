@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from rlzoo.errors import UserError
+from rlzoo.jobs.pieces import random_state
+from rlzoo.jobs.ranks import gathered, rank
 from rlzoo.objective import options_of
-from rlzoo.pieces import random_state
-from rlzoo.ranks import gathered, rank
 
 if TYPE_CHECKING:
     from rlzoo.training.trainer import Trainer

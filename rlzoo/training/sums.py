@@ -8,9 +8,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from rlzoo.jobs.ranks import gathered
 from rlzoo.objective import Objective, reduce
-from rlzoo.ranks import gathered
-from rlzoo.reward_call import means
+from rlzoo.reward.calling import means
 from rlzoo.training.batches import Drawn
 from rlzoo.types import Coefficients, TokenBatch, Trajectory
 

@@ -16,12 +16,12 @@ from accelerate import Accelerator
 from rlzoo.config import Training
 from rlzoo.errors import UserError
 from rlzoo.inputs import Input, Stage
-from rlzoo.interrupts import heed, noted, pending
+from rlzoo.jobs.interrupts import heed, noted, pending
+from rlzoo.jobs.ranks import agreed, gathered, is_sharded, world_size
 from rlzoo.objective import Objective, Part, reduce, surrogate_of
 from rlzoo.policy import Assembler, MicroBatches, Models, Policy, Sequences
 from rlzoo.policy.adapters import adapters
 from rlzoo.policy.sequences import Tokens, length
-from rlzoo.ranks import agreed, gathered, is_sharded, world_size
 from rlzoo.training.batches import Drawn, Source, check_sources, lacks, micro_units
 from rlzoo.training.checkpoints import Checkpoints
 from rlzoo.training.costs import peak_memory_bytes, reset_peak_memory

@@ -14,18 +14,18 @@ import torch
 from pydantic import Field
 from rich.console import Console
 
-from rlzoo.bad_rows import BadRows, told
 from rlzoo.buffers import Buffer, OfflineBuffer, read_buffer
-from rlzoo.comparison import work
-from rlzoo.comparison.heartbeat import Heartbeat
-from rlzoo.comparison.pool import Workers, default_workers, pool, why
-from rlzoo.comparison.runner import check, place
+from rlzoo.buffers.bad_rows import BadRows, told
+from rlzoo.comparison import resolve, shared_buffer
+from rlzoo.comparison.resolve import check
 from rlzoo.config import Benchmark, Experiment, Positive
 from rlzoo.errors import UserError
-from rlzoo.outputs import remove, write_atomically
-from rlzoo.pieces import Pieces
+from rlzoo.jobs.heartbeat import Heartbeat
+from rlzoo.jobs.outputs import remove, write_atomically
+from rlzoo.jobs.pieces import Pieces
+from rlzoo.jobs.pool import Workers, default_workers, pool, why
+from rlzoo.jobs.runs import Run, place, run_in, versions
 from rlzoo.policy import load_policy
-from rlzoo.runs import Run, run_in, versions
 from rlzoo.training import (
     Trainer,
     TrainingRecord,
@@ -187,7 +187,7 @@ def _run(
 def fill(experiment: Experiment, folder: Path, state: Path, given: str | None, report: Report) -> dict[str, Any]:
     """Make or read the buffer and save it where all jobs read it; its rows' number, what was dropped, and events."""
     if given is None:
-        made = work.fill_buffer(experiment, folder, state, 0, report)
+        made = shared_buffer.fill_buffer(experiment, folder, state, 0, report)
         return {name: made[name] for name in ("rows", "dropped_rows", "events")}
     policy = load_policy(experiment.model, experiment.training.dtype)
     bad = BadRows(experiment.train.bad_rows)
@@ -199,7 +199,7 @@ def fill(experiment: Experiment, folder: Path, state: Path, given: str | None, r
     if experiment.training.behaviour == "current":
         buffer, scored = with_behaviour(buffer, policy, experiment.training.token_budget)
         events += [scored_event(len(scored))] if scored else []
-    objectives = [work.objective_of(experiment, name) for name in experiment.algorithms]
+    objectives = [resolve.objective_of(experiment, name) for name in experiment.algorithms]
     buffer = with_inputs(buffer, lacking(buffer, *objectives), policy, experiment.training.token_budget)
     buffer.save(folder)
     dropped = {"buffer": summary} if (summary := bad.summary()) else {}
@@ -214,12 +214,12 @@ def measure(
     def analyse() -> dict[str, Any]:
         return analyze_variance(
             load_policy(experiment.model, experiment.training.dtype),
-            {name: work.objective_of(experiment, name) for name in experiment.algorithms},
+            {name: resolve.objective_of(experiment, name) for name in experiment.algorithms},
             OfflineBuffer.load(folder),
             rows=settings.rows,
             draws=settings.draws,
             seed=settings.seed,
-            learns_from={name: work.views_of(experiment, name)[0][0] for name in experiment.algorithms},
+            learns_from={name: resolve.views_of(experiment, name)[0][0] for name in experiment.algorithms},
             token_budget=experiment.training.token_budget,
             progress=report,
         )
@@ -235,8 +235,8 @@ def along_training(
     checkpoints = pieces.within(name).folder
 
     def train() -> list[dict[str, Any]]:
-        objective, buffer = work.objective_of(experiment, name), OfflineBuffer.load(folder)
-        views = work.views_of(experiment, name)
+        objective, buffer = resolve.objective_of(experiment, name), OfflineBuffer.load(folder)
+        views = resolve.views_of(experiment, name)
         training = experiment.training_of(name)
         training = training.model_copy(update={"learning_rate": experiment.learning_rates_of(name)[0]})
         torch.manual_seed(settings.seed)

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from rlzoo.comparison.report.schema import Results
 from rlzoo.comparison.report.tables import percent, points, significance
 from rlzoo.comparison.statistics import (
-    BASE,
     METRICS,
     SIGNIFICANT,
     ScoreKey,
@@ -16,6 +15,7 @@ from rlzoo.comparison.statistics import (
     compare_pairs,
     paired_difference,
 )
+from rlzoo.config import BASE
 
 
 def answer(results: Results, matrices: Mapping[ScoreKey, ScoreMatrix], benchmark: str) -> str:

@@ -8,18 +8,19 @@ from typing import Any
 import pyarrow.compute as pc
 import yaml
 
-from rlzoo.bad_rows import told
+from rlzoo.buffers.bad_rows import told
 from rlzoo.comparison.report import plots, tables
 from rlzoo.comparison.report.answer import answer
-from rlzoo.comparison.report.schema import Results, Run
-from rlzoo.comparison.statistics import BASE, compare_to, score_matrices
+from rlzoo.comparison.report.schema import FinishedRun, Results
+from rlzoo.comparison.statistics import compare_to, score_matrices
+from rlzoo.config import BASE
 from rlzoo.document import Block, Code, Figure, Heading, Paragraph
 
 SHOWN_PROBLEMS = 3
 SHOWN_CHARACTERS = 700
 
 
-def contents(run: Run, baseline: str | None) -> Iterator[Block]:
+def contents(run: FinishedRun, baseline: str | None) -> Iterator[Block]:
     """The blocks of the report, in order. Raises UserError for an unknown baseline or bad outcomes."""
     results = run.results
     yield Heading(f"Comparison: {results.experiment}", level=1)
@@ -36,7 +37,7 @@ def contents(run: Run, baseline: str | None) -> Iterator[Block]:
     yield from _method(results)
 
 
-def _answers(run: Run) -> Iterator[Block]:
+def _answers(run: FinishedRun) -> Iterator[Block]:
     matrices = score_matrices(run.outcomes, run.results.k)
     for benchmark in run.results.benchmarks:
         yield Paragraph(answer(run.results, matrices, benchmark), lead=True)
@@ -116,7 +117,7 @@ def _baseline(results: Results, asked: str | None) -> str:
     return results.algorithms[0] if len(results.algorithms) > 1 else BASE
 
 
-def _differences(run: Run, baseline: str) -> Iterator[Block]:
+def _differences(run: FinishedRun, baseline: str) -> Iterator[Block]:
     rows = compare_to(run.outcomes, baseline, run.results.k)
     if not rows:
         return
@@ -203,7 +204,7 @@ def _costs(results: Results) -> Iterator[Block]:
         yield failures
 
 
-def _samples(run: Run) -> Iterator[Block]:
+def _samples(run: FinishedRun) -> Iterator[Block]:
     shown = [(problem, rows) for problem in _problems(run) if (rows := _completions(run, *problem))]
     if not shown:
         return
@@ -225,7 +226,7 @@ def _shortened(text: str | None) -> str:
     return text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]} …"
 
 
-def _problems(run: Run) -> list[tuple[str, str]]:
+def _problems(run: FinishedRun) -> list[tuple[str, str]]:
     """The first problems by name, taken from the benchmarks in turn."""
     pairs = run.outcomes.select(["benchmark", "problem_id"]).group_by(["benchmark", "problem_id"]).aggregate([])
     ranked: dict[str, list[str]] = {}
@@ -235,7 +236,7 @@ def _problems(run: Run) -> list[tuple[str, str]]:
     return [(b, p) for _, b, p in sorted(turns, key=lambda turn: turn[0])[:SHOWN_PROBLEMS]]
 
 
-def _completions(run: Run, benchmark: str, problem: str) -> list[dict[str, Any]]:
+def _completions(run: FinishedRun, benchmark: str, problem: str) -> list[dict[str, Any]]:
     """One sampled completion of the base model and of each algorithm, where there is one."""
     table = run.outcomes.filter(
         (pc.field("benchmark") == benchmark) & (pc.field("problem_id") == problem) & (pc.field("decoding") == "sample")

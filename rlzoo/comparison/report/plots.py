@@ -12,7 +12,8 @@ from matplotlib.ticker import MaxNLocator
 
 from rlzoo.comparison.report.schema import Results
 from rlzoo.comparison.report.tables import amount
-from rlzoo.comparison.statistics import BASE, METRICS, SIGNIFICANT
+from rlzoo.comparison.statistics import METRICS, SIGNIFICANT
+from rlzoo.config import BASE
 from rlzoo.document.drawing import GREY, INK, MARKERS, PALETTE, STYLE, WIDTH, axes_row, short, to_svg
 
 

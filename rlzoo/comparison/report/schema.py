@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from rlzoo.comparison.statistics import BASE
+from rlzoo.config import BASE
 from rlzoo.errors import UserError
 
 OUTCOME_COLUMNS = (
@@ -59,7 +59,7 @@ class ShownMetric(_Model):
     unit: str = "%"
 
 
-class Costs(_Model):
+class CellCosts(_Model):
     """What one cell took."""
 
     gradient_tokens: float | None = None
@@ -69,22 +69,22 @@ class Costs(_Model):
     peak_memory_bytes: float | None = None
 
 
-class Evaluation(_Model):
+class CurvePoint(_Model):
     """One point of a learning curve: benchmark → metric → fraction."""
 
     step: int
     metrics: dict[str, dict[str, Any]]
 
 
-class Cell(_Model):
+class CellResult(_Model):
     """One trained model: an algorithm, a seed and a learning rate."""
 
     algorithm: str
     seed: int
     learning_rate: float | None = None
     metrics: dict[str, Scores]
-    costs: Costs = Costs()
-    curve: list[Evaluation] | None = None
+    costs: CellCosts = CellCosts()
+    curve: list[CurvePoint] | None = None
     token_probabilities: list[float] | None = None
     events: list[str] = []
 
@@ -130,9 +130,9 @@ class Results(_Model):
     mean_over_benchmarks: dict[str, dict[str, float]] = Field(default_factory=dict)
     """Algorithm (the base model among them) → metric → mean over seeds and benchmarks."""
     base: dict[str, Scores]
-    base_curve: Evaluation | None = None
+    base_curve: CurvePoint | None = None
     """The point at step 0 that all learning curves start from."""
-    cells: list[Cell]
+    cells: list[CellResult]
     summary: list[SummaryRow]
     base_summary: list[SummaryRow] = []
     """The same for the base model."""
@@ -195,7 +195,7 @@ class Results(_Model):
 
 
 @dataclass(frozen=True)
-class Run:
+class FinishedRun:
     """A run directory, read."""
 
     results: Results
@@ -212,7 +212,7 @@ def parse_results(data: Any, where: str = "results") -> Results:
         raise UserError(f"{where}: {field}: {first['msg']}; run `rlzoo compare` again to rewrite it") from None
 
 
-def read_run(directory: Path) -> Run:
+def read_run(directory: Path) -> FinishedRun:
     """Read a run directory. Raises UserError for a missing or broken file."""
     if not directory.is_dir():
         raise UserError(f"run directory {str(directory)!r} does not exist: name one that `rlzoo compare` wrote")
@@ -231,4 +231,4 @@ def read_run(directory: Path) -> Run:
         raise UserError(f"{str(files[1])!r} cannot be read ({reason}): run `rlzoo compare` again") from None
     if missing := [column for column in OUTCOME_COLUMNS if column not in outcomes.column_names]:
         raise UserError(f"{str(files[1])!r} lacks the columns {', '.join(missing)}: run `rlzoo compare` again")
-    return Run(parse_results(data, str(files[0])), outcomes)
+    return FinishedRun(parse_results(data, str(files[0])), outcomes)

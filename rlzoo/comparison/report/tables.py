@@ -10,8 +10,9 @@ import rich.box
 import rich.table
 from rich.text import Text
 
-from rlzoo.comparison.report.schema import Costs, Results, SummaryRow, parse_results
-from rlzoo.comparison.statistics import BASE, METRICS, SIGNIFICANT
+from rlzoo.comparison.report.schema import CellCosts, Results, SummaryRow, parse_results
+from rlzoo.comparison.statistics import METRICS, SIGNIFICANT
+from rlzoo.config import BASE
 from rlzoo.document import Entry, Table
 
 NONE = "–"
@@ -164,7 +165,7 @@ def cost_table(results: Results) -> Table:
     return Table(["algorithm", *(title for title, _ in _COSTS.values()), "cells"], rows)
 
 
-def _cost(costs: Sequence[Costs], name: str) -> float | None:
+def _cost(costs: Sequence[CellCosts], name: str) -> float | None:
     known: list[float] = [value for cost in costs if (value := getattr(cost, name)) is not None]
     if not known:
         return None

@@ -5,11 +5,11 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any
 
+from rlzoo.config import OnBadRow
 from rlzoo.errors import UserError
 
-OnBadRow = Literal["reject", "drop"]
 KEPT = 10
 """Reasons that are kept with a run."""
 SHOWN = 3

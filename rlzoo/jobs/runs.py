@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import itertools
 import json
 import os
 import platform
@@ -23,8 +24,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rlzoo.errors import UserError
-from rlzoo.outputs import remove, remove_partial, write_atomically
-from rlzoo.ranks import agreed, is_main
+from rlzoo.jobs.outputs import remove, remove_partial, write_atomically
+from rlzoo.jobs.ranks import agreed, is_main
+from rlzoo.jobs.sources import data_files, kind_of_file
 
 PACKAGES = ("rlzoo", "torch", "transformers", "datasets", "accelerate", "numpy", "scipy", "math-verify")
 WORTH_KEEPING = 60.0
@@ -145,9 +147,6 @@ def _identity(command: str, settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def _files(value: Any) -> dict[str, list[Any]]:
     """Size and time of change of the data, models and modules that settings name."""
-    from rlzoo.buffers.files import kind_of_file
-    from rlzoo.buffers.tables import data_files
-
     if isinstance(value, Mapping):
         value = [*value, *value.values()]
     if isinstance(value, list):
@@ -262,3 +261,11 @@ def _locked(file: Path, path: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+def place(prefix: str, command: str, settings: Mapping[str, Any]) -> Path:
+    """The newest folder runs/<prefix>-<time> in which this command was stopped, else a new one."""
+    found = unfinished(Path("runs"), prefix, command, settings) if is_main() else None
+    fresh = Path("runs") / f"{prefix}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
+    names = (fresh.with_name(f"{fresh.name}-{number}") if number > 1 else fresh for number in itertools.count(1))
+    return agreed(found or next(path for path in names if not path.exists()))

@@ -24,7 +24,7 @@ class Heartbeat:
         self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
 
     def report(self, share: float, detail: str) -> None:
-        """Take down what is being done; a reporter of `rlzoo.comparison.work`."""
+        """Take down what is being done, as a function's reporter does."""
         self.doing = lambda: detail
 
     def __enter__(self) -> Heartbeat:

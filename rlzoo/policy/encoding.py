@@ -1,7 +1,7 @@
 """Text to tokens: the one place that decides about templates, special tokens, end of sequence and truncation.
 
 Everything that is trained on or sampled from goes through here, so a prompt has the same tokens in a
-demonstration, in a rollout and in an evaluation. What chat templates do to a conversation is `rlzoo.chat`'s.
+demonstration, in a rollout and in an evaluation. What chat templates do to a conversation is `rlzoo.policy.chat`'s.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import Any, Literal
 
-from rlzoo.chat import Message, Options, answered, messages, opened, shared, turn_of
 from rlzoo.errors import UserError
+from rlzoo.policy.chat import Message, Options, answered, messages, opened, shared, turn_of
 
 Prompt = str | list[Message]
 Special = Literal["reject", "allow"]

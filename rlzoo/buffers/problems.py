@@ -7,18 +7,19 @@ import re
 import string
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
-from rlzoo.bad_rows import BadRows, told_of
-from rlzoo.buffers.encoding import SPELLED, Special, encode, encode_prompt, spelled
+from rlzoo.buffers.bad_rows import BadRows, told_of
 from rlzoo.buffers.formats import Fits
 from rlzoo.buffers.layouts import conversation_of
 from rlzoo.buffers.tables import good_rows, read_rows
 from rlzoo.buffers.values import find, number, own_id, usable
-from rlzoo.chat import Message, Options, messages, options_of
-from rlzoo.errors import UserError, kind_of
+from rlzoo.errors import UserError, kind_of, unknown
+from rlzoo.policy.chat import Message, Options, messages, options_of
+from rlzoo.policy.encoding import SPELLED, Special, encode, encode_prompt, spelled
 from rlzoo.types import Trajectory
-from rlzoo.worlds import WORLD_PREFIX, world_problems
+from rlzoo.worlds import WORLD_PREFIX, WORLDS, arithmetic, facts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -48,7 +49,7 @@ class Problem:
 
 
 @dataclass(frozen=True)
-class Encoded:
+class EncodedProblem:
     """A problem in a policy's tokens."""
 
     problem: Problem
@@ -201,7 +202,7 @@ def _placeholders(template: str) -> list[str]:
 
 def encode_problems(
     tokenizer: PreTrainedTokenizerBase, problems: Sequence[Problem], bad: BadRows | None = None
-) -> list[Encoded]:
+) -> list[EncodedProblem]:
     """Each problem with its rendered prompt and prompt ids. Raises UserError naming a problem that has none.
 
     With ``bad`` it is left to that what happens to such a problem.
@@ -214,7 +215,7 @@ def encode_problems(
                 if problem.special_tokens == "allow" and (found := spelled(tokenizer, prompt)):
                     bad.note(problem.told, {SPELLED: found})
                 text, ids = encode_prompt(tokenizer, prompt, problem.special_tokens, _options(problem))
-                encoded.append(Encoded(replace(problem, prompt=prompt), text, ids))
+                encoded.append(EncodedProblem(replace(problem, prompt=prompt), text, ids))
         if problems:
             bad.require_some(len(encoded))
     return encoded
@@ -254,7 +255,7 @@ def _options(problem: Problem) -> Options:
 
 
 def trajectory(
-    encoded: Encoded, completion: str, ids: list[int], logged: Mapping[str, Any] | None = None, **known: Any
+    encoded: EncodedProblem, completion: str, ids: list[int], logged: Mapping[str, Any] | None = None, **known: Any
 ) -> Trajectory:
     """A buffer row for one completion of a problem, with what a reward ``logged`` of it in columns of its own."""
     problem = encoded.problem
@@ -269,3 +270,30 @@ def trajectory(
         columns={**problem.columns, **own},
         **known,
     )
+
+
+def world_problems(name: str) -> list[Problem]:
+    """The problems of ``arithmetic/train``, ``facts/test``, ….
+
+    A training problem of ``arithmetic`` carries a worked solution in each style, a fact its one answer. ``both`` takes
+    them from the two worlds in turn.
+    """
+    from rlzoo.buffers.problems import Problem
+
+    world, _, split = name.partition("/")
+    if world == "both" and split in WORLDS["both"]:
+        pairs = zip_longest(*(world_problems(f"{one}/{split}") for one in ("arithmetic", "facts")))
+        return [problem for pair in pairs for problem in pair if problem is not None]
+    if split not in WORLDS.get(world, ()):
+        raise unknown("world", name, [f"{w}/{s}" for w, splits in WORLDS.items() for s in splits])
+    if world == "arithmetic":
+        return [
+            Problem(
+                id,
+                p.question,
+                {"answer": str(p.answer), "terms": len(p.numbers)},
+                tuple(arithmetic.solve(p, s) for s in arithmetic.STYLES),
+            )
+            for id, p in arithmetic.problems(split)
+        ]
+    return [Problem(id, q, {"answer": fact.answer}, (fact.answer,)) for id, fact, q in facts.questions(split)]

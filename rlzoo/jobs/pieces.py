@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from rlzoo.outputs import write_atomically
-from rlzoo.ranks import agreed, is_main
+from rlzoo.jobs.outputs import write_atomically
+from rlzoo.jobs.ranks import agreed, is_main
 
 
 class Pieces:

@@ -1,193 +1,39 @@
-"""What worker processes do: fill the shared buffer, evaluate the base, train and evaluate one cell.
+"""What worker processes do after the shared buffer is filled: evaluate the base, train and evaluate one cell.
 
 Every function takes plain data and gives plain data back, so that it can run in any process.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from rlzoo.bad_rows import BadRows, OnBadRow
-from rlzoo.buffers import Buffer, OfflineBuffer, read_buffer
-from rlzoo.buffers.views import SINGLE_ROW_OPTIONS
+from rlzoo.buffers import OfflineBuffer
+from rlzoo.buffers.bad_rows import BadRows
+from rlzoo.buffers.problems import encode_problems, load_problems
 from rlzoo.comparison.plan import Cell, has_choice
+from rlzoo.comparison.resolve import learns_from_samples, objective_of, reward_of, views_of
+from rlzoo.comparison.shared_buffer import Report, token_probabilities
 from rlzoo.config import Experiment, ProblemSource, Training
-from rlzoo.errors import UserError
-from rlzoo.evaluation import Evaluation, Metric, evaluate, metric_table
+from rlzoo.evaluation import Evaluation, evaluate
 from rlzoo.evaluation.evaluation import gold_rows
 from rlzoo.evaluation.metrics import AVERAGE
 from rlzoo.inputs import Stage
-from rlzoo.objective import Objective, get_objective
-from rlzoo.outputs import remove
-from rlzoo.pieces import Pieces
-from rlzoo.policy import Policy, load_policy, score_rows
+from rlzoo.jobs.outputs import remove
+from rlzoo.jobs.pieces import Pieces
+from rlzoo.jobs.ranks import is_main
+from rlzoo.policy import Policy, load_policy
 from rlzoo.policy.loading import save_policy
 from rlzoo.policy.memory import release_memory
-from rlzoo.problems import demonstrations, encode_problems, load_problems
-from rlzoo.ranks import agreed, barrier, is_main
 from rlzoo.reward import Reward
-from rlzoo.reward_process import Limits, apart
-from rlzoo.rollout import Collector, collect_rollouts, cut_short, mismatch, sampler_of, unscored
+from rlzoo.rollout import Collector, sampler_of
 from rlzoo.rollout.rollouts import within_limits
 from rlzoo.training import (
     Trainer,
     TrainingRecord,
-    batches,
-    check_buffer,
-    scored_event,
-    stored_inputs,
-    with_behaviour,
-    with_inputs,
 )
-from rlzoo.training.batches import BufferSource, FreshSource, Source, Views, seeds, shares
-from rlzoo.types import Selection, Trajectory, name_of_view, selector_of
-
-Report = Callable[[float, str], None]
-"""Told the share that is done, 0 to 1, and what is being done."""
-
-EDGES = np.linspace(0, 1, 21)
-"""Bins of token probabilities."""
-PROBED_ROWS = 256
-"""Demonstrations whose token probabilities are counted before and after training."""
-
-
-def objective_of(experiment: Experiment, algorithm: str) -> Objective:
-    """The configured objective of one row of the comparison."""
-    row = experiment.algorithms[algorithm]
-    return get_objective(row.objective or algorithm, **row.options)
-
-
-def reward_of(
-    experiment: Experiment, step: int = 0, max_steps: int = 0, epoch: float = 0.0, benchmark: str | None = None
-) -> Reward:
-    """The experiment's reward, or a benchmark's own, in a process of its own, told how far training is."""
-    limits = Limits(experiment.judging.seconds, experiment.judging.memory_gb)
-    own = None if benchmark is None else experiment.benchmarks[benchmark].reward
-    spec = experiment.reward if own is None else own
-    return apart(spec, limits, experiment.judging.on_error).at(step, max_steps, epoch)
-
-
-def metrics_of(experiment: Experiment) -> dict[str, Metric]:
-    """The metrics of all benchmarks, by name. Raises UserError as `metric_table` does."""
-    rewards = {name: reward_of(experiment, benchmark=name) for name in experiment.benchmarks}
-    tables = [metric_table(experiment.evaluation, reward.parts) for reward in rewards.values()]
-    return {metric.name: metric for table in tables for metric in table}
-
-
-def check_model(experiment: Experiment, report: Report) -> None:
-    """Load the base policy, to know that it can be. Raises UserError."""
-    report(0.0, "loading")
-    load_policy(experiment.model, experiment.training.dtype)
-
-
-def views_of(experiment: Experiment, algorithm: str) -> Views:
-    """What each part of one row of the comparison learns from: a selection, with the options of that view."""
-    objective = objective_of(experiment, algorithm)
-    other, own = experiment.algorithms[algorithm].learns_from, batches.views_of(objective)
-    if other is None or [Selection(other)] == [selection for selection, _ in own]:
-        return own
-    if len(own) > 1 or not selector_of(own[0][0]).is_imitated:
-        views = " and ".join(name_of_view(selection) for selection, _ in own)
-        raise UserError(
-            f"algorithms.{algorithm}: learns_from is for objectives of single rows; "
-            f"{objective.name!r} learns from {views}"
-        )
-    return [(Selection(other), {name: value for name, value in own[0][1].items() if name in SINGLE_ROW_OPTIONS})]
-
-
-def learns_from_samples(views: Views) -> bool:
-    """Whether any part learns from samples."""
-    return any(selector_of(selection).is_sampled for selection, _ in views)
-
-
-def fill_buffer(experiment: Experiment, folder: Path, state: Path, seed: int, report: Report) -> dict[str, Any]:
-    """Sample the base policy, join the demonstrations, add reference log-probs, and save the buffer in ``folder``."""
-
-    def fill() -> dict[str, Any]:
-        return _fill_buffer(experiment, folder, Pieces(state / "samples").within(folder.name), seed, report)
-
-    if not agreed(folder.exists()):  # the piece says that it is there
-        return dict(Pieces(state).write(folder.name, fill())) if is_main() else fill()
-    return dict(Pieces(state).once(folder.name, fill))
-
-
-def _fill_buffer(experiment: Experiment, folder: Path, pieces: Pieces, seed: int, report: Report) -> dict[str, Any]:
-    policy = load_policy(experiment.model, experiment.training.dtype)
-    bad = {name: BadRows(mode) for name, mode in _on_bad_rows(experiment).items()}
-    problems = load_problems(experiment.train, bad["train"])
-    longest = experiment.training.max_completion_tokens
-    if (table := experiment.demonstrations_table) is None:
-        rows = demonstrations(policy.tokenizer, problems, longest, bad["train"], policy.row_check())
-        buffer: Buffer = OfflineBuffer.from_trajectories(rows)
-    else:
-        how = longest, table.split, table.columns, bad["demonstrations"], experiment.training.special_tokens
-        buffer = read_buffer(table.source, policy.tokenizer, *how, policy.row_check())
-    check_buffer(policy, buffer)
-    samples: list[Trajectory] = []
-    settings, events = experiment.rollouts, list[str]()
-    offline = [name for name, row in experiment.algorithms.items() if row.mode == "offline"]
-    if any(learns_from_samples(views_of(experiment, name)) for name in offline):
-        encoded = encode_problems(policy.tokenizer, problems[: settings.prompts], bad["train"])
-        samples = collect_rollouts(
-            policy,
-            sampler_of(policy, settings),
-            encoded,
-            reward_of(experiment),
-            settings,
-            seed=seed,
-            token_budget=experiment.training.token_budget,
-            progress=_counted(len(encoded), "sampling the base policy", report),
-            recompute=not settings.wants_sampler_logp,
-            pieces=pieces,
-            bad=bad["train"],
-        )
-        buffer = buffer.concatenate(OfflineBuffer.from_trajectories(samples))
-        events += cut_short(samples, settings.max_new_tokens)
-    scoring_flops = 0.0
-    if experiment.training.behaviour == "current":
-        buffer, scored = with_behaviour(buffer, policy, experiment.training.token_budget)
-        events += [scored_event(len(scored))] if scored else []
-        tokens, completions = (int(buffer.tokens(*names)[scored].sum()) for names in ((), ("completion_ids",)))
-        scoring_flops = policy.flops(tokens, completions)
-    flops_of: dict[str, float] = {}
-    for one in stored_inputs(
-        objective_of(experiment, name) for name in offline
-    ):  # anew: what is stored may be another's
-        report(1.0, f"{one.label} log-probs")
-        buffer = with_inputs(buffer, [one], policy, experiment.training.token_budget)
-        passes = 1 + (buffer.numbers("temperature") != 1.0)  # one more at the temperature of the sampling
-        tokens, completions = (int(passes @ buffer.tokens(*names)) for names in ((), ("completion_ids",)))
-        flops_of[one.column] = policy.flops(tokens, completions)
-    if is_main():
-        buffer.save(folder)
-    barrier()
-    sampled = sum(len(row.completion_ids) for row in samples)
-    tokens = sampled + sum(len(row.prompt_ids) for row in samples)
-    return {
-        "rows": len(buffer),
-        "samples": len(samples),
-        "correct": sum((row.reward or 0.0) >= experiment.evaluation.correct_at for row in samples),
-        "sampled_tokens": sampled,
-        "unscored": unscored((row.reward, row.prompt) for row in samples),
-        "mismatch": mismatch(samples),
-        "dropped_rows": {name: summary for name, rows in bad.items() if (summary := rows.summary())},
-        "events": [*(f"{name}: {event}" for name, rows in bad.items() for event in rows.events()), *events],
-        "sampling_flops": 2 * policy.flops(tokens, sampled) + scoring_flops,  # sampled, then scored
-        "input_flops": flops_of,
-        "token_probabilities": token_probabilities(policy, buffer, experiment.training.token_budget),
-    }
-
-
-def _on_bad_rows(experiment: Experiment) -> dict[str, OnBadRow]:
-    """What happens to bad rows of what the shared buffer is filled from."""
-    modes = {"train": experiment.train.bad_rows}
-    if (table := experiment.demonstrations_table) is not None:
-        modes["demonstrations"] = table.bad_rows
-    return modes
+from rlzoo.training.batches import BufferSource, FreshSource, Source, seeds, shares
+from rlzoo.types import selector_of
 
 
 def evaluate_base(experiment: Experiment, state: Path, report: Report) -> dict[str, Any]:
@@ -377,16 +223,6 @@ def curve_point(policy: Policy, experiment: Experiment, step: int, seed: int, ma
     return {"step": step, "metrics": metrics}
 
 
-def token_probabilities(policy: Policy, buffer: Buffer, token_budget: int) -> dict[str, list[float]]:
-    """How the probabilities of the demonstrations' tokens are distributed: counts in bins over 0 to 1."""
-    sources = buffer.column("source")
-    rows = [index for index, source in enumerate(sources) if source == "demonstration"][:PROBED_ROWS]
-    picked = [(row.prompt_ids, row.completion_ids) for row in (buffer[index] for index in rows)]
-    logps = score_rows(policy, picked, token_budget)
-    counts, _ = np.histogram(np.exp([x for row in logps for x in row]), bins=EDGES)
-    return {"edges": EDGES.tolist(), "counts": counts.tolist()}
-
-
 def _evaluate(
     policy: Policy, experiment: Experiment, source: ProblemSource, reward: Reward, seed: int, brief: bool = False
 ) -> Evaluation:
@@ -406,14 +242,3 @@ def collector_of(experiment: Experiment, policy: Policy, training: Training, bat
     problems, settings = load_problems(experiment.train, bad), experiment.rollouts
     sampler = sampler_of(policy, settings)
     return Collector(policy, sampler, problems, reward_of(experiment), settings, training, seed, batch_size, bad)
-
-
-def _counted(total: int, what: str, report: Report) -> Callable[[int], None]:
-    done = 0
-
-    def advance(more: int) -> None:
-        nonlocal done
-        done += more
-        report(done / total, f"{what} {done}/{total}")
-
-    return advance

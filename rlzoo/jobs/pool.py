@@ -21,9 +21,8 @@ from typing import Any, Protocol, cast
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from rlzoo.comparison.plan import counted
 from rlzoo.errors import UserError
-from rlzoo.interrupts import heed, noted
+from rlzoo.jobs.interrupts import heed, noted
 from rlzoo.registry import told
 
 RETRIES = 1
@@ -134,7 +133,7 @@ class _Worker:
 
 
 class Pool:
-    """Runs functions of `rlzoo.comparison.work` in processes; a function's last argument becomes its reporter.
+    """Runs functions in processes; a function's last argument becomes its reporter.
 
     Each process has a pipe of its own, so that one that dies takes nothing with it but its piece of work, and that is
     done again in a new one.
@@ -358,3 +357,8 @@ def _run(function: Callable[..., Any], arguments: tuple[Any, ...], report: Calla
         raise UserError(str(error)) from error
     except Exception as error:
         raise WorkError(told(error)) from error
+
+
+def counted(number: int, thing: str, things: str | None = None) -> str:
+    """``1 run``, ``2 runs``."""
+    return f"{number} {thing if number == 1 else things or thing + 's'}"

@@ -1,6 +1,6 @@
 """Rewards in a process of their own: one that hangs, crashes or eats memory costs a bounded time, and one row.
 
-`python -m rlzoo.reward_process` is that process. It is asked by JSON on its standard input, and answers by JSON.
+`python -m rlzoo.reward.isolation` is that process. It is asked by JSON on its standard input, and answers by JSON.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import IO, Any
 
 from rlzoo.errors import UserError
 from rlzoo.reward import CompositeReward, OnError, Reward, Score, failed, get_reward, one_by_one
-from rlzoo.reward_call import TrainerState
+from rlzoo.reward.calling import TrainerState
 
 START_SECONDS = 300.0
 """What importing and building a reward may take."""
@@ -132,7 +132,7 @@ class RewardProcess(CompositeReward):
             raise _EndedError(f"ended its process with status {status}") from None
 
     def _start(self) -> subprocess.Popen[bytes]:
-        command = [sys.executable, "-m", "rlzoo.reward_process"]
+        command = [sys.executable, "-m", "rlzoo.reward.isolation"]
         process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,

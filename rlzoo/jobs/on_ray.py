@@ -13,22 +13,21 @@ from logging import ERROR
 from pathlib import Path
 from typing import Any
 
-from rlzoo.comparison.pool import THREAD_VARIABLES, WorkError, Workers, _run, silence
 from rlzoo.errors import UserError
-from rlzoo.policy.loading import REMOTE_CODE
+from rlzoo.jobs.pool import THREAD_VARIABLES, WorkError, Workers, _run, silence
 
 RETRIES = 3
 """Times that a task is started again after its worker or its node died."""
 
 
 class RayTasks:
-    """Runs functions of `rlzoo.comparison.work` as Ray tasks: ``threads`` CPUs each, and a GPU where there are any."""
+    """Runs functions as Ray tasks: ``threads`` CPUs each, and a GPU where there are any."""
 
     def __init__(self, ray: Any, threads: int) -> None:
         self._ray, self._refs = ray, dict[Future[Any], Any]()
         self._doing = "starting"
         variables = {name: str(threads) for name in THREAD_VARIABLES}
-        variables |= {REMOTE_CODE: os.environ[REMOTE_CODE]} if REMOTE_CODE in os.environ else {}
+        variables |= {name: value for name, value in os.environ.items() if name.startswith("RLZOO_")}
         self._task = ray.remote(
             num_cpus=threads,
             num_gpus=1 if ray.cluster_resources().get("GPU", 0) else 0,

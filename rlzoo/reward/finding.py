@@ -22,7 +22,7 @@ import pydantic
 
 from rlzoo.errors import UserError, unknown
 from rlzoo.registry import Registry, canonical, told
-from rlzoo.reward_call import ENGINE, RAISED, SIGNATURE, Log, TrainerState, advice, call, columns_of
+from rlzoo.reward.calling import ENGINE, RAISED, SIGNATURE, Log, TrainerState, advice, call, columns_of
 
 OnError = Literal["fail", "null"]
 _VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)

@@ -1,0 +1,99 @@
+"""What the names in an experiment stand for: its objectives, what they learn from, its reward; and a check of them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+
+from rlzoo.buffers.problems import EncodedProblem, Problem, load_problems
+from rlzoo.buffers.views import SINGLE_ROW_OPTIONS
+from rlzoo.config import BASE, Experiment
+from rlzoo.errors import UserError, unknown
+from rlzoo.evaluation import Metric, metric_table
+from rlzoo.objective import Objective, get_objective
+from rlzoo.reward import Reward
+from rlzoo.reward.isolation import Limits, apart
+from rlzoo.rollout.rollouts import judge
+from rlzoo.rollout.sampler import Sample, sampler_class
+from rlzoo.training import batches
+from rlzoo.training.batches import Views
+from rlzoo.types import Selection, name_of_view, selector_of
+
+
+def objective_of(experiment: Experiment, algorithm: str) -> Objective:
+    """The configured objective of one row of the comparison."""
+    row = experiment.algorithms[algorithm]
+    return get_objective(row.objective or algorithm, **row.options)
+
+
+def reward_of(
+    experiment: Experiment, step: int = 0, max_steps: int = 0, epoch: float = 0.0, benchmark: str | None = None
+) -> Reward:
+    """The experiment's reward, or a benchmark's own, in a process of its own, told how far training is."""
+    limits = Limits(experiment.judging.seconds, experiment.judging.memory_gb)
+    own = None if benchmark is None else experiment.benchmarks[benchmark].reward
+    spec = experiment.reward if own is None else own
+    return apart(spec, limits, experiment.judging.on_error).at(step, max_steps, epoch)
+
+
+def metrics_of(experiment: Experiment) -> dict[str, Metric]:
+    """The metrics of all benchmarks, by name. Raises UserError as `metric_table` does."""
+    rewards = {name: reward_of(experiment, benchmark=name) for name in experiment.benchmarks}
+    tables = [metric_table(experiment.evaluation, reward.parts) for reward in rewards.values()]
+    return {metric.name: metric for table in tables for metric in table}
+
+
+def views_of(experiment: Experiment, algorithm: str) -> Views:
+    """What each part of one row of the comparison learns from: a selection, with the options of that view."""
+    objective = objective_of(experiment, algorithm)
+    other, own = experiment.algorithms[algorithm].learns_from, batches.views_of(objective)
+    if other is None or [Selection(other)] == [selection for selection, _ in own]:
+        return own
+    if len(own) > 1 or not selector_of(own[0][0]).is_imitated:
+        views = " and ".join(name_of_view(selection) for selection, _ in own)
+        raise UserError(
+            f"algorithms.{algorithm}: learns_from is for objectives of single rows; "
+            f"{objective.name!r} learns from {views}"
+        )
+    return [(Selection(other), {name: value for name, value in own[0][1].items() if name in SINGLE_ROW_OPTIONS})]
+
+
+def learns_from_samples(views: Views) -> bool:
+    """Whether any part learns from samples."""
+    return any(selector_of(selection).is_sampled for selection, _ in views)
+
+
+def check(experiment: Experiment) -> None:
+    """Find what is wrong with names, options, problems and the reward before a model is loaded. Raises UserError."""
+    try:
+        json.dumps(experiment.model_dump(mode="json"))
+    except (ValueError, TypeError):
+        raise UserError(
+            "the reward and the options must be plain data, for experiment.yaml and the worker processes: name a "
+            "reward of your own as package.module:Name or path/to/file.py:Name"
+        ) from None
+    for name, row in experiment.algorithms.items():
+        objective = objective_of(experiment, name)
+        experiment.training_of(name)
+        if row.mode == "online" and not learns_from_samples(views_of(experiment, name)):
+            raise UserError(
+                f"algorithms.{name}: {objective.name!r} learns from demonstrations, so mode must be offline"
+            )
+    for settings in (experiment.rollouts, experiment.evaluation):
+        sampler_class(settings)
+    if BASE in experiment.algorithms:
+        raise UserError(f"algorithms.{BASE}: results call the untrained model so; give the row another name")
+    if experiment.baseline is not None and experiment.baseline not in experiment.algorithms:
+        raise unknown("baseline", experiment.baseline, experiment.algorithms)
+    for source in (experiment.train, experiment.validation):
+        if source is not None:
+            _try(reward_of(experiment), load_problems(source)[:2])
+    for name, source in experiment.benchmarks.items():
+        _try(reward_of(experiment, benchmark=name), load_problems(source)[:2])
+    metrics_of(experiment)
+
+
+def _try(reward: Reward, problems: Sequence[Problem]) -> None:
+    """Judge empty answers: a missing column or a broken reward shows now, and not after hours of sampling."""
+    nothing = Sample([], "", truncated=False)
+    judge(reward, [(EncodedProblem(problem, "", []), nothing) for problem in problems])

@@ -1,0 +1,141 @@
+"""The buffer that all cells of a comparison, or all objectives of an analysis, learn from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rlzoo.buffers import Buffer, OfflineBuffer, read_buffer
+from rlzoo.buffers.bad_rows import BadRows
+from rlzoo.buffers.problems import demonstrations, encode_problems, load_problems
+from rlzoo.comparison.resolve import learns_from_samples, objective_of, reward_of, views_of
+from rlzoo.config import Experiment, OnBadRow
+from rlzoo.jobs.pieces import Pieces
+from rlzoo.jobs.ranks import agreed, barrier, is_main
+from rlzoo.policy import Policy, load_policy, score_rows
+from rlzoo.rollout import collect_rollouts, cut_short, mismatch, sampler_of, unscored
+from rlzoo.training import check_buffer, scored_event, stored_inputs, with_behaviour, with_inputs
+from rlzoo.types import Trajectory
+
+Report = Callable[[float, str], None]
+"""Told the share that is done, 0 to 1, and what is being done."""
+EDGES = np.linspace(0, 1, 21)
+"""Bins of token probabilities."""
+PROBED_ROWS = 256
+"""Demonstrations whose token probabilities are counted before and after training."""
+
+
+def check_model(experiment: Experiment, report: Report) -> None:
+    """Load the base policy, to know that it can be. Raises UserError."""
+    report(0.0, "loading")
+    load_policy(experiment.model, experiment.training.dtype)
+
+
+def fill_buffer(experiment: Experiment, folder: Path, state: Path, seed: int, report: Report) -> dict[str, Any]:
+    """Sample the base policy, join the demonstrations, add reference log-probs, and save the buffer in ``folder``."""
+
+    def fill() -> dict[str, Any]:
+        return _fill_buffer(experiment, folder, Pieces(state / "samples").within(folder.name), seed, report)
+
+    if not agreed(folder.exists()):  # the piece says that it is there
+        return dict(Pieces(state).write(folder.name, fill())) if is_main() else fill()
+    return dict(Pieces(state).once(folder.name, fill))
+
+
+def _fill_buffer(experiment: Experiment, folder: Path, pieces: Pieces, seed: int, report: Report) -> dict[str, Any]:
+    policy = load_policy(experiment.model, experiment.training.dtype)
+    bad = {name: BadRows(mode) for name, mode in _on_bad_rows(experiment).items()}
+    problems = load_problems(experiment.train, bad["train"])
+    longest = experiment.training.max_completion_tokens
+    if (table := experiment.demonstrations_table) is None:
+        rows = demonstrations(policy.tokenizer, problems, longest, bad["train"], policy.row_check())
+        buffer: Buffer = OfflineBuffer.from_trajectories(rows)
+    else:
+        how = longest, table.split, table.columns, bad["demonstrations"], experiment.training.special_tokens
+        buffer = read_buffer(table.source, policy.tokenizer, *how, policy.row_check())
+    check_buffer(policy, buffer)
+    samples: list[Trajectory] = []
+    settings, events = experiment.rollouts, list[str]()
+    offline = [name for name, row in experiment.algorithms.items() if row.mode == "offline"]
+    if any(learns_from_samples(views_of(experiment, name)) for name in offline):
+        encoded = encode_problems(policy.tokenizer, problems[: settings.prompts], bad["train"])
+        samples = collect_rollouts(
+            policy,
+            sampler_of(policy, settings),
+            encoded,
+            reward_of(experiment),
+            settings,
+            seed=seed,
+            token_budget=experiment.training.token_budget,
+            progress=_counted(len(encoded), "sampling the base policy", report),
+            recompute=not settings.wants_sampler_logp,
+            pieces=pieces,
+            bad=bad["train"],
+        )
+        buffer = buffer.concatenate(OfflineBuffer.from_trajectories(samples))
+        events += cut_short(samples, settings.max_new_tokens)
+    scoring_flops = 0.0
+    if experiment.training.behaviour == "current":
+        buffer, scored = with_behaviour(buffer, policy, experiment.training.token_budget)
+        events += [scored_event(len(scored))] if scored else []
+        tokens, completions = (int(buffer.tokens(*names)[scored].sum()) for names in ((), ("completion_ids",)))
+        scoring_flops = policy.flops(tokens, completions)
+    flops_of: dict[str, float] = {}
+    for one in stored_inputs(
+        objective_of(experiment, name) for name in offline
+    ):  # anew: what is stored may be another's
+        report(1.0, f"{one.label} log-probs")
+        buffer = with_inputs(buffer, [one], policy, experiment.training.token_budget)
+        passes = 1 + (buffer.numbers("temperature") != 1.0)  # one more at the temperature of the sampling
+        tokens, completions = (int(passes @ buffer.tokens(*names)) for names in ((), ("completion_ids",)))
+        flops_of[one.column] = policy.flops(tokens, completions)
+    if is_main():
+        buffer.save(folder)
+    barrier()
+    sampled = sum(len(row.completion_ids) for row in samples)
+    tokens = sampled + sum(len(row.prompt_ids) for row in samples)
+    return {
+        "rows": len(buffer),
+        "samples": len(samples),
+        "correct": sum((row.reward or 0.0) >= experiment.evaluation.correct_at for row in samples),
+        "sampled_tokens": sampled,
+        "unscored": unscored((row.reward, row.prompt) for row in samples),
+        "mismatch": mismatch(samples),
+        "dropped_rows": {name: summary for name, rows in bad.items() if (summary := rows.summary())},
+        "events": [*(f"{name}: {event}" for name, rows in bad.items() for event in rows.events()), *events],
+        "sampling_flops": 2 * policy.flops(tokens, sampled) + scoring_flops,  # sampled, then scored
+        "input_flops": flops_of,
+        "token_probabilities": token_probabilities(policy, buffer, experiment.training.token_budget),
+    }
+
+
+def _on_bad_rows(experiment: Experiment) -> dict[str, OnBadRow]:
+    """What happens to bad rows of what the shared buffer is filled from."""
+    modes = {"train": experiment.train.bad_rows}
+    if (table := experiment.demonstrations_table) is not None:
+        modes["demonstrations"] = table.bad_rows
+    return modes
+
+
+def token_probabilities(policy: Policy, buffer: Buffer, token_budget: int) -> dict[str, list[float]]:
+    """How the probabilities of the demonstrations' tokens are distributed: counts in bins over 0 to 1."""
+    sources = buffer.column("source")
+    rows = [index for index, source in enumerate(sources) if source == "demonstration"][:PROBED_ROWS]
+    picked = [(row.prompt_ids, row.completion_ids) for row in (buffer[index] for index in rows)]
+    logps = score_rows(policy, picked, token_budget)
+    counts, _ = np.histogram(np.exp([x for row in logps for x in row]), bins=EDGES)
+    return {"edges": EDGES.tolist(), "counts": counts.tolist()}
+
+
+def _counted(total: int, what: str, report: Report) -> Callable[[int], None]:
+    done = 0
+
+    def advance(more: int) -> None:
+        nonlocal done
+        done += more
+        report(done / total, f"{what} {done}/{total}")
+
+    return advance

@@ -1,0 +1,1 @@
+"""Long-running work: run folders, cached results, atomic files, signals, process pools, Ray, ranks."""

@@ -1,0 +1,27 @@
+"""Rewards: what they are, how a name finds one, how one is called, and one in a process of its own."""
+
+from rlzoo.reward.finding import (
+    CompositeReward,
+    OnError,
+    Reward,
+    Score,
+    failed,
+    get_reward,
+    list_rewards,
+    missing_column,
+    one_by_one,
+    register_reward,
+)
+
+__all__ = [
+    "CompositeReward",
+    "OnError",
+    "Reward",
+    "Score",
+    "failed",
+    "get_reward",
+    "list_rewards",
+    "missing_column",
+    "one_by_one",
+    "register_reward",
+]
