@@ -360,9 +360,9 @@ def main() -> None:
             lines.append(f"| {name} | {cases:,} | {counts[ACCEPTED]:,} | {counts[REFUSED]:,} |")
             print(lines[-1], flush=True)
     if arguments.report:
-        head = "# Wrong input at random\n\n" + "\n".join((__doc__ or "").splitlines()[2:])
+        head = "# Random invalid input\n\n" + "\n".join((__doc__ or "").splitlines()[2:])
         head += f"\nMade by `python tests/fuzz.py --cases {arguments.cases}`: {total:,} cases, no failure.\n\n"
-        columns = "| input | cases | read, and rightly | refused in one line |\n|---|---|---|---|\n"
+        columns = "| input | cases | read correctly | rejected in one line |\n|---|---|---|---|\n"
         arguments.report.write_text(head + columns + "\n".join(lines) + "\n", encoding="utf-8")
     for place in (CACHE, SAVED):
         shutil.rmtree(place, ignore_errors=True)

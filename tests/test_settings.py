@@ -6,6 +6,7 @@ A setting is shown by a test of this file (`shows`), or by one of another file (
 from __future__ import annotations
 
 import copy
+import inspect
 import io
 import json
 import math
@@ -42,6 +43,7 @@ from rlzoo.rollout import Sample, Sampler, TransformersSampler, VLLMSampler, VLL
 from rlzoo.training import Trainer, train
 from rlzoo.training.batches import BufferSource
 from rlzoo.types import Trajectory
+from rlzoo.variance.analyzer import analyze_variance
 from rlzoo.variance.run import VarianceSettings
 
 MakePolicy = Callable[..., Policy]
@@ -678,6 +680,8 @@ def test_the_defaults_of_the_measurement() -> None:
     assert run is not None
     defaults = VarianceSettings().model_dump()
     assert {name: run.keywords[name] for name in defaults} == defaults
+    in_python = inspect.signature(analyze_variance).parameters
+    assert all(in_python[name].default == defaults[name] for name in ("rows", "draws", "seed"))
 
 
 @shows("--threads")

@@ -18,7 +18,7 @@ def variance(
     rows: Annotated[
         int,
         measurement(metavar="N", parser=options.whole, help="Rows each objective is measured on."),
-    ] = 512,
+    ] = 1000,
     draws: Annotated[
         int,
         measurement(metavar="N", parser=options.whole, help="Monte Carlo samples per token; 0 for none."),

@@ -42,7 +42,7 @@ def analyze_variance(
     objectives: Sequence[str | Objective] | Mapping[str, Objective],
     buffer: Buffer,
     *,
-    rows: int = 512,
+    rows: int = 1000,
     draws: int = 4096,
     seed: int = 0,
     gradients: bool = True,

@@ -49,7 +49,7 @@ class VarianceSettings(pydantic.BaseModel):
 
     model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
 
-    rows: Positive = 512
+    rows: Positive = 1000
     """Rows that an objective is measured on, those of a prompt together."""
     draws: Annotated[int, Field(ge=0)] = 4096
     """Monte-Carlo samples per token, at least 256; 0 for none."""
