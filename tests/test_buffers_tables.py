@@ -24,8 +24,9 @@ ROWS: list[dict[str, Any]] = [{"question": "1+1?", "answer": 2}, {"question": "a
 
 
 @pytest.fixture(autouse=True)
-def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+def _cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Elsewhere than the data, of whose folder every file is read."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "json", "lines.json", "csv", "parquet"])

@@ -345,3 +345,13 @@ def test_the_best_two_are_corrected_for_all_pairs() -> None:
     assert pairs["a", "b"] == pairs["b", "a"] == pytest.approx(2 * p_value(np.array([[0.0, 1.0, 0.0]]))), (
         "second of three"
     )
+
+
+def test_a_mean_that_is_rounding_noise_has_a_p_value_of_one() -> None:
+    """The two quantiles meet at 1, beyond which a quantile's square would grow again."""
+    rng = np.random.default_rng(0)
+    scores = rng.normal(size=(3, 20)) + rng.normal(size=20) + rng.normal(size=(3, 1))
+    scores += 1e-13 - scores.mean()
+    assert p_value(scores) == pytest.approx(1)
+    for shift in (1e-9, 1e-6, 1e-3, 1.0, 1e3):
+        assert 0 <= p_value(scores + shift) <= 1

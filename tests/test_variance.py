@@ -344,7 +344,7 @@ def test_a_row_may_be_called_as_the_analysis_is(tmp_path: Path, monkeypatch: pyt
         (["--objectives", "sftt"], "unknown objective 'sftt': did you mean 'sft'?"),
         (["--rows", "0"], "variance: rows = 0"),
         (["--draws", "5"], "variance: draws: give 0 or at least 256"),
-        (["--workers", "0"], "--workers 0"),
+        (["--workers", "0"], "--workers: 0 is too few"),
         (["--buffer", "nowhere"], "nowhere"),
         (["--model", "nowhere"], "model 'nowhere' cannot be loaded"),
         (["no-such-experiment"], "unknown experiment"),

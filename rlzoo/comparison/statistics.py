@@ -159,7 +159,7 @@ def p_value(scores: Float[np.ndarray, "S P"]) -> float:
     each = 2 * special.stdtr(spread.freedom, -distance / spread.standard_error)
     if each.min() == 0 or spread.parts.min() == 0:
         return float(each.max() if each.min() == 0 else each[spread.parts.argmax()])
-    low, high = np.log(each.min()) - 1e-6, np.log(each.max()) + 1e-6  # a mean of quantiles lies between
+    low, high = np.log(each.min()) - 1e-3, min(np.log(each.max()) + 1e-3, 0.0)  # a mean of quantiles lies between
     return float(np.exp(optimize.brentq(lambda p: spread.safe_reach(np.exp(p) / 2) - distance, low, high)))
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from rlzoo.errors import UserError
 from rlzoo.inputs import Input, Stage
 from rlzoo.objective import Objective
+from rlzoo.policy.encoding import encode_prompt
 from rlzoo.policy.loading import load_policy
 from rlzoo.policy.microbatches import Forward, MicroBatches
 from rlzoo.policy.policy import Policy
@@ -215,8 +216,6 @@ class _Context:
         return self.assembler.models.of(name)
 
     def encode(self, prompt: Any) -> list[int]:
-        from rlzoo.policy.encoding import encode_prompt
-
         return encode_prompt(self.policy.tokenizer, prompt)[1]
 
     def score(self, model: Policy, rows: Sequence[Trajectory] | None = None) -> Float[Tensor, "R T"]:
