@@ -92,7 +92,7 @@ class Assembler:
         on_scored: Callable[[Policy, Sequence[Tokens]], None] | None = None,
         remember: bool = False,
     ) -> None:
-        """``on_scored`` is told of every forward pass without a graph, for the costs.
+        """``on_scored`` is called with the model and the rows of every forward pass without a graph, for the costs.
 
         With ``remember`` a row that was scored by a model is not scored again: for models that do not change.
         """

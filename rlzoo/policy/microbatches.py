@@ -25,7 +25,7 @@ class MicroBatches:
     """Micro-batches of at most ``token_budget`` padded tokens, half as many after memory ran out."""
 
     def __init__(self, token_budget: int, on_halved: Callable[[int, int], None] | None = None) -> None:
-        """``on_halved`` is told the budget that did not fit, and the next."""
+        """``on_halved`` is called with the budget that did not fit and with the next."""
         self.token_budget, self._on_halved = token_budget, on_halved
 
     def share(self, rows: Sequence[Tokens], together: Sequence[Sequence[int]]) -> list[tuple[list[int], bool]]:

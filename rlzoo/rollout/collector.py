@@ -36,7 +36,7 @@ class Collector:
         batch_size: int | None = None,
         bad: BadRows | None = None,
     ) -> None:
-        """``reward`` is what `get_reward` takes; it is told how far ``training`` is.
+        """``reward`` is what `get_reward` takes; it is passed how far ``training`` is.
 
         A batch has ``batch_size`` sequences (None: those of ``training``), ``settings.samples`` of each prompt.
         Raises UserError without problems, and for one that the model cannot take, unless ``bad`` rows are dropped.
