@@ -146,7 +146,7 @@ def _run(
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     grid = cells(experiment)
     folder, state = run.folder.absolute(), run.state.absolute()
-    goes = "going on in" if run.resumed else "writing to"
+    goes = "resuming in" if run.resumed else "writing to"
     plan = f"{_sizes(experiment)} {where}; {goes} {run.folder}"
     buffers, base = _share(processes, experiment, folder, state, console, plan)
     for name, shared in buffers.items():

@@ -151,7 +151,7 @@ def _run(
         if (error := done.exception()) is not None:
             raise UserError(why(error)) from None
         filled = done.result()
-    goes = "going on in" if run.resumed else "writing to"
+    goes = "resuming in" if run.resumed else "writing to"
     tell = f"{experiment.name}: {filled['rows']} rows, {len(experiment.algorithms)} objectives; {goes} {run.folder}"
     console.print(tell, style="bold", highlight=False, markup=False, soft_wrap=True)
     for name, summary in filled["dropped_rows"].items():
