@@ -280,6 +280,11 @@ def _check_requires(objective: Objective) -> None:
                 f"objective {objective.name!r}: requires lists {one!r}, which is no input: give instances, as in "
                 "rlzoo.inputs.Reference()"
             )
+        if one.lacks is not None:
+            raise UserError(
+                f"objective {objective.name!r}: the input {type(one).__name__} has the stage {one.stage.value} "
+                f"and must define {one.lacks}"
+            )
     keys = [one.key for one in objective.requires]
     if twice := [key for key in keys if keys.count(key) > 1]:
         raise UserError(f"objective {objective.name!r} has two inputs with the key {twice[0]!r}: give one another key")

@@ -322,6 +322,21 @@ def test_asking_for_what_was_not_listed_is_an_error_that_names_it(tmp_path: Path
         check_objective(objective)
 
 
+@pytest.mark.parametrize(
+    ("stage", "told"), [("FORWARD", r"of_logits\(logits, target\), or module"), ("STEP", "compute")]
+)
+def test_an_input_that_cannot_be_made_is_refused_at_once(stage: str, told: str, tmp_path: Path) -> None:
+    (tmp_path / "empty.py").write_text(
+        "from dataclasses import dataclass\nfrom rlzoo import Coefficients, Objective\n"
+        "from rlzoo.inputs import Input, Stage\n\n\n@dataclass(frozen=True)\nclass Nothing(Input):\n"
+        f"    stage = Stage.{stage}\n    key = 'nothing'\n\n\n@dataclass(frozen=True)\nclass Empty(Objective):\n"
+        "    name = 'empty'\n    requires = (Nothing(),)\n\n    def coefficients(self, batch):\n"
+        "        return Coefficients(batch['nothing'])\n"
+    )
+    with pytest.raises(UserError, match=f"the input Nothing has the stage {stage.lower()} and must define {told}"):
+        get_objective(f"{tmp_path / 'empty.py'}:Empty")
+
+
 def test_no_plugin_is_longer_than_forty_lines() -> None:
     lengths = {path.name: len(path.read_text(encoding="utf-8").splitlines()) for path in PLUGINS.glob("*.py")}
     assert len(lengths) >= 6 and max(lengths.values()) <= 40, lengths

@@ -116,7 +116,7 @@ class Input:
 
     def of_logits(self, logits: Float[Tensor, "N V"], target: Int[Tensor, " N"]) -> Float[Tensor, " N"]:
         """FORWARD, with no graph: from logits over temperature, a chunk at a time; they must not be changed."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must define of_logits(logits, target)")
 
     @property
     def is_statistic(self) -> bool:
@@ -129,7 +129,16 @@ class Input:
 
     def of_hidden(self, module: Any, hidden: Float[Tensor, "N H"]) -> Float[Tensor, " N"]:
         """FORWARD, with its graph: what the module makes of the last hidden states at completion positions."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} has a module, and must define of_hidden(module, hidden)")
+
+    @property
+    def lacks(self) -> str | None:
+        """What its stage asks for and it does not define; None if nothing."""
+        if self.stage in (Stage.BATCH, Stage.STEP):
+            return None if self.is_computed else "compute(context)"
+        has_module = type(self).module is not Input.module
+        made = self.stage is Stage.STORED or self.is_statistic or has_module or self.gives_logits
+        return None if made else "of_logits(logits, target), or module(policy) with of_hidden(module, hidden)"
 
     def trunk(self, module: Any) -> nn.Module | None:
         """FORWARD: the trunk whose hidden states `of_hidden` takes, within the module; None: the policy's."""
