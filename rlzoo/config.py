@@ -174,7 +174,7 @@ class EvaluationSettings(Sampling):
         return self.pass_ks[0]
 
 
-class Judging(_Strict):
+class Scoring(_Strict):
     """How the reward is called: in a process of its own, unless both limits are null."""
 
     seconds: Annotated[float, Field(gt=0)] | None = 60.0
@@ -270,7 +270,7 @@ class Experiment(_Strict):
     validation: ProblemSource | None = None
     benchmarks: Annotated[Mapping[str, Benchmark], Field(min_length=1)]
     reward: Any
-    judging: Judging = Judging()
+    scoring: Scoring = Scoring()
     rollouts: Rollouts = Rollouts()
     evaluation: EvaluationSettings = EvaluationSettings()
     training: Training = Training()

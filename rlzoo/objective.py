@@ -57,7 +57,7 @@ class Normaliser(Enum):
 
 
 @dataclass(frozen=True)
-class Part:
+class Component:
     """An objective as one of those whose weighted gradients make up an optimizer step, each on rows of its own."""
 
     objective: Objective
@@ -107,12 +107,12 @@ class Objective:
         return groups or any(one.at_sampling_temperature for one in self.requires)
 
     @property
-    def parts(self) -> tuple[Part, ...]:
+    def components(self) -> tuple[Component, ...]:
         """The objectives whose gradients are summed in a step: this one alone, unless it is a composite.
 
         A composite has nothing else of its own.
         """
-        return (Part(self),)
+        return (Component(self),)
 
     def prepare(self, batch: TokenBatch) -> TokenBatch:
         """Fix what stays the same for all updates on a batch. Called once on the whole batch, with no gradient.
@@ -208,7 +208,7 @@ def objective_class(spec: str) -> type[Objective]:
 
 def is_composite(objective: type[Objective]) -> bool:
     """Whether an objective is made of others, with views, coefficients and normalisers of their own."""
-    return objective.parts is not Objective.parts
+    return objective.components is not Objective.components
 
 
 def options_of(objective: type[Objective]) -> dict[str, dict[str, Any]]:
@@ -292,7 +292,9 @@ def _check_requires(objective: Objective) -> None:
 
 def _check_truncated(objective: Objective) -> None:
     if objective.truncated != "keep" and is_composite(type(objective)):
-        raise UserError(f"objective {objective.name!r} is a composite: give truncated to its parts, in their options")
+        raise UserError(
+            f"objective {objective.name!r} is a composite: give truncated to its components, in their options"
+        )
     if objective.truncated == "mask" and selector_of(objective.learns_from).unit is not Unit.GROUP:
         raise UserError(
             f"objective {objective.name!r} does not learn from groups, in which a masked completion's reward counts: "
@@ -317,20 +319,20 @@ def surrogate(objective: Objective, batch: TokenBatch, denominator: float | None
     """The one loss: -(c.detach() · log π)[mask] / Z plus the objective's auxiliary terms.
 
     ``denominator`` is Z of the whole optimizer step; None takes the objective's own normaliser over this batch.
-    The parts of a composite all look at this batch; each has a normaliser of its own, so it takes no ``denominator``.
+    The components of a composite all see this batch; each has its own normaliser, so it takes no ``denominator``.
     A batch without advantages is prepared first. An all-masked batch gives 0, with a warning. Its value is not the
     paper's loss (see `Coefficients.loss`); its gradient is.
     """
     if denominator is not None and is_composite(type(objective)):
-        raise ValueError(f"objective {objective.name!r} is a composite: each of its parts has its own denominator")
+        raise ValueError(f"objective {objective.name!r} is a composite: each of its components has its own denominator")
     losses = []
-    for part in objective.parts:
+    for component in objective.components:
         own = batch
         if batch.advantage is None:
-            fixed = part.objective.prepare(batch.detach())
+            fixed = component.objective.prepare(batch.detach())
             own = fixed.replace(logp=batch.logp, inputs={**fixed.inputs, **batch.inputs})  # with their graph
-        coefficients = part.objective.coefficients(own.detach())
-        losses.append(part.weight * surrogate_of(coefficients, part.objective, own, denominator))
+        coefficients = component.objective.coefficients(own.detach())
+        losses.append(component.weight * surrogate_of(coefficients, component.objective, own, denominator))
     return torch.stack(losses).sum()
 
 

@@ -17,7 +17,7 @@ from rlzoo.config import ProblemSource, Training
 from rlzoo.errors import UserError
 from rlzoo.objective import get_objective
 from rlzoo.policy import load_policy
-from rlzoo.policy.microbatches import score_rows
+from rlzoo.policy.microbatches import log_probs
 from rlzoo.training import train, with_behaviour
 from rlzoo.types import Selection
 from rlzoo.worlds.tokenizer import build_tokenizer
@@ -166,9 +166,9 @@ def test_samples_without_behaviour_log_probs_can_have_those_of_the_policy() -> N
     grpo = get_objective("grpo")
     with pytest.raises(UserError, match=r"3 samples have a reward but no behaviour log-probs.*behaviour: current"):
         train(policy, grpo, buffer, Training(**settings))
-    expected = score_rows(policy, next(buffer.ids()))
+    expected = log_probs(policy, next(buffer.ids()))
     record = train(policy, grpo, buffer, Training(**settings, behaviour="current"))
-    told = "behaviour log-probs of 3 samples were scored with the policy before training (behaviour: current)"
+    told = "behaviour log-probs of 3 samples were computed with the policy before training (behaviour: current)"
     assert record.events[0] == told
     assert record.steps[0]["ratio"] == pytest.approx(1.0)
     record = train(policy, get_objective("rloo"), buffer, Training(**settings, behaviour="current"))

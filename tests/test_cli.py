@@ -411,7 +411,7 @@ def test_ctrl_c_saves_what_was_done_and_says_so_once(tmp_path: Path, number: int
         told.append(run.stderr.readline())
         assert told[-1], told
     for _ in range(1000):
-        if any(tmp_path.rglob("step-*.piece")):
+        if any(tmp_path.rglob("step-*.result")):
             break
         time.sleep(0.05)
     if number == signal.SIGINT:
@@ -424,7 +424,7 @@ def test_ctrl_c_saves_what_was_done_and_says_so_once(tmp_path: Path, number: int
     *waiting, last = [line for line in errors.splitlines() if not BEAT.match(line)]
     assert last == f"rlzoo: interrupted; {kept}"
     assert [line for line in waiting if not line.startswith("stopping; ")] == []
-    assert any(tmp_path.rglob("step-*.piece"))
+    assert any(tmp_path.rglob("step-*.result"))
     assert _group_is_gone(run.pid)
 
 

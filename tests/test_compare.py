@@ -256,8 +256,8 @@ def test_a_comparison_that_was_stopped_ends_as_one_that_was_not(
     rows = {"sft": {"learning_rates": [1e-4, 1e-2]}, "grpo": {"mode": "online"}, "rft": {}}
     experiment = small(rows, training__checkpoint_seconds=0, rollouts__batch_size=8)
     whole = quietly(experiment, tmp_path / "whole")
-    out, calls = tmp_path / "out", dict.fromkeys(("judge", "evaluate", "curve_point"), 0)
-    stops = {("judge", 2), ("evaluate", 3), ("curve_point", 3), ("evaluate", 8)}
+    out, calls = tmp_path / "out", dict.fromkeys(("score_samples", "evaluate", "curve_point"), 0)
+    stops = {("score_samples", 2), ("evaluate", 3), ("curve_point", 3), ("evaluate", 8)}
 
     def stopping(home: Any, name: str) -> None:
         real = getattr(home, name)
@@ -270,7 +270,7 @@ def test_a_comparison_that_was_stopped_ends_as_one_that_was_not(
 
         monkeypatch.setattr(home, name, call)
 
-    stopping(rollouts, "judge")
+    stopping(rollouts, "score_samples")
     stopping(one_cell, "evaluate")
     stopping(one_cell, "curve_point")
     for _ in stops:
@@ -278,7 +278,7 @@ def test_a_comparison_that_was_stopped_ends_as_one_that_was_not(
             quietly(experiment, out)
         if calls["evaluate"] < 4:
             shutil.rmtree(out / "buffer", ignore_errors=True)
-    made = {path: path.stat().st_mtime_ns for path in out.rglob("*.piece")}
+    made = {path: path.stat().st_mtime_ns for path in out.rglob("*.result")}
     found = quietly(experiment, out)
     assert len(made) >= 6 and all(path.stat().st_mtime_ns == made[path] for path in made if path.exists())
     assert numbers(found) == numbers(whole)

@@ -28,7 +28,7 @@ from rlzoo.evaluation import (
     pass_at_k,
     register_metric,
 )
-from rlzoo.policy import Policy, score_rows
+from rlzoo.policy import Policy, log_probs
 from rlzoo.reward import Reward, get_reward
 from rlzoo.rollout import Sample, Sampler
 
@@ -161,7 +161,7 @@ def test_the_log_likelihood_is_that_of_the_gold_completions(policy: Policy) -> N
     found = evaluate(policy, problems, Reward("match", match), settings(), sampler=FakeSampler(), bad=bad)
     ids = [policy.tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("0=?\n", *texts[0])]
     end = policy.tokenizer.eos_token_id
-    scored = score_rows(policy, [(ids[0], [*completion, end]) for completion in ids[1:]])
+    scored = log_probs(policy, [(ids[0], [*completion, end]) for completion in ids[1:]])
     tokens = [logp for row in scored for logp in row]
     assert len(tokens) == len(ids[1]) + len(ids[2]) + 2
     assert found.metrics["log_likelihood"] == pytest.approx(sum(tokens) / len(tokens))

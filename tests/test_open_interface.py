@@ -30,9 +30,9 @@ from rlzoo.comparison import one_cell, runner
 from rlzoo.config import ProblemSource, Sampling, Training
 from rlzoo.errors import UserError
 from rlzoo.evaluation import evaluation
-from rlzoo.jobs.pieces import Pieces
+from rlzoo.jobs.cached_results import CachedResults
 from rlzoo.objective import get_objective
-from rlzoo.policy import Policy, load_policy, score_rows
+from rlzoo.policy import Policy, load_policy, log_probs
 from rlzoo.policy.loading import save_policy
 from rlzoo.rollout import Collector, TransformersSampler, collect_rollouts, register_sampler, sampler_of
 from rlzoo.testing import check_objective
@@ -68,7 +68,7 @@ def buffer_of(policy: Policy) -> OfflineBuffer:
     for i in range(8):
         text = f"{i + 1}+{i + 2}=?\n", f"{i + 1}+{i + 2}={2 * i + 3} #### {2 * i + 3}"
         prompt, completion = (policy.tokenizer(part, add_special_tokens=False)["input_ids"] for part in text)
-        (logp,) = score_rows(policy, [(prompt, completion)])
+        (logp,) = log_probs(policy, [(prompt, completion)])
         columns: dict[str, object] = {"token_reward": [0.1 * (t % 3) for t in range(len(completion))]}
         row = Trajectory(*text, prompt, completion, str(i), source="policy", reward=1.0, columns=columns)
         rows += [replace(row, behaviour_logp=logp, truncated=i % 3 == 0), replace(row, source="demonstration")]
@@ -114,7 +114,7 @@ def test_a_plugin_resumes_bit_for_bit_after_kill_9(plugin: str, tmp_path: Path) 
     teacher_in(tmp_path)
     died = subprocess.run([sys.executable, __file__, plugin, str(tmp_path)], capture_output=True, check=False)
     assert died.returncode == -signal.SIGKILL, died.stderr.decode()
-    assert list((tmp_path / "checkpoints").glob(f"step-*{KILLED_AT}.piece")), "it was stopped after a checkpoint"
+    assert list((tmp_path / "checkpoints").glob(f"step-*{KILLED_AT}.result")), "it was stopped after a checkpoint"
     whole, record = run(plugin, tmp_path, None)
     resumed, rest = run(plugin, tmp_path, tmp_path / "checkpoints")
     assert rest.plain_steps() == record.plain_steps() and len(record.steps) == SETTINGS.steps
@@ -178,7 +178,7 @@ def test_a_rollout_that_was_stopped_goes_on_with_what_its_sampler_knew(tmp_path:
             return sample(*arguments, **options)
 
         sampler.sample = or_die  # type: ignore[method-assign]
-        return collect_rollouts(policy, sampler, problems, length, settings, 0, pieces=Pieces(tmp_path / folder))
+        return collect_rollouts(policy, sampler, problems, length, settings, 0, cached=CachedResults(tmp_path / folder))
 
     whole = collect("whole")
     assert whole[4].completion == whole[3].completion, "what the second prompt got first is the first's last"
@@ -247,7 +247,7 @@ def test_a_composite_learns_from_a_buffer_and_from_fresh_samples() -> None:
     mixed = get_objective("mixture", weights={"sft": 0.5, "grpo": 0.5})
     record = train(policy, mixed, [buffer_of(policy), fresh(policy, "replaying")], SETTINGS)
     assert len(record.steps) == SETTINGS.steps and record.costs.sampled_tokens > 0
-    with pytest.raises(UserError, match="has 2 parts and 1 sources"):
+    with pytest.raises(UserError, match="has 2 components and 1 sources"):
         train(policy, mixed, fresh(policy, "replaying"), SETTINGS)
     with pytest.raises(UserError, match="a PosixPath is no source: give a buffer, a Collector"):
         train(policy, get_objective("grpo"), PLUGINS, SETTINGS)  # type: ignore[arg-type]

@@ -15,8 +15,8 @@ import pytest
 
 from rlzoo.errors import UserError
 from rlzoo.jobs import runs
+from rlzoo.jobs.cached_results import CachedResults
 from rlzoo.jobs.outputs import remove, remove_partial, replacing, write_atomically
-from rlzoo.jobs.pieces import Pieces
 from rlzoo.jobs.runs import run_in, unfinished
 
 ASKED = {"steps": 10, "model": "embedded"}
@@ -29,7 +29,7 @@ def names(folder: Path) -> list[str]:
 def stopped(path: Path, settings: dict[str, Any] | None = None, what: type[BaseException] = KeyboardInterrupt) -> str:
     """A run that keeps a piece of work and then ends with an exception; what the exception has to say."""
     with pytest.raises(what) as caught, run_in(path, "train", settings or ASKED) as run:
-        Pieces(run.state).write("half", 1)
+        CachedResults(run.state).write("half", 1)
         raise what
     return "; ".join(getattr(caught.value, "__notes__", []))
 
@@ -107,13 +107,13 @@ def test_a_link_is_removed_and_not_what_it_leads_to(tmp_path: Path) -> None:
 
 
 def test_a_piece_is_made_once_and_comes_back_as_it_was(tmp_path: Path) -> None:
-    pieces, made = Pieces(tmp_path), list[int]()
+    cached, made = CachedResults(tmp_path), list[int]()
 
     def work() -> dict[str, Any]:
         made.append(1)
         return {"a": [0.1 + 0.2, float("inf"), None], "b": ("é", 2**70)}
 
-    first, second = pieces.once("grpo-lr1e-05/seed 0", work), pieces.once("grpo-lr1e-05/seed 0", work)
+    first, second = cached.once("grpo-lr1e-05/seed 0", work), cached.once("grpo-lr1e-05/seed 0", work)
     assert first == second == {"a": [0.1 + 0.2, float("inf"), None], "b": ["é", 2**70]}
     assert len(made) == 1 and len(list(tmp_path.iterdir())) == 1
 
@@ -121,18 +121,18 @@ def test_a_piece_is_made_once_and_comes_back_as_it_was(tmp_path: Path) -> None:
         made.append(2)
         return []
 
-    assert pieces.once("nothing", nothing) == pieces.once("nothing", nothing) == [] and made == [1, 2]
+    assert cached.once("nothing", nothing) == cached.once("nothing", nothing) == [] and made == [1, 2]
 
 
 @pytest.mark.parametrize("damage", ["cut", "flip", "empty"])
 def test_a_damaged_piece_is_made_again(tmp_path: Path, damage: str) -> None:
-    pieces = Pieces(tmp_path)
-    pieces.write("score", {"mean": 0.25})
+    cached = CachedResults(tmp_path)
+    cached.write("score", {"mean": 0.25})
     (file,) = tmp_path.iterdir()
     whole = file.read_bytes()
     file.write_bytes({"cut": whole[:-3], "flip": whole.replace(b"0.25", b"0.75"), "empty": b""}[damage])
-    assert pieces.read("score") is None
-    assert pieces.once("score", lambda: {"mean": 0.25}) == {"mean": 0.25}
+    assert cached.read("score") is None
+    assert cached.once("score", lambda: {"mean": 0.25}) == {"mean": 0.25}
 
 
 # What failed
@@ -179,10 +179,10 @@ def test_a_failed_file_is_removed_and_a_present_one_kept(tmp_path: Path) -> None
 def test_a_full_disk_is_one_line_and_keeps_what_was_done(tmp_path: Path) -> None:
     told = r"cannot be written \(No space left on device\).*what was done is kept"
     with pytest.raises(UserError, match=told), run_in(tmp_path / "out", "train", ASKED) as run:
-        Pieces(run.state).write("half", 1)
+        CachedResults(run.state).write("half", 1)
         Path("/dev/full").write_text("more")
     with run_in(tmp_path / "out", "train", ASKED) as run:
-        assert run.resumed and Pieces(run.state).read("half") == 1
+        assert run.resumed and CachedResults(run.state).read("half") == 1
 
 
 # What was stopped
@@ -193,7 +193,7 @@ def test_a_stopped_run_goes_on_and_then_is_finished(tmp_path: Path) -> None:
     assert f"the same command with --out {out} resumes there" in stopped(out)
     with run_in(out, "train", ASKED) as run:
         assert run.resumed and not run.finished
-        assert Pieces(run.state).read("half") == 1
+        assert CachedResults(run.state).read("half") == 1
         (out / "results.json").write_text("{}")
     assert names(out) == ["results.json", "run.json"]
     with run_in(out, "train", ASKED) as run:
@@ -203,7 +203,7 @@ def test_a_stopped_run_goes_on_and_then_is_finished(tmp_path: Path) -> None:
 
 def test_a_run_with_failures_is_to_be_continued(tmp_path: Path) -> None:
     with run_in(tmp_path / "out", "compare", ASKED) as run:
-        Pieces(run.state).write("half", 1)
+        CachedResults(run.state).write("half", 1)
         run.to_be_continued = True
     with run_in(tmp_path / "out", "compare", ASKED) as run:
         assert run.resumed and not run.finished
@@ -225,7 +225,7 @@ def test_another_run_is_told_apart_by_what_differs(tmp_path: Path) -> None:
     data.write_text("{}\n{}")
     with pytest.raises(UserError, match=r"rows.jsonl: \[2, "), run_in(out, "train", asked):
         pytest.fail("must not come here")
-    assert Pieces(out / ".state").read("half") == 1
+    assert CachedResults(out / ".state").read("half") == 1
 
 
 @pytest.mark.parametrize("kind", ["table", "module", "model", "buffer", "experiment", "key", "home"])
@@ -256,11 +256,11 @@ def test_what_a_killed_run_had_half_written_or_half_removed_is_gone(tmp_path: Pa
     out = tmp_path / "out"
     stopped(out)
     (out / ".report.md.x.partial").mkdir()
-    (out / ".state" / ".half.piece.x.partial").mkdir()
+    (out / ".state" / ".half.result.x.partial").mkdir()
     with run_in(out, "train", ASKED):
-        assert names(out) == [".state", ".state/half.piece", ".state/lock", ".state/run.json"]
+        assert names(out) == [".state", ".state/half.result", ".state/lock", ".state/run.json"]
     (out / ".state").mkdir()
-    (out / ".state" / "half.piece").touch()
+    (out / ".state" / "half.result").touch()
     with run_in(out, "train", ASKED) as run:
         assert run.finished
     assert names(out) == ["run.json"]
@@ -271,7 +271,7 @@ def test_work_of_which_nothing_says_what_it_is_is_done_again(tmp_path: Path) -> 
     stopped(out)
     (out / ".state" / "run.json").write_text('{"command": "tra')
     with run_in(out, "train", ASKED) as run:
-        assert not run.resumed and Pieces(run.state).read("half") is None
+        assert not run.resumed and CachedResults(run.state).read("half") is None
         with pytest.raises(UserError, match="in use by process"), run_in(out, "train", ASKED):
             pytest.fail("must not come here")
 
@@ -279,7 +279,7 @@ def test_work_of_which_nothing_says_what_it_is_is_done_again(tmp_path: Path) -> 
 def test_a_file_that_was_whole_when_its_run_was_killed_is_finished(tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
     with pytest.raises(KeyboardInterrupt), run_in(file, "rollout", ASKED, "whole") as run:
-        Pieces(run.state).write("half", 1)
+        CachedResults(run.state).write("half", 1)
         file.write_text("whole")
         raise KeyboardInterrupt
     with run_in(file, "rollout", ASKED, "whole") as run:
@@ -324,7 +324,7 @@ def test_the_newest_unfinished_run_of_the_same_is_found(tmp_path: Path) -> None:
 
 def hold(path: Path, told: Any, go: Any) -> None:
     with run_in(path, "train", ASKED) as run:
-        Pieces(run.state).write("half", 1)
+        CachedResults(run.state).write("half", 1)
         told.send(os.getpid())
         go.recv()
 

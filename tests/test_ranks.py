@@ -65,7 +65,7 @@ def test_a_stopped_run_goes_on_in_other_processes(
     for stop, extra in (("2", DDP), ("3", FSDP)):
         launch([str(WORKER), str(tmp_path), *objectives], 2, tmp_path, {"RANKS_STOP": stop, **extra})
         for name in objectives:
-            assert (tmp_path / "checkpoints" / name / f"step-{int(stop) - 1:08d}.piece").is_file()
+            assert (tmp_path / "checkpoints" / name / f"step-{int(stop) - 1:08d}.result").is_file()
     for name in objectives:
         ranks_worker.run(tmp_path, name)
     for name, (weights, told) in found_in(tmp_path, objectives).items():

@@ -226,10 +226,15 @@ def test_what_was_done_to_the_data_is_in_the_report(tmp_path: Path) -> None:
     write_report(tmp_path)
     assert "Events before training" not in read(tmp_path)[1]
     dropped = {"train": {"count": 2, "of": 9, "first": ["rows.jsonl line 3 is not JSON"]}}
-    save(tmp_path, results | {"dropped_rows": dropped, "events": ["4 samples were scored"]})
+    save(tmp_path, results | {"dropped_rows": dropped, "events": ["4 samples were computed"]})
     write_report(tmp_path)
     source, markdown = read(tmp_path)
-    for line in ("Events before training", "train: dropped 2 of 9 rows", "rows.jsonl line 3", "4 samples were scored"):
+    for line in (
+        "Events before training",
+        "train: dropped 2 of 9 rows",
+        "rows.jsonl line 3",
+        "4 samples were computed",
+    ):
         assert line in Page(source).text
     assert "dropped 2 of 9 rows" in markdown
 
@@ -419,7 +424,7 @@ def test_learning_curves_start_at_the_base_and_average_the_seeds() -> None:
 
 def test_figures_show_the_numbers_of_the_tables(figures: list[Any], tmp_path: Path) -> None:
     results = parse_results(synthetic_run(tmp_path))
-    plots.score_bars(results, "longer sums")
+    plots.result_bars(results, "longer sums")
     for axes, metric in zip(figures[-1].axes, METRICS, strict=True):
         rows = [results.row(name, "longer sums", metric) for name in ("base", "plain", "weighted", "paired")]
         assert all(row is not None for row in rows)
@@ -496,7 +501,7 @@ def test_the_best_algorithm_is_marked_and_what_is_missing_is_no_number() -> None
     cells = [{"algorithm": name, "seed": 0, "metrics": {}} for name in "ab"]
     base = {"sums": {"k": 2, "avg_at_k": 0.5, "greedy": 0.5}}
     known = {"experiment": "x", "created": "now", "base": base, "summary": summary, "cells": cells}
-    rows = tables.score_table(parse_results(known), "sums").rows
+    rows = tables.result_table(parse_results(known), "sums").rows
     assert [[entry.text for entry in row] for row in rows] == [
         ["base", "50.0", "50.0", "–", "–"], ["a", "50.0 [0.0, 100.0]", "–", "–", "3"],
         ["b", "25.0 [0.0, 100.0]", "–", "–", "2"],

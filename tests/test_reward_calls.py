@@ -189,7 +189,7 @@ def test_fresh_samples_are_rewarded_as_of_their_step(make_policy: Callable[..., 
     )
     changes = {"reward": f"{tmp_path / 'mine.py'}:mine", "rollouts.samples": 2, "rollouts.max_new_tokens": 1}
     experiment = load_experiment(
-        "facts", {**changes, "train.limit": 4, "judging": {"seconds": None, "memory_gb": None}}
+        "facts", {**changes, "train.limit": 4, "scoring": {"seconds": None, "memory_gb": None}}
     )
     training = Training(steps=8, updates_per_batch=2)
     collect = collector_of(experiment, make_policy("gpt2"), training, 4, seed=0)

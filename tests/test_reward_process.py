@@ -77,7 +77,7 @@ def test_answers_are_found_in_the_process_too(tmp_path: Path) -> None:
         process.close()
 
 
-def judged(reward: Reward, *texts: str) -> tuple[list[float | None], list[str]]:
+def scored(reward: Reward, *texts: str) -> tuple[list[float | None], list[str]]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         scores = reward.score(["?"] * len(texts), list(texts), {})
@@ -98,19 +98,19 @@ def judged(reward: Reward, *texts: str) -> tuple[list[float | None], list[str]]:
 )
 def test_a_bad_row_costs_a_bounded_time_and_no_other_row(bad: Any, text: str, told: str) -> None:
     started = time.monotonic()
-    values, messages = judged(bad(), "ab", text, "abc")
+    values, messages = scored(bad(), "ab", text, "abc")
     assert values == [2.0, None, 3.0]
     assert len(messages) == 1 and messages[0].startswith(told) and messages[0].endswith("; scored as null")
     assert time.monotonic() - started < 30
     with pytest.raises(UserError) as caught:
         bad("fail").score(["?"] * 3, ["ab", text, "abc"], {})
     assert str(caught.value).startswith(told)
-    assert judged(bad(), "abcd") == ([4.0], []), "the process serves on"
+    assert scored(bad(), "abcd") == ([4.0], []), "the process serves on"
 
 
 def test_rows_that_have_to_be_scored_alone_keep_their_numbers(bad: Any) -> None:
     reward = bad(seconds=1.0)
-    values, messages = judged(reward, "ab", "hang", "raise", "nan")
+    values, messages = scored(reward, "ab", "hang", "raise", "nan")
     assert values == [2.0, None, None, None]
     told = ["took more than 1 s on row 1", "raised on row 2: RuntimeError", "returned nan on row 3"]
     assert [message.removeprefix("reward 'bad' ")[: len(t)] for message, t in zip(messages, told, strict=True)] == told
@@ -120,8 +120,8 @@ def test_rows_that_have_to_be_scored_alone_keep_their_numbers(bad: Any) -> None:
 
 
 def test_other_limits_are_another_process(bad: Any) -> None:
-    assert judged(bad(seconds=None), "memory")[0] == [None]
-    assert judged(bad(seconds=60.0, memory=8.0), "memory") == ([6.0], [])
+    assert scored(bad(seconds=None), "memory")[0] == [None]
+    assert scored(bad(seconds=60.0, memory=8.0), "memory") == ([6.0], [])
 
 
 def test_threads_take_turns_at_one_process(bad: Any) -> None:
@@ -139,7 +139,7 @@ def test_a_file_of_the_same_name_in_another_folder_is_another_reward(
         (tmp_path / str(number)).mkdir()
         (tmp_path / str(number) / "mine.py").write_text(f"def mine(completions, **_): return [{number}.0]")
         monkeypatch.chdir(tmp_path / str(number))
-        assert judged(apart("mine.py:mine", Limits()), "x") == ([number], [])
+        assert scored(apart("mine.py:mine", Limits()), "x") == ([number], [])
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="asks the system to end a process with its parent")
@@ -165,7 +165,7 @@ def test_a_reward_that_hangs_does_not_outlive_a_run_that_is_killed(tmp_path: Pat
 def test_too_few_values_are_told(bad: Any) -> None:
     with pytest.raises(UserError, match="reward 'bad' returned 1 values for 2 completions"):
         bad("fail").score(["?"] * 2, ["few", "abc"], {})
-    values, messages = judged(bad(), "few", "abc")
+    values, messages = scored(bad(), "few", "abc")
     assert values == [None, None] and len(messages) == 1
 
 
@@ -203,14 +203,14 @@ def test_hostile_answers_cost_a_bounded_time() -> None:
     reward = apart("math-answer", Limits(6.0, 2.0), "null")
     started = time.monotonic()
     texts = [*HOSTILE, r"\boxed{42}", "#### 41"]
-    values, _ = judged_with(reward, texts, ["42"] * len(texts))
+    values, _ = scored_with(reward, texts, ["42"] * len(texts))
     took = time.monotonic() - started
     assert values[-2:] == [1.0, 0.0]
     assert all(value in (0.0, None) for value in values[:-2])
     assert took < 6.0 * (len(HOSTILE) + 3), took
 
 
-def judged_with(reward: Reward, texts: list[str], answers: list[str]) -> tuple[list[float | None], list[str]]:
+def scored_with(reward: Reward, texts: list[str], answers: list[str]) -> tuple[list[float | None], list[str]]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         scores = reward.score(["?"] * len(texts), texts, {"answer": answers})

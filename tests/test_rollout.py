@@ -14,7 +14,7 @@ from scipy.stats import chisquare
 
 from rlzoo.buffers.problems import Problem, encode_problems
 from rlzoo.config import Sampling
-from rlzoo.jobs.pieces import Pieces
+from rlzoo.jobs.cached_results import CachedResults
 from rlzoo.policy import Policy, Sequences
 from rlzoo.reward import Reward, get_reward
 from rlzoo.rollout import Sample, Sampler, TransformersSampler, collect_rollouts, mismatch
@@ -323,13 +323,13 @@ def test_prompts_sampled_in_portions_are_sampled_as_they_would_be_together(polic
     problems = encode_problems(policy.tokenizer, [problem(number, text) for number, text in enumerate(texts)])
     reward = Reward("parrot", parrot)
     rows = [
-        collect_rollouts(policy, sampler, problems, reward, settings, seed=4, pieces=pieces)
-        for pieces in (None, Pieces(tmp_path))
+        collect_rollouts(policy, sampler, problems, reward, settings, seed=4, cached=cached)
+        for cached in (None, CachedResults(tmp_path))
     ]
     assert len(list(tmp_path.iterdir())) == 3  # two prompts of three samples are a batch
     assert [row.completion_ids for row in rows[0]] == [row.completion_ids for row in rows[1]]
     assert len({str([row.completion_ids for row in rows[0][i : i + 3]]) for i in range(0, 15, 3)}) == 5
-    other = collect_rollouts(policy, sampler, problems, reward, settings, seed=5, pieces=Pieces(tmp_path))
+    other = collect_rollouts(policy, sampler, problems, reward, settings, seed=5, cached=CachedResults(tmp_path))
     assert [row.completion_ids for row in other] != [row.completion_ids for row in rows[0]]
 
 

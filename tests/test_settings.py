@@ -481,7 +481,7 @@ def test_a_cap_on_weights_of_another_engine_says_where_there_is_none(make_policy
 # Experiments
 
 
-@shows("Judging.seconds", "Judging.memory_gb", "Judging.on_error", "Experiment.judging", "Experiment.reward")
+@shows("Scoring.seconds", "Scoring.memory_gb", "Scoring.on_error", "Experiment.scoring", "Experiment.reward")
 def test_how_the_reward_is_called(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
 
@@ -492,14 +492,14 @@ def test_how_the_reward_is_called(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("rlzoo.comparison.resolve.apart", called)
     data = load_experiment("facts").model_dump(mode="json")
     text = "{seconds: 7, memory_gb: null, on_error: null}"  # as documented
-    data |= {"judging": yaml.safe_load(text), "reward": "format"}
+    data |= {"scoring": yaml.safe_load(text), "reward": "format"}
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(data))
     resolve.reward_of(load_experiment(str(tmp_path / "mine.yaml")))
     assert asked == [("format", Limits(7.0, None), "null")]
     for value in ("null", "fail"):
-        assert experiment_of("compare", "facts", "--set", f"judging.on_error={value}").judging.on_error == value
+        assert experiment_of("compare", "facts", "--set", f"scoring.on_error={value}").scoring.on_error == value
     again = load_experiment(str(tmp_path / "mine.yaml")).model_dump(mode="json")
-    assert Experiment.model_validate(yaml.safe_load(yaml.safe_dump(again))).judging.on_error == "null"
+    assert Experiment.model_validate(yaml.safe_load(yaml.safe_dump(again))).scoring.on_error == "null"
 
 
 @shows(

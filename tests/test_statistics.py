@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from rlzoo.comparison.statistics import (
     SIGNIFICANT,
     Interval,
-    ScoreMatrix,
+    ResultMatrix,
     align,
     compare_pairs,
     compare_to,
@@ -22,8 +22,8 @@ from rlzoo.comparison.statistics import (
     holm,
     p_value,
     paired_difference,
-    score_interval,
-    score_matrices,
+    result_interval,
+    result_matrices,
     summarise,
 )
 from rlzoo.errors import UserError
@@ -156,19 +156,19 @@ def test_intervals_cover_for_counts_of_correct_samples(seeds: int, problems: int
     truth = float((1 / (1 + np.exp(-difficulty[:, None] - 0.1 * rng.normal(size=(200_000, 20))))).mean())
     for _ in range(runs):
         logit = rng.choice(difficulty, problems) + 0.1 * rng.normal(size=(seeds, 1))
-        interval = score_interval(rng.binomial(k, 1 / (1 + np.exp(-logit))) / k)
+        interval = result_interval(rng.binomial(k, 1 / (1 + np.exp(-logit))) / k)
         covered += interval.low <= truth <= interval.high
     assert 0.93 <= covered / runs <= 0.97
 
 
-def test_score_intervals_by_hand() -> None:
+def test_result_intervals_by_hand() -> None:
     # Wilson for 15 of 20: centre (0.75 + z²/40)/(1 + z²/20), reach √(z²/20 · 0.1875 + (z²/40)²)/(1 + z²/20).
-    assert score_interval(np.array([[1.0] * 15 + [0.0] * 5])) == pytest.approx((0.75, 0.5313, 0.8881), abs=1e-4)
+    assert result_interval(np.array([[1.0] * 15 + [0.0] * 5])) == pytest.approx((0.75, 0.5313, 0.8881), abs=1e-4)
     # 20 of 20, by any number of seeds: 1/(1 + z²/20).
     for seeds in (1, 3):
-        assert score_interval(np.ones((seeds, 20))) == pytest.approx((1, 0.8389, 1), abs=1e-4)
+        assert result_interval(np.ones((seeds, 20))) == pytest.approx((1, 0.8389, 1), abs=1e-4)
     # 2 seeds, means ¼ and ¾, problems alike: t₁ and SE = ¼, so n = ¼/(1/16) = 4 and t²/n = 40.36: almost everything.
-    mean, low, high = score_interval(np.array([[0.25] * 8, [0.75] * 8]))
+    mean, low, high = result_interval(np.array([[0.25] * 8, [0.75] * 8]))
     reach = (40.3619 / 4 + 40.3619**2 / 4) ** 0.5 / 41.3619
     assert (mean, low, high) == pytest.approx((0.5, 0.5 - reach, 0.5 + reach), abs=1e-4)
 
@@ -188,7 +188,7 @@ def test_pairing_removes_what_two_algorithms_share() -> None:
 
 def test_scores_of_a_table_by_hand() -> None:
     table = outcome_table({("a", 0): [[1, 0, 0, 0], [0, 1, 1, 0]], ("a", 1): [[0, 0, 0, 0], [1, 1, 1, 1]]})
-    matrices = score_matrices(table, k=2)
+    matrices = result_matrices(table, k=2)
     assert matrices["a", "sums", "avg_at_k"].values.tolist() == [[0.25, 0.5], [0, 1]]
     assert matrices["a", "sums", "greedy"].values.tolist() == [[1, 0], [0, 1]]
     # c = 1: 1 - C(3,2)/C(4,2) = 1/2; c = 2: 5/6.
@@ -204,7 +204,7 @@ def test_summary_has_a_row_for_every_algorithm_and_metric() -> None:
         ("base", "pass_at_k"),
         ("b", "avg_at_k"),
     ]
-    within = score_interval(np.array([[1.0], [0.5]]))
+    within = result_interval(np.array([[1.0], [0.5]]))
     assert rows[6] == {
         "algorithm": "a", "benchmark": "sums", "metric": "avg_at_k",
         "mean": 0.75, "seeds": 2, "ci_low": pytest.approx(within.low), "ci_high": pytest.approx(within.high),
@@ -247,8 +247,8 @@ def test_comparison_pairs_shared_seeds_and_sets_the_base_beside_each() -> None:
 
 
 def test_alignment_matches_problems_by_name() -> None:
-    a = ScoreMatrix(np.array([[1.0, 2.0, 3.0]]), (0,), ("p", "q", "r"))
-    b = ScoreMatrix(np.array([[30.0, 10.0]]), (0,), ("r", "p"))
+    a = ResultMatrix(np.array([[1.0, 2.0, 3.0]]), (0,), ("p", "q", "r"))
+    b = ResultMatrix(np.array([[30.0, 10.0]]), (0,), ("r", "p"))
     pair = align(a, b)
     assert pair is not None
     assert [side.tolist() for side in pair] == [[[1, 3]], [[10, 30]]]
@@ -257,9 +257,9 @@ def test_alignment_matches_problems_by_name() -> None:
 def test_inconsistent_outcomes_are_named() -> None:
     table = outcome_table({("a", 0): [[1], [0]], ("a", 1): [[1]]})
     with pytest.raises(UserError, match=r"'a' on 'sums': seed 1 lacks problem 'p1'"):
-        score_matrices(table, k=1)
+        result_matrices(table, k=1)
     with pytest.raises(UserError, match="hold a sample twice"):
-        score_matrices(pa.concat_tables([table, table]), k=1)
+        result_matrices(pa.concat_tables([table, table]), k=1)
     with pytest.raises(UserError, match="did you mean 'a'"):
         compare_to(outcome_table({("a", 0): [[1]]}), "aa", k=1)
 
@@ -340,7 +340,7 @@ def test_differences_of_a_benchmark_are_corrected_together() -> None:
 def test_the_best_two_are_corrected_for_all_pairs() -> None:
     table = outcome_table({("base", -1): flips(1, 1, 1), ("a", 0): flips(1, 1, 0), ("b", 0): flips(1, 0, 0),
                            ("c", 0): flips(0, 0, 0), ("d", 1): flips(0, 0, 0)})  # fmt: skip
-    pairs = compare_pairs(score_matrices(table, k=1), "sums", "greedy")
+    pairs = compare_pairs(result_matrices(table, k=1), "sums", "greedy")
     assert set(pairs) == {(x, y) for x in "abc" for y in "abc" if x != y}, "d shares no seed, the base is no algorithm"
     assert pairs["a", "b"] == pairs["b", "a"] == pytest.approx(2 * p_value(np.array([[0.0, 1.0, 0.0]]))), (
         "second of three"

@@ -22,7 +22,7 @@ from rlzoo.errors import UserError
 from rlzoo.inputs import Behaviour, Reference, Snapshot, Statistic
 from rlzoo.objective import Objective, get_objective, is_composite, list_objectives, objective_class
 from rlzoo.policy import Assembler, MicroBatches, Models, Policy, Sequences
-from rlzoo.policy.microbatches import score_rows
+from rlzoo.policy.microbatches import log_probs
 from rlzoo.reward import Reward
 from rlzoo.rollout import Sampler, TransformersSampler, VLLMSampler, collect_rollouts, mismatch
 from rlzoo.training import Trainer, lacking, train, with_behaviour, with_reference
@@ -295,9 +295,9 @@ def test_the_references_log_probs_are_kept_for_both_temperatures(rows: Rows, pol
     buffer = with_reference(plain, policy, token_budget=40)
     for row in buffer:
         pair = [(row.prompt_ids, row.completion_ids)]
-        assert row.reference_logp == pytest.approx(score_rows(policy, pair)[0], abs=1e-5)
+        assert row.reference_logp == pytest.approx(log_probs(policy, pair)[0], abs=1e-5)
         if row.source == "policy":
-            assert row.tempered_reference_logp == pytest.approx(score_rows(policy, pair, temperature=0.6)[0], abs=1e-5)
+            assert row.tempered_reference_logp == pytest.approx(log_probs(policy, pair, temperature=0.6)[0], abs=1e-5)
             assert row.tempered_reference_logp == pytest.approx(row.behaviour_logp, abs=1e-5)
         else:
             assert row.tempered_reference_logp is None
@@ -319,7 +319,7 @@ def test_engines_are_compared_like_with_like(
     install(monkeypatch, policy, gap=0.125)
     for temperature, top_p in SETTINGS:
         found = collected(policy, VLLMSampler(policy), temperature, top_p, recompute)
-        whole = score_rows(policy, [(row.prompt_ids, row.completion_ids) for row in found], temperature=temperature)
+        whole = log_probs(policy, [(row.prompt_ids, row.completion_ids) for row in found], temperature=temperature)
         for row, logp in zip(found, whole, strict=True):
             assert row.behaviour_logp == pytest.approx([x + (0 if recompute else 0.125) for x in logp], abs=1e-6)
         apart = mismatch(found)

@@ -325,7 +325,7 @@ def test_a_table_is_cut_and_scored_as_the_settings_of_training_say(tmp_path: Pat
     assert [len(row.completion_ids) for row in buffer] == [2, 2] and all(row.truncated for row in buffer)
     assert buffer.is_complete("behaviour_logp")
     cut, scored = found["events"]
-    assert found["rows"] == 2 and "completions cut" in cut and "2 samples were scored" in scored
+    assert found["rows"] == 2 and "completions cut" in cut and "2 samples were computed" in scored
 
 
 def test_a_row_may_be_called_as_the_analysis_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ from fake_vllm import install
 from rlzoo.buffers.problems import Problem, encode_problems
 from rlzoo.config import EvaluationSettings, Rollouts, Sampling, load_experiment, validated
 from rlzoo.errors import UserError
-from rlzoo.jobs.pieces import Pieces
+from rlzoo.jobs.cached_results import CachedResults
 from rlzoo.policy import Policy
 from rlzoo.reward import Reward
 from rlzoo.rollout import Sampler, VLLMSampler, VLLMServerSampler, collect_rollouts, mismatch, sampler_of
@@ -230,12 +230,12 @@ def test_a_server_that_goes_away_costs_the_batch_that_it_was_in(
 
     def collect(url: str) -> list[Trajectory]:
         sampler = VLLMServerSampler(policy, url)
-        return collect_rollouts(policy, sampler, encoded, reward, settings, seed=0, pieces=Pieces(tmp_path))
+        return collect_rollouts(policy, sampler, encoded, reward, settings, seed=0, cached=CachedResults(tmp_path))
 
     server.left = 2 * ENGINE_BATCHES + 5
     with pytest.raises(UserError, match=f"vLLM server at {server.url}"):
         collect(server.url)
-    assert len(list(tmp_path.glob("*.piece"))) == 2
+    assert len(list(tmp_path.glob("*.result"))) == 2
     server.left, server.asked = None, []
     rows = collect(server.url)
     assert sum(path == "/v1/completions" for path, _ in server.asked) == ENGINE_BATCHES

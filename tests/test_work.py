@@ -25,7 +25,7 @@ from rlzoo.config import Experiment, ProblemSource, Rollouts, Sampling
 from rlzoo.jobs.pool import InThisProcess
 from rlzoo.objective import get_objective
 from rlzoo.policy import Policy, load_policy
-from rlzoo.policy.microbatches import score_rows
+from rlzoo.policy.microbatches import log_probs
 from rlzoo.rollout import Sample, TransformersSampler
 from rlzoo.training import train
 from rlzoo.types import Trajectory
@@ -159,11 +159,11 @@ def test_samples_of_others_are_scored_once_and_that_is_paid_for(base: Policy, tm
     buffer = OfflineBuffer.load(tmp_path / "out" / "buffer")
     graded, own = list(buffer)[:4], list(buffer)[4:]
     assert [row.completion for row in graded] == [line["completion"] for line in lines]
-    expected = score_rows(base, [(row.prompt_ids, row.completion_ids) for row in graded])
+    expected = log_probs(base, [(row.prompt_ids, row.completion_ids) for row in graded])
     for row, logp in zip(graded, expected, strict=True):
         assert row.behaviour_logp == pytest.approx(logp, abs=1e-5)
     (event,), (cell,) = results["events"], results["cells"]
-    assert event.startswith("behaviour log-probs of 4 samples were scored")
+    assert event.startswith("behaviour log-probs of 4 samples were computed")
     settings = experiment.training_of("rloo").model_copy(update={"learning_rate": cell["learning_rate"]})
     alone = train(load_policy("embedded"), get_objective("rloo"), buffer, settings, seed=0)
     shared = 2 * scoring_of(base, own) + scoring_of(base, graded)
@@ -342,7 +342,7 @@ def test_token_probabilities_are_of_the_demonstrations_before_and_after(base: Po
     buffer = OfflineBuffer.load(tmp_path / "out" / "buffer")
     rows = [(row.prompt_ids, row.completion_ids) for row in buffer if row.source == "demonstration"]
     found = results["token_probabilities"]
-    probabilities = np.exp(np.concatenate([np.array(logp) for logp in score_rows(base, rows)]))
+    probabilities = np.exp(np.concatenate([np.array(logp) for logp in log_probs(base, rows)]))
     assert found["edges"] == pytest.approx(np.linspace(0, 1, 21))
     assert found["before"] == np.histogram(probabilities, np.linspace(0, 1, 21))[0].tolist()
     after = by_name(results)["sft"]["token_probabilities"]
@@ -419,8 +419,8 @@ def test_a_reward_is_told_how_far_the_policy_is_that_it_scores(tmp_path: Path) -
     (tmp_path / "told.py").write_text(TOLD)
     rows = {"sft": {"learning_rates": [1e-4, 1e-3], "training": {"steps": 4}}}
     evaluation = {**NO_CURVE, "curve_points": 2, "curve_problems": 2}
-    judging = {"seconds": None, "memory_gb": None}
-    compared(small(rows, evaluation=evaluation, reward=f"{tmp_path / 'told.py'}:told", judging=judging), tmp_path / "o")
+    scoring = {"seconds": None, "memory_gb": None}
+    compared(small(rows, evaluation=evaluation, reward=f"{tmp_path / 'told.py'}:told", scoring=scoring), tmp_path / "o")
     told = [tuple(json.loads(line)) for line in (tmp_path / "told.jsonl").read_text().splitlines()]
     assert [at for at, _ in groupby(told)] == [(0, 0), (2, 4), (4, 4), (2, 4), (4, 4)]
 

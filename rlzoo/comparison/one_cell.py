@@ -19,8 +19,8 @@ from rlzoo.evaluation import Evaluation, evaluate
 from rlzoo.evaluation.evaluation import gold_rows
 from rlzoo.evaluation.metrics import AVERAGE
 from rlzoo.inputs import Stage
+from rlzoo.jobs.cached_results import CachedResults
 from rlzoo.jobs.outputs import remove
-from rlzoo.jobs.pieces import Pieces
 from rlzoo.jobs.ranks import is_main
 from rlzoo.policy import Policy, load_policy
 from rlzoo.policy.loading import save_policy
@@ -41,12 +41,12 @@ def evaluate_base(experiment: Experiment, state: Path, report: Report) -> dict[s
 
     And what all policies are not evaluated on: the ``dropped_rows`` of benchmarks and validation, and ``events``.
     """
-    pieces = Pieces(state)
+    cached = CachedResults(state)
 
     def evaluate() -> dict[str, Any]:
         policy = load_policy(experiment.model, experiment.training.dtype)
         bad = _unfit(policy, experiment)
-        found = evaluate_all(policy, experiment, "base", -1, None, pieces.within("base"), report)
+        found = evaluate_all(policy, experiment, "base", -1, None, cached.within("base"), report)
         drawn = experiment.evaluation.curve_points > 0
         return {
             **found,
@@ -55,7 +55,7 @@ def evaluate_base(experiment: Experiment, state: Path, report: Report) -> dict[s
             "events": [f"{name}: {event}" for name, rows in bad.items() for event in rows.events()],
         }
 
-    return dict(pieces.once("base", evaluate))
+    return dict(cached.once("base", evaluate))
 
 
 def _unfit(policy: Policy, experiment: Experiment) -> dict[str, BadRows]:
@@ -87,14 +87,14 @@ def run_cell(
     Micro-batches are ``parts`` times smaller than the experiment says, where those did not fit. What was done before
     is taken from ``state``.
     """
-    pieces = Pieces(state / "cells")
+    cached = CachedResults(state / "cells")
 
     def run() -> dict[str, Any]:
-        return _run_cell(experiment.in_parts(parts), cell, shared, buffer_path, state, pieces.within(cell.id), report)
+        return _run_cell(experiment.in_parts(parts), cell, shared, buffer_path, state, cached.within(cell.id), report)
 
-    found = dict(pieces.once(cell.id, run))
+    found = dict(cached.once(cell.id, run))
     if is_main():
-        remove(pieces.within(cell.id).folder)
+        remove(cached.within(cell.id).folder)
     return found
 
 
@@ -104,7 +104,7 @@ def _run_cell(
     shared: dict[str, Any],
     buffer_path: Path,
     state: Path,
-    pieces: Pieces,
+    cached: CachedResults,
     report: Report,
 ) -> dict[str, Any]:
     import torch
@@ -145,7 +145,7 @@ def _run_cell(
 
     Trainer(
         policy, objective, sources, settings, [along],
-        folder=state.parent / "logs" / cell.id, record=record, checkpoints=pieces.folder / "checkpoints",
+        folder=state.parent / "logs" / cell.id, record=record, checkpoints=cached.folder / "checkpoints",
     ).run()  # fmt: skip
     result = {
         "algorithm": cell.algorithm,
@@ -166,7 +166,7 @@ def _run_cell(
         save_policy(policy, state / "models" / cell.id)
         return {**result, "validation": validation.metrics["avg_at_k"]}
     found = evaluate_all(
-        policy, experiment, cell.algorithm, cell.seed, cell.learning_rate, pieces,
+        policy, experiment, cell.algorithm, cell.seed, cell.learning_rate, cached,
         lambda share, what: report(0.8 + 0.2 * share, what),
     )  # fmt: skip
     return {**result, **found}
@@ -174,14 +174,14 @@ def _run_cell(
 
 def evaluate_cell(experiment: Experiment, cell: Cell, state: Path, parts: int, report: Report) -> dict[str, Any]:
     """The benchmarks of a cell whose learning rate was chosen, from its saved weights."""
-    smaller, pieces = experiment.in_parts(parts), Pieces(state / "chosen")
+    smaller, cached = experiment.in_parts(parts), CachedResults(state / "chosen")
 
     def evaluate() -> dict[str, Any]:
         policy = load_policy(str(state / "models" / cell.id), experiment.training_of(cell.algorithm).dtype)
         labels = (cell.algorithm, cell.seed, cell.learning_rate)
-        return evaluate_all(policy, smaller, *labels, pieces.within(cell.id), report)
+        return evaluate_all(policy, smaller, *labels, cached.within(cell.id), report)
 
-    return dict(pieces.once(cell.id, evaluate))
+    return dict(cached.once(cell.id, evaluate))
 
 
 def evaluate_all(
@@ -190,7 +190,7 @@ def evaluate_all(
     algorithm: str,
     seed: int,
     learning_rate: float | None,
-    pieces: Pieces,
+    cached: CachedResults,
     report: Report,
 ) -> dict[str, Any]:
     """``metrics`` by benchmark and ``outcomes`` of all of them, one row per sample."""
@@ -203,7 +203,7 @@ def evaluate_all(
             reward = reward_of(experiment, steps, steps, benchmark=name)
             return vars(_evaluate(policy, experiment, source, reward, max(seed, 0)))
 
-        found = pieces.once(f"on {name}", evaluate)
+        found = cached.once(f"on {name}", evaluate)
         metrics[name] = found["metrics"]
         labels = {"algorithm": algorithm, "seed": seed, "learning_rate": learning_rate, "benchmark": name}
         outcomes += [{**labels, **row} for row in found["outcomes"]]

@@ -13,7 +13,7 @@ from rlzoo.evaluation import Metric, metric_table
 from rlzoo.objective import Objective, get_objective
 from rlzoo.reward import Reward
 from rlzoo.reward.isolation import Limits, apart
-from rlzoo.rollout.rollouts import judge
+from rlzoo.rollout.rollouts import score_samples
 from rlzoo.rollout.sampler import Sample, sampler_class
 from rlzoo.training import batches
 from rlzoo.training.batches import Views
@@ -30,10 +30,10 @@ def reward_of(
     experiment: Experiment, step: int = 0, max_steps: int = 0, epoch: float = 0.0, benchmark: str | None = None
 ) -> Reward:
     """The experiment's reward, or a benchmark's own, in a process of its own, told how far training is."""
-    limits = Limits(experiment.judging.seconds, experiment.judging.memory_gb)
+    limits = Limits(experiment.scoring.seconds, experiment.scoring.memory_gb)
     own = None if benchmark is None else experiment.benchmarks[benchmark].reward
     spec = experiment.reward if own is None else own
-    return apart(spec, limits, experiment.judging.on_error).at(step, max_steps, epoch)
+    return apart(spec, limits, experiment.scoring.on_error).at(step, max_steps, epoch)
 
 
 def metrics_of(experiment: Experiment) -> dict[str, Metric]:
@@ -96,4 +96,4 @@ def check(experiment: Experiment) -> None:
 def _try(reward: Reward, problems: Sequence[Problem]) -> None:
     """Judge empty answers: a missing column or a broken reward shows now, and not after hours of sampling."""
     nothing = Sample([], "", truncated=False)
-    judge(reward, [(EncodedProblem(problem, "", []), nothing) for problem in problems])
+    score_samples(reward, [(EncodedProblem(problem, "", []), nothing) for problem in problems])

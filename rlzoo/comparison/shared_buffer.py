@@ -13,11 +13,11 @@ from rlzoo.buffers.bad_rows import BadRows
 from rlzoo.buffers.problems import demonstrations, encode_problems, load_problems
 from rlzoo.comparison.resolve import learns_from_samples, objective_of, reward_of, views_of
 from rlzoo.config import Experiment, OnBadRow
-from rlzoo.jobs.pieces import Pieces
+from rlzoo.jobs.cached_results import CachedResults
 from rlzoo.jobs.ranks import agreed, barrier, is_main
-from rlzoo.policy import Policy, load_policy, score_rows
+from rlzoo.policy import Policy, load_policy, log_probs
 from rlzoo.rollout import collect_rollouts, cut_short, mismatch, sampler_of, unscored
-from rlzoo.training import check_buffer, scored_event, stored_inputs, with_behaviour, with_inputs
+from rlzoo.training import behaviour_event, check_buffer, stored_inputs, with_behaviour, with_inputs
 from rlzoo.types import Trajectory
 
 Report = Callable[[float, str], None]
@@ -38,14 +38,16 @@ def fill_buffer(experiment: Experiment, folder: Path, state: Path, seed: int, re
     """Sample the base policy, join the demonstrations, add reference log-probs, and save the buffer in ``folder``."""
 
     def fill() -> dict[str, Any]:
-        return _fill_buffer(experiment, folder, Pieces(state / "samples").within(folder.name), seed, report)
+        return _fill_buffer(experiment, folder, CachedResults(state / "samples").within(folder.name), seed, report)
 
     if not agreed(folder.exists()):  # the piece says that it is there
-        return dict(Pieces(state).write(folder.name, fill())) if is_main() else fill()
-    return dict(Pieces(state).once(folder.name, fill))
+        return dict(CachedResults(state).write(folder.name, fill())) if is_main() else fill()
+    return dict(CachedResults(state).once(folder.name, fill))
 
 
-def _fill_buffer(experiment: Experiment, folder: Path, pieces: Pieces, seed: int, report: Report) -> dict[str, Any]:
+def _fill_buffer(
+    experiment: Experiment, folder: Path, cached: CachedResults, seed: int, report: Report
+) -> dict[str, Any]:
     policy = load_policy(experiment.model, experiment.training.dtype)
     bad = {name: BadRows(mode) for name, mode in _on_bad_rows(experiment).items()}
     problems = load_problems(experiment.train, bad["train"])
@@ -72,7 +74,7 @@ def _fill_buffer(experiment: Experiment, folder: Path, pieces: Pieces, seed: int
             token_budget=experiment.training.token_budget,
             progress=_counted(len(encoded), "sampling the base policy", report),
             recompute=not settings.wants_sampler_logp,
-            pieces=pieces,
+            cached=cached,
             bad=bad["train"],
         )
         buffer = buffer.concatenate(OfflineBuffer.from_trajectories(samples))
@@ -80,7 +82,7 @@ def _fill_buffer(experiment: Experiment, folder: Path, pieces: Pieces, seed: int
     scoring_flops = 0.0
     if experiment.training.behaviour == "current":
         buffer, scored = with_behaviour(buffer, policy, experiment.training.token_budget)
-        events += [scored_event(len(scored))] if scored else []
+        events += [behaviour_event(len(scored))] if scored else []
         tokens, completions = (int(buffer.tokens(*names)[scored].sum()) for names in ((), ("completion_ids",)))
         scoring_flops = policy.flops(tokens, completions)
     flops_of: dict[str, float] = {}
@@ -125,7 +127,7 @@ def token_probabilities(policy: Policy, buffer: Buffer, token_budget: int) -> di
     sources = buffer.column("source")
     rows = [index for index, source in enumerate(sources) if source == "demonstration"][:PROBED_ROWS]
     picked = [(row.prompt_ids, row.completion_ids) for row in (buffer[index] for index in rows)]
-    logps = score_rows(policy, picked, token_budget)
+    logps = log_probs(policy, picked, token_budget)
     counts, _ = np.histogram(np.exp([x for row in logps for x in row]), bins=EDGES)
     return {"edges": EDGES.tolist(), "counts": counts.tolist()}
 

@@ -1,6 +1,6 @@
 """Statistics of a comparison: pass@k, intervals over seeds and problems, paired differences, as pure functions.
 
-S seeds, P problems. Scores and intervals are fractions in [0, 1].
+S seeds, P problems. Results and intervals are fractions in [0, 1].
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Interval(NamedTuple):
 
 @dataclass(frozen=True)
 class _Spread:
-    """What is known of a score matrix's mean: its variance in two independent parts, and how well each is known."""
+    """What is known of a result matrix's mean: its variance in two independent parts, and how well each is known."""
 
     mean: float
     parts: Float[np.ndarray, " 2"]
@@ -79,20 +79,20 @@ than that, to the last sample in a small table, do so by chance."""
 
 
 @dataclass(frozen=True)
-class ScoreMatrix:
-    """The score of one algorithm on one benchmark by one metric, for each seed and problem."""
+class ResultMatrix:
+    """The result of one algorithm on one benchmark by one metric, for each seed and problem."""
 
     values: Float[np.ndarray, "S P"]
     seeds: tuple[int, ...]
     problems: tuple[str, ...]
 
 
-ScoreKey = tuple[str, str, str]
+ResultKey = tuple[str, str, str]
 """algorithm, benchmark, metric"""
 
 
-def crossed_interval(scores: Float[np.ndarray, "S P"], level: float = 0.95) -> Interval:
-    """The mean of a score matrix and its interval over other seeds and other problems of the same kind.
+def crossed_interval(results: Float[np.ndarray, "S P"], level: float = 0.95) -> Interval:
+    """The mean of a result matrix and its interval over other seeds and other problems of the same kind.
 
     In y_ij = μ + seed_i + problem_j + noise_ij the variance of the mean is σ²_s/S + σ²_p/P + σ²_n/(SP). The two-way
     table's mean squares between seeds, between problems and of the residuals have the expectations Pσ²_s + σ²_n,
@@ -110,26 +110,26 @@ def crossed_interval(scores: Float[np.ndarray, "S P"], level: float = 0.95) -> I
     Biometrics 20, 1964, p. 191.
     Raises ValueError unless the matrix is 2-D, not empty and finite.
     """
-    spread = _spread(scores)
+    spread = _spread(results)
     reach = spread.reach((1 - level) / 2)
     return Interval(spread.mean, spread.mean - reach, spread.mean + reach)
 
 
-def score_interval(scores: Float[np.ndarray, "S P"], level: float = 0.95) -> Interval:
-    """The interval of `crossed_interval` for scores between 0 and 1, which never leaves that range.
+def result_interval(results: Float[np.ndarray, "S P"], level: float = 0.95) -> Interval:
+    """The interval of `crossed_interval` for results between 0 and 1, which never leaves that range.
 
     It holds the means μ with |ȳ - μ| ≤ t √(μ(1-μ)/n): the variance changes with the mean as a share's does, which
     matters near 0 and 1, and n is the number of independent right-or-wrong answers that would know the mean as well,
-    ȳ(1-ȳ)/SE². For one answer per problem, by one seed, that is their number and t the normal quantile: scores are then
-    a count, whose coverage jumps between 92 and 98 % with the mean (Brown, Cai and DasGupta 2001). The same where all
-    scores are 0, or all 1.
+    ȳ(1-ȳ)/SE². For one answer per problem, by one seed, that is their number and t the normal quantile: the results
+    are then a count, whose coverage jumps between 92 and 98 % with the mean (Brown, Cai and DasGupta 2001). The same
+    where all results are 0, or all 1.
 
     Sources: Wilson, Journal of the American Statistical Association 22, 1927; with n from the standard error: Korn and
     Graubard, Survey Methodology 24, 1998. Raises ValueError as `crossed_interval` does.
     """
-    spread, tail = _spread(scores), (1 - level) / 2
-    mean, error, (seeds, problems) = spread.mean, spread.standard_error, np.shape(scores)
-    if problems > 1 and np.isin(scores, (0, 1)).all() and (seeds == 1 or error == 0):
+    spread, tail = _spread(results), (1 - level) / 2
+    mean, error, (seeds, problems) = spread.mean, spread.standard_error, np.shape(results)
+    if problems > 1 and np.isin(results, (0, 1)).all() and (seeds == 1 or error == 0):
         quantile, n = -float(special.ndtri(tail)), float(problems)
     elif error > 0:
         quantile, n = spread.reach(tail) / error, mean * (1 - mean) / error**2
@@ -141,7 +141,7 @@ def score_interval(scores: Float[np.ndarray, "S P"], level: float = 0.95) -> Int
     return Interval(mean, max(centre - reach, 0.0), min(centre + reach, 1.0))
 
 
-def p_value(scores: Float[np.ndarray, "S P"]) -> float:
+def p_value(results: Float[np.ndarray, "S P"]) -> float:
     """A two-sided p-value of a mean of 0 that is at most α with probability at most α, for every α.
 
     Corrected for their number, p-values are decided far out in the tails, where the calibration of `crossed_interval`
@@ -150,8 +150,8 @@ def p_value(scores: Float[np.ndarray, "S P"]) -> float:
     22, 1960). A single value, which has no interval, gives 1. Raises ValueError as
     `crossed_interval` does.
     """
-    spread = _spread(scores)
-    if spread.mean == 0 or np.size(scores) == 1:
+    spread = _spread(results)
+    if spread.mean == 0 or np.size(results) == 1:
         return 1.0
     if spread.standard_error == 0:
         return 0.0
@@ -177,14 +177,14 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return found
 
 
-def _spread(scores: Float[np.ndarray, "S P"]) -> _Spread:
-    """The mean of a score matrix and the parts of its variance: see `crossed_interval`."""
-    scores = np.asarray(scores, dtype=np.float64)
-    if scores.ndim != 2 or scores.size == 0 or not np.isfinite(scores).all():
-        raise ValueError(f"crossed_interval needs a finite [seeds, problems] matrix, got shape {scores.shape}")
-    (seeds, problems), mean = scores.shape, scores.mean()
-    by_seed, by_problem = scores.mean(1) - mean, scores.mean(0) - mean
-    rest = scores - mean - by_seed[:, None] - by_problem
+def _spread(results: Float[np.ndarray, "S P"]) -> _Spread:
+    """The mean of a result matrix and the parts of its variance: see `crossed_interval`."""
+    results = np.asarray(results, dtype=np.float64)
+    if results.ndim != 2 or results.size == 0 or not np.isfinite(results).all():
+        raise ValueError(f"crossed_interval needs a finite [seeds, problems] matrix, got shape {results.shape}")
+    (seeds, problems), mean = results.shape, results.mean()
+    by_seed, by_problem = results.mean(1) - mean, results.mean(0) - mean
+    rest = results - mean - by_seed[:, None] - by_problem
     freedom = (seeds - 1, problems - 1)
     squares = problems * np.square(by_seed).sum(), seeds * np.square(by_problem).sum()
     few, many = (0, 1) if 0 < freedom[0] <= freedom[1] or freedom[1] == 0 else (1, 0)
@@ -195,7 +195,7 @@ def _spread(scores: Float[np.ndarray, "S P"]) -> _Spread:
         least = special.gammaincinv(freedom[few] / 2, AGREE) * 2 / freedom[few] * noise
         parts = max(squares[few] / freedom[few], least), max(squares[many] / freedom[many] - noise, 0.0)
         known = freedom[few], freedom[many]
-    return _Spread(float(mean), np.array(parts) / scores.size, known)
+    return _Spread(float(mean), np.array(parts) / results.size, known)
 
 
 def paired_difference(
@@ -213,8 +213,8 @@ def paired_difference(
     return crossed_interval(a - b, level)
 
 
-def score_matrices(outcomes: pa.Table, k: int | Mapping[str, int]) -> dict[ScoreKey, ScoreMatrix]:
-    """The scores behind every algorithm × benchmark × metric of an outcomes table; k may differ by benchmark.
+def result_matrices(outcomes: pa.Table, k: int | Mapping[str, int]) -> dict[ResultKey, ResultMatrix]:
+    """The results behind every algorithm × benchmark × metric of an outcomes table; k may differ by benchmark.
 
     avg_at_k is the share of a problem's samples that is correct, pass_at_k the estimate of `pass_at_k`,
     greedy 0 or 1. A metric with no rows (no greedy decoding, say) is left out. Raises UserError for a row
@@ -229,7 +229,7 @@ def score_matrices(outcomes: pa.Table, k: int | Mapping[str, int]) -> dict[Score
         row = int(np.argmax(column["sample_count_distinct"] != column["correct_count"]))
         where = ", ".join(f"{name} {column[name][row]}" for name in [*cells, "seed", "problem_id"])
         raise UserError(f"outcomes hold a sample twice ({where}): keep one learning rate and one row per sample")
-    matrices: dict[ScoreKey, ScoreMatrix] = {}
+    matrices: dict[ResultKey, ResultMatrix] = {}
     for algorithm, benchmark, decoding in dict.fromkeys(zip(*(column[name] for name in cells), strict=True)):
         rows = np.logical_and.reduce(
             [column[n] == v for n, v in zip(cells, (algorithm, benchmark, decoding), strict=True)]
@@ -239,14 +239,14 @@ def score_matrices(outcomes: pa.Table, k: int | Mapping[str, int]) -> dict[Score
             column["correct_count"][rows].astype(np.int64),
         )
         where = f"{algorithm!r} on {benchmark!r}"
-        for metric, scores in _scores(decoding, correct, n, k if isinstance(k, int) else k[benchmark]):
+        for metric, results in _results(decoding, correct, n, k if isinstance(k, int) else k[benchmark]):
             matrices[algorithm, benchmark, metric] = _pivot(
-                scores, column["seed"][rows], column["problem_id"][rows], where
+                results, column["seed"][rows], column["problem_id"][rows], where
             )
     return matrices
 
 
-def _scores(
+def _results(
     decoding: str, correct: Int[np.ndarray, " N"], n: Int[np.ndarray, " N"], k: int
 ) -> Iterator[tuple[str, Float[np.ndarray, " N"]]]:
     if decoding == "greedy":
@@ -257,16 +257,16 @@ def _scores(
 
 
 def _pivot(
-    scores: Float[np.ndarray, " N"], seed: Int[np.ndarray, " N"], problem: np.ndarray, where: str
-) -> ScoreMatrix:
+    results: Float[np.ndarray, " N"], seed: Int[np.ndarray, " N"], problem: np.ndarray, where: str
+) -> ResultMatrix:
     seeds, row = np.unique(seed, return_inverse=True)
     problems, column = np.unique(problem, return_inverse=True)
     values = np.full((len(seeds), len(problems)), np.nan)
-    values[row, column] = scores
+    values[row, column] = results
     if np.isnan(values).any():
         s, p = np.argwhere(np.isnan(values))[0]
         raise UserError(f"outcomes of {where}: seed {seeds[s]} lacks problem {problems[p]!r}; run that cell again")
-    return ScoreMatrix(values, tuple(int(s) for s in seeds), tuple(str(p) for p in problems))
+    return ResultMatrix(values, tuple(int(s) for s in seeds), tuple(str(p) for p in problems))
 
 
 def summarise(outcomes: pa.Table, k: int | Mapping[str, int]) -> list[dict[str, Any]]:
@@ -275,8 +275,8 @@ def summarise(outcomes: pa.Table, k: int | Mapping[str, int]) -> list[dict[str, 
     Rows have the keys algorithm, benchmark, metric, mean, ci_low, ci_high and seeds, the number of seeds.
     """
     rows: list[dict[str, Any]] = []
-    for (algorithm, benchmark, metric), matrix in _ordered(score_matrices(outcomes, k)):
-        mean, low, high = score_interval(matrix.values)
+    for (algorithm, benchmark, metric), matrix in _ordered(result_matrices(outcomes, k)):
+        mean, low, high = result_interval(matrix.values)
         row = {"algorithm": algorithm, "benchmark": benchmark, "metric": metric, "mean": mean}
         rows.append(row | {"ci_low": low, "ci_high": high, "seeds": len(matrix.seeds)})
     return rows
@@ -289,7 +289,7 @@ def compare_to(outcomes: pa.Table, baseline: str, k: int | Mapping[str, int]) ->
     both have; a pair with no seed in common is left out. The interval speaks of one difference alone; p is corrected by
     `holm` for all differences on the benchmark. Raises UserError for an unknown baseline.
     """
-    matrices = score_matrices(outcomes, k)
+    matrices = result_matrices(outcomes, k)
     names = dict.fromkeys(algorithm for algorithm, _, _ in matrices)
     if baseline not in names:
         raise unknown("baseline", baseline, names)
@@ -311,7 +311,7 @@ def compare_to(outcomes: pa.Table, baseline: str, k: int | Mapping[str, int]) ->
 
 
 def compare_pairs(
-    matrices: Mapping[ScoreKey, ScoreMatrix], benchmark: str, metric: str
+    matrices: Mapping[ResultKey, ResultMatrix], benchmark: str, metric: str
 ) -> dict[tuple[str, str], float]:
     """The p-value of the paired difference of every two algorithms, corrected by `holm` for the number of pairs.
 
@@ -324,7 +324,7 @@ def compare_pairs(
     return corrected | {(b, a): value for (a, b), value in corrected.items()}
 
 
-def align(a: ScoreMatrix, b: ScoreMatrix) -> tuple[Float[np.ndarray, "S P"], Float[np.ndarray, "S P"]] | None:
+def align(a: ResultMatrix, b: ResultMatrix) -> tuple[Float[np.ndarray, "S P"], Float[np.ndarray, "S P"]] | None:
     """The values of both on the seeds and problems that they share, or None if they share none.
 
     The base model has one pseudo-seed, -1: its row stands beside every seed of the other.
@@ -341,7 +341,7 @@ def align(a: ScoreMatrix, b: ScoreMatrix) -> tuple[Float[np.ndarray, "S P"], Flo
     return a.values[np.ix_(rows_a, columns_a)], b.values[np.ix_(rows_b, columns_b)]
 
 
-def _ordered(matrices: Mapping[ScoreKey, ScoreMatrix]) -> list[tuple[ScoreKey, ScoreMatrix]]:
+def _ordered(matrices: Mapping[ResultKey, ResultMatrix]) -> list[tuple[ResultKey, ResultMatrix]]:
     """By benchmark, then algorithm, each in order of appearance, then metric."""
     algorithms = list(dict.fromkeys(algorithm for algorithm, _, _ in matrices))
     benchmarks = list(dict.fromkeys(benchmark for _, benchmark, _ in matrices))

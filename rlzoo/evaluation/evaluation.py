@@ -12,11 +12,11 @@ from rlzoo.buffers.problems import EncodedProblem, Problem, demonstrations, enco
 from rlzoo.config import EvaluationSettings
 from rlzoo.errors import UserError
 from rlzoo.evaluation.metrics import ProblemSamples, get_metric, metric_table
-from rlzoo.policy import Policy, score_rows
+from rlzoo.policy import Policy, log_probs
 from rlzoo.reward import Reward, get_reward
 from rlzoo.reward.calling import means
 from rlzoo.rollout import Sampler, sampler_of
-from rlzoo.rollout.rollouts import completions_of, judge, within_limits
+from rlzoo.rollout.rollouts import completions_of, score_samples, within_limits
 from rlzoo.types import Trajectory
 
 
@@ -103,7 +103,7 @@ def _gold_logp(
     """The log-probs of the tokens of each problem's gold completions, at temperature 1."""
     rows = gold_rows(policy, problems, bad)
     flat = [(row.prompt_ids, row.completion_ids) for some in rows for row in some]
-    scored = iter(score_rows(policy, flat, token_budget))
+    scored = iter(log_probs(policy, flat, token_budget))
     return [[next(scored) for _ in some] for some in rows]
 
 
@@ -121,7 +121,7 @@ def _outcomes(
     sampled = sampler.sample([p.ids for p in problems], settings, seed, greedy=greedy, progress=progress)
     flat = [(p, n, s) for p, samples in zip(problems, sampled, strict=True) for n, s in enumerate(samples)]
     answered = [(p, s) for p, _, s in flat]
-    scores = judge(reward, answered)
+    scores = score_samples(reward, answered)
     answers = reward.answers(completions_of(answered)) if with_answers else [None] * len(flat)
     rows = [
         {

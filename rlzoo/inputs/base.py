@@ -57,7 +57,7 @@ class Context(Protocol):
         """A frozen model that `Input.models` names."""
         ...
 
-    def score(self, model: Policy, rows: Sequence[Trajectory] | None = None) -> Float[Tensor, "R T"]:
+    def log_probs(self, model: Policy, rows: Sequence[Trajectory] | None = None) -> Float[Tensor, "R T"]:
         """A model's log-probs of the batch's rows, or of others: 0 at padding, no graph, each at its temperature."""
         ...
 

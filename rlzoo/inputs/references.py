@@ -45,7 +45,7 @@ class Reference(Input):
         return (self.name,)
 
     def compute(self, context: Context) -> Float[Tensor, "B T"]:
-        return context.score(context.model(self.name))
+        return context.log_probs(context.model(self.name))
 
     def example(self, logp: Float[Tensor, "B T"], draw: torch.Generator) -> Float[Tensor, "B T"]:
         """Log-probs that training has moved away from, so that bounds on their ratio are reached."""
@@ -72,7 +72,7 @@ class MovingReference(Input):
         return policy.frozen_copy()
 
     def compute(self, context: Context) -> Float[Tensor, "B T"]:
-        return context.score(context.own)
+        return context.log_probs(context.own)
 
     @torch.no_grad()
     def after_step(self, context: Context) -> None:
@@ -125,7 +125,7 @@ class Mismatched(Input):
     def compute(self, context: Context) -> Float[Tensor, " B"]:
         others, mean = mismatched(context.rows), torch.zeros((), device=context.mask.device)
         if others and context.model(None) is not context.policy:
-            own, reference = (context.score(m, others).sum(1) for m in (context.policy, context.model(None)))
+            own, reference = (context.log_probs(m, others).sum(1) for m in (context.policy, context.model(None)))
             mean = (own - reference).mean()
         return mean.expand(len(context.rows))
 
@@ -162,7 +162,7 @@ class Privileged(Input):
 
     def compute(self, context: Context) -> Float[Tensor, "B T"]:
         told = [replace(row, prompt_ids=context.encode(self._prompt(row))) for row in context.rows]
-        return context.score(context.policy if self.model is None else context.model(self.model), told)
+        return context.log_probs(context.policy if self.model is None else context.model(self.model), told)
 
     def _prompt(self, row: Trajectory) -> str | list[dict[str, Any]]:
         """The prompt in the template; of a conversation, its last user turn."""

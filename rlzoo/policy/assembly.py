@@ -89,16 +89,16 @@ class Assembler:
         policy: Policy,
         models: Models | None = None,
         micro: MicroBatches | None = None,
-        on_scored: Callable[[Policy, Sequence[Tokens]], None] | None = None,
+        on_forward: Callable[[Policy, Sequence[Tokens]], None] | None = None,
         remember: bool = False,
     ) -> None:
-        """``on_scored`` is called with the model and the rows of every forward pass without a graph, for the costs.
+        """``on_forward`` is called with the model and the rows of every forward pass without a graph, for the costs.
 
         With ``remember`` a row that was scored by a model is not scored again: for models that do not change.
         """
         self.policy, self.models = policy, models or Models(policy)
         self.micro = micro or MicroBatches(8192)
-        self._on_scored = on_scored
+        self._on_forward = on_forward
         self._known: dict[tuple[int, int], tuple[Tokens, dict[str, Tensor]]] | None = {} if remember else None
 
     def assemble(self, rows: Sequence[Trajectory], units: Units, objective: Objective) -> TokenBatch:
@@ -115,8 +115,8 @@ class Assembler:
         )
         if objective.is_coupled:
             context.now()
-        if context.scores is not None:
-            batch = batch.replace(**context.scores)
+        if context.forward_values is not None:
+            batch = batch.replace(**context.forward_values)
         return self._step(batch, context)
 
     def forward(self, rows: Sequence[Trajectory], units: Units, objective: Objective) -> dict[str, Tensor]:
@@ -144,7 +144,7 @@ class Assembler:
         context.mask = batch.mask
         if objective.is_coupled:
             context.now()
-            batch = batch.replace(**(context.scores or {}))
+            batch = batch.replace(**(context.forward_values or {}))
         return self._step(batch, context)
 
     @staticmethod
@@ -159,7 +159,7 @@ class Assembler:
             context.input = one
             one.after_step(context)
 
-    def score(
+    def log_probs(
         self,
         model: Policy,
         rows: Sequence[Trajectory],
@@ -167,12 +167,12 @@ class Assembler:
         forward: Forward | None = None,
         progress: Callable[[int], None] | None = None,
     ) -> dict[str, Float[Tensor, "R T"]]:
-        """`MicroBatches.score`."""
+        """`MicroBatches.log_probs`."""
         if self._known is not None and (known := self._recalled(model, rows, statistics)) is not None:
             return known
-        found = self.micro.score(model, rows, statistics, forward=forward, progress=progress)
-        if self._on_scored is not None:
-            self._on_scored(model, rows)
+        found = self.micro.log_probs(model, rows, statistics, forward=forward, progress=progress)
+        if self._on_forward is not None:
+            self._on_forward(model, rows)
         if self._known is not None:
             for place, row in enumerate(rows):
                 kept = {key: value[place, : len(row.completion_ids)] for key, value in found.items()}
@@ -199,7 +199,7 @@ class _Context:
     ) -> None:
         self.assembler, self.rows, self.units, self.objective = assembler, rows, units, objective
         self.mask: Bool[Tensor, "B T"] = torch.zeros(0, 0, dtype=torch.bool)
-        self.scores: dict[str, Tensor] | None = None
+        self.forward_values: dict[str, Tensor] | None = None
         """The policy's log-probs and the objective's FORWARD inputs as they are, if anything asked for them."""
         self.input: Input | None = None
 
@@ -218,24 +218,24 @@ class _Context:
     def encode(self, prompt: Any) -> list[int]:
         return encode_prompt(self.policy.tokenizer, prompt)[1]
 
-    def score(self, model: Policy, rows: Sequence[Trajectory] | None = None) -> Float[Tensor, "R T"]:
+    def log_probs(self, model: Policy, rows: Sequence[Trajectory] | None = None) -> Float[Tensor, "R T"]:
         if rows is None and model is self.policy:
             return self.now()
-        return self.assembler.score(model, self.rows if rows is None else rows)["logp"]
+        return self.assembler.log_probs(model, self.rows if rows is None else rows)["logp"]
 
     def now(self, key: str = "logp") -> Float[Tensor, "B T"]:
         requires = () if self.objective is None else self.objective.requires
-        if self.scores is None:
+        if self.forward_values is None:
             statistics = [one for one in requires if one.is_statistic]
-            found = self.assembler.score(self.policy, self.rows, statistics)
+            found = self.assembler.log_probs(self.policy, self.rows, statistics)
             keys = {"logp", *(one.key for one in requires)}
-            self.scores = {key: value for key, value in found.items() if key in keys}
-        if key not in self.scores:
+            self.forward_values = {key: value for key, value in found.items() if key in keys}
+        if key not in self.forward_values:
             constant = next((one.initial for one in requires if one.key == key), None)
             if constant is None:
                 raise UserError(f"a Snapshot of {key!r} needs an input of every forward pass that has this key")
-            return torch.full_like(self.scores["logp"], constant)
-        return self.scores[key]
+            return torch.full_like(self.forward_values["logp"], constant)
+        return self.forward_values[key]
 
     def value_of(self, one: Input) -> Tensor:
         """The input's values of all rows."""

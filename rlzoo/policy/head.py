@@ -60,7 +60,7 @@ class Head:
         return logits
 
 
-def score_tokens(
+def token_log_probs(
     head: Head,
     hidden: Float[Tensor, "N H"],
     target: Int[Tensor, " N"],
@@ -106,14 +106,14 @@ def score_tokens(
         inputs = (hidden[span], target[span], heat, None if reference is None else reference[1][span])
         chunks.append(checkpoint(run, *inputs, use_reentrant=False) if recompute else run(*inputs))
     columns = [torch.cat(column) for column in zip(*chunks, strict=True)]
-    scores = dict(zip(["logp", *(statistic.key for statistic in wanted)], columns, strict=False))
+    values = dict(zip(["logp", *(statistic.key for statistic in wanted)], columns, strict=False))
     extra = columns[1 + len(wanted) :]
     if top_p < 1.0:
-        scores["nucleus"] = extra[0]
-        scores["logp"] = scores["logp"] - extra[0]
+        values["nucleus"] = extra[0]
+        values["logp"] = values["logp"] - extra[0]
     if term is not None:
-        scores["term"] = extra[-1]
-    return scores
+        values["term"] = extra[-1]
+    return values
 
 
 class _LogProb(torch.autograd.Function):

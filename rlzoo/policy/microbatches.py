@@ -13,11 +13,11 @@ from rlzoo.errors import UserError
 from rlzoo.inputs import Input
 from rlzoo.jobs.ranks import rank, summed, world_size
 from rlzoo.policy.memory import is_out_of_memory, release_memory
-from rlzoo.policy.policy import Policy, TokenScores
+from rlzoo.policy.policy import ForwardPass, Policy
 from rlzoo.policy.sequences import Row, Sequences, Tokens, length
 
 T = TypeVar("T")
-Forward = Callable[[Sequences, list[int]], TokenScores]
+Forward = Callable[[Sequences, list[int]], ForwardPass]
 """A forward pass of the rows with these numbers."""
 
 
@@ -28,15 +28,15 @@ class MicroBatches:
         """``on_halved`` is called with the budget that did not fit and with the next."""
         self.token_budget, self._on_halved = token_budget, on_halved
 
-    def share(self, rows: Sequence[Tokens], together: Sequence[Sequence[int]]) -> list[tuple[list[int], bool]]:
+    def share(self, rows: Sequence[Tokens], units: Sequence[Sequence[int]]) -> list[tuple[list[int], bool]]:
         """This process's micro-batches, and whether each counts: all processes have as many, of like length.
 
-        ``together`` are the sets of rows that must not be separated. A sharded model needs the processes to run in
+        ``units`` are the sets of rows that must not be separated. A sharded model needs the processes to run in
         step, so where micro-batches are too few, one runs once more for nothing.
         """
         lengths, world = list(map(length, rows)), world_size()
         budget = min(self.token_budget, -(-sum(lengths) // world)) if world > 1 else self.token_budget
-        batches = list(token_batches(together, lengths, budget))
+        batches = list(token_batches(units, lengths, budget))
         own = range(rank(), -(-len(batches) // world) * world, world)
         return [(batches[i], True) if i < len(batches) else (batches[0], False) for i in own]
 
@@ -61,7 +61,7 @@ class MicroBatches:
                 self._on_halved(self.token_budget, halved)
             self.token_budget = halved
 
-    def score(
+    def log_probs(
         self,
         policy: Policy,
         rows: Sequence[Tokens],
@@ -100,15 +100,15 @@ class MicroBatches:
         return {key: summed(value) for key, value in found.items()}
 
 
-def token_batches(together: Sequence[Sequence[int]], lengths: Sequence[int], token_budget: int) -> Iterable[list[int]]:
+def token_batches(units: Sequence[Sequence[int]], lengths: Sequence[int], token_budget: int) -> Iterable[list[int]]:
     """Rows in micro-batches of at most ``token_budget`` padded tokens, rows of like length together.
 
-    ``together`` are sets of rows that must not be separated; one that is over the budget goes alone.
+    ``units`` are sets of rows that must not be separated; one that is over the budget goes alone.
     """
-    order = sorted(range(len(together)), key=lambda a: (max(lengths[r] for r in together[a]), a))
+    order = sorted(range(len(units)), key=lambda a: (max(lengths[r] for r in units[a]), a))
     batch: list[int] = []
     for index in order:
-        some = together[index]
+        some = units[index]
         widest = max(lengths[r] for r in some)  # of all so far
         if batch and widest * (len(batch) + len(some)) > token_budget:
             yield batch
@@ -122,7 +122,7 @@ Pair = tuple[Sequence[int], Sequence[int]]
 """Prompt ids and completion ids."""
 
 
-def score_rows(
+def log_probs(
     policy: Policy,
     rows: Sequence[Pair],
     token_budget: int = 8192,
@@ -135,10 +135,10 @@ def score_rows(
     """
     heats = [temperature] * len(rows) if isinstance(temperature, (int, float)) else temperature
     own = [Row(*row, heat) for row, heat in zip(rows, heats, strict=True)]
-    return _lists(MicroBatches(token_budget).score(policy, own, progress=progress)["logp"], own) if own else []
+    return _lists(MicroBatches(token_budget).log_probs(policy, own, progress=progress)["logp"], own) if own else []
 
 
-def score_rows_and_nuclei(
+def log_probs_and_nuclei(
     policy: Policy, rows: Sequence[Pair], token_budget: int, temperature: float, top_p: float
 ) -> list[tuple[list[float], list[float]]]:
     """Of each completion token its log-prob at ``temperature``, and that of the nucleus of ``top_p`` it came from.
@@ -146,7 +146,7 @@ def score_rows_and_nuclei(
     Their difference is the log-prob of a sampler that draws from the nucleus alone.
     """
     own = [Row(*row, temperature) for row in rows]
-    found = MicroBatches(token_budget).score(policy, own, top_p=top_p)
+    found = MicroBatches(token_budget).log_probs(policy, own, top_p=top_p)
     logp, nucleus = (_lists(found[key], own) for key in ("logp", "nucleus"))
     whole = [[a + b for a, b in zip(*pair, strict=True)] for pair in zip(logp, nucleus, strict=True)]
     return list(zip(whole, nucleus, strict=True))

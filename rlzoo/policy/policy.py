@@ -16,7 +16,7 @@ from rlzoo.errors import UserError
 from rlzoo.inputs import Input, Stage
 from rlzoo.policy.adapters import adapters, add_lora, switched_off
 from rlzoo.policy.chat import turn_of
-from rlzoo.policy.head import Head, LogitTerm, score_tokens
+from rlzoo.policy.head import Head, LogitTerm, token_log_probs
 from rlzoo.policy.sequences import Sequences
 from rlzoo.policy.weights import changes_of
 
@@ -27,7 +27,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class TokenScores:
+class ForwardPass:
     """What one forward pass says about completion tokens; everything is 0 at padding."""
 
     logp: Float[Tensor, "B T"]
@@ -213,14 +213,14 @@ class Policy(nn.Module):
         work: Callable[[], Any] | None = None,
         **options: Any,
     ) -> Any:
-        """Score the completion tokens (the options are those of `_score`), or do some other ``work`` with the model."""
+        """Log-probs of the completion tokens (options: see `_log_probs`), or some other ``work`` with the model."""
         with torch.autocast(self.device.type, self.compute, enabled=self.compute is not None):
             if work is not None:
                 return work()
             assert sequences is not None
-            return self._score(sequences, **options)
+            return self._log_probs(sequences, **options)
 
-    def _score(
+    def _log_probs(
         self,
         sequences: Sequences,
         *,
@@ -229,7 +229,7 @@ class Policy(nn.Module):
         top_p: float = 1.0,
         term: LogitTerm | None = None,
         reference: Policy | None = None,
-    ) -> TokenScores:
+    ) -> ForwardPass:
         """``reference`` gives ``term`` its reference logits; ``temperature`` takes the place of the sequences' own."""
         if temperature is not None:
             sequences = sequences.at(temperature)
@@ -238,7 +238,7 @@ class Policy(nn.Module):
         if reference is not None and term is not None:
             with torch.no_grad():
                 other = (reference.head, reference.hidden(sequences))
-        scores = score_tokens(
+        values = token_log_probs(
             self.head,
             hidden,
             sequences.targets,
@@ -251,11 +251,11 @@ class Policy(nn.Module):
         for key, one in self.attached.items():
             module = self.modules_of_inputs[key]
             trunk = one.trunk(module)
-            scores[key] = one.of_hidden(module, hidden if trunk is None else self._trunk(trunk, sequences))
-            scores[key] = scores[key].to(scores["logp"].dtype)
-        spread = {name: sequences.spread(flat) for name, flat in scores.items()}
+            values[key] = one.of_hidden(module, hidden if trunk is None else self._trunk(trunk, sequences))
+            values[key] = values[key].to(values["logp"].dtype)
+        spread = {name: sequences.spread(flat) for name, flat in values.items()}
         logp, extra = spread.pop("logp"), spread.pop("term", None)
-        return TokenScores(logp, spread, extra)
+        return ForwardPass(logp, spread, extra)
 
     @property
     def head(self) -> Head:

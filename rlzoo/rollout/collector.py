@@ -11,7 +11,7 @@ from rlzoo.buffers.bad_rows import BadRows
 from rlzoo.buffers.problems import EncodedProblem, Problem, encode_problems
 from rlzoo.config import Sampling, Training
 from rlzoo.errors import UserError
-from rlzoo.jobs.pieces import random_state
+from rlzoo.jobs.cached_results import random_state
 from rlzoo.policy import Policy
 from rlzoo.reward import get_reward
 from rlzoo.rollout.rollouts import collect_rollouts, within_limits

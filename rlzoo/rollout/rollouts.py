@@ -12,10 +12,10 @@ from rlzoo.buffers.bad_rows import BadRows
 from rlzoo.buffers.problems import EncodedProblem, trajectory
 from rlzoo.config import Sampling
 from rlzoo.errors import UserError
-from rlzoo.jobs.pieces import Pieces
+from rlzoo.jobs.cached_results import CachedResults
 from rlzoo.jobs.ranks import agreed
 from rlzoo.policy import Policy
-from rlzoo.policy.microbatches import score_rows, score_rows_and_nuclei
+from rlzoo.policy.microbatches import log_probs, log_probs_and_nuclei
 from rlzoo.reward import Reward, Score, get_reward
 from rlzoo.reward.calling import ENGINE
 from rlzoo.rollout.sampler import Sample, Sampler, by_length
@@ -33,7 +33,7 @@ def collect_rollouts(
     token_budget: int = 8192,
     progress: Callable[[int], None] | None = None,
     recompute: bool = True,
-    pieces: Pieces | None = None,
+    cached: CachedResults | None = None,
     bad: BadRows | None = None,
 ) -> list[Trajectory]:
     """Sample each problem ``settings.samples`` times and score the completions; ``reward`` is what `get_reward` takes.
@@ -48,19 +48,19 @@ def collect_rollouts(
     """
     problems = within_limits(policy, sampler, problems, settings, bad)
     reward = get_reward(reward)
-    sampled = _sampled(sampler, [p.ids for p in problems], settings, seed, progress, pieces)
+    sampled = _sampled(sampler, [p.ids for p in problems], settings, seed, progress, cached)
     flat = [(problem, sample) for problem, samples in zip(problems, sampled, strict=True) for sample in samples]
-    scores = agreed(judge(reward, flat))
+    scores = agreed(score_samples(reward, flat))
     rows = [(p.ids, s.ids) for p, s in flat]
     engine = [sample.logp for _, sample in flat]
     recompute = recompute or None in engine
     recomputed: list[list[float]] = []
     if settings.top_p < 1.0 and any(engine):
-        found = score_rows_and_nuclei(policy, rows, token_budget, settings.temperature, settings.top_p)
+        found = log_probs_and_nuclei(policy, rows, token_budget, settings.temperature, settings.top_p)
         recomputed = [logp for logp, _ in found]
         engine = [logp and _sums(logp, nucleus) for logp, (_, nucleus) in zip(engine, found, strict=True)]
     elif recompute:
-        recomputed = score_rows(policy, rows, token_budget, settings.temperature)
+        recomputed = log_probs(policy, rows, token_budget, settings.temperature)
     return [
         trajectory(
             problem,
@@ -93,10 +93,10 @@ def _sampled(
     settings: Sampling,
     seed: int,
     progress: Callable[[int], None] | None,
-    pieces: Pieces | None,
+    cached: CachedResults | None,
 ) -> list[list[Sample]]:
     """The samples of each prompt, made a portion at a time: the same portions whether the work is stopped or not."""
-    if pieces is None:
+    if cached is None:
         return sampler.sample(prompts, settings, seed, progress=progress)
     order, size = by_length(prompts, range(len(prompts))), sampler.portion(settings)
     found: dict[int, list[Sample]] = {}
@@ -107,7 +107,7 @@ def _sampled(
             made = sampler.sample([prompts[i] for i in places], settings, seed, progress=progress, numbers=places)
             return [[[astuple(one) for one in some] for some in made], sampler.state()]
 
-        made, state = pieces.once(f"samples-{seed}-{start}", sample)
+        made, state = cached.once(f"samples-{seed}-{start}", sample)
         sampler.restore(state)
         for place, some in zip(places, made, strict=True):
             found[place] = [Sample(*one) for one in some]
@@ -182,7 +182,7 @@ def completions_of(answered: Sequence[tuple[EncodedProblem, Sample]]) -> list[An
     ]
 
 
-def judge(reward: Reward, answered: Sequence[tuple[EncodedProblem, Sample]]) -> list[Score]:
+def score_samples(reward: Reward, answered: Sequence[tuple[EncodedProblem, Sample]]) -> list[Score]:
     """The reward of each completion."""
     prompts = [p.problem.prompt for p, _ in answered]
     names = {name for p, _ in answered for name in p.problem.columns} - set(ENGINE)

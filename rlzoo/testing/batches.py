@@ -59,7 +59,7 @@ def random_batch(objective: Objective, seed: int = 0, padding: Sequence[float] =
 
 def inputs_of(objective: Objective) -> list[Input]:
     """What an objective, or any part of it, asks for: each input once."""
-    return list(dict.fromkeys(one for part in objective.parts for one in part.objective.requires))
+    return list(dict.fromkeys(one for component in objective.components for one in component.objective.requires))
 
 
 def keys_with_graph(objective: Objective) -> list[str]:

@@ -13,7 +13,7 @@ from rlzoo.config import Training
 from rlzoo.errors import UserError
 from rlzoo.inputs import Stage
 from rlzoo.objective import Objective, is_composite
-from rlzoo.policy import Policy, load_policy, score_rows
+from rlzoo.policy import Policy, load_policy, log_probs
 from rlzoo.testing.batches import inputs_of
 from rlzoo.training import Trainer
 from rlzoo.types import Trajectory, Unit, selector_of
@@ -66,7 +66,7 @@ def _trained(objective: Objective, token_budget: int) -> Tensor:
     torch.manual_seed(0)  # of modules that start at random
     policy = load_policy("embedded", "float64")
     rows = _rows(policy, objective)
-    sources = [_SameRows(rows, _units(part.objective)) for part in objective.parts]
+    sources = [_SameRows(rows, _units(component.objective)) for component in objective.components]
     try:
         settings = SETTINGS.model_copy(update={"token_budget": token_budget})
         record = Trainer(policy, objective, sources, settings).run()
@@ -91,7 +91,7 @@ def _rows(policy: Policy, objective: Objective) -> list[Trajectory]:
     ]
     ids = [tuple(policy.tokenizer(text, add_special_tokens=False)["input_ids"] for text in pair) for pair in texts]
     draw, rows = torch.Generator().manual_seed(0), []
-    for i, ((prompt, completion), logp) in enumerate(zip(ids, score_rows(policy, ids), strict=True)):
+    for i, ((prompt, completion), logp) in enumerate(zip(ids, log_probs(policy, ids), strict=True)):
         held = {}
         for one in inputs_of(objective):
             if one.stage is Stage.STORED:

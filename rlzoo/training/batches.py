@@ -11,8 +11,8 @@ from typing import Any, Protocol, runtime_checkable
 from rlzoo.buffers import Buffer, View
 from rlzoo.errors import UserError
 from rlzoo.inputs import Input
-from rlzoo.jobs.pieces import random_state
-from rlzoo.objective import Objective, Part, view_of
+from rlzoo.jobs.cached_results import random_state
+from rlzoo.objective import Component, Objective, view_of
 from rlzoo.training.state import resumable
 from rlzoo.types import Coupling, TokenBatch, Trajectory, WhichView
 
@@ -78,17 +78,17 @@ class BufferSource:
 
 
 Views = Sequence[tuple[WhichView, Mapping[str, Any]]]
-"""What each part of an objective learns from: a view, and its options."""
+"""What each component of an objective learns from: a view, and its options."""
 
 
 def views_of(objective: Objective) -> Views:
-    """The views that the parts of an objective ask for."""
-    return [view_of(part.objective) for part in objective.parts]
+    """The views that the components of an objective ask for."""
+    return [view_of(component.objective) for component in objective.components]
 
 
-def shares(batch_size: int, parts: int) -> list[int]:
-    """A batch's rows, split evenly over the parts of an objective; no part has none."""
-    return [max(1, batch_size // parts + (number < batch_size % parts)) for number in range(parts)]
+def shares(batch_size: int, components: int) -> list[int]:
+    """A batch's rows, split evenly over the components of an objective; no component has none."""
+    return [max(1, batch_size // components + (number < batch_size % components)) for number in range(components)]
 
 
 def seeds(views: Views, seed: int) -> list[int]:
@@ -98,25 +98,25 @@ def seeds(views: Views, seed: int) -> list[int]:
 
 
 def buffer_sources(buffer: Buffer, views: Views, batch_size: int, seed: int) -> list[BufferSource]:
-    """A source for each part of an objective, which share the batch."""
+    """A source for each component of an objective, which share the batch."""
     split = zip(views, shares(batch_size, len(views)), seeds(views, seed), strict=True)
     return [BufferSource(buffer, buffer.view(which, **options), size, own) for (which, options), size, own in split]
 
 
 def check_sources(objective: Objective, sources: Sequence[object]) -> None:
-    """Raise UserError unless there is one source for each part of an objective."""
-    if len(sources) != len(objective.parts):
+    """Raise UserError unless there is one source for each component of an objective."""
+    if len(sources) != len(objective.components):
         raise UserError(
-            f"objective {objective.name!r} has {len(objective.parts)} parts and {len(sources)} sources: "
+            f"objective {objective.name!r} has {len(objective.components)} components and {len(sources)} sources: "
             "give one for each"
         )
 
 
 @dataclass(frozen=True)
 class Drawn:
-    """A part of the objective, and the rows that it learns from in a step."""
+    """A component of the objective, and the rows that it learns from in a step."""
 
-    part: Part
+    component: Component
     rows: Sequence[Trajectory]
     units: Sequence[tuple[int, ...]]
     batch: TokenBatch

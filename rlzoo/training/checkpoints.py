@@ -11,8 +11,8 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from rlzoo.jobs.cached_results import CachedResults
 from rlzoo.jobs.outputs import file_digest, remove, replacing
-from rlzoo.jobs.pieces import Pieces
 from rlzoo.jobs.ranks import agreed, barrier, is_main
 
 KEPT = 2
@@ -25,7 +25,7 @@ class Checkpoints:
     def __init__(self, folder: Path, seconds: float) -> None:
         """One is due ``seconds`` after the last, or after this was made."""
         self.folder, self.seconds = folder, seconds
-        self._pieces = Pieces(folder)
+        self._cached = CachedResults(folder)
         self._last = time.monotonic()
 
     def due(self) -> bool:
@@ -40,9 +40,9 @@ class Checkpoints:
             with replacing(file) as beside:
                 save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, beside)
                 digest = file_digest(beside)
-            self._pieces.write(name, {"step": step, "sha256": digest, **state})
+            self._cached.write(name, {"step": step, "sha256": digest, **state})
             for old in self._names()[:-KEPT]:
-                remove(self.folder / f"{old}.piece")  # first: it vouches for the other
+                remove(self.folder / f"{old}.result")  # first: it vouches for the other
                 remove(self.folder / f"{old}.safetensors")
         barrier()
         self._last = time.monotonic()
@@ -50,11 +50,11 @@ class Checkpoints:
     def newest(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """The newest whole checkpoint, or None. Damaged ones are passed over: their steps are done again."""
         for name in reversed(agreed(self._names())):
-            state, file = self._pieces.read(name), self.folder / f"{name}.safetensors"
+            state, file = self._cached.read(name), self.folder / f"{name}.safetensors"
             with suppress(OSError):
                 if state is not None and file_digest(file) == state["sha256"]:
                     return load_file(file), state
         return None
 
     def _names(self) -> list[str]:
-        return sorted(path.stem for path in self.folder.glob("step-*.piece"))
+        return sorted(path.stem for path in self.folder.glob("step-*.result"))

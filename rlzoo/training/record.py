@@ -19,7 +19,7 @@ class TrainingRecord:
     """What a user should know: steps that were skipped, micro-batches that did not fit and, at the end of a run, how
     much of what was drawn could not be learned from."""
     counts: dict[str, dict[str, int]] = field(default_factory=dict)
-    """By part of the objective: how much was drawn, and how much of it taught nothing (see `rlzoo.training.tally`)."""
+    """Per component of the objective: how much was drawn, and how much of it taught nothing (see `tally`)."""
     kept: dict[str, list[Any]] = field(default_factory=dict)
     """Plain data that callbacks keep with the run."""
 

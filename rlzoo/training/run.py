@@ -14,7 +14,7 @@ from rlzoo.config import Training
 from rlzoo.errors import UserError
 from rlzoo.inputs import Input, Reference, Stage
 from rlzoo.objective import Objective
-from rlzoo.policy import Assembler, MicroBatches, Models, Policy, score_rows
+from rlzoo.policy import Assembler, MicroBatches, Models, Policy, log_probs
 from rlzoo.training.batches import (
     BufferSource,
     FreshSource,
@@ -74,8 +74,8 @@ def with_reference(buffer: Buffer, policy: Policy, token_budget: int = 8192) -> 
 
 def stored_inputs(objectives: Iterable[Objective]) -> list[Input]:
     """The stored inputs of objectives that can be computed, each once."""
-    parts = (part.objective for whole in objectives for part in whole.parts)
-    wanted = (one for objective in parts for one in objective.requires)
+    components = (component.objective for whole in objectives for component in whole.components)
+    wanted = (one for objective in components for one in objective.requires)
     return list(dict.fromkeys(one for one in wanted if one.stage is Stage.STORED and one.is_computed))
 
 
@@ -86,7 +86,7 @@ def lacking(buffer: Buffer, *objectives: Objective, again: bool = False) -> list
     another model's, and the two must agree.
     """
     found: dict[Input, None] = {}
-    for objective in (part.objective for whole in objectives for part in whole.parts):
+    for objective in (component.objective for whole in objectives for component in whole.components):
         later = {name for one in objective.requires if one.stage is not Stage.STORED for name in one.models()}
         for one in objective.requires:
             if one.stage is Stage.STORED and one.is_computed:
@@ -105,16 +105,16 @@ def with_behaviour(buffer: Buffer, policy: Policy, token_budget: int = 8192) -> 
     known, heats, start = buffer.column("behaviour_logp"), buffer.numbers("temperature"), 0
     for rows in buffer.ids():
         own = np.flatnonzero(lacks[start : start + len(rows)])
-        scores = score_rows(policy, [rows[i] for i in own], token_budget, heats[start + own].tolist())
+        scores = log_probs(policy, [rows[i] for i in own], token_budget, heats[start + own].tolist())
         for i, logp in zip(own, scores, strict=True):
             known[start + i] = logp
         start += len(rows)
     return buffer.with_behaviour_logp(known), np.flatnonzero(lacks).tolist()
 
 
-def scored_event(rows: int) -> str:
+def behaviour_event(rows: int) -> str:
     """What a run records about ``rows`` that `with_behaviour` scored."""
-    return f"behaviour log-probs of {rows:,} samples were scored with the policy before training (behaviour: current)"
+    return f"behaviour log-probs of {rows:,} samples were computed with the policy before training (behaviour: current)"
 
 
 Collect = Callable[[int], Buffer]
@@ -133,13 +133,13 @@ def train(
 ) -> TrainingRecord:
     """Train ``policy`` in place, offline on a buffer or online on what a `rlzoo.rollout.Collector` samples.
 
-    ``source`` is a buffer, whose rows get what they lack from ``policy`` as it comes; or any function of the number of
-    batches so far that makes a fresh buffer; or any `Source`; or, for the parts of a composite, one of these for each.
-    ``folder`` is for trackers; from a folder of ``checkpoints`` a run that was stopped resumes. Under `accelerate
-    launch` all processes call this, and each takes its share of a batch.
+    ``source`` is a buffer, whose missing inputs are computed with ``policy`` before training; or any function of the
+    number of batches so far that returns a fresh buffer; or any `Source`; or, for a composite, one of these for each
+    component. ``folder`` is for trackers; an interrupted run resumes from the newest of its ``checkpoints``. Under
+    `accelerate launch` all processes call this, and each takes its share of a batch.
     Raises UserError where rows lack what the objective learns from, and for a row that the model cannot take.
     """
-    settings, parts, record = settings or Training(), objective.parts, TrainingRecord()
+    settings, components, record = settings or Training(), objective.components, TrainingRecord()
     torch.manual_seed(seed)
     if isinstance(source, Buffer):
         sources: list[Source] = [*_of_buffer(policy, objective, source, settings, seed, record)]
@@ -147,11 +147,11 @@ def train(
         given = list(source) if isinstance(source, Sequence) else [source]
         check_sources(objective, given)
         views, sources = views_of(objective), []
-        split = zip(given, parts, views, shares(settings.batch_size, len(views)), seeds(views, seed), strict=True)
-        for one, part, (which, options), size, own in split:
+        split = zip(given, components, views, shares(settings.batch_size, len(views)), seeds(views, seed), strict=True)
+        for one, component, (which, options), size, own in split:
             if isinstance(one, Buffer):
                 smaller = settings.model_copy(update={"batch_size": size})
-                sources += _of_buffer(policy, part.objective, one, smaller, own, record)
+                sources += _of_buffer(policy, component.objective, one, smaller, own, record)
             elif isinstance(one, Source):
                 sources.append(one)
             elif callable(one):
@@ -169,11 +169,13 @@ def train(
 def _of_buffer(
     policy: Policy, objective: Objective, buffer: Buffer, settings: Training, seed: int, record: TrainingRecord
 ) -> list[BufferSource]:
-    """A source for each part of an objective from one buffer, with what its rows lack."""
+    """A source for each component of an objective from one buffer, with what its rows lack."""
     check_buffer(policy, buffer)
-    if settings.behaviour == "current" and any(part.objective.at_sampling_temperature for part in objective.parts):
+    if settings.behaviour == "current" and any(
+        component.objective.at_sampling_temperature for component in objective.components
+    ):
         buffer, scored = with_behaviour(buffer, policy, settings.token_budget)
-        record.events += [scored_event(len(scored))] if scored else []
+        record.events += [behaviour_event(len(scored))] if scored else []
     sources = buffer_sources(buffer, views_of(objective), settings.batch_size, seed)
     if missing := lacking(buffer, objective, again=True):
         buffer = with_inputs(buffer, missing, policy, settings.token_budget)

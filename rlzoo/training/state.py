@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from rlzoo.errors import UserError
-from rlzoo.jobs.pieces import random_state
+from rlzoo.jobs.cached_results import random_state
 from rlzoo.jobs.ranks import gathered, rank
 from rlzoo.objective import options_of
 

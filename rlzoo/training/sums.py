@@ -1,4 +1,4 @@
-"""The metrics of a step from unreduced parts, so that they do not depend on micro-batches either."""
+"""The metrics of a step from unreduced values, so that they do not depend on micro-batches either."""
 
 from __future__ import annotations
 
@@ -73,22 +73,22 @@ def coefficients_of_rows(coefficients: Coefficients, index: Tensor, part: TokenB
 
 def coupled_coefficients(drawn: Drawn) -> Coefficients | None:
     """The coefficients of an objective that are taken over the whole batch, if it has such."""
-    objective = drawn.part.objective
+    objective = drawn.component.objective
     return objective.coefficients(drawn.batch) if objective.is_coupled else None
 
 
 def metrics_of(drawn: Sequence[Drawn], sums: Sequence[Sums]) -> dict[str, float]:
-    """The weighted loss, and what is worth plotting of each part, under its label."""
+    """The weighted loss, and what is worth plotting of each component, under its label."""
     total, metrics = 0.0, dict[str, float]()
     for some, own in zip(drawn, sums, strict=True):
         found = own.means()
-        total += some.part.weight * found["loss"]
+        total += some.component.weight * found["loss"]
         if some.batch.reward is not None:
             found["reward"] = float(some.batch.reward.mean())
         parts = means(row.reward_parts for row in some.rows)
         if len(parts) > 1:  # a single one is the reward itself
             found |= {f"reward/{name}": value for name, value in parts.items()}
-        label = f"{some.part.label}/" if some.part.label else ""
+        label = f"{some.component.label}/" if some.component.label else ""
         metrics |= {f"{label}{name}": value for name, value in found.items()}
     return {"loss": total, **metrics}
 

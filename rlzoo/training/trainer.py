@@ -18,7 +18,7 @@ from rlzoo.errors import UserError
 from rlzoo.inputs import Input, Stage
 from rlzoo.jobs.interrupts import heed, noted, pending
 from rlzoo.jobs.ranks import agreed, gathered, is_sharded, world_size
-from rlzoo.objective import Objective, Part, reduce, surrogate_of
+from rlzoo.objective import Component, Objective, reduce, surrogate_of
 from rlzoo.policy import Assembler, MicroBatches, Models, Policy, Sequences
 from rlzoo.policy.adapters import adapters
 from rlzoo.policy.sequences import Tokens, length
@@ -60,7 +60,7 @@ class Trainer:
     ) -> None:
         """``folder`` is where trackers write that write files, and names the run for all of them.
 
-        A composite objective takes a ``source`` for each of its parts, in their order.
+        A composite objective takes a ``source`` for each of its components, in their order.
 
         With a folder for ``checkpoints`` they are written there, and the run resumes from the newest one in it, to
         the same end, bit for bit, as if it had never stopped; ``record`` then has what came before.
@@ -104,12 +104,12 @@ class Trainer:
 
     def _with_models(self) -> list[Input]:
         """The inputs whose models are kept in memory: all but those whose values every source's rows have stored."""
-        parts = zip(self.objective.parts, self.sources, strict=True)
+        components = zip(self.objective.components, self.sources, strict=True)
         return [
             one
-            for part, source in parts
-            for one in part.objective.requires
-            if one.stage is not Stage.STORED or lacks(source, one, part.objective.at_sampling_temperature)
+            for component, source in components
+            for one in component.objective.requires
+            if one.stage is not Stage.STORED or lacks(source, one, component.objective.at_sampling_temperature)
         ]
 
     def run(self) -> TrainingRecord:
@@ -121,7 +121,7 @@ class Trainer:
             self._run(log)
         if not self._is_finite():
             raise UserError("the last step made weights infinite: lower learning_rate")
-        self.record.events += told(self.record.counts, self.objective.parts, self.sources)
+        self.record.events += told(self.record.counts, self.objective.components, self.sources)
         return self.record
 
     @property
@@ -137,7 +137,10 @@ class Trainer:
             fresh = agreed([source.draw() for source in self.sources])
             for source in self.sources:
                 self.record.costs.add(getattr(source, "spent", dict)())
-            drawn = [self._prepare(part, *rows) for part, rows in zip(self.objective.parts, fresh, strict=True)]
+            drawn = [
+                self._prepare(component, *rows)
+                for component, rows in zip(self.objective.components, fresh, strict=True)
+            ]
             for some in drawn:
                 count(self.record.counts, some)
             for update in range(self.settings.updates_per_batch):
@@ -180,22 +183,22 @@ class Trainer:
         found = all(is_finite(parameter) for _, parameter in self.named_parameters())
         return all(gathered(found))
 
-    def _prepare(self, part: Part, rows: Sequence[Trajectory], units: Sequence[tuple[int, ...]]) -> Drawn:
-        """A part's rows as a batch, with everything that is fixed during its updates."""
-        objective = part.objective
+    def _prepare(self, component: Component, rows: Sequence[Trajectory], units: Sequence[tuple[int, ...]]) -> Drawn:
+        """A component's rows as a batch, with everything that is fixed during its updates."""
+        objective = component.objective
         capped = self.settings.importance_cap is not None and all(row.sampler_logp is None for row in rows)
         if capped and NO_ENGINE not in self.record.events:
             self.record.events.append(NO_ENGINE)
         rows = [at_temperature(row, objective.at_sampling_temperature) for row in rows]
-        return Drawn(part, rows, units, objective.prepare(self.assembler.assemble(rows, units, objective)))
+        return Drawn(component, rows, units, objective.prepare(self.assembler.assemble(rows, units, objective)))
 
     def _renewed(self, drawn: Drawn) -> Drawn:
         """The same with what depends on other rows and on the policy as it has become."""
-        batch = self.assembler.renew(drawn.batch, drawn.rows, drawn.units, drawn.part.objective)
+        batch = self.assembler.renew(drawn.batch, drawn.rows, drawn.units, drawn.component.objective)
         return replace(drawn, batch=batch)
 
     def _update(self, drawn: Sequence[Drawn]) -> dict[str, float]:
-        """One optimizer step on the batches of all parts."""
+        """One optimizer step on the batches of all components."""
         rows = [row for some in drawn for row in some.rows]
         self.model.eval()  # dropout would move ratios off 1 and tie the gradient to the micro-batches
         sums = self.micro.within_memory(rows, lambda: self._gradient(drawn), self._drop_gradients)
@@ -207,7 +210,7 @@ class Trainer:
                     parameter.grad.mul_(world_size())
         self._count(self.policy, rows, passes=2 + self._trained)
         for some in drawn:
-            if (reference := self._logits_of(some.part.objective)) is not None:
+            if (reference := self._logits_of(some.component.objective)) is not None:
                 self._count(reference, some.rows, passes=1)
         self.record.costs.gradient_tokens += sum(map(length, rows))
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.settings.max_gradient_norm)
@@ -229,7 +232,7 @@ class Trainer:
 
     def _gradient(self, drawn: Sequence[Drawn]) -> list[Sums]:
         """Leave the weighted sum of the gradients of whole batches in the parameters; the metrics of each."""
-        denominators = [some.part.objective.normaliser.denominator(some.batch) for some in drawn]
+        denominators = [some.component.objective.normaliser.denominator(some.batch) for some in drawn]
         coefficients = [coupled_coefficients(some) for some in drawn]
         sums = [Sums() for _ in drawn]
         self._drop_gradients()
@@ -238,7 +241,9 @@ class Trainer:
             mine = [
                 (place, index, counts)
                 for place, some in enumerate(drawn)
-                for index, counts in self.micro.share(some.rows, micro_units(some.units, some.part.objective.couples))
+                for index, counts in self.micro.share(
+                    some.rows, micro_units(some.units, some.component.objective.couples)
+                )
             ]
             for number, (place, index, counts) in enumerate(mine):
                 own = sums[place] if counts else None
@@ -263,20 +268,20 @@ class Trainer:
         sums: Sums | None,
     ) -> None:
         """Add the gradient of a micro-batch; without ``sums`` it keeps step with the other processes and weighs 0."""
-        objective, rows, batch = drawn.part.objective, drawn.rows, drawn.batch
+        objective, rows, batch = drawn.component.objective, drawn.rows, drawn.batch
         sequences = Sequences.of([rows[i] for i in index], self.policy.device)
         statistics = [one for one in objective.requires if one.is_statistic]
         term, reference = objective.logit_term if objective.has_logit_term else None, self._logits_of(objective)
-        scores = self.model(sequences, statistics=statistics, term=term, reference=reference)
-        given = scores.of(objective.requires)
-        others = [scores.inputs[key] for key in self.policy.attached if key not in given]
+        output = self.model(sequences, statistics=statistics, term=term, reference=reference)
+        given = output.of(objective.requires)
+        others = [output.inputs[key] for key in self.policy.attached if key not in given]
         if sums is None:
-            parts = [scores.logp, *(v for v in given.values() if v.requires_grad), *others]
-            parts += [] if scores.term is None else [scores.term]
+            parts = [output.logp, *(v for v in given.values() if v.requires_grad), *others]
+            parts += [] if output.term is None else [output.term]
             self.accelerator.backward(0.0 * torch.stack([part.sum() for part in parts]).sum())
             return
         place = torch.tensor(index, device=batch.mask.device)
-        part = batch.rows(place, sequences.mask.shape[1]).replace(logp=scores.logp, **given)
+        part = batch.rows(place, sequences.mask.shape[1]).replace(logp=output.logp, **given)
         own = (
             objective.coefficients(part.detach())
             if coefficients is None
@@ -285,13 +290,13 @@ class Trainer:
         if (cap := self.settings.importance_cap) is not None:
             own = replace(own, values=own.values * truncated_importance([rows[i] for i in index], part.mask, cap))
         loss = surrogate_of(own, objective, part, denominator)
-        if scores.term is not None and denominator:
-            loss = loss + reduce(scores.term, part, objective.normaliser, denominator)
-        for value in others:  # other parts' modules: processes wait for all gradients
+        if output.term is not None and denominator:
+            loss = loss + reduce(output.term, part, objective.normaliser, denominator)
+        for value in others:  # other components' modules: processes wait for all gradients
             loss = loss + 0.0 * value.sum()
-        self.accelerator.backward(drawn.part.weight * loss)
-        if scores.term is not None:
-            own = replace(own, metrics={**own.metrics, "logit_term": scores.term})
+        self.accelerator.backward(drawn.component.weight * loss)
+        if output.term is not None:
+            own = replace(own, metrics={**own.metrics, "logit_term": output.term})
         sums.add(objective, part, own, loss, denominator)
 
     def _no_exchange(self) -> AbstractContextManager[Any]:

@@ -9,8 +9,8 @@ from rlzoo.comparison.report.tables import percent, points, significance
 from rlzoo.comparison.statistics import (
     METRICS,
     SIGNIFICANT,
-    ScoreKey,
-    ScoreMatrix,
+    ResultKey,
+    ResultMatrix,
     align,
     compare_pairs,
     paired_difference,
@@ -18,7 +18,7 @@ from rlzoo.comparison.statistics import (
 from rlzoo.config import BASE
 
 
-def answer(results: Results, matrices: Mapping[ScoreKey, ScoreMatrix], benchmark: str) -> str:
+def answer(results: Results, matrices: Mapping[ResultKey, ResultMatrix], benchmark: str) -> str:
     """Which algorithm did best on a benchmark, whether distinguishably, and whether the metrics agree."""
     means = {metric: _means(results, benchmark, metric) for metric in METRICS}
     ranked = _ranking(means["avg_at_k"])
@@ -45,7 +45,7 @@ def _ranking(means: Mapping[str, float]) -> list[str]:
     return sorted(means, key=lambda name: -means[name])
 
 
-def _margin(matrices: Mapping[ScoreKey, ScoreMatrix], benchmark: str, best: str, second: str) -> str:
+def _margin(matrices: Mapping[ResultKey, ResultMatrix], benchmark: str, best: str, second: str) -> str:
     """Best against second, corrected for all pairs: which two they are was not known before the scores were."""
     a, b = (matrices.get((name, benchmark, "avg_at_k")) for name in (best, second))
     pair = align(a, b) if a and b else None

@@ -12,7 +12,7 @@ from rlzoo.buffers.bad_rows import told
 from rlzoo.comparison.report import plots, tables
 from rlzoo.comparison.report.answer import answer
 from rlzoo.comparison.report.schema import FinishedRun, Results
-from rlzoo.comparison.statistics import compare_to, score_matrices
+from rlzoo.comparison.statistics import compare_to, result_matrices
 from rlzoo.config import BASE
 from rlzoo.document import Block, Code, Figure, Heading, Paragraph
 
@@ -38,7 +38,7 @@ def contents(run: FinishedRun, baseline: str | None) -> Iterator[Block]:
 
 
 def _answers(run: FinishedRun) -> Iterator[Block]:
-    matrices = score_matrices(run.outcomes, run.results.k)
+    matrices = result_matrices(run.outcomes, run.results.k)
     for benchmark in run.results.benchmarks:
         yield Paragraph(answer(run.results, matrices, benchmark), lead=True)
     yield Paragraph(
@@ -58,7 +58,7 @@ def _scores(results: Results) -> Iterator[Block]:
     yield Paragraph(_left_out(results))
     for index, benchmark in enumerate(results.benchmarks):
         yield Heading(benchmark, level=3)
-        yield tables.score_table(results, benchmark)
+        yield tables.result_table(results, benchmark)
         best = ", ".join(
             f"{name} {tables.percent(row.mean)} %"
             for name in (BASE, *results.algorithms)
@@ -66,7 +66,7 @@ def _scores(results: Results) -> Iterator[Block]:
         )
         yield Figure(
             f"scores-{index}",
-            plots.score_bars(results, benchmark),
+            plots.result_bars(results, benchmark),
             f"Bars of the scores on {benchmark}; {results.label('avg_at_k', benchmark)}: {best}.",
             "The mean of each metric over seeds and problems with its 95 % interval; the dashed line is "
             "the base model.",

@@ -22,7 +22,7 @@ def colours(results: Results) -> dict[str, str]:
     return {BASE: GREY} | {name: PALETTE[i % len(PALETTE)] for i, name in enumerate(results.algorithms)}
 
 
-def score_bars(results: Results, benchmark: str) -> str:
+def result_bars(results: Results, benchmark: str) -> str:
     """Bars with 95 % intervals, one panel a metric; a dashed line marks the base model."""
     names = [BASE, *results.algorithms]
     palette = colours(results)

@@ -34,7 +34,7 @@ class _Model(BaseModel):
     model_config = ConfigDict(frozen=True)
 
 
-class Scores(_Model):
+class BenchmarkResult(_Model):
     """A model's scores on one benchmark, as fractions, and any other metrics under their names."""
 
     model_config = ConfigDict(frozen=True, extra="allow")
@@ -82,7 +82,7 @@ class CellResult(_Model):
     algorithm: str
     seed: int
     learning_rate: float | None = None
-    metrics: dict[str, Scores]
+    metrics: dict[str, BenchmarkResult]
     costs: CellCosts = CellCosts()
     curve: list[CurvePoint] | None = None
     token_probabilities: list[float] | None = None
@@ -129,7 +129,7 @@ class Results(_Model):
     """All metrics of the run, by name."""
     mean_over_benchmarks: dict[str, dict[str, float]] = Field(default_factory=dict)
     """Algorithm (the base model among them) → metric → mean over seeds and benchmarks."""
-    base: dict[str, Scores]
+    base: dict[str, BenchmarkResult]
     base_curve: CurvePoint | None = None
     """The point at step 0 that all learning curves start from."""
     cells: list[CellResult]

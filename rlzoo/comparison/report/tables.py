@@ -76,7 +76,7 @@ def significance(p: float) -> str:
     return "p < 0.001" if p < 0.001 else f"p = {min(p, 1):.2g}" if p < 0.995 else "p = 1"
 
 
-def score_table(results: Results, benchmark: str) -> Table:
+def result_table(results: Results, benchmark: str) -> Table:
     """Mean and interval of each metric, base model first; the best mean of the algorithms is marked."""
     best = {metric: _best(results, benchmark, metric) for metric in METRICS}
     rows = []
@@ -227,7 +227,7 @@ def report_table(results: Results | Mapping[str, Any]) -> list[rich.table.Table]
     """
     checked = results if isinstance(results, Results) else parse_results(results)
     scores = [
-        _rich(score_table(checked, benchmark), f"{benchmark}: mean and 95 % interval")
+        _rich(result_table(checked, benchmark), f"{benchmark}: mean and 95 % interval")
         for benchmark in checked.benchmarks
     ]
     if (means := mean_table(checked)) is not None:

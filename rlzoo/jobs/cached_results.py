@@ -13,7 +13,7 @@ from rlzoo.jobs.outputs import write_atomically
 from rlzoo.jobs.ranks import agreed, is_main
 
 
-class Pieces:
+class CachedResults:
     """The results in a folder, by name. All processes of a distributed run use it together; the main one writes."""
 
     def __init__(self, folder: Path) -> None:
@@ -42,12 +42,12 @@ class Pieces:
         write_atomically(self._file(name), f"{hashlib.sha256(content.encode()).hexdigest()}\n{content}")
         return json.loads(content)
 
-    def within(self, name: str) -> Pieces:
+    def within(self, name: str) -> CachedResults:
         """A folder of its own for the pieces of one piece."""
-        return Pieces(self.folder / quote(name, safe=""))
+        return CachedResults(self.folder / quote(name, safe=""))
 
     def _file(self, name: str) -> Path:
-        return self.folder / f"{quote(name, safe='')}.piece"
+        return self.folder / f"{quote(name, safe='')}.result"
 
 
 def random_state(plain: Any) -> Any:
