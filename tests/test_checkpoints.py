@@ -453,8 +453,8 @@ def test_smaller_parts_of_an_experiment() -> None:
             "algorithms": {"sft": {}, "dft": {"training": {"token_budget": 100}}},
         }
     )  # fmt: skip
-    smaller: Any = experiment.in_parts(4)
+    smaller: Any = experiment.with_smaller_batches(4)
     assert smaller.training_of("sft").token_budget == experiment.training.token_budget // 4
     assert smaller.training_of("dft").token_budget == 25
     assert smaller.evaluation.batch_size == experiment.evaluation.batch_size // 4
-    assert experiment.in_parts(1) is experiment
+    assert experiment.with_smaller_batches(1) is experiment

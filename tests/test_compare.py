@@ -335,7 +335,7 @@ def test_a_cell_whose_processes_die_is_done_again_in_smaller_parts(monkeypatch: 
     ]  # fmt: skip
     assert [name.split("-")[0] for name in runs] == ["rft", "dft"]
     assert [(cell["algorithm"], "killed by SIGKILL" in cell["error"]) for cell in failed] == [("sft", True)]
-    assert lines.getvalue().count("later again, in micro-batches half as large") == 4
+    assert lines.getvalue().count("to be tried again, in micro-batches half as large") == 4
 
 
 def test_without_a_folder_the_newest_that_was_stopped_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -380,7 +380,7 @@ def test_a_cell_that_fails_stops_no_other(tmp_path: Path, capsys: pytest.Capture
     assert [cell["algorithm"] for cell in results["cells"]] == ["sft"]
     assert "the second step" in (out / "report.md").read_text() and (out / "report.html").is_file()
     told = capsys.readouterr()
-    assert "1 run failed" in told.out and "failing-lr" in told.err
+    assert "1 cell failed" in told.out and "failing-lr" in told.err
 
 
 @pytest.mark.usefixtures("undrawn")
@@ -407,7 +407,7 @@ def test_no_run_that_succeeds_leaves_nothing(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(one_cell, "run_cell", broken)
     (tmp_path / "empty").mkdir()
     for out in (tmp_path / "empty", tmp_path / "new" / "deep"):
-        with pytest.raises(UserError, match="no run succeeded; the first failed with: RuntimeError: oh"):
+        with pytest.raises(UserError, match="no cell succeeded; the first failed with: RuntimeError: oh"):
             quietly(small({"sft": {}}), out)
     assert [path.name for path in tmp_path.rglob("*")] == ["empty"]  # it was there, and is empty again
 

@@ -170,7 +170,7 @@ def test_a_process_that_dies_takes_nothing_with_it(tmp_path: Path) -> None:
     assert "killed by SIGKILL: if memory ran out" in str(done["always"].exception())
     assert str(done["bug"].exception()) == "ZeroDivisionError: a bug"
     told = lines.getvalue().replace("\n", " ")
-    assert told.count("; doing it again") == 2
+    assert told.count("; trying again") == 2
     assert done["threads"].result() == (2, ["2"] * 3)
     assert {name: os.environ.get(name) for name in THREAD_VARIABLES} == before
 

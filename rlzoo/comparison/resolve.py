@@ -1,4 +1,4 @@
-"""What the names in an experiment stand for: its objectives, what they learn from, its reward; and a check of them."""
+"""Resolves the names in an experiment to objectives, views, rewards and metrics, and checks them."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def objective_of(experiment: Experiment, algorithm: str) -> Objective:
 def reward_of(
     experiment: Experiment, step: int = 0, max_steps: int = 0, epoch: float = 0.0, benchmark: str | None = None
 ) -> Reward:
-    """The experiment's reward, or a benchmark's own, in a process of its own, told how far training is."""
+    """The experiment's reward, or a benchmark's own, in its own process, with the progress of training."""
     limits = Limits(experiment.scoring.seconds, experiment.scoring.memory_gb)
     own = None if benchmark is None else experiment.benchmarks[benchmark].reward
     spec = experiment.reward if own is None else own
@@ -44,7 +44,7 @@ def metrics_of(experiment: Experiment) -> dict[str, Metric]:
 
 
 def views_of(experiment: Experiment, algorithm: str) -> Views:
-    """What each part of one row of the comparison learns from: a selection, with the options of that view."""
+    """What each component of one row of the comparison learns from: a view, with its options."""
     objective = objective_of(experiment, algorithm)
     other, own = experiment.algorithms[algorithm].learns_from, batches.views_of(objective)
     if other is None or [Selection(other)] == [selection for selection, _ in own]:
@@ -59,7 +59,7 @@ def views_of(experiment: Experiment, algorithm: str) -> Views:
 
 
 def learns_from_samples(views: Views) -> bool:
-    """Whether any part learns from samples."""
+    """Whether any component learns from samples."""
     return any(selector_of(selection).is_sampled for selection, _ in views)
 
 
@@ -69,8 +69,8 @@ def check(experiment: Experiment) -> None:
         json.dumps(experiment.model_dump(mode="json"))
     except (ValueError, TypeError):
         raise UserError(
-            "the reward and the options must be plain data, for experiment.yaml and the worker processes: name a "
-            "reward of your own as package.module:Name or path/to/file.py:Name"
+            "the reward and the options must be plain data, for experiment.yaml and the worker processes: name your "
+            "own reward as package.module:Name or path/to/file.py:Name"
         ) from None
     for name, row in experiment.algorithms.items():
         objective = objective_of(experiment, name)
@@ -82,7 +82,7 @@ def check(experiment: Experiment) -> None:
     for settings in (experiment.rollouts, experiment.evaluation):
         sampler_class(settings)
     if BASE in experiment.algorithms:
-        raise UserError(f"algorithms.{BASE}: results call the untrained model so; give the row another name")
+        raise UserError(f"algorithms.{BASE}: this name stands for the untrained model in results; give the row another")
     if experiment.baseline is not None and experiment.baseline not in experiment.algorithms:
         raise unknown("baseline", experiment.baseline, experiment.algorithms)
     for source in (experiment.train, experiment.validation):
@@ -94,6 +94,6 @@ def check(experiment: Experiment) -> None:
 
 
 def _try(reward: Reward, problems: Sequence[Problem]) -> None:
-    """Judge empty answers: a missing column or a broken reward shows now, and not after hours of sampling."""
+    """Score empty completions, so that a missing column or a broken reward shows before hours of sampling."""
     nothing = Sample([], "", truncated=False)
     score_samples(reward, [(EncodedProblem(problem, "", []), nothing) for problem in problems])

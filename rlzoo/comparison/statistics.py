@@ -21,7 +21,7 @@ from rlzoo.evaluation.metrics import pass_at_k
 
 METRICS = ("avg_at_k", "greedy", "pass_at_k")
 SIGNIFICANT = 0.05
-"""A difference is called distinguishable from none where its corrected p-value is below this."""
+"""A difference is called distinguishable from none if its corrected p-value is below this."""
 
 
 class Interval(NamedTuple):
@@ -34,12 +34,12 @@ class Interval(NamedTuple):
 
 @dataclass(frozen=True)
 class _Spread:
-    """What is known of a result matrix's mean: its variance in two independent parts, and how well each is known."""
+    """The mean of a result matrix, its variance in two independent parts, and how well each is known."""
 
     mean: float
     parts: Float[np.ndarray, " 2"]
-    """Of the variance of the mean: that along the axis with fewer levels (seeds, say), noise included, and what the
-    other adds."""
+    """The variance of the mean along the axis with fewer levels (seeds, say), noise included, and what the other axis
+    adds."""
     freedom: tuple[int, int]
     """Degrees of freedom of each part, the smaller first."""
 
@@ -48,7 +48,7 @@ class _Spread:
         return float(np.sqrt(self.parts.sum()))
 
     def reach(self, tail: float) -> float:
-        """How far the interval that leaves out ``tail`` on each side goes from the mean: see `crossed_interval`."""
+        """The half-width of the interval that leaves out ``tail`` on each side: see `crossed_interval`."""
         if not self.parts.any():
             return 0.0
         few, many = self.freedom
@@ -60,22 +60,22 @@ class _Spread:
         return float(weight * cochran + (1 - weight) * welch) * self.standard_error
 
     def safe_reach(self, tail: float) -> float:
-        """The same of an interval that never covers too rarely. Source: Banerjee, Sankhyā 22, 1960."""
+        """The same for an interval whose coverage is never too low. Source: Banerjee, Sankhyā 22, 1960."""
         quantiles = np.array([_student(tail, freedom) for freedom in self.freedom])
         return float(np.sqrt((quantiles**2 * self.parts).sum()))
 
 
 def _student(tail: float, freedom: float) -> float:
-    """What Student's t exceeds with probability ``tail``."""
+    """The value that Student's t exceeds with probability ``tail``."""
     return -float(special.stdtrit(freedom, tail))
 
 
 IGNORED, SLOPE, LEAST = 0.08, 0.7, 0.2
-"""Chosen once so that the coverage for normal parts, computed by quadrature, stays within 93 and 97 % whatever their
-shares, from two seeds and eight problems on."""
+"""Chosen so that the coverage for normal effects, computed by quadrature, is between 93 and 97 % whatever their shares
+of the variance, for two or more seeds and eight or more problems."""
 AGREE = 0.05
-"""The quantile of what noise alone gives below which a mean square is not taken at its word: seeds that agree better
-than that, to the last sample in a small table, do so by chance."""
+"""A mean square below this quantile of its distribution under noise alone is raised to it: seeds that agree better than
+that, as they can in a small table, do so by chance."""
 
 
 @dataclass(frozen=True)
@@ -92,19 +92,19 @@ ResultKey = tuple[str, str, str]
 
 
 def crossed_interval(results: Float[np.ndarray, "S P"], level: float = 0.95) -> Interval:
-    """The mean of a result matrix and its interval over other seeds and other problems of the same kind.
+    """The mean of a result matrix and its interval over further seeds and problems of the same kind.
 
     In y_ij = μ + seed_i + problem_j + noise_ij the variance of the mean is σ²_s/S + σ²_p/P + σ²_n/(SP). The two-way
     table's mean squares between seeds, between problems and of the residuals have the expectations Pσ²_s + σ²_n,
     Sσ²_p + σ²_n and σ²_n, so with fewer seeds than problems it is estimated by (MS_s + max(MS_p - MS_n, 0))/(SP): the
-    noise stays with the seeds, which are few, and where problems add nothing the interval is Student's over the seeds'
-    means, whatever the seeds' share. (To test first whether seeds differ would cover too rarely: of two or three, such
-    a test mostly says that they do not.) The two parts have S-1 and P-1 degrees of freedom, which is Behrens and
-    Fisher's problem; the quantile lies between Welch's and Cochran's, the mean of both parts' quantiles weighted by
-    their shares, the nearer to the latter the fewer seeds there are. With fewer problems than seeds the two change
-    places. One seed speaks of other problems alone, one problem of other seeds alone, one value of nothing. Two seeds
-    say little: Student's quantile is 12.7. How often intervals cover the true value is counted by
-    experiments/benchmarks/coverage.py.
+    noise is attributed to the seeds, which are few, and where problems add nothing the interval is Student's over the
+    seeds' means, whatever the seeds' share. (To test first whether seeds differ would give too low a coverage: with two
+    or three of them the test rarely rejects.) The two parts have S-1 and P-1 degrees of freedom: the Behrens-Fisher
+    problem. The quantile lies between Welch's and Cochran's (the mean of both parts' quantiles weighted by their
+    shares), the nearer to the latter the fewer seeds there are. With fewer problems than seeds, seeds and problems
+    change places. With one seed the interval covers other problems only, with one problem other seeds only, and a
+    single value has no width. Two seeds say little: Student's quantile is 12.7. experiments/benchmarks/coverage.py
+    measures the coverage.
 
     Sources: Searle, Casella, McCulloch, Variance components, 1992, chapter 4; Welch, Biometrika 34, 1947; Cochran,
     Biometrics 20, 1964, p. 191.
@@ -118,11 +118,11 @@ def crossed_interval(results: Float[np.ndarray, "S P"], level: float = 0.95) -> 
 def result_interval(results: Float[np.ndarray, "S P"], level: float = 0.95) -> Interval:
     """The interval of `crossed_interval` for results between 0 and 1, which never leaves that range.
 
-    It holds the means μ with |ȳ - μ| ≤ t √(μ(1-μ)/n): the variance changes with the mean as a share's does, which
-    matters near 0 and 1, and n is the number of independent right-or-wrong answers that would know the mean as well,
-    ȳ(1-ȳ)/SE². For one answer per problem, by one seed, that is their number and t the normal quantile: the results
-    are then a count, whose coverage jumps between 92 and 98 % with the mean (Brown, Cai and DasGupta 2001). The same
-    where all results are 0, or all 1.
+    It contains the means μ with |ȳ - μ| ≤ t √(μ(1-μ)/n): the variance changes with the mean as a proportion's does,
+    which matters near 0 and 1, and n = ȳ(1-ȳ)/SE² is the effective number of independent right-or-wrong answers. For
+    one answer per problem by one seed, n is their number and t the normal quantile: the sum is then a binomial count,
+    whose coverage oscillates between 92 and 98 % with the mean (Brown, Cai and DasGupta 2001). The same holds where all
+    results are 0, or all 1.
 
     Sources: Wilson, Journal of the American Statistical Association 22, 1927; with n from the standard error: Korn and
     Graubard, Survey Methodology 24, 1998. Raises ValueError as `crossed_interval` does.
@@ -142,12 +142,12 @@ def result_interval(results: Float[np.ndarray, "S P"], level: float = 0.95) -> I
 
 
 def p_value(results: Float[np.ndarray, "S P"]) -> float:
-    """A two-sided p-value of a mean of 0 that is at most α with probability at most α, for every α.
+    """A two-sided p-value for a mean of 0: under the null hypothesis p ≤ α with probability at most α, for every α.
 
-    Corrected for their number, p-values are decided far out in the tails, where the calibration of `crossed_interval`
-    at 95 % says nothing. So this one is a little larger than the level at which that interval ends at 0 would have it:
-    squared quantiles of two independent variances, weighted by the variances, never reject too often (Banerjee, Sankhyā
-    22, 1960). A single value, which has no interval, gives 1. Raises ValueError as
+    Once corrected for their number, p-values are decided far out in the tails, where the calibration of
+    `crossed_interval` at 95 % says nothing. So this one is a little larger than the level at which that interval ends
+    at 0: a test with the mean of the squared quantiles of two independent variances, weighted by the variances, never
+    rejects too often (Banerjee, Sankhyā 22, 1960). A single value, which has no interval, gives 1. Raises ValueError as
     `crossed_interval` does.
     """
     spread = _spread(results)
@@ -159,13 +159,15 @@ def p_value(results: Float[np.ndarray, "S P"]) -> float:
     each = 2 * special.stdtr(spread.freedom, -distance / spread.standard_error)
     if each.min() == 0 or spread.parts.min() == 0:
         return float(each.max() if each.min() == 0 else each[spread.parts.argmax()])
-    low, high = np.log(each.min()) - 1e-3, min(np.log(each.max()) + 1e-3, 0.0)  # a mean of quantiles lies between
+    low, high = np.log(each.min()) - 1e-3, min(np.log(each.max()) + 1e-3, 0.0)  # the weighted mean lies between the two
     return float(np.exp(optimize.brentq(lambda p: spread.safe_reach(np.exp(p) / 2) - distance, low, high)))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """P-values corrected for their number, so that any true null hypothesis among them falls below α with probability
-    at most α, whatever their dependence: the k-th smallest of m becomes max_{j ≤ k} (m - j + 1) p_(j), at most 1.
+    """P-values corrected for their number by Holm's method.
+
+    The k-th smallest of m becomes max_{j ≤ k} (m - j + 1) p_(j), at most 1. The probability that any true null
+    hypothesis gets a value of at most α is at most α, whatever the dependence.
 
     Source: Holm, Scandinavian Journal of Statistics 6, 1979.
     """
@@ -203,9 +205,9 @@ def paired_difference(
     b: Float[np.ndarray, "S P"],
     level: float = 0.95,
 ) -> Interval:
-    """The mean of a - b and its interval; what the two share by seed and problem cancels.
+    """The mean of a - b and its interval; effects of seeds and problems that both share cancel.
 
-    Raises ValueError if the shapes differ: rows must be the same seeds and columns the same problems.
+    Raises ValueError if the shapes differ: rows must be the same seeds, and columns the same problems.
     """
     a, b = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
     if a.shape != b.shape:
@@ -216,9 +218,9 @@ def paired_difference(
 def result_matrices(outcomes: pa.Table, k: int | Mapping[str, int]) -> dict[ResultKey, ResultMatrix]:
     """The results behind every algorithm × benchmark × metric of an outcomes table; k may differ by benchmark.
 
-    avg_at_k is the share of a problem's samples that is correct, pass_at_k the estimate of `pass_at_k`,
-    greedy 0 or 1. A metric with no rows (no greedy decoding, say) is left out. Raises UserError for a row
-    recorded twice, a problem that a seed lacks, or k above the number of samples.
+    avg_at_k is the fraction of a problem's samples that is correct, pass_at_k the estimate of `pass_at_k`, greedy 0 or
+    1. A metric without rows (no greedy decoding, say) is left out. Raises UserError for a row recorded twice, a problem
+    that a seed lacks, or k above the number of samples.
     """
     cells = ["algorithm", "benchmark", "decoding"]
     table = outcomes.group_by([*cells, "seed", "problem_id"]).aggregate(
@@ -286,7 +288,7 @@ def compare_to(outcomes: pa.Table, baseline: str, k: int | Mapping[str, int]) ->
     """Paired differences (algorithm - baseline) of every other algorithm × benchmark × metric.
 
     Rows have the keys algorithm, benchmark, metric, difference, ci_low, ci_high, p and seeds, the number of seeds that
-    both have; a pair with no seed in common is left out. The interval speaks of one difference alone; p is corrected by
+    both have; a pair with no seed in common is left out. The interval is that of one difference; p is corrected by
     `holm` for all differences on the benchmark. Raises UserError for an unknown baseline.
     """
     matrices = result_matrices(outcomes, k)
@@ -304,8 +306,8 @@ def compare_to(outcomes: pa.Table, baseline: str, k: int | Mapping[str, int]) ->
         row |= {"difference": difference, "ci_low": low, "ci_high": high}
         rows.append(row | {"p": p_value(pair[0] - pair[1]), "seeds": len(pair[0])})
     for benchmark in {row["benchmark"] for row in rows}:
-        family = [row for row in rows if row["benchmark"] == benchmark]
-        for row, corrected in zip(family, holm([row["p"] for row in family]), strict=True):
+        table = [row for row in rows if row["benchmark"] == benchmark]
+        for row, corrected in zip(table, holm([row["p"] for row in table]), strict=True):
             row["p"] = corrected
     return rows
 
@@ -313,9 +315,9 @@ def compare_to(outcomes: pa.Table, baseline: str, k: int | Mapping[str, int]) ->
 def compare_pairs(
     matrices: Mapping[ResultKey, ResultMatrix], benchmark: str, metric: str
 ) -> dict[tuple[str, str], float]:
-    """The p-value of the paired difference of every two algorithms, corrected by `holm` for the number of pairs.
+    """The p-value of the paired difference of each pair of algorithms, corrected by `holm` for the number of pairs.
 
-    The base model is none of them, and pairs with no seed in common are left out. Keys have both orders.
+    The base model and pairs with no seed in common are left out. Each pair is there under both orders of its names.
     """
     found = {a: m for (a, b, by), m in matrices.items() if (b, by) == (benchmark, metric) and a != BASE}
     aligned = {(a, b): align(found[a], found[b]) for a, b in combinations(found, 2)}
@@ -325,9 +327,9 @@ def compare_pairs(
 
 
 def align(a: ResultMatrix, b: ResultMatrix) -> tuple[Float[np.ndarray, "S P"], Float[np.ndarray, "S P"]] | None:
-    """The values of both on the seeds and problems that they share, or None if they share none.
+    """The values of both on their common seeds and problems; None if there are none.
 
-    The base model has one pseudo-seed, -1: its row stands beside every seed of the other.
+    The base model has one pseudo-seed, -1: its row is repeated for every seed of the other.
     """
     seeds_a, seeds_b = list(a.seeds), list(b.seeds)
     if seeds_a == [-1] or seeds_b == [-1]:

@@ -1,4 +1,4 @@
-"""The answer to the question that a comparison asks, in words, from the data alone."""
+"""The answer to the question of a comparison, in words generated from its data."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def _ranking(means: Mapping[str, float]) -> list[str]:
 
 
 def _margin(matrices: Mapping[ResultKey, ResultMatrix], benchmark: str, best: str, second: str) -> str:
-    """Best against second, corrected for all pairs: which two they are was not known before the scores were."""
+    """Best against second, corrected for all pairs: which two they are is known only from the results."""
     a, b = (matrices.get((name, benchmark, "avg_at_k")) for name in (best, second))
     pair = align(a, b) if a and b else None
     if pair is None:
@@ -63,14 +63,14 @@ def _margin(matrices: Mapping[ResultKey, ResultMatrix], benchmark: str, best: st
 
 
 def _agreement(results: Results, benchmark: str, means: Mapping[str, Mapping[str, float]], metric: str) -> str:
-    scores = means[metric]
+    own = means[metric]
     by = "greedy decoding" if metric == "greedy" else results.label(metric, benchmark)
-    if len(set(scores.values())) == 1:
-        return f"By {by} all are equal, at {percent(max(scores.values()))} %"
-    leaders = [name for name, mean in scores.items() if mean == max(scores.values())]
-    verb, top = "leads" if len(leaders) == 1 else "lead", percent(max(scores.values()))
+    if len(set(own.values())) == 1:
+        return f"By {by} all are equal, at {percent(max(own.values()))} %"
+    leaders = [name for name, mean in own.items() if mean == max(own.values())]
+    verb, top = "leads" if len(leaders) == 1 else "lead", percent(max(own.values()))
     first = f"By {by} {' and '.join(leaders)} {verb} at {top} %"
     ranked = _ranking(means["avg_at_k"])
-    if ranked == _ranking(scores):
+    if ranked == _ranking(own):
         return f"{first}: the order is the same"
     return f"{first}: {'only the order behind it differs' if leaders == ranked[:1] else 'the order differs'}"
