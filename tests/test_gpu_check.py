@@ -13,7 +13,9 @@ import pytest
 
 from rlzoo import list_objectives
 from rlzoo.experiments.benchmarks import gpu_check
+from rlzoo.experiments.benchmarks.activations import per_layer
 from rlzoo.experiments.benchmarks.findings import Finding
+from rlzoo.experiments.benchmarks.random_models import SHAPES
 
 
 @pytest.fixture(scope="module")
@@ -143,3 +145,11 @@ def test_a_value_that_is_no_number_or_beyond_its_bound_is_wrong() -> None:
         Finding("sft", {"equal": None}, at_least={"equal": 1}),
     ):
         assert len(bad.wrong) == 1 and json.dumps(bad.as_dict(), allow_nan=False)
+
+
+def test_a_recomputed_layer_keeps_its_input_and_another_one_far_more() -> None:
+    """What docs/scaling.md says of activations: a number of 4 or 2 bytes per entry of the hidden states."""
+    hidden = SHAPES["tiny"]["hidden_size"]
+    assert per_layer("tiny", "bfloat16-mixed, recomputed", 16) == 4 * hidden
+    assert per_layer("tiny", "bfloat16, recomputed", 16) == 2 * hidden
+    assert 40 * hidden < per_layer("tiny", "bfloat16-mixed", 16) < 60 * hidden

@@ -28,8 +28,12 @@ SHAPES: dict[str, dict[str, Any]] = {
         "hidden_size": 1536, "num_hidden_layers": 28, "num_attention_heads": 12, "num_key_value_heads": 2,
         "intermediate_size": 8960, "vocab_size": 151936,
     },
+    "70b/8": {
+        "hidden_size": 1024, "num_hidden_layers": 80, "num_attention_heads": 8, "num_key_value_heads": 1,
+        "intermediate_size": 3584, "vocab_size": 128256,
+    },
 }  # fmt: skip
-"""The last two are Qwen2.5-0.5B and Qwen2.5-Math-1.5B, whose output layer is their embedding."""
+"""Among them Qwen2.5-0.5B and Qwen2.5-Math-1.5B, and Llama's 70B at an eighth of its width."""
 LENGTHS = {"tiny": (12, 48)}
 """Shortest and longest rows where they are not of `USUAL`."""
 USUAL = (128, 1024)
