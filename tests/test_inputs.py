@@ -15,7 +15,18 @@ from torch import Tensor, nn
 
 from rlzoo.config import Training
 from rlzoo.errors import UserError
-from rlzoo.inputs import Column, Context, Critic, Input, MovingReference, Privileged, Reference, Snapshot, Stage
+from rlzoo.inputs import (
+    Column,
+    Context,
+    Critic,
+    Input,
+    MovingReference,
+    Privileged,
+    Reference,
+    Snapshot,
+    Stage,
+    Statistic,
+)
 from rlzoo.objective import Objective
 from rlzoo.policy import Assembler, MicroBatches, Models, Policy, load_policy, score_rows
 from rlzoo.policy.loading import save_policy
@@ -224,14 +235,16 @@ class Bare(Input):
     """A stored value that only a buffer can know."""
 
     stage: ClassVar[Stage] = Stage.STORED
-    key: ClassVar[str] = "bare"
+    key: ClassVar[str] = "bare_value"
 
 
 def test_what_nothing_can_compute_is_one_line(make_policy: MakePolicy) -> None:
-    with pytest.raises(UserError, match=r"^the buffer has no bare$"):
+    with pytest.raises(UserError, match=r"^the buffer has no bare_value$"):
         assembled(make_policy(), ROWS, Bare())
     with pytest.raises(UserError, match="a Snapshot of 'value' needs an input of every forward pass that has this key"):
         assembled(make_policy(), ROWS, Snapshot("value"))
+    with pytest.raises(UserError, match=r"unknown statistic 'entorpy': did you mean 'entropy'\?"):
+        Statistic("entorpy")
     assert assembled(make_policy(), ROWS, Critic(), Snapshot("value"))["old_value"].eq(0).all()
 
 
@@ -318,6 +331,13 @@ def test_each_input_is_told_once_of_a_step(make_policy: MakePolicy) -> None:
     (own,) = trainer.models.moving.values()
     assert own is not trainer.policy and not any(p.requires_grad for p in own.parameters())
     assert [Telling.told.count(model) for model in (own, trainer.policy)] == [3, 3]
+
+
+def test_a_head_is_paid_for_by_the_completion_token(make_policy: MakePolicy) -> None:
+    policy = make_policy()
+    before = policy.flops(10, 4)
+    policy.attach([Telling(0.5)])
+    assert policy.flops(10, 4) - before == 2 * (policy.hidden_size + 1) * 4
 
 
 # Memory

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from multiprocessing import connection
 from pathlib import Path
 from typing import Any
 
@@ -164,9 +165,13 @@ def test_what_the_processes_of_a_run_tell_each_other(tmp_path: Path) -> None:
     ]
     for process in started:
         process.start()
-    found = [heard.recv() if heard.poll(60) else None for heard, _ in pipes]
+    running, until = {process.sentinel: process for process in started}, time.monotonic() + 60
+    while running and (ended := connection.wait([*running], max(0.0, until - time.monotonic()))):
+        if any(running.pop(int(sentinel)).exitcode for sentinel in ended):  # type: ignore[call-overload]
+            break  # the others would wait for it
     for process in started:
         process.kill()
+    found = [heard.recv() if heard.poll() else None for heard, _ in pipes]
     for number, own in enumerate(found):
         assert own == {
             "who": (number, 3, number == 0),
