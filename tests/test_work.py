@@ -6,7 +6,7 @@ import io
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -22,9 +22,10 @@ from rlzoo.buffers import OfflineBuffer
 from rlzoo.buffers.problems import load_problems
 from rlzoo.comparison import one_cell, runner
 from rlzoo.config import Experiment, ProblemSource, Rollouts, Sampling
-from rlzoo.jobs.pool import InThisProcess
+from rlzoo.jobs.pool import InThisProcess, WorkerDiedError
 from rlzoo.objective import get_objective
 from rlzoo.policy import Policy, load_policy
+from rlzoo.policy.loading import save_policy
 from rlzoo.policy.microbatches import score_rows
 from rlzoo.rollout import Sample, TransformersSampler
 from rlzoo.training import train
@@ -428,6 +429,87 @@ def test_a_reward_is_told_how_far_the_policy_is_that_it_scores(tmp_path: Path) -
 # Progress
 
 
+OWN = """\
+import rlzoo
+def graded(completions, answer, **_):
+    return [None if right is None else float(right in text) for text, right in zip(completions, answer)]
+class Failing(rlzoo.Objective):
+    name = "failing"
+    def coefficients(self, batch):
+        raise RuntimeError("no [bold] step")
+"""
+
+
+def test_a_log_says_what_was_done_and_what_was_left_out(make_policy: Callable[..., Policy], tmp_path: Path) -> None:
+    """Of the problems to train on the second has no prompt, the third no answer, and the fourth is too long. Of those
+    to evaluate on the first one's solution is none that the policy could say, and the fourth would have room for the
+    short samples of training alone."""
+    own, train, test = (tmp_path / name for name in ("own.py", "train.jsonl", "test.jsonl"))
+    own.write_text(OWN)
+    rows: list[dict[str, Any]] = [
+        {"prompt": f"{i}+1=?\n", "solution": f"#### {i + 1}", "answer": f"{i + 1}"} for i in range(4)
+    ]
+    rows[1]["prompt"] = rows[2]["answer"] = None
+    save_policy(make_policy("gpt2", dtype=torch.float32), tmp_path / "model")
+    limit = 64  # positions of that model
+    train.write_text("\n".join(map(json.dumps, [*rows[:3], rows[3] | {"prompt": "1" * (limit - 1)}])))
+    rows[0]["solution"] = "<eos>2"
+    test.write_text("\n".join(map(json.dumps, [*rows[:3], rows[3] | {"prompt": "1" * (limit - 7)}])))
+    sources = {path: {"source": str(path), "solution": "solution", "bad_rows": "drop"} for path in (train, test)}
+    algorithms = {
+        "rft": {"options": {"threshold": 0}},
+        "failing": {"objective": f"{own}:Failing"},
+        "grpo": {"mode": "online", "options": {"kl_coefficient": 0.0}},
+    }
+    experiment = small(
+        algorithms, model=str(tmp_path / "model"), seeds=[0, 1], reward=f"{own}:graded",
+        train=sources[train], benchmarks={"mine": sources[test]},
+        judging={"seconds": None, "memory_gb": None}, rollouts__per_seed=True, rollouts__max_new_tokens=2,
+        evaluation={**NO_CURVE, "curve_points": 1, "curve_problems": 4},
+    )  # fmt: skip
+    log = io.StringIO()
+    results = runner.compare(experiment, tmp_path / "out", 1, console=Console(file=log))
+
+    left_out = {name: summary["first"] for name, summary in results["dropped_rows"].items()}
+    long = {"train": f"has {limit + 2} tokens, and", "benchmark mine": f"has {limit - 7} tokens, 8 may follow, and"}
+    assert list(left_out) == list(long)
+    for path, (name, told) in zip(sources, long.items(), strict=True):
+        first, second = left_out[name]
+        assert results["dropped_rows"][name] == {"count": 2, "of": 4, "first": [first, second]}
+        assert first.startswith(f"{path} line 2: the prompt, 'prompt', is null: ")
+        assert f"{path} line 4" in second and f"{told} the model has {limit} positions: " in second
+    cut = "8 of 8 samples were cut at max_new_tokens (2), and have no end"
+    unsaid = (
+        "benchmark mine: gold completions without a log-likelihood: 1 in all (problem 'train-0' "
+        f"({test} line 1): the completion goes on after '<eos>', where sampling stops: take it out, drop the row, or "
+        "read it as that token with special_tokens: allow)"
+    )
+    assert results["events"] == [cut, unsaid]
+    none = "have no reward (the reward returned None, as for a missing gold answer); the first one's prompt: '2+1=?'"
+    buffers = []
+    for seed in (0, 1):
+        correct, name = results["buffers"][f"buffer-seed{seed}"]["correct"], f"  buffer of seed {seed}: "
+        buffers += [f"{name}10 rows, {correct} of 8 samples correct", f"{name}4 of 8 samples {none}", f"{name}{cut}"]
+    cells, expected = {(cell["algorithm"], cell["seed"]): cell for cell in results["cells"]}, []
+    for number, cell in enumerate(runner.cells(experiment), 1):
+        if cell.algorithm == "failing":
+            expected.append(f"  [{number}/6] {cell.id} failed: RuntimeError: no [bold] step")
+            continue
+        found = cells[cell.algorithm, cell.seed]
+        expected.append(f"  [{number}/6] {cell.id}: avg@k mine {100 * found['metrics']['mine']['avg_at_k']:.1f} %")
+        expected += [f"    {event}" for event in found["events"]]
+    assert any("equal rewards" in line for line in expected)
+    assert log.getvalue().splitlines() == [
+        f"facts: 3 algorithms × 2 seeds, 6 runs in 1 process; writing to {tmp_path / 'out'}",
+        *buffers,
+        f"  base model: avg@k mine {100 * results['base']['mine']['avg_at_k']:.1f} %",
+        *(f"  {name}: dropped 2 of 4 rows (bad_rows: drop): {'; '.join(why)}" for name, why in left_out.items()),
+        f"  {unsaid}",
+        *expected,
+        f"  evaluation: 20 of 40 samples {none}; they count as wrong",
+    ]
+
+
 @contextmanager
 def telling_pool(told: list[tuple[str, list[tuple[float, str]]]]) -> Iterator[InThisProcess]:
     """What each piece of work told of its progress, by name in the order of the work."""
@@ -457,20 +539,31 @@ def test_progress_is_told_from_beginning_to_end(tmp_path: Path, monkeypatch: pyt
     assert told[3][1] == [(0.4, "step 1/2"), (0.8, "step 2/2"), (0.8, "evaluating facts")]
 
 
-def test_smaller_parts_change_what_fits_and_not_what_is_found(calls: list[Call], tmp_path: Path) -> None:
+class Dying(InThisProcess):
+    """Each training and each evaluation dies twice before it works, and so is done in quarters."""
+
+    def __init__(self) -> None:
+        self.died: list[tuple[str, Any]] = []
+
+    def submit(self, name: str, function: Callable[..., Any], *arguments: Any) -> Future[Any]:
+        attempt = (name, function)
+        if function not in (one_cell.run_cell, one_cell.evaluate_cell) or self.died.count(attempt) == 2:
+            return super().submit(name, function, *arguments)
+        self.died.append(attempt)
+        future: Future[Any] = Future()
+        future.set_exception(WorkerDiedError(-9))
+        return future
+
+
+def test_smaller_parts_change_what_fits_and_not_what_is_found(
+    calls: list[Call], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As cells are done again whose processes ran out of memory."""
     experiment = small({"sft": {"learning_rates": [1e-3, 1e-2]}}, seeds=[0], evaluation=NO_CURVE)
     whole = compared(experiment, tmp_path / "whole")
     calls.clear()
-    run_cell, evaluate_cell = one_cell.run_cell, one_cell.evaluate_cell
-
-    def in_parts(function: Callable[..., Any]) -> Callable[..., Any]:
-        return lambda *arguments: function(*arguments[:-2], 4, arguments[-1])
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(one_cell, "run_cell", in_parts(run_cell))
-        patch.setattr(one_cell, "evaluate_cell", in_parts(evaluate_cell))
-        again = compared(experiment, tmp_path / "again")
+    monkeypatch.setattr(runner, "pool", lambda *_: nullcontext(Dying()))
+    again = compared(experiment, tmp_path / "again")
     assert [call.settings.batch_size for call in calls] == [256] * 2 + [64] * 4
     for one, other in zip(whole["cells"], again["cells"], strict=True):
         assert one["metrics"] == other["metrics"]
