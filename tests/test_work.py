@@ -20,7 +20,7 @@ from rich.console import Console
 
 from rlzoo.buffers import OfflineBuffer
 from rlzoo.buffers.problems import load_problems
-from rlzoo.comparison import one_cell, runner
+from rlzoo.comparison import one_cell, runner, shared_buffer
 from rlzoo.config import Experiment, ProblemSource, Rollouts, Sampling
 from rlzoo.jobs.pool import InThisProcess, WorkerDiedError
 from rlzoo.objective import get_objective
@@ -121,8 +121,9 @@ def by_name(results: Mapping[str, Any]) -> dict[str, Any]:
 
 def test_a_cell_trains_as_train_does_and_bears_its_share_of_the_costs(base: Policy, tmp_path: Path) -> None:
     """Sampled tokens were sampled and then scored once; the reference scored the whole buffer, and samples at T too."""
-    rates = {"sft": 1e-2, "rft": 3e-3, "iw-sft": 2e-4, "dpo": 5e-4}
+    rates = {"sft": 1e-2, "rft": 3e-3, "iw-sft": 2e-4, "dpo": 5e-4, "mixture": 1e-3}
     options: dict[str, dict[str, Any]] = {"rft": {"samples_per_prompt": 1}, "dpo": {"beta": 0.7}}
+    options["mixture"] = {"weights": {"sft": 0.3, "dft": 0.7}}  # of one view, each with rows and a seed of its own
     rows = {name: {"learning_rates": [rate], "options": options.get(name, {})} for name, rate in rates.items()}
     experiment = small(rows, seeds=[3], evaluation=NO_CURVE, training__steps=3, rollouts__temperature=0.8)
     results = compared(experiment, tmp_path / "out")
@@ -131,7 +132,7 @@ def test_a_cell_trains_as_train_does_and_bears_its_share_of_the_costs(base: Poli
     scoring = scoring_of(base, [row for row in buffer if row.source == "policy"])
     sampling, reference = 2 * scoring, scoring_of(base, list(buffer)) + scoring
     shared = {"sft": (0, 0.0), "rft": (completions, sampling), "iw-sft": (0, reference)}
-    shared["dpo"] = (completions, sampling + reference)
+    shared["dpo"], shared["mixture"] = (completions, sampling + reference), (0, 0.0)
     assert results["buffer"]["sampled_tokens"] == completions > 0
     for name, cell in by_name(results).items():
         settings = experiment.training_of(name).model_copy(update={"learning_rate": rates[name]})
@@ -193,10 +194,23 @@ def test_an_online_cell_pays_for_what_it_samples(base: Policy, calls: list[Call]
 def test_online_batches_have_seeds_of_their_own_and_go_through_the_prompts(
     base: Policy, calls: list[Call], tmp_path: Path
 ) -> None:
-    experiment = small({"grpo": {"mode": "online"}}, seeds=[0, 1], evaluation=NO_CURVE, training__steps=3)
+    """Two parts of a mixture share the batch, each with prompts of its own; the buffer's prompts are no limit."""
+    mixture = {"objective": "mixture", "options": {"weights": {"grpo": 0.3, "rloo": 0.7}}, "mode": "online"}
+    experiment = small(
+        {"grpo": {"mode": "online"}, "both": mixture}, seeds=[0, 1], evaluation=NO_CURVE, training__steps=3,
+        rollouts__prompts=2,
+    )  # fmt: skip
     compared(experiment, tmp_path / "out")
     online = [call for call in calls if call.trains]
-    assert len({call.seed for call in online}) == len(online) == 6
+    assert len(online) == 2 * (3 + 2 * 3)
+    mixtures = online[3:9], online[12:]
+    assert len({call.seed for mixed in mixtures for call in mixed}) == 2 * 6
+    for mixed in mixtures:
+        assert {len(call.prompts) for call in mixed} == {1}
+        first, second = ([call.prompts for call in mixed[part::2]] for part in (0, 1))
+        assert len({*first}) == len({*second}) == 3 and first != second
+    online = [*online[:3], *online[9:12]]
+    assert len({call.seed for call in online}) == 6
     everything = prompts_of(base, experiment.train)
     for own in (online[:3], online[3:]):  # 8 rows are 2 prompts of 4 samples: 3 batches are the 6 prompts
         assert sorted(prompt for call in own for prompt in call.prompts) == sorted(everything)
@@ -214,15 +228,16 @@ def test_an_online_cell_is_held_to_the_policy_it_began_as(tmp_path: Path) -> Non
 def test_what_is_drawn_in_a_cell_hangs_on_its_seed_alone(calls: list[Call], tmp_path: Path) -> None:
     """LoRA's first factor is drawn; on the same rows it decides the gradient of the second."""
     rows: list[Any] = []
+    lora = {"rank": 2, "alpha": 64.0, "target_modules": ["q_proj", "v_proj"]}
     for attempt in range(2):
         torch.rand(attempt)
         experiment = small(
-            {"sft": {}}, seeds=[0, 1], evaluation=NO_CURVE, training={"steps": 1, "batch_size": 6, "lora": {"rank": 2}}
+            {"sft": {}}, seeds=[0, 1], evaluation=NO_CURVE, training={"steps": 1, "batch_size": 6, "lora": lora}
         )
         rows.append([cell["training"] for cell in compared(experiment, tmp_path / str(attempt))["cells"]])
     assert rows[0] == rows[1]
     adapted = load_policy("embedded")
-    adapted.add_lora(rank=2)
+    adapted.add_lora(rank=2, target_modules=("q_proj", "v_proj"))
     expected = sum(p.numel() for p in adapted.model.parameters() if p.requires_grad)
     assert {call.trained for call in calls if call.seed == 1} == {expected}
     (first,), (second,) = rows[0]
@@ -337,13 +352,17 @@ def test_the_buffer_has_samples_of_as_many_prompts_as_were_asked_for(
     assert results["buffer"]["rows"] == len(buffer) == 10 + 6
 
 
-def test_token_probabilities_are_of_the_demonstrations_before_and_after(base: Policy, tmp_path: Path) -> None:
+def test_token_probabilities_are_of_the_demonstrations_before_and_after(
+    base: Policy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the first ones, where there are many."""
+    monkeypatch.setattr(shared_buffer, "PROBED_ROWS", 4)
     experiment = small({"rft": {}, "sft": {"learning_rates": [1e-2]}}, evaluation=NO_CURVE)
     results = compared(experiment, tmp_path / "out")
     buffer = OfflineBuffer.load(tmp_path / "out" / "buffer")
     rows = [(row.prompt_ids, row.completion_ids) for row in buffer if row.source == "demonstration"]
     found = results["token_probabilities"]
-    probabilities = np.exp(np.concatenate([np.array(logp) for logp in score_rows(base, rows)]))
+    probabilities = np.exp(np.concatenate([np.array(logp) for logp in score_rows(base, rows[:4])]))
     assert found["edges"] == pytest.approx(np.linspace(0, 1, 21))
     assert found["before"] == np.histogram(probabilities, np.linspace(0, 1, 21))[0].tolist()
     after = by_name(results)["sft"]["token_probabilities"]
@@ -416,14 +435,19 @@ def told(completions, trainer_state, **columns):
 
 
 def test_a_reward_is_told_how_far_the_policy_is_that_it_scores(tmp_path: Path) -> None:
-    """The base is nowhere; then come each cell's curve and validation, and the benchmarks of the better one."""
+    """The base is nowhere; then come each cell's curve and validation, and last the benchmarks of the better one."""
     (tmp_path / "told.py").write_text(TOLD)
     rows = {"sft": {"learning_rates": [1e-4, 1e-3], "training": {"steps": 4}}}
+    rows["rloo"] = {"mode": "online", "training": {"steps": 3}}
     evaluation = {**NO_CURVE, "curve_points": 2, "curve_problems": 2}
     judging = {"seconds": None, "memory_gb": None}
     compared(small(rows, evaluation=evaluation, reward=f"{tmp_path / 'told.py'}:told", judging=judging), tmp_path / "o")
     told = [tuple(json.loads(line)) for line in (tmp_path / "told.jsonl").read_text().splitlines()]
-    assert [at for at, _ in groupby(told)] == [(0, 0), (2, 4), (4, 4), (2, 4), (4, 4)]
+    assert [at for at, _ in groupby(told)] == [
+        *[(0, 0), (2, 4), (4, 4), (2, 4), (4, 4)],
+        *[(0, 3), (1, 3), (2, 3), (3, 3)],  # online its samples are scored too, after as many steps
+        (4, 4),
+    ]
 
 
 # Progress
