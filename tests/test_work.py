@@ -20,7 +20,7 @@ from rich.console import Console
 
 from rlzoo.buffers import OfflineBuffer
 from rlzoo.buffers.problems import load_problems
-from rlzoo.comparison import one_cell, runner, shared_buffer
+from rlzoo.comparison import one_cell, plan, runner, shared_buffer
 from rlzoo.config import Experiment, ProblemSource, Rollouts, Sampling
 from rlzoo.jobs.pool import InThisProcess, WorkerDiedError
 from rlzoo.objective import get_objective
@@ -488,7 +488,7 @@ def test_a_log_says_what_was_done_and_what_was_left_out(make_policy: Callable[..
     experiment = small(
         algorithms, model=str(tmp_path / "model"), seeds=[0, 1], reward=f"{own}:graded",
         train=sources[train], benchmarks={"mine": sources[test]},
-        judging={"seconds": None, "memory_gb": None}, rollouts__per_seed=True, rollouts__max_new_tokens=2,
+        scoring={"seconds": None, "memory_gb": None}, rollouts__per_seed=True, rollouts__max_new_tokens=2,
         evaluation={**NO_CURVE, "curve_points": 1, "curve_problems": 4},
     )  # fmt: skip
     log = io.StringIO()
@@ -515,7 +515,7 @@ def test_a_log_says_what_was_done_and_what_was_left_out(make_policy: Callable[..
         correct, name = results["buffers"][f"buffer-seed{seed}"]["correct"], f"  buffer of seed {seed}: "
         buffers += [f"{name}10 rows, {correct} of 8 samples correct", f"{name}4 of 8 samples {none}", f"{name}{cut}"]
     cells, expected = {(cell["algorithm"], cell["seed"]): cell for cell in results["cells"]}, []
-    for number, cell in enumerate(runner.cells(experiment), 1):
+    for number, cell in enumerate(plan.cells(experiment), 1):
         if cell.algorithm == "failing":
             expected.append(f"  [{number}/6] {cell.id} failed: RuntimeError: no [bold] step")
             continue
