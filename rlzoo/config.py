@@ -248,8 +248,9 @@ class Algorithm(_Strict):
     """More than one: each is tried on all seeds and the best on the validation problems is reported."""
     mode: Literal["offline", "online"] = "offline"
     """``online`` samples each batch anew from the policy in training; ``offline`` reads the shared buffer."""
-    learns_from: Literal["demonstrations", "correct"] | None = None
-    """Other single rows than the objective's own: ``correct`` trains SFT or DFT on the base's own correct samples."""
+    learns_from: str | None = None
+    """A view in place of the objective's own, of as many rows per unit: ``correct`` trains SFT or DFT on the base's own
+    correct samples. A registered name, ``module:Name`` or ``file.py:Name``."""
     training: Mapping[str, Any] = {}
     """Settings of `Training` that differ for this row."""
 

@@ -7,6 +7,7 @@ A sampler is sampled from online, and its run resumes as well.
 from __future__ import annotations
 
 import itertools
+import math
 import re
 import signal
 import subprocess
@@ -17,6 +18,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -37,7 +39,7 @@ from rlzoo.policy.loading import save_policy
 from rlzoo.rollout import Collector, TransformersSampler, collect_rollouts, register_sampler, sampler_of
 from rlzoo.testing import check_objective
 from rlzoo.training import Trainer, TrainingRecord, train
-from rlzoo.types import Selector, TokenBatch, Trajectory, register_view, selector_of
+from rlzoo.types import Selector, TokenBatch, Trajectory, Unit, register_view, selector_of
 from rlzoo.variance import analyze_variance
 
 PLUGINS = Path(__file__).parent / "plugins"
@@ -206,6 +208,76 @@ def test_views_by_name_or_as_an_object() -> None:
     with pytest.raises(UserError, match="view 'groups' is registered twice"):
         register_view(twice)
     assert {"demonstrations", "correct", "pairs", "groups", "unpaired"} <= {row["name"] for row in catalogue()["views"]}
+
+
+def test_a_row_of_a_comparison_learns_from_a_view_of_a_plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner, "pool", inline_pool)
+    view = f"{PLUGINS / 'rarely_solved.py'}:RarelySolved"
+    rows = {"sft-hard": {"objective": "sft", "learns_from": view}, "hard": {"objective": spec("rarely_solved")}}
+    evaluation = {"samples": 1, "max_new_tokens": 4, "curve_points": 0}
+    found = runner.compare(small(rows, evaluation=evaluation, seeds=[1]), tmp_path / "out", 1)
+    own, hard = found["cells"]
+    assert own["costs"]["sampled_tokens"] == found["buffer"]["sampled_tokens"] > 0, "its rows are samples"
+    assert [step["loss"] for step in own["training"]] == [step["loss"] for step in hard["training"]]
+
+
+ROW, PAIR, GROUP = Unit.ROW, Unit.PAIR, Unit.GROUP
+
+
+@pytest.mark.parametrize(
+    ("kind", "units", "weights", "told"),
+    [
+        (ROW, lambda rows: ((len(rows),),), None, "takes row 16 of a buffer with the rows 0 to 15"),
+        (ROW, lambda rows: ((-1,),), None, "takes row -1 of"),
+        (ROW, lambda rows: (), None, "takes none of the buffer's 16 rows"),
+        (ROW, lambda rows: None, None, "gave no units, tuples of row indices: TypeError"),
+        (ROW, lambda rows: (0, 1), None, "gave no units, tuples of row indices: TypeError"),
+        (ROW, lambda rows: rows["nothing"], None, "gave no units, tuples of row indices: KeyError"),
+        (ROW, lambda rows: ((True,), (False,)), None, "holds True, which is no row's index"),
+        (ROW, lambda rows: ((0.0,),), None, "holds 0.0, which is no row's index"),
+        (ROW, lambda rows: ((0, 1),), None, r"has the unit \(0, 1\), of 2 rows: it must be one row"),
+        (ROW, lambda rows: ((0,), ()), None, r"has the unit \(\), of 0 rows: it must be one row"),
+        (PAIR, lambda rows: ((0, 1), (2,)), None, r"has the unit \(2,\), of 1 rows: a pair is"),
+        (PAIR, lambda rows: ((0, 1), (2, 2)), None, r"has the unit \(2, 2\), a row twice: a pair is"),
+        (PAIR, lambda rows: ((0, 1), (2, 4)), None, r"has the unit \(2, 4\), of several prompts: a pair is"),
+        (GROUP, lambda rows: ((0, 1), ()), None, r"has the unit \(\), of 0 rows: a group is"),
+        (GROUP, lambda rows: ((0, 1, 0),), None, r"has the unit \(0, 1, 0\), a row twice: a group is"),
+        (GROUP, lambda rows: ((0,), (1, 2)), None, r"has the unit \(1, 2\), of several prompts: a group is"),
+        (ROW, lambda rows: ((0,), (1,)), lambda: (1.0,), "has 1 weights for 2 units: give one per unit"),
+        (ROW, lambda rows: ((0,), (1,)), lambda: (1.0, math.nan), r"gives the unit \(1,\) the weight nan: it must be"),
+        (ROW, lambda rows: ((0,), (1,)), lambda: (-1.0, 1.0), r"gives the unit \(0,\) the weight -1.0: it must be"),
+        (ROW, lambda rows: ((0,), (1,)), lambda: (0.0, 0.0), "gives all 2 units the weight 0"),
+        (ROW, lambda rows: ((0,), (1,)), lambda: 1.0, "gave no weights, a number per unit: TypeError"),
+    ],
+)
+def test_what_a_view_of_ones_own_takes_is_checked(kind: Unit, units: Any, weights: Any, told: str) -> None:
+    class Mine(Selector):
+        name = "mine"
+        unit = kind
+
+        def units(self, rows: Any) -> Any:  # type: ignore[override]
+            return units(rows)
+
+        def weights(self, rows: Any, units: Any) -> Any:
+            return None if weights is None else weights()
+
+    with pytest.raises(UserError, match=f"^the view 'mine' {told}"):
+        buffer_of(load_policy("embedded")).view(Mine())
+
+
+def test_a_view_may_give_numpys_numbers() -> None:
+    class Mine(Selector):
+        name = "mine"
+        unit = Unit.PAIR
+
+        def units(self, rows: Any) -> Any:  # type: ignore[override]
+            return np.arange(4).reshape(2, 2)
+
+        def weights(self, rows: Any, units: Any) -> Any:
+            return np.array([1.0, 3.0])
+
+    view = buffer_of(load_policy("embedded")).view(Mine())
+    assert repr(view.units) == "((0, 1), (2, 3))" and view.weights == (1.0, 3.0)
 
 
 def test_samplers_by_name(tmp_path: Path) -> None:
