@@ -146,7 +146,8 @@ class EvaluationSettings(Sampling):
     """``samples`` at ``temperature`` give avg@k and pass@k; one more, greedy, gives the greedy score."""
 
     k: Annotated[Positive | tuple[Positive, ...] | None, pydantic.WrapValidator(_one_or_several)] = None
-    """pass@k's k, at most ``samples``, or several, the first of which the main tables show; None: ``samples``."""
+    """The k of pass@k and maj@k, at most ``samples``, or several, the first of which the main tables show; None:
+    ``samples``."""
     metrics: tuple[str, ...] = ()
     """Metrics besides the built-in ones: registered names, ``module:Name`` or ``file.py:Name``."""
     correct_at: float = 0.5

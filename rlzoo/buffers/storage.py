@@ -160,10 +160,10 @@ def _read_jsonl(path: Path, bad: BadRows) -> datasets.Dataset:
         table = to_table(row for _, row in read if not isinstance(row, UserError))
         wrong, place, kept = wrong_rows(table), itertools.count(), list[int]()
         for number, row in read:
-            index = None if isinstance(row, UserError) else next(place)
-            error = row if isinstance(row, UserError) else UserError(wrong[index]) if index in wrong else None
-            if error is not None:
-                bad.refuse(f"{path} line {number}", error)
+            if isinstance(row, UserError):
+                bad.refuse(f"{path} line {number}", row)
+            elif (index := next(place)) in wrong:
+                bad.refuse(f"{path} line {number}", UserError(wrong[index]))
             else:
                 kept.append(index)
         tables.append(table.take(kept) if wrong else table)

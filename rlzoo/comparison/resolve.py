@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from rlzoo.buffers.problems import EncodedProblem, Problem, load_problems
 from rlzoo.buffers.views import check_options
+from rlzoo.comparison.statistics import OVERALL
 from rlzoo.config import BASE, Experiment
 from rlzoo.errors import UserError, unknown
 from rlzoo.evaluation import Metric, metric_table
@@ -81,6 +82,8 @@ def check(experiment: Experiment) -> None:
         sampler_class(settings)
     if BASE in experiment.algorithms:
         raise UserError(f"algorithms.{BASE}: results call the untrained model so; give the row another name")
+    if OVERALL in experiment.benchmarks:
+        raise UserError(f"benchmarks.{OVERALL}: results call the mean of all so; give the benchmark another name")
     if experiment.baseline is not None and experiment.baseline not in experiment.algorithms:
         raise unknown("baseline", experiment.baseline, experiment.algorithms)
     for source in (experiment.train, experiment.validation):
