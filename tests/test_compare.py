@@ -179,8 +179,26 @@ def test_a_row_may_learn_from_the_bases_own_correct_samples(tmp_path: Path) -> N
     own, rft = results["cells"]
     assert own["costs"]["sampled_tokens"] == results["buffer"]["sampled_tokens"] > 0
     assert numbers({"cells": [{**own, "algorithm": "rft"}]})["cells"][0]["metrics"] == rft["metrics"]
-    with pytest.raises(UserError, match="learns_from is for objectives of single rows; 'dpo' learns from pairs"):
-        quietly(small({"dpo": {"learns_from": "correct"}}), tmp_path / "wrong")
+
+
+@pytest.mark.parametrize(
+    ("objective", "view", "message"),
+    [
+        ("dpo", "correct", "the view 'correct' has single rows, and 'dpo' learns from pairs: name a view of pairs"),
+        ("sft", "groups", "the view 'groups' has groups, and 'sft' learns from single rows"),
+        (
+            "kto",
+            "demonstrations",
+            "of the view 'demonstrations' may have no reward, and 'kto' learns from rewards",
+        ),
+        ("sft", "corect", "unknown view 'corect': did you mean 'correct'?"),
+        ("sft", "nowhere.py:View", "view file .* does not exist"),
+        ("sft-q", "unpaired", "unknown option of the view 'unpaired' 'weighted'"),
+    ],
+)
+def test_a_view_that_a_row_cannot_learn_from(objective: str, view: str, message: str) -> None:
+    with pytest.raises(UserError, match=f"^algorithms.{objective}: .*{message}"):
+        resolve.check(small({objective: {"learns_from": view}}))
 
 
 @pytest.mark.usefixtures("undrawn")
