@@ -279,7 +279,7 @@ def test_the_mean_over_benchmarks_is_reported_like_a_benchmark(tmp_path: Path) -
         assert row["mean"] == pytest.approx(sum(one["mean"] for one in each) / 2)
         assert row["ci_low"] < row["mean"] < row["ci_high"]
         low, high = (f"{100 * row[end]:.1f}" for end in ("ci_low", "ci_high"))
-        assert re.search(rf"\*?{100 * row['mean']:.1f} \\\\\[{low}, {high}\\\\\]", scores)
+        assert re.search(rf"\*?{100 * row['mean']:.1f} \\\[{low}, {high}\\\]", scores)
     assert "| algorithm | avg@4 (%) | greedy (%) | pass@2 (%) | seeds |" in scores
     assert "| algorithm | avg@4 (points) | greedy (points) | pass@2 (points) |" in differences and ", p" in differences
     assert "By the mean over benchmarks, weighted has the best avg@4" in markdown
