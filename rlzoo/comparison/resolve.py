@@ -83,9 +83,7 @@ def check(experiment: Experiment) -> None:
     if BASE in experiment.algorithms:
         raise UserError(f"algorithms.{BASE}: this name stands for the untrained model in results; give the row another")
     if OVERALL in experiment.benchmarks:
-        raise UserError(
-            f"benchmarks.{OVERALL}: this name stands for the mean in results; give the benchmark another"
-        )
+        raise UserError(f"benchmarks.{OVERALL}: this name stands for the mean in results; give the benchmark another")
     if experiment.baseline is not None and experiment.baseline not in experiment.algorithms:
         raise unknown("baseline", experiment.baseline, experiment.algorithms)
     for source in (experiment.train, experiment.validation):

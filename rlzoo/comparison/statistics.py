@@ -300,7 +300,7 @@ def result_matrices(outcomes: pa.Table, k: int | Mapping[str, int]) -> dict[Resu
 
 
 def _overall(matrices: Mapping[ResultKey, ResultMatrix]) -> dict[ResultKey, ResultMatrix]:
-    """The results on all benchmarks together, by their common seeds, of each algorithm × metric with results on each."""
+    """The results on all benchmarks together, by common seeds, of each algorithm × metric with results on each."""
     benchmarks = list(dict.fromkeys(benchmark for _, benchmark, _ in matrices))
     found: dict[ResultKey, ResultMatrix] = {}
     for algorithm, metric in dict.fromkeys((algorithm, metric) for algorithm, _, metric in matrices):
