@@ -1,0 +1,59 @@
+"""Experiment files: those that ship with rlzoo, and a user's own, with changes laid over them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from rlzoo.config.settings import Experiment
+from rlzoo.config.validation import validated
+from rlzoo.errors import UserError, unknown
+
+EXPERIMENTS = Path(__file__).parent.parent / "experiments"
+
+
+def list_experiments() -> dict[str, str]:
+    """The experiments that ship with rlzoo: name → description."""
+    found = {}
+    for path in sorted(EXPERIMENTS.glob("*.yaml")):
+        found[path.stem] = str(read_yaml(path).get("description", "")).strip()
+    return found
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML file that holds a mapping. Raises UserError with the line of a mistake."""
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"experiment file {str(path)!r} cannot be read: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f" line {mark.line + 1}:" if mark else ""
+        raise UserError(f"{path}:{line} not valid YAML: {getattr(error, 'problem', None) or error}") from None
+    if not isinstance(data, dict):
+        raise UserError(f"{path}: an experiment is a mapping of settings, not {type(data).__name__}")
+    return data
+
+
+def load_experiment(name: str, changes: Mapping[str, Any] | None = None) -> Experiment:
+    """An experiment by name or file path, with ``changes`` (dotted keys → values) laid over it."""
+    path = Path(name) if name.endswith((".yaml", ".yml")) else EXPERIMENTS / f"{name}.yaml"
+    if not name.endswith((".yaml", ".yml")) and not path.is_file():
+        raise unknown("experiment", name, [p.stem for p in EXPERIMENTS.glob("*.yaml")])
+    data = {"name": path.stem, **read_yaml(path)}
+    for key, value in (changes or {}).items():
+        lay(data, key, value)
+    return validated(Experiment, data, str(path.name))
+
+
+def lay(data: dict[str, Any], key: str, value: Any) -> None:
+    """Set a dotted key in nested mappings; those on the way are copied, or created."""
+    *parents, last = key.split(".")
+    for parent in parents:
+        child = data.get(parent)
+        data[parent] = child = dict(child) if isinstance(child, Mapping) else {}
+        data = child
+    data[last] = value
