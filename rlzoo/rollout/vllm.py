@@ -33,6 +33,11 @@ AT_A_TIME = 64
 TIMEOUT = 3600.0
 """Seconds until a server's silence is an error."""
 
+Prompts = Sequence[Sequence[int]]
+Asked = Sequence[Mapping[str, Any]]
+"""What an engine is asked for each prompt: `_asked`."""
+Progress = Callable[[int], None]
+
 
 class _Handed:
     """What an engine holds: the weights of which model, at which of its versions."""
@@ -81,11 +86,11 @@ class _VLLM(Sampler):
 
     def sample(
         self,
-        prompts: Sequence[Sequence[int]],
+        prompts: Prompts,
         settings: Sampling,
         seed: int,
         greedy: bool = False,
-        progress: Callable[[int], None] | None = None,
+        progress: Progress | None = None,
         numbers: Sequence[int] | None = None,
     ) -> list[list[Sample]]:
         if not self.handed.holds(self.policy):
@@ -99,12 +104,7 @@ class _VLLM(Sampler):
         """Give the engine the policy's weights."""
         raise NotImplementedError(f"{type(self).__name__} must define _hand_over()")
 
-    def _completed(
-        self,
-        prompts: Sequence[Sequence[int]],
-        asked: Sequence[Mapping[str, Any]],
-        progress: Callable[[int], None],
-    ) -> list[list[Sample]]:
+    def _completed(self, prompts: Prompts, asked: Asked, progress: Progress) -> list[list[Sample]]:
         """The samples of each prompt, for which this is ``asked``."""
         raise NotImplementedError(f"{type(self).__name__} must define _completed(prompts, asked, progress)")
 
@@ -129,12 +129,7 @@ class VLLMServerSampler(_VLLM):
         self.handed = _servers.setdefault(self.url, _Handed())
         self.handed.forget()  # it may have been started anew since it was last asked
 
-    def _completed(
-        self,
-        prompts: Sequence[Sequence[int]],
-        asked: Sequence[Mapping[str, Any]],
-        progress: Callable[[int], None],
-    ) -> list[list[Sample]]:
+    def _completed(self, prompts: Prompts, asked: Asked, progress: Progress) -> list[list[Sample]]:
         def one(place: int) -> list[Sample]:
             some = asked[place]
             content = {"model": self.model, "prompt": list(prompts[place]), "logprobs": 0, "return_token_ids": True}
@@ -217,12 +212,7 @@ class VLLMSampler(_VLLM):
         self.engine.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights.items())})
         self.engine.reset_prefix_cache()
 
-    def _completed(
-        self,
-        prompts: Sequence[Sequence[int]],
-        asked: Sequence[Mapping[str, Any]],
-        progress: Callable[[int], None],
-    ) -> list[list[Sample]]:
+    def _completed(self, prompts: Prompts, asked: Asked, progress: Progress) -> list[list[Sample]]:
         from vllm import SamplingParams
 
         try:
