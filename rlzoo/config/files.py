@@ -15,6 +15,22 @@ from rlzoo.errors import UserError, unknown
 EXPERIMENTS = Path(__file__).parent.parent / "experiments"
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML in which a key stands once in a mapping; PyYAML would take the last of several."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if key.tag.endswith(":merge") or not isinstance(key, yaml.ScalarNode):
+                continue
+            if key.value in seen:
+                problem = f"it has the key {key.value!r} more than once"
+                raise yaml.constructor.ConstructorError(problem=problem, problem_mark=key.start_mark)
+            seen.add(key.value)
+        found: dict[Any, Any] = super().construct_mapping(node, deep)
+        return found
+
+
 def list_experiments() -> dict[str, str]:
     """The experiments that ship with rlzoo: name → description."""
     found = {}
@@ -26,7 +42,7 @@ def list_experiments() -> dict[str, str]:
 def read_yaml(path: Path) -> dict[str, Any]:
     """A YAML file that holds a mapping. Raises UserError with the line of a mistake."""
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        data = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except OSError as error:
         raise UserError(f"experiment file {str(path)!r} cannot be read: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
