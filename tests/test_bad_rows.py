@@ -289,8 +289,9 @@ def test_a_value_that_no_row_has_is_refused_whatever_it_is_read_from(
         drop = BadRows("drop")
         assert [vars(row) for row in OfflineBuffer.load(tmp_path / name, drop)] == [GOOD, GOOD]
         assert (drop.rows, drop.dropped) == (3, 1)
-    with pytest.raises(UserError, match=r"^row 2 of the data set: "):
+    with pytest.raises(UserError, match=r"^row 2 of the data set: ") as error:
         OfflineBuffer(rows)
+    assert "bad_rows" not in str(error.value), "no setting drops rows of what is no file"
 
 
 @pytest.mark.parametrize(

@@ -278,10 +278,9 @@ WRAPPED = {"type": "function", "function": FUNCTION}
 def test_sharegpts_tools_are_those_of_the_template(column: str, tools: Any, shown: Any) -> None:
     tokenizer = built("{% if tools %}tools:{{ tools | tojson }}\n{% endif %}" + TOOLS)
     (row,) = from_trl([{column: [turn("human", "USD?"), turn("gpt", "0.9")], "tools": tools}], tokenizer)
-    head = "" if shown is None else "tools:" + tokenizer.apply_chat_template(
-        [], tools=shown, chat_template="{{ tools | tojson }}", tokenize=False
-    ) + "\n"  # fmt: skip
-    assert row.prompt == head + "u:USD?\na:"
+    asked = [{"role": "user", "content": "USD?"}]
+    assert row.prompt == tokenizer.apply_chat_template(asked, tools=shown, add_generation_prompt=True, tokenize=False)
+    assert ("tools:" in row.prompt) == (shown is not None)
 
 
 @pytest.mark.parametrize(

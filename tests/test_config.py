@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from rlzoo.comparison.plan import Cell, cells, chosen_cells
-from rlzoo.config import Experiment, Training, list_experiments, load_experiment, validated
+from rlzoo.config import Experiment, Training, list_experiments, load_experiment, read_yaml, validated
 from rlzoo.errors import UserError
 
 
@@ -121,6 +121,15 @@ def test_an_unknown_setting_of_a_row_names_the_nearest() -> None:
 )
 def test_a_wrong_setting_is_named(changes: dict[str, Any], told: str) -> None:
     assert told in refused(changes)
+
+
+def test_a_key_that_is_there_twice_is_named_with_its_line(tmp_path: Path) -> None:
+    file = tmp_path / "twice.yaml"
+    file.write_text("model: embedded\ntraining:\n  steps: 4\n  batch_size: 8\n  steps: 5\n")
+    with pytest.raises(UserError, match=r"twice\.yaml: line 5: not valid YAML: it has the key 'steps' more than once"):
+        read_yaml(file)
+    file.write_text("a: &a {x: 1, y: 2}\nb: {<<: *a, x: 3}\n")
+    assert read_yaml(file)["b"] == {"x": 3, "y": 2}, "what is laid over an anchor's keys is no repetition"
 
 
 def test_a_missing_setting_is_named() -> None:

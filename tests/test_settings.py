@@ -25,7 +25,7 @@ import yaml
 from comparisons import inline_pool, small
 from rich.console import Console
 
-from rlzoo import cli, config
+from rlzoo import cli
 from rlzoo.buffers import OfflineBuffer
 from rlzoo.buffers.problems import load_problems
 from rlzoo.cli import app, settings
@@ -33,6 +33,7 @@ from rlzoo.cli.settings import TrainSettings
 from rlzoo.comparison import one_cell, resolve, runner, shared_buffer
 from rlzoo.comparison.plan import cells
 from rlzoo.config import EvaluationSettings, Experiment, ProblemSource, Rollouts, Sampling, Training, load_experiment
+from rlzoo.config import settings as config
 from rlzoo.errors import UserError
 from rlzoo.objective import get_objective
 from rlzoo.policy import Policy, load_policy

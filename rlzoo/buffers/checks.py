@@ -33,8 +33,11 @@ def checked(rows: datasets.Dataset, origin: str, bad: BadRows | None = None) -> 
     unless such rows are dropped.
     """
     rows = conform(rows, origin)
-    wrong, bad = wrong_rows(arrow(rows)), BadRows() if bad is None else bad
-    bad.rows += len(rows)
+    wrong = wrong_rows(arrow(rows))
+    if bad is None:  # of what is no file: no setting drops its rows
+        bad = BadRows()
+    else:
+        bad.rows += len(rows)
     for row, reason in wrong.items():
         bad.refuse(f"row {row + 1} of {origin}", UserError(reason))
     bad.require_some(len(rows) - len(wrong))

@@ -33,6 +33,11 @@ AT_A_TIME = 64
 TIMEOUT = 3600.0
 """Seconds until a server's silence is an error."""
 
+Prompts = Sequence[Sequence[int]]
+Asked = Sequence[Mapping[str, Any]]
+"""What an engine is asked for each prompt: `_asked`."""
+Progress = Callable[[int], None]
+
 
 class _Handed:
     """What an engine holds: the weights of which model, at which of its versions."""
@@ -46,10 +51,14 @@ class _Handed:
         same = self._model is not None and self._model() is policy.model  # by id, a new model could pass for an old one
         return all(gathered(same and self._version == policy.weights_version))
 
+    def forget(self) -> None:
+        """Nobody knows what the engine holds."""
+        self._model = None
+
     @contextmanager
     def taking(self, policy: Policy) -> Iterator[None]:
         """While the policy's weights are handed over. If that fails, nobody knows what the engine holds."""
-        self._model = None
+        self.forget()
         yield
         self._model, self._version = weakref.ref(policy.model), policy.weights_version
 
@@ -61,14 +70,43 @@ _servers: dict[str, _Handed] = {}
 
 
 class _VLLM(Sampler):
-    """What both kinds of engine have in common."""
+    """What both kinds of engine have in common: weights are handed over where they changed, and prompts are asked for.
+
+    Every prompt has a seed of its own.
+    """
 
     name: ClassVar[str] = "vllm"
     gives_logp: ClassVar[bool] = True
+    policy: Policy
+    handed: _Handed
 
     def portion(self, settings: Sampling) -> int:
         """What keeps an engine busy that batches prompts itself."""
         return super().portion(settings) * ENGINE_BATCHES
+
+    def sample(
+        self,
+        prompts: Prompts,
+        settings: Sampling,
+        seed: int,
+        greedy: bool = False,
+        progress: Progress | None = None,
+        numbers: Sequence[int] | None = None,
+    ) -> list[list[Sample]]:
+        if not self.handed.holds(self.policy):
+            with self.handed.taking(self.policy):
+                self._hand_over()
+        streams = range(len(prompts)) if numbers is None else numbers
+        asked = [_asked(self.policy, settings, seed, number, greedy) for number in streams]
+        return self._completed(prompts, asked, progress or (lambda done: None))
+
+    def _hand_over(self) -> None:
+        """Give the engine the policy's weights."""
+        raise NotImplementedError(f"{type(self).__name__} must define _hand_over()")
+
+    def _completed(self, prompts: Prompts, asked: Asked, progress: Progress) -> list[list[Sample]]:
+        """The samples of each prompt, for which this is ``asked``."""
+        raise NotImplementedError(f"{type(self).__name__} must define _completed(prompts, asked, progress)")
 
 
 class VLLMServerSampler(_VLLM):
@@ -88,32 +126,16 @@ class VLLMServerSampler(_VLLM):
             self.model = str(models["data"][0]["id"])
         except (KeyError, IndexError, TypeError):
             raise self._no_server() from None
-        _servers[self.url] = _Handed()  # it may have been started anew since it was last asked
+        self.handed = _servers.setdefault(self.url, _Handed())
+        self.handed.forget()  # it may have been started anew since it was last asked
 
-    def sample(
-        self,
-        prompts: Sequence[Sequence[int]],
-        settings: Sampling,
-        seed: int,
-        greedy: bool = False,
-        progress: Callable[[int], None] | None = None,
-        numbers: Sequence[int] | None = None,
-    ) -> list[list[Sample]]:
-        if not (handed := _servers[self.url]).holds(self.policy):
-            with handed.taking(self.policy):
-                self._hand_over()
-
-        streams = range(len(prompts)) if numbers is None else numbers
-
+    def _completed(self, prompts: Prompts, asked: Asked, progress: Progress) -> list[list[Sample]]:
         def one(place: int) -> list[Sample]:
-            asked = _asked(self.policy, settings, seed, streams[place], greedy)
-            asked["return_token_ids"] = True
-            found = self._ask(
-                "/v1/completions", {"model": self.model, "prompt": list(prompts[place]), "logprobs": 0, **asked}
-            )
-            if progress is not None:
-                progress(1)
-            own = settings.temperature == 1.0 and settings.top_p == 1.0 and not greedy
+            some = asked[place]
+            content = {"model": self.model, "prompt": list(prompts[place]), "logprobs": 0, "return_token_ids": True}
+            found = self._ask("/v1/completions", {**content, **some})
+            progress(1)
+            own = (some["temperature"], some["top_p"]) == (1.0, 1.0)
             return [
                 _sample(
                     self.policy,
@@ -123,11 +145,11 @@ class VLLMServerSampler(_VLLM):
                 for choice in sorted(found["choices"], key=lambda choice: choice["index"])
             ]
 
-        def some(numbers: list[int]) -> list[list[Sample]]:
+        def several(places: list[int]) -> list[list[Sample]]:
             with ThreadPoolExecutor(AT_A_TIME) as threads:
-                return list(threads.map(one, numbers))
+                return list(threads.map(one, places))
 
-        return shared(prompts, some, self.policy)
+        return shared(prompts, several, self.policy)
 
     def _hand_over(self) -> None:
         with tempfile.TemporaryDirectory(prefix="rlzoo-weights-") as folder:
@@ -167,7 +189,7 @@ class VLLMServerSampler(_VLLM):
 class VLLMSampler(_VLLM):
     """Samples with a vLLM engine of this process (colocated). Raises UserError where vLLM is not installed.
 
-    ``options`` go to ``vllm.LLM``. Every prompt has a seed of its own. Log-probs are those of the distribution that
+    ``options`` go to ``vllm.LLM``. Log-probs are those of the distribution that
     was sampled from, temperature and top-p applied.
     """
 
@@ -183,26 +205,16 @@ class VLLMSampler(_VLLM):
         key = json.dumps([where, str(policy.model.dtype), options], sort_keys=True, default=str)
         if key not in _engines:
             _engines[key] = (_start(where, policy, options), _Handed())
-        self.engine, self._handed = _engines[key]
+        self.engine, self.handed = _engines[key]
 
-    def sample(
-        self,
-        prompts: Sequence[Sequence[int]],
-        settings: Sampling,
-        seed: int,
-        greedy: bool = False,
-        progress: Callable[[int], None] | None = None,
-        numbers: Sequence[int] | None = None,
-    ) -> list[list[Sample]]:
+    def _hand_over(self) -> None:
+        weights = merged(self.policy.model, dict(self.policy.model.state_dict()))
+        self.engine.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights.items())})
+        self.engine.reset_prefix_cache()
+
+    def _completed(self, prompts: Prompts, asked: Asked, progress: Progress) -> list[list[Sample]]:
         from vllm import SamplingParams
 
-        if not self._handed.holds(self.policy):
-            with self._handed.taking(self.policy):
-                weights = merged(self.policy.model, dict(self.policy.model.state_dict()))
-                self.engine.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights.items())})
-                self.engine.reset_prefix_cache()
-        streams = range(len(prompts)) if numbers is None else numbers
-        asked = [_asked(self.policy, settings, seed, number, greedy) for number in streams]
         try:
             found = self.engine.generate(
                 [{"prompt_token_ids": list(prompt)} for prompt in prompts],
@@ -211,8 +223,7 @@ class VLLMSampler(_VLLM):
             )
         except ValueError as error:  # of a prompt that is longer than its max_model_len, say
             raise UserError(f"vLLM refuses prompts of up to {max(map(len, prompts))} tokens ({error!s:.200})") from None
-        if progress is not None:
-            progress(len(prompts))
+        progress(len(prompts))
         return [
             [
                 _sample(

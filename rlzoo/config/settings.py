@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, Literal
 
 import pydantic
-import yaml
 from pydantic import Field
 
-from rlzoo.errors import UserError, unknown
+from rlzoo.config.validation import validated
 
 OnBadRow = Literal["reject", "drop"]
 
@@ -20,8 +18,6 @@ BASE = "base"
 Positive = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(gt=0, le=1)]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-M = TypeVar("M", bound=pydantic.BaseModel)
-EXPERIMENTS = Path(__file__).parent / "experiments"
 
 
 def _named_null(value: Any) -> Any:
@@ -345,83 +341,3 @@ class Experiment(_Strict):
 
     def learning_rates_of(self, name: str) -> tuple[float, ...]:
         return self.algorithms[name].learning_rates or (self.training_of(name).learning_rate,)
-
-
-def validated(model: type[M], data: Any, where: str) -> M:
-    """``data`` as a ``model``. Raises UserError naming the first wrong field."""
-    try:
-        return model.model_validate(data)
-    except pydantic.ValidationError as error:
-        first = error.errors()[0]
-        *parents, last = [str(part) for part in first["loc"]] or [""]
-        if first["type"] == "extra_forbidden":
-            owner = _owner(model, first["loc"][:-1])
-            inside = f"setting of {'.'.join(parents)}" if parents else "setting"
-            raise unknown(f"{inside} in {where}", last, owner.model_fields if owner else []) from None
-        reason = first["msg"].removeprefix("Value error, ")
-        given = "" if first["type"] in ("missing", "value_error") else f" = {first['input']!r:.60}"
-        field = f"{'.'.join([*parents, last])}{given}: " if last else ""
-        raise UserError(f"{where}: {field}{reason}") from None
-
-
-def list_experiments() -> dict[str, str]:
-    """The experiments that ship with rlzoo: name → description."""
-    found = {}
-    for path in sorted(EXPERIMENTS.glob("*.yaml")):
-        found[path.stem] = str(read_yaml(path).get("description", "")).strip()
-    return found
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """Read a YAML file that contains a mapping. Raises UserError with the line of a mistake."""
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"experiment file {str(path)!r} cannot be read: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f" line {mark.line + 1}:" if mark else ""
-        raise UserError(f"{path}:{line} not valid YAML: {getattr(error, 'problem', None) or error}") from None
-    if not isinstance(data, dict):
-        raise UserError(f"{path}: an experiment is a mapping of settings, not {type(data).__name__}")
-    return data
-
-
-def load_experiment(name: str, changes: Mapping[str, Any] | None = None) -> Experiment:
-    """An experiment by name or file path, with ``changes`` (dotted keys → values) applied."""
-    path = Path(name) if name.endswith((".yaml", ".yml")) else EXPERIMENTS / f"{name}.yaml"
-    if not name.endswith((".yaml", ".yml")) and not path.is_file():
-        raise unknown("experiment", name, [p.stem for p in EXPERIMENTS.glob("*.yaml")])
-    data = {"name": path.stem, **read_yaml(path)}
-    for key, value in (changes or {}).items():
-        lay(data, key, value)
-    return validated(Experiment, data, str(path.name))
-
-
-def lay(data: dict[str, Any], key: str, value: Any) -> None:
-    """Set a dotted key in nested mappings; mappings on its path are copied, or created."""
-    *parents, last = key.split(".")
-    for parent in parents:
-        child = data.get(parent)
-        data[parent] = child = dict(child) if isinstance(child, Mapping) else {}
-        data = child
-    data[last] = value
-
-
-def _owner(model: type[pydantic.BaseModel], path: tuple[Any, ...]) -> type[pydantic.BaseModel] | None:
-    """The model that holds the field at ``path``; None for one of a list."""
-    owner: Any = model
-    for part in path:
-        field = getattr(owner, "model_fields", {}).get(part)
-        if field is not None:  # else a key of a mapping: the owner is already the model of its values
-            owner = field.annotation if hasattr(field.annotation, "model_fields") else _inner(field.annotation)
-    found: type[pydantic.BaseModel] | None = owner
-    return found
-
-
-def _inner(annotation: Any) -> Any:
-    for argument in get_args(annotation):
-        found = argument if hasattr(argument, "model_fields") else _inner(argument)
-        if found is not None:
-            return found
-    return None
