@@ -118,7 +118,7 @@ HEAD = "from dataclasses import dataclass, field\nimport rlzoo\n@dataclass(froze
     ("fields", "options", "told"),
     [
         ("    scale: float\n", {}, "needs the option 'scale', which has no default"),
-        ("    scale: Unknown = 1\n", {"scale": 1}, "'mine' has an annotation that cannot be read: name 'Unknown'"),
+        ("    scale: Unknown = 1\n", {"scale": 1}, "'mine' has an annotation that cannot be resolved: name 'Unknown'"),
         ("    scale: float = 1\n", {"scale": "x"}, "option 'scale' = 'x': Input should be a valid number"),
         (
             "    def __post_init__(self): raise ValueError('scale?')\n",

@@ -411,7 +411,7 @@ def test_a_model_that_makes_logits_in_an_unknown_way_is_refused(monkeypatch: pyt
         return out
 
     monkeypatch.setattr(LlamaForCausalLM, "forward", scaled)
-    with pytest.raises(UserError, match="'llama' makes its logits"):
+    with pytest.raises(UserError, match="'llama' computes its logits"):
         load_policy("embedded")
 
 
@@ -430,7 +430,9 @@ def test_a_folder_that_lacks_something_is_refused(tmp_path: Path) -> None:
     weights = load_file(tmp_path / "model.safetensors")
     most = {name: weight for name, weight in weights.items() if name != "model.norm.weight"}
     save_file(most, tmp_path / "model.safetensors", {"format": "pt"})
-    with pytest.raises(UserError, match=r"has no weights for model\.norm\.weight \(1 in all\): is its folder whole\?"):
+    with pytest.raises(
+        UserError, match=r"has no weights for model\.norm\.weight \(1 in all\): is its folder complete\?"
+    ):
         load_policy(str(tmp_path))
     (tmp_path / "model.safetensors").unlink()
     torch.save(weights, tmp_path / "pytorch_model.bin")  # a pickle, which could run anything

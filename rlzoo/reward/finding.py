@@ -1,4 +1,4 @@
-"""Rewards: finding them by name, giving them their options, and checking what they return.
+"""Rewards: finding them by name, binding their options, and checking what they return.
 
 A reward has TRL's signature, ``reward(prompts, completions, **columns) -> list[float | None]``, sync or
 async, so that TRL's rewards work here and ours work there. Prompts and completions are strings or
@@ -33,19 +33,19 @@ _Callable = TypeVar("_Callable", bound=Callable[..., Any])
 
 @dataclass(frozen=True)
 class Score:
-    """What a completion earned; None where the reward could not tell."""
+    """The reward of a completion; None if the reward returned none."""
 
     value: float | None
     parts: dict[str, float | None]
-    """The value of each named part: of the reward itself, or of the terms of a weighted sum."""
+    """The value of each named part: the reward itself, or the terms of a weighted sum."""
     extra: dict[str, Any] = field(default_factory=dict)
-    """What the reward logged of this completion with ``log_extra``."""
+    """Values that the reward logged for this completion with ``log_extra``."""
     metrics: dict[str, float] = field(default_factory=dict)
-    """What it logged of the whole call with ``log_metric``."""
+    """Numbers that it logged for the whole call with ``log_metric``."""
 
 
 class CompositeReward(ABC):
-    """A reward made of named parts, which reports each part's value beside its own."""
+    """A reward with named parts, which reports the value of each."""
 
     def __call__(
         self,
@@ -71,23 +71,23 @@ class CompositeReward(ABC):
         completion_ids: Sequence[Sequence[int]] | None = None,
         on_error: OnError = "fail",
     ) -> list[Score]:
-        """One `Score` for each completion."""
+        """One `Score` per completion."""
 
     def answers(self, completions: Sequence[Any]) -> list[str | None]:
-        """What `Reward.answers` gives; by default, no answers."""
+        """See `Reward.answers`; by default, no answers."""
         return [None] * len(completions)
 
 
 @dataclass(frozen=True)
 class Reward:
-    """A reward ready to be called: its options are bound, and what it returns is checked."""
+    """A reward ready to be called: its options are bound, and its return values are checked."""
 
     name: str
     function: Callable[..., Any]
     on_error: OnError = "fail"
-    """What a row is worth on which the reward fails: an error that names it, or None and a warning."""
+    """What happens to a row on which the reward fails: an error that names it, or None and a warning."""
     state: TrainerState = field(default_factory=TrainerState, compare=False)
-    """What it gets as ``trainer_state``."""
+    """The argument ``trainer_state``."""
 
     @property
     def __name__(self) -> str:
@@ -110,7 +110,7 @@ class Reward:
         return [score.value for score in self.score(prompts, completions, columns, completion_ids)]
 
     def at(self, step: int, max_steps: int, epoch: float = 0.0) -> Reward:
-        """The same, told that ``step`` of ``max_steps`` optimizer steps are done, and ``epoch`` passes over prompts."""
+        """The same reward after ``step`` of ``max_steps`` optimizer steps and ``epoch`` passes over the prompts."""
         return replace(self, state=replace(self.state, global_step=step, max_steps=max_steps, epoch=epoch))
 
     def score(
@@ -127,7 +127,7 @@ class Reward:
         """
         if not completions:
             return []
-        columns = {"trainer_state": self.state, **columns}  # TRL passes its own where it calls this
+        columns = {"trainer_state": self.state, **columns}  # TRL passes its own when it calls this
         if isinstance(self.function, CompositeReward):
             return self.function.score(prompts, completions, columns, completion_ids, self.on_error)
         arguments = {**columns, "prompts": prompts, "completions": completions}
@@ -135,7 +135,7 @@ class Reward:
             arguments["completion_ids"] = completion_ids
         try:
             return self._called(arguments, len(completions))
-        except UserError:  # the data lacks something: no row is at fault
+        except UserError:  # the data lacks something: not the fault of a row
             raise
         except RAISED as error:
             return self._one_by_one(arguments, len(completions), error)
@@ -143,8 +143,8 @@ class Reward:
     def answers(self, completions: Sequence[Any]) -> list[str | None]:
         """The answer that each completion commits to, by the reward's method ``answer_of(completion)``.
 
-        It is empty where a completion commits to none, and None where the reward has no such method. Raises UserError
-        where that raises, with ``on_error="fail"``.
+        Empty if a completion has no answer, None if the reward has no such method. With ``on_error="fail"``, raises
+        UserError if the method raises.
         """
         answer_of = getattr(_innermost(self.function), "answer_of", None)
         try:
@@ -159,13 +159,13 @@ class Reward:
         return [None] * len(completions)
 
     def _called(self, arguments: Mapping[str, Any], rows: int, first: int = 0) -> list[Score]:
-        """The scores of ``rows`` completions, the first of them that of row ``first``."""
+        """The scores of ``rows`` completions, of which the first is row ``first``."""
         log = Log(self.name, rows)
         values = self._checked(call(self.function, self._given(arguments, log, rows)), rows, first)
         return [Score(v, {self.name: v}, *logged) for v, logged in zip(values, log.of_rows(), strict=True)]
 
     def _given(self, arguments: Mapping[str, Any], log: Log, rows: int) -> dict[str, Any]:
-        """What the reward takes of the arguments and of TRL's functions to log with."""
+        """The arguments that the reward takes, TRL's logging functions included."""
         arguments = {"log_extra": log.extra, "log_metric": log.metric, **arguments}
         given = _accepted(self.function, arguments, self.name)
         for name, values in given.items():
@@ -174,7 +174,7 @@ class Reward:
         return given
 
     def _one_by_one(self, arguments: Mapping[str, Any], rows: int, whole: BaseException) -> list[Score]:
-        """Call the reward on each row alone: to find the offending ones of an error on all of them."""
+        """Call the reward on each row alone, to find the offending rows."""
         scores: list[Score] = []
         hint: str | None = None
         for row, alone in enumerate(one_by_one(arguments, rows)):
@@ -183,7 +183,7 @@ class Reward:
             except UserError:
                 raise
             except RAISED as error:
-                if hint is None:  # found by calling the reward once more
+                if hint is None:  # it takes another call of the reward
                     hint = advice(self.function, self._given(alone, Log(self.name, 1), 1), error)
                 failed(f"reward {self.name!r} raised on row {row}: {told(error)}{hint}", self.on_error, error)
                 scores.append(Score(None, {self.name: None}))
@@ -193,8 +193,8 @@ class Reward:
         return scores
 
     def _checked(self, result: Any, rows: int, first: int = 0) -> list[float | None]:
-        """The result as ``rows`` floats or None, the first of them of row ``first``."""
-        wanted = f"for {rows} completions: return one number or None for each"
+        """The result as ``rows`` floats or None, of which the first is row ``first``."""
+        wanted = f"for {rows} completions: return one number or None per completion"
         if hasattr(result, "tolist"):  # an array or a tensor
             result = result.tolist()
         if not isinstance(result, Iterable) or isinstance(result, str | bytes | Mapping | Set):
@@ -213,7 +213,7 @@ class Reward:
             return None
         if isinstance(value, numbers.Real) and math.isfinite(value):
             return float(value)
-        message = f"{value!r:.60} on row {row}: return a finite number, or None where it cannot tell"
+        message = f"{value!r:.60} on row {row}: return a finite number, or None for no reward"
         failed(f"reward {self.name!r} returned {message}", self.on_error)
         return None
 
@@ -226,7 +226,7 @@ def failed(message: str, on_error: OnError, cause: BaseException | None = None) 
 
 
 def register_reward(reward: _Callable) -> _Callable:
-    """Decorator: make a reward function or class known under its ``name``, or its own name with dashes."""
+    """Decorator: register a reward function or class under its ``name``, or its own name with dashes."""
     _rewards.add(_name_of(reward), reward)
     return reward
 
@@ -239,11 +239,11 @@ def list_rewards() -> list[str]:
 def get_reward(spec: Any, on_error: OnError = "fail") -> Reward:
     """The reward that ``spec`` describes.
 
-    A spec is a name, ``package.module:Name``, ``path/to/file.py:Name``, a callable, a mapping ``{"name":
-    any of these, **options}``, or a list of such, each with an optional ``"weight"``, for their weighted
-    sum. A class is built with the options; a function that takes completions gets them bound; any other
-    function is a factory and is called with them. A `Reward` is returned as it is. Raises UserError for an
-    unknown name or option, and for what is not a reward.
+    A spec is a name, ``package.module:Name``, ``path/to/file.py:Name``, a callable, a mapping ``{"name": any of these,
+    **options}``, or a list of these, each with an optional ``"weight"``, for their weighted sum. Options are passed to
+    the constructor of a class, bound to a function that takes completions, and passed to any other function, which is
+    a factory. A `Reward` is returned unchanged. Raises UserError for an unknown name or option, and for anything that
+    is not a reward.
     """
     if isinstance(spec, Reward):
         return spec
@@ -276,7 +276,7 @@ def _name_of(reward: Any) -> str:
 
 
 def _built(found: Callable[..., Any], options: Mapping[str, Any]) -> Callable[..., Any]:
-    """The callable that scores, made of what a spec named and its options."""
+    """The scoring callable, built from the object that a spec names and its options."""
     name, takes = _name_of(found), _parameters(found)
     scores = not isinstance(found, type) and _is_reward(takes)
     options = _checked_options(found, name, takes, options, anything=not scores and _takes_anything(takes))
@@ -303,7 +303,7 @@ def _built(found: Callable[..., Any], options: Mapping[str, Any]) -> Callable[..
 
 
 def _unlike(found: Callable[..., Any], takes: Mapping[str, inspect.Parameter]) -> str:
-    """What to do with a function of another signature, such as verl's."""
+    """The error for a function with another signature, such as verl's, and its fix."""
     own = _innermost(found)
     name = getattr(own, "__name__", type(own).__name__)
     stars: dict[int, str] = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
@@ -328,7 +328,7 @@ def _checked_options(
 
 
 def _typed(value: Any, hint: Any, what: str) -> Any:
-    """The value as its annotation wants it; one that pydantic does not know lets everything pass."""
+    """The value validated by its annotation; an annotation unknown to pydantic accepts anything."""
     try:
         return pydantic.TypeAdapter(hint).validate_python(value)
     except pydantic.ValidationError as error:
@@ -341,14 +341,14 @@ def _hints(found: Any) -> dict[str, Any]:
     try:
         plain_class = isinstance(found, type) and not is_dataclass(found)
         return typing.get_type_hints(vars(found).get("__init__", found) if plain_class else found)
-    except (NameError, TypeError):  # names known to type checkers only, or a callable without annotations
+    except (NameError, TypeError):  # names for type checkers only, or a callable without annotations
         return {}
 
 
 def _parameters(function: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
-    """The parameters of a callable; none for a builtin that does not tell.
+    """The parameters of a callable; none for a builtin without a signature.
 
-    Those of a decorator's wrapper, unless it passes on whatever it gets.
+    For a decorated function, those of the wrapper, unless it passes on all arguments.
     """
     try:
         outer = inspect.signature(function, follow_wrapped=False).parameters
@@ -359,7 +359,7 @@ def _parameters(function: Callable[..., Any]) -> Mapping[str, inspect.Parameter]
 
 
 def _is_reward(takes: Mapping[str, inspect.Parameter]) -> bool:
-    """Whether a function scores completions, or is a factory. One of ``*args, **columns`` alone scores."""
+    """Whether a function scores completions, rather than being a factory. One of just ``*args, **columns`` scores."""
     return bool(set(takes) & set(ENGINE)) or (bool(takes) and all(p.kind in _VARIADIC for p in takes.values()))
 
 
@@ -372,7 +372,7 @@ def _required(takes: Mapping[str, inspect.Parameter]) -> list[inspect.Parameter]
 
 
 def _accepted(function: Callable[..., Any], arguments: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """The arguments that the reward takes. A bound option wins over a column of the same name."""
+    """The arguments that the reward takes. A bound option takes precedence over a column of the same name."""
     bound = function.keywords if isinstance(function, functools.partial) else {}
     takes = _parameters(function)
     for parameter in _required(takes):
@@ -391,7 +391,7 @@ def missing_column(reward: str, column: str, columns: Mapping[str, Any]) -> User
 
 
 def _is_column(value: Any) -> bool:
-    """Whether an argument has one value a row, unlike TRL's ``trainer_state``."""
+    """Whether an argument has one value per row, unlike TRL's ``trainer_state``."""
     return (isinstance(value, Sequence) and not isinstance(value, str)) or getattr(value, "ndim", 0) > 0
 
 
