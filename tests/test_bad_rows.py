@@ -248,10 +248,10 @@ def test_without_a_place_for_the_counts_they_are_warnings(tokenizer: Any) -> Non
     ("field", "value", "reason"),
     [
         ("behaviour_logp", [-0.1], "behaviour_logp of prompt 'q' has 1 values for 2 completion tokens"),
-        ("behaviour_logp", [-0.1, float("nan")], "behaviour_logp holds nan, which is no log-prob"),
+        ("behaviour_logp", [-0.1, float("nan")], "behaviour_logp holds nan, which is not a log-prob"),
         ("prompt_ids", [], "prompt_ids is empty"),
         ("completion_ids", [], "completion_ids is empty"),
-        ("completion_ids", [2**40, 1], "completion_ids holds 1099511627776, which is no token's id"),
+        ("completion_ids", [2**40, 1], "completion_ids holds 1099511627776, which is not a token id"),
         ("policy_version", 2**40, "policy_version is 1099511627776"),
         ("reward", float("inf"), "reward is inf: it must be a finite number"),
         ("source", "human", "source is 'human': it must be one of demonstration, policy, preference"),

@@ -325,7 +325,7 @@ GOOD = {"prompt": "1", "completion": "2"}
         ),
         (
             [{"conversations": [{"from": "human", "value": "1"}, {"from": "function_call", "value": "rate(USD)"}]}],
-            "row 1: column 'conversations' has a call of tools in turn 2 that is no JSON of a name and arguments",
+            "row 1: column 'conversations' has a tool call in turn 2 that is not JSON with a name and arguments",
         ),
     ],
 )

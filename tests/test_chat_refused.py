@@ -100,7 +100,7 @@ def test_an_empty_system_keeps_the_default_away(tmp_path: Path) -> None:
 def test_a_system_setting_reaches_conversations_and_is_never_without_effect(tmp_path: Path) -> None:
     said = ProblemSource(source=table(tmp_path, {"prompt": [user("1")]}), system="S")
     assert load_problems(said)[0].prompt == [turn("system", "S"), user("1")]
-    with pytest.raises(UserError, match="line 1: the conversation has a system turn of its own: leave `system` out"):
+    with pytest.raises(UserError, match="line 1: the conversation already has a system turn: leave `system` out"):
         load_problems(ProblemSource(source=table(tmp_path, {"prompt": [turn("system", "T"), user("1")]}), system="S"))
     with pytest.raises(UserError, match=r"line 1: `system` is for conversations.*add chat: true"):
         load_problems(ProblemSource(source=table(tmp_path, {"prompt": "1"}), system="S"))

@@ -36,7 +36,7 @@ _FOLDER_MARK = "state.json"  # what `Dataset.save_to_disk` leaves in every folde
 
 
 def write_folder(rows: datasets.Dataset, path: str | Path, settings: dict[str, Any]) -> None:
-    """Write a folder that opens memory-mapped. Raises UserError rather than replace what is no buffer."""
+    """Write a folder that opens memory-mapped. Raises UserError rather than replace anything but a buffer."""
     path = Path(path)
     if path.exists() and not (path / _FOLDER_MARK).exists() and not _is_empty(path):
         raise UserError(f"{path} exists and is not a buffer: choose another path")
@@ -75,7 +75,7 @@ def read(path: str | Path, bad: BadRows | None = None) -> datasets.Dataset:
         return conform(read_parquet(path), str(path))
     if kind_of_file(path) == ".jsonl":
         return to_dataset(to_table(_read_trajectories(path, BadRows() if bad is None else bad)))
-    raise UserError(f"{path} is no buffer: give a folder, a .parquet or a .jsonl file that one was saved to")
+    raise UserError(f"{path} is not a buffer: give a folder, a .parquet or a .jsonl file that one was saved to")
 
 
 def release_pages(rows: datasets.Dataset) -> None:
@@ -179,7 +179,7 @@ def _buffer_row(line: dict[str, Any] | UserError) -> dict[str, Any]:
     try:
         return to_row(trajectory)
     except ValueError as error:  # log-probs of another length
-        raise UserError(f"{error}: score the row again, or leave the field out") from None
+        raise UserError(f"{error}: compute the log-probs again, or leave the field out") from None
 
 
 def _check(row: Trajectory) -> None:
@@ -193,7 +193,7 @@ def _check(row: Trajectory) -> None:
         if not ids:
             raise UserError(f"{name} is empty: a row needs a token or more there")
         if not -LARGEST <= min(ids) <= max(ids) <= LARGEST:
-            raise UserError(f"{name} holds {max(ids, key=abs)}, which is no token's id")
+            raise UserError(f"{name} holds {max(ids, key=abs)}, which is not a token id")
     if abs(row.policy_version) > LARGEST:
         raise UserError(f"policy_version is {row.policy_version}: it must be at most {LARGEST}")
     for name, (most, bounds) in SAMPLING.items():
@@ -201,4 +201,4 @@ def _check(row: Trajectory) -> None:
             raise UserError(f"{name} is {getattr(row, name)}: it must be {bounds}")
     for name in LOG_PROBS:
         if wrong := [x for x in getattr(row, name) or () if not x < math.inf]:
-            raise UserError(f"{name} holds {wrong[0]}, which is no log-prob")
+            raise UserError(f"{name} holds {wrong[0]}, which is not a log-prob")

@@ -1,7 +1,6 @@
-"""Views over a buffer, five of them built in: which rows an objective learns from and which belong together.
+"""Views over a buffer, five of them built in: which rows an objective learns from, and in which units.
 
-A view is computed on columns, and is a function of them alone: earlier rows win wherever a choice has to be
-made.
+A view is a function of columns alone; where a choice has to be made, earlier rows come first.
 """
 
 from __future__ import annotations
@@ -23,13 +22,13 @@ from rlzoo.types import Selector, Unit, Units, WhichView, register_view, selecto
 Mask = Bool[np.ndarray, " N"]
 Indices = Int[np.ndarray, " R"]
 THRESHOLD = 0.5
-"""The reward from which a completion counts as correct."""
+"""The smallest reward of a correct completion."""
 RELEASED = 64
 """Chunks of texts, of a thousand rows each, that stay mapped at a time."""
 SINGLE_ROW_OPTIONS = ("weighted", "truncated")
 """Options that every view of single rows has."""
 COUNTS = ("per_prompt", "size")
-"""Options that are a number of rows."""
+"""Options that are numbers of rows."""
 TRUNCATED, FLAT = "truncated completions", "groups of equal rewards"
 """What a view may leave out."""
 Truncated = Literal["keep", "drop"]
@@ -41,11 +40,11 @@ class View:
 
     selection: WhichView
     units: Units
-    """Row indices that must stay together: one row, (better, worse), or all samples of one prompt."""
+    """Row indices per unit: one row, (better, worse), or all samples of one prompt."""
     weights: tuple[float, ...] | None = None
-    """Units are drawn with replacement in proportion to these; None draws each once an epoch."""
+    """Weights with which units are drawn, with replacement; None: each unit once per epoch."""
     left_out: Mapping[str, int] = field(default_factory=dict)
-    """What options left out that would otherwise be in the view, and how many: `TRUNCATED` rows, `FLAT` groups."""
+    """Counts of what options left out of the view: `TRUNCATED` rows, `FLAT` groups."""
 
     def __len__(self) -> int:
         return len(self.units)
@@ -56,9 +55,9 @@ def select(
 ) -> View:
     """The view of ``rows``. Raises UserError for an unknown option, and for a view that would be empty.
 
-    A view of rows to imitate may be ``weighted``: its weights are the rows' rewards, then read as quality scores.
-    ``truncated="drop"`` leaves truncated rows out of any view, before anything else is chosen.
-    ``release`` is called now and then while texts are read, so that those that were need not stay in memory.
+    A view of rows to imitate may be ``weighted``: its weights are the rows' rewards, as quality scores.
+    ``truncated="drop"`` leaves truncated rows out of any view, before any other choice. ``release`` is called
+    repeatedly while texts are read, to release their memory.
     """
     options, selector = dict(options), selector_of(which)
     weighted = selector.is_imitated and bool(options.pop("weighted", False))
@@ -86,7 +85,7 @@ def select(
 def _left_out(
     rows: pa.Table, selector: Callable[..., Units], options: Mapping[str, Any], units: Units
 ) -> dict[str, int]:
-    """`View.left_out`: what the selector gives without an option and does not give with it."""
+    """`View.left_out`: what the view has without an option and not with it."""
     found = {}
     if options.get("truncated") == "drop":
         truncated = rows["truncated"].to_numpy()
@@ -119,7 +118,7 @@ def correct(
 ) -> Units:
     """Sampled rows with reward ≥ threshold, one per unit: at most ``per_prompt`` distinct texts per prompt.
 
-    With ``with_demonstrations`` every demonstration is in it too, whatever its reward.
+    With ``with_demonstrations`` all demonstrations are included, whatever their reward.
     """
     mask = ~_has_source(rows, "demonstration") & (_reward(rows) >= threshold) & _whole(rows, truncated)
     chosen = np.flatnonzero(mask)
@@ -139,9 +138,9 @@ def correct(
 
 
 def pairs(rows: pa.Table, threshold: float = THRESHOLD, per_prompt: int = 4, truncated: Truncated = "keep") -> Units:
-    """(better, worse) rows of one prompt, on either side of the threshold, at most ``per_prompt`` a prompt.
+    """(better, worse) rows of one prompt, on either side of the threshold, at most ``per_prompt`` per prompt.
 
-    The i-th better row goes with the i-th worse one, so no row is used twice and imported pairs stay pairs.
+    The i-th better row is paired with the i-th worse one, so no row is used twice and imported pairs stay pairs.
     """
     reward = _reward(rows)
     mask = _has_source(rows, "policy", "preference") & ~np.isnan(reward) & _whole(rows, truncated)
@@ -182,8 +181,8 @@ def groups(rows: pa.Table, size: int | None = None, varied: bool = False, trunca
         unscored = int((_has_source(rows, "policy") & ~np.isnan(reward)).sum())
         if unscored:
             raise UserError(
-                f"the buffer has no groups ({unscored:,} samples have a reward but no behaviour log-probs): score them "
-                "with the policy as it starts by training.behaviour: current (--set training.behaviour=current)"
+                f"the buffer has no groups ({unscored:,} samples have a reward but no behaviour log-probs): take "
+                "those of the initial policy, with training.behaviour: current (--set training.behaviour=current)"
             )
         raise UserError(
             f"the buffer has no groups (0 of {len(rows):,} rows have the source 'policy', a reward and "
@@ -220,7 +219,7 @@ def unpaired(rows: pa.Table, truncated: Truncated = "keep") -> Units:
     chosen = np.flatnonzero(~_has_source(rows, "demonstration") & ~np.isnan(_reward(rows)) & _whole(rows, truncated))
     if not len(chosen):
         raise UserError(
-            f"the buffer has no rewarded rows (0 of {len(rows):,} rows have a reward and are no demonstrations"
+            f"the buffer has no rewarded rows (0 of {len(rows):,} rows have a reward and are not demonstrations"
             f"{_and_whole(truncated)}): sample some with rlzoo rollout, or import unpaired preferences with from_trl"
         )
     return _singles(chosen)
@@ -272,7 +271,7 @@ class Unpaired(Selector):
 
 
 def _quality(rows: pa.Table, units: Units) -> tuple[float, ...]:
-    """The reward of each unit's row. Raises UserError where one cannot be a weight."""
+    """The reward of each unit's row. Raises UserError for one that cannot be a weight."""
     index = np.asarray(units)[:, 0]
     quality = _reward(rows)[index]
     for wrong, problem in (
@@ -283,7 +282,7 @@ def _quality(rows: pa.Table, units: Units) -> tuple[float, ...]:
             first = int(index[np.flatnonzero(wrong)[0]])
             raise UserError(f"{int(wrong.sum()):,} of {len(index):,} rows to draw by quality {problem} (row {first})")
     if not quality.any():
-        raise UserError(f"all {len(index):,} rows to draw by quality have the score 0, so none could be drawn")
+        raise UserError(f"all {len(index):,} rows to draw by quality have a quality of 0, so none could be drawn")
     return tuple(quality.tolist())
 
 
@@ -297,24 +296,24 @@ def _has_source(rows: pa.Table, *sources: str) -> Mask:
 
 
 def _whole(rows: pa.Table, truncated: Truncated) -> Mask:
-    """True for the rows that may stay: all, or those that are not truncated."""
+    """True for rows that may be in a view: all, or those that are not truncated."""
     return ~rows["truncated"].to_numpy() if truncated == "drop" else np.ones(len(rows), bool)
 
 
 def _and_whole(truncated: Truncated) -> str:
-    """How an empty view says that truncated rows did not count."""
+    """The part of an error that says that truncated rows were left out."""
     return ", truncated rows left out" if truncated == "drop" else ""
 
 
 def _reward(rows: pa.Table) -> Float[np.ndarray, " N"]:
-    """Rewards; NaN where there is none."""
+    """Rewards, or NaN."""
     reward: Float[np.ndarray, " N"] = rows["reward"].to_numpy()
     return reward
 
 
 def _codes(strings: pa.ChunkedArray) -> Int[np.ndarray, " N"]:
-    """Equal numbers for equal strings, counted up in order of first appearance."""
-    # as one array: a dictionary a chunk, and one to unify them, would take a thousand times the memory
+    """Integer codes of strings, in order of first appearance."""
+    # as one array: a dictionary per chunk, and one to unify them, would take a thousand times the memory
     whole = strings.cast(pa.large_string()).combine_chunks()
     codes: Int[np.ndarray, " N"] = whole.dictionary_encode().indices.to_numpy().astype(np.int64)
     return codes
@@ -348,7 +347,7 @@ def _rank(keys: Int[np.ndarray, " R"]) -> Int[np.ndarray, " R"]:
 
 def _first_of_equals(first: Int[np.ndarray, " R"], second: Int[np.ndarray, " R"]) -> Bool[np.ndarray, " R"]:
     """True where no earlier element has both the same ``first`` and the same ``second``."""
-    order = np.lexsort((second, first))  # stable: of equals the earliest comes first
+    order = np.lexsort((second, first))  # stable: among equals the earliest comes first
     a, b = first[order], second[order]
     new = np.ones(len(order), bool)
     new[1:] = (a[1:] != a[:-1]) | (b[1:] != b[:-1])
