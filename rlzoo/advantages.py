@@ -94,9 +94,9 @@ def optimal_token_baseline(
     least = _least(reward, group)
     _, index = torch.unique(group, return_inverse=True)
     total = live.new_zeros(int(index.max()) + 1 if len(index) else 0, live.shape[1])
-    weighed = total.index_add(0, index, live * (reward - least).to(live.dtype)[:, None])[index]
+    weighted = total.index_add(0, index, live * (reward - least).to(live.dtype)[:, None])[index]
     weight = total.index_add(0, index, live)[index]
-    baseline = least[:, None] + torch.where(weight > 0, weighed / weight, 0)
+    baseline = least[:, None] + torch.where(weight > 0, weighted / weight, 0)
     has_baseline = mask
     if zero_tail:
         has_baseline = mask & (total.index_add(0, index, mask.to(live.dtype))[index] > 1)

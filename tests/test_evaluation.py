@@ -111,7 +111,7 @@ def test_several_k(policy: Policy) -> None:
     assert {name: found.pop(f"pass_at_{name}") for name in (1, 4)} == pytest.approx({1: 4 / 12, 4: 2 / 3})
     assert found == one, "the first is what one number would be"
     for wrong in ([], [0], [2, 2], "x", 0):
-        with pytest.raises(UserError, match=r"^e: k: .* is neither a whole number of at least 1 nor a list of diff"):
+        with pytest.raises(UserError, match=r"^e: k: .* is neither a whole number of at least 1 nor a list of dist"):
             validated(EvaluationSettings, {"k": wrong}, "e")
 
 

@@ -251,7 +251,7 @@ def test_a_composite_learns_from_a_buffer_and_from_fresh_samples() -> None:
         train(policy, mixed, fresh(policy, "replaying"), SETTINGS)
     with pytest.raises(UserError, match="a PosixPath is not a source: give a buffer, a Collector"):
         train(policy, get_objective("grpo"), PLUGINS, SETTINGS)  # type: ignore[arg-type]
-    with pytest.raises(UserError, match="there are no problems to sample completions of"):
+    with pytest.raises(UserError, match="there are no problems to sample completions for"):
         Collector(policy, TransformersSampler(policy), [], length)
 
 

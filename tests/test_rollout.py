@@ -1,4 +1,4 @@
-"""Sampling and judging: seeds, ends, text, and the distribution that completions come from."""
+"""Sampling and scoring: seeds, ends, text, and the distribution that completions come from."""
 
 from __future__ import annotations
 

@@ -285,7 +285,7 @@ def test_importance_needs_both_log_probs() -> None:
     server = {"rollouts.engine": "vllm", "rollouts.url": "http://x", "training.importance_cap": 2.0}
     assert load_experiment("facts", server).rollouts.url == "http://x"
     for unknown in ({"rollouts.temperature": 0.6}, {"rollouts.top_p": 0.9}):
-        with pytest.raises(UserError, match="known at temperature 1 and top_p 1"):
+        with pytest.raises(UserError, match="known only at temperature 1 and top_p 1"):
             load_experiment("facts", {**server, **unknown})
 
 
