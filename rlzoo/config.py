@@ -146,7 +146,8 @@ class EvaluationSettings(Sampling):
     """``samples`` per problem at ``temperature`` give avg@k and pass@k; one more is greedy."""
 
     k: Annotated[Positive | tuple[Positive, ...] | None, pydantic.WrapValidator(_one_or_several)] = None
-    """The k of pass@k, at most ``samples``, or several, of which the main tables show the first; None: ``samples``."""
+    """The k of pass@k and maj@k, at most ``samples``, or several, of which the main tables show the first; None:
+    ``samples``."""
     metrics: tuple[str, ...] = ()
     """Metrics besides the built-in ones: registered names, ``module:Name`` or ``file.py:Name``."""
     correct_at: float = 0.5
@@ -248,8 +249,9 @@ class Algorithm(_Strict):
     """With more than one, each is tried on all seeds, and the best on the validation problems is reported."""
     mode: Literal["offline", "online"] = "offline"
     """``online`` samples each batch from the current policy; ``offline`` reads the shared buffer."""
-    learns_from: Literal["demonstrations", "correct"] | None = None
-    """Another view of single rows than the objective's: with ``correct``, SFT trains on the base's correct samples."""
+    learns_from: str | None = None
+    """Another view than the objective's, with as many rows per unit: ``correct`` trains SFT or DFT on the base's
+    correct samples. A registered name, ``module:Name`` or ``file.py:Name``."""
     training: Mapping[str, Any] = {}
     """Fields of `Training` that differ for this row."""
 

@@ -24,7 +24,17 @@ from torch import Tensor
 from rlzoo.errors import UserError, unknown
 from rlzoo.inputs import Input
 from rlzoo.registry import Registry, told
-from rlzoo.types import Coefficients, Coupling, Selection, TokenBatch, Unit, WhichView, selector_of
+from rlzoo.types import (
+    Coefficients,
+    Coupling,
+    Selection,
+    TokenBatch,
+    Unit,
+    WhichView,
+    builtin,
+    name_of_view,
+    selector_of,
+)
 
 
 class Normaliser(Enum):
@@ -177,6 +187,36 @@ def view_of(objective: Objective) -> tuple[WhichView, dict[str, Any]]:
     """The view that an objective learns from, and its options, that for truncated rows included."""
     dropping = {"truncated": "drop"} if objective.truncated == "drop" else {}
     return objective.learns_from, {**objective.view_options, **dropping}
+
+
+KEPT_OPTIONS = ("weighted", "truncated", "varied")
+"""Options of a view that say what to draw, not what the view is, and so go along when another takes its place."""
+_KINDS = {Unit.ROW: "single rows", Unit.PAIR: "pairs", Unit.GROUP: "groups"}
+
+
+def view_in_place(objective: Objective, other: WhichView) -> tuple[WhichView, dict[str, Any]]:
+    """The same with another view in place of the objective's own, of as many rows per unit.
+
+    Raises UserError for an unknown view, and for one that the objective cannot learn from.
+    """
+    own, options = view_of(objective)
+    other, name = builtin(other), name_of_view(other)
+    if is_composite(type(objective)):
+        raise UserError(f"learns_from: {objective.name!r} is a composite, and each part has a view of its own")
+    if other == builtin(own):
+        return own, options
+    it, mine = selector_of(other), selector_of(own)
+    if it.unit is not mine.unit:
+        wanted = _KINDS[mine.unit]
+        raise UserError(
+            f"learns_from: the view {name!r} has {_KINDS[it.unit]}, and {objective.name!r} learns from {wanted}: "
+            f"name a view of {wanted}"
+        )
+    if it.is_imitated and not mine.is_imitated:
+        raise UserError(
+            f"learns_from: rows of the view {name!r} may have no reward, and {objective.name!r} learns from rewards"
+        )
+    return other, {key: value for key, value in options.items() if key in KEPT_OPTIONS and value}
 
 
 _objectives: Registry[type[Objective]] = Registry("objective", "rlzoo.algorithms", "rlzoo.objectives")

@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from rlzoo.errors import UserError
-from rlzoo.registry import Registry
+from rlzoo.registry import Registry, canonical
 
 
 class Selection(Enum):
@@ -70,8 +70,8 @@ class Selector:
 
 
 WhichView = Selection | Selector | str
-"""A built-in view, a view object, or a name (registered, ``module:Name`` or ``file.py:Name``)."""
-_views: Registry[type[Selector]] = Registry("view", "rlzoo.buffers.views", "rlzoo.views")
+"""A built-in view, one of one's own, or a name (registered, ``module:Name`` or ``file.py:Name``)."""
+_views: Registry[type[Selector]] = Registry("view", "rlzoo.buffers.selectors", "rlzoo.views")
 _View = TypeVar("_View", bound=type[Selector])
 
 
@@ -94,6 +94,12 @@ def selector_of(which: WhichView) -> Selector:
     if not (isinstance(found, type) and issubclass(found, Selector) and hasattr(found, "units")):
         raise UserError(f"learns_from: {which!r} is not a view: give a Selection, or a Selector with a method units")
     return found()
+
+
+def builtin(which: WhichView) -> WhichView:
+    """A built-in view's name as its `Selection`; any other view as it is."""
+    named = canonical(which) if isinstance(which, str) else None
+    return next((selection for selection in Selection if selection.value == named), which)
 
 
 def name_of_view(which: WhichView) -> str:

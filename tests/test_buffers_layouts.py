@@ -257,6 +257,47 @@ def test_sharegpts_calls_of_tools_are_those_of_the_template(chat: Any, value: st
         from_trl([{"conversations": asked}], chat)
 
 
+FUNCTION = {"name": "rate", "parameters": {"type": "object"}}
+WRAPPED = {"type": "function", "function": FUNCTION}
+
+
+@pytest.mark.parametrize(
+    ("tools", "shown"),
+    [
+        (json.dumps([FUNCTION]), [WRAPPED]),  # as LLaMA-Factory writes them
+        ([FUNCTION], [WRAPPED]),
+        ([json.dumps(FUNCTION)], [WRAPPED]),
+        (json.dumps([WRAPPED]), [WRAPPED]),
+        ("", None),
+        (" ", None),
+        (None, None),
+        ("[]", None),
+    ],
+)
+@pytest.mark.parametrize("column", ["conversations", "messages"])
+def test_sharegpts_tools_are_those_of_the_template(column: str, tools: Any, shown: Any) -> None:
+    tokenizer = built("{% if tools %}tools:{{ tools | tojson }}\n{% endif %}" + TOOLS)
+    (row,) = from_trl([{column: [turn("human", "USD?"), turn("gpt", "0.9")], "tools": tools}], tokenizer)
+    head = "" if shown is None else "tools:" + tokenizer.apply_chat_template(
+        [], tools=shown, chat_template="{{ tools | tojson }}", tokenize=False
+    ) + "\n"  # fmt: skip
+    assert row.prompt == head + "u:USD?\na:"
+
+
+@pytest.mark.parametrize(
+    ("tools", "message"),
+    [
+        ([{}], "row 1: column 'tools' has an entry without a name"),
+        (["rate"], "row 1: column 'tools' has an entry without a name"),
+        ("rate()", "row 1: column 'tools' is text that is no JSON"),
+        (3, "row 1: column 'tools' holds an int: give a list"),
+    ],
+)
+def test_tools_that_are_none(chat: Any, tools: Any, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        from_trl([{"conversations": [turn("human", "USD?"), turn("gpt", "0.9")], "tools": tools}], chat)
+
+
 def test_errors_name_a_column_as_the_table_does(chat: Any) -> None:
     with pytest.raises(UserError, match="row 1: column 'response' is empty or blank"):
         from_trl([{"prompt": "1", "response": ""}], chat, columns={"completion": "response"})

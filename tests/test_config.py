@@ -144,7 +144,7 @@ def test_the_grid_has_every_cell_once_with_a_name_of_its_own() -> None:
 
 def test_the_best_rate_on_validation_is_chosen_from_what_ran() -> None:
     changes: dict[str, Any] = {
-        "algorithms": {"sft": {"learning_rates": [1e-4, 1e-3]}, "dft": {"learning_rates": [1e-4]}, "rft": {}},
+        "algorithms": {"rft": {}, "sft": {"learning_rates": [1e-4, 1e-3]}, "dft": {"learning_rates": [1e-4]}},
         "seeds": [0, 1],
         "baseline": "sft",
     }

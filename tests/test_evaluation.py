@@ -93,6 +93,8 @@ def test_metrics_of_known_answers(policy: Policy) -> None:
             "truncated": 2 / 12,
             # three of four say "0"; four answers tie, one of them right; three tie, none right, and "" is no answer
             "maj_at_k": (1 + 1 / 4 + 0) / 3,
+            # of the first two and of the last two: 1 and a tie, a tie and 0, 0 and 0
+            "maj_at_2": (3 / 4 + 1 / 4 + 0) / 3,
         }
     )
     assert sampler.asked == [(3, False, 7), (3, True, 7)]
@@ -109,6 +111,7 @@ def test_several_k(policy: Policy) -> None:
     found = evaluate(policy, PROBLEMS, Reward("match", match), settings(k=[2, 1, 4]), sampler=FakeSampler()).metrics
     one = evaluate(policy, PROBLEMS, Reward("match", match), settings(), sampler=FakeSampler()).metrics
     assert {name: found.pop(f"pass_at_{name}") for name in (1, 4)} == pytest.approx({1: 4 / 12, 4: 2 / 3})
+    assert found.pop("maj_at_1") == pytest.approx(4 / 12)
     assert found == one, "the first is what one number would be"
     for wrong in ([], [0], [2, 2], "x", 0):
         with pytest.raises(UserError, match=r"^e: k: .* is neither a whole number of at least 1 nor a list of dist"):

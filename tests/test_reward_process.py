@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -19,10 +20,11 @@ from rlzoo.reward import Reward, Score, get_reward, isolation
 from rlzoo.reward.isolation import Limits, apart
 
 BAD = """
-import os, pathlib, time
+import os, pathlib, time, warnings
 def bad(prompts, completions, **columns):
     values = []
     print("a reward may print")
+    warnings.warn("and warn")
     for text in completions:
         if text == "hang":
             while True:
@@ -31,6 +33,8 @@ def bad(prompts, completions, **columns):
             10 ** 10 ** 9
         if text == "exit":
             os._exit(7)
+        if text == "ask":
+            input()
         if text == "memory":
             bytearray(2 ** 30)
         if text == "mark":
@@ -92,6 +96,7 @@ def scored(reward: Reward, *texts: str) -> tuple[list[float | None], list[str]]:
         ("exit", "reward 'bad' ended its process with status 7 on row 1"),
         ("memory", "reward 'bad' raised on row 1: MemoryError"),
         ("raise", "reward 'bad' raised on row 1: RuntimeError: oh"),
+        ("ask", "reward 'bad' raised on row 1: EOFError"),
         ("nan", "reward 'bad' returned nan on row 1: return a finite number"),
         ("text", "reward 'bad' returned 'high' on row 1: return a finite number"),
     ],
@@ -122,6 +127,31 @@ def test_rows_that_have_to_be_scored_alone_keep_their_numbers(bad: Any) -> None:
 def test_other_limits_are_another_process(bad: Any) -> None:
     assert scored(bad(seconds=None), "memory")[0] == [None]
     assert scored(bad(seconds=60.0, memory=8.0), "memory") == ([6.0], [])
+
+
+def test_a_process_finds_modules_and_gets_what_a_reward_here_gets(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "beside_this.py").write_text(
+        "import os\n"
+        "def mine(prompts, completions, completion_ids=None, **columns):\n"
+        "    assert prompts == ['q'] and columns['gold'] == ['g'], (prompts, columns)\n"
+        "    return [len(completion_ids[0]) if completion_ids else os.getpid()]\n"
+        "def leads(completions):\n    return [float(os.getsid(0) == os.getpid())]\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert apart("beside_this:leads", Limits())(["q"], ["a"]) == [1.0], "Ctrl-C does not come to it"
+    made: list[Reward] = []
+    thread = threading.Thread(target=lambda: made.append(apart("beside_this:mine", Limits())))
+    thread.start()
+    thread.join()
+    (mine,) = made
+    own = {"gold": ["g"], "prompts": ["not this"]}
+    assert [score.value for score in mine.score(["q"], ["a"], own, [[1, 2, 3]])] == [3.0]
+    process = isolation._processes[next(key for key in isolation._processes if "beside_this:mine" in key)]._process
+    assert process is not None and mine(["q"], ["a"], gold=["g"]) == [process.pid], "it outlives the thread"
+    for each in isolation._processes.values():
+        each.close()
 
 
 def test_threads_take_turns_at_one_process(bad: Any) -> None:

@@ -580,6 +580,7 @@ CHANGES: dict[tuple[str, ...], dict[str, Any]] = {
     ("--samples", "9"): {"evaluation.samples": 9},
     ("--rollout-samples", "9"): {"rollouts.samples": 9},
     ("--k", "2"): {"evaluation.k": 2},
+    ("--k", "2,1"): {"evaluation.k": [2, 1]},
     ("--set", "rollouts.temperature=0.8"): {"rollouts.temperature": 0.8},
     ("--set", "per_seed=true"): {"rollouts.per_seed": True},
     ("--set", "training.lora={}"): {

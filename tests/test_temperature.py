@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import cache, partial
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +14,7 @@ import torch
 from fake_vllm import install
 from torch import Tensor
 
-from rlzoo.buffers import SCHEMA, Buffer, OfflineBuffer
+from rlzoo.buffers import Buffer, OfflineBuffer
 from rlzoo.buffers.problems import Problem, demonstrations, encode_problems
 from rlzoo.config import Sampling, Training
 from rlzoo.errors import UserError
@@ -418,27 +417,12 @@ def test_statistics_and_terms_are_of_the_tempered_logits(policy: Policy) -> None
     )
 
 
-def test_buffers_that_were_saved_before_there_were_temperatures(rows: Rows, tmp_path: Path) -> None:
-    added = ["temperature", "top_p", "tempered_reference_logp"]
-    buffer = OfflineBuffer.from_trajectories(rows(OWN, 0.6, 0.8))
-    buffer.rows.remove_columns(added).save_to_disk(tmp_path / "old")
-    old = OfflineBuffer.load(tmp_path / "old")
-    assert dict(old.rows.features) == dict(SCHEMA)
-    assert {(row.temperature, row.top_p, row.tempered_reference_logp) for row in old} == {(1.0, 1.0, None)}
-    lines = tmp_path / "old.jsonl"
-    buffer.to_jsonl(lines)
-    assert {(row.temperature, row.top_p) for row in OfflineBuffer.load(lines)} == {(0.6, 0.8)}
-    assert {row.temperature for row in old.concatenate(buffer)} == {0.6, 1.0}
-    table = buffer.rows.remove_columns(["temperature", "top_p"]).add_column("temperature", [0.6] + [None] * 11)
-    assert [row.temperature for row in OfflineBuffer(table.add_column("top_p", [None] * 12))] == [0.6] + [1.0] * 11
-
-
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        ({"temperature": 0.0}, "temperature of row 1 is 0.0: it must be above 0"),
-        ({"temperature": float("nan")}, "temperature of row 1 is nan: it must be above 0"),
-        ({"top_p": 1.5}, "top_p of row 1 is 1.5: it must be above 0 and at most 1"),
+        ({"temperature": 0.0}, "row 2 of the data set: temperature is 0.0: it must be above 0"),
+        ({"temperature": float("nan")}, "row 2 of the data set: temperature is nan: it must be above 0"),
+        ({"top_p": 1.5}, "row 2 of the data set: top_p is 1.5: it must be above 0 and at most 1"),
     ],
 )
 def test_a_temperature_that_cannot_be(rows: Rows, change: dict[str, float], told: str) -> None:

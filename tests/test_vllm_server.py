@@ -301,14 +301,3 @@ def test_mismatch_by_hand() -> None:
     assert found["mean_ratio"] == pytest.approx(3.5 / 3)
     assert found["kl"] == pytest.approx(((2 - 1 - log2) + (0.5 - 1 + log2)) / 3)
     assert mismatch([Trajectory("", "", [1], [2], "1")]) is None
-
-
-def test_a_buffer_without_the_engines_log_probs_opens(tmp_path: Path) -> None:
-    from rlzoo.buffers import OfflineBuffer
-
-    rows = [Trajectory("a", "b", [1], [2], "0", source="policy", behaviour_logp=[-1.0], sampler_logp=[-1.5])]
-    buffer = OfflineBuffer.from_trajectories(rows)
-    assert next(iter(buffer)).sampler_logp == [-1.5]
-    buffer.rows.remove_columns("sampler_logp").save_to_disk(tmp_path / "old")
-    old = next(iter(OfflineBuffer.load(tmp_path / "old")))
-    assert old.sampler_logp is None and old.behaviour_logp == [-1.0]

@@ -20,11 +20,11 @@ from jaxtyping import Bool, Float, Int
 
 from rlzoo.buffers import storage, views
 from rlzoo.buffers.bad_rows import BadRows
+from rlzoo.buffers.checks import checked
 from rlzoo.buffers.schema import (
     CHUNK,
     SCHEMA,
     arrow,
-    conform,
     decode,
     encode_inputs,
     encode_parts,
@@ -45,7 +45,8 @@ class Buffer:
     """Trajectories as columns."""
 
     def __init__(self, rows: datasets.Dataset) -> None:
-        self._rows = conform(rows, "the data set")
+        """``rows`` are in the columns of `SCHEMA`. Raises UserError for values that no row has, naming the row."""
+        self._rows = checked(rows, "the data set")
 
     @property
     def rows(self) -> datasets.Dataset:
@@ -235,6 +236,13 @@ class OfflineBuffer(Buffer):
     """A buffer whose rows are fixed."""
 
     @classmethod
+    def _of(cls, rows: datasets.Dataset) -> Self:
+        """A buffer of rows that were checked."""
+        buffer = cls.__new__(cls)
+        buffer._rows = rows
+        return buffer
+
+    @classmethod
     def from_trajectories(cls, trajectories: Iterable[Trajectory]) -> Self:
         """A buffer in memory."""
         return cls(to_dataset(to_table(map(to_row, trajectories))))
@@ -243,9 +251,9 @@ class OfflineBuffer(Buffer):
     def load(cls, path: str | Path, bad: BadRows | None = None) -> Self:
         """Open a buffer's folder (memory-mapped), .parquet or .jsonl file.
 
-        Raises UserError if it is not a buffer, and for a bad line of a .jsonl file, unless ``bad`` rows are dropped.
+        Raises UserError if it is none, and naming a row with a value that no row has, unless ``bad`` rows are dropped.
         """
-        return cls(storage.read(path, bad))
+        return cls._of(storage.read(path, bad))
 
 
 class RolloutBuffer(Buffer):
@@ -270,8 +278,8 @@ class RolloutBuffer(Buffer):
         self._rows = self.concatenate(OfflineBuffer.from_trajectories(trajectories)).rows
 
     def freeze(self) -> OfflineBuffer:
-        """The current rows as a fixed buffer."""
-        return OfflineBuffer(self._rows)
+        """What the buffer holds now, fixed."""
+        return OfflineBuffer._of(self._rows)
 
     def _settings(self) -> dict[str, Any]:
         return {"capacity_versions": self.capacity_versions}

@@ -8,8 +8,8 @@ from typing import Any, Literal
 import datasets
 
 from rlzoo.buffers.buffer import Buffer
+from rlzoo.buffers.selectors import THRESHOLD
 from rlzoo.buffers.tables import table_of
-from rlzoo.buffers.views import THRESHOLD
 from rlzoo.errors import UserError, unknown
 from rlzoo.policy.chat import Message
 from rlzoo.policy.encoding import Prompt

@@ -169,14 +169,48 @@ def _text(line: bytes) -> str | UserError:
         return UserError(f"is not UTF-8 text (byte {error.start + 1} of the line): convert the file")
 
 
+class _Repeating(dict[str, Any]):
+    """A JSON object with a key that is there more than once, of which a dictionary keeps the last."""
+
+    key = ""
+
+
+def _loads(text: str) -> tuple[Any, list[str]]:
+    """What JSON says, and the keys that are more than once in a (`_Repeating`) object. Raises as `json.loads` does."""
+    repeated: list[str] = []
+
+    def made(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            names = [name for name, _ in pairs]
+            found = _Repeating(found)
+            found.key = next(name for name in names if names.count(name) > 1)
+            repeated.append(found.key)
+        return found
+
+    return json.loads(text, object_pairs_hook=made), repeated
+
+
+def _repeated(value: Any) -> str | None:
+    """The first key that an object in a value has more than once."""
+    if isinstance(value, _Repeating):
+        return value.key
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return next((key for one in inner if (key := _repeated(one)) is not None), None)
+
+
+def _several(key: str) -> UserError:
+    return UserError(f"has the key {key!r} more than once: keep one")
+
+
 def _object(line: str) -> dict[str, Any] | UserError:
     try:
-        value = json.loads(line)
+        value, repeated = _loads(line)
     except json.JSONDecodeError as error:
         return UserError(f"is not JSON: {_reason(error)} at column {error.colno}")
     except (ValueError, RecursionError) as error:  # a number with too many digits, or nested too deep
         return UserError(f"is not JSON that can be read: {first_line(error)}")
-    return object_row(value, "line")
+    return _several(repeated[0]) if repeated else object_row(value, "line")
 
 
 def _json_rows(path: Path) -> Iterator[Item]:
@@ -186,12 +220,14 @@ def _json_rows(path: Path) -> Iterator[Item]:
             raise UserError(located(f"{path} line {number}", line))
         lines.append(line)
     try:
-        rows = json.loads("".join(lines))
+        rows, repeated = _loads("".join(lines))
     except json.JSONDecodeError as error:
         raise UserError(f"{path} line {error.lineno} is not JSON: {_reason(error)} at column {error.colno}") from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not JSON that can be read: {first_line(error)}") from None
     if isinstance(rows, dict):
+        if isinstance(rows, _Repeating):
+            raise UserError(located(str(path), _several(rows.key)))
         tables = [name for name, value in rows.items() if _are_rows(value)]
         if len(tables) > 1:
             raise UserError(f"{path} holds several lists of rows ({', '.join(tables)}): give each its own file")
@@ -199,7 +235,8 @@ def _json_rows(path: Path) -> Iterator[Item]:
     if not isinstance(rows, list):
         raise UserError(f"{path} holds {kind_of(rows)}: give a list of rows, or one object per line")
     for number, row in enumerate(rows, 1):
-        yield f"{path} row {number}", object_row(row, "row")
+        key = _repeated(row) if repeated else None
+        yield f"{path} row {number}", object_row(row, "row") if key is None else _several(key)
 
 
 def _are_rows(value: Any) -> bool:
@@ -260,4 +297,11 @@ def _is_lines(path: Path, kind: str) -> bool:
     first, second = next(lines, "{}"), next(lines, None)
     if kind == ".jsonl":
         return not (isinstance(first, str) and _begins_list(first))
-    return second is not None and isinstance(first, str) and isinstance(_object(first), dict)
+    return second is not None and isinstance(first, str) and _is_object(first)
+
+
+def _is_object(line: str) -> bool:
+    try:
+        return isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        return False

@@ -45,6 +45,8 @@ def as_trl(row: Row, chat: bool) -> dict[str, Any]:
     Raises UserError for a conversation that cannot be read.
     """
     made = {name: _parsed(name, value) for name, value in row.items()}
+    if any(name in row for name in _TURNS[1:]) or any(map(_is_sharegpt, made.values())):
+        _tools(made)
     for alias, name in aliases(made).items():
         value = made.pop(alias)
         made[name] = _turns(value, alias) if isinstance(value, list) else value
@@ -149,6 +151,25 @@ def _turn(message: Mapping[str, Any], number: int, column: str) -> dict[str, Any
     if speaker in _CALLS:
         return {"role": role, **_called(text, number, column)}
     return {"role": role, "content": text}
+
+
+def _is_sharegpt(value: Any) -> bool:
+    first = value[0] if isinstance(value, list) and value else None
+    return isinstance(first, Mapping) and {"from", "value"} <= set(first)
+
+
+def _tools(row: dict[str, Any]) -> None:
+    """Tools as chat templates take them, of ShareGPT's bare functions in a list or in JSON; none of blank text."""
+    tools = row.get("tools")
+    if isinstance(tools, str):
+        if not tools.strip():
+            del row["tools"]
+        tools = read_json(tools)
+    if isinstance(tools, list):
+        known: list[Any] = [read_json(tool) if isinstance(tool, str) else tool for tool in tools]
+        if not all(isinstance(tool, Mapping) and {"name", "function"} & set(tool) for tool in known):
+            raise UserError("column 'tools' has an entry without a name: give a list of functions' schemas")
+        row["tools"] = [tool if "function" in tool else {"type": "function", "function": tool} for tool in known]
 
 
 def _called(text: Any, number: int, column: str) -> dict[str, Any]:

@@ -6,18 +6,19 @@ import json
 from collections.abc import Sequence
 
 from rlzoo.buffers.problems import EncodedProblem, Problem, load_problems
-from rlzoo.buffers.views import SINGLE_ROW_OPTIONS
+from rlzoo.buffers.views import check_options
+from rlzoo.comparison.statistics import OVERALL
 from rlzoo.config import BASE, Experiment
 from rlzoo.errors import UserError, unknown
 from rlzoo.evaluation import Metric, metric_table
-from rlzoo.objective import Objective, get_objective
+from rlzoo.objective import Objective, get_objective, view_in_place
 from rlzoo.reward import Reward
 from rlzoo.reward.isolation import Limits, apart
 from rlzoo.rollout.rollouts import score_samples
 from rlzoo.rollout.sampler import Sample, sampler_class
 from rlzoo.training import batches
 from rlzoo.training.batches import Views
-from rlzoo.types import Selection, name_of_view, selector_of
+from rlzoo.types import selector_of
 
 
 def objective_of(experiment: Experiment, algorithm: str) -> Objective:
@@ -45,17 +46,14 @@ def metrics_of(experiment: Experiment) -> dict[str, Metric]:
 
 def views_of(experiment: Experiment, algorithm: str) -> Views:
     """What each component of one row of the comparison learns from: a view, with its options."""
-    objective = objective_of(experiment, algorithm)
-    other, own = experiment.algorithms[algorithm].learns_from, batches.views_of(objective)
-    if other is None or [Selection(other)] == [selection for selection, _ in own]:
-        return own
-    if len(own) > 1 or not selector_of(own[0][0]).is_imitated:
-        views = " and ".join(name_of_view(selection) for selection, _ in own)
-        raise UserError(
-            f"algorithms.{algorithm}: learns_from is for objectives of single rows; "
-            f"{objective.name!r} learns from {views}"
-        )
-    return [(Selection(other), {name: value for name, value in own[0][1].items() if name in SINGLE_ROW_OPTIONS})]
+    objective, other = objective_of(experiment, algorithm), experiment.algorithms[algorithm].learns_from
+    try:
+        views = batches.views_of(objective) if other is None else [view_in_place(objective, other)]
+        for which, options in views:
+            check_options(selector_of(which), options)
+    except UserError as error:
+        raise UserError(f"algorithms.{algorithm}: {error}") from None
+    return views
 
 
 def learns_from_samples(views: Views) -> bool:
@@ -75,7 +73,8 @@ def check(experiment: Experiment) -> None:
     for name, row in experiment.algorithms.items():
         objective = objective_of(experiment, name)
         experiment.training_of(name)
-        if row.mode == "online" and not learns_from_samples(views_of(experiment, name)):
+        views = views_of(experiment, name)
+        if row.mode == "online" and not learns_from_samples(views):
             raise UserError(
                 f"algorithms.{name}: {objective.name!r} learns from demonstrations, so mode must be offline"
             )
@@ -83,6 +82,8 @@ def check(experiment: Experiment) -> None:
         sampler_class(settings)
     if BASE in experiment.algorithms:
         raise UserError(f"algorithms.{BASE}: this name stands for the untrained model in results; give the row another")
+    if OVERALL in experiment.benchmarks:
+        raise UserError(f"benchmarks.{OVERALL}: this name stands for the mean in results; give the benchmark another")
     if experiment.baseline is not None and experiment.baseline not in experiment.algorithms:
         raise unknown("baseline", experiment.baseline, experiment.algorithms)
     for source in (experiment.train, experiment.validation):

@@ -185,6 +185,7 @@ def _run(
     facts = {name: {key: found[key] for key in BUFFER_FACTS} for name, found in buffers.items()}
     if without := unscored((row["reward"], row["prompt"]) for row in outcomes):
         _say(console, f"  evaluation: {without}; they count as wrong", style="yellow")
+    overall = _over_benchmarks(base, reported) if len(experiment.benchmarks) > 1 else {}
     results = {
         "experiment": experiment.name,
         "description": experiment.description,
@@ -193,7 +194,7 @@ def _run(
         "config": experiment.model_dump(mode="json"),
         "metrics": {name: {"label": m.label, "unit": m.unit} for name, m in resolve.metrics_of(experiment).items()},
         "base": base["metrics"],
-        "mean_over_benchmarks": _over_benchmarks(base, reported) if len(experiment.benchmarks) > 1 else {},
+        "mean_over_benchmarks": overall,
         "base_curve": base["curve"],
         "cells": reported,
         "learning_rates": rates,
@@ -209,8 +210,10 @@ def _run(
     return results, outcomes
 
 
-def _over_benchmarks(base: Mapping[str, Any], cells: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
-    """The mean of each metric over benchmarks: algorithm (or base) → metric → mean."""
+def _over_benchmarks(base: Mapping[str, Any], cells: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """The mean of each metric over benchmarks: algorithm (or base) → metric → mean; each cell gets its own added."""
+    for cell in cells:
+        cell["mean_over_benchmarks"] = mean_over_benchmarks([cell["metrics"]])
     own: dict[str, list[Any]] = {BASE: [base["metrics"]]}
     for cell in cells:
         own.setdefault(cell["algorithm"], []).append(cell["metrics"])

@@ -40,7 +40,7 @@ class _Spread:
     parts: Float[np.ndarray, " 2"]
     """The variance of the mean along the axis with fewer levels (seeds, say), noise included, and what the other axis
     adds."""
-    freedom: tuple[int, int]
+    freedom: tuple[float, float]
     """Degrees of freedom of each part, the smaller first."""
 
     @property
@@ -73,6 +73,7 @@ def _student(tail: float, freedom: float) -> float:
 IGNORED, SLOPE, LEAST = 0.08, 0.7, 0.2
 """Chosen so that the coverage for normal effects, computed by quadrature, is between 93 and 97 % whatever their shares
 of the variance, for two or more seeds and eight or more problems."""
+Benchmarks = Int[np.ndarray, " P"]
 AGREE = 0.05
 """A mean square below this quantile of its distribution under noise alone is raised to it: seeds that agree better than
 that, as they can in a small table, do so by chance."""
@@ -85,13 +86,19 @@ class ResultMatrix:
     values: Float[np.ndarray, "S P"]
     seeds: tuple[int, ...]
     problems: tuple[str, ...]
+    benchmarks: Benchmarks | None = None
+    """The number of each problem's benchmark, where there are several: see `crossed_interval`."""
 
 
 ResultKey = tuple[str, str, str]
-"""algorithm, benchmark, metric"""
+"""algorithm, benchmark (or `OVERALL`), metric"""
+OVERALL = "mean over benchmarks"
+"""The name under which the mean over benchmarks stands beside them."""
 
 
-def crossed_interval(results: Float[np.ndarray, "S P"], level: float = 0.95) -> Interval:
+def crossed_interval(
+    results: Float[np.ndarray, "S P"], level: float = 0.95, benchmarks: Benchmarks | None = None
+) -> Interval:
     """The mean of a result matrix and its interval over further seeds and problems of the same kind.
 
     In y_ij = μ + seed_i + problem_j + noise_ij the variance of the mean is σ²_s/S + σ²_p/P + σ²_n/(SP). The two-way
@@ -106,31 +113,41 @@ def crossed_interval(results: Float[np.ndarray, "S P"], level: float = 0.95) -> 
     single value has no width. Two seeds say little: Student's quantile is 12.7. experiments/benchmarks/coverage.py
     measures the coverage.
 
+    With ``benchmarks``, the number of each problem's benchmark, the mean is that over benchmarks, with equal weights.
+    Benchmarks are fixed; their problems are independent draws. So the seeds' variance is that of this mean, the
+    problems' variance is taken within each benchmark, and its degrees of freedom are Satterthwaite's.
+
     Sources: Searle, Casella, McCulloch, Variance components, 1992, chapter 4; Welch, Biometrika 34, 1947; Cochran,
-    Biometrics 20, 1964, p. 191.
+    Biometrics 20, 1964, p. 191; Satterthwaite, Biometrics Bulletin 2, 1946.
     Raises ValueError unless the matrix is 2-D, not empty and finite.
     """
-    spread = _spread(results)
+    spread = _spread(results, benchmarks)
     reach = spread.reach((1 - level) / 2)
     return Interval(spread.mean, spread.mean - reach, spread.mean + reach)
 
 
-def result_interval(results: Float[np.ndarray, "S P"], level: float = 0.95) -> Interval:
+def result_interval(
+    results: Float[np.ndarray, "S P"], level: float = 0.95, benchmarks: Benchmarks | None = None
+) -> Interval:
     """The interval of `crossed_interval` for results between 0 and 1, which never leaves that range.
 
     It contains the means μ with |ȳ - μ| ≤ t √(μ(1-μ)/n): the variance changes with the mean as a proportion's does,
     which matters near 0 and 1, and n = ȳ(1-ȳ)/SE² is the effective number of independent right-or-wrong answers. For
     one answer per problem by one seed, n is their number and t the normal quantile: the sum is then a binomial count,
-    whose coverage oscillates between 92 and 98 % with the mean (Brown, Cai and DasGupta 2001). The same holds where all
-    results are 0, or all 1.
+    whose coverage oscillates between 92 and 98 % with the mean (Brown, Cai and DasGupta 2001). The same holds where
+    results vary in no benchmark; n is then B² / Σ 1/P_b for B ``benchmarks``.
 
     Sources: Wilson, Journal of the American Statistical Association 22, 1927; with n from the standard error: Korn and
     Graubard, Survey Methodology 24, 1998. Raises ValueError as `crossed_interval` does.
     """
-    spread, tail = _spread(results), (1 - level) / 2
+    spread, tail = _spread(results, benchmarks), (1 - level) / 2
     mean, error, (seeds, problems) = spread.mean, spread.standard_error, np.shape(results)
-    if problems > 1 and np.isin(results, (0, 1)).all() and (seeds == 1 or error == 0):
+    sizes = np.array([problems]) if benchmarks is None else np.unique(benchmarks, return_counts=True)[1]
+    counted = (seeds == 1 and len(sizes) == 1) or error == 0
+    if problems > 1 and np.isin(results, (0, 1)).all() and counted:
         quantile, n = -float(special.ndtri(tail)), float(problems)
+        if len(sizes) > 1:
+            n = len(sizes) ** 2 / float((1 / sizes).sum())
     elif error > 0:
         quantile, n = spread.reach(tail) / error, mean * (1 - mean) / error**2
     else:
@@ -141,7 +158,7 @@ def result_interval(results: Float[np.ndarray, "S P"], level: float = 0.95) -> I
     return Interval(mean, max(centre - reach, 0.0), min(centre + reach, 1.0))
 
 
-def p_value(results: Float[np.ndarray, "S P"]) -> float:
+def p_value(results: Float[np.ndarray, "S P"], benchmarks: Benchmarks | None = None) -> float:
     """A two-sided p-value for a mean of 0: under the null hypothesis p ≤ α with probability at most α, for every α.
 
     Once corrected for their number, p-values are decided far out in the tails, where the calibration of
@@ -150,7 +167,7 @@ def p_value(results: Float[np.ndarray, "S P"]) -> float:
     rejects too often (Banerjee, Sankhyā 22, 1960). A single value, which has no interval, gives 1. Raises ValueError as
     `crossed_interval` does.
     """
-    spread = _spread(results)
+    spread = _spread(results, benchmarks)
     if spread.mean == 0 or np.size(results) == 1:
         return 1.0
     if spread.standard_error == 0:
@@ -179,25 +196,59 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return found
 
 
-def _spread(results: Float[np.ndarray, "S P"]) -> _Spread:
+def _spread(results: Float[np.ndarray, "S P"], benchmarks: Benchmarks | None = None) -> _Spread:
     """The mean of a result matrix and the parts of its variance: see `crossed_interval`."""
     results = np.asarray(results, dtype=np.float64)
     if results.ndim != 2 or results.size == 0 or not np.isfinite(results).all():
         raise ValueError(f"crossed_interval needs a finite [seeds, problems] matrix, got shape {results.shape}")
+    seeds, problems = results.shape
+    blocks = [results]
+    if benchmarks is not None and len(names := np.unique(benchmarks)) > 1:
+        blocks = [results[:, benchmarks == name] for name in names]
+        # so that the mean of all values is that over benchmarks
+        blocks = [block * (problems / (len(blocks) * block.shape[1])) for block in blocks]
+        results = np.concatenate(blocks, axis=1)
+    mean = results.mean()
+    within = [_within(block) for block in blocks]
+    shares = [block.shape[1] / problems for block in blocks]
+    squares = [share * one.problems for share, one in zip(shares, within, strict=True)]
+    by_seed, by_problem = problems * np.square(results.mean(1) - mean).sum() / max(seeds - 1, 1), sum(squares)
+    freedom = seeds - 1, _joint_freedom(squares, [block.shape[1] - 1 for block in blocks])
+    few, many = (0, 1) if 0 < freedom[0] <= freedom[1] or freedom[1] == 0 else (1, 0)
+    known, found = (max(freedom[few], 1), max(freedom[many], 1)), (by_seed, by_problem)
+    if not min(freedom):
+        parts, known = (found[few], 0.0), (known[0], known[0])
+    else:
+        noise = sum(share * one.noise for share, one in zip(shares, within, strict=True))
+        least = special.gammaincinv(freedom[few] / 2, AGREE) * 2 / freedom[few] * noise
+        parts = max(found[few], least), max(found[many] - noise, 0.0)
+    return _Spread(float(mean), np.array(parts) / results.size, known)
+
+
+class _Within(NamedTuple):
+    """Mean squares of one benchmark: between problems, and of the residuals. 0 where there is no degree of freedom."""
+
+    problems: float
+    noise: float
+
+
+def _within(results: Float[np.ndarray, "S P"]) -> _Within:
     (seeds, problems), mean = results.shape, results.mean()
     by_seed, by_problem = results.mean(1) - mean, results.mean(0) - mean
     rest = results - mean - by_seed[:, None] - by_problem
-    freedom = (seeds - 1, problems - 1)
-    squares = problems * np.square(by_seed).sum(), seeds * np.square(by_problem).sum()
-    few, many = (0, 1) if 0 < freedom[0] <= freedom[1] or freedom[1] == 0 else (1, 0)
-    if not min(freedom):
-        parts, known = (squares[few] / max(freedom[few], 1), 0.0), (max(freedom[few], 1),) * 2
-    else:
-        noise = np.square(rest).sum() / (freedom[0] * freedom[1])
-        least = special.gammaincinv(freedom[few] / 2, AGREE) * 2 / freedom[few] * noise
-        parts = max(squares[few] / freedom[few], least), max(squares[many] / freedom[many] - noise, 0.0)
-        known = freedom[few], freedom[many]
-    return _Spread(float(mean), np.array(parts) / results.size, known)
+    freedom = (seeds - 1) * (problems - 1)
+    return _Within(
+        seeds * np.square(by_problem).sum() / max(problems - 1, 1), np.square(rest).sum() / freedom if freedom else 0.0
+    )
+
+
+def _joint_freedom(variances: Sequence[float], freedom: Sequence[int]) -> float:
+    """The degrees of freedom of a sum of independent estimates of variances (Satterthwaite)."""
+    if len(freedom) == 1:
+        return freedom[0]
+    known = [(one**2, degrees) for one, degrees in zip(variances, freedom, strict=True) if degrees]
+    spread = sum(square / degrees for square, degrees in known)
+    return sum(variances) ** 2 / spread if spread else sum(freedom)
 
 
 def paired_difference(
@@ -218,9 +269,9 @@ def paired_difference(
 def result_matrices(outcomes: pa.Table, k: int | Mapping[str, int]) -> dict[ResultKey, ResultMatrix]:
     """The results behind every algorithm × benchmark × metric of an outcomes table; k may differ by benchmark.
 
-    avg_at_k is the fraction of a problem's samples that is correct, pass_at_k the estimate of `pass_at_k`, greedy 0 or
-    1. A metric without rows (no greedy decoding, say) is left out. Raises UserError for a row recorded twice, a problem
-    that a seed lacks, or k above the number of samples.
+    With several benchmarks, `OVERALL` is one too. avg_at_k is the fraction of a problem's samples that is correct,
+    pass_at_k the estimate of `pass_at_k`, greedy 0 or 1. A metric without rows (no greedy decoding, say) is left out.
+    Raises UserError for a row recorded twice, a problem that a seed lacks, or k above the number of samples.
     """
     cells = ["algorithm", "benchmark", "decoding"]
     table = outcomes.group_by([*cells, "seed", "problem_id"]).aggregate(
@@ -245,7 +296,25 @@ def result_matrices(outcomes: pa.Table, k: int | Mapping[str, int]) -> dict[Resu
             matrices[algorithm, benchmark, metric] = _pivot(
                 results, column["seed"][rows], column["problem_id"][rows], where
             )
-    return matrices
+    return matrices | _overall(matrices)
+
+
+def _overall(matrices: Mapping[ResultKey, ResultMatrix]) -> dict[ResultKey, ResultMatrix]:
+    """The results on all benchmarks together, by common seeds, of each algorithm × metric with results on each."""
+    benchmarks = list(dict.fromkeys(benchmark for _, benchmark, _ in matrices))
+    found: dict[ResultKey, ResultMatrix] = {}
+    for algorithm, metric in dict.fromkeys((algorithm, metric) for algorithm, _, metric in matrices):
+        own = [matrices.get((algorithm, benchmark, metric)) for benchmark in benchmarks]
+        each = [one for one in own if one is not None]
+        seeds = tuple(seed for seed in each[0].seeds if all(seed in one.seeds for one in each))
+        if len(benchmarks) > 1 and len(each) == len(benchmarks) and seeds:
+            found[algorithm, OVERALL, metric] = ResultMatrix(
+                np.concatenate([one.values[[one.seeds.index(seed) for seed in seeds]] for one in each], axis=1),
+                seeds,
+                tuple(f"{name}/{p}" for name, one in zip(benchmarks, each, strict=True) for p in one.problems),
+                np.repeat(np.arange(len(each)), [len(one.problems) for one in each]),
+            )
+    return found
 
 
 def _results(
@@ -272,20 +341,21 @@ def _pivot(
 
 
 def summarise(outcomes: pa.Table, k: int | Mapping[str, int]) -> list[dict[str, Any]]:
-    """Mean and 95 % interval of every algorithm (the base model among them, as "base") × benchmark × metric.
+    """Mean and 95 % interval of every algorithm (the base model among them, as "base") × benchmark × metric, those of
+    the mean over several benchmarks (as `OVERALL`) last.
 
     Rows have the keys algorithm, benchmark, metric, mean, ci_low, ci_high and seeds, the number of seeds.
     """
     rows: list[dict[str, Any]] = []
     for (algorithm, benchmark, metric), matrix in _ordered(result_matrices(outcomes, k)):
-        mean, low, high = result_interval(matrix.values)
+        mean, low, high = result_interval(matrix.values, benchmarks=matrix.benchmarks)
         row = {"algorithm": algorithm, "benchmark": benchmark, "metric": metric, "mean": mean}
         rows.append(row | {"ci_low": low, "ci_high": high, "seeds": len(matrix.seeds)})
     return rows
 
 
 def compare_to(outcomes: pa.Table, baseline: str, k: int | Mapping[str, int]) -> list[dict[str, Any]]:
-    """Paired differences (algorithm - baseline) of every other algorithm × benchmark × metric.
+    """Paired differences (algorithm - baseline) of every other algorithm × benchmark (or `OVERALL`) × metric.
 
     Rows have the keys algorithm, benchmark, metric, difference, ci_low, ci_high, p and seeds, the number of seeds that
     both have; a pair with no seed in common is left out. The interval is that of one difference; p is corrected by
@@ -298,13 +368,13 @@ def compare_to(outcomes: pa.Table, baseline: str, k: int | Mapping[str, int]) ->
     rows: list[dict[str, Any]] = []
     for (algorithm, benchmark, metric), matrix in _ordered(matrices):
         other = matrices.get((baseline, benchmark, metric))
-        pair = None if algorithm == baseline or other is None else align(matrix, other)
-        if pair is None:
+        difference = None if algorithm == baseline or other is None else difference_of(matrix, other)
+        if difference is None:
             continue
-        difference, low, high = paired_difference(*pair)
+        mean, low, high = crossed_interval(difference.values, benchmarks=difference.benchmarks)
         row: dict[str, Any] = {"algorithm": algorithm, "benchmark": benchmark, "metric": metric}
-        row |= {"difference": difference, "ci_low": low, "ci_high": high}
-        rows.append(row | {"p": p_value(pair[0] - pair[1]), "seeds": len(pair[0])})
+        row |= {"difference": mean, "ci_low": low, "ci_high": high}
+        rows.append(row | {"p": p_value(difference.values, difference.benchmarks), "seeds": len(difference.seeds)})
     for benchmark in {row["benchmark"] for row in rows}:
         table = [row for row in rows if row["benchmark"] == benchmark]
         for row, corrected in zip(table, holm([row["p"] for row in table]), strict=True):
@@ -320,14 +390,14 @@ def compare_pairs(
     The base model and pairs with no seed in common are left out. Each pair is there under both orders of its names.
     """
     found = {a: m for (a, b, by), m in matrices.items() if (b, by) == (benchmark, metric) and a != BASE}
-    aligned = {(a, b): align(found[a], found[b]) for a, b in combinations(found, 2)}
-    p = {pair: p_value(both[0] - both[1]) for pair, both in aligned.items() if both is not None}
+    all_of = {(a, b): difference_of(found[a], found[b]) for a, b in combinations(found, 2)}
+    p = {pair: p_value(one.values, one.benchmarks) for pair, one in all_of.items() if one is not None}
     corrected = dict(zip(p, holm(list(p.values())), strict=True))
     return corrected | {(b, a): value for (a, b), value in corrected.items()}
 
 
-def align(a: ResultMatrix, b: ResultMatrix) -> tuple[Float[np.ndarray, "S P"], Float[np.ndarray, "S P"]] | None:
-    """The values of both on their common seeds and problems; None if there are none.
+def difference_of(a: ResultMatrix, b: ResultMatrix) -> ResultMatrix | None:
+    """a - b on their common seeds and problems; None if there are none.
 
     The base model has one pseudo-seed, -1: its row is repeated for every seed of the other.
     """
@@ -337,10 +407,13 @@ def align(a: ResultMatrix, b: ResultMatrix) -> tuple[Float[np.ndarray, "S P"], F
         rows_b = np.zeros(len(seeds_a), int) if seeds_b == [-1] else np.arange(len(seeds_b))
     else:
         _, rows_a, rows_b = np.intersect1d(seeds_a, seeds_b, return_indices=True)
-    _, columns_a, columns_b = np.intersect1d(a.problems, b.problems, return_indices=True)
+    problems, columns_a, columns_b = np.intersect1d(a.problems, b.problems, return_indices=True)
     if not len(rows_a) or not len(columns_a):
         return None
-    return a.values[np.ix_(rows_a, columns_a)], b.values[np.ix_(rows_b, columns_b)]
+    values = a.values[np.ix_(rows_a, columns_a)] - b.values[np.ix_(rows_b, columns_b)]
+    seeds = [seeds_b[row] for row in rows_b] if seeds_a == [-1] else [seeds_a[row] for row in rows_a]
+    benchmarks = None if a.benchmarks is None else a.benchmarks[columns_a]
+    return ResultMatrix(values, tuple(seeds), tuple(map(str, problems)), benchmarks)
 
 
 def _ordered(matrices: Mapping[ResultKey, ResultMatrix]) -> list[tuple[ResultKey, ResultMatrix]]:

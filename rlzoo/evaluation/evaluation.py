@@ -93,7 +93,9 @@ def gold_rows(policy: Policy, problems: Sequence[EncodedProblem], bad: BadRows |
             unfit = BadRows("drop")
             rows.append(demonstrations(policy.tokenizer, [encoded.problem], None, unfit, policy.row_check()))
             if (summary := unfit.summary()) is not None:
-                bad.note(encoded.problem.told, {"gold completions without a log-likelihood": summary["first"][0]})
+                place = encoded.problem.told
+                reason = summary["first"][0].removeprefix(place).lstrip(": ")  # `note` names the place again
+                bad.note(place, {"gold completions without a log-likelihood": reason})
     return rows
 
 

@@ -158,14 +158,14 @@ def _greedy(problem: ProblemSamples) -> float | None:
     return None if problem.greedy is None else float(problem.greedy["correct"])
 
 
-def _majority(problem: ProblemSamples) -> float:
-    """Whether the most frequent answer is correct; the mean over several such answers.
+def _majority(samples: Sequence[Mapping[str, Any]]) -> float:
+    """Whether the answer that most samples give is correct; of several such answers, their mean.
 
     A sample's answer is that of the reward's ``answer_of``, or else its text up to case and spaces. A sample without an
     answer has no vote; if there is no vote, the value is 0. Source: arXiv 2203.11171.
     """
     votes: dict[str, list[bool]] = {}
-    for sample in problem.samples:
+    for sample in samples:
         answer = sample.get("answer")
         answer = " ".join(sample["text"].split()).casefold() if answer is None else answer
         if answer:
@@ -193,7 +193,7 @@ def _log_likelihood(problem: ProblemSamples) -> Total | None:
 
 AVERAGE = register_metric(Metric("avg_at_k", _average, "avg@k"))
 GREEDY = register_metric(Metric("greedy", _greedy, "greedy"))
-MAJORITY = register_metric(Metric("maj_at_k", _majority, "maj@k", needs=("answer",)))
+MAJORITY = register_metric(Metric("maj_at_k", lambda problem: _majority(problem.samples), "maj@k", needs=("answer",)))
 LENGTH = register_metric(Metric("mean_length", _length, "mean length", "tokens"))
 TRUNCATION = register_metric(Metric("truncated", _truncation, "truncated"))
 LOG_LIKELIHOOD = register_metric(
@@ -208,6 +208,16 @@ def pass_metric(k: int, name: str | None = None) -> Metric:
         return float(pass_at_k(np.array(_hits(problem)), np.array(len(problem.samples)), k))
 
     return Metric(name or f"pass_at_{k}", estimate, f"pass@{k}")
+
+
+def majority_metric(k: int) -> Metric:
+    """maj@k, ``maj_at_8`` for k = 8: the majority's mean over the groups of k samples, as they come."""
+
+    def estimate(problem: ProblemSamples) -> float:
+        groups = range(len(problem.samples) // k)
+        return float(np.mean([_majority(problem.samples[k * group : k * (group + 1)]) for group in groups]))
+
+    return Metric(f"maj_at_{k}", estimate, f"maj@{k}", needs=("answer",))
 
 
 def component_metric(part: str) -> Metric:
@@ -225,7 +235,7 @@ RESERVED = ("k", "samples")
 
 
 def metric_table(settings: EvaluationSettings, parts: Sequence[str] = ()) -> list[Metric]:
-    """The metrics of an evaluation: the built-in ones, pass@k for each k, the components of a reward with several
+    """The metrics of an evaluation: the built-in ones, rows for each k, a row per component of a reward with several
     ``parts``, and ``settings.metrics``.
 
     Raises UserError as `get_metric` does, and for two metrics with one name.
@@ -237,6 +247,7 @@ def metric_table(settings: EvaluationSettings, parts: Sequence[str] = ()) -> lis
         pass_metric(first, "pass_at_k"),
         *map(pass_metric, others),
         replace(MAJORITY, label=f"maj@{settings.samples}"),
+        *(majority_metric(k) for k in settings.pass_ks if k < settings.samples),
         LENGTH,
         TRUNCATION,
         LOG_LIKELIHOOD,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import string
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -157,6 +158,14 @@ class Privileged(Input):
     template: str
     model: str | None = None
 
+    def __post_init__(self) -> None:
+        for name in self._names():
+            if not name or name.isdecimal():
+                text = f"{{{name}}}"
+                raise UserError(
+                    f"the template {self.template!r} has {text}: name a column in it, or write {{{text}}} for text"
+                )
+
     def models(self) -> tuple[str | None, ...]:
         return () if self.model is None else (self.model,)
 
@@ -174,11 +183,30 @@ class Privileged(Input):
         return turns
 
     def _filled(self, row: Trajectory, prompt: str) -> str:
+        for name in self._names():
+            if name in row.columns and row.columns[name] is None:
+                raise UserError(
+                    f"the template {self.template!r} asks for {name!r}, which is null in a row of prompt "
+                    f"{row.prompt_id!r}: fill it in, or drop the row"
+                )
         given = {name: value if isinstance(value, str) else json.dumps(value) for name, value in row.columns.items()}
         try:
             return self.template.format(**{**given, "prompt": prompt})
-        except (KeyError, IndexError) as error:
+        except KeyError as error:
             raise UserError(
                 f"the template {self.template!r} needs {error.args[0]!r}, and a row of prompt {row.prompt_id!r} has "
                 f"{', '.join(['prompt', *given])}"
+            ) from None
+        except (AttributeError, IndexError, TypeError, ValueError) as error:
+            raise UserError(
+                f"the template {self.template!r} does not fit a row of prompt {row.prompt_id!r}: {error}"
+            ) from None
+
+    def _names(self) -> list[str]:
+        """The columns that the template asks for."""
+        try:
+            return [name for _, name, _, _ in string.Formatter().parse(self.template) if name is not None]
+        except ValueError as error:
+            raise UserError(
+                f"the template {self.template!r}: {error}: write {{{{ and }}}} for braces that are text"
             ) from None

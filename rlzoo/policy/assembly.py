@@ -270,8 +270,13 @@ class _Context:
 def fixed_batch(rows: Sequence[Trajectory], units: Units, objective: Objective, device: torch.device) -> TokenBatch:
     """The fields that come from the rows themselves: the mask, rewards, groups and pairs.
 
-    Rewards are in float64, because the differences in a group may be small relative to its mean.
+    Rewards are in float64: a group's differences may be small beside what its rewards have in common.
+    Raises UserError for a row whose prompt or completion has no tokens, not even an end of sequence.
     """
+    for row in rows:
+        if not (row.prompt_ids and row.completion_ids):
+            lacking = "completion" if row.prompt_ids else "prompt"
+            raise UserError(f"a row of prompt {row.prompt_id!r} has no tokens in its {lacking}: drop the row")
     mask = fixed_mask(rows, objective.truncated == "mask")
     unit = selector_of(objective.learns_from).unit
     pairs = unit is Unit.PAIR

@@ -98,11 +98,11 @@ def options_of(row: Mapping[str, Any]) -> Options:
     Raises UserError for a column of another type.
     """
     tools, options = row.get("tools"), row.get("chat_template_kwargs")
-    if isinstance(tools, str) and tools:
+    if isinstance(tools, str):
         try:
-            tools = json.loads(tools)
-        except ValueError:
-            raise UserError("column 'tools' is text that is not JSON: give a list of function schemas") from None
+            tools = json.loads(tools) if tools.strip() else None
+        except (ValueError, RecursionError):
+            raise UserError("column 'tools' is text that is no JSON: give a list of functions' schemas") from None
     if not isinstance(tools, list | None) or not isinstance(options, Mapping | None):
         name, kind = ("chat_template_kwargs", "a mapping") if isinstance(tools, list | None) else ("tools", "a list")
         raise UserError(f"column {name!r} holds {kind_of(row[name])}: give {kind}, or rename the column")

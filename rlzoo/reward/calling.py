@@ -1,4 +1,4 @@
-"""One call of a reward: its arguments besides the data, what it logs, and hints on its errors."""
+"""One call of a reward: what it takes and gets, what it logs, and what an error of its own may mean."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ import warnings
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
+from rlzoo.errors import UserError
 from rlzoo.registry import told
 
 SIGNATURE = "reward(prompts, completions, **columns)"
@@ -23,7 +24,8 @@ SIGNATURE = "reward(prompts, completions, **columns)"
 ENGINE = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
 """Arguments of a reward besides the data's columns, under TRL's names."""
 RAISED = (Exception, SystemExit)
-"""Exceptions of a reward that are caught; SystemExit would end the run silently."""
+"""What a reward may raise; SystemExit would end the run without a word."""
+VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
 @dataclass
@@ -148,6 +150,75 @@ async def _awaited(result: Awaitable[Any]) -> Any:
         return await result
     except SystemExit as error:  # it would end the loop silently
         raise RuntimeError(f"SystemExit: {error}") from error
+
+
+# What a reward takes
+
+
+def innermost(function: Any) -> Any:
+    """What options were bound to."""
+    while isinstance(function, partial):
+        function = function.func
+    return function
+
+
+def parameters(function: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
+    """The parameters of a callable; none for a builtin that does not tell.
+
+    Those of a decorator's wrapper, unless it passes on whatever it gets.
+    """
+    try:
+        outer = inspect.signature(function, follow_wrapped=False).parameters
+        passes_on = all(p.kind in VARIADIC for p in outer.values())
+        return inspect.signature(function).parameters if passes_on else outer
+    except ValueError:
+        return {}
+
+
+def is_reward(takes: Mapping[str, inspect.Parameter]) -> bool:
+    """Whether a function scores completions, or is a factory. One of ``*args, **columns`` alone scores."""
+    return bool(set(takes) & set(ENGINE)) or (bool(takes) and all(p.kind in VARIADIC for p in takes.values()))
+
+
+def takes_anything(takes: Mapping[str, inspect.Parameter]) -> bool:
+    """Whether it has ``**options``."""
+    return any(p.kind is p.VAR_KEYWORD for p in takes.values())
+
+
+def required(takes: Mapping[str, inspect.Parameter]) -> list[inspect.Parameter]:
+    """Those without a default."""
+    return [p for p in takes.values() if p.default is p.empty and p.kind not in VARIADIC]
+
+
+def unlike(found: Callable[..., Any], takes: Mapping[str, inspect.Parameter]) -> str:
+    """What to do with a function of another signature, such as verl's."""
+    own = innermost(found)
+    name = getattr(own, "__name__", type(own).__name__)
+    stars: dict[int, str] = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
+    own_parameters = ", ".join(stars.get(p.kind, "") + p.name for p in takes.values())
+    return (
+        f"takes no completions but ({own_parameters}); a reward has TRL's signature, {SIGNATURE}: wrap it, "
+        f"`def reward(completions, **columns): return [{name}(...) for completion in completions]`"
+    )
+
+
+def accepted(function: Callable[..., Any], arguments: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """The arguments that the reward takes. A bound option wins over a column of the same name."""
+    bound = function.keywords if isinstance(function, partial) else {}
+    takes = parameters(function)
+    for parameter in required(takes):
+        if parameter.name not in arguments:
+            if not {"completions", "completion_ids"} & set(takes):
+                raise UserError(f"reward {name!r} {unlike(function, takes)}")
+            fix = f"rename one with `columns: {{{parameter.name}: ...}}`, or keep to TRL's signature, {SIGNATURE}"
+            raise UserError(f"{missing_column(name, parameter.name, arguments)}; {fix}")
+    anything = takes_anything(takes)
+    return {n: value for n, value in arguments.items() if n not in bound and (anything or n in takes)}
+
+
+def missing_column(reward: str, column: str, columns: Mapping[str, Any]) -> UserError:
+    """The error for data without a column that a reward needs."""
+    return UserError(f"reward {reward!r} needs the column {column!r}; the data's columns: {columns_of(columns)}")
 
 
 # What an error may mean

@@ -42,7 +42,7 @@ def check_analysis(objective: Objective) -> None:
     if is_composite(type(objective)):
         return  # its components are analysed
     policy = load_policy("embedded", "float64")
-    rows = _rows(policy, objective)
+    rows = rows_of(policy, objective)
     if not selector_of(objective.learns_from).is_sampled:
         rows = [replace(row, source="demonstration") for row in rows]
     buffer = OfflineBuffer.from_trajectories(rows)
@@ -51,8 +51,8 @@ def check_analysis(objective: Objective) -> None:
         raise AssertionError(f"objective {objective.name!r} has no gradient whose noise could be measured")
 
 
-class _SameRows:
-    """A source that returns the same rows at every draw."""
+class SameRows:
+    """A source of batches that gives the same rows at every draw."""
 
     def __init__(self, rows: Sequence[Trajectory], units: Sequence[tuple[int, ...]]) -> None:
         self.rows, self.units = list(rows), list(units)
@@ -65,8 +65,8 @@ def _trained(objective: Objective, token_budget: int) -> Tensor:
     """The weights after training with micro-batches of at most so many tokens."""
     torch.manual_seed(0)  # for modules with random initialisation
     policy = load_policy("embedded", "float64")
-    rows = _rows(policy, objective)
-    sources = [_SameRows(rows, _units(component.objective)) for component in objective.components]
+    rows = rows_of(policy, objective)
+    sources = [SameRows(rows, units_of(component.objective)) for component in objective.components]
     try:
         settings = SETTINGS.model_copy(update={"token_budget": token_budget})
         record = Trainer(policy, objective, sources, settings).run()
@@ -77,15 +77,16 @@ def _trained(objective: Objective, token_budget: int) -> Tensor:
     return torch.cat([parameter.detach().flatten() for parameter in policy.parameters()])
 
 
-def _units(objective: Objective) -> list[tuple[int, ...]]:
+def units_of(objective: Objective) -> list[tuple[int, ...]]:
+    """The units of `rows_of` that the objective learns from."""
     rows = range(0, PROMPTS * SAMPLES, SAMPLES)
     if selector_of(objective.learns_from).unit is not Unit.ROW:
         return [(row + 1, row) for row in rows]  # the better completion of a pair comes first
     return [(row,) for row in range(PROMPTS * SAMPLES)]
 
 
-def _rows(policy: Policy, objective: Objective) -> list[Trajectory]:
-    """A wrong and a correct sample per prompt, with all stored inputs."""
+def rows_of(policy: Policy, objective: Objective) -> list[Trajectory]:
+    """A wrong and a correct sample of each prompt, with all that rows can have stored."""
     texts = [
         (f"{i // SAMPLES + 1}+{i // SAMPLES + 2}=?\n", f"#### {i + 3}" * (1 + i % 3)) for i in range(PROMPTS * SAMPLES)
     ]

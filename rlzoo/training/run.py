@@ -31,11 +31,9 @@ from rlzoo.types import TEMPERED, at_temperature
 
 
 def check_buffer(policy: Policy, buffer: Buffer) -> None:
-    """Raise UserError naming a row (from 1) that is empty, has a token without embedding, or is too long."""
-    empty = [row for name in ("prompt_ids", "completion_ids") for row in np.flatnonzero(buffer.tokens(name) == 0)]
-    doubtful = int(empty[0]) if empty else None
-    if doubtful is None and (found := buffer.outside(policy.vocabulary)) is not None:
-        doubtful = found[0]
+    """Raise UserError naming a row (from 1) with a token that has no embedding, or with more tokens than positions."""
+    found = buffer.outside(policy.vocabulary)
+    doubtful = None if found is None else found[0]
     if doubtful is None and policy.positions is not None and len(buffer) and buffer.tokens().max() > policy.positions:
         doubtful = int(buffer.tokens().argmax())
     if doubtful is not None:

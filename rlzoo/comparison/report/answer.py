@@ -8,12 +8,13 @@ from rlzoo.comparison.report.schema import Results
 from rlzoo.comparison.report.tables import percent, points, significance
 from rlzoo.comparison.statistics import (
     METRICS,
+    OVERALL,
     SIGNIFICANT,
     ResultKey,
     ResultMatrix,
-    align,
     compare_pairs,
-    paired_difference,
+    crossed_interval,
+    difference_of,
 )
 from rlzoo.config import BASE
 
@@ -22,10 +23,11 @@ def answer(results: Results, matrices: Mapping[ResultKey, ResultMatrix], benchma
     """Which algorithm did best on a benchmark, whether distinguishably, and whether the metrics agree."""
     means = {metric: _means(results, benchmark, metric) for metric in METRICS}
     ranked = _ranking(means["avg_at_k"])
+    on = f"By the {OVERALL}" if benchmark == OVERALL else f"On {benchmark}"
     if not ranked:
-        return f"On {benchmark}, no algorithm has a result."
+        return f"{on}, no algorithm has a result."
     label = results.label("avg_at_k", benchmark)
-    sentences = [f"On {benchmark}, {ranked[0]} has the best {label}: {percent(means['avg_at_k'][ranked[0]])} %"]
+    sentences = [f"{on}, {ranked[0]} has the best {label}: {percent(means['avg_at_k'][ranked[0]])} %"]
     if len(ranked) > 1:
         sentences[0] += _margin(matrices, benchmark, ranked[0], ranked[1])
     base = results.row(BASE, benchmark, "avg_at_k")
@@ -48,10 +50,11 @@ def _ranking(means: Mapping[str, float]) -> list[str]:
 def _margin(matrices: Mapping[ResultKey, ResultMatrix], benchmark: str, best: str, second: str) -> str:
     """Best against second, corrected for all pairs: which two they are is known only from the results."""
     a, b = (matrices.get((name, benchmark, "avg_at_k")) for name in (best, second))
-    pair = align(a, b) if a and b else None
-    if pair is None:
+    shared = difference_of(a, b) if a and b else None
+    if shared is None:
         return f", before {second}, with which it has no seed in common, so the two are not compared"
-    difference, pairs = paired_difference(*pair), compare_pairs(matrices, benchmark, "avg_at_k")
+    difference = crossed_interval(shared.values, benchmarks=shared.benchmarks)
+    pairs = compare_pairs(matrices, benchmark, "avg_at_k")
     p, number = pairs[best, second], len(pairs) // 2
     verdict = "distinguishable" if p < SIGNIFICANT else "not distinguishable"
     corrected = f", Holm-corrected for {number} pairs" if number > 1 else ""

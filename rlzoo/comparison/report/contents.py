@@ -12,7 +12,7 @@ from rlzoo.buffers.bad_rows import told
 from rlzoo.comparison.report import plots, tables
 from rlzoo.comparison.report.answer import answer
 from rlzoo.comparison.report.schema import FinishedRun, Results
-from rlzoo.comparison.statistics import compare_to, result_matrices
+from rlzoo.comparison.statistics import OVERALL, compare_to, result_matrices
 from rlzoo.config import BASE
 from rlzoo.document import Block, Code, Figure, Heading, Paragraph
 
@@ -39,7 +39,7 @@ def contents(run: FinishedRun, baseline: str | None) -> Iterator[Block]:
 
 def _answers(run: FinishedRun) -> Iterator[Block]:
     matrices = result_matrices(run.outcomes, run.results.k)
-    for benchmark in run.results.benchmarks:
+    for benchmark in run.results.overall:
         yield Paragraph(answer(run.results, matrices, benchmark), lead=True)
     yield Paragraph(
         "avg@k at temperature 1 rewards an objective for sharpening the model's distribution, whether or "
@@ -56,8 +56,13 @@ def _results(results: Results) -> Iterator[Block]:
         "algorithm by each metric is bold. Every algorithm started from the base model."
     )
     yield Paragraph(_left_out(results))
-    for index, benchmark in enumerate(results.benchmarks):
+    for index, benchmark in enumerate(results.overall):
         yield Heading(benchmark, level=3)
+        if benchmark == OVERALL:
+            yield Paragraph(
+                "Each benchmark counts the same, however many problems it has. The intervals are over further seeds "
+                "and problems of the same kinds."
+            )
         yield tables.result_table(results, benchmark)
         best = ", ".join(
             f"{name} {tables.percent(row.mean)} %"
@@ -73,10 +78,6 @@ def _results(results: Results) -> Iterator[Block]:
             "Overlapping intervals do not mean that two algorithms are equal, because they share problems "
             "and seeds: the paired differences below answer that.",
         )
-    if (means := tables.mean_table(results)) is not None:
-        yield Heading("mean over benchmarks", level=3)
-        yield Paragraph("Each benchmark counts the same, however many problems it has. These means have no intervals.")
-        yield means
 
 
 def _further(results: Results) -> Iterator[Block]:
@@ -127,7 +128,7 @@ def _differences(run: FinishedRun, baseline: str) -> Iterator[Block]:
         "95 % interval is that of one difference alone. p-values are corrected for the number of differences in the "
         "table (Holm); those below 0.05 are bold, and only they are called distinguishable from none."
     )
-    for index, benchmark in enumerate(run.results.benchmarks):
+    for index, benchmark in enumerate(run.results.overall):
         if not any(row["benchmark"] == benchmark for row in rows):
             continue
         yield Heading(benchmark, level=3)

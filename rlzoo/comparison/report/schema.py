@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from rlzoo.comparison.statistics import OVERALL
 from rlzoo.config import BASE
 from rlzoo.errors import UserError
 
@@ -83,6 +84,8 @@ class CellResult(_Model):
     seed: int
     learning_rate: float | None = None
     metrics: dict[str, BenchmarkResult]
+    mean_over_benchmarks: dict[str, float] = Field(default_factory=dict)
+    """Metric → mean over benchmarks."""
     costs: CellCosts = CellCosts()
     curve: list[CurvePoint] | None = None
     token_probabilities: list[float] | None = None
@@ -90,7 +93,7 @@ class CellResult(_Model):
 
 
 class SummaryRow(_Model):
-    """The mean of an algorithm on a benchmark by a metric, over its seeds, with its interval."""
+    """The mean of an algorithm on a benchmark, or over all of them, by a metric, over its seeds, with its interval."""
 
     algorithm: str
     benchmark: str
@@ -155,14 +158,22 @@ class Results(_Model):
         return tuple(self.base)
 
     @cached_property
+    def overall(self) -> tuple[str, ...]:
+        """The benchmarks and, where there are several, the mean over them."""
+        return (*self.benchmarks, *([OVERALL] if any(row.benchmark == OVERALL for row in self.summary) else []))
+
+    @cached_property
     def k(self) -> Mapping[str, int]:
         """The k of pass@k per benchmark."""
         return {benchmark: found.k for benchmark, found in self.base.items()}
 
     def label(self, metric: str, benchmark: str) -> str:
         """The name of a metric in tables and figures."""
-        found = self.base[benchmark]
-        names = {"avg_at_k": f"avg@{found.samples or found.k}", "pass_at_k": f"pass@{found.k}"}
+        if benchmark == OVERALL:
+            labels = {self.label(metric, each) for each in self.benchmarks}
+            return labels.pop() if len(labels) == 1 else metric
+        scores = self.base[benchmark]
+        names = {"avg_at_k": f"avg@{scores.samples or scores.k}", "pass_at_k": f"pass@{scores.k}"}
         return names.get(metric, metric)
 
     def mean(self, algorithm: str, benchmark: str, metric: str) -> float | None:
@@ -175,7 +186,7 @@ class Results(_Model):
     def row(self, algorithm: str, benchmark: str, metric: str) -> SummaryRow | None:
         """The summary of a metric; for the base model without one, its point value."""
         found = self._rows.get((algorithm, benchmark, metric))
-        value = getattr(self.base[benchmark], metric) if algorithm == BASE else None
+        value = getattr(self.base[benchmark], metric) if algorithm == BASE and benchmark != OVERALL else None
         if found is None and value is not None:
             nan = float("nan")
             return SummaryRow(

@@ -92,20 +92,6 @@ def result_table(results: Results, benchmark: str) -> Table:
     return Table(["algorithm", *labels, "seeds"], rows)
 
 
-def mean_table(results: Results) -> Table | None:
-    """The mean of each metric over benchmarks, base model first, the best algorithm marked; None for one benchmark."""
-    means = results.mean_over_benchmarks
-    shown = [metric for metric in METRICS if any(metric in found for found in means.values())]
-    best = {m: max((own[m] for name, own in means.items() if name != BASE and m in own), default=None) for m in shown}
-    rows = [
-        [Entry(name), *(Entry(percent(own.get(m)), name != BASE and m in own and own[m] == best[m]) for m in shown)]
-        for name, own in means.items()
-    ]
-    labels = [{results.label(metric, benchmark) for benchmark in results.benchmarks} for metric in shown]
-    header = [f"{label.pop() if len(label) == 1 else metric} (%)" for label, metric in zip(labels, shown, strict=True)]
-    return Table(["algorithm", *header], rows) if rows else None
-
-
 def further_table(results: Results, benchmark: str | None) -> Table | None:
     """The means of the metrics that have no interval, on a benchmark or (None) over all; None if there are none."""
     algorithms, shown = (BASE, *results.algorithms), [name for name in results.metrics if name not in METRICS]
@@ -226,13 +212,10 @@ def report_table(results: Results | Mapping[str, Any]) -> list[rich.table.Table]
     Takes the content of a results.json. Raises UserError naming the first field that is wrong.
     """
     checked = results if isinstance(results, Results) else parse_results(results)
-    shown = [
-        _rich(result_table(checked, benchmark), f"{benchmark}: mean and 95 % interval")
-        for benchmark in checked.benchmarks
+    scores = [
+        _rich(result_table(checked, benchmark), f"{benchmark}: mean and 95 % interval") for benchmark in checked.overall
     ]
-    if (means := mean_table(checked)) is not None:
-        shown.append(_rich(means, "mean over benchmarks"))
-    return [*shown, _rich(cost_table(checked), "costs: mean of a cell")]
+    return [*scores, _rich(cost_table(checked), "costs: mean of a cell")]
 
 
 def _rich(table: Table, title: str) -> rich.table.Table:
