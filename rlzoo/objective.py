@@ -202,7 +202,7 @@ def view_in_place(objective: Objective, other: WhichView) -> tuple[WhichView, di
     own, options = view_of(objective)
     other, name = builtin(other), name_of_view(other)
     if is_composite(type(objective)):
-        raise UserError(f"learns_from: {objective.name!r} is a composite, and each part has a view of its own")
+        raise UserError(f"learns_from: {objective.name!r} is a composite, and each component has a view of its own")
     if other == builtin(own):
         return own, options
     it, mine = selector_of(other), selector_of(own)

@@ -70,7 +70,7 @@ class Selector:
 
 
 WhichView = Selection | Selector | str
-"""A built-in view, one of one's own, or a name (registered, ``module:Name`` or ``file.py:Name``)."""
+"""A built-in view, a view object, or a name (registered, ``module:Name`` or ``file.py:Name``)."""
 _views: Registry[type[Selector]] = Registry("view", "rlzoo.buffers.selectors", "rlzoo.views")
 _View = TypeVar("_View", bound=type[Selector])
 

@@ -368,7 +368,7 @@ def test_a_comparison_with_a_plugins_sampler_resumes_bit_for_bit_after_kill_9(tm
     command = [sys.executable, __file__, "replaying in a comparison", str(tmp_path / "out")]
     died = subprocess.run(command, capture_output=True, check=False)
     assert died.returncode == -signal.SIGKILL, died.stderr.decode()
-    assert list((tmp_path / "out").rglob(f"step-*{KILLED_AT}.piece")), "it was stopped after a checkpoint"
+    assert list((tmp_path / "out").rglob(f"step-*{KILLED_AT}.result")), "it was stopped after a checkpoint"
     found, whole = compared_online(tmp_path / "out"), compared_online(tmp_path / "whole")
     (cell,), (expected,) = found["cells"], whole["cells"]
     assert cell["training"] == expected["training"] and len(cell["training"]) == 4

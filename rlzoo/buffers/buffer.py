@@ -278,7 +278,7 @@ class RolloutBuffer(Buffer):
         self._rows = self.concatenate(OfflineBuffer.from_trajectories(trajectories)).rows
 
     def freeze(self) -> OfflineBuffer:
-        """What the buffer holds now, fixed."""
+        """The current rows as a fixed buffer."""
         return OfflineBuffer._of(self._rows)
 
     def _settings(self) -> dict[str, Any]:

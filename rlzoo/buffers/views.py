@@ -158,7 +158,7 @@ def _weights(selector: Selector, rows: pa.Table, units: Units) -> tuple[float, .
 
 
 def _left_out(rows: pa.Table, selector: Selector, options: Mapping[str, Any], units: Units) -> dict[str, int]:
-    """`View.left_out`: what the selector gives without an option and does not give with it."""
+    """`View.left_out`: what the view has without an option and not with it."""
     found = {}
     if options.get("truncated") == "drop":
         truncated = rows["truncated"].to_numpy()

@@ -159,7 +159,7 @@ def _greedy(problem: ProblemSamples) -> float | None:
 
 
 def _majority(samples: Sequence[Mapping[str, Any]]) -> float:
-    """Whether the answer that most samples give is correct; of several such answers, their mean.
+    """Whether the most frequent answer is correct; the mean over several such answers.
 
     A sample's answer is that of the reward's ``answer_of``, or else its text up to case and spaces. A sample without an
     answer has no vote; if there is no vote, the value is 0. Source: arXiv 2203.11171.

@@ -102,7 +102,7 @@ def options_of(row: Mapping[str, Any]) -> Options:
         try:
             tools = json.loads(tools) if tools.strip() else None
         except (ValueError, RecursionError):
-            raise UserError("column 'tools' is text that is no JSON: give a list of functions' schemas") from None
+            raise UserError("column 'tools' is text that is not JSON: give a list of function schemas") from None
     if not isinstance(tools, list | None) or not isinstance(options, Mapping | None):
         name, kind = ("chat_template_kwargs", "a mapping") if isinstance(tools, list | None) else ("tools", "a list")
         raise UserError(f"column {name!r} holds {kind_of(row[name])}: give {kind}, or rename the column")

@@ -24,7 +24,7 @@ SIGNATURE = "reward(prompts, completions, **columns)"
 ENGINE = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
 """Arguments of a reward besides the data's columns, under TRL's names."""
 RAISED = (Exception, SystemExit)
-"""What a reward may raise; SystemExit would end the run without a word."""
+"""Exceptions of a reward that are caught; SystemExit would end the run silently."""
 VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
@@ -163,9 +163,9 @@ def innermost(function: Any) -> Any:
 
 
 def parameters(function: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
-    """The parameters of a callable; none for a builtin that does not tell.
+    """The parameters of a callable; none for a builtin without a signature.
 
-    Those of a decorator's wrapper, unless it passes on whatever it gets.
+    For a decorated function, those of the wrapper, unless it passes on all arguments.
     """
     try:
         outer = inspect.signature(function, follow_wrapped=False).parameters
@@ -176,7 +176,7 @@ def parameters(function: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
 
 
 def is_reward(takes: Mapping[str, inspect.Parameter]) -> bool:
-    """Whether a function scores completions, or is a factory. One of ``*args, **columns`` alone scores."""
+    """Whether a function scores completions, rather than being a factory. One of just ``*args, **columns`` scores."""
     return bool(set(takes) & set(ENGINE)) or (bool(takes) and all(p.kind in VARIADIC for p in takes.values()))
 
 
@@ -191,7 +191,7 @@ def required(takes: Mapping[str, inspect.Parameter]) -> list[inspect.Parameter]:
 
 
 def unlike(found: Callable[..., Any], takes: Mapping[str, inspect.Parameter]) -> str:
-    """What to do with a function of another signature, such as verl's."""
+    """The error for a function with another signature, such as verl's, and its fix."""
     own = innermost(found)
     name = getattr(own, "__name__", type(own).__name__)
     stars: dict[int, str] = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
@@ -203,7 +203,7 @@ def unlike(found: Callable[..., Any], takes: Mapping[str, inspect.Parameter]) ->
 
 
 def accepted(function: Callable[..., Any], arguments: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """The arguments that the reward takes. A bound option wins over a column of the same name."""
+    """The arguments that the reward takes. A bound option takes precedence over a column of the same name."""
     bound = function.keywords if isinstance(function, partial) else {}
     takes = parameters(function)
     for parameter in required(takes):

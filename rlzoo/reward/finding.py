@@ -80,7 +80,7 @@ def _name_of(reward: Any) -> str:
 
 
 def _built(found: Callable[..., Any], options: Mapping[str, Any]) -> Callable[..., Any]:
-    """The callable that scores, made of what a spec named and its options."""
+    """The scoring callable, built from the object that a spec names and its options."""
     name, takes = _name_of(found), parameters(found)
     scores = not isinstance(found, type) and is_reward(takes)
     options = _checked_options(found, name, takes, options, anything=not scores and takes_anything(takes))

@@ -52,7 +52,7 @@ def check_analysis(objective: Objective) -> None:
 
 
 class SameRows:
-    """A source of batches that gives the same rows at every draw."""
+    """A source that returns the same rows at every draw."""
 
     def __init__(self, rows: Sequence[Trajectory], units: Sequence[tuple[int, ...]]) -> None:
         self.rows, self.units = list(rows), list(units)
@@ -86,7 +86,7 @@ def units_of(objective: Objective) -> list[tuple[int, ...]]:
 
 
 def rows_of(policy: Policy, objective: Objective) -> list[Trajectory]:
-    """A wrong and a correct sample of each prompt, with all that rows can have stored."""
+    """A wrong and a correct sample per prompt, with all stored inputs."""
     texts = [
         (f"{i // SAMPLES + 1}+{i // SAMPLES + 2}=?\n", f"#### {i + 3}" * (1 + i % 3)) for i in range(PROMPTS * SAMPLES)
     ]
