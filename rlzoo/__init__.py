@@ -86,7 +86,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Public names load torch only when they are used, so that the command line answers at once."""
+    """Import public names only when they are used: the command line answers before torch is loaded."""
     if name not in _HOMES:
         raise AttributeError(f"module 'rlzoo' has no attribute {name!r}")
     return getattr(importlib.import_module(_HOMES[name]), name)

@@ -285,8 +285,8 @@ def checkpoint(draw: Callable[..., Any], folder: Path) -> str:
 
 
 @st.composite
-def piece(draw: Callable[..., Any], folder: Path) -> str:
-    """A finished piece of work, damaged: it is not trusted."""
+def cached_result(draw: Callable[..., Any], folder: Path) -> str:
+    """A cached result, damaged: it is not trusted."""
     cached, value = CachedResults(folder / "cached"), draw(VALUES)
     value = cached.write("one", value)
     (file,) = (folder / "cached").iterdir()
@@ -322,7 +322,7 @@ TARGETS: dict[str, tuple[Callable[[Path], Any], float]] = {
     "a buffer's Parquet file, damaged": (parquet, 0.05),
     "a buffer's JSONL file, damaged": (jsonl, 0.07),
     "a checkpoint, damaged": (checkpoint, 0.05),
-    "a finished piece of work, damaged": (piece, 0.05),
+    "a cached result, damaged": (cached_result, 0.05),
     "a model's folder, damaged": (model, 0.02),
 }
 """What is fuzzed, and its share of the cases."""

@@ -323,8 +323,8 @@ def test_a_line_of_a_buffer_with_a_number_that_is_none_of_a_row(
         ("temperature", pa.float64(), None, "row 2 of .*: temperature is null: every row needs one"),
         ("reward", pa.string(), "good", "row 2 of .*: reward cannot be double: "),
         ("reward", pa.list_(pa.float64()), [1.0], "b.parquet is not a saved buffer: its reward cannot be double: "),
-        ("columns", pa.string(), "[1]", "row 2 of .*: columns is '\\[1\\]', which is no JSON object"),
-        ("columns", pa.string(), "{", "row 2 of .*: columns is '{', which is no JSON object"),
+        ("columns", pa.string(), "[1]", "row 2 of .*: columns is '\\[1\\]', which is not a JSON object"),
+        ("columns", pa.string(), "{", "row 2 of .*: columns is '{', which is not a JSON object"),
         ("messages", None, [{"role": "user", "content": None}], "row 2 of .*: messages has an entry without role or "),
     ],
 )

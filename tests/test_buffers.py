@@ -161,7 +161,7 @@ def test_loading_what_is_no_buffer_names_the_file_and_the_mend(tmp_path: Path) -
     for name, message in {
         "none": "none does not exist: give a folder",
         "folder": "folder is not a saved buffer",
-        "text.txt": "text.txt is no buffer: give a folder",
+        "text.txt": "text.txt is not a buffer: give a folder",
         "bad.parquet": "bad.parquet is not a readable Parquet file",
         "other.parquet": "other.parquet has no column 'completion', so it is no saved buffer",
     }.items():
@@ -295,7 +295,7 @@ def test_a_rollout_buffer_freezes_saves_and_views(tmp_path: Path) -> None:
     assert isinstance(with_rewards, RolloutBuffer)
     assert with_rewards.capacity_versions == 2
     frozen.save(tmp_path / "frozen")
-    with pytest.raises(UserError, match=r"holds no rollout buffer: open it with OfflineBuffer\.load"):
+    with pytest.raises(UserError, match=r"is not a rollout buffer: open it with OfflineBuffer\.load"):
         RolloutBuffer.load(tmp_path / "frozen")
     with pytest.raises(UserError, match="capacity_versions of at least 1, got 0"):
         RolloutBuffer(0)

@@ -253,7 +253,7 @@ def test_sharegpts_calls_of_tools_are_those_of_the_template(chat: Any, value: st
     assert tokenizer.decode(row.completion_ids) == thought + '<call>rate {"of": "USD"}\n<eos>'
     (later,) = from_trl([{"conversations": [*asked, turn("observation", "0.9"), turn("gpt", "It is 0.9")]}], tokenizer)
     assert later.prompt == f"u:USD?\na:{thought}<call>rate " + '{"of": "USD"}\nt:0.9\na:'
-    with pytest.raises(UserError, match="does not write 'tool_calls'"):
+    with pytest.raises(UserError, match="does not render 'tool_calls'"):
         from_trl([{"conversations": asked}], chat)
 
 

@@ -220,7 +220,7 @@ def test_a_source_that_cannot_go_on_is_told_before_the_end(make_policy: MakePoli
         def draw(self) -> tuple[list[Trajectory], list[tuple[int, ...]]]:
             return [buffer[0]], [(0,)]
 
-    with pytest.raises(UserError, match="no checkpoint can hold a Plain"):
+    with pytest.raises(UserError, match="a checkpoint cannot hold a Plain"):
         Trainer(policy, get_objective("sft"), Plain(), EVERY, checkpoints=tmp_path).run()
 
 

@@ -114,7 +114,7 @@ def test_several_k(policy: Policy) -> None:
     assert found.pop("maj_at_1") == pytest.approx(4 / 12)
     assert found == one, "the first is what one number would be"
     for wrong in ([], [0], [2, 2], "x", 0):
-        with pytest.raises(UserError, match=r"^e: k: .* is neither a whole number of at least 1 nor a list of diff"):
+        with pytest.raises(UserError, match=r"^e: k: .* is neither a whole number of at least 1 nor a list of dist"):
             validated(EvaluationSettings, {"k": wrong}, "e")
 
 

@@ -180,7 +180,7 @@ def test_a_teacher_is_loaded_once_frozen_and_as_the_policy_computes(teacher: Pol
     batch = assembled(plain, ROWS, *asks[::2], models=Models.load(plain, asks))
     assert flat(batch["teacher_logp"], ROWS) == scored(teacher, ROWS) != scored(plain, ROWS)
     assert flat(batch["reference_logp"], ROWS) == scored(plain, ROWS)
-    with pytest.raises(UserError, match=r"'elsewhere' is not loaded: an input .* names it in models\(\)"):
+    with pytest.raises(UserError, match=r"'elsewhere' is not loaded: an input .* must list it in models\(\)"):
         models.of("elsewhere")
     with pytest.raises(UserError, match="the initial policy is not loaded"):
         Models(policy).of(None)
@@ -188,7 +188,7 @@ def test_a_teacher_is_loaded_once_frozen_and_as_the_policy_computes(teacher: Pol
 
 def test_a_teacher_of_another_vocabulary_is_refused(tmp_path: Path) -> None:
     save_policy(policy_of(built(None)), tmp_path)
-    with pytest.raises(UserError, match=r"has another vocabulary than the policy, whose tokens it cannot score$"):
+    with pytest.raises(UserError, match=r"has another vocabulary than the policy: use one with the same tokenizer$"):
         Models.load(load_policy("embedded"), [Reference(str(tmp_path))])
 
 

@@ -216,7 +216,7 @@ def test_views_by_name_or_as_an_object() -> None:
         buffer.view("rarely-solved", minimum=2.0)
     with pytest.raises(UserError, match=r"unknown view 'groupz'.*did you mean 'groups'\?"):
         buffer.view("groupz")
-    with pytest.raises(UserError, match=r"learns_from: 3 is no view"):
+    with pytest.raises(UserError, match=r"learns_from: 3 is not a view"):
         buffer.view(3)  # type: ignore[arg-type]
     twice = type("Other", (Selector,), {"name": "groups", "__module__": "mine"})
     with pytest.raises(UserError, match="view 'groups' is registered twice"):
@@ -335,9 +335,9 @@ def test_a_composite_learns_from_a_buffer_and_from_fresh_samples() -> None:
     assert len(record.steps) == SETTINGS.steps and record.costs.sampled_tokens > 0
     with pytest.raises(UserError, match="has 2 components and 1 sources"):
         train(policy, mixed, fresh(policy, "replaying"), SETTINGS)
-    with pytest.raises(UserError, match="a PosixPath is no source: give a buffer, a Collector"):
+    with pytest.raises(UserError, match="a PosixPath is not a source: give a buffer, a Collector"):
         train(policy, get_objective("grpo"), PLUGINS, SETTINGS)  # type: ignore[arg-type]
-    with pytest.raises(UserError, match="there are no problems to sample completions of"):
+    with pytest.raises(UserError, match="there are no problems to sample completions for"):
         Collector(policy, TransformersSampler(policy), [], length)
 
 
@@ -368,7 +368,7 @@ def test_a_comparison_with_a_plugins_sampler_resumes_bit_for_bit_after_kill_9(tm
     command = [sys.executable, __file__, "replaying in a comparison", str(tmp_path / "out")]
     died = subprocess.run(command, capture_output=True, check=False)
     assert died.returncode == -signal.SIGKILL, died.stderr.decode()
-    assert list((tmp_path / "out").rglob(f"step-*{KILLED_AT}.piece")), "it was stopped after a checkpoint"
+    assert list((tmp_path / "out").rglob(f"step-*{KILLED_AT}.result")), "it was stopped after a checkpoint"
     found, whole = compared_online(tmp_path / "out"), compared_online(tmp_path / "whole")
     (cell,), (expected,) = found["cells"], whole["cells"]
     assert cell["training"] == expected["training"] and len(cell["training"]) == 4

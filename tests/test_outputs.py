@@ -30,7 +30,7 @@ def names(folder: Path) -> list[str]:
 
 
 def stopped(path: Path, settings: dict[str, Any] | None = None, what: type[BaseException] = KeyboardInterrupt) -> str:
-    """A run that keeps a piece of work and then ends with an exception; what the exception has to say."""
+    """A run that caches a result and then ends with an exception; the text of the exception."""
     with pytest.raises(what) as caught, run_in(path, "train", settings or ASKED) as run:
         CachedResults(run.state).write("half", 1)
         raise what

@@ -374,18 +374,18 @@ def test_rows_of_like_length_share_a_micro_batch() -> None:
     st.lists(st.lists(st.integers(1, 40), min_size=1, max_size=4), max_size=15),
     st.integers(1, 120),
 )
-def test_micro_batches_partition_the_rows_and_keep_atoms_whole(atoms_lengths: list[list[int]], budget: int) -> None:
-    lengths = [length for atom in atoms_lengths for length in atom]
+def test_micro_batches_partition_the_rows_and_keep_units_whole(lengths_by_unit: list[list[int]], budget: int) -> None:
+    lengths = [length for unit in lengths_by_unit for length in unit]
     rows = iter(range(len(lengths)))
-    atoms = [tuple(next(rows) for _ in atom) for atom in atoms_lengths]
-    batches = list(token_batches(atoms, lengths, budget))
+    units = [tuple(next(rows) for _ in unit) for unit in lengths_by_unit]
+    batches = list(token_batches(units, lengths, budget))
     assert sorted(row for batch in batches for row in batch) == list(range(len(lengths)))
     for batch in batches:
-        inside = [atom for atom in atoms if atom[0] in batch]
-        assert sorted(row for atom in inside for row in atom) == sorted(batch)
+        inside = [unit for unit in units if unit[0] in batch]
+        assert sorted(row for unit in inside for row in unit) == sorted(batch)
         padded = max(lengths[row] for row in batch) * len(batch)
         assert padded <= budget or len(inside) == 1
-    assert batches == list(token_batches(atoms, lengths, budget))
+    assert batches == list(token_batches(units, lengths, budget))
 
 
 def test_flops_by_hand() -> None:
@@ -411,7 +411,7 @@ def test_a_model_that_makes_logits_in_an_unknown_way_is_refused(monkeypatch: pyt
         return out
 
     monkeypatch.setattr(LlamaForCausalLM, "forward", scaled)
-    with pytest.raises(UserError, match="'llama' makes its logits"):
+    with pytest.raises(UserError, match="'llama' computes its logits"):
         load_policy("embedded")
 
 
@@ -430,7 +430,9 @@ def test_a_folder_that_lacks_something_is_refused(tmp_path: Path) -> None:
     weights = load_file(tmp_path / "model.safetensors")
     most = {name: weight for name, weight in weights.items() if name != "model.norm.weight"}
     save_file(most, tmp_path / "model.safetensors", {"format": "pt"})
-    with pytest.raises(UserError, match=r"has no weights for model\.norm\.weight \(1 in all\): is its folder whole\?"):
+    with pytest.raises(
+        UserError, match=r"has no weights for model\.norm\.weight \(1 in all\): is its folder complete\?"
+    ):
         load_policy(str(tmp_path))
     (tmp_path / "model.safetensors").unlink()
     torch.save(weights, tmp_path / "pytorch_model.bin")  # a pickle, which could run anything

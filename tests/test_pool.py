@@ -40,7 +40,7 @@ def test_an_interrupt_waits_for_a_safe_place_and_for_nothing_else(number: signal
         reached = True
         list(processes.gather(futures))
     assert reached, "raised where it fell"
-    assert time.monotonic() - started < 120, "the piece of work was waited for"
+    assert time.monotonic() - started < 120, "the task was waited for"
     assert signal.getsignal(number) is before
 
 

@@ -70,7 +70,7 @@ ELSEWHERE = {
     "Training.learning_rate": "test_training.py::test_the_schedule_warms_up_and_follows_a_cosine",
     "Training.warmup_ratio": "test_training.py::test_the_schedule_warms_up_and_follows_a_cosine",
     "Training.max_gradient_norm": "test_training_runs.py::test_weight_decay_and_clipping_reach_the_optimizer",
-    "Training.importance_cap": f"{OPTIONS}::test_truncated_importance_weighs_what_another_engine_sampled",
+    "Training.importance_cap": f"{OPTIONS}::test_truncated_importance_weights_what_another_engine_sampled",
     "Training.lora": f"{OPTIONS}::test_lora_trains_the_adapters_alone",
     "Training.gradient_checkpointing": f"{OPTIONS}::test_recomputed_activations_change_nothing_but_the_work",
     "Training.on_nonfinite": "test_checkpoints.py::test_a_step_that_is_not_finite_can_be_skipped_and_is_counted",
@@ -363,7 +363,7 @@ def test_the_rollouts_of_the_shared_buffer(fake: FakeSampler, tmp_path: Path) ->
         assert fake.asked[-1] == (prompts, experiment.rollouts, 0) and len(rows) == 4 * prompts
         assert all((row.behaviour_logp == [-0.5, -0.25]) is (behaviour == "sampler") for row in rows)
         assert [row.prompt for row in rows[::4]] == [p.prompt for p in load_problems(experiment.train)[:prompts]]
-    with pytest.raises(UserError, match=r"rollouts\.behaviour: sampler needs an engine with log-probs of its own"):
+    with pytest.raises(UserError, match=r"rollouts\.behaviour: sampler needs an engine with its own log-probs"):
         resolve.check(small({"grpo": {}}, rollouts__behaviour="sampler"))
 
 

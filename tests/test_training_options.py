@@ -263,8 +263,8 @@ def test_a_tracker_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @pytest.mark.parametrize("name", ["sft", "dft-control"])  # the latter's coefficients are those of the whole batch
-def test_truncated_importance_weighs_what_another_engine_sampled(name: str) -> None:
-    """Rows whose engine said log 2 less for every token: each of their tokens weighs min(2, cap) as much."""
+def test_truncated_importance_weights_what_another_engine_sampled(name: str) -> None:
+    """Rows whose engine said log 2 less for every token: each of their tokens has weight min(2, cap)."""
     half = torch.log(torch.tensor(2.0)).item()
 
     def gradient(marked: range, cap: float | None) -> torch.Tensor:

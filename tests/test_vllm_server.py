@@ -199,7 +199,7 @@ def test_a_server_that_refuses_or_is_not_there(policy: Policy, server: FakeServe
             VLLMServerSampler(policy, url)
     answers: list[Any] = [[], {"data": []}, {"error": "no such page"}, "<html>"]
     for server.models in answers:
-        with pytest.raises(UserError, match=f"what answers at {server.url} is no vLLM server"):
+        with pytest.raises(UserError, match=f"the server at {server.url} is not a vLLM server"):
             VLLMServerSampler(policy, server.url)
     server.models = None
     with pytest.raises(UserError, match="answered 404 to /v1/models: null"):
@@ -260,7 +260,7 @@ def test_vllm_is_not_installed(policy: Policy, monkeypatch: pytest.MonkeyPatch) 
 def test_several_processes_need_a_server(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
     install(monkeypatch, policy)
     monkeypatch.setattr("rlzoo.rollout.vllm.world_size", lambda: 2)
-    with pytest.raises(UserError, match="several processes cannot each hold a vLLM engine: start a server"):
+    with pytest.raises(UserError, match="a distributed run cannot hold a vLLM engine in each process: start a server"):
         VLLMSampler(policy)
 
 
@@ -285,7 +285,7 @@ def test_importance_needs_both_log_probs() -> None:
     server = {"rollouts.engine": "vllm", "rollouts.url": "http://x", "training.importance_cap": 2.0}
     assert load_experiment("facts", server).rollouts.url == "http://x"
     for unknown in ({"rollouts.temperature": 0.6}, {"rollouts.top_p": 0.9}):
-        with pytest.raises(UserError, match="known at temperature 1 and top_p 1"):
+        with pytest.raises(UserError, match="known only at temperature 1 and top_p 1"):
             load_experiment("facts", {**server, **unknown})
 
 

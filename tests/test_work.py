@@ -1,4 +1,4 @@
-"""What the pieces of a comparison do: on which problems, with which seeds and rates, and at what cost."""
+"""The work of a comparison: on which problems, with which seeds and rates, and at what cost."""
 
 from __future__ import annotations
 
@@ -536,7 +536,7 @@ def test_a_log_says_what_was_done_and_what_was_left_out(make_policy: Callable[..
 
 @contextmanager
 def telling_pool(told: list[tuple[str, list[tuple[float, str]]]]) -> Iterator[InThisProcess]:
-    """What each piece of work told of its progress, by name in the order of the work."""
+    """The progress that each task reported, by name, in order."""
 
     class Telling(InThisProcess):
         def submit(self, name: str, function: Callable[..., Any], *arguments: Any) -> Future[Any]:

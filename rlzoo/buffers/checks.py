@@ -113,13 +113,13 @@ def _all_wrong(table: pa.Table) -> Iterator[Wrong]:
         empty = pc.equal(pc.list_value_length(table[name]), 0)
         yield from ((row, f"{name} is empty: a row needs a token or more there") for row in _rows(empty))
         for row, value in _inside(table[name], lambda ids: pc.less(ids, 0)):
-            yield row, f"{name} holds {value}, which is no token's id"
+            yield row, f"{name} holds {value}, which is not a token id"
     for name in LOG_PROBS:
         for row, value in _inside(table[name], lambda logp: pc.invert(pc.less(logp, math.inf))):
-            yield row, f"{name} holds {value}, which is no log-prob"
+            yield row, f"{name} holds {value}, which is not a log-prob"
         own = pc.list_value_length(table[name])
         for row in _rows(pc.not_equal(own, tokens)):
-            yield row, f"{name} has {own[row]} values for {tokens[row]} completion tokens: score the row again"
+            yield row, f"{name} has {own[row]} values for {tokens[row]} completion tokens: compute them again"
     for name, fields in _NEEDED.items():
         for row, _ in _inside(table[name], lambda one, fields=fields: _lacks(one, fields)):  # type: ignore[misc]
             yield row, f"{name} has an entry without {' or '.join(fields)}"
@@ -146,7 +146,7 @@ def _wrong_columns(column: pa.ChunkedArray) -> Iterator[Wrong]:
     for chunk in column.chunks:
         if wrong := [text for text in chunk.unique().to_pylist() if text is not None and not _is_object(text)]:
             for row in _rows(pc.is_in(chunk, pa.array(wrong))):
-                yield before + row, f"columns is {chunk[row].as_py()!r:.60}, which is no JSON object"
+                yield before + row, f"columns is {chunk[row].as_py()!r:.60}, which is not a JSON object"
         before += len(chunk)
 
 

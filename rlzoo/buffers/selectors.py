@@ -21,7 +21,7 @@ from rlzoo.types import Selector, Unit, Units, register_view
 Mask = Bool[np.ndarray, " N"]
 Indices = Int[np.ndarray, " R"]
 THRESHOLD = 0.5
-"""The reward from which a completion counts as correct."""
+"""The smallest reward of a correct completion."""
 RELEASED = 64
 """Chunks of texts, of a thousand rows each, that stay mapped at a time."""
 Truncated = Literal["keep", "drop"]
@@ -49,7 +49,7 @@ def correct(
 ) -> Units:
     """Sampled rows with reward ≥ threshold, one per unit: at most ``per_prompt`` distinct texts per prompt.
 
-    With ``with_demonstrations`` every demonstration is in it too, whatever its reward.
+    With ``with_demonstrations`` all demonstrations are included, whatever their reward.
     """
     mask = ~_has_source(rows, "demonstration") & (rewards(rows) >= threshold) & _whole(rows, truncated)
     chosen = np.flatnonzero(mask)
@@ -69,9 +69,9 @@ def correct(
 
 
 def pairs(rows: pa.Table, threshold: float = THRESHOLD, per_prompt: int = 4, truncated: Truncated = "keep") -> Units:
-    """(better, worse) rows of one prompt, on either side of the threshold, at most ``per_prompt`` a prompt.
+    """(better, worse) rows of one prompt, on either side of the threshold, at most ``per_prompt`` per prompt.
 
-    The i-th better row goes with the i-th worse one, so no row is used twice and imported pairs stay pairs.
+    The i-th better row is paired with the i-th worse one, so no row is used twice and imported pairs stay pairs.
     """
     reward = rewards(rows)
     mask = _has_source(rows, "policy", "preference") & ~np.isnan(reward) & _whole(rows, truncated)
@@ -112,8 +112,8 @@ def groups(rows: pa.Table, size: int | None = None, varied: bool = False, trunca
         unscored = int((_has_source(rows, "policy") & ~np.isnan(reward)).sum())
         if unscored:
             raise UserError(
-                f"the buffer has no groups ({unscored:,} samples have a reward but no behaviour log-probs): score them "
-                "with the policy as it starts by training.behaviour: current (--set training.behaviour=current)"
+                f"the buffer has no groups ({unscored:,} samples have a reward but no behaviour log-probs): take "
+                "those of the initial policy, with training.behaviour: current (--set training.behaviour=current)"
             )
         raise UserError(
             f"the buffer has no groups (0 of {len(rows):,} rows have the source 'policy', a reward and "
@@ -150,7 +150,7 @@ def unpaired(rows: pa.Table, truncated: Truncated = "keep") -> Units:
     chosen = np.flatnonzero(~_has_source(rows, "demonstration") & ~np.isnan(rewards(rows)) & _whole(rows, truncated))
     if not len(chosen):
         raise UserError(
-            f"the buffer has no rewarded rows (0 of {len(rows):,} rows have a reward and are no demonstrations"
+            f"the buffer has no rewarded rows (0 of {len(rows):,} rows have a reward and are not demonstrations"
             f"{_and_whole(truncated)}): sample some with rlzoo rollout, or import unpaired preferences with from_trl"
         )
     return _singles(chosen)
@@ -211,24 +211,24 @@ def _has_source(rows: pa.Table, *sources: str) -> Mask:
 
 
 def _whole(rows: pa.Table, truncated: Truncated) -> Mask:
-    """True for the rows that may stay: all, or those that are not truncated."""
+    """True for rows that may be in a view: all, or those that are not truncated."""
     return ~rows["truncated"].to_numpy() if truncated == "drop" else np.ones(len(rows), bool)
 
 
 def _and_whole(truncated: Truncated) -> str:
-    """How an empty view says that truncated rows did not count."""
+    """The part of an error that says that truncated rows were left out."""
     return ", truncated rows left out" if truncated == "drop" else ""
 
 
 def rewards(rows: pa.Table) -> Float[np.ndarray, " N"]:
-    """Rewards; NaN where there is none."""
+    """Rewards, or NaN."""
     reward: Float[np.ndarray, " N"] = rows["reward"].to_numpy()
     return reward
 
 
 def _codes(strings: pa.ChunkedArray) -> Int[np.ndarray, " N"]:
-    """Equal numbers for equal strings, counted up in order of first appearance."""
-    # as one array: a dictionary a chunk, and one to unify them, would take a thousand times the memory
+    """Integer codes of strings, in order of first appearance."""
+    # as one array: a dictionary per chunk, and one to unify them, would take a thousand times the memory
     whole = strings.cast(pa.large_string()).combine_chunks()
     codes: Int[np.ndarray, " N"] = whole.dictionary_encode().indices.to_numpy().astype(np.int64)
     return codes
@@ -262,7 +262,7 @@ def _rank(keys: Int[np.ndarray, " R"]) -> Int[np.ndarray, " R"]:
 
 def _first_of_equals(first: Int[np.ndarray, " R"], second: Int[np.ndarray, " R"]) -> Bool[np.ndarray, " R"]:
     """True where no earlier element has both the same ``first`` and the same ``second``."""
-    order = np.lexsort((second, first))  # stable: of equals the earliest comes first
+    order = np.lexsort((second, first))  # stable: among equals the earliest comes first
     a, b = first[order], second[order]
     new = np.ones(len(order), bool)
     new[1:] = (a[1:] != a[:-1]) | (b[1:] != b[:-1])

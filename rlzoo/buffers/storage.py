@@ -35,7 +35,7 @@ _FOLDER_MARK = "state.json"  # what `Dataset.save_to_disk` leaves in every folde
 
 
 def write_folder(rows: datasets.Dataset, path: str | Path, settings: dict[str, Any]) -> None:
-    """Write a folder that opens memory-mapped. Raises UserError rather than replace what is no buffer."""
+    """Write a folder that opens memory-mapped. Raises UserError rather than replace anything but a buffer."""
     path = Path(path)
     if path.exists() and not (path / _FOLDER_MARK).exists() and not _is_empty(path):
         raise UserError(f"{path} exists and is not a buffer: choose another path")
@@ -72,7 +72,7 @@ def read(path: str | Path, bad: BadRows | None = None) -> datasets.Dataset:
     elif kind_of_file(path) == ".jsonl":
         return _read_jsonl(path, bad)
     else:
-        raise UserError(f"{path} is no buffer: give a folder, a .parquet or a .jsonl file that one was saved to")
+        raise UserError(f"{path} is not a buffer: give a folder, a .parquet or a .jsonl file that one was saved to")
     try:
         return checked(rows, str(path), bad)
     finally:
@@ -187,7 +187,7 @@ def _buffer_row(line: dict[str, Any] | UserError) -> dict[str, Any] | UserError:
         return UserError(f"{'.'.join(map(str, first['loc']))}: {first['msg'].lower()}")
     for name in ("prompt_ids", "completion_ids"):
         if (largest := max(getattr(row, name), key=abs, default=0)) and abs(largest) > _LARGEST:
-            return UserError(f"{name} holds {largest}, which is no token's id")
+            return UserError(f"{name} holds {largest}, which is not a token id")
     if abs(row.policy_version) > _LARGEST:
         return UserError(f"policy_version is {row.policy_version}: it must be at most {_LARGEST}")
     return unchecked_row(row)

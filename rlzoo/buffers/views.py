@@ -19,7 +19,7 @@ from rlzoo.registry import told
 from rlzoo.types import Selector, Unit, Units, WhichView, selector_of
 
 COUNTS = ("per_prompt", "size")
-"""Options that are a number of rows."""
+"""Options that are numbers of rows."""
 TRUNCATED, FLAT = "truncated completions", "groups of equal rewards"
 """What a view may leave out."""
 
@@ -30,11 +30,11 @@ class View:
 
     selection: WhichView
     units: Units
-    """Row indices that must stay together: one row, (better, worse), or all samples of one prompt."""
+    """Row indices per unit: one row, (better, worse), or all samples of one prompt."""
     weights: tuple[float, ...] | None = None
-    """Units are drawn with replacement in proportion to these; None draws each once an epoch."""
+    """Weights with which units are drawn, with replacement; None: each unit once per epoch."""
     left_out: Mapping[str, int] = field(default_factory=dict)
-    """What options left out that would otherwise be in the view, and how many: `TRUNCATED` rows, `FLAT` groups."""
+    """Counts of what options left out of the view: `TRUNCATED` rows, `FLAT` groups."""
 
     def __len__(self) -> int:
         return len(self.units)
@@ -46,9 +46,9 @@ def select(
     """The view of ``rows``. Raises UserError for an unknown option, and naming a view that is empty, or whose units or
     weights cannot be.
 
-    A view of rows to imitate may be ``weighted``: its weights are the rows' rewards, then read as quality scores.
-    ``truncated="drop"`` leaves truncated rows out of any view, before anything else is chosen.
-    ``release`` is called now and then while texts are read, so that those that were need not stay in memory.
+    A view of rows to imitate may be ``weighted``: its weights are the rows' rewards, as quality scores.
+    ``truncated="drop"`` leaves truncated rows out of any view, before any other choice. ``release`` is called
+    repeatedly while texts are read, to release their memory.
     """
     selector = selector_of(which)
     check_options(selector, options)
@@ -158,7 +158,7 @@ def _weights(selector: Selector, rows: pa.Table, units: Units) -> tuple[float, .
 
 
 def _left_out(rows: pa.Table, selector: Selector, options: Mapping[str, Any], units: Units) -> dict[str, int]:
-    """`View.left_out`: what the selector gives without an option and does not give with it."""
+    """`View.left_out`: what the view has without an option and not with it."""
     found = {}
     if options.get("truncated") == "drop":
         truncated = rows["truncated"].to_numpy()
@@ -170,7 +170,7 @@ def _left_out(rows: pa.Table, selector: Selector, options: Mapping[str, Any], un
 
 
 def _quality(rows: pa.Table, units: Units) -> tuple[float, ...]:
-    """The reward of each unit's row. Raises UserError where one cannot be a weight."""
+    """The reward of each unit's row. Raises UserError for one that cannot be a weight."""
     index = np.asarray(units)[:, 0]
     quality = rewards(rows)[index]
     for wrong, problem in (
@@ -181,5 +181,5 @@ def _quality(rows: pa.Table, units: Units) -> tuple[float, ...]:
             first = int(index[np.flatnonzero(wrong)[0]])
             raise UserError(f"{int(wrong.sum()):,} of {len(index):,} rows to draw by quality {problem} (row {first})")
     if not quality.any():
-        raise UserError(f"all {len(index):,} rows to draw by quality have the score 0, so none could be drawn")
+        raise UserError(f"all {len(index):,} rows to draw by quality have a quality of 0, so none could be drawn")
     return tuple(quality.tolist())

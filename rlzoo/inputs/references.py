@@ -1,4 +1,4 @@
-"""Inputs that look at other models than the policy: the initial policy, a teacher, a moving average."""
+"""Inputs from other models than the policy: the initial policy, a teacher, a moving average."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Reference(Input):
         return context.log_probs(context.model(self.name))
 
     def example(self, logp: Float[Tensor, "B T"], draw: torch.Generator) -> Float[Tensor, "B T"]:
-        """Log-probs that training has moved away from, so that bounds on their ratio are reached."""
+        """Log-probs far enough from the policy's to reach the bounds of their ratio."""
         return logp + normal(logp.shape, draw)
 
     @property
@@ -91,7 +91,7 @@ class MovingReference(Input):
 class ReferenceLogits(Input):
     """The logits of a frozen model, for `Objective.logit_term`: the policy before training, or a teacher.
 
-    The model stays in memory, and runs once more in every update.
+    The model stays in memory, and runs a forward pass in every update.
     """
 
     stage: ClassVar[Stage] = Stage.FORWARD
@@ -109,9 +109,9 @@ class ReferenceLogits(Input):
 
 @dataclass(frozen=True)
 class Mismatched(Input):
-    """``mismatched`` [B]: the step's mean of Σ_t log π_θ/π_ref of completions that are put to other rows' prompts.
+    """``mismatched`` [B]: the step's mean of Σ_t log π_θ/π_ref of completions paired with other rows' prompts.
 
-    The same number in all rows, whatever the micro-batch; 0 where all rows have one prompt.
+    The same for all rows, whatever the micro-batches; 0 if all rows have the same prompt.
     """
 
     stage: ClassVar[Stage] = Stage.STEP
@@ -147,9 +147,9 @@ def mismatched(rows: Sequence[Trajectory]) -> list[Trajectory]:
 class Privileged(Input):
     """``privileged_logp`` [B, T]: log-probs in nats of the same completions after another prompt.
 
-    ``template`` makes that prompt of ``{prompt}`` and the row's columns, as in ``"{prompt}\\nHint: {answer}\\n"``; the
-    policy at the start of the batch scores it, or the frozen ``model``. Its difference from the policy's own log-prob
-    is what self-distillation learns from.
+    ``template`` builds that prompt from ``{prompt}`` and the row's columns, as in ``"{prompt}\\nHint: {answer}\\n"``.
+    The log-probs are those of the policy at the start of the batch, or of the frozen ``model``. Self-distillation
+    learns from their difference to the policy's own.
     """
 
     stage: ClassVar[Stage] = Stage.BATCH
@@ -194,7 +194,7 @@ class Privileged(Input):
             return self.template.format(**{**given, "prompt": prompt})
         except KeyError as error:
             raise UserError(
-                f"the template {self.template!r} asks for {error.args[0]!r}, and a row of prompt {row.prompt_id!r} has "
+                f"the template {self.template!r} needs {error.args[0]!r}, and a row of prompt {row.prompt_id!r} has "
                 f"{', '.join(['prompt', *given])}"
             ) from None
         except (AttributeError, IndexError, TypeError, ValueError) as error:

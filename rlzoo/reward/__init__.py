@@ -1,4 +1,4 @@
-"""Rewards: what they are, how a name finds one, how one is called, and one in a process of its own."""
+"""Rewards: finding them by name, calling them, and isolating them in their own processes."""
 
 from rlzoo.reward.calling import missing_column
 from rlzoo.reward.finding import get_reward, list_rewards, register_reward

@@ -36,7 +36,7 @@ _Callable = TypeVar("_Callable", bound=Callable[..., Any])
 
 
 def register_reward(reward: _Callable) -> _Callable:
-    """Decorator: make a reward function or class known under its ``name``, or its own name with dashes."""
+    """Decorator: register a reward function or class under its ``name``, or its own name with dashes."""
     _rewards.add(_name_of(reward), reward)
     return reward
 
@@ -49,11 +49,11 @@ def list_rewards() -> list[str]:
 def get_reward(spec: Any, on_error: OnError = "fail") -> Reward:
     """The reward that ``spec`` describes.
 
-    A spec is a name, ``package.module:Name``, ``path/to/file.py:Name``, a callable, a mapping ``{"name":
-    any of these, **options}``, or a list of such, each with an optional ``"weight"``, for their weighted
-    sum. A class is built with the options; a function that takes completions gets them bound; any other
-    function is a factory and is called with them. A `Reward` is returned as it is. Raises UserError for an
-    unknown name or option, and for what is not a reward.
+    A spec is a name, ``package.module:Name``, ``path/to/file.py:Name``, a callable, a mapping ``{"name": any of these,
+    **options}``, or a list of these, each with an optional ``"weight"``, for their weighted sum. Options are passed to
+    the constructor of a class, bound to a function that takes completions, and passed to any other function, which is
+    a factory. A `Reward` is returned unchanged. Raises UserError for an unknown name or option, and for anything that
+    is not a reward.
     """
     if isinstance(spec, Reward):
         return spec
@@ -80,7 +80,7 @@ def _name_of(reward: Any) -> str:
 
 
 def _built(found: Callable[..., Any], options: Mapping[str, Any]) -> Callable[..., Any]:
-    """The callable that scores, made of what a spec named and its options."""
+    """The scoring callable, built from the object that a spec names and its options."""
     name, takes = _name_of(found), parameters(found)
     scores = not isinstance(found, type) and is_reward(takes)
     options = _checked_options(found, name, takes, options, anything=not scores and takes_anything(takes))
@@ -120,7 +120,7 @@ def _checked_options(
 
 
 def _typed(value: Any, hint: Any, what: str) -> Any:
-    """The value as its annotation wants it; one that pydantic does not know lets everything pass."""
+    """The value validated by its annotation; an annotation unknown to pydantic accepts anything."""
     try:
         return pydantic.TypeAdapter(hint).validate_python(value)
     except pydantic.ValidationError as error:
@@ -133,5 +133,5 @@ def _hints(found: Any) -> dict[str, Any]:
     try:
         plain_class = isinstance(found, type) and not is_dataclass(found)
         return typing.get_type_hints(vars(found).get("__init__", found) if plain_class else found)
-    except (NameError, TypeError):  # names known to type checkers only, or a callable without annotations
+    except (NameError, TypeError):  # names for type checkers only, or a callable without annotations
         return {}

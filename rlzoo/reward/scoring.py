@@ -19,19 +19,19 @@ OnError = Literal["fail", "null"]
 
 @dataclass(frozen=True)
 class Score:
-    """What a completion earned; None where the reward could not tell."""
+    """The reward of a completion; None if the reward returned none."""
 
     value: float | None
     parts: dict[str, float | None]
-    """The value of each named part: of the reward itself, or of the terms of a weighted sum."""
+    """The value of each named part: the reward itself, or the terms of a weighted sum."""
     extra: dict[str, Any] = field(default_factory=dict)
-    """What the reward logged of this completion with ``log_extra``."""
+    """Values that the reward logged for this completion with ``log_extra``."""
     metrics: dict[str, float] = field(default_factory=dict)
-    """What it logged of the whole call with ``log_metric``."""
+    """Numbers that it logged for the whole call with ``log_metric``."""
 
 
 class CompositeReward(ABC):
-    """A reward made of named parts, which reports each part's value beside its own."""
+    """A reward with named parts, which reports the value of each."""
 
     def __call__(
         self,
@@ -57,23 +57,23 @@ class CompositeReward(ABC):
         completion_ids: Sequence[Sequence[int]] | None = None,
         on_error: OnError = "fail",
     ) -> list[Score]:
-        """One `Score` for each completion."""
+        """One `Score` per completion."""
 
     def answers(self, completions: Sequence[Any]) -> list[str | None]:
-        """What `Reward.answers` gives; by default, no answers."""
+        """See `Reward.answers`; by default, no answers."""
         return [None] * len(completions)
 
 
 @dataclass(frozen=True)
 class Reward:
-    """A reward ready to be called: its options are bound, and what it returns is checked."""
+    """A reward ready to be called: its options are bound, and its return values are checked."""
 
     name: str
     function: Callable[..., Any]
     on_error: OnError = "fail"
-    """What a row is worth on which the reward fails: an error that names it, or None and a warning."""
+    """What happens to a row on which the reward fails: an error that names it, or None and a warning."""
     state: TrainerState = field(default_factory=TrainerState, compare=False)
-    """What it gets as ``trainer_state``."""
+    """The argument ``trainer_state``."""
 
     @property
     def __name__(self) -> str:
@@ -96,7 +96,7 @@ class Reward:
         return [score.value for score in self.score(prompts, completions, columns, completion_ids)]
 
     def at(self, step: int, max_steps: int, epoch: float = 0.0) -> Reward:
-        """The same, told that ``step`` of ``max_steps`` optimizer steps are done, and ``epoch`` passes over prompts."""
+        """The same reward after ``step`` of ``max_steps`` optimizer steps and ``epoch`` passes over the prompts."""
         return replace(self, state=replace(self.state, global_step=step, max_steps=max_steps, epoch=epoch))
 
     def score(
@@ -113,7 +113,7 @@ class Reward:
         """
         if not completions:
             return []
-        columns = {"trainer_state": self.state, **columns}  # TRL passes its own where it calls this
+        columns = {"trainer_state": self.state, **columns}  # TRL passes its own when it calls this
         if isinstance(self.function, CompositeReward):
             return self.function.score(prompts, completions, columns, completion_ids, self.on_error)
         arguments = {**columns, "prompts": prompts, "completions": completions}
@@ -121,7 +121,7 @@ class Reward:
             arguments["completion_ids"] = completion_ids
         try:
             return self._called(arguments, len(completions))
-        except UserError:  # the data lacks something: no row is at fault
+        except UserError:  # the data lacks something: not the fault of a row
             raise
         except RAISED as error:
             return self._one_by_one(arguments, len(completions), error)
@@ -129,8 +129,8 @@ class Reward:
     def answers(self, completions: Sequence[Any]) -> list[str | None]:
         """The answer that each completion commits to, by the reward's method ``answer_of(completion)``.
 
-        It is empty where a completion commits to none, and None where the reward has no such method. Raises UserError
-        where that raises, with ``on_error="fail"``.
+        Empty if a completion has no answer, None if the reward has no such method. With ``on_error="fail"``, raises
+        UserError if the method raises.
         """
         answer_of = getattr(innermost(self.function), "answer_of", None)
         try:
@@ -145,13 +145,13 @@ class Reward:
         return [None] * len(completions)
 
     def _called(self, arguments: Mapping[str, Any], rows: int, first: int = 0) -> list[Score]:
-        """The scores of ``rows`` completions, the first of them that of row ``first``."""
+        """The scores of ``rows`` completions, of which the first is row ``first``."""
         log = Log(self.name, rows)
         values = self._checked(call(self.function, self._given(arguments, log, rows)), rows, first)
         return [Score(v, {self.name: v}, *logged) for v, logged in zip(values, log.of_rows(), strict=True)]
 
     def _given(self, arguments: Mapping[str, Any], log: Log, rows: int) -> dict[str, Any]:
-        """What the reward takes of the arguments and of TRL's functions to log with."""
+        """The arguments that the reward takes, TRL's logging functions included."""
         arguments = {"log_extra": log.extra, "log_metric": log.metric, **arguments}
         given = accepted(self.function, arguments, self.name)
         for name, values in given.items():
@@ -160,7 +160,7 @@ class Reward:
         return given
 
     def _one_by_one(self, arguments: Mapping[str, Any], rows: int, whole: BaseException) -> list[Score]:
-        """Call the reward on each row alone: to find the offending ones of an error on all of them."""
+        """Call the reward on each row alone, to find the offending rows."""
         scores: list[Score] = []
         hint: str | None = None
         for row, alone in enumerate(one_by_one(arguments, rows)):
@@ -169,7 +169,7 @@ class Reward:
             except UserError:
                 raise
             except RAISED as error:
-                if hint is None:  # found by calling the reward once more
+                if hint is None:  # it takes another call of the reward
                     hint = advice(self.function, self._given(alone, Log(self.name, 1), 1), error)
                 failed(f"reward {self.name!r} raised on row {row}: {told(error)}{hint}", self.on_error, error)
                 scores.append(Score(None, {self.name: None}))
@@ -179,8 +179,8 @@ class Reward:
         return scores
 
     def _checked(self, result: Any, rows: int, first: int = 0) -> list[float | None]:
-        """The result as ``rows`` floats or None, the first of them of row ``first``."""
-        wanted = f"for {rows} completions: return one number or None for each"
+        """The result as ``rows`` floats or None, of which the first is row ``first``."""
+        wanted = f"for {rows} completions: return one number or None per completion"
         if hasattr(result, "tolist"):  # an array or a tensor
             result = result.tolist()
         if not isinstance(result, Iterable) or isinstance(result, str | bytes | Mapping | Set):
@@ -199,7 +199,7 @@ class Reward:
             return None
         if isinstance(value, numbers.Real) and math.isfinite(value):
             return float(value)
-        message = f"{value!r:.60} on row {row}: return a finite number, or None where it cannot tell"
+        message = f"{value!r:.60} on row {row}: return a finite number, or None for no reward"
         failed(f"reward {self.name!r} returned {message}", self.on_error)
         return None
 
@@ -212,7 +212,7 @@ def failed(message: str, on_error: OnError, cause: BaseException | None = None) 
 
 
 def _is_column(value: Any) -> bool:
-    """Whether an argument has one value a row, unlike TRL's ``trainer_state``."""
+    """Whether an argument has one value per row, unlike TRL's ``trainer_state``."""
     return (isinstance(value, Sequence) and not isinstance(value, str)) or getattr(value, "ndim", 0) > 0
 
 

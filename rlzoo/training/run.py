@@ -1,4 +1,4 @@
-"""Training in one call, and what a fixed buffer needs for it."""
+"""`train`, and the preparation of a fixed buffer for it."""
 
 from __future__ import annotations
 
@@ -45,9 +45,9 @@ def check_buffer(policy: Policy, buffer: Buffer) -> None:
 def with_inputs(
     buffer: Buffer, inputs: Iterable[Input], policy: Policy, token_budget: int = 8192, initial: Policy | None = None
 ) -> Buffer:
-    """The buffer with the values of stored inputs, computed once; ``initial`` is the initial policy, else ``policy``.
+    """The buffer with computed values of stored inputs; ``initial`` is the initial policy (None: ``policy``).
 
-    Rows that were sampled at a temperature other than 1 get them at that temperature too.
+    Rows sampled at another temperature than 1 get values at both temperatures.
     """
     for one in inputs:
         models = Models.load(policy, [one], initial or policy)
@@ -66,22 +66,22 @@ def with_inputs(
 
 
 def with_reference(buffer: Buffer, policy: Policy, token_budget: int = 8192) -> Buffer:
-    """`with_inputs` for log-probs of ``policy`` as the frozen reference."""
+    """`with_inputs` for the log-probs of ``policy`` as the frozen reference."""
     return with_inputs(buffer, [Reference()], policy, token_budget)
 
 
 def stored_inputs(objectives: Iterable[Objective]) -> list[Input]:
-    """The stored inputs of objectives that can be computed, each once."""
+    """The distinct stored inputs of objectives that can be computed."""
     components = (component.objective for whole in objectives for component in whole.components)
     wanted = (one for objective in components for one in objective.requires)
     return list(dict.fromkeys(one for one in wanted if one.stage is Stage.STORED and one.is_computed))
 
 
 def lacking(buffer: Buffer, *objectives: Objective, again: bool = False) -> list[Input]:
-    """The stored inputs of objectives that can be computed and that rows of the buffer have no value of.
+    """The stored inputs of objectives that can be computed and that rows of the buffer lack.
 
-    With ``again`` also those with a model that a later input of the same objective scores with: stored values may be
-    another model's, and the two must agree.
+    With ``again`` also those of a model that another input of the same objective uses during training: stored values
+    may be another model's, and the two must agree.
     """
     found: dict[Input, None] = {}
     for objective in (component.objective for whole in objectives for component in whole.components):
@@ -95,28 +95,28 @@ def lacking(buffer: Buffer, *objectives: Objective, again: bool = False) -> list
 
 
 def with_behaviour(buffer: Buffer, policy: Policy, token_budget: int = 8192) -> tuple[Buffer, list[int]]:
-    """The buffer with log-probs of ``policy`` as the behaviour's in samples that have none, and the rows of those."""
+    """The buffer with behaviour log-probs of ``policy`` in samples that lack them, and the indices of these rows."""
     sampled = np.array(buffer.column("source")) != "demonstration"
     lacks = ~buffer.has("behaviour_logp") & sampled
-    if not lacks.any():  # nothing of a large buffer is read into memory
+    if not lacks.any():  # then a large buffer is not read into memory
         return buffer, []
     known, heats, start = buffer.column("behaviour_logp"), buffer.numbers("temperature"), 0
     for rows in buffer.ids():
         own = np.flatnonzero(lacks[start : start + len(rows)])
-        scores = log_probs(policy, [rows[i] for i in own], token_budget, heats[start + own].tolist())
-        for i, logp in zip(own, scores, strict=True):
+        logps = log_probs(policy, [rows[i] for i in own], token_budget, heats[start + own].tolist())
+        for i, logp in zip(own, logps, strict=True):
             known[start + i] = logp
         start += len(rows)
     return buffer.with_behaviour_logp(known), np.flatnonzero(lacks).tolist()
 
 
 def behaviour_event(rows: int) -> str:
-    """What a run records about ``rows`` that `with_behaviour` scored."""
+    """The event for ``rows`` that `with_behaviour` has filled in."""
     return f"behaviour log-probs of {rows:,} samples were computed with the policy before training (behaviour: current)"
 
 
 Collect = Callable[[int], Buffer]
-"""Makes a buffer of fresh rows for a batch, given how many batches there were: a `rlzoo.rollout.Collector`, say."""
+"""Returns a buffer of fresh rows, given the number of batches so far: a `rlzoo.rollout.Collector`, for instance."""
 
 
 def train(
@@ -156,7 +156,7 @@ def train(
                 sources.append(FreshSource(one, which, **options))
             else:
                 raise UserError(
-                    f"a {type(one).__name__} is no source: give a buffer, a Collector, or a source of your own"
+                    f"a {type(one).__name__} is not a source: give a buffer, a Collector, or a source of your own"
                 )
     trainer = Trainer(
         policy, objective, sources, settings, callbacks, folder=folder, record=record, checkpoints=checkpoints
@@ -167,13 +167,13 @@ def train(
 def _of_buffer(
     policy: Policy, objective: Objective, buffer: Buffer, settings: Training, seed: int, record: TrainingRecord
 ) -> list[BufferSource]:
-    """A source for each component of an objective from one buffer, with what its rows lack."""
+    """One source per component of an objective from one buffer, whose missing inputs are computed."""
     check_buffer(policy, buffer)
     if settings.behaviour == "current" and any(
         component.objective.at_sampling_temperature for component in objective.components
     ):
-        buffer, scored = with_behaviour(buffer, policy, settings.token_budget)
-        record.events += [behaviour_event(len(scored))] if scored else []
+        buffer, computed = with_behaviour(buffer, policy, settings.token_budget)
+        record.events += [behaviour_event(len(computed))] if computed else []
     sources = buffer_sources(buffer, views_of(objective), settings.batch_size, seed)
     if missing := lacking(buffer, objective, again=True):
         buffer = with_inputs(buffer, missing, policy, settings.token_budget)

@@ -1,4 +1,4 @@
-"""What a run drew and could not learn from: groups of one, groups of equal rewards, whole batches, rows left out."""
+"""Counts of drawn data that teaches nothing: groups of one, groups of equal rewards, batches, rows left out."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ LINES = (
     ("silent", "batches", "batches have no advantage other than 0: nothing is learned from their rewards"),
     ("masked", "rows", "completions drawn are truncated and masked"),
 )  # fmt: skip
-"""The count that a line reports, out of which other count, and what it says."""
+"""The count that a line reports, the count it is part of, and the text."""
 Counts = dict[str, dict[str, int]]
-"""By the name of a component, then by what is counted."""
+"""Name of a component → what is counted → count."""
 
 
 def count(counts: Counts, drawn: Drawn) -> None:
     """Add a prepared batch to the counts of its component.
 
-    A row teaches if a token that is not masked has an advantage other than 0; where an objective has no advantages, if
-    it has any such token. A group of one or of equal rewards is counted where none of its rows teaches: what gives
-    such groups advantages, as a critic does, learns from them.
+    A row teaches if an unmasked token has an advantage other than 0 or, for an objective without advantages, if it has
+    any unmasked token. A group of one or of equal rewards is counted if none of its rows teaches: an objective that
+    gives such groups advantages, with a critic for instance, learns from them.
     """
     objective, batch = drawn.component.objective, drawn.batch
     live = batch.mask if batch.advantage is None else batch.mask & (batch.advantage != 0)
@@ -47,7 +47,7 @@ def count(counts: Counts, drawn: Drawn) -> None:
 
 
 def told(counts: Counts, components: Sequence[Component], sources: Sequence[Source]) -> list[str]:
-    """A line for each kind of what could not be learned from, with its count over the whole run; none for a 0."""
+    """One line per kind of data that taught nothing, with its count over the whole training; none for a count of 0."""
     lines = []
     for component, source in zip(components, sources, strict=True):
         name, own = name_of(component), counts.get(name_of(component), {})
@@ -61,5 +61,5 @@ def told(counts: Counts, components: Sequence[Component], sources: Sequence[Sour
 
 
 def name_of(component: Component) -> str:
-    """How a component is called in its lines."""
+    """The name of a component in its lines."""
     return component.label or component.objective.name
