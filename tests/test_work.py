@@ -24,7 +24,7 @@ from rlzoo.comparison import one_cell, runner, shared_buffer
 from rlzoo.config import Experiment, ProblemSource, Rollouts, Sampling
 from rlzoo.jobs.pool import InThisProcess, WorkerDiedError
 from rlzoo.objective import get_objective
-from rlzoo.policy import Policy, load_policy
+from rlzoo.policy import Policy, Sequences, load_policy
 from rlzoo.policy.loading import save_policy
 from rlzoo.policy.microbatches import score_rows
 from rlzoo.rollout import Sample, TransformersSampler
@@ -456,7 +456,7 @@ def test_a_reward_is_told_how_far_the_policy_is_that_it_scores(tmp_path: Path) -
 OWN = """\
 import rlzoo
 def graded(completions, answer, **_):
-    return [None if right is None else float(right in text) for text, right in zip(completions, answer)]
+    return [None if right is None else 1 for right in answer]
 class Failing(rlzoo.Objective):
     name = "failing"
     def coefficients(self, batch):
@@ -492,7 +492,8 @@ def test_a_log_says_what_was_done_and_what_was_left_out(make_policy: Callable[..
         evaluation={**NO_CURVE, "curve_points": 1, "curve_problems": 4},
     )  # fmt: skip
     log = io.StringIO()
-    results = runner.compare(experiment, tmp_path / "out", 1, console=Console(file=log))
+    results = runner.compare(experiment, tmp_path / "out", workers=2, console=Console(file=log))
+    assert results["base"]["mine"]["avg_at_k"] > 0
 
     left_out = {name: summary["first"] for name, summary in results["dropped_rows"].items()}
     long = {"train": f"has {limit + 2} tokens, and", "benchmark mine": f"has {limit - 7} tokens, 8 may follow, and"}
@@ -524,7 +525,7 @@ def test_a_log_says_what_was_done_and_what_was_left_out(make_policy: Callable[..
         expected += [f"    {event}" for event in found["events"]]
     assert any("equal rewards" in line for line in expected)
     assert log.getvalue().splitlines() == [
-        f"facts: 3 algorithms × 2 seeds, 6 runs in 1 process; writing to {tmp_path / 'out'}",
+        f"facts: 3 algorithms × 2 seeds, 6 runs in 2 processes; writing to {tmp_path / 'out'}",
         *buffers,
         f"  base model: avg@k mine {100 * results['base']['mine']['avg_at_k']:.1f} %",
         *(f"  {name}: dropped 2 of 4 rows (bad_rows: drop): {'; '.join(why)}" for name, why in left_out.items()),
@@ -561,6 +562,30 @@ def test_progress_is_told_from_beginning_to_end(tmp_path: Path, monkeypatch: pyt
     sampling = [what for _, what in told[1][1]]
     assert sampling == [*[f"sampling the base policy {done}/6" for done in (2, 4, 6)], "reference log-probs"]
     assert told[3][1] == [(0.4, "step 1/2"), (0.8, "step 2/2"), (0.8, "evaluating facts")]
+
+
+def test_no_micro_batch_of_any_work_is_larger_than_the_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scoring of samples, references, gold completions and token probabilities, training, and samples made online."""
+    sizes: dict[str, list[int]] = {}
+    current: list[str] = []
+    forward = Policy.forward
+
+    def watched(self: Policy, sequences: Sequences | None = None, **options: Any) -> Any:
+        if sequences is not None:
+            sizes.setdefault(current[-1], []).append(sequences.ids.numel())
+        return forward(self, sequences, **options)
+
+    class Named(InThisProcess):
+        def submit(self, name: str, function: Callable[..., Any], *arguments: Any) -> Future[Any]:
+            current.append(name.split("-")[0])
+            return super().submit(name, function, *arguments)
+
+    monkeypatch.setattr(Policy, "forward", watched)
+    monkeypatch.setattr(runner, "pool", lambda *_: nullcontext(Named()))
+    rows: dict[str, Any] = {"dpo": {}, "grpo": {"mode": "online", "options": {"kl_coefficient": 0.0}}}
+    compared(small(rows, training__token_budget=40, evaluation=NO_CURVE), tmp_path / "out")
+    assert list(sizes) == ["shared buffer", "base model", "dpo", "grpo"]
+    assert {name: max(found) for name, found in sizes.items() if max(found) > 40} == {}
 
 
 class Dying(InThisProcess):
