@@ -487,7 +487,8 @@ def test_a_log_says_what_was_done_and_what_was_left_out(make_policy: Callable[..
     }
     experiment = small(
         algorithms, model=str(tmp_path / "model"), seeds=[0, 1], reward=f"{own}:graded",
-        train=source | {"source": str(train), "special_tokens": "allow"}, benchmarks={"mine": source | {"source": str(test)}},
+        train=source | {"source": str(train), "special_tokens": "allow"},
+        benchmarks={"mine": source | {"source": str(test)}},
         scoring={"seconds": None, "memory_gb": None}, rollouts__per_seed=True, rollouts__max_new_tokens=2,
         evaluation={**NO_CURVE, "curve_points": 1, "curve_problems": 5},
     )  # fmt: skip
@@ -507,13 +508,13 @@ def test_a_log_says_what_was_done_and_what_was_left_out(make_policy: Callable[..
         assert f"{path} line 4" in wrong and "message" in wrong
         assert f"{path} line 5" in too_long and f"{told} the model has {positions} positions: " in too_long
     cut = "8 of 8 samples were cut at max_new_tokens (2), and have no end"
-    goes_on = "line 1): the completion goes on after '<eos>', where sampling stops"
+    goes_on = "line 1): the completion continues after '<eos>', where sampling stops"
     spelled, _, unsaid = results["events"]
     assert results["events"] == [spelled, cut, unsaid]
     assert spelled.startswith("train: text that spells a special token is read as that token: 1 in all (problem ")
     assert spelled.endswith(f"'train-0' ({train} {goes_on})")
     assert unsaid.startswith("benchmark mine: gold completions without a log-likelihood: 1 in all (problem 'train-0'")
-    assert unsaid.count(str(test)) == 1 and f"({test} {goes_on}: take it out, " in unsaid
+    assert unsaid.count(str(test)) == 1 and f"({test} {goes_on}: remove it, " in unsaid
     none = "have no reward (the reward returned None, as for a missing gold answer); the first one's prompt: '2+1=?'"
     buffers = []
     for seed in (0, 1):
