@@ -500,7 +500,7 @@ def test_shared_work_whose_process_dies_is_told_in_one_line(tmp_path: Path, monk
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"algorithms": {"base": {"objective": "sft"}}}, "algorithms.base: results call the untrained model so"),
+        ({"algorithms": {"base": {"objective": "sft"}}}, "algorithms.base: this name stands for the untrained model"),
         ({"baseline": "dpo"}, "unknown baseline 'dpo'"),
         ({"rollouts.engine": "vlm"}, "unknown sampler 'vlm'"),
         ({"evaluation.engine": "vlm"}, "unknown sampler 'vlm'"),

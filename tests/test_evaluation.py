@@ -273,7 +273,7 @@ def test_names_of_metrics(tmp_path: Path) -> None:
         "def samples(problem):\n    return 1\n\ndef greedy(problem):\n    return 1\nx = 3\n"
     )
     for name in ("samples", "greedy"):
-        with pytest.raises(UserError, match=f"the results have a '{name}' already: give it another name"):
+        with pytest.raises(UserError, match=f"the results already have a '{name}': give it another name"):
             metric_table(settings(metrics=[f"{tmp_path / 'mine.py'}:{name}"]))
     with pytest.raises(UserError, match="is int: give a Metric, or a function"):
         metric_table(settings(metrics=[f"{tmp_path / 'mine.py'}:x"]))

@@ -514,7 +514,7 @@ def test_a_log_says_what_was_done_and_what_was_left_out(make_policy: Callable[..
     assert spelled.startswith("train: text that spells a special token is read as that token: 1 in all (problem ")
     assert spelled.endswith(f"'train-0' ({train} {goes_on})")
     assert unsaid.startswith("benchmark mine: gold completions without a log-likelihood: 1 in all (problem 'train-0'")
-    assert unsaid.count(str(test)) == 1 and f"({test} {goes_on}: take it out, " in unsaid
+    assert unsaid.count(str(test)) == 1 and f"({test} {goes_on}: remove it, " in unsaid
     none = "have no reward (the reward returned None, as for a missing gold answer); the first one's prompt: '2+1=?'"
     buffers = []
     for seed in (0, 1):
