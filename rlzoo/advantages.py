@@ -1,4 +1,4 @@
-"""Advantage estimators: pure functions of rewards, groups and values, with no gradient."""
+"""Advantage estimators: pure functions of rewards, groups and values, without gradients."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ def group_centred(
 ) -> Float[Tensor, " B"]:
     """r - mean_G of each row, in ``dtype`` (None: the rewards' own); exactly 0 for a group of one or of equal rewards.
 
-    The group's least reward comes off first, in the rewards' own precision: the mean of equal rewards may round to
-    another number, and a large offset would cost the digits of small differences.
+    The group's smallest reward is subtracted first, in the rewards' own precision: the mean of equal rewards may round
+    to another number, and a large offset would cost small differences their digits.
     """
     above = (reward - _least(reward, group)).to(dtype or reward.dtype)
     return above - group_mean(above, group)
 
 
 def group_varies(reward: Float[Tensor, " B"], group: Int[Tensor, " B"]) -> Bool[Tensor, " B"]:
-    """True for the rows of groups whose rewards are not all equal, to the bit: a std of 0 may be rounded to more."""
+    """True for rows of groups whose rewards are not all bitwise equal: a computed std need not be exactly 0."""
     return _least(reward, group) < -_least(-reward, group)
 
 
 def _least(reward: Float[Tensor, " B"], group: Int[Tensor, " B"]) -> Float[Tensor, " B"]:
-    """The least reward of each row's group."""
+    """The smallest reward of each row's group."""
     _, index = torch.unique(group, return_inverse=True)
     bounds = reward.new_empty(int(index.max()) + 1 if len(index) else 0)
     return bounds.scatter_reduce(0, index, reward, "amin", include_self=False)[index]
@@ -81,22 +81,22 @@ def optimal_token_baseline(
     mask: Bool[Tensor, "B T"],
     zero_tail: bool = False,
 ) -> Float[Tensor, "B T"]:
-    """B_t = Σ_i r_i W_{i,t} / Σ_i W_{i,t}, W_{i,t} = Σ_{s≤t} S_{i,s}, over the rows of the group that still run at t.
+    """B_t = Σ_i r_i W_{i,t} / Σ_i W_{i,t}, W_{i,t} = Σ_{s≤t} S_{i,s}, over the group's rows of at least t tokens.
 
-    ``score_norm`` is S, the squared norm of a token's score. 0 at masked positions; the group's least reward where all
-    W are 0. Of equal rewards it is exactly that reward. With ``zero_tail`` it is 0 where one row runs alone, which
-    otherwise is its own baseline. Source: arXiv 2602.07078.
+    ``score_norm`` is S, the squared norm of the score function ∇ log π at a token. The baseline is 0 at masked
+    positions, the group's smallest reward where all W are 0, and exactly the reward where rewards are equal. With
+    ``zero_tail`` it is 0 where only one row is left, which otherwise is its own baseline. Source: arXiv 2602.07078.
     """
     if score_norm.shape != mask.shape or reward.shape != group.shape or len(reward) != len(mask):
         shapes = [tuple(x.shape) for x in (reward, group, score_norm, mask)]
-        raise ValueError(f"shapes do not fit: {', '.join(map(str, shapes))}")
+        raise ValueError(f"shapes do not match: {', '.join(map(str, shapes))}")
     live = torch.where(mask, score_norm, 0).cumsum(1) * mask
     least = _least(reward, group)
     _, index = torch.unique(group, return_inverse=True)
     total = live.new_zeros(int(index.max()) + 1 if len(index) else 0, live.shape[1])
-    weighed = total.index_add(0, index, live * (reward - least).to(live.dtype)[:, None])[index]
+    weighted = total.index_add(0, index, live * (reward - least).to(live.dtype)[:, None])[index]
     weight = total.index_add(0, index, live)[index]
-    baseline = least[:, None] + torch.where(weight > 0, weighed / weight, 0)
+    baseline = least[:, None] + torch.where(weight > 0, weighted / weight, 0)
     has_baseline = mask
     if zero_tail:
         has_baseline = mask & (total.index_add(0, index, mask.to(live.dtype))[index] > 1)
@@ -113,8 +113,8 @@ def generalised_advantage(
 ) -> tuple[Float[Tensor, "B T"], Float[Tensor, "B T"]]:
     """GAE(γ, λ) and the returns A + V, both 0 at masked positions.
 
-    δ_t = r_t + γ V_{t+1} - V_t, A_t = δ_t + γλ A_{t+1}; ``after`` is the value after each row's last token, 0 unless
-    given, because a completion ends the episode. Source: arXiv 1506.02438, eq. 16.
+    δ_t = r_t + γ V_{t+1} - V_t, A_t = δ_t + γλ A_{t+1}; ``after`` is the value after each row's last token, by default
+    0, because a completion ends the episode. Source: arXiv 1506.02438, eq. 16.
     """
     if reward.shape != value.shape or reward.shape != mask.shape:
         raise ValueError(f"shapes differ: {tuple(reward.shape)}, {tuple(value.shape)}, {tuple(mask.shape)}")
@@ -133,9 +133,9 @@ def generalised_advantage(
 
 
 def whiten(x: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"], epsilon: float = 1e-8) -> Float[Tensor, "B T"]:
-    """(x - mean) / sqrt(var + ε) over the unmasked entries; 0 elsewhere. Fewer than two entries stay as they are.
+    """(x - mean) / sqrt(var + ε) over the unmasked entries; 0 elsewhere. Fewer than two entries are left unchanged.
 
-    Entries that are all equal give exactly 0: the mean of them may round to another number, which ε would not hide.
+    Equal entries give exactly 0: their computed mean may round to another number, which ε would not hide.
     """
     inside = x[mask]
     if inside.numel() < 2:

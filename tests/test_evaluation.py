@@ -28,7 +28,7 @@ from rlzoo.evaluation import (
     pass_at_k,
     register_metric,
 )
-from rlzoo.policy import Policy, score_rows
+from rlzoo.policy import Policy, log_probs
 from rlzoo.reward import Reward, get_reward
 from rlzoo.rollout import Sample, Sampler
 
@@ -93,6 +93,8 @@ def test_metrics_of_known_answers(policy: Policy) -> None:
             "truncated": 2 / 12,
             # three of four say "0"; four answers tie, one of them right; three tie, none right, and "" is no answer
             "maj_at_k": (1 + 1 / 4 + 0) / 3,
+            # of the first two and of the last two: 1 and a tie, a tie and 0, 0 and 0
+            "maj_at_2": (3 / 4 + 1 / 4 + 0) / 3,
         }
     )
     assert sampler.asked == [(3, False, 7), (3, True, 7)]
@@ -109,9 +111,10 @@ def test_several_k(policy: Policy) -> None:
     found = evaluate(policy, PROBLEMS, Reward("match", match), settings(k=[2, 1, 4]), sampler=FakeSampler()).metrics
     one = evaluate(policy, PROBLEMS, Reward("match", match), settings(), sampler=FakeSampler()).metrics
     assert {name: found.pop(f"pass_at_{name}") for name in (1, 4)} == pytest.approx({1: 4 / 12, 4: 2 / 3})
+    assert found.pop("maj_at_1") == pytest.approx(4 / 12)
     assert found == one, "the first is what one number would be"
     for wrong in ([], [0], [2, 2], "x", 0):
-        with pytest.raises(UserError, match=r"^e: k: .* is neither a whole number of at least 1 nor a list of diff"):
+        with pytest.raises(UserError, match=r"^e: k: .* is neither a whole number of at least 1 nor a list of dist"):
             validated(EvaluationSettings, {"k": wrong}, "e")
 
 
@@ -161,7 +164,7 @@ def test_the_log_likelihood_is_that_of_the_gold_completions(policy: Policy) -> N
     found = evaluate(policy, problems, Reward("match", match), settings(), sampler=FakeSampler(), bad=bad)
     ids = [policy.tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("0=?\n", *texts[0])]
     end = policy.tokenizer.eos_token_id
-    scored = score_rows(policy, [(ids[0], [*completion, end]) for completion in ids[1:]])
+    scored = log_probs(policy, [(ids[0], [*completion, end]) for completion in ids[1:]])
     tokens = [logp for row in scored for logp in row]
     assert len(tokens) == len(ids[1]) + len(ids[2]) + 2
     assert found.metrics["log_likelihood"] == pytest.approx(sum(tokens) / len(tokens))

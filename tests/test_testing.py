@@ -103,11 +103,11 @@ WRONG: Mapping[str, tuple[Objective, str]] = {
     ),
     "looks at padding": (
         broken(lambda b: b.logp.exp() * b.logp.sum().sign().neg()),
-        "looks at masked positions, which may hold anything",
+        "depends on masked positions, which may hold anything",
     ),
     "reports padding": (
         broken(lambda b: Coefficients(b.logp.exp(), loss=-(b.logp.exp() * b.logp * b.mask).sum(1))),
-        "looks at masked positions, which may hold anything",
+        "depends on masked positions, which may hold anything",
     ),
     "an auxiliary term at padding": (
         broken(lambda b: b.logp.exp(), auxiliary=lambda self, b: {"extra": -b.logp.nan_to_num(0, 0, 0).sum(1)}),
@@ -213,7 +213,7 @@ IN_THE_TRAINER: Mapping[str, tuple[Objective, str]] = {
     ),
     "looks at its partner": (
         broken(lambda b: b.mask.sum(1)[b.partner][:, None] * b.logp.exp(), learns_from=Selection.PAIRS),
-        "objective 'broken' learns something else with micro-batches of one row",
+        "objective 'broken' is trained differently with micro-batches of one row",
     ),
     "no gradient": (
         broken(lambda b: torch.zeros_like(b.logp)),
@@ -272,7 +272,7 @@ def test_a_logit_term_that_is_wrong(term: str) -> None:
 
 
 LOSSES: Mapping[str, tuple[Callable[[TokenBatch], Tensor], str]] = {
-    "looks at padding": (lambda b: b.logp.sum(), "the loss given for 'tempered' looks at masked positions"),
+    "looks at padding": (lambda b: b.logp.sum(), "the loss given for 'tempered' depends on masked positions"),
     "has no graph": (lambda b: tempered(b.detach()), "must be a scalar, computed from batch.logp and its graph"),
     "is not reduced": (lambda b: b.logp, "must be a scalar"),
     "is constant": (lambda b: 0 * tempered(b), "has no gradient on a random batch, so it checks nothing"),

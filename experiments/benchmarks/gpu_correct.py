@@ -29,7 +29,7 @@ from rlzoo.experiments.benchmarks.steps import RATE, UNIT, together
 from rlzoo.inputs import Behaviour, Snapshot
 from rlzoo.objective import Objective
 from rlzoo.policy.assembly import Units
-from rlzoo.policy.microbatches import score_rows
+from rlzoo.policy.microbatches import log_probs
 from rlzoo.rollout import TransformersSampler
 from rlzoo.rollout.sampler import streams
 from rlzoo.testing.engine import SameRows, rows_of, units_of
@@ -59,7 +59,9 @@ def gradients(setup: Setup) -> Iterator[Finding]:
         wanted = gradient(exact, objective, rows, Training(**ONE_STEP))
         gaps = {dtype: gap(gradient(p, objective, rows, Training(**ONE_STEP)), wanted) for dtype, p in low.items()}
         clips = any(
-            isinstance(one, (Behaviour, Snapshot)) for part in objective.parts for one in part.objective.requires
+            isinstance(one, (Behaviour, Snapshot))
+            for component in objective.components
+            for one in component.objective.requires
         )
         yield Finding(name, gaps, at_most={**GAPS, "bfloat16-mixed": 1.0} if clips else GAPS)
 
@@ -76,7 +78,7 @@ def gradient(
     ``units`` are those of the rows; None: of `rows_of`.
     """
     own = Policy(deepcopy(policy.model), policy.tokenizer, policy.name, policy.compute)
-    sources = [SameRows(rows, units or units_of(part.objective)) for part in objective.parts]
+    sources = [SameRows(rows, units or units_of(component.objective)) for component in objective.components]
     with drawn_alike():
         record = train(own, objective, sources, settings)
     if halved := [event for event in record.events if "out of memory" in event]:
@@ -237,7 +239,7 @@ def sampler(setup: Setup) -> Iterator[Finding]:
         tokens, used = 0, set[int]()
         for place, samples in enumerate(make.sample(prompts, settings, setup.seed)):
             uniform = streams(setup.seed, [place], range(len(samples)), settings.max_new_tokens)
-            [*logps] = score_rows(policy, [(prompts[place], sample.ids) for sample in samples])
+            [*logps] = log_probs(policy, [(prompts[place], sample.ids) for sample in samples])
             for number, sample in enumerate(samples):
                 logits = plain_logits(policy, prompts[place], sample.ids)
                 drawn = max(drawn, missed(logits / settings.temperature, sample.ids, uniform[number]))

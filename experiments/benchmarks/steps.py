@@ -18,7 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 from rlzoo import Policy, get_objective
 from rlzoo.policy import Assembler
 from rlzoo.policy.memory import release_memory
-from rlzoo.policy.microbatches import score_rows
+from rlzoo.policy.microbatches import log_probs
 from rlzoo.training.costs import peak_memory_bytes, reset_peak_memory
 from rlzoo.types import Trajectory
 
@@ -96,7 +96,7 @@ def together(policy: Policy, rows: list[Trajectory], size: int) -> list[Trajecto
             row, prompt=prompt.prompt, prompt_ids=prompt.prompt_ids, prompt_id=str(i // size), source="policy",
             reward=float(i % 2 == 0), behaviour_logp=logp, reference_logp=logp,
         )
-        for i, (prompt, row, logp) in enumerate(zip(prompts, rows, score_rows(policy, pairs), strict=False))
+        for i, (prompt, row, logp) in enumerate(zip(prompts, rows, log_probs(policy, pairs), strict=False))
     ]  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Memory that ran out, and memory that nothing uses any more."""
+"""Running out of memory, and releasing memory that is no longer used."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ import torch
 
 
 def release_memory() -> None:
-    """Give memory that nothing uses any more back to the system, so that the next peak is not the last run's."""
+    """Return unused memory to the system, so that the next peak is not that of earlier work."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     elif sys.platform == "linux":
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it, musl has not
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # in glibc, not in musl
         if trim is not None:
             trim(0)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out, on a GPU or here."""
+    """Whether an error means that the GPU or this machine ran out of memory."""
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 class Tokens(Protocol):
-    """A prompt and a completion as token ids, and the temperature that log-probs are taken at: a `Trajectory`, too."""
+    """A prompt and a completion as token ids, and the temperature of log-probs; a `Trajectory` is one."""
 
     @property
     def prompt_ids(self) -> Sequence[int]: ...
@@ -37,21 +37,21 @@ def length(row: Tokens) -> int:
 
 @dataclass(frozen=True)
 class Sequences:
-    """Prompts and completions as model input: rows padded on the right, so causal attention needs no mask."""
+    """Prompts and completions as model input, padded on the right, so that causal attention needs no mask."""
 
     ids: Int[Tensor, "B L"]
     predicts: Bool[Tensor, "B L"]
     """True where the next token is a completion token."""
     mask: Bool[Tensor, "B T"]
-    """True at completion tokens, in the frame where the prompt is cut away."""
+    """True at completion tokens, in positions without the prompt."""
     tokens: int
-    """Prompt and completion tokens, padding left out."""
+    """The number of prompt and completion tokens, without padding."""
     temperature: Float[Tensor, " B"] | None = None
-    """What each row's logits are divided by; None: nothing, 1."""
+    """The temperature of each row; None: 1."""
 
     @classmethod
     def of(cls, rows: Sequence[Tokens], device: torch.device) -> Sequences:
-        """Rows of a buffer, or others, each at its temperature."""
+        """Collate rows of a buffer, or others, each at its temperature."""
         prompts, completions = [row.prompt_ids for row in rows], [row.completion_ids for row in rows]
         return cls.collate(prompts, completions, device, [row.temperature for row in rows])
 
