@@ -116,6 +116,26 @@ done(parts[0])
     assert failed["reason"] == "its process ended with status 1: CUDA error: an illegal memory access was encountered"
 
 
+def test_what_is_found_is_on_disk_while_the_part_goes_on(tmp_path: Path) -> None:
+    found = check(
+        tmp_path,
+        f"""
+say("begin", part=parts[0])
+finding = {{"name": "sft", "values": {{}}, "at_most": {{}}, "at_least": {{}}, "wrong": []}}
+say("finding", part=parts[0], finding=finding)
+until = time.monotonic() + 30
+while time.monotonic() < until:
+    written = json.load(open({str(tmp_path / "found.json")!r}))["parts"].get(parts[0], {{}})
+    if written.get("findings") and written["status"] == "running":
+        done(parts[0])
+        sys.exit()
+    time.sleep(0.01)
+""",
+        only=["gradients"],
+    )
+    assert found["passed"]
+
+
 @pytest.mark.slow
 def test_a_part_that_raises_keeps_what_it_found_and_the_next_one_runs(tmp_path: Path) -> None:
     found = check(
@@ -177,10 +197,16 @@ def test_wrong_arguments_and_a_missing_gpu_have_status_2(
     with pytest.raises(SystemExit, match="2"):
         check(tmp_path, "say('refused', reason='there is no GPU that PyTorch can use')\n")
     assert "there is no GPU that PyTorch can use" in capsys.readouterr().err
-    monkeypatch.setattr(sys, "argv", ["gpu_check.py", "--only", "gradient"])
-    with pytest.raises(SystemExit, match="2"):
-        gpu_check.parsed()
-    assert "there is no part 'gradient'" in capsys.readouterr().err
+    for wrong, told in (
+        (["--only", "gradient"], "there is no part 'gradient': gradients, "),
+        (["--sizes", "7b"], "there is no size '7b'"),
+        (["--json", str(tmp_path / "none" / "found.json")], "does not exist"),
+        (["--token-budgets", "many"], "--token-budgets"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["gpu_check.py", *wrong])
+        with pytest.raises(SystemExit, match="2"):
+            gpu_check.parsed()
+        assert told in capsys.readouterr().err
 
 
 def test_a_value_that_is_no_number_or_beyond_its_bound_is_wrong() -> None:
