@@ -10,12 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from rlzoo import list_objectives
+from rlzoo import Policy, list_objectives, load_policy
 from rlzoo.experiments.benchmarks import gpu_check
 from rlzoo.experiments.benchmarks.activations import per_layer
-from rlzoo.experiments.benchmarks.findings import Finding
-from rlzoo.experiments.benchmarks.random_models import SHAPES
+from rlzoo.experiments.benchmarks.findings import Finding, Setup
+from rlzoo.experiments.benchmarks.gpu_speed import in_memory
+from rlzoo.experiments.benchmarks.random_models import SHAPES, random_rows
+from rlzoo.experiments.benchmarks.steps import Watch
+from rlzoo.types import Trajectory
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +70,7 @@ def test_runs_repeat_and_resume_bit_for_bit_and_samples_are_those_of_the_model(t
 def test_all_engines_are_timed_and_have_one_gradient(tiny: dict[str, Any]) -> None:
     steps = findings(tiny, "steps tiny")
     for objective in ("dft", "dpo", "grpo"):
-        for engine in ("rlzoo", "bare loop", "TRL padded"):
+        for engine in ("rlzoo", "bare loop", "TRL by length"):
             own = steps[f"{objective}: {engine}"]
             assert own["tokens/s"] > 0 and own["of GEMM"] > 0 and own["peak GB"] > 0
             assert engine == "rlzoo" or abs(own["1 - cosine"]) < 1e-4, own
@@ -112,6 +116,71 @@ done(parts[0])
     assert failed["reason"] == "its process ended with status 1: CUDA error: an illegal memory access was encountered"
 
 
+def test_what_is_found_is_on_disk_while_the_part_goes_on(tmp_path: Path) -> None:
+    found = check(
+        tmp_path,
+        f"""
+say("begin", part=parts[0])
+finding = {{"name": "sft", "values": {{}}, "at_most": {{}}, "at_least": {{}}, "wrong": []}}
+say("finding", part=parts[0], finding=finding)
+until = time.monotonic() + 30
+while time.monotonic() < until:
+    written = json.load(open({str(tmp_path / "found.json")!r}))["parts"].get(parts[0], {{}})
+    if written.get("findings") and written["status"] == "running":
+        done(parts[0])
+        sys.exit()
+    time.sleep(0.01)
+""",
+        only=["gradients"],
+    )
+    assert found["passed"]
+
+
+@pytest.mark.slow
+def test_a_part_that_raises_keeps_what_it_found_and_the_next_one_runs(tmp_path: Path) -> None:
+    found = check(
+        tmp_path,
+        """
+from argparse import Namespace
+from rlzoo.experiments.benchmarks import gpu_check, gpu_correct
+from rlzoo.experiments.benchmarks.findings import Finding
+
+def broken(setup):
+    yield Finding("sft", {"gap": 1.0}, at_most={"gap": 0.1})
+    raise RuntimeError("CUDA error: device-side assert triggered\\nCompile with more")
+
+gpu_correct.PARTS["gradients"] = broken
+gpu_correct.PARTS["budgets"] = lambda setup: iter([Finding("dft", {"process": os.getpid(), "here": setup.device})])
+given = {"tiny": True, "token_budgets": (0,), "dtype": "float32", "repeats": 1, "seed": 0}
+gpu_check.work(Namespace(worker=sys.argv[1], **given))
+""",
+    )
+    failed, passed = (found["parts"][part] for part in ("gradients", "budgets"))
+    assert failed["status"] == "failed" and failed["reason"] == "RuntimeError: CUDA error: device-side assert triggered"
+    assert failed["findings"][0]["wrong"] == ["gap is 1, above 0.1"] and "in broken" in "".join(failed["traceback"])
+    assert passed["status"] == "passed" and findings(found, "budgets")["dft"]["here"] == "cpu"
+    assert found["machine"]["torch"] == torch.__version__ and not found["passed"]
+
+
+def test_an_engine_gets_half_the_rows_until_they_fit_into_memory(tmp_path: Path) -> None:
+    policy, tried = load_policy("embedded"), list[int]()
+    setup = Setup("cpu", True, tmp_path, "float32", (0,), 1, 0)
+
+    def run(policy: Policy, rows: list[Trajectory], batch: int, watch: Watch) -> None:
+        tried.append(batch)
+        if batch > 4:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        for _ in range(2):
+            watch.begin()
+            watch.end()
+
+    def speed(most: int, least: int) -> dict[str, Any]:
+        return in_memory(setup, lambda: policy, random_rows("tiny", 8), None, run, most, least)
+
+    assert speed(16, 4)["setting"] == "micro-batches of 4 rows" and tried == [16, 8, 4]
+    assert speed(16, 8) == {"setting": "out of memory with micro-batches of 8 rows"}
+
+
 def test_what_there_is_no_time_for_is_skipped_and_what_hangs_has_failed(tmp_path: Path) -> None:
     hang = "say('begin', part=parts[0])\nif parts[0] == 'gradients':\n    time.sleep(600)\ndone(parts[0])\n"
     found = check(tmp_path, hang, part_limit=1.0)
@@ -128,10 +197,16 @@ def test_wrong_arguments_and_a_missing_gpu_have_status_2(
     with pytest.raises(SystemExit, match="2"):
         check(tmp_path, "say('refused', reason='there is no GPU that PyTorch can use')\n")
     assert "there is no GPU that PyTorch can use" in capsys.readouterr().err
-    monkeypatch.setattr(sys, "argv", ["gpu_check.py", "--only", "gradient"])
-    with pytest.raises(SystemExit, match="2"):
-        gpu_check.parsed()
-    assert "there is no part 'gradient'" in capsys.readouterr().err
+    for wrong, told in (
+        (["--only", "gradient"], "there is no part 'gradient': gradients, "),
+        (["--sizes", "7b"], "there is no size '7b'"),
+        (["--json", str(tmp_path / "none" / "found.json")], "does not exist"),
+        (["--token-budgets", "many"], "--token-budgets"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["gpu_check.py", *wrong])
+        with pytest.raises(SystemExit, match="2"):
+            gpu_check.parsed()
+        assert told in capsys.readouterr().err
 
 
 def test_a_value_that_is_no_number_or_beyond_its_bound_is_wrong() -> None:

@@ -63,11 +63,12 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--only", help=f"comma-separated parts: {', '.join(CORRECT + FAST)}")
     parser.add_argument("--sizes", default=",".join(SIZES), help="comma-separated, of steps and decoding")
     parser.add_argument("--tiny", action="store_true", help="a miniature of every part on the CPU")
-    parser.add_argument("--limit", type=float, default=480.0, help="seconds after which nothing goes on")
+    parser.add_argument("--limit", type=float, default=480.0, help="seconds after which everything is stopped")
     parser.add_argument("--part-limit", type=float, default=240.0, help="seconds for one part")
-    parser.add_argument("--dtype", default="bfloat16-mixed", help="of the policies in steps and determinism")
+    dtypes = ("float32", "bfloat16", "bfloat16-mixed")
+    parser.add_argument("--dtype", choices=dtypes, default="bfloat16-mixed", help="of the policies that train")
     parser.add_argument(
-        "--token-budgets", default="0,16384", help="comma-separated, of rlzoo's steps; 0: training's default"
+        "--token-budgets", type=integers, default=(0, 16384), help="comma-separated, of steps; 0: training's default"
     )
     parser.add_argument("--repeats", type=int, default=3, help="steps that are timed, after one that is not")
     parser.add_argument("--seed", type=int, default=0, help="of weights, rows and samples")
@@ -81,9 +82,16 @@ def parsed() -> argparse.Namespace:
     arguments.sizes = ["tiny"] if arguments.tiny else arguments.sizes.split(",")
     if unknown := [size for size in arguments.sizes if size not in (*SIZES, "tiny")]:
         parser.error(f"there is no size {unknown[0]!r}: {', '.join(SIZES)}")
+    if arguments.json and not Path(arguments.json).absolute().parent.is_dir():
+        parser.error(f"the folder of --json {arguments.json} does not exist")
     if arguments.tiny:
-        arguments.token_budgets, arguments.repeats = "0", 1
+        arguments.token_budgets, arguments.repeats = (0,), 1
     return arguments
+
+
+def integers(text: str) -> tuple[int, ...]:
+    """Whole numbers between commas."""
+    return tuple(int(number) for number in text.split(","))
 
 
 class Check:
@@ -102,6 +110,7 @@ class Check:
 
     def run(self) -> dict[str, Any]:
         """All parts."""
+        self._write()
         with tempfile.TemporaryDirectory() as folder:
             while self.waiting and time.monotonic() < self.end:
                 self._in_worker(Path(folder))
@@ -242,8 +251,9 @@ def work(arguments: argparse.Namespace) -> None:
 
     say("machine", machine=machine(device))
     folder = Path(tempfile.mkdtemp(dir=asked["folder"]))
-    budgets = tuple(map(int, arguments.token_budgets.split(",")))
-    setup = Setup(device, arguments.tiny, folder, arguments.dtype, budgets, arguments.repeats, arguments.seed)
+    setup = Setup(
+        device, arguments.tiny, folder, arguments.dtype, arguments.token_budgets, arguments.repeats, arguments.seed
+    )
     for label in asked["parts"]:
         started = time.perf_counter()
         say("begin", part=label)

@@ -31,7 +31,7 @@ from rlzoo.objective import Objective
 from rlzoo.policy.assembly import Units
 from rlzoo.policy.microbatches import log_probs
 from rlzoo.rollout import TransformersSampler
-from rlzoo.rollout.sampler import streams
+from rlzoo.rollout.sampler import uniform_numbers
 from rlzoo.testing.engine import SameRows, rows_of, units_of
 from rlzoo.training import Trainer
 from rlzoo.types import Trajectory
@@ -238,7 +238,7 @@ def sampler(setup: Setup) -> Iterator[Finding]:
             greedy = max(greedy, float((logits.amax(1) - chosen).max()))
         tokens, used = 0, set[int]()
         for place, samples in enumerate(make.sample(prompts, settings, setup.seed)):
-            uniform = streams(setup.seed, [place], range(len(samples)), settings.max_new_tokens)
+            uniform = uniform_numbers(setup.seed, [place], range(len(samples)), settings.max_new_tokens)
             [*logps] = log_probs(policy, [(prompts[place], sample.ids) for sample in samples])
             for number, sample in enumerate(samples):
                 logits = plain_logits(policy, prompts[place], sample.ids)

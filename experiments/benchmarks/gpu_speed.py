@@ -66,18 +66,20 @@ def steps(setup: Setup, size: str) -> Iterator[Finding]:
             yield told(f"{one}: rlzoo", found, best[one], "rlzoo")
         loss = {"dft": dft_loss, "dpo": dpo_loss, "grpo": grpo_loss}[one]
         run = partial(bare_steps, setup, loss)
-        found = in_memory(setup, lambda: held[0], rows[one], kept[one], run, setup.pick(8, 4))
+        found = in_memory(setup, lambda: held[0], rows[one], kept[one], run, setup.pick(8, 4), UNIT.get(one, 1))
         yield told(f"{one}: bare loop", found, best[one], "bare")
     held.clear()
     if find_spec("trl") is None:
         yield Finding("TRL", {"setting": "not installed here"})
         return
-    for one, settings in (("dft", "padded"), ("dft", "packed"), ("dpo", "padded"), ("grpo", "padded")):
+    for one, settings in (("dft", "by length"), ("dft", "packed"), ("dpo", "by length"), ("grpo", "by length")):
         fresh = partial(load_policy, name, setup.dtype, setup.device)  # TRL changes a model for good
         steps_of = partial(trl_steps, setup, one, settings == "packed")
         # packed rows see each other without kernels for that: its gradient is another one
-        wanted = kept[one] if settings == "padded" else None
-        found = in_memory(setup, fresh, rows[one], wanted, steps_of, setup.pick(16, 4))
+        wanted = None if settings == "packed" else kept[one]
+        found = in_memory(setup, fresh, rows[one], wanted, steps_of, setup.pick(16, 4), UNIT.get(one, 1))
+        if settings == "packed":
+            found["setting"] = str(found["setting"]).replace("rows", "times the longest row")
         yield told(f"{one}: TRL {settings}", found, best[one], "trl")
     for one in OBJECTIVES:
         ours, theirs = best[one].get("rlzoo"), best[one].get("trl")
@@ -135,12 +137,13 @@ def in_memory(
     wanted: Gradient | None,
     run: Callable[[Policy, list[Trajectory], int, Watch], None],
     batch: int,
+    least: int,
 ) -> dict[str, Value]:
     """The same of an engine with ``batch`` rows per micro-batch, or half as many until that fits into memory.
 
-    With the cosine of its gradient and ``wanted``.
+    With the cosine of its gradient and ``wanted``. ``least`` rows belong together.
     """
-    while batch:
+    while batch >= least:
         cosines: list[float] = []
 
         def attempt(batch: int = batch, cosines: list[float] = cosines) -> dict[str, Value]:
@@ -156,7 +159,7 @@ def in_memory(
 
             def all_steps() -> tuple[Watch, str]:
                 run(policy, rows, batch, watch)
-                return watch, f"{batch} rows per micro-batch"
+                return watch, f"micro-batches of {batch} rows"
 
             return timed(setup, policy, rows, all_steps)
 
@@ -168,7 +171,7 @@ def in_memory(
         else:
             return found | ({"1 - cosine": 1 - cosines[-1]} if cosines else {})
         batch //= 2
-    return {"setting": "out of memory with one row per micro-batch"}
+    return {"setting": f"out of memory with micro-batches of {least} rows"}
 
 
 def step_flops(policy: Policy, rows: list[Trajectory]) -> float:
@@ -222,15 +225,26 @@ def rlzoo_steps(
 def trl_steps(
     setup: Setup, objective: str, packed: bool, policy: Policy, rows: list[Trajectory], batch: int, watch: Watch
 ) -> None:
-    """Steps of TRL; packed ones in blocks of ``batch`` times 1,024 tokens, or so."""
-    longest = max(len(row.prompt_ids) + len(row.completion_ids) for row in rows)
-    if objective in UNIT:
+    """Steps of TRL, on padded rows of like length, or packed ones in blocks as long as ``batch`` of the longest."""
+    lengths = [len(row.prompt_ids) + len(row.completion_ids) for row in rows]
+    longest = max(lengths)
+    if (size := UNIT.get(objective, 1)) > 1:
         with_trl_head(policy)
+        units = sorted(range(0, len(rows), size), key=lambda unit: max(lengths[unit : unit + size]))
+        rows = [row for unit in units for row in rows[unit : unit + size]]
         trl_loss_steps(policy, rows, objective, watch, batch=batch, steps=1 + setup.repeats)
     else:
         length = longest * batch if packed else longest
         trl_sft_steps(
-            policy, rows, objective, watch, batch=batch, length=length, packed=packed, steps=1 + setup.repeats
+            policy,
+            rows,
+            objective,
+            watch,
+            batch=batch,
+            length=length,
+            packed=packed,
+            by_length=not packed,
+            steps=1 + setup.repeats,
         )
 
 

@@ -137,9 +137,13 @@ def trl_sft_steps(
     batch: int,
     length: int,
     packed: bool = False,
+    by_length: bool = False,
     steps: int = 1,
 ) -> None:
-    """Steps of TRL's SFTTrainer on all rows: padded, or ``packed`` into blocks of ``length`` tokens."""
+    """Steps of TRL's SFTTrainer on all rows: padded, rows of like length together if ``by_length``, or ``packed``.
+
+    Packed blocks have ``length`` tokens, of which no row has more.
+    """
     from datasets import Dataset
     from transformers import TrainerCallback
     from trl import SFTConfig, SFTTrainer
@@ -167,7 +171,8 @@ def trl_sft_steps(
     with tempfile.TemporaryDirectory() as folder:
         config = SFTConfig(
             output_dir=folder, loss_type="dft" if objective == "dft" else "nll", completion_only_loss=True,
-            max_length=length, packing=packed, per_device_train_batch_size=batch,
+            train_sampling_strategy="group_by_length" if by_length else "random", max_length=length, packing=packed,
+            per_device_train_batch_size=batch,
             gradient_accumulation_steps=len(rows), max_steps=steps, learning_rate=RATE, weight_decay=0.01,
             adam_beta2=0.95, bf16=policy.compute is not None, use_cpu=policy.device.type == "cpu", report_to=[],
             gradient_checkpointing=False, save_strategy="no", optim="adamw_torch_fused", disable_tqdm=True,

@@ -202,7 +202,7 @@ class TransformersSampler(Sampler):
         if self.decoder is None:
             own = int(np.random.SeedSequence([seed, numbers[0], copies.start]).generate_state(1)[0])
             return self._generate(prompts, settings, len(copies), greedy, own)
-        draws = None if greedy else streams(seed, numbers, copies, settings.max_new_tokens)
+        draws = None if greedy else uniform_numbers(seed, numbers, copies, settings.max_new_tokens)
         return self.decoder.decode(prompts, len(copies), settings, draws)
 
     def _generate(
@@ -248,8 +248,8 @@ def by_length(prompts: Sequence[Sequence[int]], places: Iterable[int]) -> list[i
     return sorted(places, key=lambda place: (len(prompts[place]), place))
 
 
-def streams(seed: int, prompts: Sequence[int], copies: range, tokens: int) -> Float[np.ndarray, "B T"]:
-    """Uniform numbers for each copy of each prompt."""
+def uniform_numbers(seed: int, prompts: Sequence[int], copies: range, tokens: int) -> Float[np.ndarray, "B T"]:
+    """For each copy of each prompt: a token is the one at which the cumulative probability passes its number."""
     return np.stack([np.random.default_rng([seed, p, c]).random(tokens) for p in prompts for c in copies])
 
 
