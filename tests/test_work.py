@@ -487,7 +487,8 @@ def test_a_log_says_what_was_done_and_what_was_left_out(make_policy: Callable[..
     }
     experiment = small(
         algorithms, model=str(tmp_path / "model"), seeds=[0, 1], reward=f"{own}:graded",
-        train=source | {"source": str(train), "special_tokens": "allow"}, benchmarks={"mine": source | {"source": str(test)}},
+        train=source | {"source": str(train), "special_tokens": "allow"},
+        benchmarks={"mine": source | {"source": str(test)}},
         judging={"seconds": None, "memory_gb": None}, rollouts__per_seed=True, rollouts__max_new_tokens=2,
         evaluation={**NO_CURVE, "curve_points": 1, "curve_problems": 5},
     )  # fmt: skip
