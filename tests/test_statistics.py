@@ -430,7 +430,7 @@ def test_intervals_of_a_mean_over_benchmarks_cover_for_counts_of_correct_samples
     for _ in range(runs):
         logit = np.concatenate([rng.choice(each, size) for each, size in zip(difficulty, sizes, strict=True)])
         chance = 1 / (1 + np.exp(-logit - 0.1 * rng.normal(size=(seeds, 1))))
-        interval = score_interval(rng.binomial(k, chance) / k, benchmarks=own)
+        interval = result_interval(rng.binomial(k, chance) / k, benchmarks=own)
         covered += interval.low <= truth <= interval.high
     assert 0.93 <= covered / runs <= 0.97
 
