@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from rlzoo.training.trainer import Trainer
 
 
-LAYOUT = 3
+LAYOUT = 4
 """The version of the state's layout; checkpoints of another are refused."""
 
 
@@ -51,8 +51,8 @@ def state_of(trainer: Trainer) -> tuple[dict[str, Tensor], dict[str, Any]]:
     named = trainer.named_parameters()
     tensors = {f"policy/{name}": whole(parameter) for name, parameter in named}
     tensors |= optimizer_tensors(trainer.schedule.optimizer, named)
-    for one, model in trainer.models.moving.items():
-        tensors |= {f"model/{one.key}/{name}": whole(p) for name, p in model.model.named_parameters()}
+    for number, model in enumerate(trainer.models.moving.values()):  # two may have one key, in two parts
+        tensors |= {f"model/{number}/{name}": whole(p) for name, p in model.model.named_parameters()}
     tensors |= {f"module/{name}": whole(value) for name, value in trainer.policy.untrained_state()}
     random_tensors, random_plain = random_states()
     record = trainer.record
@@ -85,9 +85,9 @@ def restore(trainer: Trainer, tensors: Mapping[str, Tensor], state: Mapping[str,
         put(parameter, tensors[f"policy/{name}"])
     trainer.policy.weights_changed()
     restore_optimizer(trainer.schedule.optimizer, named, tensors)
-    for one, model in trainer.models.moving.items():
+    for number, model in enumerate(trainer.models.moving.values()):
         for name, parameter in model.model.named_parameters():
-            put(parameter, tensors[f"model/{one.key}/{name}"])
+            put(parameter, tensors[f"model/{number}/{name}"])
     for name, value in trainer.policy.untrained_state():
         put(value, tensors[f"module/{name}"])
     record, schedule = trainer.record, trainer.schedule
