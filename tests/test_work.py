@@ -20,7 +20,7 @@ from rich.console import Console
 
 from rlzoo.buffers import OfflineBuffer
 from rlzoo.buffers.problems import load_problems
-from rlzoo.comparison import one_cell, runner, shared_buffer
+from rlzoo.comparison import one_cell, plan, runner, shared_buffer
 from rlzoo.config import Experiment, ProblemSource, Rollouts, Sampling
 from rlzoo.jobs.pool import InThisProcess, WorkerDiedError
 from rlzoo.objective import get_objective
@@ -355,18 +355,19 @@ def test_the_buffer_has_samples_of_as_many_prompts_as_were_asked_for(
 def test_token_probabilities_are_of_the_demonstrations_before_and_after(
     base: Policy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of the first ones, where there are many."""
-    monkeypatch.setattr(shared_buffer, "PROBED_ROWS", 4)
     experiment = small({"rft": {}, "sft": {"learning_rates": [1e-2]}}, evaluation=NO_CURVE)
     results = compared(experiment, tmp_path / "out")
     buffer = OfflineBuffer.load(tmp_path / "out" / "buffer")
     rows = [(row.prompt_ids, row.completion_ids) for row in buffer if row.source == "demonstration"]
     found = results["token_probabilities"]
-    probabilities = np.exp(np.concatenate([np.array(logp) for logp in score_rows(base, rows[:4])]))
+    probabilities = np.exp(np.concatenate([np.array(logp) for logp in score_rows(base, rows)]))
     assert found["edges"] == pytest.approx(np.linspace(0, 1, 21))
     assert found["before"] == np.histogram(probabilities, np.linspace(0, 1, 21))[0].tolist()
     after = by_name(results)["sft"]["token_probabilities"]
     assert sum(after) == sum(found["before"]) and after != found["before"]
+    monkeypatch.setattr(shared_buffer, "PROBED_ROWS", 4)  # where there are many, of the first ones
+    some = shared_buffer.token_probabilities(base, buffer, 8192)["counts"]
+    assert sum(some) == sum(len(completion) for _, completion in rows[:4])
 
 
 # Evaluation
@@ -522,7 +523,7 @@ def test_a_log_says_what_was_done_and_what_was_left_out(make_policy: Callable[..
         buffers += [f"{name}10 rows, 4 of 8 samples correct", f"{name}4 of 8 samples {none}"]
         buffers += [f"{name}{spelled}", f"{name}{cut}"]
     cells, expected = {(cell["algorithm"], cell["seed"]): cell for cell in results["cells"]}, []
-    for number, cell in enumerate(runner.cells(experiment), 1):
+    for number, cell in enumerate(plan.cells(experiment), 1):
         if cell.algorithm == "failing":
             expected.append(f"  [{number}/6] {cell.id} failed: RuntimeError: no [bold] step")
         else:
