@@ -140,6 +140,14 @@ def test_outcomes_are_one_row_a_sample(policy: Policy) -> None:
     ]  # fmt: skip
 
 
+def test_what_a_reward_logs_is_of_the_samples_and_not_of_greedy_decoding(policy: Policy) -> None:
+    def counting(completions: list[str], log_metric: Any, **_: Any) -> list[float]:
+        log_metric("scored", len(completions))
+        return [0.0] * len(completions)
+
+    assert evaluate(policy, PROBLEMS, counting, settings(), sampler=FakeSampler()).metrics["reward/scored"] == 12
+
+
 def test_a_null_reward_is_wrong_and_stays_null(policy: Policy) -> None:
     found = evaluate(policy, PROBLEMS, Reward("match", match), settings(), sampler=FakeSampler())
     (empty,) = (row for row in found.outcomes if row["text"] == "")
