@@ -216,6 +216,7 @@ SHORT = {"name": "length", "target": 9, "limit": 10, "weight": 0.1}
         (match, ["7", " 7", "8", "9"], 0.5),  # a function's answers are texts, of which the second is wrong
         (match, ["a", "A", "7", "8"], 0.0),
         (match, ["", "", "7", "8"], 0.5),  # no text is no answer
+        (match, ["", "", "", ""], 0.0),
     ],
 )  # fmt: skip
 def test_the_majority_votes_by_what_the_reward_calls_an_answer(
@@ -298,9 +299,11 @@ def test_names_of_metrics(tmp_path: Path) -> None:
         metric_table(settings(metrics=["gredy"]))
     (tmp_path / "mine.py").write_text(
         "def samples(problem):\n    return 1\n\ndef greedy(problem):\n    return 1\nx = 3\n"
+        "from rlzoo.evaluation import Metric\nlogged = Metric('reward/x', samples)\n"
     )
-    for name in ("samples", "greedy"):
-        with pytest.raises(UserError, match=f"the results have a '{name}' already: give it another name"):
+    assert [metric.name for metric in metric_table(settings(), ["only"])] == names, "one part is the reward itself"
+    for name, told in (("samples", "samples"), ("greedy", "greedy"), ("logged", "reward/x")):
+        with pytest.raises(UserError, match=f"the results have a '{told}' already: give it another name"):
             metric_table(settings(metrics=[f"{tmp_path / 'mine.py'}:{name}"]))
     with pytest.raises(UserError, match="is int: give a Metric, or a function"):
         metric_table(settings(metrics=[f"{tmp_path / 'mine.py'}:x"]))
