@@ -163,16 +163,13 @@ def test_a_seed_does_not_depend_on_the_rest_of_the_grid(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("undrawn")
 def test_online_samples_the_policy_in_training(tmp_path: Path) -> None:
-    rows: dict[str, Any] = {name: {"mode": "online", "learning_rates": [1e-2]} for name in ("grpo", "ppo")}
-    rows["rft"] = {"mode": "online", "options": {"threshold": 0, "samples_per_prompt": 1}}
+    rows = {name: {"mode": "online", "learning_rates": [1e-2]} for name in ("grpo", "ppo")}
     results = quietly(small(rows), tmp_path / "out")
     assert results["failed"] == []
     assert results["buffer"]["sampled_tokens"] == 0  # nobody asked for samples of the base
     for cell in results["cells"]:
         assert len(cell["training"]) == 2
         assert cell["costs"]["sampled_tokens"] > 0
-    learned = {cell["algorithm"]: cell["costs"]["gradient_tokens"] for cell in results["cells"]}
-    assert learned["rft"] < learned["grpo"] / 3, "one of the four samples of a prompt"
 
 
 @pytest.mark.usefixtures("undrawn")
