@@ -255,7 +255,7 @@ def test_a_benchmark_may_have_a_reward_of_its_own(tmp_path: Path) -> None:
         assert row["reward"] == pytest.approx(parts["length"] + 3 * parts["format"])
     lengths = [json.loads(row["components"])["length"] for row in mine if row["decoding"] == "sample"]
     assert cell["metrics"]["own"]["component/length"] == pytest.approx(sum(lengths) / len(lengths))
-    assert results["metrics"]["component/length"]["label"] == "length"
+    assert results["metrics"]["component/length"] == {"label": "length", "unit": "mean reward"}
     with pytest.raises(UserError, match="unknown reward 'lenth'"):
         quietly(small({"sft": {}}, benchmarks={"own": source | {"reward": "lenth"}}), tmp_path / "wrong")
 
@@ -509,7 +509,15 @@ def test_shared_work_whose_process_dies_is_told_in_one_line(tmp_path: Path, monk
         ({"algorithms": {"sft": {"mode": "online"}}}, "algorithms.sft: 'sft' learns from demonstrations, so mode must"),
         ({"train": "rows.jsonl"}, "needs the column 'answer'"),
         ({"validation": "rows.jsonl"}, "needs the column 'answer'"),
-        ({"benchmarks": {"mine": "rows.jsonl"}}, "needs the column 'answer'"),
+        ({"benchmarks": {"mine": {}}}, "needs the column 'answer'"),
+        (
+            {
+                "reward": {"name": "length", "target": 1, "limit": 9},
+                "validation": None,
+                "benchmarks": {"mine": {"reward": "exact-match"}},
+            },
+            "needs the column 'answer'",
+        ),
         ({"evaluation.metrics": ["gredy"]}, "unknown metric 'gredy'"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -521,7 +529,11 @@ def test_what_is_wrong_is_told_before_a_model_is_loaded(
     (tmp_path / "rows.jsonl").write_text('{"prompt": "1+1=?", "solution": "#### 2"}')
     rows = {"source": "rows.jsonl", "solution": "solution"}
     given = {
-        key: dict.fromkeys(value, rows) if key == "benchmarks" else rows if value == "rows.jsonl" else value
+        key: {name: rows | own for name, own in value.items()}
+        if key == "benchmarks"
+        else rows
+        if value == "rows.jsonl"
+        else value
         for key, value in {"algorithms": {"sft": {}}, "baseline": None, "model": "none", **changes}.items()
     }
     with pytest.raises(UserError, match=re.escape(told)):

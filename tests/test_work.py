@@ -355,18 +355,19 @@ def test_the_buffer_has_samples_of_as_many_prompts_as_were_asked_for(
 def test_token_probabilities_are_of_the_demonstrations_before_and_after(
     base: Policy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of the first ones, where there are many."""
-    monkeypatch.setattr(shared_buffer, "PROBED_ROWS", 4)
     experiment = small({"rft": {}, "sft": {"learning_rates": [1e-2]}}, evaluation=NO_CURVE)
     results = compared(experiment, tmp_path / "out")
     buffer = OfflineBuffer.load(tmp_path / "out" / "buffer")
     rows = [(row.prompt_ids, row.completion_ids) for row in buffer if row.source == "demonstration"]
     found = results["token_probabilities"]
-    probabilities = np.exp(np.concatenate([np.array(logp) for logp in log_probs(base, rows[:4])]))
+    probabilities = np.exp(np.concatenate([np.array(logp) for logp in log_probs(base, rows)]))
     assert found["edges"] == pytest.approx(np.linspace(0, 1, 21))
     assert found["before"] == np.histogram(probabilities, np.linspace(0, 1, 21))[0].tolist()
     after = by_name(results)["sft"]["token_probabilities"]
     assert sum(after) == sum(found["before"]) and after != found["before"]
+    monkeypatch.setattr(shared_buffer, "PROBED_ROWS", 4)  # where there are many, of the first ones
+    some = shared_buffer.token_probabilities(base, buffer, 8192)["counts"]
+    assert sum(some) == sum(len(completion) for _, completion in rows[:4])
 
 
 # Evaluation
