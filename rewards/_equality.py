@@ -107,7 +107,8 @@ def _is_time_only(text: str) -> bool:
 # Letters of a multiple choice: A, (A), A. 5
 
 _CHOICE = re.compile(
-    r"(?:(?i:option|choice|故?选[项择]?) ?)?(?:\((?P<round>[A-Ja-j])\)|(?P<bare>[A-J])(?: ?[.):](?=\s|$)|$))"
+    r"(?:(?i:option|choice|故?选[项择]?) ?)?(?:\((?P<round>[A-Ja-j])\)|(?P<half>[A-Ja-j])\)(?=\s|$)|"
+    r"(?P<bare>[A-J])(?: ?[.):](?=\s|$)|$))"
     r"(?:\s+(?P<value>(?!(?:or|and)\b|\\text\{\s*(?:or|and)\b|[-+*/^=<>,]).*))?",
     re.DOTALL,
 )
@@ -119,9 +120,9 @@ _CHOICES = re.compile(r"(?<![A-Za-z\\])(?:\([A-Ja-j]\)|[A-J][.)](?=\s|$))|\b(?:o
 def _choice(text: str) -> tuple[str, str] | None:
     """A letter, and what it stands for or an empty text; None for anything else."""
     match = _CHOICE.fullmatch(text)
-    if match is None or _CHOICES.search(match["value"] or ""):
+    if match is None or _CHOICES.search(match["value"] or "") or re.fullmatch("[A-J]", match["value"] or ""):
         return None
-    return (match["round"] or match["bare"]).upper(), clean(match["value"] or "")
+    return (match["round"] or match["half"] or match["bare"]).upper(), clean(match["value"] or "")
 
 
 def _same_choice(answer: str, gold: str) -> bool | None:
