@@ -90,7 +90,7 @@ def is_candidate(between: str) -> bool:
 
 # Taken back: 5, or not; 5. 6 is also correct
 
-VALUE = r"\$?-?\d[\d.,]*\$?"
+VALUE = r"\$?-?\d[\d.,]*(?:/\d+)?\$?"
 """A number as it stands in a text, roughly."""
 _WORDS = r"(?:[^\W\d_]+ )"
 _FURTHER = re.compile(
@@ -105,6 +105,7 @@ _FURTHER = re.compile(
             rf"\W{{0,6}}(?:(?:but|and|however|though|while)\W+)?(?:options? |choices? )?(?:{VALUE}|\(?[A-J]\)?) "
             r"(?:(?:is|are) (?:also|equally)|would also|(?:also )?(?:works|fits)|(?:may|might|could)(?: also)? be)\b",
             rf"\W{{0,6}}(?:{JOINED}\s*)?{VALUE}\W*\Z",  # 5? 6?
+            r"\W{0,4}[.?!\n]\W{0,4}(?-i:[A-J])\W*\Z",  # A? B?
             r"\? ?[A-J]\b",
         )
     ),

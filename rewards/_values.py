@@ -31,7 +31,7 @@ _SIGN = r"(?:\\?[$€£¥₹]\s?)?"
 _DIGITS = r"\.?\d(?:[\d.,]*\d)?(?![\d.,]*(?:[π√]|\\(?:pi|sqrt|frac)))(?:\s?\\?%)?\)*"
 _RATIO = r"(?<![A-Za-z\d_.,:])\d+(?:\s?:\s?\d+)+(?!\d)(?:\s?[ap]\.?m\b\.?)?"  # or a time of the day
 _TERM = rf"[-−(]*{_SIGN}[-−]?{_DIGITS}"
-_ARITHMETIC = rf"(?<![A-Za-z\d_.,])(?:negative )?{_TERM}(?:\s*[-+*/^=×÷·−x]\s*{_SIGN}{_TERM})*"
+_ARITHMETIC = rf"(?<![A-Za-z\d_.,])(?:negative )?{_TERM}(?:\s*[-+*/^=×÷·−–x]\s*{_SIGN}{_TERM})*"
 _SPACED = rf"(?<![\w.,/])-?{_SIGN}(?:\d{{1,3}}(?: \d{{3}})+(?:\.\d+)?|\d+ \d{{1,3}}/\d{{1,3}})(?![\d/])"  # 1 000, 5 1/2
 _PRICE = re.compile(rf"-?\\?[$€£¥₹]\s?{_DIGITS} for {_DIGITS}")
 """A price and for how many it is."""
@@ -39,7 +39,7 @@ _MIXED = r"(?<![\w.,/])-?\d*\s?[¼-¾⅐-⅞]"
 ITEM = rf"(?:{_LATEX}|{_MIXED}|{_RATIO}|{_SPACED}|{_ARITHMETIC})"
 _UNIT = r"(?:\s+[^\W\d_]+){0,2}?"
 _JOIN = (
-    rf"(?:[,;]?\s*(?:{JOINED_NUMBERS}|{MAYBE}|\botherwise\b|\bto\b)(?:\s+(?:else|it|is|bien|{MAYBE})\b)*|[,;、]"
+    rf"(?:[,;]?\s*(?:{JOINED_NUMBERS}|{MAYBE}|\botherwise\b|\bto\b)(?:\s+(?:else|it|is|bien|{MAYBE})\b)*|[,;、|&~]"
     r"|[\u3400-\u9fff]?[，,]?[也或者还]*可能[是有])"
 )
 VALUES = re.compile(rf"{ITEM}(?:{_UNIT}\s*{_JOIN}\s*{ITEM})*", re.IGNORECASE)
@@ -192,6 +192,6 @@ def _with_unit(found: re.Match[str]) -> str:
 
 def _result(value: str) -> str:
     """What arithmetic that is written out comes to: 18 of 9 * 2 = 18."""
-    if re.fullmatch(r"(?:[\s\d.+\-*/^=×÷·−x()$€£¥₹%\\]|,(?=\d))+", value):
+    if re.fullmatch(r"(?:[\s\d.+\-*/^=×÷·−–x()$€£¥₹%\\]|,(?=\d))+", value):
         return value.rpartition("=")[2]
     return value

@@ -357,6 +357,50 @@ def test_where_the_final_answer_is() -> None:
     assert wrong_rows("math_completions.txt") == []
 
 
+JOINS = (
+    *(" or ", ", ", "; ", " and ", " / ", " | ", " & ", " to ", "–", "~", " of ", " vs ", "\n", "\n\n", "\n- "),
+    *(" or maybe ", ", or ", ", maybe ", " or else ", ", then ", ", not sure, maybe ", ", but perhaps ", " otherwise "),
+    *(". Or ", ". Maybe ", "? ", ". Alternatively, ", ". Another option: "),
+    *(
+        " und ",
+        " oder ",
+        " ou ",
+        " o ",
+        " y ",
+        " или ",
+        "或",
+        "、",
+        "或者",
+        " または ",
+        " 또는 ",
+        " أو ",
+        " lub ",
+        " nebo ",
+    ),
+    *(" eller ", " ya da ", " hoặc ", " atau ", " หรือ ", " या "),
+)
+AROUND = (
+    *(
+        "{}",
+        "The answer is {}.",
+        "Answer: {}",
+        r"\boxed{{{}}}",
+        r"\boxed{{\text{{{}}}}}",
+        "<answer>{}</answer>",
+        "#### {}",
+    ),
+    *("The final answer is ${}$.", "答案是{}。", "La respuesta es {}.", "Die Antwort ist {}.", "La réponse est {}."),
+)
+
+
+@pytest.mark.parametrize("around", AROUND)
+def test_listing_candidates_earns_nothing(around: str) -> None:
+    for one, other in (("7", "8"), ("1/2", "1/3"), ("A", "C")):
+        listed = [around.format(f"{one}{join}{other}") for join in JOINS]
+        paid = [scores("math-answer", listed, answer=[gold] * len(listed)) for gold in (one, other)]
+        assert [text for text, *values in zip(listed, *paid, strict=True) if any(values)] == []
+
+
 def test_a_thread_without_time_limits_takes_no_longer() -> None:
     score(r"\boxed{x + 1}", "1 + x")  # imports sympy
     found: list[float | None] = []
