@@ -234,10 +234,15 @@ def test_no_answer_takes_long(answer: str) -> None:
 def test_no_grade_depends_on_how_busy_the_machine_is(monkeypatch: pytest.MonkeyPatch) -> None:
     """A comparison that waits ten times its limit, as beside other programs, and then computes for a moment."""
     read, limit = _symbols._parsed, 0.05
+
+    def slow(text: str) -> Any:
+        time.sleep(5 * limit)
+        return read(text)
+
     score(r"\boxed{x + 1}", "1 + x")  # imports sympy
-    monkeypatch.setattr(_symbols, "SECONDS", limit)
-    monkeypatch.setattr(_symbols, "_parsed", lambda text: time.sleep(5 * limit) or read(text))
     read("a + 7 b"), read("7 b + a")
+    monkeypatch.setattr(_symbols, "SECONDS", limit)
+    monkeypatch.setattr(_symbols, "_parsed", slow)
     assert score(r"\boxed{7 b + a}", "a + 7 b") == 1
 
 
