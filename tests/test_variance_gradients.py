@@ -24,7 +24,7 @@ from rlzoo.variance.modules import Modules
 from rlzoo.variance.noise import gradient_squared_norm, trace_cov
 from rlzoo.variance.over_data import default_held, portions
 from rlzoo.variance.scoring import score
-from rlzoo.variance.subjects import named_objectives, subjects_of, weigh
+from rlzoo.variance.subjects import named_objectives, subjects_of, weights_of
 from rlzoo.variance.tasks import Task, UnitGradients, shared_passes
 
 MakeModel = Callable[..., Policy]
@@ -444,7 +444,7 @@ def test_the_mean_gradient_is_that_of_the_surrogate(make_model: MakeModel, name:
     rows, subject = [buffer[i] for i in picked], subjects["x"]
     statistics, micro = [one for one in objective.requires if one.is_statistic], MicroBatches(100)
     assembler = Assembler(policy, Models(policy, {None: policy}), micro, remember=True)
-    weighed = weigh(assembler, subject, score(assembler, rows, statistics, {}, 0, 0))
+    weighed = weights_of(assembler, subject, score(assembler, rows, statistics, {}, 0, 0))
     found = GradientMeter(policy).measure(rows, {"x": weighed.task}, micro)["x"]
 
     policy.eval()
