@@ -8,13 +8,14 @@ share is no independent evidence. With g_1 … g_P and their mean ḡ, and g'_p 
 are unbiased for the trace of a prompt's covariance, the squared norm of the expected gradient (arXiv 1812.06162,
 appendix A.1) and the inner product of two; where both objectives look at the same prompts the last one is
 (P ⟨ḡ, ḡ'⟩ - mean ⟨g_p, g'_p⟩)/(P-1). Ratios of these are not unbiased: the noise scale tr Σ/‖G‖², the cosine
-⟨G, G'⟩/√(‖G‖² ‖G'‖²) and the norm ratio √(‖G‖²/‖G'‖²) are estimated by the ratios of unbiased estimates. Where the
-estimate of a ‖G‖² that is divided by is not positive, the noise hides the gradient and there is no number.
+⟨G, G'⟩/√(‖G‖² ‖G'‖²) and the norm ratio √(‖G‖²/‖G'‖²) are estimated by the ratios of unbiased estimates. Where a test
+at 5 % does not reject that a ‖G‖² is 0, the noise hides that gradient: then it has no cosine and no norm ratio, and its
+noise scale has only a lower bound.
 
-Intervals invert tests: they hold every value that the estimates do not reject, with the estimates' covariance
-(`rlzoo.variance.spread`) taken at that value. So they exist, perhaps without an end, however weak the gradient is.
-Where they need inner products between prompts these come from random projections; values come from exact sums, but for
-⟨g_p, g'_p⟩ of one prompt (`within`).
+Intervals invert tests (`rlzoo.variance.intervals`): they hold every value that the estimates do not reject, with the
+estimates' covariance (`rlzoo.variance.spread`) taken at that value. So they may have no upper end. Where they need
+inner products between prompts these come from random projections; values come from exact sums, but for ⟨g_p, g'_p⟩ of
+one prompt (`within`).
 """
 
 from __future__ import annotations

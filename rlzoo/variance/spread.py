@@ -29,7 +29,7 @@ def centred(products: Matrix, valid: Bool[np.ndarray, "n m"]) -> Matrix:
 
     What is left of ⟨a_i, b_j⟩ is ⟨a_i - G, b_j - G'⟩.
     """
-    found = np.where(valid, products, 0)
+    found = np.where(valid, products, 0.0).astype(float)  # cubes would overflow float32
     counts = [np.maximum(valid.sum(axis, keepdims=True), 1) for axis in (0, 1)]
     for axis in (1, 0, 1, 0):  # one turn is exact without common prompts, two are to O(1/n²) with
         found -= found.sum(axis, keepdims=True) / counts[axis]
@@ -94,7 +94,7 @@ class Side:
         """
         return self.cubes / self.squares / (self.count - 1) if self.squares > 0 else 0.0
 
-    def first(self, size: Values) -> Values:
+    def first(self, size: Values | float) -> Values:
         """The first-order variance 4 GᵀΣG/n of the estimate of ‖G‖², if ‖G‖² is ``size`` ≥ 0.
 
         GᵀΣG is measured along ḡ, less what chance added to it if the estimate differs from ``size``. Where G drowns,
@@ -104,13 +104,15 @@ class Side:
         chance = self.squares / (self.count * (self.count - 1) ** 2)
         measured = float(self.along.var(ddof=1)) - chance - self.along_noise * (self.grad_norm_sq - size)
         whole = size + self.uncertain
-        found = size * np.maximum(measured, 0) + self.uncertain * self.average * size
-        return 4 / self.count * np.divide(found, whole, out=np.zeros_like(size), where=whole > 0)
+        weighted = size * np.maximum(measured, 0) + self.uncertain * self.average * size
+        along: Values = np.divide(weighted, whole, out=np.zeros_like(size), where=whole > 0)
+        return 4 / self.count * along
 
-    def third(self, size: Values) -> Values:
+    def third(self, size: Values | float) -> Values:
         """The third cumulant of the estimate of ‖G‖², if ‖G‖² is ``size``: 8 tr Σ³/n³ + 24 GᵀΣ²G/n²."""
         own = 8 * self.cubes / (self.count * (self.count - 1)) ** 3
-        return own + 6 * self.first(size) * self.along_noise / self.count
+        found: Values = own + 6 * self.first(size) * self.along_noise / self.count
+        return found
 
     @cached_property
     def size(self) -> float:
