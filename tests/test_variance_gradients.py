@@ -18,13 +18,13 @@ from rlzoo.inputs import Input, ReferenceLogits
 from rlzoo.objective import Objective, get_objective, is_composite, list_objectives, objective_class, surrogate
 from rlzoo.policy import Assembler, MicroBatches, Models, Policy, Sequences
 from rlzoo.types import Coefficients, TokenBatch, Trajectory
-from rlzoo.variance import analyze_variance, head_pass, pieces
+from rlzoo.variance import analyze_variance, head_pass
 from rlzoo.variance.gradients import GradientMeter
 from rlzoo.variance.modules import Modules
 from rlzoo.variance.noise import gradient_squared_norm, trace_cov
 from rlzoo.variance.over_data import default_held, portions
 from rlzoo.variance.scoring import score
-from rlzoo.variance.subjects import named_objectives, subjects_of, weigh
+from rlzoo.variance.subjects import named_objectives, subjects_of, weights_of
 from rlzoo.variance.tasks import Task, UnitGradients, shared_passes
 
 MakeModel = Callable[..., Policy]
@@ -152,8 +152,8 @@ def test_both_ways_to_a_norm_agree(make_model: MakeModel, factor: float, monkeyp
     rows, weight = random_rows(policy)
     tasks = {name: Task(units, weight) for name, units in UNITS.items()}
     usual = GradientMeter(policy).measure(rows, tasks)
-    monkeypatch.setattr(pieces, "GRAM_FACTOR", factor)
-    monkeypatch.setattr(pieces, "PRODUCT_ENTRIES", 32 * 48 * 2)  # two units of the largest matrix at a time
+    monkeypatch.setattr(factored, "GRAM_FACTOR", factor)
+    monkeypatch.setattr(factored, "PRODUCT_ENTRIES", 32 * 48 * 2)  # two units of the largest matrix at a time
     other = GradientMeter(policy).measure(rows, tasks)
     for name in tasks:
         torch.testing.assert_close(other[name].squared_norm, usual[name].squared_norm, rtol=1e-12, atol=0)
@@ -194,7 +194,7 @@ def test_projected_inner_products_are_right_on_average(make_model: MakeModel, ti
     for seed in range(60):
         meter = GradientMeter(policy)
         meter.projections = {
-            name: pieces.Projection(1000 * seed + i, p) for i, (name, p) in enumerate(meter.modules.trainable.items())
+            name: factored.Projection(1000 * seed + i, p) for i, (name, p) in enumerate(meter.modules.trainable.items())
         }
         sketch = meter.measure(rows, {"a": Task(UNITS["rows"], weight)})["a"].sketch.double()
         estimates.append(torch.einsum("uld,vld->uv", sketch, sketch))
@@ -444,7 +444,7 @@ def test_the_mean_gradient_is_that_of_the_surrogate(make_model: MakeModel, name:
     rows, subject = [buffer[i] for i in picked], subjects["x"]
     statistics, micro = [one for one in objective.requires if one.is_statistic], MicroBatches(100)
     assembler = Assembler(policy, Models(policy, {None: policy}), micro, remember=True)
-    weighed = weigh(assembler, subject, score(assembler, rows, statistics, {}, 0, 0))
+    weighed = weights_of(assembler, subject, score(assembler, rows, statistics, {}, 0, 0))
     found = GradientMeter(policy).measure(rows, {"x": weighed.task}, micro)["x"]
 
     policy.eval()

@@ -40,7 +40,7 @@ from rlzoo.types import Trajectory
 from rlzoo.variance.gradients import GradientMeter
 from rlzoo.variance.over_data import default_held, portions
 from rlzoo.variance.scoring import score
-from rlzoo.variance.subjects import subjects_of, weigh
+from rlzoo.variance.subjects import subjects_of, weights_of
 from rlzoo.variance.tasks import Task
 
 OBJECTIVES = ("sft", "dft", "iw-sft", "rft", "dpo", "ppo", "grpo")
@@ -79,7 +79,7 @@ def tasks_of(policy: Policy, buffer: OfflineBuffer, arguments: argparse.Namespac
     models = Models(policy, {None: policy})
     assembler = Assembler(policy, models, MicroBatches(arguments.token_budget), remember=True)
     scored = score(assembler, rows, statistics, {}, 0, 0)
-    return rows, {name: weigh(assembler, subjects[name], scored).task for name in named}
+    return rows, {name: weights_of(assembler, subjects[name], scored).task for name in named}
 
 
 def ordinary(policy: Policy, buffer: OfflineBuffer, arguments: argparse.Namespace) -> dict[str, Any]:

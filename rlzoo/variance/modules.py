@@ -16,7 +16,7 @@ from torch.func import functional_call, jvp
 from rlzoo.errors import UserError
 from rlzoo.policy.head import Head
 from rlzoo.policy.policy import Policy
-from rlzoo.variance.pieces import Block, Lookup, Outer, Piece, Sum, at_least_float32
+from rlzoo.variance.factored import Block, Factored, Lookup, Outer, Sum, at_least_float32
 
 FIX = "freeze its parameters (requires_grad_(False)), or leave the gradients out"
 
@@ -63,7 +63,7 @@ class Covered:
         padding = self.module.padding_idx
         return e if padding is None else e * (self.saved.reshape(e.shape[:2]) != padding)[..., None]
 
-    def pieces(self, block: Block, e: Float[Tensor, "B L D"]) -> Iterator[tuple[str, Piece]]:
+    def factored(self, block: Block, e: Float[Tensor, "B L D"]) -> Iterator[tuple[str, Factored]]:
         """The gradient of each parameter for the units of a block, from the gradient ``e`` at the output."""
         assert self.saved is not None
         e = e.to(at_least_float32(e.dtype))

@@ -16,7 +16,7 @@ from rlzoo.variance.analyzer import analyze_variance
 class VarianceProbe:
     """A callback for `rlzoo.train` that measures the trained objective's gradients every ``every`` steps.
 
-    ``records`` has one row a measurement: the step, the coefficients' mean, spread and effective sample size, the
+    ``records`` has one row per measurement: the step, the coefficients' mean, spread and effective sample size, the
     median probability of the tokens, and the gradient's noise over ``rows`` rows of the buffer, the same each time, as
     estimates for new prompts (`rlzoo.variance.noise`).
     An objective with a frozen reference needs its log-probs in the buffer (`rlzoo.training.with_inputs`).
