@@ -531,7 +531,7 @@ def test_a_log_says_what_was_done_and_what_was_left_out(make_policy: Callable[..
             expected += [f"    {event}" for event in cells[cell.algorithm, cell.seed]["events"]]
     assert any("equal rewards" in line for line in expected)
     assert log.getvalue().splitlines() == [
-        f"facts: 3 algorithms × 2 seeds, 6 runs in 2 processes; writing to {tmp_path / 'out'}",
+        f"facts: 3 algorithms × 2 seeds, 6 cells in 2 processes; writing to {tmp_path / 'out'}",
         *buffers,
         "  base model: avg@k mine 50.0 %",
         *(f"  {name}: dropped 3 of 5 rows (bad_rows: drop): {'; '.join(why)}" for name, why in left_out.items()),
