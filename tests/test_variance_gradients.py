@@ -18,7 +18,7 @@ from rlzoo.inputs import Input, ReferenceLogits
 from rlzoo.objective import Objective, get_objective, is_composite, list_objectives, objective_class, surrogate
 from rlzoo.policy import Assembler, MicroBatches, Models, Policy, Sequences
 from rlzoo.types import Coefficients, TokenBatch, Trajectory
-from rlzoo.variance import analyze_variance, head_pass
+from rlzoo.variance import analyze_variance, factored, head_pass
 from rlzoo.variance.gradients import GradientMeter
 from rlzoo.variance.modules import Modules
 from rlzoo.variance.noise import gradient_squared_norm, trace_cov
