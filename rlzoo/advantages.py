@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.nn import functional
 
 
 def group_mean(x: Float[Tensor, " B"], group: Int[Tensor, " B"]) -> Float[Tensor, " B"]:
@@ -118,18 +119,26 @@ def generalised_advantage(
     """
     if reward.shape != value.shape or reward.shape != mask.shape:
         raise ValueError(f"shapes differ: {tuple(reward.shape)}, {tuple(value.shape)}, {tuple(mask.shape)}")
-    value = torch.where(mask, value, 0)
-    reward = torch.where(mask, reward, 0)
-    advantage = torch.zeros_like(value)
-    following = value.new_zeros(len(value)) if after is None else after.to(value.dtype)
-    running = value.new_zeros(len(value))
-    for t in reversed(range(value.shape[1])):
-        live = mask[:, t]
-        delta = reward[:, t] + gamma * following - value[:, t]
-        running = torch.where(live, delta + gamma * lam * running, running)
-        following = torch.where(live, value[:, t], following)
-        advantage[:, t] = torch.where(live, running, 0)
+    value, length = torch.where(mask, value, 0), mask.shape[1]
+    after = value.new_zeros(len(value)) if after is None else after.to(value.dtype)
+    place = torch.where(mask, torch.arange(length, device=mask.device), length)
+    next_place = functional.pad(place, (0, 1), value=length).flip(1).cummin(1).values.flip(1)[:, 1:]
+    following = torch.cat([value, after[:, None]], 1).gather(1, next_place)
+    delta = torch.where(mask, reward + gamma * following - value, 0)
+    decay = torch.where(mask, torch.full_like(value, gamma * lam), 1)
+    advantage = torch.where(mask, _discounted(delta, decay), 0)
     return advantage, torch.where(mask, advantage + value, 0)
+
+
+def _discounted(x: Float[Tensor, "B T"], decay: Float[Tensor, "B T"]) -> Float[Tensor, "B T"]:
+    """y_t = x_t + d_t y_{t+1}, in log2(T) passes: each lets a position take in twice as many of those after it."""
+    step = 1
+    while step < x.shape[1]:
+        reached = decay[:, :-step]
+        x = torch.cat([x[:, :-step] + reached * x[:, step:], x[:, -step:]], 1)
+        decay = torch.cat([reached * decay[:, step:], decay[:, -step:]], 1)
+        step *= 2
+    return x
 
 
 def whiten(x: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"], epsilon: float = 1e-8) -> Float[Tensor, "B T"]:

@@ -250,11 +250,11 @@ def test_without_a_place_for_the_counts_they_are_warnings(tokenizer: Any) -> Non
 
 NO_ROWS: list[tuple[str, Any, str]] = [
     ("behaviour_logp", [-0.1], "behaviour_logp has 1 values for 2 completion tokens"),
-    ("reference_logp", [-0.1, float("nan")], "reference_logp holds nan, which is no log-prob"),
-    ("sampler_logp", [float("inf"), -0.1], "sampler_logp holds inf, which is no log-prob"),
+    ("reference_logp", [-0.1, float("nan")], "reference_logp holds nan, which is not a log-prob"),
+    ("sampler_logp", [float("inf"), -0.1], "sampler_logp holds inf, which is not a log-prob"),
     ("prompt_ids", [], "prompt_ids is empty"),
     ("completion_ids", [], "completion_ids is empty"),
-    ("completion_ids", [7, -1], "completion_ids holds -1, which is no token's id"),
+    ("completion_ids", [7, -1], "completion_ids holds -1, which is not a token id"),
     ("reward", float("inf"), "reward is inf: it must be a finite number"),
     ("reward", float("nan"), "reward is nan: it must be a finite number"),
     ("source", "human", "source is 'human': it must be one of demonstration, policy, preference"),
@@ -297,7 +297,7 @@ def test_a_value_that_no_row_has_is_refused_whatever_it_is_read_from(
 @pytest.mark.parametrize(
     ("field", "value", "reason"),
     [
-        ("completion_ids", [2**40, 1], "completion_ids holds 1099511627776, which is no token's id"),
+        ("completion_ids", [2**40, 1], "completion_ids holds 1099511627776, which is not a token id"),
         ("policy_version", 2**40, "policy_version is 1099511627776"),
         ("policy_version", 10**30, "policy_version is 1000"),
         ("reward", "good", "reward: input should be a valid number"),
@@ -318,7 +318,7 @@ def test_a_line_of_a_buffer_with_a_number_that_is_none_of_a_row(
     ("field", "kind", "value", "reason"),
     [
         ("completion_ids", pa.list_(pa.int64()), [2**40, 1], "row 2 of .*: completion_ids cannot be list<.*int32.*>: "),
-        ("prompt_ids", pa.list_(pa.int32()), [5, None], "row 2 of .*: prompt_ids holds null, which is no token's id"),
+        ("prompt_ids", pa.list_(pa.int32()), [5, None], "row 2 of .*: prompt_ids holds null, which is not a token id"),
         ("prompt_ids", pa.list_(pa.int32()), None, "row 2 of .*: prompt_ids is null: every row needs one"),
         ("temperature", pa.float64(), None, "row 2 of .*: temperature is null: every row needs one"),
         ("reward", pa.string(), "good", "row 2 of .*: reward cannot be double: "),

@@ -287,7 +287,7 @@ GOOD = {"prompt": "1", "completion": "2"}
             [{"prompt": user("1"), "completion": assistant("2") + user("3")}],
             "row 1: column 'completion' must be one turn of the assistant",
         ),
-        ([{"prompt": b"\xff", "completion": "2"}], "row 1: column 'prompt' holds bytes that are no UTF-8 text"),
+        ([{"prompt": b"\xff", "completion": "2"}], "row 1: column 'prompt' holds bytes that are not UTF-8 text"),
         ([{**GOOD, "completion": "\ud83d"}], "row 1: column 'completion' holds a lone surrogate (\\ud83d)"),
         ([{**GOOD, "completion": ""}], "row 1: column 'completion' is empty or blank"),
         ([{"prompt": "1", "chosen": "2", "rejected": " \n"}], "row 1: column 'rejected' is empty or blank"),

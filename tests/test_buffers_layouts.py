@@ -288,7 +288,7 @@ def test_sharegpts_tools_are_those_of_the_template(column: str, tools: Any, show
     [
         ([{}], "row 1: column 'tools' has an entry without a name"),
         (["rate"], "row 1: column 'tools' has an entry without a name"),
-        ("rate()", "row 1: column 'tools' is text that is no JSON"),
+        ("rate()", "row 1: column 'tools' is text that is not JSON"),
         (3, "row 1: column 'tools' holds an int: give a list"),
     ],
 )

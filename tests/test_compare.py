@@ -210,11 +210,12 @@ def test_the_learning_rate_is_chosen_on_validation(tmp_path: Path, monkeypatch: 
         result = run_cell(experiment, cell, *rest)
         state = tmp_path / "out" / ".state"
         assert (state / "models" / cell.id).is_dir()
-        assert not (state / "cells" / cell.id).exists(), "its checkpoints take no more room"
+        assert not (state / "cells" / cell.id).exists(), "its checkpoints take no room any more"
         return {**result, "validation": scores[cell.seed, cell.learning_rate]}
 
     monkeypatch.setattr(one_cell, "run_cell", with_score)
-    results = quietly(small({"sft": {"learning_rates": [1e-4, 1e-2]}}, seeds=[0, 1]), tmp_path / "out")
+    experiment = small({"sft": {"learning_rates": [1e-4, 1e-2]}}, seeds=[0, 1], training__checkpoint_seconds=0)
+    results = quietly(experiment, tmp_path / "out")
     assert results["learning_rates"] == {"sft": {"0.0001": pytest.approx(0.2), "0.01": pytest.approx(0.3)}}
     assert [(c["seed"], c["learning_rate"]) for c in results["cells"]] == [(0, 1e-2), (1, 1e-2)]
     assert all("facts" in cell["metrics"] for cell in results["cells"])
@@ -500,7 +501,7 @@ def test_shared_work_whose_process_dies_is_told_in_one_line(tmp_path: Path, monk
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"algorithms": {"base": {"objective": "sft"}}}, "algorithms.base: results call the untrained model so"),
+        ({"algorithms": {"base": {"objective": "sft"}}}, "algorithms.base: this name stands for the untrained model"),
         ({"baseline": "dpo"}, "unknown baseline 'dpo'"),
         ({"rollouts.engine": "vlm"}, "unknown sampler 'vlm'"),
         ({"evaluation.engine": "vlm"}, "unknown sampler 'vlm'"),

@@ -154,6 +154,12 @@ def test_the_threshold_of_correctness_is_a_setting(policy: Policy) -> None:
     strict = evaluate(policy, PROBLEMS, Reward("match", match), settings(), sampler=FakeSampler())
     lenient = evaluate(policy, PROBLEMS, Reward("match", match), settings(correct_at=0.4), sampler=FakeSampler())
     assert lenient.metrics["avg_at_k"] - strict.metrics["avg_at_k"] == pytest.approx(2 / 12)
+    all_wrong = evaluate(policy, PROBLEMS, Reward("match", match), settings(correct_at=2), sampler=FakeSampler())
+    assert {name: all_wrong.metrics[name] for name in ("avg_at_k", "greedy", "pass_at_k")} == {
+        "avg_at_k": 0, "greedy": 0, "pass_at_k": 0,
+    }  # fmt: skip
+    penalties = evaluate(policy, PROBLEMS, Reward("match", match), settings(correct_at=0), sampler=FakeSampler())
+    assert penalties.metrics["avg_at_k"] == pytest.approx(11 / 12), "where 0 is the best, all that have a reward"
 
 
 def test_the_log_likelihood_is_that_of_the_gold_completions(policy: Policy) -> None:
@@ -243,7 +249,10 @@ def test_a_metric_is_a_row_that_anyone_can_add(policy: Policy) -> None:
         wrong = [sample["length"] for sample in problem.samples if not sample["correct"]]
         return Total(sum(wrong), len(wrong)) if problem.problem.id != "p2" else None
 
-    table = [distinct, Metric("wrong_length", wrong_length, unit="tokens")]
+    def nothing(problem: ProblemSamples) -> Total:
+        return Total(0, 0)
+
+    table = [distinct, Metric("wrong_length", wrong_length, unit="tokens"), nothing]
     found = evaluate(policy, PROBLEMS, match, settings(), sampler=FakeSampler(), metrics=table)
     assert found.metrics == {"distinct": (2 + 4 + 4) / 3, "wrong_length": 2.0, "k": 2, "samples": 4}
 
@@ -273,7 +282,7 @@ def test_names_of_metrics(tmp_path: Path) -> None:
         "def samples(problem):\n    return 1\n\ndef greedy(problem):\n    return 1\nx = 3\n"
     )
     for name in ("samples", "greedy"):
-        with pytest.raises(UserError, match=f"the results have a '{name}' already: give it another name"):
+        with pytest.raises(UserError, match=f"the results already have a '{name}': give it another name"):
             metric_table(settings(metrics=[f"{tmp_path / 'mine.py'}:{name}"]))
     with pytest.raises(UserError, match="is int: give a Metric, or a function"):
         metric_table(settings(metrics=[f"{tmp_path / 'mine.py'}:x"]))

@@ -111,7 +111,7 @@ def test_a_privileged_conversation_is_told_in_its_last_user_turn() -> None:
 @pytest.mark.parametrize(
     ("template", "told"),
     [
-        ("{hint}", r"asks for 'hint', and a row of prompt 'first' has prompt, answer, none$"),
+        ("{hint}", r"needs 'hint', and a row of prompt 'first' has prompt, answer, none$"),
         ("{none}", r"asks for 'none', which is null in a row of prompt 'first': fill it in, or drop the row$"),
         ("{answer.a}", r"does not fit a row of prompt 'first': 'str' object has no attribute 'a'$"),
         ("{answer:d}", r"does not fit a row of prompt 'first': Unknown format code 'd'"),
@@ -241,7 +241,7 @@ class Bare(Input):
 def test_what_nothing_can_compute_is_one_line(make_policy: MakePolicy) -> None:
     with pytest.raises(UserError, match=r"^the buffer has no bare_value$"):
         assembled(make_policy(), ROWS, Bare())
-    with pytest.raises(UserError, match="a Snapshot of 'value' needs an input of every forward pass that has this key"):
+    with pytest.raises(UserError, match="needs a FORWARD input with this key"):
         assembled(make_policy(), ROWS, Snapshot("value"))
     with pytest.raises(UserError, match=r"unknown statistic 'entorpy': did you mean 'entropy'\?"):
         Statistic("entorpy")

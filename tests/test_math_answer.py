@@ -236,7 +236,12 @@ def test_no_grade_depends_on_how_busy_the_machine_is(monkeypatch: pytest.MonkeyP
     read, limit = _symbols._parsed, 0.05
     score(r"\boxed{x + 1}", "1 + x")  # imports sympy
     monkeypatch.setattr(_symbols, "SECONDS", limit)
-    monkeypatch.setattr(_symbols, "_parsed", lambda text: time.sleep(5 * limit) or read(text))
+
+    def waits(text: str) -> Any:
+        time.sleep(5 * limit)
+        return read(text)
+
+    monkeypatch.setattr(_symbols, "_parsed", waits)
     read("a + 7 b"), read("7 b + a")
     assert score(r"\boxed{7 b + a}", "a + 7 b") == 1
 

@@ -234,7 +234,7 @@ def test_a_mixture_of_demonstrations_alone_has_nothing_to_sample() -> None:
     rows = {"sft+dft": {"objective": "mixture", "options": {"weights": {"sft": 1, "dft": 1}}, "mode": "online"}}
     with pytest.raises(UserError, match="learns from demonstrations, so mode must be offline"):
         resolve.check(small(rows))
-    with pytest.raises(UserError, match=r"algorithms.x: learns_from: 'mixture' is a composite, and each part"):
+    with pytest.raises(UserError, match=r"algorithms.x: learns_from: 'mixture' is a composite, and each component"):
         resolve.views_of(small({"x": {**MIXED, "learns_from": "correct"}}), "x")
 
 

@@ -510,8 +510,8 @@ def test_costs_are_means_of_cells_and_the_highest_peak() -> None:
 def test_the_best_algorithm_is_marked_and_what_is_missing_is_no_number() -> None:
     """Not the base model, whose scores stand in for no algorithm's."""
     summary = [
-        {"algorithm": name, "benchmark": "sums", "metric": "avg_at_k", "mean": m, "ci_low": 0, "ci_high": 1, "seeds": n}
-        for name, m, n in (("a", 0.5, 3), ("b", 0.25, 2))
+        {"algorithm": name, "benchmark": "sums", "metric": metric, "mean": m, "ci_low": 0, "ci_high": 1, "seeds": n}
+        for name, metric, m, n in (("a", "avg_at_k", 0.5, 3), ("b", "avg_at_k", 0.25, 2), ("b", "greedy", 0.25, 1))
     ]
     cells = [{"algorithm": name, "seed": 0, "metrics": {}} for name in "ab"]
     base = {"sums": {"k": 2, "avg_at_k": 0.5, "greedy": 0.5}}
@@ -519,9 +519,9 @@ def test_the_best_algorithm_is_marked_and_what_is_missing_is_no_number() -> None
     rows = tables.result_table(parse_results(known), "sums").rows
     assert [[entry.text for entry in row] for row in rows] == [
         ["base", "50.0", "50.0", "–", "–"], ["a", "50.0 [0.0, 100.0]", "–", "–", "3"],
-        ["b", "25.0 [0.0, 100.0]", "–", "–", "2"],
+        ["b", "25.0 [0.0, 100.0]", "25.0 [0.0, 100.0]", "–", "2"],
     ]  # fmt: skip
-    assert [entry.text for row in rows for entry in row if entry.best] == ["50.0 [0.0, 100.0]"]
+    assert [entry.text for row in rows for entry in row if entry.best] == ["50.0 [0.0, 100.0]", "25.0 [0.0, 100.0]"]
 
 
 SUMMARY = {  # avg@k, greedy and pass@k of each

@@ -135,7 +135,7 @@ def test_logging_that_goes_wrong_costs_no_reward() -> None:
         log_extra("x", [1])
         return [1.0] * len(completions)
 
-    with pytest.warns(RuntimeWarning, match="reward 'few' logged 1 values of 'x' for 2 completions; they are left out"):
+    with pytest.warns(RuntimeWarning, match="reward 'few' logged 1 values of 'x' for 2 completions; they are ignored"):
         found = get_reward(few).score([""] * 2, ["a", "b"], {})
     assert found == [Score(1.0, {"few": 1.0})] * 2
 

@@ -243,10 +243,10 @@ def named(result: Any) -> Any:
     [
         (
             [1, 2, 3],
-            "reward 'x' returned 3 values for 4 completions: return one number or None for each",
+            "reward 'x' returned 3 values for 4 completions: return one number or None per completion",
             [None] * 4,
         ),
-        (1.0, "reward 'x' returned float for 4 completions: return one number or None for each", [None] * 4),
+        (1.0, "reward 'x' returned float for 4 completions: return one number or None per completion", [None] * 4),
         ("1234", "reward 'x' returned str for 4 completions", [None] * 4),
         (None, "reward 'x' returned NoneType for 4 completions", [None] * 4),
         ([1, 1, float("nan"), 1], "reward 'x' returned nan on row 2: return a finite number", [1, 1, None, 1]),

@@ -416,6 +416,25 @@ def test_intervals_of_a_mean_over_benchmarks_cover(
     assert 0.93 <= covered / runs <= 0.97
 
 
+@pytest.mark.parametrize(
+    ("seeds", "sizes", "centres", "k"),
+    [(3, (30, 100), (0.0, 1.0), 4), (1, (100, 200), (0.0, 2.0), 1), (10, (30, 60), (2.0, -1.0), 4)],
+)
+def test_intervals_of_a_mean_over_benchmarks_cover_for_counts_of_correct_samples(
+    seeds: int, sizes: tuple[int, ...], centres: tuple[float, ...], k: int
+) -> None:
+    rng, covered, runs, own = np.random.default_rng(1), 0, 1500, halves(*sizes)
+    difficulty = [rng.normal(centre, 2.0, size=100_000) for centre in centres]
+    seen = [each[:, None] + 0.1 * rng.normal(size=(100_000, 10)) for each in difficulty]
+    truth = float(np.mean([(1 / (1 + np.exp(-each))).mean() for each in seen]))
+    for _ in range(runs):
+        logit = np.concatenate([rng.choice(each, size) for each, size in zip(difficulty, sizes, strict=True)])
+        chance = 1 / (1 + np.exp(-logit - 0.1 * rng.normal(size=(seeds, 1))))
+        interval = result_interval(rng.binomial(k, chance) / k, benchmarks=own)
+        covered += interval.low <= truth <= interval.high
+    assert 0.93 <= covered / runs <= 0.97
+
+
 def test_the_mean_over_benchmarks_is_compared_like_a_benchmark() -> None:
     table = pa.concat_tables(
         [

@@ -317,7 +317,7 @@ REWARDS: Mapping[str, tuple[Callable[..., Any], str]] = {
     "counts its calls": (lambda completions: [float(next(counter)) for _ in completions], "the second time"),
     "looks at the order": (ranked, "'ranked' gives completion 0 first 0.0, then 2.0 with its batch in another order"),
     "looks at its batch": (against_the_mean, "'against-the-mean' gives completion 0 first .* in a batch of its own"),
-    "too few": (one_too_few, "'one-too-few' returned 2 values for 3 completions: return one number or None for each"),
+    "too few": (one_too_few, "'one-too-few' returned 2 values for 3 completions: return one number or None"),
     "infinite": (infinite, "'infinite' returned inf on row 0: return a finite number"),
     "fails on nothing": (without_a_guard, r"ZeroDivisionError: .*\(the completion is ''\)"),
 }

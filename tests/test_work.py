@@ -24,7 +24,7 @@ from rlzoo.comparison import one_cell, plan, runner, shared_buffer
 from rlzoo.config import Experiment, ProblemSource, Rollouts, Sampling
 from rlzoo.jobs.pool import InThisProcess, WorkerDiedError
 from rlzoo.objective import get_objective
-from rlzoo.policy import Policy, load_policy
+from rlzoo.policy import Policy, Sequences, load_policy
 from rlzoo.policy.loading import save_policy
 from rlzoo.policy.microbatches import log_probs
 from rlzoo.rollout import Sample, TransformersSampler
@@ -456,7 +456,7 @@ def test_a_reward_is_told_how_far_the_policy_is_that_it_scores(tmp_path: Path) -
 OWN = """\
 import rlzoo
 def graded(completions, answer, **_):
-    return [None if right is None else float(right in text) for text, right in zip(completions, answer)]
+    return [None if right is None else 1 for right in answer]
 class Failing(rlzoo.Objective):
     name = "failing"
     def coefficients(self, batch):
@@ -465,21 +465,21 @@ class Failing(rlzoo.Objective):
 
 
 def test_a_log_says_what_was_done_and_what_was_left_out(make_policy: Callable[..., Policy], tmp_path: Path) -> None:
-    """Of the problems to train on the second has no prompt, the third no answer, and the fourth is too long. Of those
-    to evaluate on the first one's solution is none that the policy could say, and the fourth would have room for the
-    short samples of training alone."""
+    """In both files the first problem's solution spells the end of sequence, which may be so in training; the second
+    has no prompt, the third no answer, the fourth no message, and the last is too long: to train on for its solution,
+    to evaluate on for what may follow, which is more there."""
     own, train, test = (tmp_path / name for name in ("own.py", "train.jsonl", "test.jsonl"))
     own.write_text(OWN)
-    rows: list[dict[str, Any]] = [
-        {"prompt": f"{i}+1=?\n", "solution": f"#### {i + 1}", "answer": f"{i + 1}"} for i in range(4)
-    ]
-    rows[1]["prompt"] = rows[2]["answer"] = None
     save_policy(make_policy("gpt2", dtype=torch.float32), tmp_path / "model")
-    limit = 64  # positions of that model
-    train.write_text("\n".join(map(json.dumps, [*rows[:3], rows[3] | {"prompt": "1" * (limit - 1)}])))
-    rows[0]["solution"] = "<eos>2"
-    test.write_text("\n".join(map(json.dumps, [*rows[:3], rows[3] | {"prompt": "1" * (limit - 7)}])))
-    sources = {path: {"source": str(path), "solution": "solution", "bad_rows": "drop"} for path in (train, test)}
+    positions = 64  # of that model
+    rows: list[dict[str, Any]] = [
+        {"prompt": f"{i}+1=?\n", "solution": f"#### {i + 1}", "answer": f"{i + 1}"} for i in range(5)
+    ]
+    rows[0]["solution"], rows[1]["prompt"], rows[2]["answer"] = "<eos>2", None, None
+    rows[3]["prompt"] = [{"role": "user"}]
+    for path, length in ((train, positions - 1), (test, positions - 7)):
+        path.write_text("\n".join(map(json.dumps, [*rows[:4], rows[4] | {"prompt": "1" * length}])))
+    source = {"solution": "solution", "bad_rows": "drop"}
     algorithms = {
         "rft": {"options": {"threshold": 0}},
         "failing": {"objective": f"{own}:Failing"},
@@ -487,47 +487,53 @@ def test_a_log_says_what_was_done_and_what_was_left_out(make_policy: Callable[..
     }
     experiment = small(
         algorithms, model=str(tmp_path / "model"), seeds=[0, 1], reward=f"{own}:graded",
-        train=sources[train], benchmarks={"mine": sources[test]},
+        train=source | {"source": str(train), "special_tokens": "allow"},
+        benchmarks={"mine": source | {"source": str(test)}},
         scoring={"seconds": None, "memory_gb": None}, rollouts__per_seed=True, rollouts__max_new_tokens=2,
-        evaluation={**NO_CURVE, "curve_points": 1, "curve_problems": 4},
+        evaluation={**NO_CURVE, "curve_points": 1, "curve_problems": 5},
     )  # fmt: skip
     log = io.StringIO()
-    results = runner.compare(experiment, tmp_path / "out", 1, console=Console(file=log))
+    results = runner.compare(experiment, tmp_path / "out", workers=2, console=Console(file=log))
 
     left_out = {name: summary["first"] for name, summary in results["dropped_rows"].items()}
-    long = {"train": f"has {limit + 2} tokens, and", "benchmark mine": f"has {limit - 7} tokens, 8 may follow, and"}
+    long = {
+        "train": f"has {positions + 2} tokens, and",
+        "benchmark mine": f"has {positions - 7} tokens, 8 may follow, and",
+    }
     assert list(left_out) == list(long)
-    for path, (name, told) in zip(sources, long.items(), strict=True):
-        first, second = left_out[name]
-        assert results["dropped_rows"][name] == {"count": 2, "of": 4, "first": [first, second]}
-        assert first.startswith(f"{path} line 2: the prompt, 'prompt', is null: ")
-        assert f"{path} line 4" in second and f"{told} the model has {limit} positions: " in second
+    for path, (name, told) in zip((train, test), long.items(), strict=True):
+        null, wrong, too_long = left_out[name]
+        assert results["dropped_rows"][name] == {"count": 3, "of": 5, "first": left_out[name]}
+        assert null.startswith(f"{path} line 2: the prompt, 'prompt', is null: ")
+        assert f"{path} line 4" in wrong and "message" in wrong
+        assert f"{path} line 5" in too_long and f"{told} the model has {positions} positions: " in too_long
     cut = "8 of 8 samples were cut at max_new_tokens (2), and have no end"
-    unsaid = (
-        "benchmark mine: gold completions without a log-likelihood: 1 in all (problem 'train-0' "
-        f"({test} line 1): the completion goes on after '<eos>', where sampling stops: take it out, drop the row, or "
-        "read it as that token with special_tokens: allow)"
-    )
-    assert results["events"] == [cut, unsaid]
+    goes_on = "line 1): the completion continues after '<eos>', where sampling stops"
+    spelled, _, unsaid = results["events"]
+    assert results["events"] == [spelled, cut, unsaid]
+    assert spelled.startswith("train: text that spells a special token is read as that token: 1 in all (problem ")
+    assert spelled.endswith(f"'train-0' ({train} {goes_on})")
+    assert unsaid.startswith("benchmark mine: gold completions without a log-likelihood: 1 in all (problem 'train-0'")
+    assert unsaid.count(str(test)) == 1 and f"({test} {goes_on}: remove it, " in unsaid
     none = "have no reward (the reward returned None, as for a missing gold answer); the first one's prompt: '2+1=?'"
     buffers = []
     for seed in (0, 1):
-        correct, name = results["buffers"][f"buffer-seed{seed}"]["correct"], f"  buffer of seed {seed}: "
-        buffers += [f"{name}10 rows, {correct} of 8 samples correct", f"{name}4 of 8 samples {none}", f"{name}{cut}"]
+        name = f"  buffer of seed {seed}: "
+        buffers += [f"{name}10 rows, 4 of 8 samples correct", f"{name}4 of 8 samples {none}"]
+        buffers += [f"{name}{spelled}", f"{name}{cut}"]
     cells, expected = {(cell["algorithm"], cell["seed"]): cell for cell in results["cells"]}, []
     for number, cell in enumerate(plan.cells(experiment), 1):
         if cell.algorithm == "failing":
             expected.append(f"  [{number}/6] {cell.id} failed: RuntimeError: no [bold] step")
-            continue
-        found = cells[cell.algorithm, cell.seed]
-        expected.append(f"  [{number}/6] {cell.id}: avg@k mine {100 * found['metrics']['mine']['avg_at_k']:.1f} %")
-        expected += [f"    {event}" for event in found["events"]]
+        else:
+            expected.append(f"  [{number}/6] {cell.id}: avg@k mine 50.0 %")
+            expected += [f"    {event}" for event in cells[cell.algorithm, cell.seed]["events"]]
     assert any("equal rewards" in line for line in expected)
     assert log.getvalue().splitlines() == [
-        f"facts: 3 algorithms × 2 seeds, 6 runs in 1 process; writing to {tmp_path / 'out'}",
+        f"facts: 3 algorithms × 2 seeds, 6 runs in 2 processes; writing to {tmp_path / 'out'}",
         *buffers,
-        f"  base model: avg@k mine {100 * results['base']['mine']['avg_at_k']:.1f} %",
-        *(f"  {name}: dropped 2 of 4 rows (bad_rows: drop): {'; '.join(why)}" for name, why in left_out.items()),
+        "  base model: avg@k mine 50.0 %",
+        *(f"  {name}: dropped 3 of 5 rows (bad_rows: drop): {'; '.join(why)}" for name, why in left_out.items()),
         f"  {unsaid}",
         *expected,
         f"  evaluation: 20 of 40 samples {none}; they count as wrong",
@@ -561,6 +567,30 @@ def test_progress_is_told_from_beginning_to_end(tmp_path: Path, monkeypatch: pyt
     sampling = [what for _, what in told[1][1]]
     assert sampling == [*[f"sampling the base policy {done}/6" for done in (2, 4, 6)], "reference log-probs"]
     assert told[3][1] == [(0.4, "step 1/2"), (0.8, "step 2/2"), (0.8, "evaluating facts")]
+
+
+def test_no_micro_batch_of_any_work_is_larger_than_the_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scoring of samples, references, gold completions and token probabilities, training, and samples made online."""
+    sizes: dict[str, list[int]] = {}
+    current: list[str] = []
+    forward = Policy.forward
+
+    def watched(self: Policy, sequences: Sequences | None = None, **options: Any) -> Any:
+        if sequences is not None:
+            sizes.setdefault(current[-1], []).append(sequences.ids.numel())
+        return forward(self, sequences, **options)
+
+    class Named(InThisProcess):
+        def submit(self, name: str, function: Callable[..., Any], *arguments: Any) -> Future[Any]:
+            current.append(name.split("-")[0])
+            return super().submit(name, function, *arguments)
+
+    monkeypatch.setattr(Policy, "forward", watched)
+    monkeypatch.setattr(runner, "pool", lambda *_: nullcontext(Named()))
+    rows: dict[str, Any] = {"dpo": {}, "grpo": {"mode": "online", "options": {"kl_coefficient": 0.0}}}
+    compared(small(rows, training__token_budget=40, evaluation=NO_CURVE), tmp_path / "out")
+    assert list(sizes) == ["shared buffer", "base model", "dpo", "grpo"]
+    assert {name: max(found) for name, found in sizes.items() if max(found) > 40} == {}
 
 
 class Dying(InThisProcess):

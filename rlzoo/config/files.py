@@ -15,7 +15,7 @@ from rlzoo.errors import UserError, unknown
 EXPERIMENTS = Path(__file__).parent.parent / "experiments"
 
 
-class _Loader(yaml.SafeLoader):
+class _UniqueKeyLoader(yaml.SafeLoader):
     """YAML whose mappings have each key once; PyYAML would take the last of several."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
@@ -42,7 +42,7 @@ def list_experiments() -> dict[str, str]:
 def read_yaml(path: Path) -> dict[str, Any]:
     """Read a YAML file that contains a mapping. Raises UserError with the line of a mistake."""
     try:
-        data = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+        data = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeyLoader)
     except OSError as error:
         raise UserError(f"experiment file {str(path)!r} cannot be read: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:

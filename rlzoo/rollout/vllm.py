@@ -70,7 +70,7 @@ _servers: dict[str, _Handed] = {}
 
 
 class _VLLM(Sampler):
-    """The common base of both samplers: weights are handed over when they have changed. Every prompt has its own seed."""
+    """The base of both samplers: weights are handed over when they have changed. Every prompt has its own seed."""
 
     name: ClassVar[str] = "vllm"
     gives_logp: ClassVar[bool] = True

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from rlzoo.comparison.report.schema import Results
-from rlzoo.comparison.report.tables import percent, points, significance
+from rlzoo.comparison.report.tables import on, percent, points, significance
 from rlzoo.comparison.statistics import (
     METRICS,
-    OVERALL,
     SIGNIFICANT,
     ResultKey,
     ResultMatrix,
@@ -23,11 +22,12 @@ def answer(results: Results, matrices: Mapping[ResultKey, ResultMatrix], benchma
     """Which algorithm did best on a benchmark, whether distinguishably, and whether the metrics agree."""
     means = {metric: _means(results, benchmark, metric) for metric in METRICS}
     ranked = _ranking(means["avg_at_k"])
-    on = f"By the {OVERALL}" if benchmark == OVERALL else f"On {benchmark}"
     if not ranked:
-        return f"{on}, no algorithm has a result."
+        return f"{_capital(on(benchmark))}, no algorithm has a result."
     label = results.label("avg_at_k", benchmark)
-    sentences = [f"{on}, {ranked[0]} has the best {label}: {percent(means['avg_at_k'][ranked[0]])} %"]
+    sentences = [
+        f"{_capital(on(benchmark))}, {ranked[0]} has the best {label}: {percent(means['avg_at_k'][ranked[0]])} %"
+    ]
     if len(ranked) > 1:
         sentences[0] += _margin(matrices, benchmark, ranked[0], ranked[1])
     base = results.row(BASE, benchmark, "avg_at_k")
@@ -36,6 +36,10 @@ def answer(results: Results, matrices: Mapping[ResultKey, ResultMatrix], benchma
     if len(ranked) > 1:
         sentences += [_agreement(results, benchmark, means, metric) for metric in METRICS[1:] if means[metric]]
     return " ".join(f"{sentence}." for sentence in sentences)
+
+
+def _capital(text: str) -> str:
+    return text[0].upper() + text[1:]
 
 
 def _means(results: Results, benchmark: str, metric: str) -> dict[str, float]:

@@ -72,7 +72,7 @@ def _results(results: Results) -> Iterator[Block]:
         yield Figure(
             f"results-{index}",
             plots.result_bars(results, benchmark),
-            f"Bars of the results on {benchmark}; {results.label('avg_at_k', benchmark)}: {best}.",
+            f"Bars of the results {tables.on(benchmark)}; {results.label('avg_at_k', benchmark)}: {best}.",
             "The mean of each metric over seeds and problems with its 95 % interval; the dashed line is "
             "the base model.",
             "Overlapping intervals do not mean that two algorithms are equal, because they share problems "
@@ -136,7 +136,7 @@ def _differences(run: FinishedRun, baseline: str) -> Iterator[Block]:
         yield Figure(
             f"differences-{index}",
             plots.differences(rows, run.results, benchmark),
-            f"Paired differences to {baseline} on {benchmark}, as in the table above.",
+            f"Paired differences to {baseline} {tables.on(benchmark)}, as in the table above.",
             f"Points right of the line did better than {baseline}, with the 95 % interval of the paired difference, "
             "uncorrected; filled points are distinguishable from none after Holm's correction.",
             "It does not show that a difference carries over to another model, data set or budget.",

@@ -11,7 +11,7 @@ import rich.table
 from rich.text import Text
 
 from rlzoo.comparison.report.schema import CellCosts, Results, SummaryRow, parse_results
-from rlzoo.comparison.statistics import METRICS, SIGNIFICANT
+from rlzoo.comparison.statistics import METRICS, OVERALL, SIGNIFICANT
 from rlzoo.config import BASE
 from rlzoo.document import Entry, Table
 
@@ -74,6 +74,11 @@ def interval(row: SummaryRow | None) -> str:
 def significance(p: float) -> str:
     """A p-value, with two digits."""
     return "p < 0.001" if p < 0.001 else f"p = {min(p, 1):.2g}" if p < 0.995 else "p = 1"
+
+
+def on(benchmark: str) -> str:
+    """The benchmark of a result, within a sentence."""
+    return f"by the {OVERALL}" if benchmark == OVERALL else f"on {benchmark}"
 
 
 def result_table(results: Results, benchmark: str) -> Table:
