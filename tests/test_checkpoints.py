@@ -454,7 +454,7 @@ def test_smaller_parts_of_an_experiment() -> None:
         }
     )  # fmt: skip
     smaller: Any = experiment.in_parts(4)
-    assert smaller.training_of("sft").token_budget == experiment.training.token_budget // 4
+    assert experiment.training.token_budget == "auto" and smaller.training_of("sft").token_budget == "auto/4"
     assert smaller.training_of("dft").token_budget == 25
     assert smaller.evaluation.batch_size == experiment.evaluation.batch_size // 4
     assert experiment.in_parts(1) is experiment

@@ -535,6 +535,31 @@ def test_bfloat16_measures_in_float32(make_model: MakeModel) -> None:
     torch.testing.assert_close(found.squared_norm.sum(1), exact.squared_norm.sum(1), rtol=0.15, atol=0)
 
 
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_mixed_precision_measures_the_policys_own_gradient(make_model: MakeModel, tied: bool) -> None:
+    """What autograd makes of the policy's forward pass in bfloat16, and not of another one in float32."""
+    policy = make_model("qwen2", tied)
+    policy.model.float()
+    rows, weight = random_rows(policy)
+
+    def by_autograd() -> Tensor:
+        policy.zero_grad()
+        (policy(Sequences.of(rows, policy.device)).logp * weight.float()).sum().backward()
+        return torch.cat([p.grad.flatten() for p in policy.model.parameters() if p.grad is not None]) / ROWS
+
+    exact = by_autograd()
+    policy.compute = torch.bfloat16
+    own, products = by_autograd(), list[torch.dtype]()
+    handle = policy.model.model.layers[0].mlp.up_proj.register_forward_hook(
+        lambda *seen: products.append(seen[2].dtype)
+    )
+    found = GradientMeter(policy).measure(rows, {"a": Task(UNITS["rows"], weight.float())})["a"]
+    handle.remove()
+    mean = torch.cat([found.mean[name].flatten() for name, _ in policy.model.named_parameters()])
+    assert set(products) == {torch.bfloat16} and mean.dtype == torch.float32
+    assert (mean - own).norm() < 0.3 * (exact - own).norm()
+
+
 def test_two_passes_say_what_one_says(make_model: MakeModel) -> None:
     policy = make_model("gpt2")
     buffer, names = buffer_of(policy), ["dft", "dpo", "sft", "grpo", "rft"]

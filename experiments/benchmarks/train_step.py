@@ -43,8 +43,8 @@ from torch.nn.utils.rnn import pad_sequence
 from rlzoo import Policy, get_objective, load_policy
 from rlzoo.buffers.problems import demonstrations, load_problems
 from rlzoo.config import ProblemSource, Training
+from rlzoo.jobs.memory import release_memory
 from rlzoo.policy import Assembler
-from rlzoo.policy.memory import release_memory
 from rlzoo.policy.microbatches import score_rows
 from rlzoo.training import Trainer
 from rlzoo.training.costs import peak_memory_bytes, reset_peak_memory

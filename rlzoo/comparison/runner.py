@@ -29,13 +29,22 @@ from rlzoo.evaluation import mean_over_benchmarks
 from rlzoo.jobs.heartbeat import Heartbeat
 from rlzoo.jobs.on_ray import ray_tasks
 from rlzoo.jobs.outputs import replacing, write_atomically
-from rlzoo.jobs.pool import WorkerDiedError, Workers, counted, default_workers, in_this_process, pool, why
+from rlzoo.jobs.pool import (
+    OutOfMemoryError,
+    WorkerDiedError,
+    Workers,
+    counted,
+    default_workers,
+    in_this_process,
+    pool,
+    why,
+)
 from rlzoo.jobs.ranks import is_main, world_size
 from rlzoo.jobs.runs import Run, place, run_in, versions
 from rlzoo.rollout.rollouts import unscored
 
 RETRIES = 2
-"""Times that a cell whose processes keep dying is done again, with micro-batches half as large each time."""
+"""Times that a cell that keeps running out of memory is done again, with micro-batches half as large each time."""
 BUFFER_FACTS = ("rows", "samples", "correct", "sampled_tokens", "mismatch")
 """What results.json says of each buffer."""
 OUTCOMES = pa.schema(
@@ -247,7 +256,8 @@ def _gather(
 ) -> tuple[dict[str, dict[str, Any]], list[dict[str, Any]]]:
     """Results of the cells that ran, by cell id, and the cells that did not with the reason.
 
-    Cells whose processes died, as they do where memory runs out, are done again in smaller parts after all others.
+    Cells that ran out of memory, or whose processes died, as they do then, are done again in smaller parts after all
+    others.
     """
     runs: dict[str, dict[str, Any]] = {}
     failed: list[dict[str, Any]] = []
@@ -263,7 +273,7 @@ def _gather(
                 _say(console, f"{done}: {_scores(runs[name])}")
                 for event in runs[name].get("events", []):
                     _say(console, f"    {event}", style="yellow")
-            elif isinstance(error, WorkerDiedError) and attempt < RETRIES:
+            elif isinstance(error, (WorkerDiedError, OutOfMemoryError)) and attempt < RETRIES:
                 left.append(cell)
                 _say(console, f"  {name}: {why(error)}; later again, in micro-batches half as large", style="red")
             else:

@@ -12,10 +12,11 @@ from rlzoo.buffers import Buffer, OfflineBuffer, read_buffer
 from rlzoo.buffers.bad_rows import BadRows
 from rlzoo.buffers.problems import demonstrations, encode_problems, load_problems
 from rlzoo.comparison.resolve import learns_from_samples, objective_of, reward_of, views_of
-from rlzoo.config import Experiment, OnBadRow
+from rlzoo.config import Experiment, OnBadRow, TokenBudget
 from rlzoo.jobs.pieces import Pieces
 from rlzoo.jobs.ranks import agreed, barrier, is_main
-from rlzoo.policy import Policy, load_policy, score_rows
+from rlzoo.policy import Policy, score_rows
+from rlzoo.policy.loading import load_for
 from rlzoo.rollout import collect_rollouts, cut_short, mismatch, sampler_of, unscored
 from rlzoo.training import check_buffer, scored_event, stored_inputs, with_behaviour, with_inputs
 from rlzoo.types import Trajectory
@@ -31,7 +32,7 @@ PROBED_ROWS = 256
 def check_model(experiment: Experiment, report: Report) -> None:
     """Load the base policy, to know that it can be. Raises UserError."""
     report(0.0, "loading")
-    load_policy(experiment.model, experiment.training.dtype)
+    load_for(experiment.model, experiment.training)
 
 
 def fill_buffer(experiment: Experiment, folder: Path, state: Path, seed: int, report: Report) -> dict[str, Any]:
@@ -46,7 +47,7 @@ def fill_buffer(experiment: Experiment, folder: Path, state: Path, seed: int, re
 
 
 def _fill_buffer(experiment: Experiment, folder: Path, pieces: Pieces, seed: int, report: Report) -> dict[str, Any]:
-    policy = load_policy(experiment.model, experiment.training.dtype)
+    policy = load_for(experiment.model, experiment.training)
     bad = {name: BadRows(mode) for name, mode in _on_bad_rows(experiment).items()}
     problems = load_problems(experiment.train, bad["train"])
     longest = experiment.training.max_completion_tokens
@@ -120,7 +121,7 @@ def _on_bad_rows(experiment: Experiment) -> dict[str, OnBadRow]:
     return modes
 
 
-def token_probabilities(policy: Policy, buffer: Buffer, token_budget: int) -> dict[str, list[float]]:
+def token_probabilities(policy: Policy, buffer: Buffer, token_budget: TokenBudget) -> dict[str, list[float]]:
     """How the probabilities of the demonstrations' tokens are distributed: counts in bins over 0 to 1."""
     sources = buffer.column("source")
     rows = [index for index, source in enumerate(sources) if source == "demonstration"][:PROBED_ROWS]

@@ -9,10 +9,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from rlzoo.config import TokenBudget
 from rlzoo.errors import UserError
 from rlzoo.inputs import Input
+from rlzoo.jobs.memory import is_out_of_memory, on_device, release_memory
 from rlzoo.jobs.ranks import rank, summed, world_size
-from rlzoo.policy.memory import is_out_of_memory, release_memory
+from rlzoo.policy.defaults import token_budget_of
 from rlzoo.policy.policy import Policy, TokenScores
 from rlzoo.policy.sequences import Row, Sequences, Tokens, length
 
@@ -86,7 +88,7 @@ class MicroBatches:
                 for key, value in (forward or plain)(sequences, index).values().items():
                     whole = found.setdefault(key, value.new_zeros(len(rows), width))
                     if counts:
-                        whole[torch.tensor(index, device=whole.device), : value.shape[1]] = value
+                        whole[on_device(torch.tensor(index), whole.device), : value.shape[1]] = value
                 if progress is not None and counts:
                     progress(len(index))
             return found
@@ -125,7 +127,7 @@ Pair = tuple[Sequence[int], Sequence[int]]
 def score_rows(
     policy: Policy,
     rows: Sequence[Pair],
-    token_budget: int = 8192,
+    token_budget: TokenBudget = 8192,
     temperature: float | Sequence[float] = 1.0,
     progress: Callable[[int], None] | None = None,
 ) -> list[list[float]]:
@@ -135,18 +137,21 @@ def score_rows(
     """
     heats = [temperature] * len(rows) if isinstance(temperature, (int, float)) else temperature
     own = [Row(*row, heat) for row, heat in zip(rows, heats, strict=True)]
-    return _lists(MicroBatches(token_budget).score(policy, own, progress=progress)["logp"], own) if own else []
+    if not own:
+        return []
+    micro = MicroBatches(token_budget_of(policy, token_budget))
+    return _lists(micro.score(policy, own, progress=progress)["logp"], own)
 
 
 def score_rows_and_nuclei(
-    policy: Policy, rows: Sequence[Pair], token_budget: int, temperature: float, top_p: float
+    policy: Policy, rows: Sequence[Pair], token_budget: TokenBudget, temperature: float, top_p: float
 ) -> list[tuple[list[float], list[float]]]:
     """Of each completion token its log-prob at ``temperature``, and that of the nucleus of ``top_p`` it came from.
 
     Their difference is the log-prob of a sampler that draws from the nucleus alone.
     """
     own = [Row(*row, temperature) for row in rows]
-    found = MicroBatches(token_budget).score(policy, own, top_p=top_p)
+    found = MicroBatches(token_budget_of(policy, token_budget)).score(policy, own, top_p=top_p)
     logp, nucleus = (_lists(found[key], own) for key in ("logp", "nucleus"))
     whole = [[a + b for a, b in zip(*pair, strict=True)] for pair in zip(logp, nucleus, strict=True)]
     return list(zip(whole, nucleus, strict=True))

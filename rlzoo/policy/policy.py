@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from rlzoo.errors import UserError
 from rlzoo.inputs import Input, Stage
 from rlzoo.policy.adapters import adapters, add_lora, switched_off
+from rlzoo.policy.attention import rows_apart, use
 from rlzoo.policy.chat import turn_of
-from rlzoo.policy.head import Head, LogitTerm, score_tokens
+from rlzoo.policy.head import Head, LogitTerm, computing_in, score_tokens
 from rlzoo.policy.sequences import Sequences
 from rlzoo.policy.weights import changes_of
 
@@ -58,6 +59,7 @@ class Policy(nn.Module):
     ) -> None:
         """``compute`` is the dtype of matrix products where it is not that of the weights."""
         super().__init__()
+        use(model)
         self.model = model
         self.tokenizer = tokenizer
         self.name = name
@@ -149,7 +151,9 @@ class Policy(nn.Module):
         return int(self.model.get_output_embeddings().weight.shape[1])
 
     def attach(self, inputs: Iterable[Input]) -> None:
-        """Give inputs the modules that they own, in this dtype and on this device; those that have theirs keep them.
+        """Give inputs the modules that they own, on this device and in this dtype, float32 at least, as they train.
+
+        Those that have theirs keep them.
 
         Raises UserError for two different inputs with one key.
         """
@@ -160,7 +164,8 @@ class Policy(nn.Module):
             if (module := one.module(self)) is not None:
                 if (other := self.attached.get(one.key)) is not None:
                     raise UserError(f"two inputs have the key {one.key!r}, {other} and {one}: a run has one of them")
-                self.modules_of_inputs[one.key] = module.to(like.device, like.dtype)
+                dtype = torch.promote_types(like.dtype, torch.float32)
+                self.modules_of_inputs[one.key] = module.to(like.device, dtype)
                 self.attached[one.key] = one
 
     def untrained_state(self) -> list[tuple[str, Tensor]]:
@@ -214,7 +219,7 @@ class Policy(nn.Module):
         **options: Any,
     ) -> Any:
         """Score the completion tokens (the options are those of `_score`), or do some other ``work`` with the model."""
-        with torch.autocast(self.device.type, self.compute, enabled=self.compute is not None):
+        with computing_in(self.compute, self.device):
             if work is not None:
                 return work()
             assert sequences is not None
@@ -249,28 +254,35 @@ class Policy(nn.Module):
             reference=other,
         )
         for key, one in self.attached.items():
-            module = self.modules_of_inputs[key]
-            trunk = one.trunk(module)
-            scores[key] = one.of_hidden(module, hidden if trunk is None else self._trunk(trunk, sequences))
-            scores[key] = scores[key].to(scores["logp"].dtype)
+            trunk = one.trunk(self.modules_of_inputs[key])
+            found = self.of_hidden(key, hidden if trunk is None else self._trunk(trunk, sequences))
+            scores[key] = found.to(scores["logp"].dtype)
         spread = {name: sequences.spread(flat) for name, flat in scores.items()}
         logp, extra = spread.pop("logp"), spread.pop("term", None)
         return TokenScores(logp, spread, extra)
 
+    def of_hidden(self, key: str, hidden: Float[Tensor, "N H"]) -> Float[Tensor, " N"]:
+        """What an input's module makes of hidden states, in the module's own dtype, whatever matrices take."""
+        module, one = self.modules_of_inputs[key], self.attached[key]
+        dtype = next((p.dtype for p in module.parameters()), hidden.dtype)
+        with torch.autocast(self.device.type, enabled=False):
+            return one.of_hidden(module, hidden.to(dtype))
+
     @property
     def head(self) -> Head:
         """The output layer."""
-        return Head.of(self.model)
+        return replace(Head.of(self.model), compute=self.compute)
 
     def hidden(self, sequences: Sequences, **extra: Any) -> Float[Tensor, "N H"]:
         """The trunk's last hidden states where the next token is a completion token; ``extra`` goes to the trunk."""
-        return self._trunk(self.model.base_model, sequences, **extra)
+        with computing_in(self.compute, self.device):
+            return self._trunk(self.model.base_model, sequences, **extra)
 
     @staticmethod
     def _trunk(trunk: nn.Module, sequences: Sequences, **extra: Any) -> Float[Tensor, "N H"]:
-        states = trunk(input_ids=sequences.ids, use_cache=False, **extra).last_hidden_state
-        selected: Tensor = states[sequences.predicts]
-        return selected
+        with rows_apart():
+            states = trunk(input_ids=sequences.ids, use_cache=False, **extra).last_hidden_state
+        return sequences.predicting(states)
 
     def flops(self, tokens: int, completion_tokens: int, modules: bool = True) -> float:
         """FLOPs of a forward pass: 2 a parameter and token, the head on completion tokens only.

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from rlzoo.training.trainer import Trainer
 
 
-LAYOUT = 3
+LAYOUT = 4
 """Of the state; a checkpoint of another one is refused."""
 
 
@@ -52,7 +52,7 @@ def state_of(trainer: Trainer) -> tuple[dict[str, Tensor], dict[str, Any]]:
     for one, model in trainer.models.moving.items():
         tensors |= {f"model/{one.key}/{name}": whole(p) for name, p in model.model.named_parameters()}
     tensors |= {f"module/{name}": whole(value) for name, value in trainer.policy.untrained_state()}
-    random_tensors, random_plain = random_states()
+    random_tensors, random_plain = random_states(trainer.policy.device)
     record = trainer.record
     state = {
         "run": _run_of(trainer),
@@ -101,7 +101,7 @@ def restore(trainer: Trainer, tensors: Mapping[str, Tensor], state: Mapping[str,
     for source, where in zip(trainer.sources, state["sources"], strict=True):
         resumable(source).restore(where)
     trainer.micro.token_budget = min(trainer.micro.token_budget, state["token_budget"])
-    restore_random_states(tensors, state["random"])
+    restore_random_states(tensors, state["random"], trainer.policy.device)
 
 
 def _run_of(trainer: Trainer) -> dict[str, Any]:
@@ -165,24 +165,28 @@ def restore_optimizer(
             optimizer.state[parameter][entry] = value.to(parameter.device)
 
 
-def random_states() -> tuple[dict[str, Tensor], dict[str, Any]]:
+def random_states(device: torch.device) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The states of torch's, NumPy's and Python's own random numbers: as tensors, and as plain data.
 
-    Of several processes each has its own on the CPU, and all must call this.
+    Of several processes each has its own, on the CPU and on the GPU that it trains on, and all must call this.
     """
-    tensors = {f"random/cpu/{number}": state for number, state in enumerate(gathered(torch.get_rng_state()))}
-    if torch.cuda.is_available():
-        tensors |= {f"random/cuda/{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())}
     kind, keys, *rest = np.random.get_state(legacy=True)
-    return tensors, {"python": random.getstate(), "numpy": [kind, np.asarray(keys).tolist(), *rest]}
+    on_gpu = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    plain = {"python": random.getstate(), "numpy": [kind, np.asarray(keys).tolist(), *rest]}
+    tensors: dict[str, Tensor] = {}
+    own = gathered((torch.get_rng_state(), on_gpu, plain))
+    for number, (cpu, cuda, _) in enumerate(own):
+        tensors |= {f"random/cpu/{number}": cpu} | ({} if cuda is None else {f"random/cuda/{number}": cuda})
+    return tensors, {"by_rank": [plain for _, _, plain in own]}
 
 
-def restore_random_states(tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> None:
-    """The inverse of `random_states`; GPUs that are no longer there are passed over."""
-    torch.set_rng_state(tensors.get(f"random/cpu/{rank()}", tensors["random/cpu/0"]))
-    for device in range(torch.cuda.device_count()):
-        if (state := tensors.get(f"random/cuda/{device}")) is not None:
-            torch.cuda.set_rng_state(state, device)
-    random.setstate(random_state(plain["python"]))
-    kind, keys, *rest = plain["numpy"]
+def restore_random_states(tensors: Mapping[str, Tensor], plain: Mapping[str, Any], device: torch.device) -> None:
+    """The inverse of `random_states`. A process that was not there before goes on with the main one's."""
+    number = rank() if rank() < len(plain["by_rank"]) else 0
+    torch.set_rng_state(tensors[f"random/cpu/{number}"])
+    if device.type == "cuda" and (state := tensors.get(f"random/cuda/{number}")) is not None:
+        torch.cuda.set_rng_state(state, device)
+    own = plain["by_rank"][number]
+    random.setstate(random_state(own["python"]))
+    kind, keys, *rest = own["numpy"]
     np.random.set_state((kind, np.asarray(keys, np.uint32), *rest))

@@ -25,7 +25,7 @@ from rlzoo.jobs.outputs import remove, write_atomically
 from rlzoo.jobs.pieces import Pieces
 from rlzoo.jobs.pool import Workers, default_workers, pool, why
 from rlzoo.jobs.runs import Run, place, run_in, versions
-from rlzoo.policy import load_policy
+from rlzoo.policy.loading import load_for
 from rlzoo.training import (
     Trainer,
     TrainingRecord,
@@ -189,7 +189,7 @@ def fill(experiment: Experiment, folder: Path, state: Path, given: str | None, r
     if given is None:
         made = shared_buffer.fill_buffer(experiment, folder, state, 0, report)
         return {name: made[name] for name in ("rows", "dropped_rows", "events")}
-    policy = load_policy(experiment.model, experiment.training.dtype)
+    policy = load_for(experiment.model, experiment.training)
     bad = BadRows(experiment.train.bad_rows)
     longest, special = experiment.training.max_completion_tokens, experiment.training.special_tokens
     fits = policy.row_check()
@@ -213,7 +213,7 @@ def measure(
 
     def analyse() -> dict[str, Any]:
         return analyze_variance(
-            load_policy(experiment.model, experiment.training.dtype),
+            load_for(experiment.model, experiment.training),
             {name: resolve.objective_of(experiment, name) for name in experiment.algorithms},
             OfflineBuffer.load(folder),
             rows=settings.rows,
@@ -240,7 +240,7 @@ def along_training(
         training = experiment.training_of(name)
         training = training.model_copy(update={"learning_rate": experiment.learning_rates_of(name)[0]})
         torch.manual_seed(settings.seed)
-        policy = load_policy(experiment.model, training.dtype)
+        policy = load_for(experiment.model, training)
         budget = training.token_budget
         probe = VarianceProbe(buffer, settings.every, settings.probe_rows, settings.seed, budget, views[0][0])
 
