@@ -170,11 +170,16 @@ def test_each_process_has_the_random_numbers_of_its_own_gpu(monkeypatch: pytest.
     monkeypatch.setattr(
         torch.cuda, "set_rng_state", lambda state, device: restored.update({device.index: state.tolist()})
     )
-    gathered: list[Any] = []
+    everyone: list[Any] = []
+
+    def alone(value: Any) -> list[Any]:
+        everyone.append(value)
+        return [value]
+
+    monkeypatch.setattr("rlzoo.training.state.gathered", alone)
     for number in (0, 1):
-        monkeypatch.setattr("rlzoo.training.state.gathered", lambda value: gathered.append(value) or [value])
         random_states(torch.device("cuda", number))
-    monkeypatch.setattr("rlzoo.training.state.gathered", lambda value: gathered)
+    monkeypatch.setattr("rlzoo.training.state.gathered", lambda value: everyone)
     tensors, plain = random_states(GPU)
     for number in (0, 1, 2):
         monkeypatch.setattr("rlzoo.training.state.rank", lambda number=number: number)

@@ -14,6 +14,7 @@ from rlzoo.errors import UserError
 from rlzoo.jobs.pieces import random_state
 from rlzoo.jobs.ranks import gathered, rank
 from rlzoo.objective import options_of
+from rlzoo.policy import Policy
 
 if TYPE_CHECKING:
     from rlzoo.training.trainer import Trainer
@@ -109,7 +110,13 @@ def _run_of(trainer: Trainer) -> dict[str, Any]:
     settings = trainer.settings.model_dump(mode="json", exclude={"token_budget", "checkpoint_seconds", "trackers"})
     objective = {name: repr(getattr(trainer.objective, name)) for name in options_of(type(trainer.objective))}
     named = {f"objective.{name}": value for name, value in objective.items()}
+    settings["computed"] = computed(trainer.policy)  # which auto leaves open
     return {"layout": LAYOUT, **settings, "objective": trainer.objective.name, **named}
+
+
+def computed(policy: Policy) -> str:
+    """Where a policy computes, and in which dtype."""
+    return f"{policy.device.type}, {policy.compute or policy.model.dtype}"
 
 
 def whole(tensor: Tensor) -> Tensor:
