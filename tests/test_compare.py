@@ -308,6 +308,7 @@ def test_cells_that_failed_are_tried_again_and_no_others(tmp_path: Path, monkeyp
     assert not (tmp_path / "out" / ".state").exists()
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_cell_that_runs_out_of_memory_is_done_again_in_smaller_parts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

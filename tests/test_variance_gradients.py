@@ -19,7 +19,7 @@ from rlzoo.objective import Objective, get_objective, is_composite, list_objecti
 from rlzoo.policy import Assembler, MicroBatches, Models, Policy, Sequences
 from rlzoo.types import Coefficients, TokenBatch, Trajectory
 from rlzoo.variance import analyze_variance, head_pass, pieces
-from rlzoo.variance.gradients import GradientMeter
+from rlzoo.variance.gradients import GradientMeter, Measurement
 from rlzoo.variance.modules import Modules
 from rlzoo.variance.noise import gradient_squared_norm, trace_cov
 from rlzoo.variance.over_data import default_held, portions
@@ -533,6 +533,28 @@ def test_bfloat16_measures_in_float32(make_model: MakeModel) -> None:
     found = GradientMeter(policy).measure(rows, {"a": Task(UNITS["rows"], weight.float())})["a"]
     assert {m.dtype for m in found.mean.values()} == {torch.float32}
     torch.testing.assert_close(found.squared_norm.sum(1), exact.squared_norm.sum(1), rtol=0.15, atol=0)
+
+
+def test_gradients_are_measured_in_smaller_parts_where_memory_runs_out(
+    make_model: MakeModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy = make_model()
+    rows, weight = random_rows(policy)
+    task = {"a": Task(UNITS["rows"], weight)}
+    whole = GradientMeter(policy).measure(rows, task, MicroBatches(400))["a"]
+    plain, budgets = Measurement.micro_batch, list[int]()
+
+    def limited(self: Measurement, rows: Sequence[Trajectory], batch: Sequence[int]) -> None:
+        plain(self, rows, batch)
+        if len(batch) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(Measurement, "micro_batch", limited)
+    micro = MicroBatches(400, lambda before, now: budgets.append(now))
+    found = GradientMeter(policy).measure(rows, task, micro)["a"]
+    assert budgets and budgets == sorted(budgets, reverse=True) and budgets[-1] < 50
+    torch.testing.assert_close(found.squared_norm, whole.squared_norm)
+    torch.testing.assert_close(found.mean, whole.mean)
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])

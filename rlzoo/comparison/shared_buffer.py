@@ -16,8 +16,9 @@ from rlzoo.config import Experiment, OnBadRow, TokenBudget
 from rlzoo.jobs.pieces import Pieces
 from rlzoo.jobs.ranks import agreed, barrier, is_main
 from rlzoo.policy import Policy, score_rows
+from rlzoo.policy.defaults import resolved
 from rlzoo.policy.loading import load_for
-from rlzoo.rollout import collect_rollouts, cut_short, mismatch, sampler_of, unscored
+from rlzoo.rollout import collect_rollouts, cut_short, engine_of, mismatch, sampler_of, unscored
 from rlzoo.training import check_buffer, scored_event, stored_inputs, with_behaviour, with_inputs
 from rlzoo.types import Trajectory
 
@@ -109,6 +110,7 @@ def _fill_buffer(experiment: Experiment, folder: Path, pieces: Pieces, seed: int
         "events": [*(f"{name}: {event}" for name, rows in bad.items() for event in rows.events()), *events],
         "sampling_flops": 2 * policy.flops(tokens, sampled) + scoring_flops,  # sampled, then scored
         "input_flops": flops_of,
+        "resolved": resolved(policy, experiment.training, engine_of(settings, policy)),
         "token_probabilities": token_probabilities(policy, buffer, experiment.training.token_budget),
     }
 

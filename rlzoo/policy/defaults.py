@@ -11,6 +11,7 @@ import torch
 from rlzoo.config import TokenBudget, Training
 from rlzoo.errors import UserError
 from rlzoo.jobs.memory import free_bytes
+from rlzoo.jobs.ranks import gathered
 from rlzoo.policy.head import CHUNK_ENTRIES
 from rlzoo.policy.policy import Policy
 
@@ -70,7 +71,7 @@ def token_budget_of(policy: Policy, asked: TokenBudget) -> int:
     tokens = CPU_TOKENS
     if policy.device.type == "cuda":
         left = SHARE * (free_bytes(policy.device) - _reserved_for_engine(policy.device) - bytes_of_training(policy))
-        tokens = int(min(max(left / bytes_per_token(policy), LEAST), MOST))
+        tokens = min(gathered(int(min(max(left / bytes_per_token(policy), LEAST), MOST))))  # all share one batch
     return max(1, tokens // parts)
 
 

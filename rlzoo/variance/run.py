@@ -25,6 +25,7 @@ from rlzoo.jobs.outputs import remove, write_atomically
 from rlzoo.jobs.pieces import Pieces
 from rlzoo.jobs.pool import Workers, default_workers, pool, why
 from rlzoo.jobs.runs import Run, place, run_in, versions
+from rlzoo.policy.defaults import resolved
 from rlzoo.policy.loading import load_for
 from rlzoo.training import (
     Trainer,
@@ -179,6 +180,7 @@ def _run(
         **found,
         "dropped_rows": filled["dropped_rows"],
         "events": filled["events"],
+        "resolved": filled["resolved"],
         "training": {name: results[name] for name in offline if name in results},
         "failed": {name: why(error) for name, error in errors.items() if name not in found["skipped"]},
     }
@@ -188,7 +190,7 @@ def fill(experiment: Experiment, folder: Path, state: Path, given: str | None, r
     """Make or read the buffer and save it where all jobs read it; its rows' number, what was dropped, and events."""
     if given is None:
         made = shared_buffer.fill_buffer(experiment, folder, state, 0, report)
-        return {name: made[name] for name in ("rows", "dropped_rows", "events")}
+        return {name: made[name] for name in ("rows", "dropped_rows", "events", "resolved")}
     policy = load_for(experiment.model, experiment.training)
     bad = BadRows(experiment.train.bad_rows)
     longest, special = experiment.training.max_completion_tokens, experiment.training.special_tokens
@@ -203,7 +205,8 @@ def fill(experiment: Experiment, folder: Path, state: Path, given: str | None, r
     buffer = with_inputs(buffer, lacking(buffer, *objectives), policy, experiment.training.token_budget)
     buffer.save(folder)
     dropped = {"buffer": summary} if (summary := bad.summary()) else {}
-    return {"rows": len(buffer), "dropped_rows": dropped, "events": events}
+    how = resolved(policy, experiment.training)
+    return {"rows": len(buffer), "dropped_rows": dropped, "events": events, "resolved": how}
 
 
 def measure(
