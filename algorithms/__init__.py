@@ -1,4 +1,4 @@
-"""The objectives, one a file. Import them as ``rlzoo.algorithms``."""
+"""The objectives, one per file. Import them as ``rlzoo.algorithms``."""
 
 if __name__ != "rlzoo.algorithms":
     raise ImportError("import rlzoo.algorithms, not algorithms: a second copy would register every name twice")

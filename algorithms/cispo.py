@@ -1,12 +1,12 @@
-"""CISPO: the policy gradient with a clipped importance weight, in which no token loses its gradient.
+"""CISPO: the policy gradient with a clipped importance weight, so that every token keeps its gradient.
 
 With ρ = π_θ/μ and A = (r - mean_G)/(std_G + 1e-4), the loss of a token is
 
     -sg(clip(ρ, ratio_min, ratio_max)) A log π_θ(y_t),
 
 averaged over the completion tokens of the step (the paper writes: of a group). The stop-gradient matters: without it a
-clipped token has no gradient. Source: arXiv 2506.13585, eq. 4 and 5, with the bounds 1 - ε_low and 1 + ε_high, which
-sets no lower one and does not tell the upper; 5 is what arXiv 2510.13786 recommends. No KL term; μ as in `grpo`.
+clipped token has no gradient. Source: arXiv 2506.13585, eq. 4 and 5, with the bounds 1 - ε_low and 1 + ε_high; it sets
+no lower one and does not state the upper, for which arXiv 2510.13786 recommends 5. No KL term; μ as in `grpo`.
 """
 
 from dataclasses import dataclass

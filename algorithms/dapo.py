@@ -6,9 +6,9 @@ With ρ = π_θ/μ and A = (r - mean_G)/(std_G + 1e-4), the loss of a token is
 
 averaged over the completion tokens of the step (the paper writes: of a group). A group of equal rewards carries no
 gradient and its tokens do not count. With ``dynamic_sampling`` those of a fixed buffer are left out beforehand, so that
-batches are full, and a fresh batch that holds no others is sampled again, a limited number of times before the run
-stops. A fresh batch that loses some is smaller; the paper samples on until it is full. ``truncated: mask`` is its
-overlong filtering; its penalty for overlong completions would be a reward, and is not here. Source: arXiv 2503.14476;
+batches are full, and a fresh batch without any others is sampled again, a limited number of times before the run
+stops. A fresh batch that loses some is smaller; the paper keeps sampling until it is full. ``truncated: mask`` is its
+overlong filtering; its penalty for overlong completions is the reward ``overlong``. Source: arXiv 2503.14476;
 μ and ``delta`` as in `grpo`.
 """
 

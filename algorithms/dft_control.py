@@ -1,13 +1,13 @@
 """Controls for DFT: what is left of it when its weights p are rescaled, averaged or handed to other tokens.
 
-For one context, weighing a token by p scales its gradient and the gradient's noise alike, so what DFT changes must come
-from weighing some tokens more than others, or from a smaller step. Over the N completion tokens of the optimizer step,
-p̄ their mean probability, the coefficient of a token is
+For one context, weighting a token by p scales its gradient and the gradient's noise alike, so what DFT changes must
+come from weighting some tokens more than others, or from a smaller step. Over the N completion tokens of the optimizer
+step, p̄ their mean probability, the coefficient of a token is
 
 - ``normalised``: p_t / p̄, DFT's weights with the mean weight of SFT;
 - ``mean``: p̄, SFT with the mean weight of DFT;
-- ``shuffled``: the probability of another token, so the same weights with nothing to do with the token. The token whose
-  p is the i-th least gets that of rank perm(i), with one permutation for each N: it depends on no order of the rows.
+- ``shuffled``: the probability of another token, so the same weights, unrelated to their tokens. The token with the
+  i-th smallest p gets that of rank perm(i), with one permutation per N, so that the order of rows does not matter.
 
 Source: none; derived from arXiv 2508.05629.
 """

@@ -42,12 +42,12 @@ class DPO(Objective):
 
     def coefficients(self, batch: TokenBatch) -> Coefficients:
         reference, partner, chosen = self.needed(batch, "reference_logp", "partner", "chosen")
-        score = torch.where(batch.mask, batch.logp - reference, 0).sum(1)
-        length = batch.mask.sum(1).clamp(min=1).to(score.dtype)
+        log_ratio = torch.where(batch.mask, batch.logp - reference, 0).sum(1)
+        length = batch.mask.sum(1).clamp(min=1).to(log_ratio.dtype)
         if self.variant == "ipo":
-            score = score / length
-        sign = torch.where(chosen, 1.0, -1.0).to(score.dtype)
-        margin = sign * (score - score[partner])
+            log_ratio = log_ratio / length
+        sign = torch.where(chosen, 1.0, -1.0).to(log_ratio.dtype)
+        margin = sign * (log_ratio - log_ratio[partner])
         if self.variant == "sigmoid":
             pull, loss = (
                 self.beta * torch.sigmoid(-self.beta * margin),
@@ -55,12 +55,12 @@ class DPO(Objective):
             )
         elif self.variant == "hinge":
             loss = (1 - self.beta * margin).clamp(min=0)
-            pull = self.beta * (loss > 0).to(score.dtype)
+            pull = self.beta * (loss > 0).to(log_ratio.dtype)
         else:
             distance = margin - 1 / (2 * self.beta)
             pull, loss = -2 * distance / length, distance.square()
         return Coefficients(
             (sign * pull)[:, None].expand_as(batch.logp),
             loss=torch.where(chosen, loss, 0),  # one loss a pair, carried by its better half
-            metrics={"margin": margin, "accuracy": (margin > 0).to(score.dtype)},
+            metrics={"margin": margin, "accuracy": (margin > 0).to(log_ratio.dtype)},
         )

@@ -6,7 +6,7 @@ With ρ = π_θ/μ and A = r - mean_G, the loss of a token is
 
 summed over each sequence, then averaged over sequences. L is one constant for the whole run, the paper's budget of
 tokens per completion: set ``max_length`` to what completions were sampled with. It only scales the gradient, and so is
-no property of a batch: the longest completion of one would make some batches weigh more than others.
+not a property of a batch: with the longest completion of each, batches would have different weights.
 Source: arXiv 2503.20783, which has no KL term either; μ and ``delta`` as in `grpo`.
 """
 

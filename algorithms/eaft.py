@@ -1,8 +1,8 @@
-"""EAFT: entropy-adaptive fine-tuning, SFT with each token weighed by how undecided the policy is.
+"""EAFT: entropy-adaptive fine-tuning, SFT with each token weighted by the policy's uncertainty.
 
 Loss: -sg(H_t / ln 20) log p_t, averaged over the completion tokens of the step, where H_t is the entropy of the 20
-likeliest tokens at the position, renormalised: 0 where one token has all the mass, 1 where the 20 are equally likely.
-Where the policy is sure of another token, which p_t alone does not tell from where it is undecided, little is learned.
+most likely tokens at the position, renormalised: 0 where one token has all the mass, 1 where the 20 are equally likely.
+Little is learned where the policy is sure of another token, which p_t alone does not tell apart from uncertainty.
 Source: arXiv 2601.02151, with its linear weight; its code divides by 3 in place of ln 20 = 2.9957.
 """
 

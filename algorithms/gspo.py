@@ -1,4 +1,4 @@
-"""GSPO: GRPO with one ratio a sequence, the geometric mean of its tokens' ratios.
+"""GSPO: GRPO with one ratio per sequence, the geometric mean of its tokens' ratios.
 
 With s = (π_θ(y)/μ(y))^(1/|y|) and A = (r - mean_G)/(std_G + 1e-4), the loss of a sequence is
 

@@ -1,9 +1,9 @@
-"""iw-SFT: importance-weighted SFT, demonstrations weighed by how far the policy has moved towards them.
+"""iw-SFT: importance-weighted SFT, demonstrations weighted by how far the policy has moved towards them.
 
 Loss: -w log π_θ(y_t), averaged over the completion tokens of the step, with no gradient through w:
 
-- ``per_sequence``: w = clip(exp(κ · mean_t log(π_θ/π_ref)), 0, weight_max), one weight a sequence.
-- ``per_step``: w_t = clip(π_θ/π_ref, step_min, step_max), one weight a token.
+- ``per_sequence``: w = clip(exp(κ · mean_t log(π_θ/π_ref)), 0, weight_max), one weight per sequence.
+- ``per_step``: w_t = clip(π_θ/π_ref, step_min, step_max), one weight per token.
 - ``ema``: the sequence weight against an exponential average of θ in place of the initial policy.
 
 At the first step π_θ = π_ref, so w = 1 and iw-SFT is SFT. The sequence weight is a geometric mean, because the

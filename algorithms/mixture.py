@@ -1,16 +1,16 @@
 """Mixture: the weighted sum of the gradients of several objectives in one optimizer step, each on rows of its own.
 
-Loss: Σ_k w_k L_k, where L_k is the loss of part k over its own rows, divided by its own normaliser. The parts share the
-step's batch evenly, up to whole units, so that a mixture sees about as many rows as any other objective. A row of an
-experiment says
+Loss: Σ_k w_k L_k, where L_k is the loss of component k over its own rows, divided by its own normaliser. The
+components share the step's batch evenly, up to whole units, so that a mixture sees about as many rows as any other
+objective. A row of an experiment says
 
     sft+grpo: {objective: mixture, options: {weights: {sft: 0.1, grpo: 0.9}, options: {grpo: {kl_coefficient: 0}}}}
 
-With ``mode: online`` the parts that learn from samples get fresh ones, and the others read the buffer.
+With ``mode: online`` the components that learn from samples get fresh ones, and the others read the buffer.
 
 This is SFT beside RL with fixed weights: CHORD's loss (1-μ) L_GRPO + μ L_SFT (arXiv 2508.11408) for a constant μ. No
-weight changes and no part looks at another's rows, so it is neither CHORD's schedule of μ and weight p(1-p) a token,
-nor LUFFY (arXiv 2504.14945), which puts demonstrations into the group and shapes their ratios, nor HPT
+weight changes and no component sees another's rows, so it is neither CHORD's schedule of μ and weight p(1-p) per
+token, nor LUFFY (arXiv 2504.14945), which puts demonstrations into the group and shapes their ratios, nor HPT
 (arXiv 2509.04419), which chooses between SFT and RL by how well the policy does on a prompt.
 """
 
@@ -22,13 +22,13 @@ from typing import Any, ClassVar
 
 from rlzoo.errors import UserError, unknown
 from rlzoo.inputs import Input
-from rlzoo.objective import Objective, Part, get_objective, register
+from rlzoo.objective import Component, Objective, get_objective, register
 
 
 @register
 @dataclass(frozen=True)
 class Mixture(Objective):
-    """Mixture of objectives: ∇L = Σ_k w_k ∇L_k, each part on its own view of the buffer."""
+    """Mixture of objectives: ∇L = Σ_k w_k ∇L_k, each component on its own view of the buffer."""
 
     name: ClassVar[str] = "mixture"
     source: ClassVar[str] = "arXiv 2508.11408"
@@ -46,17 +46,17 @@ class Mixture(Objective):
                 raise UserError(f"a mixture needs weights of 0 or more: {name!r} has {weight}")
         for name in self.options:
             if name not in self.weights:
-                raise unknown("part with options", name, self.weights)
-        _ = self.parts  # now, so that an unknown name is an error at once
+                raise unknown("component with options", name, self.weights)
+        _ = self.components  # now, so that an unknown name is an error at once
 
     @cached_property
-    def parts(self) -> tuple[Part, ...]:
+    def components(self) -> tuple[Component, ...]:
         return tuple(
-            Part(part.objective, weight * part.weight, f"{name}/{part.label}".rstrip("/"))
+            Component(component.objective, weight * component.weight, f"{name}/{component.label}".rstrip("/"))
             for name, weight in self.weights.items()
-            for part in get_objective(name, **self.options.get(name, {})).parts
+            for component in get_objective(name, **self.options.get(name, {})).components
         )
 
     @property
     def requires(self) -> tuple[Input, ...]:
-        return tuple(dict.fromkeys(one for part in self.parts for one in part.objective.requires))
+        return tuple(dict.fromkeys(one for component in self.components for one in component.objective.requires))

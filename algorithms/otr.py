@@ -9,7 +9,7 @@ of the step, with no gradient through draws and rewards; π_θ is at temperature
 whose second sum is 0 at T = 1: then OTR is DFT times 1-β, plus the noise of the draws.
 
 The whole loss is a full-vocabulary term, since most drawn tokens are not y_t, so the coefficients are 0. Draws come
-from torch's generator in the order in which positions are scored: gradients agree over micro-batches and processes in
+from torch's generator in the order in which positions are computed: gradients agree over micro-batches and processes in
 expectation only. Source: arXiv 2509.26313; the paper's own K, T and β could not be checked, so the defaults may not be
 its settings.
 """

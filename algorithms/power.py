@@ -1,15 +1,14 @@
 """Power: the family of probability-based losses between SFT and beyond DFT.
 
-Loss: (1 - p_t^α)/α where p_t ≥ τ, averaged over those tokens of the step. Its gradient weighs ∇ log p_t by p_t^α:
+Loss: (1 - p_t^α)/α where p_t ≥ τ, averaged over those tokens of the step. Its gradient weights ∇ log p_t by p_t^α:
 α = 0 is SFT (the loss tends to -log p), α = 1 DFT, and the larger α, the less an unlikely token counts. ``threshold`` τ
-leaves out tokens that the policy thinks less likely than that, from the sum and from the number that it is divided by,
-as the authors' code does.
+leaves out less likely tokens, both from the sum and from the number that it is divided by, as the authors' code does.
 
-Which α is good depends on what the base knows of the task. The paper finds -p, -p¹⁰ (α = 1 and 10) and the threshold
-ahead of SFT where it knows much, as of mathematics; SFT (α = 0) ahead where it knows nothing, as of a puzzle of its own
-making; and none ahead in between. The default is α = 1, which is DFT: α = 10 weighs a token of p = ½ by a thousandth,
-and leaves nothing of the gradient unless the base is nearly sure of its demonstrations.
-Source: arXiv 2510.00526, whose -p^α differs by a constant and the factor α.
+Which α works best depends on what the base knows about the task. The paper finds -p, -p¹⁰ (α = 1 and 10) and the
+threshold ahead of SFT where it knows much, as about mathematics; SFT (α = 0) ahead where it knows nothing, as about an
+invented puzzle; and none ahead in between. The default is α = 1, which is DFT: α = 10 weights a token of p = ½ by a
+thousandth, and leaves no gradient unless the base is nearly sure of its demonstrations. Source: arXiv 2510.00526, whose
+-p^α differs by a constant and the factor α.
 """
 
 from dataclasses import dataclass

@@ -1,6 +1,6 @@
 """PPO: proximal policy optimisation with a critic, generalised advantages and a clipped ratio.
 
-The reward of a completion arrives at its last token; each token pays kl_coefficient · log(π_old/π_ref) (the k1
+The reward of a completion arrives at its last token; each token is charged kl_coefficient · log(π_old/π_ref) (the k1
 estimate, π_old being the policy at the start of the batch). A and the returns R come from GAE(γ, λ) over the
 critic's values; A is whitened over the batch, after the returns are taken. The loss of a token is
 
@@ -10,7 +10,7 @@ with V_clip within value_clip of the value at the start of the batch, and, with 
 A < 0; without it ρ is at most e²⁰ there. ρ = π_θ/μ with μ the policy that filled the buffer: a fixed buffer makes it
 offline PPO.
 
-A truncated completion counts as ended: its reward is all that it will get, and the value after its last token is 0.
+A truncated completion counts as ended: it gets no further reward, and the value after its last token is 0.
 ``bootstrap_truncated`` takes the critic's value at the last token for the one after it, which no forward pass gives.
 Sources: arXiv 1707.06347; GAE, arXiv 1506.02438; dual clip, arXiv 1912.09729.
 """

@@ -6,7 +6,7 @@ probability has grown by more than the factor 1+ε since the start of the batch 
 
 π_old is the policy at the start of the batch, so at the first update on it ρ = 1 and the gradient is SFT's. PSFT
 differs from SFT only from the second on: set training.updates_per_batch to 2 or more (with 1 it is SFT). The paper
-takes 8 updates a batch, each on another eighth of it; here each is on the whole batch. Source: arXiv 2508.17784.
+takes 8 updates per batch, each on another eighth of it; here each is on the whole batch. Source: arXiv 2508.17784.
 """
 
 from dataclasses import dataclass

@@ -5,7 +5,7 @@ whose reward reaches ``threshold``, drops repeated completions of a prompt, and 
 the rest. A truncated sample that is correct is learned from without an end of sequence, unless ``truncated`` is
 ``drop``. Source: arXiv 2308.01825, which departs in two ways: it selects distinct equations, where here a completion is
 distinct if its text is; and it trains on these samples and the demonstrations together, as here ``with_demonstrations``
-does, every row once an epoch with the coefficient 1. A `mixture` of `sft` and `rft` gives each a weight of its own.
+does, every row once per epoch with the coefficient 1. A `mixture` of `sft` and `rft` gives each its own weight.
 """
 
 from collections.abc import Mapping

@@ -2,8 +2,8 @@
 
 Loss: -log π_θ(y_t), averaged over the completion tokens of the step, as in SFT; but a demonstration is drawn, with
 replacement, with a probability proportional to its quality score. The score is the row's ``reward``: at least 0, and
-one that is twice as large is drawn twice as often. Source: arXiv 2507.12856, which draws so, in place of keeping what
-is above a threshold, because the bound on the reward is then that of all thresholds at once.
+one that is twice as large is drawn twice as often. Source: arXiv 2507.12856, which samples this way
+rather than filtering by a threshold, because it then bounds the reward for all thresholds at once.
 """
 
 from collections.abc import Mapping

@@ -35,13 +35,13 @@ class SimPO(Objective):
     def coefficients(self, batch: TokenBatch) -> Coefficients:
         partner, chosen = self.needed(batch, "partner", "chosen")
         length = batch.mask.sum(1).clamp(min=1).to(batch.dtype)
-        score = torch.where(batch.mask, batch.logp, 0).sum(1) / length
-        sign = torch.where(chosen, 1.0, -1.0).to(score.dtype)
-        margin = sign * (score - score[partner])
+        mean_logp = torch.where(batch.mask, batch.logp, 0).sum(1) / length
+        sign = torch.where(chosen, 1.0, -1.0).to(mean_logp.dtype)
+        margin = sign * (mean_logp - mean_logp[partner])
         excess = self.beta * margin - self.gamma
         pull = self.beta * torch.sigmoid(-excess) / length
         return Coefficients(
             (sign * pull)[:, None].expand_as(batch.logp),
             loss=torch.where(chosen, functional.softplus(-excess), 0),  # one loss a pair, carried by its better half
-            metrics={"margin": margin, "accuracy": (margin > 0).to(score.dtype)},
+            metrics={"margin": margin, "accuracy": (margin > 0).to(mean_logp.dtype)},
         )

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import re
 from itertools import pairwise
+from math import gcd
 
-from rlzoo.rewards import _numbers, _symbols, _units
+from rlzoo.rewards import _numbers, _symbols, _times, _units
 from rlzoo.rewards._guards import too_deep
+from rlzoo.rewards._hedges import CONDITION
+from rlzoo.rewards._languages import EITHER, MAYBE
 from rlzoo.rewards._writing import bracketed, clean, compact, is_prose, split, words
 
 _MOST = 50
@@ -48,19 +51,27 @@ def _equal(answer: str, gold: str) -> bool:
     (answer, unit), (gold, wanted) = _without_unit(answer), _without_unit(gold)
     if is_prose(answer) or is_prose(gold):  # words that are not the same
         return False
-    return _units.agree(unit, wanted) and _symbols.equal(gold, answer)
+    return _units.ratio(unit, wanted) == 1 and _symbols.equal(gold, answer)
 
 
 _BUILDER = re.compile(r"\\\{ ?[a-z](?: ?\\in ?(?:\\mathbb\{R\}|R))? ?(?:\||\\v?mid|\\vert|:) ?([^{}|]*)\\\}")
 
 
+_FALLING = re.compile(r"([^<>=\\]+)(>|\\ge(?![a-z]))([^<>=\\]+)(>|\\ge(?![a-z]))([^<>=\\]+)")
+_OUTWARD = re.compile(r"([\[\]])([^\[\]()]+,[^\[\]()]+)([\[\]])")
+
+
 def _exact(text: str) -> str:
     r"""What is said to be approximated: \sqrt{2} \approx 1.41; or the approximation, if that is of a name.
 
-    Of a set of numbers, \{x | x > 2\}, its condition.
+    Of a set of numbers, \{x | x > 2\}, its condition; 2 > x > 1 upwards; ]1, 2[ as (1, 2).
     """
     if builder := _BUILDER.fullmatch(text):
         text = builder[1].strip()
+    if falling := _FALLING.fullmatch(text):
+        text = " ".join(falling[part].replace(">", "<").replace(r"\ge", r"\le") for part in (5, 4, 3, 2, 1))
+    if outward := _OUTWARD.fullmatch(text):
+        text = f"{outward[1].replace(']', '(')}{outward[2]}{outward[3].replace('[', ')')}"
     exact, _, rounded = text.partition(r"\approx")
     return rounded.strip() if not exact.strip() or (rounded and _is_name(exact)) else exact.strip()
 
@@ -75,8 +86,12 @@ def _same_quantity(answer: str, gold: str) -> bool | None:
         return _numbers.equal(one, other)
     if other and other.decimal and (comma := _numbers.comma_decimal(answer)):
         return _numbers.equal(comma, other)
-    if (time := _numbers.clock(answer)) and (expected := _numbers.clock(gold)):
-        return _numbers.same_time(time, expected)
+    if (time := _times.clock(answer)) and (expected := _times.clock(gold)):
+        return _times.same_time(time, expected)
+    if (day := _times.date(answer)) and (asked_for := _times.date(gold)):
+        return _times.same_date(day, asked_for)
+    if (one or other) and any(map(_is_time_only, (answer, gold))):
+        return False
     if ":" in answer + gold and (given := _numbers.ratio(answer)) and (wanted := _numbers.ratio(gold)):
         return _numbers.same_ratio(given, wanted)
     if "_" in answer + gold and (digits := _numbers.based(answer)) and (asked := _numbers.based(gold)):
@@ -84,24 +99,35 @@ def _same_quantity(answer: str, gold: str) -> bool | None:
     return None
 
 
+def _is_time_only(text: str) -> bool:
+    """Whether a text with a colon is a time of the day and no ratio in lowest terms: 10:30, but not 1:10."""
+    terms = _numbers.ratio(text) if _times.clock(text) else []
+    return terms is None or (len(terms) > 1 and gcd(*(int(term) for term in terms)) != 1)
+
+
 # Letters of a multiple choice: A, (A), A. 5
 
 _CHOICE = re.compile(
-    r"(?:(?i:option|choice|故?选[项择]?) ?)?(?:\((?P<round>[A-Ja-j])\)|(?P<bare>[A-J])(?: ?[.):](?=\s|$)|$))"
+    r"(?:(?i:option|choice|故?选[项择]?) ?)?(?:\((?P<round>[A-Ja-j])\)|(?P<half>[A-Ja-j])\)(?=\s|$)|"
+    r"(?P<bare>[A-J])(?: ?[.):](?=\s|$)|$))"
     r"(?:\s+(?P<value>(?!(?:or|and)\b|\\text\{\s*(?:or|and)\b|[-+*/^=<>,]).*))?",
     re.DOTALL,
 )
 _LETTERS = re.compile(r"\s*[A-H](?:([\s,;]+(?:and\s+)?)?[A-H])+\s*")
 """Several choices: ABD, or A, B and D."""
-_CHOICES = re.compile(r"(?<![A-Za-z\\])(?:\([A-J]\)|[A-J][.)](?=\s|$))|\b(?:or|and)\W+[A-J]\b")
+_CHOICES = re.compile(r"(?<![A-Za-z\\])(?:\([A-Ja-j]\)|[A-J][.)](?=\s|$))|\b(?:or|and)\W+[A-J]\b")
+
+
+_NO_VALUE = re.compile(rf"{EITHER}|{MAYBE}|(?:an)?other\b|(?-i:[A-J])$", re.IGNORECASE)
+"""What follows a letter and is no value of it, but another choice."""
 
 
 def _choice(text: str) -> tuple[str, str] | None:
     """A letter, and what it stands for or an empty text; None for anything else."""
     match = _CHOICE.fullmatch(text)
-    if match is None or _CHOICES.search(match["value"] or ""):
+    if match is None or _CHOICES.search(match["value"] or "") or _NO_VALUE.match(match["value"] or ""):
         return None
-    return (match["round"] or match["bare"]).upper(), clean(match["value"] or "")
+    return (match["round"] or match["half"] or match["bare"]).upper(), clean(match["value"] or "")
 
 
 def _same_choice(answer: str, gold: str) -> bool | None:
@@ -149,7 +175,7 @@ def _same_lists(answer: str, gold: str) -> bool | None:
         single, brackets, items = (answer, asked, wanted) if len(given) <= 1 else (gold, kind, given)
         if brackets not in ("", "{}") or _RELATION.search(single):
             return None
-        return all(_equal(single, item) for item in items)  # one and the same answer, written twice
+        return not _without_name(items)[1] and all(_equal(single, item) for item in items)  # one answer, written twice
     if kind != asked and ((kind and asked) or ((kind or asked) not in ("()", "{}", "[]"))):
         return False
     if kind != asked and (kind or asked) == "[]" and len(wanted) == 2:  # an interval
@@ -163,13 +189,7 @@ def _listed(text: str) -> tuple[str, list[str]]:
     kind, inside = bracketed(text[set_of.end() :] if set_of else text) or ("", text)
     if _numbers.number(inside):  # its commas list nothing
         return kind, [inside]
-    return kind, (not kind and _compound(inside)) or split(inside)
-
-
-def _compound(text: str) -> list[str]:
-    """The quantities that make up one, each with a unit: 2 hours 30 minutes; [] for anything else."""
-    read = [(part, _numbers.number(part)) for part in re.split(r"(?<=[^\W\d_])[ ,]+(?:and )?(?=\d)", text)]
-    return [part for part, one in read] if all(one and one.unit for _, one in read) else []
+    return kind, split(inside)
 
 
 def _alone(text: str, kind: str, items: list[str]) -> str:
@@ -199,9 +219,10 @@ def _without_name(items: list[str]) -> tuple[list[str], bool]:
     return items, len(names) > 1
 
 
-# Names for values: x = 5, f(x) = x^2, x \in (0, 1)
+# Names for values: x = 5, f(x) = x^2, x \in (0, 1), P(3, 4)
 
 _EQUALS = re.compile(r"(?<![<>!:=\\])=(?!=)|\\in(?![A-Za-z])")
+_POINT = re.compile(r"([A-Z]'?) ?(\([^()]*,[^()]*\))")
 _RELATION = re.compile(r"[<>=]|\\(?:le|ge|ne|in|lt|gt|subset)(?![A-Za-z])")
 
 
@@ -222,6 +243,8 @@ def _same_values(answer: str, gold: str) -> bool | None:
 
 def _named(text: str) -> tuple[str, str] | None:
     """The name and the value of x = 5 or 5 = x; an empty name before the result of arithmetic, 5 + 3 = 8."""
+    if point := _POINT.fullmatch(text):
+        return point[1], point[2]
     sides = split(text, _EQUALS)
     if len(sides) < 2:
         return None
@@ -242,6 +265,8 @@ def _contradicts_itself(text: str) -> bool:
 def _is_name(side: str) -> bool:
     """Whether a side of an equation names a value and does not compute one: x, f(2), a + b, |AB|, but not 2x."""
     bare = re.sub(r"_(?:\w|\{[^{}]*\})|(?<=[A-Za-z}'])\([^()]*\)", "", side)
+    if CONDITION.search(side):  # if x = 5
+        return False
     return re.search(r"[^\W\d_]", bare) is not None and re.search(r"[\d^]|\\infty", bare) is None
 
 

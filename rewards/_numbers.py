@@ -1,4 +1,4 @@
-"""Numbers as people write them, with currency, percent sign and unit; clock times; ratios."""
+"""Numbers as people write them, with currency, percent sign and unit; ratios; numbers in a base."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rlzoo.rewards._writing import is_word
 
 _CURRENCY = r"(?P<currency>US\$|[$€£¥₹]|USD|EUR|GBP|Rs\.?)"
 _BEFORE = re.compile(
-    r"(?:\\approx |\\sim |(?:approximately|about|roughly) )?"
+    r"(?:\\approx |\\sim |(?:\\text\{ ?)?(?:approximately|about|roughly|exactly|only)(?: ?\})? )?"
     rf"(?P<sign>negative|minus|[+-]?) ?{_CURRENCY}? ?(?P<sign2>[+-]?) ?"
 )
 _POWER = r"10\^(?:\{ ?(?P<%s>[+-]?\d+) ?\}|(?P<%s>[+-]?\d+))"
@@ -41,8 +41,8 @@ _UNIT = re.compile(
 _UNIT_FRACTION = re.compile(r"\\frac\{(\\text\{[^{}\d]*\})\}\{((?:\\text\{[^{}\d]*\}|[A-Za-z])(?:\^\{?\d\}?)?)\}")
 _ADJECTIVE = re.compile(r" ?(?=[a-z]*[aeiou])[a-z]{2,3} [a-z]{4,}")
 """A short word that is no product of variables, for another follows: red marbles."""
-_EXTREME = 400
-"""Digits, and powers of ten, beyond which a number is left to the comparison of texts."""
+_EXTREME, _UNITS_OF_ONE = 400, 4
+"""Digits, and powers of ten, beyond which a number is left to the comparison of texts; units of one quantity."""
 
 
 @dataclass(frozen=True)
@@ -56,9 +56,30 @@ class Number:
     unit: frozenset[str]
 
 
+_COMPOUND = re.compile(r"(?:(?<=[^\W\d_])(?:,? and |,? )|(?<=') ?)(?=\d)")
+
+
 @lru_cache(4096)
 def number(text: str) -> Number | None:
-    """The number that a clean text is; None for anything else."""
+    """The number that a clean text is, of a quantity in two units in the larger one; None for anything else."""
+    return _simple(text) or _compound(text)
+
+
+def _compound(text: str) -> Number | None:
+    """A quantity of several units of one measure, 2 hours 30 minutes."""
+    parts = [_simple(part) for part in _COMPOUND.split(text)[:_UNITS_OF_ONE]]
+    if len(parts) < 2 or parts[0] is None:
+        return None
+    total, largest = Fraction(0), parts[0].unit
+    for part in parts:
+        size = _units.ratio(part.unit, largest) if part and part.unit and not part.percent else None
+        if part is None or size is None or (size == 1 and part is not parts[0]):
+            return None
+        total += part.value * size
+    return Number(total, False, parts[-1] is not None and parts[-1].decimal, largest)
+
+
+def _simple(text: str) -> Number | None:
     before = _BEFORE.match(text)
     assert before is not None  # all of it is optional
     written = next((found for p in _WRITTEN if (found := p.match(text, before.end()))), None)
@@ -75,6 +96,8 @@ def number(text: str) -> Number | None:
         return None
     if before["currency"]:
         unit |= _units.canonical([before["currency"].rstrip(".")]) or frozenset()
+    scale, unit = _units.scaled(unit)
+    value *= scale
     negative = before["sign"] in ("-", "negative", "minus") or before["sign2"] == "-"
     exact = any(written.groupdict().get(part) for part in ("b1", "b2", "bar1", "bar2"))
     decimal = value.denominator > 1 and not exact
@@ -131,11 +154,12 @@ def comma_decimal(text: str) -> Number | None:
 
 
 def equal(one: Number, other: Number) -> bool:
-    """Equal numbers in units that agree; p % also equals p/100 without the sign and, from 1 % on, p without it."""
-    if not _units.agree(one.unit, other.unit):
+    """Equal numbers in the same or in convertible units; p % also equals p/100 and, from 1 % on, p without the sign."""
+    size = _units.ratio(one.unit, other.unit)
+    if size is None:
         return False
     rounded = one.decimal or other.decimal
-    x, y = one.value, other.value
+    x, y = one.value * size, other.value
     if close(x, y, rounded) and (one.percent == other.percent or abs(x) >= 1):
         return True
     return one.percent != other.percent and (close(x / 100, y, True) if one.percent else close(x, y / 100, True))
@@ -146,33 +170,6 @@ def close(x: Fraction, y: Fraction, rounded: bool) -> bool:
     if x == y:
         return True
     return rounded and round(x, 6) == round(y, 6) and abs(x - y) <= max(abs(x), abs(y)) / 10**6
-
-
-_CLOCK = re.compile(
-    r"(\d{1,2})(?::([0-5]\d)(?::([0-5]\d))?)?(?: ?\(?(?:\\text\{)? ?([ap])\.? ?m\b\.?\}?\)?)?", re.IGNORECASE
-)
-
-
-def clock(text: str) -> tuple[tuple[int, int, int], str] | None:
-    """A time of the day, 5:30 or 5 pm: hours, minutes and seconds as written, and "a", "p" or nothing."""
-    match = _CLOCK.fullmatch(text)
-    if match is None or int(match[1]) > 24 or not (match[2] or match[4]):
-        return None
-    return (int(match[1]), int(match[2] or 0), int(match[3] or 0)), (match[4] or "").lower()
-
-
-def same_time(one: tuple[tuple[int, int, int], str], other: tuple[tuple[int, int, int], str]) -> bool:
-    """Whether two times are the same, where both say so with am or pm in the same half of the day."""
-    (_, *one_rest), (_, *other_rest) = one[0], other[0]
-    return one_rest == other_rest and not _hours(*one).isdisjoint(_hours(*other))
-
-
-def _hours(time: tuple[int, int, int], half: str) -> set[int]:
-    """The hours of the day, 0 to 23, that a time may stand for: two if it is from 1 to 12 without am or pm."""
-    if not 1 <= time[0] <= 12:
-        return {time[0] % 24}
-    hour = time[0] % 12
-    return {hour + 12 * (half == "p")} if half else {hour, hour + 12}
 
 
 def ratio(text: str) -> list[Fraction] | None:

@@ -13,6 +13,12 @@ _TAG = re.compile(r"<answer>((?:(?!<answer>).)*?)</answer>", re.DOTALL | re.IGNO
 _OPEN_TAG = re.compile(r"<answer>([^<]*)\Z", re.IGNORECASE)
 """A tag at which sampling stopped: a stop string is not part of the completion."""
 
+_SPECIAL = re.compile(
+    r"(?:<[|｜][^\s<>|｜]{1,40}[|｜]>|</?s>|<(?:eos|pad|bos|end_of_turn|turn\|)>|\[(?:EOS|PAD|SEP|/INST)\])\Z"
+)
+"""An end-of-sequence, end-of-turn or padding token of the usual tokenizers."""
+_LONGEST = 50
+
 _BOX = r"\\(?:boxed|fbox)\s*"
 _BRACE = re.compile(rf"{_BOX}\{{|\\.|[{{}}]", re.DOTALL)
 _UNBRACED = re.compile(rf"{_BOX}([^\s{{}}$\\.,;]+)")
@@ -25,13 +31,24 @@ class Mark(NamedTuple):
     start: int
     end: int
     answer: str
+    final: bool = False
+    """Whether such marks stand around final answers only, and not around intermediate results."""
 
 
 def completion_text(completion: Any) -> str:
-    """A completion's text: itself, or what the assistant says in its messages, one message a line."""
+    """A completion's text: itself, or what the assistant says in its messages, one message a line.
+
+    Special tokens that sampling left in the text at its end are no part of it.
+    """
     if isinstance(completion, str):
-        return completion
-    return "\n".join(_content(m.get("content")) for m in completion if m.get("role", "assistant") == "assistant")
+        text = completion
+    else:
+        said = (m.get("content") for m in completion if m.get("role", "assistant") == "assistant")
+        text = "\n".join(map(_content, said))
+    ending = text.rstrip()
+    while token := _SPECIAL.search(ending, max(0, len(ending) - _LONGEST)):
+        text = ending = ending[: token.start()].rstrip()
+    return text
 
 
 def _content(content: Any) -> str:
@@ -57,7 +74,7 @@ def boxes(text: str) -> list[Mark]:
 def tags(text: str) -> list[Mark]:
     """The ``<answer>...</answer>`` of a text, in order; one that the end of the text cuts off if there is no other."""
     found = list(_TAG.finditer(text)) or list(_OPEN_TAG.finditer(text))
-    return [Mark(match.start(), match.end(), match[1].strip()) for match in found]
+    return [Mark(match.start(), match.end(), match[1].strip(), final=True) for match in found]
 
 
 def last_boxed(text: str) -> str | None:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from fractions import Fraction
+
+from rlzoo.rewards._languages import CONJUNCTIONS
 
 _MEASURES = {
     "m": "metre meter",
     "cm": "centimetre centimeter",
     "mm": "millimetre millimeter",
     "km": "kilometre kilometer",
-    "inch": "in \" ''",
-    "foot": "ft feet '",
+    "inch": "in",
+    "foot": "ft feet",
     "yard": "yd",
     "mile": "mi",
     "kg": "kilogram kilo",
@@ -64,32 +68,23 @@ SHORT |= {
 SYMBOLS = frozenset("mgshlL")
 """Units of one letter, which are taken for such after a number."""
 
-CONJUNCTIONS: tuple[str, ...] = (
-    "and",
-    "or",
-    "und",
-    "oder",
-    "et",
-    "ou",
-    "и",
-    "или",
-    "і",
-    "або",
-    "och",
-    "og",
-    "eller",
-    "lub",
-    "albo",
-    "veya",
-)
-CONJUNCTIONS += ("hoặc", "atau", "vagy", "tai", "ή", "أو", "या", "או")
-"""And, and or, of languages that put blanks around words."""
 _LINKING = frozenset([*CONJUNCTIONS, "not", "but", "to", "than", "either", "nor", "between", "through"])
 """Words by which a number with words after it is not one number with its unit: 5 or more."""
 _LINKING |= {"is", "if", "unless", "when", "wrong", "incorrect", "maybe", "perhaps", "possibly"}
 _LINKING |= {"squared", "cubed", "factorial", "below", "above", "times", "fold", "out", "halves", "thirds", "tenths"}
-_SCALES = frozenset(["hundred", "thousand", "million", "billion", "trillion", "dozen", *"百千万亿"])
-"""Words that multiply the number before them: one that has such a word is no number without it."""
+_SCALES = {"hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9, "trillion": 10**12, "dozen": 12}
+_SCALES |= {"百": 100, "千": 1000, "万": 10**4, "亿": 10**8}
+"""Words that multiply the number before them."""
+_SIZES: dict[str, tuple[str, Fraction | int]] = {
+    **{"mm": ("m", Fraction(1, 1000)), "cm": ("m", Fraction(1, 100)), "m": ("m", 1), "km": ("m", 1000)},
+    **{"inch": ("inch", 1), "foot": ("inch", 12), "yard": ("inch", 36), "mile": ("inch", 63360)},
+    **{"mg": ("g", Fraction(1, 1000)), "g": ("g", 1), "kg": ("g", 1000), "ounce": ("ounce", 1), "pound": ("ounce", 16)},
+    **{"ml": ("l", Fraction(1, 1000)), "l": ("l", 1), "cent": ("dollar", Fraction(1, 100)), "dollar": ("dollar", 1)},
+    **{"s": ("s", 1), "minute": ("s", 60), "hour": ("s", 3600), "day": ("s", 86400), "week": ("s", 604800)},
+}
+"""Units that convert exactly: to which, and how many of it they are."""
+_SIGNS = {"'": ("foot", "minute"), "''": ("inch", "s"), '"': ("inch", "s")}
+"""Signs that stand for either of two units."""
 _IDLE = frozenset(["of", "the", "a", "an", "per", "each", "about", "in", "total", "for", "altogether"])
 _IDLE |= {"left", "remaining", "more", "now", "away"}
 _DIMENSIONS = frozenset("23")
@@ -100,8 +95,17 @@ def canonical(words: list[str]) -> frozenset[str] | None:
     if any(word.lower() in _LINKING or re.match("分之|以上|以下|左右", word) for word in words):
         return None
     named = (_CANONICAL.get(word.lower()) or _singular(word.lower()) for word in words)
-    found = frozenset(word for name in named for word in name.split()) - _IDLE
-    return found | {word[0] for word in found if word[0] in _SCALES}  # 万元
+    return frozenset(word for name in named for word in name.split()) - _IDLE
+
+
+def scaled(unit: frozenset[str]) -> tuple[int, frozenset[str]]:
+    """What the words of a unit multiply the number before them by, and the unit without them: million dollars, 万元."""
+    scale, rest = 1, set[str]()
+    for word in unit:
+        spelled = word if word in _SCALES else word[:1]
+        scale *= _SCALES.get(spelled, 1)
+        rest.add(word.removeprefix(spelled) if spelled in _SCALES else word)
+    return scale, frozenset(_CANONICAL.get(word, word) for word in rest if word)
 
 
 def _singular(word: str) -> str:
@@ -112,11 +116,36 @@ def _singular(word: str) -> str:
     return _CANONICAL.get(word) or re.sub(r"ie$", "y", word)
 
 
-def agree(one: frozenset[str], other: frozenset[str]) -> bool:
-    """Whether two units may be the same: one of them says no more than the other, or nothing at all."""
-    if one & _SCALES != other & _SCALES or (one and other and one & _DIMENSIONS != other & _DIMENSIONS):
-        return False
-    return one <= other or other <= one
+def ratio(one: frozenset[str], other: frozenset[str]) -> Fraction | None:
+    """How many of another unit one is: 1 where one of them says no more than the other, or nothing; None if none."""
+    for given in _readings(one):
+        for wanted in _readings(other):
+            if (given <= wanted or wanted <= given) and _same_dimension(given, wanted):
+                return Fraction(1)
+            if (size := _size(given)) and (per := _size(wanted)) and size[0] == per[0]:
+                return size[1] / per[1]
+    return None
+
+
+def _same_dimension(one: frozenset[str], other: frozenset[str]) -> bool:
+    return not one or not other or one & _DIMENSIONS == other & _DIMENSIONS
+
+
+def _readings(unit: frozenset[str]) -> Iterator[frozenset[str]]:
+    """A unit with each sign in it spelled out in both ways."""
+    sign = next((word for word in sorted(unit) if word in _SIGNS), None)
+    if sign is None:
+        yield unit
+    else:
+        for name in _SIGNS[sign]:
+            yield from _readings(unit - {sign} | {name})
+
+
+def _size(unit: frozenset[str]) -> tuple[tuple[str, str], Fraction] | None:
+    """The measure that a unit converts to, with its dimension, and how many of it the unit is."""
+    words, dimension = unit - _DIMENSIONS, "".join(unit & _DIMENSIONS)
+    found = _SIZES.get("".join(words)) if len(words) == 1 else None
+    return ((found[0], dimension), Fraction(found[1]) ** int(dimension or 1)) if found else None
 
 
 def names_unit(words: str) -> bool:

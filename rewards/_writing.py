@@ -10,6 +10,7 @@ import unicodedata
 from functools import lru_cache
 
 from rlzoo.rewards import _units
+from rlzoo.rewards._languages import JOINED
 
 _TEX = {
     **dict.fromkeys("−–—‒﹣", "-"),
@@ -55,6 +56,8 @@ _REWRITE = [
         (r"(?<![\\A-Za-z])(pi|sqrt|infinity)(?![A-Za-z])", r"\\\1 "),  # names of what LaTeX has commands for
         (r"(?<![\\A-Za-z])(sin|cos|tan|cot|sec|csc|log|ln|exp)(?=\s*[\d(\\^_])", r"\\\1 "),
         (r"\\infinity", r"\\infty"),
+        (r"(?<![A-Za-z])([ap])\.m\.?(?![A-Za-z])", r"\1m"),
+        (r"\\log_\s*(?:e|\{\s*e\s*\})(?![A-Za-z])", r"\\ln "),
         (r"\\sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}"),
     )
 ]
@@ -121,20 +124,25 @@ def _unfonted(font: re.Match[str]) -> str:
     content = font[1].strip()
     if font[0].startswith((r"\boxed", r"\fbox")):
         return f" {font[1]} "
-    if _FUNCTION.fullmatch(content):
+    after_number = re.search(r"[\d}]\s*$", font.string[: font.start()])
+    if _FUNCTION.fullmatch(content) and not (after_number and content in _units.SHORT):
         return rf"\{content} "
     if re.search(r"[^\W\d_]{2}", content):
         return content if font[0].startswith(r"\operatorname") else rf"\text{{{font[1]}}}"
-    if content in _UNIT_LETTERS and re.search(r"[\d}]\s*$", font.string[: font.start()]):
+    if content in _UNIT_LETTERS and after_number:
         return rf"\text{{{content}}}"  # 5 \text{ N}
     return f" {content} " if len(content) > 1 else content
+
+
+_ORNAMENT = re.compile(r"^[→⇒∴\u25a0-\u27bf\U0001f000-\U0001faff]+|[∎\ufe0f\u25a0-\u27bf\U0001f000-\U0001faff]+$")
 
 
 def _trimmed(text: str) -> str:
     """Without what may stand around an answer: punctuation, a line break, quotes, braces."""
     for _ in range(20):
         before = text
-        text = re.sub(r"^(?:[\s:;=,]|\\\\|\.(?!\d))+|(?:\s|\\\\|[.,;:?])+$", "", text)
+        text = _ORNAMENT.sub("", text) or text
+        text = re.sub(r"^(?:[\s:;=,]|\\\\|\.(?!\d))+|(?:\s|\\\\|[.,;:]|(?<=[^\s,;(])\s?\?)+$", "", text)
         for opening, closing in ("{}", '""', "''", "**", "__", "$$"):
             inner = text[1:-1]
             if len(text) > 2 and text[0] == opening and text[-1] == closing and _balanced(inner):
@@ -162,6 +170,7 @@ def compact(text: str) -> str:
 
 _SHORT = re.compile("no|on|up|us|is|it|to|of|or|so|we|me|he|in|at|as|an|am|be|by|do|go|if|my|ok", re.IGNORECASE)
 """Words of two letters, which are no product of two variables."""
+_SECOND_WORD = re.compile(r"(?<![A-Za-z])[A-Za-z]+ ((?=[a-z]*[aeiou])[a-z]{3,})(?![A-Za-z])")
 _ARTICLE = re.compile(r"\b(?:the|an?)\s+(?=\S)")
 
 
@@ -183,6 +192,8 @@ def is_prose(text: str) -> bool:
     if r"\text{" in text or re.search("[\u3400-\u9fff]", text):
         return True
     bare = re.sub(r"\\[A-Za-z]+|\{[A-Za-z]*(?:matrix|cases|array)\}", " ", text)
+    if any(not _FUNCTION.fullmatch(word) for word in _SECOND_WORD.findall(bare)):  # I get
+        return True
     found = [letters for letters in re.findall(r"[^\W\d_]{2,}", bare) if not _FUNCTION.fullmatch(letters)]
     if re.fullmatch(r"[^\W\d_]{2,}(?: [^\W\d_]{2,})*", text) and len(text) > 2:  # nothing else: red one, but not xyz
         return any(is_word(letters) or re.search("[aeiouAEIOU]", letters) for letters in found)
@@ -194,10 +205,8 @@ def is_prose(text: str) -> bool:
 _OPENING = {"(", "[", "{", r"\{", r"\begin", r"\lfloor", r"\lceil"}
 _CLOSING = {")", "]", "}", r"\}", r"\end", r"\rfloor", r"\rceil"}
 _BRACKET = re.compile(r"\\[{}]|\\(?:begin|end|lfloor|rfloor|lceil|rceil)(?![A-Za-z])|[()\[\]{}]")
-_AND = rf"(?:{'|'.join(_units.CONJUNCTIONS)}|y/o|also)"
-CONJUNCTION = rf"(?<![^\W\d_\\]){_AND}(?![^\W\d_])|[和或与及]|또는|그리고|または|もしくは|หรือ"
-_TEXT_AND = re.compile(rf"\\text\{{\s*,?\s*{_AND}\s*,?\s*\}}")
-_SEPARATOR = re.compile(rf"[,;&]|{CONJUNCTION}|\\(?:lor|land|vee|wedge)(?![A-Za-z])")
+_TEXT_AND = re.compile(rf"\\text\{{\s*,?\s*{JOINED}\s*,?\s*\}}")
+_SEPARATOR = re.compile(rf"[,;&]|{JOINED}|\\(?:lor|land|vee|wedge)(?![A-Za-z])")
 
 
 def _outside(text: str) -> list[tuple[int, int]]:

@@ -1,8 +1,9 @@
 r"""Mathematics: 1 if the final answer equals the expected one as mathematics, 0 if not.
 
-The final answer is what the last ``\boxed{...}``, ``<answer>...</answer>`` or ``####`` holds, else what follows "the
-answer is", in any of many languages, else the last number or formula of the text (`_answers`). Texts are compared
-before numbers, and those before formulas (`_equality`), which are left to math-verify (`_symbols`, `_guards`).
+The final answer is what the last ``\boxed{...}``, ``<answer>...</answer>`` or ``####`` holds (`_marks`), else what "the
+answer is" announces, in any of many languages (`_phrases`, `_languages`), else the last number or formula of the text
+(`_values`); one that is denied, or one of several, is none (`_hedges`). Texts are compared before numbers, and those
+before formulas (`_equality`), which are left to math-verify (`_symbols`, `_guards`).
 """
 
 from __future__ import annotations
@@ -14,24 +15,27 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from rlzoo.reward import register_reward
-from rlzoo.rewards._answers import ENDING, announced, first_value, last_value, marked, only_value
 from rlzoo.rewards._equality import all_equal
-from rlzoo.rewards._numbers import clock, number
+from rlzoo.rewards._hedges import UNDECIDED
+from rlzoo.rewards._marks import marked
+from rlzoo.rewards._numbers import number
+from rlzoo.rewards._phrases import announced
 from rlzoo.rewards._text import column_of, completion_text, gold_text, is_missing
+from rlzoo.rewards._times import clock
+from rlzoo.rewards._values import first_value, last_lines, last_value, only_value, without_denial
 from rlzoo.rewards._writing import clean, compact, is_prose, words
 
 _LONG = 100
 """Characters from which a gold answer in words is taken for a worked solution."""
+_ENDING = 20_000
+"""Characters from the end of a text without marks in which its answer is searched for."""
 _BLANKS = re.compile(r"[^\S\n]{3,}|\n{3,}")
 _DISPLAY = re.compile(r"\\\[(?:(?!\\\]|\n\s*\n).){,500}\\\]|\$\$(?:(?!\n\s*\n)[^$]){,500}\$\$", re.DOTALL)
 """Displayed formulas, which may stand on lines of their own."""
 _ALIGNED = re.compile(r"\\begin\{((?:align|gather)(?:ed)?|equation|split)(\*?)\}(.{,2000}?)\\end\{\1\2\}", re.DOTALL)
 _OVER_LINES = re.compile(r"[^\S\n]?\n{1,2}(or|and)\b[^\S\n]?\n{,2}|[^\S\n](or|and)[^\S\n]?\n{1,2}")
 """An "or" that joins the lines above and below."""
-_DENIAL = re.compile(r"(?:,| and| but) not\s[^,;]*$")
-"""What the answer is not: 5, not 6."""
-_NOT_BUT = re.compile(r"not\s[^,;]{,20}?,? but (?:rather |instead )?")
-_REASON = re.compile(r",?\s+(?:because|since)\b.*", re.DOTALL)
+_REASON = re.compile(r",?\s+(?:(?:because|since|namely)\b|i\.e\.).*", re.DOTALL)
 
 
 @register_reward
@@ -64,7 +68,7 @@ class MathAnswer:
         """The final answer in one writing, for a vote among samples: 0.5 and 1/2 are one answer; empty without one."""
         text = _concluded(completion_text(completion))
         answers = marked(text) or ([] if self.marked else _unmarked(_prepared(text)))
-        return "; ".join(sorted(_in_one_writing(clean(answer)) for answer in answers))
+        return "; ".join(sorted(_in_one_writing(clean(answer)) for answer in answers if answer != UNDECIDED))
 
 
 def _score(completion: str, gold: Any, must_be_marked: bool) -> float | None:
@@ -99,7 +103,7 @@ def _gold_answers(gold: Any) -> list[str]:
     text = gold_text(gold).strip()
     found = marked(text)
     if not found and (len(text) > _LONG or "\n" in text) and is_prose(clean(text)):  # a worked solution
-        found = (announced(text[-ENDING:]) or [[last_value(text) or text]])[0]
+        found = (announced(text[-_ENDING:]) or [[last_value(text) or text]])[0]
     return [answer for answer in found or [text] if clean(answer)]
 
 
@@ -115,7 +119,7 @@ def _is_wording(gold: str) -> bool:
 
 def _read(clause: str, words_wanted: bool) -> str | None:
     """What a clause that announces an answer gives for it; None if it only speaks of it."""
-    clause = _REASON.sub("", _NOT_BUT.sub("", clause))
+    clause = _REASON.sub("", clause)
     if words_wanted or number(clean(clause)) or not is_prose(clean(clause)):
         return clause
     return first_value(clause)
@@ -123,7 +127,7 @@ def _read(clause: str, words_wanted: bool) -> str | None:
 
 def _prepared(text: str) -> str:
     """The end of a text without marks, each formula on one line."""
-    text = _ALIGNED.sub(_last_row, text[-ENDING:])
+    text = _ALIGNED.sub(_last_row, text[-_ENDING:])
     text = _DISPLAY.sub(lambda display: " ".join(display[0].split()), text)
     return _OVER_LINES.sub(lambda word: f" {word[1] or word[2]} ", text)
 
@@ -131,11 +135,12 @@ def _prepared(text: str) -> str:
 def _unmarked(text: str) -> list[str]:
     """What a text without marks answers: what it announces last, else its last value, else its last line."""
     for said in announced(text):
-        values = [value for clause in said if (value := _read(_DENIAL.sub("", clause), False)) is not None]
+        values = [value for clause in said if (value := _read(without_denial(clause), False)) is not None]
         if values:
             return values
-    value = last_value(text)
-    return [text.strip().rpartition("\n")[2] if value is None else value]
+    ending = last_lines(text)[0]
+    value = last_value(text) if len(ending) < 2 else None
+    return ending if value is None else [value]
 
 
 def _in_one_writing(answer: str) -> str:
@@ -151,17 +156,17 @@ def _ends_in(text: str, golds: list[str]) -> bool:
     text = _prepared(text)
     words_wanted = all(_is_wording(clean(gold)) for gold in golds)
     for said in announced(text):
-        clauses = [_DENIAL.sub("", clause) for clause in said]
+        clauses = [without_denial(clause) for clause in said]
         read = [_read(clause, words_wanted) for clause in clauses]
         values = [value for value in read if value is not None]
         if all_equal(clauses, golds) or (len(values) == len(read) and all_equal(values, golds)):
             return True
         if values:
             return False
-    last_line = text.strip().rpartition("\n")[2]
-    if all_equal([last_line], golds):
+    endings = last_lines(text)
+    if any(all_equal(ending, golds) for ending in endings):
         return True
-    if last_line and not is_prose(clean(last_line)):
+    if not is_prose(clean(endings[-1][-1])):
         return False
     value = last_value(text)
     if value is None or (words_wanted and not is_prose(clean(value))):

@@ -9,20 +9,27 @@ if TYPE_CHECKING:
     from rlzoo.buffers import OfflineBuffer, RolloutBuffer
     from rlzoo.comparison.runner import compare
     from rlzoo.evaluation import Metric, evaluate, list_metrics, register_metric
+    from rlzoo.inputs import Input
     from rlzoo.objective import Objective, get_objective, list_objectives, register, surrogate
     from rlzoo.policy import Policy, load_policy
     from rlzoo.reward import get_reward, list_rewards, register_reward
+    from rlzoo.rollout import Collector, Sampler, list_samplers, register_sampler
     from rlzoo.training import train
-    from rlzoo.types import Coefficients, TokenBatch
+    from rlzoo.types import Coefficients, Selection, Selector, TokenBatch, list_views, register_view
     from rlzoo.variance import analyze_variance
 
 _HOMES = {
     "Coefficients": "rlzoo.types",
+    "Collector": "rlzoo.rollout",
+    "Input": "rlzoo.inputs",
     "Metric": "rlzoo.evaluation",
     "Objective": "rlzoo.objective",
     "OfflineBuffer": "rlzoo.buffers",
     "Policy": "rlzoo.policy",
     "RolloutBuffer": "rlzoo.buffers",
+    "Sampler": "rlzoo.rollout",
+    "Selection": "rlzoo.types",
+    "Selector": "rlzoo.types",
     "TokenBatch": "rlzoo.types",
     "analyze_variance": "rlzoo.variance",
     "compare": "rlzoo.comparison.runner",
@@ -32,21 +39,30 @@ _HOMES = {
     "list_metrics": "rlzoo.evaluation",
     "list_objectives": "rlzoo.objective",
     "list_rewards": "rlzoo.reward",
+    "list_samplers": "rlzoo.rollout",
+    "list_views": "rlzoo.types",
     "load_policy": "rlzoo.policy",
     "register": "rlzoo.objective",
     "register_metric": "rlzoo.evaluation",
     "register_reward": "rlzoo.reward",
+    "register_sampler": "rlzoo.rollout",
+    "register_view": "rlzoo.types",
     "surrogate": "rlzoo.objective",
     "train": "rlzoo.training",
 }
 
 __all__ = [
     "Coefficients",
+    "Collector",
+    "Input",
     "Metric",
     "Objective",
     "OfflineBuffer",
     "Policy",
     "RolloutBuffer",
+    "Sampler",
+    "Selection",
+    "Selector",
     "TokenBatch",
     "analyze_variance",
     "compare",
@@ -56,17 +72,21 @@ __all__ = [
     "list_metrics",
     "list_objectives",
     "list_rewards",
+    "list_samplers",
+    "list_views",
     "load_policy",
     "register",
     "register_metric",
     "register_reward",
+    "register_sampler",
+    "register_view",
     "surrogate",
     "train",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    """Public names load torch only when they are used, so that the command line answers at once."""
+    """Import public names only when they are used: the command line answers before torch is loaded."""
     if name not in _HOMES:
         raise AttributeError(f"module 'rlzoo' has no attribute {name!r}")
     return getattr(importlib.import_module(_HOMES[name]), name)

@@ -1,10 +1,11 @@
-"""Advantage estimators: pure functions of rewards, groups and values, with no gradient."""
+"""Advantage estimators: pure functions of rewards, groups and values, without gradients."""
 
 from __future__ import annotations
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.nn import functional
 
 from rlzoo.types import running_sum
 
@@ -30,20 +31,20 @@ def group_centred(
 ) -> Float[Tensor, " B"]:
     """r - mean_G of each row, in ``dtype`` (None: the rewards' own); exactly 0 for a group of one or of equal rewards.
 
-    The group's least reward comes off first, in the rewards' own precision: the mean of equal rewards may round to
-    another number, and a large offset would cost the digits of small differences.
+    The group's smallest reward is subtracted first, in the rewards' own precision: the mean of equal rewards may round
+    to another number, and a large offset would cost small differences their digits.
     """
     above = (reward - _least(reward, group)).to(dtype or reward.dtype)
     return above - group_mean(above, group)
 
 
 def group_varies(reward: Float[Tensor, " B"], group: Int[Tensor, " B"]) -> Bool[Tensor, " B"]:
-    """True for the rows of groups whose rewards are not all equal, to the bit: a std of 0 may be rounded to more."""
+    """True for rows of groups whose rewards are not all bitwise equal: a computed std need not be exactly 0."""
     return _least(reward, group) < -_least(-reward, group)
 
 
 def _least(reward: Float[Tensor, " B"], group: Int[Tensor, " B"]) -> Float[Tensor, " B"]:
-    """The least reward of each row's group."""
+    """The smallest reward of each row's group."""
     index = _numbered(group)
     return torch.zeros_like(reward).scatter_reduce(0, index, reward, "amin", include_self=False)[index]
 
@@ -89,21 +90,21 @@ def optimal_token_baseline(
     mask: Bool[Tensor, "B T"],
     zero_tail: bool = False,
 ) -> Float[Tensor, "B T"]:
-    """B_t = Σ_i r_i W_{i,t} / Σ_i W_{i,t}, W_{i,t} = Σ_{s≤t} S_{i,s}, over the rows of the group that still run at t.
+    """B_t = Σ_i r_i W_{i,t} / Σ_i W_{i,t}, W_{i,t} = Σ_{s≤t} S_{i,s}, over the group's rows of at least t tokens.
 
-    ``score_norm`` is S, the squared norm of a token's score. 0 at masked positions; the group's least reward where all
-    W are 0. Of equal rewards it is exactly that reward. With ``zero_tail`` it is 0 where one row runs alone, which
-    otherwise is its own baseline. Source: arXiv 2602.07078.
+    ``score_norm`` is S, the squared norm of the score function ∇ log π at a token. The baseline is 0 at masked
+    positions, the group's smallest reward where all W are 0, and exactly the reward where rewards are equal. With
+    ``zero_tail`` it is 0 where only one row is left, which otherwise is its own baseline. Source: arXiv 2602.07078.
     """
     if score_norm.shape != mask.shape or reward.shape != group.shape or len(reward) != len(mask):
         shapes = [tuple(x.shape) for x in (reward, group, score_norm, mask)]
-        raise ValueError(f"shapes do not fit: {', '.join(map(str, shapes))}")
+        raise ValueError(f"shapes do not match: {', '.join(map(str, shapes))}")
     live = running_sum(torch.where(mask, score_norm, 0)) * mask
     least = _least(reward, group)
     index, total = _numbered(group), torch.zeros_like(live)
-    weighed = total.index_add(0, index, live * (reward - least).to(live.dtype)[:, None])[index]
+    weighted = total.index_add(0, index, live * (reward - least).to(live.dtype)[:, None])[index]
     weight = total.index_add(0, index, live)[index]
-    baseline = least[:, None] + torch.where(weight > 0, weighed / weight, 0)
+    baseline = least[:, None] + torch.where(weight > 0, weighted / weight, 0)
     has_baseline = mask
     if zero_tail:
         has_baseline = mask & (total.index_add(0, index, mask.to(live.dtype))[index] > 1)
@@ -120,29 +121,37 @@ def generalised_advantage(
 ) -> tuple[Float[Tensor, "B T"], Float[Tensor, "B T"]]:
     """GAE(γ, λ) and the returns A + V, both 0 at masked positions.
 
-    δ_t = r_t + γ V_{t+1} - V_t, A_t = δ_t + γλ A_{t+1}; ``after`` is the value after each row's last token, 0 unless
-    given, because a completion ends the episode. Source: arXiv 1506.02438, eq. 16.
+    δ_t = r_t + γ V_{t+1} - V_t, A_t = δ_t + γλ A_{t+1}; ``after`` is the value after each row's last token, by default
+    0, because a completion ends the episode. Source: arXiv 1506.02438, eq. 16.
     """
     if reward.shape != value.shape or reward.shape != mask.shape:
         raise ValueError(f"shapes differ: {tuple(reward.shape)}, {tuple(value.shape)}, {tuple(mask.shape)}")
-    value = torch.where(mask, value, 0)
-    reward = torch.where(mask, reward, 0)
-    advantage = torch.zeros_like(value)
-    following = value.new_zeros(len(value)) if after is None else after.to(value.dtype)
-    running = value.new_zeros(len(value))
-    for t in reversed(range(value.shape[1])):
-        live = mask[:, t]
-        delta = reward[:, t] + gamma * following - value[:, t]
-        running = torch.where(live, delta + gamma * lam * running, running)
-        following = torch.where(live, value[:, t], following)
-        advantage[:, t] = torch.where(live, running, 0)
+    value, length = torch.where(mask, value, 0), mask.shape[1]
+    after = value.new_zeros(len(value)) if after is None else after.to(value.dtype)
+    place = torch.where(mask, torch.arange(length, device=mask.device), length)
+    next_place = functional.pad(place, (0, 1), value=length).flip(1).cummin(1).values.flip(1)[:, 1:]
+    following = torch.cat([value, after[:, None]], 1).gather(1, next_place)
+    delta = torch.where(mask, reward + gamma * following - value, 0)
+    decay = torch.where(mask, torch.full_like(value, gamma * lam), 1)
+    advantage = torch.where(mask, _discounted(delta, decay), 0)
     return advantage, torch.where(mask, advantage + value, 0)
 
 
-def whiten(x: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"], epsilon: float = 1e-8) -> Float[Tensor, "B T"]:
-    """(x - mean) / sqrt(var + ε) over the unmasked entries; 0 elsewhere. Fewer than two entries stay as they are.
+def _discounted(x: Float[Tensor, "B T"], decay: Float[Tensor, "B T"]) -> Float[Tensor, "B T"]:
+    """y_t = x_t + d_t y_{t+1}, in log2(T) passes: each lets a position take in twice as many of those after it."""
+    step = 1
+    while step < x.shape[1]:
+        reached = decay[:, :-step]
+        x = torch.cat([x[:, :-step] + reached * x[:, step:], x[:, -step:]], 1)
+        decay = torch.cat([reached * decay[:, step:], decay[:, -step:]], 1)
+        step *= 2
+    return x
 
-    Entries that are all equal give exactly 0: the mean of them may round to another number, which ε would not hide.
+
+def whiten(x: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"], epsilon: float = 1e-8) -> Float[Tensor, "B T"]:
+    """(x - mean) / sqrt(var + ε) over the unmasked entries; 0 elsewhere. Fewer than two entries are left unchanged.
+
+    Equal entries give exactly 0: their computed mean may round to another number, which ε would not hide.
     """
     kept, count = torch.where(mask, x, 0), mask.sum()
     mean = masked_mean(x, mask)

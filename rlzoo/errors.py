@@ -1,4 +1,4 @@
-"""What can be wrong with a user's input. The command line prints such an error as one line and exits with 2."""
+"""Errors in a user's input. The command line prints one as a single line and exits with status 2."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections.abc import Iterable
 
 
 class UserError(ValueError):
-    """Wrong input: the message names the thing and how to fix it, in one line."""
+    """Wrong input: the message says in one line what is wrong, where, and how to fix it."""
 
 
 def unknown(kind: str, name: str, known: Iterable[str]) -> UserError:
-    """The error for a name that is not there, with the nearest one and all that are."""
+    """The error for an unknown name, with the nearest name and all known ones."""
     names = sorted(known)
     near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     hint = f" did you mean {near[0]!r}?" if near else ""
@@ -19,7 +19,7 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> UserError:
 
 
 def kind_of(value: object) -> str:
-    """What a value is, in a word for an error."""
+    """The type of a value, in a word for error messages."""
     if value is None or value != value:
         return "null" if value is None else "NaN"
     name = type(value).__name__

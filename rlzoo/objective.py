@@ -1,4 +1,4 @@
-"""The one idea: an objective is a coefficient a token, and one surrogate turns coefficients into a gradient.
+"""The one idea: an objective is a coefficient per token, and one surrogate turns coefficients into a gradient.
 
     ∇J(θ) = E[ (1/Z) Σ_t c_t ∇ log π_θ(y_t | x, y_<t) ] + auxiliary terms
 
@@ -24,11 +24,21 @@ from torch import Tensor
 from rlzoo.errors import UserError, unknown
 from rlzoo.inputs import Input
 from rlzoo.registry import Registry, told
-from rlzoo.types import Coefficients, Coupling, Selection, TokenBatch, Unit, WhichView, selector_of
+from rlzoo.types import (
+    Coefficients,
+    Coupling,
+    Selection,
+    TokenBatch,
+    Unit,
+    WhichView,
+    builtin,
+    name_of_view,
+    selector_of,
+)
 
 
 class Normaliser(Enum):
-    """How per-token terms become one number: Σ w_t x_t / Z, with Z taken over the whole optimizer step."""
+    """How per-token terms are reduced: Σ w_t x_t / Z, with Z over the whole optimizer step."""
 
     PER_TOKEN = "per_token"
     """w = 1, Z = number of completion tokens."""
@@ -45,7 +55,7 @@ class Normaliser(Enum):
         return 1 / length.clamp(min=1) if self is Normaliser.PER_SEQUENCE else torch.ones_like(length)
 
     def denominator(self, batch: TokenBatch) -> float:
-        """Z of a batch. Over micro-batches and ranks, Z of the whole step is the sum of theirs."""
+        """Z of a batch. Z of an optimizer step is the sum over its micro-batches and ranks."""
         return float(self.count(batch))
 
     def count(self, batch: TokenBatch) -> Tensor | int:
@@ -60,13 +70,13 @@ class Normaliser(Enum):
 
 
 @dataclass(frozen=True)
-class Part:
-    """An objective as one of those whose weighted gradients make up an optimizer step, each on rows of its own."""
+class Component:
+    """A component of a composite: an objective, on rows of its own, and the weight of its gradient in the sum."""
 
     objective: Objective
     weight: float = 1.0
     label: str = ""
-    """What its metrics are called by, before a slash."""
+    """The prefix of its metrics, before a slash."""
 
 
 @dataclass(frozen=True)
@@ -77,68 +87,68 @@ class Objective:
     """
 
     truncated: Literal["keep", "mask", "drop"] = dataclasses.field(default="keep", kw_only=True)
-    """What happens to truncated completions: ``keep`` learns from them as from any other, though they do not end;
-    ``drop`` leaves them out of the view; ``mask``, for objectives of groups, takes their tokens out of the loss and of
-    the number of tokens, while their rewards count in their groups and they count as sequences."""
+    """What happens to truncated completions: ``keep`` treats them like any other; ``drop`` leaves them out of the view;
+    ``mask``, for objectives that learn from groups, removes their tokens from the loss and from the token count, while
+    they still count as sequences and their rewards count in their groups."""
 
     name: ClassVar[str]
     learns_from: ClassVar[WhichView] = Selection.DEMONSTRATIONS
-    """A view of the buffer: built in, of one's own, or by name."""
+    """A view of the buffer: built in, a view object, or a name."""
     couples: ClassVar[Coupling] = Coupling.NONE
     normaliser: ClassVar[Normaliser] = Normaliser.PER_TOKEN
     source: ClassVar[str] = ""
-    """Where the objective comes from: an arXiv id."""
+    """The arXiv id of its paper."""
 
     @property
     def requires(self) -> tuple[Input, ...]:
-        """What the batch must hold beside what rows hold anyway: see `rlzoo.inputs`."""
+        """The inputs that the batch must have besides the fields of its rows: see `rlzoo.inputs`."""
         return ()
 
     @property
     def view_options(self) -> Mapping[str, Any]:
-        """Options for the buffer's view named by ``learns_from``; `view_of` adds what ``truncated`` asks for."""
+        """Options of the view ``learns_from``; `view_of` adds those that ``truncated`` implies."""
         return {}
 
     @property
     def at_sampling_temperature(self) -> bool:
-        """Whether log-probs of a row, and all that goes with them, are taken at the temperature it was sampled at.
+        """Whether log-probs and statistics of a row are taken at its sampling temperature.
 
-        So they are where the policy that samples is what is improved: by groups of its samples, or by ratios to it,
-        which are 1 at the start only at that temperature. Other objectives learn the policy at temperature 1.
+        True where the sampling policy itself is improved: for groups of its samples, and for ratios to it, which start
+        at 1 only at that temperature. Other objectives train the policy at temperature 1.
         """
         groups = selector_of(self.learns_from).unit is Unit.GROUP
         return groups or any(one.at_sampling_temperature for one in self.requires)
 
     @property
-    def parts(self) -> tuple[Part, ...]:
-        """The objectives whose gradients are summed in a step: this one alone, unless it is a composite.
+    def components(self) -> tuple[Component, ...]:
+        """The objectives whose weighted gradients are summed: this one alone, unless it is a composite.
 
-        A composite has nothing else of its own.
+        A composite defines nothing else.
         """
-        return (Part(self),)
+        return (Component(self),)
 
     def prepare(self, batch: TokenBatch) -> TokenBatch:
-        """Fix what stays the same for all updates on a batch. Called once on the whole batch, with no gradient.
+        """Compute what is fixed for all updates on a batch, such as advantages. Called once, without a gradient.
 
-        It may take a token's mask away, which then counts in no sum and no denominator; if it does, it must give
-        advantages too, as a batch without them is taken for one that is not yet prepared.
+        It may mask tokens, which then count in no sum and no denominator; if it does, it must also set advantages,
+        because a batch without them is taken for one that is not prepared yet.
 
-        ``logp`` and inputs of the forward pass are there only for an objective with a `Snapshot`, or one that couples
-        the BATCH: for others nothing has been scored yet, and asking for them is an error. ``batch.dtype`` is theirs.
+        ``logp`` and FORWARD inputs are there only for an objective with a `Snapshot` or with coupling BATCH: for others
+        the policy has not run yet, and reading them is an error. ``batch.dtype`` is their dtype.
         """
         advantage = self.advantages(batch)
         return batch if advantage is None else batch.replace(advantage=advantage)
 
     def advantages(self, batch: TokenBatch) -> Float[Tensor, "B T"] | None:
-        """The advantage of each token, over the whole batch; None for an objective that has none."""
+        """The advantage of each token, from the whole batch; None for an objective without advantages."""
         return None
 
     def coefficients(self, batch: TokenBatch) -> Coefficients:
-        """c_t of each token, from a batch with no graph."""
+        """c_t of each token, from a batch without a graph."""
         raise NotImplementedError(f"{type(self).__name__} must define coefficients(batch)")
 
     def auxiliary(self, batch: TokenBatch) -> Mapping[str, Float[Tensor, "B T"]]:
-        """Named extra losses a token, weighted, with their graph; the normaliser reduces them."""
+        """Further losses per token by name, weighted, with their graph; the normaliser reduces them."""
         return {}
 
     def logit_term(
@@ -147,9 +157,9 @@ class Objective:
         reference_logits: Float[Tensor, "N V"] | None,
         target: Int[Tensor, " N"],
     ) -> Float[Tensor, " N"] | None:
-        """A weighted loss a position that needs the full vocabulary, run chunk by chunk inside the head.
+        """A weighted loss per position that needs the full vocabulary, computed chunk by chunk in the head.
 
-        ``reference_logits`` are there only for an objective that lists `ReferenceLogits`.
+        ``reference_logits`` is None unless the objective lists `ReferenceLogits`.
         """
         return None
 
@@ -160,11 +170,11 @@ class Objective:
 
     @property
     def is_coupled(self) -> bool:
-        """Whether a coefficient looks at the whole batch, which then has to be scored before its first backward."""
+        """Whether coefficients depend on the whole batch, whose log-probs are then needed before the first backward."""
         return self.couples is Coupling.BATCH
 
     def needed(self, batch: TokenBatch, *names: str) -> tuple[Tensor, ...]:
-        """Fields of the batch that this objective cannot do without. Raises UserError naming the missing one."""
+        """Required fields of the batch. Raises UserError naming the first that is missing."""
         values = []
         for name in names:
             value = batch.get(name)
@@ -177,9 +187,39 @@ class Objective:
 
 
 def view_of(objective: Objective) -> tuple[WhichView, dict[str, Any]]:
-    """The view that an objective learns from, and all its options: its own, and to leave out truncated rows."""
+    """The view that an objective learns from, and its options, that for truncated rows included."""
     dropping = {"truncated": "drop"} if objective.truncated == "drop" else {}
     return objective.learns_from, {**objective.view_options, **dropping}
+
+
+KEPT_OPTIONS = ("weighted", "truncated", "varied")
+"""Options of a view that say what to draw, not what the view is, and so go along when another takes its place."""
+_KINDS = {Unit.ROW: "single rows", Unit.PAIR: "pairs", Unit.GROUP: "groups"}
+
+
+def view_in_place(objective: Objective, other: WhichView) -> tuple[WhichView, dict[str, Any]]:
+    """The same with another view in place of the objective's own, of as many rows per unit.
+
+    Raises UserError for an unknown view, and for one that the objective cannot learn from.
+    """
+    own, options = view_of(objective)
+    other, name = builtin(other), name_of_view(other)
+    if is_composite(type(objective)):
+        raise UserError(f"learns_from: {objective.name!r} is a composite, and each component has a view of its own")
+    if other == builtin(own):
+        return own, options
+    it, mine = selector_of(other), selector_of(own)
+    if it.unit is not mine.unit:
+        wanted = _KINDS[mine.unit]
+        raise UserError(
+            f"learns_from: the view {name!r} has {_KINDS[it.unit]}, and {objective.name!r} learns from {wanted}: "
+            f"name a view of {wanted}"
+        )
+    if it.is_imitated and not mine.is_imitated:
+        raise UserError(
+            f"learns_from: rows of the view {name!r} may have no reward, and {objective.name!r} learns from rewards"
+        )
+    return other, {key: value for key, value in options.items() if key in KEPT_OPTIONS and value}
 
 
 _objectives: Registry[type[Objective]] = Registry("objective", "rlzoo.algorithms", "rlzoo.objectives")
@@ -187,7 +227,7 @@ _Class = TypeVar("_Class", bound=type[Objective])
 
 
 def register(objective: _Class) -> _Class:
-    """Class decorator: make an `Objective` known under its ``name``. A name taken by another class is an error."""
+    """Class decorator: register an `Objective` under its ``name``. A name taken by another class is an error."""
     _objectives.add(objective.name, objective)
     return objective
 
@@ -210,12 +250,12 @@ def objective_class(spec: str) -> type[Objective]:
 
 
 def is_composite(objective: type[Objective]) -> bool:
-    """Whether an objective is made of others, with views, coefficients and normalisers of their own."""
-    return objective.parts is not Objective.parts
+    """Whether an objective is a sum of others, each with its own view, coefficients and normaliser."""
+    return objective.components is not Objective.components
 
 
 def options_of(objective: type[Objective]) -> dict[str, dict[str, Any]]:
-    """The hyper-parameters of an objective: name → type and default (None if it has none), as text and value."""
+    """The hyper-parameters of an objective: name → its type as text, and its default (None if it has none)."""
     hints = _hints(objective)
     return {f.name: {"type": _type_name(hints[f.name]), "default": _default(f)} for f in dataclasses.fields(objective)}
 
@@ -241,7 +281,7 @@ def _hints(objective: type[Objective]) -> dict[str, Any]:
     try:
         return typing.get_type_hints(objective)
     except (NameError, TypeError) as error:
-        raise UserError(f"objective {objective.name!r} has an annotation that cannot be read: {error}") from None
+        raise UserError(f"objective {objective.name!r} has an annotation that cannot be resolved: {error}") from None
 
 
 def get_objective(name: str, /, **options: Any) -> Objective:
@@ -267,7 +307,7 @@ def get_objective(name: str, /, **options: Any) -> Objective:
         built = found(**options)
     except UserError:
         raise
-    except Exception as error:  # of a plug-in's own checks
+    except Exception as error:  # from a plug-in's own checks
         raise UserError(f"objective {name!r} cannot be built from {options}: {told(error)}") from error
     _check_truncated(built)
     _check_requires(built)
@@ -280,7 +320,7 @@ def _check_requires(objective: Objective) -> None:
     for one in objective.requires:
         if not isinstance(one, Input):
             raise UserError(
-                f"objective {objective.name!r}: requires lists {one!r}, which is no input: give instances, as in "
+                f"objective {objective.name!r}: requires lists {one!r}, which is not an input: give instances, as in "
                 "rlzoo.inputs.Reference()"
             )
         if one.lacks is not None:
@@ -295,7 +335,9 @@ def _check_requires(objective: Objective) -> None:
 
 def _check_truncated(objective: Objective) -> None:
     if objective.truncated != "keep" and is_composite(type(objective)):
-        raise UserError(f"objective {objective.name!r} is a composite: give truncated to its parts, in their options")
+        raise UserError(
+            f"objective {objective.name!r} is a composite: give truncated to its components, in their options"
+        )
     if objective.truncated == "mask" and selector_of(objective.learns_from).unit is not Unit.GROUP:
         raise UserError(
             f"objective {objective.name!r} does not learn from groups, in which a masked completion's reward counts: "
@@ -309,7 +351,7 @@ def reduce(
     normaliser: Normaliser,
     denominator: Tensor | float,
 ) -> Tensor:
-    """Σ w x / Z over the unmasked tokens, or over the rows of an x of shape [B]; a Z of 0 counts as 1."""
+    """Σ w x / Z over the unmasked tokens, or over rows if x has shape [B]; a Z of 0 counts as 1."""
     if per_token.ndim == 2:
         per_token = torch.where(batch.mask, per_token * normaliser.weight(batch), 0)
     total = per_token.sum()
@@ -319,36 +361,36 @@ def reduce(
 
 
 def surrogate(objective: Objective, batch: TokenBatch, denominator: float | None = None) -> Float[Tensor, ""]:
-    """The one loss: -(c.detach() · log π)[mask] / Z plus the objective's auxiliary terms.
+    """The surrogate loss: -(c.detach() · log π)[mask] / Z plus the objective's auxiliary terms.
 
     ``denominator`` is Z of the whole optimizer step; None takes the objective's own normaliser over this batch.
-    The parts of a composite all look at this batch; each has a normaliser of its own, so it takes no ``denominator``.
-    A batch without advantages is prepared first. An all-masked batch gives 0, with a warning. Its value is not the
-    paper's loss (see `Coefficients.loss`); its gradient is.
+    The components of a composite all see this batch; each has its own normaliser, so it takes no ``denominator``.
+    A batch without advantages is prepared first. A batch in which all tokens are masked gives 0, with a warning. The
+    gradient is that of the paper's loss; the value is not (see `Coefficients.loss`).
     """
     if denominator is not None and is_composite(type(objective)):
-        raise ValueError(f"objective {objective.name!r} is a composite: each of its parts has its own denominator")
+        raise ValueError(f"objective {objective.name!r} is a composite: each of its components has its own denominator")
     losses = []
-    for part in objective.parts:
+    for component in objective.components:
         own = batch
         if batch.advantage is None:
-            fixed = part.objective.prepare(batch.detach())
+            fixed = component.objective.prepare(batch.detach())
             own = fixed.replace(logp=batch.logp, inputs={**fixed.inputs, **batch.inputs})  # with their graph
-        coefficients = part.objective.coefficients(own.detach())
-        losses.append(part.weight * surrogate_of(coefficients, part.objective, own, denominator))
+        coefficients = component.objective.coefficients(own.detach())
+        losses.append(component.weight * surrogate_of(coefficients, component.objective, own, denominator))
     return torch.stack(losses).sum()
 
 
 def surrogate_of(
     coefficients: Coefficients, objective: Objective, batch: TokenBatch, denominator: Tensor | float | None = None
 ) -> Float[Tensor, ""]:
-    """`surrogate` for coefficients that are known already."""
+    """`surrogate` for given coefficients."""
     normaliser = objective.normaliser
     if denominator is None:
         denominator = normaliser.denominator(batch)
         if not batch.mask.any():
             warnings.warn("every token of the batch is masked: the loss is 0", stacklevel=2)
-    values = torch.where(batch.mask, coefficients.values, 0)  # padding may hold anything, NaN too
+    values = torch.where(batch.mask, coefficients.values, 0)  # padding may hold anything, even NaN
     loss = -reduce(values * batch.logp, batch, normaliser, denominator)
     live = {key: value for key, value in batch.inputs.items() if value.requires_grad and value.ndim == 2}
     batch = batch.replace(**{key: torch.where(batch.mask, value, 0) for key, value in live.items()})

@@ -1,4 +1,4 @@
-"""Importance ratios and what clipping does to them: pure functions of log-probs and advantages, with no gradient."""
+"""Importance ratios and clipping: pure functions of log-probs and advantages, without gradients."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from rlzoo.errors import UserError
 
 RATIO_MAX = math.exp(20)
-"""A ratio above this counts as this, so that no coefficient is infinite on stale data. The bound is verl's."""
+"""Ratios are bounded by this, as in verl, so that no coefficient is infinite on stale data."""
 
 
 class Clipped(NamedTuple):
@@ -33,7 +33,7 @@ def ratio_of(log_ratio: Tensor) -> Tensor:
 def token_ratio(
     logp: Float[Tensor, "B T"], behaviour: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]
 ) -> Float[Tensor, "B T"]:
-    """ρ_t = π/μ of each token, at most `RATIO_MAX`; 1 at masked positions, whatever stands there."""
+    """ρ_t = π/μ of each token, at most `RATIO_MAX`; 1 at masked positions."""
     _same_shape(logp, behaviour, mask)
     return ratio_of(torch.where(mask, logp - behaviour, 0))
 
@@ -41,7 +41,7 @@ def token_ratio(
 def sequence_ratio(
     logp: Float[Tensor, "B T"], behaviour: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]
 ) -> Float[Tensor, "B T"]:
-    """s = exp(mean_t log ρ_t), the geometric mean of a row's ratios, at each of its tokens; 1 for a row of none.
+    """s = exp(mean_t log ρ_t), the geometric mean of a row's ratios, at each of its tokens; 1 for a row without tokens.
 
     At most `RATIO_MAX`.
     """
@@ -59,8 +59,8 @@ def clipped_gradient(
 ) -> Clipped:
     """The gradient of min(ρA, clip(ρ, 1-ε_below, 1+ε_above) A): ρA, or 0 past a bound in the direction of A.
 
-    A ratio beyond the bound that the advantage pulls it back to is not clipped, so ρA has no bound of its own where
-    A < 0. ``most`` is one: from ρ = ``most`` on, the loss is -``most`` A and its gradient 0. None takes `RATIO_MAX`.
+    A ratio that the advantage pulls back towards the bound is not clipped, so ρA is unbounded where A < 0. ``most``
+    bounds it: from ρ = ``most`` on, the loss is -``most`` A and its gradient 0. None: `RATIO_MAX`.
     Sources: arXiv 1707.06347, eq. 7; for the upper bound dual-clip PPO, arXiv 1912.09729, and two-sided GRPO,
     arXiv 2505.07291, which are the same.
     """
@@ -76,7 +76,7 @@ def clipped_gradient(
 def k3(
     logp: Float[Tensor, "B T"], reference: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]
 ) -> tuple[Float[Tensor, "B T"], Float[Tensor, "B T"]]:
-    """The k3 estimate x - log x - 1 of KL(π ‖ π_ref), x = π_ref/π, and x - 1, its coefficient in a loss; both [B, T].
+    """The k3 estimate x - log x - 1 of KL(π ‖ π_ref), x = π_ref/π, and its coefficient x - 1 in a loss; both [B, T].
 
     0 at masked positions. x is at most `RATIO_MAX`, where the loss is flat and the coefficient 0.
     Source: Schulman 2020, joschu.net/blog/kl-approx.html.
@@ -89,10 +89,10 @@ def k3(
 
 
 def check_upper_bound(owner: str, option: str, most: float | None, above: float) -> None:
-    """Raise UserError for an upper bound of the ratio that is not beyond the clip's own, 1 + ``above``."""
+    """Raise UserError if an upper bound of the ratio is not above that of the clip, 1 + ``above``."""
     if most is not None and not most > 1 + above:
         raise UserError(
-            f"{owner} needs {option} above 1 + {above:g}, where the clip ends, got {most:g}: raise it or leave it out"
+            f"{owner} needs {option} above 1 + {above:g}, the bound of the clip, got {most:g}: raise it or leave it out"
         )
 
 

@@ -1,4 +1,4 @@
-"""Names for things that users plug in: built-ins, entry points, ``module:Name`` and ``path/to/file.py:Name``."""
+"""Registries of plug-ins: built-ins, entry points, ``module:Name`` and ``path/to/file.py:Name``."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ T = TypeVar("T")
 
 
 class Registry(Generic[T]):
-    """A table of names, filled by a package or module of built-ins and by entry points when it is first read."""
+    """A table of names, filled from a package or module of built-ins and from entry points when it is first read."""
 
     def __init__(self, kind: str, builtins: str, group: str) -> None:
         self.kind, self._builtins, self._group = kind, builtins, group
@@ -29,7 +29,7 @@ class Registry(Generic[T]):
         self._filled = False
 
     def add(self, name: str, entry: T) -> T:
-        """Register ``entry``; a name that is taken by something else is an error."""
+        """Register ``entry``; a name that is taken by another entry is an error."""
         name = canonical(name)
         present = self._entries.get(name)
         if present is not None and _origin(present) != _origin(entry):
@@ -45,7 +45,7 @@ class Registry(Generic[T]):
         return sorted(self._entries)
 
     def get(self, spec: str) -> T:
-        """Look a name up, or import what ``module:Name`` or ``file.py:Name`` points at."""
+        """Look up a name, or import ``module:Name`` or ``file.py:Name``."""
         if ":" in spec:
             found: T = load_attribute(spec, self.kind)
             return found
@@ -62,7 +62,7 @@ class Registry(Generic[T]):
     def _fill(self) -> None:
         if self._filled:
             return
-        self._filled = True  # at once: what is imported now may ask for a name
+        self._filled = True  # before importing: a module may look up a name
         try:
             self._import_all()
         except BaseException:
@@ -92,7 +92,7 @@ class Registry(Generic[T]):
 
 
 def canonical(name: str) -> str:
-    """``IW_SFT`` and ``iw-sft`` are one name."""
+    """The canonical spelling of a name: ``IW_SFT`` and ``iw-sft`` are the same."""
     return name.strip().lower().replace("_", "-")
 
 
@@ -106,7 +106,7 @@ def told(error: BaseException) -> str:
 
 
 def load_attribute(spec: str, kind: str) -> Any:
-    """What ``package.module:Name`` or ``path/to/file.py:Name`` points at. The code of that module is run."""
+    """Import ``package.module:Name`` or ``path/to/file.py:Name``, which runs the code of that module."""
     where, _, attribute = spec.rpartition(":")
     if not where or not attribute:
         raise UserError(f"{kind} {spec!r}: write package.module:Name or path/to/file.py:Name")
@@ -128,7 +128,7 @@ def _load_module(name: str, kind: str) -> ModuleType:
 
 
 def _load_file(path: Path, kind: str) -> ModuleType:
-    """The module of a file, which finds the modules in its folder as a script would: ``import helpers`` works."""
+    """The module of a file, which can import the modules in its folder as a script can (``import helpers``)."""
     path = path.expanduser().resolve()
     if not path.is_file():
         raise UserError(f"{kind} file {str(path)!r} does not exist")
@@ -136,7 +136,7 @@ def _load_file(path: Path, kind: str) -> ModuleType:
     name = f"{_package(path.parent)}.{own}"
     if name in sys.modules:
         return sys.modules[name]
-    importlib.invalidate_caches()  # what is beside it may be new
+    importlib.invalidate_caches()  # files beside it may be new
     spec = importlib.util.spec_from_file_location(name, path, loader=_Loader(name, str(path)))
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -152,7 +152,7 @@ def _load_file(path: Path, kind: str) -> ModuleType:
 
 
 # Modules beside a plugin's file. Each folder is a package of its own, so that two folders may both have a helpers.py;
-# sys.path stays as it is, so that no module of a user's hides one that rlzoo or another package imports.
+# sys.path is unchanged, so that no module of a user hides one that rlzoo or another package imports.
 
 _PREFIX = "rlzoo_plugin_"
 
@@ -162,7 +162,7 @@ def _digest(path: Path) -> str:
 
 
 def _package(folder: Path) -> str:
-    """The name of the package that a folder's modules are imported in."""
+    """The name of the package that a folder's modules are imported as part of."""
     name = _PREFIX + _digest(folder)
     if name not in sys.modules:
         package = ModuleType(name)
@@ -174,7 +174,7 @@ def _package(folder: Path) -> str:
 
 
 class _Loader(SourceFileLoader):
-    """Gives a module an ``import`` that looks beside it first."""
+    """Loads a module whose ``import`` statements look in its own folder first."""
 
     def exec_module(self, module: ModuleType) -> None:
         vars(module)["__builtins__"] = {**vars(builtins), "__import__": _import}
@@ -182,7 +182,7 @@ class _Loader(SourceFileLoader):
 
 
 class _Finder:
-    """Finds what is imported in the packages of plugins' folders, and nothing else."""
+    """Finds modules in the packages of plug-ins' folders, and nothing else."""
 
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
         spec = PathFinder.find_spec(name, path) if name.startswith(_PREFIX) else None
@@ -205,9 +205,9 @@ def _import(
 
 
 def _is_beside(package: str, name: str) -> bool:
-    """Whether ``import name`` means a module in a plugin's folder. It does as in a script, but hides nothing of Python.
+    """Whether ``import name`` means a module in a plug-in's folder: as in a script, but never in place of Python's own.
 
-    What a plain import finds in that very place is imported plainly: it may be imported from elsewhere too.
+    What a plain import finds in that same place is imported plainly, because it may be imported from elsewhere too.
     """
     if not package.startswith(_PREFIX) or name in sys.stdlib_module_names:
         return False
@@ -216,11 +216,11 @@ def _is_beside(package: str, name: str) -> bool:
         return False
     try:
         plain = importlib.util.find_spec(name)
-    except ValueError:  # a module that does not say where it is from
+    except ValueError:  # a module without a spec
         return False
     if plain is None:
         return True
-    if beside.origin is None:  # a folder without __init__.py, which any module of that name comes before
+    if beside.origin is None:  # a folder without __init__.py: any module of that name comes first
         return plain.origin is None and not set(_places(beside)) <= set(_places(plain))
     return beside.origin != plain.origin
 

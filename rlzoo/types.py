@@ -1,7 +1,7 @@
-"""The nouns of rlzoo. Shapes stand in the annotations: B sequences, T completion positions, N flat positions.
+"""The core types of rlzoo. Shapes are in the annotations: B sequences, T completion positions, N flat positions.
 
-A completion position ``t`` holds the token ``y_t`` and what was computed to predict it. The prompt is cut away,
-rows are padded on the right, and everything at a masked position is ignored.
+A completion position ``t`` holds the token ``y_t`` and the values computed to predict it. Prompts are removed, rows are
+padded on the right, and values at masked positions are ignored.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from rlzoo.errors import UserError
-from rlzoo.registry import Registry
+from rlzoo.registry import Registry, canonical
 
 
 def running_sum(x: Float[Tensor, "N M"], dtype: torch.dtype | None = None) -> Float[Tensor, "N M"]:
@@ -35,7 +35,7 @@ def running_sum(x: Float[Tensor, "N M"], dtype: torch.dtype | None = None) -> Fl
 
 
 class Selection(Enum):
-    """The part of a buffer that an objective learns from, and the rows that must stay together."""
+    """The built-in views: which rows of a buffer an objective learns from, and in which units."""
 
     DEMONSTRATIONS = "demonstrations"
     """Single rows written by an expert."""
@@ -50,7 +50,7 @@ class Selection(Enum):
 
 
 class Unit(Enum):
-    """Which rows of a view belong together."""
+    """The kind of a view's units: rows that are drawn and kept together."""
 
     ROW = "row"
     PAIR = "pair"
@@ -60,38 +60,38 @@ class Unit(Enum):
 
 
 Units = tuple[tuple[int, ...], ...]
-"""Indices of rows, by unit."""
+"""Row indices, one tuple per unit."""
 
 
 class Selector:
-    """A view: which rows an objective learns from, which of them belong together, and with which weights.
+    """A view: which rows an objective learns from, in which units, and with which weights.
 
-    A subclass defines ``units(self, rows, ...)``, of the buffer as a pyarrow table; parameters after ``rows`` are what
-    an objective's ``view_options`` may set. A view without units is an error when a buffer is asked for it.
+    A subclass defines ``units(self, rows, ...)``, where ``rows`` is the buffer as a pyarrow table; an objective's
+    ``view_options`` may set the other parameters. If a buffer gives no units, asking it for the view is an error.
     """
 
     name: ClassVar[str]
     unit: ClassVar[Unit] = Unit.ROW
     is_sampled: ClassVar[bool] = True
-    """Whether its rows are samples. False for demonstrations: nothing is sampled for their sake."""
+    """Whether its rows are samples; False for demonstrations, for which nothing has to be sampled."""
     is_imitated: ClassVar[bool] = False
-    """Whether its single rows are learned from whatever their reward. Another view of this kind can take its place, and
-    the option ``weighted`` draws them in proportion to the reward."""
+    """Whether its units are single rows that are imitated whatever their reward. Another view of this kind can take its
+    place, and the option ``weighted`` draws rows in proportion to their reward."""
     units: Callable[..., Units]
 
     def weights(self, rows: Any, units: Units) -> tuple[float, ...] | None:
-        """Units are drawn with replacement in proportion to these; None: each once an epoch."""
+        """Weights with which units are drawn, with replacement; None: each unit once per epoch."""
         return None
 
 
 WhichView = Selection | Selector | str
-"""A built-in view, one of one's own, or a name (registered, ``module:Name`` or ``file.py:Name``)."""
-_views: Registry[type[Selector]] = Registry("view", "rlzoo.buffers.views", "rlzoo.views")
+"""A built-in view, a view object, or a name (registered, ``module:Name`` or ``file.py:Name``)."""
+_views: Registry[type[Selector]] = Registry("view", "rlzoo.buffers.selectors", "rlzoo.views")
 _View = TypeVar("_View", bound=type[Selector])
 
 
 def register_view(view: _View) -> _View:
-    """Class decorator: make a `Selector` known under its ``name``. A name taken by another class is an error."""
+    """Class decorator: register a `Selector` under its ``name``. A name taken by another class is an error."""
     _views.add(view.name, view)
     return view
 
@@ -102,24 +102,30 @@ def list_views() -> list[str]:
 
 
 def selector_of(which: WhichView) -> Selector:
-    """The view that is meant. Raises UserError for an unknown name, and for what is no view."""
+    """The view of a selection, name or object. Raises UserError for an unknown name, and for anything else."""
     if isinstance(which, Selector):
         return which
     found = _views.get(name_of_view(which)) if isinstance(which, Selection | str) else None
     if not (isinstance(found, type) and issubclass(found, Selector) and hasattr(found, "units")):
-        raise UserError(f"learns_from: {which!r} is no view: give a Selection, or a Selector (with a method units)")
+        raise UserError(f"learns_from: {which!r} is not a view: give a Selection, or a Selector with a method units")
     return found()
 
 
+def builtin(which: WhichView) -> WhichView:
+    """A built-in view's name as its `Selection`; any other view as it is."""
+    named = canonical(which) if isinstance(which, str) else None
+    return next((selection for selection in Selection if selection.value == named), which)
+
+
 def name_of_view(which: WhichView) -> str:
-    """What messages and tables call a view."""
+    """The name of a view in messages and tables."""
     if isinstance(which, Selection):
         return which.value
     return which if isinstance(which, str) else which.name
 
 
 class Coupling(Enum):
-    """Which other rows of the batch a coefficient looks at."""
+    """Which other rows of the batch a coefficient depends on."""
 
     NONE = "none"
     PAIR = "pair"
@@ -128,15 +134,15 @@ class Coupling(Enum):
 
 
 class AbsentInputError(UserError, AttributeError):
-    """A batch was asked for what its objective's ``requires`` does not list."""
+    """An input was read from a batch that its objective's ``requires`` does not list."""
 
 
 @dataclass(frozen=True, init=False)
 class TokenBatch:
-    """Everything an objective may look at: what the rows hold anyway, and the inputs that `Objective.requires` lists.
+    """Everything an objective may read: fields of the rows, and the inputs that `Objective.requires` lists.
 
-    An input is read by its key, ``batch["behaviour_logp"]`` or ``batch.behaviour_logp``. One that was not asked for
-    raises `AbsentInputError`, which names it; so does ``logp`` where advantages are computed before any scoring.
+    An input is read by its key, ``batch["behaviour_logp"]`` or ``batch.behaviour_logp``. One that was not requested
+    raises `AbsentInputError`, which names it; so does ``logp`` where it is not known yet, in advantages.
     """
 
     logp: Float[Tensor, "B T"]
@@ -152,7 +158,7 @@ class TokenBatch:
     chosen: Bool[Tensor, " B"] | None
     """True for the better half of a pair."""
     inputs: Mapping[str, Float[Tensor, "B T"] | Float[Tensor, " B"] | Float[Tensor, ""]]
-    """Inputs by key, and what `Objective.prepare` adds, such as returns."""
+    """Inputs by key, and values that `Objective.prepare` adds, such as returns."""
 
     def __init__(
         self,
@@ -167,9 +173,9 @@ class TokenBatch:
         statistics: Mapping[str, Tensor] | None = None,
         **named: Tensor | None,
     ) -> None:
-        """``statistics`` and ``named`` are inputs too; one that is None is left out. ``logp`` is None where unknown.
+        """``statistics`` and ``named`` are inputs too; those that are None are left out. ``logp`` may be None.
 
-        Raises ValueError for a tensor of another shape than its kind has.
+        Raises ValueError for a tensor of the wrong shape.
         """
         if mask.ndim != 2 or mask.dtype != torch.bool:
             raise ValueError(f"TokenBatch needs a boolean mask [B, T], got {tuple(mask.shape)}, {mask.dtype}")
@@ -200,28 +206,28 @@ class TokenBatch:
         return self.inputs[key]
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") or "inputs" not in vars(self):  # of copying and the like
+        if name.startswith("__") or "inputs" not in vars(self):  # as when copied
             raise AttributeError(name)
         if name == "logp":
             raise AbsentInputError(
-                "the policy's log-probs are not known where advantages are computed: list Snapshot() in the "
+                "the policy's log-probs are not known when advantages are computed: list Snapshot() in the "
                 "objective's requires and read batch.snapshot_logp"
             )
         return self[name]
 
     def get(self, name: str) -> Tensor | None:
-        """A field or an input, or None where the batch has none."""
+        """A field or an input; None if the batch has none."""
         found: Tensor | None = vars(self).get(name, self.inputs.get(name))
         return found
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of log-probs, which advantages take."""
+        """The dtype of log-probs, and so of advantages."""
         logp = self.get("logp")
         return torch.get_default_dtype() if logp is None else logp.dtype
 
     def replace(self, **values: Any) -> TokenBatch:
-        """The same batch with some fields or inputs changed or added; an input given as None is left out."""
+        """The same batch with some fields or inputs changed or added; an input that is None is left out."""
         own = {name: values.pop(name, self.get(name)) for name in _OWN}
         inputs = {**values.pop("inputs", self.inputs), **values.pop("statistics", {}), **values}
         return TokenBatch(**own, inputs={key: value for key, value in inputs.items() if value is not None})
@@ -231,11 +237,11 @@ class TokenBatch:
         return {**{name: value for name, value in own.items() if value is not None}, **self.inputs}
 
     def detach(self) -> TokenBatch:
-        """The same batch with no graph."""
+        """The same batch without a graph."""
         return self.replace(**{name: value.detach() for name, value in self._tensors().items()})
 
     def rows(self, index: Int[Tensor, " R"], length: int) -> TokenBatch:
-        """The rows at ``index``, cut to ``length`` positions. Partners must come along; they are renumbered."""
+        """The rows at ``index``, cut to ``length`` positions. Partners must be among them; they are renumbered."""
 
         def cut(value: Tensor) -> Tensor:
             return value if value.ndim == 0 else value[index] if value.ndim == 1 else value[index, :length]
@@ -253,18 +259,18 @@ _OWN = ("logp", "mask", "advantage", "reward", "group", "partner", "chosen")
 
 def _told(inputs: Mapping[str, Tensor]) -> str:
     there = ", ".join(inputs) or "none"
-    return f"an objective gets the inputs that its requires lists, here {there}; add the one that gives it"
+    return f"an objective gets the inputs that its requires lists, here {there}; add the input that has this key"
 
 
 @dataclass(frozen=True)
 class Coefficients:
-    """An objective's coefficients c_t, always detached, and what is worth plotting about them."""
+    """An objective's coefficients c_t, always detached, with the loss and metrics to report."""
 
     values: Float[Tensor, "B T"]
     loss: Float[Tensor, "B T"] | Float[Tensor, " B"] | None = None
-    """The loss as the paper writes it, before normalisation, where it is not -c·log π; for reporting only."""
+    """The paper's loss before normalisation, where it is not -c·log π; for reporting only."""
     metrics: Mapping[str, Tensor] = field(default_factory=dict)
-    """Unreduced: [B, T] is averaged over completion tokens, [B] over rows; NaN entries do not count."""
+    """Unreduced: [B, T] is averaged over completion tokens, [B] over rows; NaN entries are left out."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "values", self.values.detach())
@@ -278,11 +284,11 @@ class Trajectory:
     """One row of a buffer: a prompt, a completion, and what is known about it."""
 
     prompt: str
-    """The text that the model saw, chat template applied."""
+    """The text that the model saw, with the chat template applied."""
     completion: str
     prompt_ids: list[int]
     completion_ids: list[int]
-    """Its end included, unless truncated: the end of sequence, or what ends a turn in the chat template."""
+    """Including its end, unless truncated: the end of sequence, or the end of a turn in the chat template."""
     prompt_id: str
     """Equal for completions of one prompt."""
     source: str = "demonstration"
@@ -292,36 +298,36 @@ class Trajectory:
     behaviour_logp: list[float] | None = None
     """One log-prob per completion token, in nats, of the policy that sampled: at ``temperature``, without ``top_p``."""
     sampler_logp: list[float] | None = None
-    """The same as the engine that sampled computed it, where that is not the one that trains."""
+    """The same as computed by the sampling engine, if that is not the trainer's."""
     reference_logp: list[float] | None = None
-    """Of the frozen reference, at temperature 1."""
+    """Log-probs of the frozen reference at temperature 1."""
     tempered_reference_logp: list[float] | None = None
-    """Of the frozen reference at ``temperature``, where that is not 1."""
+    """Log-probs of the frozen reference at ``temperature``, if that is not 1."""
     policy_version: int = 0
     truncated: bool = False
     temperature: float = 1.0
-    """The temperature that the completion was sampled at; 1 for what no policy of this run's kind sampled."""
+    """The sampling temperature; 1 for a completion that was not sampled by a known policy."""
     top_p: float = 1.0
-    """The nucleus that it was sampled from."""
+    """The top-p of nucleus sampling; 1: the whole distribution."""
     messages: list[dict[str, str]] | None = None
-    """The conversation behind ``prompt``, if it was one."""
+    """The conversation that ``prompt`` was rendered from, if any."""
     columns: dict[str, object] = field(default_factory=dict)
-    """The problem's other columns, which rewards and inputs may ask for."""
+    """The problem's other columns, for rewards and inputs."""
     inputs: dict[str, list[float]] = field(default_factory=dict)
-    """Stored inputs that have no field here, by `Input.column`: one value per completion token, or one."""
+    """Other stored inputs by `Input.column`: one value per completion token, or a single one."""
 
     def stored(self, name: str) -> Any:
-        """A field of this name, or else a stored input; None where there is none."""
+        """The field or stored input of this name; None if there is none."""
         return getattr(self, name) if name in _FIELDS else self.inputs.get(name)
 
 
 _FIELDS = frozenset(f.name for f in fields(Trajectory))
 TEMPERED = "tempered_"
-"""Before the name of a stored input at the row's temperature, where that is not 1."""
+"""The prefix of a stored input at the row's sampling temperature, if that is not 1."""
 
 
 def at_temperature(row: Trajectory, sampling: bool) -> Trajectory:
-    """The row with log-probs, and all stored inputs, at the temperature of its ``sampling`` or at 1."""
+    """The row with log-probs and other stored inputs at its sampling temperature (``sampling``) or at 1."""
     if row.temperature == 1.0:
         return row
     if not sampling:

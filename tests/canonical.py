@@ -312,7 +312,7 @@ def cispo(batch: TokenBatch, ratio_min: float = 0.0, ratio_max: float = 5.0) -> 
 
 
 def otb(batch: TokenBatch, zero_tail: bool = False) -> Tensor:
-    """-(1/N) Σ (π/μ) (G - B_t), B_t the mean return over the rows that reach t, weighed by W (arXiv 2602.07078).
+    """-(1/N) Σ (π/μ) (G - B_t), B_t the mean return over the rows that reach t, weighted by W (arXiv 2602.07078).
 
     With ``zero_tail`` B_t is 0 where only one row reaches t, as in verl.
     """

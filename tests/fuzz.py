@@ -30,10 +30,10 @@ from rlzoo.buffers.problems import Problem, demonstrations, load_problems
 from rlzoo.cli.settings import pairs
 from rlzoo.config import EXPERIMENTS, Experiment, ProblemSource, load_experiment, read_yaml
 from rlzoo.errors import UserError
-from rlzoo.jobs.pieces import Pieces
+from rlzoo.jobs.cached_results import CachedResults
 from rlzoo.objective import get_objective
 from rlzoo.policy import load_policy
-from rlzoo.policy.microbatches import score_rows
+from rlzoo.policy.microbatches import log_probs
 from rlzoo.reward import get_reward
 from rlzoo.training.checkpoints import Checkpoints
 from rlzoo.types import Trajectory
@@ -115,7 +115,7 @@ KEYS = sorted({
     *(f"evaluation.{name}" for name in ("k", "samples", "curve_points", "correct_at")),
     *(f"train.{name}" for name in ("source", "prompt", "columns", "limit", "solution")),
     *EXPERIMENT, "algorithms.sft", "algorithms.sft.options", "algorithms.x.learning_rates", "benchmarks", "seeds",
-    "judging.seconds", "training.nonsense", "nonsense",
+    "scoring.seconds", "training.nonsense", "nonsense",
 })  # fmt: skip
 
 
@@ -285,15 +285,15 @@ def checkpoint(draw: Callable[..., Any], folder: Path) -> str:
 
 
 @st.composite
-def piece(draw: Callable[..., Any], folder: Path) -> str:
-    """A finished piece of work, damaged: it is not trusted."""
-    pieces, value = Pieces(folder / "pieces"), draw(VALUES)
-    value = pieces.write("one", value)
-    (file,) = (folder / "pieces").iterdir()
+def cached_result(draw: Callable[..., Any], folder: Path) -> str:
+    """A cached result, damaged: it is not trusted."""
+    cached, value = CachedResults(folder / "cached"), draw(VALUES)
+    value = cached.write("one", value)
+    (file,) = (folder / "cached").iterdir()
     before = file.read_bytes()
     file.write_bytes(damaged(draw, before))
     same = file.read_bytes() == before
-    return outcome(lambda: pieces.read("one"), lambda found: same or found is None)
+    return outcome(lambda: cached.read("one"), lambda found: same or found is None)
 
 
 @st.composite
@@ -308,7 +308,7 @@ def model(draw: Callable[..., Any], folder: Path) -> str:
     file.write_bytes(content[:place] if file.suffix == ".safetensors" else damaged(draw, content))
 
     def runs(policy: Any) -> bool:
-        return all(math.isfinite(value) for row in score_rows(policy, [([3, 4, 5], [6, 7])]) for value in row)
+        return all(math.isfinite(value) for row in log_probs(policy, [([3, 4, 5], [6, 7])]) for value in row)
 
     return outcome(lambda: load_policy(str(copy)), runs, told="model")
 
@@ -322,7 +322,7 @@ TARGETS: dict[str, tuple[Callable[[Path], Any], float]] = {
     "a buffer's Parquet file, damaged": (parquet, 0.05),
     "a buffer's JSONL file, damaged": (jsonl, 0.07),
     "a checkpoint, damaged": (checkpoint, 0.05),
-    "a finished piece of work, damaged": (piece, 0.05),
+    "a cached result, damaged": (cached_result, 0.05),
     "a model's folder, damaged": (model, 0.02),
 }
 """What is fuzzed, and its share of the cases."""

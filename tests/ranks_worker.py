@@ -19,7 +19,7 @@ from rlzoo.jobs.ranks import is_main, is_sharded, joined, world_size
 from rlzoo.objective import get_objective
 from rlzoo.policy import load_policy
 from rlzoo.policy.loading import save_policy
-from rlzoo.policy.microbatches import score_rows
+from rlzoo.policy.microbatches import log_probs
 from rlzoo.rollout import TransformersSampler
 from rlzoo.training import Trainer
 from rlzoo.types import Selection, Trajectory
@@ -87,7 +87,9 @@ def run(folder: Path, name: str) -> None:
     kind, options = OPTIONS.get(name, (name, {}))
     weights = dict.fromkeys(parts, 0.5)
     objective = get_objective("mixture", weights=weights) if len(parts) > 1 else get_objective(kind, **options)
-    together = [part.objective.learns_from in (Selection.PAIRS, Selection.GROUPS) for part in objective.parts]
+    together = [
+        component.objective.learns_from in (Selection.PAIRS, Selection.GROUPS) for component in objective.components
+    ]
     checkpoints = Path(os.environ["RANKS_CHECKPOINTS"]) / name if "RANKS_CHECKPOINTS" in os.environ else None
     versions: list[int] = []
 
@@ -109,7 +111,7 @@ def run(folder: Path, name: str) -> None:
         "steps": record.steps,
         "costs": record.costs.as_dict(),
         "sampled": [[s.ids for s in row] for row in samples],
-        "scored": score_rows(policy, [(row.prompt_ids, row.completion_ids) for row in rows()]),
+        "scored": log_probs(policy, [(row.prompt_ids, row.completion_ids) for row in rows()]),
         "ranks": world_size(),
         "sharded": is_sharded(policy),
         "versions": versions,

@@ -89,6 +89,23 @@ def test_gae_does_not_look_at_the_padding_or_change_its_input() -> None:
         torch.testing.assert_close(tensor, copy, equal_nan=True)
 
 
+@pytest.mark.parametrize("length", [0, 1, 7, 8, 9, 300])
+def test_gae_is_its_recurrence_whatever_the_length(length: int) -> None:
+    generator = torch.Generator().manual_seed(length)
+    reward, value = torch.randn(2, 4, length, dtype=torch.float64, generator=generator)
+    mask = torch.rand(4, length, generator=generator) < 0.7
+    after = torch.randn(4, dtype=torch.float64, generator=generator)
+    expected = torch.zeros_like(value)
+    for row in range(4):
+        following, running = after[row], 0.0
+        for t in reversed(mask[row].nonzero().flatten().tolist()):
+            running = reward[row, t] + 0.97 * following - value[row, t] + 0.97 * 0.9 * running
+            following, expected[row, t] = value[row, t], running
+    advantage, returns = generalised_advantage(reward, value, mask, 0.97, 0.9, after)
+    torch.testing.assert_close(advantage, expected)
+    torch.testing.assert_close(returns, torch.where(mask, expected + value, 0))
+
+
 def test_gae_refuses_shapes_that_differ() -> None:
     with pytest.raises(ValueError, match="shapes differ"):
         generalised_advantage(torch.zeros(2, 3), torch.zeros(2, 1), torch.ones(2, 3, dtype=torch.bool), 1.0, 1.0)

@@ -8,6 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import datasets
+import pyarrow as pa
+import pyarrow.parquet
 import pytest
 import torch
 import yaml
@@ -16,6 +19,7 @@ from comparisons import inline_pool, small
 from rlzoo.buffers import OfflineBuffer, from_trl, read_buffer
 from rlzoo.buffers.bad_rows import BadRows, told
 from rlzoo.buffers.problems import Problem, demonstrations, encode_problems, load_problems
+from rlzoo.buffers.schema import SCHEMA, unchecked_row
 from rlzoo.cli import main
 from rlzoo.comparison import shared_buffer
 from rlzoo.comparison.runner import compare
@@ -244,39 +248,123 @@ def test_without_a_place_for_the_counts_they_are_warnings(tokenizer: Any) -> Non
     assert len(bad.events()) == 1 and bad.lines() == bad.events()
 
 
+NO_ROWS: list[tuple[str, Any, str]] = [
+    ("behaviour_logp", [-0.1], "behaviour_logp has 1 values for 2 completion tokens"),
+    ("reference_logp", [-0.1, float("nan")], "reference_logp holds nan, which is not a log-prob"),
+    ("sampler_logp", [float("inf"), -0.1], "sampler_logp holds inf, which is not a log-prob"),
+    ("prompt_ids", [], "prompt_ids is empty"),
+    ("completion_ids", [], "completion_ids is empty"),
+    ("completion_ids", [7, -1], "completion_ids holds -1, which is not a token id"),
+    ("reward", float("inf"), "reward is inf: it must be a finite number"),
+    ("reward", float("nan"), "reward is nan: it must be a finite number"),
+    ("source", "human", "source is 'human': it must be one of demonstration, policy, preference"),
+    ("temperature", 0.0, "temperature is 0.0: it must be above 0"),
+    ("temperature", float("nan"), "temperature is nan: it must be above 0"),
+    ("top_p", 1.5, "top_p is 1.5: it must be above 0 and at most 1"),
+    ("inputs", {"teacher": [0.1] * 3}, "the input teacher has 3 values for 2 completion tokens"),
+]
+GOOD = vars(
+    Trajectory("p", "c", [5, 6], [7, 1], "q", behaviour_logp=[-0.5, -0.25], inputs={"a": [1.0], "b": [1.0, 2.0]})
+)
+
+
+@pytest.mark.parametrize(("field", "value", "reason"), NO_ROWS)
+def test_a_value_that_no_row_has_is_refused_whatever_it_is_read_from(
+    tmp_path: Path, field: str, value: Any, reason: str
+) -> None:
+    lines = tmp_path / "b.jsonl"
+    lines.write_text("".join(json.dumps(one) + "\n" for one in (GOOD, {**GOOD, field: value}, GOOD)))
+    good, bad = (unchecked_row(Trajectory(**one)) for one in (GOOD, {**GOOD, field: value}))
+    rows = datasets.Dataset.from_list([good, bad, good], features=SCHEMA)
+    rows.to_parquet(tmp_path / "b.parquet")
+    rows.save_to_disk(tmp_path / "b")
+    for name, place in (
+        ("b.jsonl", f"{lines} line 2"),
+        ("b.parquet", f"row 2 of {tmp_path / 'b.parquet'}"),
+        ("b", f"row 2 of {tmp_path / 'b'}"),
+    ):
+        with pytest.raises(UserError) as error:
+            OfflineBuffer.load(tmp_path / name)
+        assert str(error.value).startswith(f"{place}: {reason}")
+        drop = BadRows("drop")
+        assert [vars(row) for row in OfflineBuffer.load(tmp_path / name, drop)] == [GOOD, GOOD]
+        assert (drop.rows, drop.dropped) == (3, 1)
+    with pytest.raises(UserError, match=r"^row 2 of the data set: ") as error:
+        OfflineBuffer(rows)
+    assert "bad_rows" not in str(error.value), "no setting drops rows of what is no file"
+
+
 @pytest.mark.parametrize(
     ("field", "value", "reason"),
     [
-        ("behaviour_logp", [-0.1], "behaviour_logp of prompt 'q' has 1 values for 2 completion tokens"),
-        ("behaviour_logp", [-0.1, float("nan")], "behaviour_logp holds nan, which is no log-prob"),
-        ("prompt_ids", [], "prompt_ids is empty"),
-        ("completion_ids", [], "completion_ids is empty"),
-        ("completion_ids", [2**40, 1], "completion_ids holds 1099511627776, which is no token's id"),
+        ("completion_ids", [2**40, 1], "completion_ids holds 1099511627776, which is not a token id"),
         ("policy_version", 2**40, "policy_version is 1099511627776"),
-        ("reward", float("inf"), "reward is inf: it must be a finite number"),
-        ("source", "human", "source is 'human': it must be one of demonstration, policy, preference"),
-        ("temperature", 0.0, "temperature is 0.0: it must be above 0"),
+        ("policy_version", 10**30, "policy_version is 1000"),
+        ("reward", "good", "reward: input should be a valid number"),
     ],
 )
-def test_a_line_of_a_buffer_with_a_value_that_no_row_has(tmp_path: Path, field: str, value: Any, reason: str) -> None:
-    row: dict[str, Any] = vars(Trajectory("p", "c", [5, 6], [7, 1], "q"))
+def test_a_line_of_a_buffer_with_a_number_that_is_none_of_a_row(
+    tmp_path: Path, field: str, value: Any, reason: str
+) -> None:
     file = tmp_path / "b.jsonl"
-    file.write_text("".join(json.dumps(one) + "\n" for one in (row, {**row, field: value})))
+    file.write_text("".join(json.dumps(one) + "\n" for one in (GOOD, {**GOOD, field: value})))
     with pytest.raises(UserError) as error:
         OfflineBuffer.load(file)
     assert str(error.value).startswith(f"{file} line 2: {reason}")
     assert len(OfflineBuffer.load(file, BadRows("drop"))) == 1
 
 
-def test_a_saved_row_without_tokens_is_named(short: Policy) -> None:
-    rows = [Trajectory("p", "c", [5], [1], "q"), Trajectory("p", "c", [], [1], "q"), Trajectory("p", "c", [5], [], "q")]
-    OfflineBuffer.from_trajectories(rows).save("holes")
-    with pytest.raises(
-        UserError, match=r"^row 2 of the buffer \(prompt 'q'\) has no tokens in its prompt: drop the row"
-    ):
-        train(short, get_objective("sft"), OfflineBuffer.load("holes"), Training(steps=1))
-    bad = BadRows("drop")
-    assert len(read_buffer("holes", short.tokenizer, bad=bad, fits=short.row_check())) == 1 and bad.dropped == 2
+@pytest.mark.parametrize(
+    ("field", "kind", "value", "reason"),
+    [
+        ("completion_ids", pa.list_(pa.int64()), [2**40, 1], "row 2 of .*: completion_ids cannot be list<.*int32.*>: "),
+        ("prompt_ids", pa.list_(pa.int32()), [5, None], "row 2 of .*: prompt_ids holds null, which is not a token id"),
+        ("prompt_ids", pa.list_(pa.int32()), None, "row 2 of .*: prompt_ids is null: every row needs one"),
+        ("temperature", pa.float64(), None, "row 2 of .*: temperature is null: every row needs one"),
+        ("reward", pa.string(), "good", "row 2 of .*: reward cannot be double: "),
+        ("reward", pa.list_(pa.float64()), [1.0], "b.parquet is not a saved buffer: its reward cannot be double: "),
+        ("columns", pa.string(), "[1]", "row 2 of .*: columns is '\\[1\\]', which is not a JSON object"),
+        ("columns", pa.string(), "{", "row 2 of .*: columns is '{', which is not a JSON object"),
+        ("messages", None, [{"role": "user", "content": None}], "row 2 of .*: messages has an entry without role or "),
+    ],
+)
+def test_a_table_with_a_value_that_is_none_of_a_row(
+    tmp_path: Path, field: str, kind: Any, value: Any, reason: str
+) -> None:
+    row = unchecked_row(Trajectory(**GOOD))
+    column = SCHEMA.arrow_schema.field(field).type if kind is None else kind
+    first = None if field == "reward" else row[field]
+    table = pa.Table.from_pylist([row, row], schema=SCHEMA.arrow_schema)
+    table = table.set_column(list(SCHEMA).index(field), field, pa.array([first, value], column))
+    pa.parquet.write_table(table, tmp_path / "b.parquet")
+    with pytest.raises(UserError, match=reason):
+        OfflineBuffer.load(tmp_path / "b.parquet")
+
+
+def test_a_buffer_that_lacks_a_column_is_none(tmp_path: Path) -> None:
+    rows = OfflineBuffer.from_trajectories([Trajectory(**GOOD)]).rows
+    for name in SCHEMA:
+        rows.remove_columns(name).save_to_disk(tmp_path / name)
+        with pytest.raises(UserError, match=f"has no column '{name}', so it is no saved buffer"):
+            OfflineBuffer.load(tmp_path / name)
+
+
+@pytest.mark.parametrize(("prompt", "completion", "part"), [([], [1], "prompt"), ([5], [], "completion")])
+def test_a_row_without_tokens_is_nothing_to_train_on(
+    short: Policy, prompt: list[int], completion: list[int], part: str
+) -> None:
+    ends = Trajectory("p", "", [5], [short.tokenizer.eos_token_id], "ends")  # has a token to learn from
+
+    class Drawn:
+        def draw(self) -> tuple[list[Trajectory], list[tuple[int, ...]]]:
+            return rows, [(i,) for i in range(len(rows))]
+
+    rows = [ends]
+    (step,) = train(short, get_objective("sft"), Drawn(), Training(steps=1)).steps
+    assert step["gradient_norm"] > 0
+    rows.append(Trajectory("p", "c", prompt, completion, "none"))
+    with pytest.raises(UserError, match=f"^a row of prompt 'none' has no tokens in its {part}: drop the row"):
+        train(short, get_objective("sft"), Drawn(), Training(steps=1))
 
 
 @pytest.mark.parametrize(

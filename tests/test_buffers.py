@@ -50,7 +50,7 @@ def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
 
 
-float32 = st.floats(width=32, allow_nan=False)
+log_probs = st.floats(width=32, allow_nan=False, max_value=0.0)
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
 columns: st.SearchStrategy[dict[str, object]] = st.dictionaries(
     texts, st.recursive(st.none() | st.integers() | texts, st.lists, max_leaves=4), max_size=2
@@ -59,9 +59,9 @@ columns: st.SearchStrategy[dict[str, object]] = st.dictionaries(
 
 @st.composite
 def trajectories(draw: st.DrawFn) -> Trajectory:
-    ids = st.lists(st.integers(0, 2**31 - 1), max_size=4)
+    ids = st.lists(st.integers(0, 2**31 - 1), min_size=1, max_size=4)
     completion_ids = draw(ids)
-    logp = st.none() | st.lists(float32, min_size=len(completion_ids), max_size=len(completion_ids))
+    logp = st.none() | st.lists(log_probs, min_size=len(completion_ids), max_size=len(completion_ids))
     messages = st.lists(st.fixed_dictionaries({"role": texts, "content": texts}), max_size=2)
     return Trajectory(
         prompt=draw(texts),
@@ -70,7 +70,7 @@ def trajectories(draw: st.DrawFn) -> Trajectory:
         completion_ids=completion_ids,
         prompt_id=draw(texts),
         source=draw(st.sampled_from(["demonstration", "policy", "preference"])),
-        reward=draw(st.none() | st.floats(allow_nan=False)),
+        reward=draw(st.none() | st.floats(allow_nan=False, allow_infinity=False)),
         reward_parts=draw(st.dictionaries(texts, st.none() | st.floats(allow_nan=False), max_size=2)),
         behaviour_logp=draw(logp),
         reference_logp=draw(logp),
@@ -161,7 +161,7 @@ def test_loading_what_is_no_buffer_names_the_file_and_the_mend(tmp_path: Path) -
     for name, message in {
         "none": "none does not exist: give a folder",
         "folder": "folder is not a saved buffer",
-        "text.txt": "text.txt is no buffer: give a folder",
+        "text.txt": "text.txt is not a buffer: give a folder",
         "bad.parquet": "bad.parquet is not a readable Parquet file",
         "other.parquet": "other.parquet has no column 'completion', so it is no saved buffer",
     }.items():
@@ -191,7 +191,7 @@ def test_rows_must_fit_the_schema() -> None:
     shuffled = samples(FULL, PLAIN).rows.select([1, 0])
     assert list(OfflineBuffer(shuffled)) == [PLAIN, FULL]
     assert OfflineBuffer(shuffled).column("source") == ["demonstration", "policy"]
-    with pytest.raises(UserError, match="rows with no prompt_id: every row needs one"):
+    with pytest.raises(UserError, match=r"^row 1 of the data set: prompt_id is null: every row needs one$"):
         OfflineBuffer(datasets.Dataset.from_list([{**to_row(PLAIN), "prompt_id": None}], features=SCHEMA))
     with pytest.raises(UserError, match="no column 'rewards': known: prompt, "):
         samples(FULL).column("rewards")
@@ -295,7 +295,7 @@ def test_a_rollout_buffer_freezes_saves_and_views(tmp_path: Path) -> None:
     assert isinstance(with_rewards, RolloutBuffer)
     assert with_rewards.capacity_versions == 2
     frozen.save(tmp_path / "frozen")
-    with pytest.raises(UserError, match=r"holds no rollout buffer: open it with OfflineBuffer\.load"):
+    with pytest.raises(UserError, match=r"is not a rollout buffer: open it with OfflineBuffer\.load"):
         RolloutBuffer.load(tmp_path / "frozen")
     with pytest.raises(UserError, match="capacity_versions of at least 1, got 0"):
         RolloutBuffer(0)

@@ -198,7 +198,7 @@ def test_plain_text_needs_a_first_token(plain: Any, ending: Any) -> None:
     (row,) = from_trl([{"text": "1+1"}], plain)  # the tokenizer has none: the text's own is given, not learned
     assert (row.prompt, row.completion) == ("1", "+1")
     assert row.prompt_ids + row.completion_ids == encode_completion(plain, "1+1")
-    with pytest.raises(UserError, match="row 1: the text is one token"):
+    with pytest.raises(UserError, match="row 1: the text is a single token"):
         from_trl([{"text": "<eos>"}], plain)
 
 
@@ -256,7 +256,7 @@ GOOD = {"prompt": "1", "completion": "2"}
         ),
         (
             [{"prompt": "1", "chosen": "2", "rejected": ["3"]}],
-            "row 1: column 'rejected' is no conversation (its entry 1",
+            "row 1: column 'rejected' is not a conversation (its entry 1",
         ),
         ([GOOD, {"prompt": "1", "completion": None}], "row 2: no value in column 'completion'"),
         (
@@ -287,7 +287,7 @@ GOOD = {"prompt": "1", "completion": "2"}
             [{"prompt": user("1"), "completion": assistant("2") + user("3")}],
             "row 1: column 'completion' must be one turn of the assistant",
         ),
-        ([{"prompt": b"\xff", "completion": "2"}], "row 1: column 'prompt' holds bytes that are no UTF-8 text"),
+        ([{"prompt": b"\xff", "completion": "2"}], "row 1: column 'prompt' holds bytes that are not UTF-8 text"),
         ([{**GOOD, "completion": "\ud83d"}], "row 1: column 'completion' holds a lone surrogate (\\ud83d)"),
         ([{**GOOD, "completion": ""}], "row 1: column 'completion' is empty or blank"),
         ([{"prompt": "1", "chosen": "2", "rejected": " \n"}], "row 1: column 'rejected' is empty or blank"),
@@ -321,11 +321,11 @@ GOOD = {"prompt": "1", "completion": "2"}
         ),
         (
             [{"messages": [*user("1"), {"role": "assistant", "content": "2", "reasoning_content": "one and one"}]}],
-            "row 1: the chat template does not write 'reasoning_content' of the assistant's turn",
+            "row 1: the chat template does not render 'reasoning_content' of the assistant's turn",
         ),
         (
             [{"conversations": [{"from": "human", "value": "1"}, {"from": "function_call", "value": "rate(USD)"}]}],
-            "row 1: column 'conversations' has a call of tools in turn 2 that is no JSON of a name and arguments",
+            "row 1: column 'conversations' has a tool call in turn 2 that is not JSON with a name and arguments",
         ),
     ],
 )

@@ -17,7 +17,7 @@ from rlzoo.config import ProblemSource, Training
 from rlzoo.errors import UserError
 from rlzoo.objective import get_objective
 from rlzoo.policy import load_policy
-from rlzoo.policy.microbatches import score_rows
+from rlzoo.policy.microbatches import log_probs
 from rlzoo.training import train, with_behaviour
 from rlzoo.types import Selection
 from rlzoo.worlds.tokenizer import build_tokenizer
@@ -166,9 +166,9 @@ def test_samples_without_behaviour_log_probs_can_have_those_of_the_policy() -> N
     grpo = get_objective("grpo")
     with pytest.raises(UserError, match=r"3 samples have a reward but no behaviour log-probs.*behaviour: current"):
         train(policy, grpo, buffer, Training(**settings))
-    expected = score_rows(policy, next(buffer.ids()))
+    expected = log_probs(policy, next(buffer.ids()))
     record = train(policy, grpo, buffer, Training(**settings, behaviour="current"))
-    told = "behaviour log-probs of 3 samples were scored with the policy before training (behaviour: current)"
+    told = "behaviour log-probs of 3 samples were computed with the policy before training (behaviour: current)"
     assert record.events[0] == told
     assert record.steps[0]["ratio"] == pytest.approx(1.0)
     record = train(policy, get_objective("rloo"), buffer, Training(**settings, behaviour="current"))
@@ -253,8 +253,48 @@ def test_sharegpts_calls_of_tools_are_those_of_the_template(chat: Any, value: st
     assert tokenizer.decode(row.completion_ids) == thought + '<call>rate {"of": "USD"}\n<eos>'
     (later,) = from_trl([{"conversations": [*asked, turn("observation", "0.9"), turn("gpt", "It is 0.9")]}], tokenizer)
     assert later.prompt == f"u:USD?\na:{thought}<call>rate " + '{"of": "USD"}\nt:0.9\na:'
-    with pytest.raises(UserError, match="does not write 'tool_calls'"):
+    with pytest.raises(UserError, match="does not render 'tool_calls'"):
         from_trl([{"conversations": asked}], chat)
+
+
+FUNCTION = {"name": "rate", "parameters": {"type": "object"}}
+WRAPPED = {"type": "function", "function": FUNCTION}
+
+
+@pytest.mark.parametrize(
+    ("tools", "shown"),
+    [
+        (json.dumps([FUNCTION]), [WRAPPED]),  # as LLaMA-Factory writes them
+        ([FUNCTION], [WRAPPED]),
+        ([json.dumps(FUNCTION)], [WRAPPED]),
+        (json.dumps([WRAPPED]), [WRAPPED]),
+        ("", None),
+        (" ", None),
+        (None, None),
+        ("[]", None),
+    ],
+)
+@pytest.mark.parametrize("column", ["conversations", "messages"])
+def test_sharegpts_tools_are_those_of_the_template(column: str, tools: Any, shown: Any) -> None:
+    tokenizer = built("{% if tools %}tools:{{ tools | tojson }}\n{% endif %}" + TOOLS)
+    (row,) = from_trl([{column: [turn("human", "USD?"), turn("gpt", "0.9")], "tools": tools}], tokenizer)
+    asked = [{"role": "user", "content": "USD?"}]
+    assert row.prompt == tokenizer.apply_chat_template(asked, tools=shown, add_generation_prompt=True, tokenize=False)
+    assert ("tools:" in row.prompt) == (shown is not None)
+
+
+@pytest.mark.parametrize(
+    ("tools", "message"),
+    [
+        ([{}], "row 1: column 'tools' has an entry without a name"),
+        (["rate"], "row 1: column 'tools' has an entry without a name"),
+        ("rate()", "row 1: column 'tools' is text that is not JSON"),
+        (3, "row 1: column 'tools' holds an int: give a list"),
+    ],
+)
+def test_tools_that_are_none(chat: Any, tools: Any, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        from_trl([{"conversations": [turn("human", "USD?"), turn("gpt", "0.9")], "tools": tools}], chat)
 
 
 def test_errors_name_a_column_as_the_table_does(chat: Any) -> None:

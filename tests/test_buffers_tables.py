@@ -6,6 +6,7 @@ import bz2
 import gzip
 import json
 import lzma
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -304,3 +305,24 @@ def test_an_arrow_file_is_read(tmp_path: Path, new: Callable[..., Any]) -> None:
     file.write_bytes(file.read_bytes()[:30])
     with pytest.raises(UserError, match=r"rows\.arrow is not a readable Arrow file"):
         load_table(file)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "place", "key"),
+    [
+        ("a.jsonl", '{"a": 1}\n{"a": 1, "b": 2, "a": 1}\n', "line 2", "a"),
+        ("b.jsonl", '{"a": 1}\n{"a": {"b": [{"c": 1, "c": 2}]}}\n', "line 2", "c"),
+        ("c.json", '[{"a": 1}, {"a": 1, "a": 2}]', "row 2", "a"),
+        ("d.json", '{"a": 1, "a": 1}\n{"a": 2}\n', "line 1", "a"),
+        ("e.json", '{"data": [{"a": 1}], "data": [{"a": 2}]}', "", "data"),
+    ],
+)
+def test_a_key_that_is_there_twice_is_named(tmp_path: Path, name: str, content: str, place: str, key: str) -> None:
+    file = tmp_path / name
+    file.write_text(content)
+    where = f"{file} {place}".strip()
+    with pytest.raises(UserError, match=f"^{re.escape(where)} has the key '{key}' more than once: keep one"):
+        load_table(file)
+    if place:
+        (wrong,) = (one for one in read_rows(file) if isinstance(one[1], UserError))
+        assert wrong[0] == where

@@ -115,7 +115,7 @@ def test_pairs_of_imported_preferences_stay_pairs() -> None:
 
 
 def test_a_reward_that_is_not_a_number_is_none() -> None:
-    buffer = samples(sample(0, math.nan), sample(0, 1.0))
+    buffer = samples(sample(0, None), sample(0, 1.0)).with_rewards([math.nan, 1.0])
     assert units(buffer, Selection.GROUPS) == [(1,)]
     assert units(buffer, Selection.PAIRS) == []
 

@@ -45,13 +45,13 @@ GOOD = {"messages": [user("1"), assistant("2")]}
         ("chatml", [user([{"type": "image", "url": "x"}])], "a part of type 'image' in message 1"),
         ("chatml", [user([3])], "a part of type 'int' in message 1"),
         ("chatml", [{"content": "1"}], "role of message 1 is null"),
-        ("chatml", ["1"], "is no conversation (its entry 1 is a str)"),
+        ("chatml", ["1"], "is not a conversation (its entry 1 is a str)"),
         ("chatml", [user("")], "turns are empty or blank"),
         ("chatml", [turn("system", "S"), user(" ")], "turns are empty or blank"),
         (
             "chatml",
             [user("1"), {**assistant(None), "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}, user("2")],
-            "the chat template does not write 'tool_calls'",
+            "the chat template does not render 'tool_calls'",
         ),
     ],
 )
@@ -69,7 +69,7 @@ def test_what_a_template_does_not_take_is_one_line(template: str, conversation: 
 
 @pytest.mark.parametrize("prompt", [None, 3, [], {"role": "user", "content": "1"}])
 def test_a_prompt_that_is_neither_text_nor_conversation_is_one_line(prompt: Any) -> None:
-    with pytest.raises(UserError, match=r"^problem 'p': the prompt (holds|is a conversation of no messages)"):
+    with pytest.raises(UserError, match=r"^problem 'p': the prompt (holds|is a conversation without messages)"):
         encode_problems(tokenizer_of("chatml"), [Problem("p", prompt, {})])
 
 
@@ -100,7 +100,7 @@ def test_an_empty_system_keeps_the_default_away(tmp_path: Path) -> None:
 def test_a_system_setting_reaches_conversations_and_is_never_without_effect(tmp_path: Path) -> None:
     said = ProblemSource(source=table(tmp_path, {"prompt": [user("1")]}), system="S")
     assert load_problems(said)[0].prompt == [turn("system", "S"), user("1")]
-    with pytest.raises(UserError, match="line 1: the conversation has a system turn of its own: leave `system` out"):
+    with pytest.raises(UserError, match="line 1: the conversation already has a system turn: leave `system` out"):
         load_problems(ProblemSource(source=table(tmp_path, {"prompt": [turn("system", "T"), user("1")]}), system="S"))
     with pytest.raises(UserError, match=r"line 1: `system` is for conversations.*add chat: true"):
         load_problems(ProblemSource(source=table(tmp_path, {"prompt": "1"}), system="S"))
@@ -178,7 +178,7 @@ def test_plain_prompts_may_be_rendered_before_and_plain_completions_end_once() -
         (row,) = from_trl([{"prompt": rendered, "completion": completion}], tokenizer)
         assert row.completion_ids == tokenizer(completion.removesuffix("<eos>") + "<eos>")["input_ids"]
     for completion in ("2<eos>3", "<eos>2", "2<|im_end|>\n<|im_start|>user\n3"):
-        with pytest.raises(UserError, match=r"row 1: the completion goes on after '<eos>' or '<\|im_end\|>'"):
+        with pytest.raises(UserError, match=r"row 1: the completion continues after '<eos>' or '<\|im_end\|>'"):
             from_trl([{"prompt": rendered, "completion": completion}], tokenizer)
         with pytest.warns(UserWarning, match="read as that token: 1 in all"):
             from_trl([{"prompt": rendered, "completion": completion}], tokenizer, special_tokens="allow")

@@ -141,7 +141,7 @@ def test_a_signal_is_raised_after_a_checkpoint(
         trained(make_policy, "sft", tmp_path, settings, interrupt)
     assert caught.type is raised
     assert done == [1, 2, 3, 4, -1]
-    assert [path.stem for path in tmp_path.glob("*.piece")] == ["step-00000004"]
+    assert [path.stem for path in tmp_path.glob("*.result")] == ["step-00000004"]
     assert same(trained(make_policy, "sft", tmp_path, settings), whole)
 
 
@@ -151,9 +151,9 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(make_policy: MakePolic
     with pytest.raises(StopError):
         trained(make_policy, "sft", tmp_path, callback=stop_at(6))
     assert sorted(path.name for path in tmp_path.iterdir()) == [
-        f"step-0000000{step}.{kind}" for step in (4, 5) for kind in ("piece", "safetensors")
+        f"step-0000000{step}.{kind}" for step in (4, 5) for kind in ("result", "safetensors")
     ]
-    newest = tmp_path / ("step-00000005.piece" if damage == "state" else "step-00000005.safetensors")
+    newest = tmp_path / ("step-00000005.result" if damage == "state" else "step-00000005.safetensors")
     content = bytearray(newest.read_bytes())
     content[len(content) // 2] ^= 1
     if damage == "gone":
@@ -224,7 +224,7 @@ def test_a_source_that_cannot_go_on_is_told_before_the_end(make_policy: MakePoli
         def draw(self) -> tuple[list[Trajectory], list[tuple[int, ...]]]:
             return [buffer[0]], [(0,)]
 
-    with pytest.raises(UserError, match="no checkpoint can hold a Plain"):
+    with pytest.raises(UserError, match="a checkpoint cannot hold a Plain"):
         Trainer(policy, get_objective("sft"), Plain(), EVERY, checkpoints=tmp_path).run()
 
 
@@ -265,7 +265,7 @@ def test_checkpoints_come_when_they_are_due(
     def passes(trainer: Trainer, step: int) -> None:
         nonlocal now
         now += 4.0
-        seen.append(sorted(int(path.stem.removeprefix("step-")) for path in tmp_path.glob("*.piece")))
+        seen.append(sorted(int(path.stem.removeprefix("step-")) for path in tmp_path.glob("*.result")))
 
     seen: list[list[int]] = []
     settings = EVERY.model_copy(update={"steps": 8, "checkpoint_seconds": 10.0})
@@ -457,8 +457,8 @@ def test_smaller_parts_of_an_experiment() -> None:
             "algorithms": {"sft": {}, "dft": {"training": {"token_budget": 100}}},
         }
     )  # fmt: skip
-    smaller: Any = experiment.in_parts(4)
+    smaller: Any = experiment.with_smaller_batches(4)
     assert experiment.training.token_budget == "auto" and smaller.training_of("sft").token_budget == "auto/4"
     assert smaller.training_of("dft").token_budget == 25
     assert smaller.evaluation.batch_size == experiment.evaluation.batch_size // 4
-    assert experiment.in_parts(1) is experiment
+    assert experiment.with_smaller_batches(1) is experiment

@@ -263,6 +263,9 @@ SPECS: Sequence[tuple[str, tuple[str, ...]]] = [
     ("--set samples could mean rollouts.samples or evaluation.samples", ("compare", "--set", "samples=1")),
     ("train.limit = 0", ("compare", "facts", "--limit", "0")),
     ("k = 9 needs at least 9 samples", ("compare", "facts", "--samples", "4", "--k", "9")),
+    ("k = 9 needs at least 9 samples", ("compare", "facts", "--samples", "4", "--k", "1,9")),
+    ("--k: 'two' is not a whole number", ("compare", "facts", "--k", "1,two")),
+    ("evaluation.k: [2, 2] is neither", ("evaluate", "facts", "--k", "2,2")),
     ("seeds repeat: [1, 1]", ("compare", "facts", "--seeds", "1,1")),
     ("--seeds: 'one' is not a whole number", ("compare", "facts", "--seeds", "one")),
     ("--seeds: '1.5' is not a whole number", ("compare", "facts", "--seeds", "1.5")),
@@ -411,7 +414,7 @@ def test_ctrl_c_saves_what_was_done_and_says_so_once(tmp_path: Path, number: int
         told.append(run.stderr.readline())
         assert told[-1], told
     for _ in range(1000):
-        if any(tmp_path.rglob("step-*.piece")):
+        if any(tmp_path.rglob("step-*.result")):
             break
         time.sleep(0.05)
     if number == signal.SIGINT:
@@ -424,7 +427,7 @@ def test_ctrl_c_saves_what_was_done_and_says_so_once(tmp_path: Path, number: int
     *waiting, last = [line for line in errors.splitlines() if not BEAT.match(line)]
     assert last == f"rlzoo: interrupted; {kept}"
     assert [line for line in waiting if not line.startswith("stopping; ")] == []
-    assert any(tmp_path.rglob("step-*.piece"))
+    assert any(tmp_path.rglob("step-*.result"))
     assert _group_is_gone(run.pid)
 
 
@@ -482,7 +485,7 @@ def test_rollout_train_evaluate(tmp_path: Path, capsys: pytest.CaptureFixture[st
     after = AutoModelForCausalLM.from_pretrained(tmp_path / "trained").state_dict()
     assert any(not torch.equal(after[name], before[name]) for name in before)
 
-    evaluation = ["evaluate", "facts", "--model", "trained", "--limit", "4", "--samples", "2", "--k", "1"]
+    evaluation = ["evaluate", "facts", "--model", "trained", "--limit", "4", "--samples", "2", "--k", "1,2"]
     capsys.readouterr()
     assert main([*evaluation, "--json"]) == 0
     scores = json.loads(capsys.readouterr().out)
@@ -491,7 +494,10 @@ def test_rollout_train_evaluate(tmp_path: Path, capsys: pytest.CaptureFixture[st
     shown = f"facts: avg@2 {scores['facts']['avg_at_k']:.1%}  greedy {scores['facts']['greedy']:.1%}"
     told = capsys.readouterr().out
     assert told.startswith(shown)
-    assert f"maj@2 {scores['facts']['maj_at_k']:.1%}  mean length {scores['facts']['mean_length']:.4g} tokens" in told
+    facts = scores["facts"]
+    assert f"pass@1 {facts['pass_at_k']:.1%}" in told and f"pass@2 {facts['pass_at_2']:.1%}" in told
+    assert f"maj@2 {facts['maj_at_k']:.1%}  maj@1 {facts['maj_at_1']:.1%}" in told
+    assert f"  mean length {facts['mean_length']:.4g} tokens" in told
     assert f"held-out log-likelihood {scores['facts']['log_likelihood']:.4g} nats per token" in told
 
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import shutil
+import time
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -67,8 +70,9 @@ def outcomes(out: Path) -> pa.Table:
 
 @pytest.mark.usefixtures("inline")
 def test_results_hold_what_the_contract_says(tmp_path: Path) -> None:
-    out = tmp_path / "out"
+    out, started = tmp_path / "out", time.perf_counter()
     returned = quietly(small({"sft": {}, "dpo": {}}, seeds=[0, 3]), out)
+    assert 0 < returned["wall_seconds"] < time.perf_counter() - started
     results = json.loads((out / "results.json").read_text())
     assert results == json.loads(json.dumps(returned))
     assert results["experiment"] == "facts" and isinstance(results["created"], str)
@@ -84,7 +88,7 @@ def test_results_hold_what_the_contract_says(tmp_path: Path) -> None:
         assert set(cell["costs"]) == {"gradient_tokens", "sampled_tokens", "flops", *TIMES}
         assert cell["costs"]["gradient_tokens"] > 0 and cell["costs"]["flops"] > 0
         assert (cell["costs"]["sampled_tokens"] > 0) == (cell["algorithm"] == "dpo")
-        assert [point["step"] for point in cell["curve"]] == [2]
+        assert [point["step"] for point in (results["base_curve"], *cell["curve"])] == [0, 2]
     assert {(r["algorithm"], r["benchmark"], r["metric"]) for r in results["summary"]} == {
         (a, "facts", m) for a in ("sft", "dpo") for m in ("avg_at_k", "greedy", "pass_at_k")
     }
@@ -103,8 +107,12 @@ def test_results_hold_what_the_contract_says(tmp_path: Path) -> None:
 def test_outcomes_have_one_row_a_sample_and_give_the_scores_back(tmp_path: Path) -> None:
     results = quietly(small({"sft": {}}, seeds=[0, 1]), tmp_path / "out")
     table = outcomes(tmp_path / "out")
-    assert table.schema == runner.OUTCOMES
+    assert table.column_names == [
+        "algorithm", "seed", "learning_rate", "benchmark", "problem_id", "prompt", "decoding", "sample", "reward",
+        "correct", "length", "truncated", "text", "logged", "components", "answer", "gold_logp", "gold_tokens",
+    ]  # fmt: skip
     rows = table.to_pylist()
+    assert all(r["gold_logp"] < 0 < r["gold_tokens"] for r in rows) and any(r["answer"] for r in rows)
     assert len(rows) == 3 * 4 * (3 + 1)  # base and two seeds, four problems, three samples and one greedy
     keys = {(r["algorithm"], r["seed"], r["problem_id"], r["decoding"], r["sample"]) for r in rows}
     assert len(keys) == len(rows)
@@ -172,8 +180,26 @@ def test_a_row_may_learn_from_the_bases_own_correct_samples(tmp_path: Path) -> N
     own, rft = results["cells"]
     assert own["costs"]["sampled_tokens"] == results["buffer"]["sampled_tokens"] > 0
     assert numbers({"cells": [{**own, "algorithm": "rft"}]})["cells"][0]["metrics"] == rft["metrics"]
-    with pytest.raises(UserError, match="learns_from is for objectives of single rows; 'dpo' learns from pairs"):
-        quietly(small({"dpo": {"learns_from": "correct"}}), tmp_path / "wrong")
+
+
+@pytest.mark.parametrize(
+    ("objective", "view", "message"),
+    [
+        ("dpo", "correct", "the view 'correct' has single rows, and 'dpo' learns from pairs: name a view of pairs"),
+        ("sft", "groups", "the view 'groups' has groups, and 'sft' learns from single rows"),
+        (
+            "kto",
+            "demonstrations",
+            "of the view 'demonstrations' may have no reward, and 'kto' learns from rewards",
+        ),
+        ("sft", "corect", "unknown view 'corect': did you mean 'correct'?"),
+        ("sft", "nowhere.py:View", "view file .* does not exist"),
+        ("sft-q", "unpaired", "unknown option of the view 'unpaired' 'weighted'"),
+    ],
+)
+def test_a_view_that_a_row_cannot_learn_from(objective: str, view: str, message: str) -> None:
+    with pytest.raises(UserError, match=f"^algorithms.{objective}: .*{message}"):
+        resolve.check(small({objective: {"learns_from": view}}))
 
 
 @pytest.mark.usefixtures("undrawn")
@@ -183,11 +209,14 @@ def test_the_learning_rate_is_chosen_on_validation(tmp_path: Path, monkeypatch: 
 
     def with_score(experiment: Experiment, cell: Any, *rest: Any) -> dict[str, Any]:
         result = run_cell(experiment, cell, *rest)
-        assert (tmp_path / "out" / ".state" / "models" / cell.id).is_dir()
+        state = tmp_path / "out" / ".state"
+        assert (state / "models" / cell.id).is_dir()
+        assert not (state / "cells" / cell.id).exists(), "its checkpoints take no room any more"
         return {**result, "validation": scores[cell.seed, cell.learning_rate]}
 
     monkeypatch.setattr(one_cell, "run_cell", with_score)
-    results = quietly(small({"sft": {"learning_rates": [1e-4, 1e-2]}}, seeds=[0, 1]), tmp_path / "out")
+    experiment = small({"sft": {"learning_rates": [1e-4, 1e-2]}}, seeds=[0, 1], training__checkpoint_seconds=0)
+    results = quietly(experiment, tmp_path / "out")
     assert results["learning_rates"] == {"sft": {"0.0001": pytest.approx(0.2), "0.01": pytest.approx(0.3)}}
     assert [(c["seed"], c["learning_rate"]) for c in results["cells"]] == [(0, 1e-2), (1, 1e-2)]
     assert all("facts" in cell["metrics"] for cell in results["cells"])
@@ -216,7 +245,9 @@ def test_a_benchmark_may_have_a_reward_of_its_own(tmp_path: Path) -> None:
     alone = quietly(small({"sft": {}}, benchmarks={"plain": source}), tmp_path / "alone")
     (cell,), (plain,) = results["cells"], alone["cells"]
     assert cell["metrics"]["plain"] == plain["metrics"]["plain"] and cell["training"] == plain["training"]
-    assert results["base"]["plain"] == alone["base"]["plain"] and cell["metrics"]["own"]["avg_at_k"] > 0.9
+    assert results["base"]["plain"] == alone["base"]["plain"]
+    for metrics in (cell["metrics"], *(point["metrics"] for point in (results["base_curve"], *cell["curve"]))):
+        assert metrics["own"]["avg_at_k"] > 0.9
     rows = pq.read_table(tmp_path / "out" / "outcomes.parquet").to_pylist()
     assert {row["components"] for row in rows if row["benchmark"] == "plain"} == {None}
     mine = [row for row in rows if row["benchmark"] == "own" and row["algorithm"] == "sft"]
@@ -225,7 +256,7 @@ def test_a_benchmark_may_have_a_reward_of_its_own(tmp_path: Path) -> None:
         assert row["reward"] == pytest.approx(parts["length"] + 3 * parts["format"])
     lengths = [json.loads(row["components"])["length"] for row in mine if row["decoding"] == "sample"]
     assert cell["metrics"]["own"]["component/length"] == pytest.approx(sum(lengths) / len(lengths))
-    assert results["metrics"]["component/length"]["label"] == "length"
+    assert results["metrics"]["component/length"] == {"label": "length", "unit": "mean reward"}
     with pytest.raises(UserError, match="unknown reward 'lenth'"):
         quietly(small({"sft": {}}, benchmarks={"own": source | {"reward": "lenth"}}), tmp_path / "wrong")
 
@@ -257,8 +288,8 @@ def test_a_comparison_that_was_stopped_ends_as_one_that_was_not(
     rows = {"sft": {"learning_rates": [1e-4, 1e-2]}, "grpo": {"mode": "online"}, "rft": {}}
     experiment = small(rows, training__checkpoint_seconds=0, rollouts__batch_size=8)
     whole = quietly(experiment, tmp_path / "whole")
-    out, calls = tmp_path / "out", dict.fromkeys(("judge", "evaluate", "curve_point"), 0)
-    stops = {("judge", 2), ("evaluate", 3), ("curve_point", 3), ("evaluate", 8)}
+    out, calls = tmp_path / "out", dict.fromkeys(("score_samples", "evaluate", "curve_point"), 0)
+    stops = {("score_samples", 2), ("evaluate", 3), ("curve_point", 3), ("evaluate", 8)}
 
     def stopping(home: Any, name: str) -> None:
         real = getattr(home, name)
@@ -271,7 +302,7 @@ def test_a_comparison_that_was_stopped_ends_as_one_that_was_not(
 
         monkeypatch.setattr(home, name, call)
 
-    stopping(rollouts, "judge")
+    stopping(rollouts, "score_samples")
     stopping(one_cell, "evaluate")
     stopping(one_cell, "curve_point")
     for _ in stops:
@@ -279,7 +310,7 @@ def test_a_comparison_that_was_stopped_ends_as_one_that_was_not(
             quietly(experiment, out)
         if calls["evaluate"] < 4:
             shutil.rmtree(out / "buffer", ignore_errors=True)
-    made = {path: path.stat().st_mtime_ns for path in out.rglob("*.piece")}
+    made = {path: path.stat().st_mtime_ns for path in out.rglob("*.result")}
     found = quietly(experiment, out)
     assert len(made) >= 6 and all(path.stat().st_mtime_ns == made[path] for path in made if path.exists())
     assert numbers(found) == numbers(whole)
@@ -354,7 +385,7 @@ def test_a_cell_without_memory_is_done_again_in_smaller_parts(error: WorkError) 
     ]  # fmt: skip
     assert [name.split("-")[0] for name in runs] == ["rft", "dft"]
     assert [(cell["algorithm"], cell["error"]) for cell in failed] == [("sft", str(error))]
-    assert lines.getvalue().count("later again, in micro-batches half as large") == 4
+    assert lines.getvalue().count("to be tried again, in micro-batches half as large") == 4
 
 
 def test_without_a_folder_the_newest_that_was_stopped_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -367,6 +398,13 @@ def test_without_a_folder_the_newest_that_was_stopped_goes_on(tmp_path: Path, mo
     assert runner.where(experiment) == fresh
     assert runner.where(experiment, threads=2) != fresh
     assert runner.where(small({"dft": {}})).parent == Path("runs")
+
+    def pool(workers: int, threads: int, console: Console) -> Any:
+        raise UserError(f"{threads} threads")
+
+    monkeypatch.setattr(runner, "pool", pool)
+    with pytest.raises(UserError, match=r"^2 threads"):  # and not that the stopped one had other settings
+        runner.compare(experiment, threads=2, console=Console(quiet=True))
 
 
 # What goes wrong
@@ -399,7 +437,7 @@ def test_a_cell_that_fails_stops_no_other(tmp_path: Path, capsys: pytest.Capture
     assert [cell["algorithm"] for cell in results["cells"]] == ["sft"]
     assert "the second step" in (out / "report.md").read_text() and (out / "report.html").is_file()
     told = capsys.readouterr()
-    assert "1 run failed" in told.out and "failing-lr" in told.err
+    assert "1 cell failed" in told.out and "failing-lr" in told.err
 
 
 @pytest.mark.usefixtures("undrawn")
@@ -426,7 +464,7 @@ def test_no_run_that_succeeds_leaves_nothing(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(one_cell, "run_cell", broken)
     (tmp_path / "empty").mkdir()
     for out in (tmp_path / "empty", tmp_path / "new" / "deep"):
-        with pytest.raises(UserError, match="no run succeeded; the first failed with: RuntimeError: oh"):
+        with pytest.raises(UserError, match="no cell succeeded; the first failed with: RuntimeError: oh"):
             quietly(small({"sft": {}}), out)
     assert [path.name for path in tmp_path.rglob("*")] == ["empty"]  # it was there, and is empty again
 
@@ -460,6 +498,65 @@ def test_a_bug_in_the_shared_work_is_no_user_error(tmp_path: Path, monkeypatch: 
     with pytest.raises(WorkError, match="ZeroDivisionError: a bug"):
         quietly(small({"sft": {}}), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_shared_work_whose_process_dies_is_told_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the kernel kills it where memory runs out."""
+
+    class Killed(InThisProcess):
+        def submit(self, name: str, function: Callable[..., Any], *arguments: Any) -> Future[Any]:
+            if function is not shared_buffer.fill_buffer:
+                return super().submit(name, function, *arguments)
+            future: Future[Any] = Future()
+            future.set_exception(WorkerDiedError(-9))
+            return future
+
+    monkeypatch.setattr(runner, "pool", lambda *_: nullcontext(Killed()))
+    with pytest.raises(UserError, match="killed by SIGKILL: if memory ran out"):
+        quietly(small({"sft": {}}), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"algorithms": {"base": {"objective": "sft"}}}, "algorithms.base: this name stands for the untrained model"),
+        ({"baseline": "dpo"}, "unknown baseline 'dpo'"),
+        ({"rollouts.engine": "vlm"}, "unknown sampler 'vlm'"),
+        ({"evaluation.engine": "vlm"}, "unknown sampler 'vlm'"),
+        ({"algorithms": {"sft": {"training": {"stepz": 3}}}}, "unknown setting in sft.training 'stepz'"),
+        ({"algorithms": {"sft": {"mode": "online"}}}, "algorithms.sft: 'sft' learns from demonstrations, so mode must"),
+        ({"train": "rows.jsonl"}, "needs the column 'answer'"),
+        ({"validation": "rows.jsonl"}, "needs the column 'answer'"),
+        ({"benchmarks": {"mine": {}}}, "needs the column 'answer'"),
+        (
+            {
+                "reward": {"name": "length", "target": 1, "limit": 9},
+                "validation": None,
+                "benchmarks": {"mine": {"reward": "exact-match"}},
+            },
+            "needs the column 'answer'",
+        ),
+        ({"evaluation.metrics": ["gredy"]}, "unknown metric 'gredy'"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_is_wrong_is_told_before_a_model_is_loaded(
+    changes: dict[str, Any], told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "1+1=?", "solution": "#### 2"}')
+    rows = {"source": "rows.jsonl", "solution": "solution"}
+    given = {
+        key: {name: rows | own for name, own in value.items()}
+        if key == "benchmarks"
+        else rows
+        if value == "rows.jsonl"
+        else value
+        for key, value in {"algorithms": {"sft": {}}, "baseline": None, "model": "none", **changes}.items()
+    }
+    with pytest.raises(UserError, match=re.escape(told)):
+        resolve.check(load_experiment("facts", given))
 
 
 def test_a_reward_must_have_a_name_to_be_written_down(tmp_path: Path) -> None:
@@ -501,8 +598,11 @@ def test_rows_drawn_by_quality_stay_so_when_they_are_the_base_s_own() -> None:
         "sft-q": {"learns_from": "correct"},
         "rft": {"learns_from": "demonstrations"},
         "plain": {"objective": "sft-q"},
+        "one": {"objective": "rft", "options": {"samples_per_prompt": 1}},
+        "named": {"objective": "rft", "options": {"samples_per_prompt": 1}, "learns_from": "correct"},
     }
     experiment = load_experiment("arithmetic", {"algorithms": rows, "baseline": "rft"})
     assert resolve.views_of(experiment, "sft-q") == [(Selection.CORRECT, {"weighted": True})]
     assert resolve.views_of(experiment, "plain") == [(Selection.DEMONSTRATIONS, {"weighted": True})]
     assert resolve.views_of(experiment, "rft") == [(Selection.DEMONSTRATIONS, {})]
+    assert resolve.views_of(experiment, "named") == resolve.views_of(experiment, "one"), "its options stay too"

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from rlzoo.comparison.plan import Cell, cells, chosen_cells
-from rlzoo.config import Experiment, Training, list_experiments, load_experiment, validated
+from rlzoo.config import Experiment, Training, list_experiments, load_experiment, read_yaml, validated
 from rlzoo.errors import UserError
 
 
@@ -123,6 +123,15 @@ def test_a_wrong_setting_is_named(changes: dict[str, Any], told: str) -> None:
     assert told in refused(changes)
 
 
+def test_a_key_that_is_there_twice_is_named_with_its_line(tmp_path: Path) -> None:
+    file = tmp_path / "twice.yaml"
+    file.write_text("model: embedded\ntraining:\n  steps: 4\n  batch_size: 8\n  steps: 5\n")
+    with pytest.raises(UserError, match=r"twice\.yaml: line 5: not valid YAML: it has the key 'steps' more than once"):
+        read_yaml(file)
+    file.write_text("a: &a {x: 1, y: 2}\nb: {<<: *a, x: 3}\n")
+    assert read_yaml(file)["b"] == {"x": 3, "y": 2}, "what is laid over an anchor's keys is no repetition"
+
+
 def test_a_missing_setting_is_named() -> None:
     with pytest.raises(UserError, match=r"^here: model: Field required$"):
         validated(Experiment, {"name": "x"}, "here")
@@ -132,11 +141,11 @@ def test_a_missing_setting_is_named() -> None:
 
 
 def test_the_grid_has_every_cell_once_with_a_name_of_its_own() -> None:
-    rows = {"a/b": {"objective": "sft", "learning_rates": [1e-4, 1e-3]}, "a_b": {"objective": "sft"}}
+    rows = {"a/b": {"objective": "sft", "learning_rates": [1e-4, 1.2e-4]}, "a_b": {"objective": "sft"}}
     changes: dict[str, Any] = {"algorithms": rows, "seeds": [4, 2], "training.learning_rate": 1e-4, "baseline": "a_b"}
     grid = cells(load_experiment("facts", changes))
     assert grid == [
-        Cell(name, seed, rate) for seed in (4, 2) for name, rate in (("a/b", 1e-4), ("a/b", 1e-3), ("a_b", 1e-4))
+        Cell(name, seed, rate) for seed in (4, 2) for name, rate in (("a/b", 1e-4), ("a/b", 1.2e-4), ("a_b", 1e-4))
     ]
     assert len({cell.id for cell in grid}) == len(grid)
     assert not any("/" in cell.id for cell in grid)
@@ -144,7 +153,7 @@ def test_the_grid_has_every_cell_once_with_a_name_of_its_own() -> None:
 
 def test_the_best_rate_on_validation_is_chosen_from_what_ran() -> None:
     changes: dict[str, Any] = {
-        "algorithms": {"sft": {"learning_rates": [1e-4, 1e-3]}, "dft": {"learning_rates": [1e-4]}, "rft": {}},
+        "algorithms": {"rft": {}, "sft": {"learning_rates": [1e-4, 1e-3]}, "dft": {"learning_rates": [1e-4]}},
         "seeds": [0, 1],
         "baseline": "sft",
     }

@@ -34,7 +34,7 @@ from rlzoo.policy.defaults import (
 from rlzoo.policy.loading import load_for
 from rlzoo.policy.sequences import Sequences
 from rlzoo.rollout import TransformersSampler, VLLMSampler, engine_of, sampler_of
-from rlzoo.testing.engine import _rows, _SameRows, _units
+from rlzoo.testing.engine import SameRows, rows_of, units_of
 from rlzoo.training import Trainer
 from rlzoo.training.batches import BufferSource
 from rlzoo.training.state import random_states, restore_random_states
@@ -127,7 +127,7 @@ def test_an_earlier_accelerator_elsewhere_moves_nothing(
     monkeypatch.setattr(AcceleratorState, "_shared_state", {})
     Accelerator(cpu=True)
     monkeypatch.setitem(PartialState._shared_state, "device", torch.device("meta"))  # as of a policy on a GPU
-    source = _SameRows(_rows(policy, objective), _units(objective))
+    source = SameRows(rows_of(policy, objective), units_of(objective))
     trainer = Trainer(policy, objective, source, Training(steps=1))
     assert trainer.accelerator.device.type == "meta"
     before = [p.detach().clone() for p in policy.parameters()]
@@ -187,7 +187,7 @@ def test_each_process_has_the_random_numbers_of_its_own_gpu(monkeypatch: pytest.
     assert restored == {0: [1, 2], 1: [3, 4], 2: [1, 2]}
 
 
-def rows_of(policy: Policy) -> Sequences:
+def sequences_of(policy: Policy) -> Sequences:
     return Sequences.collate([[20, 21], [22]], [[23, 24, 25], [26, 27]], policy.device)
 
 
@@ -198,7 +198,7 @@ def test_a_critic_has_float32_values_under_mixed_precision(shared: bool, make_po
     policy.attach([Critic(shared=shared)])
     module: Any = policy.modules_of_inputs["value"]
     torch.nn.init.normal_(module.head.weight)
-    sequences = rows_of(policy)
+    sequences = sequences_of(policy)
     scores = policy(sequences)
     hidden = policy.hidden(sequences)  # of the policy's trunk, which that of a critic is a copy of
     expected = sequences.spread(module.head(hidden)[:, 0])
@@ -214,7 +214,7 @@ def test_modules_and_adapters_beside_bfloat16_weights_train_in_float32(make_poli
     trained = {name: p for name, p in policy.named_parameters() if p.requires_grad}
     assert {p.dtype for p in trained.values()} == {torch.float32} and len(trained) > 4
     assert {p.dtype for p in policy.parameters() if not p.requires_grad} == {torch.bfloat16}
-    scores = policy(rows_of(policy))
+    scores = policy(sequences_of(policy))
     (scores.logp.sum() + scores.inputs["value"].sum()).backward()
     assert all(p.grad is not None for p in trained.values())
     weights = merged(policy.model, dict(policy.model.state_dict()))
@@ -299,7 +299,7 @@ def test_a_budget_that_is_none(wrong: Any) -> None:
 
 def test_parts_of_a_budget() -> None:
     experiment: Experiment = load_experiment("arithmetic", {"training.token_budget": "auto", "seeds": [0]})
-    parts = experiment.in_parts(2).in_parts(4)
+    parts = experiment.with_smaller_batches(2).with_smaller_batches(4)
     assert parts.training.token_budget == "auto/8" and parts.training_of("sft").token_budget == "auto/8"
 
 

@@ -11,9 +11,9 @@ from fake_cuda import GPU, FakeCUDA, fake_cuda
 
 from rlzoo.config import Sampling, Training
 from rlzoo.objective import Objective, get_objective, list_objectives
-from rlzoo.policy import Policy, score_rows
+from rlzoo.policy import Policy, log_probs
 from rlzoo.rollout import TransformersSampler
-from rlzoo.testing.engine import _rows, _SameRows, _units
+from rlzoo.testing.engine import SameRows, rows_of, units_of
 from rlzoo.training import Trainer
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -52,8 +52,8 @@ def policy(gpu: FakeCUDA, tokenizer: Any) -> Policy:
 
 
 def trainer_of(policy: Policy, objective: Objective, **changes: Any) -> Trainer:
-    rows = _rows(policy, objective)
-    sources = [_SameRows(rows, _units(part.objective)) for part in objective.parts]
+    rows = rows_of(policy, objective)
+    sources = [SameRows(rows, units_of(component.objective)) for component in objective.components]
     settings = Training(steps=2, token_budget=100, **changes)
     return Trainer(policy, objective, sources, settings)
 
@@ -79,7 +79,7 @@ def test_a_training_step_is_on_the_gpu_and_the_host_waits_once(
 def test_scoring_is_on_the_gpu_and_the_host_waits_once(gpu: FakeCUDA, policy: Policy) -> None:
     rows = [([5, 6, 7][:n], [8, 9, 10, 11][: 5 - n]) for n in (1, 2, 3)]
     gpu.waits.clear()
-    found = score_rows(policy, rows, 8, [0.7, 1.0, 1.0])
+    found = log_probs(policy, rows, 8, [0.7, 1.0, 1.0])
     assert [len(row) for row in found] == [4, 3, 2]
     assert len(gpu.waits) == 1, gpu.waits
 

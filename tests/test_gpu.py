@@ -16,7 +16,7 @@ from rlzoo.policy import Policy, load_policy
 from rlzoo.policy.defaults import bytes_per_token, token_budget_of
 from rlzoo.policy.sequences import Sequences
 from rlzoo.rollout import TransformersSampler
-from rlzoo.testing.engine import _rows, _SameRows, _units
+from rlzoo.testing.engine import SameRows, rows_of, units_of
 from rlzoo.training import Trainer, TrainingRecord
 
 pytestmark = [
@@ -28,8 +28,8 @@ pytestmark = [
 def trained(name: str, device: str, dtype: str, **changes: Any) -> tuple[torch.Tensor, TrainingRecord]:
     torch.manual_seed(0)
     policy, objective = load_policy("embedded", dtype, device), get_objective(name)
-    rows = _rows(load_policy("embedded", "float64", "cpu"), objective)
-    sources = [_SameRows(rows, _units(part.objective)) for part in objective.parts]
+    rows = rows_of(load_policy("embedded", "float64", "cpu"), objective)
+    sources = [SameRows(rows, units_of(component.objective)) for component in objective.components]
     settings = Training(steps=2, updates_per_batch=2, learning_rate=1e-4, warmup_ratio=0.0, token_budget=64, **changes)
     record = Trainer(policy, objective, sources, settings).run()
     return torch.cat([p.detach().double().cpu().flatten() for p in policy.parameters()]), record
@@ -50,15 +50,15 @@ import hashlib, torch
 from rlzoo.config import Training
 from rlzoo.objective import get_objective
 from rlzoo.policy.loading import load_for
-from rlzoo.testing.engine import _rows, _SameRows, _units
+from rlzoo.testing.engine import rows_of, SameRows, units_of
 from rlzoo.training import Trainer
 
 settings = Training(steps=5, learning_rate=1e-3, warmup_ratio=0.0, token_budget=64, deterministic=True)
 for name in ("dft", "ppo", "grpo"):
     torch.manual_seed(0)
     policy, objective = load_for("embedded", settings), get_objective(name)
-    rows = _rows(policy, objective)
-    Trainer(policy, objective, [_SameRows(rows, _units(objective))], settings).run()
+    rows = rows_of(policy, objective)
+    Trainer(policy, objective, [SameRows(rows, units_of(objective))], settings).run()
     digest = hashlib.sha256()
     for parameter in policy.parameters():
         digest.update(parameter.detach().cpu().numpy().tobytes())

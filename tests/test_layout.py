@@ -12,6 +12,8 @@ from typing import NamedTuple
 
 import pytest
 
+import rlzoo
+
 ROOT = Path(__file__).parent.parent
 BESIDE = ("algorithms", "rewards", "experiments")
 """At the top level of the repository; imported as `rlzoo.algorithms` and so on, through symlinks."""
@@ -163,3 +165,14 @@ def test_the_top_of_the_package_is_small() -> None:
     entries = {path.stem if path.suffix == ".py" else path.name for path in (ROOT / "rlzoo").iterdir()}
     entries -= {"__pycache__", *NO_MODULE}
     assert len(entries) <= ENTRIES, sorted(entries)
+
+
+def test_what_registers_a_plugin_is_at_the_top_of_the_package() -> None:
+    registers = {
+        node.name
+        for tree in sources().values()
+        for node in tree.body
+        if isinstance(node, ast.FunctionDef) and (node.name == "register" or node.name.startswith("register_"))
+    }
+    assert registers and registers | {"Collector", "Input", "Sampler", "Selector"} <= set(rlzoo.__all__)
+    assert all(getattr(rlzoo, name).__name__ == name for name in rlzoo.__all__)

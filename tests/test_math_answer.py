@@ -1,5 +1,6 @@
 """The mathematics reward: what counts as the final answer, which answers are equal, and what earns nothing."""
 
+import contextlib
 import io
 import json
 import re
@@ -18,6 +19,7 @@ from rlzoo.comparison.runner import compare
 from rlzoo.config import load_experiment
 from rlzoo.errors import UserError
 from rlzoo.reward import get_reward
+from rlzoo.rewards import _symbols
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
@@ -63,7 +65,7 @@ def rows(file: str) -> list[dict[str, Any]]:
         (r"#### 3 but really \boxed{4}", 4, 1),
         (r"\boxed{}", "4", 0),
         ("2 + 2 = 4\n#### 4", 4, 1),
-        ("#### 3\n#### 4\nIs that right?", 4.0, 1),
+        ("#### 4\nIs that right?", 4.0, 1),
         ("#### 4", "He adds 2 and 2.\n#### 4", 1),
         ("#### 1,234,567", 1234567, 1),
         ("#### $1,234.50.", "1234.5", 1),
@@ -224,9 +226,39 @@ def test_graded_solutions_of_gpt3() -> None:
 def test_no_answer_takes_long(answer: str) -> None:
     score(r"\boxed{x + 1}", "1 + x")  # imports sympy
     for completion in (rf"It is \boxed{{{answer}}}.", f"The answer is ${answer}$.", answer):
-        started = time.perf_counter()
+        started = time.process_time()
         assert score(completion, r"5 + \sqrt{2}") == 0
-        assert time.perf_counter() - started < 4
+        assert time.process_time() - started < 4
+
+
+def test_no_grade_depends_on_how_busy_the_machine_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A comparison that waits ten times its limit, as beside other programs, and then computes for a moment."""
+    read, limit = _symbols._parsed, 0.05
+
+    def slow(text: str) -> Any:
+        time.sleep(5 * limit)
+        return read(text)
+
+    score(r"\boxed{x + 1}", "1 + x")  # imports sympy
+    read("a + 7 b"), read("7 b + a")
+    monkeypatch.setattr(_symbols, "SECONDS", limit)
+    monkeypatch.setattr(_symbols, "_parsed", slow)
+    assert score(r"\boxed{7 b + a}", "a + 7 b") == 1
+
+
+def test_a_comparison_without_end_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also one that catches what stops it, once."""
+
+    def busy(text: str) -> None:
+        with contextlib.suppress(BaseException):
+            while True:
+                pass
+        while True:
+            pass
+
+    monkeypatch.setattr(_symbols, "SECONDS", 0.05)
+    monkeypatch.setattr(_symbols, "_parsed", busy)
+    assert score(r"\boxed{9 b + a}", "a + 9 b") == 0
 
 
 @pytest.mark.parametrize("sign", ["\x00", "\ud800", "\udfff", "\u202e", "\u200b", "\ufeff", "\U0001f600", "\\"])
@@ -330,17 +362,61 @@ def test_where_the_final_answer_is() -> None:
     assert wrong_rows("math_completions.txt") == []
 
 
+JOINS = (
+    *(" or ", ", ", "; ", " and ", " / ", " | ", " & ", " to ", "–", "~", " of ", " vs ", "\n", "\n\n", "\n- "),
+    *(" or maybe ", ", or ", ", maybe ", " or else ", ", then ", ", not sure, maybe ", ", but perhaps ", " otherwise "),
+    *(". Or ", ". Maybe ", "? ", ". Alternatively, ", ". Another option: "),
+    *(
+        " und ",
+        " oder ",
+        " ou ",
+        " o ",
+        " y ",
+        " или ",
+        "或",
+        "、",
+        "或者",
+        " または ",
+        " 또는 ",
+        " أو ",
+        " lub ",
+        " nebo ",
+    ),
+    *(" eller ", " ya da ", " hoặc ", " atau ", " หรือ ", " या "),
+)
+AROUND = (
+    *(
+        "{}",
+        "The answer is {}.",
+        "Answer: {}",
+        r"\boxed{{{}}}",
+        r"\boxed{{\text{{{}}}}}",
+        "<answer>{}</answer>",
+        "#### {}",
+    ),
+    *("The final answer is ${}$.", "答案是{}。", "La respuesta es {}.", "Die Antwort ist {}.", "La réponse est {}."),
+)
+
+
+@pytest.mark.parametrize("around", AROUND)
+def test_listing_candidates_earns_nothing(around: str) -> None:
+    for one, other in (("7", "8"), ("1/2", "1/3"), ("A", "C")):
+        listed = [around.format(f"{one}{join}{other}") for join in JOINS]
+        paid = [scores("math-answer", listed, answer=[gold] * len(listed)) for gold in (one, other)]
+        assert [text for text, *values in zip(listed, *paid, strict=True) if any(values)] == []
+
+
 def test_a_thread_without_time_limits_takes_no_longer() -> None:
     score(r"\boxed{x + 1}", "1 + x")  # imports sympy
     found: list[float | None] = []
     answers = [r"\prod_{k=1}^{900} \sin(k)", r"\int_0^1 e^{-x^2} \sin(x^3) dx", "(x+1)^{10000}", r"\frac{\sqrt{8}}{2}"]
     boxed = [rf"\boxed{{{answer}}}" for answer in answers]
     thread = threading.Thread(target=lambda: found.extend(scores("math-answer", boxed, answer=[r"\sqrt{2}"] * 4)))
-    started = time.perf_counter()
+    started = time.process_time()
     thread.start()
     thread.join()
     assert found == [0.0, 0.0, 0.0, 1.0]
-    assert time.perf_counter() - started < 5
+    assert time.process_time() - started < 5
 
 
 @pytest.mark.parametrize(

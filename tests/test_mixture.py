@@ -1,4 +1,4 @@
-"""Mixtures: the gradient of a step is the weighted sum of the parts' gradients, each on its own rows."""
+"""Mixtures: the gradient of a step is the weighted sum of the components' gradients, each on its own rows."""
 
 from __future__ import annotations
 
@@ -154,14 +154,14 @@ def test_a_mixture_on_one_batch_is_the_sum_of_surrogates() -> None:
     for weight, part in ((0.3, get_objective("grpo")), (2.0, get_objective("dpo", variant="ipo"))):
         expected += weight * gradients(surrogate(part, prepared(part, batch)), batch)
     torch.testing.assert_close(gradients(surrogate(objective, batch), batch), expected)
-    with pytest.raises(ValueError, match="each of its parts has its own denominator"):
+    with pytest.raises(ValueError, match="each of its components has its own denominator"):
         surrogate(objective, batch, denominator=3.0)
 
 
 def test_a_mixture_in_a_mixture_is_flat() -> None:
     inner = {"weights": {"sft": 0.5, "dpo": 2.0}, "options": {"dpo": {"beta": 0.7}}}
     objective = mixture({"mixture": 0.5, "grpo": 1.0}, mixture=inner)
-    found = [(part.label, part.weight, part.objective) for part in objective.parts]
+    found = [(component.label, component.weight, component.objective) for component in objective.components]
     dpo = get_objective("dpo", beta=0.7)
     assert found == [
         ("mixture/sft", 0.25, get_objective("sft")), ("mixture/dpo", 1.0, dpo), ("grpo", 1.0, get_objective("grpo")),
@@ -234,7 +234,7 @@ def test_a_mixture_of_demonstrations_alone_has_nothing_to_sample() -> None:
     rows = {"sft+dft": {"objective": "mixture", "options": {"weights": {"sft": 1, "dft": 1}}, "mode": "online"}}
     with pytest.raises(UserError, match="learns from demonstrations, so mode must be offline"):
         resolve.check(small(rows))
-    with pytest.raises(UserError, match="'mixture' learns from demonstrations and groups"):
+    with pytest.raises(UserError, match=r"algorithms.x: learns_from: 'mixture' is a composite, and each component"):
         resolve.views_of(small({"x": {**MIXED, "learns_from": "correct"}}), "x")
 
 
@@ -265,7 +265,7 @@ def test_the_command_line_trains_a_mixture(
         ({"sft": float("nan")}, {}, "weights of 0 or more: 'sft' has nan"),
         ({"sfft": 1.0}, {}, "unknown objective 'sfft'"),
         ({"dpo": 1.0}, {"dpo": {"bta": 1}}, "unknown option of objective 'dpo' 'bta'"),
-        ({"dpo": 1.0}, {"grpo": {"clip": 0.1}}, "unknown part with options 'grpo'"),
+        ({"dpo": 1.0}, {"grpo": {"clip": 0.1}}, "unknown component with options 'grpo'"),
     ],
 )
 def test_a_wrong_mixture_is_one_line(
@@ -287,7 +287,7 @@ def test_a_part_without_a_source_is_refused(make_policy: MakePolicy) -> None:
     policy = make_policy()
     buffer = rows_of(policy)
     source = BufferSource(buffer, buffer.view(Selection.DEMONSTRATIONS), 4, 0)
-    with pytest.raises(UserError, match="has 2 parts and 1 sources"):
+    with pytest.raises(UserError, match="has 2 components and 1 sources"):
         Trainer(policy, mixture({"sft": 1.0, "dft": 1.0}), source, RAW)
 
 
@@ -306,8 +306,8 @@ def test_a_mixture_needs_what_its_parts_need() -> None:
     own = {Behaviour(), Critic(shared=True), Snapshot("value"), Snapshot(), Reference(), Mismatched()}
     assert set(objective.requires) == own and len(objective.requires) == len(own)
     (listed,) = (row for row in catalogue()["objectives"] if row["name"] == "mixture")
-    assert listed["learns_from"] == "its parts' views"
-    assert get_objective("sft").parts[0].label == "" and mixture({"sft": 1.0}).parts[0].label == "sft"
+    assert listed["learns_from"] == "its components' views"
+    assert get_objective("sft").components[0].label == "" and mixture({"sft": 1.0}).components[0].label == "sft"
 
 
 def test_parts_of_one_view_draw_other_rows(make_policy: MakePolicy) -> None:

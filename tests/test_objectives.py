@@ -142,7 +142,7 @@ def test_the_other_bounds_are_active_too() -> None:
 # The traps
 
 
-def test_dft_weighs_by_p_and_divides_by_the_number_of_tokens() -> None:
+def test_dft_weights_by_p_and_divides_by_the_number_of_tokens() -> None:
     # p = 1/2, 1/4, 1/10: loss (ln 2 / 2 + ln 4 / 4 + ln 10 / 10) / 3, gradient -p / 3. Without stop-gradient
     # the last would be -(1/10)(1 - 2.302585)/3 > 0; divided by Σ p = 0.85 it would be -p / 0.85.
     batch = hand_batch([[0.5, 0.25], [0.1]])

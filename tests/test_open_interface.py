@@ -7,6 +7,7 @@ A sampler is sampled from online, and its run resumes as well.
 from __future__ import annotations
 
 import itertools
+import math
 import re
 import signal
 import subprocess
@@ -17,6 +18,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -27,17 +29,18 @@ from rlzoo.buffers.problems import Problem, encode_problems, load_problems
 from rlzoo.cli import main
 from rlzoo.cli.catalogue import catalogue
 from rlzoo.comparison import one_cell, runner
+from rlzoo.comparison.statistics import OVERALL
 from rlzoo.config import ProblemSource, Sampling, Training
 from rlzoo.errors import UserError
 from rlzoo.evaluation import evaluation
-from rlzoo.jobs.pieces import Pieces
+from rlzoo.jobs.cached_results import CachedResults
 from rlzoo.objective import get_objective
-from rlzoo.policy import Policy, load_policy, score_rows
+from rlzoo.policy import Policy, load_policy, log_probs
 from rlzoo.policy.loading import save_policy
 from rlzoo.rollout import Collector, TransformersSampler, collect_rollouts, register_sampler, sampler_of
 from rlzoo.testing import check_objective
 from rlzoo.training import Trainer, TrainingRecord, train
-from rlzoo.types import Selector, TokenBatch, Trajectory, register_view, selector_of
+from rlzoo.types import Selector, TokenBatch, Trajectory, Unit, register_view, selector_of
 from rlzoo.variance import analyze_variance
 
 PLUGINS = Path(__file__).parent / "plugins"
@@ -68,7 +71,7 @@ def buffer_of(policy: Policy) -> OfflineBuffer:
     for i in range(8):
         text = f"{i + 1}+{i + 2}=?\n", f"{i + 1}+{i + 2}={2 * i + 3} #### {2 * i + 3}"
         prompt, completion = (policy.tokenizer(part, add_special_tokens=False)["input_ids"] for part in text)
-        (logp,) = score_rows(policy, [(prompt, completion)])
+        (logp,) = log_probs(policy, [(prompt, completion)])
         columns: dict[str, object] = {"token_reward": [0.1 * (t % 3) for t in range(len(completion))]}
         row = Trajectory(*text, prompt, completion, str(i), source="policy", reward=1.0, columns=columns)
         rows += [replace(row, behaviour_logp=logp, truncated=i % 3 == 0), replace(row, source="demonstration")]
@@ -114,7 +117,7 @@ def test_a_plugin_resumes_bit_for_bit_after_kill_9(plugin: str, tmp_path: Path) 
     teacher_in(tmp_path)
     died = subprocess.run([sys.executable, __file__, plugin, str(tmp_path)], capture_output=True, check=False)
     assert died.returncode == -signal.SIGKILL, died.stderr.decode()
-    assert list((tmp_path / "checkpoints").glob(f"step-*{KILLED_AT}.piece")), "it was stopped after a checkpoint"
+    assert list((tmp_path / "checkpoints").glob(f"step-*{KILLED_AT}.result")), "it was stopped after a checkpoint"
     whole, record = run(plugin, tmp_path, None)
     resumed, rest = run(plugin, tmp_path, tmp_path / "checkpoints")
     assert rest.plain_steps() == record.plain_steps() and len(record.steps) == SETTINGS.steps
@@ -144,10 +147,23 @@ def loss_of_token_rewards(batch: TokenBatch) -> torch.Tensor:
     return total / tokens
 
 
-@pytest.mark.parametrize("plugin", ["token_rewards", "own_head", "whole_only", "rarely_solved"])
-def test_a_plugin_passes_the_contract(plugin: str) -> None:
-    losses: Mapping[str, Any] = {"token_rewards": loss_of_token_rewards}
-    check_objective(spec(plugin), losses.get(plugin))
+def over_tokens(values: torch.Tensor, batch: TokenBatch) -> torch.Tensor:
+    return -values.sum() / batch.mask.sum().clamp(min=1)
+
+
+LOSSES: Mapping[str, Any] = {
+    "distillation": lambda b: over_tokens((b["teacher_logp"] - b.logp)[b.mask].detach() * b.logp[b.mask], b),
+    "token_rewards": loss_of_token_rewards,
+    "own_head": None,
+    "whole_only": lambda b: over_tokens(b.logp[b.mask & ~b["truncated"][:, None]], b),
+    "rarely_solved": lambda b: over_tokens(b.logp[b.mask], b),
+}
+
+
+@over_objectives
+def test_a_plugin_passes_the_contract(plugin: str, tmp_path: Path) -> None:
+    teacher_in(tmp_path)
+    check_objective(get_objective(spec(plugin), **options(plugin, tmp_path / "teacher")), LOSSES[plugin])
 
 
 def test_a_head_of_ones_own_learns(tmp_path: Path) -> None:
@@ -178,7 +194,7 @@ def test_a_rollout_that_was_stopped_goes_on_with_what_its_sampler_knew(tmp_path:
             return sample(*arguments, **options)
 
         sampler.sample = or_die  # type: ignore[method-assign]
-        return collect_rollouts(policy, sampler, problems, length, settings, 0, pieces=Pieces(tmp_path / folder))
+        return collect_rollouts(policy, sampler, problems, length, settings, 0, cached=CachedResults(tmp_path / folder))
 
     whole = collect("whole")
     assert whole[4].completion == whole[3].completion, "what the second prompt got first is the first's last"
@@ -200,12 +216,82 @@ def test_views_by_name_or_as_an_object() -> None:
         buffer.view("rarely-solved", minimum=2.0)
     with pytest.raises(UserError, match=r"unknown view 'groupz'.*did you mean 'groups'\?"):
         buffer.view("groupz")
-    with pytest.raises(UserError, match=r"learns_from: 3 is no view"):
+    with pytest.raises(UserError, match=r"learns_from: 3 is not a view"):
         buffer.view(3)  # type: ignore[arg-type]
     twice = type("Other", (Selector,), {"name": "groups", "__module__": "mine"})
     with pytest.raises(UserError, match="view 'groups' is registered twice"):
         register_view(twice)
     assert {"demonstrations", "correct", "pairs", "groups", "unpaired"} <= {row["name"] for row in catalogue()["views"]}
+
+
+def test_a_row_of_a_comparison_learns_from_a_view_of_a_plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner, "pool", inline_pool)
+    view = f"{PLUGINS / 'rarely_solved.py'}:RarelySolved"
+    rows = {"sft-hard": {"objective": "sft", "learns_from": view}, "hard": {"objective": spec("rarely_solved")}}
+    evaluation = {"samples": 1, "max_new_tokens": 4, "curve_points": 0}
+    found = runner.compare(small(rows, evaluation=evaluation, seeds=[1]), tmp_path / "out", 1)
+    own, hard = found["cells"]
+    assert own["costs"]["sampled_tokens"] == found["buffer"]["sampled_tokens"] > 0, "its rows are samples"
+    assert [step["loss"] for step in own["training"]] == [step["loss"] for step in hard["training"]]
+
+
+ROW, PAIR, GROUP = Unit.ROW, Unit.PAIR, Unit.GROUP
+
+
+@pytest.mark.parametrize(
+    ("kind", "units", "weights", "told"),
+    [
+        (ROW, lambda rows: ((len(rows),),), None, "takes row 16 of a buffer with the rows 0 to 15"),
+        (ROW, lambda rows: ((-1,),), None, "takes row -1 of"),
+        (ROW, lambda rows: (), None, "takes none of the buffer's 16 rows"),
+        (ROW, lambda rows: None, None, "gave no units, tuples of row indices: TypeError"),
+        (ROW, lambda rows: (0, 1), None, "gave no units, tuples of row indices: TypeError"),
+        (ROW, lambda rows: rows["nothing"], None, "gave no units, tuples of row indices: KeyError"),
+        (ROW, lambda rows: ((True,), (False,)), None, "holds True, which is no row's index"),
+        (ROW, lambda rows: ((0.0,),), None, "holds 0.0, which is no row's index"),
+        (ROW, lambda rows: ((0, 1),), None, r"has the unit \(0, 1\), of 2 rows: it must be one row"),
+        (ROW, lambda rows: ((0,), ()), None, r"has the unit \(\), of 0 rows: it must be one row"),
+        (PAIR, lambda rows: ((0, 1), (2,)), None, r"has the unit \(2,\), of 1 rows: a pair is"),
+        (PAIR, lambda rows: ((0, 1), (2, 2)), None, r"has the unit \(2, 2\), a row twice: a pair is"),
+        (PAIR, lambda rows: ((0, 1), (2, 4)), None, r"has the unit \(2, 4\), of several prompts: a pair is"),
+        (GROUP, lambda rows: ((0, 1), ()), None, r"has the unit \(\), of 0 rows: a group is"),
+        (GROUP, lambda rows: ((0, 1, 0),), None, r"has the unit \(0, 1, 0\), a row twice: a group is"),
+        (GROUP, lambda rows: ((0,), (1, 2)), None, r"has the unit \(1, 2\), of several prompts: a group is"),
+        (ROW, lambda rows: ((0,), (1,)), lambda: (1.0,), "has 1 weights for 2 units: give one per unit"),
+        (ROW, lambda rows: ((0,), (1,)), lambda: (1.0, math.nan), r"gives the unit \(1,\) the weight nan: it must be"),
+        (ROW, lambda rows: ((0,), (1,)), lambda: (-1.0, 1.0), r"gives the unit \(0,\) the weight -1.0: it must be"),
+        (ROW, lambda rows: ((0,), (1,)), lambda: (0.0, 0.0), "gives all 2 units the weight 0"),
+        (ROW, lambda rows: ((0,), (1,)), lambda: 1.0, "gave no weights, a number per unit: TypeError"),
+    ],
+)
+def test_what_a_view_of_ones_own_takes_is_checked(kind: Unit, units: Any, weights: Any, told: str) -> None:
+    class Mine(Selector):
+        name = "mine"
+        unit = kind
+
+        def units(self, rows: Any) -> Any:
+            return units(rows)
+
+        def weights(self, rows: Any, units: Any) -> Any:
+            return None if weights is None else weights()
+
+    with pytest.raises(UserError, match=f"^the view 'mine' {told}"):
+        buffer_of(load_policy("embedded")).view(Mine())
+
+
+def test_a_view_may_give_numpys_numbers() -> None:
+    class Mine(Selector):
+        name = "mine"
+        unit = Unit.PAIR
+
+        def units(self, rows: Any) -> Any:
+            return np.arange(4).reshape(2, 2)
+
+        def weights(self, rows: Any, units: Any) -> Any:
+            return np.array([1.0, 3.0])
+
+    view = buffer_of(load_policy("embedded")).view(Mine())
+    assert repr(view.units) == "((0, 1), (2, 3))" and view.weights == (1.0, 3.0)
 
 
 def test_samplers_by_name(tmp_path: Path) -> None:
@@ -247,12 +333,48 @@ def test_a_composite_learns_from_a_buffer_and_from_fresh_samples() -> None:
     mixed = get_objective("mixture", weights={"sft": 0.5, "grpo": 0.5})
     record = train(policy, mixed, [buffer_of(policy), fresh(policy, "replaying")], SETTINGS)
     assert len(record.steps) == SETTINGS.steps and record.costs.sampled_tokens > 0
-    with pytest.raises(UserError, match="has 2 parts and 1 sources"):
+    with pytest.raises(UserError, match="has 2 components and 1 sources"):
         train(policy, mixed, fresh(policy, "replaying"), SETTINGS)
-    with pytest.raises(UserError, match="a PosixPath is no source: give a buffer, a Collector"):
+    with pytest.raises(UserError, match="a PosixPath is not a source: give a buffer, a Collector"):
         train(policy, get_objective("grpo"), PLUGINS, SETTINGS)  # type: ignore[arg-type]
-    with pytest.raises(UserError, match="there are no problems to sample completions of"):
+    with pytest.raises(UserError, match="there are no problems to sample completions for"):
         Collector(policy, TransformersSampler(policy), [], length)
+
+
+def compared_online(out: Path, kill: bool = False) -> dict[str, Any]:
+    """GRPO on what a plug-in samples of the policy in training; if asked to, die between two steps."""
+    between = Trainer._between_batches
+
+    def or_die(trainer: Trainer) -> None:
+        between(trainer)
+        if kill and trainer.step == KILLED_AT:
+            signal.raise_signal(signal.SIGKILL)
+
+    sampling = {"samples": 4, "max_new_tokens": 6, "engine": spec("replaying"), "engine_options": {"after": 1}}
+    training = {"steps": 4, "batch_size": 8, "checkpoint_seconds": 0.0, "learning_rate": 1e-3}
+    evaluation = {"samples": 1, "max_new_tokens": 4, "curve_points": 0}
+    rows = {"online": {"objective": "grpo", "mode": "online"}}
+    experiment = small(
+        rows, rollouts=sampling, training=training, evaluation=evaluation, reward=f"{__file__}:length",
+        train={"source": "world:arithmetic/train", "limit": 3}, seeds=[1],
+    )  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runner, "pool", inline_pool)
+        patch.setattr(Trainer, "_between_batches", or_die)
+        return runner.compare(experiment, out, 1)
+
+
+def test_a_comparison_with_a_plugins_sampler_resumes_bit_for_bit_after_kill_9(tmp_path: Path) -> None:
+    command = [sys.executable, __file__, "replaying in a comparison", str(tmp_path / "out")]
+    died = subprocess.run(command, capture_output=True, check=False)
+    assert died.returncode == -signal.SIGKILL, died.stderr.decode()
+    assert list((tmp_path / "out").rglob(f"step-*{KILLED_AT}.result")), "it was stopped after a checkpoint"
+    found, whole = compared_online(tmp_path / "out"), compared_online(tmp_path / "whole")
+    (cell,), (expected,) = found["cells"], whole["cells"]
+    assert cell["training"] == expected["training"] and len(cell["training"]) == 4
+    assert cell["training"][0]["gradient_norm"] > 0 and cell["metrics"] == expected["metrics"]
+    texts = [pq.read_table(tmp_path / name / "outcomes.parquet").to_pylist() for name in ("out", "whole")]
+    assert texts[0] == texts[1]
 
 
 def compared(out: Path, kill: bool = False) -> dict[str, Any]:
@@ -300,8 +422,11 @@ def test_a_plugins_metric_is_reported_after_kill_9(tmp_path: Path) -> None:
         own = shares[cell["algorithm"]]
         assert {name: of["distinct"] for name, of in cell["metrics"].items()} == pytest.approx(own)
         assert found["mean_over_benchmarks"][cell["algorithm"]]["distinct"] == pytest.approx(mean(own.values()))
+        assert cell["mean_over_benchmarks"]["distinct"] == pytest.approx(mean(own.values()))
         for value in (*own.values(), mean(own.values())):
             assert f" {100 * value:.1f} |" in further
+    overall = {(row["algorithm"], row["metric"]): row for row in found["summary"] if row["benchmark"] == OVERALL}
+    assert overall["sft", "greedy"]["mean"] == pytest.approx(found["mean_over_benchmarks"]["sft"]["greedy"])
     assert found["metrics"]["pass_at_3"] == {"label": "pass@3", "unit": "%"} and "pass@3" in further
 
 
@@ -345,4 +470,6 @@ def test_no_plugin_is_longer_than_forty_lines() -> None:
 if __name__ == "__main__":
     if sys.argv[1] == "distinct":
         compared(Path(sys.argv[2]), kill=True)
+    if sys.argv[1] == "replaying in a comparison":
+        compared_online(Path(sys.argv[2]), kill=True)
     run(sys.argv[1], Path(sys.argv[2]), Path(sys.argv[2]) / "checkpoints", kill=True)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,9 +18,9 @@ import pytest
 
 from rlzoo.errors import UserError
 from rlzoo.jobs import runs
+from rlzoo.jobs.cached_results import CachedResults
 from rlzoo.jobs.outputs import remove, remove_partial, replacing, write_atomically
-from rlzoo.jobs.pieces import Pieces
-from rlzoo.jobs.runs import run_in, unfinished
+from rlzoo.jobs.runs import place, run_in, unfinished
 
 ASKED = {"steps": 10, "model": "embedded"}
 
@@ -27,9 +30,9 @@ def names(folder: Path) -> list[str]:
 
 
 def stopped(path: Path, settings: dict[str, Any] | None = None, what: type[BaseException] = KeyboardInterrupt) -> str:
-    """A run that keeps a piece of work and then ends with an exception; what the exception has to say."""
+    """A run that caches a result and then ends with an exception; the text of the exception."""
     with pytest.raises(what) as caught, run_in(path, "train", settings or ASKED) as run:
-        Pieces(run.state).write("half", 1)
+        CachedResults(run.state).write("half", 1)
         raise what
     return "; ".join(getattr(caught.value, "__notes__", []))
 
@@ -44,6 +47,25 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
         beside.write_text("half")
         raise RuntimeError("out of luck")
     assert file.read_text() == "before" and names(tmp_path) == ["rows.txt"]
+
+
+def test_any_text_is_written_and_folders_for_it_are_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model's output may hold half a character, which no file can, and some file systems cannot sync."""
+
+    def refuse(descriptor: int) -> None:
+        raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    write_atomically(tmp_path / "new" / "deep" / "rows.txt", "é\ud800b")
+    assert (tmp_path / "new" / "deep" / "rows.txt").read_text(encoding="utf-8") == "é?b"
+
+
+def test_a_folder_takes_the_place_of_one_that_holds_files(tmp_path: Path) -> None:
+    for name in ("before", "after"):
+        with replacing(tmp_path / "buffer") as beside:
+            beside.mkdir()
+            (beside / name).touch()
+    assert names(tmp_path) == ["buffer", "buffer/after"]
 
 
 def test_a_reader_sees_the_old_file_or_the_new_one(tmp_path: Path) -> None:
@@ -73,7 +95,9 @@ def test_what_is_written_is_on_the_disk_before_it_takes_its_place(
 
     monkeypatch.setattr(os, "fsync", fsync)
     monkeypatch.setattr(Path, "replace", replaced)
+    opened = len([*Path("/proc/self/fd").iterdir()])
     write_atomically(tmp_path / "rows.txt", "whole")
+    assert len([*Path("/proc/self/fd").iterdir()]) == opened
     assert events == ["rows.txt: whole", "replace rows.txt", f"{tmp_path.name}: names"]
     events.clear()
     with replacing(tmp_path / "folder") as beside:
@@ -94,8 +118,9 @@ def test_what_a_killed_process_had_half_written_is_removed(tmp_path: Path) -> No
     done = subprocess.run([sys.executable, "-c", script, str(tmp_path / "results.json")], check=False)
     assert done.returncode == -signal.SIGKILL
     assert not (tmp_path / "results.json").exists() and len(list(tmp_path.iterdir())) == 1
+    (tmp_path / "mine.partial").touch()
     remove_partial(tmp_path)
-    assert names(tmp_path) == []
+    assert names(tmp_path) == ["mine.partial"]
 
 
 def test_a_link_is_removed_and_not_what_it_leads_to(tmp_path: Path) -> None:
@@ -107,13 +132,13 @@ def test_a_link_is_removed_and_not_what_it_leads_to(tmp_path: Path) -> None:
 
 
 def test_a_piece_is_made_once_and_comes_back_as_it_was(tmp_path: Path) -> None:
-    pieces, made = Pieces(tmp_path), list[int]()
+    cached, made = CachedResults(tmp_path), list[int]()
 
     def work() -> dict[str, Any]:
         made.append(1)
         return {"a": [0.1 + 0.2, float("inf"), None], "b": ("é", 2**70)}
 
-    first, second = pieces.once("grpo-lr1e-05/seed 0", work), pieces.once("grpo-lr1e-05/seed 0", work)
+    first, second = cached.once("grpo-lr1e-05/seed 0", work), cached.once("grpo-lr1e-05/seed 0", work)
     assert first == second == {"a": [0.1 + 0.2, float("inf"), None], "b": ["é", 2**70]}
     assert len(made) == 1 and len(list(tmp_path.iterdir())) == 1
 
@@ -121,18 +146,18 @@ def test_a_piece_is_made_once_and_comes_back_as_it_was(tmp_path: Path) -> None:
         made.append(2)
         return []
 
-    assert pieces.once("nothing", nothing) == pieces.once("nothing", nothing) == [] and made == [1, 2]
+    assert cached.once("nothing", nothing) == cached.once("nothing", nothing) == [] and made == [1, 2]
 
 
 @pytest.mark.parametrize("damage", ["cut", "flip", "empty"])
 def test_a_damaged_piece_is_made_again(tmp_path: Path, damage: str) -> None:
-    pieces = Pieces(tmp_path)
-    pieces.write("score", {"mean": 0.25})
+    cached = CachedResults(tmp_path)
+    cached.write("score", {"mean": 0.25})
     (file,) = tmp_path.iterdir()
     whole = file.read_bytes()
     file.write_bytes({"cut": whole[:-3], "flip": whole.replace(b"0.25", b"0.75"), "empty": b""}[damage])
-    assert pieces.read("score") is None
-    assert pieces.once("score", lambda: {"mean": 0.25}) == {"mean": 0.25}
+    assert cached.read("score") is None
+    assert cached.once("score", lambda: {"mean": 0.25}) == {"mean": 0.25}
 
 
 # What failed
@@ -157,6 +182,14 @@ def test_a_run_that_ends_before_it_did_anything_removes_the_folders_it_made(
     assert names(tmp_path) == []
 
 
+def test_a_folder_that_holds_something_else_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").touch()
+    for kind in ("folder", "whole"):
+        with pytest.raises(UserError, match="exists already"), run_in(tmp_path, "train", ASKED, kind):
+            pytest.fail("must not come here")
+    assert names(tmp_path) == ["notes.txt"]
+
+
 def test_an_empty_folder_of_the_user_stays(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError), run_in(tmp_path, "train", ASKED):
         (tmp_path / "half.json").write_text("{")
@@ -176,13 +209,41 @@ def test_a_failed_file_is_removed_and_a_present_one_kept(tmp_path: Path) -> None
     assert file.read_text() == "mine" and names(tmp_path) == ["rows.jsonl"]
 
 
-def test_a_full_disk_is_one_line_and_keeps_what_was_done(tmp_path: Path) -> None:
-    told = r"cannot be written \(No space left on device\).*what was done is kept"
+FULL = os.strerror(errno.ENOSPC)
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (OSError(errno.ENOSPC, FULL), FULL),
+        (OSError("the server is gone"), "the server is gone"),
+        (RuntimeError(f"Error while serializing: I/O error: {FULL} (os error {errno.ENOSPC})"), FULL),  # safetensors'
+    ],
+)
+def test_a_full_disk_is_one_line_and_keeps_what_was_done(error: Exception, told: str, tmp_path: Path) -> None:
+    told = rf"cannot be written \({told}\).*what was done is kept"
     with pytest.raises(UserError, match=told), run_in(tmp_path / "out", "train", ASKED) as run:
-        Pieces(run.state).write("half", 1)
-        Path("/dev/full").write_text("more")
+        CachedResults(run.state).write("half", 1)
+        raise error
     with run_in(tmp_path / "out", "train", ASKED) as run:
-        assert run.resumed and Pieces(run.state).read("half") == 1
+        assert run.resumed and CachedResults(run.state).read("half") == 1
+
+
+def test_a_place_that_cannot_be_written_is_told_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"cannot be written \(Not a directory\): give another place"):  # noqa: SIM117
+        with run_in(tmp_path / "file" / "out", "train", ASKED):
+            pytest.fail("must not come here")
+    stopped(tmp_path / "out")
+
+    def refuse(self: Path) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(Path, "touch", refuse)
+    with pytest.raises(UserError, match="Read-only"), run_in(tmp_path / "out", "train", ASKED):
+        pytest.fail("must not come here")
 
 
 # What was stopped
@@ -193,7 +254,7 @@ def test_a_stopped_run_goes_on_and_then_is_finished(tmp_path: Path) -> None:
     assert f"the same command with --out {out} resumes there" in stopped(out)
     with run_in(out, "train", ASKED) as run:
         assert run.resumed and not run.finished
-        assert Pieces(run.state).read("half") == 1
+        assert CachedResults(run.state).read("half") == 1
         (out / "results.json").write_text("{}")
     assert names(out) == ["results.json", "run.json"]
     with run_in(out, "train", ASKED) as run:
@@ -203,7 +264,7 @@ def test_a_stopped_run_goes_on_and_then_is_finished(tmp_path: Path) -> None:
 
 def test_a_run_with_failures_is_to_be_continued(tmp_path: Path) -> None:
     with run_in(tmp_path / "out", "compare", ASKED) as run:
-        Pieces(run.state).write("half", 1)
+        CachedResults(run.state).write("half", 1)
         run.to_be_continued = True
     with run_in(tmp_path / "out", "compare", ASKED) as run:
         assert run.resumed and not run.finished
@@ -212,10 +273,11 @@ def test_a_run_with_failures_is_to_be_continued(tmp_path: Path) -> None:
 def test_another_run_is_told_apart_by_what_differs(tmp_path: Path) -> None:
     out, data = tmp_path / "out", tmp_path / "rows.jsonl"
     data.write_text("{}")
-    asked = {**ASKED, "source": str(data)}
+    asked = {**ASKED, "source": str(data), "sampling": {"top_p": 1.0}}
     stopped(out, asked)
     for settings, told in (
-        ({**asked, "steps": 20}, "unfinished.*steps: 10 there, 20 here"),
+        ({**asked, "steps": 20}, r"unfinished \(steps: 10 there, 20 here"),
+        ({**asked, "sampling": {"top_p": 0.9}}, r"\(sampling\.top_p: 1.0 there, 0.9 here"),
         (ASKED, "source"),
     ):
         with pytest.raises(UserError, match=told), run_in(out, "train", settings):
@@ -225,21 +287,22 @@ def test_another_run_is_told_apart_by_what_differs(tmp_path: Path) -> None:
     data.write_text("{}\n{}")
     with pytest.raises(UserError, match=r"rows.jsonl: \[2, "), run_in(out, "train", asked):
         pytest.fail("must not come here")
-    assert Pieces(out / ".state").read("half") == 1
+    assert CachedResults(out / ".state").read("half") == 1
 
 
-@pytest.mark.parametrize("kind", ["table", "module", "model", "buffer", "experiment", "key", "home"])
+@pytest.mark.parametrize("kind", ["table", "shards", "module", "model", "buffer", "experiment", "key", "home"])
 def test_a_file_of_the_same_size_that_changed_is_told(
     tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whatever settings name: a table, a module with a name in it, a model's or buffer's folder, a module as a key."""
+    """Whatever settings name: a table or a folder of them, a module (also as a key), a model's or buffer's folder."""
     monkeypatch.setenv("HOME", str(tmp_path))
-    for folder, mark in (("model", "config.json"), ("buffer", "state.json")):
+    for folder, mark in (("model", "config.json"), ("buffer", "state.json"), ("shards", "1.jsonl")):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / mark).write_text("{}")
     files = {"table": "rows.csv", "model": "model/weights.safetensors", "buffer": "buffer/data.arrow"}
+    files["shards"] = "shards/2.jsonl"
     file = tmp_path / {**files, "experiment": "mine.yaml"}.get(kind, "mine.py")
-    named: dict[str, Any] = {name: str(tmp_path / name) for name in ("model", "buffer")}
+    named: dict[str, Any] = {name: str(tmp_path / name) for name in ("model", "buffer", "shards")}
     named |= {"table": str(file), "experiment": str(file), "module": f"{file}:Mine", "home": "~/mine.py:Mine"}
     asked = {**ASKED, "named": [{f"{file}:Mine": {}}] if kind == "key" else [named[kind]]}
     file.write_text("a")
@@ -256,14 +319,27 @@ def test_what_a_killed_run_had_half_written_or_half_removed_is_gone(tmp_path: Pa
     out = tmp_path / "out"
     stopped(out)
     (out / ".report.md.x.partial").mkdir()
-    (out / ".state" / ".half.piece.x.partial").mkdir()
+    (out / ".state" / ".half.result.x.partial").mkdir()
     with run_in(out, "train", ASKED):
-        assert names(out) == [".state", ".state/half.piece", ".state/lock", ".state/run.json"]
+        assert names(out) == [".state", ".state/half.result", ".state/lock", ".state/run.json"]
     (out / ".state").mkdir()
-    (out / ".state" / "half.piece").touch()
+    (out / ".state" / "half.result").touch()
     with run_in(out, "train", ASKED) as run:
         assert run.finished
     assert names(out) == ["run.json"]
+
+
+def test_a_run_that_was_killed_before_it_kept_anything_is_in_nobodys_way(tmp_path: Path) -> None:
+    (tmp_path / "out" / ".state").mkdir(parents=True)
+    (tmp_path / "out" / ".state" / "run.json").write_text('{"command": "compare", "settings": {}}')
+    with run_in(tmp_path / "out", "train", ASKED) as run:
+        assert not run.resumed
+
+
+def test_any_text_may_be_a_setting(tmp_path: Path) -> None:
+    """A system prompt, say, which is no name of a file."""
+    with run_in(tmp_path / "out", "train", {"system": "a\0b", "prompt": "x" * 5000}) as run:
+        assert not run.finished
 
 
 def test_work_of_which_nothing_says_what_it_is_is_done_again(tmp_path: Path) -> None:
@@ -271,7 +347,7 @@ def test_work_of_which_nothing_says_what_it_is_is_done_again(tmp_path: Path) -> 
     stopped(out)
     (out / ".state" / "run.json").write_text('{"command": "tra')
     with run_in(out, "train", ASKED) as run:
-        assert not run.resumed and Pieces(run.state).read("half") is None
+        assert not run.resumed and CachedResults(run.state).read("half") is None
         with pytest.raises(UserError, match="in use by process"), run_in(out, "train", ASKED):
             pytest.fail("must not come here")
 
@@ -279,7 +355,7 @@ def test_work_of_which_nothing_says_what_it_is_is_done_again(tmp_path: Path) -> 
 def test_a_file_that_was_whole_when_its_run_was_killed_is_finished(tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
     with pytest.raises(KeyboardInterrupt), run_in(file, "rollout", ASKED, "whole") as run:
-        Pieces(run.state).write("half", 1)
+        CachedResults(run.state).write("half", 1)
         file.write_text("whole")
         raise KeyboardInterrupt
     with run_in(file, "rollout", ASKED, "whole") as run:
@@ -296,7 +372,18 @@ def test_what_a_killed_run_had_half_written_beside_its_file_is_gone(tmp_path: Pa
     assert names(tmp_path) == [".rows.jsonl.gz.a1b2.partial", "rows.jsonl"], "another's is not touched"
 
 
+def test_stopped_files_of_one_folder_go_on_by_themselves(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        with pytest.raises(KeyboardInterrupt), run_in(tmp_path / name, "rollout", {"limit": name}, "whole") as run:
+            CachedResults(run.state).write("half", name)
+            raise KeyboardInterrupt
+    for name in ("a", "b"):
+        with run_in(tmp_path / name, "rollout", {"limit": name}, "whole") as run:
+            assert run.resumed and CachedResults(run.state).read("half") == name
+
+
 def test_other_versions_of_packages_do_not_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert {"python", "torch", "transformers"} <= runs.versions().keys()
     stopped(tmp_path / "out")
     monkeypatch.setattr(runs, "versions", lambda: {"torch": "1"})
     with pytest.raises(UserError, match=r"torch: .* there, '1' here"), run_in(tmp_path / "out", "train", ASKED):
@@ -307,6 +394,21 @@ def test_a_mistake_keeps_long_work_and_removes_short(tmp_path: Path, monkeypatch
     assert stopped(tmp_path / "out", what=UserError) == "" and names(tmp_path) == []
     monkeypatch.setattr(runs, "WORTH_KEEPING", 0.0)
     assert "what was done is kept" in stopped(tmp_path / "out", what=UserError)
+
+
+def test_a_command_without_a_place_goes_on_in_the_one_where_it_was_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    first = place("grpo-facts", "train", ASKED)
+    assert re.fullmatch(r"runs/grpo-facts-\d{8}-\d{6}", str(first))
+    stopped(first)
+    assert place("grpo-facts", "train", ASKED) == first
+    others = [place("grpo-facts", "train", {**ASKED, "steps": 5})]
+    for _ in range(3):  # all within a second, maybe
+        others[-1].mkdir(parents=True)
+        others.append(place("grpo-facts", "train", {**ASKED, "steps": 5}))
+    assert len({first, *others}) == 5 and place("other", "train", ASKED).name.startswith("other-")
 
 
 def test_the_newest_unfinished_run_of_the_same_is_found(tmp_path: Path) -> None:
@@ -324,7 +426,7 @@ def test_the_newest_unfinished_run_of_the_same_is_found(tmp_path: Path) -> None:
 
 def hold(path: Path, told: Any, go: Any) -> None:
     with run_in(path, "train", ASKED) as run:
-        Pieces(run.state).write("half", 1)
+        CachedResults(run.state).write("half", 1)
         told.send(os.getpid())
         go.recv()
 
@@ -341,7 +443,39 @@ def test_a_second_runner_is_refused_and_a_dead_ones_lock_is_not_in_the_way(tmp_p
     assert names(out) == before, "the refused one took something with it"
     process.kill()
     process.join()
-    assert (out / ".state" / "lock").exists()
+    (out / ".state" / "lock").write_text("process 1 on a machine with a long name, since last year" * 2)
     with run_in(out, "train", ASKED) as run:
         assert run.resumed
+        with pytest.raises(UserError, match=rf"in use by process {os.getpid()} on \S+, since [-\d]+ [:\d]+: wait"):  # noqa: SIM117
+            with run_in(out, "train", ASKED):
+                pytest.fail("must not come here")
     assert json.loads((out / "run.json").read_text())["settings"] == ASKED
+
+
+def test_a_lock_that_was_removed_while_it_was_taken_is_taken_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run that held it ended between the two: a lock on a file that is gone would keep nobody out."""
+    stopped(tmp_path / "out")
+    lock, flock, taken = tmp_path / "out" / ".state" / "lock", fcntl.flock, list[int]()
+
+    def late(descriptor: int, operation: int) -> None:
+        flock(descriptor, operation)
+        taken.append(descriptor)
+        if len(taken) == 1:
+            lock.unlink()
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with run_in(tmp_path / "out", "train", ASKED):
+        assert len(taken) == 2 and lock.read_text().startswith(f"process {os.getpid()} ")
+        with pytest.raises(UserError, match="in use"), run_in(tmp_path / "out", "train", ASKED):
+            pytest.fail("must not come here")
+
+
+def test_a_file_system_without_locks_is_no_reason_to_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with run_in(tmp_path / "out", "train", ASKED) as run:
+        assert not run.resumed

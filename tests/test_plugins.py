@@ -72,7 +72,7 @@ def test_files_and_a_package_beside_the_user(tmp_path: Path) -> None:
     rows = pq.read_table(tmp_path / "out" / "outcomes.parquet").to_pylist()
     answers = {p.id: p.columns["answer"] for split in ("test", "unseen") for p in world_problems(f"facts/{split}")}
     assert len(rows) > 0
-    for row in rows:  # judged by the user's reward, in processes of their own
+    for row in rows:  # scored by the user's reward, in its own process
         assert row["reward"] == float(row["text"].strip()[:1] == answers[row["problem_id"]][:1])
 
 
@@ -118,7 +118,7 @@ HEAD = "from dataclasses import dataclass, field\nimport rlzoo\n@dataclass(froze
     ("fields", "options", "told"),
     [
         ("    scale: float\n", {}, "needs the option 'scale', which has no default"),
-        ("    scale: Unknown = 1\n", {"scale": 1}, "'mine' has an annotation that cannot be read: name 'Unknown'"),
+        ("    scale: Unknown = 1\n", {"scale": 1}, "'mine' has an annotation that cannot be resolved: name 'Unknown'"),
         ("    scale: float = 1\n", {"scale": "x"}, "option 'scale' = 'x': Input should be a valid number"),
         (
             "    def __post_init__(self): raise ValueError('scale?')\n",

@@ -36,7 +36,7 @@ from rlzoo.policy import Policy, Sequences, load_policy
 from rlzoo.policy import head as head_module
 from rlzoo.policy.head import Head
 from rlzoo.policy.loading import save_policy
-from rlzoo.policy.microbatches import score_rows, token_batches
+from rlzoo.policy.microbatches import log_probs, token_batches
 
 VOCABULARY, HIDDEN = 97, 32
 PROMPTS = [[5, 9, 3], [7], [2, 2, 8, 11, 4, 6], [1, 13], [20, 21]]
@@ -118,7 +118,7 @@ def test_log_probs_depend_neither_on_padding_nor_on_the_other_rows(kind: str) ->
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
-def test_score_rows_keeps_the_order_and_the_training_mode(kind: str) -> None:
+def test_log_probs_keep_the_order_and_the_training_mode(kind: str) -> None:
     """Scores are those without dropout, which GPT-2 has, whatever mode the policy is in."""
     expected = build(kind)
     policy = build(kind).train()
@@ -127,15 +127,15 @@ def test_score_rows_keeps_the_order_and_the_training_mode(kind: str) -> None:
     heats, done = [0.5, 1.0, 2.0, 1.0, 0.7], list[int]()
     for budget in (1, 9, 1000):
         sizes.clear()
-        scores = score_rows(policy, ROWS, token_budget=budget, progress=done.append)
-        tempered = score_rows(policy, ROWS, budget, heats)
+        scores = log_probs(policy, ROWS, token_budget=budget, progress=done.append)
+        tempered = log_probs(policy, ROWS, budget, heats)
         for found, hot, heat, row in zip(scores, tempered, heats, ROWS, strict=True):
             assert found == pytest.approx(plain_logp(expected, *row).tolist(), abs=2e-6)
             assert hot == pytest.approx(plain_logp(expected, *row, heat).tolist(), abs=2e-6)
         assert max(sizes) <= max(budget, max(len(prompt) + len(completion) for prompt, completion in ROWS))
     assert sum(done) == 3 * len(ROWS)
     assert policy.training and policy.model.training
-    assert score_rows(policy, []) == []
+    assert log_probs(policy, []) == []
 
 
 def test_positions_and_targets_of_a_collated_batch() -> None:
@@ -335,7 +335,7 @@ def test_a_critic_starts_at_zero_and_trains_the_trunk_only_if_shared(kind: str, 
 def test_a_policy_is_in_the_mode_of_its_model() -> None:
     policy = build("gpt2")
     expected = policy(collate(ROWS)).logp
-    score_rows(policy, ROWS)  # restores the mode, and so must not switch dropout on
+    log_probs(policy, ROWS)  # restores the mode, and so must not switch dropout on
     assert torch.equal(policy(collate(ROWS)).logp, expected)
 
 
@@ -374,18 +374,18 @@ def test_rows_of_like_length_share_a_micro_batch() -> None:
     st.lists(st.lists(st.integers(1, 40), min_size=1, max_size=4), max_size=15),
     st.integers(1, 120),
 )
-def test_micro_batches_partition_the_rows_and_keep_atoms_whole(atoms_lengths: list[list[int]], budget: int) -> None:
-    lengths = [length for atom in atoms_lengths for length in atom]
+def test_micro_batches_partition_the_rows_and_keep_units_whole(lengths_by_unit: list[list[int]], budget: int) -> None:
+    lengths = [length for unit in lengths_by_unit for length in unit]
     rows = iter(range(len(lengths)))
-    atoms = [tuple(next(rows) for _ in atom) for atom in atoms_lengths]
-    batches = list(token_batches(atoms, lengths, budget))
+    units = [tuple(next(rows) for _ in unit) for unit in lengths_by_unit]
+    batches = list(token_batches(units, lengths, budget))
     assert sorted(row for batch in batches for row in batch) == list(range(len(lengths)))
     for batch in batches:
-        inside = [atom for atom in atoms if atom[0] in batch]
-        assert sorted(row for atom in inside for row in atom) == sorted(batch)
+        inside = [unit for unit in units if unit[0] in batch]
+        assert sorted(row for unit in inside for row in unit) == sorted(batch)
         padded = max(lengths[row] for row in batch) * len(batch)
         assert padded <= budget or len(inside) == 1
-    assert batches == list(token_batches(atoms, lengths, budget))
+    assert batches == list(token_batches(units, lengths, budget))
 
 
 def test_flops_by_hand() -> None:
@@ -411,7 +411,7 @@ def test_a_model_that_makes_logits_in_an_unknown_way_is_refused(monkeypatch: pyt
         return out
 
     monkeypatch.setattr(LlamaForCausalLM, "forward", scaled)
-    with pytest.raises(UserError, match="'llama' makes its logits"):
+    with pytest.raises(UserError, match="'llama' computes its logits"):
         load_policy("embedded")
 
 
@@ -430,7 +430,9 @@ def test_a_folder_that_lacks_something_is_refused(tmp_path: Path) -> None:
     weights = load_file(tmp_path / "model.safetensors")
     most = {name: weight for name, weight in weights.items() if name != "model.norm.weight"}
     save_file(most, tmp_path / "model.safetensors", {"format": "pt"})
-    with pytest.raises(UserError, match=r"has no weights for model\.norm\.weight \(1 in all\): is its folder whole\?"):
+    with pytest.raises(
+        UserError, match=r"has no weights for model\.norm\.weight \(1 in all\): is its folder complete\?"
+    ):
         load_policy(str(tmp_path))
     (tmp_path / "model.safetensors").unlink()
     torch.save(weights, tmp_path / "pytorch_model.bin")  # a pickle, which could run anything

@@ -40,7 +40,7 @@ def test_an_interrupt_waits_for_a_safe_place_and_for_nothing_else(number: signal
         reached = True
         list(processes.gather(futures))
     assert reached, "raised where it fell"
-    assert time.monotonic() - started < 120, "the piece of work was waited for"
+    assert time.monotonic() - started < 120, "the task was waited for"
     assert signal.getsignal(number) is before
 
 
@@ -170,9 +170,26 @@ def test_a_process_that_dies_takes_nothing_with_it(tmp_path: Path) -> None:
     assert "killed by SIGKILL: if memory ran out" in str(done["always"].exception())
     assert str(done["bug"].exception()) == "ZeroDivisionError: a bug"
     told = lines.getvalue().replace("\n", " ")
-    assert told.count("; doing it again") == 2
+    assert told.count("; trying again") == 2
+    assert "stopping" not in told, "nobody waits for a checkpoint"
     assert done["threads"].result() == (2, ["2"] * 3)
     assert {name: os.environ.get(name) for name in THREAD_VARIABLES} == before
+
+
+def test_a_line_says_how_long_and_what_until_the_work_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(heartbeat, "EVERY", 0.01)
+    lines, details = io.StringIO(), "[red] " + "a long piece of work " * 9
+    before = threading.active_count()
+    with heartbeat.Heartbeat(Console(file=lines), "reading") as beat:
+        for told in ("reading", details):
+            until = time.monotonic() + 20
+            while told not in lines.getvalue() and time.monotonic() < until:
+                time.sleep(0.005)
+            beat.report(0.5, details)
+    assert threading.active_count() == before
+    first, *_, last = lines.getvalue().splitlines()
+    assert re.fullmatch(r"  0:0[01]:\d\d reading", first)
+    assert re.fullmatch(r"  0:0[01]:\d\d " + re.escape(details), last)
 
 
 @pytest.mark.parametrize("terminal", [False, True])

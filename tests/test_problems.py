@@ -175,7 +175,7 @@ def test_columns_that_json_cannot_hold_are_text_or_left_out(tmp_path: Path) -> N
     assert problem.columns["date"] == "2024-03-04" and "image" not in problem.columns
     json.dumps(problem.columns)
     for settings in ({"prompt": "image"}, {"prompt": "q", "columns": {"answer": "image"}}, {"prompt": "{q}{image}"}):
-        with pytest.raises(UserError, match=r"rows\.parquet row 1: column 'image' holds bytes that are no UTF-8 text"):
+        with pytest.raises(UserError, match=r"rows\.parquet row 1: column 'image' holds bytes that are not UTF-8 text"):
             load(path, **settings)
 
 

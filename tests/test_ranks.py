@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
+import socket
 import subprocess
 import sys
+import time
 from collections.abc import Mapping, Sequence
+from multiprocessing import connection
 from pathlib import Path
 from typing import Any
 
 import pytest
 import ranks_worker
 import torch
+from accelerate import PartialState
 from safetensors.torch import load_file
 
 from rlzoo.cli import main
+from rlzoo.jobs import ranks
+from rlzoo.jobs.cached_results import CachedResults
+from rlzoo.jobs.runs import run_in
 from rlzoo.policy import MicroBatches, load_policy
 from rlzoo.types import Trajectory
 
@@ -65,7 +73,7 @@ def test_a_stopped_run_goes_on_in_other_processes(
     for stop, extra in (("2", DDP), ("3", FSDP)):
         launch([str(WORKER), str(tmp_path), *objectives], 2, tmp_path, {"RANKS_STOP": stop, **extra})
         for name in objectives:
-            assert (tmp_path / "checkpoints" / name / f"step-{int(stop) - 1:08d}.piece").is_file()
+            assert (tmp_path / "checkpoints" / name / f"step-{int(stop) - 1:08d}.result").is_file()
     for name in objectives:
         ranks_worker.run(tmp_path, name)
     for name, (weights, told) in found_in(tmp_path, objectives).items():
@@ -99,6 +107,97 @@ def test_processes_train_as_one(processes: int, kind: str, alone: dict[str, Any]
         assert sampled == third or told["sharded"], "sampling changes no weight, though shards come and go"
         for row, row_alone in zip(told["scored"], told_alone["scored"], strict=True):
             assert row == pytest.approx(row_alone, rel=1e-6, abs=1e-9)
+
+
+class Sharded(torch.nn.Linear):
+    """A layer one of whose weights looks like a shard."""
+
+    def __init__(self) -> None:
+        super().__init__(1, 1)
+        self.weight.full_tensor = lambda: self.weight  # type: ignore[attr-defined]
+
+
+def one_of_several(number: int, processes: int, port: int, folder: Path, told: Any) -> None:
+    """What a process that a launcher starts is told, by itself and by the others."""
+    os.environ |= {"RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": str(processes)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
+    torch.cuda.is_available = lambda: False
+    PartialState._reset_state()  # what the process that this is a copy of was
+    found: dict[str, Any] = {}
+
+    def squares(places: list[int]) -> list[int]:
+        found["worked"] = places
+        return [place**2 for place in places]
+
+    with ranks.joined():
+        found["who"] = (ranks.rank(), ranks.world_size(), ranks.is_main())
+        found["squares"] = ranks.shared("abcdefg", squares, torch.nn.Linear(1, 1))
+        found["own"] = found["worked"]
+        found["squares of a sharded model"] = ranks.shared("abcdefg", squares, Sharded())
+        found["all of them"] = found["worked"]
+        found["agreed"], found["gathered"] = ranks.agreed(10 * number), ranks.gathered(10 * number)
+        found["summed"] = ranks.summed(torch.tensor([1.0, number])).tolist()
+        with run_in(folder / "out", "train", {}) as run:
+            found["run"], found["claims"] = run.resumed, (run.state / "lock").exists()
+            if number == 0:  # the others have waited for what the main one found
+                time.sleep(0.3)
+                CachedResults(run.state).write("late", 1)
+            ranks.barrier()
+            found["after a barrier"] = CachedResults(folder / "out" / ".state").read("late")
+            found["once"] = CachedResults(folder / "out" / ".state").once("it", lambda: number)
+        ranks.barrier()
+        with run_in(folder / "out", "train", {}) as run:
+            found["finished"] = run.finished
+    found["left"] = not torch.distributed.is_initialized()
+    told.send(found)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="copies this process")
+def test_what_the_processes_of_a_run_tell_each_other(tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = multiprocessing.get_context("fork")
+    pipes = [context.Pipe(False) for _ in range(3)]
+    started = [
+        context.Process(target=one_of_several, args=(number, 3, port, tmp_path, told), daemon=True)
+        for number, (_, told) in enumerate(pipes)
+    ]
+    for process in started:
+        process.start()
+    running, until = {process.sentinel: process for process in started}, time.monotonic() + 60
+    while running and (ended := connection.wait([*running], max(0.0, until - time.monotonic()))):
+        if any(running.pop(int(sentinel)).exitcode for sentinel in ended):  # type: ignore[arg-type]
+            break  # the others would wait for it
+    for process in started:
+        process.kill()
+    found = [heard.recv() if heard.poll() else None for heard, _ in pipes]
+    for number, own in enumerate(found):
+        assert own == {
+            "who": (number, 3, number == 0),
+            "squares": [0, 1, 4, 9, 16, 25, 36],
+            "own": [*range(number, 7, 3)],
+            "worked": [*range(7)],
+            "squares of a sharded model": [0, 1, 4, 9, 16, 25, 36],
+            "all of them": [*range(7)],
+            "agreed": 0,
+            "gathered": [0, 10, 20],
+            "summed": [3.0, 3.0],
+            "run": False,
+            "claims": True,
+            "after a barrier": 1,
+            "once": 0,
+            "finished": True,
+            "left": True,
+        }
+
+
+def test_alone_a_process_is_all_of_them() -> None:
+    value = torch.tensor([1.0])
+    assert (ranks.rank(), ranks.world_size(), ranks.is_main()) == (0, 1, True)
+    assert ranks.agreed(3) == 3 and ranks.gathered(3) == [3] and ranks.summed(value) is value
+    assert ranks.shared("ab", lambda places: places, torch.nn.Linear(1, 1)) == [0, 1]
+    ranks.barrier()
 
 
 def test_units_stay_whole_in_every_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -84,7 +84,7 @@ def problems(experiment: Experiment) -> list[Problem]:
 
 @pytest.fixture(scope="module")
 def buffer(base: Policy, problems: list[Problem]) -> Buffer:
-    """GSM8K's solutions, and the model's own completions judged by whether they write an equation.
+    """GSM8K's solutions, and the model's own completions scored by whether they write an equation.
 
     The model solves about one problem in a hundred, so that right answers would leave nothing to choose from in a
     few samples. The shape of the answer differs among them, and to the objectives a reward is a reward. Prompts
@@ -119,15 +119,15 @@ def test_the_model_talks(base: Policy) -> None:
 
 
 def test_solutions_are_right_by_the_experiments_reward(experiment: Experiment) -> None:
-    judge = get_reward(experiment.reward)
+    reward = get_reward(experiment.reward)
     [source] = experiment.benchmarks.values()
     some = load_problems(source.model_copy(update={"limit": 200}))
     solutions = [p.solutions[0] for p in some]
     gold: list[Any] = [p.columns["answer"] for p in some]
     prompts = [p.prompt for p in some]
-    assert judge(prompts, solutions, answer=gold) == [1.0] * len(some)
+    assert reward(prompts, solutions, answer=gold) == [1.0] * len(some)
     others = [solution.rpartition("####")[0] + "#### -7" for solution in solutions]
-    assert judge(prompts, others, answer=gold) == [0.0] * len(some)
+    assert reward(prompts, others, answer=gold) == [0.0] * len(some)
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)

@@ -23,7 +23,7 @@ from rlzoo.comparison.report.contents import contents
 from rlzoo.comparison.report.plots import curves_of
 from rlzoo.comparison.report.schema import parse_results, read_run
 from rlzoo.comparison.report.tables import amount, points, seconds, significance
-from rlzoo.comparison.statistics import METRICS, compare_to, summarise
+from rlzoo.comparison.statistics import METRICS, OVERALL, compare_to, summarise
 from rlzoo.document import Code, Entry, Heading, Paragraph
 from rlzoo.errors import UserError
 
@@ -226,10 +226,15 @@ def test_what_was_done_to_the_data_is_in_the_report(tmp_path: Path) -> None:
     write_report(tmp_path)
     assert "Events before training" not in read(tmp_path)[1]
     dropped = {"train": {"count": 2, "of": 9, "first": ["rows.jsonl line 3 is not JSON"]}}
-    save(tmp_path, results | {"dropped_rows": dropped, "events": ["4 samples were scored"]})
+    save(tmp_path, results | {"dropped_rows": dropped, "events": ["4 samples were computed"]})
     write_report(tmp_path)
     source, markdown = read(tmp_path)
-    for line in ("Events before training", "train: dropped 2 of 9 rows", "rows.jsonl line 3", "4 samples were scored"):
+    for line in (
+        "Events before training",
+        "train: dropped 2 of 9 rows",
+        "rows.jsonl line 3",
+        "4 samples were computed",
+    ):
         assert line in Page(source).text
     assert "dropped 2 of 9 rows" in markdown
 
@@ -238,7 +243,7 @@ def test_what_was_done_to_the_data_is_in_the_report(tmp_path: Path) -> None:
 def test_further_metrics_and_the_mean_over_benchmarks_are_in_the_report(tmp_path: Path) -> None:
     results = synthetic_run(tmp_path)
     write_report(tmp_path)
-    assert "Further metrics" not in read(tmp_path)[1] and "mean over benchmarks" not in read(tmp_path)[1]
+    assert "Further metrics" not in read(tmp_path)[1]
     results["metrics"] = {
         "avg_at_k": {"label": "avg@4", "unit": "%"},
         "maj": {"label": "maj@4 <b>", "unit": "%"},
@@ -260,11 +265,26 @@ def test_further_metrics_and_the_mean_over_benchmarks_are_in_the_report(tmp_path
     section = markdown.partition("## Further metrics")[2].partition("\n## ")[0]
     assert "| plain | 30.0 | −1.25 |" in section and "| weighted | 50.0 | −1.25 |" in section
     assert "nowhere" not in section and "| base | – |" in section and "| plain | 25.0 |" in section
-    means = markdown.partition("### mean over benchmarks")[2].partition("\n## ")[0]
-    assert "| algorithm | avg@4 (%) | pass@2 (%) |" in means
-    assert "| base | 40.0 | 70.0 |" in means and "| plain | **30.0** | **70.0** |" in means
+
+
+@pytest.mark.usefixtures("figures")
+def test_the_mean_over_benchmarks_is_reported_like_a_benchmark(tmp_path: Path) -> None:
+    results = synthetic_run(tmp_path)
+    write_report(tmp_path)
+    markdown = read(tmp_path)[1]
+    scores, differences, *_ = markdown.split("### mean over benchmarks\n")[1:]
+    rows = {(row["algorithm"], row["benchmark"]): row for row in results["summary"] if row["metric"] == "avg_at_k"}
+    for name in ("base", "plain", "weighted"):
+        row, each = rows[name, OVERALL], [rows[name, benchmark] for benchmark in BENCHMARKS]
+        assert row["mean"] == pytest.approx(sum(one["mean"] for one in each) / 2)
+        assert row["ci_low"] < row["mean"] < row["ci_high"]
+        low, high = (f"{100 * row[end]:.1f}" for end in ("ci_low", "ci_high"))
+        assert re.search(rf"\*?{100 * row['mean']:.1f} \\\[{low}, {high}\\\]", scores)
+    assert "| algorithm | avg@4 (%) | greedy (%) | pass@2 (%) | seeds |" in scores
+    assert "| algorithm | avg@4 (points) | greedy (points) | pass@2 (points) |" in differences and ", p" in differences
+    assert "By the mean over benchmarks, weighted has the best avg@4" in markdown
     titles = [str(table.title) for table in report_table(results)]
-    assert titles[2:] == ["mean over benchmarks", "costs: mean of a cell"]
+    assert titles[2:] == ["mean over benchmarks: mean and 95 % interval", "costs: mean of a cell"]
 
 
 @pytest.mark.usefixtures("figures")
@@ -291,7 +311,7 @@ def test_distinguishable_is_meant_after_correction(tmp_path: Path) -> None:
     found = re.search(r"interval \+(\S+) to \+(\S+); p = (\S+), Holm-corrected for 3 pairs\): the two are not d", lead)
     assert found is not None and 0 < float(found[1]) < float(found[2]) and float(found[3]) > 0.05
     entries = differences_shown(markdown)
-    assert len(entries) == 2 * len(BENCHMARKS) * 3
+    assert len(entries) == 2 * (len(BENCHMARKS) + 1) * 3, "of each benchmark and of their mean"
     matches = [re.search(r"\[.*\], p (?:= ([\d.e-]+)|&lt; 0.001)", entry) for entry in entries]
     p_values = [float(each[1] or 0) for each in matches if each]
     assert len(p_values) == len(entries), "the uncorrected interval beside the p-value"
@@ -373,8 +393,8 @@ def test_page_stands_alone_and_describes_its_figures(tmp_path: Path) -> None:
     assert len(ids) == len(set(ids)), "drawings do not share ids"
     targets = re.findall(r'href="#([^"]+)"|url\(#([^)]+)\)', source)
     assert {a or b for a, b in targets} <= set(ids)
-    assert page.tags.count("figure") == page.tags.count("figcaption") == 7
-    assert sum(name == "aria-label" and bool(value) for name, value in page.attributes) == 7
+    assert page.tags.count("figure") == page.tags.count("figcaption") == 9
+    assert sum(name == "aria-label" and bool(value) for name, value in page.attributes) == 9
     for alt, path in re.findall(r"!\[(.*?)\]\((.*?)\)", markdown):
         assert alt and ElementTree.parse(tmp_path / path).getroot().tag.endswith("svg")
 
@@ -419,7 +439,7 @@ def test_learning_curves_start_at_the_base_and_average_the_seeds() -> None:
 
 def test_figures_show_the_numbers_of_the_tables(figures: list[Any], tmp_path: Path) -> None:
     results = parse_results(synthetic_run(tmp_path))
-    plots.score_bars(results, "longer sums")
+    plots.result_bars(results, "longer sums")
     for axes, metric in zip(figures[-1].axes, METRICS, strict=True):
         rows = [results.row(name, "longer sums", metric) for name in ("base", "plain", "weighted", "paired")]
         assert all(row is not None for row in rows)
@@ -490,18 +510,18 @@ def test_costs_are_means_of_cells_and_the_highest_peak() -> None:
 def test_the_best_algorithm_is_marked_and_what_is_missing_is_no_number() -> None:
     """Not the base model, whose scores stand in for no algorithm's."""
     summary = [
-        {"algorithm": name, "benchmark": "sums", "metric": "avg_at_k", "mean": m, "ci_low": 0, "ci_high": 1, "seeds": n}
-        for name, m, n in (("a", 0.5, 3), ("b", 0.25, 2))
+        {"algorithm": name, "benchmark": "sums", "metric": metric, "mean": m, "ci_low": 0, "ci_high": 1, "seeds": n}
+        for name, metric, m, n in (("a", "avg_at_k", 0.5, 3), ("b", "avg_at_k", 0.25, 2), ("b", "greedy", 0.25, 1))
     ]
     cells = [{"algorithm": name, "seed": 0, "metrics": {}} for name in "ab"]
     base = {"sums": {"k": 2, "avg_at_k": 0.5, "greedy": 0.5}}
     known = {"experiment": "x", "created": "now", "base": base, "summary": summary, "cells": cells}
-    rows = tables.score_table(parse_results(known), "sums").rows
+    rows = tables.result_table(parse_results(known), "sums").rows
     assert [[entry.text for entry in row] for row in rows] == [
         ["base", "50.0", "50.0", "–", "–"], ["a", "50.0 [0.0, 100.0]", "–", "–", "3"],
-        ["b", "25.0 [0.0, 100.0]", "–", "–", "2"],
+        ["b", "25.0 [0.0, 100.0]", "25.0 [0.0, 100.0]", "–", "2"],
     ]  # fmt: skip
-    assert [entry.text for row in rows for entry in row if entry.best] == ["50.0 [0.0, 100.0]"]
+    assert [entry.text for row in rows for entry in row if entry.best] == ["50.0 [0.0, 100.0]", "25.0 [0.0, 100.0]"]
 
 
 SUMMARY = {  # avg@k, greedy and pass@k of each
@@ -608,7 +628,7 @@ def test_terminal_tables_fit_and_mark_the_best(tmp_path: Path) -> None:
     for table in found:
         console.print(table)
     text = console.export_text(styles=True)
-    assert len(found) == len(BENCHMARKS) + 1
+    assert len(found) == len(BENCHMARKS) + 2, "and their mean, and the costs"
     assert "[red]odd[/red]" in text, "a name is no markup"
     best = next(row for row in results["summary"] if row["algorithm"] == "weighted" and row["metric"] == "greedy")
     low, high = 100 * best["ci_low"], 100 * best["ci_high"]

@@ -6,10 +6,12 @@ import asyncio
 import functools
 import inspect
 import json
+import math
 import sys
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -119,11 +121,21 @@ def test_a_reward_of_trls_may_run_in_a_process_of_its_own(tmp_path: Path) -> Non
 
 
 def test_logging_that_goes_wrong_costs_no_reward() -> None:
+    def odd(completions: list[str], log_extra: Any, log_metric: Any, **columns: Any) -> list[float]:
+        log_extra("x", [Decimal("0.5"), torch.tensor(2)])
+        log_metric("y", math.nan)
+        log_metric("z", math.inf)
+        log_metric("z", 3)
+        return [1.0] * len(completions)
+
+    found = get_reward(odd).score([""] * 2, ["a", "b"], {})
+    assert [score.extra for score in found] == [{"x": "0.5"}, {"x": 2}] and found[0].metrics == {"z": 3.0}
+
     def few(completions: list[str], log_extra: Any, **columns: Any) -> list[float]:
         log_extra("x", [1])
         return [1.0] * len(completions)
 
-    with pytest.warns(RuntimeWarning, match="reward 'few' logged 1 values of 'x' for 2 completions; they are left out"):
+    with pytest.warns(RuntimeWarning, match="reward 'few' logged 1 values of 'x' for 2 completions; they are ignored"):
         found = get_reward(few).score([""] * 2, ["a", "b"], {})
     assert found == [Score(1.0, {"few": 1.0})] * 2
 
@@ -189,7 +201,7 @@ def test_fresh_samples_are_rewarded_as_of_their_step(make_policy: Callable[..., 
     )
     changes = {"reward": f"{tmp_path / 'mine.py'}:mine", "rollouts.samples": 2, "rollouts.max_new_tokens": 1}
     experiment = load_experiment(
-        "facts", {**changes, "train.limit": 4, "judging": {"seconds": None, "memory_gb": None}}
+        "facts", {**changes, "train.limit": 4, "scoring": {"seconds": None, "memory_gb": None}}
     )
     training = Training(steps=8, updates_per_batch=2)
     collect = collector_of(experiment, make_policy("gpt2"), training, 4, seed=0)
@@ -345,6 +357,13 @@ def test_a_reward_that_takes_text_and_gets_conversations(name: str, text: str) -
 def test_no_other_error_is_put_down_to_the_form(reward: Any, form: Callable[[str], Any]) -> None:
     told = one_line(lambda: get_reward(reward)([form("q")], [form("4")], info=['{"level": 1}'], answer=[5]))
     assert "raised on row 0" in told and "chat: true" not in told
+
+
+def test_an_error_of_another_kind_says_nothing_of_the_form() -> None:
+    told = one_line(
+        lambda: get_reward(lambda completions: [1 / (not isinstance(c, str)) for c in completions])("q", "a")
+    )
+    assert told.endswith("raised on row 0: ZeroDivisionError: division by zero")
 
 
 def test_a_conversation_is_a_list_in_all_else() -> None:

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -19,10 +20,11 @@ from rlzoo.reward import Reward, Score, get_reward, isolation
 from rlzoo.reward.isolation import Limits, apart
 
 BAD = """
-import os, pathlib, time
+import os, pathlib, time, warnings
 def bad(prompts, completions, **columns):
     values = []
     print("a reward may print")
+    warnings.warn("and warn")
     for text in completions:
         if text == "hang":
             while True:
@@ -31,6 +33,8 @@ def bad(prompts, completions, **columns):
             10 ** 10 ** 9
         if text == "exit":
             os._exit(7)
+        if text == "ask":
+            input()
         if text == "memory":
             bytearray(2 ** 30)
         if text == "mark":
@@ -77,7 +81,7 @@ def test_answers_are_found_in_the_process_too(tmp_path: Path) -> None:
         process.close()
 
 
-def judged(reward: Reward, *texts: str) -> tuple[list[float | None], list[str]]:
+def scored(reward: Reward, *texts: str) -> tuple[list[float | None], list[str]]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         scores = reward.score(["?"] * len(texts), list(texts), {})
@@ -92,25 +96,26 @@ def judged(reward: Reward, *texts: str) -> tuple[list[float | None], list[str]]:
         ("exit", "reward 'bad' ended its process with status 7 on row 1"),
         ("memory", "reward 'bad' raised on row 1: MemoryError"),
         ("raise", "reward 'bad' raised on row 1: RuntimeError: oh"),
+        ("ask", "reward 'bad' raised on row 1: EOFError"),
         ("nan", "reward 'bad' returned nan on row 1: return a finite number"),
         ("text", "reward 'bad' returned 'high' on row 1: return a finite number"),
     ],
 )
 def test_a_bad_row_costs_a_bounded_time_and_no_other_row(bad: Any, text: str, told: str) -> None:
     started = time.monotonic()
-    values, messages = judged(bad(), "ab", text, "abc")
+    values, messages = scored(bad(), "ab", text, "abc")
     assert values == [2.0, None, 3.0]
     assert len(messages) == 1 and messages[0].startswith(told) and messages[0].endswith("; scored as null")
     assert time.monotonic() - started < 30
     with pytest.raises(UserError) as caught:
         bad("fail").score(["?"] * 3, ["ab", text, "abc"], {})
     assert str(caught.value).startswith(told)
-    assert judged(bad(), "abcd") == ([4.0], []), "the process serves on"
+    assert scored(bad(), "abcd") == ([4.0], []), "the process serves on"
 
 
 def test_rows_that_have_to_be_scored_alone_keep_their_numbers(bad: Any) -> None:
     reward = bad(seconds=1.0)
-    values, messages = judged(reward, "ab", "hang", "raise", "nan")
+    values, messages = scored(reward, "ab", "hang", "raise", "nan")
     assert values == [2.0, None, None, None]
     told = ["took more than 1 s on row 1", "raised on row 2: RuntimeError", "returned nan on row 3"]
     assert [message.removeprefix("reward 'bad' ")[: len(t)] for message, t in zip(messages, told, strict=True)] == told
@@ -120,8 +125,33 @@ def test_rows_that_have_to_be_scored_alone_keep_their_numbers(bad: Any) -> None:
 
 
 def test_other_limits_are_another_process(bad: Any) -> None:
-    assert judged(bad(seconds=None), "memory")[0] == [None]
-    assert judged(bad(seconds=60.0, memory=8.0), "memory") == ([6.0], [])
+    assert scored(bad(seconds=None), "memory")[0] == [None]
+    assert scored(bad(seconds=60.0, memory=8.0), "memory") == ([6.0], [])
+
+
+def test_a_process_finds_modules_and_gets_what_a_reward_here_gets(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "beside_this.py").write_text(
+        "import os\n"
+        "def mine(prompts, completions, completion_ids=None, **columns):\n"
+        "    assert prompts == ['q'] and columns['gold'] == ['g'], (prompts, columns)\n"
+        "    return [len(completion_ids[0]) if completion_ids else os.getpid()]\n"
+        "def leads(completions):\n    return [float(os.getsid(0) == os.getpid())]\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert apart("beside_this:leads", Limits())(["q"], ["a"]) == [1.0], "Ctrl-C does not come to it"
+    made: list[Reward] = []
+    thread = threading.Thread(target=lambda: made.append(apart("beside_this:mine", Limits())))
+    thread.start()
+    thread.join()
+    (mine,) = made
+    own = {"gold": ["g"], "prompts": ["not this"]}
+    assert [score.value for score in mine.score(["q"], ["a"], own, [[1, 2, 3]])] == [3.0]
+    process = isolation._processes[next(key for key in isolation._processes if "beside_this:mine" in key)]._process
+    assert process is not None and mine(["q"], ["a"], gold=["g"]) == [process.pid], "it outlives the thread"
+    for each in isolation._processes.values():
+        each.close()
 
 
 def test_threads_take_turns_at_one_process(bad: Any) -> None:
@@ -139,7 +169,7 @@ def test_a_file_of_the_same_name_in_another_folder_is_another_reward(
         (tmp_path / str(number)).mkdir()
         (tmp_path / str(number) / "mine.py").write_text(f"def mine(completions, **_): return [{number}.0]")
         monkeypatch.chdir(tmp_path / str(number))
-        assert judged(apart("mine.py:mine", Limits()), "x") == ([number], [])
+        assert scored(apart("mine.py:mine", Limits()), "x") == ([number], [])
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="asks the system to end a process with its parent")
@@ -165,7 +195,7 @@ def test_a_reward_that_hangs_does_not_outlive_a_run_that_is_killed(tmp_path: Pat
 def test_too_few_values_are_told(bad: Any) -> None:
     with pytest.raises(UserError, match="reward 'bad' returned 1 values for 2 completions"):
         bad("fail").score(["?"] * 2, ["few", "abc"], {})
-    values, messages = judged(bad(), "few", "abc")
+    values, messages = scored(bad(), "few", "abc")
     assert values == [None, None] and len(messages) == 1
 
 
@@ -203,14 +233,14 @@ def test_hostile_answers_cost_a_bounded_time() -> None:
     reward = apart("math-answer", Limits(6.0, 2.0), "null")
     started = time.monotonic()
     texts = [*HOSTILE, r"\boxed{42}", "#### 41"]
-    values, _ = judged_with(reward, texts, ["42"] * len(texts))
+    values, _ = scored_with(reward, texts, ["42"] * len(texts))
     took = time.monotonic() - started
     assert values[-2:] == [1.0, 0.0]
     assert all(value in (0.0, None) for value in values[:-2])
     assert took < 6.0 * (len(HOSTILE) + 3), took
 
 
-def judged_with(reward: Reward, texts: list[str], answers: list[str]) -> tuple[list[float | None], list[str]]:
+def scored_with(reward: Reward, texts: list[str], answers: list[str]) -> tuple[list[float | None], list[str]]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         scores = reward.score(["?"] * len(texts), texts, {"answer": answers})

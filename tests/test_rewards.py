@@ -1,6 +1,7 @@
 """The rewards: what each is worth on answers written by hand, how they are found, and how they fail."""
 
 import asyncio
+import functools
 import inspect
 import json
 import subprocess
@@ -54,6 +55,9 @@ def shout(completions, least=2, **columns):
 def alone(completions):
     return [len(c) for c in completions]
 
+from rlzoo.reward import get_reward
+both = get_reward([shout, alone])
+
 class Scale:
     def __init__(self, by: float = 1.0):
         self.by = by
@@ -75,6 +79,40 @@ def test_reward_from_a_file(plugin: str) -> None:
     assert scores(f"{plugin}:alone", ["a", "b!!"], answer=["1", "2"]) == [1.0, 3.0]
     assert scores({"name": f"{plugin}:Scale", "by": "2.5"}, ["a"]) == [2.5]
     assert get_reward(f"{plugin}:shout").name == "shout"
+    assert scores(f"{plugin}:both", ["b!!"]) == [4.0] and get_reward(f"{plugin}:both").parts == ("shout", "alone")
+
+
+def test_a_spec_is_read_and_left_as_it_is(plugin: str) -> None:
+    spec = {"name": f"{plugin}:shout", "least": 1}
+    both = ({**spec, "weight": 2.0}, spec)
+    kept = repr((spec, both))
+    for _ in range(2):
+        assert scores(spec, ["a!"]) == [1.0] and scores(both, ["a!"]) == [3.0]
+    assert repr((spec, both)) == kept
+
+
+def test_options_of_every_kind_of_reward(plugin: str) -> None:
+    def build(by: float, **given: Any) -> Any:
+        return lambda completions: [by * given["of"]] * len(completions)
+
+    class Odd:
+        """What no validator knows."""
+
+    def odd(completions: list[str], by: Odd | None = None) -> list[float]:
+        return [float(isinstance(by, Odd))] * len(completions)
+
+    def checked_only(completions: list[str], by: "Nowhere" = 1.0) -> list[float]:  # type: ignore[name-defined] # noqa: F821
+        return [by] * len(completions)
+
+    bound = functools.partial(checked_only)
+    assert scores({"name": build, "by": "2", "of": 3}, ["a"]) == [6.0]
+    assert scores({"name": odd, "by": Odd()}, ["a"]) == [1.0]
+    assert scores({"name": checked_only, "by": 2.0}, ["a"]) == scores({"name": bound, "by": 2.0}, ["a"]) == [2.0]
+    for spec in (f"{plugin}:shout", get_reward(f"{plugin}:shout")):
+        with pytest.raises(UserError, match="unknown option of reward 'shout' 'laest'"):  # though it takes any column
+            get_reward({"name": spec, "laest": 3})
+    with pytest.raises(UserError, match="unknown option of reward 'shout' 'completions'"):
+        get_reward({"name": f"{plugin}:shout", "completions": ["a"]})
 
 
 def test_an_option_wins_over_a_column_of_its_name(plugin: str) -> None:
@@ -113,6 +151,7 @@ def test_register_reward_uses_dashes(monkeypatch: pytest.MonkeyPatch) -> None:
         ([{"name": "length", "weight": "heavy"}], r"the weight of 'length' is 'heavy', not a number"),
         ([{"name": "length"}, "nothing-here"], r"unknown reward 'nothing-here'"),
         (3, r"reward 3 is int, not something that can be called"),
+        (max, r"reward 'max' cannot be built: TypeError"),
         (lambda: 3, r"takes no completions but \(\); a reward has TRL's signature, .* must return a callable, not int"),
         ("trl.rewards:get_soft_overlong_punishment", r"needs the option 'max_completion_len'"),
         ({"name": "trl.rewards:get_repetition_penalty_reward", "max_penalty": 1.0}, r"cannot be built: ValueError"),
@@ -153,6 +192,12 @@ def test_the_contract(name: str, conversational: bool) -> None:
 
 
 # Calling a reward
+
+
+def test_completion_ids_reach_a_reward_however_it_is_called() -> None:
+    length = {"name": "length", "target": 1, "limit": 4}
+    for reward in (get_reward(length), get_reward([length]), get_reward([length]).function):
+        assert reward(["q"], ["one two three four"], [[7]]) == [1.0]
 
 
 def test_the_score_of_a_plain_reward_names_it() -> None:
@@ -202,10 +247,10 @@ def named(result: Any) -> Any:
     [
         (
             [1, 2, 3],
-            "reward 'x' returned 3 values for 4 completions: return one number or None for each",
+            "reward 'x' returned 3 values for 4 completions: return one number or None per completion",
             [None] * 4,
         ),
-        (1.0, "reward 'x' returned float for 4 completions: return one number or None for each", [None] * 4),
+        (1.0, "reward 'x' returned float for 4 completions: return one number or None per completion", [None] * 4),
         ("1234", "reward 'x' returned str for 4 completions", [None] * 4),
         (None, "reward 'x' returned NoneType for 4 completions", [None] * 4),
         ([1, 1, float("nan"), 1], "reward 'x' returned nan on row 2: return a finite number", [1, 1, None, 1]),

@@ -1,4 +1,4 @@
-"""Sampling and judging: seeds, ends, text, and the distribution that completions come from."""
+"""Sampling and scoring: seeds, ends, text, and the distribution that completions come from."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from scipy.stats import chisquare
 
 from rlzoo.buffers.problems import Problem, encode_problems
 from rlzoo.config import Sampling
-from rlzoo.jobs.pieces import Pieces
+from rlzoo.jobs.cached_results import CachedResults
 from rlzoo.policy import Policy, Sequences
 from rlzoo.reward import Reward, get_reward
-from rlzoo.rollout import Sample, Sampler, TransformersSampler, collect_rollouts, mismatch
+from rlzoo.rollout import Sample, Sampler, TransformersSampler, collect_rollouts, decoding, mismatch
 from rlzoo.types import Trajectory
 
 MakePolicy = Callable[..., Policy]
@@ -130,6 +130,18 @@ def check_first_tokens(policy: Policy, n: int, temperature: float, top_p: float)
     assert len(common) >= 3
     kept = slice(None, None if rest[1] > 1e-6 else -1)  # top_p may leave no rare tokens
     assert chisquare(observed[kept], [*(expected[t] for t in common), rest[1]][kept]).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("top_p", [1.0, 0.99999])
+def test_rare_tokens_of_a_large_vocabulary_can_all_be_drawn(top_p: float) -> None:
+    """Each is less likely than the rounding of a float32 sum near 1, with which one in six is drawn and no other."""
+    rare, count = 1e-8, 2000
+    logits = torch.full((1, count + 1), rare).log()
+    logits[0, 0] = math.log1p(-rare * count)
+    within = count * rare - (1 - top_p)  # what the nucleus leaves of them
+    draws = torch.linspace(1 - within, 1, count, dtype=torch.float64)
+    drawn = decoding._pick(logits.expand(count, -1), Sampling(top_p=top_p), draws)
+    assert len(set(drawn.tolist())) > 0.8 * within / rare
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "mamba"])
@@ -323,13 +335,13 @@ def test_prompts_sampled_in_portions_are_sampled_as_they_would_be_together(polic
     problems = encode_problems(policy.tokenizer, [problem(number, text) for number, text in enumerate(texts)])
     reward = Reward("parrot", parrot)
     rows = [
-        collect_rollouts(policy, sampler, problems, reward, settings, seed=4, pieces=pieces)
-        for pieces in (None, Pieces(tmp_path))
+        collect_rollouts(policy, sampler, problems, reward, settings, seed=4, cached=cached)
+        for cached in (None, CachedResults(tmp_path))
     ]
     assert len(list(tmp_path.iterdir())) == 3  # two prompts of three samples are a batch
     assert [row.completion_ids for row in rows[0]] == [row.completion_ids for row in rows[1]]
     assert len({str([row.completion_ids for row in rows[0][i : i + 3]]) for i in range(0, 15, 3)}) == 5
-    other = collect_rollouts(policy, sampler, problems, reward, settings, seed=5, pieces=Pieces(tmp_path))
+    other = collect_rollouts(policy, sampler, problems, reward, settings, seed=5, cached=CachedResults(tmp_path))
     assert [row.completion_ids for row in other] != [row.completion_ids for row in rows[0]]
 
 

@@ -74,7 +74,7 @@ WRONG = {
     "wrong-power": ("(2 * self.alpha * batch.logp).exp()", "not that of the loss"),
     "wrong-length": (f"{FORMULA} / batch.logp.shape[1]", "depends on how far rows are padded"),
     "wrong-loss": (f"{FORMULA}, loss={FORMULA}", "reports the loss"),
-    "looks-at-padding": (f"{FORMULA} * batch.logp.sum().sign().neg()", "looks at masked positions"),
+    "looks-at-padding": (f"{FORMULA} * batch.logp.sum().sign().neg()", "depends on masked positions"),
     "looks-at-rows": (f"{FORMULA} / {FORMULA}[batch.mask].sum()", "depends on how a batch is split"),
     "one-a-row": (f"{FORMULA}[:, :1]", "give one per token"),
     "not-listed": ("batch.logp - batch.reference_logp", "the batch has no 'reference_logp'"),

@@ -25,7 +25,7 @@ import yaml
 from comparisons import inline_pool, small
 from rich.console import Console
 
-from rlzoo import cli, config
+from rlzoo import cli
 from rlzoo.buffers import OfflineBuffer
 from rlzoo.buffers.problems import load_problems
 from rlzoo.cli import app, settings
@@ -33,6 +33,7 @@ from rlzoo.cli.settings import TrainSettings
 from rlzoo.comparison import one_cell, resolve, runner, shared_buffer
 from rlzoo.comparison.plan import cells
 from rlzoo.config import EvaluationSettings, Experiment, ProblemSource, Rollouts, Sampling, Training, load_experiment
+from rlzoo.config import settings as config
 from rlzoo.errors import UserError
 from rlzoo.objective import get_objective
 from rlzoo.policy import Policy, load_policy
@@ -69,7 +70,7 @@ ELSEWHERE = {
     "Training.learning_rate": "test_training.py::test_the_schedule_warms_up_and_follows_a_cosine",
     "Training.warmup_ratio": "test_training.py::test_the_schedule_warms_up_and_follows_a_cosine",
     "Training.max_gradient_norm": "test_training_runs.py::test_weight_decay_and_clipping_reach_the_optimizer",
-    "Training.importance_cap": f"{OPTIONS}::test_truncated_importance_weighs_what_another_engine_sampled",
+    "Training.importance_cap": f"{OPTIONS}::test_truncated_importance_weights_what_another_engine_sampled",
     "Training.lora": f"{OPTIONS}::test_lora_trains_the_adapters_alone",
     "Training.gradient_checkpointing": f"{OPTIONS}::test_recomputed_activations_change_nothing_but_the_work",
     "Training.device": "test_defaults.py::test_the_device_that_is_meant",
@@ -364,7 +365,7 @@ def test_the_rollouts_of_the_shared_buffer(fake: FakeSampler, tmp_path: Path) ->
         assert fake.asked[-1] == (prompts, experiment.rollouts, 0) and len(rows) == 4 * prompts
         assert all((row.behaviour_logp == [-0.5, -0.25]) is (behaviour == "sampler") for row in rows)
         assert [row.prompt for row in rows[::4]] == [p.prompt for p in load_problems(experiment.train)[:prompts]]
-    with pytest.raises(UserError, match=r"rollouts\.behaviour: sampler needs an engine with log-probs of its own"):
+    with pytest.raises(UserError, match=r"rollouts\.behaviour: sampler needs an engine with its own log-probs"):
         resolve.check(small({"grpo": {}}, rollouts__behaviour="sampler"))
 
 
@@ -483,7 +484,7 @@ def test_a_cap_on_weights_of_another_engine_says_where_there_is_none(make_policy
 # Experiments
 
 
-@shows("Judging.seconds", "Judging.memory_gb", "Judging.on_error", "Experiment.judging", "Experiment.reward")
+@shows("Scoring.seconds", "Scoring.memory_gb", "Scoring.on_error", "Experiment.scoring", "Experiment.reward")
 def test_how_the_reward_is_called(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
 
@@ -494,14 +495,14 @@ def test_how_the_reward_is_called(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("rlzoo.comparison.resolve.apart", called)
     data = load_experiment("facts").model_dump(mode="json")
     text = "{seconds: 7, memory_gb: null, on_error: null}"  # as documented
-    data |= {"judging": yaml.safe_load(text), "reward": "format"}
+    data |= {"scoring": yaml.safe_load(text), "reward": "format"}
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(data))
     resolve.reward_of(load_experiment(str(tmp_path / "mine.yaml")))
     assert asked == [("format", Limits(7.0, None), "null")]
     for value in ("null", "fail"):
-        assert experiment_of("compare", "facts", "--set", f"judging.on_error={value}").judging.on_error == value
+        assert experiment_of("compare", "facts", "--set", f"scoring.on_error={value}").scoring.on_error == value
     again = load_experiment(str(tmp_path / "mine.yaml")).model_dump(mode="json")
-    assert Experiment.model_validate(yaml.safe_load(yaml.safe_dump(again))).judging.on_error == "null"
+    assert Experiment.model_validate(yaml.safe_load(yaml.safe_dump(again))).scoring.on_error == "null"
 
 
 @shows(
@@ -582,6 +583,7 @@ CHANGES: dict[tuple[str, ...], dict[str, Any]] = {
     ("--samples", "9"): {"evaluation.samples": 9},
     ("--rollout-samples", "9"): {"rollouts.samples": 9},
     ("--k", "2"): {"evaluation.k": 2},
+    ("--k", "2,1"): {"evaluation.k": [2, 1]},
     ("--set", "rollouts.temperature=0.8"): {"rollouts.temperature": 0.8},
     ("--set", "per_seed=true"): {"rollouts.per_seed": True},
     ("--set", "training.lora={}"): {

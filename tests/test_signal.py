@@ -286,7 +286,7 @@ def test_the_analyzer_reads_an_objective_that_masks_tokens_of_demonstrations(mak
 def test_what_cannot_be_done_with_truncated_completions_is_refused(make_policy: MakePolicy) -> None:
     with pytest.raises(UserError, match=r"'dpo' does not learn from groups, .*: use truncated=drop"):
         get_objective("dpo", truncated="mask")
-    with pytest.raises(UserError, match="'mixture' is a composite: give truncated to its parts"):
+    with pytest.raises(UserError, match="'mixture' is a composite: give truncated to its components"):
         get_objective("mixture", weights={"sft": 1.0}, truncated="drop")
     with pytest.raises(UserError, match="objective 'sft': option 'truncated' = 'skip'"):
         get_objective("sft", truncated="skip")

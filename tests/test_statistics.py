@@ -10,20 +10,22 @@ import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy import stats
 
 from rlzoo.comparison.statistics import (
+    OVERALL,
     SIGNIFICANT,
     Interval,
-    ScoreMatrix,
-    align,
+    ResultMatrix,
     compare_pairs,
     compare_to,
     crossed_interval,
+    difference_of,
     holm,
     p_value,
     paired_difference,
-    score_interval,
-    score_matrices,
+    result_interval,
+    result_matrices,
     summarise,
 )
 from rlzoo.errors import UserError
@@ -67,6 +69,8 @@ def test_pass_at_k_outside_the_samples_is_an_error_of_the_user(k: int) -> None:
 def test_pass_at_k_refuses_impossible_counts() -> None:
     with pytest.raises(ValueError, match="correct"):
         pass_at_k(np.array([5]), np.array([4]), 1)
+    with pytest.raises(ValueError, match="0 ≤ correct ≤ n"):
+        pass_at_k(np.array([-1]), np.array([4]), 1)
 
 
 T1, T2 = 12.706205, 4.302653
@@ -156,19 +160,19 @@ def test_intervals_cover_for_counts_of_correct_samples(seeds: int, problems: int
     truth = float((1 / (1 + np.exp(-difficulty[:, None] - 0.1 * rng.normal(size=(200_000, 20))))).mean())
     for _ in range(runs):
         logit = rng.choice(difficulty, problems) + 0.1 * rng.normal(size=(seeds, 1))
-        interval = score_interval(rng.binomial(k, 1 / (1 + np.exp(-logit))) / k)
+        interval = result_interval(rng.binomial(k, 1 / (1 + np.exp(-logit))) / k)
         covered += interval.low <= truth <= interval.high
     assert 0.93 <= covered / runs <= 0.97
 
 
-def test_score_intervals_by_hand() -> None:
+def test_result_intervals_by_hand() -> None:
     # Wilson for 15 of 20: centre (0.75 + z²/40)/(1 + z²/20), reach √(z²/20 · 0.1875 + (z²/40)²)/(1 + z²/20).
-    assert score_interval(np.array([[1.0] * 15 + [0.0] * 5])) == pytest.approx((0.75, 0.5313, 0.8881), abs=1e-4)
+    assert result_interval(np.array([[1.0] * 15 + [0.0] * 5])) == pytest.approx((0.75, 0.5313, 0.8881), abs=1e-4)
     # 20 of 20, by any number of seeds: 1/(1 + z²/20).
     for seeds in (1, 3):
-        assert score_interval(np.ones((seeds, 20))) == pytest.approx((1, 0.8389, 1), abs=1e-4)
+        assert result_interval(np.ones((seeds, 20))) == pytest.approx((1, 0.8389, 1), abs=1e-4)
     # 2 seeds, means ¼ and ¾, problems alike: t₁ and SE = ¼, so n = ¼/(1/16) = 4 and t²/n = 40.36: almost everything.
-    mean, low, high = score_interval(np.array([[0.25] * 8, [0.75] * 8]))
+    mean, low, high = result_interval(np.array([[0.25] * 8, [0.75] * 8]))
     reach = (40.3619 / 4 + 40.3619**2 / 4) ** 0.5 / 41.3619
     assert (mean, low, high) == pytest.approx((0.5, 0.5 - reach, 0.5 + reach), abs=1e-4)
 
@@ -188,7 +192,7 @@ def test_pairing_removes_what_two_algorithms_share() -> None:
 
 def test_scores_of_a_table_by_hand() -> None:
     table = outcome_table({("a", 0): [[1, 0, 0, 0], [0, 1, 1, 0]], ("a", 1): [[0, 0, 0, 0], [1, 1, 1, 1]]})
-    matrices = score_matrices(table, k=2)
+    matrices = result_matrices(table, k=2)
     assert matrices["a", "sums", "avg_at_k"].values.tolist() == [[0.25, 0.5], [0, 1]]
     assert matrices["a", "sums", "greedy"].values.tolist() == [[1, 0], [0, 1]]
     # c = 1: 1 - C(3,2)/C(4,2) = 1/2; c = 2: 5/6.
@@ -204,7 +208,7 @@ def test_summary_has_a_row_for_every_algorithm_and_metric() -> None:
         ("base", "pass_at_k"),
         ("b", "avg_at_k"),
     ]
-    within = score_interval(np.array([[1.0], [0.5]]))
+    within = result_interval(np.array([[1.0], [0.5]]))
     assert rows[6] == {
         "algorithm": "a", "benchmark": "sums", "metric": "avg_at_k",
         "mean": 0.75, "seeds": 2, "ci_low": pytest.approx(within.low), "ci_high": pytest.approx(within.high),
@@ -217,12 +221,12 @@ def test_each_benchmark_has_its_own_k_and_its_own_rows() -> None:
     rows = summarise(table, k={"sums": 1, "words": 2})
     assert [(row["benchmark"], row["algorithm"], row["metric"]) for row in rows] == [
         (benchmark, algorithm, metric)
-        for benchmark in ("sums", "words")
+        for benchmark in ("sums", "words", OVERALL)
         for algorithm in ("b", "a")
         for metric in ("avg_at_k", "greedy", "pass_at_k")
     ]
     chances = {row["benchmark"]: row["mean"] for row in rows if row["metric"] == "pass_at_k"}
-    assert chances == {"sums": 0.5, "words": 1.0}
+    assert chances == {"sums": 0.5, "words": 1.0, OVERALL: 0.75}
 
 
 def test_comparison_pairs_shared_seeds_and_sets_the_base_beside_each() -> None:
@@ -247,19 +251,19 @@ def test_comparison_pairs_shared_seeds_and_sets_the_base_beside_each() -> None:
 
 
 def test_alignment_matches_problems_by_name() -> None:
-    a = ScoreMatrix(np.array([[1.0, 2.0, 3.0]]), (0,), ("p", "q", "r"))
-    b = ScoreMatrix(np.array([[30.0, 10.0]]), (0,), ("r", "p"))
-    pair = align(a, b)
-    assert pair is not None
-    assert [side.tolist() for side in pair] == [[[1, 3]], [[10, 30]]]
+    a = ResultMatrix(np.array([[1.0, 2.0, 3.0]]), (0,), ("p", "q", "r"))
+    b = ResultMatrix(np.array([[30.0, 10.0]]), (0,), ("r", "p"))
+    difference = difference_of(a, b)
+    assert difference is not None and difference.problems == ("p", "r")
+    assert difference.values.tolist() == [[-9, -27]]
 
 
 def test_inconsistent_outcomes_are_named() -> None:
     table = outcome_table({("a", 0): [[1], [0]], ("a", 1): [[1]]})
     with pytest.raises(UserError, match=r"'a' on 'sums': seed 1 lacks problem 'p1'"):
-        score_matrices(table, k=1)
+        result_matrices(table, k=1)
     with pytest.raises(UserError, match="hold a sample twice"):
-        score_matrices(pa.concat_tables([table, table]), k=1)
+        result_matrices(pa.concat_tables([table, table]), k=1)
     with pytest.raises(UserError, match="did you mean 'a'"):
         compare_to(outcome_table({("a", 0): [[1]]}), "aa", k=1)
 
@@ -340,7 +344,7 @@ def test_differences_of_a_benchmark_are_corrected_together() -> None:
 def test_the_best_two_are_corrected_for_all_pairs() -> None:
     table = outcome_table({("base", -1): flips(1, 1, 1), ("a", 0): flips(1, 1, 0), ("b", 0): flips(1, 0, 0),
                            ("c", 0): flips(0, 0, 0), ("d", 1): flips(0, 0, 0)})  # fmt: skip
-    pairs = compare_pairs(score_matrices(table, k=1), "sums", "greedy")
+    pairs = compare_pairs(result_matrices(table, k=1), "sums", "greedy")
     assert set(pairs) == {(x, y) for x in "abc" for y in "abc" if x != y}, "d shares no seed, the base is no algorithm"
     assert pairs["a", "b"] == pairs["b", "a"] == pytest.approx(2 * p_value(np.array([[0.0, 1.0, 0.0]]))), (
         "second of three"
@@ -355,3 +359,97 @@ def test_a_mean_that_is_rounding_noise_has_a_p_value_of_one() -> None:
     assert p_value(scores) == pytest.approx(1)
     for shift in (1e-9, 1e-6, 1e-3, 1.0, 1e3):
         assert 0 <= p_value(scores + shift) <= 1
+
+
+def halves(*sizes: int) -> np.ndarray:
+    """The benchmark of each problem, of benchmarks of so many problems."""
+    return np.repeat(np.arange(len(sizes)), sizes)
+
+
+def test_the_interval_of_a_mean_over_benchmarks_by_hand() -> None:
+    # One seed: means 1/2 (of 0, 1) and 2 (of 1, 2, 3), so 5/4. Variances of the means 1/4 and 1/3, and of half their
+    # sum 1/16 + 1/12 = 7/48; Satterthwaite's degrees of freedom (7/48)² / ((1/16)²/1 + (1/12)²/2) = 49/17.
+    scores, own = np.array([[0.0, 1.0, 1.0, 2.0, 3.0]]), halves(2, 3)
+    reach = stats.t.ppf(0.975, 49 / 17) * (7 / 48) ** 0.5
+    for interval in (crossed_interval(scores, benchmarks=own), crossed_interval(scores[:, ::-1], benchmarks=own[::-1])):
+        assert interval == pytest.approx((5 / 4, 5 / 4 - reach, 5 / 4 + reach))
+    # Seeds alone: their means over benchmarks are 1/4 and 3/4, however many problems each has, so t₁ and SE = 1/4.
+    seeds = np.array([[0.0] * 6 + [0.5] * 2, [0.5] * 6 + [1.0] * 2])
+    assert crossed_interval(seeds, benchmarks=halves(6, 2)).high == pytest.approx(0.5 + stats.t.ppf(0.975, 1) / 4)
+    # All right on 4 problems and all wrong on 12, by one seed: no variance is seen, so Wilson's rule for a half of
+    # 4 / (1/4 + 1/12) = 12 answers: the reach is √(z²/48 + z⁴/576) / (1 + z²/12).
+    z = stats.norm.ppf(0.975)
+    reach = (z**2 / 48 + z**4 / 576) ** 0.5 / (1 + z**2 / 12)
+    assert result_interval(np.array([[1.0] * 4 + [0.0] * 12]), benchmarks=halves(4, 12)) == pytest.approx(
+        (0.5, 0.5 - reach, 0.5 + reach)
+    )
+
+
+def test_benchmarks_of_different_difficulty_add_no_variance() -> None:
+    scores, own = np.random.default_rng(0).normal(size=(3, 12)), halves(4, 8)
+    interval, shifted = (crossed_interval(scores + 5 * shift * own, benchmarks=own) for shift in (0, 1))
+    assert shifted == pytest.approx([value + 2.5 for value in interval])
+    assert p_value(scores, own) > 0.05 > p_value(scores + 5 * own, own)
+    alone = crossed_interval(scores)
+    assert crossed_interval(scores, benchmarks=halves(12)) == alone, "one benchmark is as none named"
+
+
+@pytest.mark.parametrize(
+    ("seeds", "sizes", "seed_effect", "problem_effect", "noise"),
+    [
+        (1, (30, 100), 0.0, 0.3, 0.25),
+        (2, (20, 200), 0.0, 0.3, 0.25),
+        (3, (30, 100, 30), 0.05, 0.3, 0.25),
+        (3, (20, 100), 0.3, 0.1, 0.1),
+        (3, (50, 200), 0.01, 0.05, 0.4),
+        (10, (10, 40), 0.1, 0.2, 0.1),
+    ],
+)
+def test_intervals_of_a_mean_over_benchmarks_cover(
+    seeds: int, sizes: tuple[int, ...], seed_effect: float, problem_effect: float, noise: float
+) -> None:
+    """A seed may do better on one benchmark than on another, and benchmarks differ in difficulty."""
+    rng, covered, runs, own = np.random.default_rng(0), 0, 2000, halves(*sizes)
+    for _ in range(runs):
+        of_seed = seed_effect * (rng.normal(size=(seeds, 1)) + rng.normal(size=(seeds, len(sizes)))[:, own])
+        scores = own - own.max() / 2 + of_seed + problem_effect * rng.normal(size=len(own))
+        interval = crossed_interval(scores + noise * rng.normal(size=(seeds, len(own))), benchmarks=own)
+        covered += interval.low <= 0 <= interval.high
+    assert 0.93 <= covered / runs <= 0.97
+
+
+@pytest.mark.parametrize(
+    ("seeds", "sizes", "centres", "k"),
+    [(3, (30, 100), (0.0, 1.0), 4), (1, (100, 200), (0.0, 2.0), 1), (10, (30, 60), (2.0, -1.0), 4)],
+)
+def test_intervals_of_a_mean_over_benchmarks_cover_for_counts_of_correct_samples(
+    seeds: int, sizes: tuple[int, ...], centres: tuple[float, ...], k: int
+) -> None:
+    rng, covered, runs, own = np.random.default_rng(1), 0, 1500, halves(*sizes)
+    difficulty = [rng.normal(centre, 2.0, size=100_000) for centre in centres]
+    seen = [each[:, None] + 0.1 * rng.normal(size=(100_000, 10)) for each in difficulty]
+    truth = float(np.mean([(1 / (1 + np.exp(-each))).mean() for each in seen]))
+    for _ in range(runs):
+        logit = np.concatenate([rng.choice(each, size) for each, size in zip(difficulty, sizes, strict=True)])
+        chance = 1 / (1 + np.exp(-logit - 0.1 * rng.normal(size=(seeds, 1))))
+        interval = result_interval(rng.binomial(k, chance) / k, benchmarks=own)
+        covered += interval.low <= truth <= interval.high
+    assert 0.93 <= covered / runs <= 0.97
+
+
+def test_the_mean_over_benchmarks_is_compared_like_a_benchmark() -> None:
+    table = pa.concat_tables(
+        [
+            outcome_table({("a", 0): flips(*[0] * 8), ("b", 0): flips(*[1] * 6, 0, 0), ("c", 0): flips(1, *[0] * 7)}),
+            outcome_table({("a", 0): flips(0, 1), ("b", 0): flips(1, 1), ("c", 1): flips(1, 1)}, benchmark="few"),
+        ]
+    )
+    rows = {(r["algorithm"], r["benchmark"], r["metric"]): r for r in compare_to(table, "a", k=1)}
+    assert ("c", OVERALL, "greedy") not in rows, "no seed of c has both benchmarks"
+    scores, own = np.array([[1.0, 0.0] + [1.0] * 6 + [0.0] * 2]), halves(2, 8)
+    row = rows["b", OVERALL, "greedy"]
+    assert row["difference"] == pytest.approx((6 / 8 + 1 / 2) / 2)
+    assert (row["difference"], row["ci_low"], row["ci_high"]) == pytest.approx(crossed_interval(scores, benchmarks=own))
+    assert row["p"] == pytest.approx(3 * p_value(scores, own)), "corrected for the three differences of its table"
+    pairs = compare_pairs(result_matrices(table, k=1), OVERALL, "greedy")
+    assert pairs == {("a", "b"): pytest.approx(p_value(scores, own)), ("b", "a"): pytest.approx(p_value(scores, own))}

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import cache, partial
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,14 +14,14 @@ import torch
 from fake_vllm import install
 from torch import Tensor
 
-from rlzoo.buffers import SCHEMA, Buffer, OfflineBuffer
+from rlzoo.buffers import Buffer, OfflineBuffer
 from rlzoo.buffers.problems import Problem, demonstrations, encode_problems
 from rlzoo.config import Sampling, Training
 from rlzoo.errors import UserError
 from rlzoo.inputs import Behaviour, Reference, Snapshot, Statistic
 from rlzoo.objective import Objective, get_objective, is_composite, list_objectives, objective_class
 from rlzoo.policy import Assembler, MicroBatches, Models, Policy, Sequences
-from rlzoo.policy.microbatches import score_rows
+from rlzoo.policy.microbatches import log_probs
 from rlzoo.reward import Reward
 from rlzoo.rollout import Sampler, TransformersSampler, VLLMSampler, collect_rollouts, mismatch
 from rlzoo.training import Trainer, lacking, train, with_behaviour, with_reference
@@ -295,9 +294,9 @@ def test_the_references_log_probs_are_kept_for_both_temperatures(rows: Rows, pol
     buffer = with_reference(plain, policy, token_budget=40)
     for row in buffer:
         pair = [(row.prompt_ids, row.completion_ids)]
-        assert row.reference_logp == pytest.approx(score_rows(policy, pair)[0], abs=1e-5)
+        assert row.reference_logp == pytest.approx(log_probs(policy, pair)[0], abs=1e-5)
         if row.source == "policy":
-            assert row.tempered_reference_logp == pytest.approx(score_rows(policy, pair, temperature=0.6)[0], abs=1e-5)
+            assert row.tempered_reference_logp == pytest.approx(log_probs(policy, pair, temperature=0.6)[0], abs=1e-5)
             assert row.tempered_reference_logp == pytest.approx(row.behaviour_logp, abs=1e-5)
         else:
             assert row.tempered_reference_logp is None
@@ -319,7 +318,7 @@ def test_engines_are_compared_like_with_like(
     install(monkeypatch, policy, gap=0.125)
     for temperature, top_p in SETTINGS:
         found = collected(policy, VLLMSampler(policy), temperature, top_p, recompute)
-        whole = score_rows(policy, [(row.prompt_ids, row.completion_ids) for row in found], temperature=temperature)
+        whole = log_probs(policy, [(row.prompt_ids, row.completion_ids) for row in found], temperature=temperature)
         for row, logp in zip(found, whole, strict=True):
             assert row.behaviour_logp == pytest.approx([x + (0 if recompute else 0.125) for x in logp], abs=1e-6)
         apart = mismatch(found)
@@ -418,27 +417,12 @@ def test_statistics_and_terms_are_of_the_tempered_logits(policy: Policy) -> None
     )
 
 
-def test_buffers_that_were_saved_before_there_were_temperatures(rows: Rows, tmp_path: Path) -> None:
-    added = ["temperature", "top_p", "tempered_reference_logp"]
-    buffer = OfflineBuffer.from_trajectories(rows(OWN, 0.6, 0.8))
-    buffer.rows.remove_columns(added).save_to_disk(tmp_path / "old")
-    old = OfflineBuffer.load(tmp_path / "old")
-    assert dict(old.rows.features) == dict(SCHEMA)
-    assert {(row.temperature, row.top_p, row.tempered_reference_logp) for row in old} == {(1.0, 1.0, None)}
-    lines = tmp_path / "old.jsonl"
-    buffer.to_jsonl(lines)
-    assert {(row.temperature, row.top_p) for row in OfflineBuffer.load(lines)} == {(0.6, 0.8)}
-    assert {row.temperature for row in old.concatenate(buffer)} == {0.6, 1.0}
-    table = buffer.rows.remove_columns(["temperature", "top_p"]).add_column("temperature", [0.6] + [None] * 11)
-    assert [row.temperature for row in OfflineBuffer(table.add_column("top_p", [None] * 12))] == [0.6] + [1.0] * 11
-
-
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        ({"temperature": 0.0}, "temperature of row 1 is 0.0: it must be above 0"),
-        ({"temperature": float("nan")}, "temperature of row 1 is nan: it must be above 0"),
-        ({"top_p": 1.5}, "top_p of row 1 is 1.5: it must be above 0 and at most 1"),
+        ({"temperature": 0.0}, "row 2 of the data set: temperature is 0.0: it must be above 0"),
+        ({"temperature": float("nan")}, "row 2 of the data set: temperature is nan: it must be above 0"),
+        ({"top_p": 1.5}, "row 2 of the data set: top_p is 1.5: it must be above 0 and at most 1"),
     ],
 )
 def test_a_temperature_that_cannot_be(rows: Rows, change: dict[str, float], told: str) -> None:

@@ -103,11 +103,11 @@ WRONG: Mapping[str, tuple[Objective, str]] = {
     ),
     "looks at padding": (
         broken(lambda b: b.logp.exp() * b.logp.sum().sign().neg()),
-        "looks at masked positions, which may hold anything",
+        "depends on masked positions, which may hold anything",
     ),
     "reports padding": (
         broken(lambda b: Coefficients(b.logp.exp(), loss=-(b.logp.exp() * b.logp * b.mask).sum(1))),
-        "looks at masked positions, which may hold anything",
+        "depends on masked positions, which may hold anything",
     ),
     "an auxiliary term at padding": (
         broken(lambda b: b.logp.exp(), auxiliary=lambda self, b: {"extra": -b.logp.nan_to_num(0, 0, 0).sum(1)}),
@@ -213,7 +213,7 @@ IN_THE_TRAINER: Mapping[str, tuple[Objective, str]] = {
     ),
     "looks at its partner": (
         broken(lambda b: b.mask.sum(1)[b.partner][:, None] * b.logp.exp(), learns_from=Selection.PAIRS),
-        "objective 'broken' learns something else with micro-batches of one row",
+        "objective 'broken' is trained differently with micro-batches of one row",
     ),
     "no gradient": (
         broken(lambda b: torch.zeros_like(b.logp)),
@@ -272,7 +272,7 @@ def test_a_logit_term_that_is_wrong(term: str) -> None:
 
 
 LOSSES: Mapping[str, tuple[Callable[[TokenBatch], Tensor], str]] = {
-    "looks at padding": (lambda b: b.logp.sum(), "the loss given for 'tempered' looks at masked positions"),
+    "looks at padding": (lambda b: b.logp.sum(), "the loss given for 'tempered' depends on masked positions"),
     "has no graph": (lambda b: tempered(b.detach()), "must be a scalar, computed from batch.logp and its graph"),
     "is not reduced": (lambda b: b.logp, "must be a scalar"),
     "is constant": (lambda b: 0 * tempered(b), "has no gradient on a random batch, so it checks nothing"),
@@ -317,7 +317,7 @@ REWARDS: Mapping[str, tuple[Callable[..., Any], str]] = {
     "counts its calls": (lambda completions: [float(next(counter)) for _ in completions], "the second time"),
     "looks at the order": (ranked, "'ranked' gives completion 0 first 0.0, then 2.0 with its batch in another order"),
     "looks at its batch": (against_the_mean, "'against-the-mean' gives completion 0 first .* in a batch of its own"),
-    "too few": (one_too_few, "'one-too-few' returned 2 values for 3 completions: return one number or None for each"),
+    "too few": (one_too_few, "'one-too-few' returned 2 values for 3 completions: return one number or None"),
     "infinite": (infinite, "'infinite' returned inf on row 0: return a finite number"),
     "fails on nothing": (without_a_guard, r"ZeroDivisionError: .*\(the completion is ''\)"),
 }

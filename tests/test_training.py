@@ -18,7 +18,7 @@ from rlzoo.inputs import Input, MovingReference, ReferenceLogits, Snapshot, Stat
 from rlzoo.objective import Objective, get_objective, is_composite, list_objectives, objective_class, surrogate
 from rlzoo.policy import Policy, Sequences
 from rlzoo.policy.assembly import fixed_batch
-from rlzoo.policy.microbatches import score_rows, token_batches
+from rlzoo.policy.microbatches import log_probs, token_batches
 from rlzoo.training import Trainer
 from rlzoo.training.batches import BufferSource, micro_units
 from rlzoo.types import Coefficients, Coupling, Selection, TokenBatch, Trajectory, WhichView
@@ -101,7 +101,7 @@ def make_batch(policy: Policy, selection: WhichView, seed: int = 0, empty: bool 
 
     prompts = [tokens(1, 6) for _ in range(4)]
     pairs = [(prompts[i // 2], [] if empty or i == 5 else tokens(1, 9)) for i in range(8)]
-    scores = score_rows(policy, pairs)
+    scores = log_probs(policy, pairs)
     rows = [
         Trajectory(
             "", "", prompt, completion, str(i // 2), source="policy", reward=float(i % 2 == 0 or i == 7),
@@ -279,7 +279,7 @@ def test_what_is_fixed_stays_fixed_during_the_updates_on_a_batch(make_policy: Ma
 def test_ratios_leave_one_and_clip_on_the_second_update(name: str, make_policy: MakePolicy) -> None:
     policy = make_policy()
     rows, units = make_batch(policy, Selection.GROUPS)
-    logps = score_rows(policy, [(r.prompt_ids, r.completion_ids) for r in rows])
+    logps = log_probs(policy, [(r.prompt_ids, r.completion_ids) for r in rows])
     rows = [replace(r, behaviour_logp=logp) for r, logp in zip(rows, logps, strict=True)]
     settings = RAW.model_copy(update={"updates_per_batch": 2})
     objective = get_objective(name, kl_coefficient=0.0)
@@ -333,7 +333,7 @@ def test_the_baseline_of_kto_is_the_policys_as_it_has_become(updates: int, make_
     swapped = [(rows[0].prompt_ids, rows[1].completion_ids), (rows[1].prompt_ids, rows[0].completion_ids)]
 
     def total(policy: Policy) -> float:
-        return sum(map(sum, score_rows(policy, swapped)))
+        return sum(map(sum, log_probs(policy, swapped)))
 
     def measure(trainer: Trainer, step: int) -> None:
         means.append((total(trainer.policy) - total(make_policy())) / 2)

@@ -20,7 +20,7 @@ from rlzoo.objective import get_objective
 from rlzoo.policy import Policy, load_policy
 from rlzoo.policy.adapters import adapters
 from rlzoo.policy.loading import save_policy
-from rlzoo.policy.microbatches import score_rows
+from rlzoo.policy.microbatches import log_probs
 from rlzoo.training import Trainer, train
 from rlzoo.training.savings import gradients_in_place, layers_recomputed
 from rlzoo.types import Trajectory
@@ -56,7 +56,7 @@ def trained(policy: Policy, name: str = "dft", folder: Path | None = None, **set
 def test_lora_trains_the_adapters_alone(tmp_path: Path) -> None:
     policy = load_policy("embedded")
     base = {name: p.detach().clone() for name, p in policy.model.named_parameters()}
-    before = score_rows(policy, PAIRS)
+    before = log_probs(policy, PAIRS)
     trainer = trained(policy, lora={})
     layers = adapters(policy.model)
     assert len(layers) == 7 * policy.model.config.num_hidden_layers and "lm_head" not in layers
@@ -66,26 +66,26 @@ def test_lora_trains_the_adapters_alone(tmp_path: Path) -> None:
         assert parameter.requires_grad == (".lora_" in name)
         if ".lora_" not in name:
             assert torch.equal(parameter, base[name.replace(".base_layer", "")])
-    after = score_rows(policy, PAIRS)
+    after = log_probs(policy, PAIRS)
     assert max(abs(a - b) for x, y in zip(after, before, strict=True) for a, b in zip(x, y, strict=True)) > 0.01
 
     reference = policy.reference()
     assert reference.model is policy.model, "a reference that is the policy without its adapter needs no copy"
-    assert score_rows(reference, PAIRS) == before
-    assert score_rows(policy, PAIRS) == after
+    assert log_probs(reference, PAIRS) == before
+    assert log_probs(policy, PAIRS) == after
     assert all(p.requires_grad == (".lora_" in name) for name, p in policy.model.named_parameters())
     full = load_policy("embedded")
     assert trainer.record.costs.flops < 0.8 * trained(full).record.costs.flops
 
     save_policy(policy, tmp_path / "saved")
-    merged = score_rows(load_policy(str(tmp_path / "saved")), PAIRS)
+    merged = log_probs(load_policy(str(tmp_path / "saved")), PAIRS)
     for x, y in zip(merged, after, strict=True):
         assert x == pytest.approx(y, abs=1e-4)
     from peft import PeftModel
 
     plain = load_policy("embedded")
     plain.model = PeftModel.from_pretrained(plain.model, tmp_path / "saved" / "adapter").base_model.model
-    for x, y in zip(score_rows(plain, PAIRS), after, strict=True):
+    for x, y in zip(log_probs(plain, PAIRS), after, strict=True):
         assert x == pytest.approx(y, abs=1e-5)
     config = json.loads((tmp_path / "saved" / "adapter" / "adapter_config.json").read_text())
     assert config["r"] == 8 and config["base_model_name_or_path"] == "embedded"
@@ -114,12 +114,12 @@ def test_lora_goes_with_every_kind_of_objective(name: str) -> None:
 
 def test_a_moving_reference_has_an_adapter_of_its_own() -> None:
     policy = load_policy("embedded")
-    before, objective = score_rows(policy, PAIRS), get_objective("iw-sft", variant="ema", ema_decay=0.5)
+    before, objective = log_probs(policy, PAIRS), get_objective("iw-sft", variant="ema", ema_decay=0.5)
     settings = Training.model_validate({"steps": 2, "learning_rate": 1e-2, "lora": {"rank": 2}})
     trainer = Trainer(policy, objective, Fixed(), settings)
     trainer.run()
     (reference,) = trainer.models.moving.values()
-    average, after = score_rows(reference, PAIRS), score_rows(policy, PAIRS)
+    average, after = log_probs(reference, PAIRS), log_probs(policy, PAIRS)
     assert before != average != after != before
 
 
@@ -132,18 +132,18 @@ def test_lora_of_layers_that_hold_their_weight_the_other_way_round(tmp_path: Pat
         for layer in adapters(policy.model).values():
             layer.lora_B["default"].weight.normal_(0, 0.5)
     save_policy(policy, tmp_path / "saved")
-    merged = score_rows(load_policy(str(tmp_path / "saved")), PAIRS)
-    for x, y in zip(merged, score_rows(policy, PAIRS), strict=True):
+    merged = log_probs(load_policy(str(tmp_path / "saved")), PAIRS)
+    for x, y in zip(merged, log_probs(policy, PAIRS), strict=True):
         assert x == pytest.approx(y, abs=1e-3)
 
 
 def test_a_reference_is_without_the_adapter_of_the_output_layer_too() -> None:
     policy = load_policy("embedded")
-    before = score_rows(policy, PAIRS)
+    before = log_probs(policy, PAIRS)
     policy.add_lora(rank=2, target_modules=["lm_head"])
     with torch.no_grad():
         adapters(policy.model)["lm_head"].lora_B["default"].weight.fill_(0.5)
-    assert score_rows(policy.reference(), PAIRS) == before != score_rows(policy, PAIRS)
+    assert log_probs(policy.reference(), PAIRS) == before != log_probs(policy, PAIRS)
 
 
 def test_lora_of_layers_that_are_not_there() -> None:
@@ -240,10 +240,10 @@ def test_mixed_precision_keeps_float32_weights() -> None:
     assert all(p.dtype == torch.float32 for p in mixed.parameters())
     first, rougher = exact.record.steps[0]["loss"], rough.record.steps[0]["loss"]
     assert rougher == pytest.approx(first, rel=0.05) and rougher != first
-    assert all(isinstance(x, float) for row in score_rows(mixed, PAIRS) for x in row)
-    assert score_rows(mixed.reference(), PAIRS) == score_rows(mixed, PAIRS) != score_rows(plain, PAIRS)
+    assert all(isinstance(x, float) for row in log_probs(mixed, PAIRS) for x in row)
+    assert log_probs(mixed.reference(), PAIRS) == log_probs(mixed, PAIRS) != log_probs(plain, PAIRS)
     mixed.add_lora()  # whose reference is itself without it
-    assert score_rows(mixed.reference(), PAIRS) == score_rows(mixed, PAIRS)
+    assert log_probs(mixed.reference(), PAIRS) == log_probs(mixed, PAIRS)
 
 
 def test_a_tracker_gets_every_step(tmp_path: Path) -> None:
@@ -263,8 +263,8 @@ def test_a_tracker_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @pytest.mark.parametrize("name", ["sft", "dft-control"])  # the latter's coefficients are those of the whole batch
-def test_truncated_importance_weighs_what_another_engine_sampled(name: str) -> None:
-    """Rows whose engine said log 2 less for every token: each of their tokens weighs min(2, cap) as much."""
+def test_truncated_importance_weights_what_another_engine_sampled(name: str) -> None:
+    """Rows whose engine said log 2 less for every token: each of their tokens has weight min(2, cap)."""
     half = torch.log(torch.tensor(2.0)).item()
 
     def gradient(marked: range, cap: float | None) -> torch.Tensor:

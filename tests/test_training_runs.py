@@ -21,7 +21,7 @@ from rlzoo.errors import UserError
 from rlzoo.objective import get_objective
 from rlzoo.policy import Policy, Sequences, load_policy
 from rlzoo.policy.loading import save_policy
-from rlzoo.policy.microbatches import score_rows
+from rlzoo.policy.microbatches import log_probs
 from rlzoo.reward import Reward
 from rlzoo.rollout import TransformersSampler, collect_rollouts
 from rlzoo.training import Trainer, TrainingRecord, train
@@ -53,7 +53,7 @@ def sampled(policy: Policy, samples: int = 2) -> OfflineBuffer:
 
 
 def mean_nll(policy: Policy, rows: Sequence[Trajectory]) -> float:
-    logps = score_rows(policy, [(r.prompt_ids, r.completion_ids) for r in rows])
+    logps = log_probs(policy, [(r.prompt_ids, r.completion_ids) for r in rows])
     flat = [x for logp in logps for x in logp]
     return -sum(flat) / len(flat)
 
@@ -70,7 +70,7 @@ def test_supervised_training_lowers_the_nll_of_demonstrations_and_of_their_ends(
     record = train(policy, get_objective("sft"), buffer, QUICK.model_copy(update={"steps": 25, "batch_size": 6}))
     assert mean_nll(policy, list(buffer)) < 0.5 * before
     assert record.steps[-1]["loss"] < record.steps[0]["loss"] and len(record.steps) == 25
-    last = score_rows(policy, [(r.prompt_ids, r.completion_ids) for r in buffer])
+    last = log_probs(policy, [(r.prompt_ids, r.completion_ids) for r in buffer])
     assert min(logp[-1] for logp in last) > -1.5  # each demonstration's end of sequence is learned
     assert {p.dtype for p in policy.parameters()} == {getattr(torch, dtype)}
 
@@ -207,7 +207,7 @@ def test_a_saved_checkpoint_opens_with_from_pretrained(
         assert torch.equal(model(input_ids=ids).logits, policy.model.eval()(input_ids=ids).logits)
     reopened = load_policy(str(tmp_path))
     row = [([20, 21], [22, 23])]
-    assert score_rows(reopened, row) == score_rows(policy, row)
+    assert log_probs(reopened, row) == log_probs(policy, row)
     assert reopened.tokenizer.encode("17+25=?\n") == policy.tokenizer.encode("17+25=?\n")
 
 

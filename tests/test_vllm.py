@@ -25,7 +25,7 @@ from rlzoo.buffers.problems import Problem, encode_problems
 from rlzoo.config import Rollouts, Sampling
 from rlzoo.errors import UserError
 from rlzoo.policy import Policy, load_policy
-from rlzoo.policy.microbatches import score_rows
+from rlzoo.policy.microbatches import log_probs
 from rlzoo.reward import get_reward
 from rlzoo.rollout import Sampler, TransformersSampler, VLLMSampler, VLLMServerSampler, collect_rollouts, mismatch
 from rlzoo.types import Trajectory
@@ -138,7 +138,7 @@ def test_both_engines_sample_the_same_distribution(policy: Policy, colocated: VL
     logps = []
     for sampler in (colocated, TransformersSampler(policy)):
         samples = sampler.sample([prompt], whole, seed=6)[0]
-        logps.append([sum(row) for row in score_rows(policy, [(prompt, s.ids) for s in samples])])
+        logps.append([sum(row) for row in log_probs(policy, [(prompt, s.ids) for s in samples])])
     assert ks_2samp(*logps).pvalue > 1e-3
 
 
@@ -150,7 +150,7 @@ def test_changed_weights_are_handed_over(policy: Policy, colocated: VLLMSampler)
     rows = collected(changed, VLLMSampler(changed, max_model_len=256), Sampling(samples=2, max_new_tokens=24))
     found = mismatch(rows)
     assert found is not None and found["largest"] < 1e-3
-    stale = score_rows(policy, [(row.prompt_ids, row.completion_ids) for row in rows])
+    stale = log_probs(policy, [(row.prompt_ids, row.completion_ids) for row in rows])
     gaps = [
         abs(a - b)
         for row, own in zip(rows, stale, strict=True)

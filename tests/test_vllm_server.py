@@ -16,7 +16,7 @@ from fake_vllm import install
 from rlzoo.buffers.problems import Problem, encode_problems
 from rlzoo.config import EvaluationSettings, Rollouts, Sampling, load_experiment, validated
 from rlzoo.errors import UserError
-from rlzoo.jobs.pieces import Pieces
+from rlzoo.jobs.cached_results import CachedResults
 from rlzoo.policy import Policy
 from rlzoo.reward import Reward
 from rlzoo.rollout import Sampler, VLLMSampler, VLLMServerSampler, collect_rollouts, mismatch, sampler_of
@@ -199,7 +199,7 @@ def test_a_server_that_refuses_or_is_not_there(policy: Policy, server: FakeServe
             VLLMServerSampler(policy, url)
     answers: list[Any] = [[], {"data": []}, {"error": "no such page"}, "<html>"]
     for server.models in answers:
-        with pytest.raises(UserError, match=f"what answers at {server.url} is no vLLM server"):
+        with pytest.raises(UserError, match=f"the server at {server.url} is not a vLLM server"):
             VLLMServerSampler(policy, server.url)
     server.models = None
     with pytest.raises(UserError, match="answered 404 to /v1/models: null"):
@@ -230,12 +230,12 @@ def test_a_server_that_goes_away_costs_the_batch_that_it_was_in(
 
     def collect(url: str) -> list[Trajectory]:
         sampler = VLLMServerSampler(policy, url)
-        return collect_rollouts(policy, sampler, encoded, reward, settings, seed=0, pieces=Pieces(tmp_path))
+        return collect_rollouts(policy, sampler, encoded, reward, settings, seed=0, cached=CachedResults(tmp_path))
 
     server.left = 2 * ENGINE_BATCHES + 5
     with pytest.raises(UserError, match=f"vLLM server at {server.url}"):
         collect(server.url)
-    assert len(list(tmp_path.glob("*.piece"))) == 2
+    assert len(list(tmp_path.glob("*.result"))) == 2
     server.left, server.asked = None, []
     rows = collect(server.url)
     assert sum(path == "/v1/completions" for path, _ in server.asked) == ENGINE_BATCHES
@@ -245,7 +245,7 @@ def test_a_server_that_goes_away_costs_the_batch_that_it_was_in(
 def test_settings_of_an_engine_that_is_not_asked_for(policy: Policy) -> None:
     with pytest.raises(UserError, match="a server has its own options: give url or engine_options"):
         validated(EvaluationSettings, {"engine": "vllm", "url": "http://x", "engine_options": {"a": 1}}, "evaluation")
-    with pytest.raises(UserError, match="engine 'transformers' has no server: url is for engines that have one"):
+    with pytest.raises(UserError, match="engine 'transformers' has no server: url is for engines with one"):
         sampler_of(policy, Sampling(url="http://x"))
     with pytest.raises(UserError, match=r"engine 'transformers' cannot take these engine_options: .*'max_model_len'"):
         sampler_of(policy, Sampling(engine_options={"max_model_len": 9}))
@@ -260,7 +260,7 @@ def test_vllm_is_not_installed(policy: Policy, monkeypatch: pytest.MonkeyPatch) 
 def test_several_processes_need_a_server(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
     install(monkeypatch, policy)
     monkeypatch.setattr("rlzoo.rollout.vllm.world_size", lambda: 2)
-    with pytest.raises(UserError, match="several processes cannot each hold a vLLM engine: start a server"):
+    with pytest.raises(UserError, match="a distributed run cannot hold a vLLM engine in each process: start a server"):
         VLLMSampler(policy)
 
 
@@ -285,7 +285,7 @@ def test_importance_needs_both_log_probs() -> None:
     server = {"rollouts.engine": "vllm", "rollouts.url": "http://x", "training.importance_cap": 2.0}
     assert load_experiment("facts", server).rollouts.url == "http://x"
     for unknown in ({"rollouts.temperature": 0.6}, {"rollouts.top_p": 0.9}):
-        with pytest.raises(UserError, match="known at temperature 1 and top_p 1"):
+        with pytest.raises(UserError, match="known only at temperature 1 and top_p 1"):
             load_experiment("facts", {**server, **unknown})
 
 
@@ -301,14 +301,3 @@ def test_mismatch_by_hand() -> None:
     assert found["mean_ratio"] == pytest.approx(3.5 / 3)
     assert found["kl"] == pytest.approx(((2 - 1 - log2) + (0.5 - 1 + log2)) / 3)
     assert mismatch([Trajectory("", "", [1], [2], "1")]) is None
-
-
-def test_a_buffer_without_the_engines_log_probs_opens(tmp_path: Path) -> None:
-    from rlzoo.buffers import OfflineBuffer
-
-    rows = [Trajectory("a", "b", [1], [2], "0", source="policy", behaviour_logp=[-1.0], sampler_logp=[-1.5])]
-    buffer = OfflineBuffer.from_trajectories(rows)
-    assert next(iter(buffer)).sampler_logp == [-1.5]
-    buffer.rows.remove_columns("sampler_logp").save_to_disk(tmp_path / "old")
-    old = next(iter(OfflineBuffer.load(tmp_path / "old")))
-    assert old.sampler_logp is None and old.behaviour_logp == [-1.0]

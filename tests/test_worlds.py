@@ -240,5 +240,5 @@ def test_a_quality_column_becomes_the_reward_of_demonstrations(tokenizer: Any) -
     assert all(
         row.reward is None for row in demonstrations(tokenizer, load_problems(ProblemSource(source=source.source)))
     )
-    with pytest.raises(UserError, match=r"problem .*: quality column 'beauty' is not there: give a number"):
+    with pytest.raises(UserError, match=r"problem .*: quality column 'beauty' is missing: give a number"):
         load_problems(ProblemSource(source=source.source, quality="beauty"))

@@ -20,7 +20,7 @@ from rlzoo.errors import UserError
 from rlzoo.inputs.references import mismatched
 from rlzoo.objective import get_objective, reduce, surrogate
 from rlzoo.policy import Assembler, MicroBatches, Models, Policy
-from rlzoo.policy.microbatches import score_rows
+from rlzoo.policy.microbatches import log_probs
 from rlzoo.testing.batches import gradients
 from rlzoo.training import Trainer, train, with_reference
 from rlzoo.types import Selection, TokenBatch, Trajectory
@@ -221,7 +221,7 @@ def divergence(policy: Policy, reference: Policy, rows: list[Trajectory]) -> flo
     """The mean of log π/π_ref over mismatched rows, one row at a time."""
     total = []
     for row in mismatched(rows):
-        own, other = (sum(score_rows(p, [(row.prompt_ids, row.completion_ids)])[0]) for p in (policy, reference))
+        own, other = (sum(log_probs(p, [(row.prompt_ids, row.completion_ids)])[0]) for p in (policy, reference))
         total.append(own - other)
     return sum(total) / len(total)
 
@@ -252,7 +252,7 @@ def test_z0_changes_the_gradient_of_a_step(make_policy: MakePolicy) -> None:
     z0 = divergence(policy, start, rows)
     assert z0 > 0.1
     ids = [(row.prompt_ids, row.completion_ids) for row in rows]
-    stored = [replace(r, reference_logp=x) for r, x in zip(rows, score_rows(start, ids), strict=True)]
+    stored = [replace(r, reference_logp=x) for r, x in zip(rows, log_probs(start, ids), strict=True)]
     objective = get_objective("kto", beta=0.5)
     losses = []
     for token_budget in (20, 4096):
@@ -261,7 +261,7 @@ def test_z0_changes_the_gradient_of_a_step(make_policy: MakePolicy) -> None:
         losses.append(trainer.run().steps[0])
     assert losses[0]["kl"] == pytest.approx(z0, rel=1e-5)
     assert losses[0]["loss"] == pytest.approx(losses[1]["loss"], rel=1e-6)
-    ratios = [sum(a) - sum(r.reference_logp or []) for a, r in zip(score_rows(policy, ids), stored, strict=True)]
+    ratios = [sum(a) - sum(r.reference_logp or []) for a, r in zip(log_probs(policy, ids), stored, strict=True)]
     good = [bool(r.reward) for r in rows]
     by_hand = [1 / (1 + math.exp(0.5 * (1 if g else -1) * (r - z0))) for r, g in zip(ratios, good, strict=True)]
     assert losses[0]["loss"] == pytest.approx(sum(by_hand) / len(by_hand), rel=1e-4)

@@ -281,7 +281,7 @@ def test_shapes_are_checked() -> None:
         sequence_ratio(table, table, mask[:1])
     with pytest.raises(ValueError, match="shapes differ"):
         clipped_gradient(table, row, 0.2, 0.2)
-    with pytest.raises(ValueError, match="shapes do not fit"):
+    with pytest.raises(ValueError, match="shapes do not match"):
         optimal_token_baseline(row, torch.zeros(3, dtype=torch.long), table, mask)
 
 

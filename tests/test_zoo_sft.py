@@ -25,7 +25,7 @@ from rlzoo.inputs import Statistic
 from rlzoo.objective import Objective, get_objective, surrogate
 from rlzoo.policy import Sequences
 from rlzoo.policy import head as head_module
-from rlzoo.policy.head import Head, score_tokens
+from rlzoo.policy.head import Head, token_log_probs
 from rlzoo.testing.batches import gradients
 from rlzoo.training import Trainer
 from rlzoo.training.batches import BufferSource
@@ -108,7 +108,7 @@ def test_the_statistics_that_eaft_and_deft_ask_for(weight: float, bias: float, e
     with torch.no_grad():
         layer.bias[0] = bias
     needs = [Statistic("top_entropy"), Statistic("square_mass")]
-    found = score_tokens(Head(layer), torch.ones(1, 3).double(), torch.tensor([0]), statistics=needs)
+    found = token_log_probs(Head(layer), torch.ones(1, 3).double(), torch.tensor([0]), statistics=needs)
     statistics = {one.key: found[one.key][None] for one in needs}
     batch = TokenBatch(found["logp"].detach()[None], torch.ones(1, 1, dtype=torch.bool), statistics=statistics)
     assert get_objective("eaft").coefficients(batch).values.item() == pytest.approx(eaft, abs=1e-9)
@@ -418,7 +418,7 @@ def test_a_source_that_draws_by_quality_goes_on_bit_for_bit() -> None:
         ((1.0, None, None), r"2 of 3 rows to draw by quality have no finite quality score: give .* \(row 1\)"),
         ((1.0, math.inf), r"1 of 2 rows .* have no finite quality score"),
         ((1.0, 2.0, -0.5), r"1 of 3 rows .* have a negative quality score: .* \(row 2\)"),
-        ((0.0, 0.0), r"all 2 rows .* have the score 0"),
+        ((0.0, 0.0), r"all 2 rows .* have a quality of 0"),
     ],
 )
 def test_rows_that_cannot_be_drawn_by_quality(

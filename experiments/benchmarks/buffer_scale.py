@@ -3,14 +3,14 @@
     python experiments/benchmarks/buffer_scale.py --rows 10000,100000,1000000
 
 A buffer of made-up samples is written first: four a prompt, of GSM8K's size (a prompt of 60 tokens, completions of 20
-to 180), with rewards and log-probs. Then a process of its own for each size and each piece of work:
+to 180), with rewards and log-probs. Then a process of its own for each size and each task:
 
 - ``open``: `OfflineBuffer.load`;
 - ``correct``, ``pairs``, ``groups``: the view;
 - ``epoch``: an epoch's shuffle, and the first ``--batches`` batches of 64 rows, as training draws them.
 
 Memory is what the work adds to the process at its peak, in two parts: its own (anonymous), and the pages of the file
-that are mapped, which the system takes back whenever it needs them. Seconds are per piece of work; ``growth`` is the
+that are mapped, which the system takes back whenever it needs them. Seconds are per task; ``growth`` is the
 ratio of the largest size's seconds to the next smaller one's, over the ratio of their rows: 1 is linear.
 """
 
@@ -69,7 +69,7 @@ def memory() -> tuple[int, int]:
 
 
 class Peak:
-    """The largest memory while a piece of work runs, looked at a hundred times a second."""
+    """The largest memory while a task runs, looked at a hundred times a second."""
 
     def __init__(self) -> None:
         self.start = self.own, self.files = memory()
@@ -92,7 +92,7 @@ class Peak:
 
 
 def one(folder: Path, work: str, batches: int) -> dict[str, float]:
-    """One piece of work, in this process."""
+    """One task, in this process."""
     buffer = OfflineBuffer.load(folder) if work != "open" else None
     peak, started = Peak(), time.perf_counter()
     if buffer is None:
@@ -110,7 +110,7 @@ def one(folder: Path, work: str, batches: int) -> dict[str, float]:
 
 
 def main() -> None:
-    """Every piece of work at every size."""
+    """Every task at every size."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", default="10000,100000", help="comma-separated sizes")
     parser.add_argument("--batches", type=int, default=200)

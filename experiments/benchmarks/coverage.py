@@ -37,7 +37,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
-from rlzoo.comparison.statistics import paired_difference, score_interval
+from rlzoo.comparison.statistics import paired_difference, result_interval
 from rlzoo.variance.noise import Units, against, data_noise, rank_correlation
 
 Numbers = dict[str, Any]
@@ -221,7 +221,7 @@ def scores(seeds: int, problems: int, shares: tuple[float, float], runs: int) ->
 
     mean, difference = Tally(SCORE), Tally(DIFFERENCE)
     for _ in range(runs):
-        mean.add(*score_interval(SCORE + drawn()))
+        mean.add(*result_interval(SCORE + drawn()))
         shared = SCORE + drawn()  # what both algorithms have in common cancels
         difference.add(*paired_difference(shared + DIFFERENCE + drawn(), shared))
     return {"mean score": mean.found(), "paired difference": difference.found()}
@@ -242,7 +242,7 @@ def counts(seeds: int, problems: int, samples: int, centre: float, runs: int) ->
     mean, difference = Tally(float(first)), Tally(float(second - first))
     for _ in range(runs):
         first, second = (rng.binomial(samples, chance) / samples for chance in chances(seeds, problems))
-        mean.add(*score_interval(first))
+        mean.add(*result_interval(first))
         difference.add(*paired_difference(second, first))
     return {"mean score": mean.found(), "paired difference": difference.found()}
 

@@ -95,7 +95,7 @@ def made(out: Path) -> dict[str, tuple[int, int]]:
     found = {}
     for place in (out, out.parent / f".{out.name}.state"):
         for path in place.rglob("*") if place.is_dir() else []:
-            if path.suffix in (".piece", ".safetensors") and ".partial" not in str(path):
+            if path.suffix in (".result", ".safetensors") and ".partial" not in str(path):
                 try:
                     status = path.stat()
                 except OSError:

@@ -26,36 +26,33 @@ import json
 import subprocess
 import sys
 import tempfile
-import time
-from collections import defaultdict
-from contextlib import nullcontext
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from statistics import median
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
-from torch.nn.utils.rnn import pad_sequence
 
 from rlzoo import Policy, get_objective, load_policy
 from rlzoo.buffers.problems import demonstrations, load_problems
 from rlzoo.config import ProblemSource, Training
-from rlzoo.jobs.memory import release_memory
-from rlzoo.policy import Assembler
-from rlzoo.policy.microbatches import score_rows
+from rlzoo.experiments.benchmarks.steps import (
+    RATE,
+    UNIT,
+    Watch,
+    gemm_speed,
+    together,
+    tokens_of,
+    trl_loss_steps,
+    trl_sft_steps,
+    with_trl_head,
+)
 from rlzoo.training import Trainer
-from rlzoo.training.costs import peak_memory_bytes, reset_peak_memory
 from rlzoo.types import Trajectory
 
 ENGINES = ("rlzoo", "trl_padded", "trl_packed")
 OBJECTIVES = ("dft", "sft", "dpo", "grpo")
-UNIT = {"dpo": 2, "grpo": 4}
-"""Rows that share a prompt, of the objectives that need some."""
-RATE = 1e-9
-"""A step with next to no effect, so that the counted one starts from the same weights."""
 
 
 def rows_of(policy: Policy, arguments: argparse.Namespace) -> list[Trajectory]:
@@ -67,19 +64,6 @@ def rows_of(policy: Policy, arguments: argparse.Namespace) -> list[Trajectory]:
             source=arguments.data, prompt="{question}", solution="answer", chat=True, limit=arguments.rows
         )
     return demonstrations(policy.tokenizer, load_problems(source), 1024)[: arguments.rows]
-
-
-def together(policy: Policy, rows: list[Trajectory], size: int) -> list[Trajectory]:
-    """The same completions as samples, ``size`` of one prompt, the first and every second one after it right."""
-    prompts = [rows[i - i % size] for i in range(len(rows) - len(rows) % size)]
-    pairs = [(prompt.prompt_ids, row.completion_ids) for prompt, row in zip(prompts, rows, strict=False)]
-    return [
-        replace(
-            row, prompt=prompt.prompt, prompt_ids=prompt.prompt_ids, prompt_id=str(i // size), source="policy",
-            reward=float(i % 2 == 0), behaviour_logp=logp, reference_logp=logp,
-        )
-        for i, (prompt, row, logp) in enumerate(zip(prompts, rows, score_rows(policy, pairs), strict=False))
-    ]  # fmt: skip
 
 
 class Whole:
@@ -99,172 +83,30 @@ def rlzoo(policy: Policy, rows: list[Trajectory], objective: str, arguments: arg
     size = UNIT.get(objective, 1)
     Trainer(policy, get_objective(objective), Whole(rows[: arguments.warm_up], size), settings).run()
     trainer = Trainer(policy, get_objective(objective), Whole(rows, size), settings)
-    release_memory()
-    reset_peak_memory()
-    started = time.perf_counter()
+    watch = Watch()
+    watch.begin()
     trainer.run()
-    return {"seconds": time.perf_counter() - started, "peak_memory_bytes": peak_memory_bytes()}
+    watch.end()
+    return {"seconds": watch.seconds[-1], "peak_memory_bytes": watch.peaks[-1]}
 
 
 def trl(policy: Policy, rows: list[Trajectory], objective: str, arguments: argparse.Namespace) -> dict[str, Any]:
-    """The same of TRL's SFTTrainer."""
-    from datasets import Dataset
-    from transformers import TrainerCallback
-    from trl import SFTConfig, SFTTrainer
+    """The same of TRL: its SFTTrainer, or the loss of its trainer for this objective in a plain loop."""
 
-    packed = arguments.part == "trl_packed"
-    found: dict[str, Any] = {}
+    def run(some: list[Trajectory], watch: Watch) -> None:
+        batch = arguments.trl_batch
+        if objective in UNIT:
+            trl_loss_steps(policy, some, objective, watch, batch=batch)
+        else:
+            packed, length = arguments.part == "trl_packed", arguments.token_budget
+            trl_sft_steps(policy, some, objective, watch, batch=batch, length=length, packed=packed)
 
-    class Watch(TrainerCallback):  # type: ignore[misc]
-        def on_step_begin(self, *_: Any, **__: Any) -> None:
-            release_memory()
-            reset_peak_memory()
-            found["started"] = time.perf_counter()
-
-        def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
-            if arguments.gradient:
-                save_gradient(policy, arguments.gradient)
-
-        def on_step_end(self, *_: Any, **__: Any) -> None:
-            found["seconds"] = time.perf_counter() - found["started"]
-            found["peak_memory_bytes"] = peak_memory_bytes()
-
-    def run(some: list[Trajectory]) -> None:
-        table = Dataset.from_list(
-            [
-                {
-                    "input_ids": row.prompt_ids + row.completion_ids,
-                    "completion_mask": [0] * len(row.prompt_ids) + [1] * len(row.completion_ids),
-                }
-                for row in some
-            ]
-        )
-        batch = 1 if packed else min(arguments.trl_batch, len(some))
-        with tempfile.TemporaryDirectory() as folder:
-            config = SFTConfig(
-                output_dir=folder, loss_type="dft" if objective == "dft" else "nll", completion_only_loss=True,
-                max_length=arguments.token_budget, packing=packed, per_device_train_batch_size=batch,
-                gradient_accumulation_steps=len(some), max_steps=1, learning_rate=RATE, weight_decay=0.01,
-                adam_beta2=0.95, bf16=False, use_cpu=not torch.cuda.is_available(), report_to=[],
-                gradient_checkpointing=False, save_strategy="no", optim="adamw_torch_fused", disable_tqdm=True,
-            )  # fmt: skip
-            trainer = SFTTrainer(policy.model, config, train_dataset=table, processing_class=policy.tokenizer)
-            blocks = len(trainer.train_dataset)
-            trainer.args.gradient_accumulation_steps = -(-blocks // batch)
-            trainer.accelerator.gradient_accumulation_steps = trainer.args.gradient_accumulation_steps
-            trainer.add_callback(Watch())
-            trainer.train()
-
-    gradient, arguments.gradient = arguments.gradient, None
-    run(rows[: arguments.warm_up])
-    arguments.gradient = gradient
-    run(rows)
-    return {key: found[key] for key in ("seconds", "peak_memory_bytes")}
-
-
-def trl_loss(policy: Policy, rows: list[Trajectory], objective: str, arguments: argparse.Namespace) -> dict[str, Any]:
-    """The same with the loss of TRL's DPOTrainer or GRPOTrainer, run unbound, in a plain loop over padded batches."""
-    from trl.trainer.utils import add_fused_lm_head
-
-    add_fused_lm_head(policy.model, outputs=("log_probs", "entropy", "mean_logits", "is_top1"))
-    policy.model.train()
-    optimizer = torch.optim.AdamW(policy.model.parameters(), RATE, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
-
-    def step(some: list[Trajectory]) -> None:
-        optimizer.zero_grad(set_to_none=True)
-        batches = [some[i : i + arguments.trl_batch] for i in range(0, len(some), arguments.trl_batch)]
-        for batch in batches:
-            loss = {"dpo": dpo_loss, "grpo": grpo_loss}[objective](policy, batch)
-            torch.autograd.backward(loss * (len(batch) / len(some)))
-        if arguments.gradient:
-            save_gradient(policy, arguments.gradient)
-        torch.nn.utils.clip_grad_norm_(policy.model.parameters(), 1.0)
-        optimizer.step()
-
-    gradient, arguments.gradient = arguments.gradient, None
-    step(rows[: arguments.warm_up])
-    release_memory()
-    reset_peak_memory()
-    started = time.perf_counter()
-    step(rows)
-    found = {"seconds": time.perf_counter() - started, "peak_memory_bytes": peak_memory_bytes()}
-    arguments.gradient = gradient
-    if gradient:  # apart from the step that is timed
-        step(rows)
-    return found
-
-
-def dpo_loss(policy: Policy, rows: list[Trajectory]) -> torch.Tensor:
-    """TRL's sigmoid loss on pairs: the chosen rows first, padded on the right."""
-    from trl import DPOTrainer
-
-    ordered = rows[::2] + rows[1::2]
-    ids = [torch.tensor(row.prompt_ids + row.completion_ids) for row in ordered]
-    mask = [torch.tensor([0] * len(row.prompt_ids) + [1] * len(row.completion_ids)) for row in ordered]
-    reference = torch.tensor([sum(row.reference_logp or []) for row in ordered])
-    this = trl_self(
-        policy, args=SimpleNamespace(gradient_checkpointing_kwargs=None), ld_alpha=None, precompute_ref_logps=True,
-        f_divergence_type="reverse_kl", loss_types=["sigmoid"], loss_weights=[1.0], beta=0.1, use_weighting=False,
-        ref_model=None,
-    )  # fmt: skip
-    inputs = {
-        "input_ids": pad_sequence(ids, batch_first=True),
-        "attention_mask": pad_sequence([torch.ones_like(row) for row in ids], batch_first=True),
-        "completion_mask": pad_sequence(mask, batch_first=True),
-        "ref_chosen_logps": reference[: len(rows) // 2],
-        "ref_rejected_logps": reference[len(rows) // 2 :],
-    }
-    loss: torch.Tensor = DPOTrainer._compute_loss(this, policy.model, inputs, return_outputs=False)
-    return loss
-
-
-def grpo_loss(policy: Policy, rows: list[Trajectory]) -> torch.Tensor:
-    """TRL's clipped loss with k3 KL on groups: prompts padded on the left, completions on the right."""
-    from trl import GRPOTrainer
-
-    objective: Any = get_objective("grpo")
-    units = [tuple(range(i, i + UNIT["grpo"])) for i in range(0, len(rows), UNIT["grpo"])]
-    batch = objective.prepare(Assembler(policy).assemble(rows, units, objective))
-    assert batch.advantage is not None
-    prompts, completions = ([torch.tensor(ids) for ids in side] for side in zip(
-        *((row.prompt_ids, row.completion_ids) for row in rows), strict=True
-    ))  # fmt: skip
-    this = trl_self(
-        policy, args=SimpleNamespace(use_bias_correction_kl=False, delta=None, report_to=[]), top_entropy_quantile=1.0,
-        off_policy_mask_threshold=None, importance_sampling_level="token", use_vllm=False, loss_type="grpo",
-        beta=objective.kl_coefficient, epsilon_low=objective.clip, epsilon_high=objective.clip,
-        _entropy_bonus_enabled=False,
-    )  # fmt: skip
-    this._get_per_token_logps_and_entropies = partial(GRPOTrainer._get_per_token_logps_and_entropies, this)
-    left = partial(pad_sequence, batch_first=True, padding_side="left")
-    inputs = {
-        "prompt_ids": left(prompts),
-        "prompt_mask": left([torch.ones_like(row) for row in prompts]),
-        "completion_ids": pad_sequence(completions, batch_first=True),
-        "completion_mask": pad_sequence([torch.ones_like(row) for row in completions], batch_first=True),
-        "advantages": batch.advantage[:, 0],
-        "old_per_token_logps": batch.behaviour_logp,
-        "ref_per_token_logps": batch.reference_logp,
-    }
-    loss: torch.Tensor = GRPOTrainer._compute_loss(this, policy.model, inputs)
-    return loss
-
-
-def trl_self(policy: Policy, **attributes: Any) -> SimpleNamespace:
-    """What TRL's losses read of ``self``, in one process that logs nothing."""
-
-    def same(values: Any, **_: Any) -> Any:
-        return values
-
-    accelerator = SimpleNamespace(
-        gather=same, gather_for_metrics=same, reduce=same, autocast=nullcontext, device=policy.device,
-        parallelism_config=None, num_processes=1, is_main_process=True,
-    )  # fmt: skip
-    return SimpleNamespace(
-        model=policy.model, accelerator=accelerator, state=SimpleNamespace(global_step=0), aux_loss_enabled=False,
-        current_gradient_accumulation_steps=1, _metrics={"train": defaultdict(list), "eval": defaultdict(list)},
-        _total_train_tokens=0, _tp_size=1, **attributes,
-    )  # fmt: skip
+    if objective in UNIT:
+        with_trl_head(policy)
+    watch = Watch(partial(save_gradient, policy, arguments.gradient) if arguments.gradient else None)
+    run(rows[: arguments.warm_up], Watch())
+    run(rows, watch)
+    return {"seconds": watch.seconds[-1], "peak_memory_bytes": watch.peaks[-1]}
 
 
 def save_gradient(policy: Policy, file: str) -> None:
@@ -285,35 +127,22 @@ def cosine(first: str, second: str) -> float:
     return float(sums[0] / np.sqrt(sums[1] * sums[2]))
 
 
-def gemm_speed(size: int = 2048, repeats: int = 6) -> float:
-    """FLOP/s of a float32 matrix product: the best of some."""
-    a, b = torch.randn(size, size), torch.randn(size, size)
-    best = 0.0
-    for _ in range(repeats):
-        started = time.perf_counter()
-        torch.mm(a, b)
-        best = max(best, 2 * size**3 / (time.perf_counter() - started))
-    return best
-
-
 def one(arguments: argparse.Namespace) -> dict[str, Any]:
     """One engine's step, in this process."""
     torch.set_num_threads(arguments.threads)
     policy = load_policy(arguments.model)
     rows = rows_of(policy, arguments)
-    tokens = sum(len(row.prompt_ids) + len(row.completion_ids) for row in rows)
     parameters = sum(p.numel() for p in policy.model.parameters())
     before = gemm_speed()
     size = UNIT.get(arguments.objectives, 1)
     if size > 1:
         rows = together(policy, rows, size)
-        tokens = sum(len(row.prompt_ids) + len(row.completion_ids) for row in rows)
-    run = rlzoo if arguments.part == "rlzoo" else trl if size == 1 else trl_loss
+    run = rlzoo if arguments.part == "rlzoo" else trl
     found = run(policy, rows, arguments.objectives, arguments)
     if arguments.gradient and arguments.part == "rlzoo":
         save_gradient(policy, arguments.gradient)
     speed = max(before, gemm_speed())
-    per_second = tokens / found["seconds"]
+    per_second = tokens_of(rows) / found["seconds"]
     return {
         "tokens_per_second": per_second,
         "peak_memory_bytes": found["peak_memory_bytes"],

@@ -33,7 +33,7 @@ from rlzoo.buffers.problems import demonstrations, load_problems
 from rlzoo.config import ProblemSource, Training
 from rlzoo.jobs.memory import release_memory
 from rlzoo.policy import Assembler, MicroBatches, Models, Sequences
-from rlzoo.policy.microbatches import score_rows, token_batches
+from rlzoo.policy.microbatches import log_probs, token_batches
 from rlzoo.training import train
 from rlzoo.training.costs import peak_memory_bytes, reset_peak_memory
 from rlzoo.types import Trajectory
@@ -57,7 +57,7 @@ def rows_of(policy: Policy, arguments: argparse.Namespace) -> OfflineBuffer:
             source=arguments.data, prompt="{question}", solution="answer", chat=True, limit=arguments.rows
         )
     experts = demonstrations(policy.tokenizer, load_problems(source), 1024)[: arguments.rows]
-    logp = score_rows(policy, [(row.prompt_ids, row.completion_ids) for row in experts], arguments.token_budget)
+    logp = log_probs(policy, [(row.prompt_ids, row.completion_ids) for row in experts], arguments.token_budget)
     samples = []
     for index, row in enumerate(experts):
         prompt = experts[index - index % 2]

@@ -1,4 +1,4 @@
-"""What is learned from: one row schema, two buffers, the four views over them, and TRL's formats."""
+"""Buffers: one row schema, two kinds of buffer, views over them, and importers of TRL's formats."""
 
 from rlzoo.buffers.bad_rows import BadRows
 from rlzoo.buffers.buffer import Buffer, OfflineBuffer, RolloutBuffer

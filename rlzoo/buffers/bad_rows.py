@@ -1,4 +1,4 @@
-"""What a run tells of the rows that it reads: those that cannot be used, and what was done to those that can."""
+"""Counts and messages about rows that a run reads: bad rows, and what happened to good ones."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from rlzoo.config import OnBadRow
 from rlzoo.errors import UserError
 
 KEPT = 10
-"""Reasons that are kept with a run."""
+"""Reasons that are recorded."""
 SHOWN = 3
 """Reasons that are printed."""
 
 
 class BadRows:
-    """``reject`` raises a bad row's error with its place; ``drop`` leaves the row out, and counts it.
+    """``reject`` raises a bad row's error with its place; ``drop`` leaves the row out and counts it.
 
-    What is to be known of good rows is counted as well (`note`), such as completions that were cut.
+    Notes on good rows are counted as well (`note`), such as completions that were cut.
     """
 
     def __init__(self, mode: OnBadRow = "reject") -> None:
         self.mode = mode
         self.rows = 0
-        """Rows that were read, bad ones included."""
+        """Rows read, including bad ones."""
         self._places: set[str] = set()
         self._first: list[str] = []
         self._noted: dict[str, tuple[set[str], str]] = {}
@@ -37,14 +37,14 @@ class BadRows:
 
     @contextmanager
     def at(self, place: str) -> Iterator[None]:
-        """Work on one row: a UserError in it is that row's."""
+        """In this context, a UserError is that of the row at ``place``."""
         try:
             yield
         except UserError as error:
             self.refuse(place, error)
 
     def refuse(self, place: str, error: UserError) -> None:
-        """A row that cannot be used, and why. Raises UserError unless such rows are dropped."""
+        """Record a bad row and its error. Raises UserError unless bad rows are dropped."""
         reason = located(place, error)
         if self.mode == "reject":
             hint = "" if self.rows < 2 else " (or drop and count such rows: bad_rows: drop)"
@@ -54,33 +54,33 @@ class BadRows:
             self._first = [*self._first, reason][:KEPT]
 
     def note(self, place: str, notes: Mapping[str, str]) -> None:
-        """What is to be known of a good row: what happened → an example. A row is counted once for each."""
+        """Note what happened to a good row → an example. A row counts once per kind."""
         for kind, example in notes.items():
             places, _ = self._noted.setdefault(kind, (set(), f"{place}: {example}"))
             places.add(place)
 
     def events(self) -> list[str]:
-        """What is to be known of good rows: one line for each kind, with its count and its first row."""
+        """The notes on good rows: one line per kind, with its count and first row."""
         return [f"{kind}: {len(places):,} in all ({first})" for kind, (places, first) in self._noted.items()]
 
     def lines(self) -> list[str]:
-        """All that is to be told."""
+        """All lines to print."""
         dropped = told(self.summary())
         return [*([dropped] if dropped else []), *self.events()]
 
     def require_some(self, left: int) -> None:
-        """Raises UserError if rows were dropped and none is ``left``."""
+        """Raise UserError if rows were dropped and none is ``left``."""
         if not left and self.dropped:
             raise UserError(f"all {self.dropped:,} rows are bad and were dropped; the first, {self._first[0]}")
 
     def summary(self) -> dict[str, Any] | None:
-        """How many rows were dropped, of how many, and the first reasons, as plain data; None if none were."""
+        """The number of dropped rows, of all rows, and the first reasons, as plain data; None if none were dropped."""
         return {"count": self.dropped, "of": self.rows, "first": list(self._first)} if self.dropped else None
 
 
 @contextmanager
 def told_of(bad: BadRows | None) -> Iterator[BadRows]:
-    """The caller's ``bad``, who tells of it; without one, bad rows are refused and events become warnings."""
+    """The caller's ``bad``, who reports it; without one, bad rows are rejected and notes become warnings."""
     if bad is not None:
         yield bad
         return
@@ -91,7 +91,7 @@ def told_of(bad: BadRows | None) -> Iterator[BadRows]:
 
 
 def located(place: str, error: UserError) -> str:
-    """An error with its place: of a row as a whole, in one sentence."""
+    """An error with its place, in one sentence."""
     return f"{place} {error}" if str(error).startswith(("is ", "has ", "holds ")) else f"{place}: {error}"
 
 

@@ -1,7 +1,7 @@
-"""The two buffers: a fixed one, and one that takes new samples and drops those of the oldest policy versions.
+"""The two kinds of buffer: a fixed one, and one that drops the samples of the oldest policy versions.
 
-Both are columns in Arrow, memory-mapped when opened from disk. Operations read the columns they need; the
-rows of a buffer never change in place, so buffers share them.
+Both are Arrow tables, memory-mapped when opened from disk. Operations read only the columns they need; the rows of a
+buffer never change in place, so buffers share them.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from jaxtyping import Bool, Float, Int
 
 from rlzoo.buffers import storage, views
 from rlzoo.buffers.bad_rows import BadRows
+from rlzoo.buffers.checks import checked
 from rlzoo.buffers.schema import (
     CHUNK,
     SCHEMA,
     arrow,
-    conform,
     decode,
     encode_inputs,
     encode_parts,
@@ -38,14 +38,15 @@ from rlzoo.errors import UserError
 from rlzoo.types import TEMPERED, Trajectory, WhichView
 
 TokenValues = Sequence[Sequence[float] | Float[np.ndarray, " T"] | None]
-"""For each row, one value a completion token, or None."""
+"""Per row, one value per completion token, or None."""
 
 
 class Buffer:
-    """Trajectories as columns, and what can be read and derived from them."""
+    """Trajectories as columns."""
 
     def __init__(self, rows: datasets.Dataset) -> None:
-        self._rows = conform(rows, "the data set")
+        """``rows`` are in the columns of `SCHEMA`. Raises UserError for values that no row has, naming the row."""
+        self._rows = checked(rows, "the data set")
 
     @property
     def rows(self) -> datasets.Dataset:
@@ -69,12 +70,12 @@ class Buffer:
         return [decode(name, value) for value in arrow(self._rows)[name].to_pylist()]
 
     def numbers(self, name: str) -> Float[np.ndarray, " N"]:
-        """A column with one number in every row, as an array. Reads only that column."""
+        """A column with one number per row, as an array. Reads only that column."""
         found: Float[np.ndarray, " N"] = arrow(self._rows)[name].to_numpy()
         return found
 
     def is_complete(self, name: str) -> bool:
-        """Whether no row lacks a value in this column. Reads no values."""
+        """Whether every row has a value in this column. Reads no values."""
         return not arrow(self._rows)[name].null_count
 
     def has(self, name: str) -> Bool[np.ndarray, " N"]:
@@ -83,7 +84,7 @@ class Buffer:
         return found
 
     def tokens(self, *names: str) -> Int[np.ndarray, " N"]:
-        """Tokens of each row in ``prompt_ids`` and ``completion_ids``, or in those of them that are named."""
+        """The number of tokens per row in ``prompt_ids`` and ``completion_ids``, or in the named ones of them."""
         table = arrow(self._rows)
         total = np.zeros(len(self), np.int64)
         for name in names or ("prompt_ids", "completion_ids"):
@@ -91,7 +92,7 @@ class Buffer:
         return total
 
     def outside(self, vocabulary: int) -> tuple[int, int] | None:
-        """A row with a token id that is not below ``vocabulary``, and that id; None if there is none."""
+        """A row with a token id of at least ``vocabulary``, and that id; None if there is none."""
         try:
             for name in ("prompt_ids", "completion_ids"):
                 before = 0
@@ -120,14 +121,14 @@ class Buffer:
             yield list(map(from_row, batch.to_pylist()))
 
     def lacks(self, name: str, at_sampling_temperature: bool = False) -> bool:
-        """Whether a row has no value of a stored input: of one taken at its temperature, where that is asked for."""
+        """Whether any row lacks a stored input, optionally at its sampling temperature."""
         lacking = ~self._has_values(name)
         if at_sampling_temperature and self._is_tempered(name):
             lacking |= (self.numbers("temperature") != 1.0) & ~self._has_values(TEMPERED + name)
         return bool(lacking.any())
 
     def _is_tempered(self, name: str) -> bool:
-        """Whether the input has a value of its own at a row's temperature."""
+        """Whether the input has a separate value at a row's sampling temperature."""
         return TEMPERED + name in SCHEMA or name not in SCHEMA
 
     def _has_values(self, name: str) -> Bool[np.ndarray, " N"]:
@@ -136,18 +137,18 @@ class Buffer:
         return np.array([name in decode("inputs", row) for row in arrow(self._rows)["inputs"].to_pylist()], bool)
 
     def view(self, selection: WhichView, **options: Any) -> View:
-        """The units that a view takes: see `rlzoo.buffers.views`. Raises UserError if there are none."""
+        """A view of the buffer: see `rlzoo.buffers.views`. Raises UserError if it is empty."""
         try:
             return views.select(arrow(self._rows), selection, options, self.release_pages)
         finally:
             self.release_pages()
 
     def release_pages(self) -> None:
-        """Let the system have the memory of what was read from disk; it is read again when it is asked for."""
+        """Release the memory of pages read from disk; they are read again when needed."""
         storage.release_pages(self._rows)
 
     def with_values(self, name: str, values: TokenValues) -> Self:
-        """The same rows with a stored input's values, None where a row has none; those at temperatures of its rows go.
+        """The same rows with the values of a stored input (None: no value), without those at other temperatures.
 
         Raises ValueError for a wrong length.
         """
@@ -167,7 +168,7 @@ class Buffer:
         return self._with_column("inputs", [encode_inputs(row) for row in held])
 
     def with_behaviour_logp(self, values: TokenValues) -> Self:
-        """The same rows with the sampling policy's log-probs. Raises ValueError for a wrong length."""
+        """The same rows with behaviour log-probs. Raises ValueError for a wrong length."""
         return self._with_column("behaviour_logp", self._token_column("behaviour_logp", values))
 
     def with_rewards(
@@ -186,9 +187,9 @@ class Buffer:
         return self._with_rows(datasets.concatenate_datasets([self._rows, other.rows]))
 
     def save(self, path: str | Path, notes: Mapping[str, Any] | None = None) -> None:
-        """Write a folder that opens memory-mapped; it takes its place only when complete.
+        """Write a folder that opens memory-mapped, atomically.
 
-        ``notes``, plain data, are kept in its buffer.json.
+        ``notes``, plain data, are stored in its buffer.json.
         """
         storage.write_folder(self._rows, path, {**(notes or {}), **self._settings()})
 
@@ -197,7 +198,7 @@ class Buffer:
         storage.write_parquet(self._rows, path)
 
     def to_jsonl(self, path: str | Path) -> None:
-        """Write one JSON object a line: the fields of `Trajectory`."""
+        """Write one JSON object per line, with the fields of `Trajectory`."""
         storage.write_jsonl(self, path)
 
     def push_to_hub(self, name: str) -> None:
@@ -214,7 +215,7 @@ class Buffer:
 
     def _with_column(self, name: str, values: Any) -> Self:
         others = self._rows.remove_columns(name)
-        fingerprint = generate_random_fingerprint()  # else `datasets` hashes the values
+        fingerprint = generate_random_fingerprint()  # otherwise `datasets` hashes the values
         rows = others.add_column(name, values, new_fingerprint=fingerprint, feature=SCHEMA[name])
         return self._with_rows(rows.select_columns(list(SCHEMA)))
 
@@ -235,6 +236,13 @@ class OfflineBuffer(Buffer):
     """A buffer whose rows are fixed."""
 
     @classmethod
+    def _of(cls, rows: datasets.Dataset) -> Self:
+        """A buffer of rows that were checked."""
+        buffer = cls.__new__(cls)
+        buffer._rows = rows
+        return buffer
+
+    @classmethod
     def from_trajectories(cls, trajectories: Iterable[Trajectory]) -> Self:
         """A buffer in memory."""
         return cls(to_dataset(to_table(map(to_row, trajectories))))
@@ -243,13 +251,13 @@ class OfflineBuffer(Buffer):
     def load(cls, path: str | Path, bad: BadRows | None = None) -> Self:
         """Open a buffer's folder (memory-mapped), .parquet or .jsonl file.
 
-        Raises UserError if it is none, and for a line of a .jsonl file that is no row, unless ``bad`` rows are dropped.
+        Raises UserError if it is none, and naming a row with a value that no row has, unless ``bad`` rows are dropped.
         """
-        return cls(storage.read(path, bad))
+        return cls._of(storage.read(path, bad))
 
 
 class RolloutBuffer(Buffer):
-    """A buffer of the newest ``capacity_versions`` policy versions: samples of older ones fall out."""
+    """A buffer of the newest ``capacity_versions`` policy versions; samples of older ones are dropped."""
 
     def __init__(self, capacity_versions: int) -> None:
         if capacity_versions < 1:
@@ -259,19 +267,19 @@ class RolloutBuffer(Buffer):
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
-        """Open a folder written by `save`. Raises UserError if it is none."""
+        """Open a folder written by `save`. Raises UserError for anything else."""
         rows, settings = storage.read(path), storage.read_settings(path)
         if "capacity_versions" not in settings:
-            raise UserError(f"{path} holds no rollout buffer: open it with OfflineBuffer.load")
+            raise UserError(f"{path} is not a rollout buffer: open it with OfflineBuffer.load")
         return cls(settings["capacity_versions"])._with_rows(rows)
 
     def add(self, trajectories: Iterable[Trajectory]) -> None:
-        """Take new samples, then drop all but the newest policy versions."""
+        """Add samples, then drop all but the newest policy versions."""
         self._rows = self.concatenate(OfflineBuffer.from_trajectories(trajectories)).rows
 
     def freeze(self) -> OfflineBuffer:
-        """What the buffer holds now, fixed."""
-        return OfflineBuffer(self._rows)
+        """The current rows as a fixed buffer."""
+        return OfflineBuffer._of(self._rows)
 
     def _settings(self) -> dict[str, Any]:
         return {"capacity_versions": self.capacity_versions}

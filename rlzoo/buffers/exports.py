@@ -1,4 +1,4 @@
-"""Buffers, written in TRL's data set formats."""
+"""Exporting buffers in TRL's data set formats."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any, Literal
 import datasets
 
 from rlzoo.buffers.buffer import Buffer
+from rlzoo.buffers.selectors import THRESHOLD
 from rlzoo.buffers.tables import table_of
-from rlzoo.buffers.views import THRESHOLD
 from rlzoo.errors import UserError, unknown
 from rlzoo.policy.chat import Message
 from rlzoo.policy.encoding import Prompt
@@ -24,8 +24,8 @@ def to_trl(buffer: Buffer, kind: Kind, conversational: bool | None = None) -> da
 
     ``prompt_completion`` takes demonstrations; ``preference`` pairs of a better and a worse completion;
     ``unpaired_preference`` every sampled row with a reward; ``prompt_only`` each prompt once. Truncated
-    completions are left out, because TRL would end them. A prompt that is no conversation becomes a user's
-    turn if one is asked for; None gives conversations where all rows are, as text alone has no end of a turn.
+    completions are left out, because TRL would end them. A plain prompt becomes a user's turn if
+    ``conversational``; None gives conversations if all rows are, because plain text does not mark the end of a turn.
     Raises UserError if nothing is left.
     """
     if conversational is None:

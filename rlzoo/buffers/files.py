@@ -1,6 +1,6 @@
-"""The rows of one file: JSONL, JSON, CSV, TSV, Parquet or Arrow, text compressed or not, read as they are asked for.
+"""The rows of one file: JSONL, JSON, CSV, TSV, Parquet or Arrow, text optionally compressed, read lazily.
 
-Values stay what the file says: numbers of any size in JSON, and in CSV, where everything is text, the text itself.
+Values are unchanged: numbers of any size in JSON, and text in CSV, where everything is text.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from rlzoo.errors import UserError, kind_of
 from rlzoo.jobs.sources import SUFFIXES, kind_of_file
 
 BATCH = 1000
-"""Rows of Arrow that are Python objects at one time."""
+"""Rows of Arrow that are Python objects at a time."""
 
 Item = tuple[str, dict[str, Any] | UserError]
-"""A row's place, for errors, and the row with plain values, or what is wrong with it."""
+"""A row's place, for errors, and the row with plain values, or its error."""
 
 _OPENERS: dict[str, Any] = {
     ".gz": gzip.open,
@@ -47,7 +47,7 @@ csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
 
 
 def file_rows(path: Path) -> Iterator[Item]:
-    """The rows of a file. Raises UserError for one that is no such file, or is damaged."""
+    """The rows of a file. Raises UserError for another kind of file, or a damaged one."""
     require_data(path)
     match kind_of_file(path):
         case ".parquet":
@@ -150,7 +150,7 @@ def _open(path: Path) -> IO[bytes]:
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str | UserError]]:
-    """(number, line) of a text file; of a line that is no text, the error without its place."""
+    """(number, line) of a text file; for a line that is not text, the error without its place."""
     try:
         with _open(path) as stream:
             for number, line in enumerate(stream, 1):
@@ -169,14 +169,48 @@ def _text(line: bytes) -> str | UserError:
         return UserError(f"is not UTF-8 text (byte {error.start + 1} of the line): convert the file")
 
 
+class _Repeating(dict[str, Any]):
+    """A JSON object with a key that is there more than once, of which a dictionary keeps the last."""
+
+    key = ""
+
+
+def _loads(text: str) -> tuple[Any, list[str]]:
+    """What JSON says, and the keys that are more than once in a (`_Repeating`) object. Raises as `json.loads` does."""
+    repeated: list[str] = []
+
+    def made(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            names = [name for name, _ in pairs]
+            found = _Repeating(found)
+            found.key = next(name for name in names if names.count(name) > 1)
+            repeated.append(found.key)
+        return found
+
+    return json.loads(text, object_pairs_hook=made), repeated
+
+
+def _repeated(value: Any) -> str | None:
+    """The first key that an object in a value has more than once."""
+    if isinstance(value, _Repeating):
+        return value.key
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return next((key for one in inner if (key := _repeated(one)) is not None), None)
+
+
+def _several(key: str) -> UserError:
+    return UserError(f"has the key {key!r} more than once: keep one")
+
+
 def _object(line: str) -> dict[str, Any] | UserError:
     try:
-        value = json.loads(line)
+        value, repeated = _loads(line)
     except json.JSONDecodeError as error:
         return UserError(f"is not JSON: {_reason(error)} at column {error.colno}")
-    except (ValueError, RecursionError) as error:  # a number of too many digits, or nested too deep
+    except (ValueError, RecursionError) as error:  # a number with too many digits, or nested too deep
         return UserError(f"is not JSON that can be read: {first_line(error)}")
-    return object_row(value, "line")
+    return _several(repeated[0]) if repeated else object_row(value, "line")
 
 
 def _json_rows(path: Path) -> Iterator[Item]:
@@ -186,20 +220,23 @@ def _json_rows(path: Path) -> Iterator[Item]:
             raise UserError(located(f"{path} line {number}", line))
         lines.append(line)
     try:
-        rows = json.loads("".join(lines))
+        rows, repeated = _loads("".join(lines))
     except json.JSONDecodeError as error:
         raise UserError(f"{path} line {error.lineno} is not JSON: {_reason(error)} at column {error.colno}") from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not JSON that can be read: {first_line(error)}") from None
     if isinstance(rows, dict):
+        if isinstance(rows, _Repeating):
+            raise UserError(located(str(path), _several(rows.key)))
         tables = [name for name, value in rows.items() if _are_rows(value)]
         if len(tables) > 1:
-            raise UserError(f"{path} holds several lists of rows ({', '.join(tables)}): give each a file of its own")
-        rows = rows[tables[0]] if tables else [rows]  # the rows, and what was noted beside them
+            raise UserError(f"{path} holds several lists of rows ({', '.join(tables)}): give each its own file")
+        rows = rows[tables[0]] if tables else [rows]  # the rows, and metadata beside them
     if not isinstance(rows, list):
         raise UserError(f"{path} holds {kind_of(rows)}: give a list of rows, or one object per line")
     for number, row in enumerate(rows, 1):
-        yield f"{path} row {number}", object_row(row, "row")
+        key = _repeated(row) if repeated else None
+        yield f"{path} row {number}", object_row(row, "row") if key is None else _several(key)
 
 
 def _are_rows(value: Any) -> bool:
@@ -221,7 +258,7 @@ def _reason(error: json.JSONDecodeError) -> str:
 
 
 def object_row(value: Any, what: str) -> dict[str, Any] | UserError:
-    """A line's or a row's columns as plain values; of anything but an object, the error without its place."""
+    """A line's or a row's columns as plain values; for anything but an object, the error without its place."""
     if isinstance(value, Mapping):
         return plain_row(value)
     return UserError(f"is {kind_of(value)}: every {what} must be an object of columns")
@@ -235,7 +272,7 @@ def _csv_rows(path: Path, delimiter: str) -> Iterator[Item]:
             yield line
 
     header = next((line for line in lines() if line.strip()), "")
-    # spreadsheets of many countries separate by semicolons
+    # spreadsheets in many countries separate by semicolons
     delimiter = next((mark for mark in (delimiter, ";", "\t") if mark in header), delimiter)
     reader = csv.reader(lines(), delimiter=delimiter, strict=True)
     try:
@@ -254,10 +291,17 @@ def _csv_rows(path: Path, delimiter: str) -> Iterator[Item]:
 
 
 def _is_lines(path: Path, kind: str) -> bool:
-    """Whether a file of JSON has an object on each line: a .jsonl file unless it begins as a list, and a .json file if
-    its first line is an object, and not its only one."""
+    """Whether a JSON file has one object per line: a .jsonl file unless it begins with a list, and a .json file if its
+    first line is an object and there are more."""
     lines = (line for _, line in _lines(path) if isinstance(line, UserError) or line.strip())
     first, second = next(lines, "{}"), next(lines, None)
     if kind == ".jsonl":
         return not (isinstance(first, str) and _begins_list(first))
-    return second is not None and isinstance(first, str) and isinstance(_object(first), dict)
+    return second is not None and isinstance(first, str) and _is_object(first)
+
+
+def _is_object(line: str) -> bool:
+    try:
+        return isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        return False

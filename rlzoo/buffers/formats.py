@@ -1,6 +1,6 @@
-"""Data sets in the formats that people train on (`rlzoo.buffers.examples`), made buffers.
+"""Importing data sets in common formats (`rlzoo.buffers.examples`) as buffers.
 
-They are told apart by their columns. A row's further columns go along in `Trajectory.columns`.
+Formats are recognised by their columns. Further columns of a row are kept in `Trajectory.columns`.
 """
 
 from __future__ import annotations
@@ -103,12 +103,12 @@ def _read_buffer(where: str, bad: BadRows, split: str | None, columns: Columns, 
 
 
 def _saved(where: str, encoding: _Encoding, bad: BadRows) -> OfflineBuffer:
-    """A saved buffer with its demonstrations cut. Samples stay whole: their rewards are of the whole."""
+    """A saved buffer with its demonstrations cut. Samples are not cut, as their rewards are for the whole."""
     buffer, limit = OfflineBuffer.load(where, bad), encoding.max_completion_tokens
     if limit is not None and (buffer.tokens("completion_ids") > limit).any():
         cut = (_cut(number, row, encoding.tokenizer, limit, bad) for number, row in enumerate(buffer, 1))
         buffer = OfflineBuffer.from_trajectories(cut)
-    if encoding.fits is None or bad.mode == "reject":  # who takes the buffer checks it, all rows at a time
+    if encoding.fits is None or bad.mode == "reject":  # the caller checks all rows at once
         return buffer
     return _fitting(buffer, encoding.fits, bad)
 
@@ -134,7 +134,7 @@ def _fitting(buffer: OfflineBuffer, fits: Fits, bad: BadRows) -> OfflineBuffer:
 
 
 class _Encoding(NamedTuple):
-    """How the texts of a table become tokens."""
+    """How the texts of a table are tokenised."""
 
     tokenizer: Any
     max_length: int | None
@@ -178,7 +178,7 @@ def _rows(items: Iterable[Item], encoding: _Encoding, columns: Columns, bad: Bad
 
 @contextmanager
 def _in_their_words(row: Row, columns: Columns) -> Iterator[None]:
-    """Errors name a column as the table does: ``conversations`` for what is read as ``messages``."""
+    """Errors name a column as in the table: ``conversations`` for what is read as ``messages``."""
     called: dict[str, Any] = {name: alias for alias, name in aliases(row).items()}
     called |= {name: old if isinstance(old, str) else ", ".join(old or ()) for name, old in columns.items()}
     try:
@@ -190,9 +190,11 @@ def _in_their_words(row: Row, columns: Columns) -> Iterator[None]:
 
 def _read_row(row: Row, form: ExampleFormat, encoding: _Encoding) -> Iterator[tuple[Encoded, Trajectory]]:
     for name in form.columns:
-        find(row, name)  # raises for one that is no plain data
+        find(row, name)  # raises for one that is not plain data
     known = usable(row)
-    names = ("prompt_id",) if form is GRADED else ("prompt_id", "id")  # a graded sample's id may be its own
+    names = (
+        ("prompt_id",) if form is GRADED else ("prompt_id", "id")
+    )  # the id of a graded sample may be its own, not the prompt's
     name = next((name for name in names if own_id(known.get(name)) is not None), "prompt_id")
     columns = {key: value for key, value in known.items() if key not in (*form.columns, name)}
     examples = form.read(row)

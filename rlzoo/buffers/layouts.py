@@ -1,6 +1,6 @@
-"""Layouts that people's data come in, as rows of TRL's formats: ShareGPT, Alpaca, UltraFeedback.
+"""Common layouts as rows of TRL's formats: ShareGPT, Alpaca, UltraFeedback.
 
-A layout is known by its columns, as TRL's formats are; a row of none of them stays as it is.
+A layout is recognised by its columns, as TRL's formats are; any other row is unchanged.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ _SPEAKERS = {
 }
 """ShareGPT's ``from`` → a message's role."""
 _CALLS = ("function_call", "tool_call")
-"""Speakers whose value is a call of tools as JSON, as in LLaMA-Factory's data."""
+"""Speakers whose value is a tool call as JSON, as in LLaMA-Factory's data."""
 _CONVERSATIONS = ("messages", "prompt", "completion", "chosen", "rejected")
 _TURNS = ("messages", "conversations", "conversation")
 """Columns that are never plain text."""
 _ALIASES = {"conversations": "messages", "conversation": "messages", "kto_tag": "label"}
 """A column of ShareGPT or LLaMA-Factory → TRL's, for rows that lack that."""
 _PRINTED = re.compile(r"\s*\[\s*\{\s*'(role|from)':|\s*\[\s*\{\s*'(content|value)':.*'(role|from)':", re.DOTALL)
-"""How a conversation begins that was made text by Python instead of JSON."""
+"""The beginning of a conversation that was written by Python's ``str`` instead of as JSON."""
 _PAIR = ("chosen", "rejected")
 _ALPACA = (
     "Below is an instruction that describes a task{extra}. Write a response that appropriately completes the request."
@@ -41,10 +41,12 @@ _ALPACA = (
 def as_trl(row: Row, chat: bool) -> dict[str, Any]:
     """The row in one of TRL's formats, if it has a known layout.
 
-    An Alpaca row is a user's turn where the model has a ``chat`` template, and Alpaca's own prompt where it has none.
+    An Alpaca row becomes a user turn if the model has a ``chat`` template, and Alpaca's own prompt if not.
     Raises UserError for a conversation that cannot be read.
     """
     made = {name: _parsed(name, value) for name, value in row.items()}
+    if any(name in row for name in _TURNS[1:]) or any(map(_is_sharegpt, made.values())):
+        _tools(made)
     for alias, name in aliases(made).items():
         value = made.pop(alias)
         made[name] = _turns(value, alias) if isinstance(value, list) else value
@@ -60,18 +62,18 @@ def as_trl(row: Row, chat: bool) -> dict[str, Any]:
     for name in _CONVERSATIONS:
         value = made.get(name)
         if name in _PAIR and isinstance(value, Mapping):
-            value = [value]  # one message alone
+            value = [value]  # a single message
         if isinstance(value, list):
             made[name] = _turns(value, name)
     if isinstance(made.get("messages"), list) and {"label", "reward"} & set(made) and made.get("prompt") is None:
-        turns = made.pop("messages")  # what was scored is the last turn
+        turns = made.pop("messages")  # the score is for the last turn
         made["prompt"], made["completion"] = turns[:-1], turns[-1:]
     _ask(made)
     return made
 
 
 def aliases(row: Row) -> dict[str, str]:
-    """Columns of this row that ShareGPT or LLaMA-Factory call otherwise than TRL → TRL's name, one for each."""
+    """Columns of this row with other names in ShareGPT or LLaMA-Factory → TRL's name."""
     found: dict[str, str] = {}
     for alias, name in _ALIASES.items():
         fits = name == "label" or row.get(alias) is None or isinstance(row[alias], list)
@@ -81,7 +83,7 @@ def aliases(row: Row) -> dict[str, str]:
 
 
 def _parsed(name: str, value: Any) -> Any:
-    """A conversation that a table has as JSON text, as a CSV file can only have it; any other value as it is."""
+    """A conversation from JSON text, as in a CSV file; any other value unchanged."""
     return conversation_of(value, name) if name in (*_TURNS, *_CONVERSATIONS) else value
 
 
@@ -94,7 +96,7 @@ def conversation_of(value: Any, column: str) -> Any:
         return found
     if _PRINTED.match(value):
         raise UserError(
-            f"column {column!r} holds a conversation as Python prints it, {value[:24]!r}...: write it as JSON, "
+            f"column {column!r} holds a conversation as printed by Python, {value[:24]!r}...: write it as JSON, "
             "or keep lists in a .jsonl or .parquet file"
         )
     return value
@@ -105,13 +107,15 @@ def _is_message(value: Any) -> bool:
 
 
 def _ask(row: dict[str, Any]) -> None:
-    """Give a prompt of plain text beside conversations the form that theirs has, as TRL reads UltraFeedback."""
+    """Replace a plain prompt beside conversations by the beginning of these, as TRL reads UltraFeedback."""
     for names in (_PAIR, ("completion",)):
         turns = [list(row[name]) for name in names if _is_conversation(row.get(name))]
         if len(turns) < len(names):
             continue
         prompt = row.get("prompt")
-        if isinstance(prompt, str) and all(len(value) > 1 for value in turns):  # whole conversations: theirs is shared
+        if isinstance(prompt, str) and all(
+            len(value) > 1 for value in turns
+        ):  # whole conversations: they share the prompt
             row["prompt"] = turns[0][:-1]
         elif isinstance(prompt, str) and prompt.strip():
             row["prompt"] = [{"role": "user", "content": prompt}]
@@ -149,9 +153,28 @@ def _turn(message: Mapping[str, Any], number: int, column: str) -> dict[str, Any
     return {"role": role, "content": text}
 
 
+def _is_sharegpt(value: Any) -> bool:
+    first = value[0] if isinstance(value, list) and value else None
+    return isinstance(first, Mapping) and {"from", "value"} <= set(first)
+
+
+def _tools(row: dict[str, Any]) -> None:
+    """Tools as chat templates take them, of ShareGPT's bare functions in a list or in JSON; none of blank text."""
+    tools = row.get("tools")
+    if isinstance(tools, str):
+        if not tools.strip():
+            del row["tools"]
+        tools = read_json(tools)
+    if isinstance(tools, list):
+        known: list[Any] = [read_json(tool) if isinstance(tool, str) else tool for tool in tools]
+        if not all(isinstance(tool, Mapping) and {"name", "function"} & set(tool) for tool in known):
+            raise UserError("column 'tools' has an entry without a name: give a list of functions' schemas")
+        row["tools"] = [tool if "function" in tool else {"type": "function", "function": tool} for tool in known]
+
+
 def _called(text: Any, number: int, column: str) -> dict[str, Any]:
-    """A call of tools as chat templates take it, of ``{"name": ..., "arguments": {...}}`` or a list of such; what is
-    thought before it stays text."""
+    """A tool call for chat templates, from ``{"name": ..., "arguments": {...}}`` or a list of these; reasoning before
+    it stays text."""
     thought, closed, call = text.rpartition("</think>") if isinstance(text, str) else ("", "", text)
     try:
         calls = json.loads(call) if isinstance(call, str) else call
@@ -160,7 +183,7 @@ def _called(text: Any, number: int, column: str) -> dict[str, Any]:
     calls = [calls] if isinstance(calls, Mapping) else calls
     if not isinstance(calls, list) or not calls or not all(isinstance(c, Mapping) and "name" in c for c in calls):
         raise UserError(
-            f"column {column!r} has a call of tools in turn {number} that is no JSON of a name and arguments: "
+            f"column {column!r} has a tool call in turn {number} that is not JSON with a name and arguments: "
             'write {"name": ..., "arguments": {...}}, or drop the row'
         )
     made = [{"type": "function", "function": {"arguments": {}, **c}} for c in calls]
@@ -168,7 +191,7 @@ def _called(text: Any, number: int, column: str) -> dict[str, Any]:
 
 
 def _filled(row: dict[str, Any], column: str) -> Any:
-    """Take a column out of the row. Raises UserError if it is null, blank or no text."""
+    """Remove a column from the row. Raises UserError if it is null, blank or not text."""
     value = find(row, column)
     row.pop(column)
     if value is None or (isinstance(value, str) and not value.strip()):

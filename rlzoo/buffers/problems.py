@@ -1,4 +1,4 @@
-"""Problem sets: prompts with what a reward needs to score an answer, and worked solutions where there are some."""
+"""Problem sets: prompts with the columns that rewards need, and worked solutions if there are any."""
 
 from __future__ import annotations
 
@@ -29,28 +29,28 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Problem:
-    """A prompt, text or conversation, with the columns that rewards ask for and its demonstrations."""
+    """A prompt, text or conversation, with the columns that rewards need and its demonstrations."""
 
     id: str
     prompt: str | list[Message]
     columns: Mapping[str, Any]
     solutions: tuple[str, ...] = ()
     quality: float | None = None
-    """Of its solutions; the reward of the demonstrations that they become."""
+    """The quality of its solutions, which becomes the reward of demonstrations."""
     special_tokens: Special = "reject"
     """What happens to text that spells a special token."""
     place: str = field(default="", compare=False)
-    """The file and row that it is from, for errors; empty for one that no file holds."""
+    """The file and row that it is from, for errors; empty if it is not from a file."""
 
     @property
     def told(self) -> str:
-        """What errors call it."""
+        """Its name in errors."""
         return f"problem {self.id!r}" + (f" ({self.place})" if self.place else "")
 
 
 @dataclass(frozen=True)
 class EncodedProblem:
-    """A problem in a policy's tokens."""
+    """A problem with its tokens for a policy."""
 
     problem: Problem
     text: str
@@ -60,8 +60,8 @@ class EncodedProblem:
 def load_problems(source: ProblemSource, bad: BadRows | None = None) -> list[Problem]:
     """The problems of an embedded world, a local table or a Hub data set, in their order, cut to ``limit``.
 
-    Raises UserError for a source that cannot be read, a missing column, or an empty set; a row that cannot be a problem
-    goes to ``bad``, which by default does with it what the source says.
+    Raises UserError for a source that cannot be read, a missing column, or an empty set; a bad row goes
+    to ``bad``, which by default is that of the source's ``bad_rows``.
     """
     bad = BadRows(source.bad_rows) if bad is None else bad
     if source.source.startswith(WORLD_PREFIX):
@@ -76,7 +76,7 @@ def load_problems(source: ProblemSource, bad: BadRows | None = None) -> list[Pro
 
 
 def _problems(source: ProblemSource, bad: BadRows) -> Iterator[tuple[str, Problem]]:
-    """(place, problem) of each row of a table that can be one."""
+    """(place, problem) of each good row of a table."""
     for place, row in good_rows(read_rows(source.source, source.split), bad):
         problem = None
         with bad.at(place):
@@ -129,16 +129,16 @@ def _problem(index: int, row: Mapping[str, Any], source: ProblemSource) -> Probl
 
 
 def _instructed(prompt: Any, system: str) -> list[Message]:
-    """The conversation behind a system turn; an empty one too, which keeps the template's default away."""
+    """The conversation after a system turn; an empty turn replaces the template's default."""
     if not isinstance(prompt, list):
         raise UserError("`system` is for conversations, and the prompt is plain text: add chat: true")
     if prompt and isinstance(prompt[0], Mapping) and prompt[0].get("role") == "system":
-        raise UserError("the conversation has a system turn of its own: leave `system` out")
+        raise UserError("the conversation already has a system turn: leave `system` out")
     return [{"role": "system", "content": system}, *prompt]
 
 
 def _solutions(row: Mapping[str, Any], column: str | None) -> tuple[str, ...]:
-    """The worked solutions in a column: one, or a list of them; none where it is null."""
+    """The worked solutions in a column: one, or a list of them; none if it is null."""
     found = None if column is None else find(row, column)
     solutions = [each for each in (found if isinstance(found, list) else [found]) if each is not None]
     for solution in solutions:
@@ -150,13 +150,13 @@ def _solutions(row: Mapping[str, Any], column: str | None) -> tuple[str, ...]:
 
 
 def _rated(problem: Problem, column: str | None) -> Problem:
-    """The problem with the quality of its solutions, if there is a column of it."""
+    """The problem with the quality of its solutions, if there is a column for it."""
     if column is None:
         return problem
     try:
         value = find(problem.columns, column)
     except UserError:
-        raise UserError(f"quality column {column!r} is not there: give a number") from None
+        raise UserError(f"quality column {column!r} is missing: give a number") from None
     try:
         return replace(problem, quality=number(value))
     except ValueError:
@@ -166,7 +166,7 @@ def _rated(problem: Problem, column: str | None) -> Problem:
 
 
 def _filled(template: str, row: Mapping[str, Any]) -> str:
-    """The prompt that a template makes of a row. Raises UserError for a value that is null or no text."""
+    """The prompt of a row by a template. Raises UserError for a value that is null or not text."""
     parts = []
     for text, name, spec, conversion in string.Formatter().parse(template):
         parts.append(text)
@@ -203,9 +203,9 @@ def _placeholders(template: str) -> list[str]:
 def encode_problems(
     tokenizer: PreTrainedTokenizerBase, problems: Sequence[Problem], bad: BadRows | None = None
 ) -> list[EncodedProblem]:
-    """Each problem with its rendered prompt and prompt ids. Raises UserError naming a problem that has none.
+    """Each problem with its rendered prompt and prompt ids. Raises UserError naming one that cannot be encoded.
 
-    With ``bad`` it is left to that what happens to such a problem.
+    With ``bad`` such a problem goes there.
     """
     encoded = []
     with told_of(bad) as bad:
@@ -228,9 +228,9 @@ def demonstrations(
     bad: BadRows | None = None,
     fits: Fits | None = None,
 ) -> list[Trajectory]:
-    """One row per worked solution. A completion over ``max_tokens`` is cut: it loses its end and is marked so.
+    """One row per worked solution. A completion over ``max_tokens`` is cut and marked truncated.
 
-    One that does not fit (`Policy.row_check`) makes its problem a bad row.
+    A problem with a solution that does not fit (`Policy.row_check`) is a bad row.
     """
     rows = []
     with told_of(bad) as bad:
@@ -257,7 +257,7 @@ def _options(problem: Problem) -> Options:
 def trajectory(
     encoded: EncodedProblem, completion: str, ids: list[int], logged: Mapping[str, Any] | None = None, **known: Any
 ) -> Trajectory:
-    """A buffer row for one completion of a problem, with what a reward ``logged`` of it in columns of its own."""
+    """A buffer row for a completion of a problem, with what a reward ``logged`` for it as further columns."""
     problem = encoded.problem
     own = {f"logged_{n}" if n in problem.columns else n: value for n, value in (logged or {}).items()}
     return Trajectory(
@@ -275,8 +275,8 @@ def trajectory(
 def world_problems(name: str) -> list[Problem]:
     """The problems of ``arithmetic/train``, ``facts/test``, ….
 
-    A training problem of ``arithmetic`` carries a worked solution in each style, a fact its one answer. ``both`` takes
-    them from the two worlds in turn.
+    A training problem of ``arithmetic`` has a worked solution in each style, a fact its one answer. ``both`` alternates
+    between the two tasks.
     """
     from rlzoo.buffers.problems import Problem
 

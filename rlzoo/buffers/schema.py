@@ -14,9 +14,7 @@ from itertools import islice
 from typing import Any
 
 import datasets
-import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 from datasets import List, Value
 from datasets.fingerprint import generate_random_fingerprint
 
@@ -48,14 +46,8 @@ SCHEMA = datasets.Features(
 )
 LOG_PROBS = ("behaviour_logp", "sampler_logp", "reference_logp", "tempered_reference_logp")
 NULLABLE = frozenset({"reward", "messages", *LOG_PROBS})
-ADDED: Mapping[str, Any] = {
-    "sampler_logp": None,
-    "tempered_reference_logp": None,
-    "temperature": 1.0,
-    "top_p": 1.0,
-    "inputs": [],
-}
-"""Columns that buffers saved by earlier versions lack, and what their rows have there."""
+SOURCES = ("demonstration", "policy", "preference")
+"""What a row's ``source`` may be."""
 SAMPLING = {"temperature": (sys.float_info.max, "above 0"), "top_p": (1.0, "above 0 and at most 1")}
 """How a row was sampled: the greatest value, and the bounds in words."""
 CHUNK = 10_000
@@ -66,13 +58,19 @@ _NAMES = [f.name for f in fields(Trajectory)]
 
 def to_row(trajectory: Trajectory) -> dict[str, Any]:
     """The row of a trajectory. Raises ValueError for log-probs of another length than the completion's."""
-    row = {name: getattr(trajectory, name) for name in _NAMES}
     for name in LOG_PROBS:
-        if row[name] is not None and len(row[name]) != len(trajectory.completion_ids):
+        values = getattr(trajectory, name)
+        if values is not None and len(values) != len(trajectory.completion_ids):
             raise ValueError(
-                f"{name} of prompt {trajectory.prompt_id!r} has {len(row[name])} values for "
+                f"{name} of prompt {trajectory.prompt_id!r} has {len(values)} values for "
                 f"{len(trajectory.completion_ids)} completion tokens"
             )
+    return unchecked_row(trajectory)
+
+
+def unchecked_row(trajectory: Trajectory) -> dict[str, Any]:
+    """The same, whatever its values."""
+    row = {name: getattr(trajectory, name) for name in _NAMES}
     row["reward_parts"] = encode_parts(trajectory.reward_parts)
     row["columns"] = _to_json(trajectory.columns)
     row["inputs"] = encode_inputs(trajectory.inputs)
@@ -119,50 +117,6 @@ def to_dataset(table: pa.Table) -> datasets.Dataset:
 def arrow(rows: datasets.Dataset) -> pa.Table:
     """The Arrow table of a data set, without a copy unless its rows were shuffled or selected."""
     return rows.with_format("arrow")[:]
-
-
-def conform(rows: datasets.Dataset, origin: str) -> datasets.Dataset:
-    """The data set in the schema's columns. Raises UserError for one that is missing, null or ill-typed."""
-    if {"prompt_ids", "behaviour_logp"} <= set(rows.column_names) <= set(SCHEMA):  # else a name may be damaged
-        for name in [name for name in ADDED if name not in rows.column_names]:
-            rows = rows.add_column(name, [ADDED[name]] * len(rows))
-    missing = [name for name in SCHEMA if name not in rows.column_names]
-    if missing:
-        raise UserError(
-            f"{origin} has no column {missing[0]!r}, so it is no saved buffer: import TRL data with from_trl"
-        )
-    if list(rows.column_names) != list(SCHEMA):
-        rows = rows.select_columns(list(SCHEMA))
-    if dict(rows.features) != dict(SCHEMA):
-        found = rows.features.arrow_schema
-        for name in ("reward_parts", "messages", "inputs"):
-            if _fields(found.field(name).type) not in (None, _fields(SCHEMA.arrow_schema.field(name).type)):
-                raise UserError(f"{origin} is not a saved buffer: the fields of {name} have other names")
-        try:
-            rows = to_dataset(arrow(rows).cast(SCHEMA.arrow_schema))
-        except pa.ArrowInvalid as error:
-            raise UserError(f"{origin} is not a saved buffer: {str(error).splitlines()[0]}") from None
-    table = arrow(rows)
-    if any(table[name].null_count for name in SAMPLING):
-        for name in SAMPLING:  # another's table, or one joined to rows of an earlier version
-            place = table.column_names.index(name)
-            table = table.set_column(place, table.field(name), pc.fill_null(table[name], ADDED[name]))
-        rows = to_dataset(table)
-    for name in SCHEMA:
-        if name not in NULLABLE and table[name].null_count:
-            raise UserError(f"{origin} has rows with no {name}: every row needs one")
-    for name, (most, bounds) in SAMPLING.items():
-        values = table[name].to_numpy()
-        wrong = np.flatnonzero(~((values > 0) & (values <= most)))
-        if len(wrong):
-            raise UserError(f"{origin}: {name} of row {wrong[0]} is {values[wrong[0]]}: it must be {bounds}")
-    return rows
-
-
-def _fields(kind: pa.DataType) -> list[str] | None:
-    """The names of the fields of a list of structs, which a cast would fill with nulls where they differ."""
-    inner = getattr(kind, "value_type", kind)
-    return [field.name for field in inner] if pa.types.is_struct(inner) else None
 
 
 def _to_json(columns: dict[str, object]) -> str:

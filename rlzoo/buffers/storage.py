@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import itertools
 import json
-import math
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,9 @@ import pyarrow.parquet
 import pydantic
 
 from rlzoo.buffers.bad_rows import BadRows
+from rlzoo.buffers.checks import checked, wrong_rows
 from rlzoo.buffers.files import json_lines
-from rlzoo.buffers.schema import LOG_PROBS, SAMPLING, conform, to_dataset, to_row, to_table
+from rlzoo.buffers.schema import CHUNK, to_dataset, to_table, unchecked_row
 from rlzoo.buffers.tables import quiet, read_parquet
 from rlzoo.errors import UserError
 from rlzoo.jobs.outputs import file_digest, replacing
@@ -28,15 +29,13 @@ from rlzoo.types import Trajectory
 
 _DONT_NEED = 4  # MADV_DONTNEED
 _SETTINGS, _DIGESTS = "buffer.json", "sha256"
-SOURCES = ("demonstration", "policy", "preference")
-"""What a row's ``source`` may be."""
-LARGEST = 2**31 - 1
+_LARGEST = 2**31 - 1
 """Of the integers of a row."""
 _FOLDER_MARK = "state.json"  # what `Dataset.save_to_disk` leaves in every folder
 
 
 def write_folder(rows: datasets.Dataset, path: str | Path, settings: dict[str, Any]) -> None:
-    """Write a folder that opens memory-mapped. Raises UserError rather than replace what is no buffer."""
+    """Write a folder that opens memory-mapped. Raises UserError rather than replace anything but a buffer."""
     path = Path(path)
     if path.exists() and not (path / _FOLDER_MARK).exists() and not _is_empty(path):
         raise UserError(f"{path} exists and is not a buffer: choose another path")
@@ -60,22 +59,24 @@ def write_jsonl(trajectories: Iterable[Trajectory], path: str | Path) -> None:
 
 
 def read(path: str | Path, bad: BadRows | None = None) -> datasets.Dataset:
-    """The rows of a folder, a .parquet or a .jsonl file, of that without the ``bad`` lines.
-
-    Raises UserError for anything else.
-    """
-    path = Path(path)
+    """The rows of a folder, a .parquet or a .jsonl file, without ``bad`` ones. Raises UserError for anything else."""
+    path, bad = Path(path), BadRows() if bad is None else bad
     if not path.exists():
         raise UserError(f"{path} does not exist: give a folder, a .parquet or a .jsonl file that a buffer was saved to")
     if path.is_dir():
         _check_digests(path)
-        return conform(_read_folder(path), str(path))
-    if path.suffix == ".parquet":
+        rows = _read_folder(path)
+    elif path.suffix == ".parquet":
         _check_pages(path)
-        return conform(read_parquet(path), str(path))
-    if kind_of_file(path) == ".jsonl":
-        return to_dataset(to_table(_read_trajectories(path, BadRows() if bad is None else bad)))
-    raise UserError(f"{path} is no buffer: give a folder, a .parquet or a .jsonl file that one was saved to")
+        rows = read_parquet(path)
+    elif kind_of_file(path) == ".jsonl":
+        return _read_jsonl(path, bad)
+    else:
+        raise UserError(f"{path} is not a buffer: give a folder, a .parquet or a .jsonl file that one was saved to")
+    try:
+        return checked(rows, str(path), bad)
+    finally:
+        release_pages(rows)
 
 
 def release_pages(rows: datasets.Dataset) -> None:
@@ -150,55 +151,43 @@ _TRAJECTORY = pydantic.TypeAdapter(Trajectory)
 _FIELDS = frozenset(f.name for f in fields(Trajectory))
 
 
-def _read_trajectories(path: Path, bad: BadRows) -> Iterator[dict[str, Any]]:
-    made = 0
-    for number, line in json_lines(path):
-        bad.rows += 1
-        row = None
-        with bad.at(f"{path} line {number}"):
-            row = _buffer_row(line)
-        if row is not None:
-            made += 1
-            yield row
+def _read_jsonl(path: Path, bad: BadRows) -> datasets.Dataset:
+    """The rows of a .jsonl file, whose fields have types as well as values to check."""
+    lines, tables, made = json_lines(path), [], 0
+    while chunk := list(itertools.islice(lines, CHUNK)):
+        bad.rows += len(chunk)
+        read = [(number, _buffer_row(line)) for number, line in chunk]
+        table = to_table(row for _, row in read if not isinstance(row, UserError))
+        wrong, place, kept = wrong_rows(table), itertools.count(), list[int]()
+        for number, row in read:
+            if isinstance(row, UserError):
+                bad.refuse(f"{path} line {number}", row)
+            elif (index := next(place)) in wrong:
+                bad.refuse(f"{path} line {number}", UserError(wrong[index]))
+            else:
+                kept.append(index)
+        tables.append(table.take(kept) if wrong else table)
+        made += len(kept)
     bad.require_some(made)
     if not made:
         raise UserError(f"{path} has no rows: it is empty")
+    return to_dataset(pyarrow.concat_tables(tables))
 
 
-def _buffer_row(line: dict[str, Any] | UserError) -> dict[str, Any]:
+def _buffer_row(line: dict[str, Any] | UserError) -> dict[str, Any] | UserError:
+    """The row of a line, or what is wrong with its fields or their types."""
     if isinstance(line, UserError):
-        raise line
+        return line
     if surplus := sorted(line.keys() - _FIELDS):
-        raise UserError(f"a buffer has no field {surplus[0]!r}: keep it in 'columns'")
+        return UserError(f"a buffer has no field {surplus[0]!r}: keep it in 'columns'")
     try:
-        trajectory = _TRAJECTORY.validate_python(line)
+        row = _TRAJECTORY.validate_python(line)
     except pydantic.ValidationError as error:
         first = error.errors()[0]
-        raise UserError(f"{'.'.join(map(str, first['loc']))}: {first['msg'].lower()}") from None
-    _check(trajectory)
-    try:
-        return to_row(trajectory)
-    except ValueError as error:  # log-probs of another length
-        raise UserError(f"{error}: score the row again, or leave the field out") from None
-
-
-def _check(row: Trajectory) -> None:
-    """Raise UserError for values that no row has, whatever their type."""
-    if row.source not in SOURCES:
-        raise UserError(f"source is {row.source!r}: it must be one of {', '.join(SOURCES)}")
-    if row.reward is not None and not math.isfinite(row.reward):
-        raise UserError(f"reward is {row.reward}: it must be a finite number, or null")
+        return UserError(f"{'.'.join(map(str, first['loc']))}: {first['msg'].lower()}")
     for name in ("prompt_ids", "completion_ids"):
-        ids = getattr(row, name)
-        if not ids:
-            raise UserError(f"{name} is empty: a row needs a token or more there")
-        if not -LARGEST <= min(ids) <= max(ids) <= LARGEST:
-            raise UserError(f"{name} holds {max(ids, key=abs)}, which is no token's id")
-    if abs(row.policy_version) > LARGEST:
-        raise UserError(f"policy_version is {row.policy_version}: it must be at most {LARGEST}")
-    for name, (most, bounds) in SAMPLING.items():
-        if not 0 < getattr(row, name) <= most:
-            raise UserError(f"{name} is {getattr(row, name)}: it must be {bounds}")
-    for name in LOG_PROBS:
-        if wrong := [x for x in getattr(row, name) or () if not x < math.inf]:
-            raise UserError(f"{name} holds {wrong[0]}, which is no log-prob")
+        if (largest := max(getattr(row, name), key=abs, default=0)) and abs(largest) > _LARGEST:
+            return UserError(f"{name} holds {largest}, which is not a token id")
+    if abs(row.policy_version) > _LARGEST:
+        return UserError(f"policy_version is {row.policy_version}: it must be at most {_LARGEST}")
+    return unchecked_row(row)

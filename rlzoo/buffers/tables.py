@@ -1,4 +1,4 @@
-"""Data sets as people have them: files, folders of shards, patterns, saved data sets, and the Hugging Face Hub."""
+"""Loading tables: files, folders of shards, patterns, saved data sets, and the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def load_table(source: str | Path, split: str | None = None) -> datasets.Dataset
 
 
 def read_rows(source: str | Path, split: str | None = None) -> Iterator[Item]:
-    """(place, row or what is wrong with it) of the same, read as they are asked for; values as they stand there.
+    """(place, row or its error) of the same, read lazily, with unchanged values.
 
     Raises UserError for what is missing, empty or damaged as a whole.
     """
@@ -92,7 +92,7 @@ def read_parquet(path: Path) -> datasets.Dataset:
     try:
         with quiet():
             return datasets.Dataset.from_parquet(str(path))
-    except Exception as error:  # its parsers of what stands beside the columns raise many kinds, all about this file
+    except Exception as error:  # parsers of its metadata raise many kinds, all about this file
         raise UserError(f"{path} is not a readable Parquet file: {first_line(error)}") from None
 
 
@@ -122,7 +122,7 @@ def table_of(rows: Sequence[Mapping[str, Any]], places: Sequence[str]) -> datase
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """No progress bars from `datasets` meanwhile."""
+    """Without progress bars from `datasets` in this context."""
     shown = datasets.are_progress_bars_disabled() is False
     datasets.disable_progress_bars()
     try:
@@ -139,7 +139,7 @@ def _is_local(source: str | Path) -> bool:
 
 
 def _found(source: str | Path, split: str | None) -> list[Path] | datasets.Dataset:
-    """The files of a source, or the data set that it is, whole whatever part of the split is asked for."""
+    """The files of a source, or the data set that it is, whatever part of a split is requested."""
     path = Path(source)
     if not str(source).strip():
         raise UserError(f"the name of the data is empty: {GIVE}")
@@ -174,7 +174,7 @@ def _shards(path: Path, split: str | None) -> list[Path]:
     for file in files:
         splits.setdefault(_split_of(file.relative_to(path)) or "", []).append(file)
     if list(splits) != [""]:
-        splits.pop("", None)  # what stands beside the splits is no data of theirs
+        splits.pop("", None)  # files beside the splits belong to none of them
         files = splits[_chosen(path, list(splits), split)]
     if len(folders := list(dict.fromkeys(str(file.parent.relative_to(path)) for file in files))) > 1:
         raise UserError(f"{path} has data in several folders ({', '.join(folders)}): name one of them, or a pattern")
@@ -186,7 +186,7 @@ def _shards(path: Path, split: str | None) -> list[Path]:
 
 
 def _split_of(file: Path) -> str | None:
-    """The split that a file's name tells, or else that of its folder."""
+    """The split in a file's name, or else in that of its folder."""
     stem = file.name.partition(".")[0]
     if shard := re.fullmatch(r"(.+?)-\d{5}-of-\d{5}(-\w+)?", stem):
         return _SPLITS.get(shard[1], shard[1])

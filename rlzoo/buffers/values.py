@@ -25,7 +25,7 @@ Columns = Mapping[str, str | list[str] | None]
 
 @dataclass(frozen=True)
 class Unusable:
-    """Stands for a value that cannot be plain data."""
+    """A value that cannot be plain data."""
 
     reason: str
     """What follows "column 'x' ": what is wrong with it and the fix."""
@@ -54,8 +54,8 @@ def usable(row: Row) -> dict[str, Any]:
 def find(row: Row, name: str) -> Any:
     """The value of a column, or of a field within one: ``reward_model.ground_truth``, ``choices.0.text``.
 
-    A column whose own name has dots comes first. Through a list of objects, a field is the list of theirs; text that is
-    JSON has the fields of what it says. Raises UserError for a column or field that is not there, or is no plain data.
+    A column whose own name has dots takes precedence. A field of a list of objects is the list of their fields; text
+    that is JSON has the fields of its value. Raises UserError for a column or field that is missing or not plain data.
     """
     parts = name.split(".")
     for end in range(len(parts), 0, -1):
@@ -76,7 +76,7 @@ def renamed(row: Row, columns: Columns) -> dict[str, Any]:
 
 
 def read_json(text: str) -> dict[str, Any] | list[Any] | None:
-    """The object or list that a text says as JSON, as plain data; None for any other text."""
+    """The object or list of a JSON text, as plain data; None for any other text."""
     if not text.lstrip().startswith(("{", "[")):
         return None
     try:
@@ -129,7 +129,7 @@ def _plain(value: Any) -> Any:
         case str():
             if _is_broken(value):
                 half = next(c for c in value if "\ud800" <= c <= "\udfff")
-                raise UserError(f"holds a lone surrogate (\\u{ord(half):x}), which is no character: repair the text")
+                raise UserError(f"holds a lone surrogate (\\u{ord(half):x}), which is not a character: repair the text")
             return value
         case Mapping():
             return {str(_plain(key)): _plain(inner) for key, inner in value.items()}
@@ -145,14 +145,14 @@ def _plain(value: Any) -> Any:
             try:
                 return value.decode()
             except UnicodeDecodeError:
-                raise UserError("holds bytes that are no UTF-8 text: name a column of text") from None
+                raise UserError("holds bytes that are not UTF-8 text: name a column of text") from None
         case np.ndarray() | np.generic():
             return _plain(value.tolist())
-    raise UserError(f"holds a {type(value).__name__}, which is no text: name a column of text")
+    raise UserError(f"holds a {type(value).__name__}, which is not text: name a column of text")
 
 
 def _is_broken(text: str) -> bool:
-    """Whether a text has half a character, which no UTF-8 can say."""
+    """Whether a text has a lone surrogate, which UTF-8 cannot encode."""
     if text.isascii():
         return False
     try:

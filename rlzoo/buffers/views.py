@@ -1,38 +1,27 @@
-"""Views over a buffer, five of them built in: which rows an objective learns from and which belong together.
-
-A view is computed on columns, and is a function of them alone: earlier rows win wherever a choice has to be
-made.
-"""
+"""Views over a buffer: which rows an objective learns from, which of them belong together, and with which weights."""
 
 from __future__ import annotations
 
 import inspect
+import itertools
+import math
+import numbers
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from itertools import pairwise
-from typing import Any, ClassVar, Literal
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
-from jaxtyping import Bool, Float, Int
 
+from rlzoo.buffers.selectors import rewards
 from rlzoo.errors import UserError, unknown
-from rlzoo.types import Selector, Unit, Units, WhichView, register_view, selector_of
+from rlzoo.registry import told
+from rlzoo.types import Selector, Unit, Units, WhichView, selector_of
 
-Mask = Bool[np.ndarray, " N"]
-Indices = Int[np.ndarray, " R"]
-THRESHOLD = 0.5
-"""The reward from which a completion counts as correct."""
-RELEASED = 64
-"""Chunks of texts, of a thousand rows each, that stay mapped at a time."""
-SINGLE_ROW_OPTIONS = ("weighted", "truncated")
-"""Options that every view of single rows has."""
 COUNTS = ("per_prompt", "size")
-"""Options that are a number of rows."""
+"""Options that are numbers of rows."""
 TRUNCATED, FLAT = "truncated completions", "groups of equal rewards"
 """What a view may leave out."""
-Truncated = Literal["keep", "drop"]
 
 
 @dataclass(frozen=True)
@@ -41,11 +30,11 @@ class View:
 
     selection: WhichView
     units: Units
-    """Row indices that must stay together: one row, (better, worse), or all samples of one prompt."""
+    """Row indices per unit: one row, (better, worse), or all samples of one prompt."""
     weights: tuple[float, ...] | None = None
-    """Units are drawn with replacement in proportion to these; None draws each once an epoch."""
+    """Weights with which units are drawn, with replacement; None: each unit once per epoch."""
     left_out: Mapping[str, int] = field(default_factory=dict)
-    """What options left out that would otherwise be in the view, and how many: `TRUNCATED` rows, `FLAT` groups."""
+    """Counts of what options left out of the view: `TRUNCATED` rows, `FLAT` groups."""
 
     def __len__(self) -> int:
         return len(self.units)
@@ -54,227 +43,136 @@ class View:
 def select(
     rows: pa.Table, which: WhichView, options: Mapping[str, Any], release: Callable[[], None] | None = None
 ) -> View:
-    """The view of ``rows``. Raises UserError for an unknown option, and for a view that would be empty.
+    """The view of ``rows``. Raises UserError for an unknown option, and naming a view that is empty, or whose units or
+    weights cannot be.
 
-    A view of rows to imitate may be ``weighted``: its weights are the rows' rewards, then read as quality scores.
-    ``truncated="drop"`` leaves truncated rows out of any view, before anything else is chosen.
-    ``release`` is called now and then while texts are read, so that those that were need not stay in memory.
+    A view of rows to imitate may be ``weighted``: its weights are the rows' rewards, as quality scores.
+    ``truncated="drop"`` leaves truncated rows out of any view, before any other choice. ``release`` is called
+    repeatedly while texts are read, to release their memory.
     """
-    options, selector = dict(options), selector_of(which)
+    selector = selector_of(which)
+    check_options(selector, options)
+    options = dict(options)
     weighted = selector.is_imitated and bool(options.pop("weighted", False))
-    parameters = inspect.signature(selector.units).parameters
-    known = [name for name in parameters if name not in ("rows", "release")]
+    if "release" in inspect.signature(selector.units).parameters:
+        options["release"] = release
+    units = _units(selector, rows, options)
+    left_out = _left_out(rows, selector, options, units)
+    weights = _quality(rows, units) if weighted else _weights(selector, rows, units)
+    return View(which, units, weights, left_out)
+
+
+def check_options(selector: Selector, options: Mapping[str, Any]) -> None:
+    """Raise UserError for an option that a view does not have, or a value that it cannot have."""
+    known = [name for name in inspect.signature(selector.units).parameters if name not in ("rows", "release")]
+    known += ["weighted"] if selector.is_imitated else []
     for name, value in options.items():
         if name not in known:
-            others = ["weighted"] if selector.is_imitated else []
-            raise unknown(f"option of the view {selector.name!r}", name, [*known, *others])
+            raise unknown(f"option of the view {selector.name!r}", name, known)
         if name == "truncated":
             if value not in ("keep", "drop"):
                 raise unknown("value of the view's option truncated", str(value), ["keep", "drop"])
         elif name in COUNTS and value is not None and value < 1:
             raise UserError(f"the view {selector.name!r} needs {name} of at least 1, got {value}")
-    if "release" in parameters:
-        options["release"] = release
-    units = selector.units(rows, **options)
+
+
+def _units(selector: Selector, rows: pa.Table, options: Mapping[str, Any]) -> Units:
+    """The units that a view takes. Raises UserError naming it unless there are some, whole, of rows that exist."""
+    name = f"the view {selector.name!r}"
+    try:
+        given = list(selector.units(rows, **options))
+        units = tuple(tuple(unit) for unit in given)
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{name} gave no units, tuples of row indices: {told(error)}") from error
     if not units:
-        raise UserError(f"the view {selector.name!r} takes none of the buffer's {len(rows):,} rows")
-    left_out = _left_out(rows, selector.units, options, units)
-    weights = _quality(rows, units) if weighted else selector.weights(rows, units)
-    return View(which, units, weights, left_out)
+        raise UserError(f"{name} takes none of the buffer's {len(rows):,} rows")
+    flat = list(itertools.chain.from_iterable(units))
+    if wrong := [row for row in flat if type(row) is not int and not isinstance(row, np.integer)]:
+        raise UserError(f"{name} holds {wrong[0]!r:.40}, which is no row's index")
+    lengths, places = np.fromiter(map(len, units), np.int64, len(units)), np.array(flat, np.int64)
+    outside = (places < 0) | (places >= len(rows))
+    if outside.any():
+        raise UserError(f"{name} takes row {places[outside][0]} of a buffer with the rows 0 to {len(rows) - 1}")
+    if (incomplete := ~_SIZES[selector.unit](lengths)).any():
+        unit = units[int(np.flatnonzero(incomplete)[0])]
+        raise UserError(f"{name} has the unit {unit}, of {len(unit)} rows: {_WHOLE[selector.unit]}")
+    if selector.unit is not Unit.ROW:
+        _require_whole(name, selector.unit, rows, units, lengths, places)
+    return tuple(tuple(map(int, unit)) for unit in units) if any(type(row) is not int for row in flat) else units
 
 
-def _left_out(
-    rows: pa.Table, selector: Callable[..., Units], options: Mapping[str, Any], units: Units
-) -> dict[str, int]:
-    """`View.left_out`: what the selector gives without an option and does not give with it."""
+_SIZES: Mapping[Unit, Callable[[Any], Any]] = {
+    Unit.ROW: lambda rows: rows == 1,
+    Unit.PAIR: lambda rows: rows == 2,
+    Unit.GROUP: lambda rows: rows > 0,
+}
+_WHOLE = {
+    Unit.ROW: "it must be one row, or the view says which rows belong together (unit = Unit.PAIR or Unit.GROUP)",
+    Unit.PAIR: "a pair is a better and a worse completion of one prompt",
+    Unit.GROUP: "a group is some samples of one prompt",
+}
+
+
+def _require_whole(name: str, kind: Unit, rows: pa.Table, units: Units, lengths: Any, places: Any) -> None:
+    """Raise UserError for a pair or a group with a row twice, or of several prompts."""
+    number = np.repeat(np.arange(len(units)), lengths)
+    prompt = _prompts(rows, places)
+    first = np.repeat(prompt[np.cumsum(lengths) - lengths], lengths)
+    order = np.lexsort((places, number))
+    again = (np.diff(places[order]) == 0) & (np.diff(number[order]) == 0)
+    for wrong, problem in ((number[prompt != first], "of several prompts"), (number[order][1:][again], "a row twice")):
+        if len(wrong):
+            raise UserError(f"{name} has the unit {units[int(wrong[0])]!r:.80}, {problem}: {_WHOLE[kind]}")
+
+
+def _prompts(rows: pa.Table, places: Any) -> Any:
+    """A number for the prompt of each row at ``places``."""
+    names = rows["prompt_id"].take(pa.array(places)).combine_chunks()
+    return names.dictionary_encode().indices.to_numpy()
+
+
+def _weights(selector: Selector, rows: pa.Table, units: Units) -> tuple[float, ...] | None:
+    """The weights of units that a view gives. Raises UserError naming it for what cannot be drawn in proportion to."""
+    name = f"the view {selector.name!r}"
+    try:
+        given = selector.weights(rows, units)
+        weights = None if given is None else tuple(given)
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{name} gave no weights, a number per unit: {told(error)}") from error
+    if weights is None:
+        return None
+    if len(weights) != len(units):
+        raise UserError(f"{name} has {len(weights):,} weights for {len(units):,} units: give one per unit, or None")
+    for unit, weight in zip(units, weights, strict=True):
+        if not (isinstance(weight, numbers.Real) and math.isfinite(weight) and weight >= 0):
+            raise UserError(
+                f"{name} gives the unit {unit!r:.40} the weight {weight!r:.40}: it must be finite and not below 0"
+            )
+    if not any(weights):
+        raise UserError(f"{name} gives all {len(units):,} units the weight 0, so none could be drawn")
+    return tuple(map(float, weights))
+
+
+def _left_out(rows: pa.Table, selector: Selector, options: Mapping[str, Any], units: Units) -> dict[str, int]:
+    """`View.left_out`: what the view has without an option and not with it."""
     found = {}
     if options.get("truncated") == "drop":
         truncated = rows["truncated"].to_numpy()
-        everything = selector(rows, **{**options, "truncated": "keep"})
+        everything = selector.units(rows, **{**options, "truncated": "keep"})
         found[TRUNCATED] = sum(bool(truncated[row]) for unit in everything for row in unit)
     if options.get("varied"):
-        found[FLAT] = len(selector(rows, **{**options, "varied": False})) - len(units)
+        found[FLAT] = len(selector.units(rows, **{**options, "varied": False})) - len(units)
     return {what: number for what, number in found.items() if number}
 
 
-def demonstrations(rows: pa.Table, truncated: Truncated = "keep") -> Units:
-    """Rows with source ``demonstration``, one per unit."""
-    chosen = np.flatnonzero(_has_source(rows, "demonstration") & _whole(rows, truncated))
-    if not len(chosen):
-        raise UserError(
-            f"the buffer has no demonstrations (0 of {len(rows):,} rows have the source 'demonstration'"
-            f"{_and_whole(truncated)}): "
-            "import some with from_trl (a table with the column 'reward' holds samples: rft learns from correct ones)"
-        )
-    return _singles(chosen)
-
-
-def correct(
-    rows: pa.Table,
-    threshold: float = THRESHOLD,
-    per_prompt: int = 4,
-    with_demonstrations: bool = False,
-    truncated: Truncated = "keep",
-    release: Callable[[], None] | None = None,
-) -> Units:
-    """Sampled rows with reward ≥ threshold, one per unit: at most ``per_prompt`` distinct texts per prompt.
-
-    With ``with_demonstrations`` every demonstration is in it too, whatever its reward.
-    """
-    mask = ~_has_source(rows, "demonstration") & (_reward(rows) >= threshold) & _whole(rows, truncated)
-    chosen = np.flatnonzero(mask)
-    if not len(chosen):
-        raise UserError(
-            f"the buffer has no correct samples (0 of {len(rows):,} rows reach reward {threshold:g}"
-            f"{_and_whole(truncated)}): sample more with rlzoo rollout, or lower the threshold"
-        )
-    prompt = _codes(rows["prompt_id"])[mask]
-    distinct = _first_of_equals(prompt, _text_hashes(rows["completion"], mask, release))
-    chosen, prompt = chosen[distinct], prompt[distinct]
-    chosen = chosen[_rank(prompt) < per_prompt]
-    if with_demonstrations:
-        experts = np.asarray(demonstrations(rows, truncated))[:, 0]
-        chosen = np.sort(np.concatenate([chosen, experts]))
-    return _singles(chosen)
-
-
-def pairs(rows: pa.Table, threshold: float = THRESHOLD, per_prompt: int = 4, truncated: Truncated = "keep") -> Units:
-    """(better, worse) rows of one prompt, on either side of the threshold, at most ``per_prompt`` a prompt.
-
-    The i-th better row goes with the i-th worse one, so no row is used twice and imported pairs stay pairs.
-    """
-    reward = _reward(rows)
-    mask = _has_source(rows, "policy", "preference") & ~np.isnan(reward) & _whole(rows, truncated)
-    prompt = _codes(rows["prompt_id"])
-    sides = []
-    for side in (mask & (reward >= threshold), mask & (reward < threshold)):
-        index = np.flatnonzero(side)
-        rank = _rank(prompt[index])
-        kept = rank < per_prompt
-        sides.append((index[kept], prompt[index[kept]] * per_prompt + rank[kept]))
-    (better, better_key), (worse, worse_key) = sides
-    _, left, right = np.intersect1d(better_key, worse_key, assume_unique=True, return_indices=True)
-    if not len(left):
-        prompts = len(np.unique(prompt[mask]))
-        if not prompts:
-            raise UserError(
-                f"the buffer has no pairs (none of its {len(rows):,} rows is a sample or a preference with a reward"
-                f"{_and_whole(truncated)}): give a table with 'chosen' and 'rejected', or sample with rlzoo rollout"
-            )
-        raise UserError(
-            f"the buffer has no pairs (0 of {prompts:,} sampled prompts have both a completion that reaches "
-            f"reward {threshold:g} and one that does not{_and_whole(truncated)}): sample more per prompt with rlzoo "
-            "rollout, or move the threshold"
-        )
-    return tuple(zip(better[left].tolist(), worse[right].tolist(), strict=True))
-
-
-def groups(rows: pa.Table, size: int | None = None, varied: bool = False, truncated: Truncated = "keep") -> Units:
-    """All samples of one prompt by one policy version that have a reward and behaviour log-probs.
-
-    With ``size``, the first ``size`` of each; smaller groups are left out. With ``varied``, so are groups whose
-    rewards are all equal.
-    """
-    reward = _reward(rows)
-    usable = ~np.isnan(reward) & rows["behaviour_logp"].is_valid().to_numpy() & _whole(rows, truncated)
-    chosen = np.flatnonzero(_has_source(rows, "policy") & usable)
-    if not len(chosen):
-        unscored = int((_has_source(rows, "policy") & ~np.isnan(reward)).sum())
-        if unscored:
-            raise UserError(
-                f"the buffer has no groups ({unscored:,} samples have a reward but no behaviour log-probs): score them "
-                "with the policy as it starts by training.behaviour: current (--set training.behaviour=current)"
-            )
-        raise UserError(
-            f"the buffer has no groups (0 of {len(rows):,} rows have the source 'policy', a reward and "
-            f"behaviour log-probs{_and_whole(truncated)}): sample some with rlzoo rollout"
-        )
-    versions, version = np.unique(rows["policy_version"].to_numpy()[chosen], return_inverse=True)
-    key = _codes(rows["prompt_id"])[chosen] * len(versions) + version
-    order = np.argsort(key, kind="stable")
-    bounds = [*_run_starts(key[order]).tolist(), len(chosen)]
-    ordered = chosen[order].tolist()
-    units = tuple(tuple(ordered[a:b]) for a, b in pairwise(bounds))
-    if size is not None:
-        whole = tuple(unit[:size] for unit in units if len(unit) >= size)
-        if not whole:
-            raise UserError(
-                f"the buffer has no groups of {size} samples (the largest of its {len(units):,} has "
-                f"{max(map(len, units))}): sample more per prompt with rlzoo rollout, or lower size"
-            )
-        units = whole
-    if varied:
-        values = reward.tolist()
-        mixed = tuple(unit for unit in units if len({values[i] for i in unit}) > 1)
-        if not mixed:
-            raise UserError(
-                f"the buffer has no groups of unequal rewards (in all its {len(units):,} the samples have the same): "
-                "sample more per prompt with rlzoo rollout, or take prompts of another difficulty"
-            )
-        units = mixed
-    return units
-
-
-def unpaired(rows: pa.Table, truncated: Truncated = "keep") -> Units:
-    """Rows of any source but ``demonstration`` that have a reward, one per unit."""
-    chosen = np.flatnonzero(~_has_source(rows, "demonstration") & ~np.isnan(_reward(rows)) & _whole(rows, truncated))
-    if not len(chosen):
-        raise UserError(
-            f"the buffer has no rewarded rows (0 of {len(rows):,} rows have a reward and are no demonstrations"
-            f"{_and_whole(truncated)}): sample some with rlzoo rollout, or import unpaired preferences with from_trl"
-        )
-    return _singles(chosen)
-
-
-@register_view
-class Demonstrations(Selector):
-    """Single rows written by an expert."""
-
-    name: ClassVar[str] = "demonstrations"
-    is_sampled: ClassVar[bool] = False
-    is_imitated: ClassVar[bool] = True
-    units = staticmethod(demonstrations)
-
-
-@register_view
-class Correct(Selector):
-    """Single rows sampled by a policy and rewarded as correct."""
-
-    name: ClassVar[str] = "correct"
-    is_imitated: ClassVar[bool] = True
-    units = staticmethod(correct)
-
-
-@register_view
-class Pairs(Selector):
-    """A better and a worse completion of one prompt."""
-
-    name: ClassVar[str] = "pairs"
-    unit: ClassVar[Unit] = Unit.PAIR
-    units = staticmethod(pairs)
-
-
-@register_view
-class Groups(Selector):
-    """All samples of one prompt."""
-
-    name: ClassVar[str] = "groups"
-    unit: ClassVar[Unit] = Unit.GROUP
-    units = staticmethod(groups)
-
-
-@register_view
-class Unpaired(Selector):
-    """Single rows that have a reward, good and bad ones."""
-
-    name: ClassVar[str] = "unpaired"
-    units = staticmethod(unpaired)
-
-
 def _quality(rows: pa.Table, units: Units) -> tuple[float, ...]:
-    """The reward of each unit's row. Raises UserError where one cannot be a weight."""
+    """The reward of each unit's row. Raises UserError for one that cannot be a weight."""
     index = np.asarray(units)[:, 0]
-    quality = _reward(rows)[index]
+    quality = rewards(rows)[index]
     for wrong, problem in (
         (~np.isfinite(quality), "have no finite quality score: give each a reward"),
         (quality < 0, "have a negative quality score: shift or clip the rewards to 0 or more"),
@@ -283,75 +181,5 @@ def _quality(rows: pa.Table, units: Units) -> tuple[float, ...]:
             first = int(index[np.flatnonzero(wrong)[0]])
             raise UserError(f"{int(wrong.sum()):,} of {len(index):,} rows to draw by quality {problem} (row {first})")
     if not quality.any():
-        raise UserError(f"all {len(index):,} rows to draw by quality have the score 0, so none could be drawn")
+        raise UserError(f"all {len(index):,} rows to draw by quality have a quality of 0, so none could be drawn")
     return tuple(quality.tolist())
-
-
-def _singles(index: Indices) -> Units:
-    return tuple(zip(index.tolist(), strict=True))
-
-
-def _has_source(rows: pa.Table, *sources: str) -> Mask:
-    mask: Mask = pc.is_in(rows["source"], pa.array(sources)).to_numpy()
-    return mask
-
-
-def _whole(rows: pa.Table, truncated: Truncated) -> Mask:
-    """True for the rows that may stay: all, or those that are not truncated."""
-    return ~rows["truncated"].to_numpy() if truncated == "drop" else np.ones(len(rows), bool)
-
-
-def _and_whole(truncated: Truncated) -> str:
-    """How an empty view says that truncated rows did not count."""
-    return ", truncated rows left out" if truncated == "drop" else ""
-
-
-def _reward(rows: pa.Table) -> Float[np.ndarray, " N"]:
-    """Rewards; NaN where there is none."""
-    reward: Float[np.ndarray, " N"] = rows["reward"].to_numpy()
-    return reward
-
-
-def _codes(strings: pa.ChunkedArray) -> Int[np.ndarray, " N"]:
-    """Equal numbers for equal strings, counted up in order of first appearance."""
-    # as one array: a dictionary a chunk, and one to unify them, would take a thousand times the memory
-    whole = strings.cast(pa.large_string()).combine_chunks()
-    codes: Int[np.ndarray, " N"] = whole.dictionary_encode().indices.to_numpy().astype(np.int64)
-    return codes
-
-
-def _text_hashes(texts: pa.ChunkedArray, mask: Mask, release: Callable[[], None] | None) -> Int[np.ndarray, " R"]:
-    """Hashes of the texts under the mask; only one chunk's texts are Python objects at a time."""
-    hashes, start = [np.zeros(0, np.int64)], 0
-    for number, chunk in enumerate(texts.chunks):
-        if release is not None and number % RELEASED == RELEASED - 1:
-            release()
-        kept = chunk.filter(pa.array(mask[start : start + len(chunk)])).to_pylist()
-        hashes.append(np.fromiter(map(hash, kept), np.int64, len(kept)))
-        start += len(chunk)
-    return np.concatenate(hashes)
-
-
-def _run_starts(ordered: Int[np.ndarray, " R"]) -> Indices:
-    """Where each run of equal values begins."""
-    return np.flatnonzero(np.diff(ordered, prepend=ordered[:1] - 1))
-
-
-def _rank(keys: Int[np.ndarray, " R"]) -> Int[np.ndarray, " R"]:
-    """How many earlier elements have the same key."""
-    order = np.argsort(keys, kind="stable")
-    starts = _run_starts(keys[order])
-    rank = np.empty(len(keys), np.int64)
-    rank[order] = np.arange(len(keys)) - np.repeat(starts, np.diff(starts, append=len(keys)))
-    return rank
-
-
-def _first_of_equals(first: Int[np.ndarray, " R"], second: Int[np.ndarray, " R"]) -> Bool[np.ndarray, " R"]:
-    """True where no earlier element has both the same ``first`` and the same ``second``."""
-    order = np.lexsort((second, first))  # stable: of equals the earliest comes first
-    a, b = first[order], second[order]
-    new = np.ones(len(order), bool)
-    new[1:] = (a[1:] != a[:-1]) | (b[1:] != b[:-1])
-    mask = np.empty(len(order), bool)
-    mask[order] = new
-    return mask

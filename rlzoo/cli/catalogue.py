@@ -52,7 +52,7 @@ def catalogue() -> dict[str, list[dict[str, Any]]]:
             "name": name,
             "summary": (found.__doc__ or "").partition("\n")[0],
             "source": found.source,
-            "learns_from": "its parts' views" if is_composite(found) else name_of_view(found.learns_from),
+            "learns_from": "its components' views" if is_composite(found) else name_of_view(found.learns_from),
             "options": options_of(found),
         }
         for name, found in ((name, objective_class(name)) for name in list_objectives())

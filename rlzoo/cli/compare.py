@@ -83,5 +83,5 @@ def compare(
     show(console, report_table(results))
     console.print(f"{results['wall_seconds']:.0f} s; report: {folder / 'report.html'}", soft_wrap=True)
     if failed := len(results["failed"]):
-        console.print(f"{counted(failed, 'run')} failed: the report says why; the same command tries again")
+        console.print(f"{counted(failed, 'cell')} failed: the report says why; the same command tries again")
     return 1 if failed else 0

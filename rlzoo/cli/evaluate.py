@@ -27,7 +27,7 @@ def evaluate(
     """Evaluate a policy on an experiment's benchmarks: avg@k, greedy and pass@k.
 
     Examples:
-      rlzoo evaluate arithmetic --model runs/rft --samples 8 --k 4
+      rlzoo evaluate arithmetic --model runs/rft --samples 16 --k 1,4,16
       rlzoo evaluate smollm2-gsm8k --test-data test.jsonl --limit 200 --json
     """
     from rlzoo.cli.settings import experiment_of, prepare

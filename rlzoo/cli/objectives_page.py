@@ -94,7 +94,7 @@ def _is_under(objective: type[Objective], selection: Selection | None) -> bool:
 
 def _row(objective: type[Objective]) -> list[str]:
     if is_composite(objective):
-        own = ["as its parts"] * 3
+        own = ["as its components"] * 3
     else:
         own = [name_of_view(objective.learns_from), _words(objective.normaliser.value), _needs(objective)]
     link = f"[{objective.name}](#{objective.name})"
@@ -105,7 +105,7 @@ def _section(objective: type[Objective], names: Sequence[str]) -> str:
     full, formula = _summary(objective)
     facts = [["full name", full], ["coefficient", formula]]
     if is_composite(objective):
-        facts += [["learns from, needs, coupling, normaliser", "as its parts"]]
+        facts += [["learns from, needs, coupling, normaliser", "as its components"]]
     else:
         facts += [
             ["learns from", name_of_view(objective.learns_from)],

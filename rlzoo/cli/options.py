@@ -77,7 +77,10 @@ TestLimit = Annotated[
 
 RolloutSamples = Annotated[int | None, sampling(metavar="N", parser=whole, help="Samples per prompt to learn from.")]
 Samples = Annotated[int | None, sampling(metavar="N", parser=whole, help="Samples per problem in evaluation.")]
-K = Annotated[int | None, sampling(metavar="K", parser=whole, help="The k of pass@k, at most --samples.")]
+K = Annotated[
+    str | None,
+    sampling(metavar="K,...", help="The k of pass@k and maj@k, at most --samples; of several, tables show the first."),
+]
 
 Set = Annotated[
     list[str] | None,

@@ -49,7 +49,7 @@ def rollout(
     from rlzoo.buffers.bad_rows import BadRows
     from rlzoo.buffers.problems import encode_problems, load_problems
     from rlzoo.comparison.resolve import reward_of
-    from rlzoo.jobs.pieces import Pieces
+    from rlzoo.jobs.cached_results import CachedResults
     from rlzoo.jobs.pool import silence
     from rlzoo.jobs.runs import run_in
     from rlzoo.policy.loading import load_for
@@ -69,7 +69,7 @@ def rollout(
         sampler, recompute = sampler_of(policy, settings), not settings.wants_sampler_logp
         rows = collect_rollouts(
             policy, sampler, encoded, scored_by, settings, seed,
-            token_budget=chosen.training.token_budget, recompute=recompute, pieces=Pieces(run.state), bad=bad,
+            token_budget=chosen.training.token_budget, recompute=recompute, cached=CachedResults(run.state), bad=bad,
         )  # fmt: skip
         buffer = OfflineBuffer.from_trajectories(rows)
         events = [*bad.events(), *cut_short(rows, settings.max_new_tokens)]

@@ -79,7 +79,10 @@ def experiment_of(
     **shorthands: str | int | None,
 ) -> Experiment:
     """The experiment of that name or file, changed as a command's options say."""
-    given = {option: value for option in SHORTHANDS if (value := shorthands.get(option)) is not None}
+    given: dict[str, Any] = {option: value for option in SHORTHANDS if (value := shorthands.get(option)) is not None}
+    if "k" in given:
+        several = _numbers(str(given["k"]), int, "--k")
+        given["k"] = several if len(several) > 1 else several[0]
     changes = {key: value for option, value in given.items() for key in SHORTHANDS[option]}
     other = changes_of(sets, Experiment)
     plain = load_experiment(name, {**changes, **other})

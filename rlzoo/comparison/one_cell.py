@@ -1,6 +1,6 @@
-"""What worker processes do after the shared buffer is filled: evaluate the base, train and evaluate one cell.
+"""The work of a worker process once the shared buffer is filled: evaluate the base, train and evaluate one cell.
 
-Every function takes plain data and gives plain data back, so that it can run in any process.
+Every function takes and returns plain data, so that it can run in any process.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from rlzoo.evaluation import Evaluation, evaluate
 from rlzoo.evaluation.evaluation import gold_rows
 from rlzoo.evaluation.metrics import AVERAGE
 from rlzoo.inputs import Stage
+from rlzoo.jobs.cached_results import CachedResults
 from rlzoo.jobs.memory import release_memory
 from rlzoo.jobs.outputs import remove
-from rlzoo.jobs.pieces import Pieces
 from rlzoo.jobs.ranks import is_main
 from rlzoo.policy import Policy
 from rlzoo.policy.defaults import resolved
@@ -38,16 +38,16 @@ from rlzoo.types import selector_of
 
 
 def evaluate_base(experiment: Experiment, state: Path, report: Report) -> dict[str, Any]:
-    """The base policy's scores on all benchmarks, its outcomes, and the first point of the learning curves.
+    """The base policy's metrics on all benchmarks, its outcomes, and the first point of the learning curves.
 
-    And what all policies are not evaluated on: the ``dropped_rows`` of benchmarks and validation, and ``events``.
+    Also what no policy is evaluated on: the ``dropped_rows`` of benchmarks and validation, and their ``events``.
     """
-    pieces = Pieces(state)
+    cached = CachedResults(state)
 
     def evaluate() -> dict[str, Any]:
         policy = load_for(experiment.model, experiment.training)
         bad = _unfit(policy, experiment)
-        found = evaluate_all(policy, experiment, "base", -1, None, pieces.within("base"), report)
+        found = evaluate_all(policy, experiment, "base", -1, None, cached.within("base"), report)
         drawn = experiment.evaluation.curve_points > 0
         return {
             **found,
@@ -56,11 +56,11 @@ def evaluate_base(experiment: Experiment, state: Path, report: Report) -> dict[s
             "events": [f"{name}: {event}" for name, rows in bad.items() for event in rows.events()],
         }
 
-    return dict(pieces.once("base", evaluate))
+    return dict(cached.once("base", evaluate))
 
 
 def _unfit(policy: Policy, experiment: Experiment) -> dict[str, BadRows]:
-    """What is to be told of the rows of each set that policies are evaluated on."""
+    """The bad rows of each problem set that policies are evaluated on."""
     sets: dict[str, ProblemSource] = {f"benchmark {name}": source for name, source in experiment.benchmarks.items()}
     sets |= {} if experiment.validation is None else {"validation": experiment.validation}
     bad = {name: BadRows(source.bad_rows) for name, source in sets.items()}
@@ -79,23 +79,24 @@ def run_cell(
     shared: dict[str, Any],
     buffer_path: Path,
     state: Path,
-    parts: int,
+    divisor: int,
     report: Report,
 ) -> dict[str, Any]:
-    """Train one cell and evaluate it: on the benchmarks, or on validation where a learning rate is to be chosen.
+    """Train one cell and evaluate it: on the benchmarks, or on validation if its learning rate is yet to be chosen.
 
     In the second case the weights are kept under ``state`` for `evaluate_cell`. Trackers write to logs/ beside it.
-    Micro-batches are ``parts`` times smaller than the experiment says, where those did not fit. What was done before
-    is taken from ``state``.
+    Micro-batches are ``divisor`` times smaller than in the experiment, for those that ran out of memory. Results
+    cached under ``state`` are not computed again.
     """
-    pieces = Pieces(state / "cells")
+    cached = CachedResults(state / "cells")
 
     def run() -> dict[str, Any]:
-        return _run_cell(experiment.in_parts(parts), cell, shared, buffer_path, state, pieces.within(cell.id), report)
+        smaller = experiment.with_smaller_batches(divisor)
+        return _run_cell(smaller, cell, shared, buffer_path, state, cached.within(cell.id), report)
 
-    found = dict(pieces.once(cell.id, run))
+    found = dict(cached.once(cell.id, run))
     if is_main():
-        remove(pieces.within(cell.id).folder)
+        remove(cached.within(cell.id).folder)
     return found
 
 
@@ -105,7 +106,7 @@ def _run_cell(
     shared: dict[str, Any],
     buffer_path: Path,
     state: Path,
-    pieces: Pieces,
+    cached: CachedResults,
     report: Report,
 ) -> dict[str, Any]:
     import torch
@@ -146,7 +147,7 @@ def _run_cell(
 
     Trainer(
         policy, objective, sources, settings, [along],
-        folder=state.parent / "logs" / cell.id, record=record, checkpoints=pieces.folder / "checkpoints",
+        folder=state.parent / "logs" / cell.id, record=record, checkpoints=cached.folder / "checkpoints",
     ).run()  # fmt: skip
     result = {
         "algorithm": cell.algorithm,
@@ -160,7 +161,7 @@ def _run_cell(
         "token_probabilities": token_probabilities(policy, buffer, settings.token_budget)["counts"],
     }
     if has_choice(experiment, cell.algorithm):
-        assert experiment.validation is not None  # the experiment's validator saw to it
+        assert experiment.validation is not None  # checked by the experiment's validator
         reward = reward_of(experiment, settings.steps, settings.steps)
         validation = _evaluate(policy, experiment, experiment.validation, reward, cell.seed, brief=True)
         if is_main():
@@ -168,22 +169,22 @@ def _run_cell(
         save_policy(policy, state / "models" / cell.id)
         return {**result, "validation": validation.metrics["avg_at_k"]}
     found = evaluate_all(
-        policy, experiment, cell.algorithm, cell.seed, cell.learning_rate, pieces,
+        policy, experiment, cell.algorithm, cell.seed, cell.learning_rate, cached,
         lambda share, what: report(0.8 + 0.2 * share, what),
     )  # fmt: skip
     return {**result, **found}
 
 
-def evaluate_cell(experiment: Experiment, cell: Cell, state: Path, parts: int, report: Report) -> dict[str, Any]:
-    """The benchmarks of a cell whose learning rate was chosen, from its saved weights."""
-    smaller, pieces = experiment.in_parts(parts), Pieces(state / "chosen")
+def evaluate_cell(experiment: Experiment, cell: Cell, state: Path, divisor: int, report: Report) -> dict[str, Any]:
+    """Evaluate a cell whose learning rate was chosen on the benchmarks, from its saved weights."""
+    smaller, cached = experiment.with_smaller_batches(divisor), CachedResults(state / "chosen")
 
     def evaluate() -> dict[str, Any]:
         policy = load_for(str(state / "models" / cell.id), experiment.training_of(cell.algorithm))
         labels = (cell.algorithm, cell.seed, cell.learning_rate)
-        return evaluate_all(policy, smaller, *labels, pieces.within(cell.id), report)
+        return evaluate_all(policy, smaller, *labels, cached.within(cell.id), report)
 
-    return dict(pieces.once(cell.id, evaluate))
+    return dict(cached.once(cell.id, evaluate))
 
 
 def evaluate_all(
@@ -192,7 +193,7 @@ def evaluate_all(
     algorithm: str,
     seed: int,
     learning_rate: float | None,
-    pieces: Pieces,
+    cached: CachedResults,
     report: Report,
 ) -> dict[str, Any]:
     """``metrics`` by benchmark and ``outcomes`` of all of them, one row per sample."""
@@ -205,7 +206,7 @@ def evaluate_all(
             reward = reward_of(experiment, steps, steps, benchmark=name)
             return vars(_evaluate(policy, experiment, source, reward, max(seed, 0)))
 
-        found = pieces.once(f"on {name}", evaluate)
+        found = cached.once(f"on {name}", evaluate)
         metrics[name] = found["metrics"]
         labels = {"algorithm": algorithm, "seed": seed, "learning_rate": learning_rate, "benchmark": name}
         outcomes += [{**labels, **row} for row in found["outcomes"]]
@@ -239,7 +240,7 @@ def _evaluate(
 
 
 def collector_of(experiment: Experiment, policy: Policy, training: Training, batch_size: int, seed: int) -> Collector:
-    """What samples the training problems anew for a cell in training."""
+    """The collector of fresh samples of the training problems, for a cell that trains online."""
     bad = BadRows(experiment.train.bad_rows)
     problems, settings = load_problems(experiment.train, bad), experiment.rollouts
     sampler = sampler_of(policy, settings)

@@ -1,4 +1,4 @@
-"""The grid of a comparison: which cells there are, and how wrong input is found before anything runs."""
+"""The grid of a comparison: its cells, its buffers, and the choice of learning rates."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rlzoo.errors import UserError
 
 @dataclass(frozen=True)
 class Cell:
-    """One training run: an algorithm, a seed, a learning rate."""
+    """An algorithm, a seed and a learning rate: what one training is of."""
 
     algorithm: str
     seed: int
@@ -22,12 +22,12 @@ class Cell:
 
     @property
     def id(self) -> str:
-        """A name that is safe for a folder, and of no other cell."""
+        """A unique name that is safe for a folder."""
         return f"{quote(self.algorithm, safe='')}-lr{self.learning_rate:g}-seed{self.seed}"
 
 
 def cells(experiment: Experiment) -> list[Cell]:
-    """All cells of the grid; seeds vary slowest, so that whole rows are seen early."""
+    """All cells of the grid; seeds vary slowest, so that all algorithms have early results."""
     return [
         Cell(name, seed, rate)
         for seed in experiment.seeds
@@ -37,21 +37,21 @@ def cells(experiment: Experiment) -> list[Cell]:
 
 
 def sampling_seeds(experiment: Experiment) -> dict[str, int]:
-    """The buffers of samples of the base policy: the name of each, and the seed it is drawn with."""
+    """The buffers of samples of the base policy: name → the seed that it is sampled with."""
     if experiment.rollouts.per_seed:
         return {buffer_of(experiment, seed): seed for seed in experiment.seeds}
     return {"buffer": 0}
 
 
 def buffer_of(experiment: Experiment, seed: int) -> str:
-    """The name of the buffer that cells of a seed learn from."""
+    """The name of the buffer that the cells of a seed learn from."""
     return f"buffer-seed{seed}" if experiment.rollouts.per_seed else "buffer"
 
 
 def workers_at(experiment: Experiment, workers: int | None, executor: str) -> int | None:
-    """How many cells may run at a time: one where several policies would sample from one server, else ``workers``.
+    """How many cells may run at a time: one if cells would share a vLLM server, else ``workers``.
 
-    A server holds the weights of one policy, and another cell's would take their place. Raises UserError for more.
+    A server holds the weights of one policy at a time. Raises UserError if more workers are asked for.
     """
     online = any(row.mode == "online" for row in experiment.algorithms.values())
     url = experiment.evaluation.url or (experiment.rollouts.url if online else None)
@@ -71,14 +71,14 @@ def has_choice(experiment: Experiment, algorithm: str) -> bool:
 
 
 def chosen_cells(
-    experiment: Experiment, runs: Mapping[str, Mapping[str, Any]]
+    experiment: Experiment, results: Mapping[str, Mapping[str, Any]]
 ) -> tuple[list[Cell], dict[str, dict[str, float]]]:
-    """The cells to report, and the mean validation score of what was tried: algorithm → learning rate → score.
+    """The cells to report, and the mean validation results: algorithm → learning rate → avg@k.
 
-    ``runs`` has the result of each cell that ran, by id. Each algorithm is reported at the learning rate that did
-    best on validation.
+    ``results`` has those of each cell that succeeded, by id. Each algorithm is reported at the learning rate with the
+    best mean on validation.
     """
-    grid = [cell for cell in cells(experiment) if cell.id in runs]
+    grid = [cell for cell in cells(experiment) if cell.id in results]
     chosen: list[Cell] = []
     tried: dict[str, dict[str, float]] = {}
     for name in experiment.algorithms:
@@ -90,9 +90,9 @@ def chosen_cells(
             continue
         best = next(iter(by_rate))
         if has_choice(experiment, name):
-            scores = {rate: mean(runs[cell.id]["validation"] for cell in some) for rate, some in by_rate.items()}
-            tried[name] = {f"{rate:g}": score for rate, score in scores.items()}
-            whole = max(map(len, by_rate.values()))  # a rate that failed on a seed must not win on the lucky ones
-            best = max((rate for rate in scores if len(by_rate[rate]) == whole), key=scores.__getitem__)
+            means = {rate: mean(results[cell.id]["validation"] for cell in some) for rate, some in by_rate.items()}
+            tried[name] = {f"{rate:g}": value for rate, value in means.items()}
+            whole = max(map(len, by_rate.values()))  # a rate that failed on some seeds must not win on the others
+            best = max((rate for rate in means if len(by_rate[rate]) == whole), key=means.__getitem__)
         chosen += by_rate[best]
     return chosen, tried

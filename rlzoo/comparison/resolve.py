@@ -1,4 +1,4 @@
-"""What the names in an experiment stand for: its objectives, what they learn from, its reward; and a check of them."""
+"""Resolves the names in an experiment to objectives, views, rewards and metrics, and checks them."""
 
 from __future__ import annotations
 
@@ -8,20 +8,21 @@ from collections.abc import Sequence
 import torch
 
 from rlzoo.buffers.problems import EncodedProblem, Problem, load_problems
-from rlzoo.buffers.views import SINGLE_ROW_OPTIONS
+from rlzoo.buffers.views import check_options
+from rlzoo.comparison.statistics import OVERALL
 from rlzoo.config import BASE, Experiment
 from rlzoo.errors import UserError, unknown
 from rlzoo.evaluation import Metric, metric_table
-from rlzoo.objective import Objective, get_objective
+from rlzoo.objective import Objective, get_objective, view_in_place
 from rlzoo.policy.loading import DTYPES
 from rlzoo.reward import Reward
 from rlzoo.reward.isolation import Limits, apart
-from rlzoo.rollout.rollouts import judge
+from rlzoo.rollout.rollouts import score_samples
 from rlzoo.rollout.sampler import Sample, sampler_class
 from rlzoo.training import batches
 from rlzoo.training.batches import Views
 from rlzoo.training.trainer import check_precision
-from rlzoo.types import Selection, name_of_view, selector_of
+from rlzoo.types import selector_of
 
 
 def objective_of(experiment: Experiment, algorithm: str) -> Objective:
@@ -33,11 +34,11 @@ def objective_of(experiment: Experiment, algorithm: str) -> Objective:
 def reward_of(
     experiment: Experiment, step: int = 0, max_steps: int = 0, epoch: float = 0.0, benchmark: str | None = None
 ) -> Reward:
-    """The experiment's reward, or a benchmark's own, in a process of its own, told how far training is."""
-    limits = Limits(experiment.judging.seconds, experiment.judging.memory_gb)
+    """The experiment's reward, or a benchmark's own, in its own process, with the progress of training."""
+    limits = Limits(experiment.scoring.seconds, experiment.scoring.memory_gb)
     own = None if benchmark is None else experiment.benchmarks[benchmark].reward
     spec = experiment.reward if own is None else own
-    return apart(spec, limits, experiment.judging.on_error).at(step, max_steps, epoch)
+    return apart(spec, limits, experiment.scoring.on_error).at(step, max_steps, epoch)
 
 
 def metrics_of(experiment: Experiment) -> dict[str, Metric]:
@@ -48,22 +49,19 @@ def metrics_of(experiment: Experiment) -> dict[str, Metric]:
 
 
 def views_of(experiment: Experiment, algorithm: str) -> Views:
-    """What each part of one row of the comparison learns from: a selection, with the options of that view."""
-    objective = objective_of(experiment, algorithm)
-    other, own = experiment.algorithms[algorithm].learns_from, batches.views_of(objective)
-    if other is None or [Selection(other)] == [selection for selection, _ in own]:
-        return own
-    if len(own) > 1 or not selector_of(own[0][0]).is_imitated:
-        views = " and ".join(name_of_view(selection) for selection, _ in own)
-        raise UserError(
-            f"algorithms.{algorithm}: learns_from is for objectives of single rows; "
-            f"{objective.name!r} learns from {views}"
-        )
-    return [(Selection(other), {name: value for name, value in own[0][1].items() if name in SINGLE_ROW_OPTIONS})]
+    """What each component of one row of the comparison learns from: a view, with its options."""
+    objective, other = objective_of(experiment, algorithm), experiment.algorithms[algorithm].learns_from
+    try:
+        views = batches.views_of(objective) if other is None else [view_in_place(objective, other)]
+        for which, options in views:
+            check_options(selector_of(which), options)
+    except UserError as error:
+        raise UserError(f"algorithms.{algorithm}: {error}") from None
+    return views
 
 
 def learns_from_samples(views: Views) -> bool:
-    """Whether any part learns from samples."""
+    """Whether any component learns from samples."""
     return any(selector_of(selection).is_sampled for selection, _ in views)
 
 
@@ -73,22 +71,25 @@ def check(experiment: Experiment) -> None:
         json.dumps(experiment.model_dump(mode="json"))
     except (ValueError, TypeError):
         raise UserError(
-            "the reward and the options must be plain data, for experiment.yaml and the worker processes: name a "
-            "reward of your own as package.module:Name or path/to/file.py:Name"
+            "the reward and the options must be plain data, for experiment.yaml and the worker processes: name your "
+            "own reward as package.module:Name or path/to/file.py:Name"
         ) from None
     for name, row in experiment.algorithms.items():
         objective = objective_of(experiment, name)
         training = experiment.training_of(name)
         if training.lora is None:
             check_precision([DTYPES.get(training.dtype, torch.float32)])
-        if row.mode == "online" and not learns_from_samples(views_of(experiment, name)):
+        views = views_of(experiment, name)
+        if row.mode == "online" and not learns_from_samples(views):
             raise UserError(
                 f"algorithms.{name}: {objective.name!r} learns from demonstrations, so mode must be offline"
             )
     for settings in (experiment.rollouts, experiment.evaluation):
         sampler_class(settings)
     if BASE in experiment.algorithms:
-        raise UserError(f"algorithms.{BASE}: results call the untrained model so; give the row another name")
+        raise UserError(f"algorithms.{BASE}: this name stands for the untrained model in results; give the row another")
+    if OVERALL in experiment.benchmarks:
+        raise UserError(f"benchmarks.{OVERALL}: this name stands for the mean in results; give the benchmark another")
     if experiment.baseline is not None and experiment.baseline not in experiment.algorithms:
         raise unknown("baseline", experiment.baseline, experiment.algorithms)
     for source in (experiment.train, experiment.validation):
@@ -100,6 +101,6 @@ def check(experiment: Experiment) -> None:
 
 
 def _try(reward: Reward, problems: Sequence[Problem]) -> None:
-    """Judge empty answers: a missing column or a broken reward shows now, and not after hours of sampling."""
+    """Score empty completions, so that a missing column or a broken reward shows before hours of sampling."""
     nothing = Sample([], "", truncated=False)
-    judge(reward, [(EncodedProblem(problem, "", []), nothing) for problem in problems])
+    score_samples(reward, [(EncodedProblem(problem, "", []), nothing) for problem in problems])

@@ -1,4 +1,4 @@
-"""Run a comparison: shared work once, cells in parallel, learning rates chosen on validation, results on disk."""
+"""Runs a comparison: shared work once, cells in parallel, learning rates chosen on validation, results on disk."""
 
 from __future__ import annotations
 
@@ -44,9 +44,9 @@ from rlzoo.jobs.runs import Run, place, run_in, versions
 from rlzoo.rollout.rollouts import unscored
 
 RETRIES = 2
-"""Times that a cell that keeps running out of memory is done again, with micro-batches half as large each time."""
+"""How often a cell that ran out of memory is tried again, each time with micro-batches half as large."""
 BUFFER_FACTS = ("rows", "samples", "correct", "sampled_tokens", "mismatch")
-"""What results.json says of each buffer."""
+"""What results.json says about each buffer."""
 OUTCOMES = pa.schema(
     [
         ("algorithm", pa.string()),
@@ -82,13 +82,14 @@ def compare(
 ) -> dict[str, Any]:
     """Run every cell of an experiment and write its results and report to ``out``.
 
-    ``out`` defaults to runs/<name>-<time>, or to the newest such folder where the same was stopped: it goes on there.
-    ``workers`` defaults to the number of GPUs, or of cores where there is none, each with ``threads`` threads.
-    ``executor="ray"`` runs the work as tasks of the Ray cluster at ``address`` (None: one that is started here), as
-    many at a time as it has CPUs or GPUs for. Under `accelerate launch` all processes call this and share the work of
-    each cell; the main one writes. Gives back what results.json holds. A cell that fails is
-    reported there and the others go on; the same call tries it again. Raises UserError for wrong input; then ``out``
-    is not left behind.
+    ``out`` defaults to the newest folder runs/<name>-<time> in which the same comparison was interrupted, which then
+    resumes, else to a new one. ``workers`` defaults to the number of GPUs, or of cores without one, each with
+    ``threads`` threads. ``executor="ray"`` runs the work as tasks of the Ray cluster at ``address`` (None: start one
+    here), as many at a time as its CPUs or GPUs allow. Under `accelerate launch` all processes call this and share the
+    work of each cell; the main one writes.
+
+    Returns the content of results.json. A cell that fails is reported there while the others continue; the same call
+    tries it again. Raises UserError for wrong input, and then leaves no ``out`` behind.
     """
     if isinstance(experiment, str):
         experiment = load_experiment(experiment)
@@ -126,19 +127,19 @@ def compare(
 
 
 def where(experiment: Experiment, threads: int = 1) -> Path:
-    """Where a comparison writes if it is not told: where the same was stopped, else to runs/<name>-<time>."""
+    """The default folder of a comparison: where the same one was interrupted, else a new runs/<name>-<time>."""
     return place(experiment.name, "compare", _asked(experiment, threads))
 
 
 def _asked(experiment: Experiment, threads: int) -> dict[str, Any]:
-    """What must be the same for a comparison to go on: all that its numbers depend on."""
+    """What must be the same for a comparison to resume: everything that its numbers depend on."""
     return {"experiment": experiment.model_dump(mode="json"), "threads": threads}
 
 
 def _workers(
     executor: str, address: str | None, workers: int, threads: int, console: Console
 ) -> tuple[AbstractContextManager[Workers], str]:
-    """What runs the cells, and what that is called."""
+    """The workers that run the cells, and a description of them."""
     if world_size() > 1:
         return in_this_process(), f"one after the other in {world_size()} processes"
     if executor == "ray":
@@ -165,34 +166,35 @@ def _run(
             _say(console, f"  {_called(name)}: {shared['unscored']}", style="yellow")
         for event in shared["events"]:
             _say(console, f"  {_called(name)}: {event}", style="yellow")
-    _say(console, f"  base model: {_scores(base)}")
-    dropped = {**shared["dropped_rows"], **base["dropped_rows"]}  # all buffers are made of the same rows
+    _say(console, f"  base model: {_averages(base)}")
+    dropped = {**shared["dropped_rows"], **base["dropped_rows"]}  # the same for all buffers
     for name, summary in dropped.items():
         _say(console, f"  {name}: {told(summary)}", style="yellow")
     for event in base["events"]:
         _say(console, f"  {event}", style="yellow")
 
-    def train(cell: Cell, parts: int) -> Future[Any]:
+    def train(cell: Cell, divisor: int) -> Future[Any]:
         name = buffer_of(experiment, cell.seed)
         shared, place = buffers[name], folder / name
-        return processes.submit(cell.id, one_cell.run_cell, experiment, cell, shared, place, state, parts)
+        return processes.submit(cell.id, one_cell.run_cell, experiment, cell, shared, place, state, divisor)
 
-    def test(cell: Cell, parts: int) -> Future[Any]:
-        return processes.submit(cell.id, one_cell.evaluate_cell, experiment, cell, state, parts)
+    def test(cell: Cell, divisor: int) -> Future[Any]:
+        return processes.submit(cell.id, one_cell.evaluate_cell, experiment, cell, state, divisor)
 
-    runs, failed = _gather(processes, grid, train, console)
-    chosen, rates = chosen_cells(experiment, runs)
+    trained, failed = _gather(processes, grid, train, console)
+    chosen, rates = chosen_cells(experiment, trained)
     final = [c for c in chosen if has_choice(experiment, c.algorithm)]
     found, failed_later = _gather(processes, final, test, console)
-    runs = {name: done | found.get(name, {}) for name, done in runs.items()}
+    by_cell = {name: done | found.get(name, {}) for name, done in trained.items()}
     failed += failed_later
-    reported = [runs[c.id] for c in chosen if "metrics" in runs[c.id]]
+    reported = [by_cell[c.id] for c in chosen if "metrics" in by_cell[c.id]]
     if not reported:
-        raise UserError(f"no run succeeded; the first failed with: {failed[0]['error']}")
+        raise UserError(f"no cell succeeded; the first failed with: {failed[0]['error']}")
     outcomes = base.pop("outcomes") + [row for done in reported for row in done.pop("outcomes")]
     facts = {name: {key: found[key] for key in BUFFER_FACTS} for name, found in buffers.items()}
     if without := unscored((row["reward"], row["prompt"]) for row in outcomes):
         _say(console, f"  evaluation: {without}; they count as wrong", style="yellow")
+    overall = _over_benchmarks(base, reported) if len(experiment.benchmarks) > 1 else {}
     results = {
         "experiment": experiment.name,
         "description": experiment.description,
@@ -201,7 +203,7 @@ def _run(
         "config": experiment.model_dump(mode="json"),
         "metrics": {name: {"label": m.label, "unit": m.unit} for name, m in resolve.metrics_of(experiment).items()},
         "base": base["metrics"],
-        "mean_over_benchmarks": _over_benchmarks(base, reported) if len(experiment.benchmarks) > 1 else {},
+        "mean_over_benchmarks": overall,
         "base_curve": base["curve"],
         "cells": reported,
         "learning_rates": rates,
@@ -209,7 +211,7 @@ def _run(
         **({"buffers": facts} if experiment.rollouts.per_seed else facts),
         "dropped_rows": dropped,
         "events": list(dict.fromkeys(event for found in (*buffers.values(), base) for event in found["events"])),
-        "token_probabilities": {  # of the demonstrations, which all buffers have
+        "token_probabilities": {  # of the demonstrations, which all buffers share
             "edges": shared["token_probabilities"]["edges"],
             "before": shared["token_probabilities"]["counts"],
         },
@@ -217,8 +219,10 @@ def _run(
     return results, outcomes
 
 
-def _over_benchmarks(base: Mapping[str, Any], cells: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
-    """The mean over benchmarks of each metric: algorithm, the base model among them, → metric → number."""
+def _over_benchmarks(base: Mapping[str, Any], cells: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """The mean of each metric over benchmarks: algorithm (or base) → metric → mean; each cell gets its own added."""
+    for cell in cells:
+        cell["mean_over_benchmarks"] = mean_over_benchmarks([cell["metrics"]])
     own: dict[str, list[Any]] = {BASE: [base["metrics"]]}
     for cell in cells:
         own.setdefault(cell["algorithm"], []).append(cell["metrics"])
@@ -226,7 +230,7 @@ def _over_benchmarks(base: Mapping[str, Any], cells: Sequence[Mapping[str, Any]]
 
 
 def _called(buffer: str) -> str:
-    """A buffer's name in words."""
+    """A buffer's name in log lines."""
     _, _, seed = buffer.partition("-seed")
     return f"buffer of seed {seed}" if seed else "shared buffer"
 
@@ -234,7 +238,7 @@ def _called(buffer: str) -> str:
 def _share(
     processes: Workers, experiment: Experiment, folder: Path, state: Path, console: Console, plan: str
 ) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
-    """The work that cells share: the buffers by name, and the base's scores. Raises UserError if any of it fails."""
+    """The work that cells share: buffers by name, and the base model's results. Raises UserError if any of it fails."""
     seeds = sampling_seeds(experiment)
     futures = {processes.submit("model", shared_buffer.check_model, experiment): "model"}
     for name, seed in seeds.items():
@@ -246,7 +250,7 @@ def _share(
         if isinstance(error := future.exception(), WorkerDiedError):
             raise UserError(why(error)) from None
         done[name] = future.result()
-        if name == "model":  # not before: of wrong input, one line says what is wrong and nothing else is printed
+        if name == "model":  # not before: for wrong input only the error is printed
             _say(console, f"{experiment.name}: {plan}", style="bold")
     return {name: done[_called(name)] for name in seeds}, done["base model"]
 
@@ -254,12 +258,12 @@ def _share(
 def _gather(
     processes: Workers, grid: Sequence[Cell], submit: Callable[[Cell, int], Future[Any]], console: Console
 ) -> tuple[dict[str, dict[str, Any]], list[dict[str, Any]]]:
-    """Results of the cells that ran, by cell id, and the cells that did not with the reason.
+    """The results of cells that succeeded, by cell id, and the cells that failed, with the reason.
 
-    Cells that ran out of memory, or whose processes died, as they do then, are done again in smaller parts after all
-    others.
+    A cell that ran out of memory, or whose process died, as happens then, is tried again after all others, in smaller
+    micro-batches.
     """
-    runs: dict[str, dict[str, Any]] = {}
+    results: dict[str, dict[str, Any]] = {}
     failed: list[dict[str, Any]] = []
     left = list(grid)
     for attempt in range(RETRIES + 1):
@@ -267,31 +271,31 @@ def _gather(
         left = []
         for name, future in processes.gather({future: cell.id for future, cell in futures.items()}):
             cell, error = futures[future], future.exception()
-            done = f"  [{len(runs) + len(failed) + 1}/{len(grid)}] {name}"
+            done = f"  [{len(results) + len(failed) + 1}/{len(grid)}] {name}"
             if error is None:
-                runs[name] = future.result()
-                _say(console, f"{done}: {_scores(runs[name])}")
-                for event in runs[name].get("events", []):
+                results[name] = future.result()
+                _say(console, f"{done}: {_averages(results[name])}")
+                for event in results[name].get("events", []):
                     _say(console, f"    {event}", style="yellow")
             elif isinstance(error, (WorkerDiedError, OutOfMemoryError)) and attempt < RETRIES:
                 left.append(cell)
-                _say(console, f"  {name}: {why(error)}; later again, in micro-batches half as large", style="red")
+                _say(console, f"  {name}: {why(error)}; to be tried again, in micro-batches half as large", style="red")
             else:
                 failed.append({**asdict(cell), "error": why(error)})
                 _say(console, f"{done} failed: {why(error)}", style="red")
-    return runs, failed
+    return results, failed
 
 
 def _say(console: Console, line: str, style: str | None = None) -> None:
-    """Print one line as it is: a terminal may break it, a log must not."""
+    """Print one line verbatim: a terminal may wrap it, a log must not."""
     console.print(line, style=style, highlight=False, markup=False, soft_wrap=True)
 
 
-def _scores(found: Mapping[str, Any]) -> str:
-    scores = found.get("metrics") or {"validation": {"avg_at_k": found["validation"]}}
-    return "avg@k " + ", ".join(f"{where} {100 * m['avg_at_k']:.1f} %" for where, m in scores.items())
+def _averages(found: Mapping[str, Any]) -> str:
+    metrics = found.get("metrics") or {"validation": {"avg_at_k": found["validation"]}}
+    return "avg@k " + ", ".join(f"{where} {100 * m['avg_at_k']:.1f} %" for where, m in metrics.items())
 
 
 def _sizes(experiment: Experiment) -> str:
     algorithms, seeds = counted(len(experiment.algorithms), "algorithm"), counted(len(experiment.seeds), "seed")
-    return f"{algorithms} × {seeds}, {counted(len(cells(experiment)), 'run')}"
+    return f"{algorithms} × {seeds}, {counted(len(cells(experiment)), 'cell')}"

@@ -13,17 +13,17 @@ from rlzoo.buffers.bad_rows import BadRows
 from rlzoo.buffers.problems import demonstrations, encode_problems, load_problems
 from rlzoo.comparison.resolve import learns_from_samples, objective_of, reward_of, views_of
 from rlzoo.config import Experiment, OnBadRow, TokenBudget
-from rlzoo.jobs.pieces import Pieces
+from rlzoo.jobs.cached_results import CachedResults
 from rlzoo.jobs.ranks import agreed, barrier, is_main
-from rlzoo.policy import Policy, score_rows
+from rlzoo.policy import Policy, log_probs
 from rlzoo.policy.defaults import resolved
 from rlzoo.policy.loading import load_for
 from rlzoo.rollout import collect_rollouts, cut_short, engine_of, mismatch, sampler_of, unscored
-from rlzoo.training import check_buffer, scored_event, stored_inputs, with_behaviour, with_inputs
+from rlzoo.training import behaviour_event, check_buffer, stored_inputs, with_behaviour, with_inputs
 from rlzoo.types import Trajectory
 
 Report = Callable[[float, str], None]
-"""Told the share that is done, 0 to 1, and what is being done."""
+"""Called with the fraction of the work that is done, 0 to 1, and what is being done."""
 EDGES = np.linspace(0, 1, 21)
 """Bins of token probabilities."""
 PROBED_ROWS = 256
@@ -31,23 +31,25 @@ PROBED_ROWS = 256
 
 
 def check_model(experiment: Experiment, report: Report) -> None:
-    """Load the base policy, to know that it can be. Raises UserError."""
+    """Load the base policy, to find out early if that fails. Raises UserError."""
     report(0.0, "loading")
     load_for(experiment.model, experiment.training)
 
 
 def fill_buffer(experiment: Experiment, folder: Path, state: Path, seed: int, report: Report) -> dict[str, Any]:
-    """Sample the base policy, join the demonstrations, add reference log-probs, and save the buffer in ``folder``."""
+    """Sample the base policy, append to the demonstrations, add reference log-probs, and save in ``folder``."""
 
     def fill() -> dict[str, Any]:
-        return _fill_buffer(experiment, folder, Pieces(state / "samples").within(folder.name), seed, report)
+        return _fill_buffer(experiment, folder, CachedResults(state / "samples").within(folder.name), seed, report)
 
-    if not agreed(folder.exists()):  # the piece says that it is there
-        return dict(Pieces(state).write(folder.name, fill())) if is_main() else fill()
-    return dict(Pieces(state).once(folder.name, fill))
+    if not agreed(folder.exists()):  # whatever the cached result says
+        return dict(CachedResults(state).write(folder.name, fill())) if is_main() else fill()
+    return dict(CachedResults(state).once(folder.name, fill))
 
 
-def _fill_buffer(experiment: Experiment, folder: Path, pieces: Pieces, seed: int, report: Report) -> dict[str, Any]:
+def _fill_buffer(
+    experiment: Experiment, folder: Path, cached: CachedResults, seed: int, report: Report
+) -> dict[str, Any]:
     policy = load_for(experiment.model, experiment.training)
     bad = {name: BadRows(mode) for name, mode in _on_bad_rows(experiment).items()}
     problems = load_problems(experiment.train, bad["train"])
@@ -74,24 +76,24 @@ def _fill_buffer(experiment: Experiment, folder: Path, pieces: Pieces, seed: int
             token_budget=experiment.training.token_budget,
             progress=_counted(len(encoded), "sampling the base policy", report),
             recompute=not settings.wants_sampler_logp,
-            pieces=pieces,
+            cached=cached,
             bad=bad["train"],
         )
         buffer = buffer.concatenate(OfflineBuffer.from_trajectories(samples))
         events += cut_short(samples, settings.max_new_tokens)
-    scoring_flops = 0.0
+    behaviour_flops = 0.0
     if experiment.training.behaviour == "current":
-        buffer, scored = with_behaviour(buffer, policy, experiment.training.token_budget)
-        events += [scored_event(len(scored))] if scored else []
-        tokens, completions = (int(buffer.tokens(*names)[scored].sum()) for names in ((), ("completion_ids",)))
-        scoring_flops = policy.flops(tokens, completions)
+        buffer, computed = with_behaviour(buffer, policy, experiment.training.token_budget)
+        events += [behaviour_event(len(computed))] if computed else []
+        tokens, completions = (int(buffer.tokens(*names)[computed].sum()) for names in ((), ("completion_ids",)))
+        behaviour_flops = policy.flops(tokens, completions)
     flops_of: dict[str, float] = {}
     for one in stored_inputs(
         objective_of(experiment, name) for name in offline
-    ):  # anew: what is stored may be another's
+    ):  # recomputed: stored values may be another model's
         report(1.0, f"{one.label} log-probs")
         buffer = with_inputs(buffer, [one], policy, experiment.training.token_budget)
-        passes = 1 + (buffer.numbers("temperature") != 1.0)  # one more at the temperature of the sampling
+        passes = 1 + (buffer.numbers("temperature") != 1.0)  # one more at the sampling temperature
         tokens, completions = (int(passes @ buffer.tokens(*names)) for names in ((), ("completion_ids",)))
         flops_of[one.column] = policy.flops(tokens, completions)
     if is_main():
@@ -108,7 +110,7 @@ def _fill_buffer(experiment: Experiment, folder: Path, pieces: Pieces, seed: int
         "mismatch": mismatch(samples),
         "dropped_rows": {name: summary for name, rows in bad.items() if (summary := rows.summary())},
         "events": [*(f"{name}: {event}" for name, rows in bad.items() for event in rows.events()), *events],
-        "sampling_flops": 2 * policy.flops(tokens, sampled) + scoring_flops,  # sampled, then scored
+        "sampling_flops": 2 * policy.flops(tokens, sampled) + behaviour_flops,  # sampled, then log-probs computed
         "input_flops": flops_of,
         "resolved": resolved(policy, experiment.training, engine_of(settings, policy)),
         "token_probabilities": token_probabilities(policy, buffer, experiment.training.token_budget),
@@ -116,7 +118,7 @@ def _fill_buffer(experiment: Experiment, folder: Path, pieces: Pieces, seed: int
 
 
 def _on_bad_rows(experiment: Experiment) -> dict[str, OnBadRow]:
-    """What happens to bad rows of what the shared buffer is filled from."""
+    """What happens to bad rows of the tables that fill the shared buffer."""
     modes = {"train": experiment.train.bad_rows}
     if (table := experiment.demonstrations_table) is not None:
         modes["demonstrations"] = table.bad_rows
@@ -124,11 +126,11 @@ def _on_bad_rows(experiment: Experiment) -> dict[str, OnBadRow]:
 
 
 def token_probabilities(policy: Policy, buffer: Buffer, token_budget: TokenBudget) -> dict[str, list[float]]:
-    """How the probabilities of the demonstrations' tokens are distributed: counts in bins over 0 to 1."""
+    """A histogram of the probabilities of the demonstrations' tokens over [0, 1]: ``edges`` and ``counts``."""
     sources = buffer.column("source")
     rows = [index for index, source in enumerate(sources) if source == "demonstration"][:PROBED_ROWS]
     picked = [(row.prompt_ids, row.completion_ids) for row in (buffer[index] for index in rows)]
-    logps = score_rows(policy, picked, token_budget)
+    logps = log_probs(policy, picked, token_budget)
     counts, _ = np.histogram(np.exp([x for row in logps for x in row]), bins=EDGES)
     return {"edges": EDGES.tolist(), "counts": counts.tolist()}
 

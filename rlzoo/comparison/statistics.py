@@ -1,6 +1,6 @@
 """Statistics of a comparison: pass@k, intervals over seeds and problems, paired differences, as pure functions.
 
-S seeds, P problems. Scores and intervals are fractions in [0, 1].
+S seeds, P problems. Results and intervals are fractions in [0, 1].
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from rlzoo.evaluation.metrics import pass_at_k
 
 METRICS = ("avg_at_k", "greedy", "pass_at_k")
 SIGNIFICANT = 0.05
-"""A difference is called distinguishable from none where its corrected p-value is below this."""
+"""A difference is called distinguishable from none if its corrected p-value is below this."""
 
 
 class Interval(NamedTuple):
@@ -34,13 +34,13 @@ class Interval(NamedTuple):
 
 @dataclass(frozen=True)
 class _Spread:
-    """What is known of a score matrix's mean: its variance in two independent parts, and how well each is known."""
+    """The mean of a result matrix, its variance in two independent parts, and how well each is known."""
 
     mean: float
     parts: Float[np.ndarray, " 2"]
-    """Of the variance of the mean: that along the axis with fewer levels (seeds, say), noise included, and what the
-    other adds."""
-    freedom: tuple[int, int]
+    """The variance of the mean along the axis with fewer levels (seeds, say), noise included, and what the other axis
+    adds."""
+    freedom: tuple[float, float]
     """Degrees of freedom of each part, the smaller first."""
 
     @property
@@ -48,7 +48,7 @@ class _Spread:
         return float(np.sqrt(self.parts.sum()))
 
     def reach(self, tail: float) -> float:
-        """How far the interval that leaves out ``tail`` on each side goes from the mean: see `crossed_interval`."""
+        """The half-width of the interval that leaves out ``tail`` on each side: see `crossed_interval`."""
         if not self.parts.any():
             return 0.0
         few, many = self.freedom
@@ -60,77 +60,94 @@ class _Spread:
         return float(weight * cochran + (1 - weight) * welch) * self.standard_error
 
     def safe_reach(self, tail: float) -> float:
-        """The same of an interval that never covers too rarely. Source: Banerjee, Sankhyā 22, 1960."""
+        """The same for an interval whose coverage is never too low. Source: Banerjee, Sankhyā 22, 1960."""
         quantiles = np.array([_student(tail, freedom) for freedom in self.freedom])
         return float(np.sqrt((quantiles**2 * self.parts).sum()))
 
 
 def _student(tail: float, freedom: float) -> float:
-    """What Student's t exceeds with probability ``tail``."""
+    """The value that Student's t exceeds with probability ``tail``."""
     return -float(special.stdtrit(freedom, tail))
 
 
 IGNORED, SLOPE, LEAST = 0.08, 0.7, 0.2
-"""Chosen once so that the coverage for normal parts, computed by quadrature, stays within 93 and 97 % whatever their
-shares, from two seeds and eight problems on."""
+"""Chosen so that the coverage for normal effects, computed by quadrature, is between 93 and 97 % whatever their shares
+of the variance, for two or more seeds and eight or more problems."""
+Benchmarks = Int[np.ndarray, " P"]
 AGREE = 0.05
-"""The quantile of what noise alone gives below which a mean square is not taken at its word: seeds that agree better
-than that, to the last sample in a small table, do so by chance."""
+"""A mean square below this quantile of its distribution under noise alone is raised to it: seeds that agree better than
+that, as they can in a small table, do so by chance."""
 
 
 @dataclass(frozen=True)
-class ScoreMatrix:
-    """The score of one algorithm on one benchmark by one metric, for each seed and problem."""
+class ResultMatrix:
+    """The result of one algorithm on one benchmark by one metric, for each seed and problem."""
 
     values: Float[np.ndarray, "S P"]
     seeds: tuple[int, ...]
     problems: tuple[str, ...]
+    benchmarks: Benchmarks | None = None
+    """The number of each problem's benchmark, where there are several: see `crossed_interval`."""
 
 
-ScoreKey = tuple[str, str, str]
-"""algorithm, benchmark, metric"""
+ResultKey = tuple[str, str, str]
+"""algorithm, benchmark (or `OVERALL`), metric"""
+OVERALL = "mean over benchmarks"
+"""The name under which the mean over benchmarks stands beside them."""
 
 
-def crossed_interval(scores: Float[np.ndarray, "S P"], level: float = 0.95) -> Interval:
-    """The mean of a score matrix and its interval over other seeds and other problems of the same kind.
+def crossed_interval(
+    results: Float[np.ndarray, "S P"], level: float = 0.95, benchmarks: Benchmarks | None = None
+) -> Interval:
+    """The mean of a result matrix and its interval over further seeds and problems of the same kind.
 
     In y_ij = μ + seed_i + problem_j + noise_ij the variance of the mean is σ²_s/S + σ²_p/P + σ²_n/(SP). The two-way
     table's mean squares between seeds, between problems and of the residuals have the expectations Pσ²_s + σ²_n,
     Sσ²_p + σ²_n and σ²_n, so with fewer seeds than problems it is estimated by (MS_s + max(MS_p - MS_n, 0))/(SP): the
-    noise stays with the seeds, which are few, and where problems add nothing the interval is Student's over the seeds'
-    means, whatever the seeds' share. (To test first whether seeds differ would cover too rarely: of two or three, such
-    a test mostly says that they do not.) The two parts have S-1 and P-1 degrees of freedom, which is Behrens and
-    Fisher's problem; the quantile lies between Welch's and Cochran's, the mean of both parts' quantiles weighted by
-    their shares, the nearer to the latter the fewer seeds there are. With fewer problems than seeds the two change
-    places. One seed speaks of other problems alone, one problem of other seeds alone, one value of nothing. Two seeds
-    say little: Student's quantile is 12.7. How often intervals cover the true value is counted by
-    experiments/benchmarks/coverage.py.
+    noise is attributed to the seeds, which are few, and where problems add nothing the interval is Student's over the
+    seeds' means, whatever the seeds' share. (To test first whether seeds differ would give too low a coverage: with two
+    or three of them the test rarely rejects.) The two parts have S-1 and P-1 degrees of freedom: the Behrens-Fisher
+    problem. The quantile lies between Welch's and Cochran's (the mean of both parts' quantiles weighted by their
+    shares), the nearer to the latter the fewer seeds there are. With fewer problems than seeds, seeds and problems
+    change places. With one seed the interval covers other problems only, with one problem other seeds only, and a
+    single value has no width. Two seeds say little: Student's quantile is 12.7. experiments/benchmarks/coverage.py
+    measures the coverage.
+
+    With ``benchmarks``, the number of each problem's benchmark, the mean is that over benchmarks, with equal weights.
+    Benchmarks are fixed; their problems are independent draws. So the seeds' variance is that of this mean, the
+    problems' variance is taken within each benchmark, and its degrees of freedom are Satterthwaite's.
 
     Sources: Searle, Casella, McCulloch, Variance components, 1992, chapter 4; Welch, Biometrika 34, 1947; Cochran,
-    Biometrics 20, 1964, p. 191.
+    Biometrics 20, 1964, p. 191; Satterthwaite, Biometrics Bulletin 2, 1946.
     Raises ValueError unless the matrix is 2-D, not empty and finite.
     """
-    spread = _spread(scores)
+    spread = _spread(results, benchmarks)
     reach = spread.reach((1 - level) / 2)
     return Interval(spread.mean, spread.mean - reach, spread.mean + reach)
 
 
-def score_interval(scores: Float[np.ndarray, "S P"], level: float = 0.95) -> Interval:
-    """The interval of `crossed_interval` for scores between 0 and 1, which never leaves that range.
+def result_interval(
+    results: Float[np.ndarray, "S P"], level: float = 0.95, benchmarks: Benchmarks | None = None
+) -> Interval:
+    """The interval of `crossed_interval` for results between 0 and 1, which never leaves that range.
 
-    It holds the means μ with |ȳ - μ| ≤ t √(μ(1-μ)/n): the variance changes with the mean as a share's does, which
-    matters near 0 and 1, and n is the number of independent right-or-wrong answers that would know the mean as well,
-    ȳ(1-ȳ)/SE². For one answer per problem, by one seed, that is their number and t the normal quantile: scores are then
-    a count, whose coverage jumps between 92 and 98 % with the mean (Brown, Cai and DasGupta 2001). The same where all
-    scores are 0, or all 1.
+    It contains the means μ with |ȳ - μ| ≤ t √(μ(1-μ)/n): the variance changes with the mean as a proportion's does,
+    which matters near 0 and 1, and n = ȳ(1-ȳ)/SE² is the effective number of independent right-or-wrong answers. For
+    one answer per problem by one seed, n is their number and t the normal quantile: the sum is then a binomial count,
+    whose coverage oscillates between 92 and 98 % with the mean (Brown, Cai and DasGupta 2001). The same holds where
+    results vary in no benchmark; n is then B² / Σ 1/P_b for B ``benchmarks``.
 
     Sources: Wilson, Journal of the American Statistical Association 22, 1927; with n from the standard error: Korn and
     Graubard, Survey Methodology 24, 1998. Raises ValueError as `crossed_interval` does.
     """
-    spread, tail = _spread(scores), (1 - level) / 2
-    mean, error, (seeds, problems) = spread.mean, spread.standard_error, np.shape(scores)
-    if problems > 1 and np.isin(scores, (0, 1)).all() and (seeds == 1 or error == 0):
+    spread, tail = _spread(results, benchmarks), (1 - level) / 2
+    mean, error, (seeds, problems) = spread.mean, spread.standard_error, np.shape(results)
+    sizes = np.array([problems]) if benchmarks is None else np.unique(benchmarks, return_counts=True)[1]
+    counted = (seeds == 1 and len(sizes) == 1) or error == 0
+    if problems > 1 and np.isin(results, (0, 1)).all() and counted:
         quantile, n = -float(special.ndtri(tail)), float(problems)
+        if len(sizes) > 1:
+            n = len(sizes) ** 2 / float((1 / sizes).sum())
     elif error > 0:
         quantile, n = spread.reach(tail) / error, mean * (1 - mean) / error**2
     else:
@@ -141,17 +158,17 @@ def score_interval(scores: Float[np.ndarray, "S P"], level: float = 0.95) -> Int
     return Interval(mean, max(centre - reach, 0.0), min(centre + reach, 1.0))
 
 
-def p_value(scores: Float[np.ndarray, "S P"]) -> float:
-    """A two-sided p-value of a mean of 0 that is at most α with probability at most α, for every α.
+def p_value(results: Float[np.ndarray, "S P"], benchmarks: Benchmarks | None = None) -> float:
+    """A two-sided p-value for a mean of 0: under the null hypothesis p ≤ α with probability at most α, for every α.
 
-    Corrected for their number, p-values are decided far out in the tails, where the calibration of `crossed_interval`
-    at 95 % says nothing. So this one is a little larger than the level at which that interval ends at 0 would have it:
-    squared quantiles of two independent variances, weighted by the variances, never reject too often (Banerjee, Sankhyā
-    22, 1960). A single value, which has no interval, gives 1. Raises ValueError as
+    Once corrected for their number, p-values are decided far out in the tails, where the calibration of
+    `crossed_interval` at 95 % says nothing. So this one is a little larger than the level at which that interval ends
+    at 0: a test with the mean of the squared quantiles of two independent variances, weighted by the variances, never
+    rejects too often (Banerjee, Sankhyā 22, 1960). A single value, which has no interval, gives 1. Raises ValueError as
     `crossed_interval` does.
     """
-    spread = _spread(scores)
-    if spread.mean == 0 or np.size(scores) == 1:
+    spread = _spread(results, benchmarks)
+    if spread.mean == 0 or np.size(results) == 1:
         return 1.0
     if spread.standard_error == 0:
         return 0.0
@@ -159,13 +176,15 @@ def p_value(scores: Float[np.ndarray, "S P"]) -> float:
     each = 2 * special.stdtr(spread.freedom, -distance / spread.standard_error)
     if each.min() == 0 or spread.parts.min() == 0:
         return float(each.max() if each.min() == 0 else each[spread.parts.argmax()])
-    low, high = np.log(each.min()) - 1e-3, min(np.log(each.max()) + 1e-3, 0.0)  # a mean of quantiles lies between
+    low, high = np.log(each.min()) - 1e-3, min(np.log(each.max()) + 1e-3, 0.0)  # the weighted mean lies between the two
     return float(np.exp(optimize.brentq(lambda p: spread.safe_reach(np.exp(p) / 2) - distance, low, high)))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """P-values corrected for their number, so that any true null hypothesis among them falls below α with probability
-    at most α, whatever their dependence: the k-th smallest of m becomes max_{j ≤ k} (m - j + 1) p_(j), at most 1.
+    """P-values corrected for their number by Holm's method.
+
+    The k-th smallest of m becomes max_{j ≤ k} (m - j + 1) p_(j), at most 1. The probability that any true null
+    hypothesis gets a value of at most α is at most α, whatever the dependence.
 
     Source: Holm, Scandinavian Journal of Statistics 6, 1979.
     """
@@ -177,25 +196,59 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return found
 
 
-def _spread(scores: Float[np.ndarray, "S P"]) -> _Spread:
-    """The mean of a score matrix and the parts of its variance: see `crossed_interval`."""
-    scores = np.asarray(scores, dtype=np.float64)
-    if scores.ndim != 2 or scores.size == 0 or not np.isfinite(scores).all():
-        raise ValueError(f"crossed_interval needs a finite [seeds, problems] matrix, got shape {scores.shape}")
-    (seeds, problems), mean = scores.shape, scores.mean()
-    by_seed, by_problem = scores.mean(1) - mean, scores.mean(0) - mean
-    rest = scores - mean - by_seed[:, None] - by_problem
-    freedom = (seeds - 1, problems - 1)
-    squares = problems * np.square(by_seed).sum(), seeds * np.square(by_problem).sum()
+def _spread(results: Float[np.ndarray, "S P"], benchmarks: Benchmarks | None = None) -> _Spread:
+    """The mean of a result matrix and the parts of its variance: see `crossed_interval`."""
+    results = np.asarray(results, dtype=np.float64)
+    if results.ndim != 2 or results.size == 0 or not np.isfinite(results).all():
+        raise ValueError(f"crossed_interval needs a finite [seeds, problems] matrix, got shape {results.shape}")
+    seeds, problems = results.shape
+    blocks = [results]
+    if benchmarks is not None and len(names := np.unique(benchmarks)) > 1:
+        blocks = [results[:, benchmarks == name] for name in names]
+        # so that the mean of all values is that over benchmarks
+        blocks = [block * (problems / (len(blocks) * block.shape[1])) for block in blocks]
+        results = np.concatenate(blocks, axis=1)
+    mean = results.mean()
+    within = [_within(block) for block in blocks]
+    shares = [block.shape[1] / problems for block in blocks]
+    squares = [share * one.problems for share, one in zip(shares, within, strict=True)]
+    by_seed, by_problem = problems * np.square(results.mean(1) - mean).sum() / max(seeds - 1, 1), sum(squares)
+    freedom = seeds - 1, _joint_freedom(squares, [block.shape[1] - 1 for block in blocks])
     few, many = (0, 1) if 0 < freedom[0] <= freedom[1] or freedom[1] == 0 else (1, 0)
+    known, found = (max(freedom[few], 1), max(freedom[many], 1)), (by_seed, by_problem)
     if not min(freedom):
-        parts, known = (squares[few] / max(freedom[few], 1), 0.0), (max(freedom[few], 1),) * 2
+        parts, known = (found[few], 0.0), (known[0], known[0])
     else:
-        noise = np.square(rest).sum() / (freedom[0] * freedom[1])
+        noise = sum(share * one.noise for share, one in zip(shares, within, strict=True))
         least = special.gammaincinv(freedom[few] / 2, AGREE) * 2 / freedom[few] * noise
-        parts = max(squares[few] / freedom[few], least), max(squares[many] / freedom[many] - noise, 0.0)
-        known = freedom[few], freedom[many]
-    return _Spread(float(mean), np.array(parts) / scores.size, known)
+        parts = max(found[few], least), max(found[many] - noise, 0.0)
+    return _Spread(float(mean), np.array(parts) / results.size, known)
+
+
+class _Within(NamedTuple):
+    """Mean squares of one benchmark: between problems, and of the residuals. 0 where there is no degree of freedom."""
+
+    problems: float
+    noise: float
+
+
+def _within(results: Float[np.ndarray, "S P"]) -> _Within:
+    (seeds, problems), mean = results.shape, results.mean()
+    by_seed, by_problem = results.mean(1) - mean, results.mean(0) - mean
+    rest = results - mean - by_seed[:, None] - by_problem
+    freedom = (seeds - 1) * (problems - 1)
+    return _Within(
+        seeds * np.square(by_problem).sum() / max(problems - 1, 1), np.square(rest).sum() / freedom if freedom else 0.0
+    )
+
+
+def _joint_freedom(variances: Sequence[float], freedom: Sequence[int]) -> float:
+    """The degrees of freedom of a sum of independent estimates of variances (Satterthwaite)."""
+    if len(freedom) == 1:
+        return freedom[0]
+    known = [(one**2, degrees) for one, degrees in zip(variances, freedom, strict=True) if degrees]
+    spread = sum(square / degrees for square, degrees in known)
+    return sum(variances) ** 2 / spread if spread else sum(freedom)
 
 
 def paired_difference(
@@ -203,9 +256,9 @@ def paired_difference(
     b: Float[np.ndarray, "S P"],
     level: float = 0.95,
 ) -> Interval:
-    """The mean of a - b and its interval; what the two share by seed and problem cancels.
+    """The mean of a - b and its interval; effects of seeds and problems that both share cancel.
 
-    Raises ValueError if the shapes differ: rows must be the same seeds and columns the same problems.
+    Raises ValueError if the shapes differ: rows must be the same seeds, and columns the same problems.
     """
     a, b = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
     if a.shape != b.shape:
@@ -213,12 +266,12 @@ def paired_difference(
     return crossed_interval(a - b, level)
 
 
-def score_matrices(outcomes: pa.Table, k: int | Mapping[str, int]) -> dict[ScoreKey, ScoreMatrix]:
-    """The scores behind every algorithm × benchmark × metric of an outcomes table; k may differ by benchmark.
+def result_matrices(outcomes: pa.Table, k: int | Mapping[str, int]) -> dict[ResultKey, ResultMatrix]:
+    """The results behind every algorithm × benchmark × metric of an outcomes table; k may differ by benchmark.
 
-    avg_at_k is the share of a problem's samples that is correct, pass_at_k the estimate of `pass_at_k`,
-    greedy 0 or 1. A metric with no rows (no greedy decoding, say) is left out. Raises UserError for a row
-    recorded twice, a problem that a seed lacks, or k above the number of samples.
+    With several benchmarks, `OVERALL` is one too. avg_at_k is the fraction of a problem's samples that is correct,
+    pass_at_k the estimate of `pass_at_k`, greedy 0 or 1. A metric without rows (no greedy decoding, say) is left out.
+    Raises UserError for a row recorded twice, a problem that a seed lacks, or k above the number of samples.
     """
     cells = ["algorithm", "benchmark", "decoding"]
     table = outcomes.group_by([*cells, "seed", "problem_id"]).aggregate(
@@ -229,7 +282,7 @@ def score_matrices(outcomes: pa.Table, k: int | Mapping[str, int]) -> dict[Score
         row = int(np.argmax(column["sample_count_distinct"] != column["correct_count"]))
         where = ", ".join(f"{name} {column[name][row]}" for name in [*cells, "seed", "problem_id"])
         raise UserError(f"outcomes hold a sample twice ({where}): keep one learning rate and one row per sample")
-    matrices: dict[ScoreKey, ScoreMatrix] = {}
+    matrices: dict[ResultKey, ResultMatrix] = {}
     for algorithm, benchmark, decoding in dict.fromkeys(zip(*(column[name] for name in cells), strict=True)):
         rows = np.logical_and.reduce(
             [column[n] == v for n, v in zip(cells, (algorithm, benchmark, decoding), strict=True)]
@@ -239,14 +292,32 @@ def score_matrices(outcomes: pa.Table, k: int | Mapping[str, int]) -> dict[Score
             column["correct_count"][rows].astype(np.int64),
         )
         where = f"{algorithm!r} on {benchmark!r}"
-        for metric, scores in _scores(decoding, correct, n, k if isinstance(k, int) else k[benchmark]):
+        for metric, results in _results(decoding, correct, n, k if isinstance(k, int) else k[benchmark]):
             matrices[algorithm, benchmark, metric] = _pivot(
-                scores, column["seed"][rows], column["problem_id"][rows], where
+                results, column["seed"][rows], column["problem_id"][rows], where
             )
-    return matrices
+    return matrices | _overall(matrices)
 
 
-def _scores(
+def _overall(matrices: Mapping[ResultKey, ResultMatrix]) -> dict[ResultKey, ResultMatrix]:
+    """The results on all benchmarks together, by common seeds, of each algorithm × metric with results on each."""
+    benchmarks = list(dict.fromkeys(benchmark for _, benchmark, _ in matrices))
+    found: dict[ResultKey, ResultMatrix] = {}
+    for algorithm, metric in dict.fromkeys((algorithm, metric) for algorithm, _, metric in matrices):
+        own = [matrices.get((algorithm, benchmark, metric)) for benchmark in benchmarks]
+        each = [one for one in own if one is not None]
+        seeds = tuple(seed for seed in each[0].seeds if all(seed in one.seeds for one in each))
+        if len(benchmarks) > 1 and len(each) == len(benchmarks) and seeds:
+            found[algorithm, OVERALL, metric] = ResultMatrix(
+                np.concatenate([one.values[[one.seeds.index(seed) for seed in seeds]] for one in each], axis=1),
+                seeds,
+                tuple(f"{name}/{p}" for name, one in zip(benchmarks, each, strict=True) for p in one.problems),
+                np.repeat(np.arange(len(each)), [len(one.problems) for one in each]),
+            )
+    return found
+
+
+def _results(
     decoding: str, correct: Int[np.ndarray, " N"], n: Int[np.ndarray, " N"], k: int
 ) -> Iterator[tuple[str, Float[np.ndarray, " N"]]]:
     if decoding == "greedy":
@@ -257,77 +328,78 @@ def _scores(
 
 
 def _pivot(
-    scores: Float[np.ndarray, " N"], seed: Int[np.ndarray, " N"], problem: np.ndarray, where: str
-) -> ScoreMatrix:
+    results: Float[np.ndarray, " N"], seed: Int[np.ndarray, " N"], problem: np.ndarray, where: str
+) -> ResultMatrix:
     seeds, row = np.unique(seed, return_inverse=True)
     problems, column = np.unique(problem, return_inverse=True)
     values = np.full((len(seeds), len(problems)), np.nan)
-    values[row, column] = scores
+    values[row, column] = results
     if np.isnan(values).any():
         s, p = np.argwhere(np.isnan(values))[0]
         raise UserError(f"outcomes of {where}: seed {seeds[s]} lacks problem {problems[p]!r}; run that cell again")
-    return ScoreMatrix(values, tuple(int(s) for s in seeds), tuple(str(p) for p in problems))
+    return ResultMatrix(values, tuple(int(s) for s in seeds), tuple(str(p) for p in problems))
 
 
 def summarise(outcomes: pa.Table, k: int | Mapping[str, int]) -> list[dict[str, Any]]:
-    """Mean and 95 % interval of every algorithm (the base model among them, as "base") × benchmark × metric.
+    """Mean and 95 % interval of every algorithm (the base model among them, as "base") × benchmark × metric, those of
+    the mean over several benchmarks (as `OVERALL`) last.
 
     Rows have the keys algorithm, benchmark, metric, mean, ci_low, ci_high and seeds, the number of seeds.
     """
     rows: list[dict[str, Any]] = []
-    for (algorithm, benchmark, metric), matrix in _ordered(score_matrices(outcomes, k)):
-        mean, low, high = score_interval(matrix.values)
+    for (algorithm, benchmark, metric), matrix in _ordered(result_matrices(outcomes, k)):
+        mean, low, high = result_interval(matrix.values, benchmarks=matrix.benchmarks)
         row = {"algorithm": algorithm, "benchmark": benchmark, "metric": metric, "mean": mean}
         rows.append(row | {"ci_low": low, "ci_high": high, "seeds": len(matrix.seeds)})
     return rows
 
 
 def compare_to(outcomes: pa.Table, baseline: str, k: int | Mapping[str, int]) -> list[dict[str, Any]]:
-    """Paired differences (algorithm - baseline) of every other algorithm × benchmark × metric.
+    """Paired differences (algorithm - baseline) of every other algorithm × benchmark (or `OVERALL`) × metric.
 
     Rows have the keys algorithm, benchmark, metric, difference, ci_low, ci_high, p and seeds, the number of seeds that
-    both have; a pair with no seed in common is left out. The interval speaks of one difference alone; p is corrected by
+    both have; a pair with no seed in common is left out. The interval is that of one difference; p is corrected by
     `holm` for all differences on the benchmark. Raises UserError for an unknown baseline.
     """
-    matrices = score_matrices(outcomes, k)
+    matrices = result_matrices(outcomes, k)
     names = dict.fromkeys(algorithm for algorithm, _, _ in matrices)
     if baseline not in names:
         raise unknown("baseline", baseline, names)
     rows: list[dict[str, Any]] = []
     for (algorithm, benchmark, metric), matrix in _ordered(matrices):
         other = matrices.get((baseline, benchmark, metric))
-        pair = None if algorithm == baseline or other is None else align(matrix, other)
-        if pair is None:
+        difference = None if algorithm == baseline or other is None else difference_of(matrix, other)
+        if difference is None:
             continue
-        difference, low, high = paired_difference(*pair)
+        mean, low, high = crossed_interval(difference.values, benchmarks=difference.benchmarks)
         row: dict[str, Any] = {"algorithm": algorithm, "benchmark": benchmark, "metric": metric}
-        row |= {"difference": difference, "ci_low": low, "ci_high": high}
-        rows.append(row | {"p": p_value(pair[0] - pair[1]), "seeds": len(pair[0])})
+        row |= {"difference": mean, "ci_low": low, "ci_high": high}
+        rows.append(row | {"p": p_value(difference.values, difference.benchmarks), "seeds": len(difference.seeds)})
     for benchmark in {row["benchmark"] for row in rows}:
-        family = [row for row in rows if row["benchmark"] == benchmark]
-        for row, corrected in zip(family, holm([row["p"] for row in family]), strict=True):
+        table = [row for row in rows if row["benchmark"] == benchmark]
+        for row, corrected in zip(table, holm([row["p"] for row in table]), strict=True):
             row["p"] = corrected
     return rows
 
 
 def compare_pairs(
-    matrices: Mapping[ScoreKey, ScoreMatrix], benchmark: str, metric: str
+    matrices: Mapping[ResultKey, ResultMatrix], benchmark: str, metric: str
 ) -> dict[tuple[str, str], float]:
-    """The p-value of the paired difference of every two algorithms, corrected by `holm` for the number of pairs.
+    """The p-value of the paired difference of each pair of algorithms, corrected by `holm` for the number of pairs.
 
-    The base model is none of them, and pairs with no seed in common are left out. Keys have both orders.
+    The base model and pairs with no seed in common are left out. Each pair is there under both orders of its names.
     """
     found = {a: m for (a, b, by), m in matrices.items() if (b, by) == (benchmark, metric) and a != BASE}
-    aligned = {(a, b): align(found[a], found[b]) for a, b in combinations(found, 2)}
-    p = {pair: p_value(both[0] - both[1]) for pair, both in aligned.items() if both is not None}
+    all_of = {(a, b): difference_of(found[a], found[b]) for a, b in combinations(found, 2)}
+    p = {pair: p_value(one.values, one.benchmarks) for pair, one in all_of.items() if one is not None}
     corrected = dict(zip(p, holm(list(p.values())), strict=True))
     return corrected | {(b, a): value for (a, b), value in corrected.items()}
 
 
-def align(a: ScoreMatrix, b: ScoreMatrix) -> tuple[Float[np.ndarray, "S P"], Float[np.ndarray, "S P"]] | None:
-    """The values of both on the seeds and problems that they share, or None if they share none.
+def difference_of(a: ResultMatrix, b: ResultMatrix) -> ResultMatrix | None:
+    """a - b on their common seeds and problems; None if there are none.
 
-    The base model has one pseudo-seed, -1: its row stands beside every seed of the other.
+    The base model has one pseudo-seed, -1: its row is repeated for every seed of the other.
     """
     seeds_a, seeds_b = list(a.seeds), list(b.seeds)
     if seeds_a == [-1] or seeds_b == [-1]:
@@ -335,13 +407,16 @@ def align(a: ScoreMatrix, b: ScoreMatrix) -> tuple[Float[np.ndarray, "S P"], Flo
         rows_b = np.zeros(len(seeds_a), int) if seeds_b == [-1] else np.arange(len(seeds_b))
     else:
         _, rows_a, rows_b = np.intersect1d(seeds_a, seeds_b, return_indices=True)
-    _, columns_a, columns_b = np.intersect1d(a.problems, b.problems, return_indices=True)
+    problems, columns_a, columns_b = np.intersect1d(a.problems, b.problems, return_indices=True)
     if not len(rows_a) or not len(columns_a):
         return None
-    return a.values[np.ix_(rows_a, columns_a)], b.values[np.ix_(rows_b, columns_b)]
+    values = a.values[np.ix_(rows_a, columns_a)] - b.values[np.ix_(rows_b, columns_b)]
+    seeds = [seeds_b[row] for row in rows_b] if seeds_a == [-1] else [seeds_a[row] for row in rows_a]
+    benchmarks = None if a.benchmarks is None else a.benchmarks[columns_a]
+    return ResultMatrix(values, tuple(seeds), tuple(map(str, problems)), benchmarks)
 
 
-def _ordered(matrices: Mapping[ScoreKey, ScoreMatrix]) -> list[tuple[ScoreKey, ScoreMatrix]]:
+def _ordered(matrices: Mapping[ResultKey, ResultMatrix]) -> list[tuple[ResultKey, ResultMatrix]]:
     """By benchmark, then algorithm, each in order of appearance, then metric."""
     algorithms = list(dict.fromkeys(algorithm for algorithm, _, _ in matrices))
     benchmarks = list(dict.fromkeys(benchmark for _, benchmark, _ in matrices))

@@ -1,4 +1,4 @@
-"""Evaluation of a policy on a problem set: metrics as a table of small objects, and the samples behind them."""
+"""Evaluation of a policy on a problem set: a table of metrics, and the samples behind them."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """What samples a policy loads torch, which a report of metrics does without."""
+    """Import names that need torch only when they are used."""
     if name not in ("Evaluation", "evaluate"):
         raise AttributeError(f"module 'rlzoo.evaluation' has no attribute {name!r}")
     return getattr(importlib.import_module("rlzoo.evaluation.evaluation"), name)

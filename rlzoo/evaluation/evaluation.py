@@ -1,4 +1,4 @@
-"""Running an evaluation: samples at temperature T and a greedy one per problem, scored, and the metrics of them."""
+"""Evaluation: sample each problem at temperature T and once greedily, score the samples, compute metrics."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ from rlzoo.buffers.problems import EncodedProblem, Problem, demonstrations, enco
 from rlzoo.config import EvaluationSettings, TokenBudget
 from rlzoo.errors import UserError
 from rlzoo.evaluation.metrics import ProblemSamples, get_metric, metric_table
-from rlzoo.policy import Policy, score_rows
+from rlzoo.policy import Policy, log_probs
 from rlzoo.reward import Reward, get_reward
 from rlzoo.reward.calling import means
 from rlzoo.rollout import Sampler, sampler_of
-from rlzoo.rollout.rollouts import completions_of, judge, within_limits
+from rlzoo.rollout.rollouts import completions_of, score_samples, within_limits
 from rlzoo.types import Trajectory
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Scores of one policy on one problem set, and the outcome of every sample behind them."""
+    """The metrics of a policy on a problem set, and the outcome of every sample."""
 
     metrics: dict[str, float]
-    """The number of each metric of the table under its name, such as ``avg_at_k``, with ``k`` and ``samples``; and
-    ``reward/NAME`` for what the reward logged as the metric NAME of the samples."""
+    """Metrics by name, such as ``avg_at_k``, with ``k`` and ``samples``; and ``reward/NAME`` for the metric NAME that
+    the reward logged."""
     outcomes: list[dict[str, Any]]
-    """One row per sample: problem_id, prompt, decoding, sample, reward, correct, length, truncated, text. And, where
-    there is such a thing, ``logged`` and ``components`` of the reward as JSON, the ``answer`` that the reward reads in
-    the text, and ``gold_logp``, the log-prob of the problem's ``gold_tokens``, in nats."""
+    """One row per sample: problem_id, prompt, decoding, sample, reward, correct, length, truncated, text. If available,
+    also ``logged`` and ``components`` of the reward as JSON, the ``answer`` that the reward reads in the text, and
+    ``gold_logp``, the log-prob of the problem's ``gold_tokens``, in nats."""
 
 
 def evaluate(
@@ -46,20 +46,20 @@ def evaluate(
     metrics: Sequence[Any] | None = None,
     token_budget: TokenBudget = 8192,
 ) -> Evaluation:
-    """Sample each problem ``settings.samples`` times, and once greedily, score the answers, and compute the metrics.
+    """Sample each problem ``settings.samples`` times, and once greedily, score the completions, compute metrics.
 
-    ``reward`` is anything that `get_reward` takes, such as a plain function; each of ``metrics`` anything that
-    `get_metric` takes (None: all of `metric_table`). ``token_budget`` is for the micro-batches of gold completions.
+    ``reward`` is what `get_reward` takes, such as a plain function; each of ``metrics`` is what `get_metric` takes
+    (None: all of `metric_table`). ``token_budget`` is for the micro-batches of gold completions.
 
-    A sample with a reward of ``settings.correct_at`` or more is correct; a null reward counts as wrong. A problem that
-    cannot be encoded, or that the model cannot take, is an error, or goes to ``bad``; a solution of one has no part in
+    A sample with a reward of at least ``settings.correct_at`` is correct; a null reward counts as wrong. A problem that
+    cannot be encoded, or that the model cannot take, is an error, or goes to ``bad``; such a solution is left out of
     the log-likelihood. Raises UserError for no problems, k > samples, and a metric that fails.
     """
     settings, reward = settings or EvaluationSettings(), get_reward(reward)
     if not problems:
         raise UserError("there are no problems to evaluate on: give a problem set with at least one row")
     if (most := max(settings.pass_ks)) > settings.samples:
-        raise UserError(f"pass@{most} needs as many samples, and there are {settings.samples}: change one")
+        raise UserError(f"pass@{most} needs as many samples, and there are {settings.samples}: change k or samples")
     table = metric_table(settings, reward.parts) if metrics is None else [get_metric(metric) for metric in metrics]
     sampler = sampler or sampler_of(policy, settings)
     encoded = within_limits(policy, sampler, encode_problems(policy.tokenizer, problems, bad), settings, bad)
@@ -86,25 +86,27 @@ def evaluate(
 
 
 def gold_rows(policy: Policy, problems: Sequence[EncodedProblem], bad: BadRows | None = None) -> list[list[Trajectory]]:
-    """Each problem's gold completions. One that cannot be encoded, or that the model cannot take, is left out."""
+    """Each problem's gold completions, without those that cannot be encoded or that the model cannot take."""
     rows = []
     with told_of(bad) as bad:
         for encoded in problems:
             unfit = BadRows("drop")
             rows.append(demonstrations(policy.tokenizer, [encoded.problem], None, unfit, policy.row_check()))
             if (summary := unfit.summary()) is not None:
-                bad.note(encoded.problem.told, {"gold completions without a log-likelihood": summary["first"][0]})
+                place = encoded.problem.told
+                reason = summary["first"][0].removeprefix(place).lstrip(": ")  # `note` names the place again
+                bad.note(place, {"gold completions without a log-likelihood": reason})
     return rows
 
 
 def _gold_logp(
     policy: Policy, problems: Sequence[EncodedProblem], bad: BadRows | None, token_budget: TokenBudget
 ) -> list[list[list[float]]]:
-    """The log-probs of the tokens of each problem's gold completions, at temperature 1."""
+    """The log-probs per token of each problem's gold completions, at temperature 1."""
     rows = gold_rows(policy, problems, bad)
     flat = [(row.prompt_ids, row.completion_ids) for some in rows for row in some]
-    scored = iter(score_rows(policy, flat, token_budget))
-    return [[next(scored) for _ in some] for some in rows]
+    logps = iter(log_probs(policy, flat, token_budget))
+    return [[next(logps) for _ in some] for some in rows]
 
 
 def _outcomes(
@@ -117,11 +119,11 @@ def _outcomes(
     with_answers: bool,
     progress: Callable[[int], None] | None,
 ) -> tuple[list[dict[str, Any]], dict[str, float]]:
-    """One row per sample, and the means of what the reward logged."""
+    """One row per sample, and the means of the metrics that the reward logged."""
     sampled = sampler.sample([p.ids for p in problems], settings, seed, greedy=greedy, progress=progress)
     flat = [(p, n, s) for p, samples in zip(problems, sampled, strict=True) for n, s in enumerate(samples)]
     answered = [(p, s) for p, _, s in flat]
-    scores = judge(reward, answered)
+    scores = score_samples(reward, answered)
     answers = reward.answers(completions_of(answered)) if with_answers else [None] * len(flat)
     rows = [
         {

@@ -22,20 +22,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ProblemSamples:
-    """What a metric sees of one problem. A sample is a row of outcomes.parquet: its text, reward, correct, length, …"""
+    """The samples of one problem, for a metric. Each is a row of outcomes.parquet: text, reward, correct, length, …"""
 
     problem: Problem
     samples: Sequence[Mapping[str, Any]]
     """The completions sampled at the evaluation's temperature."""
     greedy: Mapping[str, Any] | None = None
-    """The greedy completion; None where there was no greedy decoding."""
+    """The greedy completion; None without greedy decoding."""
     gold_logp: Sequence[Sequence[float]] = ()
     """The policy's log-probs of the tokens of each gold completion, in nats."""
 
 
 @dataclass(frozen=True)
 class Total:
-    """A sum and what it is divided by: problems with more samples or tokens count for more in the average."""
+    """A sum and its divisor: problems with more samples or tokens have more weight in the average."""
 
     total: float
     count: float
@@ -43,38 +43,38 @@ class Total:
 
 NEEDS = ("gold_logp", "answer")
 Found = float | Total | None
-"""A problem's number, averaged over problems; or its part of an average over samples or tokens; or none."""
+"""A problem's value, averaged over problems; or its part of an average over samples or tokens; or none."""
 
 
 @dataclass(frozen=True)
 class Metric:
-    """A row of the table of metrics. A metric that no problem has a number for is left out of the results."""
+    """A row of the table of metrics. A metric that has no value for any problem is left out of the results."""
 
     name: str
     """Its key in results.json."""
     of: Callable[[ProblemSamples], Found]
     label: str = ""
-    """What reports call it; its name by default."""
+    """Its name in reports; by default ``name``."""
     unit: str = "%"
-    """``%``: a fraction, shown as a percentage; anything else: shown as the unit of a plain number."""
+    """``%``: a fraction, shown as a percentage; anything else: the unit of a plain number."""
     needs: tuple[str, ...] = ()
-    """What it reads that takes work of its own: ``gold_logp``, and the ``answer`` that a reward finds in a sample."""
+    """Fields that are computed on request: ``gold_logp``, and the ``answer`` that a reward finds in a sample."""
 
     def __post_init__(self) -> None:
         if wrong := [need for need in self.needs if need not in NEEDS]:
             raise unknown(f"need of metric {self.name!r}", wrong[0], NEEDS)
         object.__setattr__(self, "label", self.label or self.name.replace("_", " "))
-        for name in ("__module__", "__qualname__", "__doc__"):  # which errors tell two metrics of one name apart by
+        for name in ("__module__", "__qualname__", "__doc__"):  # errors tell two metrics of one name apart by these
             object.__setattr__(self, name, getattr(self.of, name, None))
 
     def average(self, problems: Sequence[ProblemSamples]) -> float | None:
-        """Σ totals / Σ counts over the problems that have one. Raises UserError for what is not a finite number."""
+        """Σ totals / Σ counts over the problems that have a value. Raises UserError for one that is not finite."""
         found = [value for value in map(self._value, problems) if value is not None]
         count = np.sum([value.count for value in found])
         return float(np.sum([value.total for value in found]) / count) if count else None
 
     def shown(self, value: float) -> str:
-        """A number of it with its unit, for people."""
+        """A value with its unit."""
         return f"{value:.1%}" if self.unit == "%" else f"{value:.4g} {self.unit}".rstrip()
 
     def _value(self, problem: ProblemSamples) -> Total | None:
@@ -85,7 +85,7 @@ class Metric:
             raise UserError(f"{where}: {told(error)}") from error
         if value is None:
             return None
-        value = value.item() if hasattr(value, "item") else value  # of an array or a tensor
+        value = value.item() if hasattr(value, "item") else value  # an element of an array or a tensor
         total, count = (value.total, value.count) if isinstance(value, Total) else (value, 1)
         if not all(isinstance(each, numbers.Real) and math.isfinite(each) for each in (total, count)):
             raise UserError(f"{where}: it returned {value!r:.60}: return a finite number, a Total, or None")
@@ -96,7 +96,7 @@ _metrics: Registry[Metric] = Registry("metric", "rlzoo.evaluation", "rlzoo.metri
 
 
 def register_metric(metric: Metric) -> Metric:
-    """Make a metric known under its name, for ``evaluation.metrics``. Raises UserError if the name is taken."""
+    """Register a metric under its name, for ``evaluation.metrics``. Raises UserError if the name is taken."""
     return _metrics.add(metric.name, metric)
 
 
@@ -106,9 +106,9 @@ def list_metrics() -> list[str]:
 
 
 def get_metric(spec: Any) -> Metric:
-    """The metric that a name, ``package.module:Name`` or ``path/to/file.py:Name`` stands for.
+    """The metric of a name, ``package.module:Name`` or ``path/to/file.py:Name``.
 
-    A function is a metric of its own name. Raises UserError for an unknown name and for what is not a metric.
+    A function is a metric under its own name. Raises UserError for an unknown name and for what is not a metric.
     """
     found = _metrics.get(spec) if isinstance(spec, str) else spec
     if isinstance(found, Metric):
@@ -123,7 +123,7 @@ def get_metric(spec: Any) -> Metric:
 
 
 def pass_at_k(correct: Int[np.ndarray, "*n"], n: Int[np.ndarray, "*n"], k: int) -> Float[np.ndarray, "*n"]:
-    """The unbiased chance that one of k samples is correct, from c of n correct: 1 - C(n-c, k) / C(n, k).
+    """The unbiased estimate 1 - C(n-c, k) / C(n, k) of pass@k, the chance that any of k samples is correct.
 
     Computed as 1 - Π_{j<k} (n-c-j)/(n-j), which neither overflows nor cancels. Source: arXiv 2107.03374.
     Raises UserError for k < 1 or k > n, ValueError for counts that are not 0 ≤ c ≤ n.
@@ -149,7 +149,7 @@ def _hits(problem: ProblemSamples) -> int:
 
 
 def _average(problem: ProblemSamples) -> Total:
-    """The share of correct samples: the expected score of one sample."""
+    """The fraction of correct samples, the expected accuracy of one sample."""
     return Total(_hits(problem), len(problem.samples))
 
 
@@ -158,14 +158,14 @@ def _greedy(problem: ProblemSamples) -> float | None:
     return None if problem.greedy is None else float(problem.greedy["correct"])
 
 
-def _majority(problem: ProblemSamples) -> float:
-    """Whether the answer that most samples give is correct; of several such answers, their mean.
+def _majority(samples: Sequence[Mapping[str, Any]]) -> float:
+    """Whether the most frequent answer is correct; the mean over several such answers.
 
-    A sample's answer is what its reward finds (``answer_of``), or else its text, whatever its case and blanks. A sample
-    without an answer has no vote; where none votes, the score is 0. Source: arXiv 2203.11171.
+    A sample's answer is that of the reward's ``answer_of``, or else its text up to case and spaces. A sample without an
+    answer has no vote; if there is no vote, the value is 0. Source: arXiv 2203.11171.
     """
     votes: dict[str, list[bool]] = {}
-    for sample in problem.samples:
+    for sample in samples:
         answer = sample.get("answer")
         answer = " ".join(sample["text"].split()).casefold() if answer is None else answer
         if answer:
@@ -176,12 +176,12 @@ def _majority(problem: ProblemSamples) -> float:
 
 
 def _length(problem: ProblemSamples) -> Total:
-    """The tokens of a completion."""
+    """The mean number of tokens in a completion."""
     return _total([sample["length"] for sample in problem.samples])
 
 
 def _truncation(problem: ProblemSamples) -> Total:
-    """The share of samples that reached ``max_new_tokens`` and were cut."""
+    """The fraction of samples that were cut at ``max_new_tokens``."""
     return _total([sample["truncated"] for sample in problem.samples])
 
 
@@ -193,7 +193,7 @@ def _log_likelihood(problem: ProblemSamples) -> Total | None:
 
 AVERAGE = register_metric(Metric("avg_at_k", _average, "avg@k"))
 GREEDY = register_metric(Metric("greedy", _greedy, "greedy"))
-MAJORITY = register_metric(Metric("maj_at_k", _majority, "maj@k", needs=("answer",)))
+MAJORITY = register_metric(Metric("maj_at_k", lambda problem: _majority(problem.samples), "maj@k", needs=("answer",)))
 LENGTH = register_metric(Metric("mean_length", _length, "mean length", "tokens"))
 TRUNCATION = register_metric(Metric("truncated", _truncation, "truncated"))
 LOG_LIKELIHOOD = register_metric(
@@ -202,7 +202,7 @@ LOG_LIKELIHOOD = register_metric(
 
 
 def pass_metric(k: int, name: str | None = None) -> Metric:
-    """pass@k by the estimate of `pass_at_k`; its name is ``pass_at_8`` for k = 8, unless it is given."""
+    """pass@k by `pass_at_k`; its default name is ``pass_at_8`` for k = 8."""
 
     def estimate(problem: ProblemSamples) -> float:
         return float(pass_at_k(np.array(_hits(problem)), np.array(len(problem.samples)), k))
@@ -210,8 +210,18 @@ def pass_metric(k: int, name: str | None = None) -> Metric:
     return Metric(name or f"pass_at_{k}", estimate, f"pass@{k}")
 
 
+def majority_metric(k: int) -> Metric:
+    """maj@k, ``maj_at_8`` for k = 8: the majority's mean over the groups of k samples, as they come."""
+
+    def estimate(problem: ProblemSamples) -> float:
+        groups = range(len(problem.samples) // k)
+        return float(np.mean([_majority(problem.samples[k * group : k * (group + 1)]) for group in groups]))
+
+    return Metric(f"maj_at_{k}", estimate, f"maj@{k}", needs=("answer",))
+
+
 def component_metric(part: str) -> Metric:
-    """The mean of one component of the reward, over the samples that have one."""
+    """The mean of a component of the reward over the samples that have it."""
 
     def component(problem: ProblemSamples) -> Total:
         values = [json.loads(sample["components"]).get(part) for sample in problem.samples if sample.get("components")]
@@ -221,14 +231,14 @@ def component_metric(part: str) -> Metric:
 
 
 RESERVED = ("k", "samples")
-"""Keys of the results beside the metrics."""
+"""Keys of the results besides metrics."""
 
 
 def metric_table(settings: EvaluationSettings, parts: Sequence[str] = ()) -> list[Metric]:
-    """The metrics of an evaluation: the built-in ones, a row per k, a row per component of a reward with several
+    """The metrics of an evaluation: the built-in ones, rows for each k, a row per component of a reward with several
     ``parts``, and ``settings.metrics``.
 
-    Raises UserError as `get_metric`, and for two metrics of one name.
+    Raises UserError as `get_metric` does, and for two metrics with one name.
     """
     first, *others = settings.pass_ks
     table = [
@@ -237,6 +247,7 @@ def metric_table(settings: EvaluationSettings, parts: Sequence[str] = ()) -> lis
         pass_metric(first, "pass_at_k"),
         *map(pass_metric, others),
         replace(MAJORITY, label=f"maj@{settings.samples}"),
+        *(majority_metric(k) for k in settings.pass_ks if k < settings.samples),
         LENGTH,
         TRUNCATION,
         LOG_LIKELIHOOD,
@@ -248,15 +259,15 @@ def metric_table(settings: EvaluationSettings, parts: Sequence[str] = ()) -> lis
         if same is not None and same.of is metric.of:
             continue
         if same is not None or metric.name in RESERVED or metric.name.startswith("reward/"):
-            raise UserError(f"evaluation.metrics: the results have a {metric.name!r} already: give it another name")
+            raise UserError(f"evaluation.metrics: the results already have a {metric.name!r}: give it another name")
         there[metric.name] = metric
     return list(there.values())
 
 
 def mean_over_benchmarks(cells: Sequence[Mapping[str, Mapping[str, float | None]]]) -> dict[str, float]:
-    """The mean of each metric over seeds and benchmarks, each of which counts the same, however many problems it has.
+    """The mean of each metric over seeds and benchmarks, where each benchmark has equal weight.
 
-    ``cells`` are one algorithm's, benchmark → metric → number. A metric that a benchmark lacks is left out.
+    ``cells`` are those of one algorithm: benchmark → metric → value. A metric that a benchmark lacks is left out.
     """
     found: dict[str, list[float]] = {}
     rows = [benchmark for cell in cells for benchmark in cell.values()]

@@ -1,4 +1,4 @@
-"""What an objective can ask for in `Objective.requires`: one small class each. Built-in inputs have no privileges."""
+"""Inputs that an objective can request in `Objective.requires`: one small class each, without privileged built-ins."""
 
 from rlzoo.inputs.base import Context, Input, Stage
 from rlzoo.inputs.of_policy import Critic, Snapshot, Statistic

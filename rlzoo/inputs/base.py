@@ -1,4 +1,4 @@
-"""What an objective may ask for beside the rows themselves: the interface that built-in and other inputs share."""
+"""The interface of inputs: what an objective may request besides the rows themselves."""
 
 from __future__ import annotations
 
@@ -22,28 +22,28 @@ class Stage(Enum):
     """When an input is computed."""
 
     STORED = "stored"
-    """A value of the row's own. Where rows lack it and it can be computed, it is, once, and kept in the buffer."""
+    """A value of each row; if rows lack it and it can be computed, it is computed once and kept in the buffer."""
     BATCH = "batch"
-    """Once for a batch, with no graph; the same for all updates on it."""
+    """Once per batch, without a graph; the same for all updates on it."""
     STEP = "step"
-    """Anew before each optimizer step, with no graph."""
+    """Before each optimizer step, without a graph."""
     FORWARD = "forward"
     """In every forward pass of the policy."""
 
 
 class Context(Protocol):
-    """What an input is computed from: the rows of a batch, the policy as it is, and other models."""
+    """What an input is computed from: the rows of a batch, the current policy, and other models."""
 
     @property
     def rows(self) -> Sequence[Trajectory]: ...
     @property
     def units(self) -> Sequence[tuple[int, ...]]:
-        """The rows that belong together: pairs, groups, or single rows."""
+        """The units of the batch, as indices into its rows: pairs, groups, or single rows."""
         ...
 
     @property
     def mask(self) -> Bool[Tensor, "B T"]:
-        """True at completion tokens; on the device that values belong on."""
+        """True at completion tokens; its device is where values belong."""
         ...
 
     @property
@@ -57,16 +57,16 @@ class Context(Protocol):
         """A frozen model that `Input.models` names."""
         ...
 
-    def score(self, model: Policy, rows: Sequence[Trajectory] | None = None) -> Float[Tensor, "R T"]:
-        """A model's log-probs of the batch's rows, or of others: 0 at padding, no graph, each at its temperature."""
+    def log_probs(self, model: Policy, rows: Sequence[Trajectory] | None = None) -> Float[Tensor, "R T"]:
+        """A model's log-probs of the batch's rows, or of others, each at its temperature; 0 at padding, no graph."""
         ...
 
     def encode(self, prompt: str | Sequence[Mapping[str, Any]]) -> list[int]:
-        """The token ids of a prompt or a conversation, as the policy is shown it."""
+        """The token ids of a prompt or a conversation, encoded as for the policy."""
         ...
 
     def now(self, key: str = "logp") -> Float[Tensor, "B T"]:
-        """The policy's log-probs, or a FORWARD input of the same objective, as they are now, with no graph."""
+        """The current log-probs of the policy, or a FORWARD input of the same objective, without a graph."""
         ...
 
 
@@ -77,7 +77,7 @@ def normal(shape: Sequence[int], draw: torch.Generator) -> Float[Tensor, ...]:
 
 @dataclass(frozen=True)
 class Input:
-    """One thing that an objective asks for, under a ``key`` of the batch.
+    """Something that an objective requests, under a ``key`` of the batch.
 
     A subclass is a frozen dataclass, so that equal inputs are the same input, computed once. It sets ``stage`` and
     ``key``, and overrides what that stage uses: `compute` for STORED (or `stored` alone, for what only a buffer can
@@ -86,27 +86,27 @@ class Input:
 
     stage: ClassVar[Stage]
     at_sampling_temperature: ClassVar[bool] = False
-    """Whether objectives with this input take all log-probs at the temperature that a row was sampled at."""
+    """Whether objectives with this input take all log-probs at the row's sampling temperature."""
     initial: ClassVar[float | None] = None
-    """What `of_hidden` gives before the first step, where it is one number: an analysis then makes no module."""
+    """The value of `of_hidden` before the first step, if it is a constant: an analysis then makes no module."""
 
     @property
     def key(self) -> str:
-        """Its name in the batch; a class variable where it is always the same."""
+        """Its name in the batch; may be a class variable."""
         raise NotImplementedError(f"{type(self).__name__} must define key")
 
     @property
     def column(self) -> str:
-        """STORED: the name that its values have in a buffer."""
+        """STORED: the name of its values in a buffer."""
         return self.key
 
     def stored(self, row: Trajectory) -> Sequence[float] | float | None:
-        """STORED: a row's own value, one number per completion token or one in all; None if the row has none."""
+        """STORED: a row's own value, one number per completion token or a single one; None if the row has none."""
         found: Sequence[float] | float | None = row.stored(self.column)
         return found
 
     def compute(self, context: Context) -> Float[Tensor, "B T"] | Float[Tensor, " B"] | Float[Tensor, ""]:
-        """STORED, BATCH, STEP: the values of all rows of the context."""
+        """STORED, BATCH, STEP: the values for all rows of the context."""
         raise UserError(f"the buffer has no {self.column}")
 
     @property
@@ -115,7 +115,7 @@ class Input:
         return type(self).compute is not Input.compute
 
     def of_logits(self, logits: Float[Tensor, "N V"], target: Int[Tensor, " N"]) -> Float[Tensor, " N"]:
-        """FORWARD, with no graph: from logits over temperature, a chunk at a time; they must not be changed."""
+        """FORWARD, without a graph: from logits divided by the temperature, in chunks; must not change them."""
         raise NotImplementedError(f"{type(self).__name__} must define of_logits(logits, target)")
 
     @property
@@ -124,16 +124,16 @@ class Input:
         return type(self).of_logits is not Input.of_logits
 
     def module(self, policy: Policy) -> nn.Module | None:
-        """FORWARD: a module of the input's own, trained and saved with the policy; its state is checkpointed too."""
+        """FORWARD: a module that the input owns, trained and checkpointed with the policy."""
         return None
 
     def of_hidden(self, module: Any, hidden: Float[Tensor, "N H"]) -> Float[Tensor, " N"]:
-        """FORWARD, with its graph: what the module makes of the last hidden states at completion positions."""
+        """FORWARD, with its graph: the module's output from the last hidden states at completion positions."""
         raise NotImplementedError(f"{type(self).__name__} has a module, and must define of_hidden(module, hidden)")
 
     @property
     def lacks(self) -> str | None:
-        """What its stage asks for and it does not define; None if nothing."""
+        """The methods that its stage needs and it does not define; None if there are none."""
         if self.stage in (Stage.BATCH, Stage.STEP):
             return None if self.is_computed else "compute(context)"
         has_module = type(self).module is not Input.module
@@ -141,7 +141,7 @@ class Input:
         return None if made else "of_logits(logits, target), or module(policy) with of_hidden(module, hidden)"
 
     def trunk(self, module: Any) -> nn.Module | None:
-        """FORWARD: the trunk whose hidden states `of_hidden` takes, within the module; None: the policy's."""
+        """FORWARD: the trunk in the module whose hidden states `of_hidden` takes; None: the policy's."""
         return None
 
     def flops(self, module: nn.Module, tokens: int, completion_tokens: int) -> float:
@@ -154,21 +154,21 @@ class Input:
 
     @property
     def gives_logits(self) -> bool:
-        """FORWARD: whether the logits of its one model go to `Objective.logit_term`, and nothing into the batch."""
+        """FORWARD: whether the logits of its model go to `Objective.logit_term` rather than into the batch."""
         return False
 
     def moving_model(self, policy: Policy) -> Policy | None:
-        """A model of the input's own that `after_step` moves, as it is before training; it is checkpointed."""
+        """The initial state of a model that `after_step` updates; it is checkpointed."""
         return None
 
     def after_step(self, context: Context) -> None:
         """Called after each optimizer step; the context has no rows."""
 
     def example(self, logp: Float[Tensor, "B T"], draw: torch.Generator) -> Float[Tensor, "B T"] | Float[Tensor, " B"]:
-        """Values that it might have beside these log-probs, for `rlzoo.testing`: log-probs that are near to them."""
+        """Plausible values beside these log-probs, for `rlzoo.testing`; by default log-probs near them."""
         return logp + 0.4 * normal(logp.shape, draw)
 
     @property
     def label(self) -> str:
-        """What the documents call it."""
+        """Its name in docs and messages."""
         return self.key.removesuffix("_logp").replace("_", " ")

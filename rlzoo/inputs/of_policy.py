@@ -1,4 +1,4 @@
-"""Inputs that the policy itself gives: statistics of its distribution, what it was before, and a critic's values."""
+"""Inputs from the policy itself: statistics of its distribution, snapshots, and a critic's values."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from rlzoo.policy import Policy
 
 TOP = 20
-"""How many of the likeliest tokens ``top_entropy`` looks at (arXiv 2601.02151)."""
+"""Number of most likely tokens in ``top_entropy`` (arXiv 2601.02151)."""
 
 
 def entropy(logits: Float[Tensor, "N V"]) -> Float[Tensor, " N"]:
@@ -30,7 +30,7 @@ def entropy(logits: Float[Tensor, "N V"]) -> Float[Tensor, " N"]:
 
 
 def top_entropy(logits: Float[Tensor, "N V"]) -> Float[Tensor, " N"]:
-    """The entropy of the 20 likeliest tokens, renormalised, in nats."""
+    """The entropy of the 20 most likely tokens, renormalised, in nats."""
     return entropy(logits.topk(min(TOP, logits.shape[1]), dim=1).values)
 
 
@@ -46,9 +46,9 @@ STATISTICS: Mapping[str, Callable[[Tensor], Tensor]] = {
 
 @dataclass(frozen=True)
 class Statistic(Input):
-    """A statistic of the policy's distribution at each position [B, T], with no graph.
+    """A statistic of the policy's distribution at each position [B, T], without a graph.
 
-    ``entropy``: -Σ_v π_v log π_v; ``top_entropy``: that of the 20 likeliest tokens, renormalised; both in nats;
+    ``entropy``: -Σ_v π_v log π_v; ``top_entropy``: that of the 20 most likely tokens, renormalised; both in nats;
     ``square_mass``: Σ_v π_v².
     """
 
@@ -66,7 +66,7 @@ class Statistic(Input):
 
     def example(self, logp: Float[Tensor, "B T"], draw: torch.Generator) -> Float[Tensor, "B T"]:
         p, share = logp.exp(), torch.rand(logp.shape, dtype=torch.float64, generator=draw)
-        if self.name == "square_mass":  # of which one term is the token's own
+        if self.name == "square_mass":  # one of its terms is the token's own
             return p.square() + share * (1 - p).square()
         return math.log(TOP) * share
 
@@ -78,7 +78,7 @@ class Statistic(Input):
 class Snapshot(Input):
     """``snapshot_logp`` [B, T]: the policy's log-probs at the start of the batch, in nats.
 
-    `Snapshot("value")` is ``old_value``, an input of every forward pass as it was then.
+    `Snapshot("value")` is ``old_value``: the FORWARD input ``value`` at the start of the batch.
     """
 
     stage: ClassVar[Stage] = Stage.BATCH
@@ -123,7 +123,7 @@ class Critic(Input):
         return module.trunk
 
     def flops(self, module: nn.Module, tokens: int, completion_tokens: int) -> float:
-        """2 per parameter of a trunk of its own and token; the head is left out, as it is next to nothing."""
+        """2 per parameter of its own trunk and token; the head is negligible."""
         trunk = module.trunk
         if not isinstance(trunk, nn.Module):
             return 0.0
@@ -132,7 +132,7 @@ class Critic(Input):
 
 
 class ValueHead(nn.Module):
-    """A linear layer from hidden states to one number, which starts at 0, and the trunk it may stand on."""
+    """A linear layer from hidden states to one number, initialised to 0, and its own trunk if it has one."""
 
     def __init__(self, trunk: nn.Module | None, hidden_size: int) -> None:
         super().__init__()

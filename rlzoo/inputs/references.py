@@ -1,8 +1,9 @@
-"""Inputs that look at other models than the policy: the initial policy, a teacher, a moving average."""
+"""Inputs from other models than the policy: the initial policy, a teacher, a moving average."""
 
 from __future__ import annotations
 
 import json
+import string
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -45,10 +46,10 @@ class Reference(Input):
         return (self.name,)
 
     def compute(self, context: Context) -> Float[Tensor, "B T"]:
-        return context.score(context.model(self.name))
+        return context.log_probs(context.model(self.name))
 
     def example(self, logp: Float[Tensor, "B T"], draw: torch.Generator) -> Float[Tensor, "B T"]:
-        """Log-probs that training has moved away from, so that bounds on their ratio are reached."""
+        """Log-probs far enough from the policy's to reach the bounds of their ratio."""
         return logp + normal(logp.shape, draw)
 
     @property
@@ -72,7 +73,7 @@ class MovingReference(Input):
         return policy.frozen_copy()
 
     def compute(self, context: Context) -> Float[Tensor, "B T"]:
-        return context.score(context.own)
+        return context.log_probs(context.own)
 
     @torch.no_grad()
     def after_step(self, context: Context) -> None:
@@ -90,7 +91,7 @@ class MovingReference(Input):
 class ReferenceLogits(Input):
     """The logits of a frozen model, for `Objective.logit_term`: the policy before training, or a teacher.
 
-    The model stays in memory, and runs once more in every update.
+    The model stays in memory, and runs a forward pass in every update.
     """
 
     stage: ClassVar[Stage] = Stage.FORWARD
@@ -108,9 +109,9 @@ class ReferenceLogits(Input):
 
 @dataclass(frozen=True)
 class Mismatched(Input):
-    """``mismatched`` [B]: the step's mean of Σ_t log π_θ/π_ref of completions that are put to other rows' prompts.
+    """``mismatched`` [B]: the step's mean of Σ_t log π_θ/π_ref of completions paired with other rows' prompts.
 
-    The same number in all rows, whatever the micro-batch; 0 where all rows have one prompt.
+    The same for all rows, whatever the micro-batches; 0 if all rows have the same prompt.
     """
 
     stage: ClassVar[Stage] = Stage.STEP
@@ -125,7 +126,7 @@ class Mismatched(Input):
     def compute(self, context: Context) -> Float[Tensor, " B"]:
         others, mean = mismatched(context.rows), torch.zeros((), device=context.mask.device)
         if others and context.model(None) is not context.policy:
-            own, reference = (context.score(m, others).sum(1) for m in (context.policy, context.model(None)))
+            own, reference = (context.log_probs(m, others).sum(1) for m in (context.policy, context.model(None)))
             mean = (own - reference).mean()
         return mean.expand(len(context.rows))
 
@@ -146,9 +147,9 @@ def mismatched(rows: Sequence[Trajectory]) -> list[Trajectory]:
 class Privileged(Input):
     """``privileged_logp`` [B, T]: log-probs in nats of the same completions after another prompt.
 
-    ``template`` makes that prompt of ``{prompt}`` and the row's columns, as in ``"{prompt}\\nHint: {answer}\\n"``; the
-    policy at the start of the batch scores it, or the frozen ``model``. Its difference from the policy's own log-prob
-    is what self-distillation learns from.
+    ``template`` builds that prompt from ``{prompt}`` and the row's columns, as in ``"{prompt}\\nHint: {answer}\\n"``.
+    The log-probs are those of the policy at the start of the batch, or of the frozen ``model``. Self-distillation
+    learns from their difference to the policy's own.
     """
 
     stage: ClassVar[Stage] = Stage.BATCH
@@ -157,12 +158,20 @@ class Privileged(Input):
     template: str
     model: str | None = None
 
+    def __post_init__(self) -> None:
+        for name in self._names():
+            if not name or name.isdecimal():
+                text = f"{{{name}}}"
+                raise UserError(
+                    f"the template {self.template!r} has {text}: name a column in it, or write {{{text}}} for text"
+                )
+
     def models(self) -> tuple[str | None, ...]:
         return () if self.model is None else (self.model,)
 
     def compute(self, context: Context) -> Float[Tensor, "B T"]:
         told = [replace(row, prompt_ids=context.encode(self._prompt(row))) for row in context.rows]
-        return context.score(context.policy if self.model is None else context.model(self.model), told)
+        return context.log_probs(context.policy if self.model is None else context.model(self.model), told)
 
     def _prompt(self, row: Trajectory) -> str | list[dict[str, Any]]:
         """The prompt in the template; of a conversation, its last user turn."""
@@ -174,11 +183,30 @@ class Privileged(Input):
         return turns
 
     def _filled(self, row: Trajectory, prompt: str) -> str:
+        for name in self._names():
+            if name in row.columns and row.columns[name] is None:
+                raise UserError(
+                    f"the template {self.template!r} asks for {name!r}, which is null in a row of prompt "
+                    f"{row.prompt_id!r}: fill it in, or drop the row"
+                )
         given = {name: value if isinstance(value, str) else json.dumps(value) for name, value in row.columns.items()}
         try:
             return self.template.format(**{**given, "prompt": prompt})
-        except (KeyError, IndexError) as error:
+        except KeyError as error:
             raise UserError(
-                f"the template {self.template!r} asks for {error.args[0]!r}, and a row of prompt {row.prompt_id!r} has "
+                f"the template {self.template!r} needs {error.args[0]!r}, and a row of prompt {row.prompt_id!r} has "
                 f"{', '.join(['prompt', *given])}"
+            ) from None
+        except (AttributeError, IndexError, TypeError, ValueError) as error:
+            raise UserError(
+                f"the template {self.template!r} does not fit a row of prompt {row.prompt_id!r}: {error}"
+            ) from None
+
+    def _names(self) -> list[str]:
+        """The columns that the template asks for."""
+        try:
+            return [name for _, name, _, _ in string.Formatter().parse(self.template) if name is not None]
+        except ValueError as error:
+            raise UserError(
+                f"the template {self.template!r}: {error}: write {{{{ and }}}} for braces that are text"
             ) from None

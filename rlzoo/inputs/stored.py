@@ -1,4 +1,4 @@
-"""Inputs that rows bring with them."""
+"""Inputs that are stored in rows."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Behaviour(Input):
 
 @dataclass(frozen=True)
 class Truncated(Input):
-    """``truncated`` [B]: True where the completion was cut at the limit on its length, and so has no end."""
+    """``truncated`` [B]: True where the completion was cut at the length limit, and so has no end."""
 
     stage: ClassVar[Stage] = Stage.STORED
     key: ClassVar[str] = "truncated"

@@ -1,4 +1,4 @@
-"""A line now and then in a log, so that long work does not look as if it hung."""
+"""A line in the log now and then, so that long work does not seem to hang."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ EVERY = 20.0
 
 
 class Heartbeat:
-    """Says every `EVERY` seconds what is being done, unless the console is a terminal, which has a live view."""
+    """Logs every `EVERY` seconds what is being done, unless the console is a terminal, which has a live view."""
 
     def __init__(self, console: Console, doing: str) -> None:
         self.doing: Callable[[], str] = lambda: doing
-        """Asked from another thread."""
+        """Called from another thread."""
         self._console, self._ended = console, threading.Event()
         self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
 
     def report(self, share: float, detail: str) -> None:
-        """Take down what is being done, as a function's reporter does."""
+        """Note what is being done; can serve as a function's reporter."""
         self.doing = lambda: detail
 
     def __enter__(self) -> Heartbeat:

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: heard at once, or noted where work must come to a safe place first."""
+"""Ctrl-C and SIGTERM: raised at once, or deferred until work has reached a safe point."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ _depth = 0
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM, which ends a command as Ctrl-C does but for the exit status."""
+    """SIGTERM, which ends a command as Ctrl-C does, with another exit status."""
 
 
 @contextmanager
 def noted() -> Iterator[None]:
-    """Meanwhile a first signal is only noted, for `heed` to raise it; a second one is raised where it falls."""
+    """In this context a first signal is deferred until `heed` raises it; a second one is raised at once."""
     global _noted, _depth
-    if threading.current_thread() is not threading.main_thread() or _depth:  # signals come to the main thread alone
+    if threading.current_thread() is not threading.main_thread() or _depth:  # only the main thread receives signals
         yield
         return
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -30,7 +30,7 @@ def noted() -> Iterator[None]:
     _depth += 1
     try:
         yield
-        heed()  # it came after the last safe place
+        heed()  # it came after the last safe point
     finally:
         _depth -= 1
         _noted = None
@@ -39,18 +39,18 @@ def noted() -> Iterator[None]:
 
 
 def pending() -> bool:
-    """Whether a signal was noted."""
+    """Whether a signal has been deferred."""
     return _noted is not None
 
 
 def heed() -> None:
-    """Raise the signal that was noted, if one was."""
+    """Raise the deferred signal, if there is one."""
     if _noted is not None:
         raise_signal(_noted)
 
 
 def raise_signal(number: int, frame: FrameType | None = None) -> None:
-    """A signal's handler: raises KeyboardInterrupt, or Terminated."""
+    """A signal handler: raises KeyboardInterrupt, or Terminated."""
     raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
 
 

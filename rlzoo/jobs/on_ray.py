@@ -1,4 +1,4 @@
-"""Pieces of a comparison as tasks of a Ray cluster; what a lost worker or node was doing is done again elsewhere."""
+"""The work of a comparison as tasks of a Ray cluster; the task of a lost worker or node is retried elsewhere."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from rlzoo.errors import UserError
 from rlzoo.jobs.pool import THREAD_VARIABLES, WorkError, Workers, _run, silence
 
 RETRIES = 3
-"""Times that a task is started again after its worker or its node died."""
+"""How often a task is retried after its worker or node died."""
 
 
 class RayTasks:
@@ -64,7 +64,7 @@ class RayTasks:
 
 
 def _task(folder: str, path: list[str], function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
-    """One piece of work on a worker, which finds files and modules of the user's own where the driver does."""
+    """One task on a worker, which finds the user's files and modules where the driver does."""
     if Path(folder).is_dir():
         os.chdir(folder)
     sys.path.extend(entry for entry in path if entry not in sys.path)
@@ -73,7 +73,7 @@ def _task(folder: str, path: list[str], function: Callable[..., Any], arguments:
 
 
 def _reach(address: str) -> None:
-    """Raise UserError where nothing listens at ``host:port``: Ray itself would try for ten minutes."""
+    """Raise UserError if nothing listens at ``host:port``: Ray itself would try for ten minutes."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if not host or not port.isdecimal():
         return
@@ -85,7 +85,7 @@ def _reach(address: str) -> None:
 
 @contextmanager
 def ray_tasks(address: str | None, threads: int) -> Iterator[Workers]:
-    """Tasks on the cluster at ``address``, or on one that is started here for the time. Raises UserError.
+    """Tasks on the cluster at ``address``, or on one started here meanwhile. Raises UserError without a cluster.
 
     The output folder must be on a file system that all nodes share.
     """
@@ -93,7 +93,7 @@ def ray_tasks(address: str | None, threads: int) -> Iterator[Workers]:
         import ray
     except ImportError:
         raise UserError("--executor ray needs Ray: pip install 'rlzoo[ray]'") from None
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # Ray's new default; it warns unless it is said
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # Ray's new default; it warns unless it is set
     if address is not None:
         _reach(address)
     handler = signal.getsignal(signal.SIGTERM)
@@ -109,7 +109,7 @@ def ray_tasks(address: str | None, threads: int) -> Iterator[Workers]:
         raise UserError(f"no Ray cluster at {address or 'this machine'}: {first}") from None
     finally:
         if handler is not None:
-            signal.signal(signal.SIGTERM, handler)  # Ray puts its own there, which ends the process on the spot
+            signal.signal(signal.SIGTERM, handler)  # Ray installs its own, which ends the process at once
     if ray.cluster_resources().get("CPU", 0) < threads and address is None:
         ray.shutdown()
         raise UserError(f"--threads {threads}: this machine has fewer cores")

@@ -1,4 +1,4 @@
-"""Files that are whole or not there: written beside their place, synced to the disk, then renamed."""
+"""Atomic files: written beside their place, synced to the disk, then renamed."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 PARTIAL = ".partial"
-"""How names end of what is being written; a process that is killed may leave some."""
+"""The suffix of files being written; a killed process may leave some behind."""
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A path to write a file or a folder to, which takes the place of ``path`` at the end, unless something raised."""
+    """A path to write a file or folder to, which replaces ``path`` at the end unless an exception was raised."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.", suffix=PARTIAL) as scratch:
         beside = Path(scratch) / path.name
@@ -27,14 +27,14 @@ def replacing(path: Path) -> Iterator[Path]:
         for folder in [beside, *beside.rglob("*")]:
             if folder.is_dir():
                 _sync(folder)
-        if path.is_dir():  # a folder cannot be renamed onto one that holds files
+        if path.is_dir():  # a folder cannot be renamed onto one that is not empty
             path.rename(Path(scratch) / "replaced")
         beside.replace(path)
         _sync(path.parent)
 
 
 def write_atomically(path: Path, content: str) -> None:
-    """Write a text file that no reader sees half of, whatever happens to this process or the machine."""
+    """Write a text file atomically, whatever happens to this process or the machine."""
     with replacing(path) as beside:
         beside.write_text(content, encoding="utf-8", errors="replace")
 
@@ -46,7 +46,7 @@ def file_digest(path: Path) -> str:
 
 
 def remove_partial(path: Path) -> None:
-    """Remove what processes that were killed had half written into the folder ``path``, or had to put in its place."""
+    """Remove what killed processes left half written in the folder ``path``, or beside it to replace it."""
     own = re.compile(rf"\.{re.escape(path.name)}\.[^.]*{re.escape(PARTIAL)}")
     beside = [place for place in path.parent.iterdir() if own.fullmatch(place.name)]
     for place in [*beside, *path.rglob(f".*{PARTIAL}")]:
@@ -54,7 +54,7 @@ def remove_partial(path: Path) -> None:
 
 
 def remove(place: Path) -> None:
-    """Remove a file or a folder, if it is there."""
+    """Remove a file or folder, if it exists."""
     if place.is_dir() and not place.is_symlink():
         shutil.rmtree(place, ignore_errors=True)
     else:
@@ -62,7 +62,7 @@ def remove(place: Path) -> None:
 
 
 def _sync(path: Path) -> None:
-    """Have the system write a file, or the names in a folder, to the disk."""
+    """Flush a file, or the entries of a folder, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         with suppress(OSError):  # some file systems cannot sync a folder

@@ -1,4 +1,4 @@
-"""Worker processes with one thread each, and a live view of what they do."""
+"""A pool of worker processes, and a live view of their work."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ from rlzoo.jobs.memory import is_out_of_memory
 from rlzoo.registry import told
 
 RETRIES = 1
-"""Times that a piece of work is done again after the process that did it died."""
+"""How often a task is retried after its process died."""
 GRACE = 60.0
-"""Seconds that a run in training has to save a checkpoint when it is asked to stop."""
+"""Seconds that a training has to save a checkpoint when it is asked to stop."""
 QUICK = 3.0
-"""Seconds after which that is said."""
+"""Seconds of waiting after which this is announced."""
 GPU_VARIABLE = "CUDA_VISIBLE_DEVICES"
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
@@ -50,7 +50,7 @@ def default_workers() -> int:
 
 
 class WorkError(RuntimeError):
-    """What another exception than UserError becomes on its way out of a worker: its kind and message, in one line."""
+    """Any exception of a worker other than UserError: its type and message, in one line."""
 
 
 class OutOfMemoryError(WorkError):
@@ -58,12 +58,12 @@ class OutOfMemoryError(WorkError):
 
 
 def why(error: BaseException) -> str:
-    """Why a piece of work failed, in one line."""
+    """Why a task failed, in one line."""
     return str(error) if isinstance(error, (UserError, WorkError)) else told(error)
 
 
 class WorkerDiedError(WorkError):
-    """A process ended in the middle of its work."""
+    """A process ended in the middle of a task."""
 
     def __init__(self, status: int | None) -> None:
         killed = status is not None and status < 0
@@ -75,10 +75,10 @@ class WorkerDiedError(WorkError):
 
 
 class Workers(Protocol):
-    """Whatever runs the pieces of work of a comparison."""
+    """Whatever runs the tasks of a comparison."""
 
     def submit(self, name: str, function: Callable[..., Any], *arguments: Any) -> Future[Any]:
-        """Have ``function(*arguments, report)`` run; ``name`` is what a live view calls it."""
+        """Run ``function(*arguments, report)``; ``name`` is its name in the live view."""
         ...
 
     def gather(self, futures: Mapping[Future[Any], str]) -> Iterator[tuple[str, Future[Any]]]:
@@ -86,12 +86,12 @@ class Workers(Protocol):
         ...
 
     def doing(self) -> str:
-        """What runs, in words; may be asked from another thread."""
+        """What is running, in words; may be called from another thread."""
         ...
 
 
 class InThisProcess:
-    """Runs each piece at once, here: what the processes of a distributed run do, all of them in step."""
+    """Runs each task immediately in this process, as all processes of a distributed run do in step."""
 
     def __init__(self) -> None:
         self._doing = "starting"
@@ -140,10 +140,9 @@ class _Worker:
 
 
 class Pool:
-    """Runs functions in processes; a function's last argument becomes its reporter.
+    """Runs functions in processes; each gets a reporter as its last argument.
 
-    Each process has a pipe of its own, so that one that dies takes nothing with it but its piece of work, and that is
-    done again in a new one.
+    Each process has its own pipe, so that one that dies loses only its own task, which is retried in a new one.
     """
 
     def __init__(self, workers: int, threads: int, progress: Progress) -> None:
@@ -157,7 +156,7 @@ class Pool:
         )
 
     def submit(self, name: str, function: Callable[..., Any], *arguments: Any) -> Future[Any]:
-        """Queue ``function(*arguments, report)``; ``name`` is what the live view calls it."""
+        """Queue ``function(*arguments, report)``; ``name`` is its name in the live view."""
         self._bars[name] = self._progress.add_task(name, total=1.0, visible=False, start=False, detail="")
         task = _Task(Future(), name, function, arguments)
         self._waiting.append(task)
@@ -165,7 +164,7 @@ class Pool:
         return task.future
 
     def gather(self, futures: Mapping[Future[Any], str]) -> Iterator[tuple[str, Future[Any]]]:
-        """The futures with their names as they finish, while the live view goes on. Here Ctrl-C is heard."""
+        """The futures with their names as they finish, while the live view is updated. Ctrl-C is raised here."""
         waiting = set(futures)
         while waiting:
             self._done = f"{len(futures) - len(waiting)} of {len(futures)} done"
@@ -185,12 +184,12 @@ class Pool:
         return "; ".join(part for part in (self._done, told) if part)
 
     def stop(self, grace: float) -> None:
-        """End the processes: those that train save a checkpoint first, for which they have ``grace`` seconds."""
+        """End the processes; trainings have ``grace`` seconds to save a checkpoint first."""
         try:
             for worker in self._workers:
                 worker.process.terminate()
             if not self._ended(min(grace, QUICK)) and grace:
-                told = "stopping; trainings save a checkpoint first, a second Ctrl-C does not wait"
+                told = "stopping; trainings save a checkpoint first, press Ctrl-C again to stop at once"
                 self._progress.console.print(told, highlight=False, soft_wrap=True)
                 self._ended(grace)
         finally:
@@ -201,14 +200,14 @@ class Pool:
             self._workers.clear()
 
     def _ended(self, seconds: float) -> bool:
-        """Whether all processes have ended, given so many seconds."""
+        """Whether all processes end within so many seconds."""
         until = time.monotonic() + seconds
         for worker in self._workers:
             worker.process.join(max(0.0, until - time.monotonic()))
         return not any(worker.process.is_alive() for worker in self._workers)
 
     def _assign(self) -> None:
-        """Give waiting work to idle processes, starting more while there may be."""
+        """Assign waiting tasks to idle processes, starting more up to the limit."""
         while self._waiting:
             idle = next((worker for worker in self._workers if worker.task is None), None)
             if idle is None and len(self._workers) < self._most:
@@ -216,7 +215,7 @@ class Pool:
             if idle is None:
                 return
             idle.task = self._waiting.popleft()
-            with suppress(OSError):  # it died while idle: its pipe says so to `gather`
+            with suppress(OSError):  # it died while idle: `gather` sees it on its pipe
                 idle.pipe.send((idle.task.function, idle.task.arguments))
 
     def _started(self) -> _Worker:
@@ -234,7 +233,7 @@ class Pool:
         assert worker.task is not None
         try:
             kind, content = worker.pipe.recv()
-        except (EOFError, OSError):  # it died, maybe in the midst of a message
+        except (EOFError, OSError):  # it died, maybe in the middle of a message
             self._bury(worker)
             return
         self._progress.update(self._starting, visible=False)
@@ -243,7 +242,7 @@ class Pool:
             share, detail = content
             self._details[worker.task.name] = detail
             if not self._progress.tasks[bar].started:
-                self._progress.start_task(bar)  # its clock: a cell may have waited long for its turn
+                self._progress.start_task(bar)  # its clock: a cell may have waited for long
             self._progress.update(bar, completed=share, detail=detail, visible=True)
             return
         task, worker.task = worker.task, None
@@ -263,14 +262,14 @@ class Pool:
             task.future.set_exception(died)
             return
         self._progress.console.print(
-            f"  {task.name}: {died}; doing it again", style="red", highlight=False, markup=False, soft_wrap=True
+            f"  {task.name}: {died}; trying again", style="red", highlight=False, markup=False, soft_wrap=True
         )
         self._waiting.appendleft(task)
 
 
 @contextmanager
 def pool(workers: int, threads: int, console: Console) -> Iterator[Workers]:
-    """A pool whose processes start fresh (spawned), so that a GPU and thread counts are theirs to set."""
+    """A pool of spawned processes, each of which sets its own GPU and number of threads."""
     columns = [TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[detail]}"), TimeElapsedColumn()]
     progress = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
     with noted(), progress:
@@ -319,11 +318,11 @@ def _environment(threads: int, place: int) -> Iterator[None]:
 
 @contextmanager
 def _interrupts_held() -> Iterator[None]:
-    """Ctrl-C waits meanwhile, and never comes to a process started here: its parent ends it, and says so once."""
+    """Ctrl-C is held back meanwhile, and never reaches a process started here: the parent ends it."""
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
-    resource_tracker.ensure_running()  # it lets signals through again when it starts, which it does with a process
+    resource_tracker.ensure_running()  # its start, with the first process, would unblock signals
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
@@ -332,15 +331,15 @@ def _interrupts_held() -> Iterator[None]:
 
 
 def _serve(pipe: Connection, threads: int) -> None:
-    """What a process of the pool does: pieces of work, one after the other."""
-    # an exception could fall into a place that swallows it; trainings note the signal instead, and save first
+    """The loop of a process of the pool: one task after the other."""
+    # an exception could be raised where it is swallowed; trainings defer the signal instead, and save first
     signal.signal(signal.SIGTERM, lambda *_: os._exit(1))
     threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
         import torch
         from tqdm import tqdm  # type: ignore[import-untyped]
 
-        tqdm.set_lock(threading.RLock())  # its own is a semaphore of the system, which a process that is ended leaves
+        tqdm.set_lock(threading.RLock())  # tqdm's own is a system semaphore, which a killed process leaks
         torch.set_num_threads(threads)
         silence()
         while True:
@@ -352,22 +351,22 @@ def _serve(pipe: Connection, threads: int) -> None:
             else:
                 pipe.send(("result", result))
     except (EOFError, OSError, KeyboardInterrupt):
-        os._exit(1)  # told to stop, or the parent is gone
+        os._exit(1)  # asked to stop, or the parent is gone
 
 
 def silence() -> None:
-    """No progress bars and notices from the libraries below in this process: rlzoo says what it does."""
+    """Switch off progress bars and notices of other libraries in this process."""
     import datasets
     from transformers.utils import logging
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    getLogger("huggingface_hub").setLevel(ERROR)  # it tells of every retry
+    getLogger("huggingface_hub").setLevel(ERROR)  # it logs every retry
     datasets.disable_progress_bars()
 
 
 def _end_with_parent() -> None:
-    """A worker whose parent was killed would otherwise wait for work for ever."""
+    """End with the parent: a worker whose parent was killed would otherwise wait for tasks for ever."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()
@@ -375,7 +374,7 @@ def _end_with_parent() -> None:
 
 
 def _run(function: Callable[..., Any], arguments: tuple[Any, ...], report: Callable[[float, str], None]) -> Any:
-    """Any exception comes back as one of two kinds that can be sent between processes."""
+    """Run a task; any exception is raised as UserError or WorkError, which can be sent between processes."""
     try:
         return function(*arguments, report)
     except UserError as error:

@@ -1,4 +1,4 @@
-"""The processes of one distributed run: who this one is, and work that they share."""
+"""The processes of one distributed run: their ranks, and the work that they share."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ R = TypeVar("R")
 
 @contextmanager
 def joined() -> Iterator[None]:
-    """Be one of the processes that a launcher started: on a GPU of its own, or through gloo where there is none."""
+    """Join the process group of a launcher: with NCCL on one GPU each, else with gloo."""
     from accelerate import PartialState
 
     PartialState(cpu=not torch.cuda.is_available())
@@ -28,7 +28,7 @@ def joined() -> Iterator[None]:
 
 
 def rank() -> int:
-    """The number of this process, 0 where it is alone."""
+    """The rank of this process; 0 without a launcher."""
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
@@ -38,7 +38,7 @@ def is_main() -> bool:
 
 
 def world_size() -> int:
-    """How many processes run this together."""
+    """The number of processes of this run."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
@@ -48,9 +48,9 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 def shared(items: Sequence[T], work: Callable[[list[int]], list[R]], model: nn.Module) -> list[R]:
-    """``work`` on the numbers of all items, each process doing a part; every process gets all results, in order.
+    """``work`` on the indices of all items, shared by the processes; each process gets all results, in order.
 
-    All processes must call this. Where the model is sharded each does all of the work, in step with the others.
+    All processes must call this. With a sharded model each does all of the work, in step with the others.
     """
     size = world_size()
     if size == 1 or is_sharded(model):
@@ -62,7 +62,7 @@ def shared(items: Sequence[T], work: Callable[[list[int]], list[R]], model: nn.M
 
 
 def agreed(value: T) -> T:
-    """The main process's value, on every process: what each made for itself may differ by a rounding error."""
+    """The main process's value, on every process: their own may differ by rounding errors."""
     if world_size() == 1:
         return value
     box = [value]
@@ -71,7 +71,7 @@ def agreed(value: T) -> T:
 
 
 def gathered(value: T) -> list[T]:
-    """What every process has, in order of their numbers."""
+    """The values of all processes, by rank."""
     if world_size() == 1:
         return [value]
     found: list[Any] = [None] * world_size()
@@ -80,13 +80,13 @@ def gathered(value: T) -> list[T]:
 
 
 def summed(value: Tensor) -> Tensor:
-    """The sum of what every process has; the tensor itself takes it."""
+    """The sum over processes, in place."""
     if world_size() > 1:
         dist.all_reduce(value)
     return value
 
 
 def barrier() -> None:
-    """Wait until all processes are here."""
+    """Wait for all processes."""
     if world_size() > 1:
         dist.barrier()

@@ -1,7 +1,7 @@
-"""A run and its folder: one runner at a time, gone on with where it stopped, and whole when it is called finished.
+"""A run and its folder: one process at a time writes to it, an interrupted run resumes, a finished one is complete.
 
-While a run is under way the folder ``.state`` in it holds what it has done so far, and says what it is. The same
-command resumes there. At the end the results lie in the folder, and ``.state`` is gone.
+During a run, the folder ``.state`` in it holds the run's identity and its cached results. The same command resumes from
+them. At the end the folder holds the results, and ``.state`` is removed.
 """
 
 from __future__ import annotations
@@ -30,37 +30,36 @@ from rlzoo.jobs.sources import data_files, kind_of_file
 
 PACKAGES = ("rlzoo", "torch", "transformers", "datasets", "accelerate", "numpy", "scipy", "math-verify")
 WORTH_KEEPING = 60.0
-"""Seconds of work that are kept even if it failed on something that has to be fixed."""
+"""Work of at least so many seconds is kept even if it failed because of a mistake."""
 _RECORD, _STATE, _LOCK = "run.json", ".state", "lock"
 _CODE = {".py", ".yaml", ".yml"}
 
 
 @dataclass
 class Run:
-    """A claimed place for a command's results."""
+    """The claimed output of a command."""
 
     folder: Path
-    """What was asked for: a folder, or a file."""
+    """The output: a folder, or a file."""
     state: Path
-    """Where to keep what would have to be done again."""
+    """The folder of checkpoints and cached results."""
     finished: bool = False
-    """Whether the results are there already."""
+    """Whether the results exist already."""
     resumed: bool = False
     to_be_continued: bool = False
-    """Set by the work where some of it failed: the same command then tries that again."""
+    """Set by the caller if some of the work failed: the same command then tries that again."""
 
 
 @contextmanager
 def run_in(
     path: Path, command: str, settings: Mapping[str, Any], kind: Literal["folder", "whole"] = "folder"
 ) -> Iterator[Run]:
-    """Claim a place for the results of ``command`` with these settings (plain data).
+    """Claim ``path`` for the results of ``command`` with these settings (plain data).
 
-    They are files in a folder, or the ``whole`` is one file or one folder that is put there at the end.
-    An unfinished run of the same is resumed; of a finished one ``finished`` is true. If the work raises before
-    it kept anything under ``state``, or soon and for something that has to be fixed, nothing is left behind; else a
-    note on the exception tells how to go on. Raises UserError for a place that holds anything else, is in use, or
-    cannot be written.
+    ``kind`` is "folder" for files in a folder, and "whole" for one file or folder that is put there at the end. An
+    unfinished run with the same settings resumes; of a finished one ``finished`` is true. If the work raises before
+    anything was kept under ``state``, or soon and because of a mistake, nothing is left behind; otherwise a note on the
+    exception says how to resume. Raises UserError for a path that holds anything else, is in use, or cannot be written.
     """
     if not is_main():
         yield agreed(Run(path, path))
@@ -69,7 +68,7 @@ def run_in(
     identity = _identity(command, settings)
     if kind == "folder" and (record := _read(path / _RECORD)) is not None:
         _check_same(path, record, identity, "finished")
-        remove(state)  # it was killed while it removed that
+        remove(state)  # killed while removing it
         yield agreed(Run(path, state, finished=True))
         return
     missing = _made(path, state, kind)
@@ -84,7 +83,7 @@ def run_in(
         remove_partial(path)
         started = time.monotonic()
         try:
-            # the whole may be there: killed between the last write and the clean-up
+            # the whole may exist: killed between the last write and the clean-up
             run = agreed(Run(path, state, kind == "whole" and _is_taken(path), resumed))
             yield run
             if run.to_be_continued:
@@ -107,15 +106,15 @@ def run_in(
 
 
 def _of_the_system(error: BaseException) -> str | None:
-    """What the system says was wrong, where that is what was: a disk that is full, say."""
+    """The reason that the operating system gives for an error, if it is one of its own: a full disk, say."""
     if isinstance(error, OSError):
         return error.strerror or str(error)
-    number = re.search(r"\(os error (\d+)\)", str(error))  # as safetensors tells it
+    number = re.search(r"\(os error (\d+)\)", str(error))  # as safetensors words it
     return os.strerror(int(number[1])) if number and isinstance(error, Exception) else None
 
 
 def unfinished(folder: Path, prefix: str, command: str, settings: Mapping[str, Any]) -> Path | None:
-    """The newest folder in ``folder`` whose name begins so with an unfinished run of the same that nobody runs."""
+    """The newest folder ``folder``/``prefix``-… with an unfinished run of this command that is not in use."""
     identity = _identity(command, settings)
     for path in sorted(folder.glob(f"{prefix}-*"), reverse=True):
         if _read(path / _STATE / _RECORD) == identity:
@@ -125,7 +124,7 @@ def unfinished(folder: Path, prefix: str, command: str, settings: Mapping[str, A
 
 
 def versions() -> dict[str, str]:
-    """Of Python and of the packages that numbers depend on."""
+    """The versions of Python and of the packages that numbers depend on."""
     found = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -140,13 +139,13 @@ class InUseError(UserError):
 
 
 def _identity(command: str, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """What must be the same for a run to be gone on with."""
+    """What must be the same for a run to resume."""
     plain = json.loads(json.dumps(settings))
     return {"command": command, "settings": plain, "files": _files(plain), "versions": versions()}
 
 
 def _files(value: Any) -> dict[str, list[Any]]:
-    """Size and time of change of the data, models and modules that settings name."""
+    """The sizes and modification times of the data, models and modules that the settings name."""
     if isinstance(value, Mapping):
         value = [*value, *value.values()]
     if isinstance(value, list):
@@ -187,7 +186,7 @@ def _difference(there: Any, here: Any, name: str) -> str | None:
 
 
 def _made(path: Path, state: Path, kind: str) -> list[Path]:
-    """Make the folders of a run; those that were not there. Raises UserError where there is something else."""
+    """Make the folders of a run and return the new ones. Raises UserError if something else is there."""
     try:
         if _is_taken(path) and not state.exists():
             raise UserError(f"--out {str(path)!r} exists already: give another name, or remove it")
@@ -203,7 +202,7 @@ def _made(path: Path, state: Path, kind: str) -> list[Path]:
 
 
 def _undo(path: Path, state: Path, missing: list[Path]) -> None:
-    """Leave what was there before: an empty folder of the user's stays, and others' results in new folders too."""
+    """Restore what was there before: the user's empty folder stays, and so do other runs in folders made here."""
     whole = path.absolute()
     remove(state)
     for place in [path] if whole in missing or not path.is_dir() else list(path.iterdir()):
@@ -237,7 +236,7 @@ def _read(file: Path) -> dict[str, Any] | None:
 
 @contextmanager
 def _locked(file: Path, path: Path) -> Iterator[None]:
-    """Hold the lock of a run, which the system takes from a process that dies. Raises InUseError if one lives."""
+    """Hold the lock of a run, which the system releases when a process dies. Raises InUseError if it is taken."""
     while True:
         descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
         try:
@@ -249,11 +248,11 @@ def _locked(file: Path, path: Path) -> Iterator[None]:
                 raise InUseError(
                     f"--out {str(path)!r} is in use by {holder}: wait for it, or give another name"
                 ) from None
-            # a file system without locks: two runners there are the user's to avoid
+            # a file system without locks: the user must not run two there
         with suppress(OSError):
             if file.stat().st_ino == os.fstat(descriptor).st_ino:
                 break
-        os.close(descriptor)  # it was removed by the run that held it; the next try makes its own
+        os.close(descriptor)  # removed by the run that held it; the next attempt makes a new one
     now = datetime.now().isoformat(sep=" ", timespec="seconds")
     os.truncate(descriptor, 0)
     os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}, since {now}".encode())
@@ -264,7 +263,7 @@ def _locked(file: Path, path: Path) -> Iterator[None]:
 
 
 def place(prefix: str, command: str, settings: Mapping[str, Any]) -> Path:
-    """The newest folder runs/<prefix>-<time> in which this command was stopped, else a new one."""
+    """The newest folder runs/<prefix>-<time> in which this command was interrupted, else a new one."""
     found = unfinished(Path("runs"), prefix, command, settings) if is_main() else None
     fresh = Path("runs") / f"{prefix}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
     names = (fresh.with_name(f"{fresh.name}-{number}") if number > 1 else fresh for number in itertools.count(1))

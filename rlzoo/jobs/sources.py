@@ -1,4 +1,4 @@
-"""The files that the name of a source of data stands for."""
+"""The files of a data source."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ _NO_DATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "sta
 
 SUFFIXES = (".jsonl", ".json", ".parquet", ".csv", ".tsv", ".arrow")
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
-"""What may follow the ending of a file of text."""
+"""Compressions of text files."""
 
 
 def kind_of_file(path: Path) -> str:
-    """The ending that says what a file holds, without that of a compression; "" if it is none of `SUFFIXES`."""
+    """The suffix of a file's format, without that of a compression; "" if it is none of `SUFFIXES`."""
     suffixes = [suffix.lower() for suffix in path.suffixes[-2:]]
     if suffixes and suffixes[-1] in COMPRESSED:
         suffixes.pop()
@@ -24,7 +24,7 @@ def kind_of_file(path: Path) -> str:
 
 
 def data_files(source: str | Path) -> list[Path]:
-    """The files on this machine that a source names, whatever their split, in order; none for any other source."""
+    """The local files of a source, of any split, in order; none for any other kind of source."""
     path = Path(source)
     if path.is_dir():
         found = path.rglob("*")
@@ -37,7 +37,7 @@ def data_files(source: str | Path) -> list[Path]:
         return []
     try:
         return sorted((f for f in files if kind_of_file(f) and f.name not in _NO_DATA and f.is_file()), key=_order)
-    except (ValueError, OSError):  # no pattern of files
+    except (ValueError, OSError):  # not a pattern of files
         return []
 
 
@@ -47,5 +47,5 @@ def is_pattern(name: str) -> bool:
 
 
 def _order(path: Path) -> list[Any]:
-    """Sorts part-2 before part-10."""
+    """A sort key with part-2 before part-10."""
     return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", str(path))]

@@ -2,8 +2,8 @@
 
 from rlzoo.policy.assembly import Assembler, Models
 from rlzoo.policy.loading import load_policy
-from rlzoo.policy.microbatches import MicroBatches, score_rows
-from rlzoo.policy.policy import Policy, TokenScores
+from rlzoo.policy.microbatches import MicroBatches, log_probs
+from rlzoo.policy.policy import ForwardPass, Policy
 from rlzoo.policy.sequences import Sequences
 
-__all__ = ["Assembler", "MicroBatches", "Models", "Policy", "Sequences", "TokenScores", "load_policy", "score_rows"]
+__all__ = ["Assembler", "ForwardPass", "MicroBatches", "Models", "Policy", "Sequences", "load_policy", "log_probs"]

@@ -1,4 +1,4 @@
-"""Low-rank adapters by peft, put into a transformers model that otherwise stays what it is."""
+"""Low-rank adapters by peft, injected into an otherwise unchanged transformers model."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def adapters(model: nn.Module) -> dict[str, Any]:
 
 
 def add_lora(model: nn.Module, rank: int, alpha: float, target_modules: str | Sequence[str]) -> None:
-    """Freeze ``model`` and put adapters of ``rank`` into it, scaled by alpha/rank. Raises UserError."""
+    """Freeze ``model`` and inject adapters of ``rank``, scaled by alpha/rank. Raises UserError without peft."""
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError:
@@ -44,7 +44,7 @@ def add_lora(model: nn.Module, rank: int, alpha: float, target_modules: str | Se
 
 @contextmanager
 def switched_off(model: nn.Module) -> Iterator[None]:
-    """Run the model without its adapters, and put them back as they were."""
+    """Disable the adapters in this context."""
     layers = adapters(model).values()
     training = [p for layer in layers for p in layer.parameters() if p.requires_grad]
     for layer in layers:
@@ -59,12 +59,12 @@ def switched_off(model: nn.Module) -> Iterator[None]:
 
 
 def merged(model: nn.Module, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict in which the adapters are part of the weights, under the names of the plain model."""
+    """A state dict with the adapters merged into the weights, under the names of the plain model."""
     found = dict(weights)
     for name, layer in adapters(model).items():
         with torch.no_grad():
             delta = found[f"{name}.lora_B.{NAME}.weight"] @ found[f"{name}.lora_A.{NAME}.weight"]
-            if layer.fan_in_fan_out:  # transformers' Conv1D holds its weight the other way round
+            if layer.fan_in_fan_out:  # transformers' Conv1D stores its weight transposed
                 delta = delta.mT
             base = found[f"{name}.base_layer.weight"]
             whole = (base + layer.scaling[NAME] * delta).to(base.dtype)
@@ -76,7 +76,7 @@ def merged(model: nn.Module, weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def save_adapter(model: nn.Module, weights: dict[str, Tensor], folder: Path, base: str) -> None:
-    """Write the adapter alone as peft reads it: ``PeftModel.from_pretrained(base_model, folder)``."""
+    """Write the adapter alone, in the format of peft: ``PeftModel.from_pretrained(base_model, folder)``."""
     from safetensors.torch import save_file
 
     config: Any = model.peft_config[NAME]  # type: ignore[index]

@@ -1,4 +1,4 @@
-"""From rows to the batch that an objective sees: one way, for the trainer, the analyzer and the contract's tests."""
+"""From rows to the batch that an objective sees: one way for the trainer, the analyzer and the contract's tests."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from rlzoo.policy.sequences import Tokens
 from rlzoo.types import TokenBatch, Trajectory, Unit, selector_of
 
 Units = Sequence[tuple[int, ...]]
-"""The rows that belong together, as indices into the rows of a batch."""
+"""Units of a batch, as indices into its rows."""
 
 
 class Models:
-    """The models that inputs look at beside the policy: frozen ones, each loaded once, and those that move."""
+    """The models that inputs use besides the policy: frozen ones, each loaded once, and moving ones."""
 
     def __init__(
         self,
@@ -42,10 +42,10 @@ class Models:
     def load(
         cls, policy: Policy, inputs: Iterable[Input], initial: Policy | None = None, moving: bool = True
     ) -> Models:
-        """All that ``inputs`` name, before training starts; ``initial`` is a copy of the initial policy that is there.
+        """Load all models of ``inputs``, before training starts; ``initial`` is a copy of the initial policy, if any.
 
-        Without ``moving`` the policy stands for models that move, as it does before the first step. Raises UserError
-        for a model with another vocabulary than the policy's.
+        Without ``moving`` the policy takes the place of moving models, which equal it before the first step. Raises
+        UserError for a model whose vocabulary is not the policy's.
         """
         found = cls(policy, {} if initial is None else {None: initial})
         for one in inputs:
@@ -60,7 +60,7 @@ class Models:
         """A frozen model. Raises UserError for one that was not loaded."""
         if name not in self.frozen:
             told = "the initial policy" if name is None else repr(name)
-            raise UserError(f"{told} is not loaded: an input that scores with it names it in models()")
+            raise UserError(f"{told} is not loaded: an input that uses it must list it in models()")
         return self.frozen[name]
 
     def own(self, one: Input) -> Policy:
@@ -76,37 +76,37 @@ class Models:
 def _loaded(name: str, policy: Policy) -> Policy:
     model = load_policy(name, device=policy.device).eval().requires_grad_(False)
     if model.tokenizer.get_vocab() != policy.tokenizer.get_vocab():
-        raise UserError(f"the model {name!r} has another vocabulary than the policy, whose tokens it cannot score")
+        raise UserError(f"the model {name!r} has another vocabulary than the policy: use one with the same tokenizer")
     model.compute = policy.compute
     model.to(policy.device)
     return model
 
 
 class Assembler:
-    """Turns rows into batches for a policy that trains or is analysed."""
+    """Turns rows into batches, for a policy in training or analysis."""
 
     def __init__(
         self,
         policy: Policy,
         models: Models | None = None,
         micro: MicroBatches | None = None,
-        on_scored: Callable[[Policy, Sequence[Tokens]], None] | None = None,
+        on_forward: Callable[[Policy, Sequence[Tokens]], None] | None = None,
         remember: bool = False,
     ) -> None:
-        """``on_scored`` is called with the model and the rows of every forward pass without a graph, for the costs.
+        """``on_forward`` is called with the model and rows of every forward pass without a graph, to count costs.
 
-        With ``remember`` a row that was scored by a model is not scored again: for models that do not change.
+        With ``remember`` a model's log-probs of a row are computed once: for models that do not change.
         """
         self.policy, self.models = policy, models or Models(policy)
         self.micro = micro or MicroBatches(8192)
-        self._on_scored = on_scored
+        self._on_forward = on_forward
         self._known: dict[tuple[int, int], tuple[Tokens, dict[str, Tensor]]] | None = {} if remember else None
 
     def assemble(self, rows: Sequence[Trajectory], units: Units, objective: Objective) -> TokenBatch:
-        """The batch with all inputs that are known before an update, with no graph; `Objective.prepare` comes next.
+        """The batch with all inputs that are known before an update, without a graph; `Objective.prepare` is next.
 
-        ``logp`` is in it where the policy was scored: for a `Snapshot`, or an objective that couples the whole batch.
-        Raises UserError for what rows lack and nothing can compute.
+        It has ``logp`` for an objective with a `Snapshot` or with coupling BATCH. Raises UserError for stored inputs
+        that rows lack and that cannot be computed.
         """
         context = _Context(self, rows, units, objective)
         batch = fixed_batch(rows, units, objective, self.policy.device)
@@ -116,18 +116,18 @@ class Assembler:
         )
         if objective.is_coupled:
             context.now()
-        if context.scores is not None:
-            batch = batch.replace(**context.scores)
+        if context.forward_values is not None:
+            batch = batch.replace(**context.forward_values)
         return self._step(batch, context)
 
     def forward(self, rows: Sequence[Trajectory], units: Units, objective: Objective) -> dict[str, Tensor]:
-        """``logp`` and the objective's inputs of the forward pass, by key, with no graph."""
+        """``logp`` and the objective's FORWARD inputs, by key, without a graph."""
         context = _Context(self, rows, units, objective)
         keys = ["logp", *(one.key for one in objective.requires if one.stage is Stage.FORWARD and not one.gives_logits)]
         return {key: context.now(key) for key in keys}
 
     def values(self, one: Input, rows: Sequence[Trajectory]) -> list[Float[np.ndarray, " n"]]:
-        """What a stored input computes for each row, in float32: one value per completion token, or one."""
+        """The computed values of a stored input per row, in float32: one per completion token, or a single one."""
         if not rows:
             return []
         context = _Context(self, rows, [(place,) for place in range(len(rows))], None)
@@ -140,12 +140,12 @@ class Assembler:
         ]
 
     def renew(self, batch: TokenBatch, rows: Sequence[Trajectory], units: Units, objective: Objective) -> TokenBatch:
-        """The same batch before its next update: with STEP inputs and, where all rows are coupled, log-probs."""
+        """The same batch before its next update: with new STEP inputs and, with coupling BATCH, new log-probs."""
         context = _Context(self, rows, units, objective)
         context.mask = batch.mask
         if objective.is_coupled:
             context.now()
-            batch = batch.replace(**(context.scores or {}))
+            batch = batch.replace(**(context.forward_values or {}))
         return self._step(batch, context)
 
     @staticmethod
@@ -154,13 +154,13 @@ class Assembler:
         return batch.replace(**{one.key: context.value_of(one) for one in requires if one.stage is Stage.STEP})
 
     def after_step(self) -> None:
-        """Tell inputs with a model or a module of their own that an optimizer step is done."""
+        """Tell inputs with their own model or module that an optimizer step is done."""
         for one in {*self.models.moving, *self.policy.attached.values()}:
             context = _Context(self, [], [], None)
             context.input = one
             one.after_step(context)
 
-    def score(
+    def log_probs(
         self,
         model: Policy,
         rows: Sequence[Trajectory],
@@ -168,16 +168,16 @@ class Assembler:
         forward: Forward | None = None,
         progress: Callable[[int], None] | None = None,
     ) -> dict[str, Float[Tensor, "R T"]]:
-        """`MicroBatches.score`."""
+        """`MicroBatches.log_probs`."""
         if self._known is not None and (known := self._recalled(model, rows, statistics)) is not None:
             return known
-        found = self.micro.score(model, rows, statistics, forward=forward, progress=progress)
-        if self._on_scored is not None:
-            self._on_scored(model, rows)
+        found = self.micro.log_probs(model, rows, statistics, forward=forward, progress=progress)
+        if self._on_forward is not None:
+            self._on_forward(model, rows)
         if self._known is not None:
             for place, row in enumerate(rows):
                 kept = {key: value[place, : len(row.completion_ids)] for key, value in found.items()}
-                self._known[id(model), id(row)] = row, kept  # the row with it, or its id might become another's
+                self._known[id(model), id(row)] = row, kept  # kept with the row, or its id might become another's
         return found
 
     def _recalled(
@@ -200,8 +200,8 @@ class _Context:
     ) -> None:
         self.assembler, self.rows, self.units, self.objective = assembler, rows, units, objective
         self.mask: Bool[Tensor, "B T"] = torch.zeros(0, 0, dtype=torch.bool)
-        self.scores: dict[str, Tensor] | None = None
-        """The policy's log-probs and the objective's FORWARD inputs as they are, if anything asked for them."""
+        self.forward_values: dict[str, Tensor] | None = None
+        """The current log-probs of the policy and FORWARD inputs of the objective, once they have been computed."""
         self.input: Input | None = None
 
     @property
@@ -219,27 +219,27 @@ class _Context:
     def encode(self, prompt: Any) -> list[int]:
         return encode_prompt(self.policy.tokenizer, prompt)[1]
 
-    def score(self, model: Policy, rows: Sequence[Trajectory] | None = None) -> Float[Tensor, "R T"]:
+    def log_probs(self, model: Policy, rows: Sequence[Trajectory] | None = None) -> Float[Tensor, "R T"]:
         if rows is None and model is self.policy:
             return self.now()
-        return self.assembler.score(model, self.rows if rows is None else rows)["logp"]
+        return self.assembler.log_probs(model, self.rows if rows is None else rows)["logp"]
 
     def now(self, key: str = "logp") -> Float[Tensor, "B T"]:
         requires = () if self.objective is None else self.objective.requires
-        if self.scores is None:
+        if self.forward_values is None:
             statistics = [one for one in requires if one.is_statistic]
-            found = self.assembler.score(self.policy, self.rows, statistics)
+            found = self.assembler.log_probs(self.policy, self.rows, statistics)
             keys = {"logp", *(one.key for one in requires)}
-            self.scores = {key: value for key, value in found.items() if key in keys}
-        if key not in self.scores:
+            self.forward_values = {key: value for key, value in found.items() if key in keys}
+        if key not in self.forward_values:
             constant = next((one.initial for one in requires if one.key == key), None)
             if constant is None:
-                raise UserError(f"a Snapshot of {key!r} needs an input of every forward pass that has this key")
-            return torch.full_like(self.scores["logp"], constant)
-        return self.scores[key]
+                raise UserError(f"Snapshot({key!r}) needs a FORWARD input with this key in the objective's requires")
+            return torch.full_like(self.forward_values["logp"], constant)
+        return self.forward_values[key]
 
     def value_of(self, one: Input) -> Tensor:
-        """The input's values of all rows."""
+        """The input's values for all rows."""
         if one.stage is Stage.STORED:
             own = [one.stored(row) for row in self.rows]
             if not any(value is None for value in own):
@@ -248,7 +248,7 @@ class _Context:
         return one.compute(self)
 
     def _table(self, one: Input, values: Sequence[Any]) -> Tensor:
-        """The rows' own values as a tensor."""
+        """Stored values of rows as a tensor."""
         device = self.mask.device
         if any(len(row.completion_ids) != 1 for row in self.rows) and all(
             isinstance(value, Sequence) and len(value) == 1 for value in values
@@ -269,10 +269,15 @@ class _Context:
 
 
 def fixed_batch(rows: Sequence[Trajectory], units: Units, objective: Objective, device: torch.device) -> TokenBatch:
-    """What the rows themselves say: the mask, rewards, groups and pairs.
+    """The fields that come from the rows themselves: the mask, rewards, groups and pairs.
 
     Rewards are in float64: a group's differences may be small beside what its rewards have in common.
+    Raises UserError for a row whose prompt or completion has no tokens, not even an end of sequence.
     """
+    for row in rows:
+        if not (row.prompt_ids and row.completion_ids):
+            lacking = "completion" if row.prompt_ids else "prompt"
+            raise UserError(f"a row of prompt {row.prompt_id!r} has no tokens in its {lacking}: drop the row")
     mask = fixed_mask(rows, objective.truncated == "mask")
     unit = selector_of(objective.learns_from).unit
     pairs = unit is Unit.PAIR
@@ -293,7 +298,7 @@ def fixed_batch(rows: Sequence[Trajectory], units: Units, objective: Objective, 
 
 
 def fixed_mask(rows: Sequence[Trajectory], masks_truncated: bool = False) -> Bool[Tensor, "B T"]:
-    """True at completion tokens, of truncated rows too unless those are masked."""
+    """True at completion tokens, except those of truncated rows with ``masks_truncated``."""
     mask = torch.zeros(len(rows), max(len(row.completion_ids) for row in rows), dtype=torch.bool)
     for place, row in enumerate(rows):
         mask[place, : 0 if masks_truncated and row.truncated else len(row.completion_ids)] = True
@@ -301,7 +306,7 @@ def fixed_mask(rows: Sequence[Trajectory], masks_truncated: bool = False) -> Boo
 
 
 def _groups(rows: Sequence[Trajectory], units: Units, kind: Unit) -> list[int]:
-    """A number for each row's group: its unit where units are groups (two policy versions may share a prompt)."""
+    """A number per row for its group: its unit, if units are groups (policy versions may share a prompt)."""
     keys: list[object] = [row.prompt_id for row in rows]
     if kind is Unit.GROUP:
         for number, unit in enumerate(units):

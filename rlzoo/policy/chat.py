@@ -1,4 +1,4 @@
-"""Chat templates: a conversation as the model's text, and where the template starts and ends an assistant's turn."""
+"""Chat templates: rendering conversations, and how a template opens and ends an assistant's turn."""
 
 from __future__ import annotations
 
@@ -13,34 +13,34 @@ from weakref import WeakKeyDictionary
 from rlzoo.errors import UserError, kind_of
 
 Message = dict[str, Any]
-"""``role`` and ``content``, both text, and what else the template reads (``tool_calls``, ``reasoning_content``)."""
+"""``role`` and ``content``, both text, and further keys of the template (``tool_calls``, ``reasoning_content``)."""
 
 Options = Mapping[str, Any]
-"""What a template is given besides messages: ``tools``, ``enable_thinking``."""
+"""Arguments of a template besides messages: ``tools``, ``enable_thinking``."""
 
 ROLES = ("system", "user", "assistant", "tool")
-"""Roles that any template may be given; others are accepted where the template names them."""
+"""Roles accepted for any template; others are accepted if the template names them."""
 _THOUGHTS = ("reasoning_content", "reasoning", "thinking")
-"""Keys of a message that hold what was thought before its content."""
+"""Keys of a message that hold the reasoning before its content."""
 _NONE: Options = {}
 _PROBE = "PROBE"
-"""An answer that no template changes, to see what a template puts around one."""
+"""An answer that no template changes, to find the text around it."""
 
 
 @dataclass(frozen=True)
 class Turn:
-    """How a chat template writes an assistant's turn."""
+    """How a chat template renders an assistant's turn."""
 
     opening: str = ""
-    """What a template without a generation prompt puts before the answer; empty where it has one."""
+    """The text before the answer in a template without a generation prompt; else empty."""
     ending: tuple[int, ...] = ()
     """The tokens after the answer."""
     stop: int | None = None
     """The special token among them at which sampling stops."""
     controls: frozenset[str] = frozenset()
-    """Special tokens that structure a conversation. A message's text that spells one would break it."""
+    """Special tokens that structure a conversation; text of a message that spells one would break it."""
     parts: bool = False
-    """Whether it writes contents that are lists of parts alone, as some templates of models of images do."""
+    """Whether it accepts only contents that are lists of parts, as some templates of vision models do."""
 
     @property
     def after_stop(self) -> int:
@@ -56,16 +56,18 @@ def messages(value: Any, what: str = "the prompt") -> list[Message]:
     if not isinstance(value, Sequence) or isinstance(value, str | bytes):
         raise UserError(f"{what} holds {kind_of(value)}: give text or a list of messages")
     if not value:
-        raise UserError(f"{what} is a conversation of no messages: give it at least one turn")
+        raise UserError(f"{what} is a conversation without messages: give it at least one turn")
     return [_message(message, number, what) for number, message in enumerate(value, 1)]
 
 
 def _message(message: Any, number: int, what: str) -> Message:
     if not isinstance(message, Mapping):
-        raise UserError(f"{what} is no conversation (its entry {number} is {kind_of(message)}): give {{role, content}}")
+        raise UserError(
+            f"{what} is not a conversation (its entry {number} is {kind_of(message)}): give {{role, content}}"
+        )
     role, content = message.get("role"), message.get("content")
     if content is None and message.get("tool_calls"):
-        content = ""  # a call of tools needs no words
+        content = ""  # a tool call needs no text
     if isinstance(content, list) and content:
         content = "".join(_part(part, number, what) for part in content)
     for name, text in (("role", role), ("content", content)):
@@ -91,19 +93,19 @@ def _part(part: Any, number: int, what: str) -> str:
 
 
 def options_of(row: Mapping[str, Any]) -> Options:
-    """What a row gives its chat template besides messages, as in TRL: ``tools`` and ``chat_template_kwargs``.
+    """A row's arguments of the chat template besides messages, as in TRL: ``tools``, ``chat_template_kwargs``.
 
     Raises UserError for a column of another type.
     """
     tools, options = row.get("tools"), row.get("chat_template_kwargs")
-    if isinstance(tools, str) and tools:
+    if isinstance(tools, str):
         try:
-            tools = json.loads(tools)
-        except ValueError:
-            raise UserError("column 'tools' is text that is no JSON: give a list of functions' schemas") from None
+            tools = json.loads(tools) if tools.strip() else None
+        except (ValueError, RecursionError):
+            raise UserError("column 'tools' is text that is not JSON: give a list of function schemas") from None
     if not isinstance(tools, list | None) or not isinstance(options, Mapping | None):
         name, kind = ("chat_template_kwargs", "a mapping") if isinstance(tools, list | None) else ("tools", "a list")
-        raise UserError(f"column {name!r} holds {kind_of(row[name])}: give {kind}, or call the column otherwise")
+        raise UserError(f"column {name!r} holds {kind_of(row[name])}: give {kind}, or rename the column")
     known = {key: value for key, value in (options or {}).items() if value is not None}
     return {"tools": tools, **known} if tools else known
 
@@ -111,7 +113,7 @@ def options_of(row: Mapping[str, Any]) -> Options:
 def render(
     tokenizer: Any, conversation: Sequence[Message], generation_prompt: bool = False, options: Options = _NONE
 ) -> str:
-    """The conversation in the tokenizer's chat template. Raises UserError if there is none, or it refuses."""
+    """The conversation rendered by the chat template. Raises UserError if there is none, or it fails."""
     return _render(tokenizer, conversation, generation_prompt, options, turn_of(tokenizer).parts)
 
 
@@ -139,10 +141,10 @@ def _render(
 
 
 def opened(tokenizer: Any, conversation: Sequence[Message], options: Options = _NONE) -> str:
-    """A prompt as the model sees it before it answers: the conversation, and the opening of the assistant's turn.
+    """A prompt as the model sees it before its answer: the conversation and the opening of the assistant's turn.
 
-    A template without a generation prompt opens it as it opens the assistant's turns of a conversation. Raises
-    UserError for a template that refuses the conversation, does not know a role, or leaves a turn out.
+    Without a generation prompt in the template, the turn is opened as within a conversation. Raises UserError if the
+    template refuses the conversation, does not know a role, or leaves a turn out.
     """
     turns = [message for message in conversation if message["role"] != "system"] or conversation
     if not any(message["content"].strip() or message.get("tool_calls") for message in turns):
@@ -153,7 +155,7 @@ def opened(tokenizer: Any, conversation: Sequence[Message], options: Options = _
         if role not in ROLES and role not in str(tokenizer.chat_template):
             raise UserError(
                 f"message {number} has the role {role!r}, which the chat template does not name: "
-                f"call it one of {', '.join(ROLES)}"
+                f"use one of {', '.join(ROLES)}"
             )
         _require_calls(tokenizer, message)
         said = message["content"].strip() and not message.get("tool_calls")
@@ -166,28 +168,28 @@ def opened(tokenizer: Any, conversation: Sequence[Message], options: Options = _
 
 
 def _require_calls(tokenizer: Any, message: Message) -> None:
-    """Raise UserError for calls of tools that the chat template would leave out."""
+    """Raise UserError for tool calls that the chat template would leave out."""
     if message.get("tool_calls") and "tool_calls" not in str(tokenizer.chat_template):
         raise UserError(
-            "the chat template does not write 'tool_calls': write the call in the turn's content, "
-            "or use a chat template for tools"
+            "the chat template does not render 'tool_calls': write the call in the turn's content, "
+            "or use a chat template with tools"
         )
 
 
 def _require_thoughts(tokenizer: Any, answer: Message) -> None:
-    """Raise UserError for an answer's reasoning, in a key of its own, that the chat template would leave out."""
+    """Raise UserError for an answer's separate reasoning that the chat template would leave out."""
     for key in _THOUGHTS:
         if answer.get(key) and key not in str(tokenizer.chat_template):
             raise UserError(
-                f"the chat template does not write {key!r} of the assistant's turn: write it in the content, as "
-                "<think>...</think>, or take it out"
+                f"the chat template does not render {key!r} of the assistant's turn: write it in the content, as "
+                "<think>...</think>, or remove it"
             )
 
 
 def _unwritten(tokenizer: Any, conversation: Sequence[Message]) -> frozenset[int]:
-    """The places (from 1) of messages that the template leaves out whatever they say: it is given marks in their place.
+    """The numbers (from 1) of messages that the template leaves out, found by rendering markers in their place.
 
-    A short text such as "5" may stand in the rendered conversation by chance.
+    A short text such as "5" may appear in the rendered conversation by chance.
     """
     known = _UNWRITTEN.setdefault(tokenizer, {})
     key = tokenizer.chat_template, *((message["role"], bool(message.get("tool_calls"))) for message in conversation)
@@ -196,15 +198,15 @@ def _unwritten(tokenizer: Any, conversation: Sequence[Message]) -> frozenset[int
         marked = [{**message, "content": mark} for message, mark in zip(conversation, marks, strict=True)]
         try:
             text = render(tokenizer, marked, True)
-        except UserError:  # it looks into contents, or needs options
+        except UserError:  # it inspects contents, or needs options
             text = "".join(marks)
         known[key] = frozenset(number for number, mark in enumerate(marks, 1) if mark not in text)
     return known[key]
 
 
 def _holds(text: str, message: Message) -> bool:
-    """Whether a rendered conversation has the text of a message, apart from spaces: as it is, as JSON, or, for an
-    answer that is past, without its thinking."""
+    """Whether a rendered conversation contains the text of a message, up to spaces: verbatim, as JSON, or, for an
+    earlier answer, without its reasoning."""
     content = message["content"].rpartition("</think>")[2] if message["role"] == "assistant" else message["content"]
     if content.strip() in text or message.get("tool_calls"):
         return True
@@ -217,10 +219,10 @@ def answered(
 ) -> tuple[str, str]:
     """The opened prompt, and the whole conversation with the answer.
 
-    The whole is the template's own rendering wherever that keeps the prompt and the answer. Where it does not (R1's
-    template drops the reasoning of every answer, some of Mistral's drop the system turn once there is an answer), it is
-    the prompt as the model sees it, the answer as it is written, and the template's ending. A ``<think>`` that both
-    the generation prompt and the answer open is opened once.
+    The whole is the template's own rendering if that keeps the prompt and the answer. If not (R1's template drops the
+    reasoning of every answer, some of Mistral's drop the system turn once there is an answer), it is the prompt as the
+    model sees it, the answer verbatim, and the template's ending. A ``<think>`` that both the generation prompt and the
+    answer open is opened once.
     """
     _require_calls(tokenizer, answer)
     _require_thoughts(tokenizer, answer)
@@ -238,7 +240,7 @@ def answered(
 
 
 def turn_of(tokenizer: Any) -> Turn:
-    """How the tokenizer's chat template writes an assistant's turn, found by rendering a conversation."""
+    """How the tokenizer's chat template renders an assistant's turn, found by rendering a conversation."""
     names = ("chat_template", "bos_token", "eos_token", "pad_token")
     template, *own = key = tuple(getattr(tokenizer, name, None) for name in names)
     if not template:
@@ -254,7 +256,7 @@ _UNWRITTEN: WeakKeyDictionary[Any, dict[Any, frozenset[int]]] = WeakKeyDictionar
 
 
 def _long(tokens: Iterable[str | None]) -> frozenset[str]:
-    """Without single characters, which some tokenizers take as their padding: they are text."""
+    """Without single characters, which some tokenizers use as padding: they are text."""
     return frozenset(token for token in tokens if token and len(token.strip()) > 1)
 
 
@@ -276,7 +278,7 @@ def _turn(tokenizer: Any, own: frozenset[str]) -> Turn:
 
 
 def _around(tokenizer: Any, conversation: Sequence[Message], options: Options, parts: bool) -> tuple[str, str]:
-    """What the template writes before and after the last message's text, which is the probe."""
+    """The rendered text before and after the last message's, which is the probe."""
     before, probe, after = _render(tokenizer, conversation, False, options, parts).rpartition(_PROBE)
     if not probe:
         raise UserError("the chat template leaves out the assistant's turn: change tokenizer.chat_template")
@@ -284,20 +286,20 @@ def _around(tokenizer: Any, conversation: Sequence[Message], options: Options, p
 
 
 def _marks(tokenizer: Any, conversation: list[Message], further: Message, parts: bool) -> frozenset[str]:
-    """The special tokens that mark turns: those in a conversation whose last answer is past, its thinking gone."""
+    """The special tokens that mark turns, from a conversation whose answer is no longer the last message."""
     try:
         text = _render(tokenizer, [*conversation, further], False, _NONE, parts)
-    except UserError:  # it takes one question alone
+    except UserError:  # it accepts a single question only
         text = _render(tokenizer, conversation, False, _NONE, parts)
     added = getattr(tokenizer, "added_tokens_decoder", {}).values()
     special = {*tokenizer.all_special_tokens, *(token.content for token in added if token.special)}
-    # a tag that has a closing one marks a part of a text, as <think> does
+    # a tag with a closing one marks a part of a text, as <think> does
     tags = {tag for token in special if f"</{token[1:]}" in special for tag in (token, f"</{token[1:]}")}
     return _long(token for token in special - tags if token in text)
 
 
 def _opened_once(prompt: str, rest: str) -> str:
-    """What follows the prompt, without a tag such as ``<think>`` that the prompt has opened already."""
+    """The text after the prompt, without a tag such as ``<think>`` that the prompt has opened already."""
     found = re.search(r"(<[^<>\s]+>)(\s*)$", prompt)
     if found is None or not rest.lstrip().startswith(found[1]):
         return rest
@@ -305,7 +307,7 @@ def _opened_once(prompt: str, rest: str) -> str:
 
 
 def shared(one: Sequence[Any], other: Sequence[Any]) -> int:
-    """How many characters, or tokens, two sequences begin with together."""
+    """The length of the common prefix of two sequences."""
     pairs = enumerate(zip(one, other, strict=False))
     return next((place for place, (a, b) in pairs if a != b), min(len(one), len(other)))
 

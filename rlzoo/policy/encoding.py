@@ -1,7 +1,7 @@
-"""Text to tokens: the one place that decides about templates, special tokens, end of sequence and truncation.
+"""Text to tokens: the one place that decides on templates, special tokens, end of sequence and truncation.
 
-Everything that is trained on or sampled from goes through here, so a prompt has the same tokens in a
-demonstration, in a rollout and in an evaluation. What chat templates do to a conversation is `rlzoo.policy.chat`'s.
+All text is encoded here, so a prompt has the same tokens in a demonstration, in a rollout and in an evaluation. Chat
+templates are handled in `rlzoo.policy.chat`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from rlzoo.policy.chat import Message, Options, answered, messages, opened, shar
 
 Prompt = str | list[Message]
 Special = Literal["reject", "allow"]
-"""What happens to text that spells a special token: it is an error, or it is read as that token."""
+"""Text that spells a special token is an error, or is read as that token."""
 SPELLED = "text that spells a special token is read as that token"
 CUT = "completions cut to the limit on their length, which have no end"
 LEFT_OUT = "the chat template drops the prompt's last words before an answer, which samples continue from"
@@ -33,9 +33,9 @@ class Encoded:
     completion_ids: list[int]
     truncated: bool
     key: str = ""
-    """The prompt's identity where the data give none: the same whatever its completion."""
+    """The identity of the prompt, for data without prompt ids; independent of its completion."""
     notes: Mapping[str, str] = field(default_factory=dict)
-    """What is to be known of its tokens: what happened → an example."""
+    """What happened to its tokens → an example."""
 
 
 def encode_prompt(
@@ -43,19 +43,19 @@ def encode_prompt(
 ) -> tuple[str, list[int]]:
     """The text that the model sees, and its tokens.
 
-    A conversation goes through the chat template, with ``options`` for the template (``tools``, ``enable_thinking``),
-    the header of the assistant's turn and no further special tokens. Plain text gets the tokenizer's own special
-    tokens, but never an end of sequence. Raises UserError for a conversation without a template or one that the
-    template refuses, with ``special="reject"`` for one whose text spells a special token, and for a prompt of no
-    tokens, after which no first token can be predicted.
+    A conversation is rendered by the chat template with its ``options`` (``tools``, ``enable_thinking``) and the header
+    of the assistant's turn, without further special tokens. Plain text gets the tokenizer's own special tokens, but no
+    end of sequence. Raises UserError for a conversation without a template or one that the template refuses, with
+    ``special="reject"`` for text that spells a special token, and for a prompt without tokens, after which no first
+    token can be predicted.
     """
     if isinstance(prompt, str):
         text, ids = prompt, _tokens(tokenizer, prompt, special=True)
         bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
         if bos is not None and ids[:2] == [bos, bos] and _tokens(tokenizer, prompt, special=False)[:2] != [bos, bos]:
-            ids = ids[1:]  # the text was rendered before, and brings its own
+            ids = ids[1:]  # the text was rendered before, with its own
         if ids[-1:] == [eos] and _tokens(tokenizer, prompt, special=False)[-1:] != [eos]:
-            ids = ids[:-1]  # the tokenizer's doing: the model would learn to go on after the end
+            ids = ids[:-1]  # added by the tokenizer: the model would learn to continue after the end
     else:
         conversation = messages(prompt)
         if special == "reject":
@@ -68,7 +68,7 @@ def encode_prompt(
 
 
 def encode_completion(tokenizer: Any, text: str) -> list[int]:
-    """The tokens of plain text and one end of sequence. Raises UserError if the tokenizer has none."""
+    """The tokens of plain text and an end of sequence. Raises UserError if the tokenizer has none."""
     eos = tokenizer.eos_token_id
     if eos is None:
         raise UserError("the tokenizer has no end of sequence: set tokenizer.eos_token")
@@ -85,15 +85,15 @@ def encode(
     special: Special = "reject",
     options: Options | None = None,
 ) -> Encoded:
-    """Both, cut on the right to ``max_length`` tokens of prompt + completion, ``max_completion_tokens`` of completion.
+    """Encode both, cut on the right to ``max_length`` tokens in all and ``max_completion_tokens`` of completion.
 
-    The completion of a conversation is an assistant's turn, text or a message: its tokens are those with which the chat
-    template goes on after the prompt, from where the two part to the end of the turn (as in TRL), and one end of
-    sequence where a turn of the template has no end at which sampling could stop.
+    The completion of a conversation is an assistant's turn, as text or a message: its tokens are those of the rendered
+    conversation from where it differs from the prompt to the end of the turn (as in TRL), and an end of sequence if
+    the template ends turns without a token at which sampling stops.
 
-    A completion that was cut before the end is marked truncated; its text is what its tokens say. A
-    completion's text never holds the end of sequence, its tokens do. Raises UserError if the prompt leaves no
-    room, and with ``special="reject"`` for text that spells a special token (see `spelled`).
+    A completion that is cut is marked truncated, and its text is decoded from the tokens that are left. The end of
+    sequence is among the tokens but not in the text. Raises UserError if the prompt leaves no room, and with
+    ``special="reject"`` for text that spells a special token (see `spelled`).
     """
     if isinstance(prompt, str):
         if not isinstance(completion, str):
@@ -102,13 +102,13 @@ def encode(
         ids, said = encode_completion(tokenizer, completion), completion
         if prompt or _tokens(tokenizer, prompt, special=True):
             text, prompt_ids = encode_prompt(tokenizer, prompt)
-            if not prompt and ids[: len(prompt_ids)] == prompt_ids:  # the text brings its own BOS
+            if not prompt and ids[: len(prompt_ids)] == prompt_ids:  # the text has its own BOS
                 ids, said = ids[len(prompt_ids) :], said.removeprefix(tokenizer.decode(prompt_ids))
-        else:  # a text without a prompt, and nothing begins it: its first token is given, not learned
+        else:  # a text without prompt or BOS: its first token is given, not learned
             text, prompt_ids, ids = tokenizer.decode(ids[:1]), ids[:1], ids[1:]
             said = said.removeprefix(text)
         if not ids:
-            raise UserError("the text is one token, and there is nothing before it to learn it from: drop the row")
+            raise UserError("the text is a single token with nothing before it to predict it from: drop the row")
         key = prompt_key(text)
         said, end = said.removesuffix(tokenizer.eos_token), len(ids)
     else:
@@ -135,12 +135,14 @@ def encode(
 
 
 def _turn(tokenizer: Any, prompt: str, whole: str) -> tuple[list[int], str, list[int], int]:
-    """A rendered conversation, split where it parts from its prompt: the tokens before that, the text that the prompt
-    alone has after it, the turn's tokens, and how many of those it takes to end the turn."""
+    """A rendered conversation, split where it differs from its prompt: the tokens before that, the rest of the prompt's
+    text, the turn's tokens, and how many of those it takes to end the turn."""
     first, both = _tokens(tokenizer, prompt, special=False), _tokens(tokenizer, whole, special=False)
     start = shared(first, both)
     if not start:
-        raise UserError("the prompt has no tokens of its own: give plain text, or change tokenizer.chat_template")
+        raise UserError(
+            "the rendered prompt has no tokens of its own: give plain text, or change tokenizer.chat_template"
+        )
     ids, turn = both[start:], turn_of(tokenizer)
     if not {turn.stop, tokenizer.eos_token_id} & set(ids):
         if tokenizer.eos_token_id is None:
@@ -151,11 +153,11 @@ def _turn(tokenizer: Any, prompt: str, whole: str) -> tuple[list[int], str, list
 
 
 def spelled(tokenizer: Any, prompt: Prompt, completion: str | Message = "") -> str | None:
-    """Which special token a row's text spells where it should not, in words, or None.
+    """The special token that a row's text spells where it must not, in words, or None.
 
-    In a conversation no message may spell a token that structures it (a turn's marks, BOS, EOS, padding; ``<think>``
-    and the like are free). A plain prompt may spell any, as one that was rendered before does. A plain completion may
-    not go on after the end of a sequence or turn, unless it has no prompt: it is a whole text then.
+    In a conversation no message may spell a token that structures it (marks of turns, BOS, EOS, padding; not
+    ``<think>`` and the like). A plain prompt may spell any, as one that was rendered before does. A plain completion
+    may not continue after the end of a sequence or turn, unless there is no prompt and it is a whole text.
     """
     turn = turn_of(tokenizer)
     if not isinstance(prompt, str):
@@ -169,18 +171,18 @@ def spelled(tokenizer: Any, prompt: Prompt, completion: str | Message = "") -> s
         return None
     said, *more = re.split("|".join(map(re.escape, sorted(stops))), completion)
     if any(part.strip() for part in more):
-        return f"the completion goes on after {' or '.join(sorted(map(repr, stops)))}, where sampling stops"
+        return f"the completion continues after {' or '.join(sorted(map(repr, stops)))}, where sampling stops"
     found = sorted(token for token in turn.controls if token in said)
     return f"the completion's text spells {found[0]!r}" if found else None
 
 
 def _reject(problem: str | None) -> None:
     if problem is not None:
-        raise UserError(f"{problem}: take it out, drop the row, or read it as that token with special_tokens: allow")
+        raise UserError(f"{problem}: remove it, drop the row, or read it as that token with special_tokens: allow")
 
 
 def prompt_key(prompt: str) -> str:
-    """A prompt's identity where the data give none: 16 hexadecimal digits, the same in every process."""
+    """The identity of a prompt, for data without prompt ids: 16 hexadecimal digits, the same in every process."""
     return blake2b(prompt.encode(), digest_size=8).hexdigest()
 
 

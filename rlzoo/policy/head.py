@@ -1,4 +1,4 @@
-"""The language-model head on chosen positions, in chunks: no tensor of B × T × V entries ever exists."""
+"""The language-model head on selected positions, in chunks: no B × T × V tensor is ever materialised."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 CHUNK_ENTRIES = 2**26
-"""Logits that are held at a time: 256 MB in float32. Where there are more, they are made a second time."""
+"""Logits held at a time: 256 MB in float32. If there are more, the backward pass recomputes them."""
 
 LogitTerm = Callable[[Tensor, Tensor | None, Tensor], Tensor | None]
 
 
 @dataclass(frozen=True)
 class Head:
-    """A model's output layer with the scale and the soft cap that its configuration puts on logits."""
+    """A model's output layer, with the scale and soft cap of logits in its configuration."""
 
     layer: nn.Linear
     scale: float = 1.0
@@ -49,7 +49,7 @@ class Head:
         return cls(model.get_output_embeddings(), scale, next((cap for cap in caps if cap), None))
 
     def logits(self, hidden: Float[Tensor, "N H"]) -> Float[Tensor, "N V"]:
-        """Logits in float32 at least, whatever the model's dtype."""
+        """Logits, in at least float32 whatever the model's dtype."""
         return self.finish(self.raw(hidden))
 
     def raw(self, hidden: Float[Tensor, "N H"]) -> Float[Tensor, "N V"]:
@@ -65,7 +65,7 @@ class Head:
             return pull.to(weight.dtype) @ weight
 
     def finish(self, logits: Float[Tensor, "N V"]) -> Float[Tensor, "N V"]:
-        """What comes after the output layer: at least float32, the scale, the soft cap."""
+        """The steps after the output layer: at least float32, the scale, the soft cap."""
         if logits.dtype in (torch.float16, torch.bfloat16):
             logits = logits.float()
         if self.scale != 1.0:
@@ -81,7 +81,7 @@ def computing_in(dtype: torch.dtype | None, device: torch.device) -> torch.autoc
     return torch.autocast(device.type, dtype, enabled=dtype is not None or around)
 
 
-def score_tokens(
+def token_log_probs(
     head: Head,
     hidden: Float[Tensor, "N H"],
     target: Int[Tensor, " N"],
@@ -92,16 +92,16 @@ def score_tokens(
     term: LogitTerm | None = None,
     reference: tuple[Head, Float[Tensor, "N H"]] | None = None,
 ) -> dict[str, Float[Tensor, " N"]]:
-    """``logp`` of each target, the asked-for statistics (no graph), and ``term`` where one is given.
+    """``logp`` of each target in nats, the requested statistics (without a graph), and ``term`` if one is given.
 
-    Everything is of the logits divided by ``temperature``; None: by 1. ``top_p`` below 1 gives log-probs of the
-    distribution that a sampler with these settings draws from, and the log-prob of its ``nucleus``.
+    Logits are first divided by ``temperature`` (None: 1). With ``top_p`` below 1, log-probs are those of nucleus
+    sampling, and ``nucleus`` is the log-probability of the nucleus.
     """
 
     def run(part: Tensor, tokens: Tensor, heat: Tensor | None, reference_part: Tensor | None) -> tuple[Tensor, ...]:
         logits = head.logits(part)
         if heat is not None:
-            logits = logits.div_(heat.to(logits.dtype))  # nobody else has them
+            logits = logits.div_(heat.to(logits.dtype))  # not used elsewhere
         with torch.no_grad():
             found = [statistic.of_logits(logits, tokens) for statistic in wanted]
             if top_p < 1.0:
@@ -127,42 +127,42 @@ def score_tokens(
         inputs = (hidden[span], target[span], heat, None if reference is None else reference[1][span])
         chunks.append(checkpoint(run, *inputs, use_reentrant=False) if recompute else run(*inputs))
     columns = [torch.cat(column) for column in zip(*chunks, strict=True)]
-    scores = dict(zip(["logp", *(statistic.key for statistic in wanted)], columns, strict=False))
+    values = dict(zip(["logp", *(statistic.key for statistic in wanted)], columns, strict=False))
     extra = columns[1 + len(wanted) :]
     if top_p < 1.0:
-        scores["nucleus"] = extra[0]
-        scores["logp"] = scores["logp"] - extra[0]
+        values["nucleus"] = extra[0]
+        values["logp"] = values["logp"] - extra[0]
     if term is not None:
-        scores["term"] = extra[-1]
-    return scores
+        values["term"] = extra[-1]
+    return values
 
 
 class _LogProb(torch.autograd.Function):
-    """log softmax(z)[y] a row, in the memory of the logits: they become exp(z - max z), and then the gradient.
+    """log softmax(z)[y] per row, in the memory of the logits, which become exp(z - max z) and then the gradient.
 
-    A pass over N × V entries costs as much as a tenth of the layer that made them, and fresh memory as much again.
+    A pass over N × V entries costs a tenth of the layer that computed them, and fresh memory as much again.
     """
 
     @staticmethod
     def forward(ctx: Any, logits: Float[Tensor, "N V"], target: Int[Tensor, " N"]) -> Float[Tensor, " N"]:
-        own = logits.detach()  # shares its version counter: autograd tells whoever kept the logits that they are gone
+        own = logits.detach()  # shares its version counter: autograd rejects later uses of the logits
         chosen = own.gather(1, target[:, None])[:, 0]
         largest = own.amax(1)
         total = own.sub_(largest[:, None]).exp_().sum(1)
-        ctx.save_for_backward(own, total, target)  # nothing on ctx itself, which a checkpoint would not let go of
+        ctx.save_for_backward(own, total, target)  # not on ctx itself, where a checkpoint would keep it alive
         return chosen - largest - total.log()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, pull: Float[Tensor, " N"]) -> tuple[Tensor, None]:
         own, total, target = ctx.saved_tensors
-        own.mul_((-pull / total)[:, None])  # so a second backward pass is refused by autograd
+        own.mul_((-pull / total)[:, None])  # autograd then rejects a second backward pass
         own.scatter_add_(1, target[:, None], pull[:, None])
         return own, None
 
 
 def _nucleus_mass(logits: Float[Tensor, "N V"], top_p: float) -> Float[Tensor, " N"]:
-    """The probability of the smallest set of likeliest tokens that reaches ``top_p``."""
+    """The probability of the nucleus: the smallest set of most likely tokens that reaches ``top_p``."""
     probability = functional.softmax(logits, 1).sort(1, descending=True).values
     kept = running_sum(probability) - probability < top_p
     return (probability * kept).sum(1)

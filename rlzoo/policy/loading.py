@@ -20,7 +20,7 @@ from rlzoo.worlds import EMBEDDED_BASE
 
 EMBEDDED = "embedded"
 REMOTE_CODE = "RLZOO_TRUST_REMOTE_CODE"
-"""Set by the command line's flag, for this process and those that it starts. No file can set it."""
+"""Set by the flag of the command line, for this process and its children. No file can set it."""
 DTYPES = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
@@ -30,7 +30,7 @@ DTYPES = {
 
 
 def trusts_remote_code() -> bool:
-    """Whether the user asked for models whose code lies in their own folder or repository."""
+    """Whether the user allows models with their own code."""
     return os.environ.get(REMOTE_CODE) == "1"
 
 
@@ -45,9 +45,9 @@ def load_for(name: str, training: Training) -> Policy:
 def load_policy(name: str, dtype: str = "auto", device: str | torch.device | None = None) -> Policy:
     """The policy behind ``embedded``, a folder, or a Hub id. Raises UserError if it cannot be loaded.
 
-    ``bfloat16-mixed`` has float32 weights, and matrix products in bfloat16; ``auto`` is that on a GPU, and float32 on a
-    CPU. ``device``: ``auto`` and None are a GPU where there is one. A model that brings code of its own is
-    refused, unless ``rlzoo --trust-remote-code`` runs this.
+    ``bfloat16-mixed`` has float32 weights and bfloat16 matrix products; ``auto`` is that on a GPU, float32 on a CPU.
+    ``device``: ``auto`` and None are a GPU if there is one. A model with its own code is refused, except under
+    ``rlzoo --trust-remote-code``.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -69,13 +69,15 @@ def load_policy(name: str, dtype: str = "auto", device: str | torch.device | Non
         )
     except Exception as error:
         if "trust_remote_code" in str(error) and not trusted:
-            told = "brings code of its own: add --trust-remote-code if you trust where it comes from"
+            told = "has its own code: add --trust-remote-code if you trust its source"
             raise UserError(f"model {name!r} {told}") from None
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise UserError(f"model {name!r} cannot be loaded ({reason.strip()[:160]}): {fix}") from error
     if lacking := sorted(map(str, [*found["missing_keys"], *found["mismatched_keys"]])):
-        # transformers would draw them at random, and only warn
-        raise UserError(f"model {name!r} has no weights for {lacking[0]} ({len(lacking)} in all): is its folder whole?")
+        # transformers would initialise them at random, with a warning only
+        raise UserError(
+            f"model {name!r} has no weights for {lacking[0]} ({len(lacking)} in all): is its folder complete?"
+        )
     if tokenizer.eos_token_id is None:
         raise UserError(f"model {name!r}: its tokenizer has no end-of-sequence token, so completions cannot end")
     if tokenizer.pad_token_id is None:
@@ -88,7 +90,7 @@ def load_policy(name: str, dtype: str = "auto", device: str | torch.device | Non
 
 @torch.no_grad()
 def _check_head(policy: Policy) -> None:
-    """Raise UserError where the model's logits are not those of `Head`: its log-probs would be wrong, and silently."""
+    """Raise UserError if the model's logits are not those of `Head`: its log-probs would be silently wrong."""
     model = policy.model.eval()
     try:
         policy.check_range(policy.tokenizer.eos_token_id)
@@ -97,24 +99,26 @@ def _check_head(policy: Policy) -> None:
     ids = torch.tensor([[policy.tokenizer.eos_token_id] * 2], device=policy.device)
     try:
         expected = model(input_ids=ids, use_cache=False).logits[0].float()
-    except Exception as error:  # what a configuration says and the weights are can disagree in any way
+    except Exception as error:  # a configuration can disagree with the weights in any way
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"model {policy.name!r} does not run ({reason:.160}): is its folder whole?") from error
+        raise UserError(f"model {policy.name!r} does not run ({reason:.160}): is its folder complete?") from error
     scale, kind = float(expected.abs().max()), model.config.model_type
-    unknown = UserError(f"model {policy.name!r}: rlzoo does not know how a {kind!r} makes its logits: use another")
+    unknown = UserError(
+        f"model {policy.name!r}: rlzoo does not know how a {kind!r} computes its logits: use another model"
+    )
     try:
         found = Head.of(model).logits(model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0]).float()
-    except Exception as error:  # a model's own code need not keep to transformers' conventions
+    except Exception as error:  # a model's own code need not follow transformers' conventions
         raise unknown from error
     if found.shape != expected.shape or not torch.allclose(found, expected, rtol=0.02, atol=0.02 * scale + 1e-6):
         raise unknown
 
 
 def save_policy(policy: Policy, folder: Path) -> None:
-    """Write a folder that ``from_pretrained`` opens: safetensors, configuration and tokenizer. The critic stays out.
+    """Write a folder for ``from_pretrained``: safetensors, configuration and tokenizer, without a critic.
 
-    An adapter is merged into the weights, and written to the folder ``adapter`` besides. Of several processes the main
-    one writes, and all must call this.
+    An adapter is merged into the weights, and also written to the folder ``adapter``. All processes must call this; the
+    main one writes.
     """
     weights = _gathered(policy.model)
     if rank() == 0:
@@ -125,7 +129,7 @@ def save_policy(policy: Policy, folder: Path) -> None:
 
 
 def _gathered(model: Any) -> dict[str, Tensor]:
-    """The tensors of a model, those of a sharded one whole; what is tied stays one tensor."""
+    """The tensors of a model, gathered if it is sharded; tied weights stay one tensor."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
     found, whole = {}, dict[int, Tensor]()
     for name, value in model.state_dict().items():

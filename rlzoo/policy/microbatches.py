@@ -1,4 +1,4 @@
-"""The one way to run rows through a policy: in micro-batches, shared by processes, smaller where memory runs out."""
+"""The one way to run rows through a policy: in micro-batches, split over processes, halved on out-of-memory."""
 
 from __future__ import annotations
 
@@ -15,37 +15,37 @@ from rlzoo.inputs import Input
 from rlzoo.jobs.memory import is_out_of_memory, on_device, release_memory
 from rlzoo.jobs.ranks import rank, summed, world_size
 from rlzoo.policy.defaults import token_budget_of
-from rlzoo.policy.policy import Policy, TokenScores
+from rlzoo.policy.policy import ForwardPass, Policy
 from rlzoo.policy.sequences import Row, Sequences, Tokens, length
 
 T = TypeVar("T")
-Forward = Callable[[Sequences, list[int]], TokenScores]
-"""A forward pass of the rows with these numbers."""
+Forward = Callable[[Sequences, list[int]], ForwardPass]
+"""A forward pass of the rows with these indices."""
 
 
 class MicroBatches:
-    """Micro-batches of at most ``token_budget`` padded tokens, half as many after memory ran out."""
+    """Micro-batches of at most ``token_budget`` padded tokens, which is halved when memory runs out."""
 
     def __init__(self, token_budget: int, on_halved: Callable[[int, int], None] | None = None) -> None:
-        """``on_halved`` is called with the budget that did not fit and with the next."""
+        """``on_halved`` is called with the budget that did not fit and the next one."""
         self.token_budget, self._on_halved = token_budget, on_halved
 
-    def share(self, rows: Sequence[Tokens], together: Sequence[Sequence[int]]) -> list[tuple[list[int], bool]]:
-        """This process's micro-batches, and whether each counts: all processes have as many, of like length.
+    def share(self, rows: Sequence[Tokens], units: Sequence[Sequence[int]]) -> list[tuple[list[int], bool]]:
+        """This process's micro-batches, and whether each counts; all processes have equally many.
 
-        ``together`` are the sets of rows that must not be separated. A sharded model needs the processes to run in
-        step, so where micro-batches are too few, one runs once more for nothing.
+        ``units`` are sets of rows that must not be separated. The processes of a sharded model run in step, so if there
+        are too few micro-batches, one is repeated without effect.
         """
         lengths, world = list(map(length, rows)), world_size()
         budget = min(self.token_budget, -(-sum(lengths) // world)) if world > 1 else self.token_budget
-        batches = list(token_batches(together, lengths, budget))
+        batches = list(token_batches(units, lengths, budget))
         own = range(rank(), -(-len(batches) // world) * world, world)
         return [(batches[i], True) if i < len(batches) else (batches[0], False) for i in own]
 
     def within_memory(self, rows: Sequence[Tokens], work: Callable[[], T], undo: Callable[[], None] | None = None) -> T:
-        """Do the work, after memory ran out with half the budget. Of several processes none may change its own.
+        """Do the work; if memory runs out, again with half the budget, except in a distributed run.
 
-        ``undo`` drops what a failed attempt left. Raises UserError where one row does not fit.
+        ``undo`` discards what a failed attempt left. Raises UserError if a single row does not fit.
         """
         while True:
             try:
@@ -63,7 +63,7 @@ class MicroBatches:
                 self._on_halved(self.token_budget, halved)
             self.token_budget = halved
 
-    def score(
+    def log_probs(
         self,
         policy: Policy,
         rows: Sequence[Tokens],
@@ -72,10 +72,10 @@ class MicroBatches:
         forward: Forward | None = None,
         progress: Callable[[int], None] | None = None,
     ) -> dict[str, Float[Tensor, "R T"]]:
-        """``logp`` of all rows by the policy as it is, its modules' values, ``statistics`` and the ``nucleus``, by key.
+        """``logp`` of all rows under the current policy, module outputs, ``statistics`` and ``nucleus``, by key.
 
-        In evaluation mode and with no graph; 0 at padding. Of several processes each scores a part, and all get the
-        whole. ``forward`` takes the place of the plain forward pass.
+        In evaluation mode and without a graph; 0 at padding. Processes share the work and all get the whole result.
+        ``forward`` replaces the plain forward pass.
         """
         width = max((len(row.completion_ids) for row in rows), default=0)
         plain: Forward = lambda sequences, _: policy(sequences, statistics=statistics, top_p=top_p)  # noqa: E731
@@ -102,16 +102,16 @@ class MicroBatches:
         return {key: summed(value) for key, value in found.items()}
 
 
-def token_batches(together: Sequence[Sequence[int]], lengths: Sequence[int], token_budget: int) -> Iterable[list[int]]:
-    """Rows in micro-batches of at most ``token_budget`` padded tokens, rows of like length together.
+def token_batches(units: Sequence[Sequence[int]], lengths: Sequence[int], token_budget: int) -> Iterable[list[int]]:
+    """Micro-batches of at most ``token_budget`` padded tokens, of rows of similar length.
 
-    ``together`` are sets of rows that must not be separated; one that is over the budget goes alone.
+    ``units`` are sets of rows that must not be separated; one that exceeds the budget is a micro-batch of its own.
     """
-    order = sorted(range(len(together)), key=lambda a: (max(lengths[r] for r in together[a]), a))
+    order = sorted(range(len(units)), key=lambda a: (max(lengths[r] for r in units[a]), a))
     batch: list[int] = []
     for index in order:
-        some = together[index]
-        widest = max(lengths[r] for r in some)  # of all so far
+        some = units[index]
+        widest = max(lengths[r] for r in some)  # of all rows so far
         if batch and widest * (len(batch) + len(some)) > token_budget:
             yield batch
             batch = []
@@ -124,7 +124,7 @@ Pair = tuple[Sequence[int], Sequence[int]]
 """Prompt ids and completion ids."""
 
 
-def score_rows(
+def log_probs(
     policy: Policy,
     rows: Sequence[Pair],
     token_budget: TokenBudget = 8192,
@@ -140,18 +140,18 @@ def score_rows(
     if not own:
         return []
     micro = MicroBatches(token_budget_of(policy, token_budget))
-    return _lists(micro.score(policy, own, progress=progress)["logp"], own)
+    return _lists(micro.log_probs(policy, own, progress=progress)["logp"], own)
 
 
-def score_rows_and_nuclei(
+def log_probs_and_nuclei(
     policy: Policy, rows: Sequence[Pair], token_budget: TokenBudget, temperature: float, top_p: float
 ) -> list[tuple[list[float], list[float]]]:
-    """Of each completion token its log-prob at ``temperature``, and that of the nucleus of ``top_p`` it came from.
+    """The log-probs of each row's completion tokens at ``temperature``, and those of their ``top_p`` nuclei.
 
-    Their difference is the log-prob of a sampler that draws from the nucleus alone.
+    Their difference is the log-prob under nucleus sampling.
     """
     own = [Row(*row, temperature) for row in rows]
-    found = MicroBatches(token_budget_of(policy, token_budget)).score(policy, own, top_p=top_p)
+    found = MicroBatches(token_budget_of(policy, token_budget)).log_probs(policy, own, top_p=top_p)
     logp, nucleus = (_lists(found[key], own) for key in ("logp", "nucleus"))
     whole = [[a + b for a, b in zip(*pair, strict=True)] for pair in zip(logp, nucleus, strict=True)]
     return list(zip(whole, nucleus, strict=True))

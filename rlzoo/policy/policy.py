@@ -1,4 +1,4 @@
-"""The policy: log-probs of completions with the head on completion positions only, and inputs of its forward pass."""
+"""The policy: log-probs of completions, with the head on completion positions only, and FORWARD inputs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from rlzoo.inputs import Input, Stage
 from rlzoo.policy.adapters import adapters, add_lora, switched_off
 from rlzoo.policy.attention import rows_apart, use
 from rlzoo.policy.chat import turn_of
-from rlzoo.policy.head import Head, LogitTerm, computing_in, score_tokens
+from rlzoo.policy.head import Head, LogitTerm, computing_in, token_log_probs
 from rlzoo.policy.sequences import Sequences
 from rlzoo.policy.weights import changes_of
 
@@ -28,17 +28,17 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class TokenScores:
-    """What one forward pass says about completion tokens; everything is 0 at padding."""
+class ForwardPass:
+    """The output of a forward pass per completion token; 0 at padding."""
 
     logp: Float[Tensor, "B T"]
     inputs: dict[str, Float[Tensor, "B T"]]
-    """FORWARD inputs by key: statistics, with no graph, and what modules make of hidden states, with theirs. Where
-    ``top_p`` is below 1, also the log-prob of the ``nucleus``."""
+    """FORWARD inputs by key: statistics, without a graph, and outputs of modules, with theirs. With ``top_p`` below 1,
+    also the log-probability of the ``nucleus``."""
     term: Float[Tensor, "B T"] | None = None
 
     def of(self, requires: Iterable[Input]) -> dict[str, Float[Tensor, "B T"]]:
-        """Those inputs that an objective lists."""
+        """The inputs among these that an objective lists."""
         keys = [one.key for one in requires if one.stage is Stage.FORWARD]
         return {key: self.inputs[key] for key in keys if key in self.inputs}
 
@@ -48,7 +48,7 @@ class TokenScores:
 
 
 class Policy(nn.Module):
-    """Any transformers causal LM with its tokenizer, and the modules that inputs bring."""
+    """A transformers causal LM with its tokenizer, and the modules of inputs."""
 
     def __init__(
         self,
@@ -57,7 +57,7 @@ class Policy(nn.Module):
         name: str = "",
         compute: torch.dtype | None = None,
     ) -> None:
-        """``compute`` is the dtype of matrix products where it is not that of the weights."""
+        """``compute`` is the dtype of matrix products, if not that of the weights."""
         super().__init__()
         use(model)
         self.model = model
@@ -65,9 +65,9 @@ class Policy(nn.Module):
         self.name = name
         self.compute = compute
         self.modules_of_inputs = nn.ModuleDict()
-        """By key: modules that inputs own, such as a critic; they train and are checkpointed with the policy."""
+        """Modules of inputs by key, such as a critic; they are trained and checkpointed with the policy."""
         self.attached: dict[str, Input] = {}
-        self.train(model.training)  # a fresh module says that it trains, whatever its parts do
+        self.train(model.training)  # a new module is in training mode, whatever the model's
 
     @property
     def device(self) -> torch.device:
@@ -76,30 +76,30 @@ class Policy(nn.Module):
 
     @property
     def eos_ids(self) -> set[int]:
-        """Every token that ends a completion: the tokenizer's, the generation configuration's, and the one that ends an
-        assistant's turn in the chat template."""
+        """The tokens that end a completion: those of the tokenizer and the generation configuration, and the one that
+        ends an assistant's turn in the chat template."""
         configured = getattr(self.model.generation_config, "eos_token_id", None)
         ids = configured if isinstance(configured, list) else [configured]
         return {i for i in [*ids, self.tokenizer.eos_token_id, turn_of(self.tokenizer).stop] if i is not None}
 
     @property
     def vocabulary(self) -> int:
-        """Tokens that the model has an embedding of, which may be fewer than the tokenizer's or more."""
+        """The number of token embeddings, which need not be the tokenizer's number of tokens."""
         layer: Any = self.model.get_input_embeddings()
         return int(getattr(layer, "num_embeddings", 0) or layer.weight.shape[0])
 
     @property
     def positions(self) -> int | None:
-        """Tokens that a sequence may have where the model looks its positions up in a table (GPT-2, OPT, GPT-J).
+        """The maximum length of a sequence in a model with a table of positions (GPT-2, OPT, GPT-J).
 
-        None for one that computes them (rotary embeddings, ALiBi): it runs past ``max_position_embeddings`` as well.
+        None for a model that computes positions (rotary embeddings, ALiBi): ``max_position_embeddings`` is no limit.
         """
         size = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         if not isinstance(size, int):
             return None
         words = self.model.get_input_embeddings()
         learned = (m.num_embeddings for m in self.model.modules() if isinstance(m, nn.Embedding) and m is not words)
-        # OPT and its kin have two rows more than positions; GPT-J's table is no parameter
+        # OPT and its like have two more rows than positions; GPT-J's table is not a parameter
         fixed = (len(b) for name, b in self.model.named_buffers() if name.endswith("embed_positions"))
         return size if any(0 <= rows - size <= 2 for rows in (*learned, *fixed)) else None
 
@@ -115,7 +115,7 @@ class Policy(nn.Module):
                 )
 
     def row_check(self) -> Callable[[Sequence[int], Sequence[int]], None]:
-        """Takes the ids of a prompt and a completion; raises UserError for those that the model cannot take."""
+        """A function of prompt and completion ids that raises UserError if the model cannot take them."""
         positions, vocabulary = self.positions, self.vocabulary
 
         def check(prompt: Sequence[int], completion: Sequence[int]) -> None:
@@ -134,26 +134,24 @@ class Policy(nn.Module):
 
     @property
     def weights_version(self) -> int:
-        """A number that rises with every change of the model's weights, however it came about.
+        """A number that increases with every change of the model's weights.
 
-        An optimizer's step, a loaded state dict, a change in place and a change of modules all count. A change through
-        ``.data`` goes unseen: call `weights_changed` after it.
+        Optimizer steps, loaded state dicts, in-place changes and replaced modules all count. A change through ``.data``
+        is not noticed: call `weights_changed` after it.
         """
         return changes_of(self.model).count(self.model)
 
     def weights_changed(self) -> None:
-        """Tell whoever samples with a copy of the weights that they are other ones now."""
+        """Tell samplers with a copy of the weights that these have changed."""
         changes_of(self.model).add()
 
     @property
     def hidden_size(self) -> int:
-        """Entries of the last hidden states."""
+        """The size of hidden states."""
         return int(self.model.get_output_embeddings().weight.shape[1])
 
     def attach(self, inputs: Iterable[Input]) -> None:
-        """Give inputs the modules that they own, on this device and in this dtype, float32 at least, as they train.
-
-        Those that have theirs keep them.
+        """Make the modules of inputs that have none yet: on the model's device, in its dtype or float32 if wider.
 
         Raises UserError for two different inputs with one key.
         """
@@ -163,20 +161,20 @@ class Policy(nn.Module):
                 continue
             if (module := one.module(self)) is not None:
                 if (other := self.attached.get(one.key)) is not None:
-                    raise UserError(f"two inputs have the key {one.key!r}, {other} and {one}: a run has one of them")
+                    raise UserError(f"two inputs have the key {one.key!r}, {other} and {one}: use one of them per run")
                 dtype = torch.promote_types(like.dtype, torch.float32)
                 self.modules_of_inputs[one.key] = module.to(like.device, dtype)
                 self.attached[one.key] = one
 
     def untrained_state(self) -> list[tuple[str, Tensor]]:
-        """What inputs' modules hold beside the parameters that train, such as running means."""
+        """The state of inputs' modules besides trained parameters, such as running means."""
         trained = {name for name, p in self.modules_of_inputs.named_parameters() if p.requires_grad}
         state = self.modules_of_inputs.state_dict(keep_vars=True)
         return [(name, value) for name, value in state.items() if name not in trained]
 
     @contextmanager
     def attached_for(self, inputs: Iterable[Input]) -> Iterator[None]:
-        """While this lasts, inputs without a module have one as at the start of training."""
+        """In this context, inputs without a module have an untrained one."""
         before = dict(self.attached)
         self.attach(inputs)
         try:
@@ -186,16 +184,16 @@ class Policy(nn.Module):
                 del self.attached[key], self.modules_of_inputs[key]
 
     def frozen_copy(self) -> Policy:
-        """A copy in eval mode whose parameters take no gradient: a reference."""
+        """A frozen copy in evaluation mode."""
         frozen = Policy(copy.deepcopy(self.model), self.tokenizer, self.name, self.compute)
         return frozen.eval().requires_grad_(False)
 
     def reference(self) -> Policy:
-        """The policy as it was before training: itself without its adapter, or else a frozen copy."""
+        """The frozen reference, before training: the policy without its adapter, or else a copy."""
         return _WithoutAdapter(self) if adapters(self.model) else self.frozen_copy()
 
     def add_lora(self, rank: int = 8, alpha: float = 16.0, target_modules: str | Sequence[str] = "all-linear") -> None:
-        """Freeze the model and put low-rank adapters beside its linear layers, which start with no effect (LoRA).
+        """Freeze the model and add low-rank adapters to its linear layers, initialised to no effect (LoRA).
 
         Source: arXiv 2106.09685, by peft. The output layer has none, unless named. Raises UserError without peft.
         """
@@ -207,7 +205,7 @@ class Policy(nn.Module):
         return self.model._no_split_modules
 
     def run(self, work: Callable[[], T]) -> T:
-        """Call modules of the model in ``work`` as one forward pass, for which a sharded model gathers its weights."""
+        """Run ``work``, which calls modules of the model, as one forward pass: a sharded model gathers its weights."""
         found: T = self(work=work)
         return found
 
@@ -218,14 +216,14 @@ class Policy(nn.Module):
         work: Callable[[], Any] | None = None,
         **options: Any,
     ) -> Any:
-        """Score the completion tokens (the options are those of `_score`), or do some other ``work`` with the model."""
+        """Log-probs of the completion tokens (options: see `_log_probs`), or some other ``work`` with the model."""
         with computing_in(self.compute, self.device):
             if work is not None:
                 return work()
             assert sequences is not None
-            return self._score(sequences, **options)
+            return self._log_probs(sequences, **options)
 
-    def _score(
+    def _log_probs(
         self,
         sequences: Sequences,
         *,
@@ -234,8 +232,8 @@ class Policy(nn.Module):
         top_p: float = 1.0,
         term: LogitTerm | None = None,
         reference: Policy | None = None,
-    ) -> TokenScores:
-        """``reference`` gives ``term`` its reference logits; ``temperature`` takes the place of the sequences' own."""
+    ) -> ForwardPass:
+        """``reference`` provides the reference logits of ``term``; ``temperature`` overrides that of the sequences."""
         if temperature is not None:
             sequences = sequences.at(temperature)
         hidden = self.hidden(sequences)
@@ -243,7 +241,7 @@ class Policy(nn.Module):
         if reference is not None and term is not None:
             with torch.no_grad():
                 other = (reference.head, reference.hidden(sequences))
-        scores = score_tokens(
+        values = token_log_probs(
             self.head,
             hidden,
             sequences.targets,
@@ -256,10 +254,10 @@ class Policy(nn.Module):
         for key, one in self.attached.items():
             trunk = one.trunk(self.modules_of_inputs[key])
             found = self.of_hidden(key, hidden if trunk is None else self._trunk(trunk, sequences))
-            scores[key] = found.to(scores["logp"].dtype)
-        spread = {name: sequences.spread(flat) for name, flat in scores.items()}
+            values[key] = found.to(values["logp"].dtype)
+        spread = {name: sequences.spread(flat) for name, flat in values.items()}
         logp, extra = spread.pop("logp"), spread.pop("term", None)
-        return TokenScores(logp, spread, extra)
+        return ForwardPass(logp, spread, extra)
 
     def of_hidden(self, key: str, hidden: Float[Tensor, "N H"]) -> Float[Tensor, " N"]:
         """What an input's module makes of hidden states, in the module's own dtype, whatever matrices take."""
@@ -285,10 +283,10 @@ class Policy(nn.Module):
         return sequences.predicting(states)
 
     def flops(self, tokens: int, completion_tokens: int, modules: bool = True) -> float:
-        """FLOPs of a forward pass: 2 a parameter and token, the head on completion tokens only.
+        """FLOPs of a forward pass: 2 per parameter and token, with the head on completion tokens only.
 
-        Embedding look-ups and attention scores are left out (the usual 6N convention); a backward costs twice this.
-        ``modules`` counts those of inputs too.
+        Embedding look-ups and attention scores are left out (the 6N convention); a backward pass costs twice this.
+        With ``modules`` those of inputs count too.
         """
         head = self.model.get_output_embeddings().weight.numel()
         trunk = sum(p.numel() for p in self.model.base_model.parameters())
@@ -300,7 +298,7 @@ class Policy(nn.Module):
 
 
 class _WithoutAdapter(Policy):
-    """A policy with its adapter off, while this is called: the weights are the policy's own."""
+    """A policy with its adapter disabled, sharing the weights of the policy."""
 
     def __init__(self, policy: Policy) -> None:
         super().__init__(policy.model, policy.tokenizer, policy.name, policy.compute)

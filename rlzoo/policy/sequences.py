@@ -15,7 +15,7 @@ from rlzoo.jobs.memory import on_device
 
 
 class Tokens(Protocol):
-    """A prompt and a completion as token ids, and the temperature that log-probs are taken at: a `Trajectory`, too."""
+    """A prompt and a completion as token ids, and the temperature of log-probs; a `Trajectory` is one."""
 
     @property
     def prompt_ids(self) -> Sequence[int]: ...
@@ -40,7 +40,7 @@ def length(row: Tokens) -> int:
 
 @dataclass(frozen=True)
 class Sequences:
-    """Prompts and completions as model input: rows padded on the right, so causal attention needs no mask.
+    """Prompts and completions as model input, padded on the right, so that causal attention needs no mask.
 
     Where completion tokens stand is known from the rows' lengths, so that no GPU is asked for it: reading out a boolean
     mask would wait for all that the device has to do.
@@ -48,19 +48,19 @@ class Sequences:
 
     ids: Int[Tensor, "B L"]
     mask: Bool[Tensor, "B T"]
-    """True at completion tokens, in the frame where the prompt is cut away."""
+    """True at completion tokens, in positions without the prompt."""
     before: Int[Tensor, " N"]
     """The positions that predict completion tokens, row by row, in the flattened ``ids``."""
     places: Int[Tensor, " N"]
     """The completion tokens in the flattened ``mask``, row by row."""
     tokens: int
-    """Prompt and completion tokens, padding left out."""
+    """The number of prompt and completion tokens, without padding."""
     temperature: Float[Tensor, " B"] | None = None
-    """What each row's logits are divided by; None: nothing, 1."""
+    """The temperature of each row; None: 1."""
 
     @classmethod
     def of(cls, rows: Sequence[Tokens], device: torch.device) -> Sequences:
-        """Rows of a buffer, or others, each at its temperature."""
+        """Collate rows of a buffer, or others, each at its temperature."""
         prompts, completions = [row.prompt_ids for row in rows], [row.completion_ids for row in rows]
         return cls.collate(prompts, completions, device, [row.temperature for row in rows])
 

@@ -1,4 +1,4 @@
-"""A count of the changes of a model's weights, for whoever holds a copy of them."""
+"""A count of the changes of a model's weights, for holders of a copy."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 
 def _mark_stepped(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-    """Fused kernels leave torch's count of a tensor's changes as it was."""
+    """Count a step: fused kernels do not increment torch's version counters."""
     torch.autograd.graph.increment_version([p for group in optimizer.param_groups for p in group["params"]])
 
 
@@ -19,17 +19,17 @@ register_optimizer_step_post_hook(_mark_stepped)
 
 
 class Changes:
-    """Counts the changes of one model: of a tensor in place, which torch counts, and of one tensor for another."""
+    """Counts the changes of one model: tensors changed in place, by torch's version counters, and replaced ones."""
 
     def __init__(self) -> None:
         self._count = 0
         self._seen: list[tuple[weakref.ref[Tensor], int]] = []
 
     def count(self, model: nn.Module) -> int:
-        """A greater number whenever a weight is another than at the last call."""
+        """The number of changes; it increases if a weight has changed since the last call."""
         now = list(model.parameters())
         same = len(now) == len(self._seen) and all(
-            tensor is seen() and tensor._version == version  # by id, a new tensor could pass for an old one
+            tensor is seen() and tensor._version == version  # an id could be that of an old tensor
             for tensor, (seen, version) in zip(now, self._seen, strict=True)
         )
         if not same:
@@ -38,7 +38,7 @@ class Changes:
         return self._count
 
     def add(self) -> None:
-        """Have the next call of `count` find a change."""
+        """Make the next call of `count` see a change."""
         self._seen = []
 
 
@@ -46,5 +46,5 @@ _changes: weakref.WeakKeyDictionary[nn.Module, Changes] = weakref.WeakKeyDiction
 
 
 def changes_of(model: nn.Module) -> Changes:
-    """The count of a model: the same for every policy that stands on it."""
+    """The counter of a model, the same for every policy with this model."""
     return _changes.setdefault(model, Changes())

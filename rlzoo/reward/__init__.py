@@ -1,17 +1,8 @@
-"""Rewards: what they are, how a name finds one, how one is called, and one in a process of its own."""
+"""Rewards: finding them by name, calling them, and isolating them in their own processes."""
 
-from rlzoo.reward.finding import (
-    CompositeReward,
-    OnError,
-    Reward,
-    Score,
-    failed,
-    get_reward,
-    list_rewards,
-    missing_column,
-    one_by_one,
-    register_reward,
-)
+from rlzoo.reward.calling import missing_column
+from rlzoo.reward.finding import get_reward, list_rewards, register_reward
+from rlzoo.reward.scoring import CompositeReward, OnError, Reward, Score, failed, one_by_one
 
 __all__ = [
     "CompositeReward",

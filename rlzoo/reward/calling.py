@@ -1,4 +1,4 @@
-"""One call of a reward: what it gets besides the data, what it logs, and what an error of its own may mean."""
+"""One call of a reward: what it takes and gets, what it logs, and what an error of its own may mean."""
 
 from __future__ import annotations
 
@@ -13,25 +13,27 @@ import warnings
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
+from rlzoo.errors import UserError
 from rlzoo.registry import told
 
 SIGNATURE = "reward(prompts, completions, **columns)"
-"""TRL's, which rlzoo calls."""
+"""The signature of a reward: TRL's."""
 ENGINE = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
-"""What is passed to a reward besides the data's columns; the names are TRL's."""
+"""Arguments of a reward besides the data's columns, under TRL's names."""
 RAISED = (Exception, SystemExit)
-"""What a reward may raise; SystemExit would end the run without a word."""
+"""Exceptions of a reward that are caught; SystemExit would end the run silently."""
+VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
 @dataclass
 class TrainerState:
-    """How far training is, as TRL tells a reward: the fields of ``transformers.TrainerState``, without its import.
+    """The progress of training, as TRL passes it to a reward: fields of ``transformers.TrainerState``.
 
-    ``global_step`` optimizer steps of ``max_steps`` are done, and ``epoch`` passes over the prompts. All are 0 where
-    nothing was trained.
+    ``global_step`` of ``max_steps`` optimizer steps and ``epoch`` passes over the prompts are done. All are 0 without
+    training.
     """
 
     epoch: float = 0
@@ -65,18 +67,18 @@ class Log:
         self._metrics: dict[str, list[float]] = defaultdict(list)
 
     def extra(self, column: str, values: Sequence[Any]) -> None:
-        """A value for each completion, in one go or in several."""
+        """Log one value per completion, in one call or several."""
         self._extra[str(column)].extend(json.loads(json.dumps(list(values), default=_plain)))
 
     def metric(self, name: str, value: Any) -> None:
-        """A number about the call. Raises TypeError or ValueError for what is none."""
+        """Log a number about the call. Raises TypeError or ValueError for anything else."""
         self._metrics[str(name)].append(float(value))
 
     def of_rows(self) -> list[tuple[dict[str, Any], dict[str, float]]]:
-        """The extra values of each completion, and the metrics of the call beside each of them."""
+        """The extra values of each completion, with the metrics of the call."""
         for column, values in self._extra.items():
             if len(values) != self._rows:
-                message = f"logged {len(values)} values of {column!r} for {self._rows} completions; they are left out"
+                message = f"logged {len(values)} values of {column!r} for {self._rows} completions; they are ignored"
                 warnings.warn(f"reward {self._reward!r} {message}", RuntimeWarning, stacklevel=2)
         extra = {column: values for column, values in self._extra.items() if len(values) == self._rows}
         metrics = means({name: value} for name, values in self._metrics.items() for value in values)
@@ -94,23 +96,23 @@ def means(rows: Iterable[Mapping[str, float | None]]) -> dict[str, float]:
 
 
 def _plain(value: Any) -> Any:
-    """An array, a tensor or an element of one as plain data; anything else as its text."""
+    """Arrays, tensors and their elements as plain data; anything else as text."""
     return value.tolist() if hasattr(value, "tolist") else str(value)
 
 
 def call(function: Callable[..., Any], arguments: Mapping[str, Any]) -> Any:
-    """The function's result, awaited if it is async. It gets its own copies, to do with what it likes."""
+    """The function's result, awaited if it is async. It gets copies of the arguments, which it may change."""
     given = {name: _copied(value) for name, value in arguments.items()}
     for name in {"prompts", "completions"} & set(given):
         given[name] = [Conversation(each) if isinstance(each, list) else each for each in given[name]]
     result = function(**given)
     if inspect.isawaitable(result):
         result = asyncio.run_coroutine_threadsafe(_awaited(result), _loop(os.getpid())).result()
-    return list(result) if isinstance(result, Iterator) else result  # a generator runs only now
+    return list(result) if isinstance(result, Iterator) else result  # a generator runs here
 
 
 class Conversation(list[Any]):
-    """Messages. To look for a text among them, as in a text, is an error: it would never be found, and silently."""
+    """A list of messages. ``text in conversation`` is an error, because it would always be False."""
 
     def __contains__(self, part: object) -> bool:
         return super().__contains__(self._no_text(part))
@@ -137,7 +139,7 @@ def _copied(value: Any) -> Any:
 
 @lru_cache
 def _loop(process: int) -> asyncio.AbstractEventLoop:
-    """An event loop that goes on between calls, as in TRL: clients that a reward keeps are bound to it."""
+    """An event loop that lives on between calls, as in TRL: a reward's clients are bound to it."""
     loop = asyncio.new_event_loop()
     threading.Thread(target=loop.run_forever, name="rewards", daemon=True).start()
     return loop
@@ -146,26 +148,95 @@ def _loop(process: int) -> asyncio.AbstractEventLoop:
 async def _awaited(result: Awaitable[Any]) -> Any:
     try:
         return await result
-    except SystemExit as error:  # it would end the loop, and nobody would hear of it
+    except SystemExit as error:  # it would end the loop silently
         raise RuntimeError(f"SystemExit: {error}") from error
+
+
+# What a reward takes
+
+
+def innermost(function: Any) -> Any:
+    """What options were bound to."""
+    while isinstance(function, partial):
+        function = function.func
+    return function
+
+
+def parameters(function: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
+    """The parameters of a callable; none for a builtin without a signature.
+
+    For a decorated function, those of the wrapper, unless it passes on all arguments.
+    """
+    try:
+        outer = inspect.signature(function, follow_wrapped=False).parameters
+        passes_on = all(p.kind in VARIADIC for p in outer.values())
+        return inspect.signature(function).parameters if passes_on else outer
+    except ValueError:
+        return {}
+
+
+def is_reward(takes: Mapping[str, inspect.Parameter]) -> bool:
+    """Whether a function scores completions, rather than being a factory. One of just ``*args, **columns`` scores."""
+    return bool(set(takes) & set(ENGINE)) or (bool(takes) and all(p.kind in VARIADIC for p in takes.values()))
+
+
+def takes_anything(takes: Mapping[str, inspect.Parameter]) -> bool:
+    """Whether it has ``**options``."""
+    return any(p.kind is p.VAR_KEYWORD for p in takes.values())
+
+
+def required(takes: Mapping[str, inspect.Parameter]) -> list[inspect.Parameter]:
+    """Those without a default."""
+    return [p for p in takes.values() if p.default is p.empty and p.kind not in VARIADIC]
+
+
+def unlike(found: Callable[..., Any], takes: Mapping[str, inspect.Parameter]) -> str:
+    """The error for a function with another signature, such as verl's, and its fix."""
+    own = innermost(found)
+    name = getattr(own, "__name__", type(own).__name__)
+    stars: dict[int, str] = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
+    own_parameters = ", ".join(stars.get(p.kind, "") + p.name for p in takes.values())
+    return (
+        f"takes no completions but ({own_parameters}); a reward has TRL's signature, {SIGNATURE}: wrap it, "
+        f"`def reward(completions, **columns): return [{name}(...) for completion in completions]`"
+    )
+
+
+def accepted(function: Callable[..., Any], arguments: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """The arguments that the reward takes. A bound option takes precedence over a column of the same name."""
+    bound = function.keywords if isinstance(function, partial) else {}
+    takes = parameters(function)
+    for parameter in required(takes):
+        if parameter.name not in arguments:
+            if not {"completions", "completion_ids"} & set(takes):
+                raise UserError(f"reward {name!r} {unlike(function, takes)}")
+            fix = f"rename one with `columns: {{{parameter.name}: ...}}`, or keep to TRL's signature, {SIGNATURE}"
+            raise UserError(f"{missing_column(name, parameter.name, arguments)}; {fix}")
+    anything = takes_anything(takes)
+    return {n: value for n, value in arguments.items() if n not in bound and (anything or n in takes)}
+
+
+def missing_column(reward: str, column: str, columns: Mapping[str, Any]) -> UserError:
+    """The error for data without a column that a reward needs."""
+    return UserError(f"reward {reward!r} needs the column {column!r}; the data's columns: {columns_of(columns)}")
 
 
 # What an error may mean
 
 
 def advice(function: Callable[..., Any], arguments: Mapping[str, Any], error: BaseException) -> str:
-    """The end of an error's line: how to fix what the form of the completions, or a missing column, explains."""
+    """A hint to end an error with, if the form of the completions or a missing column explains it."""
     if not isinstance(error, TypeError | KeyError | AttributeError | IndexError):
         return ""
     if _wants_other_form(function, arguments, error):
         if isinstance(arguments["completions"][0], str):
             return (
                 "; it takes conversations, and these prompts and completions are plain text: "
-                "set `chat: true` in the problem set, or have it read the text itself"
+                "set `chat: true` in the problem set, or let the reward read plain text"
             )
         return (
             "; it takes plain text, and these completions are conversations, [{'role': 'assistant', 'content': ...}]: "
-            "leave out `chat: true` (or messages as prompts), or have it read completion[0]['content']"
+            "leave out `chat: true` (or messages as prompts), or let the reward read completion[0]['content']"
         )
     if isinstance(error, KeyError) and error.args and isinstance(error.args[0], str):
         return "" if error.args[0] in arguments else f"; the data's columns: {columns_of(arguments)}"
@@ -182,9 +253,9 @@ _OF_MESSAGES = re.compile(r"'?Conversation'?( object|$)|'dict' object|\(not \"st
 
 
 def _wants_other_form(function: Callable[..., Any], arguments: Mapping[str, Any], error: BaseException) -> bool:
-    """Whether the reward takes the other of text and conversations: it is tried.
+    """Whether the reward expects conversations in place of text or the reverse: found by trying.
 
-    An error that is typical of the wrong form says so too, unless the other form raises the very same.
+    An error that is typical of the wrong form is taken as a sign too, unless the other form raises the same.
     """
     if not arguments.get("completions"):
         return False

@@ -1,6 +1,6 @@
-"""Rewards in a process of their own: one that hangs, crashes or eats memory costs a bounded time, and one row.
+"""Rewards in their own processes: one that hangs, crashes or exhausts memory costs bounded time, and one row.
 
-`python -m rlzoo.reward.isolation` is that process. It is asked by JSON on its standard input, and answers by JSON.
+`python -m rlzoo.reward.isolation` is that process. It reads JSON requests from standard input, and answers in JSON.
 """
 
 from __future__ import annotations
@@ -27,23 +27,23 @@ from rlzoo.reward import CompositeReward, OnError, Reward, Score, failed, get_re
 from rlzoo.reward.calling import TrainerState
 
 START_SECONDS = 300.0
-"""What importing and building a reward may take."""
+"""Time limit for importing and building a reward."""
 _LENGTH = 8
 _PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What a reward may take; None: anything."""
+    """The limits of a reward; None: no limit."""
 
     seconds: float | None = 60.0
-    """For one call."""
+    """Time per call."""
     memory_gb: float | None = 4.0
-    """Memory that its process may ask for, in 2³⁰ bytes."""
+    """Memory of its process, in 2³⁰ bytes."""
 
 
 class RewardProcess(CompositeReward):
-    """A reward that is called in a process of its own."""
+    """A reward that is called in its own process."""
 
     def __init__(self, spec: Any, limits: Limits) -> None:
         """Raises UserError as `get_reward` does."""
@@ -65,9 +65,9 @@ class RewardProcess(CompositeReward):
         completion_ids: Sequence[Sequence[int]] | None = None,
         on_error: OnError = "fail",
     ) -> list[Score]:
-        """What the reward gives there. A call that exceeds a limit, or ends the process, is made again row by row.
+        """One `Score` per completion. A call that exceeds a limit, or ends the process, is repeated row by row.
 
-        Raises UserError as `Reward.score` does, and with ``on_error="fail"`` for a row on which that happens again.
+        Raises UserError as `Reward.score` does, and with ``on_error="fail"`` for a row on which this happens again.
         """
         arguments = {**columns, "prompts": prompts, "completions": completions}
         arguments |= {} if completion_ids is None else {"completion_ids": completion_ids}
@@ -78,7 +78,7 @@ class RewardProcess(CompositeReward):
                 return list(self._each(arguments, on_error))
 
     def answers(self, completions: Sequence[Any]) -> list[str | None]:
-        """None of them where finding them exceeds a limit."""
+        """See `Reward.answers`; all None if finding them exceeds a limit."""
         with self._lock:
             try:
                 answer = self._exchange({"answers_in": list(completions)}, self._limits.seconds)
@@ -138,7 +138,7 @@ class RewardProcess(CompositeReward):
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env={**os.environ, "PYTHONPATH": _path()},
-            start_new_session=True,  # Ctrl-C is for those who ask
+            start_new_session=True,  # Ctrl-C goes to the parent only
         )
         self._process = process
         atexit.register(self.close)
@@ -161,9 +161,9 @@ _processes: dict[str, RewardProcess] = {}
 
 
 def apart(spec: Any, limits: Limits, on_error: OnError = "fail") -> Reward:
-    """`get_reward`, for a reward that is built and called in a process of its own, which all that ask for it share.
+    """`get_reward` for a reward that is built and called in its own process, which is shared by all users of it.
 
-    Raises UserError for a spec that is not plain data, besides what `get_reward` raises.
+    Raises UserError for a spec that is not plain data, and as `get_reward` does.
     """
     if limits.seconds is None and limits.memory_gb is None:
         return get_reward(spec, on_error)
@@ -179,11 +179,11 @@ def apart(spec: Any, limits: Limits, on_error: OnError = "fail") -> Reward:
 
 
 class _EndedError(Exception):
-    """A call that came to no answer: how it ended."""
+    """A call without an answer, and how it ended."""
 
 
 def _path() -> str:
-    """The modules that this process finds, for another to find."""
+    """The import path of this process, for another."""
     return os.pathsep.join(str(Path(entry).absolute()) for entry in sys.path)
 
 
@@ -215,10 +215,10 @@ def _receive(pipe: IO[bytes], size: int, until: float | None) -> bytes:
 def _serve() -> None:
     """Build the reward that the first message names, then answer the others."""
     asked, answers = os.fdopen(os.dup(0), "rb", 0), os.fdopen(os.dup(1), "wb", 0)
-    os.dup2(2, 1)  # what a reward prints is no answer
+    os.dup2(2, 1)  # what a reward prints is not an answer
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     first = _read(asked, None)
-    if first["bound"] and sys.platform == "linux":  # even if it hangs, it does not outlive the thread that started it
+    if first["bound"] and sys.platform == "linux":  # even a hanging process does not outlive the thread that started it
         ctypes.CDLL(None).prctl(_PARENT_DEATH_SIGNAL, signal.SIGKILL)
     if first["memory_gb"] is not None:
         limit = int(first["memory_gb"] * 2**30)
@@ -243,8 +243,8 @@ def _serve() -> None:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             try:
-                judge = replace(reward, on_error=message["on_error"], state=TrainerState(**message["state"]))
-                answer["scores"] = [astuple(score) for score in judge.score(given[0], given[1], arguments, given[2])]
+                current = replace(reward, on_error=message["on_error"], state=TrainerState(**message["state"]))
+                answer["scores"] = [astuple(score) for score in current.score(given[0], given[1], arguments, given[2])]
             except UserError as error:
                 answer["error"] = str(error)
         answer["warnings"] = [str(w.message) for w in caught if w.category is RuntimeWarning]

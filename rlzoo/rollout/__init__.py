@@ -1,4 +1,4 @@
-"""Sampling completions and judging them."""
+"""Sampling completions and scoring them."""
 
 from rlzoo.rollout.collector import Collector
 from rlzoo.rollout.rollouts import collect_rollouts, cut_short, mismatch, unscored

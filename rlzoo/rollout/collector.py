@@ -1,4 +1,4 @@
-"""Fresh samples of the policy in training, for training online."""
+"""Fresh samples of the current policy, for online training."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rlzoo.buffers.bad_rows import BadRows
 from rlzoo.buffers.problems import EncodedProblem, Problem, encode_problems
 from rlzoo.config import Sampling, Training
 from rlzoo.errors import UserError
-from rlzoo.jobs.pieces import random_state
+from rlzoo.jobs.cached_results import random_state
 from rlzoo.policy import Policy
 from rlzoo.reward import get_reward
 from rlzoo.rollout.rollouts import collect_rollouts, within_limits
@@ -19,9 +19,9 @@ from rlzoo.rollout.sampler import Sampler
 
 
 class Collector:
-    """A buffer of fresh groups for every batch: samples of the policy as it is, of the next prompts, shuffled by seed.
+    """A buffer of fresh groups per batch: samples of the current policy for the next prompts, shuffled by ``seed``.
 
-    It can be a source of `rlzoo.train`, and a checkpoint can hold where it stands.
+    It can be a source of `rlzoo.train`, and its state is part of checkpoints.
     """
 
     def __init__(
@@ -36,16 +36,16 @@ class Collector:
         batch_size: int | None = None,
         bad: BadRows | None = None,
     ) -> None:
-        """``reward`` is what `get_reward` takes; it is passed how far ``training`` is.
+        """``reward`` is what `get_reward` takes; it is passed the progress of ``training``.
 
-        A batch has ``batch_size`` sequences (None: those of ``training``), ``settings.samples`` of each prompt.
-        Raises UserError without problems, and for one that the model cannot take, unless ``bad`` rows are dropped.
+        A batch has ``batch_size`` sequences (None: that of ``training``), ``settings.samples`` per prompt. Raises
+        UserError without problems, and for a problem that the model cannot take, unless ``bad`` rows are dropped.
         """
         self._policy, self._sampler, self._reward = policy, sampler, get_reward(reward)
         self._settings, self._training = settings or Sampling(), training or Training()
         self._prompts = max(1, (batch_size or self._training.batch_size) // self._settings.samples)
         if not problems:
-            raise UserError("there are no problems to sample completions of: give at least one")
+            raise UserError("there are no problems to sample completions for: give at least one")
         bad = BadRows() if bad is None else bad
         encoded = encode_problems(policy.tokenizer, problems, bad)
         self._encoded = within_limits(policy, sampler, encoded, self._settings, bad)
@@ -53,7 +53,7 @@ class Collector:
         self._sampled_tokens, self._flops = 0, 0.0
 
     def __call__(self, version: int) -> OfflineBuffer:
-        """The batch of policy version ``version``: the number of batches before it."""
+        """The batch of policy version ``version``, which is the number of batches before it."""
         policy, settings, training = self._policy, self._settings, self._training
         prompts: list[EncodedProblem] = []
         while len(prompts) < self._prompts:
@@ -79,13 +79,13 @@ class Collector:
         return OfflineBuffer.from_trajectories(rows)
 
     def spent(self) -> dict[str, float]:
-        """What samples took since the last call: ``sampled_tokens``, and ``flops`` (see `Policy.flops`)."""
+        """The cost of samples since the last call: ``sampled_tokens``, and ``flops`` (see `Policy.flops`)."""
         found = {"sampled_tokens": self._sampled_tokens, "flops": self._flops}
         self._sampled_tokens, self._flops = 0, 0.0
         return found
 
     def state(self) -> Any:
-        """Where it stands in its prompts, and what its sampler keeps, as plain data."""
+        """Its place in the prompts, and the state of its sampler, as plain data."""
         return {"order": self._order.getstate(), "queue": self._queue, "sampler": self._sampler.state()}
 
     def restore(self, state: Any) -> None:

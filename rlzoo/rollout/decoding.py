@@ -1,4 +1,4 @@
-"""Decoding with a key-value cache: prompts are read once for all their samples, and finished sequences leave."""
+"""Decoding with a key-value cache: a prompt is processed once for all its samples, and finished sequences leave."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 LEAVE = 0.125
-"""Finished sequences leave once they are this share of a batch: closing the gaps copies the cache."""
+"""Finished sequences leave when they are this fraction of a batch, as closing the gaps copies the cache."""
 PATIENCE = 16
 """Tokens after which a GPU is asked which sequences have finished: the host waits for the answer."""
 
 
 class _Growing(DynamicLayer):  # type: ignore[misc]
-    """Keys and values of one layer in a buffer with room for more, where the library's own copies all at every step."""
+    """Keys and values of one layer in a growing buffer; the library's own cache copies them all at every step."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -36,7 +36,7 @@ class _Growing(DynamicLayer):  # type: ignore[misc]
         self._room: tuple[Tensor, ...] | None = None
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """Take in new states, each [B, heads, positions, size], and give back all."""
+        """Append new states, each [B, heads, positions, size], and return all."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         past = self.get_seq_length()
@@ -50,18 +50,18 @@ class _Growing(DynamicLayer):  # type: ignore[misc]
         return self.keys, self.values
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Every sequence ``repeats`` times; the next update finds new room."""
+        """Repeat every sequence; the next update allocates a new buffer."""
         super().batch_repeat_interleave(repeats)
         self._room = None
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """The sequences that stay; the next update finds new room."""
+        """Keep some sequences; the next update allocates a new buffer."""
         super().batch_select_indices(indices)
         self._room = None
 
 
 def _roomier(old: Tensor, new: Tensor, past: int, length: int) -> Tensor:
-    """A buffer with the past of a cache and room for half as much again."""
+    """A buffer with the past of a cache and room for half as many positions again."""
     rows, heads, _, size = new.shape
     buffer = new.new_empty(rows, heads, length + length // 2 if past else length, size)
     if past:
@@ -70,7 +70,7 @@ def _roomier(old: Tensor, new: Tensor, past: int, length: int) -> Tensor:
 
 
 def can_decode(model: PreTrainedModel) -> bool:
-    """Whether the model keeps keys and values alone, which can be repeated and thinned out by sequence."""
+    """Whether the model's cache is only keys and values, which can be repeated and selected by sequence."""
     if getattr(model, "_is_stateful", False) or not getattr(model, "_supports_default_dynamic_cache", lambda: True)():
         return False
     return all(
@@ -79,10 +79,10 @@ def can_decode(model: PreTrainedModel) -> bool:
 
 
 class Decoder:
-    """Continues prompts with a policy, one token of every live sequence at a time."""
+    """Continues prompts with a policy, one token per unfinished sequence at a time."""
 
     def __init__(self, policy: Policy) -> None:
-        self.policy = policy  # its modules are looked up at every step: an adapter may replace one
+        self.policy = policy  # modules are looked up at every step: an adapter may replace one
         self.takes_positions = "position_ids" in inspect.signature(policy.model.base_model.forward).parameters
 
     @torch.no_grad()
@@ -93,9 +93,9 @@ class Decoder:
         settings: Sampling,
         draws: Float[np.ndarray, "B T"] | None,
     ) -> list[list[int]]:
-        """``copies`` completions of each prompt, B = prompts × copies in all, each up to and with its end of sequence.
+        """``copies`` completions per prompt, B = prompts × copies in all, each including its end of sequence.
 
-        ``draws`` are uniform on [0, 1), one per token of each; None takes the likeliest token.
+        ``draws`` are uniform on [0, 1), one per token; None decodes greedily.
         """
         device, room = self.policy.device, settings.max_new_tokens
         ids, mask = padded(prompts, device)
@@ -138,7 +138,7 @@ class Decoder:
     def _next_logits(
         self, ids: Int[Tensor, "B L"], mask: Bool[Tensor, "B P"], positions: Int[Tensor, "B L"], cache: DynamicCache
     ) -> Float[Tensor, "B V"]:
-        """What the model says after the last position of each sequence."""
+        """The logits after the last position of each sequence."""
         extra = {"position_ids": positions.clamp(min=0)} if self.takes_positions else {}
         policy = self.policy
 
@@ -151,7 +151,7 @@ class Decoder:
 
 
 def padded(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Int[Tensor, "B L"], Bool[Tensor, "B L"]]:
-    """Prompts with padding on the left, and where there is none."""
+    """Prompts padded on the left, and the mask of their tokens."""
     longest = max(map(len, prompts))
     ids = torch.zeros(len(prompts), longest, dtype=torch.long)
     mask = torch.zeros(len(prompts), longest, dtype=torch.bool)
@@ -162,7 +162,7 @@ def padded(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Int[
 
 
 def _pick(logits: Float[Tensor, "B V"], settings: Sampling, uniform: Float[Tensor, " B"] | None) -> Int[Tensor, " B"]:
-    """The likeliest token, or the one at which the cumulative probability passes ``uniform``."""
+    """The most likely token, or the one at which the cumulative probability exceeds ``uniform``."""
     if uniform is None:
         return logits.argmax(1)
     probability = (logits / settings.temperature).softmax(1)
@@ -170,7 +170,7 @@ def _pick(logits: Float[Tensor, "B V"], settings: Sampling, uniform: Float[Tenso
     if settings.top_p < 1.0:
         probability, order = probability.sort(1, descending=True)
         probability = probability * (running_sum(probability) - probability < settings.top_p)
-    cumulative = running_sum(probability, torch.float64)  # in float32 the rare tokens at its end would blur
+    cumulative = running_sum(probability, torch.float64)  # float32 would round away rare tokens at its end
     place = torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:], right=True)
     place = place.clamp(max=logits.shape[1] - 1)
     return (place if order is None else order.gather(1, place))[:, 0]

@@ -12,10 +12,10 @@ from rlzoo.buffers.bad_rows import BadRows
 from rlzoo.buffers.problems import EncodedProblem, trajectory
 from rlzoo.config import Sampling, TokenBudget
 from rlzoo.errors import UserError
-from rlzoo.jobs.pieces import Pieces
+from rlzoo.jobs.cached_results import CachedResults
 from rlzoo.jobs.ranks import agreed
 from rlzoo.policy import Policy
-from rlzoo.policy.microbatches import score_rows, score_rows_and_nuclei
+from rlzoo.policy.microbatches import log_probs, log_probs_and_nuclei
 from rlzoo.reward import Reward, Score, get_reward
 from rlzoo.reward.calling import ENGINE
 from rlzoo.rollout.sampler import Sample, Sampler, by_length
@@ -33,34 +33,35 @@ def collect_rollouts(
     token_budget: TokenBudget = 8192,
     progress: Callable[[int], None] | None = None,
     recompute: bool = True,
-    pieces: Pieces | None = None,
+    cached: CachedResults | None = None,
     bad: BadRows | None = None,
 ) -> list[Trajectory]:
-    """Sample each problem ``settings.samples`` times and score the completions; ``reward`` is what `get_reward` takes.
+    """Sample ``settings.samples`` completions per problem and score them; ``reward`` is what `get_reward` takes.
 
-    Behaviour log-probs are those of the policy at the temperature of the sampling, where training takes its own, so
-    that ratios start at 1; ``top_p`` is no part of them (docs/interface.md says why). The policy recomputes them in the
-    trainer's numerics, whatever engine sampled; without ``recompute`` they are the engine's own, where it gives any.
-    An engine's are relative to the nucleus, so the log-prob of the nucleus, by the policy, is added to them.
-    With ``pieces`` what was sampled is kept there, and not sampled again.
-    What a reward logs of a completion becomes a column of its row; metrics of a call stand beside the reward's parts.
-    A problem that the model cannot take is an error, or goes to ``bad``.
+    Behaviour log-probs are those of the policy at the sampling temperature, as in training, so that ratios start at 1;
+    ``top_p`` does not enter them (docs/interface.md says why). The policy recomputes them in the trainer's numerics,
+    whatever engine sampled; without ``recompute`` they are the engine's own, if it reports any. Those are relative to
+    the nucleus, so the policy's log-probability of the nucleus is added to them.
+
+    Samples are cached in ``cached``, if given. Values that a reward logs for a completion become columns of its row;
+    metrics of a call are stored with the reward's parts. A problem that the model cannot take is an error, or goes to
+    ``bad``.
     """
     problems = within_limits(policy, sampler, problems, settings, bad)
     reward = get_reward(reward)
-    sampled = _sampled(sampler, [p.ids for p in problems], settings, seed, progress, pieces)
+    sampled = _sampled(sampler, [p.ids for p in problems], settings, seed, progress, cached)
     flat = [(problem, sample) for problem, samples in zip(problems, sampled, strict=True) for sample in samples]
-    scores = agreed(judge(reward, flat))
+    scores = agreed(score_samples(reward, flat))
     rows = [(p.ids, s.ids) for p, s in flat]
     engine = [sample.logp for _, sample in flat]
     recompute = recompute or None in engine
     recomputed: list[list[float]] = []
     if settings.top_p < 1.0 and any(engine):
-        found = score_rows_and_nuclei(policy, rows, token_budget, settings.temperature, settings.top_p)
+        found = log_probs_and_nuclei(policy, rows, token_budget, settings.temperature, settings.top_p)
         recomputed = [logp for logp, _ in found]
         engine = [logp and _sums(logp, nucleus) for logp, (_, nucleus) in zip(engine, found, strict=True)]
     elif recompute:
-        recomputed = score_rows(policy, rows, token_budget, settings.temperature)
+        recomputed = log_probs(policy, rows, token_budget, settings.temperature)
     return [
         trajectory(
             problem,
@@ -71,7 +72,7 @@ def collect_rollouts(
             reward_parts={**score.metrics, **score.parts},
             logged=score.extra,
             behaviour_logp=behaviour,
-            sampler_logp=other if recompute else None,  # held against itself it would say that all is well
+            sampler_logp=other if recompute else None,  # compared with itself it would show no mismatch
             policy_version=version,
             truncated=sample.truncated,
             temperature=settings.temperature,
@@ -93,10 +94,10 @@ def _sampled(
     settings: Sampling,
     seed: int,
     progress: Callable[[int], None] | None,
-    pieces: Pieces | None,
+    cached: CachedResults | None,
 ) -> list[list[Sample]]:
-    """The samples of each prompt, made a portion at a time: the same portions whether the work is stopped or not."""
-    if pieces is None:
+    """The samples of each prompt, one portion at a time; an interruption does not change the portions."""
+    if cached is None:
         return sampler.sample(prompts, settings, seed, progress=progress)
     order, size = by_length(prompts, range(len(prompts))), sampler.portion(settings)
     found: dict[int, list[Sample]] = {}
@@ -107,7 +108,7 @@ def _sampled(
             made = sampler.sample([prompts[i] for i in places], settings, seed, progress=progress, numbers=places)
             return [[[astuple(one) for one in some] for some in made], sampler.state()]
 
-        made, state = pieces.once(f"samples-{seed}-{start}", sample)
+        made, state = cached.once(f"samples-{seed}-{start}", sample)
         sampler.restore(state)
         for place, some in zip(places, made, strict=True):
             found[place] = [Sample(*one) for one in some]
@@ -115,10 +116,10 @@ def _sampled(
 
 
 def mismatch(rows: Sequence[Trajectory]) -> dict[str, float] | None:
-    """How far the sampling engine's log-probs are from those of the trainer, over all tokens; None if there are none.
+    """The mismatch of the sampling engine's log-probs and the trainer's over all tokens; None without an engine's.
 
-    ``mean_absolute`` and ``largest`` |Δ| in nats, ``mean_ratio`` of π/π_engine (1 if the engine samples from what it
-    says), and ``kl``, the k3 estimate of KL(π_engine, π) a token, in nats.
+    ``mean_absolute`` and ``largest`` |Δ| in nats, ``mean_ratio`` of π/π_engine (1 in expectation if the engine's
+    log-probs are those it samples from), and ``kl``, the k3 estimate of KL(π_engine ‖ π) per token, in nats.
     """
     both = [(r.behaviour_logp, r.sampler_logp) for r in rows if r.behaviour_logp and r.sampler_logp]
     if not both:
@@ -137,10 +138,10 @@ def mismatch(rows: Sequence[Trajectory]) -> dict[str, float] | None:
 def within_limits(
     policy: Policy, sampler: Sampler, problems: Sequence[EncodedProblem], settings: Sampling, bad: BadRows | None = None
 ) -> list[EncodedProblem]:
-    """The problems that the model can take: each token id has an embedding, and the tokens fit into its positions.
+    """The problems that the model can take: each token has an embedding, and the prompt fits its positions.
 
-    A sampler that is bound by them also needs positions for ``max_new_tokens``; other engines have limits of their own.
-    Raises UserError naming a problem that is not so, unless ``bad`` rows are dropped.
+    A sampler that is bound by positions also needs room for ``max_new_tokens``; other engines have their own limits.
+    Raises UserError naming another problem, unless ``bad`` rows are dropped.
     """
     positions, more = policy.positions, settings.max_new_tokens if sampler.bound_by_positions else 0
     bad, kept = BadRows() if bad is None else bad, []
@@ -159,13 +160,13 @@ def within_limits(
 
 
 def cut_short(rows: Sequence[Trajectory], limit: int) -> list[str]:
-    """A line on the samples that reached ``max_new_tokens`` and were cut, if there are any."""
+    """A line with the number of samples that were cut at ``max_new_tokens``, if any."""
     cut = sum(row.truncated for row in rows)
     return [f"{cut:,} of {len(rows):,} samples were cut at max_new_tokens ({limit}), and have no end"] if cut else []
 
 
 def unscored(scored: Iterable[tuple[float | None, str]]) -> str | None:
-    """One line on the samples without a reward, of pairs of reward and prompt; None if all have one."""
+    """A line about samples without a reward, from pairs of reward and prompt; None if all have one."""
     rows = list(scored)
     without = [prompt for reward, prompt in rows if reward is None]
     if not without:
@@ -176,14 +177,14 @@ def unscored(scored: Iterable[tuple[float | None, str]]) -> str | None:
 
 
 def completions_of(answered: Sequence[tuple[EncodedProblem, Sample]]) -> list[Any]:
-    """Completions as rewards take them: of conversational problems they are conversations, as in TRL."""
+    """Completions as arguments of a reward: conversations for conversational problems, as in TRL."""
     return [
         s.text if isinstance(p.problem.prompt, str) else [{"role": "assistant", "content": s.text}] for p, s in answered
     ]
 
 
-def judge(reward: Reward, answered: Sequence[tuple[EncodedProblem, Sample]]) -> list[Score]:
-    """The reward of each completion."""
+def score_samples(reward: Reward, answered: Sequence[tuple[EncodedProblem, Sample]]) -> list[Score]:
+    """One `Score` per completion."""
     prompts = [p.problem.prompt for p, _ in answered]
     names = {name for p, _ in answered for name in p.problem.columns} - set(ENGINE)
     columns = {name: [p.problem.columns.get(name) for p, _ in answered] for name in sorted(names)}

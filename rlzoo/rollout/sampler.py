@@ -1,4 +1,4 @@
-"""What a sampler is, samplers by name, and the one that needs nothing but transformers."""
+"""The interface of samplers, their registry, and the sampler of transformers."""
 
 from __future__ import annotations
 
@@ -30,36 +30,36 @@ class Sample:
     """One sampled completion."""
 
     ids: list[int]
-    """Tokens up to and with the end of sequence; without one if truncated."""
+    """Its tokens, including the end of sequence unless truncated."""
     text: str
-    """The tokens as text, special tokens and the end left out."""
+    """The tokens as text, without special tokens and the end."""
     truncated: bool
-    """True if ``max_new_tokens`` came before an end of sequence."""
+    """True if ``max_new_tokens`` was reached before an end of sequence."""
     logp: list[float] | None = None
-    """A log-prob a token under the distribution that was sampled from, as an engine of its own numerics says."""
+    """The engine's own log-prob per token, in nats, under the distribution that it sampled from."""
 
 
 class Sampler:
     """Anything that continues prompts.
 
-    A subclass defines `sample`; where an ``engine`` names it, it is built as ``Class(policy, **engine_options)``.
+    A subclass defines `sample`. The setting ``engine`` names it; it is built as ``Class(policy, **engine_options)``.
     """
 
     name: ClassVar[str]
-    """What ``engine`` calls it."""
+    """Its name for ``engine``."""
     gives_logp: ClassVar[bool] = False
-    """Whether samples have log-probs of an engine's own numerics, which ``rollouts.behaviour: sampler`` needs."""
+    """Whether samples have the engine's own log-probs, which ``rollouts.behaviour: sampler`` needs."""
     bound_by_positions: ClassVar[bool] = False
-    """Whether ``max_new_tokens`` must fit into the model's positions too; an engine may have limits of its own."""
+    """Whether ``max_new_tokens`` must fit the model's positions too; an engine may have its own limits."""
     of_server: ClassVar[type[Sampler] | None] = None
-    """What samples in its place where the settings have a ``url``, built with that."""
+    """The sampler that replaces it if the settings have a ``url``, built with that."""
 
     def portion(self, settings: Sampling) -> int:
-        """How many prompts to ask for at a time, where finished samples are kept in between: one batch."""
+        """The number of prompts per call when finished samples are cached in between: one batch."""
         return max(1, settings.batch_size // settings.samples) * world_size()
 
     def state(self) -> Any:
-        """What a checkpoint must hold for the same samples to follow, as plain data; None: nothing."""
+        """The state that determines the next samples, as plain data; None: there is none."""
         return None
 
     def restore(self, state: Any) -> None:
@@ -74,10 +74,10 @@ class Sampler:
         progress: Callable[[int], None] | None = None,
         numbers: Sequence[int] | None = None,
     ) -> list[list[Sample]]:
-        """``settings.samples`` completions of each prompt, one if ``greedy``; the same for the same seed.
+        """``settings.samples`` completions per prompt, one if ``greedy``; the same for the same seed.
 
-        ``progress`` gets how many prompts are done. ``numbers`` tell apart the random streams of the prompts, where
-        they are a part of more; None: their places.
+        ``progress`` is called with the number of prompts done. ``numbers`` identify the prompts' random streams if they
+        are part of a larger set; None: their indices.
         """
         raise NotImplementedError(f"{type(self).__name__} must define sample(prompts, settings, seed, ...)")
 
@@ -87,7 +87,7 @@ _Class = TypeVar("_Class", bound=type[Sampler])
 
 
 def register_sampler(sampler: _Class) -> _Class:
-    """Class decorator: make a `Sampler` known under its ``name``. A name taken by another class is an error."""
+    """Class decorator: register a `Sampler` under its ``name``. A name taken by another class is an error."""
     _samplers.add(sampler.name, sampler)
     return sampler
 
@@ -112,17 +112,17 @@ def engine_of(settings: Sampling, policy: Policy | None = None) -> str:
 
 
 def sampler_class(settings: Sampling, policy: Policy | None = None) -> type[Sampler]:
-    """What samples under these settings. Raises UserError for an unknown ``engine``, or one that cannot do so."""
+    """The sampler class of the settings. Raises UserError for an unknown or unsuitable ``engine``."""
     engine = engine_of(settings, policy)
     found = _samplers.get(engine)
     if not (isinstance(found, type) and issubclass(found, Sampler)):
         raise UserError(f"sampler {engine!r} is not a subclass of rlzoo.rollout.Sampler")
     if settings.url is not None:
         if found.of_server is None:
-            raise UserError(f"engine {engine!r} has no server: url is for engines that have one, such as vllm")
+            raise UserError(f"engine {engine!r} has no server: url is for engines with one, such as vllm")
         found = found.of_server
     if settings.wants_sampler_logp and not found.gives_logp:
-        raise UserError("rollouts.behaviour: sampler needs an engine with log-probs of its own, such as engine: vllm")
+        raise UserError("rollouts.behaviour: sampler needs an engine with its own log-probs, such as engine: vllm")
     try:
         inspect.signature(found).bind(None, **_options(settings))
     except TypeError as error:
@@ -131,23 +131,23 @@ def sampler_class(settings: Sampling, policy: Policy | None = None) -> type[Samp
 
 
 def _options(settings: Sampling) -> Mapping[str, Any]:
-    """What the sampler is built with, besides the policy."""
+    """The constructor arguments of the sampler besides the policy."""
     return settings.engine_options if settings.url is None else {"url": settings.url}
 
 
 def sampler_of(policy: Policy, settings: Sampling) -> Sampler:
-    """The sampler that the settings ask for. Raises UserError where it cannot be had."""
+    """The sampler of the settings. Raises UserError if it is not available."""
     build: Callable[..., Sampler] = sampler_class(settings, policy)
     return build(policy, **_options(settings))
 
 
 @register_sampler
 class TransformersSampler(Sampler):
-    """Samples with the policy's own transformers model; prompts of like length share a batch.
+    """Samples with the policy's own transformers model; prompts of similar length share a batch.
 
-    Every sample has a random stream of its own, of the seed, its prompt's place and its number, so what is sampled does
-    not depend on the batch size (but for rounding). A model whose state is more than keys and values (Mamba's, say) is
-    sampled by transformers' ``generate``. Where memory runs out, half as many are sampled together.
+    Every sample has its own random stream, from the seed and the indices of its prompt and sample, so that samples do
+    not depend on the batch size (up to rounding). A model whose state is more than keys and values (Mamba, say) is
+    sampled by transformers' ``generate``. If memory runs out, half as many are sampled together.
     """
 
     name: ClassVar[str] = "transformers"
@@ -185,7 +185,7 @@ class TransformersSampler(Sampler):
         greedy: bool,
         progress: Callable[[int], None] | None,
     ) -> list[list[Sample]]:
-        """The samples of the prompts in some places."""
+        """The samples of some of the prompts."""
         copies, left = 1 if greedy else settings.samples, by_length(prompts, places)
         results: dict[int, list[Sample]] = {}
         training = self.policy.training
@@ -248,7 +248,7 @@ class TransformersSampler(Sampler):
         if self.decoder is None:
             own = int(np.random.SeedSequence([seed, numbers[0], copies.start]).generate_state(1)[0])
             return self._generate(prompts, settings, len(copies), greedy, own)
-        draws = None if greedy else _streams(seed, numbers, copies, settings.max_new_tokens)
+        draws = None if greedy else uniform_numbers(seed, numbers, copies, settings.max_new_tokens)
         return self.decoder.decode(prompts, len(copies), settings, draws)
 
     def _generate(
@@ -262,7 +262,7 @@ class TransformersSampler(Sampler):
             "num_return_sequences": copies,
         }  # fmt: skip
         devices = [policy.device] if policy.device.type == "cuda" else []
-        with _no_defaults(policy.model), torch.random.fork_rng(devices):  # the caller's random state stays as it is
+        with _no_defaults(policy.model), torch.random.fork_rng(devices):  # the caller's random state is not changed
             torch.manual_seed(seed)
             out = policy.model.generate(
                 input_ids=ids,
@@ -283,26 +283,26 @@ class TransformersSampler(Sampler):
 
 
 def text_of(policy: Policy, ids: Sequence[int]) -> str:
-    """A completion's tokens as text: special tokens left out, and the one that ends it whether it is special or not."""
+    """A completion's tokens as text, without special tokens and without the token that ends it."""
     said = ids[:-1] if ids and ids[-1] in policy.eos_ids else ids
     text: str = policy.tokenizer.decode(said, skip_special_tokens=True)
     return text
 
 
 def by_length(prompts: Sequence[Sequence[int]], places: Iterable[int]) -> list[int]:
-    """Places in order of their prompts' lengths: in this order prompts are sampled together."""
+    """Indices sorted by the length of their prompts, for batches."""
     return sorted(places, key=lambda place: (len(prompts[place]), place))
 
 
-def _streams(seed: int, prompts: Sequence[int], copies: range, tokens: int) -> Float[np.ndarray, "B T"]:
-    """Uniform numbers for each copy of each prompt."""
+def uniform_numbers(seed: int, prompts: Sequence[int], copies: range, tokens: int) -> Float[np.ndarray, "B T"]:
+    """For each copy of each prompt: a token is the one at which the cumulative probability passes its number."""
     return np.stack([np.random.default_rng([seed, p, c]).random(tokens) for p in prompts for c in copies])
 
 
 @contextmanager
 def _no_defaults(model: PreTrainedModel) -> Iterator[None]:
-    """Put a checkpoint's own generation settings aside: beams, penalties or min_p would sample from a distribution
-    other than the one whose log-probs are recorded."""
+    """Ignore a checkpoint's own generation settings: beams, penalties or min_p would sample from another distribution
+    than the one whose log-probs are recorded."""
     from transformers import GenerationConfig
 
     kept, model.generation_config = model.generation_config, GenerationConfig()

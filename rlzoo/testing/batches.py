@@ -1,4 +1,4 @@
-"""Batches to test objectives on: random rows of every kind, with rubbish where a loss must not look."""
+"""Batches to test objectives on: random rows of every kind, with garbage at masked positions."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ PADDING = (math.nan, math.inf, -math.inf, 1e9, 0.0)
 
 
 def random_batch(objective: Objective, seed: int = 0, padding: Sequence[float] = PADDING) -> TokenBatch:
-    """Fourteen rows with all that an objective asks for, in float64, and rubbish at masked positions.
+    """Fourteen rows with all inputs of an objective, in float64, and garbage at masked positions.
 
-    Among them: a group of equal rewards, a group of one, rows of one token or none. Pairs are consecutive.
+    They include a group of equal rewards, a group of one, and rows of one token or none. Pairs are consecutive.
     """
     draw = torch.Generator().manual_seed(seed)
     length = torch.randint(2, LENGTH + 1, (ROWS,), generator=draw)
@@ -58,20 +58,20 @@ def random_batch(objective: Objective, seed: int = 0, padding: Sequence[float] =
 
 
 def inputs_of(objective: Objective) -> list[Input]:
-    """What an objective, or any part of it, asks for: each input once."""
-    return list(dict.fromkeys(one for part in objective.parts for one in part.objective.requires))
+    """The distinct inputs of an objective and its components."""
+    return list(dict.fromkeys(one for component in objective.components for one in component.objective.requires))
 
 
 def keys_with_graph(objective: Objective) -> list[str]:
-    """The keys of inputs that come with a graph: what modules make of hidden states."""
+    """The keys of inputs with a graph: outputs of modules."""
     forward = [one for one in inputs_of(objective) if one.stage is Stage.FORWARD]
     return [one.key for one in forward if not one.is_statistic and not one.gives_logits]
 
 
 def prepared(objective: Objective, batch: TokenBatch) -> TokenBatch:
-    """Prepared as the trainer does it: without log-probs unless something has the policy scored.
+    """The batch prepared as by the trainer: without log-probs unless the objective has them then.
 
-    A composite's parts are prepared by `surrogate`.
+    The components of a composite are prepared by `surrogate`.
     """
     if is_composite(type(objective)):
         return batch
@@ -80,7 +80,7 @@ def prepared(objective: Objective, batch: TokenBatch) -> TokenBatch:
         later = [one.key for one in objective.requires if one.stage is Stage.FORWARD]
         known = known.replace(logp=None, **dict.fromkeys(later))
     default = torch.get_default_dtype()
-    torch.set_default_dtype(batch.dtype)  # that of log-probs which are not there yet
+    torch.set_default_dtype(batch.dtype)  # that of log-probs, which are not there yet
     try:
         with torch.no_grad():
             fixed = objective.prepare(known)
@@ -90,12 +90,12 @@ def prepared(objective: Objective, batch: TokenBatch) -> TokenBatch:
 
 
 def leaves(batch: TokenBatch) -> list[Tensor]:
-    """What a loss is differentiated in: log-probs, and inputs with a graph."""
+    """The tensors that a loss is differentiated by: log-probs, and inputs with a graph."""
     return [batch.logp, *(value for value in batch.inputs.values() if value.requires_grad)]
 
 
 def gradients(loss: Tensor, batch: TokenBatch) -> Float[Tensor, " G"]:
-    """The gradient in all `leaves` of a batch, as one vector; 0 where the loss does not look."""
+    """The gradient by all `leaves` of a batch, as one vector; 0 for those that the loss does not use."""
     own = leaves(batch)
     found = torch.autograd.grad(loss, own, allow_unused=True, retain_graph=True)
     pairs = zip(own, found, strict=True)
@@ -103,7 +103,7 @@ def gradients(loss: Tensor, batch: TokenBatch) -> Float[Tensor, " G"]:
 
 
 def wider(batch: TokenBatch, extra: int) -> TokenBatch:
-    """The same batch with so many more masked positions, full of NaN, at its end."""
+    """The same batch with ``extra`` more masked positions, full of NaN, at its end."""
 
     def widened(value: Tensor) -> Tensor:
         if value.ndim != 2:
@@ -132,5 +132,5 @@ def _mapped(batch: TokenBatch, function: Callable[[Tensor], Tensor]) -> TokenBat
 
 
 def permutation(size: int, seed: int = 0) -> Int[Tensor, " N"]:
-    """A random order that is always the same."""
+    """A fixed random permutation."""
     return torch.randperm(size, generator=torch.Generator().manual_seed(seed))

@@ -1,4 +1,4 @@
-"""An objective on the trainer's own path and the analyzer's, on the embedded model."""
+"""An objective in the trainer and in the variance analyzer, on the embedded model."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rlzoo.config import Training
 from rlzoo.errors import UserError
 from rlzoo.inputs import Stage
 from rlzoo.objective import Objective, is_composite
-from rlzoo.policy import Policy, load_policy, score_rows
+from rlzoo.policy import Policy, load_policy, log_probs
 from rlzoo.testing.batches import inputs_of
 from rlzoo.training import Trainer
 from rlzoo.types import Trajectory, Unit, selector_of
@@ -24,7 +24,7 @@ PROMPTS, SAMPLES = 4, 2
 
 
 def check_training(objective: Objective, is_random: bool) -> None:
-    """Two steps of two updates: there is a gradient, and weights are the same whatever the size of micro-batches.
+    """Two batches of two updates: there is a gradient, and the weights do not depend on the size of micro-batches.
 
     ``is_random``: the objective draws tokens, so that micro-batches agree in expectation only.
     """
@@ -32,17 +32,17 @@ def check_training(objective: Objective, is_random: bool) -> None:
     gap = float((single - whole).norm() / whole.norm())
     if not is_random and not gap <= 1e-7:
         raise AssertionError(
-            f"objective {objective.name!r} learns something else with micro-batches of one row (weights differ by "
-            f"{gap:.1g}): set couples if a coefficient looks at other rows"
+            f"objective {objective.name!r} is trained differently with micro-batches of one row (weights differ by "
+            f"{gap:.1g}): set couples if a coefficient depends on other rows"
         )
 
 
 def check_analysis(objective: Objective) -> None:
-    """The variance analyzer measures the noise of its gradient."""
+    """The variance analyzer can measure the noise of its gradient."""
     if is_composite(type(objective)):
-        return  # it is analysed part by part
+        return  # its components are analysed
     policy = load_policy("embedded", "float64")
-    rows = _rows(policy, objective)
+    rows = rows_of(policy, objective)
     if not selector_of(objective.learns_from).is_sampled:
         rows = [replace(row, source="demonstration") for row in rows]
     buffer = OfflineBuffer.from_trajectories(rows)
@@ -51,8 +51,8 @@ def check_analysis(objective: Objective) -> None:
         raise AssertionError(f"objective {objective.name!r} has no gradient whose noise could be measured")
 
 
-class _SameRows:
-    """A source of batches that gives the same rows at every draw."""
+class SameRows:
+    """A source that returns the same rows at every draw."""
 
     def __init__(self, rows: Sequence[Trajectory], units: Sequence[tuple[int, ...]]) -> None:
         self.rows, self.units = list(rows), list(units)
@@ -63,10 +63,10 @@ class _SameRows:
 
 def _trained(objective: Objective, token_budget: int) -> Tensor:
     """The weights after training with micro-batches of at most so many tokens."""
-    torch.manual_seed(0)  # of modules that start at random
+    torch.manual_seed(0)  # for modules with random initialisation
     policy = load_policy("embedded", "float64")
-    rows = _rows(policy, objective)
-    sources = [_SameRows(rows, _units(part.objective)) for part in objective.parts]
+    rows = rows_of(policy, objective)
+    sources = [SameRows(rows, units_of(component.objective)) for component in objective.components]
     try:
         settings = SETTINGS.model_copy(update={"token_budget": token_budget})
         record = Trainer(policy, objective, sources, settings).run()
@@ -77,21 +77,22 @@ def _trained(objective: Objective, token_budget: int) -> Tensor:
     return torch.cat([parameter.detach().flatten() for parameter in policy.parameters()])
 
 
-def _units(objective: Objective) -> list[tuple[int, ...]]:
+def units_of(objective: Objective) -> list[tuple[int, ...]]:
+    """The units of `rows_of` that the objective learns from."""
     rows = range(0, PROMPTS * SAMPLES, SAMPLES)
     if selector_of(objective.learns_from).unit is not Unit.ROW:
         return [(row + 1, row) for row in rows]  # the better completion of a pair comes first
     return [(row,) for row in range(PROMPTS * SAMPLES)]
 
 
-def _rows(policy: Policy, objective: Objective) -> list[Trajectory]:
-    """A wrong and a correct sample of each prompt, with all that rows can have stored."""
+def rows_of(policy: Policy, objective: Objective) -> list[Trajectory]:
+    """A wrong and a correct sample per prompt, with all stored inputs."""
     texts = [
         (f"{i // SAMPLES + 1}+{i // SAMPLES + 2}=?\n", f"#### {i + 3}" * (1 + i % 3)) for i in range(PROMPTS * SAMPLES)
     ]
     ids = [tuple(policy.tokenizer(text, add_special_tokens=False)["input_ids"] for text in pair) for pair in texts]
     draw, rows = torch.Generator().manual_seed(0), []
-    for i, ((prompt, completion), logp) in enumerate(zip(ids, score_rows(policy, ids), strict=True)):
+    for i, ((prompt, completion), logp) in enumerate(zip(ids, log_probs(policy, ids), strict=True)):
         held = {}
         for one in inputs_of(objective):
             if one.stage is Stage.STORED:

@@ -44,16 +44,15 @@ def check_objective(
 ) -> None:
     """Check an objective against the ``loss`` of its paper, and for all that the trainer and the analyzer rely on.
 
-    ``loss`` gets a batch [B, T] with everything that ``requires`` lists, log-probs in nats and float64, and rubbish
-    at masked positions. Its gradient in log-probs, and in what modules of inputs give, must be that of the objective,
-    and its value the loss that the objective reports; without it both go unchecked. The loss of an objective with a
-    `logit_term` is ``loss_in_logits(mask [B, T], logits [B, T, V], reference logits [B, T, V], target [B, T])``.
+    ``loss`` gets a batch [B, T] with everything that ``requires`` lists, log-probs in nats and float64, and garbage at
+    masked positions. Its gradient by log-probs and outputs of modules must be that of the objective, and its value the
+    loss that the objective reports; without it neither is checked. The loss of an objective with a `logit_term` is
+    ``loss_in_logits(mask [B, T], logits [B, T, V], reference logits [B, T, V], target [B, T])``.
 
-    Checked besides: that masked positions do not count, that coefficients carry no graph, any order of rows, any
-    padding, any split into micro-batches, batches with every token masked, float32 and bfloat16; and, unless
-    ``through_trainer`` is False, two steps of the trainer on the embedded model and the variance analyzer. It takes a
-    fraction of a second, and one or two with these. Raises AssertionError, which says what failed in one line, and
-    UserError for an objective that cannot be found or built.
+    Also checked: masked positions, detached coefficients, any order of rows, padding and split into micro-batches,
+    batches with all tokens masked, float32 and bfloat16; and, unless ``through_trainer`` is False, the trainer on the
+    embedded model and the variance analyzer. It takes a fraction of a second, and one or two seconds with these. Raises
+    AssertionError, which says in one line what failed, and UserError for an objective that cannot be found or built.
     """
     found = get_objective(objective) if isinstance(objective, str) else objective
     for check, where in CHECKS.items():
@@ -90,7 +89,7 @@ def _gap(ours: Tensor, theirs: Tensor) -> float:
 
 
 def _kinds(objective: Objective, _: Loss | None) -> None:
-    """Coefficients, metrics and the reported loss are of the right shape, carry no graph, and are finite."""
+    """Coefficients, metrics and the reported loss have the right shape and no graph, and are finite."""
     if is_composite(type(objective)):
         return
     batch = random_batch(objective)
@@ -115,7 +114,7 @@ _SHAPE = "[B, T]"
 
 
 def _finite(objective: Objective, _: Loss | None) -> None:
-    """No NaN from rows of one token, of none, or groups of one or of equal rewards, and the same every time."""
+    """No NaN from rows of one token or none, or groups of one or of equal rewards; the same every time."""
     clean = random_batch(objective, padding=(0.0,))
     first, second = (gradients(surrogate(objective, prepared(objective, clean)), clean) for _ in range(2))
     among = "finite on rows with one token or none, and groups of one row or of equal rewards"
@@ -127,7 +126,7 @@ def _finite(objective: Objective, _: Loss | None) -> None:
 
 
 def _masked(objective: Objective, _: Loss | None) -> None:
-    """What stands at masked positions does not count, and nothing is learned there."""
+    """Values at masked positions do not matter, and nothing is learned there."""
     clean, *dirty = (random_batch(objective, padding=(x,)) for x in (0.0, float("nan"), float("inf"), -1e9))
     loss = surrogate(objective, prepared(objective, clean))
     gradient = gradients(loss, clean)
@@ -136,7 +135,7 @@ def _masked(objective: Objective, _: Loss | None) -> None:
         same = torch.equal(other, loss) and torch.equal(gradients(other, batch), gradient)
         reported = _reported_loss(objective, clean), _reported_loss(objective, batch)
         same = same and (reported[0] is None or torch.equal(*reported))  # type: ignore[arg-type]
-        _demand(objective, same, f"looks at masked positions, which may hold anything: {_WHERE}")
+        _demand(objective, same, f"depends on masked positions, which may hold anything: {_WHERE}")
     for leaf in torch.split(gradient, ROWS * LENGTH):
         outside = leaf.view(ROWS, LENGTH)[~clean.mask]
         _demand(objective, not outside.any(), f"has a gradient at masked positions: {_WHERE}")
@@ -166,7 +165,7 @@ def _gradient_of_the_loss(objective: Objective, loss: Loss, batch: TokenBatch) -
         raise AssertionError(f"the loss given for {name!r} must be a scalar, computed from batch.logp and its graph")
     found = gradients(value, batch)
     if not _is_finite(found) or not _is_finite(value):
-        raise AssertionError(f"the loss given for {name!r} looks at masked positions: take batch.logp[batch.mask]")
+        raise AssertionError(f"the loss given for {name!r} depends on masked positions: take batch.logp[batch.mask]")
     if not found.any():
         raise AssertionError(f"the loss given for {name!r} has no gradient on a random batch, so it checks nothing")
     return found
@@ -221,14 +220,14 @@ def _padding(objective: Objective, _: Loss | None) -> None:
 
 
 def _same(objective: Objective, batch: TokenBatch, changed: TokenBatch, fault: str) -> None:
-    """The loss and its gradient in the first batch, of which the second is made."""
+    """The loss and its gradient are the same on a batch made from the first."""
     loss, other = (surrogate(objective, prepared(objective, one)) for one in (batch, changed))
     gap = max(_gap(other, loss), _gap(gradients(other, batch), gradients(loss, batch)))
     _demand(objective, gap <= SUMMED, f"{fault} (relative difference {gap:.2g})")
 
 
 def _split(objective: Objective, _: Loss | None) -> None:
-    """The sum over micro-batches is the whole."""
+    """Micro-batches add up to the whole batch."""
     if is_composite(type(objective)):
         return
     batch = random_batch(objective, 1)
@@ -240,7 +239,7 @@ def _split(objective: Objective, _: Loss | None) -> None:
         _demand(objective, total == denominator, "has a normaliser whose denominators do not add up")
         summed = _summed(objective, ready, indices)
         gap = max(_gap(summed, whole), _gap(gradients(summed, batch), gradients(whole, batch)))
-        advice = "does a coefficient look at other rows? do so in advantages, which see the whole batch, or set couples"
+        advice = "if a coefficient depends on other rows, compute it in advantages or set couples"
         _demand(objective, gap <= SUMMED, f"depends on how a batch is split into micro-batches: {advice}")
 
 
@@ -266,13 +265,13 @@ def _summed(objective: Objective, ready: TokenBatch, indices: Sequence[Tensor]) 
         part = ready.rows(index, width)
         if coefficients is None:
             total = total + surrogate(objective, part, denominator)
-        else:  # they look at the whole batch, and are known before the first backward pass
+        else:  # they depend on the whole batch, and are known before the first backward pass
             total = total + surrogate_of(Coefficients(coefficients[index, :width]), objective, part, denominator)
     return total
 
 
 def _nothing(objective: Objective, _: Loss | None) -> None:
-    """A batch in which every token is masked is worth 0."""
+    """A batch with all tokens masked has a loss and gradient of 0."""
     batch = random_batch(objective).replace(mask=torch.zeros(ROWS, LENGTH, dtype=torch.bool))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "every token of the batch is masked")
@@ -282,7 +281,7 @@ def _nothing(objective: Objective, _: Loss | None) -> None:
 
 
 def _precision(objective: Objective, _: Loss | None) -> None:
-    """In float32 and bfloat16 all is computed in the dtype of log-probs, near to float64 on the same numbers."""
+    """In float32 and bfloat16, everything has the dtype of log-probs and is close to float64 on the same numbers."""
     for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2)):
         low = cast(random_batch(objective), dtype)
         high = cast(low, torch.float64)
@@ -304,7 +303,7 @@ def _is_finite(value: Tensor) -> bool:
 CHECKS: dict[Check, str] = {
     _kinds: "on a random batch",
     _finite: "on a random batch",
-    _masked: "on a batch with rubbish at masked positions",
+    _masked: "on a batch with garbage at masked positions",
     _order: "with rows in another order",
     _padding: "on a batch with more padding",
     _split: "in micro-batches",
@@ -313,7 +312,7 @@ CHECKS: dict[Check, str] = {
     _reported: "on a random batch",
     _precision: "in lower precision",
 }
-"""Each check, and where it looks, for the message of an objective that raises something there.
+"""The checks, each with the place to name if the objective raises there.
 
-What has a cause that can be named comes before the gradient, which sees most faults but cannot tell them apart.
+Checks that can name a cause come before the gradient, which sees most faults but cannot tell them apart.
 """

@@ -3,9 +3,9 @@
 from rlzoo.training.costs import Costs
 from rlzoo.training.record import TrainingRecord
 from rlzoo.training.run import (
+    behaviour_event,
     check_buffer,
     lacking,
-    scored_event,
     stored_inputs,
     train,
     with_behaviour,
@@ -18,9 +18,9 @@ __all__ = [
     "Costs",
     "Trainer",
     "TrainingRecord",
+    "behaviour_event",
     "check_buffer",
     "lacking",
-    "scored_event",
     "stored_inputs",
     "train",
     "with_behaviour",

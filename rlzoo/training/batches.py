@@ -1,4 +1,4 @@
-"""Batches for an optimizer step: whole units from a buffer, or fresh samples of the policy in training."""
+"""Sources of batches: whole units from a buffer, or fresh samples of the current policy."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from typing import Any, Protocol, runtime_checkable
 from rlzoo.buffers import Buffer, View
 from rlzoo.errors import UserError
 from rlzoo.inputs import Input
-from rlzoo.jobs.pieces import random_state
-from rlzoo.objective import Objective, Part, view_of
+from rlzoo.jobs.cached_results import random_state
+from rlzoo.objective import Component, Objective, view_of
 from rlzoo.training.state import resumable
 from rlzoo.types import Coupling, TokenBatch, Trajectory, WhichView
 
@@ -22,14 +22,14 @@ class Source(Protocol):
     """Where a step's rows come from."""
 
     def draw(self) -> tuple[list[Trajectory], list[tuple[int, ...]]]:
-        """The rows of one batch, and the units (rows that belong together) as indices into them."""
+        """The rows of one batch, and its units as indices into them."""
         ...
 
 
 class BufferSource:
-    """Epochs over a view of a fixed buffer, shuffled by seed; a batch is filled with whole units.
+    """Epochs over a view of a fixed buffer, shuffled by ``seed``; a batch is filled with whole units.
 
-    An epoch of a view with weights is as many units, drawn with replacement in proportion to them.
+    In a view with weights, an epoch is equally many units, drawn with replacement in proportion to them.
     """
 
     def __init__(self, buffer: Buffer, view: View, batch_size: int, seed: int) -> None:
@@ -37,7 +37,7 @@ class BufferSource:
         self.left_out = view.left_out
         self._random = random.Random(seed)
         self._queue: list[int] = []
-        self._before = self._random.getstate()  # what made the queue
+        self._before = self._random.getstate()  # the state that the queue was made from
 
     def draw(self) -> tuple[list[Trajectory], list[tuple[int, ...]]]:
         rows: list[Trajectory] = []
@@ -47,7 +47,7 @@ class BufferSource:
                 self._shuffle()
             unit = self._view.units[self._queue[-1]]
             if units and len(rows) + len(unit) > self._batch_size:
-                break  # the unit opens the next batch
+                break  # the unit starts the next batch
             self._queue.pop()
             units.append(tuple(range(len(rows), len(rows) + len(unit))))
             rows.extend(self._buffer[index] for index in unit)
@@ -55,7 +55,7 @@ class BufferSource:
         return rows, units
 
     def lacks(self, one: Input, at_sampling_temperature: bool) -> bool:
-        """Whether rows of the buffer have no stored value of an input, at the temperature that it is taken at."""
+        """Whether any row of the buffer lacks a stored input at the temperature it is needed at."""
         return self._buffer.lacks(one.column, at_sampling_temperature)
 
     def _shuffle(self) -> None:
@@ -78,52 +78,52 @@ class BufferSource:
 
 
 Views = Sequence[tuple[WhichView, Mapping[str, Any]]]
-"""What each part of an objective learns from: a view, and its options."""
+"""What each component of an objective learns from: a view, and its options."""
 
 
 def views_of(objective: Objective) -> Views:
-    """The views that the parts of an objective ask for."""
-    return [view_of(part.objective) for part in objective.parts]
+    """The views of an objective's components."""
+    return [view_of(component.objective) for component in objective.components]
 
 
-def shares(batch_size: int, parts: int) -> list[int]:
-    """A batch's rows, split evenly over the parts of an objective; no part has none."""
-    return [max(1, batch_size // parts + (number < batch_size % parts)) for number in range(parts)]
+def shares(batch_size: int, components: int) -> list[int]:
+    """The number of rows per component: the batch split evenly, at least one each."""
+    return [max(1, batch_size // components + (number < batch_size % components)) for number in range(components)]
 
 
 def seeds(views: Views, seed: int) -> list[int]:
-    """A seed for each view: another for one that stands there twice, whose rows would be the same otherwise."""
+    """A seed per view; a repeated view gets another seed each time, or its rows would be the same."""
     before = [[which for which, _ in views[:number]].count(views[number][0]) for number in range(len(views))]
     return [seed + 2**32 * repeats for repeats in before]
 
 
 def buffer_sources(buffer: Buffer, views: Views, batch_size: int, seed: int) -> list[BufferSource]:
-    """A source for each part of an objective, which share the batch."""
+    """One source per component of an objective; they share the batch."""
     split = zip(views, shares(batch_size, len(views)), seeds(views, seed), strict=True)
     return [BufferSource(buffer, buffer.view(which, **options), size, own) for (which, options), size, own in split]
 
 
 def check_sources(objective: Objective, sources: Sequence[object]) -> None:
-    """Raise UserError unless there is one source for each part of an objective."""
-    if len(sources) != len(objective.parts):
+    """Raise UserError unless there is one source per component of an objective."""
+    if len(sources) != len(objective.components):
         raise UserError(
-            f"objective {objective.name!r} has {len(objective.parts)} parts and {len(sources)} sources: "
-            "give one for each"
+            f"objective {objective.name!r} has {len(objective.components)} components and {len(sources)} sources: "
+            "give one per component"
         )
 
 
 @dataclass(frozen=True)
 class Drawn:
-    """A part of the objective, and the rows that it learns from in a step."""
+    """A component of an objective and its rows in a step."""
 
-    part: Part
+    component: Component
     rows: Sequence[Trajectory]
     units: Sequence[tuple[int, ...]]
     batch: TokenBatch
 
 
 class FreshSource:
-    """New samples of the current policy for every batch; sampled again where none of them is fit to learn from."""
+    """New samples of the current policy for every batch; sampled again if there is nothing to learn from."""
 
     ATTEMPTS = 8
 
@@ -131,7 +131,7 @@ class FreshSource:
         self._collect, self._selection, self._options = collect, selection, options
         self._version = 0
         self.left_out = Counter[str]()
-        """What the views of all batches left out, and the batches that were sampled again."""
+        """Counts of what the views left out, and of batches that were sampled again."""
 
     def draw(self) -> tuple[list[Trajectory], list[tuple[int, ...]]]:
         buffer, view = self._fresh()
@@ -159,7 +159,7 @@ class FreshSource:
             return buffer, view
 
     def spent(self) -> Mapping[str, float]:
-        """What the samples cost since the last call, by the names of `Costs`, as far as what collects them says."""
+        """The cost of samples since the last call, by fields of `Costs`, as far as the collector counts them."""
         spent: Callable[[], Mapping[str, float]] = getattr(self._collect, "spent", dict)
         return spent()
 
@@ -173,7 +173,7 @@ class FreshSource:
 
 
 def lacks(source: Source, one: Input, at_sampling_temperature: bool) -> bool:
-    """Whether a source's rows may have no stored value of an input; True for one that does not say."""
+    """Whether rows of a source may lack a stored input; True if the source cannot tell."""
     check: Callable[[Input, bool], bool] | None = getattr(source, "lacks", None)
     return check is None or check(one, at_sampling_temperature)
 

@@ -1,4 +1,4 @@
-"""What a run cost, in units that do not depend on the machine and some that do."""
+"""The costs of training, in machine-independent units and others."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ import torch
 
 @dataclass
 class Costs:
-    """Counted while training; evaluation is left out."""
+    """The costs of training; evaluation is not included."""
 
     gradient_tokens: int = 0
-    """Prompt and completion tokens, padding left out, that went through a backward pass."""
+    """Prompt and completion tokens in backward passes, without padding."""
     sampled_tokens: int = 0
-    """Completion tokens that were sampled to learn from; a shared buffer's count for each that learns from it."""
+    """Completion tokens sampled to learn from; those of a shared buffer count for each cell that learns from it."""
     flops: float = 0.0
-    """Matrix-product FLOPs of forwards, backwards and sampling (see `Policy.flops`)."""
+    """FLOPs of matrix products in forward and backward passes and in sampling (see `Policy.flops`)."""
     wall_seconds: float = 0.0
-    """Training time alone."""
+    """Time spent in training steps."""
     peak_memory_bytes: int = 0
-    """Peak from the start of training to its end: of the process (CPU: resident set), or of its tensors (GPU)."""
+    """Peak during training (CPU: resident set of the process; GPU: this process's tensors)."""
 
     def add(self, spent: Mapping[str, float]) -> None:
-        """Add what something took, by the names of these fields."""
+        """Add amounts, by field name."""
         for name, amount in spent.items():
             setattr(self, name, getattr(self, name) + amount)
 

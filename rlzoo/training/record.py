@@ -1,4 +1,4 @@
-"""What a training run leaves beside its weights."""
+"""The record of a training."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from rlzoo.training.costs import Costs
 
 @dataclass
 class TrainingRecord:
-    """What a run did: one row of metrics per step, and its costs. A checkpoint holds it; a resumed run adds to it."""
+    """Metrics per step, costs and events of a training. Checkpoints contain it; a resumed training continues it."""
 
     steps: list[dict[str, float]] = field(default_factory=list)
     costs: Costs = field(default_factory=Costs)
     events: list[str] = field(default_factory=list)
-    """What a user should know: steps that were skipped, micro-batches that did not fit and, at the end of a run, how
-    much of what was drawn could not be learned from."""
+    """What a user should know: skipped steps, micro-batches that did not fit and, at the end, how much of the drawn
+    data could not be learned from."""
     counts: dict[str, dict[str, int]] = field(default_factory=dict)
-    """By part of the objective: how much was drawn, and how much of it taught nothing (see `rlzoo.training.tally`)."""
+    """Per component of the objective: how much was drawn, and how much of it taught nothing (see `tally`)."""
     kept: dict[str, list[Any]] = field(default_factory=dict)
-    """Plain data that callbacks keep with the run."""
+    """Plain data that callbacks keep with the record."""
 
     def plain_steps(self) -> list[dict[str, float | None]]:
-        """The steps for a JSON file: what is not finite is null."""
+        """The steps for a JSON file: values that are not finite are null."""
         return [{k: v if math.isfinite(v) else None for k, v in row.items()} for row in self.steps]

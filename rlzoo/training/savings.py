@@ -1,4 +1,4 @@
-"""What a step saves: gradients added up where they belong, and activations that are made anew."""
+"""Savings of a training step: gradients accumulated in place, and recomputed activations."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from rlzoo.errors import UserError
 
 @contextmanager
 def layers_recomputed(model: nn.Module) -> Iterator[None]:
-    """While this lasts, transformer layers keep their input alone and run again in the backward pass.
+    """In this context, transformer layers keep only their input and run again in the backward pass.
 
-    transformers' own switch works in training mode alone, and this trains without dropout, in evaluation mode.
+    transformers' own switch works only in training mode, but rlzoo trains without dropout, in evaluation mode.
     """
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     if not layers:
@@ -38,12 +38,12 @@ def layers_recomputed(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def gradients_in_place(model: nn.Module) -> Iterator[None]:
-    """While this lasts, backward passes add to the ``.grad`` of a layer's weight themselves.
+    """In this context, backward passes add to the ``.grad`` of weights in place.
 
-    autograd makes every micro-batch's gradient in memory of its own and adds it up; a matrix product adds as it goes.
-    Of a look-up it makes a zero matrix of the whole vocabulary, for tied weights twice, where only the rows that were
-    looked up have a gradient. On a GPU that costs next to nothing, and adding rows in place is not deterministic: so
-    there, and for modules that are more than a plain `nn.Embedding` or `nn.Linear`, all stays as it is.
+    autograd computes each micro-batch's gradient in new memory and then adds it up; a matrix product can accumulate.
+    For an embedding it makes a zero matrix of the whole vocabulary, twice for tied weights, although only the rows that
+    were looked up have a gradient. On a GPU this costs next to nothing, and adding rows in place is not deterministic:
+    there, and for modules other than a plain `nn.Embedding` or `nn.Linear`, nothing changes.
     """
     changed = [module for module in model.modules() if _is_plain(module)]
     for module in changed:
@@ -61,7 +61,7 @@ def _is_plain(module: nn.Module) -> bool:
     else:
         plain = type(module) is nn.Linear
     weight = getattr(module, "weight", None)
-    own = "forward" not in vars(module)  # somebody else's stays
+    own = "forward" not in vars(module)  # another patch is left alone
     return plain and own and weight is not None and weight.requires_grad and weight.device.type == "cpu"
 
 
@@ -105,7 +105,7 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Float[Tensor, "*B H"], weight: Float[Tensor, "O H"]) -> Float[Tensor, "*B O"]:
         ctx.save_for_backward(x)
-        ctx.weight = weight  # the parameter itself: what a checkpoint gives back is an alias, with a .grad of its own
+        ctx.weight = weight  # the parameter itself: a checkpoint returns an alias with its own .grad
         return functional.linear(x, weight)
 
     @staticmethod

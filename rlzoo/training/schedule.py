@@ -1,4 +1,4 @@
-"""The learning rate along a run."""
+"""The learning-rate schedule."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from rlzoo.config import Training
 
 
 def cosine(step: int, settings: Training) -> float:
-    """Linear warm-up over ``warmup_ratio`` of the steps, then a cosine that would reach 0 one step after the last."""
+    """Linear warm-up over ``warmup_ratio`` of the steps, then cosine decay to 0, one step after the last."""
     warmup = math.ceil(settings.warmup_ratio * settings.steps)
     if step < warmup:
         return (step + 1) / (warmup + 1)

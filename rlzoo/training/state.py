@@ -1,4 +1,4 @@
-"""The state of a training run: all that it takes to go on as if it had never stopped, as tensors and plain data."""
+"""The state of a training: all that is needed to resume exactly, as tensors and plain data."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from rlzoo.errors import UserError
-from rlzoo.jobs.pieces import random_state
+from rlzoo.jobs.cached_results import random_state
 from rlzoo.jobs.ranks import gathered, rank
 from rlzoo.objective import options_of
 from rlzoo.policy import Policy
@@ -21,15 +21,15 @@ if TYPE_CHECKING:
 
 
 LAYOUT = 4
-"""Of the state; a checkpoint of another one is refused."""
+"""The version of the state's layout; checkpoints of another are refused."""
 
 
 @runtime_checkable
 class Resumable(Protocol):
-    """What a checkpoint can hold: a source, or what collects fresh samples for one."""
+    """An object that a checkpoint can hold: a source, or the collector of one."""
 
     def state(self) -> Any:
-        """Where it stands, as plain data."""
+        """Its state as plain data."""
         ...
 
     def restore(self, state: Any) -> None:
@@ -38,20 +38,22 @@ class Resumable(Protocol):
 
 
 def resumable(part: object) -> Resumable:
-    """The same, if a checkpoint can hold it. Raises UserError if not."""
+    """The same object. Raises UserError if a checkpoint cannot hold it."""
     if not isinstance(part, Resumable):
         kind = type(part).__name__
-        raise UserError(f"no checkpoint can hold a {kind}: give it methods state and restore, or no checkpoints")
+        raise UserError(
+            f"a checkpoint cannot hold a {kind}: give it the methods state and restore, or train without checkpoints"
+        )
     return part
 
 
 def state_of(trainer: Trainer) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Everything between two batches. Of several processes all must call this."""
+    """The state between two batches. All processes must call this."""
     named = trainer.named_parameters()
     tensors = {f"policy/{name}": whole(parameter) for name, parameter in named}
     tensors |= optimizer_tensors(trainer.schedule.optimizer, named)
-    for one, model in trainer.models.moving.items():
-        tensors |= {f"model/{one.key}/{name}": whole(p) for name, p in model.model.named_parameters()}
+    for number, model in enumerate(trainer.models.moving.values()):  # two may have one key, in two parts
+        tensors |= {f"model/{number}/{name}": whole(p) for name, p in model.model.named_parameters()}
     tensors |= {f"module/{name}": whole(value) for name, value in trainer.policy.untrained_state()}
     random_tensors, random_plain = random_states(trainer.policy.device)
     record = trainer.record
@@ -71,7 +73,7 @@ def state_of(trainer: Trainer) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def restore(trainer: Trainer, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
-    """The inverse of `state_of`, on a trainer that has made no step; JSON may have held the plain data.
+    """The inverse of `state_of`, on a new trainer; the plain data may have been through JSON.
 
     Raises UserError for the state of another run.
     """
@@ -84,9 +86,9 @@ def restore(trainer: Trainer, tensors: Mapping[str, Tensor], state: Mapping[str,
         put(parameter, tensors[f"policy/{name}"])
     trainer.policy.weights_changed()
     restore_optimizer(trainer.schedule.optimizer, named, tensors)
-    for one, model in trainer.models.moving.items():
+    for number, model in enumerate(trainer.models.moving.values()):
         for name, parameter in model.model.named_parameters():
-            put(parameter, tensors[f"model/{one.key}/{name}"])
+            put(parameter, tensors[f"model/{number}/{name}"])
     for name, value in trainer.policy.untrained_state():
         put(value, tensors[f"module/{name}"])
     record, schedule = trainer.record, trainer.schedule
@@ -106,7 +108,7 @@ def restore(trainer: Trainer, tensors: Mapping[str, Tensor], state: Mapping[str,
 
 
 def _run_of(trainer: Trainer) -> dict[str, Any]:
-    """What may not differ between a run and its continuation."""
+    """What must be the same for a training to resume."""
     settings = trainer.settings.model_dump(mode="json", exclude={"token_budget", "checkpoint_seconds", "trackers"})
     objective = {name: repr(getattr(trainer.objective, name)) for name in options_of(type(trainer.objective))}
     named = {f"objective.{name}": value for name, value in objective.items()}
@@ -120,7 +122,7 @@ def computed(policy: Policy) -> str:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """A tensor on the CPU, gathered where processes hold parts of it; all of them must call this."""
+    """A tensor on the CPU, gathered if it is sharded; all processes must call this."""
     if hasattr(tensor, "full_tensor"):
         tensor = tensor.full_tensor()
     return tensor.detach().cpu()
@@ -128,14 +130,14 @@ def whole(tensor: Tensor) -> Tensor:
 
 @torch.no_grad()
 def is_finite(tensor: Tensor) -> bool:
-    """Whether no value is infinite or NaN, in one pass; of a sharded tensor this process looks at its own part."""
+    """Whether no value is infinite or NaN, in one pass; for a sharded tensor, in this process's shard."""
     here = tensor.to_local() if hasattr(tensor, "to_local") else tensor
     return not here.numel() or all(bool(extreme.isfinite()) for extreme in here.aminmax())
 
 
 @torch.no_grad()
 def put(into: Tensor, value: Tensor) -> None:
-    """Overwrite a tensor with a whole one; a sharded one takes its part."""
+    """Overwrite a tensor with a whole one; a sharded tensor takes its shard."""
     if hasattr(into, "device_mesh"):
         from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -157,7 +159,7 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, named: Iterable[tuple[st
 def restore_optimizer(
     optimizer: torch.optim.Optimizer, named: Iterable[tuple[str, nn.Parameter]], tensors: Mapping[str, Tensor]
 ) -> None:
-    """The inverse of `optimizer_tensors`, on an optimizer that has made no step."""
+    """The inverse of `optimizer_tensors`, on a new optimizer."""
     parameters = dict(named)
     for key, value in tensors.items():
         kind, _, rest = key.partition("/")
@@ -173,9 +175,9 @@ def restore_optimizer(
 
 
 def random_states(device: torch.device) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The states of torch's, NumPy's and Python's own random numbers: as tensors, and as plain data.
+    """The states of the random generators of torch, NumPy and Python: as tensors, and as plain data.
 
-    Of several processes each has its own, on the CPU and on the GPU that it trains on, and all must call this.
+    Each process has its own, on the CPU and on the GPU that it trains on, and all must call this.
     """
     kind, keys, *rest = np.random.get_state(legacy=True)
     on_gpu = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
@@ -188,7 +190,7 @@ def random_states(device: torch.device) -> tuple[dict[str, Tensor], dict[str, An
 
 
 def restore_random_states(tensors: Mapping[str, Tensor], plain: Mapping[str, Any], device: torch.device) -> None:
-    """The inverse of `random_states`. A process that was not there before goes on with the main one's."""
+    """The inverse of `random_states`. A process that did not exist before takes those of the main one."""
     number = rank() if rank() < len(plain["by_rank"]) else 0
     torch.set_rng_state(tensors[f"random/cpu/{number}"])
     if device.type == "cuda" and (state := tensors.get(f"random/cuda/{number}")) is not None:

@@ -1,7 +1,7 @@
-"""The metrics of a step from unreduced parts, so that they do not depend on micro-batches either.
+"""The metrics of a step, from sums of unreduced values, so that they do not depend on micro-batches.
 
-They stay on the device until the step is done, and leave it together: each number that is asked for by itself would
-have the host wait for all that a GPU has to do.
+They stay on the device until the step is done, and are copied to the host at once: each number that is read by itself
+would make the host wait for all that a GPU has to do.
 """
 
 from __future__ import annotations
@@ -61,10 +61,10 @@ class Sums:
         loss: Tensor,
         denominator: Tensor | float,
     ) -> None:
-        """Take a micro-batch in."""
+        """Add a micro-batch."""
         reported = loss.detach()
         if coefficients.loss is not None:
-            # the paper's in place of the surrogate's; auxiliary losses and logit terms stay
+            # the paper's loss in place of the surrogate's; auxiliary losses and logit terms stay
             main = torch.where(part.mask, coefficients.values, 0) * part.logp.detach()
             reported = reported + reduce(main, part, objective.normaliser, denominator)
             reported = reported + reduce(coefficients.loss, part, objective.normaliser, denominator)
@@ -96,7 +96,7 @@ def means_of(places: Mapping[str, tuple[slice, slice]], numbers: Sequence[float]
 
 
 def coefficients_of_rows(coefficients: Coefficients, index: Tensor, part: TokenBatch) -> Coefficients:
-    """The coefficients of some rows of a batch, as wide as the micro-batch that holds them."""
+    """The coefficients of some rows of a batch, as wide as their micro-batch."""
 
     def cut(x: Tensor) -> Tensor:
         return x[index] if x.ndim == 1 else x[index, : part.logp.shape[1]]
@@ -106,31 +106,31 @@ def coefficients_of_rows(coefficients: Coefficients, index: Tensor, part: TokenB
 
 
 def coupled_coefficients(drawn: Drawn) -> Coefficients | None:
-    """The coefficients of an objective that are taken over the whole batch, if it has such."""
-    objective = drawn.part.objective
+    """The coefficients of the whole batch, for an objective with coupling BATCH; else None."""
+    objective = drawn.component.objective
     return objective.coefficients(drawn.batch) if objective.is_coupled else None
 
 
 def metrics_of(
     drawn: Sequence[Drawn], found: Sequence[Mapping[str, float]], rewards: Sequence[float | None]
 ) -> dict[str, float]:
-    """The weighted loss, and what is worth plotting of each part, under its label."""
+    """The weighted loss, and the metrics of each component under its label."""
     total, metrics = 0.0, dict[str, float]()
     for some, own, reward in zip(drawn, found, rewards, strict=True):
         own = dict(own)
-        total += some.part.weight * own["loss"]
+        total += some.component.weight * own["loss"]
         if reward is not None:
             own["reward"] = reward
         parts = means(row.reward_parts for row in some.rows)
-        if len(parts) > 1:  # a single one is the reward itself
+        if len(parts) > 1:  # one alone is the reward itself
             own |= {f"reward/{name}": value for name, value in parts.items()}
-        label = f"{some.part.label}/" if some.part.label else ""
+        label = f"{some.component.label}/" if some.component.label else ""
         metrics |= {f"{label}{name}": value for name, value in own.items()}
     return {"loss": total, **metrics}
 
 
 def truncated_importance(rows: Sequence[Trajectory], mask: Tensor, cap: float) -> Tensor:
-    """min(π/π_engine, cap) of each token at the time of sampling, 1 for rows that no other engine sampled."""
+    """min(π/π_engine, cap) of each token at the time of sampling; 1 for rows of no other engine."""
     weight = torch.ones(mask.shape)
     for place, row in enumerate(rows):
         if row.sampler_logp is not None and row.behaviour_logp is not None:

@@ -1,4 +1,4 @@
-"""What a run drew and could not learn from: groups of one, groups of equal rewards, whole batches, rows left out."""
+"""Counts of drawn data that teaches nothing: groups of one, groups of equal rewards, batches, rows left out."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from jaxtyping import Bool
 from torch import Tensor
 
-from rlzoo.objective import Part
+from rlzoo.objective import Component
 from rlzoo.training.batches import Drawn, Source
 from rlzoo.types import Unit, selector_of
 
@@ -19,9 +19,9 @@ LINES = (
     ("silent", "batches", "batches have no advantage other than 0: nothing is learned from their rewards"),
     ("masked", "rows", "completions drawn are truncated and masked"),
 )  # fmt: skip
-"""The count that a line reports, out of which other count, and what it says."""
+"""The count that a line reports, the count it is part of, and the text."""
 Counts = dict[str, dict[str, int]]
-"""By the name of a part, then by what is counted."""
+"""Name of a component → what is counted → count."""
 
 
 def teaches(drawn: Drawn) -> Bool[Tensor, " B"]:
@@ -34,13 +34,13 @@ def teaches(drawn: Drawn) -> Bool[Tensor, " B"]:
 
 
 def count(counts: Counts, drawn: Drawn, teaches: Sequence[bool]) -> None:
-    """Add a prepared batch to the counts of its part.
+    """Add a prepared batch to the counts of its component.
 
     A group of one or of equal rewards is counted where none of its rows ``teaches``: what gives such groups advantages,
     as a critic does, learns from them.
     """
-    objective = drawn.part.objective
-    found = Counter(counts.get(name_of(drawn.part), {}))
+    objective = drawn.component.objective
+    found = Counter(counts.get(name_of(drawn.component), {}))
     found["batches"] += 1
     found["silent"] += not any(teaches)
     if objective.truncated == "mask":
@@ -52,14 +52,14 @@ def count(counts: Counts, drawn: Drawn, teaches: Sequence[bool]) -> None:
             if not any(teaches[row] for row in unit):
                 found["single"] += len(unit) == 1
                 found["flat"] += len(unit) > 1 and len({drawn.rows[row].reward for row in unit}) == 1
-    counts[name_of(drawn.part)] = dict(found)
+    counts[name_of(drawn.component)] = dict(found)
 
 
-def told(counts: Counts, parts: Sequence[Part], sources: Sequence[Source]) -> list[str]:
-    """A line for each kind of what could not be learned from, with its count over the whole run; none for a 0."""
+def told(counts: Counts, components: Sequence[Component], sources: Sequence[Source]) -> list[str]:
+    """One line per kind of data that taught nothing, with its count over the whole training; none for a count of 0."""
     lines = []
-    for part, source in zip(parts, sources, strict=True):
-        name, own = name_of(part), counts.get(name_of(part), {})
+    for component, source in zip(components, sources, strict=True):
+        name, own = name_of(component), counts.get(name_of(component), {})
         for some, whole, line in LINES:
             if found := own.get(some, 0):
                 share = f"all {found:,}" if found == own[whole] > 1 else f"{found:,} of {own[whole]:,}"
@@ -69,6 +69,6 @@ def told(counts: Counts, parts: Sequence[Part], sources: Sequence[Source]) -> li
     return lines
 
 
-def name_of(part: Part) -> str:
-    """How a part is called in its lines."""
-    return part.label or part.objective.name
+def name_of(component: Component) -> str:
+    """The name of a component in its lines."""
+    return component.label or component.objective.name

@@ -1,4 +1,4 @@
-"""One loop for every objective: draw a batch, fix what stays fixed, accumulate the surrogate's gradient, step."""
+"""One loop for every objective: draw a batch, prepare it, accumulate the surrogate's gradient, step."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from rlzoo.inputs import Input, Stage
 from rlzoo.jobs.interrupts import heed, noted, pending
 from rlzoo.jobs.memory import on_device
 from rlzoo.jobs.ranks import agreed, gathered, is_sharded, world_size
-from rlzoo.objective import Objective, Part, reduce, surrogate_of
+from rlzoo.objective import Component, Objective, reduce, surrogate_of
 from rlzoo.policy import Assembler, MicroBatches, Models, Policy, Sequences
 from rlzoo.policy.adapters import adapters
 from rlzoo.policy.defaults import token_budget_of
@@ -51,7 +51,7 @@ ROUNDED = (
     "or train adapters (training.lora)"
 )
 Callback = Callable[["Trainer", int], None]
-"""Called with the trainer and the number of steps done, after every optimizer step."""
+"""Called after every optimizer step with the trainer and the number of steps done."""
 
 
 def check_precision(dtypes: Iterable[torch.dtype]) -> None:
@@ -79,12 +79,12 @@ class Trainer:
         record: TrainingRecord | None = None,
         checkpoints: Path | None = None,
     ) -> None:
-        """``folder`` is where trackers write that write files, and names the run for all of them.
+        """``folder`` is where trackers write files, and names the run in all of them.
 
-        A composite objective takes a ``source`` for each of its parts, in their order.
+        A composite objective takes one ``source`` per component, in their order.
 
-        With a folder for ``checkpoints`` they are written there, and the run resumes from the newest one in it, to
-        the same end, bit for bit, as if it had never stopped; ``record`` then has what came before.
+        Checkpoints are written to the folder ``checkpoints``, and training resumes from the newest one in it, with
+        bitwise the same result as without the interruption; ``record`` then includes the steps before.
         """
         self.objective, self.settings = objective, settings
         self.sources = source if isinstance(source, Sequence) else [source]
@@ -106,7 +106,7 @@ class Trainer:
         self.models = Models.load(policy, self._with_models(), reference)
         parameters = [p for p in policy.parameters() if p.requires_grad]
         check_precision({p.dtype for p in parameters})
-        # a frozen weight takes no gradient of its own, but passes one on
+        # a frozen weight has no gradient, but passes one on
         self._trained = sum(p.numel() for p in parameters) / sum(p.numel() for p in policy.parameters())
         optimizer = torch.optim.AdamW(
             parameters,
@@ -116,7 +116,7 @@ class Trainer:
             fused=True,
         )
         self.model, self.optimizer = self.accelerator.prepare(policy, optimizer)
-        # not prepared: Accelerate would step the schedule once a process
+        # not prepared: Accelerate would step the schedule once per process
         self.schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: cosine(step, settings))
         self.policy: Policy = self.accelerator.unwrap_model(self.model)
         self.models.policy = self.policy
@@ -129,13 +129,13 @@ class Trainer:
                 restore(self, *found)
 
     def _with_models(self) -> list[Input]:
-        """The inputs whose models are kept in memory: all but those whose values every source's rows have stored."""
-        parts = zip(self.objective.parts, self.sources, strict=True)
+        """The inputs whose models are kept in memory: all but those stored in every row of their source."""
+        components = zip(self.objective.components, self.sources, strict=True)
         return [
             one
-            for part, source in parts
-            for one in part.objective.requires
-            if one.stage is not Stage.STORED or lacks(source, one, part.objective.at_sampling_temperature)
+            for component, source in components
+            for one in component.objective.requires
+            if one.stage is not Stage.STORED or lacks(source, one, component.objective.at_sampling_temperature)
         ]
 
     def run(self) -> TrainingRecord:
@@ -146,8 +146,8 @@ class Trainer:
         with noted(), tracked(self.accelerator, self.settings, self.folder) as log:
             self._run(log)
         if not self._is_finite():
-            raise UserError("the last step made weights infinite: lower learning_rate")
-        self.record.events += told(self.record.counts, self.objective.parts, self.sources)
+            raise UserError("the last step made weights infinite or NaN: lower learning_rate")
+        self.record.events += told(self.record.counts, self.objective.components, self.sources)
         return self.record
 
     @property
@@ -163,7 +163,10 @@ class Trainer:
             fresh = agreed([source.draw() for source in self.sources])
             for source in self.sources:
                 self.record.costs.add(getattr(source, "spent", dict)())
-            drawn = [self._prepare(part, *rows) for part, rows in zip(self.objective.parts, fresh, strict=True)]
+            drawn = [
+                self._prepare(component, *rows)
+                for component, rows in zip(self.objective.components, fresh, strict=True)
+            ]
             for update in range(self.settings.updates_per_batch):
                 if update:
                     drawn = [self._renewed(some) for some in drawn]
@@ -179,12 +182,12 @@ class Trainer:
                     callback(self, step)
                 if step == self.settings.steps:
                     break
-                reset_peak_memory(device)  # a callback's evaluation is no cost of training
+                reset_peak_memory(device)  # a callback's evaluation is not a cost of training
                 started = time.perf_counter()
             self._between_batches()
 
     def _between_batches(self) -> None:
-        """Save a checkpoint if one is due, or before a noted signal is raised."""
+        """Save a checkpoint if one is due, or before a deferred signal is raised."""
         if self.checkpoints is not None:
             stopping = world_size() == 1 and pending()
             if self.checkpoints.due() or stopping:
@@ -193,46 +196,46 @@ class Trainer:
 
     def _save(self) -> None:
         assert self.checkpoints is not None
-        if not self._is_finite():  # never in place of a good one
+        if not self._is_finite():  # never replace a good one
             return
         self.checkpoints.save(self.step, *state_of(self))
 
     def named_parameters(self) -> list[tuple[str, torch.nn.Parameter]]:
-        """What is trained, in the order of the optimizer."""
+        """The trained parameters, in the optimizer's order."""
         return [(name, p) for name, p in self.policy.named_parameters() if p.requires_grad]
 
     def _is_finite(self) -> bool:
         found = all(is_finite(parameter) for _, parameter in self.named_parameters())
         return all(gathered(found))
 
-    def _prepare(self, part: Part, rows: Sequence[Trajectory], units: Sequence[tuple[int, ...]]) -> Drawn:
-        """A part's rows as a batch, with everything that is fixed during its updates."""
-        objective = part.objective
+    def _prepare(self, component: Component, rows: Sequence[Trajectory], units: Sequence[tuple[int, ...]]) -> Drawn:
+        """A component's rows as a prepared batch."""
+        objective = component.objective
         capped = self.settings.importance_cap is not None and all(row.sampler_logp is None for row in rows)
         if capped and NO_ENGINE not in self.record.events:
             self.record.events.append(NO_ENGINE)
         rows = [at_temperature(row, objective.at_sampling_temperature) for row in rows]
-        return Drawn(part, rows, units, objective.prepare(self.assembler.assemble(rows, units, objective)))
+        return Drawn(component, rows, units, objective.prepare(self.assembler.assemble(rows, units, objective)))
 
     def _renewed(self, drawn: Drawn) -> Drawn:
-        """The same with what depends on other rows and on the policy as it has become."""
-        batch = self.assembler.renew(drawn.batch, drawn.rows, drawn.units, drawn.part.objective)
+        """The same with STEP inputs and coupled log-probs of the current policy."""
+        batch = self.assembler.renew(drawn.batch, drawn.rows, drawn.units, drawn.component.objective)
         return replace(drawn, batch=batch)
 
     def _update(self, drawn: Sequence[Drawn], is_first: bool) -> dict[str, float]:
-        """One optimizer step on the batches of all parts, and the first on these batches or another."""
+        """One optimizer step on the batches of all components; ``is_first`` on these batches, or another."""
         rows = [row for some in drawn for row in some.rows]
-        self.model.eval()  # dropout would move ratios off 1 and tie the gradient to the micro-batches
+        self.model.eval()  # with dropout, ratios would not start at 1 and the gradient would depend on micro-batches
         sums = self.micro.within_memory(rows, lambda: self._gradient(drawn), self._drop_gradients)
         if world_size() > 1:
-            # gradients were averaged over processes. Not done to the loss: models round some gradients to float32,
-            # and a factor of 3 would round others
+            # gradients were averaged over processes. The loss is not scaled instead, because models round some
+            # gradients to float32, where a factor of 3 would round differently
             for parameter in self.policy.parameters():
                 if parameter.grad is not None:
                     parameter.grad.mul_(world_size())
         self._count(self.policy, rows, passes=2 + self._trained)
         for some in drawn:
-            if (reference := self._logits_of(some.part.objective)) is not None:
+            if (reference := self._logits_of(some.component.objective)) is not None:
                 self._count(reference, some.rows, passes=1)
         self.record.costs.gradient_tokens += sum(map(length, rows))
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.settings.max_gradient_norm)
@@ -242,13 +245,13 @@ class Trainer:
         if not sound:
             told = f"step {self.step + 1}: the gradient is {norm} and the loss {loss}"
             if self.settings.on_nonfinite == "stop":
-                raise UserError(f"{told}: lower learning_rate, look at this step's data, or set on_nonfinite=skip")
+                raise UserError(f"{told}: lower learning_rate, check the data of this step, or set on_nonfinite=skip")
             self.record.events.append(f"{told}; skipped")
             self._drop_gradients()
         rate = self.schedule.get_last_lr()[0]
         if sound:
             self.optimizer.step()
-            self.policy.weights_changed()  # a sharded weight that steps may stand behind its gathered copy
+            self.policy.weights_changed()  # the counters of a gathered copy do not see the step of its shards
             self.assembler.after_step()
         self.schedule.step()
         return {**metrics, "learning_rate": float(rate)}
@@ -270,8 +273,8 @@ class Trainer:
         }
 
     def _gradient(self, drawn: Sequence[Drawn]) -> list[Sums]:
-        """Leave the weighted sum of the gradients of whole batches in the parameters; the metrics of each."""
-        denominators = [some.part.objective.normaliser.count(some.batch) for some in drawn]
+        """Accumulate the weighted sum of the gradients of whole batches; return the metrics of each."""
+        denominators = [some.component.objective.normaliser.count(some.batch) for some in drawn]
         coefficients = [coupled_coefficients(some) for some in drawn]
         sums = [Sums() for _ in drawn]
         self._drop_gradients()
@@ -280,7 +283,9 @@ class Trainer:
             mine = [
                 (place, index, counts)
                 for place, some in enumerate(drawn)
-                for index, counts in self.micro.share(some.rows, micro_units(some.units, some.part.objective.couples))
+                for index, counts in self.micro.share(
+                    some.rows, micro_units(some.units, some.component.objective.couples)
+                )
             ]
             for number, (place, index, counts) in enumerate(mine):
                 own = sums[place] if counts else None
@@ -304,21 +309,21 @@ class Trainer:
         denominator: Tensor | float,
         sums: Sums | None,
     ) -> None:
-        """Add the gradient of a micro-batch; without ``sums`` it keeps step with the other processes and weighs 0."""
-        objective, rows, batch = drawn.part.objective, drawn.rows, drawn.batch
+        """Add the gradient of a micro-batch; without ``sums`` its weight is 0, to keep in step with other processes."""
+        objective, rows, batch = drawn.component.objective, drawn.rows, drawn.batch
         sequences = Sequences.of([rows[i] for i in index], self.policy.device)
         statistics = [one for one in objective.requires if one.is_statistic]
         term, reference = objective.logit_term if objective.has_logit_term else None, self._logits_of(objective)
-        scores = self.model(sequences, statistics=statistics, term=term, reference=reference)
-        given = scores.of(objective.requires)
-        others = [scores.inputs[key] for key in self.policy.attached if key not in given]
+        output = self.model(sequences, statistics=statistics, term=term, reference=reference)
+        given = output.of(objective.requires)
+        others = [output.inputs[key] for key in self.policy.attached if key not in given]
         if sums is None:
-            parts = [scores.logp, *(v for v in given.values() if v.requires_grad), *others]
-            parts += [] if scores.term is None else [scores.term]
+            parts = [output.logp, *(v for v in given.values() if v.requires_grad), *others]
+            parts += [] if output.term is None else [output.term]
             self.accelerator.backward(0.0 * torch.stack([part.sum() for part in parts]).sum())
             return
         place = on_device(torch.tensor(index), batch.mask.device)
-        part = batch.rows(place, sequences.mask.shape[1]).replace(logp=scores.logp, **given)
+        part = batch.rows(place, sequences.mask.shape[1]).replace(logp=output.logp, **given)
         own = (
             objective.coefficients(part.detach())
             if coefficients is None
@@ -327,24 +332,24 @@ class Trainer:
         if (cap := self.settings.importance_cap) is not None:
             own = replace(own, values=own.values * truncated_importance([rows[i] for i in index], part.mask, cap))
         loss = surrogate_of(own, objective, part, denominator)
-        if scores.term is not None:
-            loss = loss + reduce(scores.term, part, objective.normaliser, denominator)
-        for value in others:  # other parts' modules: processes wait for all gradients
+        if output.term is not None:
+            loss = loss + reduce(output.term, part, objective.normaliser, denominator)
+        for value in others:  # other components' modules: processes wait for all gradients
             loss = loss + 0.0 * value.sum()
-        self.accelerator.backward(drawn.part.weight * loss)
-        if scores.term is not None:
-            own = replace(own, metrics={**own.metrics, "logit_term": scores.term})
+        self.accelerator.backward(drawn.component.weight * loss)
+        if output.term is not None:
+            own = replace(own, metrics={**own.metrics, "logit_term": output.term})
         sums.add(objective, part, own, loss, denominator)
 
     def _no_exchange(self) -> AbstractContextManager[Any]:
-        """Gradients stay with this process for now; a sharded model has no room for that."""
+        """In this context, gradients are not exchanged yet; a sharded model has no memory for that."""
         if is_sharded(self.policy):
             return nullcontext()
         context: AbstractContextManager[Any] = self.accelerator.no_sync(self.model)
         return context
 
     def _logits_of(self, objective: Objective) -> Policy | None:
-        """The model whose logits an objective's logit term asks for."""
+        """The model whose logits an objective's logit term uses."""
         givers = (one for one in objective.requires if one.gives_logits)
         return next((self.models.of(name) for one in givers for name in one.models()), None)
 

@@ -20,9 +20,9 @@ from rlzoo.comparison import resolve, shared_buffer
 from rlzoo.comparison.resolve import check
 from rlzoo.config import Benchmark, Experiment, Positive
 from rlzoo.errors import UserError
+from rlzoo.jobs.cached_results import CachedResults
 from rlzoo.jobs.heartbeat import Heartbeat
 from rlzoo.jobs.outputs import remove, write_atomically
-from rlzoo.jobs.pieces import Pieces
 from rlzoo.jobs.pool import Workers, default_workers, pool, why
 from rlzoo.jobs.runs import Run, place, run_in, versions
 from rlzoo.policy.defaults import resolved
@@ -30,9 +30,9 @@ from rlzoo.policy.loading import load_for
 from rlzoo.training import (
     Trainer,
     TrainingRecord,
+    behaviour_event,
     check_buffer,
     lacking,
-    scored_event,
     with_behaviour,
     with_inputs,
 )
@@ -200,7 +200,7 @@ def fill(experiment: Experiment, folder: Path, state: Path, given: str | None, r
     events = bad.events()
     if experiment.training.behaviour == "current":
         buffer, scored = with_behaviour(buffer, policy, experiment.training.token_budget)
-        events += [scored_event(len(scored))] if scored else []
+        events += [behaviour_event(len(scored))] if scored else []
     objectives = [resolve.objective_of(experiment, name) for name in experiment.algorithms]
     buffer = with_inputs(buffer, lacking(buffer, *objectives), policy, experiment.training.token_budget)
     buffer.save(folder)
@@ -227,15 +227,15 @@ def measure(
             progress=report,
         )
 
-    return dict(Pieces(state).once("analysis", analyse))
+    return dict(CachedResults(state).once("analysis", analyse))
 
 
 def along_training(
     experiment: Experiment, name: str, folder: Path, state: Path, settings: VarianceSettings, report: Report
 ) -> list[dict[str, Any]]:
     """One objective's measurements along its training on the fixed buffer."""
-    pieces = Pieces(state / "training")
-    checkpoints = pieces.within(name).folder
+    cached = CachedResults(state / "training")
+    checkpoints = cached.within(name).folder
 
     def train() -> list[dict[str, Any]]:
         objective, buffer = resolve.objective_of(experiment, name), OfflineBuffer.load(folder)
@@ -258,6 +258,6 @@ def along_training(
         trainer.run()
         return probe.records
 
-    found = list(pieces.once(name, train))
+    found = list(cached.once(name, train))
     remove(checkpoints)
     return found

@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from rlzoo.inputs import Input
-from rlzoo.policy import Assembler, Sequences, TokenScores
+from rlzoo.policy import Assembler, ForwardPass, Sequences
 from rlzoo.types import Trajectory
 from rlzoo.variance.moments import TokenTable
 
@@ -80,7 +80,7 @@ def score(
     found = Scored(rows, {}, {name: {} for name in experts})
     everyone = set().union(*experts.values()) if draws else set()
 
-    def forward(sequences: Sequences, batch: list[int]) -> TokenScores:
+    def forward(sequences: Sequences, batch: list[int]) -> ForwardPass:
         look = _Look(draws, generators if everyone.intersection(batch) else {})
         scores = policy(sequences, statistics=statistics, term=look)
         counts = [len(rows[row].completion_ids) for row in batch]
@@ -89,8 +89,8 @@ def score(
                 if row in experts[name]:
                     found.hits[name][row] = part.numpy()
         sums = {"miss": torch.cat(look.miss), "others": torch.cat(look.others)}
-        return TokenScores(scores.logp, scores.inputs | {n: sequences.spread(flat) for n, flat in sums.items()})
+        return ForwardPass(scores.logp, scores.inputs | {n: sequences.spread(flat) for n, flat in sums.items()})
 
-    for name, values in assembler.score(policy, rows, statistics, forward).items():
+    for name, values in assembler.log_probs(policy, rows, statistics, forward).items():
         found.columns[name] = [values[place, : len(row.completion_ids)] for place, row in enumerate(rows)]
     return found

@@ -14,9 +14,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rlzoo.buffers import Buffer, View
-from rlzoo.buffers.views import SINGLE_ROW_OPTIONS
 from rlzoo.errors import UserError
-from rlzoo.objective import Objective, get_objective, is_composite, surrogate_of
+from rlzoo.objective import Objective, get_objective, is_composite, surrogate_of, view_in_place
 from rlzoo.objective import view_of as own_view
 from rlzoo.policy import Assembler
 from rlzoo.registry import told
@@ -157,12 +156,12 @@ def view_of(name: str, objective: Objective, learns_from: LearnsFrom) -> tuple[W
     """The view that an objective is measured on, with its options: its own, or another of single rows."""
     asked = learns_from.get(name) if isinstance(learns_from, Mapping) else learns_from
     own, options = own_view(objective)
-    imitated = selector_of(own).is_imitated
-    if asked is None or asked == own or not (imitated or isinstance(learns_from, Mapping)):
+    if asked is None or not (selector_of(own).is_imitated or isinstance(learns_from, Mapping)):
         return own, options
-    if not (imitated and selector_of(asked).is_imitated):
-        raise UserError(f"{name}: learns_from is demonstrations or correct, for objectives of single rows")
-    return asked, {name: value for name, value in options.items() if name in SINGLE_ROW_OPTIONS}
+    try:
+        return view_in_place(objective, asked)
+    except UserError as error:
+        raise UserError(f"{name}: {error}") from None
 
 
 def _numbers(prompt_ids: Sequence[str]) -> list[int]:

@@ -1,4 +1,4 @@
-"""On-policy distillation: samples of the policy, each token weighed by how much likelier a teacher finds it.
+"""On-policy distillation: samples of the policy, each token weighted by how much more likely a teacher finds it.
 
 Loss: KL(π_θ ‖ π_teacher) along the policy's own samples; c_t = log π_teacher(y_t) - log π_θ(y_t), with no gradient.
 """

@@ -1,4 +1,4 @@
-"""The report of a comparison: a run directory's data as report.md, report.html and figures."""
+"""The report of a comparison: a run's folder as report.md, report.html and figures."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ __all__ = ["report_table", "write_report"]
 
 
 def write_report(directory: Path, baseline: str | None = None) -> None:
-    """Write report.md, report.html and figures/ into a run directory, each file whole or not at all.
+    """Write report.md, report.html and figures/ into a run's folder, each file atomically.
 
-    ``baseline`` is the algorithm that the others are compared to: by default the first one, or the base model
-    if there is only one. Raises UserError for a missing or broken file or unknown baseline, before writing.
+    ``baseline`` is the algorithm that the others are compared to: by default the first, or the base model if there is
+    only one. Raises UserError for a missing or broken file or an unknown baseline, before anything is written.
     """
     run = read_run(directory)
     write_document(directory, f"{run.results.experiment} · rlzoo", list(contents(run, baseline)))

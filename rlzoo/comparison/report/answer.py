@@ -1,31 +1,33 @@
-"""The answer to the question that a comparison asks, in words, from the data alone."""
+"""The answer to the question of a comparison, in words generated from its data."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
 from rlzoo.comparison.report.schema import Results
-from rlzoo.comparison.report.tables import percent, points, significance
+from rlzoo.comparison.report.tables import on, percent, points, significance
 from rlzoo.comparison.statistics import (
     METRICS,
     SIGNIFICANT,
-    ScoreKey,
-    ScoreMatrix,
-    align,
+    ResultKey,
+    ResultMatrix,
     compare_pairs,
-    paired_difference,
+    crossed_interval,
+    difference_of,
 )
 from rlzoo.config import BASE
 
 
-def answer(results: Results, matrices: Mapping[ScoreKey, ScoreMatrix], benchmark: str) -> str:
+def answer(results: Results, matrices: Mapping[ResultKey, ResultMatrix], benchmark: str) -> str:
     """Which algorithm did best on a benchmark, whether distinguishably, and whether the metrics agree."""
     means = {metric: _means(results, benchmark, metric) for metric in METRICS}
     ranked = _ranking(means["avg_at_k"])
     if not ranked:
-        return f"On {benchmark}, no algorithm has a result."
+        return f"{_capital(on(benchmark))}, no algorithm has a result."
     label = results.label("avg_at_k", benchmark)
-    sentences = [f"On {benchmark}, {ranked[0]} has the best {label}: {percent(means['avg_at_k'][ranked[0]])} %"]
+    sentences = [
+        f"{_capital(on(benchmark))}, {ranked[0]} has the best {label}: {percent(means['avg_at_k'][ranked[0]])} %"
+    ]
     if len(ranked) > 1:
         sentences[0] += _margin(matrices, benchmark, ranked[0], ranked[1])
     base = results.row(BASE, benchmark, "avg_at_k")
@@ -34,6 +36,10 @@ def answer(results: Results, matrices: Mapping[ScoreKey, ScoreMatrix], benchmark
     if len(ranked) > 1:
         sentences += [_agreement(results, benchmark, means, metric) for metric in METRICS[1:] if means[metric]]
     return " ".join(f"{sentence}." for sentence in sentences)
+
+
+def _capital(text: str) -> str:
+    return text[0].upper() + text[1:]
 
 
 def _means(results: Results, benchmark: str, metric: str) -> dict[str, float]:
@@ -45,13 +51,14 @@ def _ranking(means: Mapping[str, float]) -> list[str]:
     return sorted(means, key=lambda name: -means[name])
 
 
-def _margin(matrices: Mapping[ScoreKey, ScoreMatrix], benchmark: str, best: str, second: str) -> str:
-    """Best against second, corrected for all pairs: which two they are was not known before the scores were."""
+def _margin(matrices: Mapping[ResultKey, ResultMatrix], benchmark: str, best: str, second: str) -> str:
+    """Best against second, corrected for all pairs: which two they are is known only from the results."""
     a, b = (matrices.get((name, benchmark, "avg_at_k")) for name in (best, second))
-    pair = align(a, b) if a and b else None
-    if pair is None:
+    shared = difference_of(a, b) if a and b else None
+    if shared is None:
         return f", before {second}, with which it has no seed in common, so the two are not compared"
-    difference, pairs = paired_difference(*pair), compare_pairs(matrices, benchmark, "avg_at_k")
+    difference = crossed_interval(shared.values, benchmarks=shared.benchmarks)
+    pairs = compare_pairs(matrices, benchmark, "avg_at_k")
     p, number = pairs[best, second], len(pairs) // 2
     verdict = "distinguishable" if p < SIGNIFICANT else "not distinguishable"
     corrected = f", Holm-corrected for {number} pairs" if number > 1 else ""
@@ -63,14 +70,14 @@ def _margin(matrices: Mapping[ScoreKey, ScoreMatrix], benchmark: str, best: str,
 
 
 def _agreement(results: Results, benchmark: str, means: Mapping[str, Mapping[str, float]], metric: str) -> str:
-    scores = means[metric]
+    own = means[metric]
     by = "greedy decoding" if metric == "greedy" else results.label(metric, benchmark)
-    if len(set(scores.values())) == 1:
-        return f"By {by} all are equal, at {percent(max(scores.values()))} %"
-    leaders = [name for name, mean in scores.items() if mean == max(scores.values())]
-    verb, top = "leads" if len(leaders) == 1 else "lead", percent(max(scores.values()))
+    if len(set(own.values())) == 1:
+        return f"By {by} all are equal, at {percent(max(own.values()))} %"
+    leaders = [name for name, mean in own.items() if mean == max(own.values())]
+    verb, top = "leads" if len(leaders) == 1 else "lead", percent(max(own.values()))
     first = f"By {by} {' and '.join(leaders)} {verb} at {top} %"
     ranked = _ranking(means["avg_at_k"])
-    if ranked == _ranking(scores):
+    if ranked == _ranking(own):
         return f"{first}: the order is the same"
     return f"{first}: {'only the order behind it differs' if leaders == ranked[:1] else 'the order differs'}"

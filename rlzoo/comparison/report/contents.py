@@ -1,4 +1,4 @@
-"""What a report says, in which order."""
+"""The content of a report, in order."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rlzoo.buffers.bad_rows import told
 from rlzoo.comparison.report import plots, tables
 from rlzoo.comparison.report.answer import answer
 from rlzoo.comparison.report.schema import FinishedRun, Results
-from rlzoo.comparison.statistics import compare_to, score_matrices
+from rlzoo.comparison.statistics import OVERALL, compare_to, result_matrices
 from rlzoo.config import BASE
 from rlzoo.document import Block, Code, Figure, Heading, Paragraph
 
@@ -27,7 +27,7 @@ def contents(run: FinishedRun, baseline: str | None) -> Iterator[Block]:
     if results.description:
         yield Paragraph(results.description)
     yield from _answers(run)
-    yield from _scores(results)
+    yield from _results(results)
     yield from _differences(run, _baseline(results, baseline))
     yield from _further(results)
     yield from _curves(results)
@@ -38,45 +38,46 @@ def contents(run: FinishedRun, baseline: str | None) -> Iterator[Block]:
 
 
 def _answers(run: FinishedRun) -> Iterator[Block]:
-    matrices = score_matrices(run.outcomes, run.results.k)
-    for benchmark in run.results.benchmarks:
+    matrices = result_matrices(run.outcomes, run.results.k)
+    for benchmark in run.results.overall:
         yield Paragraph(answer(run.results, matrices, benchmark), lead=True)
     yield Paragraph(
         "avg@k at temperature 1 rewards an objective for sharpening the model's distribution, whether or "
         "not the model can solve more problems. Greedy decoding and pass@k do not: read the three "
-        "together. Which algorithms take the first two places is known only after seeing the scores, so whether they "
-        "are distinguishable is decided by a p-value that is corrected for all pairs."
+        "together. Which two algorithms lead is known only from the results, so whether they are "
+        "distinguishable is decided by a p-value corrected for all pairs."
     )
 
 
-def _scores(results: Results) -> Iterator[Block]:
+def _results(results: Results) -> Iterator[Block]:
     yield Heading("Results")
     yield Paragraph(
-        "Per cent correct, with 95 % intervals over other seeds and other problems of the same kind. The best "
-        "algorithm by each metric is bold. The base model is where every algorithm started."
+        "Per cent correct, with 95 % intervals over further seeds and problems of the same kind. The best "
+        "algorithm by each metric is bold. Every algorithm started from the base model."
     )
     yield Paragraph(_left_out(results))
-    for index, benchmark in enumerate(results.benchmarks):
+    for index, benchmark in enumerate(results.overall):
         yield Heading(benchmark, level=3)
-        yield tables.score_table(results, benchmark)
+        if benchmark == OVERALL:
+            yield Paragraph(
+                "Each benchmark counts the same, however many problems it has. The intervals are over further seeds "
+                "and problems of the same kinds."
+            )
+        yield tables.result_table(results, benchmark)
         best = ", ".join(
             f"{name} {tables.percent(row.mean)} %"
             for name in (BASE, *results.algorithms)
             if (row := results.row(name, benchmark, "avg_at_k"))
         )
         yield Figure(
-            f"scores-{index}",
-            plots.score_bars(results, benchmark),
-            f"Bars of the scores on {benchmark}; {results.label('avg_at_k', benchmark)}: {best}.",
+            f"results-{index}",
+            plots.result_bars(results, benchmark),
+            f"Bars of the results {tables.on(benchmark)}; {results.label('avg_at_k', benchmark)}: {best}.",
             "The mean of each metric over seeds and problems with its 95 % interval; the dashed line is "
             "the base model.",
             "Overlapping intervals do not mean that two algorithms are equal, because they share problems "
             "and seeds: the paired differences below answer that.",
         )
-    if (means := tables.mean_table(results)) is not None:
-        yield Heading("mean over benchmarks", level=3)
-        yield Paragraph("Each benchmark counts the same, however many problems it has. These means have no intervals.")
-        yield means
 
 
 def _further(results: Results) -> Iterator[Block]:
@@ -85,7 +86,7 @@ def _further(results: Results) -> Iterator[Block]:
         return
     yield Heading("Further metrics")
     yield Paragraph(
-        "Means over seeds, without intervals: they say what a score is made of, not which algorithm is better. "
+        "Means over seeds, without intervals: they say what lies behind a result, not which algorithm is better. "
         "maj@k is the majority vote of k samples; the held-out log-likelihood is that of the benchmark's gold "
         "completions, where it has some."
     )
@@ -105,12 +106,12 @@ def _left_out(results: Results) -> str:
     return (
         f"What the intervals leave out: every cell started from one base model, learned from {buffer}"
         "one set of training problems and one setting of every hyper-parameter that was not tuned. "
-        "How much scores vary with those, no interval here says."
+        "No interval here says how much results vary with these."
     )
 
 
 def _baseline(results: Results, asked: str | None) -> str:
-    """The algorithm asked for, unless all its cells failed; then, and if none was, the first of several."""
+    """The algorithm asked for, if any of its cells succeeded; else the first of several, or the base model."""
     failed = {failure.algorithm for failure in results.failed or []} - set(results.algorithms)
     if asked is not None and asked not in failed:
         return asked
@@ -123,11 +124,11 @@ def _differences(run: FinishedRun, baseline: str) -> Iterator[Block]:
         return
     yield Heading(f"Differences to {baseline}")
     yield Paragraph(
-        "Each algorithm's score minus the baseline's on the same problems and seeds, in percentage points. Each "
+        "Each algorithm's result minus the baseline's on the same problems and seeds, in percentage points. Each "
         "95 % interval is that of one difference alone. p-values are corrected for the number of differences in the "
         "table (Holm); those below 0.05 are bold, and only they are called distinguishable from none."
     )
-    for index, benchmark in enumerate(run.results.benchmarks):
+    for index, benchmark in enumerate(run.results.overall):
         if not any(row["benchmark"] == benchmark for row in rows):
             continue
         yield Heading(benchmark, level=3)
@@ -135,7 +136,7 @@ def _differences(run: FinishedRun, baseline: str) -> Iterator[Block]:
         yield Figure(
             f"differences-{index}",
             plots.differences(rows, run.results, benchmark),
-            f"Paired differences to {baseline} on {benchmark}, as in the table above.",
+            f"Paired differences to {baseline} {tables.on(benchmark)}, as in the table above.",
             f"Points right of the line did better than {baseline}, with the 95 % interval of the paired difference, "
             "uncorrected; filled points are distinguishable from none after Holm's correction.",
             "It does not show that a difference carries over to another model, data set or budget.",
@@ -152,8 +153,8 @@ def _curves(results: Results) -> Iterator[Block]:
         yield Figure(
             f"curves-{index}",
             svg,
-            f"Scores on {benchmark} along training, one line per algorithm.",
-            "Evaluations along training: lines are means over seeds, bands reach from the least to the greatest seed.",
+            f"Learning curves on {benchmark}, one line per algorithm.",
+            "Evaluations along training: lines are means over seeds, bands range from the lowest to the highest seed.",
             "A band is not a confidence interval, and evaluations during training may use fewer problems "
             "than the tables.",
         )
@@ -171,7 +172,7 @@ def _token_probabilities(results: Results) -> Iterator[Block]:
         "How many tokens of the demonstrations have a given probability: grey before training, the line "
         "after, averaged over seeds, counts on a log scale (as in arXiv 2508.05629).",
         "It does not show whether a probability moved in the right direction: mass at both ends can come "
-        "from learning as well as from forgetting.",
+        "from learning or from forgetting.",
     )
 
 
@@ -200,7 +201,7 @@ def _costs(results: Results) -> Iterator[Block]:
         yield events
     if failures := tables.failure_table(results):
         yield Heading("Failed cells")
-        yield Paragraph("These did not finish and count in no number above.")
+        yield Paragraph("These did not finish and are in none of the numbers above.")
         yield failures
 
 

@@ -18,12 +18,12 @@ from rlzoo.document.drawing import GREY, INK, MARKERS, PALETTE, STYLE, WIDTH, ax
 
 
 def colours(results: Results) -> dict[str, str]:
-    """One colour an algorithm, the same in every figure; grey for the base model."""
+    """One colour per algorithm, the same in every figure; grey for the base model."""
     return {BASE: GREY} | {name: PALETTE[i % len(PALETTE)] for i, name in enumerate(results.algorithms)}
 
 
-def score_bars(results: Results, benchmark: str) -> str:
-    """Bars with 95 % intervals, one panel a metric; a dashed line marks the base model."""
+def result_bars(results: Results, benchmark: str) -> str:
+    """Bars with 95 % intervals, one panel per metric; a dashed line marks the base model."""
     names = [BASE, *results.algorithms]
     palette = colours(results)
     with mpl.rc_context(STYLE):
@@ -65,7 +65,7 @@ def differences(rows: Sequence[Mapping[str, Any]], results: Results, benchmark: 
 
 
 Curve = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
-"""steps, mean, least and greatest over the seeds"""
+"""Steps; mean, lowest and highest over the seeds."""
 
 
 def curves_of(results: Results, benchmark: str, metric: str) -> dict[str, Curve]:
@@ -90,7 +90,7 @@ def _curve(values: Mapping[int, Sequence[float]]) -> Curve:
 
 
 def learning_curves(results: Results, benchmark: str) -> str | None:
-    """Evaluations along training: the mean over seeds, in a band from the least to the greatest."""
+    """Evaluations along training: the mean over seeds, in a band from the lowest to the highest."""
     panels_of = {metric: curves_of(results, benchmark, metric) for metric in ("avg_at_k", "greedy")}
     panels_of = {metric: curves for metric, curves in panels_of.items() if curves}
     if not panels_of:
@@ -143,7 +143,7 @@ def token_probabilities(results: Results) -> str | None:
 
 
 def histograms_after(results: Results) -> dict[str, np.ndarray]:
-    """The mean histogram over each algorithm's cells, where it fits the edges."""
+    """The mean histogram over each algorithm's cells, where it has a count per bin."""
     histogram = results.token_probabilities
     if histogram is None or len(histogram.before) < 1 or len(histogram.edges) != len(histogram.before) + 1:
         return {}

@@ -1,4 +1,4 @@
-"""What a run directory holds, checked when it is read: results.json and outcomes.parquet."""
+"""The schema of a run's results.json and outcomes.parquet, checked when they are read."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from rlzoo.comparison.statistics import OVERALL
 from rlzoo.config import BASE
 from rlzoo.errors import UserError
 
@@ -34,8 +35,8 @@ class _Model(BaseModel):
     model_config = ConfigDict(frozen=True)
 
 
-class Scores(_Model):
-    """A model's scores on one benchmark, as fractions, and any other metrics under their names."""
+class BenchmarkResult(_Model):
+    """A model's metrics on one benchmark as fractions, and any others under their names."""
 
     model_config = ConfigDict(frozen=True, extra="allow")
 
@@ -47,7 +48,7 @@ class Scores(_Model):
     """Samples per problem behind avg@k; k where it is not given."""
 
     def value(self, metric: str) -> float | None:
-        """The number of any metric; None if there is none."""
+        """The value of any metric; None if there is none."""
         found: float | None = getattr(self, metric, None)
         return found
 
@@ -60,7 +61,7 @@ class ShownMetric(_Model):
 
 
 class CellCosts(_Model):
-    """What one cell took."""
+    """What one cell cost."""
 
     gradient_tokens: float | None = None
     sampled_tokens: float | None = None
@@ -82,7 +83,9 @@ class CellResult(_Model):
     algorithm: str
     seed: int
     learning_rate: float | None = None
-    metrics: dict[str, Scores]
+    metrics: dict[str, BenchmarkResult]
+    mean_over_benchmarks: dict[str, float] = Field(default_factory=dict)
+    """Metric → mean over benchmarks."""
     costs: CellCosts = CellCosts()
     curve: list[CurvePoint] | None = None
     token_probabilities: list[float] | None = None
@@ -90,7 +93,7 @@ class CellResult(_Model):
 
 
 class SummaryRow(_Model):
-    """The mean of an algorithm on a benchmark by a metric, over its seeds, with its interval."""
+    """The mean of an algorithm on a benchmark, or over all of them, by a metric, over its seeds, with its interval."""
 
     algorithm: str
     benchmark: str
@@ -118,7 +121,7 @@ class Failure(_Model):
 
 
 class Results(_Model):
-    """results.json. What is optional here may be missing or null there."""
+    """The content of results.json. Optional fields may be missing or null there."""
 
     experiment: str
     description: str | None = None
@@ -129,7 +132,7 @@ class Results(_Model):
     """All metrics of the run, by name."""
     mean_over_benchmarks: dict[str, dict[str, float]] = Field(default_factory=dict)
     """Algorithm (the base model among them) → metric → mean over seeds and benchmarks."""
-    base: dict[str, Scores]
+    base: dict[str, BenchmarkResult]
     base_curve: CurvePoint | None = None
     """The point at step 0 that all learning curves start from."""
     cells: list[CellResult]
@@ -141,13 +144,13 @@ class Results(_Model):
     wall_seconds: float | None = None
     failed: list[Failure] | None = None
     dropped_rows: dict[str, Any] = Field(default_factory=dict)
-    """By problem set or table: a `BadRows.summary`."""
+    """Problem set or table → its `BadRows.summary`."""
     events: list[str] = []
-    """What was done to the buffer before training."""
+    """What happened to the buffer before training."""
 
     @cached_property
     def algorithms(self) -> tuple[str, ...]:
-        """The algorithms that have a result, in the order to show them."""
+        """The algorithms that have results, in display order."""
         return tuple(dict.fromkeys(cell.algorithm for cell in self.cells))
 
     @cached_property
@@ -155,12 +158,20 @@ class Results(_Model):
         return tuple(self.base)
 
     @cached_property
+    def overall(self) -> tuple[str, ...]:
+        """The benchmarks and, where there are several, the mean over them."""
+        return (*self.benchmarks, *([OVERALL] if any(row.benchmark == OVERALL for row in self.summary) else []))
+
+    @cached_property
     def k(self) -> Mapping[str, int]:
-        """The k of pass@k, for each benchmark."""
-        return {benchmark: scores.k for benchmark, scores in self.base.items()}
+        """The k of pass@k per benchmark."""
+        return {benchmark: found.k for benchmark, found in self.base.items()}
 
     def label(self, metric: str, benchmark: str) -> str:
-        """How a metric is called in tables and figures."""
+        """The name of a metric in tables and figures."""
+        if benchmark == OVERALL:
+            labels = {self.label(metric, each) for each in self.benchmarks}
+            return labels.pop() if len(labels) == 1 else metric
         scores = self.base[benchmark]
         names = {"avg_at_k": f"avg@{scores.samples or scores.k}", "pass_at_k": f"pass@{scores.k}"}
         return names.get(metric, metric)
@@ -169,13 +180,13 @@ class Results(_Model):
         """The mean of any metric over the seeds that have it; None if there is none."""
         own = [cell.metrics.get(benchmark) for cell in self.cells if cell.algorithm == algorithm]
         own = [self.base[benchmark]] if algorithm == BASE else own
-        known = [v for scores in own if scores is not None and (v := scores.value(metric)) is not None]
+        known = [v for found in own if found is not None and (v := found.value(metric)) is not None]
         return sum(known) / len(known) if known else None
 
     def row(self, algorithm: str, benchmark: str, metric: str) -> SummaryRow | None:
         """The summary of a metric; for the base model without one, its point value."""
         found = self._rows.get((algorithm, benchmark, metric))
-        value = getattr(self.base[benchmark], metric) if algorithm == BASE else None
+        value = getattr(self.base[benchmark], metric) if algorithm == BASE and benchmark != OVERALL else None
         if found is None and value is not None:
             nan = float("nan")
             return SummaryRow(
@@ -196,7 +207,7 @@ class Results(_Model):
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """A run directory, read."""
+    """The results and outcomes of a run's folder."""
 
     results: Results
     outcomes: pa.Table
@@ -213,7 +224,7 @@ def parse_results(data: Any, where: str = "results") -> Results:
 
 
 def read_run(directory: Path) -> FinishedRun:
-    """Read a run directory. Raises UserError for a missing or broken file."""
+    """Read a run's folder. Raises UserError for a missing or broken file."""
     if not directory.is_dir():
         raise UserError(f"run directory {str(directory)!r} does not exist: name one that `rlzoo compare` wrote")
     files = [directory / "results.json", directory / "outcomes.parquet"]

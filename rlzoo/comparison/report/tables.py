@@ -11,7 +11,7 @@ import rich.table
 from rich.text import Text
 
 from rlzoo.comparison.report.schema import CellCosts, Results, SummaryRow, parse_results
-from rlzoo.comparison.statistics import METRICS, SIGNIFICANT
+from rlzoo.comparison.statistics import METRICS, OVERALL, SIGNIFICANT
 from rlzoo.config import BASE
 from rlzoo.document import Entry, Table
 
@@ -24,7 +24,7 @@ def percent(value: float | None) -> str:
 
 
 def points(value: float) -> str:
-    """A difference of fractions in percentage points, with its sign and a real minus; 0 has none."""
+    """A difference of fractions in percentage points, with its sign (a real minus sign); 0 has none."""
     text = f"{100 * value:+.1f}".replace("-", "−")
     return "0.0" if text in ("+0.0", "−0.0") else text
 
@@ -39,7 +39,7 @@ def amount(value: float | None, unit: str = "") -> str:
 
 
 def plain(value: float | None, unit: str) -> str:
-    """A number of a metric: a fraction in per cent, anything else with four digits and a real minus."""
+    """The value of a metric: a fraction in per cent, anything else with four digits and a real minus sign."""
     if value is None or unit == "%":
         return percent(value)
     return f"{value:.4g}".replace("-", "−")
@@ -76,7 +76,12 @@ def significance(p: float) -> str:
     return "p < 0.001" if p < 0.001 else f"p = {min(p, 1):.2g}" if p < 0.995 else "p = 1"
 
 
-def score_table(results: Results, benchmark: str) -> Table:
+def on(benchmark: str) -> str:
+    """The benchmark of a result, within a sentence."""
+    return f"by the {OVERALL}" if benchmark == OVERALL else f"on {benchmark}"
+
+
+def result_table(results: Results, benchmark: str) -> Table:
     """Mean and interval of each metric, base model first; the best mean of the algorithms is marked."""
     best = {metric: _best(results, benchmark, metric) for metric in METRICS}
     rows = []
@@ -90,20 +95,6 @@ def score_table(results: Results, benchmark: str) -> Table:
         rows.append([Entry(algorithm), *entries, Entry(NONE if algorithm == BASE else str(seeds))])
     labels = [f"{results.label(metric, benchmark)} (%)" for metric in METRICS]
     return Table(["algorithm", *labels, "seeds"], rows)
-
-
-def mean_table(results: Results) -> Table | None:
-    """The mean of each metric over benchmarks, base model first, the best algorithm marked; None for one benchmark."""
-    means = results.mean_over_benchmarks
-    shown = [metric for metric in METRICS if any(metric in found for found in means.values())]
-    best = {m: max((own[m] for name, own in means.items() if name != BASE and m in own), default=None) for m in shown}
-    rows = [
-        [Entry(name), *(Entry(percent(own.get(m)), name != BASE and m in own and own[m] == best[m]) for m in shown)]
-        for name, own in means.items()
-    ]
-    labels = [{results.label(metric, benchmark) for benchmark in results.benchmarks} for metric in shown]
-    header = [f"{label.pop() if len(label) == 1 else metric} (%)" for label, metric in zip(labels, shown, strict=True)]
-    return Table(["algorithm", *header], rows) if rows else None
 
 
 def further_table(results: Results, benchmark: str | None) -> Table | None:
@@ -156,7 +147,7 @@ _COSTS: Mapping[str, tuple[str, Callable[[float | None], str]]] = {
 
 
 def cost_table(results: Results) -> Table:
-    """What one cell of each algorithm took, averaged over its cells; peak memory is the greatest."""
+    """The costs of one cell of each algorithm, averaged over its cells; the maximum of peak memory."""
     rows = []
     for algorithm in results.algorithms:
         costs = [cell.costs for cell in results.cells if cell.algorithm == algorithm]
@@ -173,15 +164,15 @@ def _cost(costs: Sequence[CellCosts], name: str) -> float | None:
 
 
 def learning_rate_table(results: Results) -> Table | None:
-    """Validation score of each learning rate; those that the cells were trained with are marked."""
-    sweep = {name: scores for name, scores in (results.learning_rates or {}).items() if scores}
+    """The validation result of each learning rate; those that the cells were trained with are marked."""
+    sweep = {name: tried for name, tried in (results.learning_rates or {}).items() if tried}
     if not sweep:
         return None
-    columns = sorted({rate_ for scores in sweep.values() for rate_ in scores}, key=_as_number)
+    columns = sorted({rate_ for tried in sweep.values() for rate_ in tried}, key=_as_number)
     rows = []
-    for algorithm, scores in sweep.items():
+    for algorithm, tried in sweep.items():
         used = {cell.learning_rate for cell in results.cells if cell.algorithm == algorithm}
-        entries = [Entry(percent(scores.get(text)), _as_number(text) in used) for text in columns]
+        entries = [Entry(percent(tried.get(text)), _as_number(text) in used) for text in columns]
         rows.append([Entry(algorithm), *entries])
     return Table(["algorithm", *columns], rows)
 
@@ -208,7 +199,7 @@ def failure_table(results: Results) -> Table | None:
 
 
 def event_table(results: Results) -> Table | None:
-    """What happened in training that a reader should know, cells with the same events in one row; None if nothing."""
+    """Events of training that a reader should know, cells with the same events in one row; None if there are none."""
     seeds: dict[tuple[str, str, str], list[int]] = {}
     for cell in results.cells:
         for event in cell.events:
@@ -221,22 +212,19 @@ def event_table(results: Results) -> Table | None:
 
 
 def report_table(results: Results | Mapping[str, Any]) -> list[rich.table.Table]:
-    """The tables for the terminal: scores of each benchmark with 95 % intervals, then costs.
+    """The tables for the terminal: results on each benchmark with 95 % intervals, then costs.
 
     Takes the content of a results.json. Raises UserError naming the first field that is wrong.
     """
     checked = results if isinstance(results, Results) else parse_results(results)
     scores = [
-        _rich(score_table(checked, benchmark), f"{benchmark}: mean and 95 % interval")
-        for benchmark in checked.benchmarks
+        _rich(result_table(checked, benchmark), f"{benchmark}: mean and 95 % interval") for benchmark in checked.overall
     ]
-    if (means := mean_table(checked)) is not None:
-        scores.append(_rich(means, "mean over benchmarks"))
     return [*scores, _rich(cost_table(checked), "costs: mean of a cell")]
 
 
 def _rich(table: Table, title: str) -> rich.table.Table:
-    # narrow enough for 80 columns: an interval on two lines cannot be read
+    # narrow enough for 80 columns: an interval on two lines is unreadable
     out = rich.table.Table(
         title=Text(title),
         title_justify="left",

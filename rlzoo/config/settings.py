@@ -1,45 +1,41 @@
-"""What an experiment file says: strict, typed, with one-line errors. Every field's default is the vetted setting."""
+"""The schema of an experiment file: strict, typed, with one-line errors. Every default is the vetted setting."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, Literal
 
 import pydantic
-import yaml
 from pydantic import Field
 
-from rlzoo.errors import UserError, unknown
+from rlzoo.config.validation import validated
 
 OnBadRow = Literal["reject", "drop"]
 
 BASE = "base"
-"""The name under which outcomes carry the samples of the model that every cell started from."""
+"""The name in outcomes of the model that every cell starts from."""
 
 Positive = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(gt=0, le=1)]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-M = TypeVar("M", bound=pydantic.BaseModel)
 TokenBudget = int | str
-"""Padded tokens per micro-batch: a number, ``auto`` for what fits, or ``auto/4`` for a fourth of that."""
-EXPERIMENTS = Path(__file__).parent / "experiments"
+"""Padded tokens per micro-batch: a number, ``auto`` for what fits, or ``auto/4`` for a quarter of that."""
 
 
 def _named_null(value: Any) -> Any:
-    """``null`` in YAML is no text; there it is meant as the word."""
+    """YAML reads ``null`` as None; here it is the word."""
     return "null" if value is None else value
 
 
 def _one_or_several(value: Any, check: pydantic.ValidatorFunctionWrapHandler) -> Any:
-    """A whole number, or a list of different ones."""
+    """A whole number, or a list of distinct ones."""
     try:
         checked = check(value)
     except pydantic.ValidationError:
         checked = ()
     if isinstance(checked, tuple) and (not checked or len(set(checked)) < len(checked)):
-        raise ValueError(f"{value!r:.60} is neither a whole number of at least 1 nor a list of different ones")
+        raise ValueError(f"{value!r:.60} is neither a whole number of at least 1 nor a list of distinct ones")
     return checked
 
 
@@ -62,31 +58,31 @@ class _Strict(pydantic.BaseModel):
 
 
 class ProblemSource(_Strict):
-    """Where problems come from and how a row becomes a prompt."""
+    """Where problems come from, and how a row becomes a prompt."""
 
     source: str
     """``world:arithmetic/test``, a file (.jsonl, .json, .parquet, .csv, .tsv, .arrow; text also compressed), a folder
     of shards, a pattern (``data/*.parquet``), a saved data set, or a Hub id (``openai/gsm8k:main``)."""
     split: str = "train"
-    """Of a Hub data set. A file is one split, whatever its name, and a built-in task has its split in its name."""
+    """The split of a Hub data set. A file is a single split, and the name of a built-in task includes its split."""
     prompt: str = "prompt"
     """A column, or a template such as ``"{question}\\nShow your work."``; ``extra.question`` is a field within one."""
     solution: str | None = None
     """The column of a worked solution, for demonstrations."""
     quality: str | None = None
-    """The column of a solution's quality score, for objectives that draw demonstrations in proportion to it."""
+    """The column of a solution's quality score, for objectives that sample demonstrations in proportion to it."""
     columns: Mapping[str, str] = {}
     """Names that a reward asks for → columns of the table, or fields such as ``reward_model.ground_truth``."""
     bad_rows: OnBadRow = "reject"
-    """A row that cannot be a problem or a demonstration stops the run, or is dropped and counted (``drop``)."""
+    """A row that cannot become a problem or a demonstration is an error, or is dropped and counted (``drop``)."""
     chat: bool = False
-    """Whether to put the prompt into the model's chat template as a user's turn."""
+    """Whether to render the prompt as a user turn in the model's chat template."""
     system: str | None = None
-    """The text of a system turn before each conversation; ``""``: an empty turn. None: no turn, and so the template's
-    default where it has one."""
+    """The text of a system turn before each conversation; ``""``: an empty turn; None: no turn, or the template's
+    default if it has one."""
     special_tokens: Literal["reject", "allow"] = "reject"
-    """Text that spells a special token (a message that spells ``<|im_end|>``, a completion that goes on after an end of
-    sequence): an error that names the problem, or read as that token."""
+    """Text that spells a special token (``<|im_end|>`` in a message, text after an end of sequence in a completion): an
+    error that names the problem, or read as that token."""
     limit: Positive | None = None
 
 
@@ -94,12 +90,12 @@ class Benchmark(ProblemSource):
     """A problem set to evaluate on."""
 
     reward: Any = None
-    """Scores its answers in place of the experiment's reward."""
+    """Scores its completions in place of the experiment's reward."""
 
     @pydantic.model_validator(mode="before")
     @classmethod
     def _of_problems(cls, given: Any) -> Any:
-        """Any problem set can be a benchmark."""
+        """Any problem set may serve as a benchmark."""
         return given.model_dump() if type(given) is ProblemSource else given
 
 
@@ -109,7 +105,7 @@ class TableSource(_Strict):
     source: str
     split: str | None = None
     columns: Mapping[str, str | list[str] | None] = {}
-    """Names of a format → columns of the table (or fields within them, or lists of both); null leaves a column out."""
+    """Names of the format → columns of the table (or fields in them, or lists of these); null leaves a column out."""
     bad_rows: OnBadRow = "reject"
 
 
@@ -117,31 +113,31 @@ class Sampling(_Strict):
     """How completions are sampled."""
 
     samples: Positive = 4
-    """Completions a prompt."""
+    """Completions per prompt."""
     temperature: Annotated[float, Field(gt=0)] = 1.0
     top_p: Share = 1.0
     max_new_tokens: Positive = 256
     batch_size: Positive = 256
-    """Sequences sampled together."""
+    """Sequences per sampling batch."""
     engine: str = "auto"
     """The sampler: ``transformers``, ``vllm``, another registered name, ``module:Name`` or ``file.py:Name``.
     ``auto`` is vllm where it is installed and the policy is on a GPU (or where there is a url), else transformers."""
     url: str | None = None
-    """Of a vLLM server; without one, vLLM runs in the process that samples."""
+    """The URL of a vLLM server; without one, vLLM runs in the sampling process."""
     engine_options: Mapping[str, Any] = {}
-    """What the sampler is built with. Of vllm those of ``vllm.LLM``: max_model_len, gpu_memory_utilization, ..."""
+    """Arguments of the sampler's constructor; for vllm, those of ``vllm.LLM`` (max_model_len, ...)."""
 
     @pydantic.model_validator(mode="after")
     def _is_of_one_engine(self) -> Sampling:
         if self.url is not None and self.engine_options:
             raise ValueError("a server has its own options: give url or engine_options")
         if "trust_remote_code" in self.engine_options:
-            raise ValueError("engine_options: no file may ask for trust_remote_code: use the flag --trust-remote-code")
+            raise ValueError("engine_options: a file cannot set trust_remote_code: use the flag --trust-remote-code")
         return self
 
     @property
     def wants_sampler_logp(self) -> bool:
-        """Whether the sampler's own log-probs are the behaviour's."""
+        """Whether the sampler's own log-probs serve as behaviour log-probs."""
         return False
 
 
@@ -149,11 +145,11 @@ class Rollouts(Sampling):
     """The samples of the base policy that fill the shared buffer."""
 
     prompts: Positive | None = None
-    """How many of the training problems; None: all."""
+    """Number of training problems to sample; None: all."""
     behaviour: Literal["recompute", "sampler"] = "recompute"
-    """Whose log-probs the buffer holds as the behaviour's: the trainer's own, or those of the engine that sampled."""
+    """Behaviour log-probs: recomputed by the trainer, or as reported by the engine that sampled."""
     per_seed: bool = False
-    """Whether each seed has a buffer of its own samples, so that intervals cover the drawing of the samples too."""
+    """Whether each seed has its own buffer of samples, so that intervals cover the sampling too."""
 
     @property
     def wants_sampler_logp(self) -> bool:
@@ -161,14 +157,15 @@ class Rollouts(Sampling):
 
 
 class EvaluationSettings(Sampling):
-    """``samples`` at ``temperature`` give avg@k and pass@k; one more, greedy, gives the greedy score."""
+    """``samples`` per problem at ``temperature`` give avg@k and pass@k; one more is greedy."""
 
     k: Annotated[Positive | tuple[Positive, ...] | None, pydantic.WrapValidator(_one_or_several)] = None
-    """pass@k's k, at most ``samples``, or several, the first of which the main tables show; None: ``samples``."""
+    """The k of pass@k and maj@k, at most ``samples``, or several, of which the main tables show the first; None:
+    ``samples``."""
     metrics: tuple[str, ...] = ()
     """Metrics besides the built-in ones: registered names, ``module:Name`` or ``file.py:Name``."""
     correct_at: float = 0.5
-    """A reward of this much or more counts as correct."""
+    """A completion with at least this reward counts as correct."""
     curve_points: Annotated[int, Field(ge=0)] = 4
     """Evaluations along training, the last one included; 0 for none."""
     curve_problems: Positive = 48
@@ -182,29 +179,29 @@ class EvaluationSettings(Sampling):
 
     @property
     def pass_ks(self) -> tuple[int, ...]:
-        """The k of each pass@k."""
+        """All k of pass@k."""
         k = self.samples if self.k is None else self.k
         return k if isinstance(k, tuple) else (k,)
 
     @property
     def pass_k(self) -> int:
-        """The first of them."""
+        """The k of pass@k that the main tables show."""
         return self.pass_ks[0]
 
 
-class Judging(_Strict):
-    """How the reward is called: in a process of its own, unless both limits are null."""
+class Scoring(_Strict):
+    """How the reward is called: in its own process, unless both limits are null."""
 
     seconds: Annotated[float, Field(gt=0)] | None = 60.0
-    """For one call; a call that takes longer is ended, and its completions are scored one by one."""
+    """Time limit of one call; if it is exceeded, the completions are scored again one by one."""
     memory_gb: Annotated[float, Field(gt=0)] | None = 4.0
-    """Memory that its process may ask for, in 2³⁰ bytes."""
+    """Memory limit of the process, in 2³⁰ bytes."""
     on_error: Annotated[Literal["fail", "null"], pydantic.BeforeValidator(_named_null)] = "fail"
-    """A completion on which the reward raises, hangs or gives no number ends the run, or has no reward."""
+    """A completion on which the reward raises, hangs or returns no number is an error, or has no reward."""
 
 
 class Lora(_Strict):
-    """Low-rank adapters (arXiv 2106.09685; the rank and scale of arXiv 2508.05629)."""
+    """Low-rank adapters (arXiv 2106.09685; rank and scale as in arXiv 2508.05629)."""
 
     rank: Positive = 8
     alpha: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 16.0
@@ -214,14 +211,14 @@ class Lora(_Strict):
 
 
 class Training(_Strict):
-    """The optimisation: AdamW, linear warm-up, then a cosine to zero (the paper's settings)."""
+    """Optimisation: AdamW with linear warm-up, then cosine decay to zero (the settings of arXiv 2508.05629)."""
 
     steps: Positive = 100
-    """Optimizer steps: the budget that all algorithms share."""
+    """Optimizer steps, the same budget for all algorithms."""
     batch_size: Positive = 64
-    """Sequences an optimizer step: a pair counts as two, a group as its samples."""
+    """Sequences per optimizer step: a pair counts as two, a group as its samples."""
     updates_per_batch: Positive = 1
-    """Optimizer steps on each batch before the next is drawn; above 1, ratios and value clipping come to bear."""
+    """Optimizer steps on each batch; above 1, ratios and value clipping take effect."""
     token_budget: Annotated[TokenBudget, pydantic.PlainValidator(_token_budget)] = "auto"
     """Padded tokens per micro-batch; the gradient does not depend on it. ``auto``: as many as fit into a GPU's memory,
     or 4096 on a CPU."""
@@ -231,14 +228,14 @@ class Training(_Strict):
     warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.1
     max_gradient_norm: Annotated[float, Field(gt=0)] = 1.0
     importance_cap: Annotated[float, Field(gt=0)] | None = None
-    """Truncated importance sampling for samples of another engine: each token weighs min(π/π_engine, this) as much."""
+    """Truncated importance sampling for samples of another engine: each token has weight min(π/π_engine, this)."""
     max_completion_tokens: Positive = 2048
-    """Longer demonstrations, and any longer completions of a table, are cut on the right, lose their end-of-sequence
-    token and are marked truncated."""
+    """Longer demonstrations, and longer completions of a table, are cut on the right, so have no end of sequence, and
+    are marked truncated."""
     special_tokens: Literal["reject", "allow"] = "reject"
     """Text in a table of demonstrations that spells a special token, as in `ProblemSource`."""
     behaviour: Literal["recorded", "current"] = "recorded"
-    """Samples without behaviour log-probs, as other people's: left out, or with those of the policy as it starts."""
+    """Samples without behaviour log-probs are left out, or get those of the initial policy (``current``)."""
     device: str = "auto"
     """``auto``, ``cpu``, ``cuda``, or a GPU's number as in ``cuda:1``. ``auto`` is a GPU where there is one."""
     dtype: Literal["auto", "float32", "bfloat16", "bfloat16-mixed", "float64"] = "auto"
@@ -247,19 +244,19 @@ class Training(_Strict):
     deterministic: bool = False
     """Have a GPU give the same bits in every run: slower kernels, and none that add in any order. A CPU does anyway."""
     lora: Lora | None = None
-    """Train adapters of low rank in place of the weights."""
+    """Train low-rank adapters in place of the weights."""
     gradient_checkpointing: bool = False
-    """Keep one activation per layer and recompute the others in the backward pass: a third more time, less memory."""
+    """Keep one activation per layer and recompute the rest in the backward pass: a third slower, with less memory."""
     checkpoint_seconds: Annotated[float, Field(ge=0)] | None = 300.0
-    """Time between checkpoints, from which a run that was stopped resumes; 0: after every batch; None: none."""
+    """Time between the checkpoints that an interrupted run resumes from; 0: after every batch; None: no checkpoints."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
-    """What to do at a step whose loss or gradient is not finite; a step that is skipped is counted."""
+    """What to do at a step whose loss or gradient is not finite; skipped steps are counted."""
     trackers: tuple[Literal["tensorboard", "trackio", "wandb"], ...] = ()
-    """Where the metrics of each step go besides the results."""
+    """Trackers that receive the metrics of each step."""
 
 
 OF_THE_BUFFER = ("behaviour", "max_completion_tokens", "special_tokens", "device", "deterministic")
-"""Settings of training that decide what the buffer of a comparison holds, and so are the same for all of its rows."""
+"""Training settings that determine the buffer of a comparison, and so must be the same for all of its rows."""
 
 
 class Algorithm(_Strict):
@@ -269,13 +266,14 @@ class Algorithm(_Strict):
     """A registered name, ``module:Name`` or ``file.py:Name``; None: the row's own name."""
     options: Mapping[str, Any] = {}
     learning_rates: tuple[Rate, ...] = ()
-    """More than one: each is tried on all seeds and the best on the validation problems is reported."""
+    """With more than one, each is tried on all seeds, and the best on the validation problems is reported."""
     mode: Literal["offline", "online"] = "offline"
-    """``online`` samples each batch anew from the policy in training; ``offline`` reads the shared buffer."""
-    learns_from: Literal["demonstrations", "correct"] | None = None
-    """Other single rows than the objective's own: ``correct`` trains SFT or DFT on the base's own correct samples."""
+    """``online`` samples each batch from the current policy; ``offline`` reads the shared buffer."""
+    learns_from: str | None = None
+    """Another view than the objective's, with as many rows per unit: ``correct`` trains SFT or DFT on the base's
+    correct samples. A registered name, ``module:Name`` or ``file.py:Name``."""
     training: Mapping[str, Any] = {}
-    """Settings of `Training` that differ for this row."""
+    """Fields of `Training` that differ for this row."""
 
 
 class Experiment(_Strict):
@@ -289,18 +287,18 @@ class Experiment(_Strict):
     demonstrations: str | TableSource | None = None
     """A saved buffer, or a table in one of TRL's formats, in place of the training problems' solutions.
 
-    Bad rows of a table that is only named go the way of the training problems' (``train.bad_rows``).
+    For a table given by name alone, ``train.bad_rows`` says what happens to bad rows.
     """
     validation: ProblemSource | None = None
     benchmarks: Annotated[Mapping[str, Benchmark], Field(min_length=1)]
     reward: Any
-    judging: Judging = Judging()
+    scoring: Scoring = Scoring()
     rollouts: Rollouts = Rollouts()
     evaluation: EvaluationSettings = EvaluationSettings()
     training: Training = Training()
     algorithms: Annotated[Mapping[str, Algorithm], Field(min_length=1)]
     baseline: str | None = None
-    """The algorithm that the report compares the others with, pairwise."""
+    """The algorithm that the report compares the others with."""
     seeds: Annotated[tuple[Annotated[int, Field(ge=0, lt=2**32)], ...], Field(min_length=1)] = (0, 1, 2)
 
     @pydantic.model_validator(mode="after")
@@ -310,9 +308,9 @@ class Experiment(_Strict):
         for wrong, told in (
             (
                 sampling.wants_sampler_logp,
-                "importance_cap weighs π/π_engine, which needs rollouts.behaviour: recompute",
+                "importance_cap bounds π/π_engine, which needs rollouts.behaviour: recompute",
             ),
-            (untold, "importance_cap needs log-probs of the server: known at temperature 1 and top_p 1"),
+            (untold, "importance_cap needs the server's log-probs, which are known only at temperature 1 and top_p 1"),
         ):
             if wrong and any(self.training_of(name).importance_cap is not None for name in self.algorithms):
                 raise ValueError(told)
@@ -323,7 +321,7 @@ class Experiment(_Strict):
                 shared = getattr(self.training, setting)
                 if row.training.get(setting, shared) != shared:
                     raise ValueError(
-                        f"{setting} of {name!r} would change the buffer that all rows share: set it for all"
+                        f"{setting} of {name!r} would change the buffer that all rows share: set it for all of them"
                     )
             if len(row.learning_rates) > 1 and self.validation is None:
                 raise ValueError("choosing among learning rates needs a validation problem set: add `validation`")
@@ -337,18 +335,20 @@ class Experiment(_Strict):
         given = self.demonstrations
         return TableSource(source=given, bad_rows=self.train.bad_rows) if isinstance(given, str) else given
 
-    def in_parts(self, parts: int) -> Experiment:
-        """The same with ``parts`` times fewer tokens per micro-batch and sequences sampled together: results are equal
-        but for rounding."""
-        if parts == 1:
+    def with_smaller_batches(self, divisor: int) -> Experiment:
+        """The same with ``divisor`` times fewer tokens per micro-batch and sequences per sampling batch.
+
+        Results are equal up to rounding.
+        """
+        if divisor == 1:
             return self
 
         def fewer(settings: Any, field: str) -> Any:
-            return settings.model_copy(update={field: _less(getattr(settings, field), parts)})
+            return settings.model_copy(update={field: _less(getattr(settings, field), divisor)})
 
         rows = {}
         for name, row in self.algorithms.items():
-            budget = _less(self.training_of(name).token_budget, parts)
+            budget = _less(self.training_of(name).token_budget, divisor)
             rows[name] = row.model_copy(update={"training": {**row.training, "token_budget": budget}})
         return self.model_copy(
             update={
@@ -365,83 +365,3 @@ class Experiment(_Strict):
 
     def learning_rates_of(self, name: str) -> tuple[float, ...]:
         return self.algorithms[name].learning_rates or (self.training_of(name).learning_rate,)
-
-
-def validated(model: type[M], data: Any, where: str) -> M:
-    """``data`` as ``model``, or a UserError that names the field."""
-    try:
-        return model.model_validate(data)
-    except pydantic.ValidationError as error:
-        first = error.errors()[0]
-        *parents, last = [str(part) for part in first["loc"]] or [""]
-        if first["type"] == "extra_forbidden":
-            owner = _owner(model, first["loc"][:-1])
-            inside = f"setting of {'.'.join(parents)}" if parents else "setting"
-            raise unknown(f"{inside} in {where}", last, owner.model_fields if owner else []) from None
-        reason = first["msg"].removeprefix("Value error, ")
-        given = "" if first["type"] in ("missing", "value_error") else f" = {first['input']!r:.60}"
-        field = f"{'.'.join([*parents, last])}{given}: " if last else ""
-        raise UserError(f"{where}: {field}{reason}") from None
-
-
-def list_experiments() -> dict[str, str]:
-    """The experiments that ship with rlzoo: name → description."""
-    found = {}
-    for path in sorted(EXPERIMENTS.glob("*.yaml")):
-        found[path.stem] = str(read_yaml(path).get("description", "")).strip()
-    return found
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """A YAML file that holds a mapping. Raises UserError with the line of a mistake."""
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"experiment file {str(path)!r} cannot be read: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f" line {mark.line + 1}:" if mark else ""
-        raise UserError(f"{path}:{line} not valid YAML: {getattr(error, 'problem', None) or error}") from None
-    if not isinstance(data, dict):
-        raise UserError(f"{path}: an experiment is a mapping of settings, not {type(data).__name__}")
-    return data
-
-
-def load_experiment(name: str, changes: Mapping[str, Any] | None = None) -> Experiment:
-    """An experiment by name or file path, with ``changes`` (dotted keys → values) laid over it."""
-    path = Path(name) if name.endswith((".yaml", ".yml")) else EXPERIMENTS / f"{name}.yaml"
-    if not name.endswith((".yaml", ".yml")) and not path.is_file():
-        raise unknown("experiment", name, [p.stem for p in EXPERIMENTS.glob("*.yaml")])
-    data = {"name": path.stem, **read_yaml(path)}
-    for key, value in (changes or {}).items():
-        lay(data, key, value)
-    return validated(Experiment, data, str(path.name))
-
-
-def lay(data: dict[str, Any], key: str, value: Any) -> None:
-    """Set a dotted key in nested mappings; those on the way are copied, or created."""
-    *parents, last = key.split(".")
-    for parent in parents:
-        child = data.get(parent)
-        data[parent] = child = dict(child) if isinstance(child, Mapping) else {}
-        data = child
-    data[last] = value
-
-
-def _owner(model: type[pydantic.BaseModel], path: tuple[Any, ...]) -> type[pydantic.BaseModel] | None:
-    """The model that holds the field at ``path``; None for one of a list."""
-    owner: Any = model
-    for part in path:
-        field = getattr(owner, "model_fields", {}).get(part)
-        if field is not None:  # else it is a key of a mapping, and the owner is the model of its values already
-            owner = field.annotation if hasattr(field.annotation, "model_fields") else _inner(field.annotation)
-    found: type[pydantic.BaseModel] | None = owner
-    return found
-
-
-def _inner(annotation: Any) -> Any:
-    for argument in get_args(annotation):
-        found = argument if hasattr(argument, "model_fields") else _inner(argument)
-        if found is not None:
-            return found
-    return None

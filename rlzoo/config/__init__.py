@@ -1,0 +1,51 @@
+"""Experiments: their settings, their validation, and the files that contain them."""
+
+from rlzoo.config.files import (
+    EXPERIMENTS,
+    lay,
+    list_experiments,
+    load_experiment,
+    read_yaml,
+)
+from rlzoo.config.settings import (
+    BASE,
+    Algorithm,
+    Benchmark,
+    EvaluationSettings,
+    Experiment,
+    Lora,
+    OnBadRow,
+    Positive,
+    ProblemSource,
+    Rollouts,
+    Sampling,
+    Scoring,
+    TableSource,
+    TokenBudget,
+    Training,
+)
+from rlzoo.config.validation import validated
+
+__all__ = [
+    "BASE",
+    "EXPERIMENTS",
+    "Algorithm",
+    "Benchmark",
+    "EvaluationSettings",
+    "Experiment",
+    "Lora",
+    "OnBadRow",
+    "Positive",
+    "ProblemSource",
+    "Rollouts",
+    "Sampling",
+    "Scoring",
+    "TableSource",
+    "TokenBudget",
+    "Training",
+    "lay",
+    "list_experiments",
+    "load_experiment",
+    "read_yaml",
+    "validated",
+]

@@ -1,0 +1,47 @@
+"""Plain data as pydantic models, with one-line errors that name the field and the nearest known name."""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar, get_args
+
+import pydantic
+
+from rlzoo.errors import UserError, unknown
+
+M = TypeVar("M", bound=pydantic.BaseModel)
+
+
+def validated(model: type[M], data: Any, where: str) -> M:
+    """``data`` as a ``model``. Raises UserError naming the first wrong field."""
+    try:
+        return model.model_validate(data)
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        *parents, last = [str(part) for part in first["loc"]] or [""]
+        if first["type"] == "extra_forbidden":
+            owner = _owner(model, first["loc"][:-1])
+            inside = f"setting of {'.'.join(parents)}" if parents else "setting"
+            raise unknown(f"{inside} in {where}", last, owner.model_fields if owner else []) from None
+        reason = first["msg"].removeprefix("Value error, ")
+        given = "" if first["type"] in ("missing", "value_error") else f" = {first['input']!r:.60}"
+        field = f"{'.'.join([*parents, last])}{given}: " if last else ""
+        raise UserError(f"{where}: {field}{reason}") from None
+
+
+def _owner(model: type[pydantic.BaseModel], path: tuple[Any, ...]) -> type[pydantic.BaseModel] | None:
+    """The model that holds the field at ``path``; None for one of a list."""
+    owner: Any = model
+    for part in path:
+        field = getattr(owner, "model_fields", {}).get(part)
+        if field is not None:  # else it is a key of a mapping, and the owner is the model of its values already
+            owner = field.annotation if hasattr(field.annotation, "model_fields") else _inner(field.annotation)
+    found: type[pydantic.BaseModel] | None = owner
+    return found
+
+
+def _inner(annotation: Any) -> Any:
+    for argument in get_args(annotation):
+        found = argument if hasattr(argument, "model_fields") else _inner(argument)
+        if found is not None:
+            return found
+    return None

@@ -1,0 +1,222 @@
+"""A reward ready to be called: a score for each completion, and errors that name the offending row."""
+
+from __future__ import annotations
+
+import math
+import numbers
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from rlzoo.errors import UserError
+from rlzoo.registry import told
+from rlzoo.reward.calling import RAISED, Log, TrainerState, accepted, advice, call, innermost
+
+OnError = Literal["fail", "null"]
+
+
+@dataclass(frozen=True)
+class Score:
+    """The reward of a completion; None if the reward returned none."""
+
+    value: float | None
+    parts: dict[str, float | None]
+    """The value of each named part: the reward itself, or the terms of a weighted sum."""
+    extra: dict[str, Any] = field(default_factory=dict)
+    """Values that the reward logged for this completion with ``log_extra``."""
+    metrics: dict[str, float] = field(default_factory=dict)
+    """Numbers that it logged for the whole call with ``log_metric``."""
+
+
+class CompositeReward(ABC):
+    """A reward with named parts, which reports the value of each."""
+
+    def __call__(
+        self,
+        prompts: Sequence[Any],
+        completions: Sequence[Any],
+        completion_ids: Sequence[Sequence[int]] | None = None,
+        **columns: Any,
+    ) -> list[float | None]:
+        """The values alone, in TRL's signature."""
+        return [score.value for score in self.score(prompts, completions, columns, completion_ids)]
+
+    @property
+    @abstractmethod
+    def parts(self) -> tuple[str, ...]:
+        """The names of the parts."""
+
+    @abstractmethod
+    def score(
+        self,
+        prompts: Sequence[Any],
+        completions: Sequence[Any],
+        columns: Mapping[str, Any],
+        completion_ids: Sequence[Sequence[int]] | None = None,
+        on_error: OnError = "fail",
+    ) -> list[Score]:
+        """One `Score` per completion."""
+
+    def answers(self, completions: Sequence[Any]) -> list[str | None]:
+        """See `Reward.answers`; by default, no answers."""
+        return [None] * len(completions)
+
+
+@dataclass(frozen=True)
+class Reward:
+    """A reward ready to be called: its options are bound, and its return values are checked."""
+
+    name: str
+    function: Callable[..., Any]
+    on_error: OnError = "fail"
+    """What happens to a row on which the reward fails: an error that names it, or None and a warning."""
+    state: TrainerState = field(default_factory=TrainerState, compare=False)
+    """The argument ``trainer_state``."""
+
+    @property
+    def __name__(self) -> str:
+        """TRL logs a reward under this name."""
+        return self.name
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The keys of `Score.parts`."""
+        return self.function.parts if isinstance(self.function, CompositeReward) else (self.name,)
+
+    def __call__(
+        self,
+        prompts: Sequence[Any],
+        completions: Sequence[Any],
+        completion_ids: Sequence[Sequence[int]] | None = None,
+        **columns: Any,
+    ) -> list[float | None]:
+        """The values alone, in TRL's signature."""
+        return [score.value for score in self.score(prompts, completions, columns, completion_ids)]
+
+    def at(self, step: int, max_steps: int, epoch: float = 0.0) -> Reward:
+        """The same reward after ``step`` of ``max_steps`` optimizer steps and ``epoch`` passes over the prompts."""
+        return replace(self, state=replace(self.state, global_step=step, max_steps=max_steps, epoch=epoch))
+
+    def score(
+        self,
+        prompts: Sequence[Any],
+        completions: Sequence[Any],
+        columns: Mapping[str, Any],
+        completion_ids: Sequence[Sequence[int]] | None = None,
+    ) -> list[Score]:
+        """One `Score` for each completion.
+
+        Raises UserError for a column that is missing or of another length and, with ``on_error="fail"``,
+        for a reward that raises or returns anything but one finite number or None for each completion.
+        """
+        if not completions:
+            return []
+        columns = {"trainer_state": self.state, **columns}  # TRL passes its own when it calls this
+        if isinstance(self.function, CompositeReward):
+            return self.function.score(prompts, completions, columns, completion_ids, self.on_error)
+        arguments = {**columns, "prompts": prompts, "completions": completions}
+        if completion_ids is not None:
+            arguments["completion_ids"] = completion_ids
+        try:
+            return self._called(arguments, len(completions))
+        except UserError:  # the data lacks something: not the fault of a row
+            raise
+        except RAISED as error:
+            return self._one_by_one(arguments, len(completions), error)
+
+    def answers(self, completions: Sequence[Any]) -> list[str | None]:
+        """The answer that each completion commits to, by the reward's method ``answer_of(completion)``.
+
+        Empty if a completion has no answer, None if the reward has no such method. With ``on_error="fail"``, raises
+        UserError if the method raises.
+        """
+        answer_of = getattr(innermost(self.function), "answer_of", None)
+        try:
+            if isinstance(self.function, CompositeReward):
+                return self.function.answers(completions)
+            if answer_of is not None:
+                return [str(answer_of(completion) or "") for completion in completions]
+        except UserError as error:
+            failed(str(error), self.on_error, error)
+        except RAISED as error:
+            failed(f"reward {self.name!r}: answer_of raised {told(error)}", self.on_error, error)
+        return [None] * len(completions)
+
+    def _called(self, arguments: Mapping[str, Any], rows: int, first: int = 0) -> list[Score]:
+        """The scores of ``rows`` completions, of which the first is row ``first``."""
+        log = Log(self.name, rows)
+        values = self._checked(call(self.function, self._given(arguments, log, rows)), rows, first)
+        return [Score(v, {self.name: v}, *logged) for v, logged in zip(values, log.of_rows(), strict=True)]
+
+    def _given(self, arguments: Mapping[str, Any], log: Log, rows: int) -> dict[str, Any]:
+        """The arguments that the reward takes, TRL's logging functions included."""
+        arguments = {"log_extra": log.extra, "log_metric": log.metric, **arguments}
+        given = accepted(self.function, arguments, self.name)
+        for name, values in given.items():
+            if _is_column(values) and len(values) != rows:
+                raise UserError(f"reward {self.name!r}: {name!r} has {len(values)} values for {rows} completions")
+        return given
+
+    def _one_by_one(self, arguments: Mapping[str, Any], rows: int, whole: BaseException) -> list[Score]:
+        """Call the reward on each row alone, to find the offending rows."""
+        scores: list[Score] = []
+        hint: str | None = None
+        for row, alone in enumerate(one_by_one(arguments, rows)):
+            try:
+                scores += self._called(alone, 1, first=row)
+            except UserError:
+                raise
+            except RAISED as error:
+                if hint is None:  # it takes another call of the reward
+                    hint = advice(self.function, self._given(alone, Log(self.name, 1), 1), error)
+                failed(f"reward {self.name!r} raised on row {row}: {told(error)}{hint}", self.on_error, error)
+                scores.append(Score(None, {self.name: None}))
+        if self.on_error == "fail":
+            message = f"raised on {rows} rows together and on none of them alone: {told(whole)}"
+            raise UserError(f"reward {self.name!r} {message}") from whole
+        return scores
+
+    def _checked(self, result: Any, rows: int, first: int = 0) -> list[float | None]:
+        """The result as ``rows`` floats or None, of which the first is row ``first``."""
+        wanted = f"for {rows} completions: return one number or None per completion"
+        if hasattr(result, "tolist"):  # an array or a tensor
+            result = result.tolist()
+        if not isinstance(result, Iterable) or isinstance(result, str | bytes | Mapping | Set):
+            failed(f"reward {self.name!r} returned {type(result).__name__} {wanted}", self.on_error)
+            return [None] * rows
+        result = list(result)
+        if len(result) != rows:
+            failed(f"reward {self.name!r} returned {len(result)} values {wanted}", self.on_error)
+            return [None] * rows
+        return [self._number(value, first + row) for row, value in enumerate(result)]
+
+    def _number(self, value: Any, row: int) -> float | None:
+        if hasattr(value, "tolist"):  # an element of an array or a tensor
+            value = value.tolist()
+        if value is None:
+            return None
+        if isinstance(value, numbers.Real) and math.isfinite(value):
+            return float(value)
+        message = f"{value!r:.60} on row {row}: return a finite number, or None for no reward"
+        failed(f"reward {self.name!r} returned {message}", self.on_error)
+        return None
+
+
+def failed(message: str, on_error: OnError, cause: BaseException | None = None) -> None:
+    """Raise UserError, or warn, as ``on_error`` says."""
+    if on_error == "fail":
+        raise UserError(message) from cause
+    warnings.warn(f"{message}; scored as null", RuntimeWarning, stacklevel=2)
+
+
+def _is_column(value: Any) -> bool:
+    """Whether an argument has one value per row, unlike TRL's ``trainer_state``."""
+    return (isinstance(value, Sequence) and not isinstance(value, str)) or getattr(value, "ndim", 0) > 0
+
+
+def one_by_one(arguments: Mapping[str, Any], rows: int) -> Iterator[dict[str, Any]]:
+    """The arguments of a reward for each row alone."""
+    for row in range(rows):
+        yield {n: value[row : row + 1] if _is_column(value) else value for n, value in arguments.items()}
