@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from comparisons import SMALL_OPTIONS, inline_pool, small
 from rich.console import Console
 
@@ -27,7 +28,7 @@ from rlzoo.comparison.plan import Cell
 from rlzoo.comparison.report import write_report
 from rlzoo.config import Experiment, ProblemSource, load_experiment
 from rlzoo.errors import UserError
-from rlzoo.jobs.pool import InThisProcess, WorkerDiedError, WorkError
+from rlzoo.jobs.pool import InThisProcess, OutOfMemoryError, WorkerDiedError, WorkError
 from rlzoo.jobs.runs import run_in
 from rlzoo.policy import load_policy
 from rlzoo.rollout import rollouts
@@ -338,7 +339,25 @@ def test_cells_that_failed_are_tried_again_and_no_others(tmp_path: Path, monkeyp
     assert not (tmp_path / "out" / ".state").exists()
 
 
-def test_a_cell_whose_processes_die_is_done_again_in_smaller_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("undrawn")
+def test_a_cell_that_runs_out_of_memory_is_done_again_in_smaller_parts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, ran = one_cell._run_cell, list[int]()
+
+    def starving(experiment: Experiment, *rest: Any) -> dict[str, Any]:
+        ran.append(experiment.evaluation.batch_size)
+        if ran[-1] > 64:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
+        return run(experiment, *rest)
+
+    monkeypatch.setattr(one_cell, "_run_cell", starving)
+    found = quietly(small({"sft": {}}), tmp_path / "out")
+    assert ran == [256, 128, 64] and found["failed"] == []
+
+
+@pytest.mark.parametrize("error", [WorkerDiedError(-9), OutOfMemoryError("CUDA out of memory")])
+def test_a_cell_without_memory_is_done_again_in_smaller_parts(error: WorkError) -> None:
     asked: list[tuple[str, int]] = []
 
     class Dying(InThisProcess):
@@ -349,7 +368,7 @@ def test_a_cell_whose_processes_die_is_done_again_in_smaller_parts(monkeypatch: 
             asked.append((name, parts))
             future: Future[Any] = Future()
             if name.startswith("sft") or (name.startswith("dft") and parts < 4):
-                future.set_exception(WorkerDiedError(-9))
+                future.set_exception(error)
             else:
                 future.set_result({"metrics": {"facts": {"avg_at_k": 0.5}}, "events": []})
             return future
@@ -365,7 +384,7 @@ def test_a_cell_whose_processes_die_is_done_again_in_smaller_parts(monkeypatch: 
         ("sft", 1), ("dft", 1), ("rft", 1), ("sft", 2), ("dft", 2), ("sft", 4), ("dft", 4),
     ]  # fmt: skip
     assert [name.split("-")[0] for name in runs] == ["rft", "dft"]
-    assert [(cell["algorithm"], "killed by SIGKILL" in cell["error"]) for cell in failed] == [("sft", True)]
+    assert [(cell["algorithm"], cell["error"]) for cell in failed] == [("sft", str(error))]
     assert lines.getvalue().count("to be tried again, in micro-batches half as large") == 4
 
 

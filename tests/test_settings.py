@@ -73,6 +73,8 @@ ELSEWHERE = {
     "Training.importance_cap": f"{OPTIONS}::test_truncated_importance_weights_what_another_engine_sampled",
     "Training.lora": f"{OPTIONS}::test_lora_trains_the_adapters_alone",
     "Training.gradient_checkpointing": f"{OPTIONS}::test_recomputed_activations_change_nothing_but_the_work",
+    "Training.device": "test_defaults.py::test_the_device_that_is_meant",
+    "Training.deterministic": "test_defaults.py::test_determinism_is_for_gpus",
     "Training.on_nonfinite": "test_checkpoints.py::test_a_step_that_is_not_finite_can_be_skipped_and_is_counted",
     "Training.trackers": f"{OPTIONS}::test_a_tracker_gets_every_step",
     "Algorithm.learning_rates": "test_compare.py::test_the_learning_rate_is_chosen_on_validation",

@@ -255,13 +255,13 @@ def test_the_settings_of_a_row_are_its_own(tmp_path: Path) -> None:
 def test_weights_have_the_dtype_that_was_asked_for_and_demonstrations_their_length(
     calls: list[Call], tmp_path: Path
 ) -> None:
-    half = {"objective": "sft", "training": {"dtype": "bfloat16"}}
+    half = {"objective": "sft", "training": {"dtype": "float32"}}
     rows = {"rft": {}, "sft": {"learning_rates": [1e-3, 1e-2]}, "half": half}
     training = {"steps": 1, "batch_size": 8, "dtype": "float64", "max_completion_tokens": 1}
     compared(small(rows, training=training, evaluation=NO_CURVE), tmp_path / "out")
     shared, *others = [call.dtype for call in calls]
     # base, rft and half on the benchmark, sampled and greedy; sft's rates on validation, and the better one tested
-    assert shared == torch.float64 and others.count(torch.bfloat16) == 2 and others.count(torch.float64) == 8
+    assert shared == torch.float64 and others.count(torch.float32) == 2 and others.count(torch.float64) == 8
     buffer = OfflineBuffer.load(tmp_path / "out" / "buffer")
     shown = [row for row in buffer if row.source == "demonstration"]
     assert len(shown) == 6 and all(row.truncated and len(row.completion_ids) == 1 for row in shown)

@@ -29,6 +29,7 @@ from rlzoo.experiments.benchmarks.steps import RATE, UNIT, together
 from rlzoo.inputs import Behaviour, Snapshot
 from rlzoo.objective import Objective
 from rlzoo.policy.assembly import Units
+from rlzoo.policy.loading import load_for
 from rlzoo.policy.microbatches import log_probs
 from rlzoo.rollout import TransformersSampler
 from rlzoo.rollout.sampler import uniform_numbers
@@ -167,7 +168,6 @@ def determinism(setup: Setup) -> Iterator[Finding]:
     OTR draws tokens on the device, PPO trains a critic that starts at random.
     """
     name = random_model(setup.small, setup.folder / "plain", setup.device, seed=setup.seed)
-    how = "deterministic" if "deterministic" in Training.model_fields else "no such setting here"
     objectives = {objective: setup.folder / f"checkpoints-{objective}" for objective in ("otr", "ppo")}
     found: list[dict[str, list[tuple[str, int]]]] = []
     for halts in (True, False):  # in a fresh process each: deterministic kernels are chosen when one begins
@@ -186,7 +186,7 @@ def determinism(setup: Setup) -> Iterator[Finding]:
         values = {"second run equal": int(second == first), "resumed run equal": int(resumed == first)}
         again = steps - (STEPS - HALT)
         yield Finding(
-            f"{objective}, {how}",
+            objective,
             {**values, "steps done again": again},
             at_most={"steps done again": 0},
             at_least=dict.fromkeys(values, 1),
@@ -199,8 +199,12 @@ def trained(
     """A digest of weights and losses after some steps, and how many of them were done here."""
     if setup.device == "cpu":
         torch.set_num_threads(1)
-    policy = load_policy(name, setup.dtype, setup.device)
-    rows = random_rows(setup.small, setup.pick(32, 8), UNIT["grpo"], setup.seed)
+    settings = Training(
+        steps=STEPS, batch_size=setup.pick(16, 4), learning_rate=1e-3, token_budget=setup.pick(4096, 64),
+        checkpoint_seconds=0, dtype=setup.dtype, device=setup.device, deterministic=True,
+    )  # fmt: skip
+    policy = load_for(name, settings)
+    rows = random_rows(setup.small, 2 * settings.batch_size, UNIT["grpo"], setup.seed)
     rows = together(policy, rows, UNIT["grpo"]) if objective == "ppo" else rows
     done: list[int] = []
 
@@ -209,11 +213,6 @@ def trained(
             raise Halted
         done.append(step)
 
-    exact: dict[str, Any] = {"deterministic": True} if "deterministic" in Training.model_fields else {}
-    settings = Training(
-        steps=STEPS, batch_size=len(rows) // 2, learning_rate=1e-3, token_budget=setup.pick(4096, 64),
-        checkpoint_seconds=0, **exact,
-    )  # fmt: skip
     buffer = OfflineBuffer.from_trajectories(rows)
     try:
         record = train(policy, get_objective(objective), buffer, settings, 1, [watch], checkpoints=checkpoints)

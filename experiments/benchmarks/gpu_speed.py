@@ -41,7 +41,7 @@ from rlzoo.experiments.benchmarks.steps import (
     trl_sft_steps,
     with_trl_head,
 )
-from rlzoo.policy.memory import is_out_of_memory, release_memory
+from rlzoo.jobs.memory import is_out_of_memory, release_memory
 from rlzoo.rollout import TransformersSampler
 from rlzoo.training import Trainer
 from rlzoo.types import Trajectory

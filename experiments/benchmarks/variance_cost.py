@@ -31,8 +31,8 @@ import torch
 from rlzoo import OfflineBuffer, Policy, analyze_variance, get_objective, load_policy
 from rlzoo.buffers.problems import demonstrations, load_problems
 from rlzoo.config import ProblemSource, Training
+from rlzoo.jobs.memory import release_memory
 from rlzoo.policy import Assembler, MicroBatches, Models, Sequences
-from rlzoo.policy.memory import release_memory
 from rlzoo.policy.microbatches import log_probs, token_batches
 from rlzoo.training import train
 from rlzoo.training.costs import peak_memory_bytes, reset_peak_memory

@@ -21,6 +21,7 @@ from rlzoo.config.settings import (
     Sampling,
     Scoring,
     TableSource,
+    TokenBudget,
     Training,
 )
 from rlzoo.config.validation import validated
@@ -40,6 +41,7 @@ __all__ = [
     "Sampling",
     "Scoring",
     "TableSource",
+    "TokenBudget",
     "Training",
     "lay",
     "list_experiments",

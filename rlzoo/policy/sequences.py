@@ -6,9 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+
+from rlzoo.jobs.memory import on_device
 
 
 class Tokens(Protocol):
@@ -37,13 +40,19 @@ def length(row: Tokens) -> int:
 
 @dataclass(frozen=True)
 class Sequences:
-    """Prompts and completions as model input, padded on the right, so that causal attention needs no mask."""
+    """Prompts and completions as model input, padded on the right, so that causal attention needs no mask.
+
+    Where completion tokens stand is known from the rows' lengths, so that no GPU is asked for it: reading out a boolean
+    mask would wait for all that the device has to do.
+    """
 
     ids: Int[Tensor, "B L"]
-    predicts: Bool[Tensor, "B L"]
-    """True where the next token is a completion token."""
     mask: Bool[Tensor, "B T"]
     """True at completion tokens, in positions without the prompt."""
+    before: Int[Tensor, " N"]
+    """The positions that predict completion tokens, row by row, in the flattened ``ids``."""
+    places: Int[Tensor, " N"]
+    """The completion tokens in the flattened ``mask``, row by row."""
     tokens: int
     """The number of prompt and completion tokens, without padding."""
     temperature: Float[Tensor, " B"] | None = None
@@ -65,18 +74,23 @@ class Sequences:
     ) -> Sequences:
         """Join each prompt with its completion. A prompt must have at least one token."""
         rows, longest = len(prompts), max(len(p) + len(c) for p, c in zip(prompts, completions, strict=True))
-        ids = torch.zeros(rows, longest, dtype=torch.long)
-        predicts = torch.zeros(rows, longest, dtype=torch.bool)
-        mask = torch.zeros(rows, max(map(len, completions)), dtype=torch.bool)
+        width = max(map(len, completions))
+        ids, mask = np.zeros((rows, longest), np.int64), np.zeros((rows, width), np.bool_)
+        before, places = [], []
         for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
-            ids[row, : len(prompt) + len(completion)] = torch.as_tensor([*prompt, *completion])
-            predicts[row, len(prompt) - 1 : len(prompt) + len(completion) - 1] = True
-            mask[row, : len(completion)] = True
+            first, end = row * longest + len(prompt) - 1, len(completion)
+            ids[row, : len(prompt)], ids[row, len(prompt) : len(prompt) + end] = prompt, completion
+            mask[row, :end] = True
+            before.append(np.arange(first, first + end))
+            places.append(np.arange(row * width, row * width + end))
         tokens = sum(map(len, prompts)) + sum(map(len, completions))
         heat = None
         if temperature is not None and any(t != 1.0 for t in temperature):
-            heat = torch.tensor(temperature, dtype=torch.float64, device=device)
-        return cls(ids.to(device), predicts.to(device), mask.to(device), tokens, heat)
+            heat = on_device(torch.tensor(temperature, dtype=torch.float64), device)
+        ids_, mask_, before_, places_ = (
+            on_device(torch.as_tensor(x), device) for x in (ids, mask, np.concatenate(before), np.concatenate(places))
+        )
+        return cls(ids_, mask_, before_, places_, tokens, heat)
 
     def at(self, temperature: float) -> Sequences:
         """The same rows, all at one temperature."""
@@ -86,15 +100,33 @@ class Sequences:
     @property
     def targets(self) -> Int[Tensor, " N"]:
         """The completion tokens of all rows, one after the other."""
-        return self.ids.roll(-1, dims=1)[self.predicts]
+        return self.ids.flatten().index_select(0, self.before + 1)
+
+    @property
+    def predicts(self) -> Bool[Tensor, "B L"]:
+        """True where the next token is a completion token."""
+        flat = self.ids.new_zeros(self.ids.numel(), dtype=torch.bool)
+        return flat.index_fill(0, self.before, True).view(self.ids.shape)
+
+    @property
+    def rows(self) -> Int[Tensor, " N"]:
+        """The row of each completion token."""
+        return self.places // self.mask.shape[1]
 
     @property
     def temperatures(self) -> Float[Tensor, " N"] | None:
         """The temperature of each completion token."""
-        if self.temperature is None:
-            return None
-        return self.temperature[:, None].expand(self.mask.shape)[self.mask]
+        return None if self.temperature is None else self.temperature.index_select(0, self.rows)
+
+    def predicting(self, states: Float[Tensor, "B L H"]) -> Float[Tensor, "N H"]:
+        """What a trunk gives at the positions that predict completion tokens."""
+        return states.flatten(0, 1).index_select(0, self.before)
+
+    def flat(self, values: Float[Tensor, "B T"]) -> Float[Tensor, " N"]:
+        """The completion tokens' values, one after the other."""
+        return values.flatten().index_select(0, self.places)
 
     def spread(self, flat: Float[Tensor, " N"]) -> Float[Tensor, "B T"]:
         """Values per completion token, in rows; 0 at padding."""
-        return flat.new_zeros(self.mask.shape).masked_scatter(self.mask, flat)
+        whole = flat.new_zeros(self.mask.numel()).index_copy(0, self.places, flat)
+        return whole.view(self.mask.shape)

@@ -9,10 +9,12 @@ import numpy as np
 from jaxtyping import Float
 
 from rlzoo.buffers import Buffer
+from rlzoo.config import TokenBudget
 from rlzoo.errors import UserError
+from rlzoo.jobs.memory import release_memory
 from rlzoo.objective import Objective
 from rlzoo.policy import Assembler, MicroBatches, Models, Policy
-from rlzoo.policy.memory import release_memory
+from rlzoo.policy.defaults import token_budget_of
 from rlzoo.training import check_buffer
 from rlzoo.types import name_of_view
 from rlzoo.variance import moments
@@ -49,7 +51,7 @@ def analyze_variance(
     learns_from: LearnsFrom = None,
     reference: Policy | None = None,
     models: Models | None = None,
-    token_budget: int = 2048,
+    token_budget: TokenBudget = 2048,
     means_held: int | None = None,
     progress: Callable[[float, str], None] | None = None,
 ) -> dict[str, Any]:
@@ -77,7 +79,7 @@ def analyze_variance(
     picked, subjects, skipped = subjects_of(named, buffer, rows, seed, learns_from)
     requires = list(dict.fromkeys(one for s in subjects.values() for one in s.objective.requires))
     models = models or Models.load(policy, requires, reference or policy, moving=False)
-    assembler = Assembler(policy, models, MicroBatches(token_budget), remember=True)
+    assembler = Assembler(policy, models, MicroBatches(token_budget_of(policy, token_budget)), remember=True)
     with policy.attached_for([one for one in requires if one.initial is None]):
         tell(0.0, "scoring")
         experts = {name: set(s.rows) for name, s in subjects.items() if s.weights_expert_tokens and name in named}

@@ -18,7 +18,6 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from rlzoo.policy import MicroBatches, Policy, Sequences
-from rlzoo.policy.head import Head
 from rlzoo.policy.microbatches import token_batches
 from rlzoo.policy.sequences import length
 from rlzoo.types import Trajectory
@@ -35,7 +34,7 @@ class GradientMeter:
     """
 
     def __init__(self, policy: Policy) -> None:
-        self.policy, self.head, self.modules = policy, Head.of(policy.model), Modules(policy)
+        self.policy, self.head, self.modules = policy, policy.head, Modules(policy)
         self.projections = {
             name: Projection(seed, parameter) for seed, (name, parameter) in enumerate(self.modules.trainable.items())
         }

@@ -64,11 +64,11 @@ class HeadPass:
         """∂ loss / ∂ hidden of each pass."""
         self._unit = {name: self._units(some) for name, some in blocks.items()}
         self._crossed: dict[str, list[tuple[Tensor, Tensor, Tensor, Tensor]]] = {name: [] for name in blocks}
-        self._position_row = sequences.mask.nonzero()[:, 0]
+        self._position_row = sequences.rows
         index, width = torch.as_tensor(batch, device=hidden.device), sequences.mask.shape[1]
 
         def flat(per_token: Tensor) -> Tensor:
-            return per_token[index, :width][sequences.mask].to(self.hidden)
+            return sequences.flat(per_token[index, :width]).to(self.hidden)
 
         tasks = {name: run.tasks[name] for name in blocks}
         self._weight = {name: flat(task.weight) for name, task in tasks.items()}
@@ -93,7 +93,7 @@ class HeadPass:
             for key, weight in task.input_weights.items():
                 with torch.enable_grad():
                     leaf = hidden.detach().requires_grad_(True)
-                    made = policy.attached[key].of_hidden(policy.modules_of_inputs[key], leaf)
+                    made = policy.of_hidden(key, leaf)
                     (pull,) = torch.autograd.grad(made, leaf, flat(weight).to(made.dtype))
                 self.pull[self._alone[name]] += pull.to(self.hidden)
 
@@ -128,7 +128,7 @@ class HeadPass:
         at = torch.cat(list(clusters))
         hidden, target, matrix = self.hidden[at], self.sequences.targets[at], self.head.layer.weight.detach()
         with torch.no_grad():
-            raw = self.head.layer(hidden.to(matrix.dtype)).to(hidden.dtype)
+            raw = self.head.raw(hidden.to(matrix.dtype)).to(hidden.dtype)
         with torch.enable_grad():
             logits = self._finish(self.head, raw.requires_grad_(True), at)
             logp = logits.gather(1, target[:, None])[:, 0] - logits.logsumexp(1)
@@ -136,7 +136,7 @@ class HeadPass:
         (score,) = torch.autograd.grad(logp.sum(), raw, retain_graph=bool(terms))
         extra = {name: torch.autograd.grad(term, raw, retain_graph=True)[0] for name, term in terms.items()}
         del logits, logp, terms, raw
-        plain, back = self._scores(clusters, score, hidden), (score.to(matrix.dtype) @ matrix).to(hidden.dtype)
+        plain, back = self._scores(clusters, score, hidden), self.head.back(score).to(hidden.dtype)
         for pull, shared in zip(self.pull, self._shared, strict=True):
             if shared is not None:
                 pull[at] = shared[at][:, None] * back
@@ -145,7 +145,7 @@ class HeadPass:
             if name in extra:
                 own = weight[:, None] * score + extra[name]
                 scores, weight = self._scores(clusters, own, hidden), torch.ones_like(weight)
-                self.pull[self._alone[name]][at] = (own.to(matrix.dtype) @ matrix).to(hidden.dtype)
+                self.pull[self._alone[name]][at] = self.head.back(own).to(hidden.dtype)
             else:
                 own, scores = score, plain
                 if name in self._alone:
@@ -169,7 +169,7 @@ class HeadPass:
             other = None
             if reference is not None:
                 states = self._references[id(reference)][at]
-                other = self._finish(reference.head, reference.head.layer(states), at).detach()
+                other = self._finish(reference.head, reference.head.raw(states), at).detach()
             value = None if term is None else term(logits, other, target)
             if value is not None:
                 found[name] = (value * weight[at])[self._unit[name][self._position_row[at]] >= 0].sum()

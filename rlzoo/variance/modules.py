@@ -66,7 +66,8 @@ class Covered:
     def factored(self, block: Block, e: Float[Tensor, "B L D"]) -> Iterator[tuple[str, Factored]]:
         """The gradient of each parameter for the units of a block, from the gradient ``e`` at the output."""
         assert self.saved is not None
-        e = e.to(at_least_float32(e.dtype))
+        computed = e.dtype  # of the product, to which its input was rounded
+        e = e.to(at_least_float32(computed))
         if isinstance(self.module, nn.Embedding):
             ids = block.cut(self.saved.reshape(e.shape[:2]))
             yield self.parameters["weight"], Lookup(ids, block.cut(self.looked_up(e)), self.module.num_embeddings)
@@ -77,7 +78,7 @@ class Covered:
         if "weight" not in self.parameters:
             return
         name = self.parameters["weight"]
-        inputs = block.cut(self.saved.reshape(*e.shape[:2], -1).to(gradient.dtype))
+        inputs = block.cut(self.saved.reshape(*e.shape[:2], -1).to(computed).to(gradient.dtype))
         if isinstance(self.module, nn.Linear):
             yield name, Outer(gradient, inputs)
         elif _is_matrix(self.module):

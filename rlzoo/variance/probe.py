@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from rlzoo.buffers import Buffer
+from rlzoo.config import TokenBudget
 from rlzoo.errors import UserError
 from rlzoo.objective import Objective
 from rlzoo.policy import Models, Policy
@@ -28,7 +29,7 @@ class VarianceProbe:
         every: int,
         rows: int = 64,
         seed: int = 0,
-        token_budget: int = 2048,
+        token_budget: TokenBudget = 2048,
         learns_from: WhichView | None = None,
     ) -> None:
         if every < 1:
