@@ -243,8 +243,11 @@ def scores(
     def drawn() -> Float[np.ndarray, "S P"]:
         common, own = rng.normal(size=(seeds, 1)), rng.normal(size=(seeds, count))
         effect = (common + own) / np.sqrt(1 + 1 / count)
-        noise: Float[np.ndarray, "S P"] = scale[2] * rng.normal(size=(seeds, len(of)))
-        return scale[0] * effect[:, of] + scale[1] * rng.normal(size=len(of)) + noise
+        noise = rng.normal(size=(seeds, len(of)))
+        total: Float[np.ndarray, "S P"] = (
+            scale[0] * effect[:, of] + scale[1] * rng.normal(size=len(of)) + scale[2] * noise
+        )
+        return total
 
     mean, difference = Tally(SCORE), Tally(DIFFERENCE)
     for _ in range(runs):
