@@ -26,7 +26,7 @@ from rlzoo.variance.subjects import (
     BASELINE,
     LearnsFrom,
     Subject,
-    WeightedRows,
+    SubjectWeights,
     baseline,
     named_objectives,
     rows_of,
@@ -85,7 +85,7 @@ def analyze_variance(
         experts = {name: set(s.rows) for name, s in subjects.items() if s.weights_expert_tokens and name in named}
         statistics = [one for one in requires if one.is_statistic]
         scored = score(assembler, rows_of(buffer, picked, subjects), statistics, experts, draws, seed)
-        weighted: dict[str, WeightedRows] = {}
+        weighted: dict[str, SubjectWeights] = {}
         for name, subject in subjects.items():
             try:
                 weighted[name] = weights_of(assembler, subject, scored)
@@ -108,7 +108,7 @@ def analyze_variance(
 def _described(
     name: str,
     subject: Subject,
-    weighted: WeightedRows,
+    weighted: SubjectWeights,
     scored: Scored,
     draws: int,
     seed: int,
@@ -147,7 +147,7 @@ def _measure_gradients(
     found: dict[str, Any],
     meter: GradientMeter,
     subjects: Mapping[str, Subject],
-    weighted: Mapping[str, WeightedRows],
+    weighted: Mapping[str, SubjectWeights],
     scored: Scored,
     means_held: int | None,
     micro: MicroBatches,
@@ -189,7 +189,7 @@ def _measure_gradients(
 def _moments(
     name: str,
     subject: Subject,
-    weighted: WeightedRows,
+    weighted: SubjectWeights,
     scored: Scored,
     draws: int,
     seed: int,
