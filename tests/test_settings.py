@@ -72,6 +72,7 @@ ELSEWHERE = {
     "Training.max_gradient_norm": "test_training_runs.py::test_weight_decay_and_clipping_reach_the_optimizer",
     "Training.importance_cap": f"{OPTIONS}::test_truncated_importance_weights_what_another_engine_sampled",
     "Training.lora": f"{OPTIONS}::test_lora_trains_the_adapters_alone",
+    "Training.packing": "test_packing.py::test_every_objective_trains_the_same_weights",
     "Training.gradient_checkpointing": f"{OPTIONS}::test_recomputed_activations_change_nothing_but_the_work",
     "Training.on_nonfinite": "test_checkpoints.py::test_a_step_that_is_not_finite_can_be_skipped_and_is_counted",
     "Training.trackers": f"{OPTIONS}::test_a_tracker_gets_every_step",

@@ -11,6 +11,7 @@ from pydantic import Field
 from rlzoo.config.validation import validated
 
 OnBadRow = Literal["reject", "drop"]
+Packing = Literal["auto", "packed", "padded"]
 
 BASE = "base"
 """The name in outcomes of the model that every cell starts from."""
@@ -202,7 +203,10 @@ class Training(_Strict):
     updates_per_batch: Positive = 1
     """Optimizer steps on each batch; above 1, ratios and value clipping take effect."""
     token_budget: Positive = 4096
-    """Padded tokens per micro-batch; the gradient does not depend on it."""
+    """Tokens per micro-batch, padding included; the gradient does not depend on it."""
+    packing: Packing = "auto"
+    """``packed``: the rows of a micro-batch one after the other, without padding; ``auto``: where a GPU attends for all
+    of them in one call, in bfloat16; else ``padded``."""
     learning_rate: Rate = 5e-5
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: Annotated[float, Field(ge=0)] = 0.01

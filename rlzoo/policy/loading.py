@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rlzoo.config import Packing
 from rlzoo.errors import UserError
 from rlzoo.jobs.ranks import rank
 from rlzoo.policy.adapters import adapters, merged, save_adapter
@@ -32,11 +33,13 @@ def trusts_remote_code() -> bool:
     return os.environ.get(REMOTE_CODE) == "1"
 
 
-def load_policy(name: str, dtype: str = "float32", device: str | torch.device | None = None) -> Policy:
+def load_policy(
+    name: str, dtype: str = "float32", device: str | torch.device | None = None, packing: Packing = "auto"
+) -> Policy:
     """The policy behind ``embedded``, a folder, or a Hub id. Raises UserError if it cannot be loaded.
 
-    ``bfloat16-mixed`` has float32 weights and bfloat16 matrix products. A model with its own code is refused, except
-    under ``rlzoo --trust-remote-code``.
+    ``bfloat16-mixed`` has float32 weights and bfloat16 matrix products; ``packing`` is for `Policy.pack`. A model with
+    its own code is refused, except under ``rlzoo --trust-remote-code``.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -74,6 +77,7 @@ def load_policy(name: str, dtype: str = "float32", device: str | torch.device | 
     compute = torch.bfloat16 if dtype == "bfloat16-mixed" else None
     policy = Policy(model.to(device), tokenizer, name, compute)
     _check_head(policy)
+    policy.pack(packing)
     return policy
 
 
