@@ -33,8 +33,10 @@ test: $(INSTALLED)
 	@$(BIN)/python tests/fetch_smollm2.py $(SMOLLM2)
 	@echo "== Tests of a real model"
 	$(BIN)/pytest -m real_model
+	@echo "== Tests on a GPU (skipped where there is none)"
+	$(BIN)/pytest -m gpu tests/test_gpu.py
 	@echo "== Tests"
-	$(BIN)/pytest -m "not real_model and not vllm" --numprocesses auto --dist worksteal
+	$(BIN)/pytest -m "not real_model and not vllm and not gpu" --numprocesses auto --dist worksteal
 
 # The oldest versions that pyproject.toml admits. torch from PyPI brings CUDA along: some 8 GB
 test-lowest: $(LOWEST_BIN)/.installed

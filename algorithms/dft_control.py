@@ -17,6 +17,7 @@ from typing import ClassVar, Literal
 
 import torch
 
+from rlzoo.advantages import masked_mean
 from rlzoo.objective import Objective, register
 from rlzoo.types import Coefficients, Coupling, TokenBatch
 
@@ -32,16 +33,12 @@ class DFTControl(Objective):
     variant: Literal["normalised", "mean", "shuffled"] = "normalised"
 
     def coefficients(self, batch: TokenBatch) -> Coefficients:
-        values = torch.zeros_like(batch.logp)
-        p = batch.logp[batch.mask].exp()
-        if self.variant == "normalised":
-            values[batch.mask] = p / p.mean().clamp(min=torch.finfo(p.dtype).tiny)
-        elif self.variant == "mean":
-            values[batch.mask] = p.mean().expand_as(p)
-        else:
-            rank = torch.randperm(len(p), generator=torch.Generator().manual_seed(0)).to(p.device)
-            place = batch.logp[batch.mask].argsort(stable=True)
-            shuffled = torch.empty_like(p)
-            shuffled[place] = p[place][rank]
-            values[batch.mask] = shuffled
-        return Coefficients(values)
+        p = torch.where(batch.mask, batch.logp.exp(), 0)
+        if self.variant != "shuffled":
+            mean = masked_mean(p, batch.mask)
+            scaled = p / mean.clamp(min=torch.finfo(p.dtype).tiny)
+            return Coefficients(scaled if self.variant == "normalised" else mean.expand_as(p))
+        tokens = int(batch.mask.sum())
+        order = torch.where(batch.mask, batch.logp, torch.inf).flatten().argsort(stable=True)[:tokens]
+        rank = torch.randperm(tokens, generator=torch.Generator().manual_seed(0)).to(p.device)
+        return Coefficients(torch.zeros_like(p).flatten().index_copy(0, order, p.flatten()[order][rank]).view_as(p))

@@ -46,7 +46,8 @@ class KTO(Objective):
         baseline = mismatched.clamp(min=0)
         desirable = reward >= self.threshold
         sign = torch.where(desirable, 1.0, -1.0).to(log_ratio.dtype)
-        weights = log_ratio.new_tensor([self.undesirable_weight, self.desirable_weight])[desirable.long()]
+        good, bad = (torch.full_like(log_ratio, w) for w in (self.desirable_weight, self.undesirable_weight))
+        weights = torch.where(desirable, good, bad)
         value = torch.sigmoid(self.beta * sign * (log_ratio - baseline))
         return Coefficients(
             (sign * weights * self.beta * value * (1 - value))[:, None].expand_as(batch.logp),

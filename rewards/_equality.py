@@ -9,6 +9,7 @@ from math import gcd
 from rlzoo.rewards import _numbers, _symbols, _times, _units
 from rlzoo.rewards._guards import too_deep
 from rlzoo.rewards._hedges import CONDITION
+from rlzoo.rewards._languages import EITHER, MAYBE
 from rlzoo.rewards._writing import bracketed, clean, compact, is_prose, split, words
 
 _MOST = 50
@@ -107,7 +108,8 @@ def _is_time_only(text: str) -> bool:
 # Letters of a multiple choice: A, (A), A. 5
 
 _CHOICE = re.compile(
-    r"(?:(?i:option|choice|故?选[项择]?) ?)?(?:\((?P<round>[A-Ja-j])\)|(?P<bare>[A-J])(?: ?[.):](?=\s|$)|$))"
+    r"(?:(?i:option|choice|故?选[项择]?) ?)?(?:\((?P<round>[A-Ja-j])\)|(?P<half>[A-Ja-j])\)(?=\s|$)|"
+    r"(?P<bare>[A-J])(?: ?[.):](?=\s|$)|$))"
     r"(?:\s+(?P<value>(?!(?:or|and)\b|\\text\{\s*(?:or|and)\b|[-+*/^=<>,]).*))?",
     re.DOTALL,
 )
@@ -116,12 +118,16 @@ _LETTERS = re.compile(r"\s*[A-H](?:([\s,;]+(?:and\s+)?)?[A-H])+\s*")
 _CHOICES = re.compile(r"(?<![A-Za-z\\])(?:\([A-Ja-j]\)|[A-J][.)](?=\s|$))|\b(?:or|and)\W+[A-J]\b")
 
 
+_NO_VALUE = re.compile(rf"{EITHER}|{MAYBE}|(?:an)?other\b|(?-i:[A-J])$", re.IGNORECASE)
+"""What follows a letter and is no value of it, but another choice."""
+
+
 def _choice(text: str) -> tuple[str, str] | None:
     """A letter, and what it stands for or an empty text; None for anything else."""
     match = _CHOICE.fullmatch(text)
-    if match is None or _CHOICES.search(match["value"] or ""):
+    if match is None or _CHOICES.search(match["value"] or "") or _NO_VALUE.match(match["value"] or ""):
         return None
-    return (match["round"] or match["bare"]).upper(), clean(match["value"] or "")
+    return (match["round"] or match["half"] or match["bare"]).upper(), clean(match["value"] or "")
 
 
 def _same_choice(answer: str, gold: str) -> bool | None:

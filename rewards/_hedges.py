@@ -20,18 +20,20 @@ DENIED_NEXT = re.compile(rf"{DENIED}{_NEXT}", re.IGNORECASE)
 HEDGED = re.compile(f"{DENIED}|{BOUNDED}", re.IGNORECASE)
 HEDGED_NEXT = re.compile(rf"(?:{DENIED}|{BOUNDED}){_NEXT}", re.IGNORECASE)
 HEDGED_AFTER = re.compile(
-    rf"[^\n.。!?]{{0,3}}(?:{DENIED_AFTER})|\W{{0,3}}(?:{BOUNDED_AFTER})|\W{{0,3}}is (?:not|wrong|incorrect)\b",
+    rf"[^\n.。!?]{{0,3}}(?:{DENIED_AFTER})|\W{{0,3}}(?:{BOUNDED_AFTER})|\W{{0,3}}is (?:not|wrong|incorrect)\b"
+    r"|[\s$]*(?:[<>≤≥](?![/A-Za-z])|\\[lg]e(?![a-z]))",
     re.IGNORECASE,
 )
 IGNORANT = re.compile(
     r"(?:\b(?:(?:don't|do not|cannot|can't) (?:know|tell|say)|not (?:sure|certain)|no idea|unsure)"
     r"|\bno s[eé]|je ne sais pas|\bweiß (?:es )?nicht|keine Ahnung|non (?:lo )?so|não sei|не знаю"
-    r"|不知道|不确定|わかりません|分かりません|모르겠)(?=\s*(?:[^\w\s]|\Z))",
+    r"|不知道|不确定|わかりません|分かりません|모르겠)(?=\s*(?:[^\w\s]|\Z))|\b(?:whether|impossible)\b",
     re.IGNORECASE,
 )
 """What makes a guess of the number after it, unless it says what is not known."""
 CONDITION = re.compile(
-    rf"\b(?:if|when|unless|whether|suppose|assum\w+|guess|say)\b|{MAYBE}|{DENIED}|{BOUNDED}", re.IGNORECASE
+    rf"\b(?:if|when|unless|whether|where|at|for|given|let|suppose|assum\w+|guess|say)\b|{MAYBE}|{DENIED}|{BOUNDED}",
+    re.IGNORECASE,
 )
 """What is no name of a value: if x = 5."""
 
@@ -88,21 +90,22 @@ def is_candidate(between: str) -> bool:
 
 # Taken back: 5, or not; 5. 6 is also correct
 
-VALUE = r"\$?-?\d[\d.,]*\$?"
+VALUE = r"\$?-?\d[\d.,]*(?:/\d+)?\$?"
 """A number as it stands in a text, roughly."""
 _WORDS = r"(?:[^\W\d_]+ )"
 _FURTHER = re.compile(
     "|".join(
         (
-            rf"\W{{0,6}}{EITHER}(?!\W*(?:so|rather)\b)",  # or, perhaps on the next line
-            rf"{_WORDS}{{1,2}}{EITHER}(?!\W*(?:so|rather)\b)",  # apples or
+            rf"\W{{0,6}}{EITHER}(?!\W*(?:so|rather|in words)\b)",  # or, perhaps on the next line
+            rf"{_WORDS}{{1,2}}{EITHER}(?!\W*(?:so|rather|in words)\b)",  # apples or
             rf"[^\w\n.!?]{{0,6}}(?:[^\W\d_]+\W{{1,3}}|[也又])?{MAYBE}",  # apples, maybe
             rf"[^\w\n]{{0,6}}(?:(?:but|and|or) )?(?:(?:it|this|that|the answer) )?{MAYBE}"  # . Maybe 6; . It could be 6
             r"(?=[^.\n]*\d|\W*\w+\W*(?:[.!?]|\Z))",
             r"[^\w\n]{0,6}(?:some (?:would |might )?(?:say|argue)|(?:the |an)?other (?:one|answer|option)s?)\b",
-            rf"[^\w\n]{{0,6}}(?:(?:but|and|however|though|while)\W+)?(?:options? |choices? )?(?:{VALUE}|\(?[A-J]\)?) "
-            r"(?:(?:is|are) (?:also|equally)|(?:also )?(?:works|fits)|(?:may|might|could|can)(?: also| well)? be)\b",
+            rf"\W{{0,6}}(?:(?:but|and|however|though|while)\W+)?(?:options? |choices? )?(?:{VALUE}|\(?[A-J]\)?) "
+            r"(?:(?:is|are) (?:also|equally)|would also|(?:also )?(?:works|fits)|(?:may|might|could)(?: also)? be)\b",
             rf"\W{{0,6}}(?:{JOINED}\s*)?{VALUE}\W*\Z",  # 5? 6?
+            r"\W{0,4}[.?!\n]\W{0,4}(?-i:[A-J])\W*\Z",  # A? B?
             r"\? ?[A-J]\b",
         )
     ),

@@ -40,7 +40,7 @@ LANGUAGES = (
         r"is|are|was|were|(?:would |must )?be|equals|becomes|comes (?:out )?to|of",
         "and|also",
         "or",
-        "of|then|vs|versus",
+        r"(?<!\bout )of|then|through|vs|versus",
         r"maybe|perhaps|possibly|alternatively|otherwise|(?:might|may|could)(?: also| well)* be(?! \w+(?:ed|en)\b)",
         r"not|never|neither|nor|cannot|\w+n't|such as|for example|anything but|other than|except|unlike",
         r"less|more|greater|fewer|larger|smaller|higher|lower|least|most|between|over|under|above|below"
@@ -124,7 +124,7 @@ LANGUAGES = (
         "is|luidt",
         "",
         "ofwel",
-        "en|of",
+        "en",
         "misschien|wellicht|mogelijk",
         "niet|geen",
         "(?:meer|minder|groter|kleiner) dan|tussen|bijna|minstens|hoogstens",

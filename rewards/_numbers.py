@@ -56,27 +56,27 @@ class Number:
     unit: frozenset[str]
 
 
-_COMPOUND = re.compile(r"(?<=[^\W\d_])(?:,? and |,? |, )(?=\d)")
+_COMPOUND = re.compile(r"(?:(?<=[^\W\d_])(?:,? and |,? )|(?<=') ?)(?=\d)")
 
 
 @lru_cache(4096)
 def number(text: str) -> Number | None:
-    """The number that a clean text is, of a quantity in two units in the smaller one; None for anything else."""
+    """The number that a clean text is, of a quantity in two units in the larger one; None for anything else."""
     return _simple(text) or _compound(text)
 
 
 def _compound(text: str) -> Number | None:
     """A quantity of several units of one measure, 2 hours 30 minutes."""
     parts = [_simple(part) for part in _COMPOUND.split(text)[:_UNITS_OF_ONE]]
-    if len(parts) < 2 or parts[-1] is None:
+    if len(parts) < 2 or parts[0] is None:
         return None
-    total, smallest = Fraction(0), parts[-1].unit
+    total, largest = Fraction(0), parts[0].unit
     for part in parts:
-        size = _units.ratio(part.unit, smallest) if part and part.unit and not part.percent else None
-        if part is None or size is None or (size == 1 and part is not parts[-1]):
+        size = _units.ratio(part.unit, largest) if part and part.unit and not part.percent else None
+        if part is None or size is None or (size == 1 and part is not parts[0]):
             return None
         total += part.value * size
-    return Number(total, False, parts[-1].decimal, smallest)
+    return Number(total, False, parts[-1] is not None and parts[-1].decimal, largest)
 
 
 def _simple(text: str) -> Number | None:

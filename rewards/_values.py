@@ -31,7 +31,7 @@ _SIGN = r"(?:\\?[$€£¥₹]\s?)?"
 _DIGITS = r"\.?\d(?:[\d.,]*\d)?(?![\d.,]*(?:[π√]|\\(?:pi|sqrt|frac)))(?:\s?\\?%)?\)*"
 _RATIO = r"(?<![A-Za-z\d_.,:])\d+(?:\s?:\s?\d+)+(?!\d)(?:\s?[ap]\.?m\b\.?)?"  # or a time of the day
 _TERM = rf"[-−(]*{_SIGN}[-−]?{_DIGITS}"
-_ARITHMETIC = rf"(?<![A-Za-z\d_.,])(?:negative )?{_TERM}(?:\s*[-+*/^=×÷·−x]\s*{_SIGN}{_TERM})*"
+_ARITHMETIC = rf"(?<![A-Za-z\d_.,])(?:negative )?{_TERM}(?:\s*[-+*/^=×÷·−–x]\s*{_SIGN}{_TERM})*"
 _SPACED = rf"(?<![\w.,/])-?{_SIGN}(?:\d{{1,3}}(?: \d{{3}})+(?:\.\d+)?|\d+ \d{{1,3}}/\d{{1,3}})(?![\d/])"  # 1 000, 5 1/2
 _PRICE = re.compile(rf"-?\\?[$€£¥₹]\s?{_DIGITS} for {_DIGITS}")
 """A price and for how many it is."""
@@ -39,12 +39,12 @@ _MIXED = r"(?<![\w.,/])-?\d*\s?[¼-¾⅐-⅞]"
 ITEM = rf"(?:{_LATEX}|{_MIXED}|{_RATIO}|{_SPACED}|{_ARITHMETIC})"
 _UNIT = r"(?:\s+[^\W\d_]+){0,2}?"
 _JOIN = (
-    rf"(?:[,;]?\s*(?:{JOINED_NUMBERS}|{MAYBE}|\botherwise\b|\bto\b)(?:\s+(?:else|it|is|bien|{MAYBE})\b)*|[,;、]"
+    rf"(?:[,;]?\s*(?:{JOINED_NUMBERS}|{MAYBE}|\botherwise\b|\bto\b)(?:\s+(?:else|it|is|bien|{MAYBE})\b)*|[,;、|&~]"
     r"|[\u3400-\u9fff]?[，,]?[也或者还]*可能[是有])"
 )
 VALUES = re.compile(rf"{ITEM}(?:{_UNIT}\s*{_JOIN}\s*{ITEM})*", re.IGNORECASE)
 """A number, arithmetic or a formula, or a list of them: 3 apples and 4."""
-_SUM = re.compile(rf"(?>[-+*/×÷·()\s]*{ITEM}(?: [^\W\d_]+){{0,2}}\s*)++=\s*(?={ITEM})")
+_SUM = re.compile(rf"(?>[-+*/×÷·()\s]*{_TERM}(?: [^\W\d_]+){{0,2}}\s*)++=\s*(?={ITEM})")
 """A computation in words and numbers, up to its result: 2 apples + 3 apples =."""
 _WORD = re.compile(
     r"(?<![\\\w{])(?!(?:and|or)\b)[^\W\d_]{2,}(?=[,:]?\s)|[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af][，：:]?"
@@ -53,9 +53,11 @@ _TEX = re.compile(r"[^$]*(?:\\[A-Za-z!]|[\^=_<>≤≥≠]|\d[a-z]\b)[^$]*$")
 """LaTeX without dollars to the end of a line."""
 _OR_ELSE = re.compile(
     rf"(?:{EITHER}|{MAYBE})[^.]*?\d|\d\W*otherwise\b"
-    r"|\b(?:if|when|for|in|another)\b[^.]*?(?:[,;]|\band\b|\belse\b|\banother\b[^.]*?)\s*(?:it )?(?:is\s+)?\$?-?\d",
+    r"|\b(?:if|when|unless)\b[^.]*?(?:[,;]|\b(?:and|else|then|not|but)\b)[^.\d]{0,12}?\$?-?\d"
+    r"|\b(?:for|in|another)\b[^.]*?(?:[,;]|\band\b|\belse\b|\banother\b[^.]*?)\s*(?:it )?(?:is\s+)?\$?-?\d",
     re.IGNORECASE,
 )
+_OR_NEXT = re.compile(rf"{EITHER}\W*\Z", re.IGNORECASE)
 _WITHIN = (
     "in|for|at|by|per|on|with|from|after|before|within|during|out|as|is|are|was|were|each|dans|pour|par|von|für|por|para"
     "|con|per|di|da|de|del|des|du|za|за|на|по|из|do|för|på|med|dari|untuk|trong"
@@ -63,7 +65,8 @@ _WITHIN = (
 _SECOND = re.compile(rf"\s+(?!(?:{_WITHIN})\b)[^\W\d_]{{1,8}}\s+{ITEM}", re.IGNORECASE)
 """A second value after one word that is no preposition: and, or in a language that has no row."""
 _DENIAL = re.compile(r"(?:(?:,| and| but) |\s*\()not\s[^,;]*$")
-"""What the answer is not: 5, not 6."""
+_NOT_BUT = re.compile(r"\bnot\s[^,;]{,20}?,? but (?:rather |instead )?", re.IGNORECASE)
+"""What the answer is not: 5, not 6; not 6 but 5."""
 _LABELLED = re.compile(
     r"\b(?:step|question|problem|part|case|equation|eq|theorem|lemma|section|figure|table|page|line|chapter|example|"
     r"exercise|mod|modulo)\.?\s*[(#]?\Z|(?:\\boxed\s*\{|<answer>)\W*\Z",
@@ -85,7 +88,8 @@ def first_value(clause: str) -> str | None:
         return None
     if (computed := _SUM.match(clause, match.start())) and (result := VALUES.match(clause, computed.end())):
         match = result
-    hedged = HEDGED.search(clause[: match.start()]) or HEDGED_AFTER.match(clause, match.end())
+    before = clause[: match.start()]
+    hedged = HEDGED.search(before) or _OR_NEXT.search(before) or HEDGED_AFTER.match(clause, match.end())
     if hedged or (_SECOND.match(clause, match.end()) and not number(clean(clause))):
         return UNDECIDED
     if again := taken_back(clause, match.end()):
@@ -130,7 +134,8 @@ def _committed(line: str, found: list[re.Match[str]]) -> str | None:
 
 
 def without_denial(clause: str) -> str:
-    """A clause without what the answer is said not to be at its end; `UNDECIDED` if that is the answer: 5 but not 5."""
+    """A clause without what the answer is said not to be; `UNDECIDED` if that is the answer: 5 but not 5."""
+    clause = _NOT_BUT.sub("", clause)
     denial = _DENIAL.search(clause)
     if denial is None:
         return clause
@@ -155,7 +160,7 @@ def last_lines(text: str) -> list[list[str]]:
     first = next((at for at in range(len(bare), 0, -1) if bare[at - 1] is None), 0)
     together = [one for one in bare[first:] if one]
     if len(together) < 2:
-        return [lines[-1:] or [text]]
+        return [[without_denial(lines[-1]) if lines else text]]
     names = {name for name, _ in together}
     each = [f"{name} = {value}" if name else value for name, value in together]
     return [each] if len(names) == 1 else [each, each[-1:]]
@@ -187,6 +192,6 @@ def _with_unit(found: re.Match[str]) -> str:
 
 def _result(value: str) -> str:
     """What arithmetic that is written out comes to: 18 of 9 * 2 = 18."""
-    if re.fullmatch(r"(?:[\s\d.+\-*/^=×÷·−x()$€£¥₹%\\]|,(?=\d))+", value):
+    if re.fullmatch(r"(?:[\s\d.+\-*/^=×÷·−–x()$€£¥₹%\\]|,(?=\d))+", value):
         return value.rpartition("=")[2]
     return value

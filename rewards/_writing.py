@@ -56,6 +56,7 @@ _REWRITE = [
         (r"(?<![\\A-Za-z])(pi|sqrt|infinity)(?![A-Za-z])", r"\\\1 "),  # names of what LaTeX has commands for
         (r"(?<![\\A-Za-z])(sin|cos|tan|cot|sec|csc|log|ln|exp)(?=\s*[\d(\\^_])", r"\\\1 "),
         (r"\\infinity", r"\\infty"),
+        (r"(?<![A-Za-z])([ap])\.m\.?(?![A-Za-z])", r"\1m"),
         (r"\\log_\s*(?:e|\{\s*e\s*\})(?![A-Za-z])", r"\\ln "),
         (r"\\sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}"),
     )
@@ -123,19 +124,24 @@ def _unfonted(font: re.Match[str]) -> str:
     content = font[1].strip()
     if font[0].startswith((r"\boxed", r"\fbox")):
         return f" {font[1]} "
-    if _FUNCTION.fullmatch(content):
+    after_number = re.search(r"[\d}]\s*$", font.string[: font.start()])
+    if _FUNCTION.fullmatch(content) and not (after_number and content in _units.SHORT):
         return rf"\{content} "
     if re.search(r"[^\W\d_]{2}", content):
         return content if font[0].startswith(r"\operatorname") else rf"\text{{{font[1]}}}"
-    if content in _UNIT_LETTERS and re.search(r"[\d}]\s*$", font.string[: font.start()]):
+    if content in _UNIT_LETTERS and after_number:
         return rf"\text{{{content}}}"  # 5 \text{ N}
     return f" {content} " if len(content) > 1 else content
+
+
+_ORNAMENT = re.compile(r"^[→⇒∴\u25a0-\u27bf\U0001f000-\U0001faff]+|[∎\ufe0f\u25a0-\u27bf\U0001f000-\U0001faff]+$")
 
 
 def _trimmed(text: str) -> str:
     """Without what may stand around an answer: punctuation, a line break, quotes, braces."""
     for _ in range(20):
         before = text
+        text = _ORNAMENT.sub("", text) or text
         text = re.sub(r"^(?:[\s:;=,]|\\\\|\.(?!\d))+|(?:\s|\\\\|[.,;:]|(?<=[^\s,;(])\s?\?)+$", "", text)
         for opening, closing in ("{}", '""', "''", "**", "__", "$$"):
             inner = text[1:-1]

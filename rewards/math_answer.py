@@ -35,8 +35,7 @@ _DISPLAY = re.compile(r"\\\[(?:(?!\\\]|\n\s*\n).){,500}\\\]|\$\$(?:(?!\n\s*\n)[^
 _ALIGNED = re.compile(r"\\begin\{((?:align|gather)(?:ed)?|equation|split)(\*?)\}(.{,2000}?)\\end\{\1\2\}", re.DOTALL)
 _OVER_LINES = re.compile(r"[^\S\n]?\n{1,2}(or|and)\b[^\S\n]?\n{,2}|[^\S\n](or|and)[^\S\n]?\n{1,2}")
 """An "or" that joins the lines above and below."""
-_NOT_BUT = re.compile(r"not\s[^,;]{,20}?,? but (?:rather |instead )?")
-_REASON = re.compile(r",?\s+(?:because|since)\b.*", re.DOTALL)
+_REASON = re.compile(r",?\s+(?:(?:because|since|namely)\b|i\.e\.).*", re.DOTALL)
 
 
 @register_reward
@@ -120,7 +119,7 @@ def _is_wording(gold: str) -> bool:
 
 def _read(clause: str, words_wanted: bool) -> str | None:
     """What a clause that announces an answer gives for it; None if it only speaks of it."""
-    clause = _REASON.sub("", _NOT_BUT.sub("", clause))
+    clause = _REASON.sub("", clause)
     if words_wanted or number(clean(clause)) or not is_prose(clean(clause)):
         return clause
     return first_value(clause)

@@ -7,13 +7,22 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional
 
+from rlzoo.types import running_sum
+
+
+def _numbered(group: Int[Tensor, " B"]) -> Int[Tensor, " B"]:
+    """Groups numbered from 0 in order. `torch.unique` would do, but waits for a GPU to say how many there are."""
+    ordered, order = group.sort(stable=True)
+    starts = ordered != ordered.roll(1)
+    starts[:1] = False
+    return torch.empty_like(order).scatter(0, order, starts.cumsum(0))
+
 
 def group_mean(x: Float[Tensor, " B"], group: Int[Tensor, " B"]) -> Float[Tensor, " B"]:
     """Mean of ``x`` over the rows of the same group, for each row."""
-    _, index = torch.unique(group, return_inverse=True)
-    groups = int(index.max()) + 1 if len(index) else 0
-    total = x.new_zeros(groups).index_add(0, index, x)
-    count = x.new_zeros(groups).index_add(0, index, torch.ones_like(x))
+    index = _numbered(group)
+    total = torch.zeros_like(x).index_add(0, index, x)
+    count = torch.zeros_like(x).index_add(0, index, torch.ones_like(x))
     return (total / count.clamp(min=1))[index]
 
 
@@ -36,9 +45,8 @@ def group_varies(reward: Float[Tensor, " B"], group: Int[Tensor, " B"]) -> Bool[
 
 def _least(reward: Float[Tensor, " B"], group: Int[Tensor, " B"]) -> Float[Tensor, " B"]:
     """The smallest reward of each row's group."""
-    _, index = torch.unique(group, return_inverse=True)
-    bounds = reward.new_empty(int(index.max()) + 1 if len(index) else 0)
-    return bounds.scatter_reduce(0, index, reward, "amin", include_self=False)[index]
+    index = _numbered(group)
+    return torch.zeros_like(reward).scatter_reduce(0, index, reward, "amin", include_self=False)[index]
 
 
 def group_normalised(
@@ -70,8 +78,8 @@ def leave_one_out(
 
 
 def _size(group: Int[Tensor, " B"], like: Float[Tensor, " B"]) -> Float[Tensor, " B"]:
-    _, index, count = torch.unique(group, return_inverse=True, return_counts=True)
-    size: Tensor = count[index].to(like.dtype)
+    index = _numbered(group)
+    size: Tensor = torch.zeros_like(index).index_add(0, index, torch.ones_like(index))[index].to(like.dtype)
     return size
 
 
@@ -91,10 +99,9 @@ def optimal_token_baseline(
     if score_norm.shape != mask.shape or reward.shape != group.shape or len(reward) != len(mask):
         shapes = [tuple(x.shape) for x in (reward, group, score_norm, mask)]
         raise ValueError(f"shapes do not match: {', '.join(map(str, shapes))}")
-    live = torch.where(mask, score_norm, 0).cumsum(1) * mask
+    live = running_sum(torch.where(mask, score_norm, 0)) * mask
     least = _least(reward, group)
-    _, index = torch.unique(group, return_inverse=True)
-    total = live.new_zeros(int(index.max()) + 1 if len(index) else 0, live.shape[1])
+    index, total = _numbered(group), torch.zeros_like(live)
     weighted = total.index_add(0, index, live * (reward - least).to(live.dtype)[:, None])[index]
     weight = total.index_add(0, index, live)[index]
     baseline = least[:, None] + torch.where(weight > 0, weighted / weight, 0)
@@ -146,11 +153,24 @@ def whiten(x: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"], epsilon: float = 
 
     Equal entries give exactly 0: their computed mean may round to another number, which ε would not hide.
     """
-    inside = x[mask]
-    if inside.numel() < 2:
-        return torch.where(mask, x, 0)
-    varied = mask & (inside.amin() < inside.amax())
-    return torch.where(varied, (x - inside.mean()) * (inside.var() + epsilon).rsqrt(), 0)
+    kept, count = torch.where(mask, x, 0), mask.sum()
+    mean = masked_mean(x, mask)
+    if x.device.type == "cpu":
+        variance = x[mask].var(correction=int(count > 1))
+    else:
+        variance = torch.where(mask, x - mean, 0).square().sum() / (count - 1)
+    varied = torch.where(mask, x, torch.inf).amin() < torch.where(mask, x, -torch.inf).amax()
+    whitened = torch.where(mask & varied, (x - mean) * (variance + epsilon).rsqrt(), 0)
+    return torch.where(count < 2, kept, whitened)
+
+
+def masked_mean(x: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Float[Tensor, ""]:
+    """Mean over the unmasked entries; NaN where there are none.
+
+    On a CPU they are closed up first, as zeros between them would change the last bits of their sum. A GPU would have
+    to be waited for until it says how many there are.
+    """
+    return x[mask].mean() if x.device.type == "cpu" else torch.where(mask, x, 0).sum() / mask.sum()
 
 
 def last_token(mask: Bool[Tensor, "B T"]) -> Bool[Tensor, "B T"]:

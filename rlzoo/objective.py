@@ -56,14 +56,17 @@ class Normaliser(Enum):
 
     def denominator(self, batch: TokenBatch) -> float:
         """Z of a batch. Z of an optimizer step is the sum over its micro-batches and ranks."""
-        rows = len(batch.mask)
+        return float(self.count(batch))
+
+    def count(self, batch: TokenBatch) -> Tensor | int:
+        """`denominator` where it is known: on the host, or on the device, which nobody waits for."""
         match self:
             case Normaliser.PER_TOKEN:
-                return float(batch.mask.sum())
-            case Normaliser.PER_SEQUENCE | Normaliser.SEQUENCE_SUM:
-                return float(rows)
-            case Normaliser.PER_PAIR:
-                return float(rows if batch.chosen is None else batch.chosen.sum())
+                return batch.mask.sum()
+            case Normaliser.PER_PAIR if batch.chosen is not None:
+                return batch.chosen.sum()
+            case _:
+                return len(batch.mask)
 
 
 @dataclass(frozen=True)
@@ -346,13 +349,15 @@ def reduce(
     per_token: Float[Tensor, "B T"] | Float[Tensor, " B"],
     batch: TokenBatch,
     normaliser: Normaliser,
-    denominator: float,
+    denominator: Tensor | float,
 ) -> Tensor:
-    """Σ w x / Z over the unmasked tokens, or over rows if x has shape [B]."""
-    if per_token.ndim == 1:
-        return per_token.sum() / denominator
-    weighted = per_token * normaliser.weight(batch)
-    return weighted[batch.mask].sum() / denominator
+    """Σ w x / Z over the unmasked tokens, or over rows if x has shape [B]; a Z of 0 counts as 1."""
+    if per_token.ndim == 2:
+        per_token = torch.where(batch.mask, per_token * normaliser.weight(batch), 0)
+    total = per_token.sum()
+    if isinstance(denominator, Tensor):
+        return total / denominator.clamp(min=1).to(total.dtype)
+    return total / (denominator or 1.0)
 
 
 def surrogate(objective: Objective, batch: TokenBatch, denominator: float | None = None) -> Float[Tensor, ""]:
@@ -377,7 +382,7 @@ def surrogate(objective: Objective, batch: TokenBatch, denominator: float | None
 
 
 def surrogate_of(
-    coefficients: Coefficients, objective: Objective, batch: TokenBatch, denominator: float | None = None
+    coefficients: Coefficients, objective: Objective, batch: TokenBatch, denominator: Tensor | float | None = None
 ) -> Float[Tensor, ""]:
     """`surrogate` for given coefficients."""
     normaliser = objective.normaliser
@@ -385,8 +390,6 @@ def surrogate_of(
         denominator = normaliser.denominator(batch)
         if not batch.mask.any():
             warnings.warn("every token of the batch is masked: the loss is 0", stacklevel=2)
-    if denominator == 0:
-        return batch.logp[batch.mask].sum()
     values = torch.where(batch.mask, coefficients.values, 0)  # padding may hold anything, even NaN
     loss = -reduce(values * batch.logp, batch, normaliser, denominator)
     live = {key: value for key, value in batch.inputs.items() if value.requires_grad and value.ndim == 2}

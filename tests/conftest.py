@@ -13,6 +13,14 @@ import pytest
 import torch  # after the variables above, which huggingface_hub reads when it is imported
 
 torch.set_num_threads(1)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """A GPU is for the tests that ask for one: the others compare with what a CPU computes."""
+    if config.option.markexpr != "gpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 hypothesis.settings.register_profile("untimed", deadline=None)  # a busy machine is no fault of the code
 hypothesis.settings.load_profile("untimed")
 

@@ -170,6 +170,7 @@ OTHER: dict[str, Any] = {
     "weight_decay": 0.0, "warmup_ratio": 0.5, "max_gradient_norm": 2.0, "importance_cap": 2.0,
     "max_completion_tokens": 7, "special_tokens": "allow", "behaviour": "current",
     "dtype": "bfloat16-mixed", "lora": {"rank": 2}, "gradient_checkpointing": True, "on_nonfinite": "skip",
+    "device": "cpu", "deterministic": True,
 }  # fmt: skip
 """Another value of each setting that decides what a run finds."""
 
@@ -187,6 +188,9 @@ def test_the_checkpoints_of_another_run_are_refused(make_policy: MakePolicy, tmp
         trained(make_policy, "dft", tmp_path)
     with pytest.raises(UserError, match=r"objective\.\w+: .* there, .* here"):
         trained(make_policy, "iw-sft-ema", tmp_path)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(UserError, match=r"computed: 'cpu, .*' there, 'cpu, .*"):
+        patch.setattr("rlzoo.training.state.computed", lambda policy: "cpu, in another dtype")  # as auto may mean
+        trained(make_policy, "iw-sft", tmp_path)
     other = EVERY.model_copy(update={"token_budget": 40, "checkpoint_seconds": 9.0, "trackers": ["tensorboard"]})
     assert len(trained(make_policy, "iw-sft", tmp_path, other)[1].steps) == 7
 
@@ -454,7 +458,7 @@ def test_smaller_parts_of_an_experiment() -> None:
         }
     )  # fmt: skip
     smaller: Any = experiment.with_smaller_batches(4)
-    assert smaller.training_of("sft").token_budget == experiment.training.token_budget // 4
+    assert experiment.training.token_budget == "auto" and smaller.training_of("sft").token_budget == "auto/4"
     assert smaller.training_of("dft").token_budget == 25
     assert smaller.evaluation.batch_size == experiment.evaluation.batch_size // 4
     assert experiment.with_smaller_batches(1) is experiment

@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from comparisons import SMALL_OPTIONS, inline_pool, small
 from rich.console import Console
 
@@ -27,7 +28,7 @@ from rlzoo.comparison.plan import Cell
 from rlzoo.comparison.report import write_report
 from rlzoo.config import Experiment, ProblemSource, load_experiment
 from rlzoo.errors import UserError
-from rlzoo.jobs.pool import InThisProcess, WorkerDiedError, WorkError
+from rlzoo.jobs.pool import InThisProcess, OutOfMemoryError, WorkerDiedError, WorkError
 from rlzoo.jobs.runs import run_in
 from rlzoo.policy import load_policy
 from rlzoo.rollout import rollouts
@@ -255,7 +256,7 @@ def test_a_benchmark_may_have_a_reward_of_its_own(tmp_path: Path) -> None:
         assert row["reward"] == pytest.approx(parts["length"] + 3 * parts["format"])
     lengths = [json.loads(row["components"])["length"] for row in mine if row["decoding"] == "sample"]
     assert cell["metrics"]["own"]["component/length"] == pytest.approx(sum(lengths) / len(lengths))
-    assert results["metrics"]["component/length"]["label"] == "length"
+    assert results["metrics"]["component/length"] == {"label": "length", "unit": "mean reward"}
     with pytest.raises(UserError, match="unknown reward 'lenth'"):
         quietly(small({"sft": {}}, benchmarks={"own": source | {"reward": "lenth"}}), tmp_path / "wrong")
 
@@ -338,7 +339,25 @@ def test_cells_that_failed_are_tried_again_and_no_others(tmp_path: Path, monkeyp
     assert not (tmp_path / "out" / ".state").exists()
 
 
-def test_a_cell_whose_processes_die_is_done_again_in_smaller_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("undrawn")
+def test_a_cell_that_runs_out_of_memory_is_done_again_in_smaller_parts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, ran = one_cell._run_cell, list[int]()
+
+    def starving(experiment: Experiment, *rest: Any) -> dict[str, Any]:
+        ran.append(experiment.evaluation.batch_size)
+        if ran[-1] > 64:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
+        return run(experiment, *rest)
+
+    monkeypatch.setattr(one_cell, "_run_cell", starving)
+    found = quietly(small({"sft": {}}), tmp_path / "out")
+    assert ran == [256, 128, 64] and found["failed"] == []
+
+
+@pytest.mark.parametrize("error", [WorkerDiedError(-9), OutOfMemoryError("CUDA out of memory")])
+def test_a_cell_without_memory_is_done_again_in_smaller_parts(error: WorkError) -> None:
     asked: list[tuple[str, int]] = []
 
     class Dying(InThisProcess):
@@ -349,7 +368,7 @@ def test_a_cell_whose_processes_die_is_done_again_in_smaller_parts(monkeypatch: 
             asked.append((name, parts))
             future: Future[Any] = Future()
             if name.startswith("sft") or (name.startswith("dft") and parts < 4):
-                future.set_exception(WorkerDiedError(-9))
+                future.set_exception(error)
             else:
                 future.set_result({"metrics": {"facts": {"avg_at_k": 0.5}}, "events": []})
             return future
@@ -365,7 +384,7 @@ def test_a_cell_whose_processes_die_is_done_again_in_smaller_parts(monkeypatch: 
         ("sft", 1), ("dft", 1), ("rft", 1), ("sft", 2), ("dft", 2), ("sft", 4), ("dft", 4),
     ]  # fmt: skip
     assert [name.split("-")[0] for name in runs] == ["rft", "dft"]
-    assert [(cell["algorithm"], "killed by SIGKILL" in cell["error"]) for cell in failed] == [("sft", True)]
+    assert [(cell["algorithm"], cell["error"]) for cell in failed] == [("sft", str(error))]
     assert lines.getvalue().count("to be tried again, in micro-batches half as large") == 4
 
 
@@ -509,7 +528,15 @@ def test_shared_work_whose_process_dies_is_told_in_one_line(tmp_path: Path, monk
         ({"algorithms": {"sft": {"mode": "online"}}}, "algorithms.sft: 'sft' learns from demonstrations, so mode must"),
         ({"train": "rows.jsonl"}, "needs the column 'answer'"),
         ({"validation": "rows.jsonl"}, "needs the column 'answer'"),
-        ({"benchmarks": {"mine": "rows.jsonl"}}, "needs the column 'answer'"),
+        ({"benchmarks": {"mine": {}}}, "needs the column 'answer'"),
+        (
+            {
+                "reward": {"name": "length", "target": 1, "limit": 9},
+                "validation": None,
+                "benchmarks": {"mine": {"reward": "exact-match"}},
+            },
+            "needs the column 'answer'",
+        ),
         ({"evaluation.metrics": ["gredy"]}, "unknown metric 'gredy'"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -521,7 +548,11 @@ def test_what_is_wrong_is_told_before_a_model_is_loaded(
     (tmp_path / "rows.jsonl").write_text('{"prompt": "1+1=?", "solution": "#### 2"}')
     rows = {"source": "rows.jsonl", "solution": "solution"}
     given = {
-        key: dict.fromkeys(value, rows) if key == "benchmarks" else rows if value == "rows.jsonl" else value
+        key: {name: rows | own for name, own in value.items()}
+        if key == "benchmarks"
+        else rows
+        if value == "rows.jsonl"
+        else value
         for key, value in {"algorithms": {"sft": {}}, "baseline": None, "model": "none", **changes}.items()
     }
     with pytest.raises(UserError, match=re.escape(told)):

@@ -141,11 +141,11 @@ def test_a_missing_setting_is_named() -> None:
 
 
 def test_the_grid_has_every_cell_once_with_a_name_of_its_own() -> None:
-    rows = {"a/b": {"objective": "sft", "learning_rates": [1e-4, 1e-3]}, "a_b": {"objective": "sft"}}
+    rows = {"a/b": {"objective": "sft", "learning_rates": [1e-4, 1.2e-4]}, "a_b": {"objective": "sft"}}
     changes: dict[str, Any] = {"algorithms": rows, "seeds": [4, 2], "training.learning_rate": 1e-4, "baseline": "a_b"}
     grid = cells(load_experiment("facts", changes))
     assert grid == [
-        Cell(name, seed, rate) for seed in (4, 2) for name, rate in (("a/b", 1e-4), ("a/b", 1e-3), ("a_b", 1e-4))
+        Cell(name, seed, rate) for seed in (4, 2) for name, rate in (("a/b", 1e-4), ("a/b", 1.2e-4), ("a_b", 1e-4))
     ]
     assert len({cell.id for cell in grid}) == len(grid)
     assert not any("/" in cell.id for cell in grid)

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pydantic
 import pytest
+import torch
 
 from rlzoo.buffers.bad_rows import BadRows
 from rlzoo.buffers.problems import Problem
@@ -142,6 +143,14 @@ def test_outcomes_are_one_row_a_sample(policy: Policy) -> None:
     ]  # fmt: skip
 
 
+def test_what_a_reward_logs_is_of_the_samples_and_not_of_greedy_decoding(policy: Policy) -> None:
+    def counting(completions: list[str], log_metric: Any, **_: Any) -> list[float]:
+        log_metric("scored", len(completions))
+        return [0.0] * len(completions)
+
+    assert evaluate(policy, PROBLEMS, counting, settings(), sampler=FakeSampler()).metrics["reward/scored"] == 12
+
+
 def test_a_null_reward_is_wrong_and_stays_null(policy: Policy) -> None:
     found = evaluate(policy, PROBLEMS, Reward("match", match), settings(), sampler=FakeSampler())
     (empty,) = (row for row in found.outcomes if row["text"] == "")
@@ -208,6 +217,9 @@ SHORT = {"name": "length", "target": 9, "limit": 10, "weight": 0.1}
         ("math-answer", [r"so \boxed{14/2}", "The answer is 7.0.", r"\boxed{8}", r"\boxed{9}"], 1.0),
         ([SHORT, "exact-match"], ["a #### 7", "#### 7", "8", "9"], 1.0),
         (match, ["7", " 7", "8", "9"], 0.5),  # a function's answers are texts, of which the second is wrong
+        (match, ["a", "A", "7", "8"], 0.0),
+        (match, ["", "", "7", "8"], 0.5),  # no text is no answer
+        (match, ["", "", "", ""], 0.0),
     ],
 )  # fmt: skip
 def test_the_majority_votes_by_what_the_reward_calls_an_answer(
@@ -252,9 +264,12 @@ def test_a_metric_is_a_row_that_anyone_can_add(policy: Policy) -> None:
     def nothing(problem: ProblemSamples) -> Total:
         return Total(0, 0)
 
-    table = [distinct, Metric("wrong_length", wrong_length, unit="tokens"), nothing]
+    def of_a_tensor(problem: ProblemSamples) -> Any:
+        return torch.tensor([sample["length"] for sample in problem.samples]).max()
+
+    table = [distinct, Metric("wrong_length", wrong_length, unit="tokens"), nothing, of_a_tensor]
     found = evaluate(policy, PROBLEMS, match, settings(), sampler=FakeSampler(), metrics=table)
-    assert found.metrics == {"distinct": (2 + 4 + 4) / 3, "wrong_length": 2.0, "k": 2, "samples": 4}
+    assert found.metrics == {"distinct": (2 + 4 + 4) / 3, "wrong_length": 2.0, "of_a_tensor": 2, "k": 2, "samples": 4}
 
 
 @pytest.mark.parametrize(
@@ -263,6 +278,7 @@ def test_a_metric_is_a_row_that_anyone_can_add(policy: Policy) -> None:
         ("1 / 0", r"metric 'mine' on problem 'p0': ZeroDivisionError"),
         ("float('nan')", r"metric 'mine' on problem 'p0': it returned nan: return a finite number"),
         ("'many'", r"it returned 'many'"),
+        ("__import__('rlzoo').evaluation.Total(1.0, float('nan'))", r"it returned Total\(total=1.0, count=nan\)"),
     ],
 )
 def test_a_metric_that_fails_is_named(body: str, told: str, policy: Policy, tmp_path: Path) -> None:
@@ -274,15 +290,23 @@ def test_a_metric_that_fails_is_named(body: str, told: str, policy: Policy, tmp_
 
 def test_names_of_metrics(tmp_path: Path) -> None:
     assert {"avg_at_k", "maj_at_k", "log_likelihood"} <= set(list_metrics())
+    table = {metric.name: metric for metric in metric_table(settings(k=[2, 1]))}
+    assert [table[name].label for name in ("avg_at_k", "maj_at_k", "pass_at_k", "pass_at_1", "log_likelihood")] == [
+        "avg@4", "maj@4", "pass@2", "pass@1", "held-out log-likelihood",
+    ]  # fmt: skip
+    assert table["avg_at_k"].shown(0.5) == "50.0%" and table["mean_length"].shown(12.3456) == "12.35 tokens"
+    assert Metric("wrong_length", lambda problem: 1.0).label == "wrong length"
     names = [metric.name for metric in metric_table(settings())]
     assert [metric.name for metric in metric_table(settings(metrics=["greedy"]))] == names, "it is there anyway"
     with pytest.raises(UserError, match=r"unknown metric 'gredy'.*greedy"):
         metric_table(settings(metrics=["gredy"]))
     (tmp_path / "mine.py").write_text(
         "def samples(problem):\n    return 1\n\ndef greedy(problem):\n    return 1\nx = 3\n"
+        "from rlzoo.evaluation import Metric\nlogged = Metric('reward/x', samples)\n"
     )
-    for name in ("samples", "greedy"):
-        with pytest.raises(UserError, match=f"the results already have a '{name}': give it another name"):
+    assert [metric.name for metric in metric_table(settings(), ["only"])] == names, "one part is the reward itself"
+    for name, told in (("samples", "samples"), ("greedy", "greedy"), ("logged", "reward/x")):
+        with pytest.raises(UserError, match=f"the results already have a '{told}': give it another name"):
             metric_table(settings(metrics=[f"{tmp_path / 'mine.py'}:{name}"]))
     with pytest.raises(UserError, match="is int: give a Metric, or a function"):
         metric_table(settings(metrics=[f"{tmp_path / 'mine.py'}:x"]))

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import numpy as np
 import pytest
 import torch
-from chat_templates import assistant, built, policy_of, tokenizer_of, user
+from chat_templates import assistant, built, policy_of, tokenizer_of, turn, user
 from torch import Tensor, nn
 
 from rlzoo.config import Training
@@ -20,17 +21,21 @@ from rlzoo.inputs import (
     Context,
     Critic,
     Input,
+    Mismatched,
     MovingReference,
     Privileged,
     Reference,
+    ReferenceLogits,
     Snapshot,
     Stage,
     Statistic,
 )
-from rlzoo.objective import Objective
-from rlzoo.policy import Assembler, MicroBatches, Models, Policy, load_policy, log_probs
+from rlzoo.inputs.references import mismatched
+from rlzoo.objective import Component, Objective
+from rlzoo.policy import Assembler, MicroBatches, Models, Policy, Sequences, load_policy, log_probs
 from rlzoo.policy.loading import save_policy
 from rlzoo.training import Trainer
+from rlzoo.training.state import restore, state_of
 from rlzoo.types import Coefficients, Coupling, TokenBatch, Trajectory
 
 MakePolicy = Callable[..., Policy]
@@ -85,9 +90,9 @@ ROWS = [row([5, 6], [20, 21, 2]), row([7], [22, 2])]
 
 def test_a_privileged_prompt_is_filled_from_the_row(make_policy: MakePolicy) -> None:
     policy, teacher = make_policy(), make_policy(seed=1)
-    columns: dict[str, object] = {"answer": "24", "steps": [1, "a"], "prompt": "not this"}
+    columns: dict[str, object] = {"answer": "24", "steps": [1, True], "prompt": "not this"}
     rows = [replace(r, prompt=text, columns=columns) for r, text in zip(ROWS, ("12+12=?\n", "3*8=?\n"), strict=True)]
-    told = [policy.tokenizer.encode(f'{r.prompt}Hint: 24, [1, "a"]\n') for r in rows]
+    told = [policy.tokenizer.encode(f"{r.prompt}Hint: 24, [1, true]\n") for r in rows]
     for model, name in ((policy, None), (teacher, "teacher")):
         one = Privileged("{prompt}Hint: {answer}, {steps}\n", model=name)
         batch = assembled(policy, rows, one, models=Models(policy, {"teacher": teacher}))
@@ -98,9 +103,9 @@ def test_a_privileged_prompt_is_filled_from_the_row(make_policy: MakePolicy) -> 
 def test_a_privileged_conversation_is_told_in_its_last_user_turn() -> None:
     tokenizer = tokenizer_of("chatml")
     policy = policy_of(tokenizer)
-    turns = [user("{x}"), assistant("4"), user("2+3?"), assistant("<5")]
+    turns = [user("{x}"), assistant("4"), user("2+3?"), turn("tool", "<5")]
     rows = [replace(ROWS[0], messages=turns, columns={"answer": "5"})]
-    told = [user("{x}"), assistant("4"), user("2+3? (5)"), assistant("<5")]
+    told = [user("{x}"), assistant("4"), user("2+3? (5)"), turn("tool", "<5")]
     text = tokenizer.apply_chat_template(told, tokenize=False, add_generation_prompt=True)
     expected = scored(policy, rows, [tokenizer.encode(text)])
     found = assembled(policy, rows, Privileged("{prompt} ({answer})"))
@@ -198,6 +203,33 @@ def test_two_teachers_have_columns_of_their_own() -> None:
     assert len({*columns}) == 3 and columns[2] == "reference_logp"
 
 
+@dataclass(frozen=True)
+class Drawn(Asking):
+    """SFT with the distance to a teacher's logits."""
+
+    def logit_term(self, policy_logits: Tensor, reference_logits: Tensor | None, target: Tensor) -> Tensor:
+        assert reference_logits is not None
+        return (policy_logits - reference_logits).square().sum(1)
+
+
+def test_a_teacher_gives_its_logits(teacher: Policy) -> None:
+    policy, settings = load_policy("embedded"), Training(steps=1)
+    logits = [one.head.logits(one.hidden(Sequences.of(ROWS, one.device))) for one in (policy, teacher)]
+    expected = float((logits[0] - logits[1]).square().sum(1).mean().detach())
+    (step,) = Trainer(policy, Drawn((ReferenceLogits(teacher.name),)), Fixed(), settings).run().steps
+    assert step["logit_term"] == pytest.approx(expected, rel=1e-5) and expected > 1e-3
+
+
+def test_the_mismatch_is_the_mean_of_the_completions_that_have_another_prompt(make_policy: MakePolicy) -> None:
+    policy, start = make_policy(), make_policy(seed=1)
+    rows = [row([5], [20, 2]), row([5], [21, 2]), row([5], [22, 23, 2]), row([6], [24, 2])]
+    others = mismatched(rows)
+    assert len(others) == 2, "of three of one prompt, one has a counterpart"
+    gaps = [sum(scored(model, others).expected) for model in (policy, start)]
+    found = assembled(policy, rows, Mismatched(), models=Models(policy, {None: start}))
+    assert found["mismatched"].tolist() == pytest.approx([(gaps[0] - gaps[1]) / 2] * 4, rel=1e-6)
+
+
 # Values of rows, and what is computed where they lack them
 
 
@@ -288,18 +320,25 @@ def test_models_that_do_not_change_score_a_row_once(counted: tuple[Policy, list[
     assert assembler.log_probs(policy, ROWS).keys() == {"logp", "value"} and passes == [2]
 
 
-# After a step
+# Steps, and what a checkpoint holds
+
+
+class Counting(nn.Linear):
+    """A head that counts steps."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__(size, 1)
+        self.register_buffer("steps", torch.zeros(()))
 
 
 @dataclass(frozen=True)
 class Telling(MovingReference):
-    """A moving reference with a head of its own, which counts how often it is told of a step."""
+    """A moving reference with a head, which counts how often it is told of a step."""
 
     stage: ClassVar[Stage] = Stage.FORWARD
-    told: ClassVar[list[Policy]] = []
 
     def module(self, policy: Policy) -> nn.Module:
-        return nn.Linear(policy.hidden_size, 1)
+        return Counting(policy.hidden_size)
 
     def of_hidden(self, module: Any, hidden: Tensor) -> Tensor:
         found: Tensor = module(hidden)[:, 0]
@@ -307,7 +346,7 @@ class Telling(MovingReference):
 
     def after_step(self, context: Context) -> None:
         super().after_step(context)
-        self.told.append(context.own)
+        context.policy.modules_of_inputs[self.key].steps += 1  # type: ignore[assignment, operator]
 
 
 @dataclass(frozen=True)
@@ -320,23 +359,61 @@ class Heard(Telling):
         return None
 
 
-def test_each_input_is_told_once_of_a_step(make_policy: MakePolicy) -> None:
-    class One:
-        def draw(self) -> tuple[list[Trajectory], list[tuple[int, ...]]]:
-            return ROWS, [(0,), (1,)]
+@dataclass(frozen=True)
+class Both(Objective):
+    """Two parts with a moving reference each, both of one key."""
 
-    Telling.told.clear()
-    trainer = Trainer(make_policy(), Asking((Telling(0.5), Heard(0.5))), One(), Training(steps=3))
-    trainer.run()
-    (own,) = trainer.models.moving.values()
-    assert own is not trainer.policy and not any(p.requires_grad for p in own.parameters())
-    assert [Telling.told.count(model) for model in (own, trainer.policy)] == [3, 3]
+    name: ClassVar[str] = "both"
+
+    @property
+    def requires(self) -> tuple[Input, ...]:
+        return tuple(one for component in self.components for one in component.objective.requires)
+
+    @property
+    def components(self) -> tuple[Component, ...]:
+        return Component(Asking((Telling(0.5), Heard(0.5))), 0.5, "a"), Component(
+            Asking((MovingReference(0.9),)), 0.5, "b"
+        )
+
+
+class Fixed:
+    """The same rows at every draw."""
+
+    def draw(self) -> tuple[list[Trajectory], list[tuple[int, ...]]]:
+        return ROWS, [(0,), (1,)]
+
+    def state(self) -> None:
+        """There is none."""
+
+    def restore(self, state: None) -> None:
+        """There is none."""
+
+
+def test_what_belongs_to_inputs_is_told_of_steps_once_and_restored(make_policy: MakePolicy) -> None:
+    def trainer(seed: int) -> Trainer:
+        return Trainer(make_policy(seed=seed), Both(), [Fixed(), Fixed()], Training(steps=3, learning_rate=0.1))
+
+    first, second = trainer(0), trainer(1)
+    first.run()
+    assert [float(cast(Tensor, first.policy.modules_of_inputs[key].steps)) for key in ("reference_logp", "heard")] == [
+        3.0,
+        3.0,
+    ]
+    tensors, state = state_of(first)
+    restore(second, tensors, json.loads(json.dumps(state)))
+    models = [[one.policy, *one.models.moving.values()] for one in (first, second)]
+    assert len(models[0]) == 3 and not any(p.requires_grad for one in models[0][1:] for p in one.parameters())
+    for before, after in zip(*models, strict=True):
+        assert before is not after and before.state_dict().keys() == after.state_dict().keys()
+        assert all(map(torch.equal, before.state_dict().values(), after.state_dict().values()))
+    slow, fast = (next(one.parameters()) for one in (models[0][2], models[0][1]))
+    assert not torch.equal(slow, fast), "each moves by its own decay"
 
 
 def test_a_head_is_paid_for_by_the_completion_token(make_policy: MakePolicy) -> None:
     policy = make_policy()
     before = policy.flops(10, 4)
-    policy.attach([Telling(0.5)])
+    policy.attach([Heard(0.5)])
     assert policy.flops(10, 4) - before == 2 * (policy.hidden_size + 1) * 4
 
 

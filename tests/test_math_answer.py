@@ -234,15 +234,15 @@ def test_no_answer_takes_long(answer: str) -> None:
 def test_no_grade_depends_on_how_busy_the_machine_is(monkeypatch: pytest.MonkeyPatch) -> None:
     """A comparison that waits ten times its limit, as beside other programs, and then computes for a moment."""
     read, limit = _symbols._parsed, 0.05
-    score(r"\boxed{x + 1}", "1 + x")  # imports sympy
-    monkeypatch.setattr(_symbols, "SECONDS", limit)
 
-    def waits(text: str) -> Any:
+    def slow(text: str) -> Any:
         time.sleep(5 * limit)
         return read(text)
 
-    monkeypatch.setattr(_symbols, "_parsed", waits)
+    score(r"\boxed{x + 1}", "1 + x")  # imports sympy
     read("a + 7 b"), read("7 b + a")
+    monkeypatch.setattr(_symbols, "SECONDS", limit)
+    monkeypatch.setattr(_symbols, "_parsed", slow)
     assert score(r"\boxed{7 b + a}", "a + 7 b") == 1
 
 
@@ -360,6 +360,50 @@ def test_what_a_box_is_worth_for_numbers(gold: Any, boxed: str, value: float) ->
 def test_where_the_final_answer_is() -> None:
     assert len(table("math_completions.txt")) > 100
     assert wrong_rows("math_completions.txt") == []
+
+
+JOINS = (
+    *(" or ", ", ", "; ", " and ", " / ", " | ", " & ", " to ", "–", "~", " of ", " vs ", "\n", "\n\n", "\n- "),
+    *(" or maybe ", ", or ", ", maybe ", " or else ", ", then ", ", not sure, maybe ", ", but perhaps ", " otherwise "),
+    *(". Or ", ". Maybe ", "? ", ". Alternatively, ", ". Another option: "),
+    *(
+        " und ",
+        " oder ",
+        " ou ",
+        " o ",
+        " y ",
+        " или ",
+        "或",
+        "、",
+        "或者",
+        " または ",
+        " 또는 ",
+        " أو ",
+        " lub ",
+        " nebo ",
+    ),
+    *(" eller ", " ya da ", " hoặc ", " atau ", " หรือ ", " या "),
+)
+AROUND = (
+    *(
+        "{}",
+        "The answer is {}.",
+        "Answer: {}",
+        r"\boxed{{{}}}",
+        r"\boxed{{\text{{{}}}}}",
+        "<answer>{}</answer>",
+        "#### {}",
+    ),
+    *("The final answer is ${}$.", "答案是{}。", "La respuesta es {}.", "Die Antwort ist {}.", "La réponse est {}."),
+)
+
+
+@pytest.mark.parametrize("around", AROUND)
+def test_listing_candidates_earns_nothing(around: str) -> None:
+    for one, other in (("7", "8"), ("1/2", "1/3"), ("A", "C")):
+        listed = [around.format(f"{one}{join}{other}") for join in JOINS]
+        paid = [scores("math-answer", listed, answer=[gold] * len(listed)) for gold in (one, other)]
+        assert [text for text, *values in zip(listed, *paid, strict=True) if any(values)] == []
 
 
 def test_a_thread_without_time_limits_takes_no_longer() -> None:

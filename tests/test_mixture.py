@@ -29,7 +29,7 @@ from rlzoo.policy.loading import save_policy
 from rlzoo.testing.batches import gradients, prepared
 from rlzoo.training import Trainer, train, with_reference
 from rlzoo.training.batches import BufferSource, buffer_sources, seeds, shares, views_of
-from rlzoo.training.sums import Sums
+from rlzoo.training.sums import Readout, Sums, means_of
 from rlzoo.types import Selection, Trajectory
 
 MakePolicy = Callable[..., Policy]
@@ -323,5 +323,7 @@ def test_a_reported_loss_has_what_auxiliary_losses_add() -> None:
     ready, sums = prepared(objective, batch), Sums()
     coefficients, tokens = objective.coefficients(ready.detach()), objective.normaliser.denominator(ready)
     sums.add(objective, ready, coefficients, surrogate_of(coefficients, objective, ready, tokens), tokens)
-    assert sums.means()["loss"] == pytest.approx(ppo(batch).item(), rel=1e-9)
+    readout = Readout()
+    places = sums.into(readout)
+    assert means_of(places, readout.read())["loss"] == pytest.approx(ppo(batch).item(), rel=1e-9)
     assert ppo(batch).item() != pytest.approx(ppo(batch.replace(value=None)).item(), rel=1e-3)

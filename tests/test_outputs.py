@@ -49,6 +49,25 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
     assert file.read_text() == "before" and names(tmp_path) == ["rows.txt"]
 
 
+def test_any_text_is_written_and_folders_for_it_are_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model's output may hold half a character, which no file can, and some file systems cannot sync."""
+
+    def refuse(descriptor: int) -> None:
+        raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    write_atomically(tmp_path / "new" / "deep" / "rows.txt", "é\ud800b")
+    assert (tmp_path / "new" / "deep" / "rows.txt").read_text(encoding="utf-8") == "é?b"
+
+
+def test_a_folder_takes_the_place_of_one_that_holds_files(tmp_path: Path) -> None:
+    for name in ("before", "after"):
+        with replacing(tmp_path / "buffer") as beside:
+            beside.mkdir()
+            (beside / name).touch()
+    assert names(tmp_path) == ["buffer", "buffer/after"]
+
+
 def test_a_reader_sees_the_old_file_or_the_new_one(tmp_path: Path) -> None:
     file = tmp_path / "rows.txt"
     write_atomically(file, "before")
@@ -76,7 +95,9 @@ def test_what_is_written_is_on_the_disk_before_it_takes_its_place(
 
     monkeypatch.setattr(os, "fsync", fsync)
     monkeypatch.setattr(Path, "replace", replaced)
+    opened = len([*Path("/proc/self/fd").iterdir()])
     write_atomically(tmp_path / "rows.txt", "whole")
+    assert len([*Path("/proc/self/fd").iterdir()]) == opened
     assert events == ["rows.txt: whole", "replace rows.txt", f"{tmp_path.name}: names"]
     events.clear()
     with replacing(tmp_path / "folder") as beside:
@@ -97,8 +118,9 @@ def test_what_a_killed_process_had_half_written_is_removed(tmp_path: Path) -> No
     done = subprocess.run([sys.executable, "-c", script, str(tmp_path / "results.json")], check=False)
     assert done.returncode == -signal.SIGKILL
     assert not (tmp_path / "results.json").exists() and len(list(tmp_path.iterdir())) == 1
+    (tmp_path / "mine.partial").touch()
     remove_partial(tmp_path)
-    assert names(tmp_path) == []
+    assert names(tmp_path) == ["mine.partial"]
 
 
 def test_a_link_is_removed_and_not_what_it_leads_to(tmp_path: Path) -> None:

@@ -181,15 +181,15 @@ def test_a_line_says_how_long_and_what_until_the_work_ends(monkeypatch: pytest.M
     lines, details = io.StringIO(), "[red] " + "a long piece of work " * 9
     before = threading.active_count()
     with heartbeat.Heartbeat(Console(file=lines), "reading") as beat:
-        while "reading" not in lines.getvalue():
-            time.sleep(0.005)
-        beat.report(0.5, details)
-        while details not in lines.getvalue():
-            time.sleep(0.005)
+        for told in ("reading", details):
+            until = time.monotonic() + 20
+            while told not in lines.getvalue() and time.monotonic() < until:
+                time.sleep(0.005)
+            beat.report(0.5, details)
     assert threading.active_count() == before
     first, *_, last = lines.getvalue().splitlines()
     assert re.fullmatch(r"  0:0[01]:\d\d reading", first)
-    assert re.fullmatch(rf"  0:0[01]:\d\d {re.escape(details)}", last)
+    assert re.fullmatch(r"  0:0[01]:\d\d " + re.escape(details), last)
 
 
 @pytest.mark.parametrize("terminal", [False, True])

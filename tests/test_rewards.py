@@ -55,6 +55,9 @@ def shout(completions, least=2, **columns):
 def alone(completions):
     return [len(c) for c in completions]
 
+from rlzoo.reward import get_reward
+both = get_reward([shout, alone])
+
 class Scale:
     def __init__(self, by: float = 1.0):
         self.by = by
@@ -76,6 +79,7 @@ def test_reward_from_a_file(plugin: str) -> None:
     assert scores(f"{plugin}:alone", ["a", "b!!"], answer=["1", "2"]) == [1.0, 3.0]
     assert scores({"name": f"{plugin}:Scale", "by": "2.5"}, ["a"]) == [2.5]
     assert get_reward(f"{plugin}:shout").name == "shout"
+    assert scores(f"{plugin}:both", ["b!!"]) == [4.0] and get_reward(f"{plugin}:both").parts == ("shout", "alone")
 
 
 def test_a_spec_is_read_and_left_as_it_is(plugin: str) -> None:

@@ -308,7 +308,7 @@ def test_attention_heads_that_share_keys(kind: str, make_policy: MakePolicy) -> 
     for prompt, (ids,) in zip(PROMPTS, found, strict=True):
         for t, token in enumerate(ids):
             assert token == int(next_logp(policy, [*prompt, *ids[:t]]).argmax())
-    assert policy.model.config._attn_implementation == "sdpa"
+    assert policy.model.config._attn_implementation == "rlzoo"
 
 
 def test_samples_do_not_depend_on_the_batch(policy: Policy) -> None:

@@ -74,6 +74,8 @@ ELSEWHERE = {
     "Training.lora": f"{OPTIONS}::test_lora_trains_the_adapters_alone",
     "Training.packing": "test_packing.py::test_every_objective_trains_the_same_weights",
     "Training.gradient_checkpointing": f"{OPTIONS}::test_recomputed_activations_change_nothing_but_the_work",
+    "Training.device": "test_defaults.py::test_the_device_that_is_meant",
+    "Training.deterministic": "test_defaults.py::test_determinism_is_for_gpus",
     "Training.on_nonfinite": "test_checkpoints.py::test_a_step_that_is_not_finite_can_be_skipped_and_is_counted",
     "Training.trackers": f"{OPTIONS}::test_a_tracker_gets_every_step",
     "Algorithm.learning_rates": "test_compare.py::test_the_learning_rate_is_chosen_on_validation",

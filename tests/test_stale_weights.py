@@ -158,10 +158,12 @@ def test_an_engine_is_one_of_a_model_a_type_and_options(
     VLLMSampler(make_policy("llama", dtype=torch.bfloat16))
     policy.name = "embedded"
     VLLMSampler(policy)
-    assert [engine.where for engine in engines] == ["llama"] * 3 + [str(EMBEDDED_BASE)]
-    assert [engine.options["dtype"] for engine in engines] == ["float32", "float32", "bfloat16", "float32"]
-    assert [engine.options["gpu_memory_utilization"] for engine in engines] == [0.3, 0.5, 0.3, 0.3]
-    assert [engine.options.get("max_model_len") for engine in engines] == [None, 9, None, None]
+    policy.compute = torch.bfloat16  # the engine computes as the policy does, whatever its weights are
+    VLLMSampler(policy)
+    assert [engine.where for engine in engines] == ["llama"] * 3 + [str(EMBEDDED_BASE)] * 2
+    assert [engine.options["dtype"] for engine in engines] == ["float32", "float32", "bfloat16", "float32", "bfloat16"]
+    assert [engine.options["gpu_memory_utilization"] for engine in engines] == [0.3, 0.5, 0.3, 0.3, 0.3]
+    assert [engine.options.get("max_model_len") for engine in engines] == [None, 9, None, None, None]
     for engine in engines:
         assert engine.options["logprobs_mode"] == "processed_logprobs", "of the distribution that is sampled from"
         assert engine.options["trust_remote_code"] is False

@@ -69,6 +69,8 @@ def test_pass_at_k_outside_the_samples_is_an_error_of_the_user(k: int) -> None:
 def test_pass_at_k_refuses_impossible_counts() -> None:
     with pytest.raises(ValueError, match="correct"):
         pass_at_k(np.array([5]), np.array([4]), 1)
+    with pytest.raises(ValueError, match="0 ≤ correct ≤ n"):
+        pass_at_k(np.array([-1]), np.array([4]), 1)
 
 
 T1, T2 = 12.706205, 4.302653

@@ -31,7 +31,7 @@ from rlzoo.types import Coefficients, Selection, TokenBatch, Trajectory, WhichVi
 from rlzoo.variance import analyze_variance
 from rlzoo.variance.gradients import GradientMeter
 from rlzoo.variance.scoring import score
-from rlzoo.variance.subjects import rows_of, subjects_of, weigh
+from rlzoo.variance.subjects import rows_of, subjects_of, weights_of
 
 MakePolicy = Callable[..., Policy]
 Rows = Callable[[str, float, float], list[Trajectory]]
@@ -377,7 +377,7 @@ def test_the_analyzers_gradient_is_that_of_training(
     micro = MicroBatches(60)
     assembler = Assembler(policy, Models(policy, {None: policy}), micro, remember=True)
     scored = score(assembler, seen, [one for one in objective.requires if one.is_statistic], {}, 0, 0)
-    task = weigh(assembler, subjects["it"], scored).task
+    task = weights_of(assembler, subjects["it"], scored).task
     found = GradientMeter(policy).measure(seen, {"it": task}, micro)["it"]
     trained = step_on(make_policy, objective, buffer).policy
     for parameter, p in trained.model.named_parameters():

@@ -18,13 +18,13 @@ from rlzoo.inputs import Input, ReferenceLogits
 from rlzoo.objective import Objective, get_objective, is_composite, list_objectives, objective_class, surrogate
 from rlzoo.policy import Assembler, MicroBatches, Models, Policy, Sequences
 from rlzoo.types import Coefficients, TokenBatch, Trajectory
-from rlzoo.variance import analyze_variance, head_pass, pieces
-from rlzoo.variance.gradients import GradientMeter
+from rlzoo.variance import analyze_variance, factored, head_pass
+from rlzoo.variance.gradients import GradientMeter, Measurement
 from rlzoo.variance.modules import Modules
 from rlzoo.variance.noise import gradient_squared_norm, trace_cov
 from rlzoo.variance.over_data import default_held, portions
 from rlzoo.variance.scoring import score
-from rlzoo.variance.subjects import named_objectives, subjects_of, weigh
+from rlzoo.variance.subjects import named_objectives, subjects_of, weights_of
 from rlzoo.variance.tasks import Task, UnitGradients, shared_passes
 
 MakeModel = Callable[..., Policy]
@@ -152,8 +152,8 @@ def test_both_ways_to_a_norm_agree(make_model: MakeModel, factor: float, monkeyp
     rows, weight = random_rows(policy)
     tasks = {name: Task(units, weight) for name, units in UNITS.items()}
     usual = GradientMeter(policy).measure(rows, tasks)
-    monkeypatch.setattr(pieces, "GRAM_FACTOR", factor)
-    monkeypatch.setattr(pieces, "PRODUCT_ENTRIES", 32 * 48 * 2)  # two units of the largest matrix at a time
+    monkeypatch.setattr(factored, "GRAM_FACTOR", factor)
+    monkeypatch.setattr(factored, "PRODUCT_ENTRIES", 32 * 48 * 2)  # two units of the largest matrix at a time
     other = GradientMeter(policy).measure(rows, tasks)
     for name in tasks:
         torch.testing.assert_close(other[name].squared_norm, usual[name].squared_norm, rtol=1e-12, atol=0)
@@ -194,7 +194,7 @@ def test_projected_inner_products_are_right_on_average(make_model: MakeModel, ti
     for seed in range(60):
         meter = GradientMeter(policy)
         meter.projections = {
-            name: pieces.Projection(1000 * seed + i, p) for i, (name, p) in enumerate(meter.modules.trainable.items())
+            name: factored.Projection(1000 * seed + i, p) for i, (name, p) in enumerate(meter.modules.trainable.items())
         }
         sketch = meter.measure(rows, {"a": Task(UNITS["rows"], weight)})["a"].sketch.double()
         estimates.append(torch.einsum("uld,vld->uv", sketch, sketch))
@@ -444,7 +444,7 @@ def test_the_mean_gradient_is_that_of_the_surrogate(make_model: MakeModel, name:
     rows, subject = [buffer[i] for i in picked], subjects["x"]
     statistics, micro = [one for one in objective.requires if one.is_statistic], MicroBatches(100)
     assembler = Assembler(policy, Models(policy, {None: policy}), micro, remember=True)
-    weighed = weigh(assembler, subject, score(assembler, rows, statistics, {}, 0, 0))
+    weighed = weights_of(assembler, subject, score(assembler, rows, statistics, {}, 0, 0))
     found = GradientMeter(policy).measure(rows, {"x": weighed.task}, micro)["x"]
 
     policy.eval()
@@ -533,6 +533,53 @@ def test_bfloat16_measures_in_float32(make_model: MakeModel) -> None:
     found = GradientMeter(policy).measure(rows, {"a": Task(UNITS["rows"], weight.float())})["a"]
     assert {m.dtype for m in found.mean.values()} == {torch.float32}
     torch.testing.assert_close(found.squared_norm.sum(1), exact.squared_norm.sum(1), rtol=0.15, atol=0)
+
+
+def test_gradients_are_measured_in_smaller_parts_where_memory_runs_out(
+    make_model: MakeModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy = make_model()
+    rows, weight = random_rows(policy)
+    task = {"a": Task(UNITS["rows"], weight)}
+    whole = GradientMeter(policy).measure(rows, task, MicroBatches(400))["a"]
+    plain, budgets = Measurement.micro_batch, list[int]()
+
+    def limited(self: Measurement, rows: Sequence[Trajectory], batch: Sequence[int]) -> None:
+        plain(self, rows, batch)
+        if len(batch) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(Measurement, "micro_batch", limited)
+    micro = MicroBatches(400, lambda before, now: budgets.append(now))
+    found = GradientMeter(policy).measure(rows, task, micro)["a"]
+    assert budgets and budgets == sorted(budgets, reverse=True) and budgets[-1] < 50
+    torch.testing.assert_close(found.squared_norm, whole.squared_norm)
+    torch.testing.assert_close(found.mean, whole.mean)
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_mixed_precision_measures_the_policys_own_gradient(make_model: MakeModel, tied: bool) -> None:
+    """What autograd makes of the policy's forward pass in bfloat16, and not of another one in float32."""
+    policy = make_model("qwen2", tied)
+    policy.model.float()
+    rows, weight = random_rows(policy)
+
+    def by_autograd() -> Tensor:
+        policy.zero_grad()
+        (policy(Sequences.of(rows, policy.device)).logp * weight.float()).sum().backward()
+        return torch.cat([p.grad.flatten() for p in policy.model.parameters() if p.grad is not None]) / ROWS
+
+    exact = by_autograd()
+    policy.compute = torch.bfloat16
+    own, products = by_autograd(), list[torch.dtype]()
+    handle = policy.model.model.layers[0].mlp.up_proj.register_forward_hook(
+        lambda *seen: products.append(seen[2].dtype)
+    )
+    found = GradientMeter(policy).measure(rows, {"a": Task(UNITS["rows"], weight.float())})["a"]
+    handle.remove()
+    mean = torch.cat([found.mean[name].flatten() for name, _ in policy.model.named_parameters()])
+    assert set(products) == {torch.bfloat16} and mean.dtype == torch.float32
+    assert (mean - own).norm() < 0.3 * (exact - own).norm()
 
 
 def test_two_passes_say_what_one_says(make_model: MakeModel) -> None:

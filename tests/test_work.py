@@ -255,13 +255,13 @@ def test_the_settings_of_a_row_are_its_own(tmp_path: Path) -> None:
 def test_weights_have_the_dtype_that_was_asked_for_and_demonstrations_their_length(
     calls: list[Call], tmp_path: Path
 ) -> None:
-    half = {"objective": "sft", "training": {"dtype": "bfloat16"}}
+    half = {"objective": "sft", "training": {"dtype": "float32"}}
     rows = {"rft": {}, "sft": {"learning_rates": [1e-3, 1e-2]}, "half": half}
     training = {"steps": 1, "batch_size": 8, "dtype": "float64", "max_completion_tokens": 1}
     compared(small(rows, training=training, evaluation=NO_CURVE), tmp_path / "out")
     shared, *others = [call.dtype for call in calls]
     # base, rft and half on the benchmark, sampled and greedy; sft's rates on validation, and the better one tested
-    assert shared == torch.float64 and others.count(torch.bfloat16) == 2 and others.count(torch.float64) == 8
+    assert shared == torch.float64 and others.count(torch.float32) == 2 and others.count(torch.float64) == 8
     buffer = OfflineBuffer.load(tmp_path / "out" / "buffer")
     shown = [row for row in buffer if row.source == "demonstration"]
     assert len(shown) == 6 and all(row.truncated and len(row.completion_ids) == 1 for row in shown)
@@ -355,18 +355,19 @@ def test_the_buffer_has_samples_of_as_many_prompts_as_were_asked_for(
 def test_token_probabilities_are_of_the_demonstrations_before_and_after(
     base: Policy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of the first ones, where there are many."""
-    monkeypatch.setattr(shared_buffer, "PROBED_ROWS", 4)
     experiment = small({"rft": {}, "sft": {"learning_rates": [1e-2]}}, evaluation=NO_CURVE)
     results = compared(experiment, tmp_path / "out")
     buffer = OfflineBuffer.load(tmp_path / "out" / "buffer")
     rows = [(row.prompt_ids, row.completion_ids) for row in buffer if row.source == "demonstration"]
     found = results["token_probabilities"]
-    probabilities = np.exp(np.concatenate([np.array(logp) for logp in log_probs(base, rows[:4])]))
+    probabilities = np.exp(np.concatenate([np.array(logp) for logp in log_probs(base, rows)]))
     assert found["edges"] == pytest.approx(np.linspace(0, 1, 21))
     assert found["before"] == np.histogram(probabilities, np.linspace(0, 1, 21))[0].tolist()
     after = by_name(results)["sft"]["token_probabilities"]
     assert sum(after) == sum(found["before"]) and after != found["before"]
+    monkeypatch.setattr(shared_buffer, "PROBED_ROWS", 4)  # where there are many, of the first ones
+    some = shared_buffer.token_probabilities(base, buffer, 8192)["counts"]
+    assert sum(some) == sum(len(completion) for _, completion in rows[:4])
 
 
 # Evaluation
@@ -530,7 +531,7 @@ def test_a_log_says_what_was_done_and_what_was_left_out(make_policy: Callable[..
             expected += [f"    {event}" for event in cells[cell.algorithm, cell.seed]["events"]]
     assert any("equal rewards" in line for line in expected)
     assert log.getvalue().splitlines() == [
-        f"facts: 3 algorithms × 2 seeds, 6 runs in 2 processes; writing to {tmp_path / 'out'}",
+        f"facts: 3 algorithms × 2 seeds, 6 cells in 2 processes; writing to {tmp_path / 'out'}",
         *buffers,
         "  base model: avg@k mine 50.0 %",
         *(f"  {name}: dropped 3 of 5 rows (bad_rows: drop): {'; '.join(why)}" for name, why in left_out.items()),

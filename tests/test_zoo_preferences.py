@@ -25,7 +25,7 @@ from rlzoo.testing.batches import gradients
 from rlzoo.training import Trainer, train, with_reference
 from rlzoo.types import Selection, TokenBatch, Trajectory
 from rlzoo.variance.scoring import score
-from rlzoo.variance.subjects import subjects_of, weigh
+from rlzoo.variance.subjects import subjects_of, weights_of
 
 MakePolicy = Callable[..., Policy]
 RAW = Training(steps=2, learning_rate=1e-2, weight_decay=0.0, max_gradient_norm=1e9, warmup_ratio=0.0, batch_size=8)
@@ -281,7 +281,7 @@ def test_the_analyzer_measures_z0_against_a_reference(make_policy: MakePolicy) -
     for reference in (start, policy):
         assembler = Assembler(policy, Models(policy, {None: reference}), MicroBatches(100), remember=True)
         scored = score(assembler, [buffer[i] for i in picked], [], {}, 0, 0)
-        batches.append(weigh(assembler, subjects["kto"], scored).batch)
+        batches.append(weights_of(assembler, subjects["kto"], scored).batch)
     own, at_start = batches
     assert own.mismatched.tolist() == pytest.approx([divergence(policy, start, rows)] * 8, rel=1e-4)
     assert at_start.mismatched.tolist() == [0] * 8

@@ -9,17 +9,18 @@ around known means, with the noise of most directions small and of a few large. 
 `rlzoo compare` and `rlzoo variance` use.
 
 The bias is that of the mean over the draws that show a number, relative to the true value, or absolute where that is 0,
-and null where fewer than half of the draws show one. The coverage is that of all intervals, those without an end
-included; where the noise hides a gradient there is an interval and no number, and ``shown`` is the share with a number.
-``width`` is the median width, relative like the bias, and null where the median interval has no end. The estimates of
-‖G‖² and of its ratio to tr Σ vary by several times the true value where noise dominates; from their bias the deviation
-of ‖ḡ‖² from its known mean, ‖G‖² + tr Σ/P, is taken out (a control variate).
+and null where fewer than half of the draws show one. The coverage is that of the intervals shown, those without an end
+included, and null where fewer than a tenth of the draws show one; ``shown`` is the share of draws with a number,
+``misleading`` the share of all draws with an interval that misses the true value. ``width`` is the median width,
+relative like the bias, and null where the median interval has no end. The estimates of ‖G‖² and of its ratio to tr Σ
+vary by several times the true value where noise dominates; from their bias the deviation of ‖ḡ‖² from its known mean,
+‖G‖² + tr Σ/P, is taken out (a control variate).
 
 The coverage is 93 to 97 % but for what no interval can do:
 
-- The cosine of gradients that the noise hides. Where a parameter is not identified, a valid set is all of its range in
-  at least 95 % of draws (Dufour, Econometrica 65, 1997, doi 10.2307/2171740). The others leave out one end or the
-  other, so that a value in the middle is covered in more than 95 %, up to all. The width is then 2.
+- Where the noise hides a gradient, there is no cosine and no norm ratio. At a noise scale of 10 × the prompts a few
+  draws show one all the same, those in which chance made the gradient long: their intervals miss more often than not,
+  which misleads in up to 3 % of all draws. No interval can be both valid over all draws and right among so few of them.
 - The trace of noise with very heavy tails over few prompts. No interval for a mean holds its level whatever the tails
   (Bahadur and Savage, Annals of Mathematical Statistics 27, 1956): a sample that lacks the rare large values does not
   tell of them. With a lognormal factor of σ = 0.7 it is 92 % over 40 prompts, 94 % over 256.
@@ -38,10 +39,11 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from rlzoo.comparison.statistics import paired_difference, result_interval
-from rlzoo.variance.noise import Units, against, data_noise, rank_correlation
+from rlzoo.variance.intervals import rank_correlation
+from rlzoo.variance.noise import Units, against, data_noise
 
 Numbers = dict[str, Any]
-"""bias (None where there is none), coverage, shown, width (None where there is no end)."""
+"""bias and coverage (None where too few draws show a value or an interval), shown, misleading, width (None: no end)."""
 Table = dict[str, dict[str, Numbers]]
 """By quantity and case."""
 SHARES = (
@@ -72,6 +74,8 @@ COUNTS = (
 """Seeds, problems, samples per problem and mean log-odds of a correct one; problems vary by 1.5 in log-odds, seeds by
 0.2 (where there is more than one, as one speaks of problems alone), and each problem's odds under the second algorithm
 by 0.5."""
+FEWEST_VALUES, FEWEST_INTERVALS = 0.5, 0.1
+"""Shares of the draws that must show a value, for a bias, and an interval, for a coverage."""
 DIRECTIONS = 64
 SPECTRUM = np.arange(1, DIRECTIONS + 1) ** -0.4
 SPECTRUM /= np.linalg.norm(SPECTRUM)
@@ -158,27 +162,38 @@ class Tally:
 
     def __init__(self, truth: float) -> None:
         self.truth = truth
+        self.draws = 0
         self.values: list[float] = []
         self.covered: list[bool] = []
         self.widths: list[float] = []
 
     def add(self, value: float | None, low: float | None, high: float | None, control: float = 0.0) -> None:
-        """One estimate; an end of None is open. ``control`` has the mean 0, and is what chance adds to the value."""
+        """One estimate: an end of None is open, and without an end or a value there is no interval.
+
+        ``control`` has the mean 0, and is what chance adds to the value.
+        """
+        self.draws += 1
+        if value is not None:
+            self.values.append(value - control)
+        if value is None and low is None and high is None:
+            return
         rounding = 1e-9 * max(abs(self.truth), 1e-3)
         above = low is None or low <= self.truth + rounding
         self.covered.append(above and (high is None or self.truth - rounding <= high))
         self.widths.append(np.inf if low is None or high is None else high - low)
-        if value is not None:
-            self.values.append(value - control)
 
     def found(self) -> Numbers:
         """What the draws come to."""
-        shown = len(self.values) / len(self.covered)
         scale = abs(self.truth) or 1.0
-        bias = (float(np.mean(self.values)) - self.truth) / scale if shown >= 0.5 else None
-        width = float(np.median(self.widths)) / scale
-        coverage = float(np.mean(self.covered))
-        return {"bias": bias, "coverage": coverage, "shown": shown, "width": width if np.isfinite(width) else None}
+        shown, intervals = len(self.values) / self.draws, len(self.covered) / self.draws
+        width = float(np.median(self.widths)) / scale if self.widths else np.inf
+        return {
+            "bias": (float(np.mean(self.values)) - self.truth) / scale if shown >= FEWEST_VALUES else None,
+            "coverage": float(np.mean(self.covered)) if intervals >= FEWEST_INTERVALS else None,
+            "shown": shown,
+            "misleading": self.covered.count(False) / self.draws,
+            "width": width if np.isfinite(width) else None,
+        }
 
 
 def gradients(case: Case, runs: int, seed: int = 0) -> dict[str, Numbers]:
@@ -196,9 +211,9 @@ def gradients(case: Case, runs: int, seed: int = 0) -> dict[str, Numbers]:
     return {name: tally.found() for name, tally in tallies.items()}
 
 
-def ranks(correlation: float, count: int, runs: int) -> Numbers:
+def ranks(correlation: float, count: int, runs: int, seed: int = 0) -> Numbers:
     """What the analyzer says of Spearman's rank correlation of lognormal pairs."""
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(seed)
     tally = Tally(float(6 / np.pi * np.arcsin(correlation / 2)))
     for _ in range(runs):
         pair = rng.multivariate_normal([0, 0], [[1, correlation], [correlation, 1]], count)
@@ -207,9 +222,9 @@ def ranks(correlation: float, count: int, runs: int) -> Numbers:
     return tally.found()
 
 
-def scores(seeds: int, problems: int, shares: tuple[float, float], runs: int) -> dict[str, Numbers]:
+def scores(seeds: int, problems: int, shares: tuple[float, float], runs: int, seed: int = 0) -> dict[str, Numbers]:
     """What a comparison says where seeds and problems make these shares of the mean's variance."""
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(seed)
     by_seed, by_problem = shares
     noise = max(1 - by_seed - by_problem, 0.0)
     scale = 0.05 * np.sqrt([by_seed * seeds, by_problem * problems, noise * seeds * problems])
@@ -227,9 +242,9 @@ def scores(seeds: int, problems: int, shares: tuple[float, float], runs: int) ->
     return {"mean score": mean.found(), "paired difference": difference.found()}
 
 
-def counts(seeds: int, problems: int, samples: int, centre: float, runs: int) -> dict[str, Numbers]:
+def counts(seeds: int, problems: int, samples: int, centre: float, runs: int, seed: int = 0) -> dict[str, Numbers]:
     """What a comparison says of counts of correct samples: see `COUNTS`."""
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(seed)
 
     def chances(seeds: int, problems: int) -> list[Float[np.ndarray, "S P"]]:
         """Of a correct sample, by two algorithms, the second a little better."""
@@ -247,42 +262,44 @@ def counts(seeds: int, problems: int, samples: int, centre: float, runs: int) ->
     return {"mean score": mean.found(), "paired difference": difference.found()}
 
 
-def table(runs: int, score_runs: int, problems: int, seeds: list[int]) -> Table:
+def table(runs: int, score_runs: int, problems: int, seeds: list[int], seed: int = 0) -> Table:
     """Every quantity of a comparison and of the analyzer, by case."""
     found: Table = {}
-    for case, by_quantity in _cases(runs, score_runs, problems, seeds):
+    for case, by_quantity in _cases(runs, score_runs, problems, seeds, seed):
         for quantity, numbers in by_quantity.items():
             found.setdefault(quantity, {})[case] = numbers
     return found
 
 
-def _cases(runs: int, score_runs: int, problems: int, seeds: list[int]) -> Iterator[tuple[str, dict[str, Numbers]]]:
+def _cases(
+    runs: int, score_runs: int, problems: int, seeds: list[int], seed: int
+) -> Iterator[tuple[str, dict[str, Numbers]]]:
     for a, b in SHARES:
         for count in seeds:
             if count > 1 or a == 0:
                 yield (
                     f"{count} seeds, {a:.0%} seeds' share, {b:.0%} problems'",
-                    scores(count, problems, (a, b), score_runs),
+                    scores(count, problems, (a, b), score_runs, seed),
                 )
     for count in seeds:
         for a, b in ((0.0, 0.8), (0.0, 0.0), (0.3, 0.4)):
             if count > 1 or a == 0:
                 yield (
                     f"{count} seeds, {FEW_PROBLEMS} problems, {a:.0%} seeds' share, {b:.0%} problems'",
-                    scores(count, FEW_PROBLEMS, (a, b), score_runs),
+                    scores(count, FEW_PROBLEMS, (a, b), score_runs, seed),
                 )
     for count, few, samples, centre in COUNTS:
         yield (
             f"{count} seeds, {few} problems, {samples} samples right or wrong, mean log-odds {centre:+g}",
-            counts(count, few, samples, centre, score_runs),
+            counts(count, few, samples, centre, score_runs, seed),
         )
     for name, case in CASES.items():
-        yield name, gradients(case, runs)
+        yield name, gradients(case, runs, seed)
     for correlation in (0.3, 0.9):
         for count in (32, 256):
             yield (
                 f"{count} prompts, normal correlation {correlation}",
-                {"rank correlation": ranks(correlation, count, runs)},
+                {"rank correlation": ranks(correlation, count, runs, seed)},
             )
 
 
@@ -293,19 +310,22 @@ def main() -> None:
     parser.add_argument("--score-runs", type=int, default=3000, help="simulated comparisons per case")
     parser.add_argument("--problems", type=int, default=200)
     parser.add_argument("--seeds", default="1,2,3,5,10", help="comma-separated")
+    parser.add_argument("--seed", type=int, default=0, help="of the simulation's random numbers")
     parser.add_argument("--json", action="store_true", help="print JSON alone")
     arguments = parser.parse_args()
     seeds = [int(number) for number in arguments.seeds.split(",")]
-    found = table(arguments.runs, arguments.score_runs, arguments.problems, seeds)
+    found = table(arguments.runs, arguments.score_runs, arguments.problems, seeds, arguments.seed)
     if arguments.json:
         print(json.dumps(found))
         return
-    print("| quantity | case | bias | coverage | shown | width |\n|---|---|---|---|---|---|")
+    print("| quantity | case | bias | coverage | shown | misleading | width |\n|---|---|---|---|---|---|---|")
     for quantity, cases in found.items():
         for case, row in cases.items():
             bias = "–" if row["bias"] is None else f"{row['bias']:+.1%}"
+            coverage = "–" if row["coverage"] is None else f"{row['coverage']:.1%}"
             width = "∞" if row["width"] is None else f"{row['width']:.3g}"
-            print(f"| {quantity} | {case} | {bias} | {row['coverage']:.1%} | {row['shown']:.0%} | {width} |")
+            shares = f"{row['shown']:.0%} | {row['misleading']:.1%}"
+            print(f"| {quantity} | {case} | {bias} | {coverage} | {shares} | {width} |")
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ import threading
 import time
 import traceback
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +139,9 @@ class Check:
             threading.Thread(target=read, args=(worker, lines), daemon=True).start()
             try:
                 stopped = self._listen(lines)
+                if stopped is None:  # it has said all that it will
+                    with suppress(subprocess.TimeoutExpired):
+                        worker.wait(timeout=10)
             finally:
                 if worker.poll() is None:
                     os.killpg(worker.pid, signal.SIGKILL)

@@ -6,7 +6,7 @@ import hashlib
 import random
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import replace
 from functools import partial
@@ -29,6 +29,7 @@ from rlzoo.experiments.benchmarks.steps import RATE, UNIT, together
 from rlzoo.inputs import Behaviour, Snapshot
 from rlzoo.objective import Objective
 from rlzoo.policy.assembly import Units
+from rlzoo.policy.loading import load_for
 from rlzoo.policy.microbatches import log_probs
 from rlzoo.rollout import TransformersSampler
 from rlzoo.rollout.sampler import uniform_numbers
@@ -36,7 +37,7 @@ from rlzoo.testing.engine import SameRows, rows_of, units_of
 from rlzoo.training import Trainer
 from rlzoo.types import Trajectory
 
-GAPS = {"float32": 1e-4, "bfloat16-mixed": 0.1}
+GAPS = {"float32": 1e-4, "bfloat16-mixed": 0.15}
 """The largest distance of a gradient from float64's, over the size of that: by dtype."""
 OPTIONS: dict[str, dict[str, Any]] = {"mixture": {"weights": {"sft": 0.1, "grpo": 0.9}}}
 """Of objectives that cannot be without."""
@@ -138,11 +139,14 @@ def budgets(setup: Setup) -> Iterator[Finding]:
 
 
 def shifted(rows: list[Trajectory], seed: int) -> list[Trajectory]:
-    """The same rows with noise on the log-probs of behaviour and reference."""
+    """The same rows with log-probs of behaviour and reference moved within GRPO's clip and beyond, but not next to it.
+
+    There bfloat16 would decide on which side a token falls.
+    """
     noise = np.random.default_rng(seed)
 
     def moved(logp: Sequence[float] | None) -> list[float]:
-        return [min(0.0, p + 0.2 * noise.standard_normal()) for p in logp or ()]
+        return [min(0.0, p + noise.choice([-0.6, -0.06, 0.0, 0.06, 0.6])) for p in logp or ()]
 
     return [
         replace(row, behaviour_logp=moved(row.behaviour_logp), reference_logp=moved(row.reference_logp)) for row in rows
@@ -164,22 +168,29 @@ def determinism(setup: Setup) -> Iterator[Finding]:
     OTR draws tokens on the device, PPO trains a critic that starts at random.
     """
     name = random_model(setup.small, setup.folder / "plain", setup.device, seed=setup.seed)
-    how = "deterministic" if "deterministic" in Training.model_fields else "no such setting here"
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as fresh:
-        for objective in ("otr", "ppo"):
-            checkpoints = setup.folder / f"checkpoints-{objective}"
-            first, _ = trained(setup, name, objective)
-            with suppress(Halted):
-                trained(setup, name, objective, checkpoints, halts=True)
-            second, _ = fresh.submit(trained, setup, name, objective).result()
-            resumed, steps = fresh.submit(trained, setup, name, objective, checkpoints).result()
-            values = {"second run equal": int(second == first), "resumed run equal": int(resumed == first)}
-            yield Finding(
-                f"{objective}, {how}",
-                {**values, "steps done again": steps - (STEPS - HALT)},
-                at_most={"steps done again": 0},
-                at_least=dict.fromkeys(values, 1),
+    objectives = {objective: setup.folder / f"checkpoints-{objective}" for objective in ("otr", "ppo")}
+    found: list[dict[str, list[tuple[str, int]]]] = []
+    for halts in (True, False):  # in a fresh process each: deterministic kernels are chosen when one begins
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as fresh:
+            found.append(
+                {
+                    objective: [
+                        fresh.submit(trained, setup, name, objective).result(),
+                        fresh.submit(trained, setup, name, objective, checkpoints, halts).result(),
+                    ]
+                    for objective, checkpoints in objectives.items()
+                }
             )
+    for objective in objectives:
+        (first, _), (second, _), (resumed, steps) = found[0][objective][0], *found[1][objective]
+        values = {"second run equal": int(second == first), "resumed run equal": int(resumed == first)}
+        again = steps - (STEPS - HALT)
+        yield Finding(
+            objective,
+            {**values, "steps done again": again},
+            at_most={"steps done again": 0},
+            at_least=dict.fromkeys(values, 1),
+        )
 
 
 def trained(
@@ -188,8 +199,12 @@ def trained(
     """A digest of weights and losses after some steps, and how many of them were done here."""
     if setup.device == "cpu":
         torch.set_num_threads(1)
-    policy = load_policy(name, setup.dtype, setup.device)
-    rows = random_rows(setup.small, setup.pick(32, 8), UNIT["grpo"], setup.seed)
+    settings = Training(
+        steps=STEPS, batch_size=setup.pick(16, 4), learning_rate=1e-3, token_budget=setup.pick(4096, 64),
+        checkpoint_seconds=0, dtype=setup.dtype, device=setup.device, deterministic=True,
+    )  # fmt: skip
+    policy = load_for(name, settings)
+    rows = random_rows(setup.small, 2 * settings.batch_size, UNIT["grpo"], setup.seed)
     rows = together(policy, rows, UNIT["grpo"]) if objective == "ppo" else rows
     done: list[int] = []
 
@@ -198,13 +213,11 @@ def trained(
             raise Halted
         done.append(step)
 
-    exact: dict[str, Any] = {"deterministic": True} if "deterministic" in Training.model_fields else {}
-    settings = Training(
-        steps=STEPS, batch_size=len(rows) // 2, learning_rate=1e-3, token_budget=setup.pick(4096, 64),
-        checkpoint_seconds=0, **exact,
-    )  # fmt: skip
     buffer = OfflineBuffer.from_trajectories(rows)
-    record = train(policy, get_objective(objective), buffer, settings, 1, [watch], checkpoints=checkpoints)
+    try:
+        record = train(policy, get_objective(objective), buffer, settings, 1, [watch], checkpoints=checkpoints)
+    except Halted:
+        return "halted", len(done)
     digest = hashlib.sha256(repr([step["loss"] for step in record.steps]).encode())
     for _, parameter in sorted(policy.named_parameters()):
         digest.update(parameter.detach().float().cpu().numpy().tobytes())
@@ -218,7 +231,7 @@ def sampler(setup: Setup) -> Iterator[Finding]:
     that number misses the token's own interval under the plain forward pass. ``greedy`` is by how much the logit of a
     greedy token is below the largest, ``scores`` the difference of log-probs in nats.
     """
-    limits = {"float32": (1e-4, 1e-3, 1e-3), "bfloat16-mixed": (0.05, 0.3, 0.3)}
+    limits = {"float32": (1e-4, 1e-3, 1e-3), "bfloat16-mixed": (0.1, 0.5, 0.3)}
     name = random_model(setup.small, setup.folder / "peaked", setup.device, spread=0.2, seed=setup.seed)
     chance = random.Random(setup.seed)
     prompts = [

@@ -41,7 +41,7 @@ from rlzoo.experiments.benchmarks.steps import (
     trl_sft_steps,
     with_trl_head,
 )
-from rlzoo.policy.memory import is_out_of_memory, release_memory
+from rlzoo.jobs.memory import is_out_of_memory, release_memory
 from rlzoo.rollout import TransformersSampler
 from rlzoo.training import Trainer
 from rlzoo.types import Trajectory
@@ -54,7 +54,7 @@ Gradient = list[Float[Tensor, " P"]]
 
 def steps(setup: Setup, size: str) -> Iterator[Finding]:
     """DFT, DPO and GRPO: rlzoo, a bare loop over transformers' model, and TRL's trainers in their best setting."""
-    name = random_model(size, setup.folder / size, setup.device, seed=setup.seed)
+    name = model_of(setup, size)
     held = [load_policy(name, setup.dtype, setup.device)]
     rows = {one: rows_of(held[0], one, size, setup) for one in OBJECTIVES}
     best: dict[str, dict[str, Any]] = {one: {} for one in OBJECTIVES}
@@ -94,6 +94,12 @@ def steps(setup: Setup, size: str) -> Iterator[Finding]:
                     else None,
                 },
             )
+
+
+def model_of(setup: Setup, size: str) -> str:
+    """A random model of this size, written once."""
+    folder = setup.folder / size
+    return str(folder) if folder.is_dir() else random_model(size, folder, setup.device, seed=setup.seed)
 
 
 def rows_of(policy: Policy, objective: str, size: str, setup: Setup) -> list[Trajectory]:
@@ -308,8 +314,7 @@ def grpo_loss(policy: Policy, rows: list[Trajectory], whole: list[Trajectory]) -
 
 def decoding(setup: Setup, size: str) -> Iterator[Finding]:
     """Sampled tokens per second of rlzoo's sampler and of transformers' `generate`: 64 sequences, four per prompt."""
-    folder = setup.folder / size
-    name = str(folder) if folder.is_dir() else random_model(size, folder, setup.device, seed=setup.seed)
+    name = model_of(setup, size)
     prompts = [row.prompt_ids for row in random_rows(size, setup.pick(16, 2), seed=setup.seed)]
     settings = Sampling(samples=4, max_new_tokens=setup.pick(128, 8), batch_size=64, engine="transformers")
     speeds: dict[str, float] = {}

@@ -16,8 +16,8 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from rlzoo import Policy, get_objective
+from rlzoo.jobs.memory import release_memory
 from rlzoo.policy import Assembler
-from rlzoo.policy.memory import release_memory
 from rlzoo.policy.microbatches import log_probs
 from rlzoo.training.costs import peak_memory_bytes, reset_peak_memory
 from rlzoo.types import Trajectory

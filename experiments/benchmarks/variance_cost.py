@@ -31,8 +31,8 @@ import torch
 from rlzoo import OfflineBuffer, Policy, analyze_variance, get_objective, load_policy
 from rlzoo.buffers.problems import demonstrations, load_problems
 from rlzoo.config import ProblemSource, Training
+from rlzoo.jobs.memory import release_memory
 from rlzoo.policy import Assembler, MicroBatches, Models, Sequences
-from rlzoo.policy.memory import release_memory
 from rlzoo.policy.microbatches import log_probs, token_batches
 from rlzoo.training import train
 from rlzoo.training.costs import peak_memory_bytes, reset_peak_memory
@@ -40,7 +40,7 @@ from rlzoo.types import Trajectory
 from rlzoo.variance.gradients import GradientMeter
 from rlzoo.variance.over_data import default_held, portions
 from rlzoo.variance.scoring import score
-from rlzoo.variance.subjects import subjects_of, weigh
+from rlzoo.variance.subjects import subjects_of, weights_of
 from rlzoo.variance.tasks import Task
 
 OBJECTIVES = ("sft", "dft", "iw-sft", "rft", "dpo", "ppo", "grpo")
@@ -79,7 +79,7 @@ def tasks_of(policy: Policy, buffer: OfflineBuffer, arguments: argparse.Namespac
     models = Models(policy, {None: policy})
     assembler = Assembler(policy, models, MicroBatches(arguments.token_budget), remember=True)
     scored = score(assembler, rows, statistics, {}, 0, 0)
-    return rows, {name: weigh(assembler, subjects[name], scored).task for name in named}
+    return rows, {name: weights_of(assembler, subjects[name], scored).task for name in named}
 
 
 def ordinary(policy: Policy, buffer: OfflineBuffer, arguments: argparse.Namespace) -> dict[str, Any]:

@@ -41,7 +41,7 @@ def evaluate(
     from rlzoo.comparison.resolve import metrics_of, reward_of
     from rlzoo.evaluation import evaluate
     from rlzoo.jobs.pool import silence
-    from rlzoo.policy import load_policy
+    from rlzoo.policy.loading import load_for
     from rlzoo.rollout import unscored
 
     scored_by = {name: reward_of(chosen, benchmark=name) for name in chosen.benchmarks}
@@ -49,9 +49,17 @@ def evaluate(
     bad = {name: BadRows(source.bad_rows) for name, source in chosen.benchmarks.items()}
     problems = {name: load_problems(source, bad[name]) for name, source in chosen.benchmarks.items()}
     silence()
-    policy = load_policy(chosen.model, chosen.training.dtype)
+    policy = load_for(chosen.model, chosen.training)
     found = {
-        name: evaluate(policy, some, scored_by[name], chosen.evaluation, seed, bad=bad[name])
+        name: evaluate(
+            policy,
+            some,
+            scored_by[name],
+            chosen.evaluation,
+            seed,
+            bad=bad[name],
+            token_budget=chosen.training.token_budget,
+        )
         for name, some in problems.items()
     }
     results = {name: one.metrics for name, one in found.items()}

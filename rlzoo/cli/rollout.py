@@ -52,7 +52,7 @@ def rollout(
     from rlzoo.jobs.cached_results import CachedResults
     from rlzoo.jobs.pool import silence
     from rlzoo.jobs.runs import run_in
-    from rlzoo.policy import load_policy
+    from rlzoo.policy.loading import load_for
     from rlzoo.rollout import collect_rollouts, cut_short, mismatch, sampler_of, unscored
 
     bad = BadRows(chosen.train.bad_rows)
@@ -63,7 +63,7 @@ def rollout(
         if run.finished:
             print(f"finished before: {out}")
             return 0
-        policy = load_policy(chosen.model, chosen.training.dtype)
+        policy = load_for(chosen.model, chosen.training)
         encoded = encode_problems(policy.tokenizer, problems, bad)
         settings = chosen.rollouts
         sampler, recompute = sampler_of(policy, settings), not settings.wants_sampler_logp

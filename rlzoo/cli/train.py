@@ -69,7 +69,8 @@ def train(
     from rlzoo.jobs.ranks import is_main
     from rlzoo.jobs.runs import run_in
     from rlzoo.objective import get_objective
-    from rlzoo.policy.loading import load_policy, save_policy
+    from rlzoo.policy.defaults import resolved
+    from rlzoo.policy.loading import load_for, save_policy
     from rlzoo.training import train
 
     prepare(threads, trust_remote_code)
@@ -99,7 +100,7 @@ def train(
         if run.finished:
             print(f"finished before: {out}")
             return 0
-        policy = load_policy(settings.model, training.dtype)
+        policy = load_for(settings.model, training)
         bad, longest = BadRows(table.bad_rows), training.max_completion_tokens
         rows = read_buffer(
             table.source, policy.tokenizer, longest, table.split, table.columns, bad, training.special_tokens,
@@ -116,6 +117,7 @@ def train(
                 "costs": record.costs.as_dict(),
                 "events": [*bad.events(), *record.events],
                 "dropped_rows": bad.summary(),
+                "resolved": resolved(policy, training),
             }
             write_atomically(out / "training.json", json.dumps(summary, indent=1))
             for event in record.events:

@@ -20,13 +20,14 @@ from rlzoo.evaluation.evaluation import gold_rows
 from rlzoo.evaluation.metrics import AVERAGE
 from rlzoo.inputs import Stage
 from rlzoo.jobs.cached_results import CachedResults
+from rlzoo.jobs.memory import release_memory
 from rlzoo.jobs.outputs import remove
 from rlzoo.jobs.ranks import is_main
-from rlzoo.policy import Policy, load_policy
-from rlzoo.policy.loading import save_policy
-from rlzoo.policy.memory import release_memory
+from rlzoo.policy import Policy
+from rlzoo.policy.defaults import resolved
+from rlzoo.policy.loading import load_for, save_policy
 from rlzoo.reward import Reward
-from rlzoo.rollout import Collector, sampler_of
+from rlzoo.rollout import Collector, engine_of, sampler_of
 from rlzoo.rollout.rollouts import within_limits
 from rlzoo.training import (
     Trainer,
@@ -44,7 +45,7 @@ def evaluate_base(experiment: Experiment, state: Path, report: Report) -> dict[s
     cached = CachedResults(state)
 
     def evaluate() -> dict[str, Any]:
-        policy = load_policy(experiment.model, experiment.training.dtype)
+        policy = load_for(experiment.model, experiment.training)
         bad = _unfit(policy, experiment)
         found = evaluate_all(policy, experiment, "base", -1, None, cached.within("base"), report)
         drawn = experiment.evaluation.curve_points > 0
@@ -114,7 +115,7 @@ def _run_cell(
     torch.manual_seed(cell.seed)
     objective = objective_of(experiment, cell.algorithm)
     settings = experiment.training_of(cell.algorithm).model_copy(update={"learning_rate": cell.learning_rate})
-    policy = load_policy(experiment.model, settings.dtype)
+    policy = load_for(experiment.model, settings)
     if settings.lora is not None:
         policy.add_lora(**settings.lora.model_dump())
     buffer = OfflineBuffer.load(buffer_path)
@@ -156,6 +157,7 @@ def _run_cell(
         "curve": record.kept.get("curve", []),
         "training": record.plain_steps(),
         "events": record.events,
+        "resolved": resolved(policy, settings, engine_of(experiment.evaluation, policy)),
         "token_probabilities": token_probabilities(policy, buffer, settings.token_budget)["counts"],
     }
     if has_choice(experiment, cell.algorithm):
@@ -178,7 +180,7 @@ def evaluate_cell(experiment: Experiment, cell: Cell, state: Path, divisor: int,
     smaller, cached = experiment.with_smaller_batches(divisor), CachedResults(state / "chosen")
 
     def evaluate() -> dict[str, Any]:
-        policy = load_policy(str(state / "models" / cell.id), experiment.training_of(cell.algorithm).dtype)
+        policy = load_for(str(state / "models" / cell.id), experiment.training_of(cell.algorithm))
         labels = (cell.algorithm, cell.seed, cell.learning_rate)
         return evaluate_all(policy, smaller, *labels, cached.within(cell.id), report)
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
+import torch
+
 from rlzoo.buffers.problems import EncodedProblem, Problem, load_problems
 from rlzoo.buffers.views import check_options
 from rlzoo.comparison.statistics import OVERALL
@@ -12,12 +14,14 @@ from rlzoo.config import BASE, Experiment
 from rlzoo.errors import UserError, unknown
 from rlzoo.evaluation import Metric, metric_table
 from rlzoo.objective import Objective, get_objective, view_in_place
+from rlzoo.policy.loading import DTYPES
 from rlzoo.reward import Reward
 from rlzoo.reward.isolation import Limits, apart
 from rlzoo.rollout.rollouts import score_samples
 from rlzoo.rollout.sampler import Sample, sampler_class
 from rlzoo.training import batches
 from rlzoo.training.batches import Views
+from rlzoo.training.trainer import check_precision
 from rlzoo.types import selector_of
 
 
@@ -72,7 +76,9 @@ def check(experiment: Experiment) -> None:
         ) from None
     for name, row in experiment.algorithms.items():
         objective = objective_of(experiment, name)
-        experiment.training_of(name)
+        training = experiment.training_of(name)
+        if training.lora is None:
+            check_precision([DTYPES.get(training.dtype, torch.float32)])
         views = views_of(experiment, name)
         if row.mode == "online" and not learns_from_samples(views):
             raise UserError(

@@ -29,13 +29,22 @@ from rlzoo.evaluation import mean_over_benchmarks
 from rlzoo.jobs.heartbeat import Heartbeat
 from rlzoo.jobs.on_ray import ray_tasks
 from rlzoo.jobs.outputs import replacing, write_atomically
-from rlzoo.jobs.pool import WorkerDiedError, Workers, counted, default_workers, in_this_process, pool, why
+from rlzoo.jobs.pool import (
+    OutOfMemoryError,
+    WorkerDiedError,
+    Workers,
+    counted,
+    default_workers,
+    in_this_process,
+    pool,
+    why,
+)
 from rlzoo.jobs.ranks import is_main, world_size
 from rlzoo.jobs.runs import Run, place, run_in, versions
 from rlzoo.rollout.rollouts import unscored
 
 RETRIES = 2
-"""How often a cell whose process died is tried again, each time with micro-batches half as large."""
+"""How often a cell that ran out of memory is tried again, each time with micro-batches half as large."""
 BUFFER_FACTS = ("rows", "samples", "correct", "sampled_tokens", "mismatch")
 """What results.json says about each buffer."""
 OUTCOMES = pa.schema(
@@ -251,7 +260,7 @@ def _gather(
 ) -> tuple[dict[str, dict[str, Any]], list[dict[str, Any]]]:
     """The results of cells that succeeded, by cell id, and the cells that failed, with the reason.
 
-    A cell whose process died, as happens when memory runs out, is tried again after all others, in smaller
+    A cell that ran out of memory, or whose process died, as happens then, is tried again after all others, in smaller
     micro-batches.
     """
     results: dict[str, dict[str, Any]] = {}
@@ -268,7 +277,7 @@ def _gather(
                 _say(console, f"{done}: {_averages(results[name])}")
                 for event in results[name].get("events", []):
                     _say(console, f"    {event}", style="yellow")
-            elif isinstance(error, WorkerDiedError) and attempt < RETRIES:
+            elif isinstance(error, (WorkerDiedError, OutOfMemoryError)) and attempt < RETRIES:
                 left.append(cell)
                 _say(console, f"  {name}: {why(error)}; to be tried again, in micro-batches half as large", style="red")
             else:

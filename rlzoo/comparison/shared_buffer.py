@@ -12,11 +12,13 @@ from rlzoo.buffers import Buffer, OfflineBuffer, read_buffer
 from rlzoo.buffers.bad_rows import BadRows
 from rlzoo.buffers.problems import demonstrations, encode_problems, load_problems
 from rlzoo.comparison.resolve import learns_from_samples, objective_of, reward_of, views_of
-from rlzoo.config import Experiment, OnBadRow
+from rlzoo.config import Experiment, OnBadRow, TokenBudget
 from rlzoo.jobs.cached_results import CachedResults
 from rlzoo.jobs.ranks import agreed, barrier, is_main
-from rlzoo.policy import Policy, load_policy, log_probs
-from rlzoo.rollout import collect_rollouts, cut_short, mismatch, sampler_of, unscored
+from rlzoo.policy import Policy, log_probs
+from rlzoo.policy.defaults import resolved
+from rlzoo.policy.loading import load_for
+from rlzoo.rollout import collect_rollouts, cut_short, engine_of, mismatch, sampler_of, unscored
 from rlzoo.training import behaviour_event, check_buffer, stored_inputs, with_behaviour, with_inputs
 from rlzoo.types import Trajectory
 
@@ -31,7 +33,7 @@ PROBED_ROWS = 256
 def check_model(experiment: Experiment, report: Report) -> None:
     """Load the base policy, to find out early if that fails. Raises UserError."""
     report(0.0, "loading")
-    load_policy(experiment.model, experiment.training.dtype)
+    load_for(experiment.model, experiment.training)
 
 
 def fill_buffer(experiment: Experiment, folder: Path, state: Path, seed: int, report: Report) -> dict[str, Any]:
@@ -48,7 +50,7 @@ def fill_buffer(experiment: Experiment, folder: Path, state: Path, seed: int, re
 def _fill_buffer(
     experiment: Experiment, folder: Path, cached: CachedResults, seed: int, report: Report
 ) -> dict[str, Any]:
-    policy = load_policy(experiment.model, experiment.training.dtype)
+    policy = load_for(experiment.model, experiment.training)
     bad = {name: BadRows(mode) for name, mode in _on_bad_rows(experiment).items()}
     problems = load_problems(experiment.train, bad["train"])
     longest = experiment.training.max_completion_tokens
@@ -110,6 +112,7 @@ def _fill_buffer(
         "events": [*(f"{name}: {event}" for name, rows in bad.items() for event in rows.events()), *events],
         "sampling_flops": 2 * policy.flops(tokens, sampled) + behaviour_flops,  # sampled, then log-probs computed
         "input_flops": flops_of,
+        "resolved": resolved(policy, experiment.training, engine_of(settings, policy)),
         "token_probabilities": token_probabilities(policy, buffer, experiment.training.token_budget),
     }
 
@@ -122,7 +125,7 @@ def _on_bad_rows(experiment: Experiment) -> dict[str, OnBadRow]:
     return modes
 
 
-def token_probabilities(policy: Policy, buffer: Buffer, token_budget: int) -> dict[str, list[float]]:
+def token_probabilities(policy: Policy, buffer: Buffer, token_budget: TokenBudget) -> dict[str, list[float]]:
     """A histogram of the probabilities of the demonstrations' tokens over [0, 1]: ``edges`` and ``counts``."""
     sources = buffer.column("source")
     rows = [index for index, source in enumerate(sources) if source == "demonstration"][:PROBED_ROWS]

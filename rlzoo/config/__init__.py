@@ -22,6 +22,7 @@ from rlzoo.config.settings import (
     Sampling,
     Scoring,
     TableSource,
+    TokenBudget,
     Training,
 )
 from rlzoo.config.validation import validated
@@ -42,6 +43,7 @@ __all__ = [
     "Sampling",
     "Scoring",
     "TableSource",
+    "TokenBudget",
     "Training",
     "lay",
     "list_experiments",

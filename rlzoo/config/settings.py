@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
@@ -19,6 +20,8 @@ BASE = "base"
 Positive = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(gt=0, le=1)]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+TokenBudget = int | str
+"""Tokens per micro-batch, padding included: a number, ``auto`` for what fits, or ``auto/4`` for a quarter of that."""
 
 
 def _named_null(value: Any) -> Any:
@@ -35,6 +38,20 @@ def _one_or_several(value: Any, check: pydantic.ValidatorFunctionWrapHandler) ->
     if isinstance(checked, tuple) and (not checked or len(set(checked)) < len(checked)):
         raise ValueError(f"{value!r:.60} is neither a whole number of at least 1 nor a list of distinct ones")
     return checked
+
+
+def _token_budget(value: TokenBudget) -> TokenBudget:
+    is_number = isinstance(value, int) and not isinstance(value, bool) and value > 0
+    if not is_number and not (isinstance(value, str) and re.fullmatch(r"auto(/[1-9]\d*)?", value)):
+        raise ValueError(f"{value!r:.60} is neither a whole number of at least 1 nor auto")
+    return value
+
+
+def _less(budget: TokenBudget, parts: int) -> TokenBudget:
+    """A token budget in so many parts."""
+    if isinstance(budget, int):
+        return max(1, budget // parts)
+    return f"auto/{parts * int(budget.partition('/')[2] or 1)}"
 
 
 class _Strict(pydantic.BaseModel):
@@ -103,8 +120,9 @@ class Sampling(_Strict):
     max_new_tokens: Positive = 256
     batch_size: Positive = 256
     """Sequences per sampling batch."""
-    engine: str = "transformers"
-    """The sampler: ``transformers``, ``vllm``, another registered name, ``module:Name`` or ``file.py:Name``."""
+    engine: str = "auto"
+    """The sampler: ``transformers``, ``vllm``, another registered name, ``module:Name`` or ``file.py:Name``.
+    ``auto`` is vllm where it is installed and the policy is on a GPU (or where there is a url), else transformers."""
     url: str | None = None
     """The URL of a vLLM server; without one, vLLM runs in the sampling process."""
     engine_options: Mapping[str, Any] = {}
@@ -202,8 +220,9 @@ class Training(_Strict):
     """Sequences per optimizer step: a pair counts as two, a group as its samples."""
     updates_per_batch: Positive = 1
     """Optimizer steps on each batch; above 1, ratios and value clipping take effect."""
-    token_budget: Positive = 4096
-    """Tokens per micro-batch, padding included; the gradient does not depend on it."""
+    token_budget: Annotated[TokenBudget, pydantic.PlainValidator(_token_budget)] = "auto"
+    """Tokens per micro-batch, padding included; the gradient does not depend on it. ``auto``: as many as fit into a
+    GPU's memory, or 4096 on a CPU."""
     packing: Packing = "auto"
     """``packed``: the rows of a micro-batch one after the other, without padding; ``auto``: where a GPU attends for all
     of them in one call, in bfloat16; else ``padded``."""
@@ -221,8 +240,13 @@ class Training(_Strict):
     """Text in a table of demonstrations that spells a special token, as in `ProblemSource`."""
     behaviour: Literal["recorded", "current"] = "recorded"
     """Samples without behaviour log-probs are left out, or get those of the initial policy (``current``)."""
-    dtype: Literal["float32", "bfloat16", "bfloat16-mixed", "float64"] = "float32"
-    """``bfloat16-mixed`` keeps the weights in float32 and multiplies matrices in bfloat16."""
+    device: str = "auto"
+    """``auto``, ``cpu``, ``cuda``, or a GPU's number as in ``cuda:1``. ``auto`` is a GPU where there is one."""
+    dtype: Literal["auto", "float32", "bfloat16", "bfloat16-mixed", "float64"] = "auto"
+    """``bfloat16-mixed`` keeps the weights in float32 and multiplies matrices in bfloat16; ``bfloat16`` is for adapters
+    (``lora``), as small updates of weights in it are lost. ``auto``: bfloat16-mixed on a GPU, float32 on a CPU."""
+    deterministic: bool = False
+    """Have a GPU give the same bits in every run: slower kernels, and none that add in any order. A CPU does anyway."""
     lora: Lora | None = None
     """Train low-rank adapters in place of the weights."""
     gradient_checkpointing: bool = False
@@ -235,7 +259,7 @@ class Training(_Strict):
     """Trackers that receive the metrics of each step."""
 
 
-OF_THE_BUFFER = ("behaviour", "max_completion_tokens", "special_tokens")
+OF_THE_BUFFER = ("behaviour", "max_completion_tokens", "special_tokens", "device", "deterministic")
 """Training settings that determine the buffer of a comparison, and so must be the same for all of its rows."""
 
 
@@ -324,11 +348,11 @@ class Experiment(_Strict):
             return self
 
         def fewer(settings: Any, field: str) -> Any:
-            return settings.model_copy(update={field: max(1, getattr(settings, field) // divisor)})
+            return settings.model_copy(update={field: _less(getattr(settings, field), divisor)})
 
         rows = {}
         for name, row in self.algorithms.items():
-            budget = max(1, self.training_of(name).token_budget // divisor)
+            budget = _less(self.training_of(name).token_budget, divisor)
             rows[name] = row.model_copy(update={"training": {**row.training, "token_budget": budget}})
         return self.model_copy(
             update={

@@ -9,7 +9,7 @@ from typing import Any
 
 from rlzoo.buffers.bad_rows import BadRows, told_of
 from rlzoo.buffers.problems import EncodedProblem, Problem, demonstrations, encode_problems
-from rlzoo.config import EvaluationSettings
+from rlzoo.config import EvaluationSettings, TokenBudget
 from rlzoo.errors import UserError
 from rlzoo.evaluation.metrics import ProblemSamples, get_metric, metric_table
 from rlzoo.policy import Policy, log_probs
@@ -44,7 +44,7 @@ def evaluate(
     progress: Callable[[int], None] | None = None,
     bad: BadRows | None = None,
     metrics: Sequence[Any] | None = None,
-    token_budget: int = 8192,
+    token_budget: TokenBudget = 8192,
 ) -> Evaluation:
     """Sample each problem ``settings.samples`` times, and once greedily, score the completions, compute metrics.
 
@@ -100,7 +100,7 @@ def gold_rows(policy: Policy, problems: Sequence[EncodedProblem], bad: BadRows |
 
 
 def _gold_logp(
-    policy: Policy, problems: Sequence[EncodedProblem], bad: BadRows | None, token_budget: int
+    policy: Policy, problems: Sequence[EncodedProblem], bad: BadRows | None, token_budget: TokenBudget
 ) -> list[list[list[float]]]:
     """The log-probs per token of each problem's gold completions, at temperature 1."""
     rows = gold_rows(policy, problems, bad)

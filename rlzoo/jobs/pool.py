@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from itertools import takewhile
 from logging import ERROR, getLogger
 from multiprocessing import connection, resource_tracker
 from multiprocessing.connection import Connection
@@ -23,6 +24,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 
 from rlzoo.errors import UserError
 from rlzoo.jobs.interrupts import heed, noted
+from rlzoo.jobs.memory import is_out_of_memory
 from rlzoo.registry import told
 
 RETRIES = 1
@@ -31,6 +33,7 @@ GRACE = 60.0
 """Seconds that a training has to save a checkpoint when it is asked to stop."""
 QUICK = 3.0
 """Seconds of waiting after which this is announced."""
+GPU_VARIABLE = "CUDA_VISIBLE_DEVICES"
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
@@ -48,6 +51,10 @@ def default_workers() -> int:
 
 class WorkError(RuntimeError):
     """Any exception of a worker other than UserError: its type and message, in one line."""
+
+
+class OutOfMemoryError(WorkError):
+    """What running out of memory becomes: smaller micro-batches may help."""
 
 
 def why(error: BaseException) -> str:
@@ -215,8 +222,8 @@ class Pool:
         context = multiprocessing.get_context("spawn")
         place = min(set(range(self._most)) - {worker.place for worker in self._workers})
         ours, theirs = context.Pipe()
-        process = context.Process(target=_serve, args=(theirs, self._threads, place))
-        with _interrupts_held(), _threads(self._threads):
+        process = context.Process(target=_serve, args=(theirs, self._threads))
+        with _interrupts_held(), _environment(self._threads, place):
             process.start()
         theirs.close()
         self._workers.append(_Worker(process, ours, place))
@@ -277,11 +284,31 @@ def pool(workers: int, threads: int, console: Console) -> Iterator[Workers]:
             running.stop(grace)
 
 
+def visible_gpus() -> list[str]:
+    """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES calls them: numbers, UUIDs, or parts of one (MIG).
+
+    A list of one's own ends, as CUDA has it, where an entry names none.
+    """
+    import torch
+
+    asked = os.environ.get(GPU_VARIABLE)
+    if asked is None:
+        return list(map(str, range(torch.cuda.device_count())))
+    names = [name.strip() for name in asked.split(",")]
+    return list(takewhile(lambda name: name and not name.startswith("-"), names))
+
+
 @contextmanager
-def _threads(number: int) -> Iterator[None]:
-    """Set the variables of thread counts, which a process reads when it starts."""
-    saved = {name: os.environ.get(name) for name in THREAD_VARIABLES}
-    os.environ.update({name: str(number) for name in THREAD_VARIABLES})
+def _environment(threads: int, place: int) -> Iterator[None]:
+    """The variables that a process reads when it starts: thread counts, and the one GPU that all in it will see.
+
+    Were it one of several that it sees, an engine in it would take the first. Workers take GPUs in turn.
+    """
+    own = {name: str(threads) for name in THREAD_VARIABLES}
+    if gpus := visible_gpus():
+        own[GPU_VARIABLE] = gpus[place % len(gpus)]
+    saved = {name: os.environ.get(name) for name in own}
+    os.environ.update(own)
     try:
         yield
     finally:
@@ -303,7 +330,7 @@ def _interrupts_held() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _serve(pipe: Connection, threads: int, place: int) -> None:
+def _serve(pipe: Connection, threads: int) -> None:
     """The loop of a process of the pool: one task after the other."""
     # an exception could be raised where it is swallowed; trainings defer the signal instead, and save first
     signal.signal(signal.SIGTERM, lambda *_: os._exit(1))
@@ -314,8 +341,6 @@ def _serve(pipe: Connection, threads: int, place: int) -> None:
 
         tqdm.set_lock(threading.RLock())  # tqdm's own is a system semaphore, which a killed process leaks
         torch.set_num_threads(threads)
-        if torch.cuda.is_available():  # workers take GPUs in turn
-            torch.cuda.set_device(place % torch.cuda.device_count())
         silence()
         while True:
             function, arguments = pipe.recv()
@@ -355,7 +380,7 @@ def _run(function: Callable[..., Any], arguments: tuple[Any, ...], report: Calla
     except UserError as error:
         raise UserError(str(error)) from error
     except Exception as error:
-        raise WorkError(told(error)) from error
+        raise (OutOfMemoryError if is_out_of_memory(error) else WorkError)(told(error)) from error
 
 
 def counted(number: int, thing: str, things: str | None = None) -> str:

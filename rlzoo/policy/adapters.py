@@ -35,9 +35,11 @@ def add_lora(model: nn.Module, rank: int, alpha: float, target_modules: str | Se
         inject_adapter_in_model(config, model)
     except ValueError as error:
         raise UserError(f"lora.target_modules {target_modules!r}: {str(error).splitlines()[0]}") from None
-    dtype = next(model.parameters()).dtype
+    dtype = torch.promote_types(next(model.parameters()).dtype, torch.float32)
     for layer in adapters(model).values():
-        layer.to(dtype)  # peft makes them float32, whatever the model's dtype
+        for name, parameter in layer.named_parameters():
+            if "lora_" in name:  # in bfloat16 small updates would be lost
+                parameter.data = parameter.data.to(dtype)
 
 
 @contextmanager
@@ -64,7 +66,8 @@ def merged(model: nn.Module, weights: dict[str, Tensor]) -> dict[str, Tensor]:
             delta = found[f"{name}.lora_B.{NAME}.weight"] @ found[f"{name}.lora_A.{NAME}.weight"]
             if layer.fan_in_fan_out:  # transformers' Conv1D stores its weight transposed
                 delta = delta.mT
-            whole = found[f"{name}.base_layer.weight"] + layer.scaling[NAME] * delta
+            base = found[f"{name}.base_layer.weight"]
+            whole = (base + layer.scaling[NAME] * delta).to(base.dtype)
         found = {key: value for key, value in found.items() if not key.startswith(f"{name}.")} | {
             f"{name}.weight": whole,
             **{f"{name}.bias": value for key, value in found.items() if key == f"{name}.base_layer.bias"},

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from rlzoo.errors import UserError
 from rlzoo.inputs import Input, Stage
+from rlzoo.jobs.memory import on_device
 from rlzoo.objective import Objective
 from rlzoo.policy.encoding import encode_prompt
 from rlzoo.policy.loading import load_policy
@@ -73,7 +74,7 @@ class Models:
 
 
 def _loaded(name: str, policy: Policy) -> Policy:
-    model = load_policy(name).eval().requires_grad_(False)
+    model = load_policy(name, device=policy.device).eval().requires_grad_(False)
     if model.tokenizer.get_vocab() != policy.tokenizer.get_vocab():
         raise UserError(f"the model {name!r} has another vocabulary than the policy: use one with the same tokenizer")
     model.compute = policy.compute
@@ -131,7 +132,7 @@ class Assembler:
         if not rows:
             return []
         context = _Context(self, rows, [(place,) for place in range(len(rows))], None)
-        context.mask = fixed_mask(rows).to(self.policy.device)
+        context.mask = on_device(fixed_mask(rows), self.policy.device)
         context.input = one
         found = one.compute(context).float().cpu().numpy()
         return [
@@ -255,7 +256,7 @@ class _Context:
         ):
             values = [value[0] for value in values]  # a number per row, as a buffer stores it
         if not any(isinstance(value, Sequence) for value in values):
-            return torch.tensor(values, device=device)
+            return on_device(torch.tensor(values), device)
         table = torch.zeros(self.mask.shape)
         for place, (value, row) in enumerate(zip(values, self.rows, strict=True)):
             if not isinstance(value, Sequence) or len(value) != len(row.completion_ids):
@@ -265,7 +266,7 @@ class _Context:
                     f"{len(row.completion_ids)} tokens, its end included: give one per token"
                 )
             table[place, : len(value)] = torch.as_tensor(value)
-        return table.to(device)
+        return on_device(table, device)
 
 
 def fixed_batch(rows: Sequence[Trajectory], units: Units, objective: Objective, device: torch.device) -> TokenBatch:
@@ -286,14 +287,14 @@ def fixed_batch(rows: Sequence[Trajectory], units: Units, objective: Objective, 
         partner[better], partner[worse], chosen[better] = worse, better, True
     reward = None
     if all(row.reward is not None for row in rows):
-        reward = torch.tensor([float(row.reward or 0.0) for row in rows], dtype=torch.float64, device=device)
+        reward = torch.tensor([float(row.reward or 0.0) for row in rows], dtype=torch.float64)
     return TokenBatch(
         None,
-        mask.to(device),
-        reward=reward,
-        group=torch.tensor(_groups(rows, units, unit), device=device),
-        partner=partner.to(device) if pairs else None,
-        chosen=chosen.to(device) if pairs else None,
+        on_device(mask, device),
+        reward=None if reward is None else on_device(reward, device),
+        group=on_device(torch.tensor(_groups(rows, units, unit)), device),
+        partner=on_device(partner, device) if pairs else None,
+        chosen=on_device(chosen, device) if pairs else None,
     )
 
 

@@ -15,6 +15,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from rlzoo.inputs import Input
+from rlzoo.types import running_sum
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -41,6 +42,8 @@ class Head:
     layer: nn.Linear
     scale: float = 1.0
     soft_cap: float | None = None
+    compute: torch.dtype | None = None
+    """The dtype of matrix products where it is not that of the weights."""
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> Head:
@@ -57,7 +60,19 @@ class Head:
 
     def logits(self, hidden: Float[Tensor, "N H"]) -> Float[Tensor, "N V"]:
         """Logits, in at least float32 whatever the model's dtype."""
-        return self.finish(self.layer(hidden))
+        return self.finish(self.raw(hidden))
+
+    def raw(self, hidden: Float[Tensor, "N H"]) -> Float[Tensor, "N V"]:
+        """What the output layer gives."""
+        with computing_in(self.compute, hidden.device):
+            found: Tensor = self.layer(hidden)
+        return found
+
+    def back(self, pull: Float[Tensor, "N V"]) -> Float[Tensor, "N H"]:
+        """The gradient at hidden states, from that at what the output layer gives."""
+        weight = self.layer.weight.detach()
+        with computing_in(self.compute, weight.device):
+            return pull.to(weight.dtype) @ weight
 
     def finish(self, logits: Float[Tensor, "N V"]) -> Float[Tensor, "N V"]:
         """The steps after the output layer: at least float32, the scale, the soft cap."""
@@ -68,6 +83,12 @@ class Head:
         if self.soft_cap is not None:
             logits = self.soft_cap * torch.tanh(logits / self.soft_cap)
         return logits
+
+
+def computing_in(dtype: torch.dtype | None, device: torch.device) -> torch.autocast:
+    """Matrix products in this dtype (mixed precision); None: in that of the weights, or as it is around."""
+    around = torch.is_autocast_enabled(device.type)
+    return torch.autocast(device.type, dtype, enabled=dtype is not None or around)
 
 
 def token_log_probs(
@@ -168,5 +189,5 @@ class _LogProb(torch.autograd.Function):
 def _nucleus_mass(logits: Float[Tensor, "N V"], top_p: float) -> Float[Tensor, " N"]:
     """The probability of the nucleus: the smallest set of most likely tokens that reaches ``top_p``."""
     probability = functional.softmax(logits, 1).sort(1, descending=True).values
-    kept = probability.cumsum(1) - probability < top_p
+    kept = running_sum(probability) - probability < top_p
     return (probability * kept).sum(1)

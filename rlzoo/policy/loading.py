@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlzoo.config import Packing
+from rlzoo.config import Packing, Training
 from rlzoo.errors import UserError
 from rlzoo.jobs.ranks import rank
 from rlzoo.policy.adapters import adapters, merged, save_adapter
+from rlzoo.policy.defaults import device_of, dtype_of, make_deterministic
 from rlzoo.policy.head import Head
 from rlzoo.policy.policy import Policy
 from rlzoo.worlds import EMBEDDED_BASE
@@ -33,16 +34,27 @@ def trusts_remote_code() -> bool:
     return os.environ.get(REMOTE_CODE) == "1"
 
 
+def load_for(name: str, training: Training) -> Policy:
+    """`load_policy` with the device, the dtype, the determinism and the packing that settings of training ask for."""
+    device = device_of(training.device)
+    if training.deterministic:
+        make_deterministic(device)
+    return load_policy(name, training.dtype, device, training.packing)
+
+
 def load_policy(
-    name: str, dtype: str = "float32", device: str | torch.device | None = None, packing: Packing = "auto"
+    name: str, dtype: str = "auto", device: str | torch.device | None = None, packing: Packing = "auto"
 ) -> Policy:
     """The policy behind ``embedded``, a folder, or a Hub id. Raises UserError if it cannot be loaded.
 
-    ``bfloat16-mixed`` has float32 weights and bfloat16 matrix products; ``packing`` is for `Policy.pack`. A model with
-    its own code is refused, except under ``rlzoo --trust-remote-code``.
+    ``bfloat16-mixed`` has float32 weights and bfloat16 matrix products; ``auto`` is that on a GPU, float32 on a CPU.
+    ``device``: ``auto`` and None are a GPU if there is one. ``packing`` is for `Policy.pack`. A model with its own code
+    is refused, except under ``rlzoo --trust-remote-code``.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    device = device_of(device)
+    dtype = dtype_of(dtype, device)
     where = str(EMBEDDED_BASE) if name == EMBEDDED else name
     fix = "give 'embedded', a folder that save_pretrained wrote, or a Hub id that this machine can reach"
     folder = Path(where).expanduser()
@@ -72,8 +84,6 @@ def load_policy(
         raise UserError(f"model {name!r}: its tokenizer has no end-of-sequence token, so completions cannot end")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token  # padding is masked by position, never by id
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
     compute = torch.bfloat16 if dtype == "bfloat16-mixed" else None
     policy = Policy(model.to(device), tokenizer, name, compute)
     _check_head(policy)

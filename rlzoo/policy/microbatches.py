@@ -9,10 +9,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from rlzoo.config import TokenBudget
 from rlzoo.errors import UserError
 from rlzoo.inputs import Input
+from rlzoo.jobs.memory import is_out_of_memory, on_device, release_memory
 from rlzoo.jobs.ranks import rank, summed, world_size
-from rlzoo.policy.memory import is_out_of_memory, release_memory
+from rlzoo.policy.defaults import token_budget_of
 from rlzoo.policy.policy import ForwardPass, Policy
 from rlzoo.policy.sequences import Row, Sequences, Tokens, length
 
@@ -88,7 +90,7 @@ class MicroBatches:
                 for key, value in (forward or plain)(sequences, index).values().items():
                     whole = found.setdefault(key, value.new_zeros(len(rows), width))
                     if counts:
-                        whole[torch.tensor(index, device=whole.device), : value.shape[1]] = value
+                        whole[on_device(torch.tensor(index), whole.device), : value.shape[1]] = value
                 if progress is not None and counts:
                     progress(len(index))
             return found
@@ -131,7 +133,7 @@ Pair = tuple[Sequence[int], Sequence[int]]
 def log_probs(
     policy: Policy,
     rows: Sequence[Pair],
-    token_budget: int = 8192,
+    token_budget: TokenBudget = 8192,
     temperature: float | Sequence[float] = 1.0,
     progress: Callable[[int], None] | None = None,
 ) -> list[list[float]]:
@@ -141,18 +143,21 @@ def log_probs(
     """
     heats = [temperature] * len(rows) if isinstance(temperature, (int, float)) else temperature
     own = [Row(*row, heat) for row, heat in zip(rows, heats, strict=True)]
-    return _lists(MicroBatches(token_budget).log_probs(policy, own, progress=progress)["logp"], own) if own else []
+    if not own:
+        return []
+    micro = MicroBatches(token_budget_of(policy, token_budget))
+    return _lists(micro.log_probs(policy, own, progress=progress)["logp"], own)
 
 
 def log_probs_and_nuclei(
-    policy: Policy, rows: Sequence[Pair], token_budget: int, temperature: float, top_p: float
+    policy: Policy, rows: Sequence[Pair], token_budget: TokenBudget, temperature: float, top_p: float
 ) -> list[tuple[list[float], list[float]]]:
     """The log-probs of each row's completion tokens at ``temperature``, and those of their ``top_p`` nuclei.
 
     Their difference is the log-prob under nucleus sampling.
     """
     own = [Row(*row, temperature) for row in rows]
-    found = MicroBatches(token_budget).log_probs(policy, own, top_p=top_p)
+    found = MicroBatches(token_budget_of(policy, token_budget)).log_probs(policy, own, top_p=top_p)
     logp, nucleus = (_lists(found[key], own) for key in ("logp", "nucleus"))
     whole = [[a + b for a, b in zip(*pair, strict=True)] for pair in zip(logp, nucleus, strict=True)]
     return list(zip(whole, nucleus, strict=True))

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
-from functools import cache, partial
+from functools import cache
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
@@ -20,13 +20,11 @@ from torch import Tensor, nn
 
 from rlzoo.config import Packing
 from rlzoo.errors import UserError
-from rlzoo.policy.memory import is_out_of_memory
+from rlzoo.jobs.memory import is_out_of_memory, on_device
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-PREFIX = "rlzoo_packed_"
-"""Before the name of the attention that a model calls for padded rows."""
 HALF = (torch.bfloat16, torch.float16)
 ROUNDING = 0.02
 """Of hidden states in bfloat16, relative to the largest."""
@@ -55,7 +53,7 @@ class Pack:
         """Rows of these lengths."""
         sizes = torch.tensor([0, *lengths])
         positions = torch.cat([torch.arange(length) for length in lengths])[None]
-        return cls(lengths, sizes.cumsum(0).int().to(device), positions.to(device))
+        return cls(lengths, on_device(sizes.cumsum(0).int(), device), on_device(positions, device))
 
     def attended(self, fused: bool) -> None:
         """A layer has attended, in one call of the kernel or row by row."""
@@ -71,75 +69,56 @@ class _Trial(Pack):
         self.fused.append(fused)
 
 
-_running: ContextVar[Pack | None] = ContextVar("pack", default=None)
+_current: ContextVar[Pack | None] = ContextVar("pack", default=None)
 """The pack that a trunk is running on."""
 
 
 @contextmanager
-def packed(trunk: nn.Module, pack: Pack | None) -> Iterator[dict[str, Tensor]]:
-    """In this context the trunk runs on a pack, if there is one; gives further arguments of the trunk."""
+def running(pack: Pack | None) -> Iterator[dict[str, Tensor]]:
+    """In this context a trunk runs on a pack, if there is one; gives further arguments of the trunk."""
     if pack is None:
         yield {}
         return
-    _install(trunk)
-    token = _running.set(pack)
+    token = _current.set(pack)
     try:
         yield {"position_ids": pack.positions}
     finally:
-        _running.reset(token)
+        _current.reset(token)
 
 
-def _install(trunk: Any) -> None:
-    """Have a trunk call `_attention`, for good: layers that are recomputed in a backward pass call it then."""
-    config = trunk.config.get_text_config()
-    base = config._attn_implementation
-    if base.startswith(PREFIX):
-        return
-    _register(base)
-    config._attn_implementation = PREFIX + base
-
-
-@cache
-def _register(base: str) -> None:
-    from transformers import AttentionInterface
-    from transformers.masking_utils import AttentionMaskInterface
-
-    AttentionInterface.register(PREFIX + base, partial(_attention, AttentionInterface()[base]))
-    AttentionMaskInterface.register(PREFIX + base, partial(_mask, AttentionMaskInterface()[base]))
-
-
-def _mask(padded: Any, *args: Any, **options: Any) -> Any:
-    """The mask of a layer: while a trunk runs on a pack, that pack, with the layer's window."""
-    if (pack := _running.get()) is None:
-        return padded(*args, **options)
+def mask_of_pack(**options: Any) -> Pack | None:
+    """The mask of a layer while a trunk runs on a pack: that pack, with the layer's window. Else None."""
+    if (pack := _current.get()) is None:
+        return None
     if options.get("use_vmap") or options.get("allow_is_bidirectional_skip"):
         raise CannotPackError("its attention is not causal")
     return replace(pack, window=options.get("local_size"))
 
 
-def _attention(
-    padded: Any, module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **options: Any
-) -> tuple[Tensor, None]:
-    """``padded``, the attention that the model calls for padded rows, or the same of a pack, [1, N, heads, size]."""
-    if not isinstance(attention_mask, Pack):
-        if _running.get() is not None:
-            raise CannotPackError("it does not tell its attention where rows begin")
-        found: tuple[Tensor, None] = padded(module, query, key, value, attention_mask, **options)
-        return found
+def is_pack(attention_mask: Any) -> bool:
+    """Whether attention is asked for a pack's. Raises CannotPackError if it should be, and is not."""
+    if not isinstance(attention_mask, Pack) and _current.get() is not None:
+        raise CannotPackError("it does not tell its attention where rows begin")
+    return isinstance(attention_mask, Pack)
+
+
+def attention_of_pack(
+    by_row: Any, module: Any, query: Tensor, key: Tensor, value: Tensor, pack: Pack, **options: Any
+) -> Float[Tensor, "1 N H D"]:
+    """What ``by_row``, the attention of padded rows, gives for each row alone; in one call of a kernel if one fits."""
     if changed := [name for name in CHANGES if options.get(name) is not None]:
         raise CannotPackError(f"its attention has a {changed[0]}")
     if not _is_causal(module, options.get("is_causal")):
         raise CannotPackError("its attention is not causal")
     fused = _fits_kernel(query, key, value, options)
-    attention_mask.attended(fused)
+    pack.attended(fused)
     if fused:
-        return _by_kernel(query, key, value, attention_mask, options.get("scaling")), None
-    # row by row, each exactly as it would be alone: the reference, on any device
-    lengths, rows = attention_mask.lengths, []
-    for q, k, v in zip(*(torch.split(x, list(lengths), dim=2) for x in (query, key, value)), strict=True):
-        mask = _window_mask(q.shape[2], attention_mask.window, q.device)
-        rows.append(padded(module, q, k, v, mask, **options)[0])
-    return torch.cat(rows, dim=1), None
+        return _by_kernel(query, key, value, pack, options.get("scaling"))
+    rows = []
+    for q, k, v in zip(*(torch.split(x, list(pack.lengths), dim=2) for x in (query, key, value)), strict=True):
+        mask = _window_mask(q.shape[2], pack.window, q.device)
+        rows.append(by_row(module, q, k, v, mask, **options)[0])
+    return torch.cat(rows, dim=1)
 
 
 def _is_causal(module: nn.Module, told: bool | None) -> bool:
@@ -163,7 +142,7 @@ def _by_kernel(
 ) -> Float[Tensor, "1 N H D"]:
     """All rows in one call. Query heads share key heads within the kernel: keys are not copied for them."""
     kernel, grouped = _kernel()
-    dtype, longest = _computed_in(value), max(pack.lengths)
+    dtype, longest = computed_in(value), max(pack.lengths)
     q, k, v = (x[0].transpose(0, 1).to(dtype) for x in (query, key, value))
     window = -1 if pack.window is None or pack.window >= longest else pack.window - 1
     out: Tensor = kernel(
@@ -172,7 +151,7 @@ def _by_kernel(
     return out[None]
 
 
-def _computed_in(value: Tensor) -> torch.dtype:
+def computed_in(value: Tensor) -> torch.dtype:
     """The dtype of the attention's products: rotary embeddings leave queries and keys in float32 under autocast."""
     kind = value.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else value.dtype
@@ -182,7 +161,7 @@ def _fits_kernel(query: Tensor, key: Tensor, value: Tensor, options: dict[str, A
     size = query.shape[-1]
     return (
         has_kernel(query.device)
-        and _computed_in(value) in HALF
+        and computed_in(value) in HALF
         and size == key.shape[-1] == value.shape[-1] <= 256
         and size % 8 == 0
         and not options.get("dropout")
@@ -234,11 +213,8 @@ def _tried(model: PreTrainedModel, compute: torch.dtype | None) -> tuple[list[bo
     """Whether the kernel attended, per layer, and why the model cannot run on a pack, if it cannot."""
     trunk, config = model.base_model, model.config.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
-    base = config._attn_implementation
     if getattr(model, "_is_stateful", False) or kinds:
         return [], "the model has layers that are not attention, or of another kind"
-    if not getattr(model, "_supports_attention_backend", False) or base == "eager":
-        return [], "the model does not call transformers' attention functions"
     if "position_ids" not in inspect.signature(trunk.forward).parameters:
         return [], "the model cannot be told positions"
     trial = _Trial.of((3, 3), model.device)
@@ -247,7 +223,10 @@ def _tried(model: PreTrainedModel, compute: torch.dtype | None) -> tuple[list[bo
         model.eval()
         with torch.no_grad(), torch.autocast(model.device.type, compute, enabled=compute is not None):
             reason = _mixes(trunk, trial)
-        return trial.fused, reason if trial.fused else "the model does not call transformers' attention functions"
+        return (
+            trial.fused,
+            reason if trial.fused else "the model does not take its attention from transformers' interface",
+        )
     except CannotPackError as error:
         return [], str(error)
     except Exception as error:  # a model's own code can do anything with its mask
@@ -262,7 +241,7 @@ def _mixes(trunk: nn.Module, trial: Pack) -> str | None:
     """How a trunk lets the rows of a pack change each other, if it does."""
 
     def run(*ids: int) -> Tensor:
-        with packed(trunk, trial) as more:
+        with running(trial) as more:
             states = trunk(input_ids=torch.tensor([ids], device=trial.bounds.device), use_cache=False, **more)
         found: Tensor = states.last_hidden_state[0].float()
         return found

@@ -16,9 +16,10 @@ from rlzoo.config import Packing
 from rlzoo.errors import UserError
 from rlzoo.inputs import Input, Stage
 from rlzoo.policy.adapters import adapters, add_lora, switched_off
+from rlzoo.policy.attention import rows_apart, use
 from rlzoo.policy.chat import turn_of
-from rlzoo.policy.head import Head, LogitTerm, token_log_probs
-from rlzoo.policy.packing import packed, packs
+from rlzoo.policy.head import Head, LogitTerm, computing_in, token_log_probs
+from rlzoo.policy.packing import packs, running
 from rlzoo.policy.sequences import Sequences, Tokens
 from rlzoo.policy.weights import changes_of
 
@@ -60,6 +61,7 @@ class Policy(nn.Module):
     ) -> None:
         """``compute`` is the dtype of matrix products, if not that of the weights."""
         super().__init__()
+        use(model)
         self.model = model
         self.tokenizer = tokenizer
         self.name = name
@@ -139,7 +141,8 @@ class Policy(nn.Module):
 
         Raises UserError for a model that cannot be ``packed``.
         """
-        self.packs = packs(self.model, self.compute, packing)
+        with rows_apart():
+            self.packs = packs(self.model, self.compute, packing)
 
     def collate(self, rows: Sequence[Tokens]) -> Sequences:
         """Rows as a micro-batch of this model."""
@@ -165,7 +168,7 @@ class Policy(nn.Module):
         return int(self.model.get_output_embeddings().weight.shape[1])
 
     def attach(self, inputs: Iterable[Input]) -> None:
-        """Make the modules of inputs that have none yet, in the model's dtype and on its device.
+        """Make the modules of inputs that have none yet: on the model's device, in its dtype or float32 if wider.
 
         Raises UserError for two different inputs with one key.
         """
@@ -176,7 +179,8 @@ class Policy(nn.Module):
             if (module := one.module(self)) is not None:
                 if (other := self.attached.get(one.key)) is not None:
                     raise UserError(f"two inputs have the key {one.key!r}, {other} and {one}: use one of them per run")
-                self.modules_of_inputs[one.key] = module.to(like.device, like.dtype)
+                dtype = torch.promote_types(like.dtype, torch.float32)
+                self.modules_of_inputs[one.key] = module.to(like.device, dtype)
                 self.attached[one.key] = one
 
     def untrained_state(self) -> list[tuple[str, Tensor]]:
@@ -231,7 +235,7 @@ class Policy(nn.Module):
         **options: Any,
     ) -> Any:
         """Log-probs of the completion tokens (options: see `_log_probs`), or some other ``work`` with the model."""
-        with torch.autocast(self.device.type, self.compute, enabled=self.compute is not None):
+        with computing_in(self.compute, self.device):
             if work is not None:
                 return work()
             assert sequences is not None
@@ -266,31 +270,37 @@ class Policy(nn.Module):
             reference=other,
         )
         for key, one in self.attached.items():
-            module = self.modules_of_inputs[key]
-            trunk = one.trunk(module)
-            values[key] = one.of_hidden(module, hidden if trunk is None else self._trunk(trunk, sequences))
-            values[key] = values[key].to(values["logp"].dtype)
+            trunk = one.trunk(self.modules_of_inputs[key])
+            found = self.of_hidden(key, hidden if trunk is None else self._trunk(trunk, sequences))
+            values[key] = found.to(values["logp"].dtype)
         spread = {name: sequences.spread(flat) for name, flat in values.items()}
         logp, extra = spread.pop("logp"), spread.pop("term", None)
         return ForwardPass(logp, spread, extra)
 
+    def of_hidden(self, key: str, hidden: Float[Tensor, "N H"]) -> Float[Tensor, " N"]:
+        """What an input's module makes of hidden states, in the module's own dtype, whatever matrices take."""
+        module, one = self.modules_of_inputs[key], self.attached[key]
+        dtype = next((p.dtype for p in module.parameters()), hidden.dtype)
+        with torch.autocast(self.device.type, enabled=False):
+            return one.of_hidden(module, hidden.to(dtype))
+
     @property
     def head(self) -> Head:
         """The output layer."""
-        return Head.of(self.model)
+        return replace(Head.of(self.model), compute=self.compute)
 
     def hidden(self, sequences: Sequences, **extra: Any) -> Float[Tensor, "N H"]:
         """The trunk's last hidden states where the next token is a completion token; ``extra`` goes to the trunk."""
-        return self._trunk(self.model.base_model, sequences, **extra)
+        with computing_in(self.compute, self.device):
+            return self._trunk(self.model.base_model, sequences, **extra)
 
     def _trunk(self, trunk: nn.Module, sequences: Sequences, **extra: Any) -> Float[Tensor, "N H"]:
         own: Any = self.model.base_model
         if not self.packs or type(getattr(trunk, "config", None)) is not type(own.config):
             sequences = sequences.padded()  # another model's, or of an input with a model of another kind
-        with packed(trunk, sequences.pack) as more:
+        with rows_apart(), running(sequences.pack) as more:
             states = trunk(input_ids=sequences.ids, use_cache=False, **more, **extra).last_hidden_state
-        selected: Tensor = states[sequences.predicts]
-        return selected
+        return sequences.predicting(states)
 
     def flops(self, tokens: int, completion_tokens: int, modules: bool = True) -> float:
         """FLOPs of a forward pass: 2 per parameter and token, with the head on completion tokens only.

@@ -6,11 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from rlzoo.jobs.memory import on_device
 from rlzoo.policy.packing import Pack
 
 
@@ -42,14 +44,18 @@ def length(row: Tokens) -> int:
 class Sequences:
     """Prompts and completions as model input, padded on the right, so that causal attention needs no mask.
 
-    With a ``pack``, ``ids`` and ``predicts`` are [1, N], all rows one after the other.
+    With a ``pack``, ``ids`` are [1, N], all rows one after the other. Where completion tokens stand is known from the
+    rows' lengths, so that no GPU is asked for it: reading out a boolean mask would wait for all that the device has to
+    do.
     """
 
     ids: Int[Tensor, "B L"]
-    predicts: Bool[Tensor, "B L"]
-    """True where the next token is a completion token."""
     mask: Bool[Tensor, "B T"]
     """True at completion tokens, in positions without the prompt."""
+    before: Int[Tensor, " N"]
+    """The positions that predict completion tokens, row by row, in the flattened ``ids``."""
+    places: Int[Tensor, " N"]
+    """The completion tokens in the flattened ``mask``, row by row."""
     lengths: tuple[int, ...]
     """The number of tokens of each row."""
     temperature: Float[Tensor, " B"] | None = None
@@ -73,17 +79,22 @@ class Sequences:
         """Join each prompt with its completion. A prompt must have at least one token."""
         lengths = tuple(len(p) + len(c) for p, c in zip(prompts, completions, strict=True))
         rows, longest = len(prompts), max(lengths)
-        ids = torch.zeros(rows, longest, dtype=torch.long)
-        predicts = torch.zeros(rows, longest, dtype=torch.bool)
-        mask = torch.zeros(rows, max(map(len, completions)), dtype=torch.bool)
+        width = max(map(len, completions))
+        ids, mask = np.zeros((rows, longest), np.int64), np.zeros((rows, width), np.bool_)
+        before, places = [], []
         for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
-            ids[row, : len(prompt) + len(completion)] = torch.as_tensor([*prompt, *completion])
-            predicts[row, len(prompt) - 1 : len(prompt) + len(completion) - 1] = True
-            mask[row, : len(completion)] = True
+            first, end = row * longest + len(prompt) - 1, len(completion)
+            ids[row, : len(prompt)], ids[row, len(prompt) : len(prompt) + end] = prompt, completion
+            mask[row, :end] = True
+            before.append(np.arange(first, first + end))
+            places.append(np.arange(row * width, row * width + end))
         heat = None
         if temperature is not None and any(t != 1.0 for t in temperature):
-            heat = torch.tensor(temperature, dtype=torch.float64, device=device)
-        return cls(ids.to(device), predicts.to(device), mask.to(device), lengths, heat)
+            heat = on_device(torch.tensor(temperature, dtype=torch.float64), device)
+        ids_, mask_, before_, places_ = (
+            on_device(torch.as_tensor(x), device) for x in (ids, mask, np.concatenate(before), np.concatenate(places))
+        )
+        return cls(ids_, mask_, before_, places_, lengths, heat)
 
     @property
     def tokens(self) -> int:
@@ -99,34 +110,53 @@ class Sequences:
         """The same rows without padding, one after the other; no device is waited for."""
         if self.pack is not None:
             return self
-        ids, predicts = (
-            torch.cat([row[:length] for row, length in zip(table, self.lengths, strict=True)])[None]
-            for table in (self.ids, self.predicts)
-        )
-        return replace(self, ids=ids, predicts=predicts, pack=Pack.of(self.lengths, self.ids.device))
+        ids = torch.cat([row[:length] for row, length in zip(self.ids, self.lengths, strict=True)])[None]
+        return self._moved(ids, 1, Pack.of(self.lengths, self.ids.device))
 
     def padded(self) -> Sequences:
         """The same rows, padded."""
         if self.pack is None:
             return self
-        ids, predicts = (
-            pad_sequence(list(torch.split(table[0], list(self.lengths))), batch_first=True)
-            for table in (self.ids, self.predicts)
-        )
-        return replace(self, ids=ids, predicts=predicts, pack=None)
+        ids = pad_sequence(list(torch.split(self.ids[0], list(self.lengths))), batch_first=True)
+        return self._moved(ids, -1, None)
+
+    def _moved(self, ids: Int[Tensor, "B L"], sign: int, pack: Pack | None) -> Sequences:
+        """The same rows, which begin elsewhere: where padded ones do, or packed ones (sign 1)."""
+        starts = torch.tensor([0, *self.lengths[:-1]]).cumsum(0)
+        shift = sign * (starts - max(self.lengths) * torch.arange(len(self.lengths)))
+        before = self.before + on_device(shift, ids.device).index_select(0, self.rows)
+        return replace(self, ids=ids, before=before, pack=pack)
 
     @property
     def targets(self) -> Int[Tensor, " N"]:
         """The completion tokens of all rows, one after the other."""
-        return self.ids.roll(-1, dims=1)[self.predicts]
+        return self.ids.flatten().index_select(0, self.before + 1)
+
+    @property
+    def predicts(self) -> Bool[Tensor, "B L"]:
+        """True where the next token is a completion token."""
+        flat = self.ids.new_zeros(self.ids.numel(), dtype=torch.bool)
+        return flat.index_fill(0, self.before, True).view(self.ids.shape)
+
+    @property
+    def rows(self) -> Int[Tensor, " N"]:
+        """The row of each completion token."""
+        return self.places // self.mask.shape[1]
 
     @property
     def temperatures(self) -> Float[Tensor, " N"] | None:
         """The temperature of each completion token."""
-        if self.temperature is None:
-            return None
-        return self.temperature[:, None].expand(self.mask.shape)[self.mask]
+        return None if self.temperature is None else self.temperature.index_select(0, self.rows)
+
+    def predicting(self, states: Float[Tensor, "B L H"]) -> Float[Tensor, "N H"]:
+        """What a trunk gives at the positions that predict completion tokens."""
+        return states.flatten(0, 1).index_select(0, self.before)
+
+    def flat(self, values: Float[Tensor, "B T"]) -> Float[Tensor, " N"]:
+        """The completion tokens' values, one after the other."""
+        return values.flatten().index_select(0, self.places)
 
     def spread(self, flat: Float[Tensor, " N"]) -> Float[Tensor, "B T"]:
         """Values per completion token, in rows; 0 at padding."""
-        return flat.new_zeros(self.mask.shape).masked_scatter(self.mask, flat)
+        whole = flat.new_zeros(self.mask.numel()).index_copy(0, self.places, flat)
+        return whole.view(self.mask.shape)

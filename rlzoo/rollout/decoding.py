@@ -3,28 +3,27 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from torch.nn import functional
-from transformers import AttentionInterface
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from rlzoo.config import Sampling
+from rlzoo.jobs.memory import on_device
 from rlzoo.policy import Policy
+from rlzoo.types import running_sum
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 LEAVE = 0.125
 """Finished sequences leave when they are this fraction of a batch, as closing the gaps copies the cache."""
+PATIENCE = 16
+"""Tokens after which a GPU is asked which sequences have finished: the host waits for the answer."""
 
 
 class _Growing(DynamicLayer):  # type: ignore[misc]
@@ -79,44 +78,6 @@ def can_decode(model: PreTrainedModel) -> bool:
     )
 
 
-def _folded_attention(
-    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
-) -> tuple[Tensor, None]:
-    """Attention of one new position, with the query heads that share a key head folded into positions.
-
-    transformers would copy the whole cache for every query head at every step.
-    """
-    rows, heads, positions, size = query.shape
-    plain = positions == 1 and heads > key.shape[1] and (attention_mask is None or attention_mask.shape[1] == 1)
-    if not plain:
-        found: tuple[Tensor, None] = sdpa_attention_forward(module, query, key, value, attention_mask, **options)
-        return found
-    grouped = query.view(rows, key.shape[1], -1, size)
-    out = functional.scaled_dot_product_attention(
-        grouped, key, value, attn_mask=attention_mask, scale=options.get("scaling")
-    )
-    return out.reshape(rows, 1, heads, -1), None
-
-
-AttentionInterface.register("rlzoo_folded", _folded_attention)
-AttentionMaskInterface.register("rlzoo_folded", sdpa_mask)
-
-
-@contextmanager
-def _folded(model: PreTrainedModel) -> Iterator[None]:
-    """Decode with `_folded_attention` if the model uses transformers' SDPA attention."""
-    config = model.config.get_text_config()
-    kept = config._attn_implementation
-    if kept != "sdpa" or model.device.type != "cpu":
-        yield
-        return
-    config._attn_implementation = "rlzoo_folded"
-    try:
-        yield
-    finally:
-        config._attn_implementation = kept
-
-
 class Decoder:
     """Continues prompts with a policy, one token per unfinished sequence at a time."""
 
@@ -144,20 +105,23 @@ class Decoder:
             cache.batch_repeat_interleave(copies)
             mask, logits = (x.repeat_interleave(copies, 0) for x in (mask, logits))
         position = mask.sum(1, keepdim=True)
-        ends = torch.tensor(sorted(self.policy.eos_ids), device=device)
-        uniform = None if draws is None else torch.as_tensor(draws, device=device)
+        ends = on_device(torch.tensor(sorted(self.policy.eos_ids)), device)
+        uniform = None if draws is None else on_device(torch.as_tensor(draws), device)
+        patience = 1 if device.type == "cpu" else PATIENCE
         found = torch.full((len(logits), room), -1, device=device)
         rows = torch.arange(len(logits), device=device)
         alive = torch.ones(len(logits), dtype=torch.bool, device=device)
         for step in range(room):
             token = _pick(logits, settings, None if uniform is None else uniform[rows, step])
-            found[rows[alive], step] = token[alive]
+            found[:, step].index_copy_(0, rows, torch.where(alive, token, -1))
             alive &= ~torch.isin(token, ends)
-            left = int(alive.sum())
-            if not left or step + 1 == room:
+            if step + 1 == room:
                 break
-            if len(rows) - left >= LEAVE * len(rows):
-                stay = alive.nonzero()[:, 0]
+            live = alive.tolist() if (step + 1) % patience == 0 else [True] * len(rows)
+            if not any(live):
+                break
+            if live.count(False) >= LEAVE * len(rows):
+                stay = on_device(torch.tensor([row for row, is_live in enumerate(live) if is_live]), device)
                 cache.batch_select_indices(stay)
                 rows, token, mask, position, alive = (x[stay] for x in (rows, token, mask, position, alive))
             mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
@@ -179,9 +143,8 @@ class Decoder:
         policy = self.policy
 
         def work() -> Tensor:
-            with _folded(policy.model):
-                trunk = policy.model.base_model
-                out = trunk(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, **extra)
+            trunk = policy.model.base_model
+            out = trunk(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, **extra)
             return policy.head.logits(out.last_hidden_state[:, -1])
 
         return policy.run(work)
@@ -195,7 +158,7 @@ def padded(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Int[
     for row, prompt in enumerate(prompts):
         ids[row, longest - len(prompt) :] = torch.as_tensor(prompt)
         mask[row, longest - len(prompt) :] = True
-    return ids.to(device), mask.to(device)
+    return on_device(ids, device), on_device(mask, device)
 
 
 def _pick(logits: Float[Tensor, "B V"], settings: Sampling, uniform: Float[Tensor, " B"] | None) -> Int[Tensor, " B"]:
@@ -206,8 +169,8 @@ def _pick(logits: Float[Tensor, "B V"], settings: Sampling, uniform: Float[Tenso
     order = None
     if settings.top_p < 1.0:
         probability, order = probability.sort(1, descending=True)
-        probability = probability * (probability.cumsum(1) - probability < settings.top_p)
-    cumulative = probability.cumsum(1, dtype=torch.float64)  # float32 would round away rare tokens at its end
+        probability = probability * (running_sum(probability) - probability < settings.top_p)
+    cumulative = running_sum(probability, torch.float64)  # float32 would round away rare tokens at its end
     place = torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:], right=True)
     place = place.clamp(max=logits.shape[1] - 1)
     return (place if order is None else order.gather(1, place))[:, 0]

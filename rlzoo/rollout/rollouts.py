@@ -10,7 +10,7 @@ import numpy as np
 
 from rlzoo.buffers.bad_rows import BadRows
 from rlzoo.buffers.problems import EncodedProblem, trajectory
-from rlzoo.config import Sampling
+from rlzoo.config import Sampling, TokenBudget
 from rlzoo.errors import UserError
 from rlzoo.jobs.cached_results import CachedResults
 from rlzoo.jobs.ranks import agreed
@@ -30,7 +30,7 @@ def collect_rollouts(
     settings: Sampling,
     seed: int,
     version: int = 0,
-    token_budget: int = 8192,
+    token_budget: TokenBudget = 8192,
     progress: Callable[[int], None] | None = None,
     recompute: bool = True,
     cached: CachedResults | None = None,

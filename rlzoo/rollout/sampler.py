@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import numpy as np
@@ -14,7 +15,8 @@ from jaxtyping import Float
 
 from rlzoo.config import Sampling
 from rlzoo.errors import UserError
-from rlzoo.jobs.ranks import shared, world_size
+from rlzoo.jobs.memory import is_out_of_memory, release_memory
+from rlzoo.jobs.ranks import is_sharded, shared, world_size
 from rlzoo.policy import Policy
 from rlzoo.registry import Registry
 from rlzoo.rollout.decoding import Decoder, can_decode, padded
@@ -95,21 +97,36 @@ def list_samplers() -> list[str]:
     return _samplers.names()
 
 
-def sampler_class(settings: Sampling) -> type[Sampler]:
+def engine_of(settings: Sampling, policy: Policy | None = None) -> str:
+    """The name of what samples; ``auto`` is vLLM where it is installed and the ``policy`` on a GPU, or with a url.
+
+    Without a policy, before one is loaded, nobody knows: then it is taken for what can do all that the settings ask.
+    """
+    if settings.engine != "auto":
+        return settings.engine
+    fits = settings.url is not None
+    if not fits and find_spec("vllm") is not None:
+        asked = bool(settings.engine_options) or settings.wants_sampler_logp
+        fits = asked if policy is None else policy.device.type == "cuda" and world_size() == 1
+    return "vllm" if fits else "transformers"
+
+
+def sampler_class(settings: Sampling, policy: Policy | None = None) -> type[Sampler]:
     """The sampler class of the settings. Raises UserError for an unknown or unsuitable ``engine``."""
-    found = _samplers.get(settings.engine)
+    engine = engine_of(settings, policy)
+    found = _samplers.get(engine)
     if not (isinstance(found, type) and issubclass(found, Sampler)):
-        raise UserError(f"sampler {settings.engine!r} is not a subclass of rlzoo.rollout.Sampler")
+        raise UserError(f"sampler {engine!r} is not a subclass of rlzoo.rollout.Sampler")
     if settings.url is not None:
         if found.of_server is None:
-            raise UserError(f"engine {settings.engine!r} has no server: url is for engines with one, such as vllm")
+            raise UserError(f"engine {engine!r} has no server: url is for engines with one, such as vllm")
         found = found.of_server
     if settings.wants_sampler_logp and not found.gives_logp:
         raise UserError("rollouts.behaviour: sampler needs an engine with its own log-probs, such as engine: vllm")
     try:
         inspect.signature(found).bind(None, **_options(settings))
     except TypeError as error:
-        raise UserError(f"engine {settings.engine!r} cannot take these engine_options: {error}") from None
+        raise UserError(f"engine {engine!r} cannot take these engine_options: {error}") from None
     return found
 
 
@@ -120,7 +137,7 @@ def _options(settings: Sampling) -> Mapping[str, Any]:
 
 def sampler_of(policy: Policy, settings: Sampling) -> Sampler:
     """The sampler of the settings. Raises UserError if it is not available."""
-    build: Callable[..., Sampler] = sampler_class(settings)
+    build: Callable[..., Sampler] = sampler_class(settings, policy)
     return build(policy, **_options(settings))
 
 
@@ -130,7 +147,7 @@ class TransformersSampler(Sampler):
 
     Every sample has its own random stream, from the seed and the indices of its prompt and sample, so that samples do
     not depend on the batch size (up to rounding). A model whose state is more than keys and values (Mamba, say) is
-    sampled by transformers' ``generate``.
+    sampled by transformers' ``generate``. If memory runs out, half as many are sampled together.
     """
 
     name: ClassVar[str] = "transformers"
@@ -138,6 +155,8 @@ class TransformersSampler(Sampler):
 
     def __init__(self, policy: Policy) -> None:
         self.policy = policy
+        self._most: int | None = None
+        """Sequences that fit into memory together, after more did not."""
         self.decoder = Decoder(policy) if can_decode(policy.model) else None
 
     def sample(
@@ -167,27 +186,54 @@ class TransformersSampler(Sampler):
         progress: Callable[[int], None] | None,
     ) -> list[list[Sample]]:
         """The samples of some of the prompts."""
-        copies = 1 if greedy else settings.samples
-        order = by_length(prompts, places)
-        size, most = max(1, settings.batch_size // copies), min(copies, settings.batch_size)
-        results: dict[int, list[Sample]] = {place: [] for place in places}
+        copies, left = 1 if greedy else settings.samples, by_length(prompts, places)
+        results: dict[int, list[Sample]] = {}
         training = self.policy.training
         self.policy.eval()
         try:
-            for start in range(0, len(order), size):
-                batch = order[start : start + size]
-                for first in range(0, copies, most):
-                    some = range(first, min(copies, first + most))
-                    own_streams = [streams[i] for i in batch]
-                    rows = self._decoded([prompts[i] for i in batch], own_streams, some, settings, greedy, seed)
-                    for row, place in enumerate(batch):
-                        own = rows[row * len(some) : (row + 1) * len(some)]
-                        results[place] += [self._sample(ids) for ids in own]
+            while left:
+                together = min(settings.batch_size, self._most or settings.batch_size)
+                batch = left[: max(1, together // copies)]
+                try:
+                    made = self._batch(prompts, batch, streams, min(copies, together), settings, greedy, seed)
+                except (RuntimeError, MemoryError) as error:
+                    if not is_out_of_memory(error) or is_sharded(self.policy):
+                        raise
+                    if together == 1:
+                        raise UserError(f"out of memory with one sequence sampled at a time: {error}") from None
+                    made = None
+                if made is None:  # and the error, which holds on to the tensors that did not fit, is gone
+                    release_memory()
+                    self._most = max(1, min(together, len(batch) * copies) // 2)
+                    continue
+                results |= made
+                left = left[len(batch) :]
                 if progress is not None:
                     progress(len(batch))
         finally:
             self.policy.train(training)
         return [results[place] for place in places]
+
+    def _batch(
+        self,
+        prompts: Sequence[Sequence[int]],
+        batch: Sequence[int],
+        streams: Sequence[int],
+        most: int,
+        settings: Sampling,
+        greedy: bool,
+        seed: int,
+    ) -> dict[int, list[Sample]]:
+        """The samples of the prompts in some places, at most so many of each at a time."""
+        copies, found = 1 if greedy else settings.samples, dict[int, list[Sample]]()
+        for first in range(0, copies, most):
+            some = range(first, min(copies, first + most))
+            own_streams = [streams[i] for i in batch]
+            rows = self._decoded([prompts[i] for i in batch], own_streams, some, settings, greedy, seed)
+            for row, place in enumerate(batch):
+                own = rows[row * len(some) : (row + 1) * len(some)]
+                found.setdefault(place, []).extend(self._sample(ids) for ids in own)
+        return found
 
     def _decoded(
         self,

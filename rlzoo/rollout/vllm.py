@@ -199,9 +199,14 @@ class VLLMSampler(_VLLM):
             raise UserError(
                 "a distributed run cannot hold a vLLM engine in each process: start a server, and give its url"
             )
+        if policy.device.index:
+            raise UserError(
+                f"the policy is on {policy.device}, and vLLM's engine takes the first GPU that this process sees: "
+                f"start it with CUDA_VISIBLE_DEVICES={policy.device.index}, so that they share one"
+            )
         self.policy = policy
         where = str(EMBEDDED_BASE) if policy.name == EMBEDDED else policy.name
-        key = json.dumps([where, str(policy.model.dtype), options], sort_keys=True, default=str)
+        key = json.dumps([where, _dtype(policy), options], sort_keys=True, default=str)
         if key not in _engines:
             _engines[key] = (_start(where, policy, options), _Handed())
         self.engine, self.handed = _engines[key]
@@ -236,13 +241,18 @@ class VLLMSampler(_VLLM):
         ]
 
 
+def _dtype(policy: Policy) -> str:
+    """What the engine computes in: what the policy multiplies matrices in."""
+    return str(policy.compute or policy.model.dtype).removeprefix("torch.")
+
+
 def _start(where: str, policy: Policy, options: Mapping[str, Any]) -> Any:
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # weights pass from model to model, not through a pipe
     os.environ.setdefault("VLLM_CONFIGURE_LOGGING", "0")
     from vllm import LLM
 
     settings: dict[str, Any] = {
-        "dtype": str(policy.model.dtype).removeprefix("torch."),
+        "dtype": _dtype(policy),
         "logprobs_mode": "processed_logprobs",
         "gpu_memory_utilization": 0.3,  # the rest is for training
         "trust_remote_code": trusts_remote_code(),

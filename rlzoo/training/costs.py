@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import resource
 import sys
+import time
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -25,7 +26,7 @@ class Costs:
     wall_seconds: float = 0.0
     """Time spent in training steps."""
     peak_memory_bytes: int = 0
-    """Peak during training (CPU: resident set of the process; GPU: allocated memory)."""
+    """Peak during training (CPU: resident set of the process; GPU: this process's tensors)."""
 
     def add(self, spent: Mapping[str, float]) -> None:
         """Add amounts, by field name."""
@@ -36,19 +37,30 @@ class Costs:
         return asdict(self)
 
 
-def reset_peak_memory() -> None:
-    """Reset the peak if the platform can; otherwise the peak is that of the process."""
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
+def now(device: torch.device) -> float:
+    """The time in seconds, once the device has done what it was asked to: the host only asks."""
+    if _on_gpu(device):
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def _on_gpu(device: torch.device | None) -> bool:
+    return torch.cuda.is_available() and (device is None or device.type == "cuda")
+
+
+def reset_peak_memory(device: torch.device | None = None) -> None:
+    """Start a new peak on the ``device`` (None: a GPU where there is one) where the platform can."""
+    if _on_gpu(device):
+        torch.cuda.reset_peak_memory_stats(device)
     elif sys.platform == "linux":
         with suppress(OSError):  # some containers do not allow it
             Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
 
-def peak_memory_bytes() -> int:
-    """Peak memory since `reset_peak_memory`, in bytes."""
-    if torch.cuda.is_available():
-        return int(torch.cuda.max_memory_allocated())
+def peak_memory_bytes(device: torch.device | None = None) -> int:
+    """Peak memory since `reset_peak_memory`, in bytes: of this process's tensors on a GPU, or of the process."""
+    if _on_gpu(device):
+        return int(torch.cuda.max_memory_allocated(device))
     if sys.platform == "linux":
         status = Path("/proc/self/status").read_text(encoding="ascii")
         line = next(line for line in status.splitlines() if line.startswith("VmHWM:"))

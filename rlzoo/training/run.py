@@ -10,11 +10,12 @@ import torch
 
 from rlzoo.buffers import Buffer
 from rlzoo.buffers.bad_rows import BadRows
-from rlzoo.config import Training
+from rlzoo.config import TokenBudget, Training
 from rlzoo.errors import UserError
 from rlzoo.inputs import Input, Reference, Stage
 from rlzoo.objective import Objective
 from rlzoo.policy import Assembler, MicroBatches, Models, Policy, log_probs
+from rlzoo.policy.defaults import token_budget_of
 from rlzoo.training.batches import (
     BufferSource,
     FreshSource,
@@ -43,7 +44,11 @@ def check_buffer(policy: Policy, buffer: Buffer) -> None:
 
 
 def with_inputs(
-    buffer: Buffer, inputs: Iterable[Input], policy: Policy, token_budget: int = 8192, initial: Policy | None = None
+    buffer: Buffer,
+    inputs: Iterable[Input],
+    policy: Policy,
+    token_budget: TokenBudget = 8192,
+    initial: Policy | None = None,
 ) -> Buffer:
     """The buffer with computed values of stored inputs; ``initial`` is the initial policy (None: ``policy``).
 
@@ -51,7 +56,7 @@ def with_inputs(
     """
     for one in inputs:
         models = Models.load(policy, [one], initial or policy)
-        assembler = Assembler(policy, models, MicroBatches(token_budget))
+        assembler = Assembler(policy, models, MicroBatches(token_budget_of(policy, token_budget)))
         plain: list[np.ndarray] = []
         tempered: list[np.ndarray | None] = []
         for rows in buffer.chunks():
@@ -65,7 +70,7 @@ def with_inputs(
     return buffer
 
 
-def with_reference(buffer: Buffer, policy: Policy, token_budget: int = 8192) -> Buffer:
+def with_reference(buffer: Buffer, policy: Policy, token_budget: TokenBudget = 8192) -> Buffer:
     """`with_inputs` for the log-probs of ``policy`` as the frozen reference."""
     return with_inputs(buffer, [Reference()], policy, token_budget)
 
@@ -94,7 +99,7 @@ def lacking(buffer: Buffer, *objectives: Objective, again: bool = False) -> list
     return list(found)
 
 
-def with_behaviour(buffer: Buffer, policy: Policy, token_budget: int = 8192) -> tuple[Buffer, list[int]]:
+def with_behaviour(buffer: Buffer, policy: Policy, token_budget: TokenBudget = 8192) -> tuple[Buffer, list[int]]:
     """The buffer with behaviour log-probs of ``policy`` in samples that lack them, and the indices of these rows."""
     sampled = np.array(buffer.column("source")) != "demonstration"
     lacks = ~buffer.has("behaviour_logp") & sampled

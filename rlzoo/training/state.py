@@ -14,12 +14,13 @@ from rlzoo.errors import UserError
 from rlzoo.jobs.cached_results import random_state
 from rlzoo.jobs.ranks import gathered, rank
 from rlzoo.objective import options_of
+from rlzoo.policy import Policy
 
 if TYPE_CHECKING:
     from rlzoo.training.trainer import Trainer
 
 
-LAYOUT = 3
+LAYOUT = 4
 """The version of the state's layout; checkpoints of another are refused."""
 
 
@@ -51,10 +52,10 @@ def state_of(trainer: Trainer) -> tuple[dict[str, Tensor], dict[str, Any]]:
     named = trainer.named_parameters()
     tensors = {f"policy/{name}": whole(parameter) for name, parameter in named}
     tensors |= optimizer_tensors(trainer.schedule.optimizer, named)
-    for one, model in trainer.models.moving.items():
-        tensors |= {f"model/{one.key}/{name}": whole(p) for name, p in model.model.named_parameters()}
+    for number, model in enumerate(trainer.models.moving.values()):  # two may have one key, in two parts
+        tensors |= {f"model/{number}/{name}": whole(p) for name, p in model.model.named_parameters()}
     tensors |= {f"module/{name}": whole(value) for name, value in trainer.policy.untrained_state()}
-    random_tensors, random_plain = random_states()
+    random_tensors, random_plain = random_states(trainer.policy.device)
     record = trainer.record
     state = {
         "run": _run_of(trainer),
@@ -85,9 +86,9 @@ def restore(trainer: Trainer, tensors: Mapping[str, Tensor], state: Mapping[str,
         put(parameter, tensors[f"policy/{name}"])
     trainer.policy.weights_changed()
     restore_optimizer(trainer.schedule.optimizer, named, tensors)
-    for one, model in trainer.models.moving.items():
+    for number, model in enumerate(trainer.models.moving.values()):
         for name, parameter in model.model.named_parameters():
-            put(parameter, tensors[f"model/{one.key}/{name}"])
+            put(parameter, tensors[f"model/{number}/{name}"])
     for name, value in trainer.policy.untrained_state():
         put(value, tensors[f"module/{name}"])
     record, schedule = trainer.record, trainer.schedule
@@ -103,7 +104,7 @@ def restore(trainer: Trainer, tensors: Mapping[str, Tensor], state: Mapping[str,
     for source, where in zip(trainer.sources, state["sources"], strict=True):
         resumable(source).restore(where)
     trainer.micro.token_budget = min(trainer.micro.token_budget, state["token_budget"])
-    restore_random_states(tensors, state["random"])
+    restore_random_states(tensors, state["random"], trainer.policy.device)
 
 
 def _run_of(trainer: Trainer) -> dict[str, Any]:
@@ -111,7 +112,13 @@ def _run_of(trainer: Trainer) -> dict[str, Any]:
     settings = trainer.settings.model_dump(mode="json", exclude={"token_budget", "checkpoint_seconds", "trackers"})
     objective = {name: repr(getattr(trainer.objective, name)) for name in options_of(type(trainer.objective))}
     named = {f"objective.{name}": value for name, value in objective.items()}
+    settings["computed"] = computed(trainer.policy)  # which auto leaves open
     return {"layout": LAYOUT, **settings, "objective": trainer.objective.name, **named}
+
+
+def computed(policy: Policy) -> str:
+    """Where a policy computes, and in which dtype."""
+    return f"{policy.device.type}, {policy.compute or policy.model.dtype}"
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -167,24 +174,28 @@ def restore_optimizer(
             optimizer.state[parameter][entry] = value.to(parameter.device)
 
 
-def random_states() -> tuple[dict[str, Tensor], dict[str, Any]]:
+def random_states(device: torch.device) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The states of the random generators of torch, NumPy and Python: as tensors, and as plain data.
 
-    Each process has its own CPU state, and all must call this.
+    Each process has its own, on the CPU and on the GPU that it trains on, and all must call this.
     """
-    tensors = {f"random/cpu/{number}": state for number, state in enumerate(gathered(torch.get_rng_state()))}
-    if torch.cuda.is_available():
-        tensors |= {f"random/cuda/{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())}
     kind, keys, *rest = np.random.get_state(legacy=True)
-    return tensors, {"python": random.getstate(), "numpy": [kind, np.asarray(keys).tolist(), *rest]}
+    on_gpu = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    plain = {"python": random.getstate(), "numpy": [kind, np.asarray(keys).tolist(), *rest]}
+    tensors: dict[str, Tensor] = {}
+    own = gathered((torch.get_rng_state(), on_gpu, plain))
+    for number, (cpu, cuda, _) in enumerate(own):
+        tensors |= {f"random/cpu/{number}": cpu} | ({} if cuda is None else {f"random/cuda/{number}": cuda})
+    return tensors, {"by_rank": [plain for _, _, plain in own]}
 
 
-def restore_random_states(tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> None:
-    """The inverse of `random_states`; states of GPUs that no longer exist are skipped."""
-    torch.set_rng_state(tensors.get(f"random/cpu/{rank()}", tensors["random/cpu/0"]))
-    for device in range(torch.cuda.device_count()):
-        if (state := tensors.get(f"random/cuda/{device}")) is not None:
-            torch.cuda.set_rng_state(state, device)
-    random.setstate(random_state(plain["python"]))
-    kind, keys, *rest = plain["numpy"]
+def restore_random_states(tensors: Mapping[str, Tensor], plain: Mapping[str, Any], device: torch.device) -> None:
+    """The inverse of `random_states`. A process that did not exist before takes those of the main one."""
+    number = rank() if rank() < len(plain["by_rank"]) else 0
+    torch.set_rng_state(tensors[f"random/cpu/{number}"])
+    if device.type == "cuda" and (state := tensors.get(f"random/cuda/{number}")) is not None:
+        torch.cuda.set_rng_state(state, device)
+    own = plain["by_rank"][number]
+    random.setstate(random_state(own["python"]))
+    kind, keys, *rest = own["numpy"]
     np.random.set_state((kind, np.asarray(keys, np.uint32), *rest))

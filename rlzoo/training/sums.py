@@ -1,27 +1,57 @@
-"""The metrics of a step, from sums of unreduced values, so that they do not depend on micro-batches."""
+"""The metrics of a step, from sums of unreduced values, so that they do not depend on micro-batches.
+
+They stay on the device until the step is done, and are copied to the host at once: each number that is read by itself
+would make the host wait for all that a GPU has to do.
+"""
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
+from rlzoo.jobs.memory import on_device
 from rlzoo.jobs.ranks import gathered
 from rlzoo.objective import Objective, reduce
 from rlzoo.reward.calling import means
 from rlzoo.training.batches import Drawn
 from rlzoo.types import Coefficients, TokenBatch, Trajectory
 
+LOSS = "(loss)"
+"""What the loss is kept under, which no metric of an objective may take."""
 
-class Sums:
-    """Sums over the micro-batches of a step."""
+
+class Readout:
+    """Tensors that are read together: one copy to the host, whatever their number."""
 
     def __init__(self) -> None:
-        self._loss = 0.0
-        self._total: dict[str, float] = defaultdict(float)
-        self._count: dict[str, float] = defaultdict(float)
+        self._parts: list[Tensor] = []
+        self._size = 0
+
+    def add(self, value: Tensor) -> slice:
+        """Take a tensor in; where its entries will be."""
+        flat = value.detach().flatten().double()
+        self._parts.append(flat)
+        self._size += len(flat)
+        return slice(self._size - len(flat), self._size)
+
+    def read(self) -> list[float]:
+        """All of them, one after the other. Here the host waits for the device."""
+        if not self._parts:
+            return []
+        device = self._parts[0].device
+        found: list[float] = torch.cat([part.to(device) for part in self._parts]).tolist()
+        return found
+
+
+class Sums:
+    """Sums over the micro-batches of a step, in float64, on the device."""
+
+    def __init__(self) -> None:
+        self._total: dict[str, Float[Tensor, ""]] = {}
+        self._count: dict[str, Float[Tensor, ""]] = {}
 
     def add(
         self,
@@ -29,36 +59,40 @@ class Sums:
         part: TokenBatch,
         coefficients: Coefficients,
         loss: Tensor,
-        denominator: float,
+        denominator: Tensor | float,
     ) -> None:
         """Add a micro-batch."""
         reported = loss.detach()
-        if coefficients.loss is not None and denominator:
+        if coefficients.loss is not None:
             # the paper's loss in place of the surrogate's; auxiliary losses and logit terms stay
             main = torch.where(part.mask, coefficients.values, 0) * part.logp.detach()
             reported = reported + reduce(main, part, objective.normaliser, denominator)
             reported = reported + reduce(coefficients.loss, part, objective.normaliser, denominator)
-        self._loss += float(reported)
+        self._add(LOSS, reported, torch.zeros_like(reported, dtype=torch.bool))
         per_token = {"logp": part.logp.detach(), "coefficient": coefficients.values, **coefficients.metrics}
         for name, value in per_token.items():
-            inside = value[part.mask] if value.ndim == 2 else value
-            inside = inside[~inside.isnan()]
-            self._total[name] += float(inside.sum())
-            self._count[name] += inside.numel()
+            self._add(name, value, value.isnan() | ~part.mask if value.ndim == 2 else value.isnan())
 
-    def over_processes(self) -> Sums:
-        """The sums over all processes, in the order of their ranks."""
-        whole = Sums()
-        for part in gathered(self):
-            whole._loss += part._loss
-            for name in part._total:
-                whole._total[name] += part._total[name]
-                whole._count[name] += part._count[name]
-        return whole
+    def _add(self, name: str, value: Tensor, left_out: Tensor) -> None:
+        total, count = torch.where(left_out, 0, value).sum(dtype=torch.float64), (~left_out).sum(dtype=torch.float64)
+        self._total[name] = total + self._total[name] if name in self._total else total
+        self._count[name] = count + self._count[name] if name in self._count else count
 
-    def means(self) -> dict[str, float]:
-        """The loss, and the means of the metrics."""
-        return {"loss": self._loss, **{name: self._total[name] / max(self._count[name], 1) for name in self._total}}
+    def into(self, readout: Readout) -> dict[str, tuple[slice, slice]]:
+        """Add all of them to what is read; where each total and each count will be."""
+        return {name: (readout.add(total), readout.add(self._count[name])) for name, total in self._total.items()}
+
+
+def means_of(places: Mapping[str, tuple[slice, slice]], numbers: Sequence[float]) -> dict[str, float]:
+    """The loss, and the means of the metrics, over all processes in order of their numbers."""
+    found = {name: (*numbers[total], *numbers[count]) for name, (total, count) in places.items()}
+    whole: dict[str, tuple[float, float]] = {}
+    for own in gathered(found):
+        for name, (total, count) in own.items():
+            before = whole.get(name, (0.0, 0.0))
+            whole[name] = before[0] + total, before[1] + count
+    loss = whole.pop(LOSS, (0.0, 0.0))[0]
+    return {"loss": loss, **{name: total / max(count, 1) for name, (total, count) in whole.items()}}
 
 
 def coefficients_of_rows(coefficients: Coefficients, index: Tensor, part: TokenBatch) -> Coefficients:
@@ -77,27 +111,29 @@ def coupled_coefficients(drawn: Drawn) -> Coefficients | None:
     return objective.coefficients(drawn.batch) if objective.is_coupled else None
 
 
-def metrics_of(drawn: Sequence[Drawn], sums: Sequence[Sums]) -> dict[str, float]:
+def metrics_of(
+    drawn: Sequence[Drawn], found: Sequence[Mapping[str, float]], rewards: Sequence[float | None]
+) -> dict[str, float]:
     """The weighted loss, and the metrics of each component under its label."""
     total, metrics = 0.0, dict[str, float]()
-    for some, own in zip(drawn, sums, strict=True):
-        found = own.means()
-        total += some.component.weight * found["loss"]
-        if some.batch.reward is not None:
-            found["reward"] = float(some.batch.reward.mean())
+    for some, own, reward in zip(drawn, found, rewards, strict=True):
+        own = dict(own)
+        total += some.component.weight * own["loss"]
+        if reward is not None:
+            own["reward"] = reward
         parts = means(row.reward_parts for row in some.rows)
         if len(parts) > 1:  # one alone is the reward itself
-            found |= {f"reward/{name}": value for name, value in parts.items()}
+            own |= {f"reward/{name}": value for name, value in parts.items()}
         label = f"{some.component.label}/" if some.component.label else ""
-        metrics |= {f"{label}{name}": value for name, value in found.items()}
+        metrics |= {f"{label}{name}": value for name, value in own.items()}
     return {"loss": total, **metrics}
 
 
 def truncated_importance(rows: Sequence[Trajectory], mask: Tensor, cap: float) -> Tensor:
     """min(π/π_engine, cap) of each token at the time of sampling; 1 for rows of no other engine."""
-    weight = torch.ones(mask.shape, device=mask.device)
+    weight = torch.ones(mask.shape)
     for place, row in enumerate(rows):
         if row.sampler_logp is not None and row.behaviour_logp is not None:
             gap = torch.tensor(row.behaviour_logp) - torch.tensor(row.sampler_logp)
             weight[place, : len(gap)] = gap.exp().clamp(max=cap)
-    return weight
+    return on_device(weight, mask.device)

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
+from jaxtyping import Bool
+from torch import Tensor
+
 from rlzoo.objective import Component
 from rlzoo.training.batches import Drawn, Source
 from rlzoo.types import Unit, selector_of
@@ -21,16 +24,22 @@ Counts = dict[str, dict[str, int]]
 """Name of a component → what is counted → count."""
 
 
-def count(counts: Counts, drawn: Drawn) -> None:
+def teaches(drawn: Drawn) -> Bool[Tensor, " B"]:
+    """Whether each row of a prepared batch has a token that is learned from.
+
+    Such a token is not masked and, where an objective has advantages, has one other than 0.
+    """
+    mask, advantage = drawn.batch.mask, drawn.batch.advantage
+    return (mask if advantage is None else mask & (advantage != 0)).any(1)
+
+
+def count(counts: Counts, drawn: Drawn, teaches: Sequence[bool]) -> None:
     """Add a prepared batch to the counts of its component.
 
-    A row teaches if an unmasked token has an advantage other than 0 or, for an objective without advantages, if it has
-    any unmasked token. A group of one or of equal rewards is counted if none of its rows teaches: an objective that
-    gives such groups advantages, with a critic for instance, learns from them.
+    A group of one or of equal rewards is counted where none of its rows ``teaches``: what gives such groups advantages,
+    as a critic does, learns from them.
     """
-    objective, batch = drawn.component.objective, drawn.batch
-    live = batch.mask if batch.advantage is None else batch.mask & (batch.advantage != 0)
-    teaches = live.any(1).tolist()
+    objective = drawn.component.objective
     found = Counter(counts.get(name_of(drawn.component), {}))
     found["batches"] += 1
     found["silent"] += not any(teaches)

@@ -4,39 +4,60 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
+from torch import Tensor
 
 from rlzoo.config import Training
 from rlzoo.errors import UserError
 from rlzoo.inputs import Input, Stage
 from rlzoo.jobs.interrupts import heed, noted, pending
+from rlzoo.jobs.memory import on_device
 from rlzoo.jobs.ranks import agreed, gathered, is_sharded, world_size
 from rlzoo.objective import Component, Objective, reduce, surrogate_of
 from rlzoo.policy import Assembler, MicroBatches, Models, Policy
 from rlzoo.policy.adapters import adapters
+from rlzoo.policy.defaults import token_budget_of
 from rlzoo.policy.sequences import Tokens, length
 from rlzoo.training.batches import Drawn, Source, check_sources, lacks, micro_units
 from rlzoo.training.checkpoints import Checkpoints
-from rlzoo.training.costs import peak_memory_bytes, reset_peak_memory
+from rlzoo.training.costs import now, peak_memory_bytes, reset_peak_memory
 from rlzoo.training.record import TrainingRecord
 from rlzoo.training.savings import gradients_in_place, layers_recomputed
 from rlzoo.training.schedule import cosine
 from rlzoo.training.state import is_finite, restore, state_of
-from rlzoo.training.sums import Sums, coefficients_of_rows, coupled_coefficients, metrics_of, truncated_importance
-from rlzoo.training.tally import count, told
+from rlzoo.training.sums import (
+    Readout,
+    Sums,
+    coefficients_of_rows,
+    coupled_coefficients,
+    means_of,
+    metrics_of,
+    truncated_importance,
+)
+from rlzoo.training.tally import count, teaches, told
 from rlzoo.training.trackers import installed, tracked
 from rlzoo.types import Coefficients, Trajectory, at_temperature
 
 NO_ENGINE = "importance_cap changes nothing for rows without sampler_logp, the log-probs of another engine"
+ROUNDED = (
+    "training.dtype: bfloat16 rounds away small updates of weights: use bfloat16-mixed, which keeps them in float32, "
+    "or train adapters (training.lora)"
+)
 Callback = Callable[["Trainer", int], None]
 """Called after every optimizer step with the trainer and the number of steps done."""
+
+
+def check_precision(dtypes: Iterable[torch.dtype]) -> None:
+    """Raise UserError where weights that train have too few digits for an optimizer's updates."""
+    if {torch.bfloat16, torch.float16} & set(dtypes):
+        raise UserError(ROUNDED)
 
 
 class Trainer:
@@ -70,10 +91,14 @@ class Trainer:
         check_sources(objective, self.sources)
         self.callbacks, self.folder = callbacks, folder
         self.record = record or TrainingRecord()
-        self.micro = MicroBatches(settings.token_budget, self._halved)
+        self.micro = MicroBatches(token_budget_of(policy, settings.token_budget), self._halved)
         self.checkpoints = None
         self.accelerator = Accelerator(
-            cpu=policy.device.type == "cpu", log_with=list(installed(settings.trackers)) or None, project_dir=folder
+            # all is on the policy's device and stays there, wherever an earlier Accelerator of this process is
+            cpu=policy.device.type == "cpu" and "device" not in PartialState._shared_state,
+            device_placement=False,
+            log_with=list(installed(settings.trackers)) or None,
+            project_dir=folder,
         )
         if settings.lora is not None and not adapters(policy.model):
             policy.add_lora(**settings.lora.model_dump())
@@ -81,6 +106,7 @@ class Trainer:
         policy.attach(objective.requires)
         self.models = Models.load(policy, self._with_models(), reference)
         parameters = [p for p in policy.parameters() if p.requires_grad]
+        check_precision({p.dtype for p in parameters})
         # a frozen weight has no gradient, but passes one on
         self._trained = sum(p.numel() for p in parameters) / sum(p.numel() for p in policy.parameters())
         optimizer = torch.optim.AdamW(
@@ -131,9 +157,9 @@ class Trainer:
         return len(self.record.steps)
 
     def _run(self, log: Callable[[dict[str, float], int], None]) -> None:
-        step = self.step
+        step, device = self.step, self.policy.device
         while step < self.settings.steps:
-            reset_peak_memory()
+            reset_peak_memory(device)
             started = time.perf_counter()
             fresh = agreed([source.draw() for source in self.sources])
             for source in self.sources:
@@ -142,23 +168,22 @@ class Trainer:
                 self._prepare(component, *rows)
                 for component, rows in zip(self.objective.components, fresh, strict=True)
             ]
-            for some in drawn:
-                count(self.record.counts, some)
             for update in range(self.settings.updates_per_batch):
                 if update:
                     drawn = [self._renewed(some) for some in drawn]
-                metrics = self._update(drawn)
+                metrics = self._update(drawn, is_first=not update)
                 step += 1
                 costs = self.record.costs
-                costs.wall_seconds += time.perf_counter() - started
-                costs.peak_memory_bytes = max(costs.peak_memory_bytes, peak_memory_bytes())
+                # the host has just waited for all but the optimizer's own work, which counts in the next step
+                costs.wall_seconds += (now(device) if step == self.settings.steps else time.perf_counter()) - started
+                costs.peak_memory_bytes = max(costs.peak_memory_bytes, peak_memory_bytes(device))
                 self.record.steps.append({"step": step, **metrics})
                 log(metrics, step)
                 for callback in self.callbacks:
                     callback(self, step)
                 if step == self.settings.steps:
                     break
-                reset_peak_memory()  # a callback's evaluation is not a cost of training
+                reset_peak_memory(device)  # a callback's evaluation is not a cost of training
                 started = time.perf_counter()
             self._between_batches()
 
@@ -198,8 +223,8 @@ class Trainer:
         batch = self.assembler.renew(drawn.batch, drawn.rows, drawn.units, drawn.component.objective)
         return replace(drawn, batch=batch)
 
-    def _update(self, drawn: Sequence[Drawn]) -> dict[str, float]:
-        """One optimizer step on the batches of all components."""
+    def _update(self, drawn: Sequence[Drawn], is_first: bool) -> dict[str, float]:
+        """One optimizer step on the batches of all components; ``is_first`` on these batches, or another."""
         rows = [row for some in drawn for row in some.rows]
         self.model.eval()  # with dropout, ratios would not start at 1 and the gradient would depend on micro-batches
         sums = self.micro.within_memory(rows, lambda: self._gradient(drawn), self._drop_gradients)
@@ -215,10 +240,11 @@ class Trainer:
                 self._count(reference, some.rows, passes=1)
         self.record.costs.gradient_tokens += sum(map(length, rows))
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.settings.max_gradient_norm)
-        metrics = metrics_of(drawn, [part.over_processes() for part in sums])
-        sound = math.isfinite(float(norm)) and math.isfinite(metrics["loss"])
+        metrics = self._read(drawn, sums, norm, is_first)
+        norm, loss = metrics["gradient_norm"], metrics["loss"]
+        sound = math.isfinite(norm) and math.isfinite(loss)
         if not sound:
-            told = f"step {self.step + 1}: the gradient is {float(norm)} and the loss {metrics['loss']}"
+            told = f"step {self.step + 1}: the gradient is {norm} and the loss {loss}"
             if self.settings.on_nonfinite == "stop":
                 raise UserError(f"{told}: lower learning_rate, check the data of this step, or set on_nonfinite=skip")
             self.record.events.append(f"{told}; skipped")
@@ -229,11 +255,27 @@ class Trainer:
             self.policy.weights_changed()  # the counters of a gathered copy do not see the step of its shards
             self.assembler.after_step()
         self.schedule.step()
-        return {**metrics, "gradient_norm": float(norm), "learning_rate": float(rate)}
+        return {**metrics, "learning_rate": float(rate)}
+
+    def _read(self, drawn: Sequence[Drawn], sums: Sequence[Sums], norm: Any, is_first: bool) -> dict[str, float]:
+        """All that the host wants to know of a step, at once: here alone it waits for a GPU."""
+        readout = Readout()
+        places = [own.into(readout) for own in sums]
+        rewards = [None if some.batch.reward is None else readout.add(some.batch.reward.mean()) for some in drawn]
+        learned = [readout.add(teaches(some)) for some in drawn] if is_first else []
+        at = readout.add(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+        numbers = readout.read()
+        for some, where in zip(drawn, learned, strict=False):
+            count(self.record.counts, some, [bool(number) for number in numbers[where]])
+        means = [means_of(own, numbers) for own in places]
+        return {
+            **metrics_of(drawn, means, [None if where is None else numbers[where][0] for where in rewards]),
+            "gradient_norm": numbers[at][0],
+        }
 
     def _gradient(self, drawn: Sequence[Drawn]) -> list[Sums]:
         """Accumulate the weighted sum of the gradients of whole batches; return the metrics of each."""
-        denominators = [some.component.objective.normaliser.denominator(some.batch) for some in drawn]
+        denominators = [some.component.objective.normaliser.count(some.batch) for some in drawn]
         coefficients = [coupled_coefficients(some) for some in drawn]
         sums = [Sums() for _ in drawn]
         self._drop_gradients()
@@ -265,7 +307,7 @@ class Trainer:
         drawn: Drawn,
         coefficients: Coefficients | None,
         index: list[int],
-        denominator: float,
+        denominator: Tensor | float,
         sums: Sums | None,
     ) -> None:
         """Add the gradient of a micro-batch; without ``sums`` its weight is 0, to keep in step with other processes."""
@@ -281,7 +323,7 @@ class Trainer:
             parts += [] if output.term is None else [output.term]
             self.accelerator.backward(0.0 * torch.stack([part.sum() for part in parts]).sum())
             return
-        place = torch.tensor(index, device=batch.mask.device)
+        place = on_device(torch.tensor(index), batch.mask.device)
         part = batch.rows(place, sequences.mask.shape[1]).replace(logp=output.logp, **given)
         own = (
             objective.coefficients(part.detach())
@@ -291,7 +333,7 @@ class Trainer:
         if (cap := self.settings.importance_cap) is not None:
             own = replace(own, values=own.values * truncated_importance([rows[i] for i in index], part.mask, cap))
         loss = surrogate_of(own, objective, part, denominator)
-        if output.term is not None and denominator:
+        if output.term is not None:
             loss = loss + reduce(output.term, part, objective.normaliser, denominator)
         for value in others:  # other components' modules: processes wait for all gradients
             loss = loss + 0.0 * value.sum()

@@ -9,10 +9,12 @@ import numpy as np
 from jaxtyping import Float
 
 from rlzoo.buffers import Buffer
+from rlzoo.config import TokenBudget
 from rlzoo.errors import UserError
+from rlzoo.jobs.memory import release_memory
 from rlzoo.objective import Objective
 from rlzoo.policy import Assembler, MicroBatches, Models, Policy
-from rlzoo.policy.memory import release_memory
+from rlzoo.policy.defaults import token_budget_of
 from rlzoo.training import check_buffer
 from rlzoo.types import name_of_view
 from rlzoo.variance import moments
@@ -24,13 +26,13 @@ from rlzoo.variance.subjects import (
     BASELINE,
     LearnsFrom,
     Subject,
-    Weighed,
+    Weighted,
     baseline,
     named_objectives,
     rows_of,
     subjects_of,
     tokens_of,
-    weigh,
+    weights_of,
 )
 from rlzoo.variance.tasks import UnitGradients
 
@@ -49,7 +51,7 @@ def analyze_variance(
     learns_from: LearnsFrom = None,
     reference: Policy | None = None,
     models: Models | None = None,
-    token_budget: int = 2048,
+    token_budget: TokenBudget = 2048,
     means_held: int | None = None,
     progress: Callable[[float, str], None] | None = None,
 ) -> dict[str, Any]:
@@ -65,7 +67,7 @@ def analyze_variance(
     gradients are not known, and if no objective can be measured; one among others that finds no rows, or fails on
     them, is listed under ``skipped``.
 
-    Memory: the policy, the activations of ``token_budget`` padded tokens, and one mean gradient an objective, at most
+    Memory: the policy, the activations of ``token_budget`` padded tokens, and one mean gradient per objective, at most
     ``means_held`` at a time (None: all up to 2 GB, else 3). More objectives than that take another pass over the data,
     and cosines between objectives of different passes stay unknown, but for those to SFT.
     """
@@ -77,45 +79,45 @@ def analyze_variance(
     picked, subjects, skipped = subjects_of(named, buffer, rows, seed, learns_from)
     requires = list(dict.fromkeys(one for s in subjects.values() for one in s.objective.requires))
     models = models or Models.load(policy, requires, reference or policy, moving=False)
-    assembler = Assembler(policy, models, MicroBatches(token_budget), remember=True)
+    assembler = Assembler(policy, models, MicroBatches(token_budget_of(policy, token_budget)), remember=True)
     with policy.attached_for([one for one in requires if one.initial is None]):
         tell(0.0, "scoring")
-        experts = {name: set(s.rows) for name, s in subjects.items() if s.weighs_experts and name in named}
+        experts = {name: set(s.rows) for name, s in subjects.items() if s.weights_expert_tokens and name in named}
         statistics = [one for one in requires if one.is_statistic]
         scored = score(assembler, rows_of(buffer, picked, subjects), statistics, experts, draws, seed)
-        weighed: dict[str, Weighed] = {}
+        weighted: dict[str, Weighted] = {}
         for name, subject in subjects.items():
             try:
-                weighed[name] = weigh(assembler, subject, scored)
+                weighted[name] = weights_of(assembler, subject, scored)
             except UserError as error:
                 skipped[name] = str(error)
-        if not set(weighed) & set(named):
+        if not set(weighted) & set(named):
             raise UserError(next(iter(skipped.values())))
-        subjects = {name: subjects[name] for name in weighed}
+        subjects = {name: subjects[name] for name in weighted}
         found: dict[str, Any] = {"objectives": {}, "skipped": skipped, "bins": []}
         for name in [name for name in named if name in subjects]:
             found["objectives"][name] = _described(
-                name, subjects[name], weighed[name], scored, draws, seed, found["bins"]
+                name, subjects[name], weighted[name], scored, draws, seed, found["bins"]
             )
         found["token_probabilities"] = _probabilities(scored, experts)
         if meter is not None:
-            _measure_gradients(found, meter, subjects, weighed, scored, means_held, assembler.micro, tell)
+            _measure_gradients(found, meter, subjects, weighted, scored, means_held, assembler.micro, tell)
     return found
 
 
 def _described(
-    name: str, subject: Subject, weighed: Weighed, scored: Scored, draws: int, seed: int, bins: list[dict[str, Any]]
+    name: str, subject: Subject, weighted: Weighted, scored: Scored, draws: int, seed: int, bins: list[dict[str, Any]]
 ) -> dict[str, Any]:
     """What takes no backward pass; adds the objective's bins to ``bins``."""
-    c = tokens_of(weighed.coefficients.values, weighed.batch)
+    c = tokens_of(weighted.coefficients.values, weighted.batch)
     return {
         "rows": len(subject.rows),
         "units": len(subject.units),
         "prompts": len(subject.prompts),
-        "median_p": float(np.exp(np.median(tokens_of(weighed.batch.logp, weighed.batch)))),
+        "median_p": float(np.exp(np.median(tokens_of(weighted.batch.logp, weighted.batch)))),
         "coefficients": coefficient_statistics(c),
         "coefficient_histogram": _histogram(c),
-        **_moments(name, subject, weighed, scored, draws, seed, bins),
+        **_moments(name, subject, weighted, scored, draws, seed, bins),
     }
 
 
@@ -139,14 +141,14 @@ def _measure_gradients(
     found: dict[str, Any],
     meter: GradientMeter,
     subjects: Mapping[str, Subject],
-    weighed: Mapping[str, Weighed],
+    weighted: Mapping[str, Weighted],
     scored: Scored,
     means_held: int | None,
     micro: MicroBatches,
     tell: Callable[[float, str], None],
 ) -> None:
     """data_noise, layers and proxies of each objective, and the cosines between those of one pass."""
-    base = baseline(weighed)
+    base = baseline(weighted)
     if base != BASELINE:
         subjects = {name: subject for name, subject in subjects.items() if name != BASELINE}
     held = means_held or default_held(meter.modules.trainable.values(), len(subjects))
@@ -162,7 +164,7 @@ def _measure_gradients(
     found["layers"], found["cosines"] = meter.modules.layers, {}
     kept: dict[str, UnitGradients] = {}
     for names in passes:
-        tasks = {name: weighed[name].task for name in names}
+        tasks = {name: weighted[name].task for name in names}
         measured = kept | meter.measure(scored.rows, tasks, micro, count)
         kept = {base: measured[base]} if base is not None else {}
         prompts = {name: list(subjects[name].prompts) for name in measured}
@@ -172,20 +174,26 @@ def _measure_gradients(
             found["objectives"][name] |= {
                 "data_noise": compared.noise(name),
                 "layers": compared.by_layer(name),
-                "proxies": proxies(subjects[name], weighed[name], scored, measured[name]),
+                "proxies": proxies(subjects[name], weighted[name], scored, measured[name]),
             }
         del measured, compared  # before the next pass makes its own
         release_memory()
 
 
 def _moments(
-    name: str, subject: Subject, weighed: Weighed, scored: Scored, draws: int, seed: int, all_bins: list[dict[str, Any]]
+    name: str,
+    subject: Subject,
+    weighted: Weighted,
+    scored: Scored,
+    draws: int,
+    seed: int,
+    all_bins: list[dict[str, Any]],
 ) -> dict[str, Any]:
     """token_moments and importance_weights; adds the objective's bins to ``all_bins``."""
-    c = tokens_of(weighed.coefficients.values, weighed.batch)
-    if not subject.weighs_experts:
-        ratio = weighed.coefficients.metrics.get("ratio")
-        weights = None if ratio is None else _ratio(tokens_of(ratio, weighed.batch))
+    c = tokens_of(weighted.coefficients.values, weighted.batch)
+    if not subject.weights_expert_tokens:
+        ratio = weighted.coefficients.metrics.get("ratio")
+        weights = None if ratio is None else _ratio(tokens_of(ratio, weighted.batch))
         reason = (
             f"it learns from {name_of_view(subject.selection)}, which a policy sampled: the reading as importance "
             "weights 1[y = y*]/π asks for an expert's token that was not sampled"
@@ -194,7 +202,7 @@ def _moments(
     if not c.any():
         reason = "its coefficients are all 0: its gradient, if it has one, is that of a full-vocabulary term"
         return {"token_moments": moments.no_reading(reason), "importance_weights": None}
-    masks = zip(subject.rows, weighed.batch.mask.cpu().numpy(), strict=True)
+    masks = zip(subject.rows, weighted.batch.mask.cpu().numpy(), strict=True)
     learned = np.concatenate([mask[: len(scored.rows[row].completion_ids)] for row, mask in masks])
     table = scored.table(subject.rows).where(learned)
     estimates = None

@@ -18,7 +18,7 @@ def coefficient_statistics(c: Float[np.ndarray, " N"]) -> Statistics:
     - ``max_over_mean``: max |c| / mean |c|;
     - ``kurtosis``: Pearson's, 3 for a normal distribution;
     - ``hill``: the tail index of |c|, see `hill`; small means a heavy tail;
-    - ``ess_fraction``: (Σ|c|)² / (N Σc²), the effective sample size over N: 1 where all weigh the same.
+    - ``ess_fraction``: (Σ|c|)² / (N Σc²), the effective sample size over N: 1 where all are equal.
     """
     c = np.asarray(c, np.float64)
     size = np.abs(c)

@@ -1,4 +1,4 @@
-"""The gradient of every unit of a batch by its norm alone: at most one backward pass an objective, and one forward.
+"""The gradient of every unit of a batch by its norm alone: at most one backward pass per objective, and one forward.
 
 A unit is any set of rows: a row, a pair, a group, or, as the analyzer takes it, all rows of a prompt. Inside a layer
 y = W x the gradient of a unit is Σ_t e_t x_tᵀ over its positions, with e the gradient at y, so its norm follows from
@@ -18,13 +18,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from rlzoo.policy import MicroBatches, Policy, Sequences
-from rlzoo.policy.head import Head
 from rlzoo.policy.microbatches import token_batches
 from rlzoo.policy.sequences import length
 from rlzoo.types import Trajectory
+from rlzoo.variance.factored import WIDTH, Block, Factored, Projection, at_least_float32
 from rlzoo.variance.head_pass import HeadPass
 from rlzoo.variance.modules import Covered, Modules
-from rlzoo.variance.pieces import WIDTH, Block, Piece, Projection, at_least_float32
 from rlzoo.variance.tasks import Task, UnitGradients, connected, shared_passes
 
 
@@ -35,7 +34,7 @@ class GradientMeter:
     """
 
     def __init__(self, policy: Policy) -> None:
-        self.policy, self.head, self.modules = policy, Head.of(policy.model), Modules(policy)
+        self.policy, self.head, self.modules = policy, policy.head, Modules(policy)
         self.projections = {
             name: Projection(seed, parameter) for seed, (name, parameter) in enumerate(self.modules.trainable.items())
         }
@@ -51,7 +50,7 @@ class GradientMeter:
         """The gradients of all units of every task, from one forward pass over the rows that any task uses.
 
         Memory: the activations of a micro-batch (2,048 padded tokens unless ``micro`` says otherwise, or one unit that
-        is larger), and one mean gradient a task.
+        is larger), and one mean gradient per task.
         """
         micro, together = micro or MicroBatches(2048), connected(task.units for task in tasks.values())
 
@@ -152,14 +151,14 @@ class Measurement:
         for task, blocks, scale in self._members:
             own = e if scale is None else e * scale.to(e.dtype)[:, None, None]
             for block in blocks:
-                for name, piece in covered.pieces(block, own):
-                    self.add(task, name, covered.layer, block.units, piece)
+                for name, factored in covered.factored(block, own):
+                    self.add(task, name, covered.layer, block.units, factored)
             if covered is self.meter.modules.tied:
                 self._head.cross(task, covered, own)
 
-    def add(self, task: str, name: str, layer: int, units: Int[Tensor, " n"], piece: Piece) -> None:
+    def add(self, task: str, name: str, layer: int, units: Int[Tensor, " n"], factored: Factored) -> None:
         """Take in one parameter's gradient of some units."""
         found = self.found[task]
-        norms = piece.measure(found.mean[name], 1 / len(found.squared_norm))
+        norms = factored.measure(found.mean[name], 1 / len(found.squared_norm))
         found.squared_norm[units, layer] += norms.to(torch.float64)
-        found.sketch[units, layer] += piece.sketch(self.meter.projections[name]).to(found.sketch.dtype)
+        found.sketch[units, layer] += factored.sketch(self.meter.projections[name]).to(found.sketch.dtype)

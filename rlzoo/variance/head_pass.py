@@ -12,8 +12,8 @@ from torch import Tensor
 
 from rlzoo.policy import Sequences
 from rlzoo.policy.head import Head
+from rlzoo.variance.factored import Block, Projection, Sum, at_least_float32
 from rlzoo.variance.modules import Covered
-from rlzoo.variance.pieces import Block, Projection, Sum, at_least_float32
 from rlzoo.variance.tasks import Pass, connected
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ CHUNK_ENTRIES = 2**24
 
 @dataclass
 class _Score:
-    """∂ loss / ∂ logits at some positions that belong together, up to a factor a position, and what it costs once."""
+    """∂ loss / ∂ logits at some positions that belong together, up to a factor per position, for all tasks."""
 
     values: Float[Tensor, "n V"]
     hidden: Float[Tensor, "n H"]
@@ -44,7 +44,7 @@ class _Score:
 class HeadPass:
     """The output layer for all tasks at once: ∂ log π / ∂ logits is one tensor, whose rows each task scales.
 
-    Rows that share a unit are taken together; a few of such atoms fill a chunk of logits.
+    Rows that share a unit form a cluster; a few clusters fill a chunk of logits.
     """
 
     def __init__(
@@ -64,11 +64,11 @@ class HeadPass:
         """∂ loss / ∂ hidden of each pass."""
         self._unit = {name: self._units(some) for name, some in blocks.items()}
         self._crossed: dict[str, list[tuple[Tensor, Tensor, Tensor, Tensor]]] = {name: [] for name in blocks}
-        self._position_row = sequences.mask.nonzero()[:, 0]
+        self._position_row = sequences.rows
         index, width = torch.as_tensor(batch, device=hidden.device), sequences.mask.shape[1]
 
         def flat(per_token: Tensor) -> Tensor:
-            return per_token[index, :width][sequences.mask].to(self.hidden)
+            return sequences.flat(per_token[index, :width]).to(self.hidden)
 
         tasks = {name: run.tasks[name] for name in blocks}
         self._weight = {name: flat(task.weight) for name, task in tasks.items()}
@@ -86,14 +86,14 @@ class HeadPass:
             if model is not None and id(model) not in self._references:
                 with torch.no_grad():
                     self._references[id(model)] = model.hidden(sequences)
-        for atoms in self._chunks():
-            self._chunk(atoms)
+        for clusters in self._chunks():
+            self._chunk(clusters)
         policy = run.meter.policy
         for name, task in tasks.items():
             for key, weight in task.input_weights.items():
                 with torch.enable_grad():
                     leaf = hidden.detach().requires_grad_(True)
-                    made = policy.attached[key].of_hidden(policy.modules_of_inputs[key], leaf)
+                    made = policy.of_hidden(key, leaf)
                     (pull,) = torch.autograd.grad(made, leaf, flat(weight).to(made.dtype))
                 self.pull[self._alone[name]] += pull.to(self.hidden)
 
@@ -105,18 +105,18 @@ class HeadPass:
         return unit
 
     def _chunks(self) -> Iterator[list[Tensor]]:
-        """Positions of the atoms, as many at a time as a chunk of logits holds."""
-        families = []
+        """Positions of the clusters, as many at a time as a chunk of logits holds."""
+        units_by_task = []
         for unit in self._unit.values():
             rows: dict[int, tuple[int, ...]] = {}
             for row, u in enumerate(unit.tolist()):
                 if u >= 0:
                     rows[u] = (*rows.get(u, ()), row)
-            families.append(rows.values())
+            units_by_task.append(rows.values())
         limit, held = CHUNK_ENTRIES // self.head.layer.weight.shape[0], 0
         chunk: list[Tensor] = []
-        for atom in connected(families):
-            at = torch.isin(self._position_row, torch.tensor(atom, device=self.hidden.device)).nonzero()[:, 0]
+        for cluster in connected(units_by_task):
+            at = torch.isin(self._position_row, torch.tensor(cluster, device=self.hidden.device)).nonzero()[:, 0]
             if chunk and held + len(at) > limit:
                 yield chunk
                 held, chunk = 0, []
@@ -124,11 +124,11 @@ class HeadPass:
         if chunk:
             yield chunk
 
-    def _chunk(self, atoms: Sequence[Int[Tensor, " n"]]) -> None:
-        at = torch.cat(list(atoms))
+    def _chunk(self, clusters: Sequence[Int[Tensor, " n"]]) -> None:
+        at = torch.cat(list(clusters))
         hidden, target, matrix = self.hidden[at], self.sequences.targets[at], self.head.layer.weight.detach()
         with torch.no_grad():
-            raw = self.head.layer(hidden.to(matrix.dtype)).to(hidden.dtype)
+            raw = self.head.raw(hidden.to(matrix.dtype)).to(hidden.dtype)
         with torch.enable_grad():
             logits = self._finish(self.head, raw.requires_grad_(True), at)
             logp = logits.gather(1, target[:, None])[:, 0] - logits.logsumexp(1)
@@ -136,7 +136,7 @@ class HeadPass:
         (score,) = torch.autograd.grad(logp.sum(), raw, retain_graph=bool(terms))
         extra = {name: torch.autograd.grad(term, raw, retain_graph=True)[0] for name, term in terms.items()}
         del logits, logp, terms, raw
-        plain, back = self._scores(atoms, score, hidden), (score.to(matrix.dtype) @ matrix).to(hidden.dtype)
+        plain, back = self._scores(clusters, score, hidden), self.head.back(score).to(hidden.dtype)
         for pull, shared in zip(self.pull, self._shared, strict=True):
             if shared is not None:
                 pull[at] = shared[at][:, None] * back
@@ -144,21 +144,21 @@ class HeadPass:
             weight = torch.where(self._unit[name][self._position_row[at]] >= 0, self._weight[name][at], 0)
             if name in extra:
                 own = weight[:, None] * score + extra[name]
-                scores, weight = self._scores(atoms, own, hidden), torch.ones_like(weight)
-                self.pull[self._alone[name]][at] = (own.to(matrix.dtype) @ matrix).to(hidden.dtype)
+                scores, weight = self._scores(clusters, own, hidden), torch.ones_like(weight)
+                self.pull[self._alone[name]][at] = self.head.back(own).to(hidden.dtype)
             else:
                 own, scores = score, plain
                 if name in self._alone:
                     self.pull[self._alone[name]][at] = weight[:, None] * back
-            self._take(name, own, scores, weight, at, atoms)
+            self._take(name, own, scores, weight, at, clusters)
 
     def _finish(self, head: Head, raw: Tensor, at: Tensor) -> Tensor:
         """Logits at the temperature of each position, from what the output layer gives."""
         logits = head.finish(raw)
         return logits if self.temperatures is None else logits / self.temperatures[at, None].to(logits.dtype)
 
-    def _scores(self, atoms: Sequence[Tensor], score: Tensor, hidden: Tensor) -> list[_Score]:
-        sizes = [len(atom) for atom in atoms]
+    def _scores(self, clusters: Sequence[Tensor], score: Tensor, hidden: Tensor) -> list[_Score]:
+        sizes = [len(cluster) for cluster in clusters]
         return [_Score(s, h) for s, h in zip(torch.split(score, sizes), torch.split(hidden, sizes), strict=True)]
 
     def _terms(self, logits: Tensor, target: Tensor, at: Tensor) -> dict[str, Tensor]:
@@ -169,14 +169,14 @@ class HeadPass:
             other = None
             if reference is not None:
                 states = self._references[id(reference)][at]
-                other = self._finish(reference.head, reference.head.layer(states), at).detach()
+                other = self._finish(reference.head, reference.head.raw(states), at).detach()
             value = None if term is None else term(logits, other, target)
             if value is not None:
                 found[name] = (value * weight[at])[self._unit[name][self._position_row[at]] >= 0].sum()
         return found
 
     def _take(
-        self, name: str, score: Tensor, scores: Sequence[_Score], weight: Tensor, at: Tensor, atoms: Sequence[Tensor]
+        self, name: str, score: Tensor, scores: Sequence[_Score], weight: Tensor, at: Tensor, clusters: Sequence[Tensor]
     ) -> None:
         """The output layer's own parameters, for one task and one chunk."""
         own, layer = self.modules.head_parameters, self.modules.head_layer
@@ -184,9 +184,9 @@ class HeadPass:
             return
         found = self.run.found[name]
         if "weight" in own:
-            weighed = weight[:, None] * torch.cat([s.hidden for s in scores])
-            found.mean[own["weight"]].addmm_(score.mT, weighed, alpha=1 / len(found.squared_norm))
-        for one, positions, w in zip(scores, atoms, torch.split(weight, [len(a) for a in atoms]), strict=True):
+            weighted = weight[:, None] * torch.cat([s.hidden for s in scores])
+            found.mean[own["weight"]].addmm_(score.mT, weighted, alpha=1 / len(found.squared_norm))
+        for one, positions, w in zip(scores, clusters, torch.split(weight, [len(a) for a in clusters]), strict=True):
             unit = self._unit[name][self._position_row[positions]]
             inside = unit >= 0
             if not inside.any():
@@ -200,8 +200,8 @@ class HeadPass:
             if "bias" in own:
                 for u in torch.unique(unit[inside]):
                     chosen = unit == u
-                    piece = Sum((one.values[chosen] * w[chosen, None])[None])
-                    self.run.add(name, own["bias"], layer, u[None], piece)
+                    factored = Sum((one.values[chosen] * w[chosen, None])[None])
+                    self.run.add(name, own["bias"], layer, u[None], factored)
             if self.modules.tied is not None:
                 rows = torch.unique(self._position_row[positions])
                 ids = self.sequences.ids[rows].flatten()

@@ -16,7 +16,7 @@ from torch.func import functional_call, jvp
 from rlzoo.errors import UserError
 from rlzoo.policy.head import Head
 from rlzoo.policy.policy import Policy
-from rlzoo.variance.pieces import Block, Lookup, Outer, Piece, Sum, at_least_float32
+from rlzoo.variance.factored import Block, Factored, Lookup, Outer, Sum, at_least_float32
 
 FIX = "freeze its parameters (requires_grad_(False)), or leave the gradients out"
 
@@ -63,10 +63,11 @@ class Covered:
         padding = self.module.padding_idx
         return e if padding is None else e * (self.saved.reshape(e.shape[:2]) != padding)[..., None]
 
-    def pieces(self, block: Block, e: Float[Tensor, "B L D"]) -> Iterator[tuple[str, Piece]]:
+    def factored(self, block: Block, e: Float[Tensor, "B L D"]) -> Iterator[tuple[str, Factored]]:
         """The gradient of each parameter for the units of a block, from the gradient ``e`` at the output."""
         assert self.saved is not None
-        e = e.to(at_least_float32(e.dtype))
+        computed = e.dtype  # of the product, to which its input was rounded
+        e = e.to(at_least_float32(computed))
         if isinstance(self.module, nn.Embedding):
             ids = block.cut(self.saved.reshape(e.shape[:2]))
             yield self.parameters["weight"], Lookup(ids, block.cut(self.looked_up(e)), self.module.num_embeddings)
@@ -77,7 +78,7 @@ class Covered:
         if "weight" not in self.parameters:
             return
         name = self.parameters["weight"]
-        inputs = block.cut(self.saved.reshape(*e.shape[:2], -1).to(gradient.dtype))
+        inputs = block.cut(self.saved.reshape(*e.shape[:2], -1).to(computed).to(gradient.dtype))
         if isinstance(self.module, nn.Linear):
             yield name, Outer(gradient, inputs)
         elif _is_matrix(self.module):

@@ -1,6 +1,6 @@
 """The variance of SFT read as a policy gradient, token by token: exact, and by Monte Carlo. Pure functions.
 
-Fix a prefix x and the expert's token y*, with p = π(y*|x). To see y* by sampling y ~ π, the policy gradient weighs
+Fix a prefix x and the expert's token y*, with p = π(y*|x). To see y* by sampling y ~ π, the policy gradient weights
 1[y = y*] by c/p, so that its mean is c ∇ log π(y*), the gradient of an objective with coefficient c. In the logits
 ‖∇ log π(y*)‖² is S = (1-p)² + Σ_{v≠y*} π_v², and so, exactly,
 
@@ -154,9 +154,9 @@ def slope(
     """The slope of log(tr Cov) against log p over tokens with p ≤ `SLOPE_BELOW`, at equal score norm S.
 
     The law tr Cov ∝ 1/p or p is one context's, for which S is fixed; over tokens S varies between (1-p)² and 2(1-p)²
-    and falls as p rises, so it is taken to the left side: log(tr Cov / S) is fitted. So the slope speaks of how
-    c depends on p, not of the model. ``slope_raw`` has S left in. Intervals: bootstrap over prompts; ``prompt``
-    is that of each row, and without it every row is one.
+    and falls as p rises, so it is taken to the left side: log(tr Cov / S) is fitted. So the slope shows how
+    c depends on p, and nothing about the model. ``slope_raw`` has S left in. Intervals: bootstrap over prompts;
+    ``prompt`` is that of each row, and without it every row is one.
     """
     with np.errstate(divide="ignore"):
         y = log_trace_cov(table, c)
@@ -212,7 +212,7 @@ def importance_weights(table: TokenTable, c: Float[np.ndarray, " N"]) -> Mapping
 def sequences(table: TokenTable) -> dict[str, Any]:
     """The whole completion as one action, P = Π p_t: log10 quantiles over sequences of P and of tr Cov in closed form.
 
-    In logits ‖∇ log P‖² = Σ_t S_t, and tr Cov is that times (1-P)/P for SFT and P(1-P) for a DFT that weighs by P.
+    In logits ‖∇ log P‖² = Σ_t S_t, and tr Cov is that times (1-P)/P for SFT and P(1-P) for a DFT with the weight P.
     Monte Carlo cannot see these: it would take about 1/P samples to hit the expert once.
     """
     _, number = np.unique(table.row, return_inverse=True)

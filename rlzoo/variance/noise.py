@@ -8,31 +8,42 @@ share is no independent evidence. With g_1 … g_P and their mean ḡ, and g'_p 
 are unbiased for the trace of a prompt's covariance, the squared norm of the expected gradient (arXiv 1812.06162,
 appendix A.1) and the inner product of two; where both objectives look at the same prompts the last one is
 (P ⟨ḡ, ḡ'⟩ - mean ⟨g_p, g'_p⟩)/(P-1). Ratios of these are not unbiased: the noise scale tr Σ/‖G‖², the cosine
-⟨G, G'⟩/√(‖G‖² ‖G'‖²) and the norm ratio √(‖G‖²/‖G'‖²) are estimated by the ratios of unbiased estimates. Where the
-estimate of a ‖G‖² that is divided by is not positive, the noise hides the gradient and there is no number.
+⟨G, G'⟩/√(‖G‖² ‖G'‖²) and the norm ratio √(‖G‖²/‖G'‖²) are estimated by the ratios of unbiased estimates. Where a test
+at 5 % does not reject that a ‖G‖² is 0, the noise hides that gradient: then it has no cosine and no norm ratio, and its
+noise scale has only a lower bound.
 
-Intervals invert tests: they hold every value that the estimates do not reject, with the estimates' covariance
-(`rlzoo.variance.spread`) taken at that value. So they exist, perhaps without an end, however weak the gradient is.
-Where they need inner products between prompts these come from random projections; values come from exact sums, but for
-⟨g_p, g'_p⟩ of one prompt (`within`).
+Intervals invert tests (`rlzoo.variance.intervals`): they hold every value that the estimates do not reject, with the
+estimates' covariance (`rlzoo.variance.spread`) taken at that value. So they may have no upper end. Where they need
+inner products between prompts these come from random projections; values come from exact sums, but for ⟨g_p, g'_p⟩ of
+one prompt (`within`).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int
-from scipy import optimize, special, stats
+from scipy import optimize
 
+from rlzoo.variance.intervals import (
+    NORMAL,
+    Estimate,
+    end_of,
+    estimated,
+    exactly,
+    freedom,
+    hall,
+    inverse_hall,
+    normal_score,
+    nothing,
+    skewness,
+    standard_error,
+    student,
+)
 from rlzoo.variance.spread import Joint, Side, centred, joint, row_means
-
-Estimate = dict[str, Any]
-"""``value``, ``ci_low``, ``ci_high``; None where there is none, and then a ``reason``."""
 
 FEWEST = 3
 """Prompts that an interval needs."""
@@ -115,23 +126,11 @@ def data_noise(units: Units) -> dict[str, Estimate]:
     """grad_norm_sq, trace_cov, noise_scale = tr Σ/‖G‖² (in prompts), and snr = ‖G‖²/tr Σ."""
     if len(units) < FEWEST:
         return {name: nothing(TOO_FEW) for name in ("grad_norm_sq", "trace_cov", "noise_scale", "snr")}
-    side, t = units.side, _quantile(units.side.along)
-    norm, trace = units.grad_norm_sq, units.trace_cov
-    second, lever = side.second, side.lever
-    # (‖G‖² - x)² = t² (second + 4 λ x), and without the first-order part below 0
-    half = norm + 2 * t * t * lever
-    root = half**2 - norm**2 + t * t * second
-    low, high = norm - t * np.sqrt(second), norm + t * np.sqrt(second)
-    if root >= 0 and half + np.sqrt(root) >= 0:
-        high = half + np.sqrt(root)
-    if root >= 0 and half - np.sqrt(root) >= 0:
-        low = half - np.sqrt(root)
-    found = {"grad_norm_sq": _estimate(norm, low, high)}
-    spread = (units.squared_norm - 2 * side.along) / len(units)
-    spread = spread - spread.mean()
-    found["trace_cov"] = _trace(trace, spread, _quantile(spread))
-    of_ratio = 2 * side.along / len(units) - norm / max(trace, 1e-300) * spread
-    found["snr"] = _snr(norm, trace, side, spread, _quantile(of_ratio))
+    side, norm, of_trace = units.side, units.grad_norm_sq, Trace.of(units)
+    step = side.uncertain + abs(norm) / 9
+    ends = (end_of(lambda x: side_allows(side, x), norm, way * step) for way in (-1, 1))
+    found = {"grad_norm_sq": estimated(norm, *ends), "trace_cov": of_trace.estimate()}
+    found["snr"] = _snr(side, of_trace)
     found["noise_scale"] = _inverse(found["snr"])
     return found
 
@@ -139,34 +138,30 @@ def data_noise(units: Units) -> dict[str, Estimate]:
 def against(units: Units, other: Units, of_means: float, same_prompts: float | None = None) -> dict[str, Estimate]:
     """Cosine and norm ratio of an objective's expected gradient to another's.
 
-    ``of_means`` is ⟨ḡ, ḡ'⟩, exact; ``same_prompts`` the sum that `within` estimates if it is not given. An estimate of
-    a cosine beyond ±1 is cut to that. Two gradients that are proportional on every prompt have their cosine and ratio
-    exactly, however noisy they are.
+    ``of_means`` is ⟨ḡ, ḡ'⟩, exact; ``same_prompts`` the sum that `within` estimates if it is not given. Where noise
+    hides one of the two gradients there is neither value nor interval. An estimate of a cosine beyond ±1 is cut to
+    that. Two gradients that are proportional on every prompt have their cosine and ratio exactly, however noisy.
     """
     names = ("cosine", "norm_ratio")
     if units.mean_squared_norm == 0 or other.mean_squared_norm == 0:
         return {name: nothing(NO_GRADIENT) for name in names}
     if (factor := _proportional(units, other, of_means)) is not None:
-        return {"cosine": _exactly(float(np.sign(factor))), "norm_ratio": _exactly(abs(factor))}
+        return {"cosine": exactly(float(np.sign(factor))), "norm_ratio": exactly(abs(factor))}
     if min(len(units), len(other)) < FEWEST:
         return {name: nothing(TOO_FEW) for name in names}
+    first, second = units.side, other.side
+    for side, reason in ((first, HIDDEN), (second, HIDDEN_OTHER)):
+        if is_hidden(side):
+            return {name: nothing(reason) for name in names}
     apart = units.prompt[:, None] != other.prompt[None]
     _, a, b = np.intersect1d(units.prompt, other.prompt, assume_unique=True, return_indices=True)
-    first, second = units.side, other.side
-    t = max(_quantile(side.along) for side in (first, second))
+    t = max(student(freedom(side.along)) for side in (first, second))
     shared = within(units, other) if same_prompts is None else same_prompts
     inner = inner_product(len(units), len(other), len(a), of_means, shared)
     covariance = joint(first, second, units.sketch @ other.sketch.T, apart, a, b, inner)
     norms = (first.grad_norm_sq, second.grad_norm_sq)
-    cosine = _cosine(norms, inner, covariance, t)
     ratio = _ratio(norms, covariance, (first.trace_cov, second.trace_cov), t)
-    for side, reason in ((first, HIDDEN), (second, HIDDEN_OTHER)):
-        if is_hidden(side):
-            return {
-                "cosine": {**cosine, "value": None, "reason": reason},
-                "norm_ratio": {**ratio, "value": None, "reason": reason},
-            }
-    return {"cosine": cosine, "norm_ratio": ratio}
+    return {"cosine": _cosine(norms, inner, covariance, t), "norm_ratio": ratio}
 
 
 def turned(cosine: Estimate) -> Estimate:
@@ -175,9 +170,26 @@ def turned(cosine: Estimate) -> Estimate:
     return cosine | {key: other.get(cosine[key], cosine[key]) for key in cosine.keys() & {"reason"}}
 
 
+def side_allows(side: Side, size: float, trace: Trace | None = None, share: float = 0.0) -> bool:
+    """Whether a test at 5 % does not reject that ‖G‖² is ``size``; or ``share`` · tr Σ, estimated by that size."""
+    first, second, third = float(side.first(max(size, 0.0))), side.second, float(side.third(max(size, 0.0)))
+    variance, skew = first + second, 0.0
+    # the second-order part is a sum over all pairs of prompts, and its variance as much better known
+    uncertain = first**2 / freedom(side.along) + second**2 / math.comb(side.count, 2)
+    if trace is not None:
+        own = share * trace.error
+        variance += own**2 - 2 * own * math.sqrt(first) * trace.correlation
+        uncertain += own**4 / trace.freedom
+        skew = -trace.skew * own**3
+    variance = max(variance, (1e-12 * side.grad_norm_sq) ** 2, 1e-180)  # equal gradients have only rounding
+    ratio = (side.grad_norm_sq - size) / variance**0.5
+    widened = NORMAL / student(variance**2 / max(uncertain, 1e-300))
+    return abs(hall(normal_score(ratio * widened, third / variance**1.5), skew / variance**1.5)) <= NORMAL
+
+
 def is_hidden(side: Side) -> bool:
-    """Whether noise hides the gradient: ‖G‖² = 0 is not rejected at 95 %."""
-    return side.grad_norm_sq <= _student((side.count - 1) / 3) * float(np.sqrt(side.second))
+    """Whether noise hides the gradient: ‖G‖² = 0 is not rejected at 5 %."""
+    return side.grad_norm_sq <= 0 or side_allows(side, 0.0)
 
 
 def _proportional(units: Units, other: Units, of_means: float) -> float | None:
@@ -196,69 +208,45 @@ def _proportional(units: Units, other: Units, of_means: float) -> float | None:
     )
 
 
-def _quantile(terms: Float[np.ndarray, " P"]) -> float:
-    """Student's for a sum of terms with mean 0, whose variance is known to 2 (P-1)/(κ+3) degrees of freedom.
+@dataclass(frozen=True)
+class Trace:
+    """The estimate of tr Σ, a mean of squared norms whose few large ones skew Student's ratio."""
 
-    A sample variance has 2P/(κ-1), κ being the terms' kurtosis (Satterthwaite's rule); a third of P where they are
-    normal, as the direction along which noise is measured is estimated too.
-    """
-    squares = np.square(terms)
-    power = float(squares.mean())
-    kurtosis = float(np.square(squares).mean()) / power**2 if power > 0 else 3.0
-    return _student(2 * (len(terms) - 1) / (kurtosis + 3))
+    value: float
+    error: float
+    """Its standard error."""
+    skew: float
+    freedom: float
+    correlation: float
+    """With the first-order part of ‖G‖²."""
+
+    @classmethod
+    def of(cls, units: Units) -> Trace:
+        """From the sample variance of ‖g_p - G‖²."""
+        along = units.side.along
+        terms = (units.squared_norm - 2 * along) / len(units)
+        terms = terms - terms.mean()
+        error, sizes = standard_error(terms), float(np.linalg.norm(along) * np.linalg.norm(terms))
+        correlation = float(along @ terms) / sizes if sizes else 0.0
+        return cls(units.trace_cov, error, skewness(terms, error), freedom(terms), correlation)
+
+    def estimate(self) -> Estimate:
+        """With the interval that `inverse_hall` gives."""
+        if self.error <= 1e-9 * abs(self.value):
+            return exactly(self.value)
+        size = self.error * student(self.freedom) / NORMAL
+        low, high = (self.value - size * inverse_hall(end, self.skew) for end in (NORMAL, -NORMAL))
+        return estimated(self.value, max(low, 0.0), high)
 
 
-def _student(freedom: float) -> float:
-    return -float(special.stdtrit(max(freedom, 2), 0.025))
-
-
-NORMAL = float(stats.norm.ppf(0.975))
-
-
-def _trace(trace: float, spread: Float[np.ndarray, " P"], t: float) -> Estimate:
-    """tr Σ, a mean of squared norms, whose few large ones skew Student's ratio: Hall's transformation corrects that.
-
-    Source: Hall 1992, doi 10.1111/j.2517-6161.1992.tb01872.x.
-    """
-    size = _size(spread)
-    if size <= 1e-9 * abs(trace):
-        return _exactly(trace)
-    skew = _skew(spread, size)
-    low, high = (trace - size * t / NORMAL * _unhall(end, skew) for end in (NORMAL, -NORMAL))
-    return _estimate(trace, max(low, 0.0), high)
-
-
-def _snr(norm: float, trace: float, side: Side, spread: Float[np.ndarray, " P"], t: float) -> Estimate:
+def _snr(side: Side, trace: Trace) -> Estimate:
     """‖G‖²/tr Σ: the values x for which ‖G‖² - x tr Σ may be 0."""
-    if trace <= 0:
+    if trace.value <= 0:
         return nothing("its noise is 0")
-    size, lever = _size(spread), side.lever
-    skew = _skew(spread, size) if size else 0.0
-    lean = float(side.along @ spread) / max(float(np.linalg.norm(side.along) * np.linalg.norm(spread)), 1e-300)
-
-    second, slope = side.second, 4 * trace * lever
-
-    def accepts(x: float) -> bool:
-        first, own = math.sqrt(slope * max(x, 0.0)), x * size
-        deviation = math.sqrt(max(second + first**2 - 2 * own * first * lean + own**2, 1e-300))
-        return abs(_hall((norm - x * trace) / deviation * NORMAL / t, -skew * (own / deviation) ** 3)) <= NORMAL
-
-    value = norm / trace
-    step = float(np.sqrt(side.second + (value * size) ** 2)) / trace
-    return _estimate(value, *(_edge(accepts, value, way * step) for way in (-1, 1)))
-
-
-def _edge(accepts: Callable[[float], bool], start: float, step: float) -> float:
-    """Where a set that holds ``start`` ends, in the direction of ``step``."""
-    inside, outside = start, start + step
-    for _ in range(60):
-        if step == 0 or not accepts(outside):
-            break
-        inside, outside = outside, start + 2 * (outside - start)
-    for _ in range(40):
-        middle = (inside + outside) / 2
-        inside, outside = (middle, outside) if accepts(middle) else (inside, middle)
-    return inside
+    value = side.grad_norm_sq / trace.value
+    step = side.uncertain / trace.value + abs(value) / 9
+    ends = (end_of(lambda x: side_allows(side, x * trace.value, trace, x), value, way * step) for way in (-1, 1))
+    return estimated(value, *ends)
 
 
 def _inverse(snr: Estimate) -> Estimate:
@@ -266,7 +254,7 @@ def _inverse(snr: Estimate) -> Estimate:
     if snr["value"] is None:
         return dict(snr)
     low, high = snr["ci_low"], snr["ci_high"]
-    found = _estimate(
+    found = estimated(
         1 / snr["value"] if low > 0 else None, 1 / high if high > 0 else None, 1 / low if low > 0 else None
     )
     return found if low > 0 else {**found, "reason": HIDDEN}
@@ -276,13 +264,11 @@ def _ratio(norms: tuple[float, float], covariance: Joint, scales: tuple[float, f
     """√(‖G‖²/‖G'‖²): the values whose square x may have ‖G‖² - x ‖G'‖² = 0. Source: Fieller 1954."""
     one, two = norms
     middle = scales[0] / scales[1] if min(scales) > 0 else 1.0
-    at = middle * np.logspace(-8, 8, 321)
-    if min(norms) > 0:
-        at = np.sort(np.append(at, one / two))
+    at = np.sort(np.append(middle * np.logspace(-8, 8, 321), one / two))
     # what the two have in common under a hypothesis is weighted by variances at their own estimates, but at no more
     # than noise alone would give: else one that came out too large gets too little weight, and both seem shorter
     certain = np.sqrt(np.diag(covariance.second)[:2])
-    own = covariance.at(*np.clip(norms, 0, certain)[:, None])
+    own = covariance.at(*np.minimum(norms, certain)[:, None])
     first, second = np.maximum(np.diag(own[:2, :2, 0]), _floor(norms))
 
     def score(x: Float[np.ndarray, " N"]) -> Float[np.ndarray, " N"]:
@@ -297,9 +283,6 @@ def _ratio(norms: tuple[float, float], covariance: Joint, scales: tuple[float, f
         return found
 
     inside = np.flatnonzero(score(at) <= 1e-12 * one * one)
-    value = float(np.sqrt(one / two)) if min(norms) > 0 else None
-    if not len(inside):
-        return _estimate(value, 0.0, None)
     low, high = inside[0], inside[-1]
 
     def cross(a: float, b: float) -> float:
@@ -309,9 +292,8 @@ def _ratio(norms: tuple[float, float], covariance: Joint, scales: tuple[float, f
         inner, outer = score(at[[x, beyond]])
         return float(np.sqrt(at[x])) if inner >= 0 or outer <= 0 else cross(at[x], at[beyond])
 
-    return _estimate(
-        value, 0.0 if low == 0 else end(low, low - 1), None if high == len(at) - 1 else end(high, high + 1)
-    )
+    bottom = 0.0 if low == 0 else end(low, low - 1)
+    return estimated(float(np.sqrt(one / two)), bottom, None if high == len(at) - 1 else end(high, high + 1))
 
 
 def _cosine(norms: tuple[float, float], inner: float, covariance: Joint, t: float) -> Estimate:
@@ -320,7 +302,7 @@ def _cosine(norms: tuple[float, float], inner: float, covariance: Joint, t: floa
     For a pair (a, b) at Mahalanobis distance q² ≤ t² of the two estimates, ⟨G, G'⟩ lies within √(t² - q²) conditional
     standard deviations of its regression on them; the interval is the range of that over √(ab).
     """
-    here = covariance.at(*np.maximum(norms, 0)[:, None])[:2, :2, 0]
+    here = covariance.at(*np.array(norms)[:, None])[:2, :2, 0]
     ridge = 1e-10 * np.maximum(np.diag(here), _floor(norms))
     tried = np.array(norms)[:, None] + np.linalg.cholesky(here + np.diag(ridge)) @ (2.5 * t * DISC)
     tried = tried[:, (tried > 0).all(0)]
@@ -332,13 +314,11 @@ def _cosine(norms: tuple[float, float], inner: float, covariance: Joint, t: floa
     slope = np.array([two * v[0, 2] - both * v[1, 2], one * v[1, 2] - both * v[0, 2]]) / scale
     rest = v[2, 2] - (slope * v[:2, 2]).sum(0)
     kept = distance <= t * t
-    value = float(np.clip(inner / np.sqrt(norms[0] * norms[1]), -1, 1)) if min(norms) > 0 else None
-    if not kept.any():
-        return _estimate(value, -1.0, 1.0)
     expected, size = inner - (slope * off).sum(0), np.sqrt(tried.prod(0))
     reach = np.sqrt(np.maximum(rest, 0) * np.maximum(t * t - distance, 0))
     low, high = ((expected - reach) / size)[kept].min(), ((expected + reach) / size)[kept].max()
-    return _estimate(value, float(np.clip(low, -1, 1)), float(np.clip(high, -1, 1)))
+    value = inner / np.sqrt(norms[0] * norms[1])
+    return estimated(*(float(np.clip(x, -1, 1)) for x in (value, low, high)))
 
 
 def _floor(norms: tuple[float, float]) -> Float[np.ndarray, " 2"]:
@@ -353,54 +333,3 @@ def _disc(rings: int, spokes: int) -> Float[np.ndarray, "2 N"]:
 
 
 DISC = _disc(41, 64)
-
-
-def _size(spread: Float[np.ndarray, " P"]) -> float:
-    """The standard error of a sum of independent terms."""
-    return float(np.sqrt(np.square(spread).sum() * len(spread) / (len(spread) - 1)))
-
-
-def _skew(spread: Float[np.ndarray, " P"], size: float) -> float:
-    """The third cumulant of the sum over its standard error cubed."""
-    return float(np.clip((spread**3).sum() / size**3, -3, 3))
-
-
-def _hall(x: float, skew: float) -> float:
-    return x + skew / 3 * x**2 + skew**2 / 27 * x**3 + skew / 6
-
-
-def _unhall(y: float, skew: float) -> float:
-    return y if abs(skew) < 1e-6 else 3 / skew * float(np.cbrt(1 + skew * (y - skew / 6)) - 1)
-
-
-def _estimate(value: float | None, low: float | None, high: float | None) -> Estimate:
-    return {
-        key: None if v is None else float(v)
-        for key, v in zip(("value", "ci_low", "ci_high"), (value, low, high), strict=True)
-    }
-
-
-def _exactly(value: float) -> Estimate:
-    return _estimate(value, value, value)
-
-
-def nothing(reason: str) -> Estimate:
-    """No value, and why."""
-    return {**_estimate(None, None, None), "reason": reason}
-
-
-def rank_correlation(a: Float[np.ndarray, " U"], b: Float[np.ndarray, " U"]) -> Estimate:
-    """Spearman's ρ with its 95 % interval through Fisher's z, with variance (1 + ρ²/2)/(U - 3).
-
-    Source: Bonett and Wright 2000, doi 10.1007/BF02294183. No value for fewer than 5 units or a constant side.
-    """
-    if len(a) < 5:
-        return nothing("fewer than 5 units")
-    if np.ptp(a) <= 1e-9 * abs(a).max() or np.ptp(b) <= 1e-9 * abs(b).max():
-        return nothing("one of the two is the same for all units")
-    rho = float(np.clip(stats.spearmanr(a, b).statistic, -1, 1))
-    if abs(rho) > 1 - 1e-12:
-        return {"value": rho, "ci_low": rho, "ci_high": rho}
-    reach = stats.norm.ppf(0.975) * np.sqrt((1 + rho**2 / 2) / (len(a) - 3))
-    low, high = np.tanh(np.arctanh(rho) + np.array([-reach, reach]))
-    return {"value": rho, "ci_low": float(low), "ci_high": float(high)}

@@ -10,19 +10,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rlzoo.variance.noise import (
-    Estimate,
-    Units,
-    against,
-    data_noise,
-    nothing,
-    rank_correlation,
-    turned,
-    within_by_prompt,
-)
-from rlzoo.variance.pieces import at_least_float32
+from rlzoo.variance.factored import at_least_float32
+from rlzoo.variance.intervals import Estimate, nothing, rank_correlation
+from rlzoo.variance.noise import Units, against, data_noise, turned, within_by_prompt
 from rlzoo.variance.scoring import Scored
-from rlzoo.variance.subjects import Subject, Weighed
+from rlzoo.variance.subjects import Subject, Weighted
 from rlzoo.variance.tasks import UnitGradients
 
 HELD_BYTES = 2**31
@@ -134,7 +126,7 @@ def inner_products(
     return found
 
 
-def proxies(subject: Subject, weighed: Weighed, scored: Scored, measured: UnitGradients) -> dict[str, Any]:
+def proxies(subject: Subject, weighted: Weighted, scored: Scored, measured: UnitGradients) -> dict[str, Any]:
     """The logit-space stand-ins for ‖g_p‖² of each prompt that need no backward pass, against the exact ones.
 
     W = Σ_t S_t and the total power Σ_t a_t² S_t, a_t being the token's weight in the loss: what verl logs for online
@@ -145,7 +137,7 @@ def proxies(subject: Subject, weighed: Weighed, scored: Scored, measured: UnitGr
     table = scored.table(rows)
     prompt_of = {row: p for p, own in enumerate(subject.prompts.values()) for row in own}
     prompt = np.array([prompt_of[row] for row in rows])[table.row]
-    weights = (weighed.task.weight[rows] * weighed.task.scale).double().cpu().numpy()  # 0 where a token is masked
+    weights = (weighted.task.weight[rows] * weighted.task.scale).double().cpu().numpy()  # 0 where a token is masked
     weight = np.concatenate(
         [own[: len(scored.rows[row].completion_ids)] for row, own in zip(rows, weights, strict=True)]
     )

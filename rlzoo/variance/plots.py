@@ -29,7 +29,7 @@ def style_of(found: Found) -> dict[str, dict[str, Any]]:
 
 
 def law(found: Found) -> str | None:
-    """Mean tr Cov a token against p: exact values as lines, Monte Carlo as points with intervals."""
+    """Mean tr Cov per token against p: exact values as lines, Monte Carlo as points with intervals."""
     bins = found["bins"]
     if not bins:
         return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from rlzoo.buffers import Buffer
+from rlzoo.config import TokenBudget
 from rlzoo.errors import UserError
 from rlzoo.objective import Objective
 from rlzoo.policy import Models, Policy
@@ -16,7 +17,7 @@ from rlzoo.variance.analyzer import analyze_variance
 class VarianceProbe:
     """A callback for `rlzoo.train` that measures the trained objective's gradients every ``every`` steps.
 
-    ``records`` has one row a measurement: the step, the coefficients' mean, spread and effective sample size, the
+    ``records`` has one row per measurement: the step, the coefficients' mean, spread and effective sample size, the
     median probability of the tokens, and the gradient's noise over ``rows`` rows of the buffer, the same each time, as
     estimates for new prompts (`rlzoo.variance.noise`).
     An objective with a frozen reference needs its log-probs in the buffer (`rlzoo.training.with_inputs`).
@@ -28,7 +29,7 @@ class VarianceProbe:
         every: int,
         rows: int = 64,
         seed: int = 0,
-        token_budget: int = 2048,
+        token_budget: TokenBudget = 2048,
         learns_from: WhichView | None = None,
     ) -> None:
         if every < 1:

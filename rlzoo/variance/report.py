@@ -154,12 +154,13 @@ def contents(found: Found) -> Iterator[Block]:
     yield from _answer(found)
     yield Heading("Token by token")
     yield Paragraph(
-        "SFT can be read as a policy gradient that draws a token y from the policy and weighs it by 1[y = y*]/π(y*), "
-        "y* being the expert's token. For one prefix that estimator has the variance S(1−p)/p, with p = π(y*) and S "
+        "SFT can be read as a policy gradient that samples a token y from the policy and weights it by "
+        "1[y = y*]/π(y*), y* being the expert's token. For one prefix that estimator has the variance S(1−p)/p, with "
+        "p = π(y*) and S "
         "the squared norm of ∇ log π(y*) in the logits: unbounded as p → 0. DFT's weight p turns it into p(1−p)S. The "
         "slope is that of log(tr Cov / S) against log p over tokens with p ≤ 0.1: a property of how the coefficient "
-        "depends on p, not of the model. With S left in, the tokens' differences in S bend it. w = c/p is the "
-        "importance weight, and E[w²] = c²/p its second moment under the policy, in the mean over tokens."
+        "depends on p, not of the model. With S left in, it also reflects how S changes with p. w = c/p is the "
+        "importance weight, and E[w²] = c²/p its second moment under the policy, averaged over tokens."
     )
     yield _table(found, MOMENT_COLUMNS)
     yield from _figure(
@@ -168,7 +169,7 @@ def contents(found: Found) -> Iterator[Block]:
         "intervals, and to the right as a ratio. Dashed: the predicted laws for S = 1.",
         "It does not show the noise of training on demonstrations, where nothing is sampled from the policy: given the "
         "data, SFT's gradient has no such variance, and for one prefix the noise relative to the mean, (1−p)/p, is the "
-        "same for SFT and DFT. Below p = 0.01 no Monte Carlo is feasible and only the exact values stand.",
+        "same for SFT and DFT. Below p = 0.01 Monte Carlo is infeasible, and only exact values are shown.",
     )  # fmt: skip
     yield from _sequences(found)
     yield Heading("Coefficients")
@@ -199,7 +200,7 @@ def _answer(found: Found) -> Iterator[Block]:
         p = probabilities["p"]
         yield Paragraph(
             f"The experts' {probabilities['tokens']:,} tokens have a median probability of {p['0.5']:.4f}; the "
-            f"rarest has {number(p['0'])}, where SFT read as a policy gradient weighs by {number(1 / p['0'])}.",
+            f"rarest has {number(p['0'])}, where SFT read as a policy gradient has a weight of {number(1 / p['0'])}.",
             lead=True,
         )
     if comparable:
@@ -235,7 +236,7 @@ def _sequences(found: Found) -> Iterator[Block]:
         [Entry(label), *(Entry(number(value)) for value in sequences[key].values())]
         for label, key in (
             ("log10 P", "log10_p"), ("log10 tr Cov, SFT", "log10_trace_cov_sft"),
-            ("log10 tr Cov, weighed by P", "log10_trace_cov_dft"),
+            ("log10 tr Cov, weighted by P", "log10_trace_cov_dft"),
         )
     ]  # fmt: skip
     yield Table(header, rows)
@@ -245,9 +246,9 @@ def _over_data(found: Found) -> Iterator[Block]:
     yield Heading("Over the data")
     yield Paragraph(
         "What training sees: given its row, a gradient is deterministic, and the noise is that of drawing prompts. All "
-        "rows of a prompt that an objective learns from make one gradient, and intervals speak of new prompts of the "
+        "rows of a prompt that an objective learns from make one gradient, and intervals are for new prompts of the "
         "same kind, for this model. tr Σ is the trace of the covariance of a prompt's gradient over all parameters, "
-        "the noise scale tr Σ/‖G‖² the batch size, in prompts, at which noise and gradient are level. Norm ratio and "
+        "the noise scale tr Σ/‖G‖² the batch size, in prompts, at which noise and gradient are equal. Norm ratio and "
         "cosine are estimates for the expected gradients, without the noise that two objectives share; each interval "
         "is for one number alone."
     )
@@ -266,14 +267,14 @@ def _over_data(found: Found) -> Iterator[Block]:
     )  # fmt: skip
     yield from _figure(
         found, "chart", plots.chart, "The objectives by the length and direction of their mean gradients.",
-        "Where each objective's expected gradient lies: right is longer than SFT's, up is more like it, below 0 is "
-        "against it. Thin lines are 95 % intervals, a point's area follows the effective sample size of its "
+        "Each objective's expected gradient by its norm and its cosine to SFT's, below 0 where the two "
+        "conflict. Thin lines are 95 % intervals, a point's area follows the effective sample size of its "
         "coefficients over tokens. Objectives whose gradient the noise hides are left out.",
         "It does not show where training leads: neighbours here may end far apart.",
     )  # fmt: skip
     yield from _figure(
         found, "layers", plots.layers, "Noise and direction by layer.",
-        "The share of tr Σ that each layer has, and how well the layer's mean gradient agrees with SFT's.",
+        "Each layer's share of tr Σ, and the cosine of its expected gradient to SFT's.",
         "A layer's share follows its number of parameters too: it does not say that the layer matters more.",
     )  # fmt: skip
     yield from _figure(
@@ -303,7 +304,7 @@ def _cosines(found: Found) -> Iterator[Block]:
     names = [name for name in found["cosines"] if name not in drowned]
     if not 3 <= len(names) <= MOST_COSINES:
         return
-    yield Paragraph("Cosines between the expected gradients of those that the noise does not hide:")
+    yield Paragraph("Cosines between the expected gradients of the objectives that noise does not hide:")
     rows = [[Entry(a), *(Entry(estimate(found["cosines"][a].get(b))) for b in names)] for a in names]
     yield Table(["objective", *names], rows)
 

@@ -25,7 +25,8 @@ from rlzoo.jobs.heartbeat import Heartbeat
 from rlzoo.jobs.outputs import remove, write_atomically
 from rlzoo.jobs.pool import Workers, default_workers, pool, why
 from rlzoo.jobs.runs import Run, place, run_in, versions
-from rlzoo.policy import load_policy
+from rlzoo.policy.defaults import resolved
+from rlzoo.policy.loading import load_for
 from rlzoo.training import (
     Trainer,
     TrainingRecord,
@@ -179,6 +180,7 @@ def _run(
         **found,
         "dropped_rows": filled["dropped_rows"],
         "events": filled["events"],
+        "resolved": filled["resolved"],
         "training": {name: results[name] for name in offline if name in results},
         "failed": {name: why(error) for name, error in errors.items() if name not in found["skipped"]},
     }
@@ -188,8 +190,8 @@ def fill(experiment: Experiment, folder: Path, state: Path, given: str | None, r
     """Make or read the buffer and save it where all jobs read it; its rows' number, what was dropped, and events."""
     if given is None:
         made = shared_buffer.fill_buffer(experiment, folder, state, 0, report)
-        return {name: made[name] for name in ("rows", "dropped_rows", "events")}
-    policy = load_policy(experiment.model, experiment.training.dtype)
+        return {name: made[name] for name in ("rows", "dropped_rows", "events", "resolved")}
+    policy = load_for(experiment.model, experiment.training)
     bad = BadRows(experiment.train.bad_rows)
     longest, special = experiment.training.max_completion_tokens, experiment.training.special_tokens
     fits = policy.row_check()
@@ -203,7 +205,8 @@ def fill(experiment: Experiment, folder: Path, state: Path, given: str | None, r
     buffer = with_inputs(buffer, lacking(buffer, *objectives), policy, experiment.training.token_budget)
     buffer.save(folder)
     dropped = {"buffer": summary} if (summary := bad.summary()) else {}
-    return {"rows": len(buffer), "dropped_rows": dropped, "events": events}
+    how = resolved(policy, experiment.training)
+    return {"rows": len(buffer), "dropped_rows": dropped, "events": events, "resolved": how}
 
 
 def measure(
@@ -213,7 +216,7 @@ def measure(
 
     def analyse() -> dict[str, Any]:
         return analyze_variance(
-            load_policy(experiment.model, experiment.training.dtype),
+            load_for(experiment.model, experiment.training),
             {name: resolve.objective_of(experiment, name) for name in experiment.algorithms},
             OfflineBuffer.load(folder),
             rows=settings.rows,
@@ -240,7 +243,7 @@ def along_training(
         training = experiment.training_of(name)
         training = training.model_copy(update={"learning_rate": experiment.learning_rates_of(name)[0]})
         torch.manual_seed(settings.seed)
-        policy = load_policy(experiment.model, training.dtype)
+        policy = load_for(experiment.model, training)
         budget = training.token_budget
         probe = VarianceProbe(buffer, settings.every, settings.probe_rows, settings.seed, budget, views[0][0])
 

@@ -72,7 +72,7 @@ def score(
     draws: int,
     seed: int,
 ) -> Scored:
-    """Score all rows, with ``draws`` samples per token for each objective on the rows where it weighs an expert."""
+    """Score all rows, with ``draws`` samples per token for each objective that weights a row's expert tokens."""
     policy = assembler.policy
     generators = {
         name: torch.Generator(policy.device).manual_seed(seed * 1000 + number) for number, name in enumerate(experts)

@@ -19,11 +19,9 @@ from functools import cached_property
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-SLACK = 1.3
-"""How much more noise than along an average direction is expected along one that is unknown: gradients lie where their
-noise is large. Set by experiments/benchmarks/coverage.py."""
 Matrix = Float[np.ndarray, "n m"]
 Vector = Float[np.ndarray, " n"]
+Values = Float[np.ndarray, "..."]
 
 
 def centred(products: Matrix, valid: Bool[np.ndarray, "n m"]) -> Matrix:
@@ -31,7 +29,7 @@ def centred(products: Matrix, valid: Bool[np.ndarray, "n m"]) -> Matrix:
 
     What is left of ⟨a_i, b_j⟩ is ⟨a_i - G, b_j - G'⟩.
     """
-    found = np.where(valid, products, 0)
+    found = np.where(valid, products, 0.0).astype(float)  # cubes would overflow float32
     counts = [np.maximum(valid.sum(axis, keepdims=True), 1) for axis in (0, 1)]
     for axis in (1, 0, 1, 0):  # one turn is exact without common prompts, two are to O(1/n²) with
         found -= found.sum(axis, keepdims=True) / counts[axis]
@@ -74,25 +72,56 @@ class Side:
         return 2 * self.squares / (self.count * (self.count - 1)) ** 2
 
     @cached_property
-    def size(self) -> float:
-        """‖G‖² as the first-order part is scaled by: not less than the noise of its estimate."""
-        return max(self.grad_norm_sq, 0.0) + float(np.sqrt(self.second))
-
-    def slack(self, size: float) -> float:
-        """The first-order variance to expect along a direction that is known only to ``size``'s uncertainty.
-
-        tr Σ²/tr Σ, the noise along an average direction, times the uncertainty: where G drowns, its direction is
-        unknown, and no noise along it can be measured.
-        """
-        average = self.squares / (self.count * (self.count - 1)) / self.trace_cov if self.trace_cov > 0 else 0.0
-        return SLACK * average * size
+    def uncertain(self) -> float:
+        """What noise alone makes of ‖G‖²: the standard error of its estimate where G = 0."""
+        return float(np.sqrt(self.second))
 
     @cached_property
-    def lever(self) -> float:
-        """λ of the first-order variance 4 λ ‖G‖² of ‖G‖²: the noise along the gradient's direction, over n."""
-        uncertain = float(np.sqrt(self.second))
-        own = self.along.var(ddof=1) - self.squares / (self.count * (self.count - 1) ** 2)
-        return (max(float(own), 0.0) + self.slack(uncertain)) / self.size / self.count if self.size else 0.0
+    def average(self) -> float:
+        """tr Σ²/tr Σ: the noise along a direction that has more where the noise has more, which G's is taken for."""
+        return self.squares / (self.count * (self.count - 1)) / self.trace_cov if self.trace_cov > 0 else 0.0
+
+    @cached_property
+    def cubes(self) -> float:
+        """The trace of the centred products' cube: about n³ tr Σ³."""
+        return float(np.vdot(self.centred @ self.centred, self.centred))
+
+    @cached_property
+    def along_noise(self) -> float:
+        """tr Σ³/tr Σ²: how much more noise is measured along ḡ per unit by which chance makes ‖G‖² too large.
+
+        Chance lengthens ḡ in directions that have much noise.
+        """
+        return self.cubes / self.squares / (self.count - 1) if self.squares > 0 else 0.0
+
+    def first(self, size: Values | float) -> Values:
+        """The first-order variance 4 GᵀΣG/n of the estimate of ‖G‖², if ‖G‖² is ``size`` ≥ 0.
+
+        GᵀΣG is measured along ḡ, less what chance added to it if the estimate differs from ``size``. Where G drowns,
+        its direction is unknown and nothing can be measured along it: there the average direction stands for it.
+        """
+        size = np.asarray(size, float)
+        chance = self.squares / (self.count * (self.count - 1) ** 2)
+        measured = float(self.along.var(ddof=1)) - chance - self.along_noise * (self.grad_norm_sq - size)
+        whole = size + self.uncertain
+        weighted = size * np.maximum(measured, 0) + self.uncertain * self.average * size
+        along: Values = np.divide(weighted, whole, out=np.zeros_like(size), where=whole > 0)
+        return 4 / self.count * along
+
+    def third(self, size: Values | float) -> Values:
+        """The third cumulant of the estimate of ‖G‖², if ‖G‖² is ``size``: 8 tr Σ³/n³ + 24 GᵀΣ²G/n²."""
+        own = 8 * self.cubes / (self.count * (self.count - 1)) ** 3
+        found: Values = own + 6 * self.first(size) * self.along_noise / self.count
+        return found
+
+    @cached_property
+    def size(self) -> float:
+        """‖G‖² as first-order covariances are scaled by: not less than the noise of its estimate."""
+        return max(self.grad_norm_sq, 0.0) + self.uncertain
+
+    def slack(self, size: float) -> float:
+        """The noise to expect along a direction that is known only to ``size``'s uncertainty."""
+        return self.average * size
 
 
 @dataclass(frozen=True)
@@ -100,6 +129,7 @@ class Joint:
     """The covariance of the estimates of ‖G‖², ‖G'‖² and ⟨G, G'⟩, as a function of hypotheses on ‖G‖² and ‖G'‖²."""
 
     second: Float[np.ndarray, "3 3"]
+    sides: tuple[Side, Side]
     levers: Float[np.ndarray, "4 4"]
     """Covariance of the means of ⟨u, a⟩, ⟨v, b⟩, ⟨v, a⟩ and ⟨u, b⟩, u and v being the directions of G and G'."""
 
@@ -110,13 +140,16 @@ class Joint:
         a and by ‖G‖ ⟨u, ·⟩ with that of b.
         """
         one, two, lever = np.sqrt(first), np.sqrt(other), self.levers
+        # along its own direction an objective's noise depends on the hypothesis: `Side.first`
+        own = [np.sqrt(side.first(size)) / 2 for side, size in zip(self.sides, (first, other), strict=True)]
+        one_own, two_own = (x / np.sqrt(max(lever[k, k], 1e-300)) for k, x in enumerate(own))
         found = np.empty((3, 3, len(first)))
-        found[0, 0] = 4 * first * lever[0, 0]
-        found[1, 1] = 4 * other * lever[1, 1]
+        found[0, 0] = 4 * own[0] ** 2
+        found[1, 1] = 4 * own[1] ** 2
         found[2, 2] = other * lever[2, 2] + 2 * one * two * lever[2, 3] + first * lever[3, 3]
-        found[0, 1] = found[1, 0] = 4 * one * two * lever[0, 1]
-        found[0, 2] = found[2, 0] = 2 * one * (two * lever[0, 2] + one * lever[0, 3])
-        found[1, 2] = found[2, 1] = 2 * two * (two * lever[1, 2] + one * lever[1, 3])
+        found[0, 1] = found[1, 0] = 4 * one_own * two_own * lever[0, 1]
+        found[0, 2] = found[2, 0] = 2 * one_own * (two * lever[0, 2] + one * lever[0, 3])
+        found[1, 2] = found[2, 1] = 2 * two_own * (two * lever[1, 2] + one * lever[1, 3])
         found += self.second[:, :, None]
         return found
 
@@ -177,7 +210,7 @@ def joint(
     sizes = np.sqrt([a.size, b.size, b.size, a.size])
     with np.errstate(divide="ignore", invalid="ignore"):
         levers = np.nan_to_num(levers / np.outer(sizes, sizes))
-    return Joint(_positive(second, np.diag(second)), levers)
+    return Joint(_positive(second, np.diag(second)), (a, b), levers)
 
 
 def _slack(a: Side, b: Side, inner: float, alike: float, both: int) -> Float[np.ndarray, "4 4"]:

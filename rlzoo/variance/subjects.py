@@ -67,13 +67,13 @@ class Subject:
         return [row for unit in self.units for row in unit]
 
     @property
-    def weighs_experts(self) -> bool:
-        """Whether its coefficient weighs an expert's token, which the token moments ask for."""
+    def weights_expert_tokens(self) -> bool:
+        """Whether its coefficients weight expert tokens, as the token moments require."""
         return self.selection == self.objective.learns_from and not selector_of(self.selection).is_sampled
 
 
 @dataclass
-class Weighed:
+class Weighted:
     """An objective's coefficients on its rows, and the gradient that they make."""
 
     batch: TokenBatch
@@ -213,13 +213,13 @@ def _by_prompt(units: Sequence[tuple[Draw, ...]], prompt_of: Sequence[int]) -> d
     return found
 
 
-def weigh(assembler: Assembler, subject: Subject, scored: Scored) -> Weighed:
+def weights_of(assembler: Assembler, subject: Subject, scored: Scored) -> Weighted:
     """The objective's coefficients on all its rows as one batch, and the weights that its surrogate puts on ∇ log π.
 
     Raises UserError where the objective fails on the batch or gives a coefficient that is not finite.
     """
     try:
-        found = _weigh(assembler, subject, scored)
+        found = _weights_of(assembler, subject, scored)
     except UserError:
         raise
     except Exception as error:  # of an objective of a user's own
@@ -231,7 +231,7 @@ def weigh(assembler: Assembler, subject: Subject, scored: Scored) -> Weighed:
     return found
 
 
-def _weigh(assembler: Assembler, subject: Subject, scored: Scored) -> Weighed:
+def _weights_of(assembler: Assembler, subject: Subject, scored: Scored) -> Weighted:
     objective, chosen, policy = subject.objective, subject.rows, assembler.policy
     place = {row: i for i, row in enumerate(chosen)}
     rows, units = [scored.rows[i] for i in chosen], [tuple(place[row] for row in unit) for unit in subject.units]
@@ -273,15 +273,15 @@ def _weigh(assembler: Assembler, subject: Subject, scored: Scored) -> Weighed:
         None if giver is None else assembler.models.of(giver.models()[0]),
         row_weight[:, 0] if objective.has_logit_term and row_weight is not None else None,
     )
-    return Weighed(batch, found, task)
+    return Weighted(batch, found, task)
 
 
-def baseline(weighed: Mapping[str, Weighed]) -> str | None:
+def baseline(weighted: Mapping[str, Weighted]) -> str | None:
     """The objective that is the plain log-likelihood, or `BASELINE` if none is; None where there are no demonstrations.
 
     Of two that are the same, one backward pass is enough.
     """
-    plain = weighed.get(BASELINE)
+    plain = weighted.get(BASELINE)
     if plain is None:
         return None
 
@@ -289,7 +289,7 @@ def baseline(weighed: Mapping[str, Weighed]) -> str | None:
         alike = task.units == plain.task.units and task.scale == plain.task.scale
         return alike and task.term is None and not task.input_weights and torch.equal(task.weight, plain.task.weight)
 
-    return next(name for name, own in weighed.items() if same(own.task))
+    return next(name for name, own in weighted.items() if same(own.task))
 
 
 def tokens_of(values: Float[Tensor, "B T"], batch: TokenBatch) -> Float[np.ndarray, " N"]:

@@ -29,7 +29,7 @@ class Task:
     input_weights: Mapping[str, Float[Tensor, "R T"]] = field(default_factory=dict)
     """∂ loss / ∂ x of each input x that a module of its own makes of the policy's hidden states, by key."""
     term: LogitTerm | None = None
-    """A loss a position over the full vocabulary."""
+    """A loss per position over the full vocabulary."""
     reference: Policy | None = None
     """Gives the term its reference logits."""
     term_weight: Float[Tensor, " R"] | None = None
@@ -87,7 +87,7 @@ class UnitGradients:
         return UnitGradients(self.squared_norm * factor**2, self.sketch * factor, means)
 
 
-def connected(families: Iterable[Iterable[tuple[int, ...]]]) -> list[tuple[int, ...]]:
+def connected(units_by_task: Iterable[Iterable[tuple[int, ...]]]) -> list[tuple[int, ...]]:
     """The rows of all units, those together that share a unit, directly or through others."""
     parent: dict[int, int] = {}
 
@@ -96,7 +96,7 @@ def connected(families: Iterable[Iterable[tuple[int, ...]]]) -> list[tuple[int, 
             parent[row] = row = parent[parent[row]]
         return row
 
-    for units in families:
+    for units in units_by_task:
         for first, *others in units:
             root(first)
             for other in others:

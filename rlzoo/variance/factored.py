@@ -1,6 +1,6 @@
 """The gradients of one parameter for several units at once, as the factors that a backward pass leaves.
 
-n units of L positions each. Every piece gives the squared norm of each unit's gradient, exactly, and a random
+n units of L positions each. Each class gives the squared norm of each unit's gradient, exactly, and a random
 projection of it, and adds the sum over units to a running mean. None of them holds n × parameters entries.
 """
 
@@ -101,7 +101,7 @@ class Lookup:
         return (left[self.ids].mT @ (self.values @ right)).flatten(1)
 
 
-Piece = Outer | Sum | Lookup
+Factored = Outer | Sum | Lookup
 
 
 class Projection:

@@ -1,0 +1,105 @@
+"""Attention by PyTorch's fused kernels, whatever the device: how transformers' models are made to call them."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+from torch.nn import functional
+from transformers import AttentionInterface, masking_utils
+from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+from rlzoo.policy.packing import HALF, attention_of_pack, computed_in, is_pack, mask_of_pack
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+NAME = "rlzoo"
+"""What transformers calls it."""
+
+
+def attention(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **options: Any
+) -> tuple[Tensor, None]:
+    """The attention of padded rows, or of a pack."""
+    if is_pack(attention_mask):
+        return attention_of_pack(_of_rows, module, query, key, value, attention_mask, **options), None
+    return _of_rows(module, query, key, value, attention_mask, **options)
+
+
+def _of_rows(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
+) -> tuple[Tensor, None]:
+    """transformers' call of PyTorch's attention, but for query heads that share a key head.
+
+    With one new position, they become that head's positions: the library would copy the whole cache for each of them at
+    every step. With several on a GPU, keys are copied for them in float32, where the only kernel that needs no copy is
+    the one that writes out all products. In bfloat16 the library copies none if there is no mask (5.0 to 5.19).
+    """
+    rows, heads, positions, size = query.shape
+    shared, bias = heads // key.shape[1], options.get("position_bias")
+    if shared > 1 and bias is None:
+        scale = options.get("scaling")
+        if positions == 1 and (attention_mask is None or attention_mask.shape[1] == 1):
+            grouped = query.view(rows, key.shape[1], -1, size)
+            out = functional.scaled_dot_product_attention(grouped, key, value, attn_mask=attention_mask, scale=scale)
+            return out.reshape(rows, 1, heads, -1), None
+        if query.device.type == "cuda" and computed_in(value) not in HALF:
+            causal = options.get("is_causal")
+            causal = getattr(module, "is_causal", True) if causal is None else causal
+            out = functional.scaled_dot_product_attention(
+                query,
+                repeat_kv(key, shared),
+                repeat_kv(value, shared),
+                attn_mask=attention_mask,
+                dropout_p=options.get("dropout", 0.0),
+                scale=scale,
+                is_causal=positions > 1 and attention_mask is None and causal,
+            )
+            return out.transpose(1, 2).contiguous(), None
+    found: tuple[Tensor, None] = sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+    return found
+
+
+def _mask(*args: Any, attention_mask: Tensor | None = None, allow_is_causal_skip: bool = True, **options: Any) -> Any:
+    """A pack, or transformers' mask, which asks whether anything is padded, and so would wait for a GPU each time."""
+    if (pack := mask_of_pack(**options)) is not None:
+        return pack
+    asks = attention_mask is None or attention_mask.device.type == "cpu"
+    return sdpa_mask(
+        *args, attention_mask=attention_mask, allow_is_causal_skip=allow_is_causal_skip and asks, **options
+    )
+
+
+AttentionInterface.register(NAME, attention)
+AttentionMaskInterface.register(NAME, _mask)
+
+
+def use(model: PreTrainedModel) -> None:
+    """Have a model that calls PyTorch's attention call it as `attention` does.
+
+    Models whose code asks for the name of the library's own call keep that.
+    """
+    home = inspect.getmodule(type(model))
+    knows_one = home is None or re.search(r'_attn_implementation (==|!=|in) .*"sdpa"', inspect.getsource(home))
+    if knows_one or not getattr(model, "_supports_attention_backend", False):
+        return
+    for config in {id(c): c for c in (model.config, model.config.get_text_config())}.values():
+        if config._attn_implementation == "sdpa":
+            config._attn_implementation = NAME
+
+
+@contextmanager
+def rows_apart() -> Iterator[None]:
+    """While this lasts transformers takes each row for one sequence, and does not wait for a GPU to look."""
+    plain = masking_utils.find_packed_sequence_indices
+    masking_utils.find_packed_sequence_indices = lambda position_ids: None
+    try:
+        yield
+    finally:
+        masking_utils.find_packed_sequence_indices = plain

@@ -1,0 +1,99 @@
+"""Every objective on a GPU that is not there: nothing is left on the CPU, and the host waits once per step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from fake_cuda import GPU, FakeCUDA, fake_cuda
+
+from rlzoo.config import Packing, Sampling, Training
+from rlzoo.objective import Objective, get_objective, list_objectives
+from rlzoo.policy import Policy, log_probs
+from rlzoo.rollout import TransformersSampler
+from rlzoo.testing.engine import SameRows, rows_of, units_of
+from rlzoo.training import Trainer
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "iw-sft": {"variant": "ema"},
+    "dft-control": {"variant": "shuffled"},
+    "power": {"threshold": 0.1},
+    "ppo": {"critic": "shared", "bootstrap_truncated": True},
+    "grpo": {"truncated": "mask", "kl_correction": True},
+    "mixture": {"weights": {"sft": 0.5, "grpo": 0.5}},
+}
+CASES: list[tuple[str, dict[str, Any]]] = [(name, {}) for name in list_objectives() if name != "mixture"] + list(
+    VARIANTS.items()
+)
+MORE_WAITS = {("dft-control", "shuffled"): 2}
+"""A permutation of N tokens asks how many they are, and is drawn on the host."""
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeCUDA]:
+    with fake_cuda(monkeypatch) as mode:
+        yield mode
+
+
+@pytest.fixture
+def policy(gpu: FakeCUDA, tokenizer: Any) -> Policy:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=64, eos_token_id=tokenizer.eos_token_id,
+    )  # fmt: skip
+    found = Policy(LlamaForCausalLM(config), tokenizer, "fake", torch.bfloat16)
+    found.to(GPU)
+    assert found.device == GPU
+    return found.eval()
+
+
+def trainer_of(policy: Policy, objective: Objective, **changes: Any) -> Trainer:
+    rows = rows_of(policy, objective)
+    sources = [SameRows(rows, units_of(component.objective)) for component in objective.components]
+    settings = Training(steps=2, token_budget=100, **changes)
+    return Trainer(policy, objective, sources, settings)
+
+
+PACKED = [("dft", {}), ("ppo", {}), ("asft", {}), ("grpo", {})]
+STEPS = [*((*case, "padded") for case in CASES), *((*case, "packed") for case in PACKED)]
+
+
+@pytest.mark.parametrize(("name", "options", "packing"), STEPS, ids=lambda part: str(part))
+def test_a_training_step_is_on_the_gpu_and_the_host_waits_once(
+    gpu: FakeCUDA, policy: Policy, name: str, options: dict[str, Any], packing: Packing
+) -> None:
+    trainer = trainer_of(policy, get_objective(name, **options), packing=packing)
+    assert policy.packs == (packing == "packed")
+    waits: list[list[str]] = []
+
+    def note(_: Trainer, step: int) -> None:
+        waits.append(list(gpu.waits))
+        gpu.waits.clear()
+
+    trainer.callbacks = [note]
+    gpu.waits.clear()
+    trainer.run()
+    limit = 1 + MORE_WAITS.get((name, options.get("variant", "")), 0)
+    assert all(len(one) <= limit for one in waits), waits
+
+
+def test_scoring_is_on_the_gpu_and_the_host_waits_once(gpu: FakeCUDA, policy: Policy) -> None:
+    rows = [([5, 6, 7][:n], [8, 9, 10, 11][: 5 - n]) for n in (1, 2, 3)]
+    gpu.waits.clear()
+    found = log_probs(policy, rows, 8, [0.7, 1.0, 1.0])
+    assert [len(row) for row in found] == [4, 3, 2]
+    assert len(gpu.waits) == 1, gpu.waits
+
+
+@pytest.mark.parametrize("greedy", [False, True])
+def test_decoding_is_on_the_gpu_and_the_host_waits_now_and_then(gpu: FakeCUDA, policy: Policy, greedy: bool) -> None:
+    settings = Sampling(samples=3, temperature=0.7, top_p=0.9, max_new_tokens=40, batch_size=64)
+    gpu.waits.clear()
+    gpu.alternates = True  # some sequences leave
+    found = TransformersSampler(policy).sample([[5, 6], [7, 8, 9]], settings, seed=0, greedy=greedy)
+    assert [len(samples) for samples in found] == ([1, 1] if greedy else [3, 3])
+    assert len(gpu.waits) <= 1 + 40 // 16, gpu.waits
