@@ -9,7 +9,7 @@ import pytest
 import torch
 from fake_cuda import GPU, FakeCUDA, fake_cuda
 
-from rlzoo.config import Sampling, Training
+from rlzoo.config import Packing, Sampling, Training
 from rlzoo.objective import Objective, get_objective, list_objectives
 from rlzoo.policy import Policy, log_probs
 from rlzoo.rollout import TransformersSampler
@@ -58,11 +58,16 @@ def trainer_of(policy: Policy, objective: Objective, **changes: Any) -> Trainer:
     return Trainer(policy, objective, sources, settings)
 
 
-@pytest.mark.parametrize(("name", "options"), CASES, ids=lambda part: str(part))
+PACKED = [("dft", {}), ("ppo", {}), ("asft", {}), ("grpo", {})]
+STEPS = [*((*case, "padded") for case in CASES), *((*case, "packed") for case in PACKED)]
+
+
+@pytest.mark.parametrize(("name", "options", "packing"), STEPS, ids=lambda part: str(part))
 def test_a_training_step_is_on_the_gpu_and_the_host_waits_once(
-    gpu: FakeCUDA, policy: Policy, name: str, options: dict[str, Any]
+    gpu: FakeCUDA, policy: Policy, name: str, options: dict[str, Any], packing: Packing
 ) -> None:
-    trainer = trainer_of(policy, get_objective(name, **options))
+    trainer = trainer_of(policy, get_objective(name, **options), packing=packing)
+    assert policy.packs == (packing == "packed")
     waits: list[list[str]] = []
 
     def note(_: Trainer, step: int) -> None:

@@ -470,3 +470,14 @@ def test_the_head_finds_scales_and_caps() -> None:
     sees: Any = SimpleNamespace(get_output_embeddings=lambda: None)
     sees.config = Gemma3Config(text_config={"final_logit_softcapping": 3.0})  # of a model that takes images too
     assert Head.of(sees).soft_cap == 3.0
+
+
+def test_chunks_of_a_gpu_follow_its_memory_in_whole_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = torch.device("cuda:0")
+    sizes = {0: 384, 24 * 2**30: 640, 80 * 2**30: 2176}
+    for memory, rows in sizes.items():
+        monkeypatch.setattr(head_module, "total_memory", lambda device, memory=memory: memory)
+        assert head_module.chunk_rows(151_936, gpu) == rows
+        assert rows * 151_936 * 4 <= max(memory / 64, 2**28)
+        assert head_module.chunk_rows(151_936, CPU) == 2**26 // 151_936, "a CPU's digits do not change"
+    assert head_module.chunk_rows(2**30, gpu) == 1

@@ -72,6 +72,7 @@ ELSEWHERE = {
     "Training.max_gradient_norm": "test_training_runs.py::test_weight_decay_and_clipping_reach_the_optimizer",
     "Training.importance_cap": f"{OPTIONS}::test_truncated_importance_weights_what_another_engine_sampled",
     "Training.lora": f"{OPTIONS}::test_lora_trains_the_adapters_alone",
+    "Training.packing": "test_packing.py::test_every_objective_trains_the_same_weights",
     "Training.gradient_checkpointing": f"{OPTIONS}::test_recomputed_activations_change_nothing_but_the_work",
     "Training.device": "test_defaults.py::test_the_device_that_is_meant",
     "Training.deterministic": "test_defaults.py::test_determinism_is_for_gpus",

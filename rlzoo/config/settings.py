@@ -12,6 +12,7 @@ from pydantic import Field
 from rlzoo.config.validation import validated
 
 OnBadRow = Literal["reject", "drop"]
+Packing = Literal["auto", "packed", "padded"]
 
 BASE = "base"
 """The name in outcomes of the model that every cell starts from."""
@@ -20,7 +21,7 @@ Positive = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(gt=0, le=1)]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 TokenBudget = int | str
-"""Padded tokens per micro-batch: a number, ``auto`` for what fits, or ``auto/4`` for a quarter of that."""
+"""Tokens per micro-batch, padding included: a number, ``auto`` for what fits, or ``auto/4`` for a quarter of that."""
 
 
 def _named_null(value: Any) -> Any:
@@ -220,8 +221,11 @@ class Training(_Strict):
     updates_per_batch: Positive = 1
     """Optimizer steps on each batch; above 1, ratios and value clipping take effect."""
     token_budget: Annotated[TokenBudget, pydantic.PlainValidator(_token_budget)] = "auto"
-    """Padded tokens per micro-batch; the gradient does not depend on it. ``auto``: as many as fit into a GPU's memory,
-    or 4096 on a CPU."""
+    """Tokens per micro-batch, padding included; the gradient does not depend on it. ``auto``: as many as fit into a
+    GPU's memory, or 4096 on a CPU."""
+    packing: Packing = "auto"
+    """``packed``: the rows of a micro-batch one after the other, without padding; ``auto``: where a GPU attends for all
+    of them in one call, in bfloat16; else ``padded``."""
     learning_rate: Rate = 5e-5
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: Annotated[float, Field(ge=0)] = 0.01

@@ -79,6 +79,7 @@ def _loaded(name: str, policy: Policy) -> Policy:
         raise UserError(f"the model {name!r} has another vocabulary than the policy: use one with the same tokenizer")
     model.compute = policy.compute
     model.to(policy.device)
+    model.pack("auto" if policy.packs else "padded")
     return model
 
 

@@ -12,7 +12,7 @@ from rlzoo.config import TokenBudget, Training
 from rlzoo.errors import UserError
 from rlzoo.jobs.memory import free_bytes
 from rlzoo.jobs.ranks import gathered
-from rlzoo.policy.head import CHUNK_ENTRIES
+from rlzoo.policy.head import chunk_rows
 from rlzoo.policy.policy import Policy
 
 CPU_TOKENS = 4096
@@ -61,7 +61,7 @@ def make_deterministic(device: torch.device) -> None:
 
 
 def token_budget_of(policy: Policy, asked: TokenBudget) -> int:
-    """Padded tokens per micro-batch; ``auto``: on a GPU as many as fit, and ``auto/4`` a fourth of them.
+    """Tokens per micro-batch, padding included; ``auto``: on a GPU as many as fit, and ``auto/4`` a fourth of them.
 
     What fits is what is free, less what training will allocate for all parameters, over `bytes_per_token`.
     """
@@ -99,7 +99,7 @@ def bytes_of_training(policy: Policy) -> float:
     found = sum(3 * p.numel() * p.element_size() for p in parameters if p.grad is None)
     if policy.compute is not None:
         found += sum(p.numel() for p in policy.parameters()) * policy.compute.itemsize
-    return found + 3 * 4 * CHUNK_ENTRIES
+    return found + 3 * 4 * policy.vocabulary * chunk_rows(policy.vocabulary, policy.device)
 
 
 def _reserved_for_engine(device: torch.device) -> float:
@@ -117,5 +117,6 @@ def resolved(policy: Policy, training: Training, engine: str | None = None) -> d
         "device": name,
         "dtype": mixed or dtype,
         "token_budget": token_budget_of(policy, training.token_budget),
+        "packing": "packed" if policy.packs else "padded",
         **({} if engine is None else {"engine": engine}),
     }

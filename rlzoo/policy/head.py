@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,6 +22,15 @@ if TYPE_CHECKING:
 
 CHUNK_ENTRIES = 2**26
 """Logits held at a time: 256 MB in float32. If there are more, the backward pass recomputes them."""
+GPU_SHARE = 1 / 64
+"""Of a GPU's memory that logits held at a time may take, if that is more.
+
+Each chunk casts the output layer's weight, reads it and adds to its gradient, some 30 bytes per entry in mixed
+precision, however few its rows: at an H100's bandwidth twice the time of the matrix products of 384 rows, and a third
+of that of 2048.
+"""
+TILE = 128
+"""Rows that a GPU multiplies together: a chunk has a multiple of them."""
 
 LogitTerm = Callable[[Tensor, Tensor | None, Tensor], Tensor | None]
 
@@ -118,7 +128,7 @@ def token_log_probs(
         return (logp, *found, torch.zeros_like(logp) if value is None else value)
 
     wanted = list(statistics)
-    size = max(1, CHUNK_ENTRIES // head.layer.weight.shape[0])
+    size = chunk_rows(head.layer.weight.shape[0], hidden.device)
     recompute = hidden.requires_grad and len(hidden) > size
     chunks = []
     for start in range(0, max(len(hidden), 1), size):
@@ -135,6 +145,21 @@ def token_log_probs(
     if term is not None:
         values["term"] = extra[-1]
     return values
+
+
+def chunk_rows(vocabulary: int, device: torch.device) -> int:
+    """The number of positions whose logits are held at a time."""
+    if device.type != "cuda":
+        return max(1, CHUNK_ENTRIES // vocabulary)
+    entries = GPU_SHARE * total_memory(device) / 4
+    rows = int(max(entries, CHUNK_ENTRIES)) // vocabulary
+    return max(1, rows - rows % TILE if rows > TILE else rows)
+
+
+@cache
+def total_memory(device: torch.device) -> int:
+    """A GPU's memory in bytes, which unlike its free memory is the same in every run; 0 where there is no GPU."""
+    return int(torch.cuda.get_device_properties(device).total_memory) if torch.cuda.is_available() else 0
 
 
 class _LogProb(torch.autograd.Function):

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlzoo.config import Training
+from rlzoo.config import Packing, Training
 from rlzoo.errors import UserError
 from rlzoo.jobs.ranks import rank
 from rlzoo.policy.adapters import adapters, merged, save_adapter
@@ -35,19 +35,21 @@ def trusts_remote_code() -> bool:
 
 
 def load_for(name: str, training: Training) -> Policy:
-    """`load_policy` with the device, the dtype and the determinism that settings of training ask for."""
+    """`load_policy` with the device, the dtype, the determinism and the packing that settings of training ask for."""
     device = device_of(training.device)
     if training.deterministic:
         make_deterministic(device)
-    return load_policy(name, training.dtype, device)
+    return load_policy(name, training.dtype, device, training.packing)
 
 
-def load_policy(name: str, dtype: str = "auto", device: str | torch.device | None = None) -> Policy:
+def load_policy(
+    name: str, dtype: str = "auto", device: str | torch.device | None = None, packing: Packing = "auto"
+) -> Policy:
     """The policy behind ``embedded``, a folder, or a Hub id. Raises UserError if it cannot be loaded.
 
     ``bfloat16-mixed`` has float32 weights and bfloat16 matrix products; ``auto`` is that on a GPU, float32 on a CPU.
-    ``device``: ``auto`` and None are a GPU if there is one. A model with its own code is refused, except under
-    ``rlzoo --trust-remote-code``.
+    ``device``: ``auto`` and None are a GPU if there is one. ``packing`` is for `Policy.pack`. A model with its own code
+    is refused, except under ``rlzoo --trust-remote-code``.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -85,6 +87,7 @@ def load_policy(name: str, dtype: str = "auto", device: str | torch.device | Non
     compute = torch.bfloat16 if dtype == "bfloat16-mixed" else None
     policy = Policy(model.to(device), tokenizer, name, compute)
     _check_head(policy)
+    policy.pack(packing)
     return policy
 
 

@@ -24,21 +24,23 @@ Forward = Callable[[Sequences, list[int]], ForwardPass]
 
 
 class MicroBatches:
-    """Micro-batches of at most ``token_budget`` padded tokens, which is halved when memory runs out."""
+    """Micro-batches of at most ``token_budget`` tokens, padding included, which is halved when memory runs out."""
 
     def __init__(self, token_budget: int, on_halved: Callable[[int, int], None] | None = None) -> None:
         """``on_halved`` is called with the budget that did not fit and the next one."""
         self.token_budget, self._on_halved = token_budget, on_halved
 
-    def share(self, rows: Sequence[Tokens], units: Sequence[Sequence[int]]) -> list[tuple[list[int], bool]]:
+    def share(
+        self, rows: Sequence[Tokens], units: Sequence[Sequence[int]], packed: bool = False
+    ) -> list[tuple[list[int], bool]]:
         """This process's micro-batches, and whether each counts; all processes have equally many.
 
-        ``units`` are sets of rows that must not be separated. The processes of a sharded model run in step, so if there
-        are too few micro-batches, one is repeated without effect.
+        ``units`` are sets of rows that must not be separated; ``packed`` micro-batches have no padding. The processes
+        of a sharded model run in step, so if there are too few micro-batches, one is repeated without effect.
         """
         lengths, world = list(map(length, rows)), world_size()
         budget = min(self.token_budget, -(-sum(lengths) // world)) if world > 1 else self.token_budget
-        batches = list(token_batches(units, lengths, budget))
+        batches = list(token_batches(units, lengths, budget, packed))
         own = range(rank(), -(-len(batches) // world) * world, world)
         return [(batches[i], True) if i < len(batches) else (batches[0], False) for i in own]
 
@@ -83,8 +85,8 @@ class MicroBatches:
         @torch.no_grad()
         def run() -> dict[str, Tensor]:
             found: dict[str, Tensor] = {}
-            for index, counts in self.share(rows, [(i,) for i in range(len(rows))]):
-                sequences = Sequences.of([rows[i] for i in index], policy.device)
+            for index, counts in self.share(rows, [(i,) for i in range(len(rows))], policy.packs):
+                sequences = policy.collate([rows[i] for i in index])
                 for key, value in (forward or plain)(sequences, index).values().items():
                     whole = found.setdefault(key, value.new_zeros(len(rows), width))
                     if counts:
@@ -102,20 +104,24 @@ class MicroBatches:
         return {key: summed(value) for key, value in found.items()}
 
 
-def token_batches(units: Sequence[Sequence[int]], lengths: Sequence[int], token_budget: int) -> Iterable[list[int]]:
-    """Micro-batches of at most ``token_budget`` padded tokens, of rows of similar length.
+def token_batches(
+    units: Sequence[Sequence[int]], lengths: Sequence[int], token_budget: int, packed: bool = False
+) -> Iterable[list[int]]:
+    """Micro-batches of at most ``token_budget`` tokens, of rows of similar length; padding counts unless ``packed``.
 
     ``units`` are sets of rows that must not be separated; one that exceeds the budget is a micro-batch of its own.
     """
     order = sorted(range(len(units)), key=lambda a: (max(lengths[r] for r in units[a]), a))
     batch: list[int] = []
+    held = 0  # tokens in the batch
     for index in order:
         some = units[index]
         widest = max(lengths[r] for r in some)  # of all rows so far
-        if batch and widest * (len(batch) + len(some)) > token_budget:
+        own = sum(lengths[r] for r in some)
+        if batch and (held + own if packed else widest * (len(batch) + len(some))) > token_budget:
             yield batch
-            batch = []
-        batch = [*batch, *some]
+            batch, held = [], 0
+        batch, held = [*batch, *some], held + own
     if batch:
         yield batch
 

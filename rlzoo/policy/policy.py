@@ -12,13 +12,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from rlzoo.config import Packing
 from rlzoo.errors import UserError
 from rlzoo.inputs import Input, Stage
 from rlzoo.policy.adapters import adapters, add_lora, switched_off
 from rlzoo.policy.attention import rows_apart, use
 from rlzoo.policy.chat import turn_of
 from rlzoo.policy.head import Head, LogitTerm, computing_in, token_log_probs
-from rlzoo.policy.sequences import Sequences
+from rlzoo.policy.packing import packs, running
+from rlzoo.policy.sequences import Sequences, Tokens
 from rlzoo.policy.weights import changes_of
 
 if TYPE_CHECKING:
@@ -64,6 +66,8 @@ class Policy(nn.Module):
         self.tokenizer = tokenizer
         self.name = name
         self.compute = compute
+        self.packs = False
+        """Whether micro-batches are packed: rows one after the other, without padding (see `pack`)."""
         self.modules_of_inputs = nn.ModuleDict()
         """Modules of inputs by key, such as a critic; they are trained and checkpointed with the policy."""
         self.attached: dict[str, Input] = {}
@@ -132,6 +136,19 @@ class Policy(nn.Module):
 
         return check
 
+    def pack(self, packing: Packing) -> None:
+        """Set whether micro-batches are packed; ``auto``: where a GPU attends for all of their rows in one call.
+
+        Raises UserError for a model that cannot be ``packed``.
+        """
+        with rows_apart():
+            self.packs = packs(self.model, self.compute, packing)
+
+    def collate(self, rows: Sequence[Tokens]) -> Sequences:
+        """Rows as a micro-batch of this model."""
+        sequences = Sequences.of(rows, self.device)
+        return sequences.packed() if self.packs else sequences
+
     @property
     def weights_version(self) -> int:
         """A number that increases with every change of the model's weights.
@@ -186,6 +203,7 @@ class Policy(nn.Module):
     def frozen_copy(self) -> Policy:
         """A frozen copy in evaluation mode."""
         frozen = Policy(copy.deepcopy(self.model), self.tokenizer, self.name, self.compute)
+        frozen.packs = self.packs
         return frozen.eval().requires_grad_(False)
 
     def reference(self) -> Policy:
@@ -276,10 +294,12 @@ class Policy(nn.Module):
         with computing_in(self.compute, self.device):
             return self._trunk(self.model.base_model, sequences, **extra)
 
-    @staticmethod
-    def _trunk(trunk: nn.Module, sequences: Sequences, **extra: Any) -> Float[Tensor, "N H"]:
-        with rows_apart():
-            states = trunk(input_ids=sequences.ids, use_cache=False, **extra).last_hidden_state
+    def _trunk(self, trunk: nn.Module, sequences: Sequences, **extra: Any) -> Float[Tensor, "N H"]:
+        own: Any = self.model.base_model
+        if not self.packs or type(getattr(trunk, "config", None)) is not type(own.config):
+            sequences = sequences.padded()  # another model's, or of an input with a model of another kind
+        with rows_apart(), running(sequences.pack) as more:
+            states = trunk(input_ids=sequences.ids, use_cache=False, **more, **extra).last_hidden_state
         return sequences.predicting(states)
 
     def flops(self, tokens: int, completion_tokens: int, modules: bool = True) -> float:
@@ -302,6 +322,7 @@ class _WithoutAdapter(Policy):
 
     def __init__(self, policy: Policy) -> None:
         super().__init__(policy.model, policy.tokenizer, policy.name, policy.compute)
+        self.packs = policy.packs
 
     @property
     def head(self) -> Head:

@@ -10,8 +10,10 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from rlzoo.jobs.memory import on_device
+from rlzoo.policy.packing import Pack
 
 
 class Tokens(Protocol):
@@ -42,8 +44,9 @@ def length(row: Tokens) -> int:
 class Sequences:
     """Prompts and completions as model input, padded on the right, so that causal attention needs no mask.
 
-    Where completion tokens stand is known from the rows' lengths, so that no GPU is asked for it: reading out a boolean
-    mask would wait for all that the device has to do.
+    With a ``pack``, ``ids`` are [1, N], all rows one after the other. Where completion tokens stand is known from the
+    rows' lengths, so that no GPU is asked for it: reading out a boolean mask would wait for all that the device has to
+    do.
     """
 
     ids: Int[Tensor, "B L"]
@@ -53,10 +56,11 @@ class Sequences:
     """The positions that predict completion tokens, row by row, in the flattened ``ids``."""
     places: Int[Tensor, " N"]
     """The completion tokens in the flattened ``mask``, row by row."""
-    tokens: int
-    """The number of prompt and completion tokens, without padding."""
+    lengths: tuple[int, ...]
+    """The number of tokens of each row."""
     temperature: Float[Tensor, " B"] | None = None
     """The temperature of each row; None: 1."""
+    pack: Pack | None = None
 
     @classmethod
     def of(cls, rows: Sequence[Tokens], device: torch.device) -> Sequences:
@@ -73,7 +77,8 @@ class Sequences:
         temperature: Sequence[float] | None = None,
     ) -> Sequences:
         """Join each prompt with its completion. A prompt must have at least one token."""
-        rows, longest = len(prompts), max(len(p) + len(c) for p, c in zip(prompts, completions, strict=True))
+        lengths = tuple(len(p) + len(c) for p, c in zip(prompts, completions, strict=True))
+        rows, longest = len(prompts), max(lengths)
         width = max(map(len, completions))
         ids, mask = np.zeros((rows, longest), np.int64), np.zeros((rows, width), np.bool_)
         before, places = [], []
@@ -83,19 +88,44 @@ class Sequences:
             mask[row, :end] = True
             before.append(np.arange(first, first + end))
             places.append(np.arange(row * width, row * width + end))
-        tokens = sum(map(len, prompts)) + sum(map(len, completions))
         heat = None
         if temperature is not None and any(t != 1.0 for t in temperature):
             heat = on_device(torch.tensor(temperature, dtype=torch.float64), device)
         ids_, mask_, before_, places_ = (
             on_device(torch.as_tensor(x), device) for x in (ids, mask, np.concatenate(before), np.concatenate(places))
         )
-        return cls(ids_, mask_, before_, places_, tokens, heat)
+        return cls(ids_, mask_, before_, places_, lengths, heat)
+
+    @property
+    def tokens(self) -> int:
+        """The number of prompt and completion tokens, without padding."""
+        return sum(self.lengths)
 
     def at(self, temperature: float) -> Sequences:
         """The same rows, all at one temperature."""
         heat = torch.full(self.mask.shape[:1], temperature, dtype=torch.float64, device=self.ids.device)
         return replace(self, temperature=None if temperature == 1.0 else heat)
+
+    def packed(self) -> Sequences:
+        """The same rows without padding, one after the other; no device is waited for."""
+        if self.pack is not None:
+            return self
+        ids = torch.cat([row[:length] for row, length in zip(self.ids, self.lengths, strict=True)])[None]
+        return self._moved(ids, 1, Pack.of(self.lengths, self.ids.device))
+
+    def padded(self) -> Sequences:
+        """The same rows, padded."""
+        if self.pack is None:
+            return self
+        ids = pad_sequence(list(torch.split(self.ids[0], list(self.lengths))), batch_first=True)
+        return self._moved(ids, -1, None)
+
+    def _moved(self, ids: Int[Tensor, "B L"], sign: int, pack: Pack | None) -> Sequences:
+        """The same rows, which begin elsewhere: where padded ones do, or packed ones (sign 1)."""
+        starts = torch.tensor([0, *self.lengths[:-1]]).cumsum(0)
+        shift = sign * (starts - max(self.lengths) * torch.arange(len(self.lengths)))
+        before = self.before + on_device(shift, ids.device).index_select(0, self.rows)
+        return replace(self, ids=ids, before=before, pack=pack)
 
     @property
     def targets(self) -> Int[Tensor, " N"]:

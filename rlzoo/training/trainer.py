@@ -21,7 +21,7 @@ from rlzoo.jobs.interrupts import heed, noted, pending
 from rlzoo.jobs.memory import on_device
 from rlzoo.jobs.ranks import agreed, gathered, is_sharded, world_size
 from rlzoo.objective import Component, Objective, reduce, surrogate_of
-from rlzoo.policy import Assembler, MicroBatches, Models, Policy, Sequences
+from rlzoo.policy import Assembler, MicroBatches, Models, Policy
 from rlzoo.policy.adapters import adapters
 from rlzoo.policy.defaults import token_budget_of
 from rlzoo.policy.sequences import Tokens, length
@@ -102,6 +102,7 @@ class Trainer:
         )
         if settings.lora is not None and not adapters(policy.model):
             policy.add_lora(**settings.lora.model_dump())
+        policy.pack(settings.packing)
         policy.attach(objective.requires)
         self.models = Models.load(policy, self._with_models(), reference)
         parameters = [p for p in policy.parameters() if p.requires_grad]
@@ -284,7 +285,7 @@ class Trainer:
                 (place, index, counts)
                 for place, some in enumerate(drawn)
                 for index, counts in self.micro.share(
-                    some.rows, micro_units(some.units, some.component.objective.couples)
+                    some.rows, micro_units(some.units, some.component.objective.couples), self.policy.packs
                 )
             ]
             for number, (place, index, counts) in enumerate(mine):
@@ -311,7 +312,7 @@ class Trainer:
     ) -> None:
         """Add the gradient of a micro-batch; without ``sums`` its weight is 0, to keep in step with other processes."""
         objective, rows, batch = drawn.component.objective, drawn.rows, drawn.batch
-        sequences = Sequences.of([rows[i] for i in index], self.policy.device)
+        sequences = self.policy.collate([rows[i] for i in index])
         statistics = [one for one in objective.requires if one.is_statistic]
         term, reference = objective.logit_term if objective.has_logit_term else None, self._logits_of(objective)
         output = self.model(sequences, statistics=statistics, term=term, reference=reference)
