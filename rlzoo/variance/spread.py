@@ -231,11 +231,15 @@ def joint(
     size = np.sqrt(np.diag(levers))
     with np.errstate(divide="ignore", invalid="ignore"):
         correlation = np.nan_to_num(levers / np.outer(size, size))
-    drifts = (  # tr Σ_a Σ_b²/tr Σ_b² for the noise of a along v; of proportional gradients all four agree
+    # tr Σ_a Σ_b²/tr Σ_b² for the noise of a along v, as for its own of parallel gradients, whose estimates then move
+    # together under any hypothesis; for others only in part, as it would be too uncertain a correction
+    norms = a.grad_norm_sq * b.grad_norm_sq
+    parallel = min(inner**2 / norms, 1.0) if norms > 0 else 0.0
+    drifts = (
         a.along_noise,
         b.along_noise,
-        float(np.vdot(left @ b.centred, left)) / max(bb * pairs / m, 1e-300),
-        float(np.vdot(a.centred @ left, left)) / max(aa * pairs / n, 1e-300),
+        parallel * float(np.vdot(left @ b.centred, left)) / max(bb * pairs / m, 1e-300),
+        parallel * float(np.vdot(a.centred @ left, left)) / max(aa * pairs / n, 1e-300),
     )
     ends = zip((a, b, b, a), noise_along.tolist(), drifts, (a, b, a, b), strict=True)
     means = tuple(_Mean(to, noise, drift, side.average, side.count) for to, noise, drift, side in ends)
