@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -149,7 +148,7 @@ def test_sft_is_measured_for_comparison_even_if_not_asked_for(base: Policy, buff
     found = analyze_variance(base, ["dft"], buffer, rows=24, draws=0)
     assert list(found["objectives"]) == ["dft"] and found["cosines"]["dft"].keys() == {"dft", "(demonstrations)"}
     cosine = found["objectives"]["dft"]["data_noise"]["cosine_to_sft"]
-    assert cosine["value"] is None and "the noise hides the gradient" in cosine["reason"]  # over 24 rows
+    assert cosine["value"] is None and "noise hides the gradient" in cosine["reason"]  # over 24 rows
     itself = {"value": 1, "ci_low": 1, "ci_high": 1}
     assert found["cosines"]["dft"] == {"dft": itself, "(demonstrations)": cosine}
     assert cosine["ci_low"] is None and cosine["ci_high"] is None
@@ -363,8 +362,10 @@ def test_wrong_input_is_one_line_and_leaves_nothing(
         monkeypatch.setattr("rlzoo.variance.run.pool", lambda *_: in_this_process())
     status, _, errors = run("variance", *options, "--limit", "4", "--steps", "1", "--out", "out")
     assert status == 2, errors
-    lines = [line for line in errors.splitlines() if not re.match(r"  \d:\d\d:\d\d ", line)]  # how long it takes so far
-    assert len(lines) == 1 and lines[0].startswith("rlzoo: ") and told in lines[0]
+    (line,) = [
+        line for line in errors.splitlines() if not line.startswith("  0:0")
+    ]  # but for progress on a busy machine
+    assert line.startswith("rlzoo: ") and told in line
     assert list(tmp_path.iterdir()) == []
 
 
@@ -420,7 +421,7 @@ def test_estimates_are_written_with_their_intervals(found: Any, text: str) -> No
 
 def test_a_folder_without_an_analysis_is_refused(tmp_path: Path) -> None:
     (tmp_path / "variance.json").write_text("{}")
-    with pytest.raises(UserError, match="is no analysis that rlzoo variance wrote"):
+    with pytest.raises(UserError, match="was not written by rlzoo variance"):
         write_report(tmp_path)
 
 
@@ -445,10 +446,10 @@ def test_what_noise_hides_is_named_with_a_bound_and_no_number(report: dict[str, 
     assert "grpo" in names  # thirty prompts
     whole = {**report, "experiment": "x", "model": "m", "created": "now", "settings": {}, "versions": {}, "failed": {}}
     text = " ".join(str(block) for block in contents(whole))
-    assert f"The noise hides the gradient of {', '.join(names)}" in text
+    assert f"Noise hides the gradient of {', '.join(names)}" in text
     cosine, back = report["cosines"]["grpo"]["sft"], report["cosines"]["sft"]["grpo"]
     assert cosine["value"] is cosine["ci_low"] is cosine["ci_high"] is None
-    assert back == cosine | {"reason": "the noise hides the gradient that it is compared with: take more rows"}
+    assert back == cosine | {"reason": "noise hides the gradient that it is compared with: use more rows"}
     noise = report["objectives"]["grpo"]["data_noise"]
     assert NOISE_COLUMNS["cosine to SFT"](report["objectives"]["grpo"]) == "–"
     assert NOISE_COLUMNS["noise scale (prompts)"](report["objectives"]["grpo"]).startswith("> ")

@@ -158,7 +158,7 @@ def test_bins_say_why_they_cannot_be_compared() -> None:
     rows = moments.bins(table, np.ones(3), np.ones((3, 128)), 2048, 0)
     assert [row["comparable"] for row in rows] == [False, False, True]
     assert "too few draws hit" in rows[0]["reason"] and "41 hits or misses" in rows[1]["reason"]
-    assert all(row["reason"] == "no draws were asked for" for row in moments.bins(table, np.ones(3), None, 0, 0))
+    assert all(row["reason"] == "no draws were requested" for row in moments.bins(table, np.ones(3), None, 0, 0))
 
 
 # Slopes

@@ -138,8 +138,8 @@ def test_a_hidden_gradient_has_no_number() -> None:
     assert found["cosine"]["shown"] < 0.1 and found["cosine"]["coverage"] is None
     first, second = case.draw(np.random.default_rng(0))
     noise, pair = data_noise(first), against(first, second, float(first.sketch.mean(0) @ second.sketch.mean(0)))
-    assert pair["cosine"] == pair["norm_ratio"] == nothing("the noise hides the gradient: take more rows")
-    assert noise["noise_scale"]["value"] is None and "the noise hides the gradient" in noise["noise_scale"]["reason"]
+    assert pair["cosine"] == pair["norm_ratio"] == nothing("noise hides the gradient: use more rows")
+    assert noise["noise_scale"]["value"] is None and "noise hides the gradient" in noise["noise_scale"]["reason"]
     assert noise["noise_scale"]["ci_low"] == pytest.approx(1 / noise["snr"]["ci_high"])
     assert noise["noise_scale"]["ci_high"] is None and noise["snr"]["ci_low"] <= 0
 
@@ -184,7 +184,7 @@ def test_proportional_gradients_have_their_cosine_whatever_noise_and_projection(
 
 
 def test_projections_hardly_move_a_cosine_and_no_norm() -> None:
-    """Norms are exact, so that the projection's error is that of ⟨g_p, g'_p⟩ on one prompt alone."""
+    """Norms are exact, so the only error of one layer's projection is that of ⟨g_p, g'_p⟩ of one prompt."""
     rng = np.random.default_rng(5)
     moved, widths = [], []
     for _ in range(50):

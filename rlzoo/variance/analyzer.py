@@ -1,4 +1,4 @@
-"""The analyzer: one policy, one buffer, several objectives; everything that their gradients' variance is made of."""
+"""The analyzer: the variance of several objectives' gradients for one policy and one buffer, and its sources."""
 
 from __future__ import annotations
 
@@ -57,19 +57,19 @@ def analyze_variance(
 ) -> dict[str, Any]:
     """Measure the variance of the objectives' gradients at a policy: what variance.json holds (docs/variance.md).
 
-    Each objective is measured on all that its own view of the buffer has of some prompts, ``rows`` rows or a little
-    more, drawn by ``seed``; ``learns_from``, one selection or one per name, gives objectives of single rows another
-    view of single rows. Estimates are for new prompts of the same kind; where noise hides a gradient there is none.
-    ``draws`` samples per token check the exact moments; ``gradients=False`` leaves out what needs a backward pass.
-    Log-probs of the initial policy are those stored in the buffer, else ``reference``'s, else the policy's own, as at
-    the start of a run; ``models`` are those of a run that goes on. Modules of inputs that the policy lacks, such as a
-    critic, are as at the start of a run too. Raises UserError for a model whose per-unit
-    gradients are not known, and if no objective can be measured; one among others that finds no rows, or fails on
-    them, is listed under ``skipped``.
+    Each objective is measured on all rows that its own view of the buffer has of some prompts, ``rows`` rows or a
+    little more; ``seed`` picks the prompts. ``learns_from``, one selection or one per name, gives objectives of single
+    rows another view of single rows. Estimates are for new prompts of the same kind; where noise hides a gradient
+    there is none. ``draws`` samples per token check the exact moments; ``gradients=False`` leaves out what needs a
+    backward pass. Log-probs of the initial policy are those stored in the buffer, else ``reference``'s, else the
+    policy's own, as at the start of a run; ``models`` are those of a run in progress. Modules of inputs that the policy
+    lacks, such as a critic, are as at the start of a run too. Raises UserError for a model whose per-unit gradients are
+    not known, and if no objective can be measured; an objective that finds no rows, or fails on them, while others do
+    not is listed under ``skipped``.
 
     Memory: the policy, the activations of ``token_budget`` padded tokens, and one mean gradient per objective, at most
     ``means_held`` at a time (None: all up to 2 GB, else 3). More objectives than that take another pass over the data,
-    and cosines between objectives of different passes stay unknown, but for those to SFT.
+    and cosines between objectives of different passes are left out, except those to SFT.
     """
     _check(rows, draws, seed, means_held)
     check_buffer(policy, buffer)
@@ -114,7 +114,7 @@ def _described(
     seed: int,
     bins: list[dict[str, Any]],
 ) -> dict[str, Any]:
-    """What takes no backward pass; adds the objective's bins to ``bins``."""
+    """What needs no backward pass; adds the objective's bins to ``bins``."""
     c = tokens_of(weighted.coefficients.values, weighted.batch)
     return {
         "rows": len(subject.rows),
@@ -182,7 +182,7 @@ def _measure_gradients(
                 "layers": compared.by_layer(name),
                 "proxies": proxies(subjects[name], weighted[name], scored, measured[name]),
             }
-        del measured, compared  # before the next pass makes its own
+        del measured, compared  # before the next pass allocates its own
         release_memory()
 
 
@@ -202,7 +202,7 @@ def _moments(
         weights = None if ratio is None else _ratio(tokens_of(ratio, weighted.batch))
         reason = (
             f"it learns from {name_of_view(subject.selection)}, which a policy sampled: the reading as importance "
-            "weights 1[y = y*]/π asks for an expert's token that was not sampled"
+            "weights 1[y = y*]/π requires an expert's token that was not sampled"
         )
         return {"token_moments": moments.no_reading(reason), "importance_weights": weights}
     if not c.any():

@@ -16,9 +16,9 @@ SKETCH = (32, 32)
 """The random projection of a matrix: to how many output and input dimensions."""
 WIDTH = SKETCH[0] * SKETCH[1]
 PRODUCT_ENTRIES = 2**20
-"""Entries of per-unit products that are held at a time."""
+"""Entries of per-unit products held at a time."""
 GRAM_FACTOR = 64.0
-"""Gram matrices are taken where L² (a + b) < this × a · b: below, arithmetic is cheaper than memory traffic."""
+"""Gram matrices are used where L² (a + b) < this × a · b: there arithmetic is cheaper than memory traffic."""
 
 
 def at_least_float32(dtype: torch.dtype) -> torch.dtype:
@@ -31,9 +31,9 @@ class Block:
     """Units of one size in a micro-batch."""
 
     units: Int[Tensor, " n"]
-    """Their numbers in the task."""
+    """Their indices in the task."""
     rows: Int[Tensor, "n s"]
-    """Their rows in the micro-batch."""
+    """The rows of each in the micro-batch."""
 
     def cut(self, x: Tensor) -> Tensor:
         """[B, L, …] → [n, s·L, …]; without a copy where the block is the whole micro-batch in order."""

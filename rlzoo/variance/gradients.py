@@ -1,8 +1,8 @@
-"""The gradient of every unit of a batch by its norm alone: at most one backward pass per objective, and one forward.
+"""The norm of every unit's gradient: one forward pass over the batch, and at most one backward pass per objective.
 
-A unit is any set of rows: a row, a pair, a group, or, as the analyzer takes it, all rows of a prompt. Inside a layer
+A unit is any set of rows: a row, a pair, a group, or, as in the analyzer, all rows of a prompt. Inside a layer
 y = W x the gradient of a unit is Σ_t e_t x_tᵀ over its positions, with e the gradient at y, so its norm follows from
-what a backward pass has in hand anyway (arXiv 1510.01799; for sequences, arXiv 2205.09632). Either the Gram matrices of
+what a backward pass computes anyway (arXiv 1510.01799; for sequences, arXiv 2205.09632). Either the Gram matrices of
 e and x give it, or the product is formed for a few units of one layer at a time: no tensor of units × parameters ever
 exists.
 """
@@ -76,7 +76,7 @@ class GradientMeter:
 
 
 class Measurement:
-    """One pass over the data: what accumulates, and what belongs to the micro-batch at hand."""
+    """One pass over the data: what accumulates, and the state of the current micro-batch."""
 
     def __init__(self, meter: GradientMeter, tasks: Mapping[str, Task]) -> None:
         self.meter, self.tasks = meter, tasks
@@ -111,7 +111,7 @@ class Measurement:
             if hidden.requires_grad:  # else only the output layer trains
                 torch.autograd.grad(hidden, self._leaves, pull, retain_graph=number + 1 < len(passes))
         self._leaves = []
-        del self._head  # it knows this measurement, whose means would live on in the circle
+        del self._head  # it refers to this measurement, and the cycle would keep its means alive
         self.meter.modules.forget()
 
     def _blocks_of(self, name: str, batch: Sequence[int]) -> list[Block]:
@@ -146,7 +146,7 @@ class Measurement:
         register(lambda e: self._receive(covered, e.detach()))
 
     def _receive(self, covered: Covered, e: Tensor) -> None:
-        """The gradient at a module's output, for the tasks whose backward pass runs."""
+        """Called with the gradient at a module's output, for the tasks of the running backward pass."""
         e = covered.by_row(e, *self._head.shape)
         for task, blocks, scale in self._members:
             own = e if scale is None else e * scale.to(e.dtype)[:, None, None]
@@ -157,7 +157,7 @@ class Measurement:
                 self._head.cross(task, covered, own)
 
     def add(self, task: str, name: str, layer: int, units: Int[Tensor, " n"], factored: Factored) -> None:
-        """Take in one parameter's gradient of some units."""
+        """Add one parameter's gradient of some units."""
         found = self.found[task]
         norms = factored.measure(found.mean[name], 1 / len(found.squared_norm))
         found.squared_norm[units, layer] += norms.to(torch.float64)

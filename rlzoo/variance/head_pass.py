@@ -25,12 +25,12 @@ CHUNK_ENTRIES = 2**24
 
 @dataclass
 class _Score:
-    """∂ loss / ∂ logits at some positions that belong together, up to a factor per position, for all tasks."""
+    """∂ loss / ∂ logits at the positions of a cluster, up to a factor per position, for all tasks."""
 
     values: Float[Tensor, "n V"]
     hidden: Float[Tensor, "n H"]
     gram: Float[Tensor, "n n"] = field(init=False)
-    """⟨gradients of the output layer⟩ of each two positions."""
+    """Inner products of the output layer's gradients of each two positions."""
 
     def __post_init__(self) -> None:
         self.gram = (self.values @ self.values.mT) * (self.hidden @ self.hidden.mT)
@@ -105,7 +105,7 @@ class HeadPass:
         return unit
 
     def _chunks(self) -> Iterator[list[Tensor]]:
-        """Positions of the clusters, as many at a time as a chunk of logits holds."""
+        """The positions of clusters, as many clusters at a time as a chunk of logits holds."""
         units_by_task = []
         for unit in self._unit.values():
             rows: dict[int, tuple[int, ...]] = {}

@@ -1,4 +1,4 @@
-"""Which modules of a model hold parameters whose gradient can be told apart by row, and what each leaves for that."""
+"""Which modules of a model have parameters whose gradient can be computed per row, and what that takes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ FIX = "freeze its parameters (requires_grad_(False)), or leave the gradients out
 
 @dataclass
 class Covered:
-    """A module whose parameters' gradients can be told apart by row."""
+    """A module whose parameters' gradients can be computed per row."""
 
     name: str
     """In the model."""
@@ -37,7 +37,7 @@ class Covered:
     """What the forward pass leaves for the backward: inputs, ids, or the derivative by a scale."""
 
     def remember(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """Keep what the backward needs of the module's inputs."""
+        """Keep what the backward pass needs of the module's inputs."""
         if self.saved is not None:
             raise UserError(f"module {self.name!r} runs twice in one forward pass: {FIX}")
         if _is_matrix(self.module) or isinstance(self.module, nn.Embedding):
@@ -53,7 +53,7 @@ class Covered:
             return e.reshape(rows, positions, -1)
         raise UserError(
             f"module {self.name!r} gives {tuple(e.shape)} for {rows} rows of {positions} tokens, so its gradients "
-            f"cannot be told apart by row: {FIX}"
+            f"cannot be computed per row: {FIX}"
         )
 
     def looked_up(self, e: Float[Tensor, "B L D"]) -> Float[Tensor, "B L D"]:
@@ -183,7 +183,7 @@ def _checked(name: str, module: nn.Module) -> float:
     elif _is_matrix(module) or _is_scale(module):
         factor = 1.0
     if factor is None:
-        raise UserError(f"module {name!r} ({type(module).__name__}) has no known gradient by row: {FIX}")
+        raise UserError(f"module {name!r} ({type(module).__name__}) has no known gradient per row: {FIX}")
     return factor
 
 
@@ -196,7 +196,7 @@ def _is_matrix(module: nn.Module) -> bool:
 
 @torch.no_grad()
 def _embedding_factor(module: nn.Embedding) -> float | None:
-    """s of an embedding that gives s · weight[id]; None for one that gives anything else: tried, not believed."""
+    """s of an embedding that gives s · weight[id], found by running it; None for one that gives anything else."""
     if module.max_norm is not None or module.scale_grad_by_freq:
         return None
     if type(module).forward is nn.Embedding.forward:
@@ -212,7 +212,7 @@ def _embedding_factor(module: nn.Embedding) -> float | None:
 
 
 def _is_scale(module: nn.Module) -> bool:
-    """Whether the module is a normalisation whose weight acts on each entry by itself: tried, not believed."""
+    """Whether the module is a normalisation whose weight acts on each entry separately, found by running it."""
     own = dict(module.named_parameters(recurse=False))
     if "Norm" not in type(module).__name__ or "weight" not in own or set(own) - {"weight", "bias"}:
         return False
@@ -223,7 +223,7 @@ def _is_scale(module: nn.Module) -> bool:
     x, direction = (torch.randn(shape, generator=draw).to(weight) for shape in ((2, 1, len(weight)), (len(weight),)))
     try:
         moved, by_entry = _derivative(module, direction, x), _by_scale(module, x) * direction
-    except Exception:  # it asks for more than x
+    except Exception:  # it needs more than x
         return False
     return torch.allclose(moved, by_entry, rtol=0.01, atol=1e-3)
 

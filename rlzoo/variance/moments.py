@@ -20,10 +20,10 @@ from jaxtyping import Bool, Float, Int
 from scipy import stats
 
 LEAST_PROBABILITY = 1e-2
-"""Below, so few draws hit the expert's token that Monte Carlo says nothing."""
+"""Below this, too few draws hit the expert's token for Monte Carlo."""
 FEWEST_EVENTS = 100
-"""Hits, and misses, that a bin must lead one to expect."""
-NO_DRAWS = "no draws were asked for"
+"""A bin is comparable if it has at least as many expected hits, and expected misses."""
+NO_DRAWS = "no draws were requested"
 SLOPE_BELOW = 0.1
 FEWEST_FOR_SLOPE = 20
 RESAMPLES = 2000
@@ -31,7 +31,7 @@ RESAMPLES = 2000
 
 @dataclass(frozen=True)
 class TokenTable:
-    """What one forward pass says of the expert's tokens."""
+    """What one forward pass gives for the expert's tokens."""
 
     row: Int[np.ndarray, " N"]
     """The sequence of each token."""
@@ -49,7 +49,7 @@ class TokenTable:
         return found
 
     def where(self, kept: Bool[np.ndarray, " N"]) -> TokenTable:
-        """The tokens that are kept; sequences of which none is are not counted."""
+        """The tokens that are kept; sequences without any are left out."""
         _, row = np.unique(self.row[kept], return_inverse=True)
         return TokenTable(row, self.logp[kept], self.miss[kept], self.others[kept])
 
@@ -65,7 +65,7 @@ def log_trace_cov(table: TokenTable, c: Float[np.ndarray, " N"]) -> Float[np.nda
 def block_variances(
     table: TokenTable, c: Float[np.ndarray, " N"], hits: Int[np.ndarray, "N R"], draws: int
 ) -> Float[np.ndarray, "N R"]:
-    """R independent unbiased estimates of every token's tr Cov, each from ``draws`` samples with so many hits.
+    """R independent unbiased estimates of every token's tr Cov, each from ``draws`` samples of which ``hits`` hit.
 
     The estimator takes the value (c/p) s* or 0; the trace of the sample covariance is (c/p)² S q(1-q) n/(n-1), with q
     the share of hits.
@@ -213,7 +213,7 @@ def sequences(table: TokenTable) -> dict[str, Any]:
     """The whole completion as one action, P = Π p_t: log10 quantiles over sequences of P and of tr Cov in closed form.
 
     In logits ‖∇ log P‖² = Σ_t S_t, and tr Cov is that times (1-P)/P for SFT and P(1-P) for a DFT with the weight P.
-    Monte Carlo cannot see these: it would take about 1/P samples to hit the expert once.
+    Monte Carlo cannot estimate these: it would take about 1/P samples to hit the expert once.
     """
     _, number = np.unique(table.row, return_inverse=True)
     log_p, power = np.bincount(number, table.logp), np.bincount(number, table.score_norm)
@@ -232,7 +232,7 @@ def sequences(table: TokenTable) -> dict[str, Any]:
 
 
 def quantiles(values: Float[np.ndarray, " N"]) -> dict[str, float | None]:
-    """The least, 5, 25, 50, 75, 95 per cent, and the greatest."""
+    """The minimum, the 5, 25, 50, 75 and 95 % quantiles, and the maximum."""
     at = (0, 0.05, 0.25, 0.5, 0.75, 0.95, 1)
     with np.errstate(invalid="ignore"):
         found = np.quantile(values, at)
@@ -240,5 +240,5 @@ def quantiles(values: Float[np.ndarray, " N"]) -> dict[str, float | None]:
 
 
 def no_reading(reason: str) -> dict[str, Any]:
-    """Token moments of an objective that has no such reading."""
+    """Token moments of an objective that cannot be read as importance weighting of expert tokens."""
     return {**dict.fromkeys(("predicted_trace_cov", "comparable", "slope", "slope_ci")), "reason": reason}

@@ -1,7 +1,7 @@
 """The noise of a gradient over new prompts: unbiased estimators with 95 % intervals, as pure functions.
 
-Prompts are drawn independently; all rows of a prompt that an objective learns from make one gradient g_p, as what they
-share is no independent evidence. With g_1 … g_P and their mean ḡ, and g'_p of another objective,
+Prompts are independent draws; all rows of a prompt that an objective learns from make one gradient g_p, because rows
+that share a prompt are not independent. With g_1 … g_P and their mean ḡ, and g'_p of another objective,
 
     tr Σ ≈ P/(P-1) · (mean ‖g_p‖² - ‖ḡ‖²),    ‖G‖² ≈ ‖ḡ‖² - tr Σ/P,    ⟨G, G'⟩ ≈ mean of ⟨g_p, g'_q⟩ over p ≠ q
 
@@ -12,10 +12,10 @@ appendix A.1) and the inner product of two; where both objectives look at the sa
 at 5 % does not reject that a ‖G‖² is 0, the noise hides that gradient: then it has no cosine and no norm ratio, and its
 noise scale has only a lower bound.
 
-Intervals invert tests (`rlzoo.variance.intervals`): they hold every value that the estimates do not reject, with the
-estimates' covariance (`rlzoo.variance.spread`) taken at that value. So they may have no upper end. Where they need
-inner products between prompts these come from random projections; values come from exact sums, but for ⟨g_p, g'_p⟩ of
-one prompt (`within`).
+Intervals invert tests (`rlzoo.variance.intervals`): they hold every value that a test does not reject, with the
+estimates' covariance (`rlzoo.variance.spread`) taken at that value, so they may have no upper end. Values come from
+exact sums, except ⟨g_p, g'_p⟩ of one prompt (`within`); intervals take inner products between prompts from random
+projections.
 """
 
 from __future__ import annotations
@@ -48,21 +48,21 @@ from rlzoo.variance.spread import Joint, Side, centred, joint, row_means
 FEWEST = 3
 """Prompts that an interval needs."""
 TOO_FEW = f"fewer than {FEWEST} prompts"
-HIDDEN = "the noise hides the gradient: take more rows"
-HIDDEN_OTHER = "the noise hides the gradient that it is compared with: take more rows"
+HIDDEN = "noise hides the gradient: use more rows"
+HIDDEN_OTHER = "noise hides the gradient that it is compared with: use more rows"
 NO_GRADIENT = "a gradient is 0"
 
 
 @dataclass(frozen=True)
 class Units:
-    """One objective's gradients by prompt, of the whole model or of one layer."""
+    """One objective's gradient per prompt, of the whole model or of one layer."""
 
     squared_norm: Float[np.ndarray, " P"]
     sketch: Float[np.ndarray, "P D"]
     mean_squared_norm: float
     """‖ḡ‖², exact."""
     prompt: Int[np.ndarray, " P"]
-    """Which prompt each is, the same number in all objectives."""
+    """The number of each prompt, the same for all objectives."""
 
     def __len__(self) -> int:
         return len(self.squared_norm)
@@ -79,7 +79,7 @@ class Units:
 
     @cached_property
     def side(self) -> Side:
-        """What the covariance of the estimates needs."""
+        """What the covariance of the estimates is computed from."""
         products, apart = self.sketch @ self.sketch.T, ~np.eye(len(self), dtype=bool)
         return Side(centred(products, apart), row_means(products, apart), self.grad_norm_sq, self.trace_cov)
 
@@ -95,7 +95,7 @@ def gradient_squared_norm(prompts: int, power: float, mean_squared_norm: float) 
 
 
 def inner_product(first: int, other: int, common: int, of_means: float, within: float) -> float:
-    """⟨G, G'⟩ from ⟨ḡ, ḡ'⟩ of so many prompts each, and from the sum of ⟨g_p, g'_p⟩ over those that both have."""
+    """⟨G, G'⟩ from ⟨ḡ, ḡ'⟩ over ``first`` and ``other`` prompts, and the sum of ⟨g_p, g'_p⟩ over the common ones."""
     return (first * other * of_means - within) / (first * other - common)
 
 
@@ -138,9 +138,9 @@ def data_noise(units: Units) -> dict[str, Estimate]:
 def against(units: Units, other: Units, of_means: float, same_prompts: float | None = None) -> dict[str, Estimate]:
     """Cosine and norm ratio of an objective's expected gradient to another's.
 
-    ``of_means`` is ⟨ḡ, ḡ'⟩, exact; ``same_prompts`` the sum that `within` estimates if it is not given. Where noise
-    hides one of the two gradients there is neither value nor interval. An estimate of a cosine beyond ±1 is cut to
-    that. Two gradients that are proportional on every prompt have their cosine and ratio exactly, however noisy.
+    ``of_means`` is ⟨ḡ, ḡ'⟩, exact; ``same_prompts`` is the sum that `within` gives, computed here if it is None. Where
+    noise hides one of the two gradients there is neither value nor interval. An estimated cosine beyond ±1 is clipped
+    to ±1. Two gradients that are proportional on every prompt have their cosine and ratio exactly, however noisy.
     """
     names = ("cosine", "norm_ratio")
     if units.mean_squared_norm == 0 or other.mean_squared_norm == 0:
@@ -165,7 +165,7 @@ def against(units: Units, other: Units, of_means: float, same_prompts: float | N
 
 
 def turned(cosine: Estimate) -> Estimate:
-    """The cosine of `against` with the two objectives exchanged."""
+    """The cosine of `against` with the two objectives swapped."""
     other = {HIDDEN: HIDDEN_OTHER, HIDDEN_OTHER: HIDDEN}
     return cosine | {key: other.get(cosine[key], cosine[key]) for key in cosine.keys() & {"reason"}}
 

@@ -1,4 +1,4 @@
-"""The noise over the data: gradients of some objectives at a time, as the numbers that are reported of them."""
+"""The noise over the data: the gradients of one pass turned into the numbers that are reported."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from rlzoo.variance.tasks import UnitGradients
 
 HELD_BYTES = 2**31
 HELD = 3
-"""As many mean gradients as training holds beside the weights: their gradient and AdamW's two averages."""
+"""As many mean gradients as training holds besides the weights: their gradient and AdamW's two averages."""
 
 
 def portions(names: Sequence[str], base: str | None, held: int) -> list[list[str]]:
@@ -63,7 +63,7 @@ class Comparison:
     def _cosine(self, name: str, other: str) -> Estimate:
         if (name, other) in self._cosines:
             return self._cosines[name, other]
-        if (other, name) in self._cosines or (name == self.base != other):  # as `noise` has it, to the last digit
+        if (other, name) in self._cosines or (name == self.base != other):  # the same digits as in `noise`
             return turned(self._cosine(other, name))
         k, j = self.names.index(name), self.names.index(other)
         of_means, shared = float(self.products[:, k, j].sum()), float(self._within(name, other).sum())
@@ -76,7 +76,7 @@ class Comparison:
         return self._noise(name, slice(None))
 
     def by_layer(self, name: str) -> dict[str, dict[str, Estimate]]:
-        """The same of each layer."""
+        """The same for each layer."""
         return {label: self._noise(name, slice(number, number + 1)) for number, label in enumerate(self.layers)}
 
     def _noise(self, name: str, layers: slice) -> dict[str, Estimate]:

@@ -14,7 +14,7 @@ from rlzoo.document.drawing import GREY, MARKERS, PALETTE, STYLE, WIDTH, axes_ro
 
 Found = Mapping[str, Any]
 FEWEST_ON_CHART = 8
-"""Objectives from which on a chart says more than the rows of `directions`."""
+"""With fewer objectives the rows of `directions` are enough."""
 
 
 def style_of(found: Found) -> dict[str, dict[str, Any]]:
@@ -131,7 +131,7 @@ def directions(found: Found) -> str | None:
 def chart(found: Found) -> str | None:
     """Every objective by the length and direction of its expected gradient, with intervals; areas are ESS over tokens.
 
-    Objectives whose gradient the noise hides have no place on it.
+    Objectives whose gradient noise hides are left out.
     """
     places, reach = {}, {}
     for name, entry in found["objectives"].items():
@@ -156,7 +156,7 @@ def chart(found: Found) -> str | None:
         axes.set(xlabel="norm over SFT's", ylabel="cosine to SFT's gradient")
         log_scale(axes, "x")
         axes.grid(True)
-        # names stand in a column beside the chart, in order of height, so that none hides another
+        # names are in a column beside the chart, in order of height, so that none overlap
         ordered = sorted(places, key=lambda name: places[name][1])
         for name, height in zip(ordered, np.linspace(0, 1, len(ordered)), strict=True):
             axes.annotate(

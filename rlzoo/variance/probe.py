@@ -19,8 +19,8 @@ class VarianceProbe:
 
     ``records`` has one row per measurement: the step, the coefficients' mean, spread and effective sample size, the
     median probability of the tokens, and the gradient's noise over ``rows`` rows of the buffer, the same each time, as
-    estimates for new prompts (`rlzoo.variance.noise`).
-    An objective with a frozen reference needs its log-probs in the buffer (`rlzoo.training.with_inputs`).
+    estimates for new prompts (`rlzoo.variance.noise`). An objective with a frozen reference needs its log-probs in the
+    buffer (`rlzoo.training.with_inputs`).
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class VarianceProbe:
         self.records: list[dict[str, Any]] = []
 
     def __call__(self, trainer: Trainer, step: int) -> None:
-        """Measure, if it is time. Raises UserError where the buffer lacks stored inputs."""
+        """Measure if the step is due. Raises UserError where the buffer lacks stored inputs."""
         if step % self.every:
             return
         for one in lacking(self.buffer, trainer.objective):

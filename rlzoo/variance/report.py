@@ -26,12 +26,12 @@ def write_report(directory: Path) -> None:
         found = json.loads(file.read_text(encoding="utf-8"))
         blocks = list(contents(found))
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{str(file)!r} is no analysis that rlzoo variance wrote ({error}): run it again") from error
+        raise UserError(f"{str(file)!r} was not written by rlzoo variance ({error}): run it again") from error
     write_document(directory, f"{found['experiment']}: variance · rlzoo", blocks)
 
 
 def number(value: float | None, digits: int = 3) -> str:
-    """A few digits, with separators where they are whole thousands."""
+    """A number to a few significant digits, with thousands separators."""
     if value is None:
         return NONE
     text = f"{value:,.0f}" if 10**digits <= abs(value) < 1e6 else f"{value:.{digits}g}"
@@ -39,7 +39,7 @@ def number(value: float | None, digits: int = 3) -> str:
 
 
 def estimate(found: Mapping[str, Any] | None, digits: int = 2) -> str:
-    """A value with its interval in brackets; an interval without an end is open there, one without a width left out."""
+    """A value with its interval in brackets: ∞ where it has no upper end, no brackets where it has no width."""
     if found is None or found["value"] is None:
         return NONE
     value, low, high = number(found["value"]), found["ci_low"], found["ci_high"]
@@ -54,7 +54,7 @@ def _noise(key: str) -> Callable[[Found], str]:
 
 
 def _scale(entry: Found) -> str:
-    """The noise scale; where noise hides the gradient, how large it is at least."""
+    """The noise scale; where noise hides the gradient, its lower bound."""
     found = entry.get("data_noise", {}).get("noise_scale")
     if found is not None and found["value"] is None and found["ci_low"] is not None:
         return f"> {number(found['ci_low'], 2)}"
@@ -62,7 +62,7 @@ def _scale(entry: Found) -> str:
 
 
 def hidden(found: Found) -> list[str]:
-    """The objectives whose gradient the noise hides, in whole."""
+    """The objectives whose gradient over all layers is hidden by noise."""
     return [
         name
         for name, entry in found["objectives"].items()
@@ -124,7 +124,7 @@ IN_TERMINAL = (
 
 
 def report_tables(found: Found) -> list[rich.table.Table]:
-    """What matters most of both tables, for the terminal."""
+    """The main columns of both tables, for the terminal."""
     made = []
     for title, all_columns in (
         ("gradients over the data", NOISE_COLUMNS),
@@ -187,7 +187,7 @@ def contents(found: Found) -> Iterator[Block]:
     yield from _figure(
         found, "training", plots.along_training, "Noise along training, one line per objective.",
         "The gradient's covariance, the noise scale tr Σ/‖G‖² and the effective sample size of the coefficients at the "
-        "policy in training, always on the same rows. Gaps are where the noise hides the gradient.",
+        "policy in training, always on the same rows. Gaps are where noise hides the gradient.",
         "One run of one seed on few rows: a difference between two lines is an observation, not a finding.",
     )  # fmt: skip
     yield from _method(found)
@@ -200,7 +200,8 @@ def _answer(found: Found) -> Iterator[Block]:
         p = probabilities["p"]
         yield Paragraph(
             f"The experts' {probabilities['tokens']:,} tokens have a median probability of {p['0.5']:.4f}; the "
-            f"rarest has {number(p['0'])}, where SFT read as a policy gradient has a weight of {number(1 / p['0'])}.",
+            f"least likely has {number(p['0'])}, where SFT read as a policy gradient has a weight of "
+            f"{number(1 / p['0'])}.",
             lead=True,
         )
     if comparable:
@@ -227,9 +228,9 @@ def _sequences(found: Found) -> Iterator[Block]:
         return
     yield Paragraph(
         "With the whole completion as one action, the same formula in log space: over sequences, log10 of the "
-        "probability P and of the variance. Monte Carlo cannot see these: it would take about 1/P samples to hit the "
-        f"expert's completion once, and {number(100 * sequences['comparable']['fraction'])} % of the sequences have "
-        "a P that allows it."
+        "probability P and of the variance. Monte Carlo cannot estimate these: it would take about 1/P samples to hit "
+        f"the expert's completion once, and {number(100 * sequences['comparable']['fraction'])} % of the sequences "
+        "have a P that allows it."
     )
     header = ["quantile", *(f"{float(q):.0%}" for q in sequences["log10_p"])]
     rows = [
@@ -245,31 +246,31 @@ def _sequences(found: Found) -> Iterator[Block]:
 def _over_data(found: Found) -> Iterator[Block]:
     yield Heading("Over the data")
     yield Paragraph(
-        "What training sees: given its row, a gradient is deterministic, and the noise is that of drawing prompts. All "
-        "rows of a prompt that an objective learns from make one gradient, and intervals are for new prompts of the "
-        "same kind, for this model. tr Σ is the trace of the covariance of a prompt's gradient over all parameters, "
-        "the noise scale tr Σ/‖G‖² the batch size, in prompts, at which noise and gradient are equal. Norm ratio and "
-        "cosine are estimates for the expected gradients, without the noise that two objectives share; each interval "
-        "is for one number alone."
+        "The noise that training sees: given its rows, a gradient is deterministic; what varies is which prompts are "
+        "drawn. All rows of a prompt that an objective learns from make one gradient, and intervals are for new "
+        "prompts of the same kind, for this model. tr Σ is the trace of the covariance of a prompt's gradient over all "
+        "parameters, the noise scale tr Σ/‖G‖² the batch size, in prompts, at which noise and gradient are equal. Norm "
+        "ratio and cosine are estimates for the expected gradients, without the noise that two objectives share; each "
+        "interval is for one number alone."
     )
     yield _table(found, NOISE_COLUMNS)
     if names := hidden(found):
         yield Paragraph(
-            f"The noise hides the gradient of {', '.join(names)}: it cannot be told from 0 at 95 %, so it has no "
-            "direction or length to report, and the noise scale is above the number in the table. Take more rows."
+            f"Noise hides the gradient of {', '.join(names)}: a test at 5 % does not tell it from 0, so no direction "
+            "or length is reported, and the noise scale is above the number in the table. Use more rows."
         )
     yield from _cosines(found)
     yield from _figure(
         found, "directions", plots.directions, "Cosine, norm ratio and noise scale of each objective.",
         "Direction and size of each mean gradient against SFT's, and how noisy it is, with 95 % intervals; an arrow is "
         "an interval without an upper end. Norm over SFT's is the effective learning rate of plain gradient descent.",
-        "It does not show what an optimizer makes of it: AdamW and gradient clipping remove most differences of scale.",
+        "It does not show what an optimizer does with it: AdamW and clipping remove most differences of scale.",
     )  # fmt: skip
     yield from _figure(
         found, "chart", plots.chart, "The objectives by the length and direction of their mean gradients.",
         "Each objective's expected gradient by its norm and its cosine to SFT's, below 0 where the two "
         "conflict. Thin lines are 95 % intervals, a point's area follows the effective sample size of its "
-        "coefficients over tokens. Objectives whose gradient the noise hides are left out.",
+        "coefficients over tokens. Objectives whose gradient noise hides are left out.",
         "It does not show where training leads: neighbours here may end far apart.",
     )  # fmt: skip
     yield from _figure(
@@ -295,11 +296,11 @@ def _over_data(found: Found) -> Iterator[Block]:
 
 
 MOST_COSINES = 8
-"""Objectives up to which a table of all their cosines can be read."""
+"""The most objectives for which a table of all their cosines is readable."""
 
 
 def _cosines(found: Found) -> Iterator[Block]:
-    """The cosines between all objectives, where there are more than the baseline's; variance.json has every one."""
+    """The cosines between all objectives, if there are others than those to the baseline; variance.json has all."""
     drowned = hidden(found)
     names = [name for name in found["cosines"] if name not in drowned]
     if not 3 <= len(names) <= MOST_COSINES:
@@ -322,7 +323,7 @@ def _method(found: Found) -> Iterator[Block]:
     yield Paragraph(
         f"Model {found['model']}, made {found['created']}. Exact means one forward pass and closed forms; gradients "
         "are exact in one backward pass per objective; their intervals take inner products between prompts from random "
-        "projections. variance.json has every number, and docs/variance.md says what each is."
+        "projections. variance.json has every number; docs/variance.md explains each."
     )
     settings = {**found["settings"], **found["versions"]}
     yield Code("\n".join(f"{key} {value}" for key, value in settings.items()))

@@ -51,13 +51,13 @@ class VarianceSettings(pydantic.BaseModel):
     model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
 
     rows: Positive = 1000
-    """Rows that an objective is measured on, those of a prompt together."""
+    """Rows that an objective is measured on; prompts are never cut."""
     draws: Annotated[int, Field(ge=0)] = 4096
     """Monte-Carlo samples per token, at least 256; 0 for none."""
     every: Annotated[int, Field(ge=0)] = 10
     """Steps between measurements along training; 0 for no training."""
     probe_rows: Positive = 64
-    """Rows that are measured along training."""
+    """Rows measured along training."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
 
     @pydantic.field_validator("draws")
@@ -80,7 +80,7 @@ def run_variance(
     """Analyse the objectives of an experiment and write variance.json and a report to ``out``.
 
     ``buffer`` is a saved one, or a table in a TRL format, in place of the experiment's demonstrations and samples.
-    Gives back what variance.json holds. Raises UserError for wrong input; then ``out`` is not left behind.
+    Returns what variance.json holds. Raises UserError for wrong input; then ``out`` is not left behind.
     """
     started = time.perf_counter()
     settings, console = settings or VarianceSettings(), console or Console(stderr=True)
@@ -114,13 +114,13 @@ def run_variance(
 def where(
     experiment: Experiment, settings: VarianceSettings | None = None, buffer: str | None = None, threads: int = 1
 ) -> Path:
-    """Where an analysis writes if it is not told: where the same was stopped, else runs/<name>-variance-<time>."""
+    """The default output folder: that of the same analysis if it was interrupted, else runs/<name>-variance-<time>."""
     asked = _asked(experiment, settings or VarianceSettings(), buffer, threads)
     return place(f"{experiment.name}-variance", "variance", asked)
 
 
 def _asked(experiment: Experiment, settings: VarianceSettings, buffer: str | None, threads: int) -> dict[str, Any]:
-    """What must be the same for an analysis to go on."""
+    """What must be equal for an analysis to be resumed."""
     return {
         "experiment": experiment.model_dump(mode="json"),
         "variance": settings.model_dump(),
@@ -130,7 +130,7 @@ def _asked(experiment: Experiment, settings: VarianceSettings, buffer: str | Non
 
 
 def _cut(experiment: Experiment, rows: int) -> Experiment:
-    """The experiment with no more problems than an analysis of so many rows is worth, and none to evaluate on."""
+    """The experiment with no more problems than an analysis of so many rows needs, and none to evaluate on."""
     problems, prompts = 4 * rows, rows
     train = experiment.train.model_copy(update={"limit": min(experiment.train.limit or problems, problems)})
     rollouts = experiment.rollouts.model_copy(update={"prompts": min(experiment.rollouts.prompts or prompts, prompts)})
@@ -187,7 +187,7 @@ def _run(
 
 
 def fill(experiment: Experiment, folder: Path, state: Path, given: str | None, report: Report) -> dict[str, Any]:
-    """Make or read the buffer and save it where all jobs read it; its rows' number, what was dropped, and events."""
+    """Make or read the buffer and save it for all jobs; returns its number of rows, what was dropped, and events."""
     if given is None:
         made = shared_buffer.fill_buffer(experiment, folder, state, 0, report)
         return {name: made[name] for name in ("rows", "dropped_rows", "events", "resolved")}

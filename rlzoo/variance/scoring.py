@@ -21,13 +21,13 @@ BLOCKS = 128
 
 @dataclass
 class Scored:
-    """What forward passes say of some rows, in lists by row: n completion tokens each."""
+    """What forward passes give for some rows, in lists by row: n completion tokens each."""
 
     rows: list[Trajectory]
     columns: dict[str, list[Float[Tensor, " n"]]]
     """``logp``, ``miss`` = 1 - p, ``others`` = Σ_{v≠y} π_v², and inputs of the forward pass."""
     hits: dict[str, dict[int, Int[np.ndarray, "n R"]]]
-    """By objective and row: draws that hit the token, by block."""
+    """By objective and row: how many draws hit the token, by block."""
 
     def flat(self, name: str, rows: Sequence[int]) -> Float[np.ndarray, " N"]:
         """A column of some rows, one after the other, in float64."""

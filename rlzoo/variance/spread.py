@@ -1,9 +1,9 @@
 """How far the estimators of `rlzoo.variance.noise` scatter: their covariance over new prompts, as pure functions.
 
 ‖G‖² and ⟨G, G'⟩ are estimated by U-statistics of degree two, means of ⟨g_i, g'_j⟩ over all pairs of different prompts.
-Hoeffding's decomposition cuts their variance in two. The *second-order* part, 2 tr Σ²/(n(n-1)) of ‖G‖², does not depend
-on G and is all that is left where noise dominates; the *first-order* part, 4 GᵀΣG/n, grows with G. A jackknife adds
-the second-order part twice (Efron and Stein 1981), so intervals from it are too wide just where noise dominates.
+Hoeffding's decomposition splits their variance in two. The *second-order* part, 2 tr Σ²/(n(n-1)) of ‖G‖², does not
+depend on G and is all that is left where noise dominates; the *first-order* part, 4 GᵀΣG/n, grows with G. A jackknife
+adds the second-order part twice (Efron and Stein 1981), so intervals from it are too wide just where noise dominates.
 Source: Hoeffding 1948, doi 10.1214/aoms/1177730196; the centring that makes the second-order part unbiased: Székely and
 Rizzo 2014, doi 10.1214/14-AOS1255.
 
@@ -31,7 +31,7 @@ def centred(products: Matrix, valid: Bool[np.ndarray, "n m"]) -> Matrix:
     """
     found = np.where(valid, products, 0.0).astype(float)  # cubes would overflow float32
     counts = [np.maximum(valid.sum(axis, keepdims=True), 1) for axis in (0, 1)]
-    for axis in (1, 0, 1, 0):  # one turn is exact without common prompts, two are to O(1/n²) with
+    for axis in (1, 0, 1, 0):  # one pass is exact without common prompts, two are exact to O(1/n²) with them
         found -= found.sum(axis, keepdims=True) / counts[axis]
         found *= valid
     count = int(valid.sum())
@@ -78,7 +78,7 @@ class Side:
 
     @cached_property
     def average(self) -> float:
-        """tr Σ²/tr Σ: the noise along a direction that has more where the noise has more, which G's is taken for."""
+        """tr Σ²/tr Σ: the noise along a direction drawn in proportion to the noise, which G's is assumed to be like."""
         return self.squares / (self.count * (self.count - 1)) / self.trace_cov if self.trace_cov > 0 else 0.0
 
     @cached_property
@@ -95,18 +95,24 @@ class Side:
         return self.cubes / self.squares / (self.count - 1) if self.squares > 0 else 0.0
 
     def first(self, size: Values | float) -> Values:
-        """The first-order variance 4 GᵀΣG/n of the estimate of ‖G‖², if ‖G‖² is ``size`` ≥ 0.
+        """The first-order variance 4 GᵀΣG/n of the estimate of ‖G‖², if ‖G‖² is ``size`` ≥ 0."""
+        chance = self.squares / (self.count * (self.count - 1) ** 2)
+        measured = float(self.along.var(ddof=1)) - chance
+        found: Values = 4 / self.count * size * self.towards(size, measured, self.along_noise, self.average)
+        return found
 
-        GᵀΣG is measured along ḡ, less what chance added to it if the estimate differs from ``size``. Where G drowns,
-        its direction is unknown and nothing can be measured along it: there the average direction stands for it.
+    def towards(self, size: Values | float, measured: float, drift: float, average: float) -> Values:
+        """The noise of a gradient, this objective's or another's, along the direction u of G, if ‖G‖² is ``size`` ≥ 0.
+
+        ``measured`` is ‖G‖² times the noise along ḡ, to which chance added ``drift`` per unit by which the estimate of
+        ‖G‖² exceeds ``size``. Where noise hides G, its direction is unknown and nothing can be measured along it: the
+        noise along an ``average`` direction takes its place.
         """
         size = np.asarray(size, float)
-        chance = self.squares / (self.count * (self.count - 1) ** 2)
-        measured = float(self.along.var(ddof=1)) - chance - self.along_noise * (self.grad_norm_sq - size)
+        left = np.maximum(measured - drift * (self.grad_norm_sq - size), 0) + self.uncertain * average
         whole = size + self.uncertain
-        weighted = size * np.maximum(measured, 0) + self.uncertain * self.average * size
-        along: Values = np.divide(weighted, whole, out=np.zeros_like(size), where=whole > 0)
-        return 4 / self.count * along
+        found: Values = np.divide(left, whole, out=np.zeros_like(size), where=whole > 0)
+        return found
 
     def third(self, size: Values | float) -> Values:
         """The third cumulant of the estimate of ‖G‖², if ‖G‖² is ``size``: 8 tr Σ³/n³ + 24 GᵀΣ²G/n²."""
@@ -116,12 +122,30 @@ class Side:
 
     @cached_property
     def size(self) -> float:
-        """‖G‖² as first-order covariances are scaled by: not less than the noise of its estimate."""
+        """‖G‖² plus the noise of its estimate: the scale of first-order covariances."""
         return max(self.grad_norm_sq, 0.0) + self.uncertain
 
     def slack(self, size: float) -> float:
-        """The noise to expect along a direction that is known only to ``size``'s uncertainty."""
+        """The expected noise along a direction that is known only up to an uncertainty of ``size``."""
         return self.average * size
+
+
+@dataclass(frozen=True)
+class _Mean:
+    """The mean of one objective's gradients along the direction of an expected gradient, its own or another's."""
+
+    direction: Side
+    """The objective whose expected gradient has that direction; the next three are those of `Side.towards`."""
+    measured: float
+    drift: float
+    average: float
+    count: int
+    """Prompts in the mean."""
+
+    def variance(self, size: Values) -> Values:
+        """Its variance, if ‖G‖² of ``direction`` is ``size``."""
+        found: Values = self.direction.towards(size, self.measured, self.drift, self.average) / self.count
+        return found
 
 
 @dataclass(frozen=True)
@@ -129,9 +153,10 @@ class Joint:
     """The covariance of the estimates of ‖G‖², ‖G'‖² and ⟨G, G'⟩, as a function of hypotheses on ‖G‖² and ‖G'‖²."""
 
     second: Float[np.ndarray, "3 3"]
-    sides: tuple[Side, Side]
-    levers: Float[np.ndarray, "4 4"]
-    """Covariance of the means of ⟨u, a⟩, ⟨v, b⟩, ⟨v, a⟩ and ⟨u, b⟩, u and v being the directions of G and G'."""
+    means: tuple[_Mean, ...]
+    """Of ⟨u, a⟩, ⟨v, b⟩, ⟨v, a⟩ and ⟨u, b⟩, with u and v the directions of G and G'."""
+    correlation: Float[np.ndarray, "4 4"]
+    """Between the four means; it is taken at the estimates, their variances at the hypothesis."""
 
     def at(self, first: Vector, other: Vector) -> Float[np.ndarray, "3 3 N"]:
         """The covariance for each pair of hypothesised ‖G‖² and ‖G'‖² ≥ 0.
@@ -139,19 +164,12 @@ class Joint:
         The estimate of ‖G‖² moves by 2 ‖G‖ ⟨u, ·⟩ with the mean of a, that of ⟨G, G'⟩ by ‖G'‖ ⟨v, ·⟩ with the mean of
         a and by ‖G‖ ⟨u, ·⟩ with that of b.
         """
-        one, two, lever = np.sqrt(first), np.sqrt(other), self.levers
-        # along its own direction an objective's noise depends on the hypothesis: `Side.first`
-        own = [np.sqrt(side.first(size)) / 2 for side, size in zip(self.sides, (first, other), strict=True)]
-        one_own, two_own = (x / np.sqrt(max(lever[k, k], 1e-300)) for k, x in enumerate(own))
-        found = np.empty((3, 3, len(first)))
-        found[0, 0] = 4 * own[0] ** 2
-        found[1, 1] = 4 * own[1] ** 2
-        found[2, 2] = other * lever[2, 2] + 2 * one * two * lever[2, 3] + first * lever[3, 3]
-        found[0, 1] = found[1, 0] = 4 * one_own * two_own * lever[0, 1]
-        found[0, 2] = found[2, 0] = 2 * one_own * (two * lever[0, 2] + one * lever[0, 3])
-        found[1, 2] = found[2, 1] = 2 * two_own * (two * lever[1, 2] + one * lever[1, 3])
-        found += self.second[:, :, None]
-        return found
+        sizes = (first, other, other, first)
+        scale = [np.sqrt(size * mean.variance(size)) for mean, size in zip(self.means, sizes, strict=True)]
+        moves = np.zeros((3, 4, len(first)))
+        moves[0, 0], moves[1, 1], moves[2, 2], moves[2, 3] = 2 * scale[0], 2 * scale[1], scale[2], scale[3]
+        found: Float[np.ndarray, "3 3 N"] = np.einsum("ikn,kl,jln->ijn", moves, self.correlation, moves)
+        return found + self.second[:, :, None]
 
 
 def joint(
@@ -191,6 +209,7 @@ def joint(
     chance |= {(0, 1): ab, (0, 3): ax, (1, 2): bx, (2, 3): xt}
     levers = np.zeros((4, 4))
     by_chance = np.zeros((4, 4))
+    noise_along = np.zeros(4)
     for (s, t), products in chance.items():
         if of_a[s] == of_a[t]:
             count = n if of_a[s] else m
@@ -201,16 +220,30 @@ def joint(
             measured = float(np.cov(one, two)[0, 1]) if both > 1 else 0.0
             share = both / (n * m)
         random = products / (count * others[s] * others[t]) if count else 0.0
+        if s == t:
+            noise_along[s] = measured - random
         levers[s, t] = levers[t, s] = (measured - random) * share
         by_chance[s, t] = by_chance[t, s] = random * share
     levers = _positive(levers, np.diag(by_chance))
     noise = float(np.mean(x[in_a, in_b])) - inner if both else 0.0  # tr Σ of one objective with the other
     noises = max(a.trace_cov, 0.0) * max(b.trace_cov, 0.0)
     levers += _slack(a, b, inner, noise / noises**0.5 if noises else 0.0, both)
-    sizes = np.sqrt([a.size, b.size, b.size, a.size])
+    size = np.sqrt(np.diag(levers))
     with np.errstate(divide="ignore", invalid="ignore"):
-        levers = np.nan_to_num(levers / np.outer(sizes, sizes))
-    return Joint(_positive(second, np.diag(second)), (a, b), levers)
+        correlation = np.nan_to_num(levers / np.outer(size, size))
+    # tr Σ_a Σ_b²/tr Σ_b² for the noise of a along v, as for its own of parallel gradients, whose estimates then move
+    # together under any hypothesis; for others only in part, as it would be too uncertain a correction
+    norms = a.grad_norm_sq * b.grad_norm_sq
+    parallel = min(inner**2 / norms, 1.0) if norms > 0 else 0.0
+    drifts = (
+        a.along_noise,
+        b.along_noise,
+        parallel * float(np.vdot(left @ b.centred, left)) / max(bb * pairs / m, 1e-300),
+        parallel * float(np.vdot(a.centred @ left, left)) / max(aa * pairs / n, 1e-300),
+    )
+    ends = zip((a, b, b, a), noise_along.tolist(), drifts, (a, b, a, b), strict=True)
+    means = tuple(_Mean(to, noise, drift, side.average, side.count) for to, noise, drift, side in ends)
+    return Joint(_positive(second, np.diag(second)), means, correlation)
 
 
 def _slack(a: Side, b: Side, inner: float, alike: float, both: int) -> Float[np.ndarray, "4 4"]:

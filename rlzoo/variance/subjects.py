@@ -1,4 +1,4 @@
-"""From a buffer to weights on ∇ log π: which rows an objective is measured on, and what its surrogate makes of them."""
+"""From a buffer to weights on ∇ log π: which rows an objective is measured on, and the weights of its surrogate."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from rlzoo.variance.scoring import Scored
 from rlzoo.variance.tasks import Task
 
 BASELINE = "(demonstrations)"
-"""The name of what cosines and norm ratios are taken to, where no objective that is analysed is the same."""
+"""The name of what gradients are compared with, where no analysed objective is the same."""
 LearnsFrom = WhichView | Mapping[str, WhichView] | None
 Draw = tuple[int, int, bool]
 """A row of the buffer, how often it was drawn before, and whether it is taken at a temperature of its own.
@@ -74,7 +74,7 @@ class Subject:
 
 @dataclass
 class SubjectWeights:
-    """An objective's coefficients on its rows, and the gradient that they make."""
+    """An objective's coefficients on its rows, and the gradient to measure."""
 
     batch: TokenBatch
     coefficients: Coefficients
@@ -82,7 +82,7 @@ class SubjectWeights:
 
 
 def named_objectives(objectives: Sequence[str | Objective] | Mapping[str, Objective]) -> dict[str, Objective]:
-    """Objectives by the names that they are reported under. Raises UserError for a name given twice, or none."""
+    """Objectives by the names that they are reported under. Raises UserError for a repeated name, or no objective."""
     if isinstance(objectives, Mapping):
         named = dict(objectives)
     else:
@@ -222,7 +222,7 @@ def weights_of(assembler: Assembler, subject: Subject, scored: Scored) -> Subjec
         found = _weights_of(assembler, subject, scored)
     except UserError:
         raise
-    except Exception as error:  # of an objective of a user's own
+    except Exception as error:  # of a user's own objective
         raise UserError(f"objective {subject.objective.name!r} failed: {told(error)}") from error
     if not found.batch.mask.any():
         raise UserError(f"objective {subject.objective.name!r} learns from no token of its rows: all are masked")

@@ -1,4 +1,4 @@
-"""What is measured: the gradient of an objective as weights on ∇ log π, and which of them share a backward pass."""
+"""What is measured: an objective's gradient as weights on ∇ log π, and which objectives share a backward pass."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from rlzoo.policy.head import LogitTerm
 
 @dataclass(frozen=True)
 class Task:
-    """The gradient of one objective: the sum over a unit's positions of weight · ∇ log π, and what comes with it.
+    """One objective's gradient: the sum over a unit's positions of weight · ∇ log π, and further terms.
 
     R rows are analysed, of at most T completion tokens.
     """
@@ -25,7 +25,7 @@ class Task:
     weight: Float[Tensor, "R T"]
     """∂ loss / ∂ log π of each completion token."""
     scale: float = 1.0
-    """What every unit's gradient is multiplied by in the end, so that their mean is the gradient of the batch."""
+    """The factor on every unit's gradient that makes their mean the gradient of the batch."""
     input_weights: Mapping[str, Float[Tensor, "R T"]] = field(default_factory=dict)
     """∂ loss / ∂ x of each input x that a module of its own makes of the policy's hidden states, by key."""
     term: LogitTerm | None = None
@@ -46,7 +46,7 @@ class Pass:
     """Whether more than weights on ∇ log π pulls on the hidden states, which is not shared."""
 
     def join(self, name: str, weight: Float[Tensor, "R T"]) -> bool:
-        """Take a task in if its weights are proportional in each row that others use already."""
+        """Add a task if its weights are proportional to these in each row that others use already."""
         used, wanted = (w.abs().amax(1) > 0 for w in (self.weight, weight))
         scale = (weight * self.weight).sum(1) / self.weight.square().sum(1).clamp(min=torch.finfo(weight.dtype).tiny)
         rest = (weight - scale[:, None] * self.weight).abs().amax(1)
@@ -88,7 +88,7 @@ class UnitGradients:
 
 
 def connected(units_by_task: Iterable[Iterable[tuple[int, ...]]]) -> list[tuple[int, ...]]:
-    """The rows of all units, those together that share a unit, directly or through others."""
+    """Rows grouped so that rows that share a unit, directly or through other units, are in one group."""
     parent: dict[int, int] = {}
 
     def root(row: int) -> int:
