@@ -58,7 +58,7 @@ def trainer_of(policy: Policy, objective: Objective, **changes: Any) -> Trainer:
     return Trainer(policy, objective, sources, settings)
 
 
-PACKED = [("dft", {}), ("ppo", {}), ("asft", {}), ("grpo", {})]
+PACKED: list[tuple[str, dict[str, Any]]] = [("dft", {}), ("ppo", {}), ("asft", {}), ("grpo", {})]
 STEPS = [*((*case, "padded") for case in CASES), *((*case, "packed") for case in PACKED)]
 
 
