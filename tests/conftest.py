@@ -25,6 +25,18 @@ hypothesis.settings.register_profile("untimed", deadline=None)  # a busy machine
 hypothesis.settings.load_profile("untimed")
 
 
+@pytest.fixture(autouse=True, scope="session")
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Encoded rows of the tests are kept in a folder of their own, and found by the processes that tests start."""
+    folder = str(tmp_path_factory.mktemp("datasets"))
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("HF_DATASETS_CACHE", folder)
+        import datasets
+
+        patched.setattr(datasets.config, "HF_DATASETS_CACHE", folder)
+        yield
+
+
 @pytest.fixture
 def hears_interrupts() -> Iterator[None]:
     """A shell that runs the tests in the background has told them to ignore SIGINT."""

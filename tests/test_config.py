@@ -104,7 +104,7 @@ def test_an_unknown_setting_of_a_row_names_the_nearest() -> None:
         ({"training.steps": "many"}, "facts.yaml: training.steps = 'many': Input should be a valid integer"),
         ({"training.steps": 1.5}, "training.steps = 1.5: Input should be a valid integer"),
         ({"training": 3}, "facts.yaml: training = 3: "),
-        ({"training.dtype": "float8"}, "training.dtype = 'float8': Input should be 'float32', "),
+        ({"training.dtype": "float8"}, "training.dtype = 'float8': Input should be 'auto', "),
         ({"training.learning_rate": float("inf")}, "learning_rate = inf: Input should be a finite number"),
         ({"training.learning_rate": float("nan")}, "learning_rate = nan: Input should be "),
         ({"algorithms.sft.mode": "on"}, "algorithms.sft.mode = 'on': Input should be 'offline' or 'online'"),

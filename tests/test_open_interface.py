@@ -29,7 +29,7 @@ from rlzoo.buffers.problems import Problem, encode_problems, load_problems
 from rlzoo.cli import main
 from rlzoo.cli.catalogue import catalogue
 from rlzoo.comparison import one_cell, runner
-from rlzoo.comparison.statistics import OVERALL
+from rlzoo.comparison.outcomes import OVERALL
 from rlzoo.config import ProblemSource, Sampling, Training
 from rlzoo.errors import UserError
 from rlzoo.evaluation import evaluation

@@ -17,13 +17,13 @@ import pyarrow.parquet as pq
 import pytest
 import rich.console
 
+from rlzoo.comparison.outcomes import METRICS, OVERALL, compare_to, summarise
 from rlzoo.comparison.report import plots, report_table, tables, write_report
 from rlzoo.comparison.report.answer import answer
 from rlzoo.comparison.report.contents import contents
 from rlzoo.comparison.report.plots import curves_of
 from rlzoo.comparison.report.schema import parse_results, read_run
 from rlzoo.comparison.report.tables import amount, points, seconds, significance
-from rlzoo.comparison.statistics import METRICS, OVERALL, compare_to, summarise
 from rlzoo.document import Code, Entry, Heading, Paragraph
 from rlzoo.errors import UserError
 

@@ -416,7 +416,7 @@ def test_a_source_that_draws_by_quality_goes_on_bit_for_bit() -> None:
     ("rewards", "reason"),
     [
         ((1.0, None, None), r"2 of 3 rows to draw by quality have no finite quality score: give .* \(row 1\)"),
-        ((1.0, math.inf), r"1 of 2 rows .* have no finite quality score"),
+        ((1.0, math.inf), r"row 2 of the data set: reward is inf"),
         ((1.0, 2.0, -0.5), r"1 of 3 rows .* have a negative quality score: .* \(row 2\)"),
         ((0.0, 0.0), r"all 2 rows .* have a quality of 0"),
     ],

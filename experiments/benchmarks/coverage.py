@@ -4,9 +4,9 @@
 
 Of a comparison: scores are drawn as μ + seed + problem + noise with effects of known size, for numbers of seeds and for
 shares of the mean's variance that are due to seeds and to problems (the rest is noise), and as counts of correct
-samples of problems whose difficulty varies. Of the variance analyzer: one gradient per prompt and objective is drawn
-around known means, with the noise of most directions small and of a few large. The estimators are those that
-`rlzoo compare` and `rlzoo variance` use.
+samples of problems whose difficulty varies, on one benchmark and as the mean over two of different sizes. Of the
+variance analyzer: one gradient per prompt and objective is drawn around known means, with the noise of most directions
+small and of a few large. The estimators are those that `rlzoo compare` and `rlzoo variance` use.
 
 The bias is that of the mean over the draws that show a number, relative to the true value, or absolute where that is 0,
 and null where fewer than half of the draws show one. The coverage is that of the intervals shown, those without an end
@@ -31,14 +31,14 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int
 
-from rlzoo.comparison.statistics import paired_difference, result_interval
+from rlzoo.comparison.statistics import crossed_interval, result_interval
 from rlzoo.variance.intervals import rank_correlation
 from rlzoo.variance.noise import Units, against, data_noise
 
@@ -62,18 +62,22 @@ SHARES = (
 SCORE, DIFFERENCE = 0.5, 0.1
 """The true mean score and difference."""
 FEW_PROBLEMS = 12
+SIZES = (200, 40)
+"""Problems of each benchmark in a mean over benchmarks."""
 COUNTS = (
-    (1, 100, 1, 2.5),
-    (2, 30, 4, 0.0),
-    (2, 200, 1, 1.5),
-    (3, 30, 1, 0.0),
-    (3, 200, 4, -3.0),
-    (5, 30, 4, 2.5),
-    (10, 30, 4, 3.0),
+    (1, (100,), 1, 2.5),
+    (1, (100, 30), 1, 2.5),
+    (2, (30,), 4, 0.0),
+    (2, (200,), 1, 1.5),
+    (3, (30,), 1, 0.0),
+    (3, (200,), 4, -3.0),
+    (3, (200, 30), 4, 1.5),
+    (5, (30,), 4, 2.5),
+    (10, (30,), 4, 3.0),
 )
-"""Seeds, problems, samples per problem and mean log-odds of a correct one; problems vary by 1.5 in log-odds, seeds by
-0.2 (where there is more than one, as one speaks of problems alone), and each problem's odds under the second algorithm
-by 0.5."""
+"""Seeds, problems of each benchmark, samples per problem and mean log-odds of a correct one; problems vary by 1.5 in
+log-odds, seeds by 0.2 (where there is more than one, as one speaks of problems alone), and each problem's odds under
+the second algorithm by 0.5."""
 FEWEST_VALUES, FEWEST_INTERVALS = 0.5, 0.1
 """Shares of the draws that must show a value, for a bias, and an interval, for a coverage."""
 DIRECTIONS = 64
@@ -222,29 +226,43 @@ def ranks(correlation: float, count: int, runs: int, seed: int = 0) -> Numbers:
     return tally.found()
 
 
-def scores(seeds: int, problems: int, shares: tuple[float, float], runs: int, seed: int = 0) -> dict[str, Numbers]:
-    """What a comparison says where seeds and problems make these shares of the mean's variance."""
+def scores(
+    seeds: int, problems: Sequence[int], shares: tuple[float, float], runs: int, seed: int = 0
+) -> dict[str, Numbers]:
+    """What a comparison says where seeds and problems make these shares of the mean's variance.
+
+    With several benchmarks, of so many problems each, half of the variance of a seed's effect is common to all.
+    """
     rng = np.random.default_rng(seed)
     by_seed, by_problem = shares
-    noise = max(1 - by_seed - by_problem, 0.0)
-    scale = 0.05 * np.sqrt([by_seed * seeds, by_problem * problems, noise * seeds * problems])
+    count, of = len(problems), np.repeat(np.arange(len(problems)), problems)
+    size = count**2 / sum(1 / number for number in problems)  # problems of one benchmark that are worth as much
+    parts = by_seed * seeds, by_problem * size, max(1 - by_seed - by_problem, 0.0) * seeds * size
+    scale = 0.05 * np.sqrt(parts)
 
     def drawn() -> Float[np.ndarray, "S P"]:
-        parts = (rng.normal(size=(seeds, 1)), rng.normal(size=problems), rng.normal(size=(seeds, problems)))
-        total: Float[np.ndarray, "S P"] = sum(size * part for size, part in zip(scale, parts, strict=True))
+        common, own = rng.normal(size=(seeds, 1)), rng.normal(size=(seeds, count))
+        effect = (common + own) / np.sqrt(1 + 1 / count)
+        noise = rng.normal(size=(seeds, len(of)))
+        total: Float[np.ndarray, "S P"] = (
+            scale[0] * effect[:, of] + scale[1] * rng.normal(size=len(of)) + scale[2] * noise
+        )
         return total
 
     mean, difference = Tally(SCORE), Tally(DIFFERENCE)
     for _ in range(runs):
-        mean.add(*result_interval(SCORE + drawn()))
-        shared = SCORE + drawn()  # what both algorithms have in common cancels
-        difference.add(*paired_difference(shared + DIFFERENCE + drawn(), shared))
+        mean.add(*result_interval(SCORE + drawn(), benchmarks=of))
+        # what both algorithms have in common cancels
+        difference.add(*crossed_interval(DIFFERENCE + drawn(), benchmarks=of))
     return {"mean score": mean.found(), "paired difference": difference.found()}
 
 
-def counts(seeds: int, problems: int, samples: int, centre: float, runs: int, seed: int = 0) -> dict[str, Numbers]:
+def counts(
+    seeds: int, problems: Sequence[int], samples: int, centre: float, runs: int, seed: int = 0
+) -> dict[str, Numbers]:
     """What a comparison says of counts of correct samples: see `COUNTS`."""
     rng = np.random.default_rng(seed)
+    of = np.repeat(np.arange(len(problems)), problems)
 
     def chances(seeds: int, problems: int) -> list[Float[np.ndarray, "S P"]]:
         """Of a correct sample, by two algorithms, the second a little better."""
@@ -253,12 +271,14 @@ def counts(seeds: int, problems: int, samples: int, centre: float, runs: int, se
         return [1 / (1 + np.exp(-odds - by_seed * rng.normal(size=(seeds, 1)))) for odds in (first, second)]
 
     by_seed = 0.2 if seeds > 1 else 0.0
-    first, second = np.mean([[own.mean() for own in chances(50, 20_000)] for _ in range(10)], 0)
-    mean, difference = Tally(float(first)), Tally(float(second - first))
+    points, weights = np.polynomial.hermite_e.hermegauss(99)  # the true means by quadrature over normal log-odds
+    odds = (centre + np.hypot(1.5, by_seed) * points, centre + 0.3 + np.sqrt(1.5**2 + 0.5**2 + by_seed**2) * points)
+    truth = [float(weights @ (1 / (1 + np.exp(-each)))) / np.sqrt(2 * np.pi) for each in odds]
+    mean, difference = Tally(truth[0]), Tally(truth[1] - truth[0])
     for _ in range(runs):
-        first, second = (rng.binomial(samples, chance) / samples for chance in chances(seeds, problems))
-        mean.add(*result_interval(first))
-        difference.add(*paired_difference(second, first))
+        first, second = (rng.binomial(samples, chance) / samples for chance in chances(seeds, len(of)))
+        mean.add(*result_interval(first, benchmarks=of))
+        difference.add(*crossed_interval(second - first, benchmarks=of))
     return {"mean score": mean.found(), "paired difference": difference.found()}
 
 
@@ -274,25 +294,20 @@ def table(runs: int, score_runs: int, problems: int, seeds: list[int], seed: int
 def _cases(
     runs: int, score_runs: int, problems: int, seeds: list[int], seed: int
 ) -> Iterator[tuple[str, dict[str, Numbers]]]:
-    for a, b in SHARES:
-        for count in seeds:
-            if count > 1 or a == 0:
-                yield (
-                    f"{count} seeds, {a:.0%} seeds' share, {b:.0%} problems'",
-                    scores(count, problems, (a, b), score_runs, seed),
-                )
-    for count in seeds:
-        for a, b in ((0.0, 0.8), (0.0, 0.0), (0.3, 0.4)):
-            if count > 1 or a == 0:
-                yield (
-                    f"{count} seeds, {FEW_PROBLEMS} problems, {a:.0%} seeds' share, {b:.0%} problems'",
-                    scores(count, FEW_PROBLEMS, (a, b), score_runs, seed),
-                )
-    for count, few, samples, centre in COUNTS:
-        yield (
-            f"{count} seeds, {few} problems, {samples} samples right or wrong, mean log-odds {centre:+g}",
-            counts(count, few, samples, centre, score_runs, seed),
-        )
+    few = ((0.0, 0.8), (0.0, 0.0), (0.3, 0.4))
+    for shares, sizes, on in (
+        (SHARES, (problems,), ""),
+        (few, (FEW_PROBLEMS,), f", {FEW_PROBLEMS} problems"),
+        (few, SIZES, f", mean over benchmarks of {_listed(SIZES)} problems"),
+    ):
+        for a, b in shares:
+            for count in seeds:
+                if count > 1 or a == 0:
+                    name = f"{count} seeds{on}, {a:.0%} seeds' share, {b:.0%} problems'"
+                    yield name, scores(count, sizes, (a, b), score_runs, seed)
+    for count, sizes, samples, centre in COUNTS:
+        name = f"{count} seeds, {_listed(sizes)} problems, {samples} samples right or wrong, mean log-odds {centre:+g}"
+        yield name, counts(count, sizes, samples, centre, score_runs, seed)
     for name, case in CASES.items():
         yield name, gradients(case, runs, seed)
     for correlation in (0.3, 0.9):
@@ -301,6 +316,10 @@ def _cases(
                 f"{count} prompts, normal correlation {correlation}",
                 {"rank correlation": ranks(correlation, count, runs, seed)},
             )
+
+
+def _listed(sizes: Sequence[int]) -> str:
+    return " and ".join(map(str, sizes))
 
 
 def main() -> None:

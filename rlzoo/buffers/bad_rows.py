@@ -35,6 +35,21 @@ class BadRows:
         """Rows that were dropped."""
         return len(self._places)
 
+    @property
+    def untouched(self) -> bool:
+        """Whether no row was read yet, and nothing noted."""
+        return not (self.rows or self._places or self._noted)
+
+    def to_json(self) -> dict[str, Any]:
+        """All that was counted, as plain data."""
+        noted = {kind: [sorted(places), first] for kind, (places, first) in self._noted.items()}
+        return {"rows": self.rows, "places": sorted(self._places), "first": self._first, "noted": noted}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Continue from what `to_json` gave."""
+        self.rows, self._places, self._first = state["rows"], set(state["places"]), list(state["first"])
+        self._noted = {kind: (set(places), first) for kind, (places, first) in state["noted"].items()}
+
     @contextmanager
     def at(self, place: str) -> Iterator[None]:
         """In this context, a UserError is that of the row at ``place``."""

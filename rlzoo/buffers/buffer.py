@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 from datasets.fingerprint import generate_random_fingerprint
 from jaxtyping import Bool, Float, Int
 
-from rlzoo.buffers import storage, views
+from rlzoo.buffers import cache, storage, views
 from rlzoo.buffers.bad_rows import BadRows
 from rlzoo.buffers.checks import checked
 from rlzoo.buffers.schema import (
@@ -236,7 +236,7 @@ class OfflineBuffer(Buffer):
     """A buffer whose rows are fixed."""
 
     @classmethod
-    def _of(cls, rows: datasets.Dataset) -> Self:
+    def of_checked(cls, rows: datasets.Dataset) -> Self:
         """A buffer of rows that were checked."""
         buffer = cls.__new__(cls)
         buffer._rows = rows
@@ -244,8 +244,8 @@ class OfflineBuffer(Buffer):
 
     @classmethod
     def from_trajectories(cls, trajectories: Iterable[Trajectory]) -> Self:
-        """A buffer in memory."""
-        return cls(to_dataset(to_table(map(to_row, trajectories))))
+        """A buffer in memory, or if there are many rows in a temporary file, as in `rlzoo.buffers.cache`."""
+        return cls.of_checked(cache.spooled(map(to_row, trajectories)))
 
     @classmethod
     def load(cls, path: str | Path, bad: BadRows | None = None) -> Self:
@@ -253,7 +253,7 @@ class OfflineBuffer(Buffer):
 
         Raises UserError if it is none, and naming a row with a value that no row has, unless ``bad`` rows are dropped.
         """
-        return cls._of(storage.read(path, bad))
+        return cls.of_checked(storage.read(path, bad))
 
 
 class RolloutBuffer(Buffer):
@@ -279,7 +279,7 @@ class RolloutBuffer(Buffer):
 
     def freeze(self) -> OfflineBuffer:
         """The current rows as a fixed buffer."""
-        return OfflineBuffer._of(self._rows)
+        return OfflineBuffer.of_checked(self._rows)
 
     def _settings(self) -> dict[str, Any]:
         return {"capacity_versions": self.capacity_versions}

@@ -15,17 +15,18 @@ from typing import Any, NamedTuple
 
 import datasets
 
+from rlzoo.buffers import cache
 from rlzoo.buffers.bad_rows import BadRows, told_of
 from rlzoo.buffers.buffer import OfflineBuffer
 from rlzoo.buffers.examples import COMPLETIONS, GRADED, Example, ExampleFormat, recognise, require_same, require_text
 from rlzoo.buffers.files import BATCH, Item, batch_rows, object_row
 from rlzoo.buffers.layouts import aliases, as_trl
-from rlzoo.buffers.schema import to_dataset, to_row, to_table
-from rlzoo.buffers.tables import good_rows, read_rows
+from rlzoo.buffers.schema import to_row
+from rlzoo.buffers.tables import SourceTable, chunks
 from rlzoo.buffers.values import Columns, Row, find, own_id, renamed, usable
 from rlzoo.errors import UserError, kind_of
 from rlzoo.policy.chat import options_of
-from rlzoo.policy.encoding import CUT, Encoded, Special, encode
+from rlzoo.policy.encoding import CUT, Encoded, RowCheck, Special, Steps, encode_batch, encode_steps
 from rlzoo.types import Trajectory
 
 Fits = Callable[[Sequence[int], Sequence[int]], None]
@@ -63,7 +64,7 @@ def from_trl(
         items = ((f"row {number}", object_row(row, "row")) for number, row in enumerate(rows, 1))
     encoding = _Encoding(tokenizer, max_length, max_completion_tokens, special_tokens)
     with told_of(bad) as bad:
-        return OfflineBuffer(to_dataset(to_table(_rows(items, encoding, columns or {}, bad))))
+        return OfflineBuffer.of_checked(cache.spooled(_rows(items, encoding, columns or {}, bad)))
 
 
 def read_buffer(
@@ -81,6 +82,8 @@ def read_buffer(
     ``split``, ``columns`` and ``special_tokens`` are for tables. Demonstrations of more than
     ``max_completion_tokens`` are cut, and so is any completion of a table. A row that does not fit (`Policy.row_check`)
     is a bad row. Raises UserError naming ``where``, and the row and column at fault.
+
+    Tokens are kept in the cache of `datasets` (`rlzoo.buffers.cache`), for the next time that the same table is read.
     """
     encoding = _Encoding(tokenizer, None, max_completion_tokens, special_tokens, fits)
     with told_of(bad) as bad:
@@ -90,7 +93,12 @@ def read_buffer(
 def _read_buffer(where: str, bad: BadRows, split: str | None, columns: Columns, encoding: _Encoding) -> OfflineBuffer:
     if (Path(where) / "buffer.json").is_file():
         return _saved(where, encoding, bad)
-    items, seen = read_rows(where, split), list[Item]()
+    table = SourceTable.find(where, split)
+    settings = {"source": where, "split": split, "columns": columns, "bad_rows": bad.mode, **encoding.settings}
+    key = cache.key(table.files, encoding.tokenizer, settings) if bad.untouched and encoding.is_known else None
+    if (found := cache.find(key, bad)) is not None:
+        return OfflineBuffer.of_checked(found)
+    items, seen = table.rows(), list[Item]()
     for item in items:
         seen.append(item)
         if isinstance(item[1], dict):
@@ -99,7 +107,9 @@ def _read_buffer(where: str, bad: BadRows, split: str | None, columns: Columns, 
         if columns:
             raise UserError(f"{where} is a saved buffer: only a table's columns can be given other names")
         return _saved(where, encoding, bad)
-    return OfflineBuffer(to_dataset(to_table(_rows(itertools.chain(seen, items), encoding, columns, bad))))
+    return OfflineBuffer.of_checked(
+        cache.spooled(_rows(itertools.chain(seen, items), encoding, columns, bad), key, bad)
+    )
 
 
 def _saved(where: str, encoding: _Encoding, bad: BadRows) -> OfflineBuffer:
@@ -142,9 +152,24 @@ class _Encoding(NamedTuple):
     special_tokens: Special
     fits: Fits | None = None
 
-    def __call__(self, example: Example, row: Row) -> Encoded:
+    @property
+    def settings(self) -> dict[str, Any]:
+        """All but the tokenizer, as plain data."""
+        return {
+            "max_length": self.max_length,
+            "max_completion_tokens": self.max_completion_tokens,
+            "special_tokens": self.special_tokens,
+            "fits": repr(self.fits),
+        }
+
+    @property
+    def is_known(self) -> bool:
+        """Whether its settings tell all about it: any function may check rows."""
+        return self.fits is None or isinstance(self.fits, RowCheck)
+
+    def steps(self, example: Example, row: Row) -> Steps[Encoded]:
         options = {} if isinstance(example.prompt, str) else options_of(row)
-        made = encode(
+        made = yield from encode_steps(
             self.tokenizer, example.prompt, example.completion, self.max_length, self.max_completion_tokens,
             self.special_tokens, options,
         )  # fmt: skip
@@ -153,27 +178,55 @@ class _Encoding(NamedTuple):
         return made
 
 
-def _rows(items: Iterable[Item], encoding: _Encoding, columns: Columns, bad: BadRows) -> Iterator[dict[str, Any]]:
-    chat = bool(getattr(encoding.tokenizer, "chat_template", None))
-    first, made = None, 0
-    for place, item in good_rows(items, bad):
-        rows: list[dict[str, Any]] = []
-        with bad.at(place):
-            with _in_their_words(item, columns):
-                row = as_trl(renamed(item, columns) if columns else item, chat)
-                found = recognise(row)
-                if first is not None:
-                    require_same(first, found)
-                read = list(_read_row(row, found[0], encoding))
-            rows = [to_row(trajectory) for _, trajectory in read]
-            for number, (encoded, _) in enumerate(read, 1):
-                bad.note(place if len(read) == 1 else f"{place}, completion {number}", encoded.notes)
-            first = first or found
-        made += len(rows)
-        yield from rows
+Form = tuple[ExampleFormat, bool]
+"""The format of a row, and whether it is conversational."""
+
+
+def _rows(items: Iterator[Item], encoding: _Encoding, columns: Columns, bad: BadRows) -> Iterator[dict[str, Any]]:
+    """The buffer's rows. The first good row, which gives the format, is encoded alone, and then many together."""
+    first: Form | None = None
+    made = 0
+
+    def size() -> int:
+        return 1 if first is None else BATCH
+
+    for chunk in chunks(items, size):
+        encoded = iter(encode_batch(encoding.tokenizer, (_steps(row, encoding, columns, first) for _, row in chunk)))
+        for place, _ in chunk:
+            bad.rows += 1
+            rows: list[dict[str, Any]] = []
+            with bad.at(place):
+                if isinstance(outcome := next(encoded), UserError):
+                    raise outcome
+                read, form = outcome
+                rows = [to_row(trajectory) for _, trajectory in read]
+                for number, (one, _) in enumerate(read, 1):
+                    bad.note(place if len(read) == 1 else f"{place}, completion {number}", one.notes)
+                first = first or form
+            made += len(rows)
+            yield from rows
     bad.require_some(made)
     if not made:
         raise UserError("the data set has no rows: it is empty")
+
+
+Read = list[tuple[Encoded, Trajectory]]
+
+
+def _steps(
+    item: dict[str, Any] | UserError, encoding: _Encoding, columns: Columns, first: Form | None
+) -> Steps[tuple[Read, Form]]:
+    """What a row gives, and its format, which must be that of the ``first`` one."""
+    if isinstance(item, UserError):
+        raise item
+    with _in_their_words(item, columns):
+        row = as_trl(
+            renamed(item, columns) if columns else item, bool(getattr(encoding.tokenizer, "chat_template", None))
+        )
+        form = recognise(row)
+        if first is not None:
+            require_same(first, form)
+        return (yield from _read_row(row, form[0], encoding)), form
 
 
 @contextmanager
@@ -188,7 +241,7 @@ def _in_their_words(row: Row, columns: Columns) -> Iterator[None]:
         raise UserError(found) from None
 
 
-def _read_row(row: Row, form: ExampleFormat, encoding: _Encoding) -> Iterator[tuple[Encoded, Trajectory]]:
+def _read_row(row: Row, form: ExampleFormat, encoding: _Encoding) -> Steps[Read]:
     for name in form.columns:
         find(row, name)  # raises for one that is not plain data
     known = usable(row)
@@ -201,20 +254,20 @@ def _read_row(row: Row, form: ExampleFormat, encoding: _Encoding) -> Iterator[tu
     filled = [column for column in COMPLETIONS if column in form.columns]
     for place, example in enumerate(examples):
         require_text(example, filled[place % len(filled)])
+    read: Read = []
     for example in examples:
-        encoded = encoding(example, known)
-        yield (
-            encoded,
-            Trajectory(
-                prompt=encoded.prompt,
-                completion=encoded.completion,
-                prompt_ids=encoded.prompt_ids,
-                completion_ids=encoded.completion_ids,
-                truncated=encoded.truncated,
-                prompt_id=own_id(known.get(name)) or encoded.key,
-                source=example.source,
-                reward=example.reward,
-                messages=None if isinstance(example.prompt, str) else example.prompt,
-                columns=columns,
-            ),
+        encoded = yield from encoding.steps(example, known)
+        trajectory = Trajectory(
+            prompt=encoded.prompt,
+            completion=encoded.completion,
+            prompt_ids=encoded.prompt_ids,
+            completion_ids=encoded.completion_ids,
+            truncated=encoded.truncated,
+            prompt_id=own_id(known.get(name)) or encoded.key,
+            source=example.source,
+            reward=example.reward,
+            messages=None if isinstance(example.prompt, str) else example.prompt,
+            columns=columns,
         )
+        read.append((encoded, trajectory))
+    return read

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from itertools import islice
 from typing import Any
@@ -103,10 +103,15 @@ def decode(name: str, value: Any) -> Any:
 
 def to_table(rows: Iterable[dict[str, Any]]) -> pa.Table:
     """An Arrow table of rows, built `CHUNK` of them at a time."""
+    tables = list(to_tables(rows, CHUNK))
+    return pa.concat_tables(tables) if tables else SCHEMA.arrow_schema.empty_table()
+
+
+def to_tables(rows: Iterable[dict[str, Any]], size: int) -> Iterator[pa.Table]:
+    """Arrow tables of ``size`` rows each."""
     left, schema = iter(rows), SCHEMA.arrow_schema
-    chunks = iter(lambda: list(islice(left, CHUNK)), [])
-    tables = [pa.Table.from_pylist(chunk, schema=schema) for chunk in chunks]
-    return pa.concat_tables(tables) if tables else schema.empty_table()
+    for chunk in iter(lambda: list(islice(left, size)), []):
+        yield pa.Table.from_pylist(chunk, schema=schema)
 
 
 def to_dataset(table: pa.Table) -> datasets.Dataset:

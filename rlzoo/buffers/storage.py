@@ -90,7 +90,9 @@ def release_pages(rows: datasets.Dataset) -> None:
     system = ctypes.CDLL(None)
     for line in Path("/proc/self/maps").read_text().splitlines():
         span, access, *_, name = line.split(maxsplit=5) if line.count(" ") > 4 else ("", "", "")
-        if name in files and access.startswith("r--"):  # read alone: nothing in them can be lost
+        if name.removesuffix(" (deleted)") in files and access.startswith(
+            "r--"
+        ):  # read alone: nothing in them can be lost
             start, end = (int(place, 16) for place in span.split("-"))
             system.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), _DONT_NEED)
 

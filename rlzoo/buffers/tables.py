@@ -5,8 +5,9 @@ from __future__ import annotations
 import itertools
 import re
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -57,18 +58,58 @@ def read_rows(source: str | Path, split: str | None = None) -> Iterator[Item]:
 
     Raises UserError for what is missing, empty or damaged as a whole.
     """
-    found = _found(source, split)
-    if isinstance(found, list):
-        rows: Iterator[Item] = itertools.chain.from_iterable(map(file_rows, found))
-        if _is_sliced(split):
-            every = list(rows)
-            rows = iter([every[index] for index in _indices(str(split), len(every))])
-    else:
-        rows = batch_rows(found.with_format("arrow").iter(BATCH), str(source))
-    first = next(rows, None)
-    if first is None:
-        raise UserError(f"{source} has no rows" + (f" in {split}" if _is_sliced(split) else ": it is empty"))
-    yield from itertools.chain([first], rows)
+    yield from SourceTable.find(source, split).rows()
+
+
+@dataclass(frozen=True)
+class SourceTable:
+    """A table that was found, and can be read."""
+
+    source: str
+    split: str | None
+    found: list[Path] | datasets.Dataset = field(repr=False)
+    """Its files, or the data set that it is."""
+
+    @classmethod
+    def find(cls, source: str | Path, split: str | None = None) -> SourceTable:
+        """Raises UserError for one that is missing."""
+        return cls(str(source), split, _found(source, split))
+
+    @property
+    def files(self) -> list[Path]:
+        """The files that hold all that it is; none if it is in memory."""
+        if isinstance(self.found, list):
+            return self.found
+        return [Path(file["filename"]) for file in self.found.cache_files]
+
+    def rows(self) -> Iterator[Item]:
+        """(place, row or its error), read lazily. Raises UserError for a table that is empty or damaged as a whole."""
+        if isinstance(self.found, list):
+            rows: Iterator[Item] = itertools.chain.from_iterable(map(file_rows, self.found))
+            if _is_sliced(self.split):
+                rows = _sliced(rows, self.found, str(self.split))
+        else:
+            rows = batch_rows(self.found.with_format("arrow").iter(BATCH), self.source)
+        first = next(rows, None)
+        if first is None:
+            where = f" in {self.split}" if _is_sliced(self.split) else ": it is empty"
+            raise UserError(f"{self.source} has no rows{where}")
+        yield from itertools.chain([first], rows)
+
+
+def chunks(items: Iterator[Item], size: Callable[[], int]) -> Iterator[list[Item]]:
+    """The items, ``size()`` at a time. Those before an error are given before it is raised."""
+    while True:
+        chunk: list[Item] = []
+        try:
+            chunk.extend(itertools.islice(items, size()))
+        except UserError:
+            if chunk:
+                yield chunk
+            raise
+        if not chunk:
+            return
+        yield chunk
 
 
 def good_rows(items: Iterable[Item], bad: BadRows) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -220,6 +261,13 @@ def _indices(split: str, length: int) -> range:
     except (ValueError, AssertionError) as error:
         raise UserError(f"split {split!r}: {first_line(error)}") from None
     return range(part.from_ or 0, length if part.to is None else part.to)
+
+
+def _sliced(rows: Iterator[Item], files: Sequence[Path], split: str) -> Iterator[Item]:
+    """The rows that ``train[:100]`` asks for, whose files are read twice: a share of the rows needs their number."""
+    length = sum(1 for _ in itertools.chain.from_iterable(map(file_rows, files)))
+    part = _indices(split, length)
+    yield from itertools.islice(rows, part.start, part.stop)
 
 
 def _part(rows: datasets.Dataset, split: str | None) -> datasets.Dataset:

@@ -9,7 +9,7 @@ import torch
 
 from rlzoo.buffers.problems import EncodedProblem, Problem, load_problems
 from rlzoo.buffers.views import check_options
-from rlzoo.comparison.statistics import OVERALL
+from rlzoo.comparison.outcomes import OVERALL
 from rlzoo.config import BASE, Experiment
 from rlzoo.errors import UserError, unknown
 from rlzoo.evaluation import Metric, metric_table

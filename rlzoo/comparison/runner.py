@@ -19,10 +19,10 @@ from rich.console import Console
 
 from rlzoo.buffers.bad_rows import told
 from rlzoo.comparison import one_cell, resolve, shared_buffer
+from rlzoo.comparison.outcomes import summarise
 from rlzoo.comparison.plan import Cell, buffer_of, cells, chosen_cells, has_choice, sampling_seeds, workers_at
 from rlzoo.comparison.report import write_report
 from rlzoo.comparison.resolve import check
-from rlzoo.comparison.statistics import summarise
 from rlzoo.config import BASE, Experiment, load_experiment
 from rlzoo.errors import UserError
 from rlzoo.evaluation import mean_over_benchmarks

@@ -2,20 +2,28 @@
 
 All text is encoded here, so a prompt has the same tokens in a demonstration, in a rollout and in an evaluation. Chat
 templates are handled in `rlzoo.policy.chat`.
+
+Encoding is written as steps that ask for the tokens of a text and go on with them, so that the steps of many rows run
+side by side and fast tokenizers are called on batches (`encode_batch`).
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from rlzoo.errors import UserError
 from rlzoo.policy.chat import Message, Options, answered, messages, opened, shared, turn_of
 
+T = TypeVar("T")
 Prompt = str | list[Message]
+Asked = tuple[str, bool]
+"""A text to be tokenised, and whether the tokenizer adds its own special tokens."""
+Steps = Generator[Asked, list[int], T]
+"""Encoding as steps: each yields a text and is sent its tokens; the last returns what was encoded."""
 Special = Literal["reject", "allow"]
 """Text that spells a special token is an error, or is read as that token."""
 SPELLED = "text that spells a special token is read as that token"
@@ -38,6 +46,28 @@ class Encoded:
     """What happened to its tokens → an example."""
 
 
+@dataclass(frozen=True)
+class RowCheck:
+    """Whether a model can take a row: what its positions and its embeddings are enough for."""
+
+    positions: int | None
+    vocabulary: int
+    check_range: Callable[..., None] = field(repr=False, compare=False)
+
+    def __call__(self, prompt: Sequence[int], completion: Sequence[int]) -> None:
+        """Raise UserError for the tokens of a prompt and a completion that the model cannot take."""
+        ids = (*prompt, *completion)
+        if not prompt or not completion:
+            raise UserError(f"has no tokens in its {'completion' if prompt else 'prompt'}: drop the row")
+        if not 0 <= min(ids) <= max(ids) < self.vocabulary:
+            self.check_range(max(ids), min(ids))
+        if self.positions is not None and len(ids) > self.positions:
+            raise UserError(
+                f"has {len(ids)} tokens, and the model has {self.positions} positions: "
+                "drop the row, or cut it (max_completion_tokens, from_trl's max_length)"
+            )
+
+
 def encode_prompt(
     tokenizer: Any, prompt: Prompt, special: Special = "reject", options: Options | None = None
 ) -> tuple[str, list[int]]:
@@ -49,19 +79,26 @@ def encode_prompt(
     ``special="reject"`` for text that spells a special token, and for a prompt without tokens, after which no first
     token can be predicted.
     """
+    return _alone(tokenizer, prompt_steps(tokenizer, prompt, special, options))
+
+
+def prompt_steps(
+    tokenizer: Any, prompt: Prompt, special: Special = "reject", options: Options | None = None
+) -> Steps[tuple[str, list[int]]]:
+    """The steps of `encode_prompt`."""
     if isinstance(prompt, str):
-        text, ids = prompt, _tokens(tokenizer, prompt, special=True)
+        text, ids = prompt, (yield prompt, True)
         bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-        if bos is not None and ids[:2] == [bos, bos] and _tokens(tokenizer, prompt, special=False)[:2] != [bos, bos]:
+        if bos is not None and ids[:2] == [bos, bos] and (yield prompt, False)[:2] != [bos, bos]:
             ids = ids[1:]  # the text was rendered before, with its own
-        if ids[-1:] == [eos] and _tokens(tokenizer, prompt, special=False)[-1:] != [eos]:
+        if ids[-1:] == [eos] and (yield prompt, False)[-1:] != [eos]:
             ids = ids[:-1]  # added by the tokenizer: the model would learn to continue after the end
     else:
         conversation = messages(prompt)
         if special == "reject":
             _reject(spelled(tokenizer, conversation))
         text = opened(tokenizer, conversation, options or {})
-        ids = _tokens(tokenizer, text, special=False)
+        ids = yield text, False
     if not ids:
         raise UserError("the prompt has no tokens: give it some text, or use a tokenizer that begins with a BOS")
     return text, ids
@@ -69,10 +106,14 @@ def encode_prompt(
 
 def encode_completion(tokenizer: Any, text: str) -> list[int]:
     """The tokens of plain text and an end of sequence. Raises UserError if the tokenizer has none."""
+    return _alone(tokenizer, _completion_steps(tokenizer, text))
+
+
+def _completion_steps(tokenizer: Any, text: str) -> Steps[list[int]]:
     eos = tokenizer.eos_token_id
     if eos is None:
         raise UserError("the tokenizer has no end of sequence: set tokenizer.eos_token")
-    ids = _tokens(tokenizer, text, special=False)
+    ids = yield text, False
     return ids if ids[-1:] == [eos] else [*ids, eos]
 
 
@@ -95,13 +136,27 @@ def encode(
     sequence is among the tokens but not in the text. Raises UserError if the prompt leaves no room, and with
     ``special="reject"`` for text that spells a special token (see `spelled`).
     """
+    steps = encode_steps(tokenizer, prompt, completion, max_length, max_completion_tokens, special, options)
+    return _alone(tokenizer, steps)
+
+
+def encode_steps(
+    tokenizer: Any,
+    prompt: Prompt,
+    completion: str | Message,
+    max_length: int | None = None,
+    max_completion_tokens: int | None = None,
+    special: Special = "reject",
+    options: Options | None = None,
+) -> Steps[Encoded]:
+    """The steps of `encode`."""
     if isinstance(prompt, str):
         if not isinstance(completion, str):
             raise UserError("the prompt is plain text and the completion a conversation: make both one of them")
         found, left_out = spelled(tokenizer, prompt, completion), ""
-        ids, said = encode_completion(tokenizer, completion), completion
-        if prompt or _tokens(tokenizer, prompt, special=True):
-            text, prompt_ids = encode_prompt(tokenizer, prompt)
+        ids, said = (yield from _completion_steps(tokenizer, completion)), completion
+        if prompt or (yield prompt, True):
+            text, prompt_ids = yield from prompt_steps(tokenizer, prompt)
             if not prompt and ids[: len(prompt_ids)] == prompt_ids:  # the text has its own BOS
                 ids, said = ids[len(prompt_ids) :], said.removeprefix(tokenizer.decode(prompt_ids))
         else:  # a text without prompt or BOS: its first token is given, not learned
@@ -117,7 +172,7 @@ def encode(
         found = spelled(tokenizer, conversation, answer)
         text, whole = answered(tokenizer, conversation, answer, options or {})
         said, key = answer["content"], prompt_key(text)
-        prompt_ids, left_out, ids, end = _turn(tokenizer, text, whole)
+        prompt_ids, left_out, ids, end = yield from _turn(tokenizer, text, whole)
         text = tokenizer.decode(prompt_ids) if left_out else text
     if special == "reject":
         _reject(found)
@@ -134,10 +189,11 @@ def encode(
     return Encoded(text, said, prompt_ids, ids[:room], truncated, key, {k: v for k, v in notes.items() if v})
 
 
-def _turn(tokenizer: Any, prompt: str, whole: str) -> tuple[list[int], str, list[int], int]:
+def _turn(tokenizer: Any, prompt: str, whole: str) -> Steps[tuple[list[int], str, list[int], int]]:
     """A rendered conversation, split where it differs from its prompt: the tokens before that, the rest of the prompt's
     text, the turn's tokens, and how many of those it takes to end the turn."""
-    first, both = _tokens(tokenizer, prompt, special=False), _tokens(tokenizer, whole, special=False)
+    first = yield prompt, False
+    both = yield whole, False
     start = shared(first, both)
     if not start:
         raise UserError(
@@ -186,6 +242,49 @@ def prompt_key(prompt: str) -> str:
     return blake2b(prompt.encode(), digest_size=8).hexdigest()
 
 
-def _tokens(tokenizer: Any, text: str, special: bool) -> list[int]:
-    ids: Sequence[int] = tokenizer(text, add_special_tokens=special)["input_ids"]
-    return list(ids)
+def encode_batch(tokenizer: Any, rows: Iterable[Steps[T]]) -> list[T | UserError]:
+    """What the steps of each row return, or the UserError that they raise; the texts of all are tokenised together.
+
+    The tokens are those of each row alone. A text that several rows ask for at the same time is tokenised once.
+    """
+    steps = list(rows)
+    found: dict[int, T | UserError] = {}
+    asked: dict[int, Asked] = {}
+
+    def go(row: int, ids: list[int] | None) -> None:
+        try:
+            asked[row] = next(steps[row]) if ids is None else steps[row].send(ids)
+        except StopIteration as over:
+            found[row] = over.value
+        except UserError as error:
+            found[row] = error
+
+    for row in range(len(steps)):
+        go(row, None)
+    while asked:
+        texts, waiting = list(dict.fromkeys(asked.values())), list(asked)
+        tokens = dict(zip(texts, _tokens(tokenizer, texts), strict=True))
+        answers = [tokens[asked.pop(row)] for row in waiting]
+        for row, ids in zip(waiting, answers, strict=True):
+            go(row, list(ids))
+    return [found[row] for row in range(len(steps))]
+
+
+def _alone(tokenizer: Any, steps: Steps[T]) -> T:
+    """What the steps of one row return."""
+    (found,) = encode_batch(tokenizer, [steps])
+    if isinstance(found, UserError):
+        raise found
+    return found
+
+
+def _tokens(tokenizer: Any, texts: Sequence[Asked]) -> list[Sequence[int]]:
+    """The tokens of each text. A fast tokenizer is called once for all texts of a kind, and uses its own threads."""
+    if len(texts) == 1 or not getattr(tokenizer, "is_fast", False):
+        return [tokenizer(text, add_special_tokens=special)["input_ids"] for text, special in texts]
+    found: dict[Asked, Sequence[int]] = {}
+    for kind in (False, True):
+        if some := [text for text, special in texts if special is kind]:
+            made = tokenizer(some, add_special_tokens=kind, return_attention_mask=False)["input_ids"]
+            found |= zip(((text, kind) for text in some), made, strict=True)
+    return [found[asked] for asked in texts]

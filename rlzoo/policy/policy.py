@@ -18,6 +18,7 @@ from rlzoo.inputs import Input, Stage
 from rlzoo.policy.adapters import adapters, add_lora, switched_off
 from rlzoo.policy.attention import rows_apart, use
 from rlzoo.policy.chat import turn_of
+from rlzoo.policy.encoding import RowCheck
 from rlzoo.policy.head import Head, LogitTerm, computing_in, token_log_probs
 from rlzoo.policy.packing import packs, running
 from rlzoo.policy.sequences import Sequences, Tokens
@@ -118,23 +119,9 @@ class Policy(nn.Module):
                     "that the model was trained with, or save the model after model.resize_token_embeddings(...)"
                 )
 
-    def row_check(self) -> Callable[[Sequence[int], Sequence[int]], None]:
+    def row_check(self) -> RowCheck:
         """A function of prompt and completion ids that raises UserError if the model cannot take them."""
-        positions, vocabulary = self.positions, self.vocabulary
-
-        def check(prompt: Sequence[int], completion: Sequence[int]) -> None:
-            ids = (*prompt, *completion)
-            if not prompt or not completion:
-                raise UserError(f"has no tokens in its {'completion' if prompt else 'prompt'}: drop the row")
-            if not 0 <= min(ids) <= max(ids) < vocabulary:
-                self.check_range(max(ids), min(ids))
-            if positions is not None and len(ids) > positions:
-                raise UserError(
-                    f"has {len(ids)} tokens, and the model has {positions} positions: "
-                    "drop the row, or cut it (max_completion_tokens, from_trl's max_length)"
-                )
-
-        return check
+        return RowCheck(self.positions, self.vocabulary, self.check_range)
 
     def pack(self, packing: Packing) -> None:
         """Set whether micro-batches are packed; ``auto``: where a GPU attends for all of their rows in one call.

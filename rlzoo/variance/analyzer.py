@@ -26,7 +26,7 @@ from rlzoo.variance.subjects import (
     BASELINE,
     LearnsFrom,
     Subject,
-    Weighted,
+    SubjectWeights,
     baseline,
     named_objectives,
     rows_of,
@@ -85,7 +85,7 @@ def analyze_variance(
         experts = {name: set(s.rows) for name, s in subjects.items() if s.weights_expert_tokens and name in named}
         statistics = [one for one in requires if one.is_statistic]
         scored = score(assembler, rows_of(buffer, picked, subjects), statistics, experts, draws, seed)
-        weighted: dict[str, Weighted] = {}
+        weighted: dict[str, SubjectWeights] = {}
         for name, subject in subjects.items():
             try:
                 weighted[name] = weights_of(assembler, subject, scored)
@@ -106,7 +106,13 @@ def analyze_variance(
 
 
 def _described(
-    name: str, subject: Subject, weighted: Weighted, scored: Scored, draws: int, seed: int, bins: list[dict[str, Any]]
+    name: str,
+    subject: Subject,
+    weighted: SubjectWeights,
+    scored: Scored,
+    draws: int,
+    seed: int,
+    bins: list[dict[str, Any]],
 ) -> dict[str, Any]:
     """What takes no backward pass; adds the objective's bins to ``bins``."""
     c = tokens_of(weighted.coefficients.values, weighted.batch)
@@ -141,7 +147,7 @@ def _measure_gradients(
     found: dict[str, Any],
     meter: GradientMeter,
     subjects: Mapping[str, Subject],
-    weighted: Mapping[str, Weighted],
+    weighted: Mapping[str, SubjectWeights],
     scored: Scored,
     means_held: int | None,
     micro: MicroBatches,
@@ -183,7 +189,7 @@ def _measure_gradients(
 def _moments(
     name: str,
     subject: Subject,
-    weighted: Weighted,
+    weighted: SubjectWeights,
     scored: Scored,
     draws: int,
     seed: int,

@@ -14,7 +14,7 @@ from rlzoo.variance.factored import at_least_float32
 from rlzoo.variance.intervals import Estimate, nothing, rank_correlation
 from rlzoo.variance.noise import Units, against, data_noise, turned, within_by_prompt
 from rlzoo.variance.scoring import Scored
-from rlzoo.variance.subjects import Subject, Weighted
+from rlzoo.variance.subjects import Subject, SubjectWeights
 from rlzoo.variance.tasks import UnitGradients
 
 HELD_BYTES = 2**31
@@ -126,7 +126,7 @@ def inner_products(
     return found
 
 
-def proxies(subject: Subject, weighted: Weighted, scored: Scored, measured: UnitGradients) -> dict[str, Any]:
+def proxies(subject: Subject, weighted: SubjectWeights, scored: Scored, measured: UnitGradients) -> dict[str, Any]:
     """The logit-space stand-ins for ‖g_p‖² of each prompt that need no backward pass, against the exact ones.
 
     W = Σ_t S_t and the total power Σ_t a_t² S_t, a_t being the token's weight in the loss: what verl logs for online

@@ -73,7 +73,7 @@ class Subject:
 
 
 @dataclass
-class Weighted:
+class SubjectWeights:
     """An objective's coefficients on its rows, and the gradient that they make."""
 
     batch: TokenBatch
@@ -213,7 +213,7 @@ def _by_prompt(units: Sequence[tuple[Draw, ...]], prompt_of: Sequence[int]) -> d
     return found
 
 
-def weights_of(assembler: Assembler, subject: Subject, scored: Scored) -> Weighted:
+def weights_of(assembler: Assembler, subject: Subject, scored: Scored) -> SubjectWeights:
     """The objective's coefficients on all its rows as one batch, and the weights that its surrogate puts on ∇ log π.
 
     Raises UserError where the objective fails on the batch or gives a coefficient that is not finite.
@@ -231,7 +231,7 @@ def weights_of(assembler: Assembler, subject: Subject, scored: Scored) -> Weight
     return found
 
 
-def _weights_of(assembler: Assembler, subject: Subject, scored: Scored) -> Weighted:
+def _weights_of(assembler: Assembler, subject: Subject, scored: Scored) -> SubjectWeights:
     objective, chosen, policy = subject.objective, subject.rows, assembler.policy
     place = {row: i for i, row in enumerate(chosen)}
     rows, units = [scored.rows[i] for i in chosen], [tuple(place[row] for row in unit) for unit in subject.units]
@@ -273,10 +273,10 @@ def _weights_of(assembler: Assembler, subject: Subject, scored: Scored) -> Weigh
         None if giver is None else assembler.models.of(giver.models()[0]),
         row_weight[:, 0] if objective.has_logit_term and row_weight is not None else None,
     )
-    return Weighted(batch, found, task)
+    return SubjectWeights(batch, found, task)
 
 
-def baseline(weighted: Mapping[str, Weighted]) -> str | None:
+def baseline(weighted: Mapping[str, SubjectWeights]) -> str | None:
     """The objective that is the plain log-likelihood, or `BASELINE` if none is; None where there are no demonstrations.
 
     Of two that are the same, one backward pass is enough.

@@ -4,17 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from rlzoo.comparison.outcomes import METRICS, ResultKey, ResultMatrix, compare_pairs, difference_of
 from rlzoo.comparison.report.schema import Results
 from rlzoo.comparison.report.tables import on, percent, points, significance
-from rlzoo.comparison.statistics import (
-    METRICS,
-    SIGNIFICANT,
-    ResultKey,
-    ResultMatrix,
-    compare_pairs,
-    crossed_interval,
-    difference_of,
-)
+from rlzoo.comparison.statistics import SIGNIFICANT, crossed_interval
 from rlzoo.config import BASE
 
 

@@ -9,10 +9,10 @@ import pyarrow.compute as pc
 import yaml
 
 from rlzoo.buffers.bad_rows import told
+from rlzoo.comparison.outcomes import OVERALL, compare_to, result_matrices
 from rlzoo.comparison.report import plots, tables
 from rlzoo.comparison.report.answer import answer
 from rlzoo.comparison.report.schema import FinishedRun, Results
-from rlzoo.comparison.statistics import OVERALL, compare_to, result_matrices
 from rlzoo.config import BASE
 from rlzoo.document import Block, Code, Figure, Heading, Paragraph
 

@@ -10,9 +10,10 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from rlzoo.comparison.outcomes import METRICS
 from rlzoo.comparison.report.schema import Results
 from rlzoo.comparison.report.tables import amount
-from rlzoo.comparison.statistics import METRICS, SIGNIFICANT
+from rlzoo.comparison.statistics import SIGNIFICANT
 from rlzoo.config import BASE
 from rlzoo.document.drawing import GREY, INK, MARKERS, PALETTE, STYLE, WIDTH, axes_row, short, to_svg
 

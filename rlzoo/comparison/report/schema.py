@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from rlzoo.comparison.statistics import OVERALL
+from rlzoo.comparison.outcomes import OVERALL
 from rlzoo.config import BASE
 from rlzoo.errors import UserError
 

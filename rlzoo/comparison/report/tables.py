@@ -10,8 +10,9 @@ import rich.box
 import rich.table
 from rich.text import Text
 
+from rlzoo.comparison.outcomes import METRICS, OVERALL
 from rlzoo.comparison.report.schema import CellCosts, Results, SummaryRow, parse_results
-from rlzoo.comparison.statistics import METRICS, OVERALL, SIGNIFICANT
+from rlzoo.comparison.statistics import SIGNIFICANT
 from rlzoo.config import BASE
 from rlzoo.document import Entry, Table
 

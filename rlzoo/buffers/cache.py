@@ -1,0 +1,146 @@
+"""Encoded rows on disk: memory stays flat whatever their number, and a table is tokenised once.
+
+They are kept in the folder ``rlzoo`` of the cache of `datasets` (``HF_DATASETS_CACHE``), under a key of all that
+decides on their tokens: the content of the table's files, the tokenizer and its template, the settings, and the code
+that reads and encodes. `datasets.disable_caching` holds here too.
+"""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cache
+from importlib.metadata import version
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import datasets
+import pyarrow as pa
+from datasets.fingerprint import generate_random_fingerprint
+from datasets.table import MemoryMappedTable
+
+from rlzoo.buffers import storage
+from rlzoo.buffers.bad_rows import BadRows
+from rlzoo.buffers.checks import checked
+from rlzoo.buffers.schema import CHUNK, SCHEMA, to_dataset, to_tables
+from rlzoo.errors import UserError
+from rlzoo.jobs.outputs import PARTIAL, file_digest, write_atomically
+
+BATCH = 1000
+"""Rows that are Python objects at one time."""
+_LIBRARIES = ("datasets", "jinja2", "pyarrow", "tokenizers", "transformers")
+_ATTRIBUTES = ("chat_template", "special_tokens_map", "split_special_tokens", "clean_up_tokenization_spaces")
+
+
+def folder() -> Path:
+    """Where encoded rows are kept."""
+    return Path(datasets.config.HF_DATASETS_CACHE) / "rlzoo"
+
+
+def key(files: Sequence[Path], tokenizer: Any, settings: Mapping[str, Any]) -> str | None:
+    """The name of what a table's files are encoded to; None if that cannot be told, or nothing is to be kept.
+
+    That is so for rows in memory, and for tokenizers that are not the fast ones of transformers: code of their own may
+    do anything.
+    """
+    if not files or not datasets.is_caching_enabled() or not type(tokenizer).__module__.startswith("transformers."):
+        return None
+    if not getattr(tokenizer, "is_fast", False):
+        return None
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    own = {name: value for name, value in backend.items() if name not in ("truncation", "padding")}  # of the last call
+    known = {name: repr(getattr(tokenizer, name, None)) for name in _ATTRIBUTES}
+    dated = "strftime_now" in known["chat_template"]  # Llama's template says what day it is
+    parts = [
+        settings,
+        [file_digest(file) for file in files],
+        [type(tokenizer).__name__, own, known, datetime.date.today().isoformat() if dated else None],
+        [_code(), *map(version, _LIBRARIES)],
+    ]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+@cache
+def _code() -> str:
+    """A digest of the modules that read and encode rows."""
+    here = Path(__file__).parent
+    files = [*sorted(here.glob("*.py")), *(here.parent / "policy" / f"{name}.py" for name in ("chat", "encoding"))]
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+
+
+def find(name: str | None, bad: BadRows) -> datasets.Dataset | None:
+    """The rows that were kept under a key, and in ``bad`` what was counted then; None if there are none, or damaged."""
+    if name is None:
+        return None
+    try:
+        told = json.loads((folder() / f"{name}.json").read_text(encoding="utf-8"))
+        rows = folder() / told["file"]
+        if file_digest(rows) != told["sha256"]:
+            return None
+        bad.restore(told["bad_rows"])
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+    return _mapped(rows)
+
+
+def spooled(rows: Iterable[dict[str, Any]], name: str | None = None, bad: BadRows | None = None) -> datasets.Dataset:
+    """Rows as a data set, whose values were checked: kept under the key ``name``, with the counts of ``bad``.
+
+    Without a name, few rows stay in memory, and many are in a file without a name, which ends with its last user.
+    """
+    tables, name = to_tables(rows, BATCH), name if _is_writable() else None
+    first = list(islice(tables, CHUNK // BATCH + 1)) if name is None else []
+    if name is None and len(first) <= CHUNK // BATCH:
+        return checked(to_dataset(pa.concat_tables(first or [SCHEMA.arrow_schema.empty_table()])), "the data set")
+    return _written(chain(first, tables), name, bad)
+
+
+def _written(tables: Iterator[pa.Table], name: str | None, bad: BadRows | None) -> datasets.Dataset:
+    """Tables in a file: written beside its place, checked, and then given its name."""
+    where = folder() if _is_writable() else Path(tempfile.gettempdir())
+    file = where / f".rows-{uuid4().hex}{PARTIAL}"
+    try:
+        with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_stream(sink, SCHEMA.arrow_schema) as stream:
+            for table in tables:
+                _write(stream, table, where)
+        found = checked(_mapped(file), "the data set")
+        storage.release_pages(found)
+        if name is None:
+            return found
+        digest = file_digest(file)
+        kept = where / f"{name}-{digest[:16]}.arrow"
+        file.replace(kept)
+        told = {"file": kept.name, "sha256": digest, "bad_rows": (bad or BadRows()).to_json()}
+        write_atomically(where / f"{name}.json", json.dumps(told))
+        return _mapped(kept)
+    finally:
+        file.unlink(missing_ok=True)
+
+
+def _write(stream: Any, table: pa.Table, where: Path) -> None:
+    try:
+        stream.write_table(table)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise UserError(
+            f"encoded rows cannot be written to {where} ({reason}): make room, or set HF_DATASETS_CACHE"
+        ) from None
+
+
+def _mapped(file: Path) -> datasets.Dataset:
+    return datasets.Dataset(MemoryMappedTable.from_file(str(file)), fingerprint=generate_random_fingerprint())
+
+
+def _is_writable() -> bool:
+    """Whether the cache can be written to; a cluster's nodes may share one that they only read."""
+    try:
+        folder().mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return False
+    return os.access(folder(), os.W_OK)

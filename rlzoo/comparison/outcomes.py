@@ -1,0 +1,201 @@
+"""Results, intervals and paired differences of a comparison from its table of outcomes, as pure functions.
+
+S seeds, P problems. Results and intervals are fractions in [0, 1].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from jaxtyping import Float, Int
+
+from rlzoo.comparison.statistics import Benchmarks, crossed_interval, holm, p_value, result_interval
+from rlzoo.config import BASE
+from rlzoo.errors import UserError, unknown
+from rlzoo.evaluation.metrics import pass_at_k
+
+METRICS = ("avg_at_k", "greedy", "pass_at_k")
+ResultKey = tuple[str, str, str]
+"""algorithm, benchmark (or `OVERALL`), metric"""
+OVERALL = "mean over benchmarks"
+"""The name under which the mean over benchmarks stands beside them."""
+
+
+@dataclass(frozen=True)
+class ResultMatrix:
+    """The result of one algorithm on one benchmark by one metric, for each seed and problem."""
+
+    values: Float[np.ndarray, "S P"]
+    seeds: tuple[int, ...]
+    problems: tuple[str, ...]
+    benchmarks: Benchmarks | None = None
+    """The number of each problem's benchmark, where there are several: see `crossed_interval`."""
+
+
+def result_matrices(outcomes: pa.Table, k: int | Mapping[str, int]) -> dict[ResultKey, ResultMatrix]:
+    """The results behind every algorithm × benchmark × metric of an outcomes table; k may differ by benchmark.
+
+    With several benchmarks, `OVERALL` is one too. avg_at_k is the fraction of a problem's samples that is correct,
+    pass_at_k the estimate of `pass_at_k`, greedy 0 or 1. A metric without rows (no greedy decoding, say) is left out.
+    Raises UserError for a row recorded twice, a problem that a seed lacks, or k above the number of samples.
+    """
+    cells = ["algorithm", "benchmark", "decoding"]
+    table = outcomes.group_by([*cells, "seed", "problem_id"]).aggregate(
+        [("correct", "sum"), ("correct", "count"), ("sample", "count_distinct")]
+    )
+    column = {name: table[name].to_numpy() for name in table.column_names}
+    if np.any(column["sample_count_distinct"] != column["correct_count"]):
+        row = int(np.argmax(column["sample_count_distinct"] != column["correct_count"]))
+        where = ", ".join(f"{name} {column[name][row]}" for name in [*cells, "seed", "problem_id"])
+        raise UserError(f"outcomes hold a sample twice ({where}): keep one learning rate and one row per sample")
+    matrices: dict[ResultKey, ResultMatrix] = {}
+    for algorithm, benchmark, decoding in dict.fromkeys(zip(*(column[name] for name in cells), strict=True)):
+        rows = np.logical_and.reduce(
+            [column[n] == v for n, v in zip(cells, (algorithm, benchmark, decoding), strict=True)]
+        )
+        correct, n = (
+            column["correct_sum"][rows].astype(np.int64),
+            column["correct_count"][rows].astype(np.int64),
+        )
+        where = f"{algorithm!r} on {benchmark!r}"
+        for metric, results in _results(decoding, correct, n, k if isinstance(k, int) else k[benchmark]):
+            matrices[algorithm, benchmark, metric] = _pivot(
+                results, column["seed"][rows], column["problem_id"][rows], where
+            )
+    return matrices | _overall(matrices)
+
+
+def _overall(matrices: Mapping[ResultKey, ResultMatrix]) -> dict[ResultKey, ResultMatrix]:
+    """The results on all benchmarks together, by common seeds, of each algorithm × metric with results on each."""
+    benchmarks = list(dict.fromkeys(benchmark for _, benchmark, _ in matrices))
+    found: dict[ResultKey, ResultMatrix] = {}
+    for algorithm, metric in dict.fromkeys((algorithm, metric) for algorithm, _, metric in matrices):
+        own = [matrices.get((algorithm, benchmark, metric)) for benchmark in benchmarks]
+        each = [one for one in own if one is not None]
+        seeds = tuple(seed for seed in each[0].seeds if all(seed in one.seeds for one in each))
+        if len(benchmarks) > 1 and len(each) == len(benchmarks) and seeds:
+            found[algorithm, OVERALL, metric] = ResultMatrix(
+                np.concatenate([one.values[[one.seeds.index(seed) for seed in seeds]] for one in each], axis=1),
+                seeds,
+                tuple(f"{name}/{p}" for name, one in zip(benchmarks, each, strict=True) for p in one.problems),
+                np.repeat(np.arange(len(each)), [len(one.problems) for one in each]),
+            )
+    return found
+
+
+def _results(
+    decoding: str, correct: Int[np.ndarray, " N"], n: Int[np.ndarray, " N"], k: int
+) -> Iterator[tuple[str, Float[np.ndarray, " N"]]]:
+    if decoding == "greedy":
+        yield "greedy", correct / n
+    else:
+        yield "avg_at_k", correct / n
+        yield "pass_at_k", pass_at_k(correct, n, k)
+
+
+def _pivot(
+    results: Float[np.ndarray, " N"], seed: Int[np.ndarray, " N"], problem: np.ndarray, where: str
+) -> ResultMatrix:
+    seeds, row = np.unique(seed, return_inverse=True)
+    problems, column = np.unique(problem, return_inverse=True)
+    values = np.full((len(seeds), len(problems)), np.nan)
+    values[row, column] = results
+    if np.isnan(values).any():
+        s, p = np.argwhere(np.isnan(values))[0]
+        raise UserError(f"outcomes of {where}: seed {seeds[s]} lacks problem {problems[p]!r}; run that cell again")
+    return ResultMatrix(values, tuple(int(s) for s in seeds), tuple(str(p) for p in problems))
+
+
+def summarise(outcomes: pa.Table, k: int | Mapping[str, int]) -> list[dict[str, Any]]:
+    """Mean and 95 % interval of every algorithm (the base model among them, as "base") × benchmark × metric, those of
+    the mean over several benchmarks (as `OVERALL`) last.
+
+    Rows have the keys algorithm, benchmark, metric, mean, ci_low, ci_high and seeds, the number of seeds.
+    """
+    rows: list[dict[str, Any]] = []
+    for (algorithm, benchmark, metric), matrix in _ordered(result_matrices(outcomes, k)):
+        mean, low, high = result_interval(matrix.values, benchmarks=matrix.benchmarks)
+        row = {"algorithm": algorithm, "benchmark": benchmark, "metric": metric, "mean": mean}
+        rows.append(row | {"ci_low": low, "ci_high": high, "seeds": len(matrix.seeds)})
+    return rows
+
+
+def compare_to(outcomes: pa.Table, baseline: str, k: int | Mapping[str, int]) -> list[dict[str, Any]]:
+    """Paired differences (algorithm - baseline) of every other algorithm × benchmark (or `OVERALL`) × metric.
+
+    Rows have the keys algorithm, benchmark, metric, difference, ci_low, ci_high, p and seeds, the number of seeds that
+    both have; a pair with no seed in common is left out. The interval is that of one difference; p is corrected by
+    `holm` for all differences on the benchmark. Raises UserError for an unknown baseline.
+    """
+    matrices = result_matrices(outcomes, k)
+    names = dict.fromkeys(algorithm for algorithm, _, _ in matrices)
+    if baseline not in names:
+        raise unknown("baseline", baseline, names)
+    rows: list[dict[str, Any]] = []
+    for (algorithm, benchmark, metric), matrix in _ordered(matrices):
+        other = matrices.get((baseline, benchmark, metric))
+        difference = None if algorithm == baseline or other is None else difference_of(matrix, other)
+        if difference is None:
+            continue
+        mean, low, high = crossed_interval(difference.values, benchmarks=difference.benchmarks)
+        row: dict[str, Any] = {"algorithm": algorithm, "benchmark": benchmark, "metric": metric}
+        row |= {"difference": mean, "ci_low": low, "ci_high": high}
+        rows.append(row | {"p": p_value(difference.values, difference.benchmarks), "seeds": len(difference.seeds)})
+    for benchmark in {row["benchmark"] for row in rows}:
+        table = [row for row in rows if row["benchmark"] == benchmark]
+        for row, corrected in zip(table, holm([row["p"] for row in table]), strict=True):
+            row["p"] = corrected
+    return rows
+
+
+def compare_pairs(
+    matrices: Mapping[ResultKey, ResultMatrix], benchmark: str, metric: str
+) -> dict[tuple[str, str], float]:
+    """The p-value of the paired difference of each pair of algorithms, corrected by `holm` for the number of pairs.
+
+    The base model and pairs with no seed in common are left out. Each pair is there under both orders of its names.
+    """
+    found = {a: m for (a, b, by), m in matrices.items() if (b, by) == (benchmark, metric) and a != BASE}
+    all_of = {(a, b): difference_of(found[a], found[b]) for a, b in combinations(found, 2)}
+    p = {pair: p_value(one.values, one.benchmarks) for pair, one in all_of.items() if one is not None}
+    corrected = dict(zip(p, holm(list(p.values())), strict=True))
+    return corrected | {(b, a): value for (a, b), value in corrected.items()}
+
+
+def difference_of(a: ResultMatrix, b: ResultMatrix) -> ResultMatrix | None:
+    """a - b on their common seeds and problems; None if there are none.
+
+    The base model has one pseudo-seed, -1: its row is repeated for every seed of the other.
+    """
+    seeds_a, seeds_b = list(a.seeds), list(b.seeds)
+    if seeds_a == [-1] or seeds_b == [-1]:
+        rows_a = np.zeros(len(seeds_b), int) if seeds_a == [-1] else np.arange(len(seeds_a))
+        rows_b = np.zeros(len(seeds_a), int) if seeds_b == [-1] else np.arange(len(seeds_b))
+    else:
+        _, rows_a, rows_b = np.intersect1d(seeds_a, seeds_b, return_indices=True)
+    problems, columns_a, columns_b = np.intersect1d(a.problems, b.problems, return_indices=True)
+    if not len(rows_a) or not len(columns_a):
+        return None
+    values = a.values[np.ix_(rows_a, columns_a)] - b.values[np.ix_(rows_b, columns_b)]
+    seeds = [seeds_b[row] for row in rows_b] if seeds_a == [-1] else [seeds_a[row] for row in rows_a]
+    benchmarks = None if a.benchmarks is None else a.benchmarks[columns_a]
+    return ResultMatrix(values, tuple(seeds), tuple(map(str, problems)), benchmarks)
+
+
+def _ordered(matrices: Mapping[ResultKey, ResultMatrix]) -> list[tuple[ResultKey, ResultMatrix]]:
+    """By benchmark, then algorithm, each in order of appearance, then metric."""
+    algorithms = list(dict.fromkeys(algorithm for algorithm, _, _ in matrices))
+    benchmarks = list(dict.fromkeys(benchmark for _, benchmark, _ in matrices))
+    return sorted(
+        matrices.items(),
+        key=lambda item: (
+            benchmarks.index(item[0][1]),
+            algorithms.index(item[0][0]),
+            METRICS.index(item[0][2]),
+        ),
+    )
