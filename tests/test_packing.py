@@ -31,6 +31,7 @@ from transformers import (
     RecurrentGemmaConfig,
 )
 
+from rlzoo.buffers import OfflineBuffer
 from rlzoo.config import Lora, Sampling, Training
 from rlzoo.errors import UserError
 from rlzoo.inputs import Input, Stage, Statistic
@@ -41,6 +42,7 @@ from rlzoo.policy.sequences import Row
 from rlzoo.rollout import TransformersSampler
 from rlzoo.testing.engine import SameRows, rows_of, units_of
 from rlzoo.training import Trainer
+from rlzoo.variance import analyze_variance
 
 SMALL: dict[str, Any] = {
     "vocab_size": 43, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -356,6 +358,18 @@ def test_models_that_cannot_pack_take_the_same_rows_padded() -> None:
         found.append(policy(policy.collate(ROWS), term=term, reference=other))
     torch.testing.assert_close(found[1].values(), found[0].values(), rtol=0, atol=1e-12)
     torch.testing.assert_close(found[1].term, found[0].term, rtol=0, atol=1e-12)
+
+
+def test_an_analysis_of_a_packed_policy_is_the_same(tokenizer: Any) -> None:
+    found = []
+    for packing_ in ("padded", "packed"):
+        policy, objective = tiny(tokenizer), get_objective("grpo")
+        policy.pack(packing_)
+        rows = rows_of(policy, objective)
+        buffer = OfflineBuffer.from_trajectories(rows)
+        analysis = analyze_variance(policy, [objective], buffer, rows=len(rows), draws=0)
+        found.append(analysis["objectives"]["grpo"]["data_noise"]["trace_cov"]["value"])
+    assert found[0] > 0 and found[1] == pytest.approx(found[0], rel=1e-9)
 
 
 def test_a_packed_policy_samples_and_is_saved_as_any_other(tokenizer: Any, tmp_path: Path) -> None:
