@@ -8,13 +8,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+import torch
+from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
 from transformers import AttentionInterface, masking_utils
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from rlzoo.policy.packing import HALF, attention_of_pack, computed_in, is_pack, mask_of_pack
+from rlzoo.policy.packing import HALF, attention_of_pack, computed_in, is_causal, is_pack, mask_of_pack
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -41,6 +43,8 @@ def _of_rows(
     every step. With several on a GPU, keys are copied for them in float32, where the only kernel that needs no copy is
     the one that writes out all products. In bfloat16 the library copies none if there is no mask (5.0 to 5.19).
     """
+    if (cap := options.get("softcap")) is not None:
+        return _capped(module, query, key, value, attention_mask, cap, **options), None
     rows, heads, positions, size = query.shape
     shared, bias = heads // key.shape[1], options.get("position_bias")
     if shared > 1 and bias is None:
@@ -50,8 +54,7 @@ def _of_rows(
             out = functional.scaled_dot_product_attention(grouped, key, value, attn_mask=attention_mask, scale=scale)
             return out.reshape(rows, 1, heads, -1), None
         if query.device.type == "cuda" and computed_in(value) not in HALF:
-            causal = options.get("is_causal")
-            causal = getattr(module, "is_causal", True) if causal is None else causal
+            causal = is_causal(module, options.get("is_causal"))
             out = functional.scaled_dot_product_attention(
                 query,
                 repeat_kv(key, shared),
@@ -64,6 +67,25 @@ def _of_rows(
             return out.transpose(1, 2).contiguous(), None
     found: tuple[Tensor, None] = sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     return found
+
+
+def _capped(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, cap: float, **options: Any
+) -> Float[Tensor, "B L H D"]:
+    """Attention whose scores are cap · tanh(score / cap), as Gemma 2's: a call of a kernel would drop the cap."""
+    shared, length = query.shape[1] // key.shape[1], query.shape[2]
+    scores = query @ repeat_kv(key, shared).transpose(2, 3)
+    scores = cap * torch.tanh(scores * (options.get("scaling") or query.shape[-1] ** -0.5) / cap)
+    if attention_mask is None and length > 1 and is_causal(module, options.get("is_causal")):
+        attention_mask = torch.ones(length, length, dtype=torch.bool, device=query.device).tril()
+    if attention_mask is not None and attention_mask.dtype == torch.bool:
+        scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
+    elif attention_mask is not None:
+        scores = scores + attention_mask
+    weights = functional.softmax(scores, -1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(value.dtype)
+    weights = functional.dropout(weights, options.get("dropout", 0.0))
+    found: Tensor = weights @ repeat_kv(value, shared)
+    return found.transpose(1, 2).contiguous()
 
 
 def _mask(*args: Any, attention_mask: Tensor | None = None, allow_is_causal_skip: bool = True, **options: Any) -> Any:

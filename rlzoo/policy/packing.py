@@ -108,7 +108,7 @@ def attention_of_pack(
     """What ``by_row``, the attention of padded rows, gives for each row alone; in one call of a kernel if one fits."""
     if changed := [name for name in CHANGES if options.get(name) is not None]:
         raise CannotPackError(f"its attention has a {changed[0]}")
-    if not _is_causal(module, options.get("is_causal")):
+    if not is_causal(module, options.get("is_causal")):
         raise CannotPackError("its attention is not causal")
     fused = _fits_kernel(query, key, value, options)
     pack.attended(fused)
@@ -121,7 +121,8 @@ def attention_of_pack(
     return torch.cat(rows, dim=1)
 
 
-def _is_causal(module: nn.Module, told: bool | None) -> bool:
+def is_causal(module: nn.Module, told: bool | None) -> bool:
+    """Whether a layer's positions attend to none after them, by what it is told or says itself."""
     return bool(getattr(module, "is_causal", True) if told is None else told)
 
 
