@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,9 @@ from chat_templates import TEMPLATES, tokenizer_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from rlzoo.buffers import OfflineBuffer, cache, formats, from_trl, read_buffer
+from rlzoo.buffers import OfflineBuffer, cache, formats, from_trl, problems, read_buffer
 from rlzoo.buffers.bad_rows import BadRows
+from rlzoo.buffers.problems import Problem, demonstrations
 from rlzoo.buffers.schema import to_row
 from rlzoo.config import OnBadRow
 from rlzoo.errors import UserError
@@ -117,6 +118,27 @@ def test_a_fast_tokenizer_is_called_on_batches(tokenizer: Any, monkeypatch: pyte
     from_trl(numbered(500), tokenizer)
     assert len(called.texts) <= 6
     assert max(map(len, called.texts)) == 499
+
+
+def test_solutions_are_tokenised_in_batches_too(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = [Problem(str(n), f"{n}+1=", {}, (f"{n + 1}", "<eos>2" if n % 7 == 0 else f" {n + 1}")) for n in range(300)]
+    made.insert(7, Problem("empty", "", {}, ("1",)))
+    with monkeypatch.context() as patched:
+        patched.setattr(problems, "encode_batch", one_by_one)
+        patched.setattr(problems, "BATCH", 1)
+        alone = BadRows("drop")
+        expected = demonstrations(tokenizer, made, 1, alone, tokens_of)
+    called, together = Counting(monkeypatch, tokenizer), BadRows("drop")
+    assert demonstrations(tokenizer, made, 1, together, tokens_of) == expected
+    assert (together.lines(), together.dropped) == (alone.lines(), alone.dropped)
+    assert 50 < together.dropped < 200
+    assert len(called.texts) <= 12
+
+
+def tokens_of(prompt: Sequence[int], completion: Sequence[int]) -> None:
+    """A model that cannot take every third row."""
+    if sum(prompt) % 3 == 0:
+        raise UserError("has a sum that the model cannot take")
 
 
 def test_a_damaged_row_comes_after_the_bad_rows_before_it(tokenizer: Any, tmp_path: Path) -> None:

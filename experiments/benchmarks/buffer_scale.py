@@ -1,6 +1,7 @@
 """A buffer on disk at several sizes: memory and time of selecting, shuffling and batching.
 
     python experiments/benchmarks/buffer_scale.py --rows 10000,100000,1000000
+    python experiments/benchmarks/buffer_scale.py --rows 10000,100000 --tokenizer models/SmolLM2-135M-Instruct
 
 A buffer of made-up samples is written first: four a prompt, of GSM8K's size (a prompt of 60 tokens, completions of 20
 to 180), with rewards and log-probs. Then a process of its own for each size and each task:
@@ -8,6 +9,10 @@ to 180), with rewards and log-probs. Then a process of its own for each size and
 - ``open``: `OfflineBuffer.load`;
 - ``correct``, ``pairs``, ``groups``: the view;
 - ``epoch``: an epoch's shuffle, and the first ``--batches`` batches of 64 rows, as training draws them.
+
+With ``--tokenizer`` (a model's folder, or ``embedded``) tables are read instead: made-up questions and worked solutions
+of GSM8K's size in JSON lines, conversations if the tokenizer has a chat template. ``tokenise`` reads one for the first
+time, and ``again`` for the second, from the cache.
 
 Memory is what the work adds to the process at its peak, in two parts: its own (anonymous), and the pages of the file
 that are mapped, which the system takes back whenever it needs them. Seconds are per task; ``growth`` is the
@@ -18,6 +23,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -29,13 +35,20 @@ from typing import Any
 
 import numpy as np
 from datasets import Dataset
+from transformers import AutoTokenizer
 
-from rlzoo.buffers import OfflineBuffer
+from rlzoo.buffers import OfflineBuffer, read_buffer
 from rlzoo.buffers.schema import SCHEMA, to_row
 from rlzoo.training.batches import BufferSource
 from rlzoo.types import Selection, Trajectory
+from rlzoo.worlds.tokenizer import build_tokenizer
 
 WORK = ("open", "correct", "pairs", "groups", "epoch")
+TABLES = ("tokenise", "again")
+SENTENCE = (
+    "the boy has twelve apples and gives three of them to his friend each day so how many are left after a week we "
+    "compute total cost per hour times number"
+)
 
 
 def trajectories(rows: int) -> Iterator[dict[str, Any]]:
@@ -59,6 +72,33 @@ def write(rows: int, folder: Path) -> None:
     with tempfile.TemporaryDirectory(dir=folder.parent) as cache:
         made = Dataset.from_generator(trajectories, features=SCHEMA, gen_kwargs={"rows": rows}, cache_dir=cache)
         OfflineBuffer(made).save(folder)
+
+
+def tokenizer_of(name: str) -> Any:
+    """The embedded tokenizer, or a model's."""
+    return build_tokenizer() if name == "embedded" else AutoTokenizer.from_pretrained(name)
+
+
+def write_table(rows: int, path: Path, chat: bool) -> None:
+    """Made-up questions of 45 words, and solutions of 30 to 110 with a sum every ten words."""
+    random = np.random.default_rng(0)
+    with path.open("w", encoding="utf-8") as file:
+        for i in range(rows):
+            words = random.choice(SENTENCE.split(), 45 + int(random.integers(30, 110))).tolist()
+            sums = [
+                f"{word} {a}+{b}=<<{a}+{b}={a + b}>>"
+                for word, (a, b) in zip(words[50::10], pairs(random), strict=False)
+            ]
+            question, solution = f"Problem {i}: {' '.join(words[:45])}?", " ".join([*words[45:], *sums]) + f"\n#### {i}"
+            asked, said = {"role": "user", "content": question}, {"role": "assistant", "content": solution}
+            row = {"messages": [asked, said]} if chat else {"prompt": question, "completion": solution}
+            file.write(json.dumps(row) + "\n")
+
+
+def pairs(random: np.random.Generator) -> list[list[int]]:
+    """The numbers of a solution's sums."""
+    found: list[list[int]] = random.integers(1, 999, (11, 2)).tolist()
+    return found
 
 
 def memory() -> tuple[int, int]:
@@ -109,6 +149,36 @@ def one(folder: Path, work: str, batches: int) -> dict[str, float]:
     return {"seconds": seconds, "own_bytes": own, "mapped_bytes": files}
 
 
+def read_table(path: Path, tokenizer: str) -> dict[str, float]:
+    """A table read in this process, by a tokenizer that was loaded and used."""
+    loaded = tokenizer_of(tokenizer)
+    loaded(["1 + 1"])
+    peak, started, used = Peak(), time.perf_counter(), time.process_time()
+    rows = len(read_buffer(str(path), loaded))
+    seconds, processor = time.perf_counter() - started, time.process_time() - used
+    own, files = peak.end()
+    return {
+        "rows_per_second": rows / seconds, "rows_per_cpu_second": rows / processor, "own_bytes": own,
+        "mapped_bytes": files,
+    }  # fmt: skip
+
+
+def read_tables(sizes: list[int], tokenizer: str) -> dict[str, Any]:
+    """Tables of these sizes, each read twice, in processes of their own."""
+    found: dict[str, Any] = {}
+    chat = bool(tokenizer_of(tokenizer).chat_template)
+    with tempfile.TemporaryDirectory() as temporary:
+        for size in sizes:
+            path = Path(temporary) / f"table-{size}.jsonl"
+            write_table(size, path, chat)
+            command = [sys.executable, __file__, "--part", "tokenise", "--folder", str(path), "--tokenizer", tokenizer]
+            environment = {**os.environ, "HF_DATASETS_CACHE": f"{temporary}/cache"}
+            for work in TABLES:
+                done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+                found.setdefault(str(size), {})[work] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
 def main() -> None:
     """Every task at every size."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -116,12 +186,19 @@ def main() -> None:
     parser.add_argument("--batches", type=int, default=200)
     parser.add_argument("--folder", type=Path, help="keep the buffers here; default: a temporary folder")
     parser.add_argument("--json", action="store_true", help="print JSON alone")
-    parser.add_argument("--part", choices=WORK, help=argparse.SUPPRESS)
+    parser.add_argument("--tokenizer", help="read tables instead, with a model's tokenizer, or the embedded one")
+    parser.add_argument("--part", choices=(*WORK, *TABLES), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.part in TABLES:
+        print(json.dumps(read_table(arguments.folder, arguments.tokenizer)))
+        return
     if arguments.part:
         print(json.dumps(one(arguments.folder, arguments.part, arguments.batches)))
         return
     sizes = [int(size) for size in arguments.rows.split(",")]
+    if arguments.tokenizer:
+        print(json.dumps(read_tables(sizes, arguments.tokenizer), indent=None if arguments.json else 1))
+        return
     found: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as temporary:
         for size in sizes:

@@ -26,7 +26,7 @@ from rlzoo.buffers.tables import SourceTable, chunks
 from rlzoo.buffers.values import Columns, Row, find, own_id, renamed, usable
 from rlzoo.errors import UserError, kind_of
 from rlzoo.policy.chat import options_of
-from rlzoo.policy.encoding import CUT, Encoded, RowCheck, Special, Steps, encode_batch, encode_steps
+from rlzoo.policy.encoding import CUT, Encoded, RowCheck, Special, Steps, encode_batch, encode_steps, got
 from rlzoo.types import Trajectory
 
 Fits = Callable[[Sequence[int], Sequence[int]], None]
@@ -196,9 +196,7 @@ def _rows(items: Iterator[Item], encoding: _Encoding, columns: Columns, bad: Bad
             bad.rows += 1
             rows: list[dict[str, Any]] = []
             with bad.at(place):
-                if isinstance(outcome := next(encoded), UserError):
-                    raise outcome
-                read, form = outcome
+                read, form = got(next(encoded))
                 rows = [to_row(trajectory) for _, trajectory in read]
                 for number, (one, _) in enumerate(read, 1):
                     bad.note(place if len(read) == 1 else f"{place}, completion {number}", one.notes)

@@ -5,19 +5,30 @@ from __future__ import annotations
 import math
 import re
 import string
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import zip_longest
-from typing import TYPE_CHECKING, Any
+from itertools import compress, islice, zip_longest
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from rlzoo.buffers.bad_rows import BadRows, told_of
+from rlzoo.buffers.files import BATCH
 from rlzoo.buffers.formats import Fits
 from rlzoo.buffers.layouts import conversation_of
 from rlzoo.buffers.tables import good_rows, read_rows
 from rlzoo.buffers.values import find, number, own_id, usable
 from rlzoo.errors import UserError, kind_of, unknown
 from rlzoo.policy.chat import Message, Options, messages, options_of
-from rlzoo.policy.encoding import SPELLED, Special, encode, encode_prompt, spelled
+from rlzoo.policy.encoding import (
+    SPELLED,
+    Encoded,
+    Special,
+    Steps,
+    encode_batch,
+    encode_steps,
+    got,
+    prompt_steps,
+    spelled,
+)
 from rlzoo.types import Trajectory
 from rlzoo.worlds import WORLD_PREFIX, WORLDS, arithmetic, facts
 
@@ -25,6 +36,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from rlzoo.config import ProblemSource
+
+T = TypeVar("T")
+U = TypeVar("U")
 
 
 @dataclass(frozen=True)
@@ -209,13 +223,9 @@ def encode_problems(
     """
     encoded = []
     with told_of(bad) as bad:
-        for problem in problems:
+        for problem, found in _in_batches(tokenizer, problems, lambda problem: _prompt_steps(tokenizer, problem, bad)):
             with bad.at(problem.told):
-                prompt = problem.prompt if isinstance(problem.prompt, str) else messages(problem.prompt)
-                if problem.special_tokens == "allow" and (found := spelled(tokenizer, prompt)):
-                    bad.note(problem.told, {SPELLED: found})
-                text, ids = encode_prompt(tokenizer, prompt, problem.special_tokens, _options(problem))
-                encoded.append(EncodedProblem(replace(problem, prompt=prompt), text, ids))
+                encoded.append(got(found))
         if problems:
             bad.require_some(len(encoded))
     return encoded
@@ -232,22 +242,67 @@ def demonstrations(
 
     A problem with a solution that does not fit (`Policy.row_check`) is a bad row.
     """
-    rows = []
     with told_of(bad) as bad:
-        for encoded in encode_problems(tokenizer, problems, bad):
-            problem = encoded.problem
-            for number, solution in enumerate(problem.solutions, 1):
-                with bad.at(problem.told):
-                    how = problem.special_tokens, _options(problem)
-                    made = encode(tokenizer, problem.prompt, solution, None, max_tokens, *how)
-                    if fits is not None:
-                        fits(made.prompt_ids, made.completion_ids)
-                    bad.note(problem.told + (f", solution {number}" if number > 1 else ""), made.notes)
-                    own = replace(encoded, text=made.prompt, ids=made.prompt_ids)
-                    text = made.completion if made.truncated else solution
-                    ids = made.completion_ids
-                    rows.append(trajectory(own, text, ids, truncated=made.truncated, reward=problem.quality))
-    return rows
+        return list(each_demonstration(tokenizer, problems, max_tokens, bad, fits))
+
+
+def each_demonstration(
+    tokenizer: PreTrainedTokenizerBase,
+    problems: Sequence[Problem],
+    max_tokens: int | None,
+    bad: BadRows,
+    fits: Fits | None = None,
+) -> Iterator[Trajectory]:
+    """The same, `BATCH` in memory at a time, after all prompts were checked."""
+    checks = _in_batches(tokenizer, problems, lambda problem: _prompt_steps(tokenizer, problem, bad))
+    good = bytearray(len(problems))
+    for place, (problem, found) in enumerate(checks):
+        with bad.at(problem.told):
+            got(found)
+            good[place] = True
+    if problems:
+        bad.require_some(sum(good))
+    solutions = (
+        (problem, nth, solution)
+        for problem in compress(problems, good)
+        for nth, solution in enumerate(problem.solutions, 1)
+    )
+    every = _in_batches(tokenizer, solutions, lambda one: _solution_steps(tokenizer, one[0], one[2], max_tokens, fits))
+    for (problem, nth, solution), outcome in every:
+        with bad.at(problem.told):
+            own, made = got(outcome)
+            bad.note(problem.told + (f", solution {nth}" if nth > 1 else ""), made.notes)
+            text = made.completion if made.truncated else solution
+            yield trajectory(own, text, made.completion_ids, truncated=made.truncated, reward=problem.quality)
+
+
+def _in_batches(
+    tokenizer: Any, items: Iterable[T], steps: Callable[[T], Steps[U]]
+) -> Iterator[tuple[T, U | UserError]]:
+    """Each item, and what its steps return or raise."""
+    left = iter(items)
+    for batch in iter(lambda: list(islice(left, BATCH)), []):
+        yield from zip(batch, encode_batch(tokenizer, map(steps, batch)), strict=True)
+
+
+def _prompt_steps(tokenizer: Any, problem: Problem, bad: BadRows) -> Steps[EncodedProblem]:
+    prompt = problem.prompt if isinstance(problem.prompt, str) else messages(problem.prompt)
+    if problem.special_tokens == "allow" and (found := spelled(tokenizer, prompt)):
+        bad.note(problem.told, {SPELLED: found})
+    text, ids = yield from prompt_steps(tokenizer, prompt, problem.special_tokens, _options(problem))
+    return EncodedProblem(replace(problem, prompt=prompt), text, ids)
+
+
+def _solution_steps(
+    tokenizer: Any, problem: Problem, solution: str, max_tokens: int | None, fits: Fits | None
+) -> Steps[tuple[EncodedProblem, Encoded]]:
+    """The problem with its tokens before this solution, and the solution's."""
+    prompt = problem.prompt if isinstance(problem.prompt, str) else messages(problem.prompt)
+    how = problem.special_tokens, _options(problem)
+    made = yield from encode_steps(tokenizer, prompt, solution, None, max_tokens, *how)
+    if fits is not None:
+        fits(made.prompt_ids, made.completion_ids)
+    return EncodedProblem(replace(problem, prompt=prompt), made.prompt, made.prompt_ids), made
 
 
 def _options(problem: Problem) -> Options:

@@ -10,7 +10,7 @@ import numpy as np
 
 from rlzoo.buffers import Buffer, OfflineBuffer, read_buffer
 from rlzoo.buffers.bad_rows import BadRows
-from rlzoo.buffers.problems import demonstrations, encode_problems, load_problems
+from rlzoo.buffers.problems import each_demonstration, encode_problems, load_problems
 from rlzoo.comparison.resolve import learns_from_samples, objective_of, reward_of, views_of
 from rlzoo.config import Experiment, OnBadRow, TokenBudget
 from rlzoo.jobs.cached_results import CachedResults
@@ -55,7 +55,7 @@ def _fill_buffer(
     problems = load_problems(experiment.train, bad["train"])
     longest = experiment.training.max_completion_tokens
     if (table := experiment.demonstrations_table) is None:
-        rows = demonstrations(policy.tokenizer, problems, longest, bad["train"], policy.row_check())
+        rows = each_demonstration(policy.tokenizer, problems, longest, bad["train"], policy.row_check())
         buffer: Buffer = OfflineBuffer.from_trajectories(rows)
     else:
         how = longest, table.split, table.columns, bad["demonstrations"], experiment.training.special_tokens

@@ -270,12 +270,16 @@ def encode_batch(tokenizer: Any, rows: Iterable[Steps[T]]) -> list[T | UserError
     return [found[row] for row in range(len(steps))]
 
 
-def _alone(tokenizer: Any, steps: Steps[T]) -> T:
-    """What the steps of one row return."""
-    (found,) = encode_batch(tokenizer, [steps])
+def got(found: T | UserError) -> T:
+    """What a row's steps returned. Raises the UserError that they raised."""
     if isinstance(found, UserError):
         raise found
     return found
+
+
+def _alone(tokenizer: Any, steps: Steps[T]) -> T:
+    """What the steps of one row return."""
+    return got(encode_batch(tokenizer, [steps])[0])
 
 
 def _tokens(tokenizer: Any, texts: Sequence[Asked]) -> list[Sequence[int]]:
