@@ -23,7 +23,7 @@ The coverage is 93 to 97 % but for what no interval can do:
   which misleads in up to 3 % of all draws. No interval can be both valid over all draws and right among so few of them.
 - Where noise is as large as the gradient, the gradient's direction is only half known, and the noise along an average
   direction stands in for the rest. If the gradient lies along the noisiest direction alone, ‖G‖² has 92 %, and along
-  the least noisy one 99 %.
+  the least noisy one 98 %.
 - The trace of noise with very heavy tails over few prompts. No interval for a mean holds its level whatever the tails
   (Bahadur and Savage, Annals of Mathematical Statistics 27, 1956): a sample that lacks the rare large values does not
   tell of them. With a lognormal factor of σ = 0.7 it is 92 % over 40 prompts, 94 % over 256.

@@ -169,7 +169,8 @@ class Joint:
         moves = np.zeros((3, 4, len(first)))
         moves[0, 0], moves[1, 1], moves[2, 2], moves[2, 3] = 2 * scale[0], 2 * scale[1], scale[2], scale[3]
         found: Float[np.ndarray, "3 3 N"] = np.einsum("ikn,kl,jln->ijn", moves, self.correlation, moves)
-        return found + self.second[:, :, None]
+        found += self.second[:, :, None]
+        return found
 
 
 def joint(
