@@ -21,13 +21,24 @@ import pytest
 import torch
 from scipy.stats import chisquare, ks_2samp
 
+from rlzoo.buffers import OfflineBuffer
 from rlzoo.buffers.problems import Problem, encode_problems
-from rlzoo.config import Rollouts, Sampling
+from rlzoo.config import Rollouts, Sampling, Training
 from rlzoo.errors import UserError
+from rlzoo.objective import get_objective
 from rlzoo.policy import Policy, load_policy
 from rlzoo.policy.microbatches import log_probs
 from rlzoo.reward import get_reward
-from rlzoo.rollout import Sampler, TransformersSampler, VLLMSampler, VLLMServerSampler, collect_rollouts, mismatch
+from rlzoo.rollout import (
+    Collector,
+    Sampler,
+    TransformersSampler,
+    VLLMSampler,
+    VLLMServerSampler,
+    collect_rollouts,
+    mismatch,
+)
+from rlzoo.training import train
 from rlzoo.types import Trajectory
 
 pytestmark = [pytest.mark.vllm, pytest.mark.skipif(find_spec("vllm") is None, reason="vllm is not installed")]
@@ -76,15 +87,17 @@ def server() -> Iterator[str]:
             os.killpg(run.pid, signal.SIGKILL)
 
 
+def problems() -> list[Problem]:
+    return [Problem(str(i), [{"role": "user", "content": text}], {"answer": "7"}) for i, text in enumerate(CHAT)]
+
+
 def prompts(policy: Policy) -> list[list[int]]:
-    made = [Problem(str(i), [{"role": "user", "content": text}], {"answer": "7"}) for i, text in enumerate(CHAT)]
-    return [encoded.ids for encoded in encode_problems(policy.tokenizer, made)]
+    return [encoded.ids for encoded in encode_problems(policy.tokenizer, problems())]
 
 
 def collected(policy: Policy, sampler: Sampler, settings: Sampling, recompute: bool = True) -> list[Trajectory]:
-    made = [Problem(str(i), [{"role": "user", "content": text}], {"answer": "7"}) for i, text in enumerate(CHAT)]
-    problems, reward = encode_problems(policy.tokenizer, made), get_reward("math-answer")
-    return collect_rollouts(policy, sampler, problems, reward, settings, seed=0, recompute=recompute)
+    encoded, reward = encode_problems(policy.tokenizer, problems()), get_reward("math-answer")
+    return collect_rollouts(policy, sampler, encoded, reward, settings, seed=0, recompute=recompute)
 
 
 @pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.7, 0.9)])
@@ -159,6 +172,30 @@ def test_changed_weights_are_handed_over(policy: Policy, colocated: VLLMSampler)
     assert max(gaps) > 0.05  # the old weights would have said something else
     back = mismatch(collected(policy, colocated, Sampling(samples=2, max_new_tokens=24)))
     assert back is not None and back["largest"] < 1e-3
+
+
+def test_online_training_samples_with_the_weights_of_each_step(policy: Policy) -> None:
+    own, batches = load_policy(MODEL), list[list[Trajectory]]()
+
+    class Watched(Collector):
+        def __call__(self, version: int) -> OfflineBuffer:
+            found = super().__call__(version)
+            batches.append(list(found))
+            return found
+
+    def longer(completions: list[list[dict[str, str]]], **_: object) -> list[float]:
+        return [float(len(completion[0]["content"])) for completion in completions]
+
+    settings = Training(steps=3, batch_size=8, learning_rate=3e-4, warmup_ratio=0.0)
+    sampling = Sampling(samples=4, max_new_tokens=16)
+    source = Watched(own, VLLMSampler(own, max_model_len=256), problems(), longer, sampling, settings)
+    train(own, get_objective("grpo"), source, settings)
+    found = [mismatch(rows) for rows in batches]
+    assert len(found) == 3 and all(one is not None and one["largest"] < 1e-3 for one in found)
+    last = batches[-1]
+    first_weights = log_probs(policy, [(row.prompt_ids, row.completion_ids) for row in last])
+    gaps = [np.subtract(row.sampler_logp or [], own) for row, own in zip(last, first_weights, strict=True)]
+    assert np.abs(np.concatenate(gaps)).max() > 0.05  # the weights before training would have said something else
 
 
 def test_a_server_samples_the_policy_as_it_is(policy: Policy, server: str) -> None:
