@@ -20,7 +20,7 @@ The coverage is 93 to 97 % but for what no interval can do:
 
 - Where the noise hides a gradient, there is no cosine and no norm ratio. At a noise scale of 10 × the prompts a few
   draws show one all the same, those in which chance made the gradient long: their intervals miss more often than not,
-  which misleads in up to 3 % of all draws. No interval can be both valid over all draws and right among so few of them.
+  which misleads in up to 2 % of all draws. No interval can be both valid over all draws and right among so few of them.
 - Where noise is as large as the gradient, the gradient's direction is only half known, and the noise along an average
   direction stands in for the rest. If the gradient lies along the noisiest direction alone, ‖G‖² has 92 %, and along
   the least noisy one 98 %.
