@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from fake_cuda import GPU, fake_cuda
 from torch import Tensor, nn
 from torch.nn import functional
@@ -37,6 +38,7 @@ from rlzoo.errors import UserError
 from rlzoo.inputs import Input, Stage, Statistic
 from rlzoo.objective import get_objective, list_objectives
 from rlzoo.policy import MicroBatches, Policy, packing
+from rlzoo.policy.attention import NAME
 from rlzoo.policy.microbatches import token_batches
 from rlzoo.policy.sequences import Row
 from rlzoo.rollout import TransformersSampler
@@ -76,7 +78,7 @@ PADDED: dict[str, tuple[Callable[[], Any], str]] = {
     "bloom": (lambda: BloomConfig(**OLD, hidden_size=32, n_layer=1, n_head=4), "cannot be told positions"),
     "recurrent_gemma": (
         lambda: RecurrentGemmaConfig(**SMALL, block_types=["recurrent", "attention"]),
-        "layers that are not attention",
+        "layers that are not attention|does not take its attention",  # as transformers 5.0 and newer tell them
     ),
 }
 ROWS = [
@@ -95,7 +97,10 @@ def model_of(config: Any, dtype: torch.dtype = torch.float64) -> Any:
 
 def policy_of(config: Any, dtype: torch.dtype = torch.float64) -> Policy:
     tokenizer: Any = SimpleNamespace(eos_token_id=2, pad_token_id=0, get_vocab=dict)
-    return Policy(model_of(config, dtype), tokenizer)
+    policy = Policy(model_of(config, dtype), tokenizer)
+    if config.model_type in ("gpt2", "opt") and policy.model.config._attn_implementation != NAME:
+        pytest.skip(f"in transformers {transformers.__version__} its code asks for the library's own attention")
+    return policy
 
 
 def packed(policy: Policy) -> Policy:
