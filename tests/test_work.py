@@ -352,6 +352,16 @@ def test_the_buffer_has_samples_of_as_many_prompts_as_were_asked_for(
     assert results["buffer"]["rows"] == len(buffer) == 10 + 6
 
 
+def test_an_online_cell_keeps_the_options_of_its_view(tmp_path: Path) -> None:
+    """With a limit of one token every sample is truncated, and this row leaves those out."""
+    rows = {name: {"mode": "online", "objective": "rloo", "options": {"truncated": name}} for name in ("keep", "drop")}
+    experiment = small(rows, rollouts__max_new_tokens=1, training__steps=1, evaluation=NO_CURVE)
+    found = runner.compare(experiment, tmp_path / "out", 1, console=Console(file=io.StringIO()))
+    assert [cell["algorithm"] for cell in found["cells"]] == ["keep"]
+    (failed,) = found["failed"]
+    assert "8 fresh batches in a row gave nothing to learn from" in failed["error"]
+
+
 def test_token_probabilities_are_of_the_demonstrations_before_and_after(
     base: Policy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
