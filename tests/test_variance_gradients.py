@@ -298,7 +298,7 @@ def test_a_class_is_not_believed_by_its_name(make_model: MakeModel, place: str) 
         layer.mlp.up_proj = Doubled(32, 48, bias=False).double()
     else:
         policy.model.lm_head = Doubled(32, len(policy.tokenizer), bias=False).double()
-    with pytest.raises(UserError, match=r"no known gradient by row|not a plain linear layer"):
+    with pytest.raises(UserError, match=r"no known gradient per row|not a plain linear layer"):
         GradientMeter(policy)
 
 

@@ -246,7 +246,7 @@ def test_settings_of_an_engine_that_is_not_asked_for(policy: Policy) -> None:
     with pytest.raises(UserError, match="a server has its own options: give url or engine_options"):
         validated(EvaluationSettings, {"engine": "vllm", "url": "http://x", "engine_options": {"a": 1}}, "evaluation")
     with pytest.raises(UserError, match="engine 'transformers' has no server: url is for engines with one"):
-        sampler_of(policy, Sampling(url="http://x"))
+        sampler_of(policy, Sampling(engine="transformers", url="http://x"))
     with pytest.raises(UserError, match=r"engine 'transformers' cannot take these engine_options: .*'max_model_len'"):
         sampler_of(policy, Sampling(engine_options={"max_model_len": 9}))
 
