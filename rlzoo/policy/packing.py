@@ -122,7 +122,7 @@ def attention_of_pack(
 
 
 def is_causal(module: nn.Module, told: bool | None) -> bool:
-    """Whether a layer's positions attend to none after them, by what it is told or says itself."""
+    """Whether a layer is causal, by the argument of its call or else by its own attribute."""
     return bool(getattr(module, "is_causal", True) if told is None else told)
 
 
