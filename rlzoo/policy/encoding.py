@@ -3,8 +3,8 @@
 All text is encoded here, so a prompt has the same tokens in a demonstration, in a rollout and in an evaluation. Chat
 templates are handled in `rlzoo.policy.chat`.
 
-Encoding is written as steps that ask for the tokens of a text and continue with them, so that the steps of many rows run
-side by side and fast tokenizers are called on batches (`encode_batch`).
+Encoding is written as steps that ask for the tokens of a text and continue with them, so that the steps of many rows
+run side by side and fast tokenizers are called on batches (`encode_batch`).
 """
 
 from __future__ import annotations
