@@ -116,8 +116,6 @@ def _run_cell(
     objective = objective_of(experiment, cell.algorithm)
     settings = experiment.training_of(cell.algorithm).model_copy(update={"learning_rate": cell.learning_rate})
     policy = load_for(experiment.model, settings)
-    if settings.lora is not None:
-        policy.add_lora(**settings.lora.model_dump())
     buffer = OfflineBuffer.load(buffer_path)
     online = experiment.algorithms[cell.algorithm].mode == "online"
     record = TrainingRecord()
