@@ -296,7 +296,7 @@ def test_the_analyzer_refuses_a_mixture_in_one_line(make_policy: MakePolicy) -> 
     named = {"both": mixture({"sft": 1.0, "dft": 1.0}), "sft": get_objective("sft")}
     found = analyze_variance(policy, named, rows_of(policy), rows=6, draws=0)
     assert set(found["objectives"]) == {"sft"}
-    assert found["skipped"]["both"].startswith("'mixture' is a composite, and each part has rows of its own: analyse")
+    assert found["skipped"]["both"].startswith("'mixture' is a composite: analyse its components")
     with pytest.raises(UserError, match="analyse its parts"):
         analyze_variance(policy, [named["both"]], rows_of(policy), rows=6, draws=0)
 

@@ -18,8 +18,8 @@ from rlzoo.variance.moments import TokenTable
 
 LOGITS = torch.tensor([3.0, 1.0, 0.0, -2.0, 0.5], dtype=torch.float64)
 SECOND = torch.stack([LOGITS.roll(i) * (1 - 0.1 * i) for i in range(5)])
-WEIGHTS: Mapping[str, tabular.Weigh] = {**tabular.OBJECTIVES, "square": lambda p: p**2}
-over_weights = pytest.mark.parametrize("weigh", WEIGHTS.values(), ids=WEIGHTS)
+WEIGHTS: Mapping[str, tabular.Weight] = {**tabular.OBJECTIVES, "square": lambda p: p**2}
+over_weights = pytest.mark.parametrize("weight", WEIGHTS.values(), ids=WEIGHTS)
 
 
 def table_of(rows: list[list[tuple[torch.Tensor, int]]]) -> TokenTable:
@@ -40,33 +40,33 @@ def by_logp(row: Any, logp: Any, others: Any = 0.1) -> TokenTable:
     return TokenTable(np.asarray(row), logp, miss, others * miss**2)
 
 
-def coefficients(table: TokenTable, weigh: tabular.Weigh) -> np.ndarray:
-    return np.array([weigh(p) for p in np.exp(table.logp)])
+def coefficients(table: TokenTable, weight: tabular.Weight) -> np.ndarray:
+    return np.array([weight(p) for p in np.exp(table.logp)])
 
 
 @over_weights
-def test_the_bandit_has_the_predicted_variance(weigh: tabular.Weigh) -> None:
+def test_the_bandit_has_the_predicted_variance(weight: tabular.Weight) -> None:
     table = table_of([[(LOGITS, token)] for token in range(5)])
-    predicted = np.exp(moments.log_trace_cov(table, coefficients(table, weigh)))
-    enumerated = [tabular.bandit(LOGITS, token, weigh) for token in range(5)]
+    predicted = np.exp(moments.log_trace_cov(table, coefficients(table, weight)))
+    enumerated = [tabular.bandit(LOGITS, token, weight) for token in range(5)]
     np.testing.assert_allclose(predicted, [m.trace_cov for m in enumerated], rtol=1e-9)
     p = np.exp(table.logp)
     np.testing.assert_allclose([m.relative_noise for m in enumerated], (1 - p) / p, rtol=1e-9)
 
 
 @over_weights
-def test_the_mean_of_the_estimator_is_the_objectives_gradient(weigh: tabular.Weigh) -> None:
+def test_the_mean_of_the_estimator_is_the_objectives_gradient(weight: tabular.Weight) -> None:
     for token in range(5):
-        expected = weigh(float(LOGITS.softmax(0)[token])) * tabular.score(LOGITS, token)
-        torch.testing.assert_close(tabular.bandit(LOGITS, token, weigh).mean, expected, rtol=1e-12, atol=1e-12)
+        expected = weight(float(LOGITS.softmax(0)[token])) * tabular.score(LOGITS, token)
+        torch.testing.assert_close(tabular.bandit(LOGITS, token, weight).mean, expected, rtol=1e-12, atol=1e-12)
 
 
 @over_weights
 @pytest.mark.parametrize("expert", [(0, 0), (1, 2), (3, 4)])
-def test_two_tokens_add_up_token_by_token(weigh: tabular.Weigh, expert: tuple[int, int]) -> None:
+def test_two_tokens_add_up_token_by_token(weight: tabular.Weight, expert: tuple[int, int]) -> None:
     table = table_of([[(LOGITS, expert[0]), (SECOND[expert[0]], expert[1])]])
-    predicted = np.exp(moments.log_trace_cov(table, coefficients(table, weigh))).sum()
-    enumerated = tabular.sequence_by_token(LOGITS, SECOND, expert, weigh)
+    predicted = np.exp(moments.log_trace_cov(table, coefficients(table, weight))).sum()
+    enumerated = tabular.sequence_by_token(LOGITS, SECOND, expert, weight)
     assert predicted == pytest.approx(enumerated.trace_cov, rel=1e-9)
 
 
@@ -74,8 +74,8 @@ def test_two_tokens_add_up_token_by_token(weigh: tabular.Weigh, expert: tuple[in
 def test_two_tokens_as_one_action_have_the_closed_form(expert: tuple[int, int]) -> None:
     table = table_of([[(LOGITS, expert[0]), (SECOND[expert[0]], expert[1])]])
     found = moments.sequences(table)
-    for key, weigh in (("log10_trace_cov_sft", WEIGHTS["SFT"]), ("log10_trace_cov_dft", WEIGHTS["DFT"])):
-        enumerated = tabular.sequence_as_one_action(LOGITS, SECOND, expert, weigh).trace_cov
+    for key, weight in (("log10_trace_cov_sft", WEIGHTS["SFT"]), ("log10_trace_cov_dft", WEIGHTS["DFT"])):
+        enumerated = tabular.sequence_as_one_action(LOGITS, SECOND, expert, weight).trace_cov
         assert 10 ** found[key]["0.5"] == pytest.approx(enumerated, rel=1e-9)
     assert 10 ** found["log10_p"]["1"] == pytest.approx(math.exp(table.logp.sum()), rel=1e-9)
 

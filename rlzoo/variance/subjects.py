@@ -111,7 +111,7 @@ def subjects_of(
     selections = {name: view_of(name, objective, learns_from)[0] for name, objective in plain.items()}
     for name, objective in named.items():
         if name not in plain:
-            skipped[name] = f"{objective.name!r} is a composite, and each part has rows of its own: analyse its parts"
+            skipped[name] = f"{objective.name!r} is a composite: analyse its components, which have their own rows"
             continue
         try:
             selection, options = view_of(name, objective, learns_from)
