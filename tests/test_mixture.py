@@ -297,7 +297,7 @@ def test_the_analyzer_refuses_a_mixture_in_one_line(make_policy: MakePolicy) -> 
     found = analyze_variance(policy, named, rows_of(policy), rows=6, draws=0)
     assert set(found["objectives"]) == {"sft"}
     assert found["skipped"]["both"].startswith("'mixture' is a composite: analyse its components")
-    with pytest.raises(UserError, match="analyse its parts"):
+    with pytest.raises(UserError, match="analyse its components"):
         analyze_variance(policy, [named["both"]], rows_of(policy), rows=6, draws=0)
 
 
