@@ -388,12 +388,18 @@ def hungry(policy: Policy, entries: int) -> Policy:
 
 
 @pytest.mark.parametrize("name", ["sft", "ppo"])
-def test_micro_batches_are_halved_until_they_fit(make_policy: MakePolicy, name: str) -> None:
+def test_micro_batches_are_halved_until_they_fit(
+    make_policy: MakePolicy, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     policy = make_policy()
     buffer = OfflineBuffer.from_trajectories(list(with_reference(rows_of(policy), policy)))
     settings = EVERY.model_copy(update={"steps": 2, "batch_size": 12})
     whole = train(make_policy(), get_objective(name), buffer, settings)
-    found = train(hungry(make_policy(), 40), get_objective(name), buffer, settings)
+    small, held = hungry(make_policy(), 40), list[bool]()
+    release = lambda: held.append(any(p.grad is not None for p in small.parameters()))  # noqa: E731
+    monkeypatch.setattr("rlzoo.policy.microbatches.release_memory", release)
+    found = train(small, get_objective(name), buffer, settings)
+    assert held and not any(held), "nothing of a failed attempt is left when its memory is given back"
     longest = max(len(row.prompt_ids) + len(row.completion_ids) for row in buffer)
     assert longest <= 20 and found.events
     told = [re.fullmatch(r"step 1: out of memory with (\d+) tokens .*, now (\d+)", event) for event in found.events]
