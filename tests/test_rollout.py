@@ -245,13 +245,13 @@ def test_an_engine_s_log_probs_stand_in_for_the_policy_s_where_it_gives_all(make
             assert ours == pytest.approx(expected, abs=1e-5)
 
 
-def test_the_parts_of_a_reward_reach_the_rows(make_policy: MakePolicy) -> None:
+def test_the_components_of_a_reward_reach_the_rows(make_policy: MakePolicy) -> None:
     policy = make_policy("gpt2", dtype=torch.float32)
     reward = get_reward([{"name": "exact-match"}, {"name": "format", "weight": 0.5, "pattern": "[01]"}])
     problems = encode_problems(policy.tokenizer, [problem(1, "17+25=?\n")])
     zero, one = collect_rollouts(policy, FakeSampler(), problems, reward, Sampling(samples=2), seed=0)
     assert (zero.reward, one.reward) == (0.5, 1.5)
-    assert (list((zero.reward_parts or {}).values()), list((one.reward_parts or {}).values())) == ([0, 1], [1, 1])
+    assert [list(row.reward_components.values()) for row in (zero, one)] == [[0, 1], [1, 1]]
 
 
 def test_a_mismatch_by_hand() -> None:
