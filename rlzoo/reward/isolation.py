@@ -55,12 +55,13 @@ class RewardProcess(CompositeReward):
         self._process: subprocess.Popen[bytes] | None = None
         self._over = False
         self._rows: Sequence[int] | None = None
-        self.name, self._parts = "", tuple[str, ...]()
+        self.name, self._components = "", tuple[str, ...]()
         atexit.register(self._end)
 
     @property
-    def parts(self) -> tuple[str, ...]:
-        return self._parts
+    def components(self) -> tuple[str, ...]:
+        """The names of the components, as the process reported them."""
+        return self._components
 
     @property
     def pid(self) -> int | None:
@@ -104,7 +105,7 @@ class RewardProcess(CompositeReward):
                 yield from self._ask(alone, on_error, [row])
             except _EndedError as ended:
                 failed(f"reward {self.name!r} {ended} on row {row}", on_error)
-                yield Score(None, dict.fromkeys(self.parts))
+                yield Score(None, dict.fromkeys(self.components))
 
     @contextmanager
     def numbering(self, rows: Sequence[int]) -> Iterator[None]:
@@ -177,7 +178,7 @@ class RewardProcess(CompositeReward):
         if "error" in answer:
             self.close()
             raise UserError(answer["error"])
-        self.name, self._parts = answer["name"], tuple(answer["parts"])
+        self.name, self._components = answer["name"], tuple(answer["components"])
         return process
 
 
@@ -190,13 +191,14 @@ class RewardProcesses(CompositeReward):
         self.processes = [RewardProcess(spec, limits) for _ in range(number)]
         self._serve(self.processes[0])
         self.submit(lambda process: process.start()).result()
-        self.name, self._parts = self.processes[0].name, self.processes[0].parts
+        self.name, self._components = self.processes[0].name, self.processes[0].components
         for process in self.processes[1:]:
             self._serve(process)
 
     @property
-    def parts(self) -> tuple[str, ...]:
-        return self._parts
+    def components(self) -> tuple[str, ...]:
+        """See `RewardProcess.components`."""
+        return self._components
 
     def submit(self, work: Callable[[RewardProcess], T]) -> Future[T]:
         """The result that ``work`` on one of the processes will have. Works are begun in their order."""
@@ -320,7 +322,7 @@ def _serve() -> None:
     except UserError as error:
         _write(answers, {"error": str(error)})
         return
-    _write(answers, {"name": reward.name, "parts": reward.parts})
+    _write(answers, {"name": reward.name, "components": reward.components})
     while True:
         message = _read(asked, None)
         if "answers_in" in message:
