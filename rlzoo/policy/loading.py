@@ -150,7 +150,7 @@ def save_policy(policy: Policy, folder: Path) -> None:
     An adapter is merged into the weights, and also written to the folder ``adapter``. All processes must call this; the
     main one writes.
     """
-    weights = _gathered(policy.model)
+    weights = whole_weights(policy.model)
     if rank() == 0:
         policy.model.save_pretrained(folder, state_dict=merged(policy.model, weights))
         policy.tokenizer.save_pretrained(folder)
@@ -158,7 +158,7 @@ def save_policy(policy: Policy, folder: Path) -> None:
             save_adapter(policy.model, weights, folder / "adapter", policy.name)
 
 
-def _gathered(model: Any) -> dict[str, Tensor]:
+def whole_weights(model: Any) -> dict[str, Tensor]:
     """The tensors of a model, gathered if it is sharded; tied weights stay one tensor."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
     found, whole = {}, dict[int, Tensor]()

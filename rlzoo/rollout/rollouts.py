@@ -51,6 +51,7 @@ def collect_rollouts(
         sampled = _sampled(sampler, [p.ids for p in problems], settings, seed, progress, cached, scorer.begin)
         flat = [(problem, sample) for problem, samples in zip(problems, sampled, strict=True) for sample in samples]
         scorer.begin_all(sampled)
+        sampler.rest()
         recomputed, engine, recompute = _behaviour(policy, flat, settings, token_budget, recompute)
         scores = [score for score, _ in scorer.end()]
     return [
