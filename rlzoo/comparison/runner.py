@@ -193,7 +193,7 @@ def _run(
     trained, failed = _gather(processes, grid, train, console, lambda found: _forget_lost(experiment, found, state))
     chosen, rates = chosen_cells(experiment, trained)
     final = [c for c in chosen if has_choice(experiment, c.algorithm)]
-    found, failed_later = _gather(processes, final, test, console, lambda found: None)
+    found, failed_later = _gather(processes, final, test, console)
     by_cell = {name: done | found.get(name, {}) for name, done in trained.items()}
     failed += failed_later
     reported = [by_cell[c.id] for c in chosen if "metrics" in by_cell[c.id]]
@@ -275,7 +275,7 @@ def _gather(
     grid: Sequence[Cell],
     submit: Callable[[Cell, int], Future[Any]],
     console: Console,
-    so_far: Callable[[Mapping[str, Any]], None],
+    so_far: Callable[[Mapping[str, Any]], None] | None = None,
 ) -> tuple[dict[str, dict[str, Any]], list[dict[str, Any]]]:
     """The results of cells that succeeded, by cell id, and the cells that failed, with the reason.
 
@@ -295,7 +295,8 @@ def _gather(
             done = f"  [{len(results) + len(failed) + 1}/{len(grid)}] {name}"
             if error is None:
                 results[name] = future.result()
-                so_far(results)
+                if so_far is not None:
+                    so_far(results)
                 _say(console, f"{done}: {_averages(results[name])}")
                 for event in results[name].get("events", []):
                     _say(console, f"    {event}", style="yellow")
