@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from batches import random_batch
+from batches import hand_batch, random_batch
 from canonical import ppo
 from comparisons import inline_pool, small
 from test_checkpoints import EVERY, StopError, rows_of, same, stop_at
@@ -30,7 +31,7 @@ from rlzoo.testing.batches import gradients, prepared
 from rlzoo.training import Trainer, train, with_reference
 from rlzoo.training.batches import BufferSource, buffer_sources, seeds, shares, views_of
 from rlzoo.training.sums import Readout, Sums, means_of
-from rlzoo.types import Selection, Trajectory
+from rlzoo.types import Coefficients, Selection, Trajectory
 
 MakePolicy = Callable[..., Policy]
 Draw = tuple[list[Trajectory], list[tuple[int, ...]]]
@@ -327,3 +328,15 @@ def test_a_reported_loss_has_what_auxiliary_losses_add() -> None:
     places = sums.into(readout)
     assert means_of(places, readout.read())["loss"] == pytest.approx(ppo(batch).item(), rel=1e-9)
     assert ppo(batch).item() != pytest.approx(ppo(batch.replace(value=None)).item(), rel=1e-3)
+
+
+def test_a_mean_is_over_the_tokens_and_rows_that_have_a_value() -> None:
+    objective, batch, nan, sums = get_objective("sft"), hand_batch([[0.5, 0.5], [0.25]]), torch.nan, Sums()
+    metrics = {"row": torch.tensor([nan, 3.0]), "token": torch.tensor([[1.0, nan], [5.0, 100.0]])}
+    ones = torch.ones_like(batch.logp)
+    sums.add(objective, batch, Coefficients(ones, metrics=metrics), torch.tensor(0.0), 1.0)
+    readout = Readout()
+    places = sums.into(readout)
+    assert means_of(places, readout.read()) == pytest.approx(
+        {"loss": 0.0, "row": 3.0, "token": 3.0, "coefficient": 1.0, "logp": 4 / 3 * math.log(0.5)}
+    )

@@ -363,9 +363,11 @@ def test_missing_log_probs_are_user_errors(make_policy: MakePolicy) -> None:
 
 
 def test_training_computes_reference_log_probs_of_the_policy_as_it_comes(make_policy: MakePolicy) -> None:
-    policy = make_policy()
-    first, *_ = run(policy, "dpo", sampled(policy)).steps
+    policy, kept = make_policy(), list[Policy | None]()
+    settings, keep = QUICK.model_copy(update={"steps": 1}), lambda trainer, _: kept.append(trainer.models.initial)
+    (first,) = train(policy, get_objective("dpo"), sampled(policy), settings, callbacks=[keep]).steps
     assert first["margin"] == pytest.approx(0, abs=1e-5)
+    assert kept == [None], "with its log-probs in the buffer, the model itself is not kept in memory"
     policy = make_policy()
     first, second = run(policy, "iw-sft", demonstrated(policy), batch_size=6).steps
     assert first["weight"] == pytest.approx(1, abs=1e-6)
