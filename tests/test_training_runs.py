@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import resource
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -320,6 +321,8 @@ def test_peak_memory_is_the_highest_of_all_steps_and_no_callback_s(
 def test_peak_memory_is_in_bytes_and_starts_anew() -> None:
     reset_peak_memory(CPU)
     before = peak_memory_bytes(CPU)
+    resident = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    assert before == pytest.approx(resident, rel=0.01)
     torch.ones(2**24).sum()  # 64 MB, which are given back at once
     peak = peak_memory_bytes(CPU)
     assert 2**25 < peak - before < 2**28
