@@ -102,6 +102,8 @@ ELSEWHERE = {
     "--baseline": "test_compare.py::test_the_report_can_be_written_again",
     "--executor": "test_ray.py::test_a_node_that_dies_half_way_costs_nothing_but_time",
     "--address": "test_ray.py::test_there_is_no_cluster",
+    "--format": "test_studies.py::test_a_run_becomes_a_study",
+    "--to": "test_studies.py::test_a_run_becomes_a_study",
     "--gpu": "test_planning.py::test_a_model_of_any_size_is_planned_without_its_weights",
     "--pilot": "test_planning.py::test_a_pilot_tells_what_more_seeds_would_detect",
     "--buffer": "test_variance.py::test_the_command_with_an_objective_from_a_file",

@@ -15,6 +15,7 @@ from rlzoo.cli.evaluate import evaluate
 from rlzoo.cli.help import Command, Group
 from rlzoo.cli.plan import plan
 from rlzoo.cli.report import report
+from rlzoo.cli.results import results
 from rlzoo.cli.rollout import rollout
 from rlzoo.cli.scaffold import new
 from rlzoo.cli.train import train
@@ -24,7 +25,7 @@ Handler = Callable[..., int]
 PANELS: dict[str, Sequence[Handler]] = {
     "Experiments": (plan, compare, variance, report),
     "One step at a time": (rollout, train, evaluate),
-    "Look up and extend": (list_, new),
+    "Look up and extend": (list_, results, new),
 }
 
 

@@ -37,8 +37,7 @@ def plan(
         Path | None,
         options.running(
             metavar="RUN",
-            help="Folder of a finished comparison: the length of its samples, and the smallest difference that this "
-            "one can detect.",
+            help="Folder of a finished comparison that tells variances and lengths; by default the study that ships.",
         ),
     ] = None,
     workers: options.Workers = None,
