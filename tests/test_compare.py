@@ -252,8 +252,8 @@ def test_a_benchmark_may_have_a_reward_of_its_own(tmp_path: Path) -> None:
     assert {row["components"] for row in rows if row["benchmark"] == "plain"} == {None}
     mine = [row for row in rows if row["benchmark"] == "own" and row["algorithm"] == "sft"]
     for row in mine:
-        parts = json.loads(row["components"])
-        assert row["reward"] == pytest.approx(parts["length"] + 3 * parts["format"])
+        found = json.loads(row["components"])
+        assert row["reward"] == pytest.approx(found["length"] + 3 * found["format"])
     lengths = [json.loads(row["components"])["length"] for row in mine if row["decoding"] == "sample"]
     assert cell["metrics"]["own"]["component/length"] == pytest.approx(sum(lengths) / len(lengths))
     assert results["metrics"]["component/length"] == {"label": "length", "unit": "mean reward"}

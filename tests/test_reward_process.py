@@ -212,7 +212,7 @@ def test_it_gives_what_the_reward_gives_here() -> None:
     arguments = (["1+2", "2+2"], ["#### 3", "#### 5"], columns)
     here = apart(spec, Limits(None, None)).score(*arguments)
     there = apart(spec, Limits()).score(*arguments)
-    assert here == there and all(isinstance(score, Score) and len(score.parts) == 2 for score in there)
+    assert here == there and all(isinstance(score, Score) and len(score.components) == 2 for score in there)
 
 
 HOSTILE = [

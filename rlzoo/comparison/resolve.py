@@ -44,7 +44,7 @@ def reward_of(
 def metrics_of(experiment: Experiment) -> dict[str, Metric]:
     """The metrics of all benchmarks, by name. Raises UserError as `metric_table` does."""
     rewards = {name: reward_of(experiment, benchmark=name) for name in experiment.benchmarks}
-    tables = [metric_table(experiment.evaluation, reward.parts) for reward in rewards.values()]
+    tables = [metric_table(experiment.evaluation, reward.components) for reward in rewards.values()]
     return {metric.name: metric for table in tables for metric in table}
 
 

@@ -60,7 +60,7 @@ def evaluate(
         raise UserError("there are no problems to evaluate on: give a problem set with at least one row")
     if (most := max(settings.pass_ks)) > settings.samples:
         raise UserError(f"pass@{most} needs as many samples, and there are {settings.samples}: change k or samples")
-    table = metric_table(settings, reward.parts) if metrics is None else [get_metric(metric) for metric in metrics]
+    table = metric_table(settings, reward.components) if metrics is None else [get_metric(metric) for metric in metrics]
     sampler = sampler or sampler_of(policy, settings)
     encoded = within_limits(policy, sampler, encode_problems(policy.tokenizer, problems, bad), settings, bad)
     needs = {need for metric in table for need in metric.needs}
@@ -137,7 +137,7 @@ def _outcomes(
             "truncated": sample.truncated,
             "text": sample.text,
             **({"logged": json.dumps(score.extra)} if score.extra else {}),
-            **({"components": json.dumps(score.parts)} if len(score.parts) > 1 else {}),
+            **({"components": json.dumps(score.components)} if len(score.components) > 1 else {}),
             **({} if answer is None else {"answer": answer}),
         }
         for (problem, number, sample), score, answer in zip(flat, scores, answers, strict=True)

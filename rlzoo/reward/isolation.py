@@ -50,12 +50,13 @@ class RewardProcess(CompositeReward):
         self._spec, self._limits = spec, limits
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
-        self.name, self._parts = "", tuple[str, ...]()
+        self.name, self._components = "", tuple[str, ...]()
         self._start()
 
     @property
-    def parts(self) -> tuple[str, ...]:
-        return self._parts
+    def components(self) -> tuple[str, ...]:
+        """The names of the components, as the process reported them."""
+        return self._components
 
     def score(
         self,
@@ -95,7 +96,7 @@ class RewardProcess(CompositeReward):
                 yield from self._ask(alone, on_error, row)
             except _EndedError as ended:
                 failed(f"reward {self.name!r} {ended} on row {row}", on_error)
-                yield Score(None, dict.fromkeys(self.parts))
+                yield Score(None, dict.fromkeys(self.components))
 
     def close(self) -> None:
         """End the process."""
@@ -153,7 +154,7 @@ class RewardProcess(CompositeReward):
         if "error" in answer:
             self.close()
             raise UserError(answer["error"])
-        self.name, self._parts = answer["name"], tuple(answer["parts"])
+        self.name, self._components = answer["name"], tuple(answer["components"])
         return process
 
 
@@ -228,7 +229,7 @@ def _serve() -> None:
     except UserError as error:
         _write(answers, {"error": str(error)})
         return
-    _write(answers, {"name": reward.name, "parts": reward.parts})
+    _write(answers, {"name": reward.name, "components": reward.components})
     while True:
         message = _read(asked, None)
         if "answers_in" in message:

@@ -44,8 +44,8 @@ def collect_rollouts(
     the nucleus, so the policy's log-probability of the nucleus is added to them.
 
     Samples are cached in ``cached``, if given. Values that a reward logs for a completion become columns of its row;
-    metrics of a call are stored with the reward's parts. A problem that the model cannot take is an error, or goes to
-    ``bad``.
+    metrics of a call are stored with the reward's components. A problem that the model cannot take is an error, or goes
+    to ``bad``.
     """
     problems = within_limits(policy, sampler, problems, settings, bad)
     reward = get_reward(reward)
@@ -69,7 +69,7 @@ def collect_rollouts(
             sample.ids,
             source="policy",
             reward=score.value,
-            reward_parts={**score.metrics, **score.parts},
+            reward_components={**score.metrics, **score.components},
             logged=score.extra,
             behaviour_logp=behaviour,
             sampler_logp=other if recompute else None,  # compared with itself it would show no mismatch
