@@ -188,9 +188,15 @@ def test_the_checkpoints_of_another_run_are_refused(make_policy: MakePolicy, tmp
         trained(make_policy, "dft", tmp_path)
     with pytest.raises(UserError, match=r"objective\.\w+: .* there, .* here"):
         trained(make_policy, "iw-sft-ema", tmp_path)
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(UserError, match=r"computed: 'cpu, .*' there, 'cpu, .*"):
-        patch.setattr("rlzoo.training.state.computed", lambda policy: "cpu, in another dtype")  # as auto may mean
-        trained(make_policy, "iw-sft", tmp_path)
+
+    def mixed(*arguments: Any) -> Policy:
+        """As auto may mean."""
+        policy = make_policy(*arguments)
+        policy.compute = torch.bfloat16
+        return policy
+
+    with pytest.raises(UserError, match=r"computed: 'cpu, torch.float32' there, 'cpu, torch.bfloat16' here"):
+        trained(mixed, "iw-sft", tmp_path)
     other = EVERY.model_copy(update={"token_budget": 40, "checkpoint_seconds": 9.0, "trackers": ["tensorboard"]})
     assert len(trained(make_policy, "iw-sft", tmp_path, other)[1].steps) == 7
 

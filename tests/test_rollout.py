@@ -322,10 +322,21 @@ def test_attention_heads_that_share_keys(kind: str, make_policy: MakePolicy) -> 
     assert policy.model.config._attn_implementation == "rlzoo"
 
 
-def test_samples_do_not_depend_on_the_batch(policy: Policy) -> None:
-    """Each has a random stream of its own, also where one prompt's samples are more than a batch."""
-    settings = Sampling(samples=7, max_new_tokens=9, batch_size=64)
+def test_samples_do_not_depend_on_the_batch(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each has a random stream of its own, also where one prompt's samples are more than a batch.
+
+    Those that have ended leave, so that hardly any forward pass is for them.
+    """
+    monkeypatch.setattr(policy.model.generation_config, "eos_token_id", [*range(3, 60)])  # so that many end early
+    settings, sizes = Sampling(samples=7, max_new_tokens=9, batch_size=64), list[int]()
+    handle = policy.model.base_model.register_forward_pre_hook(
+        lambda _, __, given: sizes.append(len(given["input_ids"])), with_kwargs=True
+    )
     expected = sampled_ids(policy, settings, seed=4)
+    handle.remove()
+    unfinished = [sum(len(ids) > step for samples in expected for ids in samples) for step in range(len(sizes))]
+    assert sizes[0] == len(PROMPTS) and 0 < sizes[-1] < 14
+    assert all(size - rest < decoding.LEAVE * size for size, rest in zip(sizes[1:], unfinished[1:], strict=True))
     for size in (1, 3, 7, 15):
         done: list[int] = []
         some = settings.model_copy(update={"batch_size": size})

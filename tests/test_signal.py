@@ -86,6 +86,9 @@ def test_a_batch_of_equal_rewards_is_told(make_policy: MakePolicy) -> None:
     policy = make_policy()
     events = events_of(policy, "reinforce", groups_of(policy, 0.1, 0.1, 0.1, size=3))
     assert f"reinforce: all 2 {SILENT}: nothing is learned from their rewards" in events
+    source, once = Fixed(groups_of(policy, 0.1, 0.1, 0.1, size=3)), RAW.model_copy(update={"steps": 1})
+    (*_, event) = Trainer(policy, get_objective("reinforce"), source, once).run().events
+    assert event.startswith(f"reinforce: 1 of 1 {SILENT}"), "one is not all"
 
 
 def test_the_parts_of_a_mixture_are_told_apart(make_policy: MakePolicy) -> None:
@@ -213,6 +216,12 @@ def test_masked_completions_teach_nothing_but_their_rewards_count(make_policy: M
     assert distance(one, trained(make_policy(), get_objective("grpo"), (rows, units), RAW)) > 1e-3
     events = events_of(make_policy(), "grpo", (rows, units), truncated="mask")
     assert "grpo: 2 of 16 completions drawn are truncated and masked" in events
+    none_left = [replace(row, truncated=True) for row in rows]
+    assert events_of(make_policy(), "grpo", (none_left, units), truncated="mask") == [
+        f"grpo: 2 of 8 {FLAT}",  # the others' advantages are not 0, and meet no token
+        f"grpo: all 2 {SILENT}: nothing is learned from their rewards",
+        "grpo: all 16 completions drawn are truncated and masked",
+    ]
 
 
 @pytest.mark.parametrize("name", ["sft", "rft", "dft", "grpo", "kto", "dpo"])
