@@ -38,18 +38,6 @@ Compare = Callable[..., dict[str, Any]]
 TIMES = ("wall_seconds", "peak_memory_bytes")
 
 
-@pytest.fixture
-def inline(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Cells run in this process."""
-    monkeypatch.setattr(runner, "pool", inline_pool)
-
-
-@pytest.fixture
-def undrawn(inline: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And no report is drawn, which takes longer than a small comparison."""
-    monkeypatch.setattr(runner, "write_report", lambda *_: None)
-
-
 def quietly(experiment: Experiment, out: Path, workers: int = 1) -> dict[str, Any]:
     return runner.compare(experiment, out, workers, console=Console(file=io.StringIO()))
 
@@ -144,6 +132,7 @@ def test_the_written_experiment_gives_the_same_numbers(tmp_path: Path) -> None:
     assert outcomes(tmp_path / "first").equals(outcomes(tmp_path / "again"))
 
 
+@pytest.mark.slow
 def test_processes_change_no_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     experiment = small({"sft": {}, "ppo": {"mode": "online"}}, seeds=[0, 1])
     spawned = quietly(experiment, tmp_path / "spawned", workers=2)
@@ -279,6 +268,7 @@ def test_gold_completions_without_a_log_likelihood_are_counted_once(tmp_path: Pa
 # What is stopped
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("undrawn")
 def test_a_comparison_that_was_stopped_ends_as_one_that_was_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
