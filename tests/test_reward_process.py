@@ -148,8 +148,8 @@ def test_a_process_finds_modules_and_gets_what_a_reward_here_gets(
     (mine,) = made
     own = {"gold": ["g"], "prompts": ["not this"]}
     assert [score.value for score in mine.score(["q"], ["a"], own, [[1, 2, 3]])] == [3.0]
-    process = isolation._processes[next(key for key in isolation._processes if "beside_this:mine" in key)]._process
-    assert process is not None and mine(["q"], ["a"], gold=["g"]) == [process.pid], "it outlives the thread"
+    (started,) = isolation._processes[next(key for key in isolation._processes if "beside_this:mine" in key)].processes
+    assert started.pid is not None and mine(["q"], ["a"], gold=["g"]) == [started.pid], "it outlives the thread"
     for each in isolation._processes.values():
         each.close()
 
