@@ -10,8 +10,6 @@ import itertools
 import math
 import re
 import signal
-import subprocess
-import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +20,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from comparisons import inline_pool, small
+from comparisons import forked, inline_pool, small
 
 from rlzoo.buffers import OfflineBuffer
 from rlzoo.buffers.problems import Problem, encode_problems, load_problems
@@ -115,8 +113,8 @@ def teacher_in(folder: Path) -> None:
 @pytest.mark.parametrize("plugin", [*OBJECTIVES, *SAMPLERS])
 def test_a_plugin_resumes_bit_for_bit_after_kill_9(plugin: str, tmp_path: Path) -> None:
     teacher_in(tmp_path)
-    died = subprocess.run([sys.executable, __file__, plugin, str(tmp_path)], capture_output=True, check=False)
-    assert died.returncode == -signal.SIGKILL, died.stderr.decode()
+    died = forked(lambda: run(plugin, tmp_path, tmp_path / "checkpoints", kill=True))
+    assert died.status == -signal.SIGKILL, died.errors
     assert list((tmp_path / "checkpoints").glob(f"step-*{KILLED_AT}.result")), "it was stopped after a checkpoint"
     whole, record = run(plugin, tmp_path, None)
     resumed, rest = run(plugin, tmp_path, tmp_path / "checkpoints")
@@ -224,8 +222,8 @@ def test_views_by_name_or_as_an_object() -> None:
     assert {"demonstrations", "correct", "pairs", "groups", "unpaired"} <= {row["name"] for row in catalogue()["views"]}
 
 
-def test_a_row_of_a_comparison_learns_from_a_view_of_a_plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runner, "pool", inline_pool)
+@pytest.mark.usefixtures("undrawn")
+def test_a_row_of_a_comparison_learns_from_a_view_of_a_plugin(tmp_path: Path) -> None:
     view = f"{PLUGINS / 'rarely_solved.py'}:RarelySolved"
     rows = {"sft-hard": {"objective": "sft", "learns_from": view}, "hard": {"objective": spec("rarely_solved")}}
     evaluation = {"samples": 1, "max_new_tokens": 4, "curve_points": 0}
@@ -360,14 +358,14 @@ def compared_online(out: Path, kill: bool = False) -> dict[str, Any]:
     )  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(runner, "pool", inline_pool)
+        patch.setattr(runner, "write_report", lambda *_: None)
         patch.setattr(Trainer, "_between_batches", or_die)
         return runner.compare(experiment, out, 1)
 
 
 def test_a_comparison_with_a_plugins_sampler_resumes_bit_for_bit_after_kill_9(tmp_path: Path) -> None:
-    command = [sys.executable, __file__, "replaying in a comparison", str(tmp_path / "out")]
-    died = subprocess.run(command, capture_output=True, check=False)
-    assert died.returncode == -signal.SIGKILL, died.stderr.decode()
+    died = forked(lambda: compared_online(tmp_path / "out", kill=True))
+    assert died.status == -signal.SIGKILL, died.errors
     assert list((tmp_path / "out").rglob(f"step-*{KILLED_AT}.result")), "it was stopped after a checkpoint"
     found, whole = compared_online(tmp_path / "out"), compared_online(tmp_path / "whole")
     (cell,), (expected,) = found["cells"], whole["cells"]
@@ -396,10 +394,10 @@ def compared(out: Path, kill: bool = False) -> dict[str, Any]:
         return runner.compare(small({"sft": {}, "dft": {}}, evaluation=settings, benchmarks=benchmarks), out, 1)
 
 
+@pytest.mark.slow
 def test_a_plugins_metric_is_reported_after_kill_9(tmp_path: Path) -> None:
-    command = [sys.executable, __file__, "distinct", str(tmp_path / "out")]
-    died = subprocess.run(command, capture_output=True, check=False)
-    assert died.returncode == -signal.SIGKILL, died.stderr.decode()
+    died = forked(lambda: compared(tmp_path / "out", kill=True))
+    assert died.status == -signal.SIGKILL, died.errors
     found, whole = compared(tmp_path / "out"), compared(tmp_path / "whole")
     assert [cell["metrics"] for cell in found["cells"]] == [cell["metrics"] for cell in whole["cells"]]
     assert found["mean_over_benchmarks"] == whole["mean_over_benchmarks"] and found["base"] == whole["base"]
@@ -465,11 +463,3 @@ def test_an_input_that_cannot_be_made_is_refused_at_once(stage: str, told: str, 
 def test_no_plugin_is_longer_than_forty_lines() -> None:
     lengths = {path.name: len(path.read_text(encoding="utf-8").splitlines()) for path in PLUGINS.glob("*.py")}
     assert len(lengths) >= 6 and max(lengths.values()) <= 40, lengths
-
-
-if __name__ == "__main__":
-    if sys.argv[1] == "distinct":
-        compared(Path(sys.argv[2]), kill=True)
-    if sys.argv[1] == "replaying in a comparison":
-        compared_online(Path(sys.argv[2]), kill=True)
-    run(sys.argv[1], Path(sys.argv[2]), Path(sys.argv[2]) / "checkpoints", kill=True)

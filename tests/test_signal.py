@@ -294,10 +294,10 @@ class Later(Objective):
 def test_the_analyzer_reads_an_objective_that_masks_tokens_of_demonstrations(make_policy: MakePolicy) -> None:
     policy = make_policy("llama")
     buffer = OfflineBuffer.from_trajectories(truncated_rows(policy, source="demonstration"))
-    named = {"masked": Later(), "weighed": Later(masks=False)}
+    named = {"masked": Later(), "weighted": Later(masks=False)}
     found = analyze_variance(policy, named, buffer, rows=8, draws=256)["objectives"]
-    masked, weighed = (found[name]["token_moments"]["predicted_trace_cov"] for name in named)
-    assert masked == pytest.approx(weighed) and masked > 0
+    masked, weighted = (found[name]["token_moments"]["predicted_trace_cov"] for name in named)
+    assert masked == pytest.approx(weighted) and masked > 0
 
 
 def test_what_cannot_be_done_with_truncated_completions_is_refused(make_policy: MakePolicy) -> None:

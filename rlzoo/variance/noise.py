@@ -155,7 +155,7 @@ def against(units: Units, other: Units, of_means: float, same_prompts: float | N
             return {name: nothing(reason) for name in names}
     apart = units.prompt[:, None] != other.prompt[None]
     _, a, b = np.intersect1d(units.prompt, other.prompt, assume_unique=True, return_indices=True)
-    t = max(student(freedom(side.along)) for side in (first, second))
+    t = max(student(side.freedom) for side in (first, second))
     shared = within(units, other) if same_prompts is None else same_prompts
     inner = inner_product(len(units), len(other), len(a), of_means, shared)
     covariance = joint(first, second, units.sketch @ other.sketch.T, apart, a, b, inner)
@@ -175,7 +175,7 @@ def side_allows(side: Side, size: float, trace: Trace | None = None, share: floa
     first, second, third = float(side.first(max(size, 0.0))), side.second, float(side.third(max(size, 0.0)))
     variance, skew = first + second, 0.0
     # the second-order part is a sum over all pairs of prompts, and its variance as much better known
-    uncertain = first**2 / freedom(side.along) + second**2 / math.comb(side.count, 2)
+    uncertain = first**2 / side.freedom + second**2 / math.comb(side.count, 2)
     if trace is not None:
         own = share * trace.error
         variance += own**2 - 2 * own * math.sqrt(first) * trace.correlation

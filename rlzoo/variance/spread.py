@@ -19,6 +19,8 @@ from functools import cached_property
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from rlzoo.variance.intervals import freedom
+
 Matrix = Float[np.ndarray, "n m"]
 Vector = Float[np.ndarray, " n"]
 Values = Float[np.ndarray, "..."]
@@ -94,11 +96,19 @@ class Side:
         """
         return self.cubes / self.squares / (self.count - 1) if self.squares > 0 else 0.0
 
+    @cached_property
+    def measured(self) -> float:
+        """‖G‖² times the noise along ḡ."""
+        return float(self.along.var(ddof=1)) - self.squares / (self.count * (self.count - 1) ** 2)
+
+    @cached_property
+    def freedom(self) -> float:
+        """Degrees of freedom of that variance along ḡ."""
+        return freedom(self.along)
+
     def first(self, size: Values | float) -> Values:
         """The first-order variance 4 GᵀΣG/n of the estimate of ‖G‖², if ‖G‖² is ``size`` ≥ 0."""
-        chance = self.squares / (self.count * (self.count - 1) ** 2)
-        measured = float(self.along.var(ddof=1)) - chance
-        found: Values = 4 / self.count * size * self.towards(size, measured, self.along_noise, self.average)
+        found: Values = 4 / self.count * size * self.towards(size, self.measured, self.along_noise, self.average)
         return found
 
     def towards(self, size: Values | float, measured: float, drift: float, average: float) -> Values:
