@@ -25,7 +25,7 @@ Values = Float[np.ndarray, "..."]
 
 
 def centred(products: Matrix, valid: Bool[np.ndarray, "n m"]) -> Matrix:
-    """Inner products less what row and column explain, scaled so that sums of squares are unbiased; 0 where not valid.
+    """Doubly centred inner products, scaled so that sums of squares are unbiased; 0 where not valid.
 
     What is left of ⟨a_i, b_j⟩ is ⟨a_i - G, b_j - G'⟩.
     """
@@ -40,7 +40,7 @@ def centred(products: Matrix, valid: Bool[np.ndarray, "n m"]) -> Matrix:
 
 
 def row_means(products: Matrix, valid: Bool[np.ndarray, "n m"], axis: int = 1) -> Vector:
-    """⟨a_i, G'⟩ of each prompt, from all prompts but itself, less their mean."""
+    """⟨a_i, G'⟩ of each prompt, estimated from all other prompts, minus the mean over prompts."""
     found = np.where(valid, products, 0).sum(axis) / np.maximum(valid.sum(axis), 1)
     moved: Vector = found - found.mean()
     return moved
@@ -48,17 +48,20 @@ def row_means(products: Matrix, valid: Bool[np.ndarray, "n m"], axis: int = 1) -
 
 @dataclass(frozen=True)
 class Side:
-    """One objective's part in a covariance."""
+    """What one objective contributes to a covariance."""
 
     centred: Matrix
-    """Of ⟨a_i, a_j⟩."""
+    """⟨a_i, a_j⟩, as `centred` returns it."""
     along: Vector
-    """⟨a_i, G⟩ less its mean."""
+    """⟨a_i, G⟩ minus its mean."""
     grad_norm_sq: float
+    """The estimate of ‖G‖²."""
     trace_cov: float
+    """The estimate of tr Σ."""
 
     @property
     def count(self) -> int:
+        """The number of prompts."""
         return len(self.along)
 
     @cached_property
@@ -73,7 +76,7 @@ class Side:
 
     @cached_property
     def uncertain(self) -> float:
-        """What noise alone makes of ‖G‖²: the standard error of its estimate where G = 0."""
+        """The standard error of the estimate of ‖G‖² if G = 0."""
         return float(np.sqrt(self.second))
 
     @cached_property

@@ -18,7 +18,7 @@ from rlzoo.errors import UserError
 from rlzoo.objective import Objective, get_objective, is_composite, surrogate_of, view_in_place
 from rlzoo.objective import view_of as own_view
 from rlzoo.policy import Assembler
-from rlzoo.registry import told
+from rlzoo.registry import one_line
 from rlzoo.types import (
     Coefficients,
     Selection,
@@ -223,7 +223,7 @@ def weights_of(assembler: Assembler, subject: Subject, scored: Scored) -> Subjec
     except UserError:
         raise
     except Exception as error:  # of a user's own objective
-        raise UserError(f"objective {subject.objective.name!r} failed: {told(error)}") from error
+        raise UserError(f"objective {subject.objective.name!r} failed: {one_line(error)}") from error
     if not found.batch.mask.any():
         raise UserError(f"objective {subject.objective.name!r} learns from no token of its rows: all are masked")
     if not torch.isfinite(found.coefficients.values[found.batch.mask]).all():
