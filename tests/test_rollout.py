@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -14,10 +15,20 @@ from scipy.stats import chisquare
 
 from rlzoo.buffers.problems import Problem, encode_problems
 from rlzoo.config import Sampling
+from rlzoo.errors import UserError
 from rlzoo.jobs.cached_results import CachedResults
 from rlzoo.policy import Policy, Sequences
 from rlzoo.reward import Reward, get_reward
-from rlzoo.rollout import Sample, Sampler, TransformersSampler, collect_rollouts, decoding, mismatch
+from rlzoo.rollout import (
+    Sample,
+    Sampler,
+    TransformersSampler,
+    collect_rollouts,
+    decoding,
+    mismatch,
+    sampler_of,
+    static_decoding,
+)
 from rlzoo.types import Trajectory
 
 MakePolicy = Callable[..., Policy]
@@ -140,7 +151,7 @@ def test_rare_tokens_of_a_large_vocabulary_can_all_be_drawn(top_p: float) -> Non
     logits[0, 0] = math.log1p(-rare * count)
     within = count * rare - (1 - top_p)  # what the nucleus leaves of them
     draws = torch.linspace(1 - within, 1, count, dtype=torch.float64)
-    drawn = decoding._pick(logits.expand(count, -1), Sampling(top_p=top_p), draws)
+    drawn = decoding._pick(logits.expand(count, -1), draws, Sampling(top_p=top_p))
     assert len(set(drawn.tolist())) > 0.8 * within / rare
 
 
@@ -400,3 +411,118 @@ def test_sampling_keeps_no_graph_and_leaves_the_policy_as_it_was_also_when_it_fa
     assert calls == [False] * 3 and policy.training
     assert policy.model.generation_config is generation and policy.model.config._attn_implementation == attention
     policy.eval()
+
+
+LONG = Sampling(samples=8, max_new_tokens=40)
+
+
+@pytest.mark.parametrize("room", [256, 8])
+@pytest.mark.parametrize("greedy", [False, True])
+def test_static_shapes_give_the_same_tokens(
+    make_policy: MakePolicy, monkeypatch: pytest.MonkeyPatch, greedy: bool, room: int
+) -> None:
+    """Sequences end at different tokens, leave, and outgrow their room."""
+    monkeypatch.setattr(static_decoding, "ROOM", room)
+    monkeypatch.setattr(static_decoding, "BLOCK", 4)
+    monkeypatch.setattr(static_decoding, "LEAVE", 0.1)
+    lengths = set[int]()
+    for kind in ("gpt2", "llama"):
+        policy = make_policy(kind)
+        policy.model.generation_config.eos_token_id = [40, 41, 42, 43]
+        expected = TransformersSampler(policy).sample(PROMPTS, LONG, 7, greedy=greedy)
+        found = TransformersSampler(policy, static_shapes=True).sample(PROMPTS, LONG, 7, greedy=greedy)
+        assert found == expected
+        lengths |= {len(sample.ids) for samples in expected for sample in samples}
+    assert max(lengths) > 30 and len(lengths) > (1 if greedy else 6)
+
+
+def test_a_replayed_step_finds_everything_where_it_was(
+    make_policy: MakePolicy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A CUDA graph reads and writes the addresses that it was made with; a replay here checks them, and runs the step.
+
+    It is made anew when sequences leave and when they need more room.
+    """
+    policy = make_policy("llama")
+    policy.model.generation_config.eos_token_id = list(range(40, 44))
+    made: list[int] = []
+    replays = 0
+
+    def addresses(batch: static_decoding.StaticBatch) -> list[int]:
+        layers = [buffer for layer in batch.cache.layers for buffer in (layer.keys, layer.values, layer.at)]
+        own = [value for value in vars(batch).values() if isinstance(value, torch.Tensor)]
+        return [tensor.data_ptr() for tensor in (*own, *layers)]
+
+    def captured(step: Any, device: torch.device) -> Callable[[], None]:
+        step()
+        batch, made_of = step.__self__, addresses(step.__self__)
+        made.append(len(batch.token))
+
+        def replay() -> None:
+            nonlocal replays
+            replays += 1
+            assert addresses(batch) == made_of
+            step()
+            assert addresses(batch) == made_of
+
+        return replay
+
+    monkeypatch.setattr(static_decoding, "captured", captured)
+    monkeypatch.setattr(static_decoding, "ROOM", 24)
+    monkeypatch.setattr(static_decoding, "BLOCK", 8)
+    monkeypatch.setattr(decoding, "pins", lambda device: True)
+    settings = Sampling(samples=6, max_new_tokens=58)
+    expected = TransformersSampler(policy).sample(PROMPTS, settings, 7)
+    assert TransformersSampler(policy, static_shapes=True).sample(PROMPTS, settings, 7) == expected
+    assert len(made) >= 3 and made[0] == 24 > made[-1], "one per shape"
+    assert replays > 20
+
+
+def test_a_model_that_allows_no_graph_is_sampled_without(
+    make_policy: MakePolicy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: list[int] = []
+
+    def refuses(step: Any, device: torch.device) -> None:
+        step()
+        tried.append(1)
+
+    monkeypatch.setattr(static_decoding, "captured", refuses)
+    monkeypatch.setattr(decoding, "pins", lambda device: True)
+    policy = make_policy("llama")
+    sampler = TransformersSampler(policy, static_shapes=True)
+    expected = TransformersSampler(policy).sample(PROMPTS, LONG, 7)
+    for _ in range(2):
+        assert sampler.sample(PROMPTS, LONG, 7) == expected
+    assert tried == [1]
+
+
+def test_a_model_that_static_shapes_do_not_suit(make_policy: MakePolicy, tokenizer: Any) -> None:
+    """One without position ids, and one that reads something out of its mask."""
+    from transformers import BloomConfig, BloomForCausalLM
+
+    size = {"vocab_size": len(tokenizer), "hidden_size": 16, "n_layer": 1, "n_head": 2}
+    bloom = Policy(BloomForCausalLM(BloomConfig(**size)).eval(), tokenizer)
+    llama = make_policy("llama")
+    forward = llama.model.base_model.forward
+
+    def by_mask(attention_mask: torch.Tensor, **options: Any) -> Any:
+        found = forward(attention_mask=attention_mask, **options)
+        found.last_hidden_state = found.last_hidden_state * attention_mask.flatten(1).sum(1)[:, None, None]
+        return found
+
+    by_mask.__signature__ = inspect.signature(forward)  # type: ignore[attr-defined]
+    llama.model.base_model.forward = by_mask
+    assert TransformersSampler(llama, static_shapes=True).sample(PROMPTS, SHORT, 0)  # the sum is the same
+    llama.model.base_model.forward = lambda *, position_ids, attention_mask, **options: by_mask(
+        attention_mask=attention_mask, position_ids=position_ids + attention_mask.shape[-1], **options
+    )
+    for policy in (bloom, llama):
+        with pytest.raises(UserError, match="static_shapes: this model computes other logits with them"):
+            TransformersSampler(policy, static_shapes=True).sample(PROMPTS, SHORT, 0)
+
+
+def test_engine_options_reach_the_sampler(make_policy: MakePolicy) -> None:
+    settings = Sampling(engine="transformers", engine_options={"static_shapes": True})
+    found = sampler_of(make_policy(), settings)
+    assert isinstance(found, TransformersSampler) and found.decoder is not None and found.decoder.static_shapes

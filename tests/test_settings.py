@@ -102,6 +102,8 @@ ELSEWHERE = {
     "--baseline": "test_compare.py::test_the_report_can_be_written_again",
     "--executor": "test_ray.py::test_a_node_that_dies_half_way_costs_nothing_but_time",
     "--address": "test_ray.py::test_there_is_no_cluster",
+    "--gpu": "test_planning.py::test_a_model_of_any_size_is_planned_without_its_weights",
+    "--pilot": "test_planning.py::test_a_pilot_tells_what_more_seeds_would_detect",
     "--buffer": "test_variance.py::test_the_command_with_an_objective_from_a_file",
     "--workers": "test_compare.py::test_processes_change_no_number",
     "--rows": "test_variance.py::test_the_command_with_an_objective_from_a_file",

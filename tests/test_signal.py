@@ -60,6 +60,14 @@ def test_flat_groups_are_told_once_with_their_number(name: str, make_policy: Mak
     assert events == [f"{name}: 4 of 8 {FLAT}"]  # two steps, on the same four groups
 
 
+def test_a_batch_is_counted_once_however_many_updates_it_has(make_policy: MakePolicy) -> None:
+    policy = make_policy()
+    source = Fixed(groups_of(policy, 1.0, 0.0, 0.3, 0.3))
+    settings = RAW.model_copy(update={"updates_per_batch": 2})
+    events = Trainer(policy, get_objective("grpo"), source, settings).run().events
+    assert events == [f"grpo: 1 of 2 {FLAT}"]
+
+
 def test_groups_of_one_are_told_once_and_say_what_to_do(make_policy: MakePolicy) -> None:
     policy = make_policy()
     events = events_of(policy, "grpo", groups_of(policy, 1.0, 0.0, 1.0, 0.0, size=1))

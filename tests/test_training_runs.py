@@ -256,11 +256,17 @@ def test_time_is_that_of_drawing_and_training_and_no_callback_s(
 
     policy = make_policy()
     rows = list(demonstrated(policy))
+
+    def waits(_: torch.device) -> float:
+        passes(100.0)  # until the device has done what it was asked to
+        return now
+
     monkeypatch.setattr("rlzoo.training.trainer.time.perf_counter", lambda: now)
+    monkeypatch.setattr("rlzoo.training.trainer.now", waits)
     policy.model.transformer.wte.register_forward_hook(lambda *_: passes(10.0))
     settings = QUICK.model_copy(update={"steps": 4, "updates_per_batch": updates})
     trainer = Trainer(policy, get_objective("sft"), Slow(), settings, [lambda *_: passes(1000.0)])
-    assert trainer.run().costs.wall_seconds == 4 / updates + 4 * 10
+    assert trainer.run().costs.wall_seconds == 4 / updates + 4 * 10 + 100, "the host waits once, at the end"
 
 
 @pytest.mark.parametrize(("steps", "updates", "drawn"), [(5, 2, 3), (4, 2, 2), (1, 3, 1), (7, 3, 3)])

@@ -153,11 +153,12 @@ class TransformersSampler(Sampler):
     name: ClassVar[str] = "transformers"
     bound_by_positions: ClassVar[bool] = True
 
-    def __init__(self, policy: Policy) -> None:
+    def __init__(self, policy: Policy, static_shapes: bool | None = None) -> None:
+        """``static_shapes``: decode with tensors of fixed shapes, on a GPU as CUDA graphs; None: on a GPU alone."""
         self.policy = policy
         self._most: int | None = None
         """Sequences that fit into memory together, after more did not."""
-        self.decoder = Decoder(policy) if can_decode(policy.model) else None
+        self.decoder = Decoder(policy, static_shapes) if can_decode(policy.model) else None
 
     def sample(
         self,

@@ -219,12 +219,14 @@ def report_table(results: Results | Mapping[str, Any]) -> list[rich.table.Table]
     """
     checked = results if isinstance(results, Results) else parse_results(results)
     scores = [
-        _rich(result_table(checked, benchmark), f"{benchmark}: mean and 95 % interval") for benchmark in checked.overall
+        plain_table(result_table(checked, benchmark), f"{benchmark}: mean and 95 % interval")
+        for benchmark in checked.overall
     ]
-    return [*scores, _rich(cost_table(checked), "costs: mean of a cell")]
+    return [*scores, plain_table(cost_table(checked), "costs: mean of a cell")]
 
 
-def _rich(table: Table, title: str) -> rich.table.Table:
+def plain_table(table: Table, title: str) -> rich.table.Table:
+    """A table for the terminal."""
     # narrow enough for 80 columns: an interval on two lines is unreadable
     out = rich.table.Table(
         title=Text(title),
