@@ -146,7 +146,7 @@ class _Mean:
     """Prompts in the mean."""
 
     def variance(self, size: Values) -> Values:
-        """Its variance, if ‖G‖² of ``direction`` is ``size``."""
+        """The variance of this mean, if ‖G‖² of ``direction`` is ``size``."""
         found: Values = self.direction.towards(size, self.measured, self.drift, self.average) / self.count
         return found
 
@@ -157,9 +157,9 @@ class Joint:
 
     second: Float[np.ndarray, "3 3"]
     means: tuple[_Mean, ...]
-    """Of ⟨u, a⟩, ⟨v, b⟩, ⟨v, a⟩ and ⟨u, b⟩, with u and v the directions of G and G'."""
+    """The means of ⟨u, a⟩, ⟨v, b⟩, ⟨v, a⟩ and ⟨u, b⟩, where u and v are the directions of G and G'."""
     correlation: Float[np.ndarray, "4 4"]
-    """Between the four means; it is taken at the estimates, their variances at the hypothesis."""
+    """The correlations of the four means, taken at the estimates; their variances are taken at the hypothesis."""
 
     def at(self, first: Vector, other: Vector) -> Float[np.ndarray, "3 3 N"]:
         """The covariance for each pair of hypothesised ‖G‖² and ‖G'‖² ≥ 0.
