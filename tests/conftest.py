@@ -45,7 +45,7 @@ def pytest_deselected(items: Sequence[pytest.Item]) -> None:
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """A worker of pytest-xdist tells the process that started it."""
     if hasattr(session.config, "workeroutput"):
-        session.config.workeroutput["left_out"] = dict(session.config.stash.get(_left_out, Counter()))
+        session.config.workeroutput["left_out"] = dict(session.config.stash.get(_left_out, Counter[str]()).items())
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -57,7 +57,7 @@ def pytest_testnodedown(node: Any) -> None:
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     """Say how many tests were left out and why."""
     meaning = dict(line.split(": ", 1) for line in config.getini("markers") if ": " in line)
-    for reason, count in config.stash.get(_left_out, Counter()).items():
+    for reason, count in config.stash.get(_left_out, Counter[str]()).items():
         told = f"{reason} ({meaning[reason]})" if reason else "not asked for"
         terminalreporter.write_line(f"LEFT OUT [{count}] {told}")
 
