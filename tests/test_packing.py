@@ -153,16 +153,26 @@ def test_a_model_that_cannot_pack_runs_padded_or_says_why(kind: str) -> None:
         assert torch.equal(policy(policy.collate(ROWS)).logp, before)
 
 
-def test_a_layer_that_mixes_tokens_is_noticed() -> None:
+@pytest.mark.parametrize(
+    "mixed",
+    [
+        lambda x: functional.pad(x[:, :-1], (0, 0, 1, 0)),
+        lambda x: 1e-6 * functional.pad(x[:, :-1], (0, 0, 1, 0)),
+        lambda x: 1e-6 * functional.pad(x[:, 1:], (0, 0, 0, 1)),
+        lambda x: torch.arange(x.shape[1], dtype=x.dtype)[:, None],
+    ],
+    ids=["the one before", "little of it", "little of the next", "its place in the pack"],
+)
+def test_a_layer_that_mixes_tokens_is_noticed(mixed: Callable[[Tensor], Tensor]) -> None:
     class Shifted(nn.Module):
-        """Adds to each token the one before, whoever's it is."""
+        """Adds to each token another one, whoever's it is."""
 
         def __init__(self, inner: nn.Module) -> None:
             super().__init__()
             self.inner = inner
 
         def forward(self, x: Tensor) -> Tensor:
-            found: Tensor = self.inner(x + functional.pad(x[:, :-1], (0, 0, 1, 0)))
+            found: Tensor = self.inner(x + mixed(x))
             return found
 
     policy = policy_of(PACKED["llama"]())
@@ -219,8 +229,22 @@ def test_auto_is_padded_where_the_kernel_would_not_be_called(kernel: None) -> No
     odd = policy_of(LlamaConfig(**{**SMALL, "hidden_size": 48}))  # heads of 12, and it takes multiples of 8
     odd.pack("auto")
     assert not odd.packs
+    odd.model.train()
     odd.pack("packed")
-    assert odd.packs
+    assert odd.packs and odd.model.training
+
+
+def test_the_kernel_is_not_called_for_dropout(kernel: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    monkeypatch.setattr(
+        packing, "_by_kernel", lambda *given, plain=packing._by_kernel: calls.append(1) or plain(*given)
+    )
+    policy = packed(policy_of(LlamaConfig(**SMALL, attention_dropout=0.5)))
+    for training, expected in ((True, 0), (False, 2)):
+        policy.train(training)
+        calls.clear()
+        policy(policy.collate(ROWS))
+        assert len(calls) == expected
 
 
 def test_the_pytorch_here_has_such_a_kernel() -> None:
