@@ -45,7 +45,7 @@ def pytest_deselected(items: Sequence[pytest.Item]) -> None:
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """A worker of pytest-xdist tells the process that started it."""
     if hasattr(session.config, "workeroutput"):
-        session.config.workeroutput["left_out"] = dict(session.config.stash.get(_left_out, Counter[str]()))
+        session.config.workeroutput["left_out"] = dict(session.config.stash.get(_left_out, Counter[str]()).items())
 
 
 @pytest.hookimpl(optionalhook=True)
