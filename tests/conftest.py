@@ -3,7 +3,6 @@
 import gc
 import os
 import signal
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -32,32 +31,33 @@ def pytest_collection_finish() -> None:
 
 LEFT_OUT = ("gpu", "vllm", "real_model", "slow")
 """Markers that say why a test is left out, the first that it has."""
-_left_out = pytest.StashKey[Counter[str]]()
+_left_out = pytest.StashKey[dict[str, int]]()
 
 
 def pytest_deselected(items: Sequence[pytest.Item]) -> None:
     """Count what is left out by reason."""
     for item in items:
         reason = next((name for name in LEFT_OUT if item.get_closest_marker(name)), "")
-        item.config.stash.setdefault(_left_out, Counter())[reason] += 1
+        counts = item.config.stash.setdefault(_left_out, {})
+        counts[reason] = counts.get(reason, 0) + 1
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """A worker of pytest-xdist tells the process that started it."""
     if hasattr(session.config, "workeroutput"):
-        session.config.workeroutput["left_out"] = dict(session.config.stash.get(_left_out, Counter()))
+        session.config.workeroutput["left_out"] = session.config.stash.get(_left_out, {})
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node: Any) -> None:
     """All workers leave the same out."""
-    node.config.stash[_left_out] = Counter(node.workeroutput.get("left_out", {}))
+    node.config.stash[_left_out] = node.workeroutput.get("left_out", {})
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     """Say how many tests were left out and why."""
     meaning = dict(line.split(": ", 1) for line in config.getini("markers") if ": " in line)
-    for reason, count in config.stash.get(_left_out, Counter()).items():
+    for reason, count in config.stash.get(_left_out, {}).items():
         told = f"{reason} ({meaning[reason]})" if reason else "not asked for"
         terminalreporter.write_line(f"LEFT OUT [{count}] {told}")
 

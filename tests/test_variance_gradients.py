@@ -582,6 +582,7 @@ def test_mixed_precision_measures_the_policys_own_gradient(make_model: MakeModel
     assert (mean - own).norm() < 0.3 * (exact - own).norm()
 
 
+@pytest.mark.slow
 def test_two_passes_say_what_one_says(make_model: MakeModel) -> None:
     policy = make_model("gpt2")
     buffer, names = buffer_of(policy), ["dft", "dpo", "sft", "grpo", "rft"]
