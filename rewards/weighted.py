@@ -30,11 +30,11 @@ class Weighted(CompositeReward):
     def __post_init__(self) -> None:
         if not self.of:
             raise UserError(f"reward {self.name!r} needs at least one reward in 'of'")
-        _ = self.terms  # so that a wrong part is found when the sum is built, not when it is first used
+        _ = self.terms  # so that a wrong term is found when the sum is built, not when it is first used
 
     @cached_property
     def terms(self) -> dict[str, tuple[float, Reward]]:
-        """Weight and reward of each part; a second part of one name has a number behind it."""
+        """Weight and reward of each term; a second term of one name has a number behind it."""
         terms: dict[str, tuple[float, Reward]] = {}
         for spec in self.of:
             weight, reward = self._term(spec)
@@ -51,7 +51,8 @@ class Weighted(CompositeReward):
         return float(weight), get_reward({key: value for key, value in spec.items() if key != "weight"})
 
     @property
-    def parts(self) -> tuple[str, ...]:
+    def components(self) -> tuple[str, ...]:
+        """The names of the terms."""
         return tuple(self.terms)
 
     def score(
@@ -74,7 +75,7 @@ class Weighted(CompositeReward):
             total = sum(known) if len(known) == len(values) else None
             extra = {column: value for score in row for column, value in score.extra.items()}
             metrics = means(score.metrics for score in row)
-            scores.append(Score(total, dict(zip(self.parts, values, strict=True)), extra, metrics))
+            scores.append(Score(total, dict(zip(self.components, values, strict=True)), extra, metrics))
         return scores
 
     def answers(self, completions: Sequence[Any]) -> list[str | None]:

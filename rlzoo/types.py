@@ -294,7 +294,7 @@ class Trajectory:
     source: str = "demonstration"
     """``demonstration``, ``policy``, or ``preference``."""
     reward: float | None = None
-    reward_parts: dict[str, float | None] = field(default_factory=dict)
+    reward_components: dict[str, float | None] = field(default_factory=dict)
     behaviour_logp: list[float] | None = None
     """One log-prob per completion token, in nats, of the policy that sampled: at ``temperature``, without ``top_p``."""
     sampler_logp: list[float] | None = None

@@ -241,8 +241,8 @@ def test_a_benchmark_may_have_a_reward_of_its_own(tmp_path: Path) -> None:
     assert {row["components"] for row in rows if row["benchmark"] == "plain"} == {None}
     mine = [row for row in rows if row["benchmark"] == "own" and row["algorithm"] == "sft"]
     for row in mine:
-        parts = json.loads(row["components"])
-        assert row["reward"] == pytest.approx(parts["length"] + 3 * parts["format"])
+        found = json.loads(row["components"])
+        assert row["reward"] == pytest.approx(found["length"] + 3 * found["format"])
     lengths = [json.loads(row["components"])["length"] for row in mine if row["decoding"] == "sample"]
     assert cell["metrics"]["own"]["component/length"] == pytest.approx(sum(lengths) / len(lengths))
     assert results["metrics"]["component/length"] == {"label": "length", "unit": "mean reward"}
@@ -278,8 +278,8 @@ def test_a_comparison_that_was_stopped_ends_as_one_that_was_not(
     rows = {"sft": {"learning_rates": [1e-4, 1e-2]}, "grpo": {"mode": "online"}, "rft": {}}
     experiment = small(rows, training__checkpoint_seconds=0, rollouts__batch_size=8)
     whole = quietly(experiment, tmp_path / "whole")
-    out, calls = tmp_path / "out", dict.fromkeys(("score_samples", "evaluate", "curve_point"), 0)
-    stops = {("score_samples", 2), ("evaluate", 3), ("curve_point", 3), ("evaluate", 8)}
+    out, calls = tmp_path / "out", dict.fromkeys(("_behaviour", "evaluate", "curve_point"), 0)
+    stops = {("_behaviour", 2), ("evaluate", 3), ("curve_point", 3), ("evaluate", 8)}
 
     def stopping(home: Any, name: str) -> None:
         real = getattr(home, name)
@@ -292,7 +292,7 @@ def test_a_comparison_that_was_stopped_ends_as_one_that_was_not(
 
         monkeypatch.setattr(home, name, call)
 
-    stopping(rollouts, "score_samples")
+    stopping(rollouts, "_behaviour")
     stopping(one_cell, "evaluate")
     stopping(one_cell, "curve_point")
     for _ in stops:

@@ -298,6 +298,7 @@ def test_the_engine_that_is_meant(make_policy: MakePolicy, monkeypatch: pytest.M
         assert engine_of(Sampling(engine="transformers"), there) == "transformers"
         assert engine_of(Sampling(url="http://here"), here) == "vllm"
         assert engine_of(Rollouts(behaviour="sampler")) == expected, "it may be on a GPU"
+        assert engine_of(Sampling(engine_options={"max_model_len": 9})) == expected
     assert isinstance(sampler_of(here, Sampling()), TransformersSampler)
     assert engine_of(Sampling()) == engine_of(Rollouts(behaviour="sampler")) == "transformers"
 

@@ -26,8 +26,8 @@ from rlzoo.buffers.schema import (
     SCHEMA,
     arrow,
     decode,
+    encode_components,
     encode_inputs,
-    encode_parts,
     from_row,
     to_dataset,
     to_row,
@@ -172,15 +172,15 @@ class Buffer:
         return self._with_column("behaviour_logp", self._token_column("behaviour_logp", values))
 
     def with_rewards(
-        self, rewards: Sequence[float | None], parts: Sequence[Mapping[str, float | None]] | None = None
+        self, rewards: Sequence[float | None], components: Sequence[Mapping[str, float | None]] | None = None
     ) -> Self:
-        """The same rows with these rewards and their named parts. Raises ValueError for a wrong length."""
-        parts = [{}] * len(rewards) if parts is None else parts
-        for name, values in (("rewards", rewards), ("reward parts", parts)):
+        """The same rows with these rewards and their named components. Raises ValueError for a wrong length."""
+        components = [{}] * len(rewards) if components is None else components
+        for name, values in (("rewards", rewards), ("reward components", components)):
             if len(values) != len(self):
                 raise ValueError(f"{len(values)} {name} for {len(self)} rows")
         rewarded = self._with_column("reward", pa.array(rewards, pa.float64()))
-        return rewarded._with_column("reward_parts", [encode_parts(dict(row)) for row in parts])
+        return rewarded._with_column("reward_components", [encode_components(dict(row)) for row in components])
 
     def concatenate(self, other: Buffer) -> Self:
         """These rows, then those of ``other``."""

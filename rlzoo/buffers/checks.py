@@ -19,7 +19,7 @@ from rlzoo.buffers.bad_rows import BadRows
 from rlzoo.buffers.schema import LOG_PROBS, NULLABLE, SAMPLING, SCHEMA, SOURCES, arrow, to_dataset
 from rlzoo.errors import UserError
 
-_NEEDED = {"reward_parts": ("name",), "messages": ("role", "content"), "inputs": ("name", "values")}
+_NEEDED = {"reward_components": ("name",), "messages": ("role", "content"), "inputs": ("name", "values")}
 """Columns of lists of structs, and those of their fields that are never null."""
 
 Wrong = tuple[int, str]

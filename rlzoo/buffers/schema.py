@@ -30,7 +30,7 @@ SCHEMA = datasets.Features(
         "prompt_id": Value("string"),
         "source": Value("string"),
         "reward": Value("float64"),
-        "reward_parts": List({"name": Value("string"), "value": Value("float64")}),
+        "reward_components": List({"name": Value("string"), "value": Value("float64")}),
         "behaviour_logp": List(Value("float32")),
         "sampler_logp": List(Value("float32")),
         "reference_logp": List(Value("float32")),
@@ -71,7 +71,7 @@ def to_row(trajectory: Trajectory) -> dict[str, Any]:
 def unchecked_row(trajectory: Trajectory) -> dict[str, Any]:
     """The same, whatever its values."""
     row = {name: getattr(trajectory, name) for name in _NAMES}
-    row["reward_parts"] = encode_parts(trajectory.reward_parts)
+    row["reward_components"] = encode_components(trajectory.reward_components)
     row["columns"] = _to_json(trajectory.columns)
     row["inputs"] = encode_inputs(trajectory.inputs)
     return row
@@ -79,12 +79,13 @@ def unchecked_row(trajectory: Trajectory) -> dict[str, Any]:
 
 def from_row(row: dict[str, Any]) -> Trajectory:
     """The trajectory of a row: the inverse of `to_row`."""
-    return Trajectory(**{**row, **{name: decode(name, row[name]) for name in ("reward_parts", "columns", "inputs")}})
+    decoded = {name: decode(name, row[name]) for name in ("reward_components", "columns", "inputs")}
+    return Trajectory(**{**row, **decoded})
 
 
-def encode_parts(parts: dict[str, float | None]) -> list[dict[str, Any]]:
+def encode_components(components: dict[str, float | None]) -> list[dict[str, Any]]:
     """Named values as the list of structs that Arrow stores."""
-    return [{"name": name, "value": value} for name, value in parts.items()]
+    return [{"name": name, "value": value} for name, value in components.items()]
 
 
 def encode_inputs(inputs: Mapping[str, Sequence[float]]) -> list[dict[str, Any]]:
@@ -94,8 +95,8 @@ def encode_inputs(inputs: Mapping[str, Sequence[float]]) -> list[dict[str, Any]]
 
 def decode(name: str, value: Any) -> Any:
     """The value of a `Trajectory`'s field from what the column of that name stores."""
-    if name == "reward_parts":
-        return {part["name"]: part["value"] for part in value}
+    if name == "reward_components":
+        return {one["name"]: one["value"] for one in value}
     if name == "inputs":
         return {one["name"]: one["values"] for one in value}
     return json.loads(value) if name == "columns" else value

@@ -13,7 +13,9 @@ from rlzoo.cli.catalogue import list_
 from rlzoo.cli.compare import compare
 from rlzoo.cli.evaluate import evaluate
 from rlzoo.cli.help import Command, Group
+from rlzoo.cli.plan import plan
 from rlzoo.cli.report import report
+from rlzoo.cli.results import results
 from rlzoo.cli.rollout import rollout
 from rlzoo.cli.scaffold import new
 from rlzoo.cli.train import train
@@ -21,9 +23,9 @@ from rlzoo.cli.variance import variance
 
 Handler = Callable[..., int]
 PANELS: dict[str, Sequence[Handler]] = {
-    "Experiments": (compare, variance, report),
+    "Experiments": (plan, compare, variance, report),
     "One step at a time": (rollout, train, evaluate),
-    "Look up and extend": (list_, new),
+    "Look up and extend": (list_, results, new),
 }
 
 

@@ -17,8 +17,8 @@ from rlzoo.objective import Objective, get_objective, view_in_place
 from rlzoo.policy.loading import DTYPES
 from rlzoo.reward import Reward
 from rlzoo.reward.isolation import Limits, apart
-from rlzoo.rollout.rollouts import score_samples
 from rlzoo.rollout.sampler import Sample, sampler_class
+from rlzoo.rollout.scoring import columns_of, score_samples
 from rlzoo.training import batches
 from rlzoo.training.batches import Views
 from rlzoo.training.trainer import check_precision
@@ -38,13 +38,13 @@ def reward_of(
     limits = Limits(experiment.scoring.seconds, experiment.scoring.memory_gb)
     own = None if benchmark is None else experiment.benchmarks[benchmark].reward
     spec = experiment.reward if own is None else own
-    return apart(spec, limits, experiment.scoring.on_error).at(step, max_steps, epoch)
+    return apart(spec, limits, experiment.scoring.on_error, experiment.scoring.processes).at(step, max_steps, epoch)
 
 
 def metrics_of(experiment: Experiment) -> dict[str, Metric]:
     """The metrics of all benchmarks, by name. Raises UserError as `metric_table` does."""
     rewards = {name: reward_of(experiment, benchmark=name) for name in experiment.benchmarks}
-    tables = [metric_table(experiment.evaluation, reward.parts) for reward in rewards.values()]
+    tables = [metric_table(experiment.evaluation, reward.components) for reward in rewards.values()]
     return {metric.name: metric for table in tables for metric in table}
 
 
@@ -103,4 +103,5 @@ def check(experiment: Experiment) -> None:
 def _try(reward: Reward, problems: Sequence[Problem]) -> None:
     """Score empty completions, so that a missing column or a broken reward shows before hours of sampling."""
     nothing = Sample([], "", truncated=False)
-    score_samples(reward, [(EncodedProblem(problem, "", []), nothing) for problem in problems])
+    encoded = [EncodedProblem(problem, "", []) for problem in problems]
+    score_samples(reward, [(one, nothing) for one in encoded], columns_of(encoded))

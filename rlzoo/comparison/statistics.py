@@ -172,6 +172,35 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return found
 
 
+def smallest_difference(
+    results: Float[np.ndarray, "S P"], seeds: int, problems: int, level: float = 0.05, power: float = 0.8
+) -> float:
+    """The smallest true difference that ``seeds`` × ``problems`` detect at ``level`` with probability ``power``.
+
+    ``results`` [S, P] are paired differences of a pilot, whose variance components σ²_s, σ²_p and σ²_n (see
+    `crossed_interval`) give the standard error √(σ²_s/S' + σ²_p/P' + σ²_n/(S'P')) of the larger design. The difference
+    is that error times the sum of the quantiles of Student's t at 1 - level/2 and at ``power``. A pilot of few seeds
+    knows σ²_s only roughly.
+
+    Source: Cohen, Statistical power analysis for the behavioral sciences, 1988, chapter 2. Raises ValueError unless the
+    pilot has two seeds and two problems, and the design too.
+    """
+    results = np.asarray(results, dtype=np.float64)
+    if results.ndim != 2 or min(results.shape) < 2 or min(seeds, problems) < 2:
+        raise ValueError(f"two seeds and two problems are needed, got {results.shape} and {(seeds, problems)}")
+    s, p = results.shape
+    within = _within(results)
+    by_seed = p * np.square(results.mean(1) - results.mean()).sum() / (s - 1)
+    of_seed, of_problem = max(by_seed - within.noise, 0.0) / p, max(within.problems - within.noise, 0.0) / s
+    parts = of_seed / seeds + within.noise / (seeds * problems), of_problem / problems
+    freedom = seeds - 1, problems - 1
+    if seeds > problems:
+        parts = of_problem / problems + within.noise / (seeds * problems), of_seed / seeds
+        freedom = problems - 1, seeds - 1
+    spread = _Spread(0.0, np.array(parts), freedom)
+    return spread.reach(level / 2) + spread.reach(1 - power)
+
+
 def _spread(results: Float[np.ndarray, "S P"], benchmarks: Benchmarks | None = None) -> _Spread:
     """The mean of a result matrix and the parts of its variance: see `crossed_interval`."""
     results = np.asarray(results, dtype=np.float64)

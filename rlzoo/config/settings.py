@@ -191,12 +191,14 @@ class EvaluationSettings(Sampling):
 
 
 class Scoring(_Strict):
-    """How the reward is called: in its own process, unless both limits are null."""
+    """How the reward is called: in processes of its own, unless both limits are null."""
 
     seconds: Annotated[float, Field(gt=0)] | None = 60.0
     """Time limit of one call; if it is exceeded, the completions are scored again one by one."""
     memory_gb: Annotated[float, Field(gt=0)] | None = 4.0
-    """Memory limit of the process, in 2³⁰ bytes."""
+    """Memory limit of a process, in 2³⁰ bytes."""
+    processes: Positive = 1
+    """Processes that score completions while others are sampled, of each worker of a comparison."""
     on_error: Annotated[Literal["fail", "null"], pydantic.BeforeValidator(_named_null)] = "fail"
     """A completion on which the reward raises, hangs or returns no number is an error, or has no reward."""
 

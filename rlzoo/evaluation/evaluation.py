@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,10 +14,11 @@ from rlzoo.config import EvaluationSettings, TokenBudget
 from rlzoo.errors import UserError
 from rlzoo.evaluation.metrics import ProblemSamples, get_metric, metric_table
 from rlzoo.policy import Policy, log_probs
-from rlzoo.reward import Reward, get_reward
+from rlzoo.reward import get_reward
 from rlzoo.reward.calling import means
-from rlzoo.rollout import Sampler, sampler_of
-from rlzoo.rollout.rollouts import completions_of, score_samples, within_limits
+from rlzoo.rollout import Sample, Sampler, sampler_of
+from rlzoo.rollout.rollouts import within_limits
+from rlzoo.rollout.scoring import Scored, Scorer
 from rlzoo.types import Trajectory
 
 
@@ -60,16 +62,26 @@ def evaluate(
         raise UserError("there are no problems to evaluate on: give a problem set with at least one row")
     if (most := max(settings.pass_ks)) > settings.samples:
         raise UserError(f"pass@{most} needs as many samples, and there are {settings.samples}: change k or samples")
-    table = metric_table(settings, reward.parts) if metrics is None else [get_metric(metric) for metric in metrics]
+    table = metric_table(settings, reward.components) if metrics is None else [get_metric(metric) for metric in metrics]
     sampler = sampler or sampler_of(policy, settings)
     encoded = within_limits(policy, sampler, encode_problems(policy.tokenizer, problems, bad), settings, bad)
     needs = {need for metric in table for need in metric.needs}
-    how = reward, settings, seed, "answer" in needs, progress
-    sampled, logged = _outcomes(sampler, encoded, False, *how)
-    best = _outcomes(sampler, encoded, True, *how)[0] if greedy else []
     gold: Sequence[Sequence[Sequence[float]]] = [()] * len(encoded)
-    if "gold_logp" in needs:
-        gold = _gold_logp(policy, encoded, bad, token_budget)
+    with ExitStack() as stack:  # samples are scored while greedy ones are sampled, and these beside the last
+        passes = []
+        for of in (False, True) if greedy else (False,):
+            scorer = stack.enter_context(Scorer(reward, encoded, "answer" in needs))
+            with sampler.heard_by(scorer.begin):
+                made = sampler.sample([one.ids for one in encoded], settings, seed, greedy=of, progress=progress)
+            scorer.begin_all(made)
+            passes.append((made, scorer))
+        if "gold_logp" in needs:
+            gold = _gold_logp(policy, encoded, bad, token_budget)
+        (sampled, logged), *others = [
+            _outcomes(encoded, made, scorer.end(), settings, decoding)
+            for (made, scorer), decoding in zip(passes, ("sample", "greedy"), strict=False)
+        ]
+    best = [row for rows, _ in others for row in rows]
     n = settings.samples
     seen = []
     for i, one in enumerate(encoded):
@@ -110,26 +122,19 @@ def _gold_logp(
 
 
 def _outcomes(
-    sampler: Sampler,
     problems: Sequence[EncodedProblem],
-    greedy: bool,
-    reward: Reward,
+    sampled: Sequence[list[Sample]],
+    scored: Sequence[Scored],
     settings: EvaluationSettings,
-    seed: int,
-    with_answers: bool,
-    progress: Callable[[int], None] | None,
+    decoding: str,
 ) -> tuple[list[dict[str, Any]], dict[str, float]]:
     """One row per sample, and the means of the metrics that the reward logged."""
-    sampled = sampler.sample([p.ids for p in problems], settings, seed, greedy=greedy, progress=progress)
     flat = [(p, n, s) for p, samples in zip(problems, sampled, strict=True) for n, s in enumerate(samples)]
-    answered = [(p, s) for p, _, s in flat]
-    scores = score_samples(reward, answered)
-    answers = reward.answers(completions_of(answered)) if with_answers else [None] * len(flat)
     rows = [
         {
             "problem_id": problem.problem.id,
             "prompt": problem.text,
-            "decoding": "greedy" if greedy else "sample",
+            "decoding": decoding,
             "sample": number,
             "reward": score.value,
             "correct": score.value is not None and score.value >= settings.correct_at,
@@ -137,9 +142,9 @@ def _outcomes(
             "truncated": sample.truncated,
             "text": sample.text,
             **({"logged": json.dumps(score.extra)} if score.extra else {}),
-            **({"components": json.dumps(score.parts)} if len(score.parts) > 1 else {}),
+            **({"components": json.dumps(score.components)} if len(score.components) > 1 else {}),
             **({} if answer is None else {"answer": answer}),
         }
-        for (problem, number, sample), score, answer in zip(flat, scores, answers, strict=True)
+        for (problem, number, sample), (score, answer) in zip(flat, scored, strict=True)
     ]
-    return rows, means([score.metrics for score in scores])
+    return rows, means([score.metrics for score, _ in scored])

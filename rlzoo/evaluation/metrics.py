@@ -220,25 +220,25 @@ def majority_metric(k: int) -> Metric:
     return Metric(f"maj_at_{k}", estimate, f"maj@{k}", needs=("answer",))
 
 
-def component_metric(part: str) -> Metric:
+def component_metric(name: str) -> Metric:
     """The mean of a component of the reward over the samples that have it."""
 
     def component(problem: ProblemSamples) -> Total:
-        values = [json.loads(sample["components"]).get(part) for sample in problem.samples if sample.get("components")]
+        values = [json.loads(sample["components"]).get(name) for sample in problem.samples if sample.get("components")]
         return _total([value for value in values if value is not None])
 
-    return Metric(f"component/{part}", component, part, "mean reward")
+    return Metric(f"component/{name}", component, name, "mean reward")
 
 
 RESERVED = ("k", "samples")
 """Keys of the results besides metrics."""
 
 
-def metric_table(settings: EvaluationSettings, parts: Sequence[str] = ()) -> list[Metric]:
-    """The metrics of an evaluation: the built-in ones, rows for each k, a row per component of a reward with several
-    ``parts``, and ``settings.metrics``.
+def metric_table(settings: EvaluationSettings, components: Sequence[str] = ()) -> list[Metric]:
+    """The table of an evaluation: the built-in metrics, those of each k, one per component, and ``settings.metrics``.
 
-    Raises UserError as `get_metric` does, and for two metrics with one name.
+    ``components`` are the names of the reward's components; a single one is the reward itself, and has no metric of its
+    own. Raises UserError as `get_metric` does, and for two metrics with one name.
     """
     first, *others = settings.pass_ks
     table = [
@@ -251,7 +251,7 @@ def metric_table(settings: EvaluationSettings, parts: Sequence[str] = ()) -> lis
         LENGTH,
         TRUNCATION,
         LOG_LIKELIHOOD,
-        *(component_metric(part) for part in parts if len(parts) > 1),
+        *(component_metric(name) for name in components if len(components) > 1),
     ]
     there = {metric.name: metric for metric in table}
     for metric in map(get_metric, settings.metrics):

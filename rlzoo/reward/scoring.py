@@ -22,8 +22,8 @@ class Score:
     """The reward of a completion; None if the reward returned none."""
 
     value: float | None
-    parts: dict[str, float | None]
-    """The value of each named part: the reward itself, or the terms of a weighted sum."""
+    components: dict[str, float | None]
+    """The value of each component by name: the reward itself, or the terms of a weighted sum."""
     extra: dict[str, Any] = field(default_factory=dict)
     """Values that the reward logged for this completion with ``log_extra``."""
     metrics: dict[str, float] = field(default_factory=dict)
@@ -31,7 +31,7 @@ class Score:
 
 
 class CompositeReward(ABC):
-    """A reward with named parts, which reports the value of each."""
+    """A reward with named components, which reports the value of each."""
 
     def __call__(
         self,
@@ -45,8 +45,8 @@ class CompositeReward(ABC):
 
     @property
     @abstractmethod
-    def parts(self) -> tuple[str, ...]:
-        """The names of the parts."""
+    def components(self) -> tuple[str, ...]:
+        """The names of the components."""
 
     @abstractmethod
     def score(
@@ -81,9 +81,9 @@ class Reward:
         return self.name
 
     @property
-    def parts(self) -> tuple[str, ...]:
-        """The keys of `Score.parts`."""
-        return self.function.parts if isinstance(self.function, CompositeReward) else (self.name,)
+    def components(self) -> tuple[str, ...]:
+        """The keys of `Score.components`."""
+        return self.function.components if isinstance(self.function, CompositeReward) else (self.name,)
 
     def __call__(
         self,

@@ -31,6 +31,10 @@ OUTCOME_COLUMNS = (
 )
 
 
+CELLS = "cells"
+"""The folder of a study's cells, which results.json then names."""
+
+
 class _Model(BaseModel):
     model_config = ConfigDict(frozen=True)
 
@@ -223,8 +227,15 @@ def parse_results(data: Any, where: str = "results") -> Results:
         raise UserError(f"{where}: {field}: {first['msg']}; run `rlzoo compare` again to rewrite it") from None
 
 
+def _cell(file: Path) -> Any:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{str(file)!r} cannot be read ({error}): save the study again") from None
+
+
 def read_run(directory: Path) -> FinishedRun:
-    """Read a run's folder. Raises UserError for a missing or broken file."""
+    """Read a run's folder, or a study's. Raises UserError for a missing or broken file."""
     if not directory.is_dir():
         raise UserError(f"run directory {str(directory)!r} does not exist: name one that `rlzoo compare` wrote")
     files = [directory / "results.json", directory / "outcomes.parquet"]
@@ -235,6 +246,8 @@ def read_run(directory: Path) -> FinishedRun:
         data = json.loads(files[0].read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{str(files[0])!r} is not valid JSON ({error}): run `rlzoo compare` again") from None
+    if isinstance(data, dict) and (directory / CELLS).is_dir():
+        data = {**data, "cells": [_cell(directory / CELLS / f"{name}.json") for name in data.get("cells", ())]}
     try:
         outcomes = pq.read_table(files[1], columns=list(OUTCOME_COLUMNS))
     except (pa.ArrowException, OSError) as error:

@@ -138,6 +138,40 @@ def difference_table(rows: Sequence[Mapping[str, Any]], results: Results, benchm
     return Table(["algorithm", *(f"{results.label(metric, benchmark)} (points)" for metric in METRICS)], body)
 
 
+def across_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """Paired differences of two algorithms in several studies, one row per benchmark; as `difference_table`."""
+    cells: dict[tuple[str, str], dict[str, Entry]] = {}
+    for row in rows:
+        low, high = points(row["ci_low"]), points(row["ci_high"])
+        text = f"{points(row['difference'])} [{low}, {high}], {significance(row['p'])}"
+        place = cells.setdefault((row["study"], row["benchmark"]), {})
+        place[row["metric"]] = Entry(text, row["p"] < SIGNIFICANT)
+    body = [
+        [Entry(f"{study}: {benchmark}"), *(found.get(metric, Entry(NONE)) for metric in METRICS)]
+        for (study, benchmark), found in cells.items()
+    ]
+    return Table(["study", "avg@k", "greedy", "pass@k"], body)
+
+
+def studies_table(studies: Mapping[str, Results]) -> Table:
+    """What each study compares, and when it was made."""
+    rows = []
+    for name, results in studies.items():
+        seeds = len({cell.seed for cell in results.cells})
+        model = results.config.get("model", NONE) if isinstance(results.config, dict) else NONE
+        rows.append(
+            [
+                Entry(name),
+                Entry(", ".join(results.benchmarks)),
+                Entry(str(model)),
+                Entry(str(len(results.algorithms))),
+                Entry(str(seeds)),
+                Entry(results.created[:10]),
+            ]
+        )
+    return Table(["study", "benchmarks", "model", "algorithms", "seeds", "made"], rows, prose="benchmarks")
+
+
 _COSTS: Mapping[str, tuple[str, Callable[[float | None], str]]] = {
     "gradient_tokens": ("gradient tokens", amount),
     "sampled_tokens": ("sampled tokens", amount),
@@ -219,12 +253,14 @@ def report_table(results: Results | Mapping[str, Any]) -> list[rich.table.Table]
     """
     checked = results if isinstance(results, Results) else parse_results(results)
     scores = [
-        _rich(result_table(checked, benchmark), f"{benchmark}: mean and 95 % interval") for benchmark in checked.overall
+        plain_table(result_table(checked, benchmark), f"{benchmark}: mean and 95 % interval")
+        for benchmark in checked.overall
     ]
-    return [*scores, _rich(cost_table(checked), "costs: mean of a cell")]
+    return [*scores, plain_table(cost_table(checked), "costs: mean of a cell")]
 
 
-def _rich(table: Table, title: str) -> rich.table.Table:
+def plain_table(table: Table, title: str) -> rich.table.Table:
+    """A table for the terminal."""
     # narrow enough for 80 columns: an interval on two lines is unreadable
     out = rich.table.Table(
         title=Text(title),
