@@ -163,7 +163,7 @@ def test_loading_what_is_no_buffer_names_the_file_and_the_mend(tmp_path: Path) -
         "folder": "folder is not a saved buffer",
         "text.txt": "text.txt is not a buffer: give a folder",
         "bad.parquet": "bad.parquet is not a readable Parquet file",
-        "other.parquet": "other.parquet has no column 'completion', so it is no saved buffer",
+        "other.parquet": "other.parquet has no column 'completion', so it is not a saved buffer",
     }.items():
         with pytest.raises(UserError, match=message):
             OfflineBuffer.load(tmp_path / name)

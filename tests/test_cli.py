@@ -244,7 +244,7 @@ SPECS: Sequence[tuple[str, tuple[str, ...]]] = [
     ("missing OBJECTIVE; see rlzoo train --help", ("train",)),
     ("missing --buffer", ("train", "sft", "--out", "out")),
     ("--executor: 'rya' is not one of 'local', 'ray'", ("compare", "--executor", "rya")),
-    ("--address is that of a Ray cluster", ("compare", "--address", "host:1")),
+    ("--address names a Ray cluster", ("compare", "--address", "host:1")),
     ("unknown experiment 'facs': did you mean 'facts'?", ("compare", "facs")),
     ("'missing.yaml' cannot be read", ("compare", "missing.yaml")),
     ("unknown objective 'sfft': did you mean 'sft'?", ("compare", "facts", "--algorithms", "sfft")),

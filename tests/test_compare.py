@@ -377,7 +377,7 @@ def test_a_cell_without_memory_is_done_again_in_smaller_parts(error: WorkError) 
     ]  # fmt: skip
     assert [name.split("-")[0] for name in runs] == ["rft", "dft"]
     assert [(cell["algorithm"], cell["error"]) for cell in failed] == [("sft", str(error))]
-    assert lines.getvalue().count("to be tried again, in micro-batches half as large") == 4
+    assert lines.getvalue().count("to be retried with micro-batches half as large") == 4
 
 
 def test_without_a_folder_the_newest_that_was_stopped_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -561,9 +561,9 @@ def test_a_reward_must_have_a_name_to_be_written_down(tmp_path: Path) -> None:
 def test_the_report_can_be_written_again(tmp_path: Path) -> None:
     quietly(small({"sft": {}, "dft": {}}, baseline="dft"), tmp_path / "out")
     first = (tmp_path / "out" / "report.md").read_text()
-    assert "Differences to dft" in first
+    assert "Differences from dft" in first
     write_report(tmp_path / "out", "sft")
-    assert "Differences to sft" in (tmp_path / "out" / "report.md").read_text()
+    assert "Differences from sft" in (tmp_path / "out" / "report.md").read_text()
     assert main(["report", str(tmp_path / "out"), "--baseline", "dft"]) == 0
     assert (tmp_path / "out" / "report.md").read_text() == first
 

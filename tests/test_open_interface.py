@@ -26,7 +26,7 @@ from rlzoo.buffers import OfflineBuffer
 from rlzoo.buffers.problems import Problem, encode_problems, load_problems
 from rlzoo.cli import main
 from rlzoo.cli.catalogue import catalogue
-from rlzoo.comparison import one_cell, runner
+from rlzoo.comparison import one_cell, resolve, runner
 from rlzoo.comparison.outcomes import OVERALL
 from rlzoo.config import ProblemSource, Sampling, Training
 from rlzoo.errors import UserError
@@ -210,7 +210,7 @@ def test_views_by_name_or_as_an_object() -> None:
         assert view.units == tuple((i,) for i in range(16)) and view.weights == (0.5,) * 16
     with pytest.raises(UserError, match=r"unknown option of the view 'rarely-solved' 'belwo'.*did you mean 'below'\?"):
         buffer.view("rarely-solved", belwo=1.0)
-    with pytest.raises(UserError, match=r"the view 'rarely-solved' takes none of the buffer's 16 rows"):
+    with pytest.raises(UserError, match=r"the view 'rarely-solved' selects none of the buffer's 16 rows"):
         buffer.view("rarely-solved", minimum=2.0)
     with pytest.raises(UserError, match=r"unknown view 'groupz'.*did you mean 'groups'\?"):
         buffer.view("groupz")
@@ -220,6 +220,30 @@ def test_views_by_name_or_as_an_object() -> None:
     with pytest.raises(UserError, match="view 'groups' is registered twice"):
         register_view(twice)
     assert {"demonstrations", "correct", "pairs", "groups", "unpaired"} <= {row["name"] for row in catalogue()["views"]}
+
+
+def test_a_view_may_be_an_instance_with_options_of_its_own(tmp_path: Path) -> None:
+    """As a dataclass, like an input: an experiment names the instance in its file."""
+    buffer, file = buffer_of(load_policy("embedded")), tmp_path / "views.py"
+    lengths = [len(row.completion_ids) for row in buffer]
+    file.write_text(
+        "from dataclasses import dataclass\n"
+        "from rlzoo import Selector\n"
+        "@dataclass(frozen=True)\n"
+        "class Short(Selector):\n"
+        "    name = 'short'\n"
+        "    tokens: int = 100\n"
+        "    is_imitated = True\n"
+        "    def units(self, rows):\n"
+        "        lengths = [len(ids) for ids in rows['completion_ids'].to_pylist()]\n"
+        "        return tuple((row,) for row, length in enumerate(lengths) if length <= self.tokens)\n"
+        f"VERY_SHORT = Short(tokens={min(lengths)})\n"
+    )
+    short = tuple((row,) for row, length in enumerate(lengths) if length == min(lengths))
+    assert 0 < len(short) < len(buffer) == len(buffer.view(f"{file}:Short"))
+    assert buffer.view(f"{file}:VERY_SHORT").units == buffer.view(selector_of(f"{file}:VERY_SHORT")).units == short
+    ((which, options),) = resolve.views_of(small({"sft": {"learns_from": f"{file}:VERY_SHORT"}}), "sft")
+    assert buffer.view(which, **options).units == short
 
 
 @pytest.mark.usefixtures("undrawn")
@@ -239,14 +263,14 @@ ROW, PAIR, GROUP = Unit.ROW, Unit.PAIR, Unit.GROUP
 @pytest.mark.parametrize(
     ("kind", "units", "weights", "told"),
     [
-        (ROW, lambda rows: ((len(rows),),), None, "takes row 16 of a buffer with the rows 0 to 15"),
-        (ROW, lambda rows: ((-1,),), None, "takes row -1 of"),
-        (ROW, lambda rows: (), None, "takes none of the buffer's 16 rows"),
+        (ROW, lambda rows: ((len(rows),),), None, "selects row 16 of a buffer with rows 0 to 15"),
+        (ROW, lambda rows: ((-1,),), None, "selects row -1 of"),
+        (ROW, lambda rows: (), None, "selects none of the buffer's 16 rows"),
         (ROW, lambda rows: None, None, "gave no units, tuples of row indices: TypeError"),
         (ROW, lambda rows: (0, 1), None, "gave no units, tuples of row indices: TypeError"),
         (ROW, lambda rows: rows["nothing"], None, "gave no units, tuples of row indices: KeyError"),
-        (ROW, lambda rows: ((True,), (False,)), None, "holds True, which is no row's index"),
-        (ROW, lambda rows: ((0.0,),), None, "holds 0.0, which is no row's index"),
+        (ROW, lambda rows: ((True,), (False,)), None, "holds True, which is not a row index"),
+        (ROW, lambda rows: ((0.0,),), None, "holds 0.0, which is not a row index"),
         (ROW, lambda rows: ((0, 1),), None, r"has the unit \(0, 1\), of 2 rows: it must be one row"),
         (ROW, lambda rows: ((0,), ()), None, r"has the unit \(\), of 0 rows: it must be one row"),
         (PAIR, lambda rows: ((0, 1), (2,)), None, r"has the unit \(2,\), of 1 rows: a pair is"),

@@ -191,7 +191,7 @@ def test_the_components_of_a_reward_and_its_metrics_are_metrics_of_training(make
     rows = collect_rollouts(policy, FakeSampler(), problems, first, Sampling(samples=2), seed=0)
     record = train(policy, get_objective("grpo"), OfflineBuffer.from_trajectories(rows), Training(steps=1))
     assert record.steps[0]["reward/seen"] == 2.0 and record.steps[0]["reward/first"] == record.steps[0]["reward"] == 0.5
-    alone = OfflineBuffer.from_trajectories([replace(row, reward_parts={"first": row.reward}) for row in rows])
+    alone = OfflineBuffer.from_trajectories([replace(row, reward_components={"first": row.reward}) for row in rows])
     (step,) = train(policy, get_objective("grpo"), alone, Training(steps=1)).steps
     assert step["reward"] == 0.5 and "reward/first" not in step, "one part alone is the reward itself"
 

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -222,7 +223,7 @@ def test_gradients_in_place_leave_alone_what_is_no_plain_layer(options: dict[str
         torch.manual_seed(0)
         table = torch.nn.Embedding(11, 6, **options)
         patched, frozen = torch.nn.Linear(6, 6), torch.nn.Linear(6, 6).requires_grad_(False)
-        patched.forward = lambda input, patched=patched: functional.linear(3 * input, patched.weight)
+        patched.forward = partial(lambda layer, input: functional.linear(3 * input, layer.weight), patched)
         model = torch.nn.Sequential(table, Doubled(6, 6), patched, torch.nn.Tanh(), frozen)
         ids = torch.randint(0, 11, (3, 9))
         with context(model):

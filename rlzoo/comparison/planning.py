@@ -38,8 +38,8 @@ def planned(
 ) -> dict[str, Any]:
     """The costs of an experiment, its time with ``workers`` on this machine or on a ``gpu``, and what it can detect.
 
-    ``pilot`` is the folder of a finished comparison on the same benchmarks; None: the study that ships, if any. Raises UserError for an unknown GPU, and
-    for a pilot that cannot tell.
+    ``pilot`` is the folder of a finished comparison on the same benchmarks; None: the study that ships, if any. Raises
+    UserError for an unknown GPU, and for a pilot that cannot tell.
     """
     shape = load_shape(experiment.model)
     if gpu is not None:

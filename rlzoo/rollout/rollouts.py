@@ -162,7 +162,7 @@ def within_limits(
     positions, more = policy.positions, settings.max_new_tokens if sampler.bound_by_positions else 0
     bad, kept = BadRows() if bad is None else bad, []
     for encoded in problems:
-        with bad.at(encoded.problem.told):
+        with bad.at(encoded.problem.label):
             policy.check_range(max(encoded.ids), min(encoded.ids))
             if positions is not None and len(encoded.ids) + more > positions:
                 raise UserError(

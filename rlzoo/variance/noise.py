@@ -46,7 +46,7 @@ from rlzoo.variance.intervals import (
 from rlzoo.variance.spread import Joint, Side, centred, joint, row_means
 
 FEWEST = 3
-"""Prompts that an interval needs."""
+"""The smallest number of prompts for an interval."""
 TOO_FEW = f"fewer than {FEWEST} prompts"
 HIDDEN = "noise hides the gradient: use more rows"
 HIDDEN_OTHER = "noise hides the gradient that it is compared with: use more rows"
@@ -214,15 +214,15 @@ class Trace:
 
     value: float
     error: float
-    """Its standard error."""
+    """The standard error of the estimate."""
     skew: float
     freedom: float
     correlation: float
-    """With the first-order part of ‖G‖²."""
+    """The correlation with the first-order part of ‖G‖²."""
 
     @classmethod
     def of(cls, units: Units) -> Trace:
-        """From the sample variance of ‖g_p - G‖²."""
+        """The estimate, with its error from the sample variance of ‖g_p - G‖²."""
         along = units.side.along
         terms = (units.squared_norm - 2 * along) / len(units)
         terms = terms - terms.mean()
@@ -231,7 +231,7 @@ class Trace:
         return cls(units.trace_cov, error, skewness(terms, error), freedom(terms), correlation)
 
     def estimate(self) -> Estimate:
-        """With the interval that `inverse_hall` gives."""
+        """The estimate with its interval, by `inverse_hall`."""
         if self.error <= 1e-9 * abs(self.value):
             return exactly(self.value)
         size = self.error * student(self.freedom) / NORMAL

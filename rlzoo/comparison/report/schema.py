@@ -1,4 +1,4 @@
-"""The schema of a run's results.json and outcomes.parquet, checked when they are read."""
+"""The schema of results.json and outcomes.parquet, which is checked when a run's folder is read."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class _Model(BaseModel):
 
 
 class BenchmarkResult(_Model):
-    """A model's metrics on one benchmark as fractions, and any others under their names."""
+    """The metrics of a model on one benchmark: three as fractions, and any others under their names."""
 
     model_config = ConfigDict(frozen=True, extra="allow")
 
@@ -49,7 +49,7 @@ class BenchmarkResult(_Model):
     pass_at_k: float | None = None
     k: int
     samples: int | None = None
-    """Samples per problem behind avg@k; k where it is not given."""
+    """The number of samples per problem; None: k."""
 
     def value(self, metric: str) -> float | None:
         """The value of any metric; None if there is none."""
@@ -58,14 +58,14 @@ class BenchmarkResult(_Model):
 
 
 class ShownMetric(_Model):
-    """How a metric is shown."""
+    """The label and unit under which a metric is shown."""
 
     label: str
     unit: str = "%"
 
 
 class CellCosts(_Model):
-    """What one cell cost."""
+    """What one cell cost: tokens, FLOPs, seconds, and bytes at the peak."""
 
     gradient_tokens: float | None = None
     sampled_tokens: float | None = None
@@ -97,7 +97,7 @@ class CellResult(_Model):
 
 
 class SummaryRow(_Model):
-    """The mean of an algorithm on a benchmark, or over all of them, by a metric, over its seeds, with its interval."""
+    """The mean over seeds of an algorithm's results on a benchmark, or over all benchmarks, with its interval."""
 
     algorithm: str
     benchmark: str
@@ -133,7 +133,7 @@ class Results(_Model):
     versions: dict[str, str | None] = Field(default_factory=dict)
     config: Any = None
     metrics: dict[str, ShownMetric] = Field(default_factory=dict)
-    """All metrics of the run, by name."""
+    """All metrics of the run by name."""
     mean_over_benchmarks: dict[str, dict[str, float]] = Field(default_factory=dict)
     """Algorithm (the base model among them) → metric → mean over seeds and benchmarks."""
     base: dict[str, BenchmarkResult]
@@ -142,7 +142,7 @@ class Results(_Model):
     cells: list[CellResult]
     summary: list[SummaryRow]
     base_summary: list[SummaryRow] = []
-    """The same for the base model."""
+    """The summary of the base model."""
     token_probabilities: Histogram | None = None
     learning_rates: dict[str, dict[str, float | None]] | None = None
     wall_seconds: float | None = None
@@ -159,11 +159,12 @@ class Results(_Model):
 
     @cached_property
     def benchmarks(self) -> tuple[str, ...]:
+        """The benchmarks, in display order."""
         return tuple(self.base)
 
     @cached_property
     def overall(self) -> tuple[str, ...]:
-        """The benchmarks and, where there are several, the mean over them."""
+        """The benchmarks and, if there are several, the mean over them."""
         return (*self.benchmarks, *([OVERALL] if any(row.benchmark == OVERALL for row in self.summary) else []))
 
     @cached_property
@@ -211,14 +212,14 @@ class Results(_Model):
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """The results and outcomes of a run's folder."""
+    """The results and outcomes in the folder of a run."""
 
     results: Results
     outcomes: pa.Table
 
 
 def parse_results(data: Any, where: str = "results") -> Results:
-    """Check the content of a results.json. Raises UserError naming the first field that is wrong."""
+    """The checked content of a results.json. Raises UserError naming the first wrong field."""
     try:
         return Results.model_validate(data)
     except ValidationError as error:
