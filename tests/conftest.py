@@ -35,11 +35,12 @@ _left_out = pytest.StashKey[dict[str, int]]()
 
 
 def pytest_deselected(items: Sequence[pytest.Item]) -> None:
-    """Count what is left out by reason."""
+    """Count what markers leave out, by reason."""
     for item in items:
-        reason = next((name for name in LEFT_OUT if item.get_closest_marker(name)), "")
-        counts = item.config.stash.setdefault(_left_out, {})
-        counts[reason] = counts.get(reason, 0) + 1
+        reason = next((name for name in LEFT_OUT if item.get_closest_marker(name)), None)
+        if reason and not item.config.option.keyword:
+            counts = item.config.stash.setdefault(_left_out, {})
+            counts[reason] = counts.get(reason, 0) + 1
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
@@ -58,8 +59,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     """Say how many tests were left out and why."""
     meaning = dict(line.split(": ", 1) for line in config.getini("markers") if ": " in line)
     for reason, count in config.stash.get(_left_out, {}).items():
-        told = f"{reason} ({meaning[reason]})" if reason else "not asked for"
-        terminalreporter.write_line(f"LEFT OUT [{count}] {told}")
+        terminalreporter.write_line(f"LEFT OUT [{count}] {reason}: {meaning[reason]}")
 
 
 hypothesis.settings.register_profile("untimed", deadline=None)  # a busy machine is no fault of the code

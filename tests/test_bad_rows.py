@@ -197,6 +197,7 @@ def test_a_saved_buffer_opens_without_its_bad_lines(short: Policy) -> None:
         OfflineBuffer.load("none.jsonl", BadRows("drop"))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("undrawn")
 def test_problems_that_the_model_cannot_take_are_dropped_everywhere(
     short: Policy, capsys: pytest.CaptureFixture[str]

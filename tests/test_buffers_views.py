@@ -163,6 +163,7 @@ def test_an_empty_buffer_has_no_views(selection: Selection) -> None:
         samples().view(selection)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("selection", Selection)
 @settings(max_examples=30)  # of each view
 @given(row_lists, st.lists(st.booleans(), min_size=24, max_size=24))

@@ -436,6 +436,7 @@ def hungry(policy: Policy, entries: int) -> Policy:
     return policy
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["sft", "ppo"])
 def test_micro_batches_are_halved_until_they_fit(
     make_policy: MakePolicy, name: str, monkeypatch: pytest.MonkeyPatch

@@ -104,6 +104,7 @@ def test_what_goes_wrong_in_a_task_is_told_in_one_line(
     assert told.startswith("Ray gave it up") and "\n" not in told
 
 
+@pytest.mark.slow
 def test_there_is_no_cluster(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

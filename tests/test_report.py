@@ -191,6 +191,7 @@ def figures(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     return drawn
 
 
+@pytest.mark.slow
 def test_report_has_all_parts_in_order(tmp_path: Path) -> None:
     synthetic_run(tmp_path)
     write_report(tmp_path)
@@ -394,6 +395,7 @@ def test_a_browser_runs_nothing_that_a_model_wrote(tmp_path: Path) -> None:
     assert "<title>owned</title>" not in page and page.count("&lt;script&gt;document.title") > 10
 
 
+@pytest.mark.slow
 def test_page_stands_alone_and_describes_its_figures(tmp_path: Path) -> None:
     synthetic_run(tmp_path)
     write_report(tmp_path)

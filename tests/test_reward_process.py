@@ -59,6 +59,7 @@ def bad(tmp_path: Path) -> Any:
         process.close()
 
 
+@pytest.mark.slow
 def test_answers_are_found_in_the_process_too(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(
         "import time\nclass Mine:\n    name = 'mine'\n    def __call__(self, completions, **columns):\n"
@@ -114,6 +115,7 @@ def test_a_bad_row_costs_a_bounded_time_and_no_other_row(bad: Any, text: str, to
     assert scored(bad(), "abcd") == ([4.0], []), "the process serves on"
 
 
+@pytest.mark.slow
 def test_rows_that_have_to_be_scored_alone_keep_their_numbers(bad: Any) -> None:
     reward = bad(seconds=1.0)
     values, messages = scored(reward, "ab", "hang", "raise", "nan")

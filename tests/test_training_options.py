@@ -158,6 +158,7 @@ def test_lora_of_layers_that_are_not_there() -> None:
         policy.add_lora()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("undrawn")
 def test_a_comparison_with_lora_and_a_choice_of_learning_rates(tmp_path: Path) -> None:
     experiment = small(

@@ -183,6 +183,7 @@ def test_a_task_scales_all_its_gradients(make_model: MakeModel) -> None:
     torch.testing.assert_close(scaled.mean[name], 3 * plain.mean[name])
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 def test_projected_inner_products_are_right_on_average(make_model: MakeModel, tied: bool) -> None:
@@ -498,6 +499,7 @@ def test_the_reported_noise_is_that_of_torch_func(make_model: MakeModel, kind: s
     assert noise["cosine_to_sft"]["ci_low"] < cosine < noise["cosine_to_sft"]["ci_high"]
 
 
+@pytest.mark.slow
 def test_rows_of_one_prompt_are_one_draw(make_model: MakeModel) -> None:
     """A row four times over under one prompt is no more evidence than once."""
     policy = make_model()

@@ -436,6 +436,7 @@ def test_groups_vary_where_two_rewards_differ(rows: list[tuple[int, float]]) -> 
     assert group_varies(reward, group).tolist() == expected
 
 
+@pytest.mark.slow
 @settings(max_examples=40)
 @given(
     st.lists(st.builds(sample, prompt=st.integers(0, 3), reward=st.sampled_from([0.0, 0.5, 1.0])), max_size=16),

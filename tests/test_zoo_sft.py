@@ -497,6 +497,7 @@ def test_the_command_trains_each(name: str, table: Path, tmp_path: Path) -> None
     assert all(math.isfinite(value) for row in steps for value in row.values()) and steps[0]["gradient_norm"] > 0
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("undrawn")
 def test_a_comparison_of_them(tmp_path: Path) -> None:
     names: Sequence[str] = [name for name in NEW if name != "sft-q"]
