@@ -220,6 +220,7 @@ def test_graded_solutions_of_gpt3() -> None:
         r"\prod_{k=1}^{5000} \sin(k)",
         "(x+1)^{10000}",
         "=6" * 2000,
+        "2 " + "abcdefghij" * 6 + "!",
     ],
     ids=lambda answer: f"{answer[:20]}-{len(answer)}",
 )

@@ -224,7 +224,8 @@ def test_gradients_in_place_leave_alone_what_is_no_plain_layer(options: dict[str
         torch.manual_seed(0)
         table = torch.nn.Embedding(11, 6, **options)
         patched, frozen = torch.nn.Linear(6, 6), torch.nn.Linear(6, 6).requires_grad_(False)
-        patched.forward = partial(lambda layer, input: functional.linear(3 * input, layer.weight), patched)
+        tripled = partial(lambda layer, input: functional.linear(3 * input, layer.weight), patched)
+        patched.forward = tripled  # type: ignore[method-assign]
         model = torch.nn.Sequential(table, Doubled(6, 6), patched, torch.nn.Tanh(), frozen)
         ids = torch.randint(0, 11, (3, 9))
         with context(model):
