@@ -436,6 +436,7 @@ def hungry(policy: Policy, entries: int) -> Policy:
     return policy
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["sft", "ppo"])
 def test_micro_batches_are_halved_until_they_fit(make_policy: MakePolicy, name: str) -> None:
     policy = make_policy()
@@ -506,6 +507,7 @@ for budget in (256, 16 * 256):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="limits its own address space")
 def test_a_batch_that_does_not_fit_is_taken_in_smaller_parts() -> None:
     """The limit on memory is the system's, and the gradient is the one of the whole batch."""

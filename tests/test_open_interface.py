@@ -388,6 +388,7 @@ def compared_online(out: Path, kill: bool = False) -> dict[str, Any]:
         return runner.compare(experiment, out, 1)
 
 
+@pytest.mark.slow
 def test_a_comparison_with_a_plugins_sampler_resumes_bit_for_bit_after_kill_9(tmp_path: Path) -> None:
     died = forked(lambda: compared_online(tmp_path / "out", kill=True))
     assert died.status == -signal.SIGKILL, died.errors

@@ -264,6 +264,7 @@ def test_a_comparison_drops_them_from_whatever_the_algorithm_learns_from() -> No
     assert views == {"sft": ["drop"], "own": ["drop"], "both": [None, "drop"]}
 
 
+@pytest.mark.slow
 def test_the_analyzer_measures_what_training_learns_from(make_policy: MakePolicy) -> None:
     policy = make_policy("llama")
     rows = truncated_rows(policy, 0, 4, source="demonstration")
