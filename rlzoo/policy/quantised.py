@@ -50,7 +50,7 @@ def with_one_numerics(model: nn.Module) -> None:
     """
     for module in model.modules() if is_in_4_bits(model) else ():
         if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
+            setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010 - not a parameter or a module
 
 
 def is_in_4_bits(model: nn.Module) -> bool:
