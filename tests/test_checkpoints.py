@@ -188,9 +188,15 @@ def test_the_checkpoints_of_another_run_are_refused(make_policy: MakePolicy, tmp
         trained(make_policy, "dft", tmp_path)
     with pytest.raises(UserError, match=r"objective\.\w+: .* there, .* here"):
         trained(make_policy, "iw-sft-ema", tmp_path)
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(UserError, match=r"computed: 'cpu, .*' there, 'cpu, .*"):
-        patch.setattr("rlzoo.training.state.computed", lambda policy: "cpu, in another dtype")  # as auto may mean
-        trained(make_policy, "iw-sft", tmp_path)
+
+    def mixed(*arguments: Any) -> Policy:
+        """As auto may mean."""
+        policy = make_policy(*arguments)
+        policy.compute = torch.bfloat16
+        return policy
+
+    with pytest.raises(UserError, match=r"computed: 'cpu, torch.float32' there, 'cpu, torch.bfloat16' here"):
+        trained(mixed, "iw-sft", tmp_path)
     other = EVERY.model_copy(update={"token_budget": 40, "checkpoint_seconds": 9.0, "trackers": ["tensorboard"]})
     assert len(trained(make_policy, "iw-sft", tmp_path, other)[1].steps) == 7
 
@@ -431,12 +437,18 @@ def hungry(policy: Policy, entries: int) -> Policy:
 
 
 @pytest.mark.parametrize("name", ["sft", "ppo"])
-def test_micro_batches_are_halved_until_they_fit(make_policy: MakePolicy, name: str) -> None:
+def test_micro_batches_are_halved_until_they_fit(
+    make_policy: MakePolicy, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     policy = make_policy()
     buffer = OfflineBuffer.from_trajectories(list(with_reference(rows_of(policy), policy)))
     settings = EVERY.model_copy(update={"steps": 2, "batch_size": 12})
     whole = train(make_policy(), get_objective(name), buffer, settings)
-    found = train(hungry(make_policy(), 40), get_objective(name), buffer, settings)
+    small, held = hungry(make_policy(), 40), list[bool]()
+    release = lambda: held.append(any(p.grad is not None for p in small.parameters()))  # noqa: E731
+    monkeypatch.setattr("rlzoo.policy.microbatches.release_memory", release)
+    found = train(small, get_objective(name), buffer, settings)
+    assert held and not any(held), "nothing of a failed attempt is left when its memory is given back"
     longest = max(len(row.prompt_ids) + len(row.completion_ids) for row in buffer)
     assert longest <= 20 and found.events
     told = [re.fullmatch(r"step 1: out of memory with (\d+) tokens .*, now (\d+)", event) for event in found.events]

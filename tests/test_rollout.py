@@ -245,13 +245,13 @@ def test_an_engine_s_log_probs_stand_in_for_the_policy_s_where_it_gives_all(make
             assert ours == pytest.approx(expected, abs=1e-5)
 
 
-def test_the_parts_of_a_reward_reach_the_rows(make_policy: MakePolicy) -> None:
+def test_the_components_of_a_reward_reach_the_rows(make_policy: MakePolicy) -> None:
     policy = make_policy("gpt2", dtype=torch.float32)
     reward = get_reward([{"name": "exact-match"}, {"name": "format", "weight": 0.5, "pattern": "[01]"}])
     problems = encode_problems(policy.tokenizer, [problem(1, "17+25=?\n")])
     zero, one = collect_rollouts(policy, FakeSampler(), problems, reward, Sampling(samples=2), seed=0)
     assert (zero.reward, one.reward) == (0.5, 1.5)
-    assert (list((zero.reward_parts or {}).values()), list((one.reward_parts or {}).values())) == ([0, 1], [1, 1])
+    assert [list(row.reward_components.values()) for row in (zero, one)] == [[0, 1], [1, 1]]
 
 
 def test_a_mismatch_by_hand() -> None:
@@ -322,10 +322,21 @@ def test_attention_heads_that_share_keys(kind: str, make_policy: MakePolicy) -> 
     assert policy.model.config._attn_implementation == "rlzoo"
 
 
-def test_samples_do_not_depend_on_the_batch(policy: Policy) -> None:
-    """Each has a random stream of its own, also where one prompt's samples are more than a batch."""
-    settings = Sampling(samples=7, max_new_tokens=9, batch_size=64)
+def test_samples_do_not_depend_on_the_batch(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each has a random stream of its own, also where one prompt's samples are more than a batch.
+
+    Those that have ended leave, so that hardly any forward pass is for them.
+    """
+    monkeypatch.setattr(policy.model.generation_config, "eos_token_id", [*range(3, 60)])  # so that many end early
+    settings, sizes = Sampling(samples=7, max_new_tokens=9, batch_size=64), list[int]()
+    handle = policy.model.base_model.register_forward_pre_hook(
+        lambda _, __, given: sizes.append(len(given["input_ids"])), with_kwargs=True
+    )
     expected = sampled_ids(policy, settings, seed=4)
+    handle.remove()
+    unfinished = [sum(len(ids) > step for samples in expected for ids in samples) for step in range(len(sizes))]
+    assert sizes[0] == len(PROMPTS) and 0 < sizes[-1] < 14
+    assert all(size - rest < decoding.LEAVE * size for size, rest in zip(sizes[1:], unfinished[1:], strict=True))
     for size in (1, 3, 7, 15):
         done: list[int] = []
         some = settings.model_copy(update={"batch_size": size})

@@ -22,6 +22,7 @@ from rlzoo.worlds import EMBEDDED_BASE
 EMBEDDED = "embedded"
 REMOTE_CODE = "RLZOO_TRUST_REMOTE_CODE"
 """Set by the flag of the command line, for this process and its children. No file can set it."""
+FIX = "give 'embedded', a folder that save_pretrained wrote, or a Hub id that this machine can reach"
 DTYPES = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
@@ -64,15 +65,7 @@ def load_policy(
     dtype = dtype_of(dtype, device)
     compute = torch.bfloat16 if dtype == "bfloat16-mixed" else None
     quantised = in_4_bits(compute or DTYPES[dtype], device) if load_in_4bit else {}
-    where = str(EMBEDDED_BASE) if name == EMBEDDED else name
-    fix = "give 'embedded', a folder that save_pretrained wrote, or a Hub id that this machine can reach"
-    folder = Path(where).expanduser()
-    if folder.is_dir() or name.startswith((".", "/", "~")):
-        if not (folder / "config.json").is_file():
-            what = "has no config.json" if folder.is_dir() else "does not exist"
-            raise UserError(f"model {name!r} cannot be loaded: that folder {what}; {fix}")
-        where = str(folder)
-    trusted = trusts_remote_code()
+    where, trusted = _place(name), trusts_remote_code()
     try:
         tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=trusted)
         model, found = AutoModelForCausalLM.from_pretrained(
@@ -84,11 +77,7 @@ def load_policy(
             **quantised,
         )
     except Exception as error:
-        if "trust_remote_code" in str(error) and not trusted:
-            told = "has its own code: add --trust-remote-code if you trust its source"
-            raise UserError(f"model {name!r} {told}") from None
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise UserError(f"model {name!r} cannot be loaded ({reason.strip()[:160]}): {fix}") from error
+        raise _not_loaded(name, error) from error
     if lacking := sorted(map(str, [*found["missing_keys"], *found["mismatched_keys"]])):
         # transformers would initialise them at random, with a warning only
         raise UserError(
@@ -103,6 +92,44 @@ def load_policy(
     _check_head(policy)
     policy.pack(packing)
     return policy
+
+
+def load_shape(name: str) -> Policy:
+    """The policy without its weights, to count with: on the meta device, from its configuration and tokenizer alone.
+
+    Raises UserError as `load_policy` does.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    where, trusted = _place(name), trusts_remote_code()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=trusted)
+        config = AutoConfig.from_pretrained(where, trust_remote_code=trusted)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=trusted)
+    except Exception as error:
+        raise _not_loaded(name, error) from error
+    return Policy(model, tokenizer, name)
+
+
+def _place(name: str) -> str:
+    """The folder or Hub id of a model. Raises UserError for a folder that is none of a model's."""
+    where = str(EMBEDDED_BASE) if name == EMBEDDED else name
+    folder = Path(where).expanduser()
+    if folder.is_dir() or name.startswith((".", "/", "~")):
+        if not (folder / "config.json").is_file():
+            what = "has no config.json" if folder.is_dir() else "does not exist"
+            raise UserError(f"model {name!r} cannot be loaded: that folder {what}; {FIX}")
+        where = str(folder)
+    return where
+
+
+def _not_loaded(name: str, error: Exception) -> UserError:
+    """What to tell when a library could not load a model."""
+    if "trust_remote_code" in str(error) and not trusts_remote_code():
+        return UserError(f"model {name!r} has its own code: add --trust-remote-code if you trust its source")
+    reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return UserError(f"model {name!r} cannot be loaded ({reason.strip()[:160]}): {FIX}")
 
 
 @torch.no_grad()
