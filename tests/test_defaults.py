@@ -309,7 +309,8 @@ def test_the_engine_that_is_meant(make_policy: MakePolicy, monkeypatch: pytest.M
 def test_a_run_records_what_auto_was(make_policy: MakePolicy) -> None:
     found = resolved(load_policy("embedded", "bfloat16-mixed"), Training(token_budget="auto/2"), "transformers")
     assert found == {
-        "device": "cpu", "dtype": "bfloat16-mixed", "token_budget": 2048, "packing": "padded", "engine": "transformers",
+        "device": "cpu", "dtype": "bfloat16-mixed", "token_budget": 2048, "packing": "padded", "compile": False,
+        "engine": "transformers",
     }  # fmt: skip
     assert resolved(make_policy(), Training())["dtype"] == "float64"
 
