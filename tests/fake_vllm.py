@@ -6,7 +6,7 @@ import copy
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -65,6 +65,8 @@ class FakeEngine:
         """What it was called for, in order."""
         self._cache_is_stale = False
         self._asleep: set[str] = set()
+        core = SimpleNamespace(shutdown=lambda: self.calls.append("shutdown"))
+        self.llm_engine = SimpleNamespace(engine_core=core)
 
     def holds(self, policy: Policy) -> bool:
         """Whether its weights are the policy's."""

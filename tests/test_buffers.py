@@ -87,6 +87,7 @@ def trajectories(draw: st.DrawFn) -> Trajectory:
 # The schema and storage
 
 
+@pytest.mark.slow
 @given(st.lists(trajectories(), max_size=4))
 def test_every_trajectory_comes_back_exactly(rows: list[Trajectory]) -> None:
     buffer = OfflineBuffer.from_trajectories(rows)
@@ -95,6 +96,7 @@ def test_every_trajectory_comes_back_exactly(rows: list[Trajectory]) -> None:
     assert [from_row(to_row(row)) for row in rows] == rows
 
 
+@pytest.mark.slow
 @given(st.lists(trajectories(), max_size=4))
 def test_a_column_is_the_field_of_every_row(rows: list[Trajectory]) -> None:
     buffer = OfflineBuffer.from_trajectories(rows)
@@ -163,7 +165,7 @@ def test_loading_what_is_no_buffer_names_the_file_and_the_mend(tmp_path: Path) -
         "folder": "folder is not a saved buffer",
         "text.txt": "text.txt is not a buffer: give a folder",
         "bad.parquet": "bad.parquet is not a readable Parquet file",
-        "other.parquet": "other.parquet has no column 'completion', so it is no saved buffer",
+        "other.parquet": "other.parquet has no column 'completion', so it is not a saved buffer",
     }.items():
         with pytest.raises(UserError, match=message):
             OfflineBuffer.load(tmp_path / name)

@@ -38,18 +38,6 @@ Compare = Callable[..., dict[str, Any]]
 TIMES = ("wall_seconds", "peak_memory_bytes")
 
 
-@pytest.fixture
-def inline(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Cells run in this process."""
-    monkeypatch.setattr(runner, "pool", inline_pool)
-
-
-@pytest.fixture
-def undrawn(inline: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And no report is drawn, which takes longer than a small comparison."""
-    monkeypatch.setattr(runner, "write_report", lambda *_: None)
-
-
 def quietly(experiment: Experiment, out: Path, workers: int = 1) -> dict[str, Any]:
     return runner.compare(experiment, out, workers, console=Console(file=io.StringIO()))
 
@@ -68,6 +56,7 @@ def outcomes(out: Path) -> pa.Table:
     return pq.read_table(out / "outcomes.parquet")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("inline")
 def test_results_hold_what_the_contract_says(tmp_path: Path) -> None:
     out, started = tmp_path / "out", time.perf_counter()
@@ -135,6 +124,7 @@ def test_outcomes_have_one_row_a_sample_and_give_the_scores_back(tmp_path: Path)
         assert shown["pass_at_k"] == pytest.approx(np.mean(chances))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("undrawn")
 def test_the_written_experiment_gives_the_same_numbers(tmp_path: Path) -> None:
     rows = {"sft": {}, "grpo": {"options": {"clip": 0.1}}}
@@ -144,6 +134,7 @@ def test_the_written_experiment_gives_the_same_numbers(tmp_path: Path) -> None:
     assert outcomes(tmp_path / "first").equals(outcomes(tmp_path / "again"))
 
 
+@pytest.mark.slow
 def test_processes_change_no_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     experiment = small({"sft": {}, "ppo": {"mode": "online"}}, seeds=[0, 1])
     spawned = quietly(experiment, tmp_path / "spawned", workers=2)
@@ -153,6 +144,7 @@ def test_processes_change_no_number(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert outcomes(tmp_path / "spawned").equals(outcomes(tmp_path / "inline"))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("undrawn")
 def test_a_seed_does_not_depend_on_the_rest_of_the_grid(tmp_path: Path) -> None:
     alone = quietly(small({"rft": {}}, seeds=[1]), tmp_path / "alone")
@@ -162,6 +154,7 @@ def test_a_seed_does_not_depend_on_the_rest_of_the_grid(tmp_path: Path) -> None:
     assert alone["base"] == among["base"]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("undrawn")
 def test_online_samples_the_policy_in_training(tmp_path: Path) -> None:
     rows = {name: {"mode": "online", "learning_rates": [1e-2]} for name in ("grpo", "ppo")}
@@ -202,6 +195,7 @@ def test_a_view_that_a_row_cannot_learn_from(objective: str, view: str, message:
         resolve.check(small({objective: {"learns_from": view}}))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("undrawn")
 def test_the_learning_rate_is_chosen_on_validation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The weights of the others are deleted when that is known, and a run that resumes does without them."""
@@ -241,6 +235,7 @@ def test_the_learning_rate_is_chosen_on_validation(tmp_path: Path, monkeypatch: 
     assert not (tmp_path / "out" / ".state").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("undrawn")
 def test_a_trained_folder_is_a_base_like_any_other(tmp_path: Path) -> None:
     from rlzoo.policy.loading import save_policy
@@ -252,6 +247,7 @@ def test_a_trained_folder_is_a_base_like_any_other(tmp_path: Path) -> None:
     assert folder["base"] == embedded["base"]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("undrawn")
 def test_a_benchmark_may_have_a_reward_of_its_own(tmp_path: Path) -> None:
     """A weighted one, so that its components reach results and outcomes; the rest is as without it."""
@@ -296,6 +292,7 @@ def test_gold_completions_without_a_log_likelihood_are_counted_once(tmp_path: Pa
 # What is stopped
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("undrawn")
 def test_a_comparison_that_was_stopped_ends_as_one_that_was_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -371,8 +368,8 @@ def test_a_cell_that_runs_out_of_memory_is_done_again_in_smaller_parts(
     monkeypatch.setattr(one_cell, "_run_cell", starving)
     found = quietly(small({"sft": {}}), tmp_path / "out")
     assert ran == [256, 128, 64] and found["failed"] == []
-    told = {"device": "cpu", "dtype": "float32", "token_budget": 1024, "packing": "padded", "engine": "transformers"}
-    assert found["cells"][0]["resolved"] == told, "a quarter of what it would be"
+    told = {"device": "cpu", "dtype": "float32", "packing": "padded", "compile": False, "engine": "transformers"}
+    assert found["cells"][0]["resolved"] == {**told, "token_budget": 1024}, "a quarter of what it would be"
 
 
 @pytest.mark.parametrize("error", [WorkerDiedError(-9), OutOfMemoryError("CUDA out of memory")])
@@ -404,7 +401,7 @@ def test_a_cell_without_memory_is_done_again_in_smaller_parts(error: WorkError) 
     ]  # fmt: skip
     assert [name.split("-")[0] for name in runs] == ["rft", "dft"]
     assert [(cell["algorithm"], cell["error"]) for cell in failed] == [("sft", str(error))]
-    assert lines.getvalue().count("to be tried again, in micro-batches half as large") == 4
+    assert lines.getvalue().count("to be retried with micro-batches half as large") == 4
 
 
 def test_without_a_folder_the_newest_that_was_stopped_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -441,6 +438,7 @@ class Failing(rlzoo.Objective):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("inline")
 def test_a_cell_that_fails_stops_no_other(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "failing.py").write_text(FAILING)
@@ -459,6 +457,7 @@ def test_a_cell_that_fails_stops_no_other(tmp_path: Path, capsys: pytest.Capture
     assert "1 cell failed" in told.out and "failing-lr" in told.err
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("undrawn")
 def test_a_cell_that_fails_its_evaluation_stops_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     evaluate_cell = one_cell.evaluate_cell
@@ -488,6 +487,7 @@ def test_no_run_that_succeeds_leaves_nothing(tmp_path: Path, monkeypatch: pytest
     assert [path.name for path in tmp_path.rglob("*")] == ["empty"]  # it was there, and is empty again
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("undrawn")
 def test_each_seed_may_have_samples_of_its_own(tmp_path: Path) -> None:
     grid = {"rft": {"options": {"threshold": 0}}}
@@ -584,13 +584,14 @@ def test_a_reward_must_have_a_name_to_be_written_down(tmp_path: Path) -> None:
         quietly(experiment, tmp_path / "out")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("inline")
 def test_the_report_can_be_written_again(tmp_path: Path) -> None:
     quietly(small({"sft": {}, "dft": {}}, baseline="dft"), tmp_path / "out")
     first = (tmp_path / "out" / "report.md").read_text()
-    assert "Differences to dft" in first
+    assert "Differences from dft" in first
     write_report(tmp_path / "out", "sft")
-    assert "Differences to sft" in (tmp_path / "out" / "report.md").read_text()
+    assert "Differences from sft" in (tmp_path / "out" / "report.md").read_text()
     assert main(["report", str(tmp_path / "out"), "--baseline", "dft"]) == 0
     assert (tmp_path / "out" / "report.md").read_text() == first
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import json
 import re
 import shutil
@@ -70,8 +72,8 @@ def outcome_rows(skill: dict[str, float], seeds: int) -> list[dict[str, Any]]:
     return rows
 
 
-def metrics_of(table: pa.Table, algorithm: str) -> dict[str, dict[str, Any]]:
-    rows = [row for row in summarise(table, K) if row["algorithm"] == algorithm]
+def metrics_of(summary: list[dict[str, Any]], algorithm: str) -> dict[str, dict[str, Any]]:
+    rows = [row for row in summary if row["algorithm"] == algorithm]
     return {
         benchmark: {row["metric"]: row["mean"] for row in rows if row["benchmark"] == benchmark}
         | {"k": K, "samples": SAMPLES}
@@ -86,8 +88,17 @@ def curve_point(step: int, skill: float, rng: np.random.Generator) -> dict[str, 
 
 def synthetic_run(directory: Path, skill: dict[str, float] | None = None, seeds: int = 3) -> dict[str, Any]:
     """Write a complete run directory; its results are returned for a test to alter."""
-    skill = skill or SKILL
+    results, table = made(tuple((skill or SKILL).items()), seeds)
+    save(directory, results, table)
+    return copy.deepcopy(results)
+
+
+@functools.cache
+def made(skills: tuple[tuple[str, float], ...], seeds: int) -> tuple[dict[str, Any], pa.Table]:
+    """The results and outcomes of a run, computed once."""
+    skill = dict(skills)
     table = pa.Table.from_pylist(outcome_rows(skill, seeds))
+    summary = summarise(table, K)
     names = [name for name in skill if name != "base"]
     rng = np.random.default_rng(0)
     edges = np.linspace(0, 1, 21)
@@ -96,7 +107,7 @@ def synthetic_run(directory: Path, skill: dict[str, float] | None = None, seeds:
             "algorithm": name,
             "seed": seed,
             "learning_rate": 1e-4,
-            "metrics": metrics_of(table, name),
+            "metrics": metrics_of(summary, name),
             "costs": COSTS,
             "curve": [curve_point(step, skill[name], rng) for step in (0, 10, 20, 30, 40)],
             "training": [{"step": 1, "loss": 0.3, "gradient_norm": 1.0}],
@@ -113,16 +124,15 @@ def synthetic_run(directory: Path, skill: dict[str, float] | None = None, seeds:
         "created": "2026-11-22T10:00:00+00:00",
         "versions": {"rlzoo": "0.1.0", "torch": "2.13.0"},
         "config": {"model": "tiny", "training": {"steps": 40}},
-        "base": metrics_of(table, "base"),
+        "base": metrics_of(summary, "base"),
         "cells": cells,
-        "summary": summarise(table, K),
+        "summary": summary,
         "token_probabilities": {"edges": edges.tolist(), "before": before},
         "learning_rates": {name: {"1e-05": 0.21, "0.0001": 0.36} for name in names},
         "wall_seconds": 251.0,
         "failed": [{"algorithm": names[-1], "seed": 7, "learning_rate": 1e-3, "error": error}],
     }
-    save(directory, results, table)
-    return results
+    return results, table
 
 
 def save(directory: Path, results: dict[str, Any], table: pa.Table | None = None) -> None:
@@ -181,6 +191,7 @@ def figures(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     return drawn
 
 
+@pytest.mark.slow
 def test_report_has_all_parts_in_order(tmp_path: Path) -> None:
     synthetic_run(tmp_path)
     write_report(tmp_path)
@@ -188,14 +199,14 @@ def test_report_has_all_parts_in_order(tmp_path: Path) -> None:
     headings = [
         "Comparison: default",
         "Results",
-        "Differences to plain",
+        "Differences from plain",
         "Learning curves",
         "Token probabilities",
         "Costs",
         "Learning rates",
         "Failed cells",
         "Sample completions",
-        "How it was made",
+        "How to reproduce this",
     ]
     for text in (Page(source).text, markdown):
         places = [text.rindex(heading) for heading in headings]
@@ -297,8 +308,8 @@ def test_answer_follows_from_the_data(tmp_path: Path) -> None:
     )  # fmt: skip
     lead = next(line for line in read(tmp_path)[1].splitlines() if line.startswith("**On sums"))
     assert f"weighted has the best avg@4: {100 * mean:.1f} %" in lead
-    assert "points against plain, the second" in lead and "the two are distinguishable here" in lead
-    assert "By greedy decoding weighted leads" in lead and "By pass@2 weighted leads" in lead
+    assert "points over plain, the runner-up" in lead and "the two are distinguishable here" in lead
+    assert "In greedy decoding weighted leads" in lead and "In pass@2 weighted leads" in lead
 
 
 @pytest.mark.usefixtures("figures")
@@ -321,7 +332,7 @@ def test_distinguishable_is_meant_after_correction(tmp_path: Path) -> None:
 
 def differences_shown(markdown: str) -> list[str]:
     """The entries of the tables of differences, but for the base model's."""
-    section = markdown.partition("## Differences to")[2].partition("\n## ")[0]
+    section = markdown.partition("## Differences from")[2].partition("\n## ")[0]
     rows = [line for line in section.splitlines() if re.match(r"\| (weighted|paired) ", line)]
     return [entry.strip() for row in rows for entry in row.strip("|").split("|")[1:]]
 
@@ -369,6 +380,7 @@ def shown(page: Path) -> str:
     return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(BROWSER is None, reason="needs Chromium")
 def test_a_browser_runs_nothing_that_a_model_wrote(tmp_path: Path) -> None:
     synthetic_run(tmp_path, {"base": 0.2, EVIL: 0.4})
@@ -383,6 +395,7 @@ def test_a_browser_runs_nothing_that_a_model_wrote(tmp_path: Path) -> None:
     assert "<title>owned</title>" not in page and page.count("&lt;script&gt;document.title") > 10
 
 
+@pytest.mark.slow
 def test_page_stands_alone_and_describes_its_figures(tmp_path: Path) -> None:
     synthetic_run(tmp_path)
     write_report(tmp_path)
@@ -525,12 +538,13 @@ def test_the_best_algorithm_is_marked_and_what_is_missing_is_no_number() -> None
 
 
 SUMMARY = {  # avg@k, greedy and pass@k of each
-    "same order": ({"a": (0.5, 0.6, 0.7), "b": (0.4, 0.5, 0.6)}, "By greedy decoding a leads at 60.0 %: the order is "
-                   "the same. By pass@2 a leads at 70.0 %: the order is the same."),
-    "another leads": ({"a": (0.5, 0.5, 0.5), "b": (0.4, 0.6, 0.5)}, "By greedy decoding b leads at 60.0 %: the order "
-                      "differs. By pass@2 all are equal, at 50.0 %."),
-    "behind": ({"a": (0.5, 0.6, 0.7), "b": (0.4, 0.4, 0.7), "c": (0.3, 0.5, 0.1)}, "By greedy decoding a leads at "
-               "60.0 %: only the order behind it differs. By pass@2 a and b lead at 70.0 %: the order is the same."),
+    "same order": ({"a": (0.5, 0.6, 0.7), "b": (0.4, 0.5, 0.6)}, "In greedy decoding a leads with 60.0 %: the ranking "
+                   "is the same. In pass@2 a leads with 70.0 %: the ranking is the same."),
+    "another leads": ({"a": (0.5, 0.5, 0.5), "b": (0.4, 0.6, 0.5)}, "In greedy decoding b leads with 60.0 %: the "
+                      "ranking differs. In pass@2 all are equal, at 50.0 %."),
+    "behind": ({"a": (0.5, 0.6, 0.7), "b": (0.4, 0.4, 0.7), "c": (0.3, 0.5, 0.1)}, "In greedy decoding a leads with "
+               "60.0 %: only the ranking behind it differs. In pass@2 a and b lead with 70.0 %: the ranking is the "
+               "same."),
 }  # fmt: skip
 
 
@@ -547,7 +561,7 @@ def test_whether_the_metrics_agree_is_said(case: str) -> None:
     known = {"experiment": "x", "created": "now", "base": base, "summary": summary, "cells": cells}
     below = " The base model, at 50.0 %, is not below it." if case == "behind" else ""
     assert answer(parse_results(known), {}, "sums") == (
-        "On sums, a has the best avg@3: 50.0 %, before b, with which it has no seed in common, so the two are not "
+        "On sums, a has the best avg@3: 50.0 %, ahead of b, with which it has no seed in common, so the two are not "
         f"compared.{below} {told}"
     )
 
@@ -563,7 +577,7 @@ def test_completions_are_the_first_of_the_first_problems_of_each_benchmark(tmp_p
     save(tmp_path, results, pa.Table.from_pylist(rows))
     blocks = list(contents(read_run(tmp_path), None))
     shown = [block.text for block in blocks if isinstance(block, (Heading, Paragraph, Code))]
-    shown = shown[shown.index("Sample completions") + 2 : shown.index("How it was made")]
+    shown = shown[shown.index("Sample completions") + 2 : shown.index("How to reproduce this")]
     verdicts = ["base (wrong)", "plain (correct)", "weighted (wrong)", "paired (wrong, truncated)"]
     answers = [line for verdict in verdicts for line in (verdict, "this one")]
     assert shown == [
@@ -588,12 +602,12 @@ def test_run_in_which_every_cell_failed(tmp_path: Path) -> None:
 def test_baseline_can_be_chosen(tmp_path: Path) -> None:
     synthetic_run(tmp_path)
     write_report(tmp_path, baseline="base")
-    assert "## Differences to base" in read(tmp_path)[1]
+    assert "## Differences from base" in read(tmp_path)[1]
     results = synthetic_run(tmp_path)
     results["failed"] = [{"algorithm": "broken", "seed": 0, "error": "out of memory"}]
     save(tmp_path, results)
     write_report(tmp_path, baseline="broken")
-    assert "## Differences to plain" in read(tmp_path)[1], "a baseline that failed does not sink the report"
+    assert "## Differences from plain" in read(tmp_path)[1], "a baseline that failed does not sink the report"
     with pytest.raises(UserError, match="unknown baseline 'bass': did you mean 'base'"):
         write_report(tmp_path, baseline="bass")
 

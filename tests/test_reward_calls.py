@@ -10,7 +10,7 @@ import math
 import sys
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -191,6 +191,9 @@ def test_the_components_of_a_reward_and_its_metrics_are_metrics_of_training(make
     rows = collect_rollouts(policy, FakeSampler(), problems, first, Sampling(samples=2), seed=0)
     record = train(policy, get_objective("grpo"), OfflineBuffer.from_trajectories(rows), Training(steps=1))
     assert record.steps[0]["reward/seen"] == 2.0 and record.steps[0]["reward/first"] == record.steps[0]["reward"] == 0.5
+    alone = OfflineBuffer.from_trajectories([replace(row, reward_components={"first": row.reward}) for row in rows])
+    (step,) = train(policy, get_objective("grpo"), alone, Training(steps=1)).steps
+    assert step["reward"] == 0.5 and "reward/first" not in step, "one part alone is the reward itself"
 
 
 def test_fresh_samples_are_rewarded_as_of_their_step(make_policy: Callable[..., Policy], tmp_path: Path) -> None:
@@ -449,6 +452,7 @@ def test_a_file_imports_what_lies_beside_it_and_nothing_of_another_folder(
     assert not {"helpers", "second", "tools", "plain"} & new
 
 
+@pytest.mark.slow
 def test_a_file_imports_what_lies_beside_it_in_a_process_of_its_own(folders: Path) -> None:
     spec = [f"{folders / name / 'mine.py'}:mine" for name in ("one", "one")]
     assert apart(spec, Limits())(["q"], ["4"], name=["one"]) == [32.0]

@@ -24,10 +24,12 @@ from rlzoo.rollout import (
     Sampler,
     TransformersSampler,
     collect_rollouts,
+    cut_short,
     decoding,
     mismatch,
     sampler_of,
     static_decoding,
+    unscored,
 )
 from rlzoo.types import Trajectory
 
@@ -269,6 +271,15 @@ def test_a_mismatch_by_hand() -> None:
     assert mismatch(rows[2:]) is None
 
 
+def test_what_is_told_of_samples_by_hand() -> None:
+    rows = [Trajectory("", "", [1], [2], "a", source="policy", truncated=i == 1) for i in range(3)]
+    assert cut_short(rows, 7) == ["1 of 3 samples were cut at max_new_tokens (7), and have no end"]
+    assert cut_short(rows[2:], 7) == [] and unscored([(0.0, "a")]) is None
+    told = unscored([(0.0, "a"), (None, f"{'so ' * 99}what\nis 1+1?"), (None, "b")])
+    assert told is not None and told.startswith("2 of 3 samples have no reward") and told.endswith("what is 1+1?'")
+    assert len(told) < 300, "the end of a long prompt is its question"
+
+
 def test_conversations_get_conversational_completions(make_policy: MakePolicy) -> None:
     policy = make_policy("gpt2", dtype=torch.float32)
     template = policy.tokenizer.chat_template
@@ -322,10 +333,21 @@ def test_attention_heads_that_share_keys(kind: str, make_policy: MakePolicy) -> 
     assert policy.model.config._attn_implementation == "rlzoo"
 
 
-def test_samples_do_not_depend_on_the_batch(policy: Policy) -> None:
-    """Each has a random stream of its own, also where one prompt's samples are more than a batch."""
-    settings = Sampling(samples=7, max_new_tokens=9, batch_size=64)
+def test_samples_do_not_depend_on_the_batch(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each has a random stream of its own, also where one prompt's samples are more than a batch.
+
+    Those that have ended leave, so that hardly any forward pass is for them.
+    """
+    monkeypatch.setattr(policy.model.generation_config, "eos_token_id", [*range(3, 60)])  # so that many end early
+    settings, sizes = Sampling(samples=7, max_new_tokens=9, batch_size=64), list[int]()
+    handle = policy.model.base_model.register_forward_pre_hook(
+        lambda _, __, given: sizes.append(len(given["input_ids"])), with_kwargs=True
+    )
     expected = sampled_ids(policy, settings, seed=4)
+    handle.remove()
+    unfinished = [sum(len(ids) > step for samples in expected for ids in samples) for step in range(len(sizes))]
+    assert sizes[0] == len(PROMPTS) and 0 < sizes[-1] < 14
+    assert all(size - rest < decoding.LEAVE * size for size, rest in zip(sizes[1:], unfinished[1:], strict=True))
     for size in (1, 3, 7, 15):
         done: list[int] = []
         some = settings.model_copy(update={"batch_size": size})

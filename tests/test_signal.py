@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+from batches import hand_batch
 from comparisons import small
 from test_training import RAW, Batch, Fixed, distance, make_batch, trained
 
@@ -22,7 +23,8 @@ from rlzoo.inputs import Input, Truncated
 from rlzoo.objective import Objective, get_objective
 from rlzoo.policy import Assembler, Policy
 from rlzoo.training import Trainer, train
-from rlzoo.training.batches import FreshSource
+from rlzoo.training.batches import Drawn, FreshSource
+from rlzoo.training.tally import teaches
 from rlzoo.types import Coefficients, Selection, TokenBatch, Trajectory
 
 MakePolicy = Callable[..., Policy]
@@ -68,6 +70,13 @@ def test_a_batch_is_counted_once_however_many_updates_it_has(make_policy: MakePo
     assert events == [f"grpo: 1 of 2 {FLAT}"]
 
 
+def test_a_masked_token_teaches_nothing_whatever_its_advantage() -> None:
+    batch = hand_batch([[0.5, 0.5], [0.5]])
+    batch = batch.replace(mask=torch.tensor([[False, True], [False, False]]), advantage=torch.ones(2, 2))
+    (component,) = get_objective("grpo").components
+    assert teaches(Drawn(component, [], [], batch)).tolist() == [True, False]
+
+
 def test_groups_of_one_are_told_once_and_say_what_to_do(make_policy: MakePolicy) -> None:
     policy = make_policy()
     events = events_of(policy, "grpo", groups_of(policy, 1.0, 0.0, 1.0, 0.0, size=1))
@@ -86,6 +95,9 @@ def test_a_batch_of_equal_rewards_is_told(make_policy: MakePolicy) -> None:
     policy = make_policy()
     events = events_of(policy, "reinforce", groups_of(policy, 0.1, 0.1, 0.1, size=3))
     assert f"reinforce: all 2 {SILENT}: nothing is learned from their rewards" in events
+    source, once = Fixed(groups_of(policy, 0.1, 0.1, 0.1, size=3)), RAW.model_copy(update={"steps": 1})
+    (*_, event) = Trainer(policy, get_objective("reinforce"), source, once).run().events
+    assert event.startswith(f"reinforce: 1 of 1 {SILENT}"), "one is not all"
 
 
 def test_the_parts_of_a_mixture_are_told_apart(make_policy: MakePolicy) -> None:
@@ -213,6 +225,12 @@ def test_masked_completions_teach_nothing_but_their_rewards_count(make_policy: M
     assert distance(one, trained(make_policy(), get_objective("grpo"), (rows, units), RAW)) > 1e-3
     events = events_of(make_policy(), "grpo", (rows, units), truncated="mask")
     assert "grpo: 2 of 16 completions drawn are truncated and masked" in events
+    none_left = [replace(row, truncated=True) for row in rows]
+    assert events_of(make_policy(), "grpo", (none_left, units), truncated="mask") == [
+        f"grpo: 2 of 8 {FLAT}",  # the others' advantages are not 0, and meet no token
+        f"grpo: all 2 {SILENT}: nothing is learned from their rewards",
+        "grpo: all 16 completions drawn are truncated and masked",
+    ]
 
 
 @pytest.mark.parametrize("name", ["sft", "rft", "dft", "grpo", "kto", "dpo"])
@@ -246,6 +264,7 @@ def test_a_comparison_drops_them_from_whatever_the_algorithm_learns_from() -> No
     assert views == {"sft": ["drop"], "own": ["drop"], "both": [None, "drop"]}
 
 
+@pytest.mark.slow
 def test_the_analyzer_measures_what_training_learns_from(make_policy: MakePolicy) -> None:
     policy = make_policy("llama")
     rows = truncated_rows(policy, 0, 4, source="demonstration")

@@ -19,6 +19,7 @@ from rlzoo.comparison.plan import cells
 from rlzoo.comparison.report.tables import amount, plain_table, points, seconds
 from rlzoo.comparison.speed import OF_SAMPLING, OF_TRAINING, card_of, measured_speed, speed_of_gpu
 from rlzoo.comparison.statistics import SIGNIFICANT, smallest_difference
+from rlzoo.comparison.studies import list_studies, read_study, study_folder
 from rlzoo.config import BASE, Experiment
 from rlzoo.document import Entry, Table
 from rlzoo.errors import UserError
@@ -29,7 +30,7 @@ MORE = (1, 2, 4)
 """The multiples of an experiment's seeds that its smallest difference is computed for."""
 POWER = 0.8
 SMALL = 1e8
-"""Parameters below which kernels' launches, not their work, set the pace of a GPU."""
+"""The number of parameters below which the speed of a GPU is limited by kernel launches."""
 
 
 def planned(
@@ -37,13 +38,14 @@ def planned(
 ) -> dict[str, Any]:
     """The costs of an experiment, its time with ``workers`` on this machine or on a ``gpu``, and what it can detect.
 
-    ``pilot`` is the folder of a finished comparison on the same benchmarks. Raises UserError for an unknown GPU, and
-    for a pilot that cannot tell.
+    ``pilot`` is the folder of a finished comparison on the same benchmarks; None: the study that ships, if any. Raises
+    UserError for an unknown GPU, and for a pilot without the differences that are needed.
     """
     shape = load_shape(experiment.model)
     if gpu is not None:
         card_of(gpu)
         shape.compute = torch.bfloat16
+    pilot = _committed(experiment) if pilot is None else pilot
     outcomes = None if pilot is None else _outcomes_of(pilot)
     speed = measured_speed(experiment) if gpu is None else None
     known = speed.sample_tokens if speed is not None else None
@@ -64,8 +66,17 @@ def planned(
         "workers": number,
         "speed": {"flops_per_second": speed.flops, "tokens_per_second": speed.tokens, "gpu": gpu},
         "gpu_bytes": None if gpu is None else card_of(gpu).bytes,
+        "pilot": None if pilot is None else str(pilot),
         "smallest_differences": None if outcomes is None else detectable(experiment, outcomes, pilot),
     }
+
+
+def _committed(experiment: Experiment) -> Path | None:
+    """The study of this experiment that ships with rlzoo, if it is of the same model."""
+    if experiment.name not in list_studies():
+        return None
+    config = read_study(experiment.name).results.config
+    return study_folder(experiment.name) if config["model"] == experiment.model else None
 
 
 def _outcomes_of(pilot: Path) -> pa.Table:
@@ -170,7 +181,7 @@ def _lines(found: Mapping[str, Any]) -> list[str]:
     if found["smallest_differences"]:
         lines.append(
             f"corrected: after Holm's correction for the {found['smallest_differences'][0]['differences']} differences "
-            "of a table; alone: of a single planned difference. Variances are those of the pilot."
+            f"of a table; alone: of a single planned difference. Variances are those of {found['pilot']}."
         )
     else:
         lines.append("For the smallest difference that it can detect, give --pilot and a finished comparison.")

@@ -1,4 +1,4 @@
-"""Evaluation: sample each problem at temperature T and once greedily, score the samples, compute metrics."""
+"""Evaluation: sample each problem at temperature T and once greedily, score the samples, and compute metrics."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
-from rlzoo.buffers.bad_rows import BadRows, told_of
+from rlzoo.buffers.bad_rows import BadRows, collecting
 from rlzoo.buffers.problems import EncodedProblem, Problem, demonstrations, encode_problems
 from rlzoo.config import EvaluationSettings, TokenBudget
 from rlzoo.errors import UserError
@@ -30,9 +30,9 @@ class Evaluation:
     """Metrics by name, such as ``avg_at_k``, with ``k`` and ``samples``; and ``reward/NAME`` for the metric NAME that
     the reward logged."""
     outcomes: list[dict[str, Any]]
-    """One row per sample: problem_id, prompt, decoding, sample, reward, correct, length, truncated, text. If available,
-    also ``logged`` and ``components`` of the reward as JSON, the ``answer`` that the reward reads in the text, and
-    ``gold_logp``, the log-prob of the problem's ``gold_tokens``, in nats."""
+    """One row per sample: problem_id, prompt, decoding, sample, reward, correct, length, truncated, text. Where they
+    exist, also ``logged`` and ``components`` of the reward as JSON, the ``answer`` that the reward extracts from the
+    text, and ``gold_logp``, the sum of the log-probs of the problem's ``gold_tokens`` gold tokens, in nats."""
 
 
 def evaluate(
@@ -48,14 +48,16 @@ def evaluate(
     metrics: Sequence[Any] | None = None,
     token_budget: TokenBudget = 8192,
 ) -> Evaluation:
-    """Sample each problem ``settings.samples`` times, and once greedily, score the completions, compute metrics.
+    """Sample each problem ``settings.samples`` times, and once greedily, score the completions, and compute metrics.
 
-    ``reward`` is what `get_reward` takes, such as a plain function; each of ``metrics`` is what `get_metric` takes
-    (None: all of `metric_table`). ``token_budget`` is for the micro-batches of gold completions.
+    ``reward`` is anything that `get_reward` takes, such as a plain function; each of ``metrics`` is anything that
+    `get_metric` takes (None: all of `metric_table`). ``token_budget`` applies to the micro-batches of gold completions.
+    ``progress`` is called with the number of sequences that were sampled since its last call.
 
-    A sample with a reward of at least ``settings.correct_at`` is correct; a null reward counts as wrong. A problem that
-    cannot be encoded, or that the model cannot take, is an error, or goes to ``bad``; such a solution is left out of
-    the log-likelihood. Raises UserError for no problems, k > samples, and a metric that fails.
+    A sample is correct if its reward is at least ``settings.correct_at``; without a reward it counts as wrong. A
+    problem that cannot be encoded, or that the model cannot take, is an error unless ``bad`` drops it; solutions of
+    that kind are left out of the log-likelihood. Raises UserError for an empty set of problems, k > samples, and a
+    metric that fails.
     """
     settings, reward = settings or EvaluationSettings(), get_reward(reward)
     if not problems:
@@ -99,14 +101,14 @@ def evaluate(
 
 
 def gold_rows(policy: Policy, problems: Sequence[EncodedProblem], bad: BadRows | None = None) -> list[list[Trajectory]]:
-    """Each problem's gold completions, without those that cannot be encoded or that the model cannot take."""
+    """The gold completions of each problem, without those that cannot be encoded or that the model cannot take."""
     rows = []
-    with told_of(bad) as bad:
+    with collecting(bad) as bad:
         for encoded in problems:
             unfit = BadRows("drop")
             rows.append(demonstrations(policy.tokenizer, [encoded.problem], None, unfit, policy.row_check()))
             if (summary := unfit.summary()) is not None:
-                place = encoded.problem.told
+                place = encoded.problem.label
                 reason = summary["first"][0].removeprefix(place).lstrip(": ")  # `note` names the place again
                 bad.note(place, {"gold completions without a log-likelihood": reason})
     return rows
@@ -115,7 +117,7 @@ def gold_rows(policy: Policy, problems: Sequence[EncodedProblem], bad: BadRows |
 def _gold_logp(
     policy: Policy, problems: Sequence[EncodedProblem], bad: BadRows | None, token_budget: TokenBudget
 ) -> list[list[list[float]]]:
-    """The log-probs per token of each problem's gold completions, at temperature 1."""
+    """The log-probs, per token, of each problem's gold completions, at temperature 1 and in nats."""
     rows = gold_rows(policy, problems, bad)
     flat = [(row.prompt_ids, row.completion_ids) for some in rows for row in some]
     logps = iter(log_probs(policy, flat, token_budget))

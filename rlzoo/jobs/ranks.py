@@ -14,6 +14,14 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 
+_before_parting: list[Callable[[], None]] = []
+
+
+def before_parting(work: Callable[[], None]) -> None:
+    """Have this done before the processes leave their group: a library that has groups of its own ends them."""
+    _before_parting.append(work)
+
+
 @contextmanager
 def joined() -> Iterator[None]:
     """Join the process group of a launcher: with NCCL on one GPU each, else with gloo."""
@@ -23,6 +31,8 @@ def joined() -> Iterator[None]:
     try:
         yield
     finally:
+        while _before_parting:
+            _before_parting.pop()()
         if dist.is_initialized():
             dist.destroy_process_group()
 

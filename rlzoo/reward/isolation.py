@@ -1,6 +1,6 @@
-"""Rewards in their own processes: one that hangs, crashes or exhausts memory costs bounded time, and one row.
+"""Rewards in separate processes: one that hangs, crashes or exhausts memory costs a bounded time and a single row.
 
-`python -m rlzoo.reward.isolation` is that process. It reads JSON requests from standard input, and answers in JSON.
+`python -m rlzoo.reward.isolation` is such a process. It reads JSON requests from standard input, and answers in JSON.
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ class Limits:
     """The limits of a reward; None: no limit."""
 
     seconds: float | None = 60.0
-    """Time per call."""
+    """The time limit of a call."""
     memory_gb: float | None = 4.0
-    """Memory of its process, in 2³⁰ bytes."""
+    """The memory limit of its process, in 2³⁰ bytes."""
 
 
 class RewardProcess(CompositeReward):
-    """A reward that is called in its own process, by one thread at a time."""
+    """A reward that is called in a separate process, by one thread at a time."""
 
     def __init__(self, spec: Any, limits: Limits) -> None:
         self._spec, self._limits = spec, limits
@@ -247,9 +247,10 @@ _processes: dict[str, RewardProcesses] = {}
 
 
 def apart(spec: Any, limits: Limits, on_error: OnError = "fail", number: int = 1) -> Reward:
-    """`get_reward` for a reward that is built and called in ``number`` processes of its own, shared by all its users.
+    """`get_reward` for a reward that is built and called in ``number`` separate processes.
 
-    Raises UserError for a spec that is not plain data, and as `get_reward` does.
+    All who use the same spec share them. Without limits there is no such process. Raises UserError for a spec that is
+    not plain data, and as `get_reward` does.
     """
     if limits.seconds is None and limits.memory_gb is None:
         return get_reward(spec, on_error)

@@ -171,7 +171,7 @@ def within_limits(
 def _fit(policy: Policy, problems: Sequence[EncodedProblem], more: int, bad: BadRows) -> Iterator[EncodedProblem]:
     for encoded in problems:
         good = False
-        with bad.at(encoded.problem.told):
+        with bad.at(encoded.problem.label):
             policy.check_range(max(encoded.ids), min(encoded.ids))
             if policy.positions is not None and len(encoded.ids) + more > policy.positions:
                 raise UserError(

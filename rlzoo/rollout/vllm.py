@@ -21,7 +21,7 @@ import torch
 
 from rlzoo.config import Sampling
 from rlzoo.errors import UserError
-from rlzoo.jobs.ranks import barrier, gathered, is_main, shared, world_size
+from rlzoo.jobs.ranks import barrier, before_parting, gathered, is_main, shared, world_size
 from rlzoo.policy import Policy
 from rlzoo.policy.adapters import merged
 from rlzoo.policy.loading import EMBEDDED, save_policy, trusts_remote_code, whole_weights
@@ -244,6 +244,8 @@ class VLLMSampler(_VLLM):
             taken = any(engine.sleeps for engine in _engines.values())  # of a process's engines one can sleep
             sleeps = bool(options.get("enable_sleep_mode", not taken and _may_sleep(policy)))
             _engines[key] = _Engine(_start(policy, options, sleeps), _Handed(), sleeps)
+            if world_size() > 1:
+                before_parting(_engines[key].llm.llm_engine.engine_core.shutdown)
         self._engine = _engines[key]
 
     @property
@@ -363,7 +365,11 @@ def _start(policy: Policy, options: Mapping[str, Any], sleeps: bool) -> Any:
     if policy.device.type == "cpu":
         settings.setdefault("enforce_eager", True)  # compilation takes longer than it saves there
         settings.setdefault("enable_chunked_prefill", False)  # there, a prompt in two chunks cannot have a seed
-    return LLM(str(EMBEDDED_BASE) if policy.name == EMBEDDED else policy.name, **settings)
+    try:
+        return LLM(str(EMBEDDED_BASE) if policy.name == EMBEDDED else policy.name, **settings)
+    except (AssertionError, ValueError) as error:  # options that do not fit the model or the machine
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise UserError(f"vLLM cannot start with engine_options {dict(options)} ({reason:.300})") from error
 
 
 def _asked(policy: Policy, settings: Sampling, seed: int, number: int, greedy: bool) -> dict[str, Any]:

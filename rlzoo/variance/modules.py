@@ -1,4 +1,4 @@
-"""Which modules of a model have parameters whose gradient can be computed per row, and what that takes."""
+"""The modules of a model whose parameters' gradients can be computed per row, and what that computation needs."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, jvp
 
 from rlzoo.errors import UserError
+from rlzoo.policy.compiled import uncompiled
 from rlzoo.policy.head import Head
 from rlzoo.policy.policy import Policy
 from rlzoo.variance.factored import Block, Factored, Lookup, Outer, Sum, at_least_float32
@@ -26,13 +27,13 @@ class Covered:
     """A module whose parameters' gradients can be computed per row."""
 
     name: str
-    """In the model."""
+    """The name in the model."""
     module: nn.Module
     parameters: Mapping[str, str]
-    """Name in the module → name in the model, of those that train."""
+    """The parameters that train: name in the module → name in the model."""
     layer: int
     factor: float = 1.0
-    """Of an embedding whose output is scaled."""
+    """The factor on the output of an embedding."""
     saved: Tensor | None = None
     """What the forward pass leaves for the backward: inputs, ids, or the derivative by a scale."""
 
@@ -57,7 +58,7 @@ class Covered:
         )
 
     def looked_up(self, e: Float[Tensor, "B L D"]) -> Float[Tensor, "B L D"]:
-        """For an embedding: the gradient at the rows it looks up; torch gives the padding row none."""
+        """For an embedding, the gradient at the rows that it looks up; torch gives the padding row none."""
         assert isinstance(self.module, nn.Embedding) and self.saved is not None
         e = e if self.factor == 1.0 else e * self.factor
         padding = self.module.padding_idx
@@ -161,7 +162,8 @@ class Modules:
         self.forget()
         handles = [c.module.register_forward_hook(hook(c), with_kwargs=True) for c in self.covered]
         try:
-            yield
+            with uncompiled():
+                yield
         finally:
             for handle in handles:
                 handle.remove()
