@@ -264,6 +264,18 @@ def test_vllm_is_not_installed(policy: Policy, monkeypatch: pytest.MonkeyPatch) 
         VLLMSampler(policy)
 
 
+def test_an_engine_that_cannot_start_says_why(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
+    install(monkeypatch, policy)
+
+    def refuse(where: str, **options: Any) -> None:
+        raise AssertionError("\nNot enough NUMA nodes.\nSee below")
+
+    monkeypatch.setattr("vllm.LLM", refuse)
+    told = r"^vLLM cannot start with engine_options \{'tensor_parallel_size': 2\} \(Not enough NUMA nodes.\)$"
+    with pytest.raises(UserError, match=told):
+        VLLMSampler(policy, tensor_parallel_size=2)
+
+
 def test_tensor_parallel_engines_need_as_many_gpus(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
     engines = install(monkeypatch, policy)
     VLLMSampler(policy, tensor_parallel_size=2)
