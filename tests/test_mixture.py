@@ -316,10 +316,8 @@ def test_parts_of_one_view_draw_other_rows(make_policy: MakePolicy) -> None:
     assert seeds(views, 7) == [7, 7, 7 + 2**32]
     sft, _, dft = buffer_sources(rows_of(make_policy()), views, 9, seed=7)
     assert [sft.draw() for _ in range(3)] != [dft.draw() for _ in range(3)]
-    buffer, policy = rows_of(make_policy()), make_policy()
-    (step,) = train(
-        policy, mixture({"sft": 1.0, "dft": 1.0}), [buffer, buffer], RAW.model_copy(update={"batch_size": 4})
-    ).steps
+    buffer, settings = rows_of(make_policy()), RAW.model_copy(update={"batch_size": 4})
+    (step,) = train(make_policy(), mixture({"sft": 1.0, "dft": 1.0}), [buffer, buffer], settings).steps
     assert step["sft/logp"] != step["dft/logp"], "also where each has a buffer of its own"
 
 

@@ -80,7 +80,8 @@ class MovingReference(Input):
         pairs = zip(context.own.model.parameters(), context.policy.model.parameters(), strict=True)
         for average, current in pairs:
             whole = current.full_tensor() if hasattr(current, "full_tensor") else current
-            average.lerp_(whole, 1 - self.decay)
+            if average.is_floating_point():  # weights in 4 bits stay as they are
+                average.lerp_(whole, 1 - self.decay)
 
     @property
     def label(self) -> str:

@@ -16,6 +16,7 @@ from rlzoo.policy.adapters import adapters, merged, save_adapter
 from rlzoo.policy.defaults import device_of, dtype_of, make_deterministic
 from rlzoo.policy.head import Head
 from rlzoo.policy.policy import Policy
+from rlzoo.policy.quantised import in_4_bits, saved_as_whole, with_one_numerics
 from rlzoo.worlds import EMBEDDED_BASE
 
 EMBEDDED = "embedded"
@@ -40,27 +41,40 @@ def load_for(name: str, training: Training) -> Policy:
     device = device_of(training.device)
     if training.deterministic:
         make_deterministic(device)
-    return load_policy(name, training.dtype, device, training.packing)
+    lora = training.lora
+    return load_policy(name, training.dtype, device, training.packing, lora is not None and lora.load_in_4bit)
 
 
 def load_policy(
-    name: str, dtype: str = "auto", device: str | torch.device | None = None, packing: Packing = "auto"
+    name: str,
+    dtype: str = "auto",
+    device: str | torch.device | None = None,
+    packing: Packing = "auto",
+    load_in_4bit: bool = False,
 ) -> Policy:
     """The policy behind ``embedded``, a folder, or a Hub id. Raises UserError if it cannot be loaded.
 
     ``bfloat16-mixed`` has float32 weights and bfloat16 matrix products; ``auto`` is that on a GPU, float32 on a CPU.
-    ``device``: ``auto`` and None are a GPU if there is one. ``packing`` is for `Policy.pack`. A model with its own code
-    is refused, except under ``rlzoo --trust-remote-code``.
+    ``device``: ``auto`` and None are a GPU if there is one. ``packing`` is for `Policy.pack`. ``load_in_4bit``
+    holds the weights of linear layers but the head in 4 bits, for adapters alone. A model with its own code is refused,
+    except under ``rlzoo --trust-remote-code``.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     device = device_of(device)
     dtype = dtype_of(dtype, device)
+    compute = torch.bfloat16 if dtype == "bfloat16-mixed" else None
+    quantised = in_4_bits(compute or DTYPES[dtype], device) if load_in_4bit else {}
     where, trusted = _place(name), trusts_remote_code()
     try:
         tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=trusted)
         model, found = AutoModelForCausalLM.from_pretrained(
-            where, dtype=DTYPES[dtype], use_safetensors=True, output_loading_info=True, trust_remote_code=trusted
+            where,
+            dtype=DTYPES[dtype],
+            use_safetensors=True,
+            output_loading_info=True,
+            trust_remote_code=trusted,
+            **quantised,
         )
     except Exception as error:
         raise _not_loaded(name, error) from error
@@ -73,7 +87,7 @@ def load_policy(
         raise UserError(f"model {name!r}: its tokenizer has no end-of-sequence token, so completions cannot end")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token  # padding is masked by position, never by id
-    compute = torch.bfloat16 if dtype == "bfloat16-mixed" else None
+    with_one_numerics(model)
     policy = Policy(model.to(device), tokenizer, name, compute)
     _check_head(policy)
     policy.pack(packing)
@@ -147,12 +161,14 @@ def _check_head(policy: Policy) -> None:
 def save_policy(policy: Policy, folder: Path) -> None:
     """Write a folder for ``from_pretrained``: safetensors, configuration and tokenizer, without a critic.
 
-    An adapter is merged into the weights, and also written to the folder ``adapter``. All processes must call this; the
+    An adapter is merged into the weights, which are whole where they were in 4 bits, and also written to the folder
+    ``adapter``. All processes must call this; the
     main one writes.
     """
     weights = _gathered(policy.model)
     if rank() == 0:
-        policy.model.save_pretrained(folder, state_dict=merged(policy.model, weights))
+        with saved_as_whole(policy.model):
+            policy.model.save_pretrained(folder, state_dict=merged(policy.model, weights))
         policy.tokenizer.save_pretrained(folder)
         if adapters(policy.model):
             save_adapter(policy.model, weights, folder / "adapter", policy.name)

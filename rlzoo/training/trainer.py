@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator, DistributedType, PartialState
 from torch import Tensor
 
 from rlzoo.config import Training
@@ -24,6 +24,7 @@ from rlzoo.objective import Component, Objective, reduce, surrogate_of
 from rlzoo.policy import Assembler, MicroBatches, Models, Policy
 from rlzoo.policy.adapters import adapters
 from rlzoo.policy.defaults import token_budget_of
+from rlzoo.policy.quantised import entries, is_in_4_bits
 from rlzoo.policy.sequences import Tokens, length
 from rlzoo.training.batches import Drawn, Source, check_sources, lacks, micro_units
 from rlzoo.training.checkpoints import Checkpoints
@@ -50,6 +51,7 @@ ROUNDED = (
     "training.dtype: bfloat16 rounds away small updates of weights: use bfloat16-mixed, which keeps them in float32, "
     "or train adapters (training.lora)"
 )
+SHARDING = (DistributedType.FSDP, DistributedType.DEEPSPEED)
 Callback = Callable[["Trainer", int], None]
 """Called after every optimizer step with the trainer and the number of steps done."""
 
@@ -58,6 +60,17 @@ def check_precision(dtypes: Iterable[torch.dtype]) -> None:
     """Raise UserError where weights that train have too few digits for an optimizer's updates."""
     if {torch.bfloat16, torch.float16} & set(dtypes):
         raise UserError(ROUNDED)
+
+
+def check_quantised(policy: Policy, settings: Training, is_sharded: bool) -> None:
+    """Raise UserError where a policy in 4 bits cannot train as the settings say, or is not in 4 bits as they say."""
+    wanted, found = settings.lora is not None and settings.lora.load_in_4bit, is_in_4_bits(policy.model)
+    if wanted and not found:
+        raise UserError("lora.load_in_4bit: the policy is loaded already: load_policy(..., load_in_4bit=True)")
+    if found and settings.lora is None and not adapters(policy.model):
+        raise UserError("weights in 4 bits cannot be trained: train adapters (training.lora)")
+    if found and is_sharded:
+        raise UserError("lora.load_in_4bit: weights in 4 bits cannot be sharded: run without FSDP and DeepSpeed")
 
 
 class Trainer:
@@ -100,15 +113,17 @@ class Trainer:
             log_with=list(installed(settings.trackers)) or None,
             project_dir=folder,
         )
+        check_quantised(policy, settings, is_sharded=self.accelerator.distributed_type in SHARDING)
         if settings.lora is not None and not adapters(policy.model):
-            policy.add_lora(**settings.lora.model_dump())
+            policy.add_lora(**settings.lora.model_dump(exclude={"load_in_4bit"}))
         policy.pack(settings.packing)
+        policy.compile_layers(settings)
         policy.attach(objective.requires)
         self.models = Models.load(policy, self._with_models(), reference)
         parameters = [p for p in policy.parameters() if p.requires_grad]
         check_precision({p.dtype for p in parameters})
         # a frozen weight has no gradient, but passes one on
-        self._trained = sum(p.numel() for p in parameters) / sum(p.numel() for p in policy.parameters())
+        self._trained = sum(map(entries, parameters)) / sum(map(entries, policy.parameters()))
         optimizer = torch.optim.AdamW(
             parameters,
             lr=settings.learning_rate,
@@ -288,7 +303,8 @@ class Trainer:
         sums = [Sums() for _ in drawn]
         self._drop_gradients()
         recomputed = layers_recomputed(self.policy) if self.settings.gradient_checkpointing else nullcontext()
-        with recomputed, nullcontext() if world_size() > 1 else gradients_in_place(self.policy):
+        apart = world_size() > 1 or self.policy.compiles
+        with recomputed, nullcontext() if apart else gradients_in_place(self.policy):
             mine = [
                 (place, index, counts)
                 for place, some in enumerate(drawn)

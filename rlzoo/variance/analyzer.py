@@ -15,6 +15,7 @@ from rlzoo.jobs.memory import release_memory
 from rlzoo.objective import Objective
 from rlzoo.policy import Assembler, MicroBatches, Models, Policy
 from rlzoo.policy.defaults import token_budget_of
+from rlzoo.policy.quantised import is_in_4_bits
 from rlzoo.training import check_buffer
 from rlzoo.types import name_of_view
 from rlzoo.variance import moments
@@ -74,6 +75,8 @@ def analyze_variance(
     only some objectives have no rows, or fail on them, they are listed under ``skipped``.
     """
     _check(rows, draws, seed, means_held)
+    if is_in_4_bits(policy.model):
+        raise UserError("weights in 4 bits have no gradient to measure: leave out training.lora.load_in_4bit")
     check_buffer(policy, buffer)
     tell = progress or (lambda share, what: None)
     named = named_objectives(objectives)
