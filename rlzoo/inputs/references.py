@@ -70,7 +70,7 @@ class MovingReference(Input):
     decay: float
 
     def moving_model(self, policy: Policy) -> Policy:
-        return policy.frozen_copy()
+        return policy.frozen_copy(moving=True)
 
     def compute(self, context: Context) -> Float[Tensor, "B T"]:
         return context.log_probs(context.own)
@@ -78,9 +78,8 @@ class MovingReference(Input):
     @torch.no_grad()
     def after_step(self, context: Context) -> None:
         pairs = zip(context.own.model.parameters(), context.policy.model.parameters(), strict=True)
-        for average, current in pairs:
-            whole = current.full_tensor() if hasattr(current, "full_tensor") else current
-            average.lerp_(whole, 1 - self.decay)
+        for average, current in pairs:  # sharded alike
+            average.lerp_(current, 1 - self.decay)
 
     @property
     def label(self) -> str:

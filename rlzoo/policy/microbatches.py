@@ -13,7 +13,7 @@ from rlzoo.config import TokenBudget
 from rlzoo.errors import UserError
 from rlzoo.inputs import Input
 from rlzoo.jobs.memory import is_out_of_memory, on_device, release_memory
-from rlzoo.jobs.ranks import rank, summed, world_size
+from rlzoo.jobs.ranks import gathered, is_sharded, rank, summed, world_size
 from rlzoo.policy.defaults import token_budget_of
 from rlzoo.policy.policy import ForwardPass, Policy
 from rlzoo.policy.sequences import Row, Sequences, Tokens, length
@@ -44,23 +44,40 @@ class MicroBatches:
         own = range(rank(), -(-len(batches) // world) * world, world)
         return [(batches[i], True) if i < len(batches) else (batches[0], False) for i in own]
 
-    def within_memory(self, rows: Sequence[Tokens], work: Callable[[], T], undo: Callable[[], None] | None = None) -> T:
-        """Do the work; if memory runs out, again with half the budget, except in a distributed run.
+    def within_memory(
+        self,
+        rows: Sequence[Tokens],
+        work: Callable[[], T],
+        undo: Callable[[], None] | None = None,
+        in_step: bool = False,
+    ) -> T:
+        """Do the work; if memory runs out in one process, all do it again with half the budget.
 
-        ``undo`` discards what a failed attempt left. Raises UserError if a single row does not fit.
+        ``undo`` discards what a failed attempt left. Raises UserError if a single row does not fit, and if processes
+        work ``in_step``, as those of a sharded model do: the others wait for the one that failed.
         """
         while True:
+            failed = None
             try:
-                return work()
+                found = work()
             except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error) or world_size() > 1:
+                if not is_out_of_memory(error):
                     raise
-                if self.token_budget <= max(map(length, rows)):
-                    raise UserError(f"out of memory with one sequence per micro-batch: {error}") from None
+                failed = str(error)
+            if failed is not None and in_step:
+                raise UserError(
+                    f"out of memory with {self.token_budget} tokens per micro-batch in a process of a sharded model, "
+                    f"which cannot halve them alone: set training.token_budget to less ({failed:.160})"
+                )
+            told = [each for each in gathered(failed) if each is not None] if not in_step else []
+            if not told:
+                return found
+            if self.token_budget <= max(map(length, rows)):
+                raise UserError(f"out of memory with one sequence per micro-batch: {told[0]}")
             if undo is not None:
                 undo()
             release_memory()
-            halved = max(min(self.token_budget, sum(map(length, rows))) // 2, 1)
+            halved = max(min(self.token_budget, -(-sum(map(length, rows)) // world_size())) // 2, 1)
             if self._on_halved is not None:
                 self._on_halved(self.token_budget, halved)
             self.token_budget = halved
@@ -98,7 +115,7 @@ class MicroBatches:
         training = policy.training
         policy.eval()
         try:
-            found = self.within_memory(rows, run)
+            found = self.within_memory(rows, run, in_step=is_sharded(policy))
         finally:
             policy.train(training)
         return {key: summed(value) for key, value in found.items()}

@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from rlzoo.config import Packing
 from rlzoo.errors import UserError
 from rlzoo.inputs import Input, Stage
-from rlzoo.policy.adapters import adapters, add_lora, switched_off
+from rlzoo.jobs.ranks import is_sharded
+from rlzoo.policy import sharding
+from rlzoo.policy.adapters import adapters, add_lora, copy_adapters, switched_off
 from rlzoo.policy.attention import rows_apart, use
 from rlzoo.policy.chat import turn_of
 from rlzoo.policy.encoding import RowCheck
@@ -129,7 +131,7 @@ class Policy(nn.Module):
         Raises UserError for a model that cannot be ``packed``.
         """
         with rows_apart():
-            self.packs = packs(self.model, self.compute, packing)
+            self.packs = self.beside(lambda: packs(self.model, self.compute, packing))
 
     def collate(self, rows: Sequence[Tokens]) -> Sequences:
         """Rows as a micro-batch of this model."""
@@ -187,11 +189,41 @@ class Policy(nn.Module):
             for key in self.attached.keys() - before.keys():
                 del self.attached[key], self.modules_of_inputs[key]
 
-    def frozen_copy(self) -> Policy:
-        """A frozen copy in evaluation mode."""
-        frozen = Policy(copy.deepcopy(self.model), self.tokenizer, self.name, self.compute)
+    def frozen_copy(self, moving: bool = False) -> Policy:
+        """A frozen copy in evaluation mode, sharded like the policy.
+
+        Unless it is ``moving``, its matrices are in the dtype that they are multiplied in, which changes no log-prob.
+        """
+        narrow, parts = None if moving else self.compute, is_sharded(self.model)
+        model = sharding.skeleton(self.model) if parts else copy.deepcopy(self.model)
+        frozen = Policy(model, self.tokenizer, self.name, self.compute)
         frozen.packs = self.packs
+        if parts:
+            names = () if narrow is None else sharding.of_products(self.model)
+            sharding.shard(frozen, frozen.model, sharding.of_model(self.model, narrow, names))
+            copy_adapters(self.model, frozen.model)
+        else:
+            frozen.narrow(narrow)
         return frozen.eval().requires_grad_(False)
+
+    def narrow(self, dtype: torch.dtype | None) -> Policy:
+        """The same policy, frozen, with the weights of matrix products in ``dtype``; None: as they are."""
+        if dtype is not None:
+            parameters = dict(self.model.named_parameters())
+            for name in sharding.of_products(self.model) & parameters.keys():
+                parameters[name].data = parameters[name].data.to(dtype)
+        return self
+
+    def copy_of_trunk(self) -> nn.Module:
+        """A copy of the trunk that trains by itself, sharded like the policy, in float32 if that is wider."""
+        trunk: nn.Module = self.model.base_model
+        if not is_sharded(trunk):
+            return copy.deepcopy(trunk)
+        found: Any = sharding.skeleton(self.model).base_model
+        wide, names = torch.promote_types(self.model.dtype, torch.float32), dict(trunk.named_parameters())
+        sharding.shard(found, found, sharding.of_model(trunk, wide, names))
+        made: nn.Module = found.train(trunk.training)
+        return made
 
     def reference(self) -> Policy:
         """The frozen reference, before training: the policy without its adapter, or else a copy."""
@@ -204,15 +236,15 @@ class Policy(nn.Module):
         """
         add_lora(self.model, rank, alpha, target_modules)
 
-    @property
-    def _no_split_modules(self) -> Any:
-        """For Accelerate, which shards a model by these."""
-        return self.model._no_split_modules
-
     def run(self, work: Callable[[], T]) -> T:
         """Run ``work``, which calls modules of the model, as one forward pass: a sharded model gathers its weights."""
         found: T = self(work=work)
         return found
+
+    def beside(self, work: Callable[[], T]) -> T:
+        """`run` without a graph; also within the forward pass of another policy."""
+        with torch.no_grad():
+            return self.run(work)
 
     def forward(
         self,
@@ -244,8 +276,9 @@ class Policy(nn.Module):
         hidden = self.hidden(sequences)
         other = None
         if reference is not None and term is not None:
-            with torch.no_grad():
-                other = (reference.head, reference.hidden(sequences))
+            model = reference
+            states = model.beside(lambda: model.hidden(sequences))
+            other = (lambda part: model.beside(lambda: model.head.logits(part)), states)
         values = token_log_probs(
             self.head,
             hidden,
@@ -310,6 +343,19 @@ class _WithoutAdapter(Policy):
     def __init__(self, policy: Policy) -> None:
         super().__init__(policy.model, policy.tokenizer, policy.name, policy.compute)
         self.packs = policy.packs
+        self._whole = [policy]  # not a module of its own
+
+    def forward(
+        self, sequences: Sequences | None = None, *, work: Callable[[], Any] | None = None, **options: Any
+    ) -> Any:
+        """That of the policy, which alone gathers its weights if they are sharded."""
+        plain = super().forward
+        return self._whole[0].run(lambda: plain(sequences, work=work, **options))
+
+    def beside(self, work: Callable[[], T]) -> T:
+        """The policy is running already."""
+        with torch.no_grad():
+            return work()
 
     @property
     def head(self) -> Head:

@@ -12,6 +12,7 @@ from rlzoo.buffers import Buffer
 from rlzoo.config import TokenBudget
 from rlzoo.errors import UserError
 from rlzoo.jobs.memory import release_memory
+from rlzoo.jobs.ranks import is_sharded
 from rlzoo.objective import Objective
 from rlzoo.policy import Assembler, MicroBatches, Models, Policy
 from rlzoo.policy.defaults import token_budget_of
@@ -72,6 +73,8 @@ def analyze_variance(
     and cosines between objectives of different passes are left out, except those to SFT.
     """
     _check(rows, draws, seed, means_held)
+    if is_sharded(policy.model):
+        raise UserError("the analyzer needs whole models: start it without --use_fsdp, in one process")
     check_buffer(policy, buffer)
     tell = progress or (lambda share, what: None)
     named = named_objectives(objectives)
