@@ -137,7 +137,9 @@ def run(folder: Path, name: str) -> None:
         "budget": trainer.micro.token_budget,
         "costs": record.costs.as_dict(),
         "sampled": [[s.ids for s in row] for row in samples],
-        "scored": log_probs(policy, [(row.prompt_ids, row.completion_ids) for row in rows()]),
+        "scored": log_probs(
+            policy, [(row.prompt_ids, row.completion_ids) for row in rows()], trainer.micro.token_budget
+        ),
         "ranks": world_size(),
         "sharded": is_sharded(policy),
         "versions": versions,

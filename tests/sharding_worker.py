@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from rlzoo.inputs import Critic
 from rlzoo.jobs.ranks import is_main, joined, rank
 from rlzoo.policy import MicroBatches, Policy, load_policy, log_probs, sharding
+from rlzoo.policy.defaults import bytes_of_training
 from rlzoo.policy.sequences import Row
 
 ROWS = [([5, 6], [7, 8, 9]), ([10], [11, 3]), ([4, 4, 4], [12])]
@@ -59,7 +60,7 @@ def look(name: str) -> dict[str, Any]:
     PreTrainedModel.from_pretrained = classmethod(spied)
     try:
         policy = load_policy(name, "float32", "cpu")
-        reads = len(read)
+        reads, training = len(read), bytes_of_training(policy)
         found = found_in(policy)
         mixed, teacher = (load_policy(name, "bfloat16-mixed", "cpu", frozen=frozen) for frozen in (False, True))
     finally:
@@ -70,6 +71,8 @@ def look(name: str) -> dict[str, Any]:
         **found,
         "reads": reads,
         "held": held(policy),
+        "training": training,
+        "together": sharding.gathered_together(policy.model),
         "in all": sum(p.numel() for p in policy.model.parameters()),
         "tied": policy.model.get_input_embeddings().weight is policy.model.get_output_embeddings().weight,
         "mixed": {key: log_probs(model, ROWS) for key, model in models.items()},

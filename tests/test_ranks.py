@@ -164,8 +164,17 @@ def test_all_processes_halve_their_work_where_the_memory_of_one_runs_out(
     check_same(found, alone["kto"])
     assert found[1]["budget"] < ranks_worker.ROOM
     assert found[1]["events"][0] == f"step 1: out of memory with 48 tokens per micro-batch, now {48 // 2}"
-    told = launch([str(WORKER), str(tmp_path), "kto-hungry"], 2, tmp_path, FSDP, fails=True)
+    command, kept = [str(WORKER), str(tmp_path), "kto-hungry"], {"RANKS_CHECKPOINTS": str(tmp_path / "checkpoints")}
+    told = launch(command, 2, tmp_path, FSDP, fails=True)
     assert re.search(r"UserError: out of memory with 48 tokens .* sharded model.*: set training.token_budget", told)
+    told = launch(command, 2, tmp_path, {**FSDP, **kept}, fails=True)
+    assert re.search(
+        r"TryAgainError: step 1: out of memory with 48 tokens .*, now 24: .*the same command goes on", told
+    )
+    launch(command, 2, tmp_path, {**FSDP, **kept})
+    (restarted,) = found_in(tmp_path, ["kto-hungry"]).values()
+    check_same(restarted, alone["kto"])
+    assert restarted[1]["budget"] == 24
 
 
 class Sharded(torch.nn.Linear):

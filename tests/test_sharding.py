@@ -17,6 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from rlzoo.errors import UserError
 from rlzoo.inputs import MovingReference
 from rlzoo.policy import load_policy, log_probs, sharding
+from rlzoo.policy.defaults import bytes_of_training
 
 WORKER = Path(sharding_worker.__file__)
 ROWS = sharding_worker.ROWS
@@ -60,6 +61,10 @@ def test_the_main_process_alone_reads_weights_and_each_holds_a_shard(
     assert all(one["in all"] == total for one in own)
     assert sum(one["held"] for one in own) == total
     assert all(abs(one["held"] - total / 2) < 0.02 * total for one in own)
+    trained = bytes_of_training(load_policy(models[kind]))
+    for one in own:  # gradients and two moments of shards in float32, and two layers whole
+        assert one["training"] == trained - 12 * total + 12 * one["held"] + 4 * one["together"]
+        assert kind != "embedded" or 0.5 < one["together"] / total < 0.6, "two of four layers, and the tied embedding"
     for model in ("reference", "teacher", "moving"):
         assert [one["shards"][model] for one in own] == [one["held"] for one in own]
 

@@ -64,23 +64,27 @@ class MicroBatches:
                 if not is_out_of_memory(error):
                     raise
                 failed = str(error)
-            if failed is not None and in_step:
-                raise UserError(
-                    f"out of memory with {self.token_budget} tokens per micro-batch in a process of a sharded model, "
-                    f"which cannot halve them alone: set training.token_budget to less ({failed:.160})"
-                )
-            told = [each for each in gathered(failed) if each is not None] if not in_step else []
-            if not told:
+            told = [failed] if in_step else gathered(failed)
+            reasons = [each for each in told if each is not None]
+            if not reasons:
                 return found
             if self.token_budget <= max(map(length, rows)):
-                raise UserError(f"out of memory with one sequence per micro-batch: {told[0]}")
-            if undo is not None:
+                raise UserError(f"out of memory with one sequence per micro-batch: {reasons[0]}")
+            if undo is not None and not in_step:
                 undo()
             release_memory()
-            halved = max(min(self.token_budget, -(-sum(map(length, rows)) // world_size())) // 2, 1)
+            before, self.token_budget = self.token_budget, self._halved(rows)
             if self._on_halved is not None:
-                self._on_halved(self.token_budget, halved)
-            self.token_budget = halved
+                self._on_halved(before, self.token_budget)
+            if in_step:
+                raise UserError(
+                    f"out of memory with {before} tokens per micro-batch in one process of a sharded model, for which "
+                    f"the others wait: set training.token_budget to less ({reasons[0]:.160})"
+                )
+
+    def _halved(self, rows: Sequence[Tokens]) -> int:
+        """Half the tokens that a micro-batch of these rows has at most."""
+        return max(min(self.token_budget, -(-sum(map(length, rows)) // world_size())) // 2, 1)
 
     def log_probs(
         self,

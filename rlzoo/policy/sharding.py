@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import os
+import warnings
 from collections.abc import Callable, Iterable, Iterator, MutableMapping
 from dataclasses import dataclass
 from functools import cache
@@ -90,6 +91,8 @@ def shard(root: nn.Module, model: PreTrainedModel, values: Values | None = None)
     """
     from torch.distributed.fsdp import fully_shard
 
+    # log-probs are one, and nothing changes them in place
+    warnings.filterwarnings("ignore", r"FSDP2-wrapped module \(.*\) returned a view tensor")
     empty = [(slot.name, slot.tensor) for slot in _slots(model) if slot.tensor.is_meta]
     names = {id(tensor): name for name, tensor in reversed(empty)}  # of tied tensors the first one
     for unit in _units(model):
@@ -105,7 +108,7 @@ def _units(model: PreTrainedModel) -> list[nn.Module]:
     """The parts that are gathered by themselves: the layers, innermost first, and an embedding that is not tied."""
     told = os.environ.get("FSDP_TRANSFORMER_CLS_TO_WRAP")
     kinds = told.split(",") if told else model._no_split_modules or ()
-    layers = [module for module in model.modules() if type(module).__name__ in kinds]
+    layers = [m for m in model.modules() if any(kind.__name__ in kinds for kind in type(m).__mro__)]  # sharded or not
     words, head = model.get_input_embeddings(), model.get_output_embeddings()
     apart = isinstance(words, nn.Embedding) and (head is None or head.weight is not words.weight)
     return [*reversed(layers), *([words] if apart else [])]
@@ -207,6 +210,18 @@ def of_products(model: nn.Module) -> set[str]:
 def is_shard(tensor: Tensor) -> bool:
     """Whether this process holds a part of a tensor."""
     return hasattr(tensor, "full_tensor")
+
+
+def held(tensor: Any) -> int:
+    """The entries of a tensor that this process holds."""
+    own: Tensor = tensor.to_local() if is_shard(tensor) else tensor
+    return own.numel()
+
+
+def gathered_together(model: PreTrainedModel) -> int:
+    """Entries of a sharded model's weights that are whole at a time: two layers, and what is in none."""
+    units = sorted(sum(p.numel() for p in unit.parameters()) for unit in _units(model))
+    return int(sum(p.numel() for p in model.parameters()) - sum(units[:-2]))
 
 
 def in_groups(parameters: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
@@ -21,6 +22,7 @@ from rlzoo.jobs.ranks import agreed, barrier, gathered, is_main, rank, world_siz
 
 KEPT = 2
 """Number of checkpoints kept: if the last is damaged, the one before is used."""
+BUDGET = "token-budget"
 Like = Callable[[str, torch.Size, torch.dtype], Tensor]
 """A new tensor to read the one of this name, whole size and dtype into; a shard is read alone."""
 
@@ -68,13 +70,18 @@ class Checkpoints:
         self._last = time.monotonic()
 
     def wait(self) -> None:
-        """Wait for the checkpoint that is being written, in this process and then in all. All must call this."""
-        writing, self._writing = self._writing, None
-        if writing is not None:
-            writing.result()
+        """Wait until all processes have written the checkpoint that they are writing. All must call this."""
+        if self._writing is not None:
+            self.wait_alone()
             barrier()
             if is_main():
                 self._remove_old()
+
+    def wait_alone(self) -> None:
+        """Wait until this process has written its part."""
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
 
     def _begin(self, name: str, tensors: dict[str, Any], state: Mapping[str, Any]) -> None:
         """Copy this process's shards, and begin to write them."""
@@ -132,6 +139,15 @@ class Checkpoints:
             return all(file_digest(self.folder / file) == digest for file, digest in mine)
         return False
 
+    def write_budget(self, tokens: int) -> None:
+        """Note how many tokens a micro-batch may have when the run goes on, if one process alone ran out of memory."""
+        self._cached.write(BUDGET, tokens)
+
+    def budget(self) -> int | None:
+        """What was noted; the same on all processes."""
+        found: int | None = agreed(self._cached.read(BUDGET))
+        return found
+
     def _names(self) -> list[str]:
         return sorted(path.stem for path in self.folder.glob("step-*.result"))
 
@@ -158,6 +174,7 @@ def _read(folder: Path, like: Like) -> dict[str, Tensor]:
     from torch.distributed.checkpoint.filesystem import FileSystemReader
     from torch.distributed.checkpoint.state_dict_loader import load
 
+    warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)  # in one process it should be
     reader = FileSystemReader(folder)
     stored: dict[str, Any] = reader.read_metadata().state_dict_metadata
     tensors: dict[str, Any] = {name: like(name, one.size, one.properties.dtype) for name, one in stored.items()}

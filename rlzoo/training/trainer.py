@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from accelerate import Accelerator, PartialState
 from torch import Tensor
 
 from rlzoo.config import Training
-from rlzoo.errors import UserError
+from rlzoo.errors import TryAgainError, UserError
 from rlzoo.inputs import Input, Stage
 from rlzoo.jobs.interrupts import heed, noted, pending
 from rlzoo.jobs.memory import on_device
@@ -105,13 +105,13 @@ class Trainer:
             policy.add_lora(**settings.lora.model_dump())
         policy.pack(settings.packing)
         policy.attach(objective.requires)
+        sharding.spread(p for p in policy.parameters() if p.requires_grad)  # before they are copied
         self.models = Models.load(policy, self._with_models(), reference)
         sharding.reshard(policy)
         parameters = [p for p in policy.parameters() if p.requires_grad]
         check_precision({p.dtype for p in parameters})
         # a frozen weight has no gradient, but passes one on
         self._trained = sum(p.numel() for p in parameters) / sum(p.numel() for p in policy.parameters())
-        sharding.spread(parameters)
         self.optimizer = torch.optim.AdamW(
             [{"params": group} for group in sharding.in_groups(parameters)],
             lr=settings.learning_rate,
@@ -128,6 +128,7 @@ class Trainer:
             self.checkpoints = Checkpoints(checkpoints, settings.checkpoint_seconds)
             if (found := self.checkpoints.newest(like_of(self))) is not None:
                 restore(self, *found)
+            self.micro.token_budget = min(self.micro.token_budget, self.checkpoints.budget() or self.micro.token_budget)
 
     def _with_models(self) -> list[Input]:
         """The inputs whose models are kept in memory: all but those stored in every row of their source."""
@@ -147,9 +148,13 @@ class Trainer:
         with noted(), tracked(self.accelerator, self.settings, self.folder) as log:
             try:
                 self._run(log)
-            finally:
+            except BaseException:
                 if self.checkpoints is not None:
-                    self.checkpoints.wait()
+                    with suppress(Exception):  # others may have failed differently
+                        self.checkpoints.wait_alone()
+                raise
+        if self.checkpoints is not None:
+            self.checkpoints.wait()
         if not self._is_finite():
             raise UserError("the last step made weights infinite or NaN: lower learning_rate")
         self.record.events += told(self.record.counts, self.objective.components, self.sources)
@@ -299,9 +304,14 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
 
     def _halved(self, before: int, now: int) -> None:
-        self.record.events.append(
-            f"step {self.step + 1}: out of memory with {before} tokens per micro-batch, now {now}"
-        )
+        told = f"step {self.step + 1}: out of memory with {before} tokens per micro-batch, now {now}"
+        self.record.events.append(told)
+        if is_sharded(self.policy) and self.checkpoints is not None:
+            self.checkpoints.write_budget(now)
+            raise TryAgainError(
+                f"{told}: it ran out in one process of a sharded model, and the others wait for it, so the run stops; "
+                "the same command goes on"
+            )
 
     def _backward(
         self,
