@@ -1,9 +1,10 @@
-"""ASFT: anchored supervised fine-tuning, DFT held near the initial policy.
+"""ASFT: anchored supervised fine-tuning, DFT kept near the initial policy.
 
 Loss: -sg(p_t) log p_t + λ KL(π_ref ‖ π_θ), averaged over the completion tokens of the step; the KL of a token is
-Σ_v π_ref(v) log(π_ref(v)/π_θ(v)) over the whole vocabulary at its position. Its gradient in the logits is
-λ (π_θ - π_ref): 0 at the first step, which is DFT's. The reference stays in memory and runs a forward pass in every
-update; with an adapter it is the model without it. Source: arXiv 2509.23753, whose code takes λ = 0.05 or 0.1.
+Σ_v π_ref(v) log(π_ref(v)/π_θ(v)) over the whole vocabulary at its position. The gradient of the KL in the logits is
+λ (π_θ - π_ref): 0 at the first step, which thus equals DFT's. The reference stays in memory and runs a forward pass in
+every update; with an adapter, the reference is the model without it.
+Source: arXiv 2509.23753, whose code uses λ = 0.05 or 0.1.
 """
 
 from dataclasses import dataclass

@@ -4,9 +4,10 @@ With ρ = π_θ/μ and A = (r - mean_G)/(std_G + 1e-4), the loss of a token is
 
     -sg(clip(ρ, ratio_min, ratio_max)) A log π_θ(y_t),
 
-averaged over the completion tokens of the step (the paper writes: of a group). The stop-gradient matters: without it a
-clipped token has no gradient. Source: arXiv 2506.13585, eq. 4 and 5, with the bounds 1 - ε_low and 1 + ε_high; it sets
-no lower one and does not state the upper, for which arXiv 2510.13786 recommends 5. No KL term; μ as in `grpo`.
+averaged over the completion tokens of the step (in the paper, of a group). The stop-gradient matters: without it a
+clipped token has no gradient. There is no KL term; μ as in `grpo`. Source: arXiv 2506.13585, eq. 4 and 5, where the
+bounds are 1 - ε_low and 1 + ε_high; the paper uses no lower bound and does not state the upper one, for which
+arXiv 2510.13786 recommends 5.
 """
 
 from dataclasses import dataclass

@@ -4,12 +4,12 @@ With ρ = π_θ/μ and A = (r - mean_G)/(std_G + 1e-4), the loss of a token is
 
     -min(ρA, clip(ρ, 1-ε_low, 1+ε_high) A),
 
-averaged over the completion tokens of the step (the paper writes: of a group). A group of equal rewards carries no
-gradient and its tokens do not count. With ``dynamic_sampling`` those of a fixed buffer are left out beforehand, so that
-batches are full, and a fresh batch without any others is sampled again, a limited number of times before the run
-stops. A fresh batch that loses some is smaller; the paper keeps sampling until it is full. ``truncated: mask`` is its
-overlong filtering; its penalty for overlong completions is the reward ``overlong``. Source: arXiv 2503.14476;
-μ and ``delta`` as in `grpo`.
+averaged over the completion tokens of the step (in the paper, of a group). A group of equal rewards has no gradient,
+and its tokens do not count. With ``dynamic_sampling``, such groups of a fixed buffer are left out beforehand, so that
+batches are full; online, a batch that consists of such groups is sampled again, a limited number of times before the
+run stops, and a batch with some of them is smaller, whereas the paper keeps sampling until it is full.
+``truncated: mask`` is the paper's overlong filtering; its soft overlong punishment is the reward ``overlong``.
+Source: arXiv 2503.14476; μ and ``delta`` as in `grpo`.
 """
 
 from collections.abc import Mapping

@@ -1,8 +1,8 @@
 """DEFT: dynamic entropy fine-tuning, the power family with an exponent per position.
 
-Loss: (1 - p_t^a_t)/a_t with a_t = Σ_v π_θ(v)², averaged over the completion tokens of the step, with no gradient
-through a_t. The gradient weights ∇ log p_t by p_t^a_t: near SFT where the policy is undecided (a → 0), near DFT where
-it is sure (a → 1). -log a_t is the Rényi entropy of order 2. Source: arXiv 2602.11424.
+Loss: (1 - p_t^a_t)/a_t with a_t = Σ_v π_θ(v)², averaged over the completion tokens of the step, without a gradient
+through a_t. The gradient weights ∇ log p_t by p_t^a_t: close to SFT where the policy is uncertain (a → 0), close to DFT
+where it is certain (a → 1). -log a_t is the Rényi entropy of order 2. Source: arXiv 2602.11424.
 """
 
 from dataclasses import dataclass

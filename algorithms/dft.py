@@ -1,7 +1,7 @@
 """DFT: dynamic fine-tuning, SFT with each token weighted by its own probability.
 
-Loss: -sg(π_θ(y_t)) log π_θ(y_t), averaged over the completion tokens of the step: divided by their number,
-not by Σ p_t. The stop-gradient matters: without it the coefficient is p(1 + log p), negative below 1/e.
+Loss: -sg(π_θ(y_t)) log π_θ(y_t), averaged over the completion tokens of the step: divided by their number, not by
+Σ p_t. The stop-gradient matters: without it the coefficient would be p(1 + log p), which is negative below p = 1/e.
 Source: arXiv 2508.05629, eq. 9.
 """
 

@@ -1,13 +1,13 @@
-"""Controls for DFT: what is left of it when its weights p are rescaled, averaged or handed to other tokens.
+"""Controls for DFT: what remains of its effect when its weights p are rescaled, averaged or assigned to other tokens.
 
-For one context, weighting a token by p scales its gradient and the gradient's noise alike, so what DFT changes must
-come from weighting some tokens more than others, or from a smaller step. Over the N completion tokens of the optimizer
-step, p̄ their mean probability, the coefficient of a token is
+Within one context, weighting a token by p scales its gradient and the noise of that gradient alike. Any effect of DFT
+must therefore come from weighting some tokens more than others, or from a smaller step. With p̄ the mean probability
+of the N completion tokens of the optimizer step, the coefficient of a token is
 
 - ``normalised``: p_t / p̄, DFT's weights with the mean weight of SFT;
 - ``mean``: p̄, SFT with the mean weight of DFT;
-- ``shuffled``: the probability of another token, so the same weights, unrelated to their tokens. The token with the
-  i-th smallest p gets that of rank perm(i), with one permutation per N, so that the order of rows does not matter.
+- ``shuffled``: the probability of another token, that is, the same weights unrelated to their tokens. The token with
+  the i-th smallest p gets the p of rank perm(i), with one permutation per N, so that the order of rows does not matter.
 
 Source: none; derived from arXiv 2508.05629.
 """

@@ -1,14 +1,14 @@
 """DPO: direct preference optimisation over pairs of a better and a worse completion of one prompt.
 
-With Δ = Σ_t log(π_θ/π_ref)(y⁺) - Σ_t log(π_θ/π_ref)(y⁻) and h̄ the same difference of means over tokens, the loss
-of a pair, averaged over pairs, and the coefficient of a token of y⁺ (of y⁻ with the other sign) are
+With Δ = Σ_t log(π_θ/π_ref)(y⁺) - Σ_t log(π_θ/π_ref)(y⁻), and h̄ the same with means over tokens in place of sums, the
+loss of a pair, averaged over pairs, and the coefficient of a token of y⁺ (of y⁻ with the opposite sign) are
 
 - ``sigmoid``: -log σ(βΔ), and β σ(-βΔ);
 - ``hinge``: max(0, 1 - βΔ), and β 1[βΔ < 1];
 - ``ipo``: (h̄ - 1/(2β))², and -2 (h̄ - 1/(2β)) / |y|.
 
-Sums and means run over the completion alone. Sources: arXiv 2305.18290; SLiC, arXiv 2305.10425 (hinge);
-arXiv 2310.12036 (IPO), here with per-token means, as TRL has it.
+Sums and means are over the completion only. Sources: arXiv 2305.18290; SLiC, arXiv 2305.10425 (hinge);
+arXiv 2310.12036 (IPO), here with means over tokens, as in TRL.
 """
 
 from dataclasses import dataclass
@@ -61,6 +61,6 @@ class DPO(Objective):
             pull, loss = -2 * distance / length, distance.square()
         return Coefficients(
             (sign * pull)[:, None].expand_as(batch.logp),
-            loss=torch.where(chosen, loss, 0),  # one loss a pair, carried by its better half
+            loss=torch.where(chosen, loss, 0),  # one loss per pair, carried by its better half
             metrics={"margin": margin, "accuracy": (margin > 0).to(log_ratio.dtype)},
         )

@@ -1,12 +1,12 @@
-"""Dr. GRPO: GRPO without the divisions by a group's deviation and by a sequence's length.
+"""Dr. GRPO: GRPO without dividing by the standard deviation of a group and by the length of a sequence.
 
 With ρ = π_θ/μ and A = r - mean_G, the loss of a token is
 
     -min(ρA, clip(ρ, 1-ε, 1+ε) A) / L,
 
-summed over each sequence, then averaged over sequences. L is one constant for the whole run, the paper's budget of
-tokens per completion: set ``max_length`` to what completions were sampled with. It only scales the gradient, and so is
-not a property of a batch: with the longest completion of each, batches would have different weights.
+summed over each sequence, then averaged over sequences. L is a constant for the whole run, the paper's budget of tokens
+per completion: set ``max_length`` to the length limit in sampling. It only scales the gradient; if it were the length
+of the longest completion in a batch, batches would have different weights.
 Source: arXiv 2503.20783, which has no KL term either; μ and ``delta`` as in `grpo`.
 """
 

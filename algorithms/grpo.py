@@ -1,18 +1,18 @@
-"""GRPO: group-relative policy optimisation, advantages from the other samples of the prompt.
+"""GRPO: group-relative policy optimisation, with advantages relative to the other samples of the prompt.
 
 With ρ = π_θ/μ and A = (r - mean_G)/(std_G + 1e-4), the loss of a token is
 
     -min(ρA, clip(ρ, 1-ε, 1+ε) A) + β k3,    k3 = π_ref/π_θ - log(π_ref/π_θ) - 1,
 
-averaged over each sequence, then over sequences. k3 inside the loss has the gradient -β(π_ref/π_θ - 1) ∇log π_θ,
-which is not the gradient of the reverse KL. Its mean is the KL only over samples of π_θ: on a fixed buffer, or in later
-updates on a batch, it is biased. ``kl_correction`` takes ρ k3 in its place, whose mean over μ is the KL and whose
-gradient, -βρ log(π_ref/π_θ) ∇log π_θ, is the KL's (DeepSeek-V3.2, arXiv 2512.02556; TRL's use_bias_correction_kl).
+averaged over each sequence, then over sequences. The gradient of k3 in the loss is -β(π_ref/π_θ - 1) ∇log π_θ, which is
+not the gradient of the reverse KL. The mean of k3 is the KL only over samples of π_θ: on a fixed buffer, or in later
+updates on a batch, it is biased. ``kl_correction`` uses ρ k3 instead, whose mean over μ is the KL and whose gradient,
+-βρ log(π_ref/π_θ) ∇log π_θ, is that of the KL (DeepSeek-V3.2, arXiv 2512.02556; TRL's use_bias_correction_kl).
 
-A group of equal rewards, or of one, has A = 0; its tokens still count and still carry the KL term. Where A < 0 the clip
-sets ρ no upper bound, and a stale token may outweigh all others: ``delta`` δ bounds ρA by δA there, with no gradient
-past it (two-sided GRPO, arXiv 2505.07291). Without it ρ is at most e²⁰. Source: arXiv 2402.03300; μ is the policy that
-filled the buffer, so that a fixed buffer makes it offline GRPO and a refreshed one online GRPO.
+A group of one, or of equal rewards, has A = 0; its tokens still count and still have the KL term. Where A < 0 the clip
+does not bound ρ from above, and one stale token may outweigh all others: ``delta`` δ bounds ρA by δA there, with no
+gradient beyond (two-sided GRPO, arXiv 2505.07291). Without it ρ is at most e²⁰. Source: arXiv 2402.03300; μ is the
+policy that filled the buffer: with a fixed buffer this is offline GRPO, with fresh samples online GRPO.
 """
 
 from dataclasses import dataclass

@@ -4,10 +4,10 @@ With s = (π_θ(y)/μ(y))^(1/|y|) and A = (r - mean_G)/(std_G + 1e-4), the loss 
 
     -min(sA, clip(s, 1-ε_low, 1+ε_high) A),
 
-averaged over sequences. Its gradient is -sA · mean_t ∇log π_θ(y_t) where s is not clipped, so a token has the
-coefficient sA and a sequence the weight 1/|y|. The bounds are far tighter than GRPO's, because a mean of |y| log-ratios
-is far smaller than one of them. Source: arXiv 2507.18071, section 5.1 for the bounds; no KL term; μ and ``delta`` as in
-`grpo`.
+averaged over sequences. Where s is not clipped, its gradient is -sA · mean_t ∇log π_θ(y_t): a token has the coefficient
+sA, and a sequence the weight 1/|y|. The bounds are far tighter than GRPO's, because a mean of |y| log-ratios is far
+smaller than a single one. There is no KL term; μ and ``delta`` as in `grpo`. Source: arXiv 2507.18071, with the bounds
+of section 5.1.
 """
 
 from dataclasses import dataclass
@@ -52,5 +52,5 @@ class GSPO(Objective):
         advantage, behaviour = self.needed(batch, "advantage", "behaviour_logp")
         ratio = sequence_ratio(batch.logp, behaviour, batch.mask)
         values, loss, clipped = clipped_gradient(ratio, advantage, self.clip_low, self.clip_high, self.delta)
-        metrics = {"sequence_ratio": ratio, "clipped": clipped.to(ratio.dtype)}  # s is no importance weight
+        metrics = {"sequence_ratio": ratio, "clipped": clipped.to(ratio.dtype)}  # s is not an importance weight
         return Coefficients(values, loss=loss, metrics=metrics)

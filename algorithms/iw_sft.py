@@ -1,13 +1,13 @@
-"""iw-SFT: importance-weighted SFT, demonstrations weighted by how far the policy has moved towards them.
+"""iw-SFT: importance-weighted SFT, with demonstrations weighted by how far the policy has moved towards them.
 
-Loss: -w log π_θ(y_t), averaged over the completion tokens of the step, with no gradient through w:
+Loss: -w log π_θ(y_t), averaged over the completion tokens of the step, without a gradient through w:
 
-- ``per_sequence``: w = clip(exp(κ · mean_t log(π_θ/π_ref)), 0, weight_max), one weight per sequence.
-- ``per_step``: w_t = clip(π_θ/π_ref, step_min, step_max), one weight per token.
-- ``ema``: the sequence weight against an exponential average of θ in place of the initial policy.
+- ``per_sequence``: w = clip(exp(κ · mean_t log(π_θ/π_ref)), 0, weight_max), one weight per sequence;
+- ``per_step``: w_t = clip(π_θ/π_ref, step_min, step_max), one weight per token;
+- ``ema``: one weight per sequence, relative to an exponential average of θ instead of the initial policy.
 
-At the first step π_θ = π_ref, so w = 1 and iw-SFT is SFT. The sequence weight is a geometric mean, because the
-product of ratios underflows. Source: arXiv 2507.12856, whose auxiliary policy q is here the policy in training.
+At the first step π_θ = π_ref, so w = 1 and iw-SFT equals SFT. The weight of a sequence is a geometric mean, because
+the product of ratios underflows. Source: arXiv 2507.12856, whose auxiliary policy q is here the policy in training.
 """
 
 from dataclasses import dataclass

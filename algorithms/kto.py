@@ -2,13 +2,14 @@
 
 With r = Σ_t log(π_θ/π_ref)(y_t), the loss of a completion, averaged over completions, is λ_y - v with
 
-- v = λ_D σ(β(r - z0)) for a desirable completion, and so c_t = λ_D β σ(β(r - z0)) σ(β(z0 - r));
-- v = λ_U σ(β(z0 - r)) for an undesirable one, and so c_t = -λ_U β σ(β(r - z0)) σ(β(z0 - r));
+- v = λ_D σ(β(r - z0)) for a desirable completion, and thus c_t = λ_D β σ(β(r - z0)) σ(β(z0 - r));
+- v = λ_U σ(β(z0 - r)) for an undesirable one, and thus c_t = -λ_U β σ(β(r - z0)) σ(β(z0 - r)).
 
-and z0 = max(0, the batch's mean of r over completions paired with prompts of other rows), with no gradient: a
-cheap, biased estimate of KL(π_θ ‖ π_ref). A completion is desirable if its reward reaches ``threshold``. The weights
-should balance the two kinds: λ_D n_D between 1 and 4/3 of λ_U n_U (eq. 8). Source: arXiv 2402.01306, with TRL's
-defaults. z0 is taken over the whole optimizer step, while TRL takes it over a micro-batch, whose size then matters.
+z0, which has no gradient, is the batch mean of r over completions paired with the prompts of other rows, but at least
+0: a cheap, biased estimate of KL(π_θ ‖ π_ref). A completion is desirable if its reward reaches ``threshold``. The
+weights should balance the two kinds: λ_D n_D between 1 and 4/3 times λ_U n_U (eq. 8). Source: arXiv 2402.01306, with
+TRL's defaults. Here z0 is computed over the whole optimizer step; TRL computes it per micro-batch, whose size then
+matters.
 """
 
 from dataclasses import dataclass

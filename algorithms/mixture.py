@@ -1,17 +1,17 @@
 """Mixture: the weighted sum of the gradients of several objectives in one optimizer step, each on rows of its own.
 
 Loss: Σ_k w_k L_k, where L_k is the loss of component k over its own rows, divided by its own normaliser. The
-components share the step's batch evenly, up to whole units, so that a mixture sees about as many rows as any other
-objective. A row of an experiment says
+components share the batch of a step evenly, up to whole units, so that a mixture sees about as many rows as any other
+objective. In an experiment:
 
     sft+grpo: {objective: mixture, options: {weights: {sft: 0.1, grpo: 0.9}, options: {grpo: {kl_coefficient: 0}}}}
 
-With ``mode: online`` the components that learn from samples get fresh ones, and the others read the buffer.
+With ``mode: online``, components that learn from samples get fresh ones, and the others read the buffer.
 
-This is SFT beside RL with fixed weights: CHORD's loss (1-μ) L_GRPO + μ L_SFT (arXiv 2508.11408) for a constant μ. No
-weight changes and no component sees another's rows, so it is neither CHORD's schedule of μ and weight p(1-p) per
-token, nor LUFFY (arXiv 2504.14945), which puts demonstrations into the group and shapes their ratios, nor HPT
-(arXiv 2509.04419), which chooses between SFT and RL by how well the policy does on a prompt.
+This combines SFT and RL with fixed weights: CHORD's loss (1-μ) L_GRPO + μ L_SFT (arXiv 2508.11408) for a constant μ.
+Weights do not change, and no component sees the rows of another. It therefore covers neither CHORD's schedule of μ and
+weight p(1-p) per token, nor LUFFY (arXiv 2504.14945), which adds demonstrations to the group and shapes their ratios,
+nor HPT (arXiv 2509.04419), which chooses between SFT and RL by how well the policy does on a prompt.
 """
 
 import math
@@ -47,7 +47,7 @@ class Mixture(Objective):
         for name in self.options:
             if name not in self.weights:
                 raise unknown("component with options", name, self.weights)
-        _ = self.components  # now, so that an unknown name is an error at once
+        _ = self.components  # so that an unknown name is an error right away
 
     @cached_property
     def components(self) -> tuple[Component, ...]:

@@ -1,4 +1,4 @@
-"""ORPO: SFT on the better completion of a pair, and a penalty on the odds of the worse one. No reference.
+"""ORPO: SFT on the better completion of a pair, with a penalty on the odds of the worse one, and without a reference.
 
 With ℓ(y) = (1/|y|) Σ_t log π_θ(y_t), P = exp(ℓ) and log odds(y) = ℓ - log(1 - P), the loss of a pair, averaged over
 pairs, is
@@ -6,9 +6,10 @@ pairs, is
     -ℓ(y⁺) - λ log σ(Ω),    Ω = log odds(y⁺) - log odds(y⁻).
 
 As d log odds / dℓ = 1/(1 - P), the coefficient of a token is (1 + λ σ(-Ω)/(1 - P⁺)) / |y⁺| in y⁺ and
--λ σ(-Ω)/(1 - P⁻) / |y⁻| in y⁻. Source: arXiv 2403.07691, λ = 0.1 as in TRL. Its SFT loss is taken as -ℓ(y⁺), the
-mean over the tokens of each completion, as its P is defined; TRL averages over the tokens of the whole micro-batch,
-those of the prompts too. ℓ is held below -1e-6, where the odds of a certain completion would be infinite.
+-λ σ(-Ω)/(1 - P⁻) / |y⁻| in y⁻. Source: arXiv 2403.07691; λ = 0.1 as in TRL. The paper's SFT loss is taken as -ℓ(y⁺),
+the mean over the tokens of a completion, in line with its definition of P; TRL averages over all tokens of the
+micro-batch, including those of prompts. ℓ is kept below -1e-6, because the odds of a certain completion would be
+infinite.
 """
 
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from rlzoo.objective import Normaliser, Objective, register
 from rlzoo.types import Coefficients, Coupling, Selection, TokenBatch
 
 CERTAIN = -1e-6
-"""Mean log-probs above this count as this."""
+"""The upper bound on mean log-probs."""
 
 
 @register

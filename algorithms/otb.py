@@ -1,18 +1,18 @@
 """OTB: the policy gradient with the baseline per token that minimises its variance.
 
-With ρ = π_θ/μ, G the return (the completion's reward, which comes at its end) and the other samples of the prompt i,
+With ρ = π_θ/μ, G the return (the reward of the completion, which arrives at its end) and i the samples of the prompt,
 
     loss = -ρ_t (G - B_t),   B_t = Σ_i G_i W_{i,t} / Σ_i W_{i,t},   W_{i,t} = Σ_{s≤t} S_{i,s},
 
 averaged over the completion tokens of the step. S = 1 - 2 p + Σ_v π_v² is the squared norm of the gradient of log π in
-logits, the paper's stand-in for the one in weights. Only samples of at least t tokens are in B_t. W is of the policy at
-the start of the batch, where the advantages are fixed, and so p, π and B are the same for all updates on it; ρ is of
-the policy in training, and not clipped.
+the logits, the paper's proxy for the norm in the weights. B_t includes only samples with at least t tokens. W belongs
+to the policy at the start of the batch, where advantages are fixed, so p, π and B are the same for all updates on the
+batch; ρ belongs to the policy in training, and is not clipped.
 
 Where only one sample is left, it is its own baseline: a group of one, and the tail of the longest sample, have no
-gradient. The reference code (verl) takes B = 0 there, always for a group of one and by default for the tail, and so
-learns from G itself, even where the rewards are equal: ``zero_tail`` does both. verl can also weight S by the square of
-a truncated π/μ, which is left out here. Source: arXiv 2602.07078.
+gradient. The reference code (verl) uses B = 0 there, always for a group of one and by default for the tail, and thus
+learns from G itself, even if the rewards are equal: ``zero_tail`` does both. verl can also weight S by the square of
+a truncated π/μ, which is not implemented here. Source: arXiv 2602.07078.
 """
 
 from dataclasses import dataclass

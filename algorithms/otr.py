@@ -1,17 +1,18 @@
 """OTR: one-token rollout, a policy gradient on tokens sampled at every position of a demonstration.
 
-At each position K tokens a_k are drawn from softmax(z/T), z being the policy's logits. One that is the demonstration's
-token y_t has the reward R = 1, any other R = β. Loss: -(1/K) Σ_k R_k log π_θ(a_k), averaged over the completion tokens
-of the step, with no gradient through draws and rewards; π_θ is at temperature 1. In expectation the gradient is
+At each position, K tokens a_k are drawn from softmax(z/T), where z are the policy's logits. A drawn token that equals
+the demonstration's y_t has the reward R = 1, any other R = β. Loss: -(1/K) Σ_k R_k log π_θ(a_k), averaged over the
+completion tokens of the step, without a gradient through draws and rewards; π_θ is at temperature 1. In expectation,
+∇J is
 
-    (1-β) q(y_t) ∇ log π_θ(y_t) + β Σ_v q(v) ∇ log π_θ(v),    q = softmax(z/T),
+    (1-β) q(y_t) ∇ log π_θ(y_t) + β Σ_v q(v) ∇ log π_θ(v),    q = softmax(z/T).
 
-whose second sum is 0 at T = 1: then OTR is DFT times 1-β, plus the noise of the draws.
+The second sum is 0 at T = 1, where OTR is DFT times 1-β, plus the noise of the draws.
 
-The whole loss is a full-vocabulary term, since most drawn tokens are not y_t, so the coefficients are 0. Draws come
-from torch's generator in the order in which positions are computed: gradients agree over micro-batches and processes in
-expectation only. Source: arXiv 2509.26313; the paper's own K, T and β could not be checked, so the defaults may not be
-its settings.
+The whole loss is a full-vocabulary term, because most drawn tokens are not y_t; the coefficients are 0. Draws come
+from torch's generator in the order in which positions are computed, so gradients agree across micro-batches and
+processes only in expectation. Source: arXiv 2509.26313; the paper's K, T and β could not be checked, so the defaults
+may not be its settings.
 """
 
 from dataclasses import dataclass
@@ -52,7 +53,7 @@ class OTR(Objective):
         target: Int[Tensor, " N"],
     ) -> Float[Tensor, " N"] | None:
         with torch.no_grad():
-            probability = (policy_logits / self.temperature).softmax(1).nan_to_num(1.0)  # a NaN is the loss's to tell
+            probability = (policy_logits / self.temperature).softmax(1).nan_to_num(1.0)  # the loss reports a NaN
             drawn = torch.multinomial(probability, self.samples, replacement=True)
             matched = (drawn == target[:, None]).to(policy_logits.dtype)
             reward = matched + self.beta * (1 - matched)

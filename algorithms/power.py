@@ -1,14 +1,15 @@
-"""Power: the family of probability-based losses between SFT and beyond DFT.
+"""Power: the family of probability-based losses that leads from SFT to DFT and beyond.
 
-Loss: (1 - p_t^α)/α where p_t ≥ τ, averaged over those tokens of the step. Its gradient weights ∇ log p_t by p_t^α:
-α = 0 is SFT (the loss tends to -log p), α = 1 DFT, and the larger α, the less an unlikely token counts. ``threshold`` τ
-leaves out less likely tokens, both from the sum and from the number that it is divided by, as the authors' code does.
+Loss: (1 - p_t^α)/α where p_t ≥ τ, averaged over those tokens of the step. The gradient weights ∇ log p_t by p_t^α:
+α = 0 is SFT (the loss tends to -log p), α = 1 is DFT, and the larger α, the less an unlikely token counts.
+``threshold`` τ excludes less likely tokens, both from the sum and from the count that it is divided by, as in the
+authors' code.
 
-Which α works best depends on what the base knows about the task. The paper finds -p, -p¹⁰ (α = 1 and 10) and the
-threshold ahead of SFT where it knows much, as about mathematics; SFT (α = 0) ahead where it knows nothing, as about an
+Which α works best depends on how much the base knows about the task. The paper finds -p, -p¹⁰ (α = 1 and 10) and the
+threshold ahead of SFT where the base knows much, as in mathematics; SFT (α = 0) ahead where it knows nothing, as in an
 invented puzzle; and none ahead in between. The default is α = 1, which is DFT: α = 10 weights a token of p = ½ by a
-thousandth, and leaves no gradient unless the base is nearly sure of its demonstrations. Source: arXiv 2510.00526, whose
--p^α differs by a constant and the factor α.
+thousandth, and leaves no gradient unless the base is nearly certain of its demonstrations.
+Source: arXiv 2510.00526, whose -p^α differs by a constant and the factor α.
 """
 
 from dataclasses import dataclass
@@ -33,7 +34,7 @@ class Power(Objective):
 
     @property
     def is_coupled(self) -> bool:
-        return self.threshold > 0  # the tokens that are kept are counted over the whole step
+        return self.threshold > 0  # kept tokens are counted over the whole step
 
     def coefficients(self, batch: TokenBatch) -> Coefficients:
         weight = (self.alpha * batch.logp).exp()

@@ -1,17 +1,17 @@
 """PPO: proximal policy optimisation with a critic, generalised advantages and a clipped ratio.
 
-The reward of a completion arrives at its last token; each token is charged kl_coefficient · log(π_old/π_ref) (the k1
-estimate, π_old being the policy at the start of the batch). A and the returns R come from GAE(γ, λ) over the
-critic's values; A is whitened over the batch, after the returns are taken. The loss of a token is
+The reward of a completion arrives at its last token; every token has a penalty of kl_coefficient · log(π_old/π_ref)
+(the k1 estimate, where π_old is the policy at the start of the batch). The advantages A and the returns R come from
+GAE(γ, λ) on the critic's values; A is whitened over the batch after R has been computed. The loss of a token is
 
     -min(ρA, clip(ρ, 1-ε, 1+ε) A) + value_coefficient · ½ max((V-R)², (V_clip-R)²),
 
-with V_clip within value_clip of the value at the start of the batch, and, with ``dual_clip`` c, at most -cA where
-A < 0; without it ρ is at most e²⁰ there. ρ = π_θ/μ with μ the policy that filled the buffer: a fixed buffer makes it
-offline PPO.
+where V_clip is within value_clip of the value at the start of the batch. With ``dual_clip`` c the first term is at most
+-cA where A < 0; without it ρ is at most e²⁰ there. ρ = π_θ/μ, where μ is the policy that filled the buffer: with a
+fixed buffer this is offline PPO.
 
-A truncated completion counts as ended: it gets no further reward, and the value after its last token is 0.
-``bootstrap_truncated`` takes the critic's value at the last token for the one after it, which no forward pass gives.
+A truncated completion counts as ended: it gets no further reward, and the value after its last token is 0. With
+``bootstrap_truncated`` that value is the critic's value at the last token, since no forward pass computes the next one.
 Sources: arXiv 1707.06347; GAE, arXiv 1506.02438; dual clip, arXiv 1912.09729.
 """
 

@@ -1,12 +1,12 @@
 """PSFT: proximal supervised fine-tuning, SFT with PPO's trust region.
 
 With ρ_t = π_θ/π_old, the loss of a token is -min(ρ_t, 1+ε), averaged over the completion tokens of the step: PPO's
-clipped loss with the advantage 1 for every token of a demonstration, so that only the upper clip acts. A token whose
-probability has grown by more than the factor 1+ε since the start of the batch gets no gradient.
+clipped loss with an advantage of 1 for every token of a demonstration, so that only the upper clip applies. A token
+whose probability has grown by more than a factor of 1+ε since the start of the batch gets no gradient.
 
-π_old is the policy at the start of the batch, so at the first update on it ρ = 1 and the gradient is SFT's. PSFT
-differs from SFT only from the second on: set training.updates_per_batch to 2 or more (with 1 it is SFT). The paper
-takes 8 updates per batch, each on another eighth of it; here each is on the whole batch. Source: arXiv 2508.17784.
+π_old is the policy at the start of the batch, so at the first update ρ = 1 and the gradient is SFT's. PSFT differs from
+SFT only from the second update on: set training.updates_per_batch to 2 or more (with 1 it is SFT). The paper takes 8
+updates per batch, each on a different eighth of it; here each is on the whole batch. Source: arXiv 2508.17784.
 """
 
 from dataclasses import dataclass

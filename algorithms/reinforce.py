@@ -1,13 +1,14 @@
-"""REINFORCE: the plain policy gradient of a completion's reward, less a baseline.
+"""REINFORCE: the plain policy gradient of a completion's reward, minus a baseline.
 
-Loss: -(r - b) Σ_t log π_θ(y_t), averaged over completions. The coefficient of each token is r - b, with b
+Loss: -(r - b) Σ_t log π_θ(y_t), averaged over completions. The coefficient of each token is r - b, where b is
 
 - ``mean``: the mean reward of the optimizer batch, which includes the completion's own reward, so that the expected
   gradient is (B - 1)/B of the true one for a batch of B completions;
 - ``none``: 0.
 
-There is no importance ratio. It is the gradient of the expected reward on samples of the policy in training alone: one
-update on fresh ones. On a fixed buffer, or in later updates on a batch, it is a likelihood weighted by rewards.
+There is no importance ratio, so this is the gradient of the expected reward only on samples of the policy in training,
+that is, in the first update on fresh samples. On a fixed buffer, or in later updates on a batch, it is that of a
+likelihood weighted by rewards.
 Source: Williams 1992, doi 10.1007/BF00992696.
 """
 

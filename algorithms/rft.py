@@ -1,11 +1,12 @@
 """RFT: rejection-sampling fine-tuning, SFT on the policy's own correct samples.
 
-Loss: -1[correct] log π_θ(y_t), averaged over the completion tokens of the step. The buffer's view keeps the samples
+Loss: -1[correct] log π_θ(y_t), averaged over the completion tokens of the step. The view of the buffer keeps samples
 whose reward reaches ``threshold``, drops repeated completions of a prompt, and keeps at most ``samples_per_prompt`` of
 the rest. A truncated sample that is correct is learned from without an end of sequence, unless ``truncated`` is
-``drop``. Source: arXiv 2308.01825, which departs in two ways: it selects distinct equations, where here a completion is
-distinct if its text is; and it trains on these samples and the demonstrations together, as here ``with_demonstrations``
-does, every row once per epoch with the coefficient 1. A `mixture` of `sft` and `rft` gives each its own weight.
+``drop``. Source: arXiv 2308.01825, which differs in two ways: it selects samples with distinct equations, here those
+with distinct texts are selected; and it trains on samples and demonstrations together, which ``with_demonstrations``
+does here, with every row once per epoch and the coefficient 1. A `mixture` of `sft` and `rft` gives each its own
+weight.
 """
 
 from collections.abc import Mapping
@@ -40,7 +41,7 @@ class RFT(Objective):
         }
 
     def coefficients(self, batch: TokenBatch) -> Coefficients:
-        if self.with_demonstrations:  # which need no reward, and wrong samples are not in the view
+        if self.with_demonstrations:  # they need no reward, and the view has no wrong samples
             return Coefficients(torch.ones_like(batch.logp))
         (reward,) = self.needed(batch, "reward")
         correct = (reward >= self.threshold).to(batch.dtype)

@@ -1,11 +1,11 @@
 """RLOO: REINFORCE with the mean reward of the prompt's other completions as its baseline.
 
 Loss: -(r - mean of the others) Σ_t log π_θ(y_t), averaged over completions. The coefficient of each token is
-G/(G-1) (r - mean_G); 0 for a group of one. As the baseline does not include the completion's own reward, it
-does not change the expected gradient.
+G/(G-1) (r - mean_G); 0 for a group of one. Since the baseline does not include the completion's own reward, it does
+not change the expected gradient.
 
 There is no importance ratio: see `reinforce` for what that means on a fixed buffer. The paper subtracts
-β log(π_θ/π_ref) from the reward; here the reward is used as it is. Source: arXiv 2402.14740.
+β log(π_θ/π_ref) from the reward; here the reward is unchanged. Source: arXiv 2402.14740.
 """
 
 from dataclasses import dataclass

@@ -1,7 +1,7 @@
 """SFT: supervised fine-tuning, the log-likelihood of demonstrations.
 
-Loss: -log π_θ(y_t | x, y_<t), averaged over the completion tokens of the step. A demonstration that was cut has lost
-its end of sequence; ``truncated: drop`` leaves it out. Source: none, it is maximum likelihood.
+Loss: -log π_θ(y_t | x, y_<t), averaged over the completion tokens of the step. A truncated demonstration has no end of
+sequence; ``truncated: drop`` leaves it out. Source: none, it is maximum likelihood.
 """
 
 from dataclasses import dataclass

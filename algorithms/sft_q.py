@@ -1,9 +1,9 @@
 """SFT(Q): supervised fine-tuning on demonstrations drawn in proportion to their quality.
 
-Loss: -log π_θ(y_t), averaged over the completion tokens of the step, as in SFT; but a demonstration is drawn, with
-replacement, with a probability proportional to its quality score. The score is the row's ``reward``: at least 0, and
-one that is twice as large is drawn twice as often. Source: arXiv 2507.12856, which samples this way
-rather than filtering by a threshold, because it then bounds the reward for all thresholds at once.
+Loss: -log π_θ(y_t), averaged over the completion tokens of the step, as in SFT. Demonstrations are drawn with
+replacement, with probabilities proportional to their quality scores. The score of a row is its ``reward``, which must
+be at least 0; twice the score is drawn twice as often. Source: arXiv 2507.12856, which samples this way instead of
+filtering by a threshold, because this bounds the reward for all thresholds at once.
 """
 
 from collections.abc import Mapping

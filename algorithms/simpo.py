@@ -5,7 +5,8 @@ With Δ = (1/|y⁺|) Σ_t log π_θ(y⁺_t) - (1/|y⁻|) Σ_t log π_θ(y⁻_t),
     -log σ(βΔ - γ),
 
 and the coefficient of a token of y is ±β σ(γ - βΔ) / |y|, with + for y⁺. Source: arXiv 2405.14734. The defaults are
-its Llama-3-Base setting, which is also where its authors say to start: β = 2, γ/β = ½ (TRL starts from γ = ½).
+its setting for Llama-3-Base, which the authors also recommend as a starting point: β = 2, γ/β = ½ (TRL's default is
+γ = ½).
 """
 
 from dataclasses import dataclass
@@ -42,6 +43,6 @@ class SimPO(Objective):
         pull = self.beta * torch.sigmoid(-excess) / length
         return Coefficients(
             (sign * pull)[:, None].expand_as(batch.logp),
-            loss=torch.where(chosen, functional.softplus(-excess), 0),  # one loss a pair, carried by its better half
+            loss=torch.where(chosen, functional.softplus(-excess), 0),  # one per pair, carried by its better half
             metrics={"margin": margin, "accuracy": (margin > 0).to(mean_logp.dtype)},
         )

@@ -22,7 +22,7 @@ OBJECTIVES: dict[str, Weight] = {"SFT": lambda p: 1.0, "DFT": lambda p: p}
 
 @dataclass(frozen=True)
 class Moments:
-    """Of a random vector with finitely many values."""
+    """The moments of a random vector with finitely many values."""
 
     mean: Tensor
     second_moment: float

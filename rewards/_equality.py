@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import re
 from itertools import pairwise
-from math import gcd
+from math import gcd, perm
 
-from rlzoo.rewards import _numbers, _symbols, _times, _units
-from rlzoo.rewards._guards import too_deep
+from rlzoo.rewards import _guards, _numbers, _symbols, _times, _units
 from rlzoo.rewards._hedges import CONDITION
 from rlzoo.rewards._languages import EITHER, MAYBE
 from rlzoo.rewards._writing import bracketed, clean, compact, is_prose, split, words
@@ -21,7 +20,7 @@ _LONGEST = 2000
 def all_equal(answers: list[str], golds: list[str]) -> bool:
     """Whether two lists hold the same answers, in any order: what is missing or superfluous makes them differ."""
     answers, golds = [clean(answer) for answer in answers], [clean(gold) for gold in golds]
-    if any(too_deep(text) or len(text) > _LONGEST for text in (*answers, *golds)):
+    if any(_guards.too_deep(text) or len(text) > _LONGEST for text in (*answers, *golds)):
         return [compact(answer) for answer in answers] == [compact(gold) for gold in golds]
     if len(answers) == len(golds) == 1:
         return _equal(answers[0], golds[0])
@@ -39,7 +38,7 @@ def _items(texts: list[str]) -> list[str]:
 
 def _equal(answer: str, gold: str) -> bool:
     """Whether two clean texts are one answer. Each step decides only what it can read."""
-    answer, gold = _exact(answer), _exact(gold)
+    answer, gold = _exact(answer, gold), _exact(gold, answer)
     if not answer or not gold:
         return False
     if compact(answer) == compact(gold) or (is_prose(gold) and words(answer) == words(gold) != ""):
@@ -51,6 +50,8 @@ def _equal(answer: str, gold: str) -> bool:
     (answer, unit), (gold, wanted) = _without_unit(answer), _without_unit(gold)
     if is_prose(answer) or is_prose(gold):  # words that are not the same
         return False
+    if _guards.has_both_cases(f"{answer} {gold}"):  # A + b and a + b
+        return False
     return _units.ratio(unit, wanted) == 1 and _symbols.equal(gold, answer)
 
 
@@ -59,19 +60,50 @@ _BUILDER = re.compile(r"\\\{ ?[a-z](?: ?\\in ?(?:\\mathbb\{R\}|R))? ?(?:\||\\v?m
 
 _FALLING = re.compile(r"([^<>=\\]+)(>|\\ge(?![a-z]))([^<>=\\]+)(>|\\ge(?![a-z]))([^<>=\\]+)")
 _OUTWARD = re.compile(r"([\[\]])([^\[\]()]+,[^\[\]()]+)([\[\]])")
+_COUNTED = re.compile(
+    r"(?<![\w\\])(?:\{\})?(?:C\((\d+|[a-z]), ?(\d+|[a-z])\)|P\((\d+), ?(\d+)\)|[CPA]_\{?(\d+)\}?\^\{?(\d+)\}?"
+    r"|[_^]?\{?(\d+)\}? ?[CP]_?\{?(\d+)\}?|\{?(\w+) ?\\choose ?(\w+)\}?)(?![\w(])"
+)
+"""How many ways there are to choose, C(5, 2), C_5^2, 5C2, and to choose in order: P(5, 2), A_5^2, 5P2."""
 
 
-def _exact(text: str) -> str:
+def _counted(match: re.Match[str]) -> str:
+    n, k = filter(None, match.groups())
+    return str(perm(int(n[:3]), int(k[:3]))) if re.search("[PA]", match[0]) else rf"\binom{{{n}}}{{{k}}}"
+
+
+_MATRIX = re.compile(r"[(\[]? ?\\begin\{([pbB]?matrix|array)\}(?:\{[^{}]*\})?(.*)\\end\{\1\} ?[)\]]?", re.DOTALL)
+
+
+def _as_list(matrix: re.Match[str], other: str) -> str:
+    """A matrix as the list that it is compared with is written: [[1, 2], [3, 4]]; of one row or column also (1, 2)."""
+    rows = [row.replace("&", ",") for row in matrix[2].split(r"\\") if row.strip()]
+    closing = ")" if other[0] == "(" else "]"
+    if re.match(r". ?[(\[]", other):
+        rows = [f"{other[0]}{row}{closing}" for row in rows]
+    elif len(rows) > 1 and "," in "".join(rows):
+        return matrix[0]
+    return f"{other[0]}{', '.join(rows)}{closing}"
+
+
+def _exact(text: str, other: str) -> str:
     r"""What is said to be approximated: \sqrt{2} \approx 1.41; or the approximation, if that is of a name.
 
-    Of a set of numbers, \{x | x > 2\}, its condition; 2 > x > 1 upwards; ]1, 2[ as (1, 2).
+    Of a set of numbers, \{x | x > 2\}, its condition; 2 > x > 1 upwards; ]1, 2[ as (1, 2); C(5, 2) as \binom{5}{2}, if
+    that is no point; a matrix as a list, if the other answer is one.
     """
+    if (matrix := _MATRIX.fullmatch(text)) and re.match(r"[(\[](?! ?\\begin)", other):
+        text = clean(_as_list(matrix, other))
+    if "," not in other:
+        text = _COUNTED.sub(_counted, text)
     if builder := _BUILDER.fullmatch(text):
         text = builder[1].strip()
     if falling := _FALLING.fullmatch(text):
         text = " ".join(falling[part].replace(">", "<").replace(r"\ge", r"\le") for part in (5, 4, 3, 2, 1))
     if outward := _OUTWARD.fullmatch(text):
         text = f"{outward[1].replace(']', '(')}{outward[2]}{outward[3].replace('[', ')')}"
+    if words(text) in ("all real numbers", "all reals"):
+        return r"\mathbb{R}"
     exact, _, rounded = text.partition(r"\approx")
     return rounded.strip() if not exact.strip() or (rounded and _is_name(exact)) else exact.strip()
 
@@ -84,7 +116,7 @@ def _same_quantity(answer: str, gold: str) -> bool | None:
     one, other = _numbers.number(answer), _numbers.number(gold)
     if one and other:
         return _numbers.equal(one, other)
-    if other and other.decimal and (comma := _numbers.comma_decimal(answer)):
+    if other and (other.decimal or answer.endswith(",00")) and (comma := _numbers.comma_decimal(answer)):
         return _numbers.equal(comma, other)
     if (time := _times.clock(answer)) and (expected := _times.clock(gold)):
         return _times.same_time(time, expected)
@@ -122,7 +154,7 @@ _NO_VALUE = re.compile(rf"{EITHER}|{MAYBE}|(?:an)?other\b|(?-i:[A-J])$", re.IGNO
 """What follows a letter and is no value of it, but another choice."""
 
 
-def _choice(text: str) -> tuple[str, str] | None:
+def choice(text: str) -> tuple[str, str] | None:
     """A letter, and what it stands for or an empty text; None for anything else."""
     match = _CHOICE.fullmatch(text)
     if match is None or _CHOICES.search(match["value"] or "") or _NO_VALUE.match(match["value"] or ""):
@@ -132,7 +164,7 @@ def _choice(text: str) -> tuple[str, str] | None:
 
 def _same_choice(answer: str, gold: str) -> bool | None:
     """The same letter and, where both give one, the same value; or the value of the only one that has a letter."""
-    one, other = _choice(answer), _choice(gold)
+    one, other = choice(answer), choice(gold)
     given, wanted = (_LETTERS.fullmatch(re.sub(r"\\text|[{}]", " ", text)) for text in (answer, gold))
     if given and wanted and bool(given[1]) != bool(wanted[1]):
         return sorted(re.findall("[A-H]", given[0])) == sorted(re.findall("[A-H]", wanted[0]))
@@ -233,11 +265,14 @@ def _same_values(answer: str, gold: str) -> bool | None:
     given, wanted = _named(answer), _named(gold)
     if given and wanted:
         in_words = is_prose(given[0]) != is_prose(wanted[0])  # Area = 5 and A = 5
-        return _equal(given[1], wanted[1]) if in_words or compact(given[0]) == compact(wanted[0]) else None
+        one, other = (re.sub(r"[a-z]\(x\)", "y", compact(name).casefold()) for name, _ in (given, wanted))
+        return _equal(given[1], wanted[1]) if in_words or one == other else None
     if given and not _RELATION.search(gold):
         return _equal(given[1], gold)
     if wanted and not _RELATION.search(answer):
         return _equal(answer, wanted[1])
+    if len(sides := split(answer, _EQUALS)) > 1 and not _RELATION.search(gold):  # an identity
+        return all(_equal(side, gold) for side in sides)
     return None
 
 

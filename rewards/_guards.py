@@ -37,7 +37,9 @@ def too_deep(text: str) -> bool:
     return deepest > 15
 
 
-def _has_both_cases(text: str) -> bool:
+def has_both_cases(text: str) -> bool:
+    """Whether a letter of a formula is there in both cases; that of an added constant has either."""
+    text = re.sub(r"\+ ?[Cc](?= |$)", "", text)
     letters = set(re.findall("[A-Za-z]", re.sub(r"\\[A-Za-z]+", "", text)))
     return any(letter.swapcase() in letters for letter in letters)
 
@@ -69,7 +71,7 @@ TEXTS = (
     TextRule("brackets nested too deep", too_deep),
     TextRule("two signs are one or none: --5 reads as 5", lambda text: re.match(r"[-+] ?[-+]", text) is not None),
     TextRule("too great to be computed (Math-Verify#14: 1/2004!)", _too_great),
-    TextRule("capital and small letters are one variable: A + a reads as 2a", _has_both_cases),
+    TextRule("capital and small letters are one variable: A + a reads as 2a", has_both_cases),
     TextRule("dots are dropped: 1+2+...+10 reads as 13", lambda text: r"\ldots" in text),
     TextRule(
         "congruences are read as products of letters: 2 mod 5",

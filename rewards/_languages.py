@@ -46,7 +46,9 @@ LANGUAGES = (
         r"less|more|greater|fewer|larger|smaller|higher|lower|least|most|between|over|under|above|below"
         r"|exceed(?:s|ing)?|beyond|up to|almost|nearly|close to",
     ),
-    Language("English", r"(?:correct|right) (?:option|choice)s?", "is|are|would be", "", "", "", ""),
+    Language(
+        "English", r"(?:correct|right|best) (?:option|choice|letter|statement)s?", "is|are|would be", "", "", "", ""
+    ),
     Language(
         "Chinese",
         "答案|答|最终结果|故选|应选|本题选|所以选|因此选|正确选项",
@@ -219,5 +221,10 @@ def _phrase(language: Language) -> str:
 
 
 _SPACED, _UNSPACED = ("|".join(_phrase(one) for one in LANGUAGES if one.spaced == spaced) for spaced in (True, False))
-PHRASE = rf"(?<!\w)(?:{_SPACED})|{_UNSPACED}"
+_LETTER = (
+    r"(?:I(?: would|'d| will|'ll| have| must)? (?:choose|chose|chosen|pick|select|go (?:with|for)|say)|it is|so|thus)"
+    r" (?:(?:the )?(?:option|choice|answer) )?(?=\(?[A-J]\)?\W*(?:$|[.,:\n]|because|since))"
+)
+"""What announces the letter of a choice: I choose B."""
+PHRASE = rf"(?<!\w)(?:{_SPACED}|{_LETTER})|{_UNSPACED}"
 """What announces an answer: the answer is, the correct choice is."""

@@ -67,6 +67,7 @@ def number(text: str) -> Number | None:
 
 def _compound(text: str) -> Number | None:
     """A quantity of several units of one measure, 2 hours 30 minutes."""
+    text = " ".join(re.sub(r"\\text\{([^{}\d]*)\}", r" \1 ", text).split())
     parts = [_simple(part) for part in _COMPOUND.split(text)[:_UNITS_OF_ONE]]
     if len(parts) < 2 or parts[0] is None:
         return None

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 
+from rlzoo.rewards._equality import choice
 from rlzoo.rewards._hedges import DENIED_WORD, HEDGED_NEXT, IGNORANT, UNDECIDED, VALUE, last_together, taken_back
-from rlzoo.rewards._languages import DENIED_AFTER, NOW, PHRASE
+from rlzoo.rewards._languages import DENIED, DENIED_AFTER, EITHER, MAYBE, NOW, PHRASE
 from rlzoo.rewards._text import Mark
 from rlzoo.rewards._values import CLAUSE, VALUES
+from rlzoo.rewards._writing import clean, is_prose, words
 
 _PHRASE = re.compile(PHRASE, re.IGNORECASE)
 _PHRASE_OR_A = re.compile(rf"{PHRASE}|(?:^|\n)\s*A\s*:", re.IGNORECASE)
@@ -88,7 +90,7 @@ def _announcement(text: str, phrase: re.Match[str]) -> Mark:
 
 def _without_adverb(clause: str) -> str:
     adverb = _ADVERB.match(clause)
-    return clause[adverb.end() :].strip() if adverb else clause
+    return (clause[adverb.end() :].strip() if adverb else "") or clause
 
 
 def _reversed(text: str) -> list[Mark]:
@@ -112,3 +114,40 @@ def _sentence(line: str) -> str:
         if end[0] == "。" or not (with_value or _ABBREVIATED.search(before)):
             return line[: end.start()]
     return line
+
+
+# Answers that a text explains, or states in words
+
+_DOUBT = rf"{EITHER}|{MAYBE}|\b(?:if|when|unless|whether|suppos\w+|assum\w+|guess|doubt|wrong|incorrect)\b"
+_VERDICT = re.compile(
+    r"((?:yes|true)\b(?!.*(?:\b(?:no|false)\b|(?:\bnot|n't)\W*\Z))|(?:no|false)\b(?!.*\b(?:yes|true)\b))[,.;:!](?=\s|\Z)"
+    rf"(?!.*(?:{_DOUBT}))",
+    re.IGNORECASE | re.DOTALL,
+)
+_RETRACTED = re.compile(rf"{MAYBE}|\b(?:wait|actually|instead|sorry|mistake|oops|correction|hmm)\b", re.IGNORECASE)
+_OTHER_LETTER = re.compile(r"(?<![\w'])(?:[B-HJ]|A(?=[.):,]|\W*$))(?![\w'])", re.MULTILINE)
+
+
+def opening(text: str) -> str | None:
+    """What a text begins with and then explains: "Yes, it is."; the letter B on a line above its reasons."""
+    if verdict := _VERDICT.match(f"{clean(text)},"):
+        return verdict[1]
+    first, _, rest = text.strip().partition("\n")
+    letter = choice(clean(first)) if rest.strip() else None
+    return first if letter and not _RETRACTED.search(rest) and {*_OTHER_LETTER.findall(rest)} <= {letter[0]} else None
+
+
+_COPULA = re.compile(r"\b(?:is|are|was|were|be|becomes|has|have|in|on|describes|represents) \Z")
+_VERB_FIRST = re.compile(r"(?:do(?:es)?|is|are|has|have|converges?|diverges?|exists?)\b")
+_NOT_STATED = re.compile(rf"{DENIED}|{_DOUBT}|\b(?:false|then)\b", re.IGNORECASE)
+
+
+def states(text: str, golds: list[str]) -> bool:
+    """Whether the last sentence of a text says in words of something that it is the gold answer: The winner is Tom."""
+    gold, last = clean(golds[0]), re.split(r"[.!?;]\s|\n", text.strip())[-1]
+    subject = words(clean(last)).removesuffix(wanted := f" {words(gold)}") + " "
+    if len(golds) > 1 or not is_prose(gold) or last.endswith("?") or not words(clean(last)).endswith(wanted):
+        return False
+    if _NOT_STATED.search(subject) or words(clean(text)).count(subject) > 1:  # The winner is Tom. The winner is Bob.
+        return False
+    return _COPULA.search(subject) is not None or (subject.count(" ") < 4 and _VERB_FIRST.match(wanted, 1) is not None)

@@ -17,7 +17,7 @@ from rlzoo.rewards._hedges import (
 from rlzoo.rewards._languages import EITHER, JOINED_NUMBERS, MAYBE
 from rlzoo.rewards._numbers import number
 from rlzoo.rewards._times import clock
-from rlzoo.rewards._writing import clean
+from rlzoo.rewards._writing import clean, is_prose
 
 CLAUSE = 500
 """Characters after a phrase in which the answer is searched for."""
@@ -57,6 +57,7 @@ _OR_ELSE = re.compile(
     r"|\b(?:for|in|another)\b[^.]*?(?:[,;]|\band\b|\belse\b|\banother\b[^.]*?)\s*(?:it )?(?:is\s+)?\$?-?\d",
     re.IGNORECASE,
 )
+_OR_FIRST = re.compile(rf"\W*{EITHER}", re.IGNORECASE)
 _OR_NEXT = re.compile(rf"{EITHER}\W*\Z", re.IGNORECASE)
 _WITHIN = (
     "in|for|at|by|per|on|with|from|after|before|within|during|out|as|is|are|was|were|each|dans|pour|par|von|für|por|para"
@@ -77,6 +78,15 @@ _VERB = re.compile(
     r"\b(?:is|are|was|were|has|have|had|gets?|got|makes?|made|needs?|costs?|takes?|took|earns?|equals?|sold|spent)\b"
 )
 """What makes a sentence of the words before a value."""
+_BOLD = re.compile(r"((?:(?!\*\*).)*)\*\*((?:(?!\*\*).)+)\*\*((?:(?!\*\*).)*)")
+"""A line with one part in bold."""
+_CASE = re.compile(r"\b(?:if|when|for (?:odd|even|positive|negative|other))\b", re.IGNORECASE)
+"""What makes candidates of several values where it stands before two of them."""
+_BROKEN_OFF = re.compile(
+    r"[^.!?]*[.!?]\s+(?!Let me know|I hope|Feel free|If you)[A-Z](?:[^.!?]*\s){2}[^.!?]*\w\s*\Z"
+    r"|[^\n.!?]{0,20}\b[Ww]ait\b"
+)
+"""What follows a value where a text was cut in its next sentence, or goes back on it: but wait."""
 _NEAR, _TAIL, _MOST_LINES = 40, 1000, 50
 """Characters before the value of a clause; characters and lines from the end of a text with its last value."""
 
@@ -111,7 +121,12 @@ def last_value(text: str) -> str | None:
         after = max((word.end() for word in _WORD.finditer(line)), default=0)
         if _TEX.match(line, after) and not HEDGED.search(line[:after]):
             return line[after:]
+        before, emphasised, rest = bold.groups() if (bold := _BOLD.fullmatch(line)) else (line, "", "")
+        line = f"{before}{emphasised}{rest}"
         found = [m for m in VALUES.finditer(line) if not _LABELLED.search(line[: m.start()])]
+        until = [m for m in found if m.start() < len(before) + len(emphasised)]
+        if until and until[-1].start() >= len(before):
+            found = until
         if found:
             return _committed(line, found)
     return None
@@ -121,14 +136,14 @@ def _committed(line: str, found: list[re.Match[str]]) -> str | None:
     """The last of the values in a line; None if it is denied, a bound, asked, or one of several candidates."""
     last = found[-1]
     before = line[: last.start()]
-    if HEDGED_NEXT.search(before) or HEDGED_AFTER.match(line, last.end()):
+    if HEDGED_NEXT.search(before) or _OR_NEXT.search(before) or HEDGED_AFTER.match(line, last.end()):
         return None
-    if len(found) > 1 and is_candidate(line[found[-2].end() : last.start()]):
+    if len(found) > 1 and (is_candidate(line[found[-2].end() : last.start()]) or len(_CASE.findall(line)) > 1):
         return None
     if len(found) > 1 and _PRICE.fullmatch(f"{found[-2][0]}{line[found[-2].end() : last.end()]}"):
         return found[-2][0]
     asked = re.search(r"\w[^.!?]*\Z", before) and re.match(r"[^.!?]*\?\W*\Z", line[last.end() :])
-    if IGNORANT.search(before) or asked or taken_back(line, last.end()):
+    if IGNORANT.search(before) or asked or taken_back(line, last.end()) or _BROKEN_OFF.match(line, last.end()):
         return None
     return _with_unit(last)
 
@@ -144,34 +159,32 @@ def without_denial(clause: str) -> str:
 
 
 _EMPTY = re.compile(r"[\s`*_#=~.-]*")
-_BULLET = re.compile(r"\s*(?:[-*•+]|\(?[\da-z]{1,2}[.)])\s+")
-_NAMED = re.compile(r"(?P<name>[A-Za-z]\w?) ?= ?(?P<value>.*)")
+_BULLET = re.compile(r"\A\s*(?:[-*•+]|\(?[\da-z]{1,2}[.)])\s+")
+_WORD_ALONE = re.compile(r"\s*[^\W\d_]{2,}[.!]?\s*")
+_NAMED = re.compile(r"[A-Za-z]\w? ?= ?(.*)")
+_RELATION = re.compile(r"[<>=]|\\(?:le|ge|ne|in|to|approx|equiv|[Rr]ightarrow|implies)(?![A-Za-z])")
 
 
-def last_lines(text: str) -> list[list[str]]:
-    """The last line, alone or with those above it that give other answers: values alone, or of one name.
-
-    Values of several names may be all of the answer, or what leads to the last.
-    """
+def last_lines(text: str) -> list[str]:
+    """The last line, alone or with those above it that are answers of their own: 3, and 4 below; x = 3, and y = 4."""
     lines = [line for line in text.splitlines() if not _EMPTY.fullmatch(line)][-_MOST_LINES:]
-    if IGNORANT.search(" ".join(lines[-2:-1])):
-        return [[UNDECIDED]]
-    bare = [_bare(_BULLET.sub("", line, count=1) if len(lines) > 1 else line) for line in lines]
-    first = next((at for at in range(len(bare), 0, -1) if bare[at - 1] is None), 0)
-    together = [one for one in bare[first:] if one]
-    if len(together) < 2:
-        return [[without_denial(lines[-1]) if lines else text]]
-    names = {name for name, _ in together}
-    each = [f"{name} = {value}" if name else value for name, value in together]
-    return [each] if len(names) == 1 else [each, each[-1:]]
+    if IGNORANT.search(" ".join(lines[-2:-1])) or _OR_FIRST.match(lines[-1] if lines else ""):
+        return [UNDECIDED]
+    bare = [_BULLET.sub("", line, count=1) if len(lines) > 1 else line for line in lines]
+    is_answer = _WORD_ALONE.fullmatch if bare and _WORD_ALONE.fullmatch(bare[-1]) else _is_value
+    first = next((at for at in range(len(bare), 0, -1) if not is_answer(bare[at - 1])), 0)
+    together = [clean(line) for line in bare[first:]]
+    return together if len(together) > 1 else [without_denial(lines[-1]) if lines else text]
 
 
-def _bare(line: str) -> tuple[str, str] | None:
-    """The name, or none, and the value in a line of nothing else; None for other lines."""
-    line = clean(line)
-    named = _NAMED.fullmatch(line)
-    name, value = (named["name"], named["value"]) if named else ("", line)
-    return (name, value) if number(value) or re.fullmatch(r"\(?[A-J]\)?", line) else None
+def _is_value(line: str) -> bool:
+    """Whether a line is a number, formula or letter, alone or with a name, and does not go on from the line above."""
+    value = clean(line)
+    if named := _NAMED.fullmatch(value):
+        return number(named[1]) is not None
+    if re.match(r"\s*(?:\$|\\[\[(])?\s*=", line) or not re.search(r"\w", value) or _RELATION.search(value):
+        return False
+    return number(value) is not None or re.fullmatch(r"\(?[A-J]\)?", value) is not None or not is_prose(value)
 
 
 _FOLLOWING = re.compile(

@@ -1,4 +1,4 @@
-"""Exact match: 1 if the answer, letter by letter, is the expected one; 0 otherwise."""
+"""Exact match: 1 if the answer is the expected text, character by character; 0 otherwise."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,20 +11,22 @@ from rlzoo.rewards._text import after_last, column_of, completion_text, gold_tex
 @register_reward
 @dataclass(frozen=True)
 class ExactMatch:
-    """1[answer = gold], the answer being what follows the last ``marker``, or all of a text that has none.
+    """1[answer = gold], where the answer is what follows the last ``marker``, or the whole text if there is none.
 
-    The gold answer is read from ``column`` in the same way; a row without one (None, NaN) is worth None.
+    The gold answer is read from ``column`` in the same way; a row without one (None, NaN) has the reward None.
     """
 
     name: ClassVar[str] = "exact-match"
 
     column: str = "answer"
+    """The column with the gold answer."""
     marker: str = "####"
-    """Empty: compare whole completions."""
+    """The text before an answer; empty: compare whole completions."""
     ignore_case: bool = False
+    """Whether upper and lower case are the same."""
 
     def __call__(self, completions: Sequence[Any], **columns: Any) -> list[float | None]:
-        """One value for each completion. Raises UserError if the data lacks ``column``, TypeError as `gold_text`."""
+        """One value per completion. Raises UserError if the data lack ``column``, TypeError as `gold_text` does."""
         golds = column_of(columns, self.column, self.name)
         return [
             None
@@ -34,7 +36,7 @@ class ExactMatch:
         ]
 
     def answer_of(self, completion: Any) -> str:
-        """What the completion answers."""
+        """The answer in a completion, which maj@k counts."""
         return self._answer(completion_text(completion))
 
     def _answer(self, text: str) -> str:

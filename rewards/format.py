@@ -1,4 +1,4 @@
-"""Format: 1 if a completion looks as it should; 0 otherwise."""
+"""Format: 1 if a completion matches a pattern; 0 otherwise."""
 
 import re
 from collections.abc import Sequence
@@ -18,14 +18,14 @@ r"""A last line ``#### answer``, or a ``\boxed{answer}`` anywhere."""
 class Format:
     r"""1[``pattern`` is found in the completion].
 
-    It is searched for (`re.search`): write ``\A...\Z`` to hold it to the whole text, and flags into the
-    pattern, as in ``(?is)<answer>.*</answer>``. Raises UserError for a pattern that is no regular
-    expression.
+    The pattern may match anywhere (`re.search`): write ``\A...\Z`` to match the whole text, and put flags into the
+    pattern, as in ``(?is)<answer>.*</answer>``. Raises UserError for an invalid regular expression.
     """
 
     name: ClassVar[str] = "format"
 
     pattern: str = ANSWERED
+    """A regular expression."""
 
     def __post_init__(self) -> None:
         try:
@@ -36,5 +36,5 @@ class Format:
             ) from None
 
     def __call__(self, completions: Sequence[Any], **columns: Any) -> list[float | None]:
-        """One value for each completion."""
+        """One value per completion."""
         return [float(re.search(self.pattern, completion_text(c)) is not None) for c in completions]

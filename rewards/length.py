@@ -1,4 +1,4 @@
-"""Length: 1 for a completion that is short enough, falling linearly to 0 for one that is too long."""
+"""Length: 1 for completions up to a target length, falling linearly to 0 at a limit."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,16 +14,16 @@ from rlzoo.rewards._text import completion_text
 class Length:
     """clip((limit - n) / (limit - target), 0, 1) for a completion of n tokens.
 
-    n counts ``completion_ids`` (end of sequence included) where they are passed, else words between blanks.
-    Raises UserError unless 0 ≤ target < limit.
+    n is the number of ``completion_ids`` (end of sequence included) if they are passed, else of words. Raises UserError
+    unless 0 ≤ target < limit.
     """
 
     name: ClassVar[str] = "length"
 
     target: int = 256
-    """Tokens up to which a completion earns 1."""
+    """The largest number of tokens with a reward of 1."""
     limit: int = 512
-    """Tokens from which on it earns 0."""
+    """The smallest number of tokens with a reward of 0."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.target < self.limit:
@@ -37,11 +37,11 @@ class Length:
         completion_ids: Sequence[Sequence[int]] | None = None,
         **columns: Any,
     ) -> list[float | None]:
-        """One value for each completion."""
+        """One value per completion."""
         return list(self.shares(completions, completion_ids))
 
     def shares(self, completions: Sequence[Any], completion_ids: Sequence[Sequence[int]] | None) -> list[float]:
-        """How much of the way from ``limit`` down to ``target`` each completion is, in [0, 1]."""
+        """clip((limit - n) / (limit - target), 0, 1) for each completion."""
         if completion_ids is None:
             lengths = [len(completion_text(c).split()) for c in completions]
         else:

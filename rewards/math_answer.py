@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Sequence, Set
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -19,7 +19,7 @@ from rlzoo.rewards._equality import all_equal
 from rlzoo.rewards._hedges import UNDECIDED
 from rlzoo.rewards._marks import marked
 from rlzoo.rewards._numbers import number
-from rlzoo.rewards._phrases import announced
+from rlzoo.rewards._phrases import announced, opening, states
 from rlzoo.rewards._text import column_of, completion_text, gold_text, is_missing
 from rlzoo.rewards._times import clock
 from rlzoo.rewards._values import first_value, last_lines, last_value, only_value, without_denial
@@ -67,7 +67,7 @@ class MathAnswer:
     def answer_of(self, completion: Any) -> str:
         """The final answer in one writing, for a vote among samples: 0.5 and 1/2 are one answer; empty without one."""
         text = _concluded(completion_text(completion))
-        answers = marked(text) or ([] if self.marked else _unmarked(_prepared(text)))
+        answers = marked(text) or ([] if self.marked else [*_readings(text, [])][-1])
         return "; ".join(sorted(_in_one_writing(clean(answer)) for answer in answers if answer != UNDECIDED))
 
 
@@ -78,10 +78,14 @@ def _score(completion: str, gold: Any, must_be_marked: bool) -> float | None:
     text = _concluded(completion)
     answers = marked(text)
     if answers:
-        in_sentences = [only_value(answer) or answer for answer in answers]
+        in_sentences = [only_value(answer) or opening(answer) or answer for answer in answers]
         same = all_equal(answers, expected) or (in_sentences != answers and all_equal(in_sentences, expected))
         return float(same and all(map(clean, answers)))
-    return float(not must_be_marked and _ends_in(text, expected))
+    return float(
+        not must_be_marked
+        and "<think>" not in text
+        and any(all_equal(answers, expected) for answers in _readings(text, expected))
+    )
 
 
 def _concluded(completion: str) -> str:
@@ -121,7 +125,7 @@ def _read(clause: str, words_wanted: bool) -> str | None:
     """What a clause that announces an answer gives for it; None if it only speaks of it."""
     clause = _REASON.sub("", clause)
     if words_wanted or number(clean(clause)) or not is_prose(clean(clause)):
-        return clause
+        return opening(clause) or clause
     return first_value(clause)
 
 
@@ -132,15 +136,22 @@ def _prepared(text: str) -> str:
     return _OVER_LINES.sub(lambda word: f" {word[1] or word[2]} ", text)
 
 
-def _unmarked(text: str) -> list[str]:
-    """What a text without marks answers: what it announces last, else its last value, else its last line."""
+def _readings(text: str, golds: list[str]) -> Iterator[list[str]]:
+    """What a text without marks answers: what it announces last, else what it begins or ends with; the closest last."""
+    text = _prepared(text)
+    words_wanted = bool(golds) and all(_is_wording(clean(gold)) for gold in golds)
     for said in announced(text):
-        values = [value for clause in said if (value := _read(without_denial(clause), False)) is not None]
+        yield (clauses := [without_denial(clause) for clause in said])
+        values = [value for clause in clauses if (value := _read(clause, words_wanted)) is not None]
         if values:
-            return values
-    ending = last_lines(text)[0]
-    value = last_value(text) if len(ending) < 2 else None
-    return ending if value is None else [value]
+            yield values if len(values) == len(clauses) else [UNDECIDED]
+            return
+    yield [opening(text) or UNDECIDED]
+    yield golds if golds and states(text, golds) else [UNDECIDED]
+    yield (ending := last_lines(text))
+    value = last_value(text) if len(ending) == 1 and is_prose(clean(ending[0])) else None
+    if value is not None and (is_prose(clean(value)) or not words_wanted):
+        yield [value]
 
 
 def _in_one_writing(answer: str) -> str:
@@ -149,26 +160,3 @@ def _in_one_writing(answer: str) -> str:
     if read is not None:
         return f"{read.value}{'%' if read.percent else ''}"
     return words(answer) if is_prose(answer) else compact(answer)
-
-
-def _ends_in(text: str, golds: list[str]) -> bool:
-    """Whether a text without marks gives the gold answer."""
-    text = _prepared(text)
-    words_wanted = all(_is_wording(clean(gold)) for gold in golds)
-    for said in announced(text):
-        clauses = [without_denial(clause) for clause in said]
-        read = [_read(clause, words_wanted) for clause in clauses]
-        values = [value for value in read if value is not None]
-        if all_equal(clauses, golds) or (len(values) == len(read) and all_equal(values, golds)):
-            return True
-        if values:
-            return False
-    endings = last_lines(text)
-    if any(all_equal(ending, golds) for ending in endings):
-        return True
-    if not is_prose(clean(endings[-1][-1])):
-        return False
-    value = last_value(text)
-    if value is None or (words_wanted and not is_prose(clean(value))):
-        return False
-    return all_equal([value], golds)

@@ -1,4 +1,4 @@
-"""Overlong: 0 for a completion that is short enough, falling linearly to -1 for one that is too long."""
+"""Overlong: 0 for completions up to a target length, falling linearly to -1 at a limit."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,8 +13,8 @@ from rlzoo.rewards.length import Length
 class Overlong(Length):
     """clip((limit - n) / (limit - target), 0, 1) - 1 for a completion of n tokens: DAPO's soft overlong punishment.
 
-    It is added to another reward. Of eq. 13 (arXiv:2503.14476), L_max is ``limit`` and L_cache ``limit - target``. n is
-    counted as `Length` counts it. Raises UserError unless 0 ≤ target < limit.
+    It is meant to be added to another reward. n is counted as in `Length`. Raises UserError unless 0 ≤ target < limit.
+    Source: arXiv 2503.14476, eq. 13, where L_max is ``limit`` and L_cache is ``limit - target``.
     """
 
     name: ClassVar[str] = "overlong"
@@ -25,5 +25,5 @@ class Overlong(Length):
         completion_ids: Sequence[Sequence[int]] | None = None,
         **columns: Any,
     ) -> list[float | None]:
-        """One value for each completion."""
+        """One value per completion."""
         return [share - 1 for share in self.shares(completions, completion_ids)]

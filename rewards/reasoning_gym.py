@@ -1,7 +1,7 @@
 """Reasoning Gym: the scorer of the data set that a problem comes from.
 
-Some of its scorers evaluate what the model answered; an answer that is more than arithmetic is kept from
-them. Source: github.com/open-thought/reasoning-gym.
+Some scorers evaluate a model's answer as code; they never get an answer that is more than arithmetic.
+Source: github.com/open-thought/reasoning-gym.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from rlzoo.reward import register_reward
 from rlzoo.rewards._text import after_last, column_of, completion_text, last_boxed, tags
 
 PYTHON_SCORERS = frozenset({"binary_matrix", "n_queens", "spiral_matrix", "string_insertion"})
-"""Data sets whose scorers pass an answer that is not right as it stands to ``eval``."""
+"""Data sets whose scorers pass an answer to ``eval`` unless it is verbatim the expected one."""
 SYMPY_SCORERS = frozenset(
     {"countdown", "intermediate_integration", "polynomial_multiplication", "puzzle24", "simple_integration"}
 )
@@ -51,17 +51,16 @@ _GREATEST_EXPONENT = 100
 class ReasoningGym:
     r"""The data set's own score, in [0, 1], of the final answer.
 
-    That is the last ``<answer>...</answer>``, else the last ``\boxed{}``, else what follows the last
-    ``####``, else the whole text. Columns: ``metadata`` (a mapping or its JSON, with ``source_dataset``),
-    ``answer``, and ``question`` if there is one. An answer that its scorer would run as code is scored as
-    an empty one. Raises UserError without the package reasoning-gym, for a missing column, and for metadata
-    that names no data set.
+    The final answer is the last ``<answer>...</answer>``, else the last ``\boxed{}``, else what follows the last
+    ``####``, else the whole text. Columns: ``metadata`` (a mapping or its JSON, with ``source_dataset``), ``answer``,
+    and ``question`` if there is one. An answer that the scorer would run as code is scored as an empty one. Raises
+    UserError without the package reasoning-gym, for a missing column, and for metadata that name no data set.
     """
 
     name: ClassVar[str] = "reasoning-gym"
 
     def __call__(self, completions: Sequence[Any], **columns: Any) -> list[float | None]:
-        """One value for each completion."""
+        """One value per completion."""
         metadata = column_of(columns, "metadata", self.name)
         answers = column_of(columns, "answer", self.name)
         questions = columns.get("question", [None] * len(completions))
@@ -71,7 +70,7 @@ class ReasoningGym:
         ]
 
     def answer_of(self, completion: Any) -> str:
-        """What the scorer is given of a completion."""
+        """The answer in a completion that the scorer gets."""
         return _final(completion_text(completion))
 
     def _read(self, metadata: Any, row: int) -> Mapping[str, Any]:

@@ -16,25 +16,25 @@ from rlzoo.reward.calling import means
 @register_reward
 @dataclass(frozen=True)
 class Weighted(CompositeReward):
-    """Σ_k w_k r_k over the rewards of ``of``; None where one of them is None.
+    """Σ_k w_k r_k over the rewards of ``of``; None if any of them is None.
 
-    Each of ``of`` is anything that `get_reward` takes; a mapping may add its ``"weight"`` (default 1). A
-    list given to `get_reward` is this reward. Raises UserError for an empty list and for a weight that is
-    no number.
+    Each of ``of`` is anything that `get_reward` takes; a mapping may include a ``"weight"`` (default 1). A list given
+    to `get_reward` is this reward. Raises UserError for an empty list, and for a weight that is not a finite number.
     """
 
     name: ClassVar[str] = "weighted"
 
     of: tuple[Any, ...]
+    """The rewards to add up."""
 
     def __post_init__(self) -> None:
         if not self.of:
             raise UserError(f"reward {self.name!r} needs at least one reward in 'of'")
-        _ = self.terms  # so that a wrong part is found when the sum is built, not when it is first used
+        _ = self.terms  # so that a wrong term is found when the sum is built, not when it is first used
 
     @cached_property
     def terms(self) -> dict[str, tuple[float, Reward]]:
-        """Weight and reward of each part; a second part of one name has a number behind it."""
+        """The weight and reward of each term by name; further terms of the same name get a number, as in format-2."""
         terms: dict[str, tuple[float, Reward]] = {}
         for spec in self.of:
             weight, reward = self._term(spec)
@@ -51,7 +51,8 @@ class Weighted(CompositeReward):
         return float(weight), get_reward({key: value for key, value in spec.items() if key != "weight"})
 
     @property
-    def parts(self) -> tuple[str, ...]:
+    def components(self) -> tuple[str, ...]:
+        """The names of the terms."""
         return tuple(self.terms)
 
     def score(
@@ -62,6 +63,7 @@ class Weighted(CompositeReward):
         completion_ids: Sequence[Sequence[int]] | None = None,
         on_error: OnError = "fail",
     ) -> list[Score]:
+        """One `Score` per completion, with the values of all terms. Raises UserError as `Reward.score` does."""
         weights = [weight for weight, _ in self.terms.values()]
         scored = [
             replace(reward, on_error=on_error).score(prompts, completions, columns, completion_ids)
@@ -74,10 +76,10 @@ class Weighted(CompositeReward):
             total = sum(known) if len(known) == len(values) else None
             extra = {column: value for score in row for column, value in score.extra.items()}
             metrics = means(score.metrics for score in row)
-            scores.append(Score(total, dict(zip(self.parts, values, strict=True)), extra, metrics))
+            scores.append(Score(total, dict(zip(self.components, values, strict=True)), extra, metrics))
         return scores
 
     def answers(self, completions: Sequence[Any]) -> list[str | None]:
-        """Those of the first reward that has some."""
+        """The answers of the first reward that finds any."""
         of_terms = (reward.answers(completions) for _, reward in self.terms.values())
         return next((found for found in of_terms if None not in found), [None] * len(completions))

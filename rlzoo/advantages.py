@@ -1,4 +1,8 @@
-"""Advantage estimators: pure functions of rewards, groups and values, without gradients."""
+"""Advantage estimators: pure functions of rewards, groups and values, without gradients.
+
+Shapes: ``reward`` and ``group`` are [B], one entry per row; rows with equal ``group`` are samples of one prompt. Values
+per token are [B, T], with ``mask`` True at completion tokens.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +15,7 @@ from rlzoo.types import running_sum
 
 
 def _numbered(group: Int[Tensor, " B"]) -> Int[Tensor, " B"]:
-    """Groups numbered from 0 in order. `torch.unique` would do, but waits for a GPU to say how many there are."""
+    """Groups numbered from 0, in order. `torch.unique` would make the host wait for the GPU to count them."""
     ordered, order = group.sort(stable=True)
     starts = ordered != ordered.roll(1)
     starts[:1] = False
@@ -19,7 +23,7 @@ def _numbered(group: Int[Tensor, " B"]) -> Int[Tensor, " B"]:
 
 
 def group_mean(x: Float[Tensor, " B"], group: Int[Tensor, " B"]) -> Float[Tensor, " B"]:
-    """Mean of ``x`` over the rows of the same group, for each row."""
+    """The mean of ``x`` over each row's group, [B]."""
     index = _numbered(group)
     total = torch.zeros_like(x).index_add(0, index, x)
     count = torch.zeros_like(x).index_add(0, index, torch.ones_like(x))
@@ -29,17 +33,17 @@ def group_mean(x: Float[Tensor, " B"], group: Int[Tensor, " B"]) -> Float[Tensor
 def group_centred(
     reward: Float[Tensor, " B"], group: Int[Tensor, " B"], dtype: torch.dtype | None = None
 ) -> Float[Tensor, " B"]:
-    """r - mean_G of each row, in ``dtype`` (None: the rewards' own); exactly 0 for a group of one or of equal rewards.
+    """r - mean_G per row, in ``dtype`` (None: that of the rewards); exactly 0 for a group of one or of equal rewards.
 
-    The group's smallest reward is subtracted first, in the rewards' own precision: the mean of equal rewards may round
-    to another number, and a large offset would cost small differences their digits.
+    The group's smallest reward is subtracted first, in the precision of the rewards: otherwise the mean of equal
+    rewards might round to another number, and small differences would lose digits to a large offset.
     """
     above = (reward - _least(reward, group)).to(dtype or reward.dtype)
     return above - group_mean(above, group)
 
 
 def group_varies(reward: Float[Tensor, " B"], group: Int[Tensor, " B"]) -> Bool[Tensor, " B"]:
-    """True for rows of groups whose rewards are not all bitwise equal: a computed std need not be exactly 0."""
+    """True for rows of groups whose rewards are not all equal, compared exactly: a computed std need not be 0."""
     return _least(reward, group) < -_least(-reward, group)
 
 
@@ -55,7 +59,7 @@ def group_normalised(
     epsilon: float = 1e-4,
     dtype: torch.dtype | None = None,
 ) -> Float[Tensor, " B"]:
-    """(r - mean_G) / (std_G + ε) in ``dtype``, std with Bessel's correction as in TRL.
+    """(r - mean_G) / (std_G + ε) per row, in ``dtype``; std has Bessel's correction, as in TRL.
 
     Exactly 0 for a group of one or of equal rewards. Source: DeepSeekMath, arXiv 2402.03300, section 4.1.2.
     """
@@ -68,9 +72,9 @@ def group_normalised(
 def leave_one_out(
     reward: Float[Tensor, " B"], group: Int[Tensor, " B"], dtype: torch.dtype | None = None
 ) -> Float[Tensor, " B"]:
-    """r - mean of the others in the group = G/(G-1) (r - mean_G), in ``dtype``; 0 as in `group_centred`.
+    """r minus the mean of the group's other rewards, G/(G-1) (r - mean_G), per row and in ``dtype``.
 
-    Source: arXiv 2402.14740.
+    Exactly 0 for a group of one or of equal rewards. Source: RLOO, arXiv 2402.14740.
     """
     centred = group_centred(reward, group, dtype)
     size = _size(group, centred)
@@ -90,11 +94,13 @@ def optimal_token_baseline(
     mask: Bool[Tensor, "B T"],
     zero_tail: bool = False,
 ) -> Float[Tensor, "B T"]:
-    """B_t = Σ_i r_i W_{i,t} / Σ_i W_{i,t}, W_{i,t} = Σ_{s≤t} S_{i,s}, over the group's rows of at least t tokens.
+    """The baseline per token that minimises the variance of the policy gradient.
 
-    ``score_norm`` is S, the squared norm of the score function ∇ log π at a token. The baseline is 0 at masked
-    positions, the group's smallest reward where all W are 0, and exactly the reward where rewards are equal. With
-    ``zero_tail`` it is 0 where only one row is left, which otherwise is its own baseline. Source: arXiv 2602.07078.
+    B_t = Σ_i r_i W_{i,t} / Σ_i W_{i,t}, W_{i,t} = Σ_{s≤t} S_{i,s}, over the group's rows with at least t tokens, where
+    ``score_norm`` S is the squared norm of the score function ∇ log π at a token. The baseline is 0 at masked
+    positions, the group's smallest reward where all W are 0, and exactly the reward where rewards are equal. Where only
+    one row is left it is that row's reward, or 0 with ``zero_tail``. Raises ValueError for shapes that do not match.
+    Source: arXiv 2602.07078.
     """
     if score_norm.shape != mask.shape or reward.shape != group.shape or len(reward) != len(mask):
         shapes = [tuple(x.shape) for x in (reward, group, score_norm, mask)]
@@ -119,10 +125,11 @@ def generalised_advantage(
     lam: float,
     after: Float[Tensor, " B"] | None = None,
 ) -> tuple[Float[Tensor, "B T"], Float[Tensor, "B T"]]:
-    """GAE(γ, λ) and the returns A + V, both 0 at masked positions.
+    """Generalised advantages A, GAE(γ, λ), and the returns A + V; both [B, T], and 0 at masked positions.
 
     δ_t = r_t + γ V_{t+1} - V_t, A_t = δ_t + γλ A_{t+1}; ``after`` is the value after each row's last token, by default
-    0, because a completion ends the episode. Source: arXiv 1506.02438, eq. 16.
+    0, because a completion ends the episode. Raises ValueError for shapes that differ.
+    Source: arXiv 1506.02438, eq. 16.
     """
     if reward.shape != value.shape or reward.shape != mask.shape:
         raise ValueError(f"shapes differ: {tuple(reward.shape)}, {tuple(value.shape)}, {tuple(mask.shape)}")
@@ -151,7 +158,7 @@ def _discounted(x: Float[Tensor, "B T"], decay: Float[Tensor, "B T"]) -> Float[T
 def whiten(x: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"], epsilon: float = 1e-8) -> Float[Tensor, "B T"]:
     """(x - mean) / sqrt(var + ε) over the unmasked entries; 0 elsewhere. Fewer than two entries are left unchanged.
 
-    Equal entries give exactly 0: their computed mean may round to another number, which ε would not hide.
+    Equal entries give exactly 0, although their computed mean may round to another number.
     """
     kept, count = torch.where(mask, x, 0), mask.sum()
     mean = masked_mean(x, mask)
@@ -165,10 +172,10 @@ def whiten(x: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"], epsilon: float = 
 
 
 def masked_mean(x: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Float[Tensor, ""]:
-    """Mean over the unmasked entries; NaN where there are none.
+    """The mean over the unmasked entries; NaN if there are none.
 
-    On a CPU they are closed up first, as zeros between them would change the last bits of their sum. A GPU would have
-    to be waited for until it says how many there are.
+    On a CPU the entries are gathered first, because zeros between them would change the last bits of the sum. On a GPU
+    the host would have to wait for their number.
     """
     return x[mask].mean() if x.device.type == "cpu" else torch.where(mask, x, 0).sum() / mask.sum()
 

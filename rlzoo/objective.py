@@ -23,7 +23,7 @@ from torch import Tensor
 
 from rlzoo.errors import UserError, unknown
 from rlzoo.inputs import Input
-from rlzoo.registry import Registry, told
+from rlzoo.registry import Registry, one_line
 from rlzoo.types import (
     Coefficients,
     Coupling,
@@ -59,7 +59,7 @@ class Normaliser(Enum):
         return float(self.count(batch))
 
     def count(self, batch: TokenBatch) -> Tensor | int:
-        """`denominator` where it is known: on the host, or on the device, which nobody waits for."""
+        """The same, without waiting for a GPU: a number, or a scalar tensor on the device that holds the mask."""
         match self:
             case Normaliser.PER_TOKEN:
                 return batch.mask.sum()
@@ -92,16 +92,17 @@ class Objective:
     they still count as sequences and their rewards count in their groups."""
 
     name: ClassVar[str]
+    """The name in the registry, in experiments and in reports."""
     learns_from: ClassVar[WhichView] = Selection.DEMONSTRATIONS
-    """A view of the buffer: built in, a view object, or a name."""
+    """The view of the buffer: a `Selection`, a view object, or a name."""
     couples: ClassVar[Coupling] = Coupling.NONE
     normaliser: ClassVar[Normaliser] = Normaliser.PER_TOKEN
     source: ClassVar[str] = ""
-    """The arXiv id of its paper."""
+    """The paper: ``arXiv 2508.05629``, or a DOI."""
 
     @property
     def requires(self) -> tuple[Input, ...]:
-        """The inputs that the batch must have besides the fields of its rows: see `rlzoo.inputs`."""
+        """The inputs that the batch must hold besides the fields of its rows: see `rlzoo.inputs`."""
         return ()
 
     @property
@@ -128,27 +129,27 @@ class Objective:
         return (Component(self),)
 
     def prepare(self, batch: TokenBatch) -> TokenBatch:
-        """Compute what is fixed for all updates on a batch, such as advantages. Called once, without a gradient.
+        """The batch with what is fixed for all updates on it, such as advantages. Called once, without a gradient.
 
-        It may mask tokens, which then count in no sum and no denominator; if it does, it must also set advantages,
-        because a batch without them is taken for one that is not prepared yet.
+        It may mask tokens, which are then excluded from all sums and denominators; if so, it must also set advantages,
+        because a batch without them counts as not yet prepared.
 
-        ``logp`` and FORWARD inputs are there only for an objective with a `Snapshot` or with coupling BATCH: for others
-        the policy has not run yet, and reading them is an error. ``batch.dtype`` is their dtype.
+        ``logp`` and FORWARD inputs are available only to an objective with a `Snapshot` or with coupling BATCH: for
+        others the policy has not run yet, and reading them raises `AbsentInputError`. ``batch.dtype`` is their dtype.
         """
         advantage = self.advantages(batch)
         return batch if advantage is None else batch.replace(advantage=advantage)
 
     def advantages(self, batch: TokenBatch) -> Float[Tensor, "B T"] | None:
-        """The advantage of each token, from the whole batch; None for an objective without advantages."""
+        """The advantage of each token, [B, T], from the whole batch; None for an objective without advantages."""
         return None
 
     def coefficients(self, batch: TokenBatch) -> Coefficients:
-        """c_t of each token, from a batch without a graph."""
+        """The coefficient c_t of each token, [B, T], from a batch without a graph. The one method that is required."""
         raise NotImplementedError(f"{type(self).__name__} must define coefficients(batch)")
 
     def auxiliary(self, batch: TokenBatch) -> Mapping[str, Float[Tensor, "B T"]]:
-        """Further losses per token by name, weighted, with their graph; the normaliser reduces them."""
+        """Further losses by name, each [B, T] with its weight and its graph; the normaliser reduces them."""
         return {}
 
     def logit_term(
@@ -157,9 +158,9 @@ class Objective:
         reference_logits: Float[Tensor, "N V"] | None,
         target: Int[Tensor, " N"],
     ) -> Float[Tensor, " N"] | None:
-        """A weighted loss per position that needs the full vocabulary, computed chunk by chunk in the head.
+        """A weighted loss over the full vocabulary, [N] for logits [N, V], computed chunk by chunk in the head.
 
-        ``reference_logits`` is None unless the objective lists `ReferenceLogits`.
+        ``reference_logits`` is None unless the objective requires `ReferenceLogits`.
         """
         return None
 
@@ -174,7 +175,7 @@ class Objective:
         return self.couples is Coupling.BATCH
 
     def needed(self, batch: TokenBatch, *names: str) -> tuple[Tensor, ...]:
-        """Required fields of the batch. Raises UserError naming the first that is missing."""
+        """The fields or inputs of these names. Raises UserError naming the first that the batch lacks."""
         values = []
         for name in names:
             value = batch.get(name)
@@ -187,18 +188,18 @@ class Objective:
 
 
 def view_of(objective: Objective) -> tuple[WhichView, dict[str, Any]]:
-    """The view that an objective learns from, and its options, that for truncated rows included."""
+    """The view that an objective learns from, and its options, including that for truncated rows."""
     dropping = {"truncated": "drop"} if objective.truncated == "drop" else {}
     return objective.learns_from, {**objective.view_options, **dropping}
 
 
 KEPT_OPTIONS = ("weighted", "truncated", "varied")
-"""Options of a view that say what to draw, not what the view is, and so go along when another takes its place."""
+"""Options of a view that another view in its place keeps: they say what to draw, not what the view is."""
 _KINDS = {Unit.ROW: "single rows", Unit.PAIR: "pairs", Unit.GROUP: "groups"}
 
 
 def view_in_place(objective: Objective, other: WhichView) -> tuple[WhichView, dict[str, Any]]:
-    """The same with another view in place of the objective's own, of as many rows per unit.
+    """`view_of` with another view in place of the objective's own, with as many rows per unit.
 
     Raises UserError for an unknown view, and for one that the objective cannot learn from.
     """
@@ -227,7 +228,7 @@ _Class = TypeVar("_Class", bound=type[Objective])
 
 
 def register(objective: _Class) -> _Class:
-    """Class decorator: register an `Objective` under its ``name``. A name taken by another class is an error."""
+    """Class decorator: register an `Objective` under its ``name``. Raises UserError if another class has that name."""
     _objectives.add(objective.name, objective)
     return objective
 
@@ -238,7 +239,7 @@ def list_objectives() -> list[str]:
 
 
 def objective_class(spec: str) -> type[Objective]:
-    """The class behind a name, ``package.module:Name`` or ``path/to/file.py:Name``."""
+    """The class of a name, ``package.module:Name`` or ``path/to/file.py:Name``. Raises UserError for anything else."""
     found = _objectives.get(spec)
     if not (isinstance(found, type) and issubclass(found, Objective)):
         raise UserError(f"objective {spec!r} is not a subclass of rlzoo.Objective")
@@ -285,9 +286,10 @@ def _hints(objective: type[Objective]) -> dict[str, Any]:
 
 
 def get_objective(name: str, /, **options: Any) -> Objective:
-    """An objective by name, ``package.module:Name`` or ``path/to/file.py:Name``, with its options checked.
+    """The objective of a name, ``package.module:Name`` or ``path/to/file.py:Name``, with its options checked.
 
-    Raises UserError for an unknown name or option, or an option of the wrong type.
+    Raises UserError for an unknown name, for an option that is unknown, missing or of the wrong type, and for bad
+    inputs.
     """
     found = objective_class(name)
     hints = _hints(found)
@@ -308,7 +310,7 @@ def get_objective(name: str, /, **options: Any) -> Objective:
     except UserError:
         raise
     except Exception as error:  # from a plug-in's own checks
-        raise UserError(f"objective {name!r} cannot be built from {options}: {told(error)}") from error
+        raise UserError(f"objective {name!r} cannot be built from {options}: {one_line(error)}") from error
     _check_truncated(built)
     _check_requires(built)
     return built
@@ -351,7 +353,7 @@ def reduce(
     normaliser: Normaliser,
     denominator: Tensor | float,
 ) -> Tensor:
-    """Σ w x / Z over the unmasked tokens, or over rows if x has shape [B]; a Z of 0 counts as 1."""
+    """Σ w x / Z, a scalar: over the unmasked tokens of x [B, T], or over the rows of x [B]. A Z of 0 counts as 1."""
     if per_token.ndim == 2:
         per_token = torch.where(batch.mask, per_token * normaliser.weight(batch), 0)
     total = per_token.sum()
@@ -361,12 +363,12 @@ def reduce(
 
 
 def surrogate(objective: Objective, batch: TokenBatch, denominator: float | None = None) -> Float[Tensor, ""]:
-    """The surrogate loss: -(c.detach() · log π)[mask] / Z plus the objective's auxiliary terms.
+    """The surrogate loss, a scalar: -Σ (c.detach() · log π)[mask] / Z plus the objective's auxiliary terms.
 
-    ``denominator`` is Z of the whole optimizer step; None takes the objective's own normaliser over this batch.
-    The components of a composite all see this batch; each has its own normaliser, so it takes no ``denominator``.
-    A batch without advantages is prepared first. A batch in which all tokens are masked gives 0, with a warning. The
-    gradient is that of the paper's loss; the value is not (see `Coefficients.loss`).
+    Its gradient is that of the paper's loss; its value need not be (see `Coefficients.loss`). ``denominator`` is Z of
+    the whole optimizer step; None applies the objective's normaliser to this batch. The components of a composite all
+    get this batch; since each has its own normaliser, a composite takes no ``denominator`` (ValueError). A batch
+    without advantages is prepared first. If all tokens are masked the loss is 0, with a warning.
     """
     if denominator is not None and is_composite(type(objective)):
         raise ValueError(f"objective {objective.name!r} is a composite: each of its components has its own denominator")
@@ -384,7 +386,7 @@ def surrogate(objective: Objective, batch: TokenBatch, denominator: float | None
 def surrogate_of(
     coefficients: Coefficients, objective: Objective, batch: TokenBatch, denominator: Tensor | float | None = None
 ) -> Float[Tensor, ""]:
-    """`surrogate` for given coefficients."""
+    """`surrogate` of one objective for given coefficients."""
     normaliser = objective.normaliser
     if denominator is None:
         denominator = normaliser.denominator(batch)

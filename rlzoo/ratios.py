@@ -1,4 +1,7 @@
-"""Importance ratios and clipping: pure functions of log-probs and advantages, without gradients."""
+"""Importance ratios and clipping: pure functions of log-probs (in nats) and advantages, all [B, T], without gradients.
+
+Functions of several tensors raise ValueError if their shapes differ.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +36,7 @@ def ratio_of(log_ratio: Tensor) -> Tensor:
 def token_ratio(
     logp: Float[Tensor, "B T"], behaviour: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]
 ) -> Float[Tensor, "B T"]:
-    """ρ_t = π/μ of each token, at most `RATIO_MAX`; 1 at masked positions."""
+    """ρ_t = π(y_t)/μ(y_t) per token, at most `RATIO_MAX`; 1 at masked positions."""
     _same_shape(logp, behaviour, mask)
     return ratio_of(torch.where(mask, logp - behaviour, 0))
 
@@ -41,9 +44,9 @@ def token_ratio(
 def sequence_ratio(
     logp: Float[Tensor, "B T"], behaviour: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]
 ) -> Float[Tensor, "B T"]:
-    """s = exp(mean_t log ρ_t), the geometric mean of a row's ratios, at each of its tokens; 1 for a row without tokens.
+    """s = exp(mean_t log ρ_t), the geometric mean of a row's ratios, repeated at each position of the row.
 
-    At most `RATIO_MAX`.
+    At most `RATIO_MAX`; 1 for a row without tokens. Source: GSPO, arXiv 2507.18071.
     """
     _same_shape(logp, behaviour, mask)
     total = torch.where(mask, logp - behaviour, 0).sum(1, keepdim=True)
@@ -89,7 +92,7 @@ def k3(
 
 
 def check_upper_bound(owner: str, option: str, most: float | None, above: float) -> None:
-    """Raise UserError if an upper bound of the ratio is not above that of the clip, 1 + ``above``."""
+    """Check that an upper bound on the ratio lies above that of the clip, 1 + ``above``. Raises UserError otherwise."""
     if most is not None and not most > 1 + above:
         raise UserError(
             f"{owner} needs {option} above 1 + {above:g}, the bound of the clip, got {most:g}: raise it or leave it out"

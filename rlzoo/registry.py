@@ -24,12 +24,13 @@ class Registry(Generic[T]):
     """A table of names, filled from a package or module of built-ins and from entry points when it is first read."""
 
     def __init__(self, kind: str, builtins: str, group: str) -> None:
+        """``kind`` names the entries in messages; ``builtins`` is a module, ``group`` a group of entry points."""
         self.kind, self._builtins, self._group = kind, builtins, group
         self._entries: dict[str, T] = {}
         self._filled = False
 
     def add(self, name: str, entry: T) -> T:
-        """Register ``entry``; a name that is taken by another entry is an error."""
+        """Register ``entry`` and return it. Raises UserError if another entry has the name."""
         name = canonical(name)
         present = self._entries.get(name)
         if present is not None and _origin(present) != _origin(entry):
@@ -41,11 +42,12 @@ class Registry(Generic[T]):
         return entry
 
     def names(self) -> list[str]:
+        """All names, sorted. Raises UserError for an entry point that cannot be loaded."""
         self._fill()
         return sorted(self._entries)
 
     def get(self, spec: str) -> T:
-        """Look up a name, or import ``module:Name`` or ``file.py:Name``."""
+        """Look up a name, or import ``module:Name`` or ``file.py:Name``. Raises UserError if there is no such thing."""
         if ":" in spec:
             found: T = load_attribute(spec, self.kind)
             return found
@@ -56,6 +58,7 @@ class Registry(Generic[T]):
             raise unknown(self.kind, spec, self._entries) from None
 
     def items(self) -> Iterator[tuple[str, T]]:
+        """All names with their entries, sorted by name."""
         for name in self.names():
             yield name, self._entries[name]
 
@@ -85,7 +88,7 @@ class Registry(Generic[T]):
         except Exception as error:
             package = point.dist.name if point.dist else "a package"
             raise UserError(
-                f"{self.kind} {point.name!r} ({point.value}) of {package} cannot be loaded: {told(error)}; "
+                f"{self.kind} {point.name!r} ({point.value}) of {package} cannot be loaded: {one_line(error)}; "
                 "repair or uninstall that package"
             ) from error
         return found
@@ -100,13 +103,16 @@ def _origin(entry: object) -> str:
     return f"{getattr(entry, '__module__', '?')}:{getattr(entry, '__qualname__', entry)}"
 
 
-def told(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
     """An exception in one line."""
     return f"{type(error).__name__}: {' '.join(str(error).split()):.300}"
 
 
 def load_attribute(spec: str, kind: str) -> Any:
-    """Import ``package.module:Name`` or ``path/to/file.py:Name``, which runs the code of that module."""
+    """Import ``package.module:Name`` or ``path/to/file.py:Name``, which runs the code of that module.
+
+    Raises UserError, which names the ``kind`` of thing, if it cannot be imported or lacks the name.
+    """
     where, _, attribute = spec.rpartition(":")
     if not where or not attribute:
         raise UserError(f"{kind} {spec!r}: write package.module:Name or path/to/file.py:Name")
@@ -124,11 +130,11 @@ def _load_module(name: str, kind: str) -> ModuleType:
     except (Exception, SystemExit) as error:
         if isinstance(error, UserError):
             raise
-        raise UserError(f"{kind} module {name!r} cannot be imported: {told(error)}") from error
+        raise UserError(f"{kind} module {name!r} cannot be imported: {one_line(error)}") from error
 
 
 def _load_file(path: Path, kind: str) -> ModuleType:
-    """The module of a file, which can import the modules in its folder as a script can (``import helpers``)."""
+    """The module of a file. It can import the modules in its folder as a script can (``import helpers``)."""
     path = path.expanduser().resolve()
     if not path.is_file():
         raise UserError(f"{kind} file {str(path)!r} does not exist")
@@ -147,11 +153,11 @@ def _load_file(path: Path, kind: str) -> ModuleType:
         del sys.modules[name]
         if isinstance(error, UserError):
             raise
-        raise UserError(f"{kind} file {str(path)!r} cannot be loaded: {told(error)}") from error
+        raise UserError(f"{kind} file {str(path)!r} cannot be loaded: {one_line(error)}") from error
     return module
 
 
-# Modules beside a plugin's file. Each folder is a package of its own, so that two folders may both have a helpers.py;
+# Modules next to a plug-in's file. Each folder is a package of its own, so that two folders may both have a helpers.py;
 # sys.path is unchanged, so that no module of a user hides one that rlzoo or another package imports.
 
 _PREFIX = "rlzoo_plugin_"
@@ -205,9 +211,9 @@ def _import(
 
 
 def _is_beside(package: str, name: str) -> bool:
-    """Whether ``import name`` means a module in a plug-in's folder: as in a script, but never in place of Python's own.
+    """Whether ``import name`` means a module in a plug-in's folder: as in a script, but never hiding Python's own.
 
-    What a plain import finds in that same place is imported plainly, because it may be imported from elsewhere too.
+    A module that an ordinary import finds in that same place is imported that way, as it may be elsewhere too.
     """
     if not package.startswith(_PREFIX) or name in sys.stdlib_module_names:
         return False

@@ -20,9 +20,9 @@ from rlzoo.registry import Registry, canonical
 
 
 def running_sum(x: Float[Tensor, "N M"], dtype: torch.dtype | None = None) -> Float[Tensor, "N M"]:
-    """Sums of each row up to each entry, in the same order every time, on a GPU too.
+    """The cumulative sum of each row, added in the same order every time, also on a GPU.
 
-    `torch.use_deterministic_algorithms` refuses cumsum there for the sake of a single row, which is scanned in parts.
+    There `torch.use_deterministic_algorithms` refuses cumsum, because a single row is scanned in parts.
     """
     if x.device.type != "cuda" or not torch.are_deterministic_algorithms_enabled():
         return x.cumsum(1, dtype=dtype)
@@ -53,6 +53,7 @@ class Unit(Enum):
     """The kind of a view's units: rows that are drawn and kept together."""
 
     ROW = "row"
+    """A single row."""
     PAIR = "pair"
     """A better and a worse completion of one prompt, in this order."""
     GROUP = "group"
@@ -67,20 +68,23 @@ class Selector:
     """A view: which rows an objective learns from, in which units, and with which weights.
 
     A subclass defines ``units(self, rows, ...)``, where ``rows`` is the buffer as a pyarrow table; an objective's
-    ``view_options`` may set the other parameters. If a buffer gives no units, asking it for the view is an error.
+    ``view_options`` may set the other parameters. A view without any units is an error.
     """
 
     name: ClassVar[str]
+    """The name in the registry and in messages."""
     unit: ClassVar[Unit] = Unit.ROW
+    """The kind of its units."""
     is_sampled: ClassVar[bool] = True
     """Whether its rows are samples; False for demonstrations, for which nothing has to be sampled."""
     is_imitated: ClassVar[bool] = False
     """Whether its units are single rows that are imitated whatever their reward. Another view of this kind can take its
     place, and the option ``weighted`` draws rows in proportion to their reward."""
     units: Callable[..., Units]
+    """The units: tuples of row indices."""
 
     def weights(self, rows: Any, units: Units) -> tuple[float, ...] | None:
-        """Weights with which units are drawn, with replacement; None: each unit once per epoch."""
+        """A weight per unit, for drawing with replacement; None draws each unit once per epoch."""
         return None
 
 
@@ -91,7 +95,7 @@ _View = TypeVar("_View", bound=type[Selector])
 
 
 def register_view(view: _View) -> _View:
-    """Class decorator: register a `Selector` under its ``name``. A name taken by another class is an error."""
+    """Class decorator: register a `Selector` under its ``name``. Raises UserError if another class has that name."""
     _views.add(view.name, view)
     return view
 
@@ -102,23 +106,28 @@ def list_views() -> list[str]:
 
 
 def selector_of(which: WhichView) -> Selector:
-    """The view of a selection, name or object. Raises UserError for an unknown name, and for anything else."""
+    """The view of a selection, a name or a view object. Raises UserError for an unknown name, and for anything else.
+
+    ``module:Name`` and ``file.py:Name`` may name a class or, for options of its own, an instance.
+    """
     if isinstance(which, Selector):
         return which
-    found = _views.get(name_of_view(which)) if isinstance(which, Selection | str) else None
+    found: Any = _views.get(name_of_view(which)) if isinstance(which, Selection | str) else None
+    if isinstance(found, Selector):
+        return found
     if not (isinstance(found, type) and issubclass(found, Selector) and hasattr(found, "units")):
         raise UserError(f"learns_from: {which!r} is not a view: give a Selection, or a Selector with a method units")
     return found()
 
 
 def builtin(which: WhichView) -> WhichView:
-    """A built-in view's name as its `Selection`; any other view as it is."""
+    """The `Selection` of a built-in view's name; any other view unchanged."""
     named = canonical(which) if isinstance(which, str) else None
     return next((selection for selection in Selection if selection.value == named), which)
 
 
 def name_of_view(which: WhichView) -> str:
-    """The name of a view in messages and tables."""
+    """The name of a view, for messages and tables."""
     if isinstance(which, Selection):
         return which.value
     return which if isinstance(which, str) else which.name
@@ -128,9 +137,13 @@ class Coupling(Enum):
     """Which other rows of the batch a coefficient depends on."""
 
     NONE = "none"
+    """None: only its own row."""
     PAIR = "pair"
+    """The other half of its pair."""
     GROUP = "group"
+    """The rows of its group."""
     BATCH = "batch"
+    """All rows of the optimizer batch."""
 
 
 class AbsentInputError(UserError, AttributeError):
@@ -141,8 +154,8 @@ class AbsentInputError(UserError, AttributeError):
 class TokenBatch:
     """Everything an objective may read: fields of the rows, and the inputs that `Objective.requires` lists.
 
-    An input is read by its key, ``batch["behaviour_logp"]`` or ``batch.behaviour_logp``. One that was not requested
-    raises `AbsentInputError`, which names it; so does ``logp`` where it is not known yet, in advantages.
+    An input is read by its key, ``batch["behaviour_logp"]`` or ``batch.behaviour_logp``. Reading one that was not
+    requested raises `AbsentInputError`, which names it; so does reading ``logp`` before it is known, in advantages.
     """
 
     logp: Float[Tensor, "B T"]
@@ -150,7 +163,9 @@ class TokenBatch:
     mask: Bool[Tensor, "B T"]
     """True at completion tokens, end of sequence included."""
     advantage: Float[Tensor, "B T"] | None
+    """The advantage of each token, once `Objective.prepare` has set it."""
     reward: Float[Tensor, " B"] | None
+    """The reward of each completion, in float64."""
     group: Int[Tensor, " B"] | None
     """Equal for rows of one prompt."""
     partner: Int[Tensor, " B"] | None
@@ -173,7 +188,7 @@ class TokenBatch:
         statistics: Mapping[str, Tensor] | None = None,
         **named: Tensor | None,
     ) -> None:
-        """``statistics`` and ``named`` are inputs too; those that are None are left out. ``logp`` may be None.
+        """``statistics`` and ``named`` are further inputs; those that are None are left out. ``logp`` may be None.
 
         Raises ValueError for a tensor of the wrong shape.
         """
@@ -200,7 +215,7 @@ class TokenBatch:
                 raise ValueError(f"TokenBatch.{name} has shape {tuple(value.shape)}, expected {expected[0]}")
 
     def __getitem__(self, key: str) -> Tensor:
-        """The input of this key. Raises `AbsentInputError`."""
+        """The input of this key. Raises `AbsentInputError` if the batch has none."""
         if key not in self.inputs:
             raise AbsentInputError(f"the batch has no {key!r}: {_told(self.inputs)}")
         return self.inputs[key]
@@ -216,13 +231,13 @@ class TokenBatch:
         return self[name]
 
     def get(self, name: str) -> Tensor | None:
-        """A field or an input; None if the batch has none."""
+        """The field or input of this name; None if the batch has none."""
         found: Tensor | None = vars(self).get(name, self.inputs.get(name))
         return found
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of log-probs, and so of advantages."""
+        """The dtype of log-probs, and thus of advantages."""
         logp = self.get("logp")
         return torch.get_default_dtype() if logp is None else logp.dtype
 
@@ -267,10 +282,11 @@ class Coefficients:
     """An objective's coefficients c_t, always detached, with the loss and metrics to report."""
 
     values: Float[Tensor, "B T"]
+    """c_t, the factor of ∇ log π_θ(y_t) in ∇J; ignored at masked positions."""
     loss: Float[Tensor, "B T"] | Float[Tensor, " B"] | None = None
     """The paper's loss before normalisation, where it is not -c·log π; for reporting only."""
     metrics: Mapping[str, Tensor] = field(default_factory=dict)
-    """Unreduced: [B, T] is averaged over completion tokens, [B] over rows; NaN entries are left out."""
+    """Metrics by name: [B, T] is averaged over completion tokens, [B] over rows; NaN entries are left out."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "values", self.values.detach())
@@ -286,15 +302,20 @@ class Trajectory:
     prompt: str
     """The text that the model saw, with the chat template applied."""
     completion: str
+    """The text of the completion, without its end."""
     prompt_ids: list[int]
+    """The tokens of the prompt."""
     completion_ids: list[int]
-    """Including its end, unless truncated: the end of sequence, or the end of a turn in the chat template."""
+    """The tokens of the completion. Unless truncated, the last ones are its end: the end of sequence, or the end of a
+    turn in the chat template."""
     prompt_id: str
     """Equal for completions of one prompt."""
     source: str = "demonstration"
     """``demonstration``, ``policy``, or ``preference``."""
     reward: float | None = None
-    reward_parts: dict[str, float | None] = field(default_factory=dict)
+    """The reward; None for none."""
+    reward_components: dict[str, float | None] = field(default_factory=dict)
+    """The components of the reward by name, and the metrics that it logged."""
     behaviour_logp: list[float] | None = None
     """One log-prob per completion token, in nats, of the policy that sampled: at ``temperature``, without ``top_p``."""
     sampler_logp: list[float] | None = None
@@ -304,7 +325,9 @@ class Trajectory:
     tempered_reference_logp: list[float] | None = None
     """Log-probs of the frozen reference at ``temperature``, if that is not 1."""
     policy_version: int = 0
+    """The version of the policy that sampled: the number of batches that it had been trained on."""
     truncated: bool = False
+    """Whether the completion was cut at the length limit, and so has no end."""
     temperature: float = 1.0
     """The sampling temperature; 1 for a completion that was not sampled by a known policy."""
     top_p: float = 1.0

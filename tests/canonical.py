@@ -446,9 +446,9 @@ def kto(
     return torch.stack(losses).mean()
 
 
-def mixture(batch: TokenBatch, parts: Mapping[Loss, float]) -> Tensor:
-    """Σ_k w_k L_k (arXiv 2508.11408 for a constant μ), here over one batch that all parts see."""
-    return torch.stack([weight * loss(batch) for loss, weight in parts.items()]).sum()
+def mixture(batch: TokenBatch, components: Mapping[Loss, float]) -> Tensor:
+    """Σ_k w_k L_k (arXiv 2508.11408 for a constant μ), here over one batch that all components see."""
+    return torch.stack([weight * loss(batch) for loss, weight in components.items()]).sum()
 
 
 def case(loss: Callable[..., Tensor], **options: Any) -> Case:
@@ -516,9 +516,9 @@ CANONICAL: dict[str, list[Case]] = {
     "orpo": [case(orpo), case(orpo, lam=1.5)],
     "kto": [case(kto), case(kto, beta=0.7, desirable_weight=1.3, undesirable_weight=0.6, threshold=0.8)],
     "mixture": [
-        Case(partial(mixture, parts={sft: 0.1, grpo: 0.9}), {"weights": {"sft": 0.1, "grpo": 0.9}}),
+        Case(partial(mixture, components={sft: 0.1, grpo: 0.9}), {"weights": {"sft": 0.1, "grpo": 0.9}}),
         Case(
-            partial(mixture, parts={partial(dpo, beta=0.7): 1.0, dft: 0.5}),
+            partial(mixture, components={partial(dpo, beta=0.7): 1.0, dft: 0.5}),
             {"weights": {"dpo": 1.0, "dft": 0.5}, "options": {"dpo": {"beta": 0.7}}},
         ),
     ],

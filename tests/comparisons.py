@@ -1,12 +1,20 @@
-"""Comparisons small enough for tests: a tiny grid of the facts world, and a pool that stays in this process."""
+"""Comparisons small enough for tests: a tiny grid of the facts world, and what spares a process of its own.
+
+Such a process imports torch and transformers, which takes longer than most tests: five seconds of a core.
+"""
 
 from __future__ import annotations
 
+import os
 import sys
-from collections.abc import Iterator, Mapping
+import tempfile
+import traceback
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
+import pytest
 from rich.console import Console
 
 from rlzoo.config import Experiment, load_experiment
@@ -40,3 +48,39 @@ def inline_pool(workers: int, threads: int, console: Console) -> Iterator[Worker
 
 RLZOO = [sys.executable, "-c", "import sys; from rlzoo.cli import main; sys.exit(main())"]
 """The command in a process of its own, wherever it is installed."""
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a process ended, negative for a signal, and what it wrote."""
+
+    status: int
+    out: str
+    errors: str
+
+
+def forked(run: Callable[[], object]) -> Ended:
+    """Run a function in a copy of this process, which may be killed or change whatever it likes.
+
+    A number that it returns is the status. An exception, of which the traceback is written, has the status 1.
+    """
+    if sys.platform != "linux":
+        pytest.skip("copies this process")
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as errors:
+        if (child := os.fork()) == 0:
+            status = 1
+            try:
+                os.dup2(out.fileno(), 1)
+                os.dup2(errors.fileno(), 2)
+                sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", 1, closefd=False)
+                found = run()
+                sys.stdout.flush()
+                status = found if isinstance(found, int) else 0
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                os._exit(status)  # nothing of the tests' own is torn down twice
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        out.seek(0)
+        errors.seek(0)
+        return Ended(status, out.read(), errors.read())

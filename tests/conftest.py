@@ -1,12 +1,15 @@
 """Tests run offline and on one thread: fast on small tensors, and the same everywhere."""
 
+import gc
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+os.environ["OMP_NUM_THREADS"] = "1"  # of processes that tests start
 
 import hypothesis
 import pytest
@@ -19,6 +22,44 @@ def pytest_configure(config: pytest.Config) -> None:
     """A GPU is for the tests that ask for one: the others compare with what a CPU computes."""
     if config.option.markexpr != "gpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+def pytest_collection_finish() -> None:
+    """What has been imported stays: nobody need look through half a million objects again to collect garbage."""
+    gc.collect()
+    gc.freeze()
+
+
+LEFT_OUT = ("gpu", "vllm", "real_model", "slow")
+"""Markers that say why a test is left out, the first that it has."""
+_left_out = pytest.StashKey[Counter[str]]()
+
+
+def pytest_deselected(items: Sequence[pytest.Item]) -> None:
+    """Count what is left out by reason."""
+    for item in items:
+        reason = next((name for name in LEFT_OUT if item.get_closest_marker(name)), "")
+        item.config.stash.setdefault(_left_out, Counter())[reason] += 1
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """A worker of pytest-xdist tells the process that started it."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["left_out"] = dict(session.config.stash.get(_left_out, Counter[str]()).items())
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """All workers leave the same out."""
+    node.config.stash[_left_out] = Counter(node.workeroutput.get("left_out", {}))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Say how many tests were left out and why."""
+    meaning = dict(line.split(": ", 1) for line in config.getini("markers") if ": " in line)
+    for reason, count in config.stash.get(_left_out, Counter[str]()).items():
+        told = f"{reason} ({meaning[reason]})" if reason else "not asked for"
+        terminalreporter.write_line(f"LEFT OUT [{count}] {told}")
 
 
 hypothesis.settings.register_profile("untimed", deadline=None)  # a busy machine is no fault of the code
@@ -35,6 +76,24 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
         patched.setattr(datasets.config, "HF_DATASETS_CACHE", folder)
         yield
+
+
+@pytest.fixture
+def inline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The cells of comparisons run in this process."""
+    from comparisons import inline_pool
+
+    from rlzoo.comparison import runner
+
+    monkeypatch.setattr(runner, "pool", inline_pool)
+
+
+@pytest.fixture
+def undrawn(inline: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And no report is drawn, which takes longer than a small comparison."""
+    from rlzoo.comparison import runner
+
+    monkeypatch.setattr(runner, "write_report", lambda *_: None)
 
 
 @pytest.fixture

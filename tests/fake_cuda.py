@@ -42,6 +42,9 @@ class FakeCUDA(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.waits: list[str] = []
+        self.copies: list[str] = []
+        """How entries were copied from the host to the GPU."""
+        self.pinned: list[Tensor] = []
         self.alternates = False
         self._asked = 0
 
@@ -56,6 +59,9 @@ class FakeCUDA(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if func in (_aten._to_copy.default, _aten.copy_.default) and isinstance(source, Tensor) and source.numel():
             to = target.device if isinstance(target, Tensor) else target.get("device") or source.device
             blocks = not (args[2] if len(args) > 2 else kwargs.get("non_blocking", False))
+            if to.type == "cuda" and not _on_gpu(source):
+                pinned = any(source is one for one in self.pinned)
+                self.copies.append(f"{'' if pinned else 'not '}pinned, {'' if blocks else 'non-'}blocking")
             if _on_gpu(source) != (to.type == "cuda") and (_on_gpu(source) or blocks):
                 self.wait(f"a copy from {source.device.type} to {to.type}")
         elif func in _ASKS and _on_gpu(args[0]):
@@ -115,6 +121,12 @@ def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeCUDA]:
 
     monkeypatch.setattr(FakeTensor, "__torch_dispatch__", classmethod(dispatch))
     monkeypatch.setattr(nn.Module, "to", moved)
+
+    def pin_memory(self: FakeTensor) -> Tensor:
+        mode.pinned.append(self.clone())
+        return mode.pinned[-1]
+
+    monkeypatch.setattr(FakeTensor, "pin_memory", pin_memory)
     monkeypatch.setattr(FakeTensor, "tolist", lambda self: mode.entries(self))
     monkeypatch.setattr(FakeTensor, "numpy", lambda self: np.array(mode.entries(self)), raising=False)
     gc.disable()  # it crashes over what refers to itself by way of fake parameters: all of that stays, and is small

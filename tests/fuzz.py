@@ -1,7 +1,7 @@
 """Wrong input, made at random: python tests/fuzz.py --cases 12000 --report docs/fuzzing.md
 
-Every case is either accepted, and then what was read must be right, or refused with a UserError of one line. Any other
-exception, a case that takes more than ten seconds, and a wrong result that is accepted are failures, and end the run.
+Each case must either be accepted and read correctly, or be refused with a one-line UserError. Any other exception, a
+case that takes more than ten seconds, and input that is accepted but read wrongly are failures, and end the run.
 """
 
 from __future__ import annotations
@@ -214,7 +214,7 @@ def table(draw: Callable[..., Any], folder: Path) -> str:
 ROWS = [
     Trajectory(
         f"prompt {i}", "answer é", [1, 2, i], [3, 4], str(i // 2), source="policy", reward=i / 3,
-        reward_parts={"exact": i / 3}, behaviour_logp=[-0.5, -1.25], columns={"answer": str(i)},
+        reward_components={"exact": i / 3}, behaviour_logp=[-0.5, -1.25], columns={"answer": str(i)},
     )
     for i in range(40)
 ]  # fmt: skip

@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from rlzoo.inputs import Critic
-from rlzoo.jobs.ranks import is_main, joined, rank
+from rlzoo.jobs.ranks import joined, rank
 from rlzoo.policy import MicroBatches, Policy, load_policy, log_probs, sharding
 from rlzoo.policy.defaults import bytes_of_training
 from rlzoo.policy.sequences import Row
@@ -66,7 +66,7 @@ def look(name: str) -> dict[str, Any]:
     finally:
         PreTrainedModel.from_pretrained = classmethod(plain)
     models = {"policy": mixed, "reference": mixed.reference(), "teacher": teacher, "moving": mixed.frozen_copy(True)}
-    whole = sharding.gathered(policy.model)
+    whole = sharding.whole_weights(policy.model)
     return {
         **found,
         "reads": reads,
@@ -78,7 +78,7 @@ def look(name: str) -> dict[str, Any]:
         "mixed": {key: log_probs(model, ROWS) for key, model in models.items()},
         "dtypes": {key: dtypes(model) for key, model in models.items()},
         "shards": {key: held(model) for key, model in models.items()},
-        "weights": {key: value.tolist() for key, value in whole.items()} if is_main() else None,
+        "weights": {key: value.tolist() for key, value in whole.items()},
     }
 
 

@@ -17,7 +17,7 @@ import yaml
 from comparisons import inline_pool, small
 
 from rlzoo.buffers import OfflineBuffer, from_trl, read_buffer
-from rlzoo.buffers.bad_rows import BadRows, told
+from rlzoo.buffers.bad_rows import BadRows, dropped_line
 from rlzoo.buffers.problems import Problem, demonstrations, encode_problems, load_problems
 from rlzoo.buffers.schema import SCHEMA, unchecked_row
 from rlzoo.cli import main
@@ -64,9 +64,9 @@ def test_dropped_rows_are_counted_with_their_reasons(table: str, tokenizer: Any)
     summary = bad.summary()
     assert summary is not None and (summary["count"], summary["of"]) == (3, 5)
     assert all(found.startswith(place) for found, place in zip(summary["first"], PLACES, strict=True))
-    line = told(summary)
+    line = dropped_line(summary)
     assert line is not None and line.startswith("dropped 3 of 5 rows (bad_rows: drop): rows.jsonl line 2")
-    assert told(BadRows("drop").summary()) is None
+    assert dropped_line(BadRows("drop").summary()) is None
 
 
 def test_the_first_good_row_gives_the_format(tokenizer: Any) -> None:
@@ -345,7 +345,7 @@ def test_a_buffer_that_lacks_a_column_is_none(tmp_path: Path) -> None:
     rows = OfflineBuffer.from_trajectories([Trajectory(**GOOD)]).rows
     for name in SCHEMA:
         rows.remove_columns(name).save_to_disk(tmp_path / name)
-        with pytest.raises(UserError, match=f"has no column '{name}', so it is no saved buffer"):
+        with pytest.raises(UserError, match=f"has no column '{name}', so it is not a saved buffer"):
             OfflineBuffer.load(tmp_path / name)
 
 

@@ -31,7 +31,7 @@ FULL = Trajectory(
     prompt_id="p",
     source="policy",
     reward=0.1,
-    reward_parts={"format": 0.25, "answer": None},
+    reward_components={"format": 0.25, "answer": None},
     behaviour_logp=[-0.5, -math.inf],
     reference_logp=[-0.25, -2.0],
     tempered_reference_logp=[-0.125, -1.0],
@@ -71,7 +71,7 @@ def trajectories(draw: st.DrawFn) -> Trajectory:
         prompt_id=draw(texts),
         source=draw(st.sampled_from(["demonstration", "policy", "preference"])),
         reward=draw(st.none() | st.floats(allow_nan=False, allow_infinity=False)),
-        reward_parts=draw(st.dictionaries(texts, st.none() | st.floats(allow_nan=False), max_size=2)),
+        reward_components=draw(st.dictionaries(texts, st.none() | st.floats(allow_nan=False), max_size=2)),
         behaviour_logp=draw(logp),
         reference_logp=draw(logp),
         tempered_reference_logp=draw(logp),
@@ -163,7 +163,7 @@ def test_loading_what_is_no_buffer_names_the_file_and_the_mend(tmp_path: Path) -
         "folder": "folder is not a saved buffer",
         "text.txt": "text.txt is not a buffer: give a folder",
         "bad.parquet": "bad.parquet is not a readable Parquet file",
-        "other.parquet": "other.parquet has no column 'completion', so it is no saved buffer",
+        "other.parquet": "other.parquet has no column 'completion', so it is not a saved buffer",
     }.items():
         with pytest.raises(UserError, match=message):
             OfflineBuffer.load(tmp_path / name)
@@ -244,13 +244,13 @@ def test_token_values_and_rewards_make_a_new_buffer() -> None:
     assert derived.column("reference_logp") == [[-1, -2], [-3]]
     assert derived.column("behaviour_logp") == [None, [-4]]
     assert derived.column("reward") == [1.0, None]
-    assert derived.column("reward_parts") == [{"a": 1.0, "b": None}, {}]
+    assert derived.column("reward_components") == [{"a": 1.0, "b": None}, {}]
     assert derived.rows.features == SCHEMA
     assert list(buffer) == [FULL, PLAIN]
     same = derived.with_behaviour_logp([FULL.behaviour_logp, None])
     for name in ("reference_logp", "tempered_reference_logp"):
         same = same.with_values(name, [getattr(FULL, name), None])
-    assert list(same.with_rewards([FULL.reward, None], [FULL.reward_parts, {}])) == [FULL, PLAIN]
+    assert list(same.with_rewards([FULL.reward, None], [FULL.reward_components, {}])) == [FULL, PLAIN]
 
 
 def test_values_of_the_wrong_length_are_refused() -> None:
@@ -261,7 +261,7 @@ def test_values_of_the_wrong_length_are_refused() -> None:
         buffer.with_behaviour_logp([[-1, -2], [-3, -4]])
     with pytest.raises(ValueError, match="3 rewards for 2 rows"):
         buffer.with_rewards([1, 2, 3])
-    with pytest.raises(ValueError, match="1 reward parts for 2 rows"):
+    with pytest.raises(ValueError, match="1 reward components for 2 rows"):
         buffer.with_rewards([1, 2], [{}])
 
 

@@ -188,9 +188,15 @@ def test_the_checkpoints_of_another_run_are_refused(make_policy: MakePolicy, tmp
         trained(make_policy, "dft", tmp_path)
     with pytest.raises(UserError, match=r"objective\.\w+: .* there, .* here"):
         trained(make_policy, "iw-sft-ema", tmp_path)
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(UserError, match=r"computed: 'cpu, .*' there, 'cpu, .*"):
-        patch.setattr("rlzoo.training.state.computed", lambda policy: "cpu, in another dtype")  # as auto may mean
-        trained(make_policy, "iw-sft", tmp_path)
+
+    def mixed(*arguments: Any) -> Policy:
+        """As auto may mean."""
+        policy = make_policy(*arguments)
+        policy.compute = torch.bfloat16
+        return policy
+
+    with pytest.raises(UserError, match=r"computed: 'cpu, torch.float32' there, 'cpu, torch.bfloat16' here"):
+        trained(mixed, "iw-sft", tmp_path)
     other = EVERY.model_copy(update={"token_budget": 40, "checkpoint_seconds": 9.0, "trackers": ["tensorboard"]})
     assert len(trained(make_policy, "iw-sft", tmp_path, other)[1].steps) == 7
 
@@ -242,6 +248,49 @@ def test_the_place_in_the_epochs_is_restored(make_policy: MakePolicy, drawn: int
         first.draw()
     second.restore(first.state())
     assert [first.draw() for _ in range(5)] == [second.draw() for _ in range(5)]
+
+
+@pytest.mark.parametrize("drawn", range(8))
+def test_a_batch_that_is_read_ahead_changes_no_row_and_no_state(make_policy: MakePolicy, drawn: int) -> None:
+    buffer = rows_of(make_policy())
+    view = buffer.view(Selection.DEMONSTRATIONS)
+    plain, ahead, resumed = (BufferSource(buffer, view, 4, seed=9) for _ in range(3))
+    for _ in range(drawn):
+        ahead.draw_ahead()
+        assert ahead.draw() == plain.draw()
+    ahead.draw_ahead()
+    ahead.draw_ahead()  # once is enough
+    assert ahead.state() == plain.state()
+    resumed.draw_ahead()
+    resumed.restore(ahead.state())
+    following = [plain.draw() for _ in range(5)]
+    assert [ahead.draw() for _ in range(5)] == following == [resumed.draw() for _ in range(5)]
+
+
+def test_a_row_that_cannot_be_read_is_an_error_of_its_own_step(
+    make_policy: MakePolicy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not of the step in which it is read ahead."""
+    policy, bad, done = make_policy("llama", torch.float32), set[int](), list[int]()
+    buffer = rows_of(policy)
+    source = BufferSource(buffer, buffer.view(Selection.DEMONSTRATIONS), 4, seed=9)
+    read = type(buffer).__getitem__
+
+    def row(self: Any, index: int) -> Any:
+        if index in bad:
+            raise UserError(f"row {index} is damaged")
+        return read(self, index)
+
+    def damage(trainer: Trainer, step: int) -> None:
+        done.append(step)
+        if step == 1:
+            bad.update(range(len(buffer)))
+
+    monkeypatch.setattr(type(buffer), "__getitem__", row)
+    trainer = Trainer(policy, get_objective("sft"), source, EVERY, [damage])
+    with pytest.raises(UserError, match=r"row \d+ is damaged"):
+        trainer.run()
+    assert done == [1, 2]  # the second batch was read before the damage, and the third was not
 
 
 def test_what_a_callback_keeps_is_given_back_into_its_own_list(make_policy: MakePolicy, tmp_path: Path) -> None:
@@ -388,12 +437,18 @@ def hungry(policy: Policy, entries: int) -> Policy:
 
 
 @pytest.mark.parametrize("name", ["sft", "ppo"])
-def test_micro_batches_are_halved_until_they_fit(make_policy: MakePolicy, name: str) -> None:
+def test_micro_batches_are_halved_until_they_fit(
+    make_policy: MakePolicy, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     policy = make_policy()
     buffer = OfflineBuffer.from_trajectories(list(with_reference(rows_of(policy), policy)))
     settings = EVERY.model_copy(update={"steps": 2, "batch_size": 12})
     whole = train(make_policy(), get_objective(name), buffer, settings)
-    found = train(hungry(make_policy(), 40), get_objective(name), buffer, settings)
+    small, held = hungry(make_policy(), 40), list[bool]()
+    release = lambda: held.append(any(p.grad is not None for p in small.parameters()))  # noqa: E731
+    monkeypatch.setattr("rlzoo.policy.microbatches.release_memory", release)
+    found = train(small, get_objective(name), buffer, settings)
+    assert held and not any(held), "nothing of a failed attempt is left when its memory is given back"
     longest = max(len(row.prompt_ids) + len(row.completion_ids) for row in buffer)
     assert longest <= 20 and found.events
     told = [re.fullmatch(r"step 1: out of memory with (\d+) tokens .*, now (\d+)", event) for event in found.events]

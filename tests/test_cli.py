@@ -21,11 +21,11 @@ from typing import Any
 
 import pytest
 import torch
-from comparisons import RLZOO, SMALL_OPTIONS, inline_pool
+from comparisons import RLZOO, SMALL_OPTIONS, forked, inline_pool
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, dynamic_module_utils
 
 from rlzoo.cli import completion, main, tables
 from rlzoo.cli.app import parsed
@@ -141,9 +141,14 @@ def test_tables_have_lines_on_terminals(rich: bool, monkeypatch: pytest.MonkeyPa
 def test_a_reader_that_has_gone_is_no_error() -> None:
     read, write = os.pipe()
     os.close(read)
-    run = subprocess.run([*RLZOO, "list"], stdout=write, stderr=subprocess.PIPE, text=True, check=False)
+
+    def listed() -> int:
+        os.dup2(write, 1)
+        return main(["list"])
+
+    done = forked(listed)
     os.close(write)
-    assert (run.returncode, run.stderr) == (141, "")
+    assert (done.status, done.errors) == (141, "")
 
 
 # Completion
@@ -239,7 +244,7 @@ SPECS: Sequence[tuple[str, tuple[str, ...]]] = [
     ("missing OBJECTIVE; see rlzoo train --help", ("train",)),
     ("missing --buffer", ("train", "sft", "--out", "out")),
     ("--executor: 'rya' is not one of 'local', 'ray'", ("compare", "--executor", "rya")),
-    ("--address is that of a Ray cluster", ("compare", "--address", "host:1")),
+    ("--address names a Ray cluster", ("compare", "--address", "host:1")),
     ("unknown experiment 'facs': did you mean 'facts'?", ("compare", "facs")),
     ("'missing.yaml' cannot be read", ("compare", "missing.yaml")),
     ("unknown objective 'sfft': did you mean 'sft'?", ("compare", "facts", "--algorithms", "sfft")),
@@ -380,25 +385,25 @@ def test_a_broken_reward(body: str, told: str, fails: Fails, tmp_path: Path) -> 
     assert told in fails("compare", "facts", "--reward", "mine.py:mine", "--out", "deep/out")
 
 
+@pytest.mark.slow
 def test_a_reward_that_breaks_in_a_worker(tmp_path: Path) -> None:
     """Its message comes from another process, alone, and the output folder goes with its new parents."""
     (tmp_path / "mine.py").write_text(
         "def mine(completions, **columns):\n    return [1.0] * len([c for c in completions if not c])\n"
     )
-    command = [*RLZOO, "compare", "facts", *SMALL_OPTIONS, "--algorithms", "sft", "--reward", "mine.py:mine"]
-    run = subprocess.run(
-        [*command, "--out", "deep/out"], cwd=tmp_path, capture_output=True, text=True, check=False, timeout=300
-    )
-    assert run.returncode == 2
-    last = run.stderr.splitlines()[-1]
-    assert last.startswith("rlzoo: reward 'mine' returned") and "Traceback" not in run.stderr
+    command = ["compare", "facts", *SMALL_OPTIONS, "--algorithms", "sft", "--reward", "mine.py:mine"]
+    run = forked(lambda: main([*command, "--workers", "1", "--out", "deep/out"]))
+    assert run.status == 2
+    last = run.errors.splitlines()[-1]
+    assert last.startswith("rlzoo: reward 'mine' returned") and "Traceback" not in run.errors
     assert sorted(path.name for path in tmp_path.iterdir() if path.name != "__pycache__") == ["mine.py"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_ctrl_c_saves_what_was_done_and_says_so_once(tmp_path: Path, number: int, status: int) -> None:
-    command = [*RLZOO, "compare", "facts", "--algorithms", "sft", "--steps", "100000", "--out", "out"]
-    command += ["--set", "training.checkpoint_seconds=0.5"]
+    command = [*RLZOO, "compare", "facts", "--algorithms", "sft", *SMALL_OPTIONS, "--steps", "100000", "--out", "out"]
+    command += ["--workers", "1", "--set", "training.checkpoint_seconds=0.5"]
     run = subprocess.Popen(
         command,
         cwd=tmp_path,
@@ -442,7 +447,7 @@ def _group_is_gone(group: int) -> bool:
     return False
 
 
-def test_a_disk_that_fills_up_costs_nothing_that_was_done(tmp_path: Path) -> None:
+def test_a_disk_that_fills_up_costs_nothing_that_was_done(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """A file system of some megabytes, full in the middle of a training's checkpoints; with room the run goes on."""
     disk = tmp_path / "disk"
     disk.mkdir()
@@ -454,12 +459,13 @@ def test_a_disk_that_fills_up_costs_nothing_that_was_done(tmp_path: Path) -> Non
         train = ["train", "rft", "--buffer", str(tmp_path / "buffer"), "--steps", "4", "--set", "batch_size=6"]
         train += ["--set", "checkpoint_seconds=0", "--out"]
         assert main([*train, str(tmp_path / "whole")]) == 0
-        full = subprocess.run([*RLZOO, *train, str(disk / "out")], capture_output=True, text=True)
-        assert full.returncode == 2 and full.stderr.count("\n") == 1
-        assert "cannot be written (No space left on device)" in full.stderr and "resumes there" in full.stderr
+        capfd.readouterr()
+        assert main([*train, str(disk / "out")]) == 2
+        told = capfd.readouterr().err
+        assert told.count("\n") == 1
+        assert "cannot be written (No space left on device)" in told and "resumes there" in told
         subprocess.run(["mount", "-o", "remount,size=100m", str(disk)], check=True)
-        again = subprocess.run([*RLZOO, *train, str(disk / "out")], capture_output=True, text=True)
-        assert again.returncode == 0 and "step 1/" not in again.stdout
+        assert main([*train, str(disk / "out")]) == 0 and "step 1/" not in capfd.readouterr().out
         one, two = ((place / "model.safetensors").read_bytes() for place in (tmp_path / "whole", disk / "out"))
         assert one == two
     finally:
@@ -535,9 +541,11 @@ def test_the_code_of_a_model_is_run_by_its_flag_alone(tmp_path: Path, fails: Fai
     assert "trust" in told and not (folder / "ran").exists()
     assert "--trust-remote-code" in fails(*command, "--set", "evaluation.engine=vllm",
                                           "--set", "evaluation.engine_options={trust_remote_code: true}")  # fmt: skip
-    # in a process of its own, where transformers may keep the code that it copies
-    environment = {**os.environ, "HF_HOME": str(cache)}
-    run = [sys.executable, "-m", "rlzoo", *command]
-    done = subprocess.run([*run, "--trust-remote-code"], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+
+    def trusting() -> int:
+        dynamic_module_utils.HF_MODULES_CACHE = str(cache)  # where transformers keeps the code that it copies
+        return main([*command, "--trust-remote-code"])
+
+    done = forked(trusting)
+    assert done.status == 0, done.errors
     assert (folder / "ran").exists()

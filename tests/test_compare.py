@@ -38,18 +38,6 @@ Compare = Callable[..., dict[str, Any]]
 TIMES = ("wall_seconds", "peak_memory_bytes")
 
 
-@pytest.fixture
-def inline(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Cells run in this process."""
-    monkeypatch.setattr(runner, "pool", inline_pool)
-
-
-@pytest.fixture
-def undrawn(inline: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And no report is drawn, which takes longer than a small comparison."""
-    monkeypatch.setattr(runner, "write_report", lambda *_: None)
-
-
 def quietly(experiment: Experiment, out: Path, workers: int = 1) -> dict[str, Any]:
     return runner.compare(experiment, out, workers, console=Console(file=io.StringIO()))
 
@@ -144,6 +132,7 @@ def test_the_written_experiment_gives_the_same_numbers(tmp_path: Path) -> None:
     assert outcomes(tmp_path / "first").equals(outcomes(tmp_path / "again"))
 
 
+@pytest.mark.slow
 def test_processes_change_no_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     experiment = small({"sft": {}, "ppo": {"mode": "online"}}, seeds=[0, 1])
     spawned = quietly(experiment, tmp_path / "spawned", workers=2)
@@ -252,8 +241,8 @@ def test_a_benchmark_may_have_a_reward_of_its_own(tmp_path: Path) -> None:
     assert {row["components"] for row in rows if row["benchmark"] == "plain"} == {None}
     mine = [row for row in rows if row["benchmark"] == "own" and row["algorithm"] == "sft"]
     for row in mine:
-        parts = json.loads(row["components"])
-        assert row["reward"] == pytest.approx(parts["length"] + 3 * parts["format"])
+        found = json.loads(row["components"])
+        assert row["reward"] == pytest.approx(found["length"] + 3 * found["format"])
     lengths = [json.loads(row["components"])["length"] for row in mine if row["decoding"] == "sample"]
     assert cell["metrics"]["own"]["component/length"] == pytest.approx(sum(lengths) / len(lengths))
     assert results["metrics"]["component/length"] == {"label": "length", "unit": "mean reward"}
@@ -279,6 +268,7 @@ def test_gold_completions_without_a_log_likelihood_are_counted_once(tmp_path: Pa
 # What is stopped
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("undrawn")
 def test_a_comparison_that_was_stopped_ends_as_one_that_was_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -288,8 +278,8 @@ def test_a_comparison_that_was_stopped_ends_as_one_that_was_not(
     rows = {"sft": {"learning_rates": [1e-4, 1e-2]}, "grpo": {"mode": "online"}, "rft": {}}
     experiment = small(rows, training__checkpoint_seconds=0, rollouts__batch_size=8)
     whole = quietly(experiment, tmp_path / "whole")
-    out, calls = tmp_path / "out", dict.fromkeys(("score_samples", "evaluate", "curve_point"), 0)
-    stops = {("score_samples", 2), ("evaluate", 3), ("curve_point", 3), ("evaluate", 8)}
+    out, calls = tmp_path / "out", dict.fromkeys(("_behaviour", "evaluate", "curve_point"), 0)
+    stops = {("_behaviour", 2), ("evaluate", 3), ("curve_point", 3), ("evaluate", 8)}
 
     def stopping(home: Any, name: str) -> None:
         real = getattr(home, name)
@@ -302,7 +292,7 @@ def test_a_comparison_that_was_stopped_ends_as_one_that_was_not(
 
         monkeypatch.setattr(home, name, call)
 
-    stopping(rollouts, "score_samples")
+    stopping(rollouts, "_behaviour")
     stopping(one_cell, "evaluate")
     stopping(one_cell, "curve_point")
     for _ in stops:
@@ -387,7 +377,7 @@ def test_a_cell_without_memory_is_done_again_in_smaller_parts(error: WorkError) 
     ]  # fmt: skip
     assert [name.split("-")[0] for name in runs] == ["rft", "dft"]
     assert [(cell["algorithm"], cell["error"]) for cell in failed] == [("sft", str(error))]
-    assert lines.getvalue().count("to be tried again, in micro-batches half as large") == 4
+    assert lines.getvalue().count("to be retried with micro-batches half as large") == 4
 
 
 def test_without_a_folder_the_newest_that_was_stopped_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -571,9 +561,9 @@ def test_a_reward_must_have_a_name_to_be_written_down(tmp_path: Path) -> None:
 def test_the_report_can_be_written_again(tmp_path: Path) -> None:
     quietly(small({"sft": {}, "dft": {}}, baseline="dft"), tmp_path / "out")
     first = (tmp_path / "out" / "report.md").read_text()
-    assert "Differences to dft" in first
+    assert "Differences from dft" in first
     write_report(tmp_path / "out", "sft")
-    assert "Differences to sft" in (tmp_path / "out" / "report.md").read_text()
+    assert "Differences from sft" in (tmp_path / "out" / "report.md").read_text()
     assert main(["report", str(tmp_path / "out"), "--baseline", "dft"]) == 0
     assert (tmp_path / "out" / "report.md").read_text() == first
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 from collections.abc import Callable
 from typing import Any
@@ -11,13 +10,12 @@ import pytest
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
-from rich.console import Console
 
 from rlzoo.comparison.resolve import check
 from rlzoo.config import Experiment, Rollouts, Sampling, Training, load_experiment, validated
 from rlzoo.errors import UserError
 from rlzoo.inputs import Critic
-from rlzoo.jobs.pool import OutOfMemoryError, pool, visible_gpus
+from rlzoo.jobs.pool import visible_gpus
 from rlzoo.objective import get_objective
 from rlzoo.policy import Policy, load_policy
 from rlzoo.policy.adapters import merged
@@ -82,21 +80,6 @@ def test_without_a_list_of_its_own_they_are_all(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
     assert visible_gpus() == ["0", "1", "2"]
-
-
-def seen(report: Any) -> str | None:
-    report(0.0, "")
-    return os.environ.get("CUDA_VISIBLE_DEVICES")
-
-
-def test_each_worker_sees_one_gpu_of_its_parents(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Workers take turns: with three of them, the first and the last share one."""
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "MIG-a,5")
-    with pool(3, 1, Console(file=io.StringIO())) as processes:
-        futures = {processes.submit(str(n), seen): str(n) for n in range(3)}
-        found = sorted(str(future.result()) for _, future in processes.gather(futures))
-    assert found == ["5", "MIG-a", "MIG-a"]
-    assert os.environ["CUDA_VISIBLE_DEVICES"] == "MIG-a,5", "the parent keeps its own"
 
 
 def test_the_device_that_is_meant(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -315,6 +298,7 @@ def test_the_engine_that_is_meant(make_policy: MakePolicy, monkeypatch: pytest.M
         assert engine_of(Sampling(engine="transformers"), there) == "transformers"
         assert engine_of(Sampling(url="http://here"), here) == "vllm"
         assert engine_of(Rollouts(behaviour="sampler")) == expected, "it may be on a GPU"
+        assert engine_of(Sampling(engine_options={"max_model_len": 9})) == expected
     assert isinstance(sampler_of(here, Sampling()), TransformersSampler)
     assert engine_of(Sampling()) == engine_of(Rollouts(behaviour="sampler")) == "transformers"
 
@@ -353,17 +337,3 @@ def test_sampling_is_halved_until_it_fits(make_policy: MakePolicy, monkeypatch: 
     monkeypatch.setattr(sampler.decoder, "decode", lambda *_: (_ for _ in ()).throw(MemoryError("no room")))
     with pytest.raises(UserError, match="out of memory with one sequence sampled at a time: no room"):
         sampler.sample(prompts, settings, seed=3)
-
-
-def starve(kind: str, report: Any) -> None:
-    report(0.0, "")
-    said = {"gpu": torch.OutOfMemoryError("CUDA out of memory"), "cublas": RuntimeError("CUBLAS_STATUS_ALLOC_FAILED")}
-    raise said.get(kind, MemoryError(kind))
-
-
-def test_memory_that_ran_out_is_told_apart_between_processes() -> None:
-    with pool(1, 1, Console(file=io.StringIO())) as processes:
-        futures = {processes.submit(kind, starve, kind): kind for kind in ("gpu", "cublas", "plain")}
-        found = {name: future.exception() for name, future in processes.gather(futures)}
-    assert {type(error) for error in found.values()} == {OutOfMemoryError}
-    assert "CUDA out of memory" in str(found["gpu"])

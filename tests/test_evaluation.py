@@ -304,7 +304,7 @@ def test_names_of_metrics(tmp_path: Path) -> None:
         "def samples(problem):\n    return 1\n\ndef greedy(problem):\n    return 1\nx = 3\n"
         "from rlzoo.evaluation import Metric\nlogged = Metric('reward/x', samples)\n"
     )
-    assert [metric.name for metric in metric_table(settings(), ["only"])] == names, "one part is the reward itself"
+    assert [metric.name for metric in metric_table(settings(), ["only"])] == names, "one component is the reward itself"
     for name, told in (("samples", "samples"), ("greedy", "greedy"), ("logged", "reward/x")):
         with pytest.raises(UserError, match=f"the results already have a '{told}': give it another name"):
             metric_table(settings(metrics=[f"{tmp_path / 'mine.py'}:{name}"]))

@@ -12,7 +12,7 @@ from fake_cuda import GPU, FakeCUDA, fake_cuda
 from rlzoo.config import Packing, Sampling, Training
 from rlzoo.objective import Objective, get_objective, list_objectives
 from rlzoo.policy import Policy, log_probs
-from rlzoo.rollout import TransformersSampler
+from rlzoo.rollout import TransformersSampler, static_decoding
 from rlzoo.testing.engine import SameRows, rows_of, units_of
 from rlzoo.training import Trainer
 
@@ -81,6 +81,39 @@ def test_a_training_step_is_on_the_gpu_and_the_host_waits_once(
     assert all(len(one) <= limit for one in waits), waits
 
 
+class Watched(SameRows):
+    """Notes how often the host had waited in this step when the next one's rows were read."""
+
+    def __init__(self, gpu: FakeCUDA, *rows: Any) -> None:
+        super().__init__(*rows)
+        self.gpu, self.waits = gpu, list[int]()
+
+    def draw_ahead(self) -> None:
+        self.waits.append(len(self.gpu.waits))
+
+
+@pytest.mark.parametrize("updates", [1, 2])
+def test_the_next_rows_are_read_before_the_host_waits(gpu: FakeCUDA, policy: Policy, updates: int) -> None:
+    objective = get_objective("dft")
+    source = Watched(gpu, rows_of(policy, objective), units_of(objective))
+    settings = Training(steps=3 * updates, updates_per_batch=updates, token_budget=100)
+    trainer = Trainer(policy, objective, source, settings, [lambda *_: gpu.waits.clear()])
+    gpu.waits.clear()
+    trainer.run()
+    assert source.waits == [0, 0]  # none after the last batch
+
+
+@pytest.mark.parametrize("packing", ["padded", "packed"])
+def test_what_a_step_copies_to_the_gpu_comes_from_pinned_memory(
+    gpu: FakeCUDA, policy: Policy, packing: Packing, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = trainer_of(policy, get_objective("grpo"), packing=packing, importance_cap=2.0)
+    monkeypatch.setattr("rlzoo.jobs.memory.pins", lambda device: device.type == "cuda")
+    gpu.copies.clear()
+    trainer.run()
+    assert len(gpu.copies) > 8 and set(gpu.copies) == {"pinned, non-blocking"}, gpu.copies
+
+
 def test_scoring_is_on_the_gpu_and_the_host_waits_once(gpu: FakeCUDA, policy: Policy) -> None:
     rows = [([5, 6, 7][:n], [8, 9, 10, 11][: 5 - n]) for n in (1, 2, 3)]
     gpu.waits.clear()
@@ -92,8 +125,32 @@ def test_scoring_is_on_the_gpu_and_the_host_waits_once(gpu: FakeCUDA, policy: Po
 @pytest.mark.parametrize("greedy", [False, True])
 def test_decoding_is_on_the_gpu_and_the_host_waits_now_and_then(gpu: FakeCUDA, policy: Policy, greedy: bool) -> None:
     settings = Sampling(samples=3, temperature=0.7, top_p=0.9, max_new_tokens=40, batch_size=64)
+    sampler = TransformersSampler(policy)
+    sampler.sample([[5]], settings, seed=0)  # asks once whether static shapes suit the model
     gpu.waits.clear()
     gpu.alternates = True  # some sequences leave
-    found = TransformersSampler(policy).sample([[5, 6], [7, 8, 9]], settings, seed=0, greedy=greedy)
+    found = sampler.sample([[5, 6], [7, 8, 9]], settings, seed=0, greedy=greedy)
     assert [len(samples) for samples in found] == ([1, 1] if greedy else [3, 3])
     assert len(gpu.waits) <= 1 + 40 // 16, gpu.waits
+
+
+def test_a_step_of_decoding_can_be_captured(gpu: FakeCUDA, policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The host neither waits for it nor gives it anything: a CUDA graph would repeat that for ever."""
+    seen: list[int] = []
+    step = static_decoding.StaticBatch.step
+
+    def watched(batch: static_decoding.StaticBatch) -> None:
+        gpu.waits.clear()
+        gpu.copies.clear()
+        step(batch)
+        seen.append(len(batch.token))
+        assert gpu.waits == gpu.copies == []
+
+    monkeypatch.setattr(static_decoding.StaticBatch, "step", watched)
+    settings = Sampling(samples=3, temperature=0.7, top_p=0.9, max_new_tokens=40, batch_size=64)
+    sampler = TransformersSampler(policy)
+    sampler.sample([[5]], settings, seed=0)
+    assert seen[:2] == [2, 3]  # a trial, and all sequences
+    gpu.alternates = True
+    sampler.sample([[5, 6], [7, 8, 9]], settings, seed=0)
+    assert seen[-1] < 6  # some have left

@@ -77,6 +77,7 @@ def test_all_engines_are_timed_and_have_one_gradient(tiny: dict[str, Any]) -> No
     assert steps["dft: TRL packed"]["tokens/s"] > 0
     decoded = findings(tiny, "decoding tiny")
     assert decoded["rlzoo bfloat16"]["tokens"] == decoded["generate bfloat16"]["tokens"] > 0
+    assert decoded["rlzoo bfloat16"]["CUDA graphs"] == 0 < decoded["rlzoo, no graphs bfloat16"]["tokens/s"]
 
 
 def check(tmp_path: Path, worker: str, **changes: Any) -> dict[str, Any]:

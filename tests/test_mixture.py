@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from batches import random_batch
+from batches import hand_batch, random_batch
 from canonical import ppo
 from comparisons import inline_pool, small
 from test_checkpoints import EVERY, StopError, rows_of, same, stop_at
@@ -30,7 +31,7 @@ from rlzoo.testing.batches import gradients, prepared
 from rlzoo.training import Trainer, train, with_reference
 from rlzoo.training.batches import BufferSource, buffer_sources, seeds, shares, views_of
 from rlzoo.training.sums import Readout, Sums, means_of
-from rlzoo.types import Selection, Trajectory
+from rlzoo.types import Coefficients, Selection, Trajectory
 
 MakePolicy = Callable[..., Policy]
 Draw = tuple[list[Trajectory], list[tuple[int, ...]]]
@@ -315,6 +316,11 @@ def test_parts_of_one_view_draw_other_rows(make_policy: MakePolicy) -> None:
     assert seeds(views, 7) == [7, 7, 7 + 2**32]
     sft, _, dft = buffer_sources(rows_of(make_policy()), views, 9, seed=7)
     assert [sft.draw() for _ in range(3)] != [dft.draw() for _ in range(3)]
+    buffer, policy = rows_of(make_policy()), make_policy()
+    (step,) = train(
+        policy, mixture({"sft": 1.0, "dft": 1.0}), [buffer, buffer], RAW.model_copy(update={"batch_size": 4})
+    ).steps
+    assert step["sft/logp"] != step["dft/logp"], "also where each has a buffer of its own"
 
 
 def test_a_reported_loss_has_what_auxiliary_losses_add() -> None:
@@ -327,3 +333,15 @@ def test_a_reported_loss_has_what_auxiliary_losses_add() -> None:
     places = sums.into(readout)
     assert means_of(places, readout.read())["loss"] == pytest.approx(ppo(batch).item(), rel=1e-9)
     assert ppo(batch).item() != pytest.approx(ppo(batch.replace(value=None)).item(), rel=1e-3)
+
+
+def test_a_mean_is_over_the_tokens_and_rows_that_have_a_value() -> None:
+    objective, batch, nan, sums = get_objective("sft"), hand_batch([[0.5, 0.5], [0.25]]), torch.nan, Sums()
+    metrics = {"row": torch.tensor([nan, 3.0]), "token": torch.tensor([[1.0, nan], [5.0, 100.0]])}
+    ones = torch.ones_like(batch.logp)
+    sums.add(objective, batch, Coefficients(ones, metrics=metrics), torch.tensor(0.0), 1.0)
+    readout = Readout()
+    places = sums.into(readout)
+    assert means_of(places, readout.read()) == pytest.approx(
+        {"loss": 0.0, "row": 3.0, "token": 3.0, "coefficient": 1.0, "logp": 4 / 3 * math.log(0.5)}
+    )

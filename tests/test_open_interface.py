@@ -10,8 +10,6 @@ import itertools
 import math
 import re
 import signal
-import subprocess
-import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -22,13 +20,13 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from comparisons import inline_pool, small
+from comparisons import forked, inline_pool, small
 
 from rlzoo.buffers import OfflineBuffer
 from rlzoo.buffers.problems import Problem, encode_problems, load_problems
 from rlzoo.cli import main
 from rlzoo.cli.catalogue import catalogue
-from rlzoo.comparison import one_cell, runner
+from rlzoo.comparison import one_cell, resolve, runner
 from rlzoo.comparison.outcomes import OVERALL
 from rlzoo.config import ProblemSource, Sampling, Training
 from rlzoo.errors import UserError
@@ -115,8 +113,8 @@ def teacher_in(folder: Path) -> None:
 @pytest.mark.parametrize("plugin", [*OBJECTIVES, *SAMPLERS])
 def test_a_plugin_resumes_bit_for_bit_after_kill_9(plugin: str, tmp_path: Path) -> None:
     teacher_in(tmp_path)
-    died = subprocess.run([sys.executable, __file__, plugin, str(tmp_path)], capture_output=True, check=False)
-    assert died.returncode == -signal.SIGKILL, died.stderr.decode()
+    died = forked(lambda: run(plugin, tmp_path, tmp_path / "checkpoints", kill=True))
+    assert died.status == -signal.SIGKILL, died.errors
     assert list((tmp_path / "checkpoints").glob(f"step-*{KILLED_AT}.result")), "it was stopped after a checkpoint"
     whole, record = run(plugin, tmp_path, None)
     resumed, rest = run(plugin, tmp_path, tmp_path / "checkpoints")
@@ -212,7 +210,7 @@ def test_views_by_name_or_as_an_object() -> None:
         assert view.units == tuple((i,) for i in range(16)) and view.weights == (0.5,) * 16
     with pytest.raises(UserError, match=r"unknown option of the view 'rarely-solved' 'belwo'.*did you mean 'below'\?"):
         buffer.view("rarely-solved", belwo=1.0)
-    with pytest.raises(UserError, match=r"the view 'rarely-solved' takes none of the buffer's 16 rows"):
+    with pytest.raises(UserError, match=r"the view 'rarely-solved' selects none of the buffer's 16 rows"):
         buffer.view("rarely-solved", minimum=2.0)
     with pytest.raises(UserError, match=r"unknown view 'groupz'.*did you mean 'groups'\?"):
         buffer.view("groupz")
@@ -224,8 +222,32 @@ def test_views_by_name_or_as_an_object() -> None:
     assert {"demonstrations", "correct", "pairs", "groups", "unpaired"} <= {row["name"] for row in catalogue()["views"]}
 
 
-def test_a_row_of_a_comparison_learns_from_a_view_of_a_plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runner, "pool", inline_pool)
+def test_a_view_may_be_an_instance_with_options_of_its_own(tmp_path: Path) -> None:
+    """As a dataclass, like an input: an experiment names the instance in its file."""
+    buffer, file = buffer_of(load_policy("embedded")), tmp_path / "views.py"
+    lengths = [len(row.completion_ids) for row in buffer]
+    file.write_text(
+        "from dataclasses import dataclass\n"
+        "from rlzoo import Selector\n"
+        "@dataclass(frozen=True)\n"
+        "class Short(Selector):\n"
+        "    name = 'short'\n"
+        "    tokens: int = 100\n"
+        "    is_imitated = True\n"
+        "    def units(self, rows):\n"
+        "        lengths = [len(ids) for ids in rows['completion_ids'].to_pylist()]\n"
+        "        return tuple((row,) for row, length in enumerate(lengths) if length <= self.tokens)\n"
+        f"VERY_SHORT = Short(tokens={min(lengths)})\n"
+    )
+    short = tuple((row,) for row, length in enumerate(lengths) if length == min(lengths))
+    assert 0 < len(short) < len(buffer) == len(buffer.view(f"{file}:Short"))
+    assert buffer.view(f"{file}:VERY_SHORT").units == buffer.view(selector_of(f"{file}:VERY_SHORT")).units == short
+    ((which, options),) = resolve.views_of(small({"sft": {"learns_from": f"{file}:VERY_SHORT"}}), "sft")
+    assert buffer.view(which, **options).units == short
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_a_row_of_a_comparison_learns_from_a_view_of_a_plugin(tmp_path: Path) -> None:
     view = f"{PLUGINS / 'rarely_solved.py'}:RarelySolved"
     rows = {"sft-hard": {"objective": "sft", "learns_from": view}, "hard": {"objective": spec("rarely_solved")}}
     evaluation = {"samples": 1, "max_new_tokens": 4, "curve_points": 0}
@@ -241,14 +263,14 @@ ROW, PAIR, GROUP = Unit.ROW, Unit.PAIR, Unit.GROUP
 @pytest.mark.parametrize(
     ("kind", "units", "weights", "told"),
     [
-        (ROW, lambda rows: ((len(rows),),), None, "takes row 16 of a buffer with the rows 0 to 15"),
-        (ROW, lambda rows: ((-1,),), None, "takes row -1 of"),
-        (ROW, lambda rows: (), None, "takes none of the buffer's 16 rows"),
+        (ROW, lambda rows: ((len(rows),),), None, "selects row 16 of a buffer with rows 0 to 15"),
+        (ROW, lambda rows: ((-1,),), None, "selects row -1 of"),
+        (ROW, lambda rows: (), None, "selects none of the buffer's 16 rows"),
         (ROW, lambda rows: None, None, "gave no units, tuples of row indices: TypeError"),
         (ROW, lambda rows: (0, 1), None, "gave no units, tuples of row indices: TypeError"),
         (ROW, lambda rows: rows["nothing"], None, "gave no units, tuples of row indices: KeyError"),
-        (ROW, lambda rows: ((True,), (False,)), None, "holds True, which is no row's index"),
-        (ROW, lambda rows: ((0.0,),), None, "holds 0.0, which is no row's index"),
+        (ROW, lambda rows: ((True,), (False,)), None, "holds True, which is not a row index"),
+        (ROW, lambda rows: ((0.0,),), None, "holds 0.0, which is not a row index"),
         (ROW, lambda rows: ((0, 1),), None, r"has the unit \(0, 1\), of 2 rows: it must be one row"),
         (ROW, lambda rows: ((0,), ()), None, r"has the unit \(\), of 0 rows: it must be one row"),
         (PAIR, lambda rows: ((0, 1), (2,)), None, r"has the unit \(2,\), of 1 rows: a pair is"),
@@ -360,14 +382,14 @@ def compared_online(out: Path, kill: bool = False) -> dict[str, Any]:
     )  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(runner, "pool", inline_pool)
+        patch.setattr(runner, "write_report", lambda *_: None)
         patch.setattr(Trainer, "_between_batches", or_die)
         return runner.compare(experiment, out, 1)
 
 
 def test_a_comparison_with_a_plugins_sampler_resumes_bit_for_bit_after_kill_9(tmp_path: Path) -> None:
-    command = [sys.executable, __file__, "replaying in a comparison", str(tmp_path / "out")]
-    died = subprocess.run(command, capture_output=True, check=False)
-    assert died.returncode == -signal.SIGKILL, died.stderr.decode()
+    died = forked(lambda: compared_online(tmp_path / "out", kill=True))
+    assert died.status == -signal.SIGKILL, died.errors
     assert list((tmp_path / "out").rglob(f"step-*{KILLED_AT}.result")), "it was stopped after a checkpoint"
     found, whole = compared_online(tmp_path / "out"), compared_online(tmp_path / "whole")
     (cell,), (expected,) = found["cells"], whole["cells"]
@@ -396,10 +418,10 @@ def compared(out: Path, kill: bool = False) -> dict[str, Any]:
         return runner.compare(small({"sft": {}, "dft": {}}, evaluation=settings, benchmarks=benchmarks), out, 1)
 
 
+@pytest.mark.slow
 def test_a_plugins_metric_is_reported_after_kill_9(tmp_path: Path) -> None:
-    command = [sys.executable, __file__, "distinct", str(tmp_path / "out")]
-    died = subprocess.run(command, capture_output=True, check=False)
-    assert died.returncode == -signal.SIGKILL, died.stderr.decode()
+    died = forked(lambda: compared(tmp_path / "out", kill=True))
+    assert died.status == -signal.SIGKILL, died.errors
     found, whole = compared(tmp_path / "out"), compared(tmp_path / "whole")
     assert [cell["metrics"] for cell in found["cells"]] == [cell["metrics"] for cell in whole["cells"]]
     assert found["mean_over_benchmarks"] == whole["mean_over_benchmarks"] and found["base"] == whole["base"]
@@ -465,11 +487,3 @@ def test_an_input_that_cannot_be_made_is_refused_at_once(stage: str, told: str, 
 def test_no_plugin_is_longer_than_forty_lines() -> None:
     lengths = {path.name: len(path.read_text(encoding="utf-8").splitlines()) for path in PLUGINS.glob("*.py")}
     assert len(lengths) >= 6 and max(lengths.values()) <= 40, lengths
-
-
-if __name__ == "__main__":
-    if sys.argv[1] == "distinct":
-        compared(Path(sys.argv[2]), kill=True)
-    if sys.argv[1] == "replaying in a comparison":
-        compared_online(Path(sys.argv[2]), kill=True)
-    run(sys.argv[1], Path(sys.argv[2]), Path(sys.argv[2]) / "checkpoints", kill=True)

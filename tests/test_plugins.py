@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 from collections.abc import Callable, Mapping
 from importlib.metadata import EntryPoint
 from pathlib import Path
@@ -13,11 +12,12 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 import torch
-from comparisons import RLZOO, SMALL_OPTIONS
+from comparisons import SMALL_OPTIONS, forked
 
 from rlzoo import objective as objective_module
 from rlzoo import registry as registry_module
 from rlzoo.buffers.problems import world_problems
+from rlzoo.cli import main
 from rlzoo.errors import UserError
 from rlzoo.objective import get_objective, list_objectives, objective_class, options_of
 from rlzoo.reward import get_reward
@@ -46,8 +46,9 @@ def test_plugins_fit_ten_lines() -> None:
     assert len(REWARD.splitlines()) <= 10 and len(OBJECTIVE.splitlines()) <= 10
 
 
+@pytest.mark.slow
 def test_files_and_a_package_beside_the_user(tmp_path: Path) -> None:
-    """``rlzoo compare`` in the user's folder, with worker processes, which must find all of it too."""
+    """``rlzoo compare`` in the user's folder, with a worker process, which must find all of it too."""
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "reward.py").write_text(REWARD)
     (tmp_path / "objective.py").write_text(OBJECTIVE)
@@ -56,14 +57,16 @@ def test_files_and_a_package_beside_the_user(tmp_path: Path) -> None:
     (tmp_path / "my_package" / "objectives.py").write_text(OBJECTIVE.replace("tempered", "packaged"))
     algorithms = "sft,objective.py:Tempered,my_package.objectives:Tempered"
     options = ["--reward", "mine/reward.py:starts_right", "--algorithms", algorithms]
-    option = ["--set", "algorithms.tempered.options.power=0.25"]
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    command = [*RLZOO, "compare", "facts", *SMALL_OPTIONS, *options, *option, "--out", "out"]
-    run = subprocess.run(
-        command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False, timeout=300
-    )
-    assert run.returncode == 0, run.stderr
-    assert "report: out/report.html" in run.stdout
+    option = ["--workers", "1", "--set", "algorithms.tempered.options.power=0.25"]
+    command = ["compare", "facts", *SMALL_OPTIONS, *options, *option, "--out", "out"]
+
+    def compared() -> int:
+        os.chdir(tmp_path)
+        return main(command)
+
+    run = forked(compared)
+    assert run.status == 0, run.errors
+    assert "report: out/report.html" in run.out
 
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert results["failed"] == []

@@ -20,7 +20,7 @@ from rich.console import Console
 
 from rlzoo.jobs import heartbeat
 from rlzoo.jobs.outputs import write_atomically
-from rlzoo.jobs.pool import THREAD_VARIABLES, WorkerDiedError, pool
+from rlzoo.jobs.pool import THREAD_VARIABLES, OutOfMemoryError, WorkerDiedError, pool
 
 
 def nap(seconds: float, report: Callable[[float, str], None]) -> float:
@@ -29,6 +29,7 @@ def nap(seconds: float, report: Callable[[float, str], None]) -> float:
     return seconds
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("hears_interrupts")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupt_waits_for_a_safe_place_and_for_nothing_else(number: signal.Signals) -> None:
@@ -51,6 +52,7 @@ def deaf_nap(report: Callable[[float, str], None]) -> None:
     time.sleep(600)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("hears_interrupts")
 def test_a_process_that_does_not_end_in_its_time_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("rlzoo.jobs.pool.GRACE", 0.2)
@@ -80,6 +82,7 @@ def test_a_signal_that_the_shell_ignores_stays_ignored() -> None:
         signal.signal(signal.SIGINT, before)
 
 
+@pytest.mark.slow
 def test_processes_end_with_one_that_is_killed(tmp_path: Path) -> None:
     script = (
         "import sys; sys.path.insert(0, sys.argv[1])\n"
@@ -116,6 +119,7 @@ def alive(process: int) -> bool:
         return False
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("hears_interrupts")
 def test_an_interrupt_after_the_last_piece_of_work_is_not_lost() -> None:
     with pytest.raises(KeyboardInterrupt), pool(1, 1, Console(quiet=True)) as processes:
@@ -149,10 +153,16 @@ def fail(report: Callable[[float, str], None]) -> None:
     raise ZeroDivisionError("a bug")
 
 
+def starve(kind: str, report: Callable[[float, str], None]) -> None:
+    said = {"gpu": torch.OutOfMemoryError("CUDA out of memory"), "cublas": RuntimeError("CUBLAS_STATUS_ALLOC_FAILED")}
+    raise said.get(kind, MemoryError(kind))
+
+
 def threads(report: Callable[[float, str], None]) -> tuple[int, list[str]]:
     return torch.get_num_threads(), [os.environ[name] for name in THREAD_VARIABLES]
 
 
+@pytest.mark.slow
 def test_a_process_that_dies_takes_nothing_with_it(tmp_path: Path) -> None:
     lines, before = io.StringIO(), {name: os.environ.get(name) for name in THREAD_VARIABLES}
     with pool(2, 2, Console(file=lines)) as processes:
@@ -162,6 +172,7 @@ def test_a_process_that_dies_takes_nothing_with_it(tmp_path: Path) -> None:
             processes.submit("bug", fail): "bug",
             processes.submit("threads", threads): "threads",
             **{processes.submit(f"nap {i}", nap, 0.1): f"nap {i}" for i in range(3)},
+            **{processes.submit(kind, starve, kind): kind for kind in ("gpu", "cublas", "plain")},
         }
         done = dict(processes.gather(futures))
     assert done["once"].result() == "alive"
@@ -169,6 +180,8 @@ def test_a_process_that_dies_takes_nothing_with_it(tmp_path: Path) -> None:
     assert isinstance(done["always"].exception(), WorkerDiedError)
     assert "killed by SIGKILL: if memory ran out" in str(done["always"].exception())
     assert str(done["bug"].exception()) == "ZeroDivisionError: a bug"
+    assert {type(done[kind].exception()) for kind in ("gpu", "cublas", "plain")} == {OutOfMemoryError}
+    assert "CUDA out of memory" in str(done["gpu"].exception())
     told = lines.getvalue().replace("\n", " ")
     assert told.count("; trying again") == 2
     assert "stopping" not in told, "nobody waits for a checkpoint"
@@ -192,29 +205,44 @@ def test_a_line_says_how_long_and_what_until_the_work_ends(monkeypatch: pytest.M
     assert re.fullmatch(r"  0:0[01]:\d\d " + re.escape(details), last)
 
 
-@pytest.mark.parametrize("terminal", [False, True])
-def test_a_log_shows_now_and_then_what_is_done(terminal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.slow
+def test_a_log_shows_now_and_then_what_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
     """At least every 30 seconds; a terminal has the live view for that."""
     assert heartbeat.EVERY <= 30
     monkeypatch.setattr(heartbeat, "EVERY", 0.05)
-    lines = io.StringIO()
+    log, terminal = io.StringIO(), io.StringIO()
     with (
-        heartbeat.Heartbeat(Console(file=lines, force_terminal=terminal, width=500), "starting") as beat,
+        heartbeat.Heartbeat(Console(file=log, width=500), "starting") as beat,
+        heartbeat.Heartbeat(Console(file=terminal, force_terminal=True, width=500), "starting") as hidden,
         pool(1, 1, Console(quiet=True)) as processes,
     ):
-        beat.doing = processes.doing
+        beat.doing = hidden.doing = processes.doing
         list(processes.gather({processes.submit(name, nap, 0.4): name for name in ("first", "second")}))
-    told = [re.sub(r"^  \d+:\d\d:\d\d ", "", line) for line in lines.getvalue().splitlines()]
-    if terminal:
-        assert told == []
-    else:
-        assert "0 of 2 done; first: asleep" in told and "1 of 2 done; second: asleep" in told
+    told = [re.sub(r"^  \d+:\d\d:\d\d ", "", line) for line in log.getvalue().splitlines()]
+    assert "0 of 2 done; first: asleep" in told and "1 of 2 done; second: asleep" in told
+    assert terminal.getvalue() == ""
+
+
+def seen(report: Callable[[float, str], None]) -> str | None:
+    return os.environ.get("CUDA_VISIBLE_DEVICES")
+
+
+@pytest.mark.slow
+def test_each_worker_sees_one_gpu_of_its_parents(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers take turns: with three of them, the first and the last share one."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "MIG-a,5")
+    with pool(3, 1, Console(quiet=True)) as processes:
+        futures = {processes.submit(str(n), seen): str(n) for n in range(3)}
+        found = sorted(str(future.result()) for _, future in processes.gather(futures))
+    assert found == ["5", "MIG-a", "MIG-a"]
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "MIG-a,5", "the parent keeps its own"
 
 
 def mask(report: Callable[[float, str], None]) -> bool:
     return signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, set())
 
 
+@pytest.mark.slow
 def test_ctrl_c_in_a_terminal_never_comes_to_a_worker() -> None:
     """It goes to all processes of a terminal; the one that was started ends the others. The first process too."""
     script = (

@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import re
+import runpy
 import socket
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from typing import Any
 import pytest
 import ranks_worker
 import torch
-from accelerate import PartialState
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 from rlzoo.cli import main
@@ -39,22 +40,62 @@ DDP: Mapping[str, str] = {}
 FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 
 
+def copies(run: Callable[[int], Any], processes: int) -> list[Any]:
+    """What so many copies of this process find, each told what a launcher tells it; None of those that failed."""
+    if sys.platform != "linux":
+        pytest.skip("copies this process")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+
+    def one(number: int, told: Any) -> None:
+        os.environ |= {"RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": str(processes)}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
+        torch.cuda.is_available = lambda: False
+        AcceleratorState._reset_state(reset_partial_state=True)  # what the process that this is a copy of was
+        told.send(run(number))
+
+    context = multiprocessing.get_context("fork")
+    pipes = [context.Pipe(False) for _ in range(processes)]
+    started = [context.Process(target=one, args=(i, told), daemon=True) for i, (_, told) in enumerate(pipes)]
+    for process in started:
+        process.start()
+    running, until = {process.sentinel: process for process in started}, time.monotonic() + 300
+    while running and (ended := connection.wait([*running], max(0.0, until - time.monotonic()))):
+        for sentinel in ended:
+            running.pop(int(sentinel)).join()  # type: ignore[arg-type]
+        if any(process.exitcode for process in started):
+            break  # the others would wait for it
+    for process in started:
+        process.kill()
+    return [heard.recv() if heard.poll() else None for heard, _ in pipes]
+
+
 def launch(
     arguments: list[str], processes: int, folder: Path, extra: Mapping[str, str] = DDP, fails: bool = False
 ) -> str:
-    """Run a command as so many processes, as `accelerate launch` does, and see that all end well, or not.
+    """Run a command as so many processes, as `accelerate launch` does, and see that all end well, or one ``fails``.
 
-    Returns what they wrote to standard error.
+    Returns the errors of those that failed.
     """
-    environment = {
-        **os.environ, "ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **extra,
-    }  # fmt: skip
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    run = subprocess.run(
-        [*command, *arguments], cwd=folder, env=environment, capture_output=True, text=True, timeout=600
-    )
-    assert bool(run.returncode) == fails, run.stderr[-3000:]
-    return run.stderr
+
+    def command(number: int) -> str:
+        os.environ |= extra
+        os.chdir(folder)
+        run, sys.argv = (runpy.run_module, arguments[1:]) if arguments[0] == "-m" else (runpy.run_path, arguments)
+        try:
+            run(sys.argv[0], run_name="__main__")
+        except SystemExit as stop:
+            assert not stop.code, stop.code
+        except Exception as error:
+            if not fails:
+                raise
+            return f"{type(error).__name__}: {error}"
+        return "well"
+
+    found = copies(command, processes)
+    assert (found != ["well"] * processes) == fails, found
+    return "\n".join(told for told in found if told not in ("well", None))
 
 
 @pytest.fixture(scope="module")
@@ -101,6 +142,7 @@ def check_same(found: tuple[dict[str, Any], dict[str, Any]], expected: tuple[dic
         assert told["costs"][cost] == pytest.approx(told_alone["costs"][cost], rel=1e-12)
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_in_other_processes(
     alone: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -118,6 +160,7 @@ def test_a_stopped_run_goes_on_in_other_processes(
         check_same(found, alone[name])
 
 
+@pytest.mark.slow
 def test_a_killed_run_resumes_from_its_shards_to_the_same_bits(
     several: Callable[[str], dict[str, Any]], tmp_path: Path
 ) -> None:
@@ -138,6 +181,7 @@ def test_a_killed_run_resumes_from_its_shards_to_the_same_bits(
     assert sorted(path.name for path in folder.iterdir() if path.is_dir()) == ["step-00000002", "step-00000003"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("processes", "kind"), [(3, "ddp"), (2, "fsdp")])
 def test_processes_train_as_one(
     processes: int, kind: str, alone: dict[str, Any], several: Callable[[str], dict[str, Any]]
@@ -156,6 +200,7 @@ def test_processes_train_as_one(
             assert row == pytest.approx(row_alone, rel=1e-6, abs=1e-9)
 
 
+@pytest.mark.slow
 def test_all_processes_halve_their_work_where_the_memory_of_one_runs_out(
     alone: dict[str, Any], several: Callable[[str], dict[str, Any]], tmp_path: Path
 ) -> None:
@@ -166,10 +211,12 @@ def test_all_processes_halve_their_work_where_the_memory_of_one_runs_out(
     assert found[1]["events"][0] == f"step 1: out of memory with 48 tokens per micro-batch, now {48 // 2}"
     command, kept = [str(WORKER), str(tmp_path), "kto-hungry"], {"RANKS_CHECKPOINTS": str(tmp_path / "checkpoints")}
     told = launch(command, 2, tmp_path, FSDP, fails=True)
-    assert re.search(r"UserError: out of memory with 48 tokens .* sharded model.*: set training.token_budget", told)
+    assert re.search(
+        r"^UserError: out of memory with 48 tokens .* sharded model.*: set training.token_budget", told, re.M
+    )
     told = launch(command, 2, tmp_path, {**FSDP, **kept}, fails=True)
     assert re.search(
-        r"TryAgainError: step 1: out of memory with 48 tokens .*, now 24: .*the same command goes on", told
+        r"^TryAgainError: step 1: out of memory with 48 tokens .*, now 24: .*the same command goes on", told, re.M
     )
     launch(command, 2, tmp_path, {**FSDP, **kept})
     (restarted,) = found_in(tmp_path, ["kto-hungry"]).values()
@@ -185,12 +232,8 @@ class Sharded(torch.nn.Linear):
         self.weight.full_tensor = lambda: self.weight  # type: ignore[attr-defined]
 
 
-def one_of_several(number: int, processes: int, port: int, folder: Path, told: Any) -> None:
+def one_of_several(number: int, folder: Path) -> dict[str, Any]:
     """What a process that a launcher starts is told, by itself and by the others."""
-    os.environ |= {"RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": str(processes)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
-    torch.cuda.is_available = lambda: False
-    PartialState._reset_state()  # what the process that this is a copy of was
     found: dict[str, Any] = {}
 
     def squares(places: list[int]) -> list[int]:
@@ -217,30 +260,11 @@ def one_of_several(number: int, processes: int, port: int, folder: Path, told: A
         with run_in(folder / "out", "train", {}) as run:
             found["finished"] = run.finished
     found["left"] = not torch.distributed.is_initialized()
-    told.send(found)
+    return found
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="copies this process")
 def test_what_the_processes_of_a_run_tell_each_other(tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    context = multiprocessing.get_context("fork")
-    pipes = [context.Pipe(False) for _ in range(3)]
-    started = [
-        context.Process(target=one_of_several, args=(number, 3, port, tmp_path, told), daemon=True)
-        for number, (_, told) in enumerate(pipes)
-    ]
-    for process in started:
-        process.start()
-    running, until = {process.sentinel: process for process in started}, time.monotonic() + 60
-    while running and (ended := connection.wait([*running], max(0.0, until - time.monotonic()))):
-        if any(running.pop(int(sentinel)).exitcode for sentinel in ended):  # type: ignore[arg-type]
-            break  # the others would wait for it
-    for process in started:
-        process.kill()
-    found = [heard.recv() if heard.poll() else None for heard, _ in pipes]
-    for number, own in enumerate(found):
+    for number, own in enumerate(copies(lambda number: one_of_several(number, tmp_path), 3)):
         assert own == {
             "who": (number, 3, number == 0),
             "squares": [0, 1, 4, 9, 16, 25, 36],
@@ -286,11 +310,18 @@ def test_units_stay_whole_in_every_process(monkeypatch: pytest.MonkeyPatch, tmp_
         assert sorted(seen) == list(range(14)) and len(rounds) == 1
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("undrawn")
 def test_the_command_line_under_a_launcher(tmp_path: Path) -> None:
     """A model that two processes trained is that of one process, and opens in one."""
     main(["rollout", "facts", "--limit", "6", "--set", "rollouts.samples=4", "--out", str(tmp_path / "buffer")])
     train = ["-m", "rlzoo", "train", "rft", "--buffer", "buffer", "--steps", "2", "--set", "batch_size=6"]
-    launch([*train, "--out", "two"], 2, tmp_path)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(
+        [*launcher, *train, "--out", "two"], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
     assert main([*train[2:5], str(tmp_path / "buffer"), *train[6:], "--out", str(tmp_path / "one")]) == 0
     one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
     for key in one:

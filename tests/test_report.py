@@ -188,14 +188,14 @@ def test_report_has_all_parts_in_order(tmp_path: Path) -> None:
     headings = [
         "Comparison: default",
         "Results",
-        "Differences to plain",
+        "Differences from plain",
         "Learning curves",
         "Token probabilities",
         "Costs",
         "Learning rates",
         "Failed cells",
         "Sample completions",
-        "How it was made",
+        "How to reproduce this",
     ]
     for text in (Page(source).text, markdown):
         places = [text.rindex(heading) for heading in headings]
@@ -297,8 +297,8 @@ def test_answer_follows_from_the_data(tmp_path: Path) -> None:
     )  # fmt: skip
     lead = next(line for line in read(tmp_path)[1].splitlines() if line.startswith("**On sums"))
     assert f"weighted has the best avg@4: {100 * mean:.1f} %" in lead
-    assert "points against plain, the second" in lead and "the two are distinguishable here" in lead
-    assert "By greedy decoding weighted leads" in lead and "By pass@2 weighted leads" in lead
+    assert "points over plain, the runner-up" in lead and "the two are distinguishable here" in lead
+    assert "In greedy decoding weighted leads" in lead and "In pass@2 weighted leads" in lead
 
 
 @pytest.mark.usefixtures("figures")
@@ -321,7 +321,7 @@ def test_distinguishable_is_meant_after_correction(tmp_path: Path) -> None:
 
 def differences_shown(markdown: str) -> list[str]:
     """The entries of the tables of differences, but for the base model's."""
-    section = markdown.partition("## Differences to")[2].partition("\n## ")[0]
+    section = markdown.partition("## Differences from")[2].partition("\n## ")[0]
     rows = [line for line in section.splitlines() if re.match(r"\| (weighted|paired) ", line)]
     return [entry.strip() for row in rows for entry in row.strip("|").split("|")[1:]]
 
@@ -525,12 +525,13 @@ def test_the_best_algorithm_is_marked_and_what_is_missing_is_no_number() -> None
 
 
 SUMMARY = {  # avg@k, greedy and pass@k of each
-    "same order": ({"a": (0.5, 0.6, 0.7), "b": (0.4, 0.5, 0.6)}, "By greedy decoding a leads at 60.0 %: the order is "
-                   "the same. By pass@2 a leads at 70.0 %: the order is the same."),
-    "another leads": ({"a": (0.5, 0.5, 0.5), "b": (0.4, 0.6, 0.5)}, "By greedy decoding b leads at 60.0 %: the order "
-                      "differs. By pass@2 all are equal, at 50.0 %."),
-    "behind": ({"a": (0.5, 0.6, 0.7), "b": (0.4, 0.4, 0.7), "c": (0.3, 0.5, 0.1)}, "By greedy decoding a leads at "
-               "60.0 %: only the order behind it differs. By pass@2 a and b lead at 70.0 %: the order is the same."),
+    "same order": ({"a": (0.5, 0.6, 0.7), "b": (0.4, 0.5, 0.6)}, "In greedy decoding a leads with 60.0 %: the ranking "
+                   "is the same. In pass@2 a leads with 70.0 %: the ranking is the same."),
+    "another leads": ({"a": (0.5, 0.5, 0.5), "b": (0.4, 0.6, 0.5)}, "In greedy decoding b leads with 60.0 %: the "
+                      "ranking differs. In pass@2 all are equal, at 50.0 %."),
+    "behind": ({"a": (0.5, 0.6, 0.7), "b": (0.4, 0.4, 0.7), "c": (0.3, 0.5, 0.1)}, "In greedy decoding a leads with "
+               "60.0 %: only the ranking behind it differs. In pass@2 a and b lead with 70.0 %: the ranking is the "
+               "same."),
 }  # fmt: skip
 
 
@@ -547,7 +548,7 @@ def test_whether_the_metrics_agree_is_said(case: str) -> None:
     known = {"experiment": "x", "created": "now", "base": base, "summary": summary, "cells": cells}
     below = " The base model, at 50.0 %, is not below it." if case == "behind" else ""
     assert answer(parse_results(known), {}, "sums") == (
-        "On sums, a has the best avg@3: 50.0 %, before b, with which it has no seed in common, so the two are not "
+        "On sums, a has the best avg@3: 50.0 %, ahead of b, with which it has no seed in common, so the two are not "
         f"compared.{below} {told}"
     )
 
@@ -563,7 +564,7 @@ def test_completions_are_the_first_of_the_first_problems_of_each_benchmark(tmp_p
     save(tmp_path, results, pa.Table.from_pylist(rows))
     blocks = list(contents(read_run(tmp_path), None))
     shown = [block.text for block in blocks if isinstance(block, (Heading, Paragraph, Code))]
-    shown = shown[shown.index("Sample completions") + 2 : shown.index("How it was made")]
+    shown = shown[shown.index("Sample completions") + 2 : shown.index("How to reproduce this")]
     verdicts = ["base (wrong)", "plain (correct)", "weighted (wrong)", "paired (wrong, truncated)"]
     answers = [line for verdict in verdicts for line in (verdict, "this one")]
     assert shown == [
@@ -588,12 +589,12 @@ def test_run_in_which_every_cell_failed(tmp_path: Path) -> None:
 def test_baseline_can_be_chosen(tmp_path: Path) -> None:
     synthetic_run(tmp_path)
     write_report(tmp_path, baseline="base")
-    assert "## Differences to base" in read(tmp_path)[1]
+    assert "## Differences from base" in read(tmp_path)[1]
     results = synthetic_run(tmp_path)
     results["failed"] = [{"algorithm": "broken", "seed": 0, "error": "out of memory"}]
     save(tmp_path, results)
     write_report(tmp_path, baseline="broken")
-    assert "## Differences to plain" in read(tmp_path)[1], "a baseline that failed does not sink the report"
+    assert "## Differences from plain" in read(tmp_path)[1], "a baseline that failed does not sink the report"
     with pytest.raises(UserError, match="unknown baseline 'bass': did you mean 'base'"):
         write_report(tmp_path, baseline="bass")
 

@@ -10,7 +10,7 @@ import math
 import sys
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -96,7 +96,7 @@ def test_a_trainer_that_passes_its_own_functions_to_log_with_gets_what_is_logged
     assert get_reward(mine)(["q"], ["four"], log_extra=got.__setitem__) == [1.0] and got == {"length": [4]}
 
 
-def test_rows_that_fail_keep_their_numbers_and_have_null_parts() -> None:
+def test_rows_that_fail_keep_their_numbers_and_have_null_components() -> None:
     def odd(completions: list[str], gold: Any, weight: Any) -> list[float]:
         assert (gold[0], weight[0]) in (("a", 1), ("b", 2), ("c", 3))
         return [float(c) for c in completions]
@@ -104,7 +104,7 @@ def test_rows_that_fail_keep_their_numbers_and_have_null_parts() -> None:
     with pytest.warns(RuntimeWarning) as caught:
         columns = {"gold": ("a", "b", "c"), "weight": np.array([1, 2, 3])}
         scores = get_reward(odd, "null").score(["q"] * 3, ["1", "one", "nan"], columns)
-    assert [score.parts for score in scores] == [{"odd": 1.0}, {"odd": None}, {"odd": None}]
+    assert [score.components for score in scores] == [{"odd": 1.0}, {"odd": None}, {"odd": None}]
     told = ["reward 'odd' raised on row 1: ", "reward 'odd' returned nan on row 2: "]
     assert [str(w.message)[: len(t)] for w, t in zip(caught, told, strict=True)] == told
 
@@ -171,14 +171,14 @@ def test_what_a_reward_logs_reaches_buffers_outcomes_and_metrics(make_policy: Ca
     assert [row.columns for row in rows] == [
         {"answer": "1", "upper": "data", "length": 1, "logged_upper": str(n)} for n in range(2)
     ]
-    assert [row.reward_parts for row in rows] == [{"logging": 1.0, "longest": 0.5}] * 2
+    assert [row.reward_components for row in rows] == [{"logging": 1.0, "longest": 0.5}] * 2
 
     found = evaluate(policy, problems, logging, EvaluationSettings(samples=2), sampler=FakeSampler())
     assert found.metrics["reward/longest"] == 0.5
     assert [row["logged"] for row in found.outcomes] == [json.dumps({"length": 1, "upper": upper}) for upper in "010"]
 
 
-def test_the_parts_of_a_reward_and_its_metrics_are_metrics_of_training(make_policy: Callable[..., Policy]) -> None:
+def test_the_components_of_a_reward_and_its_metrics_are_metrics_of_training(make_policy: Callable[..., Policy]) -> None:
     from rlzoo import OfflineBuffer, train
 
     policy = make_policy("gpt2")
@@ -191,6 +191,9 @@ def test_the_parts_of_a_reward_and_its_metrics_are_metrics_of_training(make_poli
     rows = collect_rollouts(policy, FakeSampler(), problems, first, Sampling(samples=2), seed=0)
     record = train(policy, get_objective("grpo"), OfflineBuffer.from_trajectories(rows), Training(steps=1))
     assert record.steps[0]["reward/seen"] == 2.0 and record.steps[0]["reward/first"] == record.steps[0]["reward"] == 0.5
+    alone = OfflineBuffer.from_trajectories([replace(row, reward_components={"first": row.reward}) for row in rows])
+    (step,) = train(policy, get_objective("grpo"), alone, Training(steps=1)).steps
+    assert step["reward"] == 0.5 and "reward/first" not in step, "one part alone is the reward itself"
 
 
 def test_fresh_samples_are_rewarded_as_of_their_step(make_policy: Callable[..., Policy], tmp_path: Path) -> None:
@@ -208,7 +211,7 @@ def test_fresh_samples_are_rewarded_as_of_their_step(make_policy: Callable[..., 
     for version in (0, 3):  # three batches of two prompts each were drawn, and two steps made on each
         for row in collect(version):
             assert row.reward == version * 2 / 8
-            assert row.reward_parts == {"epoch": version * 2 / 4, "mine": row.reward}
+            assert row.reward_components == {"epoch": version * 2 / 4, "mine": row.reward}
 
 
 def test_columns_with_the_names_of_what_rlzoo_passes_do_not_take_its_place(make_policy: Callable[..., Policy]) -> None:

@@ -148,8 +148,8 @@ def test_a_process_finds_modules_and_gets_what_a_reward_here_gets(
     (mine,) = made
     own = {"gold": ["g"], "prompts": ["not this"]}
     assert [score.value for score in mine.score(["q"], ["a"], own, [[1, 2, 3]])] == [3.0]
-    process = isolation._processes[next(key for key in isolation._processes if "beside_this:mine" in key)]._process
-    assert process is not None and mine(["q"], ["a"], gold=["g"]) == [process.pid], "it outlives the thread"
+    (started,) = isolation._processes[next(key for key in isolation._processes if "beside_this:mine" in key)].processes
+    assert started.pid is not None and mine(["q"], ["a"], gold=["g"]) == [started.pid], "it outlives the thread"
     for each in isolation._processes.values():
         each.close()
 
@@ -212,7 +212,7 @@ def test_it_gives_what_the_reward_gives_here() -> None:
     arguments = (["1+2", "2+2"], ["#### 3", "#### 5"], columns)
     here = apart(spec, Limits(None, None)).score(*arguments)
     there = apart(spec, Limits()).score(*arguments)
-    assert here == there and all(isinstance(score, Score) and len(score.parts) == 2 for score in there)
+    assert here == there and all(isinstance(score, Score) and len(score.components) == 2 for score in there)
 
 
 HOSTILE = [

@@ -79,7 +79,7 @@ def test_reward_from_a_file(plugin: str) -> None:
     assert scores(f"{plugin}:alone", ["a", "b!!"], answer=["1", "2"]) == [1.0, 3.0]
     assert scores({"name": f"{plugin}:Scale", "by": "2.5"}, ["a"]) == [2.5]
     assert get_reward(f"{plugin}:shout").name == "shout"
-    assert scores(f"{plugin}:both", ["b!!"]) == [4.0] and get_reward(f"{plugin}:both").parts == ("shout", "alone")
+    assert scores(f"{plugin}:both", ["b!!"]) == [4.0] and get_reward(f"{plugin}:both").components == ("shout", "alone")
 
 
 def test_a_spec_is_read_and_left_as_it_is(plugin: str) -> None:
@@ -202,7 +202,7 @@ def test_completion_ids_reach_a_reward_however_it_is_called() -> None:
 
 def test_the_score_of_a_plain_reward_names_it() -> None:
     reward = get_reward("exact-match")
-    assert reward.parts == ("exact-match",)
+    assert reward.components == ("exact-match",)
     assert reward.score(["q"], ["4"], {"answer": ["4"]}) == [Score(1.0, {"exact-match": 1.0})]
     assert reward.score([], [], {"answer": []}) == []
 
@@ -370,11 +370,11 @@ def test_overlong_is_the_soft_punishment_of_dapo() -> None:
         get_reward({"name": "overlong", "target": 9, "limit": 9})
 
 
-def test_a_weighted_sum_reports_its_parts() -> None:
+def test_a_weighted_sum_reports_its_components() -> None:
     spec = [{"name": "math-answer", "weight": 2}, {"name": "format", "pattern": "!", "weight": -0.5}, "format"]
     reward = get_reward(spec)
     assert reward.name == "weighted"
-    assert reward.parts == ("math-answer", "format", "format-2")
+    assert reward.components == ("math-answer", "format", "format-2")
     first, second = reward.score(["q"] * 2, ["Yes!\n#### 4", "#### 4"], {"answer": ["4", None]})
     assert first == Score(2 - 0.5 + 1, {"math-answer": 1.0, "format": 1.0, "format-2": 1.0})
     assert second == Score(None, {"math-answer": None, "format": 0.0, "format-2": 1.0})
@@ -382,7 +382,7 @@ def test_a_weighted_sum_reports_its_parts() -> None:
     assert same.score(["q"] * 2, ["Yes!\n#### 4", "#### 4"], {"answer": ["4", None]}) == [first, second]
 
 
-def test_a_weighted_sum_passes_the_setting_on_to_its_parts() -> None:
+def test_a_weighted_sum_passes_the_setting_on_to_its_components() -> None:
     spec = [stumbles, "exact-match"]
     with pytest.raises(UserError, match="reward 'stumbles' raised on row 0: ZeroDivisionError"):
         scores(spec, ["0", "1"], answer=[0, 1])

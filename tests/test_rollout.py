@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -14,10 +15,20 @@ from scipy.stats import chisquare
 
 from rlzoo.buffers.problems import Problem, encode_problems
 from rlzoo.config import Sampling
+from rlzoo.errors import UserError
 from rlzoo.jobs.cached_results import CachedResults
 from rlzoo.policy import Policy, Sequences
 from rlzoo.reward import Reward, get_reward
-from rlzoo.rollout import Sample, Sampler, TransformersSampler, collect_rollouts, decoding, mismatch
+from rlzoo.rollout import (
+    Sample,
+    Sampler,
+    TransformersSampler,
+    collect_rollouts,
+    decoding,
+    mismatch,
+    sampler_of,
+    static_decoding,
+)
 from rlzoo.types import Trajectory
 
 MakePolicy = Callable[..., Policy]
@@ -140,7 +151,7 @@ def test_rare_tokens_of_a_large_vocabulary_can_all_be_drawn(top_p: float) -> Non
     logits[0, 0] = math.log1p(-rare * count)
     within = count * rare - (1 - top_p)  # what the nucleus leaves of them
     draws = torch.linspace(1 - within, 1, count, dtype=torch.float64)
-    drawn = decoding._pick(logits.expand(count, -1), Sampling(top_p=top_p), draws)
+    drawn = decoding._pick(logits.expand(count, -1), draws, Sampling(top_p=top_p))
     assert len(set(drawn.tolist())) > 0.8 * within / rare
 
 
@@ -234,13 +245,13 @@ def test_an_engine_s_log_probs_stand_in_for_the_policy_s_where_it_gives_all(make
             assert ours == pytest.approx(expected, abs=1e-5)
 
 
-def test_the_parts_of_a_reward_reach_the_rows(make_policy: MakePolicy) -> None:
+def test_the_components_of_a_reward_reach_the_rows(make_policy: MakePolicy) -> None:
     policy = make_policy("gpt2", dtype=torch.float32)
     reward = get_reward([{"name": "exact-match"}, {"name": "format", "weight": 0.5, "pattern": "[01]"}])
     problems = encode_problems(policy.tokenizer, [problem(1, "17+25=?\n")])
     zero, one = collect_rollouts(policy, FakeSampler(), problems, reward, Sampling(samples=2), seed=0)
     assert (zero.reward, one.reward) == (0.5, 1.5)
-    assert (list((zero.reward_parts or {}).values()), list((one.reward_parts or {}).values())) == ([0, 1], [1, 1])
+    assert [list(row.reward_components.values()) for row in (zero, one)] == [[0, 1], [1, 1]]
 
 
 def test_a_mismatch_by_hand() -> None:
@@ -311,10 +322,21 @@ def test_attention_heads_that_share_keys(kind: str, make_policy: MakePolicy) -> 
     assert policy.model.config._attn_implementation == "rlzoo"
 
 
-def test_samples_do_not_depend_on_the_batch(policy: Policy) -> None:
-    """Each has a random stream of its own, also where one prompt's samples are more than a batch."""
-    settings = Sampling(samples=7, max_new_tokens=9, batch_size=64)
+def test_samples_do_not_depend_on_the_batch(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each has a random stream of its own, also where one prompt's samples are more than a batch.
+
+    Those that have ended leave, so that hardly any forward pass is for them.
+    """
+    monkeypatch.setattr(policy.model.generation_config, "eos_token_id", [*range(3, 60)])  # so that many end early
+    settings, sizes = Sampling(samples=7, max_new_tokens=9, batch_size=64), list[int]()
+    handle = policy.model.base_model.register_forward_pre_hook(
+        lambda _, __, given: sizes.append(len(given["input_ids"])), with_kwargs=True
+    )
     expected = sampled_ids(policy, settings, seed=4)
+    handle.remove()
+    unfinished = [sum(len(ids) > step for samples in expected for ids in samples) for step in range(len(sizes))]
+    assert sizes[0] == len(PROMPTS) and 0 < sizes[-1] < 14
+    assert all(size - rest < decoding.LEAVE * size for size, rest in zip(sizes[1:], unfinished[1:], strict=True))
     for size in (1, 3, 7, 15):
         done: list[int] = []
         some = settings.model_copy(update={"batch_size": size})
@@ -400,3 +422,118 @@ def test_sampling_keeps_no_graph_and_leaves_the_policy_as_it_was_also_when_it_fa
     assert calls == [False] * 3 and policy.training
     assert policy.model.generation_config is generation and policy.model.config._attn_implementation == attention
     policy.eval()
+
+
+LONG = Sampling(samples=8, max_new_tokens=40)
+
+
+@pytest.mark.parametrize("room", [256, 8])
+@pytest.mark.parametrize("greedy", [False, True])
+def test_static_shapes_give_the_same_tokens(
+    make_policy: MakePolicy, monkeypatch: pytest.MonkeyPatch, greedy: bool, room: int
+) -> None:
+    """Sequences end at different tokens, leave, and outgrow their room."""
+    monkeypatch.setattr(static_decoding, "ROOM", room)
+    monkeypatch.setattr(static_decoding, "BLOCK", 4)
+    monkeypatch.setattr(static_decoding, "LEAVE", 0.1)
+    lengths = set[int]()
+    for kind in ("gpt2", "llama"):
+        policy = make_policy(kind)
+        policy.model.generation_config.eos_token_id = [40, 41, 42, 43]
+        expected = TransformersSampler(policy).sample(PROMPTS, LONG, 7, greedy=greedy)
+        found = TransformersSampler(policy, static_shapes=True).sample(PROMPTS, LONG, 7, greedy=greedy)
+        assert found == expected
+        lengths |= {len(sample.ids) for samples in expected for sample in samples}
+    assert max(lengths) > 30 and len(lengths) > (1 if greedy else 6)
+
+
+def test_a_replayed_step_finds_everything_where_it_was(
+    make_policy: MakePolicy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A CUDA graph reads and writes the addresses that it was made with; a replay here checks them, and runs the step.
+
+    It is made anew when sequences leave and when they need more room.
+    """
+    policy = make_policy("llama")
+    policy.model.generation_config.eos_token_id = list(range(40, 44))
+    made: list[int] = []
+    replays = 0
+
+    def addresses(batch: static_decoding.StaticBatch) -> list[int]:
+        layers = [buffer for layer in batch.cache.layers for buffer in (layer.keys, layer.values, layer.at)]
+        own = [value for value in vars(batch).values() if isinstance(value, torch.Tensor)]
+        return [tensor.data_ptr() for tensor in (*own, *layers)]
+
+    def captured(step: Any, device: torch.device) -> Callable[[], None]:
+        step()
+        batch, made_of = step.__self__, addresses(step.__self__)
+        made.append(len(batch.token))
+
+        def replay() -> None:
+            nonlocal replays
+            replays += 1
+            assert addresses(batch) == made_of
+            step()
+            assert addresses(batch) == made_of
+
+        return replay
+
+    monkeypatch.setattr(static_decoding, "captured", captured)
+    monkeypatch.setattr(static_decoding, "ROOM", 24)
+    monkeypatch.setattr(static_decoding, "BLOCK", 8)
+    monkeypatch.setattr(decoding, "pins", lambda device: True)
+    settings = Sampling(samples=6, max_new_tokens=58)
+    expected = TransformersSampler(policy).sample(PROMPTS, settings, 7)
+    assert TransformersSampler(policy, static_shapes=True).sample(PROMPTS, settings, 7) == expected
+    assert len(made) >= 3 and made[0] == 24 > made[-1], "one per shape"
+    assert replays > 20
+
+
+def test_a_model_that_allows_no_graph_is_sampled_without(
+    make_policy: MakePolicy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: list[int] = []
+
+    def refuses(step: Any, device: torch.device) -> None:
+        step()
+        tried.append(1)
+
+    monkeypatch.setattr(static_decoding, "captured", refuses)
+    monkeypatch.setattr(decoding, "pins", lambda device: True)
+    policy = make_policy("llama")
+    sampler = TransformersSampler(policy, static_shapes=True)
+    expected = TransformersSampler(policy).sample(PROMPTS, LONG, 7)
+    for _ in range(2):
+        assert sampler.sample(PROMPTS, LONG, 7) == expected
+    assert tried == [1]
+
+
+def test_a_model_that_static_shapes_do_not_suit(make_policy: MakePolicy, tokenizer: Any) -> None:
+    """One without position ids, and one that reads something out of its mask."""
+    from transformers import BloomConfig, BloomForCausalLM
+
+    size = {"vocab_size": len(tokenizer), "hidden_size": 16, "n_layer": 1, "n_head": 2}
+    bloom = Policy(BloomForCausalLM(BloomConfig(**size)).eval(), tokenizer)
+    llama = make_policy("llama")
+    forward = llama.model.base_model.forward
+
+    def by_mask(attention_mask: torch.Tensor, **options: Any) -> Any:
+        found = forward(attention_mask=attention_mask, **options)
+        found.last_hidden_state = found.last_hidden_state * attention_mask.flatten(1).sum(1)[:, None, None]
+        return found
+
+    by_mask.__signature__ = inspect.signature(forward)  # type: ignore[attr-defined]
+    llama.model.base_model.forward = by_mask
+    assert TransformersSampler(llama, static_shapes=True).sample(PROMPTS, SHORT, 0)  # the sum is the same
+    llama.model.base_model.forward = lambda *, position_ids, attention_mask, **options: by_mask(
+        attention_mask=attention_mask, position_ids=position_ids + attention_mask.shape[-1], **options
+    )
+    for policy in (bloom, llama):
+        with pytest.raises(UserError, match="static_shapes: this model computes other logits with them"):
+            TransformersSampler(policy, static_shapes=True).sample(PROMPTS, SHORT, 0)
+
+
+def test_engine_options_reach_the_sampler(make_policy: MakePolicy) -> None:
+    settings = Sampling(engine="transformers", engine_options={"static_shapes": True})
+    found = sampler_of(make_policy(), settings)
+    assert isinstance(found, TransformersSampler) and found.decoder is not None and found.decoder.static_shapes

@@ -9,11 +9,10 @@ import shutil
 import subprocess
 import sys
 import textwrap
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from comparisons import RLZOO
+from comparisons import Ended, forked
 
 from rlzoo.cli import main
 
@@ -26,10 +25,6 @@ def elsewhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """``main`` changes sys.path, which is right for a command and not for a test."""
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.chdir(tmp_path)
-
-
-def run(command: Sequence[str], folder: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, timeout=300)
 
 
 def new(name: str, *options: str) -> None:
@@ -47,24 +42,29 @@ def refused(capsys: pytest.CaptureFixture[str], name: str, *options: str) -> str
     return errors
 
 
-def test_its_test_passes_and_it_trains(tmp_path: Path) -> None:
+def pytested(*arguments: str) -> Ended:
+    """Run pytest in this folder."""
+    return forked(lambda: pytest.main(["-q", *arguments]))
+
+
+@pytest.mark.slow
+def test_its_test_passes_and_it_trains(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """From a folder with nothing else in it, by the lines that the command prints."""
-    done = run([*RLZOO, "new", "objective", "My_Tempered"], tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert len(done.stdout.splitlines()) <= 6
+    new("My_Tempered")
+    told = capsys.readouterr().out
+    assert len(told.splitlines()) <= 6
     assert sorted(path.name for path in tmp_path.iterdir()) == ["my_tempered.py", "test_my_tempered.py"]
-    command = re.search(r"^  2\. pytest (.+)$", done.stdout, re.MULTILINE)
-    compared = re.search(r"^  3\. rlzoo compare arithmetic --algorithms sft,(.+)$", done.stdout, re.MULTILINE)
+    command = re.search(r"^  2\. pytest (.+)$", told, re.MULTILINE)
+    compared = re.search(r"^  3\. rlzoo compare arithmetic --algorithms sft,(.+)$", told, re.MULTILINE)
     assert command is not None and compared is not None
-    tested = run([sys.executable, "-m", "pytest", "-q", command[1]], tmp_path)
-    assert tested.returncode == 0, tested.stdout
-    assert "3 passed" in tested.stdout
+    tested = pytested(command[1])
+    assert tested.status == 0 and "3 passed" in tested.out, tested.out
 
     rows = [{"prompt": f"{i}+1=", "completion": f"{i + 1}"} for i in range(4)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     train = ["train", compared[1], "--option", "alpha=0.25", "--buffer", "rows.jsonl", "--steps", "2"]
-    trained = run([*RLZOO, *train, "--set", "batch_size=4", "--out", "out"], tmp_path)
-    assert trained.returncode == 0, trained.stderr
+    trained = forked(lambda: main([*train, "--set", "batch_size=4", "--out", "out"]))
+    assert trained.status == 0, trained.errors
     steps = json.loads((tmp_path / "out" / "training.json").read_text())["steps"]
     assert [row["step"] for row in steps] == [1, 2] and steps[0]["gradient_norm"] > 0
 
@@ -82,6 +82,7 @@ WRONG = {
 """Objectives that are wrong: what takes the place of the coefficient, and what its test must say."""
 
 
+@pytest.mark.slow
 def test_its_test_fails_for_an_objective_that_is_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of each wrong one its own test fails, and one that is right passes beside them."""
     monkeypatch.setenv("COLUMNS", "400")  # or pytest cuts what a failed test says
@@ -92,14 +93,15 @@ def test_its_test_fails_for_an_objective_that_is_wrong(tmp_path: Path, monkeypat
         text = file.read_text()
         assert text.count(FORMULA) == 1
         file.write_text(text.replace(FORMULA, changed))
-    done = run([sys.executable, "-m", "pytest", "-q", "-rf", "--tb=no"], tmp_path)
-    assert done.returncode == 1, done.stdout
-    failed = re.findall(r"^FAILED test_\w+\.py::test_(\w+)\[.*?\] - AssertionError: (.+)$", done.stdout, re.MULTILINE)
-    assert {name.replace("_", "-") for name, _ in failed} == set(WRONG), done.stdout
+    done = pytested("-rf", "--tb=no")
+    assert done.status == 1, done.out
+    failed = re.findall(r"^FAILED test_\w+\.py::test_(\w+)\[.*?\] - AssertionError: (.+)$", done.out, re.MULTILINE)
+    assert {name.replace("_", "-") for name, _ in failed} == set(WRONG), done.out
     for name, (_, told) in WRONG.items():
         assert any(test.replace("_", "-") == name and told in message for test, message in failed), name
 
 
+@pytest.mark.slow
 def test_in_a_clone_it_joins_the_others(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     clone = tmp_path / "clone"
     for name in ("rlzoo", "algorithms", "rewards", "experiments"):
@@ -119,7 +121,8 @@ def test_in_a_clone_it_joins_the_others(tmp_path: Path, capsys: pytest.CaptureFi
     done = subprocess.run(command, cwd=clone, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
     for arguments in (["check"], ["format", "--check"]):  # by the rules of this repository
-        linted = run([sys.executable, "-m", "ruff", *arguments, *written], clone)
+        command = [sys.executable, "-m", "ruff", *arguments, *written]
+        linted = subprocess.run(command, cwd=clone, capture_output=True, text=True, check=False)
         assert linted.returncode == 0, linted.stdout
     assert "exists already" in refused(capsys, "tempered", "--folder", "clone")
 
@@ -157,5 +160,5 @@ def test_the_objective_of_the_guide_passes_its_contract() -> None:
     code, test = (textwrap.dedent(block) for block in re.findall(r"```python\n(.*?)```", guide, re.DOTALL))
     Path("my_objective.py").write_text(code)
     Path("test_my_objective.py").write_text(test.replace('"my-objective"', '"my_objective.py:MyObjective"'))
-    tested = run([sys.executable, "-m", "pytest", "-q"], Path())
-    assert tested.returncode == 0 and "1 passed" in tested.stdout, tested.stdout
+    tested = pytested()
+    assert tested.status == 0 and "1 passed" in tested.out, tested.out

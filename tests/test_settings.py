@@ -102,6 +102,10 @@ ELSEWHERE = {
     "--baseline": "test_compare.py::test_the_report_can_be_written_again",
     "--executor": "test_ray.py::test_a_node_that_dies_half_way_costs_nothing_but_time",
     "--address": "test_ray.py::test_there_is_no_cluster",
+    "--format": "test_studies.py::test_a_run_becomes_a_study",
+    "--to": "test_studies.py::test_a_run_becomes_a_study",
+    "--gpu": "test_planning.py::test_a_model_of_any_size_is_planned_without_its_weights",
+    "--pilot": "test_planning.py::test_a_pilot_tells_what_more_seeds_would_detect",
     "--buffer": "test_variance.py::test_the_command_with_an_objective_from_a_file",
     "--workers": "test_compare.py::test_processes_change_no_number",
     "--rows": "test_variance.py::test_the_command_with_an_objective_from_a_file",
@@ -485,7 +489,10 @@ def test_a_cap_on_weights_of_another_engine_says_where_there_is_none(make_policy
 # Experiments
 
 
-@shows("Scoring.seconds", "Scoring.memory_gb", "Scoring.on_error", "Experiment.scoring", "Experiment.reward")
+@shows(
+    "Scoring.seconds", "Scoring.memory_gb", "Scoring.on_error", "Scoring.processes", "Experiment.scoring",
+    "Experiment.reward",
+)  # fmt: skip
 def test_how_the_reward_is_called(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
 
@@ -495,11 +502,11 @@ def test_how_the_reward_is_called(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr("rlzoo.comparison.resolve.apart", called)
     data = load_experiment("facts").model_dump(mode="json")
-    text = "{seconds: 7, memory_gb: null, on_error: null}"  # as documented
+    text = "{seconds: 7, memory_gb: null, processes: 3, on_error: null}"  # as documented
     data |= {"scoring": yaml.safe_load(text), "reward": "format"}
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(data))
     resolve.reward_of(load_experiment(str(tmp_path / "mine.yaml")))
-    assert asked == [("format", Limits(7.0, None), "null")]
+    assert asked == [("format", Limits(7.0, None), "null", 3)]
     for value in ("null", "fail"):
         assert experiment_of("compare", "facts", "--set", f"scoring.on_error={value}").scoring.on_error == value
     again = load_experiment(str(tmp_path / "mine.yaml")).model_dump(mode="json")

@@ -60,6 +60,14 @@ def test_flat_groups_are_told_once_with_their_number(name: str, make_policy: Mak
     assert events == [f"{name}: 4 of 8 {FLAT}"]  # two steps, on the same four groups
 
 
+def test_a_batch_is_counted_once_however_many_updates_it_has(make_policy: MakePolicy) -> None:
+    policy = make_policy()
+    source = Fixed(groups_of(policy, 1.0, 0.0, 0.3, 0.3))
+    settings = RAW.model_copy(update={"updates_per_batch": 2})
+    events = Trainer(policy, get_objective("grpo"), source, settings).run().events
+    assert events == [f"grpo: 1 of 2 {FLAT}"]
+
+
 def test_groups_of_one_are_told_once_and_say_what_to_do(make_policy: MakePolicy) -> None:
     policy = make_policy()
     events = events_of(policy, "grpo", groups_of(policy, 1.0, 0.0, 1.0, 0.0, size=1))
@@ -78,6 +86,9 @@ def test_a_batch_of_equal_rewards_is_told(make_policy: MakePolicy) -> None:
     policy = make_policy()
     events = events_of(policy, "reinforce", groups_of(policy, 0.1, 0.1, 0.1, size=3))
     assert f"reinforce: all 2 {SILENT}: nothing is learned from their rewards" in events
+    source, once = Fixed(groups_of(policy, 0.1, 0.1, 0.1, size=3)), RAW.model_copy(update={"steps": 1})
+    (*_, event) = Trainer(policy, get_objective("reinforce"), source, once).run().events
+    assert event.startswith(f"reinforce: 1 of 1 {SILENT}"), "one is not all"
 
 
 def test_the_parts_of_a_mixture_are_told_apart(make_policy: MakePolicy) -> None:
@@ -205,6 +216,12 @@ def test_masked_completions_teach_nothing_but_their_rewards_count(make_policy: M
     assert distance(one, trained(make_policy(), get_objective("grpo"), (rows, units), RAW)) > 1e-3
     events = events_of(make_policy(), "grpo", (rows, units), truncated="mask")
     assert "grpo: 2 of 16 completions drawn are truncated and masked" in events
+    none_left = [replace(row, truncated=True) for row in rows]
+    assert events_of(make_policy(), "grpo", (none_left, units), truncated="mask") == [
+        f"grpo: 2 of 8 {FLAT}",  # the others' advantages are not 0, and meet no token
+        f"grpo: all 2 {SILENT}: nothing is learned from their rewards",
+        "grpo: all 16 completions drawn are truncated and masked",
+    ]
 
 
 @pytest.mark.parametrize("name", ["sft", "rft", "dft", "grpo", "kto", "dpo"])
@@ -277,10 +294,10 @@ class Later(Objective):
 def test_the_analyzer_reads_an_objective_that_masks_tokens_of_demonstrations(make_policy: MakePolicy) -> None:
     policy = make_policy("llama")
     buffer = OfflineBuffer.from_trajectories(truncated_rows(policy, source="demonstration"))
-    named = {"masked": Later(), "weighed": Later(masks=False)}
+    named = {"masked": Later(), "weighted": Later(masks=False)}
     found = analyze_variance(policy, named, buffer, rows=8, draws=256)["objectives"]
-    masked, weighed = (found[name]["token_moments"]["predicted_trace_cov"] for name in named)
-    assert masked == pytest.approx(weighed) and masked > 0
+    masked, weighted = (found[name]["token_moments"]["predicted_trace_cov"] for name in named)
+    assert masked == pytest.approx(weighted) and masked > 0
 
 
 def test_what_cannot_be_done_with_truncated_completions_is_refused(make_policy: MakePolicy) -> None:

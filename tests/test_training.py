@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -10,9 +11,10 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from batches import of_each_kind
+from scipy.stats import chisquare
 from torch import Tensor
 
-from rlzoo.buffers import OfflineBuffer
+from rlzoo.buffers import OfflineBuffer, View
 from rlzoo.config import Training
 from rlzoo.inputs import Input, MovingReference, ReferenceLogits, Snapshot, Statistic
 from rlzoo.objective import Objective, get_objective, is_composite, list_objectives, objective_class, surrogate
@@ -219,16 +221,15 @@ def term_of(policy: Policy, objective: Objective, batch: Batch, reference: Polic
 def test_the_gradient_of_a_step_is_that_of_the_surrogate(name: str, make_policy: MakePolicy) -> None:
     objective, policy = OBJECTIVES[name], make_policy()
     batch = make_batch(policy, objective.learns_from)
-    found = trained(
-        make_policy(), objective, batch, RAW.model_copy(update={"steps": 1, "token_budget": 20, "weight_decay": 0.0})
-    )
+    still = RAW.model_copy(update={"token_budget": 20, "learning_rate": 1e-15})  # the second step is the first again
+    found = trained(make_policy(), objective, batch, still)
     policy.attach(objective.requires)
     loss = surrogate(objective, full_batch(policy, objective, batch))
     if objective.has_logit_term:
         loss = loss + term_of(policy, objective, batch)
     torch.autograd.backward(loss)
     expected = {n: [torch.zeros_like(p) if p.grad is None else p.grad] for n, p in policy.named_parameters()}
-    assert distance(expected, {n: values[:1] for n, values in found.items()}) < 1e-6
+    assert distance({n: 2 * values for n, values in expected.items()}, found) < 1e-6
 
 
 def test_coupled_coefficients_see_the_policy_of_each_update(make_policy: MakePolicy) -> None:
@@ -428,6 +429,16 @@ def test_an_epoch_draws_every_unit_once_and_whole(selection: Selection, batch_si
     for epoch in range(3):
         assert sorted(drawn[epoch * len(wanted) : (epoch + 1) * len(wanted)]) == wanted
     assert drawn[: len(wanted)] != drawn[len(wanted) : 2 * len(wanted)]  # shuffled anew
+
+
+def test_units_with_weights_are_drawn_in_proportion_to_them() -> None:
+    rows = [Trajectory("", str(i), [1], [2], str(i), source="policy") for i in range(4)]
+    weights = (0.0, 1.0, 2.0, 5.0)
+    view = View(Selection.CORRECT, tuple((i,) for i in range(4)), weights)
+    source = BufferSource(OfflineBuffer.from_trajectories(rows), view, 4, seed=0)  # an epoch is as many units
+    counted = Counter(row.completion for _ in range(400) for row in source.draw()[0])
+    assert counted.keys() == {"1", "2", "3"}
+    assert chisquare([counted[str(i)] for i in (1, 2, 3)], [200, 400, 1000]).pvalue > 1e-3
 
 
 def test_coupled_rows_share_a_micro_batch() -> None:

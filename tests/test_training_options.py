@@ -6,11 +6,14 @@ import json
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from comparisons import inline_pool, small
+from torch.nn import functional
 
 from rlzoo.buffers import OfflineBuffer
 from rlzoo.comparison.runner import compare
@@ -213,17 +216,18 @@ class Doubled(torch.nn.Linear):
         return 2 * super().forward(input)
 
 
-def test_gradients_in_place_leave_alone_what_is_no_plain_layer() -> None:
-    torch.manual_seed(0)
-    table = torch.nn.Embedding(11, 6, scale_grad_by_freq=True)
-    patched, frozen = torch.nn.Linear(6, 6), torch.nn.Linear(6, 6).requires_grad_(False)
-    patched.forward = lambda input: torch.nn.functional.linear(3 * input, patched.weight)  # type: ignore[method-assign]
-    model = torch.nn.Sequential(table, Doubled(6, 6), patched, torch.nn.Tanh(), frozen)
-    ids = torch.randint(0, 11, (3, 9))
+@pytest.mark.parametrize("options", [{"scale_grad_by_freq": True}, {"max_norm": 0.5}], ids=str)
+def test_gradients_in_place_leave_alone_what_is_no_plain_layer(options: dict[str, Any]) -> None:
     found = []
-    for context in (nullcontext(), gradients_in_place(model)):
-        model.zero_grad(set_to_none=True)
-        with context:
+    for context in (lambda _: nullcontext(), gradients_in_place):
+        torch.manual_seed(0)
+        table = torch.nn.Embedding(11, 6, **options)
+        patched, frozen = torch.nn.Linear(6, 6), torch.nn.Linear(6, 6).requires_grad_(False)
+        tripled = partial(lambda layer, input: functional.linear(3 * input, layer.weight), patched)
+        patched.forward = tripled  # type: ignore[method-assign]
+        model = torch.nn.Sequential(table, Doubled(6, 6), patched, torch.nn.Tanh(), frozen)
+        ids = torch.randint(0, 11, (3, 9))
+        with context(model):
             model(ids).square().sum().backward()
         found.append({name: p.grad for name, p in model.named_parameters()})
     theirs, ours = found
@@ -250,6 +254,8 @@ def test_a_tracker_gets_every_step(tmp_path: Path) -> None:
     trainer = trained(load_policy("embedded"), folder=tmp_path / "run", trackers=["tensorboard"])
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+    (tracker,) = trainer.accelerator.trackers
+    assert tracker.tracker.all_writers is None, "its run is ended"
     events = EventAccumulator(str(tmp_path / "run" / "rlzoo"))
     events.Reload()
     told = {event.step: event.value for event in events.Scalars("loss")}

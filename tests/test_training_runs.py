@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import resource
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -256,11 +257,17 @@ def test_time_is_that_of_drawing_and_training_and_no_callback_s(
 
     policy = make_policy()
     rows = list(demonstrated(policy))
+
+    def waits(_: torch.device) -> float:
+        passes(100.0)  # until the device has done what it was asked to
+        return now
+
     monkeypatch.setattr("rlzoo.training.trainer.time.perf_counter", lambda: now)
+    monkeypatch.setattr("rlzoo.training.trainer.now", waits)
     policy.model.transformer.wte.register_forward_hook(lambda *_: passes(10.0))
     settings = QUICK.model_copy(update={"steps": 4, "updates_per_batch": updates})
     trainer = Trainer(policy, get_objective("sft"), Slow(), settings, [lambda *_: passes(1000.0)])
-    assert trainer.run().costs.wall_seconds == 4 / updates + 4 * 10
+    assert trainer.run().costs.wall_seconds == 4 / updates + 4 * 10 + 100, "the host waits once, at the end"
 
 
 @pytest.mark.parametrize(("steps", "updates", "drawn"), [(5, 2, 3), (4, 2, 2), (1, 3, 1), (7, 3, 3)])
@@ -314,6 +321,8 @@ def test_peak_memory_is_the_highest_of_all_steps_and_no_callback_s(
 def test_peak_memory_is_in_bytes_and_starts_anew() -> None:
     reset_peak_memory(CPU)
     before = peak_memory_bytes(CPU)
+    resident = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    assert before == pytest.approx(resident, rel=0.01)
     torch.ones(2**24).sum()  # 64 MB, which are given back at once
     peak = peak_memory_bytes(CPU)
     assert 2**25 < peak - before < 2**28
@@ -357,9 +366,11 @@ def test_missing_log_probs_are_user_errors(make_policy: MakePolicy) -> None:
 
 
 def test_training_computes_reference_log_probs_of_the_policy_as_it_comes(make_policy: MakePolicy) -> None:
-    policy = make_policy()
-    first, *_ = run(policy, "dpo", sampled(policy)).steps
+    policy, kept = make_policy(), list[Policy | None]()
+    settings, keep = QUICK.model_copy(update={"steps": 1}), lambda trainer, _: kept.append(trainer.models.initial)
+    (first,) = train(policy, get_objective("dpo"), sampled(policy), settings, callbacks=[keep]).steps
     assert first["margin"] == pytest.approx(0, abs=1e-5)
+    assert kept == [None], "with its log-probs in the buffer, the model itself is not kept in memory"
     policy = make_policy()
     first, second = run(policy, "iw-sft", demonstrated(policy), batch_size=6).steps
     assert first["weight"] == pytest.approx(1, abs=1e-6)

@@ -444,15 +444,15 @@ def test_the_mean_gradient_is_that_of_the_surrogate(make_model: MakeModel, name:
     rows, subject = [buffer[i] for i in picked], subjects["x"]
     statistics, micro = [one for one in objective.requires if one.is_statistic], MicroBatches(100)
     assembler = Assembler(policy, Models(policy, {None: policy}), micro, remember=True)
-    weighed = weights_of(assembler, subject, score(assembler, rows, statistics, {}, 0, 0))
-    found = GradientMeter(policy).measure(rows, {"x": weighed.task}, micro)["x"]
+    scored = weights_of(assembler, subject, score(assembler, rows, statistics, {}, 0, 0))
+    found = GradientMeter(policy).measure(rows, {"x": scored.task}, micro)["x"]
 
     policy.eval()
     own = [rows[i] for i in subject.rows]
     sequences = Sequences.collate([r.prompt_ids for r in own], [r.completion_ids for r in own], policy.device)
     term = objective.logit_term if objective.has_logit_term else None
     scores = policy(sequences, term=term, reference=policy.frozen_copy(), statistics=statistics)
-    batch = weighed.batch
+    batch = scored.batch
     live = batch.replace(logp=scores.logp, **scores.of(objective.requires))
     loss = surrogate(objective, live)
     if scores.term is not None:

@@ -194,7 +194,7 @@ def test_an_online_cell_pays_for_what_it_samples(base: Policy, calls: list[Call]
 def test_online_batches_have_seeds_of_their_own_and_go_through_the_prompts(
     base: Policy, calls: list[Call], tmp_path: Path
 ) -> None:
-    """Two parts of a mixture share the batch, each with prompts of its own; the buffer's prompts are no limit."""
+    """Two components of a mixture share the batch, each with prompts of its own; the buffer's prompts are no limit."""
     mixture = {"objective": "mixture", "options": {"weights": {"grpo": 0.3, "rloo": 0.7}}, "mode": "online"}
     experiment = small(
         {"grpo": {"mode": "online"}, "both": mixture}, seeds=[0, 1], evaluation=NO_CURVE, training__steps=3,

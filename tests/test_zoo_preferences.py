@@ -150,7 +150,7 @@ def test_a_negative_mismatched_log_ratio_counts_as_nothing() -> None:
     assert torch.equal(below, none) and not torch.equal(above, none)
 
 
-def test_kto_weighs_completions_and_not_tokens_alike() -> None:
+def test_kto_weights_completions_equally_and_not_tokens() -> None:
     # A long and a short good row with the same r have the same coefficient: the sum over a row's tokens is its own.
     logp = torch.tensor([[-1.0, -1.0, -1.0, -1.0], [-1.0, 0.0, 0.0, 0.0]], dtype=torch.float64, requires_grad=True)
     mask = torch.tensor([[True] * 4, [True, False, False, False]])

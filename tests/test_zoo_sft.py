@@ -66,7 +66,7 @@ def test_power_by_hand() -> None:
 
 
 def test_power_by_default_still_learns_from_an_unlikely_token() -> None:
-    # at the tenth power a token of p = 1/2 would weigh 1/1024 as much as a certain one
+    # at the tenth power a token of p = 1/2 would have 1/1024 of the weight of a certain one
     batch = hand_batch([[0.5, 0.1]])
     assert get_objective("power").coefficients(batch.detach()).values.tolist() == [pytest.approx([0.5, 0.1])]
 

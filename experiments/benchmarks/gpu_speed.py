@@ -313,31 +313,36 @@ def grpo_loss(policy: Policy, rows: list[Trajectory], whole: list[Trajectory]) -
 
 
 def decoding(setup: Setup, size: str) -> Iterator[Finding]:
-    """Sampled tokens per second of rlzoo's sampler and of transformers' `generate`: 64 sequences, four per prompt."""
+    """Sampled tokens per second of rlzoo's sampler, with CUDA graphs and without, and of transformers' `generate`.
+
+    64 sequences, four per prompt.
+    """
     name = model_of(setup, size)
     prompts = [row.prompt_ids for row in random_rows(size, setup.pick(16, 2), seed=setup.seed)]
     settings = Sampling(samples=4, max_new_tokens=setup.pick(128, 8), batch_size=64, engine="transformers")
     speeds: dict[str, float] = {}
     for dtype in (setup.dtype, "bfloat16"):
         policy = load_policy(name, dtype, setup.device).eval()
-        make = TransformersSampler(policy)
+        made = {"rlzoo": TransformersSampler(policy, True), "rlzoo, no graphs": TransformersSampler(policy, False)}
 
-        def sample(some: Sampling, make: TransformersSampler = make) -> int:
+        def sample(make: TransformersSampler, some: Sampling) -> int:
             return sum(len(sample.ids) for samples in make.sample(prompts, some, setup.seed) for sample in samples)
 
-        engines: dict[str, Callable[[Sampling], int]] = {"rlzoo": sample}
+        engines: dict[str, Callable[[Sampling], int]] = {name: partial(sample, make) for name, make in made.items()}
         if dtype == "bfloat16":  # the weights of what a script would run
             engines["generate"] = partial(generate, policy, prompts)
         for engine, run in engines.items():
             watch = Watch()
-            run(settings.model_copy(update={"max_new_tokens": 4}))
+            run(settings.model_copy(update={"max_new_tokens": setup.pick(40, 4)}))
             watch.begin()
             tokens = run(settings)
             watch.end()
             speeds[f"{engine} {dtype}"] = tokens / watch.seconds[0]
             values = {"tokens/s": tokens / watch.seconds[0], "peak GB": watch.peaks[0] / 1e9, "tokens": tokens}
+            if engine == "rlzoo" and (decoder := made[engine].decoder) is not None:
+                values["CUDA graphs"] = int(setup.device != "cpu" and not decoder.refuses_graphs)
             yield Finding(f"{engine} {dtype}", values, at_least={"tokens": 1})
-        del policy, make, engines, run
+        del policy, made, engines, run
         release_memory()
         synchronise()
     best = max(speed for key, speed in speeds.items() if key.startswith("rlzoo"))

@@ -11,6 +11,12 @@ engine runs in a process of its own, in turn, ``--repeats`` times, after a start
 
 Tokens a second count sampled tokens up to and with the end of sequence. What is sampled differs in length from engine
 to engine by chance alone.
+
+    python experiments/benchmarks/sampling.py --prompts 256 --batch-size 128 --reward math-answer
+
+With a reward, rlzoo's loop samples and the reward scores in processes of its own instead: ``after`` the sampling, or
+``meanwhile``, as it does; beside them the sampling alone. The scores are compared. Gold answers n of the embedded
+worlds become \\sqrt{n^2}, so that answers are compared as formulas (some 10 ms each), as many of a real data set are.
 """
 
 from __future__ import annotations
@@ -20,6 +26,8 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
+from dataclasses import replace
 from importlib.util import find_spec
 from statistics import median
 from typing import Any
@@ -27,21 +35,23 @@ from typing import Any
 import torch
 
 from rlzoo import Policy, load_policy
-from rlzoo.buffers.problems import encode_problems, load_problems
+from rlzoo.buffers.problems import EncodedProblem, Problem, encode_problems, load_problems
 from rlzoo.config import ProblemSource, Sampling
+from rlzoo.reward.isolation import Limits, RewardProcesses, apart
 from rlzoo.rollout import TransformersSampler
 from rlzoo.rollout.decoding import padded
+from rlzoo.rollout.scoring import Scorer
 
 ENGINES = ("generate", "rlzoo", "vllm")
 
 
-def prompts_of(policy: Policy, arguments: argparse.Namespace) -> list[list[int]]:
-    """The first problems' prompts: GSM8K's in the model's chat template, or those of an embedded world."""
+def problems_of(policy: Policy, arguments: argparse.Namespace) -> list[EncodedProblem]:
+    """The first problems: GSM8K's in the model's chat template, or those of an embedded world."""
     if arguments.data.startswith("world:"):
         source = ProblemSource(source=arguments.data, limit=arguments.prompts)
     else:
         source = ProblemSource(source=arguments.data, prompt="{question}", chat=True, limit=arguments.prompts)
-    return [problem.ids for problem in encode_problems(policy.tokenizer, load_problems(source))]
+    return encode_problems(policy.tokenizer, load_problems(source))
 
 
 @torch.no_grad()
@@ -65,7 +75,7 @@ def one(arguments: argparse.Namespace) -> dict[str, float]:
     """One engine's tokens a second, in this process."""
     torch.set_num_threads(arguments.threads)
     policy = load_policy(arguments.model)
-    prompts = prompts_of(policy, arguments)
+    prompts = [problem.ids for problem in problems_of(policy, arguments)]
     settings = Sampling(
         samples=arguments.samples, max_new_tokens=arguments.max_new_tokens, batch_size=arguments.batch_size
     )
@@ -89,6 +99,58 @@ def one(arguments: argparse.Namespace) -> dict[str, float]:
     return {"tokens_per_second": tokens / seconds, "seconds": seconds, "tokens": tokens}
 
 
+def scored(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Seconds of sampling alone, with scoring after it, and with scoring meanwhile; medians."""
+    torch.set_num_threads(arguments.threads)
+    policy = load_policy(arguments.model)
+    problems = problems_of(policy, arguments)
+    if arguments.data.startswith("world:"):
+        problems = [replace(one, problem=replace(one.problem, columns=_as_formula(one.problem))) for one in problems]
+    settings = Sampling(
+        samples=arguments.samples, max_new_tokens=arguments.max_new_tokens, batch_size=arguments.batch_size
+    )
+    sampler, reward = (
+        TransformersSampler(policy),
+        apart(arguments.reward, Limits(None, 8.0), "fail", arguments.processes),
+    )
+    processes = reward.function
+    assert isinstance(processes, RewardProcesses)
+
+    def run(meanwhile: bool) -> tuple[float, float, list[float | None]]:
+        for process in processes.processes:
+            process.close()  # it may remember answers
+        scored_in(False, problems[-8:], 1)
+        return scored_in(meanwhile, problems, 0)
+
+    def scored_in(
+        meanwhile: bool, some: Sequence[EncodedProblem], seed: int
+    ) -> tuple[float, float, list[float | None]]:
+        started = time.perf_counter()
+        with Scorer(reward, some) as scorer:
+            with sampler.heard_by(scorer.begin if meanwhile else lambda *_: None):
+                sampled = sampler.sample([problem.ids for problem in some], settings, seed)
+            alone = time.perf_counter() - started
+            scorer.begin_all(sampled)
+            scores = [score.value for score, _ in scorer.end()]
+        return alone, time.perf_counter() - started, scores
+
+    seconds: dict[str, list[float]] = {"sampling": [], "after": [], "meanwhile": []}
+    for _ in range(arguments.repeats):
+        alone, after, scores = run(False)
+        _, meanwhile, same = run(True)
+        if scores != same:
+            raise SystemExit("the scores differ")
+        for name, value in zip(seconds, (alone, after, meanwhile), strict=True):
+            seconds[name].append(value)
+    found: dict[str, Any] = {name: median(some) for name, some in seconds.items()}
+    return {"seconds": found, "completions": len(scores), "after_over_meanwhile": found["after"] / found["meanwhile"]}
+
+
+def _as_formula(problem: Problem) -> dict[str, Any]:
+    answer = str(problem.columns["answer"])
+    return {**problem.columns, "answer": rf"\sqrt{{{int(answer) ** 2}}}" if answer.isdigit() else answer}
+
+
 def main() -> None:
     """Run every engine in turn, and compare with `generate`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -101,11 +163,16 @@ def main() -> None:
     parser.add_argument("--engines", help="comma-separated; default: those that are installed")
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--reward", help="time scoring by this reward instead, after the sampling and meanwhile")
+    parser.add_argument("--processes", type=int, default=1, help="processes of the reward")
     parser.add_argument("--json", action="store_true", help="print JSON alone")
     parser.add_argument("--part", choices=ENGINES, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.part:
         print(json.dumps(one(arguments)))
+        return
+    if arguments.reward:
+        print(json.dumps(scored(arguments), indent=None if arguments.json else 1))
         return
     engines = ENGINES if find_spec("vllm") else ENGINES[:2]
     if arguments.engines:

@@ -1,4 +1,4 @@
-"""Counts and messages about rows that a run reads: bad rows, and what happened to good ones."""
+"""Counts of bad rows, which cannot be used, and notes on good ones, with the messages about both."""
 
 from __future__ import annotations
 
@@ -11,55 +11,55 @@ from rlzoo.config import OnBadRow
 from rlzoo.errors import UserError
 
 KEPT = 10
-"""Reasons that are recorded."""
+"""How many reasons are recorded."""
 SHOWN = 3
-"""Reasons that are printed."""
+"""How many reasons are printed."""
 
 
 class BadRows:
-    """``reject`` raises a bad row's error with its place; ``drop`` leaves the row out and counts it.
+    """What happens to bad rows: ``reject`` raises an error that names the row; ``drop`` leaves it out and counts it.
 
-    Notes on good rows are counted as well (`note`), such as completions that were cut.
+    Notes on good rows, such as completions that were cut, are counted as well (`note`).
     """
 
     def __init__(self, mode: OnBadRow = "reject") -> None:
         self.mode = mode
         self.rows = 0
-        """Rows read, including bad ones."""
+        """The number of rows read, including bad ones."""
         self._places: set[str] = set()
         self._first: list[str] = []
         self._noted: dict[str, tuple[set[str], str]] = {}
 
     @property
     def dropped(self) -> int:
-        """Rows that were dropped."""
+        """The number of rows that were dropped."""
         return len(self._places)
 
     @property
     def untouched(self) -> bool:
-        """Whether no row was read yet, and nothing noted."""
+        """Whether nothing has been read or noted yet."""
         return not (self.rows or self._places or self._noted)
 
     def to_json(self) -> dict[str, Any]:
-        """All that was counted, as plain data."""
+        """All counts and notes, as plain data."""
         noted = {kind: [sorted(places), first] for kind, (places, first) in self._noted.items()}
         return {"rows": self.rows, "places": sorted(self._places), "first": self._first, "noted": noted}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Continue from what `to_json` gave."""
+        """Continue from what `to_json` returned."""
         self.rows, self._places, self._first = state["rows"], set(state["places"]), list(state["first"])
         self._noted = {kind: (set(places), first) for kind, (places, first) in state["noted"].items()}
 
     @contextmanager
     def at(self, place: str) -> Iterator[None]:
-        """In this context, a UserError is that of the row at ``place``."""
+        """A context in which a UserError means that the row at ``place`` is bad."""
         try:
             yield
         except UserError as error:
             self.refuse(place, error)
 
     def refuse(self, place: str, error: UserError) -> None:
-        """Record a bad row and its error. Raises UserError unless bad rows are dropped."""
+        """Record a bad row and its error. Raises UserError, which names the place, unless bad rows are dropped."""
         reason = located(place, error)
         if self.mode == "reject":
             hint = "" if self.rows < 2 else " (or drop and count such rows: bad_rows: drop)"
@@ -69,7 +69,7 @@ class BadRows:
             self._first = [*self._first, reason][:KEPT]
 
     def note(self, place: str, notes: Mapping[str, str]) -> None:
-        """Note what happened to a good row → an example. A row counts once per kind."""
+        """Record ``notes`` on a good row: what happened to it → an example. A row counts once per kind of note."""
         for kind, example in notes.items():
             places, _ = self._noted.setdefault(kind, (set(), f"{place}: {example}"))
             places.add(place)
@@ -79,12 +79,12 @@ class BadRows:
         return [f"{kind}: {len(places):,} in all ({first})" for kind, (places, first) in self._noted.items()]
 
     def lines(self) -> list[str]:
-        """All lines to print."""
-        dropped = told(self.summary())
+        """All lines to print: the dropped rows, then the notes."""
+        dropped = dropped_line(self.summary())
         return [*([dropped] if dropped else []), *self.events()]
 
     def require_some(self, left: int) -> None:
-        """Raise UserError if rows were dropped and none is ``left``."""
+        """Raise UserError if rows were dropped and none are ``left``."""
         if not left and self.dropped:
             raise UserError(f"all {self.dropped:,} rows are bad and were dropped; the first, {self._first[0]}")
 
@@ -94,8 +94,8 @@ class BadRows:
 
 
 @contextmanager
-def told_of(bad: BadRows | None) -> Iterator[BadRows]:
-    """The caller's ``bad``, who reports it; without one, bad rows are rejected and notes become warnings."""
+def collecting(bad: BadRows | None) -> Iterator[BadRows]:
+    """The caller's ``bad``, for the caller to report; without one, bad rows are errors and notes become warnings."""
     if bad is not None:
         yield bad
         return
@@ -106,11 +106,11 @@ def told_of(bad: BadRows | None) -> Iterator[BadRows]:
 
 
 def located(place: str, error: UserError) -> str:
-    """An error with its place, in one sentence."""
+    """The message of an error, with the place that it is about."""
     return f"{place} {error}" if str(error).startswith(("is ", "has ", "holds ")) else f"{place}: {error}"
 
 
-def told(summary: dict[str, Any] | None) -> str | None:
+def dropped_line(summary: dict[str, Any] | None) -> str | None:
     """A `BadRows.summary` in one line."""
     if summary is None:
         return None

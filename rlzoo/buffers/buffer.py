@@ -1,7 +1,7 @@
 """The two kinds of buffer: a fixed one, and one that drops the samples of the oldest policy versions.
 
-Both are Arrow tables, memory-mapped when opened from disk. Operations read only the columns they need; the rows of a
-buffer never change in place, so buffers share them.
+Both are Arrow tables, memory-mapped when opened from disk. Operations read only the columns that they need. Rows never
+change in place, so buffers share them.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from rlzoo.buffers.schema import (
     SCHEMA,
     arrow,
     decode,
+    encode_components,
     encode_inputs,
-    encode_parts,
     from_row,
     to_dataset,
     to_row,
@@ -38,19 +38,19 @@ from rlzoo.errors import UserError
 from rlzoo.types import TEMPERED, Trajectory, WhichView
 
 TokenValues = Sequence[Sequence[float] | Float[np.ndarray, " T"] | None]
-"""Per row, one value per completion token, or None."""
+"""For each row, one value per completion token, or None."""
 
 
 class Buffer:
-    """Trajectories as columns."""
+    """Trajectories as columns: the base of `OfflineBuffer` and `RolloutBuffer`. N is the number of rows."""
 
     def __init__(self, rows: datasets.Dataset) -> None:
-        """``rows`` are in the columns of `SCHEMA`. Raises UserError for values that no row has, naming the row."""
+        """``rows`` have the columns of `SCHEMA`. Raises UserError for an invalid value, naming the row."""
         self._rows = checked(rows, "the data set")
 
     @property
     def rows(self) -> datasets.Dataset:
-        """The rows, in the columns of `SCHEMA`."""
+        """The rows as a data set with the columns of `SCHEMA`."""
         return self._rows
 
     def __len__(self) -> int:
@@ -64,13 +64,13 @@ class Buffer:
             yield from rows
 
     def column(self, name: str) -> list[Any]:
-        """One field of every `Trajectory`. Reads only that column; raises UserError for an unknown one."""
+        """One field of every `Trajectory`. Reads only that column. Raises UserError for an unknown column."""
         if name not in SCHEMA:
             raise UserError(f"a buffer has no column {name!r}: known: {', '.join(SCHEMA)}")
         return [decode(name, value) for value in arrow(self._rows)[name].to_pylist()]
 
     def numbers(self, name: str) -> Float[np.ndarray, " N"]:
-        """A column with one number per row, as an array. Reads only that column."""
+        """A column with one number per row, as an array [N]; NaN for null. Reads only that column."""
         found: Float[np.ndarray, " N"] = arrow(self._rows)[name].to_numpy()
         return found
 
@@ -79,12 +79,12 @@ class Buffer:
         return not arrow(self._rows)[name].null_count
 
     def has(self, name: str) -> Bool[np.ndarray, " N"]:
-        """Which rows have a value in this column. Reads no values."""
+        """Which rows have a value in this column, [N]. Reads no values."""
         found: Bool[np.ndarray, " N"] = arrow(self._rows)[name].is_valid().to_numpy()
         return found
 
     def tokens(self, *names: str) -> Int[np.ndarray, " N"]:
-        """The number of tokens per row in ``prompt_ids`` and ``completion_ids``, or in the named ones of them."""
+        """The number of tokens per row, [N], in ``prompt_ids`` and ``completion_ids``, or only in the named columns."""
         table = arrow(self._rows)
         total = np.zeros(len(self), np.int64)
         for name in names or ("prompt_ids", "completion_ids"):
@@ -92,7 +92,7 @@ class Buffer:
         return total
 
     def outside(self, vocabulary: int) -> tuple[int, int] | None:
-        """A row with a token id of at least ``vocabulary``, and that id; None if there is none."""
+        """A row with a token id outside of 0 to ``vocabulary`` - 1, and that id; None if there is none."""
         try:
             for name in ("prompt_ids", "completion_ids"):
                 before = 0
@@ -137,20 +137,23 @@ class Buffer:
         return np.array([name in decode("inputs", row) for row in arrow(self._rows)["inputs"].to_pylist()], bool)
 
     def view(self, selection: WhichView, **options: Any) -> View:
-        """A view of the buffer: see `rlzoo.buffers.views`. Raises UserError if it is empty."""
+        """A view of the buffer, with the options of its ``units`` method.
+
+        Raises UserError for an unknown view or option, and if the view is empty or its units or weights are invalid.
+        """
         try:
             return views.select(arrow(self._rows), selection, options, self.release_pages)
         finally:
             self.release_pages()
 
     def release_pages(self) -> None:
-        """Release the memory of pages read from disk; they are read again when needed."""
+        """Release the memory of pages that were read from disk; they are read again when needed."""
         storage.release_pages(self._rows)
 
     def with_values(self, name: str, values: TokenValues) -> Self:
-        """The same rows with the values of a stored input (None: no value), without those at other temperatures.
+        """The same rows with new values of a stored input (None: no value); values at other temperatures are removed.
 
-        Raises ValueError for a wrong length.
+        Raises ValueError for the wrong number of rows or of values in a row.
         """
         if name in SCHEMA:
             changed = self._with_column(name, self._token_column(name, values))
@@ -168,26 +171,30 @@ class Buffer:
         return self._with_column("inputs", [encode_inputs(row) for row in held])
 
     def with_behaviour_logp(self, values: TokenValues) -> Self:
-        """The same rows with behaviour log-probs. Raises ValueError for a wrong length."""
+        """The same rows with these behaviour log-probs, in nats.
+
+        Raises ValueError for the wrong number of rows or of values in a row.
+        """
         return self._with_column("behaviour_logp", self._token_column("behaviour_logp", values))
 
     def with_rewards(
-        self, rewards: Sequence[float | None], parts: Sequence[Mapping[str, float | None]] | None = None
+        self, rewards: Sequence[float | None], components: Sequence[Mapping[str, float | None]] | None = None
     ) -> Self:
-        """The same rows with these rewards and their named parts. Raises ValueError for a wrong length."""
-        parts = [{}] * len(rewards) if parts is None else parts
-        for name, values in (("rewards", rewards), ("reward parts", parts)):
+        """The same rows with these rewards and their named components. Raises ValueError for too few or too many."""
+        components = [{}] * len(rewards) if components is None else components
+        for name, values in (("rewards", rewards), ("reward components", components)):
             if len(values) != len(self):
                 raise ValueError(f"{len(values)} {name} for {len(self)} rows")
         rewarded = self._with_column("reward", pa.array(rewards, pa.float64()))
-        return rewarded._with_column("reward_parts", [encode_parts(dict(row)) for row in parts])
+        return rewarded._with_column("reward_components", [encode_components(dict(row)) for row in components])
 
     def concatenate(self, other: Buffer) -> Self:
         """These rows, then those of ``other``."""
         return self._with_rows(datasets.concatenate_datasets([self._rows, other.rows]))
 
     def save(self, path: str | Path, notes: Mapping[str, Any] | None = None) -> None:
-        """Write a folder that opens memory-mapped, atomically.
+        """Write a folder that opens memory-mapped, atomically. Raises UserError if ``path`` holds anything but a
+        buffer.
 
         ``notes``, plain data, are stored in its buffer.json.
         """
@@ -198,7 +205,7 @@ class Buffer:
         storage.write_parquet(self._rows, path)
 
     def to_jsonl(self, path: str | Path) -> None:
-        """Write one JSON object per line, with the fields of `Trajectory`."""
+        """Write one JSON object per line, with the fields of a `Trajectory`."""
         storage.write_jsonl(self, path)
 
     def push_to_hub(self, name: str) -> None:
@@ -237,21 +244,24 @@ class OfflineBuffer(Buffer):
 
     @classmethod
     def of_checked(cls, rows: datasets.Dataset) -> Self:
-        """A buffer of rows that were checked."""
+        """A buffer of rows that have been checked already."""
         buffer = cls.__new__(cls)
         buffer._rows = rows
         return buffer
 
     @classmethod
     def from_trajectories(cls, trajectories: Iterable[Trajectory]) -> Self:
-        """A buffer in memory, or if there are many rows in a temporary file, as in `rlzoo.buffers.cache`."""
+        """A buffer of these rows, in memory, or in a temporary file if there are many.
+
+        Raises ValueError for log-probs of another length than the completion, UserError for an invalid value.
+        """
         return cls.of_checked(cache.spooled(map(to_row, trajectories)))
 
     @classmethod
     def load(cls, path: str | Path, bad: BadRows | None = None) -> Self:
-        """Open a buffer's folder (memory-mapped), .parquet or .jsonl file.
+        """Open a folder (memory-mapped), a .parquet or a .jsonl file that a buffer was saved to.
 
-        Raises UserError if it is none, and naming a row with a value that no row has, unless ``bad`` rows are dropped.
+        Raises UserError for anything else, and for a row with an invalid value unless ``bad`` drops such rows.
         """
         return cls.of_checked(storage.read(path, bad))
 
@@ -267,7 +277,7 @@ class RolloutBuffer(Buffer):
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
-        """Open a folder written by `save`. Raises UserError for anything else."""
+        """Open a folder that `save` wrote. Raises UserError for anything else."""
         rows, settings = storage.read(path), storage.read_settings(path)
         if "capacity_versions" not in settings:
             raise UserError(f"{path} is not a rollout buffer: open it with OfflineBuffer.load")

@@ -1,8 +1,8 @@
-"""Encoded rows on disk: memory stays flat whatever their number, and a table is tokenised once.
+"""Encoded rows on disk: memory stays flat whatever their number, and a table is tokenised only once.
 
-They are kept in the folder ``rlzoo`` of the cache of `datasets` (``HF_DATASETS_CACHE``), under a key of all that
-decides on their tokens: the content of the table's files, the tokenizer and its template, the settings, and the code
-that reads and encodes. `datasets.disable_caching` holds here too.
+They are kept in the folder ``rlzoo`` of the cache of `datasets` (``HF_DATASETS_CACHE``), under a key of everything that
+their tokens depend on: the content of the table's files, the tokenizer and its template, the settings, and the code
+that reads and encodes. `datasets.disable_caching` turns this cache off too.
 """
 
 from __future__ import annotations
@@ -33,21 +33,21 @@ from rlzoo.errors import UserError
 from rlzoo.jobs.outputs import PARTIAL, file_digest, write_atomically
 
 BATCH = 1000
-"""Rows that are Python objects at one time."""
+"""How many rows are Python objects at a time."""
 _LIBRARIES = ("datasets", "jinja2", "pyarrow", "tokenizers", "transformers")
 _ATTRIBUTES = ("chat_template", "special_tokens_map", "split_special_tokens", "clean_up_tokenization_spaces")
 
 
 def folder() -> Path:
-    """Where encoded rows are kept."""
+    """The folder in which encoded rows are kept."""
     return Path(datasets.config.HF_DATASETS_CACHE) / "rlzoo"
 
 
 def key(files: Sequence[Path], tokenizer: Any, settings: Mapping[str, Any]) -> str | None:
-    """The name of what a table's files are encoded to; None if that cannot be told, or nothing is to be kept.
+    """The key of a table's encoded rows; None if they cannot be cached, or caching is off.
 
-    That is so for rows in memory, and for tokenizers that are not the fast ones of transformers: code of their own may
-    do anything.
+    Rows in memory cannot be cached, nor can those of a tokenizer other than a fast one of transformers, because its own
+    code may do anything.
     """
     if not files or not datasets.is_caching_enabled() or not type(tokenizer).__module__.startswith("transformers."):
         return None
@@ -56,7 +56,7 @@ def key(files: Sequence[Path], tokenizer: Any, settings: Mapping[str, Any]) -> s
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
     own = {name: value for name, value in backend.items() if name not in ("truncation", "padding")}  # of the last call
     known = {name: repr(getattr(tokenizer, name, None)) for name in _ATTRIBUTES}
-    dated = "strftime_now" in known["chat_template"]  # Llama's template says what day it is
+    dated = "strftime_now" in known["chat_template"]  # Llama's template contains the date
     parts = [
         settings,
         [file_digest(file) for file in files],
@@ -75,24 +75,25 @@ def _code() -> str:
 
 
 def find(name: str | None, bad: BadRows) -> datasets.Dataset | None:
-    """The rows that were kept under a key, and in ``bad`` what was counted then; None if there are none, or damaged."""
+    """The rows cached under a key, with their counts restored to ``bad``; None if they are missing or damaged."""
     if name is None:
         return None
     try:
-        told = json.loads((folder() / f"{name}.json").read_text(encoding="utf-8"))
-        rows = folder() / told["file"]
-        if file_digest(rows) != told["sha256"]:
+        entry = json.loads((folder() / f"{name}.json").read_text(encoding="utf-8"))
+        rows = folder() / entry["file"]
+        if file_digest(rows) != entry["sha256"]:
             return None
-        bad.restore(told["bad_rows"])
+        bad.restore(entry["bad_rows"])
     except (OSError, ValueError, TypeError, KeyError):
         return None
     return _mapped(rows)
 
 
 def spooled(rows: Iterable[dict[str, Any]], name: str | None = None, bad: BadRows | None = None) -> datasets.Dataset:
-    """Rows as a data set, whose values were checked: kept under the key ``name``, with the counts of ``bad``.
+    """Rows as a data set with checked values, cached under the key ``name`` with the counts of ``bad``.
 
-    Without a name, few rows stay in memory, and many are in a file without a name, which ends with its last user.
+    Without a name, few rows stay in memory; many go to an unnamed file, which disappears with its last user. Raises
+    UserError for an invalid value.
     """
     tables, name = to_tables(rows, BATCH), name if _is_writable() else None
     first = list(islice(tables, CHUNK // BATCH + 1)) if name is None else []
@@ -102,7 +103,7 @@ def spooled(rows: Iterable[dict[str, Any]], name: str | None = None, bad: BadRow
 
 
 def _written(tables: Iterator[pa.Table], name: str | None, bad: BadRows | None) -> datasets.Dataset:
-    """Tables in a file: written beside its place, checked, and then given its name."""
+    """Tables in a file, which is written under a temporary name, checked, and then renamed."""
     where = folder() if _is_writable() else Path(tempfile.gettempdir())
     file = where / f".rows-{uuid4().hex}{PARTIAL}"
     try:
@@ -116,8 +117,8 @@ def _written(tables: Iterator[pa.Table], name: str | None, bad: BadRows | None) 
         digest = file_digest(file)
         kept = where / f"{name}-{digest[:16]}.arrow"
         file.replace(kept)
-        told = {"file": kept.name, "sha256": digest, "bad_rows": (bad or BadRows()).to_json()}
-        write_atomically(where / f"{name}.json", json.dumps(told))
+        entry = {"file": kept.name, "sha256": digest, "bad_rows": (bad or BadRows()).to_json()}
+        write_atomically(where / f"{name}.json", json.dumps(entry))
         return _mapped(kept)
     finally:
         file.unlink(missing_ok=True)

@@ -1,6 +1,6 @@
-"""What the rows of a buffer must be, wherever they come from: columns of the schema, with values that a row can have.
+"""Checks of a buffer's rows, wherever they come from: they have the schema's columns, with valid values.
 
-Values are checked on Arrow's columns; only what is wrong with a row becomes Python objects.
+Values are checked on Arrow's columns; only invalid ones become Python objects.
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ from rlzoo.buffers.bad_rows import BadRows
 from rlzoo.buffers.schema import LOG_PROBS, NULLABLE, SAMPLING, SCHEMA, SOURCES, arrow, to_dataset
 from rlzoo.errors import UserError
 
-_NEEDED = {"reward_parts": ("name",), "messages": ("role", "content"), "inputs": ("name", "values")}
-"""Columns of lists of structs, and those of their fields that are never null."""
+_NEEDED = {"reward_components": ("name",), "messages": ("role", "content"), "inputs": ("name", "values")}
+"""Columns that hold lists of structs → the fields of these that are never null."""
 
 Wrong = tuple[int, str]
-"""A row, and what is wrong with it."""
+"""The index of a row, and what is wrong with it."""
 
 
 def checked(rows: datasets.Dataset, origin: str, bad: BadRows | None = None) -> datasets.Dataset:
-    """The data set in the schema's columns, without its ``bad`` rows.
+    """The data set in the schema's columns, without rows that ``bad`` drops; ``origin`` names it in errors.
 
-    Raises UserError for a column that is missing or ill-typed, and naming the row (from 1) for a value that no row has,
-    unless such rows are dropped.
+    Raises UserError for a column that is missing or has the wrong type, and for an invalid value, naming the row (from
+    1), unless such rows are dropped.
     """
     rows = conform(rows, origin)
     wrong = wrong_rows(arrow(rows))
-    if bad is None:  # of what is no file: no setting drops its rows
+    if bad is None:  # not from a file, so no setting drops its rows
         bad = BadRows()
     else:
         bad.rows += len(rows)
@@ -45,11 +45,11 @@ def checked(rows: datasets.Dataset, origin: str, bad: BadRows | None = None) -> 
 
 
 def conform(rows: datasets.Dataset, origin: str) -> datasets.Dataset:
-    """The data set in the schema's columns. Raises UserError for one that is missing or ill-typed."""
+    """The data set in the schema's columns. Raises UserError for a column that is missing or has the wrong type."""
     missing = [name for name in SCHEMA if name not in rows.column_names]
     if missing:
         raise UserError(
-            f"{origin} has no column {missing[0]!r}, so it is no saved buffer: import TRL data with from_trl"
+            f"{origin} has no column {missing[0]!r}, so it is not a saved buffer: import TRL data with from_trl"
         )
     if list(rows.column_names) != list(SCHEMA):
         rows = rows.select_columns(list(SCHEMA))
@@ -63,7 +63,7 @@ def conform(rows: datasets.Dataset, origin: str) -> datasets.Dataset:
 
 
 def _cast(column: pa.ChunkedArray, field: pa.Field, origin: str) -> pa.ChunkedArray:
-    """The column in the schema's type. Raises UserError naming the first row (from 1) whose value has none there."""
+    """The column in the schema's type. Raises UserError naming the first row (from 1) that does not convert to it."""
 
     def reason(rows: int) -> str | None:
         try:
@@ -75,7 +75,7 @@ def _cast(column: pa.ChunkedArray, field: pa.Field, origin: str) -> pa.ChunkedAr
     try:
         return column.cast(field.type)
     except (pa.ArrowException, NotImplementedError):
-        pass  # to be told below
+        pass  # reported below
     if reason(0) is not None:
         raise UserError(f"{origin} is not a saved buffer: its {field.name} cannot be {field.type}: {reason(0)}")
     first = bisect_left(range(len(column)), True, key=lambda row: reason(row + 1) is not None)
@@ -83,13 +83,13 @@ def _cast(column: pa.ChunkedArray, field: pa.Field, origin: str) -> pa.ChunkedAr
 
 
 def _fields(kind: pa.DataType) -> list[str] | None:
-    """The names of the fields of a list of structs, which a cast would fill with nulls where they differ."""
+    """The names of the fields in a list of structs: a cast would fill fields of other names with nulls."""
     inner = getattr(kind, "value_type", kind)
     return [field.name for field in inner] if pa.types.is_struct(inner) else None
 
 
 def wrong_rows(table: pa.Table) -> dict[int, str]:
-    """The rows with a value that no row has, in order, and the first thing that is wrong with each."""
+    """The rows with an invalid value, in order: row index → the first thing that is wrong with it."""
     found: dict[int, str] = {}
     for row, reason in _all_wrong(table):
         found.setdefault(row, reason)

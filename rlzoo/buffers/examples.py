@@ -1,8 +1,8 @@
-"""The formats that people train on: how a row's columns tell one, and the prompts and completions that it gives.
+"""Training formats: how a row's columns identify its format, and the prompts and completions that it contains.
 
 TRL's formats are prompt-completion, preference (with an explicit or an implicit prompt), unpaired preference,
-and language modelling (``messages`` or ``text``), each plain or conversational; beside them are graded samples
-(prompt, completion, reward).
+and language modelling (``messages`` or ``text``), each plain or conversational. Graded samples (prompt, completion,
+reward) are read as well.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from rlzoo.policy.chat import Message, messages
 from rlzoo.policy.encoding import Prompt
 
 _QUESTIONS = ("question", "query", "instruction", "input", "problem")
-"""Columns that are likely the prompt where there is none of that name."""
+"""Columns that probably hold the prompt if no column has that name."""
 COMPLETIONS = ("completion", "chosen", "rejected", "messages", "text")
-"""Columns that hold what is learned."""
+"""Columns that hold completions."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Example:
 
 @dataclass(frozen=True)
 class ExampleFormat:
-    """A format: what it is called, the columns that tell it, and how a row is read."""
+    """A format: its name, the columns that identify it, and how a row is read."""
 
     name: str
     columns: tuple[str, ...]
@@ -42,7 +42,7 @@ class ExampleFormat:
 
 
 def require_text(example: Example, column: str) -> None:
-    """Raise UserError for a completion without words or calls of tools."""
+    """Raise UserError for a completion without text or tool calls."""
     said = example.completion
     if not isinstance(said, str):
         (turn,) = messages([said], "the completion")
@@ -53,7 +53,7 @@ def require_text(example: Example, column: str) -> None:
 
 
 def recognise(row: Row) -> tuple[ExampleFormat, bool]:
-    """The row's format, and whether it is conversational."""
+    """The row's format, and whether it is conversational. Raises UserError if it matches none, naming the nearest."""
     given = {name for name, value in row.items() if value is not None}
     for form in FORMATS:
         if given.issuperset(form.columns):
@@ -80,7 +80,7 @@ def recognise(row: Row) -> tuple[ExampleFormat, bool]:
 
 
 def _distance(columns: set[str], row: set[str], given: set[str]) -> tuple[int, int, int]:
-    """How far a row is from a format of these columns: columns that it lacks, that it has, and that are null."""
+    """How far a row is from a format with these columns: how many it lacks, how many it has, and how many are null."""
     return len(columns - row), -len(columns & row), len(columns - given)
 
 
@@ -89,7 +89,7 @@ def _rename(column: str) -> str:
 
 
 def _require_no_gap(row: Row, given: set[str], form: ExampleFormat) -> None:
-    """Raise UserError for a row that would be of a richer format, if a column of it were not null."""
+    """Raise UserError for a row that would have a richer format if one of its columns were not null."""
     for richer in FORMATS:
         missing = [name for name in richer.columns if name not in given]
         if set(form.columns) < set(richer.columns) <= set(row) and missing:
@@ -99,7 +99,7 @@ def _require_no_gap(row: Row, given: set[str], form: ExampleFormat) -> None:
 
 
 def require_same(first: tuple[ExampleFormat, bool], found: tuple[ExampleFormat, bool]) -> None:
-    """Raise UserError for a row of another format than the first, or one that is conversational where that is not."""
+    """Raise UserError for a row whose format is not that of the first row, or if only one of them is conversational."""
     if found[0] is not first[0]:
         names = dict.fromkeys((*first[0].columns, *found[0].columns))
         odd = next(name for name in names if (name in first[0].columns) != (name in found[0].columns))

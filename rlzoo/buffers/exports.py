@@ -23,10 +23,10 @@ def to_trl(buffer: Buffer, kind: Kind, conversational: bool | None = None) -> da
     """The buffer's rows in one of TRL's formats, with ``prompt_id`` and the problems' own columns.
 
     ``prompt_completion`` takes demonstrations; ``preference`` pairs of a better and a worse completion;
-    ``unpaired_preference`` every sampled row with a reward; ``prompt_only`` each prompt once. Truncated
-    completions are left out, because TRL would end them. A plain prompt becomes a user's turn if
-    ``conversational``; None gives conversations if all rows are, because plain text does not mark the end of a turn.
-    Raises UserError if nothing is left.
+    ``unpaired_preference`` every sampled row with a reward; ``prompt_only`` each prompt once. Truncated completions are
+    left out, because TRL would append an end of sequence. If ``conversational``, a plain prompt becomes a user turn;
+    None gives conversations if all rows are conversations. Raises UserError for an unknown kind, and if no rows are
+    left.
     """
     if conversational is None:
         conversational = len(buffer) > 0 and buffer.is_complete("messages")

@@ -1,6 +1,6 @@
-"""The rows of one file: JSONL, JSON, CSV, TSV, Parquet or Arrow, text optionally compressed, read lazily.
+"""The rows of one file: JSONL, JSON, CSV, TSV, Parquet or Arrow, read lazily; text files may be compressed.
 
-Values are unchanged: numbers of any size in JSON, and text in CSV, where everything is text.
+Values are read unchanged: numbers in JSON may have any size, and everything in CSV is text.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from rlzoo.errors import UserError, kind_of
 from rlzoo.jobs.sources import SUFFIXES, kind_of_file
 
 BATCH = 1000
-"""Rows of Arrow that are Python objects at a time."""
+"""How many rows of an Arrow table are Python objects at a time."""
 
 Item = tuple[str, dict[str, Any] | UserError]
-"""A row's place, for errors, and the row with plain values, or its error."""
+"""The place of a row, for errors, and the row with plain values, or the error of a row that cannot be read."""
 
 _OPENERS: dict[str, Any] = {
     ".gz": gzip.open,
@@ -47,7 +47,7 @@ csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
 
 
 def file_rows(path: Path) -> Iterator[Item]:
-    """The rows of a file. Raises UserError for another kind of file, or a damaged one."""
+    """The rows of a file. Raises UserError for an unknown kind of file, and for one that is damaged as a whole."""
     require_data(path)
     match kind_of_file(path):
         case ".parquet":
@@ -68,24 +68,24 @@ def file_rows(path: Path) -> Iterator[Item]:
 
 
 def require_data(path: Path) -> None:
-    """Raise UserError for what Git leaves in place of a large file that was not downloaded."""
+    """Raise UserError for a Git LFS pointer, which stands in for a large file that was not downloaded."""
     with _open(path) as stream:
         try:
             pointer = stream.read(len(_POINTER)) == _POINTER
         except _UNREADABLE:
-            return  # to be told by who reads it
+            return  # reported by whoever reads it
     if pointer:
         raise UserError(f"{path} is a Git LFS pointer, not the data: get them with git lfs pull")
 
 
 def require_distinct(names: list[str], origin: str) -> None:
-    """Raise UserError for a column's name that is there twice."""
+    """Raise UserError for a column name that occurs twice."""
     if repeated := [name for name in names if name and names.count(name) > 1]:
         raise UserError(f"{origin} has the column {repeated[0]!r} more than once: rename or drop one")
 
 
 def json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any] | UserError]]:
-    """(line number, object) of each line that is not blank; of a bad line, the error without its place."""
+    """(line number, object) of each line that is not blank; for a bad line, its error, without the place."""
     for number, line in _lines(path):
         if isinstance(line, UserError) or line.strip():
             yield number, line if isinstance(line, UserError) else _object(line)
@@ -170,13 +170,13 @@ def _text(line: bytes) -> str | UserError:
 
 
 class _Repeating(dict[str, Any]):
-    """A JSON object with a key that is there more than once, of which a dictionary keeps the last."""
+    """A JSON object that has a key more than once, of which a dictionary keeps the last."""
 
     key = ""
 
 
 def _loads(text: str) -> tuple[Any, list[str]]:
-    """What JSON says, and the keys that are more than once in a (`_Repeating`) object. Raises as `json.loads` does."""
+    """The value of a JSON text, and the keys that a (`_Repeating`) object repeats. Raises as `json.loads` does."""
     repeated: list[str] = []
 
     def made(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -258,7 +258,7 @@ def _reason(error: json.JSONDecodeError) -> str:
 
 
 def object_row(value: Any, what: str) -> dict[str, Any] | UserError:
-    """A line's or a row's columns as plain values; for anything but an object, the error without its place."""
+    """The columns of a line or row as plain values; for anything but an object, its error, without the place."""
     if isinstance(value, Mapping):
         return plain_row(value)
     return UserError(f"is {kind_of(value)}: every {what} must be an object of columns")

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import datasets
 
 from rlzoo.buffers import cache
-from rlzoo.buffers.bad_rows import BadRows, told_of
+from rlzoo.buffers.bad_rows import BadRows, collecting
 from rlzoo.buffers.buffer import OfflineBuffer
 from rlzoo.buffers.examples import COMPLETIONS, GRADED, Example, ExampleFormat, recognise, require_same, require_text
 from rlzoo.buffers.files import BATCH, Item, batch_rows, object_row
@@ -30,7 +30,7 @@ from rlzoo.policy.encoding import CUT, Encoded, RowCheck, Special, Steps, encode
 from rlzoo.types import Trajectory
 
 Fits = Callable[[Sequence[int], Sequence[int]], None]
-"""Raises UserError for the tokens of a prompt and a completion that a model cannot take."""
+"""Called with the token ids of a prompt and a completion; raises UserError if the model cannot take them."""
 
 
 def from_trl(
@@ -42,15 +42,15 @@ def from_trl(
     bad: BadRows | None = None,
     special_tokens: Special = "reject",
 ) -> OfflineBuffer:
-    """A buffer of the rows of a TRL data set.
+    """A buffer from the rows of a TRL data set.
 
-    Prompt-completion and language-modelling rows are demonstrations (of ``messages``, the last turn is the
-    completion); preference rows give two rows of reward 1 and 0, unpaired ones a row of reward 1 or 0, and graded ones
-    samples with their reward. ``prompt_id`` or ``id`` names the prompt, else its text does. ``max_length`` cuts
-    prompt + completion, in tokens, and ``max_completion_tokens`` the completion. ``columns`` gives columns other names
-    first. Text that spells a special token makes a row bad, or with ``special_tokens="allow"`` is counted. ``bad``
-    takes the counts, which else become warnings.
-    Raises UserError naming the row (from 1) and the column, unless ``bad`` rows are dropped.
+    Prompt-completion and language-modelling rows become demonstrations (the last of ``messages`` is the completion), a
+    preference row two rows of reward 1 and 0, an unpaired one a row of reward 1 or 0, and graded rows samples with
+    their reward. ``prompt_id`` or ``id`` identifies the prompt, else its text does. ``max_length`` limits prompt +
+    completion, ``max_completion_tokens`` the completion, both in tokens; longer completions are cut. ``columns``
+    renames columns first. Text that spells a special token makes a row bad, or is counted with
+    ``special_tokens="allow"``. ``bad`` collects the counts, which otherwise become warnings. Raises UserError naming
+    the row (from 1) and the column, unless ``bad`` drops such rows.
     """
     if isinstance(rows, Mapping) or not isinstance(rows, Iterable):
         names = f" ({', '.join(map(str, rows))})" if isinstance(rows, Mapping) else ""
@@ -63,7 +63,7 @@ def from_trl(
     else:
         items = ((f"row {number}", object_row(row, "row")) for number, row in enumerate(rows, 1))
     encoding = _Encoding(tokenizer, max_length, max_completion_tokens, special_tokens)
-    with told_of(bad) as bad:
+    with collecting(bad) as bad:
         return OfflineBuffer.of_checked(cache.spooled(_rows(items, encoding, columns or {}, bad)))
 
 
@@ -79,14 +79,14 @@ def read_buffer(
 ) -> OfflineBuffer:
     """A saved buffer (folder, .parquet, .jsonl), or a table or Hub data set in a format that `from_trl` reads.
 
-    ``split``, ``columns`` and ``special_tokens`` are for tables. Demonstrations of more than
-    ``max_completion_tokens`` are cut, and so is any completion of a table. A row that does not fit (`Policy.row_check`)
-    is a bad row. Raises UserError naming ``where``, and the row and column at fault.
+    ``split``, ``columns`` and ``special_tokens`` are for tables. Demonstrations, and all completions of a table, are
+    cut to ``max_completion_tokens``. A row that does not fit the model (``fits``, as from `Policy.row_check`) is a bad
+    row. Raises UserError naming ``where``, the row and the column.
 
-    Tokens are kept in the cache of `datasets` (`rlzoo.buffers.cache`), for the next time that the same table is read.
+    Tokens are kept in the cache of `datasets` (`rlzoo.buffers.cache`) for the next time that the same table is read.
     """
     encoding = _Encoding(tokenizer, None, max_completion_tokens, special_tokens, fits)
-    with told_of(bad) as bad:
+    with collecting(bad) as bad:
         return _read_buffer(where, bad, split, columns or {}, encoding)
 
 
@@ -164,7 +164,7 @@ class _Encoding(NamedTuple):
 
     @property
     def is_known(self) -> bool:
-        """Whether its settings tell all about it: any function may check rows."""
+        """Whether its settings determine it, so that rows can be cached: an arbitrary ``fits`` may do anything."""
         return self.fits is None or isinstance(self.fits, RowCheck)
 
     def steps(self, example: Example, row: Row) -> Steps[Encoded]:

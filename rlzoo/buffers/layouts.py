@@ -39,9 +39,9 @@ _ALPACA = (
 
 
 def as_trl(row: Row, chat: bool) -> dict[str, Any]:
-    """The row in one of TRL's formats, if it has a known layout.
+    """The row in one of TRL's formats, if it has a known layout; else the row unchanged.
 
-    An Alpaca row becomes a user turn if the model has a ``chat`` template, and Alpaca's own prompt if not.
+    An Alpaca row becomes a user turn if the model has a ``chat`` template, and Alpaca's own prompt otherwise.
     Raises UserError for a conversation that cannot be read.
     """
     made = {name: _parsed(name, value) for name, value in row.items()}
@@ -73,7 +73,7 @@ def as_trl(row: Row, chat: bool) -> dict[str, Any]:
 
 
 def aliases(row: Row) -> dict[str, str]:
-    """Columns of this row with other names in ShareGPT or LLaMA-Factory → TRL's name."""
+    """The columns of this row that ShareGPT or LLaMA-Factory call otherwise → TRL's name."""
     found: dict[str, str] = {}
     for alias, name in _ALIASES.items():
         fits = name == "label" or row.get(alias) is None or isinstance(row[alias], list)
@@ -88,7 +88,7 @@ def _parsed(name: str, value: Any) -> Any:
 
 
 def conversation_of(value: Any, column: str) -> Any:
-    """The same for the value of one column. Raises UserError for a conversation that Python printed."""
+    """The value of a column, with a conversation in JSON text parsed. Raises UserError for one that Python printed."""
     if not isinstance(value, str):
         return value
     found = read_json(value)

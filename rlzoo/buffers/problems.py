@@ -1,4 +1,4 @@
-"""Problem sets: prompts with the columns that rewards need, and worked solutions if there are any."""
+"""Problem sets: prompts with the columns that rewards need and, where they exist, worked solutions."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from itertools import compress, islice, zip_longest
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from rlzoo.buffers.bad_rows import BadRows, told_of
+from rlzoo.buffers.bad_rows import BadRows, collecting
 from rlzoo.buffers.files import BATCH
 from rlzoo.buffers.formats import Fits
 from rlzoo.buffers.layouts import conversation_of
@@ -43,39 +43,45 @@ U = TypeVar("U")
 
 @dataclass(frozen=True)
 class Problem:
-    """A prompt, text or conversation, with the columns that rewards need and its demonstrations."""
+    """A prompt, text or conversation, with the columns that rewards need and its worked solutions."""
 
     id: str
+    """Unique in its problem set; the ``prompt_id`` of its rows in a buffer."""
     prompt: str | list[Message]
+    """Text, or the messages of a conversation."""
     columns: Mapping[str, Any]
+    """Columns of the data by name, which rewards get."""
     solutions: tuple[str, ...] = ()
+    """Worked solutions, from which demonstrations are made."""
     quality: float | None = None
-    """The quality of its solutions, which becomes the reward of demonstrations."""
+    """The quality of the solutions, which becomes the reward of demonstrations."""
     special_tokens: Special = "reject"
     """What happens to text that spells a special token."""
     place: str = field(default="", compare=False)
     """The file and row that it is from, for errors; empty if it is not from a file."""
 
     @property
-    def told(self) -> str:
-        """Its name in errors."""
+    def label(self) -> str:
+        """Its name in messages: its id, with its file and row if it is from a file."""
         return f"problem {self.id!r}" + (f" ({self.place})" if self.place else "")
 
 
 @dataclass(frozen=True)
 class EncodedProblem:
-    """A problem with its tokens for a policy."""
+    """A problem with its prompt as a policy gets it."""
 
     problem: Problem
     text: str
+    """The rendered prompt."""
     ids: list[int] = field(repr=False)
+    """The tokens of the prompt."""
 
 
 def load_problems(source: ProblemSource, bad: BadRows | None = None) -> list[Problem]:
-    """The problems of an embedded world, a local table or a Hub data set, in their order, cut to ``limit``.
+    """The problems of a built-in task, a local table or a Hub data set, in order, at most ``limit`` of them.
 
-    Raises UserError for a source that cannot be read, a missing column, or an empty set; a bad row goes
-    to ``bad``, which by default is that of the source's ``bad_rows``.
+    Raises UserError for a source that cannot be read, a missing column, or an empty set. Bad rows are handled by
+    ``bad``; None does what the source's ``bad_rows`` says.
     """
     bad = BadRows(source.bad_rows) if bad is None else bad
     if source.source.startswith(WORLD_PREFIX):
@@ -100,7 +106,7 @@ def _problems(source: ProblemSource, bad: BadRows) -> Iterator[tuple[str, Proble
 
 
 def _kept(made: Iterator[tuple[str, Problem]], source: ProblemSource, bad: BadRows) -> list[Problem]:
-    """The first problems, up to the limit, with their quality. One with the id of an earlier one is bad."""
+    """The first problems, up to the limit, with their quality. A problem with the id of an earlier one is bad."""
     places: dict[str, str] = {}
     problems: list[Problem] = []
     for place, problem in made:
@@ -143,7 +149,7 @@ def _problem(index: int, row: Mapping[str, Any], source: ProblemSource) -> Probl
 
 
 def _instructed(prompt: Any, system: str) -> list[Message]:
-    """The conversation after a system turn; an empty turn replaces the template's default."""
+    """The conversation with a system turn before it; an empty turn replaces the template's default."""
     if not isinstance(prompt, list):
         raise UserError("`system` is for conversations, and the prompt is plain text: add chat: true")
     if prompt and isinstance(prompt[0], Mapping) and prompt[0].get("role") == "system":
@@ -180,7 +186,7 @@ def _rated(problem: Problem, column: str | None) -> Problem:
 
 
 def _filled(template: str, row: Mapping[str, Any]) -> str:
-    """The prompt of a row by a template. Raises UserError for a value that is null or not text."""
+    """The prompt that a template makes of a row. Raises UserError for a value that is null or not text."""
     parts = []
     for text, name, spec, conversion in string.Formatter().parse(template):
         parts.append(text)
@@ -217,14 +223,14 @@ def _placeholders(template: str) -> list[str]:
 def encode_problems(
     tokenizer: PreTrainedTokenizerBase, problems: Sequence[Problem], bad: BadRows | None = None
 ) -> list[EncodedProblem]:
-    """Each problem with its rendered prompt and prompt ids. Raises UserError naming one that cannot be encoded.
+    """Each problem with its rendered prompt and the tokens of that.
 
-    With ``bad`` such a problem goes there.
+    Raises UserError naming a problem that cannot be encoded, unless ``bad`` drops it.
     """
     encoded = []
-    with told_of(bad) as bad:
+    with collecting(bad) as bad:
         for problem, found in _in_batches(tokenizer, problems, lambda problem: _prompt_steps(tokenizer, problem, bad)):
-            with bad.at(problem.told):
+            with bad.at(problem.label):
                 encoded.append(got(found))
         if problems:
             bad.require_some(len(encoded))
@@ -238,11 +244,12 @@ def demonstrations(
     bad: BadRows | None = None,
     fits: Fits | None = None,
 ) -> list[Trajectory]:
-    """One row per worked solution. A completion over ``max_tokens`` is cut and marked truncated.
+    """One row per worked solution. A completion longer than ``max_tokens`` is cut and marked as truncated.
 
-    A problem with a solution that does not fit (`Policy.row_check`) is a bad row.
+    A problem with a solution that does not fit the model (``fits``, as from `Policy.row_check`) is a bad row. Raises
+    UserError for a bad row, unless ``bad`` drops it.
     """
-    with told_of(bad) as bad:
+    with collecting(bad) as bad:
         return list(each_demonstration(tokenizer, problems, max_tokens, bad, fits))
 
 
@@ -253,11 +260,11 @@ def each_demonstration(
     bad: BadRows,
     fits: Fits | None = None,
 ) -> Iterator[Trajectory]:
-    """The same, `BATCH` in memory at a time, after all prompts were checked."""
+    """`demonstrations`, `BATCH` rows in memory at a time, after all prompts have been checked."""
     checks = _in_batches(tokenizer, problems, lambda problem: _prompt_steps(tokenizer, problem, bad))
     good = bytearray(len(problems))
     for place, (problem, found) in enumerate(checks):
-        with bad.at(problem.told):
+        with bad.at(problem.label):
             got(found)
             good[place] = True
     if problems:
@@ -269,9 +276,9 @@ def each_demonstration(
     )
     every = _in_batches(tokenizer, solutions, lambda one: _solution_steps(tokenizer, one[0], one[2], max_tokens, fits))
     for (problem, nth, solution), outcome in every:
-        with bad.at(problem.told):
+        with bad.at(problem.label):
             own, made = got(outcome)
-            bad.note(problem.told + (f", solution {nth}" if nth > 1 else ""), made.notes)
+            bad.note(problem.label + (f", solution {nth}" if nth > 1 else ""), made.notes)
             text = made.completion if made.truncated else solution
             yield trajectory(own, text, made.completion_ids, truncated=made.truncated, reward=problem.quality)
 
@@ -279,7 +286,7 @@ def each_demonstration(
 def _in_batches(
     tokenizer: Any, items: Iterable[T], steps: Callable[[T], Steps[U]]
 ) -> Iterator[tuple[T, U | UserError]]:
-    """Each item, and what its steps return or raise."""
+    """Each item with the result, or the error, of its steps."""
     left = iter(items)
     for batch in iter(lambda: list(islice(left, BATCH)), []):
         yield from zip(batch, encode_batch(tokenizer, map(steps, batch)), strict=True)
@@ -288,7 +295,7 @@ def _in_batches(
 def _prompt_steps(tokenizer: Any, problem: Problem, bad: BadRows) -> Steps[EncodedProblem]:
     prompt = problem.prompt if isinstance(problem.prompt, str) else messages(problem.prompt)
     if problem.special_tokens == "allow" and (found := spelled(tokenizer, prompt)):
-        bad.note(problem.told, {SPELLED: found})
+        bad.note(problem.label, {SPELLED: found})
     text, ids = yield from prompt_steps(tokenizer, prompt, problem.special_tokens, _options(problem))
     return EncodedProblem(replace(problem, prompt=prompt), text, ids)
 
@@ -312,7 +319,7 @@ def _options(problem: Problem) -> Options:
 def trajectory(
     encoded: EncodedProblem, completion: str, ids: list[int], logged: Mapping[str, Any] | None = None, **known: Any
 ) -> Trajectory:
-    """A buffer row for a completion of a problem, with what a reward ``logged`` for it as further columns."""
+    """The buffer row of a completion of a problem; values that a reward ``logged`` for it become further columns."""
     problem = encoded.problem
     own = {f"logged_{n}" if n in problem.columns else n: value for n, value in (logged or {}).items()}
     return Trajectory(
@@ -328,10 +335,10 @@ def trajectory(
 
 
 def world_problems(name: str) -> list[Problem]:
-    """The problems of ``arithmetic/train``, ``facts/test``, ….
+    """The problems of a built-in task, named ``arithmetic/train``, ``facts/test``, ….
 
-    A training problem of ``arithmetic`` has a worked solution in each style, a fact its one answer. ``both`` alternates
-    between the two tasks.
+    A training problem of ``arithmetic`` has a worked solution in each style, one of ``facts`` its one answer. ``both``
+    alternates between the two tasks. Raises UserError for an unknown name.
     """
     from rlzoo.buffers.problems import Problem
 

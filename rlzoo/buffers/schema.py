@@ -1,7 +1,7 @@
-"""The one row schema, and the way between a `Trajectory` and its row.
+"""The one row schema, and the conversion between a `Trajectory` and its row.
 
-Log-probs are stored as float32, the numerics they were computed in; everything else is stored exactly. A
-row's ``columns`` are one JSON string, because problems of different worlds have different columns.
+Log-probs are stored as float32, in which they are computed; everything else is stored exactly. A row's ``columns`` are
+one JSON string, because problems of different tasks have different columns.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ SCHEMA = datasets.Features(
         "prompt_id": Value("string"),
         "source": Value("string"),
         "reward": Value("float64"),
-        "reward_parts": List({"name": Value("string"), "value": Value("float64")}),
+        "reward_components": List({"name": Value("string"), "value": Value("float64")}),
         "behaviour_logp": List(Value("float32")),
         "sampler_logp": List(Value("float32")),
         "reference_logp": List(Value("float32")),
@@ -47,17 +47,17 @@ SCHEMA = datasets.Features(
 LOG_PROBS = ("behaviour_logp", "sampler_logp", "reference_logp", "tempered_reference_logp")
 NULLABLE = frozenset({"reward", "messages", *LOG_PROBS})
 SOURCES = ("demonstration", "policy", "preference")
-"""What a row's ``source`` may be."""
+"""The values that a row's ``source`` may have."""
 SAMPLING = {"temperature": (sys.float_info.max, "above 0"), "top_p": (1.0, "above 0 and at most 1")}
-"""How a row was sampled: the greatest value, and the bounds in words."""
+"""Sampling settings of a row → the largest value, and the bounds in words."""
 CHUNK = 10_000
-"""Rows that are Python objects at one time when many are written or read."""
+"""How many rows are Python objects at a time when many are written or read."""
 
 _NAMES = [f.name for f in fields(Trajectory)]
 
 
 def to_row(trajectory: Trajectory) -> dict[str, Any]:
-    """The row of a trajectory. Raises ValueError for log-probs of another length than the completion's."""
+    """The row of a trajectory. Raises ValueError for log-probs of another length than the completion."""
     for name in LOG_PROBS:
         values = getattr(trajectory, name)
         if values is not None and len(values) != len(trajectory.completion_ids):
@@ -69,9 +69,9 @@ def to_row(trajectory: Trajectory) -> dict[str, Any]:
 
 
 def unchecked_row(trajectory: Trajectory) -> dict[str, Any]:
-    """The same, whatever its values."""
+    """`to_row` without its checks."""
     row = {name: getattr(trajectory, name) for name in _NAMES}
-    row["reward_parts"] = encode_parts(trajectory.reward_parts)
+    row["reward_components"] = encode_components(trajectory.reward_components)
     row["columns"] = _to_json(trajectory.columns)
     row["inputs"] = encode_inputs(trajectory.inputs)
     return row
@@ -79,12 +79,13 @@ def unchecked_row(trajectory: Trajectory) -> dict[str, Any]:
 
 def from_row(row: dict[str, Any]) -> Trajectory:
     """The trajectory of a row: the inverse of `to_row`."""
-    return Trajectory(**{**row, **{name: decode(name, row[name]) for name in ("reward_parts", "columns", "inputs")}})
+    decoded = {name: decode(name, row[name]) for name in ("reward_components", "columns", "inputs")}
+    return Trajectory(**{**row, **decoded})
 
 
-def encode_parts(parts: dict[str, float | None]) -> list[dict[str, Any]]:
-    """Named values as the list of structs that Arrow stores."""
-    return [{"name": name, "value": value} for name, value in parts.items()]
+def encode_components(components: dict[str, float | None]) -> list[dict[str, Any]]:
+    """Components of a reward as the list of structs that Arrow stores."""
+    return [{"name": name, "value": value} for name, value in components.items()]
 
 
 def encode_inputs(inputs: Mapping[str, Sequence[float]]) -> list[dict[str, Any]]:
@@ -93,16 +94,16 @@ def encode_inputs(inputs: Mapping[str, Sequence[float]]) -> list[dict[str, Any]]
 
 
 def decode(name: str, value: Any) -> Any:
-    """The value of a `Trajectory`'s field from what the column of that name stores."""
-    if name == "reward_parts":
-        return {part["name"]: part["value"] for part in value}
+    """The value of a field of a `Trajectory`, from what its column stores."""
+    if name == "reward_components":
+        return {one["name"]: one["value"] for one in value}
     if name == "inputs":
         return {one["name"]: one["values"] for one in value}
     return json.loads(value) if name == "columns" else value
 
 
 def to_table(rows: Iterable[dict[str, Any]]) -> pa.Table:
-    """An Arrow table of rows, built `CHUNK` of them at a time."""
+    """An Arrow table of rows, built from `CHUNK` of them at a time."""
     tables = list(to_tables(rows, CHUNK))
     return pa.concat_tables(tables) if tables else SCHEMA.arrow_schema.empty_table()
 
@@ -115,7 +116,7 @@ def to_tables(rows: Iterable[dict[str, Any]], size: int) -> Iterator[pa.Table]:
 
 
 def to_dataset(table: pa.Table) -> datasets.Dataset:
-    """The table as a data set. The fingerprint is random: hashing the rows would read all of them."""
+    """The table as a data set, with a random fingerprint, because hashing the rows would read all of them."""
     return datasets.Dataset(table, fingerprint=generate_random_fingerprint())
 
 

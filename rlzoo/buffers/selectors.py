@@ -1,7 +1,6 @@
 """The five built-in views: demonstrations, correct samples, pairs, groups and unpaired rows.
 
-A view is computed on columns, and is a function of them alone: earlier rows win wherever a choice has to be
-made.
+A view is computed from columns, and depends on nothing else: wherever rows have to be chosen, earlier ones win.
 """
 
 from __future__ import annotations
@@ -23,12 +22,12 @@ Indices = Int[np.ndarray, " R"]
 THRESHOLD = 0.5
 """The smallest reward of a correct completion."""
 RELEASED = 64
-"""Chunks of texts, of a thousand rows each, that stay mapped at a time."""
+"""How many chunks of texts, of a thousand rows each, stay mapped at a time."""
 Truncated = Literal["keep", "drop"]
 
 
 def demonstrations(rows: pa.Table, truncated: Truncated = "keep") -> Units:
-    """Rows with source ``demonstration``, one per unit."""
+    """Rows with source ``demonstration``, one per unit. Raises UserError if there are none."""
     chosen = np.flatnonzero(_has_source(rows, "demonstration") & _whole(rows, truncated))
     if not len(chosen):
         raise UserError(
@@ -47,9 +46,10 @@ def correct(
     truncated: Truncated = "keep",
     release: Callable[[], None] | None = None,
 ) -> Units:
-    """Sampled rows with reward ≥ threshold, one per unit: at most ``per_prompt`` distinct texts per prompt.
+    """Sampled rows with reward ≥ ``threshold``, one per unit: at most ``per_prompt`` distinct texts per prompt.
 
-    With ``with_demonstrations`` all demonstrations are included, whatever their reward.
+    With ``with_demonstrations`` all demonstrations are included, whatever their reward. Raises UserError if no sample
+    is correct.
     """
     mask = ~_has_source(rows, "demonstration") & (rewards(rows) >= threshold) & _whole(rows, truncated)
     chosen = np.flatnonzero(mask)
@@ -69,9 +69,10 @@ def correct(
 
 
 def pairs(rows: pa.Table, threshold: float = THRESHOLD, per_prompt: int = 4, truncated: Truncated = "keep") -> Units:
-    """(better, worse) rows of one prompt, on either side of the threshold, at most ``per_prompt`` per prompt.
+    """Units (better, worse) of one prompt, on either side of the threshold, at most ``per_prompt`` per prompt.
 
-    The i-th better row is paired with the i-th worse one, so no row is used twice and imported pairs stay pairs.
+    The i-th better row is paired with the i-th worse one, so no row is used twice and imported pairs stay pairs. Raises
+    UserError if there are none.
     """
     reward = rewards(rows)
     mask = _has_source(rows, "policy", "preference") & ~np.isnan(reward) & _whole(rows, truncated)
@@ -100,10 +101,10 @@ def pairs(rows: pa.Table, threshold: float = THRESHOLD, per_prompt: int = 4, tru
 
 
 def groups(rows: pa.Table, size: int | None = None, varied: bool = False, truncated: Truncated = "keep") -> Units:
-    """All samples of one prompt by one policy version that have a reward and behaviour log-probs.
+    """Units of all samples of one prompt by one policy version that have a reward and behaviour log-probs.
 
-    With ``size``, the first ``size`` of each; smaller groups are left out. With ``varied``, so are groups whose
-    rewards are all equal.
+    With ``size``, only the first ``size`` samples of each group are taken, and smaller groups are left out. With
+    ``varied``, groups of equal rewards are left out. Raises UserError if no group is left.
     """
     reward = rewards(rows)
     usable = ~np.isnan(reward) & rows["behaviour_logp"].is_valid().to_numpy() & _whole(rows, truncated)
@@ -146,7 +147,7 @@ def groups(rows: pa.Table, size: int | None = None, varied: bool = False, trunca
 
 
 def unpaired(rows: pa.Table, truncated: Truncated = "keep") -> Units:
-    """Rows of any source but ``demonstration`` that have a reward, one per unit."""
+    """Rows of any source but ``demonstration`` that have a reward, one per unit. Raises UserError if there are none."""
     chosen = np.flatnonzero(~_has_source(rows, "demonstration") & ~np.isnan(rewards(rows)) & _whole(rows, truncated))
     if not len(chosen):
         raise UserError(
@@ -221,7 +222,7 @@ def _and_whole(truncated: Truncated) -> str:
 
 
 def rewards(rows: pa.Table) -> Float[np.ndarray, " N"]:
-    """Rewards, or NaN."""
+    """The reward of each row, [N]; NaN where it has none."""
     reward: Float[np.ndarray, " N"] = rows["reward"].to_numpy()
     return reward
 

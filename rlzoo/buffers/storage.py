@@ -1,4 +1,4 @@
-"""Buffers on disk: memory-mapped folders, Parquet and JSONL, written beside their place and then renamed."""
+"""Buffers on disk: memory-mapped folders, Parquet and JSONL, written under a temporary name and then renamed."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ from rlzoo.types import Trajectory
 _DONT_NEED = 4  # MADV_DONTNEED
 _SETTINGS, _DIGESTS = "buffer.json", "sha256"
 _LARGEST = 2**31 - 1
-"""Of the integers of a row."""
+"""The largest integer that a row may hold."""
 _FOLDER_MARK = "state.json"  # what `Dataset.save_to_disk` leaves in every folder
 
 
 def write_folder(rows: datasets.Dataset, path: str | Path, settings: dict[str, Any]) -> None:
-    """Write a folder that opens memory-mapped. Raises UserError rather than replace anything but a buffer."""
+    """Write a folder that opens memory-mapped. Raises UserError if ``path`` exists and is not a buffer."""
     path = Path(path)
     if path.exists() and not (path / _FOLDER_MARK).exists() and not _is_empty(path):
         raise UserError(f"{path} exists and is not a buffer: choose another path")
@@ -53,13 +53,16 @@ def write_parquet(rows: datasets.Dataset, path: str | Path) -> None:
 
 
 def write_jsonl(trajectories: Iterable[Trajectory], path: str | Path) -> None:
-    """Write one trajectory a line, fields by name."""
+    """Write one trajectory per line, as a JSON object of its fields."""
     with replacing(Path(path)) as beside, beside.open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(asdict(t), ensure_ascii=False) + "\n" for t in trajectories)
 
 
 def read(path: str | Path, bad: BadRows | None = None) -> datasets.Dataset:
-    """The rows of a folder, a .parquet or a .jsonl file, without ``bad`` ones. Raises UserError for anything else."""
+    """The rows of a folder, a .parquet or a .jsonl file, without rows that ``bad`` drops.
+
+    Raises UserError for anything else, for damaged files and, unless it is dropped, for a row with an invalid value.
+    """
     path, bad = Path(path), BadRows() if bad is None else bad
     if not path.exists():
         raise UserError(f"{path} does not exist: give a folder, a .parquet or a .jsonl file that a buffer was saved to")
@@ -80,9 +83,9 @@ def read(path: str | Path, bad: BadRows | None = None) -> datasets.Dataset:
 
 
 def release_pages(rows: datasets.Dataset) -> None:
-    """Give the pages of mapped files that were read back to the system, which keeps them cached while it has room.
+    """Return the pages of mapped files that were read to the system, which keeps them cached while it has room.
 
-    They would count as memory of this process, though the system may have them whenever it needs room. Linux only.
+    Otherwise they count as memory of this process, although the system can reclaim them at any time. Linux only.
     """
     files = {str(Path(file["filename"]).resolve()) for file in rows.cache_files}
     if not files or sys.platform != "linux":
@@ -98,7 +101,7 @@ def release_pages(rows: datasets.Dataset) -> None:
 
 
 def read_settings(path: str | Path) -> dict[str, Any]:
-    """What was written beside the rows of a folder; nothing if it is not a folder of `write_folder`."""
+    """The settings stored with the rows of a folder; empty if `write_folder` did not write it."""
     file = Path(path) / _SETTINGS
     try:
         settings = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
@@ -110,15 +113,15 @@ def read_settings(path: str | Path) -> dict[str, Any]:
 
 
 def _check_digests(path: Path) -> None:
-    """Raise UserError for a folder whose files are not those that were written."""
+    """Raise UserError for a folder whose files have changed since they were written."""
     settings = read_settings(path)
     digests = settings.pop(_DIGESTS, {})  # a folder of `datasets`, or of an older version, has none
     there = {file.name for file in path.iterdir() if file.is_file()}
     if not isinstance(digests, dict) or (digests and there != set(digests)):
-        raise UserError(f"{path} is damaged: its files are not those that were written; save the buffer again")
+        raise UserError(f"{path} is damaged: it does not have the files that were written; save the buffer again")
     for name, digest in digests.items():
         if (_digest(settings) if name == _SETTINGS else file_digest(path / name)) != digest:
-            raise UserError(f"{path / name} is damaged: its checksum is another than when it was written")
+            raise UserError(f"{path / name} is damaged: its checksum has changed since it was written")
 
 
 def _digest(settings: Mapping[str, Any]) -> str:
@@ -126,7 +129,7 @@ def _digest(settings: Mapping[str, Any]) -> str:
 
 
 def _check_pages(path: Path) -> None:
-    """Raise UserError for a Parquet file with a page whose checksum is another than when it was written."""
+    """Raise UserError for a Parquet file with a page whose checksum has changed since it was written."""
     try:
         for _ in pyarrow.parquet.ParquetFile(path, page_checksum_verification=True).iter_batches():
             pass
@@ -177,7 +180,7 @@ def _read_jsonl(path: Path, bad: BadRows) -> datasets.Dataset:
 
 
 def _buffer_row(line: dict[str, Any] | UserError) -> dict[str, Any] | UserError:
-    """The row of a line, or what is wrong with its fields or their types."""
+    """The row of a line, or the error of one with wrong fields or types."""
     if isinstance(line, UserError):
         return line
     if surplus := sorted(line.keys() - _FIELDS):

@@ -1,4 +1,4 @@
-"""Loading tables: files, folders of shards, patterns, saved data sets, and the Hugging Face Hub."""
+"""Reading tables: files, folders of shards, patterns, saved data sets, and the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ _SPLITS = {
     **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
     **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
 }
-"""Words in the names of files that name a split."""
+"""Words in file names → the split that they stand for."""
 
 
 def load_table(source: str | Path, split: str | None = None) -> datasets.Dataset:
     """The rows of a local file, a folder of shards, a pattern, a saved data set, or a data set on the Hub.
 
-    A Hub id may name a configuration (``openai/gsm8k:main``). ``split`` is a split, such as ``train`` or
-    ``train[:100]``; a file is one split, whatever its name. Raises UserError for what is missing, empty or damaged
-    (with the row), for a column of several types, and for a Hub data set that cannot be had.
+    A Hub id may name a configuration (``openai/gsm8k:main``). ``split`` names a split, or a slice of one, such as
+    ``train[:100]``; a file is a single split, whatever its name. Raises UserError for a source that is missing, empty
+    or damaged (naming the row), for a column of several types, and for a Hub data set that cannot be loaded.
     """
     found = _found(source, split)
     if isinstance(found, list) and all(kind_of_file(file) == ".parquet" for file in found):
@@ -54,16 +54,16 @@ def load_table(source: str | Path, split: str | None = None) -> datasets.Dataset
 
 
 def read_rows(source: str | Path, split: str | None = None) -> Iterator[Item]:
-    """(place, row or its error) of the same, read lazily, with unchanged values.
+    """(place, row or error) of each row of such a source, read lazily, with unchanged values.
 
-    Raises UserError for what is missing, empty or damaged as a whole.
+    Raises UserError for a source that is missing, empty or damaged as a whole.
     """
     yield from SourceTable.find(source, split).rows()
 
 
 @dataclass(frozen=True)
 class SourceTable:
-    """A table that was found, and can be read."""
+    """A table that has been found and can be read."""
 
     source: str
     split: str | None
@@ -72,18 +72,18 @@ class SourceTable:
 
     @classmethod
     def find(cls, source: str | Path, split: str | None = None) -> SourceTable:
-        """Raises UserError for one that is missing."""
+        """Find a table. Raises UserError if it is missing."""
         return cls(str(source), split, _found(source, split))
 
     @property
     def files(self) -> list[Path]:
-        """The files that hold all that it is; none if it is in memory."""
+        """The files that hold it; none if it is in memory."""
         if isinstance(self.found, list):
             return self.found
         return [Path(file["filename"]) for file in self.found.cache_files]
 
     def rows(self) -> Iterator[Item]:
-        """(place, row or its error), read lazily. Raises UserError for a table that is empty or damaged as a whole."""
+        """(place, row or error), read lazily. Raises UserError for a table that is empty or damaged as a whole."""
         if isinstance(self.found, list):
             rows: Iterator[Item] = itertools.chain.from_iterable(map(file_rows, self.found))
             if _is_sliced(self.split):
@@ -98,7 +98,7 @@ class SourceTable:
 
 
 def chunks(items: Iterator[Item], size: Callable[[], int]) -> Iterator[list[Item]]:
-    """The items, ``size()`` at a time. Those before an error are given before it is raised."""
+    """The items, ``size()`` at a time. Items before an error are yielded before it is raised."""
     while True:
         chunk: list[Item] = []
         try:
@@ -113,7 +113,7 @@ def chunks(items: Iterator[Item], size: Callable[[], int]) -> Iterator[list[Item
 
 
 def good_rows(items: Iterable[Item], bad: BadRows) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(place, row) of those rows that could be read."""
+    """(place, row) of the rows that can be read; the others are handled by ``bad``."""
     for place, row in items:
         bad.rows += 1
         if isinstance(row, UserError):
@@ -123,7 +123,7 @@ def good_rows(items: Iterable[Item], bad: BadRows) -> Iterator[tuple[str, dict[s
 
 
 def read_parquet(path: Path) -> datasets.Dataset:
-    """The rows of a Parquet file, memory-mapped through the cache of `datasets`."""
+    """The rows of a Parquet file, memory-mapped through the cache of `datasets`. Raises UserError if it is damaged."""
     require_data(path)
     try:
         names = pa.parquet.read_schema(path).names
@@ -138,9 +138,9 @@ def read_parquet(path: Path) -> datasets.Dataset:
 
 
 def table_of(rows: Sequence[Mapping[str, Any]], places: Sequence[str]) -> datasets.Dataset:
-    """Rows as a data set; a column that a row lacks is null there. ``places`` names each row for errors.
+    """Rows as a data set; a column that a row lacks is null there. ``places`` names the rows in errors.
 
-    Raises UserError naming the first value whose type does not agree with the column's earlier ones.
+    Raises UserError naming the first value whose type does not fit the earlier values of its column.
     """
     names = dict.fromkeys(name for row in rows for name in row)
     columns = {}
@@ -155,7 +155,7 @@ def table_of(rows: Sequence[Mapping[str, Any]], places: Sequence[str]) -> datase
             bad = _first_misfit(values)
             kind = type(values[bad]).__name__
             raise UserError(
-                f"{places[bad]}: column {name!r} holds a value ({kind}) that does not fit the rows before: "
+                f"{places[bad]}: column {name!r} holds a value ({kind}) that does not fit the earlier rows: "
                 "give a column one type"
             ) from None
     return datasets.Dataset(pa.table(columns))
@@ -163,7 +163,7 @@ def table_of(rows: Sequence[Mapping[str, Any]], places: Sequence[str]) -> datase
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without progress bars from `datasets` in this context."""
+    """A context without progress bars from `datasets`."""
     shown = datasets.are_progress_bars_disabled() is False
     datasets.disable_progress_bars()
     try:
@@ -180,7 +180,7 @@ def _is_local(source: str | Path) -> bool:
 
 
 def _found(source: str | Path, split: str | None) -> list[Path] | datasets.Dataset:
-    """The files of a source, or the data set that it is, whatever part of a split is requested."""
+    """The files of a source, or the data set that it is, whichever slice of a split is requested."""
     path = Path(source)
     if not str(source).strip():
         raise UserError(f"the name of the data is empty: {GIVE}")
@@ -207,7 +207,7 @@ def _read_saved(path: Path, split: str | None) -> datasets.Dataset:
 
 
 def _shards(path: Path, split: str | None) -> list[Path]:
-    """The data files in a folder, of one split where their names tell several."""
+    """The data files in a folder; if their names indicate several splits, those of the requested one."""
     files = data_files(path)
     if not files:
         raise UserError(f"{path} is a folder without data: {GIVE}")
@@ -227,7 +227,7 @@ def _shards(path: Path, split: str | None) -> list[Path]:
 
 
 def _split_of(file: Path) -> str | None:
-    """The split in a file's name, or else in that of its folder."""
+    """The split that a file's name, or else the name of its folder, indicates."""
     stem = file.name.partition(".")[0]
     if shard := re.fullmatch(r"(.+?)-\d{5}-of-\d{5}(-\w+)?", stem):
         return _SPLITS.get(shard[1], shard[1])
@@ -264,7 +264,7 @@ def _indices(split: str, length: int) -> range:
 
 
 def _sliced(rows: Iterator[Item], files: Sequence[Path], split: str) -> Iterator[Item]:
-    """The rows that ``train[:100]`` asks for, whose files are read twice: a share of the rows needs their number."""
+    """The rows of a slice such as ``train[:100]``. The files are read twice, because a slice may need their number."""
     length = sum(1 for _ in itertools.chain.from_iterable(map(file_rows, files)))
     part = _indices(split, length)
     yield from itertools.islice(rows, part.start, part.stop)

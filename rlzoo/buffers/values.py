@@ -32,11 +32,11 @@ class Unusable:
 
 
 def plain_row(row: Row) -> dict[str, Any]:
-    """The row with plain values; one that holds anything else, however deep, is `Unusable`."""
+    """The row with plain values; a value that contains anything else, however deeply nested, becomes `Unusable`."""
     plain = {}
     for name, value in row.items():
         if not isinstance(name, str) or _is_broken(name):
-            continue  # no one can ask for it
+            continue  # nothing can refer to it
         try:
             plain[name] = _plain(value)
         except UserError as error:
@@ -54,8 +54,8 @@ def usable(row: Row) -> dict[str, Any]:
 def find(row: Row, name: str) -> Any:
     """The value of a column, or of a field within one: ``reward_model.ground_truth``, ``choices.0.text``.
 
-    A column whose own name has dots takes precedence. A field of a list of objects is the list of their fields; text
-    that is JSON has the fields of its value. Raises UserError for a column or field that is missing or not plain data.
+    A column whose own name contains dots takes precedence. A field of a list of objects is the list of their fields;
+    JSON text has the fields of its value. Raises UserError for a column or field that is missing or not plain data.
     """
     parts = name.split(".")
     for end in range(len(parts), 0, -1):
@@ -70,7 +70,7 @@ def find(row: Row, name: str) -> Any:
 
 
 def renamed(row: Row, columns: Columns) -> dict[str, Any]:
-    """The row with further names for its columns. Raises as `find`."""
+    """The row with its columns renamed. Raises UserError as `find` does."""
     found = {new: _found(row, old) for new, old in columns.items() if old is not None}
     return {name: value for name, value in row.items() if columns.get(name, name) is not None} | found
 
@@ -87,7 +87,7 @@ def read_json(text: str) -> dict[str, Any] | list[Any] | None:
 
 
 def number(value: Any) -> float:
-    """A number, or the text of one. Raises ValueError for anything else, infinities and NaN included."""
+    """A number, or a text as a number. Raises ValueError for anything else, infinities and NaN included."""
     if not isinstance(value, (bool, int, float, str)):
         raise ValueError
     found = float(value)
@@ -97,7 +97,7 @@ def number(value: Any) -> float:
 
 
 def own_id(value: Any) -> str | None:
-    """A row's own id as text; None where there is none: a null, NaN, or the empty cell of a CSV file."""
+    """A row's own id as text; None if it has none: null, NaN, or an empty cell of a CSV file."""
     missing = value is None or value != value or (isinstance(value, str) and not value.strip())
     return None if missing else str(value)
 

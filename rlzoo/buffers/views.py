@@ -15,13 +15,13 @@ import pyarrow as pa
 
 from rlzoo.buffers.selectors import rewards
 from rlzoo.errors import UserError, unknown
-from rlzoo.registry import told
+from rlzoo.registry import one_line
 from rlzoo.types import Selector, Unit, Units, WhichView, selector_of
 
 COUNTS = ("per_prompt", "size")
-"""Options that are numbers of rows."""
+"""Options that count rows."""
 TRUNCATED, FLAT = "truncated completions", "groups of equal rewards"
-"""What a view may leave out."""
+"""What options may leave out of a view."""
 
 
 @dataclass(frozen=True)
@@ -29,12 +29,13 @@ class View:
     """The part of a buffer that an objective learns from."""
 
     selection: WhichView
+    """The view that was requested."""
     units: Units
     """Row indices per unit: one row, (better, worse), or all samples of one prompt."""
     weights: tuple[float, ...] | None = None
-    """Weights with which units are drawn, with replacement; None: each unit once per epoch."""
+    """A weight per unit, for drawing with replacement; None: each unit is drawn once per epoch."""
     left_out: Mapping[str, int] = field(default_factory=dict)
-    """Counts of what options left out of the view: `TRUNCATED` rows, `FLAT` groups."""
+    """How much the options left out of the view: `TRUNCATED` rows, `FLAT` groups."""
 
     def __len__(self) -> int:
         return len(self.units)
@@ -43,11 +44,10 @@ class View:
 def select(
     rows: pa.Table, which: WhichView, options: Mapping[str, Any], release: Callable[[], None] | None = None
 ) -> View:
-    """The view of ``rows``. Raises UserError for an unknown option, and naming a view that is empty, or whose units or
-    weights cannot be.
+    """The view of ``rows``. Raises UserError for an unknown option, an empty view, and invalid units or weights.
 
     A view of rows to imitate may be ``weighted``: its weights are the rows' rewards, as quality scores.
-    ``truncated="drop"`` leaves truncated rows out of any view, before any other choice. ``release`` is called
+    ``truncated="drop"`` leaves truncated rows out of any view, before anything else is selected. ``release`` is called
     repeatedly while texts are read, to release their memory.
     """
     selector = selector_of(which)
@@ -63,7 +63,7 @@ def select(
 
 
 def check_options(selector: Selector, options: Mapping[str, Any]) -> None:
-    """Raise UserError for an option that a view does not have, or a value that it cannot have."""
+    """Raise UserError for an unknown option of a view, or an invalid value."""
     known = [name for name in inspect.signature(selector.units).parameters if name not in ("rows", "release")]
     known += ["weighted"] if selector.is_imitated else []
     for name, value in options.items():
@@ -77,7 +77,7 @@ def check_options(selector: Selector, options: Mapping[str, Any]) -> None:
 
 
 def _units(selector: Selector, rows: pa.Table, options: Mapping[str, Any]) -> Units:
-    """The units that a view takes. Raises UserError naming it unless there are some, whole, of rows that exist."""
+    """The units of a view. Raises UserError naming it unless there are any, whole, and of rows that exist."""
     name = f"the view {selector.name!r}"
     try:
         given = list(selector.units(rows, **options))
@@ -85,16 +85,16 @@ def _units(selector: Selector, rows: pa.Table, options: Mapping[str, Any]) -> Un
     except UserError:
         raise
     except Exception as error:
-        raise UserError(f"{name} gave no units, tuples of row indices: {told(error)}") from error
+        raise UserError(f"{name} gave no units, tuples of row indices: {one_line(error)}") from error
     if not units:
-        raise UserError(f"{name} takes none of the buffer's {len(rows):,} rows")
+        raise UserError(f"{name} selects none of the buffer's {len(rows):,} rows")
     flat = list(itertools.chain.from_iterable(units))
     if wrong := [row for row in flat if type(row) is not int and not isinstance(row, np.integer)]:
-        raise UserError(f"{name} holds {wrong[0]!r:.40}, which is no row's index")
+        raise UserError(f"{name} holds {wrong[0]!r:.40}, which is not a row index")
     lengths, places = np.fromiter(map(len, units), np.int64, len(units)), np.array(flat, np.int64)
     outside = (places < 0) | (places >= len(rows))
     if outside.any():
-        raise UserError(f"{name} takes row {places[outside][0]} of a buffer with the rows 0 to {len(rows) - 1}")
+        raise UserError(f"{name} selects row {places[outside][0]} of a buffer with rows 0 to {len(rows) - 1}")
     if (incomplete := ~_SIZES[selector.unit](lengths)).any():
         unit = units[int(np.flatnonzero(incomplete)[0])]
         raise UserError(f"{name} has the unit {unit}, of {len(unit)} rows: {_WHOLE[selector.unit]}")
@@ -109,14 +109,14 @@ _SIZES: Mapping[Unit, Callable[[Any], Any]] = {
     Unit.GROUP: lambda rows: rows > 0,
 }
 _WHOLE = {
-    Unit.ROW: "it must be one row, or the view says which rows belong together (unit = Unit.PAIR or Unit.GROUP)",
+    Unit.ROW: "it must be one row, unless the view declares units of several (unit = Unit.PAIR or Unit.GROUP)",
     Unit.PAIR: "a pair is a better and a worse completion of one prompt",
     Unit.GROUP: "a group is some samples of one prompt",
 }
 
 
 def _require_whole(name: str, kind: Unit, rows: pa.Table, units: Units, lengths: Any, places: Any) -> None:
-    """Raise UserError for a pair or a group with a row twice, or of several prompts."""
+    """Raise UserError for a pair or a group that has a row twice or spans several prompts."""
     number = np.repeat(np.arange(len(units)), lengths)
     prompt = _prompts(rows, places)
     first = np.repeat(prompt[np.cumsum(lengths) - lengths], lengths)
@@ -134,7 +134,7 @@ def _prompts(rows: pa.Table, places: Any) -> Any:
 
 
 def _weights(selector: Selector, rows: pa.Table, units: Units) -> tuple[float, ...] | None:
-    """The weights of units that a view gives. Raises UserError naming it for what cannot be drawn in proportion to."""
+    """The weights that a view gives its units. Raises UserError naming it for weights that cannot be drawn from."""
     name = f"the view {selector.name!r}"
     try:
         given = selector.weights(rows, units)
@@ -142,7 +142,7 @@ def _weights(selector: Selector, rows: pa.Table, units: Units) -> tuple[float, .
     except UserError:
         raise
     except Exception as error:
-        raise UserError(f"{name} gave no weights, a number per unit: {told(error)}") from error
+        raise UserError(f"{name} gave no weights, a number per unit: {one_line(error)}") from error
     if weights is None:
         return None
     if len(weights) != len(units):
@@ -150,7 +150,7 @@ def _weights(selector: Selector, rows: pa.Table, units: Units) -> tuple[float, .
     for unit, weight in zip(units, weights, strict=True):
         if not (isinstance(weight, numbers.Real) and math.isfinite(weight) and weight >= 0):
             raise UserError(
-                f"{name} gives the unit {unit!r:.40} the weight {weight!r:.40}: it must be finite and not below 0"
+                f"{name} gives the unit {unit!r:.40} the weight {weight!r:.40}: it must be finite and not negative"
             )
     if not any(weights):
         raise UserError(f"{name} gives all {len(units):,} units the weight 0, so none could be drawn")
@@ -158,7 +158,7 @@ def _weights(selector: Selector, rows: pa.Table, units: Units) -> tuple[float, .
 
 
 def _left_out(rows: pa.Table, selector: Selector, options: Mapping[str, Any], units: Units) -> dict[str, int]:
-    """`View.left_out`: what the view has without an option and not with it."""
+    """`View.left_out`: what the view has only without an option."""
     found = {}
     if options.get("truncated") == "drop":
         truncated = rows["truncated"].to_numpy()
@@ -170,7 +170,7 @@ def _left_out(rows: pa.Table, selector: Selector, options: Mapping[str, Any], un
 
 
 def _quality(rows: pa.Table, units: Units) -> tuple[float, ...]:
-    """The reward of each unit's row. Raises UserError for one that cannot be a weight."""
+    """The reward of each unit's row. Raises UserError for a reward that cannot be a weight."""
     index = np.asarray(units)[:, 0]
     quality = rewards(rows)[index]
     for wrong, problem in (

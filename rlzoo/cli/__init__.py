@@ -1,4 +1,4 @@
-"""The ``rlzoo`` command. Heavy imports wait until a command runs, so that help and shell completion answer at once."""
+"""The ``rlzoo`` command. Heavy imports wait until a command runs, so that help and shell completion are instant."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ from rlzoo.jobs.interrupts import Terminated, raise_signal
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command.
+    """Run one command; returns the exit status.
 
-    Exit status: 0 done, 1 some cells failed, 2 wrong input (one line on standard error), 130 or 143 stopped by
-    a signal, 141 nobody reads standard output any more.
+    0: done; 1: some cells failed; 2: wrong input (one line on standard error); 130 or 143: stopped by a signal; 141:
+    standard output was closed.
     """
     from rlzoo.cli.app import parsed
 
     os.environ.pop("RLZOO_TRUST_REMOTE_CODE", None)
-    sys.path.append(str(Path.cwd()))  # for package.module:Name of a user's own; last, so that it hides nothing
-    signal.signal(signal.SIGTERM, raise_signal)  # a job that the system stops ends as for Ctrl-C
+    sys.path.append(str(Path.cwd()))  # for a user's own package.module:Name; last, so that it hides nothing
+    signal.signal(signal.SIGTERM, raise_signal)  # a job that the system stops ends like one stopped by Ctrl-C
     try:
         status = _run(parsed(arguments))
-        sys.stdout.flush()  # here, where an error can be told
+        sys.stdout.flush()  # here, where an error can be reported
         return status
     except BrokenPipeError:
         if not _reader_is_gone():
             raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes at its end
-        return 141  # as a shell says of SIGPIPE
+        return 141  # the status that a shell reports for SIGPIPE
     except UserError as error:
         print(f"rlzoo: {_told(error, str(error))}", file=sys.stderr)
         return 2
@@ -53,12 +53,12 @@ def _run(command: Callable[[], int] | None) -> int:
 
 
 def _reader_is_gone() -> bool:
-    """Whether nobody reads standard output any more, as in ``rlzoo list | head``."""
+    """Whether the reader of standard output has closed it, as in ``rlzoo list | head``."""
     poll = select.poll()
     poll.register(sys.stdout, select.POLLOUT)
     return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def _told(error: BaseException, message: str) -> str:
-    """One line: the message, and what the run's folder has to say about it."""
+    """One line: the message, and the notes that the run added to the error."""
     return " ".join("; ".join([message, *getattr(error, "__notes__", [])]).split())

@@ -1,4 +1,4 @@
-"""The typer app: all commands, and how a command line is parsed. `rlzoo.cli.main` runs the result."""
+"""The typer app: all commands, and the parsing of a command line. `rlzoo.cli.main` runs the result."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from rlzoo.cli.catalogue import list_
 from rlzoo.cli.compare import compare
 from rlzoo.cli.evaluate import evaluate
 from rlzoo.cli.help import Command, Group
+from rlzoo.cli.plan import plan
 from rlzoo.cli.report import report
+from rlzoo.cli.results import results
 from rlzoo.cli.rollout import rollout
 from rlzoo.cli.scaffold import new
 from rlzoo.cli.train import train
@@ -21,14 +23,14 @@ from rlzoo.cli.variance import variance
 
 Handler = Callable[..., int]
 PANELS: dict[str, Sequence[Handler]] = {
-    "Experiments": (compare, variance, report),
+    "Experiments": (plan, compare, variance, report),
     "One step at a time": (rollout, train, evaluate),
-    "Look up and extend": (list_, new),
+    "Look up and extend": (list_, results, new),
 }
 
 
 def parsed(arguments: Sequence[str] | None = None) -> functools.partial[int] | None:
-    """The command that the arguments ask for, bound to its parameters; None if typer has answered (--help, --version).
+    """The command that the arguments name, bound to its parameters; None if typer has handled them (--help, --version).
 
     Raises UserError for wrong usage.
     """
@@ -37,7 +39,7 @@ def parsed(arguments: Sequence[str] | None = None) -> functools.partial[int] | N
 
 
 def group() -> Group:
-    """All commands."""
+    """The typer group with all commands."""
     app = typer.Typer(cls=Group, rich_markup_mode=None, context_settings={"help_option_names": ["-h", "--help"]})
     app.callback(**_help(_rlzoo))(_rlzoo)
     for panel, handlers in PANELS.items():
@@ -50,7 +52,7 @@ def group() -> Group:
 
 
 def _help(handler: Callable[..., object]) -> dict[str, Any]:
-    """Its docstring, as typer has it: the text, and the examples as the epilog."""
+    """The docstring of a handler in typer's terms: the text as help, and the examples as the epilog."""
     text, _, examples = (inspect.getdoc(handler) or "").partition("\n\nExamples:\n")
     return {"help": text, "epilog": examples}
 
@@ -58,7 +60,7 @@ def _help(handler: Callable[..., object]) -> dict[str, Any]:
 def _bound(handler: Handler) -> Callable[..., functools.partial[int]]:
     """A function with the handler's signature that returns the call instead of making it.
 
-    Typer would otherwise catch what a running command raises: signals and broken pipes are handled in `rlzoo.cli.main`.
+    Otherwise typer would catch what a running command raises; `rlzoo.cli.main` handles signals and broken pipes.
     """
 
     @functools.wraps(handler)

@@ -1,4 +1,4 @@
-"""``rlzoo list``: what there is to choose from."""
+"""``rlzoo list``: everything that has a name."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def list_(
 
 
 def catalogue() -> dict[str, list[dict[str, Any]]]:
-    """Everything that has a name, by kind, with what a user has to know of it."""
+    """Everything that has a name, by kind, with what a user needs to know about it."""
     from rlzoo.config import list_experiments
     from rlzoo.evaluation import list_metrics
     from rlzoo.objective import is_composite, list_objectives, objective_class, options_of
@@ -72,7 +72,7 @@ def catalogue_text() -> str:
     from rlzoo.objective import objective_class, own_options_of
 
     found = catalogue()
-    lines = ["objectives (all of them also take truncated=keep)"]
+    lines = ["objectives (all have the option truncated=keep too)"]
     for row in found["objectives"]:
         own = own_options_of(objective_class(row["name"]))
         options = ", ".join(f"{k}={v['default']}" for k, v in own.items())

@@ -20,7 +20,7 @@ def compare(
         str | None,
         options.training(
             metavar="LIST",
-            help="Comma-separated learning rates; each algorithm is reported at its best one on validation.",
+            help="Comma-separated learning rates; each algorithm is reported at the one that is best on validation.",
         ),
     ] = None,
     steps: options.Steps = None,
@@ -42,11 +42,11 @@ def compare(
     threads: options.WorkerThreads = 1,
     executor: Annotated[
         Literal["local", "ray"],
-        options.running(metavar="local|ray", help="Run the cells in processes on this machine, or as Ray tasks."),
+        options.running(metavar="local|ray", help="Run cells in processes on this machine, or as Ray tasks."),
     ] = "local",
     address: Annotated[
         str | None,
-        options.running(metavar="HOST:PORT", help="Ray cluster to use; by default a new one on this machine."),
+        options.running(metavar="HOST:PORT", help="Ray cluster to use. Default: a new one on this machine."),
     ] = None,
     trust_remote_code: options.Trust = False,
 ) -> int:
@@ -68,7 +68,7 @@ def compare(
     from rlzoo.jobs.ranks import is_main
 
     if address is not None and executor != "ray":
-        raise UserError("--address is that of a Ray cluster: add --executor ray")
+        raise UserError("--address names a Ray cluster: add --executor ray")
     allow_remote_code(trust_remote_code)
     chosen = experiment_of(
         experiment, sets,
@@ -83,5 +83,5 @@ def compare(
     show(console, report_table(results))
     console.print(f"{results['wall_seconds']:.0f} s; report: {folder / 'report.html'}", soft_wrap=True)
     if failed := len(results["failed"]):
-        console.print(f"{counted(failed, 'cell')} failed: the report says why; the same command tries again")
+        console.print(f"{counted(failed, 'cell')} failed: the report says why; the same command retries them")
     return 1 if failed else 0

@@ -1,4 +1,4 @@
-"""Shell completion. Names of built-ins are read from the names of their files, so that TAB does not import torch."""
+"""Shell completion. Names of built-ins are taken from the names of their files, so that TAB does not import torch."""
 
 from __future__ import annotations
 
@@ -11,28 +11,28 @@ PACKAGE = Path(__file__).parents[1]
 
 
 def experiments(incomplete: str) -> list[str]:
-    """Built-in experiments."""
+    """The built-in experiments that begin with the text."""
     return _beginning(incomplete, (path.stem for path in (PACKAGE / "experiments").glob("*.yaml")))
 
 
 def objectives(incomplete: str) -> list[str]:
-    """Built-in objectives and those of installed packages."""
+    """The objectives, built in or from installed packages, that begin with the text."""
     return _beginning(incomplete, _names("algorithms", "rlzoo.objectives"))
 
 
 def several_objectives(incomplete: str) -> list[str]:
-    """The list so far, with each objective that can follow."""
+    """The list so far, continued by each objective that can follow."""
     *before, last = incomplete.split(",")
     return [",".join([*before, name]) for name in objectives(last) if name not in before]
 
 
 def rewards(incomplete: str) -> list[str]:
-    """Built-in rewards and those of installed packages."""
+    """The rewards, built in or from installed packages, that begin with the text."""
     return _beginning(incomplete, _names("rewards", "rlzoo.rewards"))
 
 
 def settings(context: Context, incomplete: str) -> list[str]:
-    """Dotted names for --set."""
+    """The dotted names for --set that begin with the text."""
     from rlzoo.cli.settings import TrainSettings, names_of
     from rlzoo.config import Experiment
 

@@ -1,7 +1,7 @@
 """The layout of help, and usage errors in one line.
 
-Help fits 80 columns and groups options under the headings they name; only a terminal gets colours. A usage error
-becomes a UserError, which suggests the nearest name for a misspelt one.
+Help fits into 80 columns and groups options under headings; only a terminal gets colours. A usage error becomes a
+UserError, which suggests the nearest name for a misspelt one.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typer.exceptions import TyperException
 from rlzoo.errors import UserError
 
 Row = tuple[str, str, str]
-"""Heading, option or command, explanation."""
+"""The heading, the option or command, and its explanation."""
 
 
 def is_rich() -> bool:
@@ -87,7 +87,7 @@ def _write(formatter: Any, rows: Iterable[Row]) -> None:
 
 def _write_examples(formatter: Any, examples: str | None) -> None:
     with formatter.section(_styled("Examples", bold=True)):
-        for line in (examples or "").splitlines():  # never wrapped: they are there to be copied
+        for line in (examples or "").splitlines():  # never wrapped, so that they can be copied
             formatter.write(f"  {line.strip()}\n")
 
 

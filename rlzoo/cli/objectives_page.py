@@ -1,4 +1,4 @@
-"""docs/objectives.md: the built-in objectives as their classes and docstrings tell of them."""
+"""docs/objectives.md: the built-in objectives, described from their classes and docstrings."""
 
 from __future__ import annotations
 
@@ -35,25 +35,24 @@ TITLES = {
 
 
 def objectives_page() -> str:
-    """The page, in Markdown, with no newline at its end. Plug-ins are not on it."""
+    """The page in Markdown, without a newline at its end. It does not include plug-ins."""
     found = [objective_class(name) for name in list_objectives()]
     built_in = {title: [one for one in found if _is_under(one, selection)] for selection, title in TITLES.items()}
     names = [one.name for some in built_in.values() for one in some]
     intro = f"""\
 # Objectives
 
-The {len(names)} objectives that come with rlzoo, as their own files describe them. This page is generated from the
+The {len(names)} objectives that come with rlzoo, as described in their own files. This page is generated from the
 classes:
 
     {COMMAND}
 
 An objective gives each token a coefficient c_t, the factor of ∇ log π_θ(y_t) in the gradient; p_t is π_θ(y_t), the
-probability of the token under the policy in training. [interface.md](interface.md) says how coefficients become a loss,
-and what an objective can need. "Code" counts the lines of a file that are not blank, comment or docstring.
+probability of the token under the policy in training. [interface.md](interface.md) explains how coefficients become a
+loss, and what an objective can request. "Code" counts the lines of a file that are not blank, comment or docstring.
 
-Besides its own options, every objective but a composite has `truncated`: what happens to completions that were cut at
-the limit on their length, `keep` (the default), `drop` or, where it learns from groups, `mask`.
-[data.md](data.md) says what each does."""
+Besides its own options, every objective except composites has the option `truncated`, for completions that were cut at
+the length limit: `keep` (the default), `drop` or, if it learns from groups, `mask`. See [data.md](data.md)."""
     columns = ["objective", "coefficient", "learns from", "normaliser", "needs", "source", "code"]
     parts = [intro, _table(columns, [_row(one) for some in built_in.values() for one in some])]
     for title, some in built_in.items():
@@ -62,7 +61,7 @@ the limit on their length, `keep` (the default), `drop` or, where it learns from
 
 
 def prose(docstring: str, names: Sequence[str]) -> str:
-    """A docstring as Markdown: indented blocks are fenced, names are code, other objectives and papers are linked."""
+    """A docstring as Markdown: indented blocks are fenced, names become code, and objectives and papers are linked."""
     blocks = []
     for block in re.split(r"\n\n+", docstring):
         if block.startswith("    "):
@@ -76,7 +75,7 @@ def prose(docstring: str, names: Sequence[str]) -> str:
 
 
 def lines_of_code(source: str) -> int:
-    """Lines that hold code: neither blank nor comment nor docstring, those under a field included."""
+    """The number of lines of code: neither blank nor comment nor docstring, including docstrings of fields."""
     held: set[int] = set()
     for piece in tokenize.generate_tokens(io.StringIO(source).readline):
         if piece.type not in LAYOUT:
@@ -139,13 +138,13 @@ def _needs(objective: type[Objective], **options: Any) -> str:
 
 
 def _other_needs(objective: type[Objective]) -> Iterator[str]:
-    """Where another value of a closed option, or a weight of 0, changes what it needs."""
+    """How its needs change with another value of a `Literal` option, or with a weight of 0."""
     hints = typing.get_type_hints(objective)
     for field in fields(objective):
         hint = hints[field.name]
         values = typing.get_args(hint) if typing.get_origin(hint) is Literal else (0.0,) if hint is float else ()
         for value in values:
-            with suppress(UserError):  # a value that the objective refuses
+            with suppress(UserError):  # a value that the objective rejects
                 needs = _needs(objective, **{field.name: value})
                 if needs == _needs(objective):
                     continue

@@ -1,4 +1,4 @@
-"""Parameters that several commands share: each is declared once, and shows the same help everywhere."""
+"""Parameters shared by several commands: each is declared once, and has the same help everywhere."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from typer import Argument, BadParameter, Option
 from rlzoo.cli import completion
 
 SPEC = "a name (see rlzoo list), package.module:Name, or path/to/file.py:Name"
-LIST = f"Comma-separated objectives, each {SPEC}; by default those of the experiment."
+LIST = f"Comma-separated objectives, each {SPEC}. Default: those of the experiment."
 
 
 def whole(text: str) -> int:
-    """A whole number of a command line."""
+    """A whole number on the command line. Raises BadParameter for anything else."""
     try:
         return int(text)
     except ValueError:
@@ -23,14 +23,14 @@ def whole(text: str) -> int:
 
 
 def count(text: str) -> int:
-    """A whole number of at least 1."""
+    """A whole number of at least 1 on the command line. Raises BadParameter for anything else."""
     if (number := whole(text)) < 1:
         raise BadParameter(f"{number} is too few: give a whole number of at least 1")
     return number
 
 
 def number(text: str) -> float:
-    """A number of a command line."""
+    """A number on the command line. Raises BadParameter for anything else."""
     try:
         return float(text)
     except ValueError:
@@ -38,7 +38,7 @@ def number(text: str) -> float:
 
 
 def under(panel: str) -> Any:
-    """Options below a heading of the help."""
+    """A constructor of options that help lists under a heading."""
     return partial(Option, rich_help_panel=panel)
 
 
@@ -63,10 +63,10 @@ Data = Annotated[
     str | None,
     data(metavar="SOURCE", help="Training problems: a file, a folder of shards, a Hub ID, or world:NAME/SPLIT."),
 ]
-TestData = Annotated[str | None, data(metavar="SOURCE", help="Test problems, in place of those of every benchmark.")]
+TestData = Annotated[str | None, data(metavar="SOURCE", help="Test problems to use in place of every benchmark's.")]
 BadRows = Annotated[
     Literal["reject", "drop"] | None,
-    data(metavar="reject|drop", help="Stop at the first row that cannot be used, or drop such rows and count them."),
+    data(metavar="reject|drop", help="Stop at the first row that cannot be used, or drop and count such rows."),
 ]
 Limit = Annotated[int | None, data(metavar="N", parser=whole, help="Use at most N problems from each set.")]
 TrainLimit = Annotated[int | None, data(metavar="N", parser=whole, help="Use at most N training problems.")]
@@ -79,7 +79,7 @@ RolloutSamples = Annotated[int | None, sampling(metavar="N", parser=whole, help=
 Samples = Annotated[int | None, sampling(metavar="N", parser=whole, help="Samples per problem in evaluation.")]
 K = Annotated[
     str | None,
-    sampling(metavar="K,...", help="The k of pass@k and maj@k, at most --samples; of several, tables show the first."),
+    sampling(metavar="K,...", help="The k of pass@k and maj@k, at most --samples. If several, tables show the first."),
 ]
 
 Set = Annotated[
@@ -87,8 +87,8 @@ Set = Annotated[
     settings(
         "--set",
         metavar="KEY=VALUE",
-        help="Change any setting by its dotted name, as in training.weight_decay=0.1; the value is YAML. "
-        "Repeatable; overrides the other options.",
+        help="Change any setting by its dotted name, as in training.weight_decay=0.1. The value is YAML. "
+        "Repeatable; overrides other options.",
         autocompletion=completion.settings,
     ),
 ]
@@ -97,13 +97,13 @@ Out = Annotated[
     Path | None,
     running(
         metavar="FOLDER",
-        help="Output folder: a new one, or that of the same run, which then resumes; by default a new one below runs/.",
+        help="Output folder: a new one, or that of the same run, which then resumes. Default: a new one in runs/.",
     ),
 ]
 Seed = Annotated[int, running(metavar="N", parser=whole, help="Random seed.")]
-Workers = Annotated[int | None, running(metavar="N", parser=count, help="Worker processes; by default one per core.")]
+Workers = Annotated[int | None, running(metavar="N", parser=count, help="Worker processes. Default: one per core.")]
 WorkerThreads = Annotated[int, running(metavar="N", parser=count, help="Threads per worker process.")]
 Threads = Annotated[
-    int | None, running(metavar="N", parser=count, help="Threads to compute with; by default PyTorch's choice.")
+    int | None, running(metavar="N", parser=count, help="Threads for computation. Default: PyTorch's choice.")
 ]
 Trust = Annotated[bool, running("--trust-remote-code", help="Run the Python code that ships with the model.")]

@@ -12,7 +12,7 @@ def report(
     folder: Annotated[Path, Argument(metavar="FOLDER", help="Folder that rlzoo compare or rlzoo variance wrote.")],
     baseline: Annotated[
         str | None,
-        Option(metavar="NAME", help="Algorithm to compare the others with; by default that of the experiment."),
+        Option(metavar="NAME", help="Algorithm to compare the others with. Default: the experiment's baseline."),
     ] = None,
 ) -> int:
     """Write report.md and report.html again from the results in a folder.

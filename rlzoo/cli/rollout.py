@@ -61,7 +61,7 @@ def rollout(
     asked = {"experiment": chosen.model_dump(mode="json"), "seed": seed, "threads": threads}
     with run_in(out, "rollout", asked, "whole") as run:
         if run.finished:
-            print(f"finished before: {out}")
+            print(f"already finished: {out}")
             return 0
         policy = load_for(chosen.model, chosen.training)
         encoded = encode_problems(policy.tokenizer, problems, bad)
@@ -88,7 +88,7 @@ def rollout(
         print(without)
     if found := mismatch(rows):
         print(
-            f"log-probs of the engine and the trainer: {found['mean_absolute']:.2g} apart in the mean, "
-            f"{found['largest']:.2g} at most, mean ratio {found['mean_ratio']:.6f}"
+            f"log-probs of engine and trainer differ by {found['mean_absolute']:.2g} on average and "
+            f"{found['largest']:.2g} at most; mean ratio {found['mean_ratio']:.6f}"
         )
     return 0

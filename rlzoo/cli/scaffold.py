@@ -1,4 +1,4 @@
-"""``rlzoo new``: a file that works, and its test, to start from."""
+"""``rlzoo new``: a working file and its test, as a starting point."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ def new(
     name: Annotated[str, Argument(metavar="NAME", help="Its name, as in my-objective.")],
     folder: Annotated[
         Path,
-        Option(metavar="FOLDER", help="Where to write it; in a clone of rlzoo, in the clone's own folders."),
+        Option(metavar="FOLDER", help="Where to write it; in a clone of rlzoo, its own folders are used."),
     ] = Path(),
 ) -> int:
-    """Write an objective that works, and its test, to start your own from.
+    """Write a working objective and its test, as a starting point for your own.
 
     Examples:
       rlzoo new objective my-objective
@@ -37,10 +37,10 @@ def new(
 
 
 def new_objective(name: str, folder: Path) -> str:
-    """Write an objective of that name and its test into the folder, and tell what to do next.
+    """Write an objective of that name and its test into the folder; returns what to do next.
 
     They are ``NAME.py`` and ``test_NAME.py``; in a clone of rlzoo they go to ``algorithms/`` and ``tests/``. Raises
-    UserError for a name that is taken or cannot be one, and for files that are there already.
+    UserError for a name that is taken or invalid, and if one of the files exists already.
     """
     from rlzoo.registry import canonical
 
@@ -90,7 +90,7 @@ def _check(name: str, stem: str, class_name: str, template: str) -> None:
 
 
 def _is_installed(module: str) -> bool:
-    """Whether it can be imported, and is no file of the folder that the command runs in."""
+    """Whether a module can be imported from anywhere but the current folder."""
     found = importlib.util.find_spec(module)
     return found is not None and found.origin is not None and Path(found.origin).parent != Path.cwd()
 

@@ -1,7 +1,7 @@
-"""From a command's options to settings: those of an experiment, or those of one training run.
+"""From the options of a command to settings: those of an experiment, or those of a single training run.
 
 ``--set KEY=VALUE`` is the same in all commands: the key is the dotted name of a setting. Other options are shorthands
-for settings that are often changed; where both give the same setting, ``--set`` wins.
+for settings that are often changed; ``--set`` overrides a shorthand for the same setting.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ SHORTHANDS: dict[str, tuple[str, ...]] = {
     "rollout_samples": ("rollouts.samples",),
     "k": ("evaluation.k",),
 }
-"""Options → the settings of an experiment. Of two for the same setting the later in this table counts."""
+"""Options → the settings of an experiment. If two set the same one, the later in this table counts."""
 
 
 class TrainSettings(pydantic.BaseModel):
-    """Everything ``rlzoo train`` needs to know: one objective, one buffer, one model."""
+    """The settings of ``rlzoo train``: an objective, a buffer and a model."""
 
     model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
 
@@ -54,9 +54,9 @@ def train_settings(
     columns: Sequence[str] | None = None,
     sets: Sequence[str] | None = None,
 ) -> TrainSettings:
-    """The settings of ``rlzoo train``.
+    """The settings of ``rlzoo train`` from its options. Raises UserError naming a wrong one.
 
-    ``given`` are the options that take one value, by the dotted name of their setting; None leaves its default.
+    ``given`` are the options that take one value, by the dotted name of their setting; None keeps the default.
     """
     single = {key: value for key, value in given.items() if value is not None}
     named = {"options": pairs(options or (), "--option"), "buffer.columns": pairs(columns or (), "--column")}
@@ -78,7 +78,7 @@ def experiment_of(
     seeds: str | None = None,
     **shorthands: str | int | None,
 ) -> Experiment:
-    """The experiment of that name or file, changed as a command's options say."""
+    """The experiment of that name or file, changed by the options of a command. Raises UserError naming a wrong one."""
     given: dict[str, Any] = {option: value for option in SHORTHANDS if (value := shorthands.get(option)) is not None}
     if "k" in given:
         several = _numbers(str(given["k"]), int, "--k")
@@ -92,14 +92,14 @@ def experiment_of(
 
 
 def changes_of(sets: Sequence[str] | None, model: type[pydantic.BaseModel]) -> dict[str, Any]:
-    """What ``--set`` asks for: dotted names of settings → values."""
+    """The changes that ``--set`` requests: dotted names of settings → values."""
     return {dotted(key, model): value for key, value in pairs(sets or (), "--set").items()}
 
 
 def dotted(key: str, model: type[pydantic.BaseModel]) -> str:
-    """The full name of a setting. Its section may be left out where only one section has such a setting.
+    """The full name of a setting. Its section may be left out if only one section has such a setting.
 
-    Raises UserError for a key that is no setting, or that of several sections.
+    Raises UserError for a key that names no setting, or settings of several sections.
     """
     first = key.partition(".")[0]
     if first in model.model_fields:
@@ -118,13 +118,13 @@ def dotted(key: str, model: type[pydantic.BaseModel]) -> str:
 
 
 def names_of(model: type[pydantic.BaseModel]) -> list[str]:
-    """The dotted names of all settings, but for those below a name that a user gives (of a benchmark, of a row)."""
+    """The dotted names of all settings, except those under a name that the user chooses (of a benchmark or a row)."""
     inner = [f"{section}.{field}" for section, part in _sections(model) for field in part.model_fields]
     return [*model.model_fields, *inner]
 
 
 def _sections(model: type[pydantic.BaseModel]) -> Iterator[tuple[str, type[pydantic.BaseModel]]]:
-    """The settings that hold settings, but not those that hold rows of a name of their own."""
+    """The settings that contain settings themselves, except those under a name that the user chooses."""
     for name, field in model.model_fields.items():
         kind = field.annotation
         parts = get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
@@ -132,7 +132,7 @@ def _sections(model: type[pydantic.BaseModel]) -> Iterator[tuple[str, type[pydan
 
 
 def _tests(plain: Experiment, other: Mapping[str, Any], source: str | None, limit: Any) -> dict[str, Any]:
-    """The benchmarks and the validation set as options change them; what ``other`` (--set) says of one counts more."""
+    """The benchmarks and the validation set as options change them; ``other`` (--set) takes precedence."""
 
     def changed(place: str, problems: ProblemSource, **over: Any) -> dict[str, Any]:
         asked = {key: value for key, value in over.items() if value is not None and f"{place}.{key}" not in other}
@@ -156,8 +156,8 @@ def _grid(
 ) -> dict[str, Any]:
     """The rows, seeds and baseline as --algorithms, --learning-rates and --seeds change them.
 
-    ``asked`` are the settings of training that have an option: it counts for rows with settings of their own too. What
-    ``other`` (--set) says of a row counts more.
+    ``asked`` are the training settings that were given as options: they also apply to rows with settings of their own.
+    ``other`` (--set) takes precedence.
     """
     changes: dict[str, Any] = {}
     rows = {name: row.model_dump() for name, row in plain.algorithms.items()}
@@ -177,7 +177,10 @@ def _grid(
 
 
 def rows_of(specs: Sequence[str], present: Mapping[str, Any]) -> dict[str, Any]:
-    """Rows for --algorithms: those of the experiment keep their settings, others get the experiment's defaults."""
+    """The rows that --algorithms names: those of the experiment keep their settings, others get its defaults.
+
+    Raises UserError for an unknown objective, and for one that is named twice.
+    """
     from rlzoo.objective import objective_class
     from rlzoo.registry import canonical
 
@@ -203,7 +206,7 @@ def _numbers(text: str, kind: Callable[[str], float], option: str) -> list[float
 
 
 def pairs(texts: Sequence[str], option: str) -> dict[str, Any]:
-    """KEY=VALUE texts of an option, the values read as YAML."""
+    """The KEY=VALUE texts of an option, with values read as YAML. Raises UserError for anything else."""
     found = {}
     for text in texts:
         key, equals, value = text.partition("=")
@@ -217,7 +220,7 @@ def pairs(texts: Sequence[str], option: str) -> dict[str, Any]:
 
 
 def prepare(threads: int | None, trust_remote_code: bool) -> None:
-    """Compute with that many threads and allow a model's own code, here and in processes that are started."""
+    """Set the number of threads and whether a model's own code may run, here and in processes started from here."""
     allow_remote_code(trust_remote_code)
     if threads is not None:
         import torch
@@ -229,6 +232,6 @@ def prepare(threads: int | None, trust_remote_code: bool) -> None:
 
 
 def allow_remote_code(allowed: bool) -> None:
-    """The one way to let a model bring code of its own: no file can ask for it."""
+    """Allow a model's own code to run. This is the only way: no file can request it."""
     if allowed:
         os.environ["RLZOO_TRUST_REMOTE_CODE"] = "1"  # an environment variable, so that worker processes have it too

@@ -11,7 +11,7 @@ from rich.table import Table
 from rlzoo.cli.help import is_rich
 
 PLAIN = Box("\n".join(["    ", "    ", " -- ", *["    "] * 5]) + "\n", ascii=True)
-"""A rule of dashes below the header, and no other line."""
+"""A line of dashes under the header, and no others."""
 
 
 def show(console: Console, tables: Iterable[Table]) -> None:

@@ -33,7 +33,7 @@ def train(
         options.data(metavar="BUFFER", help="Saved buffer (see rlzoo rollout), or a table in one of TRL's formats."),
     ],
     model: options.Model = "embedded",
-    split: Annotated[str | None, options.data(metavar="NAME", help="Split of the table, where it has several.")] = None,
+    split: Annotated[str | None, options.data(metavar="NAME", help="Split of the table, if it has several.")] = None,
     column: Annotated[
         list[str] | None,
         options.data(
@@ -94,11 +94,11 @@ def train(
         row = trainer.record.steps[-1]
         if is_main():
             line = f"step {step}/{training.steps}  loss {row['loss']:.4f}  gradient norm {row['gradient_norm']:.3f}"
-            print(line, flush=True)  # a log is to show how far it is
+            print(line, flush=True)  # so that a log shows the progress
 
     with run_in(out, "train", {**settings.model_dump(mode="json"), "threads": threads}) as run:
         if run.finished:
-            print(f"finished before: {out}")
+            print(f"already finished: {out}")
             return 0
         policy = load_for(settings.model, training)
         bad, longest = BadRows(table.bad_rows), training.max_completion_tokens

@@ -17,7 +17,7 @@ def variance(
     ] = None,
     rows: Annotated[
         int,
-        measurement(metavar="N", parser=options.whole, help="Rows each objective is measured on."),
+        measurement(metavar="N", parser=options.whole, help="Rows that each objective is measured on."),
     ] = 1000,
     draws: Annotated[
         int,
@@ -33,7 +33,7 @@ def variance(
     ] = 10,
     probe_rows: Annotated[
         int,
-        measurement(metavar="N", parser=options.whole, help="Rows measured along training."),
+        measurement(metavar="N", parser=options.whole, help="Rows measured in the course of training."),
     ] = 64,
     steps: options.Steps = None,
     model: options.Model = None,
@@ -63,7 +63,7 @@ def variance(
     threads: options.WorkerThreads = 1,
     trust_remote_code: options.Trust = False,
 ) -> int:
-    """Measure the variance of objectives' gradients: per token, over the data, and along training.
+    """Measure the variance of objectives' gradients: per token, over the data, and in the course of training.
 
     Examples:
       rlzoo variance

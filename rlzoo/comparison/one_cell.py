@@ -1,6 +1,6 @@
-"""The work of a worker process once the shared buffer is filled: evaluate the base, train and evaluate one cell.
+"""What worker processes do once the shared buffer is filled: evaluate the base, and train and evaluate cells.
 
-Every function takes and returns plain data, so that it can run in any process.
+The functions that they run take and return plain data, so that they can run in any process.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from rlzoo.types import selector_of
 def evaluate_base(experiment: Experiment, state: Path, report: Report) -> dict[str, Any]:
     """The base policy's metrics on all benchmarks, its outcomes, and the first point of the learning curves.
 
-    Also what no policy is evaluated on: the ``dropped_rows`` of benchmarks and validation, and their ``events``.
+    Also the ``dropped_rows`` of benchmarks and validation, on which no policy is evaluated, and their ``events``.
     """
     cached = CachedResults(state)
 
@@ -84,8 +84,8 @@ def run_cell(
 ) -> dict[str, Any]:
     """Train one cell and evaluate it: on the benchmarks, or on validation if its learning rate is yet to be chosen.
 
-    In the second case the weights are kept under ``state`` for `evaluate_cell`. Trackers write to logs/ beside it.
-    Micro-batches are ``divisor`` times smaller than in the experiment, for those that ran out of memory. Results
+    In the second case the weights are kept under ``state`` for `evaluate_cell`. Trackers write to logs/ next to it.
+    Micro-batches are ``divisor`` times smaller than in the experiment, for cells that ran out of memory. Results
     cached under ``state`` are not computed again.
     """
     cached = CachedResults(state / "cells")
@@ -174,7 +174,7 @@ def _run_cell(
 
 
 def evaluate_cell(experiment: Experiment, cell: Cell, state: Path, divisor: int, report: Report) -> dict[str, Any]:
-    """Evaluate a cell whose learning rate was chosen on the benchmarks, from its saved weights."""
+    """Evaluate a cell on the benchmarks, from its saved weights, once its learning rate has been chosen."""
     smaller, cached = experiment.with_smaller_batches(divisor), CachedResults(state / "chosen")
 
     def evaluate() -> dict[str, Any]:
@@ -194,7 +194,7 @@ def evaluate_all(
     cached: CachedResults,
     report: Report,
 ) -> dict[str, Any]:
-    """``metrics`` by benchmark and ``outcomes`` of all of them, one row per sample."""
+    """Evaluate on all benchmarks: ``metrics`` by benchmark, and ``outcomes`` with one row per sample."""
     metrics, outcomes = {}, []
     steps = experiment.training_of(algorithm).steps if algorithm in experiment.algorithms else 0  # the base has none
     for number, (name, source) in enumerate(experiment.benchmarks.items()):
@@ -212,7 +212,7 @@ def evaluate_all(
 
 
 def curve_point(policy: Policy, experiment: Experiment, step: int, seed: int, max_steps: int = 0) -> dict[str, Any]:
-    """A cheap evaluation along training: avg@k on the first problems of each benchmark."""
+    """A cheap evaluation in the course of training: avg@k on the first problems of each benchmark."""
     settings = experiment.evaluation
     small = settings.model_copy(update={"samples": settings.curve_samples, "k": None})
     metrics = {}

@@ -1,4 +1,4 @@
-"""Results, intervals and paired differences of a comparison from its table of outcomes, as pure functions.
+"""Results, intervals and paired differences of a comparison, computed from its table of outcomes by pure functions.
 
 S seeds, P problems. Results and intervals are fractions in [0, 1].
 """
@@ -20,10 +20,11 @@ from rlzoo.errors import UserError, unknown
 from rlzoo.evaluation.metrics import pass_at_k
 
 METRICS = ("avg_at_k", "greedy", "pass_at_k")
+"""The metrics that have intervals and paired differences."""
 ResultKey = tuple[str, str, str]
-"""algorithm, benchmark (or `OVERALL`), metric"""
+"""Algorithm, benchmark (or `OVERALL`), metric."""
 OVERALL = "mean over benchmarks"
-"""The name under which the mean over benchmarks stands beside them."""
+"""The name of the mean over benchmarks, where a benchmark is expected."""
 
 
 @dataclass(frozen=True)
@@ -31,18 +32,22 @@ class ResultMatrix:
     """The result of one algorithm on one benchmark by one metric, for each seed and problem."""
 
     values: Float[np.ndarray, "S P"]
+    """Fractions in [0, 1]."""
     seeds: tuple[int, ...]
+    """The seed of each row."""
     problems: tuple[str, ...]
+    """The problem of each column."""
     benchmarks: Benchmarks | None = None
     """The number of each problem's benchmark, where there are several: see `crossed_interval`."""
 
 
 def result_matrices(outcomes: pa.Table, k: int | Mapping[str, int]) -> dict[ResultKey, ResultMatrix]:
-    """The results behind every algorithm × benchmark × metric of an outcomes table; k may differ by benchmark.
+    """The results of every algorithm × benchmark × metric in a table of outcomes; k may differ by benchmark.
 
-    With several benchmarks, `OVERALL` is one too. avg_at_k is the fraction of a problem's samples that is correct,
-    pass_at_k the estimate of `pass_at_k`, greedy 0 or 1. A metric without rows (no greedy decoding, say) is left out.
-    Raises UserError for a row recorded twice, a problem that a seed lacks, or k above the number of samples.
+    If there are several benchmarks, `OVERALL` is added as another. avg_at_k is the fraction of a problem's samples that
+    are correct, pass_at_k the estimate of `pass_at_k`, greedy 0 or 1. A metric without rows (for example, without
+    greedy decoding) is left out. Raises UserError for a sample recorded twice, a problem that is missing for a seed,
+    and k above the number of samples.
     """
     cells = ["algorithm", "benchmark", "decoding"]
     table = outcomes.group_by([*cells, "seed", "problem_id"]).aggregate(
@@ -112,10 +117,10 @@ def _pivot(
 
 
 def summarise(outcomes: pa.Table, k: int | Mapping[str, int]) -> list[dict[str, Any]]:
-    """Mean and 95 % interval of every algorithm (the base model among them, as "base") × benchmark × metric, those of
-    the mean over several benchmarks (as `OVERALL`) last.
+    """The mean and 95 % interval of every algorithm × benchmark × metric, as fractions; the base model is ``base``.
 
-    Rows have the keys algorithm, benchmark, metric, mean, ci_low, ci_high and seeds, the number of seeds.
+    With several benchmarks, the mean over them (`OVERALL`) comes last. Rows have the keys algorithm, benchmark, metric,
+    mean, ci_low, ci_high and seeds, the number of seeds. Raises UserError as `result_matrices` does.
     """
     rows: list[dict[str, Any]] = []
     for (algorithm, benchmark, metric), matrix in _ordered(result_matrices(outcomes, k)):
@@ -128,9 +133,9 @@ def summarise(outcomes: pa.Table, k: int | Mapping[str, int]) -> list[dict[str, 
 def compare_to(outcomes: pa.Table, baseline: str, k: int | Mapping[str, int]) -> list[dict[str, Any]]:
     """Paired differences (algorithm - baseline) of every other algorithm × benchmark (or `OVERALL`) × metric.
 
-    Rows have the keys algorithm, benchmark, metric, difference, ci_low, ci_high, p and seeds, the number of seeds that
-    both have; a pair with no seed in common is left out. The interval is that of one difference; p is corrected by
-    `holm` for all differences on the benchmark. Raises UserError for an unknown baseline.
+    Rows have the keys algorithm, benchmark, metric, difference, ci_low, ci_high, p and seeds, the number of seeds in
+    common; a pair without any is left out. The interval is that of a single difference; p is corrected by `holm` for
+    all differences on the benchmark. Raises UserError for an unknown baseline, and as `result_matrices` does.
     """
     matrices = result_matrices(outcomes, k)
     names = dict.fromkeys(algorithm for algorithm, _, _ in matrices)
@@ -158,7 +163,7 @@ def compare_pairs(
 ) -> dict[tuple[str, str], float]:
     """The p-value of the paired difference of each pair of algorithms, corrected by `holm` for the number of pairs.
 
-    The base model and pairs with no seed in common are left out. Each pair is there under both orders of its names.
+    The base model and pairs without common seeds are left out. Each pair has an entry for both orders of its names.
     """
     found = {a: m for (a, b, by), m in matrices.items() if (b, by) == (benchmark, metric) and a != BASE}
     all_of = {(a, b): difference_of(found[a], found[b]) for a, b in combinations(found, 2)}
@@ -170,7 +175,7 @@ def compare_pairs(
 def difference_of(a: ResultMatrix, b: ResultMatrix) -> ResultMatrix | None:
     """a - b on their common seeds and problems; None if there are none.
 
-    The base model has one pseudo-seed, -1: its row is repeated for every seed of the other.
+    The base model has a single pseudo-seed, -1: its row is repeated for every seed of the other matrix.
     """
     seeds_a, seeds_b = list(a.seeds), list(b.seeds)
     if seeds_a == [-1] or seeds_b == [-1]:
@@ -188,7 +193,7 @@ def difference_of(a: ResultMatrix, b: ResultMatrix) -> ResultMatrix | None:
 
 
 def _ordered(matrices: Mapping[ResultKey, ResultMatrix]) -> list[tuple[ResultKey, ResultMatrix]]:
-    """By benchmark, then algorithm, each in order of appearance, then metric."""
+    """Sorted by benchmark, then algorithm, both in order of appearance, then metric."""
     algorithms = list(dict.fromkeys(algorithm for algorithm, _, _ in matrices))
     benchmarks = list(dict.fromkeys(benchmark for _, benchmark, _ in matrices))
     return sorted(

@@ -14,7 +14,7 @@ from rlzoo.errors import UserError
 
 @dataclass(frozen=True)
 class Cell:
-    """An algorithm, a seed and a learning rate: what one training is of."""
+    """One training run of a comparison: an algorithm, a seed and a learning rate."""
 
     algorithm: str
     seed: int
@@ -27,7 +27,7 @@ class Cell:
 
 
 def cells(experiment: Experiment) -> list[Cell]:
-    """All cells of the grid; seeds vary slowest, so that all algorithms have early results."""
+    """All cells of the grid. Seeds vary slowest, so that every algorithm has a result early."""
     return [
         Cell(name, seed, rate)
         for seed in experiment.seeds
@@ -37,7 +37,7 @@ def cells(experiment: Experiment) -> list[Cell]:
 
 
 def sampling_seeds(experiment: Experiment) -> dict[str, int]:
-    """The buffers of samples of the base policy: name → the seed that it is sampled with."""
+    """The buffers with samples of the base policy: name → the seed of its samples."""
     if experiment.rollouts.per_seed:
         return {buffer_of(experiment, seed): seed for seed in experiment.seeds}
     return {"buffer": 0}
@@ -51,7 +51,7 @@ def buffer_of(experiment: Experiment, seed: int) -> str:
 def workers_at(experiment: Experiment, workers: int | None, executor: str) -> int | None:
     """How many cells may run at a time: one if cells would share a vLLM server, else ``workers``.
 
-    A server holds the weights of one policy at a time. Raises UserError if more workers are asked for.
+    A server holds the weights of one policy at a time. Raises UserError if more workers were requested.
     """
     online = any(row.mode == "online" for row in experiment.algorithms.values())
     url = experiment.evaluation.url or (experiment.rollouts.url if online else None)
@@ -73,9 +73,9 @@ def has_choice(experiment: Experiment, algorithm: str) -> bool:
 def chosen_cells(
     experiment: Experiment, results: Mapping[str, Mapping[str, Any]]
 ) -> tuple[list[Cell], dict[str, dict[str, float]]]:
-    """The cells to report, and the mean validation results: algorithm → learning rate → avg@k.
+    """The cells to report, and the mean results on validation: algorithm → learning rate → avg@k.
 
-    ``results`` has those of each cell that succeeded, by id. Each algorithm is reported at the learning rate with the
+    ``results`` are those of the cells that succeeded, by id. Each algorithm is reported at the learning rate with the
     best mean on validation.
     """
     grid = [cell for cell in cells(experiment) if cell.id in results]

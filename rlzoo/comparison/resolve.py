@@ -17,8 +17,8 @@ from rlzoo.objective import Objective, get_objective, view_in_place
 from rlzoo.policy.loading import DTYPES
 from rlzoo.reward import Reward
 from rlzoo.reward.isolation import Limits, apart
-from rlzoo.rollout.rollouts import score_samples
 from rlzoo.rollout.sampler import Sample, sampler_class
+from rlzoo.rollout.scoring import columns_of, score_samples
 from rlzoo.training import batches
 from rlzoo.training.batches import Views
 from rlzoo.training.trainer import check_precision
@@ -26,7 +26,7 @@ from rlzoo.types import selector_of
 
 
 def objective_of(experiment: Experiment, algorithm: str) -> Objective:
-    """The configured objective of one row of the comparison."""
+    """The objective of one row of the comparison, with its options. Raises UserError as `get_objective` does."""
     row = experiment.algorithms[algorithm]
     return get_objective(row.objective or algorithm, **row.options)
 
@@ -34,22 +34,25 @@ def objective_of(experiment: Experiment, algorithm: str) -> Objective:
 def reward_of(
     experiment: Experiment, step: int = 0, max_steps: int = 0, epoch: float = 0.0, benchmark: str | None = None
 ) -> Reward:
-    """The experiment's reward, or a benchmark's own, in its own process, with the progress of training."""
+    """The experiment's reward, or that of a benchmark, in a separate process and with the progress of training."""
     limits = Limits(experiment.scoring.seconds, experiment.scoring.memory_gb)
     own = None if benchmark is None else experiment.benchmarks[benchmark].reward
     spec = experiment.reward if own is None else own
-    return apart(spec, limits, experiment.scoring.on_error).at(step, max_steps, epoch)
+    return apart(spec, limits, experiment.scoring.on_error, experiment.scoring.processes).at(step, max_steps, epoch)
 
 
 def metrics_of(experiment: Experiment) -> dict[str, Metric]:
     """The metrics of all benchmarks, by name. Raises UserError as `metric_table` does."""
     rewards = {name: reward_of(experiment, benchmark=name) for name in experiment.benchmarks}
-    tables = [metric_table(experiment.evaluation, reward.parts) for reward in rewards.values()]
+    tables = [metric_table(experiment.evaluation, reward.components) for reward in rewards.values()]
     return {metric.name: metric for table in tables for metric in table}
 
 
 def views_of(experiment: Experiment, algorithm: str) -> Views:
-    """What each component of one row of the comparison learns from: a view, with its options."""
+    """The view, with its options, that each component of one row of the comparison learns from.
+
+    Raises UserError, which names the row, for an unknown view or option.
+    """
     objective, other = objective_of(experiment, algorithm), experiment.algorithms[algorithm].learns_from
     try:
         views = batches.views_of(objective) if other is None else [view_in_place(objective, other)]
@@ -66,7 +69,7 @@ def learns_from_samples(views: Views) -> bool:
 
 
 def check(experiment: Experiment) -> None:
-    """Find what is wrong with names, options, problems and the reward before a model is loaded. Raises UserError."""
+    """Check names, options, problems and the reward before a model is loaded. Raises UserError."""
     try:
         json.dumps(experiment.model_dump(mode="json"))
     except (ValueError, TypeError):
@@ -101,6 +104,7 @@ def check(experiment: Experiment) -> None:
 
 
 def _try(reward: Reward, problems: Sequence[Problem]) -> None:
-    """Score empty completions, so that a missing column or a broken reward shows before hours of sampling."""
+    """Score empty completions, so that a missing column or a broken reward is found before hours of sampling."""
     nothing = Sample([], "", truncated=False)
-    score_samples(reward, [(EncodedProblem(problem, "", []), nothing) for problem in problems])
+    encoded = [EncodedProblem(problem, "", []) for problem in problems]
+    score_samples(reward, [(one, nothing) for one in encoded], columns_of(encoded))

@@ -1,4 +1,4 @@
-"""Runs a comparison: shared work once, cells in parallel, learning rates chosen on validation, results on disk."""
+"""Runs a comparison: shared work once, then cells in parallel, with learning rates chosen on validation."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import yaml
 from rich.console import Console
 
-from rlzoo.buffers.bad_rows import told
+from rlzoo.buffers.bad_rows import dropped_line
 from rlzoo.comparison import one_cell, resolve, shared_buffer
 from rlzoo.comparison.outcomes import summarise
 from rlzoo.comparison.plan import Cell, buffer_of, cells, chosen_cells, has_choice, sampling_seeds, workers_at
@@ -44,9 +44,9 @@ from rlzoo.jobs.runs import Run, place, run_in, versions
 from rlzoo.rollout.rollouts import unscored
 
 RETRIES = 2
-"""How often a cell that ran out of memory is tried again, each time with micro-batches half as large."""
+"""How often a cell that ran out of memory is retried, each time with micro-batches half as large."""
 BUFFER_FACTS = ("rows", "samples", "correct", "sampled_tokens", "mismatch")
-"""What results.json says about each buffer."""
+"""What results.json records about each buffer."""
 OUTCOMES = pa.schema(
     [
         ("algorithm", pa.string()),
@@ -80,16 +80,16 @@ def compare(
     executor: Literal["local", "ray"] = "local",
     address: str | None = None,
 ) -> dict[str, Any]:
-    """Run every cell of an experiment and write its results and report to ``out``.
+    """Run every cell of an experiment, and write results and report to ``out``; returns the content of results.json.
 
-    ``out`` defaults to the newest folder runs/<name>-<time> in which the same comparison was interrupted, which then
-    resumes, else to a new one. ``workers`` defaults to the number of GPUs, or of cores without one, each with
-    ``threads`` threads. ``executor="ray"`` runs the work as tasks of the Ray cluster at ``address`` (None: start one
-    here), as many at a time as its CPUs or GPUs allow. Under `accelerate launch` all processes call this and share the
-    work of each cell; the main one writes.
+    ``experiment`` may be a name or a path. ``out`` defaults to the newest folder runs/<name>-<time> in which the same
+    comparison was interrupted, which is then resumed, else to a new one. ``workers`` defaults to the number of GPUs, or
+    of cores if there are none; each has ``threads`` threads. With ``executor="ray"`` cells are tasks of the Ray cluster
+    at ``address`` (None: start one here), as many at a time as its CPUs or GPUs allow. Under `accelerate launch` all
+    processes call this and share the work of each cell; the main one writes.
 
-    Returns the content of results.json. A cell that fails is reported there while the others continue; the same call
-    tries it again. Raises UserError for wrong input, and then leaves no ``out`` behind.
+    A cell that fails is reported while the others continue; the same call retries it. Raises UserError for wrong input,
+    without leaving ``out`` behind, and if no cell succeeds.
     """
     if isinstance(experiment, str):
         experiment = load_experiment(experiment)
@@ -101,7 +101,7 @@ def compare(
     out = where(experiment, threads) if out is None else Path(out)
     with run_in(out, "compare", _asked(experiment, threads)) as run, Heartbeat(console, "starting") as heartbeat:
         if run.finished:
-            _say(console, f"{experiment.name}: finished before, in {out}", style="bold")
+            _say(console, f"{experiment.name}: already finished, in {out}", style="bold")
             found: dict[str, Any] = json.loads((out / "results.json").read_text(encoding="utf-8"))
             return found
         number = min(workers or default_workers(), max(2, len(cells(experiment))))
@@ -127,7 +127,7 @@ def compare(
 
 
 def where(experiment: Experiment, threads: int = 1) -> Path:
-    """The default folder of a comparison: where the same one was interrupted, else a new runs/<name>-<time>."""
+    """The default folder of a comparison: one in which the same comparison was interrupted, else runs/<name>-<time>."""
     return place(experiment.name, "compare", _asked(experiment, threads))
 
 
@@ -169,7 +169,7 @@ def _run(
     _say(console, f"  base model: {_averages(base)}")
     dropped = {**shared["dropped_rows"], **base["dropped_rows"]}  # the same for all buffers
     for name, summary in dropped.items():
-        _say(console, f"  {name}: {told(summary)}", style="yellow")
+        _say(console, f"  {name}: {dropped_line(summary)}", style="yellow")
     for event in base["events"]:
         _say(console, f"  {event}", style="yellow")
 
@@ -220,7 +220,7 @@ def _run(
 
 
 def _over_benchmarks(base: Mapping[str, Any], cells: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """The mean of each metric over benchmarks: algorithm (or base) → metric → mean; each cell gets its own added."""
+    """The mean of each metric over benchmarks: algorithm (or base) → metric → mean; each cell also gets its own."""
     for cell in cells:
         cell["mean_over_benchmarks"] = mean_over_benchmarks([cell["metrics"]])
     own: dict[str, list[Any]] = {BASE: [base["metrics"]]}
@@ -238,7 +238,7 @@ def _called(buffer: str) -> str:
 def _share(
     processes: Workers, experiment: Experiment, folder: Path, state: Path, console: Console, plan: str
 ) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
-    """The work that cells share: buffers by name, and the base model's results. Raises UserError if any of it fails."""
+    """The work shared by all cells: buffers by name, and the base model's results. Raises UserError if it fails."""
     seeds = sampling_seeds(experiment)
     futures = {processes.submit("model", shared_buffer.check_model, experiment): "model"}
     for name, seed in seeds.items():
@@ -250,7 +250,7 @@ def _share(
         if isinstance(error := future.exception(), WorkerDiedError):
             raise UserError(why(error)) from None
         done[name] = future.result()
-        if name == "model":  # not before: for wrong input only the error is printed
+        if name == "model":  # not earlier: for wrong input only the error is printed
             _say(console, f"{experiment.name}: {plan}", style="bold")
     return {name: done[_called(name)] for name in seeds}, done["base model"]
 
@@ -258,10 +258,10 @@ def _share(
 def _gather(
     processes: Workers, grid: Sequence[Cell], submit: Callable[[Cell, int], Future[Any]], console: Console
 ) -> tuple[dict[str, dict[str, Any]], list[dict[str, Any]]]:
-    """The results of cells that succeeded, by cell id, and the cells that failed, with the reason.
+    """The results of the cells that succeeded, by cell id, and the cells that failed, with the reason.
 
-    A cell that ran out of memory, or whose process died, as happens then, is tried again after all others, in smaller
-    micro-batches.
+    A cell that ran out of memory, or whose process died, which may have the same cause, is retried after all others
+    with smaller micro-batches.
     """
     results: dict[str, dict[str, Any]] = {}
     failed: list[dict[str, Any]] = []
@@ -279,7 +279,7 @@ def _gather(
                     _say(console, f"    {event}", style="yellow")
             elif isinstance(error, (WorkerDiedError, OutOfMemoryError)) and attempt < RETRIES:
                 left.append(cell)
-                _say(console, f"  {name}: {why(error)}; to be tried again, in micro-batches half as large", style="red")
+                _say(console, f"  {name}: {why(error)}; to be retried with micro-batches half as large", style="red")
             else:
                 failed.append({**asdict(cell), "error": why(error)})
                 _say(console, f"{done} failed: {why(error)}", style="red")
@@ -287,7 +287,7 @@ def _gather(
 
 
 def _say(console: Console, line: str, style: str | None = None) -> None:
-    """Print one line verbatim: a terminal may wrap it, a log must not."""
+    """Print one line verbatim; a terminal may wrap it, but a log keeps it whole."""
     console.print(line, style=style, highlight=False, markup=False, soft_wrap=True)
 
 

@@ -23,26 +23,29 @@ from rlzoo.training import behaviour_event, check_buffer, stored_inputs, with_be
 from rlzoo.types import Trajectory
 
 Report = Callable[[float, str], None]
-"""Called with the fraction of the work that is done, 0 to 1, and what is being done."""
+"""Called with the fraction of the work that is done, 0 to 1, and a description of what is being done."""
 EDGES = np.linspace(0, 1, 21)
-"""Bins of token probabilities."""
+"""The edges of the bins for token probabilities."""
 PROBED_ROWS = 256
-"""Demonstrations whose token probabilities are counted before and after training."""
+"""How many demonstrations have their token probabilities counted before and after training."""
 
 
 def check_model(experiment: Experiment, report: Report) -> None:
-    """Load the base policy, to find out early if that fails. Raises UserError."""
+    """Load the base policy, so that a failure is found early. Raises UserError if it cannot be loaded."""
     report(0.0, "loading")
     load_for(experiment.model, experiment.training)
 
 
 def fill_buffer(experiment: Experiment, folder: Path, state: Path, seed: int, report: Report) -> dict[str, Any]:
-    """Sample the base policy, append to the demonstrations, add reference log-probs, and save in ``folder``."""
+    """Make the shared buffer in ``folder``: demonstrations, samples of the base policy, and reference log-probs.
+
+    Returns plain data about it, such as the number of rows; results cached under ``state`` are not computed again.
+    """
 
     def fill() -> dict[str, Any]:
         return _fill_buffer(experiment, folder, CachedResults(state / "samples").within(folder.name), seed, report)
 
-    if not agreed(folder.exists()):  # whatever the cached result says
+    if not agreed(folder.exists()):  # even if there is a cached result
         return dict(CachedResults(state).write(folder.name, fill())) if is_main() else fill()
     return dict(CachedResults(state).once(folder.name, fill))
 
@@ -118,7 +121,7 @@ def _fill_buffer(
 
 
 def _on_bad_rows(experiment: Experiment) -> dict[str, OnBadRow]:
-    """What happens to bad rows of the tables that fill the shared buffer."""
+    """What happens to bad rows in each of the tables that fill the shared buffer."""
     modes = {"train": experiment.train.bad_rows}
     if (table := experiment.demonstrations_table) is not None:
         modes["demonstrations"] = table.bad_rows

@@ -14,11 +14,11 @@ from jaxtyping import Float, Int
 from scipy import optimize, special
 
 SIGNIFICANT = 0.05
-"""A difference is called distinguishable from none if its corrected p-value is below this."""
+"""A difference is called distinguishable from zero if its corrected p-value is below this."""
 
 
 class Interval(NamedTuple):
-    """A mean and its interval."""
+    """A mean and the ends of its interval."""
 
     mean: float
     low: float
@@ -27,12 +27,12 @@ class Interval(NamedTuple):
 
 @dataclass(frozen=True)
 class _Spread:
-    """The mean of a result matrix, its variance in two independent parts, and how well each is known."""
+    """The mean of a result matrix, its variance in two independent parts, and their degrees of freedom."""
 
     mean: float
     parts: Float[np.ndarray, " 2"]
-    """The variance of the mean along the axis with fewer levels (seeds, say), noise included, and what the other axis
-    adds."""
+    """The variance of the mean along the axis with fewer levels (usually seeds), including noise, and what the other
+    axis adds."""
     freedom: tuple[float, float]
     """Degrees of freedom of each part, the smaller first."""
 
@@ -53,7 +53,7 @@ class _Spread:
         return float(weight * cochran + (1 - weight) * welch) * self.standard_error
 
     def safe_reach(self, tail: float) -> float:
-        """The same for an interval whose coverage is never too low. Source: Banerjee, Sankhyā 22, 1960."""
+        """`reach` for an interval whose coverage is never too low. Source: Banerjee, Sankhyā 22, 1960."""
         quantiles = np.array([_student(tail, freedom) for freedom in self.freedom])
         return float(np.sqrt((quantiles**2 * self.parts).sum()))
 
@@ -67,30 +67,31 @@ IGNORED, SLOPE, LEAST = 0.08, 0.7, 0.2
 """Chosen so that the coverage for normal effects, computed by quadrature, is between 93 and 97 % whatever their shares
 of the variance, for two or more seeds and eight or more problems."""
 Benchmarks = Int[np.ndarray, " P"]
+"""The number of each problem's benchmark."""
 AGREE = 0.05
-"""A mean square below this quantile of its distribution under noise alone is raised to it: seeds that agree better than
-that, as they can in a small table, do so by chance."""
+"""A mean square below this quantile of its distribution under noise alone is raised to the quantile: seeds that agree
+better than that, as may happen in a small table, do so by chance."""
 
 
 def crossed_interval(
     results: Float[np.ndarray, "S P"], level: float = 0.95, benchmarks: Benchmarks | None = None
 ) -> Interval:
-    """The mean of a result matrix and its interval over further seeds and problems of the same kind.
+    """The mean of a result matrix, with its interval over further seeds and problems of the same kind.
 
     In y_ij = μ + seed_i + problem_j + noise_ij the variance of the mean is σ²_s/S + σ²_p/P + σ²_n/(SP). The two-way
     table's mean squares between seeds, between problems and of the residuals have the expectations Pσ²_s + σ²_n,
     Sσ²_p + σ²_n and σ²_n, so with fewer seeds than problems it is estimated by (MS_s + max(MS_p - MS_n, 0))/(SP): the
     noise is attributed to the seeds, which are few, and where problems add nothing the interval is Student's over the
-    seeds' means, whatever the seeds' share. (To test first whether seeds differ would give too low a coverage: with two
-    or three of them the test rarely rejects.) The two parts have S-1 and P-1 degrees of freedom: the Behrens-Fisher
+    seeds' means, whatever the seeds' share. (Testing first whether seeds differ would make coverage too low: with two
+    or three seeds such a test rarely rejects.) The two parts have S-1 and P-1 degrees of freedom: the Behrens-Fisher
     problem. The quantile lies between Welch's and Cochran's (the mean of both parts' quantiles weighted by their
-    shares), the nearer to the latter the fewer seeds there are. With fewer problems than seeds, seeds and problems
-    change places. With one seed the interval covers other problems only, with one problem other seeds only, and a
+    shares), and the fewer seeds there are, the closer it is to Cochran's. With fewer problems than seeds, seeds and
+    problems swap roles. With one seed the interval covers other problems only, with one problem other seeds only, and a
     single value has no width. Two seeds say little: Student's quantile is 12.7. experiments/benchmarks/coverage.py
     measures the coverage.
 
     With ``benchmarks``, the number of each problem's benchmark, the mean is that over benchmarks, with equal weights.
-    Benchmarks are fixed; their problems are independent draws. So the seeds' variance is that of this mean, the
+    Benchmarks are fixed; their problems are independent draws. Thus the seeds' variance is that of this mean, the
     problems' variance is taken within each benchmark, and its degrees of freedom are Satterthwaite's.
 
     Sources: Searle, Casella, McCulloch, Variance components, 1992, chapter 4; Welch, Biometrika 34, 1947; Cochran,
@@ -137,11 +138,10 @@ def result_interval(
 def p_value(results: Float[np.ndarray, "S P"], benchmarks: Benchmarks | None = None) -> float:
     """A two-sided p-value for a mean of 0: under the null hypothesis p ≤ α with probability at most α, for every α.
 
-    Once corrected for their number, p-values are decided far out in the tails, where the calibration of
-    `crossed_interval` at 95 % says nothing. So this one is a little larger than the level at which that interval ends
-    at 0: a test with the mean of the squared quantiles of two independent variances, weighted by the variances, never
-    rejects too often (Banerjee, Sankhyā 22, 1960). A single value, which has no interval, gives 1. Raises ValueError as
-    `crossed_interval` does.
+    Corrected p-values depend on the far tails, about which the calibration of `crossed_interval` at 95 % says nothing.
+    Therefore this p-value is slightly larger than the level at which that interval ends at 0: a test with the mean of
+    the squared quantiles of two independent variances, weighted by the variances, never rejects too often (Banerjee,
+    Sankhyā 22, 1960). A single value, which has no interval, gives 1. Raises ValueError as `crossed_interval` does.
     """
     spread = _spread(results, benchmarks)
     if spread.mean == 0 or np.size(results) == 1:
@@ -170,6 +170,35 @@ def holm(p_values: Sequence[float]) -> list[float]:
     corrected[order] = np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1)).clip(max=1)
     found: list[float] = corrected.tolist()
     return found
+
+
+def smallest_difference(
+    results: Float[np.ndarray, "S P"], seeds: int, problems: int, level: float = 0.05, power: float = 0.8
+) -> float:
+    """The smallest true difference that ``seeds`` × ``problems`` detect at ``level`` with probability ``power``.
+
+    ``results`` [S, P] are paired differences of a pilot, whose variance components σ²_s, σ²_p and σ²_n (see
+    `crossed_interval`) give the standard error √(σ²_s/S' + σ²_p/P' + σ²_n/(S'P')) of the larger design. The difference
+    is that error times the sum of the quantiles of Student's t at 1 - level/2 and at ``power``. A pilot of few seeds
+    knows σ²_s only roughly.
+
+    Source: Cohen, Statistical power analysis for the behavioral sciences, 1988, chapter 2. Raises ValueError unless the
+    pilot has two seeds and two problems, and the design too.
+    """
+    results = np.asarray(results, dtype=np.float64)
+    if results.ndim != 2 or min(results.shape) < 2 or min(seeds, problems) < 2:
+        raise ValueError(f"two seeds and two problems are needed, got {results.shape} and {(seeds, problems)}")
+    s, p = results.shape
+    within = _within(results)
+    by_seed = p * np.square(results.mean(1) - results.mean()).sum() / (s - 1)
+    of_seed, of_problem = max(by_seed - within.noise, 0.0) / p, max(within.problems - within.noise, 0.0) / s
+    parts = of_seed / seeds + within.noise / (seeds * problems), of_problem / problems
+    freedom = seeds - 1, problems - 1
+    if seeds > problems:
+        parts = of_problem / problems + within.noise / (seeds * problems), of_seed / seeds
+        freedom = problems - 1, seeds - 1
+    spread = _Spread(0.0, np.array(parts), freedom)
+    return spread.reach(level / 2) + spread.reach(1 - power)
 
 
 def _spread(results: Float[np.ndarray, "S P"], benchmarks: Benchmarks | None = None) -> _Spread:

@@ -1,4 +1,4 @@
-"""Experiments: their settings, their validation, and the files that contain them."""
+"""Experiments: their settings, the validation of these, and the files that hold them."""
 
 from rlzoo.config.files import (
     EXPERIMENTS,

@@ -13,10 +13,11 @@ from rlzoo.config.validation import validated
 from rlzoo.errors import UserError, unknown
 
 EXPERIMENTS = Path(__file__).parent.parent / "experiments"
+"""The folder of the experiments that ship with rlzoo."""
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
-    """YAML whose mappings have each key once; PyYAML would take the last of several."""
+    """YAML in which a mapping may have each key only once; PyYAML would silently take the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
@@ -40,7 +41,7 @@ def list_experiments() -> dict[str, str]:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """Read a YAML file that contains a mapping. Raises UserError with the line of a mistake."""
+    """The mapping in a YAML file. Raises UserError, with the line, if the file is missing, invalid or anything else."""
     try:
         data = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeyLoader)
     except OSError as error:
@@ -55,7 +56,10 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def load_experiment(name: str, changes: Mapping[str, Any] | None = None) -> Experiment:
-    """An experiment by name or file path, with ``changes`` (dotted keys → values) applied."""
+    """The experiment of a name or a file path, with ``changes`` (dotted keys → values) applied.
+
+    Raises UserError for an unknown name, an unreadable file, and a wrong setting, which it names.
+    """
     path = Path(name) if name.endswith((".yaml", ".yml")) else EXPERIMENTS / f"{name}.yaml"
     if not name.endswith((".yaml", ".yml")) and not path.is_file():
         raise unknown("experiment", name, [p.stem for p in EXPERIMENTS.glob("*.yaml")])
@@ -66,7 +70,7 @@ def load_experiment(name: str, changes: Mapping[str, Any] | None = None) -> Expe
 
 
 def lay(data: dict[str, Any], key: str, value: Any) -> None:
-    """Set a dotted key in nested mappings; mappings on its path are copied, or created."""
+    """Set a dotted key in nested mappings. Mappings on its path are copied, or created if they are missing."""
     *parents, last = key.split(".")
     for parent in parents:
         child = data.get(parent)

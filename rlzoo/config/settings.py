@@ -1,4 +1,4 @@
-"""The schema of an experiment file: strict, typed, with one-line errors. Every default is the vetted setting."""
+"""The schema of an experiment file: strict and typed, with one-line errors and defaults that were tested."""
 
 from __future__ import annotations
 
@@ -12,12 +12,15 @@ from pydantic import Field
 from rlzoo.config.validation import validated
 
 OnBadRow = Literal["reject", "drop"]
+"""What happens to a row that cannot be used: an error, or the row is left out and counted."""
 Packing = Literal["auto", "packed", "padded"]
+"""How the rows of a micro-batch are laid out: see `Training.packing`."""
 
 BASE = "base"
-"""The name in outcomes of the model that every cell starts from."""
+"""The name, in outcomes, of the model that every cell starts from."""
 
 Positive = Annotated[int, Field(gt=0)]
+"""A whole number of at least 1."""
 Share = Annotated[float, Field(gt=0, le=1)]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 TokenBudget = int | str
@@ -48,7 +51,7 @@ def _token_budget(value: TokenBudget) -> TokenBudget:
 
 
 def _less(budget: TokenBudget, parts: int) -> TokenBudget:
-    """A token budget in so many parts."""
+    """A token budget divided into so many parts."""
     if isinstance(budget, int):
         return max(1, budget // parts)
     return f"auto/{parts * int(budget.partition('/')[2] or 1)}"
@@ -69,11 +72,11 @@ class ProblemSource(_Strict):
     prompt: str = "prompt"
     """A column, or a template such as ``"{question}\\nShow your work."``; ``extra.question`` is a field within one."""
     solution: str | None = None
-    """The column of a worked solution, for demonstrations."""
+    """The column with a worked solution, from which demonstrations are made."""
     quality: str | None = None
-    """The column of a solution's quality score, for objectives that sample demonstrations in proportion to it."""
+    """The column with a solution's quality score, for objectives that sample demonstrations in proportion to it."""
     columns: Mapping[str, str] = {}
-    """Names that a reward asks for → columns of the table, or fields such as ``reward_model.ground_truth``."""
+    """Names that a reward expects → columns of the table, or fields such as ``reward_model.ground_truth``."""
     bad_rows: OnBadRow = "reject"
     """A row that cannot become a problem or a demonstration is an error, or is dropped and counted (``drop``)."""
     chat: bool = False
@@ -85,18 +88,19 @@ class ProblemSource(_Strict):
     """Text that spells a special token (``<|im_end|>`` in a message, text after an end of sequence in a completion): an
     error that names the problem, or read as that token."""
     limit: Positive | None = None
+    """Use at most this many problems, the first ones; None: all."""
 
 
 class Benchmark(ProblemSource):
     """A problem set to evaluate on."""
 
     reward: Any = None
-    """Scores its completions in place of the experiment's reward."""
+    """A reward that scores its completions in place of the experiment's."""
 
     @pydantic.model_validator(mode="before")
     @classmethod
     def _of_problems(cls, given: Any) -> Any:
-        """Any problem set may serve as a benchmark."""
+        """Accept any problem set as a benchmark."""
         return given.model_dump() if type(given) is ProblemSource else given
 
 
@@ -104,10 +108,13 @@ class TableSource(_Strict):
     """A table of demonstrations, preferences or graded samples, or a saved buffer."""
 
     source: str
+    """A file, a folder of shards, a pattern, a saved data set, a Hub id, or a saved buffer."""
     split: str | None = None
+    """The split, where there are several; also a slice of one, such as ``train[:1000]``."""
     columns: Mapping[str, str | list[str] | None] = {}
-    """Names of the format → columns of the table (or fields in them, or lists of these); null leaves a column out."""
+    """Names in the format → columns of the table (or fields in them, or lists of these); null leaves a column out."""
     bad_rows: OnBadRow = "reject"
+    """A row that cannot be used is an error, or is dropped and counted (``drop``)."""
 
 
 class Sampling(_Strict):
@@ -116,13 +123,16 @@ class Sampling(_Strict):
     samples: Positive = 4
     """Completions per prompt."""
     temperature: Annotated[float, Field(gt=0)] = 1.0
+    """The logits are divided by this."""
     top_p: Share = 1.0
+    """Sample from the most likely tokens that together have this probability; 1: from all."""
     max_new_tokens: Positive = 256
+    """The length limit of a completion, in tokens."""
     batch_size: Positive = 256
     """Sequences per sampling batch."""
     engine: str = "auto"
-    """The sampler: ``transformers``, ``vllm``, another registered name, ``module:Name`` or ``file.py:Name``.
-    ``auto`` is vllm where it is installed and the policy is on a GPU (or where there is a url), else transformers."""
+    """The sampler: ``transformers``, ``vllm``, another registered name, ``module:Name`` or ``file.py:Name``. ``auto``
+    is vllm if it is installed and the policy is on a GPU (or if a url is given), else transformers."""
     url: str | None = None
     """The URL of a vLLM server; without one, vLLM runs in the sampling process."""
     engine_options: Mapping[str, Any] = {}
@@ -154,23 +164,26 @@ class Rollouts(Sampling):
 
     @property
     def wants_sampler_logp(self) -> bool:
+        """Whether the sampler's own log-probs serve as behaviour log-probs."""
         return self.behaviour == "sampler"
 
 
 class EvaluationSettings(Sampling):
-    """``samples`` per problem at ``temperature`` give avg@k and pass@k; one more is greedy."""
+    """How policies are evaluated: ``samples`` per problem at ``temperature`` for avg@k and pass@k, and one greedily."""
 
     k: Annotated[Positive | tuple[Positive, ...] | None, pydantic.WrapValidator(_one_or_several)] = None
-    """The k of pass@k and maj@k, at most ``samples``, or several, of which the main tables show the first; None:
+    """The k of pass@k and maj@k, at most ``samples``, or a list of them, of which the main tables show the first; None:
     ``samples``."""
     metrics: tuple[str, ...] = ()
     """Metrics besides the built-in ones: registered names, ``module:Name`` or ``file.py:Name``."""
     correct_at: float = 0.5
-    """A completion with at least this reward counts as correct."""
+    """The smallest reward of a correct completion."""
     curve_points: Annotated[int, Field(ge=0)] = 4
-    """Evaluations along training, the last one included; 0 for none."""
+    """The number of evaluations in the course of training, including the last; 0: none."""
     curve_problems: Positive = 48
+    """How many problems of each benchmark these use."""
     curve_samples: Positive = 2
+    """How many samples per problem these use."""
 
     @pydantic.model_validator(mode="after")
     def _k_fits(self) -> EvaluationSettings:
@@ -180,7 +193,7 @@ class EvaluationSettings(Sampling):
 
     @property
     def pass_ks(self) -> tuple[int, ...]:
-        """All k of pass@k."""
+        """All values of k for pass@k."""
         k = self.samples if self.k is None else self.k
         return k if isinstance(k, tuple) else (k,)
 
@@ -191,76 +204,84 @@ class EvaluationSettings(Sampling):
 
 
 class Scoring(_Strict):
-    """How the reward is called: in its own process, unless both limits are null."""
+    """How the reward is called: in separate processes, unless both limits are null."""
 
     seconds: Annotated[float, Field(gt=0)] | None = 60.0
-    """Time limit of one call; if it is exceeded, the completions are scored again one by one."""
+    """The time limit of a call; a call that exceeds it is repeated completion by completion."""
     memory_gb: Annotated[float, Field(gt=0)] | None = 4.0
-    """Memory limit of the process, in 2³⁰ bytes."""
+    """The memory limit of a process, in 2³⁰ bytes."""
+    processes: Positive = 1
+    """The number of processes that score completions while others are sampled, per worker of a comparison."""
     on_error: Annotated[Literal["fail", "null"], pydantic.BeforeValidator(_named_null)] = "fail"
-    """A completion on which the reward raises, hangs or returns no number is an error, or has no reward."""
+    """If the reward raises, hangs or returns no number: ``fail`` stops the run, ``null`` gives no reward."""
 
 
 class Lora(_Strict):
     """Low-rank adapters (arXiv 2106.09685; rank and scale as in arXiv 2508.05629)."""
 
     rank: Positive = 8
+    """The rank of each adapter."""
     alpha: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 16.0
-    """The adapter's product is multiplied by alpha / rank."""
+    """An adapter's product is multiplied by alpha / rank."""
     target_modules: Literal["all-linear"] | tuple[str, ...] = "all-linear"
-    """Names of layers; ``all-linear`` takes all but the output layer."""
+    """Names of the layers that get adapters; ``all-linear``: all linear layers but the output layer."""
 
 
 class Training(_Strict):
     """Optimisation: AdamW with linear warm-up, then cosine decay to zero (the settings of arXiv 2508.05629)."""
 
     steps: Positive = 100
-    """Optimizer steps, the same budget for all algorithms."""
+    """Optimizer steps."""
     batch_size: Positive = 64
     """Sequences per optimizer step: a pair counts as two, a group as its samples."""
     updates_per_batch: Positive = 1
     """Optimizer steps on each batch; above 1, ratios and value clipping take effect."""
     token_budget: Annotated[TokenBudget, pydantic.PlainValidator(_token_budget)] = "auto"
-    """Tokens per micro-batch, padding included; the gradient does not depend on it. ``auto``: as many as fit into a
+    """Tokens per micro-batch, padding included; the gradient does not depend on it. ``auto``: as many as fit into the
     GPU's memory, or 4096 on a CPU."""
     packing: Packing = "auto"
-    """``packed``: the rows of a micro-batch one after the other, without padding; ``auto``: where a GPU attends for all
-    of them in one call, in bfloat16; else ``padded``."""
+    """``packed``: the rows of a micro-batch are concatenated, without padding; ``auto``: where a GPU attends to all of
+    them in one call, in bfloat16; else ``padded``."""
     learning_rate: Rate = 5e-5
+    """The peak learning rate."""
     betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW's β₁ and β₂."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    """AdamW's decoupled weight decay."""
     warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """The fraction of steps with linear warm-up."""
     max_gradient_norm: Annotated[float, Field(gt=0)] = 1.0
+    """Gradients are scaled down to this norm."""
     importance_cap: Annotated[float, Field(gt=0)] | None = None
     """Truncated importance sampling for samples of another engine: each token has weight min(π/π_engine, this)."""
     max_completion_tokens: Positive = 2048
-    """Longer demonstrations, and longer completions of a table, are cut on the right, so have no end of sequence, and
-    are marked truncated."""
+    """Longer demonstrations, and longer completions of a table, are cut on the right: they have no end of sequence, and
+    are marked as truncated."""
     special_tokens: Literal["reject", "allow"] = "reject"
     """Text in a table of demonstrations that spells a special token, as in `ProblemSource`."""
     behaviour: Literal["recorded", "current"] = "recorded"
     """Samples without behaviour log-probs are left out, or get those of the initial policy (``current``)."""
     device: str = "auto"
-    """``auto``, ``cpu``, ``cuda``, or a GPU's number as in ``cuda:1``. ``auto`` is a GPU where there is one."""
+    """``auto``, ``cpu``, ``cuda``, or one GPU, as in ``cuda:1``. ``auto`` is a GPU if there is one."""
     dtype: Literal["auto", "float32", "bfloat16", "bfloat16-mixed", "float64"] = "auto"
     """``bfloat16-mixed`` keeps the weights in float32 and multiplies matrices in bfloat16; ``bfloat16`` is for adapters
-    (``lora``), as small updates of weights in it are lost. ``auto``: bfloat16-mixed on a GPU, float32 on a CPU."""
+    (``lora``), because it loses small updates of weights. ``auto``: bfloat16-mixed on a GPU, float32 on a CPU."""
     deterministic: bool = False
-    """Have a GPU give the same bits in every run: slower kernels, and none that add in any order. A CPU does anyway."""
+    """Make a GPU give the same bits in every run, with slower kernels. A CPU always does."""
     lora: Lora | None = None
     """Train low-rank adapters in place of the weights."""
     gradient_checkpointing: bool = False
     """Keep one activation per layer and recompute the rest in the backward pass: a third slower, with less memory."""
     checkpoint_seconds: Annotated[float, Field(ge=0)] | None = 300.0
-    """Time between the checkpoints that an interrupted run resumes from; 0: after every batch; None: no checkpoints."""
+    """Seconds between the checkpoints that an interrupted run resumes from; 0: after every batch; None: none."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
-    """What to do at a step whose loss or gradient is not finite; skipped steps are counted."""
+    """What to do at a step whose loss or gradient is not finite: stop the run, or skip and count the step."""
     trackers: tuple[Literal["tensorboard", "trackio", "wandb"], ...] = ()
     """Trackers that receive the metrics of each step."""
 
 
 OF_THE_BUFFER = ("behaviour", "max_completion_tokens", "special_tokens", "device", "deterministic")
-"""Training settings that determine the buffer of a comparison, and so must be the same for all of its rows."""
+"""Training settings that determine the buffer of a comparison, and so must be the same for all algorithms."""
 
 
 class Algorithm(_Strict):
@@ -269,12 +290,13 @@ class Algorithm(_Strict):
     objective: str | None = None
     """A registered name, ``module:Name`` or ``file.py:Name``; None: the row's own name."""
     options: Mapping[str, Any] = {}
+    """The objective's hyper-parameters."""
     learning_rates: tuple[Rate, ...] = ()
-    """With more than one, each is tried on all seeds, and the best on the validation problems is reported."""
+    """Each is tried on all seeds, and the one that is best on validation is reported; empty: that of ``training``."""
     mode: Literal["offline", "online"] = "offline"
     """``online`` samples each batch from the current policy; ``offline`` reads the shared buffer."""
     learns_from: str | None = None
-    """Another view than the objective's, with as many rows per unit: ``correct`` trains SFT or DFT on the base's
+    """A view in place of the objective's own, with as many rows per unit: ``correct`` trains SFT or DFT on the base's
     correct samples. A registered name, ``module:Name`` or ``file.py:Name``."""
     training: Mapping[str, Any] = {}
     """Fields of `Training` that differ for this row."""
@@ -284,26 +306,32 @@ class Experiment(_Strict):
     """A comparison: algorithms × seeds × learning rates from one base, one buffer and one budget."""
 
     name: str
+    """The name of its report, and of its folder under runs/."""
     description: str = ""
+    """What it compares, for its report."""
     model: str
-    """``embedded``, a Hub id, or a folder."""
+    """The base model: ``embedded``, a Hub id, or a folder."""
     train: ProblemSource
+    """The training problems: prompts to sample, and worked solutions as demonstrations."""
     demonstrations: str | TableSource | None = None
-    """A saved buffer, or a table in one of TRL's formats, in place of the training problems' solutions.
-
-    For a table given by name alone, ``train.bad_rows`` says what happens to bad rows.
-    """
+    """A saved buffer, or a table in one of TRL's formats, in place of the training problems' solutions. Given by name
+    alone, it takes ``bad_rows`` from ``train``."""
     validation: ProblemSource | None = None
+    """The problems on which learning rates are chosen."""
     benchmarks: Annotated[Mapping[str, Benchmark], Field(min_length=1)]
+    """The problem sets that results are reported on, by name."""
     reward: Any
+    """What `get_reward` takes: a name, a mapping with options, or a list for a weighted sum."""
     scoring: Scoring = Scoring()
     rollouts: Rollouts = Rollouts()
     evaluation: EvaluationSettings = EvaluationSettings()
     training: Training = Training()
     algorithms: Annotated[Mapping[str, Algorithm], Field(min_length=1)]
+    """The rows of the comparison, by name."""
     baseline: str | None = None
-    """The algorithm that the report compares the others with."""
+    """The algorithm that the report compares the others with; None: the first."""
     seeds: Annotated[tuple[Annotated[int, Field(ge=0, lt=2**32)], ...], Field(min_length=1)] = (0, 1, 2)
+    """Each algorithm is trained once per seed."""
 
     @pydantic.model_validator(mode="after")
     def _is_a_grid(self) -> Experiment:
@@ -340,10 +368,7 @@ class Experiment(_Strict):
         return TableSource(source=given, bad_rows=self.train.bad_rows) if isinstance(given, str) else given
 
     def with_smaller_batches(self, divisor: int) -> Experiment:
-        """The same with ``divisor`` times fewer tokens per micro-batch and sequences per sampling batch.
-
-        Results are equal up to rounding.
-        """
+        """The experiment with batches ``divisor`` times smaller in memory, and the same results up to rounding."""
         if divisor == 1:
             return self
 
@@ -364,8 +389,9 @@ class Experiment(_Strict):
         )
 
     def training_of(self, name: str) -> Training:
-        """The settings of one algorithm's training."""
+        """The training settings of one algorithm. Raises UserError naming a wrong one."""
         return validated(Training, {**self.training.model_dump(), **self.algorithms[name].training}, f"{name}.training")
 
     def learning_rates_of(self, name: str) -> tuple[float, ...]:
+        """The learning rates that one algorithm is trained with."""
         return self.algorithms[name].learning_rates or (self.training_of(name).learning_rate,)

@@ -12,7 +12,7 @@ M = TypeVar("M", bound=pydantic.BaseModel)
 
 
 def validated(model: type[M], data: Any, where: str) -> M:
-    """``data`` as a ``model``. Raises UserError naming the first wrong field."""
+    """``data`` as a ``model``. Raises UserError naming the first wrong field; ``where`` is named before it."""
     try:
         return model.model_validate(data)
     except pydantic.ValidationError as error:
@@ -29,7 +29,7 @@ def validated(model: type[M], data: Any, where: str) -> M:
 
 
 def _owner(model: type[pydantic.BaseModel], path: tuple[Any, ...]) -> type[pydantic.BaseModel] | None:
-    """The model that holds the field at ``path``; None for one of a list."""
+    """The model of the field at ``path``; None for an element of a list."""
     owner: Any = model
     for part in path:
         field = getattr(owner, "model_fields", {}).get(part)

@@ -1,4 +1,4 @@
-"""Reports as blocks, written as Markdown with figures beside it and as one HTML page."""
+"""Reports as lists of blocks, written as Markdown with separate figures and as a single HTML page."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["Block", "Code", "Entry", "Figure", "Heading", "Paragraph", "Table", 
 
 
 def write_document(directory: Path, title: str, blocks: Sequence[Block]) -> None:
-    """Write report.md, report.html and figures/ into a directory, each file whole or not at all."""
+    """Write report.md, report.html and figures/ into a directory, each file atomically."""
     files = {
         directory / FIGURES / f"{block.name}.svg": standalone(block.svg)
         for block in blocks

@@ -1,4 +1,4 @@
-"""A report as a list of blocks. Their text is plain: the renderers know HTML and Markdown, and escape it."""
+"""The blocks of a report. Their text is plain; the renderers for HTML and Markdown escape it."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ class Entry(NamedTuple):
 
     text: str
     best: bool = False
+    """Whether it is shown in bold."""
 
 
 @dataclass(frozen=True)
 class Heading:
-    """A heading; the page's title has level 1."""
+    """A heading; the title of the page has level 1."""
 
     text: str
     level: int = 2
@@ -24,38 +25,44 @@ class Heading:
 
 @dataclass(frozen=True)
 class Paragraph:
-    """A paragraph; the one that answers the reader's question leads."""
+    """A paragraph."""
 
     text: str
     lead: bool = False
+    """Whether it answers the question of the report, and stands out."""
 
 
 @dataclass(frozen=True)
 class Table:
-    """A table whose first column, and the one named ``prose``, hold text; the others hold numbers."""
+    """A table. Its first column and the one named ``prose`` contain text, the others numbers."""
 
     header: Sequence[str]
     rows: Sequence[Sequence[Entry]]
     prose: str | None = None
 
     def is_number(self, column: int) -> bool:
+        """Whether a column contains numbers, which are aligned to the right."""
         return column > 0 and self.header[column] != self.prose
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A drawing, what a reader who cannot see it should know, and what it shows and does not show."""
+    """A drawing with its caption."""
 
     name: str
+    """The name of its file, without the ending."""
     svg: str
     alt: str
+    """What a reader who cannot see the drawing should know."""
     shows: str
+    """The caption: what the drawing shows."""
     hides: str
+    """The caption: what the drawing does not show."""
 
 
 @dataclass(frozen=True)
 class Code:
-    """Text that a program or a model wrote, shown as it is."""
+    """Text written by a program or a model, shown verbatim."""
 
     text: str
     language: str = "text"

@@ -1,4 +1,4 @@
-"""Figures as SVG that takes its ink from the page around it: colours, style, and how a drawing gets into a document."""
+"""Figures as SVG that takes its text colour from the surrounding page: colours, style, and embedding in documents."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
-# Okabe and Ito's colours without yellow and black, which vanish on a white or a black page, and an olive.
+# Okabe and Ito's colours, with olive in place of yellow and black, which would be invisible on a white or black page.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8F7A2B")
 MARKERS = "osD^vPX"
 GREY = "#808080"
 INK = "#010203"
-"""Stands for the page's text colour: `ink` replaces it."""
+"""A placeholder for the text colour of the page, replaced by `inline` and `standalone`."""
 WIDTH = 9.6
 STYLE = {
     "font.family": "sans-serif",
     "font.size": 10,
     "text.color": INK,
-    "text.parse_math": False,  # names may hold a dollar sign
+    "text.parse_math": False,  # names may contain a dollar sign
     "axes.edgecolor": GREY,
     "axes.labelcolor": INK,
     "axes.titlesize": 10.5,
@@ -57,7 +57,7 @@ def log_scale(axes: Any, which: str) -> None:
         axis.set_major_locator(LogLocator(numticks=6))
         axis.set_minor_locator(NullLocator())
         low, high = getattr(axes, f"get_{name}lim")()
-        if high < 30 * low:  # hardly a power of ten inside
+        if high < 30 * low:  # at most one power of ten inside
             axis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=6))
         axis.set_major_formatter(lambda value, _: _power(value))
 
@@ -71,20 +71,20 @@ def _power(value: float) -> str:
 
 
 def short(name: str) -> str:
-    """A name that fits beside an axis. A leading underscore would hide it from a legend."""
+    """A name cut to fit beside an axis. A leading underscore, which would hide it from a legend, is masked."""
     plain = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in name)
     plain = f"\N{ZERO WIDTH SPACE}{plain}" if plain.startswith("_") else plain
     return plain if len(plain) <= 22 else f"{plain[:21]}…"
 
 
 def axes_row(columns: int, height: float, **options: Any) -> tuple[Any, Any]:
-    """A figure of the page's width with one row of axes."""
+    """A figure of the width of the page, with one row of axes: (figure, axes)."""
     figure = Figure(figsize=(WIDTH, height), layout="constrained")
     return figure, figure.subplots(1, columns, squeeze=False, **options)[0]
 
 
 def to_svg(figure: Any) -> str:
-    """The figure as an SVG element, the same to the byte for the same figure."""
+    """The figure as an SVG element; the same figure gives the same bytes."""
     out = io.StringIO()
     nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
     figure.savefig(out, format="svg", transparent=True, metadata=nothing)
@@ -93,7 +93,7 @@ def to_svg(figure: Any) -> str:
 
 
 def inline(svg: str, name: str, alt: str) -> str:
-    """The drawing as an element of a page: ids of its own, the page's ink, nothing from outside."""
+    """The drawing as an element of a page: with unique ids, the text colour of the page, and no external references."""
     svg = re.sub(r"<(metadata|style)\b.*?</\1>\s*", "", svg, flags=re.DOTALL)
     svg = (
         re.sub(r'\s(?:xmlns(?::\w+)?|width|height|version)="[^"]*"', "", svg[: svg.index(">")]) + svg[svg.index(">") :]
@@ -105,7 +105,7 @@ def inline(svg: str, name: str, alt: str) -> str:
 
 
 def standalone(svg: str) -> str:
-    """The drawing as a file: black on white."""
+    """The drawing as a file of its own, dark on white."""
     head, _, body = svg.partition(">")
     white = '<rect width="100%" height="100%" fill="#ffffff"/>'
     return f'<?xml version="1.0" encoding="utf-8"?>\n{head}>{white}{body}'.replace(INK, "#1a1a1a")

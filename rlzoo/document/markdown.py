@@ -1,4 +1,4 @@
-"""A document as Markdown, with its figures as files beside it."""
+"""Documents as Markdown, with figures in separate files."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ FIGURES = "figures"
 
 
 def render_markdown(blocks: Iterable[Block]) -> str:
-    """The report as Markdown. Text is escaped; what a model or a program wrote stands in fences."""
+    """The document as Markdown. Text is escaped; text written by a model or a program is fenced."""
     return "\n\n".join(_block(block) for block in blocks) + "\n"
 
 
 def text(value: str) -> str:
-    """Text for Markdown, in one line, with every sign that Markdown or HTML would read escaped."""
+    """Text for Markdown, in one line, with every character escaped that Markdown or HTML would interpret."""
     plain = "".join(c if c.isprintable() else " " for c in value)
     plain = plain.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     return re.sub(r"([\\`*_\[\]|~$#!])", r"\\\1", " ".join(plain.split()))
 
 
 def fence(value: str, language: str) -> str:
-    """A fenced block, its fence longer than any run of backticks inside."""
+    """A fenced block, with a fence longer than any run of backticks inside."""
     plain = "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in value)
     ticks = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", plain)), default=0))
     return f"{ticks}{language}\n{plain}\n{ticks}"

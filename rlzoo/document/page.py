@@ -1,4 +1,4 @@
-"""A document as one HTML page that needs nothing else: no script, no network, readable in light and dark."""
+"""Documents as single, self-contained HTML pages: no scripts, no network, readable in light and dark mode."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ code { font-family: ui-monospace, "SF Mono", Menlo, Consolas, "DejaVu Sans Mono"
 
 
 def render_html(title: str, blocks: Iterable[Block]) -> str:
-    """The page. All text of the blocks is escaped; a policy in its head forbids scripts and all loading."""
+    """The page. All text is escaped; a content security policy in its head forbids scripts and loading anything."""
     body = "\n".join(_block(block) for block in blocks)
     policy = "default-src 'none'; style-src 'unsafe-inline'"
     return f"""<!doctype html>
@@ -73,7 +73,7 @@ def render_html(title: str, blocks: Iterable[Block]) -> str:
 
 
 def text(value: str) -> str:
-    """Text for HTML: escaped, with characters that no page may hold replaced."""
+    """Text for HTML: escaped, and with characters replaced that are not allowed in a page."""
     return html.escape("".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in value))
 
 

@@ -1,22 +1,24 @@
-"""Evaluation: sample each problem at temperature T and once greedily, score the samples, compute metrics."""
+"""Evaluation: sample each problem at temperature T and once greedily, score the samples, and compute metrics."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
-from rlzoo.buffers.bad_rows import BadRows, told_of
+from rlzoo.buffers.bad_rows import BadRows, collecting
 from rlzoo.buffers.problems import EncodedProblem, Problem, demonstrations, encode_problems
 from rlzoo.config import EvaluationSettings, TokenBudget
 from rlzoo.errors import UserError
 from rlzoo.evaluation.metrics import ProblemSamples, get_metric, metric_table
 from rlzoo.policy import Policy, log_probs
-from rlzoo.reward import Reward, get_reward
+from rlzoo.reward import get_reward
 from rlzoo.reward.calling import means
-from rlzoo.rollout import Sampler, sampler_of
-from rlzoo.rollout.rollouts import completions_of, score_samples, within_limits
+from rlzoo.rollout import Sample, Sampler, sampler_of
+from rlzoo.rollout.rollouts import within_limits
+from rlzoo.rollout.scoring import Scored, Scorer
 from rlzoo.types import Trajectory
 
 
@@ -28,9 +30,9 @@ class Evaluation:
     """Metrics by name, such as ``avg_at_k``, with ``k`` and ``samples``; and ``reward/NAME`` for the metric NAME that
     the reward logged."""
     outcomes: list[dict[str, Any]]
-    """One row per sample: problem_id, prompt, decoding, sample, reward, correct, length, truncated, text. If available,
-    also ``logged`` and ``components`` of the reward as JSON, the ``answer`` that the reward reads in the text, and
-    ``gold_logp``, the log-prob of the problem's ``gold_tokens``, in nats."""
+    """One row per sample: problem_id, prompt, decoding, sample, reward, correct, length, truncated, text. Where they
+    exist, also ``logged`` and ``components`` of the reward as JSON, the ``answer`` that the reward extracts from the
+    text, and ``gold_logp``, the sum of the log-probs of the problem's ``gold_tokens`` gold tokens, in nats."""
 
 
 def evaluate(
@@ -46,30 +48,42 @@ def evaluate(
     metrics: Sequence[Any] | None = None,
     token_budget: TokenBudget = 8192,
 ) -> Evaluation:
-    """Sample each problem ``settings.samples`` times, and once greedily, score the completions, compute metrics.
+    """Sample each problem ``settings.samples`` times, and once greedily, score the completions, and compute metrics.
 
-    ``reward`` is what `get_reward` takes, such as a plain function; each of ``metrics`` is what `get_metric` takes
-    (None: all of `metric_table`). ``token_budget`` is for the micro-batches of gold completions.
+    ``reward`` is anything that `get_reward` takes, such as a plain function; each of ``metrics`` is anything that
+    `get_metric` takes (None: all of `metric_table`). ``token_budget`` applies to the micro-batches of gold completions.
+    ``progress`` is called with the number of sequences that were sampled since its last call.
 
-    A sample with a reward of at least ``settings.correct_at`` is correct; a null reward counts as wrong. A problem that
-    cannot be encoded, or that the model cannot take, is an error, or goes to ``bad``; such a solution is left out of
-    the log-likelihood. Raises UserError for no problems, k > samples, and a metric that fails.
+    A sample is correct if its reward is at least ``settings.correct_at``; without a reward it counts as wrong. A
+    problem that cannot be encoded, or that the model cannot take, is an error unless ``bad`` drops it; solutions of
+    that kind are left out of the log-likelihood. Raises UserError for an empty set of problems, k > samples, and a
+    metric that fails.
     """
     settings, reward = settings or EvaluationSettings(), get_reward(reward)
     if not problems:
         raise UserError("there are no problems to evaluate on: give a problem set with at least one row")
     if (most := max(settings.pass_ks)) > settings.samples:
         raise UserError(f"pass@{most} needs as many samples, and there are {settings.samples}: change k or samples")
-    table = metric_table(settings, reward.parts) if metrics is None else [get_metric(metric) for metric in metrics]
+    table = metric_table(settings, reward.components) if metrics is None else [get_metric(metric) for metric in metrics]
     sampler = sampler or sampler_of(policy, settings)
     encoded = within_limits(policy, sampler, encode_problems(policy.tokenizer, problems, bad), settings, bad)
     needs = {need for metric in table for need in metric.needs}
-    how = reward, settings, seed, "answer" in needs, progress
-    sampled, logged = _outcomes(sampler, encoded, False, *how)
-    best = _outcomes(sampler, encoded, True, *how)[0] if greedy else []
     gold: Sequence[Sequence[Sequence[float]]] = [()] * len(encoded)
-    if "gold_logp" in needs:
-        gold = _gold_logp(policy, encoded, bad, token_budget)
+    with ExitStack() as stack:  # samples are scored while greedy ones are sampled, and these beside the last
+        passes = []
+        for of in (False, True) if greedy else (False,):
+            scorer = stack.enter_context(Scorer(reward, encoded, "answer" in needs))
+            with sampler.heard_by(scorer.begin):
+                made = sampler.sample([one.ids for one in encoded], settings, seed, greedy=of, progress=progress)
+            scorer.begin_all(made)
+            passes.append((made, scorer))
+        if "gold_logp" in needs:
+            gold = _gold_logp(policy, encoded, bad, token_budget)
+        (sampled, logged), *others = [
+            _outcomes(encoded, made, scorer.end(), settings, decoding)
+            for (made, scorer), decoding in zip(passes, ("sample", "greedy"), strict=False)
+        ]
+    best = [row for rows, _ in others for row in rows]
     n = settings.samples
     seen = []
     for i, one in enumerate(encoded):
@@ -86,14 +100,14 @@ def evaluate(
 
 
 def gold_rows(policy: Policy, problems: Sequence[EncodedProblem], bad: BadRows | None = None) -> list[list[Trajectory]]:
-    """Each problem's gold completions, without those that cannot be encoded or that the model cannot take."""
+    """The gold completions of each problem, without those that cannot be encoded or that the model cannot take."""
     rows = []
-    with told_of(bad) as bad:
+    with collecting(bad) as bad:
         for encoded in problems:
             unfit = BadRows("drop")
             rows.append(demonstrations(policy.tokenizer, [encoded.problem], None, unfit, policy.row_check()))
             if (summary := unfit.summary()) is not None:
-                place = encoded.problem.told
+                place = encoded.problem.label
                 reason = summary["first"][0].removeprefix(place).lstrip(": ")  # `note` names the place again
                 bad.note(place, {"gold completions without a log-likelihood": reason})
     return rows
@@ -102,7 +116,7 @@ def gold_rows(policy: Policy, problems: Sequence[EncodedProblem], bad: BadRows |
 def _gold_logp(
     policy: Policy, problems: Sequence[EncodedProblem], bad: BadRows | None, token_budget: TokenBudget
 ) -> list[list[list[float]]]:
-    """The log-probs per token of each problem's gold completions, at temperature 1."""
+    """The log-probs, per token, of each problem's gold completions, at temperature 1 and in nats."""
     rows = gold_rows(policy, problems, bad)
     flat = [(row.prompt_ids, row.completion_ids) for some in rows for row in some]
     logps = iter(log_probs(policy, flat, token_budget))
@@ -110,26 +124,19 @@ def _gold_logp(
 
 
 def _outcomes(
-    sampler: Sampler,
     problems: Sequence[EncodedProblem],
-    greedy: bool,
-    reward: Reward,
+    sampled: Sequence[list[Sample]],
+    scored: Sequence[Scored],
     settings: EvaluationSettings,
-    seed: int,
-    with_answers: bool,
-    progress: Callable[[int], None] | None,
+    decoding: str,
 ) -> tuple[list[dict[str, Any]], dict[str, float]]:
     """One row per sample, and the means of the metrics that the reward logged."""
-    sampled = sampler.sample([p.ids for p in problems], settings, seed, greedy=greedy, progress=progress)
     flat = [(p, n, s) for p, samples in zip(problems, sampled, strict=True) for n, s in enumerate(samples)]
-    answered = [(p, s) for p, _, s in flat]
-    scores = score_samples(reward, answered)
-    answers = reward.answers(completions_of(answered)) if with_answers else [None] * len(flat)
     rows = [
         {
             "problem_id": problem.problem.id,
             "prompt": problem.text,
-            "decoding": "greedy" if greedy else "sample",
+            "decoding": decoding,
             "sample": number,
             "reward": score.value,
             "correct": score.value is not None and score.value >= settings.correct_at,
@@ -137,9 +144,9 @@ def _outcomes(
             "truncated": sample.truncated,
             "text": sample.text,
             **({"logged": json.dumps(score.extra)} if score.extra else {}),
-            **({"components": json.dumps(score.parts)} if len(score.parts) > 1 else {}),
+            **({"components": json.dumps(score.components)} if len(score.components) > 1 else {}),
             **({} if answer is None else {"answer": answer}),
         }
-        for (problem, number, sample), score, answer in zip(flat, scores, answers, strict=True)
+        for (problem, number, sample), (score, answer) in zip(flat, scored, strict=True)
     ]
-    return rows, means([score.metrics for score in scores])
+    return rows, means([score.metrics for score, _ in scored])

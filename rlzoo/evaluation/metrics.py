@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from rlzoo.errors import UserError, unknown
-from rlzoo.registry import Registry, told
+from rlzoo.registry import Registry, one_line
 
 if TYPE_CHECKING:
     from rlzoo.buffers.problems import Problem
@@ -25,6 +25,7 @@ class ProblemSamples:
     """The samples of one problem, for a metric. Each is a row of outcomes.parquet: text, reward, correct, length, …"""
 
     problem: Problem
+    """The problem, with the columns of its data."""
     samples: Sequence[Mapping[str, Any]]
     """The completions sampled at the evaluation's temperature."""
     greedy: Mapping[str, Any] | None = None
@@ -35,40 +36,50 @@ class ProblemSamples:
 
 @dataclass(frozen=True)
 class Total:
-    """A sum and its divisor: problems with more samples or tokens have more weight in the average."""
+    """A sum and its count, for an average in which problems with more samples or tokens have more weight."""
 
     total: float
+    """The sum over the problem's samples or tokens."""
     count: float
+    """Their number."""
 
 
 NEEDS = ("gold_logp", "answer")
+"""What a metric may list in `Metric.needs`."""
 Found = float | Total | None
-"""A problem's value, averaged over problems; or its part of an average over samples or tokens; or none."""
+"""What a metric finds for one problem: a value to average over problems, a `Total`, or None for no value."""
 
 
 @dataclass(frozen=True)
 class Metric:
-    """A row of the table of metrics. A metric that has no value for any problem is left out of the results."""
+    """A row of the table of metrics. A metric without a value for any problem is left out of the results.
+
+    Raises UserError for an unknown need.
+    """
 
     name: str
-    """Its key in results.json."""
+    """The key in results.json."""
     of: Callable[[ProblemSamples], Found]
+    """The value for one problem."""
     label: str = ""
-    """Its name in reports; by default ``name``."""
+    """The name in reports; by default ``name``."""
     unit: str = "%"
     """``%``: a fraction, shown as a percentage; anything else: the unit of a plain number."""
     needs: tuple[str, ...] = ()
-    """Fields that are computed on request: ``gold_logp``, and the ``answer`` that a reward finds in a sample."""
+    """What is computed only on request: ``gold_logp``, and the ``answer`` that the reward extracts from a sample."""
 
     def __post_init__(self) -> None:
         if wrong := [need for need in self.needs if need not in NEEDS]:
             raise unknown(f"need of metric {self.name!r}", wrong[0], NEEDS)
         object.__setattr__(self, "label", self.label or self.name.replace("_", " "))
-        for name in ("__module__", "__qualname__", "__doc__"):  # errors tell two metrics of one name apart by these
+        for name in ("__module__", "__qualname__", "__doc__"):  # errors distinguish two metrics of one name by these
             object.__setattr__(self, name, getattr(self.of, name, None))
 
     def average(self, problems: Sequence[ProblemSamples]) -> float | None:
-        """Σ totals / Σ counts over the problems that have a value. Raises UserError for one that is not finite."""
+        """Σ totals / Σ counts over the problems that have a value; None if none has.
+
+        Raises UserError naming the problem if the metric raises, or returns anything but a finite number or None.
+        """
         found = [value for value in map(self._value, problems) if value is not None]
         count = np.sum([value.count for value in found])
         return float(np.sum([value.total for value in found]) / count) if count else None
@@ -78,11 +89,11 @@ class Metric:
         return f"{value:.1%}" if self.unit == "%" else f"{value:.4g} {self.unit}".rstrip()
 
     def _value(self, problem: ProblemSamples) -> Total | None:
-        where = f"metric {self.name!r} on {problem.problem.told}"
+        where = f"metric {self.name!r} on {problem.problem.label}"
         try:
             value = self.of(problem)
         except Exception as error:
-            raise UserError(f"{where}: {told(error)}") from error
+            raise UserError(f"{where}: {one_line(error)}") from error
         if value is None:
             return None
         value = value.item() if hasattr(value, "item") else value  # an element of an array or a tensor
@@ -106,9 +117,9 @@ def list_metrics() -> list[str]:
 
 
 def get_metric(spec: Any) -> Metric:
-    """The metric of a name, ``package.module:Name`` or ``path/to/file.py:Name``.
+    """The metric of a name, ``package.module:Name`` or ``path/to/file.py:Name``; a `Metric` is returned unchanged.
 
-    A function is a metric under its own name. Raises UserError for an unknown name and for what is not a metric.
+    A function becomes a metric under its own name. Raises UserError for an unknown name and for anything else.
     """
     found = _metrics.get(spec) if isinstance(spec, str) else spec
     if isinstance(found, Metric):
@@ -123,10 +134,11 @@ def get_metric(spec: Any) -> Metric:
 
 
 def pass_at_k(correct: Int[np.ndarray, "*n"], n: Int[np.ndarray, "*n"], k: int) -> Float[np.ndarray, "*n"]:
-    """The unbiased estimate 1 - C(n-c, k) / C(n, k) of pass@k, the chance that any of k samples is correct.
+    """The unbiased estimate 1 - C(n-c, k) / C(n, k) of pass@k, the probability that any of k samples is correct.
 
-    Computed as 1 - Π_{j<k} (n-c-j)/(n-j), which neither overflows nor cancels. Source: arXiv 2107.03374.
-    Raises UserError for k < 1 or k > n, ValueError for counts that are not 0 ≤ c ≤ n.
+    ``correct`` c and ``n`` are counts per problem; the result has their shape. Computed as 1 - Π_{j<k} (n-c-j)/(n-j),
+    which neither overflows nor cancels. Raises UserError for k < 1 or k > n, ValueError unless 0 ≤ c ≤ n.
+    Source: arXiv 2107.03374.
     """
     correct, n = np.asarray(correct), np.asarray(n)
     if np.any(correct < 0) or np.any(correct > n):
@@ -159,10 +171,10 @@ def _greedy(problem: ProblemSamples) -> float | None:
 
 
 def _majority(samples: Sequence[Mapping[str, Any]]) -> float:
-    """Whether the most frequent answer is correct; the mean over several such answers.
+    """Whether the most frequent answer is correct; the mean over several if they tie.
 
-    A sample's answer is that of the reward's ``answer_of``, or else its text up to case and spaces. A sample without an
-    answer has no vote; if there is no vote, the value is 0. Source: arXiv 2203.11171.
+    A sample's answer is what the reward's ``answer_of`` returns, or else its text up to case and spaces. A sample
+    without an answer does not vote; without any votes the value is 0. Source: arXiv 2203.11171.
     """
     votes: dict[str, list[bool]] = {}
     for sample in samples:
@@ -202,7 +214,7 @@ LOG_LIKELIHOOD = register_metric(
 
 
 def pass_metric(k: int, name: str | None = None) -> Metric:
-    """pass@k by `pass_at_k`; its default name is ``pass_at_8`` for k = 8."""
+    """pass@k, as `pass_at_k` estimates it; by default named ``pass_at_8`` for k = 8."""
 
     def estimate(problem: ProblemSamples) -> float:
         return float(pass_at_k(np.array(_hits(problem)), np.array(len(problem.samples)), k))
@@ -211,7 +223,7 @@ def pass_metric(k: int, name: str | None = None) -> Metric:
 
 
 def majority_metric(k: int) -> Metric:
-    """maj@k, ``maj_at_8`` for k = 8: the majority's mean over the groups of k samples, as they come."""
+    """maj@k, named ``maj_at_8`` for k = 8: the mean of the majority vote over consecutive groups of k samples."""
 
     def estimate(problem: ProblemSamples) -> float:
         groups = range(len(problem.samples) // k)
@@ -220,25 +232,25 @@ def majority_metric(k: int) -> Metric:
     return Metric(f"maj_at_{k}", estimate, f"maj@{k}", needs=("answer",))
 
 
-def component_metric(part: str) -> Metric:
-    """The mean of a component of the reward over the samples that have it."""
+def component_metric(name: str) -> Metric:
+    """The mean of one component of the reward, over the samples that have it."""
 
     def component(problem: ProblemSamples) -> Total:
-        values = [json.loads(sample["components"]).get(part) for sample in problem.samples if sample.get("components")]
+        values = [json.loads(sample["components"]).get(name) for sample in problem.samples if sample.get("components")]
         return _total([value for value in values if value is not None])
 
-    return Metric(f"component/{part}", component, part, "mean reward")
+    return Metric(f"component/{name}", component, name, "mean reward")
 
 
 RESERVED = ("k", "samples")
-"""Keys of the results besides metrics."""
+"""Keys of the results that are not metrics."""
 
 
-def metric_table(settings: EvaluationSettings, parts: Sequence[str] = ()) -> list[Metric]:
-    """The metrics of an evaluation: the built-in ones, rows for each k, a row per component of a reward with several
-    ``parts``, and ``settings.metrics``.
+def metric_table(settings: EvaluationSettings, components: Sequence[str] = ()) -> list[Metric]:
+    """The table of an evaluation: the built-in metrics, those of each k, one per component, and ``settings.metrics``.
 
-    Raises UserError as `get_metric` does, and for two metrics with one name.
+    ``components`` are the names of the reward's components; a single one is the reward itself, and has no metric of its
+    own. Raises UserError as `get_metric` does, and for two metrics with one name.
     """
     first, *others = settings.pass_ks
     table = [
@@ -251,7 +263,7 @@ def metric_table(settings: EvaluationSettings, parts: Sequence[str] = ()) -> lis
         LENGTH,
         TRUNCATION,
         LOG_LIKELIHOOD,
-        *(component_metric(part) for part in parts if len(parts) > 1),
+        *(component_metric(name) for name in components if len(components) > 1),
     ]
     there = {metric.name: metric for metric in table}
     for metric in map(get_metric, settings.metrics):
@@ -265,9 +277,9 @@ def metric_table(settings: EvaluationSettings, parts: Sequence[str] = ()) -> lis
 
 
 def mean_over_benchmarks(cells: Sequence[Mapping[str, Mapping[str, float | None]]]) -> dict[str, float]:
-    """The mean of each metric over seeds and benchmarks, where each benchmark has equal weight.
+    """The mean of each metric over seeds and benchmarks, with equal weight for each benchmark.
 
-    ``cells`` are those of one algorithm: benchmark → metric → value. A metric that a benchmark lacks is left out.
+    ``cells`` are those of one algorithm: benchmark → metric → value. A metric that any benchmark lacks is left out.
     """
     found: dict[str, list[float]] = {}
     rows = [benchmark for cell in cells for benchmark in cell.values()]

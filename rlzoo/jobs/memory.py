@@ -12,9 +12,14 @@ from torch import Tensor
 
 def on_device(tensor: Tensor, device: torch.device) -> Tensor:
     """A tensor of the host's on the device, without waiting for what the device has to do: from pinned memory."""
-    if device.type == "cuda" and torch.cuda.is_available():
+    if pins(device):
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)
+
+
+def pins(device: torch.device) -> bool:
+    """Whether memory of the host can be pinned for the device."""
+    return device.type == "cuda" and torch.cuda.is_available()
 
 
 def free_bytes(device: torch.device) -> float:

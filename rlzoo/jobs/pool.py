@@ -25,7 +25,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from rlzoo.errors import UserError
 from rlzoo.jobs.interrupts import heed, noted
 from rlzoo.jobs.memory import is_out_of_memory
-from rlzoo.registry import told
+from rlzoo.registry import one_line
 
 RETRIES = 1
 """How often a task is retried after its process died."""
@@ -59,7 +59,7 @@ class OutOfMemoryError(WorkError):
 
 def why(error: BaseException) -> str:
     """Why a task failed, in one line."""
-    return str(error) if isinstance(error, (UserError, WorkError)) else told(error)
+    return str(error) if isinstance(error, (UserError, WorkError)) else one_line(error)
 
 
 class WorkerDiedError(WorkError):
@@ -380,7 +380,7 @@ def _run(function: Callable[..., Any], arguments: tuple[Any, ...], report: Calla
     except UserError as error:
         raise UserError(str(error)) from error
     except Exception as error:
-        raise (OutOfMemoryError if is_out_of_memory(error) else WorkError)(told(error)) from error
+        raise (OutOfMemoryError if is_out_of_memory(error) else WorkError)(one_line(error)) from error
 
 
 def counted(number: int, thing: str, things: str | None = None) -> str:

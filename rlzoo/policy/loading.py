@@ -24,9 +24,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 EMBEDDED = "embedded"
-FIX = "give 'embedded', a folder that save_pretrained wrote, or a Hub id that this machine can reach"
 REMOTE_CODE = "RLZOO_TRUST_REMOTE_CODE"
 """Set by the flag of the command line, for this process and its children. No file can set it."""
+FIX = "give 'embedded', a folder that save_pretrained wrote, or a Hub id that this machine can reach"
 DTYPES = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
@@ -66,13 +66,7 @@ def load_policy(
 
     device = device_of(device)
     dtype = dtype_of(dtype, device)
-    where = str(EMBEDDED_BASE) if name == EMBEDDED else name
-    folder = Path(where).expanduser()
-    if folder.is_dir() or name.startswith((".", "/", "~")):
-        if not (folder / "config.json").is_file():
-            what = "has no config.json" if folder.is_dir() else "does not exist"
-            raise UserError(f"model {name!r} cannot be loaded: that folder {what}; {FIX}")
-        where = str(folder)
+    where = _place(name)
     with _explained(name):
         tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=trusts_remote_code())
     if tokenizer.eos_token_id is None:
@@ -95,6 +89,44 @@ def load_policy(
     return policy
 
 
+def load_shape(name: str) -> Policy:
+    """The policy without its weights, to count with: on the meta device, from its configuration and tokenizer alone.
+
+    Raises UserError as `load_policy` does.
+    """
+    from transformers import AutoTokenizer
+
+    where = _place(name)
+    with _explained(name):
+        tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=trusts_remote_code())
+    return Policy(_on_meta(name, where, torch.float32), tokenizer, name)
+
+
+def _on_meta(name: str, where: str, dtype: torch.dtype, tied: bool | None = None) -> PreTrainedModel:
+    """The model without its weights; ``tied``: whether it shares its embedding with the head, if not as configured."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    trusted = trusts_remote_code()
+    with _explained(name), torch.device("meta"):
+        config = AutoConfig.from_pretrained(where, trust_remote_code=trusted)
+        if tied is not None:
+            config.tie_word_embeddings = tied
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trusted)
+    return model
+
+
+def _place(name: str) -> str:
+    """The folder or Hub id of a model. Raises UserError for a folder that is none of a model's."""
+    where = str(EMBEDDED_BASE) if name == EMBEDDED else name
+    folder = Path(where).expanduser()
+    if folder.is_dir() or name.startswith((".", "/", "~")):
+        if not (folder / "config.json").is_file():
+            what = "has no config.json" if folder.is_dir() else "does not exist"
+            raise UserError(f"model {name!r} cannot be loaded: that folder {what}; {FIX}")
+        where = str(folder)
+    return where
+
+
 @contextmanager
 def _explained(name: str) -> Iterator[None]:
     """In this context an error of the library's is a UserError."""
@@ -103,7 +135,7 @@ def _explained(name: str) -> Iterator[None]:
     except Exception as error:
         if "trust_remote_code" in str(error) and not trusts_remote_code():
             told = "has its own code: add --trust-remote-code if you trust its source"
-            raise UserError(f"model {name!r} {told}") from None
+            raise UserError(f"model {name!r} {told}") from error
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise UserError(f"model {name!r} cannot be loaded ({reason.strip()[:160]}): {FIX}") from error
 
@@ -127,17 +159,10 @@ def _weights(name: str, where: str, dtype: torch.dtype) -> PreTrainedModel:
 
 def _empty(name: str, where: str, dtype: torch.dtype, source: PreTrainedModel | None) -> PreTrainedModel:
     """The main process's model ``source``, without its weights, in every process."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     known = None if source is None else (source.config.tie_word_embeddings, source.generation_config)
     told: Any = agreed(known)  # what may depend on the weights
-    tied, generation = told
-    with _explained(name), torch.device("meta"):
-        config = AutoConfig.from_pretrained(where, trust_remote_code=trusts_remote_code())
-        config.tie_word_embeddings = tied
-        made = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trusts_remote_code())
-    model: PreTrainedModel = made.eval()
-    model.generation_config = generation
+    model = _on_meta(name, where, dtype, told[0]).eval()
+    model.generation_config = told[1]
     return model
 
 
@@ -176,7 +201,7 @@ def save_policy(policy: Policy, folder: Path) -> None:
     An adapter is merged into the weights, and also written to the folder ``adapter``. All processes must call this; the
     main one writes.
     """
-    weights = sharding.gathered(policy.model)
+    weights = sharding.whole_weights(policy.model, everywhere=False)
     if rank() == 0:
         policy.model.save_pretrained(folder, state_dict=merged(policy.model, weights))
         policy.tokenizer.save_pretrained(folder)

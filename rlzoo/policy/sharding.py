@@ -25,6 +25,7 @@ from rlzoo.errors import UserError
 from rlzoo.jobs.ranks import agreed, rank, summed, world_size
 
 if TYPE_CHECKING:
+    from torch.distributed.fsdp import FSDPModule
     from transformers import PreTrainedModel
 
 _REFUSED = {
@@ -78,6 +79,13 @@ def _slots(model: nn.Module) -> Iterator[_Slot]:
                     yield _Slot(f"{prefix}.{key}" if prefix else key, module, store, key)
 
 
+def _tied(model: nn.Module | None) -> dict[str, str]:
+    """Of each tensor the name, and the first name of the same parameter."""
+    slots = [] if model is None else list(_slots(model))
+    first = {id(slot.tensor): slot.name for slot in reversed(slots) if isinstance(slot.tensor, nn.Parameter)}
+    return {slot.name: first.get(id(slot.tensor), slot.name) for slot in slots}
+
+
 def skeleton(model: PreTrainedModel) -> PreTrainedModel:
     """A model of the same kind, whose tensors are on the meta device."""
     with torch.device("meta"):
@@ -101,14 +109,16 @@ def shard(root: nn.Module, model: PreTrainedModel, values: Values | None = None)
         fully_shard(unit, mesh=mesh, reshard_after_forward=again)
     _fill(model, names, values)
     fully_shard(root, mesh=_mesh(_device_of(model).type))
-    root.register_forward_hook(lambda *_: None if torch.is_grad_enabled() else reshard(root))
+    parts = _parts(root)
+    root.register_forward_hook(lambda *_: None if torch.is_grad_enabled() else _free(parts))
 
 
 def _units(model: PreTrainedModel) -> list[nn.Module]:
     """The parts that are gathered by themselves: the layers, innermost first, and an embedding that is not tied."""
     told = os.environ.get("FSDP_TRANSFORMER_CLS_TO_WRAP")
     kinds = told.split(",") if told else model._no_split_modules or ()
-    layers = [m for m in model.modules() if any(kind.__name__ in kinds for kind in type(m).__mro__)]  # sharded or not
+    named = [m for m in model.modules() if any(kind.__name__ in kinds for kind in type(m).__mro__)]  # sharded or not
+    layers = [module for module in named if any(True for _ in module.parameters())]
     words, head = model.get_input_embeddings(), model.get_output_embeddings()
     apart = isinstance(words, nn.Embedding) and (head is None or head.weight is not words.weight)
     return [*reversed(layers), *([words] if apart else [])]
@@ -140,11 +150,18 @@ def _mesh(kind: str) -> Any:
 
 def reshard(root: nn.Module) -> None:
     """Free what is still whole: after a pass without a graph, or without its backward pass, nothing else does."""
+    _free(_parts(root))
+
+
+def _parts(root: nn.Module) -> list[FSDPModule]:
     from torch.distributed.fsdp import FSDPModule
 
-    for module in root.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
+    return [module for module in root.modules() if isinstance(module, FSDPModule)]
+
+
+def _free(parts: Iterable[FSDPModule]) -> None:
+    for part in parts:
+        part.reshard()
 
 
 def from_main(
@@ -157,10 +174,12 @@ def from_main(
     """
     known = {slot.name: slot.tensor for slot in _slots(source)} if source is not None else {}
     narrowed = of_products(model) if narrow is not None else set()
-    told = agreed([(name, tuple(value.shape), value.dtype) for name, value in known.items()])
-    if {name for name, *_ in told} != {slot.name for slot in _slots(model)}:
-        raise UserError("its weights are not those that its configuration describes: sharded models need that")
-    shapes = {name: (shape, dtype) for name, shape, dtype in told}
+    shapes = agreed({name: (tuple(value.shape), value.dtype) for name, value in known.items()})
+    if agreed(_tied(source)) != _tied(model):
+        raise UserError(
+            "a sharded model needs weights as its configuration describes them, and these are others: save it again "
+            "with save_pretrained, or run without --use_fsdp"
+        )
 
     def values(name: str) -> Tensor:
         shape, dtype = shapes[name]
@@ -185,8 +204,11 @@ def of_model(model: nn.Module, dtype: torch.dtype | None = None, names: Iterable
     return values
 
 
-def gathered(model: nn.Module) -> dict[str, Tensor]:
-    """The whole tensors of a model by name; of a sharded one in the main process, on the CPU. Tied ones stay one."""
+def whole_weights(model: nn.Module, everywhere: bool = True) -> dict[str, Tensor]:
+    """The tensors of a model by name, gathered if it is sharded. Tied ones stay one tensor.
+
+    If not ``everywhere``, the main process alone has those that were gathered, on the CPU.
+    """
     parameters = dict(model.named_parameters(remove_duplicate=False))
     found, whole = {}, dict[int, Tensor]()
     for name, value in model.state_dict().items():
@@ -194,7 +216,7 @@ def gathered(model: nn.Module) -> dict[str, Tensor]:
             key = id(parameters.get(name, value))
             if key not in whole:
                 every = value.full_tensor()
-                whole[key] = every.cpu() if rank() == 0 else every.new_empty(0)
+                whole[key] = every if everywhere else every.cpu() if rank() == 0 else every.new_empty(0)
             value = whole[key]
         found[name] = value
     return found

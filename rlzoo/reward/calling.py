@@ -1,4 +1,4 @@
-"""One call of a reward: what it takes and gets, what it logs, and what an error of its own may mean."""
+"""One call of a reward: the arguments that it takes, what it logs, and what its errors may mean."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from functools import lru_cache, partial
 from typing import Any
 
 from rlzoo.errors import UserError
-from rlzoo.registry import told
+from rlzoo.registry import one_line
 
 SIGNATURE = "reward(prompts, completions, **columns)"
 """The signature of a reward: TRL's."""
@@ -59,7 +59,7 @@ class TrainerState:
 
 
 class Log:
-    """What a reward logs in one call, through TRL's ``log_extra(column, values)`` and ``log_metric(name, value)``."""
+    """What a reward logs in one call, with TRL's ``log_extra(column, values)`` and ``log_metric(name, value)``."""
 
     def __init__(self, reward: str, rows: int) -> None:
         self._reward, self._rows = reward, rows
@@ -101,7 +101,7 @@ def _plain(value: Any) -> Any:
 
 
 def call(function: Callable[..., Any], arguments: Mapping[str, Any]) -> Any:
-    """The function's result, awaited if it is async. It gets copies of the arguments, which it may change."""
+    """The result of the function, awaited if it is async. It gets copies of the arguments, and may change them."""
     given = {name: _copied(value) for name, value in arguments.items()}
     for name in {"prompts", "completions"} & set(given):
         given[name] = [Conversation(each) if isinstance(each, list) else each for each in given[name]]
@@ -112,7 +112,7 @@ def call(function: Callable[..., Any], arguments: Mapping[str, Any]) -> Any:
 
 
 class Conversation(list[Any]):
-    """A list of messages. ``text in conversation`` is an error, because it would always be False."""
+    """A list of messages. ``text in conversation`` raises TypeError, because it would always be False."""
 
     def __contains__(self, part: object) -> bool:
         return super().__contains__(self._no_text(part))
@@ -139,7 +139,7 @@ def _copied(value: Any) -> Any:
 
 @lru_cache
 def _loop(process: int) -> asyncio.AbstractEventLoop:
-    """An event loop that lives on between calls, as in TRL: a reward's clients are bound to it."""
+    """An event loop that is kept between calls, as in TRL: the clients of a reward are bound to it."""
     loop = asyncio.new_event_loop()
     threading.Thread(target=loop.run_forever, name="rewards", daemon=True).start()
     return loop
@@ -156,7 +156,7 @@ async def _awaited(result: Awaitable[Any]) -> Any:
 
 
 def innermost(function: Any) -> Any:
-    """What options were bound to."""
+    """The function that options were bound to, or the function itself."""
     while isinstance(function, partial):
         function = function.func
     return function
@@ -165,7 +165,7 @@ def innermost(function: Any) -> Any:
 def parameters(function: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
     """The parameters of a callable; none for a builtin without a signature.
 
-    For a decorated function, those of the wrapper, unless it passes on all arguments.
+    For a decorated function they are those of the wrapper, unless it passes on all arguments.
     """
     try:
         outer = inspect.signature(function, follow_wrapped=False).parameters
@@ -176,17 +176,17 @@ def parameters(function: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
 
 
 def is_reward(takes: Mapping[str, inspect.Parameter]) -> bool:
-    """Whether a function scores completions, rather than being a factory. One of just ``*args, **columns`` scores."""
+    """Whether a function scores completions, and is not a factory. One that takes only ``*args, **columns`` does."""
     return bool(set(takes) & set(ENGINE)) or (bool(takes) and all(p.kind in VARIADIC for p in takes.values()))
 
 
 def takes_anything(takes: Mapping[str, inspect.Parameter]) -> bool:
-    """Whether it has ``**options``."""
+    """Whether there are ``**options`` among the parameters."""
     return any(p.kind is p.VAR_KEYWORD for p in takes.values())
 
 
 def required(takes: Mapping[str, inspect.Parameter]) -> list[inspect.Parameter]:
-    """Those without a default."""
+    """The parameters without a default."""
     return [p for p in takes.values() if p.default is p.empty and p.kind not in VARIADIC]
 
 
@@ -225,7 +225,7 @@ def missing_column(reward: str, column: str, columns: Mapping[str, Any]) -> User
 
 
 def advice(function: Callable[..., Any], arguments: Mapping[str, Any], error: BaseException) -> str:
-    """A hint to end an error with, if the form of the completions or a missing column explains it."""
+    """A hint to append to an error, if the form of the completions or a missing column explains it."""
     if not isinstance(error, TypeError | KeyError | AttributeError | IndexError):
         return ""
     if _wants_other_form(function, arguments, error):
@@ -253,9 +253,9 @@ _OF_MESSAGES = re.compile(r"'?Conversation'?( object|$)|'dict' object|\(not \"st
 
 
 def _wants_other_form(function: Callable[..., Any], arguments: Mapping[str, Any], error: BaseException) -> bool:
-    """Whether the reward expects conversations in place of text or the reverse: found by trying.
+    """Whether the reward expects conversations in place of text, or the reverse: found by trying the other form.
 
-    An error that is typical of the wrong form is taken as a sign too, unless the other form raises the same.
+    An error that is typical of the wrong form counts as well, unless the other form raises the same.
     """
     if not arguments.get("completions"):
         return False
@@ -266,7 +266,7 @@ def _wants_other_form(function: Callable[..., Any], arguments: Mapping[str, Any]
         call(function, other)
     except RAISED as second:
         typical = _OF_TEXT if isinstance(arguments["completions"][0], str) else _OF_MESSAGES
-        return told(second) != told(error) and bool(typical.search(str(error)))
+        return one_line(second) != one_line(error) and bool(typical.search(str(error)))
     return True
 
 

@@ -1,8 +1,7 @@
-"""Rewards: finding them by name, and giving them their options.
+"""Finding rewards by name, and binding their options.
 
-A reward has TRL's signature, ``reward(prompts, completions, **columns) -> list[float | None]``, sync or
-async, so that TRL's rewards work here and ours work there. Prompts and completions are strings or
-conversations.
+A reward has TRL's signature, ``reward(prompts, completions, **columns) -> list[float | None]``, sync or async, so that
+TRL's rewards work here and ours work there. Prompts and completions are strings or conversations.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from typing import Any, TypeVar, cast
 import pydantic
 
 from rlzoo.errors import UserError, unknown
-from rlzoo.registry import Registry, canonical, told
+from rlzoo.registry import Registry, canonical, one_line
 from rlzoo.reward.calling import (
     ENGINE,
     RAISED,
@@ -36,7 +35,10 @@ _Callable = TypeVar("_Callable", bound=Callable[..., Any])
 
 
 def register_reward(reward: _Callable) -> _Callable:
-    """Decorator: register a reward function or class under its ``name``, or its own name with dashes."""
+    """Decorator: register a reward function or class under its ``name``, else under its Python name with dashes.
+
+    Raises UserError if another reward has that name.
+    """
     _rewards.add(_name_of(reward), reward)
     return reward
 
@@ -51,9 +53,9 @@ def get_reward(spec: Any, on_error: OnError = "fail") -> Reward:
 
     A spec is a name, ``package.module:Name``, ``path/to/file.py:Name``, a callable, a mapping ``{"name": any of these,
     **options}``, or a list of these, each with an optional ``"weight"``, for their weighted sum. Options are passed to
-    the constructor of a class, bound to a function that takes completions, and passed to any other function, which is
-    a factory. A `Reward` is returned unchanged. Raises UserError for an unknown name or option, and for anything that
-    is not a reward.
+    the constructor of a class, bound to a function that takes completions, and passed to any other function, which
+    counts as a factory. A `Reward` is returned unchanged. ``on_error`` says what happens to a row on which the reward
+    fails. Raises UserError for an unknown name or option, and for anything that is not a reward.
     """
     if isinstance(spec, Reward):
         return spec
@@ -97,7 +99,7 @@ def _built(found: Callable[..., Any], options: Mapping[str, Any]) -> Callable[..
     except UserError:
         raise
     except RAISED as error:
-        raise UserError(f"reward {name!r} cannot be built: {told(error)}") from error
+        raise UserError(f"reward {name!r} cannot be built: {one_line(error)}") from error
     if not callable(built):
         raise UserError(
             f"reward {name!r} {unlike(found, takes)}; if it builds a reward, it must return a callable, "

@@ -1,6 +1,6 @@
-"""Rewards in their own processes: one that hangs, crashes or exhausts memory costs bounded time, and one row.
+"""Rewards in separate processes: one that hangs, crashes or exhausts memory costs a bounded time and a single row.
 
-`python -m rlzoo.reward.isolation` is that process. It reads JSON requests from standard input, and answers in JSON.
+`python -m rlzoo.reward.isolation` is such a process. It reads JSON requests from standard input, and answers in JSON.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import atexit
 import ctypes
 import json
 import os
+import re
 import resource
 import select
 import signal
@@ -17,10 +18,13 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import astuple, dataclass, replace
 from pathlib import Path
-from typing import IO, Any
+from queue import SimpleQueue
+from typing import IO, Any, TypeVar
 
 from rlzoo.errors import UserError
 from rlzoo.reward import CompositeReward, OnError, Reward, Score, failed, get_reward, one_by_one
@@ -28,6 +32,7 @@ from rlzoo.reward.calling import TrainerState
 
 START_SECONDS = 300.0
 """Time limit for importing and building a reward."""
+T = TypeVar("T")
 _LENGTH = 8
 _PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG
 
@@ -37,25 +42,31 @@ class Limits:
     """The limits of a reward; None: no limit."""
 
     seconds: float | None = 60.0
-    """Time per call."""
+    """The time limit of a call."""
     memory_gb: float | None = 4.0
-    """Memory of its process, in 2³⁰ bytes."""
+    """The memory limit of its process, in 2³⁰ bytes."""
 
 
 class RewardProcess(CompositeReward):
-    """A reward that is called in its own process."""
+    """A reward that is called in a separate process, by one thread at a time."""
 
     def __init__(self, spec: Any, limits: Limits) -> None:
-        """Raises UserError as `get_reward` does."""
         self._spec, self._limits = spec, limits
-        self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
-        self.name, self._parts = "", tuple[str, ...]()
-        self._start()
+        self._over = False
+        self._rows: Sequence[int] | None = None
+        self.name, self._components = "", tuple[str, ...]()
+        atexit.register(self._end)
 
     @property
-    def parts(self) -> tuple[str, ...]:
-        return self._parts
+    def components(self) -> tuple[str, ...]:
+        """The names of the components, as the process reported them."""
+        return self._components
+
+    @property
+    def pid(self) -> int | None:
+        """The process; None if none is running."""
+        return None if self._process is None else self._process.pid
 
     def score(
         self,
@@ -71,34 +82,42 @@ class RewardProcess(CompositeReward):
         """
         arguments = {**columns, "prompts": prompts, "completions": completions}
         arguments |= {} if completion_ids is None else {"completion_ids": completion_ids}
-        with self._lock:
-            try:
-                return self._ask(arguments, on_error)
-            except _EndedError:
-                return list(self._each(arguments, on_error))
+        rows = range(len(completions)) if self._rows is None else self._rows
+        try:
+            return self._ask(arguments, on_error, rows)
+        except _EndedError:
+            return list(self._each(arguments, on_error, rows))
 
     def answers(self, completions: Sequence[Any]) -> list[str | None]:
         """See `Reward.answers`; all None if finding them exceeds a limit."""
-        with self._lock:
-            try:
-                answer = self._exchange({"answers_in": list(completions)}, self._limits.seconds)
-            except _EndedError:
-                return [None] * len(completions)
+        try:
+            answer = self._exchange({"answers_in": list(completions)}, self._limits.seconds)
+        except _EndedError:
+            return [None] * len(completions)
         if "error" in answer:
             raise UserError(answer["error"])
         found: list[str | None] = answer["answers"]
         return found
 
-    def _each(self, arguments: Mapping[str, Any], on_error: OnError) -> Iterator[Score]:
-        for row, alone in enumerate(one_by_one(arguments, len(arguments["completions"]))):
+    def _each(self, arguments: Mapping[str, Any], on_error: OnError, rows: Sequence[int]) -> Iterator[Score]:
+        for row, alone in zip(rows, one_by_one(arguments, len(rows)), strict=True):
             try:
-                yield from self._ask(alone, on_error, row)
+                yield from self._ask(alone, on_error, [row])
             except _EndedError as ended:
                 failed(f"reward {self.name!r} {ended} on row {row}", on_error)
-                yield Score(None, dict.fromkeys(self.parts))
+                yield Score(None, dict.fromkeys(self.components))
+
+    @contextmanager
+    def numbering(self, rows: Sequence[int]) -> Iterator[None]:
+        """In this context these are the numbers of the completions in errors, not their indices."""
+        self._rows = rows
+        try:
+            yield
+        finally:
+            self._rows = None
 
     def close(self) -> None:
-        """End the process."""
+        """End the process; the next call starts another."""
         if self._process is not None:
             self._process.kill()
             self._process.wait()
@@ -107,18 +126,23 @@ class RewardProcess(CompositeReward):
                 pipe.close()
             self._process = None
 
-    def _ask(self, arguments: Mapping[str, Any], on_error: OnError, first: int = 0) -> list[Score]:
+    def _end(self) -> None:
+        """End the process for good: this one ends too."""
+        self._over = True
+        self.close()
+
+    def _ask(self, arguments: Mapping[str, Any], on_error: OnError, rows: Sequence[int]) -> list[Score]:
         plain = dict(arguments)
         state = vars(plain.pop("trainer_state", TrainerState()))
         answer = self._exchange({"arguments": plain, "state": state, "on_error": on_error}, self._limits.seconds)
         for message in answer["warnings"]:
-            warnings.warn(message.replace("on row 0", f"on row {first}"), RuntimeWarning, stacklevel=4)
+            warnings.warn(renumbered(message, rows), RuntimeWarning, stacklevel=4)
         if "error" in answer:
-            raise UserError(answer["error"].replace("on row 0", f"on row {first}") if first else answer["error"])
+            raise UserError(renumbered(answer["error"], rows))
         return [Score(*score) for score in answer["scores"]]
 
     def _exchange(self, message: Any, seconds: float | None) -> Any:
-        process = self._process or self._start()
+        process = self._process or self.start()
         assert process.stdin is not None and process.stdout is not None
         try:
             _write(process.stdin, message)
@@ -131,7 +155,10 @@ class RewardProcess(CompositeReward):
             self.close()
             raise _EndedError(f"ended its process with status {status}") from None
 
-    def _start(self) -> subprocess.Popen[bytes]:
+    def start(self) -> subprocess.Popen[bytes]:
+        """Start the process, and build the reward there. Raises UserError as `get_reward` does."""
+        if self._over:
+            raise _EndedError("ended with the run")
         command = [sys.executable, "-m", "rlzoo.reward.isolation"]
         process = subprocess.Popen(
             command,
@@ -141,11 +168,9 @@ class RewardProcess(CompositeReward):
             start_new_session=True,  # Ctrl-C goes to the parent only
         )
         self._process = process
-        atexit.register(self.close)
         assert process.stdin is not None and process.stdout is not None
         try:
-            bound = threading.current_thread() is threading.main_thread()
-            _write(process.stdin, {"spec": self._spec, "memory_gb": self._limits.memory_gb, "bound": bound})
+            _write(process.stdin, {"spec": self._spec, "memory_gb": self._limits.memory_gb})
             answer = _read(process.stdout, time.monotonic() + START_SECONDS)
         except (EOFError, OSError, TimeoutError):
             self.close()
@@ -153,29 +178,99 @@ class RewardProcess(CompositeReward):
         if "error" in answer:
             self.close()
             raise UserError(answer["error"])
-        self.name, self._parts = answer["name"], tuple(answer["parts"])
+        self.name, self._components = answer["name"], tuple(answer["components"])
         return process
 
 
-_processes: dict[str, RewardProcess] = {}
+class RewardProcesses(CompositeReward):
+    """A reward that is called in processes of its own. Each has a thread, which starts it and waits for its answers."""
+
+    def __init__(self, spec: Any, limits: Limits, number: int = 1) -> None:
+        """Raises UserError as `get_reward` does."""
+        self._queue: SimpleQueue[tuple[Future[Any], Callable[[RewardProcess], Any]]] = SimpleQueue()
+        self.processes = [RewardProcess(spec, limits) for _ in range(number)]
+        self._serve(self.processes[0])
+        self.submit(lambda process: process.start()).result()
+        self.name, self._components = self.processes[0].name, self.processes[0].components
+        for process in self.processes[1:]:
+            self._serve(process)
+
+    @property
+    def components(self) -> tuple[str, ...]:
+        """See `RewardProcess.components`."""
+        return self._components
+
+    def submit(self, work: Callable[[RewardProcess], T]) -> Future[T]:
+        """The result that ``work`` on one of the processes will have. Works are begun in their order."""
+        future: Future[T] = Future()
+        self._queue.put((future, work))
+        return future
+
+    def score(
+        self,
+        prompts: Sequence[Any],
+        completions: Sequence[Any],
+        columns: Mapping[str, Any],
+        completion_ids: Sequence[Sequence[int]] | None = None,
+        on_error: OnError = "fail",
+    ) -> list[Score]:
+        """See `RewardProcess.score`."""
+        arguments = prompts, completions, columns, completion_ids, on_error
+        return self.submit(lambda process: process.score(*arguments)).result()
+
+    def answers(self, completions: Sequence[Any]) -> list[str | None]:
+        """See `RewardProcess.answers`."""
+        return self.submit(lambda process: process.answers(completions)).result()
+
+    def close(self) -> None:
+        """End the processes; a next call starts one again."""
+        for process in self.processes:
+            process.close()
+
+    def _serve(self, process: RewardProcess) -> None:
+        """Work on a process in a thread, which does not keep this process from ending."""
+        threading.Thread(target=_work, args=(self._queue, process), name="rewards", daemon=True).start()
 
 
-def apart(spec: Any, limits: Limits, on_error: OnError = "fail") -> Reward:
-    """`get_reward` for a reward that is built and called in its own process, which is shared by all users of it.
+def _work(queue: SimpleQueue[tuple[Future[Any], Callable[[RewardProcess], Any]]], process: RewardProcess) -> None:
+    while True:
+        future, work = queue.get()
+        if future.set_running_or_notify_cancel():
+            try:
+                future.set_result(work(process))
+            except BaseException as error:
+                future.set_exception(error)
+        del future, work  # they hold on to completions
 
-    Raises UserError for a spec that is not plain data, and as `get_reward` does.
+
+_processes: dict[str, RewardProcesses] = {}
+
+
+def apart(spec: Any, limits: Limits, on_error: OnError = "fail", number: int = 1) -> Reward:
+    """`get_reward` for a reward that is built and called in ``number`` separate processes.
+
+    All who use the same spec share them. Without limits there is no such process. Raises UserError for a spec that is
+    not plain data, and as `get_reward` does.
     """
     if limits.seconds is None and limits.memory_gb is None:
         return get_reward(spec, on_error)
     try:
-        key = json.dumps([spec, astuple(limits), str(Path.cwd())])
+        key = json.dumps([spec, astuple(limits), number, str(Path.cwd()), os.getpid()])  # a fork has no threads
     except TypeError:
         raise UserError(
             "a reward with limits must be named: give its name, module:Name, or path/to/file.py:Name"
         ) from None
     if key not in _processes:
-        _processes[key] = RewardProcess(spec, limits)
+        _processes[key] = RewardProcesses(spec, limits, number)
     return Reward(_processes[key].name, _processes[key], on_error)
+
+
+def renumbered(message: str, rows: Sequence[int]) -> str:
+    """A message about a row, with its number among ``rows``."""
+    number = re.search(r"(?<=\bon row )\d+", message)
+    if number is None or int(number[0]) >= len(rows):  # a number of the reward's own
+        return message
+    return f"{message[: number.start()]}{rows[int(number[0])]}{message[number.end() :]}"
 
 
 class _EndedError(Exception):
@@ -218,7 +313,7 @@ def _serve() -> None:
     os.dup2(2, 1)  # what a reward prints is not an answer
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     first = _read(asked, None)
-    if first["bound"] and sys.platform == "linux":  # even a hanging process does not outlive the thread that started it
+    if sys.platform == "linux":  # even a hanging process does not outlive the thread that started it
         ctypes.CDLL(None).prctl(_PARENT_DEATH_SIGNAL, signal.SIGKILL)
     if first["memory_gb"] is not None:
         limit = int(first["memory_gb"] * 2**30)
@@ -228,7 +323,7 @@ def _serve() -> None:
     except UserError as error:
         _write(answers, {"error": str(error)})
         return
-    _write(answers, {"name": reward.name, "parts": reward.parts})
+    _write(answers, {"name": reward.name, "components": reward.components})
     while True:
         message = _read(asked, None)
         if "answers_in" in message:

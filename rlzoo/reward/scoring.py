@@ -1,4 +1,4 @@
-"""A reward ready to be called: a score for each completion, and errors that name the offending row."""
+"""A reward ready to be called: it scores completions, and its errors name the offending row."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from rlzoo.errors import UserError
-from rlzoo.registry import told
+from rlzoo.registry import one_line
 from rlzoo.reward.calling import RAISED, Log, TrainerState, accepted, advice, call, innermost
 
 OnError = Literal["fail", "null"]
@@ -19,19 +19,20 @@ OnError = Literal["fail", "null"]
 
 @dataclass(frozen=True)
 class Score:
-    """The reward of a completion; None if the reward returned none."""
+    """What a reward returns for one completion."""
 
     value: float | None
-    parts: dict[str, float | None]
-    """The value of each named part: the reward itself, or the terms of a weighted sum."""
+    """The reward; None if the function returned None."""
+    components: dict[str, float | None]
+    """The value of each component by name: the reward itself, or the terms of a weighted sum."""
     extra: dict[str, Any] = field(default_factory=dict)
     """Values that the reward logged for this completion with ``log_extra``."""
     metrics: dict[str, float] = field(default_factory=dict)
-    """Numbers that it logged for the whole call with ``log_metric``."""
+    """Numbers that the reward logged for the whole call with ``log_metric``."""
 
 
 class CompositeReward(ABC):
-    """A reward with named parts, which reports the value of each."""
+    """A reward with named components, which reports the value of each."""
 
     def __call__(
         self,
@@ -40,13 +41,13 @@ class CompositeReward(ABC):
         completion_ids: Sequence[Sequence[int]] | None = None,
         **columns: Any,
     ) -> list[float | None]:
-        """The values alone, in TRL's signature."""
+        """The values without their components, in TRL's signature."""
         return [score.value for score in self.score(prompts, completions, columns, completion_ids)]
 
     @property
     @abstractmethod
-    def parts(self) -> tuple[str, ...]:
-        """The names of the parts."""
+    def components(self) -> tuple[str, ...]:
+        """The names of the components."""
 
     @abstractmethod
     def score(
@@ -57,7 +58,7 @@ class CompositeReward(ABC):
         completion_ids: Sequence[Sequence[int]] | None = None,
         on_error: OnError = "fail",
     ) -> list[Score]:
-        """One `Score` per completion."""
+        """One `Score` per completion. ``on_error`` says what happens to a row on which a component fails."""
 
     def answers(self, completions: Sequence[Any]) -> list[str | None]:
         """See `Reward.answers`; by default, no answers."""
@@ -69,21 +70,23 @@ class Reward:
     """A reward ready to be called: its options are bound, and its return values are checked."""
 
     name: str
+    """The name in messages, reports and logs."""
     function: Callable[..., Any]
+    """The function to call, in TRL's signature."""
     on_error: OnError = "fail"
-    """What happens to a row on which the reward fails: an error that names it, or None and a warning."""
+    """What happens to a row on which the reward fails: an error that names the row, or a warning and the value None."""
     state: TrainerState = field(default_factory=TrainerState, compare=False)
     """The argument ``trainer_state``."""
 
     @property
     def __name__(self) -> str:
-        """TRL logs a reward under this name."""
+        """The name under which TRL logs the reward."""
         return self.name
 
     @property
-    def parts(self) -> tuple[str, ...]:
-        """The keys of `Score.parts`."""
-        return self.function.parts if isinstance(self.function, CompositeReward) else (self.name,)
+    def components(self) -> tuple[str, ...]:
+        """The keys of `Score.components`."""
+        return self.function.components if isinstance(self.function, CompositeReward) else (self.name,)
 
     def __call__(
         self,
@@ -92,7 +95,7 @@ class Reward:
         completion_ids: Sequence[Sequence[int]] | None = None,
         **columns: Any,
     ) -> list[float | None]:
-        """The values alone, in TRL's signature."""
+        """The values without their components, in TRL's signature. Raises UserError as `score` does."""
         return [score.value for score in self.score(prompts, completions, columns, completion_ids)]
 
     def at(self, step: int, max_steps: int, epoch: float = 0.0) -> Reward:
@@ -106,10 +109,10 @@ class Reward:
         columns: Mapping[str, Any],
         completion_ids: Sequence[Sequence[int]] | None = None,
     ) -> list[Score]:
-        """One `Score` for each completion.
+        """One `Score` per completion. ``columns`` are those of the data, with one value per completion.
 
-        Raises UserError for a column that is missing or of another length and, with ``on_error="fail"``,
-        for a reward that raises or returns anything but one finite number or None for each completion.
+        Raises UserError for a column that is missing or of the wrong length and, with ``on_error="fail"``, for a reward
+        that raises or returns anything but one finite number or None per completion.
         """
         if not completions:
             return []
@@ -127,7 +130,7 @@ class Reward:
             return self._one_by_one(arguments, len(completions), error)
 
     def answers(self, completions: Sequence[Any]) -> list[str | None]:
-        """The answer that each completion commits to, by the reward's method ``answer_of(completion)``.
+        """The final answer of each completion, as the reward's method ``answer_of(completion)`` finds it.
 
         Empty if a completion has no answer, None if the reward has no such method. With ``on_error="fail"``, raises
         UserError if the method raises.
@@ -141,7 +144,7 @@ class Reward:
         except UserError as error:
             failed(str(error), self.on_error, error)
         except RAISED as error:
-            failed(f"reward {self.name!r}: answer_of raised {told(error)}", self.on_error, error)
+            failed(f"reward {self.name!r}: answer_of raised {one_line(error)}", self.on_error, error)
         return [None] * len(completions)
 
     def _called(self, arguments: Mapping[str, Any], rows: int, first: int = 0) -> list[Score]:
@@ -160,7 +163,7 @@ class Reward:
         return given
 
     def _one_by_one(self, arguments: Mapping[str, Any], rows: int, whole: BaseException) -> list[Score]:
-        """Call the reward on each row alone, to find the offending rows."""
+        """Call the reward on each row separately, to find the offending rows."""
         scores: list[Score] = []
         hint: str | None = None
         for row, alone in enumerate(one_by_one(arguments, rows)):
@@ -171,10 +174,10 @@ class Reward:
             except RAISED as error:
                 if hint is None:  # it takes another call of the reward
                     hint = advice(self.function, self._given(alone, Log(self.name, 1), 1), error)
-                failed(f"reward {self.name!r} raised on row {row}: {told(error)}{hint}", self.on_error, error)
+                failed(f"reward {self.name!r} raised on row {row}: {one_line(error)}{hint}", self.on_error, error)
                 scores.append(Score(None, {self.name: None}))
         if self.on_error == "fail":
-            message = f"raised on {rows} rows together and on none of them alone: {told(whole)}"
+            message = f"raised on {rows} rows together and on none of them alone: {one_line(whole)}"
             raise UserError(f"reward {self.name!r} {message}") from whole
         return scores
 
@@ -217,6 +220,6 @@ def _is_column(value: Any) -> bool:
 
 
 def one_by_one(arguments: Mapping[str, Any], rows: int) -> Iterator[dict[str, Any]]:
-    """The arguments of a reward for each row alone."""
+    """The arguments of a reward for each row separately."""
     for row in range(rows):
         yield {n: value[row : row + 1] if _is_column(value) else value for n, value in arguments.items()}

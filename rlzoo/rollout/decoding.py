@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from contextlib import nullcontext
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,8 +15,13 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from rlzoo.config import Sampling
-from rlzoo.jobs.memory import on_device
+from rlzoo.errors import UserError
+from rlzoo.jobs.memory import is_out_of_memory, on_device, pins
+from rlzoo.jobs.ranks import is_sharded
 from rlzoo.policy import Policy
+from rlzoo.policy.head import computing_in
+from rlzoo.policy.packing import HALF
+from rlzoo.rollout.static_decoding import PATIENCE, StaticBatch, run
 from rlzoo.types import running_sum
 
 if TYPE_CHECKING:
@@ -22,8 +29,8 @@ if TYPE_CHECKING:
 
 LEAVE = 0.125
 """Finished sequences leave when they are this fraction of a batch, as closing the gaps copies the cache."""
-PATIENCE = 16
-"""Tokens after which a GPU is asked which sequences have finished: the host waits for the answer."""
+CLOSE = {True: 0.02, False: 1e-3}
+"""What two orders of summation may change of logits, relative to the largest, in bfloat16 or else."""
 
 
 class _Growing(DynamicLayer):  # type: ignore[misc]
@@ -81,9 +88,14 @@ def can_decode(model: PreTrainedModel) -> bool:
 class Decoder:
     """Continues prompts with a policy, one token per unfinished sequence at a time."""
 
-    def __init__(self, policy: Policy) -> None:
+    def __init__(self, policy: Policy, static_shapes: bool | None = None) -> None:
+        """``static_shapes``: see `static_decoding`; None: on a GPU, for models whose logits are the same with them."""
         self.policy = policy  # modules are looked up at every step: an adapter may replace one
         self.takes_positions = "position_ids" in inspect.signature(policy.model.base_model.forward).parameters
+        self.static_shapes = static_shapes
+        self._takes_static: bool | None = None  # once that was tried
+        self.refuses_graphs = False
+        """Whether the model's code turned out not to allow CUDA graphs."""
 
     @torch.no_grad()
     def decode(
@@ -95,8 +107,17 @@ class Decoder:
     ) -> list[list[int]]:
         """``copies`` completions per prompt, B = prompts × copies in all, each including its end of sequence.
 
-        ``draws`` are uniform on [0, 1), one per token; None decodes greedily.
+        ``draws`` are uniform on [0, 1), one per token; None decodes greedily. Raises UserError for a model that
+        ``static_shapes`` do not suit.
         """
+        policy = self.policy
+        # autocast then copies each weight once, and not for every token; weights that are sharded are never whole
+        with nullcontext() if is_sharded(policy) else computing_in(policy.compute, policy.device):
+            return self._decode(prompts, copies, settings, draws)
+
+    def _decode(
+        self, prompts: Sequence[Sequence[int]], copies: int, settings: Sampling, draws: Float[np.ndarray, "B T"] | None
+    ) -> list[list[int]]:
         device, room = self.policy.device, settings.max_new_tokens
         ids, mask = padded(prompts, device)
         cache = self._cache()
@@ -107,12 +128,17 @@ class Decoder:
         position = mask.sum(1, keepdim=True)
         ends = on_device(torch.tensor(sorted(self.policy.eos_ids)), device)
         uniform = None if draws is None else on_device(torch.as_tensor(draws), device)
+        if self._is_static(room):
+            pick = partial(_pick, settings=settings)
+            batch = StaticBatch(cache, mask, logits, uniform, room, ends, self._next_logits, pick)
+            self.refuses_graphs |= not run(batch, pins(device) and not self.refuses_graphs)
+            return batch.completions()
         patience = 1 if device.type == "cpu" else PATIENCE
         found = torch.full((len(logits), room), -1, device=device)
         rows = torch.arange(len(logits), device=device)
         alive = torch.ones(len(logits), dtype=torch.bool, device=device)
         for step in range(room):
-            token = _pick(logits, settings, None if uniform is None else uniform[rows, step])
+            token = _pick(logits, None if uniform is None else uniform[rows, step], settings)
             found[:, step].index_copy_(0, rows, torch.where(alive, token, -1))
             alive &= ~torch.isin(token, ends)
             if step + 1 == room:
@@ -129,6 +155,47 @@ class Decoder:
             position = position + 1
         return [[token for token in row if token >= 0] for row in found.tolist()]
 
+    def _is_static(self, tokens: int) -> bool:
+        """Whether to decode so many tokens with static shapes."""
+        wanted = self.static_shapes
+        if wanted is None:
+            wanted = self.policy.device.type == "cuda" and tokens > 2 * PATIENCE and not self.refuses_graphs
+        if not wanted or is_sharded(self.policy):
+            return False
+        if self._takes_static is None:
+            self._takes_static = self._same_logits()
+        if self.static_shapes and not self._takes_static:
+            raise UserError("static_shapes: this model computes other logits with them: leave the option out")
+        return self._takes_static
+
+    def _same_logits(self) -> bool:
+        """Whether the model's logits after two prompts and one more token are the same with static shapes."""
+        if not self.takes_positions or any(type(layer) is not _Growing for layer in self._cache().layers):
+            return False
+        device = self.policy.device
+        ids, mask = padded([[0], [0, 1, 0]], device)
+        token, found = torch.ones(2, 1, dtype=torch.long, device=device), list[Tensor]()
+
+        def note(logits: Tensor, uniform: Tensor | None) -> Tensor:
+            found.append(logits)
+            return token[:, 0]
+
+        try:
+            for _ in range(2):
+                cache = self._cache()
+                logits = self._next_logits(ids, mask, mask.cumsum(1) - 1, cache)
+                if found:
+                    StaticBatch(cache, mask, logits, None, 2, token[0], self._next_logits, note).step()
+                else:
+                    longer = torch.cat([mask, mask.new_ones(2, 1)], dim=1)
+                    note(self._next_logits(token, longer, mask.sum(1, keepdim=True), cache), None)
+        except Exception as error:  # a model's own code can do anything with its mask and its cache
+            if is_out_of_memory(error):
+                raise
+            return False
+        gap, scale = (found[0] - found[-1]).abs().max(), found[0].abs().max()
+        return bool(gap <= CLOSE[(self.policy.compute or self.policy.model.dtype) in HALF] * scale)
+
     def _cache(self) -> DynamicCache:
         cache = DynamicCache(config=self.policy.model.config)
         if cache.layers and all(type(layer) is DynamicLayer for layer in cache.layers):
@@ -136,7 +203,7 @@ class Decoder:
         return cache
 
     def _next_logits(
-        self, ids: Int[Tensor, "B L"], mask: Bool[Tensor, "B P"], positions: Int[Tensor, "B L"], cache: DynamicCache
+        self, ids: Int[Tensor, "B L"], mask: Bool[Tensor, "B ..."], positions: Int[Tensor, "B L"], cache: DynamicCache
     ) -> Float[Tensor, "B V"]:
         """The logits after the last position of each sequence."""
         extra = {"position_ids": positions.clamp(min=0)} if self.takes_positions else {}
@@ -161,7 +228,7 @@ def padded(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Int[
     return on_device(ids, device), on_device(mask, device)
 
 
-def _pick(logits: Float[Tensor, "B V"], settings: Sampling, uniform: Float[Tensor, " B"] | None) -> Int[Tensor, " B"]:
+def _pick(logits: Float[Tensor, "B V"], uniform: Float[Tensor, " B"] | None, settings: Sampling) -> Int[Tensor, " B"]:
     """The most likely token, or the one at which the cumulative probability exceeds ``uniform``."""
     if uniform is None:
         return logits.argmax(1)

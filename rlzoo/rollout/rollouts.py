@@ -13,12 +13,11 @@ from rlzoo.buffers.problems import EncodedProblem, trajectory
 from rlzoo.config import Sampling, TokenBudget
 from rlzoo.errors import UserError
 from rlzoo.jobs.cached_results import CachedResults
-from rlzoo.jobs.ranks import agreed
 from rlzoo.policy import Policy
 from rlzoo.policy.microbatches import log_probs, log_probs_and_nuclei
-from rlzoo.reward import Reward, Score, get_reward
-from rlzoo.reward.calling import ENGINE
-from rlzoo.rollout.sampler import Sample, Sampler, by_length
+from rlzoo.reward import get_reward
+from rlzoo.rollout.sampler import Finished, Sample, Sampler, by_length
+from rlzoo.rollout.scoring import Scorer
 from rlzoo.types import Trajectory
 
 
@@ -44,24 +43,16 @@ def collect_rollouts(
     the nucleus, so the policy's log-probability of the nucleus is added to them.
 
     Samples are cached in ``cached``, if given. Values that a reward logs for a completion become columns of its row;
-    metrics of a call are stored with the reward's parts. A problem that the model cannot take is an error, or goes to
-    ``bad``.
+    metrics of a call are stored with the reward's components. A problem that the model cannot take is an error, or goes
+    to ``bad``.
     """
     problems = within_limits(policy, sampler, problems, settings, bad)
-    reward = get_reward(reward)
-    sampled = _sampled(sampler, [p.ids for p in problems], settings, seed, progress, cached)
-    flat = [(problem, sample) for problem, samples in zip(problems, sampled, strict=True) for sample in samples]
-    scores = agreed(score_samples(reward, flat))
-    rows = [(p.ids, s.ids) for p, s in flat]
-    engine = [sample.logp for _, sample in flat]
-    recompute = recompute or None in engine
-    recomputed: list[list[float]] = []
-    if settings.top_p < 1.0 and any(engine):
-        found = log_probs_and_nuclei(policy, rows, token_budget, settings.temperature, settings.top_p)
-        recomputed = [logp for logp, _ in found]
-        engine = [logp and _sums(logp, nucleus) for logp, (_, nucleus) in zip(engine, found, strict=True)]
-    elif recompute:
-        recomputed = log_probs(policy, rows, token_budget, settings.temperature)
+    with Scorer(get_reward(reward), problems) as scorer:
+        sampled = _sampled(sampler, [p.ids for p in problems], settings, seed, progress, cached, scorer.begin)
+        flat = [(problem, sample) for problem, samples in zip(problems, sampled, strict=True) for sample in samples]
+        scorer.begin_all(sampled)
+        recomputed, engine, recompute = _behaviour(policy, flat, settings, token_budget, recompute)
+        scores = [score for score, _ in scorer.end()]
     return [
         trajectory(
             problem,
@@ -69,7 +60,7 @@ def collect_rollouts(
             sample.ids,
             source="policy",
             reward=score.value,
-            reward_parts={**score.metrics, **score.parts},
+            reward_components={**score.metrics, **score.components},
             logged=score.extra,
             behaviour_logp=behaviour,
             sampler_logp=other if recompute else None,  # compared with itself it would show no mismatch
@@ -84,6 +75,27 @@ def collect_rollouts(
     ]
 
 
+def _behaviour(
+    policy: Policy,
+    flat: Sequence[tuple[EncodedProblem, Sample]],
+    settings: Sampling,
+    token_budget: TokenBudget,
+    recompute: bool,
+) -> tuple[list[list[float]], list[list[float] | None], bool]:
+    """The policy's log-probs, the engine's, relative to all tokens, and whether the first are the behaviour's."""
+    rows = [(p.ids, s.ids) for p, s in flat]
+    engine = [sample.logp for _, sample in flat]
+    recompute = recompute or None in engine
+    recomputed: list[list[float]] = []
+    if settings.top_p < 1.0 and any(engine):
+        found = log_probs_and_nuclei(policy, rows, token_budget, settings.temperature, settings.top_p)
+        recomputed = [logp for logp, _ in found]
+        engine = [logp and _sums(logp, nucleus) for logp, (_, nucleus) in zip(engine, found, strict=True)]
+    elif recompute:
+        recomputed = log_probs(policy, rows, token_budget, settings.temperature)
+    return recomputed, engine, recompute
+
+
 def _sums(one: Sequence[float], other: Sequence[float]) -> list[float]:
     return [a + b for a, b in zip(one, other, strict=True)]
 
@@ -95,23 +107,27 @@ def _sampled(
     seed: int,
     progress: Callable[[int], None] | None,
     cached: CachedResults | None,
+    finished: Finished,
 ) -> list[list[Sample]]:
     """The samples of each prompt, one portion at a time; an interruption does not change the portions."""
     if cached is None:
-        return sampler.sample(prompts, settings, seed, progress=progress)
+        with sampler.heard_by(finished):
+            return sampler.sample(prompts, settings, seed, progress=progress)
     order, size = by_length(prompts, range(len(prompts))), sampler.portion(settings)
     found: dict[int, list[Sample]] = {}
     for start in range(0, len(order), size):
         places = order[start : start + size]
 
         def sample(places: list[int] = places) -> list[Any]:
-            made = sampler.sample([prompts[i] for i in places], settings, seed, progress=progress, numbers=places)
+            with sampler.heard_by(lambda at, some: finished(places[at], some)):
+                made = sampler.sample([prompts[i] for i in places], settings, seed, progress=progress, numbers=places)
             return [[[astuple(one) for one in some] for some in made], sampler.state()]
 
         made, state = cached.once(f"samples-{seed}-{start}", sample)
         sampler.restore(state)
         for place, some in zip(places, made, strict=True):
             found[place] = [Sample(*one) for one in some]
+            finished(place, found[place])
     return [found[place] for place in range(len(prompts))]
 
 
@@ -146,7 +162,7 @@ def within_limits(
     positions, more = policy.positions, settings.max_new_tokens if sampler.bound_by_positions else 0
     bad, kept = BadRows() if bad is None else bad, []
     for encoded in problems:
-        with bad.at(encoded.problem.told):
+        with bad.at(encoded.problem.label):
             policy.check_range(max(encoded.ids), min(encoded.ids))
             if positions is not None and len(encoded.ids) + more > positions:
                 raise UserError(
@@ -174,18 +190,3 @@ def unscored(scored: Iterable[tuple[float | None, str]]) -> str | None:
     first = " ".join(without[0].split())
     told = "the reward returned None, as for a missing gold answer"
     return f"{len(without)} of {len(rows)} samples have no reward ({told}); the first one's prompt: {first[-100:]!r}"
-
-
-def completions_of(answered: Sequence[tuple[EncodedProblem, Sample]]) -> list[Any]:
-    """Completions as arguments of a reward: conversations for conversational problems, as in TRL."""
-    return [
-        s.text if isinstance(p.problem.prompt, str) else [{"role": "assistant", "content": s.text}] for p, s in answered
-    ]
-
-
-def score_samples(reward: Reward, answered: Sequence[tuple[EncodedProblem, Sample]]) -> list[Score]:
-    """One `Score` per completion."""
-    prompts = [p.problem.prompt for p, _ in answered]
-    names = {name for p, _ in answered for name in p.problem.columns} - set(ENGINE)
-    columns = {name: [p.problem.columns.get(name) for p, _ in answered] for name in sorted(names)}
-    return reward.score(prompts, completions_of(answered), columns, completion_ids=[s.ids for _, s in answered])

@@ -39,6 +39,10 @@ class Sample:
     """The engine's own log-prob per token, in nats, under the distribution that it sampled from."""
 
 
+Finished = Callable[[int, list[Sample]], None]
+"""Called with a prompt's index and its samples."""
+
+
 class Sampler:
     """Anything that continues prompts.
 
@@ -53,6 +57,7 @@ class Sampler:
     """Whether ``max_new_tokens`` must fit the model's positions too; an engine may have its own limits."""
     of_server: ClassVar[type[Sampler] | None] = None
     """The sampler that replaces it if the settings have a ``url``, built with that."""
+    _listener: Finished | None = None
 
     def portion(self, settings: Sampling) -> int:
         """The number of prompts per call when finished samples are cached in between: one batch."""
@@ -80,6 +85,20 @@ class Sampler:
         are part of a larger set; None: their indices.
         """
         raise NotImplementedError(f"{type(self).__name__} must define sample(prompts, settings, seed, ...)")
+
+    def finished(self, place: int, samples: list[Sample]) -> None:
+        """What `sample` may call, in its thread, with a prompt's index and samples, to have them scored meanwhile."""
+        if self._listener is not None:
+            self._listener(place, samples)
+
+    @contextmanager
+    def heard_by(self, listener: Finished) -> Iterator[None]:
+        """In this context ``listener`` is told what is `finished`."""
+        self._listener = listener
+        try:
+            yield
+        finally:
+            self._listener = None
 
 
 _samplers: Registry[type[Sampler]] = Registry("sampler", "rlzoo.rollout", "rlzoo.samplers")
@@ -153,11 +172,12 @@ class TransformersSampler(Sampler):
     name: ClassVar[str] = "transformers"
     bound_by_positions: ClassVar[bool] = True
 
-    def __init__(self, policy: Policy) -> None:
+    def __init__(self, policy: Policy, static_shapes: bool | None = None) -> None:
+        """``static_shapes``: decode with tensors of fixed shapes, on a GPU as CUDA graphs; None: on a GPU alone."""
         self.policy = policy
         self._most: int | None = None
         """Sequences that fit into memory together, after more did not."""
-        self.decoder = Decoder(policy) if can_decode(policy.model) else None
+        self.decoder = Decoder(policy, static_shapes) if can_decode(policy.model) else None
 
     def sample(
         self,
@@ -208,6 +228,8 @@ class TransformersSampler(Sampler):
                     continue
                 results |= made
                 left = left[len(batch) :]
+                for place, samples in made.items():
+                    self.finished(place, samples)
                 if progress is not None:
                     progress(len(batch))
         finally:

@@ -1,4 +1,4 @@
-"""The contract of objectives and rewards for plug-in authors: one call each; an AssertionError says what failed.
+"""The contract of objectives and rewards, for plug-in authors: one call checks it, an AssertionError says what failed.
 
 from rlzoo.testing import check_objective
 

@@ -1,4 +1,4 @@
-"""Batches to test objectives on: random rows of every kind, with garbage at masked positions."""
+"""Batches for testing objectives: random rows of every kind, with garbage at masked positions."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ PADDING = (math.nan, math.inf, -math.inf, 1e9, 0.0)
 
 
 def random_batch(objective: Objective, seed: int = 0, padding: Sequence[float] = PADDING) -> TokenBatch:
-    """Fourteen rows with all inputs of an objective, in float64, and garbage at masked positions.
+    """A batch of 14 rows with all inputs of an objective, in float64, and ``padding`` values at masked positions.
 
-    They include a group of equal rewards, a group of one, and rows of one token or none. Pairs are consecutive.
+    It includes a group of equal rewards, a group of one, and rows of one token or none. Pairs are consecutive rows.
     """
     draw = torch.Generator().manual_seed(seed)
     length = torch.randint(2, LENGTH + 1, (ROWS,), generator=draw)
@@ -63,15 +63,15 @@ def inputs_of(objective: Objective) -> list[Input]:
 
 
 def keys_with_graph(objective: Objective) -> list[str]:
-    """The keys of inputs with a graph: outputs of modules."""
+    """The keys of the inputs that carry a graph: outputs of modules."""
     forward = [one for one in inputs_of(objective) if one.stage is Stage.FORWARD]
     return [one.key for one in forward if not one.is_statistic and not one.gives_logits]
 
 
 def prepared(objective: Objective, batch: TokenBatch) -> TokenBatch:
-    """The batch prepared as by the trainer: without log-probs unless the objective has them then.
+    """The batch as the trainer prepares it: without log-probs, unless the objective has them at that point.
 
-    The components of a composite are prepared by `surrogate`.
+    The components of a composite are prepared by `surrogate` instead.
     """
     if is_composite(type(objective)):
         return batch
@@ -90,12 +90,12 @@ def prepared(objective: Objective, batch: TokenBatch) -> TokenBatch:
 
 
 def leaves(batch: TokenBatch) -> list[Tensor]:
-    """The tensors that a loss is differentiated by: log-probs, and inputs with a graph."""
+    """The tensors with respect to which a loss is differentiated: log-probs, and inputs with a graph."""
     return [batch.logp, *(value for value in batch.inputs.values() if value.requires_grad)]
 
 
 def gradients(loss: Tensor, batch: TokenBatch) -> Float[Tensor, " G"]:
-    """The gradient by all `leaves` of a batch, as one vector; 0 for those that the loss does not use."""
+    """The gradient with respect to all `leaves` of a batch, as one vector; 0 for leaves that the loss does not use."""
     own = leaves(batch)
     found = torch.autograd.grad(loss, own, allow_unused=True, retain_graph=True)
     pairs = zip(own, found, strict=True)

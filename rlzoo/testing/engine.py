@@ -24,9 +24,9 @@ PROMPTS, SAMPLES = 4, 2
 
 
 def check_training(objective: Objective, is_random: bool) -> None:
-    """Two batches of two updates: there is a gradient, and the weights do not depend on the size of micro-batches.
+    """Train on two batches of two updates: there must be a gradient, and the micro-batch size must not matter.
 
-    ``is_random``: the objective draws tokens, so that micro-batches agree in expectation only.
+    ``is_random``: the objective draws tokens, so micro-batches agree only in expectation.
     """
     whole, single = (_trained(objective, token_budget) for token_budget in (8192, 1))
     gap = float((single - whole).norm() / whole.norm())
@@ -38,7 +38,7 @@ def check_training(objective: Objective, is_random: bool) -> None:
 
 
 def check_analysis(objective: Objective) -> None:
-    """The variance analyzer can measure the noise of its gradient."""
+    """The variance analyzer must be able to measure the noise of the gradient."""
     if is_composite(type(objective)):
         return  # its components are analysed
     policy = load_policy("embedded", "float64")
@@ -52,12 +52,13 @@ def check_analysis(objective: Objective) -> None:
 
 
 class SameRows:
-    """A source that returns the same rows at every draw."""
+    """A source that returns the same rows for every draw."""
 
     def __init__(self, rows: Sequence[Trajectory], units: Sequence[tuple[int, ...]]) -> None:
         self.rows, self.units = list(rows), list(units)
 
     def draw(self) -> tuple[list[Trajectory], list[tuple[int, ...]]]:
+        """The rows, and which of them belong together."""
         return self.rows, self.units
 
 

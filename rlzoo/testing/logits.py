@@ -1,4 +1,4 @@
-"""The contract of full-vocabulary terms, `Objective.logit_term`, held in the logits."""
+"""The contract of full-vocabulary terms, `Objective.logit_term`, checked in the logits."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ VOCABULARY = 9
 
 @dataclass(frozen=True)
 class Logits:
-    """Logits of a policy and a reference, a token each, and the batch that they go with: NaN where it is masked."""
+    """A batch with logits of a policy and a reference, and a token, at each position; logits are NaN where masked."""
 
     batch: TokenBatch
     policy: Float[Tensor, "B T V"]
@@ -40,7 +40,7 @@ def random_logits(objective: Objective, seed: int = 0, dtype: torch.dtype = torc
 
 
 def check_logits(objective: Objective, loss: LossInLogits | None) -> None:
-    """The gradient of the term, and of what goes through log-probs beside it, in the logits."""
+    """Check the gradient in the logits, of the term and of what goes through log-probs."""
     for seed in range(2):
         _check_gradient(objective, loss, random_logits(objective, seed))
     if not is_random(objective):
@@ -49,7 +49,7 @@ def check_logits(objective: Objective, loss: LossInLogits | None) -> None:
 
 
 def is_random(objective: Objective) -> bool:
-    """Whether an objective's `logit_term` draws tokens, so that micro-batches agree in expectation only."""
+    """Whether an objective's `logit_term` draws tokens, so that micro-batches agree only in expectation."""
     if not objective.has_logit_term:
         return False
     logits = random_logits(objective)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rlzoo.errors import UserError
 from rlzoo.objective import Objective, get_objective, is_composite, reduce, surrogate, surrogate_of
-from rlzoo.registry import told
+from rlzoo.registry import one_line
 from rlzoo.testing.batches import (
     LENGTH,
     ROWS,
@@ -42,17 +42,17 @@ def check_objective(
     loss_in_logits: LossInLogits | None = None,
     through_trainer: bool = True,
 ) -> None:
-    """Check an objective against the ``loss`` of its paper, and for all that the trainer and the analyzer rely on.
+    """Check an objective against the ``loss`` of its paper, and for everything that the trainer and the analyzer need.
 
     ``loss`` gets a batch [B, T] with everything that ``requires`` lists, log-probs in nats and float64, and garbage at
-    masked positions. Its gradient by log-probs and outputs of modules must be that of the objective, and its value the
-    loss that the objective reports; without it neither is checked. The loss of an objective with a `logit_term` is
-    ``loss_in_logits(mask [B, T], logits [B, T, V], reference logits [B, T, V], target [B, T])``.
+    masked positions. Its gradient with respect to log-probs and outputs of modules must be that of the objective, and
+    its value the loss that the objective reports; without it neither is checked. The loss of an objective with a
+    `logit_term` is ``loss_in_logits(mask [B, T], logits [B, T, V], reference logits [B, T, V], target [B, T])``.
 
-    Also checked: masked positions, detached coefficients, any order of rows, padding and split into micro-batches,
-    batches with all tokens masked, float32 and bfloat16; and, unless ``through_trainer`` is False, the trainer on the
-    embedded model and the variance analyzer. It takes a fraction of a second, and one or two seconds with these. Raises
-    AssertionError, which says in one line what failed, and UserError for an objective that cannot be found or built.
+    Also checked: masked positions, detached coefficients, the order of rows, padding, micro-batches, batches with all
+    tokens masked, float32 and bfloat16; and, unless ``through_trainer`` is False, training on the embedded model and
+    the variance analyzer, which take a second or two. Raises AssertionError, which says in one line what failed, and
+    UserError for an objective that cannot be found or built.
     """
     found = get_objective(objective) if isinstance(objective, str) else objective
     for check, where in CHECKS.items():
@@ -74,7 +74,7 @@ def _run(objective: Objective, where: str, check: Callable[[], None]) -> None:
     except UserError as error:
         raise AssertionError(f"objective {objective.name!r} fails {where}: {error}") from error
     except Exception as error:
-        raise AssertionError(f"objective {objective.name!r} fails {where}: {told(error)}") from error
+        raise AssertionError(f"objective {objective.name!r} fails {where}: {one_line(error)}") from error
 
 
 def _demand(objective: Objective, holds: bool, message: str) -> None:
@@ -83,7 +83,7 @@ def _demand(objective: Objective, holds: bool, message: str) -> None:
 
 
 def _gap(ours: Tensor, theirs: Tensor) -> float:
-    """The distance of two tensors, relative to the second."""
+    """The distance between two tensors, relative to the norm of the second."""
     ours, theirs = ours.detach(), theirs.detach()
     return float((ours - theirs).norm()) / max(float(theirs.norm()), 1e-30)
 
@@ -114,7 +114,7 @@ _SHAPE = "[B, T]"
 
 
 def _finite(objective: Objective, _: Loss | None) -> None:
-    """No NaN from rows of one token or none, or groups of one or of equal rewards; the same every time."""
+    """Rows of one token or none, and groups of one or of equal rewards, give no NaN; every call gives the same."""
     clean = random_batch(objective, padding=(0.0,))
     first, second = (gradients(surrogate(objective, prepared(objective, clean)), clean) for _ in range(2))
     among = "finite on rows with one token or none, and groups of one row or of equal rewards"
@@ -244,7 +244,7 @@ def _split(objective: Objective, _: Loss | None) -> None:
 
 
 def _micro_batches(objective: Objective, batch: TokenBatch, units: int) -> list[Tensor]:
-    """Rows in micro-batches of so many groups or pairs, in another order than that of the batch."""
+    """Rows in micro-batches of so many groups or pairs, in another order than in the batch."""
     if objective.couples is Coupling.GROUP:
         assert batch.group is not None
         together = [(batch.group == group).nonzero().flatten() for group in set(batch.group.tolist())]
@@ -312,7 +312,7 @@ CHECKS: dict[Check, str] = {
     _reported: "on a random batch",
     _precision: "in lower precision",
 }
-"""The checks, each with the place to name if the objective raises there.
+"""The checks, each with the circumstances to name if the objective raises an error there.
 
-Checks that can name a cause come before the gradient, which sees most faults but cannot tell them apart.
+Checks that can name a cause come before that of the gradient, which notices most faults but cannot explain them.
 """

@@ -1,4 +1,4 @@
-"""`check_reward`: what rollouts, evaluation and training expect of a reward."""
+"""`check_reward`: what sampling, evaluation and training expect of a reward."""
 
 from __future__ import annotations
 
@@ -10,16 +10,17 @@ from rlzoo.errors import UserError
 from rlzoo.reward import Reward, get_reward
 
 ODD = ("", " \n", "\\boxed{" * 50, "x" * 20_000, "\u202e\u0000\ufffd 答案")
-"""Unusual completions: empty, unfinished, very long, not text in any language."""
+"""Unusual completions: empty, unfinished, very long, or not text in any language."""
 
 
 def check_reward(reward: Any, prompts: Sequence[Any], completions: Sequence[Any], **columns: Sequence[Any]) -> None:
     """Check that a reward gives one finite number or None per completion, whatever else is in its batch.
 
-    ``reward`` is what `get_reward` takes, ``columns`` are those that it needs: one value per completion. It must return
-    the same value the second time, in another order, and for each completion alone; and a value for completions that
-    are empty, unfinished, very long, or not text in any language. Raises AssertionError, which says in one line what
-    failed; UserError for a reward that cannot be found or built; ValueError for fewer than two completions.
+    ``reward`` is anything that `get_reward` takes; ``columns`` are those that it needs, with one value per completion.
+    It must return the same values in a second call, in another order, and for each completion separately, and must
+    accept completions that are empty, unfinished, very long, or not text in any language. Raises AssertionError, which
+    says in one line what failed; UserError for a reward that cannot be found or built; ValueError for fewer than two
+    completions.
     """
     if len(completions) < 2:
         raise ValueError(f"check_reward needs at least 2 completions to compare, got {len(completions)}")

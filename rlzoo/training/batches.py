@@ -16,12 +16,19 @@ from rlzoo.objective import Component, Objective, view_of
 from rlzoo.training.state import resumable
 from rlzoo.types import Coupling, TokenBatch, Trajectory, WhichView
 
+Batch = tuple[list[Trajectory], list[tuple[int, ...]]]
+"""Rows, and their units as indices into them."""
+
 
 @runtime_checkable
 class Source(Protocol):
-    """Where a step's rows come from."""
+    """Where a step's rows come from.
 
-    def draw(self) -> tuple[list[Trajectory], list[tuple[int, ...]]]:
+    A source whose rows do not depend on the policy may define ``draw_ahead()``, which the trainer calls while a GPU is
+    busy with the step before: see `BufferSource`.
+    """
+
+    def draw(self) -> Batch:
         """The rows of one batch, and its units as indices into them."""
         ...
 
@@ -38,8 +45,29 @@ class BufferSource:
         self._random = random.Random(seed)
         self._queue: list[int] = []
         self._before = self._random.getstate()  # the state that the queue was made from
+        self._ahead: tuple[Batch, Any] | None = None
+        """The next batch, if it has been read already, and the state before it."""
 
-    def draw(self) -> tuple[list[Trajectory], list[tuple[int, ...]]]:
+    def draw(self) -> Batch:
+        if self._ahead is None:
+            return self._next()
+        (batch, _), self._ahead = self._ahead, None
+        return batch
+
+    def draw_ahead(self) -> None:
+        """Read the next batch, which `draw` will return; until then `state` is the one before it.
+
+        What is wrong with the batch is raised by `draw`.
+        """
+        if self._ahead is not None:
+            return
+        before = self.state()
+        try:
+            self._ahead = self._next(), before
+        except Exception:
+            self.restore(before)
+
+    def _next(self) -> Batch:
         rows: list[Trajectory] = []
         units: list[tuple[int, ...]] = []
         while len(rows) < self._batch_size:
@@ -67,10 +95,13 @@ class BufferSource:
             self._queue = self._random.choices(self._queue, self._view.weights, k=len(self._queue))
 
     def state(self) -> Any:
+        if self._ahead is not None:
+            return self._ahead[1]
         before = self._before if self._queue else self._random.getstate()
         return {"before": before, "left": len(self._queue)}
 
     def restore(self, state: Any) -> None:
+        self._ahead, self._queue = None, []
         self._random.setstate(random_state(state["before"]))
         if state["left"]:
             self._shuffle()
@@ -133,7 +164,7 @@ class FreshSource:
         self.left_out = Counter[str]()
         """Counts of what the views left out, and of batches that were sampled again."""
 
-    def draw(self) -> tuple[list[Trajectory], list[tuple[int, ...]]]:
+    def draw(self) -> Batch:
         buffer, view = self._fresh()
         rows: list[Trajectory] = []
         units: list[tuple[int, ...]] = []

@@ -121,9 +121,9 @@ def metrics_of(
         total += some.component.weight * own["loss"]
         if reward is not None:
             own["reward"] = reward
-        parts = means(row.reward_parts for row in some.rows)
-        if len(parts) > 1:  # one alone is the reward itself
-            own |= {f"reward/{name}": value for name, value in parts.items()}
+        components = means(row.reward_components for row in some.rows)
+        if len(components) > 1:  # one alone is the reward itself
+            own |= {f"reward/{name}": value for name, value in components.items()}
         label = f"{some.component.label}/" if some.component.label else ""
         metrics |= {f"{label}{name}": value for name, value in own.items()}
     return {"loss": total, **metrics}

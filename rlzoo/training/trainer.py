@@ -247,6 +247,7 @@ class Trainer:
                 self._count(reference, some.rows, passes=1)
         self.record.costs.gradient_tokens += sum(map(length, rows))
         total = sharding.clip_gradients(parameters, self.settings.max_gradient_norm)
+        self._draw_ahead()
         metrics = self._read(drawn, sums, total, is_first)
         norm, loss = metrics["gradient_norm"], metrics["loss"]
         sound = math.isfinite(norm) and math.isfinite(loss)
@@ -263,6 +264,13 @@ class Trainer:
             self.assembler.after_step()
         self.schedule.step()
         return {**metrics, "learning_rate": float(rate)}
+
+    def _draw_ahead(self) -> None:
+        """Have sources read the next step's rows while the GPU still works on this one's, before the host waits."""
+        done = self.step + 1
+        if done < self.settings.steps and done % self.settings.updates_per_batch == 0:
+            for source in self.sources:
+                getattr(source, "draw_ahead", lambda: None)()
 
     def _read(self, drawn: Sequence[Drawn], sums: Sequence[Sums], norm: Tensor, is_first: bool) -> dict[str, float]:
         """All that the host wants to know of a step, at once: here alone it waits for a GPU."""

@@ -1,4 +1,4 @@
-"""The variance analyzer: how noisy an objective's gradient is, token by token and over the data."""
+"""The variance analyzer: how noisy an objective's gradient is, per token and over the data."""
 
 from rlzoo.variance.analyzer import analyze_variance
 from rlzoo.variance.probe import VarianceProbe

@@ -56,21 +56,23 @@ def analyze_variance(
     means_held: int | None = None,
     progress: Callable[[float, str], None] | None = None,
 ) -> dict[str, Any]:
-    """Measure the variance of the objectives' gradients at a policy: what variance.json holds (docs/variance.md).
+    """Measure the variance of the objectives' gradients at a policy; returns the content of variance.json.
 
-    Each objective is measured on all rows that its own view of the buffer has of some prompts, ``rows`` rows or a
-    little more; ``seed`` picks the prompts. ``learns_from``, one selection or one per name, gives objectives of single
-    rows another view of single rows. Estimates are for new prompts of the same kind; where noise hides a gradient
-    there is none. ``draws`` samples per token check the exact moments; ``gradients=False`` leaves out what needs a
-    backward pass. Log-probs of the initial policy are those stored in the buffer, else ``reference``'s, else the
-    policy's own, as at the start of a run; ``models`` are those of a run in progress. Modules of inputs that the policy
-    lacks, such as a critic, are as at the start of a run too. Raises UserError for a model whose per-unit gradients are
-    not known, and if no objective can be measured; an objective that finds no rows, or fails on them, while others do
-    not is listed under ``skipped``.
+    docs/variance.md has the formulas and the keys. Each objective is measured on all rows that its view of the buffer
+    has for some prompts, ``rows`` rows or slightly more; ``seed`` selects the prompts. ``learns_from``, one view or one
+    per name, replaces the views of objectives that learn from single rows. Estimates are for new prompts of the same
+    kind; if noise hides a gradient there are none. ``draws`` samples per token check the exact moments;
+    ``gradients=False`` omits everything that needs a backward pass. Log-probs of the initial policy are taken from the
+    buffer, else from ``reference``, else from the policy itself, as at the start of a run; ``models`` are those of a
+    run in progress. Modules of inputs that the policy lacks, such as a critic, are initialised as at the start of a
+    run.
 
     Memory: the policy, the activations of ``token_budget`` padded tokens, and one mean gradient per objective, at most
-    ``means_held`` at a time (None: all up to 2 GB, else 3). More objectives than that take another pass over the data,
-    and cosines between objectives of different passes are left out, except those to SFT.
+    ``means_held`` at a time (None: all up to 2 GB, else 3). More objectives take further passes over the data, and
+    cosines between objectives of different passes are left out, except those with SFT.
+
+    Raises UserError for a model whose gradients per row cannot be computed, and if no objective can be measured. If
+    only some objectives have no rows, or fail on them, they are listed under ``skipped``.
     """
     _check(rows, draws, seed, means_held)
     if is_sharded(policy.model):
@@ -117,7 +119,7 @@ def _described(
     seed: int,
     bins: list[dict[str, Any]],
 ) -> dict[str, Any]:
-    """What needs no backward pass; adds the objective's bins to ``bins``."""
+    """Everything that needs no backward pass; adds the objective's bins to ``bins``."""
     c = tokens_of(weighted.coefficients.values, weighted.batch)
     return {
         "rows": len(subject.rows),
@@ -156,7 +158,7 @@ def _measure_gradients(
     micro: MicroBatches,
     tell: Callable[[float, str], None],
 ) -> None:
-    """data_noise, layers and proxies of each objective, and the cosines between those of one pass."""
+    """Add data_noise, layers and proxies of each objective, and the cosines between objectives of one pass."""
     base = baseline(weighted)
     if base != BASELINE:
         subjects = {name: subject for name, subject in subjects.items() if name != BASELINE}
@@ -244,7 +246,7 @@ def _ratio(ratio: Float[np.ndarray, " N"]) -> dict[str, Any]:
 
 
 def _probabilities(scored: Scored, experts: Mapping[str, set[int]]) -> dict[str, Any] | None:
-    """How likely the experts' tokens are: quantiles of p and S, and a histogram of log10 p."""
+    """The probabilities of the experts' tokens: quantiles of p and S, and a histogram of log10 p."""
     rows = sorted(set().union(*experts.values()))
     if not rows:
         return None

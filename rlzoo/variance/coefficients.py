@@ -1,4 +1,4 @@
-"""What a set of coefficients or weights looks like: spread, tail, and how many tokens carry it. Pure functions."""
+"""Statistics of coefficients or weights: spread, tail, and effective sample size. Pure functions."""
 
 from __future__ import annotations
 
@@ -46,8 +46,9 @@ def ess_fraction(weight: Float[np.ndarray, " N"]) -> float:
 def hill(size: Float[np.ndarray, " N"]) -> float | None:
     """Hill's estimate of the tail index α in P(X > x) ~ x^-α, from the ⌊√N⌋ largest of N.
 
-    1 / mean log(X_(i) / X_(k+1)); the variance is infinite for α < 2, the mean for α < 1. None for N < 100 or where
-    the largest are equal to a part in a thousand: there is no tail. Source: Hill 1975, doi 10.1214/aos/1176343247.
+    1 / mean log(X_(i) / X_(k+1)); the variance is infinite for α < 2, the mean for α < 1. None for N < 100, and if the
+    largest values agree to one part in a thousand, so that there is no tail.
+    Source: Hill 1975, doi 10.1214/aos/1176343247.
     """
     if len(size) < 100:
         return None

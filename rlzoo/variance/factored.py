@@ -66,6 +66,7 @@ class Outer:
         return found
 
     def sketch(self, projection: Projection) -> Float[Tensor, "n D"]:
+        """A random projection of each unit's gradient."""
         left, right = projection.matrices(self.left.shape[2], self.right.shape[2])
         return ((self.left @ left).mT @ (self.right @ right)).flatten(1)
 

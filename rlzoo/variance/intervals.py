@@ -69,7 +69,7 @@ def normal_score(x: float, skew: float) -> float:
 
 
 def standard_error(terms: Float[np.ndarray, " P"]) -> float:
-    """Of a sum of independent terms whose mean is taken off."""
+    """The standard error of a sum of independent terms, after subtracting their mean."""
     return float(np.sqrt(np.square(terms).sum() * len(terms) / (len(terms) - 1)))
 
 
@@ -89,7 +89,7 @@ def inverse_hall(y: float, skew: float) -> float:
 
 
 def end_of(accepts: Callable[[float], bool], start: float, step: float) -> float:
-    """Where a set that holds ``start`` ends, in the direction of ``step``."""
+    """Where a set that contains ``start`` ends, in the direction of ``step``."""
     inside, outside = start, start + step
     for _ in range(60):
         if step == 0 or not accepts(outside):

@@ -1,4 +1,4 @@
-"""Which modules of a model have parameters whose gradient can be computed per row, and what that takes."""
+"""The modules of a model whose parameters' gradients can be computed per row, and what that computation needs."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ class Covered:
     """A module whose parameters' gradients can be computed per row."""
 
     name: str
-    """In the model."""
+    """The name in the model."""
     module: nn.Module
     parameters: Mapping[str, str]
-    """Name in the module → name in the model, of those that train."""
+    """The parameters that train: name in the module → name in the model."""
     layer: int
     factor: float = 1.0
-    """Of an embedding whose output is scaled."""
+    """The factor on the output of an embedding."""
     saved: Tensor | None = None
     """What the forward pass leaves for the backward: inputs, ids, or the derivative by a scale."""
 
@@ -57,7 +57,7 @@ class Covered:
         )
 
     def looked_up(self, e: Float[Tensor, "B L D"]) -> Float[Tensor, "B L D"]:
-        """For an embedding: the gradient at the rows it looks up; torch gives the padding row none."""
+        """For an embedding, the gradient at the rows that it looks up; torch gives the padding row none."""
         assert isinstance(self.module, nn.Embedding) and self.saved is not None
         e = e if self.factor == 1.0 else e * self.factor
         padding = self.module.padding_idx

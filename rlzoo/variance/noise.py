@@ -46,7 +46,7 @@ from rlzoo.variance.intervals import (
 from rlzoo.variance.spread import Joint, Side, centred, joint, row_means
 
 FEWEST = 3
-"""Prompts that an interval needs."""
+"""The smallest number of prompts for an interval."""
 TOO_FEW = f"fewer than {FEWEST} prompts"
 HIDDEN = "noise hides the gradient: use more rows"
 HIDDEN_OTHER = "noise hides the gradient that it is compared with: use more rows"
@@ -155,7 +155,7 @@ def against(units: Units, other: Units, of_means: float, same_prompts: float | N
             return {name: nothing(reason) for name in names}
     apart = units.prompt[:, None] != other.prompt[None]
     _, a, b = np.intersect1d(units.prompt, other.prompt, assume_unique=True, return_indices=True)
-    t = max(student(freedom(side.along)) for side in (first, second))
+    t = max(student(side.freedom) for side in (first, second))
     shared = within(units, other) if same_prompts is None else same_prompts
     inner = inner_product(len(units), len(other), len(a), of_means, shared)
     covariance = joint(first, second, units.sketch @ other.sketch.T, apart, a, b, inner)
@@ -175,7 +175,7 @@ def side_allows(side: Side, size: float, trace: Trace | None = None, share: floa
     first, second, third = float(side.first(max(size, 0.0))), side.second, float(side.third(max(size, 0.0)))
     variance, skew = first + second, 0.0
     # the second-order part is a sum over all pairs of prompts, and its variance as much better known
-    uncertain = first**2 / freedom(side.along) + second**2 / math.comb(side.count, 2)
+    uncertain = first**2 / side.freedom + second**2 / math.comb(side.count, 2)
     if trace is not None:
         own = share * trace.error
         variance += own**2 - 2 * own * math.sqrt(first) * trace.correlation
@@ -214,15 +214,15 @@ class Trace:
 
     value: float
     error: float
-    """Its standard error."""
+    """The standard error of the estimate."""
     skew: float
     freedom: float
     correlation: float
-    """With the first-order part of ‖G‖²."""
+    """The correlation with the first-order part of ‖G‖²."""
 
     @classmethod
     def of(cls, units: Units) -> Trace:
-        """From the sample variance of ‖g_p - G‖²."""
+        """The estimate, with its error from the sample variance of ‖g_p - G‖²."""
         along = units.side.along
         terms = (units.squared_norm - 2 * along) / len(units)
         terms = terms - terms.mean()
@@ -231,7 +231,7 @@ class Trace:
         return cls(units.trace_cov, error, skewness(terms, error), freedom(terms), correlation)
 
     def estimate(self) -> Estimate:
-        """With the interval that `inverse_hall` gives."""
+        """The estimate with its interval, by `inverse_hall`."""
         if self.error <= 1e-9 * abs(self.value):
             return exactly(self.value)
         size = self.error * student(self.freedom) / NORMAL

@@ -1,4 +1,4 @@
-"""The noise over the data: the gradients of one pass turned into the numbers that are reported."""
+"""The noise over the data: from the gradients of one pass to the numbers that are reported."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from rlzoo.variance.tasks import UnitGradients
 
 HELD_BYTES = 2**31
 HELD = 3
-"""As many mean gradients as training holds besides the weights: their gradient and AdamW's two averages."""
+"""As many mean gradients as training holds in addition to the weights: their gradient and AdamW's two averages."""
 
 
 def portions(names: Sequence[str], base: str | None, held: int) -> list[list[str]]:
-    """The objectives that are measured in one pass over the data, at most ``held`` mean gradients at a time.
+    """The objectives measured in each pass over the data, with at most ``held`` mean gradients at a time.
 
-    The baseline's stays from the first pass on, as all are compared with it.
+    The baseline's mean gradient is kept after the first pass, because all others are compared with it.
     """
     others = [name for name in names if name != base]
     size = max(1, held - (base is not None))
@@ -34,13 +34,13 @@ def portions(names: Sequence[str], base: str | None, held: int) -> list[list[str
 
 
 def default_held(parameters: Iterable[Tensor], objectives: int) -> int:
-    """All mean gradients where they fit into `HELD_BYTES`, else `HELD`."""
+    """How many mean gradients to hold: all if they fit into `HELD_BYTES`, else `HELD`."""
     size = sum(p.numel() * at_least_float32(p.dtype).itemsize for p in parameters)
     return objectives if size * objectives <= HELD_BYTES else min(objectives, HELD)
 
 
 class Comparison:
-    """Turns the gradients of one pass into data_noise and layers of each objective, and cosines between all."""
+    """Computes data_noise and layers of each objective, and all cosines, from the gradients of one pass."""
 
     def __init__(
         self,
@@ -57,7 +57,7 @@ class Comparison:
         self._cosines: dict[tuple[str, str], Estimate] = {}
 
     def cosines(self, name: str) -> dict[str, Estimate]:
-        """The cosine of an objective's expected gradient to each of this pass, with its interval."""
+        """The cosines of an objective's expected gradient with all others of this pass, with intervals."""
         return {other: self._cosine(name, other) for other in self.names}
 
     def _cosine(self, name: str, other: str) -> Estimate:
@@ -72,11 +72,11 @@ class Comparison:
         return found
 
     def noise(self, name: str) -> dict[str, Estimate]:
-        """Of the whole model."""
+        """The data_noise of an objective over the whole model."""
         return self._noise(name, slice(None))
 
     def by_layer(self, name: str) -> dict[str, dict[str, Estimate]]:
-        """The same for each layer."""
+        """The data_noise of an objective for each layer."""
         return {label: self._noise(name, slice(number, number + 1)) for number, label in enumerate(self.layers)}
 
     def _noise(self, name: str, layers: slice) -> dict[str, Estimate]:
@@ -127,7 +127,7 @@ def inner_products(
 
 
 def proxies(subject: Subject, weighted: SubjectWeights, scored: Scored, measured: UnitGradients) -> dict[str, Any]:
-    """The logit-space stand-ins for ‖g_p‖² of each prompt that need no backward pass, against the exact ones.
+    """The logit-space proxies for ‖g_p‖² of each prompt, which need no backward pass, and the exact values.
 
     W = Σ_t S_t and the total power Σ_t a_t² S_t, a_t being the token's weight in the loss: what verl logs for online
     RL, where a_t is the advantage (arXiv 2602.07078).

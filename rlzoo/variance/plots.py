@@ -14,7 +14,7 @@ from rlzoo.document.drawing import GREY, MARKERS, PALETTE, STYLE, WIDTH, axes_ro
 
 Found = Mapping[str, Any]
 FEWEST_ON_CHART = 8
-"""With fewer objectives the rows of `directions` are enough."""
+"""With fewer objectives, `directions` shows enough."""
 
 
 def style_of(found: Found) -> dict[str, dict[str, Any]]:
@@ -129,7 +129,7 @@ def directions(found: Found) -> str | None:
 
 
 def chart(found: Found) -> str | None:
-    """Every objective by the length and direction of its expected gradient, with intervals; areas are ESS over tokens.
+    """Each objective by the length and direction of its expected gradient, with intervals; areas show the ESS.
 
     Objectives whose gradient noise hides are left out.
     """
@@ -168,7 +168,7 @@ def chart(found: Found) -> str | None:
 
 
 def along_training(found: Found) -> str | None:
-    """tr Σ, noise scale and effective sample size along each objective's training."""
+    """tr Σ, noise scale and effective sample size in the course of each objective's training."""
     runs = {name: rows for name, rows in found.get("training", {}).items() if rows}
     if not runs:
         return None

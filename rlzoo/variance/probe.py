@@ -1,4 +1,4 @@
-"""The same measurements along a training run."""
+"""Measurements in the course of training."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ class VarianceProbe:
     """A callback for `rlzoo.train` that measures the trained objective's gradients every ``every`` steps.
 
     ``records`` has one row per measurement: the step, the coefficients' mean, spread and effective sample size, the
-    median probability of the tokens, and the gradient's noise over ``rows`` rows of the buffer, the same each time, as
-    estimates for new prompts (`rlzoo.variance.noise`). An objective with a frozen reference needs its log-probs in the
-    buffer (`rlzoo.training.with_inputs`).
+    median probability of the tokens, and the noise of the gradient over ``rows`` rows of the buffer, the same each
+    time, as estimates for new prompts (`rlzoo.variance.noise`). An objective with a frozen reference needs the
+    reference's log-probs in the buffer (`rlzoo.training.with_inputs`). Raises UserError for ``every`` below 1.
     """
 
     def __init__(
@@ -33,13 +33,13 @@ class VarianceProbe:
         learns_from: WhichView | None = None,
     ) -> None:
         if every < 1:
-            raise UserError(f"a probe every {every} steps: give at least 1")
+            raise UserError(f"a probe cannot measure every {every} steps: give at least 1")
         self.buffer, self.every, self.rows, self.seed = buffer, every, rows, seed
         self.token_budget, self.learns_from = token_budget, learns_from
         self.records: list[dict[str, Any]] = []
 
     def __call__(self, trainer: Trainer, step: int) -> None:
-        """Measure if the step is due. Raises UserError where the buffer lacks stored inputs."""
+        """Measure if the step is due. Raises UserError if the buffer lacks stored inputs."""
         if step % self.every:
             return
         for one in lacking(self.buffer, trainer.objective):
@@ -48,7 +48,7 @@ class VarianceProbe:
         self.measure(trainer.policy, trainer.objective, step, trainer.models)
 
     def measure(self, policy: Policy, objective: Objective, step: int, models: Models | None = None) -> None:
-        """Add a record of the policy as it is."""
+        """Measure the policy in its current state, and add a record. Raises UserError as `analyze_variance` does."""
         found = analyze_variance(
             policy, {objective.name: objective}, self.buffer, rows=self.rows, draws=0, seed=self.seed,
             models=models, token_budget=self.token_budget, learns_from=self.learns_from,

@@ -1,4 +1,4 @@
-"""The report of an analysis: variance.json as report.md, report.html, figures, and a table for the terminal."""
+"""The report of an analysis: variance.json as report.md, report.html and figures, and tables for the terminal."""
 
 from __future__ import annotations
 
@@ -152,21 +152,20 @@ def contents(found: Found) -> Iterator[Block]:
     """The blocks of the report, in order."""
     yield Heading(f"Gradient variance: {found['experiment']}", level=1)
     yield from _answer(found)
-    yield Heading("Token by token")
+    yield Heading("Per token")
     yield Paragraph(
         "SFT can be read as a policy gradient that samples a token y from the policy and weights it by "
-        "1[y = y*]/π(y*), y* being the expert's token. For one prefix that estimator has the variance S(1−p)/p, with "
-        "p = π(y*) and S "
-        "the squared norm of ∇ log π(y*) in the logits: unbounded as p → 0. DFT's weight p turns it into p(1−p)S. The "
-        "slope is that of log(tr Cov / S) against log p over tokens with p ≤ 0.1: a property of how the coefficient "
-        "depends on p, not of the model. With S left in, it also reflects how S changes with p. w = c/p is the "
-        "importance weight, and E[w²] = c²/p its second moment under the policy, averaged over tokens."
+        "1[y = y*]/π(y*), where y* is the expert's token. For one prefix, the variance of that estimator is S(1−p)/p, "
+        "with p = π(y*) and S the squared norm of ∇ log π(y*) in the logits: unbounded as p → 0. DFT's weight p turns "
+        "it into p(1−p)S. The slope is that of log(tr Cov / S) against log p over tokens with p ≤ 0.1: a property of "
+        "how the coefficient depends on p, not of the model. With S included, it also reflects how S changes with p. "
+        "w = c/p is the importance weight, and E[w²] = c²/p its second moment under the policy, averaged over tokens."
     )
     yield _table(found, MOMENT_COLUMNS)
     yield from _figure(
         found, "law", plots.law, "Variance of a token's estimate against its probability.",
-        "Lines: the exact variance, averaged over the tokens of a bin; points: the same by Monte Carlo with 95 % "
-        "intervals, and to the right as a ratio. Dashed: the predicted laws for S = 1.",
+        "Lines: the exact variance, averaged over the tokens of a bin; points: Monte-Carlo estimates of it with 95 % "
+        "intervals, shown on the right as ratios. Dashed: the predicted laws for S = 1.",
         "It does not show the noise of training on demonstrations, where nothing is sampled from the policy: given the "
         "data, SFT's gradient has no such variance, and for one prefix the noise relative to the mean, (1−p)/p, is the "
         "same for SFT and DFT. Below p = 0.01 Monte Carlo is infeasible, and only exact values are shown.",
@@ -176,19 +175,20 @@ def contents(found: Found) -> Iterator[Block]:
     yield _table(found, COEFFICIENT_COLUMNS)
     yield from _figure(
         found, "coefficients", plots.coefficients, "Histograms of the coefficients of each objective.",
-        "How many tokens have which coefficient, on a log scale. A spread-out histogram means that few tokens carry "
-        "the gradient: the effective sample size in the table is the share that would do the same at equal weight.",
+        "The number of tokens with each coefficient, on a log scale. A spread-out histogram means that few tokens "
+        "carry the gradient: the effective sample size in the table is the share of tokens that would have the same "
+        "effect at equal weight.",
         "It does not show whether the tokens with large coefficients are the right ones to learn from.",
     )  # fmt: skip
     if any("data_noise" in entry for entry in found["objectives"].values()):
         yield from _over_data(found)
     if found.get("training"):
-        yield Heading("Along training")
+        yield Heading("In the course of training")
     yield from _figure(
-        found, "training", plots.along_training, "Noise along training, one line per objective.",
+        found, "training", plots.along_training, "Noise in the course of training, one line per objective.",
         "The gradient's covariance, the noise scale tr Σ/‖G‖² and the effective sample size of the coefficients at the "
-        "policy in training, always on the same rows. Gaps are where noise hides the gradient.",
-        "One run of one seed on few rows: a difference between two lines is an observation, not a finding.",
+        "policy in training, always on the same rows. There are gaps where noise hides the gradient.",
+        "A single run with one seed on few rows: a difference between two lines is an observation, not a finding.",
     )  # fmt: skip
     yield from _method(found)
 
@@ -227,10 +227,10 @@ def _sequences(found: Found) -> Iterator[Block]:
     if sequences is None:
         return
     yield Paragraph(
-        "With the whole completion as one action, the same formula in log space: over sequences, log10 of the "
-        "probability P and of the variance. Monte Carlo cannot estimate these: it would take about 1/P samples to hit "
-        f"the expert's completion once, and {number(100 * sequences['comparable']['fraction'])} % of the sequences "
-        "have a P that allows it."
+        "The same formula in log space with the whole completion as one action: log10 of the probability P and of the "
+        "variance, over sequences. Monte Carlo cannot estimate these: it would take about 1/P samples to hit the "
+        f"expert's completion once, and only {number(100 * sequences['comparable']['fraction'])} % of the sequences "
+        "have a large enough P."
     )
     header = ["quantile", *(f"{float(q):.0%}" for q in sequences["log10_p"])]
     rows = [
@@ -246,43 +246,44 @@ def _sequences(found: Found) -> Iterator[Block]:
 def _over_data(found: Found) -> Iterator[Block]:
     yield Heading("Over the data")
     yield Paragraph(
-        "The noise that training sees: given its rows, a gradient is deterministic; what varies is which prompts are "
-        "drawn. All rows of a prompt that an objective learns from make one gradient, and intervals are for new "
-        "prompts of the same kind, for this model. tr Σ is the trace of the covariance of a prompt's gradient over all "
-        "parameters, the noise scale tr Σ/‖G‖² the batch size, in prompts, at which noise and gradient are equal. Norm "
-        "ratio and cosine are estimates for the expected gradients, without the noise that two objectives share; each "
-        "interval is for one number alone."
+        "This is the noise that training sees: given its rows, a gradient is deterministic; what varies is which "
+        "prompts are drawn. All rows of a prompt that an objective learns from contribute one gradient, and intervals "
+        "are for new prompts of the same kind, for this model. tr Σ is the trace of the covariance of a prompt's "
+        "gradient over all parameters, and the noise scale tr Σ/‖G‖² is the batch size, in prompts, at which noise and "
+        "gradient are equal. Norm ratio and cosine are estimates for the expected gradients, without the noise that "
+        "two objectives share; each interval is for a single number."
     )
     yield _table(found, NOISE_COLUMNS)
     if names := hidden(found):
         yield Paragraph(
-            f"Noise hides the gradient of {', '.join(names)}: a test at 5 % does not tell it from 0, so no direction "
-            "or length is reported, and the noise scale is above the number in the table. Use more rows."
+            f"Noise hides the gradient of {', '.join(names)}: a test at 5 % does not distinguish it from 0, so neither "
+            "direction nor length is reported, and the table gives a lower bound on the noise scale. Use more rows."
         )
     yield from _cosines(found)
     yield from _figure(
         found, "directions", plots.directions, "Cosine, norm ratio and noise scale of each objective.",
-        "Direction and size of each mean gradient against SFT's, and how noisy it is, with 95 % intervals; an arrow is "
-        "an interval without an upper end. Norm over SFT's is the effective learning rate of plain gradient descent.",
-        "It does not show what an optimizer does with it: AdamW and clipping remove most differences of scale.",
+        "Direction and length of each mean gradient relative to SFT's, and its noise scale, with 95 % intervals; an "
+        "arrow marks an interval without an upper end. The norm relative to SFT's acts like a learning rate in plain "
+        "gradient descent.",
+        "It does not show the effect of the optimizer: AdamW and clipping remove most differences of scale.",
     )  # fmt: skip
     yield from _figure(
         found, "chart", plots.chart, "The objectives by the length and direction of their mean gradients.",
-        "Each objective's expected gradient by its norm and its cosine to SFT's, below 0 where the two "
-        "conflict. Thin lines are 95 % intervals, a point's area follows the effective sample size of its "
-        "coefficients over tokens. Objectives whose gradient noise hides are left out.",
-        "It does not show where training leads: neighbours here may end far apart.",
+        "The norm of each objective's expected gradient and its cosine with SFT's, which is below 0 if the two "
+        "conflict. Thin lines are 95 % intervals; the area of a point shows the effective sample size of the "
+        "coefficients over tokens. Objectives whose gradient is hidden by noise are left out.",
+        "It does not show where training leads: neighbours here may end up far apart.",
     )  # fmt: skip
     yield from _figure(
         found, "layers", plots.layers, "Noise and direction by layer.",
-        "Each layer's share of tr Σ, and the cosine of its expected gradient to SFT's.",
-        "A layer's share follows its number of parameters too: it does not say that the layer matters more.",
+        "Each layer's share of tr Σ, and the cosine of its expected gradient with SFT's.",
+        "A layer's share also depends on its number of parameters: it does not show how much the layer matters.",
     )  # fmt: skip
     yield from _figure(
         found, "proxies", plots.proxies, "Logit-space proxies against exact squared gradient norms.",
         "Each point is a prompt: the proxy Σ a²S, which needs no backward pass, against the exact squared norm of its "
         "gradient. The table has their rank correlations.",
-        "It does not show the scale: the proxy is in logits, the norm in parameters, and only their order is compared.",
+        "It does not show the scale: the proxy is in logits and the norm in parameters, so only ranks are compared.",
     )  # fmt: skip
     rows = [
         [
@@ -296,11 +297,11 @@ def _over_data(found: Found) -> Iterator[Block]:
 
 
 MOST_COSINES = 8
-"""The most objectives for which a table of all their cosines is readable."""
+"""The largest number of objectives for which a table of all cosines is readable."""
 
 
 def _cosines(found: Found) -> Iterator[Block]:
-    """The cosines between all objectives, if there are others than those to the baseline; variance.json has all."""
+    """The cosines between all objectives, if there are any besides those with the baseline; variance.json has all."""
     drowned = hidden(found)
     names = [name for name in found["cosines"] if name not in drowned]
     if not 3 <= len(names) <= MOST_COSINES:
@@ -319,11 +320,11 @@ def _figure(
 
 
 def _method(found: Found) -> Iterator[Block]:
-    yield Heading("How it was made")
+    yield Heading("How it was measured")
     yield Paragraph(
-        f"Model {found['model']}, made {found['created']}. Exact means one forward pass and closed forms; gradients "
-        "are exact in one backward pass per objective; their intervals take inner products between prompts from random "
-        "projections. variance.json has every number; docs/variance.md explains each."
+        f"Model {found['model']}, analysed {found['created']}. Exact means one forward pass and closed forms. "
+        "Gradients are exact, from one backward pass per objective; their intervals use inner products between "
+        "prompts from random projections. variance.json has every number, and docs/variance.md explains them."
     )
     settings = {**found["settings"], **found["versions"]}
     yield Code("\n".join(f"{key} {value}" for key, value in settings.items()))

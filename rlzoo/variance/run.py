@@ -1,4 +1,4 @@
-"""``rlzoo variance``: an experiment's buffer, the analysis of its objectives at the base, and along their training."""
+"""``rlzoo variance``: an experiment's buffer, the analysis of its objectives at the base, and during training."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pydantic import Field
 from rich.console import Console
 
 from rlzoo.buffers import Buffer, OfflineBuffer, read_buffer
-from rlzoo.buffers.bad_rows import BadRows, told
+from rlzoo.buffers.bad_rows import BadRows, dropped_line
 from rlzoo.comparison import resolve, shared_buffer
 from rlzoo.comparison.resolve import check
 from rlzoo.config import Benchmark, Experiment, Positive
@@ -46,19 +46,20 @@ Report = Callable[[float, str], None]
 
 
 class VarianceSettings(pydantic.BaseModel):
-    """How much is measured."""
+    """How much ``rlzoo variance`` measures."""
 
     model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
 
     rows: Positive = 1000
-    """Rows that an objective is measured on; prompts are never cut."""
+    """The number of rows that each objective is measured on; prompts are never split."""
     draws: Annotated[int, Field(ge=0)] = 4096
-    """Monte-Carlo samples per token, at least 256; 0 for none."""
+    """Monte-Carlo samples per token, at least 256; 0: none."""
     every: Annotated[int, Field(ge=0)] = 10
-    """Steps between measurements along training; 0 for no training."""
+    """Training steps between measurements; 0: no training."""
     probe_rows: Positive = 64
-    """Rows measured along training."""
+    """The number of rows measured in the course of training."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    """The seed for the choice of rows, the Monte-Carlo samples and training."""
 
     @pydantic.field_validator("draws")
     @classmethod
@@ -77,10 +78,10 @@ def run_variance(
     threads: int = 1,
     console: Console | None = None,
 ) -> dict[str, Any]:
-    """Analyse the objectives of an experiment and write variance.json and a report to ``out``.
+    """Analyse the objectives of an experiment, and write variance.json and a report to ``out``.
 
-    ``buffer`` is a saved one, or a table in a TRL format, in place of the experiment's demonstrations and samples.
-    Returns what variance.json holds. Raises UserError for wrong input; then ``out`` is not left behind.
+    ``buffer`` is a saved buffer, or a table in one of TRL's formats, in place of the experiment's demonstrations and
+    samples. Returns the content of variance.json. Raises UserError for wrong input, without leaving ``out`` behind.
     """
     started = time.perf_counter()
     settings, console = settings or VarianceSettings(), console or Console(stderr=True)
@@ -89,7 +90,7 @@ def run_variance(
     out = out or where(whole, settings, buffer, threads)
     with run_in(out, "variance", _asked(whole, settings, buffer, threads)) as run:
         if run.finished:
-            console.print(f"{experiment.name}: finished before, in {out}", style="bold", highlight=False, markup=False)
+            console.print(f"{experiment.name}: already finished, in {out}", style="bold", highlight=False, markup=False)
             earlier: dict[str, Any] = json.loads((out / "variance.json").read_text(encoding="utf-8"))
             return earlier
         number = min(workers or default_workers(), 1 + len(experiment.algorithms))
@@ -114,13 +115,13 @@ def run_variance(
 def where(
     experiment: Experiment, settings: VarianceSettings | None = None, buffer: str | None = None, threads: int = 1
 ) -> Path:
-    """The default output folder: that of the same analysis if it was interrupted, else runs/<name>-variance-<time>."""
+    """The default folder: one in which the same analysis was interrupted, else runs/<name>-variance-<time>."""
     asked = _asked(experiment, settings or VarianceSettings(), buffer, threads)
     return place(f"{experiment.name}-variance", "variance", asked)
 
 
 def _asked(experiment: Experiment, settings: VarianceSettings, buffer: str | None, threads: int) -> dict[str, Any]:
-    """What must be equal for an analysis to be resumed."""
+    """What must be the same for an analysis to resume."""
     return {
         "experiment": experiment.model_dump(mode="json"),
         "variance": settings.model_dump(),
@@ -156,7 +157,9 @@ def _run(
     tell = f"{experiment.name}: {filled['rows']} rows, {len(experiment.algorithms)} objectives; {goes} {run.folder}"
     console.print(tell, style="bold", highlight=False, markup=False, soft_wrap=True)
     for name, summary in filled["dropped_rows"].items():
-        console.print(f"  {name}: {told(summary)}", style="yellow", highlight=False, markup=False, soft_wrap=True)
+        console.print(
+            f"  {name}: {dropped_line(summary)}", style="yellow", highlight=False, markup=False, soft_wrap=True
+        )
     for event in filled["events"]:
         console.print(f"  buffer: {event}", style="yellow", highlight=False, markup=False, soft_wrap=True)
     analysis = processes.submit("analysis", measure, experiment, folder, state, settings)
@@ -233,7 +236,7 @@ def measure(
 def along_training(
     experiment: Experiment, name: str, folder: Path, state: Path, settings: VarianceSettings, report: Report
 ) -> list[dict[str, Any]]:
-    """One objective's measurements along its training on the fixed buffer."""
+    """Measurements of one objective in the course of its training on the fixed buffer."""
     cached = CachedResults(state / "training")
     checkpoints = cached.within(name).folder
 

@@ -16,35 +16,35 @@ from rlzoo.types import Trajectory
 from rlzoo.variance.moments import TokenTable
 
 BLOCKS = 128
-"""Independent Monte-Carlo estimates that the draws of a token are split into."""
+"""The number of independent Monte-Carlo estimates that the draws of a token are split into."""
 
 
 @dataclass
 class Scored:
-    """What forward passes give for some rows, in lists by row: n completion tokens each."""
+    """What forward passes compute for some rows, in lists by row; a row has n completion tokens."""
 
     rows: list[Trajectory]
     columns: dict[str, list[Float[Tensor, " n"]]]
     """``logp``, ``miss`` = 1 - p, ``others`` = Σ_{v≠y} π_v², and inputs of the forward pass."""
     hits: dict[str, dict[int, Int[np.ndarray, "n R"]]]
-    """By objective and row: how many draws hit the token, by block."""
+    """Objective → row → how many draws of each block hit the token."""
 
     def flat(self, name: str, rows: Sequence[int]) -> Float[np.ndarray, " N"]:
-        """A column of some rows, one after the other, in float64."""
+        """A column of some rows, concatenated, in float64."""
         found: Float[np.ndarray, " N"] = torch.cat([self.columns[name][r] for r in rows]).double().cpu().numpy()
         return found
 
     def table(self, rows: Sequence[int]) -> TokenTable:
-        """The completion tokens of some rows, one after the other."""
+        """The completion tokens of some rows, concatenated."""
         row = np.repeat(np.arange(len(rows)), [len(self.columns["logp"][r]) for r in rows])
         return TokenTable(row, *(self.flat(name, rows) for name in ("logp", "miss", "others")))
 
 
 class _Look:
-    """Sees the logits of a micro-batch, chunk by chunk.
+    """Collects what the moments need from the logits of a micro-batch, chunk by chunk.
 
-    The probability of all other tokens and its squares are summed with the target left out: 1 - p and Σπ² - p² would
-    be rounding noise for likely tokens.
+    The probabilities of all other tokens, and their squares, are summed without the target: for likely tokens, 1 - p
+    and Σπ² - p² would be rounding noise.
     """
 
     def __init__(self, draws: int, generators: Mapping[str, torch.Generator]) -> None:

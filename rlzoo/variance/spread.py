@@ -19,13 +19,15 @@ from functools import cached_property
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from rlzoo.variance.intervals import freedom
+
 Matrix = Float[np.ndarray, "n m"]
 Vector = Float[np.ndarray, " n"]
 Values = Float[np.ndarray, "..."]
 
 
 def centred(products: Matrix, valid: Bool[np.ndarray, "n m"]) -> Matrix:
-    """Inner products less what row and column explain, scaled so that sums of squares are unbiased; 0 where not valid.
+    """Doubly centred inner products, scaled so that sums of squares are unbiased; 0 where not valid.
 
     What is left of ⟨a_i, b_j⟩ is ⟨a_i - G, b_j - G'⟩.
     """
@@ -40,7 +42,7 @@ def centred(products: Matrix, valid: Bool[np.ndarray, "n m"]) -> Matrix:
 
 
 def row_means(products: Matrix, valid: Bool[np.ndarray, "n m"], axis: int = 1) -> Vector:
-    """⟨a_i, G'⟩ of each prompt, from all prompts but itself, less their mean."""
+    """⟨a_i, G'⟩ of each prompt, estimated from all other prompts, minus the mean over prompts."""
     found = np.where(valid, products, 0).sum(axis) / np.maximum(valid.sum(axis), 1)
     moved: Vector = found - found.mean()
     return moved
@@ -48,17 +50,20 @@ def row_means(products: Matrix, valid: Bool[np.ndarray, "n m"], axis: int = 1) -
 
 @dataclass(frozen=True)
 class Side:
-    """One objective's part in a covariance."""
+    """What one objective contributes to a covariance."""
 
     centred: Matrix
-    """Of ⟨a_i, a_j⟩."""
+    """⟨a_i, a_j⟩, as `centred` returns it."""
     along: Vector
-    """⟨a_i, G⟩ less its mean."""
+    """⟨a_i, G⟩ minus its mean."""
     grad_norm_sq: float
+    """The estimate of ‖G‖²."""
     trace_cov: float
+    """The estimate of tr Σ."""
 
     @property
     def count(self) -> int:
+        """The number of prompts."""
         return len(self.along)
 
     @cached_property
@@ -73,7 +78,7 @@ class Side:
 
     @cached_property
     def uncertain(self) -> float:
-        """What noise alone makes of ‖G‖²: the standard error of its estimate where G = 0."""
+        """The standard error of the estimate of ‖G‖² if G = 0."""
         return float(np.sqrt(self.second))
 
     @cached_property
@@ -94,11 +99,19 @@ class Side:
         """
         return self.cubes / self.squares / (self.count - 1) if self.squares > 0 else 0.0
 
+    @cached_property
+    def measured(self) -> float:
+        """‖G‖² times the noise along ḡ."""
+        return float(self.along.var(ddof=1)) - self.squares / (self.count * (self.count - 1) ** 2)
+
+    @cached_property
+    def freedom(self) -> float:
+        """Degrees of freedom of that variance along ḡ."""
+        return freedom(self.along)
+
     def first(self, size: Values | float) -> Values:
         """The first-order variance 4 GᵀΣG/n of the estimate of ‖G‖², if ‖G‖² is ``size`` ≥ 0."""
-        chance = self.squares / (self.count * (self.count - 1) ** 2)
-        measured = float(self.along.var(ddof=1)) - chance
-        found: Values = 4 / self.count * size * self.towards(size, measured, self.along_noise, self.average)
+        found: Values = 4 / self.count * size * self.towards(size, self.measured, self.along_noise, self.average)
         return found
 
     def towards(self, size: Values | float, measured: float, drift: float, average: float) -> Values:
@@ -143,7 +156,7 @@ class _Mean:
     """Prompts in the mean."""
 
     def variance(self, size: Values) -> Values:
-        """Its variance, if ‖G‖² of ``direction`` is ``size``."""
+        """The variance of this mean, if ‖G‖² of ``direction`` is ``size``."""
         found: Values = self.direction.towards(size, self.measured, self.drift, self.average) / self.count
         return found
 
@@ -154,9 +167,9 @@ class Joint:
 
     second: Float[np.ndarray, "3 3"]
     means: tuple[_Mean, ...]
-    """Of ⟨u, a⟩, ⟨v, b⟩, ⟨v, a⟩ and ⟨u, b⟩, with u and v the directions of G and G'."""
+    """The means of ⟨u, a⟩, ⟨v, b⟩, ⟨v, a⟩ and ⟨u, b⟩, where u and v are the directions of G and G'."""
     correlation: Float[np.ndarray, "4 4"]
-    """Between the four means; it is taken at the estimates, their variances at the hypothesis."""
+    """The correlations of the four means, taken at the estimates; their variances are taken at the hypothesis."""
 
     def at(self, first: Vector, other: Vector) -> Float[np.ndarray, "3 3 N"]:
         """The covariance for each pair of hypothesised ‖G‖² and ‖G'‖² ≥ 0.

@@ -1,4 +1,4 @@
-"""From a buffer to weights on ∇ log π: which rows an objective is measured on, and the weights of its surrogate."""
+"""Which rows of a buffer each objective is measured on, and the weights on ∇ log π in its surrogate."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from rlzoo.errors import UserError
 from rlzoo.objective import Objective, get_objective, is_composite, surrogate_of, view_in_place
 from rlzoo.objective import view_of as own_view
 from rlzoo.policy import Assembler
-from rlzoo.registry import told
+from rlzoo.registry import one_line
 from rlzoo.types import (
     Coefficients,
     Selection,
@@ -32,12 +32,12 @@ from rlzoo.variance.scoring import Scored
 from rlzoo.variance.tasks import Task
 
 BASELINE = "(demonstrations)"
-"""The name of what gradients are compared with, where no analysed objective is the same."""
+"""The name of the objective that gradients are compared with, if no analysed objective is equivalent to it."""
 LearnsFrom = WhichView | Mapping[str, WhichView] | None
 Draw = tuple[int, int, bool]
-"""A row of the buffer, how often it was drawn before, and whether it is taken at a temperature of its own.
+"""A row of the buffer, how often it was drawn before, and whether it is taken at its sampling temperature.
 
-What is drawn twice, or taken at two temperatures, counts as two rows.
+A row that is drawn twice, or taken at two temperatures, counts as two rows.
 """
 
 
@@ -53,17 +53,18 @@ class Likelihood(Objective):
 
 @dataclass
 class Subject:
-    """One objective with the rows that it is measured on."""
+    """An objective with the rows that it is measured on."""
 
     objective: Objective
     selection: WhichView
     units: list[tuple[int, ...]]
     """Rows of each unit, as indices into the rows of `Scored`."""
     prompts: dict[int, tuple[int, ...]]
-    """The rows of each prompt, by a number that is the prompt's in all subjects."""
+    """The rows of each prompt, by the prompt's number, which is the same in all subjects."""
 
     @property
     def rows(self) -> list[int]:
+        """The rows of all units."""
         return [row for unit in self.units for row in unit]
 
     @property
@@ -74,7 +75,7 @@ class Subject:
 
 @dataclass
 class SubjectWeights:
-    """An objective's coefficients on its rows, and the gradient to measure."""
+    """The coefficients of an objective on its rows, and the gradient to measure."""
 
     batch: TokenBatch
     coefficients: Coefficients
@@ -100,7 +101,7 @@ def named_objectives(objectives: Sequence[str | Objective] | Mapping[str, Object
 def subjects_of(
     named: Mapping[str, Objective], buffer: Buffer, rows: int, seed: int, learns_from: LearnsFrom
 ) -> tuple[list[int], dict[str, Subject], dict[str, str]]:
-    """The buffer's rows that are used, each objective's units among them, and why some objectives have none.
+    """The rows of the buffer that are used, the units of each objective, and why some objectives have none.
 
     The last subject is the baseline, if there are demonstrations.
     """
@@ -223,7 +224,7 @@ def weights_of(assembler: Assembler, subject: Subject, scored: Scored) -> Subjec
     except UserError:
         raise
     except Exception as error:  # of a user's own objective
-        raise UserError(f"objective {subject.objective.name!r} failed: {told(error)}") from error
+        raise UserError(f"objective {subject.objective.name!r} failed: {one_line(error)}") from error
     if not found.batch.mask.any():
         raise UserError(f"objective {subject.objective.name!r} learns from no token of its rows: all are masked")
     if not torch.isfinite(found.coefficients.values[found.batch.mask]).all():
@@ -248,7 +249,7 @@ def _weights_of(assembler: Assembler, subject: Subject, scored: Scored) -> Subje
     scale = len(subject.prompts) / denominator if denominator else 0.0
 
     def spread(part: Tensor | None) -> Tensor | None:
-        """From the objective's rows to all rows."""
+        """Spread values of the objective's rows over all rows."""
         if part is None:
             return None
         whole = part.new_zeros(len(scored.rows), max(len(row.completion_ids) for row in scored.rows))

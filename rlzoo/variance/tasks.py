@@ -15,23 +15,23 @@ from rlzoo.policy.head import LogitTerm
 
 @dataclass(frozen=True)
 class Task:
-    """One objective's gradient: the sum over a unit's positions of weight · ∇ log π, and further terms.
+    """The gradient of one objective: the sum over a unit's positions of weight · ∇ log π, and further terms.
 
     R rows are analysed, of at most T completion tokens.
     """
 
     units: Sequence[tuple[int, ...]]
-    """The rows of each unit. No row is in two units."""
+    """The rows of each unit. No row belongs to two units."""
     weight: Float[Tensor, "R T"]
     """∂ loss / ∂ log π of each completion token."""
     scale: float = 1.0
     """The factor on every unit's gradient that makes their mean the gradient of the batch."""
     input_weights: Mapping[str, Float[Tensor, "R T"]] = field(default_factory=dict)
-    """∂ loss / ∂ x of each input x that a module of its own makes of the policy's hidden states, by key."""
+    """∂ loss / ∂ x, by key, of each input x that a separate module computes from the policy's hidden states."""
     term: LogitTerm | None = None
     """A loss per position over the full vocabulary."""
     reference: Policy | None = None
-    """Gives the term its reference logits."""
+    """The policy that computes the term's reference logits."""
     term_weight: Float[Tensor, " R"] | None = None
 
 
@@ -41,12 +41,12 @@ class Pass:
 
     weight: Float[Tensor, "R T"]
     scale: dict[str, Float[Tensor, " R"]]
-    """By task: the number of each row; 0 where the task has no weight."""
+    """Task → the number for each row; 0 where the task has no weight."""
     alone: bool = False
-    """Whether more than weights on ∇ log π pulls on the hidden states, which is not shared."""
+    """Whether it has further terms besides weights on ∇ log π, which cannot be shared."""
 
     def join(self, name: str, weight: Float[Tensor, "R T"]) -> bool:
-        """Add a task if its weights are proportional to these in each row that others use already."""
+        """Add a task if its weights are proportional to those of the pass in every row that others use already."""
         used, wanted = (w.abs().amax(1) > 0 for w in (self.weight, weight))
         scale = (weight * self.weight).sum(1) / self.weight.square().sum(1).clamp(min=torch.finfo(weight.dtype).tiny)
         rest = (weight - scale[:, None] * self.weight).abs().amax(1)
@@ -60,7 +60,7 @@ class Pass:
 
 
 def shared_passes(tasks: Mapping[str, Task]) -> list[Pass]:
-    """As few backward passes as it takes: a coefficient that is constant over a row only scales that row's gradient."""
+    """The backward passes that are needed: a coefficient that is constant over a row only scales the row's gradient."""
     passes: list[Pass] = []
     for name, task in tasks.items():
         alone = task.term is not None or bool(task.input_weights)
@@ -72,7 +72,7 @@ def shared_passes(tasks: Mapping[str, Task]) -> list[Pass]:
 
 @dataclass
 class UnitGradients:
-    """What is kept of one objective's gradients: U units, L layers, D dimensions of a random projection."""
+    """What is kept of an objective's gradients: U units, L layers, D dimensions of a random projection."""
 
     squared_norm: Float[Tensor, "U L"]
     """‖g_u‖² by layer, exact, in float64."""
@@ -82,7 +82,7 @@ class UnitGradients:
     """The mean gradient, by parameter."""
 
     def scaled(self, factor: float) -> UnitGradients:
-        """All gradients times a factor; the means are changed in place, as there may be no room for two."""
+        """All gradients times a factor; the means are changed in place, as there may be no memory for a copy."""
         means = {name: mean.mul_(factor) for name, mean in self.mean.items()}
         return UnitGradients(self.squared_norm * factor**2, self.sketch * factor, means)
 

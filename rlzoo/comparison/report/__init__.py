@@ -15,7 +15,7 @@ __all__ = ["report_table", "write_report"]
 def write_report(directory: Path, baseline: str | None = None) -> None:
     """Write report.md, report.html and figures/ into a run's folder, each file atomically.
 
-    ``baseline`` is the algorithm that the others are compared to: by default the first, or the base model if there is
+    ``baseline`` is the algorithm that the others are compared with: by default the first, or the base model if there is
     only one. Raises UserError for a missing or broken file or an unknown baseline, before anything is written.
     """
     run = read_run(directory)

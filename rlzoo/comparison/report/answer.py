@@ -1,4 +1,4 @@
-"""The answer to the question of a comparison, in words generated from its data."""
+"""The answer to the question of a comparison, in sentences generated from its data."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rlzoo.config import BASE
 
 
 def answer(results: Results, matrices: Mapping[ResultKey, ResultMatrix], benchmark: str) -> str:
-    """Which algorithm did best on a benchmark, whether distinguishably, and whether the metrics agree."""
+    """Which algorithm is best on a benchmark, whether distinguishably so, and whether the metrics agree."""
     means = {metric: _means(results, benchmark, metric) for metric in METRICS}
     ranked = _ranking(means["avg_at_k"])
     if not ranked:
@@ -49,14 +49,14 @@ def _margin(matrices: Mapping[ResultKey, ResultMatrix], benchmark: str, best: st
     a, b = (matrices.get((name, benchmark, "avg_at_k")) for name in (best, second))
     shared = difference_of(a, b) if a and b else None
     if shared is None:
-        return f", before {second}, with which it has no seed in common, so the two are not compared"
+        return f", ahead of {second}, with which it has no seed in common, so the two are not compared"
     difference = crossed_interval(shared.values, benchmarks=shared.benchmarks)
     pairs = compare_pairs(matrices, benchmark, "avg_at_k")
     p, number = pairs[best, second], len(pairs) // 2
     verdict = "distinguishable" if p < SIGNIFICANT else "not distinguishable"
     corrected = f", Holm-corrected for {number} pairs" if number > 1 else ""
     return (
-        f", {points(difference.mean)} points against {second}, the second (paired 95 % interval "
+        f", {points(difference.mean)} points over {second}, the runner-up (paired 95 % interval "
         f"{points(difference.low)} to {points(difference.high)}; {significance(p)}{corrected}): "
         f"the two are {verdict} here"
     )
@@ -66,11 +66,11 @@ def _agreement(results: Results, benchmark: str, means: Mapping[str, Mapping[str
     own = means[metric]
     by = "greedy decoding" if metric == "greedy" else results.label(metric, benchmark)
     if len(set(own.values())) == 1:
-        return f"By {by} all are equal, at {percent(max(own.values()))} %"
+        return f"In {by} all are equal, at {percent(max(own.values()))} %"
     leaders = [name for name, mean in own.items() if mean == max(own.values())]
     verb, top = "leads" if len(leaders) == 1 else "lead", percent(max(own.values()))
-    first = f"By {by} {' and '.join(leaders)} {verb} at {top} %"
+    first = f"In {by} {' and '.join(leaders)} {verb} with {top} %"
     ranked = _ranking(means["avg_at_k"])
     if ranked == _ranking(own):
-        return f"{first}: the order is the same"
-    return f"{first}: {'only the order behind it differs' if leaders == ranked[:1] else 'the order differs'}"
+        return f"{first}: the ranking is the same"
+    return f"{first}: {'only the ranking behind it differs' if leaders == ranked[:1] else 'the ranking differs'}"

@@ -1,4 +1,4 @@
-"""The content of a report, in order."""
+"""The content of the report of a comparison, in order."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import pyarrow.compute as pc
 import yaml
 
-from rlzoo.buffers.bad_rows import told
+from rlzoo.buffers.bad_rows import dropped_line
 from rlzoo.comparison.outcomes import OVERALL, compare_to, result_matrices
 from rlzoo.comparison.report import plots, tables
 from rlzoo.comparison.report.answer import answer
@@ -44,8 +44,8 @@ def _answers(run: FinishedRun) -> Iterator[Block]:
     yield Paragraph(
         "avg@k at temperature 1 rewards an objective for sharpening the model's distribution, whether or "
         "not the model can solve more problems. Greedy decoding and pass@k do not: read the three "
-        "together. Which two algorithms lead is known only from the results, so whether they are "
-        "distinguishable is decided by a p-value corrected for all pairs."
+        "together. Which two algorithms lead is known only from the results, so the p-value of their difference "
+        "is corrected for all pairs."
     )
 
 
@@ -53,15 +53,15 @@ def _results(results: Results) -> Iterator[Block]:
     yield Heading("Results")
     yield Paragraph(
         "Per cent correct, with 95 % intervals over further seeds and problems of the same kind. The best "
-        "algorithm by each metric is bold. Every algorithm started from the base model."
+        "algorithm in each metric is bold. Every algorithm started from the base model."
     )
     yield Paragraph(_left_out(results))
     for index, benchmark in enumerate(results.overall):
         yield Heading(benchmark, level=3)
         if benchmark == OVERALL:
             yield Paragraph(
-                "Each benchmark counts the same, however many problems it has. The intervals are over further seeds "
-                "and problems of the same kinds."
+                "All benchmarks have equal weight, however many problems they have. The intervals are over further "
+                "seeds and problems of the same kinds."
             )
         yield tables.result_table(results, benchmark)
         best = ", ".join(
@@ -86,9 +86,9 @@ def _further(results: Results) -> Iterator[Block]:
         return
     yield Heading("Further metrics")
     yield Paragraph(
-        "Means over seeds, without intervals: they say what lies behind a result, not which algorithm is better. "
+        "Means over seeds, without intervals: they help to explain results, but do not show which algorithm is better. "
         "maj@k is the majority vote of k samples; the held-out log-likelihood is that of the benchmark's gold "
-        "completions, where it has some."
+        "completions, if it has any."
     )
     for name, table in [*found.items(), ("mean over benchmarks", tables.further_table(results, None))]:
         if table is not None:
@@ -104,14 +104,14 @@ def _left_out(results: Results) -> str:
         "one buffer (samples that were drawn once; rollouts.per_seed draws them anew for each seed), " if shared else ""
     )
     return (
-        f"What the intervals leave out: every cell started from one base model, learned from {buffer}"
-        "one set of training problems and one setting of every hyper-parameter that was not tuned. "
-        "No interval here says how much results vary with these."
+        f"What the intervals do not cover: every cell started from one base model, learned from {buffer}"
+        "one set of training problems, and used one setting of every hyper-parameter that was not tuned. "
+        "No interval here shows how much results vary with these."
     )
 
 
 def _baseline(results: Results, asked: str | None) -> str:
-    """The algorithm asked for, if any of its cells succeeded; else the first of several, or the base model."""
+    """The requested algorithm, if any of its cells succeeded; else the first of several, or the base model."""
     failed = {failure.algorithm for failure in results.failed or []} - set(results.algorithms)
     if asked is not None and asked not in failed:
         return asked
@@ -122,11 +122,11 @@ def _differences(run: FinishedRun, baseline: str) -> Iterator[Block]:
     rows = compare_to(run.outcomes, baseline, run.results.k)
     if not rows:
         return
-    yield Heading(f"Differences to {baseline}")
+    yield Heading(f"Differences from {baseline}")
     yield Paragraph(
         "Each algorithm's result minus the baseline's on the same problems and seeds, in percentage points. Each "
-        "95 % interval is that of one difference alone. p-values are corrected for the number of differences in the "
-        "table (Holm); those below 0.05 are bold, and only they are called distinguishable from none."
+        "95 % interval is that of a single difference. p-values are corrected for the number of differences in the "
+        "table (Holm); those below 0.05 are bold, and only these are called distinguishable from zero."
     )
     for index, benchmark in enumerate(run.results.overall):
         if not any(row["benchmark"] == benchmark for row in rows):
@@ -136,9 +136,9 @@ def _differences(run: FinishedRun, baseline: str) -> Iterator[Block]:
         yield Figure(
             f"differences-{index}",
             plots.differences(rows, run.results, benchmark),
-            f"Paired differences to {baseline} {tables.on(benchmark)}, as in the table above.",
-            f"Points right of the line did better than {baseline}, with the 95 % interval of the paired difference, "
-            "uncorrected; filled points are distinguishable from none after Holm's correction.",
+            f"Paired differences from {baseline} {tables.on(benchmark)}, as in the table above.",
+            f"Points to the right of the line are better than {baseline}, with the uncorrected 95 % interval of the "
+            "paired difference; filled points are distinguishable from zero after Holm's correction.",
             "It does not show that a difference carries over to another model, data set or budget.",
         )
 
@@ -154,7 +154,8 @@ def _curves(results: Results) -> Iterator[Block]:
             f"curves-{index}",
             svg,
             f"Learning curves on {benchmark}, one line per algorithm.",
-            "Evaluations along training: lines are means over seeds, bands range from the lowest to the highest seed.",
+            "Evaluations in the course of training: lines are means over seeds, bands range from the lowest to the "
+            "highest seed.",
             "A band is not a confidence interval, and evaluations during training may use fewer problems "
             "than the tables.",
         )
@@ -180,28 +181,28 @@ def _costs(results: Results) -> Iterator[Block]:
     if results.cells:
         yield Heading("Costs")
         yield Paragraph(
-            "What one cell (one algorithm, seed and learning rate) took: means over its cells, peak memory "
-            "the greatest."
+            "The cost of one cell (an algorithm, a seed and a learning rate): the mean over an algorithm's cells, and "
+            "the maximum for peak memory."
         )
         yield tables.cost_table(results)
     if sweep := tables.learning_rate_table(results):
         yield Heading("Learning rates")
         yield Paragraph(
-            "Per cent correct on the validation problems for each learning rate; bold is the one that was "
-            "trained with and reported on the test problems."
+            "Per cent correct on the validation problems for each learning rate; the one that is reported on the "
+            "test problems is bold."
         )
         yield sweep
-    dropped = [f"{name}: {told(summary)}" for name, summary in results.dropped_rows.items()]
+    dropped = [f"{name}: {dropped_line(summary)}" for name, summary in results.dropped_rows.items()]
     if dropped or results.events:
         yield Heading("Events before training")
         yield from map(Paragraph, dropped + results.events)
     if events := tables.event_table(results):
         yield Heading("Events in training")
-        yield Paragraph("What the cells report about their training, such as steps skipped and rows not learned from.")
+        yield Paragraph("What the cells report about their training, such as skipped steps and rows not learned from.")
         yield events
     if failures := tables.failure_table(results):
         yield Heading("Failed cells")
-        yield Paragraph("These did not finish and are in none of the numbers above.")
+        yield Paragraph("These cells did not finish, and are not part of any number above.")
         yield failures
 
 
@@ -211,7 +212,7 @@ def _samples(run: FinishedRun) -> Iterator[Block]:
         return
     yield Heading("Sample completions")
     yield Paragraph(
-        "Not chosen for their content: the first problems in order of their names, the first sample of the first seed."
+        "Not selected by content: the first problems in order of their names, and the first sample of the first seed."
     )
     for (benchmark, problem), rows in shown:
         yield Heading(f"{benchmark}: {problem}", level=3)
@@ -228,7 +229,7 @@ def _shortened(text: str | None) -> str:
 
 
 def _problems(run: FinishedRun) -> list[tuple[str, str]]:
-    """The first problems by name, taken from the benchmarks in turn."""
+    """The first problems by name, taken from each benchmark in turn."""
     pairs = run.outcomes.select(["benchmark", "problem_id"]).group_by(["benchmark", "problem_id"]).aggregate([])
     ranked: dict[str, list[str]] = {}
     for row in sorted(pairs.to_pylist(), key=lambda row: row["problem_id"]):
@@ -238,7 +239,7 @@ def _problems(run: FinishedRun) -> list[tuple[str, str]]:
 
 
 def _completions(run: FinishedRun, benchmark: str, problem: str) -> list[dict[str, Any]]:
-    """One sampled completion of the base model and of each algorithm, where there is one."""
+    """One sampled completion of the base model and of each algorithm, if there is one."""
     table = run.outcomes.filter(
         (pc.field("benchmark") == benchmark) & (pc.field("problem_id") == problem) & (pc.field("decoding") == "sample")
     )
@@ -249,10 +250,10 @@ def _completions(run: FinishedRun, benchmark: str, problem: str) -> list[dict[st
 
 
 def _method(results: Results) -> Iterator[Block]:
-    yield Heading("How it was made")
+    yield Heading("How to reproduce this")
     took = f", in {tables.seconds(results.wall_seconds)}" if results.wall_seconds is not None else ""
-    yield Paragraph(f"Made {results.created}{took}. To repeat it:")
-    yield Code("rlzoo compare experiment.yaml  # the file beside this report", "sh")
+    yield Paragraph(f"Created {results.created}{took}. To repeat it:")
+    yield Code("rlzoo compare experiment.yaml  # the file next to this report", "sh")
     if results.config is not None:
         yield Paragraph("The experiment, with every default filled in:")
         yield Code(yaml.safe_dump(results.config, sort_keys=False, allow_unicode=True).rstrip(), "yaml")

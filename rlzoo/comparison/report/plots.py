@@ -46,7 +46,7 @@ def result_bars(results: Results, benchmark: str) -> str:
 
 
 def differences(rows: Sequence[Mapping[str, Any]], results: Results, benchmark: str) -> str:
-    """Paired differences with 95 % intervals, one panel per metric; filled where distinguishable from none."""
+    """Paired differences with 95 % intervals, one panel per metric; filled where distinguishable from zero."""
     here = [row for row in rows if row["benchmark"] == benchmark]
     names = list(dict.fromkeys(row["algorithm"] for row in here))
     palette = colours(results)
@@ -66,11 +66,11 @@ def differences(rows: Sequence[Mapping[str, Any]], results: Results, benchmark: 
 
 
 Curve = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
-"""Steps; mean, lowest and highest over the seeds."""
+"""Steps, and the mean, lowest and highest value over seeds at each."""
 
 
 def curves_of(results: Results, benchmark: str, metric: str) -> dict[str, Curve]:
-    """The learning curve of each algorithm that has one: its mean and range over the seeds, as fractions."""
+    """The learning curve of each algorithm that has one: mean and range over seeds, as fractions."""
     found: dict[str, dict[int, list[float]]] = {}
     for cell in results.cells:
         if not cell.curve:
@@ -91,7 +91,7 @@ def _curve(values: Mapping[int, Sequence[float]]) -> Curve:
 
 
 def learning_curves(results: Results, benchmark: str) -> str | None:
-    """Evaluations along training: the mean over seeds, in a band from the lowest to the highest."""
+    """Evaluations in the course of training: the mean over seeds, in a band from the lowest to the highest."""
     panels_of = {metric: curves_of(results, benchmark, metric) for metric in ("avg_at_k", "greedy")}
     panels_of = {metric: curves for metric, curves in panels_of.items() if curves}
     if not panels_of:

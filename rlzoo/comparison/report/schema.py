@@ -1,4 +1,4 @@
-"""The schema of a run's results.json and outcomes.parquet, checked when they are read."""
+"""The schema of results.json and outcomes.parquet, which is checked when a run's folder is read."""
 
 from __future__ import annotations
 
@@ -31,12 +31,16 @@ OUTCOME_COLUMNS = (
 )
 
 
+CELLS = "cells"
+"""The folder of a study's cells, which results.json then names."""
+
+
 class _Model(BaseModel):
     model_config = ConfigDict(frozen=True)
 
 
 class BenchmarkResult(_Model):
-    """A model's metrics on one benchmark as fractions, and any others under their names."""
+    """The metrics of a model on one benchmark: three as fractions, and any others under their names."""
 
     model_config = ConfigDict(frozen=True, extra="allow")
 
@@ -45,7 +49,7 @@ class BenchmarkResult(_Model):
     pass_at_k: float | None = None
     k: int
     samples: int | None = None
-    """Samples per problem behind avg@k; k where it is not given."""
+    """The number of samples per problem; None: k."""
 
     def value(self, metric: str) -> float | None:
         """The value of any metric; None if there is none."""
@@ -54,14 +58,14 @@ class BenchmarkResult(_Model):
 
 
 class ShownMetric(_Model):
-    """How a metric is shown."""
+    """The label and unit under which a metric is shown."""
 
     label: str
     unit: str = "%"
 
 
 class CellCosts(_Model):
-    """What one cell cost."""
+    """What one cell cost: tokens, FLOPs, seconds, and bytes at the peak."""
 
     gradient_tokens: float | None = None
     sampled_tokens: float | None = None
@@ -93,7 +97,7 @@ class CellResult(_Model):
 
 
 class SummaryRow(_Model):
-    """The mean of an algorithm on a benchmark, or over all of them, by a metric, over its seeds, with its interval."""
+    """The mean over seeds of an algorithm's results on a benchmark, or over all benchmarks, with its interval."""
 
     algorithm: str
     benchmark: str
@@ -129,7 +133,7 @@ class Results(_Model):
     versions: dict[str, str | None] = Field(default_factory=dict)
     config: Any = None
     metrics: dict[str, ShownMetric] = Field(default_factory=dict)
-    """All metrics of the run, by name."""
+    """All metrics of the run by name."""
     mean_over_benchmarks: dict[str, dict[str, float]] = Field(default_factory=dict)
     """Algorithm (the base model among them) → metric → mean over seeds and benchmarks."""
     base: dict[str, BenchmarkResult]
@@ -138,7 +142,7 @@ class Results(_Model):
     cells: list[CellResult]
     summary: list[SummaryRow]
     base_summary: list[SummaryRow] = []
-    """The same for the base model."""
+    """The summary of the base model."""
     token_probabilities: Histogram | None = None
     learning_rates: dict[str, dict[str, float | None]] | None = None
     wall_seconds: float | None = None
@@ -155,11 +159,12 @@ class Results(_Model):
 
     @cached_property
     def benchmarks(self) -> tuple[str, ...]:
+        """The benchmarks, in display order."""
         return tuple(self.base)
 
     @cached_property
     def overall(self) -> tuple[str, ...]:
-        """The benchmarks and, where there are several, the mean over them."""
+        """The benchmarks and, if there are several, the mean over them."""
         return (*self.benchmarks, *([OVERALL] if any(row.benchmark == OVERALL for row in self.summary) else []))
 
     @cached_property
@@ -207,14 +212,14 @@ class Results(_Model):
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """The results and outcomes of a run's folder."""
+    """The results and outcomes in the folder of a run."""
 
     results: Results
     outcomes: pa.Table
 
 
 def parse_results(data: Any, where: str = "results") -> Results:
-    """Check the content of a results.json. Raises UserError naming the first field that is wrong."""
+    """The checked content of a results.json. Raises UserError naming the first wrong field."""
     try:
         return Results.model_validate(data)
     except ValidationError as error:
@@ -223,8 +228,15 @@ def parse_results(data: Any, where: str = "results") -> Results:
         raise UserError(f"{where}: {field}: {first['msg']}; run `rlzoo compare` again to rewrite it") from None
 
 
+def _cell(file: Path) -> Any:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{str(file)!r} cannot be read ({error}): save the study again") from None
+
+
 def read_run(directory: Path) -> FinishedRun:
-    """Read a run's folder. Raises UserError for a missing or broken file."""
+    """Read a run's folder, or a study's. Raises UserError for a missing or broken file."""
     if not directory.is_dir():
         raise UserError(f"run directory {str(directory)!r} does not exist: name one that `rlzoo compare` wrote")
     files = [directory / "results.json", directory / "outcomes.parquet"]
@@ -235,6 +247,8 @@ def read_run(directory: Path) -> FinishedRun:
         data = json.loads(files[0].read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{str(files[0])!r} is not valid JSON ({error}): run `rlzoo compare` again") from None
+    if isinstance(data, dict) and (directory / CELLS).is_dir():
+        data = {**data, "cells": [_cell(directory / CELLS / f"{name}.json") for name in data.get("cells", ())]}
     try:
         outcomes = pq.read_table(files[1], columns=list(OUTCOME_COLUMNS))
     except (pa.ArrowException, OSError) as error:

@@ -1,4 +1,4 @@
-"""The tables of a comparison, for the page and for the terminal."""
+"""The tables of a comparison, for the report and for the terminal."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ def percent(value: float | None) -> str:
 
 
 def points(value: float) -> str:
-    """A difference of fractions in percentage points, with its sign (a real minus sign); 0 has none."""
+    """A difference of fractions in percentage points, with a sign (a typographic minus) unless it is 0."""
     text = f"{100 * value:+.1f}".replace("-", "−")
     return "0.0" if text in ("+0.0", "−0.0") else text
 
 
 def amount(value: float | None, unit: str = "") -> str:
-    """A quantity with an SI prefix and three digits: 1.23 M."""
+    """A quantity with an SI prefix and three digits, as in 1.23 M."""
     if value is None:
         return NONE
     power = min(max(math.floor(math.log10(abs(value)) / 3), 0), 6) if value else 0
@@ -40,14 +40,14 @@ def amount(value: float | None, unit: str = "") -> str:
 
 
 def plain(value: float | None, unit: str) -> str:
-    """The value of a metric: a fraction in per cent, anything else with four digits and a real minus sign."""
+    """The value of a metric: a fraction in per cent, anything else with four digits and a typographic minus."""
     if value is None or unit == "%":
         return percent(value)
     return f"{value:.4g}".replace("-", "−")
 
 
 def seconds(value: float | None) -> str:
-    """A duration: 41 s, 3 min 20 s, 2 h 5 min."""
+    """A duration, as in 41 s, 3 min 20 s or 2 h 5 min."""
     if value is None:
         return NONE
     if value < 10:
@@ -59,7 +59,7 @@ def seconds(value: float | None) -> str:
 
 
 def rate(value: float | None) -> str:
-    """A learning rate, as short as it can be written."""
+    """A learning rate in its shortest form."""
     return NONE if value is None else f"{value:g}"
 
 
@@ -78,12 +78,12 @@ def significance(p: float) -> str:
 
 
 def on(benchmark: str) -> str:
-    """The benchmark of a result, within a sentence."""
+    """The benchmark of a result, as part of a sentence."""
     return f"by the {OVERALL}" if benchmark == OVERALL else f"on {benchmark}"
 
 
 def result_table(results: Results, benchmark: str) -> Table:
-    """Mean and interval of each metric, base model first; the best mean of the algorithms is marked."""
+    """The mean and interval of each metric, with the base model first and the best algorithm marked."""
     best = {metric: _best(results, benchmark, metric) for metric in METRICS}
     rows = []
     for algorithm in dict.fromkeys((BASE, *results.algorithms)):
@@ -126,7 +126,7 @@ def _best(results: Results, benchmark: str, metric: str) -> float | None:
 def difference_table(rows: Sequence[Mapping[str, Any]], results: Results, benchmark: str) -> Table:
     """Paired differences in percentage points, each with its own interval and its corrected p-value.
 
-    Those that are distinguishable from none after the correction are marked.
+    Those that are distinguishable from zero after the correction are marked.
     """
     cells: dict[str, dict[str, Entry]] = {}
     for row in rows:
@@ -136,6 +136,40 @@ def difference_table(rows: Sequence[Mapping[str, Any]], results: Results, benchm
             cells.setdefault(row["algorithm"], {})[row["metric"]] = Entry(text, row["p"] < SIGNIFICANT)
     body = [[Entry(name), *(found.get(metric, Entry(NONE)) for metric in METRICS)] for name, found in cells.items()]
     return Table(["algorithm", *(f"{results.label(metric, benchmark)} (points)" for metric in METRICS)], body)
+
+
+def across_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """Paired differences of two algorithms in several studies, one row per benchmark; as `difference_table`."""
+    cells: dict[tuple[str, str], dict[str, Entry]] = {}
+    for row in rows:
+        low, high = points(row["ci_low"]), points(row["ci_high"])
+        text = f"{points(row['difference'])} [{low}, {high}], {significance(row['p'])}"
+        place = cells.setdefault((row["study"], row["benchmark"]), {})
+        place[row["metric"]] = Entry(text, row["p"] < SIGNIFICANT)
+    body = [
+        [Entry(f"{study}: {benchmark}"), *(found.get(metric, Entry(NONE)) for metric in METRICS)]
+        for (study, benchmark), found in cells.items()
+    ]
+    return Table(["study", "avg@k", "greedy", "pass@k"], body)
+
+
+def studies_table(studies: Mapping[str, Results]) -> Table:
+    """What each study compares, and when it was made."""
+    rows = []
+    for name, results in studies.items():
+        seeds = len({cell.seed for cell in results.cells})
+        model = results.config.get("model", NONE) if isinstance(results.config, dict) else NONE
+        rows.append(
+            [
+                Entry(name),
+                Entry(", ".join(results.benchmarks)),
+                Entry(str(model)),
+                Entry(str(len(results.algorithms))),
+                Entry(str(seeds)),
+                Entry(results.created[:10]),
+            ]
+        )
+    return Table(["study", "benchmarks", "model", "algorithms", "seeds", "made"], rows, prose="benchmarks")
 
 
 _COSTS: Mapping[str, tuple[str, Callable[[float | None], str]]] = {
@@ -148,7 +182,7 @@ _COSTS: Mapping[str, tuple[str, Callable[[float | None], str]]] = {
 
 
 def cost_table(results: Results) -> Table:
-    """The costs of one cell of each algorithm, averaged over its cells; the maximum of peak memory."""
+    """The cost of one cell per algorithm: the mean over its cells, and the maximum for peak memory."""
     rows = []
     for algorithm in results.algorithms:
         costs = [cell.costs for cell in results.cells if cell.algorithm == algorithm]
@@ -165,7 +199,7 @@ def _cost(costs: Sequence[CellCosts], name: str) -> float | None:
 
 
 def learning_rate_table(results: Results) -> Table | None:
-    """The validation result of each learning rate; those that the cells were trained with are marked."""
+    """The result of each learning rate on validation; those of the reported cells are marked."""
     sweep = {name: tried for name, tried in (results.learning_rates or {}).items() if tried}
     if not sweep:
         return None
@@ -219,12 +253,14 @@ def report_table(results: Results | Mapping[str, Any]) -> list[rich.table.Table]
     """
     checked = results if isinstance(results, Results) else parse_results(results)
     scores = [
-        _rich(result_table(checked, benchmark), f"{benchmark}: mean and 95 % interval") for benchmark in checked.overall
+        plain_table(result_table(checked, benchmark), f"{benchmark}: mean and 95 % interval")
+        for benchmark in checked.overall
     ]
-    return [*scores, _rich(cost_table(checked), "costs: mean of a cell")]
+    return [*scores, plain_table(cost_table(checked), "costs: mean of a cell")]
 
 
-def _rich(table: Table, title: str) -> rich.table.Table:
+def plain_table(table: Table, title: str) -> rich.table.Table:
+    """A table for the terminal."""
     # narrow enough for 80 columns: an interval on two lines is unreadable
     out = rich.table.Table(
         title=Text(title),

@@ -1,0 +1,82 @@
+"""``rlzoo plan``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+from rlzoo.cli import completion, options
+
+
+def plan(
+    experiment: options.ExperimentName = "arithmetic",
+    *,
+    algorithms: Annotated[
+        str | None,
+        options.training(metavar="LIST", help=options.LIST, autocompletion=completion.several_objectives),
+    ] = None,
+    seeds: Annotated[str | None, options.training(metavar="LIST", help="Comma-separated seeds, as in 0,1,2.")] = None,
+    learning_rates: Annotated[
+        str | None, options.training(metavar="LIST", help="Comma-separated learning rates, each a cell per seed.")
+    ] = None,
+    steps: options.Steps = None,
+    batch_size: options.BatchSize = None,
+    model: options.Model = None,
+    data: options.Data = None,
+    test_data: options.TestData = None,
+    limit: options.Limit = None,
+    rollout_samples: options.RolloutSamples = None,
+    samples: options.Samples = None,
+    sets: options.Set = None,
+    gpu: Annotated[
+        str | None,
+        options.running(metavar="NAME", help="Time on this GPU, as in h100, assumed from its data sheet."),
+    ] = None,
+    pilot: Annotated[
+        Path | None,
+        options.running(
+            metavar="RUN",
+            help="Folder of a finished comparison that tells variances and lengths; by default the study that ships.",
+        ),
+    ] = None,
+    workers: options.Workers = None,
+    threads: options.WorkerThreads = 1,
+    as_json: Annotated[bool, options.running("--json", help="Print the plan as JSON.")] = False,
+    trust_remote_code: options.Trust = False,
+) -> int:
+    """Say what a comparison will cost before it runs: cells, tokens, FLOPs, memory, time, and what it can detect.
+
+    Time on this machine is measured for some seconds with the model itself. Of a GPU only its data sheet is known.
+
+    Examples:
+      rlzoo plan arithmetic
+      rlzoo plan arithmetic --seeds 0,1,2,3,4 --pilot runs/arithmetic-20260101-120000
+      rlzoo plan smollm2-gsm8k --gpu h100 --json
+    """
+    from rich.console import Console
+
+    from rlzoo.cli.settings import experiment_of, prepare
+    from rlzoo.cli.tables import show
+    from rlzoo.comparison.planning import planned, tables_of
+    from rlzoo.comparison.resolve import check
+    from rlzoo.jobs.pool import silence
+
+    prepare(threads, trust_remote_code)
+    chosen = experiment_of(
+        experiment, sets,
+        algorithms=algorithms, seeds=seeds, learning_rates=learning_rates, steps=steps, batch_size=batch_size,
+        model=model, data=data, test_data=test_data, limit=limit, rollout_samples=rollout_samples, samples=samples,
+    )  # fmt: skip
+    check(chosen)
+    silence()
+    found = planned(chosen, gpu, pilot, workers)
+    if as_json:
+        print(json.dumps(found, indent=1))
+        return 0
+    console = Console(highlight=False, markup=False)
+    tables, lines = tables_of(found)
+    show(console, tables)
+    for line in lines:
+        console.print(line, soft_wrap=True)
+    return 0

@@ -1,0 +1,71 @@
+"""``rlzoo results``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from typer import Argument, Option
+
+from rlzoo.errors import UserError
+
+
+def results(
+    action: Annotated[
+        Literal["list", "show", "compare", "export", "save"],
+        Argument(metavar="ACTION", help="list, show STUDY, compare A B, export STUDY, or save RUN."),
+    ] = "list",
+    names: Annotated[
+        list[str] | None,
+        Argument(metavar="NAME...", help="A study or a folder of rlzoo compare; for compare, two algorithms."),
+    ] = None,
+    form: Annotated[
+        Literal["csv", "latex", "markdown"],
+        Option("--format", metavar="csv|latex|markdown", help="The form in which export writes the tables."),
+    ] = "markdown",
+    to: Annotated[
+        Path | None,
+        Option(
+            metavar="FOLDER",
+            help="Where export writes the tables (by default NAME-tables), or save the study (by default rlzoo's).",
+        ),
+    ] = None,
+) -> int:
+    """Look up results that stay: studies that ship with rlzoo, each a finished comparison with all its outcomes.
+
+    Examples:
+      rlzoo results
+      rlzoo results show arithmetic
+      rlzoo results compare dft sft
+      rlzoo results export arithmetic --format latex
+      rlzoo results save runs/arithmetic-20260101-120000 --to my-studies
+    """
+    given = names or []
+    wanted = {"list": 0, "show": 1, "compare": 2, "export": 1, "save": 1}[action]
+    if len(given) != wanted:
+        what = {0: "no name", 1: "one name", 2: "two algorithms"}[wanted]
+        raise UserError(f"rlzoo results {action} takes {what}, and got {len(given)}: see `rlzoo results --help`")
+    from rich.console import Console
+
+    from rlzoo.cli.tables import show
+    from rlzoo.comparison import studies
+    from rlzoo.comparison.report import report_table
+    from rlzoo.comparison.report.tables import across_table, plain_table, studies_table
+
+    console = Console(highlight=False, markup=False)
+    if action == "list":
+        found = {name: studies.read_study(name).results for name in studies.list_studies()}
+        show(console, [plain_table(studies_table(found), "studies")])
+    elif action == "show":
+        show(console, report_table(studies.read_study(given[0]).results))
+    elif action == "compare":
+        rows = studies.compare_studies(given[0], given[1])
+        show(console, [plain_table(across_table(rows), f"{given[0]} minus {given[1]}, in percentage points")])
+        console.print("Each interval is that of one difference; p is corrected for all of them.", soft_wrap=True)
+    elif action == "export":
+        name = Path(given[0]).name
+        for file in studies.export_tables(studies.read_study(given[0]), to or Path(f"{name}-tables"), form):
+            print(file)
+    else:
+        print(f"saved {studies.save_study(Path(given[0]), to or studies.STUDIES)}")
+    return 0

@@ -1,0 +1,274 @@
+"""What a comparison will cost, before anything is spent: tokens, FLOPs, memory and time of each of its rows.
+
+Costs are counted as the trainer counts them: its own assembly of batches runs for each row, on a model without weights,
+where each forward pass is counted instead of computed. So plug-ins and models of any size are covered. The length of
+samples, which nobody knows before, is assumed, or taken from a run that is done.
+"""
+
+from __future__ import annotations
+
+import copy
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlzoo.buffers.problems import EncodedProblem, demonstrations, encode_problems, load_problems
+from rlzoo.comparison.plan import cells, has_choice, sampling_seeds
+from rlzoo.comparison.resolve import learns_from_samples, objective_of, views_of
+from rlzoo.config import Experiment, ProblemSource, Training
+from rlzoo.inputs import Stage
+from rlzoo.objective import Objective
+from rlzoo.policy import Assembler, MicroBatches, Models, Policy
+from rlzoo.policy.defaults import CPU_TOKENS, bytes_of_training, bytes_per_token
+from rlzoo.policy.sequences import Tokens, length
+from rlzoo.training.batches import shares
+from rlzoo.types import Trajectory, Unit, selector_of
+
+READ = 256
+"""Problems of each set whose lengths are measured."""
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Mean numbers of tokens."""
+
+    prompt: float
+    demonstration: float
+    """Of a worked solution; 0 without any."""
+    sample: float
+    assumed: str | None
+    """Where the length of samples comes from, if it was not measured."""
+
+    def flops(self, model: Policy, completion: float) -> float:
+        """FLOPs of a forward pass of a prompt and a completion of this length."""
+        return model.flops(1, 0) * (self.prompt + completion) + model.flops(0, 1) * completion
+
+
+@dataclass(frozen=True)
+class RowForecast:
+    """The costs of one cell of an algorithm, and the number of its cells."""
+
+    algorithm: str
+    cells: int
+    gradient_tokens: float
+    """Prompt and completion tokens in backward passes."""
+    sampled_tokens: float
+    """Completion tokens sampled while it trains, that is online."""
+    evaluated_tokens: float
+    """Completion tokens sampled to evaluate it, along training and in the end."""
+    flops: float
+    """FLOPs of matrix products in forward and backward passes."""
+    bytes: float
+    """Weights, gradients, moments, copies, and what one micro-batch keeps."""
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """The costs of a comparison."""
+
+    rows: tuple[RowForecast, ...]
+    lengths: Lengths
+    shared_sampled_tokens: float
+    """Completion tokens of the shared buffers of samples."""
+    shared_evaluated_tokens: float
+    """Completion tokens of the base model's evaluation."""
+    shared_flops: float
+    """FLOPs of forward passes of the shared buffers: log-probs of samples, stored inputs."""
+    flops_per_token: float
+    """FLOPs of the forward pass of one completion token."""
+    parameters: int
+
+    @property
+    def sampled_tokens(self) -> float:
+        """All completion tokens that are sampled, to learn from and to evaluate."""
+        own = sum(row.cells * (row.sampled_tokens + row.evaluated_tokens) for row in self.rows)
+        return own + self.shared_sampled_tokens + self.shared_evaluated_tokens
+
+    @property
+    def flops(self) -> float:
+        """All FLOPs of forward and backward passes but those of sampling."""
+        return sum(row.cells * row.flops for row in self.rows) + self.shared_flops
+
+    def seconds(self, flops_per_second: float, tokens_per_second: float) -> float:
+        """How long it takes with this speed of training and of sampling."""
+        return self.flops / flops_per_second + self.sampled_tokens / tokens_per_second
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def forecast(experiment: Experiment, model: Policy, sample_tokens: float | None = None) -> Forecast:
+    """The costs of an experiment for a ``model``, which needs no weights (`rlzoo.policy.loading.load_shape`).
+
+    ``sample_tokens`` is the mean length of a sample; None: as long as a demonstration, or half of ``max_new_tokens``.
+    """
+    train = load_problems(experiment.train)
+    lengths = _lengths(experiment, model, train, sample_tokens)
+    sampled = sum(
+        learns_from_samples(views_of(experiment, name))
+        for name, row in experiment.algorithms.items()
+        if row.mode == "offline"
+    )
+    prompts = min(len(train), experiment.rollouts.prompts or len(train)) if sampled else 0
+    samples = prompts * experiment.rollouts.samples * len(sampling_seeds(experiment))
+    whole, drawn = _tests(experiment, list(experiment.benchmarks.values()), lengths)
+    shared_flops = samples * lengths.flops(model, lengths.sample)
+    stored = {
+        one
+        for name, row in experiment.algorithms.items()
+        if row.mode == "offline"
+        for component in objective_of(experiment, name).components
+        for one in component.objective.requires
+        if one.stage is Stage.STORED and one.is_computed
+    }
+    worked = sum(len(problem.solutions) for problem in train)
+    demonstrated = worked * lengths.flops(model, lengths.demonstration)
+    shared_flops += len(stored) * (shared_flops + demonstrated * len(sampling_seeds(experiment)))
+    count = dict.fromkeys(experiment.algorithms, 0)
+    for cell in cells(experiment):
+        count[cell.algorithm] += 1
+    rows = tuple(_row(experiment, name, model, lengths, count[name], (whole, drawn)) for name in experiment.algorithms)
+    return Forecast(
+        rows,
+        lengths,
+        samples * lengths.sample,
+        whole + drawn / max(experiment.evaluation.curve_points, 1),
+        shared_flops,
+        model.flops(1, 1, modules=False),
+        sum(p.numel() for p in model.model.parameters()),
+    )
+
+
+def _lengths(experiment: Experiment, model: Policy, train: Sequence[Any], sample: float | None) -> Lengths:
+    encoded: Sequence[EncodedProblem] = encode_problems(model.tokenizer, train[:READ])
+    rows = demonstrations(model.tokenizer, train[:READ], experiment.training.max_completion_tokens)
+    shown = statistics.fmean(len(row.completion_ids) for row in rows) if rows else 0.0
+    most, assumed = experiment.rollouts.max_new_tokens, None
+    if sample is None:
+        sample = min(shown, most) if rows else most / 2
+        assumed = "as long as a demonstration" if rows else "half of max_new_tokens"
+    return Lengths(statistics.fmean(len(p.ids) for p in encoded), shown, sample, assumed)
+
+
+def _tests(experiment: Experiment, sets: Sequence[ProblemSource], lengths: Lengths) -> tuple[float, float]:
+    """Completion tokens of an evaluation on problem sets, and of those along training."""
+    settings = experiment.evaluation
+    sizes = [len(load_problems(one)) for one in sets]
+    whole = sum(sizes) * (settings.samples + 1)
+    along = settings.curve_points * sum(min(size, settings.curve_problems) for size in sizes) * settings.curve_samples
+    return whole * lengths.sample, along * lengths.sample
+
+
+def _row(
+    experiment: Experiment, name: str, model: Policy, lengths: Lengths, count: int, tests: tuple[float, float]
+) -> RowForecast:
+    settings, objective = experiment.training_of(name), objective_of(experiment, name)
+    online = experiment.algorithms[name].mode == "online"
+    policy = _Counted.of(model, settings, objective)
+    micro = _CountedPasses()
+    tokens = sampled = 0.0
+    views = views_of(experiment, name)
+    split = shares(settings.batch_size, len(views))
+    trained = sum(p.numel() for p in policy.parameters() if p.requires_grad)
+    backward = 2 + trained / sum(p.numel() for p in policy.parameters())
+    for component, (which, _), size in zip(objective.components, views, split, strict=True):
+        selector, own = selector_of(which), component.objective
+        completion = lengths.sample if selector.is_sampled else lengths.demonstration
+        rows, units = _example(
+            selector.unit, size, experiment.rollouts.samples, lengths.prompt, completion, own, online
+        )
+        tokens += sum(map(length, rows))
+        if online and selector.is_sampled:
+            sampled += sum(len(row.completion_ids) for row in rows)
+            micro.flops += _passed(policy, rows)  # the behaviour log-probs
+        assembler = Assembler(policy, _models(policy, own), micro)
+        batch = assembler.assemble(rows, units, own)
+        for _ in range(1, settings.updates_per_batch):
+            assembler.renew(batch, rows, units, own)
+        references = sum(one.gives_logits for one in own.requires)
+        micro.flops += settings.updates_per_batch * (backward + references) * _passed(policy, rows)
+    batches = -(-settings.steps // settings.updates_per_batch)
+    whole, along = tests
+    if has_choice(experiment, name) and experiment.validation is not None:
+        validated = len(load_problems(experiment.validation)) * experiment.evaluation.samples * lengths.sample
+        chosen = 1 / len(experiment.learning_rates_of(name))  # of its cells are evaluated on the benchmarks
+        whole = chosen * whole + validated
+    return RowForecast(
+        name,
+        count,
+        settings.steps * tokens,
+        batches * sampled,
+        whole + along,
+        batches * micro.flops,
+        _bytes(policy, settings, objective),
+    )
+
+
+def _bytes(policy: Policy, settings: Training, objective: Objective) -> float:
+    """Memory of a training process."""
+    weights = sum(p.numel() * p.element_size() for p in policy.parameters())
+    frozen = {name for c in objective.components for one in c.objective.requires for name in one.models()}
+    moving = sum(one.moving_model(policy) is not None for c in objective.components for one in c.objective.requires)
+    copies = 0 if settings.lora is not None else len(frozen)
+    kept = settings.token_budget if isinstance(settings.token_budget, int) else CPU_TOKENS
+    return weights * (1 + copies + moving) + bytes_of_training(policy) + kept * bytes_per_token(policy)
+
+
+class _Counted(Policy):
+    """A policy without weights that takes batches on the CPU."""
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cpu")
+
+    @classmethod
+    def of(cls, model: Policy, settings: Training, objective: Objective) -> _Counted:
+        """With the adapters and the modules that an objective's training adds."""
+        made = cls(copy.deepcopy(model.model), model.tokenizer, model.name, model.compute)
+        if settings.lora is not None:
+            made.add_lora(**settings.lora.model_dump())
+        made.attach(objective.requires)
+        return made
+
+
+class _CountedPasses(MicroBatches):
+    """Counts the FLOPs of forward passes, and gives zeros."""
+
+    def __init__(self) -> None:
+        super().__init__(CPU_TOKENS)
+        self.flops = 0.0
+
+    def log_probs(self, policy: Policy, rows: Sequence[Tokens], statistics: Any = (), **_: Any) -> dict[str, Tensor]:  # type: ignore[override]
+        self.flops += _passed(policy, rows)
+        shape = len(rows), max((len(row.completion_ids) for row in rows), default=0)
+        return {key: torch.zeros(shape) for key in ("logp", *(one.key for one in statistics), *policy.attached)}
+
+
+def _passed(policy: Policy, rows: Sequence[Tokens]) -> float:
+    return policy.flops(sum(map(length, rows)), sum(len(row.completion_ids) for row in rows))
+
+
+def _models(policy: Policy, objective: Objective) -> Models:
+    """The policy in the place of all other models, which are taken to be as large."""
+    names = {name for one in objective.requires for name in one.models()}
+    other = Policy(policy.model, policy.tokenizer, policy.name, policy.compute)
+    return Models(policy, dict.fromkeys(names, other), dict.fromkeys(objective.requires, other))
+
+
+def _example(
+    unit: Unit, size: int, group: int, prompt: float, completion: float, objective: Objective, online: bool
+) -> tuple[list[Trajectory], list[tuple[int, ...]]]:
+    """A batch of the mean length. Rows of a buffer have all stored inputs, fresh samples lack what can be computed."""
+    zeros = [0.0] * max(1, round(completion))
+    stored = [one for one in objective.requires if one.stage is Stage.STORED]
+    known = {one.column: zeros for one in stored if not (online and one.is_computed)}
+    row = Trajectory("", "", [0] * max(1, round(prompt)), [0] * len(zeros), "", reward=0.0, inputs=known)
+    row = replace(row, behaviour_logp=zeros, reference_logp=known.pop("reference_logp", None))
+    of_unit = {Unit.PAIR: 2, Unit.GROUP: group}.get(unit, 1)
+    units = [tuple(range(first, first + of_unit)) for first in range(0, max(size - of_unit + 1, 1), of_unit)]
+    rows = [replace(row, prompt_id=str(number)) for number, some in enumerate(units) for _ in some]
+    return rows, units

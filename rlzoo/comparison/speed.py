@@ -1,0 +1,98 @@
+"""How fast a comparison runs: measured on this machine for some seconds, or assumed for a GPU by its name."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from rlzoo.buffers import OfflineBuffer
+from rlzoo.buffers.problems import demonstrations, encode_problems, load_problems
+from rlzoo.comparison.forecast import Forecast
+from rlzoo.config import Experiment
+from rlzoo.errors import unknown
+from rlzoo.objective import get_objective
+from rlzoo.policy.loading import load_for
+from rlzoo.rollout import sampler_of
+from rlzoo.training import train
+from rlzoo.types import Trajectory
+
+PROMPTS = 32
+"""Prompts that a measurement takes, for training and for sampling."""
+OF_TRAINING, OF_SAMPLING = 0.4, 0.1
+"""The fractions of a GPU's bf16 matrix-product speed that training and sampling with vLLM are taken to reach."""
+
+
+@dataclass(frozen=True)
+class Card:
+    """A GPU by its data sheet."""
+
+    flops: float
+    """Dense bf16 matrix products per second, in FLOPs."""
+    bytes: float
+
+
+GPUS = {
+    "a10": Card(125e12, 24e9),
+    "a100-40gb": Card(312e12, 40e9),
+    "a100-80gb": Card(312e12, 80e9),
+    "b200": Card(2250e12, 180e9),
+    "h100": Card(989e12, 80e9),
+    "h200": Card(989e12, 141e9),
+    "l4": Card(121e12, 24e9),
+    "l40s": Card(362e12, 48e9),
+    "mi300x": Card(1307e12, 192e9),
+    "rtx-4090": Card(165e12, 24e9),
+}
+"""Source: the vendors' data sheets; numbers without sparsity."""
+
+
+@dataclass(frozen=True)
+class Speed:
+    """The speed of one worker."""
+
+    flops: float
+    """FLOPs of forward and backward passes per second."""
+    tokens: float
+    """Sampled tokens per second."""
+    sample_tokens: float | None = None
+    """The mean length of the base model's samples, where it was measured."""
+
+
+def speed_of_gpu(name: str, forecast: Forecast) -> Speed:
+    """The assumed speed of a GPU. Raises UserError for an unknown name."""
+    card = card_of(name)
+    return Speed(OF_TRAINING * card.flops, OF_SAMPLING * card.flops / forecast.flops_per_token)
+
+
+def card_of(name: str) -> Card:
+    """A GPU by its name. Raises UserError for an unknown one."""
+    if name.lower() not in GPUS:
+        raise unknown("GPU", name, GPUS)
+    return GPUS[name.lower()]
+
+
+def measured_speed(experiment: Experiment) -> Speed:
+    """Train SFT for two steps on a few rows, and sample the base model, each once before the clock starts."""
+    policy = load_for(experiment.model, experiment.training)
+    problems = load_problems(experiment.train)[:PROMPTS]
+    prompts = [one.ids for one in encode_problems(policy.tokenizer, problems)]
+    samples = experiment.evaluation
+    sampler = sampler_of(policy, samples)
+    sampler.sample(prompts[:1], samples, 0)
+    started = time.perf_counter()
+    drawn = [len(one.ids) for some in sampler.sample(prompts, samples, 0) for one in some]
+    sampled = time.perf_counter() - started
+    rows = demonstrations(policy.tokenizer, problems, experiment.training.max_completion_tokens)
+    rows = rows[:PROMPTS] or [Trajectory("", "", ids, ids, str(place)) for place, ids in enumerate(prompts)]
+    settings: dict[str, Any] = {
+        "batch_size": len(rows),
+        "checkpoint_seconds": None,
+        "trackers": (),
+        "learning_rate": 1e-9,
+    }
+    brief = experiment.training.model_copy(update={**settings, "steps": 1})
+    buffer = OfflineBuffer.from_trajectories(rows)
+    train(policy, get_objective("sft"), buffer, brief)
+    costs = train(policy, get_objective("sft"), buffer, brief.model_copy(update={"steps": 2})).costs
+    return Speed(costs.flops / costs.wall_seconds, sum(drawn) / sampled, sum(drawn) / len(drawn))

@@ -1,0 +1,137 @@
+"""Studies: finished comparisons that stay, as files small enough to commit, and differences across them."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rlzoo.comparison.outcomes import METRICS, ResultMatrix, difference_of, result_matrices, summarise
+from rlzoo.comparison.plan import Cell
+from rlzoo.comparison.report.contents import contents
+from rlzoo.comparison.report.schema import CELLS, FinishedRun, read_run
+from rlzoo.comparison.statistics import crossed_interval, holm, p_value
+from rlzoo.config import BASE
+from rlzoo.config.files import EXPERIMENTS
+from rlzoo.document import Heading, Table
+from rlzoo.document.exports import FORMATS
+from rlzoo.errors import UserError, unknown
+from rlzoo.jobs.outputs import replacing, write_atomically
+
+STUDIES = EXPERIMENTS / "results"
+DIGITS = 5
+"""Significant digits of what is kept of every training step."""
+
+
+def list_studies() -> list[str]:
+    """The names of the studies that ship with rlzoo."""
+    return sorted(path.parent.name for path in STUDIES.glob("*/results.json"))
+
+
+def study_folder(name: str) -> Path:
+    """The folder of a study by its name, or a finished comparison's own. Raises UserError for an unknown name."""
+    if (folder := Path(name)).is_dir():
+        return folder
+    if name not in list_studies():
+        raise unknown("study", name, list_studies())
+    return STUDIES / name
+
+
+def read_study(name: str) -> FinishedRun:
+    """A study, or a finished comparison. Raises UserError for an unknown name and for broken files."""
+    return read_run(study_folder(name))
+
+
+def save_study(run: Path, into: Path = STUDIES, name: str | None = None) -> Path:
+    """Save a finished comparison as a study: results.json, a JSON file per cell, and outcomes.parquet.
+
+    Weights, buffers and reports are left out; numbers of single training steps are rounded to `DIGITS` digits. Raises
+    UserError for a run with failed cells, and for a name that is taken.
+    """
+    found = read_run(run)
+    results = json.loads((run / "results.json").read_text(encoding="utf-8"))
+    if failed := results.get("failed"):
+        raise UserError(f"{str(run)!r} has {len(failed)} failed cells: run the same `rlzoo compare` again first")
+    study = into / (name or results["experiment"])
+    if study.exists():
+        raise UserError(f"{str(study)!r} exists already: remove it first, or give another --name")
+    rows = summarise(found.outcomes, found.results.k)  # by the statistics of this version
+    results["summary"] = [row for row in rows if row["algorithm"] != BASE]
+    results["base_summary"] = [row for row in rows if row["algorithm"] == BASE]
+    cells = results.pop("cells")
+    results["cells"] = []
+    with replacing(study) as beside:
+        (beside / CELLS).mkdir(parents=True)
+        for cell in cells:
+            name = Cell(cell["algorithm"], cell["seed"], cell["learning_rate"]).id
+            kept = cell | {"training": _rounded(cell.get("training"))}
+            (beside / CELLS / f"{name}.json").write_text(json.dumps(kept) + "\n", encoding="utf-8")
+            results["cells"].append(name)
+        (beside / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        (beside / "outcomes.parquet").write_bytes((run / "outcomes.parquet").read_bytes())
+    return study
+
+
+def _rounded(value: Any) -> Any:
+    """Plain data, its numbers with fewer digits."""
+    if isinstance(value, float):
+        return float(f"{value:.{DIGITS}g}")
+    if isinstance(value, dict):
+        return {key: _rounded(one) for key, one in value.items()}
+    return [_rounded(one) for one in value] if isinstance(value, list) else value
+
+
+def export_tables(run: FinishedRun, folder: Path, form: str) -> list[Path]:
+    """Write every table of a report to a folder, a file each, named by the headings above it; returns the files."""
+    suffix, write = FORMATS[form]
+    files: list[Path] = []
+    above: dict[int, str] = {}
+    for block in contents(run, None):
+        if isinstance(block, Heading):
+            above = {level: text for level, text in above.items() if level < block.level} | {block.level: block.text}
+        elif isinstance(block, Table):
+            words = " ".join(text for level, text in above.items() if level > 1)
+            file = folder / f"{re.sub(r'[^a-z0-9]+', '-', words.lower()).strip('-')}.{suffix}"
+            write_atomically(file, write(block))
+            files.append(file)
+    return files
+
+
+def compare_studies(one: str, other: str, names: Sequence[str] | None = None) -> list[dict[str, Any]]:
+    """The paired differences ``one`` - ``other`` of two algorithms in each study that has both, on every benchmark.
+
+    Rows have the keys study, benchmark, metric, difference, ci_low, ci_high, p and seeds. p is corrected by `holm` for
+    all rows, as they answer one question together; cells that two studies share count once. Raises UserError where no
+    study has both.
+    """
+    names = list_studies() if names is None else names
+    rows: list[dict[str, Any]] = []
+    known: dict[str, None] = {}
+    seen: list[ResultMatrix] = []
+    for name in names:
+        run = read_study(name)
+        matrices = result_matrices(run.outcomes, run.results.k)
+        known |= dict.fromkeys(algorithm for algorithm, _, _ in matrices)
+        for benchmark in run.results.overall:
+            for metric in METRICS:
+                pair = [matrices.get((algorithm, benchmark, metric)) for algorithm in (one, other)]
+                difference = difference_of(pair[0], pair[1]) if pair[0] is not None and pair[1] is not None else None
+                if difference is None or any(np.array_equal(difference.values, one.values) for one in seen):
+                    continue
+                seen.append(difference)
+                mean, low, high = crossed_interval(difference.values, benchmarks=difference.benchmarks)
+                row = {"study": name, "benchmark": benchmark, "metric": metric, "difference": mean}
+                row |= {"ci_low": low, "ci_high": high, "p": p_value(difference.values, difference.benchmarks)}
+                rows.append(row | {"seeds": len(difference.seeds)})
+    for algorithm in (one, other):
+        if algorithm not in known:
+            raise unknown("algorithm", algorithm, known)
+    if not rows:
+        raise UserError(f"no study has both {one!r} and {other!r}: see `rlzoo results list`")
+    for row, corrected in zip(rows, holm([row["p"] for row in rows]), strict=True):
+        row["p"] = corrected
+    return rows

@@ -1,0 +1,147 @@
+"""Studies that ship with rlzoo: each number of the docs' tables follows from their outcomes, and commands read them."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from comparisons import inline_pool, small
+
+from rlzoo import cli
+from rlzoo.comparison import runner, studies
+from rlzoo.comparison.outcomes import compare_to, summarise
+from rlzoo.comparison.report import tables, write_report
+from rlzoo.comparison.report.schema import read_run
+from rlzoo.document import Entry, Table
+from rlzoo.document.exports import to_csv, to_latex
+
+ROOT = Path(__file__).parent.parent
+STUDIES = studies.list_studies()
+
+
+def rows_of(page: str) -> Iterator[tuple[str, dict[str, list[str]]]]:
+    """The tables of a page: the first word of the header → first entry of each row → the others, without bold."""
+    for block in re.findall(r"(?:^\|.*\|\n)+", (ROOT / page).read_text(encoding="utf-8"), flags=re.M):
+        lines = [[entry.strip() for entry in line.split("|")[1:-1]] for line in block.splitlines()]
+        yield lines[0][0], {line[0]: line[1:] for line in lines[2:]}
+
+
+def shown(study: str, benchmark: str) -> dict[str, list[str]]:
+    """The rows that docs show of a benchmark: as the report's table, best entries in bold before their interval."""
+    run = studies.read_study(study)
+    fresh = summarise(run.outcomes, run.results.k)
+    own = {(row["algorithm"], row["benchmark"], row["metric"]): row for row in fresh}
+    for row in (*run.results.summary, *run.results.base_summary):
+        again = own[row.algorithm, row.benchmark, row.metric]
+        assert [again[key] for key in ("mean", "ci_low", "ci_high")] == pytest.approx(
+            [row.mean, row.ci_low, row.ci_high]
+        )
+    table = tables.result_table(run.results, benchmark)
+    return {row[0].text: [_bold(entry) for entry in row[1:-1]] for row in table.rows}
+
+
+def _bold(entry: Entry) -> str:
+    mean, _, interval = entry.text.partition(" ")
+    return f"**{mean}** {interval}" if entry.best else entry.text
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/results.md"])
+def test_the_tables_of_the_docs_follow_from_committed_outcomes(page: str) -> None:
+    seen: dict[str, list[dict[str, list[str]]]] = {}
+    for name, rows in rows_of(page):
+        seen.setdefault(name, []).append(rows)
+    assert seen["chain-sums"][0] == shown("arithmetic", "chain-sums")
+    if page == "README.md":
+        return
+    assert seen["longer-chains"][0] == shown("arithmetic", "longer-chains")
+    for benchmark in ("facts", "unseen-facts"):
+        assert seen[benchmark][0] == shown("facts", benchmark)
+    own = shown("own-samples", "chain-sums")
+    assert seen["chain-sums"][1] == {name: own[name] for name in seen["chain-sums"][1]} and len(own) == 7
+    zoo, listed = shown("zoo", "chain-sums"), seen[""][0]
+    assert zoo.keys() == listed.keys()
+    for name, entries in listed.items():
+        avg, greedy, most = (entry.replace("**", "") for entry in zoo[name])
+        assert entries[1:4] == [avg, greedy.split()[0], most.split()[0]], name
+
+
+@pytest.mark.parametrize("study", STUDIES)
+def test_a_study_is_a_run_that_can_be_reported_again(study: str, tmp_path: Path) -> None:
+    folder = studies.study_folder(study)
+    run = read_run(folder)
+    assert len(run.results.cells) == len(list((folder / "cells").iterdir()))
+    assert not re.search(r'"/(tmp|home|root|work)', (folder / "results.json").read_text())
+    assert run.results.failed == [] and run.results.versions["torch"]
+    files = studies.export_tables(run, tmp_path, "csv")
+    assert len({file.name for file in files}) == len(files) >= 4
+    first = list(csv.reader(files[0].open(encoding="utf-8")))
+    assert [row[0] for row in first[1:]] == ["base", *run.results.algorithms]
+
+
+def test_a_run_becomes_a_study(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(runner, "pool", inline_pool)
+    monkeypatch.chdir(tmp_path)
+    results = runner.compare(small({"sft": {}, "dft": {}}, seeds=[0, 1]), tmp_path / "run")
+    assert cli.main(["results", "save", "run", "--to", "studies"]) == 0
+    study = tmp_path / "studies" / "facts"
+    assert sorted(path.name for path in study.iterdir()) == ["cells", "outcomes.parquet", "results.json"]
+    before, after = (read_run(folder) for folder in (tmp_path / "run", study))
+    assert after.results == before.results and after.outcomes.equals(before.outcomes)
+    cell = json.loads((study / "cells" / "sft-lr5e-05-seed1.json").read_text())
+    kept, whole = cell["training"], next(c for c in results["cells"] if c["seed"] == 1 and c["algorithm"] == "sft")
+    assert cell["costs"] == whole["costs"] and kept[1]["loss"] == pytest.approx(whole["training"][1]["loss"], rel=1e-4)
+    write_report(study)
+    assert (study / "report.html").is_file()
+    (row,) = [
+        row for row in studies.compare_studies("dft", "sft", [str(study), str(study)]) if row["metric"] == "greedy"
+    ]
+    expected = [
+        r
+        for r in compare_to(before.outcomes, "sft", before.results.k)
+        if (r["algorithm"], r["metric"]) == ("dft", "greedy")
+    ]
+    assert {key: row[key] for key in ("difference", "ci_low", "seeds")} == {
+        key: expected[0][key] for key in ("difference", "ci_low", "seeds")
+    }
+    capsys.readouterr()
+    assert cli.main(["results", "export", str(study), "--format", "latex"]) == 0
+    written = capsys.readouterr().out.split()
+    assert written[0] == "facts-tables/results-facts.tex" and r"\toprule" in (tmp_path / written[0]).read_text()
+    assert cli.main(["results", "save", "run", "--to", "studies"]) == 2
+    assert "exists already" in capsys.readouterr().err
+
+
+def test_the_command_looks_up_what_ships(capsys: pytest.CaptureFixture[str]) -> None:
+    for command, told in (
+        (["results"], ["arithmetic", "zoo", "28"]),
+        (["results", "show", "facts"], ["unseen-facts", "69.9"]),
+        (["results", "compare", "dft", "sft"], ["arithmetic:", "+1.8"]),
+    ):
+        assert cli.main(command) == 0
+        out = " ".join(capsys.readouterr().out.split())
+        assert all(word in out for word in told), command
+    for wrong, reason in (
+        (["show"], "takes one name, and got 0"),
+        (["compare", "sft"], "takes two algorithms, and got 1"),
+        (["compare", "sft", "sftt"], "unknown algorithm 'sftt'"),
+        (["compare", "otr", "grpo-online"], "no study has both 'otr' and 'grpo-online'"),
+        (["show", "none"], "unknown study 'none'"),
+    ):
+        assert cli.main(["results", *wrong]) == 2
+        error = capsys.readouterr().err
+        assert reason in error and error.count("\n") == 1
+
+
+def test_tables_in_other_forms() -> None:
+    table = Table(["a_b", "50 %"], [[Entry('x & y, "z"'), Entry("−1", best=True)], [Entry("<2~"), Entry("3")]])
+    assert list(csv.reader(to_csv(table).splitlines())) == [["a_b", "50 %"], ['x & y, "z"', "−1"], ["<2~", "3"]]
+    lines: list[Any] = to_latex(table).splitlines()
+    assert lines[0] == r"\begin{tabular}{lr}" and lines[2] == r"a\_b & 50 \% \\"
+    assert lines[4:6] == [r"x \& y, " + '"z"' + r" & \textbf{$-$1} \\", r"$<$2\textasciitilde{} & 3 \\"]
