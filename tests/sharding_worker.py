@@ -10,11 +10,16 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from rlzoo import analyze_variance
+from rlzoo.buffers import OfflineBuffer
+from rlzoo.config import Training
+from rlzoo.errors import UserError
 from rlzoo.inputs import Critic
 from rlzoo.jobs.ranks import joined, rank
 from rlzoo.policy import MicroBatches, Policy, load_policy, log_probs, sharding
 from rlzoo.policy.defaults import bytes_of_training
 from rlzoo.policy.sequences import Row
+from rlzoo.types import Trajectory
 
 ROWS = [([5, 6], [7, 8, 9]), ([10], [11, 3]), ([4, 4, 4], [12])]
 
@@ -49,6 +54,21 @@ def dtypes(policy: Policy) -> dict[str, str]:
     return {name: str(parameter.dtype) for name, parameter in policy.model.named_parameters()}
 
 
+def refusals(policy: Policy) -> list[str]:
+    """What cannot be done with a sharded model."""
+    found = []
+    buffer = OfflineBuffer.from_trajectories([Trajectory("", "", [5], [6], "0")])
+    for work in (
+        lambda: policy.compile_layers(Training(compile=True)),
+        lambda: analyze_variance(policy, ["sft"], buffer),
+    ):
+        try:
+            work()
+        except UserError as error:
+            found.append(str(error))
+    return found
+
+
 def look(name: str) -> dict[str, Any]:
     read: list[str] = []
     plain = PreTrainedModel.from_pretrained.__func__
@@ -70,6 +90,7 @@ def look(name: str) -> dict[str, Any]:
     return {
         **found,
         "reads": reads,
+        "refused": refusals(policy),
         "held": held(policy),
         "training": training,
         "together": sharding.gathered_together(policy.model),

@@ -299,6 +299,9 @@ def test_the_engine_that_is_meant(make_policy: MakePolicy, monkeypatch: pytest.M
         assert engine_of(Sampling(url="http://here"), here) == "vllm"
         assert engine_of(Rollouts(behaviour="sampler")) == expected, "it may be on a GPU"
         assert engine_of(Sampling(engine_options={"max_model_len": 9})) == expected
+        with monkeypatch.context() as several:  # none of which can hold an engine
+            several.setattr("rlzoo.rollout.sampler.world_size", lambda: 2)
+            assert engine_of(Sampling(), there) == "transformers"
     assert isinstance(sampler_of(here, Sampling()), TransformersSampler)
     assert engine_of(Sampling()) == engine_of(Rollouts(behaviour="sampler")) == "transformers"
 
@@ -306,7 +309,8 @@ def test_the_engine_that_is_meant(make_policy: MakePolicy, monkeypatch: pytest.M
 def test_a_run_records_what_auto_was(make_policy: MakePolicy) -> None:
     found = resolved(load_policy("embedded", "bfloat16-mixed"), Training(token_budget="auto/2"), "transformers")
     assert found == {
-        "device": "cpu", "dtype": "bfloat16-mixed", "token_budget": 2048, "packing": "padded", "engine": "transformers",
+        "device": "cpu", "dtype": "bfloat16-mixed", "token_budget": 2048, "packing": "padded", "compile": False,
+        "engine": "transformers",
     }  # fmt: skip
     assert resolved(make_policy(), Training())["dtype"] == "float64"
 

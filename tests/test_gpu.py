@@ -30,7 +30,9 @@ def trained(name: str, device: str, dtype: str, **changes: Any) -> tuple[torch.T
     policy, objective = load_policy("embedded", dtype, device), get_objective(name)
     rows = rows_of(load_policy("embedded", "float64", "cpu"), objective)
     sources = [SameRows(rows, units_of(component.objective)) for component in objective.components]
-    settings = Training(steps=2, updates_per_batch=2, learning_rate=1e-4, warmup_ratio=0.0, token_budget=64, **changes)
+    settings = Training.model_validate(
+        {"steps": 2, "updates_per_batch": 2, "learning_rate": 1e-4, "warmup_ratio": 0.0, "token_budget": 64, **changes}
+    )
     record = Trainer(policy, objective, sources, settings).run()
     return torch.cat([p.detach().double().cpu().flatten() for p in policy.parameters()]), record
 
@@ -92,6 +94,13 @@ def test_cuda_graphs_sample_the_same_tokens(dtype: str) -> None:
     assert replayed.decoder is not None and not replayed.decoder.refuses_graphs
     alike = [a.ids == b.ids for some in zip(expected, found, strict=True) for a, b in zip(*some, strict=True)]
     assert all(alike) if dtype == "float64" else sum(alike) > 0.8 * len(alike)  # bfloat16 may round a token away
+
+
+@pytest.mark.parametrize("name", ["dft", "grpo"])
+@pytest.mark.parametrize("how", [{}, {"gradient_checkpointing": True}, {"lora": {"rank": 2}}], ids=str)
+def test_compiled_layers_train_the_same_weights(name: str, how: dict[str, Any]) -> None:
+    (plain, _), (fast, _) = (trained(name, "cuda", "float32", compile=compile, **how) for compile in (False, True))
+    assert (plain - fast).norm() <= 1e-4 * plain.norm()
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16-mixed", "float32"])

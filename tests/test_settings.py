@@ -72,6 +72,8 @@ ELSEWHERE = {
     "Training.max_gradient_norm": "test_training_runs.py::test_weight_decay_and_clipping_reach_the_optimizer",
     "Training.importance_cap": f"{OPTIONS}::test_truncated_importance_weights_what_another_engine_sampled",
     "Training.lora": f"{OPTIONS}::test_lora_trains_the_adapters_alone",
+    "Lora.load_in_4bit": "test_qlora.py::test_weights_take_less_memory_and_give_nearly_the_same_log_probs",
+    "Training.compile": "test_compiled.py::test_gradients_are_those_of_plain_layers_and_no_shape_compiles_anew",
     "Training.packing": "test_packing.py::test_every_objective_trains_the_same_weights",
     "Training.gradient_checkpointing": f"{OPTIONS}::test_recomputed_activations_change_nothing_but_the_work",
     "Training.device": "test_defaults.py::test_the_device_that_is_meant",
@@ -513,6 +515,7 @@ def test_how_the_reward_is_called(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert Experiment.model_validate(yaml.safe_load(yaml.safe_dump(again))).scoring.on_error == "null"
 
 
+@pytest.mark.slow
 @shows(
     "EvaluationSettings.curve_points", "EvaluationSettings.curve_problems", "EvaluationSettings.curve_samples",
     "Experiment.name", "Experiment.description", "Experiment.benchmarks", "Experiment.rollouts",
@@ -598,6 +601,7 @@ CHANGES: dict[tuple[str, ...], dict[str, Any]] = {
         "training.lora.rank": 8,
         "training.lora.alpha": 16.0,
         "training.lora.target_modules": "all-linear",
+        "training.lora.load_in_4bit": False,
     },
     ("--seeds", "4,2"): {"seeds": [4, 2]},
     ("--algorithms", "sft,power"): {"algorithms.power.objective": "power", "algorithms.power.learning_rates": []},

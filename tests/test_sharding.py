@@ -51,12 +51,17 @@ def found(models: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> l
 KINDS = ("embedded", "apart", "gpt2")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_main_process_alone_reads_weights_and_each_holds_a_shard(
     kind: str, models: dict[str, str], found: list[dict[str, Any]]
 ) -> None:
     own = [one[models[kind]] for one in found]
     assert [one["reads"] for one in own] == [1, 0]
+    for one in own:
+        compiled, analysed = one["refused"]
+        assert compiled.startswith("training.compile: true: layers of a sharded model are not compiled")
+        assert analysed.startswith("the analyzer needs whole models: start it without --use_fsdp")
     total = sum(p.numel() for p in load_policy(models[kind]).model.parameters())
     assert all(one["in all"] == total for one in own)
     assert sum(one["held"] for one in own) == total
@@ -69,6 +74,7 @@ def test_the_main_process_alone_reads_weights_and_each_holds_a_shard(
         assert [one["shards"][model] for one in own] == [one["held"] for one in own]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_shards_are_the_weights_of_the_file(kind: str, models: dict[str, str], found: list[dict[str, Any]]) -> None:
     """Tied weights, buffers that no file holds, log-probs, and a critic's trunk are those of a whole model."""
@@ -89,6 +95,7 @@ def test_shards_are_the_weights_of_the_file(kind: str, models: dict[str, str], f
         assert not any(zeros) and sums == pytest.approx(expected["critic"][1], rel=1e-4, abs=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_frozen_shards_are_in_the_dtype_of_products_and_give_the_same_log_probs(
     kind: str, models: dict[str, str], found: list[dict[str, Any]]
@@ -145,6 +152,14 @@ def test_other_ways_to_divide_a_model_are_refused(
     monkeypatch.setattr("rlzoo.policy.sharding.world_size", lambda: 2)
     with pytest.raises(UserError, match=rf"does not run with {told}.*: launch it with --use_fsdp --fsdp_version 2"):
         load_policy("embedded")
+
+
+def test_a_sharded_model_is_not_in_4_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in FSDP.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("rlzoo.policy.sharding.world_size", lambda: 2)
+    with pytest.raises(UserError, match="weights in 4 bits cannot be sharded"):
+        load_policy("embedded", load_in_4bit=True)
 
 
 def test_gradients_are_clipped_as_by_torch() -> None:

@@ -64,6 +64,9 @@ def steps(setup: Setup, size: str) -> Iterator[Finding]:
             found = timed(setup, held[0], rows[one], partial(rlzoo_steps, setup, held[0], rows[one], one, budget))
             kept.setdefault(one, gradient_of(held[0]))
             yield told(f"{one}: rlzoo", found, best[one], "rlzoo")
+        if one == "dft":
+            run_compiled = partial(rlzoo_steps, setup, held[0], rows[one], one, setup.token_budgets[0], compile=True)
+            yield told(f"{one}: rlzoo compiled", timed(setup, held[0], rows[one], run_compiled), best[one], "rlzoo")
         loss = {"dft": dft_loss, "dpo": dpo_loss, "grpo": grpo_loss}[one]
         run = partial(bare_steps, setup, loss)
         found = in_memory(setup, lambda: held[0], rows[one], kept[one], run, setup.pick(8, 4), UNIT.get(one, 1))
@@ -207,10 +210,11 @@ def cosine(policy: Policy, wanted: Gradient) -> float:
 
 
 def rlzoo_steps(
-    setup: Setup, policy: Policy, rows: list[Trajectory], objective: str, token_budget: int
+    setup: Setup, policy: Policy, rows: list[Trajectory], objective: str, token_budget: int, compile: bool = False
 ) -> tuple[Watch, str]:
     """Steps of `train` on a buffer; leaves the last gradient in the policy."""
     own: dict[str, Any] = {"token_budget": token_budget} if token_budget else {}
+    own["compile"] = compile
     settings = Training(
         steps=1 + setup.repeats, batch_size=len(rows), learning_rate=RATE, checkpoint_seconds=None, **own
     )

@@ -178,7 +178,8 @@ def evaluate_cell(experiment: Experiment, cell: Cell, state: Path, divisor: int,
     smaller, cached = experiment.with_smaller_batches(divisor), CachedResults(state / "chosen")
 
     def evaluate() -> dict[str, Any]:
-        policy = load_for(str(state / "models" / cell.id), experiment.training_of(cell.algorithm))
+        settings = experiment.training_of(cell.algorithm).model_copy(update={"lora": None})  # merged, and whole
+        policy = load_for(str(state / "models" / cell.id), settings)
         labels = (cell.algorithm, cell.seed, cell.learning_rate)
         return evaluate_all(policy, smaller, *labels, cached.within(cell.id), report)
 

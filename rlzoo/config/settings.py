@@ -225,6 +225,9 @@ class Lora(_Strict):
     """An adapter's product is multiplied by alpha / rank."""
     target_modules: Literal["all-linear"] | tuple[str, ...] = "all-linear"
     """Names of the layers that get adapters; ``all-linear``: all linear layers but the output layer."""
+    load_in_4bit: bool = False
+    """Hold the frozen weights of linear layers in 4 bits (QLoRA, arXiv 2305.14314): NF4, quantised twice. They are
+    multiplied in ``dtype``; what is saved is whole."""
 
 
 class Training(_Strict):
@@ -266,6 +269,9 @@ class Training(_Strict):
     dtype: Literal["auto", "float32", "bfloat16", "bfloat16-mixed", "float64"] = "auto"
     """``bfloat16-mixed`` keeps the weights in float32 and multiplies matrices in bfloat16; ``bfloat16`` is for adapters
     (``lora``), because it loses small updates of weights. ``auto``: bfloat16-mixed on a GPU, float32 on a CPU."""
+    compile: Literal["auto"] | bool = "auto"
+    """Compile the model's layers (``true``), so that norms, rotary embeddings and gates are few kernels; ``auto``: on a
+    GPU, for runs long enough to make up for the time it takes, unless ``deterministic``."""
     deterministic: bool = False
     """Make a GPU give the same bits in every run, with slower kernels. A CPU always does."""
     lora: Lora | None = None
@@ -282,6 +288,12 @@ class Training(_Strict):
 
 OF_THE_BUFFER = ("behaviour", "max_completion_tokens", "special_tokens", "device", "deterministic")
 """Training settings that determine the buffer of a comparison, and so must be the same for all algorithms."""
+
+
+def _in_4_bits(lora: Any) -> bool:
+    """Whether adapters, as a file gives them or checked, are over weights in 4 bits."""
+    given = lora.model_dump() if isinstance(lora, Lora) else lora
+    return isinstance(given, Mapping) and bool(given.get("load_in_4bit"))
 
 
 class Algorithm(_Strict):
@@ -355,6 +367,10 @@ class Experiment(_Strict):
                     raise ValueError(
                         f"{setting} of {name!r} would change the buffer that all rows share: set it for all of them"
                     )
+            if _in_4_bits(row.training.get("lora", self.training.lora)) != _in_4_bits(self.training.lora):
+                raise ValueError(
+                    f"lora.load_in_4bit of {name!r} would change the base that all rows share: set it for all of them"
+                )
             if len(row.learning_rates) > 1 and self.validation is None:
                 raise ValueError("choosing among learning rates needs a validation problem set: add `validation`")
             if len({f"{rate:g}" for rate in row.learning_rates}) < len(row.learning_rates):

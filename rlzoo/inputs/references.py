@@ -79,7 +79,8 @@ class MovingReference(Input):
     def after_step(self, context: Context) -> None:
         pairs = zip(context.own.model.parameters(), context.policy.model.parameters(), strict=True)
         for average, current in pairs:  # sharded alike
-            average.lerp_(current, 1 - self.decay)
+            if average.is_floating_point():  # weights in 4 bits stay as they are
+                average.lerp_(current, 1 - self.decay)
 
     @property
     def label(self) -> str:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from rlzoo.errors import UserError
+from rlzoo.policy.quantised import dequantised
 
 NAME = "default"
 
@@ -73,8 +74,8 @@ def switched_off(model: nn.Module) -> Iterator[None]:
 
 
 def merged(model: nn.Module, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict with the adapters merged into the weights, under the names of the plain model."""
-    found = dict(weights)
+    """A state dict with the adapters merged into the weights, which are whole, under the names of the plain model."""
+    found = dequantised(model, dict(weights))
     for name, layer in adapters(model).items():
         with torch.no_grad():
             delta = found[f"{name}.lora_B.{NAME}.weight"] @ found[f"{name}.lora_A.{NAME}.weight"]

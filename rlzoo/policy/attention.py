@@ -98,7 +98,8 @@ def _mask(*args: Any, attention_mask: Tensor | None = None, allow_is_causal_skip
     )
 
 
-AttentionInterface.register(NAME, attention)
+# a compiled layer calls it, and knows no packs
+AttentionInterface.register(NAME, torch.compiler.disable(attention))  # type: ignore[no-untyped-call]
 AttentionMaskInterface.register(NAME, _mask)
 
 

@@ -126,5 +126,6 @@ def resolved(policy: Policy, training: Training, engine: str | None = None) -> d
         "dtype": mixed or dtype,
         "token_budget": token_budget_of(policy, training.token_budget),
         "packing": "packed" if policy.packs else "padded",
+        "compile": policy.compiles,
         **({} if engine is None else {"engine": engine}),
     }

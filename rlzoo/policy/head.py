@@ -15,6 +15,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from rlzoo.inputs import Input
+from rlzoo.policy import compiled as compiling
 from rlzoo.types import running_sum
 
 if TYPE_CHECKING:
@@ -44,6 +45,8 @@ class Head:
     soft_cap: float | None = None
     compute: torch.dtype | None = None
     """The dtype of matrix products where it is not that of the weights."""
+    compiled: bool = False
+    """Whether log-probs and their gradient take one pass each over the logits, by compiled kernels."""
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> Head:
@@ -118,7 +121,8 @@ def token_log_probs(
             if top_p < 1.0:
                 found.append(_nucleus_mass(logits, top_p).log())
         if term is None:
-            return (_LogProb.apply(logits, tokens), *found)  # type: ignore[no-untyped-call]
+            kind = _FusedLogProb if head.compiled else _LogProb
+            return (kind.apply(logits, tokens), *found)  # type: ignore[no-untyped-call]
         logp = logits.gather(1, tokens[:, None])[:, 0] - logits.logsumexp(1)
         reference_logits = None
         if reference is not None and reference_part is not None:
@@ -185,6 +189,41 @@ class _LogProb(torch.autograd.Function):
         own.mul_((-pull / total)[:, None])  # autograd then rejects a second backward pass
         own.scatter_add_(1, target[:, None], pull[:, None])
         return own, None
+
+
+class _FusedLogProb(torch.autograd.Function):
+    """The same in compiled kernels, which leave the logits as they are until the gradient takes their memory."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Float[Tensor, "N V"], target: Int[Tensor, " N"]) -> Float[Tensor, " N"]:
+        own = logits.detach()
+        normaliser: Tensor = _compiled(_normalisers, compiling.BACKEND)(own)
+        ctx.save_for_backward(own, normaliser, target)
+        return own.gather(1, target[:, None])[:, 0] - normaliser
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, pull: Float[Tensor, " N"]) -> tuple[Tensor, None]:
+        own, normaliser, target = ctx.saved_tensors
+        _compiled(_pulled, compiling.BACKEND)(own, normaliser, pull)
+        own.scatter_add_(1, target[:, None], pull[:, None])
+        return own, None
+
+
+def _normalisers(logits: Float[Tensor, "N V"]) -> Float[Tensor, " N"]:
+    """log Σ exp z of each row."""
+    largest = logits.amax(1)
+    return largest + (logits - largest[:, None]).exp().sum(1).log()
+
+
+def _pulled(logits: Float[Tensor, "N V"], normaliser: Float[Tensor, " N"], pull: Float[Tensor, " N"]) -> None:
+    """-softmax(z) · pull in the place of the logits."""
+    logits.copy_((logits - normaliser[:, None]).exp() * -pull[:, None])
+
+
+@cache
+def _compiled(function: Callable[..., Any], backend: str) -> Callable[..., Any]:
+    return compiling.compiled(function, backend)
 
 
 def _nucleus_mass(logits: Float[Tensor, "N V"], top_p: float) -> Float[Tensor, " N"]:

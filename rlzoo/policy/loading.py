@@ -18,6 +18,7 @@ from rlzoo.policy.adapters import adapters, merged, save_adapter
 from rlzoo.policy.defaults import device_of, dtype_of, make_deterministic
 from rlzoo.policy.head import Head
 from rlzoo.policy.policy import Policy
+from rlzoo.policy.quantised import UNSHARDED, in_4_bits, saved_as_whole, with_one_numerics
 from rlzoo.worlds import EMBEDDED_BASE
 
 if TYPE_CHECKING:
@@ -45,7 +46,8 @@ def load_for(name: str, training: Training) -> Policy:
     device = device_of(training.device)
     if training.deterministic:
         make_deterministic(device)
-    return load_policy(name, training.dtype, device, training.packing)
+    lora = training.lora
+    return load_policy(name, training.dtype, device, training.packing, lora is not None and lora.load_in_4bit)
 
 
 def load_policy(
@@ -53,35 +55,42 @@ def load_policy(
     dtype: str = "auto",
     device: str | torch.device | None = None,
     packing: Packing = "auto",
+    load_in_4bit: bool = False,
     frozen: bool = False,
 ) -> Policy:
     """The policy behind ``embedded``, a folder, or a Hub id. Raises UserError if it cannot be loaded.
 
     ``bfloat16-mixed`` has float32 weights and bfloat16 matrix products; ``auto`` is that on a GPU, float32 on a CPU.
-    ``device``: ``auto`` and None are a GPU if there is one. ``packing`` is for `Policy.pack`. A model with its own code
-    is refused, except under ``rlzoo --trust-remote-code``. A ``frozen`` model holds the weights of matrix products in
-    the dtype of these. Where the launcher asked for sharded models, the main process alone reads the weights.
+    ``device``: ``auto`` and None are a GPU if there is one. ``packing`` is for `Policy.pack`. ``load_in_4bit`` holds
+    the weights of linear layers but the head in 4 bits, for adapters alone; a ``frozen`` model holds those of matrix
+    products in the dtype of these. A model with its own code is refused, except under ``rlzoo --trust-remote-code``.
+    Where the launcher asked for sharded models, the main process alone reads the weights.
     """
     from transformers import AutoTokenizer
 
     device = device_of(device)
     dtype = dtype_of(dtype, device)
-    where = _place(name)
+    compute = torch.bfloat16 if dtype == "bfloat16-mixed" else None
+    where, shards = _place(name), sharding.is_asked()
+    if load_in_4bit and shards:
+        raise UserError(UNSHARDED)
+    quantised = in_4_bits(compute or DTYPES[dtype], device) if load_in_4bit else {}
     with _explained(name):
         tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=trusts_remote_code())
     if tokenizer.eos_token_id is None:
         raise UserError(f"model {name!r}: its tokenizer has no end-of-sequence token, so completions cannot end")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token  # padding is masked by position, never by id
-    compute = torch.bfloat16 if dtype == "bfloat16-mixed" else None
     narrow = compute if frozen else None
-    if sharding.is_asked():
+    if shards:
         source = by_main(lambda: _weights(name, where, DTYPES[dtype]))
         policy = Policy(_empty(name, where, DTYPES[dtype], source), tokenizer, name, compute)
         sharding.shard(policy, policy.model, sharding.from_main(source, policy.model, device, narrow))
         del source
     else:
-        policy = Policy(_weights(name, where, DTYPES[dtype]).to(device), tokenizer, name, compute).narrow(narrow)
+        model = _weights(name, where, DTYPES[dtype], **quantised)
+        sharding.narrow(model, narrow)
+        policy = Policy(model.to(device), tokenizer, name, compute)
     if frozen:
         policy.eval().requires_grad_(False)
     _check_head(policy)
@@ -140,19 +149,25 @@ def _explained(name: str) -> Iterator[None]:
         raise UserError(f"model {name!r} cannot be loaded ({reason.strip()[:160]}): {FIX}") from error
 
 
-def _weights(name: str, where: str, dtype: torch.dtype) -> PreTrainedModel:
-    """The whole model, on the CPU."""
+def _weights(name: str, where: str, dtype: torch.dtype, **quantised: Any) -> PreTrainedModel:
+    """The whole model, on the CPU unless it is ``quantised``."""
     from transformers import AutoModelForCausalLM
 
     with _explained(name):
         model, found = AutoModelForCausalLM.from_pretrained(
-            where, dtype=dtype, use_safetensors=True, output_loading_info=True, trust_remote_code=trusts_remote_code()
+            where,
+            dtype=dtype,
+            use_safetensors=True,
+            output_loading_info=True,
+            trust_remote_code=trusts_remote_code(),
+            **quantised,
         )
     if lacking := sorted(map(str, [*found["missing_keys"], *found["mismatched_keys"]])):
         # transformers would initialise them at random, with a warning only
         raise UserError(
             f"model {name!r} has no weights for {lacking[0]} ({len(lacking)} in all): is its folder complete?"
         )
+    with_one_numerics(model)
     loaded: PreTrainedModel = model
     return loaded
 
@@ -198,12 +213,13 @@ def _check_head(policy: Policy) -> None:
 def save_policy(policy: Policy, folder: Path) -> None:
     """Write a folder for ``from_pretrained``: safetensors, configuration and tokenizer, without a critic.
 
-    An adapter is merged into the weights, and also written to the folder ``adapter``. All processes must call this; the
-    main one writes.
+    An adapter is merged into the weights, which are whole where they were in 4 bits, and also written to the folder
+    ``adapter``. All processes must call this; the main one writes.
     """
     weights = sharding.whole_weights(policy.model, everywhere=False)
     if rank() == 0:
-        policy.model.save_pretrained(folder, state_dict=merged(policy.model, weights))
+        with saved_as_whole(policy.model):
+            policy.model.save_pretrained(folder, state_dict=merged(policy.model, weights))
         policy.tokenizer.save_pretrained(folder)
         if adapters(policy.model):
             save_adapter(policy.model, weights, folder / "adapter", policy.name)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -12,24 +12,30 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from rlzoo.config import Packing
+from rlzoo.config import Packing, Training
 from rlzoo.errors import UserError
 from rlzoo.inputs import Input, Stage
-from rlzoo.jobs.ranks import is_sharded
+from rlzoo.jobs.memory import is_out_of_memory, pins
+from rlzoo.jobs.ranks import is_sharded, world_size
 from rlzoo.policy import sharding
 from rlzoo.policy.adapters import adapters, add_lora, copy_adapters, switched_off
 from rlzoo.policy.attention import rows_apart, use
 from rlzoo.policy.chat import turn_of
+from rlzoo.policy.compiled import layers_of, set_compiled, uncompiled
 from rlzoo.policy.encoding import RowCheck
 from rlzoo.policy.head import Head, LogitTerm, computing_in, token_log_probs
-from rlzoo.policy.packing import packs, running
-from rlzoo.policy.sequences import Sequences, Tokens
+from rlzoo.policy.packing import HALF, ROUNDING, packs, running
+from rlzoo.policy.quantised import entries
+from rlzoo.policy.sequences import Row, Sequences, Tokens
 from rlzoo.policy.weights import changes_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 T = TypeVar("T")
+WORTH = 4e13
+"""Parameters × sequences of a run from which compiling is expected to save more than it takes: some minutes of training
+at 400 tokens per sequence on an H100, a sixth of which is spent on what is compiled. Not measured."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +77,8 @@ class Policy(nn.Module):
         self.compute = compute
         self.packs = False
         """Whether micro-batches are packed: rows one after the other, without padding (see `pack`)."""
+        self.compiles = False
+        """Whether the model's layers are compiled (see `compile_layers`)."""
         self.modules_of_inputs = nn.ModuleDict()
         """Modules of inputs by key, such as a critic; they are trained and checkpointed with the policy."""
         self.attached: dict[str, Input] = {}
@@ -132,6 +140,54 @@ class Policy(nn.Module):
         """
         with rows_apart():
             self.packs = self.beside(lambda: packs(self.model, self.compute, packing))
+
+    def compile_layers(self, training: Training) -> None:
+        """Compile the model's layers as ``training.compile`` says; ``auto``: on a GPU, for as much work as pays off.
+
+        Raises UserError for a model that cannot be compiled, and should be.
+        """
+        wanted = training.compile
+        if wanted == "auto":
+            work = sum(map(entries, self.parameters())) * training.steps * training.batch_size
+            suits = pins(self.device) and world_size() == 1 and not training.deterministic
+            wanted = suits and work >= WORTH
+        if wanted and is_sharded(self.model):
+            raise UserError("training.compile: true: layers of a sharded model are not compiled: set false, or auto")
+        set_compiled(self.model, wanted)
+        self.compiles = wanted
+        if wanted and (reason := self._miscompiled()) is not None:
+            set_compiled(self.model, False)
+            self.compiles = False
+            if training.compile is True:
+                raise UserError(f"training.compile: true: {reason}: set false, or auto")
+
+    def _miscompiled(self) -> str | None:
+        """Why compiled layers cannot be used, if so: two rows are run with them and without, forward and backward."""
+        layers = layers_of(self.model)
+        if not layers:
+            return "the model has no layers that transformers would checkpoint"
+        sequences, training = self.collate([Row([0, 1], [1]), Row([1] * 4, [0, 1, 1])]), self.training
+        trained = [p for p in layers[-1].parameters() if p.requires_grad]
+        found: list[list[Tensor]] = []
+        self.eval()
+        try:
+            for context in (uncompiled(), nullcontext()):
+                with context:
+                    states = self.hidden(sequences)
+                direction = torch.linspace(-1, 1, states.shape[1], device=states.device)  # its square would be constant
+                gradients = torch.autograd.grad((states.float() @ direction).sum(), trained) if trained else ()
+                found.append([value.detach().float() for value in (states, *gradients)])
+        except Exception as error:  # of any part of a compiler, and of the model's code
+            if is_out_of_memory(error):
+                raise
+            error = getattr(error, "inner_exception", error)
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            return f"the model's layers cannot be compiled ({reason:.120})"
+        finally:
+            self.train(training)
+        limit = ROUNDING if (self.compute or self.model.dtype) in HALF else 1e-3
+        alike = [(one - other).norm() <= limit * one.norm() for one, other in zip(*found, strict=True)]
+        return None if all(map(bool, alike)) else "the model's compiled layers compute something else"
 
     def collate(self, rows: Sequence[Tokens]) -> Sequences:
         """Rows as a micro-batch of this model."""
@@ -197,33 +253,18 @@ class Policy(nn.Module):
         narrow, parts = None if moving else self.compute, is_sharded(self.model)
         model = sharding.skeleton(self.model) if parts else copy.deepcopy(self.model)
         frozen = Policy(model, self.tokenizer, self.name, self.compute)
-        frozen.packs = self.packs
+        frozen.packs, frozen.compiles = self.packs, self.compiles
         if parts:
             names = () if narrow is None else sharding.of_products(self.model)
             sharding.shard(frozen, frozen.model, sharding.of_model(self.model, narrow, names))
             copy_adapters(self.model, frozen.model)
         else:
-            frozen.narrow(narrow)
+            sharding.narrow(model, narrow)
         return frozen.eval().requires_grad_(False)
 
-    def narrow(self, dtype: torch.dtype | None) -> Policy:
-        """The same policy, frozen, with the weights of matrix products in ``dtype``; None: as they are."""
-        if dtype is not None:
-            parameters = dict(self.model.named_parameters())
-            for name in sharding.of_products(self.model) & parameters.keys():
-                parameters[name].data = parameters[name].data.to(dtype)
-        return self
-
     def copy_of_trunk(self) -> nn.Module:
-        """A copy of the trunk that trains by itself, sharded like the policy, in float32 if that is wider."""
-        trunk: nn.Module = self.model.base_model
-        if not is_sharded(trunk):
-            return copy.deepcopy(trunk)
-        found: Any = sharding.skeleton(self.model).base_model
-        wide, names = torch.promote_types(self.model.dtype, torch.float32), dict(trunk.named_parameters())
-        sharding.shard(found, found, sharding.of_model(trunk, wide, names))
-        made: nn.Module = found.train(trunk.training)
-        return made
+        """`sharding.copy_of_trunk`."""
+        return sharding.copy_of_trunk(self.model)
 
     def reference(self) -> Policy:
         """The frozen reference, before training: the policy without its adapter, or else a copy."""
@@ -307,7 +348,7 @@ class Policy(nn.Module):
     @property
     def head(self) -> Head:
         """The output layer."""
-        return replace(Head.of(self.model), compute=self.compute)
+        return replace(Head.of(self.model), compute=self.compute, compiled=self.compiles)
 
     def hidden(self, sequences: Sequences, **extra: Any) -> Float[Tensor, "N H"]:
         """The trunk's last hidden states where the next token is a completion token; ``extra`` goes to the trunk."""
@@ -329,7 +370,7 @@ class Policy(nn.Module):
         With ``modules`` those of inputs count too.
         """
         head = self.model.get_output_embeddings().weight.numel()
-        trunk = sum(p.numel() for p in self.model.base_model.parameters())
+        trunk = sum(map(entries, self.model.base_model.parameters()))
         trunk -= self.model.get_input_embeddings().weight.numel()
         total: float = 2.0 * (trunk * tokens + head * completion_tokens)
         for key, one in self.attached.items() if modules else ():
@@ -342,7 +383,7 @@ class _WithoutAdapter(Policy):
 
     def __init__(self, policy: Policy) -> None:
         super().__init__(policy.model, policy.tokenizer, policy.name, policy.compute)
-        self.packs = policy.packs
+        self.packs, self.compiles = policy.packs, policy.compiles
         self._whole = [policy]  # not a module of its own
 
     def forward(

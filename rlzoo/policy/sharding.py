@@ -229,6 +229,25 @@ def of_products(model: nn.Module) -> set[str]:
     return {slot.name for slot in _slots(model) if type(slot.module) in kinds and id(slot.tensor) not in others}
 
 
+def narrow(model: nn.Module, dtype: torch.dtype | None) -> None:
+    """Cast the weights of matrix products of a whole, frozen model; None: leave them as they are."""
+    parameters = dict(model.named_parameters())
+    for name in of_products(model) & parameters.keys() if dtype is not None else ():
+        parameters[name].data = parameters[name].data.to(dtype)
+
+
+def copy_of_trunk(model: PreTrainedModel) -> nn.Module:
+    """A copy of a model's trunk that trains by itself, sharded like the model, in float32 if that is wider."""
+    trunk: nn.Module = model.base_model
+    if not any(map(is_shard, trunk.parameters())):
+        return copy.deepcopy(trunk)
+    found: Any = skeleton(model).base_model
+    wide = torch.promote_types(model.dtype, torch.float32)
+    shard(found, found, of_model(trunk, wide, [name for name, _ in trunk.named_parameters()]))
+    made: nn.Module = found.train(trunk.training)
+    return made
+
+
 def is_shard(tensor: Tensor) -> bool:
     """Whether this process holds a part of a tensor."""
     return hasattr(tensor, "full_tensor")

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from rlzoo.errors import UserError
+from rlzoo.policy.compiled import layers_of
 
 
 @contextmanager
@@ -24,16 +24,19 @@ def layers_recomputed(model: nn.Module) -> Iterator[None]:
 
     transformers' own switch works only in training mode, but rlzoo trains without dropout, in evaluation mode.
     """
-    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    layers = layers_of(model)
     if not layers:
         raise UserError("gradient_checkpointing: the model has no layers that transformers would checkpoint")
+    before = [vars(layer).get("forward") for layer in layers]  # a compiled one
     for layer in layers:
         layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
     try:
         yield
     finally:
-        for layer in layers:
+        for layer, own in zip(layers, before, strict=True):
             del layer.forward
+            if own is not None:
+                layer.forward = own
 
 
 @contextmanager

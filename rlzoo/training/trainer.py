@@ -23,6 +23,7 @@ from rlzoo.objective import Component, Objective, reduce, surrogate_of
 from rlzoo.policy import Assembler, MicroBatches, Models, Policy, sharding
 from rlzoo.policy.adapters import adapters
 from rlzoo.policy.defaults import token_budget_of
+from rlzoo.policy.quantised import UNSHARDED, entries, is_in_4_bits
 from rlzoo.policy.sequences import Tokens, length
 from rlzoo.training.batches import Drawn, Source, check_sources, lacks, micro_units
 from rlzoo.training.checkpoints import Checkpoints
@@ -57,6 +58,17 @@ def check_precision(dtypes: Iterable[torch.dtype]) -> None:
     """Raise UserError where weights that train have too few digits for an optimizer's updates."""
     if {torch.bfloat16, torch.float16} & set(dtypes):
         raise UserError(ROUNDED)
+
+
+def check_quantised(policy: Policy, settings: Training, is_sharded: bool) -> None:
+    """Raise UserError where a policy in 4 bits cannot train as the settings say, or is not in 4 bits as they say."""
+    wanted, found = settings.lora is not None and settings.lora.load_in_4bit, is_in_4_bits(policy.model)
+    if wanted and not found:
+        raise UserError("lora.load_in_4bit: the policy is loaded already: load_policy(..., load_in_4bit=True)")
+    if found and settings.lora is None and not adapters(policy.model):
+        raise UserError("weights in 4 bits cannot be trained: train adapters (training.lora)")
+    if found and is_sharded:
+        raise UserError(UNSHARDED)
 
 
 class Trainer:
@@ -99,11 +111,14 @@ class Trainer:
             log_with=list(installed(settings.trackers)) or None,
             project_dir=folder,
         )
-        if sharding.is_asked() and not is_sharded(policy):  # a policy that load_policy has not made
+        shards = sharding.is_asked()
+        check_quantised(policy, settings, shards)
+        if shards and not is_sharded(policy):  # a policy that load_policy has not made
             sharding.shard(policy, policy.model)
         if settings.lora is not None and not adapters(policy.model):
-            policy.add_lora(**settings.lora.model_dump())
+            policy.add_lora(**settings.lora.model_dump(exclude={"load_in_4bit"}))
         policy.pack(settings.packing)
+        policy.compile_layers(settings)
         policy.attach(objective.requires)
         sharding.spread(p for p in policy.parameters() if p.requires_grad)  # before they are copied
         self.models = Models.load(policy, self._with_models(), reference)
@@ -111,7 +126,7 @@ class Trainer:
         parameters = [p for p in policy.parameters() if p.requires_grad]
         check_precision({p.dtype for p in parameters})
         # a frozen weight has no gradient, but passes one on
-        self._trained = sum(p.numel() for p in parameters) / sum(p.numel() for p in policy.parameters())
+        self._trained = sum(map(entries, parameters)) / sum(map(entries, policy.parameters()))
         self.optimizer = torch.optim.AdamW(
             [{"params": group} for group in sharding.in_groups(parameters)],
             lr=settings.learning_rate,
@@ -295,7 +310,8 @@ class Trainer:
         sums = [Sums() for _ in drawn]
         self._drop_gradients()
         recomputed = layers_recomputed(self.policy) if self.settings.gradient_checkpointing else nullcontext()
-        with recomputed, nullcontext() if is_sharded(self.policy) else gradients_in_place(self.policy):
+        apart = is_sharded(self.policy) or self.policy.compiles
+        with recomputed, nullcontext() if apart else gradients_in_place(self.policy):
             mine = [
                 (place, index, counts)
                 for place, some in enumerate(drawn)

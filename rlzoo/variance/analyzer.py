@@ -16,6 +16,7 @@ from rlzoo.jobs.ranks import is_sharded
 from rlzoo.objective import Objective
 from rlzoo.policy import Assembler, MicroBatches, Models, Policy
 from rlzoo.policy.defaults import token_budget_of
+from rlzoo.policy.quantised import is_in_4_bits
 from rlzoo.training import check_buffer
 from rlzoo.types import name_of_view
 from rlzoo.variance import moments
@@ -77,6 +78,8 @@ def analyze_variance(
     _check(rows, draws, seed, means_held)
     if is_sharded(policy.model):
         raise UserError("the analyzer needs whole models: start it without --use_fsdp, in one process")
+    if is_in_4_bits(policy.model):
+        raise UserError("weights in 4 bits have no gradient to measure: leave out training.lora.load_in_4bit")
     check_buffer(policy, buffer)
     tell = progress or (lambda share, what: None)
     named = named_objectives(objectives)

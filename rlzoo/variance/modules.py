@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, jvp
 
 from rlzoo.errors import UserError
+from rlzoo.policy.compiled import uncompiled
 from rlzoo.policy.head import Head
 from rlzoo.policy.policy import Policy
 from rlzoo.variance.factored import Block, Factored, Lookup, Outer, Sum, at_least_float32
@@ -161,7 +162,8 @@ class Modules:
         self.forget()
         handles = [c.module.register_forward_hook(hook(c), with_kwargs=True) for c in self.covered]
         try:
-            yield
+            with uncompiled():
+                yield
         finally:
             for handle in handles:
                 handle.remove()
