@@ -1,4 +1,5 @@
 # Two commands do everything on a fresh machine: `make compare` and `make test`. A second call skips what is done.
+# `make test-fast` is for every change: a minute or two without type checks, real models and slow tests.
 PYTHON ?= python3
 EXPERIMENT ?= arithmetic
 BIN := .venv/bin
@@ -8,7 +9,7 @@ VLLM ?= vllm
 VLLM_BIN := .venv-vllm/bin
 LOWEST_BIN := .venv-lowest/bin
 
-.PHONY: setup compare test test-lowest test-vllm clean
+.PHONY: setup compare test test-fast test-lowest test-vllm clean
 
 setup: $(INSTALLED)
 
@@ -31,12 +32,17 @@ test: $(INSTALLED)
 	$(BIN)/mypy
 	@echo "== Fetching SmolLM2-135M for the tests of a real model (skipped if it cannot be had)"
 	@$(BIN)/python tests/fetch_smollm2.py $(SMOLLM2)
-	@echo "== Tests of a real model"
-	$(BIN)/pytest -m real_model
-	@echo "== Tests on a GPU (skipped where there is none)"
-	$(BIN)/pytest -m gpu tests/test_gpu.py
 	@echo "== Tests"
-	$(BIN)/pytest -m "not real_model and not vllm and not gpu" --numprocesses auto --dist worksteal
+	$(BIN)/pytest -m "not vllm and not gpu" --numprocesses auto --dist worksteal
+	@echo "== Tests on a GPU"
+	@if nvidia-smi > /dev/null 2>&1; then $(BIN)/pytest -m gpu tests/test_gpu.py; else echo "skipped: no GPU here"; fi
+
+test-fast: $(INSTALLED)
+	@echo "== Lint"
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	@echo "== Tests that are not slow"
+	$(BIN)/pytest -m "not slow and not vllm and not gpu" --numprocesses auto --dist worksteal
 
 # The oldest versions that pyproject.toml admits. torch from PyPI brings CUDA along: some 8 GB
 test-lowest: $(LOWEST_BIN)/.installed

@@ -308,8 +308,8 @@ def _is_name(side: str) -> bool:
 # Units after formulas: 3\sqrt{2} \text{ cm}
 
 _WITH_UNIT = re.compile(
-    r"(?P<body>.*?[\w})\]!])\s*(?P<unit>(?:\\text\{[^{}\d]*\}|(?<=[\s\d})])[A-Za-z]{2,})"
-    r"(?:\^\{?\d\}?|[\s/.]|\\text\{[^{}\d]*\}|[A-Za-z]{2,})*)",
+    r"(?P<body>.*?[\w})\]!])\s*(?P<unit>(?:\\text\{[^{}\d]*\}|(?<=[\s\d})])[A-Za-z]{2,}+)"
+    r"(?:\^\{?\d\}?|[\s/.]|\\text\{[^{}\d]*\}|[A-Za-z]{2,}+)*)",
     re.DOTALL,
 )
 

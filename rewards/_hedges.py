@@ -56,7 +56,7 @@ _REVISED = re.compile(rf"[.!?]\s|\n\s*\n|\bbut\b|{_INSTEAD}", re.IGNORECASE)
 _REPLACED = re.compile(_INSTEAD, re.IGNORECASE)
 """The same, where a sentence on another candidate is announced as such, or both answers are marked as final."""
 _CANDIDATE = re.compile(
-    rf"{MAYBE}|\b(?:either|guess(?:es)?)\b|(?:^|[^\w\s]) *\bor\b"
+    rf"{MAYBE}|\b(?:either|guess(?:es)?|says?|claims?)\b|(?:^|[^\w\s]) *\bor\b"
     r"|\b(?:options?|alternatives?|candidates?|attempts?|possibility)\b(?! (?:is|are) correct)",
     re.IGNORECASE,
 )

@@ -211,9 +211,9 @@ CONJUNCTIONS = frozenset(word for pattern in _patterns(True, ("both", "either"))
 
 def _phrase(language: Language) -> str:
     """The noun, a few words on it, and a verb or colon; or the noun a little before a number."""
-    noun, verb = f"(?:{language.answer})", f"(?:{language.verbs})"
+    noun, verb = f"(?:{language.answer})", rf"(?:{language.verbs})(?:\s*[:：])?"
     if language.spaced:
-        noun, verb = rf"{noun}(?!\w)", rf"(?<!\w){verb}(?!\w)(?:\s*:)?"
+        noun, verb = rf"{noun}(?!\w)", rf"(?<!\w)(?:{language.verbs})(?!\w)(?:\s*:)?"
     same_sentence = r"[^\n.!?。:：=]"
     after = rf"{same_sentence}{{0,60}}?(?:\s*[:：=]|\s[-–—](?=\s)|{verb})"
     before_number = rf"(?:(?!\\[A-Za-z]){same_sentence}){{0,20}}?(?=\s*(?:[$\d]|\\[(\[]))"
@@ -222,7 +222,8 @@ def _phrase(language: Language) -> str:
 
 _SPACED, _UNSPACED = ("|".join(_phrase(one) for one in LANGUAGES if one.spaced == spaced) for spaced in (True, False))
 _LETTER = (
-    r"(?:I(?: would|'d| will|'ll| have| must)? (?:choose|chose|chosen|pick|select|go (?:with|for)|say)|it is|so|thus)"
+    r"(?:I(?: would|'d| will|'ll| have| must)? (?:choose|chose|chosen|pick|select|go (?:with|for)|say)|it is|so|thus"
+    r"|which is|(?<!not )(?<!n't )(?:corresponds? to|match(?:es)?))"
     r" (?:(?:the )?(?:option|choice|answer) )?(?=\(?[A-J]\)?\W*(?:$|[.,:\n]|because|since))"
 )
 """What announces the letter of a choice: I choose B."""

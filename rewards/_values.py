@@ -138,7 +138,10 @@ def _committed(line: str, found: list[re.Match[str]]) -> str | None:
     before = line[: last.start()]
     if HEDGED_NEXT.search(before) or _OR_NEXT.search(before) or HEDGED_AFTER.match(line, last.end()):
         return None
-    if len(found) > 1 and (is_candidate(line[found[-2].end() : last.start()]) or len(_CASE.findall(line)) > 1):
+    between = line[found[-2].end() : last.start()] if len(found) > 1 else ""
+    if re.fullmatch(r"\s*\?\s*", between):  # 5? 6?
+        return None
+    if len(found) > 1 and (is_candidate(between) or len(_CASE.findall(line)) > 1):
         return None
     if len(found) > 1 and _PRICE.fullmatch(f"{found[-2][0]}{line[found[-2].end() : last.end()]}"):
         return found[-2][0]
@@ -170,7 +173,7 @@ def last_lines(text: str) -> list[str]:
     lines = [line for line in text.splitlines() if not _EMPTY.fullmatch(line)][-_MOST_LINES:]
     if IGNORANT.search(" ".join(lines[-2:-1])) or _OR_FIRST.match(lines[-1] if lines else ""):
         return [UNDECIDED]
-    bare = [_BULLET.sub("", line, count=1) if len(lines) > 1 else line for line in lines]
+    bare = [_BULLET.sub("", line) if len(lines) > 1 else line for line in lines]
     is_answer = _WORD_ALONE.fullmatch if bare and _WORD_ALONE.fullmatch(bare[-1]) else _is_value
     first = next((at for at in range(len(bare), 0, -1) if not is_answer(bare[at - 1])), 0)
     together = [clean(line) for line in bare[first:]]

@@ -142,7 +142,7 @@ def _trimmed(text: str) -> str:
     for _ in range(20):
         before = text
         text = _ORNAMENT.sub("", text) or text
-        text = re.sub(r"^(?:[\s:;=,]|\\\\|\.(?!\d))+|(?:\s|\\\\|[.,;:]|(?<=[^\s,;(])\s?\?)+$", "", text)
+        text = re.sub(r"^(?:[\s:;=,#]|\\\\|\.(?!\d))+|(?:\s|\\\\|[.,;:]|(?<=[^\s,;(])\s?\?)+$", "", text)
         for opening, closing in ("{}", '""', "''", "**", "__", "$$"):
             inner = text[1:-1]
             if len(text) > 2 and text[0] == opening and text[-1] == closing and _balanced(inner):

@@ -35,7 +35,7 @@ _DISPLAY = re.compile(r"\\\[(?:(?!\\\]|\n\s*\n).){,500}\\\]|\$\$(?:(?!\n\s*\n)[^
 _ALIGNED = re.compile(r"\\begin\{((?:align|gather)(?:ed)?|equation|split)(\*?)\}(.{,2000}?)\\end\{\1\2\}", re.DOTALL)
 _OVER_LINES = re.compile(r"[^\S\n]?\n{1,2}(or|and)\b[^\S\n]?\n{,2}|[^\S\n](or|and)[^\S\n]?\n{1,2}")
 """An "or" that joins the lines above and below."""
-_REASON = re.compile(r",?\s+(?:(?:because|since|namely)\b|i\.e\.).*", re.DOTALL)
+_REASON = re.compile(r",?\s+(?:(?:because|since|namely|as (?:the|it|they|all))\b|i\.e\.).*", re.DOTALL)
 
 
 @register_reward

@@ -3,7 +3,6 @@
 import gc
 import os
 import signal
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -32,34 +31,35 @@ def pytest_collection_finish() -> None:
 
 LEFT_OUT = ("gpu", "vllm", "real_model", "slow")
 """Markers that say why a test is left out, the first that it has."""
-_left_out = pytest.StashKey[Counter[str]]()
+_left_out = pytest.StashKey[dict[str, int]]()
 
 
 def pytest_deselected(items: Sequence[pytest.Item]) -> None:
-    """Count what is left out by reason."""
+    """Count what markers leave out, by reason."""
     for item in items:
-        reason = next((name for name in LEFT_OUT if item.get_closest_marker(name)), "")
-        item.config.stash.setdefault(_left_out, Counter())[reason] += 1
+        reason = next((name for name in LEFT_OUT if item.get_closest_marker(name)), None)
+        if reason and not item.config.option.keyword:
+            counts = item.config.stash.setdefault(_left_out, {})
+            counts[reason] = counts.get(reason, 0) + 1
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """A worker of pytest-xdist tells the process that started it."""
     if hasattr(session.config, "workeroutput"):
-        session.config.workeroutput["left_out"] = dict(session.config.stash.get(_left_out, Counter[str]()).items())
+        session.config.workeroutput["left_out"] = session.config.stash.get(_left_out, {})
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node: Any) -> None:
     """All workers leave the same out."""
-    node.config.stash[_left_out] = Counter(node.workeroutput.get("left_out", {}))
+    node.config.stash[_left_out] = node.workeroutput.get("left_out", {})
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     """Say how many tests were left out and why."""
     meaning = dict(line.split(": ", 1) for line in config.getini("markers") if ": " in line)
-    for reason, count in config.stash.get(_left_out, Counter[str]()).items():
-        told = f"{reason} ({meaning[reason]})" if reason else "not asked for"
-        terminalreporter.write_line(f"LEFT OUT [{count}] {told}")
+    for reason, count in config.stash.get(_left_out, {}).items():
+        terminalreporter.write_line(f"LEFT OUT [{count}] {reason}: {meaning[reason]}")
 
 
 hypothesis.settings.register_profile("untimed", deadline=None)  # a busy machine is no fault of the code

@@ -14,7 +14,7 @@ import pyarrow.parquet
 import pytest
 import torch
 import yaml
-from comparisons import inline_pool, small
+from comparisons import small
 
 from rlzoo.buffers import OfflineBuffer, from_trl, read_buffer
 from rlzoo.buffers.bad_rows import BadRows, dropped_line
@@ -119,8 +119,8 @@ def test_rollout_reports_and_records_what_it_dropped(table: str, capsys: pytest.
     assert len(read_buffer("buffer", None)) == 3
 
 
-def test_compare_records_what_it_dropped_of_every_set(table: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rlzoo.comparison.runner.pool", inline_pool)
+@pytest.mark.usefixtures("undrawn")
+def test_compare_records_what_it_dropped_of_every_set(table: str) -> None:
     benchmark = {"source": table, "solution": "completion", "bad_rows": "drop"}
     changes: dict[str, Any] = {"reward": "length", "train__bad_rows": "drop", "demonstrations": table}
     experiment = small({"sft": {}}, validation=None, benchmarks={"own": benchmark}, **changes)
@@ -197,10 +197,11 @@ def test_a_saved_buffer_opens_without_its_bad_lines(short: Policy) -> None:
         OfflineBuffer.load("none.jsonl", BadRows("drop"))
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("undrawn")
 def test_problems_that_the_model_cannot_take_are_dropped_everywhere(
-    short: Policy, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    short: Policy, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("rlzoo.comparison.runner.pool", inline_pool)
     few = {"samples": 2, "max_new_tokens": 4}
     source = {"source": "rows.jsonl", "solution": "completion", "bad_rows": "drop"}
     algorithms = {"sft": {}, "rft": {}, "grpo": {"mode": "online"}}

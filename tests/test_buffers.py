@@ -87,6 +87,7 @@ def trajectories(draw: st.DrawFn) -> Trajectory:
 # The schema and storage
 
 
+@pytest.mark.slow
 @given(st.lists(trajectories(), max_size=4))
 def test_every_trajectory_comes_back_exactly(rows: list[Trajectory]) -> None:
     buffer = OfflineBuffer.from_trajectories(rows)
@@ -95,6 +96,7 @@ def test_every_trajectory_comes_back_exactly(rows: list[Trajectory]) -> None:
     assert [from_row(to_row(row)) for row in rows] == rows
 
 
+@pytest.mark.slow
 @given(st.lists(trajectories(), max_size=4))
 def test_a_column_is_the_field_of_every_row(rows: list[Trajectory]) -> None:
     buffer = OfflineBuffer.from_trajectories(rows)

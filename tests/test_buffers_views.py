@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 from buffer_rows import sample, samples
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from rlzoo.buffers import OfflineBuffer
@@ -163,7 +163,9 @@ def test_an_empty_buffer_has_no_views(selection: Selection) -> None:
         samples().view(selection)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("selection", Selection)
+@settings(max_examples=30)  # of each view
 @given(row_lists, st.lists(st.booleans(), min_size=24, max_size=24))
 def test_a_view_without_truncated_rows_is_that_of_the_others(
     selection: Selection, rows: list[Trajectory], cut: list[bool]

@@ -11,7 +11,7 @@ from rlzoo.buffers import encode, from_trl, to_trl
 from rlzoo.buffers.problems import Problem, demonstrations, encode_problems
 from rlzoo.config import Sampling
 from rlzoo.errors import UserError
-from rlzoo.policy.chat import turn_of
+from rlzoo.policy.chat import messages, options_of, turn_of
 from rlzoo.rollout import TransformersSampler
 from rlzoo.rollout.vllm import _asked, _sample
 
@@ -154,6 +154,13 @@ def test_what_a_row_gives_its_template_is_what_trl_gives_it() -> None:
         with pytest.raises(UserError, match=f"row 1: column '{name}'"):
             from_trl([{**GOOD, name: value}], tokenizer)
     assert from_trl([{"prompt": "1", "completion": "2", "tools": 3}], tokenizer)[0].columns == {"tools": 3}
+
+
+def test_what_a_row_leaves_empty_does_not_reach_the_template() -> None:
+    """Parquet gives every row and message all columns; a template may ask whether a key is there."""
+    assert messages([{**user("x"), "tool_calls": None, "name": None}]) == [user("x")]
+    assert options_of({"tools": " ", "chat_template_kwargs": {"a": None, "b": False}}) == {"b": False}
+    assert options_of({"tools": None, "chat_template_kwargs": None}) == {}
 
 
 def test_conversations_are_exported_as_conversations() -> None:

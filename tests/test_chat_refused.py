@@ -199,4 +199,19 @@ def test_a_turn_that_the_template_leaves_out_is_refused_however_short(text: str)
     for turns in ([turn("system", text), *asked], [*asked, turn("tool", text), user("And?"), assistant("10")]):
         with pytest.raises(UserError, match=r"the chat template leaves out message \d \(role (system|tool)\)"):
             from_trl([{"messages": turns}], tokenizer)
-    assert from_trl([{"messages": asked}], tokenizer)[0].completion == "10"
+    for turns in (asked, [turn("system", " "), *asked]):  # nothing is left out of a blank one
+        assert from_trl([{"messages": turns}], tokenizer)[0].completion == "10"
+
+
+def test_padding_of_one_character_is_text_and_a_system_turn_alone_is_a_prompt() -> None:
+    tokenizer = tokenizer_of("chatml")
+    tokenizer.pad_token = "!"
+    assert from_trl([{"messages": [user("Go!"), assistant("Gone!")]}], tokenizer)[0].completion == "Gone!"
+    assert "Say 1" in opened(tokenizer, [turn("system", "Say 1")])
+
+
+@pytest.mark.parametrize("key", ["reasoning_content", "reasoning", "thinking"])
+def test_reasoning_beside_an_answer_that_the_template_leaves_out_is_refused(key: str) -> None:
+    row = {"messages": [user("1+1?"), {**assistant("2"), key: "one and one"}]}
+    with pytest.raises(UserError, match=f"^row 1: the chat template does not render '{key}' of the assistant's turn"):
+        from_trl([row], tokenizer_of("chatml"))

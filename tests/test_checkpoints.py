@@ -10,7 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
-from itertools import pairwise
+from itertools import count, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -436,19 +436,14 @@ def hungry(policy: Policy, entries: int) -> Policy:
     return policy
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["sft", "ppo"])
-def test_micro_batches_are_halved_until_they_fit(
-    make_policy: MakePolicy, name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_micro_batches_are_halved_until_they_fit(make_policy: MakePolicy, name: str) -> None:
     policy = make_policy()
     buffer = OfflineBuffer.from_trajectories(list(with_reference(rows_of(policy), policy)))
     settings = EVERY.model_copy(update={"steps": 2, "batch_size": 12})
     whole = train(make_policy(), get_objective(name), buffer, settings)
-    small, held = hungry(make_policy(), 40), list[bool]()
-    release = lambda: held.append(any(p.grad is not None for p in small.parameters()))  # noqa: E731
-    monkeypatch.setattr("rlzoo.policy.microbatches.release_memory", release)
-    found = train(small, get_objective(name), buffer, settings)
-    assert held and not any(held), "nothing of a failed attempt is left when its memory is given back"
+    found = train(hungry(make_policy(), 40), get_objective(name), buffer, settings)
     longest = max(len(row.prompt_ids) + len(row.completion_ids) for row in buffer)
     assert longest <= 20 and found.events
     told = [re.fullmatch(r"step 1: out of memory with (\d+) tokens .*, now (\d+)", event) for event in found.events]
@@ -459,6 +454,24 @@ def test_micro_batches_are_halved_until_they_fit(
         assert parted == pytest.approx(row, rel=1e-6, abs=1e-9)
     with pytest.raises(UserError, match="out of memory with one sequence per micro-batch"):
         train(hungry(make_policy(), 4), get_objective(name), buffer, settings)
+
+
+def test_a_failed_attempt_holds_no_gradients_when_its_memory_is_given_back(
+    make_policy: MakePolicy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy, calls, held = make_policy(), count(1), list[bool]()
+    forward = policy.forward
+
+    def second_fails(*arguments: Any, **options: Any) -> Any:
+        if next(calls) == 2:
+            raise MemoryError
+        return forward(*arguments, **options)
+
+    policy.forward = second_fails  # type: ignore[method-assign]
+    release = lambda: held.append(any(p.grad is not None for p in policy.parameters()))  # noqa: E731
+    monkeypatch.setattr("rlzoo.policy.microbatches.release_memory", release)
+    train(policy, get_objective("sft"), rows_of(policy), EVERY.model_copy(update={"steps": 1, "token_budget": 20}))
+    assert held == [False]
 
 
 def test_all_that_is_scored_before_training_keeps_to_the_token_budget(make_policy: MakePolicy) -> None:
@@ -494,6 +507,7 @@ for budget in (256, 16 * 256):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="limits its own address space")
 def test_a_batch_that_does_not_fit_is_taken_in_smaller_parts() -> None:
     """The limit on memory is the system's, and the gradient is the one of the whole batch."""

@@ -391,7 +391,7 @@ def test_a_reward_that_breaks_in_a_worker(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(
         "def mine(completions, **columns):\n    return [1.0] * len([c for c in completions if not c])\n"
     )
-    command = ["compare", "facts", *SMALL_OPTIONS, "--algorithms", "sft", "--reward", "mine.py:mine"]
+    command = ["compare", "facts", *SMALL_OPTIONS, "--algorithms", "rft", "--reward", "mine.py:mine"]
     run = forked(lambda: main([*command, "--workers", "1", "--out", "deep/out"]))
     assert run.status == 2
     last = run.errors.splitlines()[-1]

@@ -56,6 +56,7 @@ def outcomes(out: Path) -> pa.Table:
     return pq.read_table(out / "outcomes.parquet")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("inline")
 def test_results_hold_what_the_contract_says(tmp_path: Path) -> None:
     out, started = tmp_path / "out", time.perf_counter()
@@ -123,6 +124,7 @@ def test_outcomes_have_one_row_a_sample_and_give_the_scores_back(tmp_path: Path)
         assert shown["pass_at_k"] == pytest.approx(np.mean(chances))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("undrawn")
 def test_the_written_experiment_gives_the_same_numbers(tmp_path: Path) -> None:
     rows = {"sft": {}, "grpo": {"options": {"clip": 0.1}}}
@@ -142,6 +144,7 @@ def test_processes_change_no_number(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert outcomes(tmp_path / "spawned").equals(outcomes(tmp_path / "inline"))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("undrawn")
 def test_a_seed_does_not_depend_on_the_rest_of_the_grid(tmp_path: Path) -> None:
     alone = quietly(small({"rft": {}}, seeds=[1]), tmp_path / "alone")
@@ -151,6 +154,7 @@ def test_a_seed_does_not_depend_on_the_rest_of_the_grid(tmp_path: Path) -> None:
     assert alone["base"] == among["base"]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("undrawn")
 def test_online_samples_the_policy_in_training(tmp_path: Path) -> None:
     rows = {name: {"mode": "online", "learning_rates": [1e-2]} for name in ("grpo", "ppo")}
@@ -191,6 +195,7 @@ def test_a_view_that_a_row_cannot_learn_from(objective: str, view: str, message:
         resolve.check(small({objective: {"learns_from": view}}))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("undrawn")
 def test_the_learning_rate_is_chosen_on_validation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     scores = {(0, 1e-4): 0.1, (1, 1e-4): 0.3, (0, 1e-2): 0.6, (1, 1e-2): 0.0}
@@ -213,6 +218,7 @@ def test_the_learning_rate_is_chosen_on_validation(tmp_path: Path, monkeypatch: 
     assert not (tmp_path / "out" / ".state").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("undrawn")
 def test_a_trained_folder_is_a_base_like_any_other(tmp_path: Path) -> None:
     from rlzoo.policy.loading import save_policy
@@ -224,6 +230,7 @@ def test_a_trained_folder_is_a_base_like_any_other(tmp_path: Path) -> None:
     assert folder["base"] == embedded["base"]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("undrawn")
 def test_a_benchmark_may_have_a_reward_of_its_own(tmp_path: Path) -> None:
     """A weighted one, so that its components reach results and outcomes; the rest is as without it."""
@@ -414,6 +421,7 @@ class Failing(rlzoo.Objective):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("inline")
 def test_a_cell_that_fails_stops_no_other(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "failing.py").write_text(FAILING)
@@ -432,6 +440,7 @@ def test_a_cell_that_fails_stops_no_other(tmp_path: Path, capsys: pytest.Capture
     assert "1 cell failed" in told.out and "failing-lr" in told.err
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("undrawn")
 def test_a_cell_that_fails_its_evaluation_stops_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     evaluate_cell = one_cell.evaluate_cell
@@ -461,6 +470,7 @@ def test_no_run_that_succeeds_leaves_nothing(tmp_path: Path, monkeypatch: pytest
     assert [path.name for path in tmp_path.rglob("*")] == ["empty"]  # it was there, and is empty again
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("undrawn")
 def test_each_seed_may_have_samples_of_its_own(tmp_path: Path) -> None:
     grid = {"rft": {"options": {"threshold": 0}}}
@@ -557,6 +567,7 @@ def test_a_reward_must_have_a_name_to_be_written_down(tmp_path: Path) -> None:
         quietly(experiment, tmp_path / "out")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("inline")
 def test_the_report_can_be_written_again(tmp_path: Path) -> None:
     quietly(small({"sft": {}, "dft": {}}, baseline="dft"), tmp_path / "out")

@@ -299,6 +299,9 @@ def test_the_engine_that_is_meant(make_policy: MakePolicy, monkeypatch: pytest.M
         assert engine_of(Sampling(url="http://here"), here) == "vllm"
         assert engine_of(Rollouts(behaviour="sampler")) == expected, "it may be on a GPU"
         assert engine_of(Sampling(engine_options={"max_model_len": 9})) == expected
+        with monkeypatch.context() as several:  # none of which can hold an engine
+            several.setattr("rlzoo.rollout.sampler.world_size", lambda: 2)
+            assert engine_of(Sampling(), there) == "transformers"
     assert isinstance(sampler_of(here, Sampling()), TransformersSampler)
     assert engine_of(Sampling()) == engine_of(Rollouts(behaviour="sampler")) == "transformers"
 

@@ -122,6 +122,7 @@ def test_scoring_is_on_the_gpu_and_the_host_waits_once(gpu: FakeCUDA, policy: Po
     assert len(gpu.waits) == 1, gpu.waits
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("greedy", [False, True])
 def test_decoding_is_on_the_gpu_and_the_host_waits_now_and_then(gpu: FakeCUDA, policy: Policy, greedy: bool) -> None:
     settings = Sampling(samples=3, temperature=0.7, top_p=0.9, max_new_tokens=40, batch_size=64)

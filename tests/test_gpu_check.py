@@ -182,6 +182,7 @@ def test_an_engine_gets_half_the_rows_until_they_fit_into_memory(tmp_path: Path)
     assert speed(16, 8) == {"setting": "out of memory with micro-batches of 8 rows"}
 
 
+@pytest.mark.slow
 def test_what_there_is_no_time_for_is_skipped_and_what_hangs_has_failed(tmp_path: Path) -> None:
     hang = "say('begin', part=parts[0])\nif parts[0] == 'gradients':\n    time.sleep(600)\ndone(parts[0])\n"
     found = check(tmp_path, hang, part_limit=1.0)

@@ -15,6 +15,7 @@ from transformers import GPTJConfig, GPTJForCausalLM, LlamaConfig, LlamaForCausa
 
 from rlzoo import OfflineBuffer, analyze_variance, evaluate, get_objective, train
 from rlzoo.buffers import from_trl
+from rlzoo.buffers.bad_rows import BadRows
 from rlzoo.buffers.problems import Problem, encode_problems
 from rlzoo.cli import main
 from rlzoo.comparison import one_cell, shared_buffer
@@ -23,7 +24,8 @@ from rlzoo.errors import UserError
 from rlzoo.policy import Policy
 from rlzoo.policy.loading import load_policy, save_policy
 from rlzoo.reward import Reward
-from rlzoo.rollout import TransformersSampler, VLLMSampler, collect_rollouts
+from rlzoo.rollout import Sampler, TransformersSampler, VLLMSampler, collect_rollouts
+from rlzoo.rollout.rollouts import within_limits
 from rlzoo.types import Trajectory
 from rlzoo.variance import run as variance
 from rlzoo.worlds.tokenizer import build_tokenizer
@@ -121,6 +123,10 @@ def test_a_problem_that_leaves_too_few_positions_is_named(policy: Policy) -> Non
     for way in ways(policy, problems, 25):
         with pytest.raises(UserError, match=r"^problem 'long': its prompt has 40 tokens, 25 may follow, and .* 64 pos"):
             way()
+    long, most, drop = encode_problems(policy.tokenizer, problems)[1:], Sampling(max_new_tokens=25), BadRows("drop")
+    assert within_limits(policy, Sampler(), long, most) == long, "another engine has limits of its own"
+    with pytest.raises(UserError, match="problem 'long'"):
+        within_limits(policy, TransformersSampler(policy), long, most, drop)  # then none is left
 
 
 def test_a_problem_with_a_token_without_an_embedding_is_named(policy: Policy) -> None:

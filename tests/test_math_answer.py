@@ -220,6 +220,7 @@ def test_graded_solutions_of_gpt3() -> None:
         r"\prod_{k=1}^{5000} \sin(k)",
         "(x+1)^{10000}",
         "=6" * 2000,
+        "2 " + "abcdefghij" * 6 + "!",
     ],
     ids=lambda answer: f"{answer[:20]}-{len(answer)}",
 )
@@ -268,6 +269,7 @@ def test_no_sign_is_an_error(sign: str) -> None:
             assert {name: score(write(text), gold) for name, write in WRITTEN.items()} == dict.fromkeys(WRITTEN, 0)
 
 
+@pytest.mark.slow
 def test_commands_count_the_samples_without_a_reward(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -329,6 +331,7 @@ def wrong_rows(file: str, written: str = "{}") -> list[str]:
     return [f"{gold}  {text!r}  {got} for {value}" for gold, text, value, got in found if got != value]
 
 
+@pytest.mark.slow
 def test_what_a_box_is_worth() -> None:
     assert len(table("math_boxes.txt")) > 700
     assert wrong_rows("math_boxes.txt", r"The answer is $\boxed{{{}}}$.") == []

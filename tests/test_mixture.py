@@ -12,7 +12,7 @@ import pytest
 import torch
 from batches import hand_batch, random_batch
 from canonical import ppo
-from comparisons import inline_pool, small
+from comparisons import small
 from test_checkpoints import EVERY, StopError, rows_of, same, stop_at
 from torch import Tensor
 
@@ -20,7 +20,7 @@ from rlzoo import analyze_variance, compare
 from rlzoo.buffers import OfflineBuffer
 from rlzoo.cli import main
 from rlzoo.cli.catalogue import catalogue
-from rlzoo.comparison import resolve, runner
+from rlzoo.comparison import resolve
 from rlzoo.config import Training
 from rlzoo.errors import UserError
 from rlzoo.inputs import Behaviour, Critic, Mismatched, Reference, Snapshot
@@ -217,9 +217,9 @@ MIXED = {
 }
 
 
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize("mode", ["offline", "online"])
-def test_a_comparison_runs_a_mixture(mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runner, "pool", inline_pool)
+def test_a_comparison_runs_a_mixture(mode: str, tmp_path: Path) -> None:
     experiment = small({"sft": {}, "sft+grpo": {**MIXED, "mode": mode}})
     found = compare(experiment, tmp_path / "out")
     (run,) = (run for run in found["cells"] if run["algorithm"] == "sft+grpo")
@@ -316,10 +316,8 @@ def test_parts_of_one_view_draw_other_rows(make_policy: MakePolicy) -> None:
     assert seeds(views, 7) == [7, 7, 7 + 2**32]
     sft, _, dft = buffer_sources(rows_of(make_policy()), views, 9, seed=7)
     assert [sft.draw() for _ in range(3)] != [dft.draw() for _ in range(3)]
-    buffer, policy = rows_of(make_policy()), make_policy()
-    (step,) = train(
-        policy, mixture({"sft": 1.0, "dft": 1.0}), [buffer, buffer], RAW.model_copy(update={"batch_size": 4})
-    ).steps
+    buffer, settings = rows_of(make_policy()), RAW.model_copy(update={"batch_size": 4})
+    (step,) = train(make_policy(), mixture({"sft": 1.0, "dft": 1.0}), [buffer, buffer], settings).steps
     assert step["sft/logp"] != step["dft/logp"], "also where each has a buffer of its own"
 
 

@@ -179,7 +179,7 @@ def test_a_sampler_of_ones_own_in_a_rollout(tmp_path: Path) -> None:
 
 def test_a_rollout_that_was_stopped_goes_on_with_what_its_sampler_knew(tmp_path: Path) -> None:
     policy = load_policy("embedded")
-    settings = Sampling(samples=4, batch_size=4, max_new_tokens=6, engine=spec("replaying"))
+    settings = Sampling(samples=4, batch_size=4, max_new_tokens=6, engine=spec("replaying"), temperature=2.0)
     problems = encode_problems(policy.tokenizer, [Problem(str(i), "1+2=?\n", {}) for i in range(3)])
 
     def collect(folder: str, reaches: int = 3) -> list[Trajectory]:
@@ -195,6 +195,7 @@ def test_a_rollout_that_was_stopped_goes_on_with_what_its_sampler_knew(tmp_path:
         return collect_rollouts(policy, sampler, problems, length, settings, 0, cached=CachedResults(tmp_path / folder))
 
     whole = collect("whole")
+    assert len({row.completion for row in whole}) == 10, "two are replayed, and no others are equal by chance"
     assert whole[4].completion == whole[3].completion, "what the second prompt got first is the first's last"
     with pytest.raises(KeyboardInterrupt):
         collect("stopped", reaches=1)
@@ -387,6 +388,7 @@ def compared_online(out: Path, kill: bool = False) -> dict[str, Any]:
         return runner.compare(experiment, out, 1)
 
 
+@pytest.mark.slow
 def test_a_comparison_with_a_plugins_sampler_resumes_bit_for_bit_after_kill_9(tmp_path: Path) -> None:
     died = forked(lambda: compared_online(tmp_path / "out", kill=True))
     assert died.status == -signal.SIGKILL, died.errors

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import cycle
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -153,16 +154,26 @@ def test_a_model_that_cannot_pack_runs_padded_or_says_why(kind: str) -> None:
         assert torch.equal(policy(policy.collate(ROWS)).logp, before)
 
 
-def test_a_layer_that_mixes_tokens_is_noticed() -> None:
+@pytest.mark.parametrize(
+    "mixed",
+    [
+        lambda x: functional.pad(x[:, :-1], (0, 0, 1, 0)),
+        lambda x: 1e-6 * functional.pad(x[:, :-1], (0, 0, 1, 0)),
+        lambda x: 1e-6 * functional.pad(x[:, 1:], (0, 0, 0, 1)),
+        lambda x: torch.arange(x.shape[1], dtype=x.dtype)[:, None],
+    ],
+    ids=["the one before", "little of it", "little of the next", "its place in the pack"],
+)
+def test_a_layer_that_mixes_tokens_is_noticed(mixed: Callable[[Tensor], Tensor]) -> None:
     class Shifted(nn.Module):
-        """Adds to each token the one before, whoever's it is."""
+        """Adds to each token another one, whoever's it is."""
 
         def __init__(self, inner: nn.Module) -> None:
             super().__init__()
             self.inner = inner
 
         def forward(self, x: Tensor) -> Tensor:
-            found: Tensor = self.inner(x + functional.pad(x[:, :-1], (0, 0, 1, 0)))
+            found: Tensor = self.inner(x + mixed(x))
             return found
 
     policy = policy_of(PACKED["llama"]())
@@ -215,12 +226,63 @@ def test_the_kernel_is_told_what_it_needs(kernel: None, kind: str) -> None:
     torch.testing.assert_close(policy(policy.collate(ROWS)).logp, before, rtol=0, atol=1e-12)
 
 
-def test_auto_is_padded_where_the_kernel_would_not_be_called(kernel: None) -> None:
+def test_auto_is_padded_where_the_kernel_would_not_be_called(kernel: None, monkeypatch: pytest.MonkeyPatch) -> None:
     odd = policy_of(LlamaConfig(**{**SMALL, "hidden_size": 48}))  # heads of 12, and it takes multiples of 8
     odd.pack("auto")
     assert not odd.packs
+    odd.model.train()
     odd.pack("packed")
-    assert odd.packs
+    assert odd.packs and odd.model.training
+    fits = cycle([True, False])  # the first layer's attention alone
+    monkeypatch.setattr(packing, "_fits_kernel", lambda *_: next(fits))
+    odd.pack("auto")
+    assert not odd.packs
+
+
+def test_the_kernel_is_not_called_for_dropout(kernel: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls, plain = list[int](), packing._by_kernel
+
+    def spy(*given: Any) -> Tensor:
+        calls.append(1)
+        return plain(*given)
+
+    monkeypatch.setattr(packing, "_by_kernel", spy)
+    policy = packed(policy_of(LlamaConfig(**SMALL, attention_dropout=0.5)))
+    for training, expected in ((True, 0), (False, 2)):
+        policy.train(training)
+        calls.clear()
+        policy(policy.collate(ROWS))
+        assert len(calls) == expected
+
+
+def test_memory_that_runs_out_is_no_reason_against_packs(monkeypatch: pytest.MonkeyPatch) -> None:
+    def out_of_memory(*_: Any) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(packing, "_mixes", out_of_memory)
+    with pytest.raises(MemoryError):
+        packed(policy_of(PACKED["llama"]()))
+
+
+def test_layers_and_attention_of_other_kinds_are_not_packed() -> None:
+    policy = policy_of(PACKED["llama"]())
+    policy.model.config.layer_types = ["chunked_attention", "full_attention"]
+    with pytest.raises(UserError, match="layers that are not attention, or of another kind"):
+        packed(policy)
+    pack, x = packing.Pack.of((2, 1), torch.device("cpu")), torch.zeros(1, 1, 3, 8)
+    for name in ("softcap", "s_aux", "sinks", "position_bias", "alibi"):
+        with pytest.raises(packing.CannotPackError, match=name):
+            packing.attention_of_pack(None, nn.Module(), x, x, x, pack, **{name: 1.0})
+
+
+@pytest.mark.parametrize(("capability", "recent"), [((7, 5), False), ((8, 0), True), ((9, 0), True)])
+def test_the_kernel_is_for_gpus_since_ampere(
+    capability: tuple[int, int], recent: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
+    assert packing._is_recent.__wrapped__(GPU) is recent
 
 
 def test_the_pytorch_here_has_such_a_kernel() -> None:

@@ -223,6 +223,7 @@ def test_no_more_logits_exist_than_a_chunk(monkeypatch: pytest.MonkeyPatch) -> N
     assert max(seen.found - {HIDDEN}) <= 3  # the transposed weight has HIDDEN rows
 
 
+@pytest.mark.slow
 def test_logits_of_a_chunk_are_gone_when_the_next_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
     """They are made again in the backward pass: until then the graph holds none."""
     policy, sequences = build("gpt2"), collate(ROWS)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from comparisons import inline_pool, small
+from comparisons import small
 from rich.console import Console
 
 from rlzoo.cli import main
@@ -22,24 +22,25 @@ ray = pytest.importorskip("ray")
 ALGORITHMS: dict[str, dict[str, object]] = {"sft": {}, "rft": {}, "dpo": {}}
 
 
-@pytest.fixture
-def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """Two nodes of one CPU each, as processes of this machine."""
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Any]:
+    """One node of one CPU, as processes of this machine."""
     from ray.cluster_utils import Cluster
 
-    monkeypatch.setenv("RAY_health_check_period_ms", "500")
-    monkeypatch.setenv("RAY_health_check_failure_threshold", "2")
-    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
-    try:
-        yield made
-    finally:
-        ray.shutdown()
-        made.shutdown()
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("RAY_health_check_period_ms", "500")
+        patched.setenv("RAY_health_check_failure_threshold", "2")
+        made = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+        try:
+            yield made
+        finally:
+            ray.shutdown()
+            made.shutdown()
 
 
-def test_a_node_that_dies_half_way_costs_nothing_but_time(
-    cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.slow
+@pytest.mark.usefixtures("undrawn")
+def test_a_node_that_dies_half_way_costs_nothing_but_time(cluster: Any, tmp_path: Path) -> None:
     second = cluster.add_node(num_cpus=1)
     cluster.wait_for_nodes()
     experiment = small(ALGORITHMS, training__steps=6)
@@ -64,7 +65,6 @@ def test_a_node_that_dies_half_way_costs_nothing_but_time(
     assert dead.is_set()
     assert any("on the Ray cluster" in line for line in lines)
 
-    monkeypatch.setattr("rlzoo.comparison.runner.pool", inline_pool)
     expected = compare(experiment, tmp_path / "local", console=Console(quiet=True))
     assert found["failed"] == expected["failed"] == []
     for ours, theirs in zip(found["cells"], expected["cells"], strict=True):
@@ -76,6 +76,7 @@ def test_a_node_that_dies_half_way_costs_nothing_but_time(
     ).read_bytes()
 
 
+@pytest.mark.slow
 def test_what_goes_wrong_in_a_task_is_told_in_one_line(
     cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -103,6 +104,7 @@ def test_what_goes_wrong_in_a_task_is_told_in_one_line(
     assert told.startswith("Ray gave it up") and "\n" not in told
 
 
+@pytest.mark.slow
 def test_there_is_no_cluster(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import json
 import re
 import shutil
@@ -70,8 +72,8 @@ def outcome_rows(skill: dict[str, float], seeds: int) -> list[dict[str, Any]]:
     return rows
 
 
-def metrics_of(table: pa.Table, algorithm: str) -> dict[str, dict[str, Any]]:
-    rows = [row for row in summarise(table, K) if row["algorithm"] == algorithm]
+def metrics_of(summary: list[dict[str, Any]], algorithm: str) -> dict[str, dict[str, Any]]:
+    rows = [row for row in summary if row["algorithm"] == algorithm]
     return {
         benchmark: {row["metric"]: row["mean"] for row in rows if row["benchmark"] == benchmark}
         | {"k": K, "samples": SAMPLES}
@@ -86,8 +88,17 @@ def curve_point(step: int, skill: float, rng: np.random.Generator) -> dict[str, 
 
 def synthetic_run(directory: Path, skill: dict[str, float] | None = None, seeds: int = 3) -> dict[str, Any]:
     """Write a complete run directory; its results are returned for a test to alter."""
-    skill = skill or SKILL
+    results, table = made(tuple((skill or SKILL).items()), seeds)
+    save(directory, results, table)
+    return copy.deepcopy(results)
+
+
+@functools.cache
+def made(skills: tuple[tuple[str, float], ...], seeds: int) -> tuple[dict[str, Any], pa.Table]:
+    """The results and outcomes of a run, computed once."""
+    skill = dict(skills)
     table = pa.Table.from_pylist(outcome_rows(skill, seeds))
+    summary = summarise(table, K)
     names = [name for name in skill if name != "base"]
     rng = np.random.default_rng(0)
     edges = np.linspace(0, 1, 21)
@@ -96,7 +107,7 @@ def synthetic_run(directory: Path, skill: dict[str, float] | None = None, seeds:
             "algorithm": name,
             "seed": seed,
             "learning_rate": 1e-4,
-            "metrics": metrics_of(table, name),
+            "metrics": metrics_of(summary, name),
             "costs": COSTS,
             "curve": [curve_point(step, skill[name], rng) for step in (0, 10, 20, 30, 40)],
             "training": [{"step": 1, "loss": 0.3, "gradient_norm": 1.0}],
@@ -113,16 +124,15 @@ def synthetic_run(directory: Path, skill: dict[str, float] | None = None, seeds:
         "created": "2026-11-22T10:00:00+00:00",
         "versions": {"rlzoo": "0.1.0", "torch": "2.13.0"},
         "config": {"model": "tiny", "training": {"steps": 40}},
-        "base": metrics_of(table, "base"),
+        "base": metrics_of(summary, "base"),
         "cells": cells,
-        "summary": summarise(table, K),
+        "summary": summary,
         "token_probabilities": {"edges": edges.tolist(), "before": before},
         "learning_rates": {name: {"1e-05": 0.21, "0.0001": 0.36} for name in names},
         "wall_seconds": 251.0,
         "failed": [{"algorithm": names[-1], "seed": 7, "learning_rate": 1e-3, "error": error}],
     }
-    save(directory, results, table)
-    return results
+    return results, table
 
 
 def save(directory: Path, results: dict[str, Any], table: pa.Table | None = None) -> None:
@@ -181,6 +191,7 @@ def figures(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     return drawn
 
 
+@pytest.mark.slow
 def test_report_has_all_parts_in_order(tmp_path: Path) -> None:
     synthetic_run(tmp_path)
     write_report(tmp_path)
@@ -369,6 +380,7 @@ def shown(page: Path) -> str:
     return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(BROWSER is None, reason="needs Chromium")
 def test_a_browser_runs_nothing_that_a_model_wrote(tmp_path: Path) -> None:
     synthetic_run(tmp_path, {"base": 0.2, EVIL: 0.4})
@@ -383,6 +395,7 @@ def test_a_browser_runs_nothing_that_a_model_wrote(tmp_path: Path) -> None:
     assert "<title>owned</title>" not in page and page.count("&lt;script&gt;document.title") > 10
 
 
+@pytest.mark.slow
 def test_page_stands_alone_and_describes_its_figures(tmp_path: Path) -> None:
     synthetic_run(tmp_path)
     write_report(tmp_path)

@@ -452,6 +452,7 @@ def test_a_file_imports_what_lies_beside_it_and_nothing_of_another_folder(
     assert not {"helpers", "second", "tools", "plain"} & new
 
 
+@pytest.mark.slow
 def test_a_file_imports_what_lies_beside_it_in_a_process_of_its_own(folders: Path) -> None:
     spec = [f"{folders / name / 'mine.py'}:mine" for name in ("one", "one")]
     assert apart(spec, Limits())(["q"], ["4"], name=["one"]) == [32.0]

@@ -51,7 +51,7 @@ def bad(prompts, completions, **columns):
 def bad(tmp_path: Path) -> Any:
     (tmp_path / "bad.py").write_text(BAD)
 
-    def make(on_error: Any = "null", seconds: float | None = 2.0, memory: float = 1.0) -> Reward:
+    def make(on_error: Any = "null", seconds: float | None = 1.0, memory: float = 1.0) -> Reward:
         return apart(f"{tmp_path / 'bad.py'}:bad", Limits(seconds, memory), on_error)
 
     yield make
@@ -59,6 +59,7 @@ def bad(tmp_path: Path) -> Any:
         process.close()
 
 
+@pytest.mark.slow
 def test_answers_are_found_in_the_process_too(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(
         "import time\nclass Mine:\n    name = 'mine'\n    def __call__(self, completions, **columns):\n"
@@ -67,12 +68,12 @@ def test_answers_are_found_in_the_process_too(tmp_path: Path) -> None:
         "        return completion[1:] and 1 / int(completion[1:])\n"
     )
     spec = f"{tmp_path / 'mine.py'}:Mine"
-    reward = apart(spec, Limits(2.0, 1.0))
+    reward = apart(spec, Limits(1.0, 1.0))
     assert reward.answers(["x1", "x2", "x"]) == ["1.0", "0.5", ""]
     assert reward.answers(["x1", "hang"]) == [None, None], "in time, and none of them"
     with pytest.raises(UserError, match=r"^reward 'mine': answer_of raised ZeroDivisionError: division by zero$"):
         reward.answers(["x0"])
-    lenient = apart(spec, Limits(2.0, 1.0), "null")
+    lenient = apart(spec, Limits(1.0, 1.0), "null")
     with pytest.warns(RuntimeWarning, match="answer_of raised ZeroDivisionError"):
         assert lenient.answers(["x0"]) == [None]
     weighted = get_reward(["format", spec, "exact-match"])
@@ -88,11 +89,12 @@ def scored(reward: Reward, *texts: str) -> tuple[list[float | None], list[str]]:
     return [score.value for score in scores], [str(w.message) for w in caught]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("text", "told"),
     [
-        ("hang", "reward 'bad' took more than 2 s on row 1"),
-        ("spin", "reward 'bad' took more than 2 s on row 1"),
+        ("hang", "reward 'bad' took more than 1 s on row 1"),
+        ("spin", "reward 'bad' took more than 1 s on row 1"),
         ("exit", "reward 'bad' ended its process with status 7 on row 1"),
         ("memory", "reward 'bad' raised on row 1: MemoryError"),
         ("raise", "reward 'bad' raised on row 1: RuntimeError: oh"),
@@ -113,6 +115,7 @@ def test_a_bad_row_costs_a_bounded_time_and_no_other_row(bad: Any, text: str, to
     assert scored(bad(), "abcd") == ([4.0], []), "the process serves on"
 
 
+@pytest.mark.slow
 def test_rows_that_have_to_be_scored_alone_keep_their_numbers(bad: Any) -> None:
     reward = bad(seconds=1.0)
     values, messages = scored(reward, "ab", "hang", "raise", "nan")

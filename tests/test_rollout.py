@@ -24,10 +24,12 @@ from rlzoo.rollout import (
     Sampler,
     TransformersSampler,
     collect_rollouts,
+    cut_short,
     decoding,
     mismatch,
     sampler_of,
     static_decoding,
+    unscored,
 )
 from rlzoo.types import Trajectory
 
@@ -267,6 +269,15 @@ def test_a_mismatch_by_hand() -> None:
         {"tokens": 3, "mean_absolute": two, "largest": 2 * two, "mean_ratio": 3.25 / 3, "kl": (0.25 + two) / 3}
     )
     assert mismatch(rows[2:]) is None
+
+
+def test_what_is_told_of_samples_by_hand() -> None:
+    rows = [Trajectory("", "", [1], [2], "a", source="policy", truncated=i == 1) for i in range(3)]
+    assert cut_short(rows, 7) == ["1 of 3 samples were cut at max_new_tokens (7), and have no end"]
+    assert cut_short(rows[2:], 7) == [] and unscored([(0.0, "a")]) is None
+    told = unscored([(0.0, "a"), (None, f"{'so ' * 99}what\nis 1+1?"), (None, "b")])
+    assert told is not None and told.startswith("2 of 3 samples have no reward") and told.endswith("what is 1+1?'")
+    assert len(told) < 300, "the end of a long prompt is its question"
 
 
 def test_conversations_get_conversational_completions(make_policy: MakePolicy) -> None:

@@ -515,6 +515,7 @@ def test_how_the_reward_is_called(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert Experiment.model_validate(yaml.safe_load(yaml.safe_dump(again))).scoring.on_error == "null"
 
 
+@pytest.mark.slow
 @shows(
     "EvaluationSettings.curve_points", "EvaluationSettings.curve_problems", "EvaluationSettings.curve_samples",
     "Experiment.name", "Experiment.description", "Experiment.benchmarks", "Experiment.rollouts",

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+from batches import hand_batch
 from comparisons import small
 from test_training import RAW, Batch, Fixed, distance, make_batch, trained
 
@@ -22,7 +23,8 @@ from rlzoo.inputs import Input, Truncated
 from rlzoo.objective import Objective, get_objective
 from rlzoo.policy import Assembler, Policy
 from rlzoo.training import Trainer, train
-from rlzoo.training.batches import FreshSource
+from rlzoo.training.batches import Drawn, FreshSource
+from rlzoo.training.tally import teaches
 from rlzoo.types import Coefficients, Selection, TokenBatch, Trajectory
 
 MakePolicy = Callable[..., Policy]
@@ -66,6 +68,13 @@ def test_a_batch_is_counted_once_however_many_updates_it_has(make_policy: MakePo
     settings = RAW.model_copy(update={"updates_per_batch": 2})
     events = Trainer(policy, get_objective("grpo"), source, settings).run().events
     assert events == [f"grpo: 1 of 2 {FLAT}"]
+
+
+def test_a_masked_token_teaches_nothing_whatever_its_advantage() -> None:
+    batch = hand_batch([[0.5, 0.5], [0.5]])
+    batch = batch.replace(mask=torch.tensor([[False, True], [False, False]]), advantage=torch.ones(2, 2))
+    (component,) = get_objective("grpo").components
+    assert teaches(Drawn(component, [], [], batch)).tolist() == [True, False]
 
 
 def test_groups_of_one_are_told_once_and_say_what_to_do(make_policy: MakePolicy) -> None:
@@ -255,6 +264,7 @@ def test_a_comparison_drops_them_from_whatever_the_algorithm_learns_from() -> No
     assert views == {"sft": ["drop"], "own": ["drop"], "both": [None, "drop"]}
 
 
+@pytest.mark.slow
 def test_the_analyzer_measures_what_training_learns_from(make_policy: MakePolicy) -> None:
     policy = make_policy("llama")
     rows = truncated_rows(policy, 0, 4, source="demonstration")

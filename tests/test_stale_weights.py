@@ -156,7 +156,7 @@ def test_an_engine_is_one_of_a_model_a_type_and_options(
     engines = install(monkeypatch, policy)
     VLLMSampler(policy)
     VLLMSampler(policy)
-    VLLMSampler(policy, max_model_len=9, gpu_memory_utilization=0.5)
+    VLLMSampler(policy, max_model_len=9, gpu_memory_utilization=0.5, enforce_eager=False)
     VLLMSampler(make_policy("llama", dtype=torch.bfloat16))
     policy.name = "embedded"
     VLLMSampler(policy)
@@ -166,6 +166,7 @@ def test_an_engine_is_one_of_a_model_a_type_and_options(
     assert [engine.options["dtype"] for engine in engines] == ["float32", "float32", "bfloat16", "float32", "bfloat16"]
     assert [engine.options["gpu_memory_utilization"] for engine in engines] == [0.3, 0.5, 0.3, 0.3, 0.3]
     assert [engine.options.get("max_model_len") for engine in engines] == [None, 9, None, None, None]
+    assert [engine.options["enforce_eager"] for engine in engines] == [True, False, True, True, True]
     for engine in engines:
         assert engine.options["logprobs_mode"] == "processed_logprobs", "of the distribution that is sampled from"
         assert engine.options["trust_remote_code"] is False

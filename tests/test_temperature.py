@@ -350,6 +350,7 @@ def analysed(policy: Policy, buffer: Buffer, *names: str) -> Mapping[str, Any]:
     return found
 
 
+@pytest.mark.slow
 def test_the_analyzer_takes_rows_at_the_same_temperature_as_training(
     rows: Rows, policy: Policy, make_policy: MakePolicy
 ) -> None:

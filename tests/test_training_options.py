@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from comparisons import inline_pool, small
+from comparisons import small
 from torch.nn import functional
 
 from rlzoo.buffers import OfflineBuffer
@@ -158,8 +158,9 @@ def test_lora_of_layers_that_are_not_there() -> None:
         policy.add_lora()
 
 
-def test_a_comparison_with_lora_and_a_choice_of_learning_rates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rlzoo.comparison.runner.pool", inline_pool)
+@pytest.mark.slow
+@pytest.mark.usefixtures("undrawn")
+def test_a_comparison_with_lora_and_a_choice_of_learning_rates(tmp_path: Path) -> None:
     experiment = small(
         {"sft": {"learning_rates": [1e-3, 1e-2]}, "grpo": {"mode": "online"}}, training__lora={"rank": 2},
         training__trackers=["tensorboard"],

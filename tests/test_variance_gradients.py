@@ -183,6 +183,7 @@ def test_a_task_scales_all_its_gradients(make_model: MakeModel) -> None:
     torch.testing.assert_close(scaled.mean[name], 3 * plain.mean[name])
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 def test_projected_inner_products_are_right_on_average(make_model: MakeModel, tied: bool) -> None:
@@ -498,6 +499,7 @@ def test_the_reported_noise_is_that_of_torch_func(make_model: MakeModel, kind: s
     assert noise["cosine_to_sft"]["ci_low"] < cosine < noise["cosine_to_sft"]["ci_high"]
 
 
+@pytest.mark.slow
 def test_rows_of_one_prompt_are_one_draw(make_model: MakeModel) -> None:
     """A row four times over under one prompt is no more evidence than once."""
     policy = make_model()
@@ -582,6 +584,7 @@ def test_mixed_precision_measures_the_policys_own_gradient(make_model: MakeModel
     assert (mean - own).norm() < 0.3 * (exact - own).norm()
 
 
+@pytest.mark.slow
 def test_two_passes_say_what_one_says(make_model: MakeModel) -> None:
     policy = make_model("gpt2")
     buffer, names = buffer_of(policy), ["dft", "dpo", "sft", "grpo", "rft"]

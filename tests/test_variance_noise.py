@@ -103,6 +103,7 @@ def test_a_ratio_is_the_inverse_of_the_reverse_ratio() -> None:
 BOUNDS = {"grad_norm_sq": 0.05, "trace_cov": 0.01, "noise_scale": 0.08, "snr": 0.05, "cosine": 0.06, "norm_ratio": 0.06}
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize(
     "name", ["same prompts, correlated 0.9, orthogonal", "other prompts", "same prompts, 4 rows each"]
@@ -118,6 +119,7 @@ def test_estimates_are_unbiased_and_their_intervals_cover(name: str) -> None:
         assert numbers["shown"] > 0.98
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("noise", [1.0, 10.0])
 def test_intervals_miss_on_either_side_where_noise_is_as_large_as_the_gradient(noise: float) -> None:
     """The estimate of ‖G‖² is skewed there: an interval from its variance alone is never too low."""

@@ -119,6 +119,7 @@ def by_name(results: Mapping[str, Any]) -> dict[str, Any]:
 # Training
 
 
+@pytest.mark.slow
 def test_a_cell_trains_as_train_does_and_bears_its_share_of_the_costs(base: Policy, tmp_path: Path) -> None:
     """Sampled tokens were sampled and then scored once; the reference scored the whole buffer, and samples at T too."""
     rates = {"sft": 1e-2, "rft": 3e-3, "iw-sft": 2e-4, "dpo": 5e-4, "mixture": 1e-3}
@@ -191,6 +192,7 @@ def test_an_online_cell_pays_for_what_it_samples(base: Policy, calls: list[Call]
         assert costs["flops"] == pytest.approx(expected, rel=1e-12), name
 
 
+@pytest.mark.slow
 def test_online_batches_have_seeds_of_their_own_and_go_through_the_prompts(
     base: Policy, calls: list[Call], tmp_path: Path
 ) -> None:

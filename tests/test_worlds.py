@@ -231,6 +231,7 @@ def test_problems_have_ids_of_their_own(tmp_path: Path) -> None:
         load_problems(ProblemSource(source=str(table)))
 
 
+@pytest.mark.slow
 def test_a_quality_column_becomes_the_reward_of_demonstrations(tokenizer: Any) -> None:
     source = ProblemSource(source="world:arithmetic/train", limit=40, quality="terms")
     rows = demonstrations(tokenizer, load_problems(source))

@@ -11,7 +11,7 @@ import torch
 from batches import SEEDS, assert_same, hand_batch, random_batch
 from buffer_rows import sample, samples
 from canonical import grpo as grpo_canonical
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_training import RAW, Fixed, distance, make_batch, trained
 from torch import Tensor
@@ -436,6 +436,8 @@ def test_groups_vary_where_two_rewards_differ(rows: list[tuple[int, float]]) -> 
     assert group_varies(reward, group).tolist() == expected
 
 
+@pytest.mark.slow
+@settings(max_examples=40)
 @given(
     st.lists(st.builds(sample, prompt=st.integers(0, 3), reward=st.sampled_from([0.0, 0.5, 1.0])), max_size=16),
     st.sampled_from([None, 1, 2, 3]),

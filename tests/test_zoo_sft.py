@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from batches import SEEDS, hand_batch, random_batch
-from comparisons import inline_pool, small
+from comparisons import small
 from test_training import RAW, Fixed, MakePolicy, distance, full_batch, make_batch, term_of, trained
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -497,8 +497,9 @@ def test_the_command_trains_each(name: str, table: Path, tmp_path: Path) -> None
     assert all(math.isfinite(value) for row in steps for value in row.values()) and steps[0]["gradient_norm"] > 0
 
 
-def test_a_comparison_of_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rlzoo.comparison.runner.pool", inline_pool)
+@pytest.mark.slow
+@pytest.mark.usefixtures("undrawn")
+def test_a_comparison_of_them(tmp_path: Path) -> None:
     names: Sequence[str] = [name for name in NEW if name != "sft-q"]
     results = compare(small({name: {} for name in names}, training__updates_per_batch=2), tmp_path / "out")
     assert {cell["algorithm"] for cell in results["cells"]} == set(names) and not results["failed"]

@@ -128,8 +128,8 @@ class Check:
     def _in_worker(self, folder: Path) -> None:
         """Run what waits in a new process, until it is done, something fails, or time is up."""
         command = [*self.worker, json.dumps({"parts": self.waiting, "folder": str(folder)})]
-        # tested on machines with a GPU, too
-        hidden = {"CUDA_VISIBLE_DEVICES": ""} if self.arguments.tiny else {}
+        # tested on machines with a GPU, too; and a miniature has no work for a second thread
+        hidden = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"} if self.arguments.tiny else {}
         with (folder / "worker.log").open("w", encoding="utf-8") as log:
             worker = subprocess.Popen(
                 command, stdout=subprocess.PIPE, stderr=log, text=True, start_new_session=True,

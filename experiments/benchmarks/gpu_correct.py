@@ -170,8 +170,10 @@ def determinism(setup: Setup) -> Iterator[Finding]:
     name = random_model(setup.small, setup.folder / "plain", setup.device, seed=setup.seed)
     objectives = {objective: setup.folder / f"checkpoints-{objective}" for objective in ("otr", "ppo")}
     found: list[dict[str, list[tuple[str, int]]]] = []
-    for halts in (True, False):  # in a fresh process each: deterministic kernels are chosen when one begins
-        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as fresh:
+    # in a fresh process each: deterministic kernels are chosen when one begins, on a GPU
+    context = get_context("fork" if setup.device == "cpu" else "spawn")
+    for halts in (True, False):
+        with ProcessPoolExecutor(1, mp_context=context) as fresh:
             found.append(
                 {
                     objective: [

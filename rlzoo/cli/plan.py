@@ -18,7 +18,7 @@ def plan(
     ] = None,
     seeds: Annotated[str | None, options.training(metavar="LIST", help="Comma-separated seeds, as in 0,1,2.")] = None,
     learning_rates: Annotated[
-        str | None, options.training(metavar="LIST", help="Comma-separated learning rates, each a cell per seed.")
+        str | None, options.training(metavar="LIST", help="Comma-separated learning rates; each adds a cell per seed.")
     ] = None,
     steps: options.Steps = None,
     batch_size: options.BatchSize = None,
@@ -31,13 +31,13 @@ def plan(
     sets: options.Set = None,
     gpu: Annotated[
         str | None,
-        options.running(metavar="NAME", help="Time on this GPU, as in h100, assumed from its data sheet."),
+        options.running(metavar="NAME", help="Estimate the time on this GPU, as in h100, from its data sheet."),
     ] = None,
     pilot: Annotated[
         Path | None,
         options.running(
             metavar="RUN",
-            help="Folder of a finished comparison that tells variances and lengths; by default the study that ships.",
+            help="Folder of a finished comparison, for variances and lengths. Default: the study that ships.",
         ),
     ] = None,
     workers: options.Workers = None,
@@ -45,9 +45,10 @@ def plan(
     as_json: Annotated[bool, options.running("--json", help="Print the plan as JSON.")] = False,
     trust_remote_code: options.Trust = False,
 ) -> int:
-    """Say what a comparison will cost before it runs: cells, tokens, FLOPs, memory, time, and what it can detect.
+    """Estimate the cost of a comparison before it runs: cells, tokens, FLOPs, memory, time, and what it can detect.
 
-    Time on this machine is measured for some seconds with the model itself. Of a GPU only its data sheet is known.
+    The speed of this machine is measured for a few seconds with the model itself; that of a GPU is estimated from its
+    data sheet.
 
     Examples:
       rlzoo plan arithmetic

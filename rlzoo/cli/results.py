@@ -17,21 +17,21 @@ def results(
     ] = "list",
     names: Annotated[
         list[str] | None,
-        Argument(metavar="NAME...", help="A study or a folder of rlzoo compare; for compare, two algorithms."),
+        Argument(metavar="NAME...", help="A study, or a folder that rlzoo compare wrote; for compare, two algorithms."),
     ] = None,
     form: Annotated[
         Literal["csv", "latex", "markdown"],
-        Option("--format", metavar="csv|latex|markdown", help="The form in which export writes the tables."),
+        Option("--format", metavar="csv|latex|markdown", help="Format of exported tables."),
     ] = "markdown",
     to: Annotated[
         Path | None,
         Option(
             metavar="FOLDER",
-            help="Where export writes the tables (by default NAME-tables), or save the study (by default rlzoo's).",
+            help="Folder for exported tables (default: NAME-tables) or for the saved study (default: rlzoo's).",
         ),
     ] = None,
 ) -> int:
-    """Look up results that stay: studies that ship with rlzoo, each a finished comparison with all its outcomes.
+    """Look up the studies that ship with rlzoo: finished comparisons with all their outcomes.
 
     Examples:
       rlzoo results

@@ -1,8 +1,8 @@
-"""What a comparison will cost, before anything is spent: tokens, FLOPs, memory and time of each of its rows.
+"""The cost of a comparison before it runs: tokens, FLOPs, memory and time of each of its rows.
 
 Costs are counted as the trainer counts them: its own assembly of batches runs for each row, on a model without weights,
-where each forward pass is counted instead of computed. So plug-ins and models of any size are covered. The length of
-samples, which nobody knows before, is assumed, or taken from a run that is done.
+with forward passes counted instead of computed. This covers plug-ins and models of any size. The length of samples,
+which is unknown beforehand, is assumed, or taken from a finished run.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from rlzoo.training.batches import shares
 from rlzoo.types import Trajectory, Unit, selector_of
 
 READ = 256
-"""Problems of each set whose lengths are measured."""
+"""The number of problems whose lengths are measured."""
 
 
 @dataclass(frozen=True)
@@ -38,10 +38,10 @@ class Lengths:
 
     prompt: float
     demonstration: float
-    """Of a worked solution; 0 without any."""
+    """The length of a worked solution; 0 if there are none."""
     sample: float
     assumed: str | None
-    """Where the length of samples comes from, if it was not measured."""
+    """What the length of samples is assumed to be; None if it was measured."""
 
     def flops(self, model: Policy, completion: float) -> float:
         """FLOPs of a forward pass of a prompt and a completion of this length."""
@@ -57,9 +57,9 @@ class RowForecast:
     gradient_tokens: float
     """Prompt and completion tokens in backward passes."""
     sampled_tokens: float
-    """Completion tokens sampled while it trains, that is online."""
+    """Completion tokens sampled for online training."""
     evaluated_tokens: float
-    """Completion tokens sampled to evaluate it, along training and in the end."""
+    """Completion tokens sampled to evaluate it, in the course of training and at the end."""
     flops: float
     """FLOPs of matrix products in forward and backward passes."""
     bytes: float
@@ -90,14 +90,15 @@ class Forecast:
 
     @property
     def flops(self) -> float:
-        """All FLOPs of forward and backward passes but those of sampling."""
+        """All FLOPs of forward and backward passes, except those of sampling."""
         return sum(row.cells * row.flops for row in self.rows) + self.shared_flops
 
     def seconds(self, flops_per_second: float, tokens_per_second: float) -> float:
-        """How long it takes with this speed of training and of sampling."""
+        """How long it takes at this speed of training and of sampling, in seconds."""
         return self.flops / flops_per_second + self.sampled_tokens / tokens_per_second
 
     def as_dict(self) -> dict[str, Any]:
+        """The costs as plain data."""
         return asdict(self)
 
 
@@ -155,7 +156,7 @@ def _lengths(experiment: Experiment, model: Policy, train: Sequence[Any], sample
 
 
 def _tests(experiment: Experiment, sets: Sequence[ProblemSource], lengths: Lengths) -> tuple[float, float]:
-    """Completion tokens of an evaluation on problem sets, and of those along training."""
+    """Completion tokens of an evaluation on problem sets, and of the evaluations in the course of training."""
     settings = experiment.evaluation
     sizes = [len(load_problems(one)) for one in sets]
     whole = sum(sizes) * (settings.samples + 1)
@@ -227,7 +228,7 @@ class _Counted(Policy):
 
     @classmethod
     def of(cls, model: Policy, settings: Training, objective: Objective) -> _Counted:
-        """With the adapters and the modules that an objective's training adds."""
+        """A copy of the model with the adapters and modules that training with the objective adds."""
         made = cls(copy.deepcopy(model.model), model.tokenizer, model.name, model.compute)
         if settings.lora is not None:
             made.add_lora(**settings.lora.model_dump())
@@ -236,7 +237,7 @@ class _Counted(Policy):
 
 
 class _CountedPasses(MicroBatches):
-    """Counts the FLOPs of forward passes, and gives zeros."""
+    """Counts the FLOPs of forward passes, and returns zeros."""
 
     def __init__(self) -> None:
         super().__init__(CPU_TOKENS)
@@ -253,7 +254,7 @@ def _passed(policy: Policy, rows: Sequence[Tokens]) -> float:
 
 
 def _models(policy: Policy, objective: Objective) -> Models:
-    """The policy in the place of all other models, which are taken to be as large."""
+    """The policy in place of all other models, which are assumed to be as large."""
     names = {name for one in objective.requires for name in one.models()}
     other = Policy(policy.model, policy.tokenizer, policy.name, policy.compute)
     return Models(policy, dict.fromkeys(names, other), dict.fromkeys(objective.requires, other))

@@ -30,7 +30,7 @@ MORE = (1, 2, 4)
 """The multiples of an experiment's seeds that its smallest difference is computed for."""
 POWER = 0.8
 SMALL = 1e8
-"""Parameters below which kernels' launches, not their work, set the pace of a GPU."""
+"""The number of parameters below which the speed of a GPU is limited by kernel launches."""
 
 
 def planned(
@@ -39,7 +39,7 @@ def planned(
     """The costs of an experiment, its time with ``workers`` on this machine or on a ``gpu``, and what it can detect.
 
     ``pilot`` is the folder of a finished comparison on the same benchmarks; None: the study that ships, if any. Raises
-    UserError for an unknown GPU, and for a pilot that cannot tell.
+    UserError for an unknown GPU, and for a pilot without the differences that are needed.
     """
     shape = load_shape(experiment.model)
     if gpu is not None:

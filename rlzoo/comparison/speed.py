@@ -1,4 +1,4 @@
-"""How fast a comparison runs: measured on this machine for some seconds, or assumed for a GPU by its name."""
+"""How fast a comparison runs: measured on this machine for a few seconds, or assumed for a GPU from its data sheet."""
 
 from __future__ import annotations
 
@@ -18,18 +18,19 @@ from rlzoo.training import train
 from rlzoo.types import Trajectory
 
 PROMPTS = 32
-"""Prompts that a measurement takes, for training and for sampling."""
+"""The number of prompts in a measurement, for training and for sampling."""
 OF_TRAINING, OF_SAMPLING = 0.4, 0.1
-"""The fractions of a GPU's bf16 matrix-product speed that training and sampling with vLLM are taken to reach."""
+"""The fractions of a GPU's bf16 matrix-product speed that training and sampling with vLLM are assumed to reach."""
 
 
 @dataclass(frozen=True)
 class Card:
-    """A GPU by its data sheet."""
+    """A GPU according to its data sheet."""
 
     flops: float
-    """Dense bf16 matrix products per second, in FLOPs."""
+    """FLOPs per second of dense bf16 matrix products."""
     bytes: float
+    """The size of its memory."""
 
 
 GPUS = {
@@ -66,7 +67,7 @@ def speed_of_gpu(name: str, forecast: Forecast) -> Speed:
 
 
 def card_of(name: str) -> Card:
-    """A GPU by its name. Raises UserError for an unknown one."""
+    """The GPU of a name. Raises UserError for an unknown one."""
     if name.lower() not in GPUS:
         raise unknown("GPU", name, GPUS)
     return GPUS[name.lower()]

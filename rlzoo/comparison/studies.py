@@ -1,4 +1,4 @@
-"""Studies: finished comparisons that stay, as files small enough to commit, and differences across them."""
+"""Studies: finished comparisons that are kept, in files small enough to commit, and differences across them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from rlzoo.jobs.outputs import replacing, write_atomically
 
 STUDIES = EXPERIMENTS / "results"
 DIGITS = 5
-"""Significant digits of what is kept of every training step."""
+"""How many significant digits are kept of the numbers of each training step."""
 
 
 def list_studies() -> list[str]:
@@ -77,7 +77,7 @@ def save_study(run: Path, into: Path = STUDIES, name: str | None = None) -> Path
 
 
 def _rounded(value: Any) -> Any:
-    """Plain data, its numbers with fewer digits."""
+    """Plain data with fewer digits in its numbers."""
     if isinstance(value, float):
         return float(f"{value:.{DIGITS}g}")
     if isinstance(value, dict):
@@ -86,7 +86,7 @@ def _rounded(value: Any) -> Any:
 
 
 def export_tables(run: FinishedRun, folder: Path, form: str) -> list[Path]:
-    """Write every table of a report to a folder, a file each, named by the headings above it; returns the files."""
+    """Write every table of a report to its own file in a folder, named after its headings; returns the files."""
     suffix, write = FORMATS[form]
     files: list[Path] = []
     above: dict[int, str] = {}
