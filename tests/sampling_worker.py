@@ -15,7 +15,6 @@ from typing import Any
 
 import pytest
 from fake_vllm import FakeEngine, install
-from ranks_worker import shard_on_cpu
 
 from rlzoo.buffers import OfflineBuffer
 from rlzoo.buffers.problems import encode_problems, world_problems
@@ -34,13 +33,16 @@ HOW = {"samples": 2, "max_new_tokens": 6, "batch_size": 4}
 
 
 def run(folder: Path, engine: str) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("ACCELERATE_USE_FSDP", raising=False)
+        plain = load_policy("embedded", "float64", device="cpu")  # an engine's model is whole
     policy = load_policy("embedded", "float64", device="cpu")
     engines: list[FakeEngine] = []
     with pytest.MonkeyPatch.context() as patch:
         if engine == "transformers":
             sampler: Sampler = TransformersSampler(policy)
         else:
-            engines = install(patch, policy)
+            engines = install(patch, plain)
             together = {"tensor_parallel_size": 2} if engine == "tensor" else {}
             sampler = VLLMSampler(policy, enable_sleep_mode=True, **together)
         problems = world_problems("facts/test")[:7]
@@ -69,7 +71,5 @@ def run(folder: Path, engine: str) -> None:
 
 if __name__ == "__main__":
     with joined() if "RANK" in os.environ else nullcontext():
-        if os.environ.get("RANKS_SHARD"):
-            shard_on_cpu()
         for engine in sys.argv[2:]:
             run(Path(sys.argv[1]), engine)

@@ -24,7 +24,8 @@ from rlzoo.errors import UserError
 from rlzoo.jobs.ranks import barrier, before_parting, gathered, is_main, shared, world_size
 from rlzoo.policy import Policy
 from rlzoo.policy.adapters import merged
-from rlzoo.policy.loading import EMBEDDED, save_policy, trusts_remote_code, whole_weights
+from rlzoo.policy.loading import EMBEDDED, save_policy, trusts_remote_code
+from rlzoo.policy.sharding import whole_weights
 from rlzoo.rollout.sampler import Sample, Sampler, register_sampler, text_of
 from rlzoo.worlds import EMBEDDED_BASE
 
