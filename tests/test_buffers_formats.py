@@ -59,8 +59,11 @@ def test_a_plain_prompt_keeps_its_special_tokens_but_never_an_end(ending: Any) -
     assert ids[-1] != ending.eos_token_id
 
 
-def test_an_end_of_sequence_in_the_prompts_own_text_stays(plain: Any) -> None:
+def test_an_end_of_sequence_in_the_prompts_own_text_stays(plain: Any, ending: Any) -> None:
     assert encode_prompt(plain, "1<eos>")[1][-1] == plain.eos_token_id
+    one = plain("1")["input_ids"]
+    assert encode_prompt(ending, "1<eos>")[1] == [2, *one, 1], "once"
+    assert encode_prompt(ending, "<eos>")[1] == [2, 1]
 
 
 def test_a_conversation_goes_through_the_template_with_no_further_special_tokens(ending: Any, chat: Any) -> None:
