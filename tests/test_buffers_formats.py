@@ -183,6 +183,8 @@ def test_text_that_brings_its_own_bos_has_one() -> None:
     (row,) = from_trl([{"prompt": rendered, "completion": "2"}], made)
     assert made.decode(row.prompt_ids) == rendered
     assert encode_prompt(made, "1")[1] == encode_prompt(made, "<bos>1")[1]
+    several = from_trl([{"prompt": str(n), "completion": "2"} for n in range(3)], made)
+    assert [made.decode(row.prompt_ids) for row in several] == ["<bos>0", "<bos>1", "<bos>2"]
 
 
 def test_rows_without_an_id_of_their_own_are_told_apart_by_their_prompts(plain: Any) -> None:

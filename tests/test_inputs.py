@@ -273,6 +273,13 @@ def test_stored_values_are_those_of_the_rows_tokens(make_policy: MakePolicy) -> 
     assert {value.dtype for value in per_token} == {np.dtype(np.float32)}, "whatever the model's"
 
 
+def test_a_batch_has_rewards_if_all_of_its_rows_do(make_policy: MakePolicy) -> None:
+    policy, rows = make_policy(), [replace(r, reward=value) for r, value in zip(ROWS, (0.0, -2.0), strict=True)]
+    found = assembled(policy, rows).reward
+    assert found is not None and found.tolist() == [0.0, -2.0]
+    assert assembled(policy, [rows[0], ROWS[1]]).reward is None, "a reward that is not known is not 0"
+
+
 @dataclass(frozen=True)
 class Bare(Input):
     """A stored value that only a buffer can know."""
