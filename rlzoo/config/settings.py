@@ -226,8 +226,8 @@ class Lora(_Strict):
     target_modules: Literal["all-linear"] | tuple[str, ...] = "all-linear"
     """Names of the layers that get adapters; ``all-linear``: all linear layers but the output layer."""
     load_in_4bit: bool = False
-    """Hold the frozen weights of linear layers in 4 bits (QLoRA, arXiv 2305.14314): NF4, quantised twice. They are
-    multiplied in ``dtype``; what is saved is whole."""
+    """Load the frozen weights of linear layers in 4 bits (QLoRA, arXiv 2305.14314): NF4 with double quantisation. They
+    are multiplied in ``dtype``, and dequantised when the model is saved."""
 
 
 class Training(_Strict):
@@ -270,8 +270,8 @@ class Training(_Strict):
     """``bfloat16-mixed`` keeps the weights in float32 and multiplies matrices in bfloat16; ``bfloat16`` is for adapters
     (``lora``), because it loses small updates of weights. ``auto``: bfloat16-mixed on a GPU, float32 on a CPU."""
     compile: Literal["auto"] | bool = "auto"
-    """Compile the model's layers (``true``), so that norms, rotary embeddings and gates are few kernels; ``auto``: on a
-    GPU, for runs long enough to make up for the time it takes, unless ``deterministic``."""
+    """Compile the model's layers (``true``), which fuses norms, rotary embeddings and gates. ``auto``: on a GPU, in a run
+    of one process that is long enough to make up for the compilation, unless ``deterministic``."""
     deterministic: bool = False
     """Make a GPU give the same bits in every run, with slower kernels. A CPU always does."""
     lora: Lora | None = None

@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from rlzoo.errors import UserError
+
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -68,6 +70,19 @@ def agreed(value: T) -> T:
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def by_main(work: Callable[[], T]) -> T | None:
+    """What the main process's ``work`` returns, and None elsewhere. Its UserError is raised in every process."""
+    found, wrong = None, None
+    if is_main():
+        try:
+            found = work()
+        except UserError as error:
+            wrong = error
+    if (told := agreed(wrong)) is not None:
+        raise told
+    return found
 
 
 def gathered(value: T) -> list[T]:

@@ -42,6 +42,20 @@ def add_lora(model: nn.Module, rank: int, alpha: float, target_modules: str | Se
                 parameter.data = parameter.data.to(dtype)
 
 
+@torch.no_grad()
+def copy_adapters(model: nn.Module, into: nn.Module) -> None:
+    """Give another model copies of the adapters of ``model``, if it has any."""
+    if not adapters(model):
+        return
+    from peft import inject_adapter_in_model
+
+    inject_adapter_in_model(model.peft_config[NAME], into)  # type: ignore[index]
+    values = dict(model.named_parameters())
+    for name, parameter in into.named_parameters():
+        if "lora_" in name:
+            parameter.data = values[name].detach().clone()
+
+
 @contextmanager
 def switched_off(model: nn.Module) -> Iterator[None]:
     """Disable the adapters in this context."""

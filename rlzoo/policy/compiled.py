@@ -19,6 +19,8 @@ from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 BACKEND = "inductor"
+OURS = "_rlzoo_compiled"
+"""An attribute of the forward functions that this module gives to layers."""
 _plain: ContextVar[bool] = ContextVar("plain", default=False)
 
 
@@ -38,11 +40,18 @@ def layers_of(model: nn.Module) -> list[nn.Module]:
 
 
 def set_compiled(model: nn.Module, compiled: bool) -> None:
-    """Have layers run compiled, or not; in decoding, where a cache changes with every token, they never do."""
-    torch._dynamo.config.skip_nnmodule_hook_guards = False  # else a hook that comes later is passed over
+    """Have layers run compiled, or not; in decoding, where a cache changes with every token, they never do.
+
+    A layer with a forward function of its own, by somebody else, is left alone.
+    """
     for layer in layers_of(model):
-        vars(layer).pop("forward", None)
+        own = vars(layer).get("forward")
+        if isinstance(own, MethodType) and hasattr(own.__func__, OURS):
+            del layer.forward
+        elif own is not None:
+            continue
         if compiled:  # a method, so that a copy of the model calls it on its own layers
+            torch._dynamo.config.skip_nnmodule_hook_guards = False  # else a hook that comes later is passed over
             layer.forward = MethodType(_either(type(layer).forward, BACKEND), layer)
 
 
@@ -55,6 +64,7 @@ def _either(plain: Callable[..., Any], backend: str) -> Callable[..., Any]:
         decodes = any(isinstance(value, Cache) for value in (*args, *kwargs.values()))
         return (plain if decodes or _plain.get() else fast)(layer, *args, **kwargs)
 
+    setattr(forward, OURS, True)
     return forward
 
 

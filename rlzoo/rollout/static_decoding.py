@@ -173,7 +173,8 @@ def captured(step: Callable[[], None], device: torch.device) -> Callable[[], Non
         step()
     here.wait_stream(stream)
     try:
-        with torch.cuda.graph(graph, stream=stream):  # which records and runs nothing
+        # this records and runs nothing, and does not mind what other threads do with the GPU
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
             step()
     except RuntimeError as error:
         if is_out_of_memory(error):
