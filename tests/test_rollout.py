@@ -6,7 +6,9 @@ import inspect
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -581,12 +583,37 @@ def test_a_model_that_allows_no_graph_is_sampled_without(
     assert tried == [1]
 
 
+def test_what_keeps_a_step_from_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The step is taken; then code that asks for a number is told of, and memory that runs out is an error."""
+    for name in ("Stream", "CUDAGraph", "current_stream"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_: SimpleNamespace(wait_stream=lambda other: None))
+    for name in ("stream", "graph"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_, **__: nullcontext())
+    steps: list[int] = []
+
+    def step() -> None:
+        steps.append(1)
+        if len(steps) % 2 == 0:
+            raise wrong
+
+    wrong = RuntimeError("operation not permitted when stream is capturing\nmore")
+    with pytest.warns(UserWarning, match=r"goes on without CUDA graphs, .*: operation not permitted .* capturing$"):
+        assert static_decoding.captured(step, torch.device("cuda")) is None
+    wrong = torch.OutOfMemoryError("CUDA out of memory")
+    with pytest.raises(torch.OutOfMemoryError):
+        static_decoding.captured(step, torch.device("cuda"))
+    assert len(steps) == 4
+
+
 def test_a_model_that_static_shapes_do_not_suit(make_policy: MakePolicy, tokenizer: Any) -> None:
-    """One without position ids, and one that reads something out of its mask."""
-    from transformers import BloomConfig, BloomForCausalLM
+    """One without position ids, one that forgets keys, and one that reads something out of its mask."""
+    from transformers import BloomConfig, BloomForCausalLM, MistralConfig, MistralForCausalLM
 
     size = {"vocab_size": len(tokenizer), "hidden_size": 16, "n_layer": 1, "n_head": 2}
     bloom = Policy(BloomForCausalLM(BloomConfig(**size)).eval(), tokenizer)
+    size = {"vocab_size": len(tokenizer), "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "sliding_window": 4}
+    mistral = Policy(MistralForCausalLM(MistralConfig(**size, **heads)).eval(), tokenizer)
     llama = make_policy("llama")
     forward = llama.model.base_model.forward
 
@@ -601,7 +628,7 @@ def test_a_model_that_static_shapes_do_not_suit(make_policy: MakePolicy, tokeniz
     llama.model.base_model.forward = lambda *, position_ids, attention_mask, **options: by_mask(
         attention_mask=attention_mask, position_ids=position_ids + attention_mask.shape[-1], **options
     )
-    for policy in (bloom, llama):
+    for policy in (bloom, mistral, llama):
         with pytest.raises(UserError, match="static_shapes: this model computes other logits with them"):
             TransformersSampler(policy, static_shapes=True).sample(PROMPTS, SHORT, 0)
 

@@ -289,6 +289,7 @@ CHANGES: dict[str, Callable[[Policy], None]] = {
     "another parameter": replaced_weight,
     "through .data": changed_unseen,
     "an adapter": lambda p: p.add_lora(rank=2),
+    "a new one, after all others": lambda p: setattr(p.model.lm_head, "bias", torch.nn.Parameter(torch.zeros(1))),
 }
 
 

@@ -272,8 +272,8 @@ class Training(_Strict):
     """``bfloat16-mixed`` keeps the weights in float32 and multiplies matrices in bfloat16; ``bfloat16`` is for adapters
     (``lora``), because it loses small updates of weights. ``auto``: bfloat16-mixed on a GPU, float32 on a CPU."""
     compile: Literal["auto"] | bool = "auto"
-    """Compile the model's layers (``true``), which fuses norms, rotary embeddings and gates. ``auto``: on a GPU, in a run
-    of one process that is long enough to make up for the compilation, unless ``deterministic``."""
+    """Compile the model's layers (``true``), which fuses norms, rotary embeddings and gates. ``auto``: on a GPU, in one
+    process, if the run is long enough to make up for it, unless ``deterministic``."""
     deterministic: bool = False
     """Make a GPU give the same bits in every run, with slower kernels. A CPU always does."""
     lora: Lora | None = None
