@@ -10,6 +10,10 @@ class UserError(ValueError):
     """Wrong input: the message says in one line what is wrong, where, and how to fix it."""
 
 
+class TryAgainError(UserError):
+    """The same command goes on from what was done, which is kept."""
+
+
 def unknown(kind: str, name: str, known: Iterable[str]) -> UserError:
     """The error for an unknown name, with the nearest name and all known ones."""
     names = sorted(known)

@@ -1,6 +1,7 @@
 """Train some steps of each objective in float64, alone or as one of several processes, and write what comes out.
 
-With RANKS_CHECKPOINTS, a folder, a run resumes there; with RANKS_STOP, a number, it stops in that step.
+With RANKS_CHECKPOINTS, a folder, a run resumes there; with RANKS_STOP, a number, it stops in that step, and with
+RANKS_KILL a process other than the main one is killed in it, once the checkpoint of the step before is whole.
 """
 
 from __future__ import annotations
@@ -8,18 +9,22 @@ from __future__ import annotations
 import json
 import os
 import random
+import signal
 import sys
+import time
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from rlzoo.config import Sampling, Training
-from rlzoo.jobs.ranks import is_main, is_sharded, joined, world_size
+from rlzoo.jobs.ranks import is_main, is_sharded, joined, rank, world_size
 from rlzoo.objective import get_objective
-from rlzoo.policy import load_policy
+from rlzoo.policy import Policy, load_policy
 from rlzoo.policy.loading import save_policy
 from rlzoo.policy.microbatches import log_probs
+from rlzoo.policy.sequences import Sequences
 from rlzoo.rollout import TransformersSampler
 from rlzoo.training import Trainer
 from rlzoo.types import Selection, Trajectory
@@ -28,7 +33,30 @@ from rlzoo.types import Selection, Trajectory
 SETTINGS = Training(
     steps=3, learning_rate=1e-3, token_budget=48, max_gradient_norm=0.5, dtype="float64", checkpoint_seconds=0
 )
-OPTIONS = {"iw-sft-ema": ("iw-sft", {"variant": "ema", "ema_decay": 0.5})}
+EMA = ("iw-sft", {"variant": "ema", "ema_decay": 0.5})
+LORA = {"lora": {"rank": 2}}
+OPTIONS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "iw-sft-ema": (*EMA, {}),
+    "iw-sft-ema-lora": (*EMA, LORA),
+    "kto-lora": ("kto", {}, LORA),
+    "dft-packed": ("dft", {}, {"packing": "packed", "gradient_checkpointing": True}),
+    "kto-hungry": ("kto", {}, {}),
+}
+"""Objective, options and settings of the names that are not an objective's."""
+ROOM = 40
+"""The tokens that fit into the memory of process 1, for a hungry objective."""
+
+
+def hungry(policy: Policy) -> None:
+    """Have the policy run out of memory in process 1 alone."""
+    forward = policy.forward
+
+    def limited(sequences: Sequences | None = None, **options: Any) -> Any:
+        if rank() == 1 and sequences is not None and sequences.ids.numel() > ROOM:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(sequences, **options)
+
+    policy.forward = limited  # type: ignore[method-assign]
 
 
 def rows() -> list[Trajectory]:
@@ -65,31 +93,20 @@ class Fixed:
         """There is none."""
 
 
-def shard_on_cpu() -> None:
-    """Have Accelerate shard models (FSDP2), which it does of itself on GPUs alone."""
-    from accelerate import Accelerator, FullyShardedDataParallelPlugin
-    from accelerate.state import AcceleratorState, PartialState
-    from accelerate.utils import DistributedType
-
-    Accelerator(cpu=True)
-    plugin = FullyShardedDataParallelPlugin(
-        fsdp_version=2, auto_wrap_policy="TRANSFORMER_BASED_WRAP", reshard_after_forward=True,
-        cpu_ram_efficient_loading=False,
-    )  # fmt: skip
-    PartialState._shared_state.update(distributed_type=DistributedType.FSDP)
-    AcceleratorState._shared_state.update(distributed_type=DistributedType.FSDP, fsdp_plugin=plugin)
-
-
 def run(folder: Path, name: str) -> None:
     torch.manual_seed(0)
     policy = load_policy("embedded", "float64", device="cpu")
     parts = name.split("+")  # the critic's part first: its gradients are none of those that come last
-    kind, options = OPTIONS.get(name, (name, {}))
+    kind, options, update = OPTIONS.get(name, (name, {}, {}))
+    torch.manual_seed(rank())  # adapters are drawn at random: all take those of the main process
+    if name.endswith("hungry"):
+        hungry(policy)
     weights = dict.fromkeys(parts, 0.5)
     objective = get_objective("mixture", weights=weights) if len(parts) > 1 else get_objective(kind, **options)
     together = [
         component.objective.learns_from in (Selection.PAIRS, Selection.GROUPS) for component in objective.components
     ]
+    settings = Training.model_validate({**SETTINGS.model_dump(), **update})
     checkpoints = Path(os.environ["RANKS_CHECKPOINTS"]) / name if "RANKS_CHECKPOINTS" in os.environ else None
     versions: list[int] = []
 
@@ -97,10 +114,16 @@ def run(folder: Path, name: str) -> None:
         versions.append(policy.weights_version)
         if step == int(os.environ.get("RANKS_STOP", "0")):
             raise StopIteration
+        if checkpoints is not None and step == int(os.environ.get("RANKS_KILL", "0")) and rank() == 1:
+            before = f"step-{step - 1:08d}"
+            while not all((checkpoints / file).exists() for file in (f"{before}.result", f"{before}/rank-1.result")):
+                time.sleep(0.01)
+            os.kill(os.getpid(), signal.SIGKILL)
 
     trainer = Trainer(
-        policy, objective, [Fixed(pairs) for pairs in together], SETTINGS, [stop], checkpoints=checkpoints
+        policy, objective, [Fixed(pairs) for pairs in together], settings, [stop], checkpoints=checkpoints
     )
+    started = trainer.step
     try:
         record = trainer.run()
     except StopIteration:
@@ -108,10 +131,15 @@ def run(folder: Path, name: str) -> None:
     prompts = [row.prompt_ids for row in rows()]
     samples = TransformersSampler(policy).sample(prompts, Sampling(samples=2, max_new_tokens=6), seed=3)
     told = {
+        "started": started,
         "steps": record.steps,
+        "events": record.events,
+        "budget": trainer.micro.token_budget,
         "costs": record.costs.as_dict(),
         "sampled": [[s.ids for s in row] for row in samples],
-        "scored": log_probs(policy, [(row.prompt_ids, row.completion_ids) for row in rows()]),
+        "scored": log_probs(
+            policy, [(row.prompt_ids, row.completion_ids) for row in rows()], trainer.micro.token_budget
+        ),
         "ranks": world_size(),
         "sharded": is_sharded(policy),
         "versions": versions,
@@ -124,7 +152,5 @@ def run(folder: Path, name: str) -> None:
 
 if __name__ == "__main__":
     with joined() if "RANK" in os.environ else nullcontext():
-        if os.environ.get("RANKS_SHARD"):
-            shard_on_cpu()
         for objective in sys.argv[2:]:
             run(Path(sys.argv[1]), objective)

@@ -59,8 +59,11 @@ def test_a_plain_prompt_keeps_its_special_tokens_but_never_an_end(ending: Any) -
     assert ids[-1] != ending.eos_token_id
 
 
-def test_an_end_of_sequence_in_the_prompts_own_text_stays(plain: Any) -> None:
+def test_an_end_of_sequence_in_the_prompts_own_text_stays(plain: Any, ending: Any) -> None:
     assert encode_prompt(plain, "1<eos>")[1][-1] == plain.eos_token_id
+    one = plain("1")["input_ids"]
+    assert encode_prompt(ending, "1<eos>")[1] == [2, *one, 1], "once"
+    assert encode_prompt(ending, "<eos>")[1] == [2, 1]
 
 
 def test_a_conversation_goes_through_the_template_with_no_further_special_tokens(ending: Any, chat: Any) -> None:
@@ -180,6 +183,8 @@ def test_text_that_brings_its_own_bos_has_one() -> None:
     (row,) = from_trl([{"prompt": rendered, "completion": "2"}], made)
     assert made.decode(row.prompt_ids) == rendered
     assert encode_prompt(made, "1")[1] == encode_prompt(made, "<bos>1")[1]
+    several = from_trl([{"prompt": str(n), "completion": "2"} for n in range(3)], made)
+    assert [made.decode(row.prompt_ids) for row in several] == ["<bos>0", "<bos>1", "<bos>2"]
 
 
 def test_rows_without_an_id_of_their_own_are_told_apart_by_their_prompts(plain: Any) -> None:

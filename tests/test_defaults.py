@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -92,6 +93,8 @@ def test_the_device_that_is_meant(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert [str(device_of(asked)) for asked in ("auto", None, "cuda:1", "cpu")] == ["cuda", "cuda", "cuda:1", "cpu"]
+    with pytest.raises(UserError, match=r"device 'cuda:2': this process sees 2 GPUs"):
+        device_of("cuda:2")
 
 
 def test_an_engine_and_its_policy_share_a_gpu(make_policy: MakePolicy, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -249,11 +252,14 @@ def kept(policy: Policy, tokens: int) -> int:
 
 
 @pytest.mark.parametrize("kind", ["embedded", "qwen"])
-@pytest.mark.parametrize("compute", [None, torch.bfloat16])
-def test_the_memory_of_a_token(kind: str, compute: torch.dtype | None, tokenizer: Any) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "compute"),
+    [(torch.float32, None), (torch.float32, torch.bfloat16), (torch.bfloat16, None), (torch.float64, None)],
+)
+def test_the_memory_of_a_token(kind: str, dtype: torch.dtype, compute: torch.dtype | None, tokenizer: Any) -> None:
     """The formula against what autograd keeps of 32 more tokens."""
     model = load_policy("embedded").model if kind == "embedded" else qwen(tokenizer)
-    policy = Policy(model, tokenizer, kind, compute)
+    policy = Policy(model.to(dtype), tokenizer, kind, compute)
     per_token = (kept(policy, 48) - kept(policy, 32)) / 32
     assert bytes_per_token(policy) == pytest.approx(per_token, rel=0.3)
 
@@ -261,7 +267,7 @@ def test_the_memory_of_a_token(kind: str, compute: torch.dtype | None, tokenizer
 def test_a_budget_from_what_is_free(make_policy: MakePolicy, monkeypatch: pytest.MonkeyPatch) -> None:
     policy = make_policy("llama", dtype=torch.float32)
     assert token_budget_of(policy, 77) == 77
-    assert token_budget_of(policy, "auto") == 4096 and token_budget_of(policy, "auto/4") == 1024
+    assert [token_budget_of(policy, asked) for asked in ("auto", "auto/4", "auto/8192")] == [4096, 1024, 1]
     there = on_gpu(policy, torch.bfloat16)
     for tokens, found in ((20_000, 20_000), (10, LEAST), (10**9, 65536)):
         free = bytes_of_training(there) + tokens * bytes_per_token(there) / 0.85
@@ -271,7 +277,27 @@ def test_a_budget_from_what_is_free(make_policy: MakePolicy, monkeypatch: pytest
     # AdamW's moments and gradients are in float32, and a copy of the weights is in bfloat16
     weights = sum(p.numel() for p in there.parameters())
     assert bytes_of_training(there) - bytes_of_training(on_gpu(policy)) == 2 * weights
-    assert bytes_of_training(there) > 14 * weights
+    needed = bytes_of_training(there)
+    assert needed > 14 * weights
+    head = policy.model.lm_head.weight
+    head.grad = torch.zeros_like(head)
+    assert needed - bytes_of_training(there) == 3 * 4 * head.numel(), "gradient and moments are there already"
+    head.grad = None
+    # an engine in this process may take 0.3 of all memory
+    monkeypatch.setattr("rlzoo.policy.defaults.find_spec", lambda name: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=10**7))
+    free = needed + 3 * 10**6 + 20_000 * bytes_per_token(there) / 0.85
+    monkeypatch.setattr("rlzoo.policy.defaults.free_bytes", lambda device: free)
+    assert token_budget_of(there, "auto") == pytest.approx(20_000, abs=1)
+
+
+def test_keys_need_not_be_as_wide_as_hidden_states(make_policy: MakePolicy, monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = make_policy("llama", dtype=torch.float32)
+    config = policy.model.config
+    before = bytes_per_token(policy)
+    monkeypatch.setattr(config, "head_dim", config.hidden_size // config.num_attention_heads + 5)
+    wider = 8 * 5 * config.num_key_value_heads * config.num_hidden_layers
+    assert bytes_per_token(policy) - before == wider
 
 
 @pytest.mark.parametrize("wrong", [0, -1, 1.5, True, "automatic", "auto/0", None])

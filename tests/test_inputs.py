@@ -195,6 +195,16 @@ def test_a_teacher_of_another_vocabulary_is_refused(tmp_path: Path) -> None:
     save_policy(policy_of(built(None)), tmp_path)
     with pytest.raises(UserError, match=r"has another vocabulary than the policy: use one with the same tokenizer$"):
         Models.load(load_policy("embedded"), [Reference(str(tmp_path))])
+    swapped = load_policy("embedded")
+    save_policy(swapped, tmp_path / "swapped")
+    file = tmp_path / "swapped" / "tokenizer.json"
+    content = json.loads(file.read_text())
+    words = content["model"]["vocab"]
+    one, other = list(words)[-2:]
+    words[one], words[other] = words[other], words[one]
+    file.write_text(json.dumps(content))
+    with pytest.raises(UserError, match="has another vocabulary"):
+        Models.load(swapped, [Reference(str(tmp_path / "swapped"))])
 
 
 def test_two_teachers_have_columns_of_their_own() -> None:
@@ -260,6 +270,14 @@ def test_stored_values_are_those_of_the_rows_tokens(make_policy: MakePolicy) -> 
     assert [len(value) for value in per_token] == [3, 2] and np.concatenate(per_token).tolist() == scored(policy, ROWS)
     assert [value.tolist() for value in assembler.values(Lengths(), ROWS)] == [[3.0], [2.0]]
     assert assembler.values(Reference(), []) == []
+    assert {value.dtype for value in per_token} == {np.dtype(np.float32)}, "whatever the model's"
+
+
+def test_a_batch_has_rewards_if_all_of_its_rows_do(make_policy: MakePolicy) -> None:
+    policy, rows = make_policy(), [replace(r, reward=value) for r, value in zip(ROWS, (0.0, -2.0), strict=True)]
+    found = assembled(policy, rows).reward
+    assert found is not None and found.tolist() == [0.0, -2.0]
+    assert assembled(policy, [rows[0], ROWS[1]]).reward is None, "a reward that is not known is not 0"
 
 
 @dataclass(frozen=True)

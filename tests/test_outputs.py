@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from rlzoo.errors import UserError
+from rlzoo.errors import TryAgainError, UserError
 from rlzoo.jobs import runs
 from rlzoo.jobs.cached_results import CachedResults
 from rlzoo.jobs.outputs import remove, remove_partial, replacing, write_atomically
@@ -394,6 +394,10 @@ def test_a_mistake_keeps_long_work_and_removes_short(tmp_path: Path, monkeypatch
     assert stopped(tmp_path / "out", what=UserError) == "" and names(tmp_path) == []
     monkeypatch.setattr(runs, "WORTH_KEEPING", 0.0)
     assert "what was done is kept" in stopped(tmp_path / "out", what=UserError)
+
+
+def test_what_the_same_command_can_go_on_from_is_kept_however_short(tmp_path: Path) -> None:
+    assert "what was done is kept" in stopped(tmp_path / "out", what=TryAgainError)
 
 
 def test_a_command_without_a_place_goes_on_in_the_one_where_it_was_stopped(

@@ -34,6 +34,7 @@ from rlzoo.errors import UserError
 from rlzoo.inputs import Critic, Statistic
 from rlzoo.policy import Policy, Sequences, load_policy
 from rlzoo.policy import head as head_module
+from rlzoo.policy.attention import attention
 from rlzoo.policy.head import Head
 from rlzoo.policy.loading import save_policy
 from rlzoo.policy.microbatches import log_probs, token_batches
@@ -186,6 +187,11 @@ def test_a_soft_cap_of_attention_is_kept(monkeypatch: pytest.MonkeyPatch) -> Non
     greedy = [p.model.generate(ids, do_sample=False, max_new_tokens=6, eos_token_id=None) for p in (own, eager)]
     assert torch.equal(*greedy), "with keys and values of before"
 
+    heads, seen = torch.randn(3, 1, 2, 4, 8).unbind(), torch.ones(4, 4, dtype=torch.bool).tril()
+    added = torch.zeros(4, 4).masked_fill(~seen, -torch.inf)
+    torch.testing.assert_close(*(attention(None, *heads, mask, softcap=0.5)[0] for mask in (seen, added)))
+    assert not attention(None, *heads, seen, softcap=0.5, dropout=1.0)[0].any()
+
 
 @pytest.mark.parametrize("kind", ["gpt2", "gemma2", "granite"])
 def test_a_chunked_head_changes_neither_values_nor_gradients(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -321,15 +327,27 @@ def test_a_bfloat16_model_gets_its_softmax_in_float32() -> None:
     torch.testing.assert_close(scores.logp[sequences.mask].double(), exact, rtol=0, atol=1e-5)
 
 
+def test_an_autocast_around_a_policy_holds_inside_it() -> None:
+    plain = build("llama", dtype=torch.float32)
+    mixed = Policy(plain.model, plain.tokenizer, compute=torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = plain(collate(ROWS)).logp
+    assert torch.equal(found, mixed(collate(ROWS)).logp) and not torch.equal(found, plain(collate(ROWS)).logp)
+
+
 def test_a_logit_term_sees_both_policies_and_sends_its_gradient_to_one() -> None:
-    policy, reference = build("gpt2"), build("gpt2", seed=1).frozen_copy()
+    policy, reference = build("gpt2"), build("gpt2", seed=1)
+    graphs: list[bool] = []
+    reference.model.base_model.register_forward_hook(lambda *_: graphs.append(torch.is_grad_enabled()))
     scores = policy(collate(ROWS), term=kl, reference=reference)
+    assert graphs == [False] and not scores.inputs
     for place, row in enumerate(ROWS):
         mine, theirs = plain_logits(policy, *row), plain_logits(reference, *row)
         expected = kl(mine, theirs, torch.tensor(row[1]))
         torch.testing.assert_close(scores.term[place, : len(row[1])].detach(), expected, rtol=0, atol=1e-10)
     scores.term.sum().backward()
     assert policy.model.lm_head.weight.grad.abs().max() > 0
+    assert all(p.grad is None for p in reference.parameters())
     assert policy(collate(ROWS), term=lambda *_: None).term.any().item() is False
 
 
@@ -477,6 +495,8 @@ def test_logits_are_scaled_and_then_capped() -> None:
     # 2 tanh(3·1/2) and 2 tanh(3·(-0.5)/2); the cap first would give 3·2 tanh(1/2) = 2.77
     found = head.finish(torch.tensor([[1.0, -0.5]], dtype=torch.float64))[0].tolist()
     assert found == pytest.approx([1.8102965077, -1.2702979047], abs=1e-9)
+    for half in (torch.float16, torch.bfloat16):
+        assert head.finish(torch.zeros(1, 1, dtype=half)).dtype == torch.float32
 
 
 def test_the_head_finds_scales_and_caps() -> None:

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import collections
 import json
 import multiprocessing
 import os
+import re
 import runpy
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from multiprocessing import connection
 from pathlib import Path
 from typing import Any
 
 import pytest
 import ranks_worker
+import sampling_worker
 import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
@@ -32,9 +36,10 @@ WORKER = Path(__file__).with_name("ranks_worker.py")
 OBJECTIVES = (
     "iw-sft-ema", "dpo", "ppo", "grpo", "kto", "ppo+sft",
     "asft", "otb", "dft-control",  # a reference that gives logits, a statistic of a snapshot, the whole batch at once
+    "iw-sft-ema-lora", "kto-lora", "dft-packed",
 )  # fmt: skip
 DDP: Mapping[str, str] = {}
-FSDP = {"RANKS_SHARD": "1"}
+FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 
 
 def copies(run: Callable[[int], Any], processes: int) -> list[Any]:
@@ -68,8 +73,13 @@ def copies(run: Callable[[int], Any], processes: int) -> list[Any]:
     return [heard.recv() if heard.poll() else None for heard, _ in pipes]
 
 
-def launch(arguments: list[str], processes: int, folder: Path, extra: Mapping[str, str] = DDP) -> None:
-    """Run a command as so many processes, as `accelerate launch` does, and see that all end well."""
+def launch(
+    arguments: list[str], processes: int, folder: Path, extra: Mapping[str, str] = DDP, fails: bool = False
+) -> str:
+    """Run a command as so many processes, as `accelerate launch` does, and see that all end well, or one ``fails``.
+
+    Returns the errors of those that failed.
+    """
 
     def command(number: int) -> str:
         os.environ |= extra
@@ -79,9 +89,15 @@ def launch(arguments: list[str], processes: int, folder: Path, extra: Mapping[st
             run(sys.argv[0], run_name="__main__")
         except SystemExit as stop:
             assert not stop.code, stop.code
+        except Exception as error:
+            if not fails:
+                raise
+            return f"{type(error).__name__}: {error}"
         return "well"
 
-    assert copies(command, processes) == ["well"] * processes
+    found = copies(command, processes)
+    assert (found != ["well"] * processes) == fails, found
+    return "\n".join(told for told in found if told not in ("well", None))
 
 
 @pytest.fixture(scope="module")
@@ -100,12 +116,40 @@ def found_in(folder: Path, objectives: Sequence[str] = OBJECTIVES) -> dict[str, 
     }
 
 
+@pytest.fixture(scope="module")
+def several(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[str, Any]]:
+    """What three processes with whole models find, or two with shards."""
+
+    @cache
+    def found(kind: str) -> dict[str, Any]:
+        folder = tmp_path_factory.mktemp(kind)
+        if kind == "fsdp":
+            launch([str(WORKER), str(folder), *OBJECTIVES], 2, folder, FSDP)
+        else:
+            launch([str(WORKER), str(folder), *OBJECTIVES, "kto-hungry"], 3, folder)
+        return found_in(folder, [*OBJECTIVES, "kto-hungry"] if kind == "ddp" else OBJECTIVES)
+
+    return found
+
+
+def check_same(found: tuple[dict[str, Any], dict[str, Any]], expected: tuple[dict[str, Any], dict[str, Any]]) -> None:
+    """The same weights, metrics of steps and costs, up to rounding."""
+    (weights, told), (weights_alone, told_alone) = found, expected
+    assert weights.keys() == weights_alone.keys()
+    for key, value in weights.items():
+        torch.testing.assert_close(value, weights_alone[key], rtol=1e-6, atol=1e-9, msg=key)
+    for row, row_alone in zip(told["steps"], told_alone["steps"], strict=True):
+        assert row == pytest.approx(row_alone, rel=1e-6, abs=1e-9)
+    for cost in ("gradient_tokens", "flops"):
+        assert told["costs"][cost] == pytest.approx(told_alone["costs"][cost], rel=1e-12)
+
+
 @pytest.mark.slow
 def test_a_stopped_run_goes_on_in_other_processes(
     alone: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Optimizer, moving reference and critic are whole in a checkpoint, whoever wrote it: two, two shards, or one."""
-    objectives = ("iw-sft-ema", "ppo")
+    """Optimizer, moving reference, critic and adapters are whole in a checkpoint of two, of two shards, or of one."""
+    objectives = ("iw-sft-ema-lora", "ppo")
     monkeypatch.setenv("RANKS_CHECKPOINTS", str(tmp_path / "checkpoints"))
     for stop, extra in (("2", DDP), ("3", FSDP)):
         launch([str(WORKER), str(tmp_path), *objectives], 2, tmp_path, {"RANKS_STOP": stop, **extra})
@@ -113,30 +157,41 @@ def test_a_stopped_run_goes_on_in_other_processes(
             assert (tmp_path / "checkpoints" / name / f"step-{int(stop) - 1:08d}.result").is_file()
     for name in objectives:
         ranks_worker.run(tmp_path, name)
-    for name, (weights, told) in found_in(tmp_path, objectives).items():
-        expected, told_alone = alone[name]
-        assert [row["step"] for row in told["steps"]] == [1, 2, 3]
-        for key, value in weights.items():
-            torch.testing.assert_close(value, expected[key], rtol=1e-6, atol=1e-9, msg=f"{name} {key}")
-        for row, row_alone in zip(told["steps"], told_alone["steps"], strict=True):
-            assert row == pytest.approx(row_alone, rel=1e-6, abs=1e-9)
+    for name, found in found_in(tmp_path, objectives).items():
+        assert found[1]["started"] == 2 and [row["step"] for row in found[1]["steps"]] == [1, 2, 3]
+        check_same(found, alone[name])
+
+
+@pytest.mark.slow
+def test_a_killed_run_resumes_from_its_shards_to_the_same_bits(
+    several: Callable[[str], dict[str, Any]], tmp_path: Path
+) -> None:
+    """A damaged checkpoint gives way to the one before, and the oldest are removed."""
+    folder = tmp_path / "checkpoints" / "ppo"
+    command, where = [str(WORKER), str(tmp_path), "ppo"], {"RANKS_CHECKPOINTS": str(folder.parent), **FSDP}
+    launch(command, 2, tmp_path, {**where, "RANKS_KILL": "3"}, fails=True)
+    shards = [folder / "step-00000002" / f"__{number}_0.distcp" for number in (0, 1)]
+    assert all(shard.stat().st_size > 0.3 * sum(s.stat().st_size for s in shards) for shard in shards)
+    content = bytearray(shards[1].read_bytes())
+    content[len(content) // 2] ^= 1
+    shards[1].write_bytes(content)
+    launch(command, 2, tmp_path, where)
+    (weights, told), (expected, told_whole) = found_in(tmp_path, ["ppo"])["ppo"], several("fsdp")["ppo"]
+    assert told["started"] == 1 and told["steps"] == told_whole["steps"]
+    assert all(torch.equal(value, expected[key]) for key, value in weights.items())
+    assert sorted(path.stem for path in folder.glob("step-*.result")) == ["step-00000002", "step-00000003"]
+    assert sorted(path.name for path in folder.iterdir() if path.is_dir()) == ["step-00000002", "step-00000003"]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("processes", "kind"), [(3, "ddp"), (2, "fsdp")])
-def test_processes_train_as_one(processes: int, kind: str, alone: dict[str, Any], tmp_path: Path) -> None:
-    launch([str(WORKER), str(tmp_path), *OBJECTIVES], processes, tmp_path, FSDP if kind == "fsdp" else DDP)
-    for name, (weights, told) in found_in(tmp_path).items():
-        expected, told_alone = alone[name]
-        assert weights.keys() == expected.keys()
-        for key, value in weights.items():
-            torch.testing.assert_close(value, expected[key], rtol=1e-6, atol=1e-9, msg=f"{name} {key}")
-        for row, row_alone in zip(told["steps"], told_alone["steps"], strict=True):
-            assert row.keys() == row_alone.keys()
-            for metric, value in row.items():
-                assert value == pytest.approx(row_alone[metric], rel=1e-6, abs=1e-9), (name, metric)
-        for cost in ("gradient_tokens", "flops"):
-            assert told["costs"][cost] == pytest.approx(told_alone["costs"][cost], rel=1e-12)
+def test_processes_train_as_one(
+    processes: int, kind: str, alone: dict[str, Any], several: Callable[[str], dict[str, Any]]
+) -> None:
+    found = several(kind)
+    for name in OBJECTIVES:
+        check_same(found[name], alone[name])
+        told, told_alone = found[name][1], alone[name][1]
         assert told["sampled"] == told_alone["sampled"]
         assert name != "asft" or told["steps"][2]["logit_term"] > 0
         assert told["ranks"] == processes and told["sharded"] == (kind == "fsdp")
@@ -145,6 +200,30 @@ def test_processes_train_as_one(processes: int, kind: str, alone: dict[str, Any]
         assert sampled == third or told["sharded"], "sampling changes no weight, though shards come and go"
         for row, row_alone in zip(told["scored"], told_alone["scored"], strict=True):
             assert row == pytest.approx(row_alone, rel=1e-6, abs=1e-9)
+
+
+@pytest.mark.slow
+def test_all_processes_halve_their_work_where_the_memory_of_one_runs_out(
+    alone: dict[str, Any], several: Callable[[str], dict[str, Any]], tmp_path: Path
+) -> None:
+    """Those of a sharded model wait for each other in the middle of it, and can only stop."""
+    found = several("ddp")["kto-hungry"]
+    check_same(found, alone["kto"])
+    assert found[1]["budget"] < ranks_worker.ROOM
+    assert found[1]["events"][0] == f"step 1: out of memory with 48 tokens per micro-batch, now {48 // 2}"
+    command, kept = [str(WORKER), str(tmp_path), "kto-hungry"], {"RANKS_CHECKPOINTS": str(tmp_path / "checkpoints")}
+    told = launch(command, 2, tmp_path, FSDP, fails=True)
+    assert re.search(
+        r"^UserError: out of memory with 48 tokens .* sharded model.*: set training.token_budget", told, re.M
+    )
+    told = launch(command, 2, tmp_path, {**FSDP, **kept}, fails=True)
+    assert re.search(
+        r"^TryAgainError: step 1: out of memory with 48 tokens .*, now 24: .*the same command goes on", told, re.M
+    )
+    launch(command, 2, tmp_path, {**FSDP, **kept})
+    (restarted,) = found_in(tmp_path, ["kto-hungry"]).values()
+    check_same(restarted, alone["kto"])
+    assert restarted[1]["budget"] == 24
 
 
 class Sharded(torch.nn.Linear):
@@ -251,13 +330,65 @@ def test_the_command_line_under_a_launcher(tmp_path: Path) -> None:
         torch.testing.assert_close(two[key], one[key], rtol=1e-4, atol=1e-5)
     load_policy(str(tmp_path / "two"))
     small = ["--algorithms", "sft,rft", "--seeds", "0", "--steps", "2", "--limit", "4", "--samples", "2"]
-    launch(["-m", "rlzoo", "compare", "facts", *small, "--batch-size", "8", "--out", "compared"], 2, tmp_path)
+    for out, extra in (("compared", DDP), ("sharded", FSDP)):
+        launch(["-m", "rlzoo", "compare", "facts", *small, "--batch-size", "8", "--out", out], 2, tmp_path, extra)
     assert main(["compare", "facts", *small, "--batch-size", "8", "--out", str(tmp_path / "compared-by-one")]) == 0
-    ours, theirs = (
-        json.loads((tmp_path / name / "results.json").read_text()) for name in ("compared", "compared-by-one")
+    theirs, *others = (
+        json.loads((tmp_path / name / "results.json").read_text())
+        for name in ("compared-by-one", "compared", "sharded")
     )
-    assert ours["buffer"] == theirs["buffer"]
-    for a, b in zip(ours["cells"], theirs["cells"], strict=True):
-        assert list(a["metrics"]) == list(b["metrics"])
-        for name, scores in a["metrics"].items():  # all but the log-likelihood count samples
-            assert scores == pytest.approx(b["metrics"][name], rel=1e-4)
+    for ours in others:
+        assert ours["buffer"] == theirs["buffer"]
+        for a, b in zip(ours["cells"], theirs["cells"], strict=True):
+            assert list(a["metrics"]) == list(b["metrics"])
+            for name, scores in a["metrics"].items():  # all but the log-likelihood count samples
+                assert scores == pytest.approx(b["metrics"][name], rel=1e-4)
+
+
+REWARD = """
+import os, pathlib
+def told(prompts, completions, **columns):
+    with pathlib.Path(__file__).with_suffix(f".{os.environ.get('RANK')}").open("a") as file:
+        file.writelines(f"{prompt!r}|{text!r}\\n" for prompt, text in zip(prompts, completions))
+    return [float(sum(map(ord, text)) % 7) for text in completions]
+"""
+SCORED = ("one/reward.None", "two/reward.0", "two/reward.1")
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_processes_sample_and_evaluate_as_one(kind: str, tmp_path: Path) -> None:
+    """Each samples its share, has it scored, and knows all of it; an engine is one's own, or two share it."""
+    engines = ("transformers", "vllm", "tensor")
+    for folder in ("one", "two"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "reward.py").write_text(REWARD)
+    for engine in engines:
+        sampling_worker.run(tmp_path / "one", engine)
+    worker = [str(WORKER.with_name("sampling_worker.py")), str(tmp_path / "two"), *engines]
+    launch(worker, 2, tmp_path, FSDP if kind == "fsdp" else DDP)
+    scored = [collections.Counter((tmp_path / place).read_text().splitlines()) for place in SCORED]
+    assert scored[1] + scored[2] == scored[0] and not scored[1].keys() & scored[2].keys()
+    assert min(map(len, scored[1:])) > len(scored[0]) / 3
+    for engine in engines:
+        alone = json.loads((tmp_path / "one" / f"{engine}-0.json").read_text())
+        both = [json.loads((tmp_path / "two" / f"{engine}-{number}.json").read_text()) for number in range(2)]
+        for found in both:
+            assert found["ranks"] == 2 and found["after a step"] == alone["after a step"]
+            assert alone["after a step"] != [row["completion_ids"] for row in alone["None"]["rows"]]
+            for limit in ("60.0", "None"):
+                assert close(found[limit], alone[limit]), engine
+        if engine != "transformers":
+            first, second = (sorted(found["engine"]["prompts"]) for found in both)
+            every = sorted(alone["engine"]["prompts"])
+            assert first == second == every if engine == "tensor" else sorted(first + second) == every != first
+            assert both[0]["engine"]["calls"] == both[1]["engine"]["calls"]
+            assert {found["options"]["distributed_executor_backend"] for found in both} == {"external_launcher"}
+
+
+def close(one: Any, other: Any) -> bool:
+    """Whether plain data are equal up to rounding."""
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(close(value, other[key]) for key, value in one.items())
+    if isinstance(one, list):
+        return len(one) == len(other) and all(map(close, one, other))
+    return bool(one == (pytest.approx(other, rel=1e-6, abs=1e-9) if isinstance(one, float) else other))

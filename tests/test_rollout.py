@@ -6,12 +6,16 @@ import inspect
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from scipy.stats import chisquare
+from transformers.cache_utils import DynamicCache
 
 from rlzoo.buffers.problems import Problem, encode_problems
 from rlzoo.config import Sampling
@@ -92,6 +96,12 @@ def test_a_completion_ends_at_its_end_of_sequence_or_is_marked(make_policy: Make
         assert not {eos, other} & set(sample.ids[:-1])
         assert sample.truncated == (sample.ids[-1] not in (eos, other))
         assert not sample.truncated or len(sample.ids) == 8
+    policy.model.generation_config.eos_token_id = [*range(40, 80)]
+    draws = np.random.default_rng(0).random((40, 8))
+    for static_shapes in (False, True):
+        decoded = decoding.Decoder(policy, static_shapes).decode(PROMPTS, 10, settings, draws)
+        assert len({len(ids) for ids in decoded}) > 4
+        assert not any({eos, *range(40, 80)} & set(ids[:-1]) for ids in decoded)
 
 
 def test_padding_with_the_end_of_sequence_loses_no_end(make_policy: MakePolicy) -> None:
@@ -458,6 +468,60 @@ def test_static_shapes_give_the_same_tokens(
     assert max(lengths) > 30 and len(lengths) > (1 if greedy else 6)
 
 
+def static_batch(rows: int, tokens: int, next_logits: Any) -> static_decoding.StaticBatch:
+    """Prompts of 20 tokens, after which row i begins with token i + 1; token 9 ends."""
+    cache, past = DynamicCache(), torch.zeros(rows, 1, 20, 2)
+    cache.update(past, past, 0)
+    first, mask = torch.eye(10)[1 : rows + 1], torch.ones(rows, 20, dtype=torch.bool)
+    return static_decoding.StaticBatch(
+        cache, mask, first, None, tokens, torch.tensor([9]), next_logits, lambda logits, uniform: logits.argmax(1)
+    )
+
+
+def test_room_grows_by_half_and_to_no_more_than_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    rooms, captured_at = list[int](), list[int]()
+
+    def next_logits(token: Any, mask: torch.Tensor, position: torch.Tensor, cache: Any) -> torch.Tensor:
+        assert int(mask.sum()) == int(position) + 1 == 21 + len(rooms)
+        rooms.append(mask.shape[3])
+        return torch.eye(10)[[1]]
+
+    def captured(step: Any, device: torch.device) -> Callable[[], None]:
+        captured_at.append(step.__self__.past)
+        step()
+        return step  # type: ignore[no-any-return]
+
+    monkeypatch.setattr(static_decoding, "ROOM", 8)
+    monkeypatch.setattr(static_decoding, "BLOCK", 4)
+    monkeypatch.setattr(static_decoding, "captured", captured)
+    batch = static_batch(1, 25, next_logits)
+    static_decoding.run(batch, graphs=True)
+    # 20 + 20/2, then 32 + 32/2 but at most 20 + 25, each rounded up to a multiple of 4
+    assert rooms == [32] * 12 + [48] * 12 and batch.completions() == [[1] * 25]
+    assert captured_at == [20], "the 12 tokens in the second buffer are not worth a graph"
+
+
+def test_finished_sequences_leave_when_they_are_half() -> None:
+    sizes: list[int] = []
+
+    def run(*stops: int) -> list[list[int]]:
+        def next_logits(token: torch.Tensor, mask: Any, position: torch.Tensor, cache: Any) -> torch.Tensor:
+            sizes.append(len(token))
+            own = zip(token[:, 0].tolist(), position[:, 0].tolist(), strict=True)
+            return torch.eye(10)[[9 if row == 9 or place - 18 >= stops[row - 1] else row for row, place in own]]
+
+        sizes.clear()
+        batch = static_batch(4, 50, next_logits)
+        static_decoding.run(batch, graphs=False)
+        return batch.completions()
+
+    # looked at after 16 tokens, when one of four has ended, and after 32, when two have
+    assert run(5, 22, 99, 99) == [[1] * 4 + [9], [2] * 21 + [9], [3] * 50, [4] * 50]
+    assert sizes == [4] * 31 + [2] * 18
+    assert run(5, 5, 6, 2) == [[1] * 4 + [9], [2] * 4 + [9], [3] * 5 + [9], [4, 9]]
+    assert sizes == [4] * 15, "nothing is left to decode"
+
+
 def test_a_replayed_step_finds_everything_where_it_was(
     make_policy: MakePolicy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -519,12 +583,37 @@ def test_a_model_that_allows_no_graph_is_sampled_without(
     assert tried == [1]
 
 
+def test_what_keeps_a_step_from_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The step is taken; then code that asks for a number is told of, and memory that runs out is an error."""
+    for name in ("Stream", "CUDAGraph", "current_stream"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_: SimpleNamespace(wait_stream=lambda other: None))
+    for name in ("stream", "graph"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_, **__: nullcontext())
+    steps: list[int] = []
+
+    def step() -> None:
+        steps.append(1)
+        if len(steps) % 2 == 0:
+            raise wrong
+
+    wrong = RuntimeError("operation not permitted when stream is capturing\nmore")
+    with pytest.warns(UserWarning, match=r"goes on without CUDA graphs, .*: operation not permitted .* capturing$"):
+        assert static_decoding.captured(step, torch.device("cuda")) is None
+    wrong = torch.OutOfMemoryError("CUDA out of memory")
+    with pytest.raises(torch.OutOfMemoryError):
+        static_decoding.captured(step, torch.device("cuda"))
+    assert len(steps) == 4
+
+
 def test_a_model_that_static_shapes_do_not_suit(make_policy: MakePolicy, tokenizer: Any) -> None:
-    """One without position ids, and one that reads something out of its mask."""
-    from transformers import BloomConfig, BloomForCausalLM
+    """One without position ids, one that forgets keys, and one that reads something out of its mask."""
+    from transformers import BloomConfig, BloomForCausalLM, MistralConfig, MistralForCausalLM
 
     size = {"vocab_size": len(tokenizer), "hidden_size": 16, "n_layer": 1, "n_head": 2}
     bloom = Policy(BloomForCausalLM(BloomConfig(**size)).eval(), tokenizer)
+    size = {"vocab_size": len(tokenizer), "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "sliding_window": 4}
+    mistral = Policy(MistralForCausalLM(MistralConfig(**size, **heads)).eval(), tokenizer)
     llama = make_policy("llama")
     forward = llama.model.base_model.forward
 
@@ -539,7 +628,7 @@ def test_a_model_that_static_shapes_do_not_suit(make_policy: MakePolicy, tokeniz
     llama.model.base_model.forward = lambda *, position_ids, attention_mask, **options: by_mask(
         attention_mask=attention_mask, position_ids=position_ids + attention_mask.shape[-1], **options
     )
-    for policy in (bloom, llama):
+    for policy in (bloom, mistral, llama):
         with pytest.raises(UserError, match="static_shapes: this model computes other logits with them"):
             TransformersSampler(policy, static_shapes=True).sample(PROMPTS, SHORT, 0)
 

@@ -392,10 +392,10 @@ def test_the_optimizer_is_adamw_as_the_settings_say(make_policy: MakePolicy) -> 
 
 
 def test_the_schedule_warms_up_and_follows_a_cosine(make_policy: MakePolicy) -> None:
-    settings = RAW.model_copy(update={"steps": 6, "warmup_ratio": 1 / 3, "learning_rate": 1e-3})
+    settings = RAW.model_copy(update={"steps": 6, "warmup_ratio": 0.3, "learning_rate": 1e-3})
     policy = make_policy()
     steps = Trainer(policy, get_objective("sft"), Fixed(make_batch(policy, Selection.CORRECT)), settings).run().steps
-    # two steps of warm-up, 1/3 and 2/3; then (1 + cos(π i/4))/2 for i = 0 … 3; i = 4 would be 0
+    # 1.8 steps of warm-up are two, 1/3 and 2/3; then (1 + cos(π i/4))/2 for i = 0 … 3; i = 4 would be 0
     expected = [1 / 3, 2 / 3, 1, 0.8535533906, 0.5, 0.1464466094]
     assert [row["learning_rate"] for row in steps] == pytest.approx([1e-3 * x for x in expected], rel=1e-8)
     assert [row["step"] for row in steps] == [1, 2, 3, 4, 5, 6]

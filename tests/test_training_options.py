@@ -147,6 +147,9 @@ def test_a_reference_is_without_the_adapter_of_the_output_layer_too() -> None:
     with torch.no_grad():
         adapters(policy.model)["lm_head"].lora_B["default"].weight.fill_(0.5)
     assert log_probs(policy.reference(), PAIRS) == before != log_probs(policy, PAIRS)
+    policy.requires_grad_(False)
+    log_probs(policy.reference(), PAIRS)
+    assert not any(p.requires_grad for p in policy.parameters()), "a frozen policy stays frozen"
 
 
 def test_lora_of_layers_that_are_not_there() -> None:

@@ -133,13 +133,15 @@ class Sampling(_Strict):
     engine: str = "auto"
     """The sampler: ``transformers``, ``vllm``, another registered name, ``module:Name`` or ``file.py:Name``. ``auto``
     is vllm if it is installed and the policy is on a GPU (or if a url is given), else transformers."""
-    url: str | None = None
-    """The URL of a vLLM server; without one, vLLM runs in the sampling process."""
+    url: str | tuple[str, ...] | None = None
+    """The URL of a vLLM server, or several, which share the prompts; without one, vLLM runs in the sampling process."""
     engine_options: Mapping[str, Any] = {}
     """Arguments of the sampler's constructor; for vllm, those of ``vllm.LLM`` (max_model_len, ...)."""
 
     @pydantic.model_validator(mode="after")
     def _is_of_one_engine(self) -> Sampling:
+        if self.url == ():
+            raise ValueError("url is an empty list: give at least one server, or leave it out")
         if self.url is not None and self.engine_options:
             raise ValueError("a server has its own options: give url or engine_options")
         if "trust_remote_code" in self.engine_options:

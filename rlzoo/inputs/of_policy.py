@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -113,7 +112,7 @@ class Critic(Input):
         return 0.3 * normal(logp.shape, draw)
 
     def module(self, policy: Policy) -> nn.Module:
-        return ValueHead(None if self.shared else copy.deepcopy(policy.model.base_model), policy.hidden_size)
+        return ValueHead(None if self.shared else policy.copy_of_trunk(), policy.hidden_size)
 
     def of_hidden(self, module: ValueHead, hidden: Float[Tensor, "N H"]) -> Float[Tensor, " N"]:
         found: Tensor = module.head(hidden)[:, 0]

@@ -70,7 +70,7 @@ class MovingReference(Input):
     decay: float
 
     def moving_model(self, policy: Policy) -> Policy:
-        return policy.frozen_copy()
+        return policy.frozen_copy(moving=True)
 
     def compute(self, context: Context) -> Float[Tensor, "B T"]:
         return context.log_probs(context.own)
@@ -78,10 +78,9 @@ class MovingReference(Input):
     @torch.no_grad()
     def after_step(self, context: Context) -> None:
         pairs = zip(context.own.model.parameters(), context.policy.model.parameters(), strict=True)
-        for average, current in pairs:
-            whole = current.full_tensor() if hasattr(current, "full_tensor") else current
+        for average, current in pairs:  # sharded alike
             if average.is_floating_point():  # weights in 4 bits stay as they are
-                average.lerp_(whole, 1 - self.decay)
+                average.lerp_(current, 1 - self.decay)
 
     @property
     def label(self) -> str:

@@ -23,7 +23,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
-from rlzoo.errors import UserError
+from rlzoo.errors import TryAgainError, UserError
 from rlzoo.jobs.outputs import remove, remove_partial, write_atomically
 from rlzoo.jobs.ranks import agreed, is_main
 from rlzoo.jobs.sources import data_files, kind_of_file
@@ -94,7 +94,7 @@ def run_in(
             remove(state)
         except BaseException as error:
             reason = _of_the_system(error)
-            mistake = isinstance(error, Exception) and reason is None
+            mistake = isinstance(error, Exception) and reason is None and not isinstance(error, TryAgainError)
             if _holds_work(state) and not (mistake and time.monotonic() - started < WORTH_KEEPING):
                 error.add_note(f"what was done is kept, and the same command with --out {path} resumes there")
             else:

@@ -30,10 +30,9 @@ def add_lora(model: nn.Module, rank: int, alpha: float, target_modules: str | Se
     if adapters(model):
         raise UserError("the model has an adapter already")
     targets = target_modules if isinstance(target_modules, str) else list(target_modules)
-    model.requires_grad_(False)
     config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, task_type="CAUSAL_LM")
     try:
-        inject_adapter_in_model(config, model)
+        inject_adapter_in_model(config, model)  # which freezes all else
     except ValueError as error:
         raise UserError(f"lora.target_modules {target_modules!r}: {str(error).splitlines()[0]}") from None
     dtype = torch.promote_types(next(model.parameters()).dtype, torch.float32)
@@ -43,20 +42,34 @@ def add_lora(model: nn.Module, rank: int, alpha: float, target_modules: str | Se
                 parameter.data = parameter.data.to(dtype)
 
 
+@torch.no_grad()
+def copy_adapters(model: nn.Module, into: nn.Module) -> None:
+    """Give another model copies of the adapters of ``model``, if it has any."""
+    if not adapters(model):
+        return
+    from peft import inject_adapter_in_model
+
+    inject_adapter_in_model(model.peft_config[NAME], into)  # type: ignore[index]
+    values = dict(model.named_parameters())
+    for name, parameter in into.named_parameters():
+        if "lora_" in name:
+            parameter.data = values[name].detach().clone()
+
+
 @contextmanager
 def switched_off(model: nn.Module) -> Iterator[None]:
     """Disable the adapters in this context."""
     layers = adapters(model).values()
-    training = [p for layer in layers for p in layer.parameters() if p.requires_grad]
+    before = [(p, p.requires_grad) for layer in layers for p in layer.parameters()]
     for layer in layers:
         layer.enable_adapters(False)
     try:
         yield
     finally:
         for layer in layers:
-            layer.enable_adapters(True)
-        for parameter in training:
-            parameter.requires_grad_(True)
+            layer.enable_adapters(True)  # which has all of them trained, also those of a frozen policy
+        for parameter, trains in before:
+            parameter.requires_grad_(trains)
 
 
 def merged(model: nn.Module, weights: dict[str, Tensor]) -> dict[str, Tensor]:

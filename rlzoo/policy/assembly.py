@@ -74,11 +74,10 @@ class Models:
 
 
 def _loaded(name: str, policy: Policy) -> Policy:
-    model = load_policy(name, device=policy.device).eval().requires_grad_(False)
+    dtype = "float32" if policy.compute is None else "bfloat16-mixed"
+    model = load_policy(name, dtype, policy.device, frozen=True)
     if model.tokenizer.get_vocab() != policy.tokenizer.get_vocab():
         raise UserError(f"the model {name!r} has another vocabulary than the policy: use one with the same tokenizer")
-    model.compute = policy.compute
-    model.to(policy.device)
     model.pack("auto" if policy.packs else "padded")
     return model
 

@@ -11,7 +11,8 @@ import torch
 from rlzoo.config import TokenBudget, Training
 from rlzoo.errors import UserError
 from rlzoo.jobs.memory import free_bytes
-from rlzoo.jobs.ranks import gathered
+from rlzoo.jobs.ranks import gathered, is_sharded
+from rlzoo.policy import sharding
 from rlzoo.policy.head import chunk_rows
 from rlzoo.policy.policy import Policy
 
@@ -94,11 +95,18 @@ def bytes_per_token(policy: Policy) -> float:
 
 def bytes_of_training(policy: Policy) -> float:
     """What training will allocate beside the weights and what follows the tokens: gradients and the optimizer's two
-    moments, weights in the dtype of matrix products, and chunks of logits."""
+    moments, weights in the dtype of matrix products, and chunks of logits.
+
+    Of a sharded model the shards, and what is whole at a time.
+    """
     parameters = [p for p in policy.parameters() if p.requires_grad]
-    found = sum(3 * p.numel() * p.element_size() for p in parameters if p.grad is None)
+    found = sum(3 * sharding.held(p) * p.element_size() for p in parameters if p.grad is None)
+    together = sum(p.numel() for p in policy.parameters())
+    if is_sharded(policy.model):
+        together = sharding.gathered_together(policy.model)
+        found += together * policy.model.dtype.itemsize
     if policy.compute is not None:
-        found += sum(p.numel() for p in policy.parameters()) * policy.compute.itemsize
+        found += together * policy.compute.itemsize
     return found + 3 * 4 * policy.vocabulary * chunk_rows(policy.vocabulary, policy.device)
 
 

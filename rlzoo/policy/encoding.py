@@ -91,8 +91,10 @@ def prompt_steps(
         bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
         if bos is not None and ids[:2] == [bos, bos] and (yield prompt, False)[:2] != [bos, bos]:
             ids = ids[1:]  # the text was rendered before, with its own
-        if ids[-1:] == [eos] and (yield prompt, False)[-1:] != [eos]:
-            ids = ids[:-1]  # added by the tokenizer: the model would learn to continue after the end
+        if ids[-1:] == [eos]:
+            own = yield prompt, False
+            if own[-1:] != [eos] or ids[-len(own) - 1 : -1] == own:
+                ids = ids[:-1]  # added by the tokenizer: the model would learn to continue after the end
     else:
         conversation = messages(prompt)
         if special == "reject":

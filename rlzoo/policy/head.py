@@ -103,12 +103,13 @@ def token_log_probs(
     top_p: float = 1.0,
     statistics: Collection[Input] = (),
     term: LogitTerm | None = None,
-    reference: tuple[Head, Float[Tensor, "N H"]] | None = None,
+    reference: tuple[Callable[[Tensor], Tensor], Float[Tensor, "N H"]] | None = None,
 ) -> dict[str, Float[Tensor, " N"]]:
     """``logp`` of each target in nats, the requested statistics (without a graph), and ``term`` if one is given.
 
     Logits are first divided by ``temperature`` (None: 1). With ``top_p`` below 1, log-probs are those of nucleus
-    sampling, and ``nucleus`` is the log-probability of the nucleus.
+    sampling, and ``nucleus`` is the log-probability of the nucleus. ``reference`` makes logits of a frozen
+    model's hidden states, and comes with these.
     """
 
     def run(part: Tensor, tokens: Tensor, heat: Tensor | None, reference_part: Tensor | None) -> tuple[Tensor, ...]:
@@ -125,7 +126,7 @@ def token_log_probs(
         logp = logits.gather(1, tokens[:, None])[:, 0] - logits.logsumexp(1)
         reference_logits = None
         if reference is not None and reference_part is not None:
-            reference_logits = reference[0].logits(reference_part).detach()
+            reference_logits = reference[0](reference_part).detach()
             if heat is not None:
                 reference_logits = reference_logits.div_(heat.to(logits.dtype))
         value = term(logits, reference_logits, tokens)

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from rlzoo.config import Packing, Training
 from rlzoo.errors import UserError
-from rlzoo.jobs.ranks import rank
+from rlzoo.jobs.ranks import agreed, by_main, rank
+from rlzoo.policy import sharding
 from rlzoo.policy.adapters import adapters, merged, save_adapter
 from rlzoo.policy.defaults import device_of, dtype_of, make_deterministic
 from rlzoo.policy.head import Head
 from rlzoo.policy.policy import Policy
-from rlzoo.policy.quantised import in_4_bits, saved_as_whole, with_one_numerics
+from rlzoo.policy.quantised import UNSHARDED, in_4_bits, saved_as_whole, with_one_numerics
 from rlzoo.worlds import EMBEDDED_BASE
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 EMBEDDED = "embedded"
 REMOTE_CODE = "RLZOO_TRUST_REMOTE_CODE"
@@ -51,44 +56,43 @@ def load_policy(
     device: str | torch.device | None = None,
     packing: Packing = "auto",
     load_in_4bit: bool = False,
+    frozen: bool = False,
 ) -> Policy:
     """The policy behind ``embedded``, a folder, or a Hub id. Raises UserError if it cannot be loaded.
 
     ``bfloat16-mixed`` has float32 weights and bfloat16 matrix products; ``auto`` is that on a GPU, float32 on a CPU.
-    ``device``: ``auto`` and None are a GPU if there is one. ``packing`` is for `Policy.pack`. ``load_in_4bit``
-    holds the weights of linear layers but the head in 4 bits, for adapters alone. A model with its own code is refused,
-    except under ``rlzoo --trust-remote-code``.
+    ``device``: ``auto`` and None are a GPU if there is one. ``packing`` is for `Policy.pack`. ``load_in_4bit`` holds
+    the weights of linear layers but the head in 4 bits, for adapters alone; a ``frozen`` model holds those of matrix
+    products in the dtype of these. A model with its own code is refused, except under ``rlzoo --trust-remote-code``.
+    Where the launcher asked for sharded models, the main process alone reads the weights.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
     device = device_of(device)
     dtype = dtype_of(dtype, device)
     compute = torch.bfloat16 if dtype == "bfloat16-mixed" else None
+    where, shards = _place(name), sharding.is_asked()
+    if load_in_4bit and shards:
+        raise UserError(UNSHARDED)
     quantised = in_4_bits(compute or DTYPES[dtype], device) if load_in_4bit else {}
-    where, trusted = _place(name), trusts_remote_code()
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=trusted)
-        model, found = AutoModelForCausalLM.from_pretrained(
-            where,
-            dtype=DTYPES[dtype],
-            use_safetensors=True,
-            output_loading_info=True,
-            trust_remote_code=trusted,
-            **quantised,
-        )
-    except Exception as error:
-        raise _not_loaded(name, error) from error
-    if lacking := sorted(map(str, [*found["missing_keys"], *found["mismatched_keys"]])):
-        # transformers would initialise them at random, with a warning only
-        raise UserError(
-            f"model {name!r} has no weights for {lacking[0]} ({len(lacking)} in all): is its folder complete?"
-        )
+    with _explained(name):
+        tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=trusts_remote_code())
     if tokenizer.eos_token_id is None:
         raise UserError(f"model {name!r}: its tokenizer has no end-of-sequence token, so completions cannot end")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token  # padding is masked by position, never by id
-    with_one_numerics(model)
-    policy = Policy(model.to(device), tokenizer, name, compute)
+    narrow = compute if frozen else None
+    if shards:
+        source = by_main(lambda: _weights(name, where, DTYPES[dtype]))
+        policy = Policy(_empty(name, where, DTYPES[dtype], source), tokenizer, name, compute)
+        sharding.shard(policy, policy.model, sharding.from_main(source, policy.model, device, narrow))
+        del source
+    else:
+        model = _weights(name, where, DTYPES[dtype], **quantised)
+        sharding.narrow(model, narrow)
+        policy = Policy(model.to(device), tokenizer, name, compute)
+    if frozen:
+        policy.eval().requires_grad_(False)
     _check_head(policy)
     policy.pack(packing)
     return policy
@@ -99,17 +103,25 @@ def load_shape(name: str) -> Policy:
 
     Raises UserError as `load_policy` does.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
-    where, trusted = _place(name), trusts_remote_code()
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=trusted)
+    where = _place(name)
+    with _explained(name):
+        tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=trusts_remote_code())
+    return Policy(_on_meta(name, where, torch.float32), tokenizer, name)
+
+
+def _on_meta(name: str, where: str, dtype: torch.dtype, tied: bool | None = None) -> PreTrainedModel:
+    """The model without its weights; ``tied``: whether it shares its embedding with the head, if not as configured."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    trusted = trusts_remote_code()
+    with _explained(name), torch.device("meta"):
         config = AutoConfig.from_pretrained(where, trust_remote_code=trusted)
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=trusted)
-    except Exception as error:
-        raise _not_loaded(name, error) from error
-    return Policy(model, tokenizer, name)
+        if tied is not None:
+            config.tie_word_embeddings = tied
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trusted)
+    return model
 
 
 def _place(name: str) -> str:
@@ -124,25 +136,63 @@ def _place(name: str) -> str:
     return where
 
 
-def _not_loaded(name: str, error: Exception) -> UserError:
-    """What to tell when a library could not load a model."""
-    if "trust_remote_code" in str(error) and not trusts_remote_code():
-        return UserError(f"model {name!r} has its own code: add --trust-remote-code if you trust its source")
-    reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    return UserError(f"model {name!r} cannot be loaded ({reason.strip()[:160]}): {FIX}")
+@contextmanager
+def _explained(name: str) -> Iterator[None]:
+    """In this context an error of the library's is a UserError."""
+    try:
+        yield
+    except Exception as error:
+        if "trust_remote_code" in str(error) and not trusts_remote_code():
+            told = "has its own code: add --trust-remote-code if you trust its source"
+            raise UserError(f"model {name!r} {told}") from error
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise UserError(f"model {name!r} cannot be loaded ({reason.strip()[:160]}): {FIX}") from error
+
+
+def _weights(name: str, where: str, dtype: torch.dtype, **quantised: Any) -> PreTrainedModel:
+    """The whole model, on the CPU unless it is ``quantised``."""
+    from transformers import AutoModelForCausalLM
+
+    with _explained(name):
+        model, found = AutoModelForCausalLM.from_pretrained(
+            where,
+            dtype=dtype,
+            use_safetensors=True,
+            output_loading_info=True,
+            trust_remote_code=trusts_remote_code(),
+            **quantised,
+        )
+    if lacking := sorted(map(str, [*found["missing_keys"], *found["mismatched_keys"]])):
+        # transformers would initialise them at random, with a warning only
+        raise UserError(
+            f"model {name!r} has no weights for {lacking[0]} ({len(lacking)} in all): is its folder complete?"
+        )
+    with_one_numerics(model)
+    loaded: PreTrainedModel = model
+    return loaded
+
+
+def _empty(name: str, where: str, dtype: torch.dtype, source: PreTrainedModel | None) -> PreTrainedModel:
+    """The main process's model ``source``, without its weights, in every process."""
+    known = None if source is None else (source.config.tie_word_embeddings, source.generation_config)
+    told: Any = agreed(known)  # what may depend on the weights
+    model = _on_meta(name, where, dtype, told[0]).eval()
+    model.generation_config = told[1]
+    return model
 
 
 @torch.no_grad()
 def _check_head(policy: Policy) -> None:
     """Raise UserError if the model's logits are not those of `Head`: its log-probs would be silently wrong."""
-    model = policy.model.eval()
+    model: Any = policy.model.eval()
+    trunk = model.base_model
     try:
         policy.check_range(policy.tokenizer.eos_token_id)
     except UserError as error:
         raise UserError(f"model {policy.name!r} has no embedding of its end of sequence: {error}") from None
     ids = torch.tensor([[policy.tokenizer.eos_token_id] * 2], device=policy.device)
     try:
-        expected = model(input_ids=ids, use_cache=False).logits[0].float()
+        expected = policy.run(lambda: model(input_ids=ids, use_cache=False).logits[0].float())
     except Exception as error:  # a configuration can disagree with the weights in any way
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"model {policy.name!r} does not run ({reason:.160}): is its folder complete?") from error
@@ -151,10 +201,12 @@ def _check_head(policy: Policy) -> None:
         f"model {policy.name!r}: rlzoo does not know how a {kind!r} computes its logits: use another model"
     )
     try:
-        found = Head.of(model).logits(model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0]).float()
+        found = policy.run(lambda: Head.of(model).logits(trunk(input_ids=ids, use_cache=False).last_hidden_state[0]))
     except Exception as error:  # a model's own code need not follow transformers' conventions
         raise unknown from error
-    if found.shape != expected.shape or not torch.allclose(found, expected, rtol=0.02, atol=0.02 * scale + 1e-6):
+    if found.shape != expected.shape or not torch.allclose(
+        found.float(), expected, rtol=0.02, atol=0.02 * scale + 1e-6
+    ):
         raise unknown
 
 
@@ -162,27 +214,12 @@ def save_policy(policy: Policy, folder: Path) -> None:
     """Write a folder for ``from_pretrained``: safetensors, configuration and tokenizer, without a critic.
 
     An adapter is merged into the weights, which are whole where they were in 4 bits, and also written to the folder
-    ``adapter``. All processes must call this; the
-    main one writes.
+    ``adapter``. All processes must call this; the main one writes.
     """
-    weights = _gathered(policy.model)
+    weights = sharding.whole_weights(policy.model, everywhere=False)
     if rank() == 0:
         with saved_as_whole(policy.model):
             policy.model.save_pretrained(folder, state_dict=merged(policy.model, weights))
         policy.tokenizer.save_pretrained(folder)
         if adapters(policy.model):
             save_adapter(policy.model, weights, folder / "adapter", policy.name)
-
-
-def _gathered(model: Any) -> dict[str, Tensor]:
-    """The tensors of a model, gathered if it is sharded; tied weights stay one tensor."""
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    found, whole = {}, dict[int, Tensor]()
-    for name, value in model.state_dict().items():
-        if hasattr(value, "full_tensor"):
-            key = id(parameters.get(name, value))
-            if key not in whole:
-                whole[key] = value.full_tensor()
-            value = whole[key]
-        found[name] = value
-    return found

@@ -13,7 +13,7 @@ from rlzoo.config import TokenBudget
 from rlzoo.errors import UserError
 from rlzoo.inputs import Input
 from rlzoo.jobs.memory import is_out_of_memory, on_device, release_memory
-from rlzoo.jobs.ranks import rank, summed, world_size
+from rlzoo.jobs.ranks import gathered, is_sharded, rank, summed, world_size
 from rlzoo.policy.defaults import token_budget_of
 from rlzoo.policy.policy import ForwardPass, Policy
 from rlzoo.policy.sequences import Row, Sequences, Tokens, length
@@ -44,26 +44,47 @@ class MicroBatches:
         own = range(rank(), -(-len(batches) // world) * world, world)
         return [(batches[i], True) if i < len(batches) else (batches[0], False) for i in own]
 
-    def within_memory(self, rows: Sequence[Tokens], work: Callable[[], T], undo: Callable[[], None] | None = None) -> T:
-        """Do the work; if memory runs out, again with half the budget, except in a distributed run.
+    def within_memory(
+        self,
+        rows: Sequence[Tokens],
+        work: Callable[[], T],
+        undo: Callable[[], None] | None = None,
+        in_step: bool = False,
+    ) -> T:
+        """Do the work; if memory runs out in one process, all do it again with half the budget.
 
-        ``undo`` discards what a failed attempt left. Raises UserError if a single row does not fit.
+        ``undo`` discards what a failed attempt left. Raises UserError if a single row does not fit, and if processes
+        work ``in_step``, as those of a sharded model do: the others wait for the one that failed.
         """
         while True:
+            failed = None
             try:
-                return work()
+                found = work()
             except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error) or world_size() > 1:
+                if not is_out_of_memory(error):
                     raise
-                if self.token_budget <= max(map(length, rows)):
-                    raise UserError(f"out of memory with one sequence per micro-batch: {error}") from None
-            if undo is not None:
+                failed = str(error)
+            told = [failed] if in_step else gathered(failed)
+            reasons = [each for each in told if each is not None]
+            if not reasons:
+                return found
+            if self.token_budget <= max(map(length, rows)):
+                raise UserError(f"out of memory with one sequence per micro-batch: {reasons[0]}")
+            if undo is not None and not in_step:
                 undo()
             release_memory()
-            halved = max(min(self.token_budget, sum(map(length, rows))) // 2, 1)
+            before, self.token_budget = self.token_budget, self._halved(rows)
             if self._on_halved is not None:
-                self._on_halved(self.token_budget, halved)
-            self.token_budget = halved
+                self._on_halved(before, self.token_budget)
+            if in_step:
+                raise UserError(
+                    f"out of memory with {before} tokens per micro-batch in one process of a sharded model, for which "
+                    f"the others wait: set training.token_budget to less ({reasons[0]:.160})"
+                )
+
+    def _halved(self, rows: Sequence[Tokens]) -> int:
+        """Half the tokens that a micro-batch of these rows has at most."""
+        return max(min(self.token_budget, -(-sum(map(length, rows)) // world_size())) // 2, 1)
 
     def log_probs(
         self,
@@ -98,7 +119,7 @@ class MicroBatches:
         training = policy.training
         policy.eval()
         try:
-            found = self.within_memory(rows, run)
+            found = self.within_memory(rows, run, in_step=is_sharded(policy))
         finally:
             policy.train(training)
         return {key: summed(value) for key, value in found.items()}

@@ -16,8 +16,9 @@ from rlzoo.config import Packing, Training
 from rlzoo.errors import UserError
 from rlzoo.inputs import Input, Stage
 from rlzoo.jobs.memory import is_out_of_memory, pins
-from rlzoo.jobs.ranks import world_size
-from rlzoo.policy.adapters import adapters, add_lora, switched_off
+from rlzoo.jobs.ranks import is_sharded, world_size
+from rlzoo.policy import sharding
+from rlzoo.policy.adapters import adapters, add_lora, copy_adapters, switched_off
 from rlzoo.policy.attention import rows_apart, use
 from rlzoo.policy.chat import turn_of
 from rlzoo.policy.compiled import layers_of, set_compiled, uncompiled
@@ -138,7 +139,7 @@ class Policy(nn.Module):
         Raises UserError for a model that cannot be ``packed``.
         """
         with rows_apart():
-            self.packs = packs(self.model, self.compute, packing)
+            self.packs = self.beside(lambda: packs(self.model, self.compute, packing))
 
     def compile_layers(self, training: Training) -> None:
         """Compile the model's layers as ``training.compile`` says; ``auto``: on a GPU, for as much work as pays off.
@@ -150,6 +151,8 @@ class Policy(nn.Module):
             work = sum(map(entries, self.parameters())) * training.steps * training.batch_size
             suits = pins(self.device) and world_size() == 1 and not training.deterministic
             wanted = suits and work >= WORTH
+        if wanted and is_sharded(self.model):
+            raise UserError("training.compile: true: layers of a sharded model are not compiled: set false, or auto")
         set_compiled(self.model, wanted)
         self.compiles = wanted
         if wanted and (reason := self._miscompiled()) is not None:
@@ -242,11 +245,26 @@ class Policy(nn.Module):
             for key in self.attached.keys() - before.keys():
                 del self.attached[key], self.modules_of_inputs[key]
 
-    def frozen_copy(self) -> Policy:
-        """A frozen copy in evaluation mode."""
-        frozen = Policy(copy.deepcopy(self.model), self.tokenizer, self.name, self.compute)
+    def frozen_copy(self, moving: bool = False) -> Policy:
+        """A frozen copy in evaluation mode, sharded like the policy.
+
+        Unless it is ``moving``, its matrices are in the dtype that they are multiplied in, which changes no log-prob.
+        """
+        narrow, parts = None if moving else self.compute, is_sharded(self.model)
+        model = sharding.skeleton(self.model) if parts else copy.deepcopy(self.model)
+        frozen = Policy(model, self.tokenizer, self.name, self.compute)
         frozen.packs, frozen.compiles = self.packs, self.compiles
+        if parts:
+            names = () if narrow is None else sharding.of_products(self.model)
+            sharding.shard(frozen, frozen.model, sharding.of_model(self.model, narrow, names))
+            copy_adapters(self.model, frozen.model)
+        else:
+            sharding.narrow(model, narrow)
         return frozen.eval().requires_grad_(False)
+
+    def copy_of_trunk(self) -> nn.Module:
+        """`sharding.copy_of_trunk`."""
+        return sharding.copy_of_trunk(self.model)
 
     def reference(self) -> Policy:
         """The frozen reference, before training: the policy without its adapter, or else a copy."""
@@ -259,15 +277,15 @@ class Policy(nn.Module):
         """
         add_lora(self.model, rank, alpha, target_modules)
 
-    @property
-    def _no_split_modules(self) -> Any:
-        """For Accelerate, which shards a model by these."""
-        return self.model._no_split_modules
-
     def run(self, work: Callable[[], T]) -> T:
         """Run ``work``, which calls modules of the model, as one forward pass: a sharded model gathers its weights."""
         found: T = self(work=work)
         return found
+
+    def beside(self, work: Callable[[], T]) -> T:
+        """`run` without a graph; also within the forward pass of another policy."""
+        with torch.no_grad():
+            return self.run(work)
 
     def forward(
         self,
@@ -299,8 +317,9 @@ class Policy(nn.Module):
         hidden = self.hidden(sequences)
         other = None
         if reference is not None and term is not None:
-            with torch.no_grad():
-                other = (reference.head, reference.hidden(sequences))
+            model = reference
+            states = model.beside(lambda: model.hidden(sequences))
+            other = (lambda part: model.beside(lambda: model.head.logits(part)), states)
         values = token_log_probs(
             self.head,
             hidden,
@@ -365,6 +384,19 @@ class _WithoutAdapter(Policy):
     def __init__(self, policy: Policy) -> None:
         super().__init__(policy.model, policy.tokenizer, policy.name, policy.compute)
         self.packs, self.compiles = policy.packs, policy.compiles
+        self._whole = [policy]  # not a module of its own
+
+    def forward(
+        self, sequences: Sequences | None = None, *, work: Callable[[], Any] | None = None, **options: Any
+    ) -> Any:
+        """That of the policy, which alone gathers its weights if they are sharded."""
+        plain = super().forward
+        return self._whole[0].run(lambda: plain(sequences, work=work, **options))
+
+    def beside(self, work: Callable[[], T]) -> T:
+        """The policy is running already."""
+        with torch.no_grad():
+            return work()
 
     @property
     def head(self) -> Head:

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 getLogger("bitsandbytes").setLevel(ERROR)
 
 
+UNSHARDED = "lora.load_in_4bit: weights in 4 bits cannot be sharded: run without FSDP"
+
+
 def in_4_bits(compute: torch.dtype, device: torch.device) -> dict[str, Any]:
     """Arguments of ``from_pretrained`` for linear layers, but not the head, in NF4, quantised twice.
 

@@ -15,6 +15,7 @@ from rlzoo.jobs.cached_results import random_state
 from rlzoo.jobs.ranks import gathered, rank
 from rlzoo.objective import options_of
 from rlzoo.policy import Policy
+from rlzoo.training.checkpoints import Like, on_cpu
 
 if TYPE_CHECKING:
     from rlzoo.training.trainer import Trainer
@@ -48,13 +49,9 @@ def resumable(part: object) -> Resumable:
 
 
 def state_of(trainer: Trainer) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The state between two batches. All processes must call this."""
+    """The state between two batches; its tensors are the trainer's own. All processes must call this."""
     named = trainer.named_parameters()
-    tensors = {f"policy/{name}": whole(parameter) for name, parameter in named}
-    tensors |= optimizer_tensors(trainer.schedule.optimizer, named)
-    for number, model in enumerate(trainer.models.moving.values()):  # two may have one key, in two parts
-        tensors |= {f"model/{number}/{name}": whole(p) for name, p in model.model.named_parameters()}
-    tensors |= {f"module/{name}": whole(value) for name, value in trainer.policy.untrained_state()}
+    tensors = _tensors(trainer) | optimizer_tensors(trainer.schedule.optimizer, named)
     random_tensors, random_plain = random_states(trainer.policy.device)
     record = trainer.record
     state = {
@@ -72,6 +69,29 @@ def state_of(trainer: Trainer) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors | random_tensors, state
 
 
+def _tensors(trainer: Trainer) -> dict[str, Tensor]:
+    """All but the optimizer's and those of random generators."""
+    found = {f"policy/{name}": parameter.detach() for name, parameter in trainer.named_parameters()}
+    for number, model in enumerate(trainer.models.moving.values()):  # two may have one key, in two parts
+        found |= {f"model/{number}/{name}": p.detach() for name, p in model.model.named_parameters()}
+    return found | {f"module/{name}": value.detach() for name, value in trainer.policy.untrained_state()}
+
+
+def like_of(trainer: Trainer) -> Like:
+    """How to read a checkpoint: as tensors that are sharded like the trainer's own."""
+    known = _tensors(trainer)
+
+    def like(name: str, size: torch.Size, dtype: torch.dtype) -> Tensor:
+        """An optimizer has one or two tensors of each parameter's shape, and a count."""
+        kind, _, rest = name.partition("/")
+        own = known.get(f"policy/{rest.partition('/')[2]}" if kind == "optimizer" else name)
+        if own is None or own.shape != size:
+            return on_cpu(name, size, dtype)
+        return torch.empty_like(own, dtype=dtype)
+
+    return like
+
+
 def restore(trainer: Trainer, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
     """The inverse of `state_of`, on a new trainer; the plain data may have been through JSON.
 
@@ -81,16 +101,10 @@ def restore(trainer: Trainer, tensors: Mapping[str, Tensor], state: Mapping[str,
     if other := [name for name in run if state["run"].get(name) != run[name]]:
         there, here = state["run"].get(other[0]), run[other[0]]
         raise UserError(f"the checkpoints are of another run ({other[0]}: {there!r} there, {here!r} here): remove them")
-    named = trainer.named_parameters()
-    for name, parameter in named:
-        put(parameter, tensors[f"policy/{name}"])
+    for name, tensor in _tensors(trainer).items():
+        put(tensor, tensors[name])
     trainer.policy.weights_changed()
-    restore_optimizer(trainer.schedule.optimizer, named, tensors)
-    for number, model in enumerate(trainer.models.moving.values()):
-        for name, parameter in model.model.named_parameters():
-            put(parameter, tensors[f"model/{number}/{name}"])
-    for name, value in trainer.policy.untrained_state():
-        put(value, tensors[f"module/{name}"])
+    restore_optimizer(trainer.schedule.optimizer, trainer.named_parameters(), tensors)
     record, schedule = trainer.record, trainer.schedule
     record.steps[:], record.events[:] = state["steps"], state["events"]
     record.counts |= state.get("counts", {})
@@ -98,8 +112,10 @@ def restore(trainer: Trainer, tensors: Mapping[str, Tensor], state: Mapping[str,
         record.kept.setdefault(name, [])[:] = rows  # in place: a callback may hold the list
     for name, value in state["costs"].items():
         setattr(record.costs, name, value)
-    schedule.load_state_dict({**schedule.state_dict(), **state["schedule"]})
-    for group, rate in zip(schedule.optimizer.param_groups, schedule.get_last_lr(), strict=True):
+    rates = [state["schedule"]["_last_lr"][0]] * len(schedule.optimizer.param_groups)  # these may be grouped otherwise
+    own = schedule.state_dict()
+    schedule.load_state_dict({**own, **state["schedule"], "base_lrs": own["base_lrs"], "_last_lr": rates})
+    for group, rate in zip(schedule.optimizer.param_groups, rates, strict=True):
         group["lr"] = rate
     for source, where in zip(trainer.sources, state["sources"], strict=True):
         resumable(source).restore(where)
@@ -121,13 +137,6 @@ def computed(policy: Policy) -> str:
     return f"{policy.device.type}, {policy.compute or policy.model.dtype}"
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """A tensor on the CPU, gathered if it is sharded; all processes must call this."""
-    if hasattr(tensor, "full_tensor"):
-        tensor = tensor.full_tensor()
-    return tensor.detach().cpu()
-
-
 @torch.no_grad()
 def is_finite(tensor: Tensor) -> bool:
     """Whether no value is infinite or NaN, in one pass; for a sharded tensor, in this process's shard."""
@@ -137,8 +146,8 @@ def is_finite(tensor: Tensor) -> bool:
 
 @torch.no_grad()
 def put(into: Tensor, value: Tensor) -> None:
-    """Overwrite a tensor with a whole one; a sharded tensor takes its shard."""
-    if hasattr(into, "device_mesh"):
+    """Overwrite a tensor with a whole one, or with one that is sharded alike; a sharded tensor takes its shard."""
+    if hasattr(into, "device_mesh") and not hasattr(value, "device_mesh"):
         from torch.distributed.tensor import DTensor, distribute_tensor
 
         assert isinstance(into, DTensor)
@@ -149,7 +158,7 @@ def put(into: Tensor, value: Tensor) -> None:
 def optimizer_tensors(optimizer: torch.optim.Optimizer, named: Iterable[tuple[str, nn.Parameter]]) -> dict[str, Tensor]:
     """The optimizer's state, as ``optimizer/<entry>/<parameter>``."""
     return {
-        f"optimizer/{entry}/{name}": whole(value)
+        f"optimizer/{entry}/{name}": value
         for name, parameter in named
         for entry, value in optimizer.state.get(parameter, {}).items()
     }
@@ -167,7 +176,9 @@ def restore_optimizer(
             continue
         entry, _, name = rest.partition("/")
         parameter = parameters[name]
-        if value.shape == parameter.shape:
+        if hasattr(value, "device_mesh"):  # sharded like the parameter, and nobody else's
+            optimizer.state[parameter][entry] = value
+        elif value.shape == parameter.shape:
             optimizer.state[parameter][entry] = torch.zeros_like(parameter, requires_grad=False)
             put(optimizer.state[parameter][entry], value)
         else:  # a count of steps

@@ -5,26 +5,25 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
-from accelerate import Accelerator, DistributedType, PartialState
+from accelerate import Accelerator, PartialState
 from torch import Tensor
 
 from rlzoo.config import Training
-from rlzoo.errors import UserError
+from rlzoo.errors import TryAgainError, UserError
 from rlzoo.inputs import Input, Stage
 from rlzoo.jobs.interrupts import heed, noted, pending
 from rlzoo.jobs.memory import on_device
 from rlzoo.jobs.ranks import agreed, gathered, is_sharded, world_size
 from rlzoo.objective import Component, Objective, reduce, surrogate_of
-from rlzoo.policy import Assembler, MicroBatches, Models, Policy
+from rlzoo.policy import Assembler, MicroBatches, Models, Policy, sharding
 from rlzoo.policy.adapters import adapters
 from rlzoo.policy.defaults import token_budget_of
-from rlzoo.policy.quantised import entries, is_in_4_bits
+from rlzoo.policy.quantised import UNSHARDED, entries, is_in_4_bits
 from rlzoo.policy.sequences import Tokens, length
 from rlzoo.training.batches import Drawn, Source, check_sources, lacks, micro_units
 from rlzoo.training.checkpoints import Checkpoints
@@ -32,7 +31,7 @@ from rlzoo.training.costs import now, peak_memory_bytes, reset_peak_memory
 from rlzoo.training.record import TrainingRecord
 from rlzoo.training.savings import gradients_in_place, layers_recomputed
 from rlzoo.training.schedule import cosine
-from rlzoo.training.state import is_finite, restore, state_of
+from rlzoo.training.state import is_finite, like_of, restore, state_of
 from rlzoo.training.sums import (
     Readout,
     Sums,
@@ -51,7 +50,6 @@ ROUNDED = (
     "training.dtype: bfloat16 rounds away small updates of weights: use bfloat16-mixed, which keeps them in float32, "
     "or train adapters (training.lora)"
 )
-SHARDING = (DistributedType.FSDP, DistributedType.DEEPSPEED)
 Callback = Callable[["Trainer", int], None]
 """Called after every optimizer step with the trainer and the number of steps done."""
 
@@ -70,7 +68,7 @@ def check_quantised(policy: Policy, settings: Training, is_sharded: bool) -> Non
     if found and settings.lora is None and not adapters(policy.model):
         raise UserError("weights in 4 bits cannot be trained: train adapters (training.lora)")
     if found and is_sharded:
-        raise UserError("lora.load_in_4bit: weights in 4 bits cannot be sharded: run without FSDP and DeepSpeed")
+        raise UserError(UNSHARDED)
 
 
 class Trainer:
@@ -113,36 +111,39 @@ class Trainer:
             log_with=list(installed(settings.trackers)) or None,
             project_dir=folder,
         )
-        check_quantised(policy, settings, is_sharded=self.accelerator.distributed_type in SHARDING)
+        shards = sharding.is_asked()
+        check_quantised(policy, settings, shards)
+        if shards and not is_sharded(policy):  # a policy that load_policy has not made
+            sharding.shard(policy, policy.model)
         if settings.lora is not None and not adapters(policy.model):
             policy.add_lora(**settings.lora.model_dump(exclude={"load_in_4bit"}))
         policy.pack(settings.packing)
         policy.compile_layers(settings)
         policy.attach(objective.requires)
+        sharding.spread(p for p in policy.parameters() if p.requires_grad)  # before they are copied
         self.models = Models.load(policy, self._with_models(), reference)
+        sharding.reshard(policy)
         parameters = [p for p in policy.parameters() if p.requires_grad]
         check_precision({p.dtype for p in parameters})
         # a frozen weight has no gradient, but passes one on
         self._trained = sum(map(entries, parameters)) / sum(map(entries, policy.parameters()))
-        optimizer = torch.optim.AdamW(
-            parameters,
+        self.optimizer = torch.optim.AdamW(
+            [{"params": group} for group in sharding.in_groups(parameters)],
             lr=settings.learning_rate,
             betas=settings.betas,
             weight_decay=settings.weight_decay,
             fused=True,
         )
-        self.model, self.optimizer = self.accelerator.prepare(policy, optimizer)
-        # not prepared: Accelerate would step the schedule once per process
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: cosine(step, settings))
-        self.policy: Policy = self.accelerator.unwrap_model(self.model)
-        self.models.policy = self.policy
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: cosine(step, settings))
+        self.policy = policy
         self.assembler = Assembler(
             self.policy, self.models, self.micro, lambda model, rows: self._count(model, rows, 1)
         )
         if checkpoints is not None and settings.checkpoint_seconds is not None:
             self.checkpoints = Checkpoints(checkpoints, settings.checkpoint_seconds)
-            if (found := self.checkpoints.newest()) is not None:
+            if (found := self.checkpoints.newest(like_of(self))) is not None:
                 restore(self, *found)
+            self.micro.token_budget = min(self.micro.token_budget, self.checkpoints.budget() or self.micro.token_budget)
 
     def _with_models(self) -> list[Input]:
         """The inputs whose models are kept in memory: all but those stored in every row of their source."""
@@ -160,7 +161,15 @@ class Trainer:
         The first Ctrl-C or SIGTERM is raised between two steps, after a checkpoint.
         """
         with noted(), tracked(self.accelerator, self.settings, self.folder) as log:
-            self._run(log)
+            try:
+                self._run(log)
+            except BaseException:
+                if self.checkpoints is not None:
+                    with suppress(Exception):  # others may have failed differently
+                        self.checkpoints.wait_alone()
+                raise
+        if self.checkpoints is not None:
+            self.checkpoints.wait()
         if not self._is_finite():
             raise UserError("the last step made weights infinite or NaN: lower learning_rate")
         self.record.events += told(self.record.counts, self.objective.components, self.sources)
@@ -241,22 +250,20 @@ class Trainer:
     def _update(self, drawn: Sequence[Drawn], is_first: bool) -> dict[str, float]:
         """One optimizer step on the batches of all components; ``is_first`` on these batches, or another."""
         rows = [row for some in drawn for row in some.rows]
-        self.model.eval()  # with dropout, ratios would not start at 1 and the gradient would depend on micro-batches
-        sums = self.micro.within_memory(rows, lambda: self._gradient(drawn), self._drop_gradients)
-        if world_size() > 1:
-            # gradients were averaged over processes. The loss is not scaled instead, because models round some
-            # gradients to float32, where a factor of 3 would round differently
-            for parameter in self.policy.parameters():
-                if parameter.grad is not None:
-                    parameter.grad.mul_(world_size())
+        self.policy.eval()  # with dropout, ratios would not start at 1 and the gradient would depend on micro-batches
+        sums = self.micro.within_memory(
+            rows, lambda: self._gradient(drawn), self._drop_gradients, in_step=is_sharded(self.policy)
+        )
+        parameters = [p for _, p in self.named_parameters()]
+        sharding.sum_gradients(parameters)
         self._count(self.policy, rows, passes=2 + self._trained)
         for some in drawn:
             if (reference := self._logits_of(some.component.objective)) is not None:
                 self._count(reference, some.rows, passes=1)
         self.record.costs.gradient_tokens += sum(map(length, rows))
-        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.settings.max_gradient_norm)
+        total = sharding.clip_gradients(parameters, self.settings.max_gradient_norm)
         self._draw_ahead()
-        metrics = self._read(drawn, sums, norm, is_first)
+        metrics = self._read(drawn, sums, total, is_first)
         norm, loss = metrics["gradient_norm"], metrics["loss"]
         sound = math.isfinite(norm) and math.isfinite(loss)
         if not sound:
@@ -280,13 +287,13 @@ class Trainer:
             for source in self.sources:
                 getattr(source, "draw_ahead", lambda: None)()
 
-    def _read(self, drawn: Sequence[Drawn], sums: Sequence[Sums], norm: Any, is_first: bool) -> dict[str, float]:
+    def _read(self, drawn: Sequence[Drawn], sums: Sequence[Sums], norm: Tensor, is_first: bool) -> dict[str, float]:
         """All that the host wants to know of a step, at once: here alone it waits for a GPU."""
         readout = Readout()
         places = [own.into(readout) for own in sums]
         rewards = [None if some.batch.reward is None else readout.add(some.batch.reward.mean()) for some in drawn]
         learned = [readout.add(teaches(some)) for some in drawn] if is_first else []
-        at = readout.add(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+        at = readout.add(norm)
         numbers = readout.read()
         for some, where in zip(drawn, learned, strict=False):
             count(self.record.counts, some, [bool(number) for number in numbers[where]])
@@ -303,7 +310,7 @@ class Trainer:
         sums = [Sums() for _ in drawn]
         self._drop_gradients()
         recomputed = layers_recomputed(self.policy) if self.settings.gradient_checkpointing else nullcontext()
-        apart = world_size() > 1 or self.policy.compiles
+        apart = is_sharded(self.policy) or self.policy.compiles
         with recomputed, nullcontext() if apart else gradients_in_place(self.policy):
             mine = [
                 (place, index, counts)
@@ -312,19 +319,23 @@ class Trainer:
                     some.rows, micro_units(some.units, some.component.objective.couples), self.policy.packs
                 )
             ]
-            for number, (place, index, counts) in enumerate(mine):
+            for place, index, counts in mine:
                 own = sums[place] if counts else None
-                with nullcontext() if number + 1 == len(mine) else self._no_exchange():
-                    self._backward(drawn[place], coefficients[place], index, denominators[place], own)
+                self._backward(drawn[place], coefficients[place], index, denominators[place], own)
         return sums
 
     def _drop_gradients(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
 
     def _halved(self, before: int, now: int) -> None:
-        self.record.events.append(
-            f"step {self.step + 1}: out of memory with {before} tokens per micro-batch, now {now}"
-        )
+        told = f"step {self.step + 1}: out of memory with {before} tokens per micro-batch, now {now}"
+        self.record.events.append(told)
+        if is_sharded(self.policy) and self.checkpoints is not None:
+            self.checkpoints.write_budget(now)
+            raise TryAgainError(
+                f"{told}: it ran out in one process of a sharded model, and the others wait for it, so the run stops; "
+                "the same command goes on"
+            )
 
     def _backward(
         self,
@@ -339,13 +350,13 @@ class Trainer:
         sequences = self.policy.collate([rows[i] for i in index])
         statistics = [one for one in objective.requires if one.is_statistic]
         term, reference = objective.logit_term if objective.has_logit_term else None, self._logits_of(objective)
-        output = self.model(sequences, statistics=statistics, term=term, reference=reference)
+        output = self.policy(sequences, statistics=statistics, term=term, reference=reference)
         given = output.of(objective.requires)
         others = [output.inputs[key] for key in self.policy.attached if key not in given]
         if sums is None:
             parts = [output.logp, *(v for v in given.values() if v.requires_grad), *others]
             parts += [] if output.term is None else [output.term]
-            self.accelerator.backward(0.0 * torch.stack([part.sum() for part in parts]).sum())
+            torch.autograd.backward(0.0 * torch.stack([part.sum() for part in parts]).sum())
             return
         place = on_device(torch.tensor(index), batch.mask.device)
         part = batch.rows(place, sequences.mask.shape[1]).replace(logp=output.logp, **given)
@@ -361,17 +372,10 @@ class Trainer:
             loss = loss + reduce(output.term, part, objective.normaliser, denominator)
         for value in others:  # other components' modules: processes wait for all gradients
             loss = loss + 0.0 * value.sum()
-        self.accelerator.backward(drawn.component.weight * loss)
+        torch.autograd.backward(drawn.component.weight * loss)
         if output.term is not None:
             own = replace(own, metrics={**own.metrics, "logit_term": output.term})
         sums.add(objective, part, own, loss, denominator)
-
-    def _no_exchange(self) -> AbstractContextManager[Any]:
-        """In this context, gradients are not exchanged yet; a sharded model has no memory for that."""
-        if is_sharded(self.policy):
-            return nullcontext()
-        context: AbstractContextManager[Any] = self.accelerator.no_sync(self.model)
-        return context
 
     def _logits_of(self, objective: Objective) -> Policy | None:
         """The model whose logits an objective's logit term uses."""

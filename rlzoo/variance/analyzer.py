@@ -12,6 +12,7 @@ from rlzoo.buffers import Buffer
 from rlzoo.config import TokenBudget
 from rlzoo.errors import UserError
 from rlzoo.jobs.memory import release_memory
+from rlzoo.jobs.ranks import is_sharded
 from rlzoo.objective import Objective
 from rlzoo.policy import Assembler, MicroBatches, Models, Policy
 from rlzoo.policy.defaults import token_budget_of
@@ -75,6 +76,8 @@ def analyze_variance(
     only some objectives have no rows, or fail on them, they are listed under ``skipped``.
     """
     _check(rows, draws, seed, means_held)
+    if is_sharded(policy.model):
+        raise UserError("the analyzer needs whole models: start it without --use_fsdp, in one process")
     if is_in_4_bits(policy.model):
         raise UserError("weights in 4 bits have no gradient to measure: leave out training.lora.load_in_4bit")
     check_buffer(policy, buffer)
