@@ -417,6 +417,8 @@ def test_what_belongs_to_inputs_is_told_of_steps_once_and_restored(make_policy: 
         3.0,
         3.0,
     ]
+    untrained = [name for name, _ in first.policy.untrained_state()]
+    assert untrained == ["reference_logp.steps", "heard.steps"], "what is trained is stored with the weights"
     tensors, state = state_of(first)
     restore(second, tensors, json.loads(json.dumps(state)))
     models = [[one.policy, *one.models.moving.values()] for one in (first, second)]
