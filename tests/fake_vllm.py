@@ -15,8 +15,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from rlzoo.config import Sampling
+from rlzoo.jobs.ranks import is_sharded
 from rlzoo.policy import Policy, Sequences
 from rlzoo.rollout import TransformersSampler
+from rlzoo.worlds import EMBEDDED_BASE
 
 
 @dataclass
@@ -51,12 +53,19 @@ class SamplingParams:
         self.seed, self.others = seed, others
 
 
+def own_model(policy: Policy) -> Any:
+    """A whole copy of the policy's model; of a sharded one, the embedded base that it was loaded from."""
+    if not is_sharded(policy.model):
+        return copy.deepcopy(policy.model)
+    return type(policy.model).from_pretrained(EMBEDDED_BASE, dtype=policy.model.dtype)
+
+
 class FakeEngine:
     """Starts with weights of its own, as an engine does that loads a model's folder."""
 
     def __init__(self, policy: Policy, gap: float = 0.0, where: str = "", **options: Any) -> None:
         """``gap``, in nats, is how far its log-probs are from what they should be."""
-        self.policy = Policy(copy.deepcopy(policy.model), policy.tokenizer, policy.name)
+        self.policy = Policy(own_model(policy), policy.tokenizer, policy.name)
         self.gap, self.handed, self.fails = gap, 0, False
         self.where, self.options = where, options
         self.asked: list[SamplingParams] = []

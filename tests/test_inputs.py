@@ -320,6 +320,26 @@ def test_what_asks_for_the_policys_log_probs_shares_one_forward_pass(counted: tu
     batch = assembler.assemble(ROWS, [(0,), (1,)], Asking(asks, whole=True))
     assert torch.equal(batch.logp, batch.snapshot_logp) and torch.equal(batch.snapshot_logp, batch.reference_logp)
     assert passes == [2] and paid == [(policy, 2), (other, 2)]
+    policy.attach([Critic()])  # for another objective
+    assert assembler.assemble(ROWS, [(0,), (1,)], Asking((Snapshot(),))).inputs.keys() == {"snapshot_logp"}
+
+
+@dataclass(frozen=True)
+class Shape(Input):
+    """How many rows and tokens there are."""
+
+    stage: ClassVar[Stage] = Stage.STEP
+    key: ClassVar[str] = "shape"
+
+    def compute(self, context: Context) -> Tensor:
+        return context.mask * 10.0 + context.mask.sum()
+
+
+def test_what_is_computed_at_every_step_sees_the_mask(make_policy: MakePolicy) -> None:
+    assembler, units, asking = Assembler(make_policy()), [(0,), (1,)], Asking((Shape(),))
+    first = assembler.assemble(ROWS, units, asking)
+    second = assembler.renew(first, ROWS, units, asking)
+    assert first["shape"].tolist() == second["shape"].tolist() == [[15.0, 15.0, 15.0], [15.0, 15.0, 5.0]]
 
 
 def test_models_that_do_not_change_score_a_row_once(counted: tuple[Policy, list[int]], make_policy: MakePolicy) -> None:
@@ -417,6 +437,8 @@ def test_what_belongs_to_inputs_is_told_of_steps_once_and_restored(make_policy: 
         3.0,
         3.0,
     ]
+    untrained = [name for name, _ in first.policy.untrained_state()]
+    assert untrained == ["reference_logp.steps", "heard.steps"], "what is trained is stored with the weights"
     tensors, state = state_of(first)
     restore(second, tensors, json.loads(json.dumps(state)))
     models = [[one.policy, *one.models.moving.values()] for one in (first, second)]
@@ -450,3 +472,15 @@ def test_an_error_that_is_not_of_memory_is_raised_at_once(make_policy: MakePolic
     with pytest.raises(RuntimeError, match="a bug"):
         MicroBatches(1000, lambda before, now: told.append((before, now))).log_probs(policy, ROWS)
     assert tries == [1] and told == []
+
+
+def test_memory_that_runs_out_halves_micro_batches_down_to_one_row() -> None:
+    """Of 36 tokens 18, then 9, which is a row alone; fewer would change nothing."""
+    rows, told = [row([5] * 7, [20, 2])] * 4, list[tuple[int, int]]()
+
+    def work() -> None:
+        raise MemoryError
+
+    with pytest.raises(UserError, match="out of memory with one sequence per micro-batch"):
+        MicroBatches(64, lambda before, now: told.append((before, now))).within_memory(rows, work)
+    assert told == [(64, 18), (18, 9)]

@@ -36,7 +36,7 @@ from transformers import (
 from rlzoo.buffers import OfflineBuffer
 from rlzoo.config import Lora, Sampling, Training
 from rlzoo.errors import UserError
-from rlzoo.inputs import Input, Stage, Statistic
+from rlzoo.inputs import Critic, Input, Stage, Statistic
 from rlzoo.objective import get_objective, list_objectives
 from rlzoo.policy import MicroBatches, Policy, packing
 from rlzoo.policy.attention import NAME
@@ -306,6 +306,20 @@ def test_a_pack_on_a_gpu_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> N
         torch.autograd.backward(logp.sum())
         assert {p.grad.device for p in policy.parameters() if p.grad is not None} == {GPU}
         assert not gpu.waits
+
+
+def test_a_copy_of_the_trunk_takes_packs_too() -> None:
+    policy = policy_of(PACKED["llama"]())
+    policy.pack("packed")
+    policy.attach([Critic()])
+    shapes: list[tuple[int, ...]] = []
+    trunk: Any = policy.modules_of_inputs["value"].trunk
+    trunk.register_forward_pre_hook(
+        lambda _, args, options: shapes.append(options["input_ids"].shape), with_kwargs=True
+    )
+    sequences = policy.collate(ROWS)
+    policy(sequences)
+    assert shapes == [(1, sequences.tokens)]
 
 
 def test_padded_rows_need_no_mask_and_share_keys(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -187,10 +187,10 @@ def test_a_soft_cap_of_attention_is_kept(monkeypatch: pytest.MonkeyPatch) -> Non
     greedy = [p.model.generate(ids, do_sample=False, max_new_tokens=6, eos_token_id=None) for p in (own, eager)]
     assert torch.equal(*greedy), "with keys and values of before"
 
-    heads, seen = torch.randn(3, 1, 2, 4, 8).unbind(), torch.ones(4, 4, dtype=torch.bool).tril()
+    (q, k, v), seen = torch.randn(3, 1, 2, 4, 8), torch.ones(4, 4, dtype=torch.bool).tril()
     added = torch.zeros(4, 4).masked_fill(~seen, -torch.inf)
-    torch.testing.assert_close(*(attention(None, *heads, mask, softcap=0.5)[0] for mask in (seen, added)))
-    assert not attention(None, *heads, seen, softcap=0.5, dropout=1.0)[0].any()
+    torch.testing.assert_close(*(attention(None, q, k, v, mask, softcap=0.5)[0] for mask in (seen, added)))
+    assert not attention(None, q, k, v, seen, softcap=0.5, dropout=1.0)[0].any()
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "gemma2", "granite"])
@@ -373,6 +373,15 @@ def test_a_critic_starts_at_zero_and_trains_the_trunk_only_if_shared(kind: str, 
         assert any(p.grad is not None and p.grad.any() for p in module.trunk.parameters())
 
 
+def test_an_input_has_one_module_for_as_long_as_it_is_attached() -> None:
+    policy = build("llama")
+    with policy.attached_for([Critic(shared=True)]), policy.attached_for([Critic(shared=True)]):
+        assert set(policy(collate(ROWS)).inputs) == {"value"}
+        with pytest.raises(UserError, match=r"two inputs have the key 'value', .*: use one of them per run"):
+            policy.attach([Critic()])
+    assert not policy(collate(ROWS)).inputs and not [*policy.modules_of_inputs.parameters()]
+
+
 def test_a_policy_is_in_the_mode_of_its_model() -> None:
     policy = build("gpt2")
     expected = policy(collate(ROWS)).logp
@@ -408,6 +417,8 @@ def test_every_end_of_sequence_is_known() -> None:
 def test_rows_of_like_length_share_a_micro_batch() -> None:
     batches = list(token_batches([[i] for i in range(6)], [9, 1, 9, 2, 9, 1], token_budget=18))
     assert batches == [[1, 5, 3], [0, 2], [4]]
+    # a unit is as long as its longest row, not as all of its rows: the three together would take 30
+    assert list(token_batches([(0,), (1, 2)], [10, 6, 6], token_budget=20)) == [[1, 2], [0]]
 
 
 @settings(max_examples=60, deadline=None)
@@ -465,7 +476,7 @@ def test_a_model_that_is_not_there_is_named(tmp_path: Path) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_a_folder_that_lacks_something_is_refused(tmp_path: Path) -> None:
+def test_a_folder_that_lacks_something_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     policy = load_policy("embedded")
     save_policy(policy, tmp_path)
     weights = load_file(tmp_path / "model.safetensors")
@@ -482,7 +493,8 @@ def test_a_folder_that_lacks_something_is_refused(tmp_path: Path) -> None:
     save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
     policy.tokenizer.pad_token = None
     policy.tokenizer.save_pretrained(tmp_path)
-    tokenizer = load_policy(str(tmp_path)).tokenizer  # padding can be done without
+    monkeypatch.setenv("HOME", str(tmp_path.parent))
+    tokenizer = load_policy(f"~/{tmp_path.name}").tokenizer  # padding can be done without
     assert tokenizer.pad_token_id == tokenizer.eos_token_id
     policy.tokenizer.eos_token = None
     policy.tokenizer.save_pretrained(tmp_path)

@@ -256,6 +256,15 @@ def test_an_engine_s_log_probs_stand_in_for_the_policy_s_where_it_gives_all(make
         for (ours, _), expected in zip(collected(scored, recompute), known, strict=True):
             assert ours == pytest.approx(expected, abs=1e-5)
 
+    # an engine's log-probs are relative to the nucleus, and what is kept is relative to all tokens
+    p = (next_logp(policy, problems[0].ids) / 0.7).softmax(0).sort(descending=True).values
+    mass = float(p[p.cumsum(0) - p < 0.5].sum())
+    settings, sampler.scored = Sampling(samples=2, temperature=0.7, top_p=0.5), 2
+    rows = collect_rollouts(policy, sampler, problems, reward, settings, 0, recompute=True)
+    assert [row.sampler_logp for row in rows] == [pytest.approx([-1.0 + math.log(mass)], abs=1e-5)] * 2
+    ours = [float((next_logp(policy, problems[0].ids) / 0.7).log_softmax(0)[30 + n]) for n in range(2)]
+    assert [row.behaviour_logp for row in rows] == [pytest.approx([one], abs=1e-5) for one in ours]
+
 
 def test_the_components_of_a_reward_reach_the_rows(make_policy: MakePolicy) -> None:
     policy = make_policy("gpt2", dtype=torch.float32)

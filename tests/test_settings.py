@@ -38,6 +38,7 @@ from rlzoo.errors import UserError
 from rlzoo.objective import get_objective
 from rlzoo.policy import Policy, load_policy
 from rlzoo.policy.adapters import adapters
+from rlzoo.policy.loading import load_for
 from rlzoo.reward import Reward, get_reward
 from rlzoo.reward.isolation import Limits
 from rlzoo.rollout import Sample, Sampler, TransformersSampler, VLLMSampler, VLLMServerSampler, sampler_of
@@ -449,6 +450,10 @@ def test_the_type_of_the_weights() -> None:
         assert {p.dtype for p in load_policy("embedded", name).parameters()} == {dtype}
     mixed = load_policy("embedded", "bfloat16-mixed")
     assert {p.dtype for p in mixed.parameters()} == {torch.float32} and mixed.compute == torch.bfloat16
+    for packing in ("packed", "padded"):
+        settings = Training(dtype="bfloat16", device="cpu", packing=packing)
+        loaded = load_for("embedded", settings)
+        assert loaded.model.dtype == torch.bfloat16 and loaded.packs == (packing == "packed")
 
 
 @shows("Training.checkpoint_seconds")

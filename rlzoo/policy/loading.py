@@ -162,7 +162,7 @@ def _weights(name: str, where: str, dtype: torch.dtype, **quantised: Any) -> Pre
             trust_remote_code=trusts_remote_code(),
             **quantised,
         )
-    if lacking := sorted(map(str, [*found["missing_keys"], *found["mismatched_keys"]])):
+    if lacking := sorted(map(str, found["missing_keys"])):
         # transformers would initialise them at random, with a warning only
         raise UserError(
             f"model {name!r} has no weights for {lacking[0]} ({len(lacking)} in all): is its folder complete?"
