@@ -339,7 +339,7 @@ class Boundless(Objective):
 
 def test_a_loss_that_is_not_finite_stops_the_run(make_policy: MakePolicy) -> None:
     policy = make_policy()
-    with pytest.raises(UserError, match=r"step 1: the gradient is \d.* and the loss inf"):
+    with pytest.raises(UserError, match=r"step 1: the gradient norm is \d.* and the loss inf"):
         train(policy, Boundless(), rows_of(policy), EVERY)
 
 
@@ -355,7 +355,7 @@ class Steep(Objective):
 
 def test_a_gradient_that_is_not_finite_stops_the_run(make_policy: MakePolicy) -> None:
     policy = make_policy("llama", torch.float32)
-    with pytest.raises(UserError, match=r"step 1: the gradient is inf and the loss \d"):
+    with pytest.raises(UserError, match=r"step 1: the gradient norm is inf and the loss \d"):
         train(policy, Steep(), rows_of(policy), EVERY)
 
 
@@ -388,7 +388,7 @@ def broken_run(policy: Policy, folder: Path | None, on_nonfinite: str) -> tuple[
 def test_a_step_that_is_not_finite_stops_the_run_and_spares_the_checkpoint(
     make_policy: MakePolicy, tmp_path: Path
 ) -> None:
-    with pytest.raises(UserError, match=r"step 3: the gradient is (nan|inf).*on_nonfinite=skip"):
+    with pytest.raises(UserError, match=r"step 3: the gradient norm is (nan|inf).*on_nonfinite=skip"):
         broken_run(make_policy(), tmp_path, "stop")
     found = Checkpoints(tmp_path, 0).newest()
     assert found is not None and found[1]["step"] == 2

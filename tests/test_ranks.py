@@ -218,7 +218,7 @@ def test_all_processes_halve_their_work_where_the_memory_of_one_runs_out(
     )
     told = launch(command, 2, tmp_path, {**FSDP, **kept}, fails=True)
     assert re.search(
-        r"^TryAgainError: step 1: out of memory with 48 tokens .*, now 24: .*the same command goes on", told, re.M
+        r"^TryAgainError: step 1: out of memory with 48 tokens .*, now 24; .*resume with the same command", told, re.M
     )
     launch(command, 2, tmp_path, {**FSDP, **kept})
     (restarted,) = found_in(tmp_path, ["kto-hungry"]).values()

@@ -221,7 +221,7 @@ def test_report_has_all_parts_in_order(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("figures")
 def test_events_of_training_are_in_the_report(tmp_path: Path) -> None:
     results = synthetic_run(tmp_path)
-    told = "12 of 16 groups drawn have equal rewards and teach nothing"
+    told = "12 of 16 groups drawn have equal rewards and therefore no gradient"
     for cell in results["cells"]:
         cell["events"] = [told] if cell["algorithm"] == "plain" and cell["seed"] > 0 else []
     save(tmp_path, results)

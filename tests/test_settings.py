@@ -489,7 +489,7 @@ def test_adapters_have_their_settings(make_policy: MakePolicy) -> None:
 def test_a_cap_on_weights_of_another_engine_says_where_there_is_none(make_policy: MakePolicy) -> None:
     record = trained(make_policy("gpt2"), importance_cap=2.0)
     assert record.events == [
-        "importance_cap changes nothing for rows without sampler_logp, the log-probs of another engine"
+        "importance_cap has no effect on rows without sampler_logp, the log-probs of another engine"
     ]
 
 

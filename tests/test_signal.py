@@ -1,4 +1,4 @@
-"""What teaches nothing is told once, with counts; what happens to truncated completions is the user's choice."""
+"""Data without a gradient is reported once, with counts; what happens to truncated completions is the user's choice."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from rlzoo.objective import Objective, get_objective
 from rlzoo.policy import Assembler, Policy
 from rlzoo.training import Trainer, train
 from rlzoo.training.batches import Drawn, FreshSource
-from rlzoo.training.tally import teaches
+from rlzoo.training.tally import with_gradient
 from rlzoo.types import Coefficients, Selection, TokenBatch, Trajectory
 
 MakePolicy = Callable[..., Policy]
-SINGLE = "one sample and nothing to compare it with"
-FLAT = "groups drawn have equal rewards and teach nothing"
-SILENT = "batches have no advantage other than 0"
+SINGLE = "a single sample and therefore no gradient"
+FLAT = "groups drawn have equal rewards and therefore no gradient"
+SILENT = "batches have no nonzero advantage"
 
 SINGLES: list[tuple[int, ...]] = [(i,) for i in range(8)]
 PAIRED: list[tuple[int, ...]] = [(i, i + 1) for i in range(0, 8, 2)]
@@ -52,7 +52,7 @@ def groups_of(policy: Policy, *rewards: float, size: int = 2) -> Batch:
     return rows, [tuple(range(i, i + size)) for i in range(0, len(rows), size)]
 
 
-# Groups and batches that teach nothing
+# Groups and batches without a gradient
 
 
 @pytest.mark.parametrize("name", ["grpo", "dr-grpo", "gspo", "cispo", "rloo", "otb"])
@@ -70,11 +70,11 @@ def test_a_batch_is_counted_once_however_many_updates_it_has(make_policy: MakePo
     assert events == [f"grpo: 1 of 2 {FLAT}"]
 
 
-def test_a_masked_token_teaches_nothing_whatever_its_advantage() -> None:
+def test_a_masked_token_gives_no_gradient_whatever_its_advantage() -> None:
     batch = hand_batch([[0.5, 0.5], [0.5]])
     batch = batch.replace(mask=torch.tensor([[False, True], [False, False]]), advantage=torch.ones(2, 2))
     (component,) = get_objective("grpo").components
-    assert teaches(Drawn(component, [], [], batch)).tolist() == [True, False]
+    assert with_gradient(Drawn(component, [], [], batch)).tolist() == [True, False]
 
 
 def test_groups_of_one_are_told_once_and_say_what_to_do(make_policy: MakePolicy) -> None:
@@ -94,7 +94,7 @@ def test_an_objective_that_learns_from_flat_groups_says_nothing_of_them(name: st
 def test_a_batch_of_equal_rewards_is_told(make_policy: MakePolicy) -> None:
     policy = make_policy()
     events = events_of(policy, "reinforce", groups_of(policy, 0.1, 0.1, 0.1, size=3))
-    assert f"reinforce: all 2 {SILENT}: nothing is learned from their rewards" in events
+    assert f"reinforce: all 2 {SILENT}: their rewards give no gradient" in events
     source, once = Fixed(groups_of(policy, 0.1, 0.1, 0.1, size=3)), RAW.model_copy(update={"steps": 1})
     (*_, event) = Trainer(policy, get_objective("reinforce"), source, once).run().events
     assert event.startswith(f"reinforce: 1 of 1 {SILENT}"), "one is not all"
@@ -228,7 +228,7 @@ def test_masked_completions_teach_nothing_but_their_rewards_count(make_policy: M
     none_left = [replace(row, truncated=True) for row in rows]
     assert events_of(make_policy(), "grpo", (none_left, units), truncated="mask") == [
         f"grpo: 2 of 8 {FLAT}",  # the others' advantages are not 0, and meet no token
-        f"grpo: all 2 {SILENT}: nothing is learned from their rewards",
+        f"grpo: all 2 {SILENT}: their rewards give no gradient",
         "grpo: all 16 completions drawn are truncated and masked",
     ]
 

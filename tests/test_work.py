@@ -285,7 +285,7 @@ def test_a_step_that_was_skipped_is_told_in_the_results(tmp_path: Path) -> None:
     training = {"steps": 3, "batch_size": 8, "token_budget": 9999, "on_nonfinite": "skip"}
     (cell,) = compared(small(rows, training=training, evaluation=NO_CURVE), tmp_path / "out")["cells"]
     (event,) = cell["events"]
-    assert event.startswith("step 2: the gradient is ") and event.endswith("; skipped")
+    assert event.startswith("step 2: the gradient norm is ") and event.endswith("; skipped")
     assert [row["gradient_norm"] is None for row in cell["training"]] == [False, True, False]
 
 
@@ -361,7 +361,7 @@ def test_an_online_cell_keeps_the_options_of_its_view(tmp_path: Path) -> None:
     found = runner.compare(experiment, tmp_path / "out", 1, console=Console(file=io.StringIO()))
     assert [cell["algorithm"] for cell in found["cells"]] == ["keep"]
     (failed,) = found["failed"]
-    assert "8 fresh batches in a row gave nothing to learn from" in failed["error"]
+    assert "8 fresh batches in a row have nothing to learn from" in failed["error"]
 
 
 def test_token_probabilities_are_of_the_demonstrations_before_and_after(

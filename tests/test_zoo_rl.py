@@ -471,7 +471,7 @@ def test_a_fresh_batch_without_varied_groups_is_sampled_again() -> None:
     objective = get_objective("dapo")
     rows, units = FreshSource(collect, objective.learns_from, **objective.view_options).draw()
     assert asked == [0, 0, 0] and units == [(0, 1)] and [row.prompt_id for row in rows] == ["1", "1"]
-    with pytest.raises(UserError, match=r"8 fresh batches in a row gave nothing to learn from: .* unequal rewards"):
+    with pytest.raises(UserError, match=r"8 fresh batches in a row have nothing to learn from: .* unequal rewards"):
         FreshSource(lambda _: samples(sample(0, 1.0), sample(0, 1.0)), Selection.GROUPS, varied=True).draw()
 
 

@@ -1,4 +1,4 @@
-"""The training loop. It never asks which objective runs."""
+"""The training loop, which is independent of the objective."""
 
 from rlzoo.training.costs import Costs
 from rlzoo.training.record import TrainingRecord

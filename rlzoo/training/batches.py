@@ -22,21 +22,23 @@ Batch = tuple[list[Trajectory], list[tuple[int, ...]]]
 
 @runtime_checkable
 class Source(Protocol):
-    """Where a step's rows come from.
+    """A source of batches.
 
-    A source whose rows do not depend on the policy may define ``draw_ahead()``, which the trainer calls while a GPU is
-    busy with the step before: see `BufferSource`.
+    Optional methods: ``draw_ahead()``, if its rows do not depend on the policy, reads the next batch while the GPU is
+    still busy with the current step (see `BufferSource`); ``spent()`` returns costs by fields of `Costs`;
+    ``lacks(input, at_sampling_temperature)`` tells whether any row lacks a stored input; ``state()`` and
+    ``restore(state)`` are needed for checkpoints.
     """
 
     def draw(self) -> Batch:
-        """The rows of one batch, and its units as indices into them."""
+        """The rows of one batch, and its units as indices into the rows."""
         ...
 
 
 class BufferSource:
-    """Epochs over a view of a fixed buffer, shuffled by ``seed``; a batch is filled with whole units.
+    """Epochs over a view of a fixed buffer, shuffled by ``seed``; batches consist of whole units.
 
-    In a view with weights, an epoch is equally many units, drawn with replacement in proportion to them.
+    For a weighted view, an epoch is the same number of units, drawn with replacement in proportion to their weights.
     """
 
     def __init__(self, buffer: Buffer, view: View, batch_size: int, seed: int) -> None:
@@ -44,20 +46,21 @@ class BufferSource:
         self.left_out = view.left_out
         self._random = random.Random(seed)
         self._queue: list[int] = []
-        self._before = self._random.getstate()  # the state that the queue was made from
+        self._before = self._random.getstate()  # the generator's state before the queue was shuffled
         self._ahead: tuple[Batch, Any] | None = None
-        """The next batch, if it has been read already, and the state before it."""
+        """The next batch, if it has been prefetched, and the state before it."""
 
     def draw(self) -> Batch:
+        """The next batch, of at most ``batch_size`` rows unless a single unit is larger."""
         if self._ahead is None:
             return self._next()
         (batch, _), self._ahead = self._ahead, None
         return batch
 
     def draw_ahead(self) -> None:
-        """Read the next batch, which `draw` will return; until then `state` is the one before it.
+        """Prefetch the batch that `draw` returns next; until then, `state` is the state before it.
 
-        What is wrong with the batch is raised by `draw`.
+        An error in reading the batch is raised by `draw`.
         """
         if self._ahead is not None:
             return
@@ -83,7 +86,7 @@ class BufferSource:
         return rows, units
 
     def lacks(self, one: Input, at_sampling_temperature: bool) -> bool:
-        """Whether any row of the buffer lacks a stored input at the temperature it is needed at."""
+        """Whether any row of the buffer lacks a stored input at the temperature at which it is needed."""
         return self._buffer.lacks(one.column, at_sampling_temperature)
 
     def _shuffle(self) -> None:
@@ -95,12 +98,14 @@ class BufferSource:
             self._queue = self._random.choices(self._queue, self._view.weights, k=len(self._queue))
 
     def state(self) -> Any:
+        """The position in the epoch, as plain data: the random state before its shuffle, and the units left."""
         if self._ahead is not None:
             return self._ahead[1]
         before = self._before if self._queue else self._random.getstate()
         return {"before": before, "left": len(self._queue)}
 
     def restore(self, state: Any) -> None:
+        """Resume from a ``state``."""
         self._ahead, self._queue = None, []
         self._random.setstate(random_state(state["before"]))
         if state["left"]:
@@ -109,7 +114,7 @@ class BufferSource:
 
 
 Views = Sequence[tuple[WhichView, Mapping[str, Any]]]
-"""What each component of an objective learns from: a view, and its options."""
+"""The view that each component of an objective learns from, with the view's options."""
 
 
 def views_of(objective: Objective) -> Views:
@@ -123,13 +128,13 @@ def shares(batch_size: int, components: int) -> list[int]:
 
 
 def seeds(views: Views, seed: int) -> list[int]:
-    """A seed per view; a repeated view gets another seed each time, or its rows would be the same."""
+    """A seed per view. Each repetition of a view gets a different seed, or all would draw the same rows."""
     before = [[which for which, _ in views[:number]].count(views[number][0]) for number in range(len(views))]
     return [seed + 2**32 * repeats for repeats in before]
 
 
 def buffer_sources(buffer: Buffer, views: Views, batch_size: int, seed: int) -> list[BufferSource]:
-    """One source per component of an objective; they share the batch."""
+    """One `BufferSource` per view of the buffer; together they draw ``batch_size`` rows per step."""
     split = zip(views, shares(batch_size, len(views)), seeds(views, seed), strict=True)
     return [BufferSource(buffer, buffer.view(which, **options), size, own) for (which, options), size, own in split]
 
@@ -154,7 +159,10 @@ class Drawn:
 
 
 class FreshSource:
-    """New samples of the current policy for every batch; sampled again if there is nothing to learn from."""
+    """Fresh samples of the current policy for every batch; sampled again if the view is empty.
+
+    `draw` raises UserError after `ATTEMPTS` empty batches in a row.
+    """
 
     ATTEMPTS = 8
 
@@ -165,6 +173,7 @@ class FreshSource:
         """Counts of what the views left out, and of batches that were sampled again."""
 
     def draw(self) -> Batch:
+        """All rows that the view selects from a fresh buffer."""
         buffer, view = self._fresh()
         rows: list[Trajectory] = []
         units: list[tuple[int, ...]] = []
@@ -182,7 +191,7 @@ class FreshSource:
                 view = buffer.view(self._selection, **self._options)
             except UserError as error:
                 if attempt == self.ATTEMPTS:
-                    raise UserError(f"{attempt} fresh batches in a row gave nothing to learn from: {error}") from None
+                    raise UserError(f"{attempt} fresh batches in a row have nothing to learn from: {error}") from None
                 self.left_out["fresh batches with nothing to learn from"] += 1
                 continue
             self._version += 1
@@ -190,21 +199,23 @@ class FreshSource:
             return buffer, view
 
     def spent(self) -> Mapping[str, float]:
-        """The cost of samples since the last call, by fields of `Costs`, as far as the collector counts them."""
+        """The costs of sampling since the last call, by fields of `Costs`; empty if the collector does not count."""
         spent: Callable[[], Mapping[str, float]] = getattr(self._collect, "spent", dict)
         return spent()
 
     def state(self) -> Any:
+        """The state as plain data, the collector's included. Raises UserError if the collector has none."""
         left_out = dict(self.left_out)
         return {"version": self._version, "left_out": left_out, "collect": resumable(self._collect).state()}
 
     def restore(self, state: Any) -> None:
+        """Resume from a ``state``."""
         self._version, self.left_out = state["version"], Counter(state.get("left_out", {}))
         resumable(self._collect).restore(state["collect"])
 
 
 def lacks(source: Source, one: Input, at_sampling_temperature: bool) -> bool:
-    """Whether rows of a source may lack a stored input; True if the source cannot tell."""
+    """Whether rows of a source may lack a stored input; True if the source has no ``lacks`` of its own."""
     check: Callable[[Input, bool], bool] | None = getattr(source, "lacks", None)
     return check is None or check(one, at_sampling_temperature)
 

@@ -1,4 +1,4 @@
-"""Checkpoints of training: the whole state needed to resume exactly, as tensors and JSON."""
+"""Checkpoints of training: the full state needed to resume exactly, as tensors and JSON."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from rlzoo.jobs.outputs import file_digest, remove, replacing
 from rlzoo.jobs.ranks import agreed, barrier, gathered, is_main, rank, world_size
 
 KEPT = 2
-"""Number of checkpoints kept: if the last is damaged, the one before is used."""
+"""The number of checkpoints kept: if the newest is damaged, training resumes from the previous one."""
 BUDGET = "token-budget"
 Like = Callable[[str, torch.Size, torch.dtype], Tensor]
-"""A new tensor to read the one of this name, whole size and dtype into; a shard is read alone."""
+"""Name, full shape and dtype of a stored tensor → an empty tensor to read it into, of which a shard takes its part."""
 
 
 def on_cpu(name: str, size: torch.Size, dtype: torch.dtype) -> Tensor:
@@ -35,9 +35,9 @@ def on_cpu(name: str, size: torch.Size, dtype: torch.dtype) -> Tensor:
 class Checkpoints:
     """The checkpoints in a folder: for each, its tensors, and a file of plain data with their checksums.
 
-    The tensors of one process are a file (safetensors). Several processes each write their shards and the checksums of
-    these to a folder, in the background (torch.distributed.checkpoint); whatever their number, another number can read
-    it. A checkpoint counts once it is whole.
+    A single process writes one safetensors file. Several processes each write their shards to a folder in the
+    background (torch.distributed.checkpoint), with checksums; any number of processes can read it. A checkpoint is
+    used only if it is complete.
     """
 
     def __init__(self, folder: Path, seconds: float) -> None:
@@ -48,13 +48,13 @@ class Checkpoints:
         self._writing: Future[None] | None = None
 
     def due(self) -> bool:
-        """Whether a checkpoint is due; the same on all processes."""
+        """Whether a checkpoint is due; the same on all processes. All processes must call this."""
         return bool(agreed(time.monotonic() - self._last >= self.seconds))
 
     def save(self, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
         """Write a checkpoint, then remove all but the newest `KEPT`. All processes must call this.
 
-        With several processes it is being written when this returns; the tensors may change.
+        With several processes, this returns once the tensors are copied, and writing continues in the background.
         """
         name, state = f"step-{step:08d}", {"step": step, **state}
         if world_size() == 1:
@@ -70,7 +70,7 @@ class Checkpoints:
         self._last = time.monotonic()
 
     def wait(self) -> None:
-        """Wait until all processes have written the checkpoint that they are writing. All must call this."""
+        """Wait until all processes have written the current checkpoint. All processes must call this."""
         if self._writing is not None:
             self.wait_alone()
             barrier()
@@ -78,13 +78,13 @@ class Checkpoints:
                 self._remove_old()
 
     def wait_alone(self) -> None:
-        """Wait until this process has written its part."""
+        """Wait until this process has written its shards. Raises OSError if the disk is full, for instance."""
         writing, self._writing = self._writing, None
         if writing is not None:
             writing.result()
 
     def _begin(self, name: str, tensors: dict[str, Any], state: Mapping[str, Any]) -> None:
-        """Copy this process's shards, and begin to write them."""
+        """Copy this process's shards, and start writing them."""
         from torch.distributed.checkpoint.filesystem import FileSystemWriter
         from torch.distributed.checkpoint.state_dict_saver import async_save
 
@@ -115,9 +115,9 @@ class Checkpoints:
             remove(self.folder / old)
 
     def newest(self, like: Like = on_cpu) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        """The newest intact checkpoint, or None. Damaged ones are skipped: their steps are repeated.
+        """The tensors and plain data of the newest intact checkpoint, or None. All processes must call this.
 
-        All processes must call this.
+        Damaged checkpoints are skipped, and the steps since the one before are repeated.
         """
         for name in reversed(agreed(self._names())):
             state = self._cached.read(name)
@@ -127,7 +127,7 @@ class Checkpoints:
         return None
 
     def _is_intact(self, name: str, state: Mapping[str, Any]) -> bool:
-        """Whether what a checkpoint consists of is as it was written; processes share the work."""
+        """Whether a checkpoint's files have their recorded checksums; processes share the work."""
         digests = {f"{name}.safetensors": state.get("sha256")}
         if "processes" in state:
             found = [CachedResults(self.folder / name).read(f"rank-{number}") for number in range(state["processes"])]
@@ -140,11 +140,11 @@ class Checkpoints:
         return False
 
     def write_budget(self, tokens: int) -> None:
-        """Note how many tokens a micro-batch may have when the run goes on, if one process alone ran out of memory."""
+        """Record the token budget to resume with, after one process of several ran out of memory."""
         self._cached.write(BUDGET, tokens)
 
     def budget(self) -> int | None:
-        """What was noted; the same on all processes."""
+        """The recorded token budget, if any; the same on all processes. All processes must call this."""
         found: int | None = agreed(self._cached.read(BUDGET))
         return found
 
@@ -154,7 +154,7 @@ class Checkpoints:
 
 @cache
 def _group() -> Any:
-    """The processes, talking to each other beside what they do on GPUs."""
+    """A CPU process group, so that checkpoints do not interfere with communication between GPUs."""
     return dist.new_group(backend="gloo")
 
 
@@ -164,13 +164,13 @@ def _background() -> ThreadPoolExecutor:
 
 
 def _of_the_system(error: BaseException) -> OSError | None:
-    """The error of the operating system's, of a full disk say, among those that processes had while writing."""
+    """The first OSError, such as a full disk, among the errors of all processes that were writing."""
     causes = [cause for cause, *_ in getattr(error, "failures", {}).values()]
     return next((cause for cause in causes if isinstance(cause, OSError)), None)
 
 
 def _read(folder: Path, like: Like) -> dict[str, Tensor]:
-    """The tensors of a folder that several processes wrote, each read into one ``like`` it."""
+    """The tensors of a folder that several processes wrote, each read into a tensor from ``like``."""
     from torch.distributed.checkpoint.filesystem import FileSystemReader
     from torch.distributed.checkpoint.state_dict_loader import load
 

@@ -1,4 +1,4 @@
-"""The costs of training, in machine-independent units and others."""
+"""The costs of training: tokens and FLOPs, time and memory."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Costs:
     gradient_tokens: int = 0
     """Prompt and completion tokens in backward passes, without padding."""
     sampled_tokens: int = 0
-    """Completion tokens sampled to learn from; those of a shared buffer count for each cell that learns from it."""
+    """Completion tokens sampled for training; those of a shared buffer count for each cell that learns from it."""
     flops: float = 0.0
     """FLOPs of matrix products in forward and backward passes and in sampling (see `Policy.flops`)."""
     wall_seconds: float = 0.0
@@ -34,11 +34,12 @@ class Costs:
             setattr(self, name, getattr(self, name) + amount)
 
     def as_dict(self) -> dict[str, float]:
+        """The costs by field name."""
         return asdict(self)
 
 
 def now(device: torch.device) -> float:
-    """The time in seconds, once the device has done what it was asked to: the host only asks."""
+    """The time in seconds, after waiting for the device: kernels run asynchronously."""
     if _on_gpu(device):
         torch.cuda.synchronize(device)
     return time.perf_counter()
@@ -49,7 +50,7 @@ def _on_gpu(device: torch.device | None) -> bool:
 
 
 def reset_peak_memory(device: torch.device | None = None) -> None:
-    """Start a new peak on the ``device`` (None: a GPU where there is one) where the platform can."""
+    """Reset the peak of `peak_memory_bytes`, where the platform allows it; ``device`` None: a GPU if there is one."""
     if _on_gpu(device):
         torch.cuda.reset_peak_memory_stats(device)
     elif sys.platform == "linux":
@@ -58,7 +59,7 @@ def reset_peak_memory(device: torch.device | None = None) -> None:
 
 
 def peak_memory_bytes(device: torch.device | None = None) -> int:
-    """Peak memory since `reset_peak_memory`, in bytes: of this process's tensors on a GPU, or of the process."""
+    """Peak memory in bytes since `reset_peak_memory`: of this process's tensors on a GPU, or of the whole process."""
     if _on_gpu(device):
         return int(torch.cuda.max_memory_allocated(device))
     if sys.platform == "linux":

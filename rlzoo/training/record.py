@@ -1,4 +1,4 @@
-"""The record of a training."""
+"""The record of a training run."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from rlzoo.training.costs import Costs
 
 @dataclass
 class TrainingRecord:
-    """Metrics per step, costs and events of a training. Checkpoints contain it; a resumed training continues it."""
+    """Metrics per step, costs and events of training. Checkpoints contain it; after resuming, it is continued."""
 
     steps: list[dict[str, float]] = field(default_factory=list)
     costs: Costs = field(default_factory=Costs)
     events: list[str] = field(default_factory=list)
     """What a user should know: skipped steps, micro-batches that did not fit and, at the end, how much of the drawn
-    data could not be learned from."""
+    data gave no gradient."""
     counts: dict[str, dict[str, int]] = field(default_factory=dict)
-    """Per component of the objective: how much was drawn, and how much of it taught nothing (see `tally`)."""
+    """Per component of the objective: how much data was drawn, and how much of it gave no gradient (see `tally`)."""
     kept: dict[str, list[Any]] = field(default_factory=dict)
     """Plain data that callbacks keep with the record."""
 

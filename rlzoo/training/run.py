@@ -52,7 +52,7 @@ def with_inputs(
 ) -> Buffer:
     """The buffer with computed values of stored inputs; ``initial`` is the initial policy (None: ``policy``).
 
-    Rows sampled at another temperature than 1 get values at both temperatures.
+    Rows sampled at a temperature other than 1 get values both at that temperature and at 1.
     """
     for one in inputs:
         models = Models.load(policy, [one], initial or policy)
@@ -100,7 +100,7 @@ def lacking(buffer: Buffer, *objectives: Objective, again: bool = False) -> list
 
 
 def with_behaviour(buffer: Buffer, policy: Policy, token_budget: TokenBudget = 8192) -> tuple[Buffer, list[int]]:
-    """The buffer with behaviour log-probs of ``policy`` in samples that lack them, and the indices of these rows."""
+    """The buffer with ``policy``'s log-probs for samples without behaviour log-probs, and the indices of these rows."""
     sampled = np.array(buffer.column("source")) != "demonstration"
     lacks = ~buffer.has("behaviour_logp") & sampled
     if not lacks.any():  # then a large buffer is not read into memory
@@ -116,7 +116,7 @@ def with_behaviour(buffer: Buffer, policy: Policy, token_budget: TokenBudget = 8
 
 
 def behaviour_event(rows: int) -> str:
-    """The event for ``rows`` that `with_behaviour` has filled in."""
+    """The event for the record when `with_behaviour` has filled in this number of ``rows``."""
     return f"behaviour log-probs of {rows:,} samples were computed with the policy before training (behaviour: current)"
 
 
@@ -134,13 +134,14 @@ def train(
     folder: Path | None = None,
     checkpoints: Path | None = None,
 ) -> TrainingRecord:
-    """Train ``policy`` in place, offline on a buffer or online on what a `rlzoo.rollout.Collector` samples.
+    """Train ``policy`` in place: offline on a buffer, or online on samples of a `rlzoo.rollout.Collector`.
 
-    ``source`` is a buffer, whose missing inputs are computed with ``policy`` before training; or any function of the
-    number of batches so far that returns a fresh buffer; or any `Source`; or, for a composite, one of these for each
-    component. ``folder`` is for trackers; an interrupted run resumes from the newest of its ``checkpoints``. Under
-    `accelerate launch` all processes call this, and each takes its share of a batch.
-    Raises UserError where rows lack what the objective learns from, and for a row that the model cannot take.
+    ``source`` is a buffer, whose missing inputs are computed with ``policy`` before training; a function that returns a
+    fresh buffer, given the number of batches so far; a `Source`; or, for a composite, one of these per component.
+    ``folder`` is for trackers; an interrupted run resumes from the newest checkpoint in ``checkpoints``. Under
+    `accelerate launch`, all processes call this and share each batch.
+    Raises UserError if rows lack an input, if a view of the objective is empty, and for rows that the model cannot
+    take.
     """
     settings, components, record = settings or Training(), objective.components, TrainingRecord()
     torch.manual_seed(seed)
@@ -172,7 +173,7 @@ def train(
 def _of_buffer(
     policy: Policy, objective: Objective, buffer: Buffer, settings: Training, seed: int, record: TrainingRecord
 ) -> list[BufferSource]:
-    """One source per component of an objective from one buffer, whose missing inputs are computed."""
+    """One source per component of an objective, all on one buffer, whose missing inputs are computed."""
     check_buffer(policy, buffer)
     if settings.behaviour == "current" and any(
         component.objective.at_sampling_temperature for component in objective.components

@@ -1,4 +1,4 @@
-"""Savings of a training step: gradients accumulated in place, and recomputed activations."""
+"""Less memory and time per training step: gradients accumulated in place, activations recomputed."""
 
 from __future__ import annotations
 
@@ -20,9 +20,10 @@ from rlzoo.policy.compiled import layers_of
 
 @contextmanager
 def layers_recomputed(model: nn.Module) -> Iterator[None]:
-    """In this context, transformer layers keep only their input and run again in the backward pass.
+    """In this context, transformer layers keep only their inputs and run again in the backward pass.
 
-    transformers' own switch works only in training mode, but rlzoo trains without dropout, in evaluation mode.
+    transformers' own option works only in training mode, whereas rlzoo trains in evaluation mode, without dropout.
+    Raises UserError for a model without layers that support it. Source: arXiv 1604.06174.
     """
     layers = layers_of(model)
     if not layers:
@@ -41,12 +42,13 @@ def layers_recomputed(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def gradients_in_place(model: nn.Module) -> Iterator[None]:
-    """In this context, backward passes add to the ``.grad`` of weights in place.
+    """In this context, backward passes on a CPU add to the ``.grad`` of weights in place.
 
-    autograd computes each micro-batch's gradient in new memory and then adds it up; a matrix product can accumulate.
-    For an embedding it makes a zero matrix of the whole vocabulary, twice for tied weights, although only the rows that
-    were looked up have a gradient. On a GPU this costs next to nothing, and adding rows in place is not deterministic:
-    there, and for modules other than a plain `nn.Embedding` or `nn.Linear`, nothing changes.
+    By default, autograd computes each micro-batch's gradient in new memory and then adds it to ``.grad``; a matrix
+    product can accumulate directly. For an embedding, autograd fills a zero matrix of the whole vocabulary (twice if
+    weights are tied), although only the rows that were looked up have a gradient. On a GPU the overhead is negligible
+    and adding rows in place is not deterministic, so nothing changes there, nor for modules other than a plain
+    `nn.Embedding` or `nn.Linear`.
     """
     changed = [module for module in model.modules() if _is_plain(module)]
     for module in changed:

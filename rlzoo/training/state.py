@@ -1,4 +1,4 @@
-"""The state of a training: all that is needed to resume exactly, as tensors and plain data."""
+"""The state of a training run: everything needed to resume exactly, as tensors and plain data."""
 
 from __future__ import annotations
 
@@ -22,24 +22,24 @@ if TYPE_CHECKING:
 
 
 LAYOUT = 4
-"""The version of the state's layout; checkpoints of another are refused."""
+"""The version of the state's layout; checkpoints of other versions are refused."""
 
 
 @runtime_checkable
 class Resumable(Protocol):
-    """An object that a checkpoint can hold: a source, or the collector of one."""
+    """An object whose state a checkpoint can hold: a source, or a source's collector."""
 
     def state(self) -> Any:
-        """Its state as plain data."""
+        """The state as plain data."""
         ...
 
     def restore(self, state: Any) -> None:
-        """Resume from a ``state``, as JSON gives it back."""
+        """Resume from a ``state`` that has been through JSON: tuples are lists."""
         ...
 
 
 def resumable(part: object) -> Resumable:
-    """The same object. Raises UserError if a checkpoint cannot hold it."""
+    """The object itself. Raises UserError if it has no ``state`` and ``restore``."""
     if not isinstance(part, Resumable):
         kind = type(part).__name__
         raise UserError(
@@ -49,7 +49,7 @@ def resumable(part: object) -> Resumable:
 
 
 def state_of(trainer: Trainer) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The state between two batches; its tensors are the trainer's own. All processes must call this."""
+    """The state between two batches; the tensors are the trainer's own, not copies. All processes must call this."""
     named = trainer.named_parameters()
     tensors = _tensors(trainer) | optimizer_tensors(trainer.schedule.optimizer, named)
     random_tensors, random_plain = random_states(trainer.policy.device)
@@ -70,7 +70,7 @@ def state_of(trainer: Trainer) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def _tensors(trainer: Trainer) -> dict[str, Tensor]:
-    """All but the optimizer's and those of random generators."""
+    """All tensors except those of the optimizer and of random generators."""
     found = {f"policy/{name}": parameter.detach() for name, parameter in trainer.named_parameters()}
     for number, model in enumerate(trainer.models.moving.values()):  # two may have one key, in two parts
         found |= {f"model/{number}/{name}": p.detach() for name, p in model.model.named_parameters()}
@@ -78,11 +78,11 @@ def _tensors(trainer: Trainer) -> dict[str, Tensor]:
 
 
 def like_of(trainer: Trainer) -> Like:
-    """How to read a checkpoint: as tensors that are sharded like the trainer's own."""
+    """A function for reading a checkpoint into tensors that are sharded like the trainer's own."""
     known = _tensors(trainer)
 
     def like(name: str, size: torch.Size, dtype: torch.dtype) -> Tensor:
-        """An optimizer has one or two tensors of each parameter's shape, and a count."""
+        """An empty tensor; the optimizer's moments are sharded like their parameter."""
         kind, _, rest = name.partition("/")
         own = known.get(f"policy/{rest.partition('/')[2]}" if kind == "optimizer" else name)
         if own is None or own.shape != size:
@@ -112,7 +112,7 @@ def restore(trainer: Trainer, tensors: Mapping[str, Tensor], state: Mapping[str,
         record.kept.setdefault(name, [])[:] = rows  # in place: a callback may hold the list
     for name, value in state["costs"].items():
         setattr(record.costs, name, value)
-    rates = [state["schedule"]["_last_lr"][0]] * len(schedule.optimizer.param_groups)  # these may be grouped otherwise
+    rates = [state["schedule"]["_last_lr"][0]] * len(schedule.optimizer.param_groups)  # the groups may differ
     own = schedule.state_dict()
     schedule.load_state_dict({**own, **state["schedule"], "base_lrs": own["base_lrs"], "_last_lr": rates})
     for group, rate in zip(schedule.optimizer.param_groups, rates, strict=True):
@@ -124,29 +124,29 @@ def restore(trainer: Trainer, tensors: Mapping[str, Tensor], state: Mapping[str,
 
 
 def _run_of(trainer: Trainer) -> dict[str, Any]:
-    """What must be the same for a training to resume."""
+    """What must be the same for training to resume."""
     settings = trainer.settings.model_dump(mode="json", exclude={"token_budget", "checkpoint_seconds", "trackers"})
     objective = {name: repr(getattr(trainer.objective, name)) for name in options_of(type(trainer.objective))}
     named = {f"objective.{name}": value for name, value in objective.items()}
-    settings["computed"] = computed(trainer.policy)  # which auto leaves open
+    settings["computed"] = computed(trainer.policy)  # not determined by the settings if they are auto
     return {"layout": LAYOUT, **settings, "objective": trainer.objective.name, **named}
 
 
 def computed(policy: Policy) -> str:
-    """Where a policy computes, and in which dtype."""
+    """The kind of device that a policy runs on, and the dtype of its matrix products."""
     return f"{policy.device.type}, {policy.compute or policy.model.dtype}"
 
 
 @torch.no_grad()
 def is_finite(tensor: Tensor) -> bool:
-    """Whether no value is infinite or NaN, in one pass; for a sharded tensor, in this process's shard."""
+    """Whether all values are finite, in one pass; of a sharded tensor, the values of this process's shard."""
     here = tensor.to_local() if hasattr(tensor, "to_local") else tensor
     return not here.numel() or all(bool(extreme.isfinite()) for extreme in here.aminmax())
 
 
 @torch.no_grad()
 def put(into: Tensor, value: Tensor) -> None:
-    """Overwrite a tensor with a whole one, or with one that is sharded alike; a sharded tensor takes its shard."""
+    """Copy a tensor that is whole or sharded like ``into``; a sharded ``into`` takes its shard of a whole one."""
     if hasattr(into, "device_mesh") and not hasattr(value, "device_mesh"):
         from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -176,7 +176,7 @@ def restore_optimizer(
             continue
         entry, _, name = rest.partition("/")
         parameter = parameters[name]
-        if hasattr(value, "device_mesh"):  # sharded like the parameter, and nobody else's
+        if hasattr(value, "device_mesh"):  # sharded like the parameter, and newly allocated
             optimizer.state[parameter][entry] = value
         elif value.shape == parameter.shape:
             optimizer.state[parameter][entry] = torch.zeros_like(parameter, requires_grad=False)
@@ -201,7 +201,7 @@ def random_states(device: torch.device) -> tuple[dict[str, Tensor], dict[str, An
 
 
 def restore_random_states(tensors: Mapping[str, Tensor], plain: Mapping[str, Any], device: torch.device) -> None:
-    """The inverse of `random_states`. A process that did not exist before takes those of the main one."""
+    """The inverse of `random_states`. An additional process takes the states of the main one."""
     number = rank() if rank() < len(plain["by_rank"]) else 0
     torch.set_rng_state(tensors[f"random/cpu/{number}"])
     if device.type == "cuda" and (state := tensors.get(f"random/cuda/{number}")) is not None:

@@ -1,7 +1,7 @@
 """The metrics of a step, from sums of unreduced values, so that they do not depend on micro-batches.
 
-They stay on the device until the step is done, and are copied to the host at once: each number that is read by itself
-would make the host wait for all that a GPU has to do.
+The sums stay on the device until the end of the step and are copied to the CPU together, because every copy waits for
+the GPU to finish all work queued so far.
 """
 
 from __future__ import annotations
@@ -20,25 +20,25 @@ from rlzoo.training.batches import Drawn
 from rlzoo.types import Coefficients, TokenBatch, Trajectory
 
 LOSS = "(loss)"
-"""What the loss is kept under, which no metric of an objective may take."""
+"""The key of the loss among the metrics; no metric of an objective may have this name."""
 
 
 class Readout:
-    """Tensors that are read together: one copy to the host, whatever their number."""
+    """Tensors that are read together, in a single copy to the CPU."""
 
     def __init__(self) -> None:
         self._parts: list[Tensor] = []
         self._size = 0
 
     def add(self, value: Tensor) -> slice:
-        """Take a tensor in; where its entries will be."""
+        """Add a tensor; returns the place of its entries in the result of `read`."""
         flat = value.detach().flatten().double()
         self._parts.append(flat)
         self._size += len(flat)
         return slice(self._size - len(flat), self._size)
 
     def read(self) -> list[float]:
-        """All of them, one after the other. Here the host waits for the device."""
+        """The entries of all tensors, in order, in float64. This waits for the device."""
         if not self._parts:
             return []
         device = self._parts[0].device
@@ -61,7 +61,7 @@ class Sums:
         loss: Tensor,
         denominator: Tensor | float,
     ) -> None:
-        """Add a micro-batch."""
+        """Add the loss [] and the metrics [b, T] or [b] of a micro-batch ``part`` of b rows."""
         reported = loss.detach()
         if coefficients.loss is not None:
             # the paper's loss in place of the surrogate's; auxiliary losses and logit terms stay
@@ -79,12 +79,12 @@ class Sums:
         self._count[name] = count + self._count[name] if name in self._count else count
 
     def into(self, readout: Readout) -> dict[str, tuple[slice, slice]]:
-        """Add all of them to what is read; where each total and each count will be."""
+        """Add all sums to a readout; returns the places of each metric's total and count in it."""
         return {name: (readout.add(total), readout.add(self._count[name])) for name, total in self._total.items()}
 
 
 def means_of(places: Mapping[str, tuple[slice, slice]], numbers: Sequence[float]) -> dict[str, float]:
-    """The loss, and the means of the metrics, over all processes in order of their numbers."""
+    """The loss and the means of the metrics over all processes, summed in the order of their ranks."""
     found = {name: (*numbers[total], *numbers[count]) for name, (total, count) in places.items()}
     whole: dict[str, tuple[float, float]] = {}
     for own in gathered(found):
@@ -96,7 +96,7 @@ def means_of(places: Mapping[str, tuple[slice, slice]], numbers: Sequence[float]
 
 
 def coefficients_of_rows(coefficients: Coefficients, index: Tensor, part: TokenBatch) -> Coefficients:
-    """The coefficients of some rows of a batch, as wide as their micro-batch."""
+    """The coefficients of the rows ``index`` of a batch, cut to the width of the micro-batch ``part``."""
 
     def cut(x: Tensor) -> Tensor:
         return x[index] if x.ndim == 1 else x[index, : part.logp.shape[1]]
@@ -130,7 +130,7 @@ def metrics_of(
 
 
 def truncated_importance(rows: Sequence[Trajectory], mask: Tensor, cap: float) -> Tensor:
-    """min(π/π_engine, cap) of each token at the time of sampling; 1 for rows of no other engine."""
+    """min(π/π_engine, ``cap``) [B, T] of each token when it was sampled; 1 for rows without ``sampler_logp``."""
     weight = torch.ones(mask.shape)
     for place, row in enumerate(rows):
         if row.sampler_logp is not None and row.behaviour_logp is not None:

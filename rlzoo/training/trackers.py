@@ -17,7 +17,7 @@ PACKAGES = {"tensorboard": ("tensorboard", "tensorboardX"), "trackio": ("trackio
 
 
 def installed(trackers: Sequence[str]) -> Sequence[str]:
-    """The same trackers. Raises UserError for one whose package is missing, which Accelerate would ignore."""
+    """The trackers themselves. Raises UserError for one whose package is missing, which Accelerate would ignore."""
     for name in trackers:
         if not any(find_spec(package) for package in PACKAGES[name]):
             raise UserError(f"training.trackers: {name} is not installed: pip install {PACKAGES[name][0]}")
@@ -28,7 +28,7 @@ def installed(trackers: Sequence[str]) -> Sequence[str]:
 def tracked(
     accelerator: Accelerator, settings: Training, folder: Path | None
 ) -> Iterator[Callable[[dict[str, float], int], None]]:
-    """A function that sends the metrics of a step to all trackers, whose runs are ended at the end."""
+    """A function that sends the metrics of a step to all trackers; their runs end with this context."""
     if not settings.trackers:
         yield lambda metrics, step: None
         return

@@ -41,11 +41,11 @@ from rlzoo.training.sums import (
     metrics_of,
     truncated_importance,
 )
-from rlzoo.training.tally import count, teaches, told
+from rlzoo.training.tally import count, lines_of, with_gradient
 from rlzoo.training.trackers import installed, tracked
 from rlzoo.types import Coefficients, Trajectory, at_temperature
 
-NO_ENGINE = "importance_cap changes nothing for rows without sampler_logp, the log-probs of another engine"
+NO_ENGINE = "importance_cap has no effect on rows without sampler_logp, the log-probs of another engine"
 ROUNDED = (
     "training.dtype: bfloat16 rounds away small updates of weights: use bfloat16-mixed, which keeps them in float32, "
     "or train adapters (training.lora)"
@@ -55,16 +55,16 @@ Callback = Callable[["Trainer", int], None]
 
 
 def check_precision(dtypes: Iterable[torch.dtype]) -> None:
-    """Raise UserError where weights that train have too few digits for an optimizer's updates."""
+    """Raise UserError if trained weights are in a 16-bit dtype, which rounds away small updates."""
     if {torch.bfloat16, torch.float16} & set(dtypes):
         raise UserError(ROUNDED)
 
 
 def check_quantised(policy: Policy, settings: Training, is_sharded: bool) -> None:
-    """Raise UserError where a policy in 4 bits cannot train as the settings say, or is not in 4 bits as they say."""
+    """Raise UserError if a policy in 4 bits cannot be trained with these settings, or they ask for 4 bits in vain."""
     wanted, found = settings.lora is not None and settings.lora.load_in_4bit, is_in_4_bits(policy.model)
     if wanted and not found:
-        raise UserError("lora.load_in_4bit: the policy is loaded already: load_policy(..., load_in_4bit=True)")
+        raise UserError("lora.load_in_4bit: the policy was loaded without it: use load_policy(..., load_in_4bit=True)")
     if found and settings.lora is None and not adapters(policy.model):
         raise UserError("weights in 4 bits cannot be trained: train adapters (training.lora)")
     if found and is_sharded:
@@ -90,12 +90,14 @@ class Trainer:
         record: TrainingRecord | None = None,
         checkpoints: Path | None = None,
     ) -> None:
-        """``folder`` is where trackers write files, and names the run in all of them.
+        """``folder`` is where trackers write their files, and its name is the run's name in them.
 
-        A composite objective takes one ``source`` per component, in their order.
+        A composite objective takes one ``source`` per component, in their order. ``callbacks`` are called after every
+        optimizer step. ``reference`` is a copy of the initial policy, if there is one already.
 
         Checkpoints are written to the folder ``checkpoints``, and training resumes from the newest one in it, with
-        bitwise the same result as without the interruption; ``record`` then includes the steps before.
+        bitwise the same result as without the interruption; ``record`` then includes the steps before. Raises UserError
+        for settings that do not suit the policy, and for checkpoints of another run.
         """
         self.objective, self.settings = objective, settings
         self.sources = source if isinstance(source, Sequence) else [source]
@@ -105,7 +107,7 @@ class Trainer:
         self.micro = MicroBatches(token_budget_of(policy, settings.token_budget), self._halved)
         self.checkpoints = None
         self.accelerator = Accelerator(
-            # all is on the policy's device and stays there, wherever an earlier Accelerator of this process is
+            # everything stays on the policy's device, whichever device an earlier Accelerator of this process uses
             cpu=policy.device.type == "cpu" and "device" not in PartialState._shared_state,
             device_placement=False,
             log_with=list(installed(settings.trackers)) or None,
@@ -113,7 +115,7 @@ class Trainer:
         )
         shards = sharding.is_asked()
         check_quantised(policy, settings, shards)
-        if shards and not is_sharded(policy):  # a policy that load_policy has not made
+        if shards and not is_sharded(policy):  # the policy does not come from load_policy
             sharding.shard(policy, policy.model)
         if settings.lora is not None and not adapters(policy.model):
             policy.add_lora(**settings.lora.model_dump(exclude={"load_in_4bit"}))
@@ -125,7 +127,7 @@ class Trainer:
         sharding.reshard(policy)
         parameters = [p for p in policy.parameters() if p.requires_grad]
         check_precision({p.dtype for p in parameters})
-        # a frozen weight has no gradient, but passes one on
+        # frozen weights get no gradient, but activation gradients still pass through them
         self._trained = sum(map(entries, parameters)) / sum(map(entries, policy.parameters()))
         self.optimizer = torch.optim.AdamW(
             [{"params": group} for group in sharding.in_groups(parameters)],
@@ -156,9 +158,10 @@ class Trainer:
         ]
 
     def run(self) -> TrainingRecord:
-        """Train up to ``settings.steps`` optimizer steps.
+        """Train until ``settings.steps`` optimizer steps are done.
 
-        The first Ctrl-C or SIGTERM is raised between two steps, after a checkpoint.
+        The first Ctrl-C or SIGTERM is raised between two batches, after a checkpoint. Raises UserError if weights, the
+        loss or a gradient become infinite or NaN, unless ``on_nonfinite`` skips such steps.
         """
         with noted(), tracked(self.accelerator, self.settings, self.folder) as log:
             try:
@@ -172,12 +175,12 @@ class Trainer:
             self.checkpoints.wait()
         if not self._is_finite():
             raise UserError("the last step made weights infinite or NaN: lower learning_rate")
-        self.record.events += told(self.record.counts, self.objective.components, self.sources)
+        self.record.events += lines_of(self.record.counts, self.objective.components, self.sources)
         return self.record
 
     @property
     def step(self) -> int:
-        """Optimizer steps that are done."""
+        """The number of optimizer steps done."""
         return len(self.record.steps)
 
     def _run(self, log: Callable[[dict[str, float], int], None]) -> None:
@@ -198,7 +201,7 @@ class Trainer:
                 metrics = self._update(drawn, is_first=not update)
                 step += 1
                 costs = self.record.costs
-                # the host has just waited for all but the optimizer's own work, which counts in the next step
+                # reading the metrics has waited for the GPU; the optimizer's own work counts in the next step
                 costs.wall_seconds += (now(device) if step == self.settings.steps else time.perf_counter()) - started
                 costs.peak_memory_bytes = max(costs.peak_memory_bytes, peak_memory_bytes(device))
                 self.record.steps.append({"step": step, **metrics})
@@ -243,12 +246,12 @@ class Trainer:
         return Drawn(component, rows, units, objective.prepare(self.assembler.assemble(rows, units, objective)))
 
     def _renewed(self, drawn: Drawn) -> Drawn:
-        """The same with STEP inputs and coupled log-probs of the current policy."""
+        """The same rows, with STEP inputs and coupled log-probs recomputed for the current policy."""
         batch = self.assembler.renew(drawn.batch, drawn.rows, drawn.units, drawn.component.objective)
         return replace(drawn, batch=batch)
 
     def _update(self, drawn: Sequence[Drawn], is_first: bool) -> dict[str, float]:
-        """One optimizer step on the batches of all components; ``is_first`` on these batches, or another."""
+        """One optimizer step on the batches of all components; ``is_first``: the first step on these batches."""
         rows = [row for some in drawn for row in some.rows]
         self.policy.eval()  # with dropout, ratios would not start at 1 and the gradient would depend on micro-batches
         sums = self.micro.within_memory(
@@ -267,10 +270,10 @@ class Trainer:
         norm, loss = metrics["gradient_norm"], metrics["loss"]
         sound = math.isfinite(norm) and math.isfinite(loss)
         if not sound:
-            told = f"step {self.step + 1}: the gradient is {norm} and the loss {loss}"
+            event = f"step {self.step + 1}: the gradient norm is {norm} and the loss {loss}"
             if self.settings.on_nonfinite == "stop":
-                raise UserError(f"{told}: lower learning_rate, check the data of this step, or set on_nonfinite=skip")
-            self.record.events.append(f"{told}; skipped")
+                raise UserError(f"{event}: lower learning_rate, check the data of this step, or set on_nonfinite=skip")
+            self.record.events.append(f"{event}; skipped")
             self._drop_gradients()
         rate = self.schedule.get_last_lr()[0]
         if sound:
@@ -281,18 +284,18 @@ class Trainer:
         return {**metrics, "learning_rate": float(rate)}
 
     def _draw_ahead(self) -> None:
-        """Have sources read the next step's rows while the GPU still works on this one's, before the host waits."""
+        """Let sources prefetch the next batch while the GPU is still busy with this step."""
         done = self.step + 1
         if done < self.settings.steps and done % self.settings.updates_per_batch == 0:
             for source in self.sources:
                 getattr(source, "draw_ahead", lambda: None)()
 
     def _read(self, drawn: Sequence[Drawn], sums: Sequence[Sums], norm: Tensor, is_first: bool) -> dict[str, float]:
-        """All that the host wants to know of a step, at once: here alone it waits for a GPU."""
+        """The metrics of a step, read in one copy: nothing else in a step waits for the GPU."""
         readout = Readout()
         places = [own.into(readout) for own in sums]
         rewards = [None if some.batch.reward is None else readout.add(some.batch.reward.mean()) for some in drawn]
-        learned = [readout.add(teaches(some)) for some in drawn] if is_first else []
+        learned = [readout.add(with_gradient(some)) for some in drawn] if is_first else []
         at = readout.add(norm)
         numbers = readout.read()
         for some, where in zip(drawn, learned, strict=False):
@@ -328,13 +331,13 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
 
     def _halved(self, before: int, now: int) -> None:
-        told = f"step {self.step + 1}: out of memory with {before} tokens per micro-batch, now {now}"
-        self.record.events.append(told)
+        event = f"step {self.step + 1}: out of memory with {before} tokens per micro-batch, now {now}"
+        self.record.events.append(event)
         if is_sharded(self.policy) and self.checkpoints is not None:
             self.checkpoints.write_budget(now)
             raise TryAgainError(
-                f"{told}: it ran out in one process of a sharded model, and the others wait for it, so the run stops; "
-                "the same command goes on"
+                f"{event}; the run stops, because the processes of a sharded model cannot retry a step on their own: "
+                "resume with the same command"
             )
 
     def _backward(
@@ -345,7 +348,7 @@ class Trainer:
         denominator: Tensor | float,
         sums: Sums | None,
     ) -> None:
-        """Add the gradient of a micro-batch; without ``sums`` its weight is 0, to keep in step with other processes."""
+        """Add the gradient of a micro-batch; without ``sums``, with weight 0, to keep in step with other processes."""
         objective, rows, batch = drawn.component.objective, drawn.rows, drawn.batch
         sequences = self.policy.collate([rows[i] for i in index])
         statistics = [one for one in objective.requires if one.is_statistic]
@@ -370,7 +373,7 @@ class Trainer:
         loss = surrogate_of(own, objective, part, denominator)
         if output.term is not None:
             loss = loss + reduce(output.term, part, objective.normaliser, denominator)
-        for value in others:  # other components' modules: processes wait for all gradients
+        for value in others:  # other components' modules: every process must have all gradients
             loss = loss + 0.0 * value.sum()
         torch.autograd.backward(drawn.component.weight * loss)
         if output.term is not None:
@@ -378,7 +381,7 @@ class Trainer:
         sums.add(objective, part, own, loss, denominator)
 
     def _logits_of(self, objective: Objective) -> Policy | None:
-        """The model whose logits an objective's logit term uses."""
+        """The reference model of an objective's logit term."""
         givers = (one for one in objective.requires if one.gives_logits)
         return next((self.models.of(name) for one in givers for name in one.models()), None)
 
