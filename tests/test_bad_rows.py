@@ -223,10 +223,10 @@ def test_problems_that_the_model_cannot_take_are_dropped_everywhere(
 
 def test_cut_completions_are_counted(table: str, capsys: pytest.CaptureFixture[str]) -> None:
     Path("long.jsonl").write_text('{"prompt": "1+1=", "completion": "222222"}\n' * 3 + LINES[0] + "\n")
-    told = "completions cut to the limit on their length, which have no end: 3 in all"
+    told = "completions cut at the length limit, without an end of sequence: 3 in all"
     train = ["train", "sft", "--buffer", "long.jsonl", "--steps", "1", "--set", "max_completion_tokens=4"]
     assert main([*train, "--out", "done"]) == 0
-    assert f"{told} (long.jsonl line 1: 4 of 7 tokens are left)" in capsys.readouterr().out
+    assert f"{told} (long.jsonl line 1: 4 of 7 tokens are kept)" in capsys.readouterr().out
     assert told in json.loads(Path("done/training.json").read_text())["events"][0]
     changes = {"demonstrations": "long.jsonl", "training__max_completion_tokens": 4}
     sampled = small({"rft": {}}, rollouts={"samples": 2, "max_new_tokens": 2}, **changes)
@@ -241,7 +241,7 @@ def test_cut_completions_are_counted(table: str, capsys: pytest.CaptureFixture[s
 
 def test_without_a_place_for_the_counts_they_are_warnings(tokenizer: Any) -> None:
     rows, bad = [{"prompt": "1", "completion": "22"}] * 2, BadRows()
-    with pytest.warns(UserWarning, match=r"2 in all \(row 1: 1 of 3 tokens are left\)"):
+    with pytest.warns(UserWarning, match=r"2 in all \(row 1: 1 of 3 tokens are kept\)"):
         from_trl(rows, tokenizer, max_completion_tokens=1)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

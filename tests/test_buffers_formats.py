@@ -104,7 +104,7 @@ def test_the_text_of_a_completion_holds_no_end_of_sequence(plain: Any) -> None:
 
 
 def test_what_cannot_be_encoded_is_an_error(plain: Any) -> None:
-    with pytest.raises(UserError, match="the prompt alone has 3 tokens of 3: raise max_length"):
+    with pytest.raises(UserError, match="the prompt alone takes 3 of 3 tokens: raise max_length"):
         encode(plain, "1+1", "2", max_length=3)
     with pytest.raises(UserError, match="has no chat template"):
         encode_prompt(plain, user("1"))

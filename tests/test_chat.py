@@ -86,7 +86,7 @@ def test_a_token_across_the_start_of_a_turn_belongs_to_the_turn() -> None:
     template = "{% for m in messages %}{{ m.role + '=' + m.content + ';' }}{% endfor %}"
     tokenizer = built(template + "{% if add_generation_prompt %}assistant={% endif %}", merges=[("=", "2")])
     turns = [user("1"), assistant("2")]
-    with pytest.warns(UserWarning, match=r"last words before an answer.*row 1: '='"):
+    with pytest.warns(UserWarning, match=r"drops the end of the prompt.*row 1: '='"):
         (row,) = from_trl([{"messages": turns}], tokenizer)
     whole = tokenizer.apply_chat_template(turns)["input_ids"]
     assert row.prompt_ids + row.completion_ids == [*whole, tokenizer.eos_token_id]
@@ -236,7 +236,7 @@ def test_pairs_of_one_prompt_stay_one_prompt_where_an_answer_has_no_thinking() -
     tokenizer = tokenizer_of("r1")
     row = {"prompt": [user("1")], "chosen": [assistant("<think>\na\n</think>2")], "rejected": [assistant("3")]}
     with pytest.warns(
-        UserWarning, match=r"last words before an answer.*: 1 in all \(row 1, completion 2: '<think>\\n'\)"
+        UserWarning, match=r"drops the end of the prompt.*: 1 in all \(row 1, completion 2: '<think>\\n'\)"
     ):
         chosen, rejected = from_trl([row], tokenizer)
     assert chosen.prompt_id == rejected.prompt_id and chosen.prompt_ids != rejected.prompt_ids

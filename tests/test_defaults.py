@@ -88,7 +88,7 @@ def test_the_device_that_is_meant(monkeypatch: pytest.MonkeyPatch) -> None:
     assert {str(device_of(asked)) for asked in (None, "auto", "cpu", torch.device("cpu"))} == {"cpu"}
     with pytest.raises(UserError, match=r"device 'cuda:1': this process sees 0 GPUs"):
         device_of("cuda:1")
-    with pytest.raises(UserError, match="device 'gpu' is none: give auto, cpu, cuda, or a GPU's number"):
+    with pytest.raises(UserError, match="unknown device 'gpu': give auto, cpu, cuda, or one GPU"):
         load_for("embedded", Training(device="gpu"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)

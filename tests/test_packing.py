@@ -75,8 +75,8 @@ PACKED: dict[str, Callable[[], Any]] = {
     ),
 }  # fmt: skip
 PADDED: dict[str, tuple[Callable[[], Any], str]] = {
-    "gemma2": (lambda: Gemma2Config(**SMALL, head_dim=8), "its attention has a softcap"),
-    "bloom": (lambda: BloomConfig(**OLD, hidden_size=32, n_layer=1, n_head=4), "cannot be told positions"),
+    "gemma2": (lambda: Gemma2Config(**SMALL, head_dim=8), "its attention uses softcap"),
+    "bloom": (lambda: BloomConfig(**OLD, hidden_size=32, n_layer=1, n_head=4), "does not take position_ids"),
     "recurrent_gemma": (
         lambda: RecurrentGemmaConfig(**SMALL, block_types=["recurrent", "attention"]),
         "layers that are not attention|does not take its attention",  # as transformers 5.0 and newer tell them
@@ -178,7 +178,7 @@ def test_a_layer_that_mixes_tokens_is_noticed(mixed: Callable[[Tensor], Tensor])
 
     policy = policy_of(PACKED["llama"]())
     policy.model.model.layers[0].mlp = Shifted(policy.model.model.layers[0].mlp)
-    with pytest.raises(UserError, match="lets rows change each other"):
+    with pytest.raises(UserError, match="rows of a pack affect each other"):
         policy.pack("packed")
 
 

@@ -214,7 +214,7 @@ def test_all_processes_halve_their_work_where_the_memory_of_one_runs_out(
     command, kept = [str(WORKER), str(tmp_path), "kto-hungry"], {"RANKS_CHECKPOINTS": str(tmp_path / "checkpoints")}
     told = launch(command, 2, tmp_path, FSDP, fails=True)
     assert re.search(
-        r"^UserError: out of memory with 48 tokens .* sharded model.*: set training.token_budget", told, re.M
+        r"^UserError: out of memory with 48 tokens .* sharded model.*: lower training.token_budget", told, re.M
     )
     told = launch(command, 2, tmp_path, {**FSDP, **kept}, fails=True)
     assert re.search(

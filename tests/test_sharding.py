@@ -150,7 +150,7 @@ def test_other_ways_to_divide_a_model_are_refused(
         monkeypatch.setenv(name, value)
     assert not sharding.is_asked(), "one process holds the whole model, whatever the launcher says"
     monkeypatch.setattr("rlzoo.policy.sharding.world_size", lambda: 2)
-    with pytest.raises(UserError, match=rf"does not run with {told}.*: launch it with --use_fsdp --fsdp_version 2"):
+    with pytest.raises(UserError, match=rf"does not support {told}.*: launch it with --use_fsdp --fsdp_version 2"):
         load_policy("embedded")
 
 

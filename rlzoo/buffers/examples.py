@@ -127,7 +127,7 @@ def _implicit_preference(row: Row) -> list[Example]:
     if isinstance(chosen, str) and isinstance(rejected, str):
         return _implicit_text_preference(chosen, rejected)
     if isinstance(chosen, str) or isinstance(rejected, str):
-        raise UserError("columns 'chosen' and 'rejected' mix a conversation and plain text: make both one of them")
+        raise UserError("columns 'chosen' and 'rejected' mix a conversation and plain text: use one form for both")
     prompt, better = _last_turn(chosen, "chosen")
     other, worse = _last_turn(rejected, "rejected")
     if prompt != other:
@@ -233,7 +233,7 @@ def _prompt(row: Row, column: str) -> Prompt:
 def _completion(row: Row, column: str, prompt: Prompt) -> str | Message:
     value = _text(row, column)
     if isinstance(value, str) != isinstance(prompt, str):
-        raise UserError(f"columns {column!r} and 'prompt' mix a conversation and plain text: make both one of them")
+        raise UserError(f"columns {column!r} and 'prompt' mix a conversation and plain text: use one form for both")
     if isinstance(value, str):
         return value
     if len(value) != 1 or value[0]["role"] != "assistant":

@@ -126,7 +126,7 @@ def _saved(where: str, encoding: _Encoding, bad: BadRows) -> OfflineBuffer:
 def _cut(number: int, row: Trajectory, tokenizer: Any, limit: int, bad: BadRows) -> Trajectory:
     if row.source != "demonstration" or len(row.completion_ids) <= limit:
         return row
-    bad.note(f"row {number} of the buffer", {CUT: f"{limit} of {len(row.completion_ids)} tokens are left"})
+    bad.note(f"row {number} of the buffer", {CUT: f"{limit} of {len(row.completion_ids)} tokens are kept"})
     kept = row.completion_ids[:limit]
     values = {name: value and value[:limit] for name, value in vars(row).items() if name.endswith("_logp")}
     return replace(row, completion=tokenizer.decode(kept), completion_ids=kept, truncated=True, **values)

@@ -1,4 +1,4 @@
-"""Low-rank adapters by peft, injected into an otherwise unchanged transformers model."""
+"""Low-rank adapters (LoRA, arXiv 2106.09685), injected by peft into an otherwise unchanged transformers model."""
 
 from __future__ import annotations
 
@@ -22,29 +22,32 @@ def adapters(model: nn.Module) -> dict[str, Any]:
 
 
 def add_lora(model: nn.Module, rank: int, alpha: float, target_modules: str | Sequence[str]) -> None:
-    """Freeze ``model`` and inject adapters of ``rank``, scaled by alpha/rank. Raises UserError without peft."""
+    """Freeze ``model`` and inject adapters: W + (alpha / rank) B A, with B = 0 at first.
+
+    Raises UserError without peft, for a model with adapters, and for ``target_modules`` that match no layer.
+    """
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError:
         raise UserError("LoRA needs peft: pip install 'rlzoo[lora]'") from None
     if adapters(model):
-        raise UserError("the model has an adapter already")
+        raise UserError("the model already has an adapter: use a model without one")
     targets = target_modules if isinstance(target_modules, str) else list(target_modules)
     config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, task_type="CAUSAL_LM")
     try:
-        inject_adapter_in_model(config, model)  # which freezes all else
+        inject_adapter_in_model(config, model)  # freezes all other weights
     except ValueError as error:
         raise UserError(f"lora.target_modules {target_modules!r}: {str(error).splitlines()[0]}") from None
     dtype = torch.promote_types(next(model.parameters()).dtype, torch.float32)
     for layer in adapters(model).values():
         for name, parameter in layer.named_parameters():
-            if "lora_" in name:  # in bfloat16 small updates would be lost
+            if "lora_" in name:  # bfloat16 would lose small updates
                 parameter.data = parameter.data.to(dtype)
 
 
 @torch.no_grad()
 def copy_adapters(model: nn.Module, into: nn.Module) -> None:
-    """Give another model copies of the adapters of ``model``, if it has any."""
+    """Copy the adapters of ``model``, if any, to the model ``into`` of the same architecture."""
     if not adapters(model):
         return
     from peft import inject_adapter_in_model
@@ -67,13 +70,16 @@ def switched_off(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         for layer in layers:
-            layer.enable_adapters(True)  # which has all of them trained, also those of a frozen policy
+            layer.enable_adapters(True)  # this makes all of them trainable, even those of a frozen policy
         for parameter, trains in before:
             parameter.requires_grad_(trains)
 
 
 def merged(model: nn.Module, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict with the adapters merged into the weights, which are whole, under the names of the plain model."""
+    """A state dict of whole ``weights`` with the adapters merged into them, under the names of the plain model.
+
+    W + (alpha / rank) B A for each adapted weight, dequantised if it is in 4 bits.
+    """
     found = dequantised(model, dict(weights))
     for name, layer in adapters(model).items():
         with torch.no_grad():
@@ -90,7 +96,7 @@ def merged(model: nn.Module, weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def save_adapter(model: nn.Module, weights: dict[str, Tensor], folder: Path, base: str) -> None:
-    """Write the adapter alone, in the format of peft: ``PeftModel.from_pretrained(base_model, folder)``."""
+    """Write the adapter alone, in peft's format: load it with ``PeftModel.from_pretrained(base_model, folder)``."""
     from safetensors.torch import save_file
 
     config: Any = model.peft_config[NAME]  # type: ignore[index]

@@ -1,4 +1,4 @@
-"""From rows to the batch that an objective sees: one way for the trainer, the analyzer and the contract's tests."""
+"""From rows to the batch that an objective gets, for the trainer, the variance analyzer and the contract tests."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Units = Sequence[tuple[int, ...]]
 
 
 class Models:
-    """The models that inputs use besides the policy: frozen ones, each loaded once, and moving ones."""
+    """The models that inputs use besides the policy: frozen ones, each loaded once, and moving ones, one per input."""
 
     def __init__(
         self,
@@ -44,8 +44,8 @@ class Models:
     ) -> Models:
         """Load all models of ``inputs``, before training starts; ``initial`` is a copy of the initial policy, if any.
 
-        Without ``moving`` the policy takes the place of moving models, which equal it before the first step. Raises
-        UserError for a model whose vocabulary is not the policy's.
+        Without ``moving``, the policy stands in for moving models, which equal it before the first step. Raises
+        UserError as `load_policy` does, and for a model with another vocabulary than the policy's.
         """
         found = cls(policy, {} if initial is None else {None: initial})
         for one in inputs:
@@ -57,14 +57,14 @@ class Models:
         return found
 
     def of(self, name: str | None) -> Policy:
-        """A frozen model. Raises UserError for one that was not loaded."""
+        """The frozen model ``name``; None: the initial policy. Raises UserError for one that was not loaded."""
         if name not in self.frozen:
-            told = "the initial policy" if name is None else repr(name)
-            raise UserError(f"{told} is not loaded: an input that uses it must list it in models()")
+            model = "the initial policy" if name is None else repr(name)
+            raise UserError(f"{model} is not loaded: an input that uses it must list it in models()")
         return self.frozen[name]
 
     def own(self, one: Input) -> Policy:
-        """An input's moving model."""
+        """An input's moving model; the policy if it has none."""
         return self.moving.get(one, self.policy)
 
     @property
@@ -95,7 +95,7 @@ class Assembler:
     ) -> None:
         """``on_forward`` is called with the model and rows of every forward pass without a graph, to count costs.
 
-        With ``remember`` a model's log-probs of a row are computed once: for models that do not change.
+        With ``remember``, each model's log-probs of a row are computed once and cached: for models that do not change.
         """
         self.policy, self.models = policy, models or Models(policy)
         self.micro = micro or MicroBatches(8192)
@@ -103,10 +103,10 @@ class Assembler:
         self._known: dict[tuple[int, int], tuple[Tokens, dict[str, Tensor]]] | None = {} if remember else None
 
     def assemble(self, rows: Sequence[Trajectory], units: Units, objective: Objective) -> TokenBatch:
-        """The batch with all inputs that are known before an update, without a graph; `Objective.prepare` is next.
+        """The batch with all STORED, BATCH and STEP inputs, without a graph, ready for `Objective.prepare`.
 
-        It has ``logp`` for an objective with a `Snapshot` or with coupling BATCH. Raises UserError for stored inputs
-        that rows lack and that cannot be computed.
+        It has ``logp`` [B, T] for an objective with a `Snapshot` or with coupling BATCH. Raises UserError for stored
+        inputs that rows lack and that cannot be computed.
         """
         context = _Context(self, rows, units, objective)
         batch = fixed_batch(rows, units, objective, self.policy.device)
@@ -121,7 +121,7 @@ class Assembler:
         return self._step(batch, context)
 
     def forward(self, rows: Sequence[Trajectory], units: Units, objective: Objective) -> dict[str, Tensor]:
-        """``logp`` and the objective's FORWARD inputs, by key, without a graph."""
+        """``logp`` and the objective's FORWARD inputs [B, T] by key, without a graph."""
         context = _Context(self, rows, units, objective)
         keys = ["logp", *(one.key for one in objective.requires if one.stage is Stage.FORWARD and not one.gives_logits)]
         return {key: context.now(key) for key in keys}
@@ -140,7 +140,7 @@ class Assembler:
         ]
 
     def renew(self, batch: TokenBatch, rows: Sequence[Trajectory], units: Units, objective: Objective) -> TokenBatch:
-        """The same batch before its next update: with new STEP inputs and, with coupling BATCH, new log-probs."""
+        """The batch before its next update: with new STEP inputs and, for coupling BATCH, new log-probs."""
         context = _Context(self, rows, units, objective)
         context.mask = batch.mask
         if objective.is_coupled:
@@ -154,7 +154,7 @@ class Assembler:
         return batch.replace(**{one.key: context.value_of(one) for one in requires if one.stage is Stage.STEP})
 
     def after_step(self) -> None:
-        """Tell inputs with their own model or module that an optimizer step is done."""
+        """Call `Input.after_step` of all inputs with a model or module of their own."""
         for one in {*self.models.moving, *self.policy.attached.values()}:
             context = _Context(self, [], [], None)
             context.input = one
@@ -168,7 +168,7 @@ class Assembler:
         forward: Forward | None = None,
         progress: Callable[[int], None] | None = None,
     ) -> dict[str, Float[Tensor, "R T"]]:
-        """`MicroBatches.log_probs`."""
+        """`MicroBatches.log_probs`, counted by ``on_forward`` and cached with ``remember``."""
         if self._known is not None and (known := self._recalled(model, rows, statistics)) is not None:
             return known
         found = self.micro.log_probs(model, rows, statistics, forward=forward, progress=progress)
@@ -177,7 +177,7 @@ class Assembler:
         if self._known is not None:
             for place, row in enumerate(rows):
                 kept = {key: value[place, : len(row.completion_ids)] for key, value in found.items()}
-                self._known[id(model), id(row)] = row, kept  # kept with the row, or its id might become another's
+                self._known[id(model), id(row)] = row, kept  # keeps the row alive, so that its id stays unique
         return found
 
     def _recalled(
@@ -201,7 +201,7 @@ class _Context:
         self.assembler, self.rows, self.units, self.objective = assembler, rows, units, objective
         self.mask: Bool[Tensor, "B T"] = torch.zeros(0, 0, dtype=torch.bool)
         self.forward_values: dict[str, Tensor] | None = None
-        """The current log-probs of the policy and FORWARD inputs of the objective, once they have been computed."""
+        """The policy's current log-probs and the objective's FORWARD inputs, once they have been computed."""
         self.input: Input | None = None
 
     @property
@@ -239,7 +239,7 @@ class _Context:
         return self.forward_values[key]
 
     def value_of(self, one: Input) -> Tensor:
-        """The input's values for all rows."""
+        """The input's values [B, T] or [B] for all rows."""
         if one.stage is Stage.STORED:
             own = [one.stored(row) for row in self.rows]
             if not any(value is None for value in own):
@@ -248,12 +248,12 @@ class _Context:
         return one.compute(self)
 
     def _table(self, one: Input, values: Sequence[Any]) -> Tensor:
-        """Stored values of rows as a tensor."""
+        """Stored values of rows as a tensor [B, T] or [B]. Raises UserError for a row with a wrong number of values."""
         device = self.mask.device
         if any(len(row.completion_ids) != 1 for row in self.rows) and all(
             isinstance(value, Sequence) and len(value) == 1 for value in values
         ):
-            values = [value[0] for value in values]  # a number per row, as a buffer stores it
+            values = [value[0] for value in values]  # a buffer stores one number per row as a list
         if not any(isinstance(value, Sequence) for value in values):
             return on_device(torch.tensor(values), device)
         table = torch.zeros(self.mask.shape)
@@ -269,10 +269,10 @@ class _Context:
 
 
 def fixed_batch(rows: Sequence[Trajectory], units: Units, objective: Objective, device: torch.device) -> TokenBatch:
-    """The fields that come from the rows themselves: the mask, rewards, groups and pairs.
+    """The fields that come from the rows themselves: the mask [B, T], and rewards, groups and pairs [B].
 
-    Rewards are in float64: a group's differences may be small beside what its rewards have in common.
-    Raises UserError for a row whose prompt or completion has no tokens, not even an end of sequence.
+    Rewards are in float64, because differences within a group may be small relative to a common offset. Raises
+    UserError for a row whose prompt or completion has no tokens, not even an end of sequence.
     """
     for row in rows:
         if not (row.prompt_ids and row.completion_ids):
@@ -298,7 +298,7 @@ def fixed_batch(rows: Sequence[Trajectory], units: Units, objective: Objective, 
 
 
 def fixed_mask(rows: Sequence[Trajectory], masks_truncated: bool = False) -> Bool[Tensor, "B T"]:
-    """True at completion tokens, except those of truncated rows with ``masks_truncated``."""
+    """True at completion tokens [B, T]; with ``masks_truncated``, False throughout truncated rows."""
     mask = torch.zeros(len(rows), max(len(row.completion_ids) for row in rows), dtype=torch.bool)
     for place, row in enumerate(rows):
         mask[place, : 0 if masks_truncated and row.truncated else len(row.completion_ids)] = True
@@ -306,7 +306,8 @@ def fixed_mask(rows: Sequence[Trajectory], masks_truncated: bool = False) -> Boo
 
 
 def _groups(rows: Sequence[Trajectory], units: Units, kind: Unit) -> list[int]:
-    """A number per row for its group: its unit, if units are groups (policy versions may share a prompt)."""
+    """The group number of each row: that of its unit if units are groups (policy versions may share a prompt), or else
+    that of its prompt."""
     keys: list[object] = [row.prompt_id for row in rows]
     if kind is Unit.GROUP:
         for number, unit in enumerate(units):

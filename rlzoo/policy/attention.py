@@ -1,4 +1,4 @@
-"""Attention by PyTorch's fused kernels, whatever the device: how transformers' models are made to call them."""
+"""Attention with PyTorch's fused kernels on all devices, registered as transformers' attention function."""
 
 from __future__ import annotations
 
@@ -22,13 +22,16 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 NAME = "rlzoo"
-"""What transformers calls it."""
+"""The name under which `attention` is registered with transformers."""
 
 
 def attention(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **options: Any
 ) -> tuple[Tensor, None]:
-    """The attention of padded rows, or of a pack."""
+    """Attention on padded rows or on a pack: queries [B, H, L, D] and keys [B, K, P, D] → [B, L, H, D].
+
+    The signature is that of transformers' attention functions; the second value, attention weights, is None.
+    """
     if is_pack(attention_mask):
         return attention_of_pack(_of_rows, module, query, key, value, attention_mask, **options), None
     return _of_rows(module, query, key, value, attention_mask, **options)
@@ -37,11 +40,12 @@ def attention(
 def _of_rows(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
 ) -> tuple[Tensor, None]:
-    """transformers' call of PyTorch's attention, but for query heads that share a key head.
+    """transformers' call of PyTorch's attention, except for query heads that share a key head.
 
-    With one new position, they become that head's positions: the library would copy the whole cache for each of them at
-    every step. With several on a GPU, keys are copied for them in float32, where the only kernel that needs no copy is
-    the one that writes out all products. In bfloat16 the library copies none if there is no mask (5.0 to 5.19).
+    With one new position, query heads are treated as positions of their key head: the library would copy the whole
+    cache for each of them at every step. With several positions on a GPU in float32, keys are repeated, because the
+    only kernel that needs no repetition materialises all scores. In bfloat16 without a mask, the library itself does
+    not repeat keys (transformers 5.0 to 5.19).
     """
     if (cap := options.get("softcap")) is not None:
         return _capped(module, query, key, value, attention_mask, cap, **options), None
@@ -72,7 +76,7 @@ def _of_rows(
 def _capped(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, cap: float, **options: Any
 ) -> Float[Tensor, "B L H D"]:
-    """Attention whose scores are cap · tanh(score / cap), as Gemma 2's: a call of a kernel would drop the cap."""
+    """Attention with scores cap · tanh(score / cap), as in Gemma 2: the fused kernels would ignore the cap."""
     shared, length = query.shape[1] // key.shape[1], query.shape[2]
     scores = query @ repeat_kv(key, shared).transpose(2, 3)
     scores = cap * torch.tanh(scores * (options.get("scaling") or query.shape[-1] ** -0.5) / cap)
@@ -89,28 +93,28 @@ def _capped(
 
 
 def _mask(*args: Any, attention_mask: Tensor | None = None, allow_is_causal_skip: bool = True, **options: Any) -> Any:
-    """A pack, or transformers' mask, which asks whether anything is padded, and so would wait for a GPU each time."""
+    """A pack, or transformers' mask, without its check for padding on a GPU, which would wait for the GPU."""
     if (pack := mask_of_pack(**options)) is not None:
         return pack
-    asks = attention_mask is None or attention_mask.device.type == "cpu"
+    checks = attention_mask is None or attention_mask.device.type == "cpu"
     return sdpa_mask(
-        *args, attention_mask=attention_mask, allow_is_causal_skip=allow_is_causal_skip and asks, **options
+        *args, attention_mask=attention_mask, allow_is_causal_skip=allow_is_causal_skip and checks, **options
     )
 
 
-# a compiled layer calls it, and knows no packs
+# compiled layers call it uncompiled, as packs are not traceable
 AttentionInterface.register(NAME, torch.compiler.disable(attention))  # type: ignore[no-untyped-call]
 AttentionMaskInterface.register(NAME, _mask)
 
 
 def use(model: PreTrainedModel) -> None:
-    """Have a model that calls PyTorch's attention call it as `attention` does.
+    """Make a model that uses transformers' "sdpa" attention use `attention` instead.
 
-    Models whose code asks for the name of the library's own call keep that.
+    A model whose code compares the name of its attention function with "sdpa" is left unchanged.
     """
     home = inspect.getmodule(type(model))
-    knows_one = home is None or re.search(r'_attn_implementation (==|!=|in) .*"sdpa"', inspect.getsource(home))
-    if knows_one or not getattr(model, "_supports_attention_backend", False):
+    compares_name = home is None or re.search(r'_attn_implementation (==|!=|in) .*"sdpa"', inspect.getsource(home))
+    if compares_name or not getattr(model, "_supports_attention_backend", False):
         return
     for config in {id(c): c for c in (model.config, model.config.get_text_config())}.values():
         if config._attn_implementation == "sdpa":
@@ -118,8 +122,8 @@ def use(model: PreTrainedModel) -> None:
 
 
 @contextmanager
-def rows_apart() -> Iterator[None]:
-    """While this lasts transformers takes each row for one sequence, and does not wait for a GPU to look."""
+def without_packing_detection() -> Iterator[None]:
+    """In this context, transformers takes each row as one sequence; detecting packed rows would wait for the GPU."""
     plain = masking_utils.find_packed_sequence_indices
     masking_utils.find_packed_sequence_indices = lambda position_ids: None
     try:

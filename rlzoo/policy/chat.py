@@ -1,4 +1,4 @@
-"""Chat templates: rendering conversations, and how a template opens and ends an assistant's turn."""
+"""Chat templates: rendering conversations, and the text with which a template opens and ends an assistant's turn."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from weakref import WeakKeyDictionary
 from rlzoo.errors import UserError, kind_of
 
 Message = dict[str, Any]
-"""``role`` and ``content``, both text, and further keys of the template (``tool_calls``, ``reasoning_content``)."""
+"""``role`` and ``content``, both text, and further keys that templates read (``tool_calls``, ``reasoning_content``)."""
 
 Options = Mapping[str, Any]
 """Arguments of a template besides messages: ``tools``, ``enable_thinking``."""
@@ -38,9 +38,9 @@ class Turn:
     stop: int | None = None
     """The special token among them at which sampling stops."""
     controls: frozenset[str] = frozenset()
-    """Special tokens that structure a conversation; text of a message that spells one would break it."""
+    """Special tokens that structure a conversation; a message whose text spells one would break it."""
     parts: bool = False
-    """Whether it accepts only contents that are lists of parts, as some templates of vision models do."""
+    """Whether the template accepts only contents that are lists of parts, as those of some vision models do."""
 
     @property
     def after_stop(self) -> int:
@@ -93,7 +93,7 @@ def _part(part: Any, number: int, what: str) -> str:
 
 
 def options_of(row: Mapping[str, Any]) -> Options:
-    """A row's arguments of the chat template besides messages, as in TRL: ``tools``, ``chat_template_kwargs``.
+    """A row's arguments for the chat template besides messages, as in TRL: ``tools``, ``chat_template_kwargs``.
 
     Raises UserError for a column of another type.
     """
@@ -113,7 +113,7 @@ def options_of(row: Mapping[str, Any]) -> Options:
 def render(
     tokenizer: Any, conversation: Sequence[Message], generation_prompt: bool = False, options: Options = _NONE
 ) -> str:
-    """The conversation rendered by the chat template. Raises UserError if there is none, or it fails."""
+    """The conversation rendered by the chat template. Raises UserError if there is no template or it fails."""
     return _render(tokenizer, conversation, generation_prompt, options, turn_of(tokenizer).parts)
 
 
@@ -143,8 +143,8 @@ def _render(
 def opened(tokenizer: Any, conversation: Sequence[Message], options: Options = _NONE) -> str:
     """A prompt as the model sees it before its answer: the conversation and the opening of the assistant's turn.
 
-    Without a generation prompt in the template, the turn is opened as within a conversation. Raises UserError if the
-    template refuses the conversation, does not know a role, or leaves a turn out.
+    If the template has no generation prompt, the turn is opened as it is within a conversation. Raises UserError if the
+    template rejects the conversation, does not know a role, or omits a turn.
     """
     turns = [message for message in conversation if message["role"] != "system"] or conversation
     if not any(message["content"].strip() or message.get("tool_calls") for message in turns):
@@ -168,7 +168,7 @@ def opened(tokenizer: Any, conversation: Sequence[Message], options: Options = _
 
 
 def _require_calls(tokenizer: Any, message: Message) -> None:
-    """Raise UserError for tool calls that the chat template would leave out."""
+    """Raise UserError for tool calls that the chat template would omit."""
     if message.get("tool_calls") and "tool_calls" not in str(tokenizer.chat_template):
         raise UserError(
             "the chat template does not render 'tool_calls': write the call in the turn's content, "
@@ -177,7 +177,7 @@ def _require_calls(tokenizer: Any, message: Message) -> None:
 
 
 def _require_thoughts(tokenizer: Any, answer: Message) -> None:
-    """Raise UserError for an answer's separate reasoning that the chat template would leave out."""
+    """Raise UserError for an answer's separate reasoning that the chat template would omit."""
     for key in _THOUGHTS:
         if answer.get(key) and key not in str(tokenizer.chat_template):
             raise UserError(
@@ -187,9 +187,9 @@ def _require_thoughts(tokenizer: Any, answer: Message) -> None:
 
 
 def _unwritten(tokenizer: Any, conversation: Sequence[Message]) -> frozenset[int]:
-    """The numbers (from 1) of messages that the template leaves out, found by rendering markers in their place.
+    """The numbers (from 1) of messages that the template omits, found by rendering markers in their place.
 
-    A short text such as "5" may appear in the rendered conversation by chance.
+    Markers are needed because a short text such as "5" may appear in the rendered conversation by chance.
     """
     known = _UNWRITTEN.setdefault(tokenizer, {})
     key = tokenizer.chat_template, *((message["role"], bool(message.get("tool_calls"))) for message in conversation)
@@ -217,12 +217,12 @@ def _holds(text: str, message: Message) -> bool:
 def answered(
     tokenizer: Any, conversation: Sequence[Message], answer: Message, options: Options = _NONE
 ) -> tuple[str, str]:
-    """The opened prompt, and the whole conversation with the answer.
+    """The opened prompt, and the rendered conversation with the answer. Raises UserError as `opened` does.
 
-    The whole is the template's own rendering if that keeps the prompt and the answer. If not (R1's template drops the
-    reasoning of every answer, some of Mistral's drop the system turn once there is an answer), it is the prompt as the
-    model sees it, the answer verbatim, and the template's ending. A ``<think>`` that both the generation prompt and the
-    answer open is opened once.
+    The conversation is the template's own rendering if that preserves the prompt and the answer. If not (R1's template
+    drops the reasoning of every answer, some of Mistral's drop the system turn once there is an answer), it is the
+    prompt as the model sees it, the answer verbatim, and the template's ending. If both the generation prompt and the
+    answer open ``<think>``, it is opened once.
     """
     _require_calls(tokenizer, answer)
     _require_thoughts(tokenizer, answer)
@@ -256,7 +256,7 @@ _UNWRITTEN: WeakKeyDictionary[Any, dict[Any, frozenset[int]]] = WeakKeyDictionar
 
 
 def _long(tokens: Iterable[str | None]) -> frozenset[str]:
-    """Without single characters, which some tokenizers use as padding: they are text."""
+    """The tokens of more than one character: single characters, which some tokenizers use as padding, are text."""
     return frozenset(token for token in tokens if token and len(token.strip()) > 1)
 
 
@@ -299,7 +299,7 @@ def _marks(tokenizer: Any, conversation: list[Message], further: Message, parts:
 
 
 def _opened_once(prompt: str, rest: str) -> str:
-    """The text after the prompt, without a tag such as ``<think>`` that the prompt has opened already."""
+    """The text after the prompt, without a tag such as ``<think>`` that the prompt already opens."""
     found = re.search(r"(<[^<>\s]+>)(\s*)$", prompt)
     if found is None or not rest.lstrip().startswith(found[1]):
         return rest

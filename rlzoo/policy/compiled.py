@@ -1,22 +1,29 @@
-"""Transformer layers that are compiled: norms, rotary embeddings, gates and casts in a few kernels (torch.compile).
+"""Compiled transformer layers: torch.compile fuses norms, rotary embeddings, gates and casts into a few kernels.
 
-A layer is compiled, not the model: all layers of a kind share what was compiled for one, and shapes are symbolic, so
-that no micro-batch of another size compiles anew. Attention stays the call of a kernel.
+Layers are compiled rather than the model: all layers of a kind share the compiled code, and shapes are symbolic, so
+that a micro-batch of another size does not recompile. Attention remains a call of its own kernel.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from functools import cache
 from types import MethodType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
+
+from rlzoo.jobs.memory import is_out_of_memory
+from rlzoo.policy.packing import HALF, ROUNDING
+from rlzoo.policy.sequences import Row
+
+if TYPE_CHECKING:
+    from rlzoo.policy.policy import Policy
 
 BACKEND = "inductor"
 OURS = "_rlzoo_compiled"
@@ -26,7 +33,7 @@ _plain: ContextVar[bool] = ContextVar("plain", default=False)
 
 @contextmanager
 def uncompiled() -> Iterator[None]:
-    """In this context layers run as they are written: one by one, their modules are seen by hooks."""
+    """In this context, layers run without compilation, so that hooks on their modules are called."""
     token = _plain.set(True)
     try:
         yield
@@ -35,14 +42,14 @@ def uncompiled() -> Iterator[None]:
 
 
 def layers_of(model: nn.Module) -> list[nn.Module]:
-    """The layers that transformers would checkpoint: its decoder layers."""
+    """The model's decoder layers: those for which transformers supports gradient checkpointing."""
     return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
 def set_compiled(model: nn.Module, compiled: bool) -> None:
-    """Have layers run compiled, or not; in decoding, where a cache changes with every token, they never do.
+    """Compile a model's layers, or undo it. Decoding, where a cache changes with every token, always runs uncompiled.
 
-    A layer with a forward function of its own, by somebody else, is left alone.
+    A layer whose ``forward`` another library has replaced is left unchanged.
     """
     for layer in layers_of(model):
         own = vars(layer).get("forward")
@@ -51,13 +58,13 @@ def set_compiled(model: nn.Module, compiled: bool) -> None:
         elif own is not None:
             continue
         if compiled:  # a method, so that a copy of the model calls it on its own layers
-            torch._dynamo.config.skip_nnmodule_hook_guards = False  # else a hook that comes later is passed over
+            torch._dynamo.config.skip_nnmodule_hook_guards = False  # otherwise hooks added later are ignored
             layer.forward = MethodType(_either(type(layer).forward, BACKEND), layer)
 
 
 @cache
 def _either(plain: Callable[..., Any], backend: str) -> Callable[..., Any]:
-    """A layer's forward function, compiled where that is wanted."""
+    """A layer's forward function that runs compiled except in decoding and in `uncompiled`."""
     fast = compiled(plain, backend)
 
     def forward(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -68,8 +75,40 @@ def _either(plain: Callable[..., Any], backend: str) -> Callable[..., Any]:
     return forward
 
 
+def miscompiled(policy: Policy) -> str | None:
+    """Why a policy's compiled layers cannot be used, or None.
+
+    Two rows are run compiled and uncompiled, to compare hidden states and the last layer's gradients.
+    """
+    layers = layers_of(policy.model)
+    if not layers:
+        return "transformers does not support checkpointing of the model's layers, which marks those to compile"
+    sequences, training = policy.collate([Row([0, 1], [1]), Row([1] * 4, [0, 1, 1])]), policy.training
+    trained = [p for p in layers[-1].parameters() if p.requires_grad]
+    found: list[list[Tensor]] = []
+    policy.eval()
+    try:
+        for context in (uncompiled(), nullcontext()):
+            with context:
+                states = policy.hidden(sequences)
+            direction = torch.linspace(-1, 1, states.shape[1], device=states.device)  # a norm fixes Σ states²
+            gradients = torch.autograd.grad((states.float() @ direction).sum(), trained) if trained else ()
+            found.append([value.detach().float() for value in (states, *gradients)])
+    except Exception as error:  # any part of the compiler or of the model's code may fail
+        if is_out_of_memory(error):
+            raise
+        error = getattr(error, "inner_exception", error)
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        return f"the model's layers cannot be compiled ({reason:.120})"
+    finally:
+        policy.train(training)
+    limit = ROUNDING if (policy.compute or policy.model.dtype) in HALF else 1e-3
+    alike = [(one - other).norm() <= limit * one.norm() for one, other in zip(*found, strict=True)]
+    return None if all(map(bool, alike)) else "the model's layers give other results when compiled"
+
+
 def compiled(function: Callable[..., Any], backend: str | None = None) -> Callable[..., Any]:
-    """A function compiled for all shapes, which rounds where the function does: to bfloat16 between two operations."""
+    """A function compiled for all shapes, with the same intermediate rounding to bfloat16 as without compilation."""
     backend = backend or BACKEND
     options: Any = {"emulate_precision_casts": True} if backend == "inductor" else None
     return torch.compile(function, dynamic=True, backend=backend, options=options)

@@ -1,4 +1,4 @@
-"""What ``auto`` stands for: the device, the dtype and the token budget that the machine and the model suggest."""
+"""What ``auto`` stands for: device, dtype and token budget, chosen for the machine and the model."""
 
 from __future__ import annotations
 
@@ -17,25 +17,24 @@ from rlzoo.policy.head import chunk_rows
 from rlzoo.policy.policy import Policy
 
 CPU_TOKENS = 4096
-"""The token budget where memory is no question of a GPU's."""
+"""The token budget on a CPU."""
 LEAST, MOST = 512, 65536
-"""Bounds of a token budget: a GPU is busy with the latter, whatever its memory."""
+"""Bounds of a token budget; the upper one keeps any GPU busy, whatever its memory."""
 SHARE = 0.85
-"""Of what is free after weights, gradients and the optimizer; the rest is for fragments and short-lived tensors."""
+"""The fraction of memory to use, besides weights, gradients and the optimizer: fragmentation and temporaries take the
+rest."""
 ENGINE_SHARE = 0.3
-"""Of a GPU's memory that vLLM's engine takes, next to training in the same process."""
+"""The fraction of a GPU's memory that a vLLM engine in the training process takes."""
 
 
 def device_of(asked: str | torch.device | None) -> torch.device:
-    """The device that is meant; ``auto`` and None: a GPU where there is one. Raises UserError for one that is not."""
+    """The device of a setting; ``auto`` and None: a GPU if there is one. Raises UserError if it does not exist."""
     if asked in (None, "auto"):
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(str(asked))
     except RuntimeError:
-        raise UserError(
-            f"device {str(asked)!r} is none: give auto, cpu, cuda, or a GPU's number as in cuda:1"
-        ) from None
+        raise UserError(f"unknown device {str(asked)!r}: give auto, cpu, cuda, or one GPU, as in cuda:1") from None
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         there = torch.cuda.device_count()
         raise UserError(f"device {str(asked)!r}: this process sees {there} GPUs: use auto, or CUDA_VISIBLE_DEVICES")
@@ -43,16 +42,16 @@ def device_of(asked: str | torch.device | None) -> torch.device:
 
 
 def dtype_of(asked: str, device: torch.device) -> str:
-    """The dtype that is meant; ``auto``: bfloat16-mixed on a GPU, float32 elsewhere."""
+    """The dtype of a setting; ``auto``: bfloat16-mixed on a GPU, float32 elsewhere."""
     if asked != "auto":
         return asked
     return "bfloat16-mixed" if device.type == "cuda" else "float32"
 
 
 def make_deterministic(device: torch.device) -> None:
-    """Have a GPU give the same bits every time: no kernel that adds in any order. A CPU does so anyway.
+    """Make a GPU's results bitwise reproducible, without kernels that add in varying order. On a CPU they already are.
 
-    cuBLAS reads its variable when it starts, so this comes before anything runs on the GPU.
+    Call this before anything runs on the GPU, because cuBLAS reads its environment variable when it starts.
     """
     if device.type != "cuda":
         return
@@ -62,9 +61,9 @@ def make_deterministic(device: torch.device) -> None:
 
 
 def token_budget_of(policy: Policy, asked: TokenBudget) -> int:
-    """Tokens per micro-batch, padding included; ``auto``: on a GPU as many as fit, and ``auto/4`` a fourth of them.
+    """Tokens per micro-batch, padding included; ``auto``: on a GPU as many as fit, and ``auto/4`` a quarter of that.
 
-    What fits is what is free, less what training will allocate for all parameters, over `bytes_per_token`.
+    (free memory - `bytes_of_training`) / `bytes_per_token`, with a margin; the minimum over all processes.
     """
     if isinstance(asked, int):
         return asked
@@ -72,15 +71,15 @@ def token_budget_of(policy: Policy, asked: TokenBudget) -> int:
     tokens = CPU_TOKENS
     if policy.device.type == "cuda":
         left = SHARE * (free_bytes(policy.device) - _reserved_for_engine(policy.device) - bytes_of_training(policy))
-        tokens = min(gathered(int(min(max(left / bytes_per_token(policy), LEAST), MOST))))  # all share one batch
+        tokens = min(gathered(int(min(max(left / bytes_per_token(policy), LEAST), MOST))))  # the same for all
     return max(1, tokens // parts)
 
 
 def bytes_per_token(policy: Policy) -> float:
-    """What a training step keeps of each padded token until its backward pass, in bytes.
+    """The activations that a training step keeps for the backward pass, in bytes per token, padding included.
 
-    By layer, with H, I and K the sizes of hidden states, of the MLP and of all keys: 32 H + 16 I + 8 K in float32, and
-    30 H + 8 I + 4 K where matrices are multiplied in bfloat16. Counted of saved tensors of transformers' Qwen2.
+    Per layer, with H, I and K the widths of hidden states, the MLP and all keys: 32 H + 16 I + 8 K in float32, and
+    30 H + 8 I + 4 K with matrix products in bfloat16. Counted from the saved tensors of transformers' Qwen2.
     """
     config = policy.model.config.get_text_config()
     hidden, heads = config.hidden_size, config.num_attention_heads
@@ -94,10 +93,10 @@ def bytes_per_token(policy: Policy) -> float:
 
 
 def bytes_of_training(policy: Policy) -> float:
-    """What training will allocate beside the weights and what follows the tokens: gradients and the optimizer's two
-    moments, weights in the dtype of matrix products, and chunks of logits.
+    """The memory, in bytes, that training allocates besides weights and activations: gradients, the optimizer's two
+    moments, weights cast to the dtype of matrix products, and chunks of logits.
 
-    Of a sharded model the shards, and what is whole at a time.
+    For a sharded model: its shards, and the layers that are gathered at the same time.
     """
     parameters = [p for p in policy.parameters() if p.requires_grad]
     found = sum(3 * sharding.held(p) * p.element_size() for p in parameters if p.grad is None)
@@ -111,12 +110,12 @@ def bytes_of_training(policy: Policy) -> float:
 
 
 def _reserved_for_engine(device: torch.device) -> float:
-    """Memory that an engine in this process may yet ask for."""
+    """The memory, in bytes, that a vLLM engine may later take in this process."""
     return ENGINE_SHARE * torch.cuda.get_device_properties(device).total_memory if find_spec("vllm") else 0.0
 
 
 def resolved(policy: Policy, training: Training, engine: str | None = None) -> dict[str, Any]:
-    """What became of all that was ``auto``, for the record of a run."""
+    """The values of the ``auto`` settings, for the record of a run."""
     device = policy.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" and torch.cuda.is_available() else device.type
     dtype = str(policy.model.dtype).removeprefix("torch.")

@@ -1,10 +1,10 @@
-"""Text to tokens: the one place that decides on templates, special tokens, end of sequence and truncation.
+"""Text to tokens: the one place that handles special tokens, end of sequence and truncation.
 
 All text is encoded here, so a prompt has the same tokens in a demonstration, in a rollout and in an evaluation. Chat
 templates are handled in `rlzoo.policy.chat`.
 
-Encoding is written as steps that ask for the tokens of a text and continue with them, so that the steps of many rows
-run side by side and fast tokenizers are called on batches (`encode_batch`).
+Encoding is written as generators that yield a text and receive its tokens, so that many rows are encoded concurrently
+and fast tokenizers are called on batches (`encode_batch`).
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ Prompt = str | list[Message]
 Asked = tuple[str, bool]
 """A text to be tokenised, and whether the tokenizer adds its own special tokens."""
 Steps = Generator[Asked, list[int], T]
-"""Encoding as steps: each yields a text and is sent its tokens; the last returns what was encoded."""
+"""A generator that yields texts, is sent the tokens of each, and returns what was encoded."""
 Special = Literal["reject", "allow"]
 """Text that spells a special token is an error, or is read as that token."""
 SPELLED = "text that spells a special token is read as that token"
-CUT = "completions cut to the limit on their length, which have no end"
-LEFT_OUT = "the chat template drops the prompt's last words before an answer, which samples continue from"
+CUT = "completions cut at the length limit, without an end of sequence"
+LEFT_OUT = "the chat template drops the end of the prompt, from which samples continue, once there is an answer"
 
 
 @dataclass(frozen=True)
@@ -43,19 +43,19 @@ class Encoded:
     key: str = ""
     """The identity of the prompt, for data without prompt ids; independent of its completion."""
     notes: Mapping[str, str] = field(default_factory=dict)
-    """What happened to its tokens → an example."""
+    """What was changed in encoding → an example."""
 
 
 @dataclass(frozen=True)
 class RowCheck:
-    """Whether a model can take a row: what its positions and its embeddings are enough for."""
+    """Checks that a row fits a model's positions and vocabulary."""
 
     positions: int | None
     vocabulary: int
     check_range: Callable[..., None] = field(repr=False, compare=False)
 
     def __call__(self, prompt: Sequence[int], completion: Sequence[int]) -> None:
-        """Raise UserError for the tokens of a prompt and a completion that the model cannot take."""
+        """Raise UserError if the prompt or completion is empty, or has too many tokens or ids without an embedding."""
         ids = (*prompt, *completion)
         if not prompt or not completion:
             raise UserError(f"has no tokens in its {'completion' if prompt else 'prompt'}: drop the row")
@@ -75,9 +75,8 @@ def encode_prompt(
 
     A conversation is rendered by the chat template with its ``options`` (``tools``, ``enable_thinking``) and the header
     of the assistant's turn, without further special tokens. Plain text gets the tokenizer's own special tokens, but no
-    end of sequence. Raises UserError for a conversation without a template or one that the template refuses, with
-    ``special="reject"`` for text that spells a special token, and for a prompt without tokens, after which no first
-    token can be predicted.
+    end of sequence. Raises UserError if a conversation has no template or is rejected by it, if a message spells a
+    special token (with ``special="reject"``), and if the prompt has no tokens to predict the first token from.
     """
     return _alone(tokenizer, prompt_steps(tokenizer, prompt, special, options))
 
@@ -85,12 +84,12 @@ def encode_prompt(
 def prompt_steps(
     tokenizer: Any, prompt: Prompt, special: Special = "reject", options: Options | None = None
 ) -> Steps[tuple[str, list[int]]]:
-    """The steps of `encode_prompt`."""
+    """`encode_prompt` as a generator for `encode_batch`."""
     if isinstance(prompt, str):
         text, ids = prompt, (yield prompt, True)
         bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
         if bos is not None and ids[:2] == [bos, bos] and (yield prompt, False)[:2] != [bos, bos]:
-            ids = ids[1:]  # the text was rendered before, with its own
+            ids = ids[1:]  # the text already contains it, as rendered text does
         if ids[-1:] == [eos]:
             own = yield prompt, False
             if own[-1:] != [eos] or ids[-len(own) - 1 : -1] == own:
@@ -102,12 +101,12 @@ def prompt_steps(
         text = opened(tokenizer, conversation, options or {})
         ids = yield text, False
     if not ids:
-        raise UserError("the prompt has no tokens: give it some text, or use a tokenizer that begins with a BOS")
+        raise UserError("the prompt has no tokens: give it some text, or use a tokenizer that adds a BOS")
     return text, ids
 
 
 def encode_completion(tokenizer: Any, text: str) -> list[int]:
-    """The tokens of plain text and an end of sequence. Raises UserError if the tokenizer has none."""
+    """The tokens of plain text, followed by an end of sequence. Raises UserError if the tokenizer has none."""
     return _alone(tokenizer, _completion_steps(tokenizer, text))
 
 
@@ -128,15 +127,15 @@ def encode(
     special: Special = "reject",
     options: Options | None = None,
 ) -> Encoded:
-    """Encode both, cut on the right to ``max_length`` tokens in all and ``max_completion_tokens`` of completion.
+    """Encode both, cut on the right to ``max_length`` tokens in total and ``max_completion_tokens`` of completion.
 
-    The completion of a conversation is an assistant's turn, as text or a message: its tokens are those of the rendered
-    conversation from where it differs from the prompt to the end of the turn (as in TRL), and an end of sequence if
-    the template ends turns without a token at which sampling stops.
+    The completion of a conversation is an assistant's turn, as text or as a message. Its tokens are those of the
+    rendered conversation from where it differs from the rendered prompt to the end of the turn (as in TRL), plus an end
+    of sequence if the template ends turns without a token at which sampling stops.
 
-    A completion that is cut is marked truncated, and its text is decoded from the tokens that are left. The end of
-    sequence is among the tokens but not in the text. Raises UserError if the prompt leaves no room, and with
-    ``special="reject"`` for text that spells a special token (see `spelled`).
+    A completion that is cut is marked as truncated, and its text is decoded from the remaining tokens. The end of
+    sequence is among the tokens but not in the text. Raises UserError as `encode_prompt` does, if the prompt leaves no
+    room for a completion, and with ``special="reject"`` for text that spells a special token (see `spelled`).
     """
     steps = encode_steps(tokenizer, prompt, completion, max_length, max_completion_tokens, special, options)
     return _alone(tokenizer, steps)
@@ -151,21 +150,21 @@ def encode_steps(
     special: Special = "reject",
     options: Options | None = None,
 ) -> Steps[Encoded]:
-    """The steps of `encode`."""
+    """`encode` as a generator for `encode_batch`."""
     if isinstance(prompt, str):
         if not isinstance(completion, str):
-            raise UserError("the prompt is plain text and the completion a conversation: make both one of them")
+            raise UserError("the prompt is plain text and the completion a conversation: use the same form for both")
         found, left_out = spelled(tokenizer, prompt, completion), ""
         ids, said = (yield from _completion_steps(tokenizer, completion)), completion
         if prompt or (yield prompt, True):
             text, prompt_ids = yield from prompt_steps(tokenizer, prompt)
             if not prompt and ids[: len(prompt_ids)] == prompt_ids:  # the text has its own BOS
                 ids, said = ids[len(prompt_ids) :], said.removeprefix(tokenizer.decode(prompt_ids))
-        else:  # a text without prompt or BOS: its first token is given, not learned
+        else:  # a text without prompt or BOS: its first token becomes the prompt
             text, prompt_ids, ids = tokenizer.decode(ids[:1]), ids[:1], ids[1:]
             said = said.removeprefix(text)
         if not ids:
-            raise UserError("the text is a single token with nothing before it to predict it from: drop the row")
+            raise UserError("the text is a single token, with no prompt to predict it from: drop the row")
         key = prompt_key(text)
         said, end = said.removesuffix(tokenizer.eos_token), len(ids)
     else:
@@ -182,18 +181,18 @@ def encode_steps(
     room = min(room for room in rooms if room is not None)
     if room < 1:
         raise UserError(
-            f"the prompt alone has {len(prompt_ids)} tokens of {max_length}: raise max_length or drop the row"
+            f"the prompt alone takes {len(prompt_ids)} of {max_length} tokens: raise max_length or drop the row"
         )
     if truncated := room < end:
         said = tokenizer.decode(ids[:room])
-    cut = f"{room} of {end} tokens are left" if truncated else None
+    cut = f"{room} of {end} tokens are kept" if truncated else None
     notes = {SPELLED: found, LEFT_OUT: left_out and repr(left_out), CUT: cut}
     return Encoded(text, said, prompt_ids, ids[:room], truncated, key, {k: v for k, v in notes.items() if v})
 
 
 def _turn(tokenizer: Any, prompt: str, whole: str) -> Steps[tuple[list[int], str, list[int], int]]:
-    """A rendered conversation, split where it differs from its prompt: the tokens before that, the rest of the prompt's
-    text, the turn's tokens, and how many of those it takes to end the turn."""
+    """A rendered conversation, split where it differs from its prompt: the tokens before that point, the rest of the
+    prompt's text, the turn's tokens, and the number of these up to the stop token."""
     first = yield prompt, False
     both = yield whole, False
     start = shared(first, both)
@@ -211,11 +210,11 @@ def _turn(tokenizer: Any, prompt: str, whole: str) -> Steps[tuple[list[int], str
 
 
 def spelled(tokenizer: Any, prompt: Prompt, completion: str | Message = "") -> str | None:
-    """The special token that a row's text spells where it must not, in words, or None.
+    """A description of the special token that a row's text must not spell but does, or None.
 
-    In a conversation no message may spell a token that structures it (marks of turns, BOS, EOS, padding; not
-    ``<think>`` and the like). A plain prompt may spell any, as one that was rendered before does. A plain completion
-    may not continue after the end of a sequence or turn, unless there is no prompt and it is a whole text.
+    In a conversation, no message may spell a token that structures it (turn markers, BOS, EOS, padding; not ``<think>``
+    and the like). A plain prompt may spell any, because it may be rendered text. A plain completion may not continue
+    after an end of sequence or turn, unless there is no prompt and it is a whole text.
     """
     turn = turn_of(tokenizer)
     if not isinstance(prompt, str):
@@ -245,15 +244,15 @@ def prompt_key(prompt: str) -> str:
 
 
 def encode_batch(tokenizer: Any, rows: Iterable[Steps[T]]) -> list[T | UserError]:
-    """What the steps of each row return, or the UserError that they raise; the texts of all are tokenised together.
+    """What each row's generator returns, or the UserError that it raises; the texts of all rows are tokenised together.
 
-    The tokens are those of each row alone. A text that several rows ask for at the same time is tokenised once.
+    The tokens are the same as for each row alone. A text that several rows yield at the same time is tokenised once.
     """
     steps = list(rows)
     found: dict[int, T | UserError] = {}
     asked: dict[int, Asked] = {}
 
-    def go(row: int, ids: list[int] | None) -> None:
+    def advance(row: int, ids: list[int] | None) -> None:
         try:
             asked[row] = next(steps[row]) if ids is None else steps[row].send(ids)
         except StopIteration as over:
@@ -262,30 +261,30 @@ def encode_batch(tokenizer: Any, rows: Iterable[Steps[T]]) -> list[T | UserError
             found[row] = error
 
     for row in range(len(steps)):
-        go(row, None)
+        advance(row, None)
     while asked:
         texts, waiting = list(dict.fromkeys(asked.values())), list(asked)
         tokens = dict(zip(texts, _tokens(tokenizer, texts), strict=True))
         answers = [tokens[asked.pop(row)] for row in waiting]
         for row, ids in zip(waiting, answers, strict=True):
-            go(row, list(ids))
+            advance(row, list(ids))
     return [found[row] for row in range(len(steps))]
 
 
 def got(found: T | UserError) -> T:
-    """What a row's steps returned. Raises the UserError that they raised."""
+    """The result of a row in `encode_batch`. Raises its UserError if it is one."""
     if isinstance(found, UserError):
         raise found
     return found
 
 
 def _alone(tokenizer: Any, steps: Steps[T]) -> T:
-    """What the steps of one row return."""
+    """The result of a single row."""
     return got(encode_batch(tokenizer, [steps])[0])
 
 
 def _tokens(tokenizer: Any, texts: Sequence[Asked]) -> list[Sequence[int]]:
-    """The tokens of each text. A fast tokenizer is called once for all texts of a kind, and uses its own threads."""
+    """The tokens of each text. A fast tokenizer is called once per kind of text, and uses threads of its own."""
     if len(texts) == 1 or not getattr(tokenizer, "is_fast", False):
         return [tokenizer(text, add_special_tokens=special)["input_ids"] for text, special in texts]
     found: dict[Asked, Sequence[int]] = {}

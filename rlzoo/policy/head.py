@@ -22,18 +22,19 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 CHUNK_ENTRIES = 2**26
-"""Logits held at a time: 256 MB in float32. If there are more, the backward pass recomputes them."""
+"""Logits held at a time on a CPU: 256 MB in float32. If there are more, the backward pass recomputes them."""
 GPU_SHARE = 1 / 64
-"""Of a GPU's memory that logits held at a time may take, if that is more.
+"""The fraction of a GPU's memory that logits held at a time may take, if that is more than `CHUNK_ENTRIES`.
 
-Each chunk casts the output layer's weight, reads it and adds to its gradient, some 30 bytes per entry in mixed
-precision, however few its rows: at an H100's bandwidth twice the time of the matrix products of 384 rows, and a third
-of that of 2048.
+Every chunk casts and reads the output layer's weight and adds to its gradient: some 30 bytes per entry in mixed
+precision, regardless of its number of rows. At an H100's bandwidth this takes twice as long as the matrix products of
+384 rows, and a third as long as those of 2048.
 """
 TILE = 128
-"""Rows that a GPU multiplies together: a chunk has a multiple of them."""
+"""The tile size of a GPU's matrix products: the rows of a chunk are a multiple of it."""
 
 LogitTerm = Callable[[Tensor, Tensor | None, Tensor], Tensor | None]
+"""Logits [N, V], reference logits [N, V] or None, and targets [N] → a loss per token [N], or None."""
 
 
 @dataclass(frozen=True)
@@ -44,13 +45,13 @@ class Head:
     scale: float = 1.0
     soft_cap: float | None = None
     compute: torch.dtype | None = None
-    """The dtype of matrix products where it is not that of the weights."""
+    """The dtype of matrix products; None: that of the weights."""
     compiled: bool = False
-    """Whether log-probs and their gradient take one pass each over the logits, by compiled kernels."""
+    """Whether compiled kernels compute log-probs and their gradient in one pass each over the logits."""
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> Head:
-        """The head of a transformers causal LM."""
+        """The head of a transformers causal LM, with the scale and cap of its configuration."""
         config = model.config.get_text_config()
         scale = 1.0
         for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
@@ -66,19 +67,19 @@ class Head:
         return self.finish(self.raw(hidden))
 
     def raw(self, hidden: Float[Tensor, "N H"]) -> Float[Tensor, "N V"]:
-        """What the output layer gives."""
+        """The output of the linear layer, before scale and soft cap."""
         with computing_in(self.compute, hidden.device):
             found: Tensor = self.layer(hidden)
         return found
 
     def back(self, pull: Float[Tensor, "N V"]) -> Float[Tensor, "N H"]:
-        """The gradient at hidden states, from that at what the output layer gives."""
+        """The gradient at the hidden states, given that at the output of `raw`."""
         weight = self.layer.weight.detach()
         with computing_in(self.compute, weight.device):
             return pull.to(weight.dtype) @ weight
 
     def finish(self, logits: Float[Tensor, "N V"]) -> Float[Tensor, "N V"]:
-        """The steps after the output layer: at least float32, the scale, the soft cap."""
+        """The logits z from the output of `raw`, in at least float32: cap · tanh(scale · z / cap)."""
         if logits.dtype in (torch.float16, torch.bfloat16):
             logits = logits.float()
         if self.scale != 1.0:
@@ -89,9 +90,9 @@ class Head:
 
 
 def computing_in(dtype: torch.dtype | None, device: torch.device) -> torch.autocast:
-    """Matrix products in this dtype (mixed precision); None: in that of the weights, or as it is around."""
-    around = torch.is_autocast_enabled(device.type)
-    return torch.autocast(device.type, dtype, enabled=dtype is not None or around)
+    """A context with matrix products in this dtype (mixed precision); None: that of the weights or an outer context."""
+    outer = torch.is_autocast_enabled(device.type)
+    return torch.autocast(device.type, dtype, enabled=dtype is not None or outer)
 
 
 def token_log_probs(
@@ -107,15 +108,15 @@ def token_log_probs(
 ) -> dict[str, Float[Tensor, " N"]]:
     """``logp`` of each target in nats, the requested statistics (without a graph), and ``term`` if one is given.
 
-    Logits are first divided by ``temperature`` (None: 1). With ``top_p`` below 1, log-probs are those of nucleus
-    sampling, and ``nucleus`` is the log-probability of the nucleus. ``reference`` makes logits of a frozen
-    model's hidden states, and comes with these.
+    log softmax(z / τ)[y], with logits z and ``temperature`` τ (None: 1). With ``top_p`` below 1, log-probs are those of
+    nucleus sampling, and ``nucleus`` is the log-probability of the nucleus. ``reference`` is a frozen model's function
+    from hidden states to logits, with its hidden states.
     """
 
     def run(part: Tensor, tokens: Tensor, heat: Tensor | None, reference_part: Tensor | None) -> tuple[Tensor, ...]:
         logits = head.logits(part)
         if heat is not None:
-            logits = logits.div_(heat.to(logits.dtype))  # not used elsewhere
+            logits = logits.div_(heat.to(logits.dtype))  # in place: not used elsewhere
         with torch.no_grad():
             found = [statistic.of_logits(logits, tokens) for statistic in wanted]
             if top_p < 1.0:
@@ -163,14 +164,15 @@ def chunk_rows(vocabulary: int, device: torch.device) -> int:
 
 @cache
 def total_memory(device: torch.device) -> int:
-    """A GPU's memory in bytes, which unlike its free memory is the same in every run; 0 where there is no GPU."""
+    """A GPU's total memory in bytes, which unlike its free memory is the same in every run; 0 without a GPU."""
     return int(torch.cuda.get_device_properties(device).total_memory) if torch.cuda.is_available() else 0
 
 
 class _LogProb(torch.autograd.Function):
     """log softmax(z)[y] per row, in the memory of the logits, which become exp(z - max z) and then the gradient.
 
-    A pass over N × V entries costs a tenth of the layer that computed them, and fresh memory as much again.
+    A pass over N × V entries takes a tenth of the time of the layer that computed them, and allocating memory for
+    another copy as much again.
     """
 
     @staticmethod
@@ -192,7 +194,7 @@ class _LogProb(torch.autograd.Function):
 
 
 class _FusedLogProb(torch.autograd.Function):
-    """The same in compiled kernels, which leave the logits as they are until the gradient takes their memory."""
+    """`_LogProb` in compiled kernels, which keep the logits unchanged until the gradient overwrites them."""
 
     @staticmethod
     def forward(ctx: Any, logits: Float[Tensor, "N V"], target: Int[Tensor, " N"]) -> Float[Tensor, " N"]:
@@ -217,7 +219,7 @@ def _normalisers(logits: Float[Tensor, "N V"]) -> Float[Tensor, " N"]:
 
 
 def _pulled(logits: Float[Tensor, "N V"], normaliser: Float[Tensor, " N"], pull: Float[Tensor, " N"]) -> None:
-    """-softmax(z) · pull in the place of the logits."""
+    """Overwrite the logits z with -softmax(z) · pull."""
     logits.copy_((logits - normaliser[:, None]).exp() * -pull[:, None])
 
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 EMBEDDED = "embedded"
 REMOTE_CODE = "RLZOO_TRUST_REMOTE_CODE"
-"""Set by the flag of the command line, for this process and its children. No file can set it."""
+"""Set by the command-line flag, for this process and its children. A file cannot set it."""
 FIX = "give 'embedded', a folder that save_pretrained wrote, or a Hub id that this machine can reach"
 DTYPES = {
     "float32": torch.float32,
@@ -37,12 +37,12 @@ DTYPES = {
 
 
 def trusts_remote_code() -> bool:
-    """Whether the user allows models with their own code."""
+    """Whether the user allows models that bring code of their own."""
     return os.environ.get(REMOTE_CODE) == "1"
 
 
 def load_for(name: str, training: Training) -> Policy:
-    """`load_policy` with the device, the dtype, the determinism and the packing that settings of training ask for."""
+    """`load_policy` with the device, dtype, determinism, packing and quantisation of the training settings."""
     device = device_of(training.device)
     if training.deterministic:
         make_deterministic(device)
@@ -58,13 +58,14 @@ def load_policy(
     load_in_4bit: bool = False,
     frozen: bool = False,
 ) -> Policy:
-    """The policy behind ``embedded``, a folder, or a Hub id. Raises UserError if it cannot be loaded.
+    """The policy ``name``: ``embedded``, a folder, or a Hub id.
 
     ``bfloat16-mixed`` has float32 weights and bfloat16 matrix products; ``auto`` is that on a GPU, float32 on a CPU.
-    ``device``: ``auto`` and None are a GPU if there is one. ``packing`` is for `Policy.pack`. ``load_in_4bit`` holds
-    the weights of linear layers but the head in 4 bits, for adapters alone; a ``frozen`` model holds those of matrix
-    products in the dtype of these. A model with its own code is refused, except under ``rlzoo --trust-remote-code``.
-    Where the launcher asked for sharded models, the main process alone reads the weights.
+    ``device``: ``auto`` and None are a GPU if there is one. ``packing``: see `Policy.pack`. ``load_in_4bit`` quantises
+    the weights of linear layers except the head, for training adapters (QLoRA, arXiv 2305.14314). ``frozen`` is for a
+    model that is not trained: its weights are stored in the dtype of matrix products. With sharding, only the main
+    process reads the weights. Raises UserError for a model that cannot be loaded, lacks weights or an end of sequence,
+    and for one that brings code of its own without ``rlzoo --trust-remote-code``.
     """
     from transformers import AutoTokenizer
 
@@ -99,7 +100,7 @@ def load_policy(
 
 
 def load_shape(name: str) -> Policy:
-    """The policy without its weights, to count with: on the meta device, from its configuration and tokenizer alone.
+    """The policy without its weights, on the meta device, from its configuration and tokenizer: for estimates of costs.
 
     Raises UserError as `load_policy` does.
     """
@@ -125,7 +126,7 @@ def _on_meta(name: str, where: str, dtype: torch.dtype, tied: bool | None = None
 
 
 def _place(name: str) -> str:
-    """The folder or Hub id of a model. Raises UserError for a folder that is none of a model's."""
+    """The folder or Hub id of a model. Raises UserError for a folder without a model."""
     where = str(EMBEDDED_BASE) if name == EMBEDDED else name
     folder = Path(where).expanduser()
     if folder.is_dir() or name.startswith((".", "/", "~")):
@@ -138,13 +139,13 @@ def _place(name: str) -> str:
 
 @contextmanager
 def _explained(name: str) -> Iterator[None]:
-    """In this context an error of the library's is a UserError."""
+    """In this context, errors of transformers are raised as UserError."""
     try:
         yield
     except Exception as error:
         if "trust_remote_code" in str(error) and not trusts_remote_code():
-            told = "has its own code: add --trust-remote-code if you trust its source"
-            raise UserError(f"model {name!r} {told}") from error
+            problem = "brings code of its own: add --trust-remote-code if you trust its source"
+            raise UserError(f"model {name!r} {problem}") from error
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise UserError(f"model {name!r} cannot be loaded ({reason.strip()[:160]}): {FIX}") from error
 
@@ -175,9 +176,9 @@ def _weights(name: str, where: str, dtype: torch.dtype, **quantised: Any) -> Pre
 def _empty(name: str, where: str, dtype: torch.dtype, source: PreTrainedModel | None) -> PreTrainedModel:
     """The main process's model ``source``, without its weights, in every process."""
     known = None if source is None else (source.config.tie_word_embeddings, source.generation_config)
-    told: Any = agreed(known)  # what may depend on the weights
-    model = _on_meta(name, where, dtype, told[0]).eval()
-    model.generation_config = told[1]
+    shared: Any = agreed(known)  # these may depend on the weights
+    model = _on_meta(name, where, dtype, shared[0]).eval()
+    model.generation_config = shared[1]
     return model
 
 
@@ -189,7 +190,7 @@ def _check_head(policy: Policy) -> None:
     try:
         policy.check_range(policy.tokenizer.eos_token_id)
     except UserError as error:
-        raise UserError(f"model {policy.name!r} has no embedding of its end of sequence: {error}") from None
+        raise UserError(f"model {policy.name!r} has no embedding for its end of sequence: {error}") from None
     ids = torch.tensor([[policy.tokenizer.eos_token_id] * 2], device=policy.device)
     try:
         expected = policy.run(lambda: model(input_ids=ids, use_cache=False).logits[0].float())
@@ -213,8 +214,8 @@ def _check_head(policy: Policy) -> None:
 def save_policy(policy: Policy, folder: Path) -> None:
     """Write a folder for ``from_pretrained``: safetensors, configuration and tokenizer, without a critic.
 
-    An adapter is merged into the weights, which are whole where they were in 4 bits, and also written to the folder
-    ``adapter``. All processes must call this; the main one writes.
+    An adapter is merged into the weights, which are dequantised if they were in 4 bits, and also written by itself to
+    the folder ``adapter``. All processes must call this; the main one writes.
     """
     weights = sharding.whole_weights(policy.model, everywhere=False)
     if rank() == 0:

@@ -1,4 +1,4 @@
-"""The one way to run rows through a policy: in micro-batches, split over processes, halved on out-of-memory."""
+"""Running rows through a policy: in micro-batches, shared by processes, and halved if memory runs out."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ Forward = Callable[[Sequences, list[int]], ForwardPass]
 
 
 class MicroBatches:
-    """Micro-batches of at most ``token_budget`` tokens, padding included, which is halved when memory runs out."""
+    """Micro-batches of at most ``token_budget`` tokens, padding included; the budget is halved if memory runs out."""
 
     def __init__(self, token_budget: int, on_halved: Callable[[int, int], None] | None = None) -> None:
-        """``on_halved`` is called with the budget that did not fit and the next one."""
+        """``on_halved`` is called with the budget that did not fit and the new one."""
         self.token_budget, self._on_halved = token_budget, on_halved
 
     def share(
@@ -35,8 +35,8 @@ class MicroBatches:
     ) -> list[tuple[list[int], bool]]:
         """This process's micro-batches, and whether each counts; all processes have equally many.
 
-        ``units`` are sets of rows that must not be separated; ``packed`` micro-batches have no padding. The processes
-        of a sharded model run in step, so if there are too few micro-batches, one is repeated without effect.
+        ``units`` are sets of rows that must not be separated; ``packed`` micro-batches have no padding. Processes run
+        in step, so if there are too few micro-batches, one is repeated that does not count.
         """
         lengths, world = list(map(length, rows)), world_size()
         budget = min(self.token_budget, -(-sum(lengths) // world)) if world > 1 else self.token_budget
@@ -51,10 +51,10 @@ class MicroBatches:
         undo: Callable[[], None] | None = None,
         in_step: bool = False,
     ) -> T:
-        """Do the work; if memory runs out in one process, all do it again with half the budget.
+        """The result of ``work``; if memory runs out in one process, all repeat it with half the budget.
 
-        ``undo`` discards what a failed attempt left. Raises UserError if a single row does not fit, and if processes
-        work ``in_step``, as those of a sharded model do: the others wait for the one that failed.
+        ``undo`` discards what a failed attempt left behind. Raises UserError if a single row does not fit, and if
+        processes work ``in_step``, as those of a sharded model do: then the others still wait for the failed one.
         """
         while True:
             failed = None
@@ -64,8 +64,8 @@ class MicroBatches:
                 if not is_out_of_memory(error):
                     raise
                 failed = str(error)
-            told = [failed] if in_step else gathered(failed)
-            reasons = [each for each in told if each is not None]
+            failures = [failed] if in_step else gathered(failed)
+            reasons = [each for each in failures if each is not None]
             if not reasons:
                 return found
             if self.token_budget <= max(map(length, rows)):
@@ -78,12 +78,12 @@ class MicroBatches:
                 self._on_halved(before, self.token_budget)
             if in_step:
                 raise UserError(
-                    f"out of memory with {before} tokens per micro-batch in one process of a sharded model, for which "
-                    f"the others wait: set training.token_budget to less ({reasons[0]:.160})"
+                    f"out of memory with {before} tokens per micro-batch in one process of a sharded model, which "
+                    f"cannot retry on its own: lower training.token_budget ({reasons[0]:.160})"
                 )
 
     def _halved(self, rows: Sequence[Tokens]) -> int:
-        """Half the tokens that a micro-batch of these rows has at most."""
+        """Half of the largest number of tokens that a micro-batch of these rows can have."""
         return max(min(self.token_budget, -(-sum(map(length, rows)) // world_size())) // 2, 1)
 
     def log_probs(
@@ -95,10 +95,11 @@ class MicroBatches:
         forward: Forward | None = None,
         progress: Callable[[int], None] | None = None,
     ) -> dict[str, Float[Tensor, "R T"]]:
-        """``logp`` of all rows under the current policy, module outputs, ``statistics`` and ``nucleus``, by key.
+        """``logp`` of all rows in nats, module outputs, ``statistics`` and ``nucleus``, by key: each [R, T].
 
-        In evaluation mode and without a graph; 0 at padding. Processes share the work and all get the whole result.
-        ``forward`` replaces the plain forward pass.
+        In evaluation mode and without a graph; 0 at padding. Processes share the work, and all get the full result.
+        ``forward`` replaces the plain forward pass. ``progress`` is called with the number of rows just done. Raises
+        UserError if a single row does not fit into memory.
         """
         width = max((len(row.completion_ids) for row in rows), default=0)
         plain: Forward = lambda sequences, _: policy(sequences, statistics=statistics, top_p=top_p)  # noqa: E731
@@ -128,17 +129,18 @@ class MicroBatches:
 def token_batches(
     units: Sequence[Sequence[int]], lengths: Sequence[int], token_budget: int, packed: bool = False
 ) -> Iterable[list[int]]:
-    """Micro-batches of at most ``token_budget`` tokens, of rows of similar length; padding counts unless ``packed``.
+    """Row indices of micro-batches of at most ``token_budget`` tokens, of rows of similar length.
 
-    ``units`` are sets of rows that must not be separated; one that exceeds the budget is a micro-batch of its own.
+    Padding counts unless ``packed``. ``units`` are sets of rows that must not be separated; a unit that exceeds the
+    budget is a micro-batch of its own.
     """
-    order = sorted(range(len(units)), key=lambda a: (max(lengths[r] for r in units[a]), a))
+    order = sorted(range(len(units)), key=lambda unit: (max(lengths[row] for row in units[unit]), unit))
     batch: list[int] = []
     held = 0  # tokens in the batch
     for index in order:
         some = units[index]
-        widest = max(lengths[r] for r in some)  # of all rows so far
-        own = sum(lengths[r] for r in some)
+        widest = max(lengths[row] for row in some)  # of all rows so far
+        own = sum(lengths[row] for row in some)
         if batch and (held + own if packed else widest * (len(batch) + len(some))) > token_budget:
             yield batch
             batch, held = [], 0
@@ -158,9 +160,9 @@ def log_probs(
     temperature: float | Sequence[float] = 1.0,
     progress: Callable[[int], None] | None = None,
 ) -> list[list[float]]:
-    """Log-probs of each row's completion tokens in nats, in the trainer's numerics.
+    """Log-probs of each row's completion tokens in nats, with the same numerics as in training.
 
-    ``temperature`` may be one per row.
+    ``temperature`` may be one per row. Raises UserError if a single row does not fit into memory.
     """
     heats = [temperature] * len(rows) if isinstance(temperature, (int, float)) else temperature
     own = [Row(*row, heat) for row, heat in zip(rows, heats, strict=True)]
@@ -173,9 +175,9 @@ def log_probs(
 def log_probs_and_nuclei(
     policy: Policy, rows: Sequence[Pair], token_budget: TokenBudget, temperature: float, top_p: float
 ) -> list[tuple[list[float], list[float]]]:
-    """The log-probs of each row's completion tokens at ``temperature``, and those of their ``top_p`` nuclei.
+    """Per row, log π of each completion token at ``temperature`` and of each position's ``top_p`` nucleus, in nats.
 
-    Their difference is the log-prob under nucleus sampling.
+    log π(token) - log π(nucleus) is the log-prob under nucleus sampling (arXiv 1904.09751).
     """
     own = [Row(*row, temperature) for row in rows]
     found = MicroBatches(token_budget_of(policy, token_budget)).log_probs(policy, own, top_p=top_p)

@@ -1,7 +1,7 @@
-"""Micro-batches without padding: all rows as one sequence, in which each attends to itself alone.
+"""Micro-batches without padding: rows are concatenated to one sequence, and each attends only to itself.
 
-Attention learns where rows begin from the attention mask: while a trunk runs on a pack, transformers' masks are made
-here, and are the pack itself. A model that does anything else with its mask fails loudly, and is run padded.
+While a trunk runs on a pack, the pack itself takes the place of transformers' attention mask and tells attention where
+rows begin. A model that does anything else with its mask raises an error in a trial run, and is then run padded.
 """
 
 from __future__ import annotations
@@ -27,22 +27,22 @@ if TYPE_CHECKING:
 
 HALF = (torch.bfloat16, torch.float16)
 ROUNDING = 0.02
-"""Of hidden states in bfloat16, relative to the largest."""
+"""The tolerated rounding error of hidden states in bfloat16, relative to the largest entry."""
 CHANGES = ("softcap", "s_aux", "sinks", "position_bias", "alibi")
-"""What models tell their attention that changes it, and that the kernel knows nothing of."""
+"""Arguments with which models modify their attention, and which the kernel does not support."""
 
 
 class CannotPackError(Exception):
-    """Why a model cannot run on a pack."""
+    """A model that cannot run on a pack; the message is the reason."""
 
 
 @dataclass(frozen=True)
 class Pack:
-    """Rows, one after the other."""
+    """Concatenated rows of N tokens in total."""
 
     lengths: tuple[int, ...]
     bounds: Int[Tensor, " R1"]
-    """Where each row begins, and where the last one ends."""
+    """The start of each row, and the end of the last one."""
     positions: Int[Tensor, "1 N"]
     """The position of each token in its row."""
     window: int | None = None
@@ -50,18 +50,18 @@ class Pack:
 
     @classmethod
     def of(cls, lengths: tuple[int, ...], device: torch.device) -> Self:
-        """Rows of these lengths."""
+        """The pack of rows with these lengths."""
         sizes = torch.tensor([0, *lengths])
         positions = torch.cat([torch.arange(length) for length in lengths])[None]
         return cls(lengths, on_device(sizes.cumsum(0).int(), device), on_device(positions, device))
 
     def attended(self, fused: bool) -> None:
-        """A layer has attended, in one call of the kernel or row by row."""
+        """Called by every layer's attention; ``fused``: in one call of the kernel, rather than row by row."""
 
 
 @dataclass(frozen=True)
 class _Trial(Pack):
-    """Notes what was attended with."""
+    """A pack that records how each layer attended."""
 
     fused: list[bool] = field(default_factory=list)
 
@@ -70,12 +70,12 @@ class _Trial(Pack):
 
 
 _current: ContextVar[Pack | None] = ContextVar("pack", default=None)
-"""The pack that a trunk is running on."""
+"""The pack that a trunk is currently running on."""
 
 
 @contextmanager
 def running(pack: Pack | None) -> Iterator[dict[str, Tensor]]:
-    """In this context a trunk runs on a pack, if there is one; gives further arguments of the trunk."""
+    """In this context, a trunk runs on ``pack``, if any; yields additional arguments for the trunk."""
     if pack is None:
         yield {}
         return
@@ -87,7 +87,10 @@ def running(pack: Pack | None) -> Iterator[dict[str, Tensor]]:
 
 
 def mask_of_pack(**options: Any) -> Pack | None:
-    """The mask of a layer while a trunk runs on a pack: that pack, with the layer's window. Else None."""
+    """The mask of a layer while a trunk runs on a pack: the pack with the layer's window; otherwise None.
+
+    Raises CannotPackError for attention that is not causal.
+    """
     if (pack := _current.get()) is None:
         return None
     if options.get("use_vmap") or options.get("allow_is_bidirectional_skip"):
@@ -96,18 +99,21 @@ def mask_of_pack(**options: Any) -> Pack | None:
 
 
 def is_pack(attention_mask: Any) -> bool:
-    """Whether attention is asked for a pack's. Raises CannotPackError if it should be, and is not."""
+    """Whether a mask is a pack. Raises CannotPackError if a trunk runs on a pack but has passed another mask."""
     if not isinstance(attention_mask, Pack) and _current.get() is not None:
-        raise CannotPackError("it does not tell its attention where rows begin")
+        raise CannotPackError("it does not pass row boundaries to its attention")
     return isinstance(attention_mask, Pack)
 
 
 def attention_of_pack(
     by_row: Any, module: Any, query: Tensor, key: Tensor, value: Tensor, pack: Pack, **options: Any
 ) -> Float[Tensor, "1 N H D"]:
-    """What ``by_row``, the attention of padded rows, gives for each row alone; in one call of a kernel if one fits."""
+    """Attention within each row of a pack: in one call of a kernel if possible, else ``by_row`` on each row.
+
+    Raises CannotPackError for attention that is modified or not causal.
+    """
     if changed := [name for name in CHANGES if options.get(name) is not None]:
-        raise CannotPackError(f"its attention has a {changed[0]}")
+        raise CannotPackError(f"its attention uses {changed[0]}")
     if not is_causal(module, options.get("is_causal")):
         raise CannotPackError("its attention is not causal")
     fused = _fits_kernel(query, key, value, options)
@@ -121,13 +127,13 @@ def attention_of_pack(
     return torch.cat(rows, dim=1)
 
 
-def is_causal(module: nn.Module, told: bool | None) -> bool:
-    """Whether a layer is causal, by the argument of its call or else by its own attribute."""
-    return bool(getattr(module, "is_causal", True) if told is None else told)
+def is_causal(module: nn.Module, argument: bool | None) -> bool:
+    """Whether a layer's attention is causal: the ``argument`` of the call or, if None, the layer's own attribute."""
+    return bool(getattr(module, "is_causal", True) if argument is None else argument)
 
 
 def _window_mask(length: int, window: int | None, device: torch.device) -> Bool[Tensor, "1 1 L L"] | None:
-    """The mask of a row that is longer than the window."""
+    """The sliding-window mask of a row, if it is longer than the window."""
     if window is None or length <= window:
         return None
     ones = torch.ones(length, length, dtype=torch.bool, device=device)
@@ -141,7 +147,7 @@ def _by_kernel(
     pack: Pack,
     scale: float | None,
 ) -> Float[Tensor, "1 N H D"]:
-    """All rows in one call. Query heads share key heads within the kernel: keys are not copied for them."""
+    """All rows in one call. The kernel supports query heads that share a key head, without copies of keys."""
     kernel, grouped = _kernel()
     dtype, longest = computed_in(value), max(pack.lengths)
     q, k, v = (x[0].transpose(0, 1).to(dtype) for x in (query, key, value))
@@ -170,7 +176,7 @@ def _fits_kernel(query: Tensor, key: Tensor, value: Tensor, options: dict[str, A
 
 
 def has_kernel(device: torch.device) -> bool:
-    """Whether PyTorch has a kernel for packs there: torch 2.11 or newer, an NVIDIA GPU since Ampere."""
+    """Whether PyTorch has a kernel for packs on the device: torch ≥ 2.11, and an NVIDIA GPU from Ampere on."""
     return device.type == "cuda" and _kernel() is not None and _is_recent(device)
 
 
@@ -183,7 +189,7 @@ def _is_recent(device: torch.device) -> bool:
 
 @cache
 def _kernel() -> Any:
-    """The kernel and what it must be told of grouped queries; None without one, or with that of torch 2.10, which has
+    """The kernel and its arguments for grouped queries; None without a kernel, and for that of torch 2.10, which has
     neither a scale nor a window."""
     try:
         from torch.nn.attention.varlen import varlen_attn
@@ -196,9 +202,10 @@ def _kernel() -> Any:
 
 
 def packs(model: PreTrainedModel, compute: torch.dtype | None, packing: Packing) -> bool:
-    """Whether a model's micro-batches are packed. Raises UserError if they must be, and cannot.
+    """Whether a model's micro-batches are packed; ``auto``: if one kernel call attends to all rows of a pack, in
+    bfloat16 or float16 on a GPU.
 
-    ``auto``: where one call of a kernel attends for all rows of a pack, in bfloat16 or float16 on a GPU.
+    Raises UserError for ``packed`` if the model does not support it.
     """
     if packing == "padded" or (packing == "auto" and not has_kernel(model.device)):
         return False
@@ -211,13 +218,13 @@ def packs(model: PreTrainedModel, compute: torch.dtype | None, packing: Packing)
 
 
 def _tried(model: PreTrainedModel, compute: torch.dtype | None) -> tuple[list[bool], str | None]:
-    """Whether the kernel attended, per layer, and why the model cannot run on a pack, if it cannot."""
+    """Per layer, whether the kernel was used in a trial run; and the reason if the model cannot run on a pack."""
     trunk, config = model.base_model, model.config.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
     if getattr(model, "_is_stateful", False) or kinds:
         return [], "the model has layers that are not attention, or of another kind"
     if "position_ids" not in inspect.signature(trunk.forward).parameters:
-        return [], "the model cannot be told positions"
+        return [], "the model does not take position_ids"
     trial = _Trial.of((3, 3), model.device)
     training = model.training
     try:
@@ -226,20 +233,20 @@ def _tried(model: PreTrainedModel, compute: torch.dtype | None) -> tuple[list[bo
             reason = _mixes(trunk, trial)
         return (
             trial.fused,
-            reason if trial.fused else "the model does not take its attention from transformers' interface",
+            reason if trial.fused else "the model does not use transformers' attention interface",
         )
     except CannotPackError as error:
         return [], str(error)
     except Exception as error:  # a model's own code can do anything with its mask
         if is_out_of_memory(error):
             raise
-        return [], f"the model's code takes no pack ({(str(error).splitlines() or [type(error).__name__])[0]:.120})"
+        return [], f"the model's code rejects packs ({(str(error).splitlines() or [type(error).__name__])[0]:.120})"
     finally:
         model.train(training)
 
 
 def _mixes(trunk: nn.Module, trial: Pack) -> str | None:
-    """How a trunk lets the rows of a pack change each other, if it does."""
+    """An error message if the rows of a pack affect each other in a trunk; else None."""
 
     def run(*ids: int) -> Tensor:
         with running(trial) as more:
@@ -250,4 +257,4 @@ def _mixes(trunk: nn.Module, trial: Pack) -> str | None:
     both, other_first, other_last = run(1, 2, 3, 1, 2, 3), run(4, 5, 6, 1, 2, 3), run(1, 2, 3, 4, 5, 6)
     gap, scale = (both[:3] - both[3:]).abs().max(), both.abs().max()
     alike = [(both[3:] == other_first[3:]).all(), (both[:3] == other_last[:3]).all(), gap <= ROUNDING * scale]
-    return None if all(map(bool, alike)) else "the model lets rows change each other"
+    return None if all(map(bool, alike)) else "the rows of a pack affect each other in this model"

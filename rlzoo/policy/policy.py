@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -15,18 +15,18 @@ from torch import Tensor, nn
 from rlzoo.config import Packing, Training
 from rlzoo.errors import UserError
 from rlzoo.inputs import Input, Stage
-from rlzoo.jobs.memory import is_out_of_memory, pins
+from rlzoo.jobs.memory import pins
 from rlzoo.jobs.ranks import is_sharded, world_size
 from rlzoo.policy import sharding
 from rlzoo.policy.adapters import adapters, add_lora, copy_adapters, switched_off
-from rlzoo.policy.attention import rows_apart, use
+from rlzoo.policy.attention import use, without_packing_detection
 from rlzoo.policy.chat import turn_of
-from rlzoo.policy.compiled import layers_of, set_compiled, uncompiled
+from rlzoo.policy.compiled import miscompiled, set_compiled
 from rlzoo.policy.encoding import RowCheck
 from rlzoo.policy.head import Head, LogitTerm, computing_in, token_log_probs
-from rlzoo.policy.packing import HALF, ROUNDING, packs, running
+from rlzoo.policy.packing import packs, running
 from rlzoo.policy.quantised import entries
-from rlzoo.policy.sequences import Row, Sequences, Tokens
+from rlzoo.policy.sequences import Sequences, Tokens
 from rlzoo.policy.weights import changes_of
 
 if TYPE_CHECKING:
@@ -34,8 +34,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 WORTH = 4e13
-"""Parameters × sequences of a run from which compiling is expected to save more than it takes: some minutes of training
-at 400 tokens per sequence on an H100, a sixth of which is spent on what is compiled. Not measured."""
+"""Parameters × sequences of a run above which compiling is expected to save more time than it takes: some minutes of
+training at 400 tokens per sequence on an H100, of which compiled operations take a sixth. Estimated, not measured."""
 
 
 @dataclass(frozen=True)
@@ -44,22 +44,23 @@ class ForwardPass:
 
     logp: Float[Tensor, "B T"]
     inputs: dict[str, Float[Tensor, "B T"]]
-    """FORWARD inputs by key: statistics, without a graph, and outputs of modules, with theirs. With ``top_p`` below 1,
-    also the log-probability of the ``nucleus``."""
+    """FORWARD inputs by key: statistics, without a graph, and outputs of modules, with their graphs. With ``top_p``
+    below 1, also the log-probability of the ``nucleus``."""
     term: Float[Tensor, "B T"] | None = None
+    """The logit term of an objective, if it has one."""
 
     def of(self, requires: Iterable[Input]) -> dict[str, Float[Tensor, "B T"]]:
-        """The inputs among these that an objective lists."""
+        """The FORWARD inputs by key that ``requires`` lists."""
         keys = [one.key for one in requires if one.stage is Stage.FORWARD]
         return {key: self.inputs[key] for key in keys if key in self.inputs}
 
     def values(self) -> dict[str, Float[Tensor, "B T"]]:
-        """``logp`` and all inputs."""
+        """``logp`` and all FORWARD inputs, by key."""
         return {"logp": self.logp, **self.inputs}
 
 
 class Policy(nn.Module):
-    """A transformers causal LM with its tokenizer, and the modules of inputs."""
+    """A transformers causal LM with its tokenizer, and the modules of inputs such as a critic."""
 
     def __init__(
         self,
@@ -68,7 +69,7 @@ class Policy(nn.Module):
         name: str = "",
         compute: torch.dtype | None = None,
     ) -> None:
-        """``compute`` is the dtype of matrix products, if not that of the weights."""
+        """``compute`` is the dtype of matrix products; None: that of the weights."""
         super().__init__()
         use(model)
         self.model = model
@@ -76,30 +77,30 @@ class Policy(nn.Module):
         self.name = name
         self.compute = compute
         self.packs = False
-        """Whether micro-batches are packed: rows one after the other, without padding (see `pack`)."""
+        """Whether micro-batches are packed: rows are concatenated without padding (see `pack`)."""
         self.compiles = False
         """Whether the model's layers are compiled (see `compile_layers`)."""
         self.modules_of_inputs = nn.ModuleDict()
         """Modules of inputs by key, such as a critic; they are trained and checkpointed with the policy."""
         self.attached: dict[str, Input] = {}
-        self.train(model.training)  # a new module is in training mode, whatever the model's
+        self.train(model.training)  # a new nn.Module is in training mode
 
     @property
     def device(self) -> torch.device:
+        """The device of the model."""
         device: torch.device = self.model.device
         return device
 
     @property
     def eos_ids(self) -> set[int]:
-        """The tokens that end a completion: those of the tokenizer and the generation configuration, and the one that
-        ends an assistant's turn in the chat template."""
+        """The tokens that end a completion: those of the tokenizer, the generation config, and the chat template."""
         configured = getattr(self.model.generation_config, "eos_token_id", None)
         ids = configured if isinstance(configured, list) else [configured]
         return {i for i in [*ids, self.tokenizer.eos_token_id, turn_of(self.tokenizer).stop] if i is not None}
 
     @property
     def vocabulary(self) -> int:
-        """The number of token embeddings, which need not be the tokenizer's number of tokens."""
+        """The number of token embeddings, which may differ from the tokenizer's number of tokens."""
         layer: Any = self.model.get_input_embeddings()
         return int(getattr(layer, "num_embeddings", 0) or layer.weight.shape[0])
 
@@ -107,14 +108,14 @@ class Policy(nn.Module):
     def positions(self) -> int | None:
         """The maximum length of a sequence in a model with a table of positions (GPT-2, OPT, GPT-J).
 
-        None for a model that computes positions (rotary embeddings, ALiBi): ``max_position_embeddings`` is no limit.
+        None for rotary embeddings and ALiBi, for which ``max_position_embeddings`` is not a hard limit.
         """
         size = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         if not isinstance(size, int):
             return None
         words = self.model.get_input_embeddings()
         learned = (m.num_embeddings for m in self.model.modules() if isinstance(m, nn.Embedding) and m is not words)
-        # OPT and its like have two more rows than positions; GPT-J's table is not a parameter
+        # tables like OPT's have two extra rows; GPT-J's table is a buffer
         fixed = (len(b) for name, b in self.model.named_buffers() if name.endswith("embed_positions"))
         return size if any(0 <= rows - size <= 2 for rows in (*learned, *fixed)) else None
 
@@ -130,21 +131,21 @@ class Policy(nn.Module):
                 )
 
     def row_check(self) -> RowCheck:
-        """A function of prompt and completion ids that raises UserError if the model cannot take them."""
+        """A function of prompt and completion ids that raises UserError if the row does not fit the model."""
         return RowCheck(self.positions, self.vocabulary, self.check_range)
 
     def pack(self, packing: Packing) -> None:
-        """Set whether micro-batches are packed; ``auto``: where a GPU attends for all of their rows in one call.
+        """Set whether micro-batches are packed; ``auto``: if a GPU attends to all of their rows in one kernel call.
 
-        Raises UserError for a model that cannot be ``packed``.
+        Raises UserError for ``packed`` if the model does not support it.
         """
-        with rows_apart():
+        with without_packing_detection():
             self.packs = self.beside(lambda: packs(self.model, self.compute, packing))
 
     def compile_layers(self, training: Training) -> None:
-        """Compile the model's layers as ``training.compile`` says; ``auto``: on a GPU, for as much work as pays off.
+        """Compile the model's layers as ``training.compile`` says; ``auto``: on a GPU, if the run is long enough.
 
-        Raises UserError for a model that cannot be compiled, and should be.
+        Raises UserError for ``compile: true`` if the model cannot be compiled.
         """
         wanted = training.compile
         if wanted == "auto":
@@ -155,39 +156,11 @@ class Policy(nn.Module):
             raise UserError("training.compile: true: layers of a sharded model are not compiled: set false, or auto")
         set_compiled(self.model, wanted)
         self.compiles = wanted
-        if wanted and (reason := self._miscompiled()) is not None:
+        if wanted and (reason := miscompiled(self)) is not None:
             set_compiled(self.model, False)
             self.compiles = False
             if training.compile is True:
                 raise UserError(f"training.compile: true: {reason}: set false, or auto")
-
-    def _miscompiled(self) -> str | None:
-        """Why compiled layers cannot be used, if so: two rows are run with them and without, forward and backward."""
-        layers = layers_of(self.model)
-        if not layers:
-            return "the model has no layers that transformers would checkpoint"
-        sequences, training = self.collate([Row([0, 1], [1]), Row([1] * 4, [0, 1, 1])]), self.training
-        trained = [p for p in layers[-1].parameters() if p.requires_grad]
-        found: list[list[Tensor]] = []
-        self.eval()
-        try:
-            for context in (uncompiled(), nullcontext()):
-                with context:
-                    states = self.hidden(sequences)
-                direction = torch.linspace(-1, 1, states.shape[1], device=states.device)  # its square would be constant
-                gradients = torch.autograd.grad((states.float() @ direction).sum(), trained) if trained else ()
-                found.append([value.detach().float() for value in (states, *gradients)])
-        except Exception as error:  # of any part of a compiler, and of the model's code
-            if is_out_of_memory(error):
-                raise
-            error = getattr(error, "inner_exception", error)
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            return f"the model's layers cannot be compiled ({reason:.120})"
-        finally:
-            self.train(training)
-        limit = ROUNDING if (self.compute or self.model.dtype) in HALF else 1e-3
-        alike = [(one - other).norm() <= limit * one.norm() for one, other in zip(*found, strict=True)]
-        return None if all(map(bool, alike)) else "the model's compiled layers compute something else"
 
     def collate(self, rows: Sequence[Tokens]) -> Sequences:
         """Rows as a micro-batch of this model."""
@@ -196,15 +169,15 @@ class Policy(nn.Module):
 
     @property
     def weights_version(self) -> int:
-        """A number that increases with every change of the model's weights.
+        """A number that increases whenever the model's weights change.
 
-        Optimizer steps, loaded state dicts, in-place changes and replaced modules all count. A change through ``.data``
-        is not noticed: call `weights_changed` after it.
+        Optimizer steps, loaded state dicts, in-place changes and replaced modules all count. Changes through ``.data``
+        are not detected: call `weights_changed` after them.
         """
         return changes_of(self.model).count(self.model)
 
     def weights_changed(self) -> None:
-        """Tell samplers with a copy of the weights that these have changed."""
+        """Increase `weights_version`, so that samplers update their copies of the weights."""
         changes_of(self.model).add()
 
     @property
@@ -213,9 +186,9 @@ class Policy(nn.Module):
         return int(self.model.get_output_embeddings().weight.shape[1])
 
     def attach(self, inputs: Iterable[Input]) -> None:
-        """Make the modules of inputs that have none yet: on the model's device, in its dtype or float32 if wider.
+        """Create the modules of inputs that have none yet: on the model's device, in at least float32.
 
-        Raises UserError for two different inputs with one key.
+        Raises UserError for two different inputs with the same key.
         """
         like = self.model.get_output_embeddings().weight
         for one in inputs:
@@ -229,14 +202,14 @@ class Policy(nn.Module):
                 self.attached[one.key] = one
 
     def untrained_state(self) -> list[tuple[str, Tensor]]:
-        """The state of inputs' modules besides trained parameters, such as running means."""
+        """The state of inputs' modules other than trained parameters, such as running means."""
         trained = {name for name, p in self.modules_of_inputs.named_parameters() if p.requires_grad}
         state = self.modules_of_inputs.state_dict(keep_vars=True)
         return [(name, value) for name, value in state.items() if name not in trained]
 
     @contextmanager
     def attached_for(self, inputs: Iterable[Input]) -> Iterator[None]:
-        """In this context, inputs without a module have an untrained one."""
+        """In this context, inputs without a module have an untrained one. Raises UserError as `attach` does."""
         before = dict(self.attached)
         self.attach(inputs)
         try:
@@ -248,7 +221,7 @@ class Policy(nn.Module):
     def frozen_copy(self, moving: bool = False) -> Policy:
         """A frozen copy in evaluation mode, sharded like the policy.
 
-        Unless it is ``moving``, its matrices are in the dtype that they are multiplied in, which changes no log-prob.
+        Unless it is ``moving``, its weights are in the dtype of matrix products, which does not change log-probs.
         """
         narrow, parts = None if moving else self.compute, is_sharded(self.model)
         model = sharding.skeleton(self.model) if parts else copy.deepcopy(self.model)
@@ -267,23 +240,25 @@ class Policy(nn.Module):
         return sharding.copy_of_trunk(self.model)
 
     def reference(self) -> Policy:
-        """The frozen reference, before training: the policy without its adapter, or else a copy."""
+        """The initial policy as a frozen reference, before training: the policy without its adapter, or else a copy."""
         return _WithoutAdapter(self) if adapters(self.model) else self.frozen_copy()
 
     def add_lora(self, rank: int = 8, alpha: float = 16.0, target_modules: str | Sequence[str] = "all-linear") -> None:
-        """Freeze the model and add low-rank adapters to its linear layers, initialised to no effect (LoRA).
+        """Freeze the model and add low-rank adapters to its linear layers (LoRA): W + (alpha / rank) B A.
 
-        Source: arXiv 2106.09685, by peft. The output layer has none, unless named. Raises UserError without peft.
+        B is 0 at first, so the policy does not change. ``all-linear`` excludes the output layer. Raises UserError
+        without peft, for a model with adapters, and for ``target_modules`` that match no layer. Source: arXiv
+        2106.09685.
         """
         add_lora(self.model, rank, alpha, target_modules)
 
     def run(self, work: Callable[[], T]) -> T:
-        """Run ``work``, which calls modules of the model, as one forward pass: a sharded model gathers its weights."""
+        """Run ``work``, which calls modules of the model, in a forward pass: a sharded model gathers its weights."""
         found: T = self(work=work)
         return found
 
     def beside(self, work: Callable[[], T]) -> T:
-        """`run` without a graph; also within the forward pass of another policy."""
+        """`run` without a graph, even within the forward pass of another policy."""
         with torch.no_grad():
             return self.run(work)
 
@@ -294,7 +269,7 @@ class Policy(nn.Module):
         work: Callable[[], Any] | None = None,
         **options: Any,
     ) -> Any:
-        """Log-probs of the completion tokens (options: see `_log_probs`), or some other ``work`` with the model."""
+        """The `ForwardPass` of ``sequences`` (options: see `_log_probs`), or the result of ``work``."""
         with computing_in(self.compute, self.device):
             if work is not None:
                 return work()
@@ -311,7 +286,7 @@ class Policy(nn.Module):
         term: LogitTerm | None = None,
         reference: Policy | None = None,
     ) -> ForwardPass:
-        """``reference`` provides the reference logits of ``term``; ``temperature`` overrides that of the sequences."""
+        """``reference`` provides the reference logits of ``term``; ``temperature`` overrides that of ``sequences``."""
         if temperature is not None:
             sequences = sequences.at(temperature)
         hidden = self.hidden(sequences)
@@ -339,7 +314,7 @@ class Policy(nn.Module):
         return ForwardPass(logp, spread, extra)
 
     def of_hidden(self, key: str, hidden: Float[Tensor, "N H"]) -> Float[Tensor, " N"]:
-        """What an input's module makes of hidden states, in the module's own dtype, whatever matrices take."""
+        """The output of the input ``key``'s module for these hidden states, in the module's dtype without autocast."""
         module, one = self.modules_of_inputs[key], self.attached[key]
         dtype = next((p.dtype for p in module.parameters()), hidden.dtype)
         with torch.autocast(self.device.type, enabled=False):
@@ -351,23 +326,23 @@ class Policy(nn.Module):
         return replace(Head.of(self.model), compute=self.compute, compiled=self.compiles)
 
     def hidden(self, sequences: Sequences, **extra: Any) -> Float[Tensor, "N H"]:
-        """The trunk's last hidden states where the next token is a completion token; ``extra`` goes to the trunk."""
+        """The last hidden states at positions that predict completion tokens; ``extra`` is passed to the trunk."""
         with computing_in(self.compute, self.device):
             return self._trunk(self.model.base_model, sequences, **extra)
 
     def _trunk(self, trunk: nn.Module, sequences: Sequences, **extra: Any) -> Float[Tensor, "N H"]:
         own: Any = self.model.base_model
         if not self.packs or type(getattr(trunk, "config", None)) is not type(own.config):
-            sequences = sequences.padded()  # another model's, or of an input with a model of another kind
-        with rows_apart(), running(sequences.pack) as more:
+            sequences = sequences.padded()  # a trunk of another architecture may not support packs
+        with without_packing_detection(), running(sequences.pack) as more:
             states = trunk(input_ids=sequences.ids, use_cache=False, **more, **extra).last_hidden_state
         return sequences.predicting(states)
 
     def flops(self, tokens: int, completion_tokens: int, modules: bool = True) -> float:
-        """FLOPs of a forward pass: 2 per parameter and token, with the head on completion tokens only.
+        """FLOPs of a forward pass: 2 N_trunk × ``tokens`` + 2 N_head × ``completion_tokens``, for N parameters.
 
-        Embedding look-ups and attention scores are left out (the 6N convention); a backward pass costs twice this.
-        With ``modules`` those of inputs count too.
+        Embedding look-ups and attention scores are not counted (as in 6N D, arXiv 2001.08361); a backward pass takes
+        twice as many. With ``modules``, those of inputs are included.
         """
         head = self.model.get_output_embeddings().weight.numel()
         trunk = sum(map(entries, self.model.base_model.parameters()))
@@ -389,12 +364,12 @@ class _WithoutAdapter(Policy):
     def forward(
         self, sequences: Sequences | None = None, *, work: Callable[[], Any] | None = None, **options: Any
     ) -> Any:
-        """That of the policy, which alone gathers its weights if they are sharded."""
+        """Run within the policy's forward pass, which gathers the weights if they are sharded."""
         plain = super().forward
         return self._whole[0].run(lambda: plain(sequences, work=work, **options))
 
     def beside(self, work: Callable[[], T]) -> T:
-        """The policy is running already."""
+        """``work`` without a graph: the policy's forward pass is already running."""
         with torch.no_grad():
             return work()
 

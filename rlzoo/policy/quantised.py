@@ -1,4 +1,4 @@
-"""Weights in 4 bits, under adapters (QLoRA, arXiv 2305.14314), by bitsandbytes."""
+"""Weights in 4 bits by bitsandbytes, for training adapters (QLoRA, arXiv 2305.14314)."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ UNSHARDED = "lora.load_in_4bit: weights in 4 bits cannot be sharded: run without
 
 
 def in_4_bits(compute: torch.dtype, device: torch.device) -> dict[str, Any]:
-    """Arguments of ``from_pretrained`` for linear layers, but not the head, in NF4, quantised twice.
+    """Arguments of ``from_pretrained`` for linear layers, except the head, in NF4 with double quantisation.
 
-    They are multiplied in ``compute``. Raises UserError without bitsandbytes.
+    Their matrix products are in ``compute``. Raises UserError without bitsandbytes.
     """
     from transformers import BitsAndBytesConfig
 
@@ -46,10 +46,10 @@ def in_4_bits(compute: torch.dtype, device: torch.device) -> dict[str, Any]:
 
 
 def with_one_numerics(model: nn.Module) -> None:
-    """Have layers in 4 bits compute without a gradient as they do with one.
+    """Make layers in 4 bits compute the same with and without a gradient.
 
-    On some CPUs bitsandbytes would multiply in bfloat16 there, whatever the dtype: log-probs of scoring would not be
-    those of training.
+    On some CPUs, bitsandbytes multiplies in bfloat16 without a gradient, whatever the dtype, so that log-probs would
+    differ between scoring and training.
     """
     for module in model.modules() if is_in_4_bits(model) else ():
         if hasattr(module, "support_avx512bf16_for_cpu"):
@@ -57,18 +57,18 @@ def with_one_numerics(model: nn.Module) -> None:
 
 
 def is_in_4_bits(model: nn.Module) -> bool:
-    """Whether a model was loaded so."""
+    """Whether a model was loaded with weights in 4 bits."""
     return bool(getattr(model, "is_loaded_in_4bit", False))
 
 
 def entries(parameter: Tensor) -> int:
-    """The number of weights in a parameter, which may hold two per byte."""
+    """The number of weights in a parameter, which holds two per byte if it is in 4 bits."""
     state = getattr(parameter, "quant_state", None)
     return parameter.numel() if state is None else int(state.shape.numel())
 
 
 def dequantised(model: nn.Module, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict in which weights in 4 bits are whole, in the dtype that they were loaded in."""
+    """A state dict in which weights in 4 bits are dequantised to the dtype that the model was loaded in."""
     if not is_in_4_bits(model):
         return weights
     from bitsandbytes.functional import dequantize_4bit
@@ -78,14 +78,14 @@ def dequantised(model: nn.Module, weights: dict[str, Tensor]) -> dict[str, Tenso
     for name, value in weights.items():
         if (state := states.get(name)) is not None:
             found[name] = dequantize_4bit(value, state)
-        elif not any(name.startswith(f"{one}.") for one in states):  # else what is needed to make a weight whole
+        elif not any(name.startswith(f"{one}.") for one in states):  # else part of a quantisation state
             found[name] = value
     return found
 
 
 @contextmanager
 def saved_as_whole(model: PreTrainedModel) -> Iterator[None]:
-    """In this context, transformers writes the weights that it is given, and no word of 4 bits."""
+    """In this context, transformers saves the weights that it is given, without a quantisation config."""
     if not is_in_4_bits(model):
         yield
         return

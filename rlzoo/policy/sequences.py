@@ -17,7 +17,7 @@ from rlzoo.policy.packing import Pack
 
 
 class Tokens(Protocol):
-    """A prompt and a completion as token ids, and the temperature of log-probs; a `Trajectory` is one."""
+    """A prompt and a completion as token ids, and the temperature of log-probs; `Trajectory` implements it."""
 
     @property
     def prompt_ids(self) -> Sequence[int]: ...
@@ -28,7 +28,7 @@ class Tokens(Protocol):
 
 
 class Row(NamedTuple):
-    """`Tokens` and nothing else."""
+    """The smallest implementation of `Tokens`."""
 
     prompt_ids: Sequence[int]
     completion_ids: Sequence[int]
@@ -36,7 +36,7 @@ class Row(NamedTuple):
 
 
 def length(row: Tokens) -> int:
-    """Prompt and completion tokens."""
+    """The number of prompt and completion tokens of a row."""
     return len(row.prompt_ids) + len(row.completion_ids)
 
 
@@ -44,18 +44,18 @@ def length(row: Tokens) -> int:
 class Sequences:
     """Prompts and completions as model input, padded on the right, so that causal attention needs no mask.
 
-    With a ``pack``, ``ids`` are [1, N], all rows one after the other. Where completion tokens stand is known from the
-    rows' lengths, so that no GPU is asked for it: reading out a boolean mask would wait for all that the device has to
-    do.
+    B is the number of rows, L their padded length, T the padded length of completions, and N the number of completion
+    tokens. With a ``pack``, the rows are concatenated, and ``ids`` has the shape [1, total tokens]. Positions of
+    completion tokens are computed from the rows' lengths, because reading a boolean mask would wait for the GPU.
     """
 
     ids: Int[Tensor, "B L"]
     mask: Bool[Tensor, "B T"]
-    """True at completion tokens, in positions without the prompt."""
+    """True at completion tokens; columns are positions in the completion."""
     before: Int[Tensor, " N"]
-    """The positions that predict completion tokens, row by row, in the flattened ``ids``."""
+    """The indices in the flattened ``ids`` of the positions that predict completion tokens, row by row."""
     places: Int[Tensor, " N"]
-    """The completion tokens in the flattened ``mask``, row by row."""
+    """The indices in the flattened ``mask`` of completion tokens, row by row."""
     lengths: tuple[int, ...]
     """The number of tokens of each row."""
     temperature: Float[Tensor, " B"] | None = None
@@ -64,7 +64,7 @@ class Sequences:
 
     @classmethod
     def of(cls, rows: Sequence[Tokens], device: torch.device) -> Sequences:
-        """Collate rows of a buffer, or others, each at its temperature."""
+        """Collate rows, each at its own temperature."""
         prompts, completions = [row.prompt_ids for row in rows], [row.completion_ids for row in rows]
         return cls.collate(prompts, completions, device, [row.temperature for row in rows])
 
@@ -76,7 +76,7 @@ class Sequences:
         device: torch.device,
         temperature: Sequence[float] | None = None,
     ) -> Sequences:
-        """Join each prompt with its completion. A prompt must have at least one token."""
+        """Join each prompt with its completion; ``temperature`` is one per row. Every prompt needs a token."""
         lengths = tuple(len(p) + len(c) for p, c in zip(prompts, completions, strict=True))
         rows, longest = len(prompts), max(lengths)
         width = max(map(len, completions))
@@ -107,21 +107,21 @@ class Sequences:
         return replace(self, temperature=None if temperature == 1.0 else heat)
 
     def packed(self) -> Sequences:
-        """The same rows without padding, one after the other; no device is waited for."""
+        """The same rows, concatenated without padding; this does not wait for the device."""
         if self.pack is not None:
             return self
         ids = torch.cat([row[:length] for row, length in zip(self.ids, self.lengths, strict=True)])[None]
         return self._moved(ids, 1, Pack.of(self.lengths, self.ids.device))
 
     def padded(self) -> Sequences:
-        """The same rows, padded."""
+        """The same rows, padded on the right."""
         if self.pack is None:
             return self
         ids = pad_sequence(list(torch.split(self.ids[0], list(self.lengths))), batch_first=True)
         return self._moved(ids, -1, None)
 
     def _moved(self, ids: Int[Tensor, "B L"], sign: int, pack: Pack | None) -> Sequences:
-        """The same rows, which begin elsewhere: where padded ones do, or packed ones (sign 1)."""
+        """The same rows with new ``ids``: from the padded to the packed layout (``sign`` 1), or back (-1)."""
         starts = torch.tensor([0, *self.lengths[:-1]]).cumsum(0)
         shift = sign * (starts - max(self.lengths) * torch.arange(len(self.lengths)))
         before = self.before + on_device(shift, ids.device).index_select(0, self.rows)
@@ -129,7 +129,7 @@ class Sequences:
 
     @property
     def targets(self) -> Int[Tensor, " N"]:
-        """The completion tokens of all rows, one after the other."""
+        """The completion tokens of all rows, concatenated."""
         return self.ids.flatten().index_select(0, self.before + 1)
 
     @property
@@ -149,14 +149,14 @@ class Sequences:
         return None if self.temperature is None else self.temperature.index_select(0, self.rows)
 
     def predicting(self, states: Float[Tensor, "B L H"]) -> Float[Tensor, "N H"]:
-        """What a trunk gives at the positions that predict completion tokens."""
+        """A trunk's hidden states at the positions that predict completion tokens."""
         return states.flatten(0, 1).index_select(0, self.before)
 
     def flat(self, values: Float[Tensor, "B T"]) -> Float[Tensor, " N"]:
-        """The completion tokens' values, one after the other."""
+        """The values at completion tokens, concatenated; the inverse of `spread`."""
         return values.flatten().index_select(0, self.places)
 
     def spread(self, flat: Float[Tensor, " N"]) -> Float[Tensor, "B T"]:
-        """Values per completion token, in rows; 0 at padding."""
+        """Concatenated values of completion tokens as rows; 0 at padding."""
         whole = flat.new_zeros(self.mask.numel()).index_copy(0, self.places, flat)
         return whole.view(self.mask.shape)

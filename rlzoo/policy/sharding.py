@@ -1,8 +1,8 @@
-"""Weights in several processes: whole in each, or cut into shards (FSDP2). Only this module knows how.
+"""Weights in several processes: replicated, or sharded with FSDP2. No other module handles shards.
 
-The launcher asks for shards, in the environment variables of `accelerate launch`. A sharded model gathers one layer
-after the other; what is not in a layer, such as the head, is whole from a forward pass until its backward pass. Modules
-that are added later, such as adapters and the heads of critics, are whole in every process.
+Sharding is requested by the environment variables of `accelerate launch`. A sharded model gathers one layer after the
+other; weights outside layers, such as the head, are whole from a forward pass to its backward pass. Modules that are
+added later, such as adapters and the heads of critics, are replicated.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ _REFUSED = {
     "FSDP_OFFLOAD_PARAMS": "weights offloaded to the CPU (fsdp_offload_params)",
 }
 Values = Callable[[str], Tensor]
-"""The whole tensor of a name, on the device. All processes ask for the same names in the same order."""
+"""Name → whole tensor on the device. All processes must ask for the same names in the same order."""
 
 
 def is_asked() -> bool:
-    """Whether the launcher asked for shards. Raises UserError for another way to divide a model."""
+    """Whether the launcher requests sharding. Raises UserError for an unsupported way to distribute a model."""
     if world_size() == 1:
         return False
     version = os.environ.get("FSDP_VERSION", "1")
@@ -46,8 +46,8 @@ def is_asked() -> bool:
     refused += [f"FSDP {version}"] if _is_set("ACCELERATE_USE_FSDP") and version != "2" else []
     if refused:
         raise UserError(
-            f"rlzoo does not run with {refused[0]}: launch it with --use_fsdp --fsdp_version 2 for sharded models, or "
-            "without either for whole ones"
+            f"rlzoo does not support {refused[0]}: launch it with --use_fsdp --fsdp_version 2 for sharded models, or "
+            "without either for replicated ones"
         )
     return _is_set("ACCELERATE_USE_FSDP")
 
@@ -80,26 +80,26 @@ def _slots(model: nn.Module) -> Iterator[_Slot]:
 
 
 def _tied(model: nn.Module | None) -> dict[str, str]:
-    """Of each tensor the name, and the first name of the same parameter."""
+    """The name of each tensor → the first name of the same parameter."""
     slots = [] if model is None else list(_slots(model))
     first = {id(slot.tensor): slot.name for slot in reversed(slots) if isinstance(slot.tensor, nn.Parameter)}
     return {slot.name: first.get(id(slot.tensor), slot.name) for slot in slots}
 
 
 def skeleton(model: PreTrainedModel) -> PreTrainedModel:
-    """A model of the same kind, whose tensors are on the meta device."""
+    """A model of the same architecture, with its tensors on the meta device."""
     with torch.device("meta"):
         return type(model)(copy.deepcopy(model.config))
 
 
 def shard(root: nn.Module, model: PreTrainedModel, values: Values | None = None) -> None:
-    """Cut the weights of ``model`` into shards; ``root`` is the module whose forward pass runs it.
+    """Shard the weights of ``model`` (FSDP2); ``root`` is the module whose forward pass runs it.
 
-    A model on the meta device is filled with ``values``, of which only one layer's are whole at a time.
+    A model on the meta device is filled with ``values``, one layer at a time.
     """
     from torch.distributed.fsdp import fully_shard
 
-    # log-probs are one, and nothing changes them in place
+    # log-probs are a view, and nothing changes them in place
     warnings.filterwarnings("ignore", r"FSDP2-wrapped module \(.*\) returned a view tensor")
     empty = [(slot.name, slot.tensor) for slot in _slots(model) if slot.tensor.is_meta]
     names = {id(tensor): name for name, tensor in reversed(empty)}  # of tied tensors the first one
@@ -114,9 +114,9 @@ def shard(root: nn.Module, model: PreTrainedModel, values: Values | None = None)
 
 
 def _units(model: PreTrainedModel) -> list[nn.Module]:
-    """The parts that are gathered by themselves: the layers, innermost first, and an embedding that is not tied."""
-    told = os.environ.get("FSDP_TRANSFORMER_CLS_TO_WRAP")
-    kinds = told.split(",") if told else model._no_split_modules or ()
+    """The modules that are gathered separately: layers, innermost first, and an embedding that is not tied."""
+    asked = os.environ.get("FSDP_TRANSFORMER_CLS_TO_WRAP")
+    kinds = asked.split(",") if asked else model._no_split_modules or ()
     named = [m for m in model.modules() if any(kind.__name__ in kinds for kind in type(m).__mro__)]  # sharded or not
     layers = [module for module in named if any(True for _ in module.parameters())]
     words, head = model.get_input_embeddings(), model.get_output_embeddings()
@@ -125,7 +125,7 @@ def _units(model: PreTrainedModel) -> list[nn.Module]:
 
 
 def _fill(unit: nn.Module, names: dict[int, str], values: Values | None) -> None:
-    """Give values to what is on the meta device in a unit; tied tensors stay one tensor."""
+    """Fill the tensors of a unit that are on the meta device; tied tensors stay tied."""
     made: dict[int, Tensor] = {}
     for slot in list(_slots(unit)):
         old = slot.tensor
@@ -149,7 +149,7 @@ def _mesh(kind: str) -> Any:
 
 
 def reshard(root: nn.Module) -> None:
-    """Free what is still whole: after a pass without a graph, or without its backward pass, nothing else does."""
+    """Free gathered weights, which FSDP2 keeps after a forward pass that has no backward pass."""
     _free(_parts(root))
 
 
@@ -167,18 +167,18 @@ def _free(parts: Iterable[FSDPModule]) -> None:
 def from_main(
     source: PreTrainedModel | None, model: PreTrainedModel, device: torch.device, narrow: torch.dtype | None = None
 ) -> Values:
-    """The tensors of the main process's ``source``, for a ``model`` on the meta device in all processes.
+    """The tensors of the main process's ``source``, broadcast for a ``model`` on the meta device in all processes.
 
-    ``narrow`` is the dtype of weights of matrix products, if not their own. Raises UserError if the two do not have the
-    same tensors.
+    ``narrow`` is the dtype for the weights of matrix products; None: their own. Raises UserError if the two models tie
+    different tensors.
     """
     known = {slot.name: slot.tensor for slot in _slots(source)} if source is not None else {}
     narrowed = of_products(model) if narrow is not None else set()
     shapes = agreed({name: (tuple(value.shape), value.dtype) for name, value in known.items()})
     if agreed(_tied(source)) != _tied(model):
         raise UserError(
-            "a sharded model needs weights as its configuration describes them, and these are others: save it again "
-            "with save_pretrained, or run without --use_fsdp"
+            "the model's weights do not match its configuration, which sharding needs: save it again with "
+            "save_pretrained, or run without --use_fsdp"
         )
 
     def values(name: str) -> Tensor:
@@ -192,7 +192,7 @@ def from_main(
 
 
 def of_model(model: nn.Module, dtype: torch.dtype | None = None, names: Iterable[str] = ()) -> Values:
-    """Copies of the tensors of a sharded model; those with these ``names`` in ``dtype``."""
+    """Copies of the whole tensors of a sharded model; those in ``names`` are cast to ``dtype``."""
     known = {slot.name.replace(".base_layer.", "."): slot.tensor for slot in _slots(model)}  # as without an adapter
     cast = set(names)
 
@@ -205,9 +205,9 @@ def of_model(model: nn.Module, dtype: torch.dtype | None = None, names: Iterable
 
 
 def whole_weights(model: nn.Module, everywhere: bool = True) -> dict[str, Tensor]:
-    """The tensors of a model by name, gathered if it is sharded. Tied ones stay one tensor.
+    """The tensors of a model by name, gathered if it is sharded; tied tensors stay tied. All processes must call this.
 
-    If not ``everywhere``, the main process alone has those that were gathered, on the CPU.
+    Unless ``everywhere``, only the main process gets gathered tensors, on the CPU.
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
     found, whole = {}, dict[int, Tensor]()
@@ -223,21 +223,21 @@ def whole_weights(model: nn.Module, everywhere: bool = True) -> dict[str, Tensor
 
 
 def of_products(model: nn.Module) -> set[str]:
-    """The names of weights that are used in matrix products alone: under autocast their dtype changes no result."""
+    """The names of weights used only in matrix products, whose own dtype does not matter under autocast."""
     kinds = (nn.Linear, Conv1D)
-    others = {id(slot.tensor) for slot in _slots(model) if type(slot.module) not in kinds}  # a tied embedding's
+    others = {id(slot.tensor) for slot in _slots(model) if type(slot.module) not in kinds}  # a tied embedding
     return {slot.name for slot in _slots(model) if type(slot.module) in kinds and id(slot.tensor) not in others}
 
 
 def narrow(model: nn.Module, dtype: torch.dtype | None) -> None:
-    """Cast the weights of matrix products of a whole, frozen model; None: leave them as they are."""
+    """Cast the weights of matrix products of a frozen, replicated model to ``dtype``; None: leave them unchanged."""
     parameters = dict(model.named_parameters())
     for name in of_products(model) & parameters.keys() if dtype is not None else ():
         parameters[name].data = parameters[name].data.to(dtype)
 
 
 def copy_of_trunk(model: PreTrainedModel) -> nn.Module:
-    """A copy of a model's trunk that trains by itself, sharded like the model, in float32 if that is wider."""
+    """A separately trained copy of a model's trunk, sharded like the model; if sharded, in at least float32."""
     trunk: nn.Module = model.base_model
     if not any(map(is_shard, trunk.parameters())):
         return copy.deepcopy(trunk)
@@ -249,24 +249,24 @@ def copy_of_trunk(model: PreTrainedModel) -> nn.Module:
 
 
 def is_shard(tensor: Tensor) -> bool:
-    """Whether this process holds a part of a tensor."""
+    """Whether a tensor is sharded."""
     return hasattr(tensor, "full_tensor")
 
 
 def held(tensor: Any) -> int:
-    """The entries of a tensor that this process holds."""
+    """The number of entries of a tensor that this process holds."""
     own: Tensor = tensor.to_local() if is_shard(tensor) else tensor
     return own.numel()
 
 
 def gathered_together(model: PreTrainedModel) -> int:
-    """Entries of a sharded model's weights that are whole at a time: two layers, and what is in none."""
+    """The number of a sharded model's weights gathered at the same time: two layers, and all outside layers."""
     units = sorted(sum(p.numel() for p in unit.parameters()) for unit in _units(model))
     return int(sum(p.numel() for p in model.parameters()) - sum(units[:-2]))
 
 
 def in_groups(parameters: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:
-    """Parameters that are whole here, and those of which this is a shard: one operation takes no mixture of them."""
+    """Parameters grouped into replicated and sharded ones, which one fused operation cannot mix."""
     found = list(parameters)
     groups = [[p for p in found if is_shard(p) == sharded] for sharded in (False, True)]
     return [group for group in groups if group]
@@ -274,7 +274,7 @@ def in_groups(parameters: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:
 
 @torch.no_grad()
 def spread(parameters: Iterable[nn.Parameter]) -> None:
-    """Give all processes the main one's values of whole parameters: what was drawn at random may differ."""
+    """Broadcast the main process's replicated parameters: random initial values may differ between processes."""
     if world_size() > 1:
         for parameter in parameters:
             if not is_shard(parameter):
@@ -283,9 +283,9 @@ def spread(parameters: Iterable[nn.Parameter]) -> None:
 
 @torch.no_grad()
 def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Sum gradients over processes: of shards FSDP2 has taken the mean, of whole parameters nothing yet.
+    """Sum gradients over processes: FSDP2 has averaged those of shards, and those of replicated parameters are local.
 
-    A parameter that has a gradient in one process gets one in all.
+    A parameter with a gradient in one process gets one in all.
     """
     if world_size() == 1:
         return
@@ -293,8 +293,7 @@ def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
     whole = [p for p in found if not is_shard(p)]
     for parameter in found:
         if is_shard(parameter) and parameter.grad is not None:
-            # the loss is not scaled instead, because models round some gradients to float32, where a factor of 3
-            # would round differently
+            # the loss is not scaled instead: gradients that a model rounds to float32 would round differently
             parameter.grad.mul_(world_size())
     if not whole:
         return
@@ -309,7 +308,7 @@ def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], most: float) -> Tensor:
-    """Scale gradients down to a total norm of ``most``, if it is more; return the norm before."""
+    """Scale gradients to a total L2 norm of at most ``most``; returns the norm [] before."""
     groups = in_groups(p for p in parameters if p.grad is not None)
     if not groups:
         return torch.zeros(())

@@ -1,4 +1,4 @@
-"""A count of the changes of a model's weights, for holders of a copy."""
+"""Counting changes of a model's weights, so that copies of them can be updated."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ register_optimizer_step_post_hook(_mark_stepped)
 
 
 class Changes:
-    """Counts the changes of one model: tensors changed in place, by torch's version counters, and replaced ones."""
+    """Counts changes of one model's weights: replaced tensors and, by torch's version counters, in-place changes."""
 
     def __init__(self) -> None:
         self._count = 0
         self._seen: list[tuple[weakref.ref[Tensor], int]] = []
 
     def count(self, model: nn.Module) -> int:
-        """The number of changes; it increases if a weight has changed since the last call."""
+        """A number that increases if a weight has changed since the last call."""
         now = list(model.parameters())
         same = len(now) == len(self._seen) and all(
-            tensor is seen() and tensor._version == version  # an id could be that of an old tensor
+            tensor is seen() and tensor._version == version  # ids are reused
             for tensor, (seen, version) in zip(now, self._seen, strict=True)
         )
         if not same:
@@ -46,5 +46,5 @@ _changes: weakref.WeakKeyDictionary[nn.Module, Changes] = weakref.WeakKeyDiction
 
 
 def changes_of(model: nn.Module) -> Changes:
-    """The counter of a model, the same for every policy with this model."""
+    """The counter of a model, shared by all policies with this model."""
     return _changes.setdefault(model, Changes())
