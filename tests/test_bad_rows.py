@@ -232,10 +232,10 @@ def test_cut_completions_are_counted(table: str, capsys: pytest.CaptureFixture[s
     sampled = small({"rft": {}}, rollouts={"samples": 2, "max_new_tokens": 2}, **changes)
     events = shared_buffer.fill_buffer(sampled, Path("buffer"), Path("state"), 0, lambda *_: None)["events"]
     assert events[0].startswith(f"demonstrations: {told}")
-    assert "samples were cut at max_new_tokens (2), and have no end" in events[1]
+    assert "samples were truncated at max_new_tokens (2)" in events[1]
     rollout = ["rollout", "arithmetic", "--limit", "2", "--rollout-samples", "1", "--set", "rollouts.max_new_tokens=2"]
     assert main([*rollout, "--out", "sampled"]) == 0
-    assert "2 of 2 samples were cut at max_new_tokens (2)" in capsys.readouterr().out
+    assert "2 of 2 samples were truncated at max_new_tokens (2)" in capsys.readouterr().out
     assert "2 of 2 samples" in json.loads(Path("sampled/buffer.json").read_text())["events"][0]
 
 

@@ -365,5 +365,5 @@ def test_sampling_is_halved_until_it_fits(make_policy: MakePolicy, monkeypatch: 
     sampler.sample(prompts, settings, seed=4)
     assert max(sizes) <= 3, "what fits is remembered"
     monkeypatch.setattr(sampler.decoder, "decode", lambda *_: (_ for _ in ()).throw(MemoryError("no room")))
-    with pytest.raises(UserError, match="out of memory with one sequence sampled at a time: no room"):
+    with pytest.raises(UserError, match="out of memory while sampling a single sequence: no room"):
         sampler.sample(prompts, settings, seed=3)

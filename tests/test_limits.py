@@ -122,7 +122,9 @@ def test_a_problem_that_leaves_too_few_positions_is_named(policy: Policy) -> Non
     for way in ways(policy, problems, 24):
         way()
     for way in ways(policy, problems, 25):
-        with pytest.raises(UserError, match=r"^problem 'long': its prompt has 40 tokens, 25 may follow, and .* 64 pos"):
+        with pytest.raises(
+            UserError, match=r"^problem 'long': its prompt has 40 tokens, up to 25 follow, and .* 64 pos"
+        ):
             way()
     long, most, drop = encode_problems(policy.tokenizer, problems)[1:], Sampling(max_new_tokens=25), BadRows("drop")
     assert within_limits(policy, Sampler(), long, most) == long, "another engine has limits of its own"
@@ -151,7 +153,7 @@ def test_prompts_that_vllm_refuses_are_one_line(policy: Policy, monkeypatch: pyt
     sampler = VLLMSampler(policy)
     monkeypatch.setattr(sampler.engine, "generate", refuse)
     with pytest.raises(
-        UserError, match=r"^vLLM refuses prompts of up to 12 tokens \(The decoder prompt .*length of 8\)$"
+        UserError, match=r"^vLLM rejects prompts of up to 12 tokens \(The decoder prompt .*length of 8\)$"
     ):
         sampler.sample([[5], [5] * 12], Sampling(samples=1), seed=0)
 

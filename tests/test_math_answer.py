@@ -295,7 +295,7 @@ def test_commands_count_the_samples_without_a_reward(
     file.write_text(json.dumps(settings), encoding="utf-8")
 
     assert main(["rollout", str(file), "--out", str(tmp_path / "buffer")]) == 0
-    missing = "the reward returned None, as for a missing gold answer); the first one's prompt: 'And 2+3?'"
+    missing = "the reward returned None, as it does for a missing gold answer); the first has the prompt 'And 2+3?'"
     assert f"2 of 4 samples have no reward ({missing}\n" in capsys.readouterr().out
     assert main(["evaluate", str(file)]) == 0
     assert f"mine: 4 of 8 samples have no reward ({missing}; they count as wrong\n" in capsys.readouterr().err

@@ -79,7 +79,7 @@ PADDED: dict[str, tuple[Callable[[], Any], str]] = {
     "bloom": (lambda: BloomConfig(**OLD, hidden_size=32, n_layer=1, n_head=4), "does not take position_ids"),
     "recurrent_gemma": (
         lambda: RecurrentGemmaConfig(**SMALL, block_types=["recurrent", "attention"]),
-        "layers that are not attention|does not take its attention",  # as transformers 5.0 and newer tell them
+        "layers that are not attention|does not use transformers' attention",  # as transformers 5.0 and newer tell them
     ),
 }
 ROWS = [

@@ -292,7 +292,7 @@ def test_a_mismatch_by_hand() -> None:
 
 def test_what_is_told_of_samples_by_hand() -> None:
     rows = [Trajectory("", "", [1], [2], "a", source="policy", truncated=i == 1) for i in range(3)]
-    assert cut_short(rows, 7) == ["1 of 3 samples were cut at max_new_tokens (7), and have no end"]
+    assert cut_short(rows, 7) == ["1 of 3 samples were truncated at max_new_tokens (7)"]
     assert cut_short(rows[2:], 7) == [] and unscored([(0.0, "a")]) is None
     told = unscored([(0.0, "a"), (None, f"{'so ' * 99}what\nis 1+1?"), (None, "b")])
     assert told is not None and told.startswith("2 of 3 samples have no reward") and told.endswith("what is 1+1?'")
@@ -606,7 +606,7 @@ def test_what_keeps_a_step_from_a_graph(monkeypatch: pytest.MonkeyPatch) -> None
             raise wrong
 
     wrong = RuntimeError("operation not permitted when stream is capturing\nmore")
-    with pytest.warns(UserWarning, match=r"goes on without CUDA graphs, .*: operation not permitted .* capturing$"):
+    with pytest.warns(UserWarning, match=r"sampling without CUDA graphs, .*: operation not permitted .* capturing$"):
         assert static_decoding.captured(step, torch.device("cuda")) is None
     wrong = torch.OutOfMemoryError("CUDA out of memory")
     with pytest.raises(torch.OutOfMemoryError):
@@ -638,7 +638,7 @@ def test_a_model_that_static_shapes_do_not_suit(make_policy: MakePolicy, tokeniz
         attention_mask=attention_mask, position_ids=position_ids + attention_mask.shape[-1], **options
     )
     for policy in (bloom, mistral, llama):
-        with pytest.raises(UserError, match="static_shapes: this model computes other logits with them"):
+        with pytest.raises(UserError, match="static_shapes: they change this model's logits"):
             TransformersSampler(policy, static_shapes=True).sample(PROMPTS, SHORT, 0)
 
 

@@ -286,9 +286,7 @@ def test_tensor_parallel_engines_need_as_many_gpus(policy: Policy, monkeypatch: 
     monkeypatch.setattr("rlzoo.rollout.vllm.world_size", lambda: 1)
     monkeypatch.setattr(type(policy), "device", torch.device("cuda"))
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
-    with pytest.raises(
-        UserError, match=r"^engine_options.tensor_parallel_size = 2, and this process sees 1 GPU: give "
-    ):
+    with pytest.raises(UserError, match=r"^engine_options.tensor_parallel_size = 2, but only 1 GPU is visible: give "):
         VLLMSampler(policy, tensor_parallel_size=2)
 
 
@@ -300,7 +298,7 @@ def test_servers_share_the_prompts(policy: Policy, server: FakeServer, monkeypat
         urls = validated(Rollouts, {**settings.model_dump(), "url": [one.url, other.url]}, "rollouts")
         sampler, done = sampler_of(policy, urls), list[int]()
         for step in range(2):
-            with sampler.heard_by(lambda place, samples: done.append(place)):
+            with sampler.reporting_to(lambda place, samples: done.append(place)):
                 assert sampler.sample(prompts, urls, seed=3) == alone
             assert len(one.weights) == len(other.weights) == step + 1
             with torch.no_grad():

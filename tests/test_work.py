@@ -511,7 +511,7 @@ def test_a_log_says_what_was_done_and_what_was_left_out(make_policy: Callable[..
     left_out = {name: summary["first"] for name, summary in results["dropped_rows"].items()}
     long = {
         "train": f"has {positions + 2} tokens, and",
-        "benchmark mine": f"has {positions - 7} tokens, 8 may follow, and",
+        "benchmark mine": f"has {positions - 7} tokens, up to 8 follow, and",
     }
     assert list(left_out) == list(long)
     for path, (name, told) in zip((train, test), long.items(), strict=True):
@@ -520,7 +520,7 @@ def test_a_log_says_what_was_done_and_what_was_left_out(make_policy: Callable[..
         assert null.startswith(f"{path} line 2: the prompt, 'prompt', is null: ")
         assert f"{path} line 4" in wrong and "message" in wrong
         assert f"{path} line 5" in too_long and f"{told} the model has {positions} positions: " in too_long
-    cut = "8 of 8 samples were cut at max_new_tokens (2), and have no end"
+    cut = "8 of 8 samples were truncated at max_new_tokens (2)"
     goes_on = "line 1): the completion continues after '<eos>', where sampling stops"
     spelled, _, unsaid = results["events"]
     assert results["events"] == [spelled, cut, unsaid]
@@ -528,7 +528,7 @@ def test_a_log_says_what_was_done_and_what_was_left_out(make_policy: Callable[..
     assert spelled.endswith(f"'train-0' ({train} {goes_on})")
     assert unsaid.startswith("benchmark mine: gold completions without a log-likelihood: 1 in all (problem 'train-0'")
     assert unsaid.count(str(test)) == 1 and f"({test} {goes_on}: remove it, " in unsaid
-    none = "have no reward (the reward returned None, as for a missing gold answer); the first one's prompt: '2+1=?'"
+    none = "have no reward (the reward returned None, as it does for a missing gold answer); the first has the prompt '2+1=?'"
     buffers = []
     for seed in (0, 1):
         name = f"  buffer of seed {seed}: "

@@ -73,7 +73,7 @@ def evaluate(
         passes = []
         for of in (False, True) if greedy else (False,):
             scorer = stack.enter_context(Scorer(reward, encoded, "answer" in needs))
-            with sampler.heard_by(scorer.begin):
+            with sampler.reporting_to(scorer.begin):
                 made = sampler.sample([one.ids for one in encoded], settings, seed, greedy=of, progress=progress)
             scorer.begin_all(made)
             passes.append((made, scorer))

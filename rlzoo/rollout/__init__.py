@@ -1,4 +1,4 @@
-"""Sampling completions and scoring them."""
+"""Sampling completions from a policy, and scoring them with a reward."""
 
 from rlzoo.rollout.collector import Collector
 from rlzoo.rollout.rollouts import collect_rollouts, cut_short, mismatch, unscored

@@ -19,9 +19,9 @@ from rlzoo.rollout.sampler import Sampler
 
 
 class Collector:
-    """A buffer of fresh groups per batch: samples of the current policy for the next prompts, shuffled by ``seed``.
+    """A function that samples a buffer of fresh groups per batch, from the current policy and the next prompts.
 
-    It can be a source of `rlzoo.train`, and its state is part of checkpoints.
+    Prompts are shuffled by ``seed`` in every epoch. It can be the source of `rlzoo.train`; checkpoints hold its state.
     """
 
     def __init__(
@@ -36,10 +36,10 @@ class Collector:
         batch_size: int | None = None,
         bad: BadRows | None = None,
     ) -> None:
-        """``reward`` is what `get_reward` takes; it is passed the progress of ``training``.
+        """``reward`` is what `get_reward` takes; it receives the progress of ``training`` as ``trainer_state``.
 
         A batch has ``batch_size`` sequences (None: that of ``training``), ``settings.samples`` per prompt. Raises
-        UserError without problems, and for a problem that the model cannot take, unless ``bad`` rows are dropped.
+        UserError if there are no problems, and for a problem that the model cannot take, unless ``bad`` drops it.
         """
         self._policy, self._sampler, self._reward = policy, sampler, get_reward(reward)
         self._settings, self._training = settings or Sampling(), training or Training()
@@ -53,7 +53,8 @@ class Collector:
         self._sampled_tokens, self._flops = 0, 0.0
 
     def __call__(self, version: int) -> OfflineBuffer:
-        """The batch of policy version ``version``, which is the number of batches before it."""
+        """A buffer of samples of policy version ``version``, the number of batches so far. Raises UserError as the
+        sampler and the reward do."""
         policy, settings, training = self._policy, self._settings, self._training
         prompts: list[EncodedProblem] = []
         while len(prompts) < self._prompts:
@@ -79,13 +80,13 @@ class Collector:
         return OfflineBuffer.from_trajectories(rows)
 
     def spent(self) -> dict[str, float]:
-        """The cost of samples since the last call: ``sampled_tokens``, and ``flops`` (see `Policy.flops`)."""
+        """The costs of sampling since the last call: ``sampled_tokens``, and ``flops`` (see `Policy.flops`)."""
         found = {"sampled_tokens": self._sampled_tokens, "flops": self._flops}
         self._sampled_tokens, self._flops = 0, 0.0
         return found
 
     def state(self) -> Any:
-        """Its place in the prompts, and the state of its sampler, as plain data."""
+        """The position in the prompts and the state of the sampler, as plain data."""
         return {"order": self._order.getstate(), "queue": self._queue, "sampler": self._sampler.state()}
 
     def restore(self, state: Any) -> None:

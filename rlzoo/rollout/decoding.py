@@ -1,4 +1,4 @@
-"""Decoding with a key-value cache: a prompt is processed once for all its samples, and finished sequences leave."""
+"""Decoding with a key-value cache: one prefill per prompt for all its samples, and finished sequences are removed."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 LEAVE = 0.125
-"""Finished sequences leave when they are this fraction of a batch, as closing the gaps copies the cache."""
+"""Finished sequences are removed once they are this fraction of a batch, because removal copies the cache."""
 CLOSE = {True: 0.02, False: 1e-3}
-"""What two orders of summation may change of logits, relative to the largest, in bfloat16 or else."""
+"""The tolerated rounding difference of logits, relative to the largest: in 16 bits (True) or more (False)."""
 
 
 class _Growing(DynamicLayer):  # type: ignore[misc]
-    """Keys and values of one layer in a growing buffer; the library's own cache copies them all at every step."""
+    """Keys and values of one layer in a growing buffer; transformers' own cache copies all of them at every step."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -68,7 +68,7 @@ class _Growing(DynamicLayer):  # type: ignore[misc]
 
 
 def _roomier(old: Tensor, new: Tensor, past: int, length: int) -> Tensor:
-    """A buffer with the past of a cache and room for half as many positions again."""
+    """A buffer with the ``past`` positions of a cache and room for half as many positions again."""
     rows, heads, _, size = new.shape
     buffer = new.new_empty(rows, heads, length + length // 2 if past else length, size)
     if past:
@@ -86,16 +86,16 @@ def can_decode(model: PreTrainedModel) -> bool:
 
 
 class Decoder:
-    """Continues prompts with a policy, one token per unfinished sequence at a time."""
+    """Continues prompts with a policy, one token of every unfinished sequence at a time."""
 
     def __init__(self, policy: Policy, static_shapes: bool | None = None) -> None:
-        """``static_shapes``: see `static_decoding`; None: on a GPU, for models whose logits are the same with them."""
+        """``static_shapes``: see `static_decoding`; None: on a GPU, if they do not change the model's logits."""
         self.policy = policy  # modules are looked up at every step: an adapter may replace one
         self.takes_positions = "position_ids" in inspect.signature(policy.model.base_model.forward).parameters
         self.static_shapes = static_shapes
-        self._takes_static: bool | None = None  # once that was tried
+        self._takes_static: bool | None = None  # None: not tried yet
         self.refuses_graphs = False
-        """Whether the model's code turned out not to allow CUDA graphs."""
+        """Whether capturing a CUDA graph of this model has failed."""
 
     @torch.no_grad()
     def decode(
@@ -105,13 +105,13 @@ class Decoder:
         settings: Sampling,
         draws: Float[np.ndarray, "B T"] | None,
     ) -> list[list[int]]:
-        """``copies`` completions per prompt, B = prompts × copies in all, each including its end of sequence.
+        """The tokens of ``copies`` completions per prompt, including the end of sequence; B = prompts × copies.
 
-        ``draws`` are uniform on [0, 1), one per token; None decodes greedily. Raises UserError for a model that
-        ``static_shapes`` do not suit.
+        ``draws`` are uniform on [0, 1), one per token; None decodes greedily. Raises UserError if ``static_shapes`` is
+        True but changes the model's logits.
         """
         policy = self.policy
-        # autocast then copies each weight once, and not for every token; weights that are sharded are never whole
+        # autocast then casts each weight once rather than for every token; with sharding, weights are never all whole
         with nullcontext() if is_sharded(policy) else computing_in(policy.compute, policy.device):
             return self._decode(prompts, copies, settings, draws)
 
@@ -156,7 +156,7 @@ class Decoder:
         return [[token for token in row if token >= 0] for row in found.tolist()]
 
     def _is_static(self, tokens: int) -> bool:
-        """Whether to decode so many tokens with static shapes."""
+        """Whether to decode this number of tokens with static shapes."""
         wanted = self.static_shapes
         if wanted is None:
             wanted = self.policy.device.type == "cuda" and tokens > 2 * PATIENCE and not self.refuses_graphs
@@ -165,11 +165,11 @@ class Decoder:
         if self._takes_static is None:
             self._takes_static = self._same_logits()
         if self.static_shapes and not self._takes_static:
-            raise UserError("static_shapes: this model computes other logits with them: leave the option out")
+            raise UserError("static_shapes: they change this model's logits: remove the option")
         return self._takes_static
 
     def _same_logits(self) -> bool:
-        """Whether the model's logits after two prompts and one more token are the same with static shapes."""
+        """Whether static shapes leave the model's logits unchanged, tried on two prompts and one more token."""
         if not self.takes_positions or any(type(layer) is not _Growing for layer in self._cache().layers):
             return False
         device = self.policy.device

@@ -1,4 +1,4 @@
-"""From a policy and problems to buffer rows: sampled, scored, with behaviour log-probs."""
+"""From a policy and problems to buffer rows: sampling, scoring and behaviour log-probs."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ def collect_rollouts(
     """Sample ``settings.samples`` completions per problem and score them; ``reward`` is what `get_reward` takes.
 
     Behaviour log-probs are those of the policy at the sampling temperature, as in training, so that ratios start at 1;
-    ``top_p`` does not enter them (docs/interface.md says why). The policy recomputes them in the trainer's numerics,
-    whatever engine sampled; without ``recompute`` they are the engine's own, if it reports any. Those are relative to
+    they do not include ``top_p`` (docs/interface.md says why). The policy recomputes them with the trainer's numerics,
+    whichever engine sampled; without ``recompute`` they are the engine's own, if it reports them. Those are relative to
     the nucleus, so the policy's log-probability of the nucleus is added to them.
 
-    Samples are cached in ``cached``, if given. Values that a reward logs for a completion become columns of its row;
-    metrics of a call are stored with the reward's components. A problem that the model cannot take is an error, or goes
-    to ``bad``.
+    Samples are cached in ``cached``, if given. ``progress`` is called with the number of prompts just done. Values that
+    a reward logs for a completion become columns of its row; metrics of a call are stored with the reward's components.
+    Raises UserError for a problem that the model cannot take, unless ``bad`` drops it, and as `Reward.score` does.
     """
     problems = within_limits(policy, sampler, problems, settings, bad)
     with Scorer(get_reward(reward), problems) as scorer:
@@ -65,7 +65,7 @@ def collect_rollouts(
             reward_components={**score.metrics, **score.components},
             logged=score.extra,
             behaviour_logp=behaviour,
-            sampler_logp=other if recompute else None,  # compared with itself it would show no mismatch
+            sampler_logp=other if recompute else None,  # no mismatch to measure if it is the behaviour log-prob itself
             policy_version=version,
             truncated=sample.truncated,
             temperature=settings.temperature,
@@ -84,7 +84,7 @@ def _behaviour(
     token_budget: TokenBudget,
     recompute: bool,
 ) -> tuple[list[list[float]], list[list[float] | None], bool]:
-    """The policy's log-probs, the engine's, relative to all tokens, and whether the first are the behaviour's."""
+    """Log-probs of the policy and of the engine, the latter without top-p, and whether the former are used."""
     rows = [(p.ids, s.ids) for p, s in flat]
     engine = [sample.logp for _, sample in flat]
     recompute = recompute or None in engine
@@ -111,9 +111,9 @@ def _sampled(
     cached: CachedResults | None,
     finished: Finished,
 ) -> list[list[Sample]]:
-    """The samples of each prompt, one portion at a time; an interruption does not change the portions."""
+    """The samples of each prompt; with ``cached``, in portions that do not depend on interruptions."""
     if cached is None:
-        with sampler.heard_by(finished):
+        with sampler.reporting_to(finished):
             return sampler.sample(prompts, settings, seed, progress=progress)
     order, size = by_length(prompts, range(len(prompts))), sampler.portion(settings)
     found: dict[int, list[Sample]] = {}
@@ -121,7 +121,7 @@ def _sampled(
         places = order[start : start + size]
 
         def sample(places: list[int] = places) -> list[Any]:
-            with sampler.heard_by(lambda at, some: finished(places[at], some)):
+            with sampler.reporting_to(lambda at, some: finished(places[at], some)):
                 made = sampler.sample([prompts[i] for i in places], settings, seed, progress=progress, numbers=places)
             return [[[astuple(one) for one in some] for some in made], sampler.state()]
 
@@ -134,10 +134,11 @@ def _sampled(
 
 
 def mismatch(rows: Sequence[Trajectory]) -> dict[str, float] | None:
-    """The mismatch of the sampling engine's log-probs and the trainer's over all tokens; None without an engine's.
+    """The mismatch between the log-probs of the sampling engine and the trainer, over all tokens.
 
-    ``mean_absolute`` and ``largest`` |Δ| in nats, ``mean_ratio`` of π/π_engine (1 in expectation if the engine's
-    log-probs are those it samples from), and ``kl``, the k3 estimate of KL(π_engine ‖ π) per token, in nats.
+    With Δ = log π - log π_engine: ``mean_absolute`` and ``largest`` |Δ| in nats, ``mean_ratio`` of exp(Δ) (1 in
+    expectation if the engine samples from the distribution that it reports), and ``kl``, the k3 estimate
+    exp(Δ) - 1 - Δ of KL(π_engine ‖ π) per token, in nats. None if no row has the engine's log-probs.
     """
     both = [(r.behaviour_logp, r.sampler_logp) for r in rows if r.behaviour_logp and r.sampler_logp]
     if not both:
@@ -156,10 +157,10 @@ def mismatch(rows: Sequence[Trajectory]) -> dict[str, float] | None:
 def within_limits(
     policy: Policy, sampler: Sampler, problems: Sequence[EncodedProblem], settings: Sampling, bad: BadRows | None = None
 ) -> Sequence[EncodedProblem]:
-    """The problems that the model can take: each token has an embedding, and the prompt fits its positions.
+    """The problems that the model can take: each token has an embedding, and the prompt fits the model's positions.
 
-    A sampler that is bound by positions also needs room for ``max_new_tokens``; other engines have their own limits.
-    Raises UserError naming another problem, unless ``bad`` rows are dropped.
+    A sampler with ``bound_by_positions`` also needs room for ``max_new_tokens``; other engines have their own limits.
+    Raises UserError for any other problem, by name, unless ``bad`` drops it.
     """
     bad = BadRows() if bad is None else bad
     fit = kept(_fit(policy, problems, settings.max_new_tokens if sampler.bound_by_positions else 0, bad))
@@ -175,7 +176,7 @@ def _fit(policy: Policy, problems: Sequence[EncodedProblem], more: int, bad: Bad
             policy.check_range(max(encoded.ids), min(encoded.ids))
             if policy.positions is not None and len(encoded.ids) + more > policy.positions:
                 raise UserError(
-                    f"its prompt has {len(encoded.ids)} tokens, {more} may follow, and the model has "
+                    f"its prompt has {len(encoded.ids)} tokens, up to {more} follow, and the model has "
                     f"{policy.positions} positions: lower max_new_tokens, or drop the problem"
                 )
             good = True
@@ -184,17 +185,17 @@ def _fit(policy: Policy, problems: Sequence[EncodedProblem], more: int, bad: Bad
 
 
 def cut_short(rows: Sequence[Trajectory], limit: int) -> list[str]:
-    """A line with the number of samples that were cut at ``max_new_tokens``, if any."""
+    """A line with the number of samples that reached ``max_new_tokens``, the ``limit``; empty if there are none."""
     cut = sum(row.truncated for row in rows)
-    return [f"{cut:,} of {len(rows):,} samples were cut at max_new_tokens ({limit}), and have no end"] if cut else []
+    return [f"{cut:,} of {len(rows):,} samples were truncated at max_new_tokens ({limit})"] if cut else []
 
 
 def unscored(scored: Iterable[tuple[float | None, str]]) -> str | None:
-    """A line about samples without a reward, from pairs of reward and prompt; None if all have one."""
+    """A line about samples without a reward, given pairs of reward and prompt; None if all have one."""
     rows = list(scored)
     without = [prompt for reward, prompt in rows if reward is None]
     if not without:
         return None
     first = " ".join(without[0].split())
-    told = "the reward returned None, as for a missing gold answer"
-    return f"{len(without)} of {len(rows)} samples have no reward ({told}); the first one's prompt: {first[-100:]!r}"
+    cause = "the reward returned None, as it does for a missing gold answer"
+    return f"{len(without)} of {len(rows)} samples have no reward ({cause}); the first has the prompt {first[-100:]!r}"

@@ -1,4 +1,4 @@
-"""The interface of samplers, their registry, and the sampler of transformers."""
+"""The interface of samplers, their registry, and the built-in sampler with transformers."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ class Sample:
     """One sampled completion."""
 
     ids: list[int]
-    """Its tokens, including the end of sequence unless truncated."""
+    """The tokens, including the end of sequence unless truncated."""
     text: str
-    """The tokens as text, without special tokens and the end."""
+    """The tokens as text, without special tokens and the token that ends it."""
     truncated: bool
     """True if ``max_new_tokens`` was reached before an end of sequence."""
     logp: list[float] | None = None
@@ -44,31 +44,31 @@ Finished = Callable[[int, list[Sample]], None]
 
 
 class Sampler:
-    """Anything that continues prompts.
+    """The base class of samplers, which continue prompts.
 
     A subclass defines `sample`. The setting ``engine`` names it; it is built as ``Class(policy, **engine_options)``.
     """
 
     name: ClassVar[str]
-    """Its name for ``engine``."""
+    """The name for the setting ``engine``."""
     gives_logp: ClassVar[bool] = False
     """Whether samples have the engine's own log-probs, which ``rollouts.behaviour: sampler`` needs."""
     bound_by_positions: ClassVar[bool] = False
-    """Whether ``max_new_tokens`` must fit the model's positions too; an engine may have its own limits."""
+    """Whether prompt and ``max_new_tokens`` must fit the model's positions; other engines check this themselves."""
     of_server: ClassVar[type[Sampler] | None] = None
-    """The sampler that replaces it if the settings have a ``url``, built with that."""
+    """The sampler to use instead if the settings have a ``url``; it is built as ``Class(policy, url=...)``."""
     _listener: Finished | None = None
 
     def portion(self, settings: Sampling) -> int:
-        """The number of prompts per call when finished samples are cached in between: one batch."""
+        """The number of prompts per call of `sample` if samples are cached between calls; by default one batch."""
         return max(1, settings.batch_size // settings.samples) * world_size()
 
     def state(self) -> Any:
-        """The state that determines the next samples, as plain data; None: there is none."""
+        """The state that determines the next samples, as plain data; None if it has none."""
         return None
 
     def restore(self, state: Any) -> None:
-        """Resume from a ``state``, as JSON gives it back."""
+        """Resume from a ``state`` that has been through JSON: tuples are lists."""
 
     def sample(
         self,
@@ -79,24 +79,24 @@ class Sampler:
         progress: Callable[[int], None] | None = None,
         numbers: Sequence[int] | None = None,
     ) -> list[list[Sample]]:
-        """``settings.samples`` completions per prompt, one if ``greedy``; the same for the same seed.
+        """``settings.samples`` completions per prompt, or one if ``greedy``; the same for the same ``seed``.
 
-        ``progress`` is called with the number of prompts done. ``numbers`` identify the prompts' random streams if they
-        are part of a larger set; None: their indices.
+        ``progress`` is called with the number of prompts just done. ``numbers`` identify the prompts' random streams if
+        they are part of a larger set; None: their indices.
         """
         raise NotImplementedError(f"{type(self).__name__} must define sample(prompts, settings, seed, ...)")
 
     def rest(self) -> None:
-        """Free what only sampling needs, until the next call of `sample`: training or scoring follows."""
+        """Free resources that only sampling needs, until the next call of `sample`."""
 
     def finished(self, place: int, samples: list[Sample]) -> None:
-        """What `sample` may call, in its thread, with a prompt's index and samples, to have them scored meanwhile."""
+        """`sample` may call this in its thread with a prompt's index and samples, so that scoring starts at once."""
         if self._listener is not None:
             self._listener(place, samples)
 
     @contextmanager
-    def heard_by(self, listener: Finished) -> Iterator[None]:
-        """In this context ``listener`` is told what is `finished`."""
+    def reporting_to(self, listener: Finished) -> Iterator[None]:
+        """In this context, ``listener`` is called with the arguments of `finished`."""
         self._listener = listener
         try:
             yield
@@ -109,7 +109,7 @@ _Class = TypeVar("_Class", bound=type[Sampler])
 
 
 def register_sampler(sampler: _Class) -> _Class:
-    """Class decorator: register a `Sampler` under its ``name``. A name taken by another class is an error."""
+    """Class decorator: register a `Sampler` under its ``name``. Raises UserError if another class has that name."""
     _samplers.add(sampler.name, sampler)
     return sampler
 
@@ -120,9 +120,9 @@ def list_samplers() -> list[str]:
 
 
 def engine_of(settings: Sampling, policy: Policy | None = None) -> str:
-    """The name of what samples; ``auto`` is vLLM where it is installed and the ``policy`` on a GPU, or with a url.
+    """The name of the engine; ``auto`` is vLLM if it is installed and the ``policy`` is on a GPU, or with a url.
 
-    Without a policy, before one is loaded, nobody knows: then it is taken for what can do all that the settings ask.
+    Without a policy, ``auto`` is an engine that supports all settings, so that they can be checked beforehand.
     """
     if settings.engine != "auto":
         return settings.engine
@@ -134,7 +134,7 @@ def engine_of(settings: Sampling, policy: Policy | None = None) -> str:
 
 
 def sampler_class(settings: Sampling, policy: Policy | None = None) -> type[Sampler]:
-    """The sampler class of the settings. Raises UserError for an unknown or unsuitable ``engine``."""
+    """The sampler class for the settings. Raises UserError for an ``engine`` that is unknown or does not support them."""
     engine = engine_of(settings, policy)
     found = _samplers.get(engine)
     if not (isinstance(found, type) and issubclass(found, Sampler)):
@@ -158,7 +158,7 @@ def _options(settings: Sampling) -> Mapping[str, Any]:
 
 
 def sampler_of(policy: Policy, settings: Sampling) -> Sampler:
-    """The sampler of the settings. Raises UserError if it is not available."""
+    """The sampler for the settings. Raises UserError as `sampler_class` does, and if the engine is not available."""
     build: Callable[..., Sampler] = sampler_class(settings, policy)
     return build(policy, **_options(settings))
 
@@ -167,19 +167,19 @@ def sampler_of(policy: Policy, settings: Sampling) -> Sampler:
 class TransformersSampler(Sampler):
     """Samples with the policy's own transformers model; prompts of similar length share a batch.
 
-    Every sample has its own random stream, from the seed and the indices of its prompt and sample, so that samples do
-    not depend on the batch size (up to rounding). A model whose state is more than keys and values (Mamba, say) is
-    sampled by transformers' ``generate``. If memory runs out, half as many are sampled together.
+    Every sample has its own random stream, seeded by the seed and the indices of its prompt and sample, so that samples
+    do not depend on the batch size (up to rounding). A model whose state is more than keys and values (such as Mamba)
+    is sampled with transformers' ``generate``. If memory runs out, the batch is halved.
     """
 
     name: ClassVar[str] = "transformers"
     bound_by_positions: ClassVar[bool] = True
 
     def __init__(self, policy: Policy, static_shapes: bool | None = None) -> None:
-        """``static_shapes``: decode with tensors of fixed shapes, on a GPU as CUDA graphs; None: on a GPU alone."""
+        """``static_shapes``: decode with tensors of fixed shapes, on a GPU as CUDA graphs; None: only on a GPU."""
         self.policy = policy
         self._most: int | None = None
-        """Sequences that fit into memory together, after more did not."""
+        """The largest batch known to fit into memory, once a larger one did not."""
         self.decoder = Decoder(policy, static_shapes) if can_decode(policy.model) else None
 
     def sample(
@@ -223,9 +223,9 @@ class TransformersSampler(Sampler):
                     if not is_out_of_memory(error) or is_sharded(self.policy):
                         raise
                     if together == 1:
-                        raise UserError(f"out of memory with one sequence sampled at a time: {error}") from None
+                        raise UserError(f"out of memory while sampling a single sequence: {error}") from None
                     made = None
-                if made is None:  # and the error, which holds on to the tensors that did not fit, is gone
+                if made is None:  # only here, because the error keeps the tensors that did not fit alive
                     release_memory()
                     self._most = max(1, min(together, len(batch) * copies) // 2)
                     continue
@@ -249,7 +249,7 @@ class TransformersSampler(Sampler):
         greedy: bool,
         seed: int,
     ) -> dict[int, list[Sample]]:
-        """The samples of the prompts in some places, at most so many of each at a time."""
+        """The samples of the prompts with indices ``batch``, at most ``most`` of each prompt at a time."""
         copies, found = 1 if greedy else settings.samples, dict[int, list[Sample]]()
         for first in range(0, copies, most):
             some = range(first, min(copies, first + most))
@@ -269,7 +269,7 @@ class TransformersSampler(Sampler):
         greedy: bool,
         seed: int,
     ) -> list[list[int]]:
-        """The tokens of some copies of some prompts."""
+        """The tokens of samples number ``copies`` of some prompts."""
         if self.decoder is None:
             own = int(np.random.SeedSequence([seed, numbers[0], copies.start]).generate_state(1)[0])
             return self._generate(prompts, settings, len(copies), greedy, own)
@@ -281,7 +281,7 @@ class TransformersSampler(Sampler):
     ) -> list[list[int]]:
         policy = self.policy
         ids, mask = padded(prompts, policy.device)
-        # top_k = 0: the library's own default keeps 50 tokens
+        # top_k = 0, because transformers' default is 50
         how = {"do_sample": False} if greedy else {
             "do_sample": True, "temperature": settings.temperature, "top_p": settings.top_p, "top_k": 0,
             "num_return_sequences": copies,
@@ -315,19 +315,19 @@ def text_of(policy: Policy, ids: Sequence[int]) -> str:
 
 
 def by_length(prompts: Sequence[Sequence[int]], places: Iterable[int]) -> list[int]:
-    """Indices sorted by the length of their prompts, for batches."""
+    """Prompt indices sorted by the length of the prompt, so that batches need little padding."""
     return sorted(places, key=lambda place: (len(prompts[place]), place))
 
 
 def uniform_numbers(seed: int, prompts: Sequence[int], copies: range, tokens: int) -> Float[np.ndarray, "B T"]:
-    """For each copy of each prompt: a token is the one at which the cumulative probability passes its number."""
+    """Uniform numbers on [0, 1), one random stream per prompt and copy; B = prompts × copies, T = ``tokens``."""
     return np.stack([np.random.default_rng([seed, p, c]).random(tokens) for p in prompts for c in copies])
 
 
 @contextmanager
 def _no_defaults(model: PreTrainedModel) -> Iterator[None]:
-    """Ignore a checkpoint's own generation settings: beams, penalties or min_p would sample from another distribution
-    than the one whose log-probs are recorded."""
+    """In this context, the model's own generation config is ignored: beams, penalties or min_p would change the
+    distribution that is sampled from, but not the recorded log-probs."""
     from transformers import GenerationConfig
 
     kept, model.generation_config = model.generation_config, GenerationConfig()

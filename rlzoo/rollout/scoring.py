@@ -1,4 +1,4 @@
-"""Scoring samples with a reward, while others are sampled if it has processes of its own."""
+"""Scoring samples with a reward; a reward in separate processes scores while sampling continues."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from rlzoo.reward.isolation import RewardProcess, RewardProcesses, renumbered
 from rlzoo.rollout.sampler import Sample
 
 CHUNK = 64
-"""Completions per call of a reward in a process of its own, at least; those of one prompt are in one call."""
+"""The minimum number of completions per call of a reward in a separate process; those of a prompt are in one call."""
 
 Answered = Sequence[tuple[EncodedProblem, Sample]]
 Scored = tuple[Score, str | None]
-"""A score, and the answer that the reward reads in the completion, if asked for."""
+"""A score, and the answer that the reward found in the completion, if requested."""
 Place = tuple[int, int]
-"""The index of a problem, and the number of its samples."""
+"""The index of a problem, and its number of samples."""
 
 
 class Scorer:
-    """Scores the samples of some problems. All samples of a problem are scored in one call of the reward.
+    """Scores the samples of problems; all samples of a problem are scored in the same call of the reward.
 
-    A reward with processes of its own scores samples while others are sampled, at least `CHUNK` at a time; any other is
-    called once, at the end. In a distributed run each process has the samples of its share of the problems scored.
+    A reward in separate processes scores samples while others are still being sampled, at least `CHUNK` at a time; any
+    other is called once, at the end. In a distributed run, each process scores the samples of its share of problems.
     """
 
     def __init__(self, reward: Reward, problems: Sequence[EncodedProblem], with_answers: bool = False) -> None:
@@ -50,9 +50,9 @@ class Scorer:
             future.cancel()
 
     def begin(self, place: int, samples: list[Sample]) -> None:
-        """Have the samples of the problem at ``place`` scored, unless they are being scored already.
+        """Start scoring the samples of the problem with index ``place``, unless that has been started already.
 
-        Raises UserError as `Reward.score` does for samples of earlier calls; in a distributed run only `end` does.
+        Raises UserError as `Reward.score` does for samples of earlier calls; in a distributed run, only `end` does.
         """
         begun = self._samples.get(place, [])
         if place % world_size() != rank() or [(s.ids, s.text) for s in begun] == [(s.ids, s.text) for s in samples]:
@@ -64,7 +64,7 @@ class Scorer:
         self._check()
 
     def begin_all(self, sampled: Sequence[list[Sample]]) -> None:
-        """`begin` for all problems; none is left waiting for others."""
+        """`begin` for all problems, without waiting for more samples to fill a chunk."""
         for place, samples in enumerate(sampled):
             self.begin(place, samples)
         if self._apart is None:
@@ -76,16 +76,16 @@ class Scorer:
     def end(self) -> list[Scored]:
         """The scores of all samples, in the order of the problems. Raises UserError as `Reward.score` does."""
         try:
-            own, wrong = self._own(), None
+            own, failure = self._own(), None
         except UserError as error:
             if world_size() == 1:
                 raise
-            own, wrong = {}, str(error)
-        told = gathered((own, wrong))
-        for _, wrong in told:
-            if wrong is not None:
-                raise UserError(wrong)
-        every = {place: scored for some, _ in told for place, scored in some.items()}
+            own, failure = {}, str(error)
+        of_all = gathered((own, failure))
+        for _, failure in of_all:
+            if failure is not None:
+                raise UserError(failure)
+        every = {place: scored for some, _ in of_all for place, scored in some.items()}
         return [one for place in sorted(every) for one in every[place]]
 
     def _own(self) -> dict[int, list[Scored]]:
@@ -97,7 +97,7 @@ class Scorer:
         return found
 
     def _check(self) -> None:
-        """Raise what was raised, unless other processes of the run would wait for this one."""
+        """Raise the first error of a finished call, unless other processes of the run would then wait for this one."""
         while world_size() == 1 and self._checked < len(self._running) and self._running[self._checked][1].done():
             self._running[self._checked][1].result()
             self._checked += 1
@@ -113,7 +113,7 @@ class Scorer:
         self._running.append((places, future))
 
     def _submit(self, processes: RewardProcesses) -> None:
-        """Have the waiting samples scored in a process of the reward's own."""
+        """Score the waiting samples in a separate process of the reward."""
         places, answered, rows = self._of(self._waiting)
         self._waiting = []
 
@@ -129,7 +129,7 @@ class Scorer:
         return list(zip(scores, answers, strict=True))
 
     def _of(self, places: Sequence[int]) -> tuple[list[Place], list[tuple[EncodedProblem, Sample]], list[int]]:
-        """The samples of some problems: how many of each, what they are, and their numbers among all."""
+        """The samples of some problems: the number per problem, the samples, and their indices among all samples."""
         numbered = [(place, n, one) for place in places for n, one in enumerate(self._samples[place])]
         answered = [(self._problems[place], one) for place, _, one in numbered]
         rows = [place * len(self._samples[place]) + n for place, n, _ in numbered]
@@ -144,12 +144,15 @@ def completions_of(answered: Answered) -> list[Any]:
 
 
 def columns_of(problems: Iterable[EncodedProblem]) -> list[str]:
-    """The columns of problems that a reward gets."""
+    """The names of the problems' columns that are passed to a reward."""
     return sorted({name for problem in problems for name in problem.problem.columns} - set(ENGINE))
 
 
 def score_samples(reward: Reward, answered: Answered, names: Sequence[str]) -> list[Score]:
-    """One `Score` per completion. The reward gets the columns ``names``, which are null where a problem has none."""
+    """One `Score` per completion. The reward gets the columns ``names``, with None where a problem lacks one.
+
+    Raises UserError as `Reward.score` does.
+    """
     prompts = [p.problem.prompt for p, _ in answered]
     columns = {name: [p.problem.columns.get(name) for p, _ in answered] for name in names}
     return reward.score(prompts, completions_of(answered), columns, completion_ids=[s.ids for _, s in answered])

@@ -1,8 +1,8 @@
-"""Decoding with static shapes: a step reads and writes the same memory each time, so that a GPU can replay it.
+"""Decoding with static shapes: every step reads and writes the same memory, so that a CUDA graph can replay it.
 
-A step of a small batch is some hundreds of small kernels, which a GPU runs faster than Python can start them. A CUDA
-graph starts all of them at once. Nothing in a step may then depend on the host: keys and values have room for
-positions to come, masked until they are written, and where to write is itself a tensor.
+A step of a small batch consists of hundreds of small kernels, which a GPU runs faster than Python can launch them; a
+CUDA graph launches all of them at once. A step must then not depend on the CPU: buffers of keys and values have room
+for future positions, masked until they are written, and the position to write to is itself a tensor.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from rlzoo.jobs.memory import is_out_of_memory, on_device
 
 PATIENCE = 16
-"""Tokens after which a GPU is asked which sequences have finished: the host waits for the answer."""
+"""The number of tokens between checks for finished sequences on a GPU, each of which waits for the GPU."""
 LEAVE = 0.5
-"""Finished sequences leave when they are this fraction of a batch: another shape is captured anew."""
+"""Finished sequences are removed once they are this fraction of a batch, because a new shape needs a new capture."""
 ROOM, BLOCK = 256, 64
-"""Positions of room at first, and what the length of a buffer is a multiple of. Room grows by half of the length."""
+"""The number of initially free positions, and the unit of a buffer's length. Buffers grow by half of their length."""
 
 NextLogits = Callable[[Tensor, Tensor, Tensor, DynamicCache], Tensor]
 """Tokens, mask, positions and cache → the logits after the last position of each sequence."""
 Pick = Callable[[Tensor, "Tensor | None"], Tensor]
-"""Logits and a uniform number per sequence → the next token of each."""
+"""Logits, and a uniform number per sequence or None → the next token of each."""
 
 
 class FixedLayer(DynamicLayer):  # type: ignore[misc]
-    """Keys and values of one layer in a buffer of fixed length, written where the tensor ``at`` says."""
+    """Keys and values of one layer in a buffer of fixed length, written at the position in the tensor ``at``."""
 
     def __init__(self, keys: Tensor, values: Tensor, length: int, at: Int[Tensor, " 1"]) -> None:
         super().__init__()
@@ -48,7 +48,7 @@ class FixedLayer(DynamicLayer):  # type: ignore[misc]
 
 
 def _longer(past: Tensor, length: int) -> Tensor:
-    """A copy with room for so many positions, in zeros: what is masked is multiplied by 0."""
+    """A copy with ``length`` positions; new ones are zero, because masked values are multiplied by 0."""
     rows, heads, positions, size = past.shape
     buffer = past.new_zeros(rows, heads, length, size)
     buffer[:, :, :positions] = past
@@ -56,7 +56,7 @@ def _longer(past: Tensor, length: int) -> Tensor:
 
 
 class StaticBatch:
-    """Unfinished sequences, and all that a step reads and writes."""
+    """Unfinished sequences, with all tensors that a step reads and writes."""
 
     def __init__(
         self,
@@ -69,7 +69,7 @@ class StaticBatch:
         next_logits: NextLogits,
         pick: Pick,
     ) -> None:
-        """``mask`` and ``cache`` are those of the prompts, and ``logits`` those after them."""
+        """``mask`` and ``cache`` are those of the prompts, and ``logits`` those of the first new token."""
         rows, device = len(logits), logits.device
         self.ends, self.next_logits, self.pick, self.cache = ends, next_logits, pick, cache
         self.tokens, self.past = tokens, mask.shape[1]
@@ -86,11 +86,11 @@ class StaticBatch:
         self._make_room(mask)
 
     def _make_room(self, mask: Bool[Tensor, "B P"], stay: Int[Tensor, " S"] | None = None) -> None:
-        """New buffers, longer ones or for the sequences that ``stay``, with all positions so far."""
+        """New buffers with all positions so far: longer ones, or those of the sequences in ``stay``."""
         length = min(self.past + max(ROOM, self.past // 2), self.most)
         length += -length % BLOCK
         layers, self.cache.layers = self.cache.layers, []
-        while layers:  # one after the other: the old ones go as the new ones come
+        while layers:  # one after the other, so that old buffers are freed early
             own = layers.pop(0)
             keys, values = (x[:, :, : self.past] for x in (own.keys, own.values))
             if stay is not None:
@@ -107,7 +107,7 @@ class StaticBatch:
         self.place.add_(1)
 
     def step(self) -> None:
-        """One more token of every sequence, without a word from the host and without new shapes."""
+        """One more token of every sequence, without synchronisation with the CPU and with unchanged shapes."""
         self.mask.index_fill_(3, self.at, True)
         logits = self.next_logits(self.token, self.mask, self.position, self.cache)
         self._choose(logits)
@@ -120,7 +120,7 @@ class StaticBatch:
         return self.past == self.mask.shape[3]
 
     def keep(self, live: Sequence[bool]) -> None:
-        """Only the ``live`` sequences go on."""
+        """Keep only the ``live`` sequences."""
         stay = on_device(torch.tensor([row for row, is_live in enumerate(live) if is_live]), self.token.device)
         for name in ("token", "alive", "position", "place"):
             setattr(self, name, getattr(self, name)[stay])
@@ -131,18 +131,18 @@ class StaticBatch:
         self._make_room(self.mask[:, 0, 0])
 
     def completions(self) -> list[list[int]]:
-        """The tokens of all sequences so far, each up to its end."""
+        """The tokens of all sequences so far, each up to its end of sequence."""
         return [[token for token in row if token >= 0] for row in self.found.view(-1, self.tokens).tolist()]
 
 
 def run(batch: StaticBatch, graphs: bool) -> bool:
-    """Decode to the end of the last sequence, by CUDA graphs if ``graphs``; False if the model does not allow them."""
+    """Decode until all sequences end, with CUDA graphs if ``graphs``; returns whether the model supports them."""
     replay: Callable[[], None] | None = None
     allowed = True
     number = 1
     while number < batch.tokens:
         if batch.is_full:
-            replay = None  # it holds on to the old buffers
+            replay = None  # it keeps the old buffers alive
             batch.grow()
         if graphs and replay is None and batch.tokens - number > PATIENCE:
             replay = captured(batch.step, batch.token.device)
@@ -162,9 +162,9 @@ def run(batch: StaticBatch, graphs: bool) -> bool:
 
 
 def captured(step: Callable[[], None], device: torch.device) -> Callable[[], None] | None:
-    """Take a step, and make a CUDA graph of it to replay; None, with a warning, if the model's code does not allow it.
+    """Run a step, and capture a CUDA graph of it to replay; None, with a warning, if the model does not support that.
 
-    The step that is taken has libraries prepare themselves, and autocast make its copies of the weights.
+    The step that is run lets libraries initialise and autocast cast the weights before the capture.
     """
     stream: Any = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
     here, graph = torch.cuda.current_stream(device), torch.cuda.CUDAGraph()
@@ -173,13 +173,13 @@ def captured(step: Callable[[], None], device: torch.device) -> Callable[[], Non
         step()
     here.wait_stream(stream)
     try:
-        # this records and runs nothing, and does not mind what other threads do with the GPU
+        # this records without running, and other threads may use the GPU meanwhile
         with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
             step()
     except RuntimeError as error:
         if is_out_of_memory(error):
             raise
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        warnings.warn(f"sampling goes on without CUDA graphs, which this model does not allow: {reason}", stacklevel=2)
+        warnings.warn(f"sampling without CUDA graphs, which this model does not support: {reason}", stacklevel=2)
         return None
     return graph.replay

@@ -1,4 +1,4 @@
-"""Sampling with vLLM, in this process or from a server, with the policy's weights handed over when they change."""
+"""Sampling with vLLM, in this process or on a server, whose weights are updated when the policy's change."""
 
 from __future__ import annotations
 
@@ -30,20 +30,20 @@ from rlzoo.rollout.sampler import Sample, Sampler, register_sampler, text_of
 from rlzoo.worlds import EMBEDDED_BASE
 
 ENGINE_BATCHES = 16
-"""Batches of prompts per call of an engine, which forms its own batches."""
+"""The number of batches of prompts per call of an engine, which forms its own batches."""
 AT_A_TIME = 64
-"""Concurrent requests to a server, which forms its own batches."""
+"""The number of concurrent requests to a server, which forms its own batches."""
 TIMEOUT = 3600.0
 """Timeout of requests in seconds."""
 
 Prompts = Sequence[Sequence[int]]
 Asked = Sequence[Mapping[str, Any]]
-"""The sampling parameters of each prompt: see `_asked`."""
+"""vLLM's sampling parameters for each prompt: see `_asked`."""
 Progress = Callable[[int], None]
 
 
 class _Handed:
-    """The weights that an engine holds: of which model, at which version."""
+    """Which model's weights an engine holds, at which version."""
 
     def __init__(self) -> None:
         self._model: weakref.ref[Any] | None = None
@@ -51,16 +51,16 @@ class _Handed:
 
     def holds(self, policy: Policy) -> bool:
         """Whether the engine has the policy's current weights; the same on all processes."""
-        same = self._model is not None and self._model() is policy.model  # an id could be that of an old model
+        same = self._model is not None and self._model() is policy.model  # ids are reused
         return all(gathered(same and self._version == policy.weights_version))
 
     def forget(self) -> None:
-        """Count the engine's weights as unknown."""
+        """Mark the engine's weights as unknown."""
         self._model = None
 
     @contextmanager
     def taking(self, policy: Policy) -> Iterator[None]:
-        """The context of handing over weights; if that fails, the engine's weights count as unknown."""
+        """In this context, the engine gets the policy's weights; if it fails, they are marked as unknown."""
         self.forget()
         yield
         self._model, self._version = weakref.ref(policy.model), policy.weights_version
@@ -73,19 +73,19 @@ class _Engine:
     llm: Any
     handed: _Handed
     sleeps: bool
-    """Whether it can give its memory back while it is not needed."""
+    """Whether it can free its memory while it is not needed (vLLM's sleep mode)."""
     asleep: set[str] = field(default_factory=set)
-    """What it has given back: ``weights``, ``kv_cache``."""
+    """The memory that it has freed: ``weights``, ``kv_cache``."""
 
 
 _engines: dict[str, _Engine] = {}
-"""Engines of this process by configuration and options: one takes most of a minute to start."""
+"""Engines of this process by configuration and options, for reuse: starting one takes most of a minute."""
 _servers: dict[str, _Handed] = {}
-"""The weights of servers by URL: several samplers of this process may use one in turn."""
+"""The weights of servers by URL, because several samplers of this process may use a server in turn."""
 
 
 class _VLLM(Sampler):
-    """The base of both samplers: weights are handed over when they have changed. Every prompt has its own seed."""
+    """The base of both samplers: changed weights are sent before sampling, and every prompt has its own seed."""
 
     name: ClassVar[str] = "vllm"
     gives_logp: ClassVar[bool] = True
@@ -110,20 +110,21 @@ class _VLLM(Sampler):
         return self._completed(prompts, asked, progress or (lambda done: None))
 
     def _take_weights(self) -> None:
-        """See to it that what samples has the policy's weights."""
+        """Make the engine or the servers use the policy's current weights."""
         raise NotImplementedError(f"{type(self).__name__} must define _take_weights()")
 
     def _completed(self, prompts: Prompts, asked: Asked, progress: Progress) -> list[list[Sample]]:
-        """The samples of each prompt, for which this is ``asked``."""
+        """The samples of each prompt with the sampling parameters ``asked``."""
         raise NotImplementedError(f"{type(self).__name__} must define _completed(prompts, asked, progress)")
 
 
 class VLLMServerSampler(_VLLM):
-    """Samples from servers that ``vllm serve`` started, by their URLs; each gets its share of the prompts.
+    """Samples on one or several servers started with ``vllm serve``, which share the prompts.
 
-    Weights are handed over through a folder that all can read, which needs VLLM_SERVER_DEV_MODE=1 in a server's
-    environment. Its log-probs are at T = 1 unless it was started with ``--logprobs-mode processed_logprobs``, so
-    samples have them only at T = 1 and top-p = 1. Raises UserError if a server cannot be reached or refuses.
+    Weights are sent through a folder that all servers can read, which needs VLLM_SERVER_DEV_MODE=1 in a server's
+    environment. Samples have log-probs only at temperature 1 and top-p 1, because a server reports those of the
+    unmodified distribution unless it runs with ``--logprobs-mode processed_logprobs``. Raises UserError if a server
+    cannot be reached or rejects a request.
     """
 
     def __init__(self, policy: Policy, url: str | Sequence[str]) -> None:
@@ -171,7 +172,7 @@ class _Server:
     def __init__(self, url: str) -> None:
         self.url = url.rstrip("/")
         if not self.url.startswith(("http://", "https://")):
-            raise UserError(f"url {url!r} of a vLLM server: it starts with http:// or https://")
+            raise UserError(f"url {url!r} of a vLLM server must start with http:// or https://")
         models = self._ask("/v1/models")
         try:
             self.model = str(models["data"][0]["id"])
@@ -181,14 +182,14 @@ class _Server:
         self.handed.forget()  # it may have been restarted since its last use
 
     def complete(self, prompt: Sequence[int], asked: Mapping[str, Any]) -> list[tuple[list[int], list[float]]]:
-        """Tokens and their log-probs of each completion."""
+        """The tokens and log-probs of each completion of a prompt."""
         content = {"model": self.model, "prompt": list(prompt), "logprobs": 0, "return_token_ids": True}
         choices = self._ask("/v1/completions", {**content, **asked})["choices"]
         ordered = sorted(choices, key=lambda choice: choice["index"])
         return [(choice["token_ids"], choice["logprobs"]["token_logprobs"]) for choice in ordered]
 
     def take(self, folder: Path) -> None:
-        """Have it load the weights in a folder."""
+        """Make the server load the weights in a folder."""
         self._ask("/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}})
         self._ask("/reset_prefix_cache", {})
 
@@ -219,7 +220,7 @@ class _Server:
 
 @contextmanager
 def _saved(policy: Policy) -> Iterator[str]:
-    """A folder with the policy's weights, which the main process writes, for another process to read."""
+    """A temporary folder with the policy's weights, written by the main process, for another process to read."""
     with tempfile.TemporaryDirectory(prefix="rlzoo-weights-") as folder:
         Path(folder).chmod(0o755)  # the server may be another user's
         save_policy(policy, Path(folder))
@@ -228,10 +229,10 @@ def _saved(policy: Policy) -> Iterator[str]:
 
 @register_sampler
 class VLLMSampler(_VLLM):
-    """Samples with a vLLM engine in this process (colocated). Raises UserError if vLLM is not installed.
+    """Samples with a vLLM engine in this process (colocated).
 
-    ``options`` go to ``vllm.LLM``. Log-probs are those of the distribution that is sampled from, with temperature and
-    top-p applied.
+    ``options`` are passed to ``vllm.LLM``. Log-probs are those of the distribution that is sampled from, with
+    temperature and top-p applied. Raises UserError if vLLM is not installed, or cannot start with these options.
     """
 
     of_server: ClassVar[type[Sampler] | None] = VLLMServerSampler
@@ -242,7 +243,7 @@ class VLLMSampler(_VLLM):
         self.policy, self.together = policy, _parallel(policy, options)
         key = json.dumps([_shape(policy), _dtype(policy), sorted(policy.eos_ids), options], sort_keys=True, default=str)
         if key not in _engines:
-            taken = any(engine.sleeps for engine in _engines.values())  # of a process's engines one can sleep
+            taken = any(engine.sleeps for engine in _engines.values())  # only one engine per process can sleep
             sleeps = bool(options.get("enable_sleep_mode", not taken and _may_sleep(policy)))
             _engines[key] = _Engine(_start(policy, options, sleeps), _Handed(), sleeps)
             if world_size() > 1:
@@ -255,7 +256,7 @@ class VLLMSampler(_VLLM):
         return self._engine.llm
 
     def rest(self) -> None:
-        """Give the engine's memory back. Its weights come anew with the next call, unless they are on several GPUs."""
+        """Free the engine's memory. The next call sends the weights again, unless they are on several GPUs."""
         if self._engine.sleeps and not self._engine.asleep:
             keeps = self._is_elsewhere
             self.engine.sleep(level=1 if keeps else 2)
@@ -265,7 +266,7 @@ class VLLMSampler(_VLLM):
 
     @property
     def _is_elsewhere(self) -> bool:
-        """Whether the engine's model is in processes of its own, which this one hands no tensors."""
+        """Whether the engine's model is in other processes, to which tensors cannot be passed directly."""
         return self.together > 1 and world_size() == 1
 
     def _take_weights(self) -> None:
@@ -302,9 +303,9 @@ class VLLMSampler(_VLLM):
                     [SamplingParams(**asked[place], logprobs=0, detokenize=False) for place in places],
                     use_tqdm=False,
                 )
-            except ValueError as error:  # for a prompt longer than its max_model_len, say
+            except ValueError as error:  # for a prompt longer than max_model_len, for instance
                 longest = max(len(prompts[place]) for place in places)
-                raise UserError(f"vLLM refuses prompts of up to {longest} tokens ({error!s:.200})") from None
+                raise UserError(f"vLLM rejects prompts of up to {longest} tokens ({error!s:.200})") from None
             progress(len(places))
             return [[_of_output(self.policy, one) for one in row.outputs] for row in found]
 
@@ -312,20 +313,20 @@ class VLLMSampler(_VLLM):
 
 
 def _dtype(policy: Policy) -> str:
-    """What the engine computes in: what the policy multiplies matrices in."""
+    """The engine's dtype: that of the policy's matrix products."""
     return str(policy.compute or policy.model.dtype).removeprefix("torch.")
 
 
 def _shape(policy: Policy) -> dict[str, Any]:
-    """The model's configuration: policies that share it can share an engine, which takes their weights in turn."""
+    """The model's configuration. Policies with the same one share an engine, which loads their weights in turn."""
     own = ("_name_or_path", "dtype", "torch_dtype", "transformers_version")
     return {name: value for name, value in policy.model.config.to_dict().items() if name not in own}
 
 
 def _parallel(policy: Policy, options: Mapping[str, Any]) -> int:
-    """The number of GPUs, each of a process of this run's if it has several, that an engine's model is on.
+    """The number of GPUs per engine; in a distributed run, each belongs to one of the run's processes.
 
-    Raises UserError for a number that they cannot give.
+    Raises UserError for a number that the run or the process does not have, and for a policy on another GPU.
     """
     together, size = int(options.get("tensor_parallel_size", 1)), world_size()
     if size > 1:
@@ -334,23 +335,23 @@ def _parallel(policy: Policy, options: Mapping[str, Any]) -> int:
             raise UserError(f"engine_options.tensor_parallel_size = {together}: {fix}")
     elif policy.device.index:
         raise UserError(
-            f"the policy is on {policy.device}, and vLLM's engine takes the first GPU that this process sees: "
-            f"start it with CUDA_VISIBLE_DEVICES={policy.device.index}, so that they share one"
+            f"the policy is on {policy.device}, but vLLM's engine uses the first visible GPU: start rlzoo with "
+            f"CUDA_VISIBLE_DEVICES={policy.device.index}, so that they share one"
         )
     elif policy.device.type == "cuda" and together > (seen := torch.cuda.device_count()):
         fix = "give a smaller number, or start a process per GPU with accelerate launch"
-        raise UserError(f"engine_options.tensor_parallel_size = {together}, and this process sees {seen} GPU: {fix}")
+        raise UserError(f"engine_options.tensor_parallel_size = {together}, but only {seen} GPU is visible: {fix}")
     return together
 
 
 def _may_sleep(policy: Policy) -> bool:
-    """Whether an engine beside this policy can give its memory back: on GPUs, without expandable segments."""
+    """Whether an engine in the policy's process can sleep: on GPUs, without expandable segments."""
     segments = "".join(os.environ.get(name, "") for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"))
     return policy.device.type == "cuda" and "expandable_segments:True" not in segments
 
 
 def _start(policy: Policy, options: Mapping[str, Any], sleeps: bool) -> Any:
-    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # weights pass from model to model, not through a pipe
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # weights are passed within the process
     os.environ.setdefault("VLLM_CONFIGURE_LOGGING", "0")
     from vllm import LLM
 
@@ -364,8 +365,8 @@ def _start(policy: Policy, options: Mapping[str, Any], sleeps: bool) -> Any:
         **options,
     }
     if policy.device.type == "cpu":
-        settings.setdefault("enforce_eager", True)  # compilation takes longer than it saves there
-        settings.setdefault("enable_chunked_prefill", False)  # there, a prompt in two chunks cannot have a seed
+        settings.setdefault("enforce_eager", True)  # compilation does not pay off on a CPU
+        settings.setdefault("enable_chunked_prefill", False)  # on a CPU, chunked prompts cannot be seeded
     try:
         return LLM(str(EMBEDDED_BASE) if policy.name == EMBEDDED else policy.name, **settings)
     except (AssertionError, ValueError) as error:  # options that do not fit the model or the machine
@@ -374,7 +375,7 @@ def _start(policy: Policy, options: Mapping[str, Any], sleeps: bool) -> Any:
 
 
 def _asked(policy: Policy, settings: Sampling, seed: int, number: int, greedy: bool) -> dict[str, Any]:
-    """The sampling parameters of vLLM, for both kinds of engine."""
+    """The sampling parameters of a prompt, for an engine or a server."""
     return {
         "n": 1 if greedy else settings.samples,
         "temperature": 0.0 if greedy else settings.temperature,
@@ -389,7 +390,7 @@ def _asked(policy: Policy, settings: Sampling, seed: int, number: int, greedy: b
 
 
 def _of_output(policy: Policy, output: Any) -> Sample:
-    """A completion of an engine in this process."""
+    """A completion of an engine in this process as a `Sample`."""
     steps = zip(output.logprobs, output.token_ids, strict=True)
     return _sample(policy, list(output.token_ids), [step[token].logprob for step, token in steps])
 
