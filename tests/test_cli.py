@@ -396,7 +396,7 @@ def test_a_reward_that_breaks_in_a_worker(tmp_path: Path) -> None:
     assert run.status == 2
     last = run.errors.splitlines()[-1]
     assert last.startswith("rlzoo: reward 'mine' returned") and "Traceback" not in run.errors
-    kept = "what was done is kept, and the same command with --out deep/out resumes there" in last
+    kept = "finished work is kept: the same command with --out deep/out resumes there" in last
     assert (tmp_path / "deep").exists() is kept, "the buffer may have been ready"
 
 
@@ -429,7 +429,7 @@ def test_ctrl_c_saves_what_was_done_and_says_so_once(tmp_path: Path, number: int
         run.send_signal(number)
     _, errors = run.communicate(timeout=120)
     assert run.returncode == status
-    kept = "what was done is kept, and the same command with --out out resumes there"
+    kept = "finished work is kept: the same command with --out out resumes there"
     *waiting, last = [line for line in errors.splitlines() if not BEAT.match(line)]
     assert last == f"rlzoo: interrupted; {kept}"
     assert [line for line in waiting if not line.startswith("stopping; ")] == []

@@ -289,7 +289,7 @@ class Bare(Input):
 
 
 def test_what_nothing_can_compute_is_one_line(make_policy: MakePolicy) -> None:
-    with pytest.raises(UserError, match=r"^the buffer has no bare_value$"):
+    with pytest.raises(UserError, match=r"^the buffer has no bare_value: add it to every row$"):
         assembled(make_policy(), ROWS, Bare())
     with pytest.raises(UserError, match="needs a FORWARD input with this key"):
         assembled(make_policy(), ROWS, Snapshot("value"))

@@ -221,7 +221,7 @@ FULL = os.strerror(errno.ENOSPC)
     ],
 )
 def test_a_full_disk_is_one_line_and_keeps_what_was_done(error: Exception, told: str, tmp_path: Path) -> None:
-    told = rf"cannot be written \({told}\).*what was done is kept"
+    told = rf"cannot be written \({told}\).*finished work is kept"
     with pytest.raises(UserError, match=told), run_in(tmp_path / "out", "train", ASKED) as run:
         CachedResults(run.state).write("half", 1)
         raise error
@@ -393,11 +393,11 @@ def test_other_versions_of_packages_do_not_go_on(tmp_path: Path, monkeypatch: py
 def test_a_mistake_keeps_long_work_and_removes_short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert stopped(tmp_path / "out", what=UserError) == "" and names(tmp_path) == []
     monkeypatch.setattr(runs, "WORTH_KEEPING", 0.0)
-    assert "what was done is kept" in stopped(tmp_path / "out", what=UserError)
+    assert "finished work is kept" in stopped(tmp_path / "out", what=UserError)
 
 
 def test_what_the_same_command_can_go_on_from_is_kept_however_short(tmp_path: Path) -> None:
-    assert "what was done is kept" in stopped(tmp_path / "out", what=TryAgainError)
+    assert "finished work is kept" in stopped(tmp_path / "out", what=TryAgainError)
 
 
 def test_a_command_without_a_place_goes_on_in_the_one_where_it_was_stopped(

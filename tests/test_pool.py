@@ -62,7 +62,7 @@ def test_a_process_that_does_not_end_in_its_time_is_ended(monkeypatch: pytest.Mo
         futures = {processes.submit("deaf", deaf_nap): "deaf"}
         threading.Thread(target=interrupt_when, args=(lambda: processes.doing().endswith("deaf: deaf"),)).start()
         list(processes.gather(futures))
-    assert "stopping; trainings save a checkpoint first" in lines.getvalue()
+    assert "stopping after saving checkpoints" in lines.getvalue()
     assert time.monotonic() - started < 120 and not multiprocessing.active_children()
 
 
@@ -183,7 +183,7 @@ def test_a_process_that_dies_takes_nothing_with_it(tmp_path: Path) -> None:
     assert {type(done[kind].exception()) for kind in ("gpu", "cublas", "plain")} == {OutOfMemoryError}
     assert "CUDA out of memory" in str(done["gpu"].exception())
     told = lines.getvalue().replace("\n", " ")
-    assert told.count("; trying again") == 2
+    assert told.count("; retrying") == 2
     assert "stopping" not in told, "nobody waits for a checkpoint"
     assert done["threads"].result() == (2, ["2"] * 3)
     assert {name: os.environ.get(name) for name in THREAD_VARIABLES} == before

@@ -101,7 +101,7 @@ def test_what_goes_wrong_in_a_task_is_told_in_one_line(
     assert found["works"].result() == (str(tmp_path), True, ["1"] * 3)
     assert type(found["wrong"].exception()) is UserError and str(found["wrong"].exception()) == "this is wrong"
     told = str(found["ends"].exception())
-    assert told.startswith("Ray gave it up") and "\n" not in told
+    assert told.startswith("Ray could not run this task") and "\n" not in told
 
 
 @pytest.mark.slow

@@ -528,7 +528,10 @@ def test_a_log_says_what_was_done_and_what_was_left_out(make_policy: Callable[..
     assert spelled.endswith(f"'train-0' ({train} {goes_on})")
     assert unsaid.startswith("benchmark mine: gold completions without a log-likelihood: 1 in all (problem 'train-0'")
     assert unsaid.count(str(test)) == 1 and f"({test} {goes_on}: remove it, " in unsaid
-    none = "have no reward (the reward returned None, as it does for a missing gold answer); the first has the prompt '2+1=?'"
+    none = (
+        "have no reward (the reward returned None, as it does for a missing gold answer); the first has the prompt "
+        "'2+1=?'"
+    )
     buffers = []
     for seed in (0, 1):
         name = f"  buffer of seed {seed}: "

@@ -1,4 +1,4 @@
-"""Inputs that an objective can request in `Objective.requires`: one small class each, without privileged built-ins."""
+"""Inputs that an objective can request in `Objective.requires`; built-in inputs use the same interface as your own."""
 
 from rlzoo.inputs.base import Context, Input, Stage
 from rlzoo.inputs.of_policy import Critic, Snapshot, Statistic

@@ -1,4 +1,4 @@
-"""Inputs from the policy itself: statistics of its distribution, snapshots, and a critic's values."""
+"""Inputs from the policy itself: statistics of its distribution, snapshots, and values of a critic."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ if TYPE_CHECKING:
     from rlzoo.policy import Policy
 
 TOP = 20
-"""Number of most likely tokens in ``top_entropy`` (arXiv 2601.02151)."""
+"""The number of most likely tokens in ``top_entropy`` (arXiv 2601.02151)."""
 
 
 def entropy(logits: Float[Tensor, "N V"]) -> Float[Tensor, " N"]:
-    """-Σ_v π_v log π_v, in nats."""
+    """The entropy -Σ_v π_v log π_v, in nats."""
     logp = logits.log_softmax(1)
     return -(logp.exp() * logp).sum(1)
 
 
 def top_entropy(logits: Float[Tensor, "N V"]) -> Float[Tensor, " N"]:
-    """The entropy of the 20 most likely tokens, renormalised, in nats."""
+    """The entropy of the distribution renormalised to its `TOP` most likely tokens, in nats (arXiv 2601.02151)."""
     return entropy(logits.topk(min(TOP, logits.shape[1]), dim=1).values)
 
 
 def square_mass(logits: Float[Tensor, "N V"]) -> Float[Tensor, " N"]:
-    """Σ_v π_v²."""
+    """The collision probability Σ_v π_v²."""
     return functional.softmax(logits, 1).square().sum(1)
 
 
@@ -45,10 +45,10 @@ STATISTICS: Mapping[str, Callable[[Tensor], Tensor]] = {
 
 @dataclass(frozen=True)
 class Statistic(Input):
-    """A statistic of the policy's distribution at each position [B, T], without a graph.
+    """A statistic of the policy's next-token distribution at each position [B, T], without a graph.
 
-    ``entropy``: -Σ_v π_v log π_v; ``top_entropy``: that of the 20 most likely tokens, renormalised; both in nats;
-    ``square_mass``: Σ_v π_v².
+    ``entropy``: -Σ_v π_v log π_v; ``top_entropy``: that of the distribution renormalised to the 20 most likely tokens
+    (arXiv 2601.02151); both in nats; ``square_mass``: Σ_v π_v². Raises UserError for any other name.
     """
 
     stage: ClassVar[Stage] = Stage.FORWARD
@@ -99,7 +99,7 @@ class Snapshot(Input):
 class Critic(Input):
     """``value`` [B, T]: a critic's estimate of the return before each token, with its graph.
 
-    A linear head that starts at 0, on the policy's trunk (``shared``) or on a copy of it that trains by itself.
+    A linear head, initialised to 0, on the policy's trunk (``shared``) or on a separately trained copy of it.
     """
 
     stage: ClassVar[Stage] = Stage.FORWARD
@@ -122,7 +122,7 @@ class Critic(Input):
         return module.trunk
 
     def flops(self, module: nn.Module, tokens: int, completion_tokens: int) -> float:
-        """2 per parameter of its own trunk and token; the head is negligible."""
+        """2 × parameters of its own trunk × tokens; the head is negligible."""
         trunk = module.trunk
         if not isinstance(trunk, nn.Module):
             return 0.0
@@ -131,7 +131,7 @@ class Critic(Input):
 
 
 class ValueHead(nn.Module):
-    """A linear layer from hidden states to one number, initialised to 0, and its own trunk if it has one."""
+    """A linear layer from hidden states to one number, initialised to 0, with its own trunk if it has one."""
 
     def __init__(self, trunk: nn.Module | None, hidden_size: int) -> None:
         super().__init__()

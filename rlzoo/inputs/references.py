@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 class Reference(Input):
     """``reference_logp`` [B, T]: log-probs in nats under a frozen model.
 
-    The model is the policy before training, or a teacher: a folder or a Hub id, with the policy's tokenizer. An
-    objective with several gives each a key of its own, ``as_key``.
+    The model is the initial policy, or a teacher with the same tokenizer: ``name`` is a folder or a Hub id. An
+    objective with several references gives each its own key, ``as_key``.
     """
 
     stage: ClassVar[Stage] = Stage.STORED
@@ -59,9 +59,9 @@ class Reference(Input):
 
 @dataclass(frozen=True)
 class MovingReference(Input):
-    """``reference_logp`` [B, T]: log-probs in nats under an exponential average of the policy's weights.
+    """``reference_logp`` [B, T]: log-probs in nats under an exponential moving average of the policy's weights.
 
-    After each optimizer step θ_ref ← decay θ_ref + (1 - decay) θ.
+    After each optimizer step, θ_ref ← ``decay`` · θ_ref + (1 - ``decay``) · θ.
     """
 
     stage: ClassVar[Stage] = Stage.BATCH
@@ -89,9 +89,9 @@ class MovingReference(Input):
 
 @dataclass(frozen=True)
 class ReferenceLogits(Input):
-    """The logits of a frozen model, for `Objective.logit_term`: the policy before training, or a teacher.
+    """The logits of a frozen model, for `Objective.logit_term`: the initial policy, or the teacher ``name``.
 
-    The model stays in memory, and runs a forward pass in every update.
+    The model stays in memory and runs a forward pass in every optimizer step.
     """
 
     stage: ClassVar[Stage] = Stage.FORWARD
@@ -109,9 +109,10 @@ class ReferenceLogits(Input):
 
 @dataclass(frozen=True)
 class Mismatched(Input):
-    """``mismatched`` [B]: the step's mean of Σ_t log π_θ/π_ref of completions paired with other rows' prompts.
+    """``mismatched`` [B]: the batch mean of Σ_t log π_θ/π_ref in nats, for completions paired with other rows' prompts.
 
-    The same for all rows, whatever the micro-batches; 0 if all rows have the same prompt.
+    The same for all rows, and independent of micro-batches; 0 if all rows have the same prompt. KTO's estimate of the
+    KL divergence (arXiv 2402.01306).
     """
 
     stage: ClassVar[Stage] = Stage.STEP
@@ -132,9 +133,9 @@ class Mismatched(Input):
 
 
 def mismatched(rows: Sequence[Trajectory]) -> list[Trajectory]:
-    """Each prompt with a completion of another prompt, each completion once, whatever the order of the rows.
+    """Pairs each prompt with a completion of another prompt; each completion is used once, for any order of the rows.
 
-    Where one prompt has more than half of the rows, those without a counterpart are left out.
+    If one prompt has more than half of the rows, those without a counterpart are omitted.
     """
     order = sorted(rows, key=lambda row: (row.prompt_id, row.completion_ids))
     shift = max(Counter(row.prompt_id for row in rows).values())
@@ -145,11 +146,11 @@ def mismatched(rows: Sequence[Trajectory]) -> list[Trajectory]:
 
 @dataclass(frozen=True)
 class Privileged(Input):
-    """``privileged_logp`` [B, T]: log-probs in nats of the same completions after another prompt.
+    """``privileged_logp`` [B, T]: log-probs in nats of the same completions after a prompt with more information.
 
     ``template`` builds that prompt from ``{prompt}`` and the row's columns, as in ``"{prompt}\\nHint: {answer}\\n"``.
     The log-probs are those of the policy at the start of the batch, or of the frozen ``model``. Self-distillation
-    learns from their difference to the policy's own.
+    learns from their difference to the policy's own. Raises UserError for a template that does not fit a row.
     """
 
     stage: ClassVar[Stage] = Stage.BATCH
@@ -170,11 +171,11 @@ class Privileged(Input):
         return () if self.model is None else (self.model,)
 
     def compute(self, context: Context) -> Float[Tensor, "B T"]:
-        told = [replace(row, prompt_ids=context.encode(self._prompt(row))) for row in context.rows]
-        return context.log_probs(context.policy if self.model is None else context.model(self.model), told)
+        rows = [replace(row, prompt_ids=context.encode(self._prompt(row))) for row in context.rows]
+        return context.log_probs(context.policy if self.model is None else context.model(self.model), rows)
 
     def _prompt(self, row: Trajectory) -> str | list[dict[str, Any]]:
-        """The prompt in the template; of a conversation, its last user turn."""
+        """The template filled with the prompt or, in a conversation, with its last user turn."""
         if row.messages is None:
             return self._filled(row, row.prompt)
         turns = [dict(turn) for turn in row.messages]
@@ -203,7 +204,7 @@ class Privileged(Input):
             ) from None
 
     def _names(self) -> list[str]:
-        """The columns that the template asks for."""
+        """The names of the fields in the template."""
         try:
             return [name for _, name, _, _ in string.Formatter().parse(self.template) if name is not None]
         except ValueError as error:

@@ -1,4 +1,4 @@
-"""Inputs that are stored in rows."""
+"""Inputs that are stored in the rows of a buffer."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ from rlzoo.types import Trajectory
 
 @dataclass(frozen=True)
 class Behaviour(Input):
-    """``behaviour_logp`` [B, T]: log-probs in nats under the policy that sampled the completion."""
+    """``behaviour_logp`` [B, T]: log-probs in nats under the policy that sampled the completion.
+
+    Raises UserError for rows without them.
+    """
 
     stage: ClassVar[Stage] = Stage.STORED
     key: ClassVar[str] = "behaviour_logp"
@@ -31,7 +34,7 @@ class Behaviour(Input):
 
 @dataclass(frozen=True)
 class Truncated(Input):
-    """``truncated`` [B]: True where the completion was cut at the length limit, and so has no end."""
+    """``truncated`` [B]: True if the completion was cut at the length limit, so that it has no end of sequence."""
 
     stage: ClassVar[Stage] = Stage.STORED
     key: ClassVar[str] = "truncated"
@@ -44,8 +47,8 @@ class Truncated(Input):
 class Column(Input):
     """A column of the data under its own name: one number per completion token [B, T], or per row [B].
 
-    Raises UserError naming a row that lacks it, or whose list is not as long as the completion in tokens, its end
-    included.
+    Raises UserError naming a row that lacks it, or whose list has another length than the completion in tokens,
+    including its end of sequence.
     """
 
     stage: ClassVar[Stage] = Stage.STORED

@@ -1,4 +1,4 @@
-"""Cached results of long work: each is a file of plain data with its checksum."""
+"""Cached results of long work: each is a file of plain data with a checksum."""
 
 from __future__ import annotations
 
@@ -14,13 +14,16 @@ from rlzoo.jobs.ranks import agreed, is_main
 
 
 class CachedResults:
-    """The cached results in a folder, by name. All processes of a distributed run share them; the main one writes."""
+    """Cached results in a folder, by name. All processes of a distributed run share them; the main one writes."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def once(self, name: str, work: Callable[[], Any]) -> Any:
-        """The cached result, else that of ``work``, which is then cached. As JSON returns it: tuples are lists."""
+        """The cached result, or else that of ``work``, which is then cached; after JSON, so tuples are lists.
+
+        All processes must call this. Raises TypeError for a result that JSON cannot represent.
+        """
         if (found := agreed(self.read(name))) is not None:
             return found
         result = work()
@@ -37,7 +40,7 @@ class CachedResults:
         return json.loads(content)
 
     def write(self, name: str, result: Any) -> Any:
-        """Cache a result and return it as it will be read. Raises TypeError for what JSON cannot represent."""
+        """Cache a result, and return it as `read` will. Raises TypeError for a result that JSON cannot represent."""
         content = json.dumps(result)
         write_atomically(self._file(name), f"{hashlib.sha256(content.encode()).hexdigest()}\n{content}")
         return json.loads(content)

@@ -1,4 +1,4 @@
-"""A line in the log now and then, so that long work does not seem to hang."""
+"""Periodic lines in the log, so that long work does not seem to hang."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ EVERY = 20.0
 
 
 class Heartbeat:
-    """Logs every `EVERY` seconds what is being done, unless the console is a terminal, which has a live view."""
+    """Logs the current activity every `EVERY` seconds, unless the console is a terminal, which has a live view."""
 
     def __init__(self, console: Console, doing: str) -> None:
         self.doing: Callable[[], str] = lambda: doing
-        """Called from another thread."""
+        """The current activity; called from another thread."""
         self._console, self._ended = console, threading.Event()
         self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
 
     def report(self, share: float, detail: str) -> None:
-        """Note what is being done; can serve as a function's reporter."""
+        """Set the current activity; the signature is that of a task's reporter."""
         self.doing = lambda: detail
 
     def __enter__(self) -> Heartbeat:

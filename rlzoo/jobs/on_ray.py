@@ -1,4 +1,4 @@
-"""The work of a comparison as tasks of a Ray cluster; the task of a lost worker or node is retried elsewhere."""
+"""The work of a comparison as tasks on a Ray cluster; the task of a lost worker or node is retried elsewhere."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from rlzoo.errors import UserError
 from rlzoo.jobs.pool import THREAD_VARIABLES, WorkError, Workers, _run, silence
 
 RETRIES = 3
-"""How often a task is retried after its worker or node died."""
+"""The number of retries of a task after its worker or node died."""
 
 
 class RayTasks:
-    """Runs functions as Ray tasks: ``threads`` CPUs each, and a GPU where there are any."""
+    """`Workers` that run functions as Ray tasks: ``threads`` CPUs each, and one GPU if the cluster has GPUs."""
 
     def __init__(self, ray: Any, threads: int) -> None:
         self._ray, self._refs = ray, dict[Future[Any], Any]()
@@ -36,14 +36,17 @@ class RayTasks:
         )(_task)
 
     def submit(self, name: str, function: Callable[..., Any], *arguments: Any) -> Future[Any]:
+        """See `Workers.submit`."""
         future: Future[Any] = Future()
         self._refs[future] = self._task.remote(str(Path.cwd()), sys.path, function, arguments)
         return future
 
     def doing(self) -> str:
+        """See `Workers.doing`."""
         return self._doing
 
     def gather(self, futures: Mapping[Future[Any], str]) -> Iterator[tuple[str, Future[Any]]]:
+        """See `Workers.gather`."""
         waiting = {self._refs[future]: future for future in futures}
         while waiting:
             self._doing = f"{len(futures) - len(waiting)} of {len(futures)} done"
@@ -60,11 +63,11 @@ class RayTasks:
             future.set_exception(error.cause)
         except self._ray.exceptions.RayError as error:
             first = str(error).strip().splitlines()[0]
-            future.set_exception(WorkError(f"Ray gave it up (a task whose worker dies has {RETRIES} more): {first}"))
+            future.set_exception(WorkError(f"Ray could not run this task (after up to {RETRIES} retries): {first}"))
 
 
 def _task(folder: str, path: list[str], function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
-    """One task on a worker, which finds the user's files and modules where the driver does."""
+    """One task on a worker, with the working directory and import path of the driver."""
     if Path(folder).is_dir():
         os.chdir(folder)
     sys.path.extend(entry for entry in path if entry not in sys.path)
@@ -73,7 +76,7 @@ def _task(folder: str, path: list[str], function: Callable[..., Any], arguments:
 
 
 def _reach(address: str) -> None:
-    """Raise UserError if nothing listens at ``host:port``: Ray itself would try for ten minutes."""
+    """Raise UserError if nothing listens at ``host:port``; Ray itself would keep trying for ten minutes."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if not host or not port.isdecimal():
         return
@@ -85,15 +88,16 @@ def _reach(address: str) -> None:
 
 @contextmanager
 def ray_tasks(address: str | None, threads: int) -> Iterator[Workers]:
-    """Tasks on the cluster at ``address``, or on one started here meanwhile. Raises UserError without a cluster.
+    """`RayTasks` on the cluster at ``address``; None: on a local one, started for this context.
 
-    The output folder must be on a file system that all nodes share.
+    The output folder must be on a file system that all nodes share. Raises UserError without Ray, for a cluster that
+    cannot be reached, and for more ``threads`` than this machine has cores.
     """
     try:
         import ray
     except ImportError:
         raise UserError("--executor ray needs Ray: pip install 'rlzoo[ray]'") from None
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # Ray's new default; it warns unless it is set
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # Ray's new default, set to avoid its warning
     if address is not None:
         _reach(address)
     handler = signal.getsignal(signal.SIGTERM)

@@ -1,4 +1,4 @@
-"""Atomic files: written beside their place, synced to the disk, then renamed."""
+"""Atomic writes: to a temporary file beside the target, synced to the disk, then renamed."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 PARTIAL = ".partial"
-"""The suffix of files being written; a killed process may leave some behind."""
+"""The suffix of temporary files, which a killed process may leave behind."""
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A path to write a file or folder to, which replaces ``path`` at the end unless an exception was raised."""
+    """A path to write a file or folder to; it replaces ``path`` at the end, unless an exception is raised."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.", suffix=PARTIAL) as scratch:
         beside = Path(scratch) / path.name
@@ -34,19 +34,19 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write_atomically(path: Path, content: str) -> None:
-    """Write a text file atomically, whatever happens to this process or the machine."""
+    """Write a text file atomically, even if the process is killed or the machine crashes."""
     with replacing(path) as beside:
         beside.write_text(content, encoding="utf-8", errors="replace")
 
 
 def file_digest(path: Path) -> str:
-    """SHA-256 of a file's content, in hexadecimal."""
+    """The SHA-256 of a file's content, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def remove_partial(path: Path) -> None:
-    """Remove what killed processes left half written in the folder ``path``, or beside it to replace it."""
+    """Remove temporary files that killed processes left in the folder ``path``, or beside it."""
     own = re.compile(rf"\.{re.escape(path.name)}\.[^.]*{re.escape(PARTIAL)}")
     beside = [place for place in path.parent.iterdir() if own.fullmatch(place.name)]
     for place in [*beside, *path.rglob(f".*{PARTIAL}")]:

@@ -23,38 +23,38 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from rlzoo.errors import UserError
-from rlzoo.jobs.interrupts import heed, noted
+from rlzoo.jobs.interrupts import raise_deferred, signals_deferred
 from rlzoo.jobs.memory import is_out_of_memory
 from rlzoo.registry import one_line
 
 RETRIES = 1
-"""How often a task is retried after its process died."""
+"""The number of retries of a task after its process died."""
 GRACE = 60.0
-"""Seconds that a training has to save a checkpoint when it is asked to stop."""
+"""Seconds that training has to save a checkpoint when it is told to stop."""
 QUICK = 3.0
-"""Seconds of waiting after which this is announced."""
+"""Seconds of waiting for processes to end before the user is informed."""
 GPU_VARIABLE = "CUDA_VISIBLE_DEVICES"
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
 def available_cores() -> int:
-    """Cores that this process may use."""
+    """The number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def default_workers() -> int:
-    """One process per GPU where there are GPUs, else one per core."""
+    """The default number of processes: one per GPU if there are GPUs, else one per core."""
     import torch
 
     return torch.cuda.device_count() if torch.cuda.is_available() else available_cores()
 
 
 class WorkError(RuntimeError):
-    """Any exception of a worker other than UserError: its type and message, in one line."""
+    """An exception of a worker other than UserError: its type and message, in one line."""
 
 
 class OutOfMemoryError(WorkError):
-    """What running out of memory becomes: smaller micro-batches may help."""
+    """A worker ran out of memory; smaller micro-batches may help."""
 
 
 def why(error: BaseException) -> str:
@@ -69,37 +69,43 @@ class WorkerDiedError(WorkError):
         killed = status is not None and status < 0
         how = f"was killed by {signal.Signals(-(status or 0)).name}" if killed else f"ended with status {status}"
         super().__init__(
-            f"its worker process {how}: if memory ran out, take fewer workers or a smaller training.token_budget; "
+            f"its worker process {how}: if memory ran out, use fewer workers or a smaller training.token_budget; "
             'a script of your own must call compare under `if __name__ == "__main__":`'
         )
 
 
 class Workers(Protocol):
-    """Whatever runs the tasks of a comparison."""
+    """The interface for running the tasks of a comparison."""
 
     def submit(self, name: str, function: Callable[..., Any], *arguments: Any) -> Future[Any]:
-        """Run ``function(*arguments, report)``; ``name`` is its name in the live view."""
+        """Run ``function(*arguments, report)``; ``name`` is its name in the live view.
+
+        The function may call ``report(share, detail)`` with the fraction of its work that is done and a description.
+        """
         ...
 
     def gather(self, futures: Mapping[Future[Any], str]) -> Iterator[tuple[str, Future[Any]]]:
-        """The futures with their names as they finish."""
+        """The futures with their names, in the order in which they finish."""
         ...
 
     def doing(self) -> str:
-        """What is running, in words; may be called from another thread."""
+        """A description of what is running; may be called from another thread."""
         ...
 
 
 class InThisProcess:
-    """Runs each task immediately in this process, as all processes of a distributed run do in step."""
+    """`Workers` that run each task at once in this process; the processes of a distributed run do so in step."""
 
     def __init__(self) -> None:
         self._doing = "starting"
 
     def doing(self) -> str:
+        """See `Workers.doing`."""
         return self._doing
 
     def submit(self, name: str, function: Callable[..., Any], *arguments: Any) -> Future[Any]:
+        """See `Workers.submit`."""
+
         def report(share: float, detail: str) -> None:
             self._doing = f"{name}: {detail}"
 
@@ -111,13 +117,14 @@ class InThisProcess:
         return future
 
     def gather(self, futures: Mapping[Future[Any], str]) -> Iterator[tuple[str, Future[Any]]]:
+        """See `Workers.gather`."""
         for future, name in futures.items():
             yield name, future
 
 
 @contextmanager
 def in_this_process() -> Iterator[Workers]:
-    """No worker processes."""
+    """`Workers` without worker processes."""
     silence()
     yield InThisProcess()
 
@@ -140,9 +147,9 @@ class _Worker:
 
 
 class Pool:
-    """Runs functions in processes; each gets a reporter as its last argument.
+    """`Workers` that run functions in processes of their own.
 
-    Each process has its own pipe, so that one that dies loses only its own task, which is retried in a new one.
+    Each process has its own pipe, so that a process that dies loses only its own task, which is retried in a new one.
     """
 
     def __init__(self, workers: int, threads: int, progress: Progress) -> None:
@@ -156,7 +163,7 @@ class Pool:
         )
 
     def submit(self, name: str, function: Callable[..., Any], *arguments: Any) -> Future[Any]:
-        """Queue ``function(*arguments, report)``; ``name`` is its name in the live view."""
+        """See `Workers.submit`; tasks start in the order in which they are submitted."""
         self._bars[name] = self._progress.add_task(name, total=1.0, visible=False, start=False, detail="")
         task = _Task(Future(), name, function, arguments)
         self._waiting.append(task)
@@ -164,11 +171,11 @@ class Pool:
         return task.future
 
     def gather(self, futures: Mapping[Future[Any], str]) -> Iterator[tuple[str, Future[Any]]]:
-        """The futures with their names as they finish, while the live view is updated. Ctrl-C is raised here."""
+        """See `Workers.gather`; updates the live view, and raises a deferred Ctrl-C."""
         waiting = set(futures)
         while waiting:
             self._done = f"{len(futures) - len(waiting)} of {len(futures)} done"
-            heed()
+            raise_deferred()
             for future in [future for future in waiting if future.done()]:
                 waiting.remove(future)
                 self._progress.update(self._bars[futures[future]], visible=False)
@@ -179,18 +186,19 @@ class Pool:
             self._assign()
 
     def doing(self) -> str:
+        """See `Workers.doing`."""
         running = [worker.task.name for worker in list(self._workers) if worker.task is not None]
-        told = ", ".join(f"{name}: {self._details.get(name, 'starting')}" for name in running)
-        return "; ".join(part for part in (self._done, told) if part)
+        details = ", ".join(f"{name}: {self._details.get(name, 'starting')}" for name in running)
+        return "; ".join(part for part in (self._done, details) if part)
 
     def stop(self, grace: float) -> None:
-        """End the processes; trainings have ``grace`` seconds to save a checkpoint first."""
+        """End the processes; training has ``grace`` seconds to save a checkpoint first."""
         try:
             for worker in self._workers:
                 worker.process.terminate()
             if not self._ended(min(grace, QUICK)) and grace:
-                told = "stopping; trainings save a checkpoint first, press Ctrl-C again to stop at once"
-                self._progress.console.print(told, highlight=False, soft_wrap=True)
+                message = "stopping after saving checkpoints; press Ctrl-C again to stop at once"
+                self._progress.console.print(message, highlight=False, soft_wrap=True)
                 self._ended(grace)
         finally:
             for worker in self._workers:
@@ -200,7 +208,7 @@ class Pool:
             self._workers.clear()
 
     def _ended(self, seconds: float) -> bool:
-        """Whether all processes end within so many seconds."""
+        """Whether all processes end within this number of seconds."""
         until = time.monotonic() + seconds
         for worker in self._workers:
             worker.process.join(max(0.0, until - time.monotonic()))
@@ -242,7 +250,7 @@ class Pool:
             share, detail = content
             self._details[worker.task.name] = detail
             if not self._progress.tasks[bar].started:
-                self._progress.start_task(bar)  # its clock: a cell may have waited for long
+                self._progress.start_task(bar)  # start its clock: a cell may have waited long
             self._progress.update(bar, completed=share, detail=detail, visible=True)
             return
         task, worker.task = worker.task, None
@@ -262,17 +270,17 @@ class Pool:
             task.future.set_exception(died)
             return
         self._progress.console.print(
-            f"  {task.name}: {died}; trying again", style="red", highlight=False, markup=False, soft_wrap=True
+            f"  {task.name}: {died}; retrying", style="red", highlight=False, markup=False, soft_wrap=True
         )
         self._waiting.appendleft(task)
 
 
 @contextmanager
 def pool(workers: int, threads: int, console: Console) -> Iterator[Workers]:
-    """A pool of spawned processes, each of which sets its own GPU and number of threads."""
+    """A `Pool` of spawned processes, each with its own GPU and number of threads."""
     columns = [TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[detail]}"), TimeElapsedColumn()]
     progress = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
-    with noted(), progress:
+    with signals_deferred(), progress:
         running = Pool(workers, threads, progress)
         grace = 0.0
         try:
@@ -285,9 +293,9 @@ def pool(workers: int, threads: int, console: Console) -> Iterator[Workers]:
 
 
 def visible_gpus() -> list[str]:
-    """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES calls them: numbers, UUIDs, or parts of one (MIG).
+    """The GPUs that this process may use, as in CUDA_VISIBLE_DEVICES: numbers, UUIDs, or MIG instances.
 
-    A list of one's own ends, as CUDA has it, where an entry names none.
+    As in CUDA, an invalid entry ends the list.
     """
     import torch
 
@@ -300,9 +308,9 @@ def visible_gpus() -> list[str]:
 
 @contextmanager
 def _environment(threads: int, place: int) -> Iterator[None]:
-    """The variables that a process reads when it starts: thread counts, and the one GPU that all in it will see.
+    """In this context, a new process gets its thread counts and the only GPU that is visible in it.
 
-    Were it one of several that it sees, an engine in it would take the first. Workers take GPUs in turn.
+    If it saw several, an engine in it would use the first one. Workers use the GPUs in turn.
     """
     own = {name: str(threads) for name in THREAD_VARIABLES}
     if gpus := visible_gpus():
@@ -318,11 +326,11 @@ def _environment(threads: int, place: int) -> Iterator[None]:
 
 @contextmanager
 def _interrupts_held() -> Iterator[None]:
-    """Ctrl-C is held back meanwhile, and never reaches a process started here: the parent ends it."""
+    """In this context, Ctrl-C is blocked; processes started here never receive it, because the parent ends them."""
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
-    resource_tracker.ensure_running()  # its start, with the first process, would unblock signals
+    resource_tracker.ensure_running()  # starting it with the first process would unblock signals
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
@@ -331,15 +339,15 @@ def _interrupts_held() -> Iterator[None]:
 
 
 def _serve(pipe: Connection, threads: int) -> None:
-    """The loop of a process of the pool: one task after the other."""
-    # an exception could be raised where it is swallowed; trainings defer the signal instead, and save first
+    """The main loop of a worker process: one task after the other."""
+    # an exception could be raised where it is swallowed; training defers the signal, and saves a checkpoint first
     signal.signal(signal.SIGTERM, lambda *_: os._exit(1))
     threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
         import torch
         from tqdm import tqdm  # type: ignore[import-untyped]
 
-        tqdm.set_lock(threading.RLock())  # tqdm's own is a system semaphore, which a killed process leaks
+        tqdm.set_lock(threading.RLock())  # tqdm's default is a system semaphore, which a killed process leaks
         torch.set_num_threads(threads)
         silence()
         while True:
@@ -351,7 +359,7 @@ def _serve(pipe: Connection, threads: int) -> None:
             else:
                 pipe.send(("result", result))
     except (EOFError, OSError, KeyboardInterrupt):
-        os._exit(1)  # asked to stop, or the parent is gone
+        os._exit(1)  # told to stop, or the parent is gone
 
 
 def silence() -> None:
@@ -366,7 +374,7 @@ def silence() -> None:
 
 
 def _end_with_parent() -> None:
-    """End with the parent: a worker whose parent was killed would otherwise wait for tasks for ever."""
+    """End this worker when its parent ends; otherwise it would wait for tasks forever."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()
@@ -384,5 +392,5 @@ def _run(function: Callable[..., Any], arguments: tuple[Any, ...], report: Calla
 
 
 def counted(number: int, thing: str, things: str | None = None) -> str:
-    """``1 run``, ``2 runs``."""
+    """A number with its noun, as in ``1 run`` and ``2 runs``."""
     return f"{number} {thing if number == 1 else things or thing + 's'}"

@@ -16,25 +16,25 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 
-_before_parting: list[Callable[[], None]] = []
+_on_leaving: list[Callable[[], None]] = []
 
 
-def before_parting(work: Callable[[], None]) -> None:
-    """Have this done before the processes leave their group: a library that has groups of its own ends them."""
-    _before_parting.append(work)
+def on_leaving(work: Callable[[], None]) -> None:
+    """Call ``work`` before the process group is destroyed, for libraries that have to end groups of their own."""
+    _on_leaving.append(work)
 
 
 @contextmanager
 def joined() -> Iterator[None]:
-    """Join the process group of a launcher: with NCCL on one GPU each, else with gloo."""
+    """In this context, processes form the launcher's group: with NCCL on one GPU each, or else with gloo."""
     from accelerate import PartialState
 
     PartialState(cpu=not torch.cuda.is_available())
     try:
         yield
     finally:
-        while _before_parting:
-            _before_parting.pop()()
+        while _on_leaving:
+            _on_leaving.pop()()
         if dist.is_initialized():
             dist.destroy_process_group()
 
@@ -45,7 +45,7 @@ def rank() -> int:
 
 
 def is_main() -> bool:
-    """Whether this process writes and prints."""
+    """Whether this is the main process, which writes and prints."""
     return rank() == 0
 
 
@@ -55,17 +55,17 @@ def world_size() -> int:
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether a forward pass needs all processes, each holding a part of the weights (FSDP2)."""
+    """Whether a model's weights are sharded (FSDP2), so that a forward pass needs all processes."""
     return any(hasattr(p, "full_tensor") for p in model.parameters())
 
 
 def shared(
     items: Sequence[T], work: Callable[[list[int]], list[R]], model: nn.Module | None = None, together: int = 1
 ) -> list[R]:
-    """``work`` on the indices of all items, shared by the processes; each process gets all results, in order.
+    """The results of ``work`` for all items, given their indices; processes share the work, and each gets all results.
 
-    All processes must call this. With a sharded ``model`` each does all of the work, in step with the others; those of
-    ``together`` consecutive ranks do the same work.
+    All processes must call this. With a sharded ``model``, each does all of the work, in step with the others; groups
+    of ``together`` consecutive ranks do the same work.
     """
     size = world_size() // together
     if size <= 1 or (model is not None and is_sharded(model)):
@@ -77,7 +77,7 @@ def shared(
 
 
 def agreed(value: T) -> T:
-    """The main process's value, on every process: their own may differ by rounding errors."""
+    """The main process's value, on every process. All processes must call this."""
     if world_size() == 1:
         return value
     box = [value]
@@ -86,20 +86,20 @@ def agreed(value: T) -> T:
 
 
 def by_main(work: Callable[[], T]) -> T | None:
-    """What the main process's ``work`` returns, and None elsewhere. Its UserError is raised in every process."""
-    found, wrong = None, None
+    """The result of ``work`` in the main process, and None elsewhere. Its UserError is raised in every process."""
+    found, failure = None, None
     if is_main():
         try:
             found = work()
         except UserError as error:
-            wrong = error
-    if (told := agreed(wrong)) is not None:
-        raise told
+            failure = error
+    if (of_main := agreed(failure)) is not None:
+        raise of_main
     return found
 
 
 def gathered(value: T) -> list[T]:
-    """The values of all processes, by rank."""
+    """The values of all processes, by rank. All processes must call this."""
     if world_size() == 1:
         return [value]
     found: list[Any] = [None] * world_size()
@@ -108,7 +108,7 @@ def gathered(value: T) -> list[T]:
 
 
 def summed(value: Tensor) -> Tensor:
-    """The sum over processes, in place."""
+    """The sum of a tensor over processes, in place. All processes must call this."""
     if world_size() > 1:
         dist.all_reduce(value)
     return value

@@ -1,7 +1,7 @@
-"""A run and its folder: one process at a time writes to it, an interrupted run resumes, a finished one is complete.
+"""Runs and their folders: one process at a time writes to a folder, and an interrupted run resumes.
 
-During a run, the folder ``.state`` in it holds the run's identity and its cached results. The same command resumes from
-them. At the end the folder holds the results, and ``.state`` is removed.
+During a run, the subfolder ``.state`` holds the run's identity and its cached results, from which the same command
+resumes. At the end, the folder holds the results, and ``.state`` is removed.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ from rlzoo.jobs.sources import data_files, kind_of_file
 
 PACKAGES = ("rlzoo", "torch", "transformers", "datasets", "accelerate", "numpy", "scipy", "math-verify")
 WORTH_KEEPING = 60.0
-"""Work of at least so many seconds is kept even if it failed because of a mistake."""
+"""Work of at least this many seconds is kept even if it failed because of a mistake."""
 _RECORD, _STATE, _LOCK = "run.json", ".state", "lock"
 _CODE = {".py", ".yaml", ".yml"}
 
 
 @dataclass
 class Run:
-    """The claimed output of a command."""
+    """A command's output, locked for this process."""
 
     folder: Path
     """The output: a folder, or a file."""
@@ -46,20 +46,21 @@ class Run:
     finished: bool = False
     """Whether the results exist already."""
     resumed: bool = False
+    """Whether it continues an interrupted run."""
     to_be_continued: bool = False
-    """Set by the caller if some of the work failed: the same command then tries that again."""
+    """Set by the caller if some of the work failed: the same command then retries it."""
 
 
 @contextmanager
 def run_in(
     path: Path, command: str, settings: Mapping[str, Any], kind: Literal["folder", "whole"] = "folder"
 ) -> Iterator[Run]:
-    """Claim ``path`` for the results of ``command`` with these settings (plain data).
+    """Lock ``path`` for the results of ``command`` with these settings (plain data).
 
-    ``kind`` is "folder" for files in a folder, and "whole" for one file or folder that is put there at the end. An
-    unfinished run with the same settings resumes; of a finished one ``finished`` is true. If the work raises before
-    anything was kept under ``state``, or soon and because of a mistake, nothing is left behind; otherwise a note on the
-    exception says how to resume. Raises UserError for a path that holds anything else, is in use, or cannot be written.
+    ``kind`` is "folder" for files in a folder, and "whole" for a single file or folder that is written at the end. An
+    unfinished run with the same settings is resumed; for a finished one, ``finished`` is true. If the work fails before
+    anything is stored under ``state``, or early and because of a mistake, nothing is left behind; otherwise a note on
+    the exception says how to resume. Raises UserError if the path holds anything else, is in use, or cannot be written.
     """
     if not is_main():
         yield agreed(Run(path, path))
@@ -68,7 +69,7 @@ def run_in(
     identity = _identity(command, settings)
     if kind == "folder" and (record := _read(path / _RECORD)) is not None:
         _check_same(path, record, identity, "finished")
-        remove(state)  # killed while removing it
+        remove(state)  # the process may have been killed while removing it
         yield agreed(Run(path, state, finished=True))
         return
     missing = _made(path, state, kind)
@@ -83,7 +84,7 @@ def run_in(
         remove_partial(path)
         started = time.monotonic()
         try:
-            # the whole may exist: killed between the last write and the clean-up
+            # the output exists if the process was killed between the last write and the clean-up
             run = agreed(Run(path, state, kind == "whole" and _is_taken(path), resumed))
             yield run
             if run.to_be_continued:
@@ -96,25 +97,25 @@ def run_in(
             reason = _of_the_system(error)
             mistake = isinstance(error, Exception) and reason is None and not isinstance(error, TryAgainError)
             if _holds_work(state) and not (mistake and time.monotonic() - started < WORTH_KEEPING):
-                error.add_note(f"what was done is kept, and the same command with --out {path} resumes there")
+                error.add_note(f"finished work is kept: the same command with --out {path} resumes there")
             else:
                 _undo(path, state, missing)
             if reason is not None:
-                told = f"--out {str(path)!r} cannot be written ({reason})"
-                raise UserError("; ".join([told, *getattr(error, "__notes__", [])])) from error
+                message = f"--out {str(path)!r} cannot be written ({reason})"
+                raise UserError("; ".join([message, *getattr(error, "__notes__", [])])) from error
             raise
 
 
 def _of_the_system(error: BaseException) -> str | None:
-    """The reason that the operating system gives for an error, if it is one of its own: a full disk, say."""
+    """The operating system's message for an error such as a full disk; None for any other error."""
     if isinstance(error, OSError):
         return error.strerror or str(error)
-    number = re.search(r"\(os error (\d+)\)", str(error))  # as safetensors words it
+    number = re.search(r"\(os error (\d+)\)", str(error))  # the format of safetensors
     return os.strerror(int(number[1])) if number and isinstance(error, Exception) else None
 
 
 def unfinished(folder: Path, prefix: str, command: str, settings: Mapping[str, Any]) -> Path | None:
-    """The newest folder ``folder``/``prefix``-… with an unfinished run of this command that is not in use."""
+    """The newest folder ``folder``/``prefix``-… with an unfinished run of this command that is not in use, or None."""
     identity = _identity(command, settings)
     for path in sorted(folder.glob(f"{prefix}-*"), reverse=True):
         if _read(path / _STATE / _RECORD) == identity:
@@ -124,7 +125,7 @@ def unfinished(folder: Path, prefix: str, command: str, settings: Mapping[str, A
 
 
 def versions() -> dict[str, str]:
-    """The versions of Python and of the packages that numbers depend on."""
+    """The versions of Python and of the packages that results depend on."""
     found = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -139,7 +140,7 @@ class InUseError(UserError):
 
 
 def _identity(command: str, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """What must be the same for a run to resume."""
+    """Everything that must be unchanged for a run to resume."""
     plain = json.loads(json.dumps(settings))
     return {"command": command, "settings": plain, "files": _files(plain), "versions": versions()}
 
@@ -169,13 +170,12 @@ def _check_same(path: Path, record: Mapping[str, Any], identity: Mapping[str, An
     for part in ("command", "settings", "files", "versions"):
         if difference := _difference(record.get(part), identity[part], part):
             raise UserError(
-                f"--out {str(path)!r} exists already: it holds another run, {what} ({difference}); "
-                "give another name, or remove it"
+                f"--out {str(path)!r} already holds another run, {what} ({difference}): give another name, or remove it"
             )
 
 
 def _difference(there: Any, here: Any, name: str) -> str | None:
-    """The first place where two trees of plain data differ, in words."""
+    """A description of the first difference between two trees of plain data; None if they are equal."""
     if isinstance(there, Mapping) and isinstance(here, Mapping):
         for key in [*here, *(k for k in there if k not in here)]:
             inner = key if name in ("settings", "files", "versions") else f"{name}.{key}"
@@ -186,7 +186,7 @@ def _difference(there: Any, here: Any, name: str) -> str | None:
 
 
 def _made(path: Path, state: Path, kind: str) -> list[Path]:
-    """Make the folders of a run and return the new ones. Raises UserError if something else is there."""
+    """Make the folders of a run, and return the new ones. Raises UserError if ``path`` is taken or not writable."""
     try:
         if _is_taken(path) and not state.exists():
             raise UserError(f"--out {str(path)!r} exists already: give another name, or remove it")
@@ -202,7 +202,7 @@ def _made(path: Path, state: Path, kind: str) -> list[Path]:
 
 
 def _undo(path: Path, state: Path, missing: list[Path]) -> None:
-    """Restore what was there before: the user's empty folder stays, and so do other runs in folders made here."""
+    """Restore the previous state of ``path``: an existing empty folder stays, as do other runs in folders made here."""
     whole = path.absolute()
     remove(state)
     for place in [path] if whole in missing or not path.is_dir() else list(path.iterdir()):
@@ -248,11 +248,11 @@ def _locked(file: Path, path: Path) -> Iterator[None]:
                 raise InUseError(
                     f"--out {str(path)!r} is in use by {holder}: wait for it, or give another name"
                 ) from None
-            # a file system without locks: the user must not run two there
+            # the file system has no locks: the user must not start two runs there
         with suppress(OSError):
             if file.stat().st_ino == os.fstat(descriptor).st_ino:
                 break
-        os.close(descriptor)  # removed by the run that held it; the next attempt makes a new one
+        os.close(descriptor)  # the run that held it has removed it: make a new one
     now = datetime.now().isoformat(sep=" ", timespec="seconds")
     os.truncate(descriptor, 0)
     os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}, since {now}".encode())
@@ -263,7 +263,7 @@ def _locked(file: Path, path: Path) -> Iterator[None]:
 
 
 def place(prefix: str, command: str, settings: Mapping[str, Any]) -> Path:
-    """The newest folder runs/<prefix>-<time> in which this command was interrupted, else a new one."""
+    """The newest folder runs/<prefix>-<time> in which this command was interrupted, or else a new one."""
     found = unfinished(Path("runs"), prefix, command, settings) if is_main() else None
     fresh = Path("runs") / f"{prefix}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
     names = (fresh.with_name(f"{fresh.name}-{number}") if number > 1 else fresh for number in itertools.count(1))

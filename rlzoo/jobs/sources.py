@@ -14,7 +14,7 @@ COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 
 
 def kind_of_file(path: Path) -> str:
-    """The suffix of a file's format, without that of a compression; "" if it is none of `SUFFIXES`."""
+    """The suffix of a file's format, without that of its compression; "" if it is not in `SUFFIXES`."""
     suffixes = [suffix.lower() for suffix in path.suffixes[-2:]]
     if suffixes and suffixes[-1] in COMPRESSED:
         suffixes.pop()
@@ -24,7 +24,7 @@ def kind_of_file(path: Path) -> str:
 
 
 def data_files(source: str | Path) -> list[Path]:
-    """The local files of a source, of any split, in order; none for any other kind of source."""
+    """The local data files of a file, folder or pattern, in order; empty for any other kind of source."""
     path = Path(source)
     if path.is_dir():
         found = path.rglob("*")
@@ -42,7 +42,7 @@ def data_files(source: str | Path) -> list[Path]:
 
 
 def is_pattern(name: str) -> bool:
-    """Whether a name is a pattern of file names."""
+    """Whether a name is a pattern of file names, and not that of an existing file."""
     return any(mark in name for mark in "*?[") and not Path(name).exists()
 
 

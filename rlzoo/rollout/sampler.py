@@ -134,7 +134,7 @@ def engine_of(settings: Sampling, policy: Policy | None = None) -> str:
 
 
 def sampler_class(settings: Sampling, policy: Policy | None = None) -> type[Sampler]:
-    """The sampler class for the settings. Raises UserError for an ``engine`` that is unknown or does not support them."""
+    """The sampler class for the settings. Raises UserError for an ``engine`` that is unknown or cannot serve them."""
     engine = engine_of(settings, policy)
     found = _samplers.get(engine)
     if not (isinstance(found, type) and issubclass(found, Sampler)):

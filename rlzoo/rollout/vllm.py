@@ -21,7 +21,7 @@ import torch
 
 from rlzoo.config import Sampling
 from rlzoo.errors import UserError
-from rlzoo.jobs.ranks import barrier, before_parting, gathered, is_main, shared, world_size
+from rlzoo.jobs.ranks import barrier, gathered, is_main, on_leaving, shared, world_size
 from rlzoo.policy import Policy
 from rlzoo.policy.adapters import merged
 from rlzoo.policy.loading import EMBEDDED, save_policy, trusts_remote_code
@@ -247,7 +247,7 @@ class VLLMSampler(_VLLM):
             sleeps = bool(options.get("enable_sleep_mode", not taken and _may_sleep(policy)))
             _engines[key] = _Engine(_start(policy, options, sleeps), _Handed(), sleeps)
             if world_size() > 1:
-                before_parting(_engines[key].llm.llm_engine.engine_core.shutdown)
+                on_leaving(_engines[key].llm.llm_engine.engine_core.shutdown)
         self._engine = _engines[key]
 
     @property

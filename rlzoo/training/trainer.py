@@ -16,7 +16,7 @@ from torch import Tensor
 from rlzoo.config import Training
 from rlzoo.errors import TryAgainError, UserError
 from rlzoo.inputs import Input, Stage
-from rlzoo.jobs.interrupts import heed, noted, pending
+from rlzoo.jobs.interrupts import pending, raise_deferred, signals_deferred
 from rlzoo.jobs.memory import on_device
 from rlzoo.jobs.ranks import agreed, gathered, is_sharded, world_size
 from rlzoo.objective import Component, Objective, reduce, surrogate_of
@@ -163,7 +163,7 @@ class Trainer:
         The first Ctrl-C or SIGTERM is raised between two batches, after a checkpoint. Raises UserError if weights, the
         loss or a gradient become infinite or NaN, unless ``on_nonfinite`` skips such steps.
         """
-        with noted(), tracked(self.accelerator, self.settings, self.folder) as log:
+        with signals_deferred(), tracked(self.accelerator, self.settings, self.folder) as log:
             try:
                 self._run(log)
             except BaseException:
@@ -220,7 +220,7 @@ class Trainer:
             stopping = world_size() == 1 and pending()
             if self.checkpoints.due() or stopping:
                 self._save()
-        heed()
+        raise_deferred()
 
     def _save(self) -> None:
         assert self.checkpoints is not None

@@ -1,4 +1,4 @@
-"""Problems and a small base model that ship with the package, so that everything works with no network."""
+"""Built-in tasks and a small base model, so that everything works without network access."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from rlzoo.worlds import arithmetic
 
 WORLD_PREFIX = "world:"
 EMBEDDED_BASE = Path(__file__).parent / "base"
-"""The folder of the base model; made by `rlzoo.worlds.recipe`."""
+"""The folder of the base model, which `rlzoo.worlds.recipe` trains."""
 
 WORLDS = {
     "arithmetic": tuple(arithmetic.SPLITS),

@@ -1,8 +1,8 @@
-"""Chain sums with worked steps: the embedded world with many valid derivations.
+"""Chain sums with worked solutions: the built-in task with many valid derivations.
 
-A problem is ``17+25-8=?``; a worked solution rewrites it, lists running results, or tells it in words,
-and ends with ``#### 34``. All three styles are right, so a demonstration is one of many valid paths:
-the regime in which the DFT paper (arXiv 2508.05629) reports DFT's gain over SFT.
+A problem is ``17+25-8=?``; a worked solution rewrites it, lists intermediate results, or phrases it in words, and ends
+with ``#### 34``. All three styles are correct, so a demonstration is one of many valid solutions: the regime in which
+the DFT paper (arXiv 2508.05629) reports gains of DFT over SFT.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 STYLES = ("rewriting", "running", "words")
 SPLITS = {
-    # name: (number of problems, terms, largest term, seed). Splits never share a problem: see `problems`.
+    # name: (number of problems, terms, largest term, seed). Splits are disjoint: see `problems`.
     "test": (200, (3,), 99, 11),
     "longer": (200, (4,), 99, 12),
     "validation": (100, (3,), 99, 13),
@@ -30,21 +30,23 @@ class ChainSum:
 
     @property
     def question(self) -> str:
+        """The prompt."""
         return f"{self.expression()}=?\n"
 
     @property
     def answer(self) -> int:
-        return self.numbers[0] + sum(s * n for s, n in zip(self.signs, self.numbers[1:], strict=True))
+        """The value of the sum."""
+        return self.numbers[0] + sum(sign * number for sign, number in zip(self.signs, self.numbers[1:], strict=True))
 
     def expression(self, start: int | None = None, done: int = 0) -> str:
-        """What is left of the sum after ``done`` operations gave ``start``."""
+        """The rest of the sum after ``done`` operations with the result ``start``; None: the first number."""
         head = str(self.numbers[0] if start is None else start)
         rest = zip(self.signs[done:], self.numbers[done + 1 :], strict=True)
-        return head + "".join(f"{'+' if s > 0 else '-'}{n}" for s, n in rest)
+        return head + "".join(f"{'+' if sign > 0 else '-'}{number}" for sign, number in rest)
 
 
 def draw(rng: random.Random, terms: int, largest: int) -> ChainSum:
-    """A chain of ``terms`` numbers in 1..``largest`` whose running results never go below zero."""
+    """A random chain of ``terms`` numbers in 1..``largest`` whose intermediate results are never negative."""
     numbers = [rng.randint(1, largest)]
     signs: list[int] = []
     total = numbers[0]
@@ -58,13 +60,16 @@ def draw(rng: random.Random, terms: int, largest: int) -> ChainSum:
 
 
 def _slip(rng: random.Random, result: int) -> int:
-    """A plausible wrong result: one digit or one carry off, never negative."""
+    """A plausible wrong result: off by 1, 2, 10 or 20, and never negative."""
     wrong = result + rng.choice((-20, -10, -2, -1, 1, 2, 10, 20))
     return wrong if wrong >= 0 else result + 1
 
 
 def solve(problem: ChainSum, style: str, rng: random.Random | None = None, slip_rate: float = 0.0) -> str:
-    """A worked solution in one of `STYLES`; with ``slip_rate`` each result may be wrong and is carried on."""
+    """A worked solution in one of `STYLES`; each result is wrong with probability ``slip_rate``, and carried forward.
+
+    Raises ValueError for an unknown style.
+    """
     results: list[int] = []
     total = problem.numbers[0]
     for sign, number in zip(problem.signs, problem.numbers[1:], strict=True):
@@ -88,7 +93,7 @@ def solve(problem: ChainSum, style: str, rng: random.Random | None = None, slip_
 
 
 def problems(split: str) -> Iterator[tuple[str, ChainSum]]:
-    """The problems of a split with their ids; the same on every machine, and no chain is in two splits."""
+    """The problems of a split with their ids; the same on every machine, and disjoint between splits."""
     taken: set[ChainSum] = set()
     for name, (count, terms, largest, seed) in SPLITS.items():
         rng = random.Random(seed)

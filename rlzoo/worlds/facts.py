@@ -1,8 +1,8 @@
-"""Made-up questions with one short right answer: the embedded world where nothing can be derived.
+"""Questions about invented facts with one short answer: the built-in task in which nothing can be derived.
 
-The base model has seen every fact with its right answer only some of the time. A demonstration is the one
-right answer, so a token with a low probability is not an unlikely path but a fact to be corrected: the
-regime (Natural Questions in arXiv 2508.05629) in which the authors report that DFT loses to SFT.
+In the base model's training data, every fact has its correct answer only some of the time. A demonstration is the only
+correct answer, so a token of low probability is not an unlikely derivation but a fact to correct: the regime (Natural
+Questions in arXiv 2508.05629) in which DFT is reported to be worse than SFT.
 """
 
 from __future__ import annotations
@@ -14,28 +14,31 @@ from dataclasses import dataclass
 CONSONANTS = "bdfgklmnprst"
 VOWELS = "aeiou"
 RELATIONS = {
-    # relation: phrasings; the last one is kept for the test questions
+    # relation: phrasings, of which the last is held out for test questions
     "capital": ("The capital of {}?", "Which city rules {}?", "Where does the king of {} live?"),
     "river": ("The river of {}?", "Which river crosses {}?", "Where does the water of {} flow?"),
     "drink": ("The drink of {}?", "Which drink is loved in {}?", "What does the king of {} drink?"),
 }
 ENTITIES = 120
 KNOWN_SHARE = 0.75
-"""Share of the entities whose facts are demonstrated; the facts of the others are the unseen ones."""
+"""The fraction of entities whose facts are demonstrated; the facts of the others form the split ``unseen``."""
 
 
 @dataclass(frozen=True, slots=True)
 class Fact:
-    """One fact, the wrong answers that the base has also seen, and how often it saw the right one."""
+    """A fact, with the wrong answers in the base model's training data and the probability of the correct one."""
 
     entity: str
     relation: str
     answer: str
     distractors: tuple[str, ...]
     belief: float
+    """The probability of the correct answer in the base model's training data."""
     demonstrated: bool
+    """Whether the split ``train`` has a demonstration of it."""
 
     def question(self, phrasing: int) -> str:
+        """The prompt, in one of the relation's phrasings."""
         return RELATIONS[self.relation][phrasing].format(self.entity) + "\n"
 
 
@@ -44,7 +47,7 @@ def _name(rng: random.Random, syllables: int) -> str:
 
 
 def facts() -> list[Fact]:
-    """All facts of the world; the same on every machine."""
+    """All facts of the task; the same on every machine."""
     rng = random.Random(21)
     entities: list[str] = []
     while len(entities) < ENTITIES:
@@ -62,8 +65,11 @@ def facts() -> list[Fact]:
 
 
 def questions(split: str) -> Iterator[tuple[str, Fact, str]]:
-    """``train``: demonstrated facts in two phrasings; ``validation``/``test``: halves of them in the third
-    phrasing; ``unseen``: facts without a demonstration, in the third phrasing."""
+    """The questions of a split: ids, facts and prompts.
+
+    ``train``: demonstrated facts in two phrasings; ``validation`` and ``test``: a quarter and three quarters of them in
+    the third phrasing; ``unseen``: facts without a demonstration, in the third phrasing.
+    """
     for index, fact in enumerate(facts()):
         if split == "train" and fact.demonstrated:
             for phrasing in (0, 1):
@@ -74,5 +80,5 @@ def questions(split: str) -> Iterator[tuple[str, Fact, str]]:
 
 
 def believe(fact: Fact, rng: random.Random) -> str:
-    """An answer as the base model's training data gives it: right with probability ``fact.belief``."""
+    """An answer for the base model's training data: the correct one with probability ``fact.belief``."""
     return fact.answer if rng.random() < fact.belief else rng.choice(fact.distractors)

@@ -1,9 +1,9 @@
-"""How the embedded base model was made: ``python -m rlzoo.worlds.recipe --out DIR`` makes it again.
+"""The training of the built-in base model: ``python -m rlzoo.worlds.recipe --out DIR`` repeats it.
 
-A Llama of 0.9 M parameters learns to continue questions of both worlds from data that is wrong on purpose:
-each intermediate result of a chain sum slips with probability 0.12 and the slip is carried on, and a fact
-has its right answer only some of the time. So the base samples a right answer sometimes and never reliably,
-like a pre-trained model before fine-tuning.
+A Llama of 0.9 M parameters learns to answer questions of both built-in tasks from deliberately noisy data: each
+intermediate result of a chain sum is wrong with probability 0.12 and carried forward, and a fact has its correct answer
+only some of the time. The base model therefore samples correct answers sometimes but not reliably, like a pre-trained
+model before fine-tuning.
 """
 
 from __future__ import annotations
@@ -32,7 +32,10 @@ def _example(rng: random.Random, known: list[facts.Fact]) -> tuple[str, str]:
 
 
 def train_base(out: Path, steps: int = STEPS) -> None:
-    """Train the base from scratch and write it to ``out`` in half precision (about 1.8 MB)."""
+    """Train the base model from scratch, and write it to ``out`` in half precision (about 1.8 MB).
+
+    Raises FloatingPointError if the loss becomes infinite or NaN.
+    """
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(SEED)
@@ -61,7 +64,7 @@ def train_base(out: Path, steps: int = STEPS) -> None:
             prompt = tokenizer.encode(question)
             completion = [*tokenizer.encode(answer), tokenizer.eos_token_id]
             pool.append((prompt + completion, len(prompt)))
-        pool.sort(key=lambda row: len(row[0]))  # sequences of like length make one batch: no padding
+        pool.sort(key=lambda row: len(row[0]))  # batches of similar length need little padding
         batches = [pool[i : i + BATCH] for i in range(0, len(pool), BATCH)]
         rng.shuffle(batches)
         for batch in batches[: steps - step]:

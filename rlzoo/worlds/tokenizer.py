@@ -1,4 +1,4 @@
-"""The embedded worlds' tokenizer: digits and signs one by one, words whole, made-up names by syllable."""
+"""The tokenizer of the built-in tasks: digits and signs one by one, whole words, and invented names by syllable."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ PAD, EOS, UNKNOWN = "<pad>", "<eos>", "<unk>"
 
 
 def _words() -> list[str]:
-    phrasings = [p for ps in facts.RELATIONS.values() for p in ps]
-    words = {w for p in phrasings for w in re.findall(r"[A-Za-z]+ ?", p)}
-    words |= {w.strip() for w in words}
-    return sorted(words | {" plus ", " minus ", " makes ", "start "}, key=lambda w: (-len(w), w))
+    phrasings = [phrasing for some in facts.RELATIONS.values() for phrasing in some]
+    words = {word for phrasing in phrasings for word in re.findall(r"[A-Za-z]+ ?", phrasing)}
+    words |= {word.strip() for word in words}
+    return sorted(words | {" plus ", " minus ", " makes ", "start "}, key=lambda word: (-len(word), word))
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """A word-level tokenizer of about 200 entries that restores any text of the two worlds exactly."""
+    """A word-level tokenizer with about 200 entries that reproduces any text of the two tasks exactly."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     words = _words()
-    syllables = [c + v for c in facts.CONSONANTS for v in facts.VOWELS]
+    syllables = [consonant + vowel for consonant in facts.CONSONANTS for vowel in facts.VOWELS]
     pieces = ["#### ", *words, *syllables, *(s.capitalize() for s in syllables), *"0123456789+-=?;#,.: \n"]
     vocabulary = {piece: i for i, piece in enumerate(dict.fromkeys([PAD, EOS, UNKNOWN, *pieces]))}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
