@@ -274,7 +274,7 @@ class Verifier:  # as in open-instruct
 @pytest.mark.parametrize("function", [openrlhf, trlx, Verifier])
 def test_a_function_that_does_not_look_at_completions_is_told_trls_signature(function: Any) -> None:
     told = one_line(lambda: get_reward(function)(["p"], ["c"], labels=["4"]))
-    assert "takes no completions but (" in told
+    assert " rather than completions; a reward has TRL" in told
     assert "a reward has TRL's signature, reward(prompts, completions, **columns): wrap it" in told
 
 
@@ -335,14 +335,14 @@ TAKE_TEXT: dict[str, Callable[..., list[float]]] = {
 def test_a_reward_that_takes_conversations_and_gets_text(name: str, text: str) -> None:
     reward = get_reward(TAKE_CONVERSATIONS[name])
     told = one_line(lambda: reward(["1 + 3?"], [text]))
-    assert "it takes conversations, and these prompts and completions are plain text: set `chat: true`" in told
+    assert "it expects conversations, but these prompts and completions are plain text: set `chat: true`" in told
 
 
 @pytest.mark.parametrize("name", TAKE_TEXT)
 @pytest.mark.parametrize("text", ["4", "#### 4"])
 def test_a_reward_that_takes_text_and_gets_conversations(name: str, text: str) -> None:
     told = one_line(lambda: get_reward(TAKE_TEXT[name])([FORMS[1]("1 + 3?")], [FORMS[1](text)]))
-    assert "it takes plain text, and these completions are conversations" in told and "leave out `chat: true`" in told
+    assert "it expects plain text, but these completions are conversations" in told and "remove `chat: true`" in told
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -205,7 +205,7 @@ def test_too_few_values_are_told(bad: Any) -> None:
 def test_a_reward_that_cannot_be_built_says_so_as_here(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="unknown reward 'exakt': did you mean 'exact-match'"):
         apart("exakt", Limits())
-    with pytest.raises(UserError, match="must be named"):
+    with pytest.raises(UserError, match="must be given by name"):
         apart(lambda completions: [0.0] * len(completions), Limits())
 
 

@@ -150,9 +150,12 @@ def test_register_reward_uses_dashes(monkeypatch: pytest.MonkeyPatch) -> None:
         ("weighted", r"needs the option 'of'"),
         ([{"name": "length", "weight": "heavy"}], r"the weight of 'length' is 'heavy', not a number"),
         ([{"name": "length"}, "nothing-here"], r"unknown reward 'nothing-here'"),
-        (3, r"reward 3 is int, not something that can be called"),
+        (3, r"reward 3 is int: give a name, a function or a class"),
         (max, r"reward 'max' cannot be built: TypeError"),
-        (lambda: 3, r"takes no completions but \(\); a reward has TRL's signature, .* must return a callable, not int"),
+        (
+            lambda: 3,
+            r"takes \(\) rather than completions; a reward has TRL's signature, .* must return a callable, not int",
+        ),
         ("trl.rewards:get_soft_overlong_punishment", r"needs the option 'max_completion_len'"),
         ({"name": "trl.rewards:get_repetition_penalty_reward", "max_penalty": 1.0}, r"cannot be built: ValueError"),
     ],
@@ -283,7 +286,7 @@ def test_a_reward_that_raises_on_all_rows_together_only() -> None:
         (_,) = completions
         return [1.0]
 
-    with pytest.raises(UserError, match="on 2 rows together and on none of them alone"):
+    with pytest.raises(UserError, match="on 2 rows together, but on none of them alone"):
         scores(narrow, ["a", "b"])
     assert get_reward(narrow, on_error="null")(["q", "q"], ["a", "b"]) == [1.0, 1.0]
 

@@ -1,4 +1,4 @@
-"""Rewards: finding them by name, calling them, and isolating them in their own processes."""
+"""Rewards: finding them by name, calling them, and isolating them in separate processes."""
 
 from rlzoo.reward.calling import missing_column
 from rlzoo.reward.finding import get_reward, list_rewards, register_reward

@@ -1,4 +1,4 @@
-"""One call of a reward: the arguments that it takes, what it logs, and what its errors may mean."""
+"""One call of a reward: its arguments, its logs, and hints on its errors."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ SIGNATURE = "reward(prompts, completions, **columns)"
 ENGINE = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
 """Arguments of a reward besides the data's columns, under TRL's names."""
 RAISED = (Exception, SystemExit)
-"""Exceptions of a reward that are caught; SystemExit would end the run silently."""
+"""The exceptions of a reward that are caught; SystemExit would end the run silently."""
 VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
 @dataclass
 class TrainerState:
-    """The progress of training, as TRL passes it to a reward: fields of ``transformers.TrainerState``.
+    """The progress of training, with the fields of ``transformers.TrainerState``, as TRL passes it to a reward.
 
-    ``global_step`` of ``max_steps`` optimizer steps and ``epoch`` passes over the prompts are done. All are 0 without
-    training.
+    ``global_step`` is the number of optimizer steps done, of ``max_steps``, and ``epoch`` the number of passes over the
+    prompts. All are 0 outside training.
     """
 
     epoch: float = 0
@@ -67,15 +67,18 @@ class Log:
         self._metrics: dict[str, list[float]] = defaultdict(list)
 
     def extra(self, column: str, values: Sequence[Any]) -> None:
-        """Log one value per completion, in one call or several."""
+        """Log values of a column, one per completion, in one call or several."""
         self._extra[str(column)].extend(json.loads(json.dumps(list(values), default=_plain)))
 
     def metric(self, name: str, value: Any) -> None:
-        """Log a number about the call. Raises TypeError or ValueError for anything else."""
+        """Log a number for the whole call. Raises TypeError or ValueError for anything else."""
         self._metrics[str(name)].append(float(value))
 
     def of_rows(self) -> list[tuple[dict[str, Any], dict[str, float]]]:
-        """The extra values of each completion, with the metrics of the call."""
+        """The extra values of each completion, with the metrics of the call.
+
+        Columns with another number of values are ignored, with a RuntimeWarning.
+        """
         for column, values in self._extra.items():
             if len(values) != self._rows:
                 message = f"logged {len(values)} values of {column!r} for {self._rows} completions; they are ignored"
@@ -86,7 +89,7 @@ class Log:
 
 
 def means(rows: Iterable[Mapping[str, float | None]]) -> dict[str, float]:
-    """The mean of each name's finite values."""
+    """The mean of the finite values of each name."""
     found: dict[str, list[float]] = defaultdict(list)
     for row in rows:
         for name, value in row.items():
@@ -96,12 +99,12 @@ def means(rows: Iterable[Mapping[str, float | None]]) -> dict[str, float]:
 
 
 def _plain(value: Any) -> Any:
-    """Arrays, tensors and their elements as plain data; anything else as text."""
+    """Arrays, tensors and their elements as plain data; any other object as text."""
     return value.tolist() if hasattr(value, "tolist") else str(value)
 
 
 def call(function: Callable[..., Any], arguments: Mapping[str, Any]) -> Any:
-    """The result of the function, awaited if it is async. It gets copies of the arguments, and may change them."""
+    """The result of the function, awaited if it is async; it gets copies of the arguments, which it may modify."""
     given = {name: _copied(value) for name, value in arguments.items()}
     for name in {"prompts", "completions"} & set(given):
         given[name] = [Conversation(each) if isinstance(each, list) else each for each in given[name]]
@@ -139,7 +142,7 @@ def _copied(value: Any) -> Any:
 
 @lru_cache
 def _loop(process: int) -> asyncio.AbstractEventLoop:
-    """An event loop that is kept between calls, as in TRL: the clients of a reward are bound to it."""
+    """An event loop that persists between calls, as in TRL, because a reward's clients are bound to it."""
     loop = asyncio.new_event_loop()
     threading.Thread(target=loop.run_forever, name="rewards", daemon=True).start()
     return loop
@@ -152,11 +155,11 @@ async def _awaited(result: Awaitable[Any]) -> Any:
         raise RuntimeError(f"SystemExit: {error}") from error
 
 
-# What a reward takes
+# Signatures of rewards
 
 
 def innermost(function: Any) -> Any:
-    """The function that options were bound to, or the function itself."""
+    """The function without its bound options."""
     while isinstance(function, partial):
         function = function.func
     return function
@@ -165,7 +168,7 @@ def innermost(function: Any) -> Any:
 def parameters(function: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
     """The parameters of a callable; none for a builtin without a signature.
 
-    For a decorated function they are those of the wrapper, unless it passes on all arguments.
+    For a decorated function, they are those of the wrapper, unless it takes only ``*args, **kwargs``.
     """
     try:
         outer = inspect.signature(function, follow_wrapped=False).parameters
@@ -176,7 +179,7 @@ def parameters(function: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
 
 
 def is_reward(takes: Mapping[str, inspect.Parameter]) -> bool:
-    """Whether a function scores completions, and is not a factory. One that takes only ``*args, **columns`` does."""
+    """Whether parameters are those of a reward rather than of a factory; ``*args, **columns`` alone are a reward's."""
     return bool(set(takes) & set(ENGINE)) or (bool(takes) and all(p.kind in VARIADIC for p in takes.values()))
 
 
@@ -191,52 +194,56 @@ def required(takes: Mapping[str, inspect.Parameter]) -> list[inspect.Parameter]:
 
 
 def unlike(found: Callable[..., Any], takes: Mapping[str, inspect.Parameter]) -> str:
-    """The error for a function with another signature, such as verl's, and its fix."""
+    """The error message for a function with another signature, such as verl's, with a fix."""
     own = innermost(found)
     name = getattr(own, "__name__", type(own).__name__)
     stars: dict[int, str] = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
     own_parameters = ", ".join(stars.get(p.kind, "") + p.name for p in takes.values())
     return (
-        f"takes no completions but ({own_parameters}); a reward has TRL's signature, {SIGNATURE}: wrap it, "
+        f"takes ({own_parameters}) rather than completions; a reward has TRL's signature, {SIGNATURE}: wrap it, "
         f"`def reward(completions, **columns): return [{name}(...) for completion in completions]`"
     )
 
 
 def accepted(function: Callable[..., Any], arguments: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """The arguments that the reward takes. A bound option takes precedence over a column of the same name."""
+    """The arguments that the reward takes; a bound option takes precedence over a column of the same name.
+
+    Raises UserError for a column that is missing, and for a function that is not a reward.
+    """
     bound = function.keywords if isinstance(function, partial) else {}
     takes = parameters(function)
     for parameter in required(takes):
         if parameter.name not in arguments:
             if not {"completions", "completion_ids"} & set(takes):
                 raise UserError(f"reward {name!r} {unlike(function, takes)}")
-            fix = f"rename one with `columns: {{{parameter.name}: ...}}`, or keep to TRL's signature, {SIGNATURE}"
+            fix = f"rename one with `columns: {{{parameter.name}: ...}}`, or use TRL's signature, {SIGNATURE}"
             raise UserError(f"{missing_column(name, parameter.name, arguments)}; {fix}")
     anything = takes_anything(takes)
     return {n: value for n, value in arguments.items() if n not in bound and (anything or n in takes)}
 
 
 def missing_column(reward: str, column: str, columns: Mapping[str, Any]) -> UserError:
-    """The error for data without a column that a reward needs."""
+    """The UserError for data without a column that a reward needs."""
     return UserError(f"reward {reward!r} needs the column {column!r}; the data's columns: {columns_of(columns)}")
 
 
-# What an error may mean
+# Hints on errors
 
 
 def advice(function: Callable[..., Any], arguments: Mapping[str, Any], error: BaseException) -> str:
-    """A hint to append to an error, if the form of the completions or a missing column explains it."""
+    """A hint to append to an error if the form of the completions or a missing column explains it; else empty."""
     if not isinstance(error, TypeError | KeyError | AttributeError | IndexError):
         return ""
     if _wants_other_form(function, arguments, error):
         if isinstance(arguments["completions"][0], str):
             return (
-                "; it takes conversations, and these prompts and completions are plain text: "
-                "set `chat: true` in the problem set, or let the reward read plain text"
+                "; it expects conversations, but these prompts and completions are plain text: "
+                "set `chat: true` in the problem set, or change the reward to accept plain text"
             )
         return (
-            "; it takes plain text, and these completions are conversations, [{'role': 'assistant', 'content': ...}]: "
-            "leave out `chat: true` (or messages as prompts), or let the reward read completion[0]['content']"
+            "; it expects plain text, but these completions are conversations, "
+            "[{'role': 'assistant', 'content': ...}]: remove `chat: true` (or messages as prompts), or change the "
+            "reward to read completion[0]['content']"
         )
     if isinstance(error, KeyError) and error.args and isinstance(error.args[0], str):
         return "" if error.args[0] in arguments else f"; the data's columns: {columns_of(arguments)}"
@@ -244,7 +251,7 @@ def advice(function: Callable[..., Any], arguments: Mapping[str, Any], error: Ba
 
 
 def columns_of(arguments: Mapping[str, Any]) -> str:
-    """The names of the data's columns, in words."""
+    """The names of the data's columns, as text."""
     return ", ".join(sorted(set(arguments) - set(ENGINE))) or "none"
 
 
@@ -253,9 +260,9 @@ _OF_MESSAGES = re.compile(r"'?Conversation'?( object|$)|'dict' object|\(not \"st
 
 
 def _wants_other_form(function: Callable[..., Any], arguments: Mapping[str, Any], error: BaseException) -> bool:
-    """Whether the reward expects conversations in place of text, or the reverse: found by trying the other form.
+    """Whether the reward expects conversations in place of text, or vice versa: determined by trying the other form.
 
-    An error that is typical of the wrong form counts as well, unless the other form raises the same.
+    A typical error of the wrong form counts as well, unless the other form raises the same error.
     """
     if not arguments.get("completions"):
         return False

@@ -1,7 +1,7 @@
 """Finding rewards by name, and binding their options.
 
 A reward has TRL's signature, ``reward(prompts, completions, **columns) -> list[float | None]``, sync or async, so that
-TRL's rewards work here and ours work there. Prompts and completions are strings or conversations.
+rewards can be shared with TRL. Prompts and completions are strings or conversations.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _Callable = TypeVar("_Callable", bound=Callable[..., Any])
 
 
 def register_reward(reward: _Callable) -> _Callable:
-    """Decorator: register a reward function or class under its ``name``, else under its Python name with dashes.
+    """Decorator: register a reward function or class under its ``name``, or else its Python name with dashes.
 
     Raises UserError if another reward has that name.
     """
@@ -44,7 +44,7 @@ def register_reward(reward: _Callable) -> _Callable:
 
 
 def list_rewards() -> list[str]:
-    """The names of all registered rewards: built-ins and those of installed packages' entry points."""
+    """The names of all registered rewards: built-in ones and those in entry points of installed packages."""
     return _rewards.names()
 
 
@@ -53,8 +53,8 @@ def get_reward(spec: Any, on_error: OnError = "fail") -> Reward:
 
     A spec is a name, ``package.module:Name``, ``path/to/file.py:Name``, a callable, a mapping ``{"name": any of these,
     **options}``, or a list of these, each with an optional ``"weight"``, for their weighted sum. Options are passed to
-    the constructor of a class, bound to a function that takes completions, and passed to any other function, which
-    counts as a factory. A `Reward` is returned unchanged. ``on_error`` says what happens to a row on which the reward
+    the constructor of a class, bound to a function that takes completions, and passed to any other function, which is
+    then a factory. A `Reward` is returned unchanged. ``on_error`` determines what happens to a row on which the reward
     fails. Raises UserError for an unknown name or option, and for anything that is not a reward.
     """
     if isinstance(spec, Reward):
@@ -69,7 +69,7 @@ def get_reward(spec: Any, on_error: OnError = "fail") -> Reward:
     if isinstance(found, Reward) and not options:
         return found
     if not callable(found):
-        raise UserError(f"reward {which!r:.200} is {type(found).__name__}, not something that can be called")
+        raise UserError(f"reward {which!r:.200} is {type(found).__name__}: give a name, a function or a class")
     function = _built(found, options)
     return Reward(_name_of(function), function, on_error)
 
@@ -82,7 +82,7 @@ def _name_of(reward: Any) -> str:
 
 
 def _built(found: Callable[..., Any], options: Mapping[str, Any]) -> Callable[..., Any]:
-    """The scoring callable, built from the object that a spec names and its options."""
+    """The function that scores completions, built from the object that a spec names and its options."""
     name, takes = _name_of(found), parameters(found)
     scores = not isinstance(found, type) and is_reward(takes)
     options = _checked_options(found, name, takes, options, anything=not scores and takes_anything(takes))
@@ -122,7 +122,7 @@ def _checked_options(
 
 
 def _typed(value: Any, hint: Any, what: str) -> Any:
-    """The value validated by its annotation; an annotation unknown to pydantic accepts anything."""
+    """The value, validated against its annotation; an annotation unknown to pydantic accepts anything."""
     try:
         return pydantic.TypeAdapter(hint).validate_python(value)
     except pydantic.ValidationError as error:
@@ -135,5 +135,5 @@ def _hints(found: Any) -> dict[str, Any]:
     try:
         plain_class = isinstance(found, type) and not is_dataclass(found)
         return typing.get_type_hints(vars(found).get("__init__", found) if plain_class else found)
-    except (NameError, TypeError):  # names for type checkers only, or a callable without annotations
+    except (NameError, TypeError):  # names imported for type checking only, or a callable without annotations
         return {}

@@ -1,6 +1,7 @@
-"""Rewards in separate processes: one that hangs, crashes or exhausts memory costs a bounded time and a single row.
+"""Rewards in separate processes: a reward that hangs, crashes or exhausts memory costs bounded time and a single row.
 
-`python -m rlzoo.reward.isolation` is such a process. It reads JSON requests from standard input, and answers in JSON.
+`python -m rlzoo.reward.isolation` runs such a process, which reads JSON requests from standard input and replies in
+JSON.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from rlzoo.reward import CompositeReward, OnError, Reward, Score, failed, get_re
 from rlzoo.reward.calling import TrainerState
 
 START_SECONDS = 300.0
-"""Time limit for importing and building a reward."""
+"""The time limit for importing and building a reward."""
 T = TypeVar("T")
 _LENGTH = 8
 _PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG
@@ -44,7 +45,7 @@ class Limits:
     seconds: float | None = 60.0
     """The time limit of a call."""
     memory_gb: float | None = 4.0
-    """The memory limit of its process, in 2³⁰ bytes."""
+    """The memory limit of the process, in 2³⁰ bytes."""
 
 
 class RewardProcess(CompositeReward):
@@ -65,7 +66,7 @@ class RewardProcess(CompositeReward):
 
     @property
     def pid(self) -> int | None:
-        """The process; None if none is running."""
+        """The id of the process; None if none is running."""
         return None if self._process is None else self._process.pid
 
     def score(
@@ -78,7 +79,7 @@ class RewardProcess(CompositeReward):
     ) -> list[Score]:
         """One `Score` per completion. A call that exceeds a limit, or ends the process, is repeated row by row.
 
-        Raises UserError as `Reward.score` does, and with ``on_error="fail"`` for a row on which this happens again.
+        Raises UserError as `Reward.score` does and, with ``on_error="fail"``, for a row on which this happens again.
         """
         arguments = {**columns, "prompts": prompts, "completions": completions}
         arguments |= {} if completion_ids is None else {"completion_ids": completion_ids}
@@ -89,7 +90,7 @@ class RewardProcess(CompositeReward):
             return list(self._each(arguments, on_error, rows))
 
     def answers(self, completions: Sequence[Any]) -> list[str | None]:
-        """See `Reward.answers`; all None if finding them exceeds a limit."""
+        """See `Reward.answers`; all None if a limit is exceeded."""
         try:
             answer = self._exchange({"answers_in": list(completions)}, self._limits.seconds)
         except _EndedError:
@@ -109,7 +110,7 @@ class RewardProcess(CompositeReward):
 
     @contextmanager
     def numbering(self, rows: Sequence[int]) -> Iterator[None]:
-        """In this context these are the numbers of the completions in errors, not their indices."""
+        """In this context, errors refer to completions by ``rows`` instead of their indices."""
         self._rows = rows
         try:
             yield
@@ -117,7 +118,7 @@ class RewardProcess(CompositeReward):
             self._rows = None
 
     def close(self) -> None:
-        """End the process; the next call starts another."""
+        """End the process; the next call starts a new one."""
         if self._process is not None:
             self._process.kill()
             self._process.wait()
@@ -127,7 +128,7 @@ class RewardProcess(CompositeReward):
             self._process = None
 
     def _end(self) -> None:
-        """End the process for good: this one ends too."""
+        """End the process for good, when this one ends."""
         self._over = True
         self.close()
 
@@ -156,7 +157,7 @@ class RewardProcess(CompositeReward):
             raise _EndedError(f"ended its process with status {status}") from None
 
     def start(self) -> subprocess.Popen[bytes]:
-        """Start the process, and build the reward there. Raises UserError as `get_reward` does."""
+        """Start the process and build the reward in it. Raises UserError as `get_reward` does, and if that fails."""
         if self._over:
             raise _EndedError("ended with the run")
         command = [sys.executable, "-m", "rlzoo.reward.isolation"]
@@ -174,7 +175,7 @@ class RewardProcess(CompositeReward):
             answer = _read(process.stdout, time.monotonic() + START_SECONDS)
         except (EOFError, OSError, TimeoutError):
             self.close()
-            raise UserError(f"the process of the reward {self._spec!r:.200} does not start") from None
+            raise UserError(f"the process of the reward {self._spec!r:.200} did not start") from None
         if "error" in answer:
             self.close()
             raise UserError(answer["error"])
@@ -183,10 +184,10 @@ class RewardProcess(CompositeReward):
 
 
 class RewardProcesses(CompositeReward):
-    """A reward that is called in processes of its own. Each has a thread, which starts it and waits for its answers."""
+    """A reward that is called in separate processes, each with a thread that starts it and awaits its replies."""
 
     def __init__(self, spec: Any, limits: Limits, number: int = 1) -> None:
-        """Raises UserError as `get_reward` does."""
+        """Start the first of ``number`` processes. Raises UserError as `get_reward` does."""
         self._queue: SimpleQueue[tuple[Future[Any], Callable[[RewardProcess], Any]]] = SimpleQueue()
         self.processes = [RewardProcess(spec, limits) for _ in range(number)]
         self._serve(self.processes[0])
@@ -201,7 +202,7 @@ class RewardProcesses(CompositeReward):
         return self._components
 
     def submit(self, work: Callable[[RewardProcess], T]) -> Future[T]:
-        """The result that ``work`` on one of the processes will have. Works are begun in their order."""
+        """The future result of ``work`` on one of the processes; tasks start in the order of submission."""
         future: Future[T] = Future()
         self._queue.put((future, work))
         return future
@@ -223,12 +224,12 @@ class RewardProcesses(CompositeReward):
         return self.submit(lambda process: process.answers(completions)).result()
 
     def close(self) -> None:
-        """End the processes; a next call starts one again."""
+        """End the processes; later calls start new ones."""
         for process in self.processes:
             process.close()
 
     def _serve(self, process: RewardProcess) -> None:
-        """Work on a process in a thread, which does not keep this process from ending."""
+        """Serve a process from a daemon thread."""
         threading.Thread(target=_work, args=(self._queue, process), name="rewards", daemon=True).start()
 
 
@@ -240,7 +241,7 @@ def _work(queue: SimpleQueue[tuple[Future[Any], Callable[[RewardProcess], Any]]]
                 future.set_result(work(process))
             except BaseException as error:
                 future.set_exception(error)
-        del future, work  # they hold on to completions
+        del future, work  # they keep completions alive
 
 
 _processes: dict[str, RewardProcesses] = {}
@@ -249,8 +250,8 @@ _processes: dict[str, RewardProcesses] = {}
 def apart(spec: Any, limits: Limits, on_error: OnError = "fail", number: int = 1) -> Reward:
     """`get_reward` for a reward that is built and called in ``number`` separate processes.
 
-    All who use the same spec share them. Without limits there is no such process. Raises UserError for a spec that is
-    not plain data, and as `get_reward` does.
+    All users of the same spec share them. Without limits, the reward is called in this process. Raises UserError as
+    `get_reward` does, and for a spec that is not plain data.
     """
     if limits.seconds is None and limits.memory_gb is None:
         return get_reward(spec, on_error)
@@ -258,7 +259,7 @@ def apart(spec: Any, limits: Limits, on_error: OnError = "fail", number: int = 1
         key = json.dumps([spec, astuple(limits), number, str(Path.cwd()), os.getpid()])  # a fork has no threads
     except TypeError:
         raise UserError(
-            "a reward with limits must be named: give its name, module:Name, or path/to/file.py:Name"
+            "a reward with limits must be given by name: use its name, module:Name, or path/to/file.py:Name"
         ) from None
     if key not in _processes:
         _processes[key] = RewardProcesses(spec, limits, number)
@@ -266,19 +267,19 @@ def apart(spec: Any, limits: Limits, on_error: OnError = "fail", number: int = 1
 
 
 def renumbered(message: str, rows: Sequence[int]) -> str:
-    """A message about a row, with its number among ``rows``."""
+    """A message about a row, with the row's index replaced by its number in ``rows``."""
     number = re.search(r"(?<=\bon row )\d+", message)
-    if number is None or int(number[0]) >= len(rows):  # a number of the reward's own
+    if number is None or int(number[0]) >= len(rows):  # a number from the reward's own message
         return message
     return f"{message[: number.start()]}{rows[int(number[0])]}{message[number.end() :]}"
 
 
 class _EndedError(Exception):
-    """A call without an answer, and how it ended."""
+    """A call without a reply; the message says how it ended."""
 
 
 def _path() -> str:
-    """The import path of this process, for another."""
+    """The import path of this process, for a child process."""
     return os.pathsep.join(str(Path(entry).absolute()) for entry in sys.path)
 
 
@@ -308,9 +309,9 @@ def _receive(pipe: IO[bytes], size: int, until: float | None) -> bytes:
 
 
 def _serve() -> None:
-    """Build the reward that the first message names, then answer the others."""
+    """Build the reward that the first message names, then reply to the others."""
     asked, answers = os.fdopen(os.dup(0), "rb", 0), os.fdopen(os.dup(1), "wb", 0)
-    os.dup2(2, 1)  # what a reward prints is not an answer
+    os.dup2(2, 1)  # so that output of the reward is not taken for a reply
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     first = _read(asked, None)
     if sys.platform == "linux":  # even a hanging process does not outlive the thread that started it

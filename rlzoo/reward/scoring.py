@@ -1,4 +1,4 @@
-"""A reward ready to be called: it scores completions, and its errors name the offending row."""
+"""Scoring completions with a reward; errors name the offending row."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from rlzoo.registry import one_line
 from rlzoo.reward.calling import RAISED, Log, TrainerState, accepted, advice, call, innermost
 
 OnError = Literal["fail", "null"]
+"""What happens to a row on which a reward fails: an error that names the row, or a warning and the value None."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Score:
 
 
 class CompositeReward(ABC):
-    """A reward with named components, which reports the value of each."""
+    """The base class of rewards that report the values of named components."""
 
     def __call__(
         self,
@@ -41,7 +42,7 @@ class CompositeReward(ABC):
         completion_ids: Sequence[Sequence[int]] | None = None,
         **columns: Any,
     ) -> list[float | None]:
-        """The values without their components, in TRL's signature."""
+        """The rewards without their components, in TRL's signature. Raises UserError as `score` does."""
         return [score.value for score in self.score(prompts, completions, columns, completion_ids)]
 
     @property
@@ -58,7 +59,7 @@ class CompositeReward(ABC):
         completion_ids: Sequence[Sequence[int]] | None = None,
         on_error: OnError = "fail",
     ) -> list[Score]:
-        """One `Score` per completion. ``on_error`` says what happens to a row on which a component fails."""
+        """One `Score` per completion. ``on_error`` determines what happens to a row on which a component fails."""
 
     def answers(self, completions: Sequence[Any]) -> list[str | None]:
         """See `Reward.answers`; by default, no answers."""
@@ -67,7 +68,7 @@ class CompositeReward(ABC):
 
 @dataclass(frozen=True)
 class Reward:
-    """A reward ready to be called: its options are bound, and its return values are checked."""
+    """A reward with bound options, whose return values are checked."""
 
     name: str
     """The name in messages, reports and logs."""
@@ -76,7 +77,7 @@ class Reward:
     on_error: OnError = "fail"
     """What happens to a row on which the reward fails: an error that names the row, or a warning and the value None."""
     state: TrainerState = field(default_factory=TrainerState, compare=False)
-    """The argument ``trainer_state``."""
+    """The argument ``trainer_state`` of the reward."""
 
     @property
     def __name__(self) -> str:
@@ -95,7 +96,7 @@ class Reward:
         completion_ids: Sequence[Sequence[int]] | None = None,
         **columns: Any,
     ) -> list[float | None]:
-        """The values without their components, in TRL's signature. Raises UserError as `score` does."""
+        """The rewards without their components, in TRL's signature; raises UserError as `score` does."""
         return [score.value for score in self.score(prompts, completions, columns, completion_ids)]
 
     def at(self, step: int, max_steps: int, epoch: float = 0.0) -> Reward:
@@ -109,10 +110,10 @@ class Reward:
         columns: Mapping[str, Any],
         completion_ids: Sequence[Sequence[int]] | None = None,
     ) -> list[Score]:
-        """One `Score` per completion. ``columns`` are those of the data, with one value per completion.
+        """One `Score` per completion. ``columns`` are the data's columns, with one value per completion.
 
         Raises UserError for a column that is missing or of the wrong length and, with ``on_error="fail"``, for a reward
-        that raises or returns anything but one finite number or None per completion.
+        that raises, or returns anything other than one finite number or None per completion.
         """
         if not completions:
             return []
@@ -124,15 +125,15 @@ class Reward:
             arguments["completion_ids"] = completion_ids
         try:
             return self._called(arguments, len(completions))
-        except UserError:  # the data lacks something: not the fault of a row
+        except UserError:  # about the data as a whole, not about a row
             raise
         except RAISED as error:
             return self._one_by_one(arguments, len(completions), error)
 
     def answers(self, completions: Sequence[Any]) -> list[str | None]:
-        """The final answer of each completion, as the reward's method ``answer_of(completion)`` finds it.
+        """The final answer in each completion, found by the reward's method ``answer_of(completion)``.
 
-        Empty if a completion has no answer, None if the reward has no such method. With ``on_error="fail"``, raises
+        Empty if a completion has no answer, and None if the reward has no such method. With ``on_error="fail"``, raises
         UserError if the method raises.
         """
         answer_of = getattr(innermost(self.function), "answer_of", None)
@@ -148,13 +149,13 @@ class Reward:
         return [None] * len(completions)
 
     def _called(self, arguments: Mapping[str, Any], rows: int, first: int = 0) -> list[Score]:
-        """The scores of ``rows`` completions, of which the first is row ``first``."""
+        """The scores of ``rows`` completions, numbered from ``first``."""
         log = Log(self.name, rows)
         values = self._checked(call(self.function, self._given(arguments, log, rows)), rows, first)
         return [Score(v, {self.name: v}, *logged) for v, logged in zip(values, log.of_rows(), strict=True)]
 
     def _given(self, arguments: Mapping[str, Any], log: Log, rows: int) -> dict[str, Any]:
-        """The arguments that the reward takes, TRL's logging functions included."""
+        """The arguments that the reward takes, including TRL's logging functions."""
         arguments = {"log_extra": log.extra, "log_metric": log.metric, **arguments}
         given = accepted(self.function, arguments, self.name)
         for name, values in given.items():
@@ -172,17 +173,17 @@ class Reward:
             except UserError:
                 raise
             except RAISED as error:
-                if hint is None:  # it takes another call of the reward
+                if hint is None:  # only once, because it calls the reward again
                     hint = advice(self.function, self._given(alone, Log(self.name, 1), 1), error)
                 failed(f"reward {self.name!r} raised on row {row}: {one_line(error)}{hint}", self.on_error, error)
                 scores.append(Score(None, {self.name: None}))
         if self.on_error == "fail":
-            message = f"raised on {rows} rows together and on none of them alone: {one_line(whole)}"
+            message = f"raised on {rows} rows together, but on none of them alone: {one_line(whole)}"
             raise UserError(f"reward {self.name!r} {message}") from whole
         return scores
 
     def _checked(self, result: Any, rows: int, first: int = 0) -> list[float | None]:
-        """The result as ``rows`` floats or None, of which the first is row ``first``."""
+        """The result as ``rows`` values, each a float or None, numbered from ``first``."""
         wanted = f"for {rows} completions: return one number or None per completion"
         if hasattr(result, "tolist"):  # an array or a tensor
             result = result.tolist()
@@ -208,7 +209,7 @@ class Reward:
 
 
 def failed(message: str, on_error: OnError, cause: BaseException | None = None) -> None:
-    """Raise UserError, or warn, as ``on_error`` says."""
+    """Raise UserError or warn, depending on ``on_error``."""
     if on_error == "fail":
         raise UserError(message) from cause
     warnings.warn(f"{message}; scored as null", RuntimeWarning, stacklevel=2)
@@ -220,6 +221,6 @@ def _is_column(value: Any) -> bool:
 
 
 def one_by_one(arguments: Mapping[str, Any], rows: int) -> Iterator[dict[str, Any]]:
-    """The arguments of a reward for each row separately."""
+    """The arguments of a reward for each row alone."""
     for row in range(rows):
         yield {n: value[row : row + 1] if _is_column(value) else value for n, value in arguments.items()}
