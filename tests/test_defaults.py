@@ -103,6 +103,10 @@ def test_an_engine_and_its_policy_share_a_gpu(make_policy: MakePolicy, monkeypat
     monkeypatch.setattr(Elsewhere, "where", torch.device("cuda", 1))
     with pytest.raises(UserError, match=r"the policy is on cuda:1, .* start it with CUDA_VISIBLE_DEVICES=1"):
         VLLMSampler(policy)
+    monkeypatch.setattr("rlzoo.rollout.vllm._engines", {})
+    monkeypatch.setattr("rlzoo.rollout.vllm._start", lambda *_: "an engine")
+    monkeypatch.setattr(Elsewhere, "where", GPU)
+    assert VLLMSampler(policy).engine == "an engine"
 
 
 def test_an_earlier_accelerator_elsewhere_moves_nothing(
@@ -298,6 +302,12 @@ def test_keys_need_not_be_as_wide_as_hidden_states(make_policy: MakePolicy, monk
     monkeypatch.setattr(config, "head_dim", config.hidden_size // config.num_attention_heads + 5)
     wider = 8 * 5 * config.num_key_value_heads * config.num_hidden_layers
     assert bytes_per_token(policy) - before == wider
+
+
+def test_a_token_takes_as_much_in_bfloat16_as_in_mixed_precision(make_policy: MakePolicy) -> None:
+    mixed, whole = make_policy("llama", dtype=torch.float32), make_policy("llama", dtype=torch.bfloat16)
+    mixed.compute = torch.bfloat16
+    assert bytes_per_token(whole) == bytes_per_token(mixed) < bytes_per_token(make_policy("llama", dtype=torch.float32))
 
 
 @pytest.mark.parametrize("wrong", [0, -1, 1.5, True, "automatic", "auto/0", None])

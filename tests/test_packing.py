@@ -467,3 +467,5 @@ def test_a_packed_policy_samples_and_is_saved_as_any_other(tokenizer: Any, tmp_p
     copied = policy.frozen_copy()
     assert copied.packs
     assert torch.equal(copied(copied.collate(ROWS)).logp, policy(policy.collate(ROWS)).logp)
+    policy.add_lora(rank=2)
+    assert policy.reference().packs
