@@ -150,6 +150,11 @@ def test_determinism_is_for_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     finally:
         torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = before
         os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
+    told: list[torch.device] = []
+    monkeypatch.setattr("rlzoo.policy.loading.make_deterministic", told.append)
+    for deterministic in (True, False):
+        load_for("embedded", Training(deterministic=deterministic, device="cpu"))
+    assert told == [torch.device("cpu")]
 
 
 def test_each_process_has_the_random_numbers_of_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -273,11 +278,18 @@ def test_a_budget_from_what_is_free(make_policy: MakePolicy, monkeypatch: pytest
     assert token_budget_of(policy, 77) == 77
     assert [token_budget_of(policy, asked) for asked in ("auto", "auto/4", "auto/8192")] == [4096, 1024, 1]
     there = on_gpu(policy, torch.bfloat16)
+
+    def needed_for(tokens: int) -> float:
+        return bytes_of_training(there) + tokens * bytes_per_token(there) / 0.85
+
     for tokens, found in ((20_000, 20_000), (10, LEAST), (10**9, 65536)):
-        free = bytes_of_training(there) + tokens * bytes_per_token(there) / 0.85
-        monkeypatch.setattr("rlzoo.policy.defaults.free_bytes", lambda device, free=free: free)
+        monkeypatch.setattr("rlzoo.policy.defaults.free_bytes", lambda device, tokens=tokens: needed_for(tokens))
         assert token_budget_of(there, "auto") == pytest.approx(found, abs=1)
         assert token_budget_of(there, "auto/4") == pytest.approx(found / 4, abs=1)
+    monkeypatch.setattr("rlzoo.policy.defaults.free_bytes", lambda device: needed_for(20_000))
+    monkeypatch.setattr("rlzoo.policy.defaults.gathered", lambda own: [own, own // 2, 2 * own])
+    assert token_budget_of(there, "auto") == pytest.approx(10_000, abs=1), "that of the process with the least memory"
+    monkeypatch.setattr("rlzoo.policy.defaults.gathered", lambda own: [own])
     # AdamW's moments and gradients are in float32, and a copy of the weights is in bfloat16
     weights = sum(p.numel() for p in there.parameters())
     assert bytes_of_training(there) - bytes_of_training(on_gpu(policy)) == 2 * weights
@@ -290,8 +302,7 @@ def test_a_budget_from_what_is_free(make_policy: MakePolicy, monkeypatch: pytest
     # an engine in this process may take 0.3 of all memory
     monkeypatch.setattr("rlzoo.policy.defaults.find_spec", lambda name: True)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=10**7))
-    free = needed + 3 * 10**6 + 20_000 * bytes_per_token(there) / 0.85
-    monkeypatch.setattr("rlzoo.policy.defaults.free_bytes", lambda device: free)
+    monkeypatch.setattr("rlzoo.policy.defaults.free_bytes", lambda device: needed_for(20_000) + 3 * 10**6)
     assert token_budget_of(there, "auto") == pytest.approx(20_000, abs=1)
 
 

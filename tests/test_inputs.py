@@ -207,6 +207,14 @@ def test_a_teacher_of_another_vocabulary_is_refused(tmp_path: Path) -> None:
         Models.load(swapped, [Reference(str(tmp_path / "swapped"))])
 
 
+def test_two_that_are_equal_share_a_moving_model(make_policy: MakePolicy, monkeypatch: pytest.MonkeyPatch) -> None:
+    policy, made = make_policy(), list[bool]()
+    copied = Policy.frozen_copy
+    monkeypatch.setattr(Policy, "frozen_copy", lambda *told, **how: made.append(True) or copied(*told, **how))
+    models = Models.load(policy, [MovingReference(0.9), MovingReference(0.9), MovingReference(0.5)])
+    assert len(made) == len(models.moving) == 2
+
+
 def test_two_teachers_have_columns_of_their_own() -> None:
     """Or a buffer would hold one's log-probs for the other's."""
     columns = [Reference(name, as_key="teacher_logp").column for name in ("a", "b", None)]

@@ -31,6 +31,7 @@ from transformers import (
     Qwen2Config,
     Qwen3Config,
     RecurrentGemmaConfig,
+    masking_utils,
 )
 
 from rlzoo.buffers import OfflineBuffer
@@ -273,6 +274,8 @@ def test_layers_and_attention_of_other_kinds_are_not_packed() -> None:
     for name in ("softcap", "s_aux", "sinks", "position_bias", "alibi"):
         with pytest.raises(packing.CannotPackError, match=name):
             packing.attention_of_pack(None, nn.Module(), x, x, x, pack, **{name: 1.0})
+    with pytest.raises(packing.CannotPackError, match="is not causal"):
+        packing.attention_of_pack(None, nn.Module(), x, x, x, pack, is_causal=False)
 
 
 @pytest.mark.parametrize(("capability", "recent"), [((7, 5), False), ((8, 0), True), ((9, 0), True)])
@@ -324,7 +327,7 @@ def test_a_copy_of_the_trunk_takes_packs_too() -> None:
 
 def test_padded_rows_need_no_mask_and_share_keys(monkeypatch: pytest.MonkeyPatch) -> None:
     """A mask, or keys copied for query heads, would keep a GPU from its fast kernels."""
-    told = []
+    told, looks = [], masking_utils.find_packed_sequence_indices
     plain = functional.scaled_dot_product_attention
 
     def spy(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
@@ -337,6 +340,7 @@ def test_padded_rows_need_no_mask_and_share_keys(monkeypatch: pytest.MonkeyPatch
         policy(policy.collate(ROWS))
         assert told == [(None, True, True, 2)] * 2, kind
         told.clear()
+    assert masking_utils.find_packed_sequence_indices is looks, "transformers is left as it was"
 
 
 def tiny(tokenizer: Any) -> Policy:

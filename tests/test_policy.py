@@ -36,7 +36,7 @@ from rlzoo.policy import Policy, Sequences, load_policy
 from rlzoo.policy import head as head_module
 from rlzoo.policy.attention import attention
 from rlzoo.policy.head import Head
-from rlzoo.policy.loading import save_policy
+from rlzoo.policy.loading import REMOTE_CODE, save_policy, trusts_remote_code
 from rlzoo.policy.microbatches import log_probs, token_batches
 
 VOCABULARY, HIDDEN = 97, 32
@@ -191,6 +191,17 @@ def test_a_soft_cap_of_attention_is_kept(monkeypatch: pytest.MonkeyPatch) -> Non
     added = torch.zeros(4, 4).masked_fill(~seen, -torch.inf)
     torch.testing.assert_close(*(attention(None, query, key, value, mask, softcap=0.5)[0] for mask in (seen, added)))
     assert not attention(None, query, key, value, seen, softcap=0.5, dropout=1.0)[0].any()
+
+
+def test_query_heads_that_share_keys_may_have_masks_of_their_own() -> None:
+    """One new position after two."""
+    query, key, value = torch.randn(2, 4, 1, 8), torch.randn(2, 2, 3, 8), torch.randn(2, 2, 3, 8)
+    added = torch.randn(2, 4, 1, 3)
+    module: Any = SimpleNamespace(num_key_value_groups=2, is_causal=True)
+    for mask in (added, added[:, :1]):
+        found = attention(module, query, key, value, mask)[0]
+        weights = (query @ key.repeat_interleave(2, 1).mT / 8**0.5 + mask).softmax(-1)
+        torch.testing.assert_close(found, (weights @ value.repeat_interleave(2, 1)).transpose(1, 2))
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "gemma2", "granite"])
@@ -493,6 +504,8 @@ def test_a_folder_that_lacks_something_is_refused(tmp_path: Path, monkeypatch: p
     save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
     policy.tokenizer.pad_token = None
     policy.tokenizer.save_pretrained(tmp_path)
+    monkeypatch.setenv(REMOTE_CODE, "0")
+    assert not trusts_remote_code()
     monkeypatch.setenv("HOME", str(tmp_path.parent))
     tokenizer = load_policy(f"~/{tmp_path.name}").tokenizer  # padding can be done without
     assert tokenizer.pad_token_id == tokenizer.eos_token_id
