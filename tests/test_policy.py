@@ -146,7 +146,7 @@ def test_positions_and_targets_of_a_collated_batch() -> None:
     assert sequences.mask.int().tolist() == [[1, 1, 0], [1, 1, 1]]
     assert sequences.targets.tolist() == [4, 8, 3, 9, 10]
     assert sequences.spread(torch.arange(1.0, 6.0)).tolist() == [[1, 2, 0], [3, 4, 5]]
-    assert sequences.tokens == 9
+    assert sum(sequences.lengths) == 9
 
 
 def kl(policy_logits: Tensor, reference_logits: Tensor | None, target: Tensor) -> Tensor:
@@ -191,6 +191,15 @@ def test_a_soft_cap_of_attention_is_kept(monkeypatch: pytest.MonkeyPatch) -> Non
     added = torch.zeros(4, 4).masked_fill(~seen, -torch.inf)
     torch.testing.assert_close(*(attention(None, query, key, value, mask, softcap=0.5)[0] for mask in (seen, added)))
     assert not attention(None, query, key, value, seen, softcap=0.5, dropout=1.0)[0].any()
+
+
+def test_a_model_that_asks_for_the_name_of_its_attention_keeps_it() -> None:
+    """Its code would take another branch."""
+    config = pytest.importorskip("transformers.models.deepseek_v32").DeepseekV32Config(num_hidden_layers=1)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+    assert Policy(model, SimpleNamespace(eos_token_id=1)).model.config._attn_implementation == "sdpa"
+    assert build("llama").model.config._attn_implementation == "rlzoo"
 
 
 def test_query_heads_that_share_keys_may_have_masks_of_their_own() -> None:
