@@ -208,7 +208,7 @@ def table(draw: Callable[..., Any], folder: Path) -> str:
     found: list[Problem] = []
     if outcome(lambda: found.extend(load_problems(source)), told=file.name) == REFUSED:
         return REFUSED
-    return outcome(lambda: demonstrations(TOKENIZER, found), told="problem '")
+    return outcome(lambda: demonstrations(TOKENIZER, found), told="problem ")
 
 
 ROWS = [

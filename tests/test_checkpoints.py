@@ -170,7 +170,7 @@ OTHER: dict[str, Any] = {
     "weight_decay": 0.0, "warmup_ratio": 0.5, "max_gradient_norm": 2.0, "importance_cap": 2.0,
     "max_completion_tokens": 7, "special_tokens": "allow", "behaviour": "current",
     "dtype": "bfloat16-mixed", "lora": {"rank": 2}, "gradient_checkpointing": True, "on_nonfinite": "skip",
-    "device": "cpu", "deterministic": True, "packing": "packed",
+    "device": "cpu", "deterministic": True, "packing": "packed", "compile": False,
 }  # fmt: skip
 """Another value of each setting that decides what a run finds."""
 

@@ -198,19 +198,36 @@ def test_a_view_that_a_row_cannot_learn_from(objective: str, view: str, message:
 @pytest.mark.slow
 @pytest.mark.usefixtures("undrawn")
 def test_the_learning_rate_is_chosen_on_validation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The weights of the others are deleted when that is known, and a run that resumes does without them."""
     scores = {(0, 1e-4): 0.1, (1, 1e-4): 0.3, (0, 1e-2): 0.6, (1, 1e-2): 0.0}
-    run_cell = one_cell.run_cell
+    run_cell, train, evaluate_cell = one_cell.run_cell, one_cell._run_cell, one_cell.evaluate_cell
+    state, trained, tested = tmp_path / "out" / ".state", list[str](), list[str]()
 
     def with_score(experiment: Experiment, cell: Any, *rest: Any) -> dict[str, Any]:
         result = run_cell(experiment, cell, *rest)
-        state = tmp_path / "out" / ".state"
-        assert (state / "models" / cell.id).is_dir()
+        assert tested or (state / "models" / cell.id).is_dir()
         assert not (state / "cells" / cell.id).exists(), "its checkpoints take no room any more"
         return {**result, "validation": scores[cell.seed, cell.learning_rate]}
 
+    def counted(experiment: Experiment, cell: Any, *rest: Any) -> dict[str, Any]:
+        trained.append(cell.id)
+        return train(experiment, cell, *rest)
+
+    def stopped(experiment: Experiment, cell: Any, *rest: Any) -> dict[str, Any]:
+        assert {path.name for path in (state / "models").iterdir()} == {"sft-lr0.01-seed0", "sft-lr0.01-seed1"}
+        tested.append(cell.id)
+        if len(tested) == 2:
+            raise KeyboardInterrupt
+        return evaluate_cell(experiment, cell, *rest)
+
     monkeypatch.setattr(one_cell, "run_cell", with_score)
+    monkeypatch.setattr(one_cell, "_run_cell", counted)
+    monkeypatch.setattr(one_cell, "evaluate_cell", stopped)
     experiment = small({"sft": {"learning_rates": [1e-4, 1e-2]}}, seeds=[0, 1], training__checkpoint_seconds=0)
+    with pytest.raises(KeyboardInterrupt):
+        quietly(experiment, tmp_path / "out")
     results = quietly(experiment, tmp_path / "out")
+    assert len(trained) == 4 and len(tested) == 4
     assert results["learning_rates"] == {"sft": {"0.0001": pytest.approx(0.2), "0.01": pytest.approx(0.3)}}
     assert [(c["seed"], c["learning_rate"]) for c in results["cells"]] == [(0, 1e-2), (1, 1e-2)]
     assert all("facts" in cell["metrics"] for cell in results["cells"])

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
-from rlzoo.comparison.plan import Cell, cells, chosen_cells
+from rlzoo.comparison.plan import Cell, cells, chosen_cells, lost_cells
 from rlzoo.config import Experiment, Training, list_experiments, load_experiment, read_yaml, validated
 from rlzoo.errors import UserError
 
@@ -164,6 +164,9 @@ def test_the_best_rate_on_validation_is_chosen_from_what_ran() -> None:
     chosen, tried = chosen_cells(experiment, runs)
     assert chosen == [Cell("sft", 0, 1e-3), Cell("sft", 1, 1e-3), Cell("dft", 1, 1e-4)]
     assert tried == {"sft": {"0.0001": pytest.approx(0.3), "0.001": pytest.approx(0.45)}}
+    assert lost_cells(experiment, runs) == [Cell("sft", 0, 1e-4), Cell("sft", 1, 1e-4)]
+    del runs[Cell("sft", 0, 1e-4).id]
+    assert lost_cells(experiment, runs) == [], "the other rate is ahead, and may fall behind"
 
 
 def test_a_rate_that_failed_on_a_seed_cannot_be_chosen() -> None:
@@ -177,3 +180,4 @@ def test_a_rate_that_failed_on_a_seed_cannot_be_chosen() -> None:
     chosen, tried = chosen_cells(load_experiment("facts", changes), runs)
     assert chosen == [Cell("sft", 0, 1e-4), Cell("sft", 1, 1e-4)]
     assert tried == {"sft": {"0.0001": pytest.approx(0.3), "0.001": pytest.approx(0.9)}}
+    assert lost_cells(load_experiment("facts", changes), runs) == [], "when it is tried again it may be chosen"

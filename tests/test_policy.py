@@ -187,10 +187,10 @@ def test_a_soft_cap_of_attention_is_kept(monkeypatch: pytest.MonkeyPatch) -> Non
     greedy = [p.model.generate(ids, do_sample=False, max_new_tokens=6, eos_token_id=None) for p in (own, eager)]
     assert torch.equal(*greedy), "with keys and values of before"
 
-    (query, key, value), seen = torch.randn(3, 1, 2, 4, 8), torch.ones(4, 4, dtype=torch.bool).tril()
+    (q, k, v), seen = torch.randn(3, 1, 2, 4, 8), torch.ones(4, 4, dtype=torch.bool).tril()
     added = torch.zeros(4, 4).masked_fill(~seen, -torch.inf)
-    torch.testing.assert_close(*(attention(None, query, key, value, mask, softcap=0.5)[0] for mask in (seen, added)))
-    assert not attention(None, query, key, value, seen, softcap=0.5, dropout=1.0)[0].any()
+    torch.testing.assert_close(*(attention(None, q, k, v, mask, softcap=0.5)[0] for mask in (seen, added)))
+    assert not attention(None, q, k, v, seen, softcap=0.5, dropout=1.0)[0].any()
 
 
 def test_a_model_that_asks_for_the_name_of_its_attention_keeps_it() -> None:

@@ -14,6 +14,7 @@ import pytest
 
 from rlzoo.buffers.bad_rows import BadRows
 from rlzoo.buffers.problems import Problem, demonstrations, encode_problems, load_problems
+from rlzoo.buffers.spooled import Spooled
 from rlzoo.config import ProblemSource
 from rlzoo.errors import UserError
 
@@ -196,3 +197,32 @@ def test_braces_that_are_no_column_are_told_how_to_be_text(tmp_path: Path) -> No
         UserError, match=r"no column '2'; it has: q: name a column in \{2\}, or write \{\{2\}\} for text"
     ):
         load_problems(ProblemSource(source=str(tmp_path / "p.jsonl"), prompt="{q} as in \\frac{2}"))
+
+
+def test_many_problems_are_in_a_file(tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And are those of a list, whole, one by one and in parts."""
+    rows = [{"q": f"{i}+{i}=?", "a": [f"{2 * i}", "#"], "deep": {"x": [i, None, 0.5]}} for i in range(9)]
+    rows[4]["q"] = ""
+    (tmp_path / "many.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = ProblemSource(
+        source=str(tmp_path / "many.jsonl"), prompt="q", solution="a", bad_rows="drop", limit=7, chat=True
+    )
+
+    def read() -> tuple[Any, Any, BadRows]:
+        bad = BadRows("drop")
+        problems = load_problems(source, bad)
+        return problems, encode_problems(tokenizer, problems, bad), bad
+
+    monkeypatch.setattr(tokenizer, "chat_template", "{% for m in messages %}{{ m.content }}{% endfor %}")
+    problems, encoded, counted = read()
+    assert isinstance(problems, list) and len(problems) == 7
+    monkeypatch.setattr("rlzoo.buffers.spooled.CHUNK", 3)
+    many, more, bad = read()
+    assert isinstance(many, Spooled) and isinstance(more, Spooled)
+    assert list(many) == problems and [one.place for one in many] == [one.place for one in problems]
+    assert list(more) == encoded and bad.to_json() == counted.to_json()
+    assert many[-1] == problems[-1] and list(many[2:6][1:]) == problems[3:6] and len(many[5:99]) == 2
+    with pytest.raises(IndexError):
+        many[7]
+    made, expected = (demonstrations(tokenizer, some, 4, bad) for some in (many[1:], problems[1:]))
+    assert made == expected and len(made) == 12

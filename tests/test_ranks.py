@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import json
 import multiprocessing
 import os
@@ -19,6 +20,7 @@ from typing import Any
 
 import pytest
 import ranks_worker
+import sampling_worker
 import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
@@ -341,3 +343,52 @@ def test_the_command_line_under_a_launcher(tmp_path: Path) -> None:
             assert list(a["metrics"]) == list(b["metrics"])
             for name, scores in a["metrics"].items():  # all but the log-likelihood count samples
                 assert scores == pytest.approx(b["metrics"][name], rel=1e-4)
+
+
+REWARD = """
+import os, pathlib
+def told(prompts, completions, **columns):
+    with pathlib.Path(__file__).with_suffix(f".{os.environ.get('RANK')}").open("a") as file:
+        file.writelines(f"{prompt!r}|{text!r}\\n" for prompt, text in zip(prompts, completions))
+    return [float(sum(map(ord, text)) % 7) for text in completions]
+"""
+SCORED = ("one/reward.None", "two/reward.0", "two/reward.1")
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_processes_sample_and_evaluate_as_one(kind: str, tmp_path: Path) -> None:
+    """Each samples its share, has it scored, and knows all of it; an engine is one's own, or two share it."""
+    engines = ("transformers", "vllm", "tensor")
+    for folder in ("one", "two"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "reward.py").write_text(REWARD)
+    for engine in engines:
+        sampling_worker.run(tmp_path / "one", engine)
+    worker = [str(WORKER.with_name("sampling_worker.py")), str(tmp_path / "two"), *engines]
+    launch(worker, 2, tmp_path, FSDP if kind == "fsdp" else DDP)
+    scored = [collections.Counter((tmp_path / place).read_text().splitlines()) for place in SCORED]
+    assert scored[1] + scored[2] == scored[0] and not scored[1].keys() & scored[2].keys()
+    assert min(map(len, scored[1:])) > len(scored[0]) / 3
+    for engine in engines:
+        alone = json.loads((tmp_path / "one" / f"{engine}-0.json").read_text())
+        both = [json.loads((tmp_path / "two" / f"{engine}-{number}.json").read_text()) for number in range(2)]
+        for found in both:
+            assert found["ranks"] == 2 and found["after a step"] == alone["after a step"]
+            assert alone["after a step"] != [row["completion_ids"] for row in alone["None"]["rows"]]
+            for limit in ("60.0", "None"):
+                assert close(found[limit], alone[limit]), engine
+        if engine != "transformers":
+            first, second = (sorted(found["engine"]["prompts"]) for found in both)
+            every = sorted(alone["engine"]["prompts"])
+            assert first == second == every if engine == "tensor" else sorted(first + second) == every != first
+            assert both[0]["engine"]["calls"] == both[1]["engine"]["calls"]
+            assert {found["options"]["distributed_executor_backend"] for found in both} == {"external_launcher"}
+
+
+def close(one: Any, other: Any) -> bool:
+    """Whether plain data are equal up to rounding."""
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(close(value, other[key]) for key, value in one.items())
+    if isinstance(one, list):
+        return len(one) == len(other) and all(map(close, one, other))
+    return bool(one == (pytest.approx(other, rel=1e-6, abs=1e-9) if isinstance(one, float) else other))

@@ -77,7 +77,7 @@ def rewards(tmp_path: Path) -> Iterator[Callable[..., Reward]]:
         each.close()
 
 
-def problems_of(policy: Policy, count: int) -> list[EncodedProblem]:
+def problems_of(policy: Policy, count: int) -> Sequence[EncodedProblem]:
     """Problems of various lengths, of which some have a hint."""
     made = [
         Problem(f"p{i}", f"{i}" + "+12" * (1 + (5 * i) % 4) + "=?\n", {"number": i, **({} if i % 3 else {"hint": i})})

@@ -25,7 +25,7 @@ from rlzoo.evaluation import evaluate
 from rlzoo.objective import get_objective
 from rlzoo.policy import Policy
 from rlzoo.reward import Reward
-from rlzoo.rollout import Sampler, TransformersSampler, VLLMSampler, VLLMServerSampler, collect_rollouts
+from rlzoo.rollout import Sampler, TransformersSampler, VLLMSampler, VLLMServerSampler, collect_rollouts, vllm
 from rlzoo.training import Trainer
 from rlzoo.training.batches import FreshSource
 from rlzoo.types import Selection
@@ -148,7 +148,7 @@ def test_policies_take_turns_at_one_engine(make_policy: MakePolicy, monkeypatch:
     assert len(engines) == 1 and engines[0].handed == 4
 
 
-def test_an_engine_is_one_of_a_model_a_type_and_options(
+def test_an_engine_is_one_of_a_configuration_a_type_and_options(
     make_policy: MakePolicy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It starts as is best for training beside it, unless ``engine_options`` say otherwise."""
@@ -158,10 +158,13 @@ def test_an_engine_is_one_of_a_model_a_type_and_options(
     VLLMSampler(policy)
     VLLMSampler(policy, max_model_len=9, gpu_memory_utilization=0.5, enforce_eager=False)
     VLLMSampler(make_policy("llama", dtype=torch.bfloat16))
-    policy.name = "embedded"
+    policy.name = "a/trained/one"  # the engine takes its weights
     VLLMSampler(policy)
-    policy.compute = torch.bfloat16  # the engine computes as the policy does, whatever its weights are
-    VLLMSampler(policy)
+    embedded = make_policy("gpt2", dtype=torch.float32)
+    embedded.name = "embedded"
+    VLLMSampler(embedded)
+    embedded.compute = torch.bfloat16  # the engine computes as the policy does, whatever its weights are
+    VLLMSampler(embedded)
     assert [engine.where for engine in engines] == ["llama"] * 3 + [str(EMBEDDED_BASE)] * 2
     assert [engine.options["dtype"] for engine in engines] == ["float32", "float32", "bfloat16", "float32", "bfloat16"]
     assert [engine.options["gpu_memory_utilization"] for engine in engines] == [0.3, 0.5, 0.3, 0.3, 0.3]
@@ -170,6 +173,55 @@ def test_an_engine_is_one_of_a_model_a_type_and_options(
     for engine in engines:
         assert engine.options["logprobs_mode"] == "processed_logprobs", "of the distribution that is sampled from"
         assert engine.options["trust_remote_code"] is False
+        assert "enable_sleep_mode" not in engine.options, "it is for GPUs"
+
+
+def test_an_engine_sleeps_while_the_policy_trains(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It gives its memory back, weights included, and takes the new ones when it has woken up."""
+    engines = install(monkeypatch, policy)
+    sampler = Watched(policy, enable_sleep_mode=True)
+    (engine,) = engines
+    trainer = online(policy, sampler, STEPS)
+    first = next(policy.model.parameters())
+    first.register_hook(lambda gradient: engine.calls.append("backward"))
+    trainer.run()
+    awake = ["wake weights", "weights", "wake kv_cache", "generate", "sleep 2"]
+    calls = [call for call, before in zip(engine.calls, [None, *engine.calls], strict=False) if call != before]
+    assert calls == ["weights", "generate", "sleep 2", "backward", *2 * [*awake, "backward"]]
+    engine.calls.clear()
+    evaluate(policy, PROBLEMS, REWARD, EvaluationSettings(max_new_tokens=4), sampler=sampler)
+    assert engine.calls == [*awake[:-1], "generate", "sleep 2"], "between its two passes it is awake"
+    sampler.rest()
+    assert engine.calls[-2:] == ["generate", "sleep 2"], "it sleeps"
+
+
+def test_an_engine_on_several_gpus_keeps_its_weights_asleep(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They come through a folder, as its processes are others."""
+    engines = install(monkeypatch, policy)
+    sampler = Watched(policy, enable_sleep_mode=True, tensor_parallel_size=2)
+    for _ in range(2):
+        sampler.sample([[20]], SHORT, seed=0)
+        sampler.rest()
+    changed_in_place(policy)
+    sampler.sample([[20]], SHORT, seed=0)
+    once = ["wake weights", "wake kv_cache", "generate", "sleep 1"]
+    assert engines[0].calls == [
+        "weights", "generate", "sleep 1", *once, "wake weights", "weights", "wake kv_cache", "generate",
+    ]  # fmt: skip
+
+
+def test_one_engine_of_a_process_sleeps(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM's allocator belongs to the process, and takes one engine."""
+    engines = install(monkeypatch, policy)
+    monkeypatch.setattr("rlzoo.rollout.vllm._may_sleep", lambda policy: True)
+    VLLMSampler(policy)
+    VLLMSampler(policy, max_model_len=9).rest()
+    assert [engine.options.get("enable_sleep_mode") for engine in engines] == [True, None]
+    monkeypatch.undo()
+    monkeypatch.setattr(type(policy), "device", torch.device("cuda"))
+    assert vllm._may_sleep(policy)
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    assert not vllm._may_sleep(policy)
 
 
 @pytest.mark.parametrize("whose", ["its own", "another policy's"])

@@ -217,6 +217,6 @@ def test_a_server_samples_the_policy_as_it_is(policy: Policy, server: str) -> No
 
 def test_a_server_that_goes_away(policy: Policy, server: str) -> None:
     sampler = VLLMServerSampler(policy, server)
-    sampler.url = server.rsplit(":", 1)[0] + ":9"
+    sampler.servers[0].url = server.rsplit(":", 1)[0] + ":9"
     with pytest.raises(UserError, match="cannot be reached"):
         sampler.sample(prompts(policy), Sampling(), seed=0)

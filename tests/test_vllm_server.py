@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -105,7 +106,13 @@ def policy(make_policy: MakePolicy) -> Policy:
 
 @pytest.fixture
 def server(policy: Policy, request: pytest.FixtureRequest) -> Iterator[FakeServer]:
-    made = FakeServer(policy.tokenizer.eos_token_id, dev=getattr(request, "param", True))
+    with serving(policy, getattr(request, "param", True)) as made:
+        yield made
+
+
+@contextmanager
+def serving(policy: Policy, dev: bool = True) -> Iterator[FakeServer]:
+    made = FakeServer(policy.tokenizer.eos_token_id, dev)
     threading.Thread(target=made.serve_forever, args=(0.01,), daemon=True).start()
     yield made
     made.hangs.set()
@@ -115,7 +122,7 @@ def server(policy: Policy, request: pytest.FixtureRequest) -> Iterator[FakeServe
 
 def test_samples_come_in_order_with_the_policys_weights(policy: Policy, server: FakeServer) -> None:
     sampler = sampler_of(policy, Rollouts(engine="vllm", url=server.url + "/"))
-    assert isinstance(sampler, VLLMServerSampler) and sampler.model == "the-model"
+    assert isinstance(sampler, VLLMServerSampler) and sampler.servers[0].model == "the-model"
     prompts = [[20 + i, 21] for i in range(9)]
     found = sampler.sample(prompts, Sampling(samples=2), seed=3)
     assert [[s.ids[:-1] for s in row] for row in found] == [[[*prompt, 50], [*prompt, 51]] for prompt in prompts]
@@ -257,11 +264,55 @@ def test_vllm_is_not_installed(policy: Policy, monkeypatch: pytest.MonkeyPatch) 
         VLLMSampler(policy)
 
 
-def test_several_processes_need_a_server(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_engine_that_cannot_start_says_why(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
     install(monkeypatch, policy)
-    monkeypatch.setattr("rlzoo.rollout.vllm.world_size", lambda: 2)
-    with pytest.raises(UserError, match="a distributed run cannot hold a vLLM engine in each process: start a server"):
-        VLLMSampler(policy)
+
+    def refuse(where: str, **options: Any) -> None:
+        raise AssertionError("\nNot enough NUMA nodes.\nSee below")
+
+    monkeypatch.setattr("vllm.LLM", refuse)
+    told = r"^vLLM cannot start with engine_options \{'tensor_parallel_size': 2\} \(Not enough NUMA nodes.\)$"
+    with pytest.raises(UserError, match=told):
+        VLLMSampler(policy, tensor_parallel_size=2)
+
+
+def test_tensor_parallel_engines_need_as_many_gpus(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
+    engines = install(monkeypatch, policy)
+    VLLMSampler(policy, tensor_parallel_size=2)
+    assert engines[0].options["tensor_parallel_size"] == 2 and "distributed_executor_backend" not in engines[0].options
+    monkeypatch.setattr("rlzoo.rollout.vllm.world_size", lambda: 4)
+    with pytest.raises(UserError, match=r"^engine_options.tensor_parallel_size = 3: give a number that divides the 4 "):
+        VLLMSampler(policy, tensor_parallel_size=3)
+    monkeypatch.setattr("rlzoo.rollout.vllm.world_size", lambda: 1)
+    monkeypatch.setattr(type(policy), "device", torch.device("cuda"))
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    with pytest.raises(
+        UserError, match=r"^engine_options.tensor_parallel_size = 2, and this process sees 1 GPU: give "
+    ):
+        VLLMSampler(policy, tensor_parallel_size=2)
+
+
+def test_servers_share_the_prompts(policy: Policy, server: FakeServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the samples that one of them gives, in their order, and the weights of the policy in each."""
+    prompts, settings = [[20 + i, 21] for i in range(7)], Rollouts(samples=2, engine="vllm", url=server.url)
+    alone = sampler_of(policy, settings).sample(prompts, settings, seed=3)
+    with serving(policy) as one, serving(policy) as other:
+        urls = validated(Rollouts, {**settings.model_dump(), "url": [one.url, other.url]}, "rollouts")
+        sampler, done = sampler_of(policy, urls), list[int]()
+        for step in range(2):
+            with sampler.heard_by(lambda place, samples: done.append(place)):
+                assert sampler.sample(prompts, urls, seed=3) == alone
+            assert len(one.weights) == len(other.weights) == step + 1
+            with torch.no_grad():
+                next(policy.model.parameters()).add_(1.0)
+        seen = [[c["prompt"][0] - 20 for path, c in each.asked if path == "/v1/completions"] for each in (one, other)]
+        assert [sorted(places) for places in seen] == [[0, 0, 2, 2, 4, 4, 6, 6], [1, 1, 3, 3, 5, 5]]
+        assert done == 2 * [*range(7)]
+        other.left = 2
+        with pytest.raises(UserError, match=f"vLLM server at {other.url} cannot be reached"):
+            sampler.sample(prompts, urls, seed=3)
+    with pytest.raises(UserError, match=r"url is an empty list: give at least one"):
+        validated(Rollouts, {"engine": "vllm", "url": []}, "rollouts")
 
 
 def test_an_engine_is_not_held_against_itself(policy: Policy, server: FakeServer) -> None:

@@ -12,7 +12,8 @@ to 180), with rewards and log-probs. Then a process of its own for each size and
 
 With ``--tokenizer`` (a model's folder, or ``embedded``) tables are read instead: made-up questions and worked solutions
 of GSM8K's size in JSON lines, conversations if the tokenizer has a chat template. ``tokenise`` reads one for the first
-time, and ``again`` for the second, from the cache.
+time, and ``again`` for the second, from the cache. ``problems`` reads the questions as a problem set with solutions,
+and tokenises the prompts.
 
 Memory is what the work adds to the process at its peak, in two parts: its own (anonymous), and the pages of the file
 that are mapped, which the system takes back whenever it needs them. Seconds are per task; ``growth`` is the
@@ -38,13 +39,15 @@ from datasets import Dataset
 from transformers import AutoTokenizer
 
 from rlzoo.buffers import OfflineBuffer, read_buffer
+from rlzoo.buffers.problems import encode_problems, load_problems
 from rlzoo.buffers.schema import SCHEMA, to_row
+from rlzoo.config import ProblemSource
 from rlzoo.training.batches import BufferSource
 from rlzoo.types import Selection, Trajectory
 from rlzoo.worlds.tokenizer import build_tokenizer
 
 WORK = ("open", "correct", "pairs", "groups", "epoch")
-TABLES = ("tokenise", "again")
+TABLES = ("tokenise", "again", "problems")
 SENTENCE = (
     "the boy has twelve apples and gives three of them to his friend each day so how many are left after a week we "
     "compute total cost per hour times number"
@@ -149,12 +152,20 @@ def one(folder: Path, work: str, batches: int) -> dict[str, float]:
     return {"seconds": seconds, "own_bytes": own, "mapped_bytes": files}
 
 
-def read_table(path: Path, tokenizer: str) -> dict[str, float]:
+def read_table(path: Path, tokenizer: str, as_problems: bool) -> dict[str, float]:
     """A table read in this process, by a tokenizer that was loaded and used."""
     loaded = tokenizer_of(tokenizer)
     loaded(["1 + 1"])
     peak, started, used = Peak(), time.perf_counter(), time.process_time()
-    rows = len(read_buffer(str(path), loaded))
+    if as_problems:
+        source = ProblemSource(
+            source=str(path), prompt="prompt", solution="completion", chat=bool(loaded.chat_template)
+        )
+        problems = load_problems(source)
+        encoded = encode_problems(loaded, problems)
+        rows = len(encoded)
+    else:
+        rows = len(read_buffer(str(path), loaded))
     seconds, processor = time.perf_counter() - started, time.process_time() - used
     own, files = peak.end()
     return {
@@ -169,11 +180,12 @@ def read_tables(sizes: list[int], tokenizer: str) -> dict[str, Any]:
     chat = bool(tokenizer_of(tokenizer).chat_template)
     with tempfile.TemporaryDirectory() as temporary:
         for size in sizes:
-            path = Path(temporary) / f"table-{size}.jsonl"
-            write_table(size, path, chat)
-            command = [sys.executable, __file__, "--part", "tokenise", "--folder", str(path), "--tokenizer", tokenizer]
             environment = {**os.environ, "HF_DATASETS_CACHE": f"{temporary}/cache"}
             for work in TABLES:
+                path = Path(temporary) / f"{'problems' if work == 'problems' else 'table'}-{size}.jsonl"
+                if not path.exists():
+                    write_table(size, path, chat and work != "problems")
+                command = [sys.executable, __file__, "--part", work, "--folder", str(path), "--tokenizer", tokenizer]
                 done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
                 found.setdefault(str(size), {})[work] = json.loads(done.stdout.splitlines()[-1])
     return found
@@ -190,7 +202,8 @@ def main() -> None:
     parser.add_argument("--part", choices=(*WORK, *TABLES), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.part in TABLES:
-        print(json.dumps(read_table(arguments.folder, arguments.tokenizer)))
+        as_problems = arguments.part == "problems"
+        print(json.dumps(read_table(arguments.folder, arguments.tokenizer, as_problems)))
         return
     if arguments.part:
         print(json.dumps(one(arguments.folder, arguments.part, arguments.batches)))

@@ -27,6 +27,7 @@ The coverage is 93 to 97 % but for what no interval can do:
 - The trace of noise with very heavy tails over few prompts. No interval for a mean holds its level whatever the tails
   (Bahadur and Savage, Annals of Mathematical Statistics 27, 1956): a sample that lacks the rare large values does not
   tell of them. With a lognormal factor of σ = 0.7 it is 92 % over 40 prompts, 94 % over 256.
+- Counts are skewed where nearly all of a few problems are always solved: 93 % for 30 problems and log-odds around 3.
 - Two or three seeds and fewer than six problems at once: with so few degrees of freedom on both sides up to 98 %.
 """
 

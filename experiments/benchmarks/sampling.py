@@ -45,7 +45,7 @@ from rlzoo.rollout.scoring import Scorer
 ENGINES = ("generate", "rlzoo", "vllm")
 
 
-def problems_of(policy: Policy, arguments: argparse.Namespace) -> list[EncodedProblem]:
+def problems_of(policy: Policy, arguments: argparse.Namespace) -> Sequence[EncodedProblem]:
     """The first problems: GSM8K's in the model's chat template, or those of an embedded world."""
     if arguments.data.startswith("world:"):
         source = ProblemSource(source=arguments.data, limit=arguments.prompts)

@@ -14,6 +14,7 @@ from rlzoo.buffers.bad_rows import BadRows, collecting
 from rlzoo.buffers.files import BATCH
 from rlzoo.buffers.formats import Fits
 from rlzoo.buffers.layouts import conversation_of
+from rlzoo.buffers.spooled import kept
 from rlzoo.buffers.tables import good_rows, read_rows
 from rlzoo.buffers.values import find, number, own_id, usable
 from rlzoo.errors import UserError, kind_of, unknown
@@ -77,18 +78,19 @@ class EncodedProblem:
     """The tokens of the prompt."""
 
 
-def load_problems(source: ProblemSource, bad: BadRows | None = None) -> list[Problem]:
+def load_problems(source: ProblemSource, bad: BadRows | None = None) -> Sequence[Problem]:
     """The problems of a built-in task, a local table or a Hub data set, in order, at most ``limit`` of them.
 
-    Raises UserError for a source that cannot be read, a missing column, or an empty set. Bad rows are handled by
-    ``bad``; None does what the source's ``bad_rows`` says.
+    Many are kept in a file, and read from there when they are asked for. Raises UserError for a source that cannot be
+    read, a missing column, or an empty set. Bad rows are handled by ``bad``; None does what the source's ``bad_rows``
+    says.
     """
     bad = BadRows(source.bad_rows) if bad is None else bad
     if source.source.startswith(WORLD_PREFIX):
         made = enumerate(world_problems(source.source.removeprefix(WORLD_PREFIX)))
-        problems = _kept(((f"problem {p.id!r}", _as_asked(i, p, source)) for i, p in made), source, bad)
+        problems = kept(_first(((f"problem {p.id!r}", _as_asked(i, p, source)) for i, p in made), source, bad))
     else:
-        problems = _kept(_problems(source, bad), source, bad)
+        problems = kept(_first(_problems(source, bad), source, bad))
     bad.require_some(len(problems))
     if not problems:
         raise UserError(f"problem set {source.source!r} is empty")
@@ -105,21 +107,22 @@ def _problems(source: ProblemSource, bad: BadRows) -> Iterator[tuple[str, Proble
             yield place, replace(problem, place=place)
 
 
-def _kept(made: Iterator[tuple[str, Problem]], source: ProblemSource, bad: BadRows) -> list[Problem]:
+def _first(made: Iterator[tuple[str, Problem]], source: ProblemSource, bad: BadRows) -> Iterator[Problem]:
     """The first problems, up to the limit, with their quality. A problem with the id of an earlier one is bad."""
     places: dict[str, str] = {}
-    problems: list[Problem] = []
     for place, problem in made:
+        good = None
         with bad.at(place):
             if problem.id in places:
                 raise UserError(
                     f"the id {problem.id!r} is that of {places[problem.id]}: give each its own, or leave the column out"
                 )
-            problems.append(_rated(problem, source.quality))
+            good = _rated(problem, source.quality)
             places[problem.id] = place
-        if len(problems) == source.limit:
+        if good is not None:
+            yield good
+        if len(places) == source.limit:
             break
-    return problems
 
 
 def _as_asked(index: int, problem: Problem, source: ProblemSource) -> Problem:
@@ -222,19 +225,25 @@ def _placeholders(template: str) -> list[str]:
 
 def encode_problems(
     tokenizer: PreTrainedTokenizerBase, problems: Sequence[Problem], bad: BadRows | None = None
-) -> list[EncodedProblem]:
+) -> Sequence[EncodedProblem]:
     """Each problem with its rendered prompt and the tokens of that.
 
     Raises UserError naming a problem that cannot be encoded, unless ``bad`` drops it.
     """
-    encoded = []
     with collecting(bad) as bad:
-        for problem, found in _in_batches(tokenizer, problems, lambda problem: _prompt_steps(tokenizer, problem, bad)):
-            with bad.at(problem.label):
-                encoded.append(got(found))
+        encoded = kept(_encoded(tokenizer, problems, bad))
         if problems:
             bad.require_some(len(encoded))
     return encoded
+
+
+def _encoded(tokenizer: Any, problems: Sequence[Problem], bad: BadRows) -> Iterator[EncodedProblem]:
+    for problem, found in _in_batches(tokenizer, problems, lambda problem: _prompt_steps(tokenizer, problem, bad)):
+        made = None
+        with bad.at(problem.label):
+            made = got(found)
+        if made is not None:
+            yield made
 
 
 def demonstrations(

@@ -84,9 +84,9 @@ def run_cell(
 ) -> dict[str, Any]:
     """Train one cell and evaluate it: on the benchmarks, or on validation if its learning rate is yet to be chosen.
 
-    In the second case the weights are kept under ``state`` for `evaluate_cell`. Trackers write to logs/ next to it.
-    Micro-batches are ``divisor`` times smaller than in the experiment, for cells that ran out of memory. Results
-    cached under ``state`` are not computed again.
+    In the second case the weights are kept under ``state`` for `evaluate_cell`, until the learning rate has lost.
+    Trackers write to logs/ next to it. Micro-batches are ``divisor`` times smaller than in the experiment, for cells
+    that ran out of memory. Results cached under ``state`` are not computed again, whatever became of the weights.
     """
     cached = CachedResults(state / "cells")
 

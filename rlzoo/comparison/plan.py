@@ -58,8 +58,9 @@ def workers_at(experiment: Experiment, workers: int | None, executor: str) -> in
     if url is None:
         return workers
     if executor == "ray" or (workers or 1) > 1:
+        where = url if isinstance(url, str) else " and ".join(url)
         raise UserError(
-            f"the vLLM server at {url} holds one policy's weights at a time, so cells cannot share it: "
+            f"the vLLM server at {where} holds one policy's weights at a time, so cells cannot share it: "
             "use --workers 1 and no --executor, or leave the url out for an engine in each process"
         )
     return 1
@@ -96,3 +97,15 @@ def chosen_cells(
             best = max((rate for rate in means if len(by_rate[rate]) == whole), key=means.__getitem__)
         chosen += by_rate[best]
     return chosen, tried
+
+
+def lost_cells(experiment: Experiment, results: Mapping[str, Mapping[str, Any]]) -> list[Cell]:
+    """The cells whose weights will not be read again: another learning rate is reported, whatever else happens.
+
+    As long as a cell of the algorithm has no result, it may yet decide; one that failed is tried again when the run
+    resumes.
+    """
+    chosen, _ = chosen_cells(experiment, results)
+    grid = cells(experiment)
+    decided = {c.algorithm for c in chosen} - {cell.algorithm for cell in grid if cell.id not in results}
+    return [cell for cell in grid if cell.algorithm in decided and cell not in chosen]

@@ -20,7 +20,16 @@ from rich.console import Console
 from rlzoo.buffers.bad_rows import dropped_line
 from rlzoo.comparison import one_cell, resolve, shared_buffer
 from rlzoo.comparison.outcomes import summarise
-from rlzoo.comparison.plan import Cell, buffer_of, cells, chosen_cells, has_choice, sampling_seeds, workers_at
+from rlzoo.comparison.plan import (
+    Cell,
+    buffer_of,
+    cells,
+    chosen_cells,
+    has_choice,
+    lost_cells,
+    sampling_seeds,
+    workers_at,
+)
 from rlzoo.comparison.report import write_report
 from rlzoo.comparison.resolve import check
 from rlzoo.config import BASE, Experiment, load_experiment
@@ -28,7 +37,7 @@ from rlzoo.errors import UserError
 from rlzoo.evaluation import mean_over_benchmarks
 from rlzoo.jobs.heartbeat import Heartbeat
 from rlzoo.jobs.on_ray import ray_tasks
-from rlzoo.jobs.outputs import replacing, write_atomically
+from rlzoo.jobs.outputs import remove, replacing, write_atomically
 from rlzoo.jobs.pool import (
     OutOfMemoryError,
     WorkerDiedError,
@@ -181,7 +190,7 @@ def _run(
     def test(cell: Cell, divisor: int) -> Future[Any]:
         return processes.submit(cell.id, one_cell.evaluate_cell, experiment, cell, state, divisor)
 
-    trained, failed = _gather(processes, grid, train, console)
+    trained, failed = _gather(processes, grid, train, console, lambda found: _forget_lost(experiment, found, state))
     chosen, rates = chosen_cells(experiment, trained)
     final = [c for c in chosen if has_choice(experiment, c.algorithm)]
     found, failed_later = _gather(processes, final, test, console)
@@ -217,6 +226,12 @@ def _run(
         },
     }
     return results, outcomes
+
+
+def _forget_lost(experiment: Experiment, trained: Mapping[str, Any], state: Path) -> None:
+    """Delete the weights of cells whose learning rate lost on validation; their results are kept."""
+    for cell in lost_cells(experiment, trained) if is_main() else ():
+        remove(state / "models" / cell.id)
 
 
 def _over_benchmarks(base: Mapping[str, Any], cells: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
@@ -256,9 +271,15 @@ def _share(
 
 
 def _gather(
-    processes: Workers, grid: Sequence[Cell], submit: Callable[[Cell, int], Future[Any]], console: Console
+    processes: Workers,
+    grid: Sequence[Cell],
+    submit: Callable[[Cell, int], Future[Any]],
+    console: Console,
+    so_far: Callable[[Mapping[str, Any]], None] | None = None,
 ) -> tuple[dict[str, dict[str, Any]], list[dict[str, Any]]]:
     """The results of the cells that succeeded, by cell id, and the cells that failed, with the reason.
+
+    ``so_far`` is called with the results whenever there is another.
 
     A cell that ran out of memory, or whose process died, which may have the same cause, is retried after all others
     with smaller micro-batches.
@@ -274,6 +295,8 @@ def _gather(
             done = f"  [{len(results) + len(failed) + 1}/{len(grid)}] {name}"
             if error is None:
                 results[name] = future.result()
+                if so_far is not None:
+                    so_far(results)
                 _say(console, f"{done}: {_averages(results[name])}")
                 for event in results[name].get("events", []):
                     _say(console, f"    {event}", style="yellow")

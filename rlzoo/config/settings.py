@@ -133,13 +133,15 @@ class Sampling(_Strict):
     engine: str = "auto"
     """The sampler: ``transformers``, ``vllm``, another registered name, ``module:Name`` or ``file.py:Name``. ``auto``
     is vllm if it is installed and the policy is on a GPU (or if a url is given), else transformers."""
-    url: str | None = None
-    """The URL of a vLLM server; without one, vLLM runs in the sampling process."""
+    url: str | tuple[str, ...] | None = None
+    """The URL of a vLLM server, or several, which share the prompts; without one, vLLM runs in the sampling process."""
     engine_options: Mapping[str, Any] = {}
     """Arguments of the sampler's constructor; for vllm, those of ``vllm.LLM`` (max_model_len, ...)."""
 
     @pydantic.model_validator(mode="after")
     def _is_of_one_engine(self) -> Sampling:
+        if self.url == ():
+            raise ValueError("url is an empty list: give at least one server, or leave it out")
         if self.url is not None and self.engine_options:
             raise ValueError("a server has its own options: give url or engine_options")
         if "trust_remote_code" in self.engine_options:
@@ -270,8 +272,8 @@ class Training(_Strict):
     """``bfloat16-mixed`` keeps the weights in float32 and multiplies matrices in bfloat16; ``bfloat16`` is for adapters
     (``lora``), because it loses small updates of weights. ``auto``: bfloat16-mixed on a GPU, float32 on a CPU."""
     compile: Literal["auto"] | bool = "auto"
-    """Compile the model's layers (``true``), which fuses norms, rotary embeddings and gates. ``auto``: on a GPU, in a run
-    of one process that is long enough to make up for the compilation, unless ``deterministic``."""
+    """Compile the model's layers (``true``), which fuses norms, rotary embeddings and gates. ``auto``: on a GPU, in one
+    process, if the run is long enough to make up for it, unless ``deterministic``."""
     deterministic: bool = False
     """Make a GPU give the same bits in every run, with slower kernels. A CPU always does."""
     lora: Lora | None = None

@@ -77,6 +77,7 @@ def evaluate(
                 made = sampler.sample([one.ids for one in encoded], settings, seed, greedy=of, progress=progress)
             scorer.begin_all(made)
             passes.append((made, scorer))
+        sampler.rest()
         if "gold_logp" in needs:
             gold = _gold_logp(policy, encoded, bad, token_budget)
         (sampled, logged), *others = [

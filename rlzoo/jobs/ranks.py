@@ -16,6 +16,14 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 
+_before_parting: list[Callable[[], None]] = []
+
+
+def before_parting(work: Callable[[], None]) -> None:
+    """Have this done before the processes leave their group: a library that has groups of its own ends them."""
+    _before_parting.append(work)
+
+
 @contextmanager
 def joined() -> Iterator[None]:
     """Join the process group of a launcher: with NCCL on one GPU each, else with gloo."""
@@ -25,6 +33,8 @@ def joined() -> Iterator[None]:
     try:
         yield
     finally:
+        while _before_parting:
+            _before_parting.pop()()
         if dist.is_initialized():
             dist.destroy_process_group()
 
@@ -49,16 +59,19 @@ def is_sharded(model: nn.Module) -> bool:
     return any(hasattr(p, "full_tensor") for p in model.parameters())
 
 
-def shared(items: Sequence[T], work: Callable[[list[int]], list[R]], model: nn.Module) -> list[R]:
+def shared(
+    items: Sequence[T], work: Callable[[list[int]], list[R]], model: nn.Module | None = None, together: int = 1
+) -> list[R]:
     """``work`` on the indices of all items, shared by the processes; each process gets all results, in order.
 
-    All processes must call this. With a sharded model each does all of the work, in step with the others.
+    All processes must call this. With a sharded ``model`` each does all of the work, in step with the others; those of
+    ``together`` consecutive ranks do the same work.
     """
-    size = world_size()
-    if size == 1 or is_sharded(model):
+    size = world_size() // together
+    if size <= 1 or (model is not None and is_sharded(model)):
         return work(list(range(len(items))))
     found: list[Any] = [None] * len(items)
-    for number, part in enumerate(gathered(work(list(range(rank(), len(items), size))))):
+    for number, part in enumerate(gathered(work(list(range(rank() // together, len(items), size))))[::together]):
         found[number::size] = part
     return found
 

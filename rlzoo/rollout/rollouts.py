@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import astuple
 from typing import Any
 
@@ -10,6 +10,7 @@ import numpy as np
 
 from rlzoo.buffers.bad_rows import BadRows
 from rlzoo.buffers.problems import EncodedProblem, trajectory
+from rlzoo.buffers.spooled import kept
 from rlzoo.config import Sampling, TokenBudget
 from rlzoo.errors import UserError
 from rlzoo.jobs.cached_results import CachedResults
@@ -51,6 +52,7 @@ def collect_rollouts(
         sampled = _sampled(sampler, [p.ids for p in problems], settings, seed, progress, cached, scorer.begin)
         flat = [(problem, sample) for problem, samples in zip(problems, sampled, strict=True) for sample in samples]
         scorer.begin_all(sampled)
+        sampler.rest()
         recomputed, engine, recompute = _behaviour(policy, flat, settings, token_budget, recompute)
         scores = [score for score, _ in scorer.end()]
     return [
@@ -153,26 +155,32 @@ def mismatch(rows: Sequence[Trajectory]) -> dict[str, float] | None:
 
 def within_limits(
     policy: Policy, sampler: Sampler, problems: Sequence[EncodedProblem], settings: Sampling, bad: BadRows | None = None
-) -> list[EncodedProblem]:
+) -> Sequence[EncodedProblem]:
     """The problems that the model can take: each token has an embedding, and the prompt fits its positions.
 
     A sampler that is bound by positions also needs room for ``max_new_tokens``; other engines have their own limits.
     Raises UserError naming another problem, unless ``bad`` rows are dropped.
     """
-    positions, more = policy.positions, settings.max_new_tokens if sampler.bound_by_positions else 0
-    bad, kept = BadRows() if bad is None else bad, []
+    bad = BadRows() if bad is None else bad
+    fit = kept(_fit(policy, problems, settings.max_new_tokens if sampler.bound_by_positions else 0, bad))
+    if problems:
+        bad.require_some(len(fit))
+    return fit
+
+
+def _fit(policy: Policy, problems: Sequence[EncodedProblem], more: int, bad: BadRows) -> Iterator[EncodedProblem]:
     for encoded in problems:
+        good = False
         with bad.at(encoded.problem.label):
             policy.check_range(max(encoded.ids), min(encoded.ids))
-            if positions is not None and len(encoded.ids) + more > positions:
+            if policy.positions is not None and len(encoded.ids) + more > policy.positions:
                 raise UserError(
-                    f"its prompt has {len(encoded.ids)} tokens, {more} may follow, and the model has {positions} "
-                    "positions: lower max_new_tokens, or drop the problem"
+                    f"its prompt has {len(encoded.ids)} tokens, {more} may follow, and the model has "
+                    f"{policy.positions} positions: lower max_new_tokens, or drop the problem"
                 )
-            kept.append(encoded)
-    if problems:
-        bad.require_some(len(kept))
-    return kept
+            good = True
+        if good:
+            yield encoded
 
 
 def cut_short(rows: Sequence[Trajectory], limit: int) -> list[str]:

@@ -86,6 +86,9 @@ class Sampler:
         """
         raise NotImplementedError(f"{type(self).__name__} must define sample(prompts, settings, seed, ...)")
 
+    def rest(self) -> None:
+        """Free what only sampling needs, until the next call of `sample`: training or scoring follows."""
+
     def finished(self, place: int, samples: list[Sample]) -> None:
         """What `sample` may call, in its thread, with a prompt's index and samples, to have them scored meanwhile."""
         if self._listener is not None:

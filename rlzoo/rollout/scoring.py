@@ -1,4 +1,4 @@
-"""Scorer samples with a reward, while others are sampled if it has processes of its own."""
+"""Scoring samples with a reward, while others are sampled if it has processes of its own."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Place = tuple[int, int]
 
 
 class Scorer:
-    """The scores of the samples of some problems. All samples of a problem are scored in one call of the reward.
+    """Scores the samples of some problems. All samples of a problem are scored in one call of the reward.
 
     A reward with processes of its own scores samples while others are sampled, at least `CHUNK` at a time; any other is
     called once, at the end. In a distributed run each process has the samples of its share of the problems scored.

@@ -8,7 +8,8 @@ import tempfile
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from http.client import HTTPException
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,13 +17,15 @@ from typing import Any, ClassVar
 from urllib import error, request
 
 import numpy as np
+import torch
 
 from rlzoo.config import Sampling
 from rlzoo.errors import UserError
-from rlzoo.jobs.ranks import barrier, gathered, is_main, shared, world_size
+from rlzoo.jobs.ranks import barrier, before_parting, gathered, is_main, shared, world_size
 from rlzoo.policy import Policy
 from rlzoo.policy.adapters import merged
 from rlzoo.policy.loading import EMBEDDED, save_policy, trusts_remote_code
+from rlzoo.policy.sharding import whole_weights
 from rlzoo.rollout.sampler import Sample, Sampler, register_sampler, text_of
 from rlzoo.worlds import EMBEDDED_BASE
 
@@ -63,8 +66,20 @@ class _Handed:
         self._model, self._version = weakref.ref(policy.model), policy.weights_version
 
 
-_engines: dict[str, tuple[Any, _Handed]] = {}
-"""Engines of this process by model and options: one takes most of a minute to start."""
+@dataclass
+class _Engine:
+    """An engine in this process, and its state."""
+
+    llm: Any
+    handed: _Handed
+    sleeps: bool
+    """Whether it can give its memory back while it is not needed."""
+    asleep: set[str] = field(default_factory=set)
+    """What it has given back: ``weights``, ``kv_cache``."""
+
+
+_engines: dict[str, _Engine] = {}
+"""Engines of this process by configuration and options: one takes most of a minute to start."""
 _servers: dict[str, _Handed] = {}
 """The weights of servers by URL: several samplers of this process may use one in turn."""
 
@@ -75,7 +90,6 @@ class _VLLM(Sampler):
     name: ClassVar[str] = "vllm"
     gives_logp: ClassVar[bool] = True
     policy: Policy
-    handed: _Handed
 
     def portion(self, settings: Sampling) -> int:
         """Enough prompts to keep the engine busy."""
@@ -90,16 +104,14 @@ class _VLLM(Sampler):
         progress: Progress | None = None,
         numbers: Sequence[int] | None = None,
     ) -> list[list[Sample]]:
-        if not self.handed.holds(self.policy):
-            with self.handed.taking(self.policy):
-                self._hand_over()
+        self._take_weights()
         streams = range(len(prompts)) if numbers is None else numbers
         asked = [_asked(self.policy, settings, seed, number, greedy) for number in streams]
         return self._completed(prompts, asked, progress or (lambda done: None))
 
-    def _hand_over(self) -> None:
-        """Give the engine the policy's weights."""
-        raise NotImplementedError(f"{type(self).__name__} must define _hand_over()")
+    def _take_weights(self) -> None:
+        """See to it that what samples has the policy's weights."""
+        raise NotImplementedError(f"{type(self).__name__} must define _take_weights()")
 
     def _completed(self, prompts: Prompts, asked: Asked, progress: Progress) -> list[list[Sample]]:
         """The samples of each prompt, for which this is ``asked``."""
@@ -107,15 +119,57 @@ class _VLLM(Sampler):
 
 
 class VLLMServerSampler(_VLLM):
-    """Samples from a server that ``vllm serve`` started, by its URL.
+    """Samples from servers that ``vllm serve`` started, by their URLs; each gets its share of the prompts.
 
-    Weights are handed over through a folder that both can read, which needs VLLM_SERVER_DEV_MODE=1 in the server's
+    Weights are handed over through a folder that all can read, which needs VLLM_SERVER_DEV_MODE=1 in a server's
     environment. Its log-probs are at T = 1 unless it was started with ``--logprobs-mode processed_logprobs``, so
-    samples have them only at T = 1 and top-p = 1. Raises UserError if the server cannot be reached or refuses.
+    samples have them only at T = 1 and top-p = 1. Raises UserError if a server cannot be reached or refuses.
     """
 
-    def __init__(self, policy: Policy, url: str) -> None:
-        self.policy, self.url = policy, url.rstrip("/")
+    def __init__(self, policy: Policy, url: str | Sequence[str]) -> None:
+        self.policy = policy
+        self.servers = [_Server(one) for one in ([url] if isinstance(url, str) else url)]
+
+    def _completed(self, prompts: Prompts, asked: Asked, progress: Progress) -> list[list[Sample]]:
+        def one(place: int) -> list[Sample]:
+            found = self.servers[place % len(self.servers)].complete(prompts[place], asked[place])
+            progress(1)
+            own = (asked[place]["temperature"], asked[place]["top_p"]) == (1.0, 1.0)
+            return [_sample(self.policy, ids, logp if own else None) for ids, logp in found]
+
+        def several(places: list[int]) -> list[list[Sample]]:
+            made = []
+            with ThreadPoolExecutor(AT_A_TIME * len(self.servers)) as threads:
+                try:
+                    for place, samples in zip(places, threads.map(one, places), strict=True):
+                        self.finished(place, samples)
+                        made.append(samples)
+                except BaseException:
+                    threads.shutdown(wait=False, cancel_futures=True)
+                    raise
+            return made
+
+        return shared(prompts, several)
+
+    def _take_weights(self) -> None:
+        lacking = [server for server in self.servers if not server.handed.holds(self.policy)]
+        if not lacking:
+            return
+        with ExitStack() as stack:
+            for server in lacking:
+                stack.enter_context(server.handed.taking(self.policy))
+            folder = Path(stack.enter_context(_saved(self.policy)))
+            if is_main():
+                for server in lacking:
+                    server.take(folder)
+            barrier()
+
+
+class _Server:
+    """A vLLM server, by its URL."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url.rstrip("/")
         if not self.url.startswith(("http://", "https://")):
             raise UserError(f"url {url!r} of a vLLM server: it starts with http:// or https://")
         models = self._ask("/v1/models")
@@ -126,36 +180,17 @@ class VLLMServerSampler(_VLLM):
         self.handed = _servers.setdefault(self.url, _Handed())
         self.handed.forget()  # it may have been restarted since its last use
 
-    def _completed(self, prompts: Prompts, asked: Asked, progress: Progress) -> list[list[Sample]]:
-        def one(place: int) -> list[Sample]:
-            some = asked[place]
-            content = {"model": self.model, "prompt": list(prompts[place]), "logprobs": 0, "return_token_ids": True}
-            found = self._ask("/v1/completions", {**content, **some})
-            progress(1)
-            own = (some["temperature"], some["top_p"]) == (1.0, 1.0)
-            return [
-                _sample(
-                    self.policy,
-                    choice["token_ids"],
-                    choice["logprobs"]["token_logprobs"] if own else None,
-                )
-                for choice in sorted(found["choices"], key=lambda choice: choice["index"])
-            ]
+    def complete(self, prompt: Sequence[int], asked: Mapping[str, Any]) -> list[tuple[list[int], list[float]]]:
+        """Tokens and their log-probs of each completion."""
+        content = {"model": self.model, "prompt": list(prompt), "logprobs": 0, "return_token_ids": True}
+        choices = self._ask("/v1/completions", {**content, **asked})["choices"]
+        ordered = sorted(choices, key=lambda choice: choice["index"])
+        return [(choice["token_ids"], choice["logprobs"]["token_logprobs"]) for choice in ordered]
 
-        def several(places: list[int]) -> list[list[Sample]]:
-            with ThreadPoolExecutor(AT_A_TIME) as threads:
-                return list(threads.map(one, places))
-
-        return shared(prompts, several, self.policy)
-
-    def _hand_over(self) -> None:
-        with tempfile.TemporaryDirectory(prefix="rlzoo-weights-") as folder:
-            Path(folder).chmod(0o755)  # the server may be another user's
-            save_policy(self.policy, Path(folder))  # the main process writes
-            if is_main():
-                self._ask("/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": folder}})
-                self._ask("/reset_prefix_cache", {})
-        barrier()
+    def take(self, folder: Path) -> None:
+        """Have it load the weights in a folder."""
+        self._ask("/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}})
+        self._ask("/reset_prefix_cache", {})
 
     def _no_server(self) -> UserError:
         return UserError(f"the server at {self.url} is not a vLLM server")
@@ -182,6 +217,15 @@ class VLLMServerSampler(_VLLM):
             raise UserError(f"the vLLM server at {self.url} cannot be reached ({reason}): is it running?") from None
 
 
+@contextmanager
+def _saved(policy: Policy) -> Iterator[str]:
+    """A folder with the policy's weights, which the main process writes, for another process to read."""
+    with tempfile.TemporaryDirectory(prefix="rlzoo-weights-") as folder:
+        Path(folder).chmod(0o755)  # the server may be another user's
+        save_policy(policy, Path(folder))
+        yield folder
+
+
 @register_sampler
 class VLLMSampler(_VLLM):
     """Samples with a vLLM engine in this process (colocated). Raises UserError if vLLM is not installed.
@@ -195,50 +239,76 @@ class VLLMSampler(_VLLM):
     def __init__(self, policy: Policy, **options: Any) -> None:
         if find_spec("vllm") is None:
             raise UserError("engine vllm is not installed: pip install 'rlzoo[vllm]', or give the url of a server")
-        if world_size() > 1:
-            raise UserError(
-                "a distributed run cannot hold a vLLM engine in each process: start a server, and give its url"
-            )
-        if policy.device.index:
-            raise UserError(
-                f"the policy is on {policy.device}, and vLLM's engine takes the first GPU that this process sees: "
-                f"start it with CUDA_VISIBLE_DEVICES={policy.device.index}, so that they share one"
-            )
-        self.policy = policy
-        where = str(EMBEDDED_BASE) if policy.name == EMBEDDED else policy.name
-        key = json.dumps([where, _dtype(policy), options], sort_keys=True, default=str)
+        self.policy, self.together = policy, _parallel(policy, options)
+        key = json.dumps([_shape(policy), _dtype(policy), sorted(policy.eos_ids), options], sort_keys=True, default=str)
         if key not in _engines:
-            _engines[key] = (_start(where, policy, options), _Handed())
-        self.engine, self.handed = _engines[key]
+            taken = any(engine.sleeps for engine in _engines.values())  # of a process's engines one can sleep
+            sleeps = bool(options.get("enable_sleep_mode", not taken and _may_sleep(policy)))
+            _engines[key] = _Engine(_start(policy, options, sleeps), _Handed(), sleeps)
+            if world_size() > 1:
+                before_parting(_engines[key].llm.llm_engine.engine_core.shutdown)
+        self._engine = _engines[key]
+
+    @property
+    def engine(self) -> Any:
+        """The ``vllm.LLM``."""
+        return self._engine.llm
+
+    def rest(self) -> None:
+        """Give the engine's memory back. Its weights come anew with the next call, unless they are on several GPUs."""
+        if self._engine.sleeps and not self._engine.asleep:
+            keeps = self._is_elsewhere
+            self.engine.sleep(level=1 if keeps else 2)
+            self._engine.asleep = {"weights", "kv_cache"}
+            if not keeps:
+                self._engine.handed.forget()
+
+    @property
+    def _is_elsewhere(self) -> bool:
+        """Whether the engine's model is in processes of its own, which this one hands no tensors."""
+        return self.together > 1 and world_size() == 1
+
+    def _take_weights(self) -> None:
+        self._wake("weights")
+        if not self._engine.handed.holds(self.policy):
+            with self._engine.handed.taking(self.policy):
+                self._hand_over()
+            self._wake("kv_cache")
+            self.engine.reset_prefix_cache()
+        self._wake("kv_cache")
+
+    def _wake(self, what: str) -> None:
+        if what in self._engine.asleep:
+            self.engine.wake_up(tags=[what])
+            self._engine.asleep.remove(what)
 
     def _hand_over(self) -> None:
-        weights = merged(self.policy.model, dict(self.policy.model.state_dict()))
+        if self._is_elsewhere:
+            with _saved(self.policy) as folder:
+                self.engine.collective_rpc("reload_weights", kwargs={"weights_path": folder})
+            return
+        weights = merged(self.policy.model, whole_weights(self.policy.model))
         self.engine.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights.items())})
-        self.engine.reset_prefix_cache()
 
     def _completed(self, prompts: Prompts, asked: Asked, progress: Progress) -> list[list[Sample]]:
         from vllm import SamplingParams
 
-        try:
-            found = self.engine.generate(
-                [{"prompt_token_ids": list(prompt)} for prompt in prompts],
-                [SamplingParams(**some, logprobs=0, detokenize=False) for some in asked],
-                use_tqdm=False,
-            )
-        except ValueError as error:  # for a prompt longer than its max_model_len, say
-            raise UserError(f"vLLM refuses prompts of up to {max(map(len, prompts))} tokens ({error!s:.200})") from None
-        progress(len(prompts))
-        return [
-            [
-                _sample(
-                    self.policy,
-                    list(one.token_ids),
-                    [step[token].logprob for step, token in zip(one.logprobs, one.token_ids, strict=True)],
+        def own(places: list[int]) -> list[list[Sample]]:
+            if not places:
+                return []
+            try:
+                found = self.engine.generate(
+                    [{"prompt_token_ids": list(prompts[place])} for place in places],
+                    [SamplingParams(**asked[place], logprobs=0, detokenize=False) for place in places],
+                    use_tqdm=False,
                 )
-                for one in row.outputs
-            ]
-            for row in found
-        ]
+            except ValueError as error:  # for a prompt longer than its max_model_len, say
+                longest = max(len(prompts[place]) for place in places)
+                raise UserError(f"vLLM refuses prompts of up to {longest} tokens ({error!s:.200})") from None
+            progress(len(places))
+            return [[_of_output(self.policy, one) for one in row.outputs] for row in found]
+
+        return shared(prompts, own, together=self.together)
 
 
 def _dtype(policy: Policy) -> str:
@@ -246,7 +316,40 @@ def _dtype(policy: Policy) -> str:
     return str(policy.compute or policy.model.dtype).removeprefix("torch.")
 
 
-def _start(where: str, policy: Policy, options: Mapping[str, Any]) -> Any:
+def _shape(policy: Policy) -> dict[str, Any]:
+    """The model's configuration: policies that share it can share an engine, which takes their weights in turn."""
+    own = ("_name_or_path", "dtype", "torch_dtype", "transformers_version")
+    return {name: value for name, value in policy.model.config.to_dict().items() if name not in own}
+
+
+def _parallel(policy: Policy, options: Mapping[str, Any]) -> int:
+    """The number of GPUs, each of a process of this run's if it has several, that an engine's model is on.
+
+    Raises UserError for a number that they cannot give.
+    """
+    together, size = int(options.get("tensor_parallel_size", 1)), world_size()
+    if size > 1:
+        if size % together:
+            fix = f"give a number that divides the {size} processes of this run, each of which has one GPU"
+            raise UserError(f"engine_options.tensor_parallel_size = {together}: {fix}")
+    elif policy.device.index:
+        raise UserError(
+            f"the policy is on {policy.device}, and vLLM's engine takes the first GPU that this process sees: "
+            f"start it with CUDA_VISIBLE_DEVICES={policy.device.index}, so that they share one"
+        )
+    elif policy.device.type == "cuda" and together > (seen := torch.cuda.device_count()):
+        fix = "give a smaller number, or start a process per GPU with accelerate launch"
+        raise UserError(f"engine_options.tensor_parallel_size = {together}, and this process sees {seen} GPU: {fix}")
+    return together
+
+
+def _may_sleep(policy: Policy) -> bool:
+    """Whether an engine beside this policy can give its memory back: on GPUs, without expandable segments."""
+    segments = "".join(os.environ.get(name, "") for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"))
+    return policy.device.type == "cuda" and "expandable_segments:True" not in segments
+
+
+def _start(policy: Policy, options: Mapping[str, Any], sleeps: bool) -> Any:
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # weights pass from model to model, not through a pipe
     os.environ.setdefault("VLLM_CONFIGURE_LOGGING", "0")
     from vllm import LLM
@@ -256,12 +359,18 @@ def _start(where: str, policy: Policy, options: Mapping[str, Any]) -> Any:
         "logprobs_mode": "processed_logprobs",
         "gpu_memory_utilization": 0.3,  # the rest is for training
         "trust_remote_code": trusts_remote_code(),
+        **({"enable_sleep_mode": True} if sleeps else {}),
+        **({"distributed_executor_backend": "external_launcher"} if world_size() > 1 else {}),  # the run's processes
         **options,
     }
     if policy.device.type == "cpu":
         settings.setdefault("enforce_eager", True)  # compilation takes longer than it saves there
         settings.setdefault("enable_chunked_prefill", False)  # there, a prompt in two chunks cannot have a seed
-    return LLM(where, **settings)
+    try:
+        return LLM(str(EMBEDDED_BASE) if policy.name == EMBEDDED else policy.name, **settings)
+    except (AssertionError, ValueError) as error:  # options that do not fit the model or the machine
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise UserError(f"vLLM cannot start with engine_options {dict(options)} ({reason:.300})") from error
 
 
 def _asked(policy: Policy, settings: Sampling, seed: int, number: int, greedy: bool) -> dict[str, Any]:
@@ -277,6 +386,12 @@ def _asked(policy: Policy, settings: Sampling, seed: int, number: int, greedy: b
         "seed": int(np.random.SeedSequence([seed, number]).generate_state(1)[0] >> 1),
         "stop_token_ids": sorted(policy.eos_ids),
     }
+
+
+def _of_output(policy: Policy, output: Any) -> Sample:
+    """A completion of an engine in this process."""
+    steps = zip(output.logprobs, output.token_ids, strict=True)
+    return _sample(policy, list(output.token_ids), [step[token].logprob for step, token in steps])
 
 
 def _sample(policy: Policy, ids: list[int], logp: list[float] | None) -> Sample:
