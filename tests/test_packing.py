@@ -121,12 +121,13 @@ def test_a_pack_has_the_log_probs_and_gradients_of_padded_rows(kind: str) -> Non
     policy = policy_of(PACKED[kind]())
     statistics = [Statistic("entropy")]
     values, gradients = [], []
-    for one in (policy, packed(policy)):
-        sequences = one.collate(ROWS)
-        found = one(sequences, statistics=statistics)
+    for packing_, shape in (("padded", (4, 13)), ("packed", (1, 28))):
+        policy.pack(packing_)
+        sequences = policy.collate(ROWS)
+        assert sequences.ids.shape == shape
+        found = policy(sequences, statistics=statistics)
         values.append(found.values())
-        gradients.append(gradient(one, (found.logp * torch.linspace(-1, 1, 7)).sum()))
-    assert policy.collate(ROWS).ids.shape == (1, 28)
+        gradients.append(gradient(policy, (found.logp * torch.linspace(-1, 1, 7)).sum()))
     torch.testing.assert_close(values[1], values[0], rtol=0, atol=1e-12)
     torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-6, atol=1e-6)  # Gemma's norms are in float32
 
