@@ -121,10 +121,10 @@ def test_a_pack_has_the_log_probs_and_gradients_of_padded_rows(kind: str) -> Non
     policy = policy_of(PACKED[kind]())
     statistics = [Statistic("entropy")]
     values, gradients = [], []
-    for packing_, shape in (("padded", (4, 13)), ("packed", (1, 28))):
-        policy.pack(packing_)
+    for is_packed in (False, True):
+        policy.pack("packed" if is_packed else "padded")
         sequences = policy.collate(ROWS)
-        assert sequences.ids.shape == shape
+        assert sequences.ids.shape == ((1, 28) if is_packed else (4, 13))
         found = policy(sequences, statistics=statistics)
         values.append(found.values())
         gradients.append(gradient(policy, (found.logp * torch.linspace(-1, 1, 7)).sum()))

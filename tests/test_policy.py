@@ -439,6 +439,8 @@ def test_rows_of_like_length_share_a_micro_batch() -> None:
     assert batches == [[1, 5, 3], [0, 2], [4]]
     # a unit is as long as its longest row, not as all of its rows: the three together would take 30
     assert list(token_batches([(0,), (1, 2)], [10, 6, 6], token_budget=20)) == [[1, 2], [0]]
+    # without padding, a unit takes the tokens of all of its rows, and each micro-batch begins at 0
+    assert list(token_batches([(0, 1), (2,), (3,)], [5, 5, 5, 6], token_budget=12, packed=True)) == [[0, 1], [2, 3]]
 
 
 @settings(max_examples=60, deadline=None)
