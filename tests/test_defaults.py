@@ -103,6 +103,7 @@ def test_an_engine_and_its_policy_share_a_gpu(make_policy: MakePolicy, monkeypat
     monkeypatch.setattr(Elsewhere, "where", torch.device("cuda", 1))
     with pytest.raises(UserError, match=r"the policy is on cuda:1, .* start it with CUDA_VISIBLE_DEVICES=1"):
         VLLMSampler(policy)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr("rlzoo.rollout.vllm._engines", {})
     monkeypatch.setattr("rlzoo.rollout.vllm._start", lambda *_: "an engine")
     monkeypatch.setattr(Elsewhere, "where", GPU)
