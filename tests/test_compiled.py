@@ -163,6 +163,22 @@ def test_what_cannot_be_compiled_is_said_or_left_plain(
     assert torch.equal(gradient(policy, rows(2, 3)), expected)
 
 
+def test_compiled_layers_are_compared_with_plain_ones(make_policy: MakePolicy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without dropout, whatever mode the policy is in."""
+
+    def doubles(graph: Any, inputs: Any) -> Any:
+        return lambda *values: tuple(2 * value for value in graph.forward(*values))
+
+    policy = make_policy("gpt2", torch.float32).train()
+    monkeypatch.setattr(compiled, "BACKEND", doubles)
+    with pytest.raises(UserError, match="the model's compiled layers compute something else: set false, or auto"):
+        policy.compile_layers(COMPILED)
+    assert policy.training and not policy.compiles
+    monkeypatch.setattr(compiled, "BACKEND", "eager")
+    policy.compile_layers(COMPILED)
+    assert policy.training and policy.compiles
+
+
 @pytest.mark.parametrize(("entries", "backend"), [(2**26, "aot_eager"), (40, "aot_eager"), (40, "inductor")])
 def test_fused_log_probs_and_their_gradient(entries: int, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """In one chunk of the head, and in several, which are recomputed."""

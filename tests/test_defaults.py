@@ -103,6 +103,11 @@ def test_an_engine_and_its_policy_share_a_gpu(make_policy: MakePolicy, monkeypat
     monkeypatch.setattr(Elsewhere, "where", torch.device("cuda", 1))
     with pytest.raises(UserError, match=r"the policy is on cuda:1, .* start it with CUDA_VISIBLE_DEVICES=1"):
         VLLMSampler(policy)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr("rlzoo.rollout.vllm._engines", {})
+    monkeypatch.setattr("rlzoo.rollout.vllm._start", lambda *_: "an engine")
+    monkeypatch.setattr(Elsewhere, "where", GPU)
+    assert VLLMSampler(policy).engine == "an engine"
 
 
 def test_an_earlier_accelerator_elsewhere_moves_nothing(
@@ -146,6 +151,11 @@ def test_determinism_is_for_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     finally:
         torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = before
         os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
+    told: list[torch.device] = []
+    monkeypatch.setattr("rlzoo.policy.loading.make_deterministic", told.append)
+    for deterministic in (True, False):
+        load_for("embedded", Training(deterministic=deterministic, device="cpu"))
+    assert told == [torch.device("cpu")]
 
 
 def test_each_process_has_the_random_numbers_of_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -269,16 +279,24 @@ def test_a_budget_from_what_is_free(make_policy: MakePolicy, monkeypatch: pytest
     assert token_budget_of(policy, 77) == 77
     assert [token_budget_of(policy, asked) for asked in ("auto", "auto/4", "auto/8192")] == [4096, 1024, 1]
     there = on_gpu(policy, torch.bfloat16)
+
+    def needed_for(tokens: int) -> float:
+        return bytes_of_training(there) + tokens * bytes_per_token(there) / 0.85
+
     for tokens, found in ((20_000, 20_000), (10, LEAST), (10**9, 65536)):
-        free = bytes_of_training(there) + tokens * bytes_per_token(there) / 0.85
-        monkeypatch.setattr("rlzoo.policy.defaults.free_bytes", lambda device, free=free: free)
+        monkeypatch.setattr("rlzoo.policy.defaults.free_bytes", lambda device, tokens=tokens: needed_for(tokens))
         assert token_budget_of(there, "auto") == pytest.approx(found, abs=1)
         assert token_budget_of(there, "auto/4") == pytest.approx(found / 4, abs=1)
+    monkeypatch.setattr("rlzoo.policy.defaults.free_bytes", lambda device: needed_for(20_000))
+    monkeypatch.setattr("rlzoo.policy.defaults.gathered", lambda own: [own, own // 2, 2 * own])
+    assert token_budget_of(there, "auto") == pytest.approx(10_000, abs=1), "that of the process with the least memory"
+    monkeypatch.setattr("rlzoo.policy.defaults.gathered", lambda own: [own])
     # AdamW's moments and gradients are in float32, and a copy of the weights is in bfloat16
     weights = sum(p.numel() for p in there.parameters())
     assert bytes_of_training(there) - bytes_of_training(on_gpu(policy)) == 2 * weights
     needed = bytes_of_training(there)
-    assert needed > 14 * weights
+    # and three float32 chunks of at most 2²⁶ logits, whose rows are a multiple of 128
+    assert needed == 14 * weights + 3 * 4 * (2**26 // policy.vocabulary // 128 * 128) * policy.vocabulary
     head = policy.model.lm_head.weight
     head.grad = torch.zeros_like(head)
     assert needed - bytes_of_training(there) == 3 * 4 * head.numel(), "gradient and moments are there already"
@@ -286,8 +304,7 @@ def test_a_budget_from_what_is_free(make_policy: MakePolicy, monkeypatch: pytest
     # an engine in this process may take 0.3 of all memory
     monkeypatch.setattr("rlzoo.policy.defaults.find_spec", lambda name: True)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=10**7))
-    free = needed + 3 * 10**6 + 20_000 * bytes_per_token(there) / 0.85
-    monkeypatch.setattr("rlzoo.policy.defaults.free_bytes", lambda device: free)
+    monkeypatch.setattr("rlzoo.policy.defaults.free_bytes", lambda device: needed_for(20_000) + 3 * 10**6)
     assert token_budget_of(there, "auto") == pytest.approx(20_000, abs=1)
 
 
@@ -298,6 +315,12 @@ def test_keys_need_not_be_as_wide_as_hidden_states(make_policy: MakePolicy, monk
     monkeypatch.setattr(config, "head_dim", config.hidden_size // config.num_attention_heads + 5)
     wider = 8 * 5 * config.num_key_value_heads * config.num_hidden_layers
     assert bytes_per_token(policy) - before == wider
+
+
+def test_a_token_takes_as_much_in_bfloat16_as_in_mixed_precision(make_policy: MakePolicy) -> None:
+    mixed, whole = make_policy("llama", dtype=torch.float32), make_policy("llama", dtype=torch.bfloat16)
+    mixed.compute = torch.bfloat16
+    assert bytes_per_token(whole) == bytes_per_token(mixed) < bytes_per_token(make_policy("llama", dtype=torch.float32))
 
 
 @pytest.mark.parametrize("wrong", [0, -1, 1.5, True, "automatic", "auto/0", None])

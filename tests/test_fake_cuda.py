@@ -125,14 +125,14 @@ def test_scoring_is_on_the_gpu_and_the_host_waits_once(gpu: FakeCUDA, policy: Po
 @pytest.mark.slow
 @pytest.mark.parametrize("greedy", [False, True])
 def test_decoding_is_on_the_gpu_and_the_host_waits_now_and_then(gpu: FakeCUDA, policy: Policy, greedy: bool) -> None:
-    settings = Sampling(samples=3, temperature=0.7, top_p=0.9, max_new_tokens=40, batch_size=64)
+    settings = Sampling(samples=3, temperature=0.7, top_p=0.9, max_new_tokens=48, batch_size=64)
     sampler = TransformersSampler(policy)
     sampler.sample([[5]], settings, seed=0)  # asks once whether static shapes suit the model
     gpu.waits.clear()
     gpu.alternates = True  # some sequences leave
     found = sampler.sample([[5, 6], [7, 8, 9]], settings, seed=0, greedy=greedy)
     assert [len(samples) for samples in found] == ([1, 1] if greedy else [3, 3])
-    assert len(gpu.waits) <= 1 + 40 // 16, gpu.waits
+    assert len(gpu.waits) <= 1 + 47 // 16, gpu.waits
 
 
 def test_a_step_of_decoding_can_be_captured(gpu: FakeCUDA, policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -207,6 +208,18 @@ def test_a_teacher_of_another_vocabulary_is_refused(tmp_path: Path) -> None:
         Models.load(swapped, [Reference(str(tmp_path / "swapped"))])
 
 
+def test_two_that_are_equal_share_a_moving_model(make_policy: MakePolicy, monkeypatch: pytest.MonkeyPatch) -> None:
+    policy, made, copied = make_policy(), list[Policy](), Policy.frozen_copy
+
+    def counting(policy: Policy, **options: Any) -> Policy:
+        made.append(copied(policy, **options))
+        return made[-1]
+
+    monkeypatch.setattr(Policy, "frozen_copy", counting)
+    models = Models.load(policy, [MovingReference(0.9), MovingReference(0.9), MovingReference(0.5)])
+    assert len(made) == len(models.moving) == 2
+
+
 def test_two_teachers_have_columns_of_their_own() -> None:
     """Or a buffer would hold one's log-probs for the other's."""
     columns = [Reference(name, as_key="teacher_logp").column for name in ("a", "b", None)]
@@ -309,6 +322,14 @@ def counted(make_policy: MakePolicy) -> tuple[Policy, list[int]]:
     return policy, passes
 
 
+@dataclass(frozen=True)
+class Half(Critic):
+    """A critic that begins at 1/2."""
+
+    key: ClassVar[str] = "half"
+    initial: ClassVar[float | None] = 0.5
+
+
 def test_what_asks_for_the_policys_log_probs_shares_one_forward_pass(counted: tuple[Policy, list[int]]) -> None:
     policy, passes = counted
     paid: list[tuple[Policy, int]] = []
@@ -320,6 +341,8 @@ def test_what_asks_for_the_policys_log_probs_shares_one_forward_pass(counted: tu
     batch = assembler.assemble(ROWS, [(0,), (1,)], Asking(asks, whole=True))
     assert torch.equal(batch.logp, batch.snapshot_logp) and torch.equal(batch.snapshot_logp, batch.reference_logp)
     assert passes == [2] and paid == [(policy, 2), (other, 2)]
+    half = assembler.assemble(ROWS, [(0,), (1,)], Asking((Half(), Snapshot("half"))))
+    assert set(half["old_half"].flatten().tolist()) == {0.5}, "what it is before there is a module"
     policy.attach([Critic()])  # for another objective
     assert assembler.assemble(ROWS, [(0,), (1,)], Asking((Snapshot(),))).inputs.keys() == {"snapshot_logp"}
 
@@ -356,6 +379,11 @@ def test_models_that_do_not_change_score_a_row_once(counted: tuple[Policy, list[
     policy.attach([Critic()])
     assert assembler.log_probs(policy, ROWS).keys() == {"logp", "value"} and passes == [2], "more is asked for"
     assert assembler.log_probs(policy, ROWS).keys() == {"logp", "value"} and passes == [2]
+    known = row([5], [20, 2])
+    assembler.log_probs(policy, [known])
+    alive = weakref.ref(known)
+    del known
+    assert alive() is not None, "or another row might have its id, and then its log-probs"
 
 
 # Steps, and what a checkpoint holds

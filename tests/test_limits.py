@@ -79,6 +79,7 @@ def test_more_tokens_than_positions_name_the_row(policy: Policy) -> None:
     record = train(policy, get_objective("sft"), OfflineBuffer.from_trajectories([fits]), Training(steps=1))
     assert len(record.steps) == 1
     policy.row_check()(fits.prompt_ids, fits.completion_ids)
+    policy.check_range(0, policy.vocabulary - 1)
     for way in outside(policy, fits, too_long):
         with pytest.raises(UserError, match=r"^row 2 of the buffer .* has 65 tokens, and the model has 64 positions"):
             way()

@@ -31,6 +31,7 @@ from transformers import (
     Qwen2Config,
     Qwen3Config,
     RecurrentGemmaConfig,
+    masking_utils,
 )
 
 from rlzoo.buffers import OfflineBuffer
@@ -120,12 +121,13 @@ def test_a_pack_has_the_log_probs_and_gradients_of_padded_rows(kind: str) -> Non
     policy = policy_of(PACKED[kind]())
     statistics = [Statistic("entropy")]
     values, gradients = [], []
-    for one in (policy, packed(policy)):
-        sequences = one.collate(ROWS)
-        found = one(sequences, statistics=statistics)
+    for is_packed in (False, True):
+        policy.pack("packed" if is_packed else "padded")
+        sequences = policy.collate(ROWS)
+        assert sequences.ids.shape == ((1, 28) if is_packed else (4, 13))
+        found = policy(sequences, statistics=statistics)
         values.append(found.values())
-        gradients.append(gradient(one, (found.logp * torch.linspace(-1, 1, 7)).sum()))
-    assert policy.collate(ROWS).ids.shape == (1, 28)
+        gradients.append(gradient(policy, (found.logp * torch.linspace(-1, 1, 7)).sum()))
     torch.testing.assert_close(values[1], values[0], rtol=0, atol=1e-12)
     torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-6, atol=1e-6)  # Gemma's norms are in float32
 
@@ -273,6 +275,8 @@ def test_layers_and_attention_of_other_kinds_are_not_packed() -> None:
     for name in ("softcap", "s_aux", "sinks", "position_bias", "alibi"):
         with pytest.raises(packing.CannotPackError, match=name):
             packing.attention_of_pack(None, nn.Module(), x, x, x, pack, **{name: 1.0})
+    with pytest.raises(packing.CannotPackError, match="is not causal"):
+        packing.attention_of_pack(None, nn.Module(), x, x, x, pack, is_causal=False)
 
 
 @pytest.mark.parametrize(("capability", "recent"), [((7, 5), False), ((8, 0), True), ((9, 0), True)])
@@ -319,12 +323,12 @@ def test_a_copy_of_the_trunk_takes_packs_too() -> None:
     )
     sequences = policy.collate(ROWS)
     policy(sequences)
-    assert shapes == [(1, sequences.tokens)]
+    assert shapes == [(1, sum(sequences.lengths))] and sequences.packed() is sequences
 
 
 def test_padded_rows_need_no_mask_and_share_keys(monkeypatch: pytest.MonkeyPatch) -> None:
     """A mask, or keys copied for query heads, would keep a GPU from its fast kernels."""
-    told = []
+    told, looks = [], masking_utils.find_packed_sequence_indices
     plain = functional.scaled_dot_product_attention
 
     def spy(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
@@ -337,6 +341,7 @@ def test_padded_rows_need_no_mask_and_share_keys(monkeypatch: pytest.MonkeyPatch
         policy(policy.collate(ROWS))
         assert told == [(None, True, True, 2)] * 2, kind
         told.clear()
+    assert masking_utils.find_packed_sequence_indices is looks, "transformers is left as it was"
 
 
 def tiny(tokenizer: Any) -> Policy:
@@ -467,3 +472,5 @@ def test_a_packed_policy_samples_and_is_saved_as_any_other(tokenizer: Any, tmp_p
     copied = policy.frozen_copy()
     assert copied.packs
     assert torch.equal(copied(copied.collate(ROWS)).logp, policy(policy.collate(ROWS)).logp)
+    policy.add_lora(rank=2)
+    assert policy.reference().packs

@@ -36,7 +36,7 @@ from rlzoo.policy import Policy, Sequences, load_policy
 from rlzoo.policy import head as head_module
 from rlzoo.policy.attention import attention
 from rlzoo.policy.head import Head
-from rlzoo.policy.loading import save_policy
+from rlzoo.policy.loading import REMOTE_CODE, save_policy, trusts_remote_code
 from rlzoo.policy.microbatches import log_probs, token_batches
 
 VOCABULARY, HIDDEN = 97, 32
@@ -146,7 +146,7 @@ def test_positions_and_targets_of_a_collated_batch() -> None:
     assert sequences.mask.int().tolist() == [[1, 1, 0], [1, 1, 1]]
     assert sequences.targets.tolist() == [4, 8, 3, 9, 10]
     assert sequences.spread(torch.arange(1.0, 6.0)).tolist() == [[1, 2, 0], [3, 4, 5]]
-    assert sequences.tokens == 9
+    assert sum(sequences.lengths) == 9
 
 
 def kl(policy_logits: Tensor, reference_logits: Tensor | None, target: Tensor) -> Tensor:
@@ -191,6 +191,26 @@ def test_a_soft_cap_of_attention_is_kept(monkeypatch: pytest.MonkeyPatch) -> Non
     added = torch.zeros(4, 4).masked_fill(~seen, -torch.inf)
     torch.testing.assert_close(*(attention(None, q, k, v, mask, softcap=0.5)[0] for mask in (seen, added)))
     assert not attention(None, q, k, v, seen, softcap=0.5, dropout=1.0)[0].any()
+
+
+def test_a_model_that_asks_for_the_name_of_its_attention_keeps_it() -> None:
+    """Its code would take another branch."""
+    config = pytest.importorskip("transformers.models.deepseek_v32").DeepseekV32Config(num_hidden_layers=1)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+    assert Policy(model, SimpleNamespace(eos_token_id=1)).model.config._attn_implementation == "sdpa"
+    assert build("llama").model.config._attn_implementation == "rlzoo"
+
+
+def test_query_heads_that_share_keys_may_have_masks_of_their_own() -> None:
+    """One new position after two."""
+    query, key, value = torch.randn(2, 4, 1, 8), torch.randn(2, 2, 3, 8), torch.randn(2, 2, 3, 8)
+    added = torch.randn(2, 4, 1, 3)
+    module: Any = SimpleNamespace(num_key_value_groups=2, is_causal=True)
+    for mask in (added, added[:, :1]):
+        found = attention(module, query, key, value, mask)[0]
+        weights = (query @ key.repeat_interleave(2, 1).mT / 8**0.5 + mask).softmax(-1)
+        torch.testing.assert_close(found, (weights @ value.repeat_interleave(2, 1)).transpose(1, 2))
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "gemma2", "granite"])
@@ -419,6 +439,8 @@ def test_rows_of_like_length_share_a_micro_batch() -> None:
     assert batches == [[1, 5, 3], [0, 2], [4]]
     # a unit is as long as its longest row, not as all of its rows: the three together would take 30
     assert list(token_batches([(0,), (1, 2)], [10, 6, 6], token_budget=20)) == [[1, 2], [0]]
+    # without padding, a unit takes the tokens of all of its rows, and each micro-batch begins at 0
+    assert list(token_batches([(0, 1), (2,), (3,)], [5, 5, 5, 6], token_budget=12, packed=True)) == [[0, 1], [2, 3]]
 
 
 @settings(max_examples=60, deadline=None)
@@ -493,6 +515,8 @@ def test_a_folder_that_lacks_something_is_refused(tmp_path: Path, monkeypatch: p
     save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
     policy.tokenizer.pad_token = None
     policy.tokenizer.save_pretrained(tmp_path)
+    monkeypatch.setenv(REMOTE_CODE, "0")
+    assert not trusts_remote_code()
     monkeypatch.setenv("HOME", str(tmp_path.parent))
     tokenizer = load_policy(f"~/{tmp_path.name}").tokenizer  # padding can be done without
     assert tokenizer.pad_token_id == tokenizer.eos_token_id

@@ -503,11 +503,11 @@ def test_room_grows_by_half_and_to_no_more_than_is_needed(monkeypatch: pytest.Mo
     monkeypatch.setattr(static_decoding, "ROOM", 8)
     monkeypatch.setattr(static_decoding, "BLOCK", 4)
     monkeypatch.setattr(static_decoding, "captured", captured)
-    batch = static_batch(1, 25, next_logits)
+    batch = static_batch(1, 22, next_logits)
     static_decoding.run(batch, graphs=True)
-    # 20 + 20/2, then 32 + 32/2 but at most 20 + 25, each rounded up to a multiple of 4
-    assert rooms == [32] * 12 + [48] * 12 and batch.completions() == [[1] * 25]
-    assert captured_at == [20], "the 12 tokens in the second buffer are not worth a graph"
+    # 20 + 20/2, then 32 + 32/2 but at most 20 + 22, each rounded up to a multiple of 4
+    assert rooms == [32] * 12 + [44] * 9 and batch.completions() == [[1] * 22]
+    assert captured_at == [20], "the 9 tokens in the second buffer are not worth a graph"
 
 
 def test_finished_sequences_leave_when_they_are_half() -> None:

@@ -96,11 +96,6 @@ class Sequences:
         )
         return cls(ids_, mask_, before_, places_, lengths, heat)
 
-    @property
-    def tokens(self) -> int:
-        """The number of prompt and completion tokens, without padding."""
-        return sum(self.lengths)
-
     def at(self, temperature: float) -> Sequences:
         """The same rows, all at one temperature."""
         heat = torch.full(self.mask.shape[:1], temperature, dtype=torch.float64, device=self.ids.device)
