@@ -128,7 +128,7 @@ def test_a_pilot_tells_what_more_seeds_would_detect(
     assert rows[0]["corrected"] > rows[2]["corrected"] > rows[2]["alone"] > 0
     pq.write_table(_outcomes(1), tmp_path / "outcomes.parquet")
     for wrong, told in (
-        (["--pilot", str(tmp_path)], "has no differences of two seeds on facts"),
+        (["--pilot", str(tmp_path)], "has no differences with at least two seeds on facts"),
         (["--pilot", str(tmp_path / "none")], "has no outcomes.parquet"),
         (["--gpu", "h1000"], "unknown GPU 'h1000'"),
     ):

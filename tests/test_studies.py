@@ -128,8 +128,8 @@ def test_the_command_looks_up_what_ships(capsys: pytest.CaptureFixture[str]) -> 
         out = " ".join(capsys.readouterr().out.split())
         assert all(word in out for word in told), command
     for wrong, reason in (
-        (["show"], "takes one name, and got 0"),
-        (["compare", "sft"], "takes two algorithms, and got 1"),
+        (["show"], "takes one name, not 0"),
+        (["compare", "sft"], "takes two algorithms, not 1"),
         (["compare", "sft", "sftt"], "unknown algorithm 'sftt'"),
         (["compare", "otr", "grpo-online"], "no study has both 'otr' and 'grpo-online'"),
         (["show", "none"], "unknown study 'none'"),

@@ -37,7 +37,7 @@ def plan(
         Path | None,
         options.running(
             metavar="RUN",
-            help="Folder of a finished comparison, for variances and lengths. Default: the study that ships.",
+            help="Folder of a finished comparison, for variances and lengths (default: the included study, if any).",
         ),
     ] = None,
     workers: options.Workers = None,
@@ -45,7 +45,7 @@ def plan(
     as_json: Annotated[bool, options.running("--json", help="Print the plan as JSON.")] = False,
     trust_remote_code: options.Trust = False,
 ) -> int:
-    """Estimate the cost of a comparison before it runs: cells, tokens, FLOPs, memory, time, and what it can detect.
+    """Estimate a comparison's tokens, FLOPs, memory and time before it runs, and the difference that it can detect.
 
     The speed of this machine is measured for a few seconds with the model itself; that of a GPU is estimated from its
     data sheet.

@@ -17,7 +17,7 @@ def results(
     ] = "list",
     names: Annotated[
         list[str] | None,
-        Argument(metavar="NAME...", help="A study, or a folder that rlzoo compare wrote; for compare, two algorithms."),
+        Argument(metavar="NAME...", help="A study, or a folder of rlzoo compare; for compare, two algorithms."),
     ] = None,
     form: Annotated[
         Literal["csv", "latex", "markdown"],
@@ -27,11 +27,11 @@ def results(
         Path | None,
         Option(
             metavar="FOLDER",
-            help="Folder for exported tables (default: NAME-tables) or for the saved study (default: rlzoo's).",
+            help="Folder for exported tables (default: NAME-tables) or saved studies (default: rlzoo's own).",
         ),
     ] = None,
 ) -> int:
-    """Look up the studies that ship with rlzoo: finished comparisons with all their outcomes.
+    """Show, compare and export the included studies: finished comparisons with all their outcomes.
 
     Examples:
       rlzoo results
@@ -44,7 +44,7 @@ def results(
     wanted = {"list": 0, "show": 1, "compare": 2, "export": 1, "save": 1}[action]
     if len(given) != wanted:
         what = {0: "no name", 1: "one name", 2: "two algorithms"}[wanted]
-        raise UserError(f"rlzoo results {action} takes {what}, and got {len(given)}: see `rlzoo results --help`")
+        raise UserError(f"rlzoo results {action} takes {what}, not {len(given)}: see `rlzoo results --help`")
     from rich.console import Console
 
     from rlzoo.cli.tables import show
@@ -61,7 +61,7 @@ def results(
     elif action == "compare":
         rows = studies.compare_studies(given[0], given[1])
         show(console, [plain_table(across_table(rows), f"{given[0]} minus {given[1]}, in percentage points")])
-        console.print("Each interval is that of one difference; p is corrected for all of them.", soft_wrap=True)
+        console.print("Intervals are for single differences; p-values are corrected for all of them.", soft_wrap=True)
     elif action == "export":
         name = Path(given[0]).name
         for file in studies.export_tables(studies.read_study(given[0]), to or Path(f"{name}-tables"), form):

@@ -1,8 +1,8 @@
-"""The cost of a comparison before it runs: tokens, FLOPs, memory and time of each of its rows.
+"""Estimating the cost of a comparison before it runs: tokens, FLOPs and memory of each of its algorithms.
 
-Costs are counted as the trainer counts them: its own assembly of batches runs for each row, on a model without weights,
-with forward passes counted instead of computed. This covers plug-ins and models of any size. The length of samples,
-which is unknown beforehand, is assumed, or taken from a finished run.
+Costs are counted as in training: batches are assembled by the same code for each algorithm, on a model without weights
+whose forward passes are counted instead of computed. This covers plug-ins and models of any size. The length of
+samples, which is unknown beforehand, is assumed, measured on a few samples, or taken from a finished run.
 """
 
 from __future__ import annotations
@@ -29,28 +29,29 @@ from rlzoo.training.batches import shares
 from rlzoo.types import Trajectory, Unit, selector_of
 
 READ = 256
-"""The number of problems whose lengths are measured."""
+"""The number of problems whose lengths are averaged."""
 
 
 @dataclass(frozen=True)
 class Lengths:
-    """Mean numbers of tokens."""
+    """Mean lengths in tokens."""
 
     prompt: float
     demonstration: float
     """The length of a worked solution; 0 if there are none."""
     sample: float
+    """The length of a sampled completion."""
     assumed: str | None
-    """What the length of samples is assumed to be; None if it was measured."""
+    """The assumption about the length of samples, in words; None if it was measured."""
 
     def flops(self, model: Policy, completion: float) -> float:
-        """FLOPs of a forward pass of a prompt and a completion of this length."""
+        """FLOPs of a forward pass on a prompt and a completion of ``completion`` tokens."""
         return model.flops(1, 0) * (self.prompt + completion) + model.flops(0, 1) * completion
 
 
 @dataclass(frozen=True)
 class RowForecast:
-    """The costs of one cell of an algorithm, and the number of its cells."""
+    """The costs per cell of an algorithm, and its number of cells."""
 
     algorithm: str
     cells: int
@@ -59,42 +60,43 @@ class RowForecast:
     sampled_tokens: float
     """Completion tokens sampled for online training."""
     evaluated_tokens: float
-    """Completion tokens sampled to evaluate it, in the course of training and at the end."""
+    """Completion tokens sampled for evaluation, during training and at the end."""
     flops: float
     """FLOPs of matrix products in forward and backward passes."""
     bytes: float
-    """Weights, gradients, moments, copies, and what one micro-batch keeps."""
+    """Memory in bytes: weights, gradients, the optimizer's moments, other models, and activations of a micro-batch."""
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """The costs of a comparison."""
+    """The estimated costs of a comparison."""
 
     rows: tuple[RowForecast, ...]
     lengths: Lengths
     shared_sampled_tokens: float
-    """Completion tokens of the shared buffers of samples."""
+    """Completion tokens sampled for the shared buffers."""
     shared_evaluated_tokens: float
-    """Completion tokens of the base model's evaluation."""
+    """Completion tokens sampled to evaluate the base model."""
     shared_flops: float
-    """FLOPs of forward passes of the shared buffers: log-probs of samples, stored inputs."""
+    """FLOPs of forward passes for the shared buffers: log-probs of samples, and stored inputs."""
     flops_per_token: float
     """FLOPs of the forward pass of one completion token."""
     parameters: int
+    """The model's number of parameters."""
 
     @property
     def sampled_tokens(self) -> float:
-        """All completion tokens that are sampled, to learn from and to evaluate."""
+        """All sampled completion tokens, for training and for evaluation."""
         own = sum(row.cells * (row.sampled_tokens + row.evaluated_tokens) for row in self.rows)
         return own + self.shared_sampled_tokens + self.shared_evaluated_tokens
 
     @property
     def flops(self) -> float:
-        """All FLOPs of forward and backward passes, except those of sampling."""
+        """All FLOPs of forward and backward passes, without those of sampling."""
         return sum(row.cells * row.flops for row in self.rows) + self.shared_flops
 
     def seconds(self, flops_per_second: float, tokens_per_second: float) -> float:
-        """How long it takes at this speed of training and of sampling, in seconds."""
+        """The duration in seconds: FLOPs / ``flops_per_second`` + sampled tokens / ``tokens_per_second``."""
         return self.flops / flops_per_second + self.sampled_tokens / tokens_per_second
 
     def as_dict(self) -> dict[str, Any]:
@@ -105,7 +107,8 @@ class Forecast:
 def forecast(experiment: Experiment, model: Policy, sample_tokens: float | None = None) -> Forecast:
     """The costs of an experiment for a ``model``, which needs no weights (`rlzoo.policy.loading.load_shape`).
 
-    ``sample_tokens`` is the mean length of a sample; None: as long as a demonstration, or half of ``max_new_tokens``.
+    ``sample_tokens`` is the mean length of a sample; None: the mean length of demonstrations or, without any, half of
+    ``max_new_tokens``. Raises UserError for problems that cannot be loaded.
     """
     train = load_problems(experiment.train)
     lengths = _lengths(experiment, model, train, sample_tokens)
@@ -151,12 +154,12 @@ def _lengths(experiment: Experiment, model: Policy, train: Sequence[Any], sample
     most, assumed = experiment.rollouts.max_new_tokens, None
     if sample is None:
         sample = min(shown, most) if rows else most / 2
-        assumed = "as long as a demonstration" if rows else "half of max_new_tokens"
+        assumed = "the mean length of demonstrations" if rows else "half of max_new_tokens"
     return Lengths(statistics.fmean(len(p.ids) for p in encoded), shown, sample, assumed)
 
 
 def _tests(experiment: Experiment, sets: Sequence[ProblemSource], lengths: Lengths) -> tuple[float, float]:
-    """Completion tokens of an evaluation on problem sets, and of the evaluations in the course of training."""
+    """Completion tokens of one full evaluation on problem sets, and of all evaluations during training."""
     settings = experiment.evaluation
     sizes = [len(load_problems(one)) for one in sets]
     whole = sum(sizes) * (settings.samples + 1)
@@ -196,7 +199,7 @@ def _row(
     whole, along = tests
     if has_choice(experiment, name) and experiment.validation is not None:
         validated = len(load_problems(experiment.validation)) * experiment.evaluation.samples * lengths.sample
-        chosen = 1 / len(experiment.learning_rates_of(name))  # of its cells are evaluated on the benchmarks
+        chosen = 1 / len(experiment.learning_rates_of(name))  # the fraction of cells that are evaluated on benchmarks
         whole = chosen * whole + validated
     return RowForecast(
         name,
@@ -210,7 +213,7 @@ def _row(
 
 
 def _bytes(policy: Policy, settings: Training, objective: Objective) -> float:
-    """Memory of a training process."""
+    """The memory of a training process, in bytes."""
     weights = sum(p.numel() * p.element_size() for p in policy.parameters())
     frozen = {name for c in objective.components for one in c.objective.requires for name in one.models()}
     moving = sum(one.moving_model(policy) is not None for c in objective.components for one in c.objective.requires)
@@ -220,7 +223,7 @@ def _bytes(policy: Policy, settings: Training, objective: Objective) -> float:
 
 
 class _Counted(Policy):
-    """A policy without weights that takes batches on the CPU."""
+    """A policy without weights that accepts batches on the CPU."""
 
     @property
     def device(self) -> torch.device:
@@ -228,7 +231,7 @@ class _Counted(Policy):
 
     @classmethod
     def of(cls, model: Policy, settings: Training, objective: Objective) -> _Counted:
-        """A copy of the model with the adapters and modules that training with the objective adds."""
+        """A copy of the model with the adapters and modules that training with ``objective`` adds."""
         made = cls(copy.deepcopy(model.model), model.tokenizer, model.name, model.compute)
         if settings.lora is not None:
             made.add_lora(**settings.lora.model_dump())
@@ -254,7 +257,7 @@ def _passed(policy: Policy, rows: Sequence[Tokens]) -> float:
 
 
 def _models(policy: Policy, objective: Objective) -> Models:
-    """The policy in place of all other models, which are assumed to be as large."""
+    """All other models, assumed to be as large as the policy."""
     names = {name for one in objective.requires for name in one.models()}
     other = Policy(policy.model, policy.tokenizer, policy.name, policy.compute)
     return Models(policy, dict.fromkeys(names, other), dict.fromkeys(objective.requires, other))
@@ -263,7 +266,7 @@ def _models(policy: Policy, objective: Objective) -> Models:
 def _example(
     unit: Unit, size: int, group: int, prompt: float, completion: float, objective: Objective, online: bool
 ) -> tuple[list[Trajectory], list[tuple[int, ...]]]:
-    """A batch of the mean length. Rows of a buffer have all stored inputs, fresh samples lack what can be computed."""
+    """A batch with rows of mean length. Fresh samples (``online``) lack the stored inputs that can be computed."""
     zeros = [0.0] * max(1, round(completion))
     stored = [one for one in objective.requires if one.stage is Stage.STORED]
     known = {one.column: zeros for one in stored if not (online and one.is_computed)}

@@ -1,4 +1,4 @@
-"""`rlzoo plan`: what an experiment costs, how long it takes, and the smallest difference that it can detect."""
+"""`rlzoo plan`: an experiment's cost, its duration, and the smallest difference that it can detect."""
 
 from __future__ import annotations
 
@@ -27,19 +27,21 @@ from rlzoo.jobs.pool import default_workers
 from rlzoo.policy.loading import load_shape
 
 MORE = (1, 2, 4)
-"""The multiples of an experiment's seeds that its smallest difference is computed for."""
+"""Multiples of the experiment's number of seeds for which the smallest detectable difference is computed."""
 POWER = 0.8
+"""The power at which a difference counts as detectable."""
 SMALL = 1e8
-"""The number of parameters below which the speed of a GPU is limited by kernel launches."""
+"""The number of parameters below which kernel launches limit a GPU's speed."""
 
 
 def planned(
     experiment: Experiment, gpu: str | None = None, pilot: Path | None = None, workers: int | None = None
 ) -> dict[str, Any]:
-    """The costs of an experiment, its time with ``workers`` on this machine or on a ``gpu``, and what it can detect.
+    """The costs of an experiment, its duration with ``workers``, and the smallest difference that it can detect.
 
-    ``pilot`` is the folder of a finished comparison on the same benchmarks; None: the study that ships, if any. Raises
-    UserError for an unknown GPU, and for a pilot without the differences that are needed.
+    The duration is for this machine, or for a ``gpu``. ``pilot`` is the folder of a finished comparison on the same
+    benchmarks; None: the included study of this experiment, if any. Keys are the fields of `Forecast`, and others that
+    `tables_of` shows. Raises UserError for an unknown GPU, and for a pilot as `detectable` does.
     """
     shape = load_shape(experiment.model)
     if gpu is not None:
@@ -72,7 +74,7 @@ def planned(
 
 
 def _committed(experiment: Experiment) -> Path | None:
-    """The study of this experiment that ships with rlzoo, if it is of the same model."""
+    """The included study of this experiment, if there is one with the same model."""
     if experiment.name not in list_studies():
         return None
     config = read_study(experiment.name).results.config
@@ -87,11 +89,12 @@ def _outcomes_of(pilot: Path) -> pa.Table:
 
 
 def detectable(experiment: Experiment, outcomes: pa.Table, pilot: Path | None = None) -> list[dict[str, Any]]:
-    """Per benchmark and number of seeds, the smallest difference in avg@k that is detected in four of five repetitions.
+    """Per benchmark and number of seeds, the smallest difference in avg@k that is detected with power `POWER`.
 
-    "Detected": distinguishable after the correction of a report's table of differences. The variance is that of the
-    pilot's paired differences from its baseline, the median over its algorithms. Raises UserError for a pilot without
-    two seeds, or on other benchmarks.
+    ``corrected``: significant after Holm's correction in a report's table of differences; ``alone``: as a single
+    planned difference; both are fractions. Variances are estimated from the pilot's paired differences to its baseline;
+    the result is the median over its algorithms. Raises UserError for a pilot with fewer than two seeds, or without
+    these benchmarks.
     """
     matrices = result_matrices(outcomes, 1)
     names = [name for name in dict.fromkeys(name for name, _, _ in matrices) if name != BASE]
@@ -114,14 +117,14 @@ def detectable(experiment: Experiment, outcomes: pa.Table, pilot: Path | None = 
             rows.append(row | {"corrected": statistics.median(sizes), "alone": statistics.median(alone)})
     if not rows:
         raise UserError(
-            f"--pilot {pilot} has no differences of two seeds on {', '.join(experiment.benchmarks)}: "
+            f"--pilot {pilot} has no differences with at least two seeds on {', '.join(experiment.benchmarks)}: "
             "give a comparison of two algorithms on these benchmarks, with two seeds or more"
         )
     return rows
 
 
 def tables_of(found: Mapping[str, Any]) -> tuple[list[rich.table.Table], list[str]]:
-    """A plan as tables and lines for the terminal."""
+    """The result of `planned` as tables and lines for the terminal."""
     costs = Table(
         ["algorithm", "cells", "gradient tokens", "sampled tokens", "FLOPs", "memory"],
         [
@@ -136,7 +139,7 @@ def tables_of(found: Mapping[str, Any]) -> tuple[list[rich.table.Table], list[st
             for row in found["rows"]
         ],
     )
-    tables = [plain_table(costs, "a cell of each algorithm, its evaluation included")]
+    tables = [plain_table(costs, "costs per cell, including its evaluation")]
     if rows := found["smallest_differences"]:
         differences = Table(
             ["benchmark", "problems", "seeds", "corrected (points)", "alone (points)"],
@@ -146,43 +149,43 @@ def tables_of(found: Mapping[str, Any]) -> tuple[list[rich.table.Table], list[st
                 for row in rows
             ],
         )
-        title = f"smallest difference in avg@k that is detected in {100 * POWER:.0f} % of repetitions"
+        title = f"smallest difference in avg@k detected with {100 * POWER:.0f} % power"
         tables.append(plain_table(differences, title))
     return tables, _lines(found)
 
 
 def _lines(found: Mapping[str, Any]) -> list[str]:
     lengths, speed = found["lengths"], found["speed"]
-    length = f"a prompt has {lengths['prompt']:.0f} tokens, a sample {lengths['sample']:.0f}"
+    length = f"mean length: {lengths['prompt']:.0f} tokens per prompt, {lengths['sample']:.0f} per sample"
     lines = [
         f"{found['cells']} cells; {amount(found['sampled_tokens'])} sampled tokens and {amount(found['flops'])} FLOPs "
-        f"in all, those of the shared buffer and the base model included; {amount(found['parameters'])} parameters",
-        length + (f", taken to be {lengths['assumed']}" if lengths["assumed"] else " (measured)"),
+        f"in total, including the shared buffer and the base model; {amount(found['parameters'])} parameters",
+        length + (f" (assumed: {lengths['assumed']})" if lengths["assumed"] else " (measured)"),
     ]
     rates = (
         f"{amount(speed['flops_per_second'])} FLOPs and {amount(speed['tokens_per_second'])} sampled tokens per second"
     )
     workers = f"{found['workers']} worker{'s' * (found['workers'] != 1)}"
     if speed["gpu"] is None:
-        lines.append(f"about {seconds(found['seconds'])} on this machine with {workers}; measured for one: {rates}")
+        lines.append(f"about {seconds(found['seconds'])} on this machine with {workers}; measured with one: {rates}")
     else:
         lines.append(
             f"about {seconds(found['seconds'])} with {workers} on {speed['gpu']}; assumed, not measured: {rates} "
-            f"({100 * OF_TRAINING:.0f} and {100 * OF_SAMPLING:.0f} % of the bf16 matrix products on its data sheet)"
+            f"({100 * OF_TRAINING:.0f} and {100 * OF_SAMPLING:.0f} % of the peak bf16 throughput on its data sheet)"
         )
         if found["parameters"] < SMALL:
-            lines.append("A model this small keeps no GPU busy: it will take longer.")
+            lines.append("A model this small does not keep a GPU busy: it will take longer.")
         if (most := max(row["bytes"] for row in found["rows"])) > found["gpu_bytes"]:
             lines.append(
                 f"memory: {amount(most, 'B')} do not fit into the {amount(found['gpu_bytes'], 'B')} of {speed['gpu']}: "
                 "use adapters (training.lora), gradient_checkpointing, or several GPUs"
             )
-    lines.append("The time of rewards, loading and reports is not in it.")
+    lines.append("Rewards, loading and reports take additional time.")
     if found["smallest_differences"]:
         lines.append(
-            f"corrected: after Holm's correction for the {found['smallest_differences'][0]['differences']} differences "
-            f"of a table; alone: of a single planned difference. Variances are those of {found['pilot']}."
+            f"corrected: with Holm's correction for the {found['smallest_differences'][0]['differences']} differences "
+            f"of a table; alone: for a single planned difference. Variances are estimated from {found['pilot']}."
         )
     else:
-        lines.append("For the smallest difference that it can detect, give --pilot and a finished comparison.")
+        lines.append("For the smallest detectable difference, give the folder of a finished comparison with --pilot.")
     return lines

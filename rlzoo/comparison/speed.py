@@ -1,4 +1,4 @@
-"""How fast a comparison runs: measured on this machine for a few seconds, or assumed for a GPU from its data sheet."""
+"""The speed of a comparison: measured on this machine for a few seconds, or estimated from a GPU's data sheet."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from rlzoo.training import train
 from rlzoo.types import Trajectory
 
 PROMPTS = 32
-"""The number of prompts in a measurement, for training and for sampling."""
+"""The number of prompts for measuring the speed of training and of sampling."""
 OF_TRAINING, OF_SAMPLING = 0.4, 0.1
-"""The fractions of a GPU's bf16 matrix-product speed that training and sampling with vLLM are assumed to reach."""
+"""The assumed fractions of a GPU's peak bf16 throughput that training and sampling with vLLM reach."""
 
 
 @dataclass(frozen=True)
@@ -28,9 +28,9 @@ class Card:
     """A GPU according to its data sheet."""
 
     flops: float
-    """FLOPs per second of dense bf16 matrix products."""
+    """Peak FLOPs per second of dense bf16 matrix products."""
     bytes: float
-    """The size of its memory."""
+    """The size of its memory, in bytes."""
 
 
 GPUS = {
@@ -45,7 +45,7 @@ GPUS = {
     "mi300x": Card(1307e12, 192e9),
     "rtx-4090": Card(165e12, 24e9),
 }
-"""Source: the vendors' data sheets; numbers without sparsity."""
+"""GPUs by name. Source: the vendors' data sheets, without sparsity."""
 
 
 @dataclass(frozen=True)
@@ -53,28 +53,31 @@ class Speed:
     """The speed of one worker."""
 
     flops: float
-    """FLOPs of forward and backward passes per second."""
+    """FLOPs per second of forward and backward passes."""
     tokens: float
     """Sampled tokens per second."""
     sample_tokens: float | None = None
-    """The mean length of the base model's samples, where it was measured."""
+    """The mean length of the base model's samples; None if it was not measured."""
 
 
 def speed_of_gpu(name: str, forecast: Forecast) -> Speed:
-    """The assumed speed of a GPU. Raises UserError for an unknown name."""
+    """The estimated speed of a GPU. Raises UserError for an unknown name."""
     card = card_of(name)
     return Speed(OF_TRAINING * card.flops, OF_SAMPLING * card.flops / forecast.flops_per_token)
 
 
 def card_of(name: str) -> Card:
-    """The GPU of a name. Raises UserError for an unknown one."""
+    """The GPU with this name. Raises UserError for an unknown one."""
     if name.lower() not in GPUS:
         raise unknown("GPU", name, GPUS)
     return GPUS[name.lower()]
 
 
 def measured_speed(experiment: Experiment) -> Speed:
-    """Train SFT for two steps on a few rows, and sample the base model, each once before the clock starts."""
+    """The speed on this machine, of two steps of SFT on a few rows and of sampling the base model, after warm-up.
+
+    Raises UserError as `load_policy` and `load_problems` do.
+    """
     policy = load_for(experiment.model, experiment.training)
     problems = load_problems(experiment.train)[:PROMPTS]
     prompts = [one.ids for one in encode_problems(policy.tokenizer, problems)]

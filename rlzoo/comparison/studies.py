@@ -1,4 +1,4 @@
-"""Studies: finished comparisons that are kept, in files small enough to commit, and differences across them."""
+"""Studies: finished comparisons in files small enough to commit, and differences across them."""
 
 from __future__ import annotations
 
@@ -23,17 +23,18 @@ from rlzoo.errors import UserError, unknown
 from rlzoo.jobs.outputs import replacing, write_atomically
 
 STUDIES = EXPERIMENTS / "results"
+"""The folder of the studies that are included in rlzoo."""
 DIGITS = 5
-"""How many significant digits are kept of the numbers of each training step."""
+"""The number of significant digits that are kept of metrics per training step."""
 
 
 def list_studies() -> list[str]:
-    """The names of the studies that ship with rlzoo."""
+    """The names of the studies that are included in rlzoo."""
     return sorted(path.parent.name for path in STUDIES.glob("*/results.json"))
 
 
 def study_folder(name: str) -> Path:
-    """The folder of a study by its name, or a finished comparison's own. Raises UserError for an unknown name."""
+    """The folder of a study, given its name, or that of a finished comparison. Raises UserError for an unknown name."""
     if (folder := Path(name)).is_dir():
         return folder
     if name not in list_studies():
@@ -42,24 +43,24 @@ def study_folder(name: str) -> Path:
 
 
 def read_study(name: str) -> FinishedRun:
-    """A study, or a finished comparison. Raises UserError for an unknown name and for broken files."""
+    """A study, or a finished comparison, by name or folder. Raises UserError for an unknown name and broken files."""
     return read_run(study_folder(name))
 
 
 def save_study(run: Path, into: Path = STUDIES, name: str | None = None) -> Path:
     """Save a finished comparison as a study: results.json, a JSON file per cell, and outcomes.parquet.
 
-    Weights, buffers and reports are left out; numbers of single training steps are rounded to `DIGITS` digits. Raises
-    UserError for a run with failed cells, and for a name that is taken.
+    Weights, buffers and reports are not saved; metrics per training step are rounded to `DIGITS` digits. Raises
+    UserError for a run with failed cells, and for a name that is taken. Returns the study's folder.
     """
     found = read_run(run)
     results = json.loads((run / "results.json").read_text(encoding="utf-8"))
     if failed := results.get("failed"):
-        raise UserError(f"{str(run)!r} has {len(failed)} failed cells: run the same `rlzoo compare` again first")
+        raise UserError(f"{str(run)!r} has {len(failed)} failed cells: repeat the same `rlzoo compare` first")
     study = into / (name or results["experiment"])
     if study.exists():
-        raise UserError(f"{str(study)!r} exists already: remove it first, or give another --name")
-    rows = summarise(found.outcomes, found.results.k)  # by the statistics of this version
+        raise UserError(f"{str(study)!r} exists already: remove it first, or save to another folder (--to)")
+    rows = summarise(found.outcomes, found.results.k)  # with the statistics of this version
     results["summary"] = [row for row in rows if row["algorithm"] != BASE]
     results["base_summary"] = [row for row in rows if row["algorithm"] == BASE]
     cells = results.pop("cells")
@@ -77,7 +78,7 @@ def save_study(run: Path, into: Path = STUDIES, name: str | None = None) -> Path
 
 
 def _rounded(value: Any) -> Any:
-    """Plain data with fewer digits in its numbers."""
+    """Plain data with numbers rounded to `DIGITS` digits."""
     if isinstance(value, float):
         return float(f"{value:.{DIGITS}g}")
     if isinstance(value, dict):
@@ -86,7 +87,7 @@ def _rounded(value: Any) -> Any:
 
 
 def export_tables(run: FinishedRun, folder: Path, form: str) -> list[Path]:
-    """Write every table of a report to its own file in a folder, named after its headings; returns the files."""
+    """Write every table of a report to a file of its own, named after its headings; ``form`` is a key of `FORMATS`."""
     suffix, write = FORMATS[form]
     files: list[Path] = []
     above: dict[int, str] = {}
@@ -104,9 +105,9 @@ def export_tables(run: FinishedRun, folder: Path, form: str) -> list[Path]:
 def compare_studies(one: str, other: str, names: Sequence[str] | None = None) -> list[dict[str, Any]]:
     """The paired differences ``one`` - ``other`` of two algorithms in each study that has both, on every benchmark.
 
-    Rows have the keys study, benchmark, metric, difference, ci_low, ci_high, p and seeds. p is corrected by `holm` for
-    all rows, as they answer one question together; cells that two studies share count once. Raises UserError where no
-    study has both.
+    Rows have the keys study, benchmark, metric, difference, ci_low, ci_high, p and seeds; differences are fractions,
+    with 95 % intervals. p is corrected with `holm` for all rows, because they answer one question together; cells that
+    two studies share count once. Raises UserError for an unknown algorithm, and if no study has both.
     """
     names = list_studies() if names is None else names
     rows: list[dict[str, Any]] = []
