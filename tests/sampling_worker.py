@@ -23,7 +23,7 @@ from rlzoo.evaluation import evaluate
 from rlzoo.jobs.ranks import joined, rank, world_size
 from rlzoo.objective import get_objective
 from rlzoo.policy import load_policy
-from rlzoo.reward.isolation import Limits, apart
+from rlzoo.reward.isolation import Limits, isolated
 from rlzoo.rollout import Sampler, TransformersSampler, VLLMSampler, collect_rollouts
 from rlzoo.training import Trainer
 from rlzoo.training.batches import BufferSource
@@ -49,7 +49,7 @@ def run(folder: Path, engine: str) -> None:
         encoded = encode_problems(policy.tokenizer, problems)
         found: dict[str, Any] = {}
         for limits in (Limits(), Limits(None, None)):  # in a process of its own, and in this one
-            reward = apart(f"{folder / 'reward.py'}:told", limits)
+            reward = isolated(f"{folder / 'reward.py'}:told", limits)
             rows = collect_rollouts(policy, sampler, encoded, reward, Sampling(**HOW), seed=3)
             told = evaluate(policy, problems, reward, EvaluationSettings(**HOW), seed=4, sampler=sampler)
             found[str(limits.seconds)] = {

@@ -101,7 +101,7 @@ def test_an_engine_and_its_policy_share_a_gpu(make_policy: MakePolicy, monkeypat
     monkeypatch.setattr("rlzoo.rollout.vllm.find_spec", lambda name: True)
     policy = on_gpu(make_policy("llama", dtype=torch.float32))
     monkeypatch.setattr(Elsewhere, "where", torch.device("cuda", 1))
-    with pytest.raises(UserError, match=r"the policy is on cuda:1, .* start it with CUDA_VISIBLE_DEVICES=1"):
+    with pytest.raises(UserError, match=r"the policy is on cuda:1, .* start rlzoo with CUDA_VISIBLE_DEVICES=1"):
         VLLMSampler(policy)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr("rlzoo.rollout.vllm._engines", {})

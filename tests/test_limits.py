@@ -163,7 +163,7 @@ def test_a_model_without_an_embedding_of_its_end_is_refused_when_it_is_loaded(po
     policy.tokenizer = build_tokenizer()
     policy.tokenizer.add_special_tokens({"eos_token": "<end>"})
     save_policy(policy, tmp_path / "model")
-    with pytest.raises(UserError, match=r"has no embedding of its end of sequence: token \d+ \('<end>'\) is not one"):
+    with pytest.raises(UserError, match=r"has no embedding for its end of sequence: token \d+ \('<end>'\) is not one"):
         load_policy(str(tmp_path / "model"))
 
 

@@ -28,7 +28,7 @@ from rlzoo.objective import get_objective
 from rlzoo.policy import Policy
 from rlzoo.reward import Reward, Score, get_reward
 from rlzoo.reward.calling import TrainerState
-from rlzoo.reward.isolation import Limits, apart
+from rlzoo.reward.isolation import Limits, isolated
 from rlzoo.rollout import Sample, Sampler, collect_rollouts
 
 FORMS: Sequence[Callable[[str], Any]] = (lambda text: text, lambda text: [{"role": "assistant", "content": text}])
@@ -113,7 +113,7 @@ def test_a_reward_of_trls_may_run_in_a_process_of_its_own(tmp_path: Path) -> Non
     body = inspect.getsource(curriculum) + inspect.getsource(logging)
     (tmp_path / "mine.py").write_text(f"from typing import Any\nimport numpy as np\n{body}")
     spec = [f"{tmp_path / 'mine.py'}:curriculum", f"{tmp_path / 'mine.py'}:logging"]
-    here, there = (apart(spec, limits).at(3, 12) for limits in (Limits(None, None), Limits()))
+    here, there = (isolated(spec, limits).at(3, 12) for limits in (Limits(None, None), Limits()))
     found = there.score([""] * 2, ["a", "bc"], {})
     assert found == here.score([""] * 2, ["a", "bc"], {})
     assert [score.value for score in found] == [1.25, 1.25]
@@ -384,7 +384,7 @@ def test_the_hint_is_there_in_a_process_of_its_own_and_for_null(tmp_path: Path) 
     (tmp_path / "mine.py").write_text(
         "def mine(completions, **columns):\n    return [c[0]['content'] for c in completions]\n"
     )
-    reward = apart(f"{tmp_path / 'mine.py'}:mine", Limits(), "null")
+    reward = isolated(f"{tmp_path / 'mine.py'}:mine", Limits(), "null")
     with pytest.warns(RuntimeWarning, match="on row 0: TypeError: .*set `chat: true`.*; scored as null"):
         assert reward(["q"], ["4"]) == [None]
 
@@ -455,7 +455,7 @@ def test_a_file_imports_what_lies_beside_it_and_nothing_of_another_folder(
 @pytest.mark.slow
 def test_a_file_imports_what_lies_beside_it_in_a_process_of_its_own(folders: Path) -> None:
     spec = [f"{folders / name / 'mine.py'}:mine" for name in ("one", "one")]
-    assert apart(spec, Limits())(["q"], ["4"], name=["one"]) == [32.0]
+    assert isolated(spec, Limits())(["q"], ["4"], name=["one"]) == [32.0]
 
 
 def test_a_module_that_a_plain_import_finds_there_is_imported_once(

@@ -17,7 +17,7 @@ import pytest
 
 from rlzoo.errors import UserError
 from rlzoo.reward import Reward, Score, get_reward, isolation
-from rlzoo.reward.isolation import Limits, apart
+from rlzoo.reward.isolation import Limits, isolated
 
 BAD = """
 import os, pathlib, time, warnings
@@ -52,7 +52,7 @@ def bad(tmp_path: Path) -> Any:
     (tmp_path / "bad.py").write_text(BAD)
 
     def make(on_error: Any = "null", seconds: float | None = 1.0, memory: float = 1.0) -> Reward:
-        return apart(f"{tmp_path / 'bad.py'}:bad", Limits(seconds, memory), on_error)
+        return isolated(f"{tmp_path / 'bad.py'}:bad", Limits(seconds, memory), on_error)
 
     yield make
     for process in isolation._processes.values():
@@ -68,12 +68,12 @@ def test_answers_are_found_in_the_process_too(tmp_path: Path) -> None:
         "        return completion[1:] and 1 / int(completion[1:])\n"
     )
     spec = f"{tmp_path / 'mine.py'}:Mine"
-    reward = apart(spec, Limits(1.0, 1.0))
+    reward = isolated(spec, Limits(1.0, 1.0))
     assert reward.answers(["x1", "x2", "x"]) == ["1.0", "0.5", ""]
     assert reward.answers(["x1", "hang"]) == [None, None], "in time, and none of them"
     with pytest.raises(UserError, match=r"^reward 'mine': answer_of raised ZeroDivisionError: division by zero$"):
         reward.answers(["x0"])
-    lenient = apart(spec, Limits(1.0, 1.0), "null")
+    lenient = isolated(spec, Limits(1.0, 1.0), "null")
     with pytest.warns(RuntimeWarning, match="answer_of raised ZeroDivisionError"):
         assert lenient.answers(["x0"]) == [None]
     weighted = get_reward(["format", spec, "exact-match"])
@@ -143,9 +143,9 @@ def test_a_process_finds_modules_and_gets_what_a_reward_here_gets(
         "def leads(completions):\n    return [float(os.getsid(0) == os.getpid())]\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
-    assert apart("beside_this:leads", Limits())(["q"], ["a"]) == [1.0], "Ctrl-C does not come to it"
+    assert isolated("beside_this:leads", Limits())(["q"], ["a"]) == [1.0], "Ctrl-C does not come to it"
     made: list[Reward] = []
-    thread = threading.Thread(target=lambda: made.append(apart("beside_this:mine", Limits())))
+    thread = threading.Thread(target=lambda: made.append(isolated("beside_this:mine", Limits())))
     thread.start()
     thread.join()
     (mine,) = made
@@ -172,7 +172,7 @@ def test_a_file_of_the_same_name_in_another_folder_is_another_reward(
         (tmp_path / str(number)).mkdir()
         (tmp_path / str(number) / "mine.py").write_text(f"def mine(completions, **_): return [{number}.0]")
         monkeypatch.chdir(tmp_path / str(number))
-        assert scored(apart("mine.py:mine", Limits()), "x") == ([number], [])
+        assert scored(isolated("mine.py:mine", Limits()), "x") == ([number], [])
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="asks the system to end a process with its parent")
@@ -204,17 +204,17 @@ def test_too_few_values_are_told(bad: Any) -> None:
 
 def test_a_reward_that_cannot_be_built_says_so_as_here(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="unknown reward 'exakt': did you mean 'exact-match'"):
-        apart("exakt", Limits())
+        isolated("exakt", Limits())
     with pytest.raises(UserError, match="must be given by name"):
-        apart(lambda completions: [0.0] * len(completions), Limits())
+        isolated(lambda completions: [0.0] * len(completions), Limits())
 
 
 def test_it_gives_what_the_reward_gives_here() -> None:
     spec = [{"name": "exact-match"}, {"name": "format", "weight": 0.5, "pattern": "#### .*"}]
     columns = {"answer": ["3", "4"]}
     arguments = (["1+2", "2+2"], ["#### 3", "#### 5"], columns)
-    here = apart(spec, Limits(None, None)).score(*arguments)
-    there = apart(spec, Limits()).score(*arguments)
+    here = isolated(spec, Limits(None, None)).score(*arguments)
+    there = isolated(spec, Limits()).score(*arguments)
     assert here == there and all(isinstance(score, Score) and len(score.components) == 2 for score in there)
 
 
@@ -233,7 +233,7 @@ HOSTILE = [
 
 
 def test_hostile_answers_cost_a_bounded_time() -> None:
-    reward = apart("math-answer", Limits(6.0, 2.0), "null")
+    reward = isolated("math-answer", Limits(6.0, 2.0), "null")
     started = time.monotonic()
     texts = [*HOSTILE, r"\boxed{42}", "#### 41"]
     values, _ = scored_with(reward, texts, ["42"] * len(texts))

@@ -19,7 +19,7 @@ from rlzoo.evaluation import evaluate
 from rlzoo.jobs.cached_results import CachedResults
 from rlzoo.policy import Policy, load_policy
 from rlzoo.reward import Reward, isolation
-from rlzoo.reward.isolation import Limits, apart
+from rlzoo.reward.isolation import Limits, isolated
 from rlzoo.rollout import Sample, Sampler, TransformersSampler, collect_rollouts, scoring
 
 REWARDS = '''
@@ -70,7 +70,7 @@ def rewards(tmp_path: Path) -> Iterator[Callable[..., Reward]]:
     (tmp_path / "mine.py").write_text(REWARDS)
 
     def make(name: str, processes: int = 1, on_error: Any = "fail", limits: Limits | None = None) -> Reward:
-        return apart(f"{tmp_path / 'mine.py'}:{name}", limits or Limits(30.0, 4.0), on_error, processes)
+        return isolated(f"{tmp_path / 'mine.py'}:{name}", limits or Limits(30.0, 4.0), on_error, processes)
 
     yield make
     for each in isolation._processes.values():

@@ -37,7 +37,7 @@ import torch
 from rlzoo import Policy, load_policy
 from rlzoo.buffers.problems import EncodedProblem, Problem, encode_problems, load_problems
 from rlzoo.config import ProblemSource, Sampling
-from rlzoo.reward.isolation import Limits, RewardProcesses, apart
+from rlzoo.reward.isolation import Limits, RewardProcesses, isolated
 from rlzoo.rollout import TransformersSampler
 from rlzoo.rollout.decoding import padded
 from rlzoo.rollout.scoring import Scorer
@@ -111,7 +111,7 @@ def scored(arguments: argparse.Namespace) -> dict[str, Any]:
     )
     sampler, reward = (
         TransformersSampler(policy),
-        apart(arguments.reward, Limits(None, 8.0), "fail", arguments.processes),
+        isolated(arguments.reward, Limits(None, 8.0), "fail", arguments.processes),
     )
     processes = reward.function
     assert isinstance(processes, RewardProcesses)
@@ -127,7 +127,7 @@ def scored(arguments: argparse.Namespace) -> dict[str, Any]:
     ) -> tuple[float, float, list[float | None]]:
         started = time.perf_counter()
         with Scorer(reward, some) as scorer:
-            with sampler.heard_by(scorer.begin if meanwhile else lambda *_: None):
+            with sampler.reporting_to(scorer.begin if meanwhile else lambda *_: None):
                 sampled = sampler.sample([problem.ids for problem in some], settings, seed)
             alone = time.perf_counter() - started
             scorer.begin_all(sampled)

@@ -16,7 +16,7 @@ from rlzoo.evaluation import Metric, metric_table
 from rlzoo.objective import Objective, get_objective, view_in_place
 from rlzoo.policy.loading import DTYPES
 from rlzoo.reward import Reward
-from rlzoo.reward.isolation import Limits, apart
+from rlzoo.reward.isolation import Limits, isolated
 from rlzoo.rollout.sampler import Sample, sampler_class
 from rlzoo.rollout.scoring import columns_of, score_samples
 from rlzoo.training import batches
@@ -38,7 +38,7 @@ def reward_of(
     limits = Limits(experiment.scoring.seconds, experiment.scoring.memory_gb)
     own = None if benchmark is None else experiment.benchmarks[benchmark].reward
     spec = experiment.reward if own is None else own
-    return apart(spec, limits, experiment.scoring.on_error, experiment.scoring.processes).at(step, max_steps, epoch)
+    return isolated(spec, limits, experiment.scoring.on_error, experiment.scoring.processes).at(step, max_steps, epoch)
 
 
 def metrics_of(experiment: Experiment) -> dict[str, Metric]:

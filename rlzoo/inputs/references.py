@@ -127,7 +127,9 @@ class Mismatched(Input):
     def compute(self, context: Context) -> Float[Tensor, " B"]:
         others, mean = mismatched(context.rows), torch.zeros((), device=context.mask.device)
         if others and context.model(None) is not context.policy:
-            own, reference = (context.log_probs(m, others).sum(1) for m in (context.policy, context.model(None)))
+            own, reference = (
+                context.log_probs(model, others).sum(1) for model in (context.policy, context.model(None))
+            )
             mean = (own - reference).mean()
         return mean.expand(len(context.rows))
 
@@ -141,7 +143,9 @@ def mismatched(rows: Sequence[Trajectory]) -> list[Trajectory]:
     shift = max(Counter(row.prompt_id for row in rows).values())
     others = order[shift:] + order[:shift]
     pairs = zip(order, others, strict=True)
-    return [replace(a, completion_ids=b.completion_ids) for a, b in pairs if a.prompt_id != b.prompt_id]
+    return [
+        replace(row, completion_ids=other.completion_ids) for row, other in pairs if row.prompt_id != other.prompt_id
+    ]
 
 
 @dataclass(frozen=True)

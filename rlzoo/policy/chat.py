@@ -230,8 +230,8 @@ def answered(
     whole = render(tokenizer, [*conversation, answer], options=options)
     if whole.startswith(prompt) and content.strip() in whole[len(prompt) :]:
         return prompt, prompt + _opened_once(prompt, whole[len(prompt) :])
-    boundary = shared(prompt, render(tokenizer, conversation, options=options))
-    if shared(prompt, whole) >= boundary and _squeezed(content) in _squeezed(whole[boundary:]):
+    boundary = common_prefix(prompt, render(tokenizer, conversation, options=options))
+    if common_prefix(prompt, whole) >= boundary and _squeezed(content) in _squeezed(whole[boundary:]):
         return prompt, whole
     probed = [*conversation, {**answer, "content": _PROBE}]
     before, after = _around(tokenizer, probed, options, turn_of(tokenizer).parts)
@@ -306,7 +306,7 @@ def _opened_once(prompt: str, rest: str) -> str:
     return rest.lstrip().removeprefix(found[1]).removeprefix(found[2])
 
 
-def shared(one: Sequence[Any], other: Sequence[Any]) -> int:
+def common_prefix(one: Sequence[Any], other: Sequence[Any]) -> int:
     """The length of the common prefix of two sequences."""
     pairs = enumerate(zip(one, other, strict=False))
     return next((place for place, (a, b) in pairs if a != b), min(len(one), len(other)))

@@ -16,7 +16,7 @@ from hashlib import blake2b
 from typing import Any, Literal, TypeVar
 
 from rlzoo.errors import UserError
-from rlzoo.policy.chat import Message, Options, answered, messages, opened, shared, turn_of
+from rlzoo.policy.chat import Message, Options, answered, common_prefix, messages, opened, turn_of
 
 T = TypeVar("T")
 Prompt = str | list[Message]
@@ -195,7 +195,7 @@ def _turn(tokenizer: Any, prompt: str, whole: str) -> Steps[tuple[list[int], str
     prompt's text, the turn's tokens, and the number of these up to the stop token."""
     first = yield prompt, False
     both = yield whole, False
-    start = shared(first, both)
+    start = common_prefix(first, both)
     if not start:
         raise UserError(
             "the rendered prompt has no tokens of its own: give plain text, or change tokenizer.chat_template"

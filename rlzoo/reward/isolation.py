@@ -247,7 +247,7 @@ def _work(queue: SimpleQueue[tuple[Future[Any], Callable[[RewardProcess], Any]]]
 _processes: dict[str, RewardProcesses] = {}
 
 
-def apart(spec: Any, limits: Limits, on_error: OnError = "fail", number: int = 1) -> Reward:
+def isolated(spec: Any, limits: Limits, on_error: OnError = "fail", number: int = 1) -> Reward:
     """`get_reward` for a reward that is built and called in ``number`` separate processes.
 
     All users of the same spec share them. Without limits, the reward is called in this process. Raises UserError as

@@ -49,7 +49,9 @@ def collect_rollouts(
     """
     problems = within_limits(policy, sampler, problems, settings, bad)
     with Scorer(get_reward(reward), problems) as scorer:
-        sampled = _sampled(sampler, [p.ids for p in problems], settings, seed, progress, cached, scorer.begin)
+        sampled = _sampled(
+            sampler, [problem.ids for problem in problems], settings, seed, progress, cached, scorer.begin
+        )
         flat = [(problem, sample) for problem, samples in zip(problems, sampled, strict=True) for sample in samples]
         scorer.begin_all(sampled)
         sampler.rest()
@@ -85,7 +87,7 @@ def _behaviour(
     recompute: bool,
 ) -> tuple[list[list[float]], list[list[float] | None], bool]:
     """Log-probs of the policy and of the engine, the latter without top-p, and whether the former are used."""
-    rows = [(p.ids, s.ids) for p, s in flat]
+    rows = [(problem.ids, sample.ids) for problem, sample in flat]
     engine = [sample.logp for _, sample in flat]
     recompute = recompute or None in engine
     recomputed: list[list[float]] = []
@@ -140,7 +142,7 @@ def mismatch(rows: Sequence[Trajectory]) -> dict[str, float] | None:
     expectation if the engine samples from the distribution that it reports), and ``kl``, the k3 estimate
     exp(Δ) - 1 - Δ of KL(π_engine ‖ π) per token, in nats. None if no row has the engine's log-probs.
     """
-    both = [(r.behaviour_logp, r.sampler_logp) for r in rows if r.behaviour_logp and r.sampler_logp]
+    both = [(row.behaviour_logp, row.sampler_logp) for row in rows if row.behaviour_logp and row.sampler_logp]
     if not both:
         return None
     ours, theirs = (np.concatenate([np.asarray(pair[side]) for pair in both]) for side in (0, 1))

@@ -321,7 +321,9 @@ def by_length(prompts: Sequence[Sequence[int]], places: Iterable[int]) -> list[i
 
 def uniform_numbers(seed: int, prompts: Sequence[int], copies: range, tokens: int) -> Float[np.ndarray, "B T"]:
     """Uniform numbers on [0, 1), one random stream per prompt and copy; B = prompts × copies, T = ``tokens``."""
-    return np.stack([np.random.default_rng([seed, p, c]).random(tokens) for p in prompts for c in copies])
+    return np.stack(
+        [np.random.default_rng([seed, prompt, copy]).random(tokens) for prompt in prompts for copy in copies]
+    )
 
 
 @contextmanager

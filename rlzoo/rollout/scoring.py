@@ -139,7 +139,8 @@ class Scorer:
 def completions_of(answered: Answered) -> list[Any]:
     """Completions as arguments of a reward: conversations for conversational problems, as in TRL."""
     return [
-        s.text if isinstance(p.problem.prompt, str) else [{"role": "assistant", "content": s.text}] for p, s in answered
+        sample.text if isinstance(encoded.problem.prompt, str) else [{"role": "assistant", "content": sample.text}]
+        for encoded, sample in answered
     ]
 
 
@@ -153,6 +154,7 @@ def score_samples(reward: Reward, answered: Answered, names: Sequence[str]) -> l
 
     Raises UserError as `Reward.score` does.
     """
-    prompts = [p.problem.prompt for p, _ in answered]
-    columns = {name: [p.problem.columns.get(name) for p, _ in answered] for name in names}
-    return reward.score(prompts, completions_of(answered), columns, completion_ids=[s.ids for _, s in answered])
+    prompts = [encoded.problem.prompt for encoded, _ in answered]
+    columns = {name: [encoded.problem.columns.get(name) for encoded, _ in answered] for name in names}
+    ids = [sample.ids for _, sample in answered]
+    return reward.score(prompts, completions_of(answered), columns, completion_ids=ids)

@@ -79,15 +79,17 @@ def solve(problem: ChainSum, style: str, rng: random.Random | None = None, slip_
         total = max(total, 0)
         results.append(total)
     if style == "rewriting":
-        worked = "=".join(problem.expression(r, i + 1) for i, r in enumerate(results))
+        worked = "=".join(problem.expression(result, done) for done, result in enumerate(results, 1))
         return f"={worked}\n#### {results[-1]}"
     starts = [problem.numbers[0], *results[:-1]]
     steps = list(zip(starts, problem.signs, problem.numbers[1:], results, strict=True))
     if style == "running":
-        worked = ";".join(f"{a}{'+' if s > 0 else '-'}{n}={r}" for a, s, n, r in steps)
+        worked = ";".join(
+            f"{start}{'+' if sign > 0 else '-'}{number}={result}" for start, sign, number, result in steps
+        )
         return f"{worked}\n#### {results[-1]}"
     if style == "words":
-        worked = "".join(f"{' plus ' if s > 0 else ' minus '}{n}{' makes '}{r}" for _, s, n, r in steps)
+        worked = "".join(f"{' plus ' if s > 0 else ' minus '}{number} makes {result}" for _, s, number, result in steps)
         return f"start {problem.numbers[0]}{worked}\n#### {results[-1]}"
     raise ValueError(f"unknown style {style!r}; known: {', '.join(STYLES)}")
 
