@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 import pydantic
 from pydantic import Field
 
-from rlzoo.config.validation import validated
+from rlzoo.config.validation import named_null, one_or_several, valid_token_budget, validated
 
 OnBadRow = Literal["reject", "drop"]
 """What happens to a row that cannot be used: an error, or the row is left out and counted."""
@@ -25,29 +24,6 @@ Share = Annotated[float, Field(gt=0, le=1)]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 TokenBudget = int | str
 """Tokens per micro-batch, padding included: a number, ``auto`` for what fits, or ``auto/4`` for a quarter of that."""
-
-
-def _named_null(value: Any) -> Any:
-    """YAML reads ``null`` as None; here it is the word."""
-    return "null" if value is None else value
-
-
-def _one_or_several(value: Any, check: pydantic.ValidatorFunctionWrapHandler) -> Any:
-    """A whole number, or a list of distinct ones."""
-    try:
-        checked = check(value)
-    except pydantic.ValidationError:
-        checked = ()
-    if isinstance(checked, tuple) and (not checked or len(set(checked)) < len(checked)):
-        raise ValueError(f"{value!r:.60} is neither a whole number of at least 1 nor a list of distinct ones")
-    return checked
-
-
-def _token_budget(value: TokenBudget) -> TokenBudget:
-    is_number = isinstance(value, int) and not isinstance(value, bool) and value > 0
-    if not is_number and not (isinstance(value, str) and re.fullmatch(r"auto(/[1-9]\d*)?", value)):
-        raise ValueError(f"{value!r:.60} is neither a whole number of at least 1 nor auto")
-    return value
 
 
 def _less(budget: TokenBudget, parts: int) -> TokenBudget:
@@ -173,7 +149,7 @@ class Rollouts(Sampling):
 class EvaluationSettings(Sampling):
     """How policies are evaluated: ``samples`` per problem at ``temperature`` for avg@k and pass@k, and one greedily."""
 
-    k: Annotated[Positive | tuple[Positive, ...] | None, pydantic.WrapValidator(_one_or_several)] = None
+    k: Annotated[Positive | tuple[Positive, ...] | None, pydantic.WrapValidator(one_or_several)] = None
     """The k of pass@k and maj@k, at most ``samples``, or a list of them, of which the main tables show the first; None:
     ``samples``."""
     metrics: tuple[str, ...] = ()
@@ -214,7 +190,7 @@ class Scoring(_Strict):
     """The memory limit of a process, in 2³⁰ bytes."""
     processes: Positive = 1
     """The number of processes that score completions while others are sampled, per worker of a comparison."""
-    on_error: Annotated[Literal["fail", "null"], pydantic.BeforeValidator(_named_null)] = "fail"
+    on_error: Annotated[Literal["fail", "null"], pydantic.BeforeValidator(named_null)] = "fail"
     """If the reward raises, hangs or returns no number: ``fail`` stops the run, ``null`` gives no reward."""
 
 
@@ -241,7 +217,7 @@ class Training(_Strict):
     """Sequences per optimizer step: a pair counts as two, a group as its samples."""
     updates_per_batch: Positive = 1
     """Optimizer steps on each batch; above 1, ratios and value clipping take effect."""
-    token_budget: Annotated[TokenBudget, pydantic.PlainValidator(_token_budget)] = "auto"
+    token_budget: Annotated[TokenBudget, pydantic.PlainValidator(valid_token_budget)] = "auto"
     """Tokens per micro-batch, padding included; the gradient does not depend on it. ``auto``: as many as fit into the
     GPU's memory, or 4096 on a CPU."""
     packing: Packing = "auto"
@@ -349,17 +325,13 @@ class Experiment(_Strict):
 
     @pydantic.model_validator(mode="after")
     def _is_a_grid(self) -> Experiment:
-        sampling = self.rollouts
-        untold = sampling.url is not None and (sampling.temperature, sampling.top_p) != (1.0, 1.0)
-        for wrong, told in (
-            (
-                sampling.wants_sampler_logp,
-                "importance_cap bounds π/π_engine, which needs rollouts.behaviour: recompute",
-            ),
-            (untold, "importance_cap needs the server's log-probs, which are known only at temperature 1 and top_p 1"),
-        ):
-            if wrong and any(self.training_of(name).importance_cap is not None for name in self.algorithms):
-                raise ValueError(told)
+        sampling, problem = self.rollouts, None
+        if sampling.wants_sampler_logp:
+            problem = "importance_cap bounds π/π_engine, which needs rollouts.behaviour: recompute"
+        elif sampling.url is not None and (sampling.temperature, sampling.top_p) != (1.0, 1.0):
+            problem = "importance_cap needs the server's log-probs, which are known only at temperature 1 and top_p 1"
+        if problem and any(self.training_of(name).importance_cap is not None for name in self.algorithms):
+            raise ValueError(problem)
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds repeat: {list(self.seeds)}")
         for name, row in self.algorithms.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any, TypeVar, get_args
 
 import pydantic
@@ -26,6 +27,30 @@ def validated(model: type[M], data: Any, where: str) -> M:
         given = "" if first["type"] in ("missing", "value_error") else f" = {first['input']!r:.60}"
         field = f"{'.'.join([*parents, last])}{given}: " if last else ""
         raise UserError(f"{where}: {field}{reason}") from None
+
+
+def named_null(value: Any) -> Any:
+    """The word ``null``, which YAML reads as None; other values are unchanged."""
+    return "null" if value is None else value
+
+
+def one_or_several(value: Any, check: pydantic.ValidatorFunctionWrapHandler) -> Any:
+    """A whole number of at least 1, or a tuple of distinct ones. Raises ValueError for anything else."""
+    try:
+        checked = check(value)
+    except pydantic.ValidationError:
+        checked = ()
+    if isinstance(checked, tuple) and (not checked or len(set(checked)) < len(checked)):
+        raise ValueError(f"{value!r:.60} is neither a whole number of at least 1 nor a list of distinct ones")
+    return checked
+
+
+def valid_token_budget(value: int | str) -> int | str:
+    """A whole number of at least 1, ``auto`` or ``auto/4``. Raises ValueError for anything else."""
+    is_number = isinstance(value, int) and not isinstance(value, bool) and value > 0
+    if not is_number and not (isinstance(value, str) and re.fullmatch(r"auto(/[1-9]\d*)?", value)):
+        raise ValueError(f"{value!r:.60} is neither a whole number of at least 1 nor auto")
+    return value
 
 
 def _owner(model: type[pydantic.BaseModel], path: tuple[Any, ...]) -> type[pydantic.BaseModel] | None:
