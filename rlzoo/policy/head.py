@@ -63,7 +63,7 @@ class Head:
         return cls(model.get_output_embeddings(), scale, next((cap for cap in caps if cap), None))
 
     def logits(self, hidden: Float[Tensor, "N H"]) -> Float[Tensor, "N V"]:
-        """Logits, in at least float32 whatever the model's dtype."""
+        """Logits, in at least float32."""
         return self.finish(self.raw(hidden))
 
     def raw(self, hidden: Float[Tensor, "N H"]) -> Float[Tensor, "N V"]:

@@ -20,11 +20,19 @@ class Tokens(Protocol):
     """A prompt and a completion as token ids, and the temperature of log-probs; `Trajectory` implements it."""
 
     @property
-    def prompt_ids(self) -> Sequence[int]: ...
+    def prompt_ids(self) -> Sequence[int]:
+        """The tokens of the prompt."""
+        ...
+
     @property
-    def completion_ids(self) -> Sequence[int]: ...
+    def completion_ids(self) -> Sequence[int]:
+        """The tokens of the completion, including its end of sequence."""
+        ...
+
     @property
-    def temperature(self) -> float: ...
+    def temperature(self) -> float:
+        """The temperature of log-probs."""
+        ...
 
 
 class Row(NamedTuple):
