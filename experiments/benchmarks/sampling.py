@@ -127,7 +127,7 @@ def scored(arguments: argparse.Namespace) -> dict[str, Any]:
     ) -> tuple[float, float, list[float | None]]:
         started = time.perf_counter()
         with Scorer(reward, some) as scorer:
-            with sampler.heard_by(scorer.begin if meanwhile else lambda *_: None):
+            with sampler.reporting_to(scorer.begin if meanwhile else lambda *_: None):
                 sampled = sampler.sample([problem.ids for problem in some], settings, seed)
             alone = time.perf_counter() - started
             scorer.begin_all(sampled)
