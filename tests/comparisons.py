@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
+import torch
 from rich.console import Console
 
 from rlzoo.config import Experiment, load_experiment
@@ -59,6 +60,11 @@ class Ended:
     errors: str
 
 
+def settle_threads() -> None:
+    """Make a forked copy use one thread: several that start at once would trip over the pool of the original."""
+    torch.set_num_threads(1)
+
+
 def forked(run: Callable[[], object]) -> Ended:
     """Run a function in a copy of this process, which may be killed or change whatever it likes.
 
@@ -70,6 +76,7 @@ def forked(run: Callable[[], object]) -> Ended:
         if (child := os.fork()) == 0:
             status = 1
             try:
+                settle_threads()
                 os.dup2(out.fileno(), 1)
                 os.dup2(errors.fileno(), 2)
                 sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", 1, closefd=False)

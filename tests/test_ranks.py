@@ -23,6 +23,7 @@ import ranks_worker
 import sampling_worker
 import torch
 from accelerate.state import AcceleratorState
+from comparisons import settle_threads
 from safetensors.torch import load_file
 
 from rlzoo.cli import main
@@ -51,6 +52,7 @@ def copies(run: Callable[[int], Any], processes: int) -> list[Any]:
         port = free.getsockname()[1]
 
     def one(number: int, told: Any) -> None:
+        settle_threads()
         os.environ |= {"RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": str(processes)}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
         torch.cuda.is_available = lambda: False

@@ -210,6 +210,8 @@ def test_a_sampler_that_changes_its_mind_is_scored_by_what_it_returns(
 def test_ctrl_c_ends_the_wait_for_a_reward_that_hangs(
     policy: Policy, rewards: Callable[..., Reward], tmp_path: Path
 ) -> None:
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a worker of pytest-xdist ignores the signal
+
     def interrupt() -> None:
         until((tmp_path / "mine.called").exists)
         signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
@@ -219,3 +221,4 @@ def test_ctrl_c_ends_the_wait_for_a_reward_that_hangs(
     with pytest.raises(KeyboardInterrupt):
         collect_rollouts(policy, Silent(), problems_of(policy, 2), rewards("hang"), Sampling(samples=2), 0)
     thread.join()
+    signal.signal(signal.SIGINT, before)

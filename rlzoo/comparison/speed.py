@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
+
+import torch
 
 from rlzoo.buffers import OfflineBuffer
 from rlzoo.buffers.problems import demonstrations, encode_problems, load_problems
 from rlzoo.comparison.forecast import Forecast
 from rlzoo.config import Experiment
 from rlzoo.errors import unknown
-from rlzoo.objective import get_objective
+from rlzoo.objective import Objective
 from rlzoo.policy.loading import load_for
 from rlzoo.rollout import sampler_of
 from rlzoo.training import train
-from rlzoo.types import Trajectory
+from rlzoo.types import Coefficients, TokenBatch, Trajectory
 
 PROMPTS = 32
 """The number of prompts for measuring the speed of training and of sampling."""
@@ -73,6 +75,15 @@ def card_of(name: str) -> Card:
     return GPUS[name.lower()]
 
 
+class _Plain(Objective):
+    """The likelihood of demonstrations: one forward and one backward pass."""
+
+    name: ClassVar[str] = "likelihood"
+
+    def coefficients(self, batch: TokenBatch) -> Coefficients:
+        return Coefficients(torch.ones_like(batch.logp))
+
+
 def measured_speed(experiment: Experiment) -> Speed:
     """The speed on this machine, of two steps of SFT on a few rows and of sampling the base model, after warm-up.
 
@@ -97,6 +108,6 @@ def measured_speed(experiment: Experiment) -> Speed:
     }
     brief = experiment.training.model_copy(update={**settings, "steps": 1})
     buffer = OfflineBuffer.from_trajectories(rows)
-    train(policy, get_objective("sft"), buffer, brief)
-    costs = train(policy, get_objective("sft"), buffer, brief.model_copy(update={"steps": 2})).costs
+    train(policy, _Plain(), buffer, brief)
+    costs = train(policy, _Plain(), buffer, brief.model_copy(update={"steps": 2})).costs
     return Speed(costs.flops / costs.wall_seconds, sum(drawn) / sampled, sum(drawn) / len(drawn))
