@@ -171,7 +171,7 @@ def test_compiled_layers_are_compared_with_plain_ones(make_policy: MakePolicy, m
 
     policy = make_policy("gpt2", torch.float32).train()
     monkeypatch.setattr(compiled, "BACKEND", doubles)
-    with pytest.raises(UserError, match="the model's compiled layers compute something else: set false, or auto"):
+    with pytest.raises(UserError, match="the model's layers give other results when compiled: set false, or auto"):
         policy.compile_layers(COMPILED)
     assert policy.training and not policy.compiles
     monkeypatch.setattr(compiled, "BACKEND", "eager")

@@ -85,7 +85,7 @@ class _Plain(Objective):
 
 
 def measured_speed(experiment: Experiment) -> Speed:
-    """The speed on this machine, of two steps of SFT on a few rows and of sampling the base model, after warm-up.
+    """The speed on this machine of two training steps on a few rows and of sampling the base model, after a warm-up.
 
     Raises UserError as `load_policy` and `load_problems` do.
     """
