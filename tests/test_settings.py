@@ -507,7 +507,7 @@ def test_how_the_reward_is_called(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         asked.append(arguments)
         return get_reward("exact-match")
 
-    monkeypatch.setattr("rlzoo.comparison.resolve.apart", called)
+    monkeypatch.setattr("rlzoo.comparison.resolve.isolated", called)
     data = load_experiment("facts").model_dump(mode="json")
     text = "{seconds: 7, memory_gb: null, processes: 3, on_error: null}"  # as documented
     data |= {"scoring": yaml.safe_load(text), "reward": "format"}
