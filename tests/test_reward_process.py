@@ -178,7 +178,8 @@ def test_a_file_of_the_same_name_in_another_folder_is_another_reward(
 @pytest.mark.skipif(sys.platform != "linux", reason="asks the system to end a process with its parent")
 def test_a_reward_that_hangs_does_not_outlive_a_run_that_is_killed(tmp_path: Path) -> None:
     (tmp_path / "bad.py").write_text(BAD)
-    script = "import sys; from rlzoo.reward.isolation import *; isolated(sys.argv[1], Limits()).score('?', ['mark'], {})"
+    script = "import sys; from rlzoo.reward.isolation import *; isolated(sys.argv[1], Limits())"
+    script += ".score(['?'], ['mark'], {})"
     run = subprocess.Popen([sys.executable, "-c", script, f"{tmp_path / 'bad.py'}:bad"])
     mark = tmp_path / "bad.pid"
     while not (mark.exists() and mark.read_text()):

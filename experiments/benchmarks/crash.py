@@ -179,6 +179,8 @@ def main() -> None:
                     continue
                 kill(run, alone)
                 killed += 1
+                if out.is_file() and not (out.parent / f".{out.name}.state").exists():  # it had just ended
+                    out.unlink()
                 now = made(out)
                 again = [path for path, mark in before.items() if path in now and now[path] != mark]
                 lost += len(again)
