@@ -181,7 +181,7 @@ def last_lines(text: str) -> list[str]:
 
 
 def _is_value(line: str) -> bool:
-    """Whether a line is a number, formula or letter, alone or with a name, and does not go on from the line above."""
+    """Whether a line is a number, formula or letter, alone or with a name, that does not continue the line above."""
     value = clean(line)
     if named := _NAMED.fullmatch(value):
         return number(named[1]) is not None

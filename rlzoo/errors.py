@@ -11,7 +11,7 @@ class UserError(ValueError):
 
 
 class TryAgainError(UserError):
-    """The same command goes on from what was done, which is kept."""
+    """The same command resumes from the work that was done, which is kept."""
 
 
 def unknown(kind: str, name: str, known: Iterable[str]) -> UserError:

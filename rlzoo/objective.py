@@ -88,8 +88,8 @@ class Objective:
 
     truncated: Literal["keep", "mask", "drop"] = dataclasses.field(default="keep", kw_only=True)
     """What happens to truncated completions: ``keep`` treats them like any other; ``drop`` leaves them out of the view;
-    ``mask``, for objectives that learn from groups, removes their tokens from the loss and from the token count, while
-    they still count as sequences and their rewards count in their groups."""
+    ``mask``, for objectives that learn from groups, removes their tokens from the loss and the token count, while they
+    still count as sequences and their rewards count in their groups."""
 
     name: ClassVar[str]
     """The name in the registry, in experiments and in reports."""
@@ -122,10 +122,7 @@ class Objective:
 
     @property
     def components(self) -> tuple[Component, ...]:
-        """The objectives whose weighted gradients are summed: this one alone, unless it is a composite.
-
-        A composite defines nothing else.
-        """
+        """The objectives whose weighted gradients are summed: this one alone. A composite defines only this property."""
         return (Component(self),)
 
     def prepare(self, batch: TokenBatch) -> TokenBatch:

@@ -23,7 +23,9 @@ def kept(items: Iterable[T]) -> Sequence[T]:
 
 
 class Spooled(Sequence[T]):
-    """Items that are read from a file whenever one is asked for; changing one changes nothing here."""
+    """Items that are read from a file when they are asked for; changing one does not change the file.
+
+    The file has no name and only this process writes to it, so unpickling reads nothing from outside."""
 
     def __init__(self, items: Iterable[T]) -> None:
         self._file = tempfile.TemporaryFile(prefix="rlzoo-items-")  # noqa: SIM115

@@ -30,7 +30,7 @@ from rlzoo.registry import one_line
 RETRIES = 1
 """The number of retries of a task after its process died."""
 GRACE = 60.0
-"""Seconds that training has to save a checkpoint when it is told to stop."""
+"""Seconds that training has to save a checkpoint when it must stop."""
 QUICK = 3.0
 """Seconds of waiting for processes to end before the user is informed."""
 GPU_VARIABLE = "CUDA_VISIBLE_DEVICES"
