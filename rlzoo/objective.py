@@ -122,7 +122,7 @@ class Objective:
 
     @property
     def components(self) -> tuple[Component, ...]:
-        """The objectives whose weighted gradients are summed: this one alone. A composite defines only this property."""
+        """The objectives whose weighted gradients are summed: this one alone. A composite defines only this."""
         return (Component(self),)
 
     def prepare(self, batch: TokenBatch) -> TokenBatch:
