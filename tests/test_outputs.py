@@ -270,6 +270,20 @@ def test_a_run_with_failures_is_to_be_continued(tmp_path: Path) -> None:
         assert run.resumed and not run.finished
 
 
+def test_an_output_may_have_the_name_of_a_setting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a run writes is not among the files that it reads, by which it is recognised."""
+    monkeypatch.chdir(tmp_path)
+    out = Path("model-0")
+    asked = {"model-0": {"source": "model-0"}, **ASKED}
+    with pytest.raises(KeyboardInterrupt), run_in(out, "train", asked) as run:
+        CachedResults(run.state).write("half", 1)
+        (out / "rows.jsonl").write_text("{}")
+        raise KeyboardInterrupt
+    assert unfinished(Path(), "model", "train", asked) == out
+    with run_in(out, "train", asked) as run:
+        assert run.resumed and CachedResults(run.state).read("half") == 1
+
+
 def test_another_run_is_told_apart_by_what_differs(tmp_path: Path) -> None:
     out, data = tmp_path / "out", tmp_path / "rows.jsonl"
     data.write_text("{}")

@@ -66,7 +66,7 @@ def run_in(
         yield agreed(Run(path, path))
         return
     state = path / _STATE if kind == "folder" else path.parent / f".{path.name}{_STATE}"
-    identity = _identity(command, settings)
+    identity = _identity(command, settings, path)
     if kind == "folder" and (record := _read(path / _RECORD)) is not None:
         _check_same(path, record, identity, "finished")
         remove(state)  # the process may have been killed while removing it
@@ -116,9 +116,8 @@ def _of_the_system(error: BaseException) -> str | None:
 
 def unfinished(folder: Path, prefix: str, command: str, settings: Mapping[str, Any]) -> Path | None:
     """The newest folder ``folder``/``prefix``-… with an unfinished run of this command that is not in use, or None."""
-    identity = _identity(command, settings)
     for path in sorted(folder.glob(f"{prefix}-*"), reverse=True):
-        if _read(path / _STATE / _RECORD) == identity:
+        if _read(path / _STATE / _RECORD) == _identity(command, settings, path):
             with suppress(InUseError), _locked(path / _STATE / _LOCK, path):
                 return path
     return None
@@ -139,10 +138,13 @@ class InUseError(UserError):
     """Another process holds the lock."""
 
 
-def _identity(command: str, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Everything that must be unchanged for a run to resume."""
+def _identity(command: str, settings: Mapping[str, Any], out: Path) -> dict[str, Any]:
+    """Everything that must be unchanged for a run to resume. A word of the settings may be the name of its output."""
     plain = json.loads(json.dumps(settings))
-    return {"command": command, "settings": plain, "files": _files(plain), "versions": versions()}
+    files = {
+        name: found for name, found in _files(plain).items() if not Path(name).absolute().is_relative_to(out.absolute())
+    }
+    return {"command": command, "settings": plain, "files": files, "versions": versions()}
 
 
 def _files(value: Any) -> dict[str, list[Any]]:
