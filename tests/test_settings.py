@@ -34,6 +34,7 @@ from rlzoo.comparison import one_cell, resolve, runner, shared_buffer
 from rlzoo.comparison.plan import cells
 from rlzoo.config import EvaluationSettings, Experiment, ProblemSource, Rollouts, Sampling, Training, load_experiment
 from rlzoo.config import settings as config
+from rlzoo.config.sources import Strict
 from rlzoo.errors import UserError
 from rlzoo.objective import get_objective
 from rlzoo.policy import Policy, load_policy
@@ -117,11 +118,11 @@ ELSEWHERE = {
     "--probe-rows": "test_variance.py::test_the_command_with_an_objective_from_a_file",
 }
 MODELS: Sequence[type[pydantic.BaseModel]] = [
-    *(kind for kind in vars(config).values() if isinstance(kind, type) and issubclass(kind, config._Strict)),
+    *(kind for kind in vars(config).values() if isinstance(kind, type) and issubclass(kind, Strict)),
     TrainSettings,
     VarianceSettings,
 ]
-ABSTRACT = {"_Strict", "Sampling"}
+ABSTRACT = {"Strict", "Sampling"}
 """Whose settings count as those of the classes that inherit them."""
 
 

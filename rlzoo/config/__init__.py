@@ -10,21 +10,17 @@ from rlzoo.config.files import (
 from rlzoo.config.settings import (
     BASE,
     Algorithm,
-    Benchmark,
     EvaluationSettings,
     Experiment,
     Lora,
-    OnBadRow,
     Packing,
-    Positive,
-    ProblemSource,
     Rollouts,
     Sampling,
     Scoring,
-    TableSource,
     TokenBudget,
     Training,
 )
+from rlzoo.config.sources import Benchmark, OnBadRow, Positive, ProblemSource, TableSource
 from rlzoo.config.validation import validated
 
 __all__ = [

@@ -8,18 +8,15 @@ from typing import Annotated, Any, Literal
 import pydantic
 from pydantic import Field
 
+from rlzoo.config.sources import Benchmark, Positive, ProblemSource, Strict, TableSource
 from rlzoo.config.validation import named_null, one_or_several, valid_token_budget, validated
 
-OnBadRow = Literal["reject", "drop"]
-"""What happens to a row that cannot be used: an error, or the row is left out and counted."""
 Packing = Literal["auto", "packed", "padded"]
 """How the rows of a micro-batch are laid out: see `Training.packing`."""
 
 BASE = "base"
 """The name, in outcomes, of the model that every cell starts from."""
 
-Positive = Annotated[int, Field(gt=0)]
-"""A whole number of at least 1."""
 Share = Annotated[float, Field(gt=0, le=1)]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 TokenBudget = int | str
@@ -33,67 +30,7 @@ def _less(budget: TokenBudget, parts: int) -> TokenBudget:
     return f"auto/{parts * int(budget.partition('/')[2] or 1)}"
 
 
-class _Strict(pydantic.BaseModel):
-    model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
-
-
-class ProblemSource(_Strict):
-    """Where problems come from, and how a row becomes a prompt."""
-
-    source: str
-    """``world:arithmetic/test``, a file (.jsonl, .json, .parquet, .csv, .tsv, .arrow; text also compressed), a folder
-    of shards, a pattern (``data/*.parquet``), a saved data set, or a Hub id (``openai/gsm8k:main``)."""
-    split: str = "train"
-    """The split of a Hub data set. A file is a single split, and the name of a built-in task includes its split."""
-    prompt: str = "prompt"
-    """A column, or a template such as ``"{question}\\nShow your work."``; ``extra.question`` is a field within one."""
-    solution: str | None = None
-    """The column with a worked solution, from which demonstrations are made."""
-    quality: str | None = None
-    """The column with a solution's quality score, for objectives that sample demonstrations in proportion to it."""
-    columns: Mapping[str, str] = {}
-    """Names that a reward expects → columns of the table, or fields such as ``reward_model.ground_truth``."""
-    bad_rows: OnBadRow = "reject"
-    """A row that cannot become a problem or a demonstration is an error, or is dropped and counted (``drop``)."""
-    chat: bool = False
-    """Whether to render the prompt as a user turn in the model's chat template."""
-    system: str | None = None
-    """The text of a system turn before each conversation; ``""``: an empty turn; None: no turn, or the template's
-    default if it has one."""
-    special_tokens: Literal["reject", "allow"] = "reject"
-    """Text that spells a special token (``<|im_end|>`` in a message, text after an end of sequence in a completion): an
-    error that names the problem, or read as that token."""
-    limit: Positive | None = None
-    """Use at most this many problems, the first ones; None: all."""
-
-
-class Benchmark(ProblemSource):
-    """A problem set to evaluate on."""
-
-    reward: Any = None
-    """A reward that scores its completions in place of the experiment's."""
-
-    @pydantic.model_validator(mode="before")
-    @classmethod
-    def _of_problems(cls, given: Any) -> Any:
-        """Accept any problem set as a benchmark."""
-        return given.model_dump() if type(given) is ProblemSource else given
-
-
-class TableSource(_Strict):
-    """A table of demonstrations, preferences or graded samples, or a saved buffer."""
-
-    source: str
-    """A file, a folder of shards, a pattern, a saved data set, a Hub id, or a saved buffer."""
-    split: str | None = None
-    """The split, where there are several; also a slice of one, such as ``train[:1000]``."""
-    columns: Mapping[str, str | list[str] | None] = {}
-    """Names in the format → columns of the table (or fields in them, or lists of these); null leaves a column out."""
-    bad_rows: OnBadRow = "reject"
-    """A row that cannot be used is an error, or is dropped and counted (``drop``)."""
-
-
-class Sampling(_Strict):
+class Sampling(Strict):
     """How completions are sampled."""
 
     samples: Positive = 4
@@ -181,7 +118,7 @@ class EvaluationSettings(Sampling):
         return self.pass_ks[0]
 
 
-class Scoring(_Strict):
+class Scoring(Strict):
     """How the reward is called: in separate processes, unless both limits are null."""
 
     seconds: Annotated[float, Field(gt=0)] | None = 60.0
@@ -194,7 +131,7 @@ class Scoring(_Strict):
     """If the reward raises, hangs or returns no number: ``fail`` stops the run, ``null`` gives no reward."""
 
 
-class Lora(_Strict):
+class Lora(Strict):
     """Low-rank adapters (arXiv 2106.09685; rank and scale as in arXiv 2508.05629)."""
 
     rank: Positive = 8
@@ -208,7 +145,7 @@ class Lora(_Strict):
     are multiplied in ``dtype``, and dequantised when the model is saved."""
 
 
-class Training(_Strict):
+class Training(Strict):
     """Optimisation: AdamW with linear warm-up, then cosine decay to zero (the settings of arXiv 2508.05629)."""
 
     steps: Positive = 100
@@ -274,7 +211,7 @@ def _in_4_bits(lora: Any) -> bool:
     return isinstance(given, Mapping) and bool(given.get("load_in_4bit"))
 
 
-class Algorithm(_Strict):
+class Algorithm(Strict):
     """One row of a comparison: an objective, its options, and how it is trained."""
 
     objective: str | None = None
@@ -292,7 +229,7 @@ class Algorithm(_Strict):
     """Fields of `Training` that differ for this row."""
 
 
-class Experiment(_Strict):
+class Experiment(Strict):
     """A comparison: algorithms × seeds × learning rates from one base, one buffer and one budget."""
 
     name: str

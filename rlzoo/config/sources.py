@@ -1,0 +1,76 @@
+"""Where the problems and tables of an experiment come from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+import pydantic
+from pydantic import Field
+
+OnBadRow = Literal["reject", "drop"]
+"""What happens to a row that cannot be used: an error, or the row is left out and counted."""
+Positive = Annotated[int, Field(gt=0)]
+"""A whole number of at least 1."""
+
+
+class Strict(pydantic.BaseModel):
+    """Settings that cannot change and have no other keys."""
+
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
+
+
+class ProblemSource(Strict):
+    """Where problems come from, and how a row becomes a prompt."""
+
+    source: str
+    """``world:arithmetic/test``, a file (.jsonl, .json, .parquet, .csv, .tsv, .arrow; text also compressed), a folder
+    of shards, a pattern (``data/*.parquet``), a saved data set, or a Hub id (``openai/gsm8k:main``)."""
+    split: str = "train"
+    """The split of a Hub data set. A file is a single split, and the name of a built-in task includes its split."""
+    prompt: str = "prompt"
+    """A column, or a template such as ``"{question}\\nShow your work."``; ``extra.question`` is a field within one."""
+    solution: str | None = None
+    """The column with a worked solution, from which demonstrations are made."""
+    quality: str | None = None
+    """The column with a solution's quality score, for objectives that sample demonstrations in proportion to it."""
+    columns: Mapping[str, str] = {}
+    """Names that a reward expects → columns of the table, or fields such as ``reward_model.ground_truth``."""
+    bad_rows: OnBadRow = "reject"
+    """A row that cannot become a problem or a demonstration is an error, or is dropped and counted (``drop``)."""
+    chat: bool = False
+    """Whether to render the prompt as a user turn in the model's chat template."""
+    system: str | None = None
+    """The text of a system turn before each conversation; ``""``: an empty turn; None: no turn, or the template's
+    default if it has one."""
+    special_tokens: Literal["reject", "allow"] = "reject"
+    """Text that spells a special token (``<|im_end|>`` in a message, text after an end of sequence in a completion): an
+    error that names the problem, or read as that token."""
+    limit: Positive | None = None
+    """Use at most this many problems, the first ones; None: all."""
+
+
+class Benchmark(ProblemSource):
+    """A problem set to evaluate on."""
+
+    reward: Any = None
+    """A reward that scores its completions in place of the experiment's."""
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _of_problems(cls, given: Any) -> Any:
+        """Accept any problem set as a benchmark."""
+        return given.model_dump() if type(given) is ProblemSource else given
+
+
+class TableSource(Strict):
+    """A table of demonstrations, preferences or graded samples, or a saved buffer."""
+
+    source: str
+    """A file, a folder of shards, a pattern, a saved data set, a Hub id, or a saved buffer."""
+    split: str | None = None
+    """The split, where there are several; also a slice of one, such as ``train[:1000]``."""
+    columns: Mapping[str, str | list[str] | None] = {}
+    """Names in the format → columns of the table (or fields in them, or lists of these); null leaves a column out."""
+    bad_rows: OnBadRow = "reject"
+    """A row that cannot be used is an error, or is dropped and counted (``drop``)."""
