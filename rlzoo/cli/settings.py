@@ -76,6 +76,7 @@ def experiment_of(
     algorithms: str | None = None,
     learning_rates: str | None = None,
     seeds: str | None = None,
+    twin: bool = False,
     **shorthands: str | int | None,
 ) -> Experiment:
     """The experiment of that name or file, changed by the options of a command. Raises UserError naming a wrong one."""
@@ -85,10 +86,10 @@ def experiment_of(
         given["k"] = several if len(several) > 1 else several[0]
     changes = {key: value for option, value in given.items() for key in SHORTHANDS[option]}
     other = changes_of(sets, Experiment)
-    plain = load_experiment(name, {**changes, **other})
+    plain = load_experiment(name, {**changes, **other}, twin)
     tests = _tests(plain, other, test_data, given.get("limit") if test_limit is None else test_limit)
     grid = _grid(plain, other, algorithms, learning_rates, seeds, {"steps", "batch_size"} & set(given))
-    return load_experiment(name, {**changes, **other, **tests, **grid})
+    return load_experiment(name, {**changes, **other, **tests, **grid}, twin)
 
 
 def changes_of(sets: Sequence[str] | None, model: type[pydantic.BaseModel]) -> dict[str, Any]:

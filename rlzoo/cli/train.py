@@ -93,7 +93,8 @@ def train(
     def show(trainer: Any, step: int) -> None:
         row = trainer.record.steps[-1]
         if is_main():
-            line = f"step {step}/{training.steps}  loss {row['loss']:.4f}  gradient norm {row['gradient_norm']:.3f}"
+            done = f"step {step}/{trainer.settings.steps}"
+            line = f"{done}  loss {row['loss']:.4f}  gradient norm {row['gradient_norm']:.3f}"
             print(line, flush=True)  # so that a log shows the progress
 
     with run_in(out, "train", {**settings.model_dump(mode="json"), "threads": threads}) as run:
@@ -104,7 +105,7 @@ def train(
         bad, longest = BadRows(table.bad_rows), training.max_completion_tokens
         rows = read_buffer(
             table.source, policy.tokenizer, longest, table.split, table.columns, bad, training.special_tokens,
-            policy.row_check(),
+            policy.row_check(), training.max_length,
         )  # fmt: skip
         if is_main():
             for line in bad.lines():

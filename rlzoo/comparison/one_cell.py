@@ -33,7 +33,7 @@ from rlzoo.training import (
     Trainer,
     TrainingRecord,
 )
-from rlzoo.training.batches import BufferSource, FreshSource, Source, seeds, shares
+from rlzoo.training.batches import BufferSource, FreshSource, Source, in_steps, seeds, shares
 from rlzoo.types import selector_of
 
 
@@ -129,6 +129,8 @@ def _run_cell(
             sources.append(FreshSource(collect, selection, **options))
         else:
             sources.append(BufferSource(buffer, buffer.view(selection, **options), size, own))
+    settings = in_steps(settings, sources)
+    experiment = experiment.with_steps(cell.algorithm, settings.steps)
     if not online:
         if learns_from_samples(views):
             costs.sampled_tokens, costs.flops = shared["sampled_tokens"], shared["sampling_flops"]

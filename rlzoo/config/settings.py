@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 import pydantic
 from pydantic import Field
 
-from rlzoo.config.sources import Benchmark, Positive, ProblemSource, Strict, TableSource
-from rlzoo.config.validation import named_null, one_or_several, valid_token_budget, validated
+from rlzoo.config.reading import lay
+from rlzoo.config.sources import Benchmark, ProblemSource, Reported, TableSource, benchmarks_by_name
+from rlzoo.config.validation import Positive, Strict, named_null, one_or_several, valid_token_budget, validated
 
 Packing = Literal["auto", "packed", "padded"]
 """How the rows of a micro-batch are laid out: see `Training.packing`."""
@@ -150,6 +152,9 @@ class Training(Strict):
 
     steps: Positive = 100
     """Optimizer steps."""
+    epochs: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    """Passes over the rows that a row of the comparison learns from, in place of ``steps``; online, over the problems:
+    steps = ⌈epochs · rows / batch_size⌉ · updates_per_batch."""
     batch_size: Positive = 64
     """Sequences per optimizer step: a pair counts as two, a group as its samples."""
     updates_per_batch: Positive = 1
@@ -175,6 +180,10 @@ class Training(Strict):
     max_completion_tokens: Positive = 2048
     """Longer demonstrations, and longer completions of a table, are cut on the right: they have no end of sequence, and
     are marked as truncated."""
+    max_length: Positive | None = None
+    """The same for prompt and completion together, in tokens; None: no such limit."""
+    chat_template: str | None = None
+    """A Jinja template of conversations in place of the tokenizer's, for models that have none or another."""
     special_tokens: Literal["reject", "allow"] = "reject"
     """Text in a table of demonstrations that spells a special token, as in `ProblemSource`."""
     behaviour: Literal["recorded", "current"] = "recorded"
@@ -200,8 +209,31 @@ class Training(Strict):
     trackers: tuple[Literal["tensorboard", "trackio", "wandb"], ...] = ()
     """Trackers that receive the metrics of each step."""
 
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _has_one_length(cls, given: Any) -> Any:
+        if isinstance(given, Mapping) and None not in (given.get("steps"), given.get("epochs")):
+            raise ValueError("steps and epochs both say how long to train: give one of them")
+        return given
 
-OF_THE_BUFFER = ("behaviour", "max_completion_tokens", "special_tokens", "device", "deterministic")
+    @pydantic.model_serializer(mode="wrap")
+    def _without_steps(self, dump: pydantic.SerializerFunctionWrapHandler) -> dict[str, Any]:
+        found: dict[str, Any] = dump(self)
+        if self.epochs is not None:
+            found.pop("steps", None)  # they are not known yet, and a file must not give both
+        return found
+
+    def in_steps(self, batches: float) -> Training:
+        """The settings with ``epochs`` in steps, for a source with so many ``batches`` in an epoch."""
+        if self.epochs is None:
+            return self
+        steps = max(1, math.ceil(self.epochs * batches - 1e-9)) * self.updates_per_batch
+        return self.model_copy(update={"steps": steps, "epochs": None})
+
+
+OF_THE_BUFFER = (
+    "behaviour", "max_completion_tokens", "max_length", "chat_template", "special_tokens", "device", "deterministic",
+)  # fmt: skip
 """Training settings that determine the buffer of a comparison, and so must be the same for all algorithms."""
 
 
@@ -245,8 +277,8 @@ class Experiment(Strict):
     alone, it takes ``bad_rows`` from ``train``."""
     validation: ProblemSource | None = None
     """The problems on which learning rates are chosen."""
-    benchmarks: Annotated[Mapping[str, Benchmark], Field(min_length=1)]
-    """The problem sets that results are reported on, by name."""
+    benchmarks: Annotated[Mapping[str, Benchmark], Field(min_length=1), pydantic.BeforeValidator(benchmarks_by_name)]
+    """The problem sets that results are reported on, by name; or a list of suites (see ``rlzoo list``)."""
     reward: Any
     """What `get_reward` takes: a name, a mapping with options, or a list for a weighted sum."""
     scoring: Scoring = Scoring()
@@ -259,6 +291,8 @@ class Experiment(Strict):
     """The algorithm that the report compares the others with; None: the first."""
     seeds: Annotated[tuple[Annotated[int, Field(ge=0, lt=2**32)], ...], Field(min_length=1)] = (0, 1, 2)
     """Each algorithm is trained once per seed."""
+    reported: Reported | None = None
+    """Published results, which the report shows beside the measured ones."""
 
     @pydantic.model_validator(mode="after")
     def _is_a_grid(self) -> Experiment:
@@ -315,9 +349,22 @@ class Experiment(Strict):
             }
         )
 
+    def with_steps(self, name: str, steps: int) -> Experiment:
+        """The experiment with the number of optimizer steps that an algorithm takes, in place of its epochs."""
+        if self.training_of(name).epochs is None:
+            return self
+        row = self.algorithms[name]
+        training = {key: value for key, value in row.training.items() if key != "epochs"} | {"steps": steps}
+        return self.model_copy(
+            update={"algorithms": {**self.algorithms, name: row.model_copy(update={"training": training})}}
+        )
+
     def training_of(self, name: str) -> Training:
         """The training settings of one algorithm. Raises UserError naming a wrong one."""
-        return validated(Training, {**self.training.model_dump(), **self.algorithms[name].training}, f"{name}.training")
+        data: dict[str, Any] = {"training": self.training.model_dump()}
+        for setting, value in self.algorithms[name].training.items():
+            lay(data, f"training.{setting}", value)
+        return validated(Training, data["training"], f"{name}.training")
 
     def learning_rates_of(self, name: str) -> tuple[float, ...]:
         """The learning rates that one algorithm is trained with."""
