@@ -169,6 +169,7 @@ def _grid(
     numbers = None if rates is None else _numbers(rates, float, "--learning-rates")
     for name, row in rows.items():
         lost = {key for key in asked if f"algorithms.{name}.training.{key}" not in other}
+        lost |= {"epochs"} if "steps" in lost else set()
         rows[name] = {**row, "training": {k: v for k, v in row.get("training", {}).items() if k not in lost}}
         if numbers is not None and f"algorithms.{name}.learning_rates" not in other:
             rows[name]["learning_rates"] = numbers

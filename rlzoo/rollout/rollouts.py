@@ -216,9 +216,7 @@ def _scorable(reward: Reward, problems: Sequence[EncodedProblem], bad: BadRows) 
             if score.value is not None:
                 yield one
                 continue
-            kind = (
-                "problems that are not sampled, because their reward is None, as for a gold answer that is unreadable"
-            )
+            kind = "problems not sampled, because their reward is None, as for an unreadable gold answer"
             bad.note(one.problem.label, {kind: "its reward is None"})
 
 

@@ -235,8 +235,8 @@ def in_steps(settings: Training, sources: Sequence[Source]) -> Training:
     """
     if settings.epochs is None:
         return settings
-    batches = [getattr(source, "batches", None) for source in sources]
-    if None in batches:
+    batches = [found for source in sources if (found := getattr(source, "batches", None)) is not None]
+    if len(batches) < len(sources):
         raise UserError("training.epochs needs a source that says how many batches it has: give steps")
     return settings.in_steps(max(batches))
 

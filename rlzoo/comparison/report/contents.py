@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from rlzoo.comparison.report import completions, method, results, training
+from rlzoo.comparison.report import completions, method, reported, results, training
 from rlzoo.comparison.report.schema import FinishedRun
 from rlzoo.config import BASE
 from rlzoo.document import Block, Heading, Paragraph
@@ -15,6 +15,7 @@ SECTIONS: tuple[Section, ...] = (
     results.answers,
     results.scores,
     results.differences,
+    reported.reported,
     results.further,
     training.curves,
     training.token_probabilities,
