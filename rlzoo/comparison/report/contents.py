@@ -12,6 +12,7 @@ from rlzoo.buffers.bad_rows import dropped_line
 from rlzoo.comparison.outcomes import OVERALL, compare_to, result_matrices
 from rlzoo.comparison.report import plots, tables
 from rlzoo.comparison.report.answer import answer
+from rlzoo.comparison.report.retention import retention
 from rlzoo.comparison.report.schema import FinishedRun, Results
 from rlzoo.config import BASE
 from rlzoo.document import Block, Code, Figure, Heading, Paragraph
@@ -30,6 +31,7 @@ def contents(run: FinishedRun, baseline: str | None) -> Iterator[Block]:
     yield from _results(results)
     yield from _differences(run, _baseline(results, baseline))
     yield from _further(results)
+    yield from retention(run)
     yield from _curves(results)
     yield from _token_probabilities(results)
     yield from _costs(results)
@@ -185,6 +187,12 @@ def _costs(results: Results) -> Iterator[Block]:
             "the maximum for peak memory."
         )
         yield tables.cost_table(results)
+        yield Heading("All cells of each algorithm", level=3)
+        yield Paragraph(
+            "The sum over all seeds and learning rates, those that were tried and not reported included, without "
+            "evaluation. Samples of a shared buffer count for each cell that learns from them."
+        )
+        yield tables.total_cost_table(results)
     if sweep := tables.learning_rate_table(results):
         yield Heading("Learning rates")
         yield Paragraph(
