@@ -20,8 +20,8 @@ PANELS = {CHANGE: ("change in accuracy, points", 100.0), KL: ("KL from the base,
 """The measures of forgetting: metric → label of the axis, and its factor."""
 
 
-def retention(run: FinishedRun) -> Iterator[Block]:
-    """The blocks of the section; none for a run without retention sets. Raises UserError for bad outcomes."""
+def retention(run: FinishedRun, _: str) -> Iterator[Block]:
+    """What fine-tuning kept and lost; nothing for a run without retention sets. Raises UserError for bad outcomes."""
     results = run.results
     if results.retention is None or not results.retention.summary:
         return
