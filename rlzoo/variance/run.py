@@ -135,7 +135,7 @@ def _cut(experiment: Experiment, rows: int) -> Experiment:
     problems, prompts = 4 * rows, rows
     train = experiment.train.model_copy(update={"limit": min(experiment.train.limit or problems, problems)})
     rollouts = experiment.rollouts.model_copy(update={"prompts": min(experiment.rollouts.prompts or prompts, prompts)})
-    unused = {"benchmarks": {"train": Benchmark(**train.model_dump())}, "validation": None}
+    unused = {"benchmarks": {"train": Benchmark(**train.model_dump())}, "retention": {}, "validation": None}
     return experiment.model_copy(update={"train": train, "rollouts": rollouts, **unused})
 
 
@@ -250,8 +250,8 @@ def along_training(
         budget = training.token_budget
         probe = VarianceProbe(buffer, settings.every, settings.probe_rows, settings.seed, budget, views[0][0])
 
-        def tell(_: Trainer, step: int) -> None:
-            report(step / training.steps, f"step {step}/{training.steps}")
+        def tell(trainer: Trainer, step: int) -> None:
+            report(trainer.progress.fraction, str(trainer.progress))
 
         sources = buffer_sources(buffer, views, training.batch_size, settings.seed)
         record = TrainingRecord(kept={"variance": probe.records})
