@@ -25,9 +25,9 @@ import pyarrow.parquet as pq
 from matplotlib.figure import Figure
 
 import rlzoo
-from rlzoo.comparison.outcomes import ResultKey, ResultMatrix, difference_of, result_matrices
+from rlzoo.comparison.outcomes import ResultKey, ResultMatrix, difference_of, result_matrices, tested
 from rlzoo.comparison.report.schema import read_run
-from rlzoo.comparison.statistics import SIGNIFICANT, crossed_interval, holm, p_value
+from rlzoo.comparison.statistics import SIGNIFICANT, holm
 from rlzoo.config import BASE, Experiment, load_experiment
 from rlzoo.document.drawing import STYLE, WIDTH, standalone, to_svg
 from rlzoo.jobs.outputs import replacing, write_atomically
@@ -87,46 +87,41 @@ def gain(matrices: Mapping[ResultKey, ResultMatrix], field: Field, metric: str) 
 
 
 def differences(outcomes: pa.Table) -> list[dict[str, Any]]:
-    """DFT - SFT per field and metric in points, with its 95 % interval, and p corrected for all of them (`holm`).
+    """DFT - SFT per field and metric, as in `tested`, with p corrected for all of them (`holm`).
 
-    Also the results of base, SFT and DFT in per cent.
+    Also the results of base, SFT and DFT. All are fractions.
     """
     matrices = result_matrices(outcomes, 4)
     rows: list[dict[str, Any]] = []
     for field, metric in product(_finished(outcomes), METRICS):
-        values = gain(matrices, field, metric).values
-        mean, low, high = (100 * value for value in crossed_interval(values))
-        means = {name: 100 * float(matrices[name, field.name, metric].values.mean()) for name in (BASE, "sft", "dft")}
-        row = {**asdict(field), "metric": metric, **means, "difference": mean, "ci_low": low, "ci_high": high}
-        rows.append(row | {"p": p_value(values), "seeds": len(values)})
-    for row, corrected in zip(rows, holm([row["p"] for row in rows]), strict=True):
-        row["p"] = corrected
-    return rows
+        means = {name: float(matrices[name, field.name, metric].values.mean()) for name in (BASE, "sft", "dft")}
+        rows.append({**asdict(field), "metric": metric, **means, **tested(gain(matrices, field, metric))})
+    return _corrected(rows)
 
 
 def effects(outcomes: pa.Table) -> list[dict[str, Any]]:
-    """How DFT - SFT changes from one style to three and from the weakest base to the strongest, in points.
+    """How DFT - SFT changes from one style to three and from the weakest base to the strongest, as in `differences`.
 
-    The mean over the pairs of fields that differ in nothing else, which share seeds and problems; p as above.
+    The mean over the pairs of fields that differ in nothing else, which share seeds and problems.
     """
     matrices, done = result_matrices(outcomes, 4), _finished(outcomes)
     rows: list[dict[str, Any]] = []
     for (axis, low, high), metric in product((("styles", 1, 3), ("steps", STEPS[0], STEPS[-1])), METRICS):
         pairs = [(field, replace(field, **{axis: high})) for field in done if getattr(field, axis) == low]
-        changes = [
-            gain(matrices, more, metric).values - gain(matrices, less, metric).values
-            for less, more in pairs
-            if more in done
-        ]
-        if not changes:
-            continue
-        values = np.concatenate(changes, axis=1)
-        benchmarks = np.repeat(np.arange(len(changes)), [one.shape[1] for one in changes])
-        mean, *ends = (100 * value for value in crossed_interval(values, benchmarks=benchmarks))
-        row = {"axis": axis, "from": low, "to": high, "metric": metric, "pairs": len(changes), "difference": mean}
-        rows.append(row | {"ci_low": ends[0], "ci_high": ends[1], "p": p_value(values, benchmarks)})
-    for row, corrected in zip(rows, holm([row["p"] for row in rows]), strict=True):
-        row["p"] = corrected
+        both = [[gain(matrices, one, metric) for one in pair] for pair in pairs if pair[1] in done]
+        if both:
+            values = np.concatenate([more.values - less.values for less, more in both], axis=1)
+            problems = tuple(f"{i}/{problem}" for i, (one, _) in enumerate(both) for problem in one.problems)
+            benchmarks = np.repeat(np.arange(len(both)), [len(one.problems) for one, _ in both])
+            change = ResultMatrix(values, both[0][0].seeds, problems, benchmarks)
+            row = {"axis": axis, "from": low, "to": high, "metric": metric, "pairs": len(both)}
+            rows.append(row | tested(change))
+    return _corrected(rows)
+
+
+def _corrected(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    for row, p in zip(rows, holm([row["p"] for row in rows]), strict=True):
+        row["p"] = p
     return rows
 
 
@@ -148,7 +143,8 @@ def drawn(rows: Sequence[Mapping[str, Any]]) -> str:
             for row in here:
                 place = STEPS.index(row["steps"]), TERMS.index(row["terms"])
                 grid[place] = row["difference"]
-                text = f"{row['difference']:+.1f}\n[{row['ci_low']:.1f}, {row['ci_high']:.1f}]\nbase {row[BASE]:.0f}"
+                mean, low, high, base = (100 * row[key] for key in ("difference", "ci_low", "ci_high", BASE))
+                text = f"{mean:+.1f}\n[{low:.1f}, {high:.1f}]\nbase {base:.0f}"
                 weight = "bold" if row["p"] < SIGNIFICANT else "normal"
                 words = text.replace("-", "−")
                 axes.text(*place[::-1], words, ha="center", va="center", fontsize=8.5, fontweight=weight, color="black")

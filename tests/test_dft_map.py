@@ -67,14 +67,14 @@ def test_differences_and_effects_are_those_of_the_outcomes() -> None:
     found = {(row["styles"], row["metric"]): row for row in rows}
     # low: SFT has 1 of 4 problems right and DFT 2 of 4; high: 4 of 4 and 2 of 4
     assert {key: row["difference"] for key, row in found.items()} == {
-        (styles, metric): points for styles, points in ((1, 25.0), (3, -50.0)) for metric in ("avg_at_k", "greedy")
+        (styles, metric): change for styles, change in ((1, 0.25), (3, -0.5)) for metric in ("avg_at_k", "greedy")
     }
-    assert [found[3, "greedy"][name] for name in ("base", "sft", "dft")] == [100.0, 100.0, 50.0]
+    assert [found[3, "greedy"][name] for name in ("base", "sft", "dft")] == [1.0, 1.0, 0.5]
     # Holm's method over four differences: the smaller p, that of three styles, counts 4 times, the larger twice
     one, three = (p_value(np.array([answers] * 2)) for answers in ([0, 1, 0, 0], [0, -1, -1, 0]))
     assert found[3, "greedy"]["p"] == pytest.approx(4 * three) and found[1, "greedy"]["p"] == pytest.approx(2 * one)
     styles = [row for row in dft_map.effects(outcomes_of(fields)) if row["axis"] == "styles"]
-    assert [row["difference"] for row in styles] == [-75.0, -75.0] and [row["pairs"] for row in styles] == [1, 1]
+    assert [row["difference"] for row in styles] == [-0.75, -0.75] and [row["pairs"] for row in styles] == [1, 1]
     assert not [row for row in dft_map.effects(outcomes_of(fields)) if row["axis"] == "steps"]  # no pair of bases
     svg = dft_map.drawn(rows)
     assert "+25.0" in svg and "−50.0" in svg and "base 100" in svg
