@@ -16,7 +16,7 @@ import torch
 
 from rlzoo.inputs import Input, Snapshot
 from rlzoo.objective import Objective, register
-from rlzoo.ratios import token_ratio
+from rlzoo.ratios import ratio_metrics, token_ratio
 from rlzoo.types import Coefficients, TokenBatch
 
 
@@ -41,5 +41,5 @@ class PSFT(Objective):
         return Coefficients(
             torch.where(clipped, 0, ratio),
             loss=-ratio.clamp(max=1 + self.clip),
-            metrics={"ratio": ratio, "clipped": clipped.to(ratio.dtype)},
+            metrics=ratio_metrics(ratio, clipped),
         )

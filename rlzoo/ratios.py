@@ -76,6 +76,11 @@ def clipped_gradient(
     return Clipped(torch.where(clipped, 0, ratio * advantage), -gain, clipped)
 
 
+def ratio_metrics(ratio: Float[Tensor, "B T"], clipped: Bool[Tensor, "B T"]) -> dict[str, Tensor]:
+    """What an objective with ratios reports per token: ρ, its deviation |ρ - 1|, and whether the token is clipped."""
+    return {"ratio": ratio, "ratio_deviation": (ratio - 1).abs(), "clipped": clipped.to(ratio.dtype)}
+
+
 def k3(
     logp: Float[Tensor, "B T"], reference: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]
 ) -> tuple[Float[Tensor, "B T"], Float[Tensor, "B T"]]:

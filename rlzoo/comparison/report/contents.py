@@ -12,6 +12,7 @@ from rlzoo.buffers.bad_rows import dropped_line
 from rlzoo.comparison.outcomes import OVERALL, compare_to, result_matrices
 from rlzoo.comparison.report import plots, tables
 from rlzoo.comparison.report.answer import answer
+from rlzoo.comparison.report.dynamics import dynamics
 from rlzoo.comparison.report.schema import FinishedRun, Results
 from rlzoo.config import BASE
 from rlzoo.document import Block, Code, Figure, Heading, Paragraph
@@ -31,6 +32,7 @@ def contents(run: FinishedRun, baseline: str | None) -> Iterator[Block]:
     yield from _differences(run, _baseline(results, baseline))
     yield from _further(results)
     yield from _curves(results)
+    yield from dynamics(results)
     yield from _token_probabilities(results)
     yield from _costs(results)
     yield from _samples(run)
@@ -154,8 +156,9 @@ def _curves(results: Results) -> Iterator[Block]:
             f"curves-{index}",
             svg,
             f"Learning curves on {benchmark}, one line per algorithm.",
-            "Evaluations in the course of training: lines are means over seeds, bands range from the lowest to the "
-            "highest seed.",
+            "Evaluations in the course of training, against steps and, where they were recorded, gradient tokens and "
+            "FLOPs: lines are means over seeds, bands range from the lowest to the highest seed. A line ends where "
+            "its first seed ended.",
             "A band is not a confidence interval, and evaluations during training may use fewer problems "
             "than the tables.",
         )
