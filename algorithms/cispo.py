@@ -47,4 +47,5 @@ class CISPO(Objective):
         advantage, behaviour = self.needed(batch, "advantage", "behaviour_logp")
         ratio = token_ratio(batch.logp, behaviour, batch.mask)
         weight = ratio.clamp(self.ratio_min, self.ratio_max)
-        return Coefficients(weight * advantage, metrics=ratio_metrics(ratio, weight != ratio))
+        values = weight * advantage
+        return Coefficients(values, metrics=ratio_metrics(batch.logp, ratio, advantage, values, weight != ratio))

@@ -63,4 +63,4 @@ class DAPO(Objective):
         advantage, behaviour = self.needed(batch, "advantage", "behaviour_logp")
         ratio = token_ratio(batch.logp, behaviour, batch.mask)
         values, loss, clipped = clipped_gradient(ratio, advantage, self.clip_low, self.clip_high, self.delta)
-        return Coefficients(values, loss=loss, metrics=ratio_metrics(ratio, clipped))
+        return Coefficients(values, loss=loss, metrics=ratio_metrics(batch.logp, ratio, advantage, values, clipped))

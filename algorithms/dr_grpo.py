@@ -55,5 +55,5 @@ class DrGRPO(Objective):
         advantage, behaviour = self.needed(batch, "advantage", "behaviour_logp")
         ratio = token_ratio(batch.logp, behaviour, batch.mask)
         values, loss, clipped = clipped_gradient(ratio, advantage, self.clip, self.clip, self.delta)
-        metrics = ratio_metrics(ratio, clipped)
+        metrics = ratio_metrics(batch.logp, ratio, advantage, values, clipped)
         return Coefficients(values / self.max_length, loss=loss / self.max_length, metrics=metrics)

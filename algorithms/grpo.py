@@ -58,7 +58,7 @@ class GRPO(Objective):
         advantage, behaviour = self.needed(batch, "advantage", "behaviour_logp")
         ratio = token_ratio(batch.logp, behaviour, batch.mask)
         values, loss, clipped = clipped_gradient(ratio, advantage, self.clip, self.clip, self.delta)
-        metrics = ratio_metrics(ratio, clipped)
+        metrics = ratio_metrics(batch.logp, ratio, advantage, values, clipped)
         if self.kl_coefficient:
             (reference,) = self.needed(batch, "reference_logp")
             kl, pull = k3(batch.logp, reference, batch.mask)

@@ -82,7 +82,7 @@ class PPO(Objective):
         advantage, behaviour = self.needed(batch, "advantage", "behaviour_logp")
         ratio = token_ratio(batch.logp, behaviour, batch.mask)
         values, loss, clipped = clipped_gradient(ratio, advantage, self.clip, self.clip, self.dual_clip)
-        return Coefficients(values, loss=loss, metrics=ratio_metrics(ratio, clipped))
+        return Coefficients(values, loss=loss, metrics=ratio_metrics(batch.logp, ratio, advantage, values, clipped))
 
     def auxiliary(self, batch: TokenBatch) -> Mapping[str, Tensor]:
         value = batch.get("value")

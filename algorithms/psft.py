@@ -38,8 +38,9 @@ class PSFT(Objective):
         (snapshot,) = self.needed(batch, "snapshot_logp")
         ratio = token_ratio(batch.logp, snapshot, batch.mask)
         clipped = ratio > 1 + self.clip
+        values = torch.where(clipped, 0, ratio)
         return Coefficients(
-            torch.where(clipped, 0, ratio),
+            values,
             loss=-ratio.clamp(max=1 + self.clip),
-            metrics=ratio_metrics(ratio, clipped),
+            metrics=ratio_metrics(batch.logp, ratio, torch.ones_like(ratio), values, clipped),
         )

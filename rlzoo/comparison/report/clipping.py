@@ -15,13 +15,14 @@ from rlzoo.config import BASE
 from rlzoo.document import Block, Entry, Figure, Heading, Paragraph, Table
 from rlzoo.document.drawing import STYLE, axes_row, short, to_svg
 
-CLIPPED = "clipped"
+CLIPPED, LOST = "clipped", "signal_clipped/signal"
 SHOWN = {
-    CLIPPED: ("clipped, %", 100.0),
+    CLIPPED: ("tokens clipped, %", 100.0),
+    LOST: ("gradient clipped, %", 100.0),
     "ratio_deviation": ("mean |ρ − 1|", 1.0),
     "zero_advantage": ("zero advantage, %", 100.0),
 }
-"""Metrics of training steps in the figure: their label, and the factor that they are shown with."""
+"""Metrics of training steps in the figure (or quotients of two): their label, and the factor they are shown with."""
 BINS = 20
 """The number of averages over steps that a line of the figure consists of."""
 
@@ -39,40 +40,45 @@ def clipping(run: FinishedRun, baseline: str) -> Iterator[Block]:
         "The ratio ρ of a token is its probability under the policy in training divided by that under the policy that "
         "sampled it. A clipped token has no gradient from its reward (in CISPO, one of bounded weight), and neither "
         "has a group of equal rewards, whose advantage is zero. On a fixed buffer ρ starts at 1 and keeps departing "
-        "from it as the policy moves; online, every batch starts at 1 again."
+        "from it as the policy moves; online, every batch starts at 1 again. Most tokens are nearly certain and have "
+        "hardly any gradient to lose, so the part of the gradient that clipping removes says more than the part of the "
+        "tokens: it is taken per token as |ρA| (1 − π), with respect to the token's logit."
     )
     yield Paragraph(" ".join(_told(results, name, found, modes.get(name)) for name, found in series.items()))
     rows = []
     for name, found in series.items():
         first, last = _quarters(found[CLIPPED])
+        lost = _quarters(found[LOST]) if LOST in found else (None, None)
         mean = {key: _quarters(found[key])[1] if key in found else None for key in ("ratio_deviation", "kl")}
         silent = float(np.mean(found["zero_advantage"])) if "zero_advantage" in found else None
         shown = [NONE if value is None else f"{value:.3g}" for value in mean.values()]
-        entries = [name, modes.get(name, NONE), percent(first), percent(last), *shown, percent(silent)]
+        clipped = [f"{percent(one)} → {percent(other)}" for one, other in ((first, last), lost)]
+        entries = [name, modes.get(name, NONE), *clipped, *shown, percent(silent)]
         rows.append([Entry(entry) for entry in entries])
-    header = ["clipped, first quarter (%)", "clipped, last quarter (%)", "|ρ − 1|", "KL", "zero advantage (%)"]
+    header = ["tokens clipped (%)", "gradient clipped (%)", "|ρ − 1|", "KL", "zero advantage (%)"]
     yield Table(["algorithm", "data", *header], rows, prose="data")
     yield Figure(
         "clipping",
         _figure(results, series),
-        "Fraction of clipped tokens, mean deviation of the ratio from 1, and fraction of groups with zero advantage in "
-        "the course of training, one line per algorithm.",
-        "Means over seeds and neighbouring steps, for the algorithms that report them. In the table, |ρ − 1| and KL "
-        "(to the reference policy) are means over the last quarter of training.",
-        "It does not show how much of the gradient clipping removes: tokens that the policy is sure of are rarely "
-        "clipped and have little gradient to lose.",
+        "Fractions of tokens and of the gradient that are clipped, mean deviation of the ratio from 1, and fraction of "
+        "groups with zero advantage in the course of training, one line per algorithm.",
+        "Means over seeds and neighbouring steps, for the algorithms that report them. The table has means over the "
+        "first → the last quarter of training, and for |ρ − 1| and KL (to the reference policy) over the last.",
+        "It does not show whether a policy would have improved without clipping: for that, raise the objective's clip.",
     )
 
 
 def _series(cells: Sequence[CellResult]) -> dict[str, np.ndarray]:
     """Metric → its mean over cells at each step that all of them took; metrics that a step lacks are left out."""
     found = {}
-    for metric in (*SHOWN, "kl"):
+    for metric in ("signal", "signal_clipped", *SHOWN, "kl"):
         runs = [[_value(step, metric) for step in cell.training] for cell in cells]
         length = min(map(len, runs), default=0)
         values = [value for run in runs for value in run[:length]]
         if length and None not in values:
             found[metric] = np.reshape(np.array(values, float), (len(runs), length)).mean(0)
+    if "signal" in found and "signal_clipped" in found:
+        found[LOST] = found["signal_clipped"] / np.maximum(found["signal"], np.finfo(float).tiny)
     return found
 
 
@@ -101,6 +107,8 @@ def _told(results: Results, name: str, found: Mapping[str, np.ndarray], mode: st
     learns = {"offline": " learns from the fixed buffer:", "online": " samples every batch anew:"}.get(mode or "", ":")
     text = f"{name}{learns} {percent(first)} % of its tokens are clipped in the first quarter of training, "
     text += f"{percent(last)} % in the last"
+    if LOST in found:
+        text += f", and with them {percent(_quarters(found[LOST])[1])} % of the gradient"
     if "ratio_deviation" in found:
         text += f", where ratios deviate from 1 by {_quarters(found['ratio_deviation'])[1]:.2g} on average"
     if "zero_advantage" in found and (silent := float(np.mean(found["zero_advantage"]))) > 0:
