@@ -92,6 +92,7 @@ ELSEWHERE = {
     "Algorithm.learning_rates": "test_compare.py::test_the_learning_rate_is_chosen_on_validation",
     "Algorithm.mode": "test_compare.py::test_online_samples_the_policy_in_training",
     "Algorithm.learns_from": "test_compare.py::test_a_row_may_learn_from_the_bases_own_correct_samples",
+    "Algorithm.online_counterpart": "test_report_training.py::test_rows_with_an_online_counterpart_say_where_it_is",
     "Algorithm.training": "test_config.py::test_a_row_has_its_own_training",
     "Experiment.model": "test_compare.py::test_a_trained_folder_is_a_base_like_any_other",
     "Experiment.validation": "test_compare.py::test_the_learning_rate_is_chosen_on_validation",

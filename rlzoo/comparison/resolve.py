@@ -10,7 +10,7 @@ import torch
 from rlzoo.buffers.problems import EncodedProblem, Problem, load_problems
 from rlzoo.buffers.views import check_options
 from rlzoo.comparison.outcomes import OVERALL
-from rlzoo.config import BASE, Experiment
+from rlzoo.config import BASE, Experiment, load_experiment
 from rlzoo.errors import UserError, unknown
 from rlzoo.evaluation import Metric, metric_table
 from rlzoo.objective import Objective, get_objective, view_in_place
@@ -90,6 +90,8 @@ def check(experiment: Experiment) -> None:
             raise UserError(
                 f"algorithms.{name}: {objective.name!r} learns from demonstrations, so mode must be offline"
             )
+        if row.online_counterpart is not None:
+            _check_counterpart(row.online_counterpart, objective.name, f"algorithms.{name}.online_counterpart")
     for settings in (experiment.rollouts, experiment.evaluation):
         sampler_class(settings)
     if BASE in experiment.algorithms:
@@ -107,6 +109,21 @@ def check(experiment: Experiment) -> None:
         if source.is_scored:
             _try(reward_of(experiment, benchmark=name), problems)
     metrics_of(experiment)
+
+
+def _check_counterpart(reference: str, objective: str, where: str) -> None:
+    """Raise UserError unless a ``reference`` names a row of an experiment that trains this objective online."""
+    study, _, name = reference.rpartition("/")
+    if not study or not name:
+        raise UserError(f"{where}: {reference!r} is not of the form experiment/row, as in own-samples/grpo-online")
+    try:
+        other = load_experiment(study)
+        if name not in other.algorithms:
+            raise unknown(f"row of {study}", name, other.algorithms)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+    if other.algorithms[name].mode != "online" or objective_of(other, name).name != objective:
+        raise UserError(f"{where}: {name} of {study} does not train {objective} online: name a row that does")
 
 
 def _try(reward: Reward, problems: Sequence[Problem]) -> None:

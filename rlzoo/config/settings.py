@@ -266,6 +266,9 @@ class Algorithm(Strict):
     correct samples. A registered name, ``module:Name`` or ``file.py:Name``."""
     training: Mapping[str, Any] = {}
     """Fields of `Training` that differ for this row."""
+    online_counterpart: str | None = None
+    """The row of another experiment, as ``experiment/row``, in which this objective trains online: named with the
+    results."""
 
 
 class Experiment(Strict):

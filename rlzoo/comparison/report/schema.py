@@ -77,10 +77,16 @@ class CellCosts(_Model):
 
 
 class CurvePoint(_Model):
-    """One point of a learning curve: benchmark → metric → fraction."""
+    """One point of a learning curve: its costs so far, and benchmark → metric → fraction."""
 
     step: int
     metrics: dict[str, dict[str, Any]]
+    gradient_tokens: float | None = None
+    sampled_tokens: float | None = None
+    flops: float | None = None
+    seconds: float | None = None
+    validation: dict[str, Any] | None = None
+    """The metrics on validation, where cells end by it."""
 
 
 class CellResult(_Model):
@@ -93,6 +99,12 @@ class CellResult(_Model):
     mean_over_benchmarks: dict[str, float] = Field(default_factory=dict)
     """Metric → mean over benchmarks."""
     costs: CellCosts = CellCosts()
+    start: dict[str, float] = Field(default_factory=dict)
+    """The costs before the first step, such as those of the shared buffer."""
+    ended: str | None = None
+    """Why training ended: ``steps``, ``budget`` or ``flat``."""
+    training: list[dict[str, Any]] = []
+    """The metrics of each step."""
     curve: list[CurvePoint] | None = None
     token_probabilities: list[float] | None = None
     events: list[str] = []
