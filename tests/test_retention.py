@@ -26,7 +26,7 @@ from rlzoo.config import Experiment
 from rlzoo.errors import UserError
 from rlzoo.policy import Policy, load_policy, log_probs
 from rlzoo.policy.loading import load_shape
-from rlzoo.rollout import TransformersSampler
+from rlzoo.rollout import TransformersSampler, sampler_of
 
 SETS = {
     "sums": {"source": "world:arithmetic/test", "limit": 3, "max_new_tokens": 24},
@@ -192,7 +192,6 @@ def test_the_text_is_sampled_once_and_survives_an_interruption(
     finished: tuple[Path, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     drawn, scored, real = list[str](), list[int](), retention.text_results
-    sampler_of = retention.sampler_of
 
     def counted(policy: Policy, settings: Any) -> Any:
         drawn.append(f"{settings.max_new_tokens}")
@@ -204,7 +203,7 @@ def test_the_text_is_sampled_once_and_survives_an_interruption(
             raise KeyboardInterrupt
         return real(*arguments)
 
-    monkeypatch.setattr(retention, "sampler_of", counted)
+    monkeypatch.setattr("rlzoo.comparison.retention.sampler_of", counted)
     monkeypatch.setattr(retention, "text_results", stopping)
     with pytest.raises(KeyboardInterrupt):
         quietly(with_sets(), tmp_path / "out")
