@@ -14,6 +14,7 @@ import torch
 from comparisons import inline_pool, small
 from rich.console import Console
 
+from rlzoo import rollout
 from rlzoo.buffers.problems import encode_problems, load_problems
 from rlzoo.comparison import resolve, retention, runner, studies
 from rlzoo.comparison.forecast import forecast
@@ -26,7 +27,7 @@ from rlzoo.config import Experiment
 from rlzoo.errors import UserError
 from rlzoo.policy import Policy, load_policy, log_probs
 from rlzoo.policy.loading import load_shape
-from rlzoo.rollout import TransformersSampler, sampler_of
+from rlzoo.rollout import TransformersSampler
 
 SETS = {
     "sums": {"source": "world:arithmetic/test", "limit": 3, "max_new_tokens": 24},
@@ -192,6 +193,7 @@ def test_the_text_is_sampled_once_and_survives_an_interruption(
     finished: tuple[Path, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     drawn, scored, real = list[str](), list[int](), retention.text_results
+    sampler_of = rollout.sampler_of
 
     def counted(policy: Policy, settings: Any) -> Any:
         drawn.append(f"{settings.max_new_tokens}")
@@ -203,7 +205,7 @@ def test_the_text_is_sampled_once_and_survives_an_interruption(
             raise KeyboardInterrupt
         return real(*arguments)
 
-    monkeypatch.setattr("rlzoo.comparison.retention.sampler_of", counted)
+    monkeypatch.setattr(retention, "sampler_of", counted)
     monkeypatch.setattr(retention, "text_results", stopping)
     with pytest.raises(KeyboardInterrupt):
         quietly(with_sets(), tmp_path / "out")

@@ -8,6 +8,7 @@ samples, which is unknown beforehand, is assumed, measured on a few samples, or 
 from __future__ import annotations
 
 import copy
+import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -25,7 +26,9 @@ from rlzoo.objective import Objective
 from rlzoo.policy import Assembler, MicroBatches, Models, Policy
 from rlzoo.policy.defaults import CPU_TOKENS, bytes_of_training, bytes_per_token
 from rlzoo.policy.sequences import Tokens, length
+from rlzoo.training import Costs
 from rlzoo.training.batches import shares
+from rlzoo.training.schedule import check_budget
 from rlzoo.types import Trajectory, Unit, selector_of
 
 READ = 256
@@ -55,6 +58,8 @@ class RowForecast:
 
     algorithm: str
     cells: int
+    steps: int
+    """The number of optimizer steps: that of the settings, or fewer if a budget is spent before."""
     gradient_tokens: float
     """Prompt and completion tokens in backward passes."""
     sampled_tokens: float
@@ -135,7 +140,8 @@ def forecast(experiment: Experiment, model: Policy, sample_tokens: float | None 
     count = dict.fromkeys(experiment.algorithms, 0)
     for cell in cells(experiment):
         count[cell.algorithm] += 1
-    rows = tuple(_row(experiment, name, model, lengths, count[name], tests) for name in experiment.algorithms)
+    buffer = _Shared(prompts * experiment.rollouts.samples, worked)
+    rows = tuple(_row(experiment, name, model, lengths, count[name], tests, buffer) for name in experiment.algorithms)
     return Forecast(
         rows,
         lengths,
@@ -175,16 +181,62 @@ def _tests(experiment: Experiment, lengths: Lengths) -> _Tests:
     kept = {name: len(load_problems(one)) for name, one in experiment.retention.items()}
     scored = sum(sizes) + sum(size for name, size in kept.items() if experiment.retention[name].is_scored)
     whole = scored * (settings.samples + 1)
+    if settings.until_flat is not None and experiment.validation is not None:
+        sizes.append(len(load_problems(experiment.validation)))
     along = settings.curve_points * sum(min(size, settings.curve_problems) for size in sizes) * settings.curve_samples
     return _Tests(whole * lengths.sample, along * lengths.sample, sum(kept.values()) * settings.samples)
 
 
-def _row(experiment: Experiment, name: str, model: Policy, lengths: Lengths, count: int, tests: _Tests) -> RowForecast:
+@dataclass(frozen=True)
+class _Shared:
+    """The size of a shared buffer."""
+
+    samples: int
+    demonstrations: int
+
+    def costs(self, experiment: Experiment, name: str, model: Policy, lengths: Lengths) -> Costs:
+        """What a cell is charged for its part in the buffer, as `shared_buffer.costs_before` does."""
+        costs = Costs()
+        if experiment.algorithms[name].mode == "online":
+            return costs
+        sampled = self.samples * lengths.flops(model, lengths.sample)
+        if learns_from_samples(views_of(experiment, name)):
+            costs.sampled_tokens = round(self.samples * lengths.sample)
+            costs.flops = 2 * sampled
+        components = objective_of(experiment, name).components
+        stored = {one for c in components for one in c.objective.requires if one.stage is Stage.STORED}
+        shown = self.demonstrations * lengths.flops(model, lengths.demonstration)
+        costs.flops += sum(one.is_computed for one in stored) * (sampled + shown)
+        return costs
+
+
+def _steps(training: Training, batch: Costs, before: Costs, where: str) -> int:
+    """The number of optimizer steps: the most that are allowed, or about as many as spend the budget.
+
+    ``batch`` is the cost of a batch with all of its steps. Raises UserError if the budget is spent ``before``.
+    """
+    if (budget := training.budget) is None:
+        return training.steps
+    start = float(getattr(before, budget.cost))
+    check_budget(budget, start, where)
+    batches = (budget.amount - start) / float(getattr(batch, budget.cost))
+    return min(training.steps, math.ceil(batches * training.updates_per_batch))
+
+
+def _row(
+    experiment: Experiment,
+    name: str,
+    model: Policy,
+    lengths: Lengths,
+    count: int,
+    tests: _Tests,
+    shared: _Shared,
+) -> RowForecast:
     settings, objective = experiment.training_of(name), objective_of(experiment, name)
     online = experiment.algorithms[name].mode == "online"
     policy = _Counted.of(model, settings, objective)
     micro = _CountedPasses()
-    tokens = sampled = 0.0
+    tokens = sampled = sampling = 0.0
     views = views_of(experiment, name)
     split = shares(settings.batch_size, len(views))
     trained = sum(p.numel() for p in policy.parameters() if p.requires_grad)
@@ -198,6 +250,7 @@ def _row(experiment: Experiment, name: str, model: Policy, lengths: Lengths, cou
         tokens += sum(map(length, rows))
         if online and selector.is_sampled:
             sampled += sum(len(row.completion_ids) for row in rows)
+            sampling += _passed(policy, rows)
             micro.flops += _passed(policy, rows)  # the behaviour log-probs
         assembler = Assembler(policy, _models(policy, own), micro)
         batch = assembler.assemble(rows, units, own)
@@ -205,7 +258,10 @@ def _row(experiment: Experiment, name: str, model: Policy, lengths: Lengths, cou
             assembler.renew(batch, rows, units, own)
         references = sum(one.gives_logits for one in own.requires)
         micro.flops += settings.updates_per_batch * (backward + references) * _passed(policy, rows)
-    batches = -(-settings.steps // settings.updates_per_batch)
+    one_batch = Costs(round(settings.updates_per_batch * tokens), round(sampled), micro.flops + sampling)
+    before = shared.costs(experiment, name, model, lengths)
+    steps = _steps(settings, one_batch, before, name)
+    batches = -(-steps // settings.updates_per_batch)
     whole, along, text = tests
     if has_choice(experiment, name) and experiment.validation is not None:
         validated = len(load_problems(experiment.validation)) * experiment.evaluation.samples * lengths.sample
@@ -214,7 +270,8 @@ def _row(experiment: Experiment, name: str, model: Policy, lengths: Lengths, cou
     return RowForecast(
         name,
         count,
-        settings.steps * tokens,
+        steps,
+        steps * tokens,
         batches * sampled,
         whole + along,
         batches * micro.flops + text * lengths.flops(model, lengths.sample),

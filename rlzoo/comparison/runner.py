@@ -176,6 +176,7 @@ def _run(
     plan = f"{_sizes(experiment)} {where}; {goes} {run.folder}"
     buffers, base = _share(processes, experiment, folder, state, console, plan)
     for name, shared in buffers.items():
+        shared_buffer.check_budgets(experiment, shared)
         samples = f", {shared['correct']} of {shared['samples']} samples correct" if shared["samples"] else ""
         _say(console, f"  {_called(name)}: {shared['rows']} rows{samples}")
         if shared.get("unscored"):

@@ -10,6 +10,7 @@ from rlzoo.config.files import (
 from rlzoo.config.settings import (
     BASE,
     Algorithm,
+    Budget,
     EvaluationSettings,
     Experiment,
     Lora,
@@ -28,6 +29,7 @@ __all__ = [
     "EXPERIMENTS",
     "Algorithm",
     "Benchmark",
+    "Budget",
     "EvaluationSettings",
     "Experiment",
     "Lora",
