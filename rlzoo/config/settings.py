@@ -91,7 +91,8 @@ class EvaluationSettings(Sampling):
     """The k of pass@k and maj@k, at most ``samples``, or a list of them, of which the main tables show the first; None:
     ``samples``."""
     metrics: tuple[str, ...] = ()
-    """Metrics besides the built-in ones: registered names, ``module:Name`` or ``file.py:Name``."""
+    """Metrics besides the built-in ones: registered names, ``module:Name`` or ``file.py:Name``, each one metric or a
+    list of them."""
     correct_at: float = 0.5
     """The smallest reward of a correct completion."""
     curve_points: Annotated[int, Field(ge=0)] = 4
