@@ -44,12 +44,13 @@ def quietly(experiment: Experiment, out: Path, workers: int = 1) -> dict[str, An
 
 def numbers(results: dict[str, Any]) -> dict[str, Any]:
     """What two runs of one experiment must agree in: all but when, how long and in how much memory."""
-    cells = []
-    for cell in results["cells"]:
-        costs = {name: value for name, value in cell["costs"].items() if name not in TIMES}
-        cells.append({**cell, "costs": costs})
+
+    def untimed(made: dict[str, Any]) -> dict[str, Any]:
+        return {**made, "costs": {name: value for name, value in made["costs"].items() if name not in TIMES}}
+
     same = {key: value for key, value in results.items() if key not in ("created", "wall_seconds")}
-    return {**same, "cells": cells}
+    warm_up = {"warm_up": untimed(results["warm_up"])} if results.get("warm_up") else {}
+    return {**same, **warm_up, "cells": [untimed(cell) for cell in results["cells"]]}
 
 
 def outcomes(out: Path) -> pa.Table:

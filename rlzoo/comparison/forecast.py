@@ -16,15 +16,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlzoo.buffers.problems import EncodedProblem, demonstrations, encode_problems, load_problems
+from rlzoo.buffers.problems import EncodedProblem, Problem, demonstrations, encode_problems, load_problems
 from rlzoo.comparison.plan import cells, has_choice, sampling_seeds
 from rlzoo.comparison.resolve import learns_from_samples, objective_of, views_of
-from rlzoo.config import Experiment, ProblemSource, Training
+from rlzoo.config import WARM_UP, Experiment, ProblemSource, Training
 from rlzoo.inputs import Stage
 from rlzoo.objective import Objective
 from rlzoo.policy import Assembler, MicroBatches, Models, Policy
 from rlzoo.policy.defaults import CPU_TOKENS, bytes_of_training, bytes_per_token
 from rlzoo.policy.sequences import Tokens, length
+from rlzoo.training import stored_inputs
 from rlzoo.training.batches import shares
 from rlzoo.types import Trajectory, Unit, selector_of
 
@@ -83,6 +84,8 @@ class Forecast:
     """FLOPs of the forward pass of one completion token."""
     parameters: int
     """The model's number of parameters."""
+    warm_up: RowForecast | None = None
+    """The costs of the warm-up, which is trained once."""
 
     @property
     def sampled_tokens(self) -> float:
@@ -93,7 +96,8 @@ class Forecast:
     @property
     def flops(self) -> float:
         """All FLOPs of forward and backward passes, without those of sampling."""
-        return sum(row.cells * row.flops for row in self.rows) + self.shared_flops
+        once = 0.0 if self.warm_up is None else self.warm_up.flops
+        return sum(row.cells * row.flops for row in self.rows) + self.shared_flops + once
 
     def seconds(self, flops_per_second: float, tokens_per_second: float) -> float:
         """The duration in seconds: FLOPs / ``flops_per_second`` + sampled tokens / ``tokens_per_second``."""
@@ -121,16 +125,9 @@ def forecast(experiment: Experiment, model: Policy, sample_tokens: float | None 
     samples = prompts * experiment.rollouts.samples * len(sampling_seeds(experiment))
     whole, drawn = _tests(experiment, list(experiment.benchmarks.values()), lengths)
     shared_flops = samples * lengths.flops(model, lengths.sample)
-    stored = {
-        one
-        for name, row in experiment.algorithms.items()
-        if row.mode == "offline"
-        for component in objective_of(experiment, name).components
-        for one in component.objective.requires
-        if one.stage is Stage.STORED and one.is_computed
-    }
-    worked = sum(len(problem.solutions) for problem in train)
-    demonstrated = worked * lengths.flops(model, lengths.demonstration)
+    offline = [name for name, row in experiment.algorithms.items() if row.mode == "offline"]
+    stored = stored_inputs(objective_of(experiment, name) for name in offline)
+    demonstrated = _demonstrated(model, train, lengths)
     shared_flops += len(stored) * (shared_flops + demonstrated * len(sampling_seeds(experiment)))
     count = dict.fromkeys(experiment.algorithms, 0)
     for cell in cells(experiment):
@@ -144,7 +141,23 @@ def forecast(experiment: Experiment, model: Policy, sample_tokens: float | None 
         shared_flops,
         model.flops(1, 1, modules=False),
         sum(p.numel() for p in model.model.parameters()),
+        _warm_up(experiment, model),
     )
+
+
+def _warm_up(experiment: Experiment, model: Policy) -> RowForecast | None:
+    if (alone := experiment.of_warm_up) is None:
+        return None
+    train = load_problems(alone.train)
+    lengths = _lengths(alone, model, train, None)
+    row = _row(alone, WARM_UP, model, lengths, 1, (0.0, 0.0))
+    passed = len(stored_inputs([objective_of(alone, WARM_UP)])) * _demonstrated(model, train, lengths)
+    return replace(row, algorithm="warm-up", flops=row.flops + passed)
+
+
+def _demonstrated(model: Policy, train: Sequence[Problem], lengths: Lengths) -> float:
+    """FLOPs of a forward pass of all demonstrations."""
+    return sum(len(problem.solutions) for problem in train) * lengths.flops(model, lengths.demonstration)
 
 
 def _lengths(experiment: Experiment, model: Policy, train: Sequence[Any], sample: float | None) -> Lengths:

@@ -10,7 +10,7 @@ import yaml
 
 from rlzoo.buffers.bad_rows import dropped_line
 from rlzoo.comparison.outcomes import OVERALL, compare_to, result_matrices
-from rlzoo.comparison.report import plots, tables
+from rlzoo.comparison.report import plots, stages, tables
 from rlzoo.comparison.report.answer import answer
 from rlzoo.comparison.report.schema import FinishedRun, Results
 from rlzoo.config import BASE
@@ -53,7 +53,7 @@ def _results(results: Results) -> Iterator[Block]:
     yield Heading("Results")
     yield Paragraph(
         "Per cent correct, with 95 % intervals over further seeds and problems of the same kind. The best "
-        "algorithm in each metric is bold. Every algorithm started from the base model."
+        f"algorithm in each metric is bold. {stages.start(results)}"
     )
     yield Paragraph(_left_out(results))
     for index, benchmark in enumerate(results.overall):
