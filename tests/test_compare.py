@@ -44,13 +44,16 @@ def quietly(experiment: Experiment, out: Path, workers: int = 1) -> dict[str, An
 
 def numbers(results: dict[str, Any]) -> dict[str, Any]:
     """What two runs of one experiment must agree in: all but when, how long and in how much memory."""
+    found: dict[str, Any] = untimed(results)
+    found.pop("created", None)
+    return found
 
-    def untimed(made: dict[str, Any]) -> dict[str, Any]:
-        return {**made, "costs": {name: value for name, value in made["costs"].items() if name not in TIMES}}
 
-    same = {key: value for key, value in results.items() if key not in ("created", "wall_seconds")}
-    warm_up = {"warm_up": untimed(results["warm_up"])} if results.get("warm_up") else {}
-    return {**same, **warm_up, "cells": [untimed(cell) for cell in results["cells"]]}
+def untimed(part: Any) -> Any:
+    """Plain data without times and peaks of memory."""
+    if isinstance(part, dict):
+        return {name: untimed(value) for name, value in part.items() if name not in (*TIMES, "seconds")}
+    return [untimed(one) for one in part] if isinstance(part, list) else part
 
 
 def outcomes(out: Path) -> pa.Table:

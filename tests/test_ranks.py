@@ -37,7 +37,7 @@ WORKER = Path(__file__).with_name("ranks_worker.py")
 OBJECTIVES = (
     "iw-sft-ema", "dpo", "ppo", "grpo", "kto", "ppo+sft",
     "asft", "otb", "dft-control",  # a reference that gives logits, a statistic of a snapshot, the whole batch at once
-    "iw-sft-ema-lora", "kto-lora", "dft-packed",
+    "iw-sft-ema-lora", "kto-lora", "dft-packed", "grpo-budget",
 )  # fmt: skip
 DDP: Mapping[str, str] = {}
 FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}

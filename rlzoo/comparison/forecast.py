@@ -8,6 +8,7 @@ samples, which is unknown beforehand, is assumed, measured on a few samples, or 
 from __future__ import annotations
 
 import copy
+import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlzoo.buffers.problems import EncodedProblem, Problem, demonstrations, encode_problems, load_problems
+from rlzoo.buffers.problems import EncodedProblem, demonstrations, encode_problems, load_problems
 from rlzoo.comparison.plan import cells, has_choice, sampling_seeds
 from rlzoo.comparison.resolve import learns_from_samples, objective_of, views_of
 from rlzoo.config import WARM_UP, Experiment, ProblemSource, Training
@@ -25,8 +26,9 @@ from rlzoo.objective import Objective
 from rlzoo.policy import Assembler, MicroBatches, Models, Policy
 from rlzoo.policy.defaults import CPU_TOKENS, bytes_of_training, bytes_per_token
 from rlzoo.policy.sequences import Tokens, length
-from rlzoo.training import stored_inputs
+from rlzoo.training import Costs, stored_inputs
 from rlzoo.training.batches import shares
+from rlzoo.training.schedule import check_budget
 from rlzoo.types import Trajectory, Unit, selector_of
 
 READ = 256
@@ -56,6 +58,8 @@ class RowForecast:
 
     algorithm: str
     cells: int
+    steps: int
+    """The number of optimizer steps: that of the settings, or fewer if a budget is spent before."""
     gradient_tokens: float
     """Prompt and completion tokens in backward passes."""
     sampled_tokens: float
@@ -127,12 +131,16 @@ def forecast(experiment: Experiment, model: Policy, sample_tokens: float | None 
     shared_flops = samples * lengths.flops(model, lengths.sample)
     offline = [name for name, row in experiment.algorithms.items() if row.mode == "offline"]
     stored = stored_inputs(objective_of(experiment, name) for name in offline)
-    demonstrated = _demonstrated(model, train, lengths)
+    worked = sum(len(problem.solutions) for problem in train)
+    demonstrated = worked * lengths.flops(model, lengths.demonstration)
     shared_flops += len(stored) * (shared_flops + demonstrated * len(sampling_seeds(experiment)))
     count = dict.fromkeys(experiment.algorithms, 0)
     for cell in cells(experiment):
         count[cell.algorithm] += 1
-    rows = tuple(_row(experiment, name, model, lengths, count[name], (whole, drawn)) for name in experiment.algorithms)
+    buffer = _Shared(prompts * experiment.rollouts.samples, worked)
+    rows = tuple(
+        _row(experiment, name, model, lengths, count[name], (whole, drawn), buffer) for name in experiment.algorithms
+    )
     return Forecast(
         rows,
         lengths,
@@ -150,14 +158,10 @@ def _warm_up(experiment: Experiment, model: Policy) -> RowForecast | None:
         return None
     train = load_problems(alone.train)
     lengths = _lengths(alone, model, train, None)
-    row = _row(alone, WARM_UP, model, lengths, 1, (0.0, 0.0))
-    passed = len(stored_inputs([objective_of(alone, WARM_UP)])) * _demonstrated(model, train, lengths)
-    return replace(row, algorithm="warm-up", flops=row.flops + passed)
-
-
-def _demonstrated(model: Policy, train: Sequence[Problem], lengths: Lengths) -> float:
-    """FLOPs of a forward pass of all demonstrations."""
-    return sum(len(problem.solutions) for problem in train) * lengths.flops(model, lengths.demonstration)
+    shared = _Shared(0, sum(len(problem.solutions) for problem in train))
+    row = _row(alone, WARM_UP, model, lengths, 1, (0.0, 0.0), shared)
+    stored = shared.costs(alone, WARM_UP, model, lengths).flops
+    return replace(row, algorithm="warm-up", flops=row.flops + stored)
 
 
 def _lengths(experiment: Experiment, model: Policy, train: Sequence[Any], sample: float | None) -> Lengths:
@@ -176,18 +180,62 @@ def _tests(experiment: Experiment, sets: Sequence[ProblemSource], lengths: Lengt
     settings = experiment.evaluation
     sizes = [len(load_problems(one)) for one in sets]
     whole = sum(sizes) * (settings.samples + 1)
+    if settings.until_flat is not None and experiment.validation is not None:
+        sizes.append(len(load_problems(experiment.validation)))
     along = settings.curve_points * sum(min(size, settings.curve_problems) for size in sizes) * settings.curve_samples
     return whole * lengths.sample, along * lengths.sample
 
 
+@dataclass(frozen=True)
+class _Shared:
+    """The size of a shared buffer."""
+
+    samples: int
+    demonstrations: int
+
+    def costs(self, experiment: Experiment, name: str, model: Policy, lengths: Lengths) -> Costs:
+        """What a cell is charged for its part in the buffer, as `shared_buffer.costs_before` does."""
+        costs = Costs()
+        if experiment.algorithms[name].mode == "online":
+            return costs
+        sampled = self.samples * lengths.flops(model, lengths.sample)
+        if learns_from_samples(views_of(experiment, name)):
+            costs.sampled_tokens = round(self.samples * lengths.sample)
+            costs.flops = 2 * sampled
+        components = objective_of(experiment, name).components
+        stored = {one for c in components for one in c.objective.requires if one.stage is Stage.STORED}
+        shown = self.demonstrations * lengths.flops(model, lengths.demonstration)
+        costs.flops += sum(one.is_computed for one in stored) * (sampled + shown)
+        return costs
+
+
+def _steps(training: Training, batch: Costs, before: Costs, where: str) -> int:
+    """The number of optimizer steps: the most that are allowed, or about as many as spend the budget.
+
+    ``batch`` is the cost of a batch with all of its steps. Raises UserError if the budget is spent ``before``.
+    """
+    if (budget := training.budget) is None:
+        return training.steps
+    start = float(getattr(before, budget.cost))
+    check_budget(budget, start, where)
+    batches = (budget.amount - start) / float(getattr(batch, budget.cost))
+    return min(training.steps, math.ceil(batches * training.updates_per_batch))
+
+
 def _row(
-    experiment: Experiment, name: str, model: Policy, lengths: Lengths, count: int, tests: tuple[float, float]
+    experiment: Experiment,
+    name: str,
+    model: Policy,
+    lengths: Lengths,
+    count: int,
+    tests: tuple[float, float],
+    shared: _Shared,
 ) -> RowForecast:
     settings, objective = experiment.training_of(name), objective_of(experiment, name)
     online = experiment.algorithms[name].mode == "online"
     policy = _Counted.of(model, settings, objective)
     micro = _CountedPasses()
-    tokens = sampled = 0.0
+    tokens = sampled = sampling = 0.0
     views = views_of(experiment, name)
     split = shares(settings.batch_size, len(views))
     trained = sum(p.numel() for p in policy.parameters() if p.requires_grad)
@@ -201,6 +249,7 @@ def _row(
         tokens += sum(map(length, rows))
         if online and selector.is_sampled:
             sampled += sum(len(row.completion_ids) for row in rows)
+            sampling += _passed(policy, rows)
             micro.flops += _passed(policy, rows)  # the behaviour log-probs
         assembler = Assembler(policy, _models(policy, own), micro)
         batch = assembler.assemble(rows, units, own)
@@ -208,7 +257,10 @@ def _row(
             assembler.renew(batch, rows, units, own)
         references = sum(one.gives_logits for one in own.requires)
         micro.flops += settings.updates_per_batch * (backward + references) * _passed(policy, rows)
-    batches = -(-settings.steps // settings.updates_per_batch)
+    one_batch = Costs(round(settings.updates_per_batch * tokens), round(sampled), micro.flops + sampling)
+    before = shared.costs(experiment, name, model, lengths)
+    steps = _steps(settings, one_batch, before, name)
+    batches = -(-steps // settings.updates_per_batch)
     whole, along = tests
     if has_choice(experiment, name) and experiment.validation is not None:
         validated = len(load_problems(experiment.validation)) * experiment.evaluation.samples * lengths.sample
@@ -217,7 +269,8 @@ def _row(
     return RowForecast(
         name,
         count,
-        settings.steps * tokens,
+        steps,
+        steps * tokens,
         batches * sampled,
         whole + along,
         batches * micro.flops,

@@ -11,18 +11,18 @@ from typing import Any
 from rlzoo.buffers import OfflineBuffer
 from rlzoo.buffers.bad_rows import BadRows
 from rlzoo.buffers.problems import encode_problems, load_problems
+from rlzoo.comparison.curves import costs_at, is_flat, result_at
 from rlzoo.comparison.plan import Cell, has_choice
-from rlzoo.comparison.resolve import learns_from_samples, objective_of, reward_of, views_of
-from rlzoo.comparison.shared_buffer import Report, token_probabilities
+from rlzoo.comparison.resolve import objective_of, reward_of, views_of
+from rlzoo.comparison.shared_buffer import Report, costs_before, token_probabilities
 from rlzoo.config import Experiment, ProblemSource, Training
 from rlzoo.evaluation import Evaluation, evaluate
 from rlzoo.evaluation.evaluation import gold_rows
 from rlzoo.evaluation.metrics import AVERAGE
-from rlzoo.inputs import Stage
 from rlzoo.jobs.cached_results import CachedResults
 from rlzoo.jobs.memory import release_memory
 from rlzoo.jobs.outputs import remove
-from rlzoo.jobs.ranks import is_main
+from rlzoo.jobs.ranks import agreed, is_main
 from rlzoo.policy import Policy
 from rlzoo.policy.defaults import resolved
 from rlzoo.policy.loading import load_for, save_policy
@@ -30,6 +30,7 @@ from rlzoo.reward import Reward
 from rlzoo.rollout import Collector, engine_of, sampler_of
 from rlzoo.rollout.rollouts import within_limits
 from rlzoo.training import (
+    Costs,
     Trainer,
     TrainingRecord,
 )
@@ -118,8 +119,8 @@ def _run_cell(
     policy = load_for(experiment.model, settings)
     buffer = OfflineBuffer.load(buffer_path)
     online = experiment.algorithms[cell.algorithm].mode == "online"
-    record = TrainingRecord()
-    costs = record.costs
+    record = TrainingRecord(costs=costs_before(experiment, cell.algorithm, shared))
+    start = costs_at(record.costs)
     views = views_of(experiment, cell.algorithm)
     sources: list[Source] = []
     split = zip(views, shares(settings.batch_size, len(views)), seeds(views, cell.seed), strict=True)
@@ -129,19 +130,18 @@ def _run_cell(
             sources.append(FreshSource(collect, selection, **options))
         else:
             sources.append(BufferSource(buffer, buffer.view(selection, **options), size, own))
-    if not online:
-        if learns_from_samples(views):
-            costs.sampled_tokens, costs.flops = shared["sampled_tokens"], shared["sampling_flops"]
-        columns = {one.column for one in objective.requires if one.stage is Stage.STORED}
-        costs.flops += sum(flops for column, flops in shared["input_flops"].items() if column in columns)
-    points = experiment.evaluation.curve_points
-    marks = {round(settings.steps * (i + 1) / points) for i in range(points)}
+    points, patience = experiment.evaluation.curve_points, experiment.evaluation.until_flat
 
     def along(trainer: Trainer, step: int) -> None:
-        report(0.8 * step / settings.steps, f"step {step}/{settings.steps}")
-        if step in marks:
-            point = curve_point(policy, experiment, step, cell.seed, settings.steps)
-            trainer.record.kept.setdefault("curve", []).append(point)
+        report(0.8 * trainer.progress.fraction, str(trainer.progress))
+        if not (points and trainer.progress.completes_part(points)):
+            return
+        curve = trainer.record.kept.setdefault("curve", [])
+        curve.append(curve_point(policy, experiment, step, cell.seed, settings.steps, record.costs))
+        if patience is None or record.ended is not None:
+            return
+        if agreed(is_flat([point["validation"]["by_problem"] for point in curve], patience)):
+            trainer.stop("flat")
 
     Trainer(
         policy, objective, sources, settings, [along],
@@ -152,6 +152,8 @@ def _run_cell(
         "seed": cell.seed,
         "learning_rate": cell.learning_rate,
         "costs": record.costs.as_dict(),
+        "start": start,
+        "ended": record.ended,
         "curve": record.kept.get("curve", []),
         "training": record.plain_steps(),
         "events": record.events,
@@ -160,7 +162,7 @@ def _run_cell(
     }
     if has_choice(experiment, cell.algorithm):
         assert experiment.validation is not None  # checked by the experiment's validator
-        reward = reward_of(experiment, settings.steps, settings.steps)
+        reward = reward_of(experiment, len(record.steps), settings.steps)
         validation = _evaluate(policy, experiment, experiment.validation, reward, cell.seed, brief=True)
         if is_main():
             remove(state / "models" / cell.id)
@@ -168,7 +170,7 @@ def _run_cell(
         return {**result, "validation": validation.metrics["avg_at_k"]}
     found = evaluate_all(
         policy, experiment, cell.algorithm, cell.seed, cell.learning_rate, cached,
-        lambda share, what: report(0.8 + 0.2 * share, what),
+        lambda share, what: report(0.8 + 0.2 * share, what), len(record.steps),
     )  # fmt: skip
     return {**result, **found}
 
@@ -176,12 +178,13 @@ def _run_cell(
 def evaluate_cell(experiment: Experiment, cell: Cell, state: Path, divisor: int, report: Report) -> dict[str, Any]:
     """Evaluate a cell on the benchmarks, from its saved weights, once its learning rate has been chosen."""
     smaller, cached = experiment.with_smaller_batches(divisor), CachedResults(state / "chosen")
+    trained = CachedResults(state / "cells").read(cell.id) or {}
 
     def evaluate() -> dict[str, Any]:
         settings = experiment.training_of(cell.algorithm).model_copy(update={"lora": None})  # merged, and whole
         policy = load_for(str(state / "models" / cell.id), settings)
         labels = (cell.algorithm, cell.seed, cell.learning_rate)
-        return evaluate_all(policy, smaller, *labels, cached.within(cell.id), report)
+        return evaluate_all(policy, smaller, *labels, cached.within(cell.id), report, len(trained.get("training", ())))
 
     return dict(cached.once(cell.id, evaluate))
 
@@ -194,15 +197,19 @@ def evaluate_all(
     learning_rate: float | None,
     cached: CachedResults,
     report: Report,
+    step: int = 0,
 ) -> dict[str, Any]:
-    """Evaluate on all benchmarks: ``metrics`` by benchmark, and ``outcomes`` with one row per sample."""
+    """Evaluate on all benchmarks: ``metrics`` by benchmark, and ``outcomes`` with one row per sample.
+
+    ``step`` is the number of steps that the policy was trained for.
+    """
     metrics, outcomes = {}, []
-    steps = experiment.training_of(algorithm).steps if algorithm in experiment.algorithms else 0  # the base has none
+    most = experiment.training_of(algorithm).steps if algorithm in experiment.algorithms else 0  # the base has none
     for number, (name, source) in enumerate(experiment.benchmarks.items()):
         report(number / len(experiment.benchmarks), f"evaluating {name}")
 
         def evaluate(name: str = name, source: ProblemSource = source) -> dict[str, Any]:
-            reward = reward_of(experiment, steps, steps, benchmark=name)
+            reward = reward_of(experiment, step, most, benchmark=name)
             return vars(_evaluate(policy, experiment, source, reward, max(seed, 0)))
 
         found = cached.once(f"on {name}", evaluate)
@@ -212,17 +219,27 @@ def evaluate_all(
     return {"metrics": metrics, "outcomes": outcomes}
 
 
-def curve_point(policy: Policy, experiment: Experiment, step: int, seed: int, max_steps: int = 0) -> dict[str, Any]:
-    """A cheap evaluation in the course of training: avg@k on the first problems of each benchmark."""
+def curve_point(
+    policy: Policy, experiment: Experiment, step: int, seed: int, max_steps: int = 0, costs: Costs | None = None
+) -> dict[str, Any]:
+    """A cheap evaluation in the course of training: avg@k on the first problems of each benchmark, and costs so far.
+
+    Also on those of ``validation``, if cells end when their curve is flat.
+    """
     settings = experiment.evaluation
     small = settings.model_copy(update={"samples": settings.curve_samples, "k": None})
-    metrics = {}
-    for name, source in experiment.benchmarks.items():
+
+    def result(source: ProblemSource, benchmark: str | None) -> dict[str, Any]:
         problems, bad = load_problems(source)[: settings.curve_problems], BadRows(source.bad_rows)
-        reward = reward_of(experiment, step, max_steps, benchmark=name)
+        reward = reward_of(experiment, step, max_steps, benchmark=benchmark)
         found = evaluate(policy, problems, reward, small, seed, greedy=False, bad=bad, metrics=[AVERAGE])
-        metrics[name] = {"avg_at_k": found.metrics["avg_at_k"]}
-    return {"step": step, "metrics": metrics}
+        return result_at(found.metrics, found.outcomes, small.samples)
+
+    metrics = {name: result(source, name) for name, source in experiment.benchmarks.items()}
+    point = {"step": step, **costs_at(costs or Costs()), "metrics": metrics}
+    if settings.until_flat is not None and experiment.validation is not None:
+        point["validation"] = result(experiment.validation, None)
+    return point
 
 
 def _evaluate(

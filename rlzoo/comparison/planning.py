@@ -127,11 +127,12 @@ def detectable(experiment: Experiment, outcomes: pa.Table, pilot: Path | None = 
 def tables_of(found: Mapping[str, Any]) -> tuple[list[rich.table.Table], list[str]]:
     """The result of `planned` as tables and lines for the terminal."""
     costs = Table(
-        ["algorithm", "cells", "gradient tokens", "sampled tokens", "FLOPs", "memory"],
+        ["algorithm", "cells", "steps", "gradient tokens", "sampled tokens", "FLOPs", "memory"],
         [
             [
                 Entry(row["algorithm"]),
                 Entry(str(row["cells"])),
+                Entry(f"{row['steps']:,}"),
                 Entry(amount(row["gradient_tokens"])),
                 Entry(amount(round(row["sampled_tokens"] + row["evaluated_tokens"]))),
                 Entry(amount(row["flops"])),

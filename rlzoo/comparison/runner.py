@@ -172,6 +172,7 @@ def _run(
     experiment = asked if warm is None else after_warm_up(asked, state)
     buffers, base = _share(processes, experiment, folder, state, console, plan if warm is None else None)
     for name, shared in buffers.items():
+        shared_buffer.check_budgets(experiment, shared)
         samples = f", {shared['correct']} of {shared['samples']} samples correct" if shared["samples"] else ""
         _say(console, f"  {_called(name)}: {shared['rows']} rows{samples}")
         if shared.get("unscored"):

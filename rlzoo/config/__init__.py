@@ -10,6 +10,7 @@ from rlzoo.config.files import (
 from rlzoo.config.settings import (
     BASE,
     Algorithm,
+    Budget,
     EvaluationSettings,
     Experiment,
     Lora,
@@ -30,6 +31,7 @@ __all__ = [
     "WARM_UP",
     "Algorithm",
     "Benchmark",
+    "Budget",
     "EvaluationSettings",
     "Experiment",
     "Lora",

@@ -20,6 +20,7 @@ BASE = "base"
 
 Share = Annotated[float, Field(gt=0, le=1)]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Amount = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 TokenBudget = int | str
 """Tokens per micro-batch, padding included: a number, ``auto`` for what fits, or ``auto/4`` for a quarter of that."""
 
@@ -100,11 +101,19 @@ class EvaluationSettings(Sampling):
     """How many problems of each benchmark these use."""
     curve_samples: Positive = 2
     """How many samples per problem these use."""
+    until_flat: Positive | None = None
+    """End a cell once its avg@k on ``validation`` (the first ``curve_problems``) has not exceeded its earlier best by
+    more than one standard error for this many curve points in a row; None: never."""
 
     @pydantic.model_validator(mode="after")
     def _k_fits(self) -> EvaluationSettings:
         if self.k is not None and (most := max(self.pass_ks)) > self.samples:
             raise ValueError(f"k = {most} needs at least {most} samples, and samples = {self.samples}")
+        if self.until_flat is not None and self.until_flat + 1 >= self.curve_points:
+            raise ValueError(
+                f"until_flat = {self.until_flat} would end no cell early: the first curve point has none to compare "
+                f"with, so curve_points = {self.curve_points} must be at least {self.until_flat + 2}"
+            )
         return self
 
     @property
@@ -146,11 +155,41 @@ class Lora(Strict):
     are multiplied in ``dtype``, and dequantised when the model is saved."""
 
 
+class Budget(Strict):
+    """The cost at which training ends: exactly one of three."""
+
+    gradient_tokens: Amount | None = None
+    """Prompt and completion tokens in backward passes."""
+    tokens: Amount | None = None
+    """Gradient tokens and sampled tokens; those of a shared buffer count for each cell that learns from it."""
+    flops: Amount | None = None
+    """FLOPs of training and of sampling for it; those of a shared buffer count likewise."""
+
+    @pydantic.model_validator(mode="after")
+    def _is_one(self) -> Budget:
+        if len(self.model_dump(exclude_none=True)) != 1:
+            raise ValueError("budget: give exactly one of gradient_tokens, tokens and flops")
+        return self
+
+    @property
+    def cost(self) -> str:
+        """The cost that is bounded, by the name it has in costs."""
+        return next(iter(self.model_dump(exclude_none=True)))
+
+    @property
+    def amount(self) -> float:
+        """Its bound."""
+        return float(getattr(self, self.cost))
+
+
 class Training(Strict):
     """Optimisation: AdamW with linear warm-up, then cosine decay to zero (the settings of arXiv 2508.05629)."""
 
     steps: Positive = 100
-    """Optimizer steps."""
+    """Optimizer steps; with a ``budget``, at most this many."""
+    budget: Budget | None = None
+    """Training ends after the step at which its cost reaches this. The learning rate then follows the fraction that is
+    spent, in place of the fraction of ``steps``. Evaluation does not count."""
     batch_size: Positive = 64
     """Sequences per optimizer step: a pair counts as two, a group as its samples."""
     updates_per_batch: Positive = 1
@@ -274,6 +313,8 @@ class Experiment(Strict):
             raise ValueError(problem)
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds repeat: {list(self.seeds)}")
+        if self.evaluation.until_flat is not None and self.validation is None:
+            raise ValueError("evaluation.until_flat needs a validation problem set: add `validation`")
         for name, row in self.algorithms.items():
             for setting in OF_THE_BUFFER:
                 shared = getattr(self.training, setting)
@@ -302,7 +343,7 @@ class Experiment(Strict):
         """The warm-up, if there is one, as an experiment with a single row, `WARM_UP`."""
         if (one := self.warm_up) is None:
             return None
-        training = {"lora": None, "importance_cap": None, **one.training}
+        training = {"lora": None, "importance_cap": None, "budget": None, **one.training}
         row = Algorithm(objective=one.objective, options=one.options, training=training)
         alone = {"algorithms": {WARM_UP: row}, "train": one.train or self.train, "warm_up": None}
         return self.model_copy(update=alone)

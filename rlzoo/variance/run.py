@@ -264,8 +264,8 @@ def along_training(
         budget = training.token_budget
         probe = VarianceProbe(buffer, settings.every, settings.probe_rows, settings.seed, budget, views[0][0])
 
-        def tell(_: Trainer, step: int) -> None:
-            report(step / training.steps, f"step {step}/{training.steps}")
+        def tell(trainer: Trainer, step: int) -> None:
+            report(trainer.progress.fraction, str(trainer.progress))
 
         sources = buffer_sources(buffer, views, training.batch_size, settings.seed)
         record = TrainingRecord(kept={"variance": probe.records})

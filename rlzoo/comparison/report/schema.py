@@ -167,6 +167,20 @@ class Results(_Model):
         """The algorithms that have results, in display order."""
         return tuple(dict.fromkeys(cell.algorithm for cell in self.cells))
 
+    def baseline(self, asked: str | None = None) -> str:
+        """The algorithm that the others are compared with: one that was asked for, unless all of its cells failed.
+
+        Otherwise the experiment's, if it has results, and else the first algorithm; the base model if there is only one
+        algorithm.
+        """
+        failed = {failure.algorithm for failure in self.failed or []} - set(self.algorithms)
+        if asked is not None and asked not in failed:
+            return asked
+        own = self.config.get("baseline") if isinstance(self.config, dict) else None
+        if len(self.algorithms) < 2:
+            return BASE
+        return own if own in self.algorithms else self.algorithms[0]
+
     @cached_property
     def benchmarks(self) -> tuple[str, ...]:
         """The benchmarks, in display order."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -12,7 +13,6 @@ from rich.text import Text
 
 from rlzoo.comparison.outcomes import METRICS, OVERALL
 from rlzoo.comparison.report.schema import CellCosts, Results, SummaryRow, parse_results
-from rlzoo.comparison.statistics import SIGNIFICANT
 from rlzoo.config import BASE
 from rlzoo.document import Entry, Table
 
@@ -74,7 +74,12 @@ def interval(row: SummaryRow | None) -> str:
 
 def significance(p: float) -> str:
     """A p-value, with two digits."""
-    return "p < 0.001" if p < 0.001 else f"p = {min(p, 1):.2g}" if p < 0.995 else "p = 1"
+    return f"p {p_number(p)}" if p < 0.001 else f"p = {p_number(p)}"
+
+
+def p_number(p: float) -> str:
+    """A p-value without its name, with two digits."""
+    return "< 0.001" if p < 0.001 else f"{min(p, 1):.2g}" if p < 0.995 else "1"
 
 
 def on(benchmark: str) -> str:
@@ -121,36 +126,6 @@ def further_table(results: Results, benchmark: str | None) -> Table | None:
 def _best(results: Results, benchmark: str, metric: str) -> float | None:
     rows = [results.row(algorithm, benchmark, metric) for algorithm in results.algorithms]
     return max((row.mean for row in rows if row), default=None)
-
-
-def difference_table(rows: Sequence[Mapping[str, Any]], results: Results, benchmark: str) -> Table:
-    """Paired differences in percentage points, each with its own interval and its corrected p-value.
-
-    Those that are distinguishable from zero after the correction are marked.
-    """
-    cells: dict[str, dict[str, Entry]] = {}
-    for row in rows:
-        if row["benchmark"] == benchmark:
-            low, high = row["ci_low"], row["ci_high"]
-            text = f"{points(row['difference'])} [{points(low)}, {points(high)}], {significance(row['p'])}"
-            cells.setdefault(row["algorithm"], {})[row["metric"]] = Entry(text, row["p"] < SIGNIFICANT)
-    body = [[Entry(name), *(found.get(metric, Entry(NONE)) for metric in METRICS)] for name, found in cells.items()]
-    return Table(["algorithm", *(f"{results.label(metric, benchmark)} (points)" for metric in METRICS)], body)
-
-
-def across_table(rows: Sequence[Mapping[str, Any]]) -> Table:
-    """Paired differences of two algorithms in several studies, one row per benchmark; as `difference_table`."""
-    cells: dict[tuple[str, str], dict[str, Entry]] = {}
-    for row in rows:
-        low, high = points(row["ci_low"]), points(row["ci_high"])
-        text = f"{points(row['difference'])} [{low}, {high}], {significance(row['p'])}"
-        place = cells.setdefault((row["study"], row["benchmark"]), {})
-        place[row["metric"]] = Entry(text, row["p"] < SIGNIFICANT)
-    body = [
-        [Entry(f"{study}: {benchmark}"), *(found.get(metric, Entry(NONE)) for metric in METRICS)]
-        for (study, benchmark), found in cells.items()
-    ]
-    return Table(["study", "avg@k", "greedy", "pass@k"], body)
 
 
 def studies_table(studies: Mapping[str, Results]) -> Table:
@@ -271,6 +246,9 @@ def plain_table(table: Table, title: str) -> rich.table.Table:
         pad_edge=False,
     )
     for index, name in enumerate(table.header):
+        longest = max((len(row[index].text) for row in table.rows), default=0)
+        if len(name) > longest:  # a header in two lines leaves room for the numbers of other columns
+            name = re.sub(r"(?<=,) | (?=\()", "\n", name)
         out.add_column(Text(name), justify="right" if table.is_number(index) else "left")
     for row in table.rows:
         out.add_row(*(Text(entry.text, style="bold" if entry.best else "") for entry in row))
