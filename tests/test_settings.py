@@ -69,6 +69,8 @@ ELSEWHERE = {
     "EvaluationSettings.k": "test_evaluation.py::test_k_is_the_number_of_samples_unless_it_is_given",
     "EvaluationSettings.metrics": "test_open_interface.py::test_a_plugins_metric_is_reported_after_kill_9",
     "Benchmark.reward": "test_compare.py::test_a_benchmark_may_have_a_reward_of_its_own",
+    "Benchmark.max_new_tokens": "test_retention.py::test_the_bases_text_is_scored_under_every_policy",
+    "Experiment.retention": "test_retention.py::test_retention_is_apart_from_benchmarks",
     "EvaluationSettings.correct_at": "test_evaluation.py::test_the_threshold_of_correctness_is_a_setting",
     "EvaluationSettings.until_flat": "test_budgets.py::test_a_cell_ends_when_its_validation_curve_is_flat",
     "Training.budget": "test_budgets.py::test_training_ends_after_the_step_that_reaches_the_budget",

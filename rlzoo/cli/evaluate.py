@@ -57,7 +57,7 @@ def evaluate(
                 policy,
                 some,
                 scored_by[name],
-                chosen.evaluation,
+                chosen.evaluation_on(chosen.benchmarks[name]),
                 seed,
                 bad=bad[name],
                 token_budget=chosen.training.token_budget,

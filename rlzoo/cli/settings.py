@@ -139,7 +139,7 @@ def _sections(model: type[pydantic.BaseModel]) -> Iterator[tuple[str, type[pydan
 
 
 def _tests(plain: Experiment, other: Mapping[str, Any], source: str | None, limit: Any) -> dict[str, Any]:
-    """The benchmarks and the validation set as options change them; ``other`` (--set) takes precedence."""
+    """The benchmarks, retention and validation sets as options change them; ``other`` (--set) takes precedence."""
 
     def changed(place: str, problems: ProblemSource, **over: Any) -> dict[str, Any]:
         asked = {key: value for key, value in over.items() if value is not None and f"{place}.{key}" not in other}
@@ -149,8 +149,11 @@ def _tests(plain: Experiment, other: Mapping[str, Any], source: str | None, limi
         name: changed(f"benchmarks.{name}", problems, source=source, limit=limit)
         for name, problems in plain.benchmarks.items()
     }
+    retention = {
+        name: changed(f"retention.{name}", problems, limit=limit) for name, problems in plain.retention.items()
+    }
     validation = plain.validation and changed("validation", plain.validation, limit=limit)
-    return {"benchmarks": benchmarks, "validation": validation}
+    return {"benchmarks": benchmarks, "retention": retention, "validation": validation}
 
 
 def _grid(

@@ -12,7 +12,7 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from torch import Tensor
 from rlzoo.buffers.problems import EncodedProblem, demonstrations, encode_problems, load_problems
 from rlzoo.comparison.plan import cells, has_choice, sampling_seeds
 from rlzoo.comparison.resolve import learns_from_samples, objective_of, views_of
-from rlzoo.config import WARM_UP, Experiment, ProblemSource, Training
+from rlzoo.config import WARM_UP, Experiment, Training
 from rlzoo.inputs import Stage
 from rlzoo.objective import Objective
 from rlzoo.policy import Assembler, MicroBatches, Models, Policy
@@ -127,7 +127,7 @@ def forecast(experiment: Experiment, model: Policy, sample_tokens: float | None 
     )
     prompts = min(len(train), experiment.rollouts.prompts or len(train)) if sampled else 0
     samples = prompts * experiment.rollouts.samples * len(sampling_seeds(experiment))
-    whole, drawn = _tests(experiment, list(experiment.benchmarks.values()), lengths)
+    tests = _tests(experiment, lengths)
     shared_flops = samples * lengths.flops(model, lengths.sample)
     offline = [name for name, row in experiment.algorithms.items() if row.mode == "offline"]
     stored = stored_inputs(objective_of(experiment, name) for name in offline)
@@ -138,15 +138,13 @@ def forecast(experiment: Experiment, model: Policy, sample_tokens: float | None 
     for cell in cells(experiment):
         count[cell.algorithm] += 1
     buffer = _Shared(prompts * experiment.rollouts.samples, worked)
-    rows = tuple(
-        _row(experiment, name, model, lengths, count[name], (whole, drawn), buffer) for name in experiment.algorithms
-    )
+    rows = tuple(_row(experiment, name, model, lengths, count[name], tests, buffer) for name in experiment.algorithms)
     return Forecast(
         rows,
         lengths,
         samples * lengths.sample,
-        whole + drawn / max(experiment.evaluation.curve_points, 1),
-        shared_flops,
+        tests.whole + tests.along / max(experiment.evaluation.curve_points, 1) + tests.text * lengths.sample,
+        shared_flops + tests.text * lengths.flops(model, lengths.sample),
         model.flops(1, 1, modules=False),
         sum(p.numel() for p in model.model.parameters()),
         _warm_up(experiment, model),
@@ -159,7 +157,7 @@ def _warm_up(experiment: Experiment, model: Policy) -> RowForecast | None:
     train = load_problems(alone.train)
     lengths = _lengths(alone, model, train, None)
     shared = _Shared(0, sum(len(problem.solutions) for problem in train))
-    row = _row(alone, WARM_UP, model, lengths, 1, (0.0, 0.0), shared)
+    row = _row(alone, WARM_UP, model, lengths, 1, _Tests(0.0, 0.0, 0.0), shared)
     stored = shared.costs(alone, WARM_UP, model, lengths).flops
     return replace(row, algorithm="warm-up", flops=row.flops + stored)
 
@@ -175,15 +173,27 @@ def _lengths(experiment: Experiment, model: Policy, train: Sequence[Any], sample
     return Lengths(statistics.fmean(len(p.ids) for p in encoded), shown, sample, assumed)
 
 
-def _tests(experiment: Experiment, sets: Sequence[ProblemSource], lengths: Lengths) -> tuple[float, float]:
-    """Completion tokens of one full evaluation on problem sets, and of all evaluations during training."""
+class _Tests(NamedTuple):
+    """The evaluations of a policy."""
+
+    whole: float
+    """Completion tokens of one full evaluation, on benchmarks and retention sets."""
+    along: float
+    """Completion tokens of all evaluations during training."""
+    text: float
+    """The number of the base's completions that are scored for retention."""
+
+
+def _tests(experiment: Experiment, lengths: Lengths) -> _Tests:
     settings = experiment.evaluation
-    sizes = [len(load_problems(one)) for one in sets]
-    whole = sum(sizes) * (settings.samples + 1)
+    sizes = [len(load_problems(one)) for one in experiment.benchmarks.values()]
+    kept = {name: len(load_problems(one)) for name, one in experiment.retention.items()}
+    scored = sum(sizes) + sum(size for name, size in kept.items() if experiment.retention[name].is_scored)
+    whole = scored * (settings.samples + 1)
     if settings.until_flat is not None and experiment.validation is not None:
         sizes.append(len(load_problems(experiment.validation)))
     along = settings.curve_points * sum(min(size, settings.curve_problems) for size in sizes) * settings.curve_samples
-    return whole * lengths.sample, along * lengths.sample
+    return _Tests(whole * lengths.sample, along * lengths.sample, sum(kept.values()) * settings.samples)
 
 
 @dataclass(frozen=True)
@@ -228,7 +238,7 @@ def _row(
     model: Policy,
     lengths: Lengths,
     count: int,
-    tests: tuple[float, float],
+    tests: _Tests,
     shared: _Shared,
 ) -> RowForecast:
     settings, objective = experiment.training_of(name), objective_of(experiment, name)
@@ -261,11 +271,11 @@ def _row(
     before = shared.costs(experiment, name, model, lengths)
     steps = _steps(settings, one_batch, before, name)
     batches = -(-steps // settings.updates_per_batch)
-    whole, along = tests
+    whole, along, text = tests
     if has_choice(experiment, name) and experiment.validation is not None:
         validated = len(load_problems(experiment.validation)) * experiment.evaluation.samples * lengths.sample
         chosen = 1 / len(experiment.learning_rates_of(name))  # the fraction of cells that are evaluated on benchmarks
-        whole = chosen * whole + validated
+        whole, text = chosen * whole + validated, chosen * text
     return RowForecast(
         name,
         count,
@@ -273,7 +283,7 @@ def _row(
         steps * tokens,
         batches * sampled,
         whole + along,
-        batches * micro.flops,
+        batches * micro.flops + text * lengths.flops(model, lengths.sample),
         _bytes(policy, settings, objective),
     )
 

@@ -5,12 +5,15 @@ The functions that they run take and return plain data, so that they can run in 
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from rlzoo.buffers import OfflineBuffer
 from rlzoo.buffers.bad_rows import BadRows
 from rlzoo.buffers.problems import encode_problems, load_problems
+from rlzoo.comparison import retention
 from rlzoo.comparison.curves import costs_at, is_flat, result_at
 from rlzoo.comparison.plan import Cell, has_choice
 from rlzoo.comparison.resolve import objective_of, reward_of, views_of
@@ -43,12 +46,13 @@ def evaluate_base(experiment: Experiment, state: Path, report: Report) -> dict[s
 
     Also the ``dropped_rows`` of benchmarks and validation, on which no policy is evaluated, and their ``events``.
     """
-    cached = CachedResults(state)
+    cached, load = CachedResults(state), cache(lambda: load_for(experiment.model, experiment.training))
+    text = retention.base_text(load, experiment, state)
 
     def evaluate() -> dict[str, Any]:
-        policy = load_for(experiment.model, experiment.training)
+        policy = load()
         bad = _unfit(policy, experiment)
-        found = evaluate_all(policy, experiment, "base", -1, None, cached.within("base"), report)
+        found = evaluate_all(policy, experiment, "base", -1, None, cached.within("base"), report, text)
         drawn = experiment.evaluation.curve_points > 0
         return {
             **found,
@@ -63,12 +67,13 @@ def evaluate_base(experiment: Experiment, state: Path, report: Report) -> dict[s
 def _unfit(policy: Policy, experiment: Experiment) -> dict[str, BadRows]:
     """The bad rows of each problem set that policies are evaluated on."""
     sets: dict[str, ProblemSource] = {f"benchmark {name}": source for name, source in experiment.benchmarks.items()}
+    sets |= {f"retention set {name}": source for name, source in experiment.retention.items()}
     sets |= {} if experiment.validation is None else {"validation": experiment.validation}
     bad = {name: BadRows(source.bad_rows) for name, source in sets.items()}
     for name, source in sets.items():
         encoded = encode_problems(policy.tokenizer, load_problems(source, bad[name]), bad[name])
         sampler = sampler_of(policy, experiment.evaluation)
-        fit = within_limits(policy, sampler, encoded, experiment.evaluation, bad[name])
+        fit = within_limits(policy, sampler, encoded, experiment.evaluation_on(source), bad[name])
         if name != "validation":
             gold_rows(policy, fit, bad[name])
     return bad
@@ -170,7 +175,7 @@ def _run_cell(
         return {**result, "validation": validation.metrics["avg_at_k"]}
     found = evaluate_all(
         policy, experiment, cell.algorithm, cell.seed, cell.learning_rate, cached,
-        lambda share, what: report(0.8 + 0.2 * share, what), len(record.steps),
+        lambda share, what: report(0.8 + 0.2 * share, what), retention.saved_text(experiment, state), len(record.steps),
     )  # fmt: skip
     return {**result, **found}
 
@@ -184,7 +189,8 @@ def evaluate_cell(experiment: Experiment, cell: Cell, state: Path, divisor: int,
         settings = experiment.training_of(cell.algorithm).model_copy(update={"lora": None})  # merged, and whole
         policy = load_for(str(state / "models" / cell.id), settings)
         labels = (cell.algorithm, cell.seed, cell.learning_rate)
-        return evaluate_all(policy, smaller, *labels, cached.within(cell.id), report, len(trained.get("training", ())))
+        text, steps = retention.saved_text(experiment, state), len(trained.get("training", ()))
+        return evaluate_all(policy, smaller, *labels, cached.within(cell.id), report, text, steps)
 
     return dict(cached.once(cell.id, evaluate))
 
@@ -197,26 +203,38 @@ def evaluate_all(
     learning_rate: float | None,
     cached: CachedResults,
     report: Report,
+    text: retention.BaseText,
     step: int = 0,
 ) -> dict[str, Any]:
-    """Evaluate on all benchmarks: ``metrics`` by benchmark, and ``outcomes`` with one row per sample.
+    """Evaluate on all problem sets: ``metrics`` by benchmark, and ``outcomes`` with one row per sample.
 
+    With retention sets, also ``retention``, the metrics by retention set, those of the base's ``text`` among them.
     ``step`` is the number of steps that the policy was trained for.
     """
-    metrics, outcomes = {}, []
+    metrics, kept, outcomes = dict[str, Any](), dict[str, Any](), list[dict[str, Any]]()
+    sets = experiment.scored_sets
     most = experiment.training_of(algorithm).steps if algorithm in experiment.algorithms else 0  # the base has none
-    for number, (name, source) in enumerate(experiment.benchmarks.items()):
-        report(number / len(experiment.benchmarks), f"evaluating {name}")
+
+    def add(name: str, rows: Iterable[Mapping[str, Any]]) -> None:
+        labels = {"algorithm": algorithm, "seed": seed, "learning_rate": learning_rate, "benchmark": name}
+        labels |= {"retention": name in experiment.retention}
+        outcomes.extend({**labels, **row} for row in rows)
+
+    for number, (name, source) in enumerate(sets.items()):
+        report(number / len(sets), f"evaluating {name}")
 
         def evaluate(name: str = name, source: ProblemSource = source) -> dict[str, Any]:
             reward = reward_of(experiment, step, most, benchmark=name)
             return vars(_evaluate(policy, experiment, source, reward, max(seed, 0)))
 
         found = cached.once(f"on {name}", evaluate)
-        metrics[name] = found["metrics"]
-        labels = {"algorithm": algorithm, "seed": seed, "learning_rate": learning_rate, "benchmark": name}
-        outcomes += [{**labels, **row} for row in found["outcomes"]]
-    return {"metrics": metrics, "outcomes": outcomes}
+        (kept if name in experiment.retention else metrics)[name] = found["metrics"]
+        add(name, found["outcomes"])
+    for name, own in text.items():
+        found, rows = retention.text_results(policy, own, experiment.training.token_budget)
+        kept[name] = {**kept.get(name, {}), **found}
+        add(name, rows)
+    return {"metrics": metrics, "outcomes": outcomes, **({"retention": kept} if text else {})}
 
 
 def curve_point(
@@ -227,9 +245,9 @@ def curve_point(
     Also on those of ``validation``, if cells end when their curve is flat.
     """
     settings = experiment.evaluation
-    small = settings.model_copy(update={"samples": settings.curve_samples, "k": None})
 
     def result(source: ProblemSource, benchmark: str | None) -> dict[str, Any]:
+        small = experiment.evaluation_on(source).model_copy(update={"samples": settings.curve_samples, "k": None})
         problems, bad = load_problems(source)[: settings.curve_problems], BadRows(source.bad_rows)
         reward = reward_of(experiment, step, max_steps, benchmark=benchmark)
         found = evaluate(policy, problems, reward, small, seed, greedy=False, bad=bad, metrics=[AVERAGE])
@@ -250,7 +268,7 @@ def _evaluate(
     metrics = [AVERAGE] if brief else None
     budget = experiment.training.token_budget
     return evaluate(
-        policy, problems, reward, experiment.evaluation, seed,
+        policy, problems, reward, experiment.evaluation_on(source), seed,
         greedy=not brief, bad=bad, metrics=metrics, token_budget=budget,
     )  # fmt: skip
 

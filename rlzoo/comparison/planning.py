@@ -14,7 +14,7 @@ import torch
 
 from rlzoo.buffers.problems import load_problems
 from rlzoo.comparison.forecast import forecast
-from rlzoo.comparison.outcomes import METRICS, difference_of, result_matrices
+from rlzoo.comparison.outcomes import METRICS, benchmark_rows, difference_of, result_matrices
 from rlzoo.comparison.plan import cells
 from rlzoo.comparison.report.tables import amount, plain_table, points, seconds
 from rlzoo.comparison.speed import OF_SAMPLING, OF_TRAINING, card_of, measured_speed, speed_of_gpu
@@ -52,7 +52,7 @@ def planned(
     speed = measured_speed(experiment) if gpu is None else None
     known = speed.sample_tokens if speed is not None else None
     if outcomes is not None:
-        known = statistics.fmean(outcomes["length"].to_pylist())
+        known = statistics.fmean(benchmark_rows(outcomes)["length"].to_pylist())
     found = forecast(experiment, shape, known)
     if gpu is not None:
         speed = speed_of_gpu(gpu, found)

@@ -34,16 +34,19 @@ def objective_of(experiment: Experiment, algorithm: str) -> Objective:
 def reward_of(
     experiment: Experiment, step: int = 0, max_steps: int = 0, epoch: float = 0.0, benchmark: str | None = None
 ) -> Reward:
-    """The experiment's reward, or that of a benchmark, in a separate process and with the progress of training."""
+    """The experiment's reward, or that of a benchmark or a retention set, in a separate process.
+
+    It is told the progress of training: ``step`` of ``max_steps``, and ``epoch``.
+    """
     limits = Limits(experiment.scoring.seconds, experiment.scoring.memory_gb)
-    own = None if benchmark is None else experiment.benchmarks[benchmark].reward
+    own = None if benchmark is None else experiment.scored_sets[benchmark].reward
     spec = experiment.reward if own is None else own
     return isolated(spec, limits, experiment.scoring.on_error, experiment.scoring.processes).at(step, max_steps, epoch)
 
 
 def metrics_of(experiment: Experiment) -> dict[str, Metric]:
-    """The metrics of all benchmarks, by name. Raises UserError as `metric_table` does."""
-    rewards = {name: reward_of(experiment, benchmark=name) for name in experiment.benchmarks}
+    """The metrics of all benchmarks and retention sets, by name. Raises UserError as `metric_table` does."""
+    rewards = {name: reward_of(experiment, benchmark=name) for name in experiment.scored_sets}
     tables = [metric_table(experiment.evaluation, reward.components) for reward in rewards.values()]
     return {metric.name: metric for table in tables for metric in table}
 
@@ -83,15 +86,18 @@ def check(experiment: Experiment) -> None:
         sampler_class(settings)
     if BASE in experiment.algorithms:
         raise UserError(f"algorithms.{BASE}: this name stands for the untrained model in results; give the row another")
-    if OVERALL in experiment.benchmarks:
-        raise UserError(f"benchmarks.{OVERALL}: this name stands for the mean in results; give the benchmark another")
+    for place, sets in (("benchmarks", experiment.benchmarks), ("retention", experiment.retention)):
+        if OVERALL in sets:
+            raise UserError(f"{place}.{OVERALL}: this name stands for the mean in results; give the set another")
     if experiment.baseline is not None and experiment.baseline not in experiment.algorithms:
         raise unknown("baseline", experiment.baseline, experiment.algorithms)
     for source in (experiment.train, experiment.validation):
         if source is not None:
             _try(reward_of(experiment), load_problems(source)[:2])
-    for name, source in experiment.benchmarks.items():
-        _try(reward_of(experiment, benchmark=name), load_problems(source)[:2])
+    for name, source in {**experiment.benchmarks, **experiment.retention}.items():
+        problems = load_problems(source)[:2]
+        if source.is_scored:
+            _try(reward_of(experiment, benchmark=name), problems)
     metrics_of(experiment)
 
 

@@ -19,7 +19,7 @@ from rich.console import Console
 
 from rlzoo.buffers.bad_rows import dropped_line
 from rlzoo.comparison import one_cell, resolve, shared_buffer
-from rlzoo.comparison.outcomes import summarise
+from rlzoo.comparison.outcomes import BASE_TEXT, summarise
 from rlzoo.comparison.plan import (
     Cell,
     buffer_of,
@@ -28,10 +28,12 @@ from rlzoo.comparison.plan import (
     has_choice,
     lost_cells,
     sampling_seeds,
+    tuning_of,
     workers_at,
 )
 from rlzoo.comparison.report import write_report
 from rlzoo.comparison.resolve import check
+from rlzoo.comparison.retention import summarise_retention
 from rlzoo.comparison.warm_up import after_warm_up, alone, facts_of, warm_up
 from rlzoo.config import BASE, WARM_UP, Experiment, load_experiment
 from rlzoo.errors import UserError
@@ -77,6 +79,9 @@ OUTCOMES = pa.schema(
         ("answer", pa.string()),
         ("gold_logp", pa.float64()),
         ("gold_tokens", pa.int64()),
+        ("retention", pa.bool_()),
+        ("base_text_logp", pa.float64()),
+        ("base_text_tokens", pa.int64()),
     ]
 )
 
@@ -125,6 +130,8 @@ def compare(
         rows = summarise(table, experiment.evaluation.pass_k)
         results["summary"] = [row for row in rows if row["algorithm"] != BASE]
         results["base_summary"] = [row for row in rows if row["algorithm"] == BASE]
+        if experiment.retention:
+            results["retention"]["summary"] = summarise_retention(table, experiment.evaluation.pass_k)
         if not is_main():
             return results
         with replacing(out / "outcomes.parquet") as beside:
@@ -207,7 +214,7 @@ def _run(
         raise UserError(f"no cell succeeded; the first failed with: {failed[0]['error']}")
     outcomes = base.pop("outcomes") + [row for done in reported for row in done.pop("outcomes")]
     facts = {name: {key: found[key] for key in BUFFER_FACTS} for name, found in buffers.items()}
-    if without := unscored((row["reward"], row["prompt"]) for row in outcomes):
+    if without := unscored((row["reward"], row["prompt"]) for row in outcomes if row["decoding"] != BASE_TEXT):
         _say(console, f"  evaluation: {without}; they count as wrong", style="yellow")
     overall = _over_benchmarks(base, reported) if len(experiment.benchmarks) > 1 else {}
     results = {
@@ -219,10 +226,12 @@ def _run(
         "warm_up": facts_of(warm),
         "metrics": {name: {"label": m.label, "unit": m.unit} for name, m in resolve.metrics_of(experiment).items()},
         "base": base["metrics"],
+        **({"retention": {"base": base["retention"]}} if experiment.retention else {}),
         "mean_over_benchmarks": overall,
         "base_curve": base["curve"],
         "cells": reported,
         "learning_rates": rates,
+        "tuning": tuning_of(experiment, trained),
         "failed": failed,
         **({"buffers": facts} if experiment.rollouts.per_seed else facts),
         "dropped_rows": dropped,

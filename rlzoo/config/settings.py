@@ -289,6 +289,9 @@ class Experiment(Strict):
     """The problems on which learning rates are chosen."""
     benchmarks: Annotated[Mapping[str, Benchmark], Field(min_length=1)]
     """The problem sets that results are reported on, by name."""
+    retention: Mapping[str, Benchmark] = {}
+    """Problem sets from before fine-tuning, by name, which show what fine-tuning costs: they are reported separately,
+    with the KL divergence from the base model (`rlzoo.comparison.retention`)."""
     reward: Any
     """What `get_reward` takes: a name, a mapping with options, or a list for a weighted sum."""
     scoring: Scoring = Scoring()
@@ -331,6 +334,24 @@ class Experiment(Strict):
             if len({f"{rate:g}" for rate in row.learning_rates}) < len(row.learning_rates):
                 raise ValueError(f"learning rates of {name!r} repeat: {list(row.learning_rates)}")
         return self
+
+    @pydantic.model_validator(mode="after")
+    def _has_distinct_problem_sets(self) -> Experiment:
+        if both := sorted(self.benchmarks.keys() & self.retention.keys()):
+            raise ValueError(f"{both[0]!r} is the name of a benchmark and of a retention set: rename one")
+        if unscored := [name for name, one in self.benchmarks.items() if not one.is_scored]:
+            raise ValueError(f"the benchmark {unscored[0]!r} needs a reward: only a retention set can have none")
+        return self
+
+    @property
+    def scored_sets(self) -> dict[str, Benchmark]:
+        """The benchmarks, and the retention sets that have a reward, by name."""
+        return {**self.benchmarks, **{name: one for name, one in self.retention.items() if one.is_scored}}
+
+    def evaluation_on(self, source: ProblemSource) -> EvaluationSettings:
+        """How policies are evaluated on a problem set: ``evaluation``, with the set's length limit if it has one."""
+        own = source.max_new_tokens if isinstance(source, Benchmark) else None
+        return self.evaluation if own is None else self.evaluation.model_copy(update={"max_new_tokens": own})
 
     @property
     def demonstrations_table(self) -> TableSource | None:

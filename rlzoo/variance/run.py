@@ -142,7 +142,7 @@ def _cut(experiment: Experiment, rows: int) -> Experiment:
     problems, prompts = 4 * rows, rows
     train = experiment.train.model_copy(update={"limit": min(experiment.train.limit or problems, problems)})
     rollouts = experiment.rollouts.model_copy(update={"prompts": min(experiment.rollouts.prompts or prompts, prompts)})
-    unused = {"benchmarks": {"train": Benchmark(**train.model_dump())}, "validation": None}
+    unused = {"benchmarks": {"train": Benchmark(**train.model_dump())}, "retention": {}, "validation": None}
     return experiment.model_copy(update={"train": train, "rollouts": rollouts, "warm_up": warm, **unused})
 
 

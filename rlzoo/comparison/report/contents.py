@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from rlzoo.comparison.report import completions, method, results, training
+from rlzoo.comparison.report import completions, method, results, retention, training
 from rlzoo.comparison.report.schema import FinishedRun
 from rlzoo.document import Block, Heading, Paragraph
 
@@ -16,6 +16,7 @@ SECTIONS: tuple[Section, ...] = (
     results.differences,
     results.robustness,
     results.further,
+    retention.retention,
     training.curves,
     training.token_probabilities,
     training.costs,

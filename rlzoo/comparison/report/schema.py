@@ -31,6 +31,8 @@ OUTCOME_COLUMNS = (
 )
 
 
+RETENTION_COLUMNS = ("retention", "base_text_logp", "base_text_tokens")
+"""Columns that outcomes without retention sets may lack."""
 CELLS = "cells"
 """The folder of a study's cells, which results.json then names."""
 
@@ -102,6 +104,8 @@ class CellResult(_Model):
     curve: list[CurvePoint] | None = None
     token_probabilities: list[float] | None = None
     events: list[str] = []
+    retention: dict[str, dict[str, float]] = Field(default_factory=dict)
+    """Retention set → metric → value."""
 
 
 class SummaryRow(_Model):
@@ -114,6 +118,23 @@ class SummaryRow(_Model):
     ci_low: float
     ci_high: float
     seeds: int
+
+
+class RetentionResults(_Model):
+    """What fine-tuning kept and lost: see `rlzoo.comparison.retention`."""
+
+    base: dict[str, dict[str, float]]
+    """Retention set → metric → value for the base model."""
+    summary: list[SummaryRow] = []
+    """The summaries of all algorithms and the base model; ``benchmark`` is the retention set."""
+
+
+class TunedCell(_Model):
+    """What one cell of a choice among learning rates cost, and its result on validation."""
+
+    seed: int
+    validation: float | None = None
+    costs: CellCosts = CellCosts()
 
 
 class Histogram(_Model):
@@ -155,6 +176,10 @@ class Results(_Model):
     """The summary of the base model."""
     token_probabilities: Histogram | None = None
     learning_rates: dict[str, dict[str, float | None]] | None = None
+    tuning: dict[str, dict[str, list[TunedCell]]] = Field(default_factory=dict)
+    """Algorithm → learning rate → all cells that were trained with it, where a learning rate was chosen."""
+    retention: RetentionResults | None = None
+    """None without retention sets."""
     wall_seconds: float | None = None
     failed: list[Failure] | None = None
     dropped_rows: dict[str, Any] = Field(default_factory=dict)
@@ -274,7 +299,9 @@ def read_run(directory: Path) -> FinishedRun:
     if isinstance(data, dict) and (directory / CELLS).is_dir():
         data = {**data, "cells": [_cell(directory / CELLS / f"{name}.json") for name in data.get("cells", ())]}
     try:
-        outcomes = pq.read_table(files[1], columns=list(OUTCOME_COLUMNS))
+        there = pq.read_schema(files[1]).names
+        wanted = [*OUTCOME_COLUMNS, *(column for column in RETENTION_COLUMNS if column in there)]
+        outcomes = pq.read_table(files[1], columns=wanted)
     except (pa.ArrowException, OSError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{str(files[1])!r} cannot be read ({reason}): run `rlzoo compare` again") from None

@@ -166,6 +166,25 @@ def cost_table(results: Results) -> Table:
     return Table(["algorithm", *(title for title, _ in _COSTS.values()), "cells"], rows)
 
 
+def total_cost_table(results: Results) -> Table:
+    """The cost of all cells per algorithm, of which a choice among learning rates reports only some."""
+    shown = {name: how for name, how in _COSTS.items() if not name.startswith("peak")}
+    rows = []
+    for algorithm in results.algorithms:
+        own = [cell.costs for cell in results.cells if cell.algorithm == algorithm]
+        tried = [cell.costs for cells in results.tuning.get(algorithm, {}).values() for cell in cells]
+        unknown_tuning = not tried and len((results.learning_rates or {}).get(algorithm, {})) > 1  # by older versions
+        totals = {name: None if unknown_tuning else _total(tried or own, name) for name in shown}
+        entries = [Entry(show(totals[name])) for name, (_, show) in shown.items()]
+        rows.append([Entry(algorithm), *entries, Entry(NONE if unknown_tuning else str(len(tried or own)))])
+    return Table(["algorithm", *(f"{title}, all cells" for title, _ in shown.values()), "cells trained"], rows)
+
+
+def _total(costs: Sequence[CellCosts], name: str) -> float | None:
+    known: list[float] = [value for cost in costs if (value := getattr(cost, name)) is not None]
+    return sum(known) if known else None
+
+
 def _cost(costs: Sequence[CellCosts], name: str) -> float | None:
     known: list[float] = [value for cost in costs if (value := getattr(cost, name)) is not None]
     if not known:

@@ -57,6 +57,12 @@ def costs(run: FinishedRun, baseline: str) -> Iterator[Block]:
             "the maximum for peak memory."
         )
         yield tables.cost_table(results)
+        yield Heading("All cells of each algorithm", level=3)
+        yield Paragraph(
+            "The sum over all seeds and learning rates, those that were tried and not reported included, without "
+            "evaluation. Samples of a shared buffer count for each cell that learns from them."
+        )
+        yield tables.total_cost_table(results)
 
 
 def learning_rates(run: FinishedRun, baseline: str) -> Iterator[Block]:
