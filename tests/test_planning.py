@@ -16,7 +16,7 @@ from rlzoo import cli
 from rlzoo.comparison import runner
 from rlzoo.comparison.forecast import forecast
 from rlzoo.comparison.planning import detectable, planned
-from rlzoo.comparison.statistics import crossed_interval, smallest_difference
+from rlzoo.comparison.statistics import detectable_difference, p_value, smallest_difference
 from rlzoo.config import Experiment
 from rlzoo.policy.loading import load_shape
 from rlzoo.worlds import EMBEDDED_BASE
@@ -96,15 +96,28 @@ def test_the_smallest_difference_is_found_four_times_in_five() -> None:
         return mean + effects + 0.4 * draw.standard_normal((seeds, problems))
 
     pilot = differences(0.0, 300, 300)
-    for seeds, problems in ((5, 100), (12, 40), (30, 12)):
+    for seeds, problems in ((3, 100), (12, 40), (30, 12)):
         size = smallest_difference(pilot, seeds, problems)
-        found = [crossed_interval(differences(size, seeds, problems)).low > 0 for _ in range(1000)]
-        assert 0.76 < np.mean(found) < 0.84, (seeds, problems)
-        assert smallest_difference(pilot, seeds, problems, level=0.05 / 18) > 1.3 * size
+        found = [p_value(differences(size, seeds, problems)) < 0.05 for _ in range(1000)]
+        assert 0.76 < np.mean(found) < 0.87, (seeds, problems)
+        corrected = smallest_difference(pilot, seeds, problems, level=0.05 / 18)
+        found = [p_value(differences(corrected, seeds, problems)) < 0.05 / 18 for _ in range(1000)]
+        assert 0.74 < np.mean(found) < 0.87 and corrected > 1.3 * size, (seeds, problems)
         assert smallest_difference(pilot, seeds, problems, power=0.95) > 1.1 * size
     for wrong in ((pilot[:1], 3, 10), (pilot, 1, 10), (pilot, 3, 1)):
         with pytest.raises(ValueError, match="two seeds and two problems"):
             smallest_difference(*wrong)
+
+
+def test_the_smallest_difference_of_a_design_of_its_own() -> None:
+    draw = np.random.default_rng(0)
+    pilot = draw.standard_normal((300, 1)) / 30 + draw.standard_normal(300) / 5 + draw.standard_normal((300, 300))
+    assert detectable_difference(pilot) == pytest.approx(smallest_difference(pilot, 300, 300), rel=1e-3)
+    # One seed, 40 problems: the threshold t₀.₉₇₅ and the power's t₀.₈, nearly, times the standard error.
+    one = draw.standard_normal((1, 40))
+    error = one.std(ddof=1) / 40**0.5
+    assert detectable_difference(one) == pytest.approx((2.0227 + 0.851) * error, rel=0.01)
+    assert detectable_difference(np.ones((3, 4))) == 0 and detectable_difference(np.ones((1, 1))) == np.inf
 
 
 def _outcomes(seeds: int) -> pa.Table:

@@ -29,6 +29,10 @@ The coverage is 93 to 97 % but for what no interval can do:
   tell of them. With a lognormal factor of σ = 0.7 it is 92 % over 40 prompts, 94 % over 256.
 - Counts are skewed where nearly all of a few problems are always solved: 93 % for 30 problems and log-odds around 3.
 - Two or three seeds and fewer than six problems at once: with so few degrees of freedom on both sides up to 98 %.
+- The bootstrap of an interquartile mean takes few seeds for all there are: 49 % with 2, 75 % with 3, 85 to 92 % with 5
+  and 89 to 94 % with 8. Reports show it from 10 seeds on, with 93 % and more.
+- The probability of improvement: 92 to 98 % on one benchmark, from 3 seeds on, and up to 99 % as the mean over several,
+  whose shares are less than fully correlated.
 """
 
 from __future__ import annotations
@@ -41,7 +45,9 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int
+from scipy import special
 
+from rlzoo.comparison.robust import interquartile_mean, iqm_interval, probability_of_improvement
 from rlzoo.comparison.statistics import crossed_interval, result_interval
 from rlzoo.variance.intervals import rank_correlation
 from rlzoo.variance.noise import Units, against, data_noise
@@ -82,6 +88,10 @@ COUNTS = (
 """Seeds, problems of each benchmark, samples per problem and mean log-odds of a correct one; problems vary by 1.5 in
 log-odds, seeds by 0.2 (where there is more than one, as one speaks of problems alone), and each problem's odds under
 the second algorithm by 0.5."""
+ROBUST = ((1, 0.0, 1.0), (1, 0.1, 3.0), (3, 0.0, 1.0))
+"""Benchmarks, the share of runs that collapse, and how much more the second algorithm's runs vary."""
+IMPROVEMENT = 0.75
+"""The true probability that a run of the first algorithm is better than one of the second."""
 FEWEST_VALUES, FEWEST_INTERVALS = 0.5, 0.1
 """Shares of the draws that must show a value, for a bias, and an interval, for a coverage."""
 DIRECTIONS = 64
@@ -291,6 +301,32 @@ def counts(
     return {"mean score": mean.found(), "paired difference": difference.found()}
 
 
+def robust(
+    seeds: int, benchmarks: int, collapsed: float, spread: float, runs: int, seed: int = 0
+) -> dict[str, Numbers]:
+    """What a comparison says of the interquartile mean, and of the probability that one run is better than another.
+
+    A run collapses with a given probability, on all benchmarks. The second algorithm's runs vary ``spread`` times as
+    much as the first's, which are better in three pairs of four.
+    """
+    rng = np.random.default_rng(seed)
+
+    def drawn(count: int) -> Float[np.ndarray, "S B"]:
+        common, own = rng.normal(size=(count, 1)), rng.normal(size=(count, benchmarks))
+        return SCORE + 0.02 * (common + own) - 0.3 * (rng.random((count, 1)) < collapsed)
+
+    middle = Tally(float(interquartile_mean(np.ravel(drawn(200_000)))))
+    better = Tally(IMPROVEMENT)
+    ahead = float(special.ndtri(IMPROVEMENT)) * np.hypot(1, spread)
+    for _ in range(runs):
+        middle.add(*iqm_interval(drawn(seeds), fewest=2))
+        common = rng.normal(size=(2, seeds, 1))
+        own = (common + rng.normal(size=(2, seeds, benchmarks))) / np.sqrt(2)
+        mean, low, high = probability_of_improvement(ahead + own[0], spread * own[1])
+        better.add(mean, None if np.isnan(low) else low, None if np.isnan(high) else high)
+    return {"interquartile mean": middle.found(), "probability of improvement": better.found()}
+
+
 def table(runs: int, score_runs: int, problems: int, seeds: list[int], seed: int = 0) -> Table:
     """Every quantity of a comparison and of the analyzer, by case."""
     found: Table = {}
@@ -317,6 +353,12 @@ def _cases(
     for count, sizes, samples, centre in COUNTS:
         name = f"{count} seeds, {_listed(sizes)} problems, {samples} samples right or wrong, mean log-odds {centre:+g}"
         yield name, counts(count, sizes, samples, centre, score_runs, seed)
+    for count in seeds:
+        for benchmarks, collapsed, spread in ROBUST if count > 1 else ():
+            name = (
+                f"{count} seeds on {benchmarks} benchmarks, {collapsed:.0%} of runs collapse, spread {spread:g} times"
+            )
+            yield name, robust(count, benchmarks, collapsed, spread, score_runs, seed)
     for name, case in CASES.items():
         yield name, gradients(case, runs, seed)
     for correlation in (0.3, 0.9):

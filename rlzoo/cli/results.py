@@ -50,18 +50,33 @@ def results(
     from rlzoo.cli.tables import show
     from rlzoo.comparison import studies
     from rlzoo.comparison.report import report_table
-    from rlzoo.comparison.report.tables import across_table, plain_table, studies_table
+    from rlzoo.comparison.report.differences import (
+        CHECKS,
+        across_tables,
+        checks_explained,
+        tables_of_tests,
+    )
+    from rlzoo.comparison.report.tables import plain_table, studies_table
+
+    def explained(seeds: int) -> str:
+        return "\n".join(checks_explained(seeds)[: len(CHECKS)])
 
     console = Console(highlight=False, markup=False)
     if action == "list":
         found = {name: studies.read_study(name).results for name in studies.list_studies()}
         show(console, [plain_table(studies_table(found), "studies")])
     elif action == "show":
-        show(console, report_table(studies.read_study(given[0]).results))
+        run = studies.read_study(given[0])
+        show(console, [*report_table(run.results), *tables_of_tests(run)])
+        console.print(explained(len({cell.seed for cell in run.results.cells})), soft_wrap=True)
     elif action == "compare":
         rows = studies.compare_studies(given[0], given[1])
-        show(console, [plain_table(across_table(rows), f"{given[0]} minus {given[1]}, in percentage points")])
-        console.print("Intervals are for single differences; p-values are corrected for all of them.", soft_wrap=True)
+        pair = f"{given[0]} minus {given[1]}"
+        show(console, [plain_table(table, f"{name}: {pair}") for name, table in across_tables(rows).items()])
+        console.print(explained(max(row["seeds"] for row in rows)), soft_wrap=True)
+        told = "Intervals are for single differences; p-values are corrected for all of them. detectable: the smallest "
+        told += "difference in points that would be detected with 80 % power as a single planned one."
+        console.print(told, soft_wrap=True)
     elif action == "export":
         name = Path(given[0]).name
         for file in studies.export_tables(studies.read_study(given[0]), to or Path(f"{name}-tables"), form):

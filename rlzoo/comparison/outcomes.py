@@ -5,16 +5,27 @@ S seeds, P problems. Results and intervals are fractions in [0, 1].
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from jaxtyping import Float, Int
 
-from rlzoo.comparison.statistics import Benchmarks, crossed_interval, holm, p_value, result_interval
+from rlzoo.comparison.robust import iqm_interval, probability_of_improvement, sign_flip_p
+from rlzoo.comparison.statistics import (
+    SIGNIFICANT,
+    Benchmarks,
+    crossed_interval,
+    detectable_difference,
+    holm,
+    p_value,
+    result_interval,
+)
 from rlzoo.config import BASE
 from rlzoo.errors import UserError, unknown
 from rlzoo.evaluation.metrics import pass_at_k
@@ -23,8 +34,12 @@ METRICS = ("avg_at_k", "greedy", "pass_at_k")
 """The metrics that have intervals and paired differences."""
 ResultKey = tuple[str, str, str]
 """Algorithm, benchmark (or `OVERALL`), metric."""
+BASE_SEEDS = (-1,)
+"""The seeds of the base model: one pseudo-seed."""
 OVERALL = "mean over benchmarks"
 """The name of the mean over benchmarks, where a benchmark is expected."""
+BASE_TEXT = "base text"
+"""The decoding of outcomes with the log-probs of the base model's text: see `rlzoo.comparison.retention`."""
 
 
 @dataclass(frozen=True)
@@ -40,15 +55,56 @@ class ResultMatrix:
     benchmarks: Benchmarks | None = None
     """The number of each problem's benchmark, where there are several: see `crossed_interval`."""
 
+    @property
+    def weights(self) -> Float[np.ndarray, " P"]:
+        """The weight of each problem in the mean, in which all benchmarks have equal weights; their mean is 1."""
+        if self.benchmarks is None:
+            return np.ones(len(self.problems))
+        _, number, sizes = np.unique(self.benchmarks, return_inverse=True, return_counts=True)
+        weights: Float[np.ndarray, " P"] = len(self.problems) / (len(sizes) * sizes[number])
+        return weights
+
+    @property
+    def by_benchmark(self) -> Float[np.ndarray, "S B"]:
+        """The mean of each seed on each benchmark."""
+        if self.benchmarks is None:
+            return np.asarray(self.values.mean(1, keepdims=True))
+        own = [self.values[:, self.benchmarks == name].mean(1) for name in np.unique(self.benchmarks)]
+        means: Float[np.ndarray, "S B"] = np.stack(own, 1)
+        return means
+
 
 def result_matrices(outcomes: pa.Table, k: int | Mapping[str, int]) -> dict[ResultKey, ResultMatrix]:
     """The results of every algorithm × benchmark × metric in a table of outcomes; k may differ by benchmark.
 
-    If there are several benchmarks, `OVERALL` is added as another. avg_at_k is the fraction of a problem's samples that
-    are correct, pass_at_k the estimate of `pass_at_k`, greedy 0 or 1. A metric without rows (for example, without
-    greedy decoding) is left out. Raises UserError for a sample recorded twice, a problem that is missing for a seed,
-    and k above the number of samples.
+    If there are several benchmarks, `OVERALL` is added as another; retention sets are left out. avg_at_k is the
+    fraction of a problem's samples that are correct, pass_at_k the estimate of `pass_at_k`, greedy 0 or 1. A metric
+    without rows (for example, without greedy decoding) is left out. Raises UserError for a sample recorded twice, a
+    problem that is missing for a seed, and k above the number of samples.
     """
+    matrices = matrices_of(benchmark_rows(outcomes), k)
+    return matrices | _overall(matrices)
+
+
+def benchmark_rows(outcomes: pa.Table) -> pa.Table:
+    """The outcomes on benchmarks."""
+    return outcomes.filter(pc.invert(_of_retention(outcomes)))
+
+
+def retention_rows(outcomes: pa.Table) -> pa.Table:
+    """The outcomes on retention sets."""
+    return outcomes.filter(_of_retention(outcomes))
+
+
+def _of_retention(outcomes: pa.Table) -> Any:
+    """Whether each row is of a retention set; older tables have none."""
+    if "retention" not in outcomes.column_names:
+        return pa.array(np.zeros(len(outcomes), bool))
+    return pc.fill_null(outcomes["retention"], False)
+
+
+def matrices_of(outcomes: pa.Table, k: int | Mapping[str, int]) -> dict[ResultKey, ResultMatrix]:
+    """`result_matrices` of all rows, whatever their problem set, and without `OVERALL`."""
     cells = ["algorithm", "benchmark", "decoding"]
     table = outcomes.group_by([*cells, "seed", "problem_id"]).aggregate(
         [("correct", "sum"), ("correct", "count"), ("sample", "count_distinct")]
@@ -69,10 +125,10 @@ def result_matrices(outcomes: pa.Table, k: int | Mapping[str, int]) -> dict[Resu
         )
         where = f"{algorithm!r} on {benchmark!r}"
         for metric, results in _results(decoding, correct, n, k if isinstance(k, int) else k[benchmark]):
-            matrices[algorithm, benchmark, metric] = _pivot(
+            matrices[algorithm, benchmark, metric] = pivot(
                 results, column["seed"][rows], column["problem_id"][rows], where
             )
-    return matrices | _overall(matrices)
+    return matrices
 
 
 def _overall(matrices: Mapping[ResultKey, ResultMatrix]) -> dict[ResultKey, ResultMatrix]:
@@ -103,9 +159,10 @@ def _results(
         yield "pass_at_k", pass_at_k(correct, n, k)
 
 
-def _pivot(
+def pivot(
     results: Float[np.ndarray, " N"], seed: Int[np.ndarray, " N"], problem: np.ndarray, where: str
 ) -> ResultMatrix:
+    """Results as a matrix of seeds × problems. Raises UserError, naming ``where``, for a seed that lacks a problem."""
     seeds, row = np.unique(seed, return_inverse=True)
     problems, column = np.unique(problem, return_inverse=True)
     values = np.full((len(seeds), len(problems)), np.nan)
@@ -123,7 +180,7 @@ def summarise(outcomes: pa.Table, k: int | Mapping[str, int]) -> list[dict[str, 
     mean, ci_low, ci_high and seeds, the number of seeds. Raises UserError as `result_matrices` does.
     """
     rows: list[dict[str, Any]] = []
-    for (algorithm, benchmark, metric), matrix in _ordered(result_matrices(outcomes, k)):
+    for (algorithm, benchmark, metric), matrix in ordered(result_matrices(outcomes, k)):
         mean, low, high = result_interval(matrix.values, benchmarks=matrix.benchmarks)
         row = {"algorithm": algorithm, "benchmark": benchmark, "metric": metric, "mean": mean}
         rows.append(row | {"ci_low": low, "ci_high": high, "seeds": len(matrix.seeds)})
@@ -133,29 +190,107 @@ def summarise(outcomes: pa.Table, k: int | Mapping[str, int]) -> list[dict[str, 
 def compare_to(outcomes: pa.Table, baseline: str, k: int | Mapping[str, int]) -> list[dict[str, Any]]:
     """Paired differences (algorithm - baseline) of every other algorithm × benchmark (or `OVERALL`) × metric.
 
-    Rows have the keys algorithm, benchmark, metric, difference, ci_low, ci_high, p and seeds, the number of seeds in
-    common; a pair without any is left out. The interval is that of a single difference; p is corrected by `holm` for
-    all differences on the benchmark. Raises UserError for an unknown baseline, and as `result_matrices` does.
+    Rows have the keys algorithm, benchmark, metric, difference, ci_low, ci_high, p, detectable, detectable_alone,
+    problems and seeds, the number of seeds in common; a pair without any is left out. The interval is that of a single
+    difference; p is corrected by `holm` for all differences on the benchmark. ``detectable`` is the smallest true
+    difference that is detected with a power of 80 % after this correction, ``detectable_alone`` without it. Raises
+    UserError for an unknown baseline, and as `result_matrices` does.
     """
     matrices = result_matrices(outcomes, k)
-    names = dict.fromkeys(algorithm for algorithm, _, _ in matrices)
-    if baseline not in names:
-        raise unknown("baseline", baseline, names)
+    _known(baseline, matrices)
     rows: list[dict[str, Any]] = []
-    for (algorithm, benchmark, metric), matrix in _ordered(matrices):
+    found: list[ResultMatrix] = []
+    for (algorithm, benchmark, metric), matrix in ordered(matrices):
         other = matrices.get((baseline, benchmark, metric))
         difference = None if algorithm == baseline or other is None else difference_of(matrix, other)
         if difference is None:
             continue
-        mean, low, high = crossed_interval(difference.values, benchmarks=difference.benchmarks)
         row: dict[str, Any] = {"algorithm": algorithm, "benchmark": benchmark, "metric": metric}
-        row |= {"difference": mean, "ci_low": low, "ci_high": high}
-        rows.append(row | {"p": p_value(difference.values, difference.benchmarks), "seeds": len(difference.seeds)})
-    for benchmark in {row["benchmark"] for row in rows}:
-        table = [row for row in rows if row["benchmark"] == benchmark]
-        for row, corrected in zip(table, holm([row["p"] for row in table]), strict=True):
-            row["p"] = corrected
+        rows.append(row | tested(difference))
+        found.append(difference)
+    number = Counter(row["benchmark"] for row in rows)
+    for row, one in zip(rows, found, strict=True):
+        level = SIGNIFICANT / number[row["benchmark"]]
+        row["detectable"] = detectable_difference(one.values, level, benchmarks=one.benchmarks)
+    _correct(rows, "p")
     return rows
+
+
+def tested(difference: ResultMatrix) -> dict[str, Any]:
+    """Mean, interval, uncorrected p-value and smallest detectable size of a paired difference: see `compare_to`."""
+    mean, low, high = crossed_interval(difference.values, benchmarks=difference.benchmarks)
+    return {
+        "difference": mean,
+        "ci_low": low,
+        "ci_high": high,
+        "p": p_value(difference.values, difference.benchmarks),
+        "detectable_alone": detectable_difference(difference.values, benchmarks=difference.benchmarks),
+        "seeds": len(difference.seeds),
+        "problems": len(difference.problems),
+    }
+
+
+def check_robustness(outcomes: pa.Table, baseline: str, k: int | Mapping[str, int]) -> list[dict[str, Any]]:
+    """What assumes less than `compare_to`, of every algorithm × benchmark (or `OVERALL`) × metric.
+
+    Rows have the keys algorithm, benchmark, metric, iqm, iqm_low, iqm_high (`iqm_interval`); better, better_low and
+    better_high, the probability that a run is better than one of the baseline (`probability_of_improvement`);
+    p_problems and p_seeds, the p-values of `sign_flip_p` for flips of problems and of seeds, each corrected by `holm`
+    for all on the benchmark; and seeds, the number in common with the baseline. An interval that would mislead has NaN
+    ends. The baseline's own rows, and those without common seeds, have an IQM alone. Raises UserError as `compare_to`
+    does.
+    """
+    matrices = result_matrices(outcomes, k)
+    _known(baseline, matrices)
+    rows: list[dict[str, Any]] = []
+    for (algorithm, benchmark, metric), matrix in ordered(matrices):
+        iqm, low, high = iqm_interval(matrix.by_benchmark)
+        row: dict[str, Any] = {"algorithm": algorithm, "benchmark": benchmark, "metric": metric}
+        row |= {"iqm": iqm, "iqm_low": low, "iqm_high": high}
+        other = matrices.get((baseline, benchmark, metric))
+        rows.append(row | (flipped(matrix, other) if algorithm != baseline and other is not None else {}))
+    _correct(rows, "p_problems")
+    _correct(rows, "p_seeds")
+    return rows
+
+
+def flipped(a: ResultMatrix, b: ResultMatrix) -> dict[str, Any]:
+    """The uncorrected permutation tests of a - b and the probability that a is better: see `check_robustness`."""
+    difference = difference_of(a, b)
+    if difference is None:
+        return {}
+    weighted = difference.values * difference.weights
+    one, other = (_on(matrix, difference.problems).by_benchmark for matrix in (a, b))
+    better, low, high = probability_of_improvement(one, other, fixed=BASE_SEEDS in (a.seeds, b.seeds))
+    return {
+        "p_problems": sign_flip_p(weighted.mean(0)),
+        "p_seeds": sign_flip_p(weighted.mean(1)),
+        "better": better,
+        "better_low": low,
+        "better_high": high,
+        "seeds": len(difference.seeds),
+    }
+
+
+def _known(baseline: str, matrices: Mapping[ResultKey, ResultMatrix]) -> None:
+    names = dict.fromkeys(algorithm for algorithm, _, _ in matrices)
+    if baseline not in names:
+        raise unknown("baseline", baseline, names)
+
+
+def _correct(rows: Sequence[dict[str, Any]], key: str) -> None:
+    """Correct the p-values under a key by `holm`, for all rows of a benchmark that have one."""
+    for benchmark in {row["benchmark"] for row in rows}:
+        table = [row for row in rows if row["benchmark"] == benchmark and key in row]
+        for row, corrected in zip(table, holm([row[key] for row in table]), strict=True):
+            row[key] = corrected
+
+
+def _on(matrix: ResultMatrix, problems: Sequence[str]) -> ResultMatrix:
+    """The results on some of the problems."""
+    kept = np.isin(matrix.problems, problems)
+    benchmarks = None if matrix.benchmarks is None else matrix.benchmarks[kept]
+    return ResultMatrix(matrix.values[:, kept], matrix.seeds, tuple(np.array(matrix.problems)[kept]), benchmarks)
 
 
 def compare_pairs(
@@ -177,22 +312,21 @@ def difference_of(a: ResultMatrix, b: ResultMatrix) -> ResultMatrix | None:
 
     The base model has a single pseudo-seed, -1: its row is repeated for every seed of the other matrix.
     """
-    seeds_a, seeds_b = list(a.seeds), list(b.seeds)
-    if seeds_a == [-1] or seeds_b == [-1]:
-        rows_a = np.zeros(len(seeds_b), int) if seeds_a == [-1] else np.arange(len(seeds_a))
-        rows_b = np.zeros(len(seeds_a), int) if seeds_b == [-1] else np.arange(len(seeds_b))
+    if BASE_SEEDS in (a.seeds, b.seeds):
+        rows_a = np.zeros(len(b.seeds), int) if a.seeds == BASE_SEEDS else np.arange(len(a.seeds))
+        rows_b = np.zeros(len(a.seeds), int) if b.seeds == BASE_SEEDS else np.arange(len(b.seeds))
     else:
-        _, rows_a, rows_b = np.intersect1d(seeds_a, seeds_b, return_indices=True)
+        _, rows_a, rows_b = np.intersect1d(a.seeds, b.seeds, return_indices=True)
     problems, columns_a, columns_b = np.intersect1d(a.problems, b.problems, return_indices=True)
     if not len(rows_a) or not len(columns_a):
         return None
     values = a.values[np.ix_(rows_a, columns_a)] - b.values[np.ix_(rows_b, columns_b)]
-    seeds = [seeds_b[row] for row in rows_b] if seeds_a == [-1] else [seeds_a[row] for row in rows_a]
+    seeds = [b.seeds[row] for row in rows_b] if a.seeds == BASE_SEEDS else [a.seeds[row] for row in rows_a]
     benchmarks = None if a.benchmarks is None else a.benchmarks[columns_a]
     return ResultMatrix(values, tuple(seeds), tuple(map(str, problems)), benchmarks)
 
 
-def _ordered(matrices: Mapping[ResultKey, ResultMatrix]) -> list[tuple[ResultKey, ResultMatrix]]:
+def ordered(matrices: Mapping[ResultKey, ResultMatrix]) -> list[tuple[ResultKey, ResultMatrix]]:
     """Sorted by benchmark, then algorithm, both in order of appearance, then metric."""
     algorithms = list(dict.fromkeys(algorithm for algorithm, _, _ in matrices))
     benchmarks = list(dict.fromkeys(benchmark for _, benchmark, _ in matrices))

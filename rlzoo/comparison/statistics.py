@@ -57,6 +57,18 @@ class _Spread:
         quantiles = np.array([_student(tail, freedom) for freedom in self.freedom])
         return float(np.sqrt((quantiles**2 * self.parts).sum()))
 
+    def detectable(self, level: float, power: float) -> float:
+        """The true mean whose p-value is below ``level`` with probability ``power``: see `smallest_difference`."""
+        if not self.parts.any():
+            return 0.0
+        tails = (np.arange(GRID) + 0.5) / GRID
+        estimates = [part * special.chdtri(f, tails) / f for part, f in zip(self.parts, self.freedom, strict=True)]
+        one, other = (_student(level / 2, f) ** 2 * own for f, own in zip(self.freedom, estimates, strict=True))
+        reach = np.sqrt(np.add.outer(one, other))
+        error = self.standard_error
+        most = float(reach.max()) + 9 * error
+        return float(optimize.brentq(lambda d: special.ndtr((d - reach) / error).mean() - power, 0, most))
+
 
 def _student(tail: float, freedom: float) -> float:
     """The value that Student's t exceeds with probability ``tail``."""
@@ -66,6 +78,8 @@ def _student(tail: float, freedom: float) -> float:
 IGNORED, SLOPE, LEAST = 0.08, 0.7, 0.2
 """Chosen so that the coverage for normal effects, computed by quadrature, is between 93 and 97 % whatever their shares
 of the variance, for two or more seeds and eight or more problems."""
+GRID = 100
+"""The number of quantiles of each estimated variance over which the power of a test is averaged."""
 Benchmarks = Int[np.ndarray, " P"]
 """The number of each problem's benchmark."""
 AGREE = 0.05
@@ -178,8 +192,9 @@ def smallest_difference(
     """The smallest true difference that ``seeds`` × ``problems`` detect at ``level`` with probability ``power``.
 
     ``results`` [S, P] are paired differences of a pilot, whose variance components σ²_s, σ²_p and σ²_n (see
-    `crossed_interval`) give the standard error √(σ²_s/S' + σ²_p/P' + σ²_n/(S'P')) of the larger design. The difference
-    is that error times the sum of the quantiles of Student's t at 1 - level/2 and at ``power``. A pilot of few seeds
+    `crossed_interval`) give the standard error √(σ²_s/S' + σ²_p/P' + σ²_n/(S'P')) of the larger design. Detected means
+    that `p_value` is below the level: the mean, which is normal, must exceed that test's threshold, in which both
+    variances are estimates, χ² with their degrees of freedom. The power is averaged over these. A pilot of few seeds
     knows σ²_s only roughly.
 
     Source: Cohen, Statistical power analysis for the behavioral sciences, 1988, chapter 2. Raises ValueError unless the
@@ -197,8 +212,18 @@ def smallest_difference(
     if seeds > problems:
         parts = of_problem / problems + within.noise / (seeds * problems), of_seed / seeds
         freedom = problems - 1, seeds - 1
-    spread = _Spread(0.0, np.array(parts), freedom)
-    return spread.reach(level / 2) + spread.reach(1 - power)
+    return _Spread(0.0, np.array(parts), freedom).detectable(level, power)
+
+
+def detectable_difference(
+    results: Float[np.ndarray, "S P"], level: float = 0.05, power: float = 0.8, benchmarks: Benchmarks | None = None
+) -> float:
+    """The smallest true difference that these seeds and problems detect: as `smallest_difference` for their own design.
+
+    With one seed it is a difference over further problems alone, and infinite for a single value. Raises ValueError as
+    `crossed_interval` does.
+    """
+    return _spread(results, benchmarks).detectable(level, power) if np.size(results) > 1 else float("inf")
 
 
 def _spread(results: Float[np.ndarray, "S P"], benchmarks: Benchmarks | None = None) -> _Spread:

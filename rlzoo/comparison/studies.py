@@ -10,11 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from rlzoo.comparison.outcomes import METRICS, ResultMatrix, difference_of, result_matrices, summarise
+from rlzoo.comparison.outcomes import METRICS, ResultMatrix, difference_of, flipped, result_matrices, summarise, tested
 from rlzoo.comparison.plan import Cell
 from rlzoo.comparison.report.contents import contents
 from rlzoo.comparison.report.schema import CELLS, FinishedRun, read_run
-from rlzoo.comparison.statistics import crossed_interval, holm, p_value
+from rlzoo.comparison.retention import summarise_retention
+from rlzoo.comparison.statistics import holm
 from rlzoo.config import BASE
 from rlzoo.config.files import EXPERIMENTS
 from rlzoo.document import Heading, Table
@@ -63,6 +64,9 @@ def save_study(run: Path, into: Path = STUDIES, name: str | None = None) -> Path
     rows = summarise(found.outcomes, found.results.k)  # with the statistics of this version
     results["summary"] = [row for row in rows if row["algorithm"] != BASE]
     results["base_summary"] = [row for row in rows if row["algorithm"] == BASE]
+    if found.results.retention is not None:
+        k = {name: int(one.get("k", 1)) for name, one in found.results.retention.base.items()}
+        results["retention"]["summary"] = summarise_retention(found.outcomes, k)
     cells = results.pop("cells")
     results["cells"] = []
     with replacing(study) as beside:
@@ -105,9 +109,9 @@ def export_tables(run: FinishedRun, folder: Path, form: str) -> list[Path]:
 def compare_studies(one: str, other: str, names: Sequence[str] | None = None) -> list[dict[str, Any]]:
     """The paired differences ``one`` - ``other`` of two algorithms in each study that has both, on every benchmark.
 
-    Rows have the keys study, benchmark, metric, difference, ci_low, ci_high, p and seeds; differences are fractions,
-    with 95 % intervals. p is corrected with `holm` for all rows, because they answer one question together; cells that
-    two studies share count once. Raises UserError for an unknown algorithm, and if no study has both.
+    Rows have the keys study, benchmark and metric and those of `tested` and `flipped`; differences are fractions, with
+    95 % intervals. All p-values are corrected with `holm` for all rows, because they answer one question together;
+    cells that two studies share count once. Raises UserError for an unknown algorithm, and if no study has both.
     """
     names = list_studies() if names is None else names
     rows: list[dict[str, Any]] = []
@@ -120,19 +124,20 @@ def compare_studies(one: str, other: str, names: Sequence[str] | None = None) ->
         for benchmark in run.results.overall:
             for metric in METRICS:
                 pair = [matrices.get((algorithm, benchmark, metric)) for algorithm in (one, other)]
-                difference = difference_of(pair[0], pair[1]) if pair[0] is not None and pair[1] is not None else None
+                if pair[0] is None or pair[1] is None:
+                    continue
+                difference = difference_of(pair[0], pair[1])
                 if difference is None or any(np.array_equal(difference.values, one.values) for one in seen):
                     continue
                 seen.append(difference)
-                mean, low, high = crossed_interval(difference.values, benchmarks=difference.benchmarks)
-                row = {"study": name, "benchmark": benchmark, "metric": metric, "difference": mean}
-                row |= {"ci_low": low, "ci_high": high, "p": p_value(difference.values, difference.benchmarks)}
-                rows.append(row | {"seeds": len(difference.seeds)})
+                row: dict[str, Any] = {"study": name, "benchmark": benchmark, "metric": metric}
+                rows.append(row | tested(difference) | flipped(pair[0], pair[1]))
     for algorithm in (one, other):
         if algorithm not in known:
             raise unknown("algorithm", algorithm, known)
     if not rows:
         raise UserError(f"no study has both {one!r} and {other!r}: see `rlzoo results list`")
-    for row, corrected in zip(rows, holm([row["p"] for row in rows]), strict=True):
-        row["p"] = corrected
+    for key in ("p", "p_problems", "p_seeds"):
+        for row, corrected in zip(rows, holm([row[key] for row in rows]), strict=True):
+            row[key] = corrected
     return rows

@@ -2,28 +2,30 @@
 
 from rlzoo.config.files import EXPERIMENTS, list_experiments, load_experiment
 from rlzoo.config.reading import lay, read_yaml
+from rlzoo.config.sampling import Rollouts, Sampling, Scoring
 from rlzoo.config.settings import (
     BASE,
     Algorithm,
+    Budget,
     EvaluationSettings,
     Experiment,
     Lora,
     Packing,
-    Rollouts,
-    Sampling,
-    Scoring,
     TokenBudget,
     Training,
 )
 from rlzoo.config.sources import Benchmark, OnBadRow, ProblemSource, Reported, TableSource
+from rlzoo.config.stages import WARM_UP, WarmUp
 from rlzoo.config.suites import get_suite, list_suites
 from rlzoo.config.validation import Positive, validated
 
 __all__ = [
     "BASE",
     "EXPERIMENTS",
+    "WARM_UP",
     "Algorithm",
     "Benchmark",
+    "Budget",
     "EvaluationSettings",
     "Experiment",
     "Lora",
@@ -38,6 +40,7 @@ __all__ = [
     "TableSource",
     "TokenBudget",
     "Training",
+    "WarmUp",
     "get_suite",
     "lay",
     "list_experiments",

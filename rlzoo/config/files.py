@@ -84,4 +84,4 @@ def _read(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
 
 def _lay_all(data: dict[str, Any], changes: Mapping[str, Any]) -> None:
     for key, value in changes.items():
-        lay(data, str(key), benchmarks_by_name(value) if key == "benchmarks" else value)
+        lay(data, str(key), benchmarks_by_name(value) if key in ("benchmarks", "retention") else value)

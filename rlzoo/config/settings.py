@@ -10,8 +10,10 @@ import pydantic
 from pydantic import Field
 
 from rlzoo.config.reading import lay
+from rlzoo.config.sampling import Rollouts, Sampling, Scoring
 from rlzoo.config.sources import Benchmark, ProblemSource, Reported, TableSource, benchmarks_by_name
-from rlzoo.config.validation import Positive, Strict, named_null, one_or_several, valid_token_budget, validated
+from rlzoo.config.stages import WARM_UP, WarmUp
+from rlzoo.config.validation import Positive, Strict, one_or_several, valid_token_budget, validated
 
 Packing = Literal["auto", "packed", "padded"]
 """How the rows of a micro-batch are laid out: see `Training.packing`."""
@@ -19,8 +21,8 @@ Packing = Literal["auto", "packed", "padded"]
 BASE = "base"
 """The name, in outcomes, of the model that every cell starts from."""
 
-Share = Annotated[float, Field(gt=0, le=1)]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Amount = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 TokenBudget = int | str
 """Tokens per micro-batch, padding included: a number, ``auto`` for what fits, or ``auto/4`` for a quarter of that."""
 
@@ -32,59 +34,6 @@ def _less(budget: TokenBudget, parts: int) -> TokenBudget:
     return f"auto/{parts * int(budget.partition('/')[2] or 1)}"
 
 
-class Sampling(Strict):
-    """How completions are sampled."""
-
-    samples: Positive = 4
-    """Completions per prompt."""
-    temperature: Annotated[float, Field(gt=0)] = 1.0
-    """The logits are divided by this."""
-    top_p: Share = 1.0
-    """Sample from the most likely tokens that together have this probability; 1: from all."""
-    max_new_tokens: Positive = 256
-    """The length limit of a completion, in tokens."""
-    batch_size: Positive = 256
-    """Sequences per sampling batch."""
-    engine: str = "auto"
-    """The sampler: ``transformers``, ``vllm``, another registered name, ``module:Name`` or ``file.py:Name``. ``auto``
-    is vllm if it is installed and the policy is on a GPU (or if a url is given), else transformers."""
-    url: str | tuple[str, ...] | None = None
-    """The URL of a vLLM server, or several, which share the prompts; without one, vLLM runs in the sampling process."""
-    engine_options: Mapping[str, Any] = {}
-    """Arguments of the sampler's constructor; for vllm, those of ``vllm.LLM`` (max_model_len, ...)."""
-
-    @pydantic.model_validator(mode="after")
-    def _is_of_one_engine(self) -> Sampling:
-        if self.url == ():
-            raise ValueError("url is an empty list: give at least one server, or leave it out")
-        if self.url is not None and self.engine_options:
-            raise ValueError("a server has its own options: give url or engine_options")
-        if "trust_remote_code" in self.engine_options:
-            raise ValueError("engine_options: a file cannot set trust_remote_code: use the flag --trust-remote-code")
-        return self
-
-    @property
-    def wants_sampler_logp(self) -> bool:
-        """Whether the sampler's own log-probs serve as behaviour log-probs."""
-        return False
-
-
-class Rollouts(Sampling):
-    """The samples of the base policy that fill the shared buffer."""
-
-    prompts: Positive | None = None
-    """Number of training problems to sample; None: all."""
-    behaviour: Literal["recompute", "sampler"] = "recompute"
-    """Behaviour log-probs: recomputed by the trainer, or as reported by the engine that sampled."""
-    per_seed: bool = False
-    """Whether each seed has its own buffer of samples, so that intervals cover the sampling too."""
-
-    @property
-    def wants_sampler_logp(self) -> bool:
-        """Whether the sampler's own log-probs serve as behaviour log-probs."""
-        return self.behaviour == "sampler"
-
-
 class EvaluationSettings(Sampling):
     """How policies are evaluated: ``samples`` per problem at ``temperature`` for avg@k and pass@k, and one greedily."""
 
@@ -92,7 +41,8 @@ class EvaluationSettings(Sampling):
     """The k of pass@k and maj@k, at most ``samples``, or a list of them, of which the main tables show the first; None:
     ``samples``."""
     metrics: tuple[str, ...] = ()
-    """Metrics besides the built-in ones: registered names, ``module:Name`` or ``file.py:Name``."""
+    """Metrics besides the built-in ones: registered names, ``module:Name`` or ``file.py:Name``, each one metric or a
+    list of them."""
     correct_at: float = 0.5
     """The smallest reward of a correct completion."""
     curve_points: Annotated[int, Field(ge=0)] = 4
@@ -101,11 +51,19 @@ class EvaluationSettings(Sampling):
     """How many problems of each benchmark these use."""
     curve_samples: Positive = 2
     """How many samples per problem these use."""
+    until_flat: Positive | None = None
+    """End a cell once its avg@k on ``validation`` (the first ``curve_problems``) has not exceeded its earlier best by
+    more than one standard error for this many curve points in a row; None: never."""
 
     @pydantic.model_validator(mode="after")
     def _k_fits(self) -> EvaluationSettings:
         if self.k is not None and (most := max(self.pass_ks)) > self.samples:
             raise ValueError(f"k = {most} needs at least {most} samples, and samples = {self.samples}")
+        if self.until_flat is not None and self.until_flat + 1 >= self.curve_points:
+            raise ValueError(
+                f"until_flat = {self.until_flat} would end no cell early: the first curve point has none to compare "
+                f"with, so curve_points = {self.curve_points} must be at least {self.until_flat + 2}"
+            )
         return self
 
     @property
@@ -118,19 +76,6 @@ class EvaluationSettings(Sampling):
     def pass_k(self) -> int:
         """The k of pass@k that the main tables show."""
         return self.pass_ks[0]
-
-
-class Scoring(Strict):
-    """How the reward is called: in separate processes, unless both limits are null."""
-
-    seconds: Annotated[float, Field(gt=0)] | None = 60.0
-    """The time limit of a call; a call that exceeds it is repeated completion by completion."""
-    memory_gb: Annotated[float, Field(gt=0)] | None = 4.0
-    """The memory limit of a process, in 2³⁰ bytes."""
-    processes: Positive = 1
-    """The number of processes that score completions while others are sampled, per worker of a comparison."""
-    on_error: Annotated[Literal["fail", "null"], pydantic.BeforeValidator(named_null)] = "fail"
-    """If the reward raises, hangs or returns no number: ``fail`` stops the run, ``null`` gives no reward."""
 
 
 class Lora(Strict):
@@ -147,14 +92,44 @@ class Lora(Strict):
     are multiplied in ``dtype``, and dequantised when the model is saved."""
 
 
+class Budget(Strict):
+    """The cost at which training ends: exactly one of three."""
+
+    gradient_tokens: Amount | None = None
+    """Prompt and completion tokens in backward passes."""
+    tokens: Amount | None = None
+    """Gradient tokens and sampled tokens; those of a shared buffer count for each cell that learns from it."""
+    flops: Amount | None = None
+    """FLOPs of training and of sampling for it; those of a shared buffer count likewise."""
+
+    @pydantic.model_validator(mode="after")
+    def _is_one(self) -> Budget:
+        if len(self.model_dump(exclude_none=True)) != 1:
+            raise ValueError("budget: give exactly one of gradient_tokens, tokens and flops")
+        return self
+
+    @property
+    def cost(self) -> str:
+        """The cost that is bounded, by the name it has in costs."""
+        return next(iter(self.model_dump(exclude_none=True)))
+
+    @property
+    def amount(self) -> float:
+        """Its bound."""
+        return float(getattr(self, self.cost))
+
+
 class Training(Strict):
     """Optimisation: AdamW with linear warm-up, then cosine decay to zero (the settings of arXiv 2508.05629)."""
 
     steps: Positive = 100
-    """Optimizer steps."""
+    """Optimizer steps; with a ``budget``, at most this many."""
     epochs: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     """Passes over the rows that a row of the comparison learns from, in place of ``steps``; online, over the problems:
     steps = ⌈epochs · rows / batch_size⌉ · updates_per_batch."""
+    budget: Budget | None = None
+    """Training ends after the step at which its cost reaches this. The learning rate then follows the fraction that is
+    spent, in place of the fraction of ``steps``. Evaluation does not count."""
     batch_size: Positive = 64
     """Sequences per optimizer step: a pair counts as two, a group as its samples."""
     updates_per_batch: Positive = 1
@@ -259,6 +234,9 @@ class Algorithm(Strict):
     correct samples. A registered name, ``module:Name`` or ``file.py:Name``."""
     training: Mapping[str, Any] = {}
     """Fields of `Training` that differ for this row."""
+    online_counterpart: str | None = None
+    """The row of another experiment, as ``experiment/row``, in which this objective trains online: named with the
+    results."""
 
 
 class Experiment(Strict):
@@ -270,6 +248,8 @@ class Experiment(Strict):
     """What it compares, for its report."""
     model: str
     """The base model: ``embedded``, a Hub id, or a folder."""
+    warm_up: WarmUp | None = None
+    """A first stage that is trained once: its result is the base model of everything that follows."""
     train: ProblemSource
     """The training problems: prompts to sample, and worked solutions as demonstrations."""
     demonstrations: str | TableSource | None = None
@@ -279,6 +259,9 @@ class Experiment(Strict):
     """The problems on which learning rates are chosen."""
     benchmarks: Annotated[Mapping[str, Benchmark], Field(min_length=1), pydantic.BeforeValidator(benchmarks_by_name)]
     """The problem sets that results are reported on, by name; or a list of suites (see ``rlzoo list``)."""
+    retention: Annotated[Mapping[str, Benchmark], pydantic.BeforeValidator(benchmarks_by_name)] = {}
+    """Problem sets from before fine-tuning, by name, which show what fine-tuning costs: they are reported separately,
+    with the KL divergence from the base model (`rlzoo.comparison.retention`)."""
     reward: Any
     """What `get_reward` takes: a name, a mapping with options, or a list for a weighted sum."""
     scoring: Scoring = Scoring()
@@ -305,6 +288,8 @@ class Experiment(Strict):
             raise ValueError(problem)
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds repeat: {list(self.seeds)}")
+        if self.evaluation.until_flat is not None and self.validation is None:
+            raise ValueError("evaluation.until_flat needs a validation problem set: add `validation`")
         for name, row in self.algorithms.items():
             for setting in OF_THE_BUFFER:
                 shared = getattr(self.training, setting)
@@ -322,11 +307,39 @@ class Experiment(Strict):
                 raise ValueError(f"learning rates of {name!r} repeat: {list(row.learning_rates)}")
         return self
 
+    @pydantic.model_validator(mode="after")
+    def _has_distinct_problem_sets(self) -> Experiment:
+        if both := sorted(self.benchmarks.keys() & self.retention.keys()):
+            raise ValueError(f"{both[0]!r} is the name of a benchmark and of a retention set: rename one")
+        if unscored := [name for name, one in self.benchmarks.items() if not one.is_scored]:
+            raise ValueError(f"the benchmark {unscored[0]!r} needs a reward: only a retention set can have none")
+        return self
+
+    @property
+    def scored_sets(self) -> dict[str, Benchmark]:
+        """The benchmarks, and the retention sets that have a reward, by name."""
+        return {**self.benchmarks, **{name: one for name, one in self.retention.items() if one.is_scored}}
+
+    def evaluation_on(self, source: ProblemSource) -> EvaluationSettings:
+        """How policies are evaluated on a problem set: ``evaluation``, with the set's length limit if it has one."""
+        own = source.max_new_tokens if isinstance(source, Benchmark) else None
+        return self.evaluation if own is None else self.evaluation.model_copy(update={"max_new_tokens": own})
+
     @property
     def demonstrations_table(self) -> TableSource | None:
         """The table of demonstrations, if there is one."""
         given = self.demonstrations
         return TableSource(source=given, bad_rows=self.train.bad_rows) if isinstance(given, str) else given
+
+    @property
+    def of_warm_up(self) -> Experiment | None:
+        """The warm-up, if there is one, as an experiment with a single row, `WARM_UP`."""
+        if (one := self.warm_up) is None:
+            return None
+        training = {"lora": None, "importance_cap": None, "budget": None, **one.training}
+        row = Algorithm(objective=one.objective, options=one.options, training=training)
+        alone = {"algorithms": {WARM_UP: row}, "train": one.train or self.train, "warm_up": None}
+        return self.model_copy(update=alone)
 
     def with_smaller_batches(self, divisor: int) -> Experiment:
         """The experiment with batches ``divisor`` times smaller in memory, and the same results up to rounding."""

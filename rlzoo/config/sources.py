@@ -48,13 +48,20 @@ class ProblemSource(Strict):
     Which rows are drawn depends on the number of rows alone, and bad ones are not replaced."""
 
 
+NO_REWARD = "none"
+"""The reward of a retention set whose completions cannot be scored."""
+
+
 class Benchmark(ProblemSource):
     """A problem set to evaluate on."""
 
     suite: str | None = None
     """A benchmark suite (see ``rlzoo list``), whose settings apply where no others are given."""
     reward: Any = None
-    """A reward that scores its completions in place of the experiment's."""
+    """A reward that scores its completions in place of the experiment's. ``none``, in a retention set only: there is no
+    reward, and only the likelihood of the base model's text is measured."""
+    max_new_tokens: Positive | None = None
+    """The length limit of its completions in place of the evaluation's, in tokens."""
 
     @pydantic.model_validator(mode="before")
     @classmethod
@@ -65,6 +72,11 @@ class Benchmark(ProblemSource):
         if isinstance(given, Mapping) and isinstance(name := given.get("suite"), str):
             return {**get_suite(name).settings, **given}
         return given
+
+    @property
+    def is_scored(self) -> bool:
+        """Whether a reward scores its completions."""
+        return bool(self.reward != NO_REWARD)
 
 
 def benchmarks_by_name(given: Any) -> Any:

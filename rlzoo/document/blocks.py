@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -34,15 +34,18 @@ class Paragraph:
 
 @dataclass(frozen=True)
 class Table:
-    """A table. Its first column and the one named ``prose`` contain text, the others numbers."""
+    """A table. Its first column, the one named ``prose`` and those named ``words`` contain text, the others numbers."""
 
     header: Sequence[str]
     rows: Sequence[Sequence[Entry]]
     prose: str | None = None
+    """A column of sentences, which is wide."""
+    words: Collection[str] = ()
+    """Columns of names."""
 
     def is_number(self, column: int) -> bool:
         """Whether a column contains numbers, which are aligned to the right."""
-        return column > 0 and self.header[column] != self.prose
+        return column > 0 and self.header[column] not in (self.prose, *self.words)
 
 
 @dataclass(frozen=True)

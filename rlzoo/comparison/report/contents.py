@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from rlzoo.comparison.report import completions, method, reported, results, training
+from rlzoo.comparison.report import clipping, completions, endings, method, reported, results, retention, training
 from rlzoo.comparison.report.schema import FinishedRun
-from rlzoo.config import BASE
 from rlzoo.document import Block, Heading, Paragraph
 
 Section = Callable[[FinishedRun, str], Iterator[Block]]
@@ -15,9 +14,13 @@ SECTIONS: tuple[Section, ...] = (
     results.answers,
     results.scores,
     results.differences,
+    results.robustness,
     reported.reported,
     results.further,
+    retention.retention,
     training.curves,
+    endings.endings,
+    clipping.clipping,
     training.token_probabilities,
     training.costs,
     training.learning_rates,
@@ -33,13 +36,4 @@ def contents(run: FinishedRun, baseline: str | None) -> Iterator[Block]:
     if run.results.description:
         yield Paragraph(run.results.description)
     for section in SECTIONS:
-        yield from section(run, baseline_of(run, baseline))
-
-
-def baseline_of(run: FinishedRun, asked: str | None) -> str:
-    """The requested algorithm, if any of its cells succeeded; else the first of several, or the base model."""
-    algorithms = run.results.algorithms
-    failed = {failure.algorithm for failure in run.results.failed or []} - set(algorithms)
-    if asked is not None and asked not in failed:
-        return asked
-    return algorithms[0] if len(algorithms) > 1 else BASE
+        yield from section(run, run.results.baseline(baseline))

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from rlzoo.comparison.outcomes import OVERALL, compare_to, result_matrices
-from rlzoo.comparison.report import plots, tables
+from rlzoo.comparison.outcomes import OVERALL, check_robustness, compare_to, result_matrices
+from rlzoo.comparison.report import plots, stages, tables
 from rlzoo.comparison.report.answer import answer
+from rlzoo.comparison.report.differences import checks_explained, detectable, difference_table, robustness_table
+from rlzoo.comparison.report.endings import rising_at_the_end
 from rlzoo.comparison.report.schema import FinishedRun, Results
 from rlzoo.config import BASE
 from rlzoo.document import Block, Figure, Heading, Paragraph
@@ -17,6 +19,8 @@ def answers(run: FinishedRun, baseline: str) -> Iterator[Block]:
     matrices = result_matrices(run.outcomes, run.results.k)
     for benchmark in run.results.overall:
         yield Paragraph(answer(run.results, matrices, benchmark), lead=True)
+    if (warning := rising_at_the_end(run.results)) is not None:
+        yield Paragraph(warning)
     yield Paragraph(
         "avg@k at temperature 1 rewards an objective for sharpening the model's distribution, whether or "
         "not the model can solve more problems. Greedy decoding and pass@k do not: read the three "
@@ -31,8 +35,10 @@ def scores(run: FinishedRun, baseline: str) -> Iterator[Block]:
     yield Heading("Results")
     yield Paragraph(
         "Per cent correct, with 95 % intervals over further seeds and problems of the same kind. The best "
-        "algorithm in each metric is bold. Every algorithm started from the base model."
+        f"algorithm in each metric is bold. {stages.start(results)}"
     )
+    if (note := tables.online_counterparts(results)) is not None:
+        yield Paragraph(note)
     yield Paragraph(_left_out(results))
     for index, benchmark in enumerate(results.overall):
         yield Heading(benchmark, level=3)
@@ -87,7 +93,8 @@ def differences(run: FinishedRun, baseline: str) -> Iterator[Block]:
         if not any(row["benchmark"] == benchmark for row in rows):
             continue
         yield Heading(benchmark, level=3)
-        yield tables.difference_table(rows, run.results, benchmark)
+        yield difference_table(rows, run.results, benchmark)
+        yield Paragraph(detectable(rows, run.results, benchmark))
         yield Figure(
             f"differences-{index}",
             plots.differences(rows, run.results, benchmark),
@@ -96,6 +103,21 @@ def differences(run: FinishedRun, baseline: str) -> Iterator[Block]:
             "paired difference; filled points are distinguishable from zero after Holm's correction.",
             "It does not show that a difference carries over to another model, data set or budget.",
         )
+
+
+def robustness(run: FinishedRun, baseline: str) -> Iterator[Block]:
+    """Permutation tests, interquartile means and probabilities of improvement."""
+    rows = check_robustness(run.outcomes, baseline, run.results.k)
+    compared = [row for row in rows if "better" in row]
+    if not compared:
+        return
+    yield Heading("Robustness")
+    yield Paragraph(f"Checks that assume less than the intervals above, against {baseline}.")
+    yield from map(Paragraph, checks_explained(max(row["seeds"] for row in compared)))
+    for benchmark in run.results.overall:
+        if any(row["benchmark"] == benchmark for row in compared):
+            yield Heading(benchmark, level=3)
+            yield robustness_table(rows, run.results, benchmark, baseline)
 
 
 def further(run: FinishedRun, baseline: str) -> Iterator[Block]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -12,7 +13,6 @@ from rich.text import Text
 
 from rlzoo.comparison.outcomes import METRICS, OVERALL
 from rlzoo.comparison.report.schema import CellCosts, Results, SummaryRow, parse_results
-from rlzoo.comparison.statistics import SIGNIFICANT
 from rlzoo.config import BASE
 from rlzoo.document import Entry, Table
 
@@ -74,7 +74,12 @@ def interval(row: SummaryRow | None) -> str:
 
 def significance(p: float) -> str:
     """A p-value, with two digits."""
-    return "p < 0.001" if p < 0.001 else f"p = {min(p, 1):.2g}" if p < 0.995 else "p = 1"
+    return f"p {p_number(p)}" if p < 0.001 else f"p = {p_number(p)}"
+
+
+def p_number(p: float) -> str:
+    """A p-value without its name, with two digits."""
+    return "< 0.001" if p < 0.001 else f"{min(p, 1):.2g}" if p < 0.995 else "1"
 
 
 def on(benchmark: str) -> str:
@@ -96,6 +101,23 @@ def result_table(results: Results, benchmark: str) -> Table:
         rows.append([Entry(algorithm), *entries, Entry(NONE if algorithm == BASE else str(seeds))])
     labels = [f"{results.label(metric, benchmark)} (%)" for metric in METRICS]
     return Table(["algorithm", *labels, "seeds"], rows)
+
+
+def online_counterparts(results: Results) -> str | None:
+    """Which rows train online elsewhere, and where, as the configuration says; None if there are none."""
+    rows = results.config.get("algorithms") if isinstance(results.config, dict) else None
+    places = {
+        name: str(row["online_counterpart"]).rpartition("/")
+        for name, row in (rows.items() if isinstance(rows, dict) else ())
+        if isinstance(row, dict) and row.get("online_counterpart")
+    }
+    if not places:
+        return None
+    listed = ", ".join(f"{name} as {row} of {study}" for name, (study, _, row) in places.items())
+    return (
+        f"Trained online in another experiment, on samples of the policy in training: {listed} "
+        "(`rlzoo results show` that study, or run `rlzoo compare` on it)."
+    )
 
 
 def further_table(results: Results, benchmark: str | None) -> Table | None:
@@ -123,36 +145,6 @@ def _best(results: Results, benchmark: str, metric: str) -> float | None:
     return max((row.mean for row in rows if row), default=None)
 
 
-def difference_table(rows: Sequence[Mapping[str, Any]], results: Results, benchmark: str) -> Table:
-    """Paired differences in percentage points, each with its own interval and its corrected p-value.
-
-    Those that are distinguishable from zero after the correction are marked.
-    """
-    cells: dict[str, dict[str, Entry]] = {}
-    for row in rows:
-        if row["benchmark"] == benchmark:
-            low, high = row["ci_low"], row["ci_high"]
-            text = f"{points(row['difference'])} [{points(low)}, {points(high)}], {significance(row['p'])}"
-            cells.setdefault(row["algorithm"], {})[row["metric"]] = Entry(text, row["p"] < SIGNIFICANT)
-    body = [[Entry(name), *(found.get(metric, Entry(NONE)) for metric in METRICS)] for name, found in cells.items()]
-    return Table(["algorithm", *(f"{results.label(metric, benchmark)} (points)" for metric in METRICS)], body)
-
-
-def across_table(rows: Sequence[Mapping[str, Any]]) -> Table:
-    """Paired differences of two algorithms in several studies, one row per benchmark; as `difference_table`."""
-    cells: dict[tuple[str, str], dict[str, Entry]] = {}
-    for row in rows:
-        low, high = points(row["ci_low"]), points(row["ci_high"])
-        text = f"{points(row['difference'])} [{low}, {high}], {significance(row['p'])}"
-        place = cells.setdefault((row["study"], row["benchmark"]), {})
-        place[row["metric"]] = Entry(text, row["p"] < SIGNIFICANT)
-    body = [
-        [Entry(f"{study}: {benchmark}"), *(found.get(metric, Entry(NONE)) for metric in METRICS)]
-        for (study, benchmark), found in cells.items()
-    ]
-    return Table(["study", "avg@k", "greedy", "pass@k"], body)
-
-
 def studies_table(studies: Mapping[str, Results]) -> Table:
     """What each study compares, and when it was made."""
     rows = []
@@ -163,7 +155,7 @@ def studies_table(studies: Mapping[str, Results]) -> Table:
             [
                 Entry(name),
                 Entry(", ".join(results.benchmarks)),
-                Entry(str(model)),
+                Entry(f"{model} after a warm-up" if results.warm_up else str(model)),
                 Entry(str(len(results.algorithms))),
                 Entry(str(seeds)),
                 Entry(results.created[:10]),
@@ -189,6 +181,25 @@ def cost_table(results: Results) -> Table:
         entries = [Entry(show(_cost(costs, name))) for name, (_, show) in _COSTS.items()]
         rows.append([Entry(algorithm), *entries, Entry(str(len(costs)))])
     return Table(["algorithm", *(title for title, _ in _COSTS.values()), "cells"], rows)
+
+
+def total_cost_table(results: Results) -> Table:
+    """The cost of all cells per algorithm, of which a choice among learning rates reports only some."""
+    shown = {name: how for name, how in _COSTS.items() if not name.startswith("peak")}
+    rows = []
+    for algorithm in results.algorithms:
+        own = [cell.costs for cell in results.cells if cell.algorithm == algorithm]
+        tried = [cell.costs for cells in results.tuning.get(algorithm, {}).values() for cell in cells]
+        unknown_tuning = not tried and len((results.learning_rates or {}).get(algorithm, {})) > 1  # by older versions
+        totals = {name: None if unknown_tuning else _total(tried or own, name) for name in shown}
+        entries = [Entry(show(totals[name])) for name, (_, show) in shown.items()]
+        rows.append([Entry(algorithm), *entries, Entry(NONE if unknown_tuning else str(len(tried or own)))])
+    return Table(["algorithm", *(f"{title}, all cells" for title, _ in shown.values()), "cells trained"], rows)
+
+
+def _total(costs: Sequence[CellCosts], name: str) -> float | None:
+    known: list[float] = [value for cost in costs if (value := getattr(cost, name)) is not None]
+    return sum(known) if known else None
 
 
 def _cost(costs: Sequence[CellCosts], name: str) -> float | None:
@@ -256,6 +267,8 @@ def report_table(results: Results | Mapping[str, Any]) -> list[rich.table.Table]
         plain_table(result_table(checked, benchmark), f"{benchmark}: mean and 95 % interval")
         for benchmark in checked.overall
     ]
+    if scores and (note := online_counterparts(checked)) is not None:
+        scores[-1].caption, scores[-1].caption_justify = Text(note), "left"
     return [*scores, plain_table(cost_table(checked), "costs: mean of a cell")]
 
 
@@ -271,6 +284,9 @@ def plain_table(table: Table, title: str) -> rich.table.Table:
         pad_edge=False,
     )
     for index, name in enumerate(table.header):
+        longest = max((len(row[index].text) for row in table.rows), default=0)
+        if len(name) > longest:  # a header in two lines leaves room for the numbers of other columns
+            name = re.sub(r"(?<=,) | (?=\()", "\n", name)
         out.add_column(Text(name), justify="right" if table.is_number(index) else "left")
     for row in table.rows:
         out.add_row(*(Text(entry.text, style="bold" if entry.best else "") for entry in row))

@@ -1,0 +1,154 @@
+"""The tables of paired differences: results of tests, what they could have detected, and their robustness."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import rich.table
+from rich.text import Text
+
+from rlzoo.comparison.outcomes import METRICS, check_robustness, compare_to
+from rlzoo.comparison.report.schema import FinishedRun, Results
+from rlzoo.comparison.report.tables import NONE, p_number, plain_table, points, significance
+from rlzoo.comparison.robust import FEWEST_FOR_BOOTSTRAP, FEWEST_FOR_IMPROVEMENT
+from rlzoo.comparison.statistics import SIGNIFICANT
+from rlzoo.document import Entry, Table
+
+
+def difference_table(rows: Sequence[Mapping[str, Any]], results: Results, benchmark: str) -> Table:
+    """Paired differences in percentage points, each with its own interval and its corrected p-value.
+
+    Those that are distinguishable from zero after the correction are marked.
+    """
+    cells: dict[str, dict[str, Entry]] = {}
+    for row in rows:
+        if row["benchmark"] == benchmark:
+            text = f"{_difference(row)}, {significance(row['p'])}"
+            cells.setdefault(row["algorithm"], {})[row["metric"]] = Entry(text, row["p"] < SIGNIFICANT)
+    body = [[Entry(name), *(found.get(metric, Entry(NONE)) for metric in METRICS)] for name, found in cells.items()]
+    return Table(["algorithm", *(f"{results.label(metric, benchmark)} (points)" for metric in METRICS)], body)
+
+
+def detectable(rows: Sequence[Mapping[str, Any]], results: Results, benchmark: str) -> str:
+    """Which differences these seeds and problems detect, in a sentence: the medians over a table of differences."""
+    here = [row for row in rows if row["benchmark"] == benchmark]
+    sizes: dict[str, dict[str, str]] = {"detectable": {}, "detectable_alone": {}}
+    for key, found in sizes.items():
+        for metric in METRICS:
+            if known := [row[key] for row in here if row["metric"] == metric]:
+                found[metric] = _size(statistics.median(known))
+    seeds, problems = (max(row[key] for row in here) for key in ("seeds", "problems"))
+    of = [f"{value} points in {results.label(metric, benchmark)}" for metric, value in sizes["detectable"].items()]
+    alone = listed(list(sizes["detectable_alone"].values()))
+    design = f"With {seeds} seed{'s' * (seeds > 1)} and {problems} problems"
+    return (
+        f"{design}, a difference of {listed(of)} would be detected with 80 % power after the correction, and one of "
+        f"{alone} as a single planned difference (medians over the rows)."
+        + (" One seed shows nothing about further seeds." if seeds == 1 else "")
+    )
+
+
+def _size(value: float) -> str:
+    """A size in percentage points."""
+    return points(value).lstrip("+") if value < 1 else "more than 100"
+
+
+def listed(words: Sequence[str]) -> str:
+    """Words as a list in a sentence."""
+    return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
+
+
+def robustness_table(rows: Sequence[Mapping[str, Any]], results: Results, benchmark: str, baseline: str) -> Table:
+    """The checks of `check_robustness`, a row per algorithm and metric; corrected p-values below 0.05 are marked."""
+    body = []
+    for row in rows:
+        if row["benchmark"] == benchmark:
+            name = f"{row['algorithm']} (baseline)" if row["algorithm"] == baseline else row["algorithm"]
+            iqm = _with_ends(row["iqm"], row["iqm_low"], row["iqm_high"])
+            body.append([Entry(name), Entry(results.label(row["metric"], benchmark)), *_checks(row), Entry(iqm)])
+    header = ["algorithm", "metric", *CHECKS, "IQM (%)"]
+    return Table(header, body, words=["metric"])
+
+
+CHECKS = ("p, problems", "p, seeds", "P(better) (%)")
+
+
+def checks_explained(seeds: int) -> list[str]:
+    """What each column of `robustness_table` says, and what not, for a comparison with so many seeds."""
+    least = f"with {seeds} seeds, p is at least {p_number(2 / 2**seeds)} even before correction" if seeds > 1 else ""
+    return [
+        "p, problems: a permutation test that swaps the two algorithms within problems, all seeds at once. It tests "
+        "whether these very models differ on further problems of the same kind, and says nothing about further seeds.",
+        "p, seeds: a permutation test that swaps the two algorithms within seeds, all problems at once. It tests "
+        f"whether models trained with further seeds differ on these problems{': ' if least else ''}{least}. Both "
+        "p-values are corrected for the number of rows (Holm); those below 0.05 are bold.",
+        "P(better): the probability that one run has a better result than one of the baseline, with its 95 % interval "
+        f"over further seeds (from {FEWEST_FOR_IMPROVEMENT} seeds). It does not say how much better.",
+        "IQM: the interquartile mean of the seeds' results, over all benchmarks in the mean over them. One run that "
+        "collapsed hardly moves it. Its bootstrap interval over further seeds is shown from "
+        f"{FEWEST_FOR_BOOTSTRAP} seeds, since with 3 it would cover the true value in 75 % of cases, with 5 in 90 %.",
+    ]
+
+
+def _checks(row: Mapping[str, Any]) -> list[Entry]:
+    if "better" not in row:
+        return [Entry(NONE)] * len(CHECKS)
+    p_values = [Entry(p_number(row[key]), row[key] < SIGNIFICANT) for key in ("p_problems", "p_seeds")]
+    return [*p_values, Entry(_with_ends(row["better"], row["better_low"], row["better_high"], digits=0))]
+
+
+def _with_ends(value: float, low: float, high: float, digits: int = 1) -> str:
+    ends = "" if math.isnan(low) else f" [{100 * low:.{digits}f}, {100 * high:.{digits}f}]"
+    return f"{100 * value:.{digits}f}{ends}"
+
+
+def across_tables(rows: Sequence[Mapping[str, Any]]) -> dict[str, Table]:
+    """Paired differences of two algorithms with all tests of them: study and benchmark → a row per metric.
+
+    The last column is the smallest difference that the design detects with 80 % power, as a single planned one.
+    """
+    found: dict[str, list[list[Entry]]] = {}
+    labels = {"avg_at_k": "avg@k", "pass_at_k": "pass@k"}
+    for row in rows:
+        metric = labels.get(row["metric"], row["metric"])
+        entries = [Entry(metric), *_tests(row, row), Entry(_size(row["detectable_alone"]))]
+        found.setdefault(f"{row['study']}: {row['benchmark']}", []).append(entries)
+    return {name: Table(["metric", *TESTS, "detectable"], body) for name, body in found.items()}
+
+
+TESTS = ("difference (points)", "p", *CHECKS)
+
+
+def _tests(row: Mapping[str, Any], checks: Mapping[str, Any]) -> list[Entry]:
+    return [Entry(_difference(row)), Entry(p_number(row["p"]), row["p"] < SIGNIFICANT), *_checks(checks)]
+
+
+def tables_of_tests(run: FinishedRun) -> list[rich.table.Table]:
+    """The paired differences from the baseline with all tests of them, for the terminal: a table per benchmark."""
+    results, baseline = run.results, run.results.baseline()
+    rows = compare_to(run.outcomes, baseline, results.k)
+    keys = ("algorithm", "benchmark", "metric")
+    checks = {tuple(row[key] for key in keys): row for row in check_robustness(run.outcomes, baseline, results.k)}
+    found = []
+    for benchmark in [name for name in results.overall if any(row["benchmark"] == name for row in rows)]:
+        body = [
+            [
+                Entry(row["algorithm"]),
+                Entry(results.label(row["metric"], benchmark)),
+                *_tests(row, checks[tuple(row[key] for key in keys)]),
+            ]
+            for row in rows
+            if row["benchmark"] == benchmark
+        ]
+        shown = Table(["algorithm", "metric", *TESTS], body, words=["metric"])
+        table = plain_table(shown, f"{benchmark}: differences from {baseline}")
+        table.caption, table.caption_justify = Text(detectable(rows, results, benchmark)), "left"
+        found.append(table)
+    return found
+
+
+def _difference(row: Mapping[str, Any]) -> str:
+    return f"{points(row['difference'])} [{points(row['ci_low'])}, {points(row['ci_high'])}]"
