@@ -70,7 +70,7 @@ def dry_run(experiment: Experiment) -> DryRun:
 @contextmanager
 def _offline() -> Iterator[None]:
     """In this context, the Hub's clients use only what is on this machine."""
-    switches = (huggingface_hub.constants, datasets.config)
+    switches: tuple[Any, ...] = (huggingface_hub.constants, datasets.config)
     before = [module.HF_HUB_OFFLINE for module in switches]
     try:
         for module in switches:
