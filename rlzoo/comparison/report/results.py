@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from rlzoo.comparison.outcomes import OVERALL, check_robustness, compare_to, result_matrices
-from rlzoo.comparison.report import plots, tables
+from rlzoo.comparison.report import plots, stages, tables
 from rlzoo.comparison.report.answer import answer
 from rlzoo.comparison.report.differences import checks_explained, detectable, difference_table, robustness_table
 from rlzoo.comparison.report.endings import rising_at_the_end
@@ -35,7 +35,7 @@ def scores(run: FinishedRun, baseline: str) -> Iterator[Block]:
     yield Heading("Results")
     yield Paragraph(
         "Per cent correct, with 95 % intervals over further seeds and problems of the same kind. The best "
-        "algorithm in each metric is bold. Every algorithm started from the base model."
+        f"algorithm in each metric is bold. {stages.start(results)}"
     )
     if (note := tables.online_counterparts(results)) is not None:
         yield Paragraph(note)

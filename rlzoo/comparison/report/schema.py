@@ -76,6 +76,14 @@ class CellCosts(_Model):
     peak_memory_bytes: float | None = None
 
 
+class WarmUpResult(_Model):
+    """The warm-up that made the base model."""
+
+    objective: str
+    steps: int
+    costs: CellCosts = CellCosts()
+
+
 class CurvePoint(_Model):
     """One point of a learning curve: its costs so far, and benchmark → metric → fraction."""
 
@@ -169,7 +177,9 @@ class Results(_Model):
     """All metrics of the run by name."""
     mean_over_benchmarks: dict[str, dict[str, float]] = Field(default_factory=dict)
     """Algorithm (the base model among them) → metric → mean over seeds and benchmarks."""
+    warm_up: WarmUpResult | None = None
     base: dict[str, BenchmarkResult]
+    """The results of the base model, after the warm-up if there is one."""
     base_curve: CurvePoint | None = None
     """The point at step 0 that all learning curves start from."""
     cells: list[CellResult]

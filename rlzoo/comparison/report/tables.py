@@ -155,7 +155,7 @@ def studies_table(studies: Mapping[str, Results]) -> Table:
             [
                 Entry(name),
                 Entry(", ".join(results.benchmarks)),
-                Entry(str(model)),
+                Entry(f"{model} after a warm-up" if results.warm_up else str(model)),
                 Entry(str(len(results.algorithms))),
                 Entry(str(seeds)),
                 Entry(results.created[:10]),
