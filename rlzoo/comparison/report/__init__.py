@@ -6,7 +6,7 @@ from pathlib import Path
 
 from rlzoo.comparison.report.contents import contents
 from rlzoo.comparison.report.schema import read_run
-from rlzoo.comparison.report.tables import report_table
+from rlzoo.comparison.report.terminal import report_table
 from rlzoo.document import write_document
 
 __all__ = ["report_table", "write_report"]
