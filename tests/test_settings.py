@@ -55,6 +55,7 @@ SHOWN: dict[str, str] = {}
 """Settings that tests of this file show, by name."""
 OPTIONS = "test_training_options.py"
 REFUSED = "test_chat_refused.py"
+STAGES = "test_stages.py"
 ELSEWHERE = {
     "Rollouts.top_p": "test_rollout.py::test_first_tokens_follow_the_models_distribution",
     "Rollouts.per_seed": "test_compare.py::test_each_seed_may_have_samples_of_its_own",
@@ -92,8 +93,14 @@ ELSEWHERE = {
     "Algorithm.learning_rates": "test_compare.py::test_the_learning_rate_is_chosen_on_validation",
     "Algorithm.mode": "test_compare.py::test_online_samples_the_policy_in_training",
     "Algorithm.learns_from": "test_compare.py::test_a_row_may_learn_from_the_bases_own_correct_samples",
+    "Algorithm.online_counterpart": "test_report_training.py::test_rows_with_an_online_counterpart_say_where_it_is",
     "Algorithm.training": "test_config.py::test_a_row_has_its_own_training",
     "Experiment.model": "test_compare.py::test_a_trained_folder_is_a_base_like_any_other",
+    "Experiment.warm_up": f"{STAGES}::test_every_cell_starts_from_the_models_warm_up",
+    **dict.fromkeys(
+        [f"WarmUp.{name}" for name in ("objective", "options", "train", "training", "seed")],
+        f"{STAGES}::test_what_a_warm_up_does_is_a_setting",
+    ),
     "Experiment.validation": "test_compare.py::test_the_learning_rate_is_chosen_on_validation",
     "Experiment.baseline": "test_compare.py::test_the_report_can_be_written_again",
     "VarianceSettings.rows": "test_variance.py::test_an_experiment_is_cut_to_what_the_rows_are_worth",

@@ -15,7 +15,7 @@ from typing import Any, Union, get_args, get_origin
 import pydantic
 import yaml
 
-from rlzoo.config import Experiment, ProblemSource, TableSource, Training, lay, load_experiment, validated
+from rlzoo.config import WARM_UP, Experiment, ProblemSource, TableSource, Training, lay, load_experiment, validated
 from rlzoo.errors import UserError
 
 TRAINING_LIMITS = ("train.limit", "rollouts.prompts")
@@ -91,6 +91,13 @@ def experiment_of(
     return load_experiment(name, {**changes, **other, **tests, **grid})
 
 
+def experiment_of_model(name: str, sets: Sequence[str] | None, model: str | None, **options: Any) -> Experiment:
+    """`experiment_of` for commands that run one model: one that ``--model`` or ``--set`` names is not warmed up."""
+    found = experiment_of(name, sets, model=model, **options)
+    named = model is not None or any(text.partition("=")[0] == "model" for text in sets or ())
+    return found.model_copy(update={"warm_up": None}) if named else found
+
+
 def changes_of(sets: Sequence[str] | None, model: type[pydantic.BaseModel]) -> dict[str, Any]:
     """The changes that ``--set`` requests: dotted names of settings → values."""
     return {dotted(key, model): value for key, value in pairs(sets or (), "--set").items()}
@@ -104,7 +111,7 @@ def dotted(key: str, model: type[pydantic.BaseModel]) -> str:
     first = key.partition(".")[0]
     if first in model.model_fields:
         return key
-    names = names_of(model)
+    names = [name for name in names_of(model) if not name.startswith(f"{WARM_UP}.")]  # it would appear unasked
     homes = [name for name in names if name.rpartition(".")[2] == first]
     if len(homes) == 1:
         return homes[0] + key[len(first) :]

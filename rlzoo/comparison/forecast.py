@@ -20,13 +20,13 @@ from torch import Tensor
 from rlzoo.buffers.problems import EncodedProblem, demonstrations, encode_problems, load_problems
 from rlzoo.comparison.plan import cells, has_choice, sampling_seeds
 from rlzoo.comparison.resolve import learns_from_samples, objective_of, views_of
-from rlzoo.config import Experiment, Training
+from rlzoo.config import WARM_UP, Experiment, Training
 from rlzoo.inputs import Stage
 from rlzoo.objective import Objective
 from rlzoo.policy import Assembler, MicroBatches, Models, Policy
 from rlzoo.policy.defaults import CPU_TOKENS, bytes_of_training, bytes_per_token
 from rlzoo.policy.sequences import Tokens, length
-from rlzoo.training import Costs
+from rlzoo.training import Costs, stored_inputs
 from rlzoo.training.batches import shares
 from rlzoo.training.schedule import check_budget
 from rlzoo.types import Trajectory, Unit, selector_of
@@ -88,6 +88,8 @@ class Forecast:
     """FLOPs of the forward pass of one completion token."""
     parameters: int
     """The model's number of parameters."""
+    warm_up: RowForecast | None = None
+    """The costs of the warm-up, which is trained once."""
 
     @property
     def sampled_tokens(self) -> float:
@@ -98,7 +100,8 @@ class Forecast:
     @property
     def flops(self) -> float:
         """All FLOPs of forward and backward passes, without those of sampling."""
-        return sum(row.cells * row.flops for row in self.rows) + self.shared_flops
+        once = 0.0 if self.warm_up is None else self.warm_up.flops
+        return sum(row.cells * row.flops for row in self.rows) + self.shared_flops + once
 
     def seconds(self, flops_per_second: float, tokens_per_second: float) -> float:
         """The duration in seconds: FLOPs / ``flops_per_second`` + sampled tokens / ``tokens_per_second``."""
@@ -126,14 +129,8 @@ def forecast(experiment: Experiment, model: Policy, sample_tokens: float | None 
     samples = prompts * experiment.rollouts.samples * len(sampling_seeds(experiment))
     tests = _tests(experiment, lengths)
     shared_flops = samples * lengths.flops(model, lengths.sample)
-    stored = {
-        one
-        for name, row in experiment.algorithms.items()
-        if row.mode == "offline"
-        for component in objective_of(experiment, name).components
-        for one in component.objective.requires
-        if one.stage is Stage.STORED and one.is_computed
-    }
+    offline = [name for name, row in experiment.algorithms.items() if row.mode == "offline"]
+    stored = stored_inputs(objective_of(experiment, name) for name in offline)
     worked = sum(len(problem.solutions) for problem in train)
     demonstrated = worked * lengths.flops(model, lengths.demonstration)
     shared_flops += len(stored) * (shared_flops + demonstrated * len(sampling_seeds(experiment)))
@@ -150,7 +147,19 @@ def forecast(experiment: Experiment, model: Policy, sample_tokens: float | None 
         shared_flops + tests.text * lengths.flops(model, lengths.sample),
         model.flops(1, 1, modules=False),
         sum(p.numel() for p in model.model.parameters()),
+        _warm_up(experiment, model),
     )
+
+
+def _warm_up(experiment: Experiment, model: Policy) -> RowForecast | None:
+    if (alone := experiment.of_warm_up) is None:
+        return None
+    train = load_problems(alone.train)
+    lengths = _lengths(alone, model, train, None)
+    shared = _Shared(0, sum(len(problem.solutions) for problem in train))
+    row = _row(alone, WARM_UP, model, lengths, 1, _Tests(0.0, 0.0, 0.0), shared)
+    stored = shared.costs(alone, WARM_UP, model, lengths).flops
+    return replace(row, algorithm="warm-up", flops=row.flops + stored)
 
 
 def _lengths(experiment: Experiment, model: Policy, train: Sequence[Any], sample: float | None) -> Lengths:

@@ -68,7 +68,7 @@ class ResultMatrix:
     def by_benchmark(self) -> Float[np.ndarray, "S B"]:
         """The mean of each seed on each benchmark."""
         if self.benchmarks is None:
-            return self.values.mean(1)[:, None]
+            return np.asarray(self.values.mean(1, keepdims=True))
         own = [self.values[:, self.benchmarks == name].mean(1) for name in np.unique(self.benchmarks)]
         means: Float[np.ndarray, "S B"] = np.stack(own, 1)
         return means

@@ -20,7 +20,7 @@ from rlzoo.comparison.report.tables import amount, plain_table, points, seconds
 from rlzoo.comparison.speed import OF_SAMPLING, OF_TRAINING, card_of, measured_speed, speed_of_gpu
 from rlzoo.comparison.statistics import SIGNIFICANT, smallest_difference
 from rlzoo.comparison.studies import list_studies, read_study, study_folder
-from rlzoo.config import BASE, Experiment
+from rlzoo.config import BASE, WARM_UP, Experiment
 from rlzoo.document import Entry, Table
 from rlzoo.errors import UserError
 from rlzoo.jobs.pool import default_workers
@@ -74,11 +74,12 @@ def planned(
 
 
 def _committed(experiment: Experiment) -> Path | None:
-    """The included study of this experiment, if there is one with the same model."""
+    """The included study of this experiment, if there is one with the same base model."""
     if experiment.name not in list_studies():
         return None
-    config = read_study(experiment.name).results.config
-    return study_folder(experiment.name) if config["model"] == experiment.model else None
+    config, asked = read_study(experiment.name).results.config, experiment.model_dump(mode="json")
+    same = all(config.get(setting) == asked[setting] for setting in ("model", WARM_UP))
+    return study_folder(experiment.name) if same else None
 
 
 def _outcomes_of(pilot: Path) -> pa.Table:
@@ -137,7 +138,7 @@ def tables_of(found: Mapping[str, Any]) -> tuple[list[rich.table.Table], list[st
                 Entry(amount(row["flops"])),
                 Entry(amount(row["bytes"], "B")),
             ]
-            for row in found["rows"]
+            for row in [*([found["warm_up"]] if found["warm_up"] else []), *found["rows"]]
         ],
     )
     tables = [plain_table(costs, "costs per cell, including its evaluation")]
@@ -157,10 +158,11 @@ def tables_of(found: Mapping[str, Any]) -> tuple[list[rich.table.Table], list[st
 
 def _lines(found: Mapping[str, Any]) -> list[str]:
     lengths, speed = found["lengths"], found["speed"]
+    shared = f"including {'the warm-up, ' if found['warm_up'] else ''}the shared buffer and the base model"
     length = f"mean length: {lengths['prompt']:.0f} tokens per prompt, {lengths['sample']:.0f} per sample"
     lines = [
         f"{found['cells']} cells; {amount(found['sampled_tokens'])} sampled tokens and {amount(found['flops'])} FLOPs "
-        f"in total, including the shared buffer and the base model; {amount(found['parameters'])} parameters",
+        f"in total, {shared}; {amount(found['parameters'])} parameters",
         length + (f" (assumed: {lengths['assumed']})" if lengths["assumed"] else " (measured)"),
     ]
     rates = (

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from rlzoo.config import Experiment, OnBadRow, TokenBudget
 from rlzoo.inputs import Stage
 from rlzoo.jobs.cached_results import CachedResults
 from rlzoo.jobs.ranks import agreed, barrier, is_main
+from rlzoo.objective import Objective
 from rlzoo.policy import Policy, log_probs
 from rlzoo.policy.defaults import resolved
 from rlzoo.policy.loading import load_for
@@ -114,15 +115,9 @@ def _fill_buffer(
         events += [behaviour_event(len(computed))] if computed else []
         tokens, completions = (int(buffer.tokens(*names)[computed].sum()) for names in ((), ("completion_ids",)))
         behaviour_flops = policy.flops(tokens, completions)
-    flops_of: dict[str, float] = {}
-    for one in stored_inputs(
-        objective_of(experiment, name) for name in offline
-    ):  # recomputed: stored values may be another model's
-        report(1.0, f"{one.label} log-probs")
-        buffer = with_inputs(buffer, [one], policy, experiment.training.token_budget)
-        passes = 1 + (buffer.numbers("temperature") != 1.0)  # one more at the sampling temperature
-        tokens, completions = (int(passes @ buffer.tokens(*names)) for names in ((), ("completion_ids",)))
-        flops_of[one.column] = policy.flops(tokens, completions)
+    buffer, flops_of = with_stored_inputs(
+        buffer, [objective_of(experiment, name) for name in offline], policy, experiment.training.token_budget, report
+    )
     if is_main():
         buffer.save(folder)
     barrier()
@@ -142,6 +137,23 @@ def _fill_buffer(
         "resolved": resolved(policy, experiment.training, engine_of(settings, policy)),
         "token_probabilities": token_probabilities(policy, buffer, experiment.training.token_budget),
     }
+
+
+def with_stored_inputs(
+    buffer: Buffer, objectives: Iterable[Objective], policy: Policy, token_budget: TokenBudget, report: Report
+) -> tuple[Buffer, dict[str, float]]:
+    """The buffer with the stored inputs of objectives, computed from ``policy``, and the FLOPs of each by column.
+
+    Those that the buffer has are computed again: they may be of another model.
+    """
+    flops_of: dict[str, float] = {}
+    for one in stored_inputs(objectives):
+        report(1.0, f"{one.label} log-probs")
+        buffer = with_inputs(buffer, [one], policy, token_budget)
+        passes = 1 + (buffer.numbers("temperature") != 1.0)  # one more at the sampling temperature
+        tokens, completions = (int(passes @ buffer.tokens(*names)) for names in ((), ("completion_ids",)))
+        flops_of[one.column] = policy.flops(tokens, completions)
+    return buffer, flops_of
 
 
 def _on_bad_rows(experiment: Experiment) -> dict[str, OnBadRow]:

@@ -9,6 +9,7 @@ import pydantic
 from pydantic import Field
 
 from rlzoo.config.sources import Benchmark, Positive, ProblemSource, Strict, TableSource
+from rlzoo.config.stages import WARM_UP, WarmUp
 from rlzoo.config.validation import named_null, one_or_several, valid_token_budget, validated
 
 Packing = Literal["auto", "packed", "padded"]
@@ -267,6 +268,9 @@ class Algorithm(Strict):
     correct samples. A registered name, ``module:Name`` or ``file.py:Name``."""
     training: Mapping[str, Any] = {}
     """Fields of `Training` that differ for this row."""
+    online_counterpart: str | None = None
+    """The row of another experiment, as ``experiment/row``, in which this objective trains online: named with the
+    results."""
 
 
 class Experiment(Strict):
@@ -278,6 +282,8 @@ class Experiment(Strict):
     """What it compares, for its report."""
     model: str
     """The base model: ``embedded``, a Hub id, or a folder."""
+    warm_up: WarmUp | None = None
+    """A first stage that is trained once: its result is the base model of everything that follows."""
     train: ProblemSource
     """The training problems: prompts to sample, and worked solutions as demonstrations."""
     demonstrations: str | TableSource | None = None
@@ -356,6 +362,16 @@ class Experiment(Strict):
         """The table of demonstrations, if there is one."""
         given = self.demonstrations
         return TableSource(source=given, bad_rows=self.train.bad_rows) if isinstance(given, str) else given
+
+    @property
+    def of_warm_up(self) -> Experiment | None:
+        """The warm-up, if there is one, as an experiment with a single row, `WARM_UP`."""
+        if (one := self.warm_up) is None:
+            return None
+        training = {"lora": None, "importance_cap": None, "budget": None, **one.training}
+        row = Algorithm(objective=one.objective, options=one.options, training=training)
+        alone = {"algorithms": {WARM_UP: row}, "train": one.train or self.train, "warm_up": None}
+        return self.model_copy(update=alone)
 
     def with_smaller_batches(self, divisor: int) -> Experiment:
         """The experiment with batches ``divisor`` times smaller in memory, and the same results up to rounding."""

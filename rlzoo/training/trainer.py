@@ -41,7 +41,7 @@ from rlzoo.training.sums import (
     metrics_of,
     truncated_importance,
 )
-from rlzoo.training.tally import count, lines_of, with_gradient
+from rlzoo.training.tally import lines_of, tallied, with_gradient
 from rlzoo.training.trackers import installed, tracked
 from rlzoo.types import Coefficients, Trajectory, at_temperature
 
@@ -175,8 +175,7 @@ class Trainer:
             self.checkpoints.wait()
         if not self._is_finite():
             raise UserError("the last step made weights infinite or NaN: lower learning_rate")
-        if self.record.ended == "steps" and (unspent := self.progress.unspent):
-            self.record.events.append(unspent)
+        self.record.events += self.progress.events()
         self.record.events += lines_of(self.record.counts, self.objective.components, self.sources)
         return self.record
 
@@ -303,12 +302,12 @@ class Trainer:
         readout = Readout()
         places = [own.into(readout) for own in sums]
         rewards = [None if some.batch.reward is None else readout.add(some.batch.reward.mean()) for some in drawn]
-        learned = [readout.add(with_gradient(some)) for some in drawn] if is_first else []
+        learned = [readout.add(with_gradient(some)) for some in drawn]
         at = readout.add(norm)
         numbers = readout.read()
-        for some, where in zip(drawn, learned, strict=False):
-            count(self.record.counts, some, [bool(number) for number in numbers[where]])
         means = [means_of(own, numbers) for own in places]
+        for some, where, own in zip(drawn, learned, means, strict=True):
+            own |= tallied(self.record.counts if is_first else None, some, [bool(number) for number in numbers[where]])
         return {
             **metrics_of(drawn, means, [None if where is None else numbers[where][0] for where in rewards]),
             "gradient_norm": numbers[at][0],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from rlzoo.comparison.report import completions, method, results, retention, training
+from rlzoo.comparison.report import clipping, completions, endings, method, results, retention, training
 from rlzoo.comparison.report.schema import FinishedRun
 from rlzoo.document import Block, Heading, Paragraph
 
@@ -18,6 +18,8 @@ SECTIONS: tuple[Section, ...] = (
     results.further,
     retention.retention,
     training.curves,
+    endings.endings,
+    clipping.clipping,
     training.token_probabilities,
     training.costs,
     training.learning_rates,

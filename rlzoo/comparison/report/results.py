@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from rlzoo.comparison.outcomes import OVERALL, check_robustness, compare_to, result_matrices
-from rlzoo.comparison.report import plots, tables
+from rlzoo.comparison.report import plots, stages, tables
 from rlzoo.comparison.report.answer import answer
 from rlzoo.comparison.report.differences import checks_explained, detectable, difference_table, robustness_table
+from rlzoo.comparison.report.endings import rising_at_the_end
 from rlzoo.comparison.report.schema import FinishedRun, Results
 from rlzoo.config import BASE
 from rlzoo.document import Block, Figure, Heading, Paragraph
@@ -18,6 +19,8 @@ def answers(run: FinishedRun, baseline: str) -> Iterator[Block]:
     matrices = result_matrices(run.outcomes, run.results.k)
     for benchmark in run.results.overall:
         yield Paragraph(answer(run.results, matrices, benchmark), lead=True)
+    if (warning := rising_at_the_end(run.results)) is not None:
+        yield Paragraph(warning)
     yield Paragraph(
         "avg@k at temperature 1 rewards an objective for sharpening the model's distribution, whether or "
         "not the model can solve more problems. Greedy decoding and pass@k do not: read the three "
@@ -32,8 +35,10 @@ def scores(run: FinishedRun, baseline: str) -> Iterator[Block]:
     yield Heading("Results")
     yield Paragraph(
         "Per cent correct, with 95 % intervals over further seeds and problems of the same kind. The best "
-        "algorithm in each metric is bold. Every algorithm started from the base model."
+        f"algorithm in each metric is bold. {stages.start(results)}"
     )
+    if (note := tables.online_counterparts(results)) is not None:
+        yield Paragraph(note)
     yield Paragraph(_left_out(results))
     for index, benchmark in enumerate(results.overall):
         yield Heading(benchmark, level=3)

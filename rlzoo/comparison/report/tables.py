@@ -103,6 +103,23 @@ def result_table(results: Results, benchmark: str) -> Table:
     return Table(["algorithm", *labels, "seeds"], rows)
 
 
+def online_counterparts(results: Results) -> str | None:
+    """Which rows train online elsewhere, and where, as the configuration says; None if there are none."""
+    rows = results.config.get("algorithms") if isinstance(results.config, dict) else None
+    places = {
+        name: str(row["online_counterpart"]).rpartition("/")
+        for name, row in (rows.items() if isinstance(rows, dict) else ())
+        if isinstance(row, dict) and row.get("online_counterpart")
+    }
+    if not places:
+        return None
+    listed = ", ".join(f"{name} as {row} of {study}" for name, (study, _, row) in places.items())
+    return (
+        f"Trained online in another experiment, on samples of the policy in training: {listed} "
+        "(`rlzoo results show` that study, or run `rlzoo compare` on it)."
+    )
+
+
 def further_table(results: Results, benchmark: str | None) -> Table | None:
     """The means of the metrics that have no interval, on a benchmark or (None) over all; None if there are none."""
     algorithms, shown = (BASE, *results.algorithms), [name for name in results.metrics if name not in METRICS]
@@ -138,7 +155,7 @@ def studies_table(studies: Mapping[str, Results]) -> Table:
             [
                 Entry(name),
                 Entry(", ".join(results.benchmarks)),
-                Entry(str(model)),
+                Entry(f"{model} after a warm-up" if results.warm_up else str(model)),
                 Entry(str(len(results.algorithms))),
                 Entry(str(seeds)),
                 Entry(results.created[:10]),
@@ -250,6 +267,8 @@ def report_table(results: Results | Mapping[str, Any]) -> list[rich.table.Table]
         plain_table(result_table(checked, benchmark), f"{benchmark}: mean and 95 % interval")
         for benchmark in checked.overall
     ]
+    if scores and (note := online_counterparts(checked)) is not None:
+        scores[-1].caption, scores[-1].caption_justify = Text(note), "left"
     return [*scores, plain_table(cost_table(checked), "costs: mean of a cell")]
 
 
