@@ -599,7 +599,9 @@ def _needed(command: str) -> list[str]:
     return ["--out", "x"] if command == "rollout" else []
 
 
-TESTS = {"benchmarks.facts.limit": 7, "benchmarks.unseen-facts.limit": 7, "validation.limit": 7}
+TESTS = dict.fromkeys(
+    ("benchmarks.facts.limit", "benchmarks.unseen-facts.limit", "retention.chain-sums.limit", "validation.limit"), 7
+)
 TRAINING = {"train.limit": 7, "rollouts.prompts": 7}
 CHANGES: dict[tuple[str, ...], dict[str, Any]] = {
     ("--model", "other"): {"model": "other"},
