@@ -96,6 +96,7 @@ ELSEWHERE = {
     "Algorithm.online_counterpart": "test_report_training.py::test_rows_with_an_online_counterpart_say_where_it_is",
     "Algorithm.training": "test_config.py::test_a_row_has_its_own_training",
     "Experiment.model": "test_compare.py::test_a_trained_folder_is_a_base_like_any_other",
+    "Algorithm.stages": f"{STAGES}::test_each_stage_starts_from_the_one_before",
     "Experiment.warm_up": f"{STAGES}::test_every_cell_starts_from_the_models_warm_up",
     **dict.fromkeys(
         [f"WarmUp.{name}" for name in ("objective", "options", "train", "training", "seed")],
