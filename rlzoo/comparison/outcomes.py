@@ -66,7 +66,8 @@ class ResultMatrix:
         """The mean of each seed on each benchmark."""
         if self.benchmarks is None:
             return self.values.mean(1, keepdims=True)
-        return np.stack([self.values[:, self.benchmarks == name].mean(1) for name in np.unique(self.benchmarks)], 1)
+        each = [self.values[:, self.benchmarks == name].mean(1) for name in np.unique(self.benchmarks)]
+        return np.stack(each, axis=1)
 
 
 def result_matrices(outcomes: pa.Table, k: int | Mapping[str, int]) -> dict[ResultKey, ResultMatrix]:

@@ -12,6 +12,7 @@ import rich.table
 from rich.text import Text
 
 from rlzoo.document import Block, Code, Entry, Figure, Heading, Paragraph, Table, write_document
+from rlzoo.document.drawing import Drawing
 from rlzoo.errors import UserError
 from rlzoo.variance import plots
 
@@ -312,11 +313,11 @@ def _cosines(found: Found) -> Iterator[Block]:
 
 
 def _figure(
-    found: Found, name: str, draw: Callable[[Found], str | None], alt: str, shows: str, hides: str
+    found: Found, name: str, draw: Callable[[Found], Drawing | None], alt: str, shows: str, hides: str
 ) -> Iterator[Block]:
-    svg = draw(found)
-    if svg is not None:
-        yield Figure(name, svg, alt, shows, hides)
+    drawing = draw(found)
+    if drawing is not None:
+        yield Figure(name, drawing, alt, shows, hides)
 
 
 def _method(found: Found) -> Iterator[Block]:

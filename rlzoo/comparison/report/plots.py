@@ -15,7 +15,7 @@ from rlzoo.comparison.report.schema import Results
 from rlzoo.comparison.report.tables import amount
 from rlzoo.comparison.statistics import SIGNIFICANT
 from rlzoo.config import BASE
-from rlzoo.document.drawing import GREY, INK, MARKERS, PALETTE, STYLE, WIDTH, axes_row, short, to_svg
+from rlzoo.document.drawing import GREY, INK, MARKERS, PALETTE, PAPER, STYLE, WIDTH, Drawing, axes_row, short, to_svg
 
 
 def colours(results: Results) -> dict[str, str]:
@@ -23,7 +23,7 @@ def colours(results: Results) -> dict[str, str]:
     return {BASE: GREY} | {name: PALETTE[i % len(PALETTE)] for i, name in enumerate(results.algorithms)}
 
 
-def result_bars(results: Results, benchmark: str) -> str:
+def result_bars(results: Results, benchmark: str) -> Drawing:
     """Bars with 95 % intervals, one panel per metric; a dashed line marks the base model."""
     names = [BASE, *results.algorithms]
     palette = colours(results)
@@ -45,7 +45,7 @@ def result_bars(results: Results, benchmark: str) -> str:
         return to_svg(figure)
 
 
-def differences(rows: Sequence[Mapping[str, Any]], results: Results, benchmark: str) -> str:
+def differences(rows: Sequence[Mapping[str, Any]], results: Results, benchmark: str) -> Drawing:
     """Paired differences with 95 % intervals, one panel per metric; filled where distinguishable from zero."""
     here = [row for row in rows if row["benchmark"] == benchmark]
     names = list(dict.fromkeys(row["algorithm"] for row in here))
@@ -58,7 +58,7 @@ def differences(rows: Sequence[Mapping[str, Any]], results: Results, benchmark: 
                 if row["metric"] == metric:
                     place, colour = names.index(row["algorithm"]), palette.get(row["algorithm"], GREY)
                     _whisker(axes, place, row["ci_low"], row["ci_high"], colour)
-                    face = colour if row["p"] < SIGNIFICANT else "white"
+                    face = colour if row["p"] < SIGNIFICANT else PAPER
                     axes.plot(100 * row["difference"], place, marker="o", markersize=6.5, color=colour, mfc=face)
             axes.set(title=results.label(metric, benchmark), xlabel="difference, points")
             _name_rows(axes, names)
@@ -90,7 +90,7 @@ def _curve(values: Mapping[int, Sequence[float]]) -> Curve:
     return np.array(steps), np.array(mean), np.array(low), np.array(high)
 
 
-def learning_curves(results: Results, benchmark: str) -> str | None:
+def learning_curves(results: Results, benchmark: str) -> Drawing | None:
     """Evaluations in the course of training: the mean over seeds, in a band from the lowest to the highest."""
     panels_of = {metric: curves_of(results, benchmark, metric) for metric in ("avg_at_k", "greedy")}
     panels_of = {metric: curves for metric, curves in panels_of.items() if curves}
@@ -116,7 +116,7 @@ def learning_curves(results: Results, benchmark: str) -> str | None:
         return to_svg(figure)
 
 
-def token_probabilities(results: Results) -> str | None:
+def token_probabilities(results: Results) -> Drawing | None:
     """Token probabilities of the demonstrations, before (filled) and after (line), counts on a log scale."""
     histogram = results.token_probabilities
     after = histograms_after(results)
