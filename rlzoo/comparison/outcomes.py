@@ -67,7 +67,8 @@ class ResultMatrix:
         if self.benchmarks is None:
             return self.values.mean(1, keepdims=True)
         each = [self.values[:, self.benchmarks == name].mean(1) for name in np.unique(self.benchmarks)]
-        return np.stack(each, axis=1)
+        means: Float[np.ndarray, "S B"] = np.stack(each, axis=1)
+        return means
 
 
 def result_matrices(outcomes: pa.Table, k: int | Mapping[str, int]) -> dict[ResultKey, ResultMatrix]:
