@@ -356,6 +356,13 @@ def eaft(batch: TokenBatch) -> Tensor:
     return -(entropy / torch.tensor(20.0, dtype=logp.dtype).log() * logp).sum() / token_count(batch)
 
 
+def floor_dft(batch: TokenBatch, floor: float = 0.1) -> Tensor:
+    """-(1/N) Σ max(sg p_t, τ) log p_t."""
+    logp = torch.cat(completions(batch, batch.logp))
+    weight = torch.maximum(logp.detach().exp(), torch.tensor(floor, dtype=logp.dtype))
+    return -(weight * logp).sum() / token_count(batch)
+
+
 def deft(batch: TokenBatch) -> Tensor:
     """(1/N) Σ (1 - p_t^a_t)/a_t with a_t = Σ_v π_v² under a stop-gradient (arXiv 2602.11424)."""
     p = torch.cat(completions(batch, batch.logp)).exp()
@@ -511,6 +518,12 @@ CANONICAL: dict[str, list[Case]] = {
     "psft": [case(psft), case(psft, clip=0.5)],
     "eaft": [case(eaft)],
     "deft": [case(deft)],
+    "floor-dft": [
+        case(floor_dft),
+        case(floor_dft, floor=0.6),
+        Case(dft, {"floor": 0.0}),
+        Case(sft, {"floor": 1.0}),
+    ],
     "sft-q": [case(sft)],
     "simpo": [case(simpo), case(simpo, beta=0.7, gamma=0.0)],
     "orpo": [case(orpo), case(orpo, lam=1.5)],

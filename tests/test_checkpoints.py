@@ -122,6 +122,30 @@ def test_several_updates_a_batch_and_adapters_go_on_too(make_policy: MakePolicy,
     assert same(trained(make_policy, "grpo", tmp_path, settings), whole)
 
 
+@pytest.mark.parametrize("stopped", [2, 6, 7])
+def test_a_budget_goes_on_too_and_so_does_the_end(make_policy: MakePolicy, tmp_path: Path, stopped: int) -> None:
+    """The seventh of at most 90 steps spends the budget, in the middle of its batch."""
+    budget = {"gradient_tokens": 240}
+    settings = EVERY.model_validate({**EVERY.model_dump(), "steps": 90, "budget": budget, "updates_per_batch": 2})
+    _, record = whole = trained(make_policy, "sft", None, settings)
+    assert record.ended == "budget" and len(record.steps) == 7, record.costs.gradient_tokens
+    with pytest.raises(StopError):
+        trained(make_policy, "sft", tmp_path, settings, stop_at(stopped))
+    for _ in range(2):
+        resumed = trained(make_policy, "sft", tmp_path, settings)
+        assert same(resumed, whole) and resumed[1].ended == "budget"
+
+
+def test_a_run_that_a_callback_ended_is_not_trained_further(make_policy: MakePolicy, tmp_path: Path) -> None:
+    def end(trainer: Trainer, step: int) -> None:
+        if step == 3:
+            trainer.stop("enough")
+
+    _, record = whole = trained(make_policy, "sft", tmp_path, callback=end)
+    assert record.ended == "enough" and len(record.steps) == 3
+    assert same(trained(make_policy, "sft", tmp_path), whole)
+
+
 @pytest.mark.usefixtures("hears_interrupts")
 @pytest.mark.parametrize(("number", "raised"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, Terminated)])
 def test_a_signal_is_raised_after_a_checkpoint(
@@ -166,7 +190,8 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(make_policy: MakePolic
 
 
 OTHER: dict[str, Any] = {
-    "steps": 9, "batch_size": 3, "updates_per_batch": 2, "learning_rate": 2e-2, "betas": (0.9, 0.99),
+    "budget": {"tokens": 1e6}, "steps": 9, "batch_size": 3, "updates_per_batch": 2, "learning_rate": 2e-2,
+    "betas": (0.9, 0.99),
     "weight_decay": 0.0, "warmup_ratio": 0.5, "max_gradient_norm": 2.0, "importance_cap": 2.0,
     "max_completion_tokens": 7, "special_tokens": "allow", "behaviour": "current",
     "dtype": "bfloat16-mixed", "lora": {"rank": 2}, "gradient_checkpointing": True, "on_nonfinite": "skip",

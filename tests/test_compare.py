@@ -25,7 +25,8 @@ from rlzoo.buffers import OfflineBuffer
 from rlzoo.cli import main
 from rlzoo.comparison import one_cell, resolve, runner, shared_buffer
 from rlzoo.comparison.plan import Cell
-from rlzoo.comparison.report import write_report
+from rlzoo.comparison.report import tables, write_report
+from rlzoo.comparison.report.schema import parse_results
 from rlzoo.config import Experiment, ProblemSource, load_experiment
 from rlzoo.errors import UserError
 from rlzoo.jobs.pool import InThisProcess, OutOfMemoryError, WorkerDiedError, WorkError
@@ -44,12 +45,16 @@ def quietly(experiment: Experiment, out: Path, workers: int = 1) -> dict[str, An
 
 def numbers(results: dict[str, Any]) -> dict[str, Any]:
     """What two runs of one experiment must agree in: all but when, how long and in how much memory."""
-    cells = []
-    for cell in results["cells"]:
-        costs = {name: value for name, value in cell["costs"].items() if name not in TIMES}
-        cells.append({**cell, "costs": costs})
-    same = {key: value for key, value in results.items() if key not in ("created", "wall_seconds")}
-    return {**same, "cells": cells}
+    found: dict[str, Any] = untimed(results)
+    found.pop("created", None)
+    return found
+
+
+def untimed(part: Any) -> Any:
+    """Plain data without times and peaks of memory."""
+    if isinstance(part, dict):
+        return {name: untimed(value) for name, value in part.items() if name not in (*TIMES, "seconds")}
+    return [untimed(one) for one in part] if isinstance(part, list) else part
 
 
 def outcomes(out: Path) -> pa.Table:
@@ -99,6 +104,7 @@ def test_outcomes_have_one_row_a_sample_and_give_the_scores_back(tmp_path: Path)
     assert table.column_names == [
         "algorithm", "seed", "learning_rate", "benchmark", "problem_id", "prompt", "decoding", "sample", "reward",
         "correct", "length", "truncated", "text", "logged", "components", "answer", "gold_logp", "gold_tokens",
+        "retention", "base_text_logp", "base_text_tokens",
     ]  # fmt: skip
     rows = table.to_pylist()
     assert all(r["gold_logp"] < 0 < r["gold_tokens"] for r in rows) and any(r["answer"] for r in rows)
@@ -230,6 +236,15 @@ def test_the_learning_rate_is_chosen_on_validation(tmp_path: Path, monkeypatch: 
     assert len(trained) == 4 and len(tested) == 4
     assert results["learning_rates"] == {"sft": {"0.0001": pytest.approx(0.2), "0.01": pytest.approx(0.3)}}
     assert [(c["seed"], c["learning_rate"]) for c in results["cells"]] == [(0, 1e-2), (1, 1e-2)]
+    assert {rate: [cell["seed"] for cell in tried] for rate, tried in results["tuning"]["sft"].items()} == {
+        "0.0001": [0, 1], "0.01": [0, 1],
+    }  # fmt: skip
+    tuned = [cell for tried in results["tuning"]["sft"].values() for cell in tried]
+    assert [cell["validation"] for cell in tuned] == [0.1, 0.3, 0.6, 0.0]
+    assert [cell["costs"] for cell in tuned[2:]] == [cell["costs"] for cell in results["cells"]]
+    total = tables.total_cost_table(parse_results(results)).rows[0]
+    assert total[1].text == tables.amount(sum(cell["costs"]["gradient_tokens"] for cell in tuned))
+    assert total[-1].text == "4"
     assert all("facts" in cell["metrics"] for cell in results["cells"])
     assert set(outcomes(tmp_path / "out")["learning_rate"].to_pylist()) == {None, 1e-2}
     assert not (tmp_path / "out" / ".state").exists()

@@ -37,7 +37,7 @@ WORKER = Path(__file__).with_name("ranks_worker.py")
 OBJECTIVES = (
     "iw-sft-ema", "dpo", "ppo", "grpo", "kto", "ppo+sft",
     "asft", "otb", "dft-control",  # a reference that gives logits, a statistic of a snapshot, the whole batch at once
-    "iw-sft-ema-lora", "kto-lora", "dft-packed",
+    "iw-sft-ema-lora", "kto-lora", "dft-packed", "grpo-budget",
 )  # fmt: skip
 DDP: Mapping[str, str] = {}
 FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
@@ -332,6 +332,7 @@ def test_the_command_line_under_a_launcher(tmp_path: Path) -> None:
         torch.testing.assert_close(two[key], one[key], rtol=1e-4, atol=1e-5)
     load_policy(str(tmp_path / "two"))
     small = ["--algorithms", "sft,rft", "--seeds", "0", "--steps", "2", "--limit", "4", "--samples", "2"]
+    small += ["--set", "warm_up.training.steps=2"]
     for out, extra in (("compared", DDP), ("sharded", FSDP)):
         launch(["-m", "rlzoo", "compare", "facts", *small, "--batch-size", "8", "--out", out], 2, tmp_path, extra)
     assert main(["compare", "facts", *small, "--batch-size", "8", "--out", str(tmp_path / "compared-by-one")]) == 0

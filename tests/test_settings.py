@@ -55,6 +55,7 @@ SHOWN: dict[str, str] = {}
 """Settings that tests of this file show, by name."""
 OPTIONS = "test_training_options.py"
 REFUSED = "test_chat_refused.py"
+STAGES = "test_stages.py"
 ELSEWHERE = {
     "Rollouts.top_p": "test_rollout.py::test_first_tokens_follow_the_models_distribution",
     "Rollouts.per_seed": "test_compare.py::test_each_seed_may_have_samples_of_its_own",
@@ -68,7 +69,14 @@ ELSEWHERE = {
     "EvaluationSettings.k": "test_evaluation.py::test_k_is_the_number_of_samples_unless_it_is_given",
     "EvaluationSettings.metrics": "test_open_interface.py::test_a_plugins_metric_is_reported_after_kill_9",
     "Benchmark.reward": "test_compare.py::test_a_benchmark_may_have_a_reward_of_its_own",
+    "Benchmark.max_new_tokens": "test_retention.py::test_the_bases_text_is_scored_under_every_policy",
+    "Experiment.retention": "test_retention.py::test_retention_is_apart_from_benchmarks",
     "EvaluationSettings.correct_at": "test_evaluation.py::test_the_threshold_of_correctness_is_a_setting",
+    "EvaluationSettings.until_flat": "test_budgets.py::test_a_cell_ends_when_its_validation_curve_is_flat",
+    "Training.budget": "test_budgets.py::test_training_ends_after_the_step_that_reaches_the_budget",
+    "Budget.gradient_tokens": "test_budgets.py::test_training_ends_after_the_step_that_reaches_the_budget",
+    "Budget.tokens": "test_budgets.py::test_training_ends_after_the_step_that_reaches_the_budget",
+    "Budget.flops": "test_budgets.py::test_training_ends_after_the_step_that_reaches_the_budget",
     "Training.learning_rate": "test_training.py::test_the_schedule_warms_up_and_follows_a_cosine",
     "Training.warmup_ratio": "test_training.py::test_the_schedule_warms_up_and_follows_a_cosine",
     "Training.max_gradient_norm": "test_training_runs.py::test_weight_decay_and_clipping_reach_the_optimizer",
@@ -85,8 +93,14 @@ ELSEWHERE = {
     "Algorithm.learning_rates": "test_compare.py::test_the_learning_rate_is_chosen_on_validation",
     "Algorithm.mode": "test_compare.py::test_online_samples_the_policy_in_training",
     "Algorithm.learns_from": "test_compare.py::test_a_row_may_learn_from_the_bases_own_correct_samples",
+    "Algorithm.online_counterpart": "test_report_training.py::test_rows_with_an_online_counterpart_say_where_it_is",
     "Algorithm.training": "test_config.py::test_a_row_has_its_own_training",
     "Experiment.model": "test_compare.py::test_a_trained_folder_is_a_base_like_any_other",
+    "Experiment.warm_up": f"{STAGES}::test_every_cell_starts_from_the_models_warm_up",
+    **dict.fromkeys(
+        [f"WarmUp.{name}" for name in ("objective", "options", "train", "training", "seed")],
+        f"{STAGES}::test_what_a_warm_up_does_is_a_setting",
+    ),
     "Experiment.validation": "test_compare.py::test_the_learning_rate_is_chosen_on_validation",
     "Experiment.baseline": "test_compare.py::test_the_report_can_be_written_again",
     "VarianceSettings.rows": "test_variance.py::test_an_experiment_is_cut_to_what_the_rows_are_worth",

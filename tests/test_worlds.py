@@ -20,6 +20,7 @@ from rlzoo.errors import UserError
 from rlzoo.policy import load_policy
 from rlzoo.worlds import EMBEDDED_BASE, WORLDS, arithmetic, facts
 from rlzoo.worlds.arithmetic import ChainSum
+from rlzoo.worlds.recipe import train_base
 
 ALL = [f"{world}/{split}" for world, splits in WORLDS.items() for split in splits]
 
@@ -67,6 +68,78 @@ def test_sizes_of_the_arithmetic_splits() -> None:
     assert sizes["test"] == 200 and sizes["validation"] == 100
     terms = Counter(str(p.prompt).count("+") + str(p.prompt).count("-") for p in world_problems("arithmetic/longer"))
     assert terms == {3: 200}
+
+
+VARIANTS = ["", "?terms=2", "?terms=2,3", "?terms=4", "?largest=9", "?terms=2&largest=9"]
+
+
+def test_splits_are_disjoint_whatever_their_options() -> None:
+    prompts = {
+        split: {str(p.prompt) for how in VARIANTS for p in world_problems(f"arithmetic/{split}{how}")}
+        for split in WORLDS["arithmetic"]
+    }
+    for a, b in combinations(prompts, 2):
+        assert not prompts[a] & prompts[b], (a, b)
+
+
+def test_options_of_arithmetic_change_what_they_say() -> None:
+    plain = world_problems("arithmetic/test")
+    assert world_problems("arithmetic/test?terms=3&largest=99") == plain
+    harder = world_problems("arithmetic/test?terms=4,5&largest=20")
+    numbers = [[int(number) for number in re.findall(r"\d+", str(p.prompt))] for p in harder]
+    assert len(harder) == 200 and {len(some) for some in numbers} == {4, 5} == {p.columns["terms"] for p in harder}
+    assert max(map(max, numbers)) == 20
+    for problem in harder:  # checked from the text alone
+        assert results_of(problem.solutions[1])[:-1] == evaluated(str(problem.prompt).removesuffix("=?\n"))
+    assert not {p.id for p in harder} & {p.id for p in plain}
+    few = world_problems("arithmetic/test?terms=2&largest=9")
+    assert 0 < len(few) < 90 and len({str(p.prompt) for p in few}) == len(few)  # all that there are
+
+
+def test_options_of_arithmetic_choose_among_solutions() -> None:
+    plain = world_problems("arithmetic/train")[:6]
+    words = world_problems("arithmetic/train?styles=words")[:6]
+    assert [p.solutions for p in words] == [p.solutions[2:] for p in plain] and [p.id for p in words] == [
+        p.id for p in plain
+    ]
+    each = world_problems("arithmetic/train?solutions=1")[:6]
+    assert [p.solutions for p in each] == [(p.solutions[i % 3],) for i, p in enumerate(plain)]
+    two = world_problems("arithmetic/train?styles=words,running&solutions=1")[:2]
+    assert [p.solutions for p in two] == [plain[0].solutions[2:], plain[1].solutions[1:2]]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("arithmetic/test?term=3", "unknown option of arithmetic 'term': did you mean 'terms'?"),
+        ("arithmetic/test?terms=3&terms=2", "the option terms of arithmetic is given twice"),
+        ("arithmetic/test?terms=3,3", "the option terms of arithmetic repeats a value: 3,3"),
+        ("arithmetic/test?terms=", "the option terms of arithmetic is a whole number from 2 to 9, not ''"),
+        (
+            "arithmetic/test?largest=1000",
+            "the option largest of arithmetic is a whole number from 1 to 999",
+        ),
+        ("arithmetic/test?styles=prose", "unknown style of arithmetic 'prose': known: rewriting, running, words"),
+        ("arithmetic/test?styles=words&solutions=2", "solutions of arithmetic is a whole number from 1 to 1, not '2'"),
+        ("facts/test?terms=3", "world 'facts/test' has no options: leave out '?terms=3'"),
+        ("arithmetic/tset?terms=3", "unknown world 'arithmetic/tset': did you mean 'arithmetic/test'?"),
+    ],
+)
+def test_a_wrong_option_is_named(name: str, message: str) -> None:
+    with pytest.raises(UserError, match=re.escape(message)) as caught:
+        load_problems(ProblemSource(source=f"world:{name}"))
+    assert "\n" not in str(caught.value)
+
+
+def test_the_recipe_saves_models_on_the_way_without_changing_the_last_one(tmp_path: Path) -> None:
+    train_base(tmp_path / "plain", 2)
+    train_base(tmp_path / "saving", 2, save_at=[1])
+    weights = [tmp_path / folder / "model.safetensors" for folder in ("plain", "saving", "saving/step-1")]
+    last, same, first = (path.read_bytes() for path in weights)
+    assert last == same != first
+    assert load_policy(str(tmp_path / "saving" / "step-1")).eos_ids == load_policy("embedded").eos_ids
+    with pytest.raises(UserError, match=r"^--save-at 3: training has the steps 1 to 2$"):
+        train_base(tmp_path / "other", 2, save_at=[3])
 
 
 def test_sizes_of_the_fact_splits() -> None:

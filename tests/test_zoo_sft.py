@@ -88,6 +88,15 @@ def test_deft_by_hand() -> None:
     assert found.loss is not None and found.loss[0].tolist() == pytest.approx([1.0, 0.75, math.log(4)])
 
 
+def test_floor_dft_by_hand() -> None:
+    # p = 0.02, 0.1 and 0.5 have weights 0.1, 0.1 and 0.5 at the default floor; the first is below it.
+    found = get_objective("floor-dft").coefficients(hand_batch([[0.02, 0.1, 0.5]]).detach())
+    assert found.values[0].tolist() == pytest.approx([0.1, 0.1, 0.5])
+    assert found.metrics["at_floor"][0].tolist() == [1.0, 0.0, 0.0]
+    with pytest.raises(UserError, match="floor between 0 and 1"):
+        get_objective("floor-dft", floor=1.5)
+
+
 def test_eaft_by_hand() -> None:
     # Entropies ln 20 of 20 equal tokens, ln 2 of two, 0 of one: weights 1, ln 2/ln 20 = 0.2313782, 0.
     entropy = torch.tensor([[math.log(20), math.log(2), 0.0]], dtype=torch.float64)
@@ -475,7 +484,7 @@ def test_a_unit_drawn_twice_counts_twice(make_policy: MakePolicy) -> None:
         assert own[key]["value"] == pytest.approx(other[key]["value"], rel=1e-5)
 
 
-NEW = ("power", "asft", "psft", "eaft", "deft", "otr", "sft-q")
+NEW = ("power", "asft", "psft", "eaft", "deft", "floor-dft", "otr", "sft-q")
 
 
 @pytest.fixture

@@ -347,24 +347,27 @@ def world_problems(name: str) -> list[Problem]:
     """The problems of a built-in task, named ``arithmetic/train``, ``facts/test``, ….
 
     A training problem of ``arithmetic`` has a worked solution in each style, one of ``facts`` its one answer. ``both``
-    alternates between the two tasks. Raises UserError for an unknown name.
+    alternates between the two tasks. ``arithmetic`` has options, as in ``arithmetic/train?terms=4&styles=words``: see
+    `rlzoo.worlds.arithmetic.Variant`. Raises UserError for an unknown name and a wrong option.
     """
-    from rlzoo.buffers.problems import Problem
-
-    world, _, split = name.partition("/")
-    if world == "both" and split in WORLDS["both"]:
-        pairs = zip_longest(*(world_problems(f"{one}/{split}") for one in ("arithmetic", "facts")))
-        return [problem for pair in pairs for problem in pair if problem is not None]
+    place, asked, options = name.partition("?")
+    world, _, split = place.partition("/")
     if split not in WORLDS.get(world, ()):
-        raise unknown("world", name, [f"{w}/{s}" for w, splits in WORLDS.items() for s in splits])
+        raise unknown("world", place, [f"{w}/{s}" for w, splits in WORLDS.items() for s in splits])
     if world == "arithmetic":
+        how = arithmetic.variant(options)
         return [
             Problem(
                 id,
                 p.question,
                 {"answer": str(p.answer), "terms": len(p.numbers)},
-                tuple(arithmetic.solve(p, s) for s in arithmetic.STYLES),
+                tuple(arithmetic.solve(p, style) for style in how.styles_of(index)),
             )
-            for id, p in arithmetic.problems(split)
+            for index, (id, p) in enumerate(arithmetic.problems(split, how))
         ]
+    if asked:
+        raise UserError(f"world {place!r} has no options: leave out {asked + options!r}")
+    if world == "both":
+        pairs = zip_longest(*(world_problems(f"{one}/{split}") for one in ("arithmetic", "facts")))
+        return [problem for pair in pairs for problem in pair if problem is not None]
     return [Problem(id, q, {"answer": fact.answer}, (fact.answer,)) for id, fact, q in facts.questions(split)]

@@ -15,7 +15,7 @@ from typing import Any, Union, get_args, get_origin
 import pydantic
 import yaml
 
-from rlzoo.config import Experiment, ProblemSource, TableSource, Training, lay, load_experiment, validated
+from rlzoo.config import WARM_UP, Experiment, ProblemSource, TableSource, Training, lay, load_experiment, validated
 from rlzoo.errors import UserError
 
 TRAINING_LIMITS = ("train.limit", "rollouts.prompts")
@@ -91,6 +91,13 @@ def experiment_of(
     return load_experiment(name, {**changes, **other, **tests, **grid})
 
 
+def experiment_of_model(name: str, sets: Sequence[str] | None, model: str | None, **options: Any) -> Experiment:
+    """`experiment_of` for commands that run one model: one that ``--model`` or ``--set`` names is not warmed up."""
+    found = experiment_of(name, sets, model=model, **options)
+    named = model is not None or any(text.partition("=")[0] == "model" for text in sets or ())
+    return found.model_copy(update={"warm_up": None}) if named else found
+
+
 def changes_of(sets: Sequence[str] | None, model: type[pydantic.BaseModel]) -> dict[str, Any]:
     """The changes that ``--set`` requests: dotted names of settings → values."""
     return {dotted(key, model): value for key, value in pairs(sets or (), "--set").items()}
@@ -104,7 +111,7 @@ def dotted(key: str, model: type[pydantic.BaseModel]) -> str:
     first = key.partition(".")[0]
     if first in model.model_fields:
         return key
-    names = names_of(model)
+    names = [name for name in names_of(model) if not name.startswith(f"{WARM_UP}.")]  # it would appear unasked
     homes = [name for name in names if name.rpartition(".")[2] == first]
     if len(homes) == 1:
         return homes[0] + key[len(first) :]
@@ -132,7 +139,7 @@ def _sections(model: type[pydantic.BaseModel]) -> Iterator[tuple[str, type[pydan
 
 
 def _tests(plain: Experiment, other: Mapping[str, Any], source: str | None, limit: Any) -> dict[str, Any]:
-    """The benchmarks and the validation set as options change them; ``other`` (--set) takes precedence."""
+    """The benchmarks, retention and validation sets as options change them; ``other`` (--set) takes precedence."""
 
     def changed(place: str, problems: ProblemSource, **over: Any) -> dict[str, Any]:
         asked = {key: value for key, value in over.items() if value is not None and f"{place}.{key}" not in other}
@@ -142,8 +149,11 @@ def _tests(plain: Experiment, other: Mapping[str, Any], source: str | None, limi
         name: changed(f"benchmarks.{name}", problems, source=source, limit=limit)
         for name, problems in plain.benchmarks.items()
     }
+    retention = {
+        name: changed(f"retention.{name}", problems, limit=limit) for name, problems in plain.retention.items()
+    }
     validation = plain.validation and changed("validation", plain.validation, limit=limit)
-    return {"benchmarks": benchmarks, "validation": validation}
+    return {"benchmarks": benchmarks, "retention": retention, "validation": validation}
 
 
 def _grid(

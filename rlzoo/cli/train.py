@@ -93,7 +93,7 @@ def train(
     def show(trainer: Any, step: int) -> None:
         row = trainer.record.steps[-1]
         if is_main():
-            line = f"step {step}/{training.steps}  loss {row['loss']:.4f}  gradient norm {row['gradient_norm']:.3f}"
+            line = f"{trainer.progress}  loss {row['loss']:.4f}  gradient norm {row['gradient_norm']:.3f}"
             print(line, flush=True)  # so that a log shows the progress
 
     with run_in(out, "train", {**settings.model_dump(mode="json"), "threads": threads}) as run:
@@ -115,6 +115,7 @@ def train(
             summary = {
                 "steps": record.plain_steps(),
                 "costs": record.costs.as_dict(),
+                "ended": record.ended,
                 "events": [*bad.events(), *record.events],
                 "dropped_rows": bad.summary(),
                 "resolved": resolved(policy, training),

@@ -8,10 +8,11 @@ samples, which is unknown beforehand, is assumed, measured on a few samples, or 
 from __future__ import annotations
 
 import copy
+import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,13 +20,15 @@ from torch import Tensor
 from rlzoo.buffers.problems import EncodedProblem, demonstrations, encode_problems, load_problems
 from rlzoo.comparison.plan import cells, has_choice, sampling_seeds
 from rlzoo.comparison.resolve import learns_from_samples, objective_of, views_of
-from rlzoo.config import Experiment, ProblemSource, Training
+from rlzoo.config import WARM_UP, Experiment, Training
 from rlzoo.inputs import Stage
 from rlzoo.objective import Objective
 from rlzoo.policy import Assembler, MicroBatches, Models, Policy
 from rlzoo.policy.defaults import CPU_TOKENS, bytes_of_training, bytes_per_token
 from rlzoo.policy.sequences import Tokens, length
+from rlzoo.training import Costs, stored_inputs
 from rlzoo.training.batches import shares
+from rlzoo.training.schedule import check_budget
 from rlzoo.types import Trajectory, Unit, selector_of
 
 READ = 256
@@ -55,6 +58,8 @@ class RowForecast:
 
     algorithm: str
     cells: int
+    steps: int
+    """The number of optimizer steps: that of the settings, or fewer if a budget is spent before."""
     gradient_tokens: float
     """Prompt and completion tokens in backward passes."""
     sampled_tokens: float
@@ -83,6 +88,8 @@ class Forecast:
     """FLOPs of the forward pass of one completion token."""
     parameters: int
     """The model's number of parameters."""
+    warm_up: RowForecast | None = None
+    """The costs of the warm-up, which is trained once."""
 
     @property
     def sampled_tokens(self) -> float:
@@ -93,7 +100,8 @@ class Forecast:
     @property
     def flops(self) -> float:
         """All FLOPs of forward and backward passes, without those of sampling."""
-        return sum(row.cells * row.flops for row in self.rows) + self.shared_flops
+        once = 0.0 if self.warm_up is None else self.warm_up.flops
+        return sum(row.cells * row.flops for row in self.rows) + self.shared_flops + once
 
     def seconds(self, flops_per_second: float, tokens_per_second: float) -> float:
         """The duration in seconds: FLOPs / ``flops_per_second`` + sampled tokens / ``tokens_per_second``."""
@@ -119,32 +127,39 @@ def forecast(experiment: Experiment, model: Policy, sample_tokens: float | None 
     )
     prompts = min(len(train), experiment.rollouts.prompts or len(train)) if sampled else 0
     samples = prompts * experiment.rollouts.samples * len(sampling_seeds(experiment))
-    whole, drawn = _tests(experiment, list(experiment.benchmarks.values()), lengths)
+    tests = _tests(experiment, lengths)
     shared_flops = samples * lengths.flops(model, lengths.sample)
-    stored = {
-        one
-        for name, row in experiment.algorithms.items()
-        if row.mode == "offline"
-        for component in objective_of(experiment, name).components
-        for one in component.objective.requires
-        if one.stage is Stage.STORED and one.is_computed
-    }
+    offline = [name for name, row in experiment.algorithms.items() if row.mode == "offline"]
+    stored = stored_inputs(objective_of(experiment, name) for name in offline)
     worked = sum(len(problem.solutions) for problem in train)
     demonstrated = worked * lengths.flops(model, lengths.demonstration)
     shared_flops += len(stored) * (shared_flops + demonstrated * len(sampling_seeds(experiment)))
     count = dict.fromkeys(experiment.algorithms, 0)
     for cell in cells(experiment):
         count[cell.algorithm] += 1
-    rows = tuple(_row(experiment, name, model, lengths, count[name], (whole, drawn)) for name in experiment.algorithms)
+    buffer = _Shared(prompts * experiment.rollouts.samples, worked)
+    rows = tuple(_row(experiment, name, model, lengths, count[name], tests, buffer) for name in experiment.algorithms)
     return Forecast(
         rows,
         lengths,
         samples * lengths.sample,
-        whole + drawn / max(experiment.evaluation.curve_points, 1),
-        shared_flops,
+        tests.whole + tests.along / max(experiment.evaluation.curve_points, 1) + tests.text * lengths.sample,
+        shared_flops + tests.text * lengths.flops(model, lengths.sample),
         model.flops(1, 1, modules=False),
         sum(p.numel() for p in model.model.parameters()),
+        _warm_up(experiment, model),
     )
+
+
+def _warm_up(experiment: Experiment, model: Policy) -> RowForecast | None:
+    if (alone := experiment.of_warm_up) is None:
+        return None
+    train = load_problems(alone.train)
+    lengths = _lengths(alone, model, train, None)
+    shared = _Shared(0, sum(len(problem.solutions) for problem in train))
+    row = _row(alone, WARM_UP, model, lengths, 1, _Tests(0.0, 0.0, 0.0), shared)
+    stored = shared.costs(alone, WARM_UP, model, lengths).flops
+    return replace(row, algorithm="warm-up", flops=row.flops + stored)
 
 
 def _lengths(experiment: Experiment, model: Policy, train: Sequence[Any], sample: float | None) -> Lengths:
@@ -158,23 +173,79 @@ def _lengths(experiment: Experiment, model: Policy, train: Sequence[Any], sample
     return Lengths(statistics.fmean(len(p.ids) for p in encoded), shown, sample, assumed)
 
 
-def _tests(experiment: Experiment, sets: Sequence[ProblemSource], lengths: Lengths) -> tuple[float, float]:
-    """Completion tokens of one full evaluation on problem sets, and of all evaluations during training."""
+class _Tests(NamedTuple):
+    """The evaluations of a policy."""
+
+    whole: float
+    """Completion tokens of one full evaluation, on benchmarks and retention sets."""
+    along: float
+    """Completion tokens of all evaluations during training."""
+    text: float
+    """The number of the base's completions that are scored for retention."""
+
+
+def _tests(experiment: Experiment, lengths: Lengths) -> _Tests:
     settings = experiment.evaluation
-    sizes = [len(load_problems(one)) for one in sets]
-    whole = sum(sizes) * (settings.samples + 1)
+    sizes = [len(load_problems(one)) for one in experiment.benchmarks.values()]
+    kept = {name: len(load_problems(one)) for name, one in experiment.retention.items()}
+    scored = sum(sizes) + sum(size for name, size in kept.items() if experiment.retention[name].is_scored)
+    whole = scored * (settings.samples + 1)
+    if settings.until_flat is not None and experiment.validation is not None:
+        sizes.append(len(load_problems(experiment.validation)))
     along = settings.curve_points * sum(min(size, settings.curve_problems) for size in sizes) * settings.curve_samples
-    return whole * lengths.sample, along * lengths.sample
+    return _Tests(whole * lengths.sample, along * lengths.sample, sum(kept.values()) * settings.samples)
+
+
+@dataclass(frozen=True)
+class _Shared:
+    """The size of a shared buffer."""
+
+    samples: int
+    demonstrations: int
+
+    def costs(self, experiment: Experiment, name: str, model: Policy, lengths: Lengths) -> Costs:
+        """What a cell is charged for its part in the buffer, as `shared_buffer.costs_before` does."""
+        costs = Costs()
+        if experiment.algorithms[name].mode == "online":
+            return costs
+        sampled = self.samples * lengths.flops(model, lengths.sample)
+        if learns_from_samples(views_of(experiment, name)):
+            costs.sampled_tokens = round(self.samples * lengths.sample)
+            costs.flops = 2 * sampled
+        components = objective_of(experiment, name).components
+        stored = {one for c in components for one in c.objective.requires if one.stage is Stage.STORED}
+        shown = self.demonstrations * lengths.flops(model, lengths.demonstration)
+        costs.flops += sum(one.is_computed for one in stored) * (sampled + shown)
+        return costs
+
+
+def _steps(training: Training, batch: Costs, before: Costs, where: str) -> int:
+    """The number of optimizer steps: the most that are allowed, or about as many as spend the budget.
+
+    ``batch`` is the cost of a batch with all of its steps. Raises UserError if the budget is spent ``before``.
+    """
+    if (budget := training.budget) is None:
+        return training.steps
+    start = float(getattr(before, budget.cost))
+    check_budget(budget, start, where)
+    batches = (budget.amount - start) / float(getattr(batch, budget.cost))
+    return min(training.steps, math.ceil(batches * training.updates_per_batch))
 
 
 def _row(
-    experiment: Experiment, name: str, model: Policy, lengths: Lengths, count: int, tests: tuple[float, float]
+    experiment: Experiment,
+    name: str,
+    model: Policy,
+    lengths: Lengths,
+    count: int,
+    tests: _Tests,
+    shared: _Shared,
 ) -> RowForecast:
     settings, objective = experiment.training_of(name), objective_of(experiment, name)
     online = experiment.algorithms[name].mode == "online"
     policy = _Counted.of(model, settings, objective)
     micro = _CountedPasses()
-    tokens = sampled = 0.0
+    tokens = sampled = sampling = 0.0
     views = views_of(experiment, name)
     split = shares(settings.batch_size, len(views))
     trained = sum(p.numel() for p in policy.parameters() if p.requires_grad)
@@ -188,6 +259,7 @@ def _row(
         tokens += sum(map(length, rows))
         if online and selector.is_sampled:
             sampled += sum(len(row.completion_ids) for row in rows)
+            sampling += _passed(policy, rows)
             micro.flops += _passed(policy, rows)  # the behaviour log-probs
         assembler = Assembler(policy, _models(policy, own), micro)
         batch = assembler.assemble(rows, units, own)
@@ -195,19 +267,23 @@ def _row(
             assembler.renew(batch, rows, units, own)
         references = sum(one.gives_logits for one in own.requires)
         micro.flops += settings.updates_per_batch * (backward + references) * _passed(policy, rows)
-    batches = -(-settings.steps // settings.updates_per_batch)
-    whole, along = tests
+    one_batch = Costs(round(settings.updates_per_batch * tokens), round(sampled), micro.flops + sampling)
+    before = shared.costs(experiment, name, model, lengths)
+    steps = _steps(settings, one_batch, before, name)
+    batches = -(-steps // settings.updates_per_batch)
+    whole, along, text = tests
     if has_choice(experiment, name) and experiment.validation is not None:
         validated = len(load_problems(experiment.validation)) * experiment.evaluation.samples * lengths.sample
         chosen = 1 / len(experiment.learning_rates_of(name))  # the fraction of cells that are evaluated on benchmarks
-        whole = chosen * whole + validated
+        whole, text = chosen * whole + validated, chosen * text
     return RowForecast(
         name,
         count,
-        settings.steps * tokens,
+        steps,
+        steps * tokens,
         batches * sampled,
         whole + along,
-        batches * micro.flops,
+        batches * micro.flops + text * lengths.flops(model, lengths.sample),
         _bytes(policy, settings, objective),
     )
 

@@ -5,24 +5,27 @@ The functions that they run take and return plain data, so that they can run in 
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from rlzoo.buffers import OfflineBuffer
 from rlzoo.buffers.bad_rows import BadRows
 from rlzoo.buffers.problems import encode_problems, load_problems
+from rlzoo.comparison import retention
+from rlzoo.comparison.curves import costs_at, is_flat, result_at
 from rlzoo.comparison.plan import Cell, has_choice
-from rlzoo.comparison.resolve import learns_from_samples, objective_of, reward_of, views_of
-from rlzoo.comparison.shared_buffer import Report, token_probabilities
+from rlzoo.comparison.resolve import objective_of, reward_of, views_of
+from rlzoo.comparison.shared_buffer import Report, costs_before, token_probabilities
 from rlzoo.config import Experiment, ProblemSource, Training
 from rlzoo.evaluation import Evaluation, evaluate
 from rlzoo.evaluation.evaluation import gold_rows
 from rlzoo.evaluation.metrics import AVERAGE
-from rlzoo.inputs import Stage
 from rlzoo.jobs.cached_results import CachedResults
 from rlzoo.jobs.memory import release_memory
 from rlzoo.jobs.outputs import remove
-from rlzoo.jobs.ranks import is_main
+from rlzoo.jobs.ranks import agreed, is_main
 from rlzoo.policy import Policy
 from rlzoo.policy.defaults import resolved
 from rlzoo.policy.loading import load_for, save_policy
@@ -30,6 +33,7 @@ from rlzoo.reward import Reward
 from rlzoo.rollout import Collector, engine_of, sampler_of
 from rlzoo.rollout.rollouts import within_limits
 from rlzoo.training import (
+    Costs,
     Trainer,
     TrainingRecord,
 )
@@ -42,12 +46,13 @@ def evaluate_base(experiment: Experiment, state: Path, report: Report) -> dict[s
 
     Also the ``dropped_rows`` of benchmarks and validation, on which no policy is evaluated, and their ``events``.
     """
-    cached = CachedResults(state)
+    cached, load = CachedResults(state), cache(lambda: load_for(experiment.model, experiment.training))
+    text = retention.base_text(load, experiment, state)
 
     def evaluate() -> dict[str, Any]:
-        policy = load_for(experiment.model, experiment.training)
+        policy = load()
         bad = _unfit(policy, experiment)
-        found = evaluate_all(policy, experiment, "base", -1, None, cached.within("base"), report)
+        found = evaluate_all(policy, experiment, "base", -1, None, cached.within("base"), report, text)
         drawn = experiment.evaluation.curve_points > 0
         return {
             **found,
@@ -62,12 +67,13 @@ def evaluate_base(experiment: Experiment, state: Path, report: Report) -> dict[s
 def _unfit(policy: Policy, experiment: Experiment) -> dict[str, BadRows]:
     """The bad rows of each problem set that policies are evaluated on."""
     sets: dict[str, ProblemSource] = {f"benchmark {name}": source for name, source in experiment.benchmarks.items()}
+    sets |= {f"retention set {name}": source for name, source in experiment.retention.items()}
     sets |= {} if experiment.validation is None else {"validation": experiment.validation}
     bad = {name: BadRows(source.bad_rows) for name, source in sets.items()}
     for name, source in sets.items():
         encoded = encode_problems(policy.tokenizer, load_problems(source, bad[name]), bad[name])
         sampler = sampler_of(policy, experiment.evaluation)
-        fit = within_limits(policy, sampler, encoded, experiment.evaluation, bad[name])
+        fit = within_limits(policy, sampler, encoded, experiment.evaluation_on(source), bad[name])
         if name != "validation":
             gold_rows(policy, fit, bad[name])
     return bad
@@ -118,8 +124,8 @@ def _run_cell(
     policy = load_for(experiment.model, settings)
     buffer = OfflineBuffer.load(buffer_path)
     online = experiment.algorithms[cell.algorithm].mode == "online"
-    record = TrainingRecord()
-    costs = record.costs
+    record = TrainingRecord(costs=costs_before(experiment, cell.algorithm, shared))
+    start = costs_at(record.costs)
     views = views_of(experiment, cell.algorithm)
     sources: list[Source] = []
     split = zip(views, shares(settings.batch_size, len(views)), seeds(views, cell.seed), strict=True)
@@ -129,19 +135,18 @@ def _run_cell(
             sources.append(FreshSource(collect, selection, **options))
         else:
             sources.append(BufferSource(buffer, buffer.view(selection, **options), size, own))
-    if not online:
-        if learns_from_samples(views):
-            costs.sampled_tokens, costs.flops = shared["sampled_tokens"], shared["sampling_flops"]
-        columns = {one.column for one in objective.requires if one.stage is Stage.STORED}
-        costs.flops += sum(flops for column, flops in shared["input_flops"].items() if column in columns)
-    points = experiment.evaluation.curve_points
-    marks = {round(settings.steps * (i + 1) / points) for i in range(points)}
+    points, patience = experiment.evaluation.curve_points, experiment.evaluation.until_flat
 
     def along(trainer: Trainer, step: int) -> None:
-        report(0.8 * step / settings.steps, f"step {step}/{settings.steps}")
-        if step in marks:
-            point = curve_point(policy, experiment, step, cell.seed, settings.steps)
-            trainer.record.kept.setdefault("curve", []).append(point)
+        report(0.8 * trainer.progress.fraction, str(trainer.progress))
+        if not (points and trainer.progress.completes_part(points)):
+            return
+        curve = trainer.record.kept.setdefault("curve", [])
+        curve.append(curve_point(policy, experiment, step, cell.seed, settings.steps, record.costs))
+        if patience is None or record.ended is not None:
+            return
+        if agreed(is_flat([point["validation"]["by_problem"] for point in curve], patience)):
+            trainer.stop("flat")
 
     Trainer(
         policy, objective, sources, settings, [along],
@@ -152,6 +157,8 @@ def _run_cell(
         "seed": cell.seed,
         "learning_rate": cell.learning_rate,
         "costs": record.costs.as_dict(),
+        "start": start,
+        "ended": record.ended,
         "curve": record.kept.get("curve", []),
         "training": record.plain_steps(),
         "events": record.events,
@@ -160,7 +167,7 @@ def _run_cell(
     }
     if has_choice(experiment, cell.algorithm):
         assert experiment.validation is not None  # checked by the experiment's validator
-        reward = reward_of(experiment, settings.steps, settings.steps)
+        reward = reward_of(experiment, len(record.steps), settings.steps)
         validation = _evaluate(policy, experiment, experiment.validation, reward, cell.seed, brief=True)
         if is_main():
             remove(state / "models" / cell.id)
@@ -168,7 +175,7 @@ def _run_cell(
         return {**result, "validation": validation.metrics["avg_at_k"]}
     found = evaluate_all(
         policy, experiment, cell.algorithm, cell.seed, cell.learning_rate, cached,
-        lambda share, what: report(0.8 + 0.2 * share, what),
+        lambda share, what: report(0.8 + 0.2 * share, what), retention.saved_text(experiment, state), len(record.steps),
     )  # fmt: skip
     return {**result, **found}
 
@@ -176,12 +183,14 @@ def _run_cell(
 def evaluate_cell(experiment: Experiment, cell: Cell, state: Path, divisor: int, report: Report) -> dict[str, Any]:
     """Evaluate a cell on the benchmarks, from its saved weights, once its learning rate has been chosen."""
     smaller, cached = experiment.with_smaller_batches(divisor), CachedResults(state / "chosen")
+    trained = CachedResults(state / "cells").read(cell.id) or {}
 
     def evaluate() -> dict[str, Any]:
         settings = experiment.training_of(cell.algorithm).model_copy(update={"lora": None})  # merged, and whole
         policy = load_for(str(state / "models" / cell.id), settings)
         labels = (cell.algorithm, cell.seed, cell.learning_rate)
-        return evaluate_all(policy, smaller, *labels, cached.within(cell.id), report)
+        text, steps = retention.saved_text(experiment, state), len(trained.get("training", ()))
+        return evaluate_all(policy, smaller, *labels, cached.within(cell.id), report, text, steps)
 
     return dict(cached.once(cell.id, evaluate))
 
@@ -194,35 +203,61 @@ def evaluate_all(
     learning_rate: float | None,
     cached: CachedResults,
     report: Report,
+    text: retention.BaseText,
+    step: int = 0,
 ) -> dict[str, Any]:
-    """Evaluate on all benchmarks: ``metrics`` by benchmark, and ``outcomes`` with one row per sample."""
-    metrics, outcomes = {}, []
-    steps = experiment.training_of(algorithm).steps if algorithm in experiment.algorithms else 0  # the base has none
-    for number, (name, source) in enumerate(experiment.benchmarks.items()):
-        report(number / len(experiment.benchmarks), f"evaluating {name}")
+    """Evaluate on all problem sets: ``metrics`` by benchmark, and ``outcomes`` with one row per sample.
+
+    With retention sets, also ``retention``, the metrics by retention set, those of the base's ``text`` among them.
+    ``step`` is the number of steps that the policy was trained for.
+    """
+    metrics, kept, outcomes = dict[str, Any](), dict[str, Any](), list[dict[str, Any]]()
+    sets = experiment.scored_sets
+    most = experiment.training_of(algorithm).steps if algorithm in experiment.algorithms else 0  # the base has none
+
+    def add(name: str, rows: Iterable[Mapping[str, Any]]) -> None:
+        labels = {"algorithm": algorithm, "seed": seed, "learning_rate": learning_rate, "benchmark": name}
+        labels |= {"retention": name in experiment.retention}
+        outcomes.extend({**labels, **row} for row in rows)
+
+    for number, (name, source) in enumerate(sets.items()):
+        report(number / len(sets), f"evaluating {name}")
 
         def evaluate(name: str = name, source: ProblemSource = source) -> dict[str, Any]:
-            reward = reward_of(experiment, steps, steps, benchmark=name)
+            reward = reward_of(experiment, step, most, benchmark=name)
             return vars(_evaluate(policy, experiment, source, reward, max(seed, 0)))
 
         found = cached.once(f"on {name}", evaluate)
-        metrics[name] = found["metrics"]
-        labels = {"algorithm": algorithm, "seed": seed, "learning_rate": learning_rate, "benchmark": name}
-        outcomes += [{**labels, **row} for row in found["outcomes"]]
-    return {"metrics": metrics, "outcomes": outcomes}
+        (kept if name in experiment.retention else metrics)[name] = found["metrics"]
+        add(name, found["outcomes"])
+    for name, own in text.items():
+        found, rows = retention.text_results(policy, own, experiment.training.token_budget)
+        kept[name] = {**kept.get(name, {}), **found}
+        add(name, rows)
+    return {"metrics": metrics, "outcomes": outcomes, **({"retention": kept} if text else {})}
 
 
-def curve_point(policy: Policy, experiment: Experiment, step: int, seed: int, max_steps: int = 0) -> dict[str, Any]:
-    """A cheap evaluation in the course of training: avg@k on the first problems of each benchmark."""
+def curve_point(
+    policy: Policy, experiment: Experiment, step: int, seed: int, max_steps: int = 0, costs: Costs | None = None
+) -> dict[str, Any]:
+    """A cheap evaluation in the course of training: avg@k on the first problems of each benchmark, and costs so far.
+
+    Also on those of ``validation``, if cells end when their curve is flat.
+    """
     settings = experiment.evaluation
-    small = settings.model_copy(update={"samples": settings.curve_samples, "k": None})
-    metrics = {}
-    for name, source in experiment.benchmarks.items():
+
+    def result(source: ProblemSource, benchmark: str | None) -> dict[str, Any]:
+        small = experiment.evaluation_on(source).model_copy(update={"samples": settings.curve_samples, "k": None})
         problems, bad = load_problems(source)[: settings.curve_problems], BadRows(source.bad_rows)
-        reward = reward_of(experiment, step, max_steps, benchmark=name)
+        reward = reward_of(experiment, step, max_steps, benchmark=benchmark)
         found = evaluate(policy, problems, reward, small, seed, greedy=False, bad=bad, metrics=[AVERAGE])
-        metrics[name] = {"avg_at_k": found.metrics["avg_at_k"]}
-    return {"step": step, "metrics": metrics}
+        return result_at(found.metrics, found.outcomes, small.samples)
+
+    metrics = {name: result(source, name) for name, source in experiment.benchmarks.items()}
+    point = {"step": step, **costs_at(costs or Costs()), "metrics": metrics}
+    if settings.until_flat is not None and experiment.validation is not None:
+        point["validation"] = result(experiment.validation, None)
+    return point
 
 
 def _evaluate(
@@ -233,7 +268,7 @@ def _evaluate(
     metrics = [AVERAGE] if brief else None
     budget = experiment.training.token_budget
     return evaluate(
-        policy, problems, reward, experiment.evaluation, seed,
+        policy, problems, reward, experiment.evaluation_on(source), seed,
         greedy=not brief, bad=bad, metrics=metrics, token_budget=budget,
     )  # fmt: skip
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from jaxtyping import Float, Int
 
 from rlzoo.comparison.robust import iqm_interval, probability_of_improvement, sign_flip_p
@@ -37,6 +38,8 @@ BASE_SEEDS = (-1,)
 """The seeds of the base model: one pseudo-seed."""
 OVERALL = "mean over benchmarks"
 """The name of the mean over benchmarks, where a benchmark is expected."""
+BASE_TEXT = "base text"
+"""The decoding of outcomes with the log-probs of the base model's text: see `rlzoo.comparison.retention`."""
 
 
 @dataclass(frozen=True)
@@ -65,20 +68,43 @@ class ResultMatrix:
     def by_benchmark(self) -> Float[np.ndarray, "S B"]:
         """The mean of each seed on each benchmark."""
         if self.benchmarks is None:
-            return self.values.mean(1, keepdims=True)
-        each = [self.values[:, self.benchmarks == name].mean(1) for name in np.unique(self.benchmarks)]
-        means: Float[np.ndarray, "S B"] = np.stack(each, axis=1)
+            return np.asarray(self.values.mean(1, keepdims=True))
+        own = [self.values[:, self.benchmarks == name].mean(1) for name in np.unique(self.benchmarks)]
+        means: Float[np.ndarray, "S B"] = np.stack(own, 1)
         return means
 
 
 def result_matrices(outcomes: pa.Table, k: int | Mapping[str, int]) -> dict[ResultKey, ResultMatrix]:
     """The results of every algorithm × benchmark × metric in a table of outcomes; k may differ by benchmark.
 
-    If there are several benchmarks, `OVERALL` is added as another. avg_at_k is the fraction of a problem's samples that
-    are correct, pass_at_k the estimate of `pass_at_k`, greedy 0 or 1. A metric without rows (for example, without
-    greedy decoding) is left out. Raises UserError for a sample recorded twice, a problem that is missing for a seed,
-    and k above the number of samples.
+    If there are several benchmarks, `OVERALL` is added as another; retention sets are left out. avg_at_k is the
+    fraction of a problem's samples that are correct, pass_at_k the estimate of `pass_at_k`, greedy 0 or 1. A metric
+    without rows (for example, without greedy decoding) is left out. Raises UserError for a sample recorded twice, a
+    problem that is missing for a seed, and k above the number of samples.
     """
+    matrices = matrices_of(benchmark_rows(outcomes), k)
+    return matrices | _overall(matrices)
+
+
+def benchmark_rows(outcomes: pa.Table) -> pa.Table:
+    """The outcomes on benchmarks."""
+    return outcomes.filter(pc.invert(_of_retention(outcomes)))
+
+
+def retention_rows(outcomes: pa.Table) -> pa.Table:
+    """The outcomes on retention sets."""
+    return outcomes.filter(_of_retention(outcomes))
+
+
+def _of_retention(outcomes: pa.Table) -> Any:
+    """Whether each row is of a retention set; older tables have none."""
+    if "retention" not in outcomes.column_names:
+        return pa.array(np.zeros(len(outcomes), bool))
+    return pc.fill_null(outcomes["retention"], False)
+
+
+def matrices_of(outcomes: pa.Table, k: int | Mapping[str, int]) -> dict[ResultKey, ResultMatrix]:
+    """`result_matrices` of all rows, whatever their problem set, and without `OVERALL`."""
     cells = ["algorithm", "benchmark", "decoding"]
     table = outcomes.group_by([*cells, "seed", "problem_id"]).aggregate(
         [("correct", "sum"), ("correct", "count"), ("sample", "count_distinct")]
@@ -99,10 +125,10 @@ def result_matrices(outcomes: pa.Table, k: int | Mapping[str, int]) -> dict[Resu
         )
         where = f"{algorithm!r} on {benchmark!r}"
         for metric, results in _results(decoding, correct, n, k if isinstance(k, int) else k[benchmark]):
-            matrices[algorithm, benchmark, metric] = _pivot(
+            matrices[algorithm, benchmark, metric] = pivot(
                 results, column["seed"][rows], column["problem_id"][rows], where
             )
-    return matrices | _overall(matrices)
+    return matrices
 
 
 def _overall(matrices: Mapping[ResultKey, ResultMatrix]) -> dict[ResultKey, ResultMatrix]:
@@ -133,9 +159,10 @@ def _results(
         yield "pass_at_k", pass_at_k(correct, n, k)
 
 
-def _pivot(
+def pivot(
     results: Float[np.ndarray, " N"], seed: Int[np.ndarray, " N"], problem: np.ndarray, where: str
 ) -> ResultMatrix:
+    """Results as a matrix of seeds × problems. Raises UserError, naming ``where``, for a seed that lacks a problem."""
     seeds, row = np.unique(seed, return_inverse=True)
     problems, column = np.unique(problem, return_inverse=True)
     values = np.full((len(seeds), len(problems)), np.nan)
@@ -153,7 +180,7 @@ def summarise(outcomes: pa.Table, k: int | Mapping[str, int]) -> list[dict[str, 
     mean, ci_low, ci_high and seeds, the number of seeds. Raises UserError as `result_matrices` does.
     """
     rows: list[dict[str, Any]] = []
-    for (algorithm, benchmark, metric), matrix in _ordered(result_matrices(outcomes, k)):
+    for (algorithm, benchmark, metric), matrix in ordered(result_matrices(outcomes, k)):
         mean, low, high = result_interval(matrix.values, benchmarks=matrix.benchmarks)
         row = {"algorithm": algorithm, "benchmark": benchmark, "metric": metric, "mean": mean}
         rows.append(row | {"ci_low": low, "ci_high": high, "seeds": len(matrix.seeds)})
@@ -173,7 +200,7 @@ def compare_to(outcomes: pa.Table, baseline: str, k: int | Mapping[str, int]) ->
     _known(baseline, matrices)
     rows: list[dict[str, Any]] = []
     found: list[ResultMatrix] = []
-    for (algorithm, benchmark, metric), matrix in _ordered(matrices):
+    for (algorithm, benchmark, metric), matrix in ordered(matrices):
         other = matrices.get((baseline, benchmark, metric))
         difference = None if algorithm == baseline or other is None else difference_of(matrix, other)
         if difference is None:
@@ -216,7 +243,7 @@ def check_robustness(outcomes: pa.Table, baseline: str, k: int | Mapping[str, in
     matrices = result_matrices(outcomes, k)
     _known(baseline, matrices)
     rows: list[dict[str, Any]] = []
-    for (algorithm, benchmark, metric), matrix in _ordered(matrices):
+    for (algorithm, benchmark, metric), matrix in ordered(matrices):
         iqm, low, high = iqm_interval(matrix.by_benchmark)
         row: dict[str, Any] = {"algorithm": algorithm, "benchmark": benchmark, "metric": metric}
         row |= {"iqm": iqm, "iqm_low": low, "iqm_high": high}
@@ -299,7 +326,7 @@ def difference_of(a: ResultMatrix, b: ResultMatrix) -> ResultMatrix | None:
     return ResultMatrix(values, tuple(seeds), tuple(map(str, problems)), benchmarks)
 
 
-def _ordered(matrices: Mapping[ResultKey, ResultMatrix]) -> list[tuple[ResultKey, ResultMatrix]]:
+def ordered(matrices: Mapping[ResultKey, ResultMatrix]) -> list[tuple[ResultKey, ResultMatrix]]:
     """Sorted by benchmark, then algorithm, both in order of appearance, then metric."""
     algorithms = list(dict.fromkeys(algorithm for algorithm, _, _ in matrices))
     benchmarks = list(dict.fromkeys(benchmark for _, benchmark, _ in matrices))

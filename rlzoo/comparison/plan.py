@@ -99,6 +99,21 @@ def chosen_cells(
     return chosen, tried
 
 
+def tuning_of(
+    experiment: Experiment, results: Mapping[str, Mapping[str, Any]]
+) -> dict[str, dict[str, list[dict[str, Any]]]]:
+    """The cost of choosing learning rates: algorithm → learning rate → seed, validation result and costs of each cell.
+
+    ``results`` are those of the cells that succeeded, by id; algorithms with a single learning rate are left out.
+    """
+    found: dict[str, dict[str, list[dict[str, Any]]]] = {}
+    for cell in cells(experiment):
+        if has_choice(experiment, cell.algorithm) and cell.id in results:
+            own = {"seed": cell.seed, **{key: results[cell.id][key] for key in ("validation", "costs")}}
+            found.setdefault(cell.algorithm, {}).setdefault(f"{cell.learning_rate:g}", []).append(own)
+    return found
+
+
 def lost_cells(experiment: Experiment, results: Mapping[str, Mapping[str, Any]]) -> list[Cell]:
     """The cells whose weights will not be read again: another learning rate is reported, whatever else happens.
 

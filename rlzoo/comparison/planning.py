@@ -14,13 +14,13 @@ import torch
 
 from rlzoo.buffers.problems import load_problems
 from rlzoo.comparison.forecast import forecast
-from rlzoo.comparison.outcomes import METRICS, difference_of, result_matrices
+from rlzoo.comparison.outcomes import METRICS, benchmark_rows, difference_of, result_matrices
 from rlzoo.comparison.plan import cells
 from rlzoo.comparison.report.tables import amount, plain_table, points, seconds
 from rlzoo.comparison.speed import OF_SAMPLING, OF_TRAINING, card_of, measured_speed, speed_of_gpu
 from rlzoo.comparison.statistics import SIGNIFICANT, smallest_difference
 from rlzoo.comparison.studies import list_studies, read_study, study_folder
-from rlzoo.config import BASE, Experiment
+from rlzoo.config import BASE, WARM_UP, Experiment
 from rlzoo.document import Entry, Table
 from rlzoo.errors import UserError
 from rlzoo.jobs.pool import default_workers
@@ -52,7 +52,7 @@ def planned(
     speed = measured_speed(experiment) if gpu is None else None
     known = speed.sample_tokens if speed is not None else None
     if outcomes is not None:
-        known = statistics.fmean(outcomes["length"].to_pylist())
+        known = statistics.fmean(benchmark_rows(outcomes)["length"].to_pylist())
     found = forecast(experiment, shape, known)
     if gpu is not None:
         speed = speed_of_gpu(gpu, found)
@@ -74,11 +74,12 @@ def planned(
 
 
 def _committed(experiment: Experiment) -> Path | None:
-    """The included study of this experiment, if there is one with the same model."""
+    """The included study of this experiment, if there is one with the same base model."""
     if experiment.name not in list_studies():
         return None
-    config = read_study(experiment.name).results.config
-    return study_folder(experiment.name) if config["model"] == experiment.model else None
+    config, asked = read_study(experiment.name).results.config, experiment.model_dump(mode="json")
+    same = all(config.get(setting) == asked[setting] for setting in ("model", WARM_UP))
+    return study_folder(experiment.name) if same else None
 
 
 def _outcomes_of(pilot: Path) -> pa.Table:
@@ -126,17 +127,18 @@ def detectable(experiment: Experiment, outcomes: pa.Table, pilot: Path | None = 
 def tables_of(found: Mapping[str, Any]) -> tuple[list[rich.table.Table], list[str]]:
     """The result of `planned` as tables and lines for the terminal."""
     costs = Table(
-        ["algorithm", "cells", "gradient tokens", "sampled tokens", "FLOPs", "memory"],
+        ["algorithm", "cells", "steps", "gradient tokens", "sampled tokens", "FLOPs", "memory"],
         [
             [
                 Entry(row["algorithm"]),
                 Entry(str(row["cells"])),
+                Entry(f"{row['steps']:,}"),
                 Entry(amount(row["gradient_tokens"])),
                 Entry(amount(round(row["sampled_tokens"] + row["evaluated_tokens"]))),
                 Entry(amount(row["flops"])),
                 Entry(amount(row["bytes"], "B")),
             ]
-            for row in found["rows"]
+            for row in [*([found["warm_up"]] if found["warm_up"] else []), *found["rows"]]
         ],
     )
     tables = [plain_table(costs, "costs per cell, including its evaluation")]
@@ -156,10 +158,11 @@ def tables_of(found: Mapping[str, Any]) -> tuple[list[rich.table.Table], list[st
 
 def _lines(found: Mapping[str, Any]) -> list[str]:
     lengths, speed = found["lengths"], found["speed"]
+    shared = f"including {'the warm-up, ' if found['warm_up'] else ''}the shared buffer and the base model"
     length = f"mean length: {lengths['prompt']:.0f} tokens per prompt, {lengths['sample']:.0f} per sample"
     lines = [
         f"{found['cells']} cells; {amount(found['sampled_tokens'])} sampled tokens and {amount(found['flops'])} FLOPs "
-        f"in total, including the shared buffer and the base model; {amount(found['parameters'])} parameters",
+        f"in total, {shared}; {amount(found['parameters'])} parameters",
         length + (f" (assumed: {lengths['assumed']})" if lengths["assumed"] else " (measured)"),
     ]
     rates = (

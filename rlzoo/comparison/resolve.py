@@ -10,7 +10,7 @@ import torch
 from rlzoo.buffers.problems import EncodedProblem, Problem, load_problems
 from rlzoo.buffers.views import check_options
 from rlzoo.comparison.outcomes import OVERALL
-from rlzoo.config import BASE, Experiment
+from rlzoo.config import BASE, WARM_UP, Experiment, load_experiment
 from rlzoo.errors import UserError, unknown
 from rlzoo.evaluation import Metric, metric_table
 from rlzoo.objective import Objective, get_objective, view_in_place
@@ -34,16 +34,19 @@ def objective_of(experiment: Experiment, algorithm: str) -> Objective:
 def reward_of(
     experiment: Experiment, step: int = 0, max_steps: int = 0, epoch: float = 0.0, benchmark: str | None = None
 ) -> Reward:
-    """The experiment's reward, or that of a benchmark, in a separate process and with the progress of training."""
+    """The experiment's reward, or that of a benchmark or a retention set, in a separate process.
+
+    It is told the progress of training: ``step`` of ``max_steps``, and ``epoch``.
+    """
     limits = Limits(experiment.scoring.seconds, experiment.scoring.memory_gb)
-    own = None if benchmark is None else experiment.benchmarks[benchmark].reward
+    own = None if benchmark is None else experiment.scored_sets[benchmark].reward
     spec = experiment.reward if own is None else own
     return isolated(spec, limits, experiment.scoring.on_error, experiment.scoring.processes).at(step, max_steps, epoch)
 
 
 def metrics_of(experiment: Experiment) -> dict[str, Metric]:
-    """The metrics of all benchmarks, by name. Raises UserError as `metric_table` does."""
-    rewards = {name: reward_of(experiment, benchmark=name) for name in experiment.benchmarks}
+    """The metrics of all benchmarks and retention sets, by name. Raises UserError as `metric_table` does."""
+    rewards = {name: reward_of(experiment, benchmark=name) for name in experiment.scored_sets}
     tables = [metric_table(experiment.evaluation, reward.components) for reward in rewards.values()]
     return {metric.name: metric for table in tables for metric in table}
 
@@ -77,6 +80,43 @@ def check(experiment: Experiment) -> None:
             "the reward and the options must be plain data, for experiment.yaml and the worker processes: name your "
             "own reward as package.module:Name or path/to/file.py:Name"
         ) from None
+    _check_rows(experiment)
+    _check_warm_up(experiment)
+    for settings in (experiment.rollouts, experiment.evaluation):
+        sampler_class(settings)
+    if BASE in experiment.algorithms:
+        raise UserError(f"algorithms.{BASE}: this name stands for the untrained model in results; give the row another")
+    for place, sets in (("benchmarks", experiment.benchmarks), ("retention", experiment.retention)):
+        if OVERALL in sets:
+            raise UserError(f"{place}.{OVERALL}: this name stands for the mean in results; give the set another")
+    if experiment.baseline is not None and experiment.baseline not in experiment.algorithms:
+        raise unknown("baseline", experiment.baseline, experiment.algorithms)
+    for source in (experiment.train, experiment.validation):
+        if source is not None:
+            _try(reward_of(experiment), load_problems(source)[:2])
+    for name, source in {**experiment.benchmarks, **experiment.retention}.items():
+        problems = load_problems(source)[:2]
+        if source.is_scored:
+            _try(reward_of(experiment, benchmark=name), problems)
+    metrics_of(experiment)
+
+
+def _check_counterpart(reference: str, objective: str, where: str) -> None:
+    """Raise UserError unless a ``reference`` names a row of an experiment that trains this objective online."""
+    study, _, name = reference.rpartition("/")
+    if not study or not name:
+        raise UserError(f"{where}: {reference!r} is not of the form experiment/row, as in own-samples/grpo-online")
+    try:
+        other = load_experiment(study)
+        if name not in other.algorithms:
+            raise unknown(f"row of {study}", name, other.algorithms)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+    if other.algorithms[name].mode != "online" or objective_of(other, name).name != objective:
+        raise UserError(f"{where}: {name} of {study} does not train {objective} online: name a row that does")
+
+
+def _check_rows(experiment: Experiment) -> None:
     for name, row in experiment.algorithms.items():
         objective = objective_of(experiment, name)
         training = experiment.training_of(name)
@@ -87,20 +127,24 @@ def check(experiment: Experiment) -> None:
             raise UserError(
                 f"algorithms.{name}: {objective.name!r} learns from demonstrations, so mode must be offline"
             )
-    for settings in (experiment.rollouts, experiment.evaluation):
-        sampler_class(settings)
-    if BASE in experiment.algorithms:
-        raise UserError(f"algorithms.{BASE}: this name stands for the untrained model in results; give the row another")
-    if OVERALL in experiment.benchmarks:
-        raise UserError(f"benchmarks.{OVERALL}: this name stands for the mean in results; give the benchmark another")
-    if experiment.baseline is not None and experiment.baseline not in experiment.algorithms:
-        raise unknown("baseline", experiment.baseline, experiment.algorithms)
-    for source in (experiment.train, experiment.validation):
-        if source is not None:
-            _try(reward_of(experiment), load_problems(source)[:2])
-    for name, source in experiment.benchmarks.items():
-        _try(reward_of(experiment, benchmark=name), load_problems(source)[:2])
-    metrics_of(experiment)
+        if row.online_counterpart is not None:
+            _check_counterpart(row.online_counterpart, objective.name, f"algorithms.{name}.online_counterpart")
+
+
+def _check_warm_up(experiment: Experiment) -> None:
+    if (alone := experiment.of_warm_up) is None:
+        return
+    try:
+        _check_rows(alone)
+    except UserError as error:
+        raise UserError(f"{WARM_UP}: {error}") from None
+    if learns_from_samples(views_of(alone, WARM_UP)):
+        raise UserError(
+            f"{WARM_UP}.objective: {alone.algorithms[WARM_UP].objective!r} learns from samples, and a warm-up from "
+            "demonstrations: name an objective such as sft"
+        )
+    if not any(problem.solutions for problem in load_problems(alone.train)):
+        raise UserError(f"{WARM_UP}.train: its problems have no worked solutions: name their column (solution)")
 
 
 def _try(reward: Reward, problems: Sequence[Problem]) -> None:

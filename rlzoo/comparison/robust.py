@@ -51,8 +51,8 @@ def sign_flip_p(differences: Float[np.ndarray, " N"]) -> float:
     rng, extreme, left = np.random.default_rng(0), 0, FLIPS
     while left:
         rows = min(left, max(1, 2**22 // len(known)))  # at most 32 MiB at a time
-        flipped = np.unpackbits(rng.integers(256, size=(rows, -(-len(known) // 8)), dtype=np.uint8), axis=1)
-        sums = known.sum() - 2 * flipped[:, : len(known)].astype(np.float32) @ known.astype(np.float32)
+        drawn = np.unpackbits(rng.integers(256, size=(rows, -(-len(known) // 8)), dtype=np.uint8), axis=1)
+        sums = known.sum() - 2 * drawn[:, : len(known)].astype(np.float32) @ known.astype(np.float32)
         extreme += int((np.abs(sums) >= threshold - 1e-6 * np.abs(known).sum()).sum())
         left -= rows
     return (1 + extreme) / (1 + FLIPS)

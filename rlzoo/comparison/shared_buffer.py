@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +13,16 @@ from rlzoo.buffers.bad_rows import BadRows
 from rlzoo.buffers.problems import each_demonstration, encode_problems, load_problems
 from rlzoo.comparison.resolve import learns_from_samples, objective_of, reward_of, views_of
 from rlzoo.config import Experiment, OnBadRow, TokenBudget
+from rlzoo.inputs import Stage
 from rlzoo.jobs.cached_results import CachedResults
 from rlzoo.jobs.ranks import agreed, barrier, is_main
+from rlzoo.objective import Objective
 from rlzoo.policy import Policy, log_probs
 from rlzoo.policy.defaults import resolved
 from rlzoo.policy.loading import load_for
 from rlzoo.rollout import collect_rollouts, cut_short, engine_of, mismatch, sampler_of, unscored
-from rlzoo.training import behaviour_event, check_buffer, stored_inputs, with_behaviour, with_inputs
+from rlzoo.training import Costs, behaviour_event, check_buffer, stored_inputs, with_behaviour, with_inputs
+from rlzoo.training.schedule import check_budget
 from rlzoo.types import Trajectory
 
 Report = Callable[[float, str], None]
@@ -48,6 +51,28 @@ def fill_buffer(experiment: Experiment, folder: Path, state: Path, seed: int, re
     if not agreed(folder.exists()):  # even if there is a cached result
         return dict(CachedResults(state).write(folder.name, fill())) if is_main() else fill()
     return dict(CachedResults(state).once(folder.name, fill))
+
+
+def costs_before(experiment: Experiment, algorithm: str, shared: Mapping[str, Any]) -> Costs:
+    """What a cell of an algorithm costs before its first step: the work for the ``shared`` buffer that it needs.
+
+    Samples are charged to each cell that learns from them, stored inputs to each cell whose objective requests them.
+    """
+    costs = Costs()
+    if experiment.algorithms[algorithm].mode == "offline":
+        if learns_from_samples(views_of(experiment, algorithm)):
+            costs.sampled_tokens, costs.flops = shared["sampled_tokens"], shared["sampling_flops"]
+        requires = objective_of(experiment, algorithm).requires
+        columns = {one.column for one in requires if one.stage is Stage.STORED}
+        costs.flops += sum(flops for column, flops in shared["input_flops"].items() if column in columns)
+    return costs
+
+
+def check_budgets(experiment: Experiment, shared: Mapping[str, Any]) -> None:
+    """Raise UserError naming a row whose budget is spent by its part in the ``shared`` buffer."""
+    for name in experiment.algorithms:
+        if (budget := experiment.training_of(name).budget) is not None:
+            check_budget(budget, getattr(costs_before(experiment, name, shared), budget.cost), name)
 
 
 def _fill_buffer(
@@ -90,15 +115,9 @@ def _fill_buffer(
         events += [behaviour_event(len(computed))] if computed else []
         tokens, completions = (int(buffer.tokens(*names)[computed].sum()) for names in ((), ("completion_ids",)))
         behaviour_flops = policy.flops(tokens, completions)
-    flops_of: dict[str, float] = {}
-    for one in stored_inputs(
-        objective_of(experiment, name) for name in offline
-    ):  # recomputed: stored values may be another model's
-        report(1.0, f"{one.label} log-probs")
-        buffer = with_inputs(buffer, [one], policy, experiment.training.token_budget)
-        passes = 1 + (buffer.numbers("temperature") != 1.0)  # one more at the sampling temperature
-        tokens, completions = (int(passes @ buffer.tokens(*names)) for names in ((), ("completion_ids",)))
-        flops_of[one.column] = policy.flops(tokens, completions)
+    buffer, flops_of = with_stored_inputs(
+        buffer, [objective_of(experiment, name) for name in offline], policy, experiment.training.token_budget, report
+    )
     if is_main():
         buffer.save(folder)
     barrier()
@@ -118,6 +137,23 @@ def _fill_buffer(
         "resolved": resolved(policy, experiment.training, engine_of(settings, policy)),
         "token_probabilities": token_probabilities(policy, buffer, experiment.training.token_budget),
     }
+
+
+def with_stored_inputs(
+    buffer: Buffer, objectives: Iterable[Objective], policy: Policy, token_budget: TokenBudget, report: Report
+) -> tuple[Buffer, dict[str, float]]:
+    """The buffer with the stored inputs of objectives, computed from ``policy``, and the FLOPs of each by column.
+
+    Those that the buffer has are computed again: they may be of another model.
+    """
+    flops_of: dict[str, float] = {}
+    for one in stored_inputs(objectives):
+        report(1.0, f"{one.label} log-probs")
+        buffer = with_inputs(buffer, [one], policy, token_budget)
+        passes = 1 + (buffer.numbers("temperature") != 1.0)  # one more at the sampling temperature
+        tokens, completions = (int(passes @ buffer.tokens(*names)) for names in ((), ("completion_ids",)))
+        flops_of[one.column] = policy.flops(tokens, completions)
+    return buffer, flops_of
 
 
 def _on_bad_rows(experiment: Experiment) -> dict[str, OnBadRow]:

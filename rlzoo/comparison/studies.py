@@ -14,6 +14,7 @@ from rlzoo.comparison.outcomes import METRICS, ResultMatrix, difference_of, flip
 from rlzoo.comparison.plan import Cell
 from rlzoo.comparison.report.contents import contents
 from rlzoo.comparison.report.schema import CELLS, FinishedRun, read_run
+from rlzoo.comparison.retention import summarise_retention
 from rlzoo.comparison.statistics import holm
 from rlzoo.config import BASE
 from rlzoo.config.files import EXPERIMENTS
@@ -63,6 +64,9 @@ def save_study(run: Path, into: Path = STUDIES, name: str | None = None) -> Path
     rows = summarise(found.outcomes, found.results.k)  # with the statistics of this version
     results["summary"] = [row for row in rows if row["algorithm"] != BASE]
     results["base_summary"] = [row for row in rows if row["algorithm"] == BASE]
+    if found.results.retention is not None:
+        k = {name: int(one.get("k", 1)) for name, one in found.results.retention.base.items()}
+        results["retention"]["summary"] = summarise_retention(found.outcomes, k)
     cells = results.pop("cells")
     results["cells"] = []
     with replacing(study) as beside:

@@ -10,6 +10,7 @@ from rlzoo.config.files import (
 from rlzoo.config.settings import (
     BASE,
     Algorithm,
+    Budget,
     EvaluationSettings,
     Experiment,
     Lora,
@@ -21,13 +22,16 @@ from rlzoo.config.settings import (
     Training,
 )
 from rlzoo.config.sources import Benchmark, OnBadRow, Positive, ProblemSource, TableSource
+from rlzoo.config.stages import WARM_UP, WarmUp
 from rlzoo.config.validation import validated
 
 __all__ = [
     "BASE",
     "EXPERIMENTS",
+    "WARM_UP",
     "Algorithm",
     "Benchmark",
+    "Budget",
     "EvaluationSettings",
     "Experiment",
     "Lora",
@@ -41,6 +45,7 @@ __all__ = [
     "TableSource",
     "TokenBudget",
     "Training",
+    "WarmUp",
     "lay",
     "list_experiments",
     "load_experiment",

@@ -9,6 +9,7 @@ import pydantic
 from pydantic import Field
 
 from rlzoo.config.sources import Benchmark, Positive, ProblemSource, Strict, TableSource
+from rlzoo.config.stages import WARM_UP, WarmUp
 from rlzoo.config.validation import named_null, one_or_several, valid_token_budget, validated
 
 Packing = Literal["auto", "packed", "padded"]
@@ -19,6 +20,7 @@ BASE = "base"
 
 Share = Annotated[float, Field(gt=0, le=1)]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Amount = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 TokenBudget = int | str
 """Tokens per micro-batch, padding included: a number, ``auto`` for what fits, or ``auto/4`` for a quarter of that."""
 
@@ -90,7 +92,8 @@ class EvaluationSettings(Sampling):
     """The k of pass@k and maj@k, at most ``samples``, or a list of them, of which the main tables show the first; None:
     ``samples``."""
     metrics: tuple[str, ...] = ()
-    """Metrics besides the built-in ones: registered names, ``module:Name`` or ``file.py:Name``."""
+    """Metrics besides the built-in ones: registered names, ``module:Name`` or ``file.py:Name``, each one metric or a
+    list of them."""
     correct_at: float = 0.5
     """The smallest reward of a correct completion."""
     curve_points: Annotated[int, Field(ge=0)] = 4
@@ -99,11 +102,19 @@ class EvaluationSettings(Sampling):
     """How many problems of each benchmark these use."""
     curve_samples: Positive = 2
     """How many samples per problem these use."""
+    until_flat: Positive | None = None
+    """End a cell once its avg@k on ``validation`` (the first ``curve_problems``) has not exceeded its earlier best by
+    more than one standard error for this many curve points in a row; None: never."""
 
     @pydantic.model_validator(mode="after")
     def _k_fits(self) -> EvaluationSettings:
         if self.k is not None and (most := max(self.pass_ks)) > self.samples:
             raise ValueError(f"k = {most} needs at least {most} samples, and samples = {self.samples}")
+        if self.until_flat is not None and self.until_flat + 1 >= self.curve_points:
+            raise ValueError(
+                f"until_flat = {self.until_flat} would end no cell early: the first curve point has none to compare "
+                f"with, so curve_points = {self.curve_points} must be at least {self.until_flat + 2}"
+            )
         return self
 
     @property
@@ -145,11 +156,41 @@ class Lora(Strict):
     are multiplied in ``dtype``, and dequantised when the model is saved."""
 
 
+class Budget(Strict):
+    """The cost at which training ends: exactly one of three."""
+
+    gradient_tokens: Amount | None = None
+    """Prompt and completion tokens in backward passes."""
+    tokens: Amount | None = None
+    """Gradient tokens and sampled tokens; those of a shared buffer count for each cell that learns from it."""
+    flops: Amount | None = None
+    """FLOPs of training and of sampling for it; those of a shared buffer count likewise."""
+
+    @pydantic.model_validator(mode="after")
+    def _is_one(self) -> Budget:
+        if len(self.model_dump(exclude_none=True)) != 1:
+            raise ValueError("budget: give exactly one of gradient_tokens, tokens and flops")
+        return self
+
+    @property
+    def cost(self) -> str:
+        """The cost that is bounded, by the name it has in costs."""
+        return next(iter(self.model_dump(exclude_none=True)))
+
+    @property
+    def amount(self) -> float:
+        """Its bound."""
+        return float(getattr(self, self.cost))
+
+
 class Training(Strict):
     """Optimisation: AdamW with linear warm-up, then cosine decay to zero (the settings of arXiv 2508.05629)."""
 
     steps: Positive = 100
-    """Optimizer steps."""
+    """Optimizer steps; with a ``budget``, at most this many."""
+    budget: Budget | None = None
+    """Training ends after the step at which its cost reaches this. The learning rate then follows the fraction that is
+    spent, in place of the fraction of ``steps``. Evaluation does not count."""
     batch_size: Positive = 64
     """Sequences per optimizer step: a pair counts as two, a group as its samples."""
     updates_per_batch: Positive = 1
@@ -227,6 +268,9 @@ class Algorithm(Strict):
     correct samples. A registered name, ``module:Name`` or ``file.py:Name``."""
     training: Mapping[str, Any] = {}
     """Fields of `Training` that differ for this row."""
+    online_counterpart: str | None = None
+    """The row of another experiment, as ``experiment/row``, in which this objective trains online: named with the
+    results."""
 
 
 class Experiment(Strict):
@@ -238,6 +282,8 @@ class Experiment(Strict):
     """What it compares, for its report."""
     model: str
     """The base model: ``embedded``, a Hub id, or a folder."""
+    warm_up: WarmUp | None = None
+    """A first stage that is trained once: its result is the base model of everything that follows."""
     train: ProblemSource
     """The training problems: prompts to sample, and worked solutions as demonstrations."""
     demonstrations: str | TableSource | None = None
@@ -247,6 +293,9 @@ class Experiment(Strict):
     """The problems on which learning rates are chosen."""
     benchmarks: Annotated[Mapping[str, Benchmark], Field(min_length=1)]
     """The problem sets that results are reported on, by name."""
+    retention: Mapping[str, Benchmark] = {}
+    """Problem sets from before fine-tuning, by name, which show what fine-tuning costs: they are reported separately,
+    with the KL divergence from the base model (`rlzoo.comparison.retention`)."""
     reward: Any
     """What `get_reward` takes: a name, a mapping with options, or a list for a weighted sum."""
     scoring: Scoring = Scoring()
@@ -271,6 +320,8 @@ class Experiment(Strict):
             raise ValueError(problem)
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds repeat: {list(self.seeds)}")
+        if self.evaluation.until_flat is not None and self.validation is None:
+            raise ValueError("evaluation.until_flat needs a validation problem set: add `validation`")
         for name, row in self.algorithms.items():
             for setting in OF_THE_BUFFER:
                 shared = getattr(self.training, setting)
@@ -288,11 +339,39 @@ class Experiment(Strict):
                 raise ValueError(f"learning rates of {name!r} repeat: {list(row.learning_rates)}")
         return self
 
+    @pydantic.model_validator(mode="after")
+    def _has_distinct_problem_sets(self) -> Experiment:
+        if both := sorted(self.benchmarks.keys() & self.retention.keys()):
+            raise ValueError(f"{both[0]!r} is the name of a benchmark and of a retention set: rename one")
+        if unscored := [name for name, one in self.benchmarks.items() if not one.is_scored]:
+            raise ValueError(f"the benchmark {unscored[0]!r} needs a reward: only a retention set can have none")
+        return self
+
+    @property
+    def scored_sets(self) -> dict[str, Benchmark]:
+        """The benchmarks, and the retention sets that have a reward, by name."""
+        return {**self.benchmarks, **{name: one for name, one in self.retention.items() if one.is_scored}}
+
+    def evaluation_on(self, source: ProblemSource) -> EvaluationSettings:
+        """How policies are evaluated on a problem set: ``evaluation``, with the set's length limit if it has one."""
+        own = source.max_new_tokens if isinstance(source, Benchmark) else None
+        return self.evaluation if own is None else self.evaluation.model_copy(update={"max_new_tokens": own})
+
     @property
     def demonstrations_table(self) -> TableSource | None:
         """The table of demonstrations, if there is one."""
         given = self.demonstrations
         return TableSource(source=given, bad_rows=self.train.bad_rows) if isinstance(given, str) else given
+
+    @property
+    def of_warm_up(self) -> Experiment | None:
+        """The warm-up, if there is one, as an experiment with a single row, `WARM_UP`."""
+        if (one := self.warm_up) is None:
+            return None
+        training = {"lora": None, "importance_cap": None, "budget": None, **one.training}
+        row = Algorithm(objective=one.objective, options=one.options, training=training)
+        alone = {"algorithms": {WARM_UP: row}, "train": one.train or self.train, "warm_up": None}
+        return self.model_copy(update=alone)
 
     def with_smaller_batches(self, divisor: int) -> Experiment:
         """The experiment with batches ``divisor`` times smaller in memory, and the same results up to rounding."""

@@ -50,17 +50,29 @@ class ProblemSource(Strict):
     """Use at most this many problems, the first ones; None: all."""
 
 
+NO_REWARD = "none"
+"""The reward of a retention set whose completions cannot be scored."""
+
+
 class Benchmark(ProblemSource):
     """A problem set to evaluate on."""
 
     reward: Any = None
-    """A reward that scores its completions in place of the experiment's."""
+    """A reward that scores its completions in place of the experiment's. ``none``, in a retention set only: there is no
+    reward, and only the likelihood of the base model's text is measured."""
+    max_new_tokens: Positive | None = None
+    """The length limit of its completions in place of the evaluation's, in tokens."""
 
     @pydantic.model_validator(mode="before")
     @classmethod
     def _of_problems(cls, given: Any) -> Any:
         """Accept any problem set as a benchmark."""
         return given.model_dump() if type(given) is ProblemSource else given
+
+    @property
+    def is_scored(self) -> bool:
+        """Whether a reward scores its completions."""
+        return bool(self.reward != NO_REWARD)
 
 
 class TableSource(Strict):

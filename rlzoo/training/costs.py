@@ -28,6 +28,11 @@ class Costs:
     peak_memory_bytes: int = 0
     """Peak during training (CPU: resident set of the process; GPU: this process's tensors)."""
 
+    @property
+    def tokens(self) -> int:
+        """Gradient tokens and sampled tokens together."""
+        return self.gradient_tokens + self.sampled_tokens
+
     def add(self, spent: Mapping[str, float]) -> None:
         """Add amounts, by field name."""
         for name, amount in spent.items():

@@ -20,6 +20,8 @@ class TrainingRecord:
     data gave no gradient."""
     counts: dict[str, dict[str, int]] = field(default_factory=dict)
     """Per component of the objective: how much data was drawn, and how much of it gave no gradient (see `tally`)."""
+    ended: str | None = None
+    """Why training is over: ``steps``, ``budget``, or the reason that `Trainer.stop` was given."""
     kept: dict[str, list[Any]] = field(default_factory=dict)
     """Plain data that callbacks keep with the record."""
 

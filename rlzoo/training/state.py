@@ -51,7 +51,7 @@ def resumable(part: object) -> Resumable:
 def state_of(trainer: Trainer) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The state between two batches; the tensors are the trainer's own, not copies. All processes must call this."""
     named = trainer.named_parameters()
-    tensors = _tensors(trainer) | optimizer_tensors(trainer.schedule.optimizer, named)
+    tensors = _tensors(trainer) | optimizer_tensors(trainer.optimizer, named)
     random_tensors, random_plain = random_states(trainer.policy.device)
     record = trainer.record
     state = {
@@ -61,7 +61,7 @@ def state_of(trainer: Trainer) -> tuple[dict[str, Tensor], dict[str, Any]]:
         "events": record.events,
         "counts": record.counts,
         "kept": record.kept,
-        "schedule": {k: v for k, v in trainer.schedule.state_dict().items() if k != "lr_lambdas"},
+        "ended": record.ended,
         "sources": [resumable(source).state() for source in trainer.sources],
         "token_budget": trainer.micro.token_budget,
         "random": random_plain,
@@ -104,19 +104,16 @@ def restore(trainer: Trainer, tensors: Mapping[str, Tensor], state: Mapping[str,
     for name, tensor in _tensors(trainer).items():
         put(tensor, tensors[name])
     trainer.policy.weights_changed()
-    restore_optimizer(trainer.schedule.optimizer, trainer.named_parameters(), tensors)
-    record, schedule = trainer.record, trainer.schedule
+    restore_optimizer(trainer.optimizer, trainer.named_parameters(), tensors)
+    record = trainer.record
     record.steps[:], record.events[:] = state["steps"], state["events"]
     record.counts |= state.get("counts", {})
     for name, rows in state["kept"].items():
         record.kept.setdefault(name, [])[:] = rows  # in place: a callback may hold the list
     for name, value in state["costs"].items():
         setattr(record.costs, name, value)
-    rates = [state["schedule"]["_last_lr"][0]] * len(schedule.optimizer.param_groups)  # the groups may differ
-    own = schedule.state_dict()
-    schedule.load_state_dict({**own, **state["schedule"], "base_lrs": own["base_lrs"], "_last_lr": rates})
-    for group, rate in zip(schedule.optimizer.param_groups, rates, strict=True):
-        group["lr"] = rate
+    trainer.progress.move_to(trainer.step, record.costs)
+    record.ended = state.get("ended") or trainer.progress.ended
     for source, where in zip(trainer.sources, state["sources"], strict=True):
         resumable(source).restore(where)
     trainer.micro.token_budget = min(trainer.micro.token_budget, state["token_budget"])

@@ -30,7 +30,7 @@ from rlzoo.training.checkpoints import Checkpoints
 from rlzoo.training.costs import now, peak_memory_bytes, reset_peak_memory
 from rlzoo.training.record import TrainingRecord
 from rlzoo.training.savings import gradients_in_place, layers_recomputed
-from rlzoo.training.schedule import cosine
+from rlzoo.training.schedule import Progress
 from rlzoo.training.state import is_finite, like_of, restore, state_of
 from rlzoo.training.sums import (
     Readout,
@@ -41,7 +41,7 @@ from rlzoo.training.sums import (
     metrics_of,
     truncated_importance,
 )
-from rlzoo.training.tally import count, lines_of, with_gradient
+from rlzoo.training.tally import lines_of, tallied, with_gradient
 from rlzoo.training.trackers import installed, tracked
 from rlzoo.types import Coefficients, Trajectory, at_temperature
 
@@ -136,7 +136,7 @@ class Trainer:
             weight_decay=settings.weight_decay,
             fused=True,
         )
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: cosine(step, settings))
+        self.progress = Progress(settings, self.record.costs)
         self.policy = policy
         self.assembler = Assembler(
             self.policy, self.models, self.micro, lambda model, rows: self._count(model, rows, 1)
@@ -158,7 +158,7 @@ class Trainer:
         ]
 
     def run(self) -> TrainingRecord:
-        """Train until ``settings.steps`` optimizer steps are done.
+        """Train until ``settings.steps`` optimizer steps are done, the budget is spent, or a callback calls `stop`.
 
         The first Ctrl-C or SIGTERM is raised between two batches, after a checkpoint. Raises UserError if weights, the
         loss or a gradient become infinite or NaN, unless ``on_nonfinite`` skips such steps.
@@ -175,6 +175,7 @@ class Trainer:
             self.checkpoints.wait()
         if not self._is_finite():
             raise UserError("the last step made weights infinite or NaN: lower learning_rate")
+        self.record.events += self.progress.events()
         self.record.events += lines_of(self.record.counts, self.objective.components, self.sources)
         return self.record
 
@@ -183,9 +184,13 @@ class Trainer:
         """The number of optimizer steps done."""
         return len(self.record.steps)
 
+    def stop(self, reason: str) -> None:
+        """End training after the current step. All processes must call this, with the same reason."""
+        self.record.ended = reason
+
     def _run(self, log: Callable[[dict[str, float], int], None]) -> None:
         step, device = self.step, self.policy.device
-        while step < self.settings.steps:
+        while self.record.ended is None:
             reset_peak_memory(device)
             started = time.perf_counter()
             fresh = agreed([source.draw() for source in self.sources])
@@ -202,13 +207,14 @@ class Trainer:
                 step += 1
                 costs = self.record.costs
                 # reading the metrics has waited for the GPU; the optimizer's own work counts in the next step
-                costs.wall_seconds += (now(device) if step == self.settings.steps else time.perf_counter()) - started
+                self.record.ended = self.progress.ended
+                costs.wall_seconds += (time.perf_counter() if self.record.ended is None else now(device)) - started
                 costs.peak_memory_bytes = max(costs.peak_memory_bytes, peak_memory_bytes(device))
                 self.record.steps.append({"step": step, **metrics})
                 log(metrics, step)
                 for callback in self.callbacks:
                     callback(self, step)
-                if step == self.settings.steps:
+                if self.record.ended is not None:
                     break
                 reset_peak_memory(device)  # a callback's evaluation is not a cost of training
                 started = time.perf_counter()
@@ -264,6 +270,7 @@ class Trainer:
             if (reference := self._logits_of(some.component.objective)) is not None:
                 self._count(reference, some.rows, passes=1)
         self.record.costs.gradient_tokens += sum(map(length, rows))
+        self.progress.move_to(self.step + 1, self.record.costs)
         total = sharding.clip_gradients(parameters, self.settings.max_gradient_norm)
         self._draw_ahead()
         metrics = self._read(drawn, sums, total, is_first)
@@ -275,18 +282,18 @@ class Trainer:
                 raise UserError(f"{event}: lower learning_rate, check the data of this step, or set on_nonfinite=skip")
             self.record.events.append(f"{event}; skipped")
             self._drop_gradients()
-        rate = self.schedule.get_last_lr()[0]
+        rate = self.progress.learning_rate()
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
         if sound:
             self.optimizer.step()
             self.policy.weights_changed()  # the counters of a gathered copy do not see the step of its shards
             self.assembler.after_step()
-        self.schedule.step()
-        return {**metrics, "learning_rate": float(rate)}
+        return {**metrics, "learning_rate": rate}
 
     def _draw_ahead(self) -> None:
         """Let sources prefetch the next batch while the GPU is still busy with this step."""
-        done = self.step + 1
-        if done < self.settings.steps and done % self.settings.updates_per_batch == 0:
+        if self.progress.ended is None and (self.step + 1) % self.settings.updates_per_batch == 0:
             for source in self.sources:
                 getattr(source, "draw_ahead", lambda: None)()
 
@@ -295,12 +302,12 @@ class Trainer:
         readout = Readout()
         places = [own.into(readout) for own in sums]
         rewards = [None if some.batch.reward is None else readout.add(some.batch.reward.mean()) for some in drawn]
-        learned = [readout.add(with_gradient(some)) for some in drawn] if is_first else []
+        learned = [readout.add(with_gradient(some)) for some in drawn]
         at = readout.add(norm)
         numbers = readout.read()
-        for some, where in zip(drawn, learned, strict=False):
-            count(self.record.counts, some, [bool(number) for number in numbers[where]])
         means = [means_of(own, numbers) for own in places]
+        for some, where, own in zip(drawn, learned, means, strict=True):
+            own |= tallied(self.record.counts if is_first else None, some, [bool(number) for number in numbers[where]])
         return {
             **metrics_of(drawn, means, [None if where is None else numbers[where][0] for where in rewards]),
             "gradient_norm": numbers[at][0],

@@ -322,8 +322,10 @@ def _figure(
 
 def _method(found: Found) -> Iterator[Block]:
     yield Heading("How it was measured")
+    warm = found.get("warm_up")  # results of earlier versions have none
+    after = f" after a warm-up of {warm['steps']} steps of {warm['objective']}" if warm else ""
     yield Paragraph(
-        f"Model {found['model']}, analysed {found['created']}. Exact means one forward pass and closed forms. "
+        f"Model {found['model']}{after}, analysed {found['created']}. Exact means one forward pass and closed forms. "
         "Gradients are exact, from one backward pass per objective; their intervals use inner products between "
         "prompts from random projections. variance.json has every number, and docs/variance.md explains them."
     )

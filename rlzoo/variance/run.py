@@ -18,7 +18,8 @@ from rlzoo.buffers import Buffer, OfflineBuffer, read_buffer
 from rlzoo.buffers.bad_rows import BadRows, dropped_line
 from rlzoo.comparison import resolve, shared_buffer
 from rlzoo.comparison.resolve import check
-from rlzoo.config import Benchmark, Experiment, Positive
+from rlzoo.comparison.warm_up import after_warm_up, alone, facts_of, warm_up
+from rlzoo.config import WARM_UP, Benchmark, Experiment, Positive
 from rlzoo.errors import UserError
 from rlzoo.jobs.cached_results import CachedResults
 from rlzoo.jobs.heartbeat import Heartbeat
@@ -131,12 +132,18 @@ def _asked(experiment: Experiment, settings: VarianceSettings, buffer: str | Non
 
 
 def _cut(experiment: Experiment, rows: int) -> Experiment:
-    """The experiment with no more problems than an analysis of so many rows needs, and none to evaluate on."""
+    """The experiment with no more problems than an analysis of so many rows needs, and none to evaluate on.
+
+    A warm-up keeps all of its own.
+    """
+    warm = experiment.warm_up and experiment.warm_up.model_copy(
+        update={"train": experiment.warm_up.train or experiment.train}
+    )
     problems, prompts = 4 * rows, rows
     train = experiment.train.model_copy(update={"limit": min(experiment.train.limit or problems, problems)})
     rollouts = experiment.rollouts.model_copy(update={"prompts": min(experiment.rollouts.prompts or prompts, prompts)})
-    unused = {"benchmarks": {"train": Benchmark(**train.model_dump())}, "validation": None}
-    return experiment.model_copy(update={"train": train, "rollouts": rollouts, **unused})
+    unused = {"benchmarks": {"train": Benchmark(**train.model_dump())}, "retention": {}, "validation": None}
+    return experiment.model_copy(update={"train": train, "rollouts": rollouts, "warm_up": warm, **unused})
 
 
 def _run(
@@ -148,12 +155,18 @@ def _run(
     console: Console,
 ) -> dict[str, Any]:
     folder, state = (run.folder / "buffer").absolute(), run.state.absolute()
+    goes = "resuming in" if run.resumed else "writing to"
+    warm = None
+    if experiment.warm_up is not None:
+        tell = f"{experiment.name}: warm-up of the base model; {goes} {run.folder}"
+        console.print(tell, highlight=False, markup=False, soft_wrap=True)
+        warm = alone(processes, "warm-up", warm_up, experiment, state, run.folder.absolute() / "logs" / WARM_UP)
+        experiment = after_warm_up(experiment, state)
     first = processes.submit("buffer", fill, experiment, folder, state, given)
     for _, done in processes.gather({first: "buffer"}):
         if (error := done.exception()) is not None:
             raise UserError(why(error)) from None
         filled = done.result()
-    goes = "resuming in" if run.resumed else "writing to"
     tell = f"{experiment.name}: {filled['rows']} rows, {len(experiment.algorithms)} objectives; {goes} {run.folder}"
     console.print(tell, style="bold", highlight=False, markup=False, soft_wrap=True)
     for name, summary in filled["dropped_rows"].items():
@@ -181,6 +194,7 @@ def _run(
     found = analysis.result()
     return {
         **found,
+        "warm_up": facts_of(warm),
         "dropped_rows": filled["dropped_rows"],
         "events": filled["events"],
         "resolved": filled["resolved"],
@@ -250,8 +264,8 @@ def along_training(
         budget = training.token_budget
         probe = VarianceProbe(buffer, settings.every, settings.probe_rows, settings.seed, budget, views[0][0])
 
-        def tell(_: Trainer, step: int) -> None:
-            report(step / training.steps, f"step {step}/{training.steps}")
+        def tell(trainer: Trainer, step: int) -> None:
+            report(trainer.progress.fraction, str(trainer.progress))
 
         sources = buffer_sources(buffer, views, training.batch_size, settings.seed)
         record = TrainingRecord(kept={"variance": probe.records})

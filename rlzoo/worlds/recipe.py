@@ -3,22 +3,30 @@
 A Llama of 0.9 M parameters learns to answer questions of both built-in tasks from deliberately noisy data: each
 intermediate result of a chain sum is wrong with probability 0.12 and carried forward, and a fact has its correct answer
 only some of the time. The base model therefore samples correct answers sometimes but not reliably, like a pre-trained
-model before fine-tuning.
+model before fine-tuning. ``--save-at 400,800`` also writes the models after so many steps, to DIR/step-400 and
+DIR/step-800.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import math
 import random
 import time
+from collections.abc import Collection
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch.nn import functional
 
+from rlzoo.errors import UserError
 from rlzoo.worlds import arithmetic, facts
 from rlzoo.worlds.tokenizer import build_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 STEPS, BATCH, PEAK_RATE, SLIP_RATE, FACT_SHARE, SEED = 3200, 128, 2e-3, 0.12, 0.15, 0
 
@@ -31,13 +39,17 @@ def _example(rng: random.Random, known: list[facts.Fact]) -> tuple[str, str]:
     return problem.question, arithmetic.solve(problem, rng.choice(arithmetic.STYLES), rng, SLIP_RATE)
 
 
-def train_base(out: Path, steps: int = STEPS) -> None:
+def train_base(out: Path, steps: int = STEPS, save_at: Collection[int] = ()) -> None:
     """Train the base model from scratch, and write it to ``out`` in half precision (about 1.8 MB).
 
-    Raises FloatingPointError if the loss becomes infinite or NaN.
+    The models after each number of steps in ``save_at`` are written to ``out``/step-N; the final one does not depend on
+    that. Raises FloatingPointError if the loss becomes infinite or NaN, and UserError for a step to save at that is not
+    among the steps.
     """
     from transformers import LlamaConfig, LlamaForCausalLM
 
+    if outside := [step for step in save_at if not 0 < step <= steps]:
+        raise UserError(f"--save-at {outside[0]}: training has the steps 1 to {steps}")
     torch.manual_seed(SEED)
     rng = random.Random(SEED)
     tokenizer = build_tokenizer()
@@ -89,13 +101,28 @@ def train_base(out: Path, steps: int = STEPS) -> None:
                 print(f"step {step}/{steps}  loss {loss.item():.3f}  {seconds:.0f} s", flush=True)
             if not math.isfinite(loss.item()):
                 raise FloatingPointError(f"loss is {loss.item()} at step {step}")
-    model.to(torch.float16).save_pretrained(out)
-    tokenizer.save_pretrained(out)
+            if step in save_at:
+                _write(copy.deepcopy(model), tokenizer, out / f"step-{step}")
+    _write(model, tokenizer, out)
+
+
+def _write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    model.to(torch.float16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def whole_numbers(text: str) -> list[int]:
+    """The numbers in a text such as ``400,800``."""
+    return [int(number) for number in text.split(",")]
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--save-at", type=whole_numbers, default=[], metavar="STEPS")
     arguments = parser.parse_args()
-    train_base(arguments.out, arguments.steps)
+    try:
+        train_base(arguments.out, arguments.steps, arguments.save_at)
+    except UserError as error:
+        parser.error(str(error))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from rlzoo.comparison.report import completions, method, results, training
+from rlzoo.comparison.report import clipping, completions, endings, method, results, retention, training
 from rlzoo.comparison.report.schema import FinishedRun
 from rlzoo.document import Block, Heading
 
@@ -16,7 +16,10 @@ SECTIONS: tuple[Section, ...] = (
     results.differences,
     results.robustness,
     results.further,
+    retention.retention,
     training.curves,
+    endings.endings,
+    clipping.clipping,
     training.token_probabilities,
     training.costs,
     training.learning_rates,

@@ -15,7 +15,20 @@ from rlzoo.comparison.report.schema import Results
 from rlzoo.comparison.report.tables import amount
 from rlzoo.comparison.statistics import SIGNIFICANT
 from rlzoo.config import BASE
-from rlzoo.document.drawing import GREY, INK, MARKERS, PALETTE, PAPER, STYLE, WIDTH, Drawing, axes_row, short, to_svg
+from rlzoo.document.drawing import (
+    GREY,
+    INK,
+    MARKERS,
+    PALETTE,
+    PAPER,
+    STYLE,
+    WIDTH,
+    Drawing,
+    axes_row,
+    log_scale,
+    short,
+    to_svg,
+)
 
 
 def colours(results: Results) -> dict[str, str]:
@@ -66,51 +79,67 @@ def differences(rows: Sequence[Mapping[str, Any]], results: Results, benchmark: 
 
 
 Curve = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
-"""Steps, and the mean, lowest and highest value over seeds at each."""
+"""Steps or costs, and the mean, lowest and highest value over seeds at each."""
+AXES = {"step": "optimizer step", "gradient_tokens": "gradient tokens", "flops": "FLOPs"}
+"""What learning curves are drawn against."""
+WIDE = 10.0
+"""Costs are on a logarithmic axis if algorithms differ by this factor."""
 
 
-def curves_of(results: Results, benchmark: str, metric: str) -> dict[str, Curve]:
-    """The learning curve of each algorithm that has one: mean and range over seeds, as fractions."""
-    found: dict[str, dict[int, list[float]]] = {}
+def curves_of(results: Results, benchmark: str, metric: str, over: str = "step") -> dict[str, Curve]:
+    """The learning curve of each algorithm that has one: mean and range over seeds, as fractions.
+
+    The i-th point is the mean over the i-th points of all seeds, whose costs may differ, while all of them have one.
+    Seeds without costs are left out where ``over`` is a cost.
+    """
+    found: dict[str, list[list[tuple[float, float]]]] = {}
     for cell in results.cells:
-        if not cell.curve:
-            continue
-        start = [results.base_curve] if results.base_curve and cell.curve[0].step > 0 else []
-        for point in [*start, *cell.curve]:
-            value = point.metrics.get(benchmark, {}).get(metric)
-            if value is not None:
-                found.setdefault(cell.algorithm, {}).setdefault(point.step, []).append(float(value))
-    return {name: _curve(steps) for name, steps in found.items()}
+        own = [(getattr(point, over), point.metrics.get(benchmark, {}).get(metric)) for point in cell.curve or ()]
+        if cell.curve and results.base_curve and cell.curve[0].step > 0:
+            start = 0 if over == "step" else cell.start.get(over)
+            own = [(start, results.base_curve.metrics.get(benchmark, {}).get(metric)), *own]
+        pairs = [(float(x), float(value)) for x, value in own if value is not None and x is not None]
+        if len(pairs) == sum(value is not None for _, value in own) > 0:
+            found.setdefault(cell.algorithm, []).append(pairs)
+    return {name: _curve(seeds) for name, seeds in found.items()}
 
 
-def _curve(values: Mapping[int, Sequence[float]]) -> Curve:
-    steps = sorted(values)
-    rows = [values[step] for step in steps]
-    mean, low, high = ([reduce(row) for row in rows] for reduce in (np.mean, min, max))
-    return np.array(steps), np.array(mean), np.array(low), np.array(high)
+def _curve(seeds: Sequence[Sequence[tuple[float, float]]]) -> Curve:
+    shared = np.array([pairs[: min(map(len, seeds))] for pairs in seeds])
+    values = shared[:, :, 1]
+    return shared[:, :, 0].mean(0), values.mean(0), values.min(0), values.max(0)
 
 
 def learning_curves(results: Results, benchmark: str) -> Drawing | None:
-    """Evaluations in the course of training: the mean over seeds, in a band from the lowest to the highest."""
-    panels_of = {metric: curves_of(results, benchmark, metric) for metric in ("avg_at_k", "greedy")}
-    panels_of = {metric: curves for metric, curves in panels_of.items() if curves}
+    """avg@k in the course of training, against steps and against the costs that all curves record.
+
+    Each line is the mean over seeds, in a band from the lowest to the highest.
+    """
+    panels_of = {over: curves_of(results, benchmark, "avg_at_k", over) for over in AXES}
+    panels_of = {over: curves for over, curves in panels_of.items() if curves and set(curves) == set(panels_of["step"])}
     if not panels_of:
         return None
     palette, order = colours(results), list(results.algorithms)
     with mpl.rc_context(STYLE):
-        figure, panels = axes_row(len(panels_of), 3.3)
-        for axes, (metric, curves) in zip(panels, panels_of.items(), strict=True):
-            for name, (steps, mean, low, high) in curves.items():
-                axes.fill_between(steps, 100 * low, 100 * high, color=palette[name], alpha=0.13, linewidth=0)
+        figure, panels = axes_row(len(panels_of), 3.3, sharey=True)
+        for axes, (over, curves) in zip(panels, panels_of.items(), strict=True):
+            ends = [costs[-1] for costs, *_ in curves.values()]
+            wide = over != "step" and max(ends) >= WIDE * min(ends)
+            for name, (costs, mean, low, high) in curves.items():
+                shown = costs > 0 if wide else costs >= 0
+                band = 100 * low[shown], 100 * high[shown]
+                axes.fill_between(costs[shown], *band, color=palette[name], alpha=0.13, linewidth=0)
                 marker = MARKERS[order.index(name) % len(MARKERS)]
-                axes.plot(steps, 100 * mean, color=palette[name], marker=marker, label=short(name))
-            axes.set(
-                title={"avg_at_k": "avg@k"}.get(metric, metric),
-                xlabel="optimizer step",
-                ylabel="correct, %",
-            )
-            axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=[1, 2, 2.5, 5, 10]))
+                axes.plot(costs[shown], 100 * mean[shown], color=palette[name], marker=marker, label=short(name))
+            axes.set(xlabel=AXES[over])
+            if wide:
+                log_scale(axes, "x")
+            else:
+                axes.xaxis.set_major_locator(MaxNLocator(5, integer=over == "step", steps=[1, 2, 2.5, 5, 10]))
+            if over != "step":
+                axes.xaxis.set_major_formatter(lambda value, _: amount(value))
             axes.grid(True)
+        panels[0].set(ylabel="avg@k: correct, %")
         handles, labels = panels[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside upper center", ncols=min(len(labels), 8), handlelength=1.6)
         return to_svg(figure)

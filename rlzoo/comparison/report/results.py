@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from rlzoo.comparison.outcomes import OVERALL, check_robustness, compare_to
-from rlzoo.comparison.report import plots, tables
+from rlzoo.comparison.report import plots, stages, tables
 from rlzoo.comparison.report.answer import answer, headline
 from rlzoo.comparison.report.differences import checks_explained, detectable, difference_table, robustness_table
+from rlzoo.comparison.report.endings import rising_at_the_end
 from rlzoo.comparison.report.schema import FinishedRun, Results
 from rlzoo.config import BASE
 from rlzoo.document import Block, Figure, Heading, Paragraph
@@ -19,6 +20,8 @@ def answers(run: FinishedRun, baseline: str) -> Iterator[Block]:
         first = run.results.overall[0]
         yield Paragraph(headline(run.results, run.matrices, first), lead=True)
         yield _bars(run.results, first)
+    if (warning := rising_at_the_end(run.results)) is not None:
+        yield Paragraph(warning)
     if run.results.description:
         yield Paragraph(run.results.description)
 
@@ -46,8 +49,10 @@ def scores(run: FinishedRun, baseline: str) -> Iterator[Block]:
     yield Heading("Results")
     yield Paragraph(
         "Per cent correct, with 95 % intervals over further seeds and problems of the same kind. The best "
-        "algorithm in each metric is bold. Every algorithm started from the base model."
+        f"algorithm in each metric is bold. {stages.start(results)}"
     )
+    if (note := tables.online_counterparts(results)) is not None:
+        yield Paragraph(note)
     yield Paragraph(_left_out(results))
     yield Paragraph(
         "avg@k at temperature 1 rewards an objective for sharpening the model's distribution, whether or "

@@ -31,6 +31,8 @@ OUTCOME_COLUMNS = (
 )
 
 
+RETENTION_COLUMNS = ("retention", "base_text_logp", "base_text_tokens")
+"""Columns that outcomes without retention sets may lack."""
 CELLS = "cells"
 """The folder of a study's cells, which results.json then names."""
 
@@ -74,11 +76,25 @@ class CellCosts(_Model):
     peak_memory_bytes: float | None = None
 
 
+class WarmUpResult(_Model):
+    """The warm-up that made the base model."""
+
+    objective: str
+    steps: int
+    costs: CellCosts = CellCosts()
+
+
 class CurvePoint(_Model):
-    """One point of a learning curve: benchmark → metric → fraction."""
+    """One point of a learning curve: its costs so far, and benchmark → metric → fraction."""
 
     step: int
     metrics: dict[str, dict[str, Any]]
+    gradient_tokens: float | None = None
+    sampled_tokens: float | None = None
+    flops: float | None = None
+    seconds: float | None = None
+    validation: dict[str, Any] | None = None
+    """The metrics on validation, where cells end by it."""
 
 
 class CellResult(_Model):
@@ -91,9 +107,17 @@ class CellResult(_Model):
     mean_over_benchmarks: dict[str, float] = Field(default_factory=dict)
     """Metric → mean over benchmarks."""
     costs: CellCosts = CellCosts()
+    start: dict[str, float] = Field(default_factory=dict)
+    """The costs before the first step, such as those of the shared buffer."""
+    ended: str | None = None
+    """Why training ended: ``steps``, ``budget`` or ``flat``."""
+    training: list[dict[str, Any]] = []
+    """The metrics of each step."""
     curve: list[CurvePoint] | None = None
     token_probabilities: list[float] | None = None
     events: list[str] = []
+    retention: dict[str, dict[str, float]] = Field(default_factory=dict)
+    """Retention set → metric → value."""
 
 
 class SummaryRow(_Model):
@@ -106,6 +130,23 @@ class SummaryRow(_Model):
     ci_low: float
     ci_high: float
     seeds: int
+
+
+class RetentionResults(_Model):
+    """What fine-tuning kept and lost: see `rlzoo.comparison.retention`."""
+
+    base: dict[str, dict[str, float]]
+    """Retention set → metric → value for the base model."""
+    summary: list[SummaryRow] = []
+    """The summaries of all algorithms and the base model; ``benchmark`` is the retention set."""
+
+
+class TunedCell(_Model):
+    """What one cell of a choice among learning rates cost, and its result on validation."""
+
+    seed: int
+    validation: float | None = None
+    costs: CellCosts = CellCosts()
 
 
 class Histogram(_Model):
@@ -136,7 +177,9 @@ class Results(_Model):
     """All metrics of the run by name."""
     mean_over_benchmarks: dict[str, dict[str, float]] = Field(default_factory=dict)
     """Algorithm (the base model among them) → metric → mean over seeds and benchmarks."""
+    warm_up: WarmUpResult | None = None
     base: dict[str, BenchmarkResult]
+    """The results of the base model, after the warm-up if there is one."""
     base_curve: CurvePoint | None = None
     """The point at step 0 that all learning curves start from."""
     cells: list[CellResult]
@@ -145,6 +188,10 @@ class Results(_Model):
     """The summary of the base model."""
     token_probabilities: Histogram | None = None
     learning_rates: dict[str, dict[str, float | None]] | None = None
+    tuning: dict[str, dict[str, list[TunedCell]]] = Field(default_factory=dict)
+    """Algorithm → learning rate → all cells that were trained with it, where a learning rate was chosen."""
+    retention: RetentionResults | None = None
+    """None without retention sets."""
     wall_seconds: float | None = None
     failed: list[Failure] | None = None
     dropped_rows: dict[str, Any] = Field(default_factory=dict)
@@ -269,7 +316,9 @@ def read_run(directory: Path) -> FinishedRun:
     if isinstance(data, dict) and (directory / CELLS).is_dir():
         data = {**data, "cells": [_cell(directory / CELLS / f"{name}.json") for name in data.get("cells", ())]}
     try:
-        outcomes = pq.read_table(files[1], columns=list(OUTCOME_COLUMNS))
+        there = pq.read_schema(files[1]).names
+        wanted = [*OUTCOME_COLUMNS, *(column for column in RETENTION_COLUMNS if column in there)]
+        outcomes = pq.read_table(files[1], columns=wanted)
     except (pa.ArrowException, OSError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{str(files[1])!r} cannot be read ({reason}): run `rlzoo compare` again") from None

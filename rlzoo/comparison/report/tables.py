@@ -103,6 +103,23 @@ def result_table(results: Results, benchmark: str) -> Table:
     return Table(["algorithm", *labels, "seeds"], rows)
 
 
+def online_counterparts(results: Results) -> str | None:
+    """Which rows train online elsewhere, and where, as the configuration says; None if there are none."""
+    rows = results.config.get("algorithms") if isinstance(results.config, dict) else None
+    places = {
+        name: str(row["online_counterpart"]).rpartition("/")
+        for name, row in (rows.items() if isinstance(rows, dict) else ())
+        if isinstance(row, dict) and row.get("online_counterpart")
+    }
+    if not places:
+        return None
+    listed = ", ".join(f"{name} as {row} of {study}" for name, (study, _, row) in places.items())
+    return (
+        f"Trained online in another experiment, on samples of the policy in training: {listed} "
+        "(`rlzoo results show` that study, or run `rlzoo compare` on it)."
+    )
+
+
 def further_table(results: Results, benchmark: str | None) -> Table | None:
     """The means of the metrics that have no interval, on a benchmark or (None) over all; None if there are none."""
     algorithms, shown = (BASE, *results.algorithms), [name for name in results.metrics if name not in METRICS]
@@ -138,7 +155,7 @@ def studies_table(studies: Mapping[str, Results]) -> Table:
             [
                 Entry(name),
                 Entry(", ".join(results.benchmarks)),
-                Entry(str(model)),
+                Entry(f"{model} after a warm-up" if results.warm_up else str(model)),
                 Entry(str(len(results.algorithms))),
                 Entry(str(seeds)),
                 Entry(results.created[:10]),
@@ -164,6 +181,25 @@ def cost_table(results: Results) -> Table:
         entries = [Entry(show(_cost(costs, name))) for name, (_, show) in _COSTS.items()]
         rows.append([Entry(algorithm), *entries, Entry(str(len(costs)))])
     return Table(["algorithm", *(title for title, _ in _COSTS.values()), "cells"], rows)
+
+
+def total_cost_table(results: Results) -> Table:
+    """The cost of all cells per algorithm, of which a choice among learning rates reports only some."""
+    shown = {name: how for name, how in _COSTS.items() if not name.startswith("peak")}
+    rows = []
+    for algorithm in results.algorithms:
+        own = [cell.costs for cell in results.cells if cell.algorithm == algorithm]
+        tried = [cell.costs for cells in results.tuning.get(algorithm, {}).values() for cell in cells]
+        unknown_tuning = not tried and len((results.learning_rates or {}).get(algorithm, {})) > 1  # by older versions
+        totals = {name: None if unknown_tuning else _total(tried or own, name) for name in shown}
+        entries = [Entry(show(totals[name])) for name, (_, show) in shown.items()]
+        rows.append([Entry(algorithm), *entries, Entry(NONE if unknown_tuning else str(len(tried or own)))])
+    return Table(["algorithm", *(f"{title}, all cells" for title, _ in shown.values()), "cells trained"], rows)
+
+
+def _total(costs: Sequence[CellCosts], name: str) -> float | None:
+    known: list[float] = [value for cost in costs if (value := getattr(cost, name)) is not None]
+    return sum(known) if known else None
 
 
 def _cost(costs: Sequence[CellCosts], name: str) -> float | None:
@@ -231,6 +267,8 @@ def report_table(results: Results | Mapping[str, Any]) -> list[rich.table.Table]
         plain_table(result_table(checked, benchmark), f"{benchmark}: mean and 95 % interval")
         for benchmark in checked.overall
     ]
+    if scores and (note := online_counterparts(checked)) is not None:
+        scores[-1].caption, scores[-1].caption_justify = Text(note), "left"
     return [*scores, plain_table(cost_table(checked), "costs: mean of a cell")]
 
 

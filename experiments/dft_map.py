@@ -1,0 +1,191 @@
+"""When does DFT win? DFT - SFT over the base's competence × the styles demonstrated × the number of terms.
+
+    python -m rlzoo.worlds.recipe --out bases --save-at 400,800,1600
+    python -m rlzoo.experiments.dft_map --bases bases --runs runs/dft-map --out experiments/results/dft-map
+
+Each field of the map is a comparison of its own, the experiment ``dft-map`` with another base and other chain sums, in
+a folder of its own under ``--runs``: the same command resumes. ``--out`` gets map.json, the outcomes of all fields, of
+which each is a benchmark, and the figure map.svg. Corners come first, and ``--fields 8`` stops after so many.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from matplotlib.figure import Figure
+
+import rlzoo
+from rlzoo.comparison.outcomes import ResultKey, ResultMatrix, difference_of, result_matrices, tested
+from rlzoo.comparison.report.schema import read_run
+from rlzoo.comparison.statistics import SIGNIFICANT, holm
+from rlzoo.config import BASE, Experiment, load_experiment
+from rlzoo.document.drawing import STYLE, WIDTH, standalone, to_svg
+from rlzoo.jobs.outputs import replacing, write_atomically
+from rlzoo.worlds.arithmetic import STYLES
+
+STEPS = (400, 800, 1600, 3200)
+"""Steps of the base's recipe; the last is the embedded base itself."""
+NUMBERS = {1: ("running",), 3: STYLES}
+"""The styles among the demonstrations, by their number."""
+TERMS = (2, 3, 4)
+METRICS = {"avg_at_k": "avg@4", "greedy": "greedy"}
+COLUMNS = ("algorithm", "seed", "benchmark", "problem_id", "decoding", "sample", "correct")
+"""The columns of outcomes that are kept."""
+
+
+@dataclass(frozen=True)
+class Field:
+    """One field of the map."""
+
+    steps: int
+    """Steps of the base's recipe."""
+    styles: int
+    """The number of styles among the demonstrations, of which each problem has one."""
+    terms: int
+    """The number of terms of the chain sums, in training and test."""
+
+    @property
+    def name(self) -> str:
+        """Its folder, and its benchmark in the outcomes of the map."""
+        return f"steps-{self.steps}-styles-{self.styles}-terms-{self.terms}"
+
+    def experiment(self, bases: Path) -> Experiment:
+        """The comparison of the field."""
+        where = f"world:arithmetic/{{}}?terms={self.terms}"
+        changes = {
+            "name": self.name,
+            "model": "embedded" if self.steps == STEPS[-1] else str(bases / f"step-{self.steps}"),
+            "train.source": f"{where.format('train')}&solutions=1&styles={','.join(NUMBERS[self.styles])}",
+            "validation.source": where.format("validation"),
+            "benchmarks": {self.name: {"source": where.format("test")}},
+        }
+        return load_experiment("dft-map", changes)
+
+
+def fields() -> list[Field]:
+    """All fields of the map: the corners first, then the edges, then the middle."""
+    inside = {*STEPS[1:-1], *TERMS[1:-1]}
+    every = [Field(*place) for place in product(STEPS, NUMBERS, TERMS)]
+    return sorted(every, key=lambda field: (field.steps in inside) + (field.terms in inside))
+
+
+def gain(matrices: Mapping[ResultKey, ResultMatrix], field: Field, metric: str) -> ResultMatrix:
+    """DFT - SFT in a field, for each seed and problem."""
+    difference = difference_of(*(matrices[name, field.name, metric] for name in ("dft", "sft")))
+    assert difference is not None
+    return difference
+
+
+def differences(outcomes: pa.Table) -> list[dict[str, Any]]:
+    """DFT - SFT per field and metric, as in `tested`, with p corrected for all of them (`holm`).
+
+    Also the results of base, SFT and DFT. All are fractions.
+    """
+    matrices = result_matrices(outcomes, 4)
+    rows: list[dict[str, Any]] = []
+    for field, metric in product(_finished(outcomes), METRICS):
+        means = {name: float(matrices[name, field.name, metric].values.mean()) for name in (BASE, "sft", "dft")}
+        rows.append({**asdict(field), "metric": metric, **means, **tested(gain(matrices, field, metric))})
+    return _corrected(rows)
+
+
+def effects(outcomes: pa.Table) -> list[dict[str, Any]]:
+    """How DFT - SFT changes from one style to three and from the weakest base to the strongest, as in `differences`.
+
+    The mean over the pairs of fields that differ in nothing else, which share seeds and problems.
+    """
+    matrices, done = result_matrices(outcomes, 4), _finished(outcomes)
+    rows: list[dict[str, Any]] = []
+    for (axis, low, high), metric in product((("styles", 1, 3), ("steps", STEPS[0], STEPS[-1])), METRICS):
+        pairs = [(field, replace(field, **{axis: high})) for field in done if getattr(field, axis) == low]
+        both = [[gain(matrices, one, metric) for one in pair] for pair in pairs if pair[1] in done]
+        if both:
+            values = np.concatenate([more.values - less.values for less, more in both], axis=1)
+            problems = tuple(f"{i}/{problem}" for i, (one, _) in enumerate(both) for problem in one.problems)
+            benchmarks = np.repeat(np.arange(len(both)), [len(one.problems) for one, _ in both])
+            change = ResultMatrix(values, both[0][0].seeds, problems, benchmarks)
+            row = {"axis": axis, "from": low, "to": high, "metric": metric, "pairs": len(both)}
+            rows.append(row | tested(change))
+    return _corrected(rows)
+
+
+def _corrected(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    for row, p in zip(rows, holm([row["p"] for row in rows]), strict=True):
+        row["p"] = p
+    return rows
+
+
+def _finished(outcomes: pa.Table) -> list[Field]:
+    names = set(outcomes["benchmark"].unique().to_pylist())
+    return [field for field in fields() if field.name in names]
+
+
+def drawn(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The map: a panel per metric and number of styles; differences in bold are distinguishable from zero."""
+    most = max(abs(row["difference"]) for row in rows)
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(WIDTH, 7.2), layout="constrained")
+        panels = figure.subplots(len(METRICS), len(NUMBERS), sharex=True, sharey=True, squeeze=False)
+        for (line, metric), (column, styles) in product(enumerate(METRICS), enumerate(NUMBERS)):
+            axes = panels[line, column]
+            here = [row for row in rows if (row["metric"], row["styles"]) == (metric, styles)]
+            grid = np.full((len(STEPS), len(TERMS)), np.nan)
+            for row in here:
+                place = STEPS.index(row["steps"]), TERMS.index(row["terms"])
+                grid[place] = row["difference"]
+                mean, low, high, base = (100 * row[key] for key in ("difference", "ci_low", "ci_high", BASE))
+                text = f"{mean:+.1f}\n[{low:.1f}, {high:.1f}]\nbase {base:.0f}"
+                weight = "bold" if row["p"] < SIGNIFICANT else "normal"
+                words = text.replace("-", "−")
+                axes.text(*place[::-1], words, ha="center", va="center", fontsize=8.5, fontweight=weight, color="black")
+            axes.imshow(grid, cmap="PuOr_r", vmin=-1.6 * most, vmax=1.6 * most, aspect="auto", origin="lower")
+            axes.set(title=f"{METRICS[metric]}, demonstrations in {styles} style{'s' * (styles > 1)}")
+            axes.set_xticks(range(len(TERMS)), [f"{terms} terms" for terms in TERMS])
+            axes.set_yticks(range(len(STEPS)), [f"base: {steps} steps" for steps in STEPS])
+        return to_svg(figure).svg
+
+
+def collected(runs: Path, done: Sequence[Field]) -> tuple[pa.Table, dict[str, Any]]:
+    """The outcomes of finished fields in one table, and avg@4 on validation by field, algorithm and learning rate."""
+    tables, rates = [], {}
+    for field in done:
+        tables.append(read_run(runs / field.name).outcomes.select(COLUMNS))
+        results = json.loads((runs / field.name / "results.json").read_text(encoding="utf-8"))
+        rates[field.name] = results["learning_rates"]
+    return pa.concat_tables(tables), rates
+
+
+def main() -> None:
+    """Run the fields that have no results yet, and write the map of all finished ones."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--bases", type=Path, required=True, help="where the recipe wrote its models")
+    parser.add_argument("--runs", type=Path, required=True, help="the folder of the fields' comparisons")
+    parser.add_argument("--out", type=Path, required=True, help="the folder of the map")
+    parser.add_argument("--fields", type=int, help="how many fields, the corners first (all)")
+    parser.add_argument("--workers", type=int, help="how many cells run at a time (the number of cores)")
+    given = parser.parse_args()
+    done: list[Field] = []
+    for field in fields()[: given.fields]:
+        rlzoo.compare(field.experiment(given.bases), given.runs / field.name, given.workers)
+        done.append(field)
+        outcomes, rates = collected(given.runs, done)
+        rows = differences(outcomes)
+        found = {"differences": rows, "effects": effects(outcomes), "validation": rates}
+        write_atomically(given.out / "map.json", json.dumps(found, indent=1) + "\n")
+        write_atomically(given.out / "map.svg", standalone(drawn(rows)))
+        with replacing(given.out / "outcomes.parquet") as beside:
+            pq.write_table(outcomes, beside, compression="zstd")
+
+
+if __name__ == "__main__":
+    main()

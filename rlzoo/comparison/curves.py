@@ -1,0 +1,41 @@
+"""Learning curves while a cell trains: what a point records, and when a curve is flat."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from rlzoo.training import Costs
+
+
+def costs_at(costs: Costs) -> dict[str, Any]:
+    """The costs that a point of a learning curve records: tokens, FLOPs, and seconds."""
+    found: dict[str, Any] = {name: getattr(costs, name) for name in ("gradient_tokens", "sampled_tokens", "flops")}
+    return {**found, "seconds": costs.wall_seconds}
+
+
+def result_at(metrics: dict[str, Any], outcomes: Sequence[dict[str, Any]], samples: int) -> dict[str, Any]:
+    """The result of an evaluation as a point records it: avg@k, and each problem's fraction of correct samples.
+
+    ``outcomes`` are those of `Evaluation`: ``samples`` per problem, the problems one after the other.
+    """
+    correct = [float(row["correct"]) for row in outcomes]
+    by_problem = [sum(correct[i : i + samples]) / samples for i in range(0, len(correct), samples)]
+    return {"avg_at_k": metrics["avg_at_k"], "by_problem": by_problem}
+
+
+def is_flat(curve: Sequence[Sequence[float]], patience: int) -> bool:
+    """Whether each of the last ``patience`` points fails to exceed the best before it by more than its standard error.
+
+    A point of ``curve`` is the result of each problem, in [0, 1]. It becomes the best if the mean of its differences d
+    from the best so far exceeds s(d)/√n, the standard error of that mean over n problems.
+    """
+    best, since = np.asarray(curve[0]), 0
+    for point in map(np.asarray, curve[1:]):
+        gain = point - best
+        error = gain.std(ddof=1) / math.sqrt(len(gain)) if len(gain) > 1 else 0.0
+        best, since = (point, 0) if gain.mean() > error else (best, since + 1)
+    return since >= patience
