@@ -20,15 +20,18 @@ Found = Mapping[str, Any]
 NONE = "–"
 
 
-def write_report(directory: Path) -> None:
-    """Write report.md, report.html and figures/ from a folder's variance.json. Raises UserError if there is none."""
+def write_report(directory: Path, out: Path | None = None) -> None:
+    """Write report.md, report.html and figures/ from a folder's variance.json, into it or ``out``.
+
+    Raises UserError if there is none.
+    """
     file = directory / "variance.json"
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
         blocks = list(contents(found))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{str(file)!r} was not written by rlzoo variance ({error}): run it again") from error
-    write_document(directory, f"{found['experiment']}: variance · rlzoo", blocks)
+    write_document(out or directory, f"{found['experiment']}: variance · rlzoo", blocks)
 
 
 def number(value: float | None, digits: int = 3) -> str:

@@ -13,7 +13,7 @@ from rlzoo.comparison.report.schema import CellResult, FinishedRun, Results
 from rlzoo.comparison.report.tables import NONE, percent, points
 from rlzoo.config import BASE
 from rlzoo.document import Block, Entry, Figure, Heading, Paragraph, Table
-from rlzoo.document.drawing import STYLE, axes_row, short, to_svg
+from rlzoo.document.drawing import STYLE, Drawing, axes_row, short, to_svg
 
 CLIPPED, LOST = "clipped", "signal_clipped/signal"
 SHOWN = {

@@ -78,6 +78,29 @@ def differences(rows: Sequence[Mapping[str, Any]], results: Results, benchmark: 
         return to_svg(figure)
 
 
+def results_of_runs(runs: Mapping[str, Results], benchmark: str) -> Drawing:
+    """Results with 95 % intervals of each algorithm in each run, one panel per metric and one marker per run."""
+    names = list(dict.fromkeys(name for results in runs.values() for name in (BASE, *results.algorithms)))
+    step = 0.72 / len(runs)
+    with mpl.rc_context(STYLE):
+        figure, panels = axes_row(len(METRICS), 1.1 + 0.16 * len(names) * (1 + len(runs)), sharey=True)
+        for axes, metric in zip(panels, METRICS, strict=True):
+            for turn, (run, results) in enumerate(runs.items()):
+                colour, marker = PALETTE[turn % len(PALETTE)], MARKERS[turn % len(MARKERS)]
+                for place, name in enumerate(names):
+                    row, y = results.row(name, benchmark, metric), place + step * (turn - (len(runs) - 1) / 2)
+                    if row is not None:
+                        if np.isfinite(row.ci_low):
+                            _whisker(axes, y, row.ci_low, row.ci_high, colour)
+                        axes.plot(100 * row.mean, y, marker, color=colour)
+                axes.plot([], [], marker, color=colour, label=short(run))
+            axes.set(title={"avg_at_k": "avg@k", "pass_at_k": "pass@k"}.get(metric, metric), xlabel="correct, %")
+            _name_rows(axes, names)
+        handles, labels = panels[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside upper center", ncols=min(len(labels), 6))
+        return to_svg(figure)
+
+
 Curve = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 """Steps or costs, and the mean, lowest and highest value over seeds at each."""
 AXES = {"step": "optimizer step", "gradient_tokens": "gradient tokens", "flops": "FLOPs"}
@@ -184,7 +207,7 @@ def histograms_after(results: Results) -> dict[str, np.ndarray]:
     return {name: np.mean(counts, axis=0) for name, counts in found.items()}
 
 
-def _whisker(axes: Any, place: int, low: float, high: float, colour: str) -> None:
+def _whisker(axes: Any, place: float, low: float, high: float, colour: str) -> None:
     axes.errorbar(
         [50 * (low + high)],
         [place],
