@@ -99,6 +99,7 @@ ELSEWHERE = {
     "Algorithm.online_counterpart": "test_report_training.py::test_rows_with_an_online_counterpart_say_where_it_is",
     "Algorithm.training": "test_config.py::test_a_row_has_its_own_training",
     "Experiment.model": "test_compare.py::test_a_trained_folder_is_a_base_like_any_other",
+    "Algorithm.stages": f"{STAGES}::test_each_stage_starts_from_the_one_before",
     "Experiment.warm_up": f"{STAGES}::test_every_cell_starts_from_the_models_warm_up",
     **dict.fromkeys(
         [f"WarmUp.{name}" for name in ("objective", "options", "train", "training", "seed")],
@@ -473,7 +474,6 @@ def test_steps_and_epochs_exclude_each_other_and_the_later_counts() -> None:
     assert (one.training.epochs, one.training_of("dft").epochs) == (1, 1)
     assert (one.training_of("sft").epochs, one.training_of("sft").steps) == (None, 3)
     assert load_experiment("facts", one.model_dump(mode="json")) == one, "it survives being written to a file"
-    assert one.with_steps("dft", 7).training_of("dft").steps == 7 and one.with_steps("sft", 7) is one
     for arguments in (("--steps", "5"), ("--set", "training.steps=5")):
         found = experiment_of("compare", "paper/lora", *arguments)
         assert (found.training.steps, found.training.epochs) == (5, None)
@@ -688,7 +688,9 @@ def _needed(command: str) -> list[str]:
     return ["--out", "x"] if command == "rollout" else []
 
 
-TESTS = {"benchmarks.facts.limit": 7, "benchmarks.unseen-facts.limit": 7, "validation.limit": 7}
+TESTS = dict.fromkeys(
+    ("benchmarks.facts.limit", "benchmarks.unseen-facts.limit", "retention.chain-sums.limit", "validation.limit"), 7
+)
 TRAINING = {"train.limit": 7, "rollouts.prompts": 7}
 CHANGES: dict[tuple[str, ...], dict[str, Any]] = {
     ("--model", "other"): {"model": "other"},

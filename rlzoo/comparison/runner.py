@@ -201,8 +201,7 @@ def _run(
         return processes.submit(cell.id, one_cell.run_cell, experiment, cell, shared, place, state, divisor)
 
     def test(cell: Cell, divisor: int) -> Future[Any]:
-        of_cell = experiment.with_steps(cell.algorithm, len(trained[cell.id]["training"]))
-        return processes.submit(cell.id, one_cell.evaluate_cell, of_cell, cell, state, divisor)
+        return processes.submit(cell.id, one_cell.evaluate_cell, experiment, cell, state, divisor)
 
     trained, failed = _gather(processes, grid, train, console, lambda found: _forget_lost(experiment, found, state))
     chosen, rates = chosen_cells(experiment, trained)
