@@ -242,6 +242,11 @@ def test_the_command_line_runs_a_twin(command: str, monkeypatch: pytest.MonkeyPa
 # Dry runs
 
 
+@pytest.fixture(autouse=True)
+def wide_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+
+
 @pytest.mark.parametrize("name", sorted(list_experiments()))
 def test_every_experiment_resolves_without_weights_or_a_connection(
     name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
@@ -250,7 +255,6 @@ def test_every_experiment_resolves_without_weights_or_a_connection(
         raise AssertionError("a dry run loads no weights")
 
     monkeypatch.setattr("rlzoo.policy.loading._weights", refused)
-    monkeypatch.setenv("COLUMNS", "200")
     experiment = load_experiment(name)
     if any(not Path(one.source).exists() for one in [experiment.train] if one.source.endswith(".jsonl")):
         pytest.skip("its data is made by a script")
@@ -289,6 +293,13 @@ def test_a_dry_run_names_what_is_wrong(change: str, told: str, capsys: pytest.Ca
     assert main(["compare", "paper/qwen2.5-math-1.5b", "--dry-run", "--set", change]) == 2
     said = capsys.readouterr().err.strip()
     assert told in said and "\n" not in said
+
+
+def test_a_dry_run_shows_the_stages_of_a_row(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = "algorithms={sft: {}, grpo: {mode: online}, both: {stages: [sft, grpo]}}"
+    assert main(["compare", "arithmetic", "--dry-run", "--set", rows]) == 0
+    (row,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith(" both ") and "→" in line)
+    assert "sft → grpo" in row and "demonstrations → groups" in row
 
 
 def test_a_dry_run_renders_prompts_that_are_here(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
