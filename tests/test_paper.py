@@ -16,6 +16,7 @@ from rlzoo.cli import main
 from rlzoo.comparison import runner
 from rlzoo.comparison.report.reported import MEAN, reported
 from rlzoo.comparison.report.schema import read_run
+from rlzoo.comparison.report.tables import seconds
 from rlzoo.config import (
     BASE,
     Benchmark,
@@ -329,3 +330,37 @@ def test_a_plan_without_a_connection_says_what_it_assumes(capsys: pytest.Capture
     assert "not on this machine, and so not checked: the data set AI-MO/NuminaMath-CoT" in told
     assert main(["plan", "paper/qwen2.5-math-1.5b"]) == 2
     assert "--gpu NAME estimates the time without" in capsys.readouterr().err
+
+
+# The documentation
+
+DOCS = Path(__file__).parents[1] / "docs"
+
+
+def test_the_documented_suites_are_those_that_there_are() -> None:
+    text = (DOCS / "data.md").read_text(encoding="utf-8")
+    table = text.partition("| suite |")[2].partition("\n\n")[0].splitlines()[2:]
+    assert table == [
+        f"| `{name}` | {one.problems:,} | `{one.settings['source']}`, {one.settings['split']} | {one.licence} |"
+        for name, one in list_suites().items()
+    ]
+
+
+@pytest.mark.parametrize("name", ["paper/qwen2.5-math-1.5b", "paper/offline-rl"])
+def test_the_documented_costs_are_those_of_the_plan(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    command = f"rlzoo plan {name} --gpu h100 --seeds 0"
+    assert main([*command.split()[1:], "--json"]) == 0
+    took = seconds(json.loads(capsys.readouterr().out)["seconds"])
+    text = " ".join((DOCS / "paper.md").read_text(encoding="utf-8").split())
+    assert text.partition(f"`{command}`")[2].removeprefix(" estimates").strip().startswith(took), took
+
+
+def test_the_documented_experiment_extends_another(tmp_path: Path) -> None:
+    blocks = (DOCS / "paper.md").read_text(encoding="utf-8").split("```yaml\n")[1:]
+    (tmp_path / "mine.yaml").write_text(blocks[1].partition("```")[0] + blocks[0].partition("```")[0])
+    mine, plain = load_experiment(str(tmp_path / "mine.yaml")), load_experiment("paper/qwen2.5-math-1.5b")
+    assert (mine.name, mine.model, mine.training.learning_rate) == ("mine", plain.model, 2.5e-5)
+    assert list(mine.algorithms) == ["sft", "dft"] and mine.training.epochs == 1
+    assert mine.reported is not None and mine.reported.results == {"base": {"mean": 15.92}, "sft": {"mean": 16.87}}
+    twin = load_experiment(str(tmp_path / "mine.yaml"), twin=True)
+    assert (twin.model, twin.training.learning_rate, twin.training.batch_size) == ("embedded", 1e-4, 64)
