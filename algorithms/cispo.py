@@ -18,7 +18,7 @@ import torch
 from rlzoo.advantages import group_normalised
 from rlzoo.inputs import Behaviour, Input
 from rlzoo.objective import Objective, register
-from rlzoo.ratios import token_ratio
+from rlzoo.ratios import ratio_metrics, token_ratio
 from rlzoo.types import Coefficients, Selection, TokenBatch
 
 
@@ -47,4 +47,5 @@ class CISPO(Objective):
         advantage, behaviour = self.needed(batch, "advantage", "behaviour_logp")
         ratio = token_ratio(batch.logp, behaviour, batch.mask)
         weight = ratio.clamp(self.ratio_min, self.ratio_max)
-        return Coefficients(weight * advantage, metrics={"ratio": ratio, "clipped": (weight != ratio).to(ratio.dtype)})
+        values = weight * advantage
+        return Coefficients(values, metrics=ratio_metrics(batch.logp, ratio, advantage, values, weight != ratio))

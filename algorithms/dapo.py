@@ -21,7 +21,7 @@ import torch
 from rlzoo.advantages import group_normalised, group_varies
 from rlzoo.inputs import Behaviour, Input
 from rlzoo.objective import Objective, register
-from rlzoo.ratios import check_upper_bound, clipped_gradient, token_ratio
+from rlzoo.ratios import check_upper_bound, clipped_gradient, ratio_metrics, token_ratio
 from rlzoo.types import Coefficients, Selection, TokenBatch
 
 
@@ -63,4 +63,4 @@ class DAPO(Objective):
         advantage, behaviour = self.needed(batch, "advantage", "behaviour_logp")
         ratio = token_ratio(batch.logp, behaviour, batch.mask)
         values, loss, clipped = clipped_gradient(ratio, advantage, self.clip_low, self.clip_high, self.delta)
-        return Coefficients(values, loss=loss, metrics={"ratio": ratio, "clipped": clipped.to(ratio.dtype)})
+        return Coefficients(values, loss=loss, metrics=ratio_metrics(batch.logp, ratio, advantage, values, clipped))

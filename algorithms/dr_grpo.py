@@ -19,7 +19,7 @@ from rlzoo.advantages import group_centred
 from rlzoo.errors import UserError
 from rlzoo.inputs import Behaviour, Input
 from rlzoo.objective import Normaliser, Objective, register
-from rlzoo.ratios import check_upper_bound, clipped_gradient, token_ratio
+from rlzoo.ratios import check_upper_bound, clipped_gradient, ratio_metrics, token_ratio
 from rlzoo.types import Coefficients, Selection, TokenBatch
 
 
@@ -55,5 +55,5 @@ class DrGRPO(Objective):
         advantage, behaviour = self.needed(batch, "advantage", "behaviour_logp")
         ratio = token_ratio(batch.logp, behaviour, batch.mask)
         values, loss, clipped = clipped_gradient(ratio, advantage, self.clip, self.clip, self.delta)
-        metrics = {"ratio": ratio, "clipped": clipped.to(ratio.dtype)}
+        metrics = ratio_metrics(batch.logp, ratio, advantage, values, clipped)
         return Coefficients(values / self.max_length, loss=loss / self.max_length, metrics=metrics)

@@ -23,7 +23,7 @@ import torch
 from rlzoo.advantages import group_normalised
 from rlzoo.inputs import Behaviour, Input, Reference
 from rlzoo.objective import Normaliser, Objective, register
-from rlzoo.ratios import check_upper_bound, clipped_gradient, k3, token_ratio
+from rlzoo.ratios import check_upper_bound, clipped_gradient, k3, ratio_metrics, token_ratio
 from rlzoo.types import Coefficients, Selection, TokenBatch
 
 
@@ -58,7 +58,7 @@ class GRPO(Objective):
         advantage, behaviour = self.needed(batch, "advantage", "behaviour_logp")
         ratio = token_ratio(batch.logp, behaviour, batch.mask)
         values, loss, clipped = clipped_gradient(ratio, advantage, self.clip, self.clip, self.delta)
-        metrics = {"ratio": ratio, "clipped": clipped.to(ratio.dtype)}
+        metrics = ratio_metrics(batch.logp, ratio, advantage, values, clipped)
         if self.kl_coefficient:
             (reference,) = self.needed(batch, "reference_logp")
             kl, pull = k3(batch.logp, reference, batch.mask)

@@ -25,7 +25,7 @@ from torch import Tensor
 from rlzoo.advantages import generalised_advantage, last_token, whiten
 from rlzoo.inputs import Behaviour, Critic, Input, Reference, Snapshot, Truncated
 from rlzoo.objective import Objective, register
-from rlzoo.ratios import check_upper_bound, clipped_gradient, token_ratio
+from rlzoo.ratios import check_upper_bound, clipped_gradient, ratio_metrics, token_ratio
 from rlzoo.types import Coefficients, Selection, TokenBatch
 
 
@@ -82,7 +82,7 @@ class PPO(Objective):
         advantage, behaviour = self.needed(batch, "advantage", "behaviour_logp")
         ratio = token_ratio(batch.logp, behaviour, batch.mask)
         values, loss, clipped = clipped_gradient(ratio, advantage, self.clip, self.clip, self.dual_clip)
-        return Coefficients(values, loss=loss, metrics={"ratio": ratio, "clipped": clipped.to(ratio.dtype)})
+        return Coefficients(values, loss=loss, metrics=ratio_metrics(batch.logp, ratio, advantage, values, clipped))
 
     def auxiliary(self, batch: TokenBatch) -> Mapping[str, Tensor]:
         value = batch.get("value")

@@ -16,7 +16,7 @@ import torch
 
 from rlzoo.inputs import Input, Snapshot
 from rlzoo.objective import Objective, register
-from rlzoo.ratios import token_ratio
+from rlzoo.ratios import ratio_metrics, token_ratio
 from rlzoo.types import Coefficients, TokenBatch
 
 
@@ -38,8 +38,9 @@ class PSFT(Objective):
         (snapshot,) = self.needed(batch, "snapshot_logp")
         ratio = token_ratio(batch.logp, snapshot, batch.mask)
         clipped = ratio > 1 + self.clip
+        values = torch.where(clipped, 0, ratio)
         return Coefficients(
-            torch.where(clipped, 0, ratio),
+            values,
             loss=-ratio.clamp(max=1 + self.clip),
-            metrics={"ratio": ratio, "clipped": clipped.to(ratio.dtype)},
+            metrics=ratio_metrics(batch.logp, ratio, torch.ones_like(ratio), values, clipped),
         )

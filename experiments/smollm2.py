@@ -12,12 +12,21 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rlzoo.evaluation.styles import style_metrics
+
 STYLES = ("lines", "words", "rewriting")
+FORMS = {
+    "lines": r"-?\d+ [+-] \d+ = -?\d+(\n-?\d+ [+-] \d+ = -?\d+)*",
+    "words": r"Start with \d+\.( (Add|Take away) \d+: -?\d+\.)+",
+    "rewriting": r"(= -?\d+( [+-] \d+)*( |$))+",
+}
+"""The form of a derivation in each of `STYLES`, without its answer."""
 CHAINS = {  # split: (number of problems, numbers in each); no problem is in two splits
     "test": (200, 3),
     "longer": (200, 4),
@@ -80,6 +89,16 @@ class Chain:
         else:
             worked = "= " + " = ".join(f"{after}{self.rest(done)}" for done, after in enumerate(self.results, 1))
         return f"{worked}\n#### {self.results[-1]}"
+
+
+def style_of(text: str) -> str | None:
+    """The style of a derivation, right or wrong, by its form; None if it has none of `STYLES` throughout."""
+    worked = text.partition("####")[0].strip()
+    return next((style for style, form in FORMS.items() if re.fullmatch(form, worked)), None)
+
+
+STYLE_METRICS = style_metrics(style_of, STYLES)
+"""The share and the accuracy of each style, for ``evaluation.metrics: ["rlzoo.experiments.smollm2:STYLE_METRICS"]``."""
 
 
 def draw(rng: random.Random, numbers: int) -> Chain:

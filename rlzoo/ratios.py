@@ -76,6 +76,29 @@ def clipped_gradient(
     return Clipped(torch.where(clipped, 0, ratio * advantage), -gain, clipped)
 
 
+def ratio_metrics(
+    logp: Float[Tensor, "B T"],
+    ratio: Float[Tensor, "B T"],
+    advantage: Float[Tensor, "B T"],
+    values: Float[Tensor, "B T"],
+    clipped: Bool[Tensor, "B T"],
+) -> dict[str, Tensor]:
+    """What an objective with ratios reports per token, given its coefficients ``values`` without a KL term.
+
+    ``ratio``, ρ; ``ratio_deviation``, |ρ - 1|; ``clipped``, 0 or 1; ``signal``, |ρA| (1 - π), the size of the gradient
+    of ρA with respect to the token's logit; and ``signal_clipped``, |ρA - c| (1 - π), what clipping takes from it.
+    """
+    _same_shape(logp, ratio, advantage, values, clipped)
+    slope = -logp.expm1()
+    return {
+        "ratio": ratio,
+        "ratio_deviation": (ratio - 1).abs(),
+        "clipped": clipped.to(ratio.dtype),
+        "signal": (ratio * advantage).abs() * slope,
+        "signal_clipped": (ratio * advantage - values).abs() * slope,
+    }
+
+
 def k3(
     logp: Float[Tensor, "B T"], reference: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]
 ) -> tuple[Float[Tensor, "B T"], Float[Tensor, "B T"]]:

@@ -27,6 +27,7 @@ SMALL = {
     "rollouts.samples": 4,
     "validation.limit": 3,
     "benchmarks": {"facts": {"source": "world:facts/test", "limit": 4}},
+    "retention": {},
     "evaluation": {"samples": 3, "k": 2, "max_new_tokens": 8, "curve_points": 1, "curve_problems": 2},
     "training": {"steps": 2, "batch_size": 8},
     "seeds": [0],

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from comparisons import inline_pool, small
+from comparisons import small
 from rich.console import Console
 
 from rlzoo import cli
@@ -137,13 +137,8 @@ def test_parts_of_training_are_parts_of_the_budget() -> None:
     assert completed(1, 60, 10, 50) == [3]
 
 
-@pytest.fixture
-def inline(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runner, "pool", inline_pool)
-
-
 @pytest.mark.slow
-@pytest.mark.usefixtures("inline")
+@pytest.mark.usefixtures("undrawn")
 def test_a_comparison_at_equal_cost(tmp_path: Path) -> None:
     """Samples of the shared buffer count, the curve has points at fractions of the budget, and the plan agrees."""
     training = {"steps": 500, "batch_size": 8, "budget": {"tokens": 1500}}
@@ -189,7 +184,7 @@ def test_a_curve_is_flat_if_it_does_not_rise_by_more_than_its_error() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("inline")
+@pytest.mark.usefixtures("undrawn")
 def test_a_cell_ends_when_its_validation_curve_is_flat(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     evaluation = {"samples": 2, "k": 1, "max_new_tokens": 4, "curve_points": 8, "curve_problems": 3, "until_flat": 2}
     rows: dict[str, Any] = {"sft": {}, "dft": {}}
@@ -235,3 +230,16 @@ def test_the_command_shows_how_much_is_spent(
     assert lines[1].startswith("step 2/100, 100 % of the budget  loss " if budget else "step 2/2  loss ")
     found = json.loads((tmp_path / "out" / "training.json").read_text())
     assert found["ended"] == ("budget" if budget else "steps") and len(found["steps"]) == 2
+
+
+def test_a_plan_says_where_a_budget_is_not_spent(capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["plan", "facts", "--gpu", "h100", "--limit", "4", "--algorithms", "sft,dft", "--steps", "40"]
+    dear, cheap = ("training.budget.gradient_tokens=1e9", "algorithms.sft.training.budget.gradient_tokens=600")
+    assert cli.main([*command, "--set", dear, "--set", cheap]) == 0
+    told = " ".join(capsys.readouterr().out.split())
+    assert "training.steps ends dft before the budget is spent: raise it" in told
+    assert "until_flat" not in told
+    flat = ["--set", "evaluation.until_flat=2", "--set", "evaluation.curve_points=8"]
+    assert cli.main([*command, *flat]) == 0
+    told = " ".join(capsys.readouterr().out.split())
+    assert "Cells end earlier if their validation curve is flat" in told and "raise it" not in told

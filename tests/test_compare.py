@@ -45,12 +45,16 @@ def quietly(experiment: Experiment, out: Path, workers: int = 1) -> dict[str, An
 
 def numbers(results: dict[str, Any]) -> dict[str, Any]:
     """What two runs of one experiment must agree in: all but when, how long and in how much memory."""
-    cells = []
-    for cell in results["cells"]:
-        costs = {name: value for name, value in cell["costs"].items() if name not in TIMES}
-        cells.append({**cell, "costs": costs})
-    same = {key: value for key, value in results.items() if key not in ("created", "wall_seconds")}
-    return {**same, "cells": cells}
+    found: dict[str, Any] = untimed(results)
+    found.pop("created", None)
+    return found
+
+
+def untimed(part: Any) -> Any:
+    """Plain data without times and peaks of memory."""
+    if isinstance(part, dict):
+        return {name: untimed(value) for name, value in part.items() if name not in (*TIMES, "seconds")}
+    return [untimed(one) for one in part] if isinstance(part, list) else part
 
 
 def outcomes(out: Path) -> pa.Table:

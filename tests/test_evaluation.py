@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +31,12 @@ from rlzoo.evaluation import (
     pass_at_k,
     register_metric,
 )
+from rlzoo.evaluation.styles import style_metrics
+from rlzoo.experiments import smollm2
 from rlzoo.policy import Policy, log_probs
 from rlzoo.reward import Reward, get_reward
 from rlzoo.rollout import Sample, Sampler
+from rlzoo.worlds import arithmetic
 
 PROBLEMS = [Problem(f"p{i}", f"{i}=?\n", {"answer": str(i)}) for i in range(3)]
 SAMPLED = [["0", "0", "1", "0"], ["1", "0", "2", "3"], ["0", "1", "", "3"]]
@@ -314,6 +319,46 @@ def test_names_of_metrics(tmp_path: Path) -> None:
         Metric("mine", lambda problem: 1.0, needs=("anser",))
     with pytest.raises(UserError, match="metric 'greedy' is registered twice"):
         register_metric(Metric("greedy", lambda problem: 1.0))
+
+
+def test_the_share_and_the_accuracy_of_each_style(policy: Policy) -> None:
+    """Five samples are "0", three of them right; six are "1", "2" or "3", one of them right; one has no text."""
+    kinds = {"0": "none", "1": "few", "2": "few", "3": "few"}
+    table = style_metrics(kinds.get, ["none", "few", "many"])
+    found = evaluate(policy, PROBLEMS, match, settings(), sampler=FakeSampler(), metrics=[table]).metrics
+    shares = {"share/none": 5 / 12, "share/few": 6 / 12, "share/many": 0, "share/other": 1 / 12}
+    accuracies = {"accuracy/none": 3 / 5, "accuracy/few": 1 / 6, "accuracy/other": 0}
+    assert found == pytest.approx(shares | accuracies | {"k": 2, "samples": 4})
+
+
+def chain_sum(rng: random.Random, style: str) -> str:
+    return arithmetic.solve(arithmetic.draw(rng, rng.randint(2, 4), 99), style, rng, slip_rate=0.3)
+
+
+def chain(rng: random.Random, style: str) -> str:
+    return smollm2.draw(rng, rng.randint(2, 4)).solution(style)
+
+
+@pytest.mark.parametrize(
+    ("style_of", "solve", "styles", "metrics"),
+    [
+        (arithmetic.style_of, chain_sum, arithmetic.STYLES, "rlzoo.evaluation.styles:CHAIN_SUMS"),
+        (smollm2.style_of, chain, smollm2.STYLES, "rlzoo.experiments.smollm2:STYLE_METRICS"),
+    ],
+)
+def test_the_style_of_a_derivation_is_told_by_its_form(
+    style_of: Any, solve: Callable[[random.Random, str], str], styles: Sequence[str], metrics: str
+) -> None:
+    """Whether it is right or wrong; half of one style and half of another is none."""
+    rng = random.Random(0)
+    for style in styles:
+        texts = [solve(rng, style) for _ in range(50)]
+        assert {style_of(text) for text in texts} == {style}
+        assert {style_of(text.partition("####")[0].rstrip()) for text in texts} == {style}, "cut before the answer"
+    mixed = [solve(rng, a).partition("\n#")[0] + solve(rng, b) for a, b in permutations(styles, 2)]
+    assert {style_of(text) for text in ("", "#### 3", "3", "words 3", *mixed)} == {None}
+    names = {metric.name for metric in metric_table(settings(metrics=[metrics]))}
+    assert names >= {f"{kind}/{style}" for kind in ("share", "accuracy") for style in (*styles, "other")}
 
 
 def test_the_mean_over_benchmarks_counts_each_the_same() -> None:

@@ -26,22 +26,24 @@ def evaluate(
 ) -> int:
     """Evaluate a policy on an experiment's benchmarks: avg@k, greedy and pass@k.
 
+    The policy is the experiment's base model, after its warm-up if it has one, or the --model that is given, as it is.
+
     Examples:
       rlzoo evaluate arithmetic --model runs/rft --samples 16 --k 1,4,16
       rlzoo evaluate smollm2-gsm8k --test-data test.jsonl --limit 200 --json
     """
-    from rlzoo.cli.settings import experiment_of, prepare
+    from rlzoo.cli.settings import experiment_of_model, prepare
 
     prepare(threads, trust_remote_code)
-    chosen = experiment_of(
-        experiment, sets, model=model, reward=reward, test_data=test_data, limit=limit, samples=samples, k=k
+    chosen = experiment_of_model(
+        experiment, sets, model, reward=reward, test_data=test_data, limit=limit, samples=samples, k=k
     )
     from rlzoo.buffers.bad_rows import BadRows
     from rlzoo.buffers.problems import load_problems
     from rlzoo.comparison.resolve import metrics_of, reward_of
+    from rlzoo.comparison.warm_up import base_policy
     from rlzoo.evaluation import evaluate
     from rlzoo.jobs.pool import silence
-    from rlzoo.policy.loading import load_for
     from rlzoo.rollout import unscored
 
     scored_by = {name: reward_of(chosen, benchmark=name) for name in chosen.benchmarks}
@@ -49,19 +51,19 @@ def evaluate(
     bad = {name: BadRows(source.bad_rows) for name, source in chosen.benchmarks.items()}
     problems = {name: load_problems(source, bad[name]) for name, source in chosen.benchmarks.items()}
     silence()
-    policy = load_for(chosen.model, chosen.training)
-    found = {
-        name: evaluate(
-            policy,
-            some,
-            scored_by[name],
-            chosen.evaluation_on(chosen.benchmarks[name]),
-            seed,
-            bad=bad[name],
-            token_budget=chosen.training.token_budget,
-        )
-        for name, some in problems.items()
-    }
+    with base_policy(chosen) as policy:
+        found = {
+            name: evaluate(
+                policy,
+                some,
+                scored_by[name],
+                chosen.evaluation_on(chosen.benchmarks[name]),
+                seed,
+                bad=bad[name],
+                token_budget=chosen.training.token_budget,
+            )
+            for name, some in problems.items()
+        }
     results = {name: one.metrics for name, one in found.items()}
     for name, one in found.items():
         for line in bad[name].lines():

@@ -33,26 +33,28 @@ def rollout(
 ) -> int:
     """Sample a policy on an experiment's training problems, score the samples, and save them as a buffer.
 
+    The policy is the experiment's base model, after its warm-up if it has one, or the --model that is given, as it is.
+
     Examples:
       rlzoo rollout arithmetic --limit 100 --out runs/buffer
       rlzoo rollout --model runs/rft --rollout-samples 8 --out samples.jsonl
       rlzoo rollout smollm2-gsm8k --set rollouts.engine=vllm --out runs/buffer
     """
-    from rlzoo.cli.settings import experiment_of, prepare
+    from rlzoo.cli.settings import experiment_of_model, prepare
 
     prepare(threads, trust_remote_code)
-    chosen = experiment_of(
-        experiment, sets,
-        model=model, reward=reward, data=data, bad_rows=bad_rows, limit=limit, rollout_samples=rollout_samples,
+    chosen = experiment_of_model(
+        experiment, sets, model,
+        reward=reward, data=data, bad_rows=bad_rows, limit=limit, rollout_samples=rollout_samples,
     )  # fmt: skip
     from rlzoo.buffers import OfflineBuffer
     from rlzoo.buffers.bad_rows import BadRows
     from rlzoo.buffers.problems import encode_problems, load_problems
     from rlzoo.comparison.resolve import reward_of
+    from rlzoo.comparison.warm_up import base_policy
     from rlzoo.jobs.cached_results import CachedResults
     from rlzoo.jobs.pool import silence
     from rlzoo.jobs.runs import run_in
-    from rlzoo.policy.loading import load_for
     from rlzoo.rollout import collect_rollouts, cut_short, mismatch, sampler_of, unscored
 
     bad = BadRows(chosen.train.bad_rows)
@@ -63,14 +65,15 @@ def rollout(
         if run.finished:
             print(f"already finished: {out}")
             return 0
-        policy = load_for(chosen.model, chosen.training)
-        encoded = encode_problems(policy.tokenizer, problems, bad)
         settings = chosen.rollouts
-        sampler, recompute = sampler_of(policy, settings), not settings.wants_sampler_logp
-        rows = collect_rollouts(
-            policy, sampler, encoded, scored_by, settings, seed,
-            token_budget=chosen.training.token_budget, recompute=recompute, cached=CachedResults(run.state), bad=bad,
-        )  # fmt: skip
+        with base_policy(chosen, run.state) as policy:
+            encoded = encode_problems(policy.tokenizer, problems, bad)
+            sampler, recompute = sampler_of(policy, settings), not settings.wants_sampler_logp
+            rows = collect_rollouts(
+                policy, sampler, encoded, scored_by, settings, seed,
+                token_budget=chosen.training.token_budget, recompute=recompute, cached=CachedResults(run.state),
+                bad=bad,
+            )  # fmt: skip
         buffer = OfflineBuffer.from_trajectories(rows)
         events = [*bad.events(), *cut_short(rows, settings.max_new_tokens)]
         known = {"dropped_rows": bad.summary(), "events": events}

@@ -15,7 +15,7 @@ from typing import Any, Union, get_args, get_origin
 import pydantic
 import yaml
 
-from rlzoo.config import Experiment, ProblemSource, TableSource, Training, lay, load_experiment, validated
+from rlzoo.config import WARM_UP, Experiment, ProblemSource, TableSource, Training, lay, load_experiment, validated
 from rlzoo.errors import UserError
 
 TRAINING_LIMITS = ("train.limit", "rollouts.prompts")
@@ -76,6 +76,7 @@ def experiment_of(
     algorithms: str | None = None,
     learning_rates: str | None = None,
     seeds: str | None = None,
+    twin: bool = False,
     **shorthands: str | int | None,
 ) -> Experiment:
     """The experiment of that name or file, changed by the options of a command. Raises UserError naming a wrong one."""
@@ -85,10 +86,17 @@ def experiment_of(
         given["k"] = several if len(several) > 1 else several[0]
     changes = {key: value for option, value in given.items() for key in SHORTHANDS[option]}
     other = changes_of(sets, Experiment)
-    plain = load_experiment(name, {**changes, **other})
+    plain = load_experiment(name, {**changes, **other}, twin)
     tests = _tests(plain, other, test_data, given.get("limit") if test_limit is None else test_limit)
     grid = _grid(plain, other, algorithms, learning_rates, seeds, {"steps", "batch_size"} & set(given))
-    return load_experiment(name, {**changes, **other, **tests, **grid})
+    return load_experiment(name, {**changes, **other, **tests, **grid}, twin)
+
+
+def experiment_of_model(name: str, sets: Sequence[str] | None, model: str | None, **options: Any) -> Experiment:
+    """`experiment_of` for commands that run one model: one that ``--model`` or ``--set`` names is not warmed up."""
+    found = experiment_of(name, sets, model=model, **options)
+    named = model is not None or any(text.partition("=")[0] == "model" for text in sets or ())
+    return found.model_copy(update={"warm_up": None}) if named else found
 
 
 def changes_of(sets: Sequence[str] | None, model: type[pydantic.BaseModel]) -> dict[str, Any]:
@@ -104,7 +112,7 @@ def dotted(key: str, model: type[pydantic.BaseModel]) -> str:
     first = key.partition(".")[0]
     if first in model.model_fields:
         return key
-    names = names_of(model)
+    names = [name for name in names_of(model) if not name.startswith(f"{WARM_UP}.")]  # it would appear unasked
     homes = [name for name in names if name.rpartition(".")[2] == first]
     if len(homes) == 1:
         return homes[0] + key[len(first) :]
@@ -171,6 +179,7 @@ def _grid(
     numbers = None if rates is None else _numbers(rates, float, "--learning-rates")
     for name, row in rows.items():
         lost = {key for key in asked if f"algorithms.{name}.training.{key}" not in other}
+        lost |= {"epochs"} if "steps" in lost else set()
         rows[name] = {**row, "training": {k: v for k, v in row.get("training", {}).items() if k not in lost}}
         if numbers is not None and f"algorithms.{name}.learning_rates" not in other:
             rows[name]["learning_rates"] = numbers

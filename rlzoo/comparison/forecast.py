@@ -18,15 +18,15 @@ import torch
 from torch import Tensor
 
 from rlzoo.buffers.problems import EncodedProblem, demonstrations, encode_problems, load_problems
-from rlzoo.comparison.plan import cells, has_choice, sampling_seeds
+from rlzoo.comparison.plan import cells, sampling_seeds
 from rlzoo.comparison.resolve import learns_from_samples, objective_of, views_of
-from rlzoo.config import Experiment, Training
+from rlzoo.config import WARM_UP, Experiment, Training
 from rlzoo.inputs import Stage
 from rlzoo.objective import Objective
 from rlzoo.policy import Assembler, MicroBatches, Models, Policy
 from rlzoo.policy.defaults import CPU_TOKENS, bytes_of_training, bytes_per_token
 from rlzoo.policy.sequences import Tokens, length
-from rlzoo.training import Costs
+from rlzoo.training import Costs, stored_inputs
 from rlzoo.training.batches import shares
 from rlzoo.training.schedule import check_budget
 from rlzoo.types import Trajectory, Unit, selector_of
@@ -88,6 +88,8 @@ class Forecast:
     """FLOPs of the forward pass of one completion token."""
     parameters: int
     """The model's number of parameters."""
+    warm_up: RowForecast | None = None
+    """The costs of the warm-up, which is trained once."""
 
     @property
     def sampled_tokens(self) -> float:
@@ -98,7 +100,8 @@ class Forecast:
     @property
     def flops(self) -> float:
         """All FLOPs of forward and backward passes, without those of sampling."""
-        return sum(row.cells * row.flops for row in self.rows) + self.shared_flops
+        once = 0.0 if self.warm_up is None else self.warm_up.flops
+        return sum(row.cells * row.flops for row in self.rows) + self.shared_flops + once
 
     def seconds(self, flops_per_second: float, tokens_per_second: float) -> float:
         """The duration in seconds: FLOPs / ``flops_per_second`` + sampled tokens / ``tokens_per_second``."""
@@ -117,23 +120,13 @@ def forecast(experiment: Experiment, model: Policy, sample_tokens: float | None 
     """
     train = load_problems(experiment.train)
     lengths = _lengths(experiment, model, train, sample_tokens)
-    sampled = sum(
-        learns_from_samples(views_of(experiment, name))
-        for name, row in experiment.algorithms.items()
-        if row.mode == "offline"
-    )
+    offline = [name for name, row in experiment.single_rows.items() if row.mode == "offline"]
+    sampled = any(learns_from_samples(views_of(experiment, name)) for name in offline)
     prompts = min(len(train), experiment.rollouts.prompts or len(train)) if sampled else 0
     samples = prompts * experiment.rollouts.samples * len(sampling_seeds(experiment))
     tests = _tests(experiment, lengths)
     shared_flops = samples * lengths.flops(model, lengths.sample)
-    stored = {
-        one
-        for name, row in experiment.algorithms.items()
-        if row.mode == "offline"
-        for component in objective_of(experiment, name).components
-        for one in component.objective.requires
-        if one.stage is Stage.STORED and one.is_computed
-    }
+    stored = stored_inputs(objective_of(experiment, name) for name in offline)
     worked = sum(len(problem.solutions) for problem in train)
     demonstrated = worked * lengths.flops(model, lengths.demonstration)
     shared_flops += len(stored) * (shared_flops + demonstrated * len(sampling_seeds(experiment)))
@@ -141,7 +134,7 @@ def forecast(experiment: Experiment, model: Policy, sample_tokens: float | None 
     for cell in cells(experiment):
         count[cell.algorithm] += 1
     buffer = _Shared(prompts * experiment.rollouts.samples, worked)
-    rows = tuple(_row(experiment, name, model, lengths, count[name], tests, buffer) for name in experiment.algorithms)
+    rows = tuple(_rows(experiment, name, model, lengths, count[name], tests, buffer) for name in experiment.algorithms)
     return Forecast(
         rows,
         lengths,
@@ -150,7 +143,19 @@ def forecast(experiment: Experiment, model: Policy, sample_tokens: float | None 
         shared_flops + tests.text * lengths.flops(model, lengths.sample),
         model.flops(1, 1, modules=False),
         sum(p.numel() for p in model.model.parameters()),
+        _warm_up(experiment, model),
     )
+
+
+def _warm_up(experiment: Experiment, model: Policy) -> RowForecast | None:
+    if (alone := experiment.of_warm_up) is None:
+        return None
+    train = load_problems(alone.train)
+    lengths = _lengths(alone, model, train, None)
+    shared = _Shared(0, sum(len(problem.solutions) for problem in train))
+    row = _row(alone, WARM_UP, model, lengths, 1, _Tests(0.0, 0.0, 0.0), shared)
+    stored = shared.costs(alone, WARM_UP, model, lengths).flops
+    return replace(row, algorithm="warm-up", flops=row.flops + stored)
 
 
 def _lengths(experiment: Experiment, model: Policy, train: Sequence[Any], sample: float | None) -> Lengths:
@@ -203,11 +208,14 @@ class _Shared:
         if learns_from_samples(views_of(experiment, name)):
             costs.sampled_tokens = round(self.samples * lengths.sample)
             costs.flops = 2 * sampled
-        components = objective_of(experiment, name).components
-        stored = {one for c in components for one in c.objective.requires if one.stage is Stage.STORED}
-        shown = self.demonstrations * lengths.flops(model, lengths.demonstration)
-        costs.flops += sum(one.is_computed for one in stored) * (sampled + shown)
+        costs.flops += self.scored(experiment, name, model, lengths)
         return costs
+
+    def scored(self, experiment: Experiment, name: str, model: Policy, lengths: Lengths) -> float:
+        """FLOPs of the stored inputs of a row."""
+        sampled = self.samples * lengths.flops(model, lengths.sample)
+        shown = self.demonstrations * lengths.flops(model, lengths.demonstration)
+        return len(stored_inputs([objective_of(experiment, name)])) * (sampled + shown)
 
 
 def _steps(training: Training, batch: Costs, before: Costs, where: str) -> int:
@@ -223,7 +231,7 @@ def _steps(training: Training, batch: Costs, before: Costs, where: str) -> int:
     return min(training.steps, math.ceil(batches * training.updates_per_batch))
 
 
-def _row(
+def _rows(
     experiment: Experiment,
     name: str,
     model: Policy,
@@ -232,6 +240,33 @@ def _row(
     tests: _Tests,
     shared: _Shared,
 ) -> RowForecast:
+    """`_row` for an algorithm of one stage or several, whose costs are added up."""
+    *earlier, last = experiment.stages_of(name)
+    found = _row(experiment, last, model, lengths, count, tests, shared, len(experiment.learning_rates_of(name)))
+    for stage in earlier:
+        row = _row(experiment, stage, model, lengths, count, _Tests(0.0, tests.along, 0.0), shared)
+        sums = {
+            each: getattr(found, each) + getattr(row, each)
+            for each in ("steps", "gradient_tokens", "sampled_tokens", "evaluated_tokens", "flops")
+        }
+        found = replace(found, **sums, bytes=max(found.bytes, row.bytes))
+    for stage in experiment.stages_of(name)[1:]:
+        if experiment.algorithms[stage].mode == "offline":  # its stored inputs are not those of the shared buffer
+            found = replace(found, flops=found.flops + shared.scored(experiment, stage, model, lengths))
+    return replace(found, algorithm=name)
+
+
+def _row(
+    experiment: Experiment,
+    name: str,
+    model: Policy,
+    lengths: Lengths,
+    count: int,
+    tests: _Tests,
+    shared: _Shared,
+    rates: int = 1,
+) -> RowForecast:
+    """The costs of one stage; ``rates`` is the number of learning rates that are tried."""
     settings, objective = experiment.training_of(name), objective_of(experiment, name)
     online = experiment.algorithms[name].mode == "online"
     policy = _Counted.of(model, settings, objective)
@@ -263,9 +298,9 @@ def _row(
     steps = _steps(settings, one_batch, before, name)
     batches = -(-steps // settings.updates_per_batch)
     whole, along, text = tests
-    if has_choice(experiment, name) and experiment.validation is not None:
+    if rates > 1 and experiment.validation is not None:
         validated = len(load_problems(experiment.validation)) * experiment.evaluation.samples * lengths.sample
-        chosen = 1 / len(experiment.learning_rates_of(name))  # the fraction of cells that are evaluated on benchmarks
+        chosen = 1 / rates  # the fraction of cells that are evaluated on benchmarks
         whole, text = chosen * whole + validated, chosen * text
     return RowForecast(
         name,

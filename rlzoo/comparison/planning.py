@@ -20,7 +20,7 @@ from rlzoo.comparison.report.tables import amount, plain_table, points, seconds
 from rlzoo.comparison.speed import OF_SAMPLING, OF_TRAINING, card_of, measured_speed, speed_of_gpu
 from rlzoo.comparison.statistics import SIGNIFICANT, smallest_difference
 from rlzoo.comparison.studies import list_studies, read_study, study_folder
-from rlzoo.config import BASE, Experiment
+from rlzoo.config import BASE, WARM_UP, Experiment
 from rlzoo.document import Entry, Table
 from rlzoo.errors import UserError
 from rlzoo.jobs.pool import default_workers
@@ -66,6 +66,12 @@ def planned(
         "flops": found.flops,
         "seconds": found.seconds(speed.flops * number, speed.tokens * number),
         "workers": number,
+        "ends_early": experiment.evaluation.until_flat is not None,
+        "unspent": [
+            row.algorithm
+            for row in found.rows
+            if (training := experiment.training_of(row.algorithm)).budget is not None and row.steps == training.steps
+        ],
         "speed": {"flops_per_second": speed.flops, "tokens_per_second": speed.tokens, "gpu": gpu},
         "gpu_bytes": None if gpu is None else card_of(gpu).bytes,
         "pilot": None if pilot is None else str(pilot),
@@ -74,11 +80,12 @@ def planned(
 
 
 def _committed(experiment: Experiment) -> Path | None:
-    """The included study of this experiment, if there is one with the same model."""
+    """The included study of this experiment, if there is one with the same base model."""
     if experiment.name not in list_studies():
         return None
-    config = read_study(experiment.name).results.config
-    return study_folder(experiment.name) if config["model"] == experiment.model else None
+    config, asked = read_study(experiment.name).results.config, experiment.model_dump(mode="json")
+    same = all(config.get(setting) == asked[setting] for setting in ("model", WARM_UP))
+    return study_folder(experiment.name) if same else None
 
 
 def _outcomes_of(pilot: Path) -> pa.Table:
@@ -137,7 +144,7 @@ def tables_of(found: Mapping[str, Any]) -> tuple[list[rich.table.Table], list[st
                 Entry(amount(row["flops"])),
                 Entry(amount(row["bytes"], "B")),
             ]
-            for row in found["rows"]
+            for row in [*([found["warm_up"]] if found["warm_up"] else []), *found["rows"]]
         ],
     )
     tables = [plain_table(costs, "costs per cell, including its evaluation")]
@@ -157,10 +164,11 @@ def tables_of(found: Mapping[str, Any]) -> tuple[list[rich.table.Table], list[st
 
 def _lines(found: Mapping[str, Any]) -> list[str]:
     lengths, speed = found["lengths"], found["speed"]
+    shared = f"including {'the warm-up, ' if found['warm_up'] else ''}the shared buffer and the base model"
     length = f"mean length: {lengths['prompt']:.0f} tokens per prompt, {lengths['sample']:.0f} per sample"
     lines = [
         f"{found['cells']} cells; {amount(found['sampled_tokens'])} sampled tokens and {amount(found['flops'])} FLOPs "
-        f"in total, including the shared buffer and the base model; {amount(found['parameters'])} parameters",
+        f"in total, {shared}; {amount(found['parameters'])} parameters",
         length + (f" (assumed: {lengths['assumed']})" if lengths["assumed"] else " (measured)"),
     ]
     rates = (
@@ -181,6 +189,10 @@ def _lines(found: Mapping[str, Any]) -> list[str]:
                 f"memory: {amount(most, 'B')} do not fit into the {amount(found['gpu_bytes'], 'B')} of {speed['gpu']}: "
                 "use adapters (training.lora), gradient_checkpointing, or several GPUs"
             )
+    if found["ends_early"]:
+        lines.append("Cells end earlier if their validation curve is flat (evaluation.until_flat): this is the most.")
+    if rows := found["unspent"]:
+        lines.append(f"training.steps ends {', '.join(rows)} before the budget is spent: raise it")
     lines.append("Rewards, loading and reports take additional time.")
     if found["smallest_differences"]:
         lines.append(

@@ -10,7 +10,7 @@ import torch
 from rlzoo.buffers.problems import EncodedProblem, Problem, load_problems
 from rlzoo.buffers.views import check_options
 from rlzoo.comparison.outcomes import OVERALL
-from rlzoo.config import BASE, Experiment
+from rlzoo.config import BASE, WARM_UP, Experiment, load_experiment
 from rlzoo.errors import UserError, unknown
 from rlzoo.evaluation import Metric, metric_table
 from rlzoo.objective import Objective, get_objective, view_in_place
@@ -80,16 +80,8 @@ def check(experiment: Experiment) -> None:
             "the reward and the options must be plain data, for experiment.yaml and the worker processes: name your "
             "own reward as package.module:Name or path/to/file.py:Name"
         ) from None
-    for name, row in experiment.algorithms.items():
-        objective = objective_of(experiment, name)
-        training = experiment.training_of(name)
-        if training.lora is None:
-            check_precision([DTYPES.get(training.dtype, torch.float32)])
-        views = views_of(experiment, name)
-        if row.mode == "online" and not learns_from_samples(views):
-            raise UserError(
-                f"algorithms.{name}: {objective.name!r} learns from demonstrations, so mode must be offline"
-            )
+    _check_rows(experiment)
+    _check_warm_up(experiment)
     for settings in (experiment.rollouts, experiment.evaluation):
         sampler_class(settings)
     if BASE in experiment.algorithms:
@@ -107,6 +99,56 @@ def check(experiment: Experiment) -> None:
         if source.is_scored:
             _try(reward_of(experiment, benchmark=name), problems)
     metrics_of(experiment)
+
+
+def _check_counterpart(reference: str, objective: str, where: str) -> None:
+    """Raise UserError unless a ``reference`` names a row of an experiment that trains this objective online."""
+    study, _, name = reference.rpartition("/")
+    if not study or not name:
+        raise UserError(f"{where}: {reference!r} is not of the form experiment/row, as in own-samples/grpo-online")
+    try:
+        other = load_experiment(study)
+        if name not in other.algorithms:
+            raise unknown(f"row of {study}", name, other.algorithms)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+    if other.algorithms[name].mode != "online" or objective_of(other, name).name != objective:
+        raise UserError(f"{where}: {name} of {study} does not train {objective} online: name a row that does")
+
+
+def _check_rows(experiment: Experiment) -> None:
+    for name, row in experiment.single_rows.items():
+        objective = objective_of(experiment, name)
+        training = experiment.training_of(name)
+        if training.lora is None:
+            check_precision([DTYPES.get(training.dtype, torch.float32)])
+        views = views_of(experiment, name)
+        if row.mode == "online" and not learns_from_samples(views):
+            raise UserError(
+                f"algorithms.{name}: {objective.name!r} learns from demonstrations, so mode must be offline"
+            )
+        if row.online_counterpart is not None:
+            _check_counterpart(row.online_counterpart, objective.name, f"algorithms.{name}.online_counterpart")
+    for name in experiment.algorithms.keys() - experiment.single_rows.keys():
+        lora = [experiment.training_of(stage).lora for stage in experiment.stages_of(name)]
+        if any(one is not None and one.load_in_4bit for one in lora):
+            raise UserError(f"algorithms.{name}: lora.load_in_4bit would round the weights between stages: turn it off")
+
+
+def _check_warm_up(experiment: Experiment) -> None:
+    if (alone := experiment.of_warm_up) is None:
+        return
+    try:
+        _check_rows(alone)
+    except UserError as error:
+        raise UserError(f"{WARM_UP}: {error}") from None
+    if learns_from_samples(views_of(alone, WARM_UP)):
+        raise UserError(
+            f"{WARM_UP}.objective: {alone.algorithms[WARM_UP].objective!r} learns from samples, and a warm-up from "
+            "demonstrations: name an objective such as sft"
+        )
+    if not any(problem.solutions for problem in load_problems(alone.train)):
+        raise UserError(f"{WARM_UP}.train: its problems have no worked solutions: name their column (solution)")
 
 
 def _try(reward: Reward, problems: Sequence[Problem]) -> None:

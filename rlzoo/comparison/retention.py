@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from jaxtyping import Float
 
 from rlzoo.buffers.bad_rows import BadRows
@@ -133,7 +134,8 @@ def summarise_retention(outcomes: pa.Table, k: int | Mapping[str, int]) -> list[
     table = retention_rows(outcomes)
     if not len(table):
         return []
-    scored = matrices_of(table.filter(_is_text(table, False)), k)
+    is_text = pc.equal(table["decoding"], BASE_TEXT)
+    scored = matrices_of(table.filter(pc.invert(is_text)), k)
     rows = []
     for (algorithm, name, metric), matrix in ordered(scored):
         rows.append(_row(algorithm, name, metric, matrix, result_interval(matrix.values)))
@@ -142,13 +144,9 @@ def summarise_retention(outcomes: pa.Table, k: int | Mapping[str, int]) -> list[
             change = difference_of(matrix, other)
             if change is not None:
                 rows.append(_row(algorithm, name, CHANGE, change, crossed_interval(change.values)))
-    for algorithm, name, metric, matrix in _text_matrices(table.filter(_is_text(table, True))):
+    for algorithm, name, metric, matrix in _text_matrices(table.filter(is_text)):
         rows.append(_row(algorithm, name, metric, matrix, crossed_interval(matrix.values)))
     return rows
-
-
-def _is_text(table: pa.Table, wanted: bool) -> Any:
-    return pa.array([(decoding == BASE_TEXT) is wanted for decoding in table["decoding"].to_pylist()])
 
 
 def _row(algorithm: str, name: str, metric: str, matrix: ResultMatrix, interval: Any) -> dict[str, Any]:

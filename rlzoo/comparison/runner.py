@@ -34,7 +34,8 @@ from rlzoo.comparison.plan import (
 from rlzoo.comparison.report import write_report
 from rlzoo.comparison.resolve import check
 from rlzoo.comparison.retention import summarise_retention
-from rlzoo.config import BASE, Experiment, load_experiment
+from rlzoo.comparison.warm_up import after_warm_up, alone, facts_of, warm_up
+from rlzoo.config import BASE, WARM_UP, Experiment, load_experiment
 from rlzoo.errors import UserError
 from rlzoo.evaluation import mean_over_benchmarks
 from rlzoo.jobs.heartbeat import Heartbeat
@@ -164,17 +165,19 @@ def _workers(
 
 
 def _run(
-    experiment: Experiment,
+    asked: Experiment,
     run: Run,
     processes: Workers,
     where: str,
     console: Console,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    grid = cells(experiment)
+    grid = cells(asked)
     folder, state = run.folder.absolute(), run.state.absolute()
     goes = "resuming in" if run.resumed else "writing to"
-    plan = f"{_sizes(experiment)} {where}; {goes} {run.folder}"
-    buffers, base = _share(processes, experiment, folder, state, console, plan)
+    plan = f"{_sizes(asked)} {where}; {goes} {run.folder}"
+    warm = None if asked.warm_up is None else _warm_up(processes, asked, folder, state, console, plan)
+    experiment = asked if warm is None else after_warm_up(asked, state)
+    buffers, base = _share(processes, experiment, folder, state, console, plan if warm is None else None)
     for name, shared in buffers.items():
         shared_buffer.check_budgets(experiment, shared)
         samples = f", {shared['correct']} of {shared['samples']} samples correct" if shared["samples"] else ""
@@ -185,6 +188,8 @@ def _run(
             _say(console, f"  {_called(name)}: {event}", style="yellow")
     _say(console, f"  base model: {_averages(base)}")
     dropped = {**shared["dropped_rows"], **base["dropped_rows"]}  # the same for all buffers
+    if warm is not None and warm["dropped_rows"]:
+        dropped["warm-up"] = warm["dropped_rows"]
     for name, summary in dropped.items():
         _say(console, f"  {name}: {dropped_line(summary)}", style="yellow")
     for event in base["events"]:
@@ -217,7 +222,8 @@ def _run(
         "description": experiment.description,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": versions(),
-        "config": experiment.model_dump(mode="json"),
+        "config": asked.model_dump(mode="json"),
+        "warm_up": facts_of(warm),
         "metrics": {name: {"label": m.label, "unit": m.unit} for name, m in resolve.metrics_of(experiment).items()},
         "base": base["metrics"],
         **({"retention": {"base": base["retention"]}} if experiment.retention else {}),
@@ -229,7 +235,10 @@ def _run(
         "failed": failed,
         **({"buffers": facts} if experiment.rollouts.per_seed else facts),
         "dropped_rows": dropped,
-        "events": list(dict.fromkeys(event for found in (*buffers.values(), base) for event in found["events"])),
+        "events": [
+            *([] if warm is None else (f"warm-up: {event}" for event in warm["events"])),
+            *dict.fromkeys(event for found in (*buffers.values(), base) for event in found["events"]),
+        ],
         "token_probabilities": {  # of the demonstrations, which all buffers share
             "edges": shared["token_probabilities"]["edges"],
             "before": shared["token_probabilities"]["counts"],
@@ -260,12 +269,30 @@ def _called(buffer: str) -> str:
     return f"buffer of seed {seed}" if seed else "shared buffer"
 
 
-def _share(
+def _warm_up(
     processes: Workers, experiment: Experiment, folder: Path, state: Path, console: Console, plan: str
+) -> dict[str, Any]:
+    """Train the warm-up, once the model has been found to load. Raises UserError if it fails."""
+    alone(processes, "model", shared_buffer.check_model, experiment)
+    _say(console, f"{experiment.name}: {plan}", style="bold")
+    found: dict[str, Any] = alone(processes, "warm-up", warm_up, experiment, state, folder / "logs" / WARM_UP)
+    _say(console, f"  warm-up: {counted(found['steps'], 'step')} of {found['objective']}")
+    for event in found["events"]:
+        _say(console, f"  warm-up: {event}", style="yellow")
+    return found
+
+
+def _share(
+    processes: Workers, experiment: Experiment, folder: Path, state: Path, console: Console, plan: str | None
 ) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
-    """The work shared by all cells: buffers by name, and the base model's results. Raises UserError if it fails."""
+    """The work shared by all cells: buffers by name, and the base model's results. Raises UserError if it fails.
+
+    ``plan`` is printed once the model has been found to load; None: it has been.
+    """
     seeds = sampling_seeds(experiment)
-    futures = {processes.submit("model", shared_buffer.check_model, experiment): "model"}
+    futures = {}
+    if plan is not None:
+        futures[processes.submit("model", shared_buffer.check_model, experiment)] = "model"
     for name, seed in seeds.items():
         filled = processes.submit(_called(name), shared_buffer.fill_buffer, experiment, folder / name, state, seed)
         futures[filled] = _called(name)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,11 @@ from rlzoo.config import Experiment, OnBadRow, TokenBudget
 from rlzoo.inputs import Stage
 from rlzoo.jobs.cached_results import CachedResults
 from rlzoo.jobs.ranks import agreed, barrier, is_main
+from rlzoo.objective import Objective
 from rlzoo.policy import Policy, log_probs
 from rlzoo.policy.defaults import resolved
 from rlzoo.policy.loading import load_for
-from rlzoo.rollout import collect_rollouts, cut_short, engine_of, mismatch, sampler_of, unscored
+from rlzoo.rollout import collect_rollouts, cut_short, engine_of, mismatch, sampler_of, scorable, unscored
 from rlzoo.training import Costs, behaviour_event, check_buffer, stored_inputs, with_behaviour, with_inputs
 from rlzoo.training.schedule import check_budget
 from rlzoo.types import Trajectory
@@ -69,7 +70,7 @@ def costs_before(experiment: Experiment, algorithm: str, shared: Mapping[str, An
 
 def check_budgets(experiment: Experiment, shared: Mapping[str, Any]) -> None:
     """Raise UserError naming a row whose budget is spent by its part in the ``shared`` buffer."""
-    for name in experiment.algorithms:
+    for name in experiment.single_rows:
         if (budget := experiment.training_of(name).budget) is not None:
             check_budget(budget, getattr(costs_before(experiment, name, shared), budget.cost), name)
 
@@ -80,19 +81,20 @@ def _fill_buffer(
     policy = load_for(experiment.model, experiment.training)
     bad = {name: BadRows(mode) for name, mode in _on_bad_rows(experiment).items()}
     problems = load_problems(experiment.train, bad["train"])
-    longest = experiment.training.max_completion_tokens
+    longest, whole = experiment.training.max_completion_tokens, experiment.training.max_length
     if (table := experiment.demonstrations_table) is None:
-        rows = each_demonstration(policy.tokenizer, problems, longest, bad["train"], policy.row_check())
+        rows = each_demonstration(policy.tokenizer, problems, longest, bad["train"], policy.row_check(), whole)
         buffer: Buffer = OfflineBuffer.from_trajectories(rows)
     else:
         how = longest, table.split, table.columns, bad["demonstrations"], experiment.training.special_tokens
-        buffer = read_buffer(table.source, policy.tokenizer, *how, policy.row_check())
+        buffer = read_buffer(table.source, policy.tokenizer, *how, policy.row_check(), whole)
     check_buffer(policy, buffer)
     samples: list[Trajectory] = []
     settings, events = experiment.rollouts, list[str]()
-    offline = [name for name, row in experiment.algorithms.items() if row.mode == "offline"]
+    offline = [name for name, row in experiment.single_rows.items() if row.mode == "offline"]
     if any(learns_from_samples(views_of(experiment, name)) for name in offline):
         encoded = encode_problems(policy.tokenizer, problems[: settings.prompts], bad["train"])
+        encoded = scorable(reward_of(experiment), encoded, bad["train"])
         samples = collect_rollouts(
             policy,
             sampler_of(policy, settings),
@@ -114,15 +116,9 @@ def _fill_buffer(
         events += [behaviour_event(len(computed))] if computed else []
         tokens, completions = (int(buffer.tokens(*names)[computed].sum()) for names in ((), ("completion_ids",)))
         behaviour_flops = policy.flops(tokens, completions)
-    flops_of: dict[str, float] = {}
-    for one in stored_inputs(
-        objective_of(experiment, name) for name in offline
-    ):  # recomputed: stored values may be another model's
-        report(1.0, f"{one.label} log-probs")
-        buffer = with_inputs(buffer, [one], policy, experiment.training.token_budget)
-        passes = 1 + (buffer.numbers("temperature") != 1.0)  # one more at the sampling temperature
-        tokens, completions = (int(passes @ buffer.tokens(*names)) for names in ((), ("completion_ids",)))
-        flops_of[one.column] = policy.flops(tokens, completions)
+    buffer, flops_of = with_stored_inputs(
+        buffer, [objective_of(experiment, name) for name in offline], policy, experiment.training.token_budget, report
+    )
     if is_main():
         buffer.save(folder)
     barrier()
@@ -142,6 +138,23 @@ def _fill_buffer(
         "resolved": resolved(policy, experiment.training, engine_of(settings, policy)),
         "token_probabilities": token_probabilities(policy, buffer, experiment.training.token_budget),
     }
+
+
+def with_stored_inputs(
+    buffer: Buffer, objectives: Iterable[Objective], policy: Policy, token_budget: TokenBudget, report: Report
+) -> tuple[Buffer, dict[str, float]]:
+    """The buffer with the stored inputs of objectives, computed from ``policy``, and the FLOPs of each by column.
+
+    Those that the buffer has are computed again: they may be of another model.
+    """
+    flops_of: dict[str, float] = {}
+    for one in stored_inputs(objectives):
+        report(1.0, f"{one.label} log-probs")
+        buffer = with_inputs(buffer, [one], policy, token_budget)
+        passes = 1 + (buffer.numbers("temperature") != 1.0)  # one more at the sampling temperature
+        tokens, completions = (int(passes @ buffer.tokens(*names)) for names in ((), ("completion_ids",)))
+        flops_of[one.column] = policy.flops(tokens, completions)
+    return buffer, flops_of
 
 
 def _on_bad_rows(experiment: Experiment) -> dict[str, OnBadRow]:

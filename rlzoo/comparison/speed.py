@@ -85,9 +85,10 @@ class _Plain(Objective):
 
 
 def measured_speed(experiment: Experiment) -> Speed:
-    """The speed on this machine of two training steps on a few rows and of sampling the base model, after a warm-up.
+    """The speed on this machine of two training steps on a few rows and of sampling the base model, after a first one.
 
-    Raises UserError as `load_policy` and `load_problems` do.
+    For an experiment with a warm-up, the model before it is measured: its speed is the same, but the length of its
+    samples is not, and is left out. Raises UserError as `load_policy` and `load_problems` do.
     """
     policy = load_for(experiment.model, experiment.training)
     problems = load_problems(experiment.train)[:PROMPTS]
@@ -110,4 +111,5 @@ def measured_speed(experiment: Experiment) -> Speed:
     buffer = OfflineBuffer.from_trajectories(rows)
     train(policy, _Plain(), buffer, brief)
     costs = train(policy, _Plain(), buffer, brief.model_copy(update={"steps": 2})).costs
-    return Speed(costs.flops / costs.wall_seconds, sum(drawn) / sampled, sum(drawn) / len(drawn))
+    length = sum(drawn) / len(drawn) if experiment.warm_up is None else None
+    return Speed(costs.flops / costs.wall_seconds, sum(drawn) / sampled, length)

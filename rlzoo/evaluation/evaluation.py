@@ -12,7 +12,7 @@ from rlzoo.buffers.bad_rows import BadRows, collecting
 from rlzoo.buffers.problems import EncodedProblem, Problem, demonstrations, encode_problems
 from rlzoo.config import EvaluationSettings, TokenBudget
 from rlzoo.errors import UserError
-from rlzoo.evaluation.metrics import ProblemSamples, get_metric, metric_table
+from rlzoo.evaluation.metrics import ProblemSamples, get_metrics, metric_table
 from rlzoo.policy import Policy, log_probs
 from rlzoo.reward import get_reward
 from rlzoo.reward.calling import means
@@ -51,7 +51,7 @@ def evaluate(
     """Sample each problem ``settings.samples`` times, and once greedily, score the completions, and compute metrics.
 
     ``reward`` is anything that `get_reward` takes, such as a plain function; each of ``metrics`` is anything that
-    `get_metric` takes (None: all of `metric_table`). ``token_budget`` applies to the micro-batches of gold completions.
+    `get_metrics` takes (None: all of `metric_table`). ``token_budget`` applies to micro-batches of gold completions.
     ``progress`` is called with the number of sequences that were sampled since its last call.
 
     A sample is correct if its reward is at least ``settings.correct_at``; without a reward it counts as wrong. A
@@ -64,7 +64,11 @@ def evaluate(
         raise UserError("there are no problems to evaluate on: give a problem set with at least one row")
     if (most := max(settings.pass_ks)) > settings.samples:
         raise UserError(f"pass@{most} needs as many samples, and there are {settings.samples}: change k or samples")
-    table = metric_table(settings, reward.components) if metrics is None else [get_metric(metric) for metric in metrics]
+    table = (
+        metric_table(settings, reward.components)
+        if metrics is None
+        else [metric for spec in metrics for metric in get_metrics(spec)]
+    )
     sampler = sampler or sampler_of(policy, settings)
     encoded = within_limits(policy, sampler, encode_problems(policy.tokenizer, problems, bad), settings, bad)
     needs = {need for metric in table for need in metric.needs}

@@ -130,6 +130,12 @@ def get_metric(spec: Any) -> Metric:
     return Metric(getattr(found, "__name__", type(found).__name__), found)
 
 
+def get_metrics(spec: Any) -> list[Metric]:
+    """As `get_metric`, of a name or an object that may also be a list of metrics."""
+    found = _metrics.get(spec) if isinstance(spec, str) else spec
+    return [get_metric(one) for one in found] if isinstance(found, (list, tuple)) else [get_metric(spec)]
+
+
 # The built-in metrics
 
 
@@ -250,7 +256,7 @@ def metric_table(settings: EvaluationSettings, components: Sequence[str] = ()) -
     """The table of an evaluation: the built-in metrics, those of each k, one per component, and ``settings.metrics``.
 
     ``components`` are the names of the reward's components; a single one is the reward itself, and has no metric of its
-    own. Raises UserError as `get_metric` does, and for two metrics with one name.
+    own. Raises UserError as `get_metrics` does, and for two metrics with one name.
     """
     first, *others = settings.pass_ks
     table = [
@@ -266,7 +272,7 @@ def metric_table(settings: EvaluationSettings, components: Sequence[str] = ()) -
         *(component_metric(name) for name in components if len(components) > 1),
     ]
     there = {metric.name: metric for metric in table}
-    for metric in map(get_metric, settings.metrics):
+    for metric in (metric for spec in settings.metrics for metric in get_metrics(spec)):
         same = there.get(metric.name)
         if same is not None and same.of is metric.of:
             continue

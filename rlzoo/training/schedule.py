@@ -69,15 +69,12 @@ class Progress:
             return "budget"
         return "steps" if self.step >= self._settings.steps else None
 
-    @property
-    def unspent(self) -> str | None:
-        """The event of a run that ended after its steps, with a part of its budget left; None without such a part."""
-        if self._budget is None or self._spent >= 1:
-            return None
-        return (
-            f"training ended after {self.step:,} steps with {100 * self._spent:.0f} % of the budget spent: "
-            "raise training.steps"
-        )
+    def events(self) -> list[str]:
+        """What a user should know at the end: that all steps were taken before the budget was spent."""
+        if self._budget is None or self.ended != "steps":
+            return []
+        spent = f"{100 * self._spent:.0f} % of the budget spent"
+        return [f"training ended after {self.step:,} steps with {spent}: raise training.steps"]
 
     def move_to(self, step: int, costs: Costs) -> None:
         """Count a step, given the ``costs`` that include it. All processes must call this."""

@@ -33,6 +33,19 @@ def with_gradient(drawn: Drawn) -> Bool[Tensor, " B"]:
     return (mask if advantage is None else mask & (advantage != 0)).any(1)
 
 
+def tallied(counts: Counts | None, drawn: Drawn, has_gradient: Sequence[bool]) -> dict[str, float]:
+    """`count` a prepared batch, unless ``counts`` is None, and return the metrics of a step that follow from it.
+
+    ``zero_advantage``, for an objective with advantages: the fraction of units, such as groups, without a gradient.
+    """
+    if counts is not None:
+        count(counts, drawn, has_gradient)
+    if drawn.batch.advantage is None or not drawn.units:
+        return {}
+    silent = sum(not any(has_gradient[row] for row in unit) for unit in drawn.units)
+    return {"zero_advantage": silent / len(drawn.units)}
+
+
 def count(counts: Counts, drawn: Drawn, has_gradient: Sequence[bool]) -> None:
     """Add a prepared batch to the counts of its component; ``has_gradient`` is that of `with_gradient`, per row.
 

@@ -25,7 +25,7 @@ from rlzoo.policy.adapters import adapters
 from rlzoo.policy.defaults import token_budget_of
 from rlzoo.policy.quantised import UNSHARDED, entries, is_in_4_bits
 from rlzoo.policy.sequences import Tokens, length
-from rlzoo.training.batches import Drawn, Source, check_sources, lacks, micro_units
+from rlzoo.training.batches import Drawn, Source, check_sources, in_steps, lacks, micro_units
 from rlzoo.training.checkpoints import Checkpoints
 from rlzoo.training.costs import now, peak_memory_bytes, reset_peak_memory
 from rlzoo.training.record import TrainingRecord
@@ -41,7 +41,7 @@ from rlzoo.training.sums import (
     metrics_of,
     truncated_importance,
 )
-from rlzoo.training.tally import count, lines_of, with_gradient
+from rlzoo.training.tally import lines_of, tallied, with_gradient
 from rlzoo.training.trackers import installed, tracked
 from rlzoo.types import Coefficients, Trajectory, at_temperature
 
@@ -99,9 +99,9 @@ class Trainer:
         bitwise the same result as without the interruption; ``record`` then includes the steps before. Raises UserError
         for settings that do not suit the policy, and for checkpoints of another run.
         """
-        self.objective, self.settings = objective, settings
         self.sources = source if isinstance(source, Sequence) else [source]
         check_sources(objective, self.sources)
+        self.objective, self.settings = objective, (settings := in_steps(settings, self.sources))
         self.callbacks, self.folder = callbacks, folder
         self.record = record or TrainingRecord()
         self.micro = MicroBatches(token_budget_of(policy, settings.token_budget), self._halved)
@@ -175,8 +175,7 @@ class Trainer:
             self.checkpoints.wait()
         if not self._is_finite():
             raise UserError("the last step made weights infinite or NaN: lower learning_rate")
-        if self.record.ended == "steps" and (unspent := self.progress.unspent):
-            self.record.events.append(unspent)
+        self.record.events += self.progress.events()
         self.record.events += lines_of(self.record.counts, self.objective.components, self.sources)
         return self.record
 
@@ -303,12 +302,12 @@ class Trainer:
         readout = Readout()
         places = [own.into(readout) for own in sums]
         rewards = [None if some.batch.reward is None else readout.add(some.batch.reward.mean()) for some in drawn]
-        learned = [readout.add(with_gradient(some)) for some in drawn] if is_first else []
+        learned = [readout.add(with_gradient(some)) for some in drawn]
         at = readout.add(norm)
         numbers = readout.read()
-        for some, where in zip(drawn, learned, strict=False):
-            count(self.record.counts, some, [bool(number) for number in numbers[where]])
         means = [means_of(own, numbers) for own in places]
+        for some, where, own in zip(drawn, learned, means, strict=True):
+            own |= tallied(self.record.counts if is_first else None, some, [bool(number) for number in numbers[where]])
         return {
             **metrics_of(drawn, means, [None if where is None else numbers[where][0] for where in rewards]),
             "gradient_norm": numbers[at][0],

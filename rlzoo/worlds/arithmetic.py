@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -18,6 +19,12 @@ from functools import cache
 from rlzoo.errors import UserError, unknown
 
 STYLES = ("rewriting", "running", "words")
+FORMS = {
+    "rewriting": r"(=-?\d+([+-]\d+)*)+",
+    "running": r"-?\d+[+-]\d+=-?\d+(;-?\d+[+-]\d+=-?\d+)*",
+    "words": r"start \d+( (plus|minus) \d+ makes -?\d+)+",
+}
+"""The form of a worked solution in each of `STYLES`, without its answer."""
 SPLITS = {
     # name: (number of problems, terms, largest term, seed). Splits are disjoint: see `problems`.
     "test": (200, (3,), 99, 11),
@@ -154,6 +161,12 @@ def solve(problem: ChainSum, style: str, rng: random.Random | None = None, slip_
         worked = "".join(f"{' plus ' if s > 0 else ' minus '}{number} makes {result}" for _, s, number, result in steps)
         return f"start {problem.numbers[0]}{worked}\n#### {results[-1]}"
     raise ValueError(f"unknown style {style!r}; known: {', '.join(STYLES)}")
+
+
+def style_of(text: str) -> str | None:
+    """The style of a worked solution, right or wrong, by its form; None if it has none of `STYLES` throughout."""
+    worked = text.partition("\n####")[0]
+    return next((style for style, form in FORMS.items() if re.fullmatch(form, worked)), None)
 
 
 def problems(split: str, options: Variant = Variant()) -> Iterator[tuple[str, ChainSum]]:

@@ -15,7 +15,20 @@ from rlzoo.comparison.report.schema import Results
 from rlzoo.comparison.report.tables import amount
 from rlzoo.comparison.statistics import SIGNIFICANT
 from rlzoo.config import BASE
-from rlzoo.document.drawing import GREY, INK, MARKERS, PALETTE, STYLE, WIDTH, axes_row, short, to_svg
+from rlzoo.document.drawing import (
+    GREY,
+    INK,
+    MARKERS,
+    PALETTE,
+    PAPER,
+    STYLE,
+    WIDTH,
+    Drawing,
+    axes_row,
+    log_scale,
+    short,
+    to_svg,
+)
 
 
 def colours(results: Results) -> dict[str, str]:
@@ -23,7 +36,7 @@ def colours(results: Results) -> dict[str, str]:
     return {BASE: GREY} | {name: PALETTE[i % len(PALETTE)] for i, name in enumerate(results.algorithms)}
 
 
-def result_bars(results: Results, benchmark: str) -> str:
+def result_bars(results: Results, benchmark: str) -> Drawing:
     """Bars with 95 % intervals, one panel per metric; a dashed line marks the base model."""
     names = [BASE, *results.algorithms]
     palette = colours(results)
@@ -45,7 +58,7 @@ def result_bars(results: Results, benchmark: str) -> str:
         return to_svg(figure)
 
 
-def differences(rows: Sequence[Mapping[str, Any]], results: Results, benchmark: str) -> str:
+def differences(rows: Sequence[Mapping[str, Any]], results: Results, benchmark: str) -> Drawing:
     """Paired differences with 95 % intervals, one panel per metric; filled where distinguishable from zero."""
     here = [row for row in rows if row["benchmark"] == benchmark]
     names = list(dict.fromkeys(row["algorithm"] for row in here))
@@ -58,65 +71,104 @@ def differences(rows: Sequence[Mapping[str, Any]], results: Results, benchmark: 
                 if row["metric"] == metric:
                     place, colour = names.index(row["algorithm"]), palette.get(row["algorithm"], GREY)
                     _whisker(axes, place, row["ci_low"], row["ci_high"], colour)
-                    face = colour if row["p"] < SIGNIFICANT else "white"
+                    face = colour if row["p"] < SIGNIFICANT else PAPER
                     axes.plot(100 * row["difference"], place, marker="o", markersize=6.5, color=colour, mfc=face)
             axes.set(title=results.label(metric, benchmark), xlabel="difference, points")
             _name_rows(axes, names)
         return to_svg(figure)
 
 
+def results_of_runs(runs: Mapping[str, Results], benchmark: str) -> Drawing:
+    """Results with 95 % intervals of each algorithm in each run, one panel per metric and one marker per run."""
+    names = list(dict.fromkeys(name for results in runs.values() for name in (BASE, *results.algorithms)))
+    step = 0.72 / len(runs)
+    with mpl.rc_context(STYLE):
+        figure, panels = axes_row(len(METRICS), 1.1 + 0.16 * len(names) * (1 + len(runs)), sharey=True)
+        for axes, metric in zip(panels, METRICS, strict=True):
+            for turn, (run, results) in enumerate(runs.items()):
+                colour, marker = PALETTE[turn % len(PALETTE)], MARKERS[turn % len(MARKERS)]
+                for place, name in enumerate(names):
+                    row, y = results.row(name, benchmark, metric), place + step * (turn - (len(runs) - 1) / 2)
+                    if row is not None:
+                        if np.isfinite(row.ci_low):
+                            _whisker(axes, y, row.ci_low, row.ci_high, colour)
+                        axes.plot(100 * row.mean, y, marker, color=colour)
+                axes.plot([], [], marker, color=colour, label=short(run))
+            axes.set(title={"avg_at_k": "avg@k", "pass_at_k": "pass@k"}.get(metric, metric), xlabel="correct, %")
+            _name_rows(axes, names)
+        handles, labels = panels[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside upper center", ncols=min(len(labels), 6))
+        return to_svg(figure)
+
+
 Curve = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
-"""Steps, and the mean, lowest and highest value over seeds at each."""
+"""Steps or costs, and the mean, lowest and highest value over seeds at each."""
+AXES = {"step": "optimizer step", "gradient_tokens": "gradient tokens", "flops": "FLOPs"}
+"""What learning curves are drawn against."""
+WIDE = 10.0
+"""Costs are on a logarithmic axis if algorithms differ by this factor."""
 
 
-def curves_of(results: Results, benchmark: str, metric: str) -> dict[str, Curve]:
-    """The learning curve of each algorithm that has one: mean and range over seeds, as fractions."""
-    found: dict[str, dict[int, list[float]]] = {}
+def curves_of(results: Results, benchmark: str, metric: str, over: str = "step") -> dict[str, Curve]:
+    """The learning curve of each algorithm that has one: mean and range over seeds, as fractions.
+
+    The i-th point is the mean over the i-th points of all seeds, whose costs may differ, while all of them have one.
+    Seeds without costs are left out where ``over`` is a cost.
+    """
+    found: dict[str, list[list[tuple[float, float]]]] = {}
     for cell in results.cells:
-        if not cell.curve:
-            continue
-        start = [results.base_curve] if results.base_curve and cell.curve[0].step > 0 else []
-        for point in [*start, *cell.curve]:
-            value = point.metrics.get(benchmark, {}).get(metric)
-            if value is not None:
-                found.setdefault(cell.algorithm, {}).setdefault(point.step, []).append(float(value))
-    return {name: _curve(steps) for name, steps in found.items()}
+        own = [(getattr(point, over), point.metrics.get(benchmark, {}).get(metric)) for point in cell.curve or ()]
+        if cell.curve and results.base_curve and cell.curve[0].step > 0:
+            start = 0 if over == "step" else cell.start.get(over)
+            own = [(start, results.base_curve.metrics.get(benchmark, {}).get(metric)), *own]
+        pairs = [(float(x), float(value)) for x, value in own if value is not None and x is not None]
+        if len(pairs) == sum(value is not None for _, value in own) > 0:
+            found.setdefault(cell.algorithm, []).append(pairs)
+    return {name: _curve(seeds) for name, seeds in found.items()}
 
 
-def _curve(values: Mapping[int, Sequence[float]]) -> Curve:
-    steps = sorted(values)
-    rows = [values[step] for step in steps]
-    mean, low, high = ([reduce(row) for row in rows] for reduce in (np.mean, min, max))
-    return np.array(steps), np.array(mean), np.array(low), np.array(high)
+def _curve(seeds: Sequence[Sequence[tuple[float, float]]]) -> Curve:
+    shared = np.array([pairs[: min(map(len, seeds))] for pairs in seeds])
+    values = shared[:, :, 1]
+    return shared[:, :, 0].mean(0), values.mean(0), values.min(0), values.max(0)
 
 
-def learning_curves(results: Results, benchmark: str) -> str | None:
-    """Evaluations in the course of training: the mean over seeds, in a band from the lowest to the highest."""
-    panels_of = {metric: curves_of(results, benchmark, metric) for metric in ("avg_at_k", "greedy")}
-    panels_of = {metric: curves for metric, curves in panels_of.items() if curves}
+def learning_curves(results: Results, benchmark: str) -> Drawing | None:
+    """avg@k in the course of training, against steps and against the costs that all curves record.
+
+    Each line is the mean over seeds, in a band from the lowest to the highest.
+    """
+    panels_of = {over: curves_of(results, benchmark, "avg_at_k", over) for over in AXES}
+    panels_of = {over: curves for over, curves in panels_of.items() if curves and set(curves) == set(panels_of["step"])}
     if not panels_of:
         return None
     palette, order = colours(results), list(results.algorithms)
     with mpl.rc_context(STYLE):
-        figure, panels = axes_row(len(panels_of), 3.3)
-        for axes, (metric, curves) in zip(panels, panels_of.items(), strict=True):
-            for name, (steps, mean, low, high) in curves.items():
-                axes.fill_between(steps, 100 * low, 100 * high, color=palette[name], alpha=0.13, linewidth=0)
+        figure, panels = axes_row(len(panels_of), 3.3, sharey=True)
+        for axes, (over, curves) in zip(panels, panels_of.items(), strict=True):
+            ends = [costs[-1] for costs, *_ in curves.values()]
+            wide = over != "step" and max(ends) >= WIDE * min(ends)
+            for name, (costs, mean, low, high) in curves.items():
+                shown = costs > 0 if wide else costs >= 0
+                band = 100 * low[shown], 100 * high[shown]
+                axes.fill_between(costs[shown], *band, color=palette[name], alpha=0.13, linewidth=0)
                 marker = MARKERS[order.index(name) % len(MARKERS)]
-                axes.plot(steps, 100 * mean, color=palette[name], marker=marker, label=short(name))
-            axes.set(
-                title={"avg_at_k": "avg@k"}.get(metric, metric),
-                xlabel="optimizer step",
-                ylabel="correct, %",
-            )
-            axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=[1, 2, 2.5, 5, 10]))
+                axes.plot(costs[shown], 100 * mean[shown], color=palette[name], marker=marker, label=short(name))
+            axes.set(xlabel=AXES[over])
+            if wide:
+                log_scale(axes, "x")
+            else:
+                axes.xaxis.set_major_locator(MaxNLocator(5, integer=over == "step", steps=[1, 2, 2.5, 5, 10]))
+            if over != "step":
+                axes.xaxis.set_major_formatter(lambda value, _: amount(value))
             axes.grid(True)
+        panels[0].set(ylabel="avg@k: correct, %")
         handles, labels = panels[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside upper center", ncols=min(len(labels), 8), handlelength=1.6)
         return to_svg(figure)
 
 
-def token_probabilities(results: Results) -> str | None:
+def token_probabilities(results: Results) -> Drawing | None:
     """Token probabilities of the demonstrations, before (filled) and after (line), counts on a log scale."""
     histogram = results.token_probabilities
     after = histograms_after(results)
@@ -155,7 +207,7 @@ def histograms_after(results: Results) -> dict[str, np.ndarray]:
     return {name: np.mean(counts, axis=0) for name, counts in found.items()}
 
 
-def _whisker(axes: Any, place: int, low: float, high: float, colour: str) -> None:
+def _whisker(axes: Any, place: float, low: float, high: float, colour: str) -> None:
     axes.errorbar(
         [50 * (low + high)],
         [place],

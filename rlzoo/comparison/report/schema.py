@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from rlzoo.comparison.outcomes import OVERALL
+from rlzoo.comparison.outcomes import OVERALL, ResultKey, ResultMatrix, result_matrices
 from rlzoo.config import BASE
 from rlzoo.errors import UserError
 
@@ -76,11 +76,25 @@ class CellCosts(_Model):
     peak_memory_bytes: float | None = None
 
 
+class WarmUpResult(_Model):
+    """The warm-up that made the base model."""
+
+    objective: str
+    steps: int
+    costs: CellCosts = CellCosts()
+
+
 class CurvePoint(_Model):
-    """One point of a learning curve: benchmark → metric → fraction."""
+    """One point of a learning curve: its costs so far, and benchmark → metric → fraction."""
 
     step: int
     metrics: dict[str, dict[str, Any]]
+    gradient_tokens: float | None = None
+    sampled_tokens: float | None = None
+    flops: float | None = None
+    seconds: float | None = None
+    validation: dict[str, Any] | None = None
+    """The metrics on validation, where cells end by it."""
 
 
 class CellResult(_Model):
@@ -93,6 +107,12 @@ class CellResult(_Model):
     mean_over_benchmarks: dict[str, float] = Field(default_factory=dict)
     """Metric → mean over benchmarks."""
     costs: CellCosts = CellCosts()
+    start: dict[str, float] = Field(default_factory=dict)
+    """The costs before the first step, such as those of the shared buffer."""
+    ended: str | None = None
+    """Why training ended: ``steps``, ``budget`` or ``flat``."""
+    training: list[dict[str, Any]] = []
+    """The metrics of each step."""
     curve: list[CurvePoint] | None = None
     token_probabilities: list[float] | None = None
     events: list[str] = []
@@ -157,7 +177,9 @@ class Results(_Model):
     """All metrics of the run by name."""
     mean_over_benchmarks: dict[str, dict[str, float]] = Field(default_factory=dict)
     """Algorithm (the base model among them) → metric → mean over seeds and benchmarks."""
+    warm_up: WarmUpResult | None = None
     base: dict[str, BenchmarkResult]
+    """The results of the base model, after the warm-up if there is one."""
     base_curve: CurvePoint | None = None
     """The point at step 0 that all learning curves start from."""
     cells: list[CellResult]
@@ -255,6 +277,11 @@ class FinishedRun:
 
     results: Results
     outcomes: pa.Table
+
+    @cached_property
+    def matrices(self) -> dict[ResultKey, ResultMatrix]:
+        """The results of every algorithm × benchmark × metric. Raises UserError as `result_matrices` does."""
+        return result_matrices(self.outcomes, self.results.k)
 
 
 def parse_results(data: Any, where: str = "results") -> Results:

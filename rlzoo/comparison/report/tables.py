@@ -5,14 +5,13 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import rich.box
 import rich.table
 from rich.text import Text
 
 from rlzoo.comparison.outcomes import METRICS, OVERALL
-from rlzoo.comparison.report.schema import CellCosts, Results, SummaryRow, parse_results
+from rlzoo.comparison.report.schema import CellCosts, Results, SummaryRow
 from rlzoo.config import BASE
 from rlzoo.document import Entry, Table
 
@@ -103,6 +102,23 @@ def result_table(results: Results, benchmark: str) -> Table:
     return Table(["algorithm", *labels, "seeds"], rows)
 
 
+def online_counterparts(results: Results) -> str | None:
+    """Which rows train online elsewhere, and where, as the configuration says; None if there are none."""
+    rows = results.config.get("algorithms") if isinstance(results.config, dict) else None
+    places = {
+        name: str(row["online_counterpart"]).rpartition("/")
+        for name, row in (rows.items() if isinstance(rows, dict) else ())
+        if isinstance(row, dict) and row.get("online_counterpart")
+    }
+    if not places:
+        return None
+    listed = ", ".join(f"{name} as {row} of {study}" for name, (study, _, row) in places.items())
+    return (
+        f"Trained online in another experiment, on samples of the policy in training: {listed} "
+        "(`rlzoo results show` that study, or run `rlzoo compare` on it)."
+    )
+
+
 def further_table(results: Results, benchmark: str | None) -> Table | None:
     """The means of the metrics that have no interval, on a benchmark or (None) over all; None if there are none."""
     algorithms, shown = (BASE, *results.algorithms), [name for name in results.metrics if name not in METRICS]
@@ -138,7 +154,7 @@ def studies_table(studies: Mapping[str, Results]) -> Table:
             [
                 Entry(name),
                 Entry(", ".join(results.benchmarks)),
-                Entry(str(model)),
+                Entry(f"{model} after a warm-up" if results.warm_up else str(model)),
                 Entry(str(len(results.algorithms))),
                 Entry(str(seeds)),
                 Entry(results.created[:10]),
@@ -238,19 +254,6 @@ def event_table(results: Results) -> Table | None:
         for (algorithm, learning_rate, event), own in seeds.items()
     ]
     return Table(["algorithm", "seeds", "learning rate", "event"], rows, prose="event") if rows else None
-
-
-def report_table(results: Results | Mapping[str, Any]) -> list[rich.table.Table]:
-    """The tables for the terminal: results on each benchmark with 95 % intervals, then costs.
-
-    Takes the content of a results.json. Raises UserError naming the first field that is wrong.
-    """
-    checked = results if isinstance(results, Results) else parse_results(results)
-    scores = [
-        plain_table(result_table(checked, benchmark), f"{benchmark}: mean and 95 % interval")
-        for benchmark in checked.overall
-    ]
-    return [*scores, plain_table(cost_table(checked), "costs: mean of a cell")]
 
 
 def plain_table(table: Table, title: str) -> rich.table.Table:

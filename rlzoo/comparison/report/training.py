@@ -23,8 +23,9 @@ def curves(run: FinishedRun, baseline: str) -> Iterator[Block]:
             f"curves-{index}",
             svg,
             f"Learning curves on {benchmark}, one line per algorithm.",
-            "Evaluations in the course of training: lines are means over seeds, bands range from the lowest to the "
-            "highest seed.",
+            "Evaluations in the course of training, against steps and, where they were recorded, gradient tokens and "
+            "FLOPs: lines are means over seeds, bands range from the lowest to the highest seed. A line ends where its "
+            "first seed ended.",
             "A band is not a confidence interval, and evaluations during training may use fewer problems "
             "than the tables.",
         )
