@@ -18,7 +18,7 @@ from rlzoo.buffers import from_trl
 from rlzoo.buffers.bad_rows import BadRows
 from rlzoo.buffers.problems import Problem, encode_problems
 from rlzoo.cli import main
-from rlzoo.comparison import one_cell, shared_buffer
+from rlzoo.comparison import one_stage, shared_buffer
 from rlzoo.config import EvaluationSettings, Experiment, Sampling, Training, load_experiment
 from rlzoo.errors import UserError
 from rlzoo.policy import Policy
@@ -119,18 +119,40 @@ def ways(policy: Policy, problems: list[Problem], tokens: int) -> list[Callable[
 
 
 def test_a_problem_that_leaves_too_few_positions_is_named(policy: Policy) -> None:
-    problems = [Problem("short", "1+1", {}), Problem("long", "1" * 40, {})]
-    for way in ways(policy, problems, 24):
-        way()
-    for way in ways(policy, problems, 25):
+    problems = [Problem("short", "1+1", {}), Problem("long", "1" * 64, {})]
+    for way in ways(policy, problems, 4):
         with pytest.raises(
-            UserError, match=r"^problem 'long': its prompt has 40 tokens, up to 25 follow, and .* 64 pos"
+            UserError, match=r"^problem 'long': its prompt has 64 tokens, and the model has 64 positions"
         ):
             way()
-    long, most, drop = encode_problems(policy.tokenizer, problems)[1:], Sampling(max_new_tokens=25), BadRows("drop")
-    assert within_limits(policy, Sampler(), long, most) == long, "another engine has limits of its own"
+    long, drop = encode_problems(policy.tokenizer, problems)[1:], BadRows("drop")
     with pytest.raises(UserError, match="problem 'long'"):
-        within_limits(policy, TransformersSampler(policy), long, most, drop)  # then none is left
+        within_limits(policy, TransformersSampler(policy), long, Sampling(), drop)  # then none is left
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_completions_end_where_the_context_does(kind: str, make_policy: MakePolicy) -> None:
+    """Whether positions are a table, which ends for the whole batch at once, or rotary, which do not."""
+    policy = make_policy(kind)
+    policy.model.config.max_position_embeddings = POSITIONS
+    assert policy.context == POSITIONS
+    prompts, most = [[7] * 40, [8] * 60, [9] * 4], Sampling(samples=3, max_new_tokens=30)
+    together = TransformersSampler(policy).sample(prompts, most, seed=0)
+    for place, room in enumerate((24, 4, 30)):
+        (alone,) = TransformersSampler(policy).sample([prompts[place]], most, seed=0, numbers=[place])
+        assert [one.ids for one in together[place]] == [one.ids for one in alone]
+        assert all(len(one.ids) == room if one.truncated else len(one.ids) <= room for one in alone)
+        assert any(one.truncated for one in alone)
+    problems = [Problem("short", "1+1", {}), Problem("long", "1" * 40, {})]
+    bad, encoded = BadRows(), encode_problems(policy.tokenizer, problems)
+    assert within_limits(policy, TransformersSampler(policy), encoded, most, bad) == encoded
+    assert bad.events() == [
+        "completions have less room than max_new_tokens, as the model's context is 64 tokens: 1 in all "
+        "(problem 'long': 24 tokens after a prompt of 40)"
+    ]
+    silent = BadRows()
+    assert within_limits(policy, Sampler(), encoded, most, silent) == encoded
+    assert not silent.events(), "another engine has limits of its own"
 
 
 def test_a_problem_with_a_token_without_an_embedding_is_named(policy: Policy) -> None:
@@ -219,4 +241,4 @@ def test_comparisons_and_variance_say_so_before_anything_is_trained(experiment: 
     with pytest.raises(UserError, match=r"^train.jsonl line 1 has 72 tokens, .*64 positions"):
         variance.fill(experiment, tmp_path / "buffer", tmp_path / "state", "train.jsonl", report)
     with pytest.raises(UserError, match=r"^problem 'train-0'.*64 positions"):
-        one_cell.collector_of(experiment, load_policy("model"), experiment.training, 2, 0)
+        one_stage.collector_of(experiment, load_policy("model"), experiment.training, 2, 0)

@@ -37,7 +37,7 @@ from rlzoo.training import (
     with_behaviour,
     with_inputs,
 )
-from rlzoo.training.batches import buffer_sources
+from rlzoo.training.batches import buffer_sources, in_steps
 from rlzoo.variance.analyzer import analyze_variance
 from rlzoo.variance.probe import VarianceProbe
 from rlzoo.variance.report import write_report
@@ -98,6 +98,11 @@ def run_variance(
         with pool(number, threads, console) as processes, Heartbeat(console, "starting") as heartbeat:
             heartbeat.doing = processes.doing
             found = _run(processes, experiment, run, settings, buffer, console)
+        found["skipped"] |= {
+            name: f"it has stages, whose objectives are measured in their own rows ({', '.join(row.stages)})"
+            for name, row in whole.algorithms.items()
+            if row.stages
+        }
         found = {
             "experiment": experiment.name,
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -134,7 +139,7 @@ def _asked(experiment: Experiment, settings: VarianceSettings, buffer: str | Non
 def _cut(experiment: Experiment, rows: int) -> Experiment:
     """The experiment with no more problems than an analysis of so many rows needs, and none to evaluate on.
 
-    A warm-up keeps all of its own.
+    A warm-up keeps all of its own. Rows with stages are left out: the objectives of their stages are rows themselves.
     """
     warm = experiment.warm_up and experiment.warm_up.model_copy(
         update={"train": experiment.warm_up.train or experiment.train}
@@ -143,7 +148,8 @@ def _cut(experiment: Experiment, rows: int) -> Experiment:
     train = experiment.train.model_copy(update={"limit": min(experiment.train.limit or problems, problems)})
     rollouts = experiment.rollouts.model_copy(update={"prompts": min(experiment.rollouts.prompts or prompts, prompts)})
     unused = {"benchmarks": {"train": Benchmark(**train.model_dump())}, "retention": {}, "validation": None}
-    return experiment.model_copy(update={"train": train, "rollouts": rollouts, "warm_up": warm, **unused})
+    kept = {"train": train, "rollouts": rollouts, "warm_up": warm, "algorithms": experiment.single_rows}
+    return experiment.model_copy(update={**kept, **unused})
 
 
 def _run(
@@ -211,8 +217,10 @@ def fill(experiment: Experiment, folder: Path, state: Path, given: str | None, r
     policy = load_for(experiment.model, experiment.training)
     bad = BadRows(experiment.train.bad_rows)
     longest, special = experiment.training.max_completion_tokens, experiment.training.special_tokens
-    fits = policy.row_check()
-    buffer: Buffer = read_buffer(given, policy.tokenizer, longest, bad=bad, special_tokens=special, fits=fits)
+    fits, whole = policy.row_check(), experiment.training.max_length
+    buffer: Buffer = read_buffer(
+        given, policy.tokenizer, longest, bad=bad, special_tokens=special, fits=fits, max_length=whole
+    )
     check_buffer(policy, buffer)
     events = bad.events()
     if experiment.training.behaviour == "current":
@@ -264,10 +272,12 @@ def along_training(
         budget = training.token_budget
         probe = VarianceProbe(buffer, settings.every, settings.probe_rows, settings.seed, budget, views[0][0])
 
+        sources = buffer_sources(buffer, views, training.batch_size, settings.seed)
+        training = in_steps(training, sources)
+
         def tell(trainer: Trainer, step: int) -> None:
             report(trainer.progress.fraction, str(trainer.progress))
 
-        sources = buffer_sources(buffer, views, training.batch_size, settings.seed)
         record = TrainingRecord(kept={"variance": probe.records})
         trainer = Trainer(policy, objective, sources, training, [tell, probe], record=record, checkpoints=checkpoints)
         if trainer.step == 0:
