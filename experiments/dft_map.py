@@ -152,7 +152,7 @@ def drawn(rows: Sequence[Mapping[str, Any]]) -> str:
             axes.set(title=f"{METRICS[metric]}, demonstrations in {styles} style{'s' * (styles > 1)}")
             axes.set_xticks(range(len(TERMS)), [f"{terms} terms" for terms in TERMS])
             axes.set_yticks(range(len(STEPS)), [f"base: {steps} steps" for steps in STEPS])
-        return to_svg(figure)
+        return to_svg(figure).svg
 
 
 def collected(runs: Path, done: Sequence[Field]) -> tuple[pa.Table, dict[str, Any]]:

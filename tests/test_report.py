@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import base64
 import copy
 import functools
+import hashlib
 import json
 import re
-import shutil
 import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
@@ -18,19 +19,24 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import rich.console
+from browser import CHROMIUM, Browser
 
 from rlzoo.comparison.outcomes import METRICS, OVERALL, compare_to, summarise
 from rlzoo.comparison.report import plots, report_table, tables, write_report
 from rlzoo.comparison.report.answer import answer
 from rlzoo.comparison.report.contents import contents
 from rlzoo.comparison.report.plots import curves_of
+from rlzoo.comparison.report.reported import reported
 from rlzoo.comparison.report.schema import parse_results, read_run
 from rlzoo.comparison.report.tables import amount, points, seconds, significance
-from rlzoo.document import Code, Entry, Heading, Paragraph
+from rlzoo.document import Answer, Answers, Block, Code, Entry, Heading, Paragraph, Table
+from rlzoo.document.blocks import sort_value
+from rlzoo.document.drawing import PAPER, Drawing
+from rlzoo.document.page import render_html
 from rlzoo.errors import UserError
 
+needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
 EVIL = "<script>document.title='owned'</script>"
-BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 SKILL = {"base": 0.2, "plain": 0.35, "weighted": 0.55, "paired": 0.3}
 BENCHMARKS = ("sums", "longer sums")
 SAMPLES, PROBLEMS, K = 4, 30, 2
@@ -183,9 +189,9 @@ def figures(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The figures that are drawn. Making them into SVG takes longer than all the rest, so an empty one stands in."""
     drawn: list[Any] = []
 
-    def to_svg(figure: Any) -> str:
+    def to_svg(figure: Any) -> Drawing:
         drawn.append(figure)
-        return '<svg width="1pt" height="1pt" viewBox="0 0 1 1"></svg>'
+        return Drawing('<svg width="1pt" height="1pt" viewBox="0 0 1 1"></svg>', figure)
 
     monkeypatch.setattr(plots, "to_svg", to_svg)
     return drawn
@@ -200,12 +206,13 @@ def test_report_has_all_parts_in_order(tmp_path: Path) -> None:
         "Comparison: default",
         "Results",
         "Differences from plain",
+        "Robustness",
         "Learning curves",
         "Token probabilities",
         "Costs",
         "Learning rates",
         "Failed cells",
-        "Sample completions",
+        "The same problems, side by side",
         "How to reproduce this",
     ]
     for text in (Page(source).text, markdown):
@@ -309,7 +316,7 @@ def test_answer_follows_from_the_data(tmp_path: Path) -> None:
     lead = next(line for line in read(tmp_path)[1].splitlines() if line.startswith("**On sums"))
     assert f"weighted has the best avg@4: {100 * mean:.1f} %" in lead
     assert "points over plain, the runner-up" in lead and "the two are distinguishable here" in lead
-    assert "In greedy decoding weighted leads" in lead and "In pass@2 weighted leads" in lead
+    assert lead.endswith("It also leads in greedy decoding and pass@2.**")
 
 
 @pytest.mark.usefixtures("figures")
@@ -362,7 +369,7 @@ def test_model_output_and_names_show_as_text(tmp_path: Path) -> None:
     write_report(tmp_path)
     source, markdown = read(tmp_path)
     page = Page(source)
-    assert "script" not in page.tags
+    assert page.tags.count("script") == 1, "the page's own"
     assert not page.open, "every element is closed"
     assert page.text.count(EVIL) > 10, "in tables, figures and completions"
     assert "<script" not in outside_fences(markdown)
@@ -374,14 +381,14 @@ def test_model_output_and_names_show_as_text(tmp_path: Path) -> None:
 
 def shown(page: Path) -> str:
     """The page as a browser has it after its scripts ran."""
-    assert BROWSER is not None
-    command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+    assert CHROMIUM is not None
+    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking"]
     command += [f"--user-data-dir={page.parent / 'profile'}", "--dump-dom", page.as_uri()]
     return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(BROWSER is None, reason="needs Chromium")
+@needs_chromium
 def test_a_browser_runs_nothing_that_a_model_wrote(tmp_path: Path) -> None:
     synthetic_run(tmp_path, {"base": 0.2, EVIL: 0.4})
     write_report(tmp_path)
@@ -393,6 +400,96 @@ def test_a_browser_runs_nothing_that_a_model_wrote(tmp_path: Path) -> None:
     assert "<title>owned</title>" in shown(tmp_path / "broken.html"), "this browser would run it"
     page = shown(tmp_path / "bare.html")
     assert "<title>owned</title>" not in page and page.count("&lt;script&gt;document.title") > 10
+
+
+def table_page(tmp_path: Path) -> Path:
+    """A page with a table, answers and wide content, and what a model wrote among it."""
+    rows = [
+        ("b10", "−1.5 [−3.0, 0.0], p = 0.5", "2 h 5 min", "x"),
+        ("b9", "+12.0 [1.0, 23.0], p < 0.001", "41 s", EVIL),
+        ("a", "–", "3 min 20 s", "y"),
+        ("c", "2.5 [1.0, 4.0], p = 0.04", "0.5 s", "z"),
+    ]
+    table = Table(["algorithm", "difference", "time", "text"], [list(map(Entry, row)) for row in rows], words=["text"])
+    answers = Answers("sums, 1", "1 + 1?", [Answer(name, name != "b", f"# 2 {EVIL}" * 9) for name in "abcdefgh"])
+    blocks: list[Block] = [Heading("Page", level=1), table, answers, Code("x" * 500)]
+    (tmp_path / "page.html").write_text(render_html("page", [*blocks, *map(Heading, ("One", "Two", "Three", "Four"))]))
+    return tmp_path / "page.html"
+
+
+def test_only_the_page_s_own_script_is_admitted(tmp_path: Path) -> None:
+    source = table_page(tmp_path).read_text()
+    (script,) = re.findall(r"<script>(.*?)</script>", source, flags=re.DOTALL)
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    (policy,) = re.findall(r'http-equiv="Content-Security-Policy" content="([^"]*)"', source)
+    assert policy == f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
+
+
+@pytest.mark.slow
+@needs_chromium
+def test_headers_sort_and_the_page_fits_a_phone(tmp_path: Path) -> None:
+    page = table_page(tmp_path)
+    head = "document.querySelector('thead').rows[0].cells[{}]"
+    with Browser(tmp_path / "profile") as browser:
+        browser.open(page)
+
+        def order() -> str:
+            names = browser.evaluate("[...document.querySelector('tbody').rows].map(row => row.cells[0].innerText)")
+            return " ".join(names)
+
+        def click(column: int) -> tuple[str, str | None]:
+            browser.evaluate(f"{head.format(column)}.querySelector('button').click()")
+            return order(), browser.evaluate(f"{head.format(column)}.getAttribute('aria-sort')")
+
+        assert order() == "b10 b9 a c"
+        assert click(1) == ("b9 c b10 a", "descending"), "by the number before the interval; what has none comes last"
+        assert click(1) == ("b10 c b9 a", "ascending")
+        assert click(1) == ("b10 b9 a c", None), "as it was"
+        assert click(2) == ("b10 a b9 c", "descending"), "hours, minutes and seconds"
+        assert click(0) == ("a b9 b10 c", "ascending"), "names with numbers"
+        assert browser.evaluate(f"{head.format(2)}.getAttribute('aria-sort')") is None, "one column at a time"
+        browser.evaluate(f"{head.format(0)}.querySelector('button').focus()")
+        browser.press("Enter")
+        assert order() == "c b10 b9 a"
+        assert browser.evaluate("document.title") == "page" and browser.complaints() == []
+        light = browser.evaluate("getComputedStyle(document.body).backgroundColor")
+        browser.open(page, width=390, scheme="dark")
+        assert browser.evaluate("document.documentElement.scrollWidth") <= 390
+        grid = "document.querySelector('.answers')"
+        assert browser.evaluate(f"{grid}.scrollWidth > {grid}.clientWidth"), "the answers scroll in their own box"
+        assert browser.evaluate("getComputedStyle(document.body).backgroundColor") != light
+        assert browser.complaints() == []
+        (tmp_path / "bad.html").write_text(page.read_text().replace("</main>", f"</main>{EVIL}"))
+        browser.open(tmp_path / "bad.html")
+        assert browser.evaluate("document.title") == "page" and "Content Security Policy" in browser.complaints()[0]
+
+
+@pytest.mark.parametrize(
+    ("shown", "value"),
+    [
+        ("46.0 [42.0, 50.1]", 46), ("−10.8 [−14.0, −7.5], p = 0.011", -10.8), ("+1.8", 1.8), ("1,779", 1779),
+        ("1.23 M", 1.23e6), ("58 k", 58e3), ("812 MB", 812e6), ("300 B", 300), ("3.21 T", 3.21e12), ("0.001", 0.001),
+        ("2 h 5 min", 7500), ("1 min 11 s", 71), ("0.5 s", 0.5), ("3e-05", 3e-5), ("10^300", np.inf), ("10^-2", 0.01),
+        ("< 0.001", 0.001 - 1e-12), ("> 391", 391 + 391e-9), ("167 [121, 223]", 167), ("–", None), ("sft", None),
+    ],
+)  # fmt: skip
+def test_numbers_are_sorted_by_what_they_mean(shown: str, value: float | None) -> None:
+    assert sort_value(shown) == (None if value is None else pytest.approx(value, rel=1e-12))
+
+
+@pytest.mark.slow
+@needs_chromium
+def test_a_report_has_no_errors_and_fits_a_phone(tmp_path: Path) -> None:
+    synthetic_run(tmp_path)
+    write_report(tmp_path)
+    with Browser(tmp_path / "profile") as browser:
+        browser.open(tmp_path / "report.html", width=390, scheme="dark")
+        assert browser.evaluate("document.documentElement.scrollWidth") <= 390 and browser.complaints() == []
+        colours = "[...document.querySelectorAll('figure svg text')].map(text => getComputedStyle(text).fill)"
+        ink = browser.evaluate("getComputedStyle(document.body).color")
+        assert set(browser.evaluate(colours)) == {ink}, "text of figures is legible in the dark"
+        first = browser.evaluate("document.querySelector('h1 + p.lead + figure svg') !== null")
+        assert first, "the page opens with the answer and one figure"
 
 
 @pytest.mark.slow
@@ -407,7 +504,7 @@ def test_page_stands_alone_and_describes_its_figures(tmp_path: Path) -> None:
     targets = re.findall(r'href="#([^"]+)"|url\(#([^)]+)\)', source)
     assert {a or b for a, b in targets} <= set(ids)
     assert page.tags.count("figure") == page.tags.count("figcaption") == 9
-    assert sum(name == "aria-label" and bool(value) for name, value in page.attributes) == 9
+    assert source.count('<svg role="img" aria-label="') == 9 and 'aria-label=""' not in source
     for alt, path in re.findall(r"!\[(.*?)\]\((.*?)\)", markdown):
         assert alt and ElementTree.parse(tmp_path / path).getroot().tag.endswith("svg")
 
@@ -424,7 +521,7 @@ def test_parts_without_data_are_left_out(tmp_path: Path) -> None:
     text = Page(read(tmp_path)[0]).text
     for heading in ("Learning curves", "Token probabilities", "Learning rates", "Failed cells"):
         assert heading not in text
-    assert "Sample completions" in text
+    assert "The same problems, side by side" in text
 
 
 def test_learning_curves_start_at_the_base_and_average_the_seeds() -> None:
@@ -476,7 +573,7 @@ def test_figures_show_the_numbers_of_the_tables(figures: list[Any], tmp_path: Pa
             assert one and other and row["difference"] == pytest.approx(one.mean - other.mean)
         expected = [(100 * row["difference"], place) for place, row in enumerate(own)]
         np.testing.assert_allclose([point.get_xydata()[0] for point in points], expected)
-        assert [point.get_markerfacecolor() != "white" for point in points] == [row["p"] < 0.05 for row in own]
+        assert [point.get_markerfacecolor() != PAPER for point in points] == [row["p"] < 0.05 for row in own]
 
     plots.token_probabilities(results)
     for axes, name in zip(figures[-1].axes, results.algorithms, strict=False):
@@ -567,24 +664,35 @@ def test_whether_the_metrics_agree_is_said(case: str) -> None:
 
 
 @pytest.mark.usefixtures("figures")
-def test_completions_are_the_first_of_the_first_problems_of_each_benchmark(tmp_path: Path) -> None:
+def test_every_algorithm_answers_the_same_problems_side_by_side(tmp_path: Path) -> None:
+    """The first problems of each benchmark in turn, then those on which the shares of right samples vary most."""
     results = synthetic_run(tmp_path)
     rows = outcome_rows(SKILL, seeds=2)[::-1]
     for row in rows:
         first = row["decoding"] == "sample" and row["sample"] == 0 and row["seed"] <= 0
         row.update(text="this one" if first else "another", prompt=row["problem_id"] * 100)
         row.update(correct=row["algorithm"] == "plain", truncated=row["algorithm"] == "paired")
+        if row["problem_id"] in ("sums-007", "longer sums-005"):  # varies less
+            row.update(correct=row["algorithm"] in ("plain", "weighted") and row["sample"] < 2)
+        if row["problem_id"] == "sums-011":
+            row.update(correct=False)
     save(tmp_path, results, pa.Table.from_pylist(rows))
     blocks = list(contents(read_run(tmp_path), None))
-    shown = [block.text for block in blocks if isinstance(block, (Heading, Paragraph, Code))]
-    shown = shown[shown.index("Sample completions") + 2 : shown.index("How to reproduce this")]
-    verdicts = ["base (wrong)", "plain (correct)", "weighted (wrong)", "paired (wrong, truncated)"]
-    answers = [line for verdict in verdicts for line in (verdict, "this one")]
-    assert shown == [
-        line
-        for name in ("sums-000", "longer sums-000", "sums-001")
-        for line in (f"{name[:-4]}: {name}", f"{(name * 100)[:700]} …", *answers)
-    ]
+    shown = [block for block in blocks if isinstance(block, Answers)]
+    disputed = ["sums, sums-002", "sums, sums-003", "sums, sums-004"]
+    first = ["sums, sums-000", "longer sums, longer sums-000", "sums, sums-001"]
+    assert [block.name for block in shown] == first + disputed, "equally disputed ones in order of their names"
+    for block in shown:
+        assert block.prompt == f"{(block.name.split(', ')[1] * 100)[:700]} …"
+        assert [answer.name for answer in block.answers] == list(SKILL)
+        assert [answer.correct for answer in block.answers] == [False, True, False, False]
+        assert {answer.text for answer in block.answers} == {"this one"}
+    notes = ["0 of 4 samples right", "8 of 8 samples right", "0 of 8 samples right", "0 of 8 samples right, truncated"]
+    assert [answer.note for answer in shown[0].answers] == notes
+    write_report(tmp_path)
+    source, markdown = read(tmp_path)
+    assert "✓ right" in source and "✗ wrong" in source, "not by colour alone"
+    assert "plain: ✓ right, 8 of 8 samples right" in markdown
 
 
 @pytest.mark.usefixtures("figures")
@@ -662,3 +770,46 @@ def test_terminal_tables_fit_and_mark_the_best(tmp_path: Path) -> None:
 )  # fmt: skip
 def test_numbers_read_well(shown: str, expected: str) -> None:
     assert shown == expected
+
+
+def test_published_results_stand_beside_the_measured_ones(tmp_path: Path) -> None:
+    results = synthetic_run(tmp_path)
+    assert not list(reported(read_run(tmp_path), "plain")), "there are none"
+    published = {
+        "base": {"sums": 10.0, "longer sums": 5.0},
+        "plain": {"sums": 20.5, "mean": 15.0},
+        "other": {"mean": 4.0},
+    }
+    config = {
+        "source": "A paper, table 1",
+        "model": "tiny",
+        "metric": "avg@16",
+        "results": published,
+        "notes": ["Note."],
+    }
+    results["config"]["reported"] = config
+    save(tmp_path, results)
+    run = read_run(tmp_path)
+    heading, told, table, note = reported(run, "plain")
+    assert heading == Heading("Reported and measured") and note == Paragraph("Note.")
+    assert isinstance(told, Paragraph) and all(
+        word in told.text for word in ("A paper, table 1; model tiny, avg@16", "this run; model tiny, avg@4")
+    )
+    assert isinstance(table, Table)
+    assert [name for name in table.header if name.endswith("reported")] == [
+        "sums, reported", "longer sums, reported", "mean, reported", "gain, reported",
+    ]  # fmt: skip
+    shown = {row[0].text: [entry.text for entry in row[1:]] for row in table.rows}
+    assert list(shown) == ["base", "plain", "other", "weighted", "paired"]
+    measured = {(row.algorithm, row.benchmark): row.mean for row in run.results.summary if row.metric == "avg_at_k"}
+    sums, mean = measured["plain", "sums"], measured["plain", OVERALL]
+    assert shown["plain"][:2] == ["20.5", f"{100 * sums:.1f}"] and shown["plain"][2] == "–"
+    assert shown["plain"][4:6] == ["15.0", f"{100 * mean:.1f}"]
+    assert shown["base"][4] == "7.5", "without a published mean, that of the benchmarks"
+    assert shown["plain"][6] == "+7.5" and shown["base"][6:] == ["–", "–"] and shown["other"][6] == "−3.5"
+    assert shown["weighted"][0] == "–" and shown["other"][1] == "–"
+    for change in ({"model": "large"}, {"results": {"plain": {"elsewhere": 3.0}}}):
+        results["config"]["reported"] = config | change
+        save(tmp_path, results)
+        _, _, warning, *_ = reported(read_run(tmp_path), "plain")
+        assert isinstance(warning, Paragraph) and "not the numbers" in warning.text

@@ -445,7 +445,7 @@ def test_a_chart_leaves_out_what_noise_hides_and_needs_some() -> None:
 
     objectives = {f"objective-{i}": entry(i / 10) for i in range(plots.FEWEST_ON_CHART)}
     drawn = plots.chart({"objectives": {**objectives, "drowned": entry(None)}})
-    assert drawn is not None and all(f">{name}<" in drawn for name in objectives) and "drowned" not in drawn
+    assert drawn is not None and all(f">{name}<" in drawn.svg for name in objectives) and "drowned" not in drawn.svg
     objectives.popitem()
     assert plots.chart({"objectives": {**objectives, "drowned": entry(None)}}) is None
 

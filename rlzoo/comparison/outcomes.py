@@ -73,6 +73,13 @@ class ResultMatrix:
         means: Float[np.ndarray, "S B"] = np.stack(own, 1)
         return means
 
+    def on(self, problems: Sequence[str]) -> ResultMatrix:
+        """The results on some of the problems."""
+        kept = np.isin(self.problems, problems)
+        benchmarks = None if self.benchmarks is None else self.benchmarks[kept]
+        names = tuple(name for name, keep in zip(self.problems, kept, strict=True) if keep)
+        return ResultMatrix(self.values[:, kept], self.seeds, names, benchmarks)
+
 
 def result_matrices(outcomes: pa.Table, k: int | Mapping[str, int]) -> dict[ResultKey, ResultMatrix]:
     """The results of every algorithm × benchmark × metric in a table of outcomes; k may differ by benchmark.
@@ -260,7 +267,7 @@ def flipped(a: ResultMatrix, b: ResultMatrix) -> dict[str, Any]:
     if difference is None:
         return {}
     weighted = difference.values * difference.weights
-    one, other = (_on(matrix, difference.problems).by_benchmark for matrix in (a, b))
+    one, other = (matrix.on(difference.problems).by_benchmark for matrix in (a, b))
     better, low, high = probability_of_improvement(one, other, fixed=BASE_SEEDS in (a.seeds, b.seeds))
     return {
         "p_problems": sign_flip_p(weighted.mean(0)),
@@ -284,13 +291,6 @@ def _correct(rows: Sequence[dict[str, Any]], key: str) -> None:
         table = [row for row in rows if row["benchmark"] == benchmark and key in row]
         for row, corrected in zip(table, holm([row[key] for row in table]), strict=True):
             row[key] = corrected
-
-
-def _on(matrix: ResultMatrix, problems: Sequence[str]) -> ResultMatrix:
-    """The results on some of the problems."""
-    kept = np.isin(matrix.problems, problems)
-    benchmarks = None if matrix.benchmarks is None else matrix.benchmarks[kept]
-    return ResultMatrix(matrix.values[:, kept], matrix.seeds, tuple(np.array(matrix.problems)[kept]), benchmarks)
 
 
 def compare_pairs(

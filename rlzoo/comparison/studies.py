@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from rlzoo.comparison.outcomes import METRICS, ResultMatrix, difference_of, flipped, result_matrices, summarise, tested
+from rlzoo.comparison.outcomes import METRICS, ResultMatrix, difference_of, flipped, summarise, tested
 from rlzoo.comparison.plan import Cell
 from rlzoo.comparison.report.contents import contents
 from rlzoo.comparison.report.schema import CELLS, FinishedRun, read_run
@@ -119,7 +119,7 @@ def compare_studies(one: str, other: str, names: Sequence[str] | None = None) ->
     seen: list[ResultMatrix] = []
     for name in names:
         run = read_study(name)
-        matrices = result_matrices(run.outcomes, run.results.k)
+        matrices = run.matrices
         known |= dict.fromkeys(algorithm for algorithm, _, _ in matrices)
         for benchmark in run.results.overall:
             for metric in METRICS:

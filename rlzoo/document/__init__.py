@@ -5,19 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from rlzoo.document.blocks import Block, Code, Entry, Figure, Heading, Paragraph, Table
+from rlzoo.document.blocks import Answer, Answers, Block, Code, Entry, Figure, Heading, Paragraph, Table
 from rlzoo.document.drawing import standalone
 from rlzoo.document.markdown import FIGURES, render_markdown
 from rlzoo.document.page import render_html
 from rlzoo.jobs.outputs import write_atomically
 
-__all__ = ["Block", "Code", "Entry", "Figure", "Heading", "Paragraph", "Table", "write_document"]
+__all__ = ["Answer", "Answers", "Block", "Code", "Entry", "Figure", "Heading", "Paragraph", "Table", "write_document"]
 
 
 def write_document(directory: Path, title: str, blocks: Sequence[Block]) -> None:
     """Write report.md, report.html and figures/ into a directory, each file atomically."""
     files = {
-        directory / FIGURES / f"{block.name}.svg": standalone(block.svg)
+        directory / FIGURES / f"{block.name}.svg": standalone(block.drawing.svg)
         for block in blocks
         if isinstance(block, Figure)
     }

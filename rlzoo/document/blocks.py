@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
+
+from rlzoo.document.drawing import Drawing
 
 
 class Entry(NamedTuple):
@@ -47,6 +51,33 @@ class Table:
         """Whether a column contains numbers, which are aligned to the right."""
         return column > 0 and self.header[column] not in (self.prose, *self.words)
 
+    def is_prose(self, column: int) -> bool:
+        """Whether a column contains sentences, which are broken into lines."""
+        return column > 0 and self.header[column] == self.prose
+
+
+FACTORS = {"": 1.0, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "P": 1e15, "E": 1e18}
+SECONDS = {"s": 1.0, "min": 60.0, "h": 3600.0}
+
+
+def sort_value(text: str) -> float | None:
+    """The number that an entry is sorted by: its value without its interval, unit and p-value; None if it has none.
+
+    As tables show numbers: with a typographic minus, thousands separators, SI prefixes, durations such as 2 h 5 min,
+    powers such as 10^300, and bounds such as < 0.001, which come before the bound itself.
+    """
+    found = re.match(r"([<>]?) ?([+-]?\d[\d,]*(?:\.\d+)?(?:e[+-]?\d+)?)(\^-?\d+)?", text.replace("−", "-"))
+    if found is None:
+        return None
+    value, rest = float(found[2].replace(",", "")), text[found.end() :]
+    if found[3]:
+        return value ** float(found[3][1:]) if abs(float(found[3][1:])) < 300 else math.inf
+    if parts := re.findall(r"(\d+(?:\.\d+)?) (s|min|h)\b", text.partition("[")[0]):
+        value = sum(float(number) * SECONDS[unit] for number, unit in parts)
+    elif unit := re.match(r" ([kMGTPE]?)B?(?: |$)", rest):
+        value *= FACTORS[unit[1]]
+    return value + {"<": -1e-9, "": 0.0, ">": 1e-9}[found[1]] * abs(value)
+
 
 @dataclass(frozen=True)
 class Figure:
@@ -54,7 +85,7 @@ class Figure:
 
     name: str
     """The name of its file, without the ending."""
-    svg: str
+    drawing: Drawing
     alt: str
     """What a reader who cannot see the drawing should know."""
     shows: str
@@ -71,4 +102,23 @@ class Code:
     language: str = "text"
 
 
-Block = Heading | Paragraph | Table | Figure | Code
+@dataclass(frozen=True)
+class Answer:
+    """What one model answered."""
+
+    name: str
+    correct: bool
+    text: str
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Answers:
+    """A problem and several models' answers to it, side by side, each marked as right or wrong."""
+
+    name: str
+    prompt: str
+    answers: Sequence[Answer]
+
+
+Block = Heading | Paragraph | Table | Figure | Code | Answers

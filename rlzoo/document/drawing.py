@@ -1,4 +1,4 @@
-"""Figures as SVG that takes its text colour from the surrounding page: colours, style, and embedding in documents."""
+"""Figures as SVG that takes its text colour from the surrounding page, and as PDF: colours, style, embedding."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import html
 import io
 import math
 import re
+from dataclasses import dataclass
 from typing import Any
 
+import matplotlib as mpl
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
@@ -17,6 +19,8 @@ MARKERS = "osD^vPX"
 GREY = "#808080"
 INK = "#010203"
 """A placeholder for the text colour of the page, replaced by `inline` and `standalone`."""
+PAPER = "#fefefd"
+"""A placeholder for the background of the page."""
 WIDTH = 9.6
 STYLE = {
     "font.family": "sans-serif",
@@ -83,13 +87,29 @@ def axes_row(columns: int, height: float, **options: Any) -> tuple[Any, Any]:
     return figure, figure.subplots(1, columns, squeeze=False, **options)[0]
 
 
-def to_svg(figure: Any) -> str:
-    """The figure as an SVG element; the same figure gives the same bytes."""
+@dataclass(frozen=True)
+class Drawing:
+    """A figure as an SVG element, and as drawn by matplotlib."""
+
+    svg: str
+    figure: Any
+
+    def pdf(self) -> bytes:
+        """A page with the figure, its fonts embedded; the same figure gives the same bytes."""
+        out = io.BytesIO()
+        nothing = dict.fromkeys(("CreationDate", "Creator", "Producer"))
+        with mpl.rc_context({"pdf.fonttype": 42}):
+            self.figure.savefig(out, format="pdf", metadata=nothing)
+        return out.getvalue()
+
+
+def to_svg(figure: Any) -> Drawing:
+    """The finished figure with its SVG; the same figure gives the same bytes."""
     out = io.StringIO()
     nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
     figure.savefig(out, format="svg", transparent=True, metadata=nothing)
     text = out.getvalue()
-    return text[text.index("<svg") :]
+    return Drawing(text[text.index("<svg") :], figure)
 
 
 def inline(svg: str, name: str, alt: str) -> str:
@@ -100,7 +120,7 @@ def inline(svg: str, name: str, alt: str) -> str:
     )
     svg = re.sub(r'\bid="', f'id="{name}-', svg)
     svg = re.sub(r'(?:xlink:)?href="#', f'href="#{name}-', svg)
-    svg = svg.replace("url(#", f"url(#{name}-").replace(INK, "currentColor")
+    svg = svg.replace("url(#", f"url(#{name}-").replace(INK, "currentColor").replace(PAPER, "var(--page)")
     return f'<svg role="img" aria-label="{html.escape(alt)}"{svg[len("<svg") :]}'
 
 
@@ -108,4 +128,6 @@ def standalone(svg: str) -> str:
     """The drawing as a file of its own, dark on white."""
     head, _, body = svg.partition(">")
     white = '<rect width="100%" height="100%" fill="#ffffff"/>'
-    return f'<?xml version="1.0" encoding="utf-8"?>\n{head}>{white}{body}'.replace(INK, "#1a1a1a")
+    return f'<?xml version="1.0" encoding="utf-8"?>\n{head}>{white}{body}'.replace(INK, "#1a1a1a").replace(
+        PAPER, "#ffffff"
+    )

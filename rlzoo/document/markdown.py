@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-from rlzoo.document.blocks import Block, Code, Entry, Figure, Heading, Paragraph, Table
+from rlzoo.document.blocks import Answer, Answers, Block, Code, Entry, Figure, Heading, Paragraph, Table
 
 FIGURES = "figures"
 
@@ -41,6 +41,13 @@ def _block(block: Block) -> str:
             return f"![{text(block.alt)}]({FIGURES}/{block.name}.svg)\n\n{text(f'{block.shows} {block.hides}')}"
         case Table():
             return _table(block)
+        case Answers():
+            return "\n\n".join([text(block.name), fence(block.prompt, "text"), *map(_answer, block.answers)])
+
+
+def _answer(answer: Answer) -> str:
+    mark = "✓ right" if answer.correct else "✗ wrong"
+    return f"{text(answer.name)}: {text(', '.join(filter(None, [mark, answer.note])))}\n\n{fence(answer.text, 'text')}"
 
 
 def _table(table: Table) -> str:

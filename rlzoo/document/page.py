@@ -1,57 +1,35 @@
-"""Documents as single, self-contained HTML pages: no scripts, no network, readable in light and dark mode."""
+"""Documents as single, self-contained HTML pages: no network, one small script, readable in light and dark mode."""
 
 from __future__ import annotations
 
+import hashlib
 import html
-from collections.abc import Iterable
+import re
+from base64 import b64encode
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 
-from rlzoo.document.blocks import Block, Code, Entry, Figure, Heading, Paragraph, Table
+from rlzoo.document.blocks import Answer, Answers, Block, Code, Entry, Figure, Heading, Paragraph, Table, sort_value
 from rlzoo.document.drawing import inline
 
-STYLE = """
-:root { color-scheme: light dark;
-  --ink: #1b1d21; --soft: #5b616b; --line: #d9dce1; --page: #fff; --tint: #f4f5f7;
-  --sans: system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", "DejaVu Sans", sans-serif; }
-@media (prefers-color-scheme: dark) {
-  :root { --ink: #e6e7e9; --soft: #a0a6b0; --line: #383c44; --page: #16181c; --tint: #202329; }
-}
-* { box-sizing: border-box; }
-body { margin: 0 auto; padding: 2.5rem 1.25rem 5rem; max-width: 60rem;
-  background: var(--page); color: var(--ink); font: 1rem/1.55 var(--sans); }
-h1, h2, h3 { line-height: 1.25; overflow-wrap: anywhere; }
-h1 { font-size: 1.9rem; margin: 0 0 1rem; }
-h2 { font-size: 1.35rem; margin: 3rem 0 .75rem; padding-top: 1rem; border-top: 1px solid var(--line); }
-h3 { font-size: 1.05rem; margin: 1.75rem 0 .5rem; }
-p { max-width: 44rem; margin: .6rem 0; overflow-wrap: anywhere; }
-p.lead { font-size: 1.1rem; padding-left: .9rem; border-left: 3px solid #0072b2; }
-.wide { overflow-x: auto; margin: .8rem 0; }
-table { border-collapse: separate; border-spacing: 0; font-size: .92rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .32rem .9rem .32rem 0; text-align: left; vertical-align: top; white-space: nowrap; }
-th + th, td + td { padding-left: .9rem; }
-.prose { white-space: normal; min-width: 16rem; overflow-wrap: anywhere; }
-th { color: var(--soft); font-weight: 600; border-bottom: 1.5px solid var(--line); }
-td { border-bottom: 1px solid var(--line); }
-.number { text-align: right; }
-.name { position: sticky; left: 0; background: var(--page); }
-figure { margin: 1.2rem 0; }
-figure svg { display: block; width: 100%; min-width: 40rem; height: auto; overflow: visible; }
-figure svg * { stroke-linejoin: round; stroke-linecap: butt; }
-figure svg text { font-family: var(--sans) !important; }
-figcaption { max-width: 44rem; margin-top: .5rem; font-size: .9rem; color: var(--soft); }
-pre { margin: .4rem 0 1rem; padding: .7rem .9rem; background: var(--tint); border-radius: 6px;
-  font-size: .85rem; line-height: 1.45; white-space: pre-wrap; overflow-wrap: anywhere; }
-code { font-family: ui-monospace, "SF Mono", Menlo, Consolas, "DejaVu Sans Mono", monospace; }
-@media (max-width: 40rem) {
-  body { padding-top: 1.5rem; } h1 { font-size: 1.5rem; } p.lead { font-size: 1.02rem; }
-}
-@media print { body { max-width: none; } figure, tr { break-inside: avoid; } }
-""".strip()
+STYLE = (Path(__file__).parent / "page.css").read_text(encoding="utf-8").strip()
+SCRIPT = "\n" + (Path(__file__).parent / "sort.js").read_text(encoding="utf-8")
+LISTED = 4
+"""The number of sections from which a page lists them at its beginning."""
 
 
 def render_html(title: str, blocks: Iterable[Block]) -> str:
-    """The page. All text is escaped; a content security policy in its head forbids scripts and loading anything."""
+    """The page. All text is escaped; a content security policy forbids loading anything, and scripts but our own.
+
+    The policy names that script by its hash: whatever else a model wrote into the page, a browser does not run it.
+    """
+    blocks = list(blocks)
     body = "\n".join(_block(block) for block in blocks)
-    policy = "default-src 'none'; style-src 'unsafe-inline'"
+    sections = [block.text for block in blocks if isinstance(block, Heading) and block.level == 2]
+    if len(sections) >= LISTED:
+        body = body.replace("<h2", f"{_contents(sections)}\n<h2", 1)
+    digest = b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
+    policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
     return f"""<!doctype html>
 <html lang="en">
 <head>
@@ -67,6 +45,7 @@ def render_html(title: str, blocks: Iterable[Block]) -> str:
 <main>
 {body}
 </main>
+<script>{SCRIPT}</script>
 </body>
 </html>
 """
@@ -80,29 +59,63 @@ def text(value: str) -> str:
 def _block(block: Block) -> str:
     match block:
         case Heading():
-            return f"<h{block.level}>{text(block.text)}</h{block.level}>"
+            anchor = f' id="{_anchor(block.text)}"' if block.level == 2 else ""
+            return f"<h{block.level}{anchor}>{text(block.text)}</h{block.level}>"
         case Paragraph():
             kind = ' class="lead"' if block.lead else ""
             return f"<p{kind}>{text(block.text)}</p>"
         case Code():
             return f"<pre><code>{text(block.text)}</code></pre>"
         case Figure():
-            drawing = inline(block.svg, block.name, block.alt)
+            drawing = inline(block.drawing.svg, block.name, block.alt)
             caption = f"<figcaption>{text(block.shows)} {text(block.hides)}</figcaption>"
-            return f'<figure><div class="wide">{drawing}</div>{caption}</figure>'
+            return f"<figure>{_wide(drawing, 'figure')}{caption}</figure>"
         case Table():
             return _table(block)
+        case Answers():
+            return _answers(block)
+
+
+def _wide(content: str, label: str) -> str:
+    """What may be wider than a phone, in a box of its own that scrolls, with the keyboard too."""
+    return f'<div class="wide" role="group" tabindex="0" aria-label="{label}">{content}</div>'
+
+
+def _anchor(heading: str) -> str:
+    return "section-" + re.sub(r"[^a-z0-9]+", "-", heading.lower()).strip("-")
+
+
+def _contents(sections: Sequence[str]) -> str:
+    links = "".join(f'<li><a href="#{_anchor(name)}">{text(name)}</a></li>' for name in sections)
+    return f'<nav aria-label="Sections"><ul>{links}</ul></nav>'
+
+
+def _answers(block: Answers) -> str:
+    def article(answer: Answer) -> str:
+        kind, mark = ("right", "✓ right") if answer.correct else ("wrong", "✗ wrong")
+        note = f"<p>{text(answer.note)}</p>" if answer.note else ""
+        head = f'<h4>{text(answer.name)}</h4><p class="mark">{mark}</p>{note}'
+        return f'<article class="{kind}">{head}<pre><code>{text(answer.text)}</code></pre></article>'
+
+    columns = "\n".join(map(article, block.answers))
+    question = f'<p class="problem">{text(block.name)}</p><pre><code>{text(block.prompt)}</code></pre>'
+    label = text(f"answers to {block.name}")
+    return f'{question}\n<div class="answers" role="group" tabindex="0" aria-label="{label}">\n{columns}\n</div>'
 
 
 def _table(table: Table) -> str:
     def cell(tag: str, column: int, entry: Entry) -> str:
-        kind = "number" if table.is_number(column) else "prose" if column else "name"
+        is_number = table.is_number(column)
+        kind = "name" if column == 0 else "number" if is_number else "prose" if table.is_prose(column) else "word"
+        scope = ' scope="col"' if tag == "th" else ""
+        value = sort_value(entry.text) if is_number and tag == "td" else None
+        order = "" if value is None else f' data-value="{value:.12g}"'
         inner = f"<strong>{text(entry.text)}</strong>" if entry.best else text(entry.text)
-        return f'<{tag} class="{kind}">{inner}</{tag}>'
+        return f'<{tag}{scope} class="{kind}"{order}>{inner}</{tag}>'
 
     def row(tag: str, entries: Iterable[Entry]) -> str:
         return f"<tr>{''.join(cell(tag, column, entry) for column, entry in enumerate(entries))}</tr>"
 
     head = row("th", (Entry(name) for name in table.header))
     body = "\n".join(row("td", entries) for entries in table.rows)
-    return f'<div class="wide"><table>\n<thead>{head}</thead>\n<tbody>\n{body}\n</tbody>\n</table></div>'
+    return _wide(f"<table>\n<thead>{head}</thead>\n<tbody>\n{body}\n</tbody>\n</table>", "table")

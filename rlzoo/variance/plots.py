@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from rlzoo.document.drawing import GREY, MARKERS, PALETTE, STYLE, WIDTH, axes_row, log_scale, short, to_svg
+from rlzoo.document.drawing import GREY, MARKERS, PALETTE, STYLE, WIDTH, Drawing, axes_row, log_scale, short, to_svg
 
 Found = Mapping[str, Any]
 FEWEST_ON_CHART = 8
@@ -28,7 +28,7 @@ def style_of(found: Found) -> dict[str, dict[str, Any]]:
     return looks
 
 
-def law(found: Found) -> str | None:
+def law(found: Found) -> Drawing | None:
     """Mean tr Cov per token against p: exact values as lines, Monte Carlo as points with intervals."""
     bins = found["bins"]
     if not bins:
@@ -73,7 +73,7 @@ def _intervals(axes: Any, rows: Sequence[Mapping[str, Any]], look: Mapping[str, 
     )  # fmt: skip
 
 
-def coefficients(found: Found) -> str:
+def coefficients(found: Found) -> Drawing:
     """How each objective's coefficients are distributed over tokens."""
     objectives, looks = found["objectives"], style_of(found)
     columns = min(len(objectives), 4)
@@ -95,7 +95,7 @@ def coefficients(found: Found) -> str:
         return to_svg(figure)
 
 
-def directions(found: Found) -> str | None:
+def directions(found: Found) -> Drawing | None:
     """Cosine and norm ratio of each mean gradient to the baseline's, and the noise scale, with intervals."""
     entries = found["objectives"].items()
     names = [n for n, o in entries if o.get("data_noise", {}).get("cosine_to_sft", {}).get("value") is not None]
@@ -128,7 +128,7 @@ def directions(found: Found) -> str | None:
         return to_svg(figure)
 
 
-def chart(found: Found) -> str | None:
+def chart(found: Found) -> Drawing | None:
     """Each objective by the length and direction of its expected gradient, with intervals; areas show the ESS.
 
     Objectives whose gradient noise hides are left out.
@@ -167,7 +167,7 @@ def chart(found: Found) -> str | None:
         return to_svg(figure)
 
 
-def along_training(found: Found) -> str | None:
+def along_training(found: Found) -> Drawing | None:
     """tr Σ, noise scale and effective sample size in the course of each objective's training."""
     runs = {name: rows for name, rows in found.get("training", {}).items() if rows}
     if not runs:
@@ -197,7 +197,7 @@ def along_training(found: Found) -> str | None:
         return to_svg(figure)
 
 
-def layers(found: Found) -> str | None:
+def layers(found: Found) -> Drawing | None:
     """tr Σ of each layer as a share of the whole, and the cosine to the baseline by layer."""
     objectives = {n: o for n, o in found["objectives"].items() if o.get("layers")}
     if not objectives:
@@ -228,7 +228,7 @@ def layers(found: Found) -> str | None:
         return to_svg(figure)
 
 
-def proxies(found: Found) -> str | None:
+def proxies(found: Found) -> Drawing | None:
     """The logit-space proxy of each prompt's squared gradient norm against the exact one."""
     prompts_of = {n: o["proxies"]["prompts"] for n, o in found["objectives"].items() if o.get("proxies")}
     objectives = {n: prompts for n, prompts in prompts_of.items() if any(prompts["total_power"])}

@@ -12,6 +12,7 @@ import rich.table
 from rich.text import Text
 
 from rlzoo.document import Block, Code, Entry, Figure, Heading, Paragraph, Table, write_document
+from rlzoo.document.drawing import Drawing
 from rlzoo.errors import UserError
 from rlzoo.variance import plots
 
@@ -19,15 +20,18 @@ Found = Mapping[str, Any]
 NONE = "–"
 
 
-def write_report(directory: Path) -> None:
-    """Write report.md, report.html and figures/ from a folder's variance.json. Raises UserError if there is none."""
+def write_report(directory: Path, out: Path | None = None) -> None:
+    """Write report.md, report.html and figures/ from a folder's variance.json, into it or ``out``.
+
+    Raises UserError if there is none.
+    """
     file = directory / "variance.json"
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
         blocks = list(contents(found))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{str(file)!r} was not written by rlzoo variance ({error}): run it again") from error
-    write_document(directory, f"{found['experiment']}: variance · rlzoo", blocks)
+    write_document(out or directory, f"{found['experiment']}: variance · rlzoo", blocks)
 
 
 def number(value: float | None, digits: int = 3) -> str:
@@ -312,11 +316,11 @@ def _cosines(found: Found) -> Iterator[Block]:
 
 
 def _figure(
-    found: Found, name: str, draw: Callable[[Found], str | None], alt: str, shows: str, hides: str
+    found: Found, name: str, draw: Callable[[Found], Drawing | None], alt: str, shows: str, hides: str
 ) -> Iterator[Block]:
-    svg = draw(found)
-    if svg is not None:
-        yield Figure(name, svg, alt, shows, hides)
+    drawing = draw(found)
+    if drawing is not None:
+        yield Figure(name, drawing, alt, shows, hides)
 
 
 def _method(found: Found) -> Iterator[Block]:

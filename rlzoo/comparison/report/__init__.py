@@ -2,21 +2,44 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from rlzoo.comparison.report.contents import contents
 from rlzoo.comparison.report.schema import read_run
-from rlzoo.comparison.report.tables import report_table
+from rlzoo.comparison.report.several import contents_of_several
+from rlzoo.comparison.report.terminal import report_table
 from rlzoo.document import write_document
+from rlzoo.errors import UserError
 
-__all__ = ["report_table", "write_report"]
+__all__ = ["report_table", "write_report", "write_report_of_several"]
 
 
-def write_report(directory: Path, baseline: str | None = None) -> None:
-    """Write report.md, report.html and figures/ into a run's folder, each file atomically.
+def write_report(directory: Path, baseline: str | None = None, out: Path | None = None) -> None:
+    """Write report.md, report.html and figures/ into a run's folder, or ``out``, each file atomically.
 
-    ``baseline`` is the algorithm that the others are compared with: by default the first, or the base model if there is
-    only one. Raises UserError for a missing or broken file or an unknown baseline, before anything is written.
+    ``baseline`` is the algorithm that the others are compared with: see `Results.baseline`. Raises UserError for a
+    missing or broken file or an unknown baseline, before anything is written.
     """
     run = read_run(directory)
-    write_document(directory, f"{run.results.experiment} · rlzoo", list(contents(run, baseline)))
+    write_document(out or directory, f"{run.results.experiment} · rlzoo", list(contents(run, baseline)))
+
+
+def write_report_of_several(folders: Sequence[Path], out: Path, command: str) -> None:
+    """Write one report of several runs, which a command asked for; as `write_report`.
+
+    Raises UserError for a missing or broken file, and for the same folder twice.
+    """
+    names = distinct(folders)
+    runs = {name: read_run(folder) for name, folder in zip(names, folders, strict=True)}
+    write_document(out, f"{', '.join(names)} · rlzoo", list(contents_of_several(runs, command)))
+
+
+def distinct(folders: Sequence[Path]) -> list[str]:
+    """The shortest ends of paths that tell them apart. Raises UserError for the same folder twice."""
+    parts = [folder.resolve().parts for folder in folders]
+    for count in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(own[-count:]) for own in parts]
+        if len(set(names)) == len(names):
+            return names
+    raise UserError(f"{', '.join(map(str, folders))}: the same run twice; name different runs")

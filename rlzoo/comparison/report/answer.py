@@ -11,8 +11,8 @@ from rlzoo.comparison.statistics import SIGNIFICANT, crossed_interval
 from rlzoo.config import BASE
 
 
-def answer(results: Results, matrices: Mapping[ResultKey, ResultMatrix], benchmark: str) -> str:
-    """Which algorithm is best on a benchmark, whether distinguishably so, and whether the metrics agree."""
+def answer(results: Results, matrices: Mapping[ResultKey, ResultMatrix], benchmark: str, brief: bool = False) -> str:
+    """Which algorithm is best on a benchmark, whether distinguishably so, and (not ``brief``) if the metrics agree."""
     means = {metric: _means(results, benchmark, metric) for metric in METRICS}
     ranked = _ranking(means["avg_at_k"])
     if not ranked:
@@ -26,9 +26,37 @@ def answer(results: Results, matrices: Mapping[ResultKey, ResultMatrix], benchma
     base = results.row(BASE, benchmark, "avg_at_k")
     if base is not None and base.mean >= means["avg_at_k"][ranked[0]]:
         sentences.append(f"The base model, at {percent(base.mean)} %, is not below it")
-    if len(ranked) > 1:
+    if len(ranked) > 1 and not brief:
         sentences += [_agreement(results, benchmark, means, metric) for metric in METRICS[1:] if means[metric]]
     return " ".join(f"{sentence}." for sentence in sentences)
+
+
+def headline(results: Results, matrices: Mapping[ResultKey, ResultMatrix], benchmark: str) -> str:
+    """The answer in two sentences: which algorithm is best, and what the other metrics say."""
+    means = {metric: _means(results, benchmark, metric) for metric in METRICS}
+    ranked = _ranking(means["avg_at_k"])
+    if not ranked:
+        return answer(results, matrices, benchmark)
+    first = answer(results, matrices, benchmark, brief=True)
+    best, others = ranked[0], [metric for metric in METRICS[1:] if means[metric]]
+    if len(ranked) == 1 or not others:
+        return first
+    leaders = {metric: _leaders(means[metric]) for metric in others}
+    if all(own == [best] for own in leaders.values()):
+        return f"{first} It also leads in {' and '.join(_called(results, m, benchmark) for m in others)}."
+    told = [
+        f"in {_called(results, metric, benchmark)} {' and '.join(own)} {'leads' if len(own) == 1 else 'lead'}"
+        for metric, own in leaders.items()
+    ]
+    return f"{first} {_capital(', and '.join(told))}."
+
+
+def _leaders(means: Mapping[str, float]) -> list[str]:
+    return [name for name, mean in means.items() if mean == max(means.values())]
+
+
+def _called(results: Results, metric: str, benchmark: str) -> str:
+    return "greedy decoding" if metric == "greedy" else results.label(metric, benchmark)
 
 
 def _capital(text: str) -> str:
@@ -64,10 +92,10 @@ def _margin(matrices: Mapping[ResultKey, ResultMatrix], benchmark: str, best: st
 
 def _agreement(results: Results, benchmark: str, means: Mapping[str, Mapping[str, float]], metric: str) -> str:
     own = means[metric]
-    by = "greedy decoding" if metric == "greedy" else results.label(metric, benchmark)
+    by = _called(results, metric, benchmark)
     if len(set(own.values())) == 1:
         return f"In {by} all are equal, at {percent(max(own.values()))} %"
-    leaders = [name for name, mean in own.items() if mean == max(own.values())]
+    leaders = _leaders(own)
     verb, top = "leads" if len(leaders) == 1 else "lead", percent(max(own.values()))
     first = f"In {by} {' and '.join(leaders)} {verb} with {top} %"
     ranked = _ranking(means["avg_at_k"])

@@ -13,7 +13,7 @@ from rlzoo.comparison.report.schema import CellResult, FinishedRun, Results
 from rlzoo.comparison.report.tables import NONE, percent, points
 from rlzoo.config import BASE
 from rlzoo.document import Block, Entry, Figure, Heading, Paragraph, Table
-from rlzoo.document.drawing import STYLE, axes_row, short, to_svg
+from rlzoo.document.drawing import STYLE, Drawing, axes_row, short, to_svg
 
 CLIPPED, LOST = "clipped", "signal_clipped/signal"
 SHOWN = {
@@ -126,7 +126,7 @@ def _told(results: Results, name: str, found: Mapping[str, np.ndarray], mode: st
     return f"{text}."
 
 
-def _figure(results: Results, series: Mapping[str, Mapping[str, np.ndarray]]) -> str:
+def _figure(results: Results, series: Mapping[str, Mapping[str, np.ndarray]]) -> Drawing:
     shown = [metric for metric in SHOWN if any(metric in found for found in series.values())]
     palette = colours(results)
     with mpl.rc_context(STYLE):

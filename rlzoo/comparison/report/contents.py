@@ -4,9 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from rlzoo.comparison.report import clipping, completions, endings, method, results, retention, stages, training
+from rlzoo.comparison.report import (
+    clipping,
+    completions,
+    endings,
+    method,
+    reported,
+    results,
+    retention,
+    stages,
+    training,
+)
 from rlzoo.comparison.report.schema import FinishedRun
-from rlzoo.document import Block, Heading, Paragraph
+from rlzoo.document import Block, Heading
 
 Section = Callable[[FinishedRun, str], Iterator[Block]]
 """The blocks of a section, given a run and the baseline of its differences: none where the run has nothing for it."""
@@ -16,6 +26,7 @@ SECTIONS: tuple[Section, ...] = (
     results.differences,
     results.robustness,
     stages.before_and_after,
+    reported.reported,
     results.further,
     retention.retention,
     training.curves,
@@ -33,7 +44,5 @@ SECTIONS: tuple[Section, ...] = (
 def contents(run: FinishedRun, baseline: str | None) -> Iterator[Block]:
     """The blocks of the report, in order. Raises UserError for an unknown baseline or bad outcomes."""
     yield Heading(f"Comparison: {run.results.experiment}", level=1)
-    if run.results.description:
-        yield Paragraph(run.results.description)
     for section in SECTIONS:
         yield from section(run, run.results.baseline(baseline))

@@ -119,6 +119,21 @@ def across_tables(rows: Sequence[Mapping[str, Any]]) -> dict[str, Table]:
     return {name: Table(["metric", *TESTS, "detectable"], body) for name, body in found.items()}
 
 
+def run_difference_table(rows: Sequence[Mapping[str, Any]], results: Results, benchmark: str) -> Table:
+    """Paired differences of two runs with all tests of them, a row per algorithm and metric; as `across_tables`."""
+    body = [
+        [
+            Entry(row["algorithm"]),
+            Entry(results.label(row["metric"], benchmark)),
+            *_tests(row, row),
+            Entry(_size(row["detectable_alone"])),
+            Entry(str(row["seeds"])),
+        ]
+        for row in rows
+    ]
+    return Table(["algorithm", "metric", *TESTS, "detectable", "seeds"], body, words=["metric"])
+
+
 TESTS = ("difference (points)", "p", *CHECKS)
 
 

@@ -15,7 +15,20 @@ from rlzoo.comparison.report.schema import Results
 from rlzoo.comparison.report.tables import amount
 from rlzoo.comparison.statistics import SIGNIFICANT
 from rlzoo.config import BASE
-from rlzoo.document.drawing import GREY, INK, MARKERS, PALETTE, STYLE, WIDTH, axes_row, log_scale, short, to_svg
+from rlzoo.document.drawing import (
+    GREY,
+    INK,
+    MARKERS,
+    PALETTE,
+    PAPER,
+    STYLE,
+    WIDTH,
+    Drawing,
+    axes_row,
+    log_scale,
+    short,
+    to_svg,
+)
 
 
 def colours(results: Results) -> dict[str, str]:
@@ -23,7 +36,7 @@ def colours(results: Results) -> dict[str, str]:
     return {BASE: GREY} | {name: PALETTE[i % len(PALETTE)] for i, name in enumerate(results.algorithms)}
 
 
-def result_bars(results: Results, benchmark: str) -> str:
+def result_bars(results: Results, benchmark: str) -> Drawing:
     """Bars with 95 % intervals, one panel per metric; a dashed line marks the base model."""
     names = [BASE, *results.algorithms]
     palette = colours(results)
@@ -45,7 +58,7 @@ def result_bars(results: Results, benchmark: str) -> str:
         return to_svg(figure)
 
 
-def differences(rows: Sequence[Mapping[str, Any]], results: Results, benchmark: str) -> str:
+def differences(rows: Sequence[Mapping[str, Any]], results: Results, benchmark: str) -> Drawing:
     """Paired differences with 95 % intervals, one panel per metric; filled where distinguishable from zero."""
     here = [row for row in rows if row["benchmark"] == benchmark]
     names = list(dict.fromkeys(row["algorithm"] for row in here))
@@ -58,10 +71,33 @@ def differences(rows: Sequence[Mapping[str, Any]], results: Results, benchmark: 
                 if row["metric"] == metric:
                     place, colour = names.index(row["algorithm"]), palette.get(row["algorithm"], GREY)
                     _whisker(axes, place, row["ci_low"], row["ci_high"], colour)
-                    face = colour if row["p"] < SIGNIFICANT else "white"
+                    face = colour if row["p"] < SIGNIFICANT else PAPER
                     axes.plot(100 * row["difference"], place, marker="o", markersize=6.5, color=colour, mfc=face)
             axes.set(title=results.label(metric, benchmark), xlabel="difference, points")
             _name_rows(axes, names)
+        return to_svg(figure)
+
+
+def results_of_runs(runs: Mapping[str, Results], benchmark: str) -> Drawing:
+    """Results with 95 % intervals of each algorithm in each run, one panel per metric and one marker per run."""
+    names = list(dict.fromkeys(name for results in runs.values() for name in (BASE, *results.algorithms)))
+    step = 0.72 / len(runs)
+    with mpl.rc_context(STYLE):
+        figure, panels = axes_row(len(METRICS), 1.1 + 0.16 * len(names) * (1 + len(runs)), sharey=True)
+        for axes, metric in zip(panels, METRICS, strict=True):
+            for turn, (run, results) in enumerate(runs.items()):
+                colour, marker = PALETTE[turn % len(PALETTE)], MARKERS[turn % len(MARKERS)]
+                for place, name in enumerate(names):
+                    row, y = results.row(name, benchmark, metric), place + step * (turn - (len(runs) - 1) / 2)
+                    if row is not None:
+                        if np.isfinite(row.ci_low):
+                            _whisker(axes, y, row.ci_low, row.ci_high, colour)
+                        axes.plot(100 * row.mean, y, marker, color=colour)
+                axes.plot([], [], marker, color=colour, label=short(run))
+            axes.set(title={"avg_at_k": "avg@k", "pass_at_k": "pass@k"}.get(metric, metric), xlabel="correct, %")
+            _name_rows(axes, names)
+        handles, labels = panels[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside upper center", ncols=min(len(labels), 6))
         return to_svg(figure)
 
 
@@ -97,7 +133,7 @@ def _curve(seeds: Sequence[Sequence[tuple[float, float]]]) -> Curve:
     return shared[:, :, 0].mean(0), values.mean(0), values.min(0), values.max(0)
 
 
-def learning_curves(results: Results, benchmark: str) -> str | None:
+def learning_curves(results: Results, benchmark: str) -> Drawing | None:
     """avg@k in the course of training, against steps and against the costs that all curves record.
 
     Each line is the mean over seeds, in a band from the lowest to the highest.
@@ -132,7 +168,7 @@ def learning_curves(results: Results, benchmark: str) -> str | None:
         return to_svg(figure)
 
 
-def token_probabilities(results: Results) -> str | None:
+def token_probabilities(results: Results) -> Drawing | None:
     """Token probabilities of the demonstrations, before (filled) and after (line), counts on a log scale."""
     histogram = results.token_probabilities
     after = histograms_after(results)
@@ -171,7 +207,7 @@ def histograms_after(results: Results) -> dict[str, np.ndarray]:
     return {name: np.mean(counts, axis=0) for name, counts in found.items()}
 
 
-def _whisker(axes: Any, place: int, low: float, high: float, colour: str) -> None:
+def _whisker(axes: Any, place: float, low: float, high: float, colour: str) -> None:
     axes.errorbar(
         [50 * (low + high)],
         [place],

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from rlzoo.comparison.outcomes import OVERALL, check_robustness, compare_to, result_matrices
+from rlzoo.comparison.outcomes import OVERALL, check_robustness, compare_to
 from rlzoo.comparison.report import plots, stages, tables
-from rlzoo.comparison.report.answer import answer
+from rlzoo.comparison.report.answer import answer, headline
 from rlzoo.comparison.report.differences import checks_explained, detectable, difference_table, robustness_table
 from rlzoo.comparison.report.endings import rising_at_the_end
 from rlzoo.comparison.report.schema import FinishedRun, Results
@@ -15,17 +15,31 @@ from rlzoo.document import Block, Figure, Heading, Paragraph
 
 
 def answers(run: FinishedRun, baseline: str) -> Iterator[Block]:
-    """What the comparison answers, on each benchmark."""
-    matrices = result_matrices(run.outcomes, run.results.k)
-    for benchmark in run.results.overall:
-        yield Paragraph(answer(run.results, matrices, benchmark), lead=True)
+    """The answer on the first benchmark, and one figure."""
+    if run.results.overall:
+        first = run.results.overall[0]
+        yield Paragraph(headline(run.results, run.matrices, first), lead=True)
+        yield _bars(run.results, first)
     if (warning := rising_at_the_end(run.results)) is not None:
         yield Paragraph(warning)
-    yield Paragraph(
-        "avg@k at temperature 1 rewards an objective for sharpening the model's distribution, whether or "
-        "not the model can solve more problems. Greedy decoding and pass@k do not: read the three "
-        "together. Which two algorithms lead is known only from the results, so the p-value of their difference "
-        "is corrected for all pairs."
+    if run.results.description:
+        yield Paragraph(run.results.description)
+
+
+def _bars(results: Results, benchmark: str) -> Figure:
+    best = ", ".join(
+        f"{name} {tables.percent(row.mean)} %"
+        for name in (BASE, *results.algorithms)
+        if (row := results.row(name, benchmark, "avg_at_k"))
+    )
+    return Figure(
+        f"results-{results.overall.index(benchmark)}",
+        plots.result_bars(results, benchmark),
+        f"Bars of the results {tables.on(benchmark)}; {results.label('avg_at_k', benchmark)}: {best}.",
+        f"Results {tables.on(benchmark)}: the mean of each metric over seeds and problems with its 95 % interval; the "
+        "dashed line is the base model.",
+        "Overlapping intervals do not mean that two algorithms are equal, because they share problems and seeds: the "
+        "paired differences below answer that.",
     )
 
 
@@ -40,28 +54,23 @@ def scores(run: FinishedRun, baseline: str) -> Iterator[Block]:
     if (note := tables.online_counterparts(results)) is not None:
         yield Paragraph(note)
     yield Paragraph(_left_out(results))
-    for index, benchmark in enumerate(results.overall):
+    yield Paragraph(
+        "avg@k at temperature 1 rewards an objective for sharpening the model's distribution, whether or "
+        "not the model can solve more problems. Greedy decoding and pass@k do not: read the three "
+        "together. Which two algorithms lead is known only from the results, so the p-value of their difference "
+        "is corrected for all pairs."
+    )
+    for benchmark in results.overall:
         yield Heading(benchmark, level=3)
+        yield Paragraph(answer(results, run.matrices, benchmark))
         if benchmark == OVERALL:
             yield Paragraph(
                 "All benchmarks have equal weight, however many problems they have. The intervals are over further "
                 "seeds and problems of the same kinds."
             )
         yield tables.result_table(results, benchmark)
-        best = ", ".join(
-            f"{name} {tables.percent(row.mean)} %"
-            for name in (BASE, *results.algorithms)
-            if (row := results.row(name, benchmark, "avg_at_k"))
-        )
-        yield Figure(
-            f"results-{index}",
-            plots.result_bars(results, benchmark),
-            f"Bars of the results {tables.on(benchmark)}; {results.label('avg_at_k', benchmark)}: {best}.",
-            "The mean of each metric over seeds and problems with its 95 % interval; the dashed line is "
-            "the base model.",
-            "Overlapping intervals do not mean that two algorithms are equal, because they share problems "
-            "and seeds: the paired differences below answer that.",
-        )
+        if benchmark != results.overall[0]:
+            yield _bars(results, benchmark)
 
 
 def _left_out(results: Results) -> str:

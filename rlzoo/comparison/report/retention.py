@@ -14,7 +14,7 @@ from rlzoo.comparison.report.tables import NONE, interval, on, points
 from rlzoo.comparison.retention import CHANGE, KL
 from rlzoo.config import BASE
 from rlzoo.document import Block, Entry, Figure, Heading, Paragraph, Table
-from rlzoo.document.drawing import GREY, MARKERS, STYLE, axes_row, short, to_svg
+from rlzoo.document.drawing import GREY, MARKERS, STYLE, Drawing, axes_row, short, to_svg
 
 PANELS = {CHANGE: ("change in accuracy, points", 100.0), KL: ("KL from the base, nats per token", 1.0)}
 """The measures of forgetting: metric → label of the axis, and its factor."""
@@ -99,7 +99,7 @@ def _gains(run: FinishedRun) -> dict[str, Mapping[str, Any]]:
     return {row["algorithm"]: row for row in rows if (row["benchmark"], row["metric"]) == (main, "avg_at_k")}
 
 
-def gain_against_forgetting(results: Results, rows: Rows, gains: Mapping[str, Mapping[str, Any]], name: str) -> str:
+def gain_against_forgetting(results: Results, rows: Rows, gains: Mapping[str, Mapping[str, Any]], name: str) -> Drawing:
     """A point per algorithm with 95 % intervals: its gain, against each of `PANELS` that the retention set has."""
     there = {metric for _, of, metric in rows if of == name}
     panels_of = {metric: how for metric, how in PANELS.items() if metric in there}

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from rlzoo.comparison.outcomes import OVERALL
+from rlzoo.comparison.outcomes import OVERALL, ResultKey, ResultMatrix, result_matrices
 from rlzoo.config import BASE
 from rlzoo.errors import UserError
 
@@ -277,6 +277,11 @@ class FinishedRun:
 
     results: Results
     outcomes: pa.Table
+
+    @cached_property
+    def matrices(self) -> dict[ResultKey, ResultMatrix]:
+        """The results of every algorithm × benchmark × metric. Raises UserError as `result_matrices` does."""
+        return result_matrices(self.outcomes, self.results.k)
 
 
 def parse_results(data: Any, where: str = "results") -> Results:
