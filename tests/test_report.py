@@ -190,9 +190,10 @@ def figures(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
     def to_svg(figure: Any) -> Drawing:
         drawn.append(figure)
-        return Drawing('<svg width="1pt" height="1pt" viewBox="0 0 1 1"></svg>', figure)
+        return Drawing(figure)
 
     monkeypatch.setattr(plots, "to_svg", to_svg)
+    monkeypatch.setattr(Drawing, "svg", '<svg width="1pt" height="1pt" viewBox="0 0 1 1"></svg>')
     return drawn
 
 
