@@ -230,3 +230,16 @@ def test_the_command_shows_how_much_is_spent(
     assert lines[1].startswith("step 2/100, 100 % of the budget  loss " if budget else "step 2/2  loss ")
     found = json.loads((tmp_path / "out" / "training.json").read_text())
     assert found["ended"] == ("budget" if budget else "steps") and len(found["steps"]) == 2
+
+
+def test_a_plan_says_where_a_budget_is_not_spent(capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["plan", "facts", "--gpu", "h100", "--limit", "4", "--algorithms", "sft,dft", "--steps", "40"]
+    dear, cheap = ("training.budget.gradient_tokens=1e9", "algorithms.sft.training.budget.gradient_tokens=600")
+    assert cli.main([*command, "--set", dear, "--set", cheap]) == 0
+    told = " ".join(capsys.readouterr().out.split())
+    assert "training.steps ends dft before the budget is spent: raise it" in told
+    assert "until_flat" not in told
+    flat = ["--set", "evaluation.until_flat=2", "--set", "evaluation.curve_points=8"]
+    assert cli.main([*command, *flat]) == 0
+    told = " ".join(capsys.readouterr().out.split())
+    assert "Cells end earlier if their validation curve is flat" in told and "raise it" not in told

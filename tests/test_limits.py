@@ -18,7 +18,7 @@ from rlzoo.buffers import from_trl
 from rlzoo.buffers.bad_rows import BadRows
 from rlzoo.buffers.problems import Problem, encode_problems
 from rlzoo.cli import main
-from rlzoo.comparison import one_cell, shared_buffer
+from rlzoo.comparison import one_stage, shared_buffer
 from rlzoo.config import EvaluationSettings, Experiment, Sampling, Training, load_experiment
 from rlzoo.errors import UserError
 from rlzoo.policy import Policy
@@ -219,4 +219,4 @@ def test_comparisons_and_variance_say_so_before_anything_is_trained(experiment: 
     with pytest.raises(UserError, match=r"^train.jsonl line 1 has 72 tokens, .*64 positions"):
         variance.fill(experiment, tmp_path / "buffer", tmp_path / "state", "train.jsonl", report)
     with pytest.raises(UserError, match=r"^problem 'train-0'.*64 positions"):
-        one_cell.collector_of(experiment, load_policy("model"), experiment.training, 2, 0)
+        one_stage.collector_of(experiment, load_policy("model"), experiment.training, 2, 0)

@@ -118,6 +118,18 @@ def test_a_row_that_still_rises_is_named() -> None:
     assert list(endings.endings(run_of(results_of(cell("a", 0, []))), "a")) == []
 
 
+def test_the_rise_is_that_over_the_last_quarter() -> None:
+    level = [0.2, 0.4, 0.2, 0.4]
+    steps = {10: 0.0, 20: 0.1, 31: 0.3, 35: 0.3, 40: 0.3}
+    cells = [
+        cell("a", seed, [point(step, [value + gain for value in level]) for step, gain in steps.items()])
+        for seed in (0, 1)
+    ]
+    assert endings.last_rises(results_of(*cells))["a"].mean == pytest.approx(0.2)
+    only = [cell("a", seed, [point(40, [0.5] * 4)]) for seed in (0, 1)]
+    assert endings.last_rises(results_of(*only))["a"].mean == 0.25, "from the base"
+
+
 def test_the_rise_is_that_on_validation_where_it_is_measured() -> None:
     told = [rises([0.3, 0.31, 0.29])[seed] for seed in range(3)]
     for one in told:

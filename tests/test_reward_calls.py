@@ -20,7 +20,7 @@ import pytest
 import torch
 
 from rlzoo.buffers.problems import Problem, encode_problems
-from rlzoo.comparison.one_cell import collector_of
+from rlzoo.comparison.one_stage import collector_of
 from rlzoo.config import EvaluationSettings, Sampling, Training, load_experiment
 from rlzoo.errors import UserError
 from rlzoo.evaluation import evaluate

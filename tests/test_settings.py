@@ -96,6 +96,7 @@ ELSEWHERE = {
     "Algorithm.online_counterpart": "test_report_training.py::test_rows_with_an_online_counterpart_say_where_it_is",
     "Algorithm.training": "test_config.py::test_a_row_has_its_own_training",
     "Experiment.model": "test_compare.py::test_a_trained_folder_is_a_base_like_any_other",
+    "Algorithm.stages": f"{STAGES}::test_each_stage_starts_from_the_one_before",
     "Experiment.warm_up": f"{STAGES}::test_every_cell_starts_from_the_models_warm_up",
     **dict.fromkeys(
         [f"WarmUp.{name}" for name in ("objective", "options", "train", "training", "seed")],
@@ -599,7 +600,9 @@ def _needed(command: str) -> list[str]:
     return ["--out", "x"] if command == "rollout" else []
 
 
-TESTS = {"benchmarks.facts.limit": 7, "benchmarks.unseen-facts.limit": 7, "validation.limit": 7}
+TESTS = dict.fromkeys(
+    ("benchmarks.facts.limit", "benchmarks.unseen-facts.limit", "retention.chain-sums.limit", "validation.limit"), 7
+)
 TRAINING = {"train.limit": 7, "rollouts.prompts": 7}
 CHANGES: dict[tuple[str, ...], dict[str, Any]] = {
     ("--model", "other"): {"model": "other"},

@@ -1,8 +1,9 @@
-"""Training in stages: the warm-up that all cells share."""
+"""Training in stages: the warm-up that all cells share, and rows that train one after another."""
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 import torch
 from comparisons import inline_pool, small
 from test_compare import numbers, outcomes, quietly
+from test_report import synthetic_run
 
 from rlzoo import cli
 from rlzoo.buffers import OfflineBuffer
@@ -18,10 +20,14 @@ from rlzoo.buffers.problems import demonstrations, load_problems
 from rlzoo.cli.settings import changes_of
 from rlzoo.comparison import resolve, warm_up
 from rlzoo.comparison.forecast import forecast
+from rlzoo.comparison.outcomes import compare_to
 from rlzoo.comparison.planning import planned
-from rlzoo.comparison.report.schema import parse_results
-from rlzoo.comparison.report.stages import start
+from rlzoo.comparison.report.contents import contents
+from rlzoo.comparison.report.schema import parse_results, read_run
+from rlzoo.comparison.report.stages import before_and_after, start
+from rlzoo.comparison.report.tables import percent, points
 from rlzoo.config import Experiment
+from rlzoo.document import Heading, Paragraph, Table
 from rlzoo.errors import UserError
 from rlzoo.objective import get_objective
 from rlzoo.policy import load_policy
@@ -230,3 +236,173 @@ def test_commands_that_run_the_base_model_warm_it_up(
 
     assert sampled("warm") == sampled("given", "--set", f"model={by_hand}") != sampled("plain", "--model", "embedded")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["given", "plain", "warm"]
+
+
+# Stages of a row
+
+STAGED: dict[str, Any] = {
+    "sft": {"training": {"learning_rate": 1e-3}},
+    "dpo": {"training": {"steps": 1}},
+    "grpo": {"mode": "online", "options": {"kl_coefficient": 0.1}, "training": {"steps": 1}},
+    "sft-dpo": {"stages": ["sft", "dpo"]},
+    "sft-dpo-grpo": {"stages": ["sft", "dpo", "grpo"]},
+}
+
+
+@pytest.mark.parametrize("lora", [None, {"rank": 4}], ids=["whole", "adapters"])
+@pytest.mark.usefixtures("undrawn")
+def test_each_stage_starts_from_the_one_before(lora: Any, tmp_path: Path) -> None:
+    results = quietly(small(STAGED, training__lora=lora), tmp_path / "out")
+    assert results["failed"] == []
+    cells = {cell["algorithm"]: cell for cell in results["cells"]}
+    first, two, three = (cells[name]["training"] for name in ("sft", "sft-dpo", "sft-dpo-grpo"))
+    assert [(row["step"], row["stage"]) for row in three] == [(1, 1), (2, 1), (3, 2), (4, 3)]
+    assert [{**row, "stage": 1} for row in first] == two[:2] == three[:2], "as in the row of the first stage"
+    assert two[2] == three[2]
+    # the policy is its own reference at the start of a stage; under the base's stored log-probs it would not be
+    assert two[2]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert two[2]["logp"] != cells["dpo"]["training"][0]["logp"]
+    assert three[3]["kl"] == pytest.approx(0, abs=1e-6)
+    assert [(point["step"], point["stage"]) for point in cells["sft-dpo-grpo"]["curve"]] == [(2, 1), (3, 2), (4, 3)]
+    assert "stage" not in cells["sft"]["curve"][0] and "stage" not in first[0]
+    for cost in ("gradient_tokens", "sampled_tokens", "flops"):
+        sums = [cells[name]["costs"][cost] for name in ("sft", "dpo")]
+        assert cells["sft-dpo"]["costs"][cost] == sum(sums)
+        curve = [point[cost] for point in cells["sft-dpo-grpo"]["curve"]]
+        assert curve == sorted(curve) and curve[-1] == cells["sft-dpo-grpo"]["costs"][cost]
+    assert cells["sft-dpo"]["metrics"] != cells["sft"]["metrics"] or lora is not None
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_samples_that_two_stages_learn_from_are_paid_once(tmp_path: Path) -> None:
+    rows = {"rft": {}, "dpo": {}, "rft-dpo": {"stages": ["rft", "dpo"]}}
+    results = quietly(small(rows, training__steps=1), tmp_path / "out")
+    rft, dpo, both = (cell["costs"] for cell in results["cells"])
+    sampled = results["buffer"]["sampled_tokens"]
+    assert both["sampled_tokens"] == rft["sampled_tokens"] == dpo["sampled_tokens"] == sampled > 0
+    assert max(rft["flops"], dpo["flops"]) < both["flops"] < rft["flops"] + dpo["flops"]
+    assert both["gradient_tokens"] == rft["gradient_tokens"] + dpo["gradient_tokens"]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("undrawn")
+def test_a_cell_that_was_stopped_in_its_second_stage_resumes_there(
+    tmp_path: Path, stopping: Callable[[int], list[int]]
+) -> None:
+    """The rate of the last stage is tuned; what an earlier stage left is not trained again."""
+    rows = {
+        "sft": {"training": {"steps": 3}},
+        "dpo": {"training": {"steps": 3}},
+        "sft-dpo": {"stages": ["sft", "dpo"], "learning_rates": [1e-4, 1e-3]},
+    }
+    experiment = small(rows, training__checkpoint_seconds=0)
+    whole = quietly(experiment, tmp_path / "whole")
+    done = stopping(6 + 3 + 2)
+    with pytest.raises(KeyboardInterrupt):
+        quietly(experiment, tmp_path / "out")
+    (own,) = (tmp_path / "out" / ".state" / "cells").glob("sft-dpo-lr0.0001-seed0")
+    assert (own / "stage 1.result").is_file() or list(own.glob("stage*result")), "its result and weights are kept"
+    again = stopping(99)
+    found = quietly(experiment, tmp_path / "out")
+    assert (done[-5:], again) == ([1, 2, 3, 1, 2], [3, 1, 2, 3, 1, 2, 3])
+    assert numbers(found) == numbers(whole) and set(found["learning_rates"]) == {"sft-dpo"}
+    assert outcomes(tmp_path / "out").equals(outcomes(tmp_path / "whole"))
+
+
+@pytest.mark.parametrize(
+    ("rows", "told"),
+    [
+        (
+            {"a-b": {"stages": ["sft", "dqo"]}},
+            "stages of 'a-b': unknown row 'dqo': did you mean 'dpo'? known: dpo, sft",
+        ),
+        ({"a-b": {"stages": ["sft"]}}, "stages of 'a-b': a single stage is the row 'sft' itself"),
+        ({"a-b": {"stages": ["sft", "dpo"], "objective": "sft"}}, "'a-b' takes objective from the rows"),
+        ({"a-b": {"stages": ["sft", "dpo"], "options": {"beta": 1}}}, "'a-b' takes options from the rows"),
+        ({"a-b": {"stages": ["sft", "dpo"], "mode": "online"}}, "'a-b' takes mode from the rows"),
+        ({"a-b": {"stages": ["sft", "dpo"], "learns_from": "correct"}}, "'a-b' takes learns_from from the rows"),
+        ({"a-b": {"stages": ["sft", "dpo"], "training": {"steps": 1}}}, "'a-b' takes training from the rows"),
+        (
+            {"a-b": {"stages": ["sft", "dpo"]}, "b-c": {"stages": ["a-b", "dpo"]}},
+            "stages of 'b-c': 'a-b' has stages of its own: name those",
+        ),
+        (
+            {"tuned": {"objective": "sft", "learning_rates": [1e-4, 1e-3]}, "a-b": {"stages": ["tuned", "dpo"]}},
+            "stages of 'a-b': 'tuned' has 2 learning rates, and only the last stage may be tuned",
+        ),
+    ],
+    ids=str,
+)
+def test_stages_that_cannot_be(rows: dict[str, Any], told: str) -> None:
+    with pytest.raises(UserError) as caught:
+        small({"sft": {}, "dpo": {}, **rows})
+    assert told in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_weights_in_4_bits_cannot_pass_from_stage_to_stage() -> None:
+    experiment = small({"sft": {}, "dpo": {}, "a-b": {"stages": ["sft", "dpo"]}}, training__lora={"load_in_4bit": True})
+    with pytest.raises(UserError, match=r"^algorithms\.a-b: lora\.load_in_4bit would round the weights between stages"):
+        resolve.check(experiment)
+
+
+def test_the_rates_of_a_row_with_stages_are_those_of_its_last() -> None:
+    rows = {"sft": {}, "dpo": {"learning_rates": [1e-5, 2e-5]}, "a-b": {"stages": ["sft", "dpo"]}}
+    own = {**rows, "a-b": {"stages": ["sft", "dpo"], "learning_rates": [3e-5]}}
+    assert small(rows).learning_rates_of("a-b") == (1e-5, 2e-5) and small(own).learning_rates_of("a-b") == (3e-5,)
+    smaller = small(own).with_smaller_batches(2)
+    assert smaller.training_of("a-b").token_budget == "auto/2" and smaller.algorithms["a-b"].training == {}
+
+
+def test_a_plan_counts_all_stages() -> None:
+    found = forecast(small(STAGED), load_shape("embedded"), 5.0)
+    rows = {row.algorithm: row for row in found.rows}
+    sft, dpo, grpo, both = (rows[name] for name in ("sft", "dpo", "grpo", "sft-dpo-grpo"))
+    assert both.gradient_tokens == sum(row.gradient_tokens for row in (sft, dpo, grpo))
+    assert both.sampled_tokens == grpo.sampled_tokens > 0 and both.cells == 1 and both.steps == 4
+    references = both.flops - sum(row.flops for row in (sft, dpo, grpo))
+    assert references > 0, "those of dpo are computed anew for its policy"
+    whole = sft.evaluated_tokens
+    assert both.evaluated_tokens == pytest.approx(whole + 2 * 2 * 2 * 5.0), (
+        "two more curve points, 2 problems, 2 samples"
+    )
+
+
+def test_an_analysis_leaves_rows_with_stages_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(variance, "pool", inline_pool)
+    rows = {"sft": {}, "dft": {}, "sft-dft": {"stages": ["sft", "dft"]}}
+    found = run_variance(small(rows), tmp_path / "out", VarianceSettings(rows=4, draws=0, every=0))
+    assert set(found["objectives"]) == {"sft", "dft"} and found["failed"] == {}
+    assert found["skipped"]["sft-dft"].startswith("it has stages")
+    assert "sft-dft" in (tmp_path / "out" / "report.md").read_text()
+
+
+def test_the_report_says_whether_later_stages_change_the_ranking(tmp_path: Path) -> None:
+    skill = {"base": 0.2, "plain": 0.3, "weighted": 0.5, "plain-rl": 0.7, "weighted-rl": 0.55, "rl": 0.4}
+    results = synthetic_run(tmp_path, skill)
+    stages = {f"{name}-rl": {"stages": [name, "rl"]} for name in ("plain", "weighted")}
+    without = [block for block in contents(read_run(tmp_path), None) if isinstance(block, Heading)]
+    assert "Before and after" not in [block.text for block in without]
+    results["config"] = {"algorithms": {**{name: {} for name in skill}, **stages}}
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    run = read_run(tmp_path)
+    blocks = list(before_and_after(run, "plain"))
+    assert [block.text for block in blocks if isinstance(block, Heading)] == [
+        "Before and after", "rl: sums", "rl: longer sums", "rl: mean over benchmarks",
+    ]  # fmt: skip
+    ranking = next(block.text for block in blocks if isinstance(block, Paragraph) and "ranking is" in block.text)
+    assert ranking == "By avg@4 on sums, the ranking is weighted > plain before and plain > weighted after."
+    table = next(block for block in blocks if isinstance(block, Table))
+    lines = [[entry.text for entry in row] for row in table.rows]
+    assert [(line[0], line[1], line[5], line[6]) for line in lines[:2]] == [
+        ("avg@4", "plain", "2", "1"), ("avg@4", "weighted", "1", "2"),
+    ]  # fmt: skip
+    differences = {
+        (row["metric"], row["benchmark"]): row
+        for row in compare_to(run.outcomes, "plain", run.results.k)
+        if row["algorithm"] == "plain-rl"
+    }
+    expected = differences["avg_at_k", "sums"]
+    assert lines[0][4].startswith(f"{points(expected['difference'])} [{points(expected['ci_low'])}, ")
+    for row, place in (("plain", 2), ("plain-rl", 3)):
+        summary = run.results.row(row, "sums", "avg_at_k")
+        assert summary is not None and lines[0][place] == percent(summary.mean)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from rlzoo.buffers.problems import EncodedProblem, demonstrations, encode_problems, load_problems
-from rlzoo.comparison.plan import cells, has_choice, sampling_seeds
+from rlzoo.comparison.plan import cells, sampling_seeds
 from rlzoo.comparison.resolve import learns_from_samples, objective_of, views_of
 from rlzoo.config import WARM_UP, Experiment, Training
 from rlzoo.inputs import Stage
@@ -120,16 +120,12 @@ def forecast(experiment: Experiment, model: Policy, sample_tokens: float | None 
     """
     train = load_problems(experiment.train)
     lengths = _lengths(experiment, model, train, sample_tokens)
-    sampled = sum(
-        learns_from_samples(views_of(experiment, name))
-        for name, row in experiment.algorithms.items()
-        if row.mode == "offline"
-    )
+    offline = [name for name, row in experiment.single_rows.items() if row.mode == "offline"]
+    sampled = any(learns_from_samples(views_of(experiment, name)) for name in offline)
     prompts = min(len(train), experiment.rollouts.prompts or len(train)) if sampled else 0
     samples = prompts * experiment.rollouts.samples * len(sampling_seeds(experiment))
     tests = _tests(experiment, lengths)
     shared_flops = samples * lengths.flops(model, lengths.sample)
-    offline = [name for name, row in experiment.algorithms.items() if row.mode == "offline"]
     stored = stored_inputs(objective_of(experiment, name) for name in offline)
     worked = sum(len(problem.solutions) for problem in train)
     demonstrated = worked * lengths.flops(model, lengths.demonstration)
@@ -138,7 +134,7 @@ def forecast(experiment: Experiment, model: Policy, sample_tokens: float | None 
     for cell in cells(experiment):
         count[cell.algorithm] += 1
     buffer = _Shared(prompts * experiment.rollouts.samples, worked)
-    rows = tuple(_row(experiment, name, model, lengths, count[name], tests, buffer) for name in experiment.algorithms)
+    rows = tuple(_rows(experiment, name, model, lengths, count[name], tests, buffer) for name in experiment.algorithms)
     return Forecast(
         rows,
         lengths,
@@ -212,11 +208,14 @@ class _Shared:
         if learns_from_samples(views_of(experiment, name)):
             costs.sampled_tokens = round(self.samples * lengths.sample)
             costs.flops = 2 * sampled
-        components = objective_of(experiment, name).components
-        stored = {one for c in components for one in c.objective.requires if one.stage is Stage.STORED}
-        shown = self.demonstrations * lengths.flops(model, lengths.demonstration)
-        costs.flops += sum(one.is_computed for one in stored) * (sampled + shown)
+        costs.flops += self.scored(experiment, name, model, lengths)
         return costs
+
+    def scored(self, experiment: Experiment, name: str, model: Policy, lengths: Lengths) -> float:
+        """FLOPs of the stored inputs of a row."""
+        sampled = self.samples * lengths.flops(model, lengths.sample)
+        shown = self.demonstrations * lengths.flops(model, lengths.demonstration)
+        return len(stored_inputs([objective_of(experiment, name)])) * (sampled + shown)
 
 
 def _steps(training: Training, batch: Costs, before: Costs, where: str) -> int:
@@ -232,7 +231,7 @@ def _steps(training: Training, batch: Costs, before: Costs, where: str) -> int:
     return min(training.steps, math.ceil(batches * training.updates_per_batch))
 
 
-def _row(
+def _rows(
     experiment: Experiment,
     name: str,
     model: Policy,
@@ -241,6 +240,33 @@ def _row(
     tests: _Tests,
     shared: _Shared,
 ) -> RowForecast:
+    """`_row` for an algorithm of one stage or several, whose costs are added up."""
+    *earlier, last = experiment.stages_of(name)
+    found = _row(experiment, last, model, lengths, count, tests, shared, len(experiment.learning_rates_of(name)))
+    for stage in earlier:
+        row = _row(experiment, stage, model, lengths, count, _Tests(0.0, tests.along, 0.0), shared)
+        sums = {
+            each: getattr(found, each) + getattr(row, each)
+            for each in ("steps", "gradient_tokens", "sampled_tokens", "evaluated_tokens", "flops")
+        }
+        found = replace(found, **sums, bytes=max(found.bytes, row.bytes))
+    for stage in experiment.stages_of(name)[1:]:
+        if experiment.algorithms[stage].mode == "offline":  # its stored inputs are not those of the shared buffer
+            found = replace(found, flops=found.flops + shared.scored(experiment, stage, model, lengths))
+    return replace(found, algorithm=name)
+
+
+def _row(
+    experiment: Experiment,
+    name: str,
+    model: Policy,
+    lengths: Lengths,
+    count: int,
+    tests: _Tests,
+    shared: _Shared,
+    rates: int = 1,
+) -> RowForecast:
+    """The costs of one stage; ``rates`` is the number of learning rates that are tried."""
     settings, objective = experiment.training_of(name), objective_of(experiment, name)
     online = experiment.algorithms[name].mode == "online"
     policy = _Counted.of(model, settings, objective)
@@ -272,9 +298,9 @@ def _row(
     steps = _steps(settings, one_batch, before, name)
     batches = -(-steps // settings.updates_per_batch)
     whole, along, text = tests
-    if has_choice(experiment, name) and experiment.validation is not None:
+    if rates > 1 and experiment.validation is not None:
         validated = len(load_problems(experiment.validation)) * experiment.evaluation.samples * lengths.sample
-        chosen = 1 / len(experiment.learning_rates_of(name))  # the fraction of cells that are evaluated on benchmarks
+        chosen = 1 / rates  # the fraction of cells that are evaluated on benchmarks
         whole, text = chosen * whole + validated, chosen * text
     return RowForecast(
         name,

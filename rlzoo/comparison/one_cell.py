@@ -14,31 +14,29 @@ from rlzoo.buffers import OfflineBuffer
 from rlzoo.buffers.bad_rows import BadRows
 from rlzoo.buffers.problems import encode_problems, load_problems
 from rlzoo.comparison import retention
-from rlzoo.comparison.curves import costs_at, is_flat, result_at
+from rlzoo.comparison.curves import costs_at, result_at
+from rlzoo.comparison.one_stage import train_cell
 from rlzoo.comparison.plan import Cell, has_choice
-from rlzoo.comparison.resolve import objective_of, reward_of, views_of
-from rlzoo.comparison.shared_buffer import Report, costs_before, token_probabilities
-from rlzoo.config import Experiment, ProblemSource, Training
+from rlzoo.comparison.resolve import reward_of
+from rlzoo.comparison.shared_buffer import Report, token_probabilities
+from rlzoo.comparison.warm_up import save_whole
+from rlzoo.config import Experiment, ProblemSource
 from rlzoo.evaluation import Evaluation, evaluate
 from rlzoo.evaluation.evaluation import gold_rows
 from rlzoo.evaluation.metrics import AVERAGE
 from rlzoo.jobs.cached_results import CachedResults
 from rlzoo.jobs.memory import release_memory
 from rlzoo.jobs.outputs import remove
-from rlzoo.jobs.ranks import agreed, is_main
+from rlzoo.jobs.ranks import is_main
 from rlzoo.policy import Policy
 from rlzoo.policy.defaults import resolved
-from rlzoo.policy.loading import load_for, save_policy
+from rlzoo.policy.loading import load_for
 from rlzoo.reward import Reward
-from rlzoo.rollout import Collector, engine_of, sampler_of
+from rlzoo.rollout import engine_of, sampler_of
 from rlzoo.rollout.rollouts import within_limits
 from rlzoo.training import (
     Costs,
-    Trainer,
-    TrainingRecord,
 )
-from rlzoo.training.batches import BufferSource, FreshSource, Source, seeds, shares
-from rlzoo.types import selector_of
 
 
 def evaluate_base(experiment: Experiment, state: Path, report: Report) -> dict[str, Any]:
@@ -115,67 +113,35 @@ def _run_cell(
     cached: CachedResults,
     report: Report,
 ) -> dict[str, Any]:
-    import torch
-
     release_memory()
-    torch.manual_seed(cell.seed)
-    objective = objective_of(experiment, cell.algorithm)
-    settings = experiment.training_of(cell.algorithm).model_copy(update={"learning_rate": cell.learning_rate})
-    policy = load_for(experiment.model, settings)
-    buffer = OfflineBuffer.load(buffer_path)
-    online = experiment.algorithms[cell.algorithm].mode == "online"
-    record = TrainingRecord(costs=costs_before(experiment, cell.algorithm, shared))
-    start = costs_at(record.costs)
-    views = views_of(experiment, cell.algorithm)
-    sources: list[Source] = []
-    split = zip(views, shares(settings.batch_size, len(views)), seeds(views, cell.seed), strict=True)
-    for (selection, options), size, own in split:
-        if online and selector_of(selection).is_sampled:
-            collect = collector_of(experiment, policy, settings, size, own)
-            sources.append(FreshSource(collect, selection, **options))
-        else:
-            sources.append(BufferSource(buffer, buffer.view(selection, **options), size, own))
-    points, patience = experiment.evaluation.curve_points, experiment.evaluation.until_flat
+    buffer, settings = OfflineBuffer.load(buffer_path), experiment.training_of(cell.algorithm)
+    most = experiment.steps_of(cell.algorithm)
 
-    def along(trainer: Trainer, step: int) -> None:
-        report(0.8 * trainer.progress.fraction, str(trainer.progress))
-        if not (points and trainer.progress.completes_part(points)):
-            return
-        curve = trainer.record.kept.setdefault("curve", [])
-        curve.append(curve_point(policy, experiment, step, cell.seed, settings.steps, record.costs))
-        if patience is None or record.ended is not None:
-            return
-        if agreed(is_flat([point["validation"]["by_problem"] for point in curve], patience)):
-            trainer.stop("flat")
+    def evaluated(policy: Policy, step: int, costs: Costs) -> dict[str, Any]:
+        return curve_point(policy, experiment, step, cell.seed, most, costs)
 
-    Trainer(
-        policy, objective, sources, settings, [along],
-        folder=state.parent / "logs" / cell.id, record=record, checkpoints=cached.folder / "checkpoints",
-    ).run()  # fmt: skip
+    policy, made = train_cell(
+        experiment, cell, shared, buffer, cached, state.parent / "logs" / cell.id, evaluated,
+        lambda share, what: report(0.8 * share, what),
+    )  # fmt: skip
+    steps = len(made["training"])
     result = {
         "algorithm": cell.algorithm,
         "seed": cell.seed,
         "learning_rate": cell.learning_rate,
-        "costs": record.costs.as_dict(),
-        "start": start,
-        "ended": record.ended,
-        "curve": record.kept.get("curve", []),
-        "training": record.plain_steps(),
-        "events": record.events,
+        **made,
         "resolved": resolved(policy, settings, engine_of(experiment.evaluation, policy)),
         "token_probabilities": token_probabilities(policy, buffer, settings.token_budget)["counts"],
     }
     if has_choice(experiment, cell.algorithm):
         assert experiment.validation is not None  # checked by the experiment's validator
-        reward = reward_of(experiment, len(record.steps), settings.steps)
+        reward = reward_of(experiment, steps, most)
         validation = _evaluate(policy, experiment, experiment.validation, reward, cell.seed, brief=True)
-        if is_main():
-            remove(state / "models" / cell.id)
-        save_policy(policy, state / "models" / cell.id)
+        save_whole(policy, state / "models" / cell.id)
         return {**result, "validation": validation.metrics["avg_at_k"]}
     found = evaluate_all(
         policy, experiment, cell.algorithm, cell.seed, cell.learning_rate, cached,
-        lambda share, what: report(0.8 + 0.2 * share, what), retention.saved_text(experiment, state), len(record.steps),
+        lambda share, what: report(0.8 + 0.2 * share, what), retention.saved_text(experiment, state), steps,
     )  # fmt: skip
     return {**result, **found}
 
@@ -213,7 +179,7 @@ def evaluate_all(
     """
     metrics, kept, outcomes = dict[str, Any](), dict[str, Any](), list[dict[str, Any]]()
     sets = experiment.scored_sets
-    most = experiment.training_of(algorithm).steps if algorithm in experiment.algorithms else 0  # the base has none
+    most = experiment.steps_of(algorithm) if algorithm in experiment.algorithms else 0  # the base has none
 
     def add(name: str, rows: Iterable[Mapping[str, Any]]) -> None:
         labels = {"algorithm": algorithm, "seed": seed, "learning_rate": learning_rate, "benchmark": name}
@@ -271,11 +237,3 @@ def _evaluate(
         policy, problems, reward, experiment.evaluation_on(source), seed,
         greedy=not brief, bad=bad, metrics=metrics, token_budget=budget,
     )  # fmt: skip
-
-
-def collector_of(experiment: Experiment, policy: Policy, training: Training, batch_size: int, seed: int) -> Collector:
-    """The collector of fresh samples of the training problems, for a cell that trains online."""
-    bad = BadRows(experiment.train.bad_rows)
-    problems, settings = load_problems(experiment.train, bad), experiment.rollouts
-    sampler = sampler_of(policy, settings)
-    return Collector(policy, sampler, problems, reward_of(experiment), settings, training, seed, batch_size, bad)

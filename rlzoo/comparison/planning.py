@@ -66,6 +66,12 @@ def planned(
         "flops": found.flops,
         "seconds": found.seconds(speed.flops * number, speed.tokens * number),
         "workers": number,
+        "ends_early": experiment.evaluation.until_flat is not None,
+        "unspent": [
+            row.algorithm
+            for row in found.rows
+            if (training := experiment.training_of(row.algorithm)).budget is not None and row.steps == training.steps
+        ],
         "speed": {"flops_per_second": speed.flops, "tokens_per_second": speed.tokens, "gpu": gpu},
         "gpu_bytes": None if gpu is None else card_of(gpu).bytes,
         "pilot": None if pilot is None else str(pilot),
@@ -183,6 +189,10 @@ def _lines(found: Mapping[str, Any]) -> list[str]:
                 f"memory: {amount(most, 'B')} do not fit into the {amount(found['gpu_bytes'], 'B')} of {speed['gpu']}: "
                 "use adapters (training.lora), gradient_checkpointing, or several GPUs"
             )
+    if found["ends_early"]:
+        lines.append("Cells end earlier if their validation curve is flat (evaluation.until_flat): this is the most.")
+    if rows := found["unspent"]:
+        lines.append(f"training.steps ends {', '.join(rows)} before the budget is spent: raise it")
     lines.append("Rewards, loading and reports take additional time.")
     if found["smallest_differences"]:
         lines.append(

@@ -117,7 +117,7 @@ def _check_counterpart(reference: str, objective: str, where: str) -> None:
 
 
 def _check_rows(experiment: Experiment) -> None:
-    for name, row in experiment.algorithms.items():
+    for name, row in experiment.single_rows.items():
         objective = objective_of(experiment, name)
         training = experiment.training_of(name)
         if training.lora is None:
@@ -129,6 +129,10 @@ def _check_rows(experiment: Experiment) -> None:
             )
         if row.online_counterpart is not None:
             _check_counterpart(row.online_counterpart, objective.name, f"algorithms.{name}.online_counterpart")
+    for name in experiment.algorithms.keys() - experiment.single_rows.keys():
+        lora = [experiment.training_of(stage).lora for stage in experiment.stages_of(name)]
+        if any(one is not None and one.load_in_4bit for one in lora):
+            raise UserError(f"algorithms.{name}: lora.load_in_4bit would round the weights between stages: turn it off")
 
 
 def _check_warm_up(experiment: Experiment) -> None:

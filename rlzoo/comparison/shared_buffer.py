@@ -70,7 +70,7 @@ def costs_before(experiment: Experiment, algorithm: str, shared: Mapping[str, An
 
 def check_budgets(experiment: Experiment, shared: Mapping[str, Any]) -> None:
     """Raise UserError naming a row whose budget is spent by its part in the ``shared`` buffer."""
-    for name in experiment.algorithms:
+    for name in experiment.single_rows:
         if (budget := experiment.training_of(name).budget) is not None:
             check_budget(budget, getattr(costs_before(experiment, name, shared), budget.cost), name)
 
@@ -91,7 +91,7 @@ def _fill_buffer(
     check_buffer(policy, buffer)
     samples: list[Trajectory] = []
     settings, events = experiment.rollouts, list[str]()
-    offline = [name for name, row in experiment.algorithms.items() if row.mode == "offline"]
+    offline = [name for name, row in experiment.single_rows.items() if row.mode == "offline"]
     if any(learns_from_samples(views_of(experiment, name)) for name in offline):
         encoded = encode_problems(policy.tokenizer, problems[: settings.prompts], bad["train"])
         samples = collect_rollouts(

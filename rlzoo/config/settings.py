@@ -9,7 +9,7 @@ import pydantic
 from pydantic import Field
 
 from rlzoo.config.sources import Benchmark, Positive, ProblemSource, Strict, TableSource
-from rlzoo.config.stages import WARM_UP, WarmUp
+from rlzoo.config.stages import WARM_UP, WarmUp, check_stages
 from rlzoo.config.validation import named_null, one_or_several, valid_token_budget, validated
 
 Packing = Literal["auto", "packed", "padded"]
@@ -260,7 +260,8 @@ class Algorithm(Strict):
     options: Mapping[str, Any] = {}
     """The objective's hyper-parameters."""
     learning_rates: tuple[Rate, ...] = ()
-    """Each is tried on all seeds, and the one that is best on validation is reported; empty: that of ``training``."""
+    """Each is tried on all seeds, and the one that is best on validation is reported; empty: that of ``training``. For
+    a row with stages they are those of its last stage; empty: as in that row."""
     mode: Literal["offline", "online"] = "offline"
     """``online`` samples each batch from the current policy; ``offline`` reads the shared buffer."""
     learns_from: str | None = None
@@ -268,6 +269,8 @@ class Algorithm(Strict):
     correct samples. A registered name, ``module:Name`` or ``file.py:Name``."""
     training: Mapping[str, Any] = {}
     """Fields of `Training` that differ for this row."""
+    stages: tuple[str, ...] = ()
+    """Other rows, in place of an objective: each is trained from the weights of the one before, as in its own row."""
     online_counterpart: str | None = None
     """The row of another experiment, as ``experiment/row``, in which this objective trains online: named with the
     results."""
@@ -311,6 +314,8 @@ class Experiment(Strict):
 
     @pydantic.model_validator(mode="after")
     def _is_a_grid(self) -> Experiment:
+        for name in self.algorithms:
+            check_stages(name, self.algorithms)
         sampling, problem = self.rollouts, None
         if sampling.wants_sampler_logp:
             problem = "importance_cap bounds π/π_engine, which needs rollouts.behaviour: recompute"
@@ -382,7 +387,7 @@ class Experiment(Strict):
             return settings.model_copy(update={field: _less(getattr(settings, field), divisor)})
 
         rows = {}
-        for name, row in self.algorithms.items():
+        for name, row in self.single_rows.items():
             budget = _less(self.training_of(name).token_budget, divisor)
             rows[name] = row.model_copy(update={"training": {**row.training, "token_budget": budget}})
         return self.model_copy(
@@ -390,14 +395,30 @@ class Experiment(Strict):
                 "training": fewer(self.training, "token_budget"),
                 "rollouts": fewer(self.rollouts, "batch_size"),
                 "evaluation": fewer(self.evaluation, "batch_size"),
-                "algorithms": rows,
+                "algorithms": {**self.algorithms, **rows},
             }
         )
 
+    @property
+    def single_rows(self) -> dict[str, Algorithm]:
+        """The rows with an objective of their own, which are all but those with stages."""
+        return {name: row for name, row in self.algorithms.items() if not row.stages}
+
+    def stages_of(self, name: str) -> tuple[str, ...]:
+        """The rows that an algorithm trains one after another: its stages, or itself."""
+        return self.algorithms[name].stages or (name,)
+
     def training_of(self, name: str) -> Training:
-        """The training settings of one algorithm. Raises UserError naming a wrong one."""
-        return validated(Training, {**self.training.model_dump(), **self.algorithms[name].training}, f"{name}.training")
+        """The training settings of one algorithm, in its last stage. Raises UserError naming a wrong one."""
+        last = self.stages_of(name)[-1]
+        return validated(Training, {**self.training.model_dump(), **self.algorithms[last].training}, f"{last}.training")
+
+    def steps_of(self, name: str) -> int:
+        """The largest number of optimizer steps of one algorithm, over all of its stages."""
+        return sum(self.training_of(stage).steps for stage in self.stages_of(name))
 
     def learning_rates_of(self, name: str) -> tuple[float, ...]:
-        """The learning rates that one algorithm is trained with."""
-        return self.algorithms[name].learning_rates or (self.training_of(name).learning_rate,)
+        """The learning rates that one algorithm is trained with, in its last stage."""
+        last = self.stages_of(name)[-1]
+        rates = self.algorithms[name].learning_rates or self.algorithms[last].learning_rates
+        return rates or (self.training_of(last).learning_rate,)

@@ -98,6 +98,11 @@ def run_variance(
         with pool(number, threads, console) as processes, Heartbeat(console, "starting") as heartbeat:
             heartbeat.doing = processes.doing
             found = _run(processes, experiment, run, settings, buffer, console)
+        found["skipped"] |= {
+            name: f"it has stages, whose objectives are measured in their own rows ({', '.join(row.stages)})"
+            for name, row in whole.algorithms.items()
+            if row.stages
+        }
         found = {
             "experiment": experiment.name,
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -134,7 +139,7 @@ def _asked(experiment: Experiment, settings: VarianceSettings, buffer: str | Non
 def _cut(experiment: Experiment, rows: int) -> Experiment:
     """The experiment with no more problems than an analysis of so many rows needs, and none to evaluate on.
 
-    A warm-up keeps all of its own.
+    A warm-up keeps all of its own. Rows with stages are left out: the objectives of their stages are rows themselves.
     """
     warm = experiment.warm_up and experiment.warm_up.model_copy(
         update={"train": experiment.warm_up.train or experiment.train}
@@ -143,7 +148,8 @@ def _cut(experiment: Experiment, rows: int) -> Experiment:
     train = experiment.train.model_copy(update={"limit": min(experiment.train.limit or problems, problems)})
     rollouts = experiment.rollouts.model_copy(update={"prompts": min(experiment.rollouts.prompts or prompts, prompts)})
     unused = {"benchmarks": {"train": Benchmark(**train.model_dump())}, "retention": {}, "validation": None}
-    return experiment.model_copy(update={"train": train, "rollouts": rollouts, "warm_up": warm, **unused})
+    kept = {"train": train, "rollouts": rollouts, "warm_up": warm, "algorithms": experiment.single_rows}
+    return experiment.model_copy(update={**kept, **unused})
 
 
 def _run(

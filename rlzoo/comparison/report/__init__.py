@@ -8,7 +8,7 @@ from pathlib import Path
 from rlzoo.comparison.report.contents import contents
 from rlzoo.comparison.report.schema import read_run
 from rlzoo.comparison.report.several import contents_of_several
-from rlzoo.comparison.report.tables import report_table
+from rlzoo.comparison.report.terminal import report_table
 from rlzoo.document import write_document
 from rlzoo.errors import UserError
 

@@ -72,7 +72,7 @@ def _series(cells: Sequence[CellResult]) -> dict[str, np.ndarray]:
     """Metric → its mean over cells at each step that all of them took; metrics that a step lacks are left out."""
     found = {}
     for metric in ("signal", "signal_clipped", *SHOWN, "kl"):
-        runs = [[_value(step, metric) for step in cell.training] for cell in cells]
+        runs = [[_value(step, metric) for step in _last_stage(cell)] for cell in cells]
         length = min(map(len, runs), default=0)
         values = [value for run in runs for value in run[:length]]
         if length and None not in values:
@@ -80,6 +80,11 @@ def _series(cells: Sequence[CellResult]) -> dict[str, np.ndarray]:
     if "signal" in found and "signal_clipped" in found:
         found[LOST] = found["signal_clipped"] / np.maximum(found["signal"], np.finfo(float).tiny)
     return found
+
+
+def _last_stage(cell: CellResult) -> list[dict[str, Any]]:
+    """The steps of a cell; of several stages, those of the last."""
+    return [step for step in cell.training if step.get("stage") == cell.training[-1].get("stage")]
 
 
 def _value(step: Mapping[str, Any], metric: str) -> float | None:
@@ -95,10 +100,11 @@ def _quarters(series: np.ndarray) -> tuple[float, float]:
 
 
 def _modes(results: Results) -> dict[str, str]:
-    """Whether each algorithm learned offline or online, as far as the configuration says."""
-    rows = results.config.get("algorithms") if isinstance(results.config, dict) else None
-    known = rows.items() if isinstance(rows, dict) else ()
-    return {name: str(row["mode"]) for name, row in known if isinstance(row, dict) and "mode" in row}
+    """Whether each algorithm learned offline or online, in its last stage, as far as the configuration says."""
+    found = results.config.get("algorithms") if isinstance(results.config, dict) else None
+    rows = found if isinstance(found, dict) else {}
+    own = {name: rows.get(row["stages"][-1], {}) if row.get("stages") else row for name, row in rows.items()}
+    return {name: str(row["mode"]) for name, row in own.items() if "mode" in row}
 
 
 def _told(results: Results, name: str, found: Mapping[str, np.ndarray], mode: str | None) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from rlzoo.comparison.report import clipping, completions, endings, method, results, retention, training
+from rlzoo.comparison.report import clipping, completions, endings, method, results, retention, stages, training
 from rlzoo.comparison.report.schema import FinishedRun
 from rlzoo.document import Block, Heading
 
@@ -15,6 +15,7 @@ SECTIONS: tuple[Section, ...] = (
     results.scores,
     results.differences,
     results.robustness,
+    stages.before_and_after,
     results.further,
     retention.retention,
     training.curves,

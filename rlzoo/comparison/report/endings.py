@@ -14,30 +14,30 @@ from rlzoo.document import Block, Entry, Heading, Paragraph, Table
 
 
 def last_rises(results: Results) -> dict[str, Interval]:
-    """The rise of each algorithm's learning curve between its last two points, with its 95 % interval, as fractions.
+    """The rise of each algorithm's learning curve over the last quarter of its steps, with its 95 % interval.
 
-    It is measured on the problems of the curve: of validation where the curve has them, else of all benchmarks, with
-    equal weights. Algorithms with fewer than two points are left out, as are those with one seed and no results per
-    problem.
+    It is a fraction, from the last point in the first three quarters to the end, and measured on the problems of the
+    curve: of validation where the curve has them, else of all benchmarks, with equal weights. Algorithms without two
+    such points are left out, as are those with one seed and no results per problem.
     """
     found = {}
     for name in results.algorithms:
-        pairs = [pair for cell in results.cells if cell.algorithm == name if (pair := _last_two(results, cell))]
+        pairs = [pair for cell in results.cells if cell.algorithm == name if (pair := _last_quarter(results, cell))]
         if (interval := _rise(pairs)) is not None:
             found[name] = interval
     return found
 
 
 def still_rising(results: Results) -> list[str]:
-    """The algorithms whose curve rises by more than its noise between its last two points."""
+    """The algorithms whose curve rises by more than its noise over the last quarter of training."""
     return [name for name, rise in last_rises(results).items() if rise.low > 0]
 
 
-def _last_two(results: Results, cell: CellResult) -> tuple[CurvePoint, CurvePoint] | None:
+def _last_quarter(results: Results, cell: CellResult) -> tuple[CurvePoint, CurvePoint] | None:
     curve = cell.curve or []
     base = [results.base_curve] if results.base_curve and curve and curve[0].step > 0 else []
-    last = [*base, *curve][-2:]
-    return (last[0], last[1]) if len(last) == 2 else None
+    before = [point for point in (*base, *curve) if point.step <= 0.75 * curve[-1].step]
+    return (before[-1], curve[-1]) if before else None
 
 
 def _rise(pairs: Sequence[tuple[CurvePoint, CurvePoint]]) -> Interval | None:
@@ -66,10 +66,11 @@ def rising_at_the_end(results: Results) -> str | None:
     if not (rising := still_rising(results)):
         return None
     names = rising[0] if len(rising) == 1 else f"{', '.join(rising[:-1])} and {rising[-1]}"
+    were = "was" if len(rising) == 1 else "were"
     return (
-        f"{names} {'was' if len(rising) == 1 else 'were'} still rising at the end of training: between the last two "
-        "points of the learning curve, the gain exceeds its noise. More training may raise the result further, so "
-        "being behind at this budget does not show that an algorithm is worse."
+        f"{names} {were} still rising at the end of training: the learning curve gains more than its noise over the "
+        "last quarter. More training may raise the result further, so being behind at this budget does not show that "
+        "an algorithm is worse."
     )
 
 
@@ -84,8 +85,8 @@ def endings(run: FinishedRun, baseline: str) -> Iterator[Block]:
         yield Paragraph(warning)
     else:
         yield Paragraph(
-            "No curve rises by more than its noise between its last two points. The intervals show how large a rise "
-            "this noise could hide."
+            "No curve rises by more than its noise over the last quarter of training. The intervals show how large a "
+            "rise this noise could hide."
         )
     rows, rising = [], still_rising(results)
     for name in results.algorithms:
@@ -98,9 +99,9 @@ def endings(run: FinishedRun, baseline: str) -> Iterator[Block]:
         rows.append([Entry(entry, entry == "still rising") for entry in row])
     yield Table(["algorithm", "steps", "ended by", "last rise (points)", "verdict"], rows, prose="verdict")
     yield Paragraph(
-        "The last rise is the difference in avg@k between the last two points of the learning curve, with its 95 % "
-        "interval over further seeds and problems. Steps and reasons are those of all seeds: flat means that the "
-        "validation curve had stopped rising (evaluation.until_flat)."
+        "The last rise is the difference in avg@k between the end of the learning curve and its last point in the "
+        "first three quarters of the steps, with its 95 % interval over further seeds and problems. Steps and reasons "
+        "are those of all seeds: flat means that the validation curve had stopped rising (evaluation.until_flat)."
     )
 
 

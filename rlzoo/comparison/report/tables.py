@@ -5,14 +5,13 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import rich.box
 import rich.table
 from rich.text import Text
 
 from rlzoo.comparison.outcomes import METRICS, OVERALL
-from rlzoo.comparison.report.schema import CellCosts, Results, SummaryRow, parse_results
+from rlzoo.comparison.report.schema import CellCosts, Results, SummaryRow
 from rlzoo.config import BASE
 from rlzoo.document import Entry, Table
 
@@ -255,21 +254,6 @@ def event_table(results: Results) -> Table | None:
         for (algorithm, learning_rate, event), own in seeds.items()
     ]
     return Table(["algorithm", "seeds", "learning rate", "event"], rows, prose="event") if rows else None
-
-
-def report_table(results: Results | Mapping[str, Any]) -> list[rich.table.Table]:
-    """The tables for the terminal: results on each benchmark with 95 % intervals, then costs.
-
-    Takes the content of a results.json. Raises UserError naming the first field that is wrong.
-    """
-    checked = results if isinstance(results, Results) else parse_results(results)
-    scores = [
-        plain_table(result_table(checked, benchmark), f"{benchmark}: mean and 95 % interval")
-        for benchmark in checked.overall
-    ]
-    if scores and (note := online_counterparts(checked)) is not None:
-        scores[-1].caption, scores[-1].caption_justify = Text(note), "left"
-    return [*scores, plain_table(cost_table(checked), "costs: mean of a cell")]
 
 
 def plain_table(table: Table, title: str) -> rich.table.Table:

@@ -1,0 +1,198 @@
+"""Training a cell: its stages, one after another, each from the weights of the one before."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rlzoo.buffers import Buffer, OfflineBuffer
+from rlzoo.buffers.bad_rows import BadRows
+from rlzoo.buffers.problems import load_problems
+from rlzoo.comparison.curves import costs_at, is_flat
+from rlzoo.comparison.plan import Cell
+from rlzoo.comparison.resolve import learns_from_samples, objective_of, reward_of, views_of
+from rlzoo.comparison.shared_buffer import Report, costs_before, with_stored_inputs
+from rlzoo.comparison.warm_up import save_whole
+from rlzoo.config import Experiment, Training
+from rlzoo.jobs.cached_results import CachedResults
+from rlzoo.jobs.memory import release_memory
+from rlzoo.jobs.outputs import remove
+from rlzoo.jobs.ranks import agreed, is_main
+from rlzoo.policy import Policy
+from rlzoo.policy.loading import load_for
+from rlzoo.rollout import Collector, sampler_of
+from rlzoo.training import Costs, Trainer, TrainingRecord
+from rlzoo.training.batches import BufferSource, FreshSource, Source, seeds, shares
+from rlzoo.types import selector_of
+
+Evaluated = Callable[[Policy, int, Costs], dict[str, Any]]
+"""A point of the learning curve, given the policy, and the number of steps and the costs of all stages so far."""
+
+
+@dataclass(frozen=True)
+class StageOfCell:
+    """A stage of a cell: the row of the experiment that it trains, and what came before it."""
+
+    experiment: Experiment
+    cell: Cell
+    number: int
+    """Counted from 1."""
+    model: str
+    """The weights to start from: the base model, or the result of the stage before."""
+    steps: int = 0
+    """The optimizer steps of the stages before."""
+    costs: Costs = field(default_factory=Costs)
+    """The costs of the stages before, without those that this stage counts again."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The rows of all stages."""
+        return self.experiment.stages_of(self.cell.algorithm)
+
+    @property
+    def name(self) -> str:
+        """The row of this stage."""
+        return self.names[self.number - 1]
+
+    @property
+    def settings(self) -> Training:
+        """The row's training settings, at the cell's learning rate in the last stage."""
+        is_last = self.number == len(self.names)
+        rate = self.cell.learning_rate if is_last else self.experiment.learning_rates_of(self.name)[0]
+        return self.experiment.training_of(self.name).model_copy(update={"learning_rate": rate})
+
+    def is_offline(self, number: int | None = None) -> bool:
+        """Whether this stage, or that of another number, reads the shared buffer."""
+        return self.experiment.algorithms[self.names[(number or self.number) - 1]].mode == "offline"
+
+    def reads_samples(self, number: int | None = None) -> bool:
+        """Whether this stage, or that of another number, learns from the samples of the shared buffer."""
+        name = self.names[(number or self.number) - 1]
+        return self.is_offline(number) and learns_from_samples(views_of(self.experiment, name))
+
+    def next(self, model: str, made: Mapping[str, Any], shared: Mapping[str, Any]) -> StageOfCell:
+        """The stage after this one, given what this one ``made``.
+
+        The samples of the shared buffer count towards the budget of each stage that learns from them, as in a row of
+        its own, and once in the costs of the cell.
+        """
+        costs = summed(self.costs, made["costs"])
+        after = replace(
+            self, number=self.number + 1, model=model, steps=self.steps + len(made["training"]), costs=costs
+        )
+        if after.reads_samples() and any(map(after.reads_samples, range(1, after.number))):
+            costs.add({"sampled_tokens": -shared["sampled_tokens"], "flops": -shared["sampling_flops"]})
+        return after
+
+
+def train_cell(
+    experiment: Experiment,
+    cell: Cell,
+    shared: Mapping[str, Any],
+    buffer: OfflineBuffer,
+    cached: CachedResults,
+    logs: Path,
+    evaluated: Evaluated,
+    report: Report,
+) -> tuple[Policy, dict[str, Any]]:
+    """Train all stages of a cell; returns its policy, and plain data: costs, learning curve, metrics per step, events.
+
+    Costs are summed over stages; ``start`` is what is charged before the first step, and ``ended`` says why the last
+    stage ended. What an earlier stage has left under ``cached``, its weights included, is not computed again. Trackers
+    write to ``logs``.
+    """
+    stage, made = StageOfCell(experiment, cell, 1, experiment.model), list[dict[str, Any]]()
+    while stage.number < len(stage.names):
+        own = cached.within(f"stage {stage.number}")
+
+        def run(stage: StageOfCell = stage, own: CachedResults = own) -> dict[str, Any]:
+            where = logs.with_name(f"{logs.name}-stage{stage.number}")
+            policy, found = _train(stage, shared, buffer, own.folder / "checkpoints", where, evaluated, report)
+            save_whole(policy, own.folder / "model")
+            return found
+
+        made.append(cached.once(f"stage {stage.number}", run))
+        if is_main():
+            remove(own.folder / "checkpoints")
+        stage = stage.next(str(own.folder / "model"), made[-1], shared)
+        release_memory()
+    policy, last = _train(stage, shared, buffer, cached.folder / "checkpoints", logs, evaluated, report)
+    made.append(last)
+    lists = {name: [row for one in made for row in one[name]] for name in ("curve", "training", "events")}
+    costs = summed(stage.costs, last["costs"])
+    return policy, {"costs": costs.as_dict(), "start": made[0]["start"], "ended": last["ended"], **lists}
+
+
+def summed(costs: Costs, more: Mapping[str, Any]) -> Costs:
+    """The costs with others added; of the peaks of memory, the higher."""
+    peak = max(costs.peak_memory_bytes, more["peak_memory_bytes"])
+    found = replace(costs)
+    found.add(more)
+    return replace(found, peak_memory_bytes=peak)
+
+
+def _train(
+    stage: StageOfCell,
+    shared: Mapping[str, Any],
+    buffer: OfflineBuffer,
+    checkpoints: Path,
+    logs: Path,
+    evaluated: Evaluated,
+    report: Report,
+) -> tuple[Policy, dict[str, Any]]:
+    """Train a stage; returns the policy and plain data, with steps counted over all stages of the cell."""
+    experiment, settings, name = stage.experiment, stage.settings, stage.name
+    torch.manual_seed(stage.cell.seed)
+    policy = load_for(stage.model, settings)
+    objective, views = objective_of(experiment, name), views_of(experiment, name)
+    before = costs_before(experiment, name, shared)
+    rows: Buffer = buffer
+    if stage.number > 1 and stage.is_offline():  # the stored inputs of the shared buffer are the base model's
+        rows, _ = with_stored_inputs(buffer, [objective], policy, settings.token_budget, lambda share, what: None)
+    record, start = TrainingRecord(costs=before), costs_at(before)
+    sources: list[Source] = []
+    split = zip(views, shares(settings.batch_size, len(views)), seeds(views, stage.cell.seed), strict=True)
+    for (selection, options), size, own in split:
+        if selector_of(selection).is_sampled and not stage.is_offline():
+            collect = collector_of(experiment, policy, settings, size, own)
+            sources.append(FreshSource(collect, selection, **options))
+        else:
+            sources.append(BufferSource(rows, rows.view(selection, **options), size, own))
+    points, patience = experiment.evaluation.curve_points, experiment.evaluation.until_flat
+    several = len(stage.names) > 1
+    label, numbered = (f"stage {stage.number} ({name})", {"stage": stage.number}) if several else ("", {})
+
+    def along(trainer: Trainer, step: int) -> None:
+        share = (stage.number - 1 + trainer.progress.fraction) / len(stage.names)
+        report(share, f"{label} {trainer.progress}".strip())
+        if not (points and trainer.progress.completes_part(points)):
+            return
+        curve = trainer.record.kept.setdefault("curve", [])
+        curve.append(evaluated(policy, stage.steps + step, summed(stage.costs, record.costs.as_dict())) | numbered)
+        if patience is None or record.ended is not None:
+            return
+        if agreed(is_flat([point["validation"]["by_problem"] for point in curve], patience)):
+            trainer.stop("flat")
+
+    Trainer(policy, objective, sources, settings, [along], folder=logs, record=record, checkpoints=checkpoints).run()
+    steps = enumerate(record.plain_steps(), stage.steps + 1)
+    return policy, {
+        "costs": record.costs.as_dict(),
+        "start": start,
+        "ended": record.ended,
+        "curve": record.kept.get("curve", []),
+        "training": [{**row, "step": number, **numbered} for number, row in steps],
+        "events": [f"{label}: {event}" if label else event for event in record.events],
+    }
+
+
+def collector_of(experiment: Experiment, policy: Policy, training: Training, batch_size: int, seed: int) -> Collector:
+    """The collector of fresh samples of the training problems, for a cell that trains online."""
+    bad = BadRows(experiment.train.bad_rows)
+    problems, settings = load_problems(experiment.train, bad), experiment.rollouts
+    sampler = sampler_of(policy, settings)
+    return Collector(policy, sampler, problems, reward_of(experiment), settings, training, seed, batch_size, bad)

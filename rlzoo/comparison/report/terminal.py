@@ -1,0 +1,29 @@
+"""The results of a comparison for the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import rich.table
+from rich.text import Text
+
+from rlzoo.comparison.report.endings import rising_at_the_end
+from rlzoo.comparison.report.schema import Results, parse_results
+from rlzoo.comparison.report.tables import cost_table, online_counterparts, plain_table, result_table
+
+
+def report_table(results: Results | Mapping[str, Any]) -> list[rich.table.Table]:
+    """Results on each benchmark with 95 % intervals, with what to know of them as a caption, then costs.
+
+    Takes the content of a results.json. Raises UserError naming the first field that is wrong.
+    """
+    checked = results if isinstance(results, Results) else parse_results(results)
+    scores = [
+        plain_table(result_table(checked, benchmark), f"{benchmark}: mean and 95 % interval")
+        for benchmark in checked.overall
+    ]
+    notes = [note for note in (rising_at_the_end(checked), online_counterparts(checked)) if note is not None]
+    if scores and notes:
+        scores[-1].caption, scores[-1].caption_justify = Text("\n".join(notes)), "left"
+    return [*scores, plain_table(cost_table(checked), "costs: mean of a cell")]
