@@ -11,7 +11,7 @@ import numpy as np
 
 from rlzoo.comparison.outcomes import METRICS, ResultMatrix, difference_of, flipped, summarise, tested
 from rlzoo.comparison.plan import Cell
-from rlzoo.comparison.report.schema import CELLS, FinishedRun, read_run
+from rlzoo.comparison.report.schema import CELLS, VARIANCE, FinishedRun, read_run, variance_file
 from rlzoo.comparison.retention import summarise_retention
 from rlzoo.comparison.statistics import holm
 from rlzoo.config import BASE
@@ -74,6 +74,8 @@ def save_study(run: Path, into: Path = STUDIES, name: str | None = None) -> Path
             results["cells"].append(name)
         (beside / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
         (beside / "outcomes.parquet").write_bytes((run / "outcomes.parquet").read_bytes())
+        if (variance := variance_file(run)) is not None:
+            (beside / VARIANCE).write_bytes(variance.read_bytes())
     return study
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from rlzoo.comparison.report import clipping, completions, endings, method, results, retention, stages, training
+from rlzoo.comparison.report import clipping, completions, endings, method, noise, results, retention, stages, training
 from rlzoo.comparison.report.schema import FinishedRun
 from rlzoo.document import Block, Heading
 
@@ -22,6 +22,7 @@ SECTIONS: tuple[Section, ...] = (
     endings.endings,
     clipping.clipping,
     training.token_probabilities,
+    noise.gradient_variance,
     training.costs,
     training.learning_rates,
     training.events,
