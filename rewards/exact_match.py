@@ -24,16 +24,21 @@ class ExactMatch:
     """The text before an answer; empty: compare whole completions."""
     ignore_case: bool = False
     """Whether upper and lower case are the same."""
+    any_of: bool = False
+    """Whether the column may hold a list of answers, of which one is enough."""
 
     def __call__(self, completions: Sequence[Any], **columns: Any) -> list[float | None]:
         """One value per completion. Raises UserError if the data lack ``column``, TypeError as `gold_text` does."""
         golds = column_of(columns, self.column, self.name)
         return [
-            None
-            if is_missing(gold)
-            else float(self._answer(completion_text(completion)) == self._answer(gold_text(gold)))
-            for completion, gold in zip(completions, golds, strict=True)
+            None if not accepted else float(self._answer(completion_text(completion)) in accepted)
+            for completion, accepted in zip(completions, map(self._accepted, golds), strict=True)
         ]
+
+    def _accepted(self, gold: Any) -> list[str]:
+        """The answers that are right; [] if the row has none."""
+        golds = gold if self.any_of and isinstance(gold, list | tuple) else [gold]
+        return [self._answer(gold_text(one)) for one in golds if not is_missing(one)]
 
     def answer_of(self, completion: Any) -> str:
         """The answer in a completion, which maj@k counts."""

@@ -55,6 +55,16 @@ def dft(batch: TokenBatch) -> Tensor:
     return -(logp.exp().detach() * logp).sum() / token_count(batch)
 
 
+def dft_of_completions(batch: TokenBatch, geometric: bool) -> Tensor:
+    """-(1/N) Σ_i w_i log π(y_i), w the probability of the completion or its n-th root (arXiv 2508.05629, ablation)."""
+    total = torch.zeros(())
+    for logp in completions(batch, batch.logp):
+        if len(logp):
+            weight = math.prod(logp.detach().exp().tolist()) ** (1 / len(logp) if geometric else 1)
+            total = total - weight * logp.sum()
+    return total / token_count(batch)
+
+
 def dft_control(batch: TokenBatch, variant: str = "normalised") -> Tensor:
     """-(1/N) Σ c_t log p_t with c_t = p_t/p̄, p̄, or the probability of another token by rank; no paper."""
     logp = torch.cat(completions(batch, batch.logp))
@@ -465,7 +475,11 @@ def case(loss: Callable[..., Tensor], **options: Any) -> Case:
 
 CANONICAL: dict[str, list[Case]] = {
     "sft": [case(sft)],
-    "dft": [case(dft)],
+    "dft": [
+        case(dft),
+        Case(partial(dft_of_completions, geometric=False), {"variant": "sentence"}),
+        Case(partial(dft_of_completions, geometric=True), {"variant": "geometric_mean"}),
+    ],
     "dft-control": [case(dft_control, variant=variant) for variant in ("normalised", "mean", "shuffled")],
     "iw-sft": [
         case(iw_sft_sequence),

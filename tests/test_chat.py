@@ -181,7 +181,7 @@ def test_sampling_stops_where_the_template_ends_a_turn(template: str) -> None:
     policy = policy_of(tokenizer)
     stop = tokenizer.convert_tokens_to_ids(STOPS.get(template, "<|im_end|>"))
     assert policy.eos_ids == {tokenizer.eos_token_id, stop}
-    assert set(_asked(policy, Sampling(), 0, 0, greedy=False)["stop_token_ids"]) == policy.eos_ids
+    assert set(_asked(policy, Sampling(), 0, 0, greedy=False, room=8)["stop_token_ids"]) == policy.eos_ids
     ids = tokenizer("2")["input_ids"][-1:]
     for made in (TransformersSampler(policy)._sample([*ids, stop, *ids]), _sample(policy, [*ids, stop], None)):
         assert (made.ids, made.text, made.truncated) == ([*ids, stop], "2", False)

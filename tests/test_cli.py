@@ -217,14 +217,16 @@ def test_completion_is_installed_for_the_shell(tmp_path: Path) -> None:
 def test_list_as_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["list", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert set(found) == {"objectives", "rewards", "metrics", "views", "samplers", "experiments"}
+    assert set(found) == {"objectives", "rewards", "metrics", "views", "samplers", "suites", "experiments"}
     objectives = {row["name"]: row for row in found["objectives"]}
     assert {"sft", "dft", "iw-sft", "rft", "dpo", "ppo", "grpo"} <= set(objectives)
     assert objectives["grpo"]["options"]["clip"] == {"type": "float", "default": 0.2}
     assert {"exact-match", "math-answer"} <= {row["name"] for row in found["rewards"]}
     assert objectives["dpo"]["options"]["variant"]["type"] == "Literal['sigmoid', 'hinge', 'ipo']"
     assert {"avg_at_k", "maj_at_k"} <= {row["name"] for row in found["metrics"]}
-    assert {"arithmetic", "facts"} <= {row["name"] for row in found["experiments"]}
+    assert {"arithmetic", "facts", "paper/lora"} <= {row["name"] for row in found["experiments"]}
+    suites = {row["name"]: row for row in found["suites"]}
+    assert suites["math500"]["settings"]["source"] == "HuggingFaceH4/MATH-500" and suites["svamp"]["licence"] == "MIT"
 
 
 def test_list_as_text_names_everything(capsys: pytest.CaptureFixture[str]) -> None:

@@ -119,18 +119,40 @@ def ways(policy: Policy, problems: list[Problem], tokens: int) -> list[Callable[
 
 
 def test_a_problem_that_leaves_too_few_positions_is_named(policy: Policy) -> None:
-    problems = [Problem("short", "1+1", {}), Problem("long", "1" * 40, {})]
-    for way in ways(policy, problems, 24):
-        way()
-    for way in ways(policy, problems, 25):
+    problems = [Problem("short", "1+1", {}), Problem("long", "1" * 64, {})]
+    for way in ways(policy, problems, 4):
         with pytest.raises(
-            UserError, match=r"^problem 'long': its prompt has 40 tokens, up to 25 follow, and .* 64 pos"
+            UserError, match=r"^problem 'long': its prompt has 64 tokens, and the model has 64 positions"
         ):
             way()
-    long, most, drop = encode_problems(policy.tokenizer, problems)[1:], Sampling(max_new_tokens=25), BadRows("drop")
-    assert within_limits(policy, Sampler(), long, most) == long, "another engine has limits of its own"
+    long, drop = encode_problems(policy.tokenizer, problems)[1:], BadRows("drop")
     with pytest.raises(UserError, match="problem 'long'"):
-        within_limits(policy, TransformersSampler(policy), long, most, drop)  # then none is left
+        within_limits(policy, TransformersSampler(policy), long, Sampling(), drop)  # then none is left
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_completions_end_where_the_context_does(kind: str, make_policy: MakePolicy) -> None:
+    """Whether positions are a table, which ends for the whole batch at once, or rotary, which do not."""
+    policy = make_policy(kind)
+    policy.model.config.max_position_embeddings = POSITIONS
+    assert policy.context == POSITIONS
+    prompts, most = [[7] * 40, [8] * 60, [9] * 4], Sampling(samples=3, max_new_tokens=30)
+    together = TransformersSampler(policy).sample(prompts, most, seed=0)
+    for place, room in enumerate((24, 4, 30)):
+        (alone,) = TransformersSampler(policy).sample([prompts[place]], most, seed=0, numbers=[place])
+        assert [one.ids for one in together[place]] == [one.ids for one in alone]
+        assert all(len(one.ids) == room if one.truncated else len(one.ids) <= room for one in alone)
+        assert any(one.truncated for one in alone)
+    problems = [Problem("short", "1+1", {}), Problem("long", "1" * 40, {})]
+    bad, encoded = BadRows(), encode_problems(policy.tokenizer, problems)
+    assert within_limits(policy, TransformersSampler(policy), encoded, most, bad) == encoded
+    assert bad.events() == [
+        "completions have less room than max_new_tokens, as the model's context is 64 tokens: 1 in all "
+        "(problem 'long': 24 tokens after a prompt of 40)"
+    ]
+    silent = BadRows()
+    assert within_limits(policy, Sampler(), encoded, most, silent) == encoded
+    assert not silent.events(), "another engine has limits of its own"
 
 
 def test_a_problem_with_a_token_without_an_embedding_is_named(policy: Policy) -> None:

@@ -157,6 +157,16 @@ def test_dft_weights_by_p_and_divides_by_the_number_of_tokens() -> None:
     torch.testing.assert_close(gradients(loss, batch).view(2, 2)[batch.mask], -expected / 3)
 
 
+@pytest.mark.parametrize(("variant", "first"), [("sentence", 1 / 8), ("geometric_mean", 8**-0.5)])
+def test_dft_may_weight_a_completion_as_a_whole(variant: str, first: float) -> None:
+    # p = 1/2, 1/4 in the first completion: their product is 1/8, its square root 0.354; 1/10 alone is itself
+    batch = hand_batch([[0.5, 0.25], [0.1]])
+    found = get_objective("dft", variant=variant).coefficients(batch.detach())
+    expected = torch.tensor([first, first, 0.1], dtype=torch.float64)
+    torch.testing.assert_close(found.values[batch.mask], expected)
+    torch.testing.assert_close(found.metrics["weight"][batch.mask], expected)
+
+
 @pytest.mark.parametrize("variant", ["per_sequence", "per_step", "ema"])
 def test_iw_sft_is_sft_when_the_reference_is_the_policy(variant: str) -> None:
     objective = get_objective("iw-sft", variant=variant)

@@ -52,7 +52,8 @@ def expected() -> set[str]:
     """Every file of the package, by its path in it."""
     found = {f"rlzoo/{path.relative_to(ROOT / 'rlzoo')}" for path in (ROOT / "rlzoo").rglob("*.py")}
     found |= {f"rlzoo/{name}/{path.name}" for name in ("algorithms", "rewards") for path in (ROOT / name).glob("*.py")}
-    found |= {f"rlzoo/experiments/{path.name}" for path in (ROOT / "experiments").glob("*.yaml")}
+    found |= {f"rlzoo/{path.relative_to(ROOT)}" for path in (ROOT / "experiments").rglob("*.yaml")}
+    found |= {f"rlzoo/config/{path.name}" for path in (ROOT / "rlzoo" / "config").glob("*.yaml")}
     studies = [path for path in (ROOT / "experiments" / "results").rglob("*") if path.is_file()]
     found |= {f"rlzoo/{path.relative_to(ROOT)}" for path in studies}
     found |= {f"rlzoo/worlds/base/{path.name}" for path in (ROOT / "rlzoo" / "worlds" / "base").iterdir()}
@@ -103,7 +104,8 @@ def test_it_runs_where_it_is_installed(wheel: Path, tmp_path: Path) -> None:
     listed = json.loads(run(str(tmp_path / "env" / "bin" / "rlzoo"), "list", "--json"))
     assert {row["name"] for row in listed["objectives"]} >= {path.stem.replace("_", "-") for path in algorithms()}
     assert {row["name"] for row in listed["experiments"]} == {
-        path.stem for path in (ROOT / "experiments").glob("*.yaml")
+        path.relative_to(ROOT / "experiments").with_suffix("").as_posix()
+        for path in (ROOT / "experiments").rglob("*.yaml")
     }
     for name in ("algorithms", "rewards", "experiments", "tests"):
         code = f"import importlib.util as u, sys; sys.exit(u.find_spec({name!r}) is not None)"

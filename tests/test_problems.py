@@ -17,6 +17,9 @@ from rlzoo.buffers.problems import Problem, demonstrations, encode_problems, loa
 from rlzoo.buffers.spooled import Spooled
 from rlzoo.config import ProblemSource
 from rlzoo.errors import UserError
+from rlzoo.policy import load_policy
+from rlzoo.reward import get_reward
+from rlzoo.rollout import scorable
 
 VERL: dict[str, Any] = {
     "prompt": [{"role": "user", "content": "1+1?"}],
@@ -226,3 +229,46 @@ def test_many_problems_are_in_a_file(tmp_path: Path, tokenizer: Any, monkeypatch
         many[7]
     made, expected = (demonstrations(tokenizer, some, 4, bad) for some in (many[1:], problems[1:]))
     assert made == expected and len(made) == 12
+
+
+def test_a_subset_is_drawn_by_its_seed_from_the_whole_table(tmp_path: Path) -> None:
+    rows: list[dict[str, Any]] = [{"prompt": f"{i}?"} for i in range(40)]
+    path = written(tmp_path, *rows)
+
+    def drawn(**settings: Any) -> list[int]:
+        found = load(path, **settings)
+        assert [problem.place for problem in found] == [f"{path} line {int(p.prompt[:-1]) + 1}" for p in found]
+        assert [problem.id for problem in found] == [f"train-{p.prompt[:-1]}" for p in found], (
+            "ids are those of all rows"
+        )
+        return [int(problem.prompt[:-1]) for problem in found]
+
+    first = drawn(limit=9, subset_seed=0)
+    assert first == drawn(limit=9, subset_seed=0) == sorted(first) and len(first) == 9
+    assert first != drawn(limit=9, subset_seed=1) and max(first) > 20, "not the first rows"
+    assert drawn(limit=9) == list(range(9)) and drawn(limit=40, subset_seed=0) == drawn(subset_seed=3) == list(
+        range(40)
+    )
+    rows[first[3]]["prompt"] = None  # which rows are drawn does not depend on it
+    written(tmp_path, *rows)
+    bad = BadRows("drop")
+    kept = load_problems(ProblemSource(source=path, limit=9, subset_seed=0, bad_rows="drop"), bad)
+    assert [int(str(problem.prompt)[:-1]) for problem in kept] == [n for n in first if n != first[3]]
+    assert bad.summary() is not None and (bad.dropped, bad.rows) == (1, 9)
+
+
+def test_problems_without_a_readable_gold_answer_are_not_sampled(tmp_path: Path) -> None:
+    answers = ["2", None, "see the figure, and prove it", "4"]
+    path = written(tmp_path, *({"prompt": f"{n}?", "answer": answer} for n, answer in enumerate(answers)))
+    policy = load_policy("embedded")
+    encoded = encode_problems(policy.tokenizer, load(path))
+    bad = BadRows("drop")
+    kept = scorable(get_reward("math-answer"), encoded, bad)
+    assert [one.problem.prompt for one in kept] == ["0?", "2?", "3?"]
+    assert bad.events() == [
+        "problems not sampled, because their reward is None, as for an unreadable gold answer: 1 in all "
+        f"(problem 'train-1' ({path} line 2): its reward is None)"
+    ]
+    assert scorable(get_reward("math-answer"), encoded, BadRows()) == encoded, "an error later, or counted"
+    with pytest.raises(UserError, match="the reward is None for every problem"):
+        scorable(get_reward("math-answer"), encoded[1:2], BadRows("drop"))

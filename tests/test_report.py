@@ -26,9 +26,10 @@ from rlzoo.comparison.report import plots, report_table, tables, write_report
 from rlzoo.comparison.report.answer import answer
 from rlzoo.comparison.report.contents import contents
 from rlzoo.comparison.report.plots import curves_of
+from rlzoo.comparison.report.reported import reported
 from rlzoo.comparison.report.schema import parse_results, read_run
 from rlzoo.comparison.report.tables import amount, points, seconds, significance
-from rlzoo.document import Answer, Answers, Block, Code, Entry, Heading, Table
+from rlzoo.document import Answer, Answers, Block, Code, Entry, Heading, Paragraph, Table
 from rlzoo.document.blocks import sort_value
 from rlzoo.document.drawing import PAPER, Drawing
 from rlzoo.document.page import render_html
@@ -792,3 +793,46 @@ def test_terminal_tables_fit_and_mark_the_best(tmp_path: Path) -> None:
 )  # fmt: skip
 def test_numbers_read_well(shown: str, expected: str) -> None:
     assert shown == expected
+
+
+def test_published_results_stand_beside_the_measured_ones(tmp_path: Path) -> None:
+    results = synthetic_run(tmp_path)
+    assert not list(reported(read_run(tmp_path), "plain")), "there are none"
+    published = {
+        "base": {"sums": 10.0, "longer sums": 5.0},
+        "plain": {"sums": 20.5, "mean": 15.0},
+        "other": {"mean": 4.0},
+    }
+    config = {
+        "source": "A paper, table 1",
+        "model": "tiny",
+        "metric": "avg@16",
+        "results": published,
+        "notes": ["Note."],
+    }
+    results["config"]["reported"] = config
+    save(tmp_path, results)
+    run = read_run(tmp_path)
+    heading, told, table, note = reported(run, "plain")
+    assert heading == Heading("Reported and measured") and note == Paragraph("Note.")
+    assert isinstance(told, Paragraph) and all(
+        word in told.text for word in ("A paper, table 1; model tiny, avg@16", "this run; model tiny, avg@4")
+    )
+    assert isinstance(table, Table)
+    assert [name for name in table.header if name.endswith("reported")] == [
+        "sums, reported", "longer sums, reported", "mean, reported", "gain, reported",
+    ]  # fmt: skip
+    shown = {row[0].text: [entry.text for entry in row[1:]] for row in table.rows}
+    assert list(shown) == ["base", "plain", "other", "weighted", "paired"]
+    measured = {(row.algorithm, row.benchmark): row.mean for row in run.results.summary if row.metric == "avg_at_k"}
+    sums, mean = measured["plain", "sums"], measured["plain", OVERALL]
+    assert shown["plain"][:2] == ["20.5", f"{100 * sums:.1f}"] and shown["plain"][2] == "–"
+    assert shown["plain"][4:6] == ["15.0", f"{100 * mean:.1f}"]
+    assert shown["base"][4] == "7.5", "without a published mean, that of the benchmarks"
+    assert shown["plain"][6] == "+7.5" and shown["base"][6:] == ["–", "–"] and shown["other"][6] == "−3.5"
+    assert shown["weighted"][0] == "–" and shown["other"][1] == "–"
+    for change in ({"model": "large"}, {"results": {"plain": {"elsewhere": 3.0}}}):
+        results["config"]["reported"] = config | change
+        save(tmp_path, results)
+        _, _, warning, *_ = reported(read_run(tmp_path), "plain")
+        assert isinstance(warning, Paragraph) and "not the numbers" in warning.text

@@ -324,6 +324,12 @@ def test_exact_match(options: dict[str, Any], completion: str, gold: Any, value:
     assert scores({"name": "exact-match", **options}, [completion], answer=[gold]) == [value]
 
 
+def test_exact_match_with_one_of_several_answers() -> None:
+    asked = {"name": "exact-match", "any_of": True, "ignore_case": True}
+    golds = [["14 December 1972", "December 1972"], ["1973", None], "1972", [], [None]]
+    assert scores(asked, ["december 1972"] * 5, answer=golds) == [1.0, 0.0, 0.0, None, None]
+
+
 @pytest.mark.parametrize("gold", [["42"], {"answer": "42"}, b"42"])
 def test_exact_match_refuses_a_gold_answer_that_is_no_text(gold: Any) -> None:
     with pytest.raises(UserError, match=rf"raised on row 0: TypeError: the gold answer is {type(gold).__name__}"):

@@ -34,11 +34,12 @@ from rlzoo.comparison import one_cell, resolve, runner, shared_buffer
 from rlzoo.comparison.plan import cells
 from rlzoo.config import EvaluationSettings, Experiment, ProblemSource, Rollouts, Sampling, Training, load_experiment
 from rlzoo.config import settings as config
-from rlzoo.config.sources import Strict
+from rlzoo.config.validation import Strict
 from rlzoo.errors import UserError
 from rlzoo.objective import get_objective
 from rlzoo.policy import Policy, load_policy
 from rlzoo.policy.adapters import adapters
+from rlzoo.policy.encoding import encode_prompt
 from rlzoo.policy.loading import load_for
 from rlzoo.reward import Reward, get_reward
 from rlzoo.reward.isolation import Limits
@@ -68,6 +69,8 @@ ELSEWHERE = {
     "--bad-rows": "test_bad_rows.py::test_rollout_reports_and_records_what_it_dropped",
     "EvaluationSettings.k": "test_evaluation.py::test_k_is_the_number_of_samples_unless_it_is_given",
     "EvaluationSettings.metrics": "test_open_interface.py::test_a_plugins_metric_is_reported_after_kill_9",
+    "ProblemSource.subset_seed": "test_problems.py::test_a_subset_is_drawn_by_its_seed_from_the_whole_table",
+    "Benchmark.suite": "test_paper.py::test_suites_are_named_alone_in_a_list_or_with_changes",
     "Benchmark.reward": "test_compare.py::test_a_benchmark_may_have_a_reward_of_its_own",
     "Benchmark.max_new_tokens": "test_retention.py::test_the_bases_text_is_scored_under_every_policy",
     "Experiment.retention": "test_retention.py::test_retention_is_apart_from_benchmarks",
@@ -104,6 +107,11 @@ ELSEWHERE = {
     ),
     "Experiment.validation": "test_compare.py::test_the_learning_rate_is_chosen_on_validation",
     "Experiment.baseline": "test_compare.py::test_the_report_can_be_written_again",
+    **dict.fromkeys(
+        (f"Reported.{field}" for field in ("source", "model", "metric", "results", "notes")),
+        "test_report.py::test_published_results_stand_beside_the_measured_ones",
+    ),
+    "Experiment.reported": "test_report.py::test_published_results_stand_beside_the_measured_ones",
     "VarianceSettings.rows": "test_variance.py::test_an_experiment_is_cut_to_what_the_rows_are_worth",
     "VarianceSettings.draws": "test_variance.py::test_exact_and_sampled_variances_agree",
     "VarianceSettings.every": "test_variance.py::test_the_command_with_an_objective_from_a_file",
@@ -125,6 +133,7 @@ ELSEWHERE = {
     "--to": "test_studies.py::test_a_run_becomes_a_study",
     "--gpu": "test_planning.py::test_a_model_of_any_size_is_planned_without_its_weights",
     "--pilot": "test_planning.py::test_a_pilot_tells_what_more_seeds_would_detect",
+    "--twin": "test_paper.py::test_the_command_line_runs_a_twin",
     "--buffer": "test_variance.py::test_the_command_with_an_objective_from_a_file",
     "--workers": "test_compare.py::test_processes_change_no_number",
     "--rows": "test_variance.py::test_the_command_with_an_objective_from_a_file",
@@ -432,6 +441,60 @@ def test_what_a_step_of_training_takes(make_policy: MakePolicy, monkeypatch: pyt
     assert run(token_budget=14) == (4, [4] * 4, 8), "two rows of 7 tokens in a micro-batch"
 
 
+@shows("Training.epochs")
+def test_epochs_are_passes_over_what_is_learned_from(make_policy: MakePolicy) -> None:
+    policy, rows = make_policy("gpt2"), len(ROWS)
+    buffer = OfflineBuffer.from_trajectories(ROWS)
+
+    def steps(of: object = buffer, **settings: Any) -> int:
+        some = Training.model_validate({"epochs": 1, "batch_size": 3, "learning_rate": 1e-2, **settings})
+        return len(train(policy, get_objective("sft"), of, some).steps)  # type: ignore[arg-type]
+
+    assert steps() == math.ceil(rows / 3)
+    assert steps(epochs=2.5) == math.ceil(2.5 * rows / 3)
+    assert steps(updates_per_batch=2) == 2 * math.ceil(rows / 3)
+    assert steps(batch_size=3 * rows) == 1
+    source = BufferSource(buffer, buffer.view(get_objective("sft").learns_from), 4, 0)
+    assert steps(source, batch_size=3) == math.ceil(rows / 4), "a source has batches of its own size"
+
+    class Endless:
+        def draw(self) -> Any:
+            return ROWS[:2], [(0,), (1,)]
+
+    assert steps(Endless(), epochs=None, steps=2) == 2
+    with pytest.raises(UserError, match=r"training\.epochs needs a source that says how many batches it has"):
+        steps(Endless())
+
+
+def test_steps_and_epochs_exclude_each_other_and_the_later_counts() -> None:
+    with pytest.raises(UserError, match="steps and epochs both say how long to train: give one of them"):
+        load_experiment("facts", {"training": {"steps": 2, "epochs": 1}})
+    one = load_experiment("facts", {"training.epochs": 1, "algorithms.sft.training": {"steps": 3}})
+    assert (one.training.epochs, one.training_of("dft").epochs) == (1, 1)
+    assert (one.training_of("sft").epochs, one.training_of("sft").steps) == (None, 3)
+    assert load_experiment("facts", one.model_dump(mode="json")) == one, "it survives being written to a file"
+    for arguments in (("--steps", "5"), ("--set", "training.steps=5")):
+        found = experiment_of("compare", "paper/lora", *arguments)
+        assert (found.training.steps, found.training.epochs) == (5, None)
+    of_all = experiment_of("compare", "paper/offline-rl", "--twin", "--steps", "5")
+    assert {(row.steps, row.epochs) for row in map(of_all.training_of, of_all.algorithms)} == {(5, None)}
+
+
+@pytest.mark.slow
+def test_epochs_of_every_row_of_a_comparison(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Six problems: as many demonstrations, and online two prompts with four samples per batch of eight."""
+    monkeypatch.setattr(runner, "pool", inline_pool)
+    rows = {"sft": {"learning_rates": [1e-4, 1e-3]}, "grpo": {"mode": "online"}}
+    plain = {"seconds": None, "memory_gb": None}
+    experiment = small(rows, training={"epochs": 2, "batch_size": 8}, scoring=plain, evaluation__curve_points=2)
+    found = runner.compare(experiment, tmp_path / "out", console=Console(quiet=True))
+    assert {cell["algorithm"]: len(cell["training"]) for cell in found["cells"]} == {"sft": 2, "grpo": 6}
+    assert {cell["algorithm"]: [point["step"] for point in cell["curve"]] for cell in found["cells"]} == {
+        "sft": [1, 2], "grpo": [3, 6],
+    }  # fmt: skip
+    assert found["config"]["training"]["epochs"] == 2 and "steps" not in found["config"]["training"]
+
+
 @shows("Training.betas", "Training.weight_decay")
 @pytest.mark.parametrize(
     "changes",
@@ -490,6 +553,30 @@ def test_long_demonstrations_are_cut(fake: FakeSampler, tmp_path: Path) -> None:
         lengths[most] = max(len(row.completion_ids) for row in rows)
         assert any(row.truncated for row in rows) is (most == 2)
     assert lengths[2048] > lengths[2] == 2
+
+
+@shows("Training.max_length")
+def test_long_rows_are_cut_with_their_prompts(fake: FakeSampler, tmp_path: Path) -> None:
+    plain = list(filled(small({"sft": {}}), tmp_path / "plain"))
+    limit = max(len(row.prompt_ids) for row in plain) + 2
+    saved = OfflineBuffer.from_trajectories(plain)
+    saved.save(tmp_path / "saved")
+    for given in ({}, {"demonstrations": str(tmp_path / "saved")}):
+        cut = list(filled(small({"sft": {}}, training__max_length=limit, **given), tmp_path / f"cut-{len(given)}"))
+        for row, whole in zip(cut, plain, strict=True):
+            room = limit - len(row.prompt_ids)
+            assert row.completion_ids == whole.completion_ids[:room]
+            assert row.truncated == (len(whole.completion_ids) > room)
+        assert any(row.truncated for row in cut)
+
+
+@shows("Training.chat_template")
+def test_a_chat_template_in_place_of_the_tokenizers() -> None:
+    template = "{% for m in messages %}{{ m.role[0] + ':' + m.content + ' ' }}{% endfor %}"
+    turns = [{"role": "user", "content": "1+1"}]
+    assert load_for("embedded", Training()).tokenizer.chat_template is None
+    policy = load_for("embedded", Training(chat_template=template))
+    assert encode_prompt(policy.tokenizer, turns)[0] == "u:1+1 a:"
 
 
 @shows("Lora.rank", "Lora.alpha", "Lora.target_modules")

@@ -76,16 +76,17 @@ def read_buffer(
     bad: BadRows | None = None,
     special_tokens: Special = "reject",
     fits: Fits | None = None,
+    max_length: int | None = None,
 ) -> OfflineBuffer:
     """A saved buffer (folder, .parquet, .jsonl), or a table or Hub data set in a format that `from_trl` reads.
 
     ``split``, ``columns`` and ``special_tokens`` are for tables. Demonstrations, and all completions of a table, are
-    cut to ``max_completion_tokens``. A row that does not fit the model (``fits``, as from `Policy.row_check`) is a bad
-    row. Raises UserError naming ``where``, the row and the column.
+    cut to ``max_completion_tokens``, and to what the prompt leaves of ``max_length``. A row that does not fit the model
+    (``fits``, as from `Policy.row_check`) is a bad row. Raises UserError naming ``where``, the row and the column.
 
     Tokens are kept in the cache of `datasets` (`rlzoo.buffers.cache`) for the next time that the same table is read.
     """
-    encoding = _Encoding(tokenizer, None, max_completion_tokens, special_tokens, fits)
+    encoding = _Encoding(tokenizer, max_length, max_completion_tokens, special_tokens, fits)
     with collecting(bad) as bad:
         return _read_buffer(where, bad, split, columns or {}, encoding)
 
@@ -114,22 +115,28 @@ def _read_buffer(where: str, bad: BadRows, split: str | None, columns: Columns, 
 
 def _saved(where: str, encoding: _Encoding, bad: BadRows) -> OfflineBuffer:
     """A saved buffer with its demonstrations cut. Samples are not cut, as their rewards are for the whole."""
-    buffer, limit = OfflineBuffer.load(where, bad), encoding.max_completion_tokens
-    if limit is not None and (buffer.tokens("completion_ids") > limit).any():
-        cut = (_cut(number, row, encoding.tokenizer, limit, bad) for number, row in enumerate(buffer, 1))
+    buffer, limit, whole = OfflineBuffer.load(where, bad), encoding.max_completion_tokens, encoding.max_length
+    if any(
+        most is not None and (buffer.tokens(*names) > most).any()
+        for most, *names in ((limit, "completion_ids"), (whole,))
+    ):
+        cut = (_cut(number, row, encoding, bad) for number, row in enumerate(buffer, 1))
         buffer = OfflineBuffer.from_trajectories(cut)
     if encoding.fits is None or bad.mode == "reject":  # the caller checks all rows at once
         return buffer
     return _fitting(buffer, encoding.fits, bad)
 
 
-def _cut(number: int, row: Trajectory, tokenizer: Any, limit: int, bad: BadRows) -> Trajectory:
+def _cut(number: int, row: Trajectory, encoding: _Encoding, bad: BadRows) -> Trajectory:
+    whole = encoding.max_length
+    rooms = (encoding.max_completion_tokens, None if whole is None else max(1, whole - len(row.prompt_ids)))
+    limit = min(room for room in rooms if room is not None)
     if row.source != "demonstration" or len(row.completion_ids) <= limit:
         return row
     bad.note(f"row {number} of the buffer", {CUT: f"{limit} of {len(row.completion_ids)} tokens are kept"})
     kept = row.completion_ids[:limit]
     values = {name: value and value[:limit] for name, value in vars(row).items() if name.endswith("_logp")}
-    return replace(row, completion=tokenizer.decode(kept), completion_ids=kept, truncated=True, **values)
+    return replace(row, completion=encoding.tokenizer.decode(kept), completion_ids=kept, truncated=True, **values)
 
 
 def _fitting(buffer: OfflineBuffer, fits: Fits, bad: BadRows) -> OfflineBuffer:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 import re
 import string
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -15,7 +16,7 @@ from rlzoo.buffers.files import BATCH
 from rlzoo.buffers.formats import Fits
 from rlzoo.buffers.layouts import conversation_of
 from rlzoo.buffers.spooled import kept
-from rlzoo.buffers.tables import good_rows, read_rows
+from rlzoo.buffers.tables import SourceTable, good_rows
 from rlzoo.buffers.values import find, number, own_id, usable
 from rlzoo.errors import UserError, kind_of, unknown
 from rlzoo.policy.chat import Message, Options, messages, options_of
@@ -87,7 +88,8 @@ def load_problems(source: ProblemSource, bad: BadRows | None = None) -> Sequence
     """
     bad = BadRows(source.bad_rows) if bad is None else bad
     if source.source.startswith(WORLD_PREFIX):
-        made = enumerate(world_problems(source.source.removeprefix(WORLD_PREFIX)))
+        world = world_problems(source.source.removeprefix(WORLD_PREFIX))
+        made = _picked(enumerate(world), _drawn(lambda: len(world), source))
         problems = kept(_first(((f"problem {p.id!r}", _as_asked(i, p, source)) for i, p in made), source, bad))
     else:
         problems = kept(_first(_problems(source, bad), source, bad))
@@ -98,13 +100,28 @@ def load_problems(source: ProblemSource, bad: BadRows | None = None) -> Sequence
 
 
 def _problems(source: ProblemSource, bad: BadRows) -> Iterator[tuple[str, Problem]]:
-    """(place, problem) of each good row of a table."""
-    for place, row in good_rows(read_rows(source.source, source.split), bad):
+    """(place, problem) of each good row of a table that is drawn."""
+    table = SourceTable.find(source.source, source.split)
+    drawn = _drawn(lambda: sum(1 for _ in table.rows()), source)
+    for place, row in good_rows(_picked(table.rows(), drawn), bad):
         problem = None
         with bad.at(place):
-            problem = _problem(bad.rows - 1, row, source)
+            number = bad.rows - 1
+            problem = _problem(number if drawn is None else drawn[number], row, source)
         if problem is not None:
             yield place, replace(problem, place=place)
+
+
+def _drawn(count: Callable[[], int], source: ProblemSource) -> list[int] | None:
+    """The indices of the rows of a random subset, in order, of ``count()`` rows; None for all of them."""
+    if source.subset_seed is None or source.limit is None or (total := count()) <= source.limit:
+        return None
+    return sorted(random.Random(source.subset_seed).sample(range(total), source.limit))
+
+
+def _picked(rows: Iterator[T], indices: list[int] | None) -> Iterator[T]:
+    wanted = None if indices is None else set(indices)
+    return rows if wanted is None else (row for index, row in enumerate(rows) if index in wanted)
 
 
 def _first(made: Iterator[tuple[str, Problem]], source: ProblemSource, bad: BadRows) -> Iterator[Problem]:
@@ -252,14 +269,16 @@ def demonstrations(
     max_tokens: int | None = None,
     bad: BadRows | None = None,
     fits: Fits | None = None,
+    max_length: int | None = None,
 ) -> list[Trajectory]:
-    """One row per worked solution. A completion longer than ``max_tokens`` is cut and marked as truncated.
+    """One row per worked solution. A completion longer than ``max_tokens``, or than what its prompt leaves of
+    ``max_length``, is cut and marked as truncated.
 
     A problem with a solution that does not fit the model (``fits``, as from `Policy.row_check`) is a bad row. Raises
     UserError for a bad row, unless ``bad`` drops it.
     """
     with collecting(bad) as bad:
-        return list(each_demonstration(tokenizer, problems, max_tokens, bad, fits))
+        return list(each_demonstration(tokenizer, problems, max_tokens, bad, fits, max_length))
 
 
 def each_demonstration(
@@ -268,6 +287,7 @@ def each_demonstration(
     max_tokens: int | None,
     bad: BadRows,
     fits: Fits | None = None,
+    max_length: int | None = None,
 ) -> Iterator[Trajectory]:
     """`demonstrations`, `BATCH` rows in memory at a time, after all prompts have been checked."""
     checks = _in_batches(tokenizer, problems, lambda problem: _prompt_steps(tokenizer, problem, bad))
@@ -283,7 +303,8 @@ def each_demonstration(
         for problem in compress(problems, good)
         for nth, solution in enumerate(problem.solutions, 1)
     )
-    every = _in_batches(tokenizer, solutions, lambda one: _solution_steps(tokenizer, one[0], one[2], max_tokens, fits))
+    limits = max_length, max_tokens
+    every = _in_batches(tokenizer, solutions, lambda one: _solution_steps(tokenizer, one[0], one[2], limits, fits))
     for (problem, nth, solution), outcome in every:
         with bad.at(problem.label):
             own, made = got(outcome)
@@ -310,12 +331,12 @@ def _prompt_steps(tokenizer: Any, problem: Problem, bad: BadRows) -> Steps[Encod
 
 
 def _solution_steps(
-    tokenizer: Any, problem: Problem, solution: str, max_tokens: int | None, fits: Fits | None
+    tokenizer: Any, problem: Problem, solution: str, limits: tuple[int | None, int | None], fits: Fits | None
 ) -> Steps[tuple[EncodedProblem, Encoded]]:
     """The problem with its tokens before this solution, and the solution's."""
     prompt = problem.prompt if isinstance(problem.prompt, str) else messages(problem.prompt)
     how = problem.special_tokens, _options(problem)
-    made = yield from encode_steps(tokenizer, prompt, solution, None, max_tokens, *how)
+    made = yield from encode_steps(tokenizer, prompt, solution, *limits, *how)
     if fits is not None:
         fits(made.prompt_ids, made.completion_ids)
     return EncodedProblem(replace(problem, prompt=prompt), made.prompt, made.prompt_ids), made

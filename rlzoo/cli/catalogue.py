@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Annotated, Any
 
 from typer import Option
@@ -18,7 +19,7 @@ def list_(
         bool, Option("--markdown", help="Print the reference of the built-in objectives, in Markdown.")
     ] = False,
 ) -> int:
-    """List objectives with their hyper-parameters, rewards, metrics, views, samplers, and experiments.
+    """List objectives with their hyper-parameters, rewards, metrics, views, samplers, suites, and experiments.
 
     Examples:
       rlzoo list
@@ -40,7 +41,7 @@ def list_(
 
 def catalogue() -> dict[str, list[dict[str, Any]]]:
     """Everything that has a name, by kind, with what a user needs to know about it."""
-    from rlzoo.config import list_experiments
+    from rlzoo.config import list_experiments, list_suites
     from rlzoo.evaluation import list_metrics
     from rlzoo.objective import is_composite, list_objectives, objective_class, options_of
     from rlzoo.reward import list_rewards
@@ -63,6 +64,7 @@ def catalogue() -> dict[str, list[dict[str, Any]]]:
         "views": [{"name": name} for name in list_views()],
         "samplers": [{"name": name} for name in list_samplers()],
         "metrics": [{"name": name} for name in list_metrics()],
+        "suites": [{"name": name, **suite.model_dump(mode="json")} for name, suite in list_suites().items()],
         "experiments": [{"name": name, "description": text} for name, text in list_experiments().items()],
     }
 
@@ -79,7 +81,12 @@ def catalogue_text() -> str:
         lines.append(f"  {row['name']:11} {row['summary']}" + (f" [{options}]" if options else ""))
     for kind in ("rewards", "metrics", "views", "samplers"):
         lines += [kind, "  " + ", ".join(row["name"] for row in found[kind])]
-    lines.append("experiments")
-    for row in found["experiments"]:
-        lines.append(f"  {row['name']:18} {row['description'].split('. ')[0].rstrip('.')}.")
+    for kind in ("suites", "experiments"):
+        lines.append({"suites": "suites of problems to evaluate on"}.get(kind, kind))
+        width = max(len(row["name"]) for row in found[kind])
+        lines += [f"  {row['name']:{width}} {_first_sentence(row['description'])}" for row in found[kind]]
     return "\n".join(lines)
+
+
+def _first_sentence(text: str) -> str:
+    return re.split(r"(?<=[.])\s", text, maxsplit=1)[0].rstrip(".:") + "."

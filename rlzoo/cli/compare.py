@@ -37,6 +37,7 @@ def compare(
     samples: options.Samples = None,
     k: options.K = None,
     sets: options.Set = None,
+    twin: options.Twin = False,
     out: options.Out = None,
     workers: options.Workers = None,
     threads: options.WorkerThreads = 1,
@@ -75,7 +76,7 @@ def compare(
         algorithms=algorithms, seeds=seeds, learning_rates=learning_rates, steps=steps, batch_size=batch_size,
         model=model, reward=reward, data=data, test_data=test_data, bad_rows=bad_rows,
         limit=limit, train_limit=train_limit, test_limit=test_limit,
-        rollout_samples=rollout_samples, samples=samples, k=k,
+        rollout_samples=rollout_samples, samples=samples, k=k, twin=twin,
     )  # fmt: skip
     folder = out or where(chosen, threads)
     results = compare(chosen, folder, workers, threads, executor=executor, address=address)

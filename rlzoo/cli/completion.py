@@ -12,7 +12,9 @@ PACKAGE = Path(__file__).parents[1]
 
 def experiments(incomplete: str) -> list[str]:
     """The built-in experiments that begin with the text."""
-    return _beginning(incomplete, (path.stem for path in (PACKAGE / "experiments").glob("*.yaml")))
+    folder = PACKAGE / "experiments"
+    found = [*folder.glob("*.yaml"), *folder.glob("*/*.yaml")]
+    return _beginning(incomplete, (path.relative_to(folder).with_suffix("").as_posix() for path in found))
 
 
 def objectives(incomplete: str) -> list[str]:

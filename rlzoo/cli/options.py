@@ -93,6 +93,14 @@ Set = Annotated[
     ),
 ]
 
+Twin = Annotated[
+    bool,
+    settings(
+        "--twin",
+        help="Run the small twin that the file describes, with the embedded model and built-in tasks for instance.",
+    ),
+]
+
 Out = Annotated[
     Path | None,
     running(

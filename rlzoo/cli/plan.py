@@ -29,6 +29,7 @@ def plan(
     rollout_samples: options.RolloutSamples = None,
     samples: options.Samples = None,
     sets: options.Set = None,
+    twin: options.Twin = False,
     gpu: Annotated[
         str | None,
         options.running(metavar="NAME", help="Estimate the time on this GPU, as in h100, from its data sheet."),
@@ -68,6 +69,7 @@ def plan(
         experiment, sets,
         algorithms=algorithms, seeds=seeds, learning_rates=learning_rates, steps=steps, batch_size=batch_size,
         model=model, data=data, test_data=test_data, limit=limit, rollout_samples=rollout_samples, samples=samples,
+        twin=twin,
     )  # fmt: skip
     check(chosen)
     silence()

@@ -76,6 +76,7 @@ def experiment_of(
     algorithms: str | None = None,
     learning_rates: str | None = None,
     seeds: str | None = None,
+    twin: bool = False,
     **shorthands: str | int | None,
 ) -> Experiment:
     """The experiment of that name or file, changed by the options of a command. Raises UserError naming a wrong one."""
@@ -85,10 +86,10 @@ def experiment_of(
         given["k"] = several if len(several) > 1 else several[0]
     changes = {key: value for option, value in given.items() for key in SHORTHANDS[option]}
     other = changes_of(sets, Experiment)
-    plain = load_experiment(name, {**changes, **other})
+    plain = load_experiment(name, {**changes, **other}, twin)
     tests = _tests(plain, other, test_data, given.get("limit") if test_limit is None else test_limit)
     grid = _grid(plain, other, algorithms, learning_rates, seeds, {"steps", "batch_size"} & set(given))
-    return load_experiment(name, {**changes, **other, **tests, **grid})
+    return load_experiment(name, {**changes, **other, **tests, **grid}, twin)
 
 
 def experiment_of_model(name: str, sets: Sequence[str] | None, model: str | None, **options: Any) -> Experiment:
@@ -178,6 +179,7 @@ def _grid(
     numbers = None if rates is None else _numbers(rates, float, "--learning-rates")
     for name, row in rows.items():
         lost = {key for key in asked if f"algorithms.{name}.training.{key}" not in other}
+        lost |= {"epochs"} if "steps" in lost else set()
         rows[name] = {**row, "training": {k: v for k, v in row.get("training", {}).items() if k not in lost}}
         if numbers is not None and f"algorithms.{name}.learning_rates" not in other:
             rows[name]["learning_rates"] = numbers

@@ -50,6 +50,7 @@ def variance(
     limit: options.Limit = None,
     rollout_samples: options.RolloutSamples = None,
     sets: options.Set = None,
+    twin: options.Twin = False,
     seed: Annotated[
         int,
         options.running(
@@ -84,7 +85,7 @@ def variance(
     chosen = experiment_of(
         experiment, sets,
         algorithms=objectives, steps=steps, model=model, reward=reward, data=data, bad_rows=bad_rows, limit=limit,
-        rollout_samples=rollout_samples,
+        rollout_samples=rollout_samples, twin=twin,
     )  # fmt: skip
     folder = out or where(chosen, settings, buffer, threads)
     found = run_variance(chosen, folder, settings, buffer, workers, threads)

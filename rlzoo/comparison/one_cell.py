@@ -115,16 +115,15 @@ def _run_cell(
 ) -> dict[str, Any]:
     release_memory()
     buffer, settings = OfflineBuffer.load(buffer_path), experiment.training_of(cell.algorithm)
-    most = experiment.steps_of(cell.algorithm)
 
-    def evaluated(policy: Policy, step: int, costs: Costs) -> dict[str, Any]:
+    def evaluated(policy: Policy, step: int, most: int, costs: Costs) -> dict[str, Any]:
         return curve_point(policy, experiment, step, cell.seed, most, costs)
 
     policy, made = train_cell(
         experiment, cell, shared, buffer, cached, state.parent / "logs" / cell.id, evaluated,
         lambda share, what: report(0.8 * share, what),
     )  # fmt: skip
-    steps = len(made["training"])
+    steps, most = len(made["training"]), made["planned_steps"]
     result = {
         "algorithm": cell.algorithm,
         "seed": cell.seed,
@@ -141,7 +140,7 @@ def _run_cell(
         return {**result, "validation": validation.metrics["avg_at_k"]}
     found = evaluate_all(
         policy, experiment, cell.algorithm, cell.seed, cell.learning_rate, cached,
-        lambda share, what: report(0.8 + 0.2 * share, what), retention.saved_text(experiment, state), steps,
+        lambda share, what: report(0.8 + 0.2 * share, what), retention.saved_text(experiment, state), steps, most,
     )  # fmt: skip
     return {**result, **found}
 
@@ -149,14 +148,14 @@ def _run_cell(
 def evaluate_cell(experiment: Experiment, cell: Cell, state: Path, divisor: int, report: Report) -> dict[str, Any]:
     """Evaluate a cell on the benchmarks, from its saved weights, once its learning rate has been chosen."""
     smaller, cached = experiment.with_smaller_batches(divisor), CachedResults(state / "chosen")
-    trained = CachedResults(state / "cells").read(cell.id) or {}
+    trained = CachedResults(state / "cells").read(cell.id) or {"training": (), "planned_steps": 0}
 
     def evaluate() -> dict[str, Any]:
         settings = experiment.training_of(cell.algorithm).model_copy(update={"lora": None})  # merged, and whole
         policy = load_for(str(state / "models" / cell.id), settings)
         labels = (cell.algorithm, cell.seed, cell.learning_rate)
-        text, steps = retention.saved_text(experiment, state), len(trained.get("training", ()))
-        return evaluate_all(policy, smaller, *labels, cached.within(cell.id), report, text, steps)
+        text, steps = retention.saved_text(experiment, state), (len(trained["training"]), trained["planned_steps"])
+        return evaluate_all(policy, smaller, *labels, cached.within(cell.id), report, text, *steps)
 
     return dict(cached.once(cell.id, evaluate))
 
@@ -171,15 +170,15 @@ def evaluate_all(
     report: Report,
     text: retention.BaseText,
     step: int = 0,
+    most: int = 0,
 ) -> dict[str, Any]:
     """Evaluate on all problem sets: ``metrics`` by benchmark, and ``outcomes`` with one row per sample.
 
     With retention sets, also ``retention``, the metrics by retention set, those of the base's ``text`` among them.
-    ``step`` is the number of steps that the policy was trained for.
+    ``step`` is the number of steps that the policy was trained for, of the ``most`` that were planned.
     """
     metrics, kept, outcomes = dict[str, Any](), dict[str, Any](), list[dict[str, Any]]()
     sets = experiment.scored_sets
-    most = experiment.steps_of(algorithm) if algorithm in experiment.algorithms else 0  # the base has none
 
     def add(name: str, rows: Iterable[Mapping[str, Any]]) -> None:
         labels = {"algorithm": algorithm, "seed": seed, "learning_rate": learning_rate, "benchmark": name}

@@ -26,11 +26,11 @@ from rlzoo.policy import Policy
 from rlzoo.policy.loading import load_for
 from rlzoo.rollout import Collector, sampler_of
 from rlzoo.training import Costs, Trainer, TrainingRecord
-from rlzoo.training.batches import BufferSource, FreshSource, Source, seeds, shares
+from rlzoo.training.batches import BufferSource, FreshSource, Source, in_steps, seeds, shares
 from rlzoo.types import selector_of
 
-Evaluated = Callable[[Policy, int, Costs], dict[str, Any]]
-"""A point of the learning curve, given the policy, and the number of steps and the costs of all stages so far."""
+Evaluated = Callable[[Policy, int, int, Costs], dict[str, Any]]
+"""A point of the learning curve, given the policy, the number of steps so far and in all, and the costs so far."""
 
 
 @dataclass(frozen=True)
@@ -101,9 +101,9 @@ def train_cell(
 ) -> tuple[Policy, dict[str, Any]]:
     """Train all stages of a cell; returns its policy, and plain data: costs, learning curve, metrics per step, events.
 
-    Costs are summed over stages; ``start`` is what is charged before the first step, and ``ended`` says why the last
-    stage ended. What an earlier stage has left under ``cached``, its weights included, is not computed again. Trackers
-    write to ``logs``.
+    Costs are summed over stages; ``planned_steps`` is the largest number of steps, ``start`` what is charged before the
+    first one, and ``ended`` says why the last stage ended. What an earlier stage has left under ``cached``, its weights
+    included, is not computed again. Trackers write to ``logs``.
     """
     stage, made = StageOfCell(experiment, cell, 1, experiment.model), list[dict[str, Any]]()
     while stage.number < len(stage.names):
@@ -124,7 +124,13 @@ def train_cell(
     made.append(last)
     lists = {name: [row for one in made for row in one[name]] for name in ("curve", "training", "events")}
     costs = summed(stage.costs, last["costs"])
-    return policy, {"costs": costs.as_dict(), "start": made[0]["start"], "ended": last["ended"], **lists}
+    return policy, {
+        "costs": costs.as_dict(),
+        "start": made[0]["start"],
+        "ended": last["ended"],
+        "planned_steps": last["planned_steps"],
+        **lists,
+    }
 
 
 def summed(costs: Costs, more: Mapping[str, Any]) -> Costs:
@@ -162,6 +168,8 @@ def _train(
             sources.append(FreshSource(collect, selection, **options))
         else:
             sources.append(BufferSource(rows, rows.view(selection, **options), size, own))
+    settings = in_steps(settings, sources)
+    most = stage.steps + settings.steps + sum(experiment.training_of(one).steps for one in stage.names[stage.number :])
     points, patience = experiment.evaluation.curve_points, experiment.evaluation.until_flat
     several = len(stage.names) > 1
     label, numbered = (f"stage {stage.number} ({name})", {"stage": stage.number}) if several else ("", {})
@@ -172,7 +180,8 @@ def _train(
         if not (points and trainer.progress.completes_part(points)):
             return
         curve = trainer.record.kept.setdefault("curve", [])
-        curve.append(evaluated(policy, stage.steps + step, summed(stage.costs, record.costs.as_dict())) | numbered)
+        costs = summed(stage.costs, record.costs.as_dict())
+        curve.append(evaluated(policy, stage.steps + step, most, costs) | numbered)
         if patience is None or record.ended is not None:
             return
         if agreed(is_flat([point["validation"]["by_problem"] for point in curve], patience)):
@@ -184,6 +193,7 @@ def _train(
         "costs": record.costs.as_dict(),
         "start": start,
         "ended": record.ended,
+        "planned_steps": most,
         "curve": record.kept.get("curve", []),
         "training": [{**row, "step": number, **numbered} for number, row in steps],
         "events": [f"{label}: {event}" if label else event for event in record.events],

@@ -20,7 +20,7 @@ from rlzoo.objective import Objective
 from rlzoo.policy import Policy, log_probs
 from rlzoo.policy.defaults import resolved
 from rlzoo.policy.loading import load_for
-from rlzoo.rollout import collect_rollouts, cut_short, engine_of, mismatch, sampler_of, unscored
+from rlzoo.rollout import collect_rollouts, cut_short, engine_of, mismatch, sampler_of, scorable, unscored
 from rlzoo.training import Costs, behaviour_event, check_buffer, stored_inputs, with_behaviour, with_inputs
 from rlzoo.training.schedule import check_budget
 from rlzoo.types import Trajectory
@@ -81,19 +81,20 @@ def _fill_buffer(
     policy = load_for(experiment.model, experiment.training)
     bad = {name: BadRows(mode) for name, mode in _on_bad_rows(experiment).items()}
     problems = load_problems(experiment.train, bad["train"])
-    longest = experiment.training.max_completion_tokens
+    longest, whole = experiment.training.max_completion_tokens, experiment.training.max_length
     if (table := experiment.demonstrations_table) is None:
-        rows = each_demonstration(policy.tokenizer, problems, longest, bad["train"], policy.row_check())
+        rows = each_demonstration(policy.tokenizer, problems, longest, bad["train"], policy.row_check(), whole)
         buffer: Buffer = OfflineBuffer.from_trajectories(rows)
     else:
         how = longest, table.split, table.columns, bad["demonstrations"], experiment.training.special_tokens
-        buffer = read_buffer(table.source, policy.tokenizer, *how, policy.row_check())
+        buffer = read_buffer(table.source, policy.tokenizer, *how, policy.row_check(), whole)
     check_buffer(policy, buffer)
     samples: list[Trajectory] = []
     settings, events = experiment.rollouts, list[str]()
     offline = [name for name, row in experiment.single_rows.items() if row.mode == "offline"]
     if any(learns_from_samples(views_of(experiment, name)) for name in offline):
         encoded = encode_problems(policy.tokenizer, problems[: settings.prompts], bad["train"])
+        encoded = scorable(reward_of(experiment), encoded, bad["train"])
         samples = collect_rollouts(
             policy,
             sampler_of(policy, settings),

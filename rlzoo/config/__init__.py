@@ -1,12 +1,8 @@
 """Experiments: their settings, the validation of these, and the files that hold them."""
 
-from rlzoo.config.files import (
-    EXPERIMENTS,
-    lay,
-    list_experiments,
-    load_experiment,
-    read_yaml,
-)
+from rlzoo.config.files import EXPERIMENTS, list_experiments, load_experiment
+from rlzoo.config.reading import lay, read_yaml
+from rlzoo.config.sampling import Rollouts, Sampling, Scoring
 from rlzoo.config.settings import (
     BASE,
     Algorithm,
@@ -15,15 +11,13 @@ from rlzoo.config.settings import (
     Experiment,
     Lora,
     Packing,
-    Rollouts,
-    Sampling,
-    Scoring,
     TokenBudget,
     Training,
 )
-from rlzoo.config.sources import Benchmark, OnBadRow, Positive, ProblemSource, TableSource
+from rlzoo.config.sources import Benchmark, OnBadRow, ProblemSource, Reported, TableSource
 from rlzoo.config.stages import WARM_UP, WarmUp
-from rlzoo.config.validation import validated
+from rlzoo.config.suites import get_suite, list_suites
+from rlzoo.config.validation import Positive, validated
 
 __all__ = [
     "BASE",
@@ -39,6 +33,7 @@ __all__ = [
     "Packing",
     "Positive",
     "ProblemSource",
+    "Reported",
     "Rollouts",
     "Sampling",
     "Scoring",
@@ -46,8 +41,10 @@ __all__ = [
     "TokenBudget",
     "Training",
     "WarmUp",
+    "get_suite",
     "lay",
     "list_experiments",
+    "list_suites",
     "load_experiment",
     "read_yaml",
     "validated",

@@ -6,74 +6,82 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from rlzoo.config.reading import lay, read_yaml
 from rlzoo.config.settings import Experiment
+from rlzoo.config.sources import benchmarks_by_name
 from rlzoo.config.validation import validated
 from rlzoo.errors import UserError, unknown
 
 EXPERIMENTS = Path(__file__).parent.parent / "experiments"
 """The folder of the experiments that ship with rlzoo."""
-
-
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """YAML in which a mapping may have each key only once; PyYAML would silently take the last."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[str] = set()
-        for key, _ in node.value:
-            if key.tag.endswith(":merge") or not isinstance(key, yaml.ScalarNode):
-                continue
-            if key.value in seen:
-                problem = f"it has the key {key.value!r} more than once"
-                raise yaml.constructor.ConstructorError(problem=problem, problem_mark=key.start_mark)
-            seen.add(key.value)
-        found: dict[Any, Any] = super().construct_mapping(node, deep)
-        return found
+OF_ONE_FILE = ("extends", "description", "reported")
+"""What a file that extends another does not take from it."""
 
 
 def list_experiments() -> dict[str, str]:
     """The experiments that ship with rlzoo: name → description."""
-    found = {}
-    for path in sorted(EXPERIMENTS.glob("*.yaml")):
-        found[path.stem] = str(read_yaml(path).get("description", "")).strip()
-    return found
+    return {name: str(read_yaml(path).get("description", "")).strip() for name, path in _included().items()}
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file. Raises UserError, with the line, if the file is missing, invalid or anything else."""
-    try:
-        data = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeyLoader)
-    except OSError as error:
-        raise UserError(f"experiment file {str(path)!r} cannot be read: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f" line {mark.line + 1}:" if mark else ""
-        raise UserError(f"{path}:{line} not valid YAML: {getattr(error, 'problem', None) or error}") from None
-    if not isinstance(data, dict):
-        raise UserError(f"{path}: an experiment is a mapping of settings, not {type(data).__name__}")
-    return data
+def _included() -> dict[str, Path]:
+    """The files of the experiments that ship with rlzoo, by name; those of a folder have its name before theirs."""
+    found = [*sorted(EXPERIMENTS.glob("*.yaml")), *sorted(EXPERIMENTS.glob("*/*.yaml"))]
+    return {path.relative_to(EXPERIMENTS).with_suffix("").as_posix(): path for path in found}
 
 
-def load_experiment(name: str, changes: Mapping[str, Any] | None = None) -> Experiment:
+def load_experiment(name: str, changes: Mapping[str, Any] | None = None, twin: bool = False) -> Experiment:
     """The experiment of a name or a file path, with ``changes`` (dotted keys → values) applied.
 
-    Raises UserError for an unknown name, an unreadable file, and a wrong setting, which it names.
+    ``twin``: its small twin, with the changes under the file's ``twin`` before others. Raises UserError for an unknown
+    name, an unreadable file, a file without a twin, and a wrong setting, which it names.
     """
-    path = Path(name) if name.endswith((".yaml", ".yml")) else EXPERIMENTS / f"{name}.yaml"
-    if not name.endswith((".yaml", ".yml")) and not path.is_file():
-        raise unknown("experiment", name, [p.stem for p in EXPERIMENTS.glob("*.yaml")])
-    data = {"name": path.stem, **read_yaml(path)}
-    for key, value in (changes or {}).items():
-        lay(data, key, value)
+    path = _place(name, Path())
+    data = _read(path, ())
+    small = data.pop("twin", {})
+    if twin and not small:
+        raise UserError(f"experiment {name!r} has no small twin: it has no settings under `twin`")
+    data = {"name": path.stem if _is_file(name) else name, **data}
+    _lay_all(data, {"name": f"{data['name']}-twin", **small} if twin else {})
+    _lay_all(data, changes or {})
     return validated(Experiment, data, str(path.name))
 
 
-def lay(data: dict[str, Any], key: str, value: Any) -> None:
-    """Set a dotted key in nested mappings. Mappings on its path are copied, or created if they are missing."""
-    *parents, last = key.split(".")
-    for parent in parents:
-        child = data.get(parent)
-        data[parent] = child = dict(child) if isinstance(child, Mapping) else {}
-        data = child
-    data[last] = value
+def _is_file(name: str) -> bool:
+    return name.endswith((".yaml", ".yml"))
+
+
+def _place(name: str, beside: Path) -> Path:
+    """The file of an experiment; a path is relative to the folder ``beside``. Raises UserError for an unknown name."""
+    if _is_file(name):
+        return beside / name
+    if name not in (known := _included()):
+        raise unknown("experiment", name, known)
+    return known[name]
+
+
+def _read(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
+    """The settings in a file, laid over those of the experiment that it extends, as ``--set`` would.
+
+    ``above`` are the files that extend this one. Raises UserError for a chain of files without an end.
+    """
+    own, data = read_yaml(path), dict[str, Any]()
+    if (parent := own.pop("extends", None)) is not None:
+        if not isinstance(parent, str):
+            raise UserError(f"{path}: extends = {parent!r:.60}: give the name or the file of an experiment")
+        if path.resolve() in above:
+            raise UserError(f"{path}: extends: this file extends itself through {parent!r}")
+        try:
+            data = _read(_place(parent, path.parent), (*above, path.resolve()))
+        except UserError as error:
+            raise UserError(f"{path}: extends: {error}") from None
+        data = {key: value for key, value in data.items() if key not in OF_ONE_FILE}
+    twin = own.pop("twin", None) or {}
+    if not isinstance(twin, Mapping):
+        raise UserError(f"{path}: twin = {twin!r:.60}: give a mapping of settings")
+    _lay_all(data, own)
+    return data | {"twin": {**data.get("twin", {}), **twin}}
+
+
+def _lay_all(data: dict[str, Any], changes: Mapping[str, Any]) -> None:
+    for key, value in changes.items():
+        lay(data, str(key), benchmarks_by_name(value) if key in ("benchmarks", "retention") else value)

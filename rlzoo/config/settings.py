@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 import pydantic
 from pydantic import Field
 
-from rlzoo.config.sources import Benchmark, Positive, ProblemSource, Strict, TableSource
+from rlzoo.config.reading import lay
+from rlzoo.config.sampling import Rollouts, Sampling, Scoring
+from rlzoo.config.sources import Benchmark, ProblemSource, Reported, TableSource, benchmarks_by_name
 from rlzoo.config.stages import WARM_UP, WarmUp, check_stages
-from rlzoo.config.validation import named_null, one_or_several, valid_token_budget, validated
+from rlzoo.config.validation import Positive, Strict, one_or_several, valid_token_budget, validated
 
 Packing = Literal["auto", "packed", "padded"]
 """How the rows of a micro-batch are laid out: see `Training.packing`."""
@@ -18,7 +21,6 @@ Packing = Literal["auto", "packed", "padded"]
 BASE = "base"
 """The name, in outcomes, of the model that every cell starts from."""
 
-Share = Annotated[float, Field(gt=0, le=1)]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Amount = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 TokenBudget = int | str
@@ -30,59 +32,6 @@ def _less(budget: TokenBudget, parts: int) -> TokenBudget:
     if isinstance(budget, int):
         return max(1, budget // parts)
     return f"auto/{parts * int(budget.partition('/')[2] or 1)}"
-
-
-class Sampling(Strict):
-    """How completions are sampled."""
-
-    samples: Positive = 4
-    """Completions per prompt."""
-    temperature: Annotated[float, Field(gt=0)] = 1.0
-    """The logits are divided by this."""
-    top_p: Share = 1.0
-    """Sample from the most likely tokens that together have this probability; 1: from all."""
-    max_new_tokens: Positive = 256
-    """The length limit of a completion, in tokens."""
-    batch_size: Positive = 256
-    """Sequences per sampling batch."""
-    engine: str = "auto"
-    """The sampler: ``transformers``, ``vllm``, another registered name, ``module:Name`` or ``file.py:Name``. ``auto``
-    is vllm if it is installed and the policy is on a GPU (or if a url is given), else transformers."""
-    url: str | tuple[str, ...] | None = None
-    """The URL of a vLLM server, or several, which share the prompts; without one, vLLM runs in the sampling process."""
-    engine_options: Mapping[str, Any] = {}
-    """Arguments of the sampler's constructor; for vllm, those of ``vllm.LLM`` (max_model_len, ...)."""
-
-    @pydantic.model_validator(mode="after")
-    def _is_of_one_engine(self) -> Sampling:
-        if self.url == ():
-            raise ValueError("url is an empty list: give at least one server, or leave it out")
-        if self.url is not None and self.engine_options:
-            raise ValueError("a server has its own options: give url or engine_options")
-        if "trust_remote_code" in self.engine_options:
-            raise ValueError("engine_options: a file cannot set trust_remote_code: use the flag --trust-remote-code")
-        return self
-
-    @property
-    def wants_sampler_logp(self) -> bool:
-        """Whether the sampler's own log-probs serve as behaviour log-probs."""
-        return False
-
-
-class Rollouts(Sampling):
-    """The samples of the base policy that fill the shared buffer."""
-
-    prompts: Positive | None = None
-    """Number of training problems to sample; None: all."""
-    behaviour: Literal["recompute", "sampler"] = "recompute"
-    """Behaviour log-probs: recomputed by the trainer, or as reported by the engine that sampled."""
-    per_seed: bool = False
-    """Whether each seed has its own buffer of samples, so that intervals cover the sampling too."""
-
-    @property
-    def wants_sampler_logp(self) -> bool:
-        """Whether the sampler's own log-probs serve as behaviour log-probs."""
-        return self.behaviour == "sampler"
 
 
 class EvaluationSettings(Sampling):
@@ -127,19 +76,6 @@ class EvaluationSettings(Sampling):
     def pass_k(self) -> int:
         """The k of pass@k that the main tables show."""
         return self.pass_ks[0]
-
-
-class Scoring(Strict):
-    """How the reward is called: in separate processes, unless both limits are null."""
-
-    seconds: Annotated[float, Field(gt=0)] | None = 60.0
-    """The time limit of a call; a call that exceeds it is repeated completion by completion."""
-    memory_gb: Annotated[float, Field(gt=0)] | None = 4.0
-    """The memory limit of a process, in 2³⁰ bytes."""
-    processes: Positive = 1
-    """The number of processes that score completions while others are sampled, per worker of a comparison."""
-    on_error: Annotated[Literal["fail", "null"], pydantic.BeforeValidator(named_null)] = "fail"
-    """If the reward raises, hangs or returns no number: ``fail`` stops the run, ``null`` gives no reward."""
 
 
 class Lora(Strict):
@@ -188,6 +124,9 @@ class Training(Strict):
 
     steps: Positive = 100
     """Optimizer steps; with a ``budget``, at most this many."""
+    epochs: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    """Passes over the rows that a row of the comparison learns from, in place of ``steps``; online, over the problems:
+    steps = ⌈epochs · rows / batch_size⌉ · updates_per_batch."""
     budget: Budget | None = None
     """Training ends after the step at which its cost reaches this. The learning rate then follows the fraction that is
     spent, in place of the fraction of ``steps``. Evaluation does not count."""
@@ -216,6 +155,10 @@ class Training(Strict):
     max_completion_tokens: Positive = 2048
     """Longer demonstrations, and longer completions of a table, are cut on the right: they have no end of sequence, and
     are marked as truncated."""
+    max_length: Positive | None = None
+    """The same for prompt and completion together, in tokens; None: no such limit."""
+    chat_template: str | None = None
+    """A Jinja template of conversations in place of the tokenizer's, for models that have none or another."""
     special_tokens: Literal["reject", "allow"] = "reject"
     """Text in a table of demonstrations that spells a special token, as in `ProblemSource`."""
     behaviour: Literal["recorded", "current"] = "recorded"
@@ -241,8 +184,31 @@ class Training(Strict):
     trackers: tuple[Literal["tensorboard", "trackio", "wandb"], ...] = ()
     """Trackers that receive the metrics of each step."""
 
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _has_one_length(cls, given: Any) -> Any:
+        if isinstance(given, Mapping) and None not in (given.get("steps"), given.get("epochs")):
+            raise ValueError("steps and epochs both say how long to train: give one of them")
+        return given
 
-OF_THE_BUFFER = ("behaviour", "max_completion_tokens", "special_tokens", "device", "deterministic")
+    @pydantic.model_serializer(mode="wrap")
+    def _without_steps(self, dump: pydantic.SerializerFunctionWrapHandler) -> dict[str, Any]:
+        found: dict[str, Any] = dump(self)
+        if self.epochs is not None:
+            found.pop("steps", None)  # they are not known yet, and a file must not give both
+        return found
+
+    def in_steps(self, batches: float) -> Training:
+        """The settings with ``epochs`` in steps, for a source with so many ``batches`` in an epoch."""
+        if self.epochs is None:
+            return self
+        steps = max(1, math.ceil(self.epochs * batches - 1e-9)) * self.updates_per_batch
+        return self.model_copy(update={"steps": steps, "epochs": None})
+
+
+OF_THE_BUFFER = (
+    "behaviour", "max_completion_tokens", "max_length", "chat_template", "special_tokens", "device", "deterministic",
+)  # fmt: skip
 """Training settings that determine the buffer of a comparison, and so must be the same for all algorithms."""
 
 
@@ -294,9 +260,9 @@ class Experiment(Strict):
     alone, it takes ``bad_rows`` from ``train``."""
     validation: ProblemSource | None = None
     """The problems on which learning rates are chosen."""
-    benchmarks: Annotated[Mapping[str, Benchmark], Field(min_length=1)]
-    """The problem sets that results are reported on, by name."""
-    retention: Mapping[str, Benchmark] = {}
+    benchmarks: Annotated[Mapping[str, Benchmark], Field(min_length=1), pydantic.BeforeValidator(benchmarks_by_name)]
+    """The problem sets that results are reported on, by name; or a list of suites (see ``rlzoo list``)."""
+    retention: Annotated[Mapping[str, Benchmark], pydantic.BeforeValidator(benchmarks_by_name)] = {}
     """Problem sets from before fine-tuning, by name, which show what fine-tuning costs: they are reported separately,
     with the KL divergence from the base model (`rlzoo.comparison.retention`)."""
     reward: Any
@@ -311,6 +277,8 @@ class Experiment(Strict):
     """The algorithm that the report compares the others with; None: the first."""
     seeds: Annotated[tuple[Annotated[int, Field(ge=0, lt=2**32)], ...], Field(min_length=1)] = (0, 1, 2)
     """Each algorithm is trained once per seed."""
+    reported: Reported | None = None
+    """Published results, which the report shows beside the measured ones."""
 
     @pydantic.model_validator(mode="after")
     def _is_a_grid(self) -> Experiment:
@@ -411,11 +379,10 @@ class Experiment(Strict):
     def training_of(self, name: str) -> Training:
         """The training settings of one algorithm, in its last stage. Raises UserError naming a wrong one."""
         last = self.stages_of(name)[-1]
-        return validated(Training, {**self.training.model_dump(), **self.algorithms[last].training}, f"{last}.training")
-
-    def steps_of(self, name: str) -> int:
-        """The largest number of optimizer steps of one algorithm, over all of its stages."""
-        return sum(self.training_of(stage).steps for stage in self.stages_of(name))
+        data: dict[str, Any] = {"training": self.training.model_dump()}
+        for setting, value in self.algorithms[last].training.items():
+            lay(data, f"training.{setting}", value)
+        return validated(Training, data["training"], f"{last}.training")
 
     def learning_rates_of(self, name: str) -> tuple[float, ...]:
         """The learning rates that one algorithm is trained with, in its last stage."""

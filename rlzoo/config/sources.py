@@ -1,4 +1,4 @@
-"""Where the problems and tables of an experiment come from."""
+"""Where the problems, the tables and the published results of an experiment come from."""
 
 from __future__ import annotations
 
@@ -8,16 +8,11 @@ from typing import Annotated, Any, Literal
 import pydantic
 from pydantic import Field
 
+from rlzoo.config.suites import get_suite
+from rlzoo.config.validation import Positive, Strict
+
 OnBadRow = Literal["reject", "drop"]
 """What happens to a row that cannot be used: an error, or the row is left out and counted."""
-Positive = Annotated[int, Field(gt=0)]
-"""A whole number of at least 1."""
-
-
-class Strict(pydantic.BaseModel):
-    """Settings that cannot change and have no other keys."""
-
-    model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
 
 
 class ProblemSource(Strict):
@@ -47,7 +42,10 @@ class ProblemSource(Strict):
     """Text that spells a special token (``<|im_end|>`` in a message, text after an end of sequence in a completion): an
     error that names the problem, or read as that token."""
     limit: Positive | None = None
-    """Use at most this many problems, the first ones; None: all."""
+    """Use at most this many problems; None: all."""
+    subset_seed: Annotated[int, Field(ge=0, lt=2**32)] | None = None
+    """Draw the ``limit`` rows at random with this seed, and use them in the order of the table; None: the first ones.
+    Which rows are drawn depends on the number of rows alone, and bad ones are not replaced."""
 
 
 NO_REWARD = "none"
@@ -57,6 +55,8 @@ NO_REWARD = "none"
 class Benchmark(ProblemSource):
     """A problem set to evaluate on."""
 
+    suite: str | None = None
+    """A benchmark suite (see ``rlzoo list``), whose settings apply where no others are given."""
     reward: Any = None
     """A reward that scores its completions in place of the experiment's. ``none``, in a retention set only: there is no
     reward, and only the likelihood of the base model's text is measured."""
@@ -66,13 +66,30 @@ class Benchmark(ProblemSource):
     @pydantic.model_validator(mode="before")
     @classmethod
     def _of_problems(cls, given: Any) -> Any:
-        """Accept any problem set as a benchmark."""
-        return given.model_dump() if type(given) is ProblemSource else given
+        """Accept any problem set as a benchmark, and fill in the settings of a suite."""
+        if type(given) is ProblemSource:
+            return given.model_dump()
+        if isinstance(given, Mapping) and isinstance(name := given.get("suite"), str):
+            return {**get_suite(name).settings, **given}
+        return given
 
     @property
     def is_scored(self) -> bool:
         """Whether a reward scores its completions."""
         return bool(self.reward != NO_REWARD)
+
+
+def benchmarks_by_name(given: Any) -> Any:
+    """Benchmarks by name, where they may be the name of a suite, a list of such names, or a mapping with such values.
+
+    Anything else is returned unchanged.
+    """
+    names = [given] if isinstance(given, str) else given
+    if isinstance(names, list | tuple) and all(isinstance(name, str) for name in names):
+        given = {name: name for name in names}
+    if not isinstance(given, Mapping):
+        return given
+    return {name: {"suite": one} if isinstance(one, str) else one for name, one in given.items()}
 
 
 class TableSource(Strict):
@@ -86,3 +103,18 @@ class TableSource(Strict):
     """Names in the format → columns of the table (or fields in them, or lists of these); null leaves a column out."""
     bad_rows: OnBadRow = "reject"
     """A row that cannot be used is an error, or is dropped and counted (``drop``)."""
+
+
+class Reported(Strict):
+    """Results that others have published for an experiment, which its report shows beside the measured ones."""
+
+    source: str
+    """The publication, and the table in it."""
+    model: str
+    """The model in the publication."""
+    metric: str
+    """The metric, in words."""
+    results: Mapping[str, Mapping[str, float]]
+    """Per cent: row of the comparison, or ``base`` → benchmark, or ``mean`` over benchmarks → value."""
+    notes: tuple[str, ...] = ()
+    """What a reader of the numbers should know."""

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
 
-from rlzoo.config.sources import ProblemSource, Strict
+from rlzoo.config.sources import ProblemSource
+from rlzoo.config.validation import Strict
 from rlzoo.errors import unknown
 
 if TYPE_CHECKING:

@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import re
-from typing import Any, TypeVar, get_args
+from typing import Annotated, Any, TypeVar, get_args
 
 import pydantic
+from pydantic import Field
 
 from rlzoo.errors import UserError, unknown
 
 M = TypeVar("M", bound=pydantic.BaseModel)
+Positive = Annotated[int, Field(gt=0)]
+"""A whole number of at least 1."""
+
+
+class Strict(pydantic.BaseModel):
+    """Settings that cannot change and have no other keys."""
+
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
 
 
 def validated(model: type[M], data: Any, where: str) -> M:

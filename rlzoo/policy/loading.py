@@ -42,12 +42,15 @@ def trusts_remote_code() -> bool:
 
 
 def load_for(name: str, training: Training) -> Policy:
-    """`load_policy` with the device, dtype, determinism, packing and quantisation of the training settings."""
+    """`load_policy` with the device, dtype, determinism, packing, quantisation and chat template of the settings."""
     device = device_of(training.device)
     if training.deterministic:
         make_deterministic(device)
     lora = training.lora
-    return load_policy(name, training.dtype, device, training.packing, lora is not None and lora.load_in_4bit)
+    policy = load_policy(name, training.dtype, device, training.packing, lora is not None and lora.load_in_4bit)
+    if training.chat_template is not None:
+        policy.tokenizer.chat_template = training.chat_template
+    return policy
 
 
 def load_policy(

@@ -119,6 +119,18 @@ class Policy(nn.Module):
         fixed = (len(b) for name, b in self.model.named_buffers() if name.endswith("embed_positions"))
         return size if any(0 <= rows - size <= 2 for rows in (*learned, *fixed)) else None
 
+    @property
+    def context(self) -> int | None:
+        """The length up to which the model was made to continue a text, in tokens: its ``max_position_embeddings``.
+
+        None if its configuration has none, or scales rotary embeddings to another length.
+        """
+        config = self.model.config.get_text_config()
+        rope = getattr(config, "rope_parameters", None) or {}
+        scaled = rope.get("rope_type", "default") not in ("default", "llama3")
+        size = getattr(config, "max_position_embeddings", None)
+        return size if isinstance(size, int) and not scaled else None
+
     def check_range(self, *ids: int) -> None:
         """Raise UserError for a token id that has no embedding."""
         for token in ids:

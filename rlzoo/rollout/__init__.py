@@ -1,7 +1,7 @@
 """Sampling completions from a policy, and scoring them with a reward."""
 
 from rlzoo.rollout.collector import Collector
-from rlzoo.rollout.rollouts import collect_rollouts, cut_short, mismatch, unscored
+from rlzoo.rollout.rollouts import collect_rollouts, cut_short, mismatch, scorable, unscored
 from rlzoo.rollout.sampler import (
     Sample,
     Sampler,
@@ -29,5 +29,6 @@ __all__ = [
     "register_sampler",
     "sampler_class",
     "sampler_of",
+    "scorable",
     "unscored",
 ]

@@ -14,7 +14,7 @@ from rlzoo.errors import UserError
 from rlzoo.jobs.cached_results import random_state
 from rlzoo.policy import Policy
 from rlzoo.reward import get_reward
-from rlzoo.rollout.rollouts import collect_rollouts, within_limits
+from rlzoo.rollout.rollouts import collect_rollouts, scorable, within_limits
 from rlzoo.rollout.sampler import Sampler
 
 
@@ -48,9 +48,16 @@ class Collector:
             raise UserError("there are no problems to sample completions for: give at least one")
         bad = BadRows() if bad is None else bad
         encoded = encode_problems(policy.tokenizer, problems, bad)
-        self._encoded = within_limits(policy, sampler, encoded, self._settings, bad)
+        encoded = within_limits(policy, sampler, encoded, self._settings, bad)
+        self._encoded = scorable(self._reward, encoded, bad)
+        self._training = self._training.in_steps(self.batches)
         self._order, self._queue = random.Random(seed), list[int]()
         self._sampled_tokens, self._flops = 0, 0.0
+
+    @property
+    def batches(self) -> float:
+        """The number of batches in an epoch over the problems."""
+        return len(self._encoded) / self._prompts
 
     def __call__(self, version: int) -> OfflineBuffer:
         """A buffer of samples of policy version ``version``, the number of batches so far. Raises UserError as the

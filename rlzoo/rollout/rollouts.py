@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from rlzoo.buffers.bad_rows import BadRows
+from rlzoo.buffers.bad_rows import BadRows, collecting
+from rlzoo.buffers.files import BATCH
 from rlzoo.buffers.problems import EncodedProblem, trajectory
 from rlzoo.buffers.spooled import kept
 from rlzoo.config import Sampling, TokenBudget
@@ -16,9 +17,9 @@ from rlzoo.errors import UserError
 from rlzoo.jobs.cached_results import CachedResults
 from rlzoo.policy import Policy
 from rlzoo.policy.microbatches import log_probs, log_probs_and_nuclei
-from rlzoo.reward import get_reward
-from rlzoo.rollout.sampler import Finished, Sample, Sampler, by_length
-from rlzoo.rollout.scoring import Scorer
+from rlzoo.reward import Reward, get_reward
+from rlzoo.rollout.sampler import Finished, Sample, Sampler, by_length, room_after
+from rlzoo.rollout.scoring import Scorer, columns_of, score_samples
 from rlzoo.types import Trajectory
 
 
@@ -159,31 +160,64 @@ def mismatch(rows: Sequence[Trajectory]) -> dict[str, float] | None:
 def within_limits(
     policy: Policy, sampler: Sampler, problems: Sequence[EncodedProblem], settings: Sampling, bad: BadRows | None = None
 ) -> Sequence[EncodedProblem]:
-    """The problems that the model can take: each token has an embedding, and the prompt fits the model's positions.
+    """The problems that the model can take: each token has an embedding, and the prompt leaves room for a completion.
 
-    A sampler with ``bound_by_positions`` also needs room for ``max_new_tokens``; other engines have their own limits.
-    Raises UserError for any other problem, by name, unless ``bad`` drops it.
+    Problems after which a sampler with ``bound_by_context`` has less room than ``max_new_tokens`` are counted in
+    ``bad``. Raises UserError for a problem that the model cannot take, by name, unless ``bad`` drops it.
     """
-    bad = BadRows() if bad is None else bad
-    fit = kept(_fit(policy, problems, settings.max_new_tokens if sampler.bound_by_positions else 0, bad))
-    if problems:
-        bad.require_some(len(fit))
+    with collecting(bad) as bad:
+        fit = kept(_fit(policy, problems, settings, sampler.bound_by_context, bad))
+        if problems:
+            bad.require_some(len(fit))
     return fit
 
 
-def _fit(policy: Policy, problems: Sequence[EncodedProblem], more: int, bad: BadRows) -> Iterator[EncodedProblem]:
+def _fit(
+    policy: Policy, problems: Sequence[EncodedProblem], settings: Sampling, bound: bool, bad: BadRows
+) -> Iterator[EncodedProblem]:
+    limit = policy.context if bound else policy.positions
     for encoded in problems:
         good = False
         with bad.at(encoded.problem.label):
             policy.check_range(max(encoded.ids), min(encoded.ids))
-            if policy.positions is not None and len(encoded.ids) + more > policy.positions:
+            if limit is not None and len(encoded.ids) >= limit:
                 raise UserError(
-                    f"its prompt has {len(encoded.ids)} tokens, up to {more} follow, and the model has "
-                    f"{policy.positions} positions: lower max_new_tokens, or drop the problem"
+                    f"its prompt has {len(encoded.ids)} tokens, and the model has {limit} positions, which leaves no "
+                    "room for a completion: shorten the prompt, or drop the problem"
                 )
             good = True
-        if good:
-            yield encoded
+        if not good:
+            continue
+        if bound and (room := room_after(policy, len(encoded.ids), settings)) < settings.max_new_tokens:
+            kind = f"completions have less room than max_new_tokens, as the model's context is {limit:,} tokens"
+            bad.note(encoded.problem.label, {kind: f"{room} tokens after a prompt of {len(encoded.ids)}"})
+        yield encoded
+
+
+def scorable(reward: Reward, problems: Sequence[EncodedProblem], bad: BadRows) -> Sequence[EncodedProblem]:
+    """The problems with completions that the reward gives a value, if ``bad`` drops bad rows; else all.
+
+    If the reward of an empty completion is None, as for a gold answer that it cannot read, so are those of the samples,
+    from which nothing could be learned; ``bad`` counts these problems. Raises UserError if no other problem is left.
+    """
+    if bad.mode != "drop" or not problems:
+        return problems
+    found = kept(_scorable(reward, problems, bad))
+    if not found:
+        raise UserError("the reward is None for every problem, as for gold answers that it cannot read: change column")
+    return found
+
+
+def _scorable(reward: Reward, problems: Sequence[EncodedProblem], bad: BadRows) -> Iterator[EncodedProblem]:
+    names, nothing = columns_of(problems), Sample([], "", truncated=False)
+    for start in range(0, len(problems), BATCH):
+        some = problems[start : start + BATCH]
+        for one, score in zip(some, score_samples(reward, [(p, nothing) for p in some], names), strict=True):
+            if score.value is not None:
+                yield one
+                continue
+            kind = "problems not sampled, because their reward is None, as for an unreadable gold answer"
+            bad.note(one.problem.label, {kind: "its reward is None"})
 
 
 def cut_short(rows: Sequence[Trajectory], limit: int) -> list[str]:

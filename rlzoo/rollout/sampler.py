@@ -34,7 +34,7 @@ class Sample:
     text: str
     """The tokens as text, without special tokens and the token that ends it."""
     truncated: bool
-    """True if ``max_new_tokens`` was reached before an end of sequence."""
+    """True if ``max_new_tokens``, or the end of the model's context, was reached before an end of sequence."""
     logp: list[float] | None = None
     """The engine's own log-prob per token, in nats, under the distribution that it sampled from."""
 
@@ -53,8 +53,9 @@ class Sampler:
     """The name for the setting ``engine``."""
     gives_logp: ClassVar[bool] = False
     """Whether samples have the engine's own log-probs, which ``rollouts.behaviour: sampler`` needs."""
-    bound_by_positions: ClassVar[bool] = False
-    """Whether prompt and ``max_new_tokens`` must fit the model's positions; other engines check this themselves."""
+    bound_by_context: ClassVar[bool] = False
+    """Whether completions end where the model's context does (see `room_after`); other engines have limits of their
+    own."""
     of_server: ClassVar[type[Sampler] | None] = None
     """The sampler to use instead if the settings have a ``url``; it is built as ``Class(policy, url=...)``."""
     _listener: Finished | None = None
@@ -173,7 +174,7 @@ class TransformersSampler(Sampler):
     """
 
     name: ClassVar[str] = "transformers"
-    bound_by_positions: ClassVar[bool] = True
+    bound_by_context: ClassVar[bool] = True
 
     def __init__(self, policy: Policy, static_shapes: bool | None = None) -> None:
         """``static_shapes``: decode with tensors of fixed shapes, on a GPU as CUDA graphs; None: only on a GPU."""
@@ -216,7 +217,7 @@ class TransformersSampler(Sampler):
         try:
             while left:
                 together = min(settings.batch_size, self._most or settings.batch_size)
-                batch = left[: max(1, together // copies)]
+                batch = self._of_one_room(prompts, left[: max(1, together // copies)], settings)
                 try:
                     made = self._batch(prompts, batch, streams, min(copies, together), settings, greedy, seed)
                 except (RuntimeError, MemoryError) as error:
@@ -239,6 +240,13 @@ class TransformersSampler(Sampler):
             self.policy.train(training)
         return [results[place] for place in places]
 
+    def _of_one_room(self, prompts: Sequence[Sequence[int]], batch: Sequence[int], settings: Sampling) -> Sequence[int]:
+        """The first of the prompts that can be sampled together: positions of a table end for all rows at once."""
+        if self.policy.positions is None:
+            return batch
+        rooms = [room_after(self.policy, len(prompts[place]), settings) for place in batch]
+        return batch[: rooms.count(rooms[0])]  # they are sorted by length
+
     def _batch(
         self,
         prompts: Sequence[Sequence[int]],
@@ -251,13 +259,15 @@ class TransformersSampler(Sampler):
     ) -> dict[int, list[Sample]]:
         """The samples of the prompts with indices ``batch``, at most ``most`` of each prompt at a time."""
         copies, found = 1 if greedy else settings.samples, dict[int, list[Sample]]()
+        rooms = {place: room_after(self.policy, len(prompts[place]), settings) for place in batch}
+        settings = settings.model_copy(update={"max_new_tokens": max(rooms.values())})
         for first in range(0, copies, most):
             some = range(first, min(copies, first + most))
             own_streams = [streams[i] for i in batch]
             rows = self._decoded([prompts[i] for i in batch], own_streams, some, settings, greedy, seed)
             for row, place in enumerate(batch):
                 own = rows[row * len(some) : (row + 1) * len(some)]
-                found.setdefault(place, []).extend(self._sample(ids) for ids in own)
+                found.setdefault(place, []).extend(self._sample(ids[: rooms[place]]) for ids in own)
         return found
 
     def _decoded(
@@ -305,6 +315,12 @@ class TransformersSampler(Sampler):
         end = next((i for i, token in enumerate(ids) if token in ends), None)
         kept = ids if end is None else ids[: end + 1]
         return Sample(kept, text_of(self.policy, kept), truncated=end is None)
+
+
+def room_after(policy: Policy, prompt: int, settings: Sampling) -> int:
+    """The length limit of a completion after ``prompt`` tokens: ``max_new_tokens``, or what the context leaves."""
+    left = settings.max_new_tokens if policy.context is None else policy.context - prompt
+    return min(settings.max_new_tokens, left)
 
 
 def text_of(policy: Policy, ids: Sequence[int]) -> str:

@@ -26,7 +26,7 @@ from rlzoo.policy import Policy
 from rlzoo.policy.adapters import merged
 from rlzoo.policy.loading import EMBEDDED, save_policy, trusts_remote_code
 from rlzoo.policy.sharding import whole_weights
-from rlzoo.rollout.sampler import Sample, Sampler, register_sampler, text_of
+from rlzoo.rollout.sampler import Sample, Sampler, register_sampler, room_after, text_of
 from rlzoo.worlds import EMBEDDED_BASE
 
 ENGINE_BATCHES = 16
@@ -89,6 +89,7 @@ class _VLLM(Sampler):
 
     name: ClassVar[str] = "vllm"
     gives_logp: ClassVar[bool] = True
+    bound_by_context: ClassVar[bool] = True
     policy: Policy
 
     def portion(self, settings: Sampling) -> int:
@@ -106,7 +107,8 @@ class _VLLM(Sampler):
     ) -> list[list[Sample]]:
         self._take_weights()
         streams = range(len(prompts)) if numbers is None else numbers
-        asked = [_asked(self.policy, settings, seed, number, greedy) for number in streams]
+        rooms = [room_after(self.policy, len(prompt), settings) for prompt in prompts]
+        asked = [_asked(self.policy, settings, seed, n, greedy, room) for n, room in zip(streams, rooms, strict=True)]
         return self._completed(prompts, asked, progress or (lambda done: None))
 
     def _take_weights(self) -> None:
@@ -374,7 +376,7 @@ def _start(policy: Policy, options: Mapping[str, Any], sleeps: bool) -> Any:
         raise UserError(f"vLLM cannot start with engine_options {dict(options)} ({reason:.300})") from error
 
 
-def _asked(policy: Policy, settings: Sampling, seed: int, number: int, greedy: bool) -> dict[str, Any]:
+def _asked(policy: Policy, settings: Sampling, seed: int, number: int, greedy: bool, room: int) -> dict[str, Any]:
     """The sampling parameters of a prompt, for an engine or a server."""
     return {
         "n": 1 if greedy else settings.samples,
@@ -383,7 +385,7 @@ def _asked(policy: Policy, settings: Sampling, seed: int, number: int, greedy: b
         "top_k": -1,  # not the checkpoint's default
         "min_p": 0.0,
         "repetition_penalty": 1.0,
-        "max_tokens": settings.max_new_tokens,
+        "max_tokens": room,
         "seed": int(np.random.SeedSequence([seed, number]).generate_state(1)[0] >> 1),
         "stop_token_ids": sorted(policy.eos_ids),
     }

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 from rlzoo.buffers import Buffer, View
+from rlzoo.config import Training
 from rlzoo.errors import UserError
 from rlzoo.inputs import Input
 from rlzoo.jobs.cached_results import random_state
@@ -27,7 +28,8 @@ class Source(Protocol):
     Optional methods: ``draw_ahead()``, if its rows do not depend on the policy, reads the next batch while the GPU is
     still busy with the current step (see `BufferSource`); ``spent()`` returns costs by fields of `Costs`;
     ``lacks(input, at_sampling_temperature)`` tells whether any row lacks a stored input; ``state()`` and
-    ``restore(state)`` are needed for checkpoints.
+    ``restore(state)`` are needed for checkpoints. The optional property ``batches`` is the number of batches in an
+    epoch.
     """
 
     def draw(self) -> Batch:
@@ -84,6 +86,13 @@ class BufferSource:
             rows.extend(self._buffer[index] for index in unit)
         self._buffer.release_pages()
         return rows, units
+
+    @property
+    def batches(self) -> float:
+        """The number of batches in an epoch; the last may be a fraction of one."""
+        sizes = [len(unit) for unit in self._view.units]
+        largest = max(sizes)
+        return sum(sizes) / (max(1, self._batch_size // largest) * largest)
 
     def lacks(self, one: Input, at_sampling_temperature: bool) -> bool:
         """Whether any row of the buffer lacks a stored input at the temperature at which it is needed."""
@@ -198,6 +207,11 @@ class FreshSource:
             self.left_out.update(view.left_out)
             return buffer, view
 
+    @property
+    def batches(self) -> float | None:
+        """The number of batches in an epoch over the problems; None if the collector does not say."""
+        return getattr(self._collect, "batches", None)
+
     def spent(self) -> Mapping[str, float]:
         """The costs of sampling since the last call, by fields of `Costs`; empty if the collector does not count."""
         spent: Callable[[], Mapping[str, float]] = getattr(self._collect, "spent", dict)
@@ -212,6 +226,19 @@ class FreshSource:
         """Resume from a ``state``."""
         self._version, self.left_out = state["version"], Counter(state.get("left_out", {}))
         resumable(self._collect).restore(state["collect"])
+
+
+def in_steps(settings: Training, sources: Sequence[Source]) -> Training:
+    """The settings with their ``epochs`` in steps: until every source has been passed through as often.
+
+    Raises UserError for a source that does not say how many batches it has.
+    """
+    if settings.epochs is None:
+        return settings
+    batches = [found for source in sources if (found := getattr(source, "batches", None)) is not None]
+    if len(batches) < len(sources):
+        raise UserError("training.epochs needs a source that says how many batches it has: give steps")
+    return settings.in_steps(max(batches))
 
 
 def lacks(source: Source, one: Input, at_sampling_temperature: bool) -> bool:

@@ -25,7 +25,7 @@ from rlzoo.policy.adapters import adapters
 from rlzoo.policy.defaults import token_budget_of
 from rlzoo.policy.quantised import UNSHARDED, entries, is_in_4_bits
 from rlzoo.policy.sequences import Tokens, length
-from rlzoo.training.batches import Drawn, Source, check_sources, lacks, micro_units
+from rlzoo.training.batches import Drawn, Source, check_sources, in_steps, lacks, micro_units
 from rlzoo.training.checkpoints import Checkpoints
 from rlzoo.training.costs import now, peak_memory_bytes, reset_peak_memory
 from rlzoo.training.record import TrainingRecord
@@ -99,9 +99,9 @@ class Trainer:
         bitwise the same result as without the interruption; ``record`` then includes the steps before. Raises UserError
         for settings that do not suit the policy, and for checkpoints of another run.
         """
-        self.objective, self.settings = objective, settings
         self.sources = source if isinstance(source, Sequence) else [source]
         check_sources(objective, self.sources)
+        self.objective, self.settings = objective, (settings := in_steps(settings, self.sources))
         self.callbacks, self.folder = callbacks, folder
         self.record = record or TrainingRecord()
         self.micro = MicroBatches(token_budget_of(policy, settings.token_budget), self._halved)

@@ -37,7 +37,7 @@ from rlzoo.training import (
     with_behaviour,
     with_inputs,
 )
-from rlzoo.training.batches import buffer_sources
+from rlzoo.training.batches import buffer_sources, in_steps
 from rlzoo.variance.analyzer import analyze_variance
 from rlzoo.variance.probe import VarianceProbe
 from rlzoo.variance.report import write_report
@@ -217,8 +217,10 @@ def fill(experiment: Experiment, folder: Path, state: Path, given: str | None, r
     policy = load_for(experiment.model, experiment.training)
     bad = BadRows(experiment.train.bad_rows)
     longest, special = experiment.training.max_completion_tokens, experiment.training.special_tokens
-    fits = policy.row_check()
-    buffer: Buffer = read_buffer(given, policy.tokenizer, longest, bad=bad, special_tokens=special, fits=fits)
+    fits, whole = policy.row_check(), experiment.training.max_length
+    buffer: Buffer = read_buffer(
+        given, policy.tokenizer, longest, bad=bad, special_tokens=special, fits=fits, max_length=whole
+    )
     check_buffer(policy, buffer)
     events = bad.events()
     if experiment.training.behaviour == "current":
@@ -270,10 +272,12 @@ def along_training(
         budget = training.token_budget
         probe = VarianceProbe(buffer, settings.every, settings.probe_rows, settings.seed, budget, views[0][0])
 
+        sources = buffer_sources(buffer, views, training.batch_size, settings.seed)
+        training = in_steps(training, sources)
+
         def tell(trainer: Trainer, step: int) -> None:
             report(trainer.progress.fraction, str(trainer.progress))
 
-        sources = buffer_sources(buffer, views, training.batch_size, settings.seed)
         record = TrainingRecord(kept={"variance": probe.records})
         trainer = Trainer(policy, objective, sources, training, [tell, probe], record=record, checkpoints=checkpoints)
         if trainer.step == 0:

@@ -4,7 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from rlzoo.comparison.report import clipping, completions, endings, method, noise, results, retention, stages, training
+from rlzoo.comparison.report import (
+    clipping,
+    completions,
+    endings,
+    method,
+    noise,
+    reported,
+    results,
+    retention,
+    stages,
+    training,
+)
 from rlzoo.comparison.report.schema import FinishedRun
 from rlzoo.document import Block, Heading
 
@@ -16,6 +27,7 @@ SECTIONS: tuple[Section, ...] = (
     results.differences,
     results.robustness,
     stages.before_and_after,
+    reported.reported,
     results.further,
     retention.retention,
     training.curves,
