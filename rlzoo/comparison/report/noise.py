@@ -20,9 +20,9 @@ def gradient_variance(run: FinishedRun, baseline: str) -> Iterator[Block]:
     yield Paragraph(
         f"Measured by rlzoo variance for the model {found['model']}, before training, on {found['created'][:10]}: the "
         "norm of the expected gradient and its cosine, relative to SFT's; tr Σ, the trace of the covariance of one "
-        "prompt's gradient; and the noise scale tr Σ / ‖G‖², the number of prompts over whose mean noise is as large as "
-        "the gradient. Where noise hides the gradient there is no number, or a lower bound. The results are those "
-        "above. That two columns agree does not show that one causes the other."
+        "prompt's gradient; and the noise scale tr Σ / ‖G‖², the number of prompts whose mean has as much noise as "
+        "gradient. Where noise hides the gradient there is no number, or a lower bound. The results are those above. "
+        "That two columns agree does not show that one causes the other."
     )
     rows = [_row(run, benchmark, name, entry) for name, entry in found["objectives"].items()]
     label = f"{run.results.label('avg_at_k', benchmark)} on {benchmark} (%)"
