@@ -88,7 +88,7 @@ def policy_of(tokenizer: Any, vocabulary: int | None = None) -> Policy:
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=vocabulary or len(tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=1,
-        num_attention_heads=2, max_position_embeddings=8, eos_token_id=tokenizer.eos_token_id,
+        num_attention_heads=2, max_position_embeddings=512, eos_token_id=tokenizer.eos_token_id,
     )  # fmt: skip
     return Policy(LlamaForCausalLM(config).eval(), tokenizer, "tiny")
 

@@ -479,8 +479,7 @@ class Failing(rlzoo.Objective):
 
 def test_a_log_says_what_was_done_and_what_was_left_out(make_policy: Callable[..., Policy], tmp_path: Path) -> None:
     """In both files the first problem's solution spells the end of sequence, which may be so in training; the second
-    has no prompt, the third no answer, the fourth no message, and the last is too long: to train on for its solution,
-    to evaluate on for what may follow, which is more there."""
+    has no prompt, the third no answer, the fourth no message, and the last is too long for anything to follow."""
     own, train, test = (tmp_path / name for name in ("own.py", "train.jsonl", "test.jsonl"))
     own.write_text(OWN)
     save_policy(make_policy("gpt2", dtype=torch.float32), tmp_path / "model")
@@ -490,8 +489,8 @@ def test_a_log_says_what_was_done_and_what_was_left_out(make_policy: Callable[..
     ]
     rows[0]["solution"], rows[1]["prompt"], rows[2]["answer"] = "<eos>2", None, None
     rows[3]["prompt"] = [{"role": "user"}]
-    for path, length in ((train, positions - 1), (test, positions - 7)):
-        path.write_text("\n".join(map(json.dumps, [*rows[:4], rows[4] | {"prompt": "1" * length}])))
+    for path in (train, test):
+        path.write_text("\n".join(map(json.dumps, [*rows[:4], rows[4] | {"prompt": "1" * positions}])))
     source = {"solution": "solution", "bad_rows": "drop"}
     algorithms = {
         "rft": {"options": {"threshold": 0}},
@@ -510,8 +509,8 @@ def test_a_log_says_what_was_done_and_what_was_left_out(make_policy: Callable[..
 
     left_out = {name: summary["first"] for name, summary in results["dropped_rows"].items()}
     long = {
-        "train": f"has {positions + 2} tokens, and",
-        "benchmark mine": f"has {positions - 7} tokens, up to 8 follow, and",
+        "train": f"has {positions + 3} tokens, and",
+        "benchmark mine": f"has {positions} tokens, and",
     }
     assert list(left_out) == list(long)
     for path, (name, told) in zip((train, test), long.items(), strict=True):
@@ -519,7 +518,7 @@ def test_a_log_says_what_was_done_and_what_was_left_out(make_policy: Callable[..
         assert results["dropped_rows"][name] == {"count": 3, "of": 5, "first": left_out[name]}
         assert null.startswith(f"{path} line 2: the prompt, 'prompt', is null: ")
         assert f"{path} line 4" in wrong and "message" in wrong
-        assert f"{path} line 5" in too_long and f"{told} the model has {positions} positions: " in too_long
+        assert f"{path} line 5" in too_long and f"{told} the model has {positions} positions" in too_long
     cut = "8 of 8 samples were truncated at max_new_tokens (2)"
     goes_on = "line 1): the completion continues after '<eos>', where sampling stops"
     spelled, _, unsaid = results["events"]

@@ -175,23 +175,21 @@ def within_limits(
 def _fit(
     policy: Policy, problems: Sequence[EncodedProblem], settings: Sampling, bound: bool, bad: BadRows
 ) -> Iterator[EncodedProblem]:
-    limit = policy.context if bound else policy.positions
     for encoded in problems:
+        room, size = settings.max_new_tokens, len(encoded.ids)
         good = False
         with bad.at(encoded.problem.label):
             policy.check_range(max(encoded.ids), min(encoded.ids))
-            if limit is not None and len(encoded.ids) >= limit:
-                raise UserError(
-                    f"its prompt has {len(encoded.ids)} tokens, and the model has {limit} positions, which leaves no "
-                    "room for a completion: shorten the prompt, or drop the problem"
-                )
+            if bound or policy.positions is not None:
+                room = room_after(policy, size, settings)
             good = True
-        if not good:
-            continue
-        if bound and (room := room_after(policy, len(encoded.ids), settings)) < settings.max_new_tokens:
-            kind = f"completions have less room than max_new_tokens, as the model's context is {limit:,} tokens"
-            bad.note(encoded.problem.label, {kind: f"{room} tokens after a prompt of {len(encoded.ids)}"})
-        yield encoded
+        if good and bound and room < settings.max_new_tokens:
+            kind = (
+                f"completions have less room than max_new_tokens, as the model's context is {policy.context:,} tokens"
+            )
+            bad.note(encoded.problem.label, {kind: f"{room} tokens after a prompt of {size}"})
+        if good:
+            yield encoded
 
 
 def scorable(reward: Reward, problems: Sequence[EncodedProblem], bad: BadRows) -> Sequence[EncodedProblem]:

@@ -318,8 +318,16 @@ class TransformersSampler(Sampler):
 
 
 def room_after(policy: Policy, prompt: int, settings: Sampling) -> int:
-    """The length limit of a completion after ``prompt`` tokens: ``max_new_tokens``, or what the context leaves."""
+    """The length limit of a completion after ``prompt`` tokens: ``max_new_tokens``, or what the context leaves.
+
+    Raises UserError if it leaves nothing.
+    """
     left = settings.max_new_tokens if policy.context is None else policy.context - prompt
+    if left < 1:
+        raise UserError(
+            f"its prompt has {prompt} tokens, and the model has {policy.context} positions, which leaves no room for a "
+            "completion: shorten the prompt, or drop the problem"
+        )
     return min(settings.max_new_tokens, left)
 
 
