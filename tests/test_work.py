@@ -519,10 +519,12 @@ def test_a_log_says_what_was_done_and_what_was_left_out(make_policy: Callable[..
         assert null.startswith(f"{path} line 2: the prompt, 'prompt', is null: ")
         assert f"{path} line 4" in wrong and "message" in wrong
         assert f"{path} line 5" in too_long and f"{told} the model has {positions} positions" in too_long
-    cut = "8 of 8 samples were truncated at max_new_tokens (2)"
+    cut = "4 of 4 samples were truncated at max_new_tokens (2)"
     goes_on = "line 1): the completion continues after '<eos>', where sampling stops"
-    spelled, _, unsaid = results["events"]
-    assert results["events"] == [spelled, cut, unsaid]
+    spelled, unscored, _, unsaid = results["events"]
+    assert results["events"] == [spelled, unscored, cut, unsaid]
+    assert unscored.startswith("train: problems not sampled, because their reward is None, as for an unreadable gold ")
+    assert unscored.endswith(f"1 in all (problem 'train-2' ({train} line 3): its reward is None)")
     assert spelled.startswith("train: text that spells a special token is read as that token: 1 in all (problem ")
     assert spelled.endswith(f"'train-0' ({train} {goes_on})")
     assert unsaid.startswith("benchmark mine: gold completions without a log-likelihood: 1 in all (problem 'train-0'")
@@ -534,8 +536,7 @@ def test_a_log_says_what_was_done_and_what_was_left_out(make_policy: Callable[..
     buffers = []
     for seed in (0, 1):
         name = f"  buffer of seed {seed}: "
-        buffers += [f"{name}10 rows, 4 of 8 samples correct", f"{name}4 of 8 samples {none}"]
-        buffers += [f"{name}{spelled}", f"{name}{cut}"]
+        buffers += [f"{name}6 rows, 4 of 4 samples correct", f"{name}{spelled}", f"{name}{unscored}", f"{name}{cut}"]
     cells, expected = {(cell["algorithm"], cell["seed"]): cell for cell in results["cells"]}, []
     for number, cell in enumerate(plan.cells(experiment), 1):
         if cell.algorithm == "failing":
