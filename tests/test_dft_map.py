@@ -23,7 +23,7 @@ from rlzoo.experiments.dft_map import Field
 def test_the_corners_come_first_and_fields_differ_only_where_they_say() -> None:
     every = dft_map.fields()
     assert len({field.name for field in every}) == len(every) == 24
-    assert {(f.steps, f.terms) for f in every[:8]} == {(s, t) for s in (800, 3200) for t in (2, 4)}
+    assert {(f.steps, f.terms) for f in every[:8]} == {(s, t) for s in (1200, 3200) for t in (2, 4)}
     one, three = (Field(1600, styles, 4).experiment(Path("bases")) for styles in (1, 3))
     assert one.model == "bases/step-1600" and Field(3200, 1, 2).experiment(Path("bases")).model == "embedded"
     alike = {"name", "train", "benchmarks"}
@@ -62,7 +62,7 @@ HIGH = {"base": [[True] * 4], "sft": [[True, True, True, True]] * 2, "dft": [[Tr
 
 
 def test_differences_and_effects_are_those_of_the_outcomes() -> None:
-    fields = {Field(800, 1, 2): LOW, Field(800, 3, 2): HIGH}
+    fields = {Field(1200, 1, 2): LOW, Field(1200, 3, 2): HIGH}
     rows = dft_map.differences(outcomes_of(fields))
     found = {(row["styles"], row["metric"]): row for row in rows}
     # low: SFT has 1 of 4 problems right and DFT 2 of 4; high: 4 of 4 and 2 of 4
