@@ -191,9 +191,10 @@ def figures(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
     def to_svg(figure: Any) -> Drawing:
         drawn.append(figure)
-        return Drawing('<svg width="1pt" height="1pt" viewBox="0 0 1 1"></svg>', figure)
+        return Drawing(figure)
 
     monkeypatch.setattr(plots, "to_svg", to_svg)
+    monkeypatch.setattr(Drawing, "svg", '<svg width="1pt" height="1pt" viewBox="0 0 1 1"></svg>')
     return drawn
 
 
@@ -353,6 +354,28 @@ def test_the_report_says_what_its_intervals_leave_out(tmp_path: Path) -> None:
     save(tmp_path, results)
     write_report(tmp_path)
     assert "one base model, learned from one set of training problems" in read(tmp_path)[1]
+
+
+@pytest.mark.usefixtures("figures")
+def test_measured_variance_stands_next_to_the_results(tmp_path: Path) -> None:
+    results = synthetic_run(tmp_path)
+    write_report(tmp_path)
+    assert "Variance of gradients" not in read(tmp_path)[1]
+    ratio = {"value": 0.44, "ci_low": 0.35, "ci_high": 0.51}
+    hidden = {"value": None, "ci_low": 391.0, "ci_high": None}
+    noise = {"norm_ratio_to_sft": ratio, "noise_scale": hidden}
+    found = {"model": "tiny", "created": "2026-11-22T11:00", "objectives": {"weighted": {"data_noise": noise}, "x": {}}}
+    (tmp_path / "variance").mkdir()
+    (tmp_path / "variance" / "variance.json").write_text(json.dumps(found))
+    write_report(tmp_path)
+    row = next(r for r in results["summary"] if (r["algorithm"], r["metric"]) == ("weighted", "avg_at_k"))
+    shown = f"{100 * row['mean']:.1f} \\[{100 * row['ci_low']:.1f}, {100 * row['ci_high']:.1f}\\]"
+    section = read(tmp_path)[1].partition("## Variance of gradients")[2].partition("\n## ")[0]
+    assert f"| weighted | {shown} | 0.44 \\[0.35, 0.51\\] | – | – | &gt; 391 |" in section
+    assert "| x | – | – | – | – | – |" in section, "an objective that the comparison does not have"
+    (tmp_path / "variance" / "variance.json").write_text("{}")
+    with pytest.raises(UserError, match="was not written by rlzoo variance"):
+        write_report(tmp_path)
 
 
 @pytest.mark.usefixtures("figures")

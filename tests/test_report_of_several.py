@@ -84,6 +84,7 @@ def test_differences_are_those_of_the_same_seeds_and_problems(folders: Path) -> 
 def test_a_study_is_reported_outside_of_the_package(folders: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["report", "facts"]) == 0 and (folders / "runs" / "report-facts" / "report.html").is_file()
     assert cli.main(["report", "runs/a", "--out", "elsewhere"]) == 0
+    assert "steps: 40" in (folders / "elsewhere" / "experiment.yaml").read_text(), "what the report says to run again"
     assert (folders / "elsewhere" / "report.md").is_file() and not (folders / "runs" / "a" / "report.md").exists()
     capsys.readouterr()
     for wrong, reason in (

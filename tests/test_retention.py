@@ -20,10 +20,12 @@ from rlzoo.comparison import resolve, retention, runner, studies
 from rlzoo.comparison.forecast import forecast
 from rlzoo.comparison.outcomes import compare_to, result_matrices, summarise
 from rlzoo.comparison.report import write_report
+from rlzoo.comparison.report.contents import contents
 from rlzoo.comparison.report.retention import retention_table
 from rlzoo.comparison.report.schema import parse_results, read_run
 from rlzoo.comparison.retention import CHANGE, KL, LIKELIHOOD, per_token, summarise_retention
 from rlzoo.config import Experiment
+from rlzoo.document.exports import export
 from rlzoo.errors import UserError
 from rlzoo.policy import Policy, load_policy, log_probs
 from rlzoo.policy.loading import load_shape
@@ -186,10 +188,11 @@ def test_the_report_has_a_section_and_a_figure(finished: tuple[Path, dict[str, A
 
 @pytest.mark.slow
 def test_a_study_keeps_retention(finished: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
-    out, _ = finished
+    out, results = finished
     study = read_run(studies.save_study(out, tmp_path))
-    assert study.results == read_run(out).results and study.results.retention is not None
-    files = studies.export_tables(study, tmp_path / "tables", "csv")
+    assert study.results.retention == read_run(out).results.retention is not None
+    assert [cell.retention for cell in study.results.cells] == [cell["retention"] for cell in results["cells"]]
+    files = export(contents(study, None), tmp_path / "tables", "csv")
     assert {"retention-sums.csv", "retention-plain.csv"} <= {file.name for file in files}
 
 

@@ -16,9 +16,10 @@ from rlzoo import cli
 from rlzoo.comparison import runner, studies
 from rlzoo.comparison.outcomes import compare_to, summarise
 from rlzoo.comparison.report import tables, write_report
+from rlzoo.comparison.report.contents import contents
 from rlzoo.comparison.report.schema import read_run
-from rlzoo.document import Entry, Table
-from rlzoo.document.exports import to_csv, to_latex
+from rlzoo.document import Block, Entry, Figure, Heading, Table
+from rlzoo.document.exports import export, to_csv, to_latex
 
 ROOT = Path(__file__).parent.parent
 STUDIES = studies.list_studies()
@@ -77,7 +78,7 @@ def test_a_study_is_a_run_that_can_be_reported_again(study: str, tmp_path: Path)
     assert len(run.results.cells) == len(list((folder / "cells").iterdir()))
     assert not re.search(r'"/(tmp|home|root|work)', (folder / "results.json").read_text())
     assert run.results.failed == [] and run.results.versions["torch"]
-    files = studies.export_tables(run, tmp_path, "csv")
+    files = export(contents(run, None), tmp_path, "csv")
     assert len({file.name for file in files}) == len(files) >= 4
     first = list(csv.reader(files[0].open(encoding="utf-8")))
     assert [row[0] for row in first[1:]] == ["base", *run.results.algorithms]
@@ -143,6 +144,29 @@ def test_the_command_looks_up_what_ships(capsys: pytest.CaptureFixture[str]) -> 
         assert cli.main(["results", *wrong]) == 2
         error = capsys.readouterr().err
         assert reason in error and error.count("\n") == 1
+
+
+def test_every_figure_becomes_a_pdf_with_its_fonts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["results", "export", "facts", "--format", "pdf"]) == 0
+    written = [Path(line) for line in capsys.readouterr().out.splitlines()]
+    assert {file.parent.name for file in written} == {"facts-figures"}
+    blocks = [block for block in contents(studies.read_study("facts"), None) if isinstance(block, Figure)]
+    assert [file.stem for file in written] == [block.name for block in blocks] and len(written) > 5
+    for file, block in zip(written, blocks, strict=True):
+        content = file.read_bytes()
+        assert content.startswith(b"%PDF") and b"/FontFile2" in content, "TrueType, embedded"
+        assert b"/CreationDate" not in content and content == block.drawing.pdf(), "the same bytes each time"
+
+
+def test_tables_under_one_heading_have_names_of_their_own(tmp_path: Path) -> None:
+    table = Table(["a"], [[Entry("1")]])
+    blocks: list[Block] = [Heading("T", level=1), Heading("Costs"), table, table, Heading("a / b", level=3), table]
+    files = export(blocks, tmp_path, "csv")
+    assert [file.name for file in files] == ["costs.csv", "costs-2.csv", "costs-a-b.csv"]
+    assert export(blocks, tmp_path, "pdf") == []
 
 
 def test_tables_in_other_forms() -> None:

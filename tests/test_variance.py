@@ -21,6 +21,7 @@ from rlzoo.buffers import Buffer
 from rlzoo.buffers.problems import demonstrations, encode_problems, load_problems
 from rlzoo.config import ProblemSource, Sampling, Training, load_experiment
 from rlzoo.document import Block, Figure, write_document
+from rlzoo.document.estimates import estimate
 from rlzoo.errors import UserError
 from rlzoo.inputs import Behaviour, Input, Statistic
 from rlzoo.jobs.pool import in_this_process
@@ -32,7 +33,7 @@ from rlzoo.training import with_reference
 from rlzoo.types import Coefficients, Selection, TokenBatch
 from rlzoo.variance import plots
 from rlzoo.variance.probe import VarianceProbe
-from rlzoo.variance.report import NOISE_COLUMNS, contents, estimate, hidden, report_tables, write_report
+from rlzoo.variance.report import NOISE_COLUMNS, contents, hidden, report_tables, write_report
 from rlzoo.variance.run import VarianceSettings, _cut, fill, run_variance
 from rlzoo.variance.scoring import score
 

@@ -51,7 +51,7 @@ def report(
         out = out or Path("runs") / f"report-{'-'.join(name.replace('/', '-') for name in distinct(paths))}"
     if len(paths) > 1:
         write_report_of_several(paths, out or paths[0], shlex.join(["rlzoo", "report", *folders]))
-    elif (paths[0] / "variance.json").is_file():
+    elif (paths[0] / "variance.json").is_file() and not (paths[0] / "results.json").is_file():
         from rlzoo.variance.report import write_report as write_variance_report
 
         write_variance_report(paths[0], out)

@@ -20,14 +20,19 @@ def results(
         Argument(metavar="NAME...", help="A study, or a folder of rlzoo compare; for compare, two algorithms."),
     ] = None,
     form: Annotated[
-        Literal["csv", "latex", "markdown"],
-        Option("--format", metavar="csv|latex|markdown", help="Format of exported tables."),
+        Literal["csv", "latex", "markdown", "pdf", "svg"],
+        Option(
+            "--format",
+            metavar="FORMAT",
+            help="Export every table as csv, latex or markdown, or every figure as pdf or svg.",
+        ),
     ] = "markdown",
     to: Annotated[
         Path | None,
         Option(
             metavar="FOLDER",
-            help="Folder for exported tables (default: NAME-tables) or saved studies (default: rlzoo's own).",
+            help="Folder for exported files (default: NAME-tables or NAME-figures) or saved studies (default: rlzoo's "
+            "own).",
         ),
     ] = None,
 ) -> int:
@@ -38,6 +43,7 @@ def results(
       rlzoo results show arithmetic
       rlzoo results compare dft sft
       rlzoo results export arithmetic --format latex
+      rlzoo results export arithmetic --format pdf
       rlzoo results save runs/arithmetic-20260101-120000 --to my-studies
     """
     given = names or []
@@ -50,6 +56,7 @@ def results(
     from rlzoo.cli.tables import show
     from rlzoo.comparison import studies
     from rlzoo.comparison.report import report_table
+    from rlzoo.comparison.report.contents import contents
     from rlzoo.comparison.report.differences import (
         CHECKS,
         across_tables,
@@ -57,6 +64,7 @@ def results(
         tables_of_tests,
     )
     from rlzoo.comparison.report.tables import plain_table, studies_table
+    from rlzoo.document.exports import TABLE_FORMATS, export
 
     def explained(seeds: int) -> str:
         return "\n".join(checks_explained(seeds)[: len(CHECKS)])
@@ -78,8 +86,9 @@ def results(
         told += "difference in points that would be detected with 80 % power as a single planned one."
         console.print(told, soft_wrap=True)
     elif action == "export":
-        name = Path(given[0]).name
-        for file in studies.export_tables(studies.read_study(given[0]), to or Path(f"{name}-tables"), form):
+        kind = "tables" if form in TABLE_FORMATS else "figures"
+        blocks = contents(studies.read_study(given[0]), None)
+        for file in export(blocks, to or Path(f"{Path(given[0]).name}-{kind}"), form):
             print(file)
     else:
         print(f"saved {studies.save_study(Path(given[0]), to or studies.STUDIES)}")

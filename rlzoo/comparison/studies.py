@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,16 +11,13 @@ import numpy as np
 
 from rlzoo.comparison.outcomes import METRICS, ResultMatrix, difference_of, flipped, summarise, tested
 from rlzoo.comparison.plan import Cell
-from rlzoo.comparison.report.contents import contents
-from rlzoo.comparison.report.schema import CELLS, FinishedRun, read_run
+from rlzoo.comparison.report.schema import CELLS, VARIANCE, FinishedRun, read_run, variance_file
 from rlzoo.comparison.retention import summarise_retention
 from rlzoo.comparison.statistics import holm
 from rlzoo.config import BASE
 from rlzoo.config.files import EXPERIMENTS
-from rlzoo.document import Heading, Table
-from rlzoo.document.exports import FORMATS
 from rlzoo.errors import UserError, unknown
-from rlzoo.jobs.outputs import replacing, write_atomically
+from rlzoo.jobs.outputs import replacing
 
 STUDIES = EXPERIMENTS / "results"
 """The folder of the studies that are included in rlzoo."""
@@ -78,6 +74,8 @@ def save_study(run: Path, into: Path = STUDIES, name: str | None = None) -> Path
             results["cells"].append(name)
         (beside / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
         (beside / "outcomes.parquet").write_bytes((run / "outcomes.parquet").read_bytes())
+        if (variance := variance_file(run)) is not None:
+            (beside / VARIANCE).write_bytes(variance.read_bytes())
     return study
 
 
@@ -88,22 +86,6 @@ def _rounded(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _rounded(one) for key, one in value.items()}
     return [_rounded(one) for one in value] if isinstance(value, list) else value
-
-
-def export_tables(run: FinishedRun, folder: Path, form: str) -> list[Path]:
-    """Write every table of a report to a file of its own, named after its headings; ``form`` is a key of `FORMATS`."""
-    suffix, write = FORMATS[form]
-    files: list[Path] = []
-    above: dict[int, str] = {}
-    for block in contents(run, None):
-        if isinstance(block, Heading):
-            above = {level: text for level, text in above.items() if level < block.level} | {block.level: block.text}
-        elif isinstance(block, Table):
-            words = " ".join(text for level, text in above.items() if level > 1)
-            file = folder / f"{re.sub(r'[^a-z0-9]+', '-', words.lower()).strip('-')}.{suffix}"
-            write_atomically(file, write(block))
-            files.append(file)
-    return files
 
 
 def compare_studies(one: str, other: str, names: Sequence[str] | None = None) -> list[dict[str, Any]]:

@@ -6,7 +6,9 @@ import html
 import io
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import matplotlib as mpl
@@ -45,6 +47,7 @@ STYLE = {
     "legend.frameon": False,
     "lines.linewidth": 1.8,
     "lines.markersize": 5,
+    "pdf.fonttype": 42,
     "svg.fonttype": "none",
     "svg.hashsalt": "rlzoo",
 }
@@ -89,27 +92,30 @@ def axes_row(columns: int, height: float, **options: Any) -> tuple[Any, Any]:
 
 @dataclass(frozen=True)
 class Drawing:
-    """A figure as an SVG element, and as drawn by matplotlib."""
+    """A figure, drawn with `STYLE`, and the forms in which it is written: the same figure gives the same bytes."""
 
-    svg: str
     figure: Any
 
+    @cached_property
+    def svg(self) -> str:
+        """An SVG element."""
+        text = self._saved("svg", dict.fromkeys(("Creator", "Date", "Format", "Type")), transparent=True).decode()
+        return text[text.index("<svg") :]
+
     def pdf(self) -> bytes:
-        """A page with the figure, its fonts embedded; the same figure gives the same bytes."""
+        """A page of the size of the figure, with its fonts embedded."""
+        return self._saved("pdf", dict.fromkeys(("CreationDate", "Creator", "Producer")))
+
+    def _saved(self, form: str, metadata: Mapping[str, None], **options: Any) -> bytes:
         out = io.BytesIO()
-        nothing = dict.fromkeys(("CreationDate", "Creator", "Producer"))
-        with mpl.rc_context({"pdf.fonttype": 42}):
-            self.figure.savefig(out, format="pdf", metadata=nothing)
+        with mpl.rc_context(STYLE):
+            self.figure.savefig(out, format=form, metadata=metadata, **options)
         return out.getvalue()
 
 
 def to_svg(figure: Any) -> Drawing:
-    """The finished figure with its SVG; the same figure gives the same bytes."""
-    out = io.StringIO()
-    nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-    figure.savefig(out, format="svg", transparent=True, metadata=nothing)
-    text = out.getvalue()
-    return Drawing(text[text.index("<svg") :], figure)
+    """A finished figure as a `Drawing`."""
+    return Drawing(figure)
 
 
 def inline(svg: str, name: str, alt: str) -> str:

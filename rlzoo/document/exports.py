@@ -1,14 +1,18 @@
-"""Tables of a document in other forms: CSV, LaTeX, Markdown."""
+"""Parts of a document as files of their own: tables as CSV, LaTeX or Markdown, figures as PDF or SVG."""
 
 from __future__ import annotations
 
 import csv
 import io
+import itertools
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 
-from rlzoo.document.blocks import Entry, Table
+from rlzoo.document.blocks import Block, Entry, Figure, Heading, Table
+from rlzoo.document.drawing import Drawing, standalone
 from rlzoo.document.markdown import render_markdown
+from rlzoo.jobs.outputs import write_atomically
 
 
 def to_csv(table: Table) -> str:
@@ -58,9 +62,37 @@ def _latex(text: str) -> str:
     return re.sub("|".join(map(re.escape, SIGNS)), lambda found: SIGNS[found[0]], text)
 
 
-FORMATS: Mapping[str, tuple[str, Callable[[Table], str]]] = {
+TABLE_FORMATS: Mapping[str, tuple[str, Callable[[Table], str]]] = {
     "csv": ("csv", to_csv),
     "latex": ("tex", to_latex),
     "markdown": ("md", lambda table: render_markdown([table])),
 }
 """Name → the suffix of its files, and a function of a table."""
+FIGURE_FORMATS: Mapping[str, Callable[[Drawing], str | bytes]] = {
+    "pdf": lambda drawing: drawing.pdf(),
+    "svg": lambda drawing: standalone(drawing.svg),
+}
+"""Name, and suffix, → a function of a drawing."""
+
+
+def export(blocks: Iterable[Block], folder: Path, form: str) -> list[Path]:
+    """Write every table of a document, named after its headings, or every figure, to a file of its own.
+
+    ``form`` is a key of `TABLE_FORMATS` or of `FIGURE_FORMATS`. Returns the files.
+    """
+    files: dict[Path, str | bytes] = {}
+    above: dict[int, str] = {}
+    for block in blocks:
+        if isinstance(block, Heading):
+            above = {level: text for level, text in above.items() if level < block.level} | {block.level: block.text}
+        elif isinstance(block, Table) and form in TABLE_FORMATS:
+            suffix, write = TABLE_FORMATS[form]
+            words = " ".join(text for level, text in above.items() if level > 1)
+            name = re.sub(r"[^a-z0-9]+", "-", words.lower()).strip("-")
+            names = (f"{name}-{number}" if number > 1 else name for number in itertools.count(1))
+            files[next(file for name in names if (file := folder / f"{name}.{suffix}") not in files)] = write(block)
+        elif isinstance(block, Figure) and form in FIGURE_FORMATS:
+            files[folder / f"{block.name}.{form}"] = FIGURE_FORMATS[form](block.drawing)
+    for file, content in files.items():
+        write_atomically(file, content)
+    return list(files)

@@ -33,10 +33,10 @@ def replacing(path: Path) -> Iterator[Path]:
         _sync(path.parent)
 
 
-def write_atomically(path: Path, content: str) -> None:
-    """Write a text file atomically, even if the process is killed or the machine crashes."""
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Write a file atomically, even if the process is killed or the machine crashes; text as UTF-8."""
     with replacing(path) as beside:
-        beside.write_text(content, encoding="utf-8", errors="replace")
+        beside.write_bytes(content if isinstance(content, bytes) else content.encode("utf-8", "replace"))
 
 
 def file_digest(path: Path) -> str:

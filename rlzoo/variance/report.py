@@ -13,11 +13,11 @@ from rich.text import Text
 
 from rlzoo.document import Block, Code, Entry, Figure, Heading, Paragraph, Table, write_document
 from rlzoo.document.drawing import Drawing
+from rlzoo.document.estimates import NONE, bound, estimate, number
 from rlzoo.errors import UserError
 from rlzoo.variance import plots
 
 Found = Mapping[str, Any]
-NONE = "–"
 
 
 def write_report(directory: Path, out: Path | None = None) -> None:
@@ -34,35 +34,8 @@ def write_report(directory: Path, out: Path | None = None) -> None:
     write_document(out or directory, f"{found['experiment']}: variance · rlzoo", blocks)
 
 
-def number(value: float | None, digits: int = 3) -> str:
-    """A number to a few significant digits, with thousands separators."""
-    if value is None:
-        return NONE
-    text = f"{value:,.0f}" if 10**digits <= abs(value) < 1e6 else f"{value:.{digits}g}"
-    return text.replace("-", "−")
-
-
-def estimate(found: Mapping[str, Any] | None, digits: int = 2) -> str:
-    """A value with its interval in brackets: ∞ where it has no upper end, no brackets where it has no width."""
-    if found is None or found["value"] is None:
-        return NONE
-    value, low, high = number(found["value"]), found["ci_low"], found["ci_high"]
-    if low is None and high is None:
-        return value
-    ends = NONE if low is None else number(low, digits), "∞" if high is None else number(high, digits)
-    return value if ends[0] == ends[1] else f"{value} [{ends[0]}, {ends[1]}]"
-
-
 def _noise(key: str) -> Callable[[Found], str]:
     return lambda entry: estimate(entry.get("data_noise", {}).get(key))
-
-
-def _scale(entry: Found) -> str:
-    """The noise scale; where noise hides the gradient, its lower bound."""
-    found = entry.get("data_noise", {}).get("noise_scale")
-    if found is not None and found["value"] is None and found["ci_low"] is not None:
-        return f"> {number(found['ci_low'], 2)}"
-    return estimate(found)
 
 
 def hidden(found: Found) -> list[str]:
@@ -85,7 +58,7 @@ NOISE_COLUMNS: dict[str, Callable[[Found], str]] = {
     "norm / SFT's": _noise("norm_ratio_to_sft"),
     "cosine to SFT": _noise("cosine_to_sft"),
     "tr Σ of a prompt": _noise("trace_cov"),
-    "noise scale (prompts)": _scale,
+    "noise scale (prompts)": lambda entry: bound(entry.get("data_noise", {}).get("noise_scale")),
     "prompts": lambda entry: str(entry["prompts"]),
     "rows": lambda entry: str(entry["rows"]),
 }

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from rlzoo.comparison.outcomes import METRICS, check_robustness, compare_to
 from rlzoo.comparison.report.schema import FinishedRun, Results
-from rlzoo.comparison.report.tables import NONE, p_number, plain_table, points, significance
+from rlzoo.comparison.report.tables import NONE, p_number, plain_table, points, significance, size
 from rlzoo.comparison.robust import FEWEST_FOR_BOOTSTRAP, FEWEST_FOR_IMPROVEMENT
 from rlzoo.comparison.statistics import SIGNIFICANT
 from rlzoo.document import Entry, Table
@@ -39,7 +39,7 @@ def detectable(rows: Sequence[Mapping[str, Any]], results: Results, benchmark: s
     for key, found in sizes.items():
         for metric in METRICS:
             if known := [row[key] for row in here if row["metric"] == metric]:
-                found[metric] = _size(statistics.median(known))
+                found[metric] = size(statistics.median(known))
     seeds, problems = (max(row[key] for row in here) for key in ("seeds", "problems"))
     of = [f"{value} points in {results.label(metric, benchmark)}" for metric, value in sizes["detectable"].items()]
     alone = listed(list(sizes["detectable_alone"].values()))
@@ -49,11 +49,6 @@ def detectable(rows: Sequence[Mapping[str, Any]], results: Results, benchmark: s
         f"{alone} as a single planned difference (medians over the rows)."
         + (" One seed shows nothing about further seeds." if seeds == 1 else "")
     )
-
-
-def _size(value: float) -> str:
-    """A size in percentage points."""
-    return points(value).lstrip("+") if value < 1 else "more than 100"
 
 
 def listed(words: Sequence[str]) -> str:
@@ -114,7 +109,7 @@ def across_tables(rows: Sequence[Mapping[str, Any]]) -> dict[str, Table]:
     labels = {"avg_at_k": "avg@k", "pass_at_k": "pass@k"}
     for row in rows:
         metric = labels.get(row["metric"], row["metric"])
-        entries = [Entry(metric), *_tests(row, row), Entry(_size(row["detectable_alone"]))]
+        entries = [Entry(metric), *_tests(row, row), Entry(size(row["detectable_alone"]))]
         found.setdefault(f"{row['study']}: {row['benchmark']}", []).append(entries)
     return {name: Table(["metric", *TESTS, "detectable"], body) for name, body in found.items()}
 
@@ -126,7 +121,7 @@ def run_difference_table(rows: Sequence[Mapping[str, Any]], results: Results, be
             Entry(row["algorithm"]),
             Entry(results.label(row["metric"], benchmark)),
             *_tests(row, row),
-            Entry(_size(row["detectable_alone"])),
+            Entry(size(row["detectable_alone"])),
             Entry(str(row["seeds"])),
         ]
         for row in rows

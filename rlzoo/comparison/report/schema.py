@@ -33,6 +33,7 @@ OUTCOME_COLUMNS = (
 
 RETENTION_COLUMNS = ("retention", "base_text_logp", "base_text_tokens")
 """Columns that outcomes without retention sets may lack."""
+VARIANCE = "variance.json"
 CELLS = "cells"
 """The folder of a study's cells, which results.json then names."""
 
@@ -277,6 +278,8 @@ class FinishedRun:
 
     results: Results
     outcomes: pa.Table
+    variance: dict[str, Any] | None = None
+    """The content of variance.json, if the folder has one of `rlzoo variance` for the same experiment."""
 
     @cached_property
     def matrices(self) -> dict[ResultKey, ResultMatrix]:
@@ -324,4 +327,23 @@ def read_run(directory: Path) -> FinishedRun:
         raise UserError(f"{str(files[1])!r} cannot be read ({reason}): run `rlzoo compare` again") from None
     if missing := [column for column in OUTCOME_COLUMNS if column not in outcomes.column_names]:
         raise UserError(f"{str(files[1])!r} lacks the columns {', '.join(missing)}: run `rlzoo compare` again")
-    return FinishedRun(parse_results(data, str(files[0])), outcomes)
+    return FinishedRun(parse_results(data, str(files[0])), outcomes, _variance(directory))
+
+
+def variance_file(directory: Path) -> Path | None:
+    """The variance.json of a run, which `rlzoo variance --out RUN/variance` wrote, or that of a study."""
+    files = (directory / "variance" / VARIANCE, directory / VARIANCE)
+    return next((file for file in files if file.is_file()), None)
+
+
+def _variance(directory: Path) -> dict[str, Any] | None:
+    if (file := variance_file(directory)) is None:
+        return None
+    try:
+        found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        found["model"], found["created"], found["objectives"].items()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{str(file)!r} was not written by rlzoo variance ({error}): remove it or run it again"
+        ) from None
+    return found

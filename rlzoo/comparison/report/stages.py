@@ -10,8 +10,8 @@ import numpy as np
 
 from rlzoo.comparison.outcomes import METRICS, ResultKey, ResultMatrix, difference_of, result_matrices
 from rlzoo.comparison.report.schema import FinishedRun, Results
-from rlzoo.comparison.report.tables import amount, on, percent, points, seconds, significance
-from rlzoo.comparison.statistics import SIGNIFICANT, crossed_interval, holm, p_value
+from rlzoo.comparison.report.tables import amount, on, percent, points, seconds, significance, size
+from rlzoo.comparison.statistics import SIGNIFICANT, crossed_interval, detectable_difference, holm, p_value
 from rlzoo.document import Block, Entry, Heading, Paragraph, Table
 
 Matrices = Mapping[ResultKey, ResultMatrix]
@@ -45,7 +45,8 @@ def before_and_after(run: FinishedRun, baseline: str) -> Iterator[Block]:
         "its own, trained in the same way. After: the result once the later stages have been trained on top. "
         "Differences are paired, in percentage points, with 95 % intervals; p-values are corrected for the number of "
         "rows in the table (Holm), and those below 0.05 are bold. Ranks are among the rows of the table; rows whose "
-        "ranks differ need not be distinguishable."
+        "ranks differ need not be distinguishable. The last column is the smallest difference in points that would be "
+        "detected with 80 % power as a single planned one."
     )
     for later, rows in groups.items():
         for benchmark in run.results.overall:
@@ -105,9 +106,10 @@ def _table(results: Results, matrices: Matrices, rows: Mapping[str, str], benchm
         text = f"{points(mean)} [{points(low)}, {points(high)}], {significance(p)}"
         numbers = [percent(one.before), percent(one.after)]
         entries = [Entry(value) for value in (label, first, *numbers)], [Entry(str(rank)) for rank in ranks]
-        body.append([*entries[0], Entry(text, p < SIGNIFICANT), *entries[1]])
+        found = detectable_difference(one.difference.values, benchmarks=one.difference.benchmarks)
+        body.append([*entries[0], Entry(text, p < SIGNIFICANT), *entries[1], Entry(size(found))])
     header = ["metric", "first stage", "before (%)", "after (%)", "difference (points)", "rank before", "rank after"]
-    return Table(header, body) if body else None
+    return Table([*header, "detectable"], body, words=["first stage"]) if body else None
 
 
 def _rank(value: float, among: Sequence[float]) -> int:

@@ -29,6 +29,11 @@ def points(value: float) -> str:
     return "0.0" if text in ("+0.0", "−0.0") else text
 
 
+def size(value: float) -> str:
+    """The size of a difference in percentage points, without a sign."""
+    return points(value).lstrip("+") if value < 1 else "more than 100"
+
+
 def amount(value: float | None, unit: str = "") -> str:
     """A quantity with an SI prefix and three digits, as in 1.23 M."""
     if value is None:
