@@ -9,12 +9,14 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from comparisons import inline_pool
 
 from rlzoo.buffers.problems import load_problems
 from rlzoo.comparison import runner
 from rlzoo.comparison.statistics import p_value
+from rlzoo.comparison.studies import STUDIES
 from rlzoo.config import Experiment, load_experiment
 from rlzoo.experiments import dft_map
 from rlzoo.experiments.dft_map import Field
@@ -105,3 +107,15 @@ def test_a_map_is_run_and_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert [row["metric"] for row in found["differences"]] == ["avg_at_k", "greedy"] * 2
     assert len(list((tmp_path / "runs").iterdir())) == 2 == len(found["validation"])
     assert sorted(path.name for path in (tmp_path / "map").iterdir()) == ["map.json", "map.svg", "outcomes.parquet"]
+
+
+@pytest.mark.parametrize(
+    "folder", sorted(path.parent for path in STUDIES.glob("*/map.json")), ids=lambda path: path.name
+)
+def test_a_committed_map_follows_from_its_outcomes(folder: Path) -> None:
+    found = json.loads((folder / "map.json").read_text(encoding="utf-8"))
+    outcomes = pq.read_table(folder / "outcomes.parquet")
+    for name, rows in (("differences", dft_map.differences(outcomes)), ("effects", dft_map.effects(outcomes))):
+        assert len(found[name]) == len(rows)
+        for kept, again in zip(found[name], rows, strict=True):
+            assert kept == pytest.approx(again)
