@@ -14,6 +14,10 @@ class TryAgainError(UserError):
     """The same command resumes from the work that was done, which is kept."""
 
 
+class UnreachableError(UserError):
+    """A data set or model of the Hub that is not on this machine, while the Hub cannot be reached."""
+
+
 def unknown(kind: str, name: str, known: Iterable[str]) -> UserError:
     """The error for an unknown name, with the nearest name and all known ones."""
     names = sorted(known)

@@ -23,12 +23,12 @@ from rlzoo.experiments.dft_map import Field
 def test_the_corners_come_first_and_fields_differ_only_where_they_say() -> None:
     every = dft_map.fields()
     assert len({field.name for field in every}) == len(every) == 24
-    assert {(f.steps, f.terms) for f in every[:8]} == {(s, t) for s in (400, 3200) for t in (2, 4)}
-    one, three = (Field(800, styles, 4).experiment(Path("bases")) for styles in (1, 3))
-    assert one.model == "bases/step-800" and Field(3200, 1, 2).experiment(Path("bases")).model == "embedded"
+    assert {(f.steps, f.terms) for f in every[:8]} == {(s, t) for s in (800, 3200) for t in (2, 4)}
+    one, three = (Field(1600, styles, 4).experiment(Path("bases")) for styles in (1, 3))
+    assert one.model == "bases/step-1600" and Field(3200, 1, 2).experiment(Path("bases")).model == "embedded"
     alike = {"name", "train", "benchmarks"}
     assert one.model_dump(exclude=alike) == three.model_dump(exclude=alike)
-    assert [list(e.benchmarks.values()) for e in (one, three)] == [[one.benchmarks["steps-800-styles-1-terms-4"]]] * 2
+    assert [list(e.benchmarks.values()) for e in (one, three)] == [[one.benchmarks["steps-1600-styles-1-terms-4"]]] * 2
     problems = [load_problems(e.train) for e in (one, three)]
     assert [p.prompt for p in problems[0]] == [p.prompt for p in problems[1]] and len(problems[0]) == 2000
     assert all(len(p.solutions) == 1 and ";" in p.solutions[0] for p in problems[0])
@@ -62,7 +62,7 @@ HIGH = {"base": [[True] * 4], "sft": [[True, True, True, True]] * 2, "dft": [[Tr
 
 
 def test_differences_and_effects_are_those_of_the_outcomes() -> None:
-    fields = {Field(400, 1, 2): LOW, Field(400, 3, 2): HIGH}
+    fields = {Field(800, 1, 2): LOW, Field(800, 3, 2): HIGH}
     rows = dft_map.differences(outcomes_of(fields))
     found = {(row["styles"], row["metric"]): row for row in rows}
     # low: SFT has 1 of 4 problems right and DFT 2 of 4; high: 4 of 4 and 2 of 4

@@ -53,7 +53,8 @@ def expected() -> set[str]:
     found = {f"rlzoo/{path.relative_to(ROOT / 'rlzoo')}" for path in (ROOT / "rlzoo").rglob("*.py")}
     found |= {f"rlzoo/{name}/{path.name}" for name in ("algorithms", "rewards") for path in (ROOT / name).glob("*.py")}
     found |= {f"rlzoo/{path.relative_to(ROOT)}" for path in (ROOT / "experiments").rglob("*.yaml")}
-    found |= {f"rlzoo/config/{path.name}" for path in (ROOT / "rlzoo" / "config").glob("*.yaml")}
+    data = [path for name in ("config", "policy") for path in (ROOT / "rlzoo" / name).glob("*.yaml")]
+    found |= {str(path.relative_to(ROOT)) for path in data}
     studies = [path for path in (ROOT / "experiments" / "results").rglob("*") if path.is_file()]
     found |= {f"rlzoo/{path.relative_to(ROOT)}" for path in studies}
     found |= {f"rlzoo/worlds/base/{path.name}" for path in (ROOT / "rlzoo" / "worlds" / "base").iterdir()}

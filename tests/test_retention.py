@@ -188,9 +188,10 @@ def test_the_report_has_a_section_and_a_figure(finished: tuple[Path, dict[str, A
 
 @pytest.mark.slow
 def test_a_study_keeps_retention(finished: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
-    out, _ = finished
+    out, results = finished
     study = read_run(studies.save_study(out, tmp_path))
     assert study.results.retention == read_run(out).results.retention is not None
+    assert [cell.retention for cell in study.results.cells] == [cell["retention"] for cell in results["cells"]]
     files = export(contents(study, None), tmp_path / "tables", "csv")
     assert {"retention-sums.csv", "retention-plain.csv"} <= {file.name for file in files}
 

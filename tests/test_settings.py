@@ -133,6 +133,7 @@ ELSEWHERE = {
     "--to": "test_studies.py::test_a_run_becomes_a_study",
     "--gpu": "test_planning.py::test_a_model_of_any_size_is_planned_without_its_weights",
     "--pilot": "test_planning.py::test_a_pilot_tells_what_more_seeds_would_detect",
+    "--dry-run": "test_paper.py::test_every_experiment_resolves_without_weights_or_a_connection",
     "--twin": "test_paper.py::test_the_command_line_runs_a_twin",
     "--buffer": "test_variance.py::test_the_command_with_an_objective_from_a_file",
     "--workers": "test_compare.py::test_processes_change_no_number",

@@ -274,6 +274,22 @@ def test_each_stage_starts_from_the_one_before(lora: Any, tmp_path: Path) -> Non
 
 
 @pytest.mark.usefixtures("undrawn")
+def test_a_stage_that_reads_the_buffer_beside_fresh_samples_has_a_reference_of_its_own(tmp_path: Path) -> None:
+    rows = {
+        "sft": {"training": {"learning_rate": 1e-3}},
+        "iw-sft": {},  # for which the buffer stores the base model's log-probs of the demonstrations
+        "both": {"objective": "mixture", "mode": "online", "options": {"weights": {"iw-sft": 0.5, "grpo": 0.5}}},
+        "sft-both": {"stages": ["sft", "both"]},
+    }
+    results = quietly(small(rows, training__steps=1), tmp_path / "out")
+    cells = {cell["algorithm"]: cell for cell in results["cells"]}
+    assert cells["both"]["training"][0]["iw-sft/weight"] == pytest.approx(1, abs=1e-6)
+    assert cells["sft-both"]["training"][1]["iw-sft/weight"] == pytest.approx(1, abs=1e-6)
+    single = cells["sft"]["costs"]["flops"] + cells["both"]["costs"]["flops"]
+    assert cells["sft-both"]["costs"]["flops"] > single, "the log-probs that are computed anew"
+
+
+@pytest.mark.usefixtures("undrawn")
 def test_samples_that_two_stages_learn_from_are_paid_once(tmp_path: Path) -> None:
     rows = {"rft": {}, "dpo": {}, "rft-dpo": {"stages": ["rft", "dpo"]}}
     results = quietly(small(rows, training__steps=1), tmp_path / "out")

@@ -150,7 +150,7 @@ def _as_asked(index: int, problem: Problem, source: ProblemSource) -> Problem:
 
 
 def _problem(index: int, row: Mapping[str, Any], source: ProblemSource) -> Problem:
-    if _placeholders(source.prompt):
+    if columns_in(source.prompt):
         prompt: Any = _filled(source.prompt, row)
     else:
         prompt = conversation_of(find(row, source.prompt), source.prompt)
@@ -229,7 +229,7 @@ def _filled(template: str, row: Mapping[str, Any]) -> str:
     return "".join(parts)
 
 
-def _placeholders(template: str) -> list[str]:
+def columns_in(template: str) -> list[str]:
     """The columns that a prompt template names; none for a column's name."""
     try:
         names = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]

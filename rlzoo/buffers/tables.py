@@ -18,7 +18,7 @@ import pyarrow.parquet
 from rlzoo.buffers.bad_rows import BadRows, located
 from rlzoo.buffers.files import BATCH, Item, batch_rows, file_rows, first_line, require_data, require_distinct
 from rlzoo.buffers.values import usable
-from rlzoo.errors import UserError
+from rlzoo.errors import UnreachableError, UserError
 from rlzoo.jobs.sources import SUFFIXES, data_files, is_pattern, kind_of_file
 
 GIVE = f"give a file ({', '.join(SUFFIXES)}), a folder of them, or a Hub id"
@@ -286,6 +286,8 @@ def _read_hub(name: str, split: str | None) -> datasets.Dataset:
     repo, _, config = name.partition(":")
     try:
         rows = datasets.load_dataset(repo, config or None, split=split)
+    except ConnectionError as error:
+        raise UnreachableError(_hub_message(repo, error)) from None
     except Exception as error:  # the Hub's client and its parsers raise many kinds, all about the named data set
         raise UserError(_hub_message(repo, error)) from None
     if isinstance(rows, datasets.DatasetDict):

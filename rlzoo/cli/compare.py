@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from rlzoo.cli import completion, options
 from rlzoo.errors import UserError
+
+if TYPE_CHECKING:
+    from rlzoo.config import Experiment
 
 
 def compare(
@@ -49,6 +52,14 @@ def compare(
         str | None,
         options.running(metavar="HOST:PORT", help="Ray cluster to use. Default: a new one on this machine."),
     ] = None,
+    dry_run: Annotated[
+        bool,
+        options.running(
+            "--dry-run",
+            help="Check everything that can be checked without weights and without a connection, and show what would "
+            "run and what it would cost.",
+        ),
+    ] = False,
     trust_remote_code: options.Trust = False,
 ) -> int:
     """Train every algorithm on every seed from one base model and one buffer, evaluate, and report.
@@ -58,6 +69,8 @@ def compare(
       rlzoo compare arithmetic --algorithms sft,dft,my.py:Mine --seeds 0,1,2
       rlzoo compare arithmetic --set training.steps=40 --set evaluation.samples=8
       rlzoo compare my.yaml --learning-rates 1e-5,5e-5 --executor ray
+      rlzoo compare paper/offline-rl --dry-run
+      rlzoo compare paper/offline-rl --twin
     """
     from rich.console import Console
 
@@ -78,6 +91,8 @@ def compare(
         limit=limit, train_limit=train_limit, test_limit=test_limit,
         rollout_samples=rollout_samples, samples=samples, k=k, twin=twin,
     )  # fmt: skip
+    if dry_run:
+        return _show_dry_run(chosen)
     folder = out or where(chosen, threads)
     results = compare(chosen, folder, workers, threads, executor=executor, address=address)
     console = Console(quiet=not is_main(), highlight=False, markup=False)
@@ -86,3 +101,19 @@ def compare(
     if failed := len(results["failed"]):
         console.print(f"{counted(failed, 'cell')} failed: the report says why; the same command retries them")
     return 1 if failed else 0
+
+
+def _show_dry_run(experiment: Experiment) -> int:
+    from rich.console import Console
+
+    from rlzoo.cli.tables import show
+    from rlzoo.comparison.dry_run import dry_run, tables_of
+    from rlzoo.jobs.pool import silence
+
+    silence()
+    console = Console(highlight=False, markup=False)
+    tables, lines = tables_of(dry_run(experiment))
+    show(console, tables)
+    for line in lines:
+        console.print(line, soft_wrap=True)
+    return 0

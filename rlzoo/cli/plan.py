@@ -60,8 +60,8 @@ def plan(
 
     from rlzoo.cli.settings import experiment_of, prepare
     from rlzoo.cli.tables import show
+    from rlzoo.comparison.dry_run import unchecked
     from rlzoo.comparison.planning import planned, tables_of
-    from rlzoo.comparison.resolve import check
     from rlzoo.jobs.pool import silence
 
     prepare(threads, trust_remote_code)
@@ -71,7 +71,7 @@ def plan(
         model=model, data=data, test_data=test_data, limit=limit, rollout_samples=rollout_samples, samples=samples,
         twin=twin,
     )  # fmt: skip
-    check(chosen)
+    missing = unchecked(chosen)
     silence()
     found = planned(chosen, gpu, pilot, workers)
     if as_json:
@@ -80,6 +80,6 @@ def plan(
     console = Console(highlight=False, markup=False)
     tables, lines = tables_of(found)
     show(console, tables)
-    for line in lines:
+    for line in [*lines, *([f"not on this machine, and so not checked: {', '.join(missing)}"] if missing else [])]:
         console.print(line, soft_wrap=True)
     return 0

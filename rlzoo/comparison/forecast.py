@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import math
-import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
@@ -17,9 +16,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from rlzoo.buffers.problems import EncodedProblem, demonstrations, encode_problems, load_problems
 from rlzoo.comparison.plan import cells, sampling_seeds
 from rlzoo.comparison.resolve import learns_from_samples, objective_of, views_of
+from rlzoo.comparison.sizes import Lengths, lengths_of, size_of, worked_in
 from rlzoo.config import WARM_UP, Experiment, Training
 from rlzoo.inputs import Stage
 from rlzoo.objective import Objective
@@ -30,26 +29,6 @@ from rlzoo.training import Costs, stored_inputs
 from rlzoo.training.batches import shares
 from rlzoo.training.schedule import check_budget
 from rlzoo.types import Trajectory, Unit, selector_of
-
-READ = 256
-"""The number of problems whose lengths are averaged."""
-
-
-@dataclass(frozen=True)
-class Lengths:
-    """Mean lengths in tokens."""
-
-    prompt: float
-    demonstration: float
-    """The length of a worked solution; 0 if there are none."""
-    sample: float
-    """The length of a sampled completion."""
-    assumed: str | None
-    """The assumption about the length of samples, in words; None if it was measured."""
-
-    def flops(self, model: Policy, completion: float) -> float:
-        """FLOPs of a forward pass on a prompt and a completion of ``completion`` tokens."""
-        return model.flops(1, 0) * (self.prompt + completion) + model.flops(0, 1) * completion
 
 
 @dataclass(frozen=True)
@@ -116,24 +95,27 @@ def forecast(experiment: Experiment, model: Policy, sample_tokens: float | None 
     """The costs of an experiment for a ``model``, which needs no weights (`rlzoo.policy.loading.load_shape`).
 
     ``sample_tokens`` is the mean length of a sample; None: the mean length of demonstrations or, without any, half of
-    ``max_new_tokens``. Raises UserError for problems that cannot be loaded.
+    ``max_new_tokens``. Sizes and lengths of data that is not on this machine are assumed (`rlzoo.comparison.sizes`).
+    Raises UserError for problems that cannot be loaded, or whose number is not known.
     """
-    train = load_problems(experiment.train)
-    lengths = _lengths(experiment, model, train, sample_tokens)
+    size, worked = size_of(experiment.train), worked_in(experiment.train)
+    lengths = lengths_of(experiment, model, sample_tokens)
     offline = [name for name, row in experiment.single_rows.items() if row.mode == "offline"]
     sampled = any(learns_from_samples(views_of(experiment, name)) for name in offline)
-    prompts = min(len(train), experiment.rollouts.prompts or len(train)) if sampled else 0
+    prompts = min(size, experiment.rollouts.prompts or size) if sampled else 0
     samples = prompts * experiment.rollouts.samples * len(sampling_seeds(experiment))
     tests = _tests(experiment, lengths)
     shared_flops = samples * lengths.flops(model, lengths.sample)
     stored = stored_inputs(objective_of(experiment, name) for name in offline)
-    worked = sum(len(problem.solutions) for problem in train)
     demonstrated = worked * lengths.flops(model, lengths.demonstration)
     shared_flops += len(stored) * (shared_flops + demonstrated * len(sampling_seeds(experiment)))
     count = dict.fromkeys(experiment.algorithms, 0)
     for cell in cells(experiment):
         count[cell.algorithm] += 1
-    buffer = _Shared(prompts * experiment.rollouts.samples, worked)
+    buffer = _Shared(prompts * experiment.rollouts.samples, worked, size)
+    if sampled and any(experiment.training_of(name).epochs is not None for name in offline):
+        told = "every sample of the base is learned from in an epoch, correct or not"
+        lengths = replace(lengths, assumed="; ".join(filter(None, (lengths.assumed, told))))
     rows = tuple(_rows(experiment, name, model, lengths, count[name], tests, buffer) for name in experiment.algorithms)
     return Forecast(
         rows,
@@ -150,23 +132,11 @@ def forecast(experiment: Experiment, model: Policy, sample_tokens: float | None 
 def _warm_up(experiment: Experiment, model: Policy) -> RowForecast | None:
     if (alone := experiment.of_warm_up) is None:
         return None
-    train = load_problems(alone.train)
-    lengths = _lengths(alone, model, train, None)
-    shared = _Shared(0, sum(len(problem.solutions) for problem in train))
+    lengths = lengths_of(alone, model, None)
+    shared = _Shared(0, worked_in(alone.train), size_of(alone.train))
     row = _row(alone, WARM_UP, model, lengths, 1, _Tests(0.0, 0.0, 0.0), shared)
     stored = shared.costs(alone, WARM_UP, model, lengths).flops
     return replace(row, algorithm="warm-up", flops=row.flops + stored)
-
-
-def _lengths(experiment: Experiment, model: Policy, train: Sequence[Any], sample: float | None) -> Lengths:
-    encoded: Sequence[EncodedProblem] = encode_problems(model.tokenizer, train[:READ])
-    rows = demonstrations(model.tokenizer, train[:READ], experiment.training.max_completion_tokens)
-    shown = statistics.fmean(len(row.completion_ids) for row in rows) if rows else 0.0
-    most, assumed = experiment.rollouts.max_new_tokens, None
-    if sample is None:
-        sample = min(shown, most) if rows else most / 2
-        assumed = "the mean length of demonstrations" if rows else "half of max_new_tokens"
-    return Lengths(statistics.fmean(len(p.ids) for p in encoded), shown, sample, assumed)
 
 
 class _Tests(NamedTuple):
@@ -182,12 +152,12 @@ class _Tests(NamedTuple):
 
 def _tests(experiment: Experiment, lengths: Lengths) -> _Tests:
     settings = experiment.evaluation
-    sizes = [len(load_problems(one)) for one in experiment.benchmarks.values()]
-    kept = {name: len(load_problems(one)) for name, one in experiment.retention.items()}
+    sizes = [size_of(one) for one in experiment.benchmarks.values()]
+    kept = {name: size_of(one) for name, one in experiment.retention.items()}
     scored = sum(sizes) + sum(size for name, size in kept.items() if experiment.retention[name].is_scored)
     whole = scored * (settings.samples + 1)
     if settings.until_flat is not None and experiment.validation is not None:
-        sizes.append(len(load_problems(experiment.validation)))
+        sizes.append(size_of(experiment.validation))
     along = settings.curve_points * sum(min(size, settings.curve_problems) for size in sizes) * settings.curve_samples
     return _Tests(whole * lengths.sample, along * lengths.sample, sum(kept.values()) * settings.samples)
 
@@ -198,6 +168,8 @@ class _Shared:
 
     samples: int
     demonstrations: int
+    problems: int
+    """The number of training problems, from which online training samples."""
 
     def costs(self, experiment: Experiment, name: str, model: Policy, lengths: Lengths) -> Costs:
         """What a cell is charged for its part in the buffer, as `shared_buffer.costs_before` does."""
@@ -210,6 +182,17 @@ class _Shared:
             costs.flops = 2 * sampled
         costs.flops += self.scored(experiment, name, model, lengths)
         return costs
+
+    def batches(self, experiment: Experiment, name: str) -> float:
+        """The number of batches in an epoch of a cell, if it learns from all samples."""
+        views, per_prompt = views_of(experiment, name), experiment.rollouts.samples
+        online, found = experiment.algorithms[name].mode == "online", [1.0]
+        for (which, _), size in zip(views, shares(experiment.training_of(name).batch_size, len(views)), strict=True):
+            if not selector_of(which).is_sampled:
+                found.append(self.demonstrations / size)
+            else:
+                found.append(self.problems / max(1, size // per_prompt) if online else self.samples / size)
+        return max(found)
 
     def scored(self, experiment: Experiment, name: str, model: Policy, lengths: Lengths) -> float:
         """FLOPs of the stored inputs of a row."""
@@ -268,6 +251,7 @@ def _row(
 ) -> RowForecast:
     """The costs of one stage; ``rates`` is the number of learning rates that are tried."""
     settings, objective = experiment.training_of(name), objective_of(experiment, name)
+    settings = settings.in_steps(shared.batches(experiment, name))
     online = experiment.algorithms[name].mode == "online"
     policy = _Counted.of(model, settings, objective)
     micro = _CountedPasses()
@@ -299,7 +283,7 @@ def _row(
     batches = -(-steps // settings.updates_per_batch)
     whole, along, text = tests
     if rates > 1 and experiment.validation is not None:
-        validated = len(load_problems(experiment.validation)) * experiment.evaluation.samples * lengths.sample
+        validated = size_of(experiment.validation) * experiment.evaluation.samples * lengths.sample
         chosen = 1 / rates  # the fraction of cells that are evaluated on benchmarks
         whole, text = chosen * whole + validated, chosen * text
     return RowForecast(
@@ -336,7 +320,7 @@ class _Counted(Policy):
         """A copy of the model with the adapters and modules that training with ``objective`` adds."""
         made = cls(copy.deepcopy(model.model), model.tokenizer, model.name, model.compute)
         if settings.lora is not None:
-            made.add_lora(**settings.lora.model_dump())
+            made.add_lora(**settings.lora.model_dump(exclude={"load_in_4bit"}))
         made.attach(objective.requires)
         return made
 

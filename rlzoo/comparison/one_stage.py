@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -155,15 +155,18 @@ def _train(
     torch.manual_seed(stage.cell.seed)
     policy = load_for(stage.model, settings)
     objective, views = objective_of(experiment, name), views_of(experiment, name)
-    before = costs_before(experiment, name, shared)
-    rows: Buffer = buffer
-    if stage.number > 1 and stage.is_offline():  # the stored inputs of the shared buffer are the base model's
-        rows, _ = with_stored_inputs(buffer, [objective], policy, settings.token_budget, lambda share, what: None)
+    before, rows = costs_before(experiment, name, shared), cast(Buffer, buffer)
+    fresh = [selector_of(which).is_sampled and not stage.is_offline() for which, _ in views]
+    if stage.number > 1 and not all(fresh):  # the stored inputs of the shared buffer are the base model's
+        budget = settings.token_budget
+        rows, flops_of = with_stored_inputs(buffer, [objective], policy, budget, lambda share, what: None)
+        if not stage.is_offline():  # an offline row is charged for them already
+            before.flops += sum(flops_of.values())
     record, start = TrainingRecord(costs=before), costs_at(before)
     sources: list[Source] = []
     split = zip(views, shares(settings.batch_size, len(views)), seeds(views, stage.cell.seed), strict=True)
-    for (selection, options), size, own in split:
-        if selector_of(selection).is_sampled and not stage.is_offline():
+    for is_fresh, ((selection, options), size, own) in zip(fresh, split, strict=True):
+        if is_fresh:
             collect = collector_of(experiment, policy, settings, size, own)
             sources.append(FreshSource(collect, selection, **options))
         else:

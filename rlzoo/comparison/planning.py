@@ -12,17 +12,17 @@ import pyarrow.parquet as pq
 import rich.table
 import torch
 
-from rlzoo.buffers.problems import load_problems
 from rlzoo.comparison.forecast import forecast
 from rlzoo.comparison.outcomes import METRICS, benchmark_rows, difference_of, result_matrices
 from rlzoo.comparison.plan import cells
 from rlzoo.comparison.report.tables import amount, plain_table, points, seconds
-from rlzoo.comparison.speed import OF_SAMPLING, OF_TRAINING, card_of, measured_speed, speed_of_gpu
+from rlzoo.comparison.sizes import size_of
+from rlzoo.comparison.speed import OF_SAMPLING, OF_TRAINING, Speed, card_of, measured_speed, speed_of_gpu
 from rlzoo.comparison.statistics import SIGNIFICANT, smallest_difference
 from rlzoo.comparison.studies import list_studies, read_study, study_folder
 from rlzoo.config import BASE, WARM_UP, Experiment
 from rlzoo.document import Entry, Table
-from rlzoo.errors import UserError
+from rlzoo.errors import UnreachableError, UserError
 from rlzoo.jobs.pool import default_workers
 from rlzoo.policy.loading import load_shape
 
@@ -49,7 +49,7 @@ def planned(
         shape.compute = torch.bfloat16
     pilot = _committed(experiment) if pilot is None else pilot
     outcomes = None if pilot is None else _outcomes_of(pilot)
-    speed = measured_speed(experiment) if gpu is None else None
+    speed = _measured(experiment) if gpu is None else None
     known = speed.sample_tokens if speed is not None else None
     if outcomes is not None:
         known = statistics.fmean(benchmark_rows(outcomes)["length"].to_pylist())
@@ -77,6 +77,13 @@ def planned(
         "pilot": None if pilot is None else str(pilot),
         "smallest_differences": None if outcomes is None else detectable(experiment, outcomes, pilot),
     }
+
+
+def _measured(experiment: Experiment) -> Speed:
+    try:
+        return measured_speed(experiment)
+    except UnreachableError as error:
+        raise UserError(f"{error}; --gpu NAME estimates the time without them") from None
 
 
 def _committed(experiment: Experiment) -> Path | None:
@@ -109,7 +116,7 @@ def detectable(experiment: Experiment, outcomes: pa.Table, pilot: Path | None = 
     tests = max(len(experiment.algorithms) - 1, 1) * len(METRICS)
     rows: list[dict[str, Any]] = []
     for benchmark, source in experiment.benchmarks.items():
-        problems = len(load_problems(source))
+        problems = size_of(source)
         found = {name: m for (name, on, metric), m in matrices.items() if (on, metric) == (benchmark, "avg_at_k")}
         other = found.get(baseline)
         pairs = (
@@ -130,9 +137,9 @@ def detectable(experiment: Experiment, outcomes: pa.Table, pilot: Path | None = 
     return rows
 
 
-def tables_of(found: Mapping[str, Any]) -> tuple[list[rich.table.Table], list[str]]:
-    """The result of `planned` as tables and lines for the terminal."""
-    costs = Table(
+def costs_table(found: Mapping[str, Any]) -> Table:
+    """The costs per cell of each algorithm, from a `Forecast` as plain data."""
+    return Table(
         ["algorithm", "cells", "steps", "gradient tokens", "sampled tokens", "FLOPs", "memory"],
         [
             [
@@ -147,7 +154,11 @@ def tables_of(found: Mapping[str, Any]) -> tuple[list[rich.table.Table], list[st
             for row in [*([found["warm_up"]] if found["warm_up"] else []), *found["rows"]]
         ],
     )
-    tables = [plain_table(costs, "costs per cell, including its evaluation")]
+
+
+def tables_of(found: Mapping[str, Any]) -> tuple[list[rich.table.Table], list[str]]:
+    """The result of `planned` as tables and lines for the terminal."""
+    tables = [plain_table(costs_table(found), "costs per cell, including its evaluation")]
     if rows := found["smallest_differences"]:
         differences = Table(
             ["benchmark", "problems", "seeds", "corrected (points)", "alone (points)"],

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 
 import torch
 
-from rlzoo.buffers.problems import EncodedProblem, Problem, load_problems
+from rlzoo.buffers.problems import EncodedProblem, Problem, columns_in, load_problems
 from rlzoo.buffers.views import check_options
 from rlzoo.comparison.outcomes import OVERALL
-from rlzoo.config import BASE, WARM_UP, Experiment, load_experiment
+from rlzoo.config import BASE, WARM_UP, Benchmark, Experiment, ProblemSource, get_suite, load_experiment
 from rlzoo.errors import UserError, unknown
 from rlzoo.evaluation import Metric, metric_table
 from rlzoo.objective import Objective, get_objective, view_in_place
@@ -73,6 +74,14 @@ def learns_from_samples(views: Views) -> bool:
 
 def check(experiment: Experiment) -> None:
     """Check names, options, problems and the reward before a model is loaded. Raises UserError."""
+    check_names(experiment)
+    for place, source in sources_of(experiment).items():
+        check_source(experiment, place, source)
+    metrics_of(experiment)
+
+
+def check_names(experiment: Experiment) -> None:
+    """Check what needs no data: names, options, and the columns in prompts. Raises UserError."""
     try:
         json.dumps(experiment.model_dump(mode="json"))
     except (ValueError, TypeError):
@@ -91,14 +100,41 @@ def check(experiment: Experiment) -> None:
             raise UserError(f"{place}.{OVERALL}: this name stands for the mean in results; give the set another")
     if experiment.baseline is not None and experiment.baseline not in experiment.algorithms:
         raise unknown("baseline", experiment.baseline, experiment.algorithms)
-    for source in (experiment.train, experiment.validation):
-        if source is not None:
-            _try(reward_of(experiment), load_problems(source)[:2])
-    for name, source in {**experiment.benchmarks, **experiment.retention}.items():
-        problems = load_problems(source)[:2]
-        if source.is_scored:
-            _try(reward_of(experiment, benchmark=name), problems)
-    metrics_of(experiment)
+    for place, source in sources_of(experiment).items():
+        _check_columns(place, source)
+
+
+def sources_of(experiment: Experiment) -> dict[str, ProblemSource]:
+    """All problem sets of an experiment, by the name of their setting."""
+    found: dict[str, ProblemSource | None] = {"train": experiment.train, "validation": experiment.validation}
+    found[f"{WARM_UP}.train"] = None if experiment.warm_up is None else experiment.warm_up.train or experiment.train
+    found |= {f"benchmarks.{name}": source for name, source in experiment.benchmarks.items()}
+    found |= {f"retention.{name}": source for name, source in experiment.retention.items()}
+    return {place: source for place, source in found.items() if source is not None}
+
+
+def check_source(experiment: Experiment, place: str, source: ProblemSource) -> None:
+    """Read a problem set, and score empty completions of its first problems. Raises UserError."""
+    problems, (section, _, name) = load_problems(source), place.partition(".")
+    if section == WARM_UP:
+        if not any(problem.solutions for problem in problems):
+            raise UserError(f"{place}: its problems have no worked solutions: name their column (solution)")
+    elif not isinstance(source, Benchmark) or source.is_scored:
+        _try(reward_of(experiment, benchmark=name or None), problems[:2])
+
+
+def _check_columns(place: str, source: ProblemSource) -> None:
+    """Raise UserError for a malformed prompt, and for one with columns that the data set of a suite does not have."""
+    try:
+        named = columns_in(source.prompt) or [source.prompt]
+    except UserError as error:
+        raise UserError(f"{place}: {error}") from None
+    suite = get_suite(source.suite) if isinstance(source, Benchmark) and source.suite is not None else None
+    if suite is None or source.source != suite.settings["source"]:
+        return
+    for column in (*named, *source.columns.values()):
+        if re.split(r"[.\[]", column)[0] not in suite.fields:
+            raise unknown(f"column of {source.source} in {place}", column, suite.fields)
 
 
 def _check_counterpart(reference: str, objective: str, where: str) -> None:
@@ -147,8 +183,6 @@ def _check_warm_up(experiment: Experiment) -> None:
             f"{WARM_UP}.objective: {alone.algorithms[WARM_UP].objective!r} learns from samples, and a warm-up from "
             "demonstrations: name an objective such as sft"
         )
-    if not any(problem.solutions for problem in load_problems(alone.train)):
-        raise UserError(f"{WARM_UP}.train: its problems have no worked solutions: name their column (solution)")
 
 
 def _try(reward: Reward, problems: Sequence[Problem]) -> None:

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from huggingface_hub.errors import LocalEntryNotFoundError
 
-from rlzoo.config import Packing, Training
-from rlzoo.errors import UserError
+from rlzoo.config import Packing, Training, read_yaml
+from rlzoo.errors import UnreachableError, UserError
 from rlzoo.jobs.ranks import agreed, by_main, rank
 from rlzoo.policy import sharding
 from rlzoo.policy.adapters import adapters, merged, save_adapter
@@ -28,6 +29,8 @@ EMBEDDED = "embedded"
 REMOTE_CODE = "RLZOO_TRUST_REMOTE_CODE"
 """Set by the command-line flag, for this process and its children. A file cannot set it."""
 FIX = "give 'embedded', a folder that save_pretrained wrote, or a Hub id that this machine can reach"
+SHAPES = Path(__file__).parent / "shapes.yaml"
+"""Configurations of models, as far as costs depend on them."""
 DTYPES = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
@@ -105,14 +108,22 @@ def load_policy(
 def load_shape(name: str) -> Policy:
     """The policy without its weights, on the meta device, from its configuration and tokenizer: for estimates of costs.
 
-    Raises UserError as `load_policy` does.
+    A model that is not on this machine has the configuration of shapes.yaml, if that names it, and no tokenizer. Raises
+    UserError as `load_policy` does.
     """
-    from transformers import AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     where = _place(name)
-    with _explained(name):
-        tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=trusts_remote_code())
-    return Policy(_on_meta(name, where, torch.float32), tokenizer, name)
+    try:
+        with _explained(name):
+            tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=trusts_remote_code())
+        return Policy(_on_meta(name, where, torch.float32), tokenizer, name)
+    except UnreachableError:
+        if (known := read_yaml(SHAPES).get(name)) is None:
+            raise
+    config = AutoConfig.for_model(**known)
+    with torch.device("meta"):
+        return Policy(AutoModelForCausalLM.from_config(config, dtype=torch.float32), None, name)
 
 
 def _on_meta(name: str, where: str, dtype: torch.dtype, tied: bool | None = None) -> PreTrainedModel:
@@ -150,7 +161,8 @@ def _explained(name: str) -> Iterator[None]:
             problem = "brings code of its own: add --trust-remote-code if you trust its source"
             raise UserError(f"model {name!r} {problem}") from error
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise UserError(f"model {name!r} cannot be loaded ({reason.strip()[:160]}): {FIX}") from error
+        kind = UnreachableError if isinstance(error.__cause__, LocalEntryNotFoundError) else UserError
+        raise kind(f"model {name!r} cannot be loaded ({reason.strip()[:160]}): {FIX}") from error
 
 
 def _weights(name: str, where: str, dtype: torch.dtype, **quantised: Any) -> PreTrainedModel:
