@@ -1,6 +1,6 @@
 """When does DFT win? DFT - SFT over the base's competence × the styles demonstrated × the number of terms.
 
-    python -m rlzoo.worlds.recipe --out bases --save-at 800,1600,2400
+    python -m rlzoo.worlds.recipe --out bases --save-at 1200,1600,2400
     python -m rlzoo.experiments.dft_map --bases bases --runs runs/dft-map --out experiments/results/dft-map
 
 Each field of the map is a comparison of its own, the experiment ``dft-map`` with another base and other chain sums, in
@@ -33,7 +33,7 @@ from rlzoo.document.drawing import STYLE, WIDTH, standalone, to_svg
 from rlzoo.jobs.outputs import replacing, write_atomically
 from rlzoo.worlds.arithmetic import STYLES
 
-STEPS = (800, 1600, 2400, 3200)
+STEPS = (1200, 1600, 2400, 3200)
 """Steps of the base's recipe; the last is the embedded base itself."""
 NUMBERS = {1: ("running",), 3: STYLES}
 """The styles among the demonstrations, by their number."""

@@ -9,12 +9,14 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from comparisons import inline_pool
 
 from rlzoo.buffers.problems import load_problems
 from rlzoo.comparison import runner
 from rlzoo.comparison.statistics import p_value
+from rlzoo.comparison.studies import STUDIES
 from rlzoo.config import Experiment, load_experiment
 from rlzoo.experiments import dft_map
 from rlzoo.experiments.dft_map import Field
@@ -23,7 +25,7 @@ from rlzoo.experiments.dft_map import Field
 def test_the_corners_come_first_and_fields_differ_only_where_they_say() -> None:
     every = dft_map.fields()
     assert len({field.name for field in every}) == len(every) == 24
-    assert {(f.steps, f.terms) for f in every[:8]} == {(s, t) for s in (800, 3200) for t in (2, 4)}
+    assert {(f.steps, f.terms) for f in every[:8]} == {(s, t) for s in (1200, 3200) for t in (2, 4)}
     one, three = (Field(1600, styles, 4).experiment(Path("bases")) for styles in (1, 3))
     assert one.model == "bases/step-1600" and Field(3200, 1, 2).experiment(Path("bases")).model == "embedded"
     alike = {"name", "train", "benchmarks"}
@@ -62,7 +64,7 @@ HIGH = {"base": [[True] * 4], "sft": [[True, True, True, True]] * 2, "dft": [[Tr
 
 
 def test_differences_and_effects_are_those_of_the_outcomes() -> None:
-    fields = {Field(800, 1, 2): LOW, Field(800, 3, 2): HIGH}
+    fields = {Field(1200, 1, 2): LOW, Field(1200, 3, 2): HIGH}
     rows = dft_map.differences(outcomes_of(fields))
     found = {(row["styles"], row["metric"]): row for row in rows}
     # low: SFT has 1 of 4 problems right and DFT 2 of 4; high: 4 of 4 and 2 of 4
@@ -105,3 +107,15 @@ def test_a_map_is_run_and_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert [row["metric"] for row in found["differences"]] == ["avg_at_k", "greedy"] * 2
     assert len(list((tmp_path / "runs").iterdir())) == 2 == len(found["validation"])
     assert sorted(path.name for path in (tmp_path / "map").iterdir()) == ["map.json", "map.svg", "outcomes.parquet"]
+
+
+@pytest.mark.parametrize(
+    "folder", sorted(path.parent for path in STUDIES.glob("*/map.json")), ids=lambda path: path.name
+)
+def test_a_committed_map_follows_from_its_outcomes(folder: Path) -> None:
+    found = json.loads((folder / "map.json").read_text(encoding="utf-8"))
+    outcomes = pq.read_table(folder / "outcomes.parquet")
+    for name, rows in (("differences", dft_map.differences(outcomes)), ("effects", dft_map.effects(outcomes))):
+        assert len(found[name]) == len(rows)
+        for kept, again in zip(found[name], rows, strict=True):
+            assert kept == pytest.approx(again)
