@@ -132,6 +132,39 @@ def test_a_key_that_is_there_twice_is_named_with_its_line(tmp_path: Path) -> Non
     assert read_yaml(file)["b"] == {"x": 3, "y": 2}, "what is laid over an anchor's keys is no repetition"
 
 
+def test_a_file_extends_another_as_set_would(tmp_path: Path) -> None:
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "base.yaml").write_text(
+        "extends: facts\ndescription: A base.\ntraining.steps: 7\ntwin: {training.steps: 2, seeds: [5]}\n"
+    )
+    own = tmp_path / "sub" / "own.yaml"
+    own.write_text("extends: ../base.yaml\nalgorithms: {sft: {}}\nretention: {}\ntwin: {training.steps: 1}\n")
+    plain, made = load_experiment("facts"), load_experiment(str(own))
+    assert made.training == plain.training.model_copy(update={"steps": 7})
+    assert list(made.algorithms) == ["sft"] and made.benchmarks == plain.benchmarks
+    assert (made.name, made.description) == ("own", ""), "a description is that of one file"
+    twin = load_experiment(str(own), {"training.batch_size": 3}, twin=True)
+    assert (twin.name, twin.training.steps, twin.training.batch_size, twin.seeds) == ("own-twin", 1, 3, (5,))
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("extends: fatcs", r"own\.yaml: extends: unknown experiment 'fatcs': did you mean 'facts'\?"),
+        ("extends: missing.yaml", r"own\.yaml: extends: experiment file '.*missing\.yaml' cannot be read"),
+        ("extends: own.yaml", r"own\.yaml: extends: this file extends itself through 'own\.yaml'"),
+        ("extends: [facts]", r"own\.yaml: extends = \['facts'\]: give the name or the file of an experiment"),
+        ("extends: facts\ntwin: 3", r"own\.yaml: twin = 3: give a mapping of settings"),
+        ("extends: facts\ntraining.stepz: 3", r"own\.yaml 'stepz': did you mean 'steps'\?"),
+    ],
+)
+def test_a_file_that_cannot_extend_another_says_why(text: str, told: str, tmp_path: Path) -> None:
+    (tmp_path / "own.yaml").write_text(text)
+    with pytest.raises(UserError, match=told) as error:
+        load_experiment(str(tmp_path / "own.yaml"))
+    assert "\n" not in str(error.value)
+
+
 def test_a_missing_setting_is_named() -> None:
     with pytest.raises(UserError, match=r"^here: model: Field required$"):
         validated(Experiment, {"name": "x"}, "here")

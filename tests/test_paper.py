@@ -16,6 +16,7 @@ from rlzoo.cli import main
 from rlzoo.comparison import runner
 from rlzoo.comparison.report.reported import MEAN, reported
 from rlzoo.comparison.report.schema import read_run
+from rlzoo.comparison.report.tables import seconds
 from rlzoo.config import (
     BASE,
     Benchmark,
@@ -242,6 +243,11 @@ def test_the_command_line_runs_a_twin(command: str, monkeypatch: pytest.MonkeyPa
 # Dry runs
 
 
+@pytest.fixture(autouse=True)
+def wide_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+
+
 @pytest.mark.parametrize("name", sorted(list_experiments()))
 def test_every_experiment_resolves_without_weights_or_a_connection(
     name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
@@ -250,7 +256,6 @@ def test_every_experiment_resolves_without_weights_or_a_connection(
         raise AssertionError("a dry run loads no weights")
 
     monkeypatch.setattr("rlzoo.policy.loading._weights", refused)
-    monkeypatch.setenv("COLUMNS", "200")
     experiment = load_experiment(name)
     if any(not Path(one.source).exists() for one in [experiment.train] if one.source.endswith(".jsonl")):
         pytest.skip("its data is made by a script")
@@ -291,6 +296,13 @@ def test_a_dry_run_names_what_is_wrong(change: str, told: str, capsys: pytest.Ca
     assert told in said and "\n" not in said
 
 
+def test_a_dry_run_shows_the_stages_of_a_row(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = "algorithms={sft: {}, grpo: {mode: online}, both: {stages: [sft, grpo]}}"
+    assert main(["compare", "arithmetic", "--dry-run", "--set", rows]) == 0
+    (row,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith(" both ") and "→" in line)
+    assert "sft → grpo" in row and "demonstrations → groups" in row
+
+
 def test_a_dry_run_renders_prompts_that_are_here(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The embedded tokenizer has no chat template."""
     changes = ["--set", "model=embedded", "--set", "train={source: 'world:arithmetic/train', chat: true}"]
@@ -318,3 +330,37 @@ def test_a_plan_without_a_connection_says_what_it_assumes(capsys: pytest.Capture
     assert "not on this machine, and so not checked: the data set AI-MO/NuminaMath-CoT" in told
     assert main(["plan", "paper/qwen2.5-math-1.5b"]) == 2
     assert "--gpu NAME estimates the time without" in capsys.readouterr().err
+
+
+# The documentation
+
+DOCS = Path(__file__).parents[1] / "docs"
+
+
+def test_the_documented_suites_are_those_that_there_are() -> None:
+    text = (DOCS / "data.md").read_text(encoding="utf-8")
+    table = text.partition("| suite |")[2].partition("\n\n")[0].splitlines()[2:]
+    assert table == [
+        f"| `{name}` | {one.problems:,} | `{one.settings['source']}`, {one.settings['split']} | {one.licence} |"
+        for name, one in list_suites().items()
+    ]
+
+
+@pytest.mark.parametrize("name", ["paper/qwen2.5-math-1.5b", "paper/offline-rl"])
+def test_the_documented_costs_are_those_of_the_plan(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    command = f"rlzoo plan {name} --gpu h100 --seeds 0"
+    assert main([*command.split()[1:], "--json"]) == 0
+    took = seconds(json.loads(capsys.readouterr().out)["seconds"])
+    text = " ".join((DOCS / "paper.md").read_text(encoding="utf-8").split())
+    assert text.partition(f"`{command}`")[2].removeprefix(" estimates").strip().startswith(took), took
+
+
+def test_the_documented_experiment_extends_another(tmp_path: Path) -> None:
+    blocks = (DOCS / "paper.md").read_text(encoding="utf-8").split("```yaml\n")[1:]
+    (tmp_path / "mine.yaml").write_text(blocks[1].partition("```")[0] + blocks[0].partition("```")[0])
+    mine, plain = load_experiment(str(tmp_path / "mine.yaml")), load_experiment("paper/qwen2.5-math-1.5b")
+    assert (mine.name, mine.model, mine.training.learning_rate) == ("mine", plain.model, 2.5e-5)
+    assert list(mine.algorithms) == ["sft", "dft"] and mine.training.epochs == 1
+    assert mine.reported is not None and mine.reported.results == {"base": {"mean": 15.92}, "sft": {"mean": 16.87}}
+    twin = load_experiment(str(tmp_path / "mine.yaml"), twin=True)
+    assert (twin.model, twin.training.learning_rate, twin.training.batch_size) == ("embedded", 1e-4, 64)

@@ -87,6 +87,8 @@ def test_probabilities_of_improvement_by_hand() -> None:
     assert np.isnan(probability_of_improvement(one, one[:1])[1:]).all(), "one run says little about the next"
     two = probability_of_improvement(np.array([[0.3, 0.9]] * 3), np.array([[0.2, 1.0]] * 3))
     assert two.mean == 0.5, "the mean over benchmarks"
+    equal = probability_of_improvement(np.full((3, 1), 0.1 + 0.2), np.full((3, 1), 0.3))
+    assert equal.mean == 0.5 and 0.1 + 0.2 != 0.3, "equal but for rounding"
 
 
 def test_intervals_cover_as_they_say() -> None:

@@ -136,15 +136,18 @@ def tables_of(found: DryRun) -> tuple[list[rich.table.Table], list[str]]:
 
 
 def _row(experiment: Experiment, name: str, costs: Mapping[str, Any] | None) -> list[str]:
-    training, row = experiment.training_of(name), experiment.algorithms[name]
+    training = experiment.training_of(name)
     steps = f"{training.steps:,}"
     if training.epochs is not None:
         found = [] if costs is None else [f"{one['steps']:,}" for one in costs["rows"] if one["algorithm"] == name]
         steps = " = ".join([f"{training.epochs:g} epoch{'s' * (training.epochs != 1)}", *found])
-    views = ", ".join(name_of_view(which) for which, _ in resolve.views_of(experiment, name))
+    stages = experiment.stages_of(name)
+    objectives = [resolve.objective_of(experiment, one).name for one in stages]
+    views = [", ".join(name_of_view(which) for which, _ in resolve.views_of(experiment, one)) for one in stages]
+    modes = [experiment.algorithms[one].mode for one in stages]
     rates = ", ".join(rate(one) for one in experiment.learning_rates_of(name))
-    objective = resolve.objective_of(experiment, name).name
-    return [name, objective, views, row.mode, rates, steps, f"{training.batch_size:,}"]
+    told = [" → ".join(dict.fromkeys(some)) for some in (objectives, views, modes)]
+    return [name, *told, rates, steps, f"{training.batch_size:,}"]
 
 
 def _set(experiment: Experiment, place: str, source: ProblemSource, missing: set[str]) -> list[str]:

@@ -107,7 +107,7 @@ def probability_of_improvement(
 
     Sources: Agarwal et al., arXiv 2108.13264; Newcombe, Statistics in Medicine 25, 2006, p. 559 (method 5).
     """
-    a, b = np.asarray(one, dtype=np.float64)[:, None], np.asarray(other, dtype=np.float64)[None]
+    a, b = np.round(one, 12)[:, None], np.round(other, 12)[None]  # equal means may differ in rounding
     share = float(((a > b) + 0.5 * (a == b)).mean())
     m, n = len(one), len(other)
     if (max(m, n) if fixed else min(m, n)) < FEWEST_FOR_IMPROVEMENT:
