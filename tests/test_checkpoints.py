@@ -196,6 +196,7 @@ OTHER: dict[str, Any] = {
     "max_completion_tokens": 7, "special_tokens": "allow", "behaviour": "current",
     "dtype": "bfloat16-mixed", "lora": {"rank": 2}, "gradient_checkpointing": True, "on_nonfinite": "skip",
     "device": "cpu", "deterministic": True, "packing": "packed", "compile": False,
+    "max_length": 30, "chat_template": "other",
 }  # fmt: skip
 """Another value of each setting that decides what a run finds."""
 
@@ -203,7 +204,7 @@ OTHER: dict[str, Any] = {
 def test_the_checkpoints_of_another_run_are_refused(make_policy: MakePolicy, tmp_path: Path) -> None:
     with pytest.raises(StopError):
         trained(make_policy, "iw-sft", tmp_path, callback=stop_at(3))
-    free = {"token_budget", "checkpoint_seconds", "trackers"}
+    free = {"token_budget", "checkpoint_seconds", "trackers", "epochs"}  # epochs are steps by then
     assert OTHER.keys() | free == Training.model_fields.keys()
     for name, value in OTHER.items():
         settings = Training.model_validate({**EVERY.model_dump(), name: value})

@@ -234,7 +234,7 @@ def test_the_command_line_runs_a_twin(command: str, monkeypatch: pytest.MonkeyPa
         raise UserError("far enough")
 
     monkeypatch.setattr("rlzoo.comparison.runner.compare", stop)
-    monkeypatch.setattr("rlzoo.comparison.resolve.check", stop)
+    monkeypatch.setattr("rlzoo.comparison.dry_run.unchecked", stop)
     monkeypatch.setattr("rlzoo.variance.run.run_variance", stop)
     assert main([command, "paper/lora", "--twin", "--set", "seeds=[7]"]) == 2
     assert seen == [load_experiment("paper/lora", {"seeds": [7]}, twin=True)]

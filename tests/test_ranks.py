@@ -332,7 +332,7 @@ def test_the_command_line_under_a_launcher(tmp_path: Path) -> None:
         torch.testing.assert_close(two[key], one[key], rtol=1e-4, atol=1e-5)
     load_policy(str(tmp_path / "two"))
     small = ["--algorithms", "sft,rft", "--seeds", "0", "--steps", "2", "--limit", "4", "--samples", "2"]
-    small += ["--set", "warm_up.training.steps=2"]
+    small += ["--set", "warm_up={objective: sft, training: {steps: 2}}"]
     for out, extra in (("compared", DDP), ("sharded", FSDP)):
         launch(["-m", "rlzoo", "compare", "facts", *small, "--batch-size", "8", "--out", out], 2, tmp_path, extra)
     assert main(["compare", "facts", *small, "--batch-size", "8", "--out", str(tmp_path / "compared-by-one")]) == 0

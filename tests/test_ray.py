@@ -70,7 +70,8 @@ def test_a_node_that_dies_half_way_costs_nothing_but_time(cluster: Any, tmp_path
     for ours, theirs in zip(found["cells"], expected["cells"], strict=True):
         assert ours["metrics"] == theirs["metrics"]
         assert ours["training"] == theirs["training"]
-        assert ours["curve"] == theirs["curve"]
+        timeless = [[{**point, "seconds": 0.0} for point in one["curve"]] for one in (ours, theirs)]
+        assert timeless[0] == timeless[1]
     assert (tmp_path / "ray" / "outcomes.parquet").read_bytes() == (
         tmp_path / "local" / "outcomes.parquet"
     ).read_bytes()

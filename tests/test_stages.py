@@ -36,7 +36,9 @@ from rlzoo.training import Trainer, train
 from rlzoo.variance import run as variance
 from rlzoo.variance.run import VarianceSettings, run_variance
 
-WARM: dict[str, Any] = {"training": {"steps": 3, "batch_size": 4, "learning_rate": 1e-3}, "seed": 5}
+WARM: dict[str, Any] = {
+    "objective": "sft", "training": {"steps": 3, "batch_size": 4, "learning_rate": 1e-3}, "seed": 5,
+}  # fmt: skip
 ROWS: dict[str, Any] = {"sft": {}, "dpo": {"training": {"steps": 1}}}
 
 
@@ -149,7 +151,7 @@ def test_what_a_warm_up_does_is_a_setting(first: dict[str, Any], second: dict[st
 @pytest.mark.parametrize("lora", [None, {"rank": 4}], ids=["whole", "adapters"])
 def test_a_warm_up_trains_all_weights_unless_it_has_adapters_of_its_own(lora: Any, tmp_path: Path) -> None:
     training = {**WARM["training"], **({} if lora is None else {"lora": lora})}
-    experiment = small(ROWS, warm_up={"training": training}, training__lora={"rank": 2})
+    experiment = small(ROWS, warm_up={"objective": "sft", "training": training}, training__lora={"rank": 2})
     warm_up.warm_up(experiment, tmp_path, None, lambda share, detail: None)
     after = warm_up.after_warm_up(experiment, tmp_path)
     assert after.warm_up is None and after.training.lora is not None
@@ -195,7 +197,16 @@ def test_a_plan_counts_the_warm_up(tmp_path: Path, capsys: pytest.CaptureFixture
     assert plain.warm_up is None and found.warm_up is not None
     assert found.warm_up.gradient_tokens == pytest.approx(made["gradient_tokens"], rel=0.1)
     assert found.flops - plain.flops == found.warm_up.flops == pytest.approx(made["flops"], rel=0.1)
-    arguments = ["plan", "facts", "--gpu", "h100", "--limit", "4", "--set", "warm_up.training.steps=2"]
+    arguments = [
+        "plan",
+        "facts",
+        "--gpu",
+        "h100",
+        "--limit",
+        "4",
+        "--set",
+        "warm_up={objective: sft, training: {steps: 2}}",
+    ]
     assert cli.main(arguments) == 0
     told = " ".join(capsys.readouterr().out.split())
     assert "warm-up 1" in told and "in total, including the warm-up, the shared buffer" in told

@@ -44,6 +44,8 @@ class FakeServer(ThreadingHTTPServer):
         self.weights: list[dict[str, Any]] = []
         self.models: Any = {"data": [{"id": "the-model"}]}
         """None: there is no such page."""
+        self.most = 1000
+        """The largest max_tokens that it accepts."""
         self.lost = 0
         """Characters of each answer that do not arrive."""
         self.hangs = threading.Event()
@@ -72,7 +74,7 @@ class Handler(BaseHTTPRequestHandler):
                 self.connection.close()
                 return
         if self.path == "/v1/completions":
-            if content["max_tokens"] > 1000:
+            if content["max_tokens"] > self.server.most:
                 self.answer(400, {"error": "max_tokens is too large"})
                 return
             choices = []
@@ -199,8 +201,9 @@ def test_a_server_that_takes_no_weights(policy: Policy, server: FakeServer) -> N
 
 
 def test_a_server_that_refuses_or_is_not_there(policy: Policy, server: FakeServer) -> None:
+    server.most = 10
     with pytest.raises(UserError, match=r"answered 400 to /v1/completions: .*too large"):
-        VLLMServerSampler(policy, server.url).sample([[20]], Sampling(max_new_tokens=2000), seed=0)
+        VLLMServerSampler(policy, server.url).sample([[20]], Sampling(max_new_tokens=20), seed=0)
     for url, told in (("http://127.0.0.1:9", "cannot be reached"), ("nonsense", "http://"), ("file:///", "http://")):
         with pytest.raises(UserError, match=told):
             VLLMServerSampler(policy, url)

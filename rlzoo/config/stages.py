@@ -21,7 +21,7 @@ WARM_UP = "warm_up"
 class WarmUp(Strict):
     """A first stage, trained once on demonstrations, whose result is the base model of all cells."""
 
-    objective: str = "sft"
+    objective: str
     """An objective that learns from demonstrations: a registered name, ``module:Name`` or ``file.py:Name``."""
     options: Mapping[str, Any] = {}
     """The objective's hyper-parameters."""
