@@ -345,6 +345,43 @@ def otb(batch: TokenBatch, zero_tail: bool = False) -> Tensor:
     return total / token_count(batch)
 
 
+def luffy(batch: TokenBatch, gamma: float = 0.1, clip: float | None = None, scale_rewards: bool = False) -> Tensor:
+    """-(1/N) Σ of ρA or min(ρA, clip(ρ) A) for samples, A ρ/(ρ + γ) for demonstrations (arXiv 2504.14945)."""
+    advantages = group_advantages(batch.replace(reward=batch.outcome), divide=scale_rewards)
+    logp, behaviour = completions(batch, batch.logp), completions(batch, batch.behaviour_logp)
+    total = torch.zeros(())
+    for i, is_demonstration in enumerate(batch.from_demonstration.tolist()):
+        ratio = ratio_of(logp[i] - behaviour[i])
+        if is_demonstration:
+            gain = advantages[i] * ratio / (ratio + gamma)
+        elif clip is None:
+            gain = advantages[i] * ratio
+        else:
+            gain = asymmetric_gain(ratio, advantages[i], clip, clip)
+        total = total - gain.sum()
+    return total / token_count(batch)
+
+
+def pear(
+    batch: TokenBatch,
+    variant: str = "token",
+    gamma: float = 0.999,
+    log_ratio_min: float = -0.08,
+    log_ratio_max: float = 0.3,
+    log_weight_min: float = -10.0,
+    log_weight_max: float = 5.0,
+) -> Tensor:
+    """-(1/N) Σ sg(G_t) log p_t, G_t = γ^{n-t} Π_{s>t} clip(π/π_β), or Π_s (arXiv 2602.01058)."""
+    total = torch.zeros(())
+    for logp, author in zip(completions(batch, batch.logp), completions(batch, batch.behaviour_logp), strict=True):
+        ratios = [min(max(x, math.exp(log_ratio_min)), math.exp(log_ratio_max)) for x in (logp - author).exp().tolist()]
+        for t in range(len(ratios)):
+            weight = gamma ** (len(ratios) - 1 - t) * math.prod(ratios[t + 1 :])
+            weight = math.prod(ratios) if variant == "sequence" else weight
+            total = total - min(max(weight, math.exp(log_weight_min)), math.exp(log_weight_max)) * logp[t]
+    return total / token_count(batch)
+
+
 def power(batch: TokenBatch, alpha: float = 1.0, threshold: float = 0.0) -> Tensor:
     """The mean over the tokens with p_t ≥ τ of (1 - p_t^α)/α, or of -log p_t for α = 0 (arXiv 2510.00526)."""
     p = torch.cat(completions(batch, batch.logp)).exp()
@@ -605,6 +642,18 @@ CANONICAL: dict[str, list[Case]] = {
         case(idft),
         case(idft, strength=0.5, beta=2.0, gamma_min=0.5, gamma_max=1.5),
         Case(dft, {"strength": 0.0}),
+    ],
+    "pear": [
+        case(pear),
+        case(pear, log_ratio_min=-1.0, log_ratio_max=1.0, gamma=0.9),
+        case(pear, log_ratio_min=-1.0, log_ratio_max=1.0, log_weight_min=-1.0, log_weight_max=1.0),
+        case(pear, variant="sequence"),
+        Case(pear, {"demonstrator": "a/teacher"}),
+    ],
+    "luffy": [
+        case(luffy),
+        case(luffy, gamma=0.5, clip=0.2),
+        case(luffy, scale_rewards=True),
     ],
     "sft-q": [case(sft)],
     "simpo": [case(simpo), case(simpo, beta=0.7, gamma=0.0)],
