@@ -476,6 +476,54 @@ def floor_dft(batch: TokenBatch, floor: float = 0.1) -> Tensor:
     return -(weight * logp).sum() / token_count(batch)
 
 
+def weighted(batch: TokenBatch, weight: Callable[[Tensor], Tensor]) -> Tensor:
+    """-(1/N) Σ sg(w(p_t)) log p_t, for a weight that is a function of p alone."""
+    logp = torch.cat(completions(batch, batch.logp))
+    return -(weight(logp.detach().exp()) * logp).sum() / token_count(batch)
+
+
+def trsft(batch: TokenBatch, alpha: float = 0.1) -> Tensor:
+    """(1/N) Σ of -log p_t inside the trust region and of its tangent in p at α outside (arXiv 2512.17636)."""
+    p = torch.cat(completions(batch, batch.logp)).exp()
+    tangent = -math.log(alpha) - (p - alpha) / alpha
+    return torch.where(p < alpha, tangent, -p.log()).sum() / token_count(batch)
+
+
+def infosft(batch: TokenBatch, known: float = 0.93) -> Tensor:
+    """-(1/N) Σ sg(p relu(1 - logit p / logit P)) log p_t (arXiv 2605.14967)."""
+    return weighted(batch, lambda p: p * functional.relu(1 - p.logit() / math.log(known / (1 - known))))
+
+
+def chord(batch: TokenBatch) -> Tensor:
+    """-(1/N) Σ sg(p (1 - p)) log p_t (arXiv 2508.11408)."""
+    return weighted(batch, lambda p: p * (1 - p))
+
+
+def profit(batch: TokenBatch, threshold: float = 0.1) -> Tensor:
+    """-(1/N) Σ over the tokens with p_t ≥ τ of log p_t, N the number of all (arXiv 2601.09195, eq. 5)."""
+    logp = torch.cat(completions(batch, batch.logp))
+    return -logp[logp.exp() >= threshold].sum() / token_count(batch)
+
+
+def memft(batch: TokenBatch, threshold: float = 0.5) -> Tensor:
+    """The mean of -log p_t over the tokens with p_t < τ (arXiv 2605.30260, MemFT-OT)."""
+    logp = torch.cat(completions(batch, batch.logp))
+    kept = logp[logp.exp() < threshold]
+    return -kept.sum() / len(kept) if len(kept) else 0 * logp.sum()
+
+
+def idft(
+    batch: TokenBatch, strength: float = 1.0, beta: float = 1.0, gamma_min: float = 0.1, gamma_max: float = 2.0
+) -> Tensor:
+    """-(1/N) Σ sg(p^γ) log p_t, γ = 1 + λ (clip(e^{-(log p + H)/β}) - 1) (arXiv 2602.12222)."""
+    logp = torch.cat(completions(batch, batch.logp))
+    total = torch.zeros(())
+    for x, entropy in zip(logp, torch.cat(completions(batch, batch.inputs["entropy"])).tolist(), strict=True):
+        raw = min(max(math.exp(-(x.item() + entropy) / beta), gamma_min), gamma_max)
+        total = total - math.exp(x.item()) ** (1 + strength * (raw - 1)) * x
+    return total / token_count(batch)
+
+
 def deft(batch: TokenBatch) -> Tensor:
     """(1/N) Σ (1 - p_t^a_t)/a_t with a_t = Σ_v π_v² under a stop-gradient (arXiv 2602.11424)."""
     p = torch.cat(completions(batch, batch.logp)).exp()
@@ -513,6 +561,16 @@ def otr(
         logp = z.log_softmax(0)
         losses.append(-sum((1.0 if a == y else beta) * logp[a] for a in tokens) / samples)
     return torch.stack([torch.as_tensor(loss) for loss in losses]).mean()
+
+
+def gift(mask: Tensor, logits: Tensor, reference: Tensor, target: Tensor, beta: float = 20.0) -> Tensor:
+    """-(1/N) Σ Σ_v q(v) log π_θ(v), q ∝ π_ref(v) e^{β 1[v = y_t]} (arXiv 2601.09233)."""
+    losses = []
+    for row, t in mask.nonzero().tolist():
+        tilted = reference[row, t].softmax(0)
+        tilted[target[row, t]] *= math.exp(beta)
+        losses.append(-(tilted / tilted.sum() * logits[row, t].softmax(0).log()).sum())
+    return torch.stack(losses).mean()
 
 
 def paired_means(batch: TokenBatch) -> list[tuple[Tensor, Tensor]]:
@@ -662,6 +720,16 @@ CANONICAL: dict[str, list[Case]] = {
         Case(dft, {"floor": 0.0}),
         Case(sft, {"floor": 1.0}),
     ],
+    "trsft": [case(trsft), case(trsft, alpha=0.6), case(trsft, alpha=1.0)],
+    "infosft": [case(infosft), case(infosft, known=0.7)],
+    "chord": [case(chord)],
+    "profit": [case(profit), case(profit, threshold=0.6), Case(sft, {"threshold": 0.0})],
+    "memft": [case(memft), case(memft, threshold=0.3), Case(sft, {"threshold": 1.1})],
+    "idft": [
+        case(idft),
+        case(idft, strength=0.5, beta=2.0, gamma_min=0.5, gamma_max=1.5),
+        Case(dft, {"strength": 0.0}),
+    ],
     "sft-q": [case(sft)],
     "simpo": [case(simpo), case(simpo, beta=0.7, gamma=0.0)],
     "orpo": [case(orpo), case(orpo, lam=1.5)],
@@ -697,6 +765,7 @@ def logits_case(loss: Callable[..., Tensor], **options: Any) -> LogitsCase:
 
 CANONICAL_IN_LOGITS: dict[str, list[LogitsCase]] = {
     "asft": [logits_case(asft), logits_case(asft, kl_coefficient=0.7)],
+    "gift": [logits_case(gift), logits_case(gift, beta=1.0), logits_case(gift, beta=0.0)],
     "otr": [
         logits_case(otr, samples=16),
         logits_case(otr, samples=8, temperature=1.0, beta=-0.5),
