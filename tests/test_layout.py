@@ -23,6 +23,7 @@ LAYERS = (
     ("types",),
     ("advantages", "ratios", "inputs", "jobs", "reward"),
     ("objective", "document"),
+    ("preferences",),
     ("algorithms", "rewards"),
     ("policy",),
     ("buffers",),
