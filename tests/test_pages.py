@@ -45,7 +45,7 @@ def test_a_page_is_made_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]
         ("<!-- table: fact results-facts -->", "line 2: unknown study 'fact': did you mean 'facts'?"),
         (
             "<!-- table: facts results-facts; rows: sft, dtf -->",
-            "line 2: unknown row of the table 'dtf'",
+            "line 2: unknown row of the table 'dtf': did you mean 'dft'?",
         ),
         ("<!-- table: facts results-facts; columns: best -->", "line 2: unknown column of the table 'best'"),
         ("<!-- table: facts results-facts; row: sft -->", "line 2: unknown option of a marker 'row'"),
