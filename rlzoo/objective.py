@@ -96,9 +96,13 @@ class Objective:
     learns_from: ClassVar[WhichView] = Selection.DEMONSTRATIONS
     """The view of the buffer: a `Selection`, a view object, or a name."""
     couples: ClassVar[Coupling] = Coupling.NONE
-    normaliser: ClassVar[Normaliser] = Normaliser.PER_TOKEN
     source: ClassVar[str] = ""
     """The paper: ``arXiv 2508.05629``, or a DOI."""
+
+    @property
+    def normaliser(self) -> Normaliser:
+        """How per-token terms are reduced; where no option changes it, a class variable."""
+        return Normaliser.PER_TOKEN
 
     @property
     def requires(self) -> tuple[Input, ...]:
