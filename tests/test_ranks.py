@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import re
 import runpy
+import signal
 import socket
 import subprocess
 import sys
@@ -226,6 +227,60 @@ def test_all_processes_halve_their_work_where_the_memory_of_one_runs_out(
     (restarted,) = found_in(tmp_path, ["kto-hungry"]).values()
     check_same(restarted, alone["kto"])
     assert restarted[1]["budget"] == 24
+
+
+STOPPED = """
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+import torch
+from rlzoo import Coefficients, Objective, register
+
+@register
+@dataclass(frozen=True)
+class Stopped(Objective):
+    name: ClassVar[str] = "stopped-NUMBER"
+
+    def coefficients(self, batch):
+        signals = Path("signals")
+        if os.environ.get("RANK") == "1" and signals.exists():
+            for number in signals.read_text().split():
+                os.kill(os.getpid(), int(number))
+            signals.unlink()
+        return Coefficients(torch.ones_like(batch.logp))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("hears_interrupts")
+@pytest.mark.parametrize(
+    ("number", "status", "extra"), [(signal.SIGTERM, 143, FSDP), (signal.SIGINT, 130, DDP)], ids=["sharded", "whole"]
+)
+def test_a_signal_to_one_process_ends_all_after_a_checkpoint(
+    number: int, status: int, extra: Mapping[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
+) -> None:
+    """It comes twice, as from a terminal or a scheduler and then from the launcher."""
+    (tmp_path / "stopped.py").write_text(STOPPED.replace("NUMBER", str(status)))
+    (tmp_path / "signals").write_text(f"{number:d} {number:d}")
+    rows = [{"prompt": f"What is {i} + {i}?", "completion": f" {2 * i}"} for i in range(8)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command = ["train", "stopped.py:Stopped", "--buffer", "rows.jsonl", "--steps", "3", "--batch-size", "8"]
+    command += ["--out", "out"]
+    monkeypatch.chdir(tmp_path)
+
+    def run(rank: int) -> int:
+        os.environ |= extra
+        return main(command)
+
+    assert copies(run, 2) == [status, status]
+    told = capfd.readouterr().err
+    assert told.count("rlzoo: ") == 1
+    assert "rlzoo: interrupted; finished work is kept: the same command with --out out resumes there" in told
+    assert any(tmp_path.rglob("step-00000001.result"))
+    assert main(command) == 0
+    assert [row["step"] for row in json.loads((tmp_path / "out" / "training.json").read_text())["steps"]] == [1, 2, 3]
+    assert "step 1/3" not in capfd.readouterr().out
 
 
 class Sharded(torch.nn.Linear):

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from rlzoo.errors import UserError
+from rlzoo.jobs.restarts import group_options
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -29,7 +30,7 @@ def joined() -> Iterator[None]:
     """In this context, processes form the launcher's group: with NCCL on one GPU each, or else with gloo."""
     from accelerate import PartialState
 
-    PartialState(cpu=not torch.cuda.is_available())
+    PartialState(cpu=not torch.cuda.is_available(), **group_options())
     try:
         yield
     finally:

@@ -17,6 +17,7 @@ from rlzoo.config import Sampling
 from rlzoo.errors import UserError
 from rlzoo.jobs.memory import is_out_of_memory, release_memory
 from rlzoo.jobs.ranks import is_sharded, shared, world_size
+from rlzoo.jobs.restarts import restart_with, within_limit
 from rlzoo.policy import Policy
 from rlzoo.registry import Registry
 from rlzoo.rollout.decoding import Decoder, can_decode, padded
@@ -216,19 +217,22 @@ class TransformersSampler(Sampler):
         self.policy.eval()
         try:
             while left:
-                together = min(settings.batch_size, self._most or settings.batch_size)
+                together = within_limit("sequences", min(settings.batch_size, self._most or settings.batch_size))
                 batch = self._of_one_room(prompts, left[: max(1, together // copies)], settings)
                 try:
                     made = self._batch(prompts, batch, streams, min(copies, together), settings, greedy, seed)
                 except (RuntimeError, MemoryError) as error:
-                    if not is_out_of_memory(error) or is_sharded(self.policy):
+                    if not is_out_of_memory(error):
                         raise
                     if together == 1:
                         raise UserError(f"out of memory while sampling a single sequence: {error}") from None
+                    if is_sharded(self.policy):  # the others wait for this one
+                        restart_with("sequences", self._halved(together, len(batch) * copies))
+                        raise
                     made = None
                 if made is None:  # only here, because the error keeps the tensors that did not fit alive
                     release_memory()
-                    self._most = max(1, min(together, len(batch) * copies) // 2)
+                    self._most = self._halved(together, len(batch) * copies)
                     continue
                 results |= made
                 left = left[len(batch) :]
@@ -239,6 +243,11 @@ class TransformersSampler(Sampler):
         finally:
             self.policy.train(training)
         return [results[place] for place in places]
+
+    @staticmethod
+    def _halved(together: int, sampled: int) -> int:
+        """Half of a batch of ``sampled`` sequences, of at most ``together``."""
+        return max(1, min(together, sampled) // 2)
 
     def _of_one_room(self, prompts: Sequence[Sequence[int]], batch: Sequence[int], settings: Sampling) -> Sequence[int]:
         """The first of the prompts that can be sampled together: positions of a table end for all rows at once."""
