@@ -283,14 +283,6 @@ def test_a_signal_to_one_process_ends_all_after_a_checkpoint(
     assert "step 1/3" not in capfd.readouterr().out
 
 
-class Sharded(torch.nn.Linear):
-    """A layer one of whose weights looks like a shard."""
-
-    def __init__(self) -> None:
-        super().__init__(1, 1)
-        self.weight.full_tensor = lambda: self.weight  # type: ignore[attr-defined]
-
-
 def one_of_several(number: int, folder: Path) -> dict[str, Any]:
     """What a process that a launcher starts is told, by itself and by the others."""
     found: dict[str, Any] = {}
@@ -301,10 +293,7 @@ def one_of_several(number: int, folder: Path) -> dict[str, Any]:
 
     with ranks.joined():
         found["who"] = (ranks.rank(), ranks.world_size(), ranks.is_main())
-        found["squares"] = ranks.shared("abcdefg", squares, torch.nn.Linear(1, 1))
-        found["own"] = found["worked"]
-        found["squares of a sharded model"] = ranks.shared("abcdefg", squares, Sharded())
-        found["all of them"] = found["worked"]
+        found["squares"] = ranks.shared("abcdefg", squares)
         found["agreed"], found["gathered"] = ranks.agreed(10 * number), ranks.gathered(10 * number)
         found["summed"] = ranks.summed(torch.tensor([1.0, number])).tolist()
         with run_in(folder / "out", "train", {}) as run:
@@ -327,10 +316,7 @@ def test_what_the_processes_of_a_run_tell_each_other(tmp_path: Path) -> None:
         assert own == {
             "who": (number, 3, number == 0),
             "squares": [0, 1, 4, 9, 16, 25, 36],
-            "own": [*range(number, 7, 3)],
-            "worked": [*range(7)],
-            "squares of a sharded model": [0, 1, 4, 9, 16, 25, 36],
-            "all of them": [*range(7)],
+            "worked": [*range(number, 7, 3)],
             "agreed": 0,
             "gathered": [0, 10, 20],
             "summed": [3.0, 3.0],
@@ -347,7 +333,7 @@ def test_alone_a_process_is_all_of_them() -> None:
     value = torch.tensor([1.0])
     assert (ranks.rank(), ranks.world_size(), ranks.is_main()) == (0, 1, True)
     assert ranks.agreed(3) == 3 and ranks.gathered(3) == [3] and ranks.summed(value) is value
-    assert ranks.shared("ab", lambda places: places, torch.nn.Linear(1, 1)) == [0, 1]
+    assert ranks.shared("ab", lambda places: places) == [0, 1]
     ranks.barrier()
 
 
@@ -435,6 +421,10 @@ def test_processes_sample_and_evaluate_as_one(kind: str, tmp_path: Path) -> None
             assert alone["after a step"] != [row["completion_ids"] for row in alone["None"]["rows"]]
             for limit in ("60.0", "None"):
                 assert close(found[limit], alone[limit]), engine
+        if engine == "transformers":
+            passes, sequences = ([found["decoded"][what] for found in both] for what in ("passes", "sequences"))
+            assert sum(sequences) == alone["decoded"]["sequences"] and min(sequences) > max(sequences) / 2
+            assert (passes[0] == passes[1]) == (kind == "fsdp"), "a sharded model's processes run in step"
         if engine != "transformers":
             first, second = (sorted(found["engine"]["prompts"]) for found in both)
             every = sorted(alone["engine"]["prompts"])
