@@ -89,7 +89,7 @@ def run_variance(
     if world_size() > 1:
         raise UserError(
             "an analysis has worker processes of its own, with a whole model in each: start it without accelerate or "
-            "torchrun, with --workers 1 if memory is short, and with --set training.device=cpu if no GPU holds the model"
+            "torchrun, with --workers 1 if memory is short, and --set training.device=cpu if no GPU holds the model"
         )
     started = time.perf_counter()
     settings, console = settings or VarianceSettings(), console or Console(stderr=True)
