@@ -8,7 +8,8 @@ from collections.abc import Sequence
 
 import torch
 
-from rlzoo.buffers.problems import EncodedProblem, Problem, columns_in, load_problems
+from rlzoo.buffers.problems import EncodedProblem, Problem, load_problems
+from rlzoo.buffers.templates import columns_in
 from rlzoo.buffers.views import check_options
 from rlzoo.comparison.outcomes import OVERALL
 from rlzoo.config import BASE, WARM_UP, Benchmark, Experiment, ProblemSource, get_suite, load_experiment
