@@ -17,8 +17,8 @@ policy that filled the buffer: with a fixed buffer this is offline GRPO, with fr
 Options of later papers, each the paper's GRPO by default:
 
 - ``clip_high``: another ε above 1 (DAPO, arXiv 2503.14476).
-- ``scale``: ``group`` divides A by std_G, ``batch`` by the std of all rewards of the batch (arXiv 2508.08221; TRL's
-  scale_rewards), ``none`` by nothing (Dr. GRPO, arXiv 2503.20783).
+- ``scale_rewards``: ``group`` divides A by std_G, ``batch`` by the std of all rewards of the batch (arXiv 2508.08221),
+  ``none`` by nothing (Dr. GRPO, arXiv 2503.20783).
 - ``aggregation``: ``sequence`` as above; ``token``, the mean over all tokens of the step, those of groups with A = 0
   included (TRL's default, which it calls dapo; `dapo` leaves them out); ``constant``, the sum over each sequence over
   ``max_length``, then the mean over sequences (Dr. GRPO).
@@ -51,7 +51,7 @@ class GRPO(ClippedPolicyGradient):
 
     clip: float = 0.2
     clip_high: float | None = None
-    scale: Literal["group", "batch", "none"] = "group"
+    scale_rewards: Literal["group", "batch", "none"] = "group"
     aggregation: Literal["sequence", "token", "constant"] = "sequence"
     max_length: int = 256
     level: Literal["token", "sequence"] = "token"
@@ -78,9 +78,9 @@ class GRPO(ClippedPolicyGradient):
 
     def advantage(self, batch: TokenBatch) -> Tensor:
         reward, group = self.needed(batch, "reward", "group")
-        if self.scale == "none":
+        if self.scale_rewards == "none":
             return group_centred(reward, group, batch.dtype)
-        normalised = group_normalised if self.scale == "group" else batch_normalised
+        normalised = group_normalised if self.scale_rewards == "group" else batch_normalised
         return normalised(reward, group, dtype=batch.dtype)
 
     def coefficients(self, batch: TokenBatch) -> Coefficients:

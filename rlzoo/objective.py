@@ -338,9 +338,7 @@ def _check_requires(objective: Objective) -> None:
 
 def _check_truncated(objective: Objective) -> None:
     if objective.truncated != "keep" and is_composite(type(objective)):
-        raise UserError(
-            f"objective {objective.name!r} is a composite: give truncated to its components, in their options"
-        )
+        raise UserError(f"objective {objective.name!r} is a composite: give truncated to its components' options")
     if objective.truncated == "mask" and selector_of(objective.learns_from).unit is not Unit.GROUP:
         raise UserError(
             f"objective {objective.name!r} does not learn from groups, in which a masked completion's reward counts: "

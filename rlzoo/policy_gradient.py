@@ -81,8 +81,8 @@ class ClippedPolicyGradient(OffPolicyGradient):
         ratio = (token_ratio if level == "token" else sequence_ratio)(batch.logp, behaviour, batch.mask)
         values, loss, clipped = clipped_gradient(ratio, advantage, *self.bounds, self.delta)
         metrics = ratio_metrics(batch.logp, ratio, advantage, values, clipped)
-        if level == "sequence":  # its ratio is a geometric mean, and no importance weight
-            metrics = {"sequence_ratio": ratio, "clipped": metrics["clipped"]}
+        if level == "sequence":
+            metrics["sequence_ratio"] = metrics.pop("ratio")  # a geometric mean, and no importance weight
         return Coefficients(values / length, loss=loss / length, metrics=metrics)
 
     def coefficients(self, batch: TokenBatch) -> Coefficients:

@@ -107,21 +107,124 @@ def rft(batch: TokenBatch, threshold: float = 0.5) -> Tensor:
     return -torch.cat([logp if reward >= threshold else 0 * logp for logp, reward in rows]).sum() / token_count(batch)
 
 
-def dpo(batch: TokenBatch, beta: float = 0.1, variant: str = "sigmoid") -> Tensor:
-    """The mean over pairs of -log σ(βΔ), or max(0, 1 - βΔ), or (h̄ - 1/(2β))² (IPO, per-token means)."""
+def log_ratios_of_pairs(batch: TokenBatch) -> list[tuple[Tensor, Tensor]]:
+    """Of each pair: log π/π_ref of each token of the better completion, and of the worse one."""
     assert batch.chosen is not None and batch.partner is not None
     logp, reference = completions(batch, batch.logp), completions(batch, batch.reference_logp)
-    losses = []
-    for better in batch.chosen.nonzero().flatten().tolist():
-        worse = int(batch.partner[better])
-        gain, harm = logp[better] - reference[better], logp[worse] - reference[worse]
+    rows = [a - b for a, b in zip(logp, reference, strict=True)]
+    return [(rows[i], rows[int(batch.partner[i])]) for i in batch.chosen.nonzero().flatten().tolist()]
+
+
+def sums_of_pairs(batch: TokenBatch) -> list[tuple[Tensor, Tensor]]:
+    """Of each pair: Σ_t log π/π_ref of the better completion, and of the worse one."""
+    return [(gain.sum(), harm.sum()) for gain, harm in log_ratios_of_pairs(batch)]
+
+
+F_PRIME: Mapping[str, Callable[[Tensor, float], Tensor]] = {
+    "reverse_kl": lambda t, _: t.log(),
+    "forward_kl": lambda t, _: 1 - 1 / t,
+    "js": lambda t, _: (2 * t / (1 + t)).log(),
+    "alpha": lambda t, alpha: (t ** (alpha - 1) - 1) / (alpha - 1),
+}
+"""f'(t) of each divergence (arXiv 2309.16240, table 1, up to a constant)."""
+
+
+def dpo(
+    batch: TokenBatch,
+    beta: float = 0.1,
+    variant: str = "sigmoid",
+    label_smoothing: float = 0.0,
+    divergence: str = "reverse_kl",
+    divergence_alpha: float = 0.5,
+    sft_coefficient: float = 0.0,
+) -> Tensor:
+    """The mean over pairs of the loss of Δ, or of the difference h̄ of per-token means, and of the SFT term."""
+    log_sigmoid, losses, e = functional.logsigmoid, [], label_smoothing
+    for gain, harm in log_ratios_of_pairs(batch):
+        better, worse = (F_PRIME[divergence](x.sum().exp(), divergence_alpha) for x in (gain, harm))
+        if variant in ("ipo", "sigmoid_norm"):
+            better, worse = better / max(len(gain), 1), worse / max(len(harm), 1)
+        z = beta * (better - worse)
         if variant == "ipo":
-            mean_gap = gain.sum() / max(len(gain), 1) - harm.sum() / max(len(harm), 1)
-            losses.append((mean_gap - 1 / (2 * beta)) ** 2)
+            loss = (better - worse - 1 / (2 * beta)) ** 2
         elif variant == "hinge":
-            losses.append(functional.relu(1 - beta * (gain.sum() - harm.sum())))
+            loss = functional.relu(1 - z)
+        elif variant == "robust":
+            loss = (-(1 - e) * log_sigmoid(z) + e * log_sigmoid(-z)) / (1 - 2 * e)
         else:
-            losses.append(-functional.logsigmoid(beta * (gain.sum() - harm.sum())))
+            loss = -(1 - e) * log_sigmoid(z) - e * log_sigmoid(-z)
+        losses.append(loss)
+    loss = torch.stack(losses).mean()
+    if sft_coefficient:
+        loss = loss - sft_coefficient * torch.stack([better for better, _ in paired_means(batch)]).mean()
+    return loss
+
+
+def exo(batch: TokenBatch, beta: float = 0.1, label_smoothing: float = 1e-3) -> Tensor:
+    """The mean over pairs of KL(softmax(β log π/π_ref) ‖ (1-ε, ε)) (arXiv 2402.00856, eq. 16)."""
+    losses = []
+    for gain, harm in sums_of_pairs(batch):
+        q = (beta * torch.stack([gain, harm])).softmax(0)
+        label = torch.tensor([1 - label_smoothing, label_smoothing], dtype=q.dtype)
+        losses.append((q * (q / label).log()).sum())
+    return torch.stack(losses).mean()
+
+
+def nca(batch: TokenBatch, beta: float = 0.1) -> Tensor:
+    """The mean over pairs of -log σ(r⁺) - ½ log σ(-r⁺) - ½ log σ(-r⁻) (arXiv 2402.05369)."""
+    log_sigmoid = functional.logsigmoid
+    losses = [
+        -log_sigmoid(beta * a) - (log_sigmoid(-beta * a) + log_sigmoid(-beta * b)) / 2 for a, b in sums_of_pairs(batch)
+    ]
+    return torch.stack(losses).mean()
+
+
+def bco(batch: TokenBatch, beta: float = 0.1, shift: str = "mean") -> Tensor:
+    """The mean over pairs of -log σ(r⁺ - δ) - log σ(-(r⁻ - δ)), δ the mean of all r, or 0 (arXiv 2404.04656)."""
+    pairs = [(beta * gain, beta * harm) for gain, harm in sums_of_pairs(batch)]
+    delta = sum(float(a.detach() + b.detach()) for a, b in pairs) / (2 * len(pairs)) if shift == "mean" else 0.0
+    losses = [-functional.logsigmoid(a - delta) - functional.logsigmoid(delta - b) for a, b in pairs]
+    return torch.stack(losses).mean()
+
+
+def sppo(batch: TokenBatch, beta: float = 0.1) -> Tensor:
+    """The mean over pairs of the squared distances of log π/π_ref to ±η/2, η = 1/β (arXiv 2405.00675, eq. 4.7)."""
+    losses = [(gain - 0.5 / beta) ** 2 + (harm + 0.5 / beta) ** 2 for gain, harm in sums_of_pairs(batch)]
+    return torch.stack(losses).mean()
+
+
+def apo(batch: TokenBatch, beta: float = 0.1, variant: str = "zero") -> Tensor:
+    """The mean over pairs of -σ(r⁺) + σ(r⁻) + 1, or of σ(r⁺) - σ(r⁺ - r⁻) + 1 (arXiv 2408.06266, eq. 7 and 8)."""
+    losses = []
+    for gain, harm in sums_of_pairs(batch):
+        better, worse, both = (1 / (1 + (-beta * x).exp()) for x in (gain, harm, gain - harm))
+        losses.append(1 - better + worse if variant == "zero" else better + 1 - both)
+    return torch.stack(losses).mean()
+
+
+def aot(batch: TokenBatch, beta: float = 0.1, variant: str = "paired", label_smoothing: float = 0.0) -> Tensor:
+    """The mean over k of the logistic loss of the difference of k-th smallest values (arXiv 2406.05882)."""
+    if variant == "paired":
+        assert batch.chosen is not None and batch.partner is not None
+        rows = [(i, int(batch.partner[i])) for i in batch.chosen.nonzero().flatten().tolist()]
+        of_both = [completions(batch, values) for values in (batch.logp, batch.reference_logp)]
+        left, right = ([values[i].sum() - values[j].sum() for i, j in rows] for values in of_both)
+    else:
+        left, right = ([pair[side] for pair in sums_of_pairs(batch)] for side in (0, 1))
+    losses = []
+    for u, v in zip(sorted(left, key=float), sorted(right, key=float), strict=True):
+        z = beta * (u - v)
+        losses.append(-(1 - label_smoothing) * functional.logsigmoid(z) - label_smoothing * functional.logsigmoid(-z))
+    return torch.stack(losses).mean()
+
+
+def discopop(batch: TokenBatch, beta: float = 0.1, tau: float = 0.05) -> Tensor:
+    """The mean over pairs of (1-m) log(1 + e^-z) + m e^-z, m = σ(z/τ) (arXiv 2406.08414, eq. 5)."""
+    losses = []
+    for gain, harm in sums_of_pairs(batch):
+        z = beta * (gain - harm)
+        m = torch.sigmoid(z / tau)
+        losses.append((1 - m) * (1 + (-z).exp()).log() + m * (-z).exp())
     return torch.stack(losses).mean()
 
 
@@ -150,7 +253,7 @@ def grpo(
     kl_correction: bool = False,
     delta: float | None = None,
     clip_high: float | None = None,
-    scale: str = "group",
+    scale_rewards: str = "group",
     aggregation: str = "sequence",
     max_length: int = 256,
     level: str = "token",
@@ -158,7 +261,7 @@ def grpo(
 ) -> Tensor:
     """-(1/B) Σ_i (1/|y_i|) Σ_t [min(ρA, clip(ρ) A) - β k3] (arXiv 2402.03300, eq. 3 and 4); ρ k3 is of 2512.02556.
 
-    A is over the std of the batch, or nothing (``scale``); ρ is that of the sequence (``level``); and the sums are over
+    A is over the std of the batch, or nothing (``scale_rewards``); ρ is that of the sequence (``level``); and the sums are over
     all tokens, or a constant (``aggregation``).
     """
     assert batch.reward is not None and batch.group is not None
@@ -169,7 +272,7 @@ def grpo(
         peers = [r for r, g in zip(rewards, groups, strict=True) if g == group]
         deviation = statistics.stdev(peers) if len(peers) > 1 else 0.0
         scales = {"group": deviation + 1e-4, "batch": statistics.stdev(rewards) + 1e-4, "none": 1.0}
-        advantage = torch.full_like(logp[i], (rewards[i] - statistics.fmean(peers)) / scales[scale])
+        advantage = torch.full_like(logp[i], (rewards[i] - statistics.fmean(peers)) / scales[scale_rewards])
         log_ratio = logp[i] - behaviour[i]
         ratio = ratio_of(log_ratio if level == "token" else log_ratio.mean().expand_as(log_ratio))
         loss = -asymmetric_gain(ratio, advantage, clip, clip if clip_high is None else clip_high, delta)
@@ -527,6 +630,43 @@ def otb(batch: TokenBatch, zero_tail: bool = False) -> Tensor:
     return total / token_count(batch)
 
 
+def luffy(batch: TokenBatch, gamma: float = 0.1, clip: float | None = None, scale_rewards: bool = False) -> Tensor:
+    """-(1/N) Σ of ρA or min(ρA, clip(ρ) A) for samples, A ρ/(ρ + γ) for demonstrations (arXiv 2504.14945)."""
+    advantages = group_advantages(batch.replace(reward=batch.outcome), divide=scale_rewards)
+    logp, behaviour = completions(batch, batch.logp), completions(batch, batch.behaviour_logp)
+    total = torch.zeros(())
+    for i, is_demonstration in enumerate(batch.from_demonstration.tolist()):
+        ratio = ratio_of(logp[i] - behaviour[i])
+        if is_demonstration:
+            gain = advantages[i] * ratio / (ratio + gamma)
+        elif clip is None:
+            gain = advantages[i] * ratio
+        else:
+            gain = asymmetric_gain(ratio, advantages[i], clip, clip)
+        total = total - gain.sum()
+    return total / token_count(batch)
+
+
+def pear(
+    batch: TokenBatch,
+    variant: str = "token",
+    gamma: float = 0.999,
+    log_ratio_min: float = -0.08,
+    log_ratio_max: float = 0.3,
+    log_weight_min: float = -10.0,
+    log_weight_max: float = 5.0,
+) -> Tensor:
+    """-(1/N) Σ sg(G_t) log p_t, G_t = γ^{n-t} Π_{s>t} clip(π/π_β), or Π_s (arXiv 2602.01058)."""
+    total = torch.zeros(())
+    for logp, author in zip(completions(batch, batch.logp), completions(batch, batch.behaviour_logp), strict=True):
+        ratios = [min(max(x, math.exp(log_ratio_min)), math.exp(log_ratio_max)) for x in (logp - author).exp().tolist()]
+        for t in range(len(ratios)):
+            weight = gamma ** (len(ratios) - 1 - t) * math.prod(ratios[t + 1 :])
+            weight = math.prod(ratios) if variant == "sequence" else weight
+            total = total - min(max(weight, math.exp(log_weight_min)), math.exp(log_weight_max)) * logp[t]
+    return total / token_count(batch)
+
+
 def power(batch: TokenBatch, alpha: float = 1.0, threshold: float = 0.0) -> Tensor:
     """The mean over the tokens with p_t ≥ τ of (1 - p_t^α)/α, or of -log p_t for α = 0 (arXiv 2510.00526)."""
     p = torch.cat(completions(batch, batch.logp)).exp()
@@ -553,6 +693,54 @@ def floor_dft(batch: TokenBatch, floor: float = 0.1) -> Tensor:
     logp = torch.cat(completions(batch, batch.logp))
     weight = torch.maximum(logp.detach().exp(), torch.tensor(floor, dtype=logp.dtype))
     return -(weight * logp).sum() / token_count(batch)
+
+
+def weighted(batch: TokenBatch, weight: Callable[[Tensor], Tensor]) -> Tensor:
+    """-(1/N) Σ sg(w(p_t)) log p_t, for a weight that is a function of p alone."""
+    logp = torch.cat(completions(batch, batch.logp))
+    return -(weight(logp.detach().exp()) * logp).sum() / token_count(batch)
+
+
+def trsft(batch: TokenBatch, alpha: float = 0.1) -> Tensor:
+    """(1/N) Σ of -log p_t inside the trust region and of its tangent in p at α outside (arXiv 2512.17636)."""
+    p = torch.cat(completions(batch, batch.logp)).exp()
+    tangent = -math.log(alpha) - (p - alpha) / alpha
+    return torch.where(p < alpha, tangent, -p.log()).sum() / token_count(batch)
+
+
+def infosft(batch: TokenBatch, known: float = 0.93) -> Tensor:
+    """-(1/N) Σ sg(p relu(1 - logit p / logit P)) log p_t (arXiv 2605.14967)."""
+    return weighted(batch, lambda p: p * functional.relu(1 - p.logit() / math.log(known / (1 - known))))
+
+
+def chord(batch: TokenBatch) -> Tensor:
+    """-(1/N) Σ sg(p (1 - p)) log p_t (arXiv 2508.11408)."""
+    return weighted(batch, lambda p: p * (1 - p))
+
+
+def profit(batch: TokenBatch, threshold: float = 0.1) -> Tensor:
+    """-(1/N) Σ over the tokens with p_t ≥ τ of log p_t, N the number of all (arXiv 2601.09195, eq. 5)."""
+    logp = torch.cat(completions(batch, batch.logp))
+    return -logp[logp.exp() >= threshold].sum() / token_count(batch)
+
+
+def memft(batch: TokenBatch, threshold: float = 0.5) -> Tensor:
+    """The mean of -log p_t over the tokens with p_t < τ (arXiv 2605.30260, MemFT-OT)."""
+    logp = torch.cat(completions(batch, batch.logp))
+    kept = logp[logp.exp() < threshold]
+    return -kept.sum() / len(kept) if len(kept) else 0 * logp.sum()
+
+
+def idft(
+    batch: TokenBatch, strength: float = 1.0, beta: float = 1.0, gamma_min: float = 0.1, gamma_max: float = 2.0
+) -> Tensor:
+    """-(1/N) Σ sg(p^γ) log p_t, γ = 1 + λ (clip(e^{-(log p + H)/β}) - 1) (arXiv 2602.12222)."""
+    logp = torch.cat(completions(batch, batch.logp))
+    total = torch.zeros(())
+    for x, entropy in zip(logp, torch.cat(completions(batch, batch.inputs["entropy"])).tolist(), strict=True):
+        raw = min(max(math.exp(-(x.item() + entropy) / beta), gamma_min), gamma_max)
+        total = total - math.exp(x.item()) ** (1 + strength * (raw - 1)) * x
+    return total / token_count(batch)
 
 
 def deft(batch: TokenBatch) -> Tensor:
@@ -592,6 +780,16 @@ def otr(
         logp = z.log_softmax(0)
         losses.append(-sum((1.0 if a == y else beta) * logp[a] for a in tokens) / samples)
     return torch.stack([torch.as_tensor(loss) for loss in losses]).mean()
+
+
+def gift(mask: Tensor, logits: Tensor, reference: Tensor, target: Tensor, beta: float = 20.0) -> Tensor:
+    """-(1/N) Σ Σ_v q(v) log π_θ(v), q ∝ π_ref(v) e^{β 1[v = y_t]} (arXiv 2601.09233)."""
+    losses = []
+    for row, t in mask.nonzero().tolist():
+        tilted = reference[row, t].softmax(0)
+        tilted[target[row, t]] *= math.exp(beta)
+        losses.append(-(tilted / tilted.sum() * logits[row, t].softmax(0).log()).sum())
+    return torch.stack(losses).mean()
 
 
 def paired_means(batch: TokenBatch) -> list[tuple[Tensor, Tensor]]:
@@ -675,7 +873,28 @@ CANONICAL: dict[str, list[Case]] = {
         case(dpo, beta=0.7, variant="sigmoid"),
         case(dpo, beta=0.7, variant="hinge"),
         case(dpo, beta=0.7, variant="ipo"),
+        case(dpo, beta=0.7, variant="sigmoid_norm"),
+        case(dpo, beta=0.7, variant="robust", label_smoothing=0.1),
+        case(dpo, beta=0.7, label_smoothing=0.1),
+        case(dpo, beta=0.7, variant="sigmoid_norm", label_smoothing=0.2),
+        case(dpo, beta=0.7, divergence="forward_kl"),
+        case(dpo, beta=0.7, divergence="js"),
+        case(dpo, beta=0.7, divergence="alpha", divergence_alpha=0.3),
+        case(dpo, beta=0.7, variant="ipo", divergence="js", sft_coefficient=0.3),
+        case(dpo, sft_coefficient=2.0),
+        Case(dpo, {"pairing": "best_worst"}),
     ],
+    "exo": [case(exo), case(exo, beta=0.7, label_smoothing=0.2)],
+    "nca": [case(nca), case(nca, beta=0.7)],
+    "bco": [case(bco), case(bco, beta=0.7, shift="none")],
+    "sppo": [case(sppo), case(sppo, beta=0.7)],
+    "apo": [case(apo), case(apo, beta=0.7, variant="down")],
+    "aot": [
+        case(aot),
+        case(aot, beta=0.7, variant="unpaired"),
+        case(aot, beta=0.7, label_smoothing=0.2),
+    ],
+    "discopop": [case(discopop), case(discopop, beta=0.7, tau=0.3)],
     "ppo": [
         case(ppo),
         case(ppo, dual_clip=1.5),
@@ -691,8 +910,8 @@ CANONICAL: dict[str, list[Case]] = {
         case(grpo, clip=0.1, kl_coefficient=0.5),
         case(grpo, delta=1.4),
         case(grpo, kl_correction=True, kl_coefficient=0.5),
-        case(grpo, clip_high=0.28, scale="batch", aggregation="token"),
-        case(grpo, scale="none", aggregation="constant", max_length=7, kl_coefficient=0.5),
+        case(grpo, clip_high=0.28, scale_rewards="batch", aggregation="token"),
+        case(grpo, scale_rewards="none", aggregation="constant", max_length=7, kl_coefficient=0.5),
         case(grpo, level="sequence", clip=0.05, clip_high=0.1, kl_coefficient=0.5, kl_correction=True),
         case(grpo, kl_estimator="k1", kl_coefficient=0.5),
         case(grpo, kl_estimator="k2", kl_coefficient=0.5),
@@ -748,6 +967,28 @@ CANONICAL: dict[str, list[Case]] = {
         Case(dft, {"floor": 0.0}),
         Case(sft, {"floor": 1.0}),
     ],
+    "trsft": [case(trsft), case(trsft, alpha=0.6), case(trsft, alpha=1.0)],
+    "infosft": [case(infosft), case(infosft, known=0.7)],
+    "chord": [case(chord)],
+    "profit": [case(profit), case(profit, threshold=0.6), Case(sft, {"threshold": 0.0})],
+    "memft": [case(memft), case(memft, threshold=0.3), Case(sft, {"threshold": 1.1})],
+    "idft": [
+        case(idft),
+        case(idft, strength=0.5, beta=2.0, gamma_min=0.5, gamma_max=1.5),
+        Case(dft, {"strength": 0.0}),
+    ],
+    "pear": [
+        case(pear),
+        case(pear, log_ratio_min=-1.0, log_ratio_max=1.0, gamma=0.9),
+        case(pear, log_ratio_min=-1.0, log_ratio_max=1.0, log_weight_min=-1.0, log_weight_max=1.0),
+        case(pear, variant="sequence"),
+        Case(pear, {"demonstrator": "a/teacher"}),
+    ],
+    "luffy": [
+        case(luffy),
+        case(luffy, gamma=0.5, clip=0.2),
+        case(luffy, scale_rewards=True),
+    ],
     "sft-q": [case(sft)],
     "simpo": [case(simpo), case(simpo, beta=0.7, gamma=0.0)],
     "orpo": [case(orpo), case(orpo, lam=1.5)],
@@ -783,6 +1024,7 @@ def logits_case(loss: Callable[..., Tensor], **options: Any) -> LogitsCase:
 
 CANONICAL_IN_LOGITS: dict[str, list[LogitsCase]] = {
     "asft": [logits_case(asft), logits_case(asft, kl_coefficient=0.7)],
+    "gift": [logits_case(gift), logits_case(gift, beta=1.0), logits_case(gift, beta=0.0)],
     "otr": [
         logits_case(otr, samples=16),
         logits_case(otr, samples=8, temperature=1.0, beta=-0.5),

@@ -36,7 +36,7 @@ def varied(seed: int) -> TokenBatch:
 # GRPO's options
 
 SAME_AS_GRPO: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "dr-grpo": ({"max_length": 7}, {"scale": "none", "aggregation": "constant", "max_length": 7}),
+    "dr-grpo": ({"max_length": 7}, {"scale_rewards": "none", "aggregation": "constant", "max_length": 7}),
     "dapo": ({}, {"clip_high": 0.28, "aggregation": "token"}),
     "gspo": ({}, {"level": "sequence", "clip": 3e-4, "clip_high": 4e-4}),
 }

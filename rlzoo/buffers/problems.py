@@ -144,8 +144,9 @@ def _first(made: Iterator[tuple[str, Problem]], source: ProblemSource, bad: BadR
 
 def _as_asked(index: int, problem: Problem, source: ProblemSource) -> Problem:
     """A problem of a built-in task with the prompt and the columns that its source asks for."""
-    made = _problem(index, {"id": problem.id, "prompt": problem.prompt, **problem.columns}, source)
-    own = {name: value for name, value in made.columns.items() if name not in ("id", "prompt")}
+    row = {"id": problem.id, "prompt": problem.prompt, "solution": list(problem.solutions), **problem.columns}
+    made = _problem(index, row, source)
+    own = {name: value for name, value in made.columns.items() if name not in ("id", "prompt", "solution")}
     return replace(made, columns=own, solutions=made.solutions if source.solution else problem.solutions)
 
 
@@ -178,8 +179,9 @@ def _instructed(prompt: Any, system: str) -> list[Message]:
 
 
 def _solutions(row: Mapping[str, Any], column: str | None) -> tuple[str, ...]:
-    """The worked solutions in a column: one, or a list of them; none if it is null."""
-    found = None if column is None else find(row, column)
+    """The worked solutions in a column, or that a template makes of columns: one, or a list of them; none for null."""
+    named = columns_in(column) if column is not None else []
+    found = _each_filled(str(column), row, named) if named else None if column is None else find(row, column)
     solutions = [each for each in (found if isinstance(found, list) else [found]) if each is not None]
     for solution in solutions:
         if not isinstance(solution, (str, int, float)) or solution != solution:
@@ -205,8 +207,18 @@ def _rated(problem: Problem, column: str | None) -> Problem:
         ) from None
 
 
+def _each_filled(template: str, row: Mapping[str, Any], named: Sequence[str]) -> list[str]:
+    """What a template makes of a row: one text, one per element of the column that holds a list, or none for a null."""
+    values = {name: find(row, name) for name in named}
+    if any(value is None for value in values.values()):
+        return []
+    lists = [name for name, value in values.items() if isinstance(value, list)]
+    rows = [{**row, lists[0]: value} for value in values[lists[0]]] if lists else [row]
+    return [_filled(template, one) for one in rows]
+
+
 def _filled(template: str, row: Mapping[str, Any]) -> str:
-    """The prompt that a template makes of a row. Raises UserError for a value that is null or not text."""
+    """The text that a template makes of a row. Raises UserError for a value that is null or not text."""
     parts = []
     for text, name, spec, conversion in string.Formatter().parse(template):
         parts.append(text)
@@ -219,7 +231,7 @@ def _filled(template: str, row: Mapping[str, Any]) -> str:
         if value is None or isinstance(value, (list, dict)) or value in (math.inf, -math.inf) or value != value:
             what = str(value) if value in (math.inf, -math.inf) else kind_of(value)
             raise UserError(
-                f"column {name!r} is {what}, and the prompt needs text there: fill it in (with an empty text where "
+                f"column {name!r} is {what}, and the template needs text there: fill it in (with an empty text where "
                 "nothing is meant), or drop the row"
             )
         try:
@@ -230,13 +242,13 @@ def _filled(template: str, row: Mapping[str, Any]) -> str:
 
 
 def columns_in(template: str) -> list[str]:
-    """The columns that a prompt template names; none for a column's name."""
+    """The columns that a template of a prompt or a solution names; none for a column's name."""
     try:
         names = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
     except ValueError as error:
-        raise UserError(f"prompt {template!r}: {error}: write {{{{ and }}}} for braces that are text") from None
+        raise UserError(f"template {template!r}: {error}: write {{{{ and }}}} for braces that are text") from None
     if "" in names:
-        raise UserError(f"prompt {template!r} has {{}}: name a column in it, or write {{{{}}}} for text")
+        raise UserError(f"template {template!r} has {{}}: name a column in it, or write {{{{}}}} for text")
     return names
 
 

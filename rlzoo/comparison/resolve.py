@@ -127,6 +127,8 @@ def _check_columns(place: str, source: ProblemSource) -> None:
     """Raise UserError for a malformed prompt, and for one with columns that the data set of a suite does not have."""
     try:
         named = columns_in(source.prompt) or [source.prompt]
+        if source.solution is not None:
+            named += columns_in(source.solution) or [source.solution]
     except UserError as error:
         raise UserError(f"{place}: {error}") from None
     suite = get_suite(source.suite) if isinstance(source, Benchmark) and source.suite is not None else None
