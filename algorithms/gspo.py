@@ -18,7 +18,7 @@ import torch
 from rlzoo.advantages import group_normalised
 from rlzoo.inputs import Behaviour, Input
 from rlzoo.objective import Normaliser, Objective, register
-from rlzoo.ratios import check_upper_bound, clipped_gradient, sequence_ratio
+from rlzoo.ratios import check_upper_bound, clipped_gradient, ratio_metrics, sequence_ratio
 from rlzoo.types import Coefficients, Selection, TokenBatch
 
 
@@ -52,5 +52,6 @@ class GSPO(Objective):
         advantage, behaviour = self.needed(batch, "advantage", "behaviour_logp")
         ratio = sequence_ratio(batch.logp, behaviour, batch.mask)
         values, loss, clipped = clipped_gradient(ratio, advantage, self.clip_low, self.clip_high, self.delta)
-        metrics = {"sequence_ratio": ratio, "clipped": clipped.to(ratio.dtype)}  # s is not an importance weight
+        metrics = ratio_metrics(batch.logp, ratio, advantage, values, clipped)
+        metrics["sequence_ratio"] = metrics.pop("ratio")  # s is not an importance weight
         return Coefficients(values, loss=loss, metrics=metrics)

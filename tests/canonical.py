@@ -107,21 +107,124 @@ def rft(batch: TokenBatch, threshold: float = 0.5) -> Tensor:
     return -torch.cat([logp if reward >= threshold else 0 * logp for logp, reward in rows]).sum() / token_count(batch)
 
 
-def dpo(batch: TokenBatch, beta: float = 0.1, variant: str = "sigmoid") -> Tensor:
-    """The mean over pairs of -log σ(βΔ), or max(0, 1 - βΔ), or (h̄ - 1/(2β))² (IPO, per-token means)."""
+def log_ratios_of_pairs(batch: TokenBatch) -> list[tuple[Tensor, Tensor]]:
+    """Of each pair: log π/π_ref of each token of the better completion, and of the worse one."""
     assert batch.chosen is not None and batch.partner is not None
     logp, reference = completions(batch, batch.logp), completions(batch, batch.reference_logp)
-    losses = []
-    for better in batch.chosen.nonzero().flatten().tolist():
-        worse = int(batch.partner[better])
-        gain, harm = logp[better] - reference[better], logp[worse] - reference[worse]
+    rows = [a - b for a, b in zip(logp, reference, strict=True)]
+    return [(rows[i], rows[int(batch.partner[i])]) for i in batch.chosen.nonzero().flatten().tolist()]
+
+
+def sums_of_pairs(batch: TokenBatch) -> list[tuple[Tensor, Tensor]]:
+    """Of each pair: Σ_t log π/π_ref of the better completion, and of the worse one."""
+    return [(gain.sum(), harm.sum()) for gain, harm in log_ratios_of_pairs(batch)]
+
+
+F_PRIME: Mapping[str, Callable[[Tensor, float], Tensor]] = {
+    "reverse_kl": lambda t, _: t.log(),
+    "forward_kl": lambda t, _: 1 - 1 / t,
+    "js": lambda t, _: (2 * t / (1 + t)).log(),
+    "alpha": lambda t, alpha: (t ** (alpha - 1) - 1) / (alpha - 1),
+}
+"""f'(t) of each divergence (arXiv 2309.16240, table 1, up to a constant)."""
+
+
+def dpo(
+    batch: TokenBatch,
+    beta: float = 0.1,
+    variant: str = "sigmoid",
+    label_smoothing: float = 0.0,
+    divergence: str = "reverse_kl",
+    divergence_alpha: float = 0.5,
+    sft_coefficient: float = 0.0,
+) -> Tensor:
+    """The mean over pairs of the loss of Δ, or of the difference h̄ of per-token means, and of the SFT term."""
+    log_sigmoid, losses, e = functional.logsigmoid, [], label_smoothing
+    for gain, harm in log_ratios_of_pairs(batch):
+        better, worse = (F_PRIME[divergence](x.sum().exp(), divergence_alpha) for x in (gain, harm))
+        if variant in ("ipo", "sigmoid_norm"):
+            better, worse = better / max(len(gain), 1), worse / max(len(harm), 1)
+        z = beta * (better - worse)
         if variant == "ipo":
-            mean_gap = gain.sum() / max(len(gain), 1) - harm.sum() / max(len(harm), 1)
-            losses.append((mean_gap - 1 / (2 * beta)) ** 2)
+            loss = (better - worse - 1 / (2 * beta)) ** 2
         elif variant == "hinge":
-            losses.append(functional.relu(1 - beta * (gain.sum() - harm.sum())))
+            loss = functional.relu(1 - z)
+        elif variant == "robust":
+            loss = (-(1 - e) * log_sigmoid(z) + e * log_sigmoid(-z)) / (1 - 2 * e)
         else:
-            losses.append(-functional.logsigmoid(beta * (gain.sum() - harm.sum())))
+            loss = -(1 - e) * log_sigmoid(z) - e * log_sigmoid(-z)
+        losses.append(loss)
+    loss = torch.stack(losses).mean()
+    if sft_coefficient:
+        loss = loss - sft_coefficient * torch.stack([better for better, _ in paired_means(batch)]).mean()
+    return loss
+
+
+def exo(batch: TokenBatch, beta: float = 0.1, label_smoothing: float = 1e-3) -> Tensor:
+    """The mean over pairs of KL(softmax(β log π/π_ref) ‖ (1-ε, ε)) (arXiv 2402.00856, eq. 16)."""
+    losses = []
+    for gain, harm in sums_of_pairs(batch):
+        q = (beta * torch.stack([gain, harm])).softmax(0)
+        label = torch.tensor([1 - label_smoothing, label_smoothing], dtype=q.dtype)
+        losses.append((q * (q / label).log()).sum())
+    return torch.stack(losses).mean()
+
+
+def nca(batch: TokenBatch, beta: float = 0.1) -> Tensor:
+    """The mean over pairs of -log σ(r⁺) - ½ log σ(-r⁺) - ½ log σ(-r⁻) (arXiv 2402.05369)."""
+    log_sigmoid = functional.logsigmoid
+    losses = [
+        -log_sigmoid(beta * a) - (log_sigmoid(-beta * a) + log_sigmoid(-beta * b)) / 2 for a, b in sums_of_pairs(batch)
+    ]
+    return torch.stack(losses).mean()
+
+
+def bco(batch: TokenBatch, beta: float = 0.1, shift: str = "mean") -> Tensor:
+    """The mean over pairs of -log σ(r⁺ - δ) - log σ(-(r⁻ - δ)), δ the mean of all r, or 0 (arXiv 2404.04656)."""
+    pairs = [(beta * gain, beta * harm) for gain, harm in sums_of_pairs(batch)]
+    delta = sum(float(a.detach() + b.detach()) for a, b in pairs) / (2 * len(pairs)) if shift == "mean" else 0.0
+    losses = [-functional.logsigmoid(a - delta) - functional.logsigmoid(delta - b) for a, b in pairs]
+    return torch.stack(losses).mean()
+
+
+def sppo(batch: TokenBatch, beta: float = 0.1) -> Tensor:
+    """The mean over pairs of the squared distances of log π/π_ref to ±η/2, η = 1/β (arXiv 2405.00675, eq. 4.7)."""
+    losses = [(gain - 0.5 / beta) ** 2 + (harm + 0.5 / beta) ** 2 for gain, harm in sums_of_pairs(batch)]
+    return torch.stack(losses).mean()
+
+
+def apo(batch: TokenBatch, beta: float = 0.1, variant: str = "zero") -> Tensor:
+    """The mean over pairs of -σ(r⁺) + σ(r⁻) + 1, or of σ(r⁺) - σ(r⁺ - r⁻) + 1 (arXiv 2408.06266, eq. 7 and 8)."""
+    losses = []
+    for gain, harm in sums_of_pairs(batch):
+        better, worse, both = (1 / (1 + (-beta * x).exp()) for x in (gain, harm, gain - harm))
+        losses.append(1 - better + worse if variant == "zero" else better + 1 - both)
+    return torch.stack(losses).mean()
+
+
+def aot(batch: TokenBatch, beta: float = 0.1, variant: str = "paired", label_smoothing: float = 0.0) -> Tensor:
+    """The mean over k of the logistic loss of the difference of k-th smallest values (arXiv 2406.05882)."""
+    if variant == "paired":
+        assert batch.chosen is not None and batch.partner is not None
+        rows = [(i, int(batch.partner[i])) for i in batch.chosen.nonzero().flatten().tolist()]
+        of_both = [completions(batch, values) for values in (batch.logp, batch.reference_logp)]
+        left, right = ([values[i].sum() - values[j].sum() for i, j in rows] for values in of_both)
+    else:
+        left, right = ([pair[side] for pair in sums_of_pairs(batch)] for side in (0, 1))
+    losses = []
+    for u, v in zip(sorted(left, key=float), sorted(right, key=float), strict=True):
+        z = beta * (u - v)
+        losses.append(-(1 - label_smoothing) * functional.logsigmoid(z) - label_smoothing * functional.logsigmoid(-z))
+    return torch.stack(losses).mean()
+
+
+def discopop(batch: TokenBatch, beta: float = 0.1, tau: float = 0.05) -> Tensor:
+    """The mean over pairs of (1-m) log(1 + e^-z) + m e^-z, m = σ(z/τ) (arXiv 2406.08414, eq. 5)."""
+    losses = []
+    for gain, harm in sums_of_pairs(batch):
+        z = beta * (gain - harm)
+        m = torch.sigmoid(z / tau)
+        losses.append((1 - m) * (1 + (-z).exp()).log() + m * (-z).exp())
     return torch.stack(losses).mean()
 
 
@@ -588,7 +691,28 @@ CANONICAL: dict[str, list[Case]] = {
         case(dpo, beta=0.7, variant="sigmoid"),
         case(dpo, beta=0.7, variant="hinge"),
         case(dpo, beta=0.7, variant="ipo"),
+        case(dpo, beta=0.7, variant="sigmoid_norm"),
+        case(dpo, beta=0.7, variant="robust", label_smoothing=0.1),
+        case(dpo, beta=0.7, label_smoothing=0.1),
+        case(dpo, beta=0.7, variant="sigmoid_norm", label_smoothing=0.2),
+        case(dpo, beta=0.7, divergence="forward_kl"),
+        case(dpo, beta=0.7, divergence="js"),
+        case(dpo, beta=0.7, divergence="alpha", divergence_alpha=0.3),
+        case(dpo, beta=0.7, variant="ipo", divergence="js", sft_coefficient=0.3),
+        case(dpo, sft_coefficient=2.0),
+        Case(dpo, {"pairing": "best_worst"}),
     ],
+    "exo": [case(exo), case(exo, beta=0.7, label_smoothing=0.2)],
+    "nca": [case(nca), case(nca, beta=0.7)],
+    "bco": [case(bco), case(bco, beta=0.7, shift="none")],
+    "sppo": [case(sppo), case(sppo, beta=0.7)],
+    "apo": [case(apo), case(apo, beta=0.7, variant="down")],
+    "aot": [
+        case(aot),
+        case(aot, beta=0.7, variant="unpaired"),
+        case(aot, beta=0.7, label_smoothing=0.2),
+    ],
+    "discopop": [case(discopop), case(discopop, beta=0.7, tau=0.3)],
     "ppo": [
         case(ppo),
         case(ppo, dual_clip=1.5),

@@ -60,8 +60,8 @@ def test_fields_within_columns_have_dotted_names(tmp_path: Path) -> None:
         ({"columns": {"answer": "reward_model.gold"}}, "'reward_model' has: style, ground_truth"),
         ({"columns": {"answer": "prompt.0.content.x"}}, "'prompt.0.content' is a str"),
         ({"columns": {"answer": "gold"}}, "no column 'gold'; it has: prompt, reward_model"),
-        ({"prompt": "{choices}"}, "column 'choices' is a list, and the prompt needs text there"),
-        ({"prompt": "{inf}"}, "column 'inf' is inf, and the prompt needs text there"),
+        ({"prompt": "{choices}"}, "column 'choices' is a list, and the template needs text there"),
+        ({"prompt": "{inf}"}, "column 'inf' is inf, and the template needs text there"),
         ({"prompt": "{a.b:d}"}, "column 'a.b' cannot be shown as {a.b:d}"),
         ({"prompt": "a"}, "column 'a' is a dict: give text or a list of messages"),
         ({"solution": "reward_model"}, "column 'reward_model' holds a dict: give text"),
@@ -88,7 +88,7 @@ def test_a_prompt_is_never_none_or_blank(tmp_path: Path, chat: bool, prompt: str
 
 
 def test_a_template_names_its_columns(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"prompt 'Say \{\}' has \{\}: name a column in it"):
+    with pytest.raises(UserError, match=r"template 'Say \{\}' has \{\}: name a column in it"):
         load(written(tmp_path, {"q": "1"}), prompt="Say {}")
 
 

@@ -6,7 +6,9 @@ padded sequences, as its collators make them; our log-probs are a plain log-soft
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -26,7 +28,13 @@ trl = pytest.importorskip("trl", reason="the parity tests need trl 1.16")
 if not trl.__version__.startswith("1.16."):
     pytest.skip(f"the parity tests are written for trl 1.16, not {trl.__version__}", allow_module_level=True)
 
-from trl import DPOTrainer, GRPOTrainer, RLOOTrainer, SFTTrainer  # noqa: E402 - only once trl is known to be there
+from trl import (  # noqa: E402 - only once trl is known to be there
+    DPOConfig,
+    DPOTrainer,
+    GRPOTrainer,
+    RLOOTrainer,
+    SFTTrainer,
+)
 from trl.trainer.utils import add_fused_lm_head, nanstd  # noqa: E402
 
 VOCABULARY, ROWS, GROUP_SIZE = 64, 8, 4
@@ -140,18 +148,19 @@ def trl_sft(world: World, loss_type: str) -> Tensor:
     return loss
 
 
-def trl_dpo(world: World, loss_type: str, beta: float) -> Tensor:
+def trl_dpo(world: World, losses: Mapping[str, float], beta: float, **options: Any) -> Tensor:
+    """TRL's preference losses and their weights; ``options`` as in its `DPOConfig`."""
     this = trainer(
         world.policy,
         ref_model=world.reference,
-        args=SimpleNamespace(gradient_checkpointing_kwargs=None),
+        args=SimpleNamespace(gradient_checkpointing_kwargs=None, discopop_tau=options.pop("discopop_tau", 0.05)),
         ld_alpha=None,
         precompute_ref_logps=False,
-        f_divergence_type="reverse_kl",
-        loss_types=[loss_type],
-        loss_weights=[1.0],
+        loss_types=list(losses),
+        loss_weights=list(losses.values()),
         beta=beta,
         use_weighting=False,
+        **{"f_divergence_type": "reverse_kl", "label_smoothing": 0.0, **options},
     )
     loss: Tensor = DPOTrainer._compute_loss(this, world.policy, world.joined(), return_outputs=False)
     return loss
@@ -226,17 +235,59 @@ def test_supervised(world: World, name: str, loss_type: str) -> None:
     assert_parity(get_objective(name), world.batch(), world, trl_sft(world, loss_type))
 
 
+SMOOTHING = {"label_smoothing": 0.1}
+OF_PAIRS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "sigmoid": ("dpo", {}, {}),
+    "hinge": ("dpo", {"variant": "hinge"}, {}),
+    "ipo": ("dpo", {"variant": "ipo"}, {}),
+    "sigmoid_norm": ("dpo", {"variant": "sigmoid_norm"}, {}),
+    "robust": ("dpo", {"variant": "robust", **SMOOTHING}, SMOOTHING),
+    "exo_pair": ("exo", SMOOTHING, SMOOTHING),
+    "nca_pair": ("nca", {}, {}),
+    "bco_pair": ("bco", {"shift": "none"}, {}),
+    "sppo_hard": ("sppo", {}, {}),
+    "apo_zero": ("apo", {}, {}),
+    "apo_down": ("apo", {"variant": "down"}, {}),
+    "aot": ("aot", SMOOTHING, SMOOTHING),
+    "aot_unpaired": ("aot", {"variant": "unpaired", **SMOOTHING}, SMOOTHING),
+    "discopop": ("discopop", {"tau": 0.3}, {"discopop_tau": 0.3}),
+}
+"""TRL's loss: the objective, its options, and TRL's."""
+
+
+def pairs_with_reference(world: World) -> TokenBatch:
+    """TRL puts the better halves of all pairs first."""
+    return pairs_of(world).replace(reference_logp=world.reference_logp())
+
+
+def test_all_of_trls_preference_losses_are_compared() -> None:
+    described = DPOConfig.__dataclass_fields__["loss_type"].metadata["help"]
+    assert {*OF_PAIRS, "sft"} == set(re.findall(r"`'(\w+)'`", described))
+
+
 @pytest.mark.parametrize("beta", [0.1, 0.5])
-@pytest.mark.parametrize("variant", ["sigmoid", "hinge", "ipo"])
-def test_preference(world: World, variant: str, beta: float) -> None:
-    half = ROWS // 2  # TRL puts the chosen rows first
-    batch = world.batch(
-        reference_logp=world.reference_logp(),
-        partner=torch.arange(ROWS).roll(half),
-        chosen=torch.arange(ROWS) < half,
-    )
-    objective = get_objective("dpo", variant=variant, beta=beta)
-    assert_parity(objective, batch, world, trl_dpo(world, variant, beta))
+@pytest.mark.parametrize("loss_type", OF_PAIRS)
+def test_preference(world: World, loss_type: str, beta: float) -> None:
+    name, options, settings = OF_PAIRS[loss_type]
+    theirs = trl_dpo(world, {loss_type: 1.0}, beta, **settings)
+    assert_parity(get_objective(name, beta=beta, **options), pairs_with_reference(world), world, theirs)
+
+
+@pytest.mark.parametrize(
+    ("divergence", "type_"), [("forward_kl", "forward_kl"), ("js", "js_divergence"), ("alpha", "alpha_divergence")]
+)
+@pytest.mark.parametrize("variant", ["sigmoid", "sigmoid_norm", "hinge", "ipo"])
+def test_preference_with_another_divergence(world: World, variant: str, divergence: str, type_: str) -> None:
+    options = {"variant": variant, "divergence": divergence, "divergence_alpha": 0.3, "beta": 0.5}
+    theirs = trl_dpo(world, {variant: 1.0}, 0.5, f_divergence_type=type_, f_alpha_divergence_coef=0.3)
+    assert_parity(get_objective("dpo", **options), pairs_with_reference(world), world, theirs)
+
+
+def test_preference_with_supervision(world: World) -> None:
+    # TRL averages over the tokens of all better completions, the paper over those of each: the same for one length.
+    same = replace(world, completions=[tokens.repeat(4)[:4] for tokens in world.completions])
+    theirs = trl_dpo(same, {"sigmoid": 1.0, "sft": 0.7}, 0.1)
+    assert_parity(get_objective("dpo", sft_coefficient=0.7), pairs_with_reference(same), same, theirs)
 
 
 def off_policy(world: World) -> TokenBatch:

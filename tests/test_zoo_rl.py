@@ -233,6 +233,22 @@ def test_dapo_without_any_group_that_varies_is_zero() -> None:
     assert loss.item() == 0 and (gradients(loss, batch) == 0).all()
 
 
+def test_gspo_reports_what_its_clipping_takes_like_every_objective_with_ratios() -> None:
+    """s = 1.5 for both tokens of one row, of which the advantage is positive: it is clipped, and all of it is lost."""
+    logp, behaviour = double([[-1.0, -1.0]]), double([[-1.0, -1.0]]) - math.log(1.5)
+    batch = TokenBatch(
+        logp, torch.ones(1, 2, dtype=torch.bool), advantage=double([[2.0, 2.0]]), behaviour_logp=behaviour
+    )
+    metrics = get_objective("gspo").coefficients(batch).metrics
+    for name in ("grpo", "ppo", "dapo", "dr-grpo", "cispo"):
+        objective = get_objective(name, **({"kl_coefficient": 0.0} if name in ("grpo", "ppo") else {}))
+        own = objective.coefficients(batch).metrics
+        assert own.keys() - {"ratio"} <= metrics.keys() - {"sequence_ratio"}, name
+    signal = 2 * 1.5 * (1 - math.exp(-1))
+    for name, value in {"ratio_deviation": 0.5, "clipped": 1, "signal": signal, "signal_clipped": signal}.items():
+        assert metrics[name].tolist() == [[pytest.approx(value)] * 2], name
+
+
 def test_gspo_takes_the_geometric_mean_of_the_ratios() -> None:
     # ρ = 2 and 1/2 · 1.21 have the geometric mean 1.1: within 0.2 of 1, beyond 0.05 of it.
     batch = hand_batch([[0.5, 0.121], [0.5, 0.5]], reward=double([1, 0]), group=torch.tensor([0, 0]))

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import pairwise
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, get_args
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from jaxtyping import Bool, Float, Int
 
-from rlzoo.errors import UserError
+from rlzoo.errors import UserError, unknown
 from rlzoo.types import Selector, Unit, Units, register_view
 
 Mask = Bool[np.ndarray, " N"]
@@ -24,6 +24,7 @@ THRESHOLD = 0.5
 RELEASED = 64
 """How many chunks of texts, of a thousand rows each, stay mapped at a time."""
 Truncated = Literal["keep", "drop"]
+Pairing = Literal["threshold", "best_worst"]
 
 
 def demonstrations(rows: pa.Table, truncated: Truncated = "keep") -> Units:
@@ -68,29 +69,49 @@ def correct(
     return _singles(chosen)
 
 
-def pairs(rows: pa.Table, threshold: float = THRESHOLD, per_prompt: int = 4, truncated: Truncated = "keep") -> Units:
-    """Units (better, worse) of one prompt, on either side of the threshold, at most ``per_prompt`` per prompt.
+def pairs(
+    rows: pa.Table,
+    threshold: float = THRESHOLD,
+    per_prompt: int = 4,
+    pairing: Pairing = "threshold",
+    truncated: Truncated = "keep",
+) -> Units:
+    """Units (better, worse) of one prompt, at most ``per_prompt`` per prompt. No row is used twice.
 
-    The i-th better row is paired with the i-th worse one, so no row is used twice and imported pairs stay pairs. Raises
-    UserError if there are none.
+    ``threshold`` pairs the i-th row that reaches the threshold with the i-th that does not. ``best_worst`` pairs the
+    row of the i-th highest reward with that of the i-th lowest, if it is lower, whatever the threshold. With either,
+    imported pairs stay pairs. Raises UserError if there are none.
     """
+    if pairing not in get_args(Pairing):
+        raise unknown("value of the view's option pairing", str(pairing), get_args(Pairing))
     reward = rewards(rows)
     mask = _has_source(rows, "policy", "preference") & ~np.isnan(reward) & _whole(rows, truncated)
     prompt = _codes(rows["prompt_id"])
+    known = np.flatnonzero(mask)
+    if pairing == "best_worst":
+        orders = tuple(known[np.argsort(sign * reward[known], kind="stable")] for sign in (-1, 1))
+    else:
+        orders = known[reward[known] >= threshold], known[reward[known] < threshold]
     sides = []
-    for side in (mask & (reward >= threshold), mask & (reward < threshold)):
-        index = np.flatnonzero(side)
+    for index in orders:
         rank = _rank(prompt[index])
         kept = rank < per_prompt
         sides.append((index[kept], prompt[index[kept]] * per_prompt + rank[kept]))
     (better, better_key), (worse, worse_key) = sides
     _, left, right = np.intersect1d(better_key, worse_key, assume_unique=True, return_indices=True)
+    differ = reward[better[left]] > reward[worse[right]]
+    left, right = left[differ], right[differ]
     if not len(left):
         prompts = len(np.unique(prompt[mask]))
         if not prompts:
             raise UserError(
                 f"the buffer has no pairs (none of its {len(rows):,} rows is a sample or a preference with a reward"
                 f"{_and_whole(truncated)}): give a table with 'chosen' and 'rejected', or sample with rlzoo rollout"
+            )
+        if pairing == "best_worst":
+            raise UserError(
+                f"the buffer has no pairs (in all its {prompts:,} sampled prompts, completions have equal rewards"
+                f"{_and_whole(truncated)}): sample more per prompt with rlzoo rollout"
             )
         raise UserError(
             f"the buffer has no pairs (0 of {prompts:,} sampled prompts have both a completion that reaches "
