@@ -261,8 +261,8 @@ def grpo(
 ) -> Tensor:
     """-(1/B) Σ_i (1/|y_i|) Σ_t [min(ρA, clip(ρ) A) - β k3] (arXiv 2402.03300, eq. 3 and 4); ρ k3 is of 2512.02556.
 
-    A is over the std of the batch, or nothing (``scale_rewards``); ρ is that of the sequence (``level``); and the sums are
-    over all tokens, or a constant (``aggregation``).
+    A is over the std of the batch, or nothing (``scale_rewards``); ρ is that of the sequence (``level``); and the sums
+    are over all tokens, or a constant (``aggregation``).
     """
     assert batch.reward is not None and batch.group is not None
     rewards, groups = batch.reward.tolist(), batch.group.tolist()
