@@ -749,7 +749,7 @@ def test_a_unit_drawn_twice_counts_twice(make_policy: MakePolicy) -> None:
         assert own[key]["value"] == pytest.approx(other[key]["value"], rel=1e-5)
 
 
-NEW = ("power", "asft", "psft", "eaft", "deft", "floor-dft", "otr", "sft-q")
+NEW: tuple[str, ...] = ("power", "asft", "psft", "eaft", "deft", "floor-dft", "otr", "sft-q")
 NEW += ("trsft", "infosft", "idft", "gift", "memft", "profit", "chord")
 
 
