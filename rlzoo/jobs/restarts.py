@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
-    from torch.distributed import Store
+    from torch.distributed import Store  # type: ignore[attr-defined]
 
 VARIABLE = "RLZOO_RESTARTED"
 """The environment variable with the number of restarts and the limits, as JSON."""
@@ -101,7 +101,7 @@ def _execute(limits: bytes) -> None:
 
 
 def _store() -> Store:
-    from torch.distributed import PrefixStore, TCPStore
+    from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
     store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
     of_launcher = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # its own restarts may share the store too

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,16 +22,17 @@ from rlzoo.jobs.memory import on_device
 from rlzoo.jobs.ranks import agreed, gathered, is_sharded, world_size
 from rlzoo.jobs.restarts import can_restart
 from rlzoo.objective import Component, Objective, reduce, surrogate_of
-from rlzoo.policy import Assembler, MicroBatches, Models, Policy, sharding
+from rlzoo.policy import Assembler, FirstPass, MicroBatches, Models, Policy, sharding
 from rlzoo.policy.adapters import adapters
 from rlzoo.policy.defaults import token_budget_of
-from rlzoo.policy.quantised import UNSHARDED, entries, is_in_4_bits
+from rlzoo.policy.quantised import entries
 from rlzoo.policy.sequences import Tokens, length
-from rlzoo.training.batches import Drawn, Source, check_sources, in_steps, lacks, micro_units
+from rlzoo.training.batches import Drawn, Source, check_sources, in_steps, keeps_first_pass, lacks, micro_units
 from rlzoo.training.checkpoints import Checkpoints
+from rlzoo.training.checks import check_precision, check_quantised
 from rlzoo.training.costs import now, peak_memory_bytes, reset_peak_memory
 from rlzoo.training.record import TrainingRecord
-from rlzoo.training.savings import gradients_in_place, layers_recomputed
+from rlzoo.training.savings import savings
 from rlzoo.training.schedule import Progress
 from rlzoo.training.state import is_finite, like_of, restore, state_of
 from rlzoo.training.sums import (
@@ -47,29 +49,8 @@ from rlzoo.training.trackers import installed, tracked
 from rlzoo.types import Coefficients, Trajectory, at_temperature
 
 NO_ENGINE = "importance_cap has no effect on rows without sampler_logp, the log-probs of another engine"
-ROUNDED = (
-    "training.dtype: bfloat16 rounds away small updates of weights: use bfloat16-mixed, which keeps them in float32, "
-    "or train adapters (training.lora)"
-)
 Callback = Callable[["Trainer", int], None]
 """Called after every optimizer step with the trainer and the number of steps done."""
-
-
-def check_precision(dtypes: Iterable[torch.dtype]) -> None:
-    """Raise UserError if trained weights are in a 16-bit dtype, which rounds away small updates."""
-    if {torch.bfloat16, torch.float16} & set(dtypes):
-        raise UserError(ROUNDED)
-
-
-def check_quantised(policy: Policy, settings: Training, is_sharded: bool) -> None:
-    """Raise UserError if a policy in 4 bits cannot be trained with these settings, or they ask for 4 bits in vain."""
-    wanted, found = settings.lora is not None and settings.lora.load_in_4bit, is_in_4_bits(policy.model)
-    if wanted and not found:
-        raise UserError("lora.load_in_4bit: the policy was loaded without it: use load_policy(..., load_in_4bit=True)")
-    if found and settings.lora is None and not adapters(policy.model):
-        raise UserError("weights in 4 bits cannot be trained: train adapters (training.lora)")
-    if found and is_sharded:
-        raise UserError(UNSHARDED)
 
 
 class Trainer:
@@ -139,9 +120,11 @@ class Trainer:
         )
         self.progress = Progress(settings, self.record.costs)
         self.policy = policy
-        self.assembler = Assembler(
-            self.policy, self.models, self.micro, lambda model, rows: self._count(model, rows, 1)
-        )
+        self._savings = partial(savings, policy, settings.gradient_checkpointing)
+        self._first = FirstPass(self._savings)
+        first = self._first if not is_sharded(policy) and keeps_first_pass(objective) else None
+        count = partial(self._count, passes=1)  # also of a pass that is kept: costs do not depend on micro-batches
+        self.assembler = Assembler(policy, self.models, self.micro, count, first=first)
         if checkpoints is not None and settings.checkpoint_seconds is not None:
             self.checkpoints = Checkpoints(checkpoints, settings.checkpoint_seconds)
             if (found := self.checkpoints.newest(like_of(self))) is not None:
@@ -268,9 +251,7 @@ class Trainer:
         """One optimizer step on the batches of all components; ``is_first``: the first step on these batches."""
         rows = [row for some in drawn for row in some.rows]
         self.policy.eval()  # with dropout, ratios would not start at 1 and the gradient would depend on micro-batches
-        sums = self.micro.within_memory(
-            rows, lambda: self._gradient(drawn), self._drop_gradients, in_step=is_sharded(self.policy)
-        )
+        sums = self.micro.within_memory(rows, lambda: self._gradient(drawn), self._undo, is_sharded(self.policy))
         parameters = [p for _, p in self.named_parameters()]
         sharding.sum_gradients(parameters)
         self._count(self.policy, rows, passes=2 + self._trained)
@@ -289,7 +270,7 @@ class Trainer:
             if self.settings.on_nonfinite == "stop":
                 raise UserError(f"{event}: lower learning_rate, check the data of this step, or set on_nonfinite=skip")
             self.record.events.append(f"{event}; skipped")
-            self._drop_gradients()
+            self._undo()
         rate = self.progress.learning_rate()
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -326,10 +307,8 @@ class Trainer:
         denominators = [some.component.objective.normaliser.count(some.batch) for some in drawn]
         coefficients = [coupled_coefficients(some) for some in drawn]
         sums = [Sums() for _ in drawn]
-        self._drop_gradients()
-        recomputed = layers_recomputed(self.policy) if self.settings.gradient_checkpointing else nullcontext()
-        apart = is_sharded(self.policy) or self.policy.compiles
-        with recomputed, nullcontext() if apart else gradients_in_place(self.policy):
+        self.optimizer.zero_grad()
+        with self._savings():
             mine = [
                 (place, index, counts)
                 for place, some in enumerate(drawn)
@@ -342,8 +321,9 @@ class Trainer:
                 self._backward(drawn[place], coefficients[place], index, denominators[place], own)
         return sums
 
-    def _drop_gradients(self) -> None:
-        self.optimizer.zero_grad(set_to_none=True)
+    def _undo(self) -> None:
+        self.optimizer.zero_grad()
+        self._first.drop()
 
     def _halved(self, before: int, now: int) -> None:
         event = f"step {self.step + 1}: out of memory with {before} tokens per micro-batch, now {now}"
@@ -369,7 +349,9 @@ class Trainer:
         sequences = self.policy.collate([rows[i] for i in index])
         statistics = [one for one in objective.requires if one.is_statistic]
         term, reference = objective.logit_term if objective.has_logit_term else None, self._logits_of(objective)
-        output = self.policy(sequences, statistics=statistics, term=term, reference=reference)
+        output = self._first.take(index) or self.policy(
+            sequences, statistics=statistics, term=term, reference=reference
+        )
         given = output.of(objective.requires)
         others = [output.inputs[key] for key in self.policy.attached if key not in given]
         if sums is None:
