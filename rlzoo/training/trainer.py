@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -25,7 +25,7 @@ from rlzoo.objective import Component, Objective, reduce, surrogate_of
 from rlzoo.policy import Assembler, FirstPass, MicroBatches, Models, Policy, sharding
 from rlzoo.policy.adapters import adapters
 from rlzoo.policy.defaults import token_budget_of
-from rlzoo.policy.quantised import UNSHARDED, entries, is_in_4_bits
+from rlzoo.policy.quantised import entries
 from rlzoo.policy.sequences import Tokens, length
 from rlzoo.training.batches import (
     Drawn,
@@ -38,6 +38,7 @@ from rlzoo.training.batches import (
     micro_units,
 )
 from rlzoo.training.checkpoints import Checkpoints
+from rlzoo.training.checks import check_precision, check_quantised
 from rlzoo.training.costs import now, peak_memory_bytes, reset_peak_memory
 from rlzoo.training.record import TrainingRecord
 from rlzoo.training.savings import savings
@@ -49,29 +50,8 @@ from rlzoo.training.trackers import installed, tracked
 from rlzoo.types import Coefficients, Trajectory, at_temperature
 
 NO_ENGINE = "importance_cap has no effect on rows without sampler_logp, the log-probs of another engine"
-ROUNDED = (
-    "training.dtype: bfloat16 rounds away small updates of weights: use bfloat16-mixed, which keeps them in float32, "
-    "or train adapters (training.lora)"
-)
 Callback = Callable[["Trainer", int], None]
 """Called after every optimizer step with the trainer and the number of steps done."""
-
-
-def check_precision(dtypes: Iterable[torch.dtype]) -> None:
-    """Raise UserError if trained weights are in a 16-bit dtype, which rounds away small updates."""
-    if {torch.bfloat16, torch.float16} & set(dtypes):
-        raise UserError(ROUNDED)
-
-
-def check_quantised(policy: Policy, settings: Training, is_sharded: bool) -> None:
-    """Raise UserError if a policy in 4 bits cannot be trained with these settings, or they ask for 4 bits in vain."""
-    wanted, found = settings.lora is not None and settings.lora.load_in_4bit, is_in_4_bits(policy.model)
-    if wanted and not found:
-        raise UserError("lora.load_in_4bit: the policy was loaded without it: use load_policy(..., load_in_4bit=True)")
-    if found and settings.lora is None and not adapters(policy.model):
-        raise UserError("weights in 4 bits cannot be trained: train adapters (training.lora)")
-    if found and is_sharded:
-        raise UserError(UNSHARDED)
 
 
 class Trainer:
