@@ -118,7 +118,7 @@ def _section(objective: type[Objective], names: Sequence[str]) -> str:
     text = inspect.getdoc(sys.modules[objective.__module__]) or ""
     parts = [f"### {objective.name}", prose(text, names), _table(["", ""], facts)]
     if options := own_options_of(objective):
-        required = {field.name for field in fields(objective) if field.default is field.default_factory is MISSING}
+        required = _required(objective)
         rows = [
             [f"`{name}`", _type(option["type"]), "none: required" if name in required else f"`{option['default']}`"]
             for name, option in options.items()
@@ -134,7 +134,13 @@ def _summary(objective: type[Objective]) -> tuple[str, str]:
 
 
 def _needs(objective: type[Objective], **options: Any) -> str:
-    return ", ".join(sorted(one.label for one in objective(**options).requires)) or "nothing"
+    """The labels of its inputs; an option without a default is given its own name."""
+    given = {name: name for name in _required(objective)} | options
+    return ", ".join(sorted(one.label for one in objective(**given).requires)) or "nothing"
+
+
+def _required(objective: type[Objective]) -> set[str]:
+    return {field.name for field in fields(objective) if field.default is field.default_factory is MISSING}
 
 
 def _other_needs(objective: type[Objective]) -> Iterator[str]:
