@@ -178,6 +178,28 @@ def test_an_empty_view_names_the_selection_and_the_mend(
     assert "\n" not in str(error.value)
 
 
+def test_groups_may_be_followed_by_demonstrations_of_their_prompt() -> None:
+    def expert(prompt: int, text: str, truncated: bool = False) -> Trajectory:
+        return sample(prompt, None, text=text, source="demonstration", behaviour_logp=None, truncated=truncated)
+
+    buffer = samples(
+        expert(0, "a"),
+        sample(0, 1.0),
+        sample(1, 0.0),
+        sample(0, 0.0),
+        expert(0, "b", truncated=True),
+        expert(2, "c"),
+    )
+    assert buffer.view(Selection.GROUPS).units == ((1, 3), (2,))
+    assert buffer.view(Selection.GROUPS, demonstrations=1).units == ((1, 3, 0), (2,))
+    assert buffer.view(Selection.GROUPS, demonstrations=2).units == ((1, 3, 0, 4), (2,))
+    assert buffer.view(Selection.GROUPS, demonstrations=2, truncated="drop").units == ((1, 3, 0), (2,))
+    assert buffer.view(Selection.GROUPS, demonstrations=1, size=2, varied=True).units == ((1, 3, 0),)
+    for rows in ([sample(0, 1.0)], [sample(0, 1.0), expert(1, "x")]):
+        with pytest.raises(UserError, match="no demonstrations of the prompts of its 1 groups"):
+            samples(*rows).view(Selection.GROUPS, demonstrations=1)
+
+
 def test_groups_without_behaviour_log_probs_say_so() -> None:
     with pytest.raises(UserError, match=r"1 samples have a reward but no behaviour log-probs.*behaviour: current"):
         samples(sample(0, 1.0, behaviour_logp=None)).view(Selection.GROUPS)

@@ -304,6 +304,25 @@ def test_gold_completions_without_a_log_likelihood_are_counted_once(tmp_path: Pa
     assert tokens["0"] and tokens["1"] is None is tokens["2"]
 
 
+@pytest.mark.usefixtures("undrawn")
+def test_the_end_of_a_curve_is_part_of_the_evaluation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same results as with samples of its own, for the base too, and fewer samples."""
+    sampled, real = list[int](), one_cell.evaluate
+    chosen = {"sft": {}, "dft": {"learning_rates": [1e-4, 1e-3]}}
+
+    def counted(policy: Any, problems: Any, *more: Any, **options: Any) -> Any:
+        sampled.append(len(problems))
+        return real(policy, problems, *more, **options)
+
+    monkeypatch.setattr(one_cell, "evaluate", counted)
+    found = quietly(small(chosen, evaluation__curve_points=2), tmp_path / "found")
+    few = sampled.count(2)
+    sampled.clear()
+    monkeypatch.setattr(one_cell, "ends_the_curve", lambda settings: False)
+    assert numbers(quietly(small(chosen, evaluation__curve_points=2), tmp_path / "own")) == numbers(found)
+    assert (few, sampled.count(2)) == (1 + 2 * 2, 1 + 2 + 2 * 2), "the base's, one of two of sft, and those of dft"
+
+
 # What is stopped
 
 

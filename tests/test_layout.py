@@ -23,7 +23,7 @@ LAYERS = (
     ("types",),
     ("advantages", "ratios", "inputs", "jobs", "reward"),
     ("objective", "document"),
-    ("preferences",),
+    ("policy_gradient", "preferences"),
     ("algorithms", "rewards"),
     ("policy",),
     ("buffers",),
@@ -37,7 +37,7 @@ LAYERS = (
     ("__main__", "experiments"),
 )
 """Each imports from lines above its own alone. `rlzoo` itself imports nothing until a name is asked for."""
-ENTRIES = 22
+ENTRIES = 23
 NO_MODULE = {"__init__", "__main__", "py.typed", *BESIDE}
 """In rlzoo/ for Python, type checkers and the owner's top level."""
 
@@ -177,3 +177,11 @@ def test_what_registers_a_plugin_is_at_the_top_of_the_package() -> None:
     }
     assert registers and registers | {"Collector", "Input", "Sampler", "Selector"} <= set(rlzoo.__all__)
     assert all(getattr(rlzoo, name).__name__ == name for name in rlzoo.__all__)
+
+
+def test_files_are_short() -> None:
+    for top, most in (("rlzoo", 400), ("rewards", 400), ("experiments", 400), ("algorithms", 100)):
+        for path in (ROOT / top).rglob("*.py"):
+            lines = len(path.read_text(encoding="utf-8").splitlines())
+            inside = top == "rlzoo" and path.relative_to(ROOT / top).parts[0] in BESIDE
+            assert inside or lines <= most, f"{path.relative_to(ROOT)} has {lines} lines, of at most {most}"

@@ -18,7 +18,7 @@ from rlzoo.buffers import OfflineBuffer, View
 from rlzoo.config import Training
 from rlzoo.inputs import Input, MovingReference, ReferenceLogits, Snapshot, Statistic
 from rlzoo.objective import Objective, get_objective, is_composite, list_objectives, objective_class, surrogate
-from rlzoo.policy import Policy, Sequences
+from rlzoo.policy import FirstPass, Policy, Sequences
 from rlzoo.policy.assembly import fixed_batch
 from rlzoo.policy.microbatches import log_probs, token_batches
 from rlzoo.training import Trainer
@@ -281,6 +281,50 @@ def test_what_is_fixed_stays_fixed_during_the_updates_on_a_batch(make_policy: Ma
     assert not torch.allclose(b.logp, a.logp)
     torch.testing.assert_close(c.logp, c.snapshot_logp)  # the second batch has a snapshot of its own
     assert not torch.allclose(c.snapshot_logp, a.snapshot_logp) and d is not c
+
+
+@pytest.mark.parametrize(("name", "updates"), [("ppo", 1), ("ppo", 2), ("psft", 1), ("batch-coupled", 2)])
+def test_the_first_micro_batch_runs_once_for_its_log_probs_and_its_gradient(
+    name: str, updates: int, make_policy: MakePolicy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the policy is the same for both, and with the same numbers to the bit."""
+    objective, rows = OBJECTIVES[name], list[int]()
+    batch = make_batch(make_policy("llama", torch.float32), objective.learns_from)
+    settings = RAW.model_copy(update={"steps": 2 * updates, "updates_per_batch": updates, "token_budget": 50})
+
+    def run() -> tuple[dict[str, list[Tensor]], int]:
+        policy = make_policy("llama", torch.float32)
+        policy.model.model.embed_tokens.register_forward_hook(lambda _, ids, out: rows.append(len(out)))
+        rows.clear()
+        return trained(policy, objective, batch, settings), sum(rows)
+
+    found, passed = run()
+    monkeypatch.setattr(FirstPass, "take", lambda self, index: self.drop())
+    twice, all_rows = run()
+    assert distance(twice, found) == 0
+    lengths = [len(row.prompt_ids) + len(row.completion_ids) for row in batch[0]]
+    first = len(next(token_batches([(i,) for i in range(8)], lengths, 50)))
+    kept, trunks = 2 * updates if objective.is_coupled else 2, 2 if name == "ppo" else 1
+    assert 1 < first < 8 and all_rows - passed == kept * trunks * first
+
+
+def test_the_first_pass_is_let_go_when_memory_runs_out(
+    make_policy: MakePolicy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy, held, passes = make_policy(), list[object](), list[bool]()
+    settings = RAW.model_copy(update={"steps": 1, "token_budget": 50})
+    trainer = Trainer(policy, get_objective("psft"), Fixed(make_batch(policy, Selection.DEMONSTRATIONS)), settings)
+
+    def fails(*_: object) -> None:
+        passes.append(torch.is_grad_enabled())
+        if len(passes) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    policy.model.transformer.register_forward_pre_hook(fails)
+    monkeypatch.setattr("rlzoo.policy.microbatches.release_memory", lambda: held.append(trainer._first._kept))
+    record = trainer.run()
+    assert passes[:3] == [True, False, True] and held == [None]
+    assert len(record.steps) == 1 and record.events[0].startswith("step 1: out of memory with 50 tokens")
 
 
 @pytest.mark.parametrize("name", ["grpo", "ppo"])

@@ -33,6 +33,7 @@ from rlzoo.types import Selection, TokenBatch, Trajectory
 
 MakePolicy = Callable[..., Policy]
 NAMES = ("reinforce", "rloo", "dr-grpo", "dapo", "gspo", "cispo", "otb")
+NEW = ("reinforce-pp", "dppo", "maxrl", "sapo", "topr", "dro", "vespo", "a-star-po", "oapl", "qrpo")
 over_seeds = pytest.mark.parametrize("seed", SEEDS)
 
 
@@ -233,6 +234,22 @@ def test_dapo_without_any_group_that_varies_is_zero() -> None:
     assert loss.item() == 0 and (gradients(loss, batch) == 0).all()
 
 
+def test_gspo_reports_what_its_clipping_takes_like_every_objective_with_ratios() -> None:
+    """s = 1.5 for both tokens of one row, of which the advantage is positive: it is clipped, and all of it is lost."""
+    logp, behaviour = double([[-1.0, -1.0]]), double([[-1.0, -1.0]]) - math.log(1.5)
+    batch = TokenBatch(
+        logp, torch.ones(1, 2, dtype=torch.bool), advantage=double([[2.0, 2.0]]), behaviour_logp=behaviour
+    )
+    metrics = get_objective("gspo").coefficients(batch).metrics
+    for name in ("grpo", "ppo", "dapo", "dr-grpo", "cispo"):
+        objective = get_objective(name, **({"kl_coefficient": 0.0} if name in ("grpo", "ppo") else {}))
+        own = objective.coefficients(batch).metrics
+        assert own.keys() - {"ratio"} <= metrics.keys() - {"sequence_ratio"}, name
+    signal = 2 * 1.5 * (1 - math.exp(-1))
+    for name, value in {"ratio_deviation": 0.5, "clipped": 1, "signal": signal, "signal_clipped": signal}.items():
+        assert metrics[name].tolist() == [[pytest.approx(value)] * 2], name
+
+
 def test_gspo_takes_the_geometric_mean_of_the_ratios() -> None:
     # ρ = 2 and 1/2 · 1.21 have the geometric mean 1.1: within 0.2 of 1, beyond 0.05 of it.
     batch = hand_batch([[0.5, 0.121], [0.5, 0.5]], reward=double([1, 0]), group=torch.tensor([0, 0]))
@@ -305,7 +322,7 @@ def stale(gap: float, advantage: float = -1.0) -> TokenBatch:
 
 
 @pytest.mark.parametrize(
-    "name", ["grpo", "ppo", "dr-grpo", "dapo", "gspo", "cispo", "otb", "psft", "iw-sft", "dpo", "kto"]
+    "name", ["grpo", "ppo", "dr-grpo", "dapo", "gspo", "cispo", "otb", "psft", "iw-sft", "dpo", "kto", *NEW]
 )
 def test_nothing_is_infinite_on_stale_data(name: str) -> None:
     for gap in (25.0, 100.0, 1000.0, -100.0, math.inf):
@@ -318,7 +335,7 @@ def assert_finite_on_stale_data(objective: Objective, gap: float, dtype: torch.d
     batch = batch.replace(mismatched=double([0, 0]), partner=torch.tensor([1, 0]), chosen=torch.tensor([True, False]))
     if math.isinf(gap):  # a token that the behaviour policy cannot have sampled
         batch = batch.replace(reference_logp=batch.logp.detach())
-        if objective.name == "ppo":  # its snapshot is a policy's that could have sampled it
+        if objective.name in ("ppo", "reinforce-pp"):  # its snapshot is a policy's that could have sampled it
             batch = batch.replace(snapshot_logp=batch.logp.detach())
     low = {k: v.detach().to(dtype) for k, v in batch._tensors().items() if v.is_floating_point()}
     batch = batch.replace(**low, statistics={k: v.to(dtype) for k, v in batch.inputs.items()})
@@ -329,10 +346,10 @@ def assert_finite_on_stale_data(objective: Objective, gap: float, dtype: torch.d
     assert torch.isfinite(found.values).all() and torch.isfinite(found.values.sum())
 
 
-@pytest.mark.parametrize("name", ["grpo", "ppo", "dr-grpo", "dapo", "gspo"])
+@pytest.mark.parametrize("name", ["grpo", "ppo", "dr-grpo", "dapo", "gspo", "reinforce-pp"])
 def test_a_stale_token_beyond_the_bound_has_no_gradient_and_others_have_theirs(name: str) -> None:
     options: dict[str, object] = {"whiten": False} if name == "ppo" else {}
-    options |= {"kl_coefficient": 0.0} if name in ("grpo", "ppo") else {}
+    options |= {"kl_coefficient": 0.0} if name in ("grpo", "ppo", "reinforce-pp") else {}
     found = values(get_objective(name, **options), stale(100.0))
     if name == "gspo":  # one ratio of the sequence
         assert (found == 0).all()
@@ -518,7 +535,7 @@ def mean_reward(rows: list[Trajectory]) -> float:
     return sum(row.reward or 0.0 for row in rows) / len(rows)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, *(name for name in NEW if name != "qrpo")])
 def test_online_training_raises_a_trivial_reward(name: str, make_policy: MakePolicy) -> None:
     policy = make_policy("llama", dtype=torch.float32, seed=1)
     rewards: list[float] = []

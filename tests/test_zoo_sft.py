@@ -6,6 +6,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +18,18 @@ from test_training import RAW, Fixed, MakePolicy, distance, full_batch, make_bat
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from rlzoo import OfflineBuffer, analyze_variance, compare, train
+from rlzoo import Collector, OfflineBuffer, analyze_variance, compare, load_policy, train
+from rlzoo.buffers.bad_rows import BadRows
+from rlzoo.buffers.problems import each_demonstration, load_problems
 from rlzoo.cli import main
-from rlzoo.config import Training
+from rlzoo.config import ProblemSource, Sampling, Training
 from rlzoo.errors import UserError
 from rlzoo.inputs import Statistic
 from rlzoo.objective import Objective, get_objective, surrogate
-from rlzoo.policy import Sequences
+from rlzoo.policy import Sequences, log_probs
 from rlzoo.policy import head as head_module
 from rlzoo.policy.head import Head, token_log_probs
+from rlzoo.rollout import TransformersSampler
 from rlzoo.testing.batches import gradients
 from rlzoo.training import Trainer
 from rlzoo.training.batches import BufferSource
@@ -356,6 +360,139 @@ def test_a_reference_is_kept_for_those_that_ask_for_its_logits(make_policy: Make
     assert kept == {"asft": True, "otr": False, "power": False}
 
 
+# PEAR
+
+
+@pytest.mark.parametrize("variant", ["token", "sequence"])
+@pytest.mark.parametrize("seed", SEEDS)
+def test_pear_of_the_policys_own_demonstrations_is_sft(variant: str, seed: int) -> None:
+    batch = random_batch(seed)
+    own = batch.replace(behaviour_logp=batch.logp.detach())
+    ours = surrogate(get_objective("pear", variant=variant, gamma=1.0), own)
+    torch.testing.assert_close(gradients(ours, own), gradient_of("sft", batch), rtol=1e-12, atol=0)
+    assert not torch.allclose(gradient_of("pear", batch), gradient_of("sft", batch))
+
+
+def test_pear_by_hand() -> None:
+    # π/π_β = 2, 1, 1/2 at the three tokens, held between 1/2 and 2, γ = 1/2: what follows the first is 1 · 1/2, twice
+    # discounted, (1/4)(1/2); the second is followed by 1/2, once discounted, 1/4; nothing follows the last: 1.
+    batch = hand_batch([[0.8, 0.4, 0.2]])
+    author = batch.logp.detach() - torch.tensor([[2.0, 1.0, 0.5]], dtype=torch.float64).log()
+    batch = batch.replace(behaviour_logp=author).detach()
+    bounds = {"log_ratio_min": -math.log(2), "log_ratio_max": math.log(2)}
+    weights = get_objective("pear", gamma=0.5, **bounds).coefficients(batch).values
+    assert weights[0].tolist() == pytest.approx([1 / 8, 1 / 4, 1])
+    whole = get_objective("pear", variant="sequence", **bounds).coefficients(batch).values
+    assert whole[0].tolist() == pytest.approx([1, 1, 1])
+    held = get_objective("pear").coefficients(batch).values  # the ratios are held between e^-0.08 and e^0.3
+    assert held[0].tolist() == pytest.approx([0.999**2 * math.exp(-0.08), 0.999 * math.exp(-0.08), 1])
+    for wrong in ({"gamma": 0.0}, {"log_ratio_min": 1.0}):
+        with pytest.raises(UserError, match="pear needs"):
+            get_objective("pear", **wrong)
+
+
+def test_pear_takes_the_authors_log_probs_from_the_rows_or_from_a_model() -> None:
+    policy, settings = load_policy("embedded"), RAW.model_copy(update={"steps": 2})
+    problems = load_problems(ProblemSource(source="world:arithmetic/train", limit=8))
+    plain = OfflineBuffer.from_trajectories(each_demonstration(policy.tokenizer, problems, None, BadRows()))
+    with pytest.raises(UserError, match="has no log-probs of its author"):
+        train(policy, get_objective("pear"), plain, settings)
+    rows = [plain[i] for i in range(len(plain))]
+    logps = log_probs(policy, [(row.prompt_ids, row.completion_ids) for row in rows])
+    known = [replace(row, behaviour_logp=logp) for row, logp in zip(rows, logps, strict=True)]
+    buffers = {"rows": (OfflineBuffer.from_trajectories(known), None), "model": (plain, "embedded")}
+    steps = {}
+    for name, (buffer, model) in buffers.items():
+        objective = get_objective("pear", demonstrator=model, gamma=1.0)
+        steps[name] = train(load_policy("embedded"), objective, buffer, settings).steps
+    (own, *_) = train(load_policy("embedded"), get_objective("sft"), plain, settings).steps
+    for found in steps.values():
+        assert found[0]["weight"] == pytest.approx(1, abs=1e-5) != found[1]["weight"]
+        assert found[0]["gradient_norm"] == pytest.approx(own["gradient_norm"], rel=1e-4)
+    assert steps["rows"][1]["loss"] == pytest.approx(steps["model"][1]["loss"], rel=1e-4)
+
+
+# LUFFY
+
+
+def test_luffy_by_hand() -> None:
+    # One prompt: two samples of rewards 1 and 0 and a demonstration without a reward, which counts as 1. The mean is
+    # 2/3, A = 1/3, -2/3, 1/3. The samples have ρ = 1 and 2: c = A and 2A. The demonstration has μ = 1 and p = 0.3:
+    # γp/(p + γ)² = 0.03/0.16 for γ = 0.1, its gain A 0.3/0.4.
+    batch = hand_batch([[0.5], [0.4], [0.3]], group=torch.zeros(3, dtype=torch.long)).replace(
+        behaviour_logp=torch.tensor([[0.5], [0.2], [1.0]], dtype=torch.float64).log(),
+        outcome=torch.tensor([1.0, 0.0, 1.0]),
+        from_demonstration=torch.tensor([False, False, True]),
+    )
+    objective = get_objective("luffy")
+    found = objective.coefficients(objective.prepare(batch.detach()))
+    assert found.values[:, 0].tolist() == pytest.approx([1 / 3, -4 / 3, 0.03 / 0.16 / 3])
+    assert found.loss is not None
+    assert found.loss[:, 0].tolist() == pytest.approx([-1 / 3, 4 / 3, -0.25])
+    assert found.metrics["demonstrations"][:, 0].tolist() == [0, 0, 1]
+    for wrong in ({"gamma": 0.0}, {"demonstrations": 0}):
+        with pytest.raises(UserError, match="luffy needs gamma > 0 and at least 1 demonstration"):
+            get_objective("luffy", **wrong)
+
+
+def test_luffy_gives_a_demonstration_more_the_less_likely_it_is() -> None:
+    """Relative to the plain importance weight p, by γ/(p + γ)²; where γ is large it is that weight over γ."""
+    p = torch.tensor([[0.01, 0.1, 0.5, 0.9]], dtype=torch.float64)
+
+    def values(gamma: float) -> Tensor:
+        batch = TokenBatch(p.log(), p > 0, advantage=torch.ones_like(p), behaviour_logp=torch.zeros_like(p))
+        batch = batch.replace(from_demonstration=torch.tensor([True]), outcome=torch.ones(1))
+        return get_objective("luffy", gamma=gamma).coefficients(batch).values
+
+    assert ((values(0.1) / p).diff() < 0).all()
+    torch.testing.assert_close(values(1e6) * 1e6, p, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_luffy_without_demonstrations_is_dr_grpo_per_token(seed: int) -> None:
+    batch = random_batch(seed)
+    batch = batch.replace(from_demonstration=torch.zeros(len(batch.mask), dtype=torch.bool), outcome=batch.reward)
+    luffy, dr_grpo = get_objective("luffy", clip=0.2), get_objective("dr-grpo", max_length=1)
+    ours, theirs = (one.coefficients(one.prepare(batch.detach())).values[batch.mask] for one in (luffy, dr_grpo))
+    assert torch.equal(ours, theirs)
+
+
+def test_luffy_learns_from_demonstrations_where_every_sample_fails() -> None:
+    """Online, the worked solutions of the problems join their groups; GRPO has nothing to learn from there."""
+
+    def never(completions: list[str], **_: Any) -> list[float]:
+        return [0.0] * len(completions)
+
+    settings = RAW.model_copy(update={"steps": 1, "batch_size": 4})
+    for name, learns in (("luffy", True), ("grpo", False)):
+        policy = load_policy("embedded", "float64")
+        problems = load_problems(ProblemSource(source="world:arithmetic/train", limit=2))
+        sampling = Sampling(samples=2, max_new_tokens=4)
+        collector = Collector(policy, TransformersSampler(policy), problems, never, sampling, settings)
+        options: dict[str, Any] = {} if learns else {"kl_coefficient": 0.0}
+        (step,) = train(policy, get_objective(name, **options), collector, settings).steps
+        assert (step["gradient_norm"] > 0) == learns
+        assert 0.3 < step["demonstrations"] < 1 if learns else "demonstrations" not in step
+
+
+def test_luffy_learns_from_a_fixed_buffer(make_policy: MakePolicy) -> None:
+    rows, _ = make_batch(make_policy(), Selection.GROUPS)
+    experts = [
+        replace(row, source="demonstration", reward=None, behaviour_logp=None, reference_logp=None) for row in rows[::2]
+    ]
+    policy = make_policy()
+    (step,) = train(
+        policy,
+        get_objective("luffy"),
+        OfflineBuffer.from_trajectories([*rows, *experts]),
+        RAW.model_copy(update={"steps": 1, "batch_size": 12}),
+    ).steps
+    tokens = [sum(len(row.completion_ids) for row in some) for some in (rows, experts)]
+    assert step["demonstrations"] == pytest.approx(tokens[1] / sum(tokens)) and step["gradient_norm"] > 0
+    with pytest.raises(UserError, match="no demonstrations of the prompts"):
+        train(make_policy(), get_objective("luffy"), OfflineBuffer.from_trajectories(rows), RAW)
+
+
 # GIFT
 
 
@@ -612,7 +749,7 @@ def test_a_unit_drawn_twice_counts_twice(make_policy: MakePolicy) -> None:
         assert own[key]["value"] == pytest.approx(other[key]["value"], rel=1e-5)
 
 
-NEW = ("power", "asft", "psft", "eaft", "deft", "floor-dft", "otr", "sft-q")
+NEW: tuple[str, ...] = ("power", "asft", "psft", "eaft", "deft", "floor-dft", "otr", "sft-q")
 NEW += ("trsft", "infosft", "idft", "gift", "memft", "profit", "chord")
 
 

@@ -29,10 +29,9 @@ The coverage is 93 to 97 % but for what no interval can do:
   tell of them. With a lognormal factor of σ = 0.7 it is 92 % over 40 prompts, 94 % over 256.
 - Counts are skewed where nearly all of a few problems are always solved: 93 % for 30 problems and log-odds around 3.
 - Two or three seeds and fewer than six problems at once: with so few degrees of freedom on both sides up to 98 %.
-- The bootstrap of an interquartile mean takes few seeds for all there are: 49 % with 2, 75 % with 3, 85 to 92 % with 5
-  and 89 to 94 % with 8. Reports show it from 10 seeds on, with 93 % and more.
-- The probability of improvement: 92 to 98 % on one benchmark, from 3 seeds on, and up to 99 % as the mean over several,
-  whose shares are less than fully correlated.
+- The bootstrap of an interquartile mean over few seeds: 49 % with 2, 75 % with 3, 85 to 92 % with 5, 89 to 94 % with 8.
+  Reports show it from 10 seeds on, with 93 % and more.
+- The probability of improvement, from 3 seeds on: 92 to 98 % on one benchmark, up to 99 % as the mean over several.
 """
 
 from __future__ import annotations
@@ -86,8 +85,7 @@ COUNTS = (
     (10, (30,), 4, 3.0),
 )
 """Seeds, problems of each benchmark, samples per problem and mean log-odds of a correct one; problems vary by 1.5 in
-log-odds, seeds by 0.2 (where there is more than one, as one speaks of problems alone), and each problem's odds under
-the second algorithm by 0.5."""
+log-odds, seeds by 0.2 (if there are several), and each problem's odds under the second algorithm by 0.5."""
 ROBUST = ((1, 0.0, 1.0), (1, 0.1, 3.0), (3, 0.0, 1.0))
 """Benchmarks, the share of runs that collapse, and how much more the second algorithm's runs vary."""
 IMPROVEMENT = 0.75

@@ -121,11 +121,19 @@ def pairs(
     return tuple(zip(better[left].tolist(), worse[right].tolist(), strict=True))
 
 
-def groups(rows: pa.Table, size: int | None = None, varied: bool = False, truncated: Truncated = "keep") -> Units:
+def groups(
+    rows: pa.Table,
+    size: int | None = None,
+    varied: bool = False,
+    demonstrations: int = 0,
+    truncated: Truncated = "keep",
+) -> Units:
     """Units of all samples of one prompt by one policy version that have a reward and behaviour log-probs.
 
     With ``size``, only the first ``size`` samples of each group are taken, and smaller groups are left out. With
-    ``varied``, groups of equal rewards are left out. Raises UserError if no group is left.
+    ``varied``, groups of equal rewards are left out. The first ``demonstrations`` demonstrations of its prompt follow
+    the samples of each group, as far as there are any. Raises UserError if no group is left, and if no prompt of a
+    group has the demonstrations that were asked for.
     """
     reward = rewards(rows)
     usable = ~np.isnan(reward) & rows["behaviour_logp"].is_valid().to_numpy() & _whole(rows, truncated)
@@ -164,7 +172,21 @@ def groups(rows: pa.Table, size: int | None = None, varied: bool = False, trunca
                 "sample more per prompt with rlzoo rollout, or take prompts of another difficulty"
             )
         units = mixed
-    return units
+    return _guided(rows, units, demonstrations, truncated) if demonstrations else units
+
+
+def _guided(rows: pa.Table, units: Units, most: int, truncated: Truncated) -> Units:
+    """Groups, each followed by at most so many demonstrations of its prompt."""
+    prompt, of_prompt = _codes(rows["prompt_id"]), dict[int, list[int]]()
+    for index in np.flatnonzero(_has_source(rows, "demonstration") & _whole(rows, truncated)):
+        of_prompt.setdefault(int(prompt[index]), []).append(int(index))
+    guided = tuple((*unit, *of_prompt.get(int(prompt[unit[0]]), [])[:most]) for unit in units)
+    if guided == units:
+        raise UserError(
+            f"the buffer has no demonstrations of the prompts of its {len(units):,} groups{_and_whole(truncated)}: "
+            "import some with the same prompts"
+        )
+    return guided
 
 
 def unpaired(rows: pa.Table, truncated: Truncated = "keep") -> Units:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from rlzoo.config import EvaluationSettings
 from rlzoo.training import Costs
 
 
@@ -17,14 +18,26 @@ def costs_at(costs: Costs) -> dict[str, Any]:
     return {**found, "seconds": costs.wall_seconds}
 
 
-def result_at(metrics: dict[str, Any], outcomes: Sequence[dict[str, Any]], samples: int) -> dict[str, Any]:
+def result_at(outcomes: Sequence[Mapping[str, Any]], samples: int) -> dict[str, Any]:
     """The result of an evaluation as a point records it: avg@k, and each problem's fraction of correct samples.
 
-    ``outcomes`` are those of `Evaluation`: ``samples`` per problem, the problems one after the other.
+    ``outcomes`` are those of `Evaluation`, of which the first ``samples`` per problem count.
     """
-    correct = [float(row["correct"]) for row in outcomes]
-    by_problem = [sum(correct[i : i + samples]) / samples for i in range(0, len(correct), samples)]
-    return {"avg_at_k": metrics["avg_at_k"], "by_problem": by_problem}
+    correct: dict[str, list[float]] = {}
+    for row in outcomes:
+        if row["decoding"] == "sample" and row["sample"] < samples:
+            correct.setdefault(row["problem_id"], []).append(float(row["correct"]))
+    by_problem = [sum(own) / len(own) for own in correct.values()]
+    return {"avg_at_k": sum(map(sum, correct.values())) / sum(map(len, correct.values())), "by_problem": by_problem}
+
+
+def ends_the_curve(settings: EvaluationSettings) -> bool:
+    """Whether an evaluation on the benchmarks includes the point of the learning curve at the same step.
+
+    A point's samples are the first of those that an evaluation with the same seed draws. Curves that decide when to end
+    also have a result on validation.
+    """
+    return settings.curve_samples <= settings.samples and settings.until_flat is None
 
 
 def is_flat(curve: Sequence[Sequence[float]], patience: int) -> bool:

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from rlzoo.comparison.curves import ends_the_curve
 from rlzoo.comparison.plan import cells, sampling_seeds
 from rlzoo.comparison.resolve import learns_from_samples, objective_of, views_of
 from rlzoo.comparison.sizes import Lengths, lengths_of, size_of, worked_in
@@ -117,11 +118,12 @@ def forecast(experiment: Experiment, model: Policy, sample_tokens: float | None 
         told = "every sample of the base is learned from in an epoch, correct or not"
         lengths = replace(lengths, assumed="; ".join(filter(None, (lengths.assumed, told))))
     rows = tuple(_rows(experiment, name, model, lengths, count[name], tests, buffer) for name in experiment.algorithms)
+    first = tests.along / max(experiment.evaluation.curve_points, 1)
     return Forecast(
         rows,
         lengths,
         samples * lengths.sample,
-        tests.whole + tests.along / max(experiment.evaluation.curve_points, 1) + tests.text * lengths.sample,
+        tests.whole + first - tests.known + tests.text * lengths.sample,
         shared_flops + tests.text * lengths.flops(model, lengths.sample),
         model.flops(1, 1, modules=False),
         sum(p.numel() for p in model.model.parameters()),
@@ -134,7 +136,7 @@ def _warm_up(experiment: Experiment, model: Policy) -> RowForecast | None:
         return None
     lengths = lengths_of(alone, model, None)
     shared = _Shared(0, worked_in(alone.train), size_of(alone.train))
-    row = _row(alone, WARM_UP, model, lengths, 1, _Tests(0.0, 0.0, 0.0), shared)
+    row = _row(alone, WARM_UP, model, lengths, 1, _Tests(0.0, 0.0, 0.0, 0.0), shared)
     stored = shared.costs(alone, WARM_UP, model, lengths).flops
     return replace(row, algorithm="warm-up", flops=row.flops + stored)
 
@@ -146,6 +148,8 @@ class _Tests(NamedTuple):
     """Completion tokens of one full evaluation, on benchmarks and retention sets."""
     along: float
     """Completion tokens of all evaluations during training."""
+    known: float
+    """Those that a full evaluation at the same step includes."""
     text: float
     """The number of the base's completions that are scored for retention."""
 
@@ -158,8 +162,10 @@ def _tests(experiment: Experiment, lengths: Lengths) -> _Tests:
     whole = scored * (settings.samples + 1)
     if settings.until_flat is not None and experiment.validation is not None:
         sizes.append(size_of(experiment.validation))
-    along = settings.curve_points * sum(min(size, settings.curve_problems) for size in sizes) * settings.curve_samples
-    return _Tests(whole * lengths.sample, along * lengths.sample, sum(kept.values()) * settings.samples)
+    point = sum(min(size, settings.curve_problems) for size in sizes) * settings.curve_samples * lengths.sample
+    known = point if settings.curve_points and ends_the_curve(settings) else 0.0
+    text = sum(kept.values()) * settings.samples
+    return _Tests(whole * lengths.sample, settings.curve_points * point, known, text)
 
 
 @dataclass(frozen=True)
@@ -227,7 +233,7 @@ def _rows(
     *earlier, last = experiment.stages_of(name)
     found = _row(experiment, last, model, lengths, count, tests, shared, len(experiment.learning_rates_of(name)))
     for stage in earlier:
-        row = _row(experiment, stage, model, lengths, count, _Tests(0.0, tests.along, 0.0), shared)
+        row = _row(experiment, stage, model, lengths, count, _Tests(0.0, tests.along, 0.0, 0.0), shared)
         sums = {
             each: getattr(found, each) + getattr(row, each)
             for each in ("steps", "gradient_tokens", "sampled_tokens", "evaluated_tokens", "flops")
@@ -281,7 +287,8 @@ def _row(
     before = shared.costs(experiment, name, model, lengths)
     steps = _steps(settings, one_batch, before, name)
     batches = -(-steps // settings.updates_per_batch)
-    whole, along, text = tests
+    whole, along, known, text = tests
+    along -= known if rates == 1 else 0.0
     if rates > 1 and experiment.validation is not None:
         validated = size_of(experiment.validation) * experiment.evaluation.samples * lengths.sample
         chosen = 1 / rates  # the fraction of cells that are evaluated on benchmarks

@@ -5,7 +5,7 @@ The functions that they run take and return plain data, so that they can run in 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from rlzoo.buffers import OfflineBuffer
 from rlzoo.buffers.bad_rows import BadRows
 from rlzoo.buffers.problems import encode_problems, load_problems
 from rlzoo.comparison import retention
-from rlzoo.comparison.curves import costs_at, result_at
+from rlzoo.comparison.curves import costs_at, ends_the_curve, result_at
 from rlzoo.comparison.one_stage import train_cell
 from rlzoo.comparison.plan import Cell, has_choice
 from rlzoo.comparison.resolve import reward_of
@@ -51,10 +51,15 @@ def evaluate_base(experiment: Experiment, state: Path, report: Report) -> dict[s
         policy = load()
         bad = _unfit(policy, experiment)
         found = evaluate_all(policy, experiment, "base", -1, None, cached.within("base"), report, text)
-        drawn = experiment.evaluation.curve_points > 0
+        curve = None
+        if experiment.evaluation.curve_points > 0:
+            if ends_the_curve(experiment.evaluation):
+                curve = {"step": 0, **costs_at(Costs()), "metrics": known_results(experiment, found["outcomes"])}
+            else:
+                curve = curve_point(policy, experiment, 0, seed=0)
         return {
             **found,
-            "curve": curve_point(policy, experiment, 0, seed=0) if drawn else None,
+            "curve": curve,
             "dropped_rows": {name: summary for name, rows in bad.items() if (summary := rows.summary())},
             "events": [f"{name}: {event}" for name, rows in bad.items() for event in rows.events()],
         }
@@ -115,8 +120,11 @@ def _run_cell(
 ) -> dict[str, Any]:
     release_memory()
     buffer, settings = OfflineBuffer.load(buffer_path), experiment.training_of(cell.algorithm)
+    is_chosen = has_choice(experiment, cell.algorithm)
 
-    def evaluated(policy: Policy, step: int, most: int, costs: Costs) -> dict[str, Any]:
+    def evaluated(policy: Policy, step: int, most: int, costs: Costs, is_last: bool) -> dict[str, Any]:
+        if is_last and not is_chosen and ends_the_curve(experiment.evaluation):
+            return {"step": step, **costs_at(costs)}  # its results are those of the evaluation that follows
         return curve_point(policy, experiment, step, cell.seed, most, costs)
 
     policy, made = train_cell(
@@ -132,7 +140,7 @@ def _run_cell(
         "resolved": resolved(policy, settings, engine_of(experiment.evaluation, policy)),
         "token_probabilities": token_probabilities(policy, buffer, settings.token_budget)["counts"],
     }
-    if has_choice(experiment, cell.algorithm):
+    if is_chosen:
         assert experiment.validation is not None  # checked by the experiment's validator
         reward = reward_of(experiment, steps, most)
         validation = _evaluate(policy, experiment, experiment.validation, reward, cell.seed, brief=True)
@@ -142,6 +150,8 @@ def _run_cell(
         policy, experiment, cell.algorithm, cell.seed, cell.learning_rate, cached,
         lambda share, what: report(0.8 + 0.2 * share, what), retention.saved_text(experiment, state), steps, most,
     )  # fmt: skip
+    for point in made["curve"]:
+        point.setdefault("metrics", known_results(experiment, found["outcomes"]))
     return {**result, **found}
 
 
@@ -216,13 +226,23 @@ def curve_point(
         problems, bad = load_problems(source)[: settings.curve_problems], BadRows(source.bad_rows)
         reward = reward_of(experiment, step, max_steps, benchmark=benchmark)
         found = evaluate(policy, problems, reward, small, seed, greedy=False, bad=bad, metrics=[AVERAGE])
-        return result_at(found.metrics, found.outcomes, small.samples)
+        return result_at(found.outcomes, small.samples)
 
     metrics = {name: result(source, name) for name, source in experiment.benchmarks.items()}
     point = {"step": step, **costs_at(costs or Costs()), "metrics": metrics}
     if settings.until_flat is not None and experiment.validation is not None:
         point["validation"] = result(experiment.validation, None)
     return point
+
+
+def known_results(experiment: Experiment, outcomes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The results that `curve_point` would get, from the ``outcomes`` of `evaluate_all`: by benchmark."""
+    settings, results = experiment.evaluation, dict[str, Any]()
+    for name, source in experiment.benchmarks.items():
+        first = {problem.id for problem in load_problems(source)[: settings.curve_problems]}
+        own = [row for row in outcomes if row["benchmark"] == name and row["problem_id"] in first]
+        results[name] = result_at(own, settings.curve_samples)
+    return results
 
 
 def _evaluate(

@@ -29,8 +29,9 @@ from rlzoo.training import Costs, Trainer, TrainingRecord
 from rlzoo.training.batches import BufferSource, FreshSource, Source, in_steps, seeds, shares
 from rlzoo.types import selector_of
 
-Evaluated = Callable[[Policy, int, int, Costs], dict[str, Any]]
-"""A point of the learning curve, given the policy, the number of steps so far and in all, and the costs so far."""
+Evaluated = Callable[[Policy, int, int, Costs, bool], dict[str, Any]]
+"""A point of the learning curve, given the policy, the number of steps so far and in all, the costs so far, and whether
+the cell ends here."""
 
 
 @dataclass(frozen=True)
@@ -184,7 +185,8 @@ def _train(
             return
         curve = trainer.record.kept.setdefault("curve", [])
         costs = summed(stage.costs, record.costs.as_dict())
-        curve.append(evaluated(policy, stage.steps + step, most, costs) | numbered)
+        is_last = record.ended is not None and stage.number == len(stage.names)
+        curve.append(evaluated(policy, stage.steps + step, most, costs, is_last) | numbered)
         if patience is None or record.ended is not None:
             return
         if agreed(is_flat([point["validation"]["by_problem"] for point in curve], patience)):

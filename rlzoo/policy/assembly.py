@@ -16,7 +16,7 @@ from rlzoo.jobs.memory import on_device
 from rlzoo.objective import Objective
 from rlzoo.policy.encoding import encode_prompt
 from rlzoo.policy.loading import load_policy
-from rlzoo.policy.microbatches import Forward, MicroBatches
+from rlzoo.policy.microbatches import FirstPass, Forward, MicroBatches
 from rlzoo.policy.policy import Policy
 from rlzoo.policy.sequences import Tokens
 from rlzoo.types import TokenBatch, Trajectory, Unit, selector_of
@@ -92,13 +92,16 @@ class Assembler:
         micro: MicroBatches | None = None,
         on_forward: Callable[[Policy, Sequence[Tokens]], None] | None = None,
         remember: bool = False,
+        first: FirstPass | None = None,
     ) -> None:
         """``on_forward`` is called with the model and rows of every forward pass without a graph, to count costs.
 
         With ``remember``, each model's log-probs of a row are computed once and cached: for models that do not change.
+        ``first`` keeps the first pass of the policy's own log-probs for the gradient of the same rows.
         """
         self.policy, self.models = policy, models or Models(policy)
         self.micro = micro or MicroBatches(8192)
+        self.first = first
         self._on_forward = on_forward
         self._known: dict[tuple[int, int], tuple[Tokens, dict[str, Tensor]]] | None = {} if remember else None
 
@@ -167,11 +170,12 @@ class Assembler:
         statistics: Sequence[Input] = (),
         forward: Forward | None = None,
         progress: Callable[[int], None] | None = None,
+        undo: Callable[[], None] | None = None,
     ) -> dict[str, Float[Tensor, "R T"]]:
         """`MicroBatches.log_probs`, counted by ``on_forward`` and cached with ``remember``."""
         if self._known is not None and (known := self._recalled(model, rows, statistics)) is not None:
             return known
-        found = self.micro.log_probs(model, rows, statistics, forward=forward, progress=progress)
+        found = self.micro.log_probs(model, rows, statistics, forward=forward, progress=progress, undo=undo)
         if self._on_forward is not None:
             self._on_forward(model, rows)
         if self._known is not None:
@@ -228,7 +232,10 @@ class _Context:
         requires = () if self.objective is None else self.objective.requires
         if self.forward_values is None:
             statistics = [one for one in requires if one.is_statistic]
-            found = self.assembler.log_probs(self.policy, self.rows, statistics)
+            forward, undo = None, None
+            if (first := self.assembler.first) is not None:
+                forward, undo = first.forward(self.policy, statistics), first.drop
+            found = self.assembler.log_probs(self.policy, self.rows, statistics, forward, undo=undo)
             keys = {"logp", *(one.key for one in requires)}
             self.forward_values = {key: value for key, value in found.items() if key in keys}
         if key not in self.forward_values:

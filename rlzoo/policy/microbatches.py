@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import TypeVar
 
 import torch
@@ -14,6 +15,7 @@ from rlzoo.errors import UserError
 from rlzoo.inputs import Input
 from rlzoo.jobs.memory import is_out_of_memory, on_device, release_memory
 from rlzoo.jobs.ranks import gathered, is_sharded, rank, summed, world_size
+from rlzoo.jobs.restarts import restart_with
 from rlzoo.policy.defaults import token_budget_of
 from rlzoo.policy.policy import ForwardPass, Policy
 from rlzoo.policy.sequences import Row, Sequences, Tokens, length
@@ -53,8 +55,9 @@ class MicroBatches:
     ) -> T:
         """The result of ``work``; if memory runs out in one process, all repeat it with half the budget.
 
-        ``undo`` discards what a failed attempt left behind. Raises UserError if a single row does not fit, and if
-        processes work ``in_step``, as those of a sharded model do: then the others still wait for the failed one.
+        ``undo`` discards what a failed attempt left behind. If processes work ``in_step``, as those of a sharded model
+        do, the others still wait for the failed one: all are restarted with half the budget. Raises UserError if they
+        cannot be, and if a single row does not fit.
         """
         while True:
             failed = None
@@ -77,6 +80,7 @@ class MicroBatches:
             if self._on_halved is not None:
                 self._on_halved(before, self.token_budget)
             if in_step:
+                restart_with("tokens", self.token_budget)
                 raise UserError(
                     f"out of memory with {before} tokens per micro-batch in one process of a sharded model, which "
                     f"cannot retry on its own: lower training.token_budget ({reasons[0]:.160})"
@@ -94,12 +98,14 @@ class MicroBatches:
         top_p: float = 1.0,
         forward: Forward | None = None,
         progress: Callable[[int], None] | None = None,
+        undo: Callable[[], None] | None = None,
     ) -> dict[str, Float[Tensor, "R T"]]:
         """``logp`` of all rows in nats, module outputs, ``statistics`` and ``nucleus``, by key: each [R, T].
 
         In evaluation mode and without a graph; 0 at padding. Processes share the work, and all get the full result.
-        ``forward`` replaces the plain forward pass. ``progress`` is called with the number of rows just done. Raises
-        UserError if a single row does not fit into memory.
+        ``forward`` replaces the plain forward pass, and ``undo`` discards what it left behind if memory runs out.
+        ``progress`` is called with the number of rows just done. Raises UserError if a single row does not fit into
+        memory.
         """
         width = max((len(row.completion_ids) for row in rows), default=0)
         plain: Forward = lambda sequences, _: policy(sequences, statistics=statistics, top_p=top_p)  # noqa: E731
@@ -120,10 +126,48 @@ class MicroBatches:
         training = policy.training
         policy.eval()
         try:
-            found = self.within_memory(rows, run, in_step=is_sharded(policy))
+            found = self.within_memory(rows, run, undo, in_step=is_sharded(policy))
         finally:
             policy.train(training)
         return {key: summed(value) for key, value in found.items()}
+
+
+class FirstPass:
+    """The forward pass of a batch's first micro-batch, kept with its graph from a batch's log-probs to its gradient.
+
+    A step that needs the policy's log-probs beforehand, as a snapshot or for coefficients that depend on the whole
+    batch, would run the same rows through the same weights twice, first without and then with a graph. Micro-batches
+    are filled one after another, so the first has most rows of a batch that just exceeds the token budget. Only one is
+    kept, because the budget bounds the graphs that are in memory at a time.
+    """
+
+    def __init__(self, context: Callable[[], AbstractContextManager[object]] = nullcontext) -> None:
+        """``context`` is that of forward passes in training."""
+        self._context = context
+        self._kept: tuple[list[int], ForwardPass] | None = None
+
+    def forward(self, policy: Policy, statistics: Sequence[Input]) -> Forward:
+        """A forward pass for `MicroBatches.log_probs`, the first of which is kept."""
+        self.drop()
+
+        def run(sequences: Sequences, index: list[int]) -> ForwardPass:
+            if self._kept is not None:
+                return policy(sequences, statistics=statistics)  # type: ignore[no-any-return]
+            with torch.enable_grad(), self._context():
+                self._kept = index, policy(sequences, statistics=statistics)
+            return self._kept[1]
+
+        return run
+
+    def take(self, index: list[int]) -> ForwardPass | None:
+        """The pass, if one is kept and is of the rows with these indices; afterwards none is kept."""
+        kept = self._kept
+        self.drop()
+        return kept[1] if kept is not None and kept[0] == index else None
+
+    def drop(self) -> None:
+        """Release the pass and its graph."""
+        self._kept = None
 
 
 def token_batches(

@@ -206,13 +206,10 @@ class _Server:
                 text = answer.read()
             return json.loads(text) if text.strip() else None
         except error.HTTPError as wrong:
-            fix = ""
+            told = wrong.read().decode(errors="replace").strip()[:200]
             if wrong.code == 404 and path in ("/collective_rpc", "/reset_prefix_cache"):
-                fix = ": start it with VLLM_SERVER_DEV_MODE=1 in its environment, so that it accepts weights"
-            said = wrong.read().decode(errors="replace").strip()[:200]
-            raise UserError(
-                f"the vLLM server at {self.url} answered {wrong.code} to {path}{fix or f': {said}'}"
-            ) from None
+                told = "start it with VLLM_SERVER_DEV_MODE=1 in its environment, so that it accepts weights"
+            raise UserError(f"the vLLM server at {self.url} answered {wrong.code} to {path}: {told}") from None
         except ValueError:  # for an answer that is not JSON
             raise self._no_server() from None
         except (OSError, HTTPException) as wrong:

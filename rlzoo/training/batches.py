@@ -252,3 +252,9 @@ def micro_units(units: Sequence[tuple[int, ...]], coupling: Coupling) -> list[tu
     if coupling in (Coupling.PAIR, Coupling.GROUP):
         return list(units)
     return [(row,) for unit in units for row in unit]
+
+
+def keeps_first_pass(objective: Objective) -> bool:
+    """Whether a step's forward passes are those of the batch's log-probs: one component, no units, no logit term."""
+    first, *others = (component.objective for component in objective.components)
+    return not others and first.couples not in (Coupling.PAIR, Coupling.GROUP) and not first.has_logit_term

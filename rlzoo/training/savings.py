@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -15,7 +15,20 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from rlzoo.errors import UserError
+from rlzoo.jobs.ranks import is_sharded
+from rlzoo.policy import Policy
 from rlzoo.policy.compiled import layers_of
+
+
+@contextmanager
+def savings(policy: Policy, recompute: bool) -> Iterator[None]:
+    """The context of a policy's forward and backward passes in training; with ``recompute``, `layers_recomputed`."""
+    own_gradients = is_sharded(policy) or policy.compiles
+    with (
+        layers_recomputed(policy) if recompute else nullcontext(),
+        nullcontext() if own_gradients else gradients_in_place(policy),
+    ):
+        yield
 
 
 @contextmanager

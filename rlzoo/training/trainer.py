@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,20 +17,21 @@ from torch import Tensor
 from rlzoo.config import Training
 from rlzoo.errors import TryAgainError, UserError
 from rlzoo.inputs import Input, Stage
-from rlzoo.jobs.interrupts import pending, raise_deferred, signals_deferred
+from rlzoo.jobs.interrupts import pending, raise_signal, signals_deferred
 from rlzoo.jobs.memory import on_device
 from rlzoo.jobs.ranks import agreed, gathered, is_sharded, world_size
+from rlzoo.jobs.restarts import can_restart
 from rlzoo.objective import Component, Objective, reduce, surrogate_of
-from rlzoo.policy import Assembler, MicroBatches, Models, Policy, sharding
+from rlzoo.policy import Assembler, FirstPass, MicroBatches, Models, Policy, sharding
 from rlzoo.policy.adapters import adapters
 from rlzoo.policy.defaults import token_budget_of
 from rlzoo.policy.quantised import UNSHARDED, entries, is_in_4_bits
 from rlzoo.policy.sequences import Tokens, length
-from rlzoo.training.batches import Drawn, Source, check_sources, in_steps, lacks, micro_units
+from rlzoo.training.batches import Drawn, Source, check_sources, in_steps, keeps_first_pass, lacks, micro_units
 from rlzoo.training.checkpoints import Checkpoints
 from rlzoo.training.costs import now, peak_memory_bytes, reset_peak_memory
 from rlzoo.training.record import TrainingRecord
-from rlzoo.training.savings import gradients_in_place, layers_recomputed
+from rlzoo.training.savings import savings
 from rlzoo.training.schedule import Progress
 from rlzoo.training.state import is_finite, like_of, restore, state_of
 from rlzoo.training.sums import (
@@ -138,14 +140,18 @@ class Trainer:
         )
         self.progress = Progress(settings, self.record.costs)
         self.policy = policy
-        self.assembler = Assembler(
-            self.policy, self.models, self.micro, lambda model, rows: self._count(model, rows, 1)
-        )
+        self._savings = partial(savings, policy, settings.gradient_checkpointing)
+        self._first = FirstPass(self._savings)
+        first = self._first if not is_sharded(policy) and keeps_first_pass(objective) else None
+        count = partial(self._count, passes=1)  # also of a pass that is kept: costs do not depend on micro-batches
+        self.assembler = Assembler(policy, self.models, self.micro, count, first=first)
         if checkpoints is not None and settings.checkpoint_seconds is not None:
             self.checkpoints = Checkpoints(checkpoints, settings.checkpoint_seconds)
             if (found := self.checkpoints.newest(like_of(self))) is not None:
                 restore(self, *found)
-            self.micro.token_budget = min(self.micro.token_budget, self.checkpoints.budget() or self.micro.token_budget)
+            budget, events = self.checkpoints.budget()
+            self.micro.token_budget = min(self.micro.token_budget, budget or self.micro.token_budget)
+            self.record.events += [event for event in events if event not in self.record.events]
 
     def _with_models(self) -> list[Input]:
         """The inputs whose models are kept in memory: all but those stored in every row of their source."""
@@ -160,10 +166,11 @@ class Trainer:
     def run(self) -> TrainingRecord:
         """Train until ``settings.steps`` optimizer steps are done, the budget is spent, or a callback calls `stop`.
 
-        The first Ctrl-C or SIGTERM is raised between two batches, after a checkpoint. Raises UserError if weights, the
-        loss or a gradient become infinite or NaN, unless ``on_nonfinite`` skips such steps.
+        The first Ctrl-C or SIGTERM, to any process, is raised between two batches in all, after a checkpoint. Raises
+        UserError if weights, the loss or a gradient become infinite or NaN, unless ``on_nonfinite`` skips such steps.
         """
-        with signals_deferred(), tracked(self.accelerator, self.settings, self.folder) as log:
+        most = 1 if world_size() == 1 else 2  # a launcher repeats what a terminal or a scheduler has sent
+        with signals_deferred(most), tracked(self.accelerator, self.settings, self.folder) as log:
             try:
                 self._run(log)
             except BaseException:
@@ -221,12 +228,16 @@ class Trainer:
             self._between_batches()
 
     def _between_batches(self) -> None:
-        """Save a checkpoint if one is due, or before a deferred signal is raised."""
-        if self.checkpoints is not None:
-            stopping = world_size() == 1 and pending()
-            if self.checkpoints.due() or stopping:
-                self._save()
-        raise_deferred()
+        """Save a checkpoint if one is due, or before a signal that any process has deferred is raised in all."""
+        due = self.checkpoints is not None and self.checkpoints.due()
+        (due, _), *_ = told = gathered((due, pending()))  # the main process decides what is due
+        signal = max((number for _, number in told if number is not None), default=None)
+        if self.checkpoints is not None and (due or signal is not None):
+            self._save()
+            if signal is not None:
+                self.checkpoints.wait()
+        if signal is not None:
+            raise_signal(signal)
 
     def _save(self) -> None:
         assert self.checkpoints is not None
@@ -260,9 +271,7 @@ class Trainer:
         """One optimizer step on the batches of all components; ``is_first``: the first step on these batches."""
         rows = [row for some in drawn for row in some.rows]
         self.policy.eval()  # with dropout, ratios would not start at 1 and the gradient would depend on micro-batches
-        sums = self.micro.within_memory(
-            rows, lambda: self._gradient(drawn), self._drop_gradients, in_step=is_sharded(self.policy)
-        )
+        sums = self.micro.within_memory(rows, lambda: self._gradient(drawn), self._undo, is_sharded(self.policy))
         parameters = [p for _, p in self.named_parameters()]
         sharding.sum_gradients(parameters)
         self._count(self.policy, rows, passes=2 + self._trained)
@@ -281,7 +290,7 @@ class Trainer:
             if self.settings.on_nonfinite == "stop":
                 raise UserError(f"{event}: lower learning_rate, check the data of this step, or set on_nonfinite=skip")
             self.record.events.append(f"{event}; skipped")
-            self._drop_gradients()
+            self._undo()
         rate = self.progress.learning_rate()
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -318,10 +327,8 @@ class Trainer:
         denominators = [some.component.objective.normaliser.count(some.batch) for some in drawn]
         coefficients = [coupled_coefficients(some) for some in drawn]
         sums = [Sums() for _ in drawn]
-        self._drop_gradients()
-        recomputed = layers_recomputed(self.policy) if self.settings.gradient_checkpointing else nullcontext()
-        apart = is_sharded(self.policy) or self.policy.compiles
-        with recomputed, nullcontext() if apart else gradients_in_place(self.policy):
+        self.optimizer.zero_grad()
+        with self._savings():
             mine = [
                 (place, index, counts)
                 for place, some in enumerate(drawn)
@@ -334,18 +341,20 @@ class Trainer:
                 self._backward(drawn[place], coefficients[place], index, denominators[place], own)
         return sums
 
-    def _drop_gradients(self) -> None:
-        self.optimizer.zero_grad(set_to_none=True)
+    def _undo(self) -> None:
+        self.optimizer.zero_grad()
+        self._first.drop()
 
     def _halved(self, before: int, now: int) -> None:
         event = f"step {self.step + 1}: out of memory with {before} tokens per micro-batch, now {now}"
         self.record.events.append(event)
         if is_sharded(self.policy) and self.checkpoints is not None:
-            self.checkpoints.write_budget(now)
-            raise TryAgainError(
-                f"{event}; the run stops, because the processes of a sharded model cannot retry a step on their own: "
-                "resume with the same command"
-            )
+            self.checkpoints.write_budget(now, event)
+            if not can_restart():
+                raise TryAgainError(
+                    f"{event}; the run stops, because the processes of a sharded model cannot retry a step on their "
+                    "own: resume with the same command"
+                )
 
     def _backward(
         self,
@@ -360,7 +369,9 @@ class Trainer:
         sequences = self.policy.collate([rows[i] for i in index])
         statistics = [one for one in objective.requires if one.is_statistic]
         term, reference = objective.logit_term if objective.has_logit_term else None, self._logits_of(objective)
-        output = self.policy(sequences, statistics=statistics, term=term, reference=reference)
+        output = self._first.take(index) or self.policy(
+            sequences, statistics=statistics, term=term, reference=reference
+        )
         given = output.of(objective.requires)
         others = [output.inputs[key] for key in self.policy.attached if key not in given]
         if sums is None:
