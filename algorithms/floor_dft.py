@@ -3,7 +3,8 @@
 Loss: -sg(max(π_θ(y_t), τ)) log π_θ(y_t), averaged over the completion tokens of the step. DFT hardly learns what the
 base finds unlikely, which includes a format, or an end of sequence, that it does not know yet; the floor gives such
 tokens a weight of τ. τ = 0 is DFT, τ = 1 is SFT.
-Source: none; advice of DFT's author for data with a new format (with τ = 0.1), known to us from secondary sources.
+Source: none; advice of DFT's author for tasks on which DFT ignores tokens that matter, with τ = 0.1: a comment of
+2025-08-11 in issue 1 of github.com/yongliang-wu/DFT (in Chinese), without an experiment.
 """
 
 from dataclasses import dataclass

@@ -17,10 +17,10 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
-from rlzoo.objective import Normaliser, Objective, register
-from rlzoo.types import Coefficients, Coupling, Selection, TokenBatch
+from rlzoo.objective import register
+from rlzoo.preferences import PairLoss, PairObjective, length, logistic, total
+from rlzoo.types import Coefficients, TokenBatch
 
 CERTAIN = -1e-6
 """The upper bound on mean log-probs."""
@@ -28,32 +28,25 @@ CERTAIN = -1e-6
 
 @register
 @dataclass(frozen=True)
-class ORPO(Objective):
+class ORPO(PairObjective):
     """Odds-ratio preference optimisation: c_t = (1[y⁺] ± λ σ(-Ω)/(1 - P)) / |y|."""
 
     name: ClassVar[str] = "orpo"
-    learns_from: ClassVar[Selection] = Selection.PAIRS
-    couples: ClassVar[Coupling] = Coupling.PAIR
-    normaliser: ClassVar[Normaliser] = Normaliser.PER_PAIR
     source: ClassVar[str] = "arXiv 2403.07691"
 
     lam: float = 0.1
 
     def coefficients(self, batch: TokenBatch) -> Coefficients:
-        partner, chosen = self.needed(batch, "partner", "chosen")
-        length = batch.mask.sum(1).clamp(min=1).to(batch.dtype)
-        mean = torch.where(batch.mask, batch.logp, 0).sum(1) / length
+        mean = total(batch, batch.logp) / length(batch)
         held = mean.clamp(max=CERTAIN)
         odds = held - log1mexp(held)
-        sign = torch.where(chosen, 1.0, -1.0).to(mean.dtype)
-        ratio = sign * (odds - odds[partner])
+        better, worse = self.sides(batch, odds)
+        loss, pull = logistic(better - worse)
         slope = torch.where(mean < CERTAIN, -1 / torch.expm1(held), 0)  # d log odds / dℓ = 1/(1 - P)
-        values = (chosen.to(mean.dtype) + sign * self.lam * torch.sigmoid(-ratio) * slope) / length
-        return Coefficients(
-            values[:, None].expand_as(batch.logp),
-            loss=torch.where(chosen, self.lam * functional.softplus(-ratio) - mean, 0),  # carried by the better half
-            metrics={"log_odds_ratio": ratio, "accuracy": (ratio > 0).to(mean.dtype)},
-        )
+        pull = self.lam * pull * slope
+        own, _ = self.sides(batch, mean)
+        found = PairLoss(self.lam * loss - own, (1 + pull) / length(batch), -pull / length(batch))
+        return self.of_pairs(batch, odds, found, "log_odds_ratio")
 
 
 def log1mexp(x: Tensor) -> Tensor:

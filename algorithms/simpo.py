@@ -12,37 +12,24 @@ its setting for Llama-3-Base, which the authors also recommend as a starting poi
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-from torch.nn import functional
-
-from rlzoo.objective import Normaliser, Objective, register
-from rlzoo.types import Coefficients, Coupling, Selection, TokenBatch
+from rlzoo.objective import register
+from rlzoo.preferences import PairObjective, length, logistic, of_margin, total
+from rlzoo.types import Coefficients, TokenBatch
 
 
 @register
 @dataclass(frozen=True)
-class SimPO(Objective):
+class SimPO(PairObjective):
     """Simple preference optimisation: c_t = ±β σ(γ - βΔ) / |y|, with Δ the difference of per-token means."""
 
     name: ClassVar[str] = "simpo"
-    learns_from: ClassVar[Selection] = Selection.PAIRS
-    couples: ClassVar[Coupling] = Coupling.PAIR
-    normaliser: ClassVar[Normaliser] = Normaliser.PER_PAIR
     source: ClassVar[str] = "arXiv 2405.14734"
 
     beta: float = 2.0
     gamma: float = 1.0
 
     def coefficients(self, batch: TokenBatch) -> Coefficients:
-        partner, chosen = self.needed(batch, "partner", "chosen")
-        length = batch.mask.sum(1).clamp(min=1).to(batch.dtype)
-        mean_logp = torch.where(batch.mask, batch.logp, 0).sum(1) / length
-        sign = torch.where(chosen, 1.0, -1.0).to(mean_logp.dtype)
-        margin = sign * (mean_logp - mean_logp[partner])
-        excess = self.beta * margin - self.gamma
-        pull = self.beta * torch.sigmoid(-excess) / length
-        return Coefficients(
-            (sign * pull)[:, None].expand_as(batch.logp),
-            loss=torch.where(chosen, functional.softplus(-excess), 0),  # one per pair, carried by its better half
-            metrics={"margin": margin, "accuracy": (margin > 0).to(mean_logp.dtype)},
-        )
+        score = total(batch, batch.logp) / length(batch)
+        better, worse = self.sides(batch, score)
+        loss, pull = logistic(self.beta * (better - worse) - self.gamma)
+        return self.of_pairs(batch, score, of_margin(loss, self.beta * pull / length(batch)))

@@ -10,7 +10,18 @@ import torch
 from torch import Tensor
 
 from rlzoo import testing
-from rlzoo.inputs import Behaviour, Critic, Input, Mismatched, Reference, Snapshot, Statistic, Truncated
+from rlzoo.inputs import (
+    Behaviour,
+    Critic,
+    FromDemonstration,
+    Input,
+    Mismatched,
+    Outcome,
+    Reference,
+    Snapshot,
+    Statistic,
+    Truncated,
+)
 from rlzoo.objective import Objective
 from rlzoo.testing.batches import PADDING
 from rlzoo.types import TokenBatch
@@ -25,6 +36,7 @@ class Everything(Objective):
     name: ClassVar[str] = "everything"
     requires: ClassVar[tuple[Input, ...]] = (
         Behaviour(), Reference(), Snapshot(), Snapshot("value"), Critic(), Truncated(), Mismatched(),
+        FromDemonstration(), Outcome(),
         *(Statistic(name) for name in ("entropy", "top_entropy", "square_mass")),
     )  # fmt: skip
 

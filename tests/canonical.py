@@ -107,21 +107,124 @@ def rft(batch: TokenBatch, threshold: float = 0.5) -> Tensor:
     return -torch.cat([logp if reward >= threshold else 0 * logp for logp, reward in rows]).sum() / token_count(batch)
 
 
-def dpo(batch: TokenBatch, beta: float = 0.1, variant: str = "sigmoid") -> Tensor:
-    """The mean over pairs of -log σ(βΔ), or max(0, 1 - βΔ), or (h̄ - 1/(2β))² (IPO, per-token means)."""
+def log_ratios_of_pairs(batch: TokenBatch) -> list[tuple[Tensor, Tensor]]:
+    """Of each pair: log π/π_ref of each token of the better completion, and of the worse one."""
     assert batch.chosen is not None and batch.partner is not None
     logp, reference = completions(batch, batch.logp), completions(batch, batch.reference_logp)
-    losses = []
-    for better in batch.chosen.nonzero().flatten().tolist():
-        worse = int(batch.partner[better])
-        gain, harm = logp[better] - reference[better], logp[worse] - reference[worse]
+    rows = [a - b for a, b in zip(logp, reference, strict=True)]
+    return [(rows[i], rows[int(batch.partner[i])]) for i in batch.chosen.nonzero().flatten().tolist()]
+
+
+def sums_of_pairs(batch: TokenBatch) -> list[tuple[Tensor, Tensor]]:
+    """Of each pair: Σ_t log π/π_ref of the better completion, and of the worse one."""
+    return [(gain.sum(), harm.sum()) for gain, harm in log_ratios_of_pairs(batch)]
+
+
+F_PRIME: Mapping[str, Callable[[Tensor, float], Tensor]] = {
+    "reverse_kl": lambda t, _: t.log(),
+    "forward_kl": lambda t, _: 1 - 1 / t,
+    "js": lambda t, _: (2 * t / (1 + t)).log(),
+    "alpha": lambda t, alpha: (t ** (alpha - 1) - 1) / (alpha - 1),
+}
+"""f'(t) of each divergence (arXiv 2309.16240, table 1, up to a constant)."""
+
+
+def dpo(
+    batch: TokenBatch,
+    beta: float = 0.1,
+    variant: str = "sigmoid",
+    label_smoothing: float = 0.0,
+    divergence: str = "reverse_kl",
+    divergence_alpha: float = 0.5,
+    sft_coefficient: float = 0.0,
+) -> Tensor:
+    """The mean over pairs of the loss of Δ, or of the difference h̄ of per-token means, and of the SFT term."""
+    log_sigmoid, losses, e = functional.logsigmoid, [], label_smoothing
+    for gain, harm in log_ratios_of_pairs(batch):
+        better, worse = (F_PRIME[divergence](x.sum().exp(), divergence_alpha) for x in (gain, harm))
+        if variant in ("ipo", "sigmoid_norm"):
+            better, worse = better / max(len(gain), 1), worse / max(len(harm), 1)
+        z = beta * (better - worse)
         if variant == "ipo":
-            mean_gap = gain.sum() / max(len(gain), 1) - harm.sum() / max(len(harm), 1)
-            losses.append((mean_gap - 1 / (2 * beta)) ** 2)
+            loss = (better - worse - 1 / (2 * beta)) ** 2
         elif variant == "hinge":
-            losses.append(functional.relu(1 - beta * (gain.sum() - harm.sum())))
+            loss = functional.relu(1 - z)
+        elif variant == "robust":
+            loss = (-(1 - e) * log_sigmoid(z) + e * log_sigmoid(-z)) / (1 - 2 * e)
         else:
-            losses.append(-functional.logsigmoid(beta * (gain.sum() - harm.sum())))
+            loss = -(1 - e) * log_sigmoid(z) - e * log_sigmoid(-z)
+        losses.append(loss)
+    loss = torch.stack(losses).mean()
+    if sft_coefficient:
+        loss = loss - sft_coefficient * torch.stack([better for better, _ in paired_means(batch)]).mean()
+    return loss
+
+
+def exo(batch: TokenBatch, beta: float = 0.1, label_smoothing: float = 1e-3) -> Tensor:
+    """The mean over pairs of KL(softmax(β log π/π_ref) ‖ (1-ε, ε)) (arXiv 2402.00856, eq. 16)."""
+    losses = []
+    for gain, harm in sums_of_pairs(batch):
+        q = (beta * torch.stack([gain, harm])).softmax(0)
+        label = torch.tensor([1 - label_smoothing, label_smoothing], dtype=q.dtype)
+        losses.append((q * (q / label).log()).sum())
+    return torch.stack(losses).mean()
+
+
+def nca(batch: TokenBatch, beta: float = 0.1) -> Tensor:
+    """The mean over pairs of -log σ(r⁺) - ½ log σ(-r⁺) - ½ log σ(-r⁻) (arXiv 2402.05369)."""
+    log_sigmoid = functional.logsigmoid
+    losses = [
+        -log_sigmoid(beta * a) - (log_sigmoid(-beta * a) + log_sigmoid(-beta * b)) / 2 for a, b in sums_of_pairs(batch)
+    ]
+    return torch.stack(losses).mean()
+
+
+def bco(batch: TokenBatch, beta: float = 0.1, shift: str = "mean") -> Tensor:
+    """The mean over pairs of -log σ(r⁺ - δ) - log σ(-(r⁻ - δ)), δ the mean of all r, or 0 (arXiv 2404.04656)."""
+    pairs = [(beta * gain, beta * harm) for gain, harm in sums_of_pairs(batch)]
+    delta = sum(float(a.detach() + b.detach()) for a, b in pairs) / (2 * len(pairs)) if shift == "mean" else 0.0
+    losses = [-functional.logsigmoid(a - delta) - functional.logsigmoid(delta - b) for a, b in pairs]
+    return torch.stack(losses).mean()
+
+
+def sppo(batch: TokenBatch, beta: float = 0.1) -> Tensor:
+    """The mean over pairs of the squared distances of log π/π_ref to ±η/2, η = 1/β (arXiv 2405.00675, eq. 4.7)."""
+    losses = [(gain - 0.5 / beta) ** 2 + (harm + 0.5 / beta) ** 2 for gain, harm in sums_of_pairs(batch)]
+    return torch.stack(losses).mean()
+
+
+def apo(batch: TokenBatch, beta: float = 0.1, variant: str = "zero") -> Tensor:
+    """The mean over pairs of -σ(r⁺) + σ(r⁻) + 1, or of σ(r⁺) - σ(r⁺ - r⁻) + 1 (arXiv 2408.06266, eq. 7 and 8)."""
+    losses = []
+    for gain, harm in sums_of_pairs(batch):
+        better, worse, both = (1 / (1 + (-beta * x).exp()) for x in (gain, harm, gain - harm))
+        losses.append(1 - better + worse if variant == "zero" else better + 1 - both)
+    return torch.stack(losses).mean()
+
+
+def aot(batch: TokenBatch, beta: float = 0.1, variant: str = "paired", label_smoothing: float = 0.0) -> Tensor:
+    """The mean over k of the logistic loss of the difference of k-th smallest values (arXiv 2406.05882)."""
+    if variant == "paired":
+        assert batch.chosen is not None and batch.partner is not None
+        rows = [(i, int(batch.partner[i])) for i in batch.chosen.nonzero().flatten().tolist()]
+        of_both = [completions(batch, values) for values in (batch.logp, batch.reference_logp)]
+        left, right = ([values[i].sum() - values[j].sum() for i, j in rows] for values in of_both)
+    else:
+        left, right = ([pair[side] for pair in sums_of_pairs(batch)] for side in (0, 1))
+    losses = []
+    for u, v in zip(sorted(left, key=float), sorted(right, key=float), strict=True):
+        z = beta * (u - v)
+        losses.append(-(1 - label_smoothing) * functional.logsigmoid(z) - label_smoothing * functional.logsigmoid(-z))
+    return torch.stack(losses).mean()
+
+
+def discopop(batch: TokenBatch, beta: float = 0.1, tau: float = 0.05) -> Tensor:
+    """The mean over pairs of (1-m) log(1 + e^-z) + m e^-z, m = σ(z/τ) (arXiv 2406.08414, eq. 5)."""
+    losses = []
+    for gain, harm in sums_of_pairs(batch):
+        z = beta * (gain - harm)
+        m = torch.sigmoid(z / tau)
+        losses.append((1 - m) * (1 + (-z).exp()).log() + m * (-z).exp())
     return torch.stack(losses).mean()
 
 
@@ -135,14 +238,32 @@ def clipped_gain(logp: Tensor, behaviour: Tensor, advantage: Tensor, clip: float
     return asymmetric_gain(ratio_of(logp - behaviour), advantage, clip, clip, delta)
 
 
+KL_ESTIMATES: dict[str, Callable[[Tensor], Tensor]] = {
+    "k1": lambda x: -x.log(),
+    "k2": lambda x: x.log() ** 2 / 2,
+    "k3": lambda x: x - x.log() - 1,
+}
+"""Of x = π_ref/π_θ (Schulman 2020)."""
+
+
 def grpo(
     batch: TokenBatch,
     clip: float = 0.2,
     kl_coefficient: float = 0.04,
     kl_correction: bool = False,
     delta: float | None = None,
+    clip_high: float | None = None,
+    scale_rewards: str = "group",
+    aggregation: str = "sequence",
+    max_length: int = 256,
+    level: str = "token",
+    kl_estimator: str = "k3",
 ) -> Tensor:
-    """-(1/B) Σ_i (1/|y_i|) Σ_t [min(ρA, clip(ρ) A) - β k3] (arXiv 2402.03300, eq. 3 and 4); ρ k3 is of 2512.02556."""
+    """-(1/B) Σ_i (1/|y_i|) Σ_t [min(ρA, clip(ρ) A) - β k3] (arXiv 2402.03300, eq. 3 and 4); ρ k3 is of 2512.02556.
+
+    A is over the std of the batch, or nothing (``scale_rewards``); ρ is that of the sequence (``level``); and the sums
+    are over all tokens, or a constant (``aggregation``).
+    """
     assert batch.reward is not None and batch.group is not None
     rewards, groups = batch.reward.tolist(), batch.group.tolist()
     logp, behaviour = completions(batch, batch.logp), completions(batch, batch.behaviour_logp)
@@ -150,15 +271,19 @@ def grpo(
     for i, group in enumerate(groups):
         peers = [r for r, g in zip(rewards, groups, strict=True) if g == group]
         deviation = statistics.stdev(peers) if len(peers) > 1 else 0.0
-        advantage = torch.full_like(logp[i], (rewards[i] - statistics.fmean(peers)) / (deviation + 1e-4))
-        loss = -clipped_gain(logp[i], behaviour[i], advantage, clip, delta)
+        scales = {"group": deviation + 1e-4, "batch": statistics.stdev(rewards) + 1e-4, "none": 1.0}
+        advantage = torch.full_like(logp[i], (rewards[i] - statistics.fmean(peers)) / scales[scale_rewards])
+        log_ratio = logp[i] - behaviour[i]
+        ratio = ratio_of(log_ratio if level == "token" else log_ratio.mean().expand_as(log_ratio))
+        loss = -asymmetric_gain(ratio, advantage, clip, clip if clip_high is None else clip_high, delta)
         if kl_coefficient:
-            log_ratio = (completions(batch, batch.reference_logp)[i] - logp[i]).clip(max=20)
+            x = (completions(batch, batch.reference_logp)[i] - logp[i]).clip(max=20).exp()
             weight = ratio_of(logp[i] - behaviour[i]) if kl_correction else 1.0
-            loss = loss + kl_coefficient * weight * (log_ratio.exp() - log_ratio - 1)
+            loss = loss + kl_coefficient * weight * KL_ESTIMATES[kl_estimator](x)
         if len(loss):
-            total = total + loss.mean()
-    return total / len(groups)
+            lengths = {"sequence": len(loss), "token": 1, "constant": max_length}
+            total = total + loss.sum() / lengths[aggregation]
+    return total / (token_count(batch) if aggregation == "token" else len(groups))
 
 
 def advantages_by_definition(reward: Tensor, value: Tensor, gamma: float, lam: float, ended: bool = True) -> Tensor:
@@ -321,6 +446,166 @@ def cispo(batch: TokenBatch, ratio_min: float = 0.0, ratio_max: float = 5.0) -> 
     return total / token_count(batch)
 
 
+def reinforce_pp(
+    batch: TokenBatch,
+    clip: float = 0.2,
+    kl_coefficient: float = 0.01,
+    gamma: float = 1.0,
+    baseline: str = "none",
+    delta: float | None = None,
+) -> Tensor:
+    """-(1/N) Σ min(ρA, clip(ρ) A), A the returns of r - β log(π_old/π_ref), whitened (arXiv 2501.03262)."""
+    assert batch.reward is not None
+    logp, rows = completions(batch, batch.logp), []
+    scores = group_advantages(batch, divide=False) if baseline == "group" else batch.reward.tolist()
+    for i, score in enumerate(scores):
+        reward = torch.zeros_like(logp[i]).detach()
+        if kl_coefficient:
+            old, reference = (completions(batch, x)[i] for x in (batch.snapshot_logp, batch.reference_logp))
+            reward -= kl_coefficient * (old - reference)
+        if len(reward):
+            reward[-1] += score
+        rows += [sum(gamma**k * float(r) for k, r in enumerate(reward[t:])) for t in range(len(reward))]
+    returns = torch.tensor(rows, dtype=batch.dtype)
+    advantage = (returns - returns.mean()) / (returns.var() + 1e-8).sqrt()
+    gain = clipped_gain(torch.cat(logp), torch.cat(completions(batch, batch.behaviour_logp)), advantage, clip, delta)
+    return -gain.sum() / token_count(batch)
+
+
+def dppo(
+    batch: TokenBatch,
+    divergence: str = "tv",
+    delta_low: float = 0.2,
+    delta_high: float = 0.2,
+    ratio_max: float = 20.0,
+) -> Tensor:
+    """-(1/N) Σ sg(min(ρ, 20)) A M log p_t, with M of eq. 13 (tv) or 14 (kl) of arXiv 2602.04879."""
+    logp, behaviour = completions(batch, batch.logp), completions(batch, batch.behaviour_logp)
+    total = torch.zeros(())
+    for i, advantage in enumerate(group_advantages(batch, divide=True)):
+        for t in range(len(logp[i])):
+            p, q = math.exp(logp[i][t].item()), min(math.exp(behaviour[i][t].item()), 1.0)  # rounding may exceed 1
+            distance = abs(p - q)
+            if divergence == "kl":
+                distance = q * math.log(q / p) + (0.0 if q == 1 else (1 - q) * math.log((1 - q) / (1 - p)))
+            left = (advantage > 0 and p > q and distance > delta_high) or (
+                advantage < 0 and p < q and distance > delta_low
+            )
+            if not left:
+                ratio = math.exp((logp[i][t] - behaviour[i][t]).item())
+                total = total - min(ratio, ratio_max) * advantage * logp[i][t]
+    return total / token_count(batch)
+
+
+def maxrl(batch: TokenBatch, clip: float = 0.2, delta: float | None = None) -> Tensor:
+    """-(1/B) Σ_i Σ_t min(ρA, clip(ρ) A), A = (r - mean_G)/mean_G (arXiv 2602.02710)."""
+    assert batch.reward is not None
+    logp, behaviour = completions(batch, batch.logp), completions(batch, batch.behaviour_logp)
+    rewards, total = batch.reward.tolist(), torch.zeros(())
+    for group in groups_of(batch):
+        mean = statistics.fmean(rewards[i] for i in group)
+        for i in group if mean > 0 else []:
+            advantage = torch.full_like(logp[i], rewards[i] / mean - 1)
+            total = total - clipped_gain(logp[i], behaviour[i], advantage, clip, delta).sum()
+    return total / len(rewards)
+
+
+def sapo(batch: TokenBatch, tau_positive: float = 1.0, tau_negative: float = 1.05) -> Tensor:
+    """-(1/B) Σ_i (1/|y_i|) Σ_t (4/τ) σ(τ(ρ - 1)) A (arXiv 2511.20347)."""
+    logp, behaviour = completions(batch, batch.logp), completions(batch, batch.behaviour_logp)
+    total = torch.zeros(())
+    for i, advantage in enumerate(group_advantages(batch, divide=True)):
+        tau = tau_positive if advantage > 0 else tau_negative
+        if len(logp[i]):
+            gate = 4 / tau / (1 + (-tau * (ratio_of(logp[i] - behaviour[i]) - 1)).exp())
+            total = total - (gate * advantage).mean()
+    return total / len(logp)
+
+
+def topr(batch: TokenBatch, baseline: float = 0.5) -> Tensor:
+    """-(1/B) Σ_i sg(w_i) A_i log π(y_i), w = 1 where A = r - b ≥ 0, else the ratio of y_i, at most 1 (2503.14286)."""
+    assert batch.reward is not None
+    logp, behaviour = completions(batch, batch.logp), completions(batch, batch.behaviour_logp)
+    total = torch.zeros(())
+    for i, reward in enumerate(batch.reward.tolist()):
+        ratio = math.prod(logp[i].detach().exp().tolist()) / math.prod(behaviour[i].exp().tolist())
+        total = total - (min(ratio, 1.0) if reward < baseline else 1.0) * (reward - baseline) * logp[i].sum()
+    return total / len(logp)
+
+
+def dro(batch: TokenBatch, beta: float = 0.05, level: str = "token") -> Tensor:
+    """-(1/B) Σ_i [A log π(y_i) - (β/2) Σ_t log²(π/μ)], or with the square of the sum (arXiv 2405.19107, 2501.12599)."""
+    logp, behaviour = completions(batch, batch.logp), completions(batch, batch.behaviour_logp)
+    total = torch.zeros(())
+    for i, advantage in enumerate(group_advantages(batch, divide=False)):
+        gap = logp[i] - behaviour[i]
+        penalty = (gap**2).sum() if level == "token" else gap.sum() ** 2
+        total = total - advantage * logp[i].sum() + beta / 2 * penalty
+    return total / len(logp)
+
+
+def vespo(
+    batch: TokenBatch,
+    k_positive: float = 2.0,
+    lambda_positive: float = 3.0,
+    k_negative: float = 3.0,
+    lambda_negative: float = 2.0,
+) -> Tensor:
+    """-(1/N) Σ sg(e^λ w^k e^{-λw}) A log p_t, w the ratio of the sequence (arXiv 2602.10693)."""
+    logp, behaviour = completions(batch, batch.logp), completions(batch, batch.behaviour_logp)
+    total = torch.zeros(())
+    for i, advantage in enumerate(group_advantages(batch, divide=True)):
+        k, decay = (k_positive, lambda_positive) if advantage >= 0 else (k_negative, lambda_negative)
+        w = max(math.exp((logp[i] - behaviour[i]).sum().item()), 1e-8)
+        total = total - math.exp(decay) * w**k * math.exp(-decay * w) * advantage * logp[i].sum()
+    return total / token_count(batch)
+
+
+def regression(batch: TokenBatch, targets: list[float | None], anchor: Tensor, beta: float) -> Tensor:
+    """(1/B) Σ_i (β log(π/π_0)(y_i) - target_i)² over the rows that have tokens and a target."""
+    total = torch.zeros(())
+    for target, logp, other in zip(targets, completions(batch, batch.logp), completions(batch, anchor), strict=True):
+        if len(logp) and target is not None:
+            total = total + (beta * (logp - other).sum() - target) ** 2
+    return total / len(targets)
+
+
+def optimal_advantages(batch: TokenBatch, beta: float) -> list[float | None]:
+    """r - β log mean_G exp(r/β) of each row."""
+    assert batch.reward is not None
+    rewards = batch.reward.tolist()
+    found: list[float | None] = [None] * len(rewards)
+    for group in groups_of(batch):
+        value = beta * math.log(statistics.fmean(math.exp(rewards[i] / beta) for i in group))
+        for i in group:
+            found[i] = rewards[i] - value
+    return found
+
+
+def a_star_po(batch: TokenBatch, beta: float = 1e-3, value_beta: float = 0.5) -> Tensor:
+    """The regression on r - V* against π_ref (arXiv 2505.20686)."""
+    return regression(batch, optimal_advantages(batch, value_beta), batch.reference_logp, beta)
+
+
+def oapl(batch: TokenBatch, beta: float = 1e-3, value_beta: float = 1.0) -> Tensor:
+    """The regression on r - V* against μ (arXiv 2602.19362)."""
+    return regression(batch, optimal_advantages(batch, value_beta), batch.behaviour_logp, beta)
+
+
+def qrpo(batch: TokenBatch, beta: float = 0.1) -> Tensor:
+    """The regression on q - β log Z, Z = ∫ exp(q/β) dq over [0, 1] (arXiv 2507.08068)."""
+    assert batch.reward is not None
+    rewards = batch.reward.tolist()
+    targets: list[float | None] = [None] * len(rewards)
+    for group in groups_of(batch):
+        for i in group:
+            others = [rewards[j] for j in group if j != i]
+            if others:
+                share = sum(other <= rewards[i] for other in others) / len(others)
+                targets[i] = share - beta * math.log(beta * (math.exp(1 / beta) - 1))
+    return regression(batch, targets, batch.reference_logp, beta)
+
+
 def otb(batch: TokenBatch, zero_tail: bool = False) -> Tensor:
     """-(1/N) Σ (π/μ) (G - B_t), B_t the mean return over the rows that reach t, weighted by W (arXiv 2602.07078).
 
@@ -342,6 +627,43 @@ def otb(batch: TokenBatch, zero_tail: bool = False) -> Tensor:
                 if zero_tail and len(energy) == 1:
                     baseline = 0.0
                 total = total - ratio[i][t] * (rewards[i] - baseline)
+    return total / token_count(batch)
+
+
+def luffy(batch: TokenBatch, gamma: float = 0.1, clip: float | None = None, scale_rewards: bool = False) -> Tensor:
+    """-(1/N) Σ of ρA or min(ρA, clip(ρ) A) for samples, A ρ/(ρ + γ) for demonstrations (arXiv 2504.14945)."""
+    advantages = group_advantages(batch.replace(reward=batch.outcome), divide=scale_rewards)
+    logp, behaviour = completions(batch, batch.logp), completions(batch, batch.behaviour_logp)
+    total = torch.zeros(())
+    for i, is_demonstration in enumerate(batch.from_demonstration.tolist()):
+        ratio = ratio_of(logp[i] - behaviour[i])
+        if is_demonstration:
+            gain = advantages[i] * ratio / (ratio + gamma)
+        elif clip is None:
+            gain = advantages[i] * ratio
+        else:
+            gain = asymmetric_gain(ratio, advantages[i], clip, clip)
+        total = total - gain.sum()
+    return total / token_count(batch)
+
+
+def pear(
+    batch: TokenBatch,
+    variant: str = "token",
+    gamma: float = 0.999,
+    log_ratio_min: float = -0.08,
+    log_ratio_max: float = 0.3,
+    log_weight_min: float = -10.0,
+    log_weight_max: float = 5.0,
+) -> Tensor:
+    """-(1/N) Σ sg(G_t) log p_t, G_t = γ^{n-t} Π_{s>t} clip(π/π_β), or Π_s (arXiv 2602.01058)."""
+    total = torch.zeros(())
+    for logp, author in zip(completions(batch, batch.logp), completions(batch, batch.behaviour_logp), strict=True):
+        ratios = [min(max(x, math.exp(log_ratio_min)), math.exp(log_ratio_max)) for x in (logp - author).exp().tolist()]
+        for t in range(len(ratios)):
+            weight = gamma ** (len(ratios) - 1 - t) * math.prod(ratios[t + 1 :])
+            weight = math.prod(ratios) if variant == "sequence" else weight
+            total = total - min(max(weight, math.exp(log_weight_min)), math.exp(log_weight_max)) * logp[t]
     return total / token_count(batch)
 
 
@@ -371,6 +693,54 @@ def floor_dft(batch: TokenBatch, floor: float = 0.1) -> Tensor:
     logp = torch.cat(completions(batch, batch.logp))
     weight = torch.maximum(logp.detach().exp(), torch.tensor(floor, dtype=logp.dtype))
     return -(weight * logp).sum() / token_count(batch)
+
+
+def weighted(batch: TokenBatch, weight: Callable[[Tensor], Tensor]) -> Tensor:
+    """-(1/N) Σ sg(w(p_t)) log p_t, for a weight that is a function of p alone."""
+    logp = torch.cat(completions(batch, batch.logp))
+    return -(weight(logp.detach().exp()) * logp).sum() / token_count(batch)
+
+
+def trsft(batch: TokenBatch, alpha: float = 0.1) -> Tensor:
+    """(1/N) Σ of -log p_t inside the trust region and of its tangent in p at α outside (arXiv 2512.17636)."""
+    p = torch.cat(completions(batch, batch.logp)).exp()
+    tangent = -math.log(alpha) - (p - alpha) / alpha
+    return torch.where(p < alpha, tangent, -p.log()).sum() / token_count(batch)
+
+
+def infosft(batch: TokenBatch, known: float = 0.93) -> Tensor:
+    """-(1/N) Σ sg(p relu(1 - logit p / logit P)) log p_t (arXiv 2605.14967)."""
+    return weighted(batch, lambda p: p * functional.relu(1 - p.logit() / math.log(known / (1 - known))))
+
+
+def chord(batch: TokenBatch) -> Tensor:
+    """-(1/N) Σ sg(p (1 - p)) log p_t (arXiv 2508.11408)."""
+    return weighted(batch, lambda p: p * (1 - p))
+
+
+def profit(batch: TokenBatch, threshold: float = 0.1) -> Tensor:
+    """-(1/N) Σ over the tokens with p_t ≥ τ of log p_t, N the number of all (arXiv 2601.09195, eq. 5)."""
+    logp = torch.cat(completions(batch, batch.logp))
+    return -logp[logp.exp() >= threshold].sum() / token_count(batch)
+
+
+def memft(batch: TokenBatch, threshold: float = 0.5) -> Tensor:
+    """The mean of -log p_t over the tokens with p_t < τ (arXiv 2605.30260, MemFT-OT)."""
+    logp = torch.cat(completions(batch, batch.logp))
+    kept = logp[logp.exp() < threshold]
+    return -kept.sum() / len(kept) if len(kept) else 0 * logp.sum()
+
+
+def idft(
+    batch: TokenBatch, strength: float = 1.0, beta: float = 1.0, gamma_min: float = 0.1, gamma_max: float = 2.0
+) -> Tensor:
+    """-(1/N) Σ sg(p^γ) log p_t, γ = 1 + λ (clip(e^{-(log p + H)/β}) - 1) (arXiv 2602.12222)."""
+    logp = torch.cat(completions(batch, batch.logp))
+    total = torch.zeros(())
+    for x, entropy in zip(logp, torch.cat(completions(batch, batch.inputs["entropy"])).tolist(), strict=True):
+        raw = min(max(math.exp(-(x.item() + entropy) / beta), gamma_min), gamma_max)
+        total = total - math.exp(x.item()) ** (1 + strength * (raw - 1)) * x
+    return total / token_count(batch)
 
 
 def deft(batch: TokenBatch) -> Tensor:
@@ -410,6 +780,16 @@ def otr(
         logp = z.log_softmax(0)
         losses.append(-sum((1.0 if a == y else beta) * logp[a] for a in tokens) / samples)
     return torch.stack([torch.as_tensor(loss) for loss in losses]).mean()
+
+
+def gift(mask: Tensor, logits: Tensor, reference: Tensor, target: Tensor, beta: float = 20.0) -> Tensor:
+    """-(1/N) Σ Σ_v q(v) log π_θ(v), q ∝ π_ref(v) e^{β 1[v = y_t]} (arXiv 2601.09233)."""
+    losses = []
+    for row, t in mask.nonzero().tolist():
+        tilted = reference[row, t].softmax(0)
+        tilted[target[row, t]] *= math.exp(beta)
+        losses.append(-(tilted / tilted.sum() * logits[row, t].softmax(0).log()).sum())
+    return torch.stack(losses).mean()
 
 
 def paired_means(batch: TokenBatch) -> list[tuple[Tensor, Tensor]]:
@@ -493,7 +873,28 @@ CANONICAL: dict[str, list[Case]] = {
         case(dpo, beta=0.7, variant="sigmoid"),
         case(dpo, beta=0.7, variant="hinge"),
         case(dpo, beta=0.7, variant="ipo"),
+        case(dpo, beta=0.7, variant="sigmoid_norm"),
+        case(dpo, beta=0.7, variant="robust", label_smoothing=0.1),
+        case(dpo, beta=0.7, label_smoothing=0.1),
+        case(dpo, beta=0.7, variant="sigmoid_norm", label_smoothing=0.2),
+        case(dpo, beta=0.7, divergence="forward_kl"),
+        case(dpo, beta=0.7, divergence="js"),
+        case(dpo, beta=0.7, divergence="alpha", divergence_alpha=0.3),
+        case(dpo, beta=0.7, variant="ipo", divergence="js", sft_coefficient=0.3),
+        case(dpo, sft_coefficient=2.0),
+        Case(dpo, {"pairing": "best_worst"}),
     ],
+    "exo": [case(exo), case(exo, beta=0.7, label_smoothing=0.2)],
+    "nca": [case(nca), case(nca, beta=0.7)],
+    "bco": [case(bco), case(bco, beta=0.7, shift="none")],
+    "sppo": [case(sppo), case(sppo, beta=0.7)],
+    "apo": [case(apo), case(apo, beta=0.7, variant="down")],
+    "aot": [
+        case(aot),
+        case(aot, beta=0.7, variant="unpaired"),
+        case(aot, beta=0.7, label_smoothing=0.2),
+    ],
+    "discopop": [case(discopop), case(discopop, beta=0.7, tau=0.3)],
     "ppo": [
         case(ppo),
         case(ppo, dual_clip=1.5),
@@ -509,6 +910,13 @@ CANONICAL: dict[str, list[Case]] = {
         case(grpo, clip=0.1, kl_coefficient=0.5),
         case(grpo, delta=1.4),
         case(grpo, kl_correction=True, kl_coefficient=0.5),
+        case(grpo, clip_high=0.28, scale_rewards="batch", aggregation="token"),
+        case(grpo, scale_rewards="none", aggregation="constant", max_length=7, kl_coefficient=0.5),
+        case(grpo, level="sequence", clip=0.05, clip_high=0.1, kl_coefficient=0.5, kl_correction=True),
+        case(grpo, kl_estimator="k1", kl_coefficient=0.5),
+        case(grpo, kl_estimator="k2", kl_coefficient=0.5),
+        case(grpo, kl_estimator="k1", kl_coefficient=0.5, kl_correction=True, aggregation="constant"),
+        case(grpo, kl_estimator="k2", kl_coefficient=0.5, kl_correction=True),
     ],
     "reinforce": [case(reinforce), case(reinforce, baseline="none")],
     "rloo": [case(rloo)],
@@ -520,6 +928,27 @@ CANONICAL: dict[str, list[Case]] = {
         case(gspo, clip_low=0.05, clip_high=0.1, delta=1.15),
     ],
     "cispo": [case(cispo), case(cispo, ratio_min=0.8, ratio_max=1.28)],
+    "reinforce-pp": [
+        case(reinforce_pp),
+        case(reinforce_pp, kl_coefficient=0.5, gamma=0.9, delta=1.4),
+        case(reinforce_pp, kl_coefficient=0.0, baseline="group", clip=0.1),
+    ],
+    "dppo": [
+        case(dppo),
+        case(dppo, delta_low=0.05, delta_high=0.3, ratio_max=1.5),
+        case(dppo, divergence="kl", delta_low=0.02, delta_high=0.05),
+    ],
+    "maxrl": [case(maxrl), case(maxrl, clip=0.1, delta=1.4)],
+    "sapo": [case(sapo), case(sapo, tau_positive=2.0, tau_negative=5.0)],
+    "topr": [case(topr), case(topr, baseline=0.0), case(topr, baseline=0.8)],
+    "dro": [case(dro), case(dro, beta=0.7), case(dro, beta=0.7, level="sequence")],
+    "vespo": [
+        case(vespo),
+        case(vespo, k_positive=1.0, lambda_positive=0.5, k_negative=0.5, lambda_negative=1.0),
+    ],
+    "a-star-po": [case(a_star_po), case(a_star_po, beta=0.3, value_beta=0.2)],
+    "oapl": [case(oapl), case(oapl, beta=0.3, value_beta=0.2)],
+    "qrpo": [case(qrpo), case(qrpo, beta=0.7)],
     "otb": [case(otb), case(otb, zero_tail=True)],
     "power": [
         case(power),
@@ -537,6 +966,28 @@ CANONICAL: dict[str, list[Case]] = {
         case(floor_dft, floor=0.6),
         Case(dft, {"floor": 0.0}),
         Case(sft, {"floor": 1.0}),
+    ],
+    "trsft": [case(trsft), case(trsft, alpha=0.6), case(trsft, alpha=1.0)],
+    "infosft": [case(infosft), case(infosft, known=0.7)],
+    "chord": [case(chord)],
+    "profit": [case(profit), case(profit, threshold=0.6), Case(sft, {"threshold": 0.0})],
+    "memft": [case(memft), case(memft, threshold=0.3), Case(sft, {"threshold": 1.1})],
+    "idft": [
+        case(idft),
+        case(idft, strength=0.5, beta=2.0, gamma_min=0.5, gamma_max=1.5),
+        Case(dft, {"strength": 0.0}),
+    ],
+    "pear": [
+        case(pear),
+        case(pear, log_ratio_min=-1.0, log_ratio_max=1.0, gamma=0.9),
+        case(pear, log_ratio_min=-1.0, log_ratio_max=1.0, log_weight_min=-1.0, log_weight_max=1.0),
+        case(pear, variant="sequence"),
+        Case(pear, {"demonstrator": "a/teacher"}),
+    ],
+    "luffy": [
+        case(luffy),
+        case(luffy, gamma=0.5, clip=0.2),
+        case(luffy, scale_rewards=True),
     ],
     "sft-q": [case(sft)],
     "simpo": [case(simpo), case(simpo, beta=0.7, gamma=0.0)],
@@ -573,6 +1024,7 @@ def logits_case(loss: Callable[..., Tensor], **options: Any) -> LogitsCase:
 
 CANONICAL_IN_LOGITS: dict[str, list[LogitsCase]] = {
     "asft": [logits_case(asft), logits_case(asft, kl_coefficient=0.7)],
+    "gift": [logits_case(gift), logits_case(gift, beta=1.0), logits_case(gift, beta=0.0)],
     "otr": [
         logits_case(otr, samples=16),
         logits_case(otr, samples=8, temperature=1.0, beta=-0.5),

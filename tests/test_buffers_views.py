@@ -79,6 +79,22 @@ def test_pairs_straddle_the_threshold_within_a_prompt(
         assert made[prompt] == min(better[prompt], worse[prompt], per_prompt)
 
 
+@given(row_lists, st.integers(1, 3))
+@example([sample(0, 0.2), sample(0, 1.0), sample(0, 0.2), sample(0, 0.7)], 2)
+def test_the_best_samples_are_paired_with_the_worst(rows: list[Trajectory], per_prompt: int) -> None:
+    expected = []
+    for prompt in dict.fromkeys(row.prompt_id for row in rows):
+        usable = [i for i, r in enumerate(rows) if r.prompt_id == prompt and r.source != "demonstration"]
+        known = {i: reward for i in usable if (reward := rows[i].reward) is not None}
+        best, worst = sorted(known, key=lambda i: -known[i]), sorted(known, key=lambda i: known[i])
+        both = list(zip(best, worst, strict=True))[:per_prompt]
+        expected += [(good, bad) for good, bad in both if known[good] > known[bad]]
+    found = units(samples(*rows), Selection.PAIRS, pairing="best_worst", per_prompt=per_prompt)
+    assert sorted(found) == sorted(expected)
+    used = [index for unit in found for index in unit]
+    assert len(used) == len(set(used))
+
+
 @given(row_lists)
 @example([sample(0, 1.0, version=0), sample(0, 0.0, version=1), sample(0, 0.5, version=0)])
 @example([sample(0, 1.0), sample(1, 0.0), sample(0, None), sample(0, 0.0, behaviour_logp=None), sample(1, 1.0)])
@@ -111,7 +127,17 @@ def test_views_do_not_depend_on_how_rows_are_chunked() -> None:
 
 def test_pairs_of_imported_preferences_stay_pairs() -> None:
     rows = [sample(0, float(i % 2 == 0), text=str(i), source="preference") for i in range(6)]
-    assert samples(*rows).view(Selection.PAIRS).units == ((0, 1), (2, 3), (4, 5))
+    for pairing in ("threshold", "best_worst"):
+        assert samples(*rows).view(Selection.PAIRS, pairing=pairing).units == ((0, 1), (2, 3), (4, 5))
+
+
+def test_a_way_of_pairing_is_known_and_finds_rewards_that_differ() -> None:
+    graded = samples(sample(0, 0.7), sample(0, 0.9), sample(1, 0.1), sample(1, 0.1))
+    assert graded.view(Selection.PAIRS, pairing="best_worst").units == ((1, 0),)
+    with pytest.raises(UserError, match=r"option pairing 'best': did you mean 'best_worst'\? known"):
+        graded.view(Selection.PAIRS, pairing="best")
+    with pytest.raises(UserError, match=r"no pairs \(in all its 1 sampled prompts, completions have equal"):
+        samples(sample(0, 0.7), sample(0, 0.7)).view(Selection.PAIRS, pairing="best_worst")
 
 
 def test_a_reward_that_is_not_a_number_is_none() -> None:
@@ -150,6 +176,28 @@ def test_an_empty_view_names_the_selection_and_the_mend(
         buffer.view(selection, **options)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_groups_may_be_followed_by_demonstrations_of_their_prompt() -> None:
+    def expert(prompt: int, text: str, truncated: bool = False) -> Trajectory:
+        return sample(prompt, None, text=text, source="demonstration", behaviour_logp=None, truncated=truncated)
+
+    buffer = samples(
+        expert(0, "a"),
+        sample(0, 1.0),
+        sample(1, 0.0),
+        sample(0, 0.0),
+        expert(0, "b", truncated=True),
+        expert(2, "c"),
+    )
+    assert buffer.view(Selection.GROUPS).units == ((1, 3), (2,))
+    assert buffer.view(Selection.GROUPS, demonstrations=1).units == ((1, 3, 0), (2,))
+    assert buffer.view(Selection.GROUPS, demonstrations=2).units == ((1, 3, 0, 4), (2,))
+    assert buffer.view(Selection.GROUPS, demonstrations=2, truncated="drop").units == ((1, 3, 0), (2,))
+    assert buffer.view(Selection.GROUPS, demonstrations=1, size=2, varied=True).units == ((1, 3, 0),)
+    for rows in ([sample(0, 1.0)], [sample(0, 1.0), expert(1, "x")]):
+        with pytest.raises(UserError, match="no demonstrations of the prompts of its 1 groups"):
+            samples(*rows).view(Selection.GROUPS, demonstrations=1)
 
 
 def test_groups_without_behaviour_log_probs_say_so() -> None:

@@ -122,7 +122,7 @@ def test_needs_that_depend_on_an_option_are_told() -> None:
     page = PAGE.read_text(encoding="utf-8")
     assert "| needs | reference; with `ema`: moving reference |" in page
     assert "| needs | behaviour, reference; with `kl_coefficient` = 0: behaviour |" in page
-    assert "| `variant` | `sigmoid` or `hinge` or `ipo` | `sigmoid` |" in page
+    assert "| `variant` | `zero` or `down` | `zero` |" in page
     assert "| `weights` | `Mapping[str, float]` | none: required |" in page
 
 

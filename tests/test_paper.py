@@ -283,7 +283,7 @@ def test_every_experiment_resolves_without_weights_or_a_connection(
             "unknown column of HuggingFaceH4/MATH-500 in benchmarks.math500 'problme'",
         ),
         ("benchmarks.math500.columns={answer: solutoin}", "did you mean 'solution'?"),
-        ("train.prompt='{problem'", "train: prompt '{problem': "),
+        ("train.prompt='{problem'", "train: template '{problem': "),
         ("training.learning_rate=0", "training.learning_rate = 0: "),
         ("train.source=missing.jsonl", "missing.jsonl does not exist"),
         ("model=./missing", "model './missing' cannot be loaded: that folder does not exist"),

@@ -60,8 +60,8 @@ def test_fields_within_columns_have_dotted_names(tmp_path: Path) -> None:
         ({"columns": {"answer": "reward_model.gold"}}, "'reward_model' has: style, ground_truth"),
         ({"columns": {"answer": "prompt.0.content.x"}}, "'prompt.0.content' is a str"),
         ({"columns": {"answer": "gold"}}, "no column 'gold'; it has: prompt, reward_model"),
-        ({"prompt": "{choices}"}, "column 'choices' is a list, and the prompt needs text there"),
-        ({"prompt": "{inf}"}, "column 'inf' is inf, and the prompt needs text there"),
+        ({"prompt": "{choices}"}, "column 'choices' is a list, and the template needs text there"),
+        ({"prompt": "{inf}"}, "column 'inf' is inf, and the template needs text there"),
         ({"prompt": "{a.b:d}"}, "column 'a.b' cannot be shown as {a.b:d}"),
         ({"prompt": "a"}, "column 'a' is a dict: give text or a list of messages"),
         ({"solution": "reward_model"}, "column 'reward_model' holds a dict: give text"),
@@ -88,8 +88,21 @@ def test_a_prompt_is_never_none_or_blank(tmp_path: Path, chat: bool, prompt: str
 
 
 def test_a_template_names_its_columns(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"prompt 'Say \{\}' has \{\}: name a column in it"):
+    with pytest.raises(UserError, match=r"template 'Say \{\}' has \{\}: name a column in it"):
         load(written(tmp_path, {"q": "1"}), prompt="Say {}")
+
+
+def test_a_solution_may_be_a_template(tmp_path: Path) -> None:
+    rows = {"q": "1+1", "why": ["so", "thus"], "answer": 2}, {"q": "2+2", "why": "so", "answer": None}
+    first, second = load(written(tmp_path, *rows), prompt="q", solution="<think>{why}</think>{answer}")
+    assert first.solutions == ("<think>so</think>2", "<think>thus</think>2"), "one per element of a list"
+    assert second.solutions == (), "as for a null"
+    (built_in,) = load("world:arithmetic/train", limit=1, solution=": {solution}\n{prompt}")
+    (plain,) = load("world:arithmetic/train", limit=1)
+    assert built_in.solutions == tuple(f": {one}\n{plain.prompt}" for one in plain.solutions)
+    assert built_in.columns == plain.columns, "rewards get the same columns"
+    with pytest.raises(UserError, match=r"template '\{why': expected"):
+        load(written(tmp_path, rows[0]), prompt="q", solution="{why")
 
 
 def test_demonstrations_are_rows_of_their_problems(tokenizer: Any) -> None:

@@ -219,7 +219,7 @@ def test_options_are_listed_and_coerced() -> None:
         ("sft", {"beta": 0.1}, r"unknown option of objective 'sft' 'beta': known: truncated"),
         ("sft", {"source": "x"}, r"unknown option of objective 'sft' 'source'"),  # a class variable
         ("dpo", {"beta": "much"}, r"objective 'dpo': option 'beta' = 'much': .*valid number"),
-        ("dpo", {"variant": "cubic"}, r"option 'variant' = 'cubic': .*'sigmoid', 'hinge' or 'ipo'"),
+        ("dpo", {"variant": "cubic"}, r"option 'variant' = 'cubic': .*'sigmoid', .*, 'hinge' or 'ipo'"),
         ("rft", {"samples_per_prompt": 1.5}, r"option 'samples_per_prompt' = 1\.5: .*integer"),
     ],
 )

@@ -6,7 +6,9 @@ padded sequences, as its collators make them; our log-probs are a plain log-soft
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -26,7 +28,13 @@ trl = pytest.importorskip("trl", reason="the parity tests need trl 1.16")
 if not trl.__version__.startswith("1.16."):
     pytest.skip(f"the parity tests are written for trl 1.16, not {trl.__version__}", allow_module_level=True)
 
-from trl import DPOTrainer, GRPOTrainer, RLOOTrainer, SFTTrainer  # noqa: E402 - only once trl is known to be there
+from trl import (  # noqa: E402 - only once trl is known to be there
+    DPOConfig,
+    DPOTrainer,
+    GRPOTrainer,
+    RLOOTrainer,
+    SFTTrainer,
+)
 from trl.trainer.utils import add_fused_lm_head, nanstd  # noqa: E402
 
 VOCABULARY, ROWS, GROUP_SIZE = 64, 8, 4
@@ -140,18 +148,19 @@ def trl_sft(world: World, loss_type: str) -> Tensor:
     return loss
 
 
-def trl_dpo(world: World, loss_type: str, beta: float) -> Tensor:
+def trl_dpo(world: World, losses: Mapping[str, float], beta: float, **options: Any) -> Tensor:
+    """TRL's preference losses and their weights; ``options`` as in its `DPOConfig`."""
     this = trainer(
         world.policy,
         ref_model=world.reference,
-        args=SimpleNamespace(gradient_checkpointing_kwargs=None),
+        args=SimpleNamespace(gradient_checkpointing_kwargs=None, discopop_tau=options.pop("discopop_tau", 0.05)),
         ld_alpha=None,
         precompute_ref_logps=False,
-        f_divergence_type="reverse_kl",
-        loss_types=[loss_type],
-        loss_weights=[1.0],
+        loss_types=list(losses),
+        loss_weights=list(losses.values()),
         beta=beta,
         use_weighting=False,
+        **{"f_divergence_type": "reverse_kl", "label_smoothing": 0.0, **options},
     )
     loss: Tensor = DPOTrainer._compute_loss(this, world.policy, world.joined(), return_outputs=False)
     return loss
@@ -168,11 +177,13 @@ def trl_grpo(
     clip: float,
     clip_high: float | None = None,
     level: str = "token",
+    args: Mapping[str, Any] | None = None,
     **inputs: Tensor,
 ) -> Tensor:
+    own = {"use_bias_correction_kl": False, "delta": None, "report_to": [], "steps_per_generation": 1, **(args or {})}
     this = trainer(
         world.policy,
-        args=SimpleNamespace(use_bias_correction_kl=False, delta=None, report_to=[], steps_per_generation=1),
+        args=SimpleNamespace(**own),
         top_entropy_quantile=1.0,
         off_policy_mask_threshold=None,
         importance_sampling_level=level,
@@ -186,6 +197,7 @@ def trl_grpo(
     )
     inputs["num_items_in_batch"] = torch.tensor(sum(map(len, world.completions)))
     this._get_per_token_logps_and_entropies = partial(GRPOTrainer._get_per_token_logps_and_entropies, this)
+    this.get_gamma_weights = GRPOTrainer.get_gamma_weights
     loss: Tensor = GRPOTrainer._compute_loss(this, world.policy, world.apart() | inputs)
     return loss
 
@@ -226,17 +238,59 @@ def test_supervised(world: World, name: str, loss_type: str) -> None:
     assert_parity(get_objective(name), world.batch(), world, trl_sft(world, loss_type))
 
 
+SMOOTHING = {"label_smoothing": 0.1}
+OF_PAIRS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "sigmoid": ("dpo", {}, {}),
+    "hinge": ("dpo", {"variant": "hinge"}, {}),
+    "ipo": ("dpo", {"variant": "ipo"}, {}),
+    "sigmoid_norm": ("dpo", {"variant": "sigmoid_norm"}, {}),
+    "robust": ("dpo", {"variant": "robust", **SMOOTHING}, SMOOTHING),
+    "exo_pair": ("exo", SMOOTHING, SMOOTHING),
+    "nca_pair": ("nca", {}, {}),
+    "bco_pair": ("bco", {"shift": "none"}, {}),
+    "sppo_hard": ("sppo", {}, {}),
+    "apo_zero": ("apo", {}, {}),
+    "apo_down": ("apo", {"variant": "down"}, {}),
+    "aot": ("aot", SMOOTHING, SMOOTHING),
+    "aot_unpaired": ("aot", {"variant": "unpaired", **SMOOTHING}, SMOOTHING),
+    "discopop": ("discopop", {"tau": 0.3}, {"discopop_tau": 0.3}),
+}
+"""TRL's loss: the objective, its options, and TRL's."""
+
+
+def pairs_with_reference(world: World) -> TokenBatch:
+    """TRL puts the better halves of all pairs first."""
+    return pairs_of(world).replace(reference_logp=world.reference_logp())
+
+
+def test_all_of_trls_preference_losses_are_compared() -> None:
+    described = DPOConfig.__dataclass_fields__["loss_type"].metadata["help"]
+    assert {*OF_PAIRS, "sft"} == set(re.findall(r"`'(\w+)'`", described))
+
+
 @pytest.mark.parametrize("beta", [0.1, 0.5])
-@pytest.mark.parametrize("variant", ["sigmoid", "hinge", "ipo"])
-def test_preference(world: World, variant: str, beta: float) -> None:
-    half = ROWS // 2  # TRL puts the chosen rows first
-    batch = world.batch(
-        reference_logp=world.reference_logp(),
-        partner=torch.arange(ROWS).roll(half),
-        chosen=torch.arange(ROWS) < half,
-    )
-    objective = get_objective("dpo", variant=variant, beta=beta)
-    assert_parity(objective, batch, world, trl_dpo(world, variant, beta))
+@pytest.mark.parametrize("loss_type", OF_PAIRS)
+def test_preference(world: World, loss_type: str, beta: float) -> None:
+    name, options, settings = OF_PAIRS[loss_type]
+    theirs = trl_dpo(world, {loss_type: 1.0}, beta, **settings)
+    assert_parity(get_objective(name, beta=beta, **options), pairs_with_reference(world), world, theirs)
+
+
+@pytest.mark.parametrize(
+    ("divergence", "type_"), [("forward_kl", "forward_kl"), ("js", "js_divergence"), ("alpha", "alpha_divergence")]
+)
+@pytest.mark.parametrize("variant", ["sigmoid", "sigmoid_norm", "hinge", "ipo"])
+def test_preference_with_another_divergence(world: World, variant: str, divergence: str, type_: str) -> None:
+    options = {"variant": variant, "divergence": divergence, "divergence_alpha": 0.3, "beta": 0.5}
+    theirs = trl_dpo(world, {variant: 1.0}, 0.5, f_divergence_type=type_, f_alpha_divergence_coef=0.3)
+    assert_parity(get_objective("dpo", **options), pairs_with_reference(world), world, theirs)
+
+
+def test_preference_with_supervision(world: World) -> None:
+    # TRL averages over the tokens of all better completions, the paper over those of each: the same for one length.
+    same = replace(world, completions=[tokens.repeat(4)[:4] for tokens in world.completions])
+    theirs = trl_dpo(same, {"sigmoid": 1.0, "sft": 0.7}, 0.1)
+    assert_parity(get_objective("dpo", sft_coefficient=0.7), pairs_with_reference(same), same, theirs)
 
 
 def off_policy(world: World) -> TokenBatch:
@@ -351,6 +405,99 @@ def test_dapo_is_trl_on_the_groups_that_vary(world: World) -> None:
         old_per_token_logps=batch.behaviour_logp[:GROUP_SIZE],
     )
     assert_parity(objective, batch, world, theirs)
+
+
+VESPO = {"vespo_k_pos": 2.0, "vespo_lambda_pos": 3.0, "vespo_k_neg": 3.0, "vespo_lambda_neg": 2.0}
+OPTIONS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "sapo": ("sapo", {}, {"args": {"sapo_temperature_pos": 1.0, "sapo_temperature_neg": 1.05}}),
+    "vespo": ("vespo", {}, {"args": VESPO}),
+    "token": ("grpo", {"aggregation": "token"}, {"loss_type": "dapo"}),
+    "bnpo": ("grpo", {"aggregation": "token", "clip_high": 0.3}, {"loss_type": "bnpo", "clip_high": 0.3}),
+    "constant": ("grpo", {"aggregation": "constant", "max_length": BUDGET}, {"loss_type": "dr_grpo"}),
+    "batch": ("grpo", {"scale_rewards": "batch"}, {}),
+    "none": ("grpo", {"scale_rewards": "none"}, {}),
+    "delta": ("grpo", {"delta": 1.4}, {"args": {"delta": 1.4}}),
+    "sequence": ("grpo", {"level": "sequence"}, {"level": "sequence"}),
+    "luspo": (
+        "grpo",
+        {"level": "sequence", "aggregation": "constant", "max_length": 1},
+        {"loss_type": "luspo", "level": "sequence"},
+    ),
+    "kl-correction": (
+        "grpo",
+        {"kl_coefficient": 0.5, "kl_correction": True},
+        {"beta": 0.5, "args": {"use_bias_correction_kl": True}},
+    ),
+    "constant-kl": (
+        "grpo",
+        {"kl_coefficient": 0.5, "aggregation": "constant", "max_length": BUDGET},
+        {"beta": 0.5, "loss_type": "dr_grpo"},
+    ),
+}
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_options_of_group_relative(world: World, option: str) -> None:
+    name, options, settings = OPTIONS[option]
+    objective = get_objective(name, **{"kl_coefficient": 0.0, **options} if name == "grpo" else options)
+    flat = torch.cat([REWARD[:GROUP_SIZE], torch.ones(GROUP_SIZE)])  # a group of equal rewards counts its tokens
+    reward = flat if option in ("token", "batch") else REWARD
+    batch = objective.prepare(replace(off_policy(world), reward=reward, group=torch.arange(ROWS) // GROUP_SIZE))
+    assert batch.behaviour_logp is not None and batch.reference_logp is not None
+    advantages = centred(reward, divide=option not in ("batch", "none"))
+    if option == "batch":
+        advantages = advantages / (nanstd(reward) + 1e-4)
+    theirs = trl_grpo(
+        world,
+        **{"beta": 0.0, "clip": 0.2, "loss_type": name, **settings},
+        advantages=advantages,
+        old_per_token_logps=batch.behaviour_logp,
+        ref_per_token_logps=batch.reference_logp,
+    )
+    assert_parity(objective, batch, world, theirs)
+
+
+def test_truncated_completions_are_masked_as_in_trl(world: World) -> None:
+    # their rewards count in their groups, they count as sequences, and their tokens do not count
+    truncated = torch.arange(ROWS) % 3 == 0
+    for aggregation, loss_type in (("sequence", "grpo"), ("token", "bnpo")):
+        objective = get_objective("grpo", kl_coefficient=0.0, truncated="mask", aggregation=aggregation)
+        batch = replace(off_policy(world), reward=REWARD, group=torch.arange(ROWS) // GROUP_SIZE)
+        batch = objective.prepare(batch.replace(mask=batch.mask & ~truncated[:, None]))
+        assert batch.behaviour_logp is not None
+        theirs = trl_grpo(
+            world,
+            loss_type,
+            0.0,
+            0.2,
+            advantages=centred(REWARD, divide=True),
+            old_per_token_logps=batch.behaviour_logp,
+            completion_mask=world.apart()["completion_mask"] * ~truncated[:, None],
+        )
+        assert_parity(objective, batch, world, theirs)
+
+
+@pytest.mark.parametrize("beta", [1e-3, 0.3])
+def test_optimal_advantage_regression(world: World, beta: float) -> None:
+    from trl.experimental.a2po import A2POTrainer
+
+    reference = world.reference_logp()
+    objective = get_objective("a-star-po", beta=beta)
+    batch = world.batch(reference_logp=reference, reward=REWARD, group=torch.arange(ROWS) // GROUP_SIZE)
+    values = 0.5 * (REWARD.view(-1, GROUP_SIZE) / 0.5).exp().mean(1).log()  # as TRL estimates them, in its first stage
+    apart = world.apart()
+    inputs = {
+        "input_ids": torch.cat([apart["prompt_ids"], apart["completion_ids"]], 1),
+        "attention_mask": torch.cat([apart["prompt_mask"], apart["completion_mask"]], 1),
+        "logits_to_keep": apart["completion_ids"].shape[1],
+        "ref_logps": reference.sum(1),
+        "rewards": REWARD,
+        "v_star": values.repeat_interleave(GROUP_SIZE),
+    }
+    this = trainer(world.policy, args=SimpleNamespace(beta2=beta), model_kwarg_keys=())
+    this._get_sequence_logps = partial(A2POTrainer._get_sequence_logps, this)
+    theirs = A2POTrainer.compute_loss(this, world.policy, inputs)
+    assert_parity(objective, objective.prepare(batch), world, theirs)
 
 
 def test_leave_one_out(world: World) -> None:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import math
 import random
-import re
-import string
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import compress, islice, zip_longest
@@ -17,6 +14,7 @@ from rlzoo.buffers.formats import Fits
 from rlzoo.buffers.layouts import conversation_of
 from rlzoo.buffers.spooled import kept
 from rlzoo.buffers.tables import SourceTable, good_rows
+from rlzoo.buffers.templates import columns_in, each_filled, filled
 from rlzoo.buffers.values import find, number, own_id, usable
 from rlzoo.errors import UserError, kind_of, unknown
 from rlzoo.policy.chat import Message, Options, messages, options_of
@@ -144,14 +142,15 @@ def _first(made: Iterator[tuple[str, Problem]], source: ProblemSource, bad: BadR
 
 def _as_asked(index: int, problem: Problem, source: ProblemSource) -> Problem:
     """A problem of a built-in task with the prompt and the columns that its source asks for."""
-    made = _problem(index, {"id": problem.id, "prompt": problem.prompt, **problem.columns}, source)
-    own = {name: value for name, value in made.columns.items() if name not in ("id", "prompt")}
+    row = {"id": problem.id, "prompt": problem.prompt, "solution": list(problem.solutions), **problem.columns}
+    made = _problem(index, row, source)
+    own = {name: value for name, value in made.columns.items() if name not in ("id", "prompt", "solution")}
     return replace(made, columns=own, solutions=made.solutions if source.solution else problem.solutions)
 
 
 def _problem(index: int, row: Mapping[str, Any], source: ProblemSource) -> Problem:
     if columns_in(source.prompt):
-        prompt: Any = _filled(source.prompt, row)
+        prompt: Any = filled(source.prompt, row)
     else:
         prompt = conversation_of(find(row, source.prompt), source.prompt)
     if prompt is None or (isinstance(prompt, str) and not prompt.strip()):
@@ -178,8 +177,9 @@ def _instructed(prompt: Any, system: str) -> list[Message]:
 
 
 def _solutions(row: Mapping[str, Any], column: str | None) -> tuple[str, ...]:
-    """The worked solutions in a column: one, or a list of them; none if it is null."""
-    found = None if column is None else find(row, column)
+    """The worked solutions in a column, or that a template makes of columns: one, or a list of them; none for null."""
+    named = columns_in(column) if column is not None else []
+    found = each_filled(str(column), row, named) if named else None if column is None else find(row, column)
     solutions = [each for each in (found if isinstance(found, list) else [found]) if each is not None]
     for solution in solutions:
         if not isinstance(solution, (str, int, float)) or solution != solution:
@@ -203,41 +203,6 @@ def _rated(problem: Problem, column: str | None) -> Problem:
         raise UserError(
             f"quality column {column!r} is {'null' if value is None else f'{value!r:.60}'}: give a finite number"
         ) from None
-
-
-def _filled(template: str, row: Mapping[str, Any]) -> str:
-    """The prompt that a template makes of a row. Raises UserError for a value that is null or not text."""
-    parts = []
-    for text, name, spec, conversion in string.Formatter().parse(template):
-        parts.append(text)
-        if name is None:
-            continue
-        try:
-            value = find(row, re.sub(r"\[(\w+)\]", r".\1", name))
-        except UserError as error:
-            raise UserError(f"{error}: name a column in {{{name}}}, or write {{{{{name}}}}} for text") from None
-        if value is None or isinstance(value, (list, dict)) or value in (math.inf, -math.inf) or value != value:
-            what = str(value) if value in (math.inf, -math.inf) else kind_of(value)
-            raise UserError(
-                f"column {name!r} is {what}, and the prompt needs text there: fill it in (with an empty text where "
-                "nothing is meant), or drop the row"
-            )
-        try:
-            parts.append(format(string.Formatter().convert_field(value, conversion), spec or ""))
-        except ValueError as error:
-            raise UserError(f"column {name!r} cannot be shown as {{{name}:{spec}}}: {error}") from None
-    return "".join(parts)
-
-
-def columns_in(template: str) -> list[str]:
-    """The columns that a prompt template names; none for a column's name."""
-    try:
-        names = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
-    except ValueError as error:
-        raise UserError(f"prompt {template!r}: {error}: write {{{{ and }}}} for braces that are text") from None
-    if "" in names:
-        raise UserError(f"prompt {template!r} has {{}}: name a column in it, or write {{{{}}}} for text")
-    return names
 
 
 def encode_problems(

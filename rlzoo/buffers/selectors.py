@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import pairwise
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, get_args
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from jaxtyping import Bool, Float, Int
 
-from rlzoo.errors import UserError
+from rlzoo.errors import UserError, unknown
 from rlzoo.types import Selector, Unit, Units, register_view
 
 Mask = Bool[np.ndarray, " N"]
@@ -24,6 +24,7 @@ THRESHOLD = 0.5
 RELEASED = 64
 """How many chunks of texts, of a thousand rows each, stay mapped at a time."""
 Truncated = Literal["keep", "drop"]
+Pairing = Literal["threshold", "best_worst"]
 
 
 def demonstrations(rows: pa.Table, truncated: Truncated = "keep") -> Units:
@@ -68,29 +69,49 @@ def correct(
     return _singles(chosen)
 
 
-def pairs(rows: pa.Table, threshold: float = THRESHOLD, per_prompt: int = 4, truncated: Truncated = "keep") -> Units:
-    """Units (better, worse) of one prompt, on either side of the threshold, at most ``per_prompt`` per prompt.
+def pairs(
+    rows: pa.Table,
+    threshold: float = THRESHOLD,
+    per_prompt: int = 4,
+    pairing: Pairing = "threshold",
+    truncated: Truncated = "keep",
+) -> Units:
+    """Units (better, worse) of one prompt, at most ``per_prompt`` per prompt. No row is used twice.
 
-    The i-th better row is paired with the i-th worse one, so no row is used twice and imported pairs stay pairs. Raises
-    UserError if there are none.
+    ``threshold`` pairs the i-th row that reaches the threshold with the i-th that does not. ``best_worst`` pairs the
+    row of the i-th highest reward with that of the i-th lowest, if it is lower, whatever the threshold. With either,
+    imported pairs stay pairs. Raises UserError if there are none.
     """
+    if pairing not in get_args(Pairing):
+        raise unknown("value of the view's option pairing", str(pairing), get_args(Pairing))
     reward = rewards(rows)
     mask = _has_source(rows, "policy", "preference") & ~np.isnan(reward) & _whole(rows, truncated)
     prompt = _codes(rows["prompt_id"])
+    known = np.flatnonzero(mask)
+    if pairing == "best_worst":
+        orders = tuple(known[np.argsort(sign * reward[known], kind="stable")] for sign in (-1, 1))
+    else:
+        orders = known[reward[known] >= threshold], known[reward[known] < threshold]
     sides = []
-    for side in (mask & (reward >= threshold), mask & (reward < threshold)):
-        index = np.flatnonzero(side)
+    for index in orders:
         rank = _rank(prompt[index])
         kept = rank < per_prompt
         sides.append((index[kept], prompt[index[kept]] * per_prompt + rank[kept]))
     (better, better_key), (worse, worse_key) = sides
     _, left, right = np.intersect1d(better_key, worse_key, assume_unique=True, return_indices=True)
+    differ = reward[better[left]] > reward[worse[right]]
+    left, right = left[differ], right[differ]
     if not len(left):
         prompts = len(np.unique(prompt[mask]))
         if not prompts:
             raise UserError(
                 f"the buffer has no pairs (none of its {len(rows):,} rows is a sample or a preference with a reward"
                 f"{_and_whole(truncated)}): give a table with 'chosen' and 'rejected', or sample with rlzoo rollout"
+            )
+        if pairing == "best_worst":
+            raise UserError(
+                f"the buffer has no pairs (in all its {prompts:,} sampled prompts, completions have equal rewards"
+                f"{_and_whole(truncated)}): sample more per prompt with rlzoo rollout"
             )
         raise UserError(
             f"the buffer has no pairs (0 of {prompts:,} sampled prompts have both a completion that reaches "
@@ -100,11 +121,19 @@ def pairs(rows: pa.Table, threshold: float = THRESHOLD, per_prompt: int = 4, tru
     return tuple(zip(better[left].tolist(), worse[right].tolist(), strict=True))
 
 
-def groups(rows: pa.Table, size: int | None = None, varied: bool = False, truncated: Truncated = "keep") -> Units:
+def groups(
+    rows: pa.Table,
+    size: int | None = None,
+    varied: bool = False,
+    demonstrations: int = 0,
+    truncated: Truncated = "keep",
+) -> Units:
     """Units of all samples of one prompt by one policy version that have a reward and behaviour log-probs.
 
     With ``size``, only the first ``size`` samples of each group are taken, and smaller groups are left out. With
-    ``varied``, groups of equal rewards are left out. Raises UserError if no group is left.
+    ``varied``, groups of equal rewards are left out. The first ``demonstrations`` demonstrations of its prompt follow
+    the samples of each group, as far as there are any. Raises UserError if no group is left, and if no prompt of a
+    group has the demonstrations that were asked for.
     """
     reward = rewards(rows)
     usable = ~np.isnan(reward) & rows["behaviour_logp"].is_valid().to_numpy() & _whole(rows, truncated)
@@ -143,7 +172,21 @@ def groups(rows: pa.Table, size: int | None = None, varied: bool = False, trunca
                 "sample more per prompt with rlzoo rollout, or take prompts of another difficulty"
             )
         units = mixed
-    return units
+    return _guided(rows, units, demonstrations, truncated) if demonstrations else units
+
+
+def _guided(rows: pa.Table, units: Units, most: int, truncated: Truncated) -> Units:
+    """Groups, each followed by at most so many demonstrations of its prompt."""
+    prompt, of_prompt = _codes(rows["prompt_id"]), dict[int, list[int]]()
+    for index in np.flatnonzero(_has_source(rows, "demonstration") & _whole(rows, truncated)):
+        of_prompt.setdefault(int(prompt[index]), []).append(int(index))
+    guided = tuple((*unit, *of_prompt.get(int(prompt[unit[0]]), [])[:most]) for unit in units)
+    if guided == units:
+        raise UserError(
+            f"the buffer has no demonstrations of the prompts of its {len(units):,} groups{_and_whole(truncated)}: "
+            "import some with the same prompts"
+        )
+    return guided
 
 
 def unpaired(rows: pa.Table, truncated: Truncated = "keep") -> Units:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
 from typing import Annotated, Any
 
 from typer import Option
@@ -18,6 +19,12 @@ def list_(
     markdown: Annotated[
         bool, Option("--markdown", help="Print the reference of the built-in objectives, in Markdown.")
     ] = False,
+    curves: Annotated[
+        bool, Option("--curves", help="Show how objectives for demonstrations weight a token, given its probability.")
+    ] = False,
+    out: Annotated[
+        Path | None, Option("--out", metavar="FOLDER", help="With --curves: write the figure and its numbers here.")
+    ] = None,
 ) -> int:
     """List objectives with their hyper-parameters, rewards, metrics, views, samplers, suites, and experiments.
 
@@ -25,10 +32,18 @@ def list_(
       rlzoo list
       rlzoo list --json
       rlzoo list --markdown > docs/objectives.md
+      rlzoo list --curves --out curves
     """
-    if as_json and markdown:
-        raise UserError("--json and --markdown: give one of them")
-    if markdown:
+    given = [name for name, on in (("--json", as_json), ("--markdown", markdown), ("--curves", curves)) if on]
+    if len(given) > 1:
+        raise UserError(f"{' and '.join(given)}: give one of them")
+    if out is not None and not curves:
+        raise UserError("--out is the folder of the figure: give --curves with it")
+    if curves:
+        from rlzoo.cli.curves import show_curves
+
+        show_curves(out)
+    elif markdown:
         from rlzoo.cli.objectives_page import objectives_page
 
         print(objectives_page())

@@ -12,15 +12,14 @@ from rlzoo.errors import UserError
 
 def results(
     action: Annotated[
-        Literal["list", "show", "compare", "export", "save"],
-        Argument(metavar="ACTION", help="list, show STUDY, compare A B, export STUDY, or save RUN."),
+        Literal["list", "show", "compare", "export", "save", "refresh"],
+        Argument(metavar="ACTION", help="list, show STUDY, compare A B, export STUDY, save RUN, or refresh PAGE..."),
     ] = "list",
     names: Annotated[
         list[str] | None,
         Argument(
             metavar="NAME...",
-            help="A study, or a folder of rlzoo compare; for export also one of rlzoo variance; for compare, two "
-            "algorithms.",
+            help="A study, or a folder of rlzoo compare (to export, also of rlzoo variance); two algorithms; or pages.",
         ),
     ] = None,
     form: Annotated[
@@ -42,6 +41,9 @@ def results(
 ) -> int:
     """Show, compare and export the included studies: finished comparisons with all their outcomes.
 
+    refresh makes the tables and figures of Markdown pages again, where a marker names them, such as
+    <!-- table: arithmetic results-chain-sums -->; names of tables and figures are those of exported files.
+
     Examples:
       rlzoo results
       rlzoo results show arithmetic
@@ -50,16 +52,18 @@ def results(
       rlzoo results export arithmetic --format pdf
       rlzoo results export runs/variance --format pdf
       rlzoo results save runs/arithmetic-20260101-120000 --to my-studies
+      rlzoo results refresh docs/results.md
     """
     given = names or []
-    wanted = {"list": 0, "show": 1, "compare": 2, "export": 1, "save": 1}[action]
+    wanted = {"list": 0, "show": 1, "compare": 2, "export": 1, "save": 1, "refresh": max(len(given), 1)}[action]
     if len(given) != wanted:
-        what = {0: "no name", 1: "one name", 2: "two algorithms"}[wanted]
+        what = "pages" if action == "refresh" else {0: "no name", 1: "one name", 2: "two algorithms"}[wanted]
         raise UserError(f"rlzoo results {action} takes {what}, not {len(given)}: see `rlzoo results --help`")
     from rich.console import Console
 
     from rlzoo.cli.tables import show
     from rlzoo.comparison import studies
+    from rlzoo.comparison.pages import refresh
     from rlzoo.comparison.report import report_table
     from rlzoo.comparison.report.contents import contents
     from rlzoo.comparison.report.differences import (
@@ -98,6 +102,10 @@ def results(
         blocks = variance_report.read_report(folder)[1] if analysed else contents(studies.read_study(given[0]), None)
         for file in export(blocks, to or Path(f"{folder.name}-{kind}"), form):
             print(file)
+    elif action == "refresh":
+        for page in given:
+            markers, changed = refresh(Path(page))
+            print(f"{page}: {markers} tables and figures, {changed} files changed")
     else:
         print(f"saved {studies.save_study(Path(given[0]), to or studies.STUDIES)}")
     return 0

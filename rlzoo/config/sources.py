@@ -26,7 +26,8 @@ class ProblemSource(Strict):
     prompt: str = "prompt"
     """A column, or a template such as ``"{question}\\nShow your work."``; ``extra.question`` is a field within one."""
     solution: str | None = None
-    """The column with a worked solution, from which demonstrations are made."""
+    """The column with a worked solution, from which demonstrations are made, or a template over columns, which also
+    changes the solutions of a built-in task: ``"<think>{solution}</think>"``."""
     quality: str | None = None
     """The column with a solution's quality score, for objectives that sample demonstrations in proportion to it."""
     columns: Mapping[str, str] = {}

@@ -11,7 +11,19 @@ from rlzoo.document.markdown import FIGURES, render_markdown
 from rlzoo.document.page import render_html
 from rlzoo.jobs.outputs import write_atomically
 
-__all__ = ["Answer", "Answers", "Block", "Code", "Entry", "Figure", "Heading", "Paragraph", "Table", "write_document"]
+__all__ = [
+    "Answer",
+    "Answers",
+    "Block",
+    "Code",
+    "Entry",
+    "Figure",
+    "Heading",
+    "Paragraph",
+    "Table",
+    "render_markdown",
+    "write_document",
+]
 
 
 def write_document(directory: Path, title: str, blocks: Sequence[Block]) -> None:

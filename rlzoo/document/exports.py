@@ -6,7 +6,7 @@ import csv
 import io
 import itertools
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 from rlzoo.document.blocks import Block, Entry, Figure, Heading, Table
@@ -75,24 +75,36 @@ FIGURE_FORMATS: Mapping[str, Callable[[Drawing], str | bytes]] = {
 """Name, and suffix, → a function of a drawing."""
 
 
+def named(blocks: Iterable[Block]) -> Iterator[tuple[str, Table | Figure]]:
+    """The tables of a document, named after its headings, and its figures, with their names, in order."""
+    above: dict[int, str] = {}
+    taken: set[str] = set()
+    for block in blocks:
+        if isinstance(block, Heading):
+            above = {level: text for level, text in above.items() if level < block.level} | {block.level: block.text}
+        elif isinstance(block, Table):
+            words = " ".join(text for level, text in above.items() if level > 1)
+            name = re.sub(r"[^a-z0-9]+", "-", words.lower()).strip("-")
+            names = (f"{name}-{number}" if number > 1 else name for number in itertools.count(1))
+            own = next(one for one in names if one not in taken)
+            taken.add(own)
+            yield own, block
+        elif isinstance(block, Figure):
+            yield block.name, block
+
+
 def export(blocks: Iterable[Block], folder: Path, form: str) -> list[Path]:
     """Write every table of a document, named after its headings, or every figure, to a file of its own.
 
     ``form`` is a key of `TABLE_FORMATS` or of `FIGURE_FORMATS`. Returns the files.
     """
     files: dict[Path, str | bytes] = {}
-    above: dict[int, str] = {}
-    for block in blocks:
-        if isinstance(block, Heading):
-            above = {level: text for level, text in above.items() if level < block.level} | {block.level: block.text}
-        elif isinstance(block, Table) and form in TABLE_FORMATS:
+    for name, block in named(blocks):
+        if isinstance(block, Table) and form in TABLE_FORMATS:
             suffix, write = TABLE_FORMATS[form]
-            words = " ".join(text for level, text in above.items() if level > 1)
-            name = re.sub(r"[^a-z0-9]+", "-", words.lower()).strip("-")
-            names = (f"{name}-{number}" if number > 1 else name for number in itertools.count(1))
-            files[next(file for name in names if (file := folder / f"{name}.{suffix}") not in files)] = write(block)
+            files[folder / f"{name}.{suffix}"] = write(block)
         elif isinstance(block, Figure) and form in FIGURE_FORMATS:
-            files[folder / f"{block.name}.{form}"] = FIGURE_FORMATS[form](block.drawing)
+            files[folder / f"{name}.{form}"] = FIGURE_FORMATS[form](block.drawing)
     for file, content in files.items():
         write_atomically(file, content)
     return list(files)

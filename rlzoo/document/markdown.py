@@ -8,6 +8,8 @@ from collections.abc import Iterable
 from rlzoo.document.blocks import Answer, Answers, Block, Code, Entry, Figure, Heading, Paragraph, Table
 
 FIGURES = "figures"
+INTERVAL = re.compile(r"\\\[([−+\d.,e]+, [−+\d.,e]+)\\\](?![(\[:])")
+"""An escaped interval, which no renderer takes for a link."""
 
 
 def render_markdown(blocks: Iterable[Block]) -> str:
@@ -19,7 +21,8 @@ def text(value: str) -> str:
     """Text for Markdown, in one line, with every character escaped that Markdown or HTML would interpret."""
     plain = "".join(c if c.isprintable() else " " for c in value)
     plain = plain.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    return re.sub(r"([\\`*_\[\]|~$#!])", r"\\\1", " ".join(plain.split()))
+    escaped = re.sub(r"([\\`*_\[\]|~$#!])", r"\\\1", " ".join(plain.split()))
+    return INTERVAL.sub(r"[\1]", escaped)
 
 
 def fence(value: str, language: str) -> str:

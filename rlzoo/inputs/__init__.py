@@ -3,16 +3,18 @@
 from rlzoo.inputs.base import Context, Input, Stage
 from rlzoo.inputs.of_policy import Critic, Snapshot, Statistic
 from rlzoo.inputs.references import Mismatched, MovingReference, Privileged, Reference, ReferenceLogits
-from rlzoo.inputs.stored import Behaviour, Column, Truncated
+from rlzoo.inputs.stored import Behaviour, Column, FromDemonstration, Outcome, Truncated
 
 __all__ = [
     "Behaviour",
     "Column",
     "Context",
     "Critic",
+    "FromDemonstration",
     "Input",
     "Mismatched",
     "MovingReference",
+    "Outcome",
     "Privileged",
     "Reference",
     "ReferenceLogits",

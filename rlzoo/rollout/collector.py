@@ -8,7 +8,7 @@ from typing import Any
 
 from rlzoo.buffers import OfflineBuffer
 from rlzoo.buffers.bad_rows import BadRows
-from rlzoo.buffers.problems import EncodedProblem, Problem, encode_problems
+from rlzoo.buffers.problems import EncodedProblem, Problem, demonstrations, encode_problems
 from rlzoo.config import Sampling, Training
 from rlzoo.errors import UserError
 from rlzoo.jobs.cached_results import random_state
@@ -16,12 +16,14 @@ from rlzoo.policy import Policy
 from rlzoo.reward import get_reward
 from rlzoo.rollout.rollouts import collect_rollouts, scorable, within_limits
 from rlzoo.rollout.sampler import Sampler
+from rlzoo.types import Trajectory
 
 
 class Collector:
     """A function that samples a buffer of fresh groups per batch, from the current policy and the next prompts.
 
-    Prompts are shuffled by ``seed`` in every epoch. It can be the source of `rlzoo.train`; checkpoints hold its state.
+    The buffer also has the demonstrations of these prompts, for views that put them beside the samples. Prompts are
+    shuffled by ``seed`` in every epoch. It can be the source of `rlzoo.train`; checkpoints hold its state.
     """
 
     def __init__(
@@ -84,7 +86,16 @@ class Collector:
         tokens = sampled + sum(len(row.prompt_ids) for row in rows)
         self._sampled_tokens += sampled
         self._flops += policy.flops(tokens, sampled, modules=False) + policy.flops(tokens, sampled)
-        return OfflineBuffer.from_trajectories(rows)
+        return OfflineBuffer.from_trajectories([*rows, *self._demonstrations(prompts)])
+
+    def _demonstrations(self, prompts: Sequence[EncodedProblem]) -> Sequence[Trajectory]:
+        """The worked solutions of these problems, without those that the model cannot take."""
+        solved = [one.problem for one in prompts if one.problem.solutions]
+        if not solved:
+            return []
+        policy, training = self._policy, self._training
+        limits = training.max_completion_tokens, BadRows("drop"), policy.row_check(), training.max_length
+        return demonstrations(policy.tokenizer, solved, *limits)
 
     def spent(self) -> dict[str, float]:
         """The costs of sampling since the last call: ``sampled_tokens``, and ``flops`` (see `Policy.flops`)."""

@@ -43,9 +43,10 @@ def check_analysis(objective: Objective) -> None:
         return  # its components are analysed
     policy = load_policy("embedded", "float64")
     rows = rows_of(policy, objective)
-    if not selector_of(objective.learns_from).is_sampled:
-        rows = [replace(row, source="demonstration") for row in rows]
-    buffer = OfflineBuffer.from_trajectories(rows)
+    experts = [replace(row, source="demonstration") for row in rows]
+    if selector_of(objective.learns_from).is_sampled:  # a view may put demonstrations beside the samples
+        experts = [*rows, *experts[SAMPLES - 1 :: SAMPLES]]
+    buffer = OfflineBuffer.from_trajectories(experts)
     found = analyze_variance(policy, [objective], buffer, rows=len(rows), draws=0)
     if found["objectives"][objective.name]["data_noise"]["trace_cov"] is None:
         raise AssertionError(f"objective {objective.name!r} has no gradient whose noise could be measured")

@@ -31,6 +31,7 @@ SECTIONS: tuple[Section, ...] = (
     results.further,
     retention.retention,
     training.curves,
+    training.loss,
     endings.endings,
     clipping.clipping,
     training.token_probabilities,

@@ -68,6 +68,8 @@ def robustness_table(rows: Sequence[Mapping[str, Any]], results: Results, benchm
     return Table(header, body, words=["metric"])
 
 
+LABELS = {"avg_at_k": "avg@k", "pass_at_k": "pass@k"}
+"""Metrics whose k may differ between studies."""
 CHECKS = ("p, problems", "p, seeds", "P(better) (%)")
 
 
@@ -106,12 +108,22 @@ def across_tables(rows: Sequence[Mapping[str, Any]]) -> dict[str, Table]:
     The last column is the smallest difference that the design detects with 80 % power, as a single planned one.
     """
     found: dict[str, list[list[Entry]]] = {}
-    labels = {"avg_at_k": "avg@k", "pass_at_k": "pass@k"}
     for row in rows:
-        metric = labels.get(row["metric"], row["metric"])
+        metric = LABELS.get(row["metric"], row["metric"])
         entries = [Entry(metric), *_tests(row, row), Entry(size(row["detectable_alone"]))]
         found.setdefault(f"{row['study']}: {row['benchmark']}", []).append(entries)
     return {name: Table(["metric", *TESTS, "detectable"], body) for name, body in found.items()}
+
+
+def across_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """Paired differences of two algorithms in one table: a row per study and benchmark, as in `difference_table`."""
+    body: dict[tuple[str, str], dict[str, Entry]] = {}
+    for row in rows:
+        entry = Entry(f"{_difference(row)}, {significance(row['p'])}", row["p"] < SIGNIFICANT)
+        body.setdefault((row["study"], row["benchmark"]), {})[row["metric"]] = entry
+    lines = [[Entry(a), Entry(b), *(own.get(m, Entry(NONE)) for m in METRICS)] for (a, b), own in body.items()]
+    header = [f"{LABELS.get(metric, metric)} (points)" for metric in METRICS]
+    return Table(["study", "benchmark", *header], lines, words=["benchmark"])
 
 
 def run_difference_table(rows: Sequence[Mapping[str, Any]], results: Results, benchmark: str) -> Table:

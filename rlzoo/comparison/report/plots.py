@@ -7,11 +7,12 @@ from typing import Any
 
 import matplotlib as mpl
 import numpy as np
+from jaxtyping import Float
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from rlzoo.comparison.outcomes import METRICS
-from rlzoo.comparison.report.schema import Results
+from rlzoo.comparison.report.schema import CellResult, Results
 from rlzoo.comparison.report.tables import amount
 from rlzoo.comparison.statistics import SIGNIFICANT
 from rlzoo.config import BASE
@@ -165,6 +166,90 @@ def learning_curves(results: Results, benchmark: str) -> Drawing | None:
         panels[0].set(ylabel="avg@k: correct, %")
         handles, labels = panels[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside upper center", ncols=min(len(labels), 8), handlelength=1.6)
+        return to_svg(figure)
+
+
+SAME = 1e-3
+"""The relative difference up to which two log-probs of the first batch are those of the same batch."""
+
+
+def loss_curves(results: Results, baseline: str) -> dict[str, Float[np.ndarray, "2 steps"]]:
+    """The loss and −log π per token at each step, as means over seeds, of rows that learn from the baseline's batches.
+
+    Only these can be compared: in each seed, the policy that they start from has the same log-prob on the first batch.
+    """
+    first = {cell.seed: _recorded(cell)[1][:1] for cell in results.cells if cell.algorithm == baseline}
+    found: dict[str, list[Float[np.ndarray, "2 steps"]]] = {}
+    others = set[str]()
+    for cell in results.cells:
+        own = _recorded(cell)
+        start = first.get(cell.seed)
+        if start is not None and start.size and np.allclose(own[1][:1], start, rtol=SAME) and own.size:
+            found.setdefault(cell.algorithm, []).append(own)
+        else:
+            others.add(cell.algorithm)
+    return {
+        name: np.mean([one[:, : min(one.shape[1] for one in seeds)] for one in seeds], axis=0)
+        for name, seeds in found.items()
+        if name not in others
+    }
+
+
+def _recorded(cell: CellResult) -> Float[np.ndarray, "2 steps"]:
+    """The loss and −log π per token of a cell at the steps that have both."""
+    pairs = [(step["loss"], -step["logp"]) for step in cell.training if {"loss", "logp"} <= step.keys()]
+    return np.array(pairs, float).reshape(-1, 2).T
+
+
+def training_loss(results: Results, baseline: str) -> Drawing | None:
+    """The loss that each row minimises, on a logarithmic axis, and its perplexity on the same batches."""
+    curves, palette, order = loss_curves(results, baseline), colours(results), list(results.algorithms)
+    if len(curves) < 2:
+        return None
+    with mpl.rc_context(STYLE):
+        figure, panels = axes_row(2, 3.3)
+        for name, (loss, surprise) in curves.items():
+            style = {"color": palette[name], "linewidth": 1.4}
+            marker = {"marker": MARKERS[order.index(name) % len(MARKERS)], "markevery": max(1, len(loss) // 8)}
+            positive = np.where(loss > 0, loss, np.nan)  # a logarithm has no place for others
+            panels[0].plot(range(1, len(loss) + 1), positive, **style, **marker, label=short(name))
+            panels[1].plot(range(1, len(loss) + 1), np.exp(surprise), **style, **marker)
+        panels[0].set(title="loss", xlabel="optimizer step")
+        panels[1].set(title="perplexity", xlabel="optimizer step")
+        for axes in panels:
+            log_scale(axes, "y")
+            axes.grid(True)
+        handles, labels = panels[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside upper center", ncols=min(len(labels), 8), handlelength=1.6)
+        return to_svg(figure)
+
+
+def likelihoods(results: Results, benchmark: str) -> Drawing | None:
+    """Accuracy against the held-out log-likelihood: a point per algorithm, and a panel per way of decoding."""
+    names = (BASE, *results.algorithms)
+    known = {name: results.mean(name, benchmark, "log_likelihood") for name in names}
+    places = {name: value for name, value in known.items() if value is not None}
+    if len(places) < 3:
+        return None
+    palette = colours(results)
+    with mpl.rc_context(STYLE):
+        figure, panels = axes_row(2, 3.3)
+        for axes, metric in zip(panels, ("avg_at_k", "greedy"), strict=True):
+            for name, place in places.items():
+                if (row := results.row(name, benchmark, metric)) is None:
+                    continue
+                colour, number = palette[name], names.index(name) - 1  # the base model has its colour alone
+                face = PAPER if number >= len(PALETTE) else colour
+                marker = MARKERS[number % len(MARKERS)]
+                if np.isfinite(row.ci_low):
+                    ends = 50 * (row.ci_low + row.ci_high), 50 * (row.ci_high - row.ci_low)
+                    axes.errorbar([place], ends[:1], yerr=ends[1:], fmt="none", ecolor=colour, elinewidth=1, alpha=0.5)
+                axes.plot([place], [100 * row.mean], marker, color=colour, mfc=face, label=short(name))
+            axes.set(title=results.label(metric, benchmark), xlabel="held-out log-likelihood, nats per token")
+            axes.grid(True)
+        panels[0].set(ylabel="correct, %")
+        handles, labels = panels[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside upper center", ncols=min(len(labels), 9), handlelength=1)
         return to_svg(figure)
 
 

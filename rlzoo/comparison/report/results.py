@@ -145,3 +145,13 @@ def further(run: FinishedRun, baseline: str) -> Iterator[Block]:
         if table is not None:
             yield Heading(name, level=3)
             yield table
+        if name in results.benchmarks and (svg := plots.likelihoods(results, name)) is not None:
+            yield Figure(
+                f"likelihood-{results.benchmarks.index(name)}",
+                svg,
+                f"Accuracy {tables.on(name)} against the held-out log-likelihood of its gold completions.",
+                f"Each algorithm's accuracy {tables.on(name)}, with its 95 % interval, against the log-likelihood of "
+                "the gold completions; both are means over seeds.",
+                "The log-likelihood has no interval here. It rewards reproducing the gold completion, of which other "
+                "correct ones may exist.",
+            )

@@ -31,6 +31,24 @@ def curves(run: FinishedRun, baseline: str) -> Iterator[Block]:
         )
 
 
+def loss(run: FinishedRun, baseline: str) -> Iterator[Block]:
+    """The loss in the course of training, beside what it hides."""
+    svg = plots.training_loss(run.results, baseline)
+    if svg is None:
+        return
+    yield Heading("Training loss")
+    yield tables.loss_table(plots.loss_curves(run.results, baseline))
+    yield Figure(
+        "training-loss",
+        svg,
+        "The loss and the perplexity of the training batches at each step, one line per algorithm.",
+        f"Left: the loss that each algorithm minimises. Right: its perplexity exp(−log π per token) on the same "
+        f"batches. Means over seeds; the rows shown learn from the same batches as {baseline}.",
+        "Losses of different objectives are different quantities: a weight below 1 makes a loss small, and it may fall "
+        "while the perplexity rises. Neither ranks algorithms by accuracy.",
+    )
+
+
 def token_probabilities(run: FinishedRun, baseline: str) -> Iterator[Block]:
     """The probabilities of the demonstrations' tokens, before and after."""
     svg = plots.token_probabilities(run.results)

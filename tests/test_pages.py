@@ -1,0 +1,115 @@
+"""Pages with tables and figures of studies: made again by a command, and in step with committed outcomes in docs."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from rlzoo import cli
+from rlzoo.comparison import pages, studies
+from rlzoo.document import Table
+from rlzoo.errors import UserError
+
+ROOT = Path(__file__).parent.parent
+PAGES = ("README.md", "docs/results.md", "docs/dft.md", "docs/puzzles.md")
+NUMBER = r"[+−]?\d[\d,.]*"
+ESTIMATE = re.compile(rf"({NUMBER})(?: points?| %)? \[({NUMBER}), ({NUMBER})\]")
+"""A number with its interval."""
+
+
+def test_a_page_is_made_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(
+        "Before.\n\n<!-- table: facts results-facts; rows: dft, sft; columns: greedy -->\n| old |\n|---|\n| 1 |\n\n"
+        "Between.\n\n<!-- figure: facts results-0 -->\n![bars](figures/bars.svg)\n<!-- a comment -->\n| my own |\n"
+    )
+    assert cli.main(["results", "refresh", str(page)]) == 0
+    assert capsys.readouterr().out == f"{page}: 2 tables and figures, 2 files changed\n"
+    assert page.read_text() == (
+        "Before.\n\n<!-- table: facts results-facts; rows: dft, sft; columns: greedy -->\n| algorithm | greedy (%) |\n"
+        "|:---|---:|\n| sft | **94.9 [91.5, 97.0]** |\n| dft | 80.8 [75.0, 85.4] |\n\n"
+        "Between.\n\n<!-- figure: facts results-0 -->\n![bars](figures/bars.svg)\n<!-- a comment -->\n| my own |\n"
+    )
+    assert ">unseen-facts<" not in (svg := (tmp_path / "figures/bars.svg").read_text()) and ">sft-low<" in svg
+    assert cli.main(["results", "refresh", str(page)]) == 0
+    assert capsys.readouterr().out.endswith("2 tables and figures, 0 files changed\n")
+
+
+@pytest.mark.parametrize(
+    ("marker", "reason"),
+    [
+        ("<!-- table: fact results-facts -->", "line 2: unknown study 'fact': did you mean 'facts'?"),
+        (
+            "<!-- table: facts results-facts; rows: sft, dtf -->",
+            "line 2: unknown row of the table 'dtf': did you mean 'dft'?",
+        ),
+        ("<!-- table: facts results-facts; columns: best -->", "line 2: unknown column of the table 'best'"),
+        ("<!-- table: facts results-facts; row: sft -->", "line 2: unknown option of a marker 'row'"),
+        ("<!-- comparison: dft sftt -->", "line 2: unknown algorithm 'sftt'"),
+        ("<!-- figure: facts results-0 -->\nText", "line 2: the figure 'results-0' needs an image below its marker"),
+        ("<!-- table: facts results-facts -->\n![a](a.svg)", "line 2: an image is below the marker"),
+        ("no marker", "has no marker, such as <!-- table:"),
+    ],
+)
+def test_a_wrong_marker_is_named(marker: str, reason: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(f"Text\n{marker}\n")
+    assert cli.main(["results", "refresh", str(page)]) == 2
+    error = capsys.readouterr().err
+    assert reason in error and str(page) in error and error.count("\n") == 1
+    assert page.read_text() == f"Text\n{marker}\n", "nothing is written"
+
+
+@pytest.mark.slow
+def test_an_unknown_part_is_named() -> None:
+    with pytest.raises(UserError, match="unknown table of facts 'results-fact': did you mean 'results-facts'"):
+        pages.refreshed("<!-- table: facts results-fact -->\n", ROOT)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", PAGES)
+def test_tables_and_figures_of_the_docs_follow_from_committed_outcomes(page: str) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    again, figures = pages.refreshed(text, (ROOT / page).parent)
+    assert again == text, f"rlzoo results refresh {page}"
+    for file, svg in figures.items():
+        assert words(svg) == words(file.read_text(encoding="utf-8")), f"rlzoo results refresh {page}"
+
+
+def words(svg: str) -> list[str]:
+    """The labels of a figure, as far as versions of matplotlib agree on them."""
+    return re.findall(r"<text\b[^>]*>([^<]*)</text>", svg)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", PAGES)
+def test_numbers_in_the_text_of_the_docs_are_those_of_a_table(page: str) -> None:
+    """Each number with an interval; it may be the difference in the other order, and without its sign."""
+    known = {estimate for text in (*reports(), (ROOT / "docs/variance.md").read_text()) for estimate in estimates(text)}
+    unknown = [one for one in estimates((ROOT / page).read_text(encoding="utf-8")) if one not in known]
+    assert not unknown, "numbers that no table has"
+
+
+def estimates(text: str) -> Iterator[tuple[float, ...]]:
+    """The numbers with intervals in a text, each turned so that it is positive."""
+    for found in ESTIMATE.findall(" ".join(text.split())):
+        value, low, high = (float(one.replace(",", "").replace("−", "-").rstrip(".")) for one in found)
+        if (value, low + high) < (0, 0):
+            value, low, high = -value, -high, -low
+        yield value, low, high
+
+
+@cache
+def reports() -> tuple[str, ...]:
+    """The tables of all studies' reports."""
+    found = []
+    for study in studies.list_studies():
+        parts = pages.parts_of(study)
+        parts.known |= {(type(part), name): part for name, part in parts.made}
+        tables = [part for part in parts.known.values() if isinstance(part, Table)]
+        found.append("\n".join(entry.text for table in tables for row in table.rows for entry in row))
+    return tuple(found)
