@@ -398,13 +398,13 @@ def test_weights_are_kept_as_long_as_a_cell_goes_on_from_them(tmp_path: Path) ->
 @pytest.mark.usefixtures("undrawn")
 def test_stages_have_the_steps_that_their_epochs_take(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """For the progress that rewards are told too: later stages do not count before they begin."""
-    told, real = list[tuple[int, int]](), one_cell.reward_of
+    told, real = list[tuple[int, int]](), resolve.reward_of
 
     def noted(experiment: Experiment, step: int = 0, most: int = 0, **more: Any) -> Any:
         told.append((step, most))
         return real(experiment, step, most, **more)
 
-    monkeypatch.setattr(one_cell, "reward_of", noted)
+    monkeypatch.setattr("rlzoo.comparison.one_cell.reward_of", noted)
     rows = {"sft": {}, "rft": {}, "sft-rft": {"stages": ["sft", "rft"]}}
     results = quietly(small(rows, training={"epochs": 2, "batch_size": 4}), tmp_path / "out")
     steps = {cell["algorithm"]: len(cell["training"]) for cell in results["cells"]}
