@@ -35,8 +35,11 @@ from rlzoo.types import Coefficients, Selection, TokenBatch, Trajectory
 MakePolicy = Callable[..., Policy]
 PROBLEMS = [Problem(str(i), f"{i}+{i}=?\n", {"answer": str(2 * i)}, (f"#### {2 * i}",)) for i in range(6)]
 EVERY = Training(steps=7, batch_size=4, learning_rate=1e-2, checkpoint_seconds=0)
-OBJECTIVES = ("sft", "iw-sft", "iw-sft-ema", "rft", "dpo", "ppo", "grpo", "kto")
-OPTIONS: dict[str, dict[str, Any]] = {"iw-sft-ema": {"variant": "ema", "ema_decay": 0.5}}
+OBJECTIVES = ("sft", "iw-sft", "iw-sft-ema", "rft", "dpo", "ppo", "grpo", "kto", "sdft")
+OPTIONS: dict[str, dict[str, Any]] = {
+    "iw-sft-ema": {"variant": "ema", "ema_decay": 0.5},
+    "sdft": {"template": "{prompt}Once more: {prompt}", "teacher_decay": 0.5},
+}
 
 
 def rows_of(policy: Policy) -> OfflineBuffer:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 from functools import cache
@@ -78,6 +79,40 @@ def test_tables_and_figures_of_the_docs_follow_from_committed_outcomes(page: str
     assert again == text, f"rlzoo results refresh {page}"
     for file, svg in figures.items():
         assert words(svg) == words(file.read_text(encoding="utf-8")), f"rlzoo results refresh {page}"
+
+
+DOCUMENTS = sorted(str(file.relative_to(ROOT)) for file in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")))
+
+
+@pytest.mark.parametrize("page", DOCUMENTS)
+def test_links_lead_somewhere(page: str) -> None:
+    text = re.sub(r"```.*?```|`[^`\n]*`", "", (ROOT / page).read_text(encoding="utf-8"), flags=re.S)
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if "://" in target:
+            continue
+        place, _, anchor = target.partition("#")
+        file = (ROOT / page).parent / place if place else ROOT / page
+        assert file.exists(), f"{page}: {target}"
+        assert not anchor or anchor in anchors(file), f"{page}: {target}"
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors that GitHub gives to the headings of a page."""
+    titles = re.findall(
+        r"^#+ (.+)$", re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.S), flags=re.M
+    )
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+def test_the_experiment_for_data_of_ones_own_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (experiment,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs/dft.md").read_text(encoding="utf-8"), flags=re.S)
+    row = json.dumps({"question": "1 plus 1?", "solution": r"So \boxed{2}", "answer": "2"}) + "\n"
+    for name in re.findall(r"\w+\.jsonl", experiment):
+        (tmp_path / name).write_text(row)
+        experiment = experiment.replace(name, str(tmp_path / name))
+    (tmp_path / "mine.yaml").write_text(experiment)
+    assert cli.main(["compare", str(tmp_path / "mine.yaml"), "--dry-run"]) == 0
+    assert "27 cells" in capsys.readouterr().out
 
 
 def words(svg: str) -> list[str]:

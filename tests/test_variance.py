@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 import torch
+from batches import built
 from comparisons import inline_pool
 
 import rlzoo
@@ -77,7 +78,7 @@ def buffer(base: Policy) -> Buffer:
 @pytest.fixture(scope="module")
 def report(base: Policy, buffer: Buffer) -> dict[str, Any]:
     """All registered objectives on the embedded base."""
-    return analyze_variance(base, SINGLE, buffer, rows=96, draws=256)
+    return analyze_variance(base, {name: built(name) for name in SINGLE}, buffer, rows=96, draws=256)
 
 
 def is_estimate(found: Any) -> bool:
@@ -92,7 +93,7 @@ def test_every_registered_objective_is_reported_in_full(report: dict[str, Any]) 
     for name, entry in report["objectives"].items():
         assert set(entry["coefficients"]) == COEFFICIENTS
         assert set(entry["token_moments"]) >= MOMENTS
-        expert = get_objective(name).learns_from is Selection.DEMONSTRATIONS
+        expert = built(name).learns_from is Selection.DEMONSTRATIONS
         if expert and entry["coefficients"]["mean"] == 0:
             assert "full-vocabulary term" in entry["token_moments"]["reason"] and name == "otr"
         elif expert:

@@ -39,7 +39,10 @@ from rlzoo.types import Trajectory
 
 GAPS = {"float32": 1e-4, "bfloat16-mixed": 0.15}
 """The largest distance of a gradient from float64's, over the size of that: by dtype."""
-OPTIONS: dict[str, dict[str, Any]] = {"mixture": {"weights": {"sft": 0.1, "grpo": 0.9}}}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "mixture": {"weights": {"sft": 0.1, "grpo": 0.9}},
+    "opd": {"teacher": "embedded"},
+}
 """Of objectives that cannot be without."""
 ONE_STEP: dict[str, Any] = {
     "steps": 1, "learning_rate": RATE, "warmup_ratio": 0.0, "max_gradient_norm": 1e9, "checkpoint_seconds": None,
