@@ -42,7 +42,7 @@ OPTIONS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "kto-lora": ("kto", {}, LORA),
     "dft-packed": ("dft", {}, {"packing": "packed", "gradient_checkpointing": True}),
     "kto-hungry": ("kto", {}, {}),
-    "grpo-budget": ("grpo", {}, {"steps": 9, "budget": {"flops": 6e7}}),
+    "grpo-budget": ("grpo", {}, {"steps": 9, "budget": {"flops": 5e7}}),
 }
 """Objective, options and settings of the names that are not an objective's."""
 ROOM = 40

@@ -46,11 +46,11 @@ def evaluate(
     from rlzoo.jobs.pool import silence
     from rlzoo.rollout import unscored
 
-    sets = chosen.scored_sets
-    scored_by = {name: reward_of(chosen, benchmark=name) for name in sets}
+    scored_sets = chosen.scored_sets
+    scored_by = {name: reward_of(chosen, benchmark=name) for name in scored_sets}
     table = metrics_of(chosen)
-    bad = {name: BadRows(source.bad_rows) for name, source in sets.items()}
-    problems = {name: load_problems(source, bad[name]) for name, source in sets.items()}
+    bad = {name: BadRows(source.bad_rows) for name, source in scored_sets.items()}
+    problems = {name: load_problems(source, bad[name]) for name, source in scored_sets.items()}
     silence()
     with base_policy(chosen) as policy:
         found = {
@@ -58,7 +58,7 @@ def evaluate(
                 policy,
                 some,
                 scored_by[name],
-                chosen.evaluation_on(sets[name]),
+                chosen.evaluation_on(scored_sets[name]),
                 seed,
                 bad=bad[name],
                 token_budget=chosen.training.token_budget,

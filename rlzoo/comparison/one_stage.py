@@ -182,10 +182,11 @@ def _once(first: FirstStages, stage: StageOfCell, given: Given) -> dict[str, Any
         return found
 
     if agreed(weights.exists()):
-        found = dict(cached.once(first.id, run))
+        found: dict[str, Any] = cached.once(first.id, run)
     else:  # even if there is a cached result
         made = run()
-        found = dict(agreed(cached.write(first.id, made) if is_main() else None))
+        written: Any = cached.write(first.id, made) if is_main() else None
+        found = agreed(written)
     if is_main():
         remove(checkpoints)
     return found
