@@ -489,9 +489,9 @@ def test_steps_and_epochs_exclude_each_other_and_the_later_counts() -> None:
 
 
 @pytest.mark.slow
-def test_epochs_of_every_row_of_a_comparison(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("undrawn")
+def test_epochs_of_every_row_of_a_comparison(tmp_path: Path) -> None:
     """Six problems: as many demonstrations, and online two prompts with four samples per batch of eight."""
-    monkeypatch.setattr(runner, "pool", inline_pool)
     rows = {"sft": {"learning_rates": [1e-4, 1e-3]}, "grpo": {"mode": "online"}}
     plain = {"seconds": None, "memory_gb": None}
     experiment = small(rows, training={"epochs": 2, "batch_size": 8}, scoring=plain, evaluation__curve_points=2)

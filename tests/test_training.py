@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from batches import of_each_kind
+from batches import built, of_each_kind
 from scipy.stats import chisquare
 from torch import Tensor
 
@@ -69,7 +69,7 @@ class Anchored(Objective):
 
 
 OBJECTIVES: Mapping[str, Objective] = {
-    **{name: get_objective(name) for name in list_objectives() if not is_composite(objective_class(name))},
+    **{name: built(name) for name in list_objectives() if not is_composite(objective_class(name))},
     "dpo-hinge": get_objective("dpo", variant="hinge"),
     "dpo-ipo": get_objective("dpo", variant="ipo"),
     "otr": get_objective("otr", temperature=1e-6),  # draws the likeliest token, whatever the micro-batches
@@ -123,6 +123,7 @@ def make_batch(policy: Policy, selection: WhichView, seed: int = 0) -> Batch:
         Trajectory(
             "", "", prompt, completion, str(i // 2), source="policy", reward=float(i % 2 == 0 or i == 7),
             behaviour_logp=[x + rng.gauss(0, 0.3) for x in logp], reference_logp=[x + rng.gauss(0, 0.3) for x in logp],
+            columns={"answer": "7"}, inputs={"logp of embedded": [-0.5] * len(logp)},
         )
         for i, ((prompt, completion), logp) in enumerate(zip(pairs, scores, strict=True))
     ]  # fmt: skip
@@ -208,6 +209,8 @@ def full_batch(policy: Policy, objective: Objective, batch: Batch) -> TokenBatch
         partner=partner,
         chosen=torch.arange(len(rows)) % 2 == 0,
         mismatched=torch.zeros(len(rows)),  # at the first step the policy is its reference
+        teacher_logp=padded([r.inputs["logp of embedded"] for r in rows]),
+        privileged_logp=padded(log_probs(policy, [(policy.tokenizer.encode("\n\n7"), r.completion_ids) for r in rows])),
         statistics=scores.inputs,
     )
     fixed = objective.prepare(whole.detach())

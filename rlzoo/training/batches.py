@@ -76,17 +76,18 @@ class BufferSource:
             self.restore(before)
 
     def _next(self) -> Batch:
-        rows: list[Trajectory] = []
+        indices: list[int] = []
         units: list[tuple[int, ...]] = []
-        while len(rows) < self._batch_size:
+        while len(indices) < self._batch_size:
             if not self._queue:
                 self._shuffle()
             unit = self._view.units[self._queue[-1]]
-            if units and len(rows) + len(unit) > self._batch_size:
+            if units and len(indices) + len(unit) > self._batch_size:
                 break  # the unit starts the next batch
             self._queue.pop()
-            units.append(tuple(range(len(rows), len(rows) + len(unit))))
-            rows.extend(self._buffer[index] for index in unit)
+            units.append(tuple(range(len(indices), len(indices) + len(unit))))
+            indices.extend(unit)
+        rows = self._buffer.at(indices)
         self._buffer.release_pages()
         return rows, units
 
@@ -187,12 +188,12 @@ class FreshSource:
     def draw(self) -> Batch:
         """All rows that the view selects from a fresh buffer."""
         buffer, view = self._fresh()
-        rows: list[Trajectory] = []
+        indices: list[int] = []
         units: list[tuple[int, ...]] = []
         for unit in view.units:
-            units.append(tuple(range(len(rows), len(rows) + len(unit))))
-            rows.extend(buffer[index] for index in unit)
-        return rows, units
+            units.append(tuple(range(len(indices), len(indices) + len(unit))))
+            indices.extend(unit)
+        return buffer.at(indices), units
 
     def _fresh(self) -> tuple[Buffer, View]:
         attempt = 0
