@@ -96,9 +96,13 @@ class Objective:
     learns_from: ClassVar[WhichView] = Selection.DEMONSTRATIONS
     """The view of the buffer: a `Selection`, a view object, or a name."""
     couples: ClassVar[Coupling] = Coupling.NONE
-    normaliser: ClassVar[Normaliser] = Normaliser.PER_TOKEN
     source: ClassVar[str] = ""
     """The paper: ``arXiv 2508.05629``, or a DOI."""
+
+    @property
+    def normaliser(self) -> Normaliser:
+        """How per-token terms are reduced; where no option changes it, a class variable."""
+        return Normaliser.PER_TOKEN
 
     @property
     def requires(self) -> tuple[Input, ...]:
@@ -334,9 +338,7 @@ def _check_requires(objective: Objective) -> None:
 
 def _check_truncated(objective: Objective) -> None:
     if objective.truncated != "keep" and is_composite(type(objective)):
-        raise UserError(
-            f"objective {objective.name!r} is a composite: give truncated to its components, in their options"
-        )
+        raise UserError(f"objective {objective.name!r} is a composite: give truncated to its components' options")
     if objective.truncated == "mask" and selector_of(objective.learns_from).unit is not Unit.GROUP:
         raise UserError(
             f"objective {objective.name!r} does not learn from groups, in which a masked completion's reward counts: "

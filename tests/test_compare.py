@@ -29,6 +29,7 @@ from rlzoo.comparison.report import tables, write_report
 from rlzoo.comparison.report.schema import parse_results
 from rlzoo.config import Experiment, ProblemSource, load_experiment
 from rlzoo.errors import UserError
+from rlzoo.evaluation import evaluate
 from rlzoo.jobs.pool import InThisProcess, OutOfMemoryError, WorkerDiedError, WorkError
 from rlzoo.jobs.runs import run_in
 from rlzoo.policy import load_policy
@@ -307,7 +308,7 @@ def test_gold_completions_without_a_log_likelihood_are_counted_once(tmp_path: Pa
 @pytest.mark.usefixtures("undrawn")
 def test_the_end_of_a_curve_is_part_of_the_evaluation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same results as with samples of its own, for the base too, and fewer samples."""
-    sampled, real = list[int](), one_cell.evaluate
+    sampled, real = list[int](), evaluate
     chosen = {"sft": {}, "dft": {"learning_rates": [1e-4, 1e-3]}}
 
     def counted(policy: Any, problems: Any, *more: Any, **options: Any) -> Any:

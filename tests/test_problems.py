@@ -92,6 +92,19 @@ def test_a_template_names_its_columns(tmp_path: Path) -> None:
         load(written(tmp_path, {"q": "1"}), prompt="Say {}")
 
 
+def test_a_solution_may_be_a_template(tmp_path: Path) -> None:
+    rows = {"q": "1+1", "why": ["so", "thus"], "answer": 2}, {"q": "2+2", "why": "so", "answer": None}
+    first, second = load(written(tmp_path, *rows), prompt="q", solution="<think>{why}</think>{answer}")
+    assert first.solutions == ("<think>so</think>2", "<think>thus</think>2"), "one per element of a list"
+    assert second.solutions == (), "as for a null"
+    (built_in,) = load("world:arithmetic/train", limit=1, solution=": {solution}\n{prompt}")
+    (plain,) = load("world:arithmetic/train", limit=1)
+    assert built_in.solutions == tuple(f": {one}\n{plain.prompt}" for one in plain.solutions)
+    assert built_in.columns == plain.columns, "rewards get the same columns"
+    with pytest.raises(UserError, match=r"template '\{why': expected"):
+        load(written(tmp_path, rows[0]), prompt="q", solution="{why")
+
+
 def test_demonstrations_are_rows_of_their_problems(tokenizer: Any) -> None:
     """One that is cut has the text of the tokens that are left."""
     problem = Problem("a", "1+1=", {"answer": "2"}, solutions=("3-1=2", "2"), quality=0.5)

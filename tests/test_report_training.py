@@ -93,6 +93,59 @@ def test_a_curve_ends_where_its_first_seed_ended() -> None:
     )
 
 
+def steps_of(losses: Sequence[float], logps: Sequence[float]) -> dict[str, Any]:
+    return {
+        "training": [{"step": i, "loss": a, "logp": b} for i, (a, b) in enumerate(zip(losses, logps, strict=True), 1)]
+    }
+
+
+def test_the_loss_is_drawn_beside_the_perplexity_of_rows_that_learn_from_the_same_batches(figures: list[Any]) -> None:
+    cells = [
+        cell("sft", 0, [], **steps_of([2, 1], [-2, -1])),
+        cell("sft", 1, [], **steps_of([4, 3, 9], [-4, -3, -9])),
+        cell("dft", 0, [], **steps_of([0.2, -0.1], [-2, -3])),
+        cell("dft", 1, [], **steps_of([0.4, 0.3], [-4, -5])),
+        cell("rft", 0, [], **steps_of([1.9, 1], [-1.9, -1])),
+        cell("rft", 1, [], **steps_of([4, 1], [-4, -1])),
+        cell("dpo", 0, [], training=[{"step": 1, "loss": 0.7}]),
+    ]
+    found = plots.loss_curves(results_of(*cells), "sft")
+    assert {name: curves.tolist() for name, curves in found.items()} == {
+        "sft": [[3, 2], [3, 2]],
+        "dft": [pytest.approx([0.3, 0.1]), [3, 4]],
+    }, "means over seeds while all have steps; seed 0 of rft started from another batch"
+    assert [[entry.text for entry in row] for row in tables.loss_table(found).rows] == [
+        ["sft", "3", "2", "3", "2"],
+        ["dft", "0.3", "0.1", "3", "4"],
+    ]
+    assert plots.training_loss(results_of(*cells), "sft") is not None
+    loss, perplexity = figures[-1].axes
+    assert [line.get_label() for line in loss.lines] == ["sft", "dft"]
+    assert perplexity.lines[1].get_ydata() == pytest.approx(np.exp([3, 4])) and loss.get_yscale() == "log"
+    assert plots.training_loss(results_of(*cells[:2], cells[-1]), "sft") is None, "there is nothing to compare"
+
+
+def test_accuracy_is_drawn_against_the_held_out_likelihood(figures: list[Any]) -> None:
+    def summary(name: str, mean: float) -> dict[str, Any]:
+        row = {"algorithm": name, "benchmark": "sums", "metric": "avg_at_k", "seeds": 1}
+        return row | {"mean": mean, "ci_low": mean - 0.1, "ci_high": mean + 0.1}
+
+    names = [f"a{i}" for i in range(8)]
+    measured = {name: {"sums": RIGHT | {"log_likelihood": -1.0 - i}} for i, name in enumerate(names)}
+    results = results_of(
+        *({**cell(name, 0, []), "metrics": measured[name]} for name in names),
+        summary=[summary(name, 0.1 * i) for i, name in enumerate(names)],
+    )
+    assert plots.likelihoods(results, "sums") is not None
+    points = [line for line in figures[-1].axes[0].lines if not line.get_label().startswith("_")]
+    assert [line.get_label() for line in points] == names, "the base has no likelihood here"
+    assert [line.get_xdata()[0] for line in points] == [-1.0 - i for i in range(8)]
+    assert [line.get_ydata()[0] for line in points] == pytest.approx([10 * i for i in range(8)])
+    looks = {(line.get_color(), line.get_marker(), line.get_markerfacecolor()) for line in points}
+    assert len(looks) == 8, "no two algorithms look the same"
+    assert plots.likelihoods(results_of(cell("a", 0, [])), "sums") is None
+
+
 def rises(gains: Sequence[float]) -> list[dict[str, Any]]:
     """Cells of an algorithm whose last point exceeds the one before by these gains on four problems, about."""
     before = np.array([0.2, 0.4, 0.2, 0.4])

@@ -300,7 +300,7 @@ def test_the_first_micro_batch_runs_once_for_its_log_probs_and_its_gradient(
     twice, all_rows = run()
     assert distance(twice, found) == 0
     lengths = [len(row.prompt_ids) + len(row.completion_ids) for row in batch[0]]
-    first = len(next(token_batches([(i,) for i in range(8)], lengths, 50)))
+    first = len(next(iter(token_batches([(i,) for i in range(8)], lengths, 50))))
     kept, trunks = 2 * updates if objective.is_coupled else 2, 2 if name == "ppo" else 1
     assert 1 < first < 8 and all_rows - passed == kept * trunks * first
 

@@ -180,11 +180,13 @@ def trl_grpo(
     clip: float,
     clip_high: float | None = None,
     level: str = "token",
+    args: Mapping[str, Any] | None = None,
     **inputs: Tensor,
 ) -> Tensor:
+    own = {"use_bias_correction_kl": False, "delta": None, "report_to": [], "steps_per_generation": 1, **(args or {})}
     this = trainer(
         world.policy,
-        args=SimpleNamespace(use_bias_correction_kl=False, delta=None, report_to=[], steps_per_generation=1),
+        args=SimpleNamespace(**own),
         top_entropy_quantile=1.0,
         off_policy_mask_threshold=None,
         importance_sampling_level=level,
@@ -198,6 +200,7 @@ def trl_grpo(
     )
     inputs["num_items_in_batch"] = torch.tensor(sum(map(len, world.completions)))
     this._get_per_token_logps_and_entropies = partial(GRPOTrainer._get_per_token_logps_and_entropies, this)
+    this.get_gamma_weights = GRPOTrainer.get_gamma_weights
     loss: Tensor = GRPOTrainer._compute_loss(this, world.policy, world.apart() | inputs)
     return loss
 
@@ -414,6 +417,99 @@ def test_dapo_is_trl_on_the_groups_that_vary(world: World) -> None:
         old_per_token_logps=batch.behaviour_logp[:GROUP_SIZE],
     )
     assert_parity(objective, batch, world, theirs)
+
+
+VESPO = {"vespo_k_pos": 2.0, "vespo_lambda_pos": 3.0, "vespo_k_neg": 3.0, "vespo_lambda_neg": 2.0}
+OPTIONS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "sapo": ("sapo", {}, {"args": {"sapo_temperature_pos": 1.0, "sapo_temperature_neg": 1.05}}),
+    "vespo": ("vespo", {}, {"args": VESPO}),
+    "token": ("grpo", {"aggregation": "token"}, {"loss_type": "dapo"}),
+    "bnpo": ("grpo", {"aggregation": "token", "clip_high": 0.3}, {"loss_type": "bnpo", "clip_high": 0.3}),
+    "constant": ("grpo", {"aggregation": "constant", "max_length": BUDGET}, {"loss_type": "dr_grpo"}),
+    "batch": ("grpo", {"scale_rewards": "batch"}, {}),
+    "none": ("grpo", {"scale_rewards": "none"}, {}),
+    "delta": ("grpo", {"delta": 1.4}, {"args": {"delta": 1.4}}),
+    "sequence": ("grpo", {"level": "sequence"}, {"level": "sequence"}),
+    "luspo": (
+        "grpo",
+        {"level": "sequence", "aggregation": "constant", "max_length": 1},
+        {"loss_type": "luspo", "level": "sequence"},
+    ),
+    "kl-correction": (
+        "grpo",
+        {"kl_coefficient": 0.5, "kl_correction": True},
+        {"beta": 0.5, "args": {"use_bias_correction_kl": True}},
+    ),
+    "constant-kl": (
+        "grpo",
+        {"kl_coefficient": 0.5, "aggregation": "constant", "max_length": BUDGET},
+        {"beta": 0.5, "loss_type": "dr_grpo"},
+    ),
+}
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_options_of_group_relative(world: World, option: str) -> None:
+    name, options, settings = OPTIONS[option]
+    objective = get_objective(name, **{"kl_coefficient": 0.0, **options} if name == "grpo" else options)
+    flat = torch.cat([REWARD[:GROUP_SIZE], torch.ones(GROUP_SIZE)])  # a group of equal rewards counts its tokens
+    reward = flat if option in ("token", "batch") else REWARD
+    batch = objective.prepare(replace(off_policy(world), reward=reward, group=torch.arange(ROWS) // GROUP_SIZE))
+    assert batch.behaviour_logp is not None and batch.reference_logp is not None
+    advantages = centred(reward, divide=option not in ("batch", "none"))
+    if option == "batch":
+        advantages = advantages / (nanstd(reward) + 1e-4)
+    theirs = trl_grpo(
+        world,
+        **{"beta": 0.0, "clip": 0.2, "loss_type": name, **settings},
+        advantages=advantages,
+        old_per_token_logps=batch.behaviour_logp,
+        ref_per_token_logps=batch.reference_logp,
+    )
+    assert_parity(objective, batch, world, theirs)
+
+
+def test_truncated_completions_are_masked_as_in_trl(world: World) -> None:
+    # their rewards count in their groups, they count as sequences, and their tokens do not count
+    truncated = torch.arange(ROWS) % 3 == 0
+    for aggregation, loss_type in (("sequence", "grpo"), ("token", "bnpo")):
+        objective = get_objective("grpo", kl_coefficient=0.0, truncated="mask", aggregation=aggregation)
+        batch = replace(off_policy(world), reward=REWARD, group=torch.arange(ROWS) // GROUP_SIZE)
+        batch = objective.prepare(batch.replace(mask=batch.mask & ~truncated[:, None]))
+        assert batch.behaviour_logp is not None
+        theirs = trl_grpo(
+            world,
+            loss_type,
+            0.0,
+            0.2,
+            advantages=centred(REWARD, divide=True),
+            old_per_token_logps=batch.behaviour_logp,
+            completion_mask=world.apart()["completion_mask"] * ~truncated[:, None],
+        )
+        assert_parity(objective, batch, world, theirs)
+
+
+@pytest.mark.parametrize("beta", [1e-3, 0.3])
+def test_optimal_advantage_regression(world: World, beta: float) -> None:
+    from trl.experimental.a2po import A2POTrainer
+
+    reference = world.reference_logp()
+    objective = get_objective("a-star-po", beta=beta)
+    batch = world.batch(reference_logp=reference, reward=REWARD, group=torch.arange(ROWS) // GROUP_SIZE)
+    values = 0.5 * (REWARD.view(-1, GROUP_SIZE) / 0.5).exp().mean(1).log()  # as TRL estimates them, in its first stage
+    apart = world.apart()
+    inputs = {
+        "input_ids": torch.cat([apart["prompt_ids"], apart["completion_ids"]], 1),
+        "attention_mask": torch.cat([apart["prompt_mask"], apart["completion_mask"]], 1),
+        "logits_to_keep": apart["completion_ids"].shape[1],
+        "ref_logps": reference.sum(1),
+        "rewards": REWARD,
+        "v_star": values.repeat_interleave(GROUP_SIZE),
+    }
+    this = trainer(world.policy, args=SimpleNamespace(beta2=beta), model_kwarg_keys=())
+    this._get_sequence_logps = partial(A2POTrainer._get_sequence_logps, this)
+    theirs = A2POTrainer.compute_loss(this, world.policy, inputs)
+    assert_parity(objective, objective.prepare(batch), world, theirs)
 
 
 def test_leave_one_out(world: World) -> None:

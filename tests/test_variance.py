@@ -377,6 +377,14 @@ def test_wrong_input_is_one_line_and_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_an_analysis_under_a_launcher_is_refused(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every process would otherwise start workers and write the same files."""
+    monkeypatch.setattr("rlzoo.variance.run.world_size", lambda: 2)
+    status, _, errors = run("variance", "arithmetic", "--limit", "4", "--out", "out")
+    assert status == 2 and "start it without accelerate or torchrun" in errors
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_an_experiment_is_cut_to_what_the_rows_are_worth() -> None:
     whole = load_experiment("smollm2-gsm8k")
     cut = _cut(whole, 8)

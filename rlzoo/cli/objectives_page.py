@@ -101,7 +101,7 @@ def _row(objective: type[Objective]) -> list[str]:
     if is_composite(objective):
         own = ["as its components"] * 3
     else:
-        own = [name_of_view(objective.learns_from), _words(objective.normaliser.value), _needs(objective)]
+        own = [name_of_view(objective.learns_from), _words(objective().normaliser.value), _needs(objective)]
     link = f"[{objective.name}](#{objective.name})"
     checked = _checked(objective)
     return [link, _summary(objective)[1], *own, _linked(objective.source) or "none", checked, str(_code(objective))]
@@ -117,7 +117,7 @@ def _section(objective: type[Objective], names: Sequence[str]) -> str:
             ["learns from", name_of_view(objective.learns_from)],
             ["needs", "; ".join([_needs(objective), *_other_needs(objective)])],
             ["coupling", _coupling(objective)],
-            ["normaliser", _words(objective.normaliser.value)],
+            ["normaliser", "; ".join([_words(objective().normaliser.value), *_other_normalisers(objective)])],
         ]
     path = f"algorithms/{Path(inspect.getfile(objective)).name}"
     facts += [["source", _linked(objective.source) or "none"], ["checked against", _checked(objective)]]
@@ -161,6 +161,16 @@ def _other_needs(objective: type[Objective]) -> Iterator[str]:
 def _checked(objective: type[Objective]) -> str:
     """What the tests compare it with: all with their paper's formula, some with another implementation too."""
     return ", ".join(["formula", *([COMPARED[objective.name]] if objective.name in COMPARED else [])])
+
+
+def _other_normalisers(objective: type[Objective]) -> Iterator[str]:
+    """How its normaliser changes with another value of a `Literal` option."""
+    for field, hint in typing.get_type_hints(objective).items():
+        for value in typing.get_args(hint) if typing.get_origin(hint) is Literal else ():
+            with suppress(UserError):
+                normaliser = objective(**{field: value}).normaliser
+                if normaliser is not objective().normaliser:
+                    yield f"with `{value}`: {_words(normaliser.value)}"
 
 
 def _coupling(objective: type[Objective]) -> str:

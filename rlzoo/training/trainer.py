@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -17,17 +17,19 @@ from torch import Tensor
 from rlzoo.config import Training
 from rlzoo.errors import TryAgainError, UserError
 from rlzoo.inputs import Input, Stage
-from rlzoo.jobs.interrupts import pending, raise_deferred, signals_deferred
+from rlzoo.jobs.interrupts import pending, raise_signal, signals_deferred
 from rlzoo.jobs.memory import on_device
 from rlzoo.jobs.ranks import agreed, gathered, is_sharded, world_size
+from rlzoo.jobs.restarts import can_restart
 from rlzoo.objective import Component, Objective, reduce, surrogate_of
 from rlzoo.policy import Assembler, FirstPass, MicroBatches, Models, Policy, sharding
 from rlzoo.policy.adapters import adapters
 from rlzoo.policy.defaults import token_budget_of
-from rlzoo.policy.quantised import UNSHARDED, entries, is_in_4_bits
+from rlzoo.policy.quantised import entries
 from rlzoo.policy.sequences import Tokens, length
 from rlzoo.training.batches import Drawn, Source, check_sources, in_steps, keeps_first_pass, lacks, micro_units
 from rlzoo.training.checkpoints import Checkpoints
+from rlzoo.training.checks import check_precision, check_quantised
 from rlzoo.training.costs import now, peak_memory_bytes, reset_peak_memory
 from rlzoo.training.record import TrainingRecord
 from rlzoo.training.savings import savings
@@ -47,29 +49,8 @@ from rlzoo.training.trackers import installed, tracked
 from rlzoo.types import Coefficients, Trajectory, at_temperature
 
 NO_ENGINE = "importance_cap has no effect on rows without sampler_logp, the log-probs of another engine"
-ROUNDED = (
-    "training.dtype: bfloat16 rounds away small updates of weights: use bfloat16-mixed, which keeps them in float32, "
-    "or train adapters (training.lora)"
-)
 Callback = Callable[["Trainer", int], None]
 """Called after every optimizer step with the trainer and the number of steps done."""
-
-
-def check_precision(dtypes: Iterable[torch.dtype]) -> None:
-    """Raise UserError if trained weights are in a 16-bit dtype, which rounds away small updates."""
-    if {torch.bfloat16, torch.float16} & set(dtypes):
-        raise UserError(ROUNDED)
-
-
-def check_quantised(policy: Policy, settings: Training, is_sharded: bool) -> None:
-    """Raise UserError if a policy in 4 bits cannot be trained with these settings, or they ask for 4 bits in vain."""
-    wanted, found = settings.lora is not None and settings.lora.load_in_4bit, is_in_4_bits(policy.model)
-    if wanted and not found:
-        raise UserError("lora.load_in_4bit: the policy was loaded without it: use load_policy(..., load_in_4bit=True)")
-    if found and settings.lora is None and not adapters(policy.model):
-        raise UserError("weights in 4 bits cannot be trained: train adapters (training.lora)")
-    if found and is_sharded:
-        raise UserError(UNSHARDED)
 
 
 class Trainer:
@@ -148,7 +129,9 @@ class Trainer:
             self.checkpoints = Checkpoints(checkpoints, settings.checkpoint_seconds)
             if (found := self.checkpoints.newest(like_of(self))) is not None:
                 restore(self, *found)
-            self.micro.token_budget = min(self.micro.token_budget, self.checkpoints.budget() or self.micro.token_budget)
+            budget, events = self.checkpoints.budget()
+            self.micro.token_budget = min(self.micro.token_budget, budget or self.micro.token_budget)
+            self.record.events += [event for event in events if event not in self.record.events]
 
     def _with_models(self) -> list[Input]:
         """The inputs whose models are kept in memory: all but those stored in every row of their source."""
@@ -163,10 +146,11 @@ class Trainer:
     def run(self) -> TrainingRecord:
         """Train until ``settings.steps`` optimizer steps are done, the budget is spent, or a callback calls `stop`.
 
-        The first Ctrl-C or SIGTERM is raised between two batches, after a checkpoint. Raises UserError if weights, the
-        loss or a gradient become infinite or NaN, unless ``on_nonfinite`` skips such steps.
+        The first Ctrl-C or SIGTERM, to any process, is raised between two batches in all, after a checkpoint. Raises
+        UserError if weights, the loss or a gradient become infinite or NaN, unless ``on_nonfinite`` skips such steps.
         """
-        with signals_deferred(), tracked(self.accelerator, self.settings, self.folder) as log:
+        most = 1 if world_size() == 1 else 2  # a launcher repeats what a terminal or a scheduler has sent
+        with signals_deferred(most), tracked(self.accelerator, self.settings, self.folder) as log:
             try:
                 self._run(log)
             except BaseException:
@@ -224,12 +208,16 @@ class Trainer:
             self._between_batches()
 
     def _between_batches(self) -> None:
-        """Save a checkpoint if one is due, or before a deferred signal is raised."""
-        if self.checkpoints is not None:
-            stopping = world_size() == 1 and pending()
-            if self.checkpoints.due() or stopping:
-                self._save()
-        raise_deferred()
+        """Save a checkpoint if one is due, or before a signal that any process has deferred is raised in all."""
+        due = self.checkpoints is not None and self.checkpoints.due()
+        (due, _), *_ = told = gathered((due, pending()))  # the main process decides what is due
+        signal = max((number for _, number in told if number is not None), default=None)
+        if self.checkpoints is not None and (due or signal is not None):
+            self._save()
+            if signal is not None:
+                self.checkpoints.wait()
+        if signal is not None:
+            raise_signal(signal)
 
     def _save(self) -> None:
         assert self.checkpoints is not None
@@ -341,11 +329,12 @@ class Trainer:
         event = f"step {self.step + 1}: out of memory with {before} tokens per micro-batch, now {now}"
         self.record.events.append(event)
         if is_sharded(self.policy) and self.checkpoints is not None:
-            self.checkpoints.write_budget(now)
-            raise TryAgainError(
-                f"{event}; the run stops, because the processes of a sharded model cannot retry a step on their own: "
-                "resume with the same command"
-            )
+            self.checkpoints.write_budget(now, event)
+            if not can_restart():
+                raise TryAgainError(
+                    f"{event}; the run stops, because the processes of a sharded model cannot retry a step on their "
+                    "own: resume with the same command"
+                )
 
     def _backward(
         self,

@@ -6,8 +6,10 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 
+import numpy as np
 import rich.box
 import rich.table
+from jaxtyping import Float
 from rich.text import Text
 
 from rlzoo.comparison.outcomes import METRICS, OVERALL
@@ -166,6 +168,19 @@ def studies_table(studies: Mapping[str, Results]) -> Table:
             ]
         )
     return Table(["study", "benchmarks", "model", "algorithms", "seeds", "made"], rows, prose="benchmarks")
+
+
+def loss_table(curves: Mapping[str, Float[np.ndarray, "2 steps"]]) -> Table:
+    """The loss and −log π per token of each row, at the first step and as the mean over the last tenth of all steps."""
+    rows = [
+        [
+            Entry(name),
+            *(Entry(f"{part:.3g}") for one in both for part in (one[0], one[-max(1, len(one) // 10) :].mean())),
+        ]
+        for name, both in curves.items()
+    ]
+    header = [f"{what}, {when}" for what in ("loss", "−log π per token") for when in ("first step", "last tenth")]
+    return Table(["algorithm", *header], rows)
 
 
 _COSTS: Mapping[str, tuple[str, Callable[[float | None], str]]] = {

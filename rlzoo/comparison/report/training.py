@@ -37,6 +37,7 @@ def loss(run: FinishedRun, baseline: str) -> Iterator[Block]:
     if svg is None:
         return
     yield Heading("Training loss")
+    yield tables.loss_table(plots.loss_curves(run.results, baseline))
     yield Figure(
         "training-loss",
         svg,
