@@ -190,7 +190,7 @@ def full_batch(policy: Policy, objective: Objective, batch: Batch) -> TokenBatch
     value = scores.inputs.get("value")
     size = scores.logp.shape[1]
 
-    def padded(values: list[list[float] | None]) -> Tensor:
+    def padded(values: Sequence[list[float] | None]) -> Tensor:
         return torch.tensor([[*(value or []), *[0.0] * (size - len(value or []))] for value in values])
 
     partner = torch.tensor([i + 1 - 2 * (i % 2) for i in range(len(rows))])
