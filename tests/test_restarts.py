@@ -150,7 +150,7 @@ def test_scoring_and_sampling_with_shards_restart(
     with pytest.raises(Replaced), restarts.restarting():
         work()
     assert executed.get() == {what: {"tokens": 10, "sequences": 3}[what], "restarts": 1}
-    with pytest.raises((UserError, torch.OutOfMemoryError), match="out of memory"):
+    with pytest.raises(UserError, match=r"out of memory .* in one process of a sharded model, .*: lower "):
         work()
 
 
