@@ -235,7 +235,8 @@ class TransformersSampler(Sampler):
                         restart_with("sequences", self._halved(together, len(batch) * copies))
                         raise UserError(
                             f"out of memory while sampling {together} sequences at a time in one process of a sharded "
-                            f"model, which cannot retry on its own: lower batch_size of rollouts or evaluation ({error})"
+                            "model, which cannot retry on its own: lower batch_size of rollouts or evaluation "
+                            f"({error!s:.160})"
                         ) from None
                     made = None
                 if made is None:  # only here, because the error keeps the tensors that did not fit alive
