@@ -213,10 +213,11 @@ def main() -> None:
         done.append(field)
         outcomes, rates = collected(given.runs, done)
         rows = differences(outcomes)
-        found = {"differences": rows, "effects": effects(outcomes), "validation": rates}
+        changes = effects(outcomes)
+        found = {"differences": rows, "effects": changes, "validation": rates}
         write_atomically(given.out / "map.json", json.dumps(found, indent=1) + "\n")
         write_atomically(given.out / "differences.csv", to_csv(difference_table(rows)))
-        write_atomically(given.out / "effects.csv", to_csv(effect_table(found["effects"])))
+        write_atomically(given.out / "effects.csv", to_csv(effect_table(changes)))
         write_atomically(given.out / "map.svg", standalone(drawn(rows)))
         with replacing(given.out / "outcomes.parquet") as beside:
             pq.write_table(outcomes, beside, compression="zstd")

@@ -8,8 +8,8 @@ TRL = "TRL 1.16"
 COMPARED: Mapping[str, str] = {
     **dict.fromkeys(
         (
-            "aot", "apo", "bco", "cispo", "dapo", "dft", "discopop", "dpo", "dr-grpo", "exo", "grpo", "gspo", "kto",
-            "nca", "orpo", "rloo", "sft", "simpo", "sppo",
+            "a-star-po", "aot", "apo", "bco", "cispo", "dapo", "dft", "discopop", "dpo", "dr-grpo", "exo", "grpo",
+            "gspo", "kto", "nca", "orpo", "rloo", "sapo", "sft", "simpo", "sppo", "vespo",
         ),
         TRL,
     ),
