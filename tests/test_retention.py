@@ -169,7 +169,7 @@ def test_the_report_has_a_section_and_a_figure(finished: tuple[Path, dict[str, A
     section = (out / "report.md").read_text().partition("## Retention")[2].partition("\n## ")[0]
     rows = {(row["algorithm"], row["benchmark"], row["metric"]): row for row in results["retention"]["summary"]}
     shown = rows["sft", "sums", KL]
-    kl = f"{shown['mean']:.3f} \\[{shown['ci_low']:.3f}, {shown['ci_high']:.3f}\\]".replace("-", "−")
+    kl = f"{shown['mean']:.3f} [{shown['ci_low']:.3f}, {shown['ci_high']:.3f}]".replace("-", "−")
     assert kl in section and "| algorithm | KL from base (nats per token) | seeds |" in section
     table = retention_table(parse_results(results), "sums")
     assert table.header == ["algorithm", "avg@3 (%)", "difference from base (points)", *table.header[3:]]

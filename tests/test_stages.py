@@ -499,6 +499,11 @@ def test_a_plan_counts_all_stages() -> None:
     assert both.sampled_tokens == grpo.sampled_tokens > 0 and both.cells == 1 and both.steps == 4
     references = both.flops - sum(row.flops for row in (sft, dpo, grpo))
     assert references > 0, "those of dpo are computed anew for its policy"
+    second = rows["sft-dpo"].flops - sft.flops
+    own, repeated = sum(row.flops for row in found.rows), 2 * sft.flops + second
+    assert found.flops == pytest.approx(own + found.shared_flops - repeated), (
+        "sft of three rows, and dpo after it of two"
+    )
     whole = sft.evaluated_tokens
     assert both.evaluated_tokens == pytest.approx(whole + 2 * 2 * 2 * 5.0), (
         "two more curve points, 2 problems, 2 samples"
