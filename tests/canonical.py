@@ -863,6 +863,29 @@ def kto(
     return torch.stack(losses).mean()
 
 
+def distilled(batch: TokenBatch, teacher: Tensor, ratio_max: float | None) -> list[Tensor]:
+    """Of each row: the losses sg(min(ρ, cap) (log π - log π_T)) log π of its tokens (TRL's sampled_token)."""
+    losses = []
+    for i, (logp, wanted) in enumerate(zip(completions(batch, batch.logp), completions(batch, teacher), strict=True)):
+        weight = (logp - wanted).detach()
+        if ratio_max is not None:
+            behaviour = completions(batch, batch.behaviour_logp)[i]
+            weight = weight * (logp.detach() - behaviour).exp().clip(max=ratio_max)
+        losses.append(weight * logp)
+    return losses
+
+
+def opd(batch: TokenBatch, ratio_max: float | None = 2.0) -> Tensor:
+    """The mean over tokens of sg(log π - log π_teacher) log π, each weighted by min(ρ, cap)."""
+    return torch.cat(distilled(batch, batch["teacher_logp"], ratio_max)).sum() / token_count(batch)
+
+
+def sdft(batch: TokenBatch, ratio_max: float | None = 2.0) -> Tensor:
+    """The mean over completions of the mean over tokens of the same, with the policy's log-probs given more."""
+    rows = distilled(batch, batch["privileged_logp"], ratio_max)
+    return torch.stack([row.sum() / max(len(row), 1) for row in rows]).mean()
+
+
 def mixture(batch: TokenBatch, components: Mapping[Loss, float]) -> Tensor:
     """Σ_k w_k L_k (arXiv 2508.11408 for a constant μ), here over one batch that all components see."""
     return torch.stack([weight * loss(batch) for loss, weight in components.items()]).sum()
@@ -914,6 +937,17 @@ CANONICAL: dict[str, list[Case]] = {
         case(aot),
         case(aot, beta=0.7, variant="unpaired"),
         case(aot, beta=0.7, label_smoothing=0.2),
+    ],
+    "opd": [
+        Case(opd, {"teacher": "embedded"}),
+        Case(partial(opd, ratio_max=1.2), {"teacher": "embedded", "ratio_max": 1.2}),
+        Case(partial(opd, ratio_max=None), {"teacher": "embedded", "ratio_max": None}),
+    ],
+    "sdft": [
+        case(sdft),
+        Case(sdft, {"teacher": "initial"}),
+        Case(sdft, {"teacher": "live"}),
+        case(sdft, ratio_max=None),
     ],
     "discopop": [case(discopop), case(discopop, beta=0.7, tau=0.3)],
     "ppo": [

@@ -36,6 +36,8 @@ from rlzoo.policy import load_policy
 from rlzoo.rollout import rollouts
 from rlzoo.types import Selection
 
+pytestmark = pytest.mark.usefixtures("sketched")
+
 Compare = Callable[..., dict[str, Any]]
 TIMES = ("wall_seconds", "peak_memory_bytes")
 
@@ -305,6 +307,7 @@ def test_gold_completions_without_a_log_likelihood_are_counted_once(tmp_path: Pa
     assert tokens["0"] and tokens["1"] is None is tokens["2"]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("undrawn")
 def test_the_end_of_a_curve_is_part_of_the_evaluation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same results as with samples of its own, for the base too, and fewer samples."""

@@ -611,3 +611,52 @@ def test_unpaired_preference(world: World, swapped: bool, beta: float, weights: 
     assert this._metrics["train"]["kl"] == [pytest.approx(max(divergence.item(), 0.0), rel=1e-5)]
     objective = get_objective("kto", beta=beta, desirable_weight=weights[0], undesirable_weight=weights[1])
     assert_parity(objective, batch, world, theirs)
+
+
+def trl_sdft(world: World, teacher: Any, told: list[Tensor], cap: float | None, behaviour: Tensor) -> Tensor:
+    """TRL's loss on sampled tokens, of a teacher with other prompts."""
+    from trl.experimental.sdft import SDFTTrainer
+
+    args = SimpleNamespace(
+        distillation_mode="sampled_token", distillation_alpha=1.0, distillation_is_clip=cap, teacher_model_kind="ema"
+    )
+    this = trainer(world.policy, args=args, temperature=1.0, num_loss_tokens_to_skip=0, model_kwarg_keys=())
+    for name in ("_forward_logits", "_get_teacher_context_for_self_distillation"):
+        setattr(this, name, partial(getattr(SDFTTrainer, name), this))
+    this._log_self_distillation_metric = lambda *_: None
+    other = replace(world, prompts=told).apart()
+    inputs = world.apart() | {"old_per_token_logps": behaviour}
+    for kind in ("ids", "mask"):
+        whole = torch.cat([other[f"prompt_{kind}"], other[f"completion_{kind}"]], dim=1)
+        inputs[{"ids": "teacher_input_ids", "mask": "teacher_attention_mask"}[kind]] = whole
+    logits = SDFTTrainer._compute_teacher_student_logits(this, world.policy, teacher, inputs)
+    loss: Tensor = SDFTTrainer._compute_self_distillation_loss(this, world.policy, inputs, logits)
+    return loss
+
+
+@pytest.mark.parametrize("cap", [None, 1.2, 2.0])
+@pytest.mark.parametrize("own", [True, False], ids=["live", "initial"])
+def test_self_distillation(world: World, own: bool, cap: float | None) -> None:
+    teacher = world.policy if own else world.reference
+    told = [torch.cat([prompt, prompt.flip(0), prompt[:1]]) for prompt in world.prompts]
+    with torch.no_grad():
+        privileged = replace(world, prompts=told).logp(teacher)
+    batch = off_policy(world).replace(privileged_logp=privileged)
+    theirs = trl_sdft(world, teacher, told, cap, batch.behaviour_logp)
+    assert_parity(get_objective("sdft", ratio_max=cap), batch, world, theirs)
+
+
+def test_on_policy_distillation(world: World) -> None:
+    from trl.experimental.iw_opd import IWOPDTrainer
+
+    this = trainer(world.policy, temperature=1.0, iw_opd_gamma=0.0, iw_opd_epsilon=1e-8)
+    apart, size = world.apart(), max(map(len, world.completions))
+    ids, mask = (torch.cat([apart[f"prompt_{kind}"], apart[f"completion_{kind}"]], dim=1) for kind in ("ids", "mask"))
+    logits = world.policy(ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0)).logits
+    batch = world.batch(teacher_logp=world.reference_logp())
+    labels = torch.where(batch.mask, apart["completion_ids"], -100)
+    theirs = IWOPDTrainer._compute_iw_opd_loss(
+        this, logits[:, -size - 1 : -1], apart["completion_ids"], labels, batch.teacher_logp
+    )
+    # TRL takes log π_T - log π, detached, times log π, and so do we: the value of the loss is the same as well
+    assert_parity(get_objective("opd", teacher="x", ratio_max=None), batch, world, theirs)

@@ -101,7 +101,7 @@ def _row(objective: type[Objective]) -> list[str]:
     if is_composite(objective):
         own = ["as its components"] * 3
     else:
-        own = [name_of_view(objective.learns_from), _words(objective().normaliser.value), _needs(objective)]
+        own = [name_of_view(objective.learns_from), _words(_example(objective).normaliser.value), _needs(objective)]
     link = f"[{objective.name}](#{objective.name})"
     checked = _checked(objective)
     return [link, _summary(objective)[1], *own, _linked(objective.source) or "none", checked, str(_code(objective))]
@@ -117,7 +117,7 @@ def _section(objective: type[Objective], names: Sequence[str]) -> str:
             ["learns from", name_of_view(objective.learns_from)],
             ["needs", "; ".join([_needs(objective), *_other_needs(objective)])],
             ["coupling", _coupling(objective)],
-            ["normaliser", "; ".join([_words(objective().normaliser.value), *_other_normalisers(objective)])],
+            ["normaliser", "; ".join([_words(_example(objective).normaliser.value), *_other_normalisers(objective)])],
         ]
     path = f"algorithms/{Path(inspect.getfile(objective)).name}"
     facts += [["source", _linked(objective.source) or "none"], ["checked against", _checked(objective)]]
@@ -125,7 +125,7 @@ def _section(objective: type[Objective], names: Sequence[str]) -> str:
     text = inspect.getdoc(sys.modules[objective.__module__]) or ""
     parts = [f"### {objective.name}", prose(text, names), _table(["", ""], facts)]
     if options := own_options_of(objective):
-        required = {field.name for field in fields(objective) if field.default is field.default_factory is MISSING}
+        required = _required(objective)
         rows = [
             [f"`{name}`", _type(option["type"]), "none: required" if name in required else f"`{option['default']}`"]
             for name, option in options.items()
@@ -141,7 +141,16 @@ def _summary(objective: type[Objective]) -> tuple[str, str]:
 
 
 def _needs(objective: type[Objective], **options: Any) -> str:
-    return ", ".join(sorted(one.label for one in objective(**options).requires)) or "nothing"
+    return ", ".join(sorted(one.label for one in _example(objective, **options).requires)) or "nothing"
+
+
+def _example(objective: type[Objective], **options: Any) -> Objective:
+    """An objective with its defaults; an option without one is given its own name."""
+    return objective(**{name: name for name in _required(objective)} | options)
+
+
+def _required(objective: type[Objective]) -> set[str]:
+    return {field.name for field in fields(objective) if field.default is field.default_factory is MISSING}
 
 
 def _other_needs(objective: type[Objective]) -> Iterator[str]:
@@ -158,19 +167,19 @@ def _other_needs(objective: type[Objective]) -> Iterator[str]:
                 yield f"with `{field.name}` = {value:g}: {needs}" if hint is float else f"with `{value}`: {needs}"
 
 
-def _checked(objective: type[Objective]) -> str:
-    """What the tests compare it with: all with their paper's formula, some with another implementation too."""
-    return ", ".join(["formula", *([COMPARED[objective.name]] if objective.name in COMPARED else [])])
-
-
 def _other_normalisers(objective: type[Objective]) -> Iterator[str]:
     """How its normaliser changes with another value of a `Literal` option."""
     for field, hint in typing.get_type_hints(objective).items():
         for value in typing.get_args(hint) if typing.get_origin(hint) is Literal else ():
             with suppress(UserError):
-                normaliser = objective(**{field: value}).normaliser
-                if normaliser is not objective().normaliser:
+                normaliser = _example(objective, **{field: value}).normaliser
+                if normaliser is not _example(objective).normaliser:
                     yield f"with `{value}`: {_words(normaliser.value)}"
+
+
+def _checked(objective: type[Objective]) -> str:
+    """What the tests compare it with: all with their paper's formula, some with another implementation too."""
+    return ", ".join(["formula", *([COMPARED[objective.name]] if objective.name in COMPARED else [])])
 
 
 def _coupling(objective: type[Objective]) -> str:
