@@ -167,7 +167,7 @@ class Objective:
 
     @property
     def has_logit_term(self) -> bool:
-        """Whether this objective defines a `logit_term`."""
+        """Whether this objective uses a `logit_term`: by default, whether it defines one."""
         return type(self).logit_term is not Objective.logit_term
 
     @property
