@@ -123,7 +123,7 @@ def test_needs_that_depend_on_an_option_are_told() -> None:
     assert "| needs | reference; with `ema`: moving reference |" in page
     assert "| needs | behaviour, reference; with `kl_coefficient` = 0: behaviour |" in page
     assert "| `variant` | `zero` or `down` | `zero` |" in page
-    assert "| `weights` | `Mapping[str, float]` | none: required |" in page
+    assert "| `weights` | `Mapping[str, float \\| Mapping[float, float]]` | none: required |" in page
 
 
 SOURCE = '''\
