@@ -5,7 +5,8 @@
 
 Each field of the map is a comparison of its own, the experiment ``dft-map`` with another base and other chain sums, in
 a folder of its own under ``--runs``: the same command resumes. ``--out`` gets map.json, the outcomes of all fields, of
-which each is a benchmark, and the figure map.svg. Corners come first, and ``--fields 8`` stops after so many.
+which each is a benchmark, the figure map.svg, and the tables differences.csv and effects.csv. Corners come first, and
+``--fields 8`` stops after so many.
 """
 
 from __future__ import annotations
@@ -27,9 +28,12 @@ from matplotlib.figure import Figure
 import rlzoo
 from rlzoo.comparison.outcomes import ResultKey, ResultMatrix, difference_of, result_matrices, tested
 from rlzoo.comparison.report.schema import read_run
+from rlzoo.comparison.report.tables import p_number, percent, points
 from rlzoo.comparison.statistics import SIGNIFICANT, holm
 from rlzoo.config import BASE, Experiment, load_experiment
+from rlzoo.document import Entry, Table
 from rlzoo.document.drawing import STYLE, WIDTH, standalone, to_svg
+from rlzoo.document.exports import to_csv
 from rlzoo.jobs.outputs import replacing, write_atomically
 from rlzoo.worlds.arithmetic import STYLES
 
@@ -130,6 +134,35 @@ def _finished(outcomes: pa.Table) -> list[Field]:
     return [field for field in fields() if field.name in names]
 
 
+def difference_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """DFT - SFT of each field in points, with the results of all three models: see `differences`."""
+    body = [
+        [f"{row['steps']} steps", str(row["styles"]), str(row["terms"]), METRICS[row["metric"]]]
+        + [percent(row[name]) for name in (BASE, "sft", "dft")]
+        + _estimate(row)
+        for row in rows
+    ]
+    return _table(["base", "styles", "terms", "metric", "base (%)", "sft (%)", "dft (%)"], body)
+
+
+def effect_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """How DFT - SFT changes along each axis, in points: see `effects`."""
+    names = {"styles": "styles demonstrated", "steps": "steps of the base"}
+    body = []
+    for row in rows:
+        change = f"{names[row['axis']]}: {row['from']} to {row['to']}"
+        body.append([change, METRICS[row["metric"]], str(row["pairs"]), *_estimate(row)])
+    return _table(["change", "metric", "pairs of fields"], body)
+
+
+def _estimate(row: Mapping[str, Any]) -> list[str]:
+    return [f"{points(row['difference'])} [{points(row['ci_low'])}, {points(row['ci_high'])}]", p_number(row["p"])]
+
+
+def _table(header: Sequence[str], body: Sequence[Sequence[str]]) -> Table:
+    return Table([*header, "difference (points)", "p"], [[Entry(text) for text in row] for row in body])
+
+
 def drawn(rows: Sequence[Mapping[str, Any]]) -> str:
     """The map: a panel per metric and number of styles; differences in bold are distinguishable from zero."""
     most = max(abs(row["difference"]) for row in rows)
@@ -180,8 +213,11 @@ def main() -> None:
         done.append(field)
         outcomes, rates = collected(given.runs, done)
         rows = differences(outcomes)
-        found = {"differences": rows, "effects": effects(outcomes), "validation": rates}
+        changes = effects(outcomes)
+        found = {"differences": rows, "effects": changes, "validation": rates}
         write_atomically(given.out / "map.json", json.dumps(found, indent=1) + "\n")
+        write_atomically(given.out / "differences.csv", to_csv(difference_table(rows)))
+        write_atomically(given.out / "effects.csv", to_csv(effect_table(changes)))
         write_atomically(given.out / "map.svg", standalone(drawn(rows)))
         with replacing(given.out / "outcomes.parquet") as beside:
             pq.write_table(outcomes, beside, compression="zstd")

@@ -8,7 +8,7 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import count, pairwise
 from pathlib import Path
@@ -303,19 +303,19 @@ def test_a_row_that_cannot_be_read_is_an_error_of_its_own_step(
     policy, bad, done = make_policy("llama", torch.float32), set[int](), list[int]()
     buffer = rows_of(policy)
     source = BufferSource(buffer, buffer.view(Selection.DEMONSTRATIONS), 4, seed=9)
-    read = type(buffer).__getitem__
+    read = type(buffer).at
 
-    def row(self: Any, index: int) -> Any:
-        if index in bad:
-            raise UserError(f"row {index} is damaged")
-        return read(self, index)
+    def rows(self: Any, indices: Sequence[int]) -> Any:
+        if bad & set(indices):
+            raise UserError(f"row {indices[0]} is damaged")
+        return read(self, indices)
 
     def damage(trainer: Trainer, step: int) -> None:
         done.append(step)
         if step == 1:
             bad.update(range(len(buffer)))
 
-    monkeypatch.setattr(type(buffer), "__getitem__", row)
+    monkeypatch.setattr(type(buffer), "at", rows)
     trainer = Trainer(policy, get_objective("sft"), source, EVERY, [damage])
     with pytest.raises(UserError, match=r"row \d+ is damaged"):
         trainer.run()

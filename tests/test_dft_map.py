@@ -14,10 +14,11 @@ import pytest
 from comparisons import inline_pool
 
 from rlzoo.buffers.problems import load_problems
-from rlzoo.comparison import runner
+from rlzoo.comparison import pages, runner
 from rlzoo.comparison.statistics import p_value
 from rlzoo.comparison.studies import STUDIES
 from rlzoo.config import Experiment, load_experiment
+from rlzoo.document.exports import to_csv
 from rlzoo.experiments import dft_map
 from rlzoo.experiments.dft_map import Field
 
@@ -78,10 +79,14 @@ def test_differences_and_effects_are_those_of_the_outcomes() -> None:
     styles = [row for row in dft_map.effects(outcomes_of(fields)) if row["axis"] == "styles"]
     assert [row["difference"] for row in styles] == [-0.75, -0.75] and [row["pairs"] for row in styles] == [1, 1]
     assert not [row for row in dft_map.effects(outcomes_of(fields)) if row["axis"] == "steps"]  # no pair of bases
+    table = to_csv(dft_map.effect_table(styles)).splitlines()
+    assert table[1].startswith('styles demonstrated: 1 to 3,avg@4,1,"−75.0 [−') and len(table) == 3
+    assert to_csv(dft_map.difference_table(rows)).splitlines()[1].startswith("1200 steps,1,2,avg@4,0.0,25.0,50.0,")
     svg = dft_map.drawn(rows)
     assert "+25.0" in svg and "−50.0" in svg and "base 100" in svg
 
 
+@pytest.mark.slow
 def test_a_map_is_run_and_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def tiny(name: str, changes: dict[str, Any]) -> Experiment:
         less = {
@@ -99,6 +104,7 @@ def test_a_map_is_run_and_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(dft_map, "load_experiment", tiny)
     monkeypatch.setattr(runner, "pool", inline_pool)
+    monkeypatch.setattr(runner, "write_report", lambda *_: None)
     command = ["dft_map", "--bases", "none", "--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "map")]
     for fields in (1, 2):
         monkeypatch.setattr(sys, "argv", [*command, "--fields", str(fields)])
@@ -106,7 +112,13 @@ def test_a_map_is_run_and_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     found = json.loads((tmp_path / "map" / "map.json").read_text())
     assert [row["metric"] for row in found["differences"]] == ["avg_at_k", "greedy"] * 2
     assert len(list((tmp_path / "runs").iterdir())) == 2 == len(found["validation"])
-    assert sorted(path.name for path in (tmp_path / "map").iterdir()) == ["map.json", "map.svg", "outcomes.parquet"]
+    assert sorted(path.name for path in (tmp_path / "map").iterdir()) == [
+        "differences.csv", "effects.csv", "map.json", "map.svg", "outcomes.parquet",
+    ]  # fmt: skip
+    page = f"<!-- table: {tmp_path / 'map'} differences; rows: 1200 steps; columns: terms, metric, base -->\n"
+    shown, _ = pages.refreshed(page, tmp_path)
+    assert shown.splitlines()[1:3] == ["| base | terms | metric | base (%) |", "|:---|---:|---:|---:|"]
+    assert len(shown.splitlines()) == 3 + 4, "two fields of the weakest base, in two metrics"
 
 
 @pytest.mark.parametrize(
@@ -117,5 +129,7 @@ def test_a_committed_map_follows_from_its_outcomes(folder: Path) -> None:
     outcomes = pq.read_table(folder / "outcomes.parquet")
     for name, rows in (("differences", dft_map.differences(outcomes)), ("effects", dft_map.effects(outcomes))):
         assert len(found[name]) == len(rows)
+        made = dft_map.difference_table(rows) if name == "differences" else dft_map.effect_table(rows)
+        assert (folder / f"{name}.csv").read_text(encoding="utf-8") == to_csv(made)
         for kept, again in zip(found[name], rows, strict=True):
             assert kept == pytest.approx(again)

@@ -48,8 +48,12 @@ OVER_TWO: Mapping[str, Mapping[str, float]] = {
 Weights = Mapping[str, float | Mapping[float, float]]
 
 
-def mixture(weights: Weights, shape: str = "linear", **options: Mapping[str, Any]) -> Objective:
-    return get_objective("mixture", weights=weights, options=options, shape=shape)
+def mixture(weights: Weights, **options: Mapping[str, Any]) -> Objective:
+    return get_objective("mixture", weights=weights, options=options)
+
+
+def shaped(weights: Weights, shape: str) -> Objective:
+    return get_objective("mixture", weights=weights, shape=shape)
 
 
 def filled(policy: Policy) -> OfflineBuffer:
@@ -286,7 +290,7 @@ def test_a_schedule_by_hand(shape: Shape, expected: list[float]) -> None:
 @pytest.mark.parametrize("shape", ["linear", "cosine", "steps"])
 def test_the_weights_of_each_step_are_used_and_recorded(make_policy: MakePolicy, shape: Shape) -> None:
     policy, settings = make_policy(), EVERY.model_copy(update={"steps": 5, "batch_size": 8})
-    steps = train(policy, mixture(FALLING, shape), rows_of(policy), settings, 3).steps
+    steps = train(policy, shaped(FALLING, shape), rows_of(policy), settings, 3).steps
     mu = Schedule.of(FALLING["sft"], shape)  # type: ignore[arg-type]
     for number, row in enumerate(steps):
         weights = row["sft/mixture_weight"], row["grpo/mixture_weight"]
@@ -303,7 +307,7 @@ def test_a_gradient_is_that_of_the_weights_of_its_step(make_policy: MakePolicy) 
         def keep(trainer: Trainer, step: int) -> None:
             found.append(gradient_of(trainer.policy))
 
-        train(policy, mixture(weights, shape), rows_of(policy), settings, 3, [keep])
+        train(policy, shaped(weights, shape), rows_of(policy), settings, 3, [keep])
         return torch.stack(found[:steps])
 
     halves = {"sft": {0: 1.0, 0.5: 0.0}, "grpo": {0: 0.0, 0.5: 1.0}}

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
-from functools import cache
 from pathlib import Path
 
 import pytest
@@ -71,27 +71,59 @@ def test_an_unknown_part_is_named() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", PAGES)
-def test_tables_and_figures_of_the_docs_follow_from_committed_outcomes(page: str) -> None:
-    text = (ROOT / page).read_text(encoding="utf-8")
-    again, figures = pages.refreshed(text, (ROOT / page).parent)
-    assert again == text, f"rlzoo results refresh {page}"
-    for file, svg in figures.items():
-        assert words(svg) == words(file.read_text(encoding="utf-8")), f"rlzoo results refresh {page}"
+def test_the_docs_follow_from_committed_outcomes() -> None:
+    """Their tables and figures, and each number with an interval in their text, which is that of a table.
+
+    Numbers may be the difference in the other order, and without its sign. One test, because all pages share reports.
+    """
+    known = {estimate for text in (*reports(), (ROOT / "docs/variance.md").read_text()) for estimate in estimates(text)}
+    for page in PAGES:
+        text = (ROOT / page).read_text(encoding="utf-8")
+        again, figures = pages.refreshed(text, (ROOT / page).parent)
+        assert again == text, f"rlzoo results refresh {page}"
+        for file, svg in figures.items():
+            assert words(svg) == words(file.read_text(encoding="utf-8")), f"rlzoo results refresh {page}"
+        unknown = [one for one in estimates(text) if one not in known]
+        assert not unknown, f"{page}: numbers that no table has"
+
+
+DOCUMENTS = sorted(str(file.relative_to(ROOT)) for file in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")))
+
+
+@pytest.mark.parametrize("page", DOCUMENTS)
+def test_links_lead_somewhere(page: str) -> None:
+    text = re.sub(r"```.*?```|`[^`\n]*`", "", (ROOT / page).read_text(encoding="utf-8"), flags=re.S)
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if "://" in target:
+            continue
+        place, _, anchor = target.partition("#")
+        file = (ROOT / page).parent / place if place else ROOT / page
+        assert file.exists(), f"{page}: {target}"
+        assert not anchor or anchor in anchors(file), f"{page}: {target}"
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors that GitHub gives to the headings of a page."""
+    titles = re.findall(
+        r"^#+ (.+)$", re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.S), flags=re.M
+    )
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+def test_the_experiment_for_data_of_ones_own_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (experiment,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs/dft.md").read_text(encoding="utf-8"), flags=re.S)
+    row = json.dumps({"question": "1 plus 1?", "solution": r"So \boxed{2}", "answer": "2"}) + "\n"
+    for name in re.findall(r"\w+\.jsonl", experiment):
+        (tmp_path / name).write_text(row)
+        experiment = experiment.replace(name, str(tmp_path / name))
+    (tmp_path / "mine.yaml").write_text(experiment)
+    assert cli.main(["compare", str(tmp_path / "mine.yaml"), "--dry-run"]) == 0
+    assert "27 cells" in capsys.readouterr().out
 
 
 def words(svg: str) -> list[str]:
     """The labels of a figure, as far as versions of matplotlib agree on them."""
     return re.findall(r"<text\b[^>]*>([^<]*)</text>", svg)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("page", PAGES)
-def test_numbers_in_the_text_of_the_docs_are_those_of_a_table(page: str) -> None:
-    """Each number with an interval; it may be the difference in the other order, and without its sign."""
-    known = {estimate for text in (*reports(), (ROOT / "docs/variance.md").read_text()) for estimate in estimates(text)}
-    unknown = [one for one in estimates((ROOT / page).read_text(encoding="utf-8")) if one not in known]
-    assert not unknown, "numbers that no table has"
 
 
 def estimates(text: str) -> Iterator[tuple[float, ...]]:
@@ -103,7 +135,6 @@ def estimates(text: str) -> Iterator[tuple[float, ...]]:
         yield value, low, high
 
 
-@cache
 def reports() -> tuple[str, ...]:
     """The tables of all studies' reports."""
     found = []

@@ -13,7 +13,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from multiprocessing import connection
 from pathlib import Path
@@ -26,6 +26,7 @@ import torch
 from accelerate.state import AcceleratorState
 from comparisons import settle_threads
 from safetensors.torch import load_file
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from rlzoo.cli import main
 from rlzoo.jobs import ranks
@@ -101,6 +102,22 @@ def launch(
     found = copies(command, processes)
     assert (found != ["well"] * processes) == fails, found
     return "\n".join(told for told in found if told not in ("well", None))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def tiny_model(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Iterator[None]:
+    """A model with tied weights whose training is cheap: what several processes do is what takes time."""
+    folder = tmp_path_factory.mktemp("model")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48,
+        tie_word_embeddings=True, initializer_range=0.3, eos_token_id=tokenizer.eos_token_id,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("RANKS_MODEL", str(folder))
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -399,6 +416,7 @@ def told(prompts, completions, **columns):
 SCORED = ("one/reward.None", "two/reward.0", "two/reward.1")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 def test_processes_sample_and_evaluate_as_one(kind: str, tmp_path: Path) -> None:
     """Each samples its share, has it scored, and knows all of it; an engine is one's own, or two share it."""

@@ -16,7 +16,7 @@ import torch
 from comparisons import settle_threads
 from safetensors.torch import load_file
 from test_ranks import FSDP
-from torch.distributed import TCPStore
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from rlzoo.cli import main
 from rlzoo.config import Sampling

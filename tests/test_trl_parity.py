@@ -6,12 +6,14 @@ padded sequences, as its collators make them; our log-probs are a plain log-soft
 
 from __future__ import annotations
 
+import ast
 import re
 from collections import defaultdict
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,7 +23,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from rlzoo.objective import Objective, get_objective, reduce, surrogate
+from rlzoo.objective import Objective, get_objective, list_objectives, reduce, surrogate
+from rlzoo.testing.parity import COMPARED, TRL
 from rlzoo.types import TokenBatch
 
 trl = pytest.importorskip("trl", reason="the parity tests need trl 1.16")
@@ -216,6 +219,7 @@ def gradient(loss: Tensor, model: Any) -> Tensor:
 
 def assert_parity(objective: Objective, batch: TokenBatch, world: World, theirs: Tensor) -> None:
     """Loss equal to 1e-5 relative; gradients of one direction (cosine ≥ 0.99999) and one length."""
+    assert COMPARED.get(objective.name, "").startswith(TRL), f"add {objective.name!r} to rlzoo/testing/parity.py"
     ours = surrogate(objective, batch)
     reported = objective.coefficients(batch.detach()).loss
     if reported is None:
@@ -231,6 +235,14 @@ def assert_one_gradient(ours: Tensor, world: World, theirs: Tensor) -> None:
     assert their_gradient.norm() > 1e-4
     assert torch.cosine_similarity(our_gradient, their_gradient, dim=0) >= 0.99999
     assert our_gradient.norm().item() == pytest.approx(their_gradient.norm().item(), rel=1e-4)
+
+
+def test_objectives_that_the_docs_call_compared_are_compared_here() -> None:
+    tree = ast.parse(Path(__file__).read_text(encoding="utf-8"))
+    named = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant)}
+    for name, implementation in COMPARED.items():
+        assert name in list_objectives() and name in named and implementation.startswith(TRL), name
+    assert trl.__version__.startswith(f"{TRL.split()[1]}.")
 
 
 @pytest.mark.parametrize(("name", "loss_type"), [("sft", "nll"), ("dft", "dft")])

@@ -422,6 +422,13 @@ def test_the_report_says_what_figures_do_not_show(
     page = (tmp_path / "report.html").read_text()
     assert "x&lt;script&gt;" in page and page.count("<script>") == 1  # the page's own
     assert all(figure.hides for figure in figures) and len(figures) == 6  # no training
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["results", "export", str(tmp_path), "--format", "pdf", "--to", "pages"]) == 0
+    assert cli.main(["results", "export", str(tmp_path), "--to", "tables"]) == 0
+    pages = {file.stem: file.read_bytes() for file in (tmp_path / "pages").iterdir()}
+    assert pages.keys() == {figure.name for figure in figures}
+    assert all(page.startswith(b"%PDF") for page in pages.values())
+    assert {"per-token.md", "coefficients.md"} <= {file.name for file in (tmp_path / "tables").iterdir()}
     assert [table.row_count for table in report_tables(whole)] == [len(report["objectives"])] * 2
 
 

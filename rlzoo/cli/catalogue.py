@@ -90,10 +90,11 @@ def catalogue_text() -> str:
 
     found = catalogue()
     lines = ["objectives (all have the option truncated=keep too)"]
+    width = max(len(row["name"]) for row in found["objectives"])
     for row in found["objectives"]:
         own = own_options_of(objective_class(row["name"]))
-        options = ", ".join(f"{k}={v['default']}" for k, v in own.items())
-        lines.append(f"  {row['name']:11} {row['summary']}" + (f" [{options}]" if options else ""))
+        options = ", ".join(f"{k}={_in_one_line(v['default'])}" for k, v in own.items())
+        lines.append(f"  {row['name']:{width}} {row['summary']}" + (f" [{options}]" if options else ""))
     for kind in ("rewards", "metrics", "views", "samplers"):
         lines += [kind, "  " + ", ".join(row["name"] for row in found[kind])]
     for kind in ("suites", "experiments"):
@@ -101,6 +102,10 @@ def catalogue_text() -> str:
         width = max(len(row["name"]) for row in found[kind])
         lines += [f"  {row['name']:{width}} {_first_sentence(row['description'])}" for row in found[kind]]
     return "\n".join(lines)
+
+
+def _in_one_line(default: Any) -> str:
+    return repr(default) if len(str(default).split()) > 1 else str(default)
 
 
 def _first_sentence(text: str) -> str:

@@ -127,7 +127,7 @@ def weight_of(objective: Objective, probabilities: Sequence[float], others: int)
     batch = _batch(objective, logits.detach(), logp, target)
     loss = surrogate(objective, batch, 1.0)
     if objective.is_coupled:
-        alone = [surrogate(objective, batch.rows(place, 1), 1.0) for place in torch.arange(len(p)).split(1)]
+        alone = [surrogate(objective, batch.rows(torch.tensor([place]), 1), 1.0) for place in range(len(p))]
         (together,) = torch.autograd.grad(loss, logp, retain_graph=True)
         loss = torch.stack(alone).sum()
         (single,) = torch.autograd.grad(loss, logp, retain_graph=True)

@@ -217,7 +217,7 @@ def _steps(training: Training, batch: Costs, before: Costs, where: str) -> int:
     start = float(getattr(before, budget.cost))
     check_budget(budget, start, where)
     batches = (budget.amount - start) / float(getattr(batch, budget.cost))
-    return min(training.steps, math.ceil(batches * training.updates_per_batch))
+    return min(training.steps, math.ceil(batches * training.steps_per_batch))
 
 
 def _rows(
@@ -279,14 +279,14 @@ def _row(
             micro.flops += _passed(policy, rows)  # the behaviour log-probs
         assembler = Assembler(policy, _models(policy, own), micro)
         batch = assembler.assemble(rows, units, own)
-        for _ in range(1, settings.updates_per_batch):
+        for _ in range(settings.mini_batches == 1, settings.updates_per_batch):  # mini-batches are all renewed
             assembler.renew(batch, rows, units, own)
         references = sum(one.gives_logits for one in own.requires)
         micro.flops += settings.updates_per_batch * (backward + references) * _passed(policy, rows)
     one_batch = Costs(round(settings.updates_per_batch * tokens), round(sampled), micro.flops + sampling)
     before = shared.costs(experiment, name, model, lengths)
     steps = _steps(settings, one_batch, before, name)
-    batches = -(-steps // settings.updates_per_batch)
+    batches = -(-steps // settings.steps_per_batch)
     whole, along, known, text = tests
     along -= known if rates == 1 else 0.0
     if rates > 1 and experiment.validation is not None:
@@ -297,7 +297,7 @@ def _row(
         name,
         count,
         steps,
-        steps * tokens,
+        steps * tokens / settings.mini_batches,
         batches * sampled,
         whole + along,
         batches * micro.flops + text * lengths.flops(model, lengths.sample),

@@ -7,13 +7,14 @@ A page is Markdown with markers, each above the table, or the image, that it sta
     <!-- comparison: dft sft; rows: arithmetic, facts -->
 
 A table or figure is a study, or a folder of a finished comparison, and a part of its report, by the name that
-`rlzoo results export` gives to its file. A comparison is that of `rlzoo results compare`, a row per study and
-benchmark.
-``rows`` and ``columns`` leave out the others; ``baseline`` is that of differences.
+`rlzoo results export` gives to its file; a study that is no comparison has its tables as NAME.csv. A comparison is that
+of `rlzoo results compare`, a row per study and benchmark. ``rows`` and ``columns`` leave out the others; ``baseline``
+is that of differences.
 """
 
 from __future__ import annotations
 
+import csv
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -22,8 +23,8 @@ from pathlib import Path
 
 from rlzoo.comparison.report.contents import contents
 from rlzoo.comparison.report.differences import across_table
-from rlzoo.comparison.studies import compare_studies, read_study
-from rlzoo.document import Figure, Table, render_markdown
+from rlzoo.comparison.studies import STUDIES, compare_studies, read_study
+from rlzoo.document import Entry, Figure, Table, render_markdown
 from rlzoo.document.drawing import standalone
 from rlzoo.document.exports import named
 from rlzoo.errors import UserError, unknown
@@ -113,6 +114,9 @@ def _below(found: re.Match[str], folder: Path, figures: dict[Path, str]) -> str:
     part: Table | Figure
     if kind == "comparison":
         part = _compared(study, name)
+    elif kind == "table" and (file := STUDIES / study / f"{name}.csv").is_file():
+        header, *rows = csv.reader(file.read_text(encoding="utf-8").splitlines())
+        part = Table(header, [[Entry(text) for text in row] for row in rows])
     else:
         part = parts_of(study, options.pop("baseline", None)).find(Table if kind == "table" else Figure, name)
     head = found[0].partition("\n")[0] + "\n"

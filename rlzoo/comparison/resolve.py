@@ -23,7 +23,7 @@ from rlzoo.rollout.sampler import Sample, sampler_class
 from rlzoo.rollout.scoring import columns_of, score_samples
 from rlzoo.training import batches
 from rlzoo.training.batches import Views
-from rlzoo.training.trainer import check_precision
+from rlzoo.training.checks import check_precision
 from rlzoo.types import selector_of
 
 

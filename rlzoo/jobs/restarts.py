@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
-    from torch.distributed import Store
+    from torch.distributed import Store  # type: ignore[attr-defined]
 
 VARIABLE = "RLZOO_RESTARTED"
 """The environment variable with the number of restarts and the limits, as JSON."""
@@ -75,8 +75,9 @@ def restarting() -> Iterator[None]:
         # the others find the message before they find this process gone; of several failures the first one counts
         _execute(store.compare_set(_KEY, "", str(wanted)))
     except Exception:
-        if store.check([_KEY]):  # it is only a consequence
-            _execute(store.get(_KEY))
+        with suppress(RuntimeError):  # the launcher is gone
+            if store.check([_KEY]):  # the error is only a consequence
+                _execute(store.get(_KEY))
         raise
     finally:
         _possible = False
@@ -100,10 +101,11 @@ def _execute(limits: bytes) -> None:
 
 
 def _store() -> Store:
-    from torch.distributed import PrefixStore, TCPStore
+    from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
     store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
-    return PrefixStore(f"rlzoo-{_restarts()}", store)
+    of_launcher = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # its own restarts may share the store too
+    return PrefixStore(f"rlzoo-{of_launcher}-{_restarts()}", store)
 
 
 def _limits() -> dict[str, int]:
