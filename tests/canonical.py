@@ -1054,6 +1054,13 @@ CANONICAL: dict[str, list[Case]] = {
             partial(mixture, components={partial(dpo, beta=0.7): 1.0, dft: 0.5}),
             {"weights": {"dpo": 1.0, "dft": 0.5}, "options": {"dpo": {"beta": 0.7}}},
         ),
+        *(  # at the start of training
+            Case(
+                partial(mixture, components={sft: 0.9, grpo: 0.1}),
+                {"weights": {"sft": {0: 0.9, 0.5: 0.05}, "grpo": {0.2: 0.1, 0.5: 0.95}}, "shape": shape},
+            )
+            for shape in ("linear", "cosine", "steps")
+        ),
     ],
 }
 
