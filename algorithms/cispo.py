@@ -13,35 +13,22 @@ arXiv 2510.13786 recommends 5.
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-
-from rlzoo.advantages import group_normalised
-from rlzoo.inputs import Behaviour, Input
-from rlzoo.objective import Objective, register
+from rlzoo.objective import register
+from rlzoo.policy_gradient import OffPolicyGradient
 from rlzoo.ratios import ratio_metrics, token_ratio
-from rlzoo.types import Coefficients, Selection, TokenBatch
+from rlzoo.types import Coefficients, TokenBatch
 
 
 @register
 @dataclass(frozen=True)
-class CISPO(Objective):
+class CISPO(OffPolicyGradient):
     """Clipped importance-weight policy optimisation: c_t = clip(ρ_t) A."""
 
     name: ClassVar[str] = "cispo"
-    learns_from: ClassVar[Selection] = Selection.GROUPS
     source: ClassVar[str] = "arXiv 2506.13585"
 
     ratio_min: float = 0.0
     ratio_max: float = 5.0
-
-    @property
-    def requires(self) -> tuple[Input, ...]:
-        return (Behaviour(),)
-
-    def advantages(self, batch: TokenBatch) -> torch.Tensor:
-        reward, group = self.needed(batch, "reward", "group")
-        advantage = group_normalised(reward, group, dtype=batch.dtype)
-        return torch.where(batch.mask, advantage[:, None], 0)
 
     def coefficients(self, batch: TokenBatch) -> Coefficients:
         advantage, behaviour = self.needed(batch, "advantage", "behaviour_logp")

@@ -16,35 +16,27 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
-
-from rlzoo.advantages import group_normalised, group_varies
-from rlzoo.inputs import Behaviour, Input
-from rlzoo.objective import Objective, register
-from rlzoo.ratios import check_upper_bound, clipped_gradient, ratio_metrics, token_ratio
-from rlzoo.types import Coefficients, Selection, TokenBatch
+from rlzoo.advantages import group_varies
+from rlzoo.objective import register
+from rlzoo.policy_gradient import ClippedPolicyGradient
+from rlzoo.types import TokenBatch
 
 
 @register
 @dataclass(frozen=True)
-class DAPO(Objective):
+class DAPO(ClippedPolicyGradient):
     """Decoupled clip and dynamic sampling policy optimisation: c_t = ρ_t A 1[not clipped], over groups that vary."""
 
     name: ClassVar[str] = "dapo"
-    learns_from: ClassVar[Selection] = Selection.GROUPS
     source: ClassVar[str] = "arXiv 2503.14476"
 
     clip_low: float = 0.2
     clip_high: float = 0.28
-    delta: float | None = None
     dynamic_sampling: bool = True
 
-    def __post_init__(self) -> None:
-        check_upper_bound("dapo", "delta", self.delta, self.clip_high)
-
     @property
-    def requires(self) -> tuple[Input, ...]:
-        return (Behaviour(),)
+    def bounds(self) -> tuple[float, float]:
+        return self.clip_low, self.clip_high
 
     @property
     def view_options(self) -> Mapping[str, Any]:
@@ -53,14 +45,3 @@ class DAPO(Objective):
     def prepare(self, batch: TokenBatch) -> TokenBatch:
         reward, group = self.needed(batch, "reward", "group")
         return super().prepare(batch.replace(mask=batch.mask & group_varies(reward, group)[:, None]))
-
-    def advantages(self, batch: TokenBatch) -> torch.Tensor:
-        reward, group = self.needed(batch, "reward", "group")
-        advantage = group_normalised(reward, group, dtype=batch.dtype)
-        return torch.where(batch.mask, advantage[:, None], 0)
-
-    def coefficients(self, batch: TokenBatch) -> Coefficients:
-        advantage, behaviour = self.needed(batch, "advantage", "behaviour_logp")
-        ratio = token_ratio(batch.logp, behaviour, batch.mask)
-        values, loss, clipped = clipped_gradient(ratio, advantage, self.clip_low, self.clip_high, self.delta)
-        return Coefficients(values, loss=loss, metrics=ratio_metrics(batch.logp, ratio, advantage, values, clipped))

@@ -13,58 +13,83 @@ A group of one, or of equal rewards, has A = 0; its tokens still count and still
 does not bound ρ from above, and one stale token may outweigh all others: ``delta`` δ bounds ρA by δA there, with no
 gradient beyond (two-sided GRPO, arXiv 2505.07291). Without it ρ is at most e²⁰. Source: arXiv 2402.03300; μ is the
 policy that filled the buffer: with a fixed buffer this is offline GRPO, with fresh samples online GRPO.
+
+Options of later papers, each the paper's GRPO by default:
+
+- ``clip_high``: another ε above 1 (DAPO, arXiv 2503.14476).
+- ``scale_rewards``: ``group`` divides A by std_G, ``batch`` by the std of all rewards of the batch (arXiv 2508.08221),
+  ``none`` by nothing (Dr. GRPO, arXiv 2503.20783).
+- ``aggregation``: ``sequence`` as above; ``token``, the mean over all tokens of the step, those of groups with A = 0
+  included (TRL's default, which it calls dapo; `dapo` leaves them out); ``constant``, the sum over each sequence over
+  ``max_length``, then the mean over sequences (Dr. GRPO).
+- ``level``: ``sequence`` has one ratio per sequence, as in `gspo`; with ``constant`` and a ``max_length`` of 1 it is
+  LUSPO (arXiv 2602.05261). The KL stays per token.
+- ``kl_estimator``: k1 = -log(π_ref/π_θ), whose gradient has the mean 0 over samples of π_θ, unless it is corrected; or
+  k2 = ½ log²(π_ref/π_θ), whose gradient is that of the KL over samples of π_θ.
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
-import torch
+from torch import Tensor
 
-from rlzoo.advantages import group_normalised
+from rlzoo.advantages import batch_normalised, group_centred, group_normalised
 from rlzoo.inputs import Behaviour, Input, Reference
-from rlzoo.objective import Normaliser, Objective, register
-from rlzoo.ratios import check_upper_bound, clipped_gradient, k3, ratio_metrics, token_ratio
-from rlzoo.types import Coefficients, Selection, TokenBatch
+from rlzoo.objective import Normaliser, register
+from rlzoo.policy_gradient import ClippedPolicyGradient
+from rlzoo.ratios import check_positive, kl_estimate, token_ratio
+from rlzoo.types import Coefficients, TokenBatch
 
 
 @register
 @dataclass(frozen=True)
-class GRPO(Objective):
+class GRPO(ClippedPolicyGradient):
     """Group-relative policy optimisation: c_t = ρ_t A 1[not clipped] + β (π_ref/π_θ - 1)."""
 
     name: ClassVar[str] = "grpo"
-    learns_from: ClassVar[Selection] = Selection.GROUPS
-    normaliser: ClassVar[Normaliser] = Normaliser.PER_SEQUENCE
     source: ClassVar[str] = "arXiv 2402.03300"
 
     clip: float = 0.2
+    clip_high: float | None = None
+    scale_rewards: Literal["group", "batch", "none"] = "group"
+    aggregation: Literal["sequence", "token", "constant"] = "sequence"
+    max_length: int = 256
+    level: Literal["token", "sequence"] = "token"
     kl_coefficient: float = 0.04
+    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
     kl_correction: bool = False
-    delta: float | None = None
 
     def __post_init__(self) -> None:
-        check_upper_bound("grpo", "delta", self.delta, self.clip)
+        super().__post_init__()
+        check_positive(self.name, max_length=self.max_length)
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        return self.clip, self.clip if self.clip_high is None else self.clip_high
+
+    @property
+    def normaliser(self) -> Normaliser:
+        own = {"sequence": Normaliser.PER_SEQUENCE, "token": Normaliser.PER_TOKEN}
+        return own.get(self.aggregation, Normaliser.SEQUENCE_SUM)
 
     @property
     def requires(self) -> tuple[Input, ...]:
         return (Behaviour(), Reference()) if self.kl_coefficient else (Behaviour(),)
 
-    def advantages(self, batch: TokenBatch) -> torch.Tensor:
+    def advantage(self, batch: TokenBatch) -> Tensor:
         reward, group = self.needed(batch, "reward", "group")
-        advantage = group_normalised(reward, group, dtype=batch.dtype)
-        return torch.where(batch.mask, advantage[:, None], 0)
+        if self.scale_rewards == "none":
+            return group_centred(reward, group, batch.dtype)
+        normalised = group_normalised if self.scale_rewards == "group" else batch_normalised
+        return normalised(reward, group, dtype=batch.dtype)
 
     def coefficients(self, batch: TokenBatch) -> Coefficients:
-        advantage, behaviour = self.needed(batch, "advantage", "behaviour_logp")
-        ratio = token_ratio(batch.logp, behaviour, batch.mask)
-        values, loss, clipped = clipped_gradient(ratio, advantage, self.clip, self.clip, self.delta)
-        metrics = ratio_metrics(batch.logp, ratio, advantage, values, clipped)
-        if self.kl_coefficient:
-            (reference,) = self.needed(batch, "reference_logp")
-            kl, pull = k3(batch.logp, reference, batch.mask)
-            if self.kl_correction:
-                kl, pull = ratio * kl, ratio * torch.where(batch.mask, reference - batch.logp, 0)
-            metrics["kl"] = kl
-            values = values + self.kl_coefficient * pull
-            loss = loss + self.kl_coefficient * kl
-        return Coefficients(values, loss=loss, metrics=metrics)
+        length = self.max_length if self.aggregation == "constant" else 1
+        found = self.clipped(batch, self.level, length)
+        if not self.kl_coefficient or found.loss is None:
+            return found
+        reference, behaviour = self.needed(batch, "reference_logp", "behaviour_logp")
+        ratio = token_ratio(batch.logp, behaviour, batch.mask) if self.kl_correction else None
+        kl, pull = kl_estimate(self.kl_estimator, batch.logp, reference, batch.mask, ratio)
+        weight = self.kl_coefficient / length
+        return Coefficients(found.values + weight * pull, found.loss + weight * kl, {**found.metrics, "kl": kl})

@@ -25,18 +25,18 @@ import torch
 from rlzoo.advantages import group_centred, group_normalised
 from rlzoo.errors import UserError
 from rlzoo.inputs import Behaviour, FromDemonstration, Input, Outcome
-from rlzoo.objective import Objective, register
+from rlzoo.objective import register
+from rlzoo.policy_gradient import PolicyGradient
 from rlzoo.ratios import clipped_gradient, ratio_metrics, token_ratio
-from rlzoo.types import Coefficients, Selection, TokenBatch
+from rlzoo.types import Coefficients, TokenBatch
 
 
 @register
 @dataclass(frozen=True)
-class LUFFY(Objective):
+class LUFFY(PolicyGradient):
     """Off-policy guidance: c_t = ρ_t A for samples, and A γρ_t/(ρ_t + γ)² for demonstrations in their groups."""
 
     name: ClassVar[str] = "luffy"
-    learns_from: ClassVar[Selection] = Selection.GROUPS
     source: ClassVar[str] = "arXiv 2504.14945"
 
     gamma: float = 0.1
@@ -59,10 +59,10 @@ class LUFFY(Objective):
     def view_options(self) -> Mapping[str, Any]:
         return {"demonstrations": self.demonstrations}
 
-    def advantages(self, batch: TokenBatch) -> torch.Tensor:
+    def advantage(self, batch: TokenBatch) -> torch.Tensor:
         outcome, group = self.needed(batch, "outcome", "group")
         relative = group_normalised if self.scale_rewards else group_centred
-        return torch.where(batch.mask, relative(outcome, group, dtype=batch.dtype)[:, None], 0)
+        return relative(outcome, group, dtype=batch.dtype)
 
     def coefficients(self, batch: TokenBatch) -> Coefficients:
         advantage, behaviour, guided = self.needed(batch, "advantage", "behaviour_logp", "from_demonstration")

@@ -22,7 +22,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from rlzoo.advantages import generalised_advantage, last_token, whiten
+from rlzoo.advantages import generalised_advantage, last_token, penalised_reward, whiten
 from rlzoo.inputs import Behaviour, Critic, Input, Reference, Snapshot, Truncated
 from rlzoo.objective import Objective, register
 from rlzoo.ratios import check_upper_bound, clipped_gradient, ratio_metrics, token_ratio
@@ -64,10 +64,11 @@ class PPO(Objective):
 
     def prepare(self, batch: TokenBatch) -> TokenBatch:
         reward, value = self.needed(batch, "reward", "old_value")
-        per_token = torch.where(last_token(batch.mask), reward[:, None].to(batch.dtype), 0)
+        log_ratio = None
         if self.kl_coefficient:
-            reference, snapshot = self.needed(batch, "reference_logp", "snapshot_logp")
-            per_token = per_token - self.kl_coefficient * torch.where(batch.mask, snapshot - reference, 0)
+            snapshot, reference = self.needed(batch, "snapshot_logp", "reference_logp")
+            log_ratio = snapshot - reference
+        per_token = penalised_reward(reward, batch.mask, self.kl_coefficient, log_ratio, batch.dtype)
         after = None
         if self.bootstrap_truncated:
             (truncated,) = self.needed(batch, "truncated")

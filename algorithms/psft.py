@@ -5,8 +5,8 @@ clipped loss with an advantage of 1 for every token of a demonstration, so that 
 whose probability has grown by more than a factor of 1+ε since the start of the batch gets no gradient.
 
 π_old is the policy at the start of the batch, so at the first update ρ = 1 and the gradient is SFT's. PSFT differs from
-SFT only from the second update on: set training.updates_per_batch to 2 or more (with 1 it is SFT). The paper takes 8
-updates per batch, each on a different eighth of it; here each is on the whole batch. Source: arXiv 2508.17784.
+SFT only from the second update on a batch: set training.mini_batches, to 8 as in the paper, or updates_per_batch, for
+updates on all of it (with 1 of both it is SFT). Source: arXiv 2508.17784.
 """
 
 from dataclasses import dataclass

@@ -18,29 +18,24 @@ from typing import ClassVar, Literal
 import torch
 
 from rlzoo.advantages import group_centred
-from rlzoo.objective import Normaliser, Objective, register
-from rlzoo.types import Coefficients, Selection, TokenBatch
+from rlzoo.objective import Normaliser, register
+from rlzoo.policy_gradient import PolicyGradient
+from rlzoo.types import TokenBatch
 
 
 @register
 @dataclass(frozen=True)
-class Reinforce(Objective):
+class Reinforce(PolicyGradient):
     """REINFORCE: c_t = r - b."""
 
     name: ClassVar[str] = "reinforce"
-    learns_from: ClassVar[Selection] = Selection.GROUPS
     normaliser: ClassVar[Normaliser] = Normaliser.SEQUENCE_SUM
     source: ClassVar[str] = "doi 10.1007/BF00992696"
 
     baseline: Literal["mean", "none"] = "mean"
 
-    def advantages(self, batch: TokenBatch) -> torch.Tensor:
+    def advantage(self, batch: TokenBatch) -> torch.Tensor:
         (reward,) = self.needed(batch, "reward")
-        advantage = reward.to(batch.dtype)
-        if self.baseline == "mean":
-            advantage = group_centred(reward, torch.zeros_like(reward, dtype=torch.long), batch.dtype)
-        return torch.where(batch.mask, advantage[:, None], 0)
-
-    def coefficients(self, batch: TokenBatch) -> Coefficients:
-        (advantage,) = self.needed(batch, "advantage")
-        return Coefficients(advantage)
+        if self.baseline == "none":
+            return reward.to(batch.dtype)
+        return group_centred(reward, torch.zeros_like(reward, dtype=torch.long), batch.dtype)

@@ -11,28 +11,23 @@ There is no importance ratio: see `reinforce` for what that means on a fixed buf
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
+from torch import Tensor
 
 from rlzoo.advantages import leave_one_out
-from rlzoo.objective import Normaliser, Objective, register
-from rlzoo.types import Coefficients, Selection, TokenBatch
+from rlzoo.objective import Normaliser, register
+from rlzoo.policy_gradient import PolicyGradient
+from rlzoo.types import TokenBatch
 
 
 @register
 @dataclass(frozen=True)
-class RLOO(Objective):
+class RLOO(PolicyGradient):
     """REINFORCE, leave one out: c_t = G/(G-1) (r - mean_G)."""
 
     name: ClassVar[str] = "rloo"
-    learns_from: ClassVar[Selection] = Selection.GROUPS
     normaliser: ClassVar[Normaliser] = Normaliser.SEQUENCE_SUM
     source: ClassVar[str] = "arXiv 2402.14740"
 
-    def advantages(self, batch: TokenBatch) -> torch.Tensor:
+    def advantage(self, batch: TokenBatch) -> Tensor:
         reward, group = self.needed(batch, "reward", "group")
-        advantage = leave_one_out(reward, group, batch.dtype)
-        return torch.where(batch.mask, advantage[:, None], 0)
-
-    def coefficients(self, batch: TokenBatch) -> Coefficients:
-        (advantage,) = self.needed(batch, "advantage")
-        return Coefficients(advantage)
+        return leave_one_out(reward, group, batch.dtype)

@@ -69,6 +69,21 @@ def group_normalised(
     return centred / (std + epsilon)
 
 
+def batch_normalised(
+    reward: Float[Tensor, " B"],
+    group: Int[Tensor, " B"],
+    epsilon: float = 1e-4,
+    dtype: torch.dtype | None = None,
+) -> Float[Tensor, " B"]:
+    """(r - mean_G) / (std + ε) per row, in ``dtype``, with the std of all rewards, by Bessel's correction, as in TRL.
+
+    Exactly 0 for a group of one or of equal rewards. Source: arXiv 2508.08221.
+    """
+    spread = group_centred(reward, torch.zeros_like(group), dtype)
+    std = (spread.square().sum() / max(len(spread) - 1, 1)).sqrt()
+    return group_centred(reward, group, dtype) / (std + epsilon)
+
+
 def leave_one_out(
     reward: Float[Tensor, " B"], group: Int[Tensor, " B"], dtype: torch.dtype | None = None
 ) -> Float[Tensor, " B"]:
@@ -79,6 +94,23 @@ def leave_one_out(
     centred = group_centred(reward, group, dtype)
     size = _size(group, centred)
     return centred * size / (size - 1).clamp(min=1)
+
+
+def optimal_value(reward: Float[Tensor, " B"], group: Int[Tensor, " B"], beta: float) -> Float[Tensor, " B"]:
+    """V* = β log mean_G exp(r/β) per row: the value of max_π E_π[r] - β KL(π ‖ μ), from samples of μ.
+
+    Exactly the reward where a group's rewards are equal; between their mean (large β) and maximum (small β) otherwise.
+    Source: A*-PO, arXiv 2505.20686.
+    """
+    most = -_least(-reward, group)
+    return most + beta * group_mean(((reward - most) / beta).exp(), group).log()
+
+
+def quantile(reward: Float[Tensor, " B"], group: Int[Tensor, " B"]) -> Float[Tensor, " B"]:
+    """The fraction of the group's other rewards that are at most a row's own, in [0, 1]; 0 for a group of one."""
+    others = (group[:, None] == group).fill_diagonal_(False)
+    below = others & (reward[None] <= reward[:, None])
+    return below.sum(1).to(reward.dtype) / others.sum(1).clamp(min=1)
 
 
 def _size(group: Int[Tensor, " B"], like: Float[Tensor, " B"]) -> Float[Tensor, " B"]:
@@ -115,6 +147,21 @@ def optimal_token_baseline(
     if zero_tail:
         has_baseline = mask & (total.index_add(0, index, mask.to(live.dtype))[index] > 1)
     return torch.where(has_baseline, baseline, 0)
+
+
+def penalised_reward(
+    reward: Float[Tensor, " B"],
+    mask: Bool[Tensor, "B T"],
+    kl_coefficient: float,
+    log_ratio: Float[Tensor, "B T"] | None,
+    dtype: torch.dtype,
+) -> Float[Tensor, "B T"]:
+    """The reward at the last token, minus ``kl_coefficient`` times log(π/π_ref) at each token; 0 at masked positions.
+
+    That is the k1 estimate of KL(π ‖ π_ref) where π sampled. None for no penalty. Source: arXiv 2203.02155.
+    """
+    per_token = torch.where(last_token(mask), reward[:, None].to(dtype), 0)
+    return per_token if log_ratio is None else per_token - kl_coefficient * torch.where(mask, log_ratio, 0)
 
 
 def generalised_advantage(

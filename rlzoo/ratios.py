@@ -6,7 +6,7 @@ Functions of several tensors raise ValueError if their shapes differ.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
@@ -53,6 +53,15 @@ def sequence_ratio(
     return ratio_of(total / mask.sum(1, keepdim=True).clamp(min=1)).expand_as(logp)
 
 
+def sequence_log_ratio(
+    logp: Float[Tensor, "B T"], other: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]
+) -> Float[Tensor, "B 1"]:
+    """log(π/π_0)(y) = Σ_t log(π/π_0)(y_t) of a row's completion, each term within ±20; 0 for a row without tokens."""
+    _same_shape(logp, other, mask)
+    limit = math.log(RATIO_MAX)
+    return torch.where(mask, logp - other, 0).clamp(-limit, limit).sum(1, keepdim=True)
+
+
 def clipped_gradient(
     ratio: Float[Tensor, "B T"],
     advantage: Float[Tensor, "B T"],
@@ -81,19 +90,20 @@ def ratio_metrics(
     ratio: Float[Tensor, "B T"],
     advantage: Float[Tensor, "B T"],
     values: Float[Tensor, "B T"],
-    clipped: Bool[Tensor, "B T"],
+    clipped: Bool[Tensor, "B T"] | None = None,
 ) -> dict[str, Tensor]:
     """What an objective with ratios reports per token, given its coefficients ``values`` without a KL term.
 
-    ``ratio``, ρ; ``ratio_deviation``, |ρ - 1|; ``clipped``, 0 or 1; ``signal``, |ρA| (1 - π), the size of the gradient
-    of ρA with respect to the token's logit; and ``signal_clipped``, |ρA - c| (1 - π), what clipping takes from it.
+    ``ratio``, ρ; ``ratio_deviation``, |ρ - 1|; ``clipped``, 0 or 1, unless nothing is; ``signal``, |ρA| (1 - π), the
+    size of the gradient of ρA with respect to the token's logit; and ``signal_clipped``, |ρA - c| (1 - π), what
+    clipping takes from it.
     """
-    _same_shape(logp, ratio, advantage, values, clipped)
+    _same_shape(logp, ratio, advantage, values)
     slope = -logp.expm1()
     return {
         "ratio": ratio,
         "ratio_deviation": (ratio - 1).abs(),
-        "clipped": clipped.to(ratio.dtype),
+        **({} if clipped is None else {"clipped": clipped.to(ratio.dtype)}),
         "signal": (ratio * advantage).abs() * slope,
         "signal_clipped": (ratio * advantage - values).abs() * slope,
     }
@@ -114,12 +124,45 @@ def k3(
     return excess - log_ratio, torch.where(log_ratio < limit, excess, 0)
 
 
+def kl_estimate(
+    which: Literal["k1", "k2", "k3"],
+    logp: Float[Tensor, "B T"],
+    reference: Float[Tensor, "B T"],
+    mask: Bool[Tensor, "B T"],
+    ratio: Float[Tensor, "B T"] | None = None,
+) -> tuple[Float[Tensor, "B T"], Float[Tensor, "B T"]]:
+    """An estimate of KL(π ‖ π_ref) per token, and its coefficient in a loss; both [B, T], and 0 at masked positions.
+
+    With d = log(π/π_ref): k1 = d, with the coefficient -1; k2 = d²/2, with -d; `k3`. With ``ratio`` ρ = π/μ it is ρk in
+    place of k, with the coefficient ρ(c - k).
+    """
+    _same_shape(logp, reference, mask)
+    gap = torch.where(mask, logp - reference, 0)
+    match which:
+        case "k1":
+            kl, pull = gap, torch.where(mask, -torch.ones_like(gap), 0)
+        case "k2":
+            kl, pull = gap.square() / 2, -gap
+        case "k3":
+            kl, pull = k3(logp, reference, mask)
+    if ratio is None:
+        return kl, pull
+    return ratio * kl, ratio * (-gap if which == "k3" else pull - kl)  # c - k of k3 cancels to -d
+
+
 def check_upper_bound(owner: str, option: str, most: float | None, above: float) -> None:
     """Check that an upper bound on the ratio lies above that of the clip, 1 + ``above``. Raises UserError otherwise."""
     if most is not None and not most > 1 + above:
         raise UserError(
             f"{owner} needs {option} above 1 + {above:g}, the bound of the clip, got {most:g}: raise it or leave it out"
         )
+
+
+def check_positive(owner: str, **options: float) -> None:
+    """Check that options are above 0. Raises UserError otherwise."""
+    for option, value in options.items():
+        if not value > 0:
+            raise UserError(f"{owner} needs {option} above 0, got {value:g}")
 
 
 def _same_shape(*tensors: Tensor) -> None:

@@ -22,11 +22,21 @@ from rlzoo.inputs import (
     Statistic,
     Truncated,
 )
-from rlzoo.objective import Objective
+from rlzoo.objective import Objective, get_objective
 from rlzoo.testing.batches import PADDING
 from rlzoo.types import TokenBatch
 
 SEEDS = range(2)
+REQUIRED: Mapping[str, Mapping[str, Any]] = {
+    "opd": {"teacher": "embedded"},
+    "mixture": {"weights": {"sft": 0.5, "grpo": 0.5}},
+}
+"""Values of options without a default."""
+
+
+def built(name: str, **options: Any) -> Objective:
+    """An objective with these options, and with some for those that have no default."""
+    return get_objective(name, **{**REQUIRED.get(name, {}), **options})
 
 
 @dataclass(frozen=True)

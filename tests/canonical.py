@@ -55,6 +55,12 @@ def dft(batch: TokenBatch) -> Tensor:
     return -(logp.exp().detach() * logp).sum() / token_count(batch)
 
 
+def over_sequences(batch: TokenBatch, loss: Callable[[TokenBatch], Tensor]) -> Tensor:
+    """The mean over sequences of a mean over tokens, that is of the loss of each sequence as a batch of its own."""
+    rows = [batch.rows(torch.tensor([i]), batch.mask.shape[1]) for i in range(len(batch.mask)) if batch.mask[i].any()]
+    return torch.stack([loss(row) for row in rows]).sum() / len(batch.mask)
+
+
 def dft_of_completions(batch: TokenBatch, geometric: bool) -> Tensor:
     """-(1/N) Σ_i w_i log π(y_i), w the probability of the completion or its n-th root (arXiv 2508.05629, ablation)."""
     total = torch.zeros(())
@@ -238,14 +244,32 @@ def clipped_gain(logp: Tensor, behaviour: Tensor, advantage: Tensor, clip: float
     return asymmetric_gain(ratio_of(logp - behaviour), advantage, clip, clip, delta)
 
 
+KL_ESTIMATES: dict[str, Callable[[Tensor], Tensor]] = {
+    "k1": lambda x: -x.log(),
+    "k2": lambda x: x.log() ** 2 / 2,
+    "k3": lambda x: x - x.log() - 1,
+}
+"""Of x = π_ref/π_θ (Schulman 2020)."""
+
+
 def grpo(
     batch: TokenBatch,
     clip: float = 0.2,
     kl_coefficient: float = 0.04,
     kl_correction: bool = False,
     delta: float | None = None,
+    clip_high: float | None = None,
+    scale_rewards: str = "group",
+    aggregation: str = "sequence",
+    max_length: int = 256,
+    level: str = "token",
+    kl_estimator: str = "k3",
 ) -> Tensor:
-    """-(1/B) Σ_i (1/|y_i|) Σ_t [min(ρA, clip(ρ) A) - β k3] (arXiv 2402.03300, eq. 3 and 4); ρ k3 is of 2512.02556."""
+    """-(1/B) Σ_i (1/|y_i|) Σ_t [min(ρA, clip(ρ) A) - β k3] (arXiv 2402.03300, eq. 3 and 4); ρ k3 is of 2512.02556.
+
+    A is over the std of the batch, or nothing (``scale_rewards``); ρ is that of the sequence (``level``); and the sums
+    are over all tokens, or a constant (``aggregation``).
+    """
     assert batch.reward is not None and batch.group is not None
     rewards, groups = batch.reward.tolist(), batch.group.tolist()
     logp, behaviour = completions(batch, batch.logp), completions(batch, batch.behaviour_logp)
@@ -253,15 +277,19 @@ def grpo(
     for i, group in enumerate(groups):
         peers = [r for r, g in zip(rewards, groups, strict=True) if g == group]
         deviation = statistics.stdev(peers) if len(peers) > 1 else 0.0
-        advantage = torch.full_like(logp[i], (rewards[i] - statistics.fmean(peers)) / (deviation + 1e-4))
-        loss = -clipped_gain(logp[i], behaviour[i], advantage, clip, delta)
+        scales = {"group": deviation + 1e-4, "batch": statistics.stdev(rewards) + 1e-4, "none": 1.0}
+        advantage = torch.full_like(logp[i], (rewards[i] - statistics.fmean(peers)) / scales[scale_rewards])
+        log_ratio = logp[i] - behaviour[i]
+        ratio = ratio_of(log_ratio if level == "token" else log_ratio.mean().expand_as(log_ratio))
+        loss = -asymmetric_gain(ratio, advantage, clip, clip if clip_high is None else clip_high, delta)
         if kl_coefficient:
-            log_ratio = (completions(batch, batch.reference_logp)[i] - logp[i]).clip(max=20)
+            x = (completions(batch, batch.reference_logp)[i] - logp[i]).clip(max=20).exp()
             weight = ratio_of(logp[i] - behaviour[i]) if kl_correction else 1.0
-            loss = loss + kl_coefficient * weight * (log_ratio.exp() - log_ratio - 1)
+            loss = loss + kl_coefficient * weight * KL_ESTIMATES[kl_estimator](x)
         if len(loss):
-            total = total + loss.mean()
-    return total / len(groups)
+            lengths = {"sequence": len(loss), "token": 1, "constant": max_length}
+            total = total + loss.sum() / lengths[aggregation]
+    return total / (token_count(batch) if aggregation == "token" else len(groups))
 
 
 def advantages_by_definition(reward: Tensor, value: Tensor, gamma: float, lam: float, ended: bool = True) -> Tensor:
@@ -422,6 +450,166 @@ def cispo(batch: TokenBatch, ratio_min: float = 0.0, ratio_max: float = 5.0) -> 
         weight = (logp[i].detach().exp() / behaviour[i].exp()).clip(ratio_min, ratio_max)
         total = total - (weight * advantage * logp[i]).sum()
     return total / token_count(batch)
+
+
+def reinforce_pp(
+    batch: TokenBatch,
+    clip: float = 0.2,
+    kl_coefficient: float = 0.01,
+    gamma: float = 1.0,
+    baseline: str = "none",
+    delta: float | None = None,
+) -> Tensor:
+    """-(1/N) Σ min(ρA, clip(ρ) A), A the returns of r - β log(π_old/π_ref), whitened (arXiv 2501.03262)."""
+    assert batch.reward is not None
+    logp, rows = completions(batch, batch.logp), []
+    scores = group_advantages(batch, divide=False) if baseline == "group" else batch.reward.tolist()
+    for i, score in enumerate(scores):
+        reward = torch.zeros_like(logp[i]).detach()
+        if kl_coefficient:
+            old, reference = (completions(batch, x)[i] for x in (batch.snapshot_logp, batch.reference_logp))
+            reward -= kl_coefficient * (old - reference)
+        if len(reward):
+            reward[-1] += score
+        rows += [sum(gamma**k * float(r) for k, r in enumerate(reward[t:])) for t in range(len(reward))]
+    returns = torch.tensor(rows, dtype=batch.dtype)
+    advantage = (returns - returns.mean()) / (returns.var() + 1e-8).sqrt()
+    gain = clipped_gain(torch.cat(logp), torch.cat(completions(batch, batch.behaviour_logp)), advantage, clip, delta)
+    return -gain.sum() / token_count(batch)
+
+
+def dppo(
+    batch: TokenBatch,
+    divergence: str = "tv",
+    delta_low: float = 0.2,
+    delta_high: float = 0.2,
+    ratio_max: float = 20.0,
+) -> Tensor:
+    """-(1/N) Σ sg(min(ρ, 20)) A M log p_t, with M of eq. 13 (tv) or 14 (kl) of arXiv 2602.04879."""
+    logp, behaviour = completions(batch, batch.logp), completions(batch, batch.behaviour_logp)
+    total = torch.zeros(())
+    for i, advantage in enumerate(group_advantages(batch, divide=True)):
+        for t in range(len(logp[i])):
+            p, q = math.exp(logp[i][t].item()), min(math.exp(behaviour[i][t].item()), 1.0)  # rounding may exceed 1
+            distance = abs(p - q)
+            if divergence == "kl":
+                distance = q * math.log(q / p) + (0.0 if q == 1 else (1 - q) * math.log((1 - q) / (1 - p)))
+            left = (advantage > 0 and p > q and distance > delta_high) or (
+                advantage < 0 and p < q and distance > delta_low
+            )
+            if not left:
+                ratio = math.exp((logp[i][t] - behaviour[i][t]).item())
+                total = total - min(ratio, ratio_max) * advantage * logp[i][t]
+    return total / token_count(batch)
+
+
+def maxrl(batch: TokenBatch, clip: float = 0.2, delta: float | None = None) -> Tensor:
+    """-(1/B) Σ_i Σ_t min(ρA, clip(ρ) A), A = (r - mean_G)/mean_G (arXiv 2602.02710)."""
+    assert batch.reward is not None
+    logp, behaviour = completions(batch, batch.logp), completions(batch, batch.behaviour_logp)
+    rewards, total = batch.reward.tolist(), torch.zeros(())
+    for group in groups_of(batch):
+        mean = statistics.fmean(rewards[i] for i in group)
+        for i in group if mean > 0 else []:
+            advantage = torch.full_like(logp[i], rewards[i] / mean - 1)
+            total = total - clipped_gain(logp[i], behaviour[i], advantage, clip, delta).sum()
+    return total / len(rewards)
+
+
+def sapo(batch: TokenBatch, tau_positive: float = 1.0, tau_negative: float = 1.05) -> Tensor:
+    """-(1/B) Σ_i (1/|y_i|) Σ_t (4/τ) σ(τ(ρ - 1)) A (arXiv 2511.20347)."""
+    logp, behaviour = completions(batch, batch.logp), completions(batch, batch.behaviour_logp)
+    total = torch.zeros(())
+    for i, advantage in enumerate(group_advantages(batch, divide=True)):
+        tau = tau_positive if advantage > 0 else tau_negative
+        if len(logp[i]):
+            gate = 4 / tau / (1 + (-tau * (ratio_of(logp[i] - behaviour[i]) - 1)).exp())
+            total = total - (gate * advantage).mean()
+    return total / len(logp)
+
+
+def topr(batch: TokenBatch, baseline: float = 0.5) -> Tensor:
+    """-(1/B) Σ_i sg(w_i) A_i log π(y_i), w = 1 where A = r - b ≥ 0, else the ratio of y_i, at most 1 (2503.14286)."""
+    assert batch.reward is not None
+    logp, behaviour = completions(batch, batch.logp), completions(batch, batch.behaviour_logp)
+    total = torch.zeros(())
+    for i, reward in enumerate(batch.reward.tolist()):
+        ratio = math.prod(logp[i].detach().exp().tolist()) / math.prod(behaviour[i].exp().tolist())
+        total = total - (min(ratio, 1.0) if reward < baseline else 1.0) * (reward - baseline) * logp[i].sum()
+    return total / len(logp)
+
+
+def dro(batch: TokenBatch, beta: float = 0.05, level: str = "token") -> Tensor:
+    """-(1/B) Σ_i [A log π(y_i) - (β/2) Σ_t log²(π/μ)], or with the square of the sum (arXiv 2405.19107, 2501.12599)."""
+    logp, behaviour = completions(batch, batch.logp), completions(batch, batch.behaviour_logp)
+    total = torch.zeros(())
+    for i, advantage in enumerate(group_advantages(batch, divide=False)):
+        gap = logp[i] - behaviour[i]
+        penalty = (gap**2).sum() if level == "token" else gap.sum() ** 2
+        total = total - advantage * logp[i].sum() + beta / 2 * penalty
+    return total / len(logp)
+
+
+def vespo(
+    batch: TokenBatch,
+    k_positive: float = 2.0,
+    lambda_positive: float = 3.0,
+    k_negative: float = 3.0,
+    lambda_negative: float = 2.0,
+) -> Tensor:
+    """-(1/N) Σ sg(e^λ w^k e^{-λw}) A log p_t, w the ratio of the sequence (arXiv 2602.10693)."""
+    logp, behaviour = completions(batch, batch.logp), completions(batch, batch.behaviour_logp)
+    total = torch.zeros(())
+    for i, advantage in enumerate(group_advantages(batch, divide=True)):
+        k, decay = (k_positive, lambda_positive) if advantage >= 0 else (k_negative, lambda_negative)
+        w = max(math.exp((logp[i] - behaviour[i]).sum().item()), 1e-8)
+        total = total - math.exp(decay) * w**k * math.exp(-decay * w) * advantage * logp[i].sum()
+    return total / token_count(batch)
+
+
+def regression(batch: TokenBatch, targets: list[float | None], anchor: Tensor, beta: float) -> Tensor:
+    """(1/B) Σ_i (β log(π/π_0)(y_i) - target_i)² over the rows that have tokens and a target."""
+    total = torch.zeros(())
+    for target, logp, other in zip(targets, completions(batch, batch.logp), completions(batch, anchor), strict=True):
+        if len(logp) and target is not None:
+            total = total + (beta * (logp - other).sum() - target) ** 2
+    return total / len(targets)
+
+
+def optimal_advantages(batch: TokenBatch, beta: float) -> list[float | None]:
+    """r - β log mean_G exp(r/β) of each row."""
+    assert batch.reward is not None
+    rewards = batch.reward.tolist()
+    found: list[float | None] = [None] * len(rewards)
+    for group in groups_of(batch):
+        value = beta * math.log(statistics.fmean(math.exp(rewards[i] / beta) for i in group))
+        for i in group:
+            found[i] = rewards[i] - value
+    return found
+
+
+def a_star_po(batch: TokenBatch, beta: float = 1e-3, value_beta: float = 0.5) -> Tensor:
+    """The regression on r - V* against π_ref (arXiv 2505.20686)."""
+    return regression(batch, optimal_advantages(batch, value_beta), batch.reference_logp, beta)
+
+
+def oapl(batch: TokenBatch, beta: float = 1e-3, value_beta: float = 1.0) -> Tensor:
+    """The regression on r - V* against μ (arXiv 2602.19362)."""
+    return regression(batch, optimal_advantages(batch, value_beta), batch.behaviour_logp, beta)
+
+
+def qrpo(batch: TokenBatch, beta: float = 0.1) -> Tensor:
+    """The regression on q - β log Z, Z = ∫ exp(q/β) dq over [0, 1] (arXiv 2507.08068)."""
+    assert batch.reward is not None
+    rewards = batch.reward.tolist()
+    targets: list[float | None] = [None] * len(rewards)
+    for group in groups_of(batch):
+        for i in group:
+            others = [rewards[j] for j in group if j != i]
+            if others:
+                share = sum(other <= rewards[i] for other in others) / len(others)
+                targets[i] = share - beta * math.log(beta * (math.exp(1 / beta) - 1))
+    return regression(batch, targets, batch.reference_logp, beta)
 
 
 def otb(batch: TokenBatch, zero_tail: bool = False) -> Tensor:
@@ -600,6 +788,20 @@ def otr(
     return torch.stack([torch.as_tensor(loss) for loss in losses]).mean()
 
 
+def smoothed_sft(
+    mask: Tensor, logits: Tensor, reference: Tensor, target: Tensor, label_smoothing: float, aggregation: str = "token"
+) -> Tensor:
+    """The mean cross entropy to (1 - ε) e_y + ε/V, torch's own label smoothing."""
+    if aggregation == "token":
+        return functional.cross_entropy(logits[mask], target[mask], label_smoothing=label_smoothing)
+    rows = [
+        functional.cross_entropy(z[m], y[m], label_smoothing=label_smoothing)
+        for z, m, y in zip(logits, mask, target, strict=True)
+        if m.any()
+    ]
+    return torch.stack(rows).sum() / len(mask)
+
+
 def gift(mask: Tensor, logits: Tensor, reference: Tensor, target: Tensor, beta: float = 20.0) -> Tensor:
     """-(1/N) Σ Σ_v q(v) log π_θ(v), q ∝ π_ref(v) e^{β 1[v = y_t]} (arXiv 2601.09233)."""
     losses = []
@@ -661,6 +863,29 @@ def kto(
     return torch.stack(losses).mean()
 
 
+def distilled(batch: TokenBatch, teacher: Tensor, ratio_max: float | None) -> list[Tensor]:
+    """Of each row: the losses sg(min(ρ, cap) (log π - log π_T)) log π of its tokens (TRL's sampled_token)."""
+    losses = []
+    for i, (logp, wanted) in enumerate(zip(completions(batch, batch.logp), completions(batch, teacher), strict=True)):
+        weight = (logp - wanted).detach()
+        if ratio_max is not None:
+            behaviour = completions(batch, batch.behaviour_logp)[i]
+            weight = weight * (logp.detach() - behaviour).exp().clip(max=ratio_max)
+        losses.append(weight * logp)
+    return losses
+
+
+def opd(batch: TokenBatch, ratio_max: float | None = 2.0) -> Tensor:
+    """The mean over tokens of sg(log π - log π_teacher) log π, each weighted by min(ρ, cap)."""
+    return torch.cat(distilled(batch, batch["teacher_logp"], ratio_max)).sum() / token_count(batch)
+
+
+def sdft(batch: TokenBatch, ratio_max: float | None = 2.0) -> Tensor:
+    """The mean over completions of the mean over tokens of the same, with the policy's log-probs given more."""
+    rows = distilled(batch, batch["privileged_logp"], ratio_max)
+    return torch.stack([row.sum() / max(len(row), 1) for row in rows]).mean()
+
+
 def mixture(batch: TokenBatch, components: Mapping[Loss, float]) -> Tensor:
     """Σ_k w_k L_k (arXiv 2508.11408 for a constant μ), here over one batch that all components see."""
     return torch.stack([weight * loss(batch) for loss, weight in components.items()]).sum()
@@ -672,11 +897,12 @@ def case(loss: Callable[..., Tensor], **options: Any) -> Case:
 
 
 CANONICAL: dict[str, list[Case]] = {
-    "sft": [case(sft)],
+    "sft": [case(sft), Case(partial(over_sequences, loss=sft), {"aggregation": "sequence"})],
     "dft": [
         case(dft),
         Case(partial(dft_of_completions, geometric=False), {"variant": "sentence"}),
         Case(partial(dft_of_completions, geometric=True), {"variant": "geometric_mean"}),
+        Case(partial(over_sequences, loss=dft), {"aggregation": "sequence"}),
     ],
     "dft-control": [case(dft_control, variant=variant) for variant in ("normalised", "mean", "shuffled")],
     "iw-sft": [
@@ -712,6 +938,17 @@ CANONICAL: dict[str, list[Case]] = {
         case(aot, beta=0.7, variant="unpaired"),
         case(aot, beta=0.7, label_smoothing=0.2),
     ],
+    "opd": [
+        Case(opd, {"teacher": "embedded"}),
+        Case(partial(opd, ratio_max=1.2), {"teacher": "embedded", "ratio_max": 1.2}),
+        Case(partial(opd, ratio_max=None), {"teacher": "embedded", "ratio_max": None}),
+    ],
+    "sdft": [
+        case(sdft),
+        Case(sdft, {"teacher": "initial"}),
+        Case(sdft, {"teacher": "live"}),
+        case(sdft, ratio_max=None),
+    ],
     "discopop": [case(discopop), case(discopop, beta=0.7, tau=0.3)],
     "ppo": [
         case(ppo),
@@ -728,6 +965,13 @@ CANONICAL: dict[str, list[Case]] = {
         case(grpo, clip=0.1, kl_coefficient=0.5),
         case(grpo, delta=1.4),
         case(grpo, kl_correction=True, kl_coefficient=0.5),
+        case(grpo, clip_high=0.28, scale_rewards="batch", aggregation="token"),
+        case(grpo, scale_rewards="none", aggregation="constant", max_length=7, kl_coefficient=0.5),
+        case(grpo, level="sequence", clip=0.05, clip_high=0.1, kl_coefficient=0.5, kl_correction=True),
+        case(grpo, kl_estimator="k1", kl_coefficient=0.5),
+        case(grpo, kl_estimator="k2", kl_coefficient=0.5),
+        case(grpo, kl_estimator="k1", kl_coefficient=0.5, kl_correction=True, aggregation="constant"),
+        case(grpo, kl_estimator="k2", kl_coefficient=0.5, kl_correction=True),
     ],
     "reinforce": [case(reinforce), case(reinforce, baseline="none")],
     "rloo": [case(rloo)],
@@ -739,6 +983,27 @@ CANONICAL: dict[str, list[Case]] = {
         case(gspo, clip_low=0.05, clip_high=0.1, delta=1.15),
     ],
     "cispo": [case(cispo), case(cispo, ratio_min=0.8, ratio_max=1.28)],
+    "reinforce-pp": [
+        case(reinforce_pp),
+        case(reinforce_pp, kl_coefficient=0.5, gamma=0.9, delta=1.4),
+        case(reinforce_pp, kl_coefficient=0.0, baseline="group", clip=0.1),
+    ],
+    "dppo": [
+        case(dppo),
+        case(dppo, delta_low=0.05, delta_high=0.3, ratio_max=1.5),
+        case(dppo, divergence="kl", delta_low=0.02, delta_high=0.05),
+    ],
+    "maxrl": [case(maxrl), case(maxrl, clip=0.1, delta=1.4)],
+    "sapo": [case(sapo), case(sapo, tau_positive=2.0, tau_negative=5.0)],
+    "topr": [case(topr), case(topr, baseline=0.0), case(topr, baseline=0.8)],
+    "dro": [case(dro), case(dro, beta=0.7), case(dro, beta=0.7, level="sequence")],
+    "vespo": [
+        case(vespo),
+        case(vespo, k_positive=1.0, lambda_positive=0.5, k_negative=0.5, lambda_negative=1.0),
+    ],
+    "a-star-po": [case(a_star_po), case(a_star_po, beta=0.3, value_beta=0.2)],
+    "oapl": [case(oapl), case(oapl, beta=0.3, value_beta=0.2)],
+    "qrpo": [case(qrpo), case(qrpo, beta=0.7)],
     "otb": [case(otb), case(otb, zero_tail=True)],
     "power": [
         case(power),
@@ -789,6 +1054,13 @@ CANONICAL: dict[str, list[Case]] = {
             partial(mixture, components={partial(dpo, beta=0.7): 1.0, dft: 0.5}),
             {"weights": {"dpo": 1.0, "dft": 0.5}, "options": {"dpo": {"beta": 0.7}}},
         ),
+        *(  # at the start of training
+            Case(
+                partial(mixture, components={sft: 0.9, grpo: 0.1}),
+                {"weights": {"sft": {0: 0.9, 0.5: 0.05}, "grpo": {0.2: 0.1, 0.5: 0.95}}, "shape": shape},
+            )
+            for shape in ("linear", "cosine", "steps")
+        ),
     ],
 }
 
@@ -814,6 +1086,10 @@ def logits_case(loss: Callable[..., Tensor], **options: Any) -> LogitsCase:
 
 CANONICAL_IN_LOGITS: dict[str, list[LogitsCase]] = {
     "asft": [logits_case(asft), logits_case(asft, kl_coefficient=0.7)],
+    "sft": [
+        logits_case(smoothed_sft, label_smoothing=0.1),
+        logits_case(smoothed_sft, label_smoothing=0.4, aggregation="sequence"),
+    ],
     "gift": [logits_case(gift), logits_case(gift, beta=1.0), logits_case(gift, beta=0.0)],
     "otr": [
         logits_case(otr, samples=16),

@@ -62,7 +62,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         terminalreporter.write_line(f"LEFT OUT [{count}] {reason}: {meaning[reason]}")
 
 
-hypothesis.settings.register_profile("untimed", deadline=None)  # a busy machine is no fault of the code
+hypothesis.settings.register_profile("untimed", deadline=None, max_examples=50)  # however busy the machine
 hypothesis.settings.load_profile("untimed")
 
 
@@ -94,6 +94,14 @@ def undrawn(inline: None, monkeypatch: pytest.MonkeyPatch) -> None:
     from rlzoo.comparison import runner
 
     monkeypatch.setattr(runner, "write_report", lambda *_: None)
+
+
+@pytest.fixture
+def sketched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reports are written with an empty drawing for each figure: to draw them takes longer than a small comparison."""
+    from rlzoo.document.drawing import Drawing
+
+    monkeypatch.setattr(Drawing, "svg", '<svg width="1pt" height="1pt" viewBox="0 0 1 1"></svg>')
 
 
 @pytest.fixture

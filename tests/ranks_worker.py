@@ -1,7 +1,8 @@
 """Train some steps of each objective in float64, alone or as one of several processes, and write what comes out.
 
-With RANKS_CHECKPOINTS, a folder, a run resumes there; with RANKS_STOP, a number, it stops in that step, and with
-RANKS_KILL a process other than the main one is killed in it, once the checkpoint of the step before is whole.
+RANKS_MODEL is the folder of the model. With RANKS_CHECKPOINTS, a folder, a run resumes there; with RANKS_STOP, a
+number, it stops in that step, and with RANKS_KILL a process other than the main one is killed in it, once the
+checkpoint of the step before is whole.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ OPTIONS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "kto-lora": ("kto", {}, LORA),
     "dft-packed": ("dft", {}, {"packing": "packed", "gradient_checkpointing": True}),
     "kto-hungry": ("kto", {}, {}),
-    "grpo-budget": ("grpo", {}, {"steps": 9, "budget": {"flops": 2e9}}),
+    "grpo-budget": ("grpo", {}, {"steps": 9, "budget": {"flops": 5e7}}),
 }
 """Objective, options and settings of the names that are not an objective's."""
 ROOM = 40
@@ -96,7 +97,7 @@ class Fixed:
 
 def run(folder: Path, name: str) -> None:
     torch.manual_seed(0)
-    policy = load_policy("embedded", "float64", device="cpu")
+    policy = load_policy(os.environ["RANKS_MODEL"], "float64", device="cpu")
     parts = name.split("+")  # the critic's part first: its gradients are none of those that come last
     kind, options, update = OPTIONS.get(name, (name, {}, {}))
     torch.manual_seed(rank())  # adapters are drawn at random: all take those of the main process

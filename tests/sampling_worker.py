@@ -25,11 +25,29 @@ from rlzoo.objective import get_objective
 from rlzoo.policy import load_policy
 from rlzoo.reward.isolation import Limits, isolated
 from rlzoo.rollout import Sampler, TransformersSampler, VLLMSampler, collect_rollouts
+from rlzoo.rollout.decoding import Decoder
 from rlzoo.training import Trainer
 from rlzoo.training.batches import BufferSource
 from rlzoo.types import Selection
 
 HOW = {"samples": 2, "max_new_tokens": 6, "batch_size": 4}
+
+
+def counting(sampler: TransformersSampler, found: dict[str, int]) -> TransformersSampler:
+    """The sampler, which counts its forward passes and the sequences that it decodes."""
+    decoder: Any = sampler.decoder
+    decode, next_logits = decoder.decode, decoder._next_logits
+
+    def counted(prompts: Any, copies: int, *rest: Any) -> Any:
+        found["sequences"] += len(prompts) * copies
+        return decode(prompts, copies, *rest)
+
+    def passed(*arguments: Any) -> Any:
+        found["passes"] += 1
+        return next_logits(*arguments)
+
+    decoder.decode, decoder._next_logits = counted, passed
+    return sampler
 
 
 def run(folder: Path, engine: str) -> None:
@@ -39,13 +57,15 @@ def run(folder: Path, engine: str) -> None:
     policy = load_policy("embedded", "float64", device="cpu")
     engines: list[FakeEngine] = []
     with pytest.MonkeyPatch.context() as patch:
+        decoded = {"passes": 0, "sequences": 0}
         if engine == "transformers":
-            sampler: Sampler = TransformersSampler(policy)
+            patch.setattr(Decoder, "_patience", 4)  # as on a GPU, processes do not ask each other before every token
+            sampler: Sampler = counting(TransformersSampler(policy), decoded)
         else:
             engines = install(patch, plain)
             together = {"tensor_parallel_size": 2} if engine == "tensor" else {}
             sampler = VLLMSampler(policy, enable_sleep_mode=True, **together)
-        problems = world_problems("facts/test")[:7]
+        problems = world_problems("facts/test")[:9]
         encoded = encode_problems(policy.tokenizer, problems)
         found: dict[str, Any] = {}
         for limits in (Limits(), Limits(None, None)):  # in a process of its own, and in this one
@@ -65,7 +85,7 @@ def run(folder: Path, engine: str) -> None:
     found["options"] = (
         {k: v for k, v in engines[0].options.items() if "size" in k or "executor" in k} if engines else {}
     )
-    found["ranks"] = world_size()
+    found["ranks"], found["decoded"] = world_size(), decoded
     (folder / f"{engine}-{rank()}.json").write_text(json.dumps(found, default=str))
 
 

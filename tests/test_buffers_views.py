@@ -179,21 +179,23 @@ def test_an_empty_view_names_the_selection_and_the_mend(
 
 
 def test_groups_may_be_followed_by_demonstrations_of_their_prompt() -> None:
-    expert = {"source": "demonstration", "behaviour_logp": None}
+    def expert(prompt: int, text: str, truncated: bool = False) -> Trajectory:
+        return sample(prompt, None, text=text, source="demonstration", behaviour_logp=None, truncated=truncated)
+
     buffer = samples(
-        sample(0, None, text="a", **expert),
+        expert(0, "a"),
         sample(0, 1.0),
         sample(1, 0.0),
         sample(0, 0.0),
-        sample(0, None, text="b", truncated=True, **expert),
-        sample(2, None, text="c", **expert),
+        expert(0, "b", truncated=True),
+        expert(2, "c"),
     )
     assert buffer.view(Selection.GROUPS).units == ((1, 3), (2,))
     assert buffer.view(Selection.GROUPS, demonstrations=1).units == ((1, 3, 0), (2,))
     assert buffer.view(Selection.GROUPS, demonstrations=2).units == ((1, 3, 0, 4), (2,))
     assert buffer.view(Selection.GROUPS, demonstrations=2, truncated="drop").units == ((1, 3, 0), (2,))
     assert buffer.view(Selection.GROUPS, demonstrations=1, size=2, varied=True).units == ((1, 3, 0),)
-    for rows in ([sample(0, 1.0)], [sample(0, 1.0), sample(1, None, **expert)]):
+    for rows in ([sample(0, 1.0)], [sample(0, 1.0), expert(1, "x")]):
         with pytest.raises(UserError, match="no demonstrations of the prompts of its 1 groups"):
             samples(*rows).view(Selection.GROUPS, demonstrations=1)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from canonical import CANONICAL, CANONICAL_IN_LOGITS
 from markdown_it import MarkdownIt
 
 from rlzoo import objective as objective_module
@@ -18,6 +19,7 @@ from rlzoo.cli import main
 from rlzoo.cli.catalogue import catalogue
 from rlzoo.cli.objectives_page import COMMAND, lines_of_code, objectives_page, prose
 from rlzoo.objective import Objective, is_composite, list_objectives, objective_class
+from rlzoo.testing.parity import COMPARED
 
 PAGE = Path(__file__).parents[1] / "docs" / "objectives.md"
 
@@ -123,7 +125,18 @@ def test_needs_that_depend_on_an_option_are_told() -> None:
     assert "| needs | reference; with `ema`: moving reference |" in page
     assert "| needs | behaviour, reference; with `kl_coefficient` = 0: behaviour |" in page
     assert "| `variant` | `zero` or `down` | `zero` |" in page
-    assert "| `weights` | `Mapping[str, float]` | none: required |" in page
+    assert "| `weights` | `Mapping[str, float \\| Mapping[float, float]]` | none: required |" in page
+
+
+def test_the_page_tells_how_each_is_checked() -> None:
+    """Every objective has its paper's loss in tests/canonical.py, where `test_objectives` looks for it."""
+    rows = [line.split(" | ") for line in PAGE.read_text(encoding="utf-8").splitlines() if line.startswith("| [")]
+    checked = {row[0].split("[")[1].split("]")[0]: row[-2] for row in rows}
+    assert set(checked) == set(CANONICAL) | set(CANONICAL_IN_LOGITS)
+    assert checked == {
+        name: ", ".join(["formula", *([COMPARED[name]] if name in COMPARED else [])]) for name in checked
+    }
+    assert checked["grpo"] == "formula, TRL 1.16" and checked["trsft"] == "formula" and set(COMPARED) <= set(checked)
 
 
 SOURCE = '''\

@@ -8,7 +8,7 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import count, pairwise
 from pathlib import Path
@@ -35,8 +35,11 @@ from rlzoo.types import Coefficients, Selection, TokenBatch, Trajectory
 MakePolicy = Callable[..., Policy]
 PROBLEMS = [Problem(str(i), f"{i}+{i}=?\n", {"answer": str(2 * i)}, (f"#### {2 * i}",)) for i in range(6)]
 EVERY = Training(steps=7, batch_size=4, learning_rate=1e-2, checkpoint_seconds=0)
-OBJECTIVES = ("sft", "iw-sft", "iw-sft-ema", "rft", "dpo", "ppo", "grpo", "kto")
-OPTIONS: dict[str, dict[str, Any]] = {"iw-sft-ema": {"variant": "ema", "ema_decay": 0.5}}
+OBJECTIVES = ("sft", "iw-sft", "iw-sft-ema", "rft", "dpo", "ppo", "grpo", "kto", "sdft")
+OPTIONS: dict[str, dict[str, Any]] = {
+    "iw-sft-ema": {"variant": "ema", "ema_decay": 0.5},
+    "sdft": {"template": "{prompt}Once more: {prompt}", "teacher_decay": 0.5},
+}
 
 
 def rows_of(policy: Policy) -> OfflineBuffer:
@@ -300,19 +303,19 @@ def test_a_row_that_cannot_be_read_is_an_error_of_its_own_step(
     policy, bad, done = make_policy("llama", torch.float32), set[int](), list[int]()
     buffer = rows_of(policy)
     source = BufferSource(buffer, buffer.view(Selection.DEMONSTRATIONS), 4, seed=9)
-    read = type(buffer).__getitem__
+    read = type(buffer).at
 
-    def row(self: Any, index: int) -> Any:
-        if index in bad:
-            raise UserError(f"row {index} is damaged")
-        return read(self, index)
+    def rows(self: Any, indices: Sequence[int]) -> Any:
+        if bad & set(indices):
+            raise UserError(f"row {indices[0]} is damaged")
+        return read(self, indices)
 
     def damage(trainer: Trainer, step: int) -> None:
         done.append(step)
         if step == 1:
             bad.update(range(len(buffer)))
 
-    monkeypatch.setattr(type(buffer), "__getitem__", row)
+    monkeypatch.setattr(type(buffer), "at", rows)
     trainer = Trainer(policy, get_objective("sft"), source, EVERY, [damage])
     with pytest.raises(UserError, match=r"row \d+ is damaged"):
         trainer.run()

@@ -35,6 +35,8 @@ from rlzoo.objective import list_objectives, objective_class
 from rlzoo.reward import list_rewards
 from rlzoo.worlds import EMBEDDED_BASE
 
+pytestmark = pytest.mark.usefixtures("sketched")
+
 COMMANDS = ("compare", "variance", "train", "rollout", "evaluate", "report", "list", "new")
 HEAVY = ("torch", "transformers", "datasets", "pyarrow", "matplotlib")
 BEAT = re.compile(r"  \d+:\d\d:\d\d ")
@@ -498,7 +500,7 @@ def test_rollout_train_evaluate(tmp_path: Path, capsys: pytest.CaptureFixture[st
     capsys.readouterr()
     assert main([*evaluation, "--json"]) == 0
     scores = json.loads(capsys.readouterr().out)
-    assert set(scores) == {"facts", "unseen-facts"} and scores["facts"]["k"] == 1
+    assert list(scores) == ["facts", "unseen-facts", "chain-sums"] and scores["facts"]["k"] == 1
     assert main(evaluation) == 0
     shown = f"facts: avg@2 {scores['facts']['avg_at_k']:.1%}  greedy {scores['facts']['greedy']:.1%}"
     told = capsys.readouterr().out
@@ -508,6 +510,7 @@ def test_rollout_train_evaluate(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert f"maj@2 {facts['maj_at_k']:.1%}  maj@1 {facts['maj_at_1']:.1%}" in told
     assert f"  mean length {facts['mean_length']:.4g} tokens" in told
     assert f"held-out log-likelihood {scores['facts']['log_likelihood']:.4g} nats per token" in told
+    assert f"\nretention, chain-sums: avg@2 {scores['chain-sums']['avg_at_k']:.1%}" in told
 
 
 def test_train_that_fails_leaves_nothing(fails: Fails, tmp_path: Path) -> None:

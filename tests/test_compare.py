@@ -29,11 +29,14 @@ from rlzoo.comparison.report import tables, write_report
 from rlzoo.comparison.report.schema import parse_results
 from rlzoo.config import Experiment, ProblemSource, load_experiment
 from rlzoo.errors import UserError
+from rlzoo.evaluation import evaluate
 from rlzoo.jobs.pool import InThisProcess, OutOfMemoryError, WorkerDiedError, WorkError
 from rlzoo.jobs.runs import run_in
 from rlzoo.policy import load_policy
 from rlzoo.rollout import rollouts
 from rlzoo.types import Selection
+
+pytestmark = pytest.mark.usefixtures("sketched")
 
 Compare = Callable[..., dict[str, Any]]
 TIMES = ("wall_seconds", "peak_memory_bytes")
@@ -304,10 +307,11 @@ def test_gold_completions_without_a_log_likelihood_are_counted_once(tmp_path: Pa
     assert tokens["0"] and tokens["1"] is None is tokens["2"]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("undrawn")
 def test_the_end_of_a_curve_is_part_of_the_evaluation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same results as with samples of its own, for the base too, and fewer samples."""
-    sampled, real = list[int](), one_cell.evaluate
+    sampled, real = list[int](), evaluate
     chosen = {"sft": {}, "dft": {"learning_rates": [1e-4, 1e-3]}}
 
     def counted(policy: Any, problems: Any, *more: Any, **options: Any) -> Any:

@@ -47,6 +47,7 @@ def gradient(policy: Policy, some: list[Row]) -> torch.Tensor:
     return torch.cat([p.grad.flatten() for p in policy.parameters() if p.grad is not None])
 
 
+@pytest.mark.slow
 def test_gradients_are_those_of_plain_layers_and_no_shape_compiles_anew(
     make_policy: MakePolicy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -64,6 +65,7 @@ def test_gradients_are_those_of_plain_layers_and_no_shape_compiles_anew(
     assert 0 < graphs[0] == graphs[-1] <= 12  # for parts of a layer and of the head, however many layers there are
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "how", "backend"),
     [
@@ -93,6 +95,7 @@ def test_training_is_that_of_plain_layers(
         assert other == pytest.approx(one, rel=1e-3, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_decoding_is_not_compiled_and_a_copy_has_its_own_weights(make_policy: MakePolicy) -> None:
     policy = make_policy("llama", torch.float32)
     settings = Sampling(samples=2, max_new_tokens=6)
@@ -110,6 +113,7 @@ def test_decoding_is_not_compiled_and_a_copy_has_its_own_weights(make_policy: Ma
     assert not torch.allclose(policy(policy.collate(rows(2, 3))).logp, held, atol=1e-2)
 
 
+@pytest.mark.slow
 def test_hooks_are_seen_and_variances_are_those_of_plain_layers(make_policy: MakePolicy) -> None:
     found = []
     for compile in (False, True):
@@ -130,6 +134,7 @@ def test_hooks_are_seen_and_variances_are_those_of_plain_layers(make_policy: Mak
 
 
 def test_auto_is_for_long_runs_on_a_gpu(make_policy: MakePolicy, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(policies, "miscompiled", lambda policy: None)  # which compiles: see below
     policy = make_policy("llama", torch.float32)
     policy.compile_layers(Training(steps=10**9))
     assert not policy.compiles
@@ -163,6 +168,7 @@ def test_what_cannot_be_compiled_is_said_or_left_plain(
     assert torch.equal(gradient(policy, rows(2, 3)), expected)
 
 
+@pytest.mark.slow
 def test_compiled_layers_are_compared_with_plain_ones(make_policy: MakePolicy, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without dropout, whatever mode the policy is in."""
 
@@ -179,6 +185,7 @@ def test_compiled_layers_are_compared_with_plain_ones(make_policy: MakePolicy, m
     assert policy.training and policy.compiles
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("entries", "backend"), [(2**26, "aot_eager"), (40, "aot_eager"), (40, "inductor")])
 def test_fused_log_probs_and_their_gradient(entries: int, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """In one chunk of the head, and in several, which are recomputed."""

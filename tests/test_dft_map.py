@@ -86,6 +86,7 @@ def test_differences_and_effects_are_those_of_the_outcomes() -> None:
     assert "+25.0" in svg and "−50.0" in svg and "base 100" in svg
 
 
+@pytest.mark.slow
 def test_a_map_is_run_and_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def tiny(name: str, changes: dict[str, Any]) -> Experiment:
         less = {
@@ -103,6 +104,7 @@ def test_a_map_is_run_and_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(dft_map, "load_experiment", tiny)
     monkeypatch.setattr(runner, "pool", inline_pool)
+    monkeypatch.setattr(runner, "write_report", lambda *_: None)
     command = ["dft_map", "--bases", "none", "--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "map")]
     for fields in (1, 2):
         monkeypatch.setattr(sys, "argv", [*command, "--fields", str(fields)])

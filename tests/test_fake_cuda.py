@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from batches import built
 from fake_cuda import GPU, FakeCUDA, fake_cuda
 
 from rlzoo.config import Packing, Sampling, Training
@@ -22,11 +23,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "power": {"threshold": 0.1},
     "ppo": {"critic": "shared", "bootstrap_truncated": True},
     "grpo": {"truncated": "mask", "kl_correction": True},
-    "mixture": {"weights": {"sft": 0.5, "grpo": 0.5}},
 }
-CASES: list[tuple[str, dict[str, Any]]] = [(name, {}) for name in list_objectives() if name != "mixture"] + list(
-    VARIANTS.items()
-)
+CASES: list[tuple[str, dict[str, Any]]] = [*((name, {}) for name in list_objectives()), *VARIANTS.items()]
 MORE_WAITS = {("dft-control", "shuffled"): 2}
 """A permutation of N tokens asks how many they are, and is drawn on the host."""
 
@@ -66,7 +64,7 @@ STEPS = [*((*case, "padded") for case in CASES), *((*case, "packed") for case in
 def test_a_training_step_is_on_the_gpu_and_the_host_waits_once(
     gpu: FakeCUDA, policy: Policy, name: str, options: dict[str, Any], packing: Packing
 ) -> None:
-    trainer = trainer_of(policy, get_objective(name, **options), packing=packing)
+    trainer = trainer_of(policy, built(name, **options), packing=packing)
     assert policy.packs == (packing == "packed")
     waits: list[list[str]] = []
 

@@ -63,7 +63,7 @@ def test_runs_repeat_and_resume_bit_for_bit_and_samples_are_those_of_the_model(t
     drawn = findings(tiny, "sampler")
     assert drawn["float32"]["drawn"] < 1e-5 and drawn["float32"]["scores"] < 1e-4
     assert drawn["bfloat16-mixed"]["drawn"] < 0.05 and drawn["bfloat16-mixed"]["scores"] < 0.3
-    assert findings(tiny, "compare")["two workers"]["failed"] == 0
+    assert findings(tiny, "compare")["workers"]["failed"] == 0
 
 
 @pytest.mark.slow
@@ -185,9 +185,9 @@ def test_an_engine_gets_half_the_rows_until_they_fit_into_memory(tmp_path: Path)
 @pytest.mark.slow
 def test_what_there_is_no_time_for_is_skipped_and_what_hangs_has_failed(tmp_path: Path) -> None:
     hang = "say('begin', part=parts[0])\nif parts[0] == 'gradients':\n    time.sleep(600)\ndone(parts[0])\n"
-    found = check(tmp_path, hang, part_limit=1.0)
+    found = check(tmp_path, hang, part_limit=3.0)  # time enough for a process to start on a busy machine
     assert [part["status"] for part in found["parts"].values()] == ["failed", "passed"]
-    assert found["parts"]["gradients"]["reason"] == "stopped after 1 s"
+    assert found["parts"]["gradients"]["reason"] == "stopped after 3 s"
     found = check(tmp_path, hang, limit=1.0)
     assert [part["status"] for part in found["parts"].values()] == ["skipped", "skipped"]
     assert found["parts"]["budgets"]["reason"] == "the time was up" and not found["passed"]

@@ -41,6 +41,8 @@ from rlzoo.training import Trainer, TrainingRecord, train
 from rlzoo.types import Selector, TokenBatch, Trajectory, Unit, register_view, selector_of
 from rlzoo.variance import analyze_variance
 
+pytestmark = pytest.mark.usefixtures("sketched")
+
 PLUGINS = Path(__file__).parent / "plugins"
 OBJECTIVES = {
     "distillation": "OnPolicyDistillation",

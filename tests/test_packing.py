@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from batches import built
 from fake_cuda import GPU, fake_cuda
 from torch import Tensor, nn
 from torch.nn import functional
@@ -351,7 +352,7 @@ def tiny(tokenizer: Any) -> Policy:
 
 def trained(tokenizer: Any, name: str, options: dict[str, Any], **changes: Any) -> tuple[Tensor, dict[str, Any]]:
     """Weights and the last metrics after two steps, with modules of inputs."""
-    policy, objective = tiny(tokenizer), get_objective(name, **options)
+    policy, objective = tiny(tokenizer), built(name, **options)
     torch.manual_seed(0)
     rows = rows_of(policy, objective)
     sources = [SameRows(rows, units_of(component.objective)) for component in objective.components]
@@ -363,8 +364,7 @@ def trained(tokenizer: Any, name: str, options: dict[str, Any], **changes: Any) 
 
 
 VARIANTS: list[tuple[str, dict[str, Any]]] = [
-    *((name, {}) for name in list_objectives() if name != "mixture"),
-    ("mixture", {"weights": {"sft": 0.5, "grpo": 0.5}}),
+    *((name, {}) for name in list_objectives()),
     ("ppo", {"critic": "shared"}),
     ("iw-sft", {"variant": "ema"}),
 ]

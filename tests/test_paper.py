@@ -189,6 +189,7 @@ SMALLEST = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", same_twins())
 def test_a_twin_runs_and_its_report_shows_what_the_paper_reported(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -32,6 +32,8 @@ OBJECTIVE = """\
 from dataclasses import dataclass
 import rlzoo
 
+pytestmark = pytest.mark.usefixtures("sketched")
+
 @rlzoo.register
 @dataclass(frozen=True)
 class Tempered(rlzoo.Objective):

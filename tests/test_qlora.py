@@ -144,10 +144,12 @@ class Stopping(SameRows):
         pass
 
 
+@pytest.mark.slow
 @needs_bitsandbytes
 def test_a_comparison_of_adapters_over_4_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a choice of learning rates: what was chosen is read again, whole."""
     monkeypatch.setattr("rlzoo.comparison.runner.pool", inline_pool)
+    monkeypatch.setattr("rlzoo.comparison.runner.write_report", lambda *_: None)
     rows = {"sft": {"learning_rates": [1e-3, 1e-2]}, "dft": {}}
     experiment = small(rows, training__lora={"rank": 2, "load_in_4bit": True})
     results = compare(experiment, tmp_path)

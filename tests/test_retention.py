@@ -19,7 +19,7 @@ from rlzoo.buffers.problems import encode_problems, load_problems
 from rlzoo.comparison import resolve, retention, runner, studies
 from rlzoo.comparison.forecast import forecast
 from rlzoo.comparison.outcomes import compare_to, result_matrices, summarise
-from rlzoo.comparison.report import write_report
+from rlzoo.comparison.report import report_table, write_report
 from rlzoo.comparison.report.contents import contents
 from rlzoo.comparison.report.retention import retention_table
 from rlzoo.comparison.report.schema import parse_results, read_run
@@ -169,11 +169,18 @@ def test_the_report_has_a_section_and_a_figure(finished: tuple[Path, dict[str, A
     section = (out / "report.md").read_text().partition("## Retention")[2].partition("\n## ")[0]
     rows = {(row["algorithm"], row["benchmark"], row["metric"]): row for row in results["retention"]["summary"]}
     shown = rows["sft", "sums", KL]
-    kl = f"{shown['mean']:.3f} \\[{shown['ci_low']:.3f}, {shown['ci_high']:.3f}\\]".replace("-", "−")
+    kl = f"{shown['mean']:.3f} [{shown['ci_low']:.3f}, {shown['ci_high']:.3f}]".replace("-", "−")
     assert kl in section and "| algorithm | KL from base (nats per token) | seeds |" in section
     table = retention_table(parse_results(results), "sums")
     assert table.header == ["algorithm", "avg@3 (%)", "difference from base (points)", *table.header[3:]]
     assert [row[0].text for row in table.rows] == ["base", "sft"] and table.rows[0][2].text == "–"
+    shown = {str(table.title): table.columns for table in report_table(results)}
+    for name in ("sums", "plain"):
+        columns = shown[f"retention, {name}: mean and 95 % interval"]
+        found = retention_table(parse_results(results), name)
+        assert [[str(cell) for cell in column.cells] for column in columns] == [
+            [row[place].text for row in found.rows] for place in range(len(found.header))
+        ]
     drawn = (out / "figures" / "retention-0.svg").read_text()
     assert all(word in drawn for word in ("change in accuracy", "KL from the base", "gain on facts", ">sft<"))
     assert "change in accuracy" not in (out / "figures" / "retention-1.svg").read_text()

@@ -416,7 +416,10 @@ def trained(policy: Policy, callback: Callable[[Trainer, int], None] | None = No
     return train(policy, get_objective("sft"), OfflineBuffer.from_trajectories(ROWS), some, 0, callbacks)
 
 
-@shows("Training.steps", "Training.batch_size", "Training.updates_per_batch", "Training.token_budget")
+@shows(
+    "Training.steps", "Training.batch_size", "Training.mini_batches", "Training.updates_per_batch",
+    "Training.token_budget",
+)  # fmt: skip
 def test_what_a_step_of_training_takes(make_policy: MakePolicy, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: list[int] = []
     micro: list[int] = []
@@ -439,6 +442,9 @@ def test_what_a_step_of_training_takes(make_policy: MakePolicy, monkeypatch: pyt
     assert run(batch_size=8) == (4, [8] * 4, 4)
     assert run(updates_per_batch=2) == (4, [4] * 2, 4)
     assert run(updates_per_batch=3) == (4, [4] * 2, 4), "no more than `steps`"
+    assert run(mini_batches=2) == (4, [4] * 2, 4)
+    assert run(mini_batches=2, updates_per_batch=2) == (4, [4], 4)
+    assert run(mini_batches=9) == (4, [4], 4), "no more than there are rows"
     assert run(token_budget=14) == (4, [4] * 4, 8), "two rows of 7 tokens in a micro-batch"
 
 
@@ -454,6 +460,7 @@ def test_epochs_are_passes_over_what_is_learned_from(make_policy: MakePolicy) ->
     assert steps() == math.ceil(rows / 3)
     assert steps(epochs=2.5) == math.ceil(2.5 * rows / 3)
     assert steps(updates_per_batch=2) == 2 * math.ceil(rows / 3)
+    assert steps(updates_per_batch=2, mini_batches=3) == 6 * math.ceil(rows / 3)
     assert steps(batch_size=3 * rows) == 1
     source = BufferSource(buffer, buffer.view(get_objective("sft").learns_from), 4, 0)
     assert steps(source, batch_size=3) == math.ceil(rows / 4), "a source has batches of its own size"
@@ -482,9 +489,9 @@ def test_steps_and_epochs_exclude_each_other_and_the_later_counts() -> None:
 
 
 @pytest.mark.slow
-def test_epochs_of_every_row_of_a_comparison(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("undrawn")
+def test_epochs_of_every_row_of_a_comparison(tmp_path: Path) -> None:
     """Six problems: as many demonstrations, and online two prompts with four samples per batch of eight."""
-    monkeypatch.setattr(runner, "pool", inline_pool)
     rows = {"sft": {"learning_rates": [1e-4, 1e-3]}, "grpo": {"mode": "online"}}
     plain = {"seconds": None, "memory_gb": None}
     experiment = small(rows, training={"epochs": 2, "batch_size": 8}, scoring=plain, evaluation__curve_points=2)

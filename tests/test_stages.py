@@ -18,9 +18,11 @@ from rlzoo import cli
 from rlzoo.buffers import OfflineBuffer
 from rlzoo.buffers.problems import demonstrations, load_problems
 from rlzoo.cli.settings import changes_of
-from rlzoo.comparison import resolve, warm_up
+from rlzoo.comparison import one_cell, resolve, runner, warm_up
 from rlzoo.comparison.forecast import forecast
+from rlzoo.comparison.one_stage import weights_of
 from rlzoo.comparison.outcomes import compare_to
+from rlzoo.comparison.plan import FirstStages, first_stages
 from rlzoo.comparison.planning import planned
 from rlzoo.comparison.report.contents import contents
 from rlzoo.comparison.report.schema import parse_results, read_run
@@ -260,6 +262,7 @@ STAGED: dict[str, Any] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lora", [None, {"rank": 4}], ids=["whole", "adapters"])
 @pytest.mark.usefixtures("undrawn")
 def test_each_stage_starts_from_the_one_before(lora: Any, tmp_path: Path) -> None:
@@ -300,6 +303,7 @@ def test_a_stage_that_reads_the_buffer_beside_fresh_samples_has_a_reference_of_i
     assert cells["sft-both"]["costs"]["flops"] > single, "the log-probs that are computed anew"
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("undrawn")
 def test_samples_that_two_stages_learn_from_are_paid_once(tmp_path: Path) -> None:
     rows = {"rft": {}, "dpo": {}, "rft-dpo": {"stages": ["rft", "dpo"]}}
@@ -313,10 +317,10 @@ def test_samples_that_two_stages_learn_from_are_paid_once(tmp_path: Path) -> Non
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("undrawn")
-def test_a_cell_that_was_stopped_in_its_second_stage_resumes_there(
+def test_a_comparison_that_was_stopped_in_a_stage_resumes_there(
     tmp_path: Path, stopping: Callable[[int], list[int]]
 ) -> None:
-    """The rate of the last stage is tuned; what an earlier stage left is not trained again."""
+    """In one that several cells go on from, and in the last of a cell. The rate of the last stage is tuned."""
     rows = {
         "sft": {"training": {"steps": 3}},
         "dpo": {"training": {"steps": 3}},
@@ -324,16 +328,123 @@ def test_a_cell_that_was_stopped_in_its_second_stage_resumes_there(
     }
     experiment = small(rows, training__checkpoint_seconds=0)
     whole = quietly(experiment, tmp_path / "whole")
-    done = stopping(6 + 3 + 2)
-    with pytest.raises(KeyboardInterrupt):
-        quietly(experiment, tmp_path / "out")
-    (own,) = (tmp_path / "out" / ".state" / "cells").glob("sft-dpo-lr0.0001-seed0")
-    assert (own / "stage 1.result").is_file() or list(own.glob("stage*result")), "its result and weights are kept"
-    again = stopping(99)
+    done = []
+    for stop in (2, 1 + 3 + 2):
+        done.append(stopping(stop))
+        with pytest.raises(KeyboardInterrupt):
+            quietly(experiment, tmp_path / "out")
+    last = stopping(99)
     found = quietly(experiment, tmp_path / "out")
-    assert (done[-5:], again) == ([1, 2, 3, 1, 2], [3, 1, 2, 3, 1, 2, 3])
+    assert [*done, last] == [[1, 2], [3, 1, 2, 3, 1, 2], [3, 1, 2, 3]], "sft once, dpo, and sft-dpo at two rates"
     assert numbers(found) == numbers(whole) and set(found["learning_rates"]) == {"sft-dpo"}
     assert outcomes(tmp_path / "out").equals(outcomes(tmp_path / "whole"))
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("undrawn")
+def test_stages_that_several_rows_have_are_trained_once(tmp_path: Path, stopping: Callable[[int], list[int]]) -> None:
+    """Those of a row that ends where another goes on, too; each has the results that it has alone."""
+    done = stopping(99)
+    results = quietly(small(STAGED), tmp_path / "out")
+    assert done == [1, 2, 1, 1, 1, 1], "sft and sft-dpo, then dpo, grpo, and grpo after both"
+    cells = {cell["algorithm"]: cell for cell in numbers(results)["cells"]}
+    for row in ("sft", "sft-dpo"):
+        needed = {name: STAGED[name] for name in dict.fromkeys((*STAGED[row].get("stages", ()), row))}
+        own = numbers(quietly(small(needed), tmp_path / row))["cells"][-1]
+        assert own == cells[row], row
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("undrawn")
+def test_cells_whose_first_stage_failed_have_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = one_cell.run_first
+
+    def broken(experiment: Experiment, first: FirstStages, *rest: Any) -> Any:
+        if first.names == ("sft", "dpo"):
+            raise OSError("no space")
+        return run(experiment, first, *rest)
+
+    monkeypatch.setattr(one_cell, "run_first", broken)
+    results = quietly(small({**STAGED, "sft-grpo": {"stages": ["sft", "grpo"]}}), tmp_path / "out")
+    told = {one["algorithm"]: one["error"] for one in results["failed"]}
+    assert told.keys() == {"sft-dpo", "sft-dpo-grpo"}
+    assert set(told.values()) == {"stage sft+dpo-seed0: OSError: no space"}
+    assert [cell["algorithm"] for cell in results["cells"]] == ["sft", "dpo", "grpo", "sft-grpo"]
+    monkeypatch.setattr(one_cell, "run_first", run)
+    again = quietly(small({**STAGED, "sft-grpo": {"stages": ["sft", "grpo"]}}), tmp_path / "out")
+    assert again["failed"] == [] and len(again["cells"]) == 6
+
+
+def test_weights_are_kept_as_long_as_a_cell_goes_on_from_them(tmp_path: Path) -> None:
+    experiment = small(STAGED, seeds=[0, 1])
+    folders = {(one.names, one.seed): weights_of(one, tmp_path) for one in first_stages(experiment)}
+    assert len(folders) == 4 == len(set(folders.values()))
+    for folder in folders.values():
+        folder.mkdir(parents=True)
+    done = dict[str, Any]()
+
+    def kept(*rows: str) -> set[tuple[tuple[str, ...], int]]:
+        done.update({f"{row}-lr{experiment.learning_rates_of(row)[0]:g}-seed0": {} for row in rows})
+        runner._forget(experiment, done, tmp_path)
+        return {key for key, folder in folders.items() if folder.exists()}
+
+    assert kept("dpo", "sft-dpo") == folders.keys(), "sft reports its stage, and sft-dpo-grpo goes on from both"
+    assert kept("sft") == folders.keys()
+    assert kept("sft-dpo-grpo") == {(("sft",), 1), (("sft", "dpo"), 1)}, "another seed's"
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("undrawn")
+def test_stages_have_the_steps_that_their_epochs_take(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For the progress that rewards are told too: later stages do not count before they begin."""
+    told, real = list[tuple[int, int]](), resolve.reward_of
+
+    def noted(experiment: Experiment, step: int = 0, most: int = 0, **more: Any) -> Any:
+        told.append((step, most))
+        return real(experiment, step, most, **more)
+
+    monkeypatch.setattr("rlzoo.comparison.one_cell.reward_of", noted)
+    rows = {"sft": {}, "rft": {}, "sft-rft": {"stages": ["sft", "rft"]}}
+    results = quietly(small(rows, training={"epochs": 2, "batch_size": 4}), tmp_path / "out")
+    steps = {cell["algorithm"]: len(cell["training"]) for cell in results["cells"]}
+    assert steps["sft"] == 3, "six demonstrations, twice"
+    assert steps["sft-rft"] == steps["sft"] + steps["rft"]
+    assert {pair for pair in told if pair[1]} == {(n, n) for n in steps.values()}, "each evaluation is at an end"
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("undrawn")
+def test_each_stage_has_its_own_budget(tmp_path: Path) -> None:
+    rows = {
+        "sft": {"training": {"budget": {"gradient_tokens": 1}, "steps": 4}},
+        "dpo": {"training": {"budget": {"gradient_tokens": 400}, "steps": 9}},
+        "sft-dpo": {"stages": ["sft", "dpo"]},
+    }
+    results = quietly(small(rows), tmp_path / "out")
+    sft, dpo, both = results["cells"]
+    assert len(sft["training"]) == 1 and 1 < len(dpo["training"]) < 9
+    assert [row["stage"] for row in both["training"]] == [1] + [2] * len(dpo["training"])
+    assert [cell["ended"] for cell in (sft, dpo, both)] == ["budget"] * 3
+    assert both["training"][-1]["learning_rate"] == dpo["training"][-1]["learning_rate"], "along its own budget"
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("undrawn")
+def test_each_stage_ends_when_its_own_curve_is_flat(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A curve that rises to step 4, and after it to step 12; with two flat points each has four more steps."""
+    evaluation = {"samples": 2, "k": 1, "max_new_tokens": 4, "curve_points": 8, "curve_problems": 2, "until_flat": 2}
+    rows = {"sft": {}, "dft": {}, "sft-dft": {"stages": ["sft", "dft"]}}
+
+    def point(policy: Any, experiment: Any, step: int, *_: Any, **__: Any) -> dict[str, Any]:
+        rises = min(step, 4 if step <= 8 else 12) / 16
+        return {"step": step, "metrics": {}, "validation": {"avg_at_k": rises, "by_problem": [rises] * 2}}
+
+    monkeypatch.setattr(one_cell, "curve_point", point)
+    results = quietly(small(rows, evaluation=evaluation, training__steps=16), tmp_path / "out")
+    found = {
+        cell["algorithm"]: ([row.get("stage") for row in cell["training"]], cell["ended"]) for cell in results["cells"]
+    }
+    assert found["sft"] == ([None] * 8, "flat") and found["sft-dft"] == ([1] * 8 + [2] * 8, "flat")
 
 
 @pytest.mark.parametrize(
@@ -388,6 +499,11 @@ def test_a_plan_counts_all_stages() -> None:
     assert both.sampled_tokens == grpo.sampled_tokens > 0 and both.cells == 1 and both.steps == 4
     references = both.flops - sum(row.flops for row in (sft, dpo, grpo))
     assert references > 0, "those of dpo are computed anew for its policy"
+    second = rows["sft-dpo"].flops - sft.flops
+    own, repeated = sum(row.flops for row in found.rows), 2 * sft.flops + second
+    assert found.flops == pytest.approx(own + found.shared_flops - repeated), (
+        "sft of three rows, and dpo after it of two"
+    )
     whole = sft.evaluated_tokens
     assert both.evaluated_tokens == pytest.approx(whole + 2 * 2 * 2 * 5.0), (
         "two more curve points, 2 problems, 2 samples"

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from batches import built
 from fake_vllm import install
 from torch import Tensor
 
@@ -38,15 +39,15 @@ Rows = Callable[[str, float, float], list[Trajectory]]
 Seen = list[tuple[TokenBatch, Coefficients]]
 SETTINGS = list(product((0.6, 1.0, 1.3), (0.8, 1.0)))
 OWN, RECOMPUTED, ENGINE = "the policy's own", "an engine's, recomputed", "an engine's"
-PROBLEMS = [Problem(str(i), f"{i}+{i}=?\n", {}, (f"#### {2 * i}",)) for i in range(3)]
+PROBLEMS = [Problem(str(i), f"{i}+{i}=?\n", {"answer": str(2 * i)}, (f"#### {2 * i}",)) for i in range(3)]
 REWARD = Reward("length", lambda completions, **_: [float(len(c) + i) % 3 for i, c in enumerate(completions)])
 STEP = Training(steps=1, learning_rate=1e-2, warmup_ratio=0.0, weight_decay=0.0, max_gradient_norm=1e9)
 WITH_RATIO = [
     name
     for name in list_objectives()
-    if not is_composite(objective_class(name)) and {Behaviour(), Snapshot()} & set(get_objective(name).requires)
+    if not is_composite(objective_class(name)) and {Behaviour(), Snapshot()} & set(built(name).requires)
 ]
-OF_EACH_KIND = list({frozenset(get_objective(name).requires): name for name in WITH_RATIO}.values())
+OF_EACH_KIND = list({frozenset(built(name).requires): name for name in WITH_RATIO}.values())
 """One objective for each set of inputs: others with the same inputs get the same batches."""
 
 
@@ -98,7 +99,8 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> Callable[[Objective], Seen]:
 def assert_ratios_are_one(seen: Seen, moved: bool = False) -> None:
     assert seen
     for batch, found in seen:
-        ratios = [values for name, values in found.metrics.items() if name.endswith("ratio")]
+        own = {name: values for name, values in found.metrics.items() if name.endswith("ratio")}
+        ratios = [values.exp() if name.endswith("log_ratio") else values for name, values in own.items()]
         assert ratios and batch.mask.any()
         for values in ratios:
             torch.testing.assert_close(values[batch.mask], torch.ones_like(values[batch.mask]), rtol=0, atol=2e-6)
@@ -130,7 +132,7 @@ def step_on(make_policy: MakePolicy, objective: Objective, buffer: Buffer, setti
 def test_ratios_to_a_buffer_start_at_one(
     name: str, kind: str, rows: Rows, policy: Policy, make_policy: MakePolicy, watched: Callable[[Objective], Seen]
 ) -> None:
-    objective = get_objective(name)
+    objective = built(name)
     seen = watched(objective)
     for temperature, top_p in SETTINGS:
         buffer = with_reference(OfflineBuffer.from_trajectories(rows(kind, temperature, top_p)), policy)
@@ -147,7 +149,7 @@ def test_ratios_to_fresh_samples_start_at_one(
     name: str, make_policy: MakePolicy, watched: Callable[[Objective], Seen], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Over two batches: the second is of a policy that has moved, and its reference has not."""
-    objective = get_objective(name)
+    objective = built(name)
     seen = watched(objective)
     selection, options = view_of(objective)
     for kind, temperature, top_p in FRESH:
@@ -221,7 +223,7 @@ def preference_rows(rows: Rows) -> OfflineBuffer:
 def test_what_learns_the_policy_at_one_does_not_ask_how_samples_were_drawn(
     name: str, rows: Rows, policy: Policy, make_policy: MakePolicy, watched: Callable[[Objective], Seen]
 ) -> None:
-    objective = get_objective(name)
+    objective = built(name)
     assert not objective.at_sampling_temperature
     seen = watched(objective)
     buffer = preference_rows(rows)
@@ -372,7 +374,7 @@ def test_the_analyzers_gradient_is_that_of_training(
 ) -> None:
     shown = demonstrations(policy.tokenizer, PROBLEMS)
     buffer = with_reference(OfflineBuffer.from_trajectories([*shown, *preference_rows(rows)]), make_policy(seed=1))
-    objective = get_objective(name)
+    objective = built(name)
     picked, subjects, _ = subjects_of({"it": objective, "other": get_objective("rft")}, buffer, 64, 0, None)
     seen = rows_of(buffer, picked, subjects)
     micro = MicroBatches(60)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import pytest
 import torch
-from batches import of_each_kind
+from batches import built, of_each_kind
 from scipy.stats import chisquare
 from torch import Tensor
 
@@ -69,7 +69,7 @@ class Anchored(Objective):
 
 
 OBJECTIVES: Mapping[str, Objective] = {
-    **{name: get_objective(name) for name in list_objectives() if not is_composite(objective_class(name))},
+    **{name: built(name) for name in list_objectives() if not is_composite(objective_class(name))},
     "dpo-hinge": get_objective("dpo", variant="hinge"),
     "dpo-ipo": get_objective("dpo", variant="ipo"),
     "otr": get_objective("otr", temperature=1e-6),  # draws the likeliest token, whatever the micro-batches
@@ -98,6 +98,17 @@ class Fixed:
         return self.batch
 
 
+class InTurn:
+    """One batch after the other, again and again."""
+
+    def __init__(self, *batches: Batch) -> None:
+        self.batches, self.drawn = batches, 0
+
+    def draw(self) -> Batch:
+        self.drawn += 1
+        return self.batches[(self.drawn - 1) % len(self.batches)]
+
+
 def make_batch(policy: Policy, selection: WhichView, seed: int = 0) -> Batch:
     """Eight rows of 4 prompts and many lengths, with log-probs near the policy's; all that any objective asks for."""
     rng = random.Random(seed)
@@ -112,6 +123,7 @@ def make_batch(policy: Policy, selection: WhichView, seed: int = 0) -> Batch:
         Trajectory(
             "", "", prompt, completion, str(i // 2), source="policy", reward=float(i % 2 == 0 or i == 7),
             behaviour_logp=[x + rng.gauss(0, 0.3) for x in logp], reference_logp=[x + rng.gauss(0, 0.3) for x in logp],
+            columns={"answer": "7"}, inputs={"logp of embedded": [-0.5] * len(logp)},
         )
         for i, ((prompt, completion), logp) in enumerate(zip(pairs, scores, strict=True))
     ]  # fmt: skip
@@ -129,7 +141,7 @@ def permuted(batch: Batch, seed: int) -> Batch:
     return [rows[i] for i in order], rng.sample(moved, len(moved))
 
 
-def trained(policy: Policy, objective: Objective, batch: Batch, settings: Training) -> dict[str, list[Tensor]]:
+def trained(policy: Policy, objective: Objective, batch: Batch | InTurn, settings: Training) -> dict[str, list[Tensor]]:
     """The gradient of each step and, at the end, the weights, by parameter."""
     found: dict[str, list[Tensor]] = {}
 
@@ -138,7 +150,8 @@ def trained(policy: Policy, objective: Objective, batch: Batch, settings: Traini
             value = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.clone()
             found.setdefault(name, []).append(value)
 
-    trainer = Trainer(policy, objective, Fixed(batch), settings, [keep])
+    source = batch if isinstance(batch, InTurn) else Fixed(batch)
+    trainer = Trainer(policy, objective, source, settings, [keep])
     trainer.run()
     for name, parameter in trainer.policy.named_parameters():
         found[name].append(parameter.detach().clone())
@@ -177,7 +190,7 @@ def full_batch(policy: Policy, objective: Objective, batch: Batch) -> TokenBatch
     value = scores.inputs.get("value")
     size = scores.logp.shape[1]
 
-    def padded(values: list[list[float] | None]) -> Tensor:
+    def padded(values: Sequence[list[float] | None]) -> Tensor:
         return torch.tensor([[*(value or []), *[0.0] * (size - len(value or []))] for value in values])
 
     partner = torch.tensor([i + 1 - 2 * (i % 2) for i in range(len(rows))])
@@ -192,10 +205,14 @@ def full_batch(policy: Policy, objective: Objective, batch: Batch) -> TokenBatch
         snapshot_logp=scores.logp.detach(),
         old_value=None if value is None else value.detach(),
         reward=torch.tensor([r.reward or 0.0 for r in rows]),
+        outcome=torch.tensor([r.reward or 0.0 for r in rows]),  # all rows are samples
+        from_demonstration=torch.zeros(len(rows)),
         group=torch.tensor([int(r.prompt_id) for r in rows]),
         partner=partner,
         chosen=torch.arange(len(rows)) % 2 == 0,
         mismatched=torch.zeros(len(rows)),  # at the first step the policy is its reference
+        teacher_logp=padded([r.inputs["logp of embedded"] for r in rows]),
+        privileged_logp=padded(log_probs(policy, [(policy.tokenizer.encode("\n\n7"), r.completion_ids) for r in rows])),
         statistics=scores.inputs,
     )
     fixed = objective.prepare(whole.detach())
@@ -280,6 +297,55 @@ def test_what_is_fixed_stays_fixed_during_the_updates_on_a_batch(make_policy: Ma
     assert not torch.allclose(c.snapshot_logp, a.snapshot_logp) and d is not c
 
 
+def halves(batch: Batch) -> tuple[Batch, Batch]:
+    rows, units = batch
+    cut = len(rows) // 2
+    moved = [tuple(row - cut for row in unit) for unit in units if unit[0] >= cut]
+    return (rows[:cut], [unit for unit in units if unit[0] < cut]), (rows[cut:], moved)
+
+
+@pytest.mark.parametrize("name", ["dpo", "dr-grpo", "kto"])
+def test_mini_batches_are_batches_of_whole_units(name: str, make_policy: MakePolicy) -> None:
+    """For an objective that fixes nothing over the whole batch."""
+    objective = OBJECTIVES[name]
+    batch = make_batch(make_policy(), objective.learns_from)
+    settings = RAW.model_copy(update={"steps": 4, "learning_rate": 1e-3})
+    split = trained(
+        make_policy(), objective, batch, settings.model_copy(update={"mini_batches": 2, "token_budget": 20})
+    )
+    assert distance(trained(make_policy(), objective, InTurn(*halves(batch)), settings), split) < 1e-6
+
+
+@pytest.mark.parametrize("name", ["ppo", "reinforce-pp", "psft"])
+def test_the_gradients_of_mini_batches_add_up_to_that_of_the_batch(name: str, make_policy: MakePolicy) -> None:
+    """Weighted by their tokens, while the policy stands still: advantages are taken over the batch."""
+    objective = OBJECTIVES[name]
+    batch = make_batch(make_policy(), objective.learns_from)
+    still = RAW.model_copy(update={"steps": 4, "learning_rate": 1e-12})
+    whole = trained(make_policy(), objective, batch, still)
+    parts = trained(make_policy(), objective, batch, still.model_copy(update={"mini_batches": 4}))
+    tokens = torch.tensor([float(sum(len(row.completion_ids) for row in batch[0][i : i + 2])) for i in (0, 2, 4, 6)])
+    weights = tokens / tokens.sum()
+    added = {n: [sum(w * g for w, g in zip(weights, found[:4], strict=True))] for n, found in parts.items()}
+    assert distance({n: found[:1] for n, found in whole.items()}, added) < 1e-6
+
+
+@pytest.mark.parametrize("name", ["ppo", "batch-coupled"])
+def test_micro_batches_do_not_matter_within_mini_batches(name: str, make_policy: MakePolicy) -> None:
+    objective = OBJECTIVES[name]
+    batch = make_batch(make_policy(), objective.learns_from)
+    settings = RAW.model_copy(update={"steps": 4, "mini_batches": 2, "updates_per_batch": 2, "learning_rate": 1e-3})
+    small = trained(make_policy(), objective, batch, settings.model_copy(update={"token_budget": 1}))
+    assert distance(small, trained(make_policy(), objective, batch, settings)) < 1e-6
+
+
+def test_mini_batches_after_the_first_have_moved_away_from_the_snapshot(make_policy: MakePolicy) -> None:
+    batch = make_batch(make_policy(), Selection.DEMONSTRATIONS)
+    settings = RAW.model_copy(update={"steps": 8, "mini_batches": 2, "updates_per_batch": 2, "learning_rate": 1e-3})
+    steps = Trainer(make_policy(), get_objective("psft"), Fixed(batch), settings).run().steps
+    assert [row["ratio_deviation"] < 1e-12 for row in steps] == [True, False, False, False] * 2
+
+
 @pytest.mark.parametrize(("name", "updates"), [("ppo", 1), ("ppo", 2), ("psft", 1), ("batch-coupled", 2)])
 def test_the_first_micro_batch_runs_once_for_its_log_probs_and_its_gradient(
     name: str, updates: int, make_policy: MakePolicy, monkeypatch: pytest.MonkeyPatch
@@ -300,7 +366,7 @@ def test_the_first_micro_batch_runs_once_for_its_log_probs_and_its_gradient(
     twice, all_rows = run()
     assert distance(twice, found) == 0
     lengths = [len(row.prompt_ids) + len(row.completion_ids) for row in batch[0]]
-    first = len(next(token_batches([(i,) for i in range(8)], lengths, 50)))
+    first = len(next(iter(token_batches([(i,) for i in range(8)], lengths, 50))))
     kept, trunks = 2 * updates if objective.is_coupled else 2, 2 if name == "ppo" else 1
     assert 1 < first < 8 and all_rows - passed == kept * trunks * first
 

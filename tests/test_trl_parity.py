@@ -6,12 +6,14 @@ padded sequences, as its collators make them; our log-probs are a plain log-soft
 
 from __future__ import annotations
 
+import ast
 import re
 from collections import defaultdict
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,13 +23,15 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from rlzoo.objective import Objective, get_objective, reduce, surrogate
+from rlzoo.objective import Objective, get_objective, list_objectives, reduce, surrogate
+from rlzoo.testing.parity import COMPARED, TRL
 from rlzoo.types import TokenBatch
 
 trl = pytest.importorskip("trl", reason="the parity tests need trl 1.16")
 if not trl.__version__.startswith("1.16."):
     pytest.skip(f"the parity tests are written for trl 1.16, not {trl.__version__}", allow_module_level=True)
 
+from transformers.trainer_pt_utils import LabelSmoother  # noqa: E402
 from trl import (  # noqa: E402 - only once trl is known to be there
     DPOConfig,
     DPOTrainer,
@@ -139,11 +143,12 @@ def trainer(model: Any, **attributes: Any) -> SimpleNamespace:
     )
 
 
-def trl_sft(world: World, loss_type: str) -> Tensor:
+def trl_sft(world: World, loss_type: str, smoothing: float = 0.0) -> Tensor:
     inputs = world.joined()
     inputs["labels"] = inputs["input_ids"].masked_fill(inputs.pop("completion_mask") == 0, -100)
     args = SimpleNamespace(loss_type=loss_type, average_tokens_across_devices=True)
-    this = trainer(world.policy, args=args, compute_loss_func=None, label_smoother=None)
+    smoother = LabelSmoother(epsilon=smoothing) if smoothing else None
+    this = trainer(world.policy, args=args, compute_loss_func=None, label_smoother=smoother)
     loss: Tensor = SFTTrainer.compute_loss(this, world.policy, inputs)
     return loss
 
@@ -177,11 +182,13 @@ def trl_grpo(
     clip: float,
     clip_high: float | None = None,
     level: str = "token",
+    args: Mapping[str, Any] | None = None,
     **inputs: Tensor,
 ) -> Tensor:
+    own = {"use_bias_correction_kl": False, "delta": None, "report_to": [], "steps_per_generation": 1, **(args or {})}
     this = trainer(
         world.policy,
-        args=SimpleNamespace(use_bias_correction_kl=False, delta=None, report_to=[], steps_per_generation=1),
+        args=SimpleNamespace(**own),
         top_entropy_quantile=1.0,
         off_policy_mask_threshold=None,
         importance_sampling_level=level,
@@ -195,6 +202,7 @@ def trl_grpo(
     )
     inputs["num_items_in_batch"] = torch.tensor(sum(map(len, world.completions)))
     this._get_per_token_logps_and_entropies = partial(GRPOTrainer._get_per_token_logps_and_entropies, this)
+    this.get_gamma_weights = GRPOTrainer.get_gamma_weights
     loss: Tensor = GRPOTrainer._compute_loss(this, world.policy, world.apart() | inputs)
     return loss
 
@@ -213,6 +221,7 @@ def gradient(loss: Tensor, model: Any) -> Tensor:
 
 def assert_parity(objective: Objective, batch: TokenBatch, world: World, theirs: Tensor) -> None:
     """Loss equal to 1e-5 relative; gradients of one direction (cosine ≥ 0.99999) and one length."""
+    assert COMPARED.get(objective.name, "").startswith(TRL), f"add {objective.name!r} to rlzoo/testing/parity.py"
     ours = surrogate(objective, batch)
     reported = objective.coefficients(batch.detach()).loss
     if reported is None:
@@ -230,9 +239,28 @@ def assert_one_gradient(ours: Tensor, world: World, theirs: Tensor) -> None:
     assert our_gradient.norm().item() == pytest.approx(their_gradient.norm().item(), rel=1e-4)
 
 
+def test_objectives_that_the_docs_call_compared_are_compared_here() -> None:
+    tree = ast.parse(Path(__file__).read_text(encoding="utf-8"))
+    named = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant)}
+    for name, implementation in COMPARED.items():
+        assert name in list_objectives() and name in named and implementation.startswith(TRL), name
+    assert trl.__version__.startswith(f"{TRL.split()[1]}.")
+
+
 @pytest.mark.parametrize(("name", "loss_type"), [("sft", "nll"), ("dft", "dft")])
 def test_supervised(world: World, name: str, loss_type: str) -> None:
     assert_parity(get_objective(name), world.batch(), world, trl_sft(world, loss_type))
+
+
+def test_label_smoothing(world: World) -> None:
+    objective, batch = get_objective("sft", label_smoothing=0.2), world.batch()
+    rows = zip(world.prompts, world.completions, strict=True)
+    logits = [world.policy(torch.cat(row)[None]).logits[0, len(row[0]) - 1 : -1] for row in rows]
+    terms = [objective.logit_term(z, None, y) for z, y in zip(logits, world.completions, strict=True)]
+    ours = surrogate(objective, batch) + torch.cat([torch.as_tensor(term) for term in terms]).mean()
+    theirs = trl_sft(world, "nll", 0.2)
+    assert ours.item() == pytest.approx(theirs.item(), rel=1e-5)
+    assert_one_gradient(ours, world, theirs)
 
 
 SMOOTHING = {"label_smoothing": 0.1}
@@ -404,6 +432,99 @@ def test_dapo_is_trl_on_the_groups_that_vary(world: World) -> None:
     assert_parity(objective, batch, world, theirs)
 
 
+VESPO = {"vespo_k_pos": 2.0, "vespo_lambda_pos": 3.0, "vespo_k_neg": 3.0, "vespo_lambda_neg": 2.0}
+OPTIONS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "sapo": ("sapo", {}, {"args": {"sapo_temperature_pos": 1.0, "sapo_temperature_neg": 1.05}}),
+    "vespo": ("vespo", {}, {"args": VESPO}),
+    "token": ("grpo", {"aggregation": "token"}, {"loss_type": "dapo"}),
+    "bnpo": ("grpo", {"aggregation": "token", "clip_high": 0.3}, {"loss_type": "bnpo", "clip_high": 0.3}),
+    "constant": ("grpo", {"aggregation": "constant", "max_length": BUDGET}, {"loss_type": "dr_grpo"}),
+    "batch": ("grpo", {"scale_rewards": "batch"}, {}),
+    "none": ("grpo", {"scale_rewards": "none"}, {}),
+    "delta": ("grpo", {"delta": 1.4}, {"args": {"delta": 1.4}}),
+    "sequence": ("grpo", {"level": "sequence"}, {"level": "sequence"}),
+    "luspo": (
+        "grpo",
+        {"level": "sequence", "aggregation": "constant", "max_length": 1},
+        {"loss_type": "luspo", "level": "sequence"},
+    ),
+    "kl-correction": (
+        "grpo",
+        {"kl_coefficient": 0.5, "kl_correction": True},
+        {"beta": 0.5, "args": {"use_bias_correction_kl": True}},
+    ),
+    "constant-kl": (
+        "grpo",
+        {"kl_coefficient": 0.5, "aggregation": "constant", "max_length": BUDGET},
+        {"beta": 0.5, "loss_type": "dr_grpo"},
+    ),
+}
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_options_of_group_relative(world: World, option: str) -> None:
+    name, options, settings = OPTIONS[option]
+    objective = get_objective(name, **{"kl_coefficient": 0.0, **options} if name == "grpo" else options)
+    flat = torch.cat([REWARD[:GROUP_SIZE], torch.ones(GROUP_SIZE)])  # a group of equal rewards counts its tokens
+    reward = flat if option in ("token", "batch") else REWARD
+    batch = objective.prepare(replace(off_policy(world), reward=reward, group=torch.arange(ROWS) // GROUP_SIZE))
+    assert batch.behaviour_logp is not None and batch.reference_logp is not None
+    advantages = centred(reward, divide=option not in ("batch", "none"))
+    if option == "batch":
+        advantages = advantages / (nanstd(reward) + 1e-4)
+    theirs = trl_grpo(
+        world,
+        **{"beta": 0.0, "clip": 0.2, "loss_type": name, **settings},
+        advantages=advantages,
+        old_per_token_logps=batch.behaviour_logp,
+        ref_per_token_logps=batch.reference_logp,
+    )
+    assert_parity(objective, batch, world, theirs)
+
+
+def test_truncated_completions_are_masked_as_in_trl(world: World) -> None:
+    # their rewards count in their groups, they count as sequences, and their tokens do not count
+    truncated = torch.arange(ROWS) % 3 == 0
+    for aggregation, loss_type in (("sequence", "grpo"), ("token", "bnpo")):
+        objective = get_objective("grpo", kl_coefficient=0.0, truncated="mask", aggregation=aggregation)
+        batch = replace(off_policy(world), reward=REWARD, group=torch.arange(ROWS) // GROUP_SIZE)
+        batch = objective.prepare(batch.replace(mask=batch.mask & ~truncated[:, None]))
+        assert batch.behaviour_logp is not None
+        theirs = trl_grpo(
+            world,
+            loss_type,
+            0.0,
+            0.2,
+            advantages=centred(REWARD, divide=True),
+            old_per_token_logps=batch.behaviour_logp,
+            completion_mask=world.apart()["completion_mask"] * ~truncated[:, None],
+        )
+        assert_parity(objective, batch, world, theirs)
+
+
+@pytest.mark.parametrize("beta", [1e-3, 0.3])
+def test_optimal_advantage_regression(world: World, beta: float) -> None:
+    from trl.experimental.a2po import A2POTrainer
+
+    reference = world.reference_logp()
+    objective = get_objective("a-star-po", beta=beta)
+    batch = world.batch(reference_logp=reference, reward=REWARD, group=torch.arange(ROWS) // GROUP_SIZE)
+    values = 0.5 * (REWARD.view(-1, GROUP_SIZE) / 0.5).exp().mean(1).log()  # as TRL estimates them, in its first stage
+    apart = world.apart()
+    inputs = {
+        "input_ids": torch.cat([apart["prompt_ids"], apart["completion_ids"]], 1),
+        "attention_mask": torch.cat([apart["prompt_mask"], apart["completion_mask"]], 1),
+        "logits_to_keep": apart["completion_ids"].shape[1],
+        "ref_logps": reference.sum(1),
+        "rewards": REWARD,
+        "v_star": values.repeat_interleave(GROUP_SIZE),
+    }
+    this = trainer(world.policy, args=SimpleNamespace(beta2=beta), model_kwarg_keys=())
+    this._get_sequence_logps = partial(A2POTrainer._get_sequence_logps, this)
+    theirs = A2POTrainer.compute_loss(this, world.policy, inputs)
+    assert_parity(objective, objective.prepare(batch), world, theirs)
+
+
 def test_leave_one_out(world: World) -> None:
     # TRL's loss is a ratio of sequences, 1 on the policy's own samples: another value than ours, the same gradient.
     grouped = REWARD.view(-1, GROUP_SIZE)
@@ -490,3 +611,52 @@ def test_unpaired_preference(world: World, swapped: bool, beta: float, weights: 
     assert this._metrics["train"]["kl"] == [pytest.approx(max(divergence.item(), 0.0), rel=1e-5)]
     objective = get_objective("kto", beta=beta, desirable_weight=weights[0], undesirable_weight=weights[1])
     assert_parity(objective, batch, world, theirs)
+
+
+def trl_sdft(world: World, teacher: Any, told: list[Tensor], cap: float | None, behaviour: Tensor) -> Tensor:
+    """TRL's loss on sampled tokens, of a teacher with other prompts."""
+    from trl.experimental.sdft import SDFTTrainer
+
+    args = SimpleNamespace(
+        distillation_mode="sampled_token", distillation_alpha=1.0, distillation_is_clip=cap, teacher_model_kind="ema"
+    )
+    this = trainer(world.policy, args=args, temperature=1.0, num_loss_tokens_to_skip=0, model_kwarg_keys=())
+    for name in ("_forward_logits", "_get_teacher_context_for_self_distillation"):
+        setattr(this, name, partial(getattr(SDFTTrainer, name), this))
+    this._log_self_distillation_metric = lambda *_: None
+    other = replace(world, prompts=told).apart()
+    inputs = world.apart() | {"old_per_token_logps": behaviour}
+    for kind in ("ids", "mask"):
+        whole = torch.cat([other[f"prompt_{kind}"], other[f"completion_{kind}"]], dim=1)
+        inputs[{"ids": "teacher_input_ids", "mask": "teacher_attention_mask"}[kind]] = whole
+    logits = SDFTTrainer._compute_teacher_student_logits(this, world.policy, teacher, inputs)
+    loss: Tensor = SDFTTrainer._compute_self_distillation_loss(this, world.policy, inputs, logits)
+    return loss
+
+
+@pytest.mark.parametrize("cap", [None, 1.2, 2.0])
+@pytest.mark.parametrize("own", [True, False], ids=["live", "initial"])
+def test_self_distillation(world: World, own: bool, cap: float | None) -> None:
+    teacher = world.policy if own else world.reference
+    told = [torch.cat([prompt, prompt.flip(0), prompt[:1]]) for prompt in world.prompts]
+    with torch.no_grad():
+        privileged = replace(world, prompts=told).logp(teacher)
+    batch = off_policy(world).replace(privileged_logp=privileged)
+    theirs = trl_sdft(world, teacher, told, cap, batch.behaviour_logp)
+    assert_parity(get_objective("sdft", ratio_max=cap), batch, world, theirs)
+
+
+def test_on_policy_distillation(world: World) -> None:
+    from trl.experimental.iw_opd import IWOPDTrainer
+
+    this = trainer(world.policy, temperature=1.0, iw_opd_gamma=0.0, iw_opd_epsilon=1e-8)
+    apart, size = world.apart(), max(map(len, world.completions))
+    ids, mask = (torch.cat([apart[f"prompt_{kind}"], apart[f"completion_{kind}"]], dim=1) for kind in ("ids", "mask"))
+    logits = world.policy(ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0)).logits
+    batch = world.batch(teacher_logp=world.reference_logp())
+    labels = torch.where(batch.mask, apart["completion_ids"], -100)
+    theirs = IWOPDTrainer._compute_iw_opd_loss(
+        this, logits[:, -size - 1 : -1], apart["completion_ids"], labels, batch.teacher_logp
+    )
+    # TRL takes log π_T - log π, detached, times log π, and so do we: the value of the loss is the same as well
+    assert_parity(get_objective("opd", teacher="x", ratio_max=None), batch, world, theirs)

@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 import torch
+from batches import built
 from comparisons import inline_pool
 
 import rlzoo
@@ -77,7 +78,7 @@ def buffer(base: Policy) -> Buffer:
 @pytest.fixture(scope="module")
 def report(base: Policy, buffer: Buffer) -> dict[str, Any]:
     """All registered objectives on the embedded base."""
-    return analyze_variance(base, SINGLE, buffer, rows=96, draws=256)
+    return analyze_variance(base, {name: built(name) for name in SINGLE}, buffer, rows=96, draws=256)
 
 
 def is_estimate(found: Any) -> bool:
@@ -92,7 +93,7 @@ def test_every_registered_objective_is_reported_in_full(report: dict[str, Any]) 
     for name, entry in report["objectives"].items():
         assert set(entry["coefficients"]) == COEFFICIENTS
         assert set(entry["token_moments"]) >= MOMENTS
-        expert = get_objective(name).learns_from is Selection.DEMONSTRATIONS
+        expert = built(name).learns_from is Selection.DEMONSTRATIONS
         if expert and entry["coefficients"]["mean"] == 0:
             assert "full-vocabulary term" in entry["token_moments"]["reason"] and name == "otr"
         elif expert:
@@ -377,6 +378,14 @@ def test_wrong_input_is_one_line_and_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_an_analysis_under_a_launcher_is_refused(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every process would otherwise start workers and write the same files."""
+    monkeypatch.setattr("rlzoo.variance.run.world_size", lambda: 2)
+    status, _, errors = run("variance", "arithmetic", "--limit", "4", "--out", "out")
+    assert status == 2 and "start it without accelerate or torchrun" in errors
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_an_experiment_is_cut_to_what_the_rows_are_worth() -> None:
     whole = load_experiment("smollm2-gsm8k")
     cut = _cut(whole, 8)
@@ -413,6 +422,13 @@ def test_the_report_says_what_figures_do_not_show(
     page = (tmp_path / "report.html").read_text()
     assert "x&lt;script&gt;" in page and page.count("<script>") == 1  # the page's own
     assert all(figure.hides for figure in figures) and len(figures) == 6  # no training
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["results", "export", str(tmp_path), "--format", "pdf", "--to", "pages"]) == 0
+    assert cli.main(["results", "export", str(tmp_path), "--to", "tables"]) == 0
+    pages = {file.stem: file.read_bytes() for file in (tmp_path / "pages").iterdir()}
+    assert pages.keys() == {figure.name for figure in figures}
+    assert all(page.startswith(b"%PDF") for page in pages.values())
+    assert {"per-token.md", "coefficients.md"} <= {file.name for file in (tmp_path / "tables").iterdir()}
     assert [table.row_count for table in report_tables(whole)] == [len(report["objectives"])] * 2
 
 

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 import torch
+from batches import built
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
@@ -413,6 +414,7 @@ def buffer_of(policy: Policy) -> OfflineBuffer:
             reward=float(draw.random() if i % 4 else 1.0) if i % 4 != 1 else 0.0,
             behaviour_logp=(-1 - draw.random(len(row.completion_ids))).tolist(),
             reference_logp=(-1 - draw.random(len(row.completion_ids))).tolist(),
+            columns={"answer": "7"}, inputs={"logp of embedded": [-0.5 - i % 2] * len(row.completion_ids)},
         )
         for i, row in enumerate([*more, *rows[:3]])
     ]  # fmt: skip
@@ -439,7 +441,7 @@ def test_the_mean_gradient_is_that_of_the_surrogate(make_model: MakeModel, name:
     elif name == "otr":
         objective = get_objective(name, temperature=1e-6)  # draws the likeliest token, in whatever order
     else:
-        objective = get_objective(name)
+        objective = built(name)
     buffer = buffer_of(policy)
     picked, subjects, _ = subjects_of({"x": objective}, buffer, 100, 0, None)
     rows, subject = [buffer[i] for i in picked], subjects["x"]

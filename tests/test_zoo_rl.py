@@ -33,6 +33,7 @@ from rlzoo.types import Selection, TokenBatch, Trajectory
 
 MakePolicy = Callable[..., Policy]
 NAMES = ("reinforce", "rloo", "dr-grpo", "dapo", "gspo", "cispo", "otb")
+NEW = ("reinforce-pp", "dppo", "maxrl", "sapo", "topr", "dro", "vespo", "a-star-po", "oapl", "qrpo")
 over_seeds = pytest.mark.parametrize("seed", SEEDS)
 
 
@@ -321,7 +322,7 @@ def stale(gap: float, advantage: float = -1.0) -> TokenBatch:
 
 
 @pytest.mark.parametrize(
-    "name", ["grpo", "ppo", "dr-grpo", "dapo", "gspo", "cispo", "otb", "psft", "iw-sft", "dpo", "kto"]
+    "name", ["grpo", "ppo", "dr-grpo", "dapo", "gspo", "cispo", "otb", "psft", "iw-sft", "dpo", "kto", *NEW]
 )
 def test_nothing_is_infinite_on_stale_data(name: str) -> None:
     for gap in (25.0, 100.0, 1000.0, -100.0, math.inf):
@@ -334,7 +335,7 @@ def assert_finite_on_stale_data(objective: Objective, gap: float, dtype: torch.d
     batch = batch.replace(mismatched=double([0, 0]), partner=torch.tensor([1, 0]), chosen=torch.tensor([True, False]))
     if math.isinf(gap):  # a token that the behaviour policy cannot have sampled
         batch = batch.replace(reference_logp=batch.logp.detach())
-        if objective.name == "ppo":  # its snapshot is a policy's that could have sampled it
+        if objective.name in ("ppo", "reinforce-pp"):  # its snapshot is a policy's that could have sampled it
             batch = batch.replace(snapshot_logp=batch.logp.detach())
     low = {k: v.detach().to(dtype) for k, v in batch._tensors().items() if v.is_floating_point()}
     batch = batch.replace(**low, statistics={k: v.to(dtype) for k, v in batch.inputs.items()})
@@ -345,10 +346,10 @@ def assert_finite_on_stale_data(objective: Objective, gap: float, dtype: torch.d
     assert torch.isfinite(found.values).all() and torch.isfinite(found.values.sum())
 
 
-@pytest.mark.parametrize("name", ["grpo", "ppo", "dr-grpo", "dapo", "gspo"])
+@pytest.mark.parametrize("name", ["grpo", "ppo", "dr-grpo", "dapo", "gspo", "reinforce-pp"])
 def test_a_stale_token_beyond_the_bound_has_no_gradient_and_others_have_theirs(name: str) -> None:
     options: dict[str, object] = {"whiten": False} if name == "ppo" else {}
-    options |= {"kl_coefficient": 0.0} if name in ("grpo", "ppo") else {}
+    options |= {"kl_coefficient": 0.0} if name in ("grpo", "ppo", "reinforce-pp") else {}
     found = values(get_objective(name, **options), stale(100.0))
     if name == "gspo":  # one ratio of the sequence
         assert (found == 0).all()
@@ -534,7 +535,7 @@ def mean_reward(rows: list[Trajectory]) -> float:
     return sum(row.reward or 0.0 for row in rows) / len(rows)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, *(name for name in NEW if name != "qrpo")])
 def test_online_training_raises_a_trivial_reward(name: str, make_policy: MakePolicy) -> None:
     policy = make_policy("llama", dtype=torch.float32, seed=1)
     rewards: list[float] = []

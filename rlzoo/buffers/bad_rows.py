@@ -26,9 +26,15 @@ class BadRows:
         self.mode = mode
         self.rows = 0
         """The number of rows read, including bad ones."""
-        self._places: set[str] = set()
-        self._first: list[str] = []
+        self._places: dict[str, None] = {}
+        self.first: list[str] = []
+        """The first reasons, with their places."""
         self._noted: dict[str, tuple[set[str], str]] = {}
+
+    @property
+    def places(self) -> list[str]:
+        """The rows that were dropped, in their order."""
+        return list(self._places)
 
     @property
     def dropped(self) -> int:
@@ -43,11 +49,11 @@ class BadRows:
     def to_json(self) -> dict[str, Any]:
         """All counts and notes, as plain data."""
         noted = {kind: [sorted(places), first] for kind, (places, first) in self._noted.items()}
-        return {"rows": self.rows, "places": sorted(self._places), "first": self._first, "noted": noted}
+        return {"rows": self.rows, "places": sorted(self._places), "first": self.first, "noted": noted}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Continue from what `to_json` returned."""
-        self.rows, self._places, self._first = state["rows"], set(state["places"]), list(state["first"])
+        self.rows, self._places, self.first = state["rows"], dict.fromkeys(state["places"]), list(state["first"])
         self._noted = {kind: (set(places), first) for kind, (places, first) in state["noted"].items()}
 
     @contextmanager
@@ -65,8 +71,8 @@ class BadRows:
             hint = "" if self.rows < 2 else " (or drop and count such rows: bad_rows: drop)"
             raise UserError(reason + hint) from None
         if place not in self._places:
-            self._places.add(place)
-            self._first = [*self._first, reason][:KEPT]
+            self._places[place] = None
+            self.first = [*self.first, reason][:KEPT]
 
     def note(self, place: str, notes: Mapping[str, str]) -> None:
         """Record ``notes`` on a good row: what happened to it → an example. A row counts once per kind of note."""
@@ -86,11 +92,11 @@ class BadRows:
     def require_some(self, left: int) -> None:
         """Raise UserError if rows were dropped and none are ``left``."""
         if not left and self.dropped:
-            raise UserError(f"all {self.dropped:,} rows are bad and were dropped; the first, {self._first[0]}")
+            raise UserError(f"all {self.dropped:,} rows are bad and were dropped; the first, {self.first[0]}")
 
     def summary(self) -> dict[str, Any] | None:
         """The number of dropped rows, of all rows, and the first reasons, as plain data; None if none were dropped."""
-        return {"count": self.dropped, "of": self.rows, "first": list(self._first)} if self.dropped else None
+        return {"count": self.dropped, "of": self.rows, "first": list(self.first)} if self.dropped else None
 
 
 @contextmanager

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import math
 import random
-import re
-import string
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import compress, islice, zip_longest
@@ -17,6 +14,7 @@ from rlzoo.buffers.formats import Fits
 from rlzoo.buffers.layouts import conversation_of
 from rlzoo.buffers.spooled import kept
 from rlzoo.buffers.tables import SourceTable, good_rows
+from rlzoo.buffers.templates import columns_in, each_filled, filled
 from rlzoo.buffers.values import find, number, own_id, usable
 from rlzoo.errors import UserError, kind_of, unknown
 from rlzoo.policy.chat import Message, Options, messages, options_of
@@ -152,7 +150,7 @@ def _as_asked(index: int, problem: Problem, source: ProblemSource) -> Problem:
 
 def _problem(index: int, row: Mapping[str, Any], source: ProblemSource) -> Problem:
     if columns_in(source.prompt):
-        prompt: Any = _filled(source.prompt, row)
+        prompt: Any = filled(source.prompt, row)
     else:
         prompt = conversation_of(find(row, source.prompt), source.prompt)
     if prompt is None or (isinstance(prompt, str) and not prompt.strip()):
@@ -181,7 +179,7 @@ def _instructed(prompt: Any, system: str) -> list[Message]:
 def _solutions(row: Mapping[str, Any], column: str | None) -> tuple[str, ...]:
     """The worked solutions in a column, or that a template makes of columns: one, or a list of them; none for null."""
     named = columns_in(column) if column is not None else []
-    found = _each_filled(str(column), row, named) if named else None if column is None else find(row, column)
+    found = each_filled(str(column), row, named) if named else None if column is None else find(row, column)
     solutions = [each for each in (found if isinstance(found, list) else [found]) if each is not None]
     for solution in solutions:
         if not isinstance(solution, (str, int, float)) or solution != solution:
@@ -205,51 +203,6 @@ def _rated(problem: Problem, column: str | None) -> Problem:
         raise UserError(
             f"quality column {column!r} is {'null' if value is None else f'{value!r:.60}'}: give a finite number"
         ) from None
-
-
-def _each_filled(template: str, row: Mapping[str, Any], named: Sequence[str]) -> list[str]:
-    """What a template makes of a row: one text, one per element of the column that holds a list, or none for a null."""
-    values = {name: find(row, name) for name in named}
-    if any(value is None for value in values.values()):
-        return []
-    lists = [name for name, value in values.items() if isinstance(value, list)]
-    rows = [{**row, lists[0]: value} for value in values[lists[0]]] if lists else [row]
-    return [_filled(template, one) for one in rows]
-
-
-def _filled(template: str, row: Mapping[str, Any]) -> str:
-    """The text that a template makes of a row. Raises UserError for a value that is null or not text."""
-    parts = []
-    for text, name, spec, conversion in string.Formatter().parse(template):
-        parts.append(text)
-        if name is None:
-            continue
-        try:
-            value = find(row, re.sub(r"\[(\w+)\]", r".\1", name))
-        except UserError as error:
-            raise UserError(f"{error}: name a column in {{{name}}}, or write {{{{{name}}}}} for text") from None
-        if value is None or isinstance(value, (list, dict)) or value in (math.inf, -math.inf) or value != value:
-            what = str(value) if value in (math.inf, -math.inf) else kind_of(value)
-            raise UserError(
-                f"column {name!r} is {what}, and the template needs text there: fill it in (with an empty text where "
-                "nothing is meant), or drop the row"
-            )
-        try:
-            parts.append(format(string.Formatter().convert_field(value, conversion), spec or ""))
-        except ValueError as error:
-            raise UserError(f"column {name!r} cannot be shown as {{{name}:{spec}}}: {error}") from None
-    return "".join(parts)
-
-
-def columns_in(template: str) -> list[str]:
-    """The columns that a template of a prompt or a solution names; none for a column's name."""
-    try:
-        names = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
-    except ValueError as error:
-        raise UserError(f"template {template!r}: {error}: write {{{{ and }}}} for braces that are text") from None
-    if "" in names:
-        raise UserError(f"template {template!r} has {{}}: name a column in it, or write {{{{}}}} for text")
-    return names
 
 
 def encode_problems(

@@ -37,7 +37,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"rlzoo: {_told(error, str(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as error:
-        print(f"rlzoo: {_told(error, 'interrupted')}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":  # once for all processes of a run
+            print(f"rlzoo: {_told(error, 'interrupted')}", file=sys.stderr)
         return 143 if isinstance(error, Terminated) else 130
 
 
@@ -46,8 +47,9 @@ def _run(command: Callable[[], int] | None) -> int:
         return 0
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         from rlzoo.jobs.ranks import joined
+        from rlzoo.jobs.restarts import restarting
 
-        with joined():
+        with joined(), restarting():
             return command()
     return command()
 

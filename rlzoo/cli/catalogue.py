@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
 from typing import Annotated, Any
 
 from typer import Option
@@ -18,6 +19,12 @@ def list_(
     markdown: Annotated[
         bool, Option("--markdown", help="Print the reference of the built-in objectives, in Markdown.")
     ] = False,
+    curves: Annotated[
+        bool, Option("--curves", help="Show how objectives for demonstrations weight a token, given its probability.")
+    ] = False,
+    out: Annotated[
+        Path | None, Option("--out", metavar="FOLDER", help="With --curves: write the figure and its numbers here.")
+    ] = None,
 ) -> int:
     """List objectives with their hyper-parameters, rewards, metrics, views, samplers, suites, and experiments.
 
@@ -25,10 +32,18 @@ def list_(
       rlzoo list
       rlzoo list --json
       rlzoo list --markdown > docs/objectives.md
+      rlzoo list --curves --out curves
     """
-    if as_json and markdown:
-        raise UserError("--json and --markdown: give one of them")
-    if markdown:
+    given = [name for name, on in (("--json", as_json), ("--markdown", markdown), ("--curves", curves)) if on]
+    if len(given) > 1:
+        raise UserError(f"{' and '.join(given)}: give one of them")
+    if out is not None and not curves:
+        raise UserError("--out is the folder of the figure: give --curves with it")
+    if curves:
+        from rlzoo.cli.curves import show_curves
+
+        show_curves(out)
+    elif markdown:
         from rlzoo.cli.objectives_page import objectives_page
 
         print(objectives_page())
@@ -75,10 +90,11 @@ def catalogue_text() -> str:
 
     found = catalogue()
     lines = ["objectives (all have the option truncated=keep too)"]
+    width = max(len(row["name"]) for row in found["objectives"])
     for row in found["objectives"]:
         own = own_options_of(objective_class(row["name"]))
-        options = ", ".join(f"{k}={v['default']}" for k, v in own.items())
-        lines.append(f"  {row['name']:11} {row['summary']}" + (f" [{options}]" if options else ""))
+        options = ", ".join(f"{k}={_in_one_line(v['default'])}" for k, v in own.items())
+        lines.append(f"  {row['name']:{width}} {row['summary']}" + (f" [{options}]" if options else ""))
     for kind in ("rewards", "metrics", "views", "samplers"):
         lines += [kind, "  " + ", ".join(row["name"] for row in found[kind])]
     for kind in ("suites", "experiments"):
@@ -86,6 +102,10 @@ def catalogue_text() -> str:
         width = max(len(row["name"]) for row in found[kind])
         lines += [f"  {row['name']:{width}} {_first_sentence(row['description'])}" for row in found[kind]]
     return "\n".join(lines)
+
+
+def _in_one_line(default: Any) -> str:
+    return repr(default) if len(str(default).split()) > 1 else str(default)
 
 
 def _first_sentence(text: str) -> str:

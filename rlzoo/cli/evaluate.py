@@ -24,7 +24,7 @@ def evaluate(
     threads: options.Threads = None,
     trust_remote_code: options.Trust = False,
 ) -> int:
-    """Evaluate a policy on an experiment's benchmarks: avg@k, greedy and pass@k.
+    """Evaluate a policy on an experiment's benchmarks and retention sets: avg@k, greedy and pass@k.
 
     The policy is the experiment's base model, after its warm-up if it has one, or the --model that is given, as it is.
 
@@ -46,10 +46,11 @@ def evaluate(
     from rlzoo.jobs.pool import silence
     from rlzoo.rollout import unscored
 
-    scored_by = {name: reward_of(chosen, benchmark=name) for name in chosen.benchmarks}
+    scored_sets = chosen.scored_sets
+    scored_by = {name: reward_of(chosen, benchmark=name) for name in scored_sets}
     table = metrics_of(chosen)
-    bad = {name: BadRows(source.bad_rows) for name, source in chosen.benchmarks.items()}
-    problems = {name: load_problems(source, bad[name]) for name, source in chosen.benchmarks.items()}
+    bad = {name: BadRows(source.bad_rows) for name, source in scored_sets.items()}
+    problems = {name: load_problems(source, bad[name]) for name, source in scored_sets.items()}
     silence()
     with base_policy(chosen) as policy:
         found = {
@@ -57,7 +58,7 @@ def evaluate(
                 policy,
                 some,
                 scored_by[name],
-                chosen.evaluation_on(chosen.benchmarks[name]),
+                chosen.evaluation_on(scored_sets[name]),
                 seed,
                 bad=bad[name],
                 token_budget=chosen.training.token_budget,
@@ -74,8 +75,9 @@ def evaluate(
         print(json.dumps(results, indent=1))
         return 0
     for name, m in results.items():
+        kind = "retention, " if name in chosen.retention else ""
         print(
-            f"{name}: avg@{m['samples']} {m['avg_at_k']:.1%}  greedy {m['greedy']:.1%}  "
+            f"{kind}{name}: avg@{m['samples']} {m['avg_at_k']:.1%}  greedy {m['greedy']:.1%}  "
             f"pass@{m['k']} {m['pass_at_k']:.1%}"
             + "".join(f"  {n.removeprefix('reward/')} {v:.4g}" for n, v in m.items() if n.startswith("reward/"))
         )

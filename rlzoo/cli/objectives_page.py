@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 from rlzoo.errors import UserError
 from rlzoo.objective import Objective, is_composite, list_objectives, objective_class, own_options_of
+from rlzoo.testing.parity import COMPARED, TRL
 from rlzoo.types import Selection, name_of_view
 
 COMMAND = "rlzoo list --markdown > docs/objectives.md"
@@ -49,11 +50,16 @@ classes:
 
 An objective gives each token a coefficient c_t, the factor of ∇ log π_θ(y_t) in the gradient; p_t is π_θ(y_t), the
 probability of the token under the policy in training. [interface.md](interface.md) explains how coefficients become a
-loss, and what an objective can request. "Code" counts the lines of a file that are not blank, comment or docstring.
+loss, and what an objective can request. [losses.md](losses.md) has all objectives for demonstrations on one map. "Code"
+counts the lines of a file that are not blank, comment or docstring.
+
+"Checked against" says how an objective is validated. `formula`: its loss is the one that its paper writes, in
+tests/canonical.py, which shares no code with the objective, and its gradient is the one that automatic differentiation
+finds for that. `{TRL}`: on the same model and rows, both are also those of TRL's trainer.
 
 Besides its own options, every objective except composites has the option `truncated`, for completions that were cut at
 the length limit: `keep` (the default), `drop` or, if it learns from groups, `mask`. See [data.md](data.md)."""
-    columns = ["objective", "coefficient", "learns from", "normaliser", "needs", "source", "code"]
+    columns = ["objective", "coefficient", "learns from", "normaliser", "needs", "source", "checked against", "code"]
     parts = [intro, _table(columns, [_row(one) for some in built_in.values() for one in some])]
     for title, some in built_in.items():
         parts += [f"## {title}", *(_section(one, names) for one in some)]
@@ -95,9 +101,10 @@ def _row(objective: type[Objective]) -> list[str]:
     if is_composite(objective):
         own = ["as its components"] * 3
     else:
-        own = [name_of_view(objective.learns_from), _words(objective.normaliser.value), _needs(objective)]
+        own = [name_of_view(objective.learns_from), _words(_example(objective).normaliser.value), _needs(objective)]
     link = f"[{objective.name}](#{objective.name})"
-    return [link, _summary(objective)[1], *own, _linked(objective.source) or "none", str(_code(objective))]
+    checked = _checked(objective)
+    return [link, _summary(objective)[1], *own, _linked(objective.source) or "none", checked, str(_code(objective))]
 
 
 def _section(objective: type[Objective], names: Sequence[str]) -> str:
@@ -110,15 +117,15 @@ def _section(objective: type[Objective], names: Sequence[str]) -> str:
             ["learns from", name_of_view(objective.learns_from)],
             ["needs", "; ".join([_needs(objective), *_other_needs(objective)])],
             ["coupling", _coupling(objective)],
-            ["normaliser", _words(objective.normaliser.value)],
+            ["normaliser", "; ".join([_words(_example(objective).normaliser.value), *_other_normalisers(objective)])],
         ]
     path = f"algorithms/{Path(inspect.getfile(objective)).name}"
-    facts += [["source", _linked(objective.source) or "none"]]
+    facts += [["source", _linked(objective.source) or "none"], ["checked against", _checked(objective)]]
     facts += [["code", f"[{path}](../{path}), {_code(objective)} lines"]]
     text = inspect.getdoc(sys.modules[objective.__module__]) or ""
     parts = [f"### {objective.name}", prose(text, names), _table(["", ""], facts)]
     if options := own_options_of(objective):
-        required = {field.name for field in fields(objective) if field.default is field.default_factory is MISSING}
+        required = _required(objective)
         rows = [
             [f"`{name}`", _type(option["type"]), "none: required" if name in required else f"`{option['default']}`"]
             for name, option in options.items()
@@ -134,7 +141,16 @@ def _summary(objective: type[Objective]) -> tuple[str, str]:
 
 
 def _needs(objective: type[Objective], **options: Any) -> str:
-    return ", ".join(sorted(one.label for one in objective(**options).requires)) or "nothing"
+    return ", ".join(sorted(one.label for one in _example(objective, **options).requires)) or "nothing"
+
+
+def _example(objective: type[Objective], **options: Any) -> Objective:
+    """An objective with its defaults; an option without one is given its own name."""
+    return objective(**{name: name for name in _required(objective)} | options)
+
+
+def _required(objective: type[Objective]) -> set[str]:
+    return {field.name for field in fields(objective) if field.default is field.default_factory is MISSING}
 
 
 def _other_needs(objective: type[Objective]) -> Iterator[str]:
@@ -149,6 +165,21 @@ def _other_needs(objective: type[Objective]) -> Iterator[str]:
                 if needs == _needs(objective):
                     continue
                 yield f"with `{field.name}` = {value:g}: {needs}" if hint is float else f"with `{value}`: {needs}"
+
+
+def _other_normalisers(objective: type[Objective]) -> Iterator[str]:
+    """How its normaliser changes with another value of a `Literal` option."""
+    for field, hint in typing.get_type_hints(objective).items():
+        for value in typing.get_args(hint) if typing.get_origin(hint) is Literal else ():
+            with suppress(UserError):
+                normaliser = _example(objective, **{field: value}).normaliser
+                if normaliser is not _example(objective).normaliser:
+                    yield f"with `{value}`: {_words(normaliser.value)}"
+
+
+def _checked(objective: type[Objective]) -> str:
+    """What the tests compare it with: all with their paper's formula, some with another implementation too."""
+    return ", ".join(["formula", *([COMPARED[objective.name]] if objective.name in COMPARED else [])])
 
 
 def _coupling(objective: type[Objective]) -> str:

@@ -42,6 +42,7 @@ def report(
     """
     from rlzoo.comparison.report import distinct, write_report, write_report_of_several
     from rlzoo.comparison.studies import list_studies, study_folder
+    from rlzoo.variance import report as variance_report
 
     studies = [name for name in folders if not Path(name).is_dir() and name in list_studies()]
     paths = [study_folder(name) if name in studies else Path(name) for name in folders]
@@ -51,10 +52,8 @@ def report(
         out = out or Path("runs") / f"report-{'-'.join(name.replace('/', '-') for name in distinct(paths))}"
     if len(paths) > 1:
         write_report_of_several(paths, out or paths[0], shlex.join(["rlzoo", "report", *folders]))
-    elif (paths[0] / "variance.json").is_file() and not (paths[0] / "results.json").is_file():
-        from rlzoo.variance.report import write_report as write_variance_report
-
-        write_variance_report(paths[0], out)
+    elif variance_report.is_analysis(paths[0]):
+        variance_report.write_report(paths[0], out)
     else:
         write_report(paths[0], baseline, out)
     print(f"wrote {(out or paths[0]) / 'report.html'}")

@@ -17,7 +17,10 @@ def results(
     ] = "list",
     names: Annotated[
         list[str] | None,
-        Argument(metavar="NAME...", help="A study, or a folder of rlzoo compare; two algorithms; or pages."),
+        Argument(
+            metavar="NAME...",
+            help="A study, or a folder of rlzoo compare (to export, also of rlzoo variance); two algorithms; or pages.",
+        ),
     ] = None,
     form: Annotated[
         Literal["csv", "latex", "markdown", "pdf", "svg"],
@@ -47,6 +50,7 @@ def results(
       rlzoo results compare dft sft
       rlzoo results export arithmetic --format latex
       rlzoo results export arithmetic --format pdf
+      rlzoo results export runs/variance --format pdf
       rlzoo results save runs/arithmetic-20260101-120000 --to my-studies
       rlzoo results refresh docs/results.md
     """
@@ -70,6 +74,7 @@ def results(
     )
     from rlzoo.comparison.report.tables import plain_table, studies_table
     from rlzoo.document.exports import TABLE_FORMATS, export
+    from rlzoo.variance import report as variance_report
 
     def explained(seeds: int) -> str:
         return "\n".join(checks_explained(seeds)[: len(CHECKS)])
@@ -92,8 +97,10 @@ def results(
         console.print(told, soft_wrap=True)
     elif action == "export":
         kind = "tables" if form in TABLE_FORMATS else "figures"
-        blocks = contents(studies.read_study(given[0]), None)
-        for file in export(blocks, to or Path(f"{Path(given[0]).name}-{kind}"), form):
+        folder = Path(given[0])
+        analysed = variance_report.is_analysis(folder)
+        blocks = variance_report.read_report(folder)[1] if analysed else contents(studies.read_study(given[0]), None)
+        for file in export(blocks, to or Path(f"{folder.name}-{kind}"), form):
             print(file)
     elif action == "refresh":
         for page in given:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from rlzoo.comparison.curves import ends_the_curve
-from rlzoo.comparison.plan import cells, sampling_seeds
+from rlzoo.comparison.plan import cells, first_stages, sampling_seeds
 from rlzoo.comparison.resolve import learns_from_samples, objective_of, views_of
 from rlzoo.comparison.sizes import Lengths, lengths_of, size_of, worked_in
 from rlzoo.config import WARM_UP, Experiment, Training
@@ -70,18 +71,22 @@ class Forecast:
     """The model's number of parameters."""
     warm_up: RowForecast | None = None
     """The costs of the warm-up, which is trained once."""
+    repeated: tuple[RowForecast, ...] = ()
+    """Stages that are in the costs of several cells although they are trained once; ``cells`` is negative."""
 
     @property
     def sampled_tokens(self) -> float:
         """All sampled completion tokens, for training and for evaluation."""
-        own = sum(row.cells * (row.sampled_tokens + row.evaluated_tokens) for row in self.rows)
+        rows = (*self.rows, *self.repeated)
+        own = sum(row.cells * (row.sampled_tokens + row.evaluated_tokens) for row in rows)
         return own + self.shared_sampled_tokens + self.shared_evaluated_tokens
 
     @property
     def flops(self) -> float:
         """All FLOPs of forward and backward passes, without those of sampling."""
         once = 0.0 if self.warm_up is None else self.warm_up.flops
-        return sum(row.cells * row.flops for row in self.rows) + self.shared_flops + once
+        own = sum(row.cells * row.flops for row in (*self.rows, *self.repeated))
+        return own + self.shared_flops + once
 
     def seconds(self, flops_per_second: float, tokens_per_second: float) -> float:
         """The duration in seconds: FLOPs / ``flops_per_second`` + sampled tokens / ``tokens_per_second``."""
@@ -128,6 +133,7 @@ def forecast(experiment: Experiment, model: Policy, sample_tokens: float | None 
         model.flops(1, 1, modules=False),
         sum(p.numel() for p in model.model.parameters()),
         _warm_up(experiment, model),
+        _repeated(experiment, model, lengths, tests, buffer),
     )
 
 
@@ -152,6 +158,11 @@ class _Tests(NamedTuple):
     """Those that a full evaluation at the same step includes."""
     text: float
     """The number of the base's completions that are scored for retention."""
+
+    @property
+    def before_another(self) -> _Tests:
+        """Those of a stage that another one follows."""
+        return _Tests(0.0, self.along, 0.0, 0.0)
 
 
 def _tests(experiment: Experiment, lengths: Lengths) -> _Tests:
@@ -217,32 +228,50 @@ def _steps(training: Training, batch: Costs, before: Costs, where: str) -> int:
     start = float(getattr(before, budget.cost))
     check_budget(budget, start, where)
     batches = (budget.amount - start) / float(getattr(batch, budget.cost))
-    return min(training.steps, math.ceil(batches * training.updates_per_batch))
+    return min(training.steps, math.ceil(batches * training.steps_per_batch))
 
 
 def _rows(
-    experiment: Experiment,
-    name: str,
-    model: Policy,
-    lengths: Lengths,
-    count: int,
-    tests: _Tests,
-    shared: _Shared,
+    experiment: Experiment, name: str, model: Policy, lengths: Lengths, count: int, tests: _Tests, shared: _Shared
 ) -> RowForecast:
-    """`_row` for an algorithm of one stage or several, whose costs are added up."""
-    *earlier, last = experiment.stages_of(name)
-    found = _row(experiment, last, model, lengths, count, tests, shared, len(experiment.learning_rates_of(name)))
-    for stage in earlier:
-        row = _row(experiment, stage, model, lengths, count, _Tests(0.0, tests.along, 0.0, 0.0), shared)
+    """The costs of an algorithm of one stage or several, which are added up."""
+    names, rates = experiment.stages_of(name), len(experiment.learning_rates_of(name))
+    found = _stage(experiment, names, model, lengths, count, tests, shared, rates)
+    for number in range(1, len(names)):
+        row = _stage(experiment, names[:number], model, lengths, count, tests.before_another, shared)
         sums = {
             each: getattr(found, each) + getattr(row, each)
             for each in ("steps", "gradient_tokens", "sampled_tokens", "evaluated_tokens", "flops")
         }
         found = replace(found, **sums, bytes=max(found.bytes, row.bytes))
-    for stage in experiment.stages_of(name)[1:]:
-        if experiment.algorithms[stage].mode == "offline":  # its stored inputs are not those of the shared buffer
-            found = replace(found, flops=found.flops + shared.scored(experiment, stage, model, lengths))
     return replace(found, algorithm=name)
+
+
+def _repeated(
+    experiment: Experiment, model: Policy, lengths: Lengths, tests: _Tests, shared: _Shared
+) -> tuple[RowForecast, ...]:
+    """Each stage that several cells go on from or report, minus as often as it is too often in their costs."""
+    often, grid, tests = Counter[tuple[str, ...]](), cells(experiment), tests.before_another
+    for one in first_stages(experiment):
+        often[one.names] += 1 - sum(one.is_of(experiment, cell) for cell in grid)
+    return tuple(_stage(experiment, names, model, lengths, n, tests, shared) for names, n in often.items())
+
+
+def _stage(
+    experiment: Experiment,
+    names: Sequence[str],
+    model: Policy,
+    lengths: Lengths,
+    count: int,
+    tests: _Tests,
+    shared: _Shared,
+    rates: int = 1,
+) -> RowForecast:
+    """`_row` for the last of some stages; the stored inputs of a later one are not those of the shared buffer."""
+    found = _row(experiment, names[-1], model, lengths, count, tests, shared, rates)
+    if len(names) == 1 or experiment.algorithms[names[-1]].mode != "offline":
+        return found
+    return replace(found, flops=found.flops + shared.scored(experiment, names[-1], model, lengths))
 
 
 def _row(
@@ -279,14 +308,14 @@ def _row(
             micro.flops += _passed(policy, rows)  # the behaviour log-probs
         assembler = Assembler(policy, _models(policy, own), micro)
         batch = assembler.assemble(rows, units, own)
-        for _ in range(1, settings.updates_per_batch):
+        for _ in range(settings.mini_batches == 1, settings.updates_per_batch):  # mini-batches are all renewed
             assembler.renew(batch, rows, units, own)
         references = sum(one.gives_logits for one in own.requires)
         micro.flops += settings.updates_per_batch * (backward + references) * _passed(policy, rows)
     one_batch = Costs(round(settings.updates_per_batch * tokens), round(sampled), micro.flops + sampling)
     before = shared.costs(experiment, name, model, lengths)
     steps = _steps(settings, one_batch, before, name)
-    batches = -(-steps // settings.updates_per_batch)
+    batches = -(-steps // settings.steps_per_batch)
     whole, along, known, text = tests
     along -= known if rates == 1 else 0.0
     if rates > 1 and experiment.validation is not None:
@@ -297,7 +326,7 @@ def _row(
         name,
         count,
         steps,
-        steps * tokens,
+        steps * tokens / settings.mini_batches,
         batches * sampled,
         whole + along,
         batches * micro.flops + text * lengths.flops(model, lengths.sample),

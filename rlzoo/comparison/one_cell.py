@@ -15,8 +15,8 @@ from rlzoo.buffers.bad_rows import BadRows
 from rlzoo.buffers.problems import encode_problems, load_problems
 from rlzoo.comparison import retention
 from rlzoo.comparison.curves import costs_at, ends_the_curve, result_at
-from rlzoo.comparison.one_stage import train_cell
-from rlzoo.comparison.plan import Cell, has_choice
+from rlzoo.comparison.one_stage import Given, train_cell, train_first
+from rlzoo.comparison.plan import Cell, FirstStages, has_choice
 from rlzoo.comparison.resolve import reward_of
 from rlzoo.comparison.shared_buffer import Report, token_probabilities
 from rlzoo.comparison.warm_up import save_whole
@@ -29,14 +29,11 @@ from rlzoo.jobs.memory import release_memory
 from rlzoo.jobs.outputs import remove
 from rlzoo.jobs.ranks import is_main
 from rlzoo.policy import Policy
-from rlzoo.policy.defaults import resolved
 from rlzoo.policy.loading import load_for
 from rlzoo.reward import Reward
-from rlzoo.rollout import engine_of, sampler_of
+from rlzoo.rollout import sampler_of
 from rlzoo.rollout.rollouts import within_limits
-from rlzoo.training import (
-    Costs,
-)
+from rlzoo.training import Costs
 
 
 def evaluate_base(experiment: Experiment, state: Path, report: Report) -> dict[str, Any]:
@@ -119,7 +116,7 @@ def _run_cell(
     report: Report,
 ) -> dict[str, Any]:
     release_memory()
-    buffer, settings = OfflineBuffer.load(buffer_path), experiment.training_of(cell.algorithm)
+    buffer = OfflineBuffer.load(buffer_path)
     is_chosen = has_choice(experiment, cell.algorithm)
 
     def evaluated(policy: Policy, step: int, most: int, costs: Costs, is_last: bool) -> dict[str, Any]:
@@ -128,17 +125,21 @@ def _run_cell(
         return curve_point(policy, experiment, step, cell.seed, most, costs)
 
     policy, made = train_cell(
-        experiment, cell, shared, buffer, cached, state.parent / "logs" / cell.id, evaluated,
-        lambda share, what: report(0.8 * share, what),
+        experiment, cell,
+        Given(shared, buffer, state, evaluated, lambda share, what: report(0.8 * share, what)),
+        cached.folder / "checkpoints",
     )  # fmt: skip
-    steps, most = len(made["training"]), made["planned_steps"]
+    steps, most, budget = (
+        len(made["training"]),
+        made["planned_steps"],
+        experiment.training_of(cell.algorithm).token_budget,
+    )
     result = {
         "algorithm": cell.algorithm,
         "seed": cell.seed,
         "learning_rate": cell.learning_rate,
         **made,
-        "resolved": resolved(policy, settings, engine_of(experiment.evaluation, policy)),
-        "token_probabilities": token_probabilities(policy, buffer, settings.token_budget)["counts"],
+        "token_probabilities": token_probabilities(policy, buffer, budget)["counts"],
     }
     if is_chosen:
         assert experiment.validation is not None  # checked by the experiment's validator
@@ -153,6 +154,25 @@ def _run_cell(
     for point in made["curve"]:
         point.setdefault("metrics", known_results(experiment, found["outcomes"]))
     return {**result, **found}
+
+
+def run_first(
+    experiment: Experiment,
+    first: FirstStages,
+    shared: dict[str, Any],
+    buffer_path: Path,
+    state: Path,
+    divisor: int,
+    report: Report,
+) -> dict[str, Any]:
+    """Train stages that several cells go on from (see `train_first`), with micro-batches as in `run_cell`."""
+    release_memory()
+    smaller = experiment.with_smaller_batches(divisor)
+
+    def evaluated(policy: Policy, step: int, most: int, costs: Costs, is_last: bool) -> dict[str, Any]:
+        return curve_point(policy, smaller, step, first.seed, most, costs)
+
+    return train_first(smaller, first, Given(shared, OfflineBuffer.load(buffer_path), state, evaluated, report))
 
 
 def evaluate_cell(experiment: Experiment, cell: Cell, state: Path, divisor: int, report: Report) -> dict[str, Any]:

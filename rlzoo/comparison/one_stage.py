@@ -13,7 +13,7 @@ from rlzoo.buffers import Buffer, OfflineBuffer
 from rlzoo.buffers.bad_rows import BadRows
 from rlzoo.buffers.problems import load_problems
 from rlzoo.comparison.curves import costs_at, is_flat
-from rlzoo.comparison.plan import Cell
+from rlzoo.comparison.plan import Cell, FirstStages, is_reported
 from rlzoo.comparison.resolve import learns_from_samples, objective_of, reward_of, views_of
 from rlzoo.comparison.shared_buffer import Report, costs_before, with_stored_inputs
 from rlzoo.comparison.warm_up import save_whole
@@ -23,15 +23,33 @@ from rlzoo.jobs.memory import release_memory
 from rlzoo.jobs.outputs import remove
 from rlzoo.jobs.ranks import agreed, is_main
 from rlzoo.policy import Policy
+from rlzoo.policy.defaults import resolved
 from rlzoo.policy.loading import load_for
-from rlzoo.rollout import Collector, sampler_of
+from rlzoo.rollout import Collector, engine_of, sampler_of
 from rlzoo.training import Costs, Trainer, TrainingRecord
 from rlzoo.training.batches import BufferSource, FreshSource, Source, in_steps, seeds, shares
 from rlzoo.types import selector_of
 
 Evaluated = Callable[[Policy, int, int, Costs, bool], dict[str, Any]]
-"""A point of the learning curve, given the policy, the number of steps so far and in all, the costs so far, and whether
-the cell ends here."""
+"""A point of the learning curve, given the policy, the number of steps so far and of those planned up to the end of the
+stage, the costs so far, and whether the cell ends here."""
+
+
+@dataclass(frozen=True)
+class Given:
+    """What the stages of cells are trained with, besides their own settings."""
+
+    shared: Mapping[str, Any]
+    """Facts about the shared buffer."""
+    buffer: OfflineBuffer
+    state: Path
+    """The folder for cached results and weights; trackers write to logs/ next to it."""
+    evaluated: Evaluated
+    report: Report
+
+    def logs(self, name: str) -> Path:
+        """The folder of trackers for one training."""
+        return self.state.parent / "logs" / name
 
 
 @dataclass(frozen=True)
@@ -66,6 +84,13 @@ class StageOfCell:
         rate = self.cell.learning_rate if is_last else self.experiment.learning_rates_of(self.name)[0]
         return self.experiment.training_of(self.name).model_copy(update={"learning_rate": rate})
 
+    @property
+    def first(self) -> FirstStages | None:
+        """The training that this stage has in common with other cells; None if no stage goes on from it."""
+        if self.number < len(self.names) or is_reported(self.experiment, self.cell):
+            return FirstStages(self.names[: self.number], self.cell.seed)
+        return None
+
     def is_offline(self, number: int | None = None) -> bool:
         """Whether this stage, or that of another number, reads the shared buffer."""
         return self.experiment.algorithms[self.names[(number or self.number) - 1]].mode == "offline"
@@ -90,48 +115,81 @@ class StageOfCell:
         return after
 
 
-def train_cell(
-    experiment: Experiment,
-    cell: Cell,
-    shared: Mapping[str, Any],
-    buffer: OfflineBuffer,
-    cached: CachedResults,
-    logs: Path,
-    evaluated: Evaluated,
-    report: Report,
-) -> tuple[Policy, dict[str, Any]]:
+def train_cell(experiment: Experiment, cell: Cell, given: Given, checkpoints: Path) -> tuple[Policy, dict[str, Any]]:
     """Train all stages of a cell; returns its policy, and plain data: costs, learning curve, metrics per step, events.
 
     Costs are summed over stages; ``planned_steps`` is the largest number of steps, ``start`` what is charged before the
-    first one, and ``ended`` says why the last stage ended. What an earlier stage has left under ``cached``, its weights
-    included, is not computed again. Trackers write to ``logs``.
+    first one, ``ended`` says why the last stage ended, and ``resolved`` are its ``auto`` settings. Stages that other
+    cells go on from come from `train_first`.
     """
     stage, made = StageOfCell(experiment, cell, 1, experiment.model), list[dict[str, Any]]()
-    while stage.number < len(stage.names):
-        own = cached.within(f"stage {stage.number}")
-
-        def run(stage: StageOfCell = stage, own: CachedResults = own) -> dict[str, Any]:
-            where = logs.with_name(f"{logs.name}-stage{stage.number}")
-            policy, found = _train(stage, shared, buffer, own.folder / "checkpoints", where, evaluated, report)
-            save_whole(policy, own.folder / "model")
-            return found
-
-        made.append(cached.once(f"stage {stage.number}", run))
-        if is_main():
-            remove(own.folder / "checkpoints")
-        stage = stage.next(str(own.folder / "model"), made[-1], shared)
+    while (first := stage.first) is not None:
+        made.append(_once(first, stage, given))
+        model = str(weights_of(first, given.state))
+        if stage.number == len(stage.names):
+            policy = load_for(model, stage.settings)
+            break
+        stage = stage.next(model, made[-1], given.shared)
         release_memory()
-    policy, last = _train(stage, shared, buffer, cached.folder / "checkpoints", logs, evaluated, report)
-    made.append(last)
-    lists = {name: [row for one in made for row in one[name]] for name in ("curve", "training", "events")}
-    costs = summed(stage.costs, last["costs"])
+    else:
+        policy, last = _train(stage, given, checkpoints, given.logs(cell.id))
+        made.append(last)
+    rows: dict[str, list[Any]] = {"curve": [], "training": [], "events": []}
+    for number, (name, one) in enumerate(zip(stage.names, made, strict=True), 1):
+        several = {"stage": number} if len(made) > 1 else {}
+        rows["curve"] += [point | several for point in one["curve"]]
+        rows["training"] += [step | several for step in one["training"]]
+        rows["events"] += [f"stage {number} ({name}): {event}" if several else event for event in one["events"]]
     return policy, {
-        "costs": costs.as_dict(),
+        "costs": summed(stage.costs, made[-1]["costs"]).as_dict(),
         "start": made[0]["start"],
-        "ended": last["ended"],
-        "planned_steps": last["planned_steps"],
-        **lists,
+        **{key: made[-1][key] for key in ("ended", "planned_steps", "resolved")},
+        **rows,
     }
+
+
+def train_first(experiment: Experiment, first: FirstStages, given: Given) -> dict[str, Any]:
+    """Train stages that several cells go on from; returns plain data of the last.
+
+    The weights of each are kept for `train_cell`. What is there already is not computed again, and an interrupted stage
+    resumes from its checkpoint.
+    """
+    names, number = first.names, len(first.names)
+    row = next(name for name, one in experiment.algorithms.items() if names == one.stages[:number] != one.stages)
+    stage = StageOfCell(experiment, Cell(row, first.seed, 0.0), 1, experiment.model)
+    while True:
+        own = FirstStages(names[: stage.number], first.seed)
+        made = _once(own, stage, given)
+        if stage.number == number:
+            return made
+        stage = stage.next(str(weights_of(own, given.state)), made, given.shared)
+        release_memory()
+
+
+def weights_of(first: FirstStages, state: Path) -> Path:
+    """The folder of the weights that these stages end with."""
+    return CachedResults(state / "stages").within(first.id).folder / "model"
+
+
+def _once(first: FirstStages, stage: StageOfCell, given: Given) -> dict[str, Any]:
+    """The data of a stage that several cells go on from, trained unless its result and its weights are there."""
+    cached, weights = CachedResults(given.state / "stages"), weights_of(first, given.state)
+    checkpoints = weights.with_name("checkpoints")
+
+    def run() -> dict[str, Any]:
+        policy, found = _train(stage, given, checkpoints, given.logs(first.id))
+        save_whole(policy, weights)
+        return found
+
+    if agreed(weights.exists()):
+        found: dict[str, Any] = cached.once(first.id, run)
+    else:  # even if there is a cached result
+        made = run()
+        written: Any = cached.write(first.id, made) if is_main() else None
+        found = agreed(written)
+    if is_main():
+        remove(checkpoints)
+    return found
 
 
 def summed(costs: Costs, more: Mapping[str, Any]) -> Costs:
@@ -142,16 +200,9 @@ def summed(costs: Costs, more: Mapping[str, Any]) -> Costs:
     return replace(found, peak_memory_bytes=peak)
 
 
-def _train(
-    stage: StageOfCell,
-    shared: Mapping[str, Any],
-    buffer: OfflineBuffer,
-    checkpoints: Path,
-    logs: Path,
-    evaluated: Evaluated,
-    report: Report,
-) -> tuple[Policy, dict[str, Any]]:
+def _train(stage: StageOfCell, given: Given, checkpoints: Path, logs: Path) -> tuple[Policy, dict[str, Any]]:
     """Train a stage; returns the policy and plain data, with steps counted over all stages of the cell."""
+    shared, buffer = given.shared, given.buffer
     experiment, settings, name = stage.experiment, stage.settings, stage.name
     torch.manual_seed(stage.cell.seed)
     policy = load_for(stage.model, settings)
@@ -173,20 +224,19 @@ def _train(
         else:
             sources.append(BufferSource(rows, rows.view(selection, **options), size, own))
     settings = in_steps(settings, sources)
-    most = stage.steps + settings.steps + sum(experiment.training_of(one).steps for one in stage.names[stage.number :])
+    most = stage.steps + settings.steps
     points, patience = experiment.evaluation.curve_points, experiment.evaluation.until_flat
-    several = len(stage.names) > 1
-    label, numbered = (f"stage {stage.number} ({name})", {"stage": stage.number}) if several else ("", {})
+    label = f"stage {stage.number} ({name}) " if len(stage.names) > 1 else ""
 
     def along(trainer: Trainer, step: int) -> None:
-        share = (stage.number - 1 + trainer.progress.fraction) / len(stage.names)
-        report(share, f"{label} {trainer.progress}".strip())
+        given.report(trainer.progress.fraction, f"{label}{trainer.progress}")
         if not (points and trainer.progress.completes_part(points)):
             return
         curve = trainer.record.kept.setdefault("curve", [])
         costs = summed(stage.costs, record.costs.as_dict())
-        is_last = record.ended is not None and stage.number == len(stage.names)
-        curve.append(evaluated(policy, stage.steps + step, most, costs, is_last) | numbered)
+        is_last = record.ended is not None and stage.first is None
+        is_last = record.ended is not None and stage.first is None
+        curve.append(given.evaluated(policy, stage.steps + step, most, costs, is_last))
         if patience is None or record.ended is not None:
             return
         if agreed(is_flat([point["validation"]["by_problem"] for point in curve], patience)):
@@ -200,8 +250,9 @@ def _train(
         "ended": record.ended,
         "planned_steps": most,
         "curve": record.kept.get("curve", []),
-        "training": [{**row, "step": number, **numbered} for number, row in steps],
-        "events": [f"{label}: {event}" if label else event for event in record.events],
+        "training": [{**row, "step": number} for number, row in steps],
+        "events": record.events,
+        "resolved": resolved(policy, settings, engine_of(experiment.evaluation, policy)),
     }
 
 

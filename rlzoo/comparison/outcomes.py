@@ -30,6 +30,32 @@ from rlzoo.config import BASE
 from rlzoo.errors import UserError, unknown
 from rlzoo.evaluation.metrics import pass_at_k
 
+SCHEMA = pa.schema(
+    [
+        ("algorithm", pa.string()),
+        ("seed", pa.int64()),
+        ("learning_rate", pa.float64()),
+        ("benchmark", pa.string()),
+        ("problem_id", pa.string()),
+        ("prompt", pa.string()),
+        ("decoding", pa.string()),
+        ("sample", pa.int64()),
+        ("reward", pa.float64()),
+        ("correct", pa.bool_()),
+        ("length", pa.int64()),
+        ("truncated", pa.bool_()),
+        ("text", pa.string()),
+        ("logged", pa.string()),
+        ("components", pa.string()),
+        ("answer", pa.string()),
+        ("gold_logp", pa.float64()),
+        ("gold_tokens", pa.int64()),
+        ("retention", pa.bool_()),
+        ("base_text_logp", pa.float64()),
+        ("base_text_tokens", pa.int64()),
+    ]
+)
+"""The columns of outcomes.parquet."""
 METRICS = ("avg_at_k", "greedy", "pass_at_k")
 """The metrics that have intervals and paired differences."""
 ResultKey = tuple[str, str, str]

@@ -26,6 +26,45 @@ class Cell:
         return f"{quote(self.algorithm, safe='')}-lr{self.learning_rate:g}-seed{self.seed}"
 
 
+@dataclass(frozen=True)
+class FirstStages:
+    """What rows with the same first stages have in common for a seed: the training of these stages."""
+
+    names: tuple[str, ...]
+    """The rows of the stages."""
+    seed: int
+
+    @property
+    def id(self) -> str:
+        """A unique name that is safe for a folder."""
+        return f"stage {'+'.join(quote(name, safe='') for name in self.names)}-seed{self.seed}"
+
+    def is_of(self, experiment: Experiment, cell: Cell) -> bool:
+        """Whether a cell goes on from these stages, or reports them."""
+        names = experiment.stages_of(cell.algorithm)
+        if cell.seed != self.seed or names[: len(self.names)] != self.names:
+            return False
+        return len(names) > len(self.names) or is_reported(experiment, cell)
+
+
+def first_stages(experiment: Experiment) -> list[FirstStages]:
+    """The stages that some row goes on from, once per seed: the first stages before the second."""
+    rows = [row.stages for row in experiment.algorithms.values()]
+    found = dict.fromkeys(stages[:number] for stages in rows for number in range(1, len(stages)))
+    return [FirstStages(names, seed) for names in sorted(found, key=len) for seed in experiment.seeds]
+
+
+def is_reported(experiment: Experiment, cell: Cell) -> bool:
+    """Whether a cell ends where other rows go on: then it is trained once for all of them.
+
+    Not with adapters, which the weights that others go on from have merged, nor at a learning rate of its own.
+    """
+    names = experiment.stages_of(cell.algorithm)
+    goes_on = any(row.stages[: len(names)] == names != row.stages for row in experiment.algorithms.values())
+    own = experiment.learning_rates_of(names[-1])[0] == cell.learning_rate
+    return goes_on and own and experiment.training_of(names[-1]).lora is None
+
+
 def cells(experiment: Experiment) -> list[Cell]:
     """All cells of the grid. Seeds vary slowest, so that every algorithm has a result early."""
     return [

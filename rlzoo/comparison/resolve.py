@@ -8,7 +8,8 @@ from collections.abc import Sequence
 
 import torch
 
-from rlzoo.buffers.problems import EncodedProblem, Problem, columns_in, load_problems
+from rlzoo.buffers.problems import EncodedProblem, Problem, load_problems
+from rlzoo.buffers.templates import columns_in
 from rlzoo.buffers.views import check_options
 from rlzoo.comparison.outcomes import OVERALL
 from rlzoo.config import BASE, WARM_UP, Benchmark, Experiment, ProblemSource, get_suite, load_experiment
@@ -22,7 +23,7 @@ from rlzoo.rollout.sampler import Sample, sampler_class
 from rlzoo.rollout.scoring import columns_of, score_samples
 from rlzoo.training import batches
 from rlzoo.training.batches import Views
-from rlzoo.training.trainer import check_precision
+from rlzoo.training.checks import check_precision
 from rlzoo.types import selector_of
 
 

@@ -9,8 +9,9 @@ from concurrent.futures import Future
 from contextlib import AbstractContextManager
 from dataclasses import asdict
 from datetime import UTC, datetime
+from itertools import groupby
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -19,12 +20,15 @@ from rich.console import Console
 
 from rlzoo.buffers.bad_rows import dropped_line
 from rlzoo.comparison import one_cell, resolve, shared_buffer
-from rlzoo.comparison.outcomes import BASE_TEXT, summarise
+from rlzoo.comparison.one_stage import weights_of
+from rlzoo.comparison.outcomes import BASE_TEXT, SCHEMA, summarise
 from rlzoo.comparison.plan import (
     Cell,
+    FirstStages,
     buffer_of,
     cells,
     chosen_cells,
+    first_stages,
     has_choice,
     lost_cells,
     sampling_seeds,
@@ -38,6 +42,7 @@ from rlzoo.comparison.warm_up import after_warm_up, alone, facts_of, warm_up
 from rlzoo.config import BASE, WARM_UP, Experiment, load_experiment
 from rlzoo.errors import UserError
 from rlzoo.evaluation import mean_over_benchmarks
+from rlzoo.jobs.cached_results import CachedResults
 from rlzoo.jobs.heartbeat import Heartbeat
 from rlzoo.jobs.on_ray import ray_tasks
 from rlzoo.jobs.outputs import remove, replacing, write_atomically
@@ -51,39 +56,15 @@ from rlzoo.jobs.pool import (
     pool,
     why,
 )
-from rlzoo.jobs.ranks import is_main, world_size
+from rlzoo.jobs.ranks import agreed, is_main, world_size
 from rlzoo.jobs.runs import Run, place, run_in, versions
 from rlzoo.rollout.rollouts import unscored
 
+Trained = TypeVar("Trained", Cell, FirstStages)
 RETRIES = 2
 """How often a cell that ran out of memory is retried, each time with micro-batches half as large."""
 BUFFER_FACTS = ("rows", "samples", "correct", "sampled_tokens", "mismatch")
 """What results.json records about each buffer."""
-OUTCOMES = pa.schema(
-    [
-        ("algorithm", pa.string()),
-        ("seed", pa.int64()),
-        ("learning_rate", pa.float64()),
-        ("benchmark", pa.string()),
-        ("problem_id", pa.string()),
-        ("prompt", pa.string()),
-        ("decoding", pa.string()),
-        ("sample", pa.int64()),
-        ("reward", pa.float64()),
-        ("correct", pa.bool_()),
-        ("length", pa.int64()),
-        ("truncated", pa.bool_()),
-        ("text", pa.string()),
-        ("logged", pa.string()),
-        ("components", pa.string()),
-        ("answer", pa.string()),
-        ("gold_logp", pa.float64()),
-        ("gold_tokens", pa.int64()),
-        ("retention", pa.bool_()),
-        ("base_text_logp", pa.float64()),
-        ("base_text_tokens", pa.int64()),
-    ]
-)
 
 
 def compare(
@@ -126,7 +107,7 @@ def compare(
             results, outcomes = _run(experiment, run, running, how, console)
         heartbeat.report(1.0, "writing the report")
         results["wall_seconds"] = time.perf_counter() - started
-        table = pa.Table.from_pylist(outcomes, schema=OUTCOMES)
+        table = pa.Table.from_pylist(outcomes, schema=SCHEMA)
         rows = summarise(table, experiment.evaluation.pass_k)
         results["summary"] = [row for row in rows if row["algorithm"] != BASE]
         results["base_summary"] = [row for row in rows if row["algorithm"] == BASE]
@@ -203,7 +184,15 @@ def _run(
     def test(cell: Cell, divisor: int) -> Future[Any]:
         return processes.submit(cell.id, one_cell.evaluate_cell, experiment, cell, state, divisor)
 
-    trained, failed = _gather(processes, grid, train, console, lambda found: _forget_lost(experiment, found, state))
+    def first(stages: FirstStages, divisor: int) -> Future[Any]:
+        name = buffer_of(experiment, stages.seed)
+        shared, place = buffers[name], folder / name
+        return processes.submit(stages.id, one_cell.run_first, experiment, stages, shared, place, state, divisor)
+
+    lost = _train_first(processes, experiment, state, first, console)
+    left = [cell for cell in grid if cell not in lost]
+    trained, failed = _gather(processes, left, train, console, lambda found: _forget(experiment, found, state))
+    failed += [{**asdict(cell), "error": error} for cell, error in lost.items()]
     chosen, rates = chosen_cells(experiment, trained)
     final = [c for c in chosen if has_choice(experiment, c.algorithm)]
     found, failed_later = _gather(processes, final, test, console)
@@ -247,10 +236,39 @@ def _run(
     return results, outcomes
 
 
-def _forget_lost(experiment: Experiment, trained: Mapping[str, Any], state: Path) -> None:
-    """Delete the weights of cells whose learning rate lost on validation; their results are kept."""
-    for cell in lost_cells(experiment, trained) if is_main() else ():
+def _train_first(
+    processes: Workers,
+    experiment: Experiment,
+    state: Path,
+    submit: Callable[[FirstStages, int], Future[Any]],
+    console: Console,
+) -> dict[Cell, str]:
+    """Train the stages that cells go on from, earlier ones first; returns the cells that cannot go on, and why."""
+    cached, lost = CachedResults(state / "cells"), dict[Cell, str]()
+    stages = first_stages(experiment)
+    left = [cell for cell in cells(experiment) if any(one.is_of(experiment, cell) for one in stages)]
+    left = [cell for cell in left if agreed(cached.read(cell.id) is None)]
+    for _, wave in groupby(stages, lambda one: len(one.names)):
+        wanted = [one for one in wave if any(one.is_of(experiment, cell) for cell in left if cell not in lost)]
+        for failed in _gather(processes, wanted, submit, console)[1]:
+            one = FirstStages(failed["names"], failed["seed"])
+            lost |= {cell: f"{one.id}: {failed['error']}" for cell in left if one.is_of(experiment, cell)}
+    return lost
+
+
+def _forget(experiment: Experiment, trained: Mapping[str, Any], state: Path) -> None:
+    """Delete weights that are not needed any more: of learning rates that lost, and of stages that all cells are past.
+
+    Their results are kept.
+    """
+    if not is_main():
+        return
+    for cell in lost_cells(experiment, trained):
         remove(state / "models" / cell.id)
+    left = [cell for cell in cells(experiment) if cell.id not in trained]
+    for one in first_stages(experiment):
+        if not any(one.is_of(experiment, cell) for cell in left):
+            remove(weights_of(one, state))
 
 
 def _over_benchmarks(base: Mapping[str, Any], cells: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
@@ -309,8 +327,8 @@ def _share(
 
 def _gather(
     processes: Workers,
-    grid: Sequence[Cell],
-    submit: Callable[[Cell, int], Future[Any]],
+    grid: Sequence[Trained],
+    submit: Callable[[Trained, int], Future[Any]],
     console: Console,
     so_far: Callable[[Mapping[str, Any]], None] | None = None,
 ) -> tuple[dict[str, dict[str, Any]], list[dict[str, Any]]]:
@@ -352,6 +370,8 @@ def _say(console: Console, line: str, style: str | None = None) -> None:
 
 
 def _averages(found: Mapping[str, Any]) -> str:
+    if "metrics" not in found and "validation" not in found:  # stages that cells go on from
+        return counted(len(found["training"]), "step")
     metrics = found.get("metrics") or {"validation": {"avg_at_k": found["validation"]}}
     return "avg@k " + ", ".join(f"{where} {100 * m['avg_at_k']:.1f} %" for where, m in metrics.items())
 

@@ -169,7 +169,7 @@ def token_probabilities(policy: Policy, buffer: Buffer, token_budget: TokenBudge
     """A histogram of the probabilities of the demonstrations' tokens over [0, 1]: ``edges`` and ``counts``."""
     sources = buffer.column("source")
     rows = [index for index, source in enumerate(sources) if source == "demonstration"][:PROBED_ROWS]
-    picked = [(row.prompt_ids, row.completion_ids) for row in (buffer[index] for index in rows)]
+    picked = [(row.prompt_ids, row.completion_ids) for row in buffer.at(rows)]
     logps = log_probs(policy, picked, token_budget)
     counts, _ = np.histogram(np.exp([x for row in logps for x in row]), bins=EDGES)
     return {"edges": EDGES.tolist(), "counts": counts.tolist()}

@@ -126,14 +126,17 @@ class Training(Strict):
     """Optimizer steps; with a ``budget``, at most this many."""
     epochs: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     """Passes over the rows that a row of the comparison learns from, in place of ``steps``; online, over the problems:
-    steps = ⌈epochs · rows / batch_size⌉ · updates_per_batch."""
+    steps = ⌈epochs · rows / batch_size⌉ · mini_batches · updates_per_batch."""
     budget: Budget | None = None
     """Training ends after the step at which its cost reaches this. The learning rate then follows the fraction that is
     spent, in place of the fraction of ``steps``. Evaluation does not count."""
     batch_size: Positive = 64
-    """Sequences per optimizer step: a pair counts as two, a group as its samples."""
+    """Sequences per batch: a pair counts as two, a group as its samples."""
+    mini_batches: Positive = 1
+    """Optimizer steps per pass over a batch, each on other rows of it: whole pairs and groups. Advantages are taken
+    over the batch, and π_old is the policy at its start."""
     updates_per_batch: Positive = 1
-    """Optimizer steps on each batch; above 1, ratios and value clipping take effect."""
+    """Passes over each batch. With more than one step per batch, ratios and value clipping take effect."""
     token_budget: Annotated[TokenBudget, pydantic.PlainValidator(valid_token_budget)] = "auto"
     """Tokens per micro-batch, padding included; the gradient does not depend on it. ``auto``: as many as fit into the
     GPU's memory, or 4096 on a CPU."""
@@ -198,11 +201,16 @@ class Training(Strict):
             found.pop("steps", None)  # they are not known yet, and a file must not give both
         return found
 
+    @property
+    def steps_per_batch(self) -> int:
+        """Optimizer steps per batch."""
+        return self.mini_batches * self.updates_per_batch
+
     def in_steps(self, batches: float) -> Training:
         """The settings with ``epochs`` in steps, for a source with so many ``batches`` in an epoch."""
         if self.epochs is None:
             return self
-        steps = max(1, math.ceil(self.epochs * batches - 1e-9)) * self.updates_per_batch
+        steps = max(1, math.ceil(self.epochs * batches - 1e-9)) * self.steps_per_batch
         return self.model_copy(update={"steps": steps, "epochs": None})
 
 

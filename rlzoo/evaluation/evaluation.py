@@ -106,16 +106,15 @@ def evaluate(
 
 def gold_rows(policy: Policy, problems: Sequence[EncodedProblem], bad: BadRows | None = None) -> list[list[Trajectory]]:
     """The gold completions of each problem, without those that cannot be encoded or that the model cannot take."""
-    rows = []
+    rows: dict[str, list[Trajectory]] = {encoded.problem.id: [] for encoded in problems}
+    unfit = BadRows("drop")
+    for row in demonstrations(policy.tokenizer, [one.problem for one in problems], None, unfit, policy.row_check()):
+        rows[row.prompt_id].append(row)
     with collecting(bad) as bad:
-        for encoded in problems:
-            unfit = BadRows("drop")
-            rows.append(demonstrations(policy.tokenizer, [encoded.problem], None, unfit, policy.row_check()))
-            if (summary := unfit.summary()) is not None:
-                place = encoded.problem.label
-                reason = summary["first"][0].removeprefix(place).lstrip(": ")  # `note` names the place again
-                bad.note(place, {"gold completions without a log-likelihood": reason})
-    return rows
+        for place in unfit.places:
+            reason = unfit.first[0].removeprefix(place).lstrip(": ")  # `note` names the place again
+            bad.note(place, {"gold completions without a log-likelihood": reason})
+    return [rows[encoded.problem.id] for encoded in problems]
 
 
 def _gold_logp(

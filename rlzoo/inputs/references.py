@@ -75,16 +75,20 @@ class MovingReference(Input):
     def compute(self, context: Context) -> Float[Tensor, "B T"]:
         return context.log_probs(context.own)
 
-    @torch.no_grad()
     def after_step(self, context: Context) -> None:
-        pairs = zip(context.own.model.parameters(), context.policy.model.parameters(), strict=True)
-        for average, current in pairs:  # sharded alike
-            if average.is_floating_point():  # weights in 4 bits stay as they are
-                average.lerp_(current, 1 - self.decay)
+        follow(context.own, context.policy, self.decay)
 
     @property
     def label(self) -> str:
         return "moving reference"
+
+
+@torch.no_grad()
+def follow(average: Policy, policy: Policy, decay: float) -> None:
+    """Move an exponential average towards the policy: θ_ref ← decay · θ_ref + (1 - decay) · θ."""
+    for mean, current in zip(average.model.parameters(), policy.model.parameters(), strict=True):  # sharded alike
+        if mean.is_floating_point():  # weights in 4 bits stay as they are
+            mean.lerp_(current, 1 - decay)
 
 
 @dataclass(frozen=True)
@@ -153,8 +157,10 @@ class Privileged(Input):
     """``privileged_logp`` [B, T]: log-probs in nats of the same completions after a prompt with more information.
 
     ``template`` builds that prompt from ``{prompt}`` and the row's columns, as in ``"{prompt}\\nHint: {answer}\\n"``.
-    The log-probs are those of the policy at the start of the batch, or of the frozen ``model``. Self-distillation
-    learns from their difference to the policy's own. Raises UserError for a template that does not fit a row.
+    The log-probs are those of the frozen ``model`` or, without one, of an exponential average of the policy's weights,
+    as `MovingReference` has it: a ``decay`` of 0 is the policy at the start of the batch, one of 1 the initial policy.
+    Self-distillation learns from their difference to the policy's own. Raises UserError for a template that does not
+    fit a row, and for a decay outside [0, 1].
     """
 
     stage: ClassVar[Stage] = Stage.BATCH
@@ -162,8 +168,11 @@ class Privileged(Input):
 
     template: str
     model: str | None = None
+    decay: float = 0.0
 
     def __post_init__(self) -> None:
+        if not 0 <= self.decay <= 1:
+            raise UserError(f"a teacher's weights need a decay between 0 and 1, got {self.decay}")
         for name in self._names():
             if not name or name.isdecimal():
                 text = f"{{{name}}}"
@@ -172,11 +181,24 @@ class Privileged(Input):
                 )
 
     def models(self) -> tuple[str | None, ...]:
-        return () if self.model is None else (self.model,)
+        return (self.model,) if self.model is not None or self.decay == 1 else ()
+
+    @property
+    def _moves(self) -> bool:
+        return self.model is None and 0 < self.decay < 1
+
+    def moving_model(self, policy: Policy) -> Policy | None:
+        return policy.frozen_copy(moving=True) if self._moves else None
+
+    def after_step(self, context: Context) -> None:
+        if self._moves:
+            follow(context.own, context.policy, self.decay)
 
     def compute(self, context: Context) -> Float[Tensor, "B T"]:
         rows = [replace(row, prompt_ids=context.encode(self._prompt(row))) for row in context.rows]
-        return context.log_probs(context.policy if self.model is None else context.model(self.model), rows)
+        if self.models():
+            return context.log_probs(context.model(self.model), rows)
+        return context.log_probs(context.own if self._moves else context.policy, rows)
 
     def _prompt(self, row: Trajectory) -> str | list[dict[str, Any]]:
         """The template filled with the prompt or, in a conversation, with its last user turn."""

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from types import FrameType
 
 _deferred: int | None = None
+_left = 0
 _depth = 0
 
 
@@ -17,9 +18,9 @@ class Terminated(KeyboardInterrupt):
 
 
 @contextmanager
-def signals_deferred() -> Iterator[None]:
-    """In this context, the first signal is deferred until `raise_deferred`; a second one is raised at once."""
-    global _deferred, _depth
+def signals_deferred(most: int = 1) -> Iterator[None]:
+    """In this context, ``most`` signals are deferred until `raise_deferred`; the next one is raised at once."""
+    global _deferred, _left, _depth
     if threading.current_thread() is not threading.main_thread() or _depth:  # only the main thread receives signals
         yield
         return
@@ -27,6 +28,7 @@ def signals_deferred() -> Iterator[None]:
     handled = [number for number, handler in before.items() if handler not in (signal.SIG_IGN, None)]
     for number in handled:
         signal.signal(number, _defer)
+    _left = most
     _depth += 1
     try:
         yield
@@ -38,9 +40,9 @@ def signals_deferred() -> Iterator[None]:
             signal.signal(number, before[number])
 
 
-def pending() -> bool:
-    """Whether a signal has been deferred."""
-    return _deferred is not None
+def pending() -> int | None:
+    """The deferred signal, if any."""
+    return _deferred
 
 
 def raise_deferred() -> None:
@@ -55,7 +57,8 @@ def raise_signal(number: int, frame: FrameType | None = None) -> None:
 
 
 def _defer(number: int, frame: FrameType | None) -> None:
-    global _deferred
-    if _deferred is not None:
+    global _deferred, _left
+    if not _left:
         raise_signal(number)
-    _deferred = number
+    _left -= 1
+    _deferred = _deferred or number

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from rlzoo.errors import UserError
+from rlzoo.jobs.restarts import group_options
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -29,7 +30,7 @@ def joined() -> Iterator[None]:
     """In this context, processes form the launcher's group: with NCCL on one GPU each, or else with gloo."""
     from accelerate import PartialState
 
-    PartialState(cpu=not torch.cuda.is_available())
+    PartialState(cpu=not torch.cuda.is_available(), **group_options())
     try:
         yield
     finally:
@@ -59,16 +60,13 @@ def is_sharded(model: nn.Module) -> bool:
     return any(hasattr(p, "full_tensor") for p in model.parameters())
 
 
-def shared(
-    items: Sequence[T], work: Callable[[list[int]], list[R]], model: nn.Module | None = None, together: int = 1
-) -> list[R]:
+def shared(items: Sequence[T], work: Callable[[list[int]], list[R]], together: int = 1) -> list[R]:
     """The results of ``work`` for all items, given their indices; processes share the work, and each gets all results.
 
-    All processes must call this. With a sharded ``model``, each does all of the work, in step with the others; groups
-    of ``together`` consecutive ranks do the same work.
+    All processes must call this. Groups of ``together`` consecutive ranks do the same work.
     """
     size = world_size() // together
-    if size <= 1 or (model is not None and is_sharded(model)):
+    if size <= 1:
         return work(list(range(len(items))))
     found: list[Any] = [None] * len(items)
     for number, part in enumerate(gathered(work(list(range(rank() // together, len(items), size))))[::together]):

@@ -25,7 +25,7 @@ from typing import Any, Literal
 
 from rlzoo.errors import TryAgainError, UserError
 from rlzoo.jobs.outputs import remove, remove_partial, write_atomically
-from rlzoo.jobs.ranks import agreed, is_main
+from rlzoo.jobs.ranks import agreed, is_main, world_size
 from rlzoo.jobs.sources import data_files, kind_of_file
 
 PACKAGES = ("rlzoo", "torch", "transformers", "datasets", "accelerate", "numpy", "scipy", "math-verify")
@@ -95,7 +95,9 @@ def run_in(
             remove(state)
         except BaseException as error:
             reason = _of_the_system(error)
-            mistake = isinstance(error, Exception) and reason is None and not isinstance(error, TryAgainError)
+            # with several processes, anything but a UserError may be a consequence of what happened to another one
+            wrong = UserError if world_size() > 1 else Exception
+            mistake = isinstance(error, wrong) and reason is None and not isinstance(error, TryAgainError)
             if _holds_work(state) and not (mistake and time.monotonic() - started < WORTH_KEEPING):
                 error.add_note(f"finished work is kept: the same command with --out {path} resumes there")
             else:

@@ -12,6 +12,7 @@ from rlzoo.config import TokenBudget, Training
 from rlzoo.errors import UserError
 from rlzoo.jobs.memory import free_bytes
 from rlzoo.jobs.ranks import gathered, is_sharded
+from rlzoo.jobs.restarts import within_limit
 from rlzoo.policy import sharding
 from rlzoo.policy.head import chunk_rows
 from rlzoo.policy.policy import Policy
@@ -63,16 +64,17 @@ def make_deterministic(device: torch.device) -> None:
 def token_budget_of(policy: Policy, asked: TokenBudget) -> int:
     """Tokens per micro-batch, padding included; ``auto``: on a GPU as many as fit, and ``auto/4`` a quarter of that.
 
+    At most as many as a restart for lack of memory has left (see `rlzoo.jobs.restarts`).
     (free memory - `bytes_of_training`) / `bytes_per_token`, with a margin; the minimum over all processes.
     """
     if isinstance(asked, int):
-        return asked
+        return within_limit("tokens", asked)
     parts = int(asked.partition("/")[2] or 1)
     tokens = CPU_TOKENS
     if policy.device.type == "cuda":
         left = SHARE * (free_bytes(policy.device) - _reserved_for_engine(policy.device) - bytes_of_training(policy))
         tokens = min(gathered(int(min(max(left / bytes_per_token(policy), LEAST), MOST))))  # the same for all
-    return max(1, tokens // parts)
+    return within_limit("tokens", max(1, tokens // parts))
 
 
 def bytes_per_token(policy: Policy) -> float:

@@ -15,6 +15,7 @@ from rlzoo.errors import UserError
 from rlzoo.inputs import Input
 from rlzoo.jobs.memory import is_out_of_memory, on_device, release_memory
 from rlzoo.jobs.ranks import gathered, is_sharded, rank, summed, world_size
+from rlzoo.jobs.restarts import restart_with
 from rlzoo.policy.defaults import token_budget_of
 from rlzoo.policy.policy import ForwardPass, Policy
 from rlzoo.policy.sequences import Row, Sequences, Tokens, length
@@ -54,8 +55,9 @@ class MicroBatches:
     ) -> T:
         """The result of ``work``; if memory runs out in one process, all repeat it with half the budget.
 
-        ``undo`` discards what a failed attempt left behind. Raises UserError if a single row does not fit, and if
-        processes work ``in_step``, as those of a sharded model do: then the others still wait for the failed one.
+        ``undo`` discards what a failed attempt left behind. If processes work ``in_step``, as those of a sharded model
+        do, the others still wait for the failed one: all are restarted with half the budget. Raises UserError if they
+        cannot be, and if a single row does not fit.
         """
         while True:
             failed = None
@@ -78,6 +80,7 @@ class MicroBatches:
             if self._on_halved is not None:
                 self._on_halved(before, self.token_budget)
             if in_step:
+                restart_with("tokens", self.token_budget)
                 raise UserError(
                     f"out of memory with {before} tokens per micro-batch in one process of a sharded model, which "
                     f"cannot retry on its own: lower training.token_budget ({reasons[0]:.160})"

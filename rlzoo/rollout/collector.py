@@ -75,7 +75,7 @@ class Collector:
             policy,
             self._sampler,
             prompts,
-            self._reward.at(version * training.updates_per_batch, training.steps, epoch),
+            self._reward.at(version * training.steps_per_batch, training.steps, epoch),
             settings,
             seed=self._order.randrange(2**31),
             version=version,

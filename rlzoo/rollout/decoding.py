@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
-from contextlib import nullcontext
+import itertools
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 from rlzoo.config import Sampling
 from rlzoo.errors import UserError
 from rlzoo.jobs.memory import is_out_of_memory, on_device, pins
-from rlzoo.jobs.ranks import is_sharded
+from rlzoo.jobs.ranks import gathered, is_sharded, summed
 from rlzoo.policy import Policy
 from rlzoo.policy.head import computing_in
 from rlzoo.policy.packing import HALF
@@ -107,17 +107,42 @@ class Decoder:
     ) -> list[list[int]]:
         """The tokens of ``copies`` completions per prompt, including the end of sequence; B = prompts × copies.
 
-        ``draws`` are uniform on [0, 1), one per token; None decodes greedily. Raises UserError if ``static_shapes`` is
-        True but changes the model's logits.
+        ``draws`` are uniform on [0, 1), one per token; None decodes greedily. All processes of a sharded model must
+        call this together, perhaps with different prompts, or none. Raises UserError if ``static_shapes`` is True but
+        changes the model's logits.
         """
         policy = self.policy
-        # autocast then casts each weight once rather than for every token; with sharding, weights are never all whole
-        with nullcontext() if is_sharded(policy) else computing_in(policy.compute, policy.device):
-            return self._decode(prompts, copies, settings, draws)
+        if not is_sharded(policy):
+            with computing_in(policy.compute, policy.device):  # autocast then casts each weight only once
+                return self._decode(prompts, copies, settings, draws, lambda: None)
+        most = max(gathered(settings.max_new_tokens if prompts else 0))
+        steps = itertools.count(1)
+
+        def again(unfinished: bool) -> bool:
+            """Whether any process has another step; all call this before each."""
+            step = next(steps)
+            if step == most or step % self._patience:
+                return step < most
+            return bool(summed(torch.tensor([float(unfinished)], device=policy.device)))
+
+        if prompts:
+            found = self._decode(prompts, copies, settings, draws, lambda: again(True))
+        else:
+            found = []
+            self._idle()
+        while again(False):
+            self._idle()
+        return found
 
     def _decode(
-        self, prompts: Sequence[Sequence[int]], copies: int, settings: Sampling, draws: Float[np.ndarray, "B T"] | None
+        self,
+        prompts: Sequence[Sequence[int]],
+        copies: int,
+        settings: Sampling,
+        draws: Float[np.ndarray, "B T"] | None,
+        before_step: Callable[[], object],
     ) -> list[list[int]]:
+        """See `decode`; ``before_step`` is called before every forward pass but the first."""
         device, room = self.policy.device, settings.max_new_tokens
         ids, mask = padded(prompts, device)
         cache = self._cache()
@@ -133,7 +158,6 @@ class Decoder:
             batch = StaticBatch(cache, mask, logits, uniform, room, ends, self._next_logits, pick)
             self.refuses_graphs |= not run(batch, pins(device) and not self.refuses_graphs)
             return batch.completions()
-        patience = 1 if device.type == "cpu" else PATIENCE
         found = torch.full((len(logits), room), -1, device=device)
         rows = torch.arange(len(logits), device=device)
         alive = torch.ones(len(logits), dtype=torch.bool, device=device)
@@ -143,7 +167,7 @@ class Decoder:
             alive &= ~torch.isin(token, ends)
             if step + 1 == room:
                 break
-            live = alive.tolist() if (step + 1) % patience == 0 else [True] * len(rows)
+            live = alive.tolist() if (step + 1) % self._patience == 0 else [True] * len(rows)
             if not any(live):
                 break
             if live.count(False) >= LEAVE * len(rows):
@@ -151,9 +175,20 @@ class Decoder:
                 cache.batch_select_indices(stay)
                 rows, token, mask, position, alive = (x[stay] for x in (rows, token, mask, position, alive))
             mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+            before_step()
             logits = self._next_logits(token[:, None], mask, position, cache)
             position = position + 1
         return [[token for token in row if token >= 0] for row in found.tolist()]
+
+    @property
+    def _patience(self) -> int:
+        """The number of tokens between checks for finished sequences."""
+        return 1 if self.policy.device.type == "cpu" else PATIENCE
+
+    def _idle(self) -> None:
+        """A forward pass of one token, so that other processes of a sharded model can run theirs."""
+        ids, mask = padded([[0]], self.policy.device)
+        self._next_logits(ids, mask, mask.cumsum(1) - 1, self._cache())
 
     def _is_static(self, tokens: int) -> bool:
         """Whether to decode this number of tokens with static shapes."""

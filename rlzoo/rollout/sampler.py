@@ -16,7 +16,8 @@ from jaxtyping import Float
 from rlzoo.config import Sampling
 from rlzoo.errors import UserError
 from rlzoo.jobs.memory import is_out_of_memory, release_memory
-from rlzoo.jobs.ranks import is_sharded, shared, world_size
+from rlzoo.jobs.ranks import gathered, is_sharded, shared, world_size
+from rlzoo.jobs.restarts import restart_with, within_limit
 from rlzoo.policy import Policy
 from rlzoo.registry import Registry
 from rlzoo.rollout.decoding import Decoder, can_decode, padded
@@ -171,6 +172,9 @@ class TransformersSampler(Sampler):
     Every sample has its own random stream, seeded by the seed and the indices of its prompt and sample, so that samples
     do not depend on the batch size (up to rounding). A model whose state is more than keys and values (such as Mamba)
     is sampled with transformers' ``generate``. If memory runs out, the batch is halved.
+
+    Processes share the prompts. Those of a sharded model run equally many forward passes: one that has finished earlier
+    runs idle ones.
     """
 
     name: ClassVar[str] = "transformers"
@@ -197,7 +201,9 @@ class TransformersSampler(Sampler):
         def own(places: list[int]) -> list[list[Sample]]:
             return self._sample_all(prompts, places, streams, settings, seed, greedy, progress)
 
-        return shared(prompts, own, self.policy)
+        if is_sharded(self.policy) and self.decoder is None:  # `generate` ends with the samples of its own process
+            return own(list(range(len(prompts))))
+        return shared(prompts, own)
 
     def _sample_all(
         self,
@@ -215,20 +221,27 @@ class TransformersSampler(Sampler):
         training = self.policy.training
         self.policy.eval()
         try:
-            while left:
-                together = min(settings.batch_size, self._most or settings.batch_size)
+            while self._any(left):
+                together = within_limit("sequences", min(settings.batch_size, self._most or settings.batch_size))
                 batch = self._of_one_room(prompts, left[: max(1, together // copies)], settings)
                 try:
                     made = self._batch(prompts, batch, streams, min(copies, together), settings, greedy, seed)
                 except (RuntimeError, MemoryError) as error:
-                    if not is_out_of_memory(error) or is_sharded(self.policy):
+                    if not is_out_of_memory(error):
                         raise
                     if together == 1:
                         raise UserError(f"out of memory while sampling a single sequence: {error}") from None
+                    if is_sharded(self.policy):  # the others wait for this one
+                        restart_with("sequences", self._halved(together, len(batch) * copies))
+                        raise UserError(
+                            f"out of memory while sampling {together} sequences at a time in one process of a sharded "
+                            "model, which cannot retry on its own: lower batch_size of rollouts or evaluation "
+                            f"({error!s:.160})"
+                        ) from None
                     made = None
                 if made is None:  # only here, because the error keeps the tensors that did not fit alive
                     release_memory()
-                    self._most = max(1, min(together, len(batch) * copies) // 2)
+                    self._most = self._halved(together, len(batch) * copies)
                     continue
                 results |= made
                 left = left[len(batch) :]
@@ -240,9 +253,19 @@ class TransformersSampler(Sampler):
             self.policy.train(training)
         return [results[place] for place in places]
 
+    def _any(self, left: Sequence[int]) -> bool:
+        """Whether there are prompts left, in any process that must stay in step with this one."""
+        in_step = self.decoder is not None and is_sharded(self.policy)
+        return any(gathered(bool(left))) if in_step else bool(left)
+
+    @staticmethod
+    def _halved(together: int, sampled: int) -> int:
+        """Half of a batch of ``sampled`` sequences, of at most ``together``."""
+        return max(1, min(together, sampled) // 2)
+
     def _of_one_room(self, prompts: Sequence[Sequence[int]], batch: Sequence[int], settings: Sampling) -> Sequence[int]:
         """The first of the prompts that can be sampled together: positions of a table end for all rows at once."""
-        if self.policy.positions is None:
+        if self.policy.positions is None or not batch:
             return batch
         rooms = [room_after(self.policy, len(prompts[place]), settings) for place in batch]
         return batch[: rooms.count(rooms[0])]  # they are sorted by length
@@ -260,7 +283,7 @@ class TransformersSampler(Sampler):
         """The samples of the prompts with indices ``batch``, at most ``most`` of each prompt at a time."""
         copies, found = 1 if greedy else settings.samples, dict[int, list[Sample]]()
         rooms = {place: room_after(self.policy, len(prompts[place]), settings) for place in batch}
-        settings = settings.model_copy(update={"max_new_tokens": max(rooms.values())})
+        settings = settings.model_copy(update={"max_new_tokens": max(rooms.values(), default=1)})
         for first in range(0, copies, most):
             some = range(first, min(copies, first + most))
             own_streams = [streams[i] for i in batch]
@@ -283,7 +306,7 @@ class TransformersSampler(Sampler):
         if self.decoder is None:
             own = int(np.random.SeedSequence([seed, numbers[0], copies.start]).generate_state(1)[0])
             return self._generate(prompts, settings, len(copies), greedy, own)
-        draws = None if greedy else uniform_numbers(seed, numbers, copies, settings.max_new_tokens)
+        draws = None if greedy or not prompts else uniform_numbers(seed, numbers, copies, settings.max_new_tokens)
         return self.decoder.decode(prompts, len(copies), settings, draws)
 
     def _generate(

@@ -11,7 +11,7 @@ from torch import Tensor
 from rlzoo.buffers import OfflineBuffer
 from rlzoo.config import Training
 from rlzoo.errors import UserError
-from rlzoo.inputs import Stage
+from rlzoo.inputs import Input, Stage
 from rlzoo.objective import Objective, is_composite
 from rlzoo.policy import Policy, load_policy, log_probs
 from rlzoo.testing.batches import inputs_of
@@ -62,6 +62,10 @@ class SameRows:
         """The rows, and which of them belong together."""
         return self.rows, self.units
 
+    def lacks(self, one: Input, at_sampling_temperature: bool) -> bool:
+        """Whether any row lacks a stored input; all are at temperature 1."""
+        return any(one.stored(row) is None for row in self.rows)
+
 
 def _trained(objective: Objective, token_budget: int) -> Tensor:
     """The weights after training with micro-batches of at most so many tokens."""
@@ -109,7 +113,7 @@ def rows_of(policy: Policy, objective: Objective) -> list[Trajectory]:
                 reward=float(i % SAMPLES),
                 behaviour_logp=held.get("behaviour_logp", logp),
                 reference_logp=held.get("reference_logp"),
-                columns=dict(held),
+                columns={"answer": str(i + 3), **held},
                 inputs={name: value for name, value in held.items() if isinstance(value, list)},
             )
         )

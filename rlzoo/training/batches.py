@@ -5,14 +5,17 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
+
+import torch
 
 from rlzoo.buffers import Buffer, View
 from rlzoo.config import Training
 from rlzoo.errors import UserError
 from rlzoo.inputs import Input
 from rlzoo.jobs.cached_results import random_state
+from rlzoo.jobs.memory import on_device
 from rlzoo.objective import Component, Objective, view_of
 from rlzoo.training.state import resumable
 from rlzoo.types import Coupling, TokenBatch, Trajectory, WhichView
@@ -73,17 +76,18 @@ class BufferSource:
             self.restore(before)
 
     def _next(self) -> Batch:
-        rows: list[Trajectory] = []
+        indices: list[int] = []
         units: list[tuple[int, ...]] = []
-        while len(rows) < self._batch_size:
+        while len(indices) < self._batch_size:
             if not self._queue:
                 self._shuffle()
             unit = self._view.units[self._queue[-1]]
-            if units and len(rows) + len(unit) > self._batch_size:
+            if units and len(indices) + len(unit) > self._batch_size:
                 break  # the unit starts the next batch
             self._queue.pop()
-            units.append(tuple(range(len(rows), len(rows) + len(unit))))
-            rows.extend(self._buffer[index] for index in unit)
+            units.append(tuple(range(len(indices), len(indices) + len(unit))))
+            indices.extend(unit)
+        rows = self._buffer.at(indices)
         self._buffer.release_pages()
         return rows, units
 
@@ -184,12 +188,12 @@ class FreshSource:
     def draw(self) -> Batch:
         """All rows that the view selects from a fresh buffer."""
         buffer, view = self._fresh()
-        rows: list[Trajectory] = []
+        indices: list[int] = []
         units: list[tuple[int, ...]] = []
         for unit in view.units:
-            units.append(tuple(range(len(rows), len(rows) + len(unit))))
-            rows.extend(buffer[index] for index in unit)
-        return rows, units
+            units.append(tuple(range(len(indices), len(indices) + len(unit))))
+            indices.extend(unit)
+        return buffer.at(indices), units
 
     def _fresh(self) -> tuple[Buffer, View]:
         attempt = 0
@@ -254,7 +258,35 @@ def micro_units(units: Sequence[tuple[int, ...]], coupling: Coupling) -> list[tu
     return [(row,) for unit in units for row in unit]
 
 
-def keeps_first_pass(objective: Objective) -> bool:
-    """Whether a step's forward passes are those of the batch's log-probs: one component, no units, no logit term."""
+def in_mini_batches(drawn: Sequence[Drawn], number: int) -> list[list[Drawn]]:
+    """A batch in ``number`` mini-batches of whole units, in their order; fewer if a component has fewer units.
+
+    Advantages, snapshots and other inputs are those of the whole batch, except for STEP inputs and coupled log-probs,
+    which `Assembler.renew` computes for each.
+    """
+    if number == 1:
+        return [list(drawn)]
+    number = min([number, *(len(some.units) for some in drawn)])
+    return [[_part(some, place, number) for some in drawn] for place in range(number)]
+
+
+def _part(drawn: Drawn, place: int, number: int) -> Drawn:
+    """One of ``number`` mini-batches, of about as many units each."""
+    first, end = (len(drawn.units) * at // number for at in (place, place + 1))
+    own = drawn.units[first:end]
+    index = [row for unit in own for row in unit]
+    places = iter(range(len(index)))
+    units = [tuple(next(places) for _ in unit) for unit in own]
+    rows = [drawn.rows[row] for row in index]
+    longest = max(len(row.completion_ids) for row in rows)
+    batch = drawn.batch.rows(on_device(torch.tensor(index), drawn.batch.mask.device), longest)
+    return replace(drawn, rows=rows, units=units, batch=batch)
+
+
+def keeps_first_pass(objective: Objective, settings: Training) -> bool:
+    """Whether a step's forward passes are those of the batch's log-probs: one component, no units, no logit term, and
+    no mini-batches."""
     first, *others = (component.objective for component in objective.components)
+    if settings.mini_batches > 1:
+        return False
     return not others and first.couples not in (Coupling.PAIR, Coupling.GROUP) and not first.has_logit_term

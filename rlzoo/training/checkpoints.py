@@ -48,8 +48,8 @@ class Checkpoints:
         self._writing: Future[None] | None = None
 
     def due(self) -> bool:
-        """Whether a checkpoint is due; the same on all processes. All processes must call this."""
-        return bool(agreed(time.monotonic() - self._last >= self.seconds))
+        """Whether a checkpoint is due, by the clock of this process."""
+        return time.monotonic() - self._last >= self.seconds
 
     def save(self, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
         """Write a checkpoint, then remove all but the newest `KEPT`. All processes must call this.
@@ -139,14 +139,15 @@ class Checkpoints:
             return all(file_digest(self.folder / file) == digest for file, digest in mine)
         return False
 
-    def write_budget(self, tokens: int) -> None:
-        """Record the token budget to resume with, after one process of several ran out of memory."""
-        self._cached.write(BUDGET, tokens)
+    def write_budget(self, tokens: int, event: str) -> None:
+        """Record the token budget to resume with, and why, after one process of several ran out of memory."""
+        _, events = self._cached.read(BUDGET) or (None, [])
+        self._cached.write(BUDGET, (tokens, [*events, event]))
 
-    def budget(self) -> int | None:
-        """The recorded token budget, if any; the same on all processes. All processes must call this."""
-        found: int | None = agreed(self._cached.read(BUDGET))
-        return found
+    def budget(self) -> tuple[int | None, list[str]]:
+        """The recorded token budget, if any, and its events; the same on all processes. All must call this."""
+        tokens, events = agreed(self._cached.read(BUDGET)) or (None, [])
+        return tokens, events
 
     def _names(self) -> list[str]:
         return sorted(path.stem for path in self.folder.glob("step-*.result"))

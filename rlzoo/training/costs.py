@@ -22,7 +22,8 @@ class Costs:
     sampled_tokens: int = 0
     """Completion tokens sampled for training; those of a shared buffer count for each cell that learns from it."""
     flops: float = 0.0
-    """FLOPs of matrix products in forward and backward passes and in sampling (see `Policy.flops`)."""
+    """FLOPs of matrix products in forward and backward passes and in sampling (see `Policy.flops`). Of the first
+    micro-batch of a batch whose log-probs are needed beforehand they are counted as if it ran forward twice."""
     wall_seconds: float = 0.0
     """Time spent in training steps."""
     peak_memory_bytes: int = 0

@@ -17,6 +17,7 @@ from rlzoo.jobs.ranks import gathered
 from rlzoo.objective import Objective, reduce
 from rlzoo.reward.calling import means
 from rlzoo.training.batches import Drawn
+from rlzoo.training.tally import Counts, tallied, with_gradient
 from rlzoo.types import Coefficients, TokenBatch, Trajectory
 
 LOSS = "(loss)"
@@ -111,7 +112,25 @@ def coupled_coefficients(drawn: Drawn) -> Coefficients | None:
     return objective.coefficients(drawn.batch) if objective.is_coupled else None
 
 
-def metrics_of(
+def metrics_of(drawn: Sequence[Drawn], sums: Sequence[Sums], norm: Tensor, counts: Counts | None) -> dict[str, float]:
+    """The metrics of a step, read in one copy: nothing else in a step waits for the GPU.
+
+    ``norm`` is that of the gradient; ``counts`` are those of `tallied`.
+    """
+    readout = Readout()
+    places = [own.into(readout) for own in sums]
+    rewards = [None if some.batch.reward is None else readout.add(some.batch.reward.mean()) for some in drawn]
+    learned = [readout.add(with_gradient(some)) for some in drawn]
+    at = readout.add(norm)
+    numbers = readout.read()
+    means = [means_of(own, numbers) for own in places]
+    for some, where, own in zip(drawn, learned, means, strict=True):
+        own |= tallied(counts, some, [bool(number) for number in numbers[where]])
+    rewarded = [None if where is None else numbers[where][0] for where in rewards]
+    return {**_labelled(drawn, means, rewarded), "gradient_norm": numbers[at][0]}
+
+
+def _labelled(
     drawn: Sequence[Drawn], found: Sequence[Mapping[str, float]], rewards: Sequence[float | None]
 ) -> dict[str, float]:
     """The weighted loss, and the metrics of each component under its label."""

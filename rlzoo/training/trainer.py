@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -17,59 +17,41 @@ from torch import Tensor
 from rlzoo.config import Training
 from rlzoo.errors import TryAgainError, UserError
 from rlzoo.inputs import Input, Stage
-from rlzoo.jobs.interrupts import pending, raise_deferred, signals_deferred
+from rlzoo.jobs.interrupts import pending, raise_signal, signals_deferred
 from rlzoo.jobs.memory import on_device
 from rlzoo.jobs.ranks import agreed, gathered, is_sharded, world_size
+from rlzoo.jobs.restarts import can_restart
 from rlzoo.objective import Component, Objective, reduce, surrogate_of
 from rlzoo.policy import Assembler, FirstPass, MicroBatches, Models, Policy, sharding
 from rlzoo.policy.adapters import adapters
 from rlzoo.policy.defaults import token_budget_of
-from rlzoo.policy.quantised import UNSHARDED, entries, is_in_4_bits
+from rlzoo.policy.quantised import entries
 from rlzoo.policy.sequences import Tokens, length
-from rlzoo.training.batches import Drawn, Source, check_sources, in_steps, keeps_first_pass, lacks, micro_units
+from rlzoo.training.batches import (
+    Drawn,
+    Source,
+    check_sources,
+    in_mini_batches,
+    in_steps,
+    keeps_first_pass,
+    lacks,
+    micro_units,
+)
 from rlzoo.training.checkpoints import Checkpoints
+from rlzoo.training.checks import check_precision, check_quantised
 from rlzoo.training.costs import now, peak_memory_bytes, reset_peak_memory
 from rlzoo.training.record import TrainingRecord
 from rlzoo.training.savings import savings
 from rlzoo.training.schedule import Progress
 from rlzoo.training.state import is_finite, like_of, restore, state_of
-from rlzoo.training.sums import (
-    Readout,
-    Sums,
-    coefficients_of_rows,
-    coupled_coefficients,
-    means_of,
-    metrics_of,
-    truncated_importance,
-)
-from rlzoo.training.tally import lines_of, tallied, with_gradient
+from rlzoo.training.sums import Sums, coefficients_of_rows, coupled_coefficients, metrics_of, truncated_importance
+from rlzoo.training.tally import lines_of
 from rlzoo.training.trackers import installed, tracked
 from rlzoo.types import Coefficients, Trajectory, at_temperature
 
 NO_ENGINE = "importance_cap has no effect on rows without sampler_logp, the log-probs of another engine"
-ROUNDED = (
-    "training.dtype: bfloat16 rounds away small updates of weights: use bfloat16-mixed, which keeps them in float32, "
-    "or train adapters (training.lora)"
-)
 Callback = Callable[["Trainer", int], None]
 """Called after every optimizer step with the trainer and the number of steps done."""
-
-
-def check_precision(dtypes: Iterable[torch.dtype]) -> None:
-    """Raise UserError if trained weights are in a 16-bit dtype, which rounds away small updates."""
-    if {torch.bfloat16, torch.float16} & set(dtypes):
-        raise UserError(ROUNDED)
-
-
-def check_quantised(policy: Policy, settings: Training, is_sharded: bool) -> None:
-    """Raise UserError if a policy in 4 bits cannot be trained with these settings, or they ask for 4 bits in vain."""
-    wanted, found = settings.lora is not None and settings.lora.load_in_4bit, is_in_4_bits(policy.model)
-    if wanted and not found:
-        raise UserError("lora.load_in_4bit: the policy was loaded without it: use load_policy(..., load_in_4bit=True)")
-    if found and settings.lora is None and not adapters(policy.model):
-        raise UserError("weights in 4 bits cannot be trained: train adapters (training.lora)")
-    if found and is_sharded:
-        raise UserError(UNSHARDED)
 
 
 class Trainer:
@@ -141,14 +123,16 @@ class Trainer:
         self.policy = policy
         self._savings = partial(savings, policy, settings.gradient_checkpointing)
         self._first = FirstPass(self._savings)
-        first = self._first if not is_sharded(policy) and keeps_first_pass(objective) else None
+        first = self._first if not is_sharded(policy) and keeps_first_pass(objective, settings) else None
         count = partial(self._count, passes=1)  # also of a pass that is kept: costs do not depend on micro-batches
         self.assembler = Assembler(policy, self.models, self.micro, count, first=first)
         if checkpoints is not None and settings.checkpoint_seconds is not None:
             self.checkpoints = Checkpoints(checkpoints, settings.checkpoint_seconds)
             if (found := self.checkpoints.newest(like_of(self))) is not None:
                 restore(self, *found)
-            self.micro.token_budget = min(self.micro.token_budget, self.checkpoints.budget() or self.micro.token_budget)
+            budget, events = self.checkpoints.budget()
+            self.micro.token_budget = min(self.micro.token_budget, budget or self.micro.token_budget)
+            self.record.events += [event for event in events if event not in self.record.events]
 
     def _with_models(self) -> list[Input]:
         """The inputs whose models are kept in memory: all but those stored in every row of their source."""
@@ -163,10 +147,11 @@ class Trainer:
     def run(self) -> TrainingRecord:
         """Train until ``settings.steps`` optimizer steps are done, the budget is spent, or a callback calls `stop`.
 
-        The first Ctrl-C or SIGTERM is raised between two batches, after a checkpoint. Raises UserError if weights, the
-        loss or a gradient become infinite or NaN, unless ``on_nonfinite`` skips such steps.
+        The first Ctrl-C or SIGTERM, to any process, is raised between two batches in all, after a checkpoint. Raises
+        UserError if weights, the loss or a gradient become infinite or NaN, unless ``on_nonfinite`` skips such steps.
         """
-        with signals_deferred(), tracked(self.accelerator, self.settings, self.folder) as log:
+        most = 1 if world_size() == 1 else 2  # a launcher repeats what a terminal or a scheduler has sent
+        with signals_deferred(most), tracked(self.accelerator, self.settings, self.folder) as log:
             try:
                 self._run(log)
             except BaseException:
@@ -203,10 +188,13 @@ class Trainer:
                 self._prepare(component, *rows)
                 for component, rows in zip(self.objective.components, fresh, strict=True)
             ]
-            for update in range(self.settings.updates_per_batch):
-                if update:
-                    drawn = [self._renewed(some) for some in drawn]
-                metrics = self._update(drawn, is_first=not update)
+            parts = in_mini_batches(drawn, self.settings.mini_batches)
+            updates = self.settings.updates_per_batch * len(parts)
+            for update in range(updates):
+                place = update % len(parts)
+                if update or len(parts) > 1:
+                    parts[place] = [self._renewed(some) for some in parts[place]]
+                metrics = self._update(parts[place], is_first=update < len(parts), is_last=update == updates - 1)
                 step += 1
                 costs = self.record.costs
                 # reading the metrics has waited for the GPU; the optimizer's own work counts in the next step
@@ -224,12 +212,16 @@ class Trainer:
             self._between_batches()
 
     def _between_batches(self) -> None:
-        """Save a checkpoint if one is due, or before a deferred signal is raised."""
-        if self.checkpoints is not None:
-            stopping = world_size() == 1 and pending()
-            if self.checkpoints.due() or stopping:
-                self._save()
-        raise_deferred()
+        """Save a checkpoint if one is due, or before a signal that any process has deferred is raised in all."""
+        due = self.checkpoints is not None and self.checkpoints.due()
+        (due, _), *_ = told = gathered((due, pending()))  # the main process decides what is due
+        signal = max((number for _, number in told if number is not None), default=None)
+        if self.checkpoints is not None and (due or signal is not None):
+            self._save()
+            if signal is not None:
+                self.checkpoints.wait()
+        if signal is not None:
+            raise_signal(signal)
 
     def _save(self) -> None:
         assert self.checkpoints is not None
@@ -259,9 +251,11 @@ class Trainer:
         batch = self.assembler.renew(drawn.batch, drawn.rows, drawn.units, drawn.component.objective)
         return replace(drawn, batch=batch)
 
-    def _update(self, drawn: Sequence[Drawn], is_first: bool) -> dict[str, float]:
-        """One optimizer step on the batches of all components; ``is_first``: the first step on these batches."""
+    def _update(self, drawn: Sequence[Drawn], is_first: bool, is_last: bool) -> dict[str, float]:
+        """One optimizer step on the mini-batches of all components; ``is_first``: the first step on these rows;
+        ``is_last``: the last step before other rows are drawn."""
         rows = [row for some in drawn for row in some.rows]
+        drawn = [replace(some, component=some.component.at(self.progress.fraction)) for some in drawn]
         self.policy.eval()  # with dropout, ratios would not start at 1 and the gradient would depend on micro-batches
         sums = self.micro.within_memory(rows, lambda: self._gradient(drawn), self._undo, is_sharded(self.policy))
         parameters = [p for _, p in self.named_parameters()]
@@ -273,8 +267,9 @@ class Trainer:
         self.record.costs.gradient_tokens += sum(map(length, rows))
         self.progress.move_to(self.step + 1, self.record.costs)
         total = sharding.clip_gradients(parameters, self.settings.max_gradient_norm)
-        self._draw_ahead()
-        metrics = self._read(drawn, sums, total, is_first)
+        if is_last:
+            self._draw_ahead()
+        metrics = metrics_of(drawn, sums, total, self.record.counts if is_first else None)
         norm, loss = metrics["gradient_norm"], metrics["loss"]
         sound = math.isfinite(norm) and math.isfinite(loss)
         if not sound:
@@ -290,29 +285,18 @@ class Trainer:
             self.optimizer.step()
             self.policy.weights_changed()  # the counters of a gathered copy do not see the step of its shards
             self.assembler.after_step()
-        return {**metrics, "learning_rate": rate}
+        return {**metrics, **self._scheduled(drawn), "learning_rate": rate}
+
+    def _scheduled(self, drawn: Sequence[Drawn]) -> dict[str, float]:
+        """The weights in this step of components whose weight changes in training."""
+        pairs = zip(self.objective.components, drawn, strict=True)
+        return {f"{own.label}/mixture_weight": some.component.weight for own, some in pairs if own.schedules}
 
     def _draw_ahead(self) -> None:
         """Let sources prefetch the next batch while the GPU is still busy with this step."""
-        if self.progress.ended is None and (self.step + 1) % self.settings.updates_per_batch == 0:
+        if self.progress.ended is None:
             for source in self.sources:
                 getattr(source, "draw_ahead", lambda: None)()
-
-    def _read(self, drawn: Sequence[Drawn], sums: Sequence[Sums], norm: Tensor, is_first: bool) -> dict[str, float]:
-        """The metrics of a step, read in one copy: nothing else in a step waits for the GPU."""
-        readout = Readout()
-        places = [own.into(readout) for own in sums]
-        rewards = [None if some.batch.reward is None else readout.add(some.batch.reward.mean()) for some in drawn]
-        learned = [readout.add(with_gradient(some)) for some in drawn]
-        at = readout.add(norm)
-        numbers = readout.read()
-        means = [means_of(own, numbers) for own in places]
-        for some, where, own in zip(drawn, learned, means, strict=True):
-            own |= tallied(self.record.counts if is_first else None, some, [bool(number) for number in numbers[where]])
-        return {
-            **metrics_of(drawn, means, [None if where is None else numbers[where][0] for where in rewards]),
-            "gradient_norm": numbers[at][0],
-        }
 
     def _gradient(self, drawn: Sequence[Drawn]) -> list[Sums]:
         """Accumulate the weighted sum of the gradients of whole batches; return the metrics of each."""
@@ -341,11 +325,12 @@ class Trainer:
         event = f"step {self.step + 1}: out of memory with {before} tokens per micro-batch, now {now}"
         self.record.events.append(event)
         if is_sharded(self.policy) and self.checkpoints is not None:
-            self.checkpoints.write_budget(now)
-            raise TryAgainError(
-                f"{event}; the run stops, because the processes of a sharded model cannot retry a step on their own: "
-                "resume with the same command"
-            )
+            self.checkpoints.write_budget(now, event)
+            if not can_restart():
+                raise TryAgainError(
+                    f"{event}; the run stops, because the processes of a sharded model cannot retry a step on their "
+                    "own: resume with the same command"
+                )
 
     def _backward(
         self,

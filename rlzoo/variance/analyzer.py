@@ -77,7 +77,10 @@ def analyze_variance(
     """
     _check(rows, draws, seed, means_held)
     if is_sharded(policy.model):
-        raise UserError("the analyzer needs whole models: start it without --use_fsdp, in one process")
+        raise UserError(
+            "the analyzer needs whole models: load the policy in a process of its own, without --use_fsdp, on a CPU if "
+            "no GPU holds it (16 bytes per parameter)"
+        )
     if is_in_4_bits(policy.model):
         raise UserError("weights in 4 bits have no gradient to measure: leave out training.lora.load_in_4bit")
     check_buffer(policy, buffer)

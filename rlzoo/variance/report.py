@@ -20,18 +20,28 @@ from rlzoo.variance import plots
 Found = Mapping[str, Any]
 
 
+def is_analysis(directory: Path) -> bool:
+    """Whether a folder was written by ``rlzoo variance``, and not by ``rlzoo compare``."""
+    return (directory / "variance.json").is_file() and not (directory / "results.json").is_file()
+
+
+def read_report(directory: Path) -> tuple[str, list[Block]]:
+    """The title and the blocks of the report on a folder's variance.json. Raises UserError if there is none."""
+    file = directory / "variance.json"
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        return f"{found['experiment']}: variance · rlzoo", list(contents(found))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{str(file)!r} was not written by rlzoo variance ({error}): run it again") from error
+
+
 def write_report(directory: Path, out: Path | None = None) -> None:
     """Write report.md, report.html and figures/ from a folder's variance.json, into it or ``out``.
 
     Raises UserError if there is none.
     """
-    file = directory / "variance.json"
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-        blocks = list(contents(found))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{str(file)!r} was not written by rlzoo variance ({error}): run it again") from error
-    write_document(out or directory, f"{found['experiment']}: variance · rlzoo", blocks)
+    title, blocks = read_report(directory)
+    write_document(out or directory, title, blocks)
 
 
 def _noise(key: str) -> Callable[[Found], str]:

@@ -25,6 +25,7 @@ from rlzoo.jobs.cached_results import CachedResults
 from rlzoo.jobs.heartbeat import Heartbeat
 from rlzoo.jobs.outputs import remove, write_atomically
 from rlzoo.jobs.pool import Workers, default_workers, pool, why
+from rlzoo.jobs.ranks import world_size
 from rlzoo.jobs.runs import Run, place, run_in, versions
 from rlzoo.policy.defaults import resolved
 from rlzoo.policy.loading import load_for
@@ -82,8 +83,14 @@ def run_variance(
     """Analyse the objectives of an experiment, and write variance.json and a report to ``out``.
 
     ``buffer`` is a saved buffer, or a table in one of TRL's formats, in place of the experiment's demonstrations and
-    samples. Returns the content of variance.json. Raises UserError for wrong input, without leaving ``out`` behind.
+    samples. Returns the content of variance.json. Raises UserError for wrong input, without leaving ``out`` behind, and
+    under a launcher of several processes.
     """
+    if world_size() > 1:
+        raise UserError(
+            "an analysis has worker processes of its own, with a whole model in each: start it without accelerate or "
+            "torchrun, with --workers 1 if memory is short, and --set training.device=cpu if no GPU holds the model"
+        )
     started = time.perf_counter()
     settings, console = settings or VarianceSettings(), console or Console(stderr=True)
     whole, experiment = experiment, _cut(experiment, settings.rows)

@@ -146,7 +146,7 @@ def subjects_of(
 
 def rows_of(buffer: Buffer, picked: Sequence[int], subjects: Mapping[str, Subject]) -> list[Trajectory]:
     """The rows, each at the temperature at which the objectives that were given it take log-probs."""
-    rows = [buffer[index] for index in picked]
+    rows = buffer.at(picked)
     for subject in subjects.values():
         for place in subject.rows:
             rows[place] = at_temperature(rows[place], subject.objective.at_sampling_temperature)
