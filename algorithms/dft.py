@@ -8,6 +8,7 @@ stop-gradient matters: without it the coefficient would be p(1 + log p), which i
 - ``geometric_mean``: w_t = (Π_s p_s)^(1/n), for a completion of n tokens.
 
 The paper has the last two as ablations: with its 1.5B model, they gain 0 and 1 points over the base, and ``token`` 16.
+``aggregation: sequence`` averages over the tokens of each completion first, as in `sft`.
 Source: arXiv 2508.05629, eq. 9.
 """
 
@@ -16,7 +17,7 @@ from typing import ClassVar, Literal
 
 import torch
 
-from rlzoo.objective import Objective, register
+from rlzoo.objective import Normaliser, Objective, register
 from rlzoo.types import Coefficients, TokenBatch
 
 
@@ -29,6 +30,11 @@ class DFT(Objective):
     source: ClassVar[str] = "arXiv 2508.05629"
 
     variant: Literal["token", "sentence", "geometric_mean"] = "token"
+    aggregation: Literal["token", "sequence"] = "token"
+
+    @property
+    def normaliser(self) -> Normaliser:
+        return Normaliser(f"per_{self.aggregation}")
 
     def coefficients(self, batch: TokenBatch) -> Coefficients:
         if self.variant == "token":

@@ -8,18 +8,25 @@ objective. In an experiment:
 
 With ``mode: online``, components that learn from samples get fresh ones, and the others read the buffer.
 
-This combines SFT and RL with fixed weights: CHORD's loss (1-μ) L_GRPO + μ L_SFT (arXiv 2508.11408) for a constant μ.
-Weights do not change, and no component sees the rows of another. It therefore covers neither CHORD's schedule of μ and
-weight p(1-p) per token, nor LUFFY (arXiv 2504.14945), which adds demonstrations to the group and shapes their ratios,
-nor HPT (arXiv 2509.04419), which chooses between SFT and RL by how well the policy does on a prompt.
+A weight may change in training: it is then given by the fraction of training that is done, as in {0: 0.9, 0.5: 0.05},
+and ``shape`` says what is between two points: a ``linear`` or ``cosine`` passage, or ``steps``. Before the first point
+and after the last the weight is theirs. Each step records it, as ``sft/mixture_weight``. The learning rate's schedule
+comes on top.
+
+With SFT and `grpo` this is CHORD's loss, μ L_SFT + (1-μ) L_GRPO (arXiv 2508.11408). CHORD-μ lets μ fall from 0.9 to
+0.05 in ``cosine`` shape (as in modelscope/Trinity-RFT, which counts in steps and can warm μ up linearly); CHORD-φ, with
+`chord` in place of `sft`, keeps it small, at about 0.1. No component sees the rows of another, so `luffy`, which adds
+demonstrations to the group, is another objective; HPT (arXiv 2509.04419), which chooses between SFT and RL by how well
+the policy does on a prompt, is not covered.
 """
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
+from rlzoo.config.schedules import Schedule
 from rlzoo.errors import UserError, unknown
 from rlzoo.inputs import Input
 from rlzoo.objective import Component, Objective, get_objective, register
@@ -33,17 +40,20 @@ class Mixture(Objective):
     name: ClassVar[str] = "mixture"
     source: ClassVar[str] = "arXiv 2508.11408"
 
-    weights: Mapping[str, float]
-    """Objective → weight."""
+    weights: Mapping[str, float | Mapping[float, float]]
+    """Objective → weight, or its values by fraction of training."""
     options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """Objective → its options."""
+    shape: Literal["linear", "cosine", "steps"] = "linear"
+    """What is between the values of a weight."""
 
     def __post_init__(self) -> None:
         if not self.weights:
             raise UserError("a mixture needs weights, such as {sft: 0.1, grpo: 0.9}")
-        for name, weight in self.weights.items():
-            if not (math.isfinite(weight) and weight >= 0):
-                raise UserError(f"a mixture needs weights of 0 or more: {name!r} has {weight}")
+        for name, given in self.weights.items():
+            for weight in given.values() if isinstance(given, Mapping) else [given]:
+                if not (math.isfinite(weight) and weight >= 0):
+                    raise UserError(f"a mixture needs weights of 0 or more: {name!r} has {weight}")
         for name in self.options:
             if name not in self.weights:
                 raise unknown("component with options", name, self.weights)
@@ -51,11 +61,15 @@ class Mixture(Objective):
 
     @cached_property
     def components(self) -> tuple[Component, ...]:
-        return tuple(
-            Component(component.objective, weight * component.weight, f"{name}/{component.label}".rstrip("/"))
-            for name, weight in self.weights.items()
-            for component in get_objective(name, **self.options.get(name, {})).components
-        )
+        found = []
+        for name, given in self.weights.items():
+            constant, schedules = (
+                (1.0, (Schedule.of(given, self.shape),)) if isinstance(given, Mapping) else (given, ())
+            )
+            for own in get_objective(name, **self.options.get(name, {})).components:
+                label = f"{name}/{own.label}".rstrip("/")
+                found.append(Component(own.objective, constant * own.weight, label, (*schedules, *own.schedules)))
+        return tuple(found)
 
     @property
     def requires(self) -> tuple[Input, ...]:

@@ -9,6 +9,7 @@ probability of the token.
 from __future__ import annotations
 
 import dataclasses
+import math
 import typing
 import warnings
 from collections.abc import Mapping
@@ -21,6 +22,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from rlzoo.config.schedules import Schedule
 from rlzoo.errors import UserError, unknown
 from rlzoo.inputs import Input
 from rlzoo.registry import Registry, one_line
@@ -77,6 +79,13 @@ class Component:
     weight: float = 1.0
     label: str = ""
     """The prefix of its metrics, before a slash."""
+    schedules: tuple[Schedule, ...] = ()
+    """Further factors of the weight, which change in training."""
+
+    def at(self, progress: float) -> Component:
+        """The component with its weight once the fraction ``progress`` of training is done."""
+        factors = [schedule.at(progress) for schedule in self.schedules]
+        return dataclasses.replace(self, weight=math.prod(factors, start=self.weight), schedules=())
 
 
 @dataclass(frozen=True)
@@ -167,7 +176,7 @@ class Objective:
 
     @property
     def has_logit_term(self) -> bool:
-        """Whether this objective defines a `logit_term`."""
+        """Whether this objective uses a `logit_term`: by default, whether it defines one."""
         return type(self).logit_term is not Objective.logit_term
 
     @property
@@ -361,13 +370,16 @@ def reduce(
     return total / (denominator or 1.0)
 
 
-def surrogate(objective: Objective, batch: TokenBatch, denominator: float | None = None) -> Float[Tensor, ""]:
+def surrogate(
+    objective: Objective, batch: TokenBatch, denominator: float | None = None, progress: float = 0.0
+) -> Float[Tensor, ""]:
     """The surrogate loss, a scalar: -Σ (c.detach() · log π)[mask] / Z plus the objective's auxiliary terms.
 
     Its gradient is that of the paper's loss; its value need not be (see `Coefficients.loss`). ``denominator`` is Z of
     the whole optimizer step; None applies the objective's normaliser to this batch. The components of a composite all
-    get this batch; since each has its own normaliser, a composite takes no ``denominator`` (ValueError). A batch
-    without advantages is prepared first. If all tokens are masked the loss is 0, with a warning.
+    get this batch, with their weights once the fraction ``progress`` of training is done; since each has its own
+    normaliser, a composite takes no ``denominator`` (ValueError). A batch without advantages is prepared first. If all
+    tokens are masked the loss is 0, with a warning.
     """
     if denominator is not None and is_composite(type(objective)):
         raise ValueError(f"objective {objective.name!r} is a composite: each of its components has its own denominator")
@@ -378,7 +390,8 @@ def surrogate(objective: Objective, batch: TokenBatch, denominator: float | None
             fixed = component.objective.prepare(batch.detach())
             own = fixed.replace(logp=batch.logp, inputs={**fixed.inputs, **batch.inputs})  # with their graph
         coefficients = component.objective.coefficients(own.detach())
-        losses.append(component.weight * surrogate_of(coefficients, component.objective, own, denominator))
+        weight = component.at(progress).weight
+        losses.append(weight * surrogate_of(coefficients, component.objective, own, denominator))
     return torch.stack(losses).sum()
 
 

@@ -55,6 +55,12 @@ def dft(batch: TokenBatch) -> Tensor:
     return -(logp.exp().detach() * logp).sum() / token_count(batch)
 
 
+def over_sequences(batch: TokenBatch, loss: Callable[[TokenBatch], Tensor]) -> Tensor:
+    """The mean over sequences of a mean over tokens, that is of the loss of each sequence as a batch of its own."""
+    rows = [batch.rows(torch.tensor([i]), batch.mask.shape[1]) for i in range(len(batch.mask)) if batch.mask[i].any()]
+    return torch.stack([loss(row) for row in rows]).sum() / len(batch.mask)
+
+
 def dft_of_completions(batch: TokenBatch, geometric: bool) -> Tensor:
     """-(1/N) Σ_i w_i log π(y_i), w the probability of the completion or its n-th root (arXiv 2508.05629, ablation)."""
     total = torch.zeros(())
@@ -782,6 +788,20 @@ def otr(
     return torch.stack([torch.as_tensor(loss) for loss in losses]).mean()
 
 
+def smoothed_sft(
+    mask: Tensor, logits: Tensor, reference: Tensor, target: Tensor, label_smoothing: float, aggregation: str = "token"
+) -> Tensor:
+    """The mean cross entropy to (1 - ε) e_y + ε/V, torch's own label smoothing."""
+    if aggregation == "token":
+        return functional.cross_entropy(logits[mask], target[mask], label_smoothing=label_smoothing)
+    rows = [
+        functional.cross_entropy(z[m], y[m], label_smoothing=label_smoothing)
+        for z, m, y in zip(logits, mask, target, strict=True)
+        if m.any()
+    ]
+    return torch.stack(rows).sum() / len(mask)
+
+
 def gift(mask: Tensor, logits: Tensor, reference: Tensor, target: Tensor, beta: float = 20.0) -> Tensor:
     """-(1/N) Σ Σ_v q(v) log π_θ(v), q ∝ π_ref(v) e^{β 1[v = y_t]} (arXiv 2601.09233)."""
     losses = []
@@ -877,11 +897,12 @@ def case(loss: Callable[..., Tensor], **options: Any) -> Case:
 
 
 CANONICAL: dict[str, list[Case]] = {
-    "sft": [case(sft)],
+    "sft": [case(sft), Case(partial(over_sequences, loss=sft), {"aggregation": "sequence"})],
     "dft": [
         case(dft),
         Case(partial(dft_of_completions, geometric=False), {"variant": "sentence"}),
         Case(partial(dft_of_completions, geometric=True), {"variant": "geometric_mean"}),
+        Case(partial(over_sequences, loss=dft), {"aggregation": "sequence"}),
     ],
     "dft-control": [case(dft_control, variant=variant) for variant in ("normalised", "mean", "shuffled")],
     "iw-sft": [
@@ -1033,6 +1054,13 @@ CANONICAL: dict[str, list[Case]] = {
             partial(mixture, components={partial(dpo, beta=0.7): 1.0, dft: 0.5}),
             {"weights": {"dpo": 1.0, "dft": 0.5}, "options": {"dpo": {"beta": 0.7}}},
         ),
+        *(  # at the start of training
+            Case(
+                partial(mixture, components={sft: 0.9, grpo: 0.1}),
+                {"weights": {"sft": {0: 0.9, 0.5: 0.05}, "grpo": {0.2: 0.1, 0.5: 0.95}}, "shape": shape},
+            )
+            for shape in ("linear", "cosine", "steps")
+        ),
     ],
 }
 
@@ -1058,6 +1086,10 @@ def logits_case(loss: Callable[..., Tensor], **options: Any) -> LogitsCase:
 
 CANONICAL_IN_LOGITS: dict[str, list[LogitsCase]] = {
     "asft": [logits_case(asft), logits_case(asft, kl_coefficient=0.7)],
+    "sft": [
+        logits_case(smoothed_sft, label_smoothing=0.1),
+        logits_case(smoothed_sft, label_smoothing=0.4, aggregation="sequence"),
+    ],
     "gift": [logits_case(gift), logits_case(gift, beta=1.0), logits_case(gift, beta=0.0)],
     "otr": [
         logits_case(otr, samples=16),

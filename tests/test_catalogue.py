@@ -125,7 +125,7 @@ def test_needs_that_depend_on_an_option_are_told() -> None:
     assert "| needs | reference; with `ema`: moving reference |" in page
     assert "| needs | behaviour, reference; with `kl_coefficient` = 0: behaviour |" in page
     assert "| `variant` | `zero` or `down` | `zero` |" in page
-    assert "| `weights` | `Mapping[str, float]` | none: required |" in page
+    assert "| `weights` | `Mapping[str, float \\| Mapping[float, float]]` | none: required |" in page
 
 
 def test_the_page_tells_how_each_is_checked() -> None:

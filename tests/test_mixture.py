@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from batches import hand_batch, random_batch
 from canonical import ppo
 from comparisons import small
@@ -22,6 +23,7 @@ from rlzoo.cli import main
 from rlzoo.cli.catalogue import catalogue
 from rlzoo.comparison import resolve
 from rlzoo.config import Training
+from rlzoo.config.schedules import Schedule, Shape
 from rlzoo.errors import UserError
 from rlzoo.inputs import Behaviour, Critic, Mismatched, Reference, Snapshot
 from rlzoo.objective import Objective, get_objective, surrogate, surrogate_of
@@ -43,8 +45,15 @@ OVER_TWO: Mapping[str, Mapping[str, float]] = {
 }
 
 
-def mixture(weights: Mapping[str, float], **options: Mapping[str, Any]) -> Objective:
+Weights = Mapping[str, float | Mapping[float, float]]
+
+
+def mixture(weights: Weights, **options: Mapping[str, Any]) -> Objective:
     return get_objective("mixture", weights=weights, options=options)
+
+
+def shaped(weights: Weights, shape: str) -> Objective:
+    return get_objective("mixture", weights=weights, shape=shape)
 
 
 def filled(policy: Policy) -> OfflineBuffer:
@@ -191,9 +200,14 @@ def test_the_parts_share_the_batch(make_policy: MakePolicy) -> None:
     assert len(rows) == 4 == len(units[0]) and {row.source for row in rows} == {"policy"}
 
 
-@pytest.mark.parametrize("weights", [{"sft": 0.3, "grpo": 0.7}, {"ppo": 0.5, "dpo": 0.5}], ids="+".join)
+FALLING: Weights = {"sft": {0: 0.9, 0.8: 0.05}, "grpo": {0: 0.1, 0.8: 0.95}}
+
+
+@pytest.mark.parametrize(
+    "weights", [{"sft": 0.3, "grpo": 0.7}, {"ppo": 0.5, "dpo": 0.5}, FALLING], ids=["sft+grpo", "ppo+dpo", "falling"]
+)
 def test_a_run_that_was_stopped_ends_as_one_that_was_not(
-    make_policy: MakePolicy, tmp_path: Path, weights: Mapping[str, float]
+    make_policy: MakePolicy, tmp_path: Path, weights: Weights
 ) -> None:
     def run(folder: Path | None, *callbacks: Callable[[Trainer, int], None]) -> Any:
         policy = make_policy("llama", torch.float32)
@@ -205,7 +219,7 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not(
         with pytest.raises(StopError):
             run(tmp_path, stop_at(last))
     assert same(run(tmp_path), whole)
-    other = mixture({name: weight / 2 for name, weight in weights.items()})
+    other = mixture(dict.fromkeys(weights, 0.6))
     policy = make_policy("llama", torch.float32)
     with pytest.raises(UserError, match="the checkpoints are of another run"):
         train(policy, other, rows_of(policy), EVERY.model_copy(update={"batch_size": 8}), 3, checkpoints=tmp_path)
@@ -255,6 +269,99 @@ def test_the_command_line_trains_a_mixture(
     assert "step 1/1" in capsys.readouterr().out
 
 
+# Weights that change in training
+
+
+@pytest.mark.parametrize(
+    ("shape", "expected"),
+    [
+        # at 0, 0.2 (the first point), 0.3, 0.4 (half-way), 0.6 (the second), 0.8 and 1 (after the last)
+        ("linear", [0.8, 0.8, 0.7, 0.6, 0.4, 1.0, 1.0]),
+        ("cosine", [0.8, 0.8, 0.8 - 0.4 * (1 - math.sqrt(0.5)) / 2, 0.6, 0.4, 1.0, 1.0]),
+        ("steps", [0.8, 0.8, 0.8, 0.8, 0.4, 1.0, 1.0]),
+    ],
+)
+def test_a_schedule_by_hand(shape: Shape, expected: list[float]) -> None:
+    schedule = Schedule.of({0.2: 0.8, 0.8: 1.0, 0.6: 0.4}, shape)
+    assert [schedule.at(x) for x in (0, 0.2, 0.3, 0.4, 0.6, 0.8, 1)] == pytest.approx(expected)
+    assert Schedule.of({0.5: 0.3}, shape).at(0.1) == Schedule.of({0.5: 0.3}, shape).at(0.9) == 0.3
+
+
+@pytest.mark.parametrize("shape", ["linear", "cosine", "steps"])
+def test_the_weights_of_each_step_are_used_and_recorded(make_policy: MakePolicy, shape: Shape) -> None:
+    policy, settings = make_policy(), EVERY.model_copy(update={"steps": 5, "batch_size": 8})
+    steps = train(policy, shaped(FALLING, shape), rows_of(policy), settings, 3).steps
+    mu = Schedule.of(FALLING["sft"], shape)  # type: ignore[arg-type]
+    for number, row in enumerate(steps):
+        weights = row["sft/mixture_weight"], row["grpo/mixture_weight"]
+        assert weights == pytest.approx((mu.at(number / 5), 1 - mu.at(number / 5)))
+        assert row["loss"] == pytest.approx(weights[0] * row["sft/loss"] + weights[1] * row["grpo/loss"])
+    assert steps[0]["sft/mixture_weight"] == 0.9 and steps[4]["sft/mixture_weight"] == 0.05
+
+
+def test_a_gradient_is_that_of_the_weights_of_its_step(make_policy: MakePolicy) -> None:
+    def after(weights: Weights, shape: str, steps: int) -> Tensor:
+        policy, found = make_policy(), list[Tensor]()
+        settings = EVERY.model_copy(update={"steps": 4, "batch_size": 8, "warmup_ratio": 0.0})
+
+        def keep(trainer: Trainer, step: int) -> None:
+            found.append(gradient_of(trainer.policy))
+
+        train(policy, shaped(weights, shape), rows_of(policy), settings, 3, [keep])
+        return torch.stack(found[:steps])
+
+    halves = {"sft": {0: 1.0, 0.5: 0.0}, "grpo": {0: 0.0, 0.5: 1.0}}
+    first = after({"sft": 1.0, "grpo": 0.0}, "linear", 2)
+    assert torch.equal(after(halves, "steps", 2), first)
+    assert not torch.equal(after(halves, "linear", 2), first)
+    both = {"sft": 0.3, "grpo": 0.7}
+    assert torch.equal(
+        after({name: {0.1: w, 0.7: w} for name, w in both.items()}, "cosine", 4), after(both, "linear", 4)
+    )
+
+
+def test_a_schedule_follows_a_budget(make_policy: MakePolicy) -> None:
+    policy = make_policy()
+    settings = Training.model_validate(
+        {**EVERY.model_dump(), "steps": 90, "batch_size": 8, "budget": {"gradient_tokens": 400}}
+    )
+    spent: list[float] = [0.0]
+    steps = train(
+        policy,
+        mixture({"sft": {0: 1.0, 1: 0.0}, "grpo": 1.0}),
+        rows_of(policy),
+        settings,
+        callbacks=[lambda trainer, step: spent.append(trainer.record.costs.gradient_tokens / 400)],
+    ).steps
+    assert 2 < len(steps) < 90
+    assert [row["sft/mixture_weight"] for row in steps] == pytest.approx([1 - share for share in spent[: len(steps)]])
+    assert "grpo/mixture_weight" not in steps[0], "constant weights are in the settings"
+
+
+def test_schedules_of_nested_mixtures_multiply() -> None:
+    inner = {"weights": {"sft": {0: 1.0, 1: 0.0}, "dpo": 2.0}}
+    objective = mixture({"mixture": {0: 0.5, 1: 1.0}, "grpo": 1.0}, mixture=inner)
+    found = {component.label: component.at(0.5).weight for component in objective.components}
+    assert found == {"mixture/sft": 0.75 * 0.5, "mixture/dpo": 1.5, "grpo": 1.0}
+    batch = random_batch(0)
+    at_the_end = surrogate(mixture({"dpo": {0: 5.0, 1: 0.3}}), batch, progress=1.0)
+    assert torch.equal(at_the_end, surrogate(mixture({"dpo": 0.3}), batch))
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_a_comparison_runs_chord(tmp_path: Path) -> None:
+    """As an experiment file has it: through YAML, and online."""
+    row = yaml.safe_load(
+        "{objective: mixture, mode: online, options: {weights: {chord: {0: 0.9, 0.5: 0.05}, grpo: {0: 0.1, 0.5: 0.95}},"
+        " shape: cosine, options: {grpo: {kl_coefficient: 0}}}}"
+    )
+    found = compare(small({"chord+grpo": row}, seeds=[1]), tmp_path / "out")
+    (cell,) = found["cells"]
+    assert [step["chord/mixture_weight"] for step in cell["training"]] == pytest.approx([0.9, 0.05])
+    assert [step["grpo/mixture_weight"] for step in cell["training"]] == pytest.approx([0.1, 0.95])
+    assert cell["training"][0]["grpo/ratio"] == pytest.approx(1, abs=1e-4)
+
+
 # What is refused
 
 
@@ -265,13 +372,14 @@ def test_the_command_line_trains_a_mixture(
         ({"sft": -1.0}, {}, "weights of 0 or more: 'sft' has -1.0"),
         ({"sft": float("nan")}, {}, "weights of 0 or more: 'sft' has nan"),
         ({"sfft": 1.0}, {}, "unknown objective 'sfft'"),
+        ({"sft": {}}, {}, r"a schedule needs values by fraction of training, such as \{0: 0.9, 0.5: 0.05\}"),
+        ({"sft": {0: 1.0, 200: 0.1}}, {}, "a schedule is by fraction of training, from 0 to 1: 200.0 is not one"),
+        ({"sft": {0: 1.0, 1: -0.1}}, {}, "weights of 0 or more: 'sft' has -0.1"),
         ({"dpo": 1.0}, {"dpo": {"bta": 1}}, "unknown option of objective 'dpo' 'bta'"),
         ({"dpo": 1.0}, {"grpo": {"clip": 0.1}}, "unknown component with options 'grpo'"),
     ],
 )
-def test_a_wrong_mixture_is_one_line(
-    weights: Mapping[str, float], options: Mapping[str, Mapping[str, Any]], told: str
-) -> None:
+def test_a_wrong_mixture_is_one_line(weights: Weights, options: Mapping[str, Mapping[str, Any]], told: str) -> None:
     with pytest.raises(UserError, match=told) as found:
         mixture(weights, **options)
     assert "\n" not in str(found.value)

@@ -66,7 +66,7 @@ def copies(run: Callable[[int], Any], processes: int) -> list[Any]:
     started = [context.Process(target=one, args=(i, told), daemon=True) for i, (_, told) in enumerate(pipes)]
     for process in started:
         process.start()
-    running, until = {process.sentinel: process for process in started}, time.monotonic() + 300
+    running, until = {process.sentinel: process for process in started}, time.monotonic() + 900
     while running and (ended := connection.wait([*running], max(0.0, until - time.monotonic()))):
         for sentinel in ended:
             running.pop(int(sentinel)).join()  # type: ignore[arg-type]

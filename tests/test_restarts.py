@@ -150,7 +150,7 @@ def test_scoring_and_sampling_with_shards_restart(
     with pytest.raises(Replaced), restarts.restarting():
         work()
     assert executed.get() == {what: {"tokens": 10, "sequences": 3}[what], "restarts": 1}
-    with pytest.raises((UserError, torch.OutOfMemoryError), match="out of memory"):
+    with pytest.raises(UserError, match=r"out of memory .* in one process of a sharded model, .*: lower "):
         work()
 
 
@@ -184,7 +184,7 @@ def test_sharded_training_out_of_memory_goes_on_by_itself(tmp_path: Path, monkey
     for process in started:
         process.start()
     for process in started:
-        process.join(300)
+        process.join(900)
     assert [process.exitcode for process in started] == [0, 0]
     assert main([*command, "one"]) == 0
     one_weights, two_weights = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))

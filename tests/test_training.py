@@ -205,6 +205,8 @@ def full_batch(policy: Policy, objective: Objective, batch: Batch) -> TokenBatch
         snapshot_logp=scores.logp.detach(),
         old_value=None if value is None else value.detach(),
         reward=torch.tensor([r.reward or 0.0 for r in rows]),
+        outcome=torch.tensor([r.reward or 0.0 for r in rows]),  # all rows are samples
+        from_demonstration=torch.zeros(len(rows)),
         group=torch.tensor([int(r.prompt_id) for r in rows]),
         partner=partner,
         chosen=torch.arange(len(rows)) % 2 == 0,

@@ -31,6 +31,7 @@ trl = pytest.importorskip("trl", reason="the parity tests need trl 1.16")
 if not trl.__version__.startswith("1.16."):
     pytest.skip(f"the parity tests are written for trl 1.16, not {trl.__version__}", allow_module_level=True)
 
+from transformers.trainer_pt_utils import LabelSmoother  # noqa: E402
 from trl import (  # noqa: E402 - only once trl is known to be there
     DPOConfig,
     DPOTrainer,
@@ -142,11 +143,12 @@ def trainer(model: Any, **attributes: Any) -> SimpleNamespace:
     )
 
 
-def trl_sft(world: World, loss_type: str) -> Tensor:
+def trl_sft(world: World, loss_type: str, smoothing: float = 0.0) -> Tensor:
     inputs = world.joined()
     inputs["labels"] = inputs["input_ids"].masked_fill(inputs.pop("completion_mask") == 0, -100)
     args = SimpleNamespace(loss_type=loss_type, average_tokens_across_devices=True)
-    this = trainer(world.policy, args=args, compute_loss_func=None, label_smoother=None)
+    smoother = LabelSmoother(epsilon=smoothing) if smoothing else None
+    this = trainer(world.policy, args=args, compute_loss_func=None, label_smoother=smoother)
     loss: Tensor = SFTTrainer.compute_loss(this, world.policy, inputs)
     return loss
 
@@ -248,6 +250,17 @@ def test_objectives_that_the_docs_call_compared_are_compared_here() -> None:
 @pytest.mark.parametrize(("name", "loss_type"), [("sft", "nll"), ("dft", "dft")])
 def test_supervised(world: World, name: str, loss_type: str) -> None:
     assert_parity(get_objective(name), world.batch(), world, trl_sft(world, loss_type))
+
+
+def test_label_smoothing(world: World) -> None:
+    objective, batch = get_objective("sft", label_smoothing=0.2), world.batch()
+    rows = zip(world.prompts, world.completions, strict=True)
+    logits = [world.policy(torch.cat(row)[None]).logits[0, len(row[0]) - 1 : -1] for row in rows]
+    terms = [objective.logit_term(z, None, y) for z, y in zip(logits, world.completions, strict=True)]
+    ours = surrogate(objective, batch) + torch.cat([torch.as_tensor(term) for term in terms]).mean()
+    theirs = trl_sft(world, "nll", 0.2)
+    assert ours.item() == pytest.approx(theirs.item(), rel=1e-5)
+    assert_one_gradient(ours, world, theirs)
 
 
 SMOOTHING = {"label_smoothing": 0.1}

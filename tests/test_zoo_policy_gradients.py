@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import replace
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from batches import SEEDS, assert_same, hand_batch, random_batch
+from canonical import clipped_gain, completions, groups_of, token_count
 from test_zoo_rl import double, on_policy, values
 
 from rlzoo.advantages import batch_normalised, group_normalised, optimal_value, quantile
 from rlzoo.errors import UserError
 from rlzoo.objective import get_objective, surrogate
 from rlzoo.ratios import kl_estimate
+from rlzoo.testing import check_objective
 from rlzoo.testing.batches import LENGTH, gradients, prepared
 from rlzoo.types import TokenBatch
 
@@ -31,6 +35,29 @@ def varied(seed: int) -> TokenBatch:
     """A random batch in which every group has unequal rewards."""
     batch = random_batch(seed).rows(torch.arange(13), LENGTH)
     return replace(batch, reward=torch.randperm(13, generator=torch.manual_seed(seed)).double())
+
+
+# An objective of one's own
+
+
+def test_the_documented_objective_keeps_the_contract() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "interface.md").read_text(encoding="utf-8")
+    (code,) = (block for block in re.findall(r"```python\n(.+?)```", page, re.DOTALL) if "MedianGRPO" in block)
+    namespace: dict[str, Any] = {"__name__": __name__}
+    exec(code.replace("@register\n", ""), namespace)  # without its name in the registry
+
+    def loss(batch: TokenBatch) -> torch.Tensor:
+        assert batch.reward is not None
+        rewards, total = batch.reward.tolist(), torch.zeros(())
+        for rows in groups_of(batch):
+            middle = sorted(rewards[i] for i in rows)[(len(rows) - 1) // 2]
+            for i in rows:
+                logp, behaviour = (completions(batch, x)[i] for x in (batch.logp, batch.behaviour_logp))
+                advantage = torch.full_like(logp, rewards[i] - middle)
+                total = total - clipped_gain(logp, behaviour, advantage, 0.2).sum()
+        return total / token_count(batch)
+
+    check_objective(namespace["MedianGRPO"](), loss, through_trainer=False)
 
 
 # GRPO's options

@@ -99,6 +99,29 @@ def weights(name: str, *probabilities: float, **options: float) -> list[float]:
     return found
 
 
+@pytest.mark.parametrize("name", ["sft", "dft"])
+def test_sequences_may_count_alike(name: str) -> None:
+    # Two tokens of p = 1/2 and 1/4 and one of 1/10: each has a third of the step, or a quarter, a quarter and a half.
+    batch = hand_batch([[0.5, 0.25], [0.1]])
+    weight = torch.tensor([0.5, 0.25, 0.1] if name == "dft" else [1.0, 1.0, 1.0]).double()
+    for aggregation, share in (("token", [1 / 3] * 3), ("sequence", [0.25, 0.25, 0.5])):
+        found = gradient_of(name, batch, aggregation=aggregation).view(2, 2)[batch.mask]
+        torch.testing.assert_close(found, -weight * torch.tensor(share).double(), rtol=1e-6, atol=0)
+
+
+def test_label_smoothing_by_hand() -> None:
+    # π = (1/2, 1/4, 1/4), ε = 0.3: the target of y = 0 is (0.7 + 0.1, 0.1, 0.1), and the gradient π minus that.
+    logits = torch.tensor([[0.5, 0.25, 0.25]], dtype=torch.float64).log().requires_grad_()
+    objective = get_objective("sft", label_smoothing=0.3)
+    term = objective.logit_term(logits, None, torch.tensor([0]))
+    assert term is not None and objective.has_logit_term and not get_objective("sft").has_logit_term
+    loss = term.sum() - 0.7 * logits.log_softmax(1)[0, 0]
+    (found,) = torch.autograd.grad(loss, logits)
+    assert found[0].tolist() == pytest.approx([-0.3, 0.15, 0.15])
+    with pytest.raises(UserError, match="sft needs label_smoothing of at least 0 and below 1"):
+        get_objective("sft", label_smoothing=1.0)
+
+
 def test_trsft_and_floor_dft_mirror_each_other() -> None:
     # α = 0.1: p = 0.02 and 0.05 are outside the trust region, with a fifth and a half of SFT's weight. The floor gives
     # these tokens 0.1 where DFT gives p; above, TrSFT is SFT and floor-DFT is DFT.

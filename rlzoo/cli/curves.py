@@ -133,7 +133,7 @@ def weight_of(objective: Objective, probabilities: Sequence[float], others: int)
         (single,) = torch.autograd.grad(loss, logp, retain_graph=True)
         if not torch.allclose(together * single.norm(), single * together.norm()):
             raise UserError("its weight depends on the other tokens of the batch")
-    term = objective.logit_term(logits, logits.detach(), target)
+    term = objective.logit_term(logits, logits.detach(), target) if objective.has_logit_term else None
     if term is not None:
         loss = loss + reduce(term[:, None], batch, objective.normaliser, 1.0)
     (slope,) = torch.autograd.grad(loss, logits)

@@ -233,7 +233,11 @@ class TransformersSampler(Sampler):
                         raise UserError(f"out of memory while sampling a single sequence: {error}") from None
                     if is_sharded(self.policy):  # the others wait for this one
                         restart_with("sequences", self._halved(together, len(batch) * copies))
-                        raise
+                        raise UserError(
+                            f"out of memory while sampling {together} sequences at a time in one process of a sharded "
+                            "model, which cannot retry on its own: lower batch_size of rollouts or evaluation "
+                            f"({error!s:.160})"
+                        ) from None
                     made = None
                 if made is None:  # only here, because the error keeps the tensors that did not fit alive
                     release_memory()

@@ -9,7 +9,7 @@ COMPARED: Mapping[str, str] = {
     **dict.fromkeys(
         (
             "a-star-po", "aot", "apo", "bco", "cispo", "dapo", "dft", "discopop", "dpo", "dr-grpo", "exo", "grpo",
-            "gspo", "kto", "nca", "orpo", "rloo", "sapo", "sft", "simpo", "sppo", "vespo",
+            "gspo", "kto", "nca", "opd", "orpo", "rloo", "sapo", "sdft", "sft", "simpo", "sppo", "vespo",
         ),
         TRL,
     ),

@@ -255,6 +255,7 @@ class Trainer:
         """One optimizer step on the mini-batches of all components; ``is_first``: the first step on these rows;
         ``is_last``: the last step before other rows are drawn."""
         rows = [row for some in drawn for row in some.rows]
+        drawn = [replace(some, component=some.component.at(self.progress.fraction)) for some in drawn]
         self.policy.eval()  # with dropout, ratios would not start at 1 and the gradient would depend on micro-batches
         sums = self.micro.within_memory(rows, lambda: self._gradient(drawn), self._undo, is_sharded(self.policy))
         parameters = [p for _, p in self.named_parameters()]
@@ -284,7 +285,12 @@ class Trainer:
             self.optimizer.step()
             self.policy.weights_changed()  # the counters of a gathered copy do not see the step of its shards
             self.assembler.after_step()
-        return {**metrics, "learning_rate": rate}
+        return {**metrics, **self._scheduled(drawn), "learning_rate": rate}
+
+    def _scheduled(self, drawn: Sequence[Drawn]) -> dict[str, float]:
+        """The weights in this step of components whose weight changes in training."""
+        pairs = zip(self.objective.components, drawn, strict=True)
+        return {f"{own.label}/mixture_weight": some.component.weight for own, some in pairs if own.schedules}
 
     def _draw_ahead(self) -> None:
         """Let sources prefetch the next batch while the GPU is still busy with this step."""
