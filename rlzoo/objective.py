@@ -32,8 +32,6 @@ from rlzoo.types import (
     TokenBatch,
     Unit,
     WhichView,
-    builtin,
-    name_of_view,
     selector_of,
 )
 from rlzoo.types import Normaliser as Normaliser
@@ -169,36 +167,6 @@ def view_of(objective: Objective) -> tuple[WhichView, dict[str, Any]]:
     """The view that an objective learns from, and its options, including that for truncated rows."""
     dropping = {"truncated": "drop"} if objective.truncated == "drop" else {}
     return objective.learns_from, {**objective.view_options, **dropping}
-
-
-KEPT_OPTIONS = ("weighted", "truncated", "varied")
-"""Options of a view that another view in its place keeps: they say what to draw, not what the view is."""
-_KINDS = {Unit.ROW: "single rows", Unit.PAIR: "pairs", Unit.GROUP: "groups"}
-
-
-def view_in_place(objective: Objective, other: WhichView) -> tuple[WhichView, dict[str, Any]]:
-    """`view_of` with another view in place of the objective's own, with as many rows per unit.
-
-    Raises UserError for an unknown view, and for one that the objective cannot learn from.
-    """
-    own, options = view_of(objective)
-    other, name = builtin(other), name_of_view(other)
-    if is_composite(type(objective)):
-        raise UserError(f"learns_from: {objective.name!r} is a composite, and each component has a view of its own")
-    if other == builtin(own):
-        return own, options
-    it, mine = selector_of(other), selector_of(own)
-    if it.unit is not mine.unit:
-        wanted = _KINDS[mine.unit]
-        raise UserError(
-            f"learns_from: the view {name!r} has {_KINDS[it.unit]}, and {objective.name!r} learns from {wanted}: "
-            f"name a view of {wanted}"
-        )
-    if it.is_imitated and not mine.is_imitated:
-        raise UserError(
-            f"learns_from: rows of the view {name!r} may have no reward, and {objective.name!r} learns from rewards"
-        )
-    return other, {key: value for key, value in options.items() if key in KEPT_OPTIONS and value}
 
 
 _objectives: Registry[type[Objective]] = Registry("objective", "rlzoo.algorithms", "rlzoo.objectives")

@@ -10,12 +10,12 @@ import torch
 
 from rlzoo.buffers.problems import EncodedProblem, Problem, load_problems
 from rlzoo.buffers.templates import columns_in
-from rlzoo.buffers.views import check_options
+from rlzoo.buffers.views import check_options, view_in_place
 from rlzoo.comparison.outcomes import OVERALL
 from rlzoo.config import BASE, WARM_UP, Benchmark, Experiment, ProblemSource, get_suite, load_experiment
 from rlzoo.errors import UserError, unknown
 from rlzoo.evaluation import Metric, metric_table
-from rlzoo.objective import Objective, get_objective, view_in_place
+from rlzoo.objective import Objective, get_objective
 from rlzoo.policy.loading import DTYPES
 from rlzoo.reward import Reward
 from rlzoo.reward.isolation import Limits, isolated

@@ -14,8 +14,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rlzoo.buffers import Buffer, View
+from rlzoo.buffers.views import view_in_place
 from rlzoo.errors import UserError
-from rlzoo.objective import Objective, get_objective, is_composite, surrogate_of, view_in_place
+from rlzoo.objective import Objective, get_objective, is_composite, surrogate_of
 from rlzoo.objective import view_of as own_view
 from rlzoo.policy import Assembler
 from rlzoo.registry import one_line
