@@ -35,6 +35,7 @@ class AStarPO(LogRatioRegression):
 
     name: ClassVar[str] = "a-star-po"
     source: ClassVar[str] = "arXiv 2505.20686"
+    compared_with: ClassVar[str] = "TRL 1.16"
 
     beta: float = 1e-3
     value_beta: float = 0.5

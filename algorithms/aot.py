@@ -32,6 +32,7 @@ class AOT(PairObjective):
     name: ClassVar[str] = "aot"
     couples: ClassVar[Coupling] = Coupling.BATCH
     source: ClassVar[str] = "arXiv 2406.05882"
+    compared_with: ClassVar[str] = "TRL 1.16"
 
     beta: float = 0.1
     variant: Literal["paired", "unpaired"] = "paired"

@@ -28,6 +28,7 @@ class APO(PairObjective):
 
     name: ClassVar[str] = "apo"
     source: ClassVar[str] = "arXiv 2408.06266"
+    compared_with: ClassVar[str] = "TRL 1.16"
 
     beta: float = 0.1
     variant: Literal["zero", "down"] = "zero"

@@ -29,6 +29,7 @@ class BCO(PairObjective):
     name: ClassVar[str] = "bco"
     couples: ClassVar[Coupling] = Coupling.BATCH
     source: ClassVar[str] = "arXiv 2404.04656"
+    compared_with: ClassVar[str] = "TRL 1.16"
 
     beta: float = 0.1
     shift: Literal["mean", "none"] = "mean"

@@ -26,6 +26,7 @@ class CISPO(OffPolicyGradient):
 
     name: ClassVar[str] = "cispo"
     source: ClassVar[str] = "arXiv 2506.13585"
+    compared_with: ClassVar[str] = "TRL 1.16"
 
     ratio_min: float = 0.0
     ratio_max: float = 5.0

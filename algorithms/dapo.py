@@ -29,6 +29,7 @@ class DAPO(ClippedPolicyGradient):
 
     name: ClassVar[str] = "dapo"
     source: ClassVar[str] = "arXiv 2503.14476"
+    compared_with: ClassVar[str] = "TRL 1.16"
 
     clip_low: float = 0.2
     clip_high: float = 0.28

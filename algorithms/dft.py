@@ -28,6 +28,7 @@ class DFT(Objective):
 
     name: ClassVar[str] = "dft"
     source: ClassVar[str] = "arXiv 2508.05629"
+    compared_with: ClassVar[str] = "TRL 1.16"
 
     variant: Literal["token", "sentence", "geometric_mean"] = "token"
     aggregation: Literal["token", "sequence"] = "token"

@@ -31,6 +31,7 @@ class DiscoPOP(PairObjective):
 
     name: ClassVar[str] = "discopop"
     source: ClassVar[str] = "arXiv 2406.08414"
+    compared_with: ClassVar[str] = "TRL 1.16"
 
     beta: float = 0.1
     tau: float = 0.05

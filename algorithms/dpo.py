@@ -45,6 +45,7 @@ class DPO(PairObjective):
 
     name: ClassVar[str] = "dpo"
     source: ClassVar[str] = "arXiv 2305.18290"
+    compared_with: ClassVar[str] = "TRL 1.16"
 
     beta: float = 0.1
     variant: Literal["sigmoid", "sigmoid_norm", "robust", "hinge", "ipo"] = "sigmoid"
@@ -83,10 +84,9 @@ class DPO(PairObjective):
         if self.variant == "ipo":
             distance = margin - 1 / (2 * self.beta)
             return distance.square(), -2 * distance
-        wrong, whole = self.label_smoothing, 1.0
-        if self.variant == "robust":
-            whole, wrong = 1 - 2 * wrong, -wrong
-        loss, pull = logistic(self.beta * margin, (1 - self.label_smoothing) / whole, wrong / whole)
+        noise = self.label_smoothing
+        wrong, whole = (-noise, 1 - 2 * noise) if self.variant == "robust" else (noise, 1.0)
+        loss, pull = logistic(self.beta * margin, (1 - noise) / whole, wrong / whole)
         return loss, self.beta * pull
 
     def score(self, u: Rows) -> tuple[Rows, Rows | float]:

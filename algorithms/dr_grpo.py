@@ -30,6 +30,7 @@ class DrGRPO(ClippedPolicyGradient):
     name: ClassVar[str] = "dr-grpo"
     normaliser: ClassVar[Normaliser] = Normaliser.SEQUENCE_SUM
     source: ClassVar[str] = "arXiv 2503.20783"
+    compared_with: ClassVar[str] = "TRL 1.16"
 
     clip: float = 0.2
     max_length: int = 256

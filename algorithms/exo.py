@@ -30,6 +30,7 @@ class EXO(PairObjective):
 
     name: ClassVar[str] = "exo"
     source: ClassVar[str] = "arXiv 2402.00856"
+    compared_with: ClassVar[str] = "TRL 1.16"
 
     beta: float = 0.1
     label_smoothing: float = 1e-3

@@ -14,8 +14,9 @@ pass in every update. Source: arXiv 2601.09233, with β = 20 of the authors' scr
 """
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float, Int
@@ -35,6 +36,7 @@ class GIFT(Objective):
 
     name: ClassVar[str] = "gift"
     source: ClassVar[str] = "arXiv 2601.09233"
+    shown_too: ClassVar[Sequence[Mapping[str, Any]]] = ({"beta": 3.0},)
 
     beta: float = 20.0
 

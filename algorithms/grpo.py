@@ -48,6 +48,7 @@ class GRPO(ClippedPolicyGradient):
 
     name: ClassVar[str] = "grpo"
     source: ClassVar[str] = "arXiv 2402.03300"
+    compared_with: ClassVar[str] = "TRL 1.16"
 
     clip: float = 0.2
     clip_high: float | None = None

@@ -26,6 +26,7 @@ class GSPO(ClippedPolicyGradient):
     name: ClassVar[str] = "gspo"
     normaliser: ClassVar[Normaliser] = Normaliser.PER_SEQUENCE
     source: ClassVar[str] = "arXiv 2507.18071"
+    compared_with: ClassVar[str] = "TRL 1.16"
 
     clip_low: float = 3e-4
     clip_high: float = 4e-4

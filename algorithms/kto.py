@@ -31,6 +31,7 @@ class KTO(Objective):
     learns_from: ClassVar[Selection] = Selection.UNPAIRED
     normaliser: ClassVar[Normaliser] = Normaliser.SEQUENCE_SUM
     source: ClassVar[str] = "arXiv 2402.01306"
+    compared_with: ClassVar[str] = "TRL 1.16"
 
     beta: float = 0.1
     desirable_weight: float = 1.0

@@ -25,6 +25,7 @@ class NCA(PairObjective):
 
     name: ClassVar[str] = "nca"
     source: ClassVar[str] = "arXiv 2402.05369"
+    compared_with: ClassVar[str] = "TRL 1.16"
 
     beta: float = 0.1
 

@@ -32,6 +32,7 @@ class OPD(Objective):
     """On-policy distillation: c_t = min(ρ, 2) (log π_teacher - log π_θ)."""
 
     name: ClassVar[str] = "opd"
+    compared_with: ClassVar[str] = "TRL 1.16"
     learns_from: ClassVar[Selection] = Selection.GROUPS
 
     teacher: str

@@ -33,6 +33,7 @@ class ORPO(PairObjective):
 
     name: ClassVar[str] = "orpo"
     source: ClassVar[str] = "arXiv 2403.07691"
+    compared_with: ClassVar[str] = "TRL 1.16"
 
     lam: float = 0.1
 

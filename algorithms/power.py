@@ -12,8 +12,9 @@ thousandth, and leaves no gradient unless the base is nearly certain of its demo
 Source: arXiv 2510.00526, whose -p^α differs by a constant and the factor α.
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
@@ -28,6 +29,7 @@ class Power(Objective):
 
     name: ClassVar[str] = "power"
     source: ClassVar[str] = "arXiv 2510.00526"
+    shown_too: ClassVar[Sequence[Mapping[str, Any]]] = ({"alpha": 0.5}, {"alpha": 10.0})
 
     alpha: float = 1.0
     threshold: float = 0.0

@@ -27,6 +27,7 @@ class RLOO(PolicyGradient):
     name: ClassVar[str] = "rloo"
     normaliser: ClassVar[Normaliser] = Normaliser.SEQUENCE_SUM
     source: ClassVar[str] = "arXiv 2402.14740"
+    compared_with: ClassVar[str] = "TRL 1.16"
 
     def advantage(self, batch: TokenBatch) -> Tensor:
         reward, group = self.needed(batch, "reward", "group")

@@ -28,6 +28,7 @@ class SAPO(OffPolicyGradient):
     name: ClassVar[str] = "sapo"
     normaliser: ClassVar[Normaliser] = Normaliser.PER_SEQUENCE
     source: ClassVar[str] = "arXiv 2511.20347"
+    compared_with: ClassVar[str] = "TRL 1.16"
 
     tau_positive: float = 1.0
     tau_negative: float = 1.05

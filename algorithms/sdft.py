@@ -40,6 +40,7 @@ class SDFT(Objective):
     learns_from: ClassVar[Selection] = Selection.GROUPS
     normaliser: ClassVar[Normaliser] = Normaliser.PER_SEQUENCE
     source: ClassVar[str] = "arXiv 2601.19897"
+    compared_with: ClassVar[str] = "TRL 1.16"
 
     template: str = "{prompt}\n\n{answer}"
     teacher: Literal["moving", "initial", "live"] = "moving"

@@ -25,6 +25,7 @@ class SFT(Objective):
     """Supervised fine-tuning: c_t = 1."""
 
     name: ClassVar[str] = "sft"
+    compared_with: ClassVar[str] = "TRL 1.16"
 
     aggregation: Literal["token", "sequence"] = "token"
     label_smoothing: float = 0.0

@@ -24,6 +24,7 @@ class SimPO(PairObjective):
 
     name: ClassVar[str] = "simpo"
     source: ClassVar[str] = "arXiv 2405.14734"
+    compared_with: ClassVar[str] = "TRL 1.16"
 
     beta: float = 2.0
     gamma: float = 1.0

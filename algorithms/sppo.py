@@ -26,6 +26,7 @@ class SPPO(PairObjective):
 
     name: ClassVar[str] = "sppo"
     source: ClassVar[str] = "arXiv 2405.00675"
+    compared_with: ClassVar[str] = "TRL 1.16"
 
     beta: float = 0.1
 

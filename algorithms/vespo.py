@@ -29,6 +29,7 @@ class VESPO(OffPolicyGradient):
 
     name: ClassVar[str] = "vespo"
     source: ClassVar[str] = "arXiv 2602.10693"
+    compared_with: ClassVar[str] = "TRL 1.16"
 
     k_positive: float = 2.0
     lambda_positive: float = 3.0

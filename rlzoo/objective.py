@@ -12,7 +12,7 @@ import dataclasses
 import math
 import typing
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, TypeVar
 
@@ -73,6 +73,10 @@ class Objective:
     couples: ClassVar[Coupling] = Coupling.NONE
     source: ClassVar[str] = ""
     """The paper: ``arXiv 2508.05629``, or a DOI."""
+    compared_with: ClassVar[str] = ""
+    """Another implementation with which its tests compare loss and gradient: ``TRL 1.16``."""
+    shown_too: ClassVar[Sequence[Mapping[str, Any]]] = ()
+    """Further settings for the map of losses, besides the defaults."""
 
     @property
     def normaliser(self) -> Normaliser:

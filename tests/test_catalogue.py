@@ -19,7 +19,6 @@ from rlzoo.cli import main
 from rlzoo.cli.catalogue import catalogue
 from rlzoo.cli.objectives_page import COMMAND, lines_of_code, objectives_page, prose
 from rlzoo.objective import Objective, is_composite, list_objectives, objective_class
-from rlzoo.testing.parity import COMPARED
 
 PAGE = Path(__file__).parents[1] / "docs" / "objectives.md"
 
@@ -133,10 +132,9 @@ def test_the_page_tells_how_each_is_checked() -> None:
     rows = [line.split(" | ") for line in PAGE.read_text(encoding="utf-8").splitlines() if line.startswith("| [")]
     checked = {row[0].split("[")[1].split("]")[0]: row[-2] for row in rows}
     assert set(checked) == set(CANONICAL) | set(CANONICAL_IN_LOGITS)
-    assert checked == {
-        name: ", ".join(["formula", *([COMPARED[name]] if name in COMPARED else [])]) for name in checked
-    }
-    assert checked["grpo"] == "formula, TRL 1.16" and checked["trsft"] == "formula" and set(COMPARED) <= set(checked)
+    others = {name: objective_class(name).compared_with for name in checked}
+    assert checked == {name: f"formula, {other}" if other else "formula" for name, other in others.items()}
+    assert checked["grpo"] == "formula, TRL 1.16" and checked["trsft"] == "formula"
 
 
 SOURCE = '''\

@@ -200,7 +200,13 @@ def test_options_are_listed_and_coerced() -> None:
     assert options_of(objective_module.objective_class("grpo")) == {
         "clip": {"type": "float", "default": 0.2},
         "kl_coefficient": {"type": "float", "default": 0.04},
+        "kl_estimator": {"type": "Literal['k1', 'k2', 'k3']", "default": "k3"},
         "delta": {"type": "float | None", "default": None},
+        "clip_high": {"type": "float | None", "default": None},
+        "scale_rewards": {"type": "Literal['group', 'batch', 'none']", "default": "group"},
+        "aggregation": {"type": "Literal['sequence', 'token', 'constant']", "default": "sequence"},
+        "level": {"type": "Literal['token', 'sequence']", "default": "token"},
+        "max_length": {"type": "int", "default": 256},
         "kl_correction": {"type": "bool", "default": False},
         "truncated": {"type": "Literal['keep', 'mask', 'drop']", "default": "keep"},
     }
@@ -214,9 +220,9 @@ def test_options_are_listed_and_coerced() -> None:
         (
             "grpo",
             {"clipp": 0.1},
-            r"unknown option of objective 'grpo' 'clipp': did you mean 'clip'\? known: clip, ",
+            r"unknown option of objective 'grpo' 'clipp': did you mean 'clip'\? known: aggregation, clip, ",
         ),
-        ("sft", {"beta": 0.1}, r"unknown option of objective 'sft' 'beta': known: truncated"),
+        ("sft", {"beta": 0.1}, r"unknown option of objective 'sft' 'beta': known: aggregation, label_smoothing, truncated"),
         ("sft", {"source": "x"}, r"unknown option of objective 'sft' 'source'"),  # a class variable
         ("dpo", {"beta": "much"}, r"objective 'dpo': option 'beta' = 'much': .*valid number"),
         ("dpo", {"variant": "cubic"}, r"option 'variant' = 'cubic': .*'sigmoid', .*, 'hinge' or 'ipo'"),

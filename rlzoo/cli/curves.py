@@ -33,11 +33,6 @@ NAME = "loss-curves"
 NOTE = """\
 At the start of training, where the policy is its own reference. The rest of its probability is spread evenly over the
 other tokens; "any": their number does not matter. A loss that divides by the tokens that it keeps has one token."""
-SETTINGS: Mapping[str, Sequence[Mapping[str, Any]]] = {
-    "power": ({"alpha": 0.5}, {"alpha": 10.0}),
-    "gift": ({"beta": 3.0},),
-}
-"""Further settings that are shown besides the defaults."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +84,7 @@ def curves(probabilities: Sequence[float]) -> tuple[list[Curve], dict[str, str]]
         kind = objective_class(name)
         if is_composite(kind) or not selector_of(kind.learns_from).is_imitated:
             continue
-        for options in ({}, *SETTINGS.get(name, ())):
+        for options in ({}, *kind.shown_too):
             label = " ".join([name, *(f"{key}={value:g}" for key, value in options.items())])
             try:
                 objective = get_objective(name, **options)

@@ -19,7 +19,6 @@ from typing import Any, Literal
 
 from rlzoo.errors import UserError
 from rlzoo.objective import Objective, is_composite, list_objectives, objective_class, own_options_of
-from rlzoo.testing.parity import COMPARED, TRL
 from rlzoo.types import Selection, name_of_view
 
 COMMAND = "rlzoo list --markdown > docs/objectives.md"
@@ -55,7 +54,7 @@ counts the lines of a file that are not blank, comment or docstring.
 
 "Checked against" says how an objective is validated. `formula`: its loss is the one that its paper writes, in
 tests/canonical.py, which shares no code with the objective, and its gradient is the one that automatic differentiation
-finds for that. `{TRL}`: on the same model and rows, both are also those of TRL's trainer.
+finds for that. `TRL` and its version: on the same model and rows, both are also those of TRL's trainer.
 
 Besides its own options, every objective except composites has the option `truncated`, for completions that were cut at
 the length limit: `keep` (the default), `drop` or, if it learns from groups, `mask`. See [data.md](data.md)."""
@@ -179,7 +178,7 @@ def _other_normalisers(objective: type[Objective]) -> Iterator[str]:
 
 def _checked(objective: type[Objective]) -> str:
     """What the tests compare it with: all with their paper's formula, some with another implementation too."""
-    return ", ".join(["formula", *([COMPARED[objective.name]] if objective.name in COMPARED else [])])
+    return ", ".join(["formula", *([objective.compared_with] if objective.compared_with else [])])
 
 
 def _coupling(objective: type[Objective]) -> str:
