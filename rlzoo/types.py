@@ -277,6 +277,38 @@ def _told(inputs: Mapping[str, Tensor]) -> str:
     return f"an objective gets the inputs that its requires lists, here {there}; add the input that has this key"
 
 
+class Normaliser(Enum):
+    """How per-token terms are reduced: Σ w_t x_t / Z, with Z over the whole optimizer step."""
+
+    PER_TOKEN = "per_token"
+    """w = 1, Z = number of completion tokens."""
+    PER_SEQUENCE = "per_sequence"
+    """w = 1/|y|, Z = number of sequences: the mean over sequences of the mean over tokens."""
+    SEQUENCE_SUM = "sequence_sum"
+    """w = 1, Z = number of sequences: the mean over sequences of the sum over tokens."""
+    PER_PAIR = "per_pair"
+    """w = 1, Z = number of pairs."""
+
+    def weight(self, batch: TokenBatch) -> Float[Tensor, "B 1"]:
+        """The weight w of each row's tokens."""
+        length = batch.mask.sum(1, keepdim=True).to(batch.dtype)
+        return 1 / length.clamp(min=1) if self is Normaliser.PER_SEQUENCE else torch.ones_like(length)
+
+    def denominator(self, batch: TokenBatch) -> float:
+        """Z of a batch. Z of an optimizer step is the sum over its micro-batches and ranks."""
+        return float(self.count(batch))
+
+    def count(self, batch: TokenBatch) -> Tensor | int:
+        """The same, without waiting for a GPU: a number, or a scalar tensor on the device that holds the mask."""
+        match self:
+            case Normaliser.PER_TOKEN:
+                return batch.mask.sum()
+            case Normaliser.PER_PAIR if batch.chosen is not None:
+                return batch.chosen.sum()
+            case _:
+                return len(batch.mask)
+
+
 @dataclass(frozen=True)
 class Coefficients:
     """An objective's coefficients c_t, always detached, with the loss and metrics to report."""

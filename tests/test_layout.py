@@ -180,8 +180,7 @@ def test_what_registers_a_plugin_is_at_the_top_of_the_package() -> None:
 
 
 def test_files_are_short() -> None:
-    """Some 400 lines: a file that is about to become longer is cut where a second idea begins."""
-    for top, most in (("rlzoo", 420), ("rewards", 420), ("experiments", 420), ("algorithms", 100)):
+    for top, most in (("rlzoo", 400), ("rewards", 400), ("experiments", 400), ("algorithms", 100)):
         for path in (ROOT / top).rglob("*.py"):
             lines = len(path.read_text(encoding="utf-8").splitlines())
             inside = top == "rlzoo" and path.relative_to(ROOT / top).parts[0] in BESIDE
