@@ -112,14 +112,19 @@ def run(folder: Path, name: str) -> None:
     checkpoints = Path(os.environ["RANKS_CHECKPOINTS"]) / name if "RANKS_CHECKPOINTS" in os.environ else None
     versions: list[int] = []
 
+    def written(step: int) -> None:
+        """Wait for the checkpoint of a step, which a thread writes."""
+        parts = [f"step-{step:08d}.result", *([f"step-{step:08d}/rank-1.result"] if is_sharded(policy) else [])]
+        while checkpoints is not None and not all((checkpoints / part).exists() for part in parts):
+            time.sleep(0.01)
+
     def stop(trainer: Trainer, step: int) -> None:
         versions.append(policy.weights_version)
         if step == int(os.environ.get("RANKS_STOP", "0")):
+            written(step - 1)
             raise StopIteration
         if checkpoints is not None and step == int(os.environ.get("RANKS_KILL", "0")) and rank() == 1:
-            before = f"step-{step - 1:08d}"
-            while not all((checkpoints / file).exists() for file in (f"{before}.result", f"{before}/rank-1.result")):
-                time.sleep(0.01)
+            written(step - 1)
             os.kill(os.getpid(), signal.SIGKILL)
 
     trainer = Trainer(
