@@ -222,7 +222,11 @@ def test_options_are_listed_and_coerced() -> None:
             {"clipp": 0.1},
             r"unknown option of objective 'grpo' 'clipp': did you mean 'clip'\? known: aggregation, clip, ",
         ),
-        ("sft", {"beta": 0.1}, r"unknown option of objective 'sft' 'beta': known: aggregation, label_smoothing, truncated"),
+        (
+            "sft",
+            {"beta": 0.1},
+            r"unknown option of objective 'sft' 'beta': known: aggregation, label_smoothing, truncated",
+        ),
         ("sft", {"source": "x"}, r"unknown option of objective 'sft' 'source'"),  # a class variable
         ("dpo", {"beta": "much"}, r"objective 'dpo': option 'beta' = 'much': .*valid number"),
         ("dpo", {"variant": "cubic"}, r"option 'variant' = 'cubic': .*'sigmoid', .*, 'hinge' or 'ipo'"),
