@@ -20,10 +20,10 @@ from typing import ClassVar
 from torch import Tensor
 
 from rlzoo.advantages import optimal_value
+from rlzoo.bases import LogRatioRegression
 from rlzoo.errors import UserError
 from rlzoo.inputs import Column, Input
 from rlzoo.objective import register
-from rlzoo.policy_gradient import LogRatioRegression
 from rlzoo.ratios import check_positive
 from rlzoo.types import TokenBatch
 

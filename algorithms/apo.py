@@ -15,9 +15,9 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from rlzoo.bases import PairLoss, PairObjective, total
 from rlzoo.inputs import Input, Reference
 from rlzoo.objective import register
-from rlzoo.preferences import PairLoss, PairObjective, total
 from rlzoo.types import Coefficients, TokenBatch
 
 

@@ -13,8 +13,8 @@ arXiv 2510.13786 recommends 5.
 from dataclasses import dataclass
 from typing import ClassVar
 
+from rlzoo.bases import OffPolicyGradient
 from rlzoo.objective import register
-from rlzoo.policy_gradient import OffPolicyGradient
 from rlzoo.ratios import ratio_metrics, token_ratio
 from rlzoo.types import Coefficients, TokenBatch
 

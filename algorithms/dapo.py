@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from rlzoo.advantages import group_varies
+from rlzoo.bases import ClippedPolicyGradient
 from rlzoo.objective import register
-from rlzoo.policy_gradient import ClippedPolicyGradient
 from rlzoo.types import TokenBatch
 
 

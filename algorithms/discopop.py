@@ -18,9 +18,10 @@ from typing import ClassVar
 import torch
 from torch.nn import functional
 
+from rlzoo.bases import PairObjective, logistic, of_margin, total
 from rlzoo.inputs import Input, Reference
 from rlzoo.objective import register
-from rlzoo.preferences import PairObjective, check_positive, logistic, of_margin, total
+from rlzoo.ratios import check_positive
 from rlzoo.types import Coefficients, TokenBatch
 
 
@@ -37,7 +38,7 @@ class DiscoPOP(PairObjective):
     tau: float = 0.05
 
     def __post_init__(self) -> None:
-        check_positive(self, tau=self.tau)
+        check_positive(self.name, tau=self.tau)
 
     @property
     def requires(self) -> tuple[Input, ...]:

@@ -20,8 +20,7 @@ and multiplies c_t by its derivative in u: ``forward_kl`` is 1 - exp(-u), ``js``
 
 Sums and means are over the completion only. Sources: arXiv 2305.18290; SLiC, arXiv 2305.10425 (hinge); arXiv 2310.12036
 (IPO), here with means over tokens, as in TRL; arXiv 2411.15124 (length-normalised); arXiv 2403.00409 (robust);
-E. Mitchell's note on cDPO; arXiv 2309.16240 (f-divergences); arXiv 2404.19733 (SFT term; TRL's is a mean over the
-tokens of a micro-batch's better completions). Checked against TRL 1.16, whose sigmoid losses have no label smoothing.
+E. Mitchell's note on cDPO; arXiv 2309.16240 (f-divergences); arXiv 2404.19733 (SFT term; in TRL a mean over tokens).
 """
 
 import math
@@ -31,10 +30,11 @@ from typing import ClassVar, Literal
 import torch
 from torch.nn import functional
 
+from rlzoo.bases import PairObjective, Rows, check_smoothing, length, logistic, of_margin, total
 from rlzoo.errors import UserError
 from rlzoo.inputs import Input, Reference
 from rlzoo.objective import register
-from rlzoo.preferences import PairObjective, Rows, check_positive, check_smoothing, length, logistic, of_margin, total
+from rlzoo.ratios import check_positive
 from rlzoo.types import Coefficients, TokenBatch
 
 
@@ -55,7 +55,7 @@ class DPO(PairObjective):
     sft_coefficient: float = 0.0
 
     def __post_init__(self) -> None:
-        check_positive(self, beta=self.beta)
+        check_positive(self.name, beta=self.beta)
         check_smoothing(self, self.label_smoothing)
         if self.label_smoothing and self.variant in ("hinge", "ipo"):
             raise UserError(f"objective 'dpo': the variant {self.variant} has no label_smoothing: leave it out")

@@ -21,8 +21,8 @@ from typing import ClassVar, Literal
 
 import torch
 
+from rlzoo.bases import OffPolicyGradient
 from rlzoo.objective import register
-from rlzoo.policy_gradient import OffPolicyGradient
 from rlzoo.ratios import ratio_metrics, token_ratio
 from rlzoo.types import Coefficients, TokenBatch
 

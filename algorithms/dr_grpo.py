@@ -16,8 +16,8 @@ from typing import ClassVar
 from torch import Tensor
 
 from rlzoo.advantages import group_centred
+from rlzoo.bases import ClippedPolicyGradient
 from rlzoo.objective import Normaliser, register
-from rlzoo.policy_gradient import ClippedPolicyGradient
 from rlzoo.ratios import check_positive
 from rlzoo.types import Coefficients, TokenBatch
 

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from rlzoo.advantages import group_centred
+from rlzoo.bases import OffPolicyGradient
 from rlzoo.objective import Normaliser, register
-from rlzoo.policy_gradient import OffPolicyGradient
 from rlzoo.ratios import RATIO_MAX, sequence_log_ratio
 from rlzoo.types import Coefficients, TokenBatch
 

@@ -17,9 +17,10 @@ from typing import ClassVar
 import torch
 from torch.nn import functional
 
+from rlzoo.bases import PairObjective, check_smoothing, of_margin, total
 from rlzoo.inputs import Input, Reference
 from rlzoo.objective import register
-from rlzoo.preferences import PairObjective, check_positive, check_smoothing, of_margin, total
+from rlzoo.ratios import check_positive
 from rlzoo.types import Coefficients, TokenBatch
 
 
@@ -36,7 +37,7 @@ class EXO(PairObjective):
     label_smoothing: float = 1e-3
 
     def __post_init__(self) -> None:
-        check_positive(self, beta=self.beta, label_smoothing=self.label_smoothing)
+        check_positive(self.name, beta=self.beta, label_smoothing=self.label_smoothing)
         check_smoothing(self, self.label_smoothing)
 
     @property

@@ -34,9 +34,9 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from rlzoo.advantages import batch_normalised, group_centred, group_normalised
+from rlzoo.bases import ClippedPolicyGradient
 from rlzoo.inputs import Behaviour, Input, Reference
 from rlzoo.objective import Normaliser, register
-from rlzoo.policy_gradient import ClippedPolicyGradient
 from rlzoo.ratios import check_positive, kl_estimate, token_ratio
 from rlzoo.types import Coefficients, TokenBatch
 

@@ -13,8 +13,8 @@ of section 5.1.
 from dataclasses import dataclass
 from typing import ClassVar
 
+from rlzoo.bases import ClippedPolicyGradient
 from rlzoo.objective import Normaliser, register
-from rlzoo.policy_gradient import ClippedPolicyGradient
 from rlzoo.types import Coefficients, TokenBatch
 
 

@@ -23,10 +23,10 @@ from typing import Any, ClassVar
 import torch
 
 from rlzoo.advantages import group_centred, group_normalised
+from rlzoo.bases import PolicyGradient
 from rlzoo.errors import UserError
 from rlzoo.inputs import Behaviour, FromDemonstration, Input, Outcome
 from rlzoo.objective import register
-from rlzoo.policy_gradient import PolicyGradient
 from rlzoo.ratios import clipped_gradient, ratio_metrics, token_ratio
 from rlzoo.types import Coefficients, TokenBatch
 

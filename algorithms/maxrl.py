@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from rlzoo.advantages import group_centred, group_mean
+from rlzoo.bases import ClippedPolicyGradient
 from rlzoo.objective import Normaliser, register
-from rlzoo.policy_gradient import ClippedPolicyGradient
 from rlzoo.types import TokenBatch
 
 

@@ -12,9 +12,9 @@ completion alone: r⁺ is drawn to log 2. Source: arXiv 2402.05369, for pairs wi
 from dataclasses import dataclass
 from typing import ClassVar
 
+from rlzoo.bases import PairLoss, PairObjective, logistic, total
 from rlzoo.inputs import Input, Reference
 from rlzoo.objective import register
-from rlzoo.preferences import PairLoss, PairObjective, logistic, total
 from rlzoo.types import Coefficients, TokenBatch
 
 

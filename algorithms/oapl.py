@@ -16,9 +16,9 @@ from typing import ClassVar
 from torch import Tensor
 
 from rlzoo.advantages import optimal_value
+from rlzoo.bases import LogRatioRegression
 from rlzoo.inputs import Behaviour, Input
 from rlzoo.objective import register
-from rlzoo.policy_gradient import LogRatioRegression
 from rlzoo.ratios import check_positive
 from rlzoo.types import TokenBatch
 

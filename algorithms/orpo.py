@@ -18,8 +18,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from rlzoo.bases import PairLoss, PairObjective, length, logistic, total
 from rlzoo.objective import register
-from rlzoo.preferences import PairLoss, PairObjective, length, logistic, total
 from rlzoo.types import Coefficients, TokenBatch
 
 CERTAIN = -1e-6

@@ -21,8 +21,8 @@ from typing import ClassVar
 from torch import Tensor
 
 from rlzoo.advantages import quantile
+from rlzoo.bases import LogRatioRegression
 from rlzoo.objective import register
-from rlzoo.policy_gradient import LogRatioRegression
 from rlzoo.types import TokenBatch
 
 

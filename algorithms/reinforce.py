@@ -18,8 +18,8 @@ from typing import ClassVar, Literal
 import torch
 
 from rlzoo.advantages import group_centred
+from rlzoo.bases import PolicyGradient
 from rlzoo.objective import Normaliser, register
-from rlzoo.policy_gradient import PolicyGradient
 from rlzoo.types import TokenBatch
 
 

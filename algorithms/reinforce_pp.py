@@ -19,9 +19,9 @@ from typing import ClassVar, Literal
 import torch
 
 from rlzoo.advantages import generalised_advantage, group_centred, penalised_reward, whiten
+from rlzoo.bases import ClippedPolicyGradient
 from rlzoo.inputs import Behaviour, Input, Reference, Snapshot
 from rlzoo.objective import register
-from rlzoo.policy_gradient import ClippedPolicyGradient
 from rlzoo.types import TokenBatch
 
 

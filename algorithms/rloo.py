@@ -14,8 +14,8 @@ from typing import ClassVar
 from torch import Tensor
 
 from rlzoo.advantages import leave_one_out
+from rlzoo.bases import PolicyGradient
 from rlzoo.objective import Normaliser, register
-from rlzoo.policy_gradient import PolicyGradient
 from rlzoo.types import TokenBatch
 
 

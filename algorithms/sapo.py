@@ -14,8 +14,8 @@ from typing import ClassVar
 
 import torch
 
+from rlzoo.bases import OffPolicyGradient
 from rlzoo.objective import Normaliser, register
-from rlzoo.policy_gradient import OffPolicyGradient
 from rlzoo.ratios import check_positive, ratio_metrics, token_ratio
 from rlzoo.types import Coefficients, TokenBatch
 

@@ -12,8 +12,8 @@ its setting for Llama-3-Base, which the authors also recommend as a starting poi
 from dataclasses import dataclass
 from typing import ClassVar
 
+from rlzoo.bases import PairObjective, length, logistic, of_margin, total
 from rlzoo.objective import register
-from rlzoo.preferences import PairObjective, length, logistic, of_margin, total
 from rlzoo.types import Coefficients, TokenBatch
 
 

@@ -13,9 +13,10 @@ policy of the round before, which `stages` in an experiment give.
 from dataclasses import dataclass
 from typing import ClassVar
 
+from rlzoo.bases import PairLoss, PairObjective, total
 from rlzoo.inputs import Input, Reference
 from rlzoo.objective import register
-from rlzoo.preferences import PairLoss, PairObjective, check_positive, total
+from rlzoo.ratios import check_positive
 from rlzoo.types import Coefficients, TokenBatch
 
 
@@ -31,7 +32,7 @@ class SPPO(PairObjective):
     beta: float = 0.1
 
     def __post_init__(self) -> None:
-        check_positive(self, beta=self.beta)
+        check_positive(self.name, beta=self.beta)
 
     @property
     def requires(self) -> tuple[Input, ...]:

@@ -20,8 +20,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from rlzoo.bases import OffPolicyGradient
 from rlzoo.objective import Normaliser, register
-from rlzoo.policy_gradient import OffPolicyGradient
 from rlzoo.ratios import sequence_log_ratio
 from rlzoo.types import Coefficients, TokenBatch
 

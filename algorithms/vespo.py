@@ -16,8 +16,8 @@ from typing import ClassVar
 
 import torch
 
+from rlzoo.bases import OffPolicyGradient
 from rlzoo.objective import register
-from rlzoo.policy_gradient import OffPolicyGradient
 from rlzoo.ratios import RATIO_MAX, sequence_log_ratio
 from rlzoo.types import Coefficients, TokenBatch
 

@@ -10,9 +10,9 @@ import torch
 from batches import hand_batch, random_batch
 from torch import Tensor
 
+from rlzoo.bases import PairObjective
 from rlzoo.errors import UserError
 from rlzoo.objective import get_objective, surrogate, view_of
-from rlzoo.preferences import PairObjective
 from rlzoo.testing.batches import gradients
 from rlzoo.types import Selection, TokenBatch
 
@@ -160,13 +160,13 @@ def test_all_of_them_take_their_pairs_by_the_same_options(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "options", "told"),
     [
-        ("dpo", {"beta": 0.0}, "objective 'dpo' needs a positive beta, got 0.0"),
+        ("dpo", {"beta": 0.0}, "dpo needs beta above 0, got 0"),
         ("dpo", {"label_smoothing": 0.5}, "needs label_smoothing of at least 0 and below 0.5, the share of pairs with"),
         ("dpo", {"variant": "ipo", "label_smoothing": 0.1}, "the variant ipo has no label_smoothing: leave it out"),
-        ("exo", {"label_smoothing": 0.0}, "objective 'exo' needs a positive label_smoothing"),
+        ("exo", {"label_smoothing": 0.0}, "exo needs label_smoothing above 0"),
         ("aot", {"label_smoothing": -0.1}, "objective 'aot' needs label_smoothing of at least 0"),
-        ("sppo", {"beta": -1.0}, "objective 'sppo' needs a positive beta"),
-        ("discopop", {"tau": 0.0}, "objective 'discopop' needs a positive tau"),
+        ("sppo", {"beta": -1.0}, "sppo needs beta above 0"),
+        ("discopop", {"tau": 0.0}, "discopop needs tau above 0"),
         ("apo", {"variant": "up"}, "option 'variant' = 'up'"),
     ],
 )

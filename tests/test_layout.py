@@ -23,7 +23,7 @@ LAYERS = (
     ("types",),
     ("advantages", "ratios", "inputs", "jobs", "reward"),
     ("objective", "document"),
-    ("policy_gradient", "preferences"),
+    ("bases",),
     ("algorithms", "rewards"),
     ("policy",),
     ("buffers",),
@@ -37,7 +37,7 @@ LAYERS = (
     ("__main__", "experiments"),
 )
 """Each imports from lines above its own alone. `rlzoo` itself imports nothing until a name is asked for."""
-ENTRIES = 23
+ENTRIES = 22
 NO_MODULE = {"__init__", "__main__", "py.typed", *BESIDE}
 """In rlzoo/ for Python, type checkers and the owner's top level."""
 

@@ -13,8 +13,8 @@ from batches import hand_batch, of_each_kind
 from canonical import CANONICAL, CANONICAL_IN_LOGITS, Case, LogitsCase
 from torch import Tensor
 
+from rlzoo.bases import PairObjective
 from rlzoo.objective import Normaliser, Objective, get_objective, list_objectives, objective_class, reduce, surrogate
-from rlzoo.preferences import PairObjective
 from rlzoo.testing import check_objective, random_batch
 from rlzoo.testing.batches import FLAT_GROUP, gradients, prepared
 from rlzoo.testing.objectives import SEEDS
