@@ -224,7 +224,7 @@ def test_list_as_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert {"sft", "dft", "iw-sft", "rft", "dpo", "ppo", "grpo"} <= set(objectives)
     assert objectives["grpo"]["options"]["clip"] == {"type": "float", "default": 0.2}
     assert {"exact-match", "math-answer"} <= {row["name"] for row in found["rewards"]}
-    assert objectives["dpo"]["options"]["variant"]["type"] == "Literal['sigmoid', 'hinge', 'ipo']"
+    assert objectives["grpo"]["options"]["kl_estimator"]["type"] == "Literal['k1', 'k2', 'k3']"
     assert {"avg_at_k", "maj_at_k"} <= {row["name"] for row in found["metrics"]}
     assert {"arithmetic", "facts", "paper/lora"} <= {row["name"] for row in found["experiments"]}
     suites = {row["name"]: row for row in found["suites"]}

@@ -338,7 +338,7 @@ def test_a_comparison_that_was_stopped_ends_as_one_that_was_not(
     """Stopped in its sampling, in the training of a cell, after it, and between the chosen cells; a buffer that got
     lost meanwhile is made again."""
     rows = {"sft": {"learning_rates": [1e-4, 1e-2]}, "grpo": {"mode": "online"}, "rft": {}}
-    experiment = small(rows, training__checkpoint_seconds=0, rollouts__batch_size=8)
+    experiment = small(rows, training__checkpoint_seconds=0, rollouts__batch_size=8, evaluation__curve_points=2)
     whole = quietly(experiment, tmp_path / "whole")
     out, calls = tmp_path / "out", dict.fromkeys(("_behaviour", "evaluate", "curve_point"), 0)
     stops = {("_behaviour", 2), ("evaluate", 3), ("curve_point", 3), ("evaluate", 8)}

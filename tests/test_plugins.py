@@ -23,6 +23,8 @@ from rlzoo.objective import get_objective, list_objectives, objective_class, opt
 from rlzoo.reward import get_reward
 from rlzoo.types import TokenBatch
 
+pytestmark = pytest.mark.usefixtures("sketched")
+
 REWARD = """\
 def starts_right(completions, answer, **columns):
     return [float(c.strip()[:1] == a[:1]) for c, a in zip(completions, answer)]
@@ -31,8 +33,6 @@ def starts_right(completions, answer, **columns):
 OBJECTIVE = """\
 from dataclasses import dataclass
 import rlzoo
-
-pytestmark = pytest.mark.usefixtures("sketched")
 
 @rlzoo.register
 @dataclass(frozen=True)

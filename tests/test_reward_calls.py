@@ -209,7 +209,9 @@ def test_fresh_samples_are_rewarded_as_of_their_step(make_policy: Callable[..., 
     training = Training(steps=8, updates_per_batch=2)
     collect = collector_of(experiment, make_policy("gpt2"), training, 4, seed=0)
     for version in (0, 3):  # three batches of two prompts each were drawn, and two steps made on each
-        for row in collect(version):
+        rows = [row for row in collect(version) if row.source == "policy"]
+        assert len(rows) == 4
+        for row in rows:
             assert row.reward == version * 2 / 8
             assert row.reward_components == {"epoch": version * 2 / 4, "mine": row.reward}
 

@@ -66,6 +66,7 @@ ELSEWHERE = {
     "TableSource.bad_rows": "test_bad_rows.py::test_compare_records_what_it_dropped_of_every_set",
     "Training.behaviour": "test_buffers_layouts.py::test_samples_without_behaviour_log_probs",
     "Training.special_tokens": f"{REFUSED}::test_tables_that_spell_special_tokens_are_refused_or_counted",
+    "--curves": "test_curves.py::test_the_command",
     "--bad-rows": "test_bad_rows.py::test_rollout_reports_and_records_what_it_dropped",
     "EvaluationSettings.k": "test_evaluation.py::test_k_is_the_number_of_samples_unless_it_is_given",
     "EvaluationSettings.metrics": "test_open_interface.py::test_a_plugins_metric_is_reported_after_kill_9",

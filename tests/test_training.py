@@ -77,6 +77,7 @@ OBJECTIVES: Mapping[str, Objective] = {
     "iw-sft-ema": get_objective("iw-sft", variant="ema", ema_decay=0.5),
     "gspo": get_objective("gspo", clip_low=0.9, clip_high=9.0),  # its own bounds clip all of a second update
     "ppo-shared": get_objective("ppo", critic="shared", dual_clip=2.0),
+    "profit": get_objective("profit", threshold=0.01),  # a random model gives no token more than a few per cent
     "batch-coupled": RelativeProbability(),
     "logit-term": Anchored(),
 }

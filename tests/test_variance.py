@@ -256,7 +256,7 @@ def test_behaviour_log_probs_are_asked_for(base: Policy, buffer: Buffer) -> None
         def coefficients(self, batch: TokenBatch) -> Coefficients:
             return Coefficients(batch["entropy"])
 
-    with pytest.raises(UserError, match="no behaviour log-probs"):
+    with pytest.raises(UserError, match="no log-probs of its author"):
         analyze_variance(base, [NeedsBehaviour()], buffer, rows=4, draws=0)
 
 

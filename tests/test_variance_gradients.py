@@ -419,9 +419,12 @@ def buffer_of(policy: Policy) -> OfflineBuffer:
         for i, row in enumerate([*more, *rows[:3]])
     ]  # fmt: skip
     experts = [
-        Trajectory("", "", row.prompt_ids, row.completion_ids, row.prompt_id, reward=0.5 + i % 3)
+        Trajectory(
+            "", "", row.prompt_ids, row.completion_ids, f"p{i}", reward=0.5 + i % 3,
+            behaviour_logp=[-1.0 - i % 2] * len(row.completion_ids),
+        )
         for i, row in enumerate(rows)
-    ]
+    ]  # fmt: skip
     return OfflineBuffer.from_trajectories([*experts, *samples])
 
 

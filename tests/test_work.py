@@ -432,10 +432,12 @@ def test_the_curve_is_drawn_along_training_on_a_few_problems(calls: list[Call], 
     assert results["base_curve"]["step"] == 0
     assert [point["step"] for point in cell["curve"]] == [2, 5]
     drawn = [call for call in calls if call.settings.samples == 1]
-    assert [(len(call.prompts), call.seed, call.greedy) for call in drawn] == [(2, seed, False) for seed in (0, 4, 4)]
-    assert len({call.weights for call in drawn}) == 3
-    for point, call in zip((results["base_curve"], *cell["curve"]), drawn, strict=True):
-        assert 0 <= point["metrics"]["facts"]["avg_at_k"] <= 1 and call.settings.max_new_tokens == 8
+    assert [(len(call.prompts), call.seed, call.greedy) for call in drawn] == [(2, 4, False)], (
+        "its ends are evaluations"
+    )
+    assert drawn[0].settings.max_new_tokens == 8
+    for point in (results["base_curve"], *cell["curve"]):
+        assert 0 <= point["metrics"]["facts"]["avg_at_k"] <= 1
 
 
 TOLD = """\

@@ -144,7 +144,8 @@ def _as_asked(index: int, problem: Problem, source: ProblemSource) -> Problem:
     """A problem of a built-in task with the prompt and the columns that its source asks for."""
     row = {"id": problem.id, "prompt": problem.prompt, "solution": list(problem.solutions), **problem.columns}
     made = _problem(index, row, source)
-    own = {name: value for name, value in made.columns.items() if name not in ("id", "prompt", "solution")}
+    added = {"id", "prompt", "solution"} - source.columns.keys()
+    own = {name: value for name, value in made.columns.items() if name not in added}
     return replace(made, columns=own, solutions=made.solutions if source.solution else problem.solutions)
 
 
