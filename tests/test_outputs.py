@@ -11,7 +11,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,6 @@ from rlzoo.errors import TryAgainError, UserError
 from rlzoo.jobs import runs
 from rlzoo.jobs.cached_results import CachedResults
 from rlzoo.jobs.outputs import remove, remove_partial, replacing, write_atomically
-from rlzoo.jobs.restarts import VARIABLE
 from rlzoo.jobs.runs import place, run_in, unfinished
 
 ASKED = {"steps": 10, "model": "embedded"}
@@ -470,26 +468,6 @@ def test_a_second_runner_is_refused_and_a_dead_ones_lock_is_not_in_the_way(tmp_p
             with run_in(out, "train", ASKED):
                 pytest.fail("must not come here")
     assert json.loads((out / "run.json").read_text())["settings"] == ASKED
-
-
-@pytest.mark.parametrize("is_own", [True, False])
-def test_a_process_that_restarted_itself_waits_for_a_child_of_its_former_self(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_own: bool
-) -> None:
-    lock = tmp_path / "out" / ".state" / "lock"
-    lock.parent.mkdir(parents=True)
-    lock.write_text(f"process {os.getpid() if is_own else 1} on here")
-    monkeypatch.setenv(VARIABLE, json.dumps({"restarts": 1}))
-    descriptor = os.open(lock, os.O_RDWR)
-    fcntl.flock(descriptor, fcntl.LOCK_EX)
-    monkeypatch.setattr(time, "sleep", lambda _: os.close(descriptor))  # the child ends
-    if is_own:
-        with run_in(tmp_path / "out", "train", ASKED) as run:
-            assert run.state == lock.parent
-    else:
-        with pytest.raises(UserError, match="in use by process 1 on"), run_in(tmp_path / "out", "train", ASKED):
-            pytest.fail("must not come here")
-        os.close(descriptor)
 
 
 def test_a_lock_that_was_removed_while_it_was_taken_is_taken_anew(

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from comparisons import settle_threads
 from safetensors.torch import load_file
 from test_ranks import FSDP
@@ -173,6 +174,7 @@ def test_sharded_training_out_of_memory_goes_on_by_itself(tmp_path: Path, monkey
 
     def one(rank: int) -> None:
         settle_threads()
+        AcceleratorState._reset_state(reset_partial_state=True)  # earlier tests of this process were alone in it
         os.environ |= {**FSDP, "TORCHELASTIC_USE_AGENT_STORE": "True", "ACCELERATE_USE_CPU": "true"}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "OMP_NUM_THREADS": "1"}
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}

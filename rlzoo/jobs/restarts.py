@@ -52,11 +52,6 @@ def within_limit(what: Literal["tokens", "sequences"], asked: int) -> int:
     return min(asked, _limits().get(what, asked))
 
 
-def has_restarted() -> bool:
-    """Whether this process has replaced an earlier one under the same process id."""
-    return _restarts() > 0
-
-
 def group_options() -> dict[str, Any]:
     """Arguments for the process group: after a restart, a store in which earlier processes have left no addresses."""
     if not _restarts():

@@ -26,15 +26,12 @@ from typing import Any, Literal
 from rlzoo.errors import TryAgainError, UserError
 from rlzoo.jobs.outputs import remove, remove_partial, write_atomically
 from rlzoo.jobs.ranks import agreed, is_main, world_size
-from rlzoo.jobs.restarts import has_restarted
 from rlzoo.jobs.sources import data_files, kind_of_file
 
 PACKAGES = ("rlzoo", "torch", "transformers", "datasets", "accelerate", "numpy", "scipy", "math-verify")
 WORTH_KEEPING = 60.0
 """Work of at least this many seconds is kept even if it failed because of a mistake."""
 _RECORD, _STATE, _LOCK = "run.json", ".state", "lock"
-PATIENCE = 30.0
-"""Seconds that a process which has restarted itself waits for its own lock."""
 _CODE = {".py", ".yaml", ".yml"}
 
 
@@ -243,12 +240,7 @@ def _read(file: Path) -> dict[str, Any] | None:
 
 @contextmanager
 def _locked(file: Path, path: Path) -> Iterator[None]:
-    """Hold the lock of a run, which the system releases when a process dies. Raises InUseError if it is taken.
-
-    A process that has restarted itself may find the lock in the hands of a child of its former self, which is about to
-    end: it waits for that.
-    """
-    deadline = time.monotonic() + (PATIENCE if has_restarted() else 0)
+    """Hold the lock of a run, which the system releases when a process dies. Raises InUseError if it is taken."""
     while True:
         descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
         try:
@@ -257,9 +249,6 @@ def _locked(file: Path, path: Path) -> Iterator[None]:
             if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
                 holder = os.read(descriptor, 200).decode(errors="replace") or "another process"
                 os.close(descriptor)
-                if holder.startswith(f"process {os.getpid()} on ") and time.monotonic() < deadline:
-                    time.sleep(0.1)
-                    continue
                 raise InUseError(
                     f"--out {str(path)!r} is in use by {holder}: wait for it, or give another name"
                 ) from None
