@@ -320,7 +320,7 @@ def test_samples_that_two_stages_learn_from_are_paid_once(tmp_path: Path) -> Non
 def test_a_comparison_that_was_stopped_in_a_stage_resumes_there(
     tmp_path: Path, stopping: Callable[[int], list[int]]
 ) -> None:
-    """In one that several cells go on from, and in the last of a cell. The rate of the last stage is tuned."""
+    """In one that several cells continue from, and in the last of a cell. The rate of the last stage is tuned."""
     rows = {
         "sft": {"training": {"steps": 3}},
         "dpo": {"training": {"steps": 3}},
@@ -388,7 +388,7 @@ def test_weights_are_kept_as_long_as_a_cell_goes_on_from_them(tmp_path: Path) ->
         runner._forget(experiment, done, tmp_path)
         return {key for key, folder in folders.items() if folder.exists()}
 
-    assert kept("dpo", "sft-dpo") == folders.keys(), "sft reports its stage, and sft-dpo-grpo goes on from both"
+    assert kept("dpo", "sft-dpo") == folders.keys(), "sft reports its stage, and sft-dpo-grpo continues from both"
     assert kept("sft") == folders.keys()
     assert kept("sft-dpo-grpo") == {(("sft",), 1), (("sft", "dpo"), 1)}, "another seed's"
 

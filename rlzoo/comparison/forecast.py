@@ -250,7 +250,7 @@ def _rows(
 def _repeated(
     experiment: Experiment, model: Policy, lengths: Lengths, tests: _Tests, shared: _Shared
 ) -> tuple[RowForecast, ...]:
-    """Each stage that several cells go on from or report, minus as often as it is too often in their costs."""
+    """Each stage that several cells continue from or report, minus as often as it is too often in their costs."""
     often, grid, tests = Counter[tuple[str, ...]](), cells(experiment), tests.before_another
     for one in first_stages(experiment):
         often[one.names] += 1 - sum(one.is_of(experiment, cell) for cell in grid)

@@ -165,7 +165,7 @@ def run_first(
     divisor: int,
     report: Report,
 ) -> dict[str, Any]:
-    """Train stages that several cells go on from (see `train_first`), with micro-batches as in `run_cell`."""
+    """Train stages that several cells continue from (see `train_first`), with micro-batches as in `run_cell`."""
     release_memory()
     smaller = experiment.with_smaller_batches(divisor)
 

@@ -86,7 +86,7 @@ class StageOfCell:
 
     @property
     def first(self) -> FirstStages | None:
-        """The training that this stage has in common with other cells; None if no stage goes on from it."""
+        """The training that this stage has in common with other cells; None if no stage continues from it."""
         if self.number < len(self.names) or is_reported(self.experiment, self.cell):
             return FirstStages(self.names[: self.number], self.cell.seed)
         return None
@@ -120,7 +120,7 @@ def train_cell(experiment: Experiment, cell: Cell, given: Given, checkpoints: Pa
 
     Costs are summed over stages; ``planned_steps`` is the largest number of steps, ``start`` what is charged before the
     first one, ``ended`` says why the last stage ended, and ``resolved`` are its ``auto`` settings. Stages that other
-    cells go on from come from `train_first`.
+    cells continue from come from `train_first`.
     """
     stage, made = StageOfCell(experiment, cell, 1, experiment.model), list[dict[str, Any]]()
     while (first := stage.first) is not None:
@@ -149,7 +149,7 @@ def train_cell(experiment: Experiment, cell: Cell, given: Given, checkpoints: Pa
 
 
 def train_first(experiment: Experiment, first: FirstStages, given: Given) -> dict[str, Any]:
-    """Train stages that several cells go on from; returns plain data of the last.
+    """Train stages that several cells continue from; returns plain data of the last.
 
     The weights of each are kept for `train_cell`. What is there already is not computed again, and an interrupted stage
     resumes from its checkpoint.
@@ -172,7 +172,7 @@ def weights_of(first: FirstStages, state: Path) -> Path:
 
 
 def _once(first: FirstStages, stage: StageOfCell, given: Given) -> dict[str, Any]:
-    """The data of a stage that several cells go on from, trained unless its result and its weights are there."""
+    """The data of a stage that several cells continue from, trained unless its result and its weights are there."""
     cached, weights = CachedResults(given.state / "stages"), weights_of(first, given.state)
     checkpoints = weights.with_name("checkpoints")
 

@@ -40,7 +40,7 @@ class FirstStages:
         return f"stage {'+'.join(quote(name, safe='') for name in self.names)}-seed{self.seed}"
 
     def is_of(self, experiment: Experiment, cell: Cell) -> bool:
-        """Whether a cell goes on from these stages, or reports them."""
+        """Whether a cell continues from these stages, or reports them."""
         names = experiment.stages_of(cell.algorithm)
         if cell.seed != self.seed or names[: len(self.names)] != self.names:
             return False
@@ -48,7 +48,7 @@ class FirstStages:
 
 
 def first_stages(experiment: Experiment) -> list[FirstStages]:
-    """The stages that some row goes on from, once per seed: the first stages before the second."""
+    """The stages that some row continues from, once per seed: the first stages before the second."""
     rows = [row.stages for row in experiment.algorithms.values()]
     found = dict.fromkeys(stages[:number] for stages in rows for number in range(1, len(stages)))
     return [FirstStages(names, seed) for names in sorted(found, key=len) for seed in experiment.seeds]
@@ -57,7 +57,7 @@ def first_stages(experiment: Experiment) -> list[FirstStages]:
 def is_reported(experiment: Experiment, cell: Cell) -> bool:
     """Whether a cell ends where other rows go on: then it is trained once for all of them.
 
-    Not with adapters, which the weights that others go on from have merged, nor at a learning rate of its own.
+    Not with adapters, which the weights that others continue from have merged, nor at a learning rate of its own.
     """
     names = experiment.stages_of(cell.algorithm)
     goes_on = any(row.stages[: len(names)] == names != row.stages for row in experiment.algorithms.values())

@@ -243,7 +243,7 @@ def _train_first(
     submit: Callable[[FirstStages, int], Future[Any]],
     console: Console,
 ) -> dict[Cell, str]:
-    """Train the stages that cells go on from, earlier ones first; returns the cells that cannot go on, and why."""
+    """Train the stages that cells continue from, earlier ones first; returns the cells that cannot go on, and why."""
     cached, lost = CachedResults(state / "cells"), dict[Cell, str]()
     stages = first_stages(experiment)
     left = [cell for cell in cells(experiment) if any(one.is_of(experiment, cell) for one in stages)]
@@ -370,7 +370,7 @@ def _say(console: Console, line: str, style: str | None = None) -> None:
 
 
 def _averages(found: Mapping[str, Any]) -> str:
-    if "metrics" not in found and "validation" not in found:  # stages that cells go on from
+    if "metrics" not in found and "validation" not in found:  # stages that cells continue from
         return counted(len(found["training"]), "step")
     metrics = found.get("metrics") or {"validation": {"avg_at_k": found["validation"]}}
     return "avg@k " + ", ".join(f"{where} {100 * m['avg_at_k']:.1f} %" for where, m in metrics.items())
