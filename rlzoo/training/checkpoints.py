@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from copy import deepcopy
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -54,7 +55,7 @@ class Checkpoints:
     def save(self, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
         """Write a checkpoint, then remove all but the newest `KEPT`. All processes must call this.
 
-        With several processes, this returns once the tensors are copied, and writing continues in the background.
+        With several processes, this returns once all is copied, and writing continues in the background.
         """
         name, state = f"step-{step:08d}", {"step": step, **state}
         if world_size() == 1:
@@ -66,7 +67,7 @@ class Checkpoints:
             self._remove_old()
         else:
             self.wait()
-            self._begin(name, dict(tensors), state)
+            self._begin(name, dict(tensors), deepcopy(state))  # training goes on, and adds to its record
         self._last = time.monotonic()
 
     def wait(self) -> None:
