@@ -121,6 +121,7 @@ def test_a_warm_up_that_was_stopped_resumes_and_is_trained_once(
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("copied")
 def test_processes_share_a_warm_up(tmp_path: Path, by_hand: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("rlzoo.comparison.runner.write_report", lambda *_: None)
     found = quietly(warmed(), tmp_path / "with", workers=2)

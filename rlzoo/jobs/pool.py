@@ -16,7 +16,7 @@ from itertools import takewhile
 from logging import ERROR, getLogger
 from multiprocessing import connection, resource_tracker
 from multiprocessing.connection import Connection
-from multiprocessing.context import SpawnProcess
+from multiprocessing.process import BaseProcess
 from typing import Any, Protocol, cast
 
 from rich.console import Console
@@ -33,6 +33,8 @@ GRACE = 60.0
 """Seconds that training has to save a checkpoint when it must stop."""
 QUICK = 3.0
 """Seconds of waiting for processes to end before the user is informed."""
+START = "spawn"
+"""How a process starts: afresh, because neither CUDA nor the threads of this process survive in a copy of it."""
 GPU_VARIABLE = "CUDA_VISIBLE_DEVICES"
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
@@ -140,7 +142,7 @@ class _Task:
 
 @dataclass
 class _Worker:
-    process: SpawnProcess
+    process: BaseProcess
     pipe: Connection
     place: int
     task: _Task | None = None
@@ -227,7 +229,7 @@ class Pool:
                 idle.pipe.send((idle.task.function, idle.task.arguments))
 
     def _started(self) -> _Worker:
-        context = multiprocessing.get_context("spawn")
+        context: Any = multiprocessing.get_context(START)
         place = min(set(range(self._most)) - {worker.place for worker in self._workers})
         ours, theirs = context.Pipe()
         process = context.Process(target=_serve, args=(theirs, self._threads))
