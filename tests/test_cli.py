@@ -455,6 +455,7 @@ def _group_is_gone(group: int) -> bool:
     return False
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_up_costs_nothing_that_was_done(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """A file system of some megabytes, full in the middle of a training's checkpoints; with room the run goes on."""
     disk = tmp_path / "disk"
@@ -483,6 +484,7 @@ def test_a_disk_that_fills_up_costs_nothing_that_was_done(tmp_path: Path, capfd:
 # The commands one after the other
 
 
+@pytest.mark.slow
 def test_rollout_train_evaluate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     small = ["facts", "--limit", "8", "--set", "rollouts.samples=4"]
     assert main(["rollout", *small, "--out", "buffer"]) == 0

@@ -62,7 +62,11 @@ def trainer_of(policy: Policy, objective: Objective, **changes: Any) -> Trainer:
 
 
 PACKED: list[tuple[str, dict[str, Any]]] = [("dft", {}), ("ppo", {}), ("asft", {}), ("grpo", {})]
-STEPS = [*((*case, "padded") for case in CASES), *((*case, "packed") for case in PACKED)]
+STEPS = [
+    # those of a kind are many, and differ by their coefficients alone
+    pytest.param(name, options, "padded", marks=[] if options or name in KINDS else pytest.mark.slow)
+    for name, options in CASES
+] + [pytest.param(*case, "packed") for case in PACKED]
 
 
 @pytest.mark.parametrize(("name", "options", "packing"), STEPS, ids=lambda part: str(part))
@@ -139,6 +143,7 @@ def test_decoding_is_on_the_gpu_and_the_host_waits_now_and_then(gpu: FakeCUDA, p
     assert len(gpu.waits) <= 1 + 47 // 16, gpu.waits
 
 
+@pytest.mark.slow
 def test_a_step_of_decoding_can_be_captured(gpu: FakeCUDA, policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
     """The host neither waits for it nor gives it anything: a CUDA graph would repeat that for ever."""
     seen: list[int] = []

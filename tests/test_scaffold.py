@@ -155,6 +155,7 @@ def test_nothing_is_overwritten(there: str, capsys: pytest.CaptureFixture[str]) 
     assert f"'{there}/yours.py' cannot be written" in refused(capsys, "yours", "--folder", there)
 
 
+@pytest.mark.slow
 def test_the_objective_of_the_guide_passes_its_contract() -> None:
     guide = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     code, test = (textwrap.dedent(block) for block in re.findall(r"```python\n(.*?)```", guide, re.DOTALL))
