@@ -104,7 +104,7 @@ def train(
         bad, longest = BadRows(table.bad_rows), training.max_completion_tokens
         rows = read_buffer(
             table.source, policy.tokenizer, longest, table.split, table.columns, bad, training.special_tokens,
-            policy.row_check(), training.max_length,
+            policy.row_check(), training.max_length, training.turns,
         )  # fmt: skip
         if is_main():
             for line in bad.lines():
