@@ -236,8 +236,8 @@ class Algorithm(Strict):
     options: Mapping[str, Any] = {}
     """The objective's hyper-parameters."""
     learning_rates: tuple[Rate, ...] = ()
-    """Each is tried on all seeds, and the best on validation is reported; empty: that of ``training``, or of the last of
-    ``stages``, whose rate these are."""
+    """Each is tried on all seeds, and the best on validation is reported; empty: that of ``training``, or that of
+    the last of ``stages``, whose rates these are."""
     mode: Literal["offline", "online"] = "offline"
     """``online`` samples each batch from the current policy; ``offline`` reads the shared buffer."""
     learns_from: str | None = None
