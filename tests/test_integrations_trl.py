@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from trl_rows import (
     Fixed,
     gap,
+    last_step,
     own_gradient,
     small_model,
     small_rows,
@@ -38,6 +40,8 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling  # noqa: E40
 
 from rlzoo.errors import UserError  # noqa: E402
 from rlzoo.integrations import compute_loss_func, with_objective  # noqa: E402
+from rlzoo.integrations.frozen import FrozenModels  # noqa: E402
+from rlzoo.integrations.rows import rows_of_labels  # noqa: E402
 from rlzoo.objective import get_objective  # noqa: E402
 from rlzoo.policy import Policy, log_probs  # noqa: E402
 from rlzoo.types import Trajectory  # noqa: E402
@@ -233,8 +237,13 @@ def share_of_fives(completions: list[str], **_: Any) -> list[float]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "options"), [("grpo", {"kl_coefficient": 0.1}), ("rloo", {}), ("dapo", {})])
-def test_grpo_trainer_has_the_gradient_of_rlzoo(name: str, options: dict[str, Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "options", "iterations"),
+    [("grpo", {"kl_coefficient": 0.1}, 1), ("rloo", {}, 1), ("dapo", {}, 1), ("cispo", {}, 2)],
+)
+def test_grpo_trainer_has_the_gradient_of_rlzoo(
+    name: str, options: dict[str, Any], iterations: int, tmp_path: Path
+) -> None:
     model, kept = small_model(0), dict[str, Any]()
     folder = tmp_path / "model"
     small_model(1).save_pretrained(folder)  # TRL loads the reference by the policy's name
@@ -246,8 +255,9 @@ def test_grpo_trainer_has_the_gradient_of_rlzoo(name: str, options: dict[str, An
             return dict(kept)
 
     args = GRPOConfig(
-        **step_arguments(tmp_path, 2, 4),
+        **step_arguments(tmp_path, 2, 4, max_steps=iterations, learning_rate=20.0),
         num_generations=4,
+        num_iterations=iterations,
         max_completion_length=6,
         temperature=0.8,
         beta=0.1 if name == "grpo" else 0.0,
@@ -259,12 +269,14 @@ def test_grpo_trainer_has_the_gradient_of_rlzoo(name: str, options: dict[str, An
         train_dataset=Dataset.from_dict({"prompt": ["1+1=", "2+3="]}),
         processing_class=tokenizer(),
     )
-    found = step_gradient(trainer)
-    rows = rows_of_samples(kept, model)
+    last, rows = last_step(trainer), rows_of_samples(kept, model)
     source = Fixed(rows, [tuple(range(4)), tuple(range(4, 8))])
     reference = small_model(1) if name == "grpo" else None
+    wanted = own_gradient(last.model, get_objective(name, **options), source, reference)
     assert len({row.reward for row in rows}) > 2
-    assert gap(found, own_gradient(model, get_objective(name, **options), source, reference)) < CLOSE
+    assert gap(last.gradient, wanted) < CLOSE
+    if iterations > 1:
+        assert trainer.state.log_history[1]["objective/ratio_deviation"] > 0.01
 
 
 def rows_of_samples(samples: dict[str, Any], model: Any) -> list[Trajectory]:
@@ -278,6 +290,40 @@ def rows_of_samples(samples: dict[str, Any], model: Any) -> list[Trajectory]:
         rows.append(replace(row, reward=share_of_fives([text])[0]))
     logp = log_probs(policy, [(row.prompt_ids, row.completion_ids) for row in rows], temperature=0.8)
     return [replace(row, behaviour_logp=own) for row, own in zip(rows, logp, strict=True)]
+
+
+@pytest.mark.slow
+def test_evaluation_gives_the_loss_of_the_objective_and_logits_for_metrics(tmp_path: Path) -> None:
+    model, seen = small_model(), list[Any]()
+    args = SFTConfig(**step_arguments(tmp_path, 8, 1), per_device_eval_batch_size=8)
+    trainer = with_objective(SFTTrainer, "dft")(
+        model=model,
+        args=args,
+        train_dataset=labelled(ROWS),
+        eval_dataset=labelled(ROWS),
+        processing_class=tokenizer(),
+        compute_metrics=lambda found: seen.append(found.predictions.shape) or {},
+    )
+    found, pairs = trainer.evaluate(), [(row.prompt_ids, row.completion_ids) for row in ROWS]
+    logp = torch.tensor([x for row in log_probs(Policy(model, tokenizer()), pairs) for x in row])
+    assert found["eval_loss"] == pytest.approx(float((-logp.exp() * logp).mean()), rel=1e-5)
+    assert trainer.state.log_history[-1]["eval_objective/logp"] == pytest.approx(float(logp.mean()), rel=1e-5)
+    width = max(len(row.prompt_ids) + len(row.completion_ids) for row in ROWS)
+    assert seen == [(8, width, len(tokenizer()))]
+
+
+def test_the_reference_of_an_adapter_is_the_model_without_it() -> None:
+    peft = pytest.importorskip("peft")
+    base, labels = small_model(), torch.tensor([[-100, 5, 6, 7, 8]])
+    config = peft.LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
+    adapted = peft.get_peft_model(copy.deepcopy(base), config).eval()
+    inputs, rows = {"input_ids": labels.clamp(min=4)}, rows_of_labels(labels)
+    plain = FrozenModels(base, [None]).log_probs(None, inputs, rows)
+    found = FrozenModels(adapted, [None])
+    assert not found.models, "no copy"
+    torch.testing.assert_close(found.log_probs(None, inputs, rows), plain)
+    own = adapted(**inputs).logits.log_softmax(-1)[0, :-1].gather(1, labels[0, 1:, None])[:, 0]
+    assert (own - plain[0]).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize(
