@@ -295,6 +295,11 @@ def rows_of_samples(samples: dict[str, Any], model: Any) -> list[Trajectory]:
 @pytest.mark.slow
 def test_evaluation_gives_the_loss_of_the_objective_and_logits_for_metrics(tmp_path: Path) -> None:
     model, seen = small_model(), list[Any]()
+
+    def metrics(found: Any) -> dict[str, float]:
+        seen.append(found.predictions.shape)
+        return {}
+
     args = SFTConfig(**step_arguments(tmp_path, 8, 1), per_device_eval_batch_size=8)
     trainer = with_objective(SFTTrainer, "dft")(
         model=model,
@@ -302,7 +307,7 @@ def test_evaluation_gives_the_loss_of_the_objective_and_logits_for_metrics(tmp_p
         train_dataset=labelled(ROWS),
         eval_dataset=labelled(ROWS),
         processing_class=tokenizer(),
-        compute_metrics=lambda found: seen.append(found.predictions.shape) or {},
+        compute_metrics=metrics,
     )
     found, pairs = trainer.evaluate(), [(row.prompt_ids, row.completion_ids) for row in ROWS]
     logp = torch.tensor([x for row in log_probs(Policy(model, tokenizer()), pairs) for x in row])

@@ -66,7 +66,10 @@ class ObjectiveLoss(Base):  # type: ignore[misc]
     A subclass defines `part`, and what `counted` counts.
     """
 
+    compute_loss_func: Any
+    data_collator: Any
     exported: ClassVar[Exported]
+    _signature_columns: Any
     loss_is_scaled_for_ga: ClassVar[bool | None] = True
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

@@ -65,7 +65,7 @@ class PreferenceLoss(ObjectiveLoss):
 
     def counted(self, inputs: Mapping[str, Any]) -> TokenBatch:
         mask = rows_of_labels(self.labels(inputs), keep_empty=True).mask
-        return TokenBatch(None, mask, **self.fields(inputs, len(mask)))
+        return TokenBatch(None, mask).replace(**self.fields(inputs, len(mask)))
 
     def fields(self, inputs: Mapping[str, Any], rows: int) -> dict[str, Tensor]:
         """The fields of a `TokenBatch` that say how the rows were judged."""
@@ -273,7 +273,7 @@ class GroupsLoss(ObjectiveLoss):
         scores, rows, own, values = self._scored(model, inputs)
         logp, mask = values["logp"], mask_of(inputs)
         fixed = {key.removeprefix(OWN): value for key, value in inputs.items() if key.startswith(OWN)}
-        fields = {key: fixed.pop(key) for key in ("reward", "group") if key in fixed}
+        fields: dict[str, Tensor] = {key: fixed.pop(key) for key in ("reward", "group") if key in fixed}
         advantage = inputs["advantages"]
         fields["advantage"] = advantage[:, None].expand_as(logp) if advantage.ndim == 1 else advantage
         given = {"behaviour_logp": logp.detach(), **self._given(inputs), **values, **fixed}
