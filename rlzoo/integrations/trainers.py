@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
@@ -49,6 +50,8 @@ class Part(NamedTuple):
     """The full-vocabulary term, if the objective has one."""
     weight: Float[Tensor, "B T"] | None = None
     """Weights of the coefficients, such as truncated importance ratios."""
+    metrics: Mapping[str, Float[Tensor, "B T"]] = {}
+    """What is logged with the objective's metrics."""
 
 
 class Scores(NamedTuple):
@@ -93,7 +96,7 @@ class ObjectiveLoss(Base):  # type: ignore[misc]
             raise self.refused("start one process per GPU, with accelerate launch")
         if self.exported.is_coupled and (self.args.gradient_accumulation_steps > 1 or self.args.world_size > 1):
             raise self.refused(
-                "it couples all rows of the optimizer batch, which accumulation and processes would split: set "
+                "it may depend on all rows of the optimizer batch, which accumulation and processes would split: set "
                 "gradient_accumulation_steps to 1, on one process"
             )
 
@@ -142,7 +145,8 @@ class ObjectiveLoss(Base):  # type: ignore[misc]
         part, sums = self.part(model, inputs), self._sums["train" if self.model.training else "eval"]
         z = self.denominator(part.batch)
         found = self.exported.loss(part.batch, z, part.weight, part.term)
-        sums.add(self.exported.objective, found.batch, found.coefficients, found.surrogate, z)
+        shown = replace(found.coefficients, metrics={**found.coefficients.metrics, **part.metrics})
+        sums.add(self.exported.objective, found.batch, shown, found.surrogate, z)
         if not return_outputs:
             return found.value
         if not hasattr(part.outputs, "logits"):  # evaluation wants them for metrics, and TRL's head does not hold them
@@ -199,6 +203,11 @@ class ObjectiveLoss(Base):  # type: ignore[misc]
         )
         values = {key: rows.spread(value) for key, value in found.items()}
         return Scores(values, values.pop("term", None), outputs)
+
+
+def shown_of(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Those of the policy's statistics that are always logged where they are there."""
+    return {key: value.detach() for key, value in values.items() if key in FUSED.values()}
 
 
 def of_fused(value: Float[Tensor, "B L1"], rows: Sequences) -> Float[Tensor, "R T"]:
@@ -285,4 +294,4 @@ class LabelledLoss(ObjectiveLoss):
             lambda name: self.models.log_probs(name, own, rows),
             reward=reward,
         )
-        return Part(batch, own, scores.outputs, scores.term)
+        return Part(batch, own, scores.outputs, scores.term, metrics=shown_of(scores.values))

@@ -17,7 +17,7 @@ from rlzoo.inputs.references import mismatched
 from rlzoo.integrations.export import Stack
 from rlzoo.integrations.frozen import FrozenModels
 from rlzoo.integrations.rows import IGNORED, rows_of_labels
-from rlzoo.integrations.trainers import ObjectiveLoss, Part, Scores, of_fused
+from rlzoo.integrations.trainers import ObjectiveLoss, Part, Scores, of_fused, shown_of
 from rlzoo.policy import Sequences
 from rlzoo.types import AbsentInputError, Normaliser, TokenBatch, Trajectory, Unit
 
@@ -87,7 +87,7 @@ class PreferenceLoss(ObjectiveLoss):
             lambda name: self.frozen_log_probs(name, own, labels, rows),
             **self.fields(inputs, len(labels)),
         )
-        return Part(batch, own, scores.outputs, scores.term)
+        return Part(batch, own, scores.outputs, scores.term, metrics=shown_of(scores.values))
 
     @torch.no_grad()
     def frozen_log_probs(
@@ -281,7 +281,8 @@ class GroupsLoss(ObjectiveLoss):
             given.setdefault("snapshot_logp", old)
         batch = self.exported.batch(logp, mask, given, self._of_models(own, rows, logp.shape[1]), **fields)
         batch = batch.replace(**{key: value for key, value in fixed.items() if key not in batch.inputs})
-        return Part(batch, own, scores.outputs, scores.term, inputs.get("importance_sampling_ratio"))
+        weight = inputs.get("importance_sampling_ratio")
+        return Part(batch, own, scores.outputs, scores.term, weight, shown_of(values))
 
     def _scored(
         self, model: nn.Module, inputs: Mapping[str, Any]
