@@ -16,6 +16,7 @@ import pytest
 import torch
 from batches import built
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from rlzoo.errors import UserError
 from rlzoo.inputs import Statistic
@@ -282,3 +283,24 @@ def test_the_page_registers_a_loss_with_verl_and_makes_one_for_slime(monkeypatch
     first = {name: value[0] for name, value in data.items()}
     inputs = LossInputs(first["logp"], first["old"], None, first["advantage"], first["mask"])
     assert torch.isfinite(getattr(importlib.import_module(module), attribute)(inputs, **own["kwargs"]).loss)
+
+
+def test_no_wide_copy_of_all_logits_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(head, "CHUNK_ENTRIES", 4 * 11)
+    widest = 0
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            nonlocal widest
+            found = function(*args, **(kwargs or {}))
+            for value in found if isinstance(found, (tuple, list)) else [found]:
+                if isinstance(value, Tensor) and value.dtype == torch.float32:
+                    widest = max(widest, value.numel())
+            return found
+
+    logits = torch.randn(64, 11).bfloat16().requires_grad_()
+    with Watch():
+        found = log_probs_of_logits(logits, torch.arange(64), torch.zeros(64, dtype=torch.long))["logp"]
+        found.sum().backward()
+    assert logits.grad is not None and logits.grad.dtype == torch.bfloat16 and found.dtype == torch.float32
+    assert 4 * 11 <= widest <= 64

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -185,6 +186,11 @@ CHOSEN = words("1+1=|2", "2+3=|5", "7+5=|12", "9-4=|5")
 REJECTED = words("1+1=|3 or so", "2+3=|4", "7+5=|13", "9-4=|13")
 
 
+def pairs_of_texts() -> Dataset:
+    texts = zip(CHOSEN, REJECTED, strict=True)
+    return Dataset.from_list([{"prompt": prompt, "chosen": c, "rejected": r} for (prompt, c), (_, r) in texts])
+
+
 def trajectories(pairs: list[tuple[str, str]], **fields: Any) -> list[Trajectory]:
     """As TRL tokenises them."""
     encode, rows = tokenizer(), []
@@ -201,18 +207,32 @@ def test_dpo_trainer_has_the_gradient_of_rlzoo(name: str, tmp_path: Path) -> Non
     rows = [row for pair in zip(trajectories(CHOSEN), trajectories(REJECTED), strict=True) for row in pair]
     source = Fixed(rows, [(0, 1), (2, 3), (4, 5), (6, 7)])
     wanted = own_gradient(model, get_objective(name), source, reference)
-    columns = {"prompt": [p for p, _ in CHOSEN], "chosen": [c for _, c in CHOSEN], "rejected": [r for _, r in REJECTED]}
     for batch, accumulation in ((4, 1), (1, 4)):
         trainer = with_objective(DPOTrainer, name)(
             model=copy.deepcopy(model),
             ref_model=copy.deepcopy(reference),
             args=DPOConfig(**step_arguments(tmp_path, batch, accumulation)),
-            train_dataset=Dataset.from_dict(columns),
+            train_dataset=pairs_of_texts(),
             processing_class=tokenizer(),
         )
         assert (trainer.ref_model is None) == (name != "dpo"), "a reference that is not needed takes no memory"
         assert gap(step_gradient(trainer), wanted) < CLOSE
         assert 0 <= trainer.state.log_history[0]["objective/accuracy"] <= 1
+
+
+@pytest.mark.slow
+def test_the_reference_of_an_adapter_in_dpo_trainer_is_the_model_without_it(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    trainer = with_objective(DPOTrainer, "dpo")(
+        model=small_model(),
+        args=DPOConfig(**step_arguments(tmp_path, 4, 1, max_steps=2)),
+        train_dataset=pairs_of_texts(),
+        processing_class=tokenizer(),
+        peft_config=peft.LoraConfig(r=2, target_modules="all-linear"),
+    )
+    trainer.train()
+    first, second = (entry["loss"] for entry in trainer.state.log_history if "loss" in entry)
+    assert first == pytest.approx(math.log(2), abs=1e-5) and second < first - 1e-3
 
 
 @pytest.mark.slow

@@ -94,6 +94,9 @@ class ObjectiveLoss(Base):  # type: ignore[misc]
             raise self.refused("set router_aux_loss_coef to 0, because the loss that balances experts is not added")
         if self.args.n_gpu > 1:
             raise self.refused("start one process per GPU, with accelerate launch")
+        parallel = getattr(self.accelerator, "parallelism_config", None)
+        if parallel is not None and (parallel.cp_enabled or parallel.sp_enabled):
+            raise self.refused("sequences are split over processes: use data or tensor parallelism")
         if self.exported.is_coupled and (self.args.gradient_accumulation_steps > 1 or self.args.world_size > 1):
             raise self.refused(
                 "it may depend on all rows of the optimizer batch, which accumulation and processes would split: set "
@@ -103,6 +106,15 @@ class ObjectiveLoss(Base):  # type: ignore[misc]
     def refused(self, reason: str) -> UserError:
         """The error for this objective in this trainer."""
         return UserError(f"{self.exported.stack.name} with objective {self.exported.objective.name!r}: {reason}")
+
+    def frozen_models(self, names: Sequence[str | None], reference: nn.Module | None = None) -> FrozenModels:
+        """Models besides the policy. Raises UserError if there are any and the policy's weights will be sharded."""
+        if names and (self.is_deepspeed_enabled or self.is_fsdp_enabled):
+            raise self.refused(
+                "it needs a frozen model, which cannot run beside a sharded policy: give its log-probs as a column of "
+                "the data where the trainer takes columns"
+            )
+        return FrozenModels(self.model, names, reference)
 
     def part(self, model: nn.Module, inputs: Mapping[str, Any]) -> Part:
         """A micro-batch of the trainer, scored by the model."""
@@ -263,7 +275,7 @@ class LabelledLoss(ObjectiveLoss):
                 "packing=False, or choose another objective"
             )
         named = [one for one in requires if one.gives_logits or one.column not in (there or ())]
-        self.models = FrozenModels(self.model, [name for one in named for name in one.models()], ref_model)
+        self.models = self.frozen_models([name for one in named for name in one.models()], ref_model)
         self.data_collator = WithColumns(self.data_collator, columns)
 
     def _set_signature_columns_if_needed(self) -> None:

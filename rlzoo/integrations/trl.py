@@ -6,6 +6,7 @@ What TRL does beside its loss stays: data preparation, sampling, rewards, the re
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from rlzoo.inputs.references import mismatched
 from rlzoo.integrations.export import Stack
-from rlzoo.integrations.frozen import FrozenModels
+from rlzoo.integrations.frozen import without_adapter
 from rlzoo.integrations.rows import IGNORED, rows_of_labels
 from rlzoo.integrations.trainers import ObjectiveLoss, Part, Scores, of_fused, shown_of
 from rlzoo.policy import Sequences
@@ -44,10 +45,11 @@ class PreferenceLoss(ObjectiveLoss):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        names = [name for one in self.exported.objective.requires for name in one.models()]
-        if None not in names and not getattr(self.args, "sync_ref_model", False):
+        requires = self.exported.objective.requires
+        if None not in [name for one in requires for name in one.models()] and not self.args.sync_ref_model:
             self.ref_model = None  # TRL has loaded one, which takes as much memory as the model
-        self.models = FrozenModels(self.model, names, self.ref_model)
+        others = [name for one in requires for name in one.models() if name is not None or one.gives_logits]
+        self.models = self.frozen_models(others, self.ref_model)
 
     def check_arguments(self) -> None:
         super().check_arguments()
@@ -94,9 +96,11 @@ class PreferenceLoss(ObjectiveLoss):
         self, name: str | None, inputs: Mapping[str, Any], labels: Int[Tensor, "B L"], rows: Sequences
     ) -> Float[Tensor, "R T"]:
         """A frozen model's log-probs; those of TRL's reference by TRL's head, which knows of sharding."""
-        if name is not None or self.ref_model is None:
+        if name is not None:
             return self.models.log_probs(name, inputs, rows)
-        found = self.ref_model(**inputs, labels=labels, use_cache=False, fused_lm_head=True)
+        model = self.model if self.ref_model is None else self.ref_model
+        with without_adapter(self.accelerator.unwrap_model(self.model)) if self.ref_model is None else nullcontext():
+            found = model(**inputs, labels=labels, use_cache=False, fused_lm_head=True)
         return of_fused(found.log_probs, rows)
 
 
@@ -186,7 +190,7 @@ class GroupsLoss(ObjectiveLoss):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         requires = [one for one in self.exported.objective.requires if one.key not in self.exported.stack.keys]
-        self.models = FrozenModels(self.model, [name for one in requires for name in one.models()])
+        self.models = self.frozen_models([name for one in requires for name in one.models()])
 
     def check_arguments(self) -> None:
         super().check_arguments()
