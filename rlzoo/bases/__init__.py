@@ -1,6 +1,12 @@
 """What objectives share: base classes over groups of samples and over pairs, and importance ratios."""
 
-from rlzoo.bases.groups import ClippedPolicyGradient, LogRatioRegression, OffPolicyGradient, PolicyGradient
+from rlzoo.bases.groups import (
+    ClippedPolicyGradient,
+    EpsilonClipped,
+    LogRatioRegression,
+    OffPolicyGradient,
+    PolicyGradient,
+)
 from rlzoo.bases.pairs import (
     PairLoss,
     PairObjective,
@@ -14,6 +20,7 @@ from rlzoo.bases.pairs import (
 
 __all__ = [
     "ClippedPolicyGradient",
+    "EpsilonClipped",
     "LogRatioRegression",
     "OffPolicyGradient",
     "PairLoss",

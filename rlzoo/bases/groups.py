@@ -18,6 +18,7 @@ from rlzoo.bases.ratios import (
     sequence_log_ratio,
     sequence_ratio,
     token_ratio,
+    upper_clip,
 )
 from rlzoo.inputs import Behaviour, Input, Reference
 from rlzoo.objective import Normaliser, Objective
@@ -87,6 +88,18 @@ class ClippedPolicyGradient(OffPolicyGradient):
 
     def coefficients(self, batch: TokenBatch) -> Coefficients:
         return self.clipped(batch)
+
+
+@dataclass(frozen=True)
+class EpsilonClipped(ClippedPolicyGradient):
+    """PPO's clipped loss with the bounds 1 - ``clip`` and 1 + ``clip_high``, which by default is ``clip`` too."""
+
+    clip: float = 0.2
+    clip_high: float | None = None
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        return self.clip, upper_clip(self.clip, self.clip_high)
 
 
 @dataclass(frozen=True)

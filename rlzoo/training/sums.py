@@ -15,6 +15,7 @@ from torch import Tensor
 from rlzoo.jobs.memory import on_device
 from rlzoo.jobs.ranks import gathered
 from rlzoo.objective import Objective, reduce
+from rlzoo.policy.sequences import learned
 from rlzoo.reward.calling import means
 from rlzoo.training.batches import Drawn
 from rlzoo.training.tally import Counts, tallied, with_gradient
@@ -160,6 +161,6 @@ def truncated_importance(rows: Sequence[Trajectory], mask: Tensor, cap: float) -
     weight = torch.ones(mask.shape)
     for place, row in enumerate(rows):
         if row.sampler_logp is not None and row.behaviour_logp is not None:
-            gap = torch.tensor(row.behaviour_logp) - torch.tensor(row.sampler_logp)
+            gap = (torch.tensor(row.behaviour_logp) - torch.tensor(row.sampler_logp))[learned(row)]
             weight[place, : len(gap)] = gap.exp().clamp(max=cap)
     return on_device(weight, mask.device)
