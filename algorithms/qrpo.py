@@ -11,7 +11,8 @@ by less than 5e-5 for β ≤ 0.1.
 
 With equal rewards quantiles are not uniform, and this Z is wrong: the samples of a prompt that none of them solves, for
 instance, all have q = 1, the highest target. ``partition: group`` takes Z = mean_G exp(q/β) over the group instead,
-where equal rewards have the target 0. That is not in the paper; it is `a-star-po` with q as the reward.
+where equal rewards have the target 0, and wants a larger β: with a small one, right samples have a target near 0 too,
+and nearly all of the gradient is that of the wrong ones. It is not in the paper, and `a-star-po` with q as the reward.
 
 The paper samples the reference separately. Here q is the fraction of the group's other samples, which is right for a
 buffer that the initial policy has sampled; a group of one has no quantile, and is left out. Source: arXiv 2507.08068,
