@@ -17,8 +17,8 @@ from torch import Tensor
 
 from rlzoo.advantages import group_centred
 from rlzoo.bases import EpsilonClipped
+from rlzoo.bases.ratios import check_positive
 from rlzoo.objective import Normaliser, register
-from rlzoo.ratios import check_positive
 from rlzoo.types import Coefficients, TokenBatch
 
 

@@ -35,9 +35,9 @@ from torch import Tensor
 
 from rlzoo.advantages import batch_normalised, group_centred, group_normalised
 from rlzoo.bases import EpsilonClipped
+from rlzoo.bases.ratios import check_positive, kl_estimate, token_ratio
 from rlzoo.inputs import Behaviour, Input, Reference
 from rlzoo.objective import Normaliser, register
-from rlzoo.ratios import check_positive, kl_estimate, token_ratio
 from rlzoo.types import Coefficients, TokenBatch
 
 

@@ -25,10 +25,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from rlzoo.advantages import last_token
+from rlzoo.bases.ratios import check_positive
 from rlzoo.errors import UserError
 from rlzoo.inputs import Behaviour, Input, Reference
 from rlzoo.objective import Objective, register
-from rlzoo.ratios import check_positive
 from rlzoo.types import Coefficients, TokenBatch, running_sum
 
 

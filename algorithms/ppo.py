@@ -23,9 +23,9 @@ import torch
 from torch import Tensor
 
 from rlzoo.advantages import generalised_advantage, last_token, penalised_reward, whiten
+from rlzoo.bases.ratios import check_upper_bound, clipped_gradient, ratio_metrics, token_ratio, upper_clip
 from rlzoo.inputs import Behaviour, Critic, Input, Reference, Snapshot, Truncated
 from rlzoo.objective import Objective, register
-from rlzoo.ratios import check_upper_bound, clipped_gradient, ratio_metrics, token_ratio, upper_clip
 from rlzoo.types import Coefficients, Selection, TokenBatch
 
 

@@ -16,9 +16,9 @@ from canonical import clipped_gain, completions, groups_of, token_count
 from test_zoo_rl import double, on_policy, values
 
 from rlzoo.advantages import batch_normalised, group_normalised, optimal_value, quantile
+from rlzoo.bases.ratios import kl_estimate
 from rlzoo.errors import UserError
 from rlzoo.objective import get_objective, surrogate
-from rlzoo.ratios import kl_estimate
 from rlzoo.testing import check_objective
 from rlzoo.testing.batches import LENGTH, gradients, prepared
 from rlzoo.types import TokenBatch
