@@ -9,7 +9,7 @@ VLLM ?= vllm
 VLLM_BIN := .venv-vllm/bin
 LOWEST_BIN := .venv-lowest/bin
 
-.PHONY: setup compare test test-fast test-lowest test-vllm clean
+.PHONY: setup compare docs test test-fast test-lowest test-vllm clean
 
 setup: $(INSTALLED)
 
@@ -24,12 +24,19 @@ compare: $(INSTALLED)
 	@echo "== Comparing the seven objectives: experiments/$(EXPERIMENT).yaml"
 	$(BIN)/rlzoo compare $(EXPERIMENT)
 
+# The site, in site/: index.html opens in a browser, without a server. It is built without a connection
+docs: $(INSTALLED)
+	@echo "== Building the documentation"
+	$(BIN)/mkdocs build --strict --quiet
+
 test: $(INSTALLED)
 	@echo "== Lint"
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	@echo "== Types"
 	$(BIN)/mypy
+	@echo "== Documentation"
+	$(BIN)/mkdocs build --strict --quiet
 	@echo "== Fetching SmolLM2-135M for the tests of a real model (skipped if it cannot be had)"
 	@$(BIN)/python tests/fetch_smollm2.py $(SMOLLM2)
 	@echo "== Tests"
@@ -72,4 +79,4 @@ $(VLLM_BIN)/.installed: pyproject.toml
 	@touch $@
 
 clean:
-	rm -rf .venv .venv-lowest .venv-vllm .cache build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	rm -rf .venv .venv-lowest .venv-vllm .cache build dist site *.egg-info .mypy_cache .ruff_cache .pytest_cache
