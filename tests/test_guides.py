@@ -22,7 +22,10 @@ from rlzoo.cli import main
 from rlzoo.config import load_experiment
 
 ROOT = Path(__file__).parents[1]
-PAGES = ["README.md", *sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("docs/[th][uo][tw]*/*.md"))]
+TUTORIALS = sorted(ROOT.glob("docs/tutorials/*.md"))
+PAGES = [
+    str(path.relative_to(ROOT)) for path in (ROOT / "README.md", *TUTORIALS, *sorted(ROOT.glob("docs/howto/*.md")))
+]
 FENCED = re.compile(r"^```(python|yaml|bash)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 FILE = re.compile(r"# (\S+\.(?:py|yaml))\n")
 SMALLER = {
@@ -92,3 +95,12 @@ def test_the_seven_of_the_readme_are_those_of_the_objectives_page() -> None:
     per = dict(re.findall(r"^\| \[\w.*?\]\(algorithms/(\w+)\.py\) \|.*\| (\w+) \|$", readme, re.MULTILINE))
     table = dict(re.findall(r"^\| \[([\w-]+)\]\(#.*?\) \| .+? \| [\w ]+ \| per (\w+) \|", page, re.MULTILINE))
     assert len(per) == 7 and per == {name: table[name.replace("_", "-")] for name in per}
+
+
+def test_notebooks_have_the_code_of_their_pages() -> None:
+    made = runpy.run_path(str(ROOT / "docs" / "notebooks.py"))["notebook"]
+    for page in TUTORIALS:
+        written, text = page.with_suffix(".ipynb").read_text(encoding="utf-8"), page.read_text(encoding="utf-8")
+        assert written == made(text), "python docs/notebooks.py"
+        code = ["".join(cell["source"]) for cell in json.loads(written)["cells"] if cell["cell_type"] == "code"]
+        assert len(code) == len(FENCED.findall(text))
