@@ -36,7 +36,7 @@ def cells(page: str) -> Iterator[dict[str, Any]]:
 
 def cell(name: str, kind: str, source: str) -> dict[str, Any]:
     """A cell of the notebook format, without outputs."""
-    own = {"execution_count": None, "outputs": []} if kind == "code" else {}
+    own: dict[str, Any] = {"execution_count": None, "outputs": []} if kind == "code" else {}
     return {"id": name, "cell_type": kind, "metadata": {}, "source": source.strip().splitlines(keepends=True), **own}
 
 

@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 from comparisons import forked
 
+import rlzoo
 from rlzoo.cli import main
 from rlzoo.config import load_experiment
 
@@ -104,3 +105,8 @@ def test_notebooks_have_the_code_of_their_pages() -> None:
         assert written == made(text), "python docs/notebooks.py"
         code = ["".join(cell["source"]) for cell in json.loads(written)["cells"] if cell["cell_type"] == "code"]
         assert len(code) == len(FENCED.findall(text))
+
+
+def test_the_python_reference_names_all_that_is_public() -> None:
+    page = (ROOT / "docs" / "api" / "index.md").read_text(encoding="utf-8")
+    assert set(rlzoo.__all__) <= set(re.findall(r"`([\w.]+)`", page))
