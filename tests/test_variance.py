@@ -431,7 +431,7 @@ def test_the_report_says_what_figures_do_not_show(
     assert pages.keys() == {figure.name for figure in figures}
     assert all(page.startswith(b"%PDF") for page in pages.values())
     assert {"per-token.md", "coefficients.md"} <= {file.name for file in (tmp_path / "tables").iterdir()}
-    assert [table.row_count for table in report_tables(whole)] == [len(report["objectives"])] * 2
+    assert [table.row_count for table in report_tables(whole)] == [len(report["objectives"])] * 3
 
 
 @pytest.mark.parametrize(

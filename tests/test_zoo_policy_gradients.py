@@ -16,9 +16,9 @@ from canonical import clipped_gain, completions, groups_of, token_count
 from test_zoo_rl import double, on_policy, values
 
 from rlzoo.advantages import batch_normalised, group_normalised, optimal_value, quantile
+from rlzoo.bases.ratios import kl_estimate
 from rlzoo.errors import UserError
 from rlzoo.objective import get_objective, surrogate
-from rlzoo.ratios import kl_estimate
 from rlzoo.testing import check_objective
 from rlzoo.testing.batches import LENGTH, gradients, prepared
 from rlzoo.types import TokenBatch
@@ -320,6 +320,20 @@ def test_qrpo_sees_the_order_of_rewards_alone(seed: int) -> None:
     assert batch.reward is not None
     moved = replace(batch, reward=(3 * batch.reward).exp() - 7)
     assert torch.equal(gradient("qrpo", moved), gradient("qrpo", batch))
+
+
+def test_qrpo_of_a_prompt_that_no_sample_solves() -> None:
+    # All have q = 1: the target is 1 - β log Z, the highest there is; with Z of the group log Z is q/β, the target 0.
+    # In the other group, q is 1 and 1/2 (one of the two others is as wrong), and Z = (e^2 + 2e)/3 for β = 1/2.
+    batch = hand_batch([[0.5]] * 5, reward=double([0, 0, 1, 0, 0]), group=torch.tensor([0, 0, 1, 1, 1]))
+    batch = batch.replace(reference_logp=batch.logp.detach())
+    paper = values(get_objective("qrpo", beta=0.5), batch)[:, 0]  # with 2β = 1 the coefficient is the target
+    whole = 0.5 * math.log(0.5 * (math.e**2 - 1))
+    torch.testing.assert_close(paper, double([1, 1, 1, 0.5, 0.5]) - whole)
+    ours = values(get_objective("qrpo", beta=0.5, partition="group"), batch)[:, 0]
+    share = 0.5 * math.log((math.e**2 + 2 * math.e) / 3)
+    torch.testing.assert_close(ours, double([0, 0, 1 - share, 0.5 - share, 0.5 - share]))
+    assert (paper[:2] > 0).all() and not ours[:2].any()
 
 
 def test_quantiles_by_hand() -> None:

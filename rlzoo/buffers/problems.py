@@ -22,13 +22,13 @@ from rlzoo.policy.encoding import (
     SPELLED,
     Encoded,
     Special,
-    Steps,
     encode_batch,
     encode_steps,
     got,
     prompt_steps,
     spelled,
 )
+from rlzoo.policy.turns import Steps
 from rlzoo.types import Trajectory
 from rlzoo.worlds import WORLD_PREFIX, WORLDS, arithmetic, facts
 

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from rlzoo.cli.buffers import buffer, import_, rescore
 from rlzoo.cli.catalogue import list_
 from rlzoo.cli.compare import compare
 from rlzoo.cli.doctor import doctor
@@ -26,6 +27,7 @@ Handler = Callable[..., int]
 PANELS: dict[str, Sequence[Handler]] = {
     "Experiments": (plan, compare, variance, report),
     "One step at a time": (rollout, train, evaluate),
+    "Buffers": (import_, rescore, buffer),
     "Look up and extend": (list_, results, new, doctor),
 }
 

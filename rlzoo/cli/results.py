@@ -25,19 +25,20 @@ def results(
         ),
     ] = None,
     form: Annotated[
-        Literal["csv", "latex", "markdown", "pdf", "svg"],
+        Literal["csv", "latex", "markdown", "pdf", "svg", "lm-eval"],
         Option(
             "--format",
             metavar="FORMAT",
-            help="Export every table as csv, latex or markdown, or every figure as pdf or svg.",
+            help="Export every table as csv, latex or markdown, every figure as pdf or svg, or every sample as lm-eval "
+            "logs samples.",
         ),
     ] = "markdown",
     to: Annotated[
         Path | None,
         Option(
             metavar="FOLDER",
-            help="Folder for exported files (default: NAME-tables or NAME-figures) or saved studies (default: rlzoo's "
-            "own).",
+            help="Folder for exported files (default: NAME-tables, NAME-figures or NAME-samples) or saved studies "
+            "(default: rlzoo's own).",
         ),
     ] = None,
     as_json: Annotated[bool, Option("--json", help="list, show and compare: print the numbers as JSON.")] = False,
@@ -55,6 +56,7 @@ def results(
       rlzoo results export arithmetic --format latex
       rlzoo results export arithmetic --format pdf
       rlzoo results export runs/variance --format pdf
+      rlzoo results export arithmetic --format lm-eval
       rlzoo results save runs/arithmetic-20260101-120000 --to my-studies
       rlzoo results refresh docs/results.md
     """
@@ -69,6 +71,7 @@ def results(
 
     from rlzoo.cli.tables import show
     from rlzoo.comparison import studies
+    from rlzoo.comparison.lm_eval import export_samples
     from rlzoo.comparison.pages import refresh
     from rlzoo.comparison.report import report_table
     from rlzoo.comparison.report.contents import contents
@@ -113,6 +116,9 @@ def results(
         told = "Intervals are for single differences; p-values are corrected for all of them. detectable: the smallest "
         told += "difference in points that would be detected with 80 % power as a single planned one."
         console.print(told, soft_wrap=True)
+    elif action == "export" and form == "lm-eval":
+        for file in export_samples(given[0], to or Path(f"{Path(given[0]).name}-samples")):
+            print(file)
     elif action == "export":
         kind = "tables" if form in TABLE_FORMATS else "figures"
         folder = Path(given[0])

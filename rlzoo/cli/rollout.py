@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
-from pathlib import Path
-from typing import Annotated
-
 from rlzoo.cli import options
 
 
@@ -21,13 +16,7 @@ def rollout(
     limit: options.Limit = None,
     rollout_samples: options.RolloutSamples = None,
     sets: options.Set = None,
-    out: Annotated[
-        Path,
-        options.running(
-            metavar="PATH",
-            help="Where the buffer is saved: a new folder, that of the same run, or a .parquet or .jsonl file.",
-        ),
-    ],
+    out: options.BufferOut,
     seed: options.Seed = 0,
     threads: options.Threads = None,
     trust_remote_code: options.Trust = False,
@@ -84,9 +73,7 @@ def rollout(
         buffer = OfflineBuffer.from_trajectories(rows)
         events = [*bad.events(), *cut_short(rows, settings.max_new_tokens)]
         known = {"dropped_rows": bad.summary(), "events": events}
-        save = partial(buffer.save, notes={name: value for name, value in known.items() if value})
-        writers: dict[str, Callable[[Path], None]] = {".parquet": buffer.to_parquet, ".jsonl": buffer.to_jsonl}
-        writers.get(out.suffix, save)(out)
+        buffer.write(out, {name: value for name, value in known.items() if value})
     right = sum((row.reward or 0) >= chosen.evaluation.correct_at for row in rows)
     for line in bad.lines():
         print(line)

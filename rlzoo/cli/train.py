@@ -110,7 +110,7 @@ def train(
             policy = load_for(settings.model, training)
             rows = read_buffer(
                 table.source, policy.tokenizer, longest, table.split, table.columns, bad, training.special_tokens,
-                policy.row_check(), training.max_length,
+                policy.row_check(), training.max_length, training.turns,
             )  # fmt: skip
         if is_main():
             for line in bad.lines():

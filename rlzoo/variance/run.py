@@ -58,6 +58,10 @@ class VarianceSettings(pydantic.BaseModel):
     """Training steps between measurements; 0: no training."""
     probe_rows: Positive = 64
     """The number of rows measured in the course of training."""
+    token_classes: Annotated[str, Field(min_length=1)] = "default"
+    """A function from a token's text to its class: a registered name, ``module:name`` or ``file.py:name``."""
+    class_gradients: bool = False
+    """Measure what each class of tokens contributes to the variance: a backward pass per objective and class."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """The seed for the choice of rows, the Monte-Carlo samples and training."""
 
@@ -224,8 +228,9 @@ def fill(experiment: Experiment, folder: Path, state: Path, given: str | None, r
     longest, special = experiment.training.max_completion_tokens, experiment.training.special_tokens
     fits, whole = policy.row_check(), experiment.training.max_length
     buffer: Buffer = read_buffer(
-        given, policy.tokenizer, longest, bad=bad, special_tokens=special, fits=fits, max_length=whole
-    )
+        given, policy.tokenizer, longest, bad=bad, special_tokens=special, fits=fits, max_length=whole,
+        turns=experiment.training.turns,
+    )  # fmt: skip
     check_buffer(policy, buffer)
     events = bad.events()
     if experiment.training.behaviour == "current":
@@ -252,6 +257,8 @@ def measure(
             rows=settings.rows,
             draws=settings.draws,
             seed=settings.seed,
+            token_classes=settings.token_classes,
+            class_gradients=settings.class_gradients,
             learns_from={name: resolve.views_of(experiment, name)[0][0] for name in experiment.algorithms},
             token_budget=experiment.training.token_budget,
             progress=report,
