@@ -249,7 +249,9 @@ def test_a_template_with_marks_may_change_earlier_turns() -> None:
     )
     (row,) = from_trl([{"messages": TALK}], tokenizer, turns="all")
     assert [tokenizer.decode(span) for span in spans(row)] == ["2<|im_end|>", "<think>\n\n</think>\n\n4<|im_end|>"]
-    everything = built(re.sub(r"(\{\{.*\}\})", r"{% generation %}\1{% endgeneration %}", TURNS) + OPENS)
+    everything = built(
+        re.sub(r"(\{\{.*\}\})", r"{% generation %}\1{% endgeneration %}", TURNS, flags=re.DOTALL) + OPENS
+    )
     with pytest.raises(
         UserError, match=r"generation %\} marks 1 parts of a conversation with 2 turns of the assistant"
     ):

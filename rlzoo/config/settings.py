@@ -165,8 +165,7 @@ class Training(Strict):
     special_tokens: Literal["reject", "allow"] = "reject"
     """Text in a table of demonstrations that spells a special token, as in `ProblemSource`."""
     turns: Annotated[str, Field(min_length=1)] = "last"
-    """Which of the assistant's turns in a conversation are learned from: the ``last``, ``all``, or those in which a key
-    of the message, such as ``weight`` or ``train``, is not 0. The user's and tools' turns between them are context."""
+    """The assistant's turns that are learned from: ``last``, ``all``, or those whose key, as ``weight``, is not 0."""
     behaviour: Literal["recorded", "current"] = "recorded"
     """Samples without behaviour log-probs are left out, or get those of the initial policy (``current``)."""
     device: str = "auto"
@@ -217,10 +216,8 @@ class Training(Strict):
         return self.model_copy(update={"steps": steps, "epochs": None})
 
 
-OF_THE_BUFFER = (
-    "behaviour", "max_completion_tokens", "max_length", "chat_template", "special_tokens", "turns", "device",
-    "deterministic",
-)  # fmt: skip
+OF_THE_BUFFER = ("behaviour", "max_completion_tokens", "max_length", "chat_template", "special_tokens", "turns",
+                 "device", "deterministic")  # fmt: skip
 """Training settings that determine the buffer of a comparison, and so must be the same for all algorithms."""
 
 
