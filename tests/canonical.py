@@ -242,7 +242,7 @@ def ratio_of(log_ratio: Tensor) -> Tensor:
 def clipped_gain(
     logp: Tensor,
     behaviour: Tensor,
-    advantage: Tensor,
+    advantage: Tensor | float,
     clip: float,
     delta: float | None = None,
     clip_high: float | None = None,

@@ -173,7 +173,7 @@ def test_needs_that_depend_on_an_option_are_told() -> None:
 def test_the_page_tells_how_each_is_checked() -> None:
     """Every objective has its paper's loss in tests/canonical.py, where `test_objectives` looks for it."""
     rows = [line.split(" | ") for line in PAGE.read_text(encoding="utf-8").splitlines() if line.startswith("| [")]
-    checked = {row[0].split("[")[1].split("]")[0]: row[-2] for row in rows}
+    checked = {row[0].split("[")[1].split("]")[0]: row[-3] for row in rows}
     assert set(checked) == set(CANONICAL) | set(CANONICAL_IN_LOGITS)
     others = {name: objective_class(name).compared_with for name in checked}
     assert checked == {name: f"formula, {other}" if other else "formula" for name, other in others.items()}

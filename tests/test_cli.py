@@ -37,7 +37,9 @@ from rlzoo.worlds import EMBEDDED_BASE
 
 pytestmark = pytest.mark.usefixtures("sketched")
 
-COMMANDS = ("compare", "variance", "train", "rollout", "evaluate", "report", "list", "new")
+COMMANDS = (
+    "plan", "compare", "variance", "train", "rollout", "evaluate", "report", "results", "list", "new", "doctor",
+)  # fmt: skip
 HEAVY = ("torch", "transformers", "datasets", "pyarrow", "matplotlib")
 BEAT = re.compile(r"  \d+:\d\d:\d\d ")
 """What a log shows of long work now and then."""
@@ -296,6 +298,7 @@ SPECS: Sequence[tuple[str, tuple[str, ...]]] = [
     ("model 'bare' cannot be loaded", ("evaluate", "facts", "--limit", "2", "--model", "bare")),
     ("unknown experiment 'facs'", ("evaluate", "facs")),
     ("--json and --markdown: give one of them", ("list", "--json", "--markdown")),
+    ("--json is for list, show and compare", ("results", "export", "arithmetic", "--json")),
     ("KIND: 'optimizer' is not one of 'objective'", ("new", "optimizer", "mine")),
     ("unknown objective 'sfft'", ("train", "sfft", "--buffer", "missing", "--out", "out")),
     ("option of objective 'grpo' 'clipp'", ("train", "grpo", "--option", "clipp=1", "--buffer", "x", "--out", "out")),

@@ -87,7 +87,7 @@ def rlzoo(policy: Policy, rows: list[Trajectory], objective: str, arguments: arg
     watch.begin()
     trainer.run()
     watch.end()
-    return {"seconds": watch.seconds[-1], "peak_memory_bytes": watch.peaks[-1]}
+    return costs_of(watch)
 
 
 def trl(policy: Policy, rows: list[Trajectory], objective: str, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -106,7 +106,16 @@ def trl(policy: Policy, rows: list[Trajectory], objective: str, arguments: argpa
     watch = Watch(partial(save_gradient, policy, arguments.gradient) if arguments.gradient else None)
     run(rows[: arguments.warm_up], Watch())
     run(rows, watch)
-    return {"seconds": watch.seconds[-1], "peak_memory_bytes": watch.peaks[-1]}
+    return costs_of(watch)
+
+
+def costs_of(watch: Watch) -> dict[str, Any]:
+    """What the last step took."""
+    return {
+        "seconds": watch.seconds[-1],
+        "cpu_seconds": watch.cpu_seconds[-1],
+        "peak_memory_bytes": watch.peaks[-1],
+    }
 
 
 def save_gradient(policy: Policy, file: str) -> None:
@@ -145,6 +154,7 @@ def one(arguments: argparse.Namespace) -> dict[str, Any]:
     per_second = tokens_of(rows) / found["seconds"]
     return {
         "tokens_per_second": per_second,
+        "tokens_per_cpu_second": tokens_of(rows) / found["cpu_seconds"],
         "peak_memory_bytes": found["peak_memory_bytes"],
         "gemm_fraction": 6 * parameters * per_second / speed,
     }

@@ -61,6 +61,7 @@ def correct(
     mask = ~_has_source(rows, "demonstration") & (rewards(rows) >= threshold) & _whole(rows, truncated)
     chosen = np.flatnonzero(mask)
     if not len(chosen):
+        _require_rewards(rows)
         raise UserError(
             f"the buffer has no correct samples (0 of {len(rows):,} rows reach reward {threshold:g}"
             f"{_and_whole(truncated)}): sample more with rlzoo rollout, or lower the threshold"
@@ -120,6 +121,7 @@ def pairs(
     if not len(left):
         prompts = len(np.unique(prompt[mask]))
         if not prompts:
+            _require_rewards(rows)
             raise UserError(
                 f"the buffer has no pairs (none of its {len(rows):,} rows is a sample or a preference with a reward"
                 f"{_and_whole(truncated)}): give a table with 'chosen' and 'rejected', or sample with rlzoo rollout"
@@ -155,6 +157,7 @@ def groups(
     usable = ~np.isnan(reward) & rows["behaviour_logp"].is_valid().to_numpy() & _whole(rows, truncated)
     chosen = np.flatnonzero(_has_source(rows, "policy") & usable)
     if not len(chosen):
+        _require_rewards(rows)
         unscored = int((_has_source(rows, "policy") & ~np.isnan(reward)).sum())
         if unscored:
             raise UserError(
@@ -209,6 +212,7 @@ def unpaired(rows: pa.Table, truncated: Truncated = "keep") -> Units:
     """Rows of any source but ``demonstration`` that have a reward, one per unit. Raises UserError if there are none."""
     chosen = np.flatnonzero(~_has_source(rows, "demonstration") & ~np.isnan(rewards(rows)) & _whole(rows, truncated))
     if not len(chosen):
+        _require_rewards(rows)
         raise UserError(
             f"the buffer has no rewarded rows (0 of {len(rows):,} rows have a reward and are not demonstrations"
             f"{_and_whole(truncated)}): sample some with rlzoo rollout, or import unpaired preferences with from_trl"
@@ -284,6 +288,14 @@ def rewards(rows: pa.Table) -> Float[np.ndarray, " N"]:
     """The reward of each row, [N]; NaN where it has none."""
     reward: Float[np.ndarray, " N"] = rows["reward"].to_numpy()
     return reward
+
+
+def _require_rewards(rows: pa.Table) -> None:
+    """Raise UserError if there are samples, and no row has a reward."""
+    if _has_source(rows, "policy", "preference").any() and np.isnan(rewards(rows)).all():
+        raise UserError(
+            f"the buffer has no rewards (none of its {len(rows):,} rows has one): score them with rlzoo rescore"
+        )
 
 
 def _codes(strings: pa.ChunkedArray) -> Int[np.ndarray, " N"]:

@@ -108,6 +108,13 @@ Out = Annotated[
         help="Output folder: a new one, or that of the same run, which then resumes. Default: a new one in runs/.",
     ),
 ]
+BufferOut = Annotated[
+    Path,
+    running(
+        metavar="PATH",
+        help="Where the buffer is saved: a new folder, that of the same run, or a .parquet or .jsonl file.",
+    ),
+]
 Seed = Annotated[int, running(metavar="N", parser=whole, help="Random seed.")]
 Workers = Annotated[int | None, running(metavar="N", parser=count, help="Worker processes. Default: one per core.")]
 WorkerThreads = Annotated[int, running(metavar="N", parser=count, help="Threads per worker process.")]

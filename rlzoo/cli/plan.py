@@ -53,7 +53,7 @@ def plan(
 
     Examples:
       rlzoo plan arithmetic
-      rlzoo plan arithmetic --seeds 0,1,2,3,4 --pilot runs/arithmetic-20260101-120000
+      rlzoo plan arithmetic --seeds 0,1,2,3 --pilot runs/arithmetic-20260101-120000
       rlzoo plan smollm2-gsm8k --gpu h100 --json
     """
     from rich.console import Console
@@ -63,6 +63,7 @@ def plan(
     from rlzoo.comparison.dry_run import unchecked
     from rlzoo.comparison.planning import planned, tables_of
     from rlzoo.jobs.pool import silence
+    from rlzoo.jobs.progress import reporting
 
     prepare(threads, trust_remote_code)
     chosen = experiment_of(
@@ -73,7 +74,8 @@ def plan(
     )  # fmt: skip
     missing = unchecked(chosen)
     silence()
-    found = planned(chosen, gpu, pilot, workers)
+    with reporting(Console(stderr=True), "measuring the speed of this machine" if gpu is None else "reading the data"):
+        found = planned(chosen, gpu, pilot, workers)
     if as_json:
         print(json.dumps(found, indent=1))
         return 0

@@ -10,14 +10,26 @@ import difflib
 import os
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
-from typing import Any, Union, get_args, get_origin
+from typing import Any, TypeVar, Union, get_args, get_origin
 
 import pydantic
 import yaml
 
-from rlzoo.config import WARM_UP, Experiment, ProblemSource, TableSource, Training, lay, load_experiment, validated
+from rlzoo.config import (
+    WARM_UP,
+    Experiment,
+    OnBadRow,
+    ProblemSource,
+    Scoring,
+    TableSource,
+    Training,
+    lay,
+    load_experiment,
+    validated,
+)
 from rlzoo.errors import UserError
 
+_Settings = TypeVar("_Settings", bound=pydantic.BaseModel)
 TRAINING_LIMITS = ("train.limit", "rollouts.prompts")
 SHORTHANDS: dict[str, tuple[str, ...]] = {
     "model": ("model",),
@@ -48,6 +60,18 @@ class TrainSettings(pydantic.BaseModel):
     seed: int = 0
 
 
+class RescoreSettings(pydantic.BaseModel):
+    """The settings of ``rlzoo rescore``: a buffer and a reward."""
+
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
+
+    buffer: str
+    reward: Any
+    columns: Mapping[str, str] = {}
+    scoring: Scoring = Scoring()
+    bad_rows: OnBadRow = "reject"
+
+
 def train_settings(
     given: Mapping[str, Any],
     options: Sequence[str] | None = None,
@@ -58,13 +82,27 @@ def train_settings(
 
     ``given`` are the options that take one value, by the dotted name of their setting; None keeps the default.
     """
-    single = {key: value for key, value in given.items() if value is not None}
     named = {"options": pairs(options or (), "--option"), "buffer.columns": pairs(columns or (), "--column")}
+    return _laid(TrainSettings, "rlzoo train", given, named, sets)
+
+
+def rescore_settings(
+    given: Mapping[str, Any], columns: Sequence[str] | None = None, sets: Sequence[str] | None = None
+) -> RescoreSettings:
+    """The settings of ``rlzoo rescore``, as those of `train_settings`."""
+    return _laid(RescoreSettings, "rlzoo rescore", given, {"columns": pairs(columns or (), "--column")}, sets)
+
+
+def _laid(
+    model: type[_Settings], command: str, given: Mapping[str, Any], named: Mapping[str, Any], sets: Sequence[str] | None
+) -> _Settings:
+    """Settings from options, where later ones override earlier ones; those that are None are left out."""
+    single = {key: value for key, value in given.items() if value is not None}
     data: dict[str, Any] = {}
-    for changes in (single, named, changes_of(sets, TrainSettings)):
+    for changes in (single, named, changes_of(sets, model)):
         for key, value in changes.items():
             lay(data, key, value)
-    return validated(TrainSettings, data, "rlzoo train")
+    return validated(model, data, command)
 
 
 def experiment_of(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from rlzoo.comparison.resolve import learns_from_samples, objective_of, reward_o
 from rlzoo.config import Experiment, OnBadRow, TokenBudget
 from rlzoo.inputs import Stage
 from rlzoo.jobs.cached_results import CachedResults
+from rlzoo.jobs.progress import Report, counting
 from rlzoo.jobs.ranks import agreed, barrier, is_main
 from rlzoo.objective import Objective
 from rlzoo.policy import Policy, log_probs
@@ -26,8 +27,6 @@ from rlzoo.training import Costs, behaviour_event, check_buffer, stored_inputs, 
 from rlzoo.training.schedule import check_budget
 from rlzoo.types import Trajectory
 
-Report = Callable[[float, str], None]
-"""Called with the fraction of the work that is done, 0 to 1, and a description of what is being done."""
 EDGES = np.linspace(0, 1, 21)
 """The edges of the bins for token probabilities."""
 PROBED_ROWS = 256
@@ -104,7 +103,7 @@ def _fill_buffer(
             settings,
             seed=seed,
             token_budget=experiment.training.token_budget,
-            progress=_counted(len(encoded), "sampling the base policy", report),
+            progress=counting(len(encoded), "sampling the base policy", report),
             recompute=not settings.wants_sampler_logp,
             cached=cached,
             bad=bad["train"],
@@ -174,14 +173,3 @@ def token_probabilities(policy: Policy, buffer: Buffer, token_budget: TokenBudge
     own = [logp[at] for row, logp in zip(picked, logps, strict=True) for at in learned(row)]
     counts, _ = np.histogram(np.exp(own), bins=EDGES)
     return {"edges": EDGES.tolist(), "counts": counts.tolist()}
-
-
-def _counted(total: int, what: str, report: Report) -> Callable[[int], None]:
-    done = 0
-
-    def advance(more: int) -> None:
-        nonlocal done
-        done += more
-        report(done / total, f"{what} {done}/{total}")
-
-    return advance

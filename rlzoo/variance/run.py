@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
@@ -25,6 +24,7 @@ from rlzoo.jobs.cached_results import CachedResults
 from rlzoo.jobs.heartbeat import Heartbeat
 from rlzoo.jobs.outputs import remove, write_atomically
 from rlzoo.jobs.pool import Workers, default_workers, pool, why
+from rlzoo.jobs.progress import Report
 from rlzoo.jobs.ranks import world_size
 from rlzoo.jobs.runs import Run, place, run_in, versions
 from rlzoo.policy.defaults import resolved
@@ -43,8 +43,6 @@ from rlzoo.variance.analyzer import analyze_variance
 from rlzoo.variance.probe import VarianceProbe
 from rlzoo.variance.report import write_report
 from rlzoo.variance.scoring import BLOCKS
-
-Report = Callable[[float, str], None]
 
 
 class VarianceSettings(pydantic.BaseModel):
