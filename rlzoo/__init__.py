@@ -6,7 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rlzoo.buffers import OfflineBuffer, RolloutBuffer
+    from rlzoo.buffers import Importer, OfflineBuffer, RolloutBuffer, import_log, list_importers, register_importer
     from rlzoo.comparison.runner import compare
     from rlzoo.evaluation import Metric, evaluate, list_metrics, register_metric
     from rlzoo.inputs import Input
@@ -16,11 +16,12 @@ if TYPE_CHECKING:
     from rlzoo.rollout import Collector, Sampler, list_samplers, register_sampler
     from rlzoo.training import train
     from rlzoo.types import Coefficients, Selection, Selector, TokenBatch, list_views, register_view
-    from rlzoo.variance import analyze_variance
+    from rlzoo.variance import analyze_variance, register_token_classes
 
 _HOMES = {
     "Coefficients": "rlzoo.types",
     "Collector": "rlzoo.rollout",
+    "Importer": "rlzoo.buffers",
     "Input": "rlzoo.inputs",
     "Metric": "rlzoo.evaluation",
     "Objective": "rlzoo.objective",
@@ -36,6 +37,8 @@ _HOMES = {
     "evaluate": "rlzoo.evaluation",
     "get_objective": "rlzoo.objective",
     "get_reward": "rlzoo.reward",
+    "import_log": "rlzoo.buffers",
+    "list_importers": "rlzoo.buffers",
     "list_metrics": "rlzoo.evaluation",
     "list_objectives": "rlzoo.objective",
     "list_rewards": "rlzoo.reward",
@@ -43,9 +46,11 @@ _HOMES = {
     "list_views": "rlzoo.types",
     "load_policy": "rlzoo.policy",
     "register": "rlzoo.objective",
+    "register_importer": "rlzoo.buffers",
     "register_metric": "rlzoo.evaluation",
     "register_reward": "rlzoo.reward",
     "register_sampler": "rlzoo.rollout",
+    "register_token_classes": "rlzoo.variance",
     "register_view": "rlzoo.types",
     "surrogate": "rlzoo.objective",
     "train": "rlzoo.training",
@@ -54,6 +59,7 @@ _HOMES = {
 __all__ = [
     "Coefficients",
     "Collector",
+    "Importer",
     "Input",
     "Metric",
     "Objective",
@@ -69,6 +75,8 @@ __all__ = [
     "evaluate",
     "get_objective",
     "get_reward",
+    "import_log",
+    "list_importers",
     "list_metrics",
     "list_objectives",
     "list_rewards",
@@ -76,9 +84,11 @@ __all__ = [
     "list_views",
     "load_policy",
     "register",
+    "register_importer",
     "register_metric",
     "register_reward",
     "register_sampler",
+    "register_token_classes",
     "register_view",
     "surrogate",
     "train",

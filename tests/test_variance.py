@@ -445,7 +445,7 @@ def test_the_report_says_what_figures_do_not_show(
     assert pages.keys() == {figure.name for figure in figures}
     assert all(page.startswith(b"%PDF") for page in pages.values())
     assert {"per-token.md", "coefficients.md"} <= {file.name for file in (tmp_path / "tables").iterdir()}
-    assert [table.row_count for table in report_tables(whole)] == [5] * 2
+    assert [table.row_count for table in report_tables(whole)] == [5] * 3
 
 
 def shown(report: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:

@@ -213,6 +213,16 @@ class Buffer:
         """Write one JSON object per line, with the fields of a `Trajectory`."""
         storage.write_jsonl(self, path)
 
+    def write(self, path: str | Path, notes: Mapping[str, Any] | None = None) -> None:
+        """Write a .parquet or a .jsonl file if the path ends so, else a folder with ``notes`` (see `save`)."""
+        match Path(path).suffix:
+            case ".parquet":
+                self.to_parquet(path)
+            case ".jsonl":
+                self.to_jsonl(path)
+            case _:
+                self.save(path, notes)
+
     def push_to_hub(self, name: str) -> None:
         """Upload the rows to the Hugging Face Hub as the data set ``name``."""
         self._rows.push_to_hub(name)

@@ -112,6 +112,11 @@ def read_settings(path: str | Path) -> dict[str, Any]:
     return settings
 
 
+def notes_of(path: str | Path) -> dict[str, Any]:
+    """The notes that were stored with a buffer (see `Buffer.save`); empty for a file."""
+    return {name: value for name, value in read_settings(path).items() if name != _DIGESTS}
+
+
 def _check_digests(path: Path) -> None:
     """Raise UserError for a folder whose files have changed since they were written."""
     settings = read_settings(path)

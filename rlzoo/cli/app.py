@@ -9,8 +9,10 @@ from typing import Annotated, Any
 
 import typer
 
+from rlzoo.cli.buffers import buffer, import_, rescore
 from rlzoo.cli.catalogue import list_
 from rlzoo.cli.compare import compare
+from rlzoo.cli.doctor import doctor
 from rlzoo.cli.evaluate import evaluate
 from rlzoo.cli.help import Command, Group
 from rlzoo.cli.plan import plan
@@ -25,7 +27,8 @@ Handler = Callable[..., int]
 PANELS: dict[str, Sequence[Handler]] = {
     "Experiments": (plan, compare, variance, report),
     "One step at a time": (rollout, train, evaluate),
-    "Look up and extend": (list_, results, new),
+    "Buffers": (import_, rescore, buffer),
+    "Look up and extend": (list_, results, new, doctor),
 }
 
 

@@ -26,7 +26,7 @@ def list_(
         Path | None, Option("--out", metavar="FOLDER", help="With --curves: write the figure and its numbers here.")
     ] = None,
 ) -> int:
-    """List objectives with their hyper-parameters, rewards, metrics, views, samplers, suites, and experiments.
+    """List objectives with their hyper-parameters, rewards, metrics, views, samplers, suites, experiments, and more.
 
     Examples:
       rlzoo list
@@ -56,6 +56,7 @@ def list_(
 
 def catalogue() -> dict[str, list[dict[str, Any]]]:
     """Everything that has a name, by kind, with what a user needs to know about it."""
+    from rlzoo.buffers import list_importers
     from rlzoo.config import list_experiments, list_suites
     from rlzoo.evaluation import list_metrics
     from rlzoo.objective import is_composite, list_objectives, objective_class, options_of
@@ -78,6 +79,7 @@ def catalogue() -> dict[str, list[dict[str, Any]]]:
         "rewards": [{"name": name} for name in list_rewards()],
         "views": [{"name": name} for name in list_views()],
         "samplers": [{"name": name} for name in list_samplers()],
+        "log formats": [{"name": name} for name in list_importers()],
         "metrics": [{"name": name} for name in list_metrics()],
         "suites": [{"name": name, **suite.model_dump(mode="json")} for name, suite in list_suites().items()],
         "experiments": [{"name": name, "description": text} for name, text in list_experiments().items()],
@@ -95,7 +97,7 @@ def catalogue_text() -> str:
         own = own_options_of(objective_class(row["name"]))
         options = ", ".join(f"{k}={_in_one_line(v['default'])}" for k, v in own.items())
         lines.append(f"  {row['name']:{width}} {row['summary']}" + (f" [{options}]" if options else ""))
-    for kind in ("rewards", "metrics", "views", "samplers"):
+    for kind in ("rewards", "metrics", "views", "samplers", "log formats"):
         lines += [kind, "  " + ", ".join(row["name"] for row in found[kind])]
     for kind in ("suites", "experiments"):
         lines.append({"suites": "suites of problems to evaluate on"}.get(kind, kind))

@@ -33,12 +33,20 @@ def rewards(incomplete: str) -> list[str]:
     return _beginning(incomplete, _names("rewards", "rlzoo.rewards"))
 
 
+def log_formats(incomplete: str) -> list[str]:
+    """The formats of logs, built in or from installed packages, that begin with the text."""
+    return _beginning(incomplete, _names("buffers/importers", "rlzoo.importers"))
+
+
 def settings(context: Context, incomplete: str) -> list[str]:
     """The dotted names for --set that begin with the text."""
-    from rlzoo.cli.settings import TrainSettings, names_of
+    from pydantic import BaseModel
+
+    from rlzoo.cli.settings import RescoreSettings, TrainSettings, names_of
     from rlzoo.config import Experiment
 
-    model = TrainSettings if context.command.name == "train" else Experiment
+    own: dict[str | None, type[BaseModel]] = {"train": TrainSettings, "rescore": RescoreSettings}
+    model = own.get(context.command.name, Experiment)
     return _beginning(incomplete, (f"{name}=" for name in names_of(model)))
 
 

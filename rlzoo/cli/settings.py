@@ -10,14 +10,26 @@ import difflib
 import os
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
-from typing import Any, Union, get_args, get_origin
+from typing import Any, TypeVar, Union, get_args, get_origin
 
 import pydantic
 import yaml
 
-from rlzoo.config import WARM_UP, Experiment, ProblemSource, TableSource, Training, lay, load_experiment, validated
+from rlzoo.config import (
+    WARM_UP,
+    Experiment,
+    OnBadRow,
+    ProblemSource,
+    Scoring,
+    TableSource,
+    Training,
+    lay,
+    load_experiment,
+    validated,
+)
 from rlzoo.errors import UserError
 
+_Settings = TypeVar("_Settings", bound=pydantic.BaseModel)
 TRAINING_LIMITS = ("train.limit", "rollouts.prompts")
 SHORTHANDS: dict[str, tuple[str, ...]] = {
     "model": ("model",),
@@ -48,6 +60,18 @@ class TrainSettings(pydantic.BaseModel):
     seed: int = 0
 
 
+class RescoreSettings(pydantic.BaseModel):
+    """The settings of ``rlzoo rescore``: a buffer and a reward."""
+
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
+
+    buffer: str
+    reward: Any
+    columns: Mapping[str, str] = {}
+    scoring: Scoring = Scoring()
+    bad_rows: OnBadRow = "reject"
+
+
 def train_settings(
     given: Mapping[str, Any],
     options: Sequence[str] | None = None,
@@ -58,19 +82,34 @@ def train_settings(
 
     ``given`` are the options that take one value, by the dotted name of their setting; None keeps the default.
     """
-    single = {key: value for key, value in given.items() if value is not None}
     named = {"options": pairs(options or (), "--option"), "buffer.columns": pairs(columns or (), "--column")}
+    return _laid(TrainSettings, "rlzoo train", given, named, sets)
+
+
+def rescore_settings(
+    given: Mapping[str, Any], columns: Sequence[str] | None = None, sets: Sequence[str] | None = None
+) -> RescoreSettings:
+    """The settings of ``rlzoo rescore``, as those of `train_settings`."""
+    return _laid(RescoreSettings, "rlzoo rescore", given, {"columns": pairs(columns or (), "--column")}, sets)
+
+
+def _laid(
+    model: type[_Settings], command: str, given: Mapping[str, Any], named: Mapping[str, Any], sets: Sequence[str] | None
+) -> _Settings:
+    """Settings from options, where later ones override earlier ones; those that are None are left out."""
+    single = {key: value for key, value in given.items() if value is not None}
     data: dict[str, Any] = {}
-    for changes in (single, named, changes_of(sets, TrainSettings)):
+    for changes in (single, named, changes_of(sets, model)):
         for key, value in changes.items():
             lay(data, key, value)
-    return validated(TrainSettings, data, "rlzoo train")
+    return validated(model, data, command)
 
 
 def experiment_of(
     name: str,
     sets: Sequence[str] | None = None,
     *,
+    columns: Sequence[str] | None = None,
     test_data: str | None = None,
     test_limit: int | None = None,
     algorithms: str | None = None,
@@ -87,7 +126,13 @@ def experiment_of(
     changes = {key: value for option, value in given.items() for key in SHORTHANDS[option]}
     other = changes_of(sets, Experiment)
     plain = load_experiment(name, {**changes, **other}, twin)
-    tests = _tests(plain, other, test_data, given.get("limit") if test_limit is None else test_limit)
+    if columns and test_data is None and given.get("data") is None:
+        raise UserError("--column says what the columns of --data and --test-data are: give one of these with it")
+    if columns and given.get("data") is not None:
+        changes |= {f"train.{key}": value for key, value in _renamed(columns, plain.train).items()}
+    tests = _tests(
+        plain, other, test_data, given.get("limit") if test_limit is None else test_limit, columns if test_data else ()
+    )
     grid = _grid(plain, other, algorithms, learning_rates, seeds, {"steps", "batch_size"} & set(given))
     return load_experiment(name, {**changes, **other, **tests, **grid}, twin)
 
@@ -139,7 +184,9 @@ def _sections(model: type[pydantic.BaseModel]) -> Iterator[tuple[str, type[pydan
         yield from ((name, part) for part in parts if isinstance(part, type) and issubclass(part, pydantic.BaseModel))
 
 
-def _tests(plain: Experiment, other: Mapping[str, Any], source: str | None, limit: Any) -> dict[str, Any]:
+def _tests(
+    plain: Experiment, other: Mapping[str, Any], source: str | None, limit: Any, columns: Sequence[str] | None
+) -> dict[str, Any]:
     """The benchmarks, retention and validation sets as options change them; ``other`` (--set) takes precedence."""
 
     def changed(place: str, problems: ProblemSource, **over: Any) -> dict[str, Any]:
@@ -147,7 +194,7 @@ def _tests(plain: Experiment, other: Mapping[str, Any], source: str | None, limi
         return problems.model_dump() | asked
 
     benchmarks = {
-        name: changed(f"benchmarks.{name}", problems, source=source, limit=limit)
+        name: changed(f"benchmarks.{name}", problems, source=source, limit=limit, **_renamed(columns, problems))
         for name, problems in plain.benchmarks.items()
     }
     retention = {
@@ -155,6 +202,18 @@ def _tests(plain: Experiment, other: Mapping[str, Any], source: str | None, limi
     }
     validation = plain.validation and changed("validation", plain.validation, limit=limit)
     return {"benchmarks": benchmarks, "retention": retention, "validation": validation}
+
+
+def _renamed(columns: Sequence[str] | None, problems: ProblemSource) -> dict[str, Any]:
+    """The settings of a problem set that --column changes; a value may be a template, and so is no YAML."""
+    given = {}
+    for text in columns or ():
+        name, equals, column = text.partition("=")
+        if not (name and equals and column):
+            raise UserError(f"--column {text!r}: write NAME=COLUMN")
+        given[name] = column
+    own = {name: given.pop(name) for name in ("prompt", "solution", "quality") if name in given}
+    return own | ({"columns": {**problems.columns, **given}} if given else {})
 
 
 def _grid(

@@ -73,8 +73,6 @@ def load_policy(
     process reads the weights. Raises UserError for a model that cannot be loaded, lacks weights or an end of sequence,
     and for one that brings code of its own without ``rlzoo --trust-remote-code``.
     """
-    from transformers import AutoTokenizer
-
     device = device_of(device)
     dtype = dtype_of(dtype, device)
     compute = torch.bfloat16 if dtype == "bfloat16-mixed" else None
@@ -82,12 +80,7 @@ def load_policy(
     if load_in_4bit and shards:
         raise UserError(UNSHARDED)
     quantised = in_4_bits(compute or DTYPES[dtype], device) if load_in_4bit else {}
-    with _explained(name):
-        tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=trusts_remote_code())
-    if tokenizer.eos_token_id is None:
-        raise UserError(f"model {name!r}: its tokenizer has no end-of-sequence token, so completions cannot end")
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token  # padding is masked by position, never by id
+    tokenizer = load_tokenizer(name)
     narrow = compute if frozen else None
     if shards:
         source = by_main(lambda: _weights(name, where, DTYPES[dtype]))
@@ -103,6 +96,23 @@ def load_policy(
     _check_head(policy)
     policy.pack(packing)
     return policy
+
+
+def load_tokenizer(name: str) -> Any:
+    """The tokenizer of a model: ``embedded``, a folder, or a Hub id.
+
+    Raises UserError as `load_policy` does for one that cannot be loaded or has no end of sequence.
+    """
+    from transformers import AutoTokenizer
+
+    where = _place(name)
+    with _explained(name):
+        tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=trusts_remote_code())
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"model {name!r}: its tokenizer has no end-of-sequence token, so completions cannot end")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token  # padding is masked by position, never by id
+    return tokenizer
 
 
 def load_shape(name: str) -> Policy:

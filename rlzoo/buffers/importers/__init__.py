@@ -1,0 +1,1 @@
+"""The formats of other stacks' logs, one file each."""

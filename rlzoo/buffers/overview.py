@@ -1,0 +1,88 @@
+"""What a buffer holds, in numbers."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from rlzoo.buffers.buffer import Buffer
+from rlzoo.buffers.schema import LOG_PROBS
+
+QUANTILES = {"min": 0.0, "10%": 0.1, "median": 0.5, "90%": 0.9, "max": 1.0}
+"""The quantiles that are given of lengths and sizes."""
+LISTED = 8
+"""How many distinct rewards are listed; of more, a histogram is given."""
+
+
+def overview(buffer: Buffer) -> dict[str, Any]:
+    """Counts, lengths in tokens, rewards, groups, log-probs and columns, as plain data.
+
+    A group is all samples of one prompt by one policy version. Its rewards are equal if it has at least two samples,
+    all with the same reward.
+    """
+    sources, versions = Counter(buffer.column("source")), buffer.numbers("policy_version")
+    columns = sorted({name for row in buffer.column("columns") for name in row})
+    found = {
+        "rows": len(buffer),
+        "prompts": len(set(buffer.column("prompt_id"))),
+        "sources": dict(sources),
+        "policy_versions": [int(version) for version in np.unique(versions)],
+        "temperatures": [float(heat) for heat in np.unique(buffer.numbers("temperature"))],
+        "truncated": sum(buffer.column("truncated")),
+        "conversations": int(buffer.has("messages").sum()),
+        "prompt_tokens": quantiles(buffer.tokens("prompt_ids")),
+        "completion_tokens": quantiles(buffer.tokens("completion_ids")),
+        "rewards": _rewards(buffer),
+        "groups": _groups(buffer),
+        "log_probs": {name: int(buffer.has(name).sum()) for name in LOG_PROBS},
+        "columns": columns,
+    }
+    buffer.release_pages()
+    return found
+
+
+def quantiles(values: Int[np.ndarray, " N"]) -> dict[str, float]:
+    """The `QUANTILES` of some counts, and their sum; empty for none."""
+    if not len(values):
+        return {}
+    found = np.quantile(values, list(QUANTILES.values()), method="inverted_cdf")
+    return {**dict(zip(QUANTILES, map(int, found), strict=True)), "sum": int(values.sum())}
+
+
+def _rewards(buffer: Buffer) -> dict[str, Any]:
+    reward = buffer.numbers("reward")
+    known = reward[~np.isnan(reward)]
+    if not len(known):
+        return {"count": 0}
+    values, counts = np.unique(known, return_counts=True)
+    if len(values) <= LISTED:
+        spread: dict[str, Any] = {"values": dict(zip(map(float, values), map(int, counts), strict=True))}
+    else:
+        heights, edges = np.histogram(known, LISTED)
+        spread = {"histogram": {"edges": edges.tolist(), "counts": heights.tolist()}}
+    return {
+        "count": len(known),
+        "mean": float(known.mean()),
+        "std": float(known.std()),
+        "min": float(values[0]),
+        "max": float(values[-1]),
+        **spread,
+        "components": sorted({name for row in buffer.column("reward_components") for name in row}),
+    }
+
+
+def _groups(buffer: Buffer) -> dict[str, Any]:
+    keys = zip(
+        buffer.column("source"), buffer.column("prompt_id"), buffer.numbers("policy_version").tolist(), strict=True
+    )
+    groups: dict[tuple[str, int], list[float]] = {}
+    reward: Float[np.ndarray, " N"] = buffer.numbers("reward")
+    for (source, prompt, version), value in zip(keys, reward.tolist(), strict=True):
+        if source == "policy":
+            groups.setdefault((prompt, version), []).append(value)
+    equal = sum(len(group) > 1 and len(set(group)) == 1 for group in groups.values())
+    sizes = np.array([len(group) for group in groups.values()], np.int64)
+    return {"count": len(groups), "sizes": quantiles(sizes), "single": int((sizes == 1).sum()), "equal_rewards": equal}
