@@ -34,8 +34,7 @@ GRACE = 60.0
 """Seconds that training has to save a checkpoint when it must stop."""
 QUICK = 3.0
 """Seconds of waiting for processes to end before the user is informed."""
-START = "spawn"
-"""How a process starts: afresh, because neither CUDA nor the threads of this process survive in a copy of it."""
+START = "spawn"  # a process starts afresh: neither CUDA nor the threads of this one survive in a copy
 GPU_VARIABLE = "CUDA_VISIBLE_DEVICES"
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
@@ -381,8 +380,7 @@ def silence() -> None:
 
 def _end_with_parent() -> None:
     """End this worker when its parent ends; otherwise it would wait for tasks forever."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
+    if (parent := multiprocessing.parent_process()) is not None:
         parent.join()
         os._exit(1)
 
