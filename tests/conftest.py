@@ -3,6 +3,7 @@
 import gc
 import os
 import signal
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -99,7 +100,8 @@ def inline(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def copied(monkeypatch: pytest.MonkeyPatch) -> None:
     """Worker processes are copies of this one: one that starts afresh imports for five seconds of a core."""
-    monkeypatch.setattr("rlzoo.jobs.pool.START", "fork")
+    if sys.platform == "linux":  # elsewhere libraries do not survive it
+        monkeypatch.setattr("rlzoo.jobs.pool.START", "fork")
 
 
 @pytest.fixture
