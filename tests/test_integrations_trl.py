@@ -84,8 +84,14 @@ ROWS = small_rows()
 def labelled(rows: list[Trajectory], **columns: list[Any]) -> Dataset:
     """The rows as TRL has them once they are tokenised."""
     ids = [[*row.prompt_ids, *row.completion_ids] for row in rows]
-    labels = [[-100] * len(row.prompt_ids) + row.completion_ids for row in rows]
+    labels = [[-100] * len(row.prompt_ids) + labels_of(row) for row in rows]
     return Dataset.from_dict({"input_ids": ids, "labels": labels, **columns})
+
+
+def labels_of(row: Trajectory) -> list[int]:
+    """The learned tokens of a completion, and -100 for the others."""
+    learned = row.completion_mask or [True] * len(row.completion_ids)
+    return [token if own else -100 for token, own in zip(row.completion_ids, learned, strict=True)]
 
 
 def sft(trainer: Any, folder: Path, model: Any, layout: dict[str, Any], data: Dataset, batch: int, **more: Any) -> Any:
@@ -133,6 +139,21 @@ def test_averages_over_sequences_are_exact_under_accumulation(tmp_path: Path) ->
         assert gap(step_gradient(trainer), wanted) < CLOSE
     with pytest.raises(UserError, match=r"averages over sequences.*sequences_per_step"):
         compute_loss_func(objective)
+
+
+@pytest.mark.slow
+def test_tokens_between_turns_are_left_out_as_by_rlzoo(tmp_path: Path) -> None:
+    """An answer, the words of a tool or a user, and another answer."""
+    rows = [
+        replace(row, completion_mask=[place < 2 or place > 4 for place in range(len(row.completion_ids))])
+        for row in ROWS
+    ]
+    model, reference = small_model(0), small_model(1)
+    wanted = own_gradient(model, get_objective("iw-sft"), Fixed(rows), reference)
+    for layout, batch in ((PADDED, 3), (PACKED, 1)):
+        trainer = with_objective(SFTTrainer, "iw-sft")
+        own = sft(trainer, tmp_path, copy.deepcopy(model), layout, labelled(rows), batch, ref_model=reference)
+        assert gap(step_gradient(own), wanted) < CLOSE
 
 
 @pytest.mark.slow
