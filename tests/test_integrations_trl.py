@@ -357,9 +357,19 @@ def test_evaluation_gives_the_loss_of_the_objective_and_logits_for_metrics(tmp_p
         processing_class=tokenizer(),
         compute_metrics=metrics,
     )
+    plain = Trainer(
+        model=model,
+        args=TrainingArguments(**step_arguments(tmp_path, 8, 1), per_device_eval_batch_size=4),
+        eval_dataset=labelled(ROWS),
+        data_collator=DataCollatorForLanguageModeling(tokenizer().pad_token_id),
+        compute_loss_func=compute_loss_func("dft"),
+    )
     found, pairs = trainer.evaluate(), [(row.prompt_ids, row.completion_ids) for row in ROWS]
     logp = torch.tensor([x for row in log_probs(Policy(model, tokenizer()), pairs) for x in row])
     assert found["eval_loss"] == pytest.approx(float((-logp.exp() * logp).mean()), rel=1e-5)
+    sizes = [sum(len(row.completion_ids) for row in part) for part in (ROWS[:4], ROWS[4:])]
+    halves = [float((-x.exp() * x).mean()) for x in torch.split(logp, sizes)]
+    assert plain.evaluate()["eval_loss"] == pytest.approx(sum(halves) / 2, rel=1e-5), "a mean of batches, as always"
     assert trainer.state.log_history[-1]["eval_objective/logp"] == pytest.approx(float(logp.mean()), rel=1e-5)
     width = max(len(row.prompt_ids) + len(row.completion_ids) for row in ROWS)
     assert seen == [(8, width, len(tokenizer()))]
