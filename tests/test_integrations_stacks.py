@@ -24,7 +24,7 @@ from rlzoo.integrations import prime_rl, slime, verl
 from rlzoo.objective import Objective, get_objective, list_objectives, surrogate
 from rlzoo.policy import head
 from rlzoo.policy.logits import log_probs_of_logits
-from rlzoo.types import TokenBatch
+from rlzoo.types import Coupling, Selection, TokenBatch
 
 LENGTHS, REWARDS = (5, 3, 6, 2), (1.0, 0.0, 0.5, 0.0)
 INDEX = np.array(["a", "a", "b", "b"], dtype=object)
@@ -204,6 +204,28 @@ def test_what_a_stack_cannot_serve_is_refused(build: Any, reason: str) -> None:
     with pytest.raises(UserError, match=reason) as raised:
         build()
     assert "\n" not in str(raised.value)
+
+
+@dataclass(frozen=True)
+class OfGroups(Objective):
+    name = "of-groups"
+    learns_from = Selection.GROUPS
+    couples = Coupling.GROUP
+
+
+@dataclass(frozen=True)
+class OfBatch(Objective):
+    name = "of-batch"
+    learns_from = Selection.GROUPS
+    couples = Coupling.BATCH
+
+
+def test_couplings_of_rows_that_a_stack_spreads_are_refused() -> None:
+    with pytest.raises(UserError, match="couples the samples of a prompt, which are spread over micro-batches there"):
+        verl.policy_loss(OfGroups())
+    for export in (verl.policy_loss, slime.custom_loss):
+        with pytest.raises(UserError, match="may depend on all rows of the optimizer batch"):
+            export(OfBatch())
 
 
 def test_every_objective_is_either_served_or_refused_in_one_line() -> None:

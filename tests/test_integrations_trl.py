@@ -287,6 +287,7 @@ def share_of_fives(completions: list[str], **_: Any) -> list[float]:
         ("dapo", {}, 1),
         ("cispo", {}, 2),
         ("opd", {"teacher": "embedded"}, 1),
+        ("otb", {}, 1),
     ],
 )
 def test_grpo_trainer_has_the_gradient_of_rlzoo(
