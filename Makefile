@@ -35,7 +35,7 @@ compare: $(INSTALLED)
 # The site, in site/: index.html opens in a browser, without a server. It is built without a connection
 docs: $(INSTALLED)
 	@echo "== Building the documentation"
-	$(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 test: $(INSTALLED)
 	@echo "== Lint"
@@ -44,7 +44,7 @@ test: $(INSTALLED)
 	@echo "== Types"
 	$(BIN)/mypy
 	@echo "== Documentation"
-	$(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 	@echo "== Fetching SmolLM2-135M for the tests of a real model (skipped if it cannot be had)"
 	@$(BIN)/python tests/fetch_smollm2.py $(SMOLLM2)
 	@echo "== Tests"

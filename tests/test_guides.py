@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from comparisons import forked
+from comparisons import forked, inline_pool
 
 import rlzoo
 from rlzoo.cli import main
@@ -30,8 +30,9 @@ PAGES = [
 FENCED = re.compile(r"^```(python|yaml|bash)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 FILE = re.compile(r"# (\S+\.(?:py|yaml))\n")
 SMALLER = {
-    "compare": "--steps 2 --limit 4 --seeds 0 --batch-size 8 --samples 2 --set rollouts.prompts=4 "
-    "--set rollouts.samples=2 --set evaluation.max_new_tokens=16 --set retention={} --set evaluation.curve_points=1",
+    "compare": "--set training.steps=2 --limit 4 --seeds 0 --batch-size 8 --samples 2 --set rollouts.prompts=4 "
+    "--set rollouts.samples=2 --set evaluation.max_new_tokens=4 --set retention={} --set evaluation.curve_points=1",
+    "plan": "--gpu h100",
     "rollout": "--limit 4",
     "variance": "--rows 4 --draws 256 --every 0",
 }
@@ -61,10 +62,11 @@ def run(command: list[str]) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES)
 def test_every_block_runs(
-    page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sketched: None, inline: None
+    page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sketched: None, undrawn: None
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    monkeypatch.setattr("rlzoo.variance.run.pool", inline_pool)
     for name in ("train", "test"):
         rows = [{"question": f"{n}+1=?", "solution": f"={n + 1}\n#### {n + 1}", "answer": f"{n + 1}"} for n in range(8)]
         rows = [{**row, "gold": row["answer"]} for row in rows]
