@@ -20,6 +20,7 @@ from comparisons import forked, inline_pool
 
 import rlzoo
 from rlzoo.cli import main
+from rlzoo.cli.app import parsed
 from rlzoo.config import load_experiment
 
 ROOT = Path(__file__).parents[1]
@@ -112,3 +113,19 @@ def test_notebooks_have_the_code_of_their_pages() -> None:
 def test_the_python_reference_names_all_that_is_public() -> None:
     page = (ROOT / "docs" / "api" / "index.md").read_text(encoding="utf-8")
     assert set(rlzoo.__all__) <= set(re.findall(r"`([\w.]+)`", page))
+
+
+DOCUMENTS = sorted(str(path.relative_to(ROOT)) for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")))
+SHOWN = re.compile(
+    r"^(?:    |\$ )(?:\S+=\S+ |accelerate launch .*? -m |\.venv/bin/)*(rlzoo [a-z][^>\n]*)", re.MULTILINE
+)
+
+
+@pytest.mark.parametrize("page", DOCUMENTS)
+def test_commands_that_are_shown_are_understood(page: str) -> None:
+    """They have options that there are, and Make has the targets."""
+    text = (ROOT / page).read_text(encoding="utf-8").replace("\\\n", " ")
+    for command in SHOWN.findall(text):
+        assert parsed(shlex.split(command, comments=True)[1:]) is not None
+    targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    assert set(re.findall(r"(?:^    |`)make ([\w-]+)", text, re.MULTILINE)) <= set(targets)
