@@ -20,13 +20,14 @@ from chat_templates import OPENS, TEMPLATES, TURNS, assistant, built, policy_of,
 from rlzoo.buffers import BadRows, OfflineBuffer, RolloutBuffer, from_trl, read_buffer, to_trl
 from rlzoo.buffers.problems import Problem
 from rlzoo.cli import main
+from rlzoo.comparison.retention import LIKELIHOOD, text_results
 from rlzoo.config import Sampling, Training
 from rlzoo.errors import UserError
 from rlzoo.objective import get_objective, list_objectives
-from rlzoo.policy import MicroBatches, Policy, load_policy
+from rlzoo.policy import MicroBatches, Policy, load_policy, log_probs
 from rlzoo.policy.loading import save_policy
 from rlzoo.policy.sequences import learned, learned_tokens
-from rlzoo.rollout import Collector, mismatch, sampler_of
+from rlzoo.rollout import Collector, Sample, mismatch, sampler_of
 from rlzoo.testing.engine import SameRows, rows_of, units_of
 from rlzoo.training import Trainer, train, with_behaviour, with_reference
 from rlzoo.training.sums import truncated_importance
@@ -249,7 +250,9 @@ def test_a_template_with_marks_may_change_earlier_turns() -> None:
     )
     (row,) = from_trl([{"messages": TALK}], tokenizer, turns="all")
     assert [tokenizer.decode(span) for span in spans(row)] == ["2<|im_end|>", "<think>\n\n</think>\n\n4<|im_end|>"]
-    everything = built(re.sub(r"(\{\{.*\}\})", r"{% generation %}\1{% endgeneration %}", TURNS) + OPENS)
+    everything = built(
+        re.sub(r"(\{\{.*\}\})", r"{% generation %}\1{% endgeneration %}", TURNS, flags=re.DOTALL) + OPENS
+    )
     with pytest.raises(
         UserError, match=r"generation %\} marks 1 parts of a conversation with 2 turns of the assistant"
     ):
@@ -436,6 +439,15 @@ def test_rewards_of_conversations_get_the_turns() -> None:
 
     Collector(policy, sampler_of(policy, settings), [Problem("p", [user("1")], {})], note, settings)(0)
     assert [message["role"] for message in seen[0]] == ["assistant", "tool", "assistant"]
+
+
+def test_lengths_and_likelihoods_are_of_what_the_policy_sampled() -> None:
+    policy, mask = log_probs_of(), [True, False, True]
+    assert Sample([7, 8, 9], "", truncated=False, mask=mask).length == 2
+    text = {"problem_id": "p", "prompt": "", "prompt_ids": [5, 6], "completions": [[7, 8, 9]], "masks": [mask]}
+    (logp,) = log_probs(policy, [([5, 6], [7, 8, 9])])
+    found, _ = text_results(policy, [{**text, "logp": 0.0}], 64)
+    assert found[LIKELIHOOD] == pytest.approx((logp[0] + logp[2]) / 2)
 
 
 def test_the_setting_reaches_training(tmp_path: Path) -> None:

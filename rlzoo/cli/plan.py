@@ -54,7 +54,7 @@ def plan(
 
     Examples:
       rlzoo plan arithmetic
-      rlzoo plan arithmetic --seeds 0,1,2 --pilot runs/arithmetic-20260101-120000
+      rlzoo plan arithmetic --seeds 0,1,2,3 --pilot runs/arithmetic-20260101-120000
       rlzoo plan smollm2-gsm8k --gpu h100 --json
     """
     from rich.console import Console

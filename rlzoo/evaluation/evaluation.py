@@ -150,7 +150,7 @@ def _outcomes(
             "sample": number,
             "reward": score.value,
             "correct": score.value is not None and score.value >= settings.correct_at,
-            "length": len(sample.ids),
+            "length": sample.length,
             "truncated": sample.truncated,
             "text": sample.text,
             **({"logged": json.dumps(score.extra)} if score.extra else {}),

@@ -45,6 +45,11 @@ class Sample:
     messages: list[dict[str, Any]] | None = None
     """The turns of a completion of several, which rewards of conversations get in place of ``text`` as one turn."""
 
+    @property
+    def length(self) -> int:
+        """The number of tokens that the policy sampled."""
+        return len(self.ids) if self.mask is None else sum(self.mask)
+
 
 Finished = Callable[[int, list[Sample]], None]
 """Called with a prompt's index and its samples."""
