@@ -96,7 +96,7 @@ release-check: $(INSTALLED)
 	@echo "== Building the sdist, and the wheel from it"
 	rm -rf $(RELEASE)
 	mkdir -p $(RELEASE)
-	$(BIN)/python -c 'from setuptools.build_meta import build_sdist; build_sdist("$(RELEASE)")'
+	$(BIN)/python -c 'from setuptools.build_meta import build_sdist; build_sdist("$(RELEASE)")' > /dev/null
 	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir $(RELEASE) $(RELEASE)/*.tar.gz
 	@echo "== Installing the wheel with the newest versions"
 	$(PYTHON) -m venv $(RELEASE)/newest
