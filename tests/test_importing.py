@@ -321,6 +321,8 @@ def test_lm_eval(tokenizer: Any, tmp_path: Path) -> None:
     assert buffer[0].columns == {"doc_id": 0, "question": "1+1=?", "answer": "2", "target": "2"}
     assert "other filters of the same responses: 3 in all" in bad.events()[0]
     assert len(imported("lm-eval", path, tokenizer, filter="flexible-extract")) == 3
+    logs.lm_eval(tmp_path / "samples_a.jsonl", ["none"], resps=[["3"]])  # of another task, before it
+    assert len(imported("lm-eval", tmp_path, tokenizer)) == 6
     with pytest.raises(UserError, match=r"unknown metric 'f1': known: exact_match"):
         imported("lm-eval", path, tokenizer, metric="f1")
 
