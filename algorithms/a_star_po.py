@@ -21,10 +21,10 @@ from torch import Tensor
 
 from rlzoo.advantages import optimal_value
 from rlzoo.bases import LogRatioRegression
+from rlzoo.bases.ratios import check_positive
 from rlzoo.errors import UserError
 from rlzoo.inputs import Column, Input
 from rlzoo.objective import register
-from rlzoo.ratios import check_positive
 from rlzoo.types import TokenBatch
 
 

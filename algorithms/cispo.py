@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from rlzoo.bases import OffPolicyGradient
+from rlzoo.bases.ratios import ratio_metrics, token_ratio
 from rlzoo.objective import register
-from rlzoo.ratios import ratio_metrics, token_ratio
 from rlzoo.types import Coefficients, TokenBatch
 
 

@@ -19,9 +19,9 @@ import torch
 from torch.nn import functional
 
 from rlzoo.bases import PairObjective, logistic, of_margin, total
+from rlzoo.bases.ratios import check_positive
 from rlzoo.inputs import Input, Reference
 from rlzoo.objective import register
-from rlzoo.ratios import check_positive
 from rlzoo.types import Coefficients, TokenBatch
 
 

@@ -31,10 +31,10 @@ import torch
 from torch.nn import functional
 
 from rlzoo.bases import PairObjective, Rows, check_smoothing, length, logistic, of_margin, total
+from rlzoo.bases.ratios import check_positive
 from rlzoo.errors import UserError
 from rlzoo.inputs import Input, Reference
 from rlzoo.objective import register
-from rlzoo.ratios import check_positive
 from rlzoo.types import Coefficients, TokenBatch
 
 

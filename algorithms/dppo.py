@@ -22,8 +22,8 @@ from typing import ClassVar, Literal
 import torch
 
 from rlzoo.bases import OffPolicyGradient
+from rlzoo.bases.ratios import ratio_metrics, token_ratio
 from rlzoo.objective import register
-from rlzoo.ratios import ratio_metrics, token_ratio
 from rlzoo.types import Coefficients, TokenBatch
 
 

@@ -23,8 +23,8 @@ from torch import Tensor
 
 from rlzoo.advantages import group_centred
 from rlzoo.bases import OffPolicyGradient
+from rlzoo.bases.ratios import RATIO_MAX, sequence_log_ratio
 from rlzoo.objective import Normaliser, register
-from rlzoo.ratios import RATIO_MAX, sequence_log_ratio
 from rlzoo.types import Coefficients, TokenBatch
 
 

@@ -34,24 +34,22 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from rlzoo.advantages import batch_normalised, group_centred, group_normalised
-from rlzoo.bases import ClippedPolicyGradient
+from rlzoo.bases import EpsilonClipped
+from rlzoo.bases.ratios import check_positive, kl_estimate, token_ratio
 from rlzoo.inputs import Behaviour, Input, Reference
 from rlzoo.objective import Normaliser, register
-from rlzoo.ratios import check_positive, kl_estimate, token_ratio
 from rlzoo.types import Coefficients, TokenBatch
 
 
 @register
 @dataclass(frozen=True)
-class GRPO(ClippedPolicyGradient):
+class GRPO(EpsilonClipped):
     """Group-relative policy optimisation: c_t = ρ_t A 1[not clipped] + β (π_ref/π_θ - 1)."""
 
     name: ClassVar[str] = "grpo"
     source: ClassVar[str] = "arXiv 2402.03300"
     compared_with: ClassVar[str] = "TRL 1.16"
 
-    clip: float = 0.2
-    clip_high: float | None = None
     scale_rewards: Literal["group", "batch", "none"] = "group"
     aggregation: Literal["sequence", "token", "constant"] = "sequence"
     max_length: int = 256
@@ -63,10 +61,6 @@ class GRPO(ClippedPolicyGradient):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_positive(self.name, max_length=self.max_length)
-
-    @property
-    def bounds(self) -> tuple[float, float]:
-        return self.clip, self.clip if self.clip_high is None else self.clip_high
 
     @property
     def normaliser(self) -> Normaliser:

@@ -15,9 +15,9 @@ from typing import ClassVar, Literal
 
 import torch
 
+from rlzoo.bases.ratios import ratio_of
 from rlzoo.inputs import Input, MovingReference, Reference
 from rlzoo.objective import Objective, register
-from rlzoo.ratios import ratio_of
 from rlzoo.types import Coefficients, TokenBatch
 
 

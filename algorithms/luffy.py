@@ -24,10 +24,10 @@ import torch
 
 from rlzoo.advantages import group_centred, group_normalised
 from rlzoo.bases import PolicyGradient
+from rlzoo.bases.ratios import clipped_gradient, ratio_metrics, token_ratio
 from rlzoo.errors import UserError
 from rlzoo.inputs import Behaviour, FromDemonstration, Input, Outcome
 from rlzoo.objective import register
-from rlzoo.ratios import clipped_gradient, ratio_metrics, token_ratio
 from rlzoo.types import Coefficients, TokenBatch
 
 

@@ -11,7 +11,8 @@ prompts count more than in `grpo`, whose weight is about 1/√(p(1-p)).
 
 A group whose samples are all wrong has A = 0, as in prime-rl and SkyRL; with A = -1 there, the series would have one
 term more, that of k = G (theorem 2). Rewards should not be negative: a group with a mean of 0 or less has A = 0. The
-estimator is on-policy; the clipped ratio extends it to a fixed buffer and to later updates on a batch, as in `grpo`.
+estimator is on-policy; the clipped ratio extends it to a fixed buffer and to later updates on a batch. μ,
+``clip_high`` and ``delta`` as in `grpo`.
 Source: arXiv 2602.02710, known from its project page and those implementations.
 """
 
@@ -22,25 +23,19 @@ import torch
 from torch import Tensor
 
 from rlzoo.advantages import group_centred, group_mean
-from rlzoo.bases import ClippedPolicyGradient
+from rlzoo.bases import EpsilonClipped
 from rlzoo.objective import Normaliser, register
 from rlzoo.types import TokenBatch
 
 
 @register
 @dataclass(frozen=True)
-class MaxRL(ClippedPolicyGradient):
+class MaxRL(EpsilonClipped):
     """Maximum likelihood reinforcement learning: c_t = ρ_t (r - mean_G)/mean_G 1[not clipped]."""
 
     name: ClassVar[str] = "maxrl"
     normaliser: ClassVar[Normaliser] = Normaliser.SEQUENCE_SUM
     source: ClassVar[str] = "arXiv 2602.02710"
-
-    clip: float = 0.2
-
-    @property
-    def bounds(self) -> tuple[float, float]:
-        return self.clip, self.clip
 
     def advantage(self, batch: TokenBatch) -> Tensor:
         reward, group = self.needed(batch, "reward", "group")

@@ -5,8 +5,9 @@ the rest of the distribution, so greedy decoding recites a text whose tokens all
 changes nothing. It is the reverse of `profit`, which learns only from likely tokens; τ > 1 is SFT.
 
 Source: arXiv 2605.30260, as its code (zjunlp/ParametricMemoryLaw) has the variant MemFT-OT; that code falls back to SFT
-on a batch in which no token is below τ, which here has a gradient of 0. The paper's second variant, MemFT-SW, whose
-weights also decay after a sample's first error, is left out: the code has two different forms of it.
+on a batch in which no token is below τ, which here has a gradient of 0. The paper's second variant, MemFT-SW, is left
+out, because the code has two different methods under this name: a curriculum over samples, and weights that decay after
+a sample's first error, within a window that widens while the sample makes no progress.
 """
 
 import math

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from rlzoo.advantages import optimal_value
 from rlzoo.bases import LogRatioRegression
+from rlzoo.bases.ratios import check_positive
 from rlzoo.inputs import Behaviour, Input
 from rlzoo.objective import register
-from rlzoo.ratios import check_positive
 from rlzoo.types import TokenBatch
 
 

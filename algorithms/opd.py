@@ -20,9 +20,9 @@ from typing import ClassVar
 
 import torch
 
+from rlzoo.bases.ratios import token_ratio
 from rlzoo.inputs import Behaviour, Input, Reference
 from rlzoo.objective import Objective, register
-from rlzoo.ratios import token_ratio
 from rlzoo.types import Coefficients, Selection, TokenBatch
 
 

@@ -21,9 +21,9 @@ from typing import ClassVar
 import torch
 
 from rlzoo.advantages import optimal_token_baseline
+from rlzoo.bases.ratios import token_ratio
 from rlzoo.inputs import Behaviour, Input, Snapshot, Statistic
 from rlzoo.objective import Objective, register
-from rlzoo.ratios import token_ratio
 from rlzoo.types import Coefficients, Selection, TokenBatch
 
 

@@ -4,6 +4,7 @@ Loss: -sg(w_t) log π_θ(y_t), averaged over the completion tokens of the step. 
 where π_β is the demonstrator, and n completion tokens:
 
 - ``token``: log w_t = (n - t) log γ + Σ_{s>t} δ_s, the importance ratio of what follows the token, discounted;
+- ``block``: for all tokens of a block of ``block_size``, the same with the block's last token as t;
 - ``sequence``: log w_t = Σ_s δ_s, one weight per completion;
 
 held within -10 and 5. Tokens that lead where the policy would not go itself, and where RL on its own samples will
@@ -11,7 +12,7 @@ therefore not come back to, count less. Where π_θ = π_β and γ = 1, PEAR is 
 
 π_β's log-probs are those that the rows record, or, with ``demonstrator``, those of that model (a folder or a Hub id),
 computed once and kept in the buffer. Source: arXiv 2602.01058, known to us only through an independent implementation
-that quotes its algorithm and settings. The paper's third variant, by blocks of tokens, is left out.
+that quotes its algorithm and settings (blocks of 4 tokens among them).
 """
 
 import math
@@ -19,8 +20,12 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
 from torch.nn import functional
 
+from rlzoo.advantages import last_token
+from rlzoo.bases.ratios import check_positive
 from rlzoo.errors import UserError
 from rlzoo.inputs import Behaviour, Input, Reference
 from rlzoo.objective import Objective, register
@@ -35,7 +40,8 @@ class PEAR(Objective):
     name: ClassVar[str] = "pear"
     source: ClassVar[str] = "arXiv 2602.01058"
 
-    variant: Literal["token", "sequence"] = "token"
+    variant: Literal["token", "block", "sequence"] = "token"
+    block_size: int = 4
     demonstrator: str | None = None
     gamma: float = 0.999
     log_ratio_min: float = -0.08
@@ -48,6 +54,7 @@ class PEAR(Objective):
             raise UserError(f"pear needs gamma above 0 and at most 1, got {self.gamma}")
         if self.log_ratio_min > self.log_ratio_max or self.log_weight_min > self.log_weight_max:
             raise UserError("pear needs log_ratio_min ≤ log_ratio_max and log_weight_min ≤ log_weight_max")
+        check_positive(self.name, block_size=self.block_size)
 
     @property
     def requires(self) -> tuple[Input, ...]:
@@ -63,5 +70,15 @@ class PEAR(Objective):
             discounted = log_ratio + math.log(self.gamma) * batch.mask.to(log_ratio.dtype)
             following = functional.pad(discounted, (0, 1))[:, 1:]  # what comes after each token
             log_weight = running_sum(following.flip(1)).flip(1)
+            if self.variant == "block":
+                log_weight = log_weight.gather(1, last_of_block(batch.mask, self.block_size))
         weight = log_weight.clamp(self.log_weight_min, self.log_weight_max).exp()
         return Coefficients(weight, metrics={"weight": weight})
+
+
+def last_of_block(mask: Bool[Tensor, "B T"], size: int) -> Int[Tensor, "B T"]:
+    """The position of the last token of each token's block, where every ``size`` tokens of a row are a block."""
+    after = mask.shape[1] - 1
+    ends = mask & (last_token(mask) | (running_sum(mask.long()) % size == 0))
+    place = torch.where(ends, torch.arange(mask.shape[1], device=mask.device), after)
+    return place.flip(1).cummin(1).values.flip(1)

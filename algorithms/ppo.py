@@ -6,9 +6,9 @@ GAE(γ, λ) on the critic's values; A is whitened over the batch after R has bee
 
     -min(ρA, clip(ρ, 1-ε, 1+ε) A) + value_coefficient · ½ max((V-R)², (V_clip-R)²),
 
-where V_clip is within value_clip of the value at the start of the batch. With ``dual_clip`` c the first term is at most
--cA where A < 0; without it ρ is at most e²⁰ there. ρ = π_θ/μ, where μ is the policy that filled the buffer: with a
-fixed buffer this is offline PPO.
+where V_clip is within value_clip of the value at the start of the batch, and ``clip_high`` is another ε above 1 (DAPO,
+arXiv 2503.14476). With ``dual_clip`` c the first term is at most -cA where A < 0; without it ρ is at most e²⁰ there.
+ρ = π_θ/μ, where μ is the policy that filled the buffer: with a fixed buffer this is offline PPO.
 
 A truncated completion counts as ended: it gets no further reward, and the value after its last token is 0. With
 ``bootstrap_truncated`` that value is the critic's value at the last token, since no forward pass computes the next one.
@@ -23,9 +23,9 @@ import torch
 from torch import Tensor
 
 from rlzoo.advantages import generalised_advantage, last_token, penalised_reward, whiten
+from rlzoo.bases.ratios import check_upper_bound, clipped_gradient, ratio_metrics, token_ratio, upper_clip
 from rlzoo.inputs import Behaviour, Critic, Input, Reference, Snapshot, Truncated
 from rlzoo.objective import Objective, register
-from rlzoo.ratios import check_upper_bound, clipped_gradient, ratio_metrics, token_ratio
 from rlzoo.types import Coefficients, Selection, TokenBatch
 
 
@@ -40,6 +40,7 @@ class PPO(Objective):
     compared_with: ClassVar[str] = "TRL 1.16 without critic"
 
     clip: float = 0.2
+    clip_high: float | None = None
     dual_clip: float | None = None
     kl_coefficient: float = 0.05
     gamma: float = 1.0
@@ -73,8 +74,7 @@ class PPO(Objective):
         after = None
         if self.bootstrap_truncated:
             (truncated,) = self.needed(batch, "truncated")
-            last = torch.where(last_token(batch.mask), value, 0).sum(1)
-            after = torch.where(truncated, last, 0)
+            after = torch.where(truncated, torch.where(last_token(batch.mask), value, 0).sum(1), 0)
         advantage, returns = generalised_advantage(per_token, value, batch.mask, self.gamma, self.lam, after)
         if self.whiten:
             advantage = whiten(advantage, batch.mask)
@@ -83,7 +83,8 @@ class PPO(Objective):
     def coefficients(self, batch: TokenBatch) -> Coefficients:
         advantage, behaviour = self.needed(batch, "advantage", "behaviour_logp")
         ratio = token_ratio(batch.logp, behaviour, batch.mask)
-        values, loss, clipped = clipped_gradient(ratio, advantage, self.clip, self.clip, self.dual_clip)
+        above = upper_clip(self.clip, self.clip_high)
+        values, loss, clipped = clipped_gradient(ratio, advantage, self.clip, above, self.dual_clip)
         return Coefficients(values, loss=loss, metrics=ratio_metrics(batch.logp, ratio, advantage, values, clipped))
 
     def auxiliary(self, batch: TokenBatch) -> Mapping[str, Tensor]:

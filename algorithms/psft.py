@@ -14,9 +14,9 @@ from typing import ClassVar
 
 import torch
 
+from rlzoo.bases.ratios import ratio_metrics, token_ratio
 from rlzoo.inputs import Input, Snapshot
 from rlzoo.objective import Objective, register
-from rlzoo.ratios import ratio_metrics, token_ratio
 from rlzoo.types import Coefficients, TokenBatch
 
 

@@ -7,7 +7,12 @@ over completions, is
 
 Quantiles of the reference's samples are uniform, whatever the reward, so that the partition function Z of the policy
 π_ref exp(q/β) that maximises E[q] - β KL(π ‖ π_ref) is known. The paper's code takes log Z = log β + 1/β, which differs
-by less than 5e-5 for β ≤ 0.1. If rewards are 0 or 1, quantiles are not uniform and Z is an approximation.
+by less than 5e-5 for β ≤ 0.1.
+
+With rewards of 0 and 1 quantiles are not uniform, and this Z is an approximation: a wrong sample has the higher a
+target the fewer of its group are right, and where none is, the highest, so that it is imitated. `a-star-po` takes Z
+from the group. In a group half of which is right, the targets are 0.23 and -0.27 for β = 0.1; with a smaller β wrong
+samples have most of the gradient, and with a larger one right samples.
 
 The paper samples the reference separately. Here q is the fraction of the group's other samples, which is right for a
 buffer that the initial policy has sampled; a group of one has no quantile, and is left out. Source: arXiv 2507.08068,

@@ -9,8 +9,8 @@ token is PPO's, with ρ = π_θ/μ,
 
 averaged over the completion tokens of the step. ``baseline: group`` first subtracts the mean reward of the group, the
 variant for several samples per prompt (REINFORCE++ with baseline). OpenRLHF and verl can put the KL into the loss, by
-the k2 estimate; here it stays in the reward. μ and ``delta`` as in `grpo`. Source: arXiv 2501.03262, with the defaults
-of OpenRLHF.
+the k2 estimate; here it stays in the reward. μ, ``clip_high`` and ``delta`` as in `grpo`. Source: arXiv 2501.03262,
+with the defaults of OpenRLHF.
 """
 
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from typing import ClassVar, Literal
 import torch
 
 from rlzoo.advantages import generalised_advantage, group_centred, penalised_reward, whiten
-from rlzoo.bases import ClippedPolicyGradient
+from rlzoo.bases import EpsilonClipped
 from rlzoo.inputs import Behaviour, Input, Reference, Snapshot
 from rlzoo.objective import register
 from rlzoo.types import TokenBatch
@@ -27,20 +27,15 @@ from rlzoo.types import TokenBatch
 
 @register
 @dataclass(frozen=True)
-class ReinforcePlusPlus(ClippedPolicyGradient):
+class ReinforcePlusPlus(EpsilonClipped):
     """REINFORCE++: c_t = ρ_t A_t 1[not clipped], with A the return, whitened over the batch."""
 
     name: ClassVar[str] = "reinforce-pp"
     source: ClassVar[str] = "arXiv 2501.03262"
 
-    clip: float = 0.2
     kl_coefficient: float = 0.01
     gamma: float = 1.0
     baseline: Literal["none", "group"] = "none"
-
-    @property
-    def bounds(self) -> tuple[float, float]:
-        return self.clip, self.clip
 
     @property
     def requires(self) -> tuple[Input, ...]:

@@ -3,15 +3,15 @@
 Loss: -1[correct] log π_θ(y_t), averaged over the completion tokens of the step. The view of the buffer keeps samples
 whose reward reaches ``threshold``, drops repeated completions of a prompt, and keeps at most ``samples_per_prompt`` of
 the rest. A truncated sample that is correct is learned from without an end of sequence, unless ``truncated`` is
-``drop``. Source: arXiv 2308.01825, which differs in two ways: it selects samples with distinct equations, here those
-with distinct texts are selected; and it trains on samples and demonstrations together, which ``with_demonstrations``
-does here, with every row once per epoch and the coefficient 1. A `mixture` of `sft` and `rft` gives each its own
-weight.
+``drop``. Source: arXiv 2308.01825, which differs in two ways. It selects samples with ``distinct: equations``, of which
+its code drops those with a wrong equation and, of equals, keeps the one whose text is farthest from the others, here
+the first. And it trains on samples and demonstrations together, which ``with_demonstrations`` does here, with every row
+once per epoch and the coefficient 1. A `mixture` of `sft` and `rft` gives each its own weight.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 
@@ -31,6 +31,7 @@ class RFT(Objective):
     threshold: float = 0.5
     samples_per_prompt: int = 4
     with_demonstrations: bool = False
+    distinct: Literal["text", "equations"] = "text"
 
     @property
     def view_options(self) -> Mapping[str, Any]:
@@ -38,6 +39,7 @@ class RFT(Objective):
             "threshold": self.threshold,
             "per_prompt": self.samples_per_prompt,
             "with_demonstrations": self.with_demonstrations,
+            "distinct": self.distinct,
         }
 
     def coefficients(self, batch: TokenBatch) -> Coefficients:

@@ -15,8 +15,8 @@ from typing import ClassVar
 import torch
 
 from rlzoo.bases import OffPolicyGradient
+from rlzoo.bases.ratios import check_positive, ratio_metrics, token_ratio
 from rlzoo.objective import Normaliser, register
-from rlzoo.ratios import check_positive, ratio_metrics, token_ratio
 from rlzoo.types import Coefficients, TokenBatch
 
 

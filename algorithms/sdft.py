@@ -25,9 +25,9 @@ from typing import ClassVar, Literal
 
 import torch
 
+from rlzoo.bases.ratios import token_ratio
 from rlzoo.inputs import Behaviour, Input, Privileged
 from rlzoo.objective import Normaliser, Objective, register
-from rlzoo.ratios import token_ratio
 from rlzoo.types import Coefficients, Selection, TokenBatch
 
 

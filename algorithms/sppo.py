@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from rlzoo.bases import PairLoss, PairObjective, total
+from rlzoo.bases.ratios import check_positive
 from rlzoo.inputs import Input, Reference
 from rlzoo.objective import register
-from rlzoo.ratios import check_positive
 from rlzoo.types import Coefficients, TokenBatch
 
 

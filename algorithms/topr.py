@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from rlzoo.bases import OffPolicyGradient
+from rlzoo.bases.ratios import sequence_log_ratio
 from rlzoo.objective import Normaliser, register
-from rlzoo.ratios import sequence_log_ratio
 from rlzoo.types import Coefficients, TokenBatch
 
 

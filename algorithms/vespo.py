@@ -17,8 +17,8 @@ from typing import ClassVar
 import torch
 
 from rlzoo.bases import OffPolicyGradient
+from rlzoo.bases.ratios import RATIO_MAX, sequence_log_ratio
 from rlzoo.objective import register
-from rlzoo.ratios import RATIO_MAX, sequence_log_ratio
 from rlzoo.types import Coefficients, TokenBatch
 
 

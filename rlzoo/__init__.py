@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from rlzoo.rollout import Collector, Sampler, list_samplers, register_sampler
     from rlzoo.training import train
     from rlzoo.types import Coefficients, Selection, Selector, TokenBatch, list_views, register_view
-    from rlzoo.variance import analyze_variance
+    from rlzoo.variance import analyze_variance, register_token_classes
 
 _HOMES = {
     "Coefficients": "rlzoo.types",
@@ -50,6 +50,7 @@ _HOMES = {
     "register_metric": "rlzoo.evaluation",
     "register_reward": "rlzoo.reward",
     "register_sampler": "rlzoo.rollout",
+    "register_token_classes": "rlzoo.variance",
     "register_view": "rlzoo.types",
     "surrogate": "rlzoo.objective",
     "train": "rlzoo.training",
@@ -87,6 +88,7 @@ __all__ = [
     "register_metric",
     "register_reward",
     "register_sampler",
+    "register_token_classes",
     "register_view",
     "surrogate",
     "train",

@@ -137,7 +137,9 @@ def optimal_token_baseline(
     if score_norm.shape != mask.shape or reward.shape != group.shape or len(reward) != len(mask):
         shapes = [tuple(x.shape) for x in (reward, group, score_norm, mask)]
         raise ValueError(f"shapes do not match: {', '.join(map(str, shapes))}")
-    live = running_sum(torch.where(mask, score_norm, 0)) * mask
+    order = (~mask).to(torch.int8).argsort(dim=1, stable=True)  # t numbers a row's tokens, whatever is between them
+    mask, back = mask.gather(1, order), order.argsort(1)
+    live = running_sum(torch.where(mask, score_norm.gather(1, order), 0)) * mask
     least = _least(reward, group)
     index, total = _numbered(group), torch.zeros_like(live)
     weighted = total.index_add(0, index, live * (reward - least).to(live.dtype)[:, None])[index]
@@ -146,7 +148,7 @@ def optimal_token_baseline(
     has_baseline = mask
     if zero_tail:
         has_baseline = mask & (total.index_add(0, index, mask.to(live.dtype))[index] > 1)
-    return torch.where(has_baseline, baseline, 0)
+    return torch.where(has_baseline, baseline, 0).gather(1, back)
 
 
 def penalised_reward(

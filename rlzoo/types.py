@@ -1,7 +1,9 @@
 """The core types of rlzoo. Shapes are in the annotations: B sequences, T completion positions, N flat positions.
 
-A completion position ``t`` holds the token ``y_t`` and the values computed to predict it. Prompts are removed, rows are
-padded on the right, and values at masked positions are ignored.
+A completion position ``t`` holds the token ``y_t`` and the values computed to predict it. Prompts are removed, and so
+are tokens of a completion that are not learned from, such as a tool's result: they are context, and the positions of a
+row are its learned tokens, one after the other. Rows are padded on the right, and values at masked positions are
+ignored.
 """
 
 from __future__ import annotations
@@ -161,7 +163,7 @@ class TokenBatch:
     logp: Float[Tensor, "B T"]
     """log π_θ(y_t | x, y_<t) in nats, at the temperature of `Objective.at_sampling_temperature`; carries the graph."""
     mask: Bool[Tensor, "B T"]
-    """True at completion tokens, end of sequence included."""
+    """True at completion tokens that are learned from, end of sequence included."""
     advantage: Float[Tensor, "B T"] | None
     """The advantage of each token, once `Objective.prepare` has set it."""
     reward: Float[Tensor, " B"] | None
@@ -339,7 +341,7 @@ class Trajectory:
     """The tokens of the prompt."""
     completion_ids: list[int]
     """The tokens of the completion. Unless truncated, the last ones are its end: the end of sequence, or the end of a
-    turn in the chat template."""
+    turn in the chat template. They may be several turns, with the user's or tools' between them."""
     prompt_id: str
     """Equal for completions of one prompt."""
     source: str = "demonstration"
@@ -370,6 +372,8 @@ class Trajectory:
     """The problem's other columns, for rewards and inputs."""
     inputs: dict[str, list[float]] = field(default_factory=dict)
     """Other stored inputs by `Input.column`: one value per completion token, or a single one."""
+    completion_mask: list[bool] | None = None
+    """Which completion tokens are learned from; the others, such as a tool's result, are context. None: all."""
 
     def stored(self, name: str) -> Any:
         """The field or stored input of this name; None if there is none."""

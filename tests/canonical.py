@@ -239,9 +239,17 @@ def ratio_of(log_ratio: Tensor) -> Tensor:
     return log_ratio.clip(-20, 20).exp()
 
 
-def clipped_gain(logp: Tensor, behaviour: Tensor, advantage: Tensor, clip: float, delta: float | None = None) -> Tensor:
+def clipped_gain(
+    logp: Tensor,
+    behaviour: Tensor,
+    advantage: Tensor | float,
+    clip: float,
+    delta: float | None = None,
+    clip_high: float | None = None,
+) -> Tensor:
     """min(ρA, clip(ρ, 1-ε, 1+ε) A) of each token (arXiv 1707.06347, eq. 7), the first ρ at most δ (2505.07291)."""
-    return asymmetric_gain(ratio_of(logp - behaviour), advantage, clip, clip, delta)
+    high = clip if clip_high is None else clip_high
+    return asymmetric_gain(ratio_of(logp - behaviour), advantage, clip, high, delta)
 
 
 KL_ESTIMATES: dict[str, Callable[[Tensor], Tensor]] = {
@@ -309,6 +317,7 @@ def advantages_by_definition(reward: Tensor, value: Tensor, gamma: float, lam: f
 def ppo(
     batch: TokenBatch,
     clip: float = 0.2,
+    clip_high: float | None = None,
     dual_clip: float | None = None,
     kl_coefficient: float = 0.05,
     gamma: float = 1.0,
@@ -338,7 +347,8 @@ def ppo(
     returns = advantage + old
     if whiten:
         advantage = (advantage - advantage.mean()) / (advantage.var() + 1e-8).sqrt()
-    gain = clipped_gain(torch.cat(logp), torch.cat(completions(batch, batch.behaviour_logp)), advantage, clip)
+    behaviour = torch.cat(completions(batch, batch.behaviour_logp))
+    gain = clipped_gain(torch.cat(logp), behaviour, advantage, clip, clip_high=clip_high)
     if dual_clip is not None:
         gain = torch.where(advantage < 0, torch.max(gain, dual_clip * advantage), gain)
     loss = -gain
@@ -402,12 +412,18 @@ def asymmetric_gain(
     return torch.min(held * advantage, ratio.clip(1 - below, 1 + above) * advantage)
 
 
-def dr_grpo(batch: TokenBatch, clip: float = 0.2, max_length: int = 256, delta: float | None = None) -> Tensor:
+def dr_grpo(
+    batch: TokenBatch,
+    clip: float = 0.2,
+    max_length: int = 256,
+    delta: float | None = None,
+    clip_high: float | None = None,
+) -> Tensor:
     """-(1/(B L)) Σ_i Σ_t min(ρA, clip(ρ) A), A = r - mean_G (arXiv 2503.20783)."""
     logp, behaviour = completions(batch, batch.logp), completions(batch, batch.behaviour_logp)
     total = torch.zeros(())
     for i, advantage in enumerate(group_advantages(batch, divide=False)):
-        total = total - asymmetric_gain(ratio_of(logp[i] - behaviour[i]), advantage, clip, clip, delta).sum()
+        total = total - clipped_gain(logp[i], behaviour[i], advantage, clip, delta, clip_high).sum()
     return total / (len(logp) * max_length)
 
 
@@ -459,6 +475,7 @@ def reinforce_pp(
     gamma: float = 1.0,
     baseline: str = "none",
     delta: float | None = None,
+    clip_high: float | None = None,
 ) -> Tensor:
     """-(1/N) Σ min(ρA, clip(ρ) A), A the returns of r - β log(π_old/π_ref), whitened (arXiv 2501.03262)."""
     assert batch.reward is not None
@@ -474,7 +491,8 @@ def reinforce_pp(
         rows += [sum(gamma**k * float(r) for k, r in enumerate(reward[t:])) for t in range(len(reward))]
     returns = torch.tensor(rows, dtype=batch.dtype)
     advantage = (returns - returns.mean()) / (returns.var() + 1e-8).sqrt()
-    gain = clipped_gain(torch.cat(logp), torch.cat(completions(batch, batch.behaviour_logp)), advantage, clip, delta)
+    behaviour = torch.cat(completions(batch, batch.behaviour_logp))
+    gain = clipped_gain(torch.cat(logp), behaviour, advantage, clip, delta, clip_high)
     return -gain.sum() / token_count(batch)
 
 
@@ -503,7 +521,7 @@ def dppo(
     return total / token_count(batch)
 
 
-def maxrl(batch: TokenBatch, clip: float = 0.2, delta: float | None = None) -> Tensor:
+def maxrl(batch: TokenBatch, clip: float = 0.2, delta: float | None = None, clip_high: float | None = None) -> Tensor:
     """-(1/B) Σ_i Σ_t min(ρA, clip(ρ) A), A = (r - mean_G)/mean_G (arXiv 2602.02710)."""
     assert batch.reward is not None
     logp, behaviour = completions(batch, batch.logp), completions(batch, batch.behaviour_logp)
@@ -512,7 +530,7 @@ def maxrl(batch: TokenBatch, clip: float = 0.2, delta: float | None = None) -> T
         mean = statistics.fmean(rewards[i] for i in group)
         for i in group if mean > 0 else []:
             advantage = torch.full_like(logp[i], rewards[i] / mean - 1)
-            total = total - clipped_gain(logp[i], behaviour[i], advantage, clip, delta).sum()
+            total = total - clipped_gain(logp[i], behaviour[i], advantage, clip, delta, clip_high).sum()
     return total / len(rewards)
 
 
@@ -656,6 +674,7 @@ def luffy(batch: TokenBatch, gamma: float = 0.1, clip: float | None = None, scal
 def pear(
     batch: TokenBatch,
     variant: str = "token",
+    block_size: int = 4,
     gamma: float = 0.999,
     log_ratio_min: float = -0.08,
     log_ratio_max: float = 0.3,
@@ -667,7 +686,8 @@ def pear(
     for logp, author in zip(completions(batch, batch.logp), completions(batch, batch.behaviour_logp), strict=True):
         ratios = [min(max(x, math.exp(log_ratio_min)), math.exp(log_ratio_max)) for x in (logp - author).exp().tolist()]
         for t in range(len(ratios)):
-            weight = gamma ** (len(ratios) - 1 - t) * math.prod(ratios[t + 1 :])
+            end = min((t // block_size + 1) * block_size, len(ratios)) - 1 if variant == "block" else t
+            weight = gamma ** (len(ratios) - 1 - end) * math.prod(ratios[end + 1 :])
             weight = math.prod(ratios) if variant == "sequence" else weight
             total = total - min(max(weight, math.exp(log_weight_min)), math.exp(log_weight_max)) * logp[t]
     return total / token_count(batch)
@@ -911,7 +931,12 @@ CANONICAL: dict[str, list[Case]] = {
         Case(iw_sft_step, {"variant": "per_step"}),
         Case(iw_sft_sequence, {"variant": "ema"}),
     ],
-    "rft": [case(rft), case(rft, threshold=0.8), Case(sft, {"with_demonstrations": True})],
+    "rft": [
+        case(rft),
+        case(rft, threshold=0.8),
+        Case(sft, {"with_demonstrations": True}),
+        Case(rft, {"distinct": "equations"}),
+    ],
     "dpo": [
         case(dpo),
         case(dpo, beta=0.7, variant="sigmoid"),
@@ -953,6 +978,7 @@ CANONICAL: dict[str, list[Case]] = {
     "ppo": [
         case(ppo),
         case(ppo, dual_clip=1.5),
+        case(ppo, clip=0.1, clip_high=0.4),
         case(ppo, bootstrap_truncated=True, gamma=0.9),
         case(ppo, value_clip=None),
         case(ppo, whiten=False),
@@ -975,7 +1001,7 @@ CANONICAL: dict[str, list[Case]] = {
     ],
     "reinforce": [case(reinforce), case(reinforce, baseline="none")],
     "rloo": [case(rloo)],
-    "dr-grpo": [case(dr_grpo), case(dr_grpo, clip=0.1, max_length=7), case(dr_grpo, delta=1.4)],
+    "dr-grpo": [case(dr_grpo), case(dr_grpo, clip=0.1, max_length=7), case(dr_grpo, clip_high=0.1, delta=1.4)],
     "dapo": [case(dapo), case(dapo, clip_low=0.1, clip_high=0.3, dynamic_sampling=False), case(dapo, delta=1.4)],
     "gspo": [
         case(gspo),
@@ -985,7 +1011,7 @@ CANONICAL: dict[str, list[Case]] = {
     "cispo": [case(cispo), case(cispo, ratio_min=0.8, ratio_max=1.28)],
     "reinforce-pp": [
         case(reinforce_pp),
-        case(reinforce_pp, kl_coefficient=0.5, gamma=0.9, delta=1.4),
+        case(reinforce_pp, kl_coefficient=0.5, gamma=0.9, clip_high=0.1, delta=1.4),
         case(reinforce_pp, kl_coefficient=0.0, baseline="group", clip=0.1),
     ],
     "dppo": [
@@ -993,7 +1019,7 @@ CANONICAL: dict[str, list[Case]] = {
         case(dppo, delta_low=0.05, delta_high=0.3, ratio_max=1.5),
         case(dppo, divergence="kl", delta_low=0.02, delta_high=0.05),
     ],
-    "maxrl": [case(maxrl), case(maxrl, clip=0.1, delta=1.4)],
+    "maxrl": [case(maxrl), case(maxrl, clip=0.1, clip_high=0.3, delta=1.4)],
     "sapo": [case(sapo), case(sapo, tau_positive=2.0, tau_negative=5.0)],
     "topr": [case(topr), case(topr, baseline=0.0), case(topr, baseline=0.8)],
     "dro": [case(dro), case(dro, beta=0.7), case(dro, beta=0.7, level="sequence")],
@@ -1037,6 +1063,8 @@ CANONICAL: dict[str, list[Case]] = {
         case(pear, log_ratio_min=-1.0, log_ratio_max=1.0, gamma=0.9),
         case(pear, log_ratio_min=-1.0, log_ratio_max=1.0, log_weight_min=-1.0, log_weight_max=1.0),
         case(pear, variant="sequence"),
+        case(pear, variant="block", block_size=2, log_ratio_min=-1.0, gamma=0.9),
+        case(pear, variant="block"),
         Case(pear, {"demonstrator": "a/teacher"}),
     ],
     "luffy": [

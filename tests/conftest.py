@@ -52,7 +52,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node: Any) -> None:
     """All workers leave the same out."""
-    node.config.stash[_left_out] = node.workeroutput.get("left_out", {})
+    node.config.stash[_left_out] = getattr(node, "workeroutput", {}).get("left_out", {})  # none of one that died
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:

@@ -139,7 +139,7 @@ def run(folder: Path, name: str) -> None:
                 time.sleep(0.01)
             return write(name, state)
 
-        cached.write = late  # type: ignore[method-assign]
+        cached.write = late  # type: ignore[method-assign,assignment]
     started = trainer.step
     try:
         record = trainer.run()

@@ -290,7 +290,7 @@ GOOD = {"prompt": "1", "completion": "2"}
         ([{"messages": [{"role": "user"}]}], "row 1: column 'messages' has a message without text"),
         (
             [{"prompt": user("1"), "completion": assistant("2") + user("3")}],
-            "row 1: column 'completion' must be one turn of the assistant",
+            "row 1: column 'completion' must begin and end with a turn of the assistant",
         ),
         ([{"prompt": b"\xff", "completion": "2"}], "row 1: column 'prompt' holds bytes that are not UTF-8 text"),
         ([{**GOOD, "completion": "\ud83d"}], "row 1: column 'completion' holds a lone surrogate (\\ud83d)"),

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from rlzoo.buffers import OfflineBuffer
 from rlzoo.errors import UserError
+from rlzoo.objective import get_objective
 from rlzoo.types import Selection, Trajectory
 
 row_lists = st.lists(
@@ -138,6 +139,26 @@ def test_a_way_of_pairing_is_known_and_finds_rewards_that_differ() -> None:
         graded.view(Selection.PAIRS, pairing="best")
     with pytest.raises(UserError, match=r"no pairs \(in all its 1 sampled prompts, completions have equal"):
         samples(sample(0, 0.7), sample(0, 0.7)).view(Selection.PAIRS, pairing="best_worst")
+
+
+def test_samples_may_be_told_apart_by_their_equations() -> None:
+    texts = [
+        "Half of 48 is <<48/2=24>>24. #### 24",
+        "In May she sold 48 / 2 = <<48 / 2 = 24>>24 clips. #### 24",  # the same equation in other words
+        "<<48/2=24>>24, and <<24+0=24>>24. #### 24",
+        "48/2=24;24+0=24\n#### 24",  # without marks: the same two equations
+        "24",
+        "The answer is 24.",  # neither has an equation: their texts differ
+    ]
+    buffer = samples(*(sample(0, 1.0, text=text) for text in texts), sample(1, 1.0, text=texts[1]))
+    assert units(buffer, Selection.CORRECT, per_prompt=9) == [(i,) for i in range(7)]
+    by_equations = units(buffer, Selection.CORRECT, per_prompt=9, distinct="equations")
+    assert by_equations == [(0,), (2,), (4,), (5,), (6,)]
+    assert units(buffer, Selection.CORRECT, per_prompt=2, distinct="equations") == [(0,), (2,), (6,)]
+    options = get_objective("rft", distinct="equations", samples_per_prompt=2).view_options
+    assert units(buffer, Selection.CORRECT, **options) == [(0,), (2,), (6,)]
+    with pytest.raises(UserError, match="option distinct 'equation': did you mean 'equations'"):
+        buffer.view(Selection.CORRECT, distinct="equation")
 
 
 def test_a_reward_that_is_not_a_number_is_none() -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import json
 import re
 import sys
+from collections.abc import Mapping, Sequence
 from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
@@ -16,8 +18,10 @@ from markdown_it import MarkdownIt
 from rlzoo import objective as objective_module
 from rlzoo import registry as registry_module
 from rlzoo.cli import main
+from rlzoo.cli import objectives_page as objectives_page_module
 from rlzoo.cli.catalogue import catalogue
 from rlzoo.cli.objectives_page import COMMAND, lines_of_code, objectives_page, prose
+from rlzoo.experiments.benchmarks.step_cost import measure, measured
 from rlzoo.objective import Objective, is_composite, list_objectives, objective_class
 
 PAGE = Path(__file__).parents[1] / "docs" / "objectives.md"
@@ -46,6 +50,45 @@ def test_the_page_is_in_step_with_the_classes(capsys: pytest.CaptureFixture[str]
     assert main(["list", "--markdown"]) == 0
     # not ==: pytest would show both pages, and not the line below
     assert (capsys.readouterr().out == PAGE.read_text(encoding="utf-8")) is True, f"run: {COMMAND}"
+
+
+def test_the_cost_of_a_step_is_the_measured_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def shown(relative: Mapping[str, Sequence[float]]) -> dict[str, str]:
+        medians = {name: f"{relative[name][1]:.1f}" for name in relative}
+        return {one.name: medians.get(one.name, "–") for one in built_in()}
+
+    committed = objectives_page_module.COSTS
+    if committed.exists():
+        relative = json.loads(committed.read_text(encoding="utf-8"))["relative_to_sft"]
+        assert set(relative) <= set(measured()) and all(low <= mid <= high for low, mid, high in relative.values())
+        assert column_of(PAGE.read_text(encoding="utf-8"), "step, × SFT") == shown(relative)
+    own = {
+        "date": "2026-02-01", "machine": "x86_64 CPU, one thread", "rounds": 3, "vocabulary": 64,
+        "log_probs": [0.3, 0.34, 0.4], "relative_to_sft": {"dft": [1.2, 1.27, 1.3], "ppo": [2.0, 2.4, 2.5]},
+    }  # fmt: skip
+    monkeypatch.setattr(objectives_page_module, "COSTS", tmp_path / "some.json")
+    assert set(column_of(objectives_page(), "step, × SFT").values()) == {"–"}  # nothing measured
+    (tmp_path / "some.json").write_text(json.dumps(own), encoding="utf-8")
+    page = objectives_page()
+    assert column_of(page, "step, × SFT") == shown({}) | {"dft": "1.3", "ppo": "2.4"}
+    assert "3 rounds on an x86_64 CPU, one thread, 2026-02-01" in page and "\n0.3 × a step of SFT" in page
+
+
+def column_of(page: str, name: str) -> dict[str, str]:
+    """A column of the page's first table, by objective."""
+    head, _, *rows = [line.strip("| ").split(" | ") for line in page.splitlines() if line.startswith("| ")][
+        : len(built_in()) + 2
+    ]
+    return {row[0].partition("]")[0].strip("["): row[head.index(name)] for row in rows}
+
+
+def test_a_step_is_measured_with_what_the_objective_needs() -> None:
+    assert set(measured()) == {one.name for one in built_in() if not is_composite(one)}
+    some = ["sft", "ppo", "dpo", "opd", "kto"]
+    found = measure(some, rows=8, rounds=1, steps=1)
+    assert list(found["relative_to_sft"]) == some
+    assert all(0 < low == mid == high for low, mid, high in found["relative_to_sft"].values())
+    assert found["relative_to_sft"]["ppo"][1] > found["log_probs"][1] > 0
 
 
 def test_plug_ins_do_not_change_the_page(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -130,7 +173,7 @@ def test_needs_that_depend_on_an_option_are_told() -> None:
 def test_the_page_tells_how_each_is_checked() -> None:
     """Every objective has its paper's loss in tests/canonical.py, where `test_objectives` looks for it."""
     rows = [line.split(" | ") for line in PAGE.read_text(encoding="utf-8").splitlines() if line.startswith("| [")]
-    checked = {row[0].split("[")[1].split("]")[0]: row[-2] for row in rows}
+    checked = {row[0].split("[")[1].split("]")[0]: row[-3] for row in rows}
     assert set(checked) == set(CANONICAL) | set(CANONICAL_IN_LOGITS)
     others = {name: objective_class(name).compared_with for name in checked}
     assert checked == {name: f"formula, {other}" if other else "formula" for name, other in others.items()}

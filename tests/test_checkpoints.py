@@ -196,7 +196,7 @@ OTHER: dict[str, Any] = {
     "budget": {"tokens": 1e6}, "steps": 9, "batch_size": 3, "updates_per_batch": 2, "mini_batches": 2,
     "learning_rate": 2e-2, "betas": (0.9, 0.99),
     "weight_decay": 0.0, "warmup_ratio": 0.5, "max_gradient_norm": 2.0, "importance_cap": 2.0,
-    "max_completion_tokens": 7, "special_tokens": "allow", "behaviour": "current",
+    "max_completion_tokens": 7, "special_tokens": "allow", "turns": "all", "behaviour": "current",
     "dtype": "bfloat16-mixed", "lora": {"rank": 2}, "gradient_checkpointing": True, "on_nonfinite": "skip",
     "device": "cpu", "deterministic": True, "packing": "packed", "compile": False,
     "max_length": 30, "chat_template": "other",

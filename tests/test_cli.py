@@ -38,7 +38,8 @@ from rlzoo.worlds import EMBEDDED_BASE
 pytestmark = pytest.mark.usefixtures("sketched")
 
 COMMANDS = (
-    "compare", "variance", "train", "rollout", "evaluate", "report", "list", "new", "import", "rescore", "buffer",
+    "plan", "compare", "variance", "train", "rollout", "evaluate", "report", "results", "list", "new", "doctor",
+    "import", "rescore", "buffer",
 )  # fmt: skip
 HEAVY = ("torch", "transformers", "datasets", "pyarrow", "matplotlib")
 BEAT = re.compile(r"  \d+:\d\d:\d\d ")
@@ -298,6 +299,7 @@ SPECS: Sequence[tuple[str, tuple[str, ...]]] = [
     ("model 'bare' cannot be loaded", ("evaluate", "facts", "--limit", "2", "--model", "bare")),
     ("unknown experiment 'facs'", ("evaluate", "facs")),
     ("--json and --markdown: give one of them", ("list", "--json", "--markdown")),
+    ("--json is for list, show and compare", ("results", "export", "arithmetic", "--json")),
     ("KIND: 'optimizer' is not one of 'objective'", ("new", "optimizer", "mine")),
     ("unknown objective 'sfft'", ("train", "sfft", "--buffer", "missing", "--out", "out")),
     ("option of objective 'grpo' 'clipp'", ("train", "grpo", "--option", "clipp=1", "--buffer", "x", "--out", "out")),
@@ -306,6 +308,8 @@ SPECS: Sequence[tuple[str, tuple[str, ...]]] = [
     ("training.learning_rate = 0.0", ("train", "sft", "--learning-rate", "0", "--buffer", "x", "--out", "out")),
     ("--learning-rate: 'fast' is not a number", ("train", "sft", "--learning-rate", "fast", "--buffer", "x")),
     ("did you mean options.clip?", ("train", "grpo", "--set", "clip=1", "--buffer", "x", "--out", "out")),
+    ("--column says what the columns of --data", ("compare", "facts", "--column", "prompt=question")),
+    ("--column 'prompt': write NAME=COLUMN", ("compare", "facts", "--data", "x.jsonl", "--column", "prompt")),
     ("--out 'taken' exists already", ("rollout", "facts", "--limit", "2", "--out", "taken")),
     ("--out 'file/out' cannot be written", ("rollout", "facts", "--limit", "2", "--out", "file/out")),
     ("run directory 'missing' does not exist", ("report", "missing")),
@@ -351,7 +355,10 @@ def test_a_wrong_experiment_file(text: str, told: str, fails: Fails, tmp_path: P
     [
         ("", "data.jsonl has no rows: it is empty"),
         ('{"prompt": "a", "answer": "b"}\n{"prompt": \n', "data.jsonl line 2 is not JSON"),
-        ('{"question": "a", "answer": "b"}\n', "data.jsonl line 1: no column 'prompt'; it has: question, answer"),
+        (
+            '{"question": "a", "answer": "b"}\n',
+            "data.jsonl line 1: no column 'prompt'; it has: question, answer; say which is the prompt, with --column ",
+        ),
         ('{"prompt": "a"}\n', "needs the column 'answer'"),
     ],
 )

@@ -19,7 +19,8 @@ from rlzoo.buffers.problems import Problem, demonstrations
 from rlzoo.buffers.schema import to_row
 from rlzoo.config import OnBadRow
 from rlzoo.errors import UserError
-from rlzoo.policy.encoding import Special, Steps, encode_batch
+from rlzoo.policy.encoding import Special, encode_batch
+from rlzoo.policy.turns import Steps
 from rlzoo.types import Trajectory
 from rlzoo.worlds.tokenizer import build_tokenizer
 

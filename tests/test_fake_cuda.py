@@ -9,6 +9,7 @@ import pytest
 import torch
 from batches import built
 from fake_cuda import GPU, FakeCUDA, fake_cuda
+from packaging.version import Version
 
 from rlzoo.config import Packing, Sampling, Training
 from rlzoo.objective import Objective, get_objective, list_objectives
@@ -16,6 +17,9 @@ from rlzoo.policy import Policy, log_probs
 from rlzoo.rollout import TransformersSampler, static_decoding
 from rlzoo.testing.engine import SameRows, rows_of, units_of
 from rlzoo.training import Trainer
+
+if Version(torch.__version__) < Version("2.9"):
+    pytest.skip("torch 2.8 crashes after some dozens of fake CUDA models", allow_module_level=True)
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "iw-sft": {"variant": "ema"},

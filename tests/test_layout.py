@@ -21,7 +21,7 @@ LAYERS = (
     ("errors",),
     ("registry", "config", "worlds"),
     ("types",),
-    ("advantages", "ratios", "inputs", "jobs", "reward"),
+    ("advantages", "inputs", "jobs", "reward"),
     ("objective", "document"),
     ("bases",),
     ("algorithms", "rewards"),
@@ -32,7 +32,7 @@ LAYERS = (
     ("evaluation",),
     ("comparison",),
     ("variance",),
-    ("testing",),
+    ("integrations", "testing"),
     ("cli",),
     ("__main__", "experiments"),
 )

@@ -13,12 +13,13 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from rich.console import Console
 
-from rlzoo.jobs import heartbeat
+from rlzoo.jobs import heartbeat, progress
 from rlzoo.jobs.outputs import write_atomically
 from rlzoo.jobs.pool import THREAD_VARIABLES, OutOfMemoryError, WorkerDiedError, pool
 
@@ -206,6 +207,41 @@ def test_a_line_says_how_long_and_what_until_the_work_ends(monkeypatch: pytest.M
     assert re.fullmatch(r"  0:0[01]:\d\d " + re.escape(details), last)
 
 
+def test_the_rest_takes_as_long_as_what_was_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was done before does not count: a fifth that an interrupted run had done took no time here."""
+    now = 100.0
+    monkeypatch.setattr("rlzoo.jobs.progress.time", SimpleNamespace(monotonic=lambda: now))
+    remaining = progress.Remaining()
+    assert remaining.after(0.2) == ""
+    now += 10
+    assert remaining.after(0.2) == "" and remaining.after(0.4) == ", 0:00:30 left" and remaining.after(1.0) == ""
+    assert remaining.after(0.1) == "", "other work has begun"
+    now += 100
+    assert remaining.after(0.2) == ", 0:13:20 left"
+
+
+def test_work_in_this_process_says_how_far_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lines in a log; on a terminal a bar, which leaves nothing behind."""
+    monkeypatch.setattr(heartbeat, "EVERY", 0.01)
+    log, terminal = io.StringIO(), io.StringIO()
+    with (
+        progress.reporting(Console(file=log), "loading") as one,
+        progress.reporting(Console(file=terminal, force_terminal=True, width=200), "loading") as other,
+    ):
+        for report in (one, other):
+            advance = progress.counting(8, "sampling", report)
+            advance(2)
+            advance(2)
+        until = time.monotonic() + 20
+        while not re.search(r"sampling 4/8, 0:00:0\d left", log.getvalue()) and time.monotonic() < until:
+            time.sleep(0.005)
+        while "sampling 4/8" not in terminal.getvalue() and time.monotonic() < until:
+            time.sleep(0.005)
+    assert re.search(r"^  0:00:0\d sampling 4/8, 0:00:0\d left$", log.getvalue(), re.MULTILINE)
+    assert "\x1b" not in log.getvalue() and "sampling 4/8" in terminal.getvalue()
+    assert terminal.getvalue().endswith("\x1b[2K"), "the bar is gone"
+
+
 def nap_until(mark: Path, report: Callable[[float, str], None]) -> None:
     report(0.0, "asleep")
     while not mark.exists():
@@ -222,7 +258,7 @@ def test_a_log_shows_now_and_then_what_is_done(monkeypatch: pytest.MonkeyPatch, 
 
     def wake() -> None:
         for name, line in told.items():
-            while line not in log.getvalue():
+            while line not in re.sub(r", \d:\d\d:\d\d left", "", log.getvalue()):
                 time.sleep(0.01)
             (tmp_path / name).touch()
 
@@ -234,7 +270,7 @@ def test_a_log_shows_now_and_then_what_is_done(monkeypatch: pytest.MonkeyPatch, 
         beat.doing = hidden.doing = processes.doing
         threading.Thread(target=wake, daemon=True).start()
         list(processes.gather({processes.submit(name, nap_until, tmp_path / name): name for name in told}))
-    lines = [re.sub(r"^  \d+:\d\d:\d\d ", "", line) for line in log.getvalue().splitlines()]
+    lines = [re.sub(r"^  \d+:\d\d:\d\d |, \d:\d\d:\d\d left", "", line) for line in log.getvalue().splitlines()]
     assert set(told.values()) <= set(lines) and terminal.getvalue() == ""
 
 

@@ -12,13 +12,13 @@ import pytest
 import torch
 from comparisons import small
 
+from rlzoo.bases.ratios import clipped_gradient, ratio_metrics
 from rlzoo.comparison import resolve
 from rlzoo.comparison.report import clipping, endings, plots, report_table, tables
 from rlzoo.comparison.report.schema import FinishedRun, Results, parse_results
 from rlzoo.config import load_experiment
 from rlzoo.document import Paragraph, Table
 from rlzoo.errors import UserError
-from rlzoo.ratios import clipped_gradient, ratio_metrics
 
 RIGHT = {"k": 1, "avg_at_k": 0.5, "greedy": 0.5, "pass_at_k": 0.5}
 

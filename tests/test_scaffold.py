@@ -155,10 +155,14 @@ def test_nothing_is_overwritten(there: str, capsys: pytest.CaptureFixture[str]) 
     assert f"'{there}/yours.py' cannot be written" in refused(capsys, "yours", "--folder", there)
 
 
-def test_the_objective_of_the_guide_passes_its_contract() -> None:
+def test_the_objective_and_the_reward_of_the_guide_pass_their_contracts() -> None:
     guide = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
-    code, test = (textwrap.dedent(block) for block in re.findall(r"```python\n(.*?)```", guide, re.DOTALL))
-    Path("my_objective.py").write_text(code)
-    Path("test_my_objective.py").write_text(test.replace('"my-objective"', '"my_objective.py:MyObjective"'))
+    blocks = [textwrap.dedent(block) for block in re.findall(r"```python\n(.*?)```", guide, re.DOTALL)]
+    files = ("my_objective.py", "test_my_objective.py", "brevity.py", "test_brevity.py")
+    given = {'"my-objective"': '"my_objective.py:MyObjective"', '"brevity"': '"brevity.py:brevity"'}
+    for file, text in zip(files, blocks, strict=True):
+        for name, spec in given.items():
+            text = text.replace(name, spec) if file.startswith("test_") else text
+        Path(file).write_text(text)
     tested = pytested()
-    assert tested.status == 0 and "1 passed" in tested.out, tested.out
+    assert tested.status == 0 and "2 passed" in tested.out, tested.out

@@ -66,6 +66,7 @@ ELSEWHERE = {
     "TableSource.bad_rows": "test_bad_rows.py::test_compare_records_what_it_dropped_of_every_set",
     "Training.behaviour": "test_buffers_layouts.py::test_samples_without_behaviour_log_probs",
     "Training.special_tokens": f"{REFUSED}::test_tables_that_spell_special_tokens_are_refused_or_counted",
+    "Training.turns": "test_masks.py::test_the_setting_reaches_training",
     "--curves": "test_curves.py::test_the_command",
     "--bad-rows": "test_bad_rows.py::test_rollout_reports_and_records_what_it_dropped",
     "EvaluationSettings.k": "test_evaluation.py::test_k_is_the_number_of_samples_unless_it_is_given",
@@ -117,6 +118,8 @@ ELSEWHERE = {
     "VarianceSettings.draws": "test_variance.py::test_exact_and_sampled_variances_agree",
     "VarianceSettings.every": "test_variance.py::test_the_command_with_an_objective_from_a_file",
     "VarianceSettings.probe_rows": "test_variance.py::test_the_probe_measures_every_k_steps_and_changes_nothing",
+    "VarianceSettings.token_classes": "test_variance_classes.py::test_the_command_measures_classes_of_a_file",
+    "VarianceSettings.class_gradients": "test_variance_classes.py::test_the_command_measures_classes_of_a_file",
     "VarianceSettings.seed": "test_variance.py::test_the_same_seed_gives_the_same_report",
     "--trust-remote-code": "test_cli.py::test_the_code_of_a_model_is_run_by_its_flag_alone",
     "--option": "test_cli.py::test_rollout_train_evaluate",
@@ -127,6 +130,7 @@ ELSEWHERE = {
     "--install-completion": "test_cli.py::test_completion_is_installed_for_the_shell",
     "--markdown": "test_catalogue.py::test_the_page_is_in_step_with_the_classes",
     "--folder": "test_scaffold.py",
+    "--quick": "test_doctor.py::test_a_missing_package_and_an_old_one",
     "--baseline": "test_compare.py::test_the_report_can_be_written_again",
     "--executor": "test_ray.py::test_a_node_that_dies_half_way_costs_nothing_but_time",
     "--address": "test_ray.py::test_there_is_no_cluster",
@@ -767,6 +771,22 @@ def test_options_together() -> None:
     assert row["training.batch_size"] == 6
     experiment = experiment_of("compare", "own-samples", "--batch-size", "6")
     assert {experiment.training_of(name).batch_size for name in experiment.algorithms} == {6}
+
+
+@shows("--column")
+def test_columns_of_ones_own_data() -> None:
+    columns = ["--column", "prompt={q} Please.", "--column", "solution=worked", "--column", "answer=label"]
+    own = {"prompt": "{q} Please.", "solution": "worked", "columns.answer": "label"}
+    train = {"train.source": "d.jsonl", **{f"train.{key}": value for key, value in own.items()}}
+    assert changed("rollout", "--data", "d.jsonl", *columns) == train
+    tests = {
+        f"benchmarks.{name}.{key}": value
+        for name in ("facts", "unseen-facts")
+        for key, value in {"source": "t.jsonl", **own}.items()
+    }
+    assert changed("evaluate", "--test-data", "t.jsonl", *columns) == tests
+    both = ["--data", "d.jsonl", "--test-data", "t.jsonl", *columns, "--set", "train.prompt=p"]
+    assert changed("compare", *both) == {**train, **tests, "train.prompt": "p"}
 
 
 @shows("--learning-rates")

@@ -78,6 +78,17 @@ def test_a_run_becomes_a_study(
         key: expected[0][key] for key in ("difference", "ci_low", "seeds")
     }
     capsys.readouterr()
+    assert cli.main(["results", "show", str(study), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    (shown,) = [
+        row for row in told["differences"] if (row["algorithm"], row["benchmark"], row["metric"]) == (
+            "dft", expected[0]["benchmark"], "greedy",
+        )
+    ]  # fmt: skip
+    assert {key: shown[key] for key in ("difference", "ci_low", "p")} == {
+        key: expected[0][key] for key in ("difference", "ci_low", "p")
+    }
+    assert told["baseline"] == "sft" and {row["algorithm"] for row in told["summary"]} == {"sft", "dft"}
     assert cli.main(["results", "export", str(study), "--format", "latex"]) == 0
     written = capsys.readouterr().out.split()
     assert written[0] == "facts-tables/results-facts.tex" and r"\toprule" in (tmp_path / written[0]).read_text()
@@ -89,8 +100,8 @@ def test_a_run_becomes_a_study(
 def test_the_command_looks_up_what_ships(capsys: pytest.CaptureFixture[str]) -> None:
     for command, told in (
         (["results"], ["arithmetic", "zoo", "28"]),
-        (["results", "show", "facts"], ["unseen-facts", "69.9"]),
-        (["results", "compare", "dft", "sft"], ["arithmetic:", "+1.8"]),
+        (["results", "show", "facts"], ["unseen-facts", "71.2"]),
+        (["results", "compare", "dft", "sft"], ["arithmetic:", "+2.5"]),
     ):
         assert cli.main(command) == 0
         out = " ".join(capsys.readouterr().out.split())

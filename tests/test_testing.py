@@ -117,6 +117,10 @@ WRONG: Mapping[str, tuple[Objective, str]] = {
         broken(lambda b: b.logp.exp() / b.mask.shape[1]),
         "depends on how far rows are padded",
     ),
+    "counts positions": (
+        broken(lambda b: b.logp.exp() * 0.9 ** torch.arange(b.mask.shape[1], dtype=b.dtype)),
+        "depends on masked positions between tokens: count tokens with batch.mask.cumsum(1)",
+    ),
     "looks at the first row": (
         broken(lambda b: b.logp.exp() * b.mask[0].sum()),
         "depends on the order of rows",

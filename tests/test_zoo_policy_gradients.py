@@ -16,9 +16,9 @@ from canonical import clipped_gain, completions, groups_of, token_count
 from test_zoo_rl import double, on_policy, values
 
 from rlzoo.advantages import batch_normalised, group_normalised, optimal_value, quantile
+from rlzoo.bases.ratios import kl_estimate
 from rlzoo.errors import UserError
 from rlzoo.objective import get_objective, surrogate
-from rlzoo.ratios import kl_estimate
 from rlzoo.testing import check_objective
 from rlzoo.testing.batches import LENGTH, gradients, prepared
 from rlzoo.types import TokenBatch
@@ -320,6 +320,15 @@ def test_qrpo_sees_the_order_of_rewards_alone(seed: int) -> None:
     assert batch.reward is not None
     moved = replace(batch, reward=(3 * batch.reward).exp() - 7)
     assert torch.equal(gradient("qrpo", moved), gradient("qrpo", batch))
+
+
+def test_qrpo_imitates_the_samples_of_a_prompt_that_none_solves() -> None:
+    # All have q = 1, as the right one of the other group has, where half of the others are as wrong as the wrong ones.
+    batch = hand_batch([[0.5]] * 5, reward=double([0, 0, 1, 0, 0]), group=torch.tensor([0, 0, 1, 1, 1]))
+    batch = batch.replace(reference_logp=batch.logp.detach())
+    found = values(get_objective("qrpo", beta=0.5), batch)[:, 0]  # with 2β = 1 the coefficient is the target
+    torch.testing.assert_close(found, double([1, 1, 1, 0.5, 0.5]) - 0.5 * math.log(0.5 * (math.e**2 - 1)))
+    assert (found[:3] > 0).all() and (found[3:] < 0).all()
 
 
 def test_quantiles_by_hand() -> None:

@@ -17,13 +17,13 @@ from test_training import RAW, Fixed, distance, make_batch, trained
 from torch import Tensor
 
 from rlzoo.advantages import group_centred, group_varies, optimal_token_baseline
+from rlzoo.bases.ratios import clipped_gradient, sequence_ratio, token_ratio
 from rlzoo.buffers import Buffer, OfflineBuffer
 from rlzoo.buffers.problems import Problem, encode_problems
 from rlzoo.config import Sampling, Training
 from rlzoo.errors import UserError
 from rlzoo.objective import Objective, get_objective, surrogate
 from rlzoo.policy import Policy
-from rlzoo.ratios import clipped_gradient, sequence_ratio, token_ratio
 from rlzoo.reward import Reward
 from rlzoo.rollout import TransformersSampler, collect_rollouts
 from rlzoo.testing.batches import LENGTH, gradients, prepared

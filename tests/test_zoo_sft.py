@@ -386,7 +386,7 @@ def test_a_reference_is_kept_for_those_that_ask_for_its_logits(make_policy: Make
 # PEAR
 
 
-@pytest.mark.parametrize("variant", ["token", "sequence"])
+@pytest.mark.parametrize("variant", ["token", "block", "sequence"])
 @pytest.mark.parametrize("seed", SEEDS)
 def test_pear_of_the_policys_own_demonstrations_is_sft(variant: str, seed: int) -> None:
     batch = random_batch(seed)
@@ -405,13 +405,24 @@ def test_pear_by_hand() -> None:
     bounds = {"log_ratio_min": -math.log(2), "log_ratio_max": math.log(2)}
     weights = get_objective("pear", gamma=0.5, **bounds).coefficients(batch).values
     assert weights[0].tolist() == pytest.approx([1 / 8, 1 / 4, 1])
+    blocks = get_objective("pear", gamma=0.5, variant="block", block_size=2, **bounds).coefficients(batch).values
+    assert blocks[0].tolist() == pytest.approx([1 / 4, 1 / 4, 1])  # the first two have the weight of the second
     whole = get_objective("pear", variant="sequence", **bounds).coefficients(batch).values
     assert whole[0].tolist() == pytest.approx([1, 1, 1])
     held = get_objective("pear").coefficients(batch).values  # the ratios are held between e^-0.08 and e^0.3
     assert held[0].tolist() == pytest.approx([0.999**2 * math.exp(-0.08), 0.999 * math.exp(-0.08), 1])
-    for wrong in ({"gamma": 0.0}, {"log_ratio_min": 1.0}):
+    for wrong in ({"gamma": 0.0}, {"log_ratio_min": 1.0}, {"block_size": 0}):
         with pytest.raises(UserError, match="pear needs"):
             get_objective("pear", **wrong)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_pear_in_blocks_lies_between_token_and_none(seed: int) -> None:
+    batch = random_batch(seed)
+    of_token, of_one = (get_objective("pear", **options) for options in ({}, {"variant": "block", "block_size": 1}))
+    assert torch.equal(*(one.coefficients(batch.detach()).values[batch.mask] for one in (of_token, of_one)))
+    whole = get_objective("pear", variant="block", block_size=batch.mask.shape[1])  # nothing follows the only block
+    assert torch.equal(whole.coefficients(batch.detach()).values[batch.mask], torch.ones_like(batch.logp[batch.mask]))
 
 
 def test_pear_takes_the_authors_log_probs_from_the_rows_or_from_a_model() -> None:

@@ -36,13 +36,15 @@ def synchronise() -> None:
 
 @dataclass
 class Watch:
-    """Seconds and peak memory of each step of an engine."""
+    """Seconds, of the clock and of the CPU, and peak memory of each step of an engine."""
 
     on_gradient: Callable[[], None] | None = None
     """Called when the gradient of a step is whole; its time does not count."""
     seconds: list[float] = field(default_factory=list)
+    cpu_seconds: list[float] = field(default_factory=list)
     peaks: list[int] = field(default_factory=list)
     _started: float = 0.0
+    _cpu_started: float = 0.0
 
     def begin(self) -> None:
         """A step begins."""
@@ -50,20 +52,22 @@ class Watch:
             release_memory()
         reset_peak_memory()
         synchronise()
-        self._started = time.perf_counter()
+        self._started, self._cpu_started = time.perf_counter(), time.process_time()
 
     def gradient(self) -> None:
         """The gradient of the step is whole."""
         if self.on_gradient is not None:
             synchronise()
-            paused = time.perf_counter()
+            paused, cpu_paused = time.perf_counter(), time.process_time()
             self.on_gradient()
             self._started += time.perf_counter() - paused
+            self._cpu_started += time.process_time() - cpu_paused
 
     def end(self) -> None:
         """The step is done."""
         synchronise()
         self.seconds.append(time.perf_counter() - self._started)
+        self.cpu_seconds.append(time.process_time() - self._cpu_started)
         self.peaks.append(peak_memory_bytes())
 
 

@@ -70,7 +70,10 @@ def key(files: Sequence[Path], tokenizer: Any, settings: Mapping[str, Any]) -> s
 def _code() -> str:
     """A digest of the modules that read and encode rows."""
     here = Path(__file__).parent
-    files = [*sorted(here.glob("*.py")), *(here.parent / "policy" / f"{name}.py" for name in ("chat", "encoding"))]
+    files = [
+        *sorted(here.glob("*.py")),
+        *(here.parent / "policy" / f"{name}.py" for name in ("chat", "encoding", "turns")),
+    ]
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from rlzoo.buffers.bad_rows import BadRows
-from rlzoo.buffers.schema import LOG_PROBS, NULLABLE, SAMPLING, SCHEMA, SOURCES, arrow, to_dataset
+from rlzoo.buffers.schema import ADDED, LOG_PROBS, NULLABLE, SAMPLING, SCHEMA, SOURCES, arrow, to_dataset
 from rlzoo.errors import UserError
 
 _NEEDED = {"reward_components": ("name",), "messages": ("role", "content"), "inputs": ("name", "values")}
@@ -47,10 +47,16 @@ def checked(rows: datasets.Dataset, origin: str, bad: BadRows | None = None) -> 
 def conform(rows: datasets.Dataset, origin: str) -> datasets.Dataset:
     """The data set in the schema's columns. Raises UserError for a column that is missing or has the wrong type."""
     missing = [name for name in SCHEMA if name not in rows.column_names]
-    if missing:
+    if others := [name for name in missing if name not in ADDED]:
         raise UserError(
-            f"{origin} has no column {missing[0]!r}, so it is not a saved buffer: import TRL data with from_trl"
+            f"{origin} has no column {others[0]!r}, so it is not a saved buffer: import TRL data with from_trl"
         )
+    if missing:
+        kinds = {name: SCHEMA.arrow_schema.field(name).type for name in missing}
+        table = arrow(rows)
+        for name, kind in kinds.items():
+            table = table.append_column(name, pa.nulls(len(table), kind))
+        rows = to_dataset(table)
     if list(rows.column_names) != list(SCHEMA):
         rows = rows.select_columns(list(SCHEMA))
     if dict(rows.features) == dict(SCHEMA):
@@ -120,11 +126,29 @@ def _all_wrong(table: pa.Table) -> Iterator[Wrong]:
         own = pc.list_value_length(table[name])
         for row in _rows(pc.not_equal(own, tokens)):
             yield row, f"{name} has {own[row]} values for {tokens[row]} completion tokens: compute them again"
+    yield from _wrong_masks(table["completion_mask"], tokens)
     for name, fields in _NEEDED.items():
         for row, _ in _inside(table[name], lambda one, fields=fields: _lacks(one, fields)):  # type: ignore[misc]
             yield row, f"{name} has an entry without {' or '.join(fields)}"
     yield from _wrong_inputs(table["inputs"], tokens)
     yield from _wrong_columns(table["columns"])
+
+
+def _wrong_masks(column: pa.ChunkedArray, tokens: pa.ChunkedArray) -> Iterator[Wrong]:
+    """Masks that hold a null, are not of the completion's length, or leave no token to learn from."""
+    for row, _ in _inside(column, pc.is_null):
+        yield row, "completion_mask holds null: give true or false per completion token"
+    own = pc.list_value_length(column)
+    for row in _rows(pc.not_equal(own, tokens)):
+        yield row, f"completion_mask has {own[row]} values for {tokens[row]} completion tokens: give one per token"
+    before = 0
+    for chunk in column.chunks:
+        learned = np.zeros(len(chunk), np.bool_)
+        kept = pc.fill_null(chunk.flatten(), False).to_numpy(zero_copy_only=False)
+        learned[pc.list_parent_indices(chunk).to_numpy()[kept]] = True
+        for place in np.flatnonzero(chunk.is_valid().to_numpy(zero_copy_only=False) & ~learned):
+            yield before + int(place), "completion_mask is false for all tokens: a row needs one to learn from"
+        before += len(chunk)
 
 
 def _wrong_inputs(column: pa.ChunkedArray, tokens: pa.ChunkedArray) -> Iterator[Wrong]:

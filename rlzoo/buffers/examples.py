@@ -7,19 +7,31 @@ reward) are read as well.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
 
 from rlzoo.buffers.values import Row, find, number
 from rlzoo.errors import UserError, kind_of
 from rlzoo.policy.chat import Message, messages
-from rlzoo.policy.encoding import Prompt
+from rlzoo.policy.encoding import Completion, Prompt
 
 _QUESTIONS = ("question", "query", "instruction", "input", "problem")
 """Columns that probably hold the prompt if no column has that name."""
 COMPLETIONS = ("completion", "chosen", "rejected", "messages", "text")
 """Columns that hold completions."""
+LAST, ALL = "last", "all"
+"""Which turns of the assistant are learned from; anything else is the key of a message that says so, as ``weight``."""
+UNMARKED = "conversations in which no turn has the key of training.turns, so that all the assistant's are learned from"
+
+
+class TokenisedRow(NamedTuple):
+    """A row that is tokenised already."""
+
+    prompt: list[int]
+    completion: list[int]
+    mask: list[bool]
+    """Which tokens of the completion are learned from."""
 
 
 @dataclass(frozen=True)
@@ -27,9 +39,15 @@ class Example:
     """A prompt with one completion, before tokenisation."""
 
     prompt: Prompt
-    completion: str | Message
+    completion: Completion
     source: str = "demonstration"
     reward: float | None = None
+    learned: tuple[int, ...] | None = None
+    """Which messages of a completion of several turns are learned from."""
+    notes: Mapping[str, str] = field(default_factory=dict)
+    """What was assumed in reading → an example."""
+    tokens: TokenisedRow | None = None
+    """Its tokens, in place of prompt and completion."""
 
 
 @dataclass(frozen=True)
@@ -38,16 +56,20 @@ class ExampleFormat:
 
     name: str
     columns: tuple[str, ...]
-    read: Callable[[Row], list[Example]]
+    read: Callable[[Row, str], list[Example]]
+    """The examples of a row, given which turns of the assistant are learned from."""
 
 
 def require_text(example: Example, column: str) -> None:
-    """Raise UserError for a completion without text or tool calls."""
+    """Raise UserError for a completion, or a turn learned from, without text or tool calls."""
     said = example.completion
-    if not isinstance(said, str):
-        (turn,) = messages([said], "the completion")
-        said = turn["content"] or str(turn.get("tool_calls") or "")
-    if not said.strip():
+    if isinstance(said, str):
+        texts = [said]
+    else:
+        turns = messages(said if isinstance(said, list) else [said], "the completion")
+        learned = range(len(turns)) if example.learned is None else example.learned
+        texts = [turns[place]["content"] or str(turns[place].get("tool_calls") or "") for place in learned]
+    if not all(text.strip() for text in texts):
         what = "has an answer that is" if column == "messages" else "is"
         raise UserError(f"column {column!r} {what} empty or blank: fill it in, or drop the row")
 
@@ -112,12 +134,12 @@ def require_same(first: tuple[ExampleFormat, bool], found: tuple[ExampleFormat, 
         )
 
 
-def _preference(row: Row) -> list[Example]:
+def _preference(row: Row, turns: str) -> list[Example]:
     prompt = _prompt(row, "prompt")
-    return _ranked(prompt, _completion(row, "chosen", prompt), _completion(row, "rejected", prompt))
+    return _ranked(*(_completed(row, name, prompt, turns) for name in ("chosen", "rejected")))
 
 
-def _implicit_preference(row: Row) -> list[Example]:
+def _implicit_preference(row: Row, turns: str) -> list[Example]:
     chosen, rejected = _text(row, "chosen"), _text(row, "rejected")
     if asked := [name for name in _QUESTIONS if isinstance(row.get(name), str)]:
         raise UserError(
@@ -132,7 +154,7 @@ def _implicit_preference(row: Row) -> list[Example]:
     other, worse = _last_turn(rejected, "rejected")
     if prompt != other:
         raise UserError("columns 'chosen' and 'rejected' differ before their last turn: give the prompt in 'prompt'")
-    return _ranked(prompt, better, worse)
+    return _ranked(Example(prompt, better), Example(prompt, worse))
 
 
 def _implicit_text_preference(chosen: str, rejected: str) -> list[Example]:
@@ -142,38 +164,39 @@ def _implicit_text_preference(chosen: str, rejected: str) -> list[Example]:
         same -= 1  # as TRL does: the space belongs to the completion's first word
     if not chosen[:same]:
         raise UserError("columns 'chosen' and 'rejected' share no beginning: give the prompt in 'prompt'")
-    return _ranked(chosen[:same], chosen[same:], rejected[same:])
+    return _ranked(Example(chosen[:same], chosen[same:]), Example(chosen[:same], rejected[same:]))
 
 
-def _ranked(prompt: Prompt, better: str | Message, worse: str | Message) -> list[Example]:
-    if better == worse:
+def _ranked(better: Example, worse: Example) -> list[Example]:
+    if better.completion == worse.completion:
         raise UserError("columns 'chosen' and 'rejected' are the same: drop the row")
-    return [Example(prompt, better, "preference", 1.0), Example(prompt, worse, "preference", 0.0)]
+    return [replace(better, source="preference", reward=1.0), replace(worse, source="preference", reward=0.0)]
 
 
-def _unpaired_preference(row: Row) -> list[Example]:
+def _unpaired_preference(row: Row, turns: str) -> list[Example]:
     label = row["label"]
     if isinstance(label, str):  # as a CSV file has it
         label = {"true": 1, "false": 0, "1": 1, "0": 0}.get(label.strip().lower(), label)
     if label not in (0, 1):
         raise UserError(f"column 'label' holds {row['label']!r:.60}: give true or false")
-    (example,) = _prompt_completion(row)
-    return [Example(example.prompt, example.completion, "preference", float(label))]
+    (example,) = _prompt_completion(row, turns)
+    return [replace(example, source="preference", reward=float(label))]
 
 
-def _graded(row: Row) -> list[Example]:
+def _graded(row: Row, turns: str) -> list[Example]:
     """Samples of other policies: one completion with its reward, or lists of both."""
     prompt, completions, rewards = _prompt(row, "prompt"), row["completion"], row["reward"]
     if not (isinstance(completions, list) and isinstance(rewards, list)):
-        return [Example(prompt, _completion(row, "completion", prompt), "policy", _reward(rewards))]
+        one = _completed(row, "completion", prompt, turns)
+        return [replace(one, source="policy", reward=_reward(rewards))]
     if len(completions) != len(rewards) or not completions:
         raise UserError(
             f"columns 'completion' and 'reward' hold lists of {len(completions)} and {len(rewards)}: "
             "give each completion its reward"
         )
-    pairs = zip(completions, rewards, strict=True)
-    made = [(_completion({"completion": each}, "completion", prompt), _reward(reward)) for each, reward in pairs]
-    return [Example(prompt, completion, "policy", reward) for completion, reward in made]
+    made = [_completed({"completion": each}, "completion", prompt, turns) for each in completions]
+    pairs = zip(made, rewards, strict=True)
+    return [replace(one, source="policy", reward=_reward(reward)) for one, reward in pairs]
 
 
 def _reward(value: Any) -> float:
@@ -184,19 +207,86 @@ def _reward(value: Any) -> float:
         raise UserError(f"column 'reward' holds {told}: give a finite number") from None
 
 
-def _prompt_completion(row: Row) -> list[Example]:
-    prompt = _prompt(row, "prompt")
-    return [Example(prompt, _completion(row, "completion", prompt))]
+def _prompt_completion(row: Row, turns: str) -> list[Example]:
+    return [_completed(row, "completion", _prompt(row, "prompt"), turns)]
 
 
-def _messages(row: Row) -> list[Example]:
+def _messages(row: Row, turns: str) -> list[Example]:
     conversation = _text(row, "messages")
     if isinstance(conversation, str):
         raise UserError("column 'messages' is plain text: give a list of {role, content}, or call it 'text'")
-    return [Example(*_last_turn(conversation, "messages"))]
+    if turns == LAST:
+        return [Example(*_last_turn(conversation, "messages"))]
+    learned, notes = _learned(conversation, turns, "messages")
+    first, last = learned[0], learned[-1]
+    if not first:
+        raise UserError(
+            "column 'messages' begins with a turn of the assistant that is learned from, which no prompt comes before: "
+            "drop that turn, or the row"
+        )
+    own = tuple(place - first for place in learned)
+    return [Example(conversation[:first], conversation[first : last + 1], learned=own, notes=notes)]
 
 
-def _plain_text(row: Row) -> list[Example]:
+def _learned(conversation: list[Message], turns: str, column: str) -> tuple[list[int], dict[str, str]]:
+    """The places of the assistant's turns that are learned from, and what was assumed in finding them."""
+    own = [place for place, message in enumerate(conversation) if message["role"] == "assistant"]
+    notes: dict[str, str] = {}
+    if turns == LAST:
+        own = own[-1:]
+    elif turns != ALL and not any(turns in message for message in conversation):
+        notes = {UNMARKED: f"no {turns!r} in column {column!r}"}
+    elif turns != ALL:
+        own = [place for place in own if _is_marked(conversation[place].get(turns, 1), turns, place, column)]
+    if not own:
+        roles = ", ".join(message["role"] for message in conversation)
+        raise UserError(
+            f"column {column!r} has no turn of the assistant that is learned from (turns: {turns}), and its roles are "
+            f"{roles:.80}: drop the row"
+        )
+    return own, notes
+
+
+def _is_marked(value: Any, key: str, place: int, column: str) -> bool:
+    if value not in (0, 1):
+        raise UserError(f"column {column!r} has {key!r} = {value!r:.40} in message {place + 1}: give 0 or 1")
+    return bool(value)
+
+
+IGNORED = -100
+"""The label of tokens that are not learned from, in data tokenised for transformers' Trainer."""
+
+
+def _tokenised(row: Row, turns: str) -> list[Example]:
+    """Tokens with the marks that trainers read: those that any of them leaves out are not learned from."""
+    ids = _integers(row, "input_ids")
+    marks = [_integers(row, name) for name in ("completion_mask", "assistant_masks") if row.get(name) is not None]
+    labels = _integers(row, "labels") if row.get("labels") is not None else ids
+    if odd := [place for place, (a, b) in enumerate(zip(ids, labels, strict=False)) if b not in (a, IGNORED)]:
+        raise UserError(
+            f"column 'labels' has {labels[odd[0]]} for token {ids[odd[0]]} at place {odd[0]}: give the token itself, "
+            f"or {IGNORED} where it is not learned from"
+        )
+    if short := [len(own) for own in (*marks, labels) if len(own) != len(ids)]:
+        raise UserError(
+            f"column 'input_ids' has {len(ids)} tokens and a mask or label of {short[0]}: give one per token"
+        )
+    learned = [label != IGNORED and all(own) for label, *own in zip(labels, *marks, strict=True)]
+    if not any(learned[1:]):
+        raise UserError("column 'input_ids' has no token that is learned from, after the first: drop the row")
+    begins = _integers(row, "completion_mask") if row.get("completion_mask") is not None else learned
+    start, end = max(1, next(place for place, one in enumerate(begins) if one)), len(ids) - learned[::-1].index(True)
+    return [Example("", "", tokens=TokenisedRow(ids[:start], ids[start:end], learned[start:end]))]
+
+
+def _integers(row: Row, column: str) -> list[int]:
+    value = find(row, column)
+    if not isinstance(value, list) or not all(isinstance(x, int) for x in value):
+        raise UserError(f"column {column!r} holds {kind_of(value)}: give a list of whole numbers")
+    return value
+
+
+def _plain_text(row: Row, turns: str) -> list[Example]:
     text = _text(row, "text")
     if not isinstance(text, str):
         raise UserError("column 'text' is a conversation: call it 'messages'")
@@ -205,6 +295,10 @@ def _plain_text(row: Row) -> list[Example]:
 
 GRADED = ExampleFormat("graded", ("prompt", "completion", "reward"), _graded)
 FORMATS = (
+    *(
+        ExampleFormat("tokenised", ("input_ids", marks), _tokenised)
+        for marks in ("labels", "assistant_masks", "completion_mask")
+    ),
     ExampleFormat("preference", ("prompt", "chosen", "rejected"), _preference),
     ExampleFormat("implicit-prompt preference", ("chosen", "rejected"), _implicit_preference),
     ExampleFormat("unpaired preference", ("prompt", "completion", "label"), _unpaired_preference),
@@ -230,17 +324,21 @@ def _prompt(row: Row, column: str) -> Prompt:
     return prompt
 
 
-def _completion(row: Row, column: str, prompt: Prompt) -> str | Message:
+def _completed(row: Row, column: str, prompt: Prompt, turns: str) -> Example:
+    """The prompt with the completion in a column: text, or turns, of which ``turns`` says what is learned from."""
     value = _text(row, column)
     if isinstance(value, str) != isinstance(prompt, str):
         raise UserError(f"columns {column!r} and 'prompt' mix a conversation and plain text: use one form for both")
     if isinstance(value, str):
-        return value
-    if len(value) != 1 or value[0]["role"] != "assistant":
+        return Example(prompt, value)
+    if {value[0]["role"], value[-1]["role"]} != {"assistant"}:
         raise UserError(
-            f"column {column!r} must be one turn of the assistant, after the prompt's alone: move others to 'prompt'"
+            f"column {column!r} must begin and end with a turn of the assistant: move what is before to 'prompt'"
         )
-    return value[0]
+    if len(value) == 1 and turns in (LAST, ALL):
+        return Example(prompt, value[0])
+    learned, notes = _learned(value, turns, column)
+    return Example(prompt, value[: learned[-1] + 1], learned=tuple(learned), notes=notes)
 
 
 def _last_turn(conversation: list[Message], column: str) -> tuple[list[Message], Message]:

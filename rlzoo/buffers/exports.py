@@ -8,6 +8,7 @@ from typing import Any, Literal
 import datasets
 
 from rlzoo.buffers.buffer import Buffer
+from rlzoo.buffers.examples import IGNORED
 from rlzoo.buffers.selectors import THRESHOLD
 from rlzoo.buffers.tables import table_of
 from rlzoo.errors import UserError, unknown
@@ -15,7 +16,7 @@ from rlzoo.policy.chat import Message
 from rlzoo.policy.encoding import Prompt
 from rlzoo.types import Selection, Trajectory
 
-Kind = Literal["prompt_completion", "preference", "unpaired_preference", "prompt_only"]
+Kind = Literal["prompt_completion", "preference", "unpaired_preference", "prompt_only", "tokenised"]
 Exported = Iterator[tuple[Trajectory, dict[str, Any]]]
 
 
@@ -23,10 +24,12 @@ def to_trl(buffer: Buffer, kind: Kind, conversational: bool | None = None) -> da
     """The buffer's rows in one of TRL's formats, with ``prompt_id`` and the problems' own columns.
 
     ``prompt_completion`` takes demonstrations; ``preference`` pairs of a better and a worse completion;
-    ``unpaired_preference`` every sampled row with a reward; ``prompt_only`` each prompt once. Truncated completions are
-    left out, because TRL would append an end of sequence. If ``conversational``, a plain prompt becomes a user turn;
-    None gives conversations if all rows are conversations. Raises UserError for an unknown kind, and if no rows are
-    left.
+    ``unpaired_preference`` every sampled row with a reward; ``prompt_only`` each prompt once. ``tokenised`` has the
+    demonstrations' tokens: ``input_ids``, ``labels``, which are -100 for tokens that are not learned from, and
+    ``completion_mask``, 0 for the prompt. In the other forms truncated completions are left out, because TRL would
+    append an end of sequence. If ``conversational``, a plain prompt becomes a user turn; None gives conversations if
+    all rows are conversations. Raises UserError for an unknown kind, if no rows are left, and for a completion with
+    tokens that are not learned from in a form that cannot say so.
     """
     if conversational is None:
         conversational = len(buffer) > 0 and buffer.is_complete("messages")
@@ -72,11 +75,28 @@ def _export_prompt_only(buffer: Buffer, conversational: bool) -> Exported:
             yield row, _out_prompt(row, conversational)
 
 
+def _export_tokenised(buffer: Buffer, _: bool) -> Exported:
+    for (index,) in buffer.view(Selection.DEMONSTRATIONS).units:
+        row = buffer[index]
+        mask = row.completion_mask or [True] * len(row.completion_ids)
+        labels = [token if kept else IGNORED for token, kept in zip(row.completion_ids, mask, strict=True)]
+        before = len(row.prompt_ids)
+        yield (
+            row,
+            {
+                "input_ids": [*row.prompt_ids, *row.completion_ids],
+                "labels": [*[IGNORED] * before, *labels],
+                "completion_mask": [*[0] * before, *[1] * len(mask)],
+            },
+        )
+
+
 _EXPORTS: Mapping[Kind, Callable[[Buffer, bool], Exported]] = {
     "prompt_completion": _export_prompt_completion,
     "preference": _export_preference,
     "unpaired_preference": _export_unpaired_preference,
     "prompt_only": _export_prompt_only,
+    "tokenised": _export_tokenised,
 }
 
 
@@ -93,4 +113,9 @@ def _out_prompt(row: Trajectory, conversational: bool) -> dict[str, Prompt]:
 
 
 def _out_completion(row: Trajectory, conversational: bool) -> str | list[Message]:
+    if row.completion_mask is not None:
+        raise UserError(
+            f"a completion of prompt {row.prompt_id!r} has tokens that are not learned from, which text cannot say: "
+            "write demonstrations as tokenised"
+        )
     return [{"role": "assistant", "content": row.completion}] if conversational else row.completion

@@ -18,7 +18,16 @@ import datasets
 from rlzoo.buffers import cache
 from rlzoo.buffers.bad_rows import BadRows, collecting
 from rlzoo.buffers.buffer import OfflineBuffer
-from rlzoo.buffers.examples import COMPLETIONS, GRADED, Example, ExampleFormat, recognise, require_same, require_text
+from rlzoo.buffers.examples import (
+    COMPLETIONS,
+    GRADED,
+    LAST,
+    Example,
+    ExampleFormat,
+    recognise,
+    require_same,
+    require_text,
+)
 from rlzoo.buffers.files import BATCH, Item, batch_rows, object_row
 from rlzoo.buffers.layouts import aliases, as_trl
 from rlzoo.buffers.schema import to_row
@@ -26,7 +35,8 @@ from rlzoo.buffers.tables import SourceTable, chunks
 from rlzoo.buffers.values import Columns, Row, find, own_id, renamed, usable
 from rlzoo.errors import UserError, kind_of
 from rlzoo.policy.chat import options_of
-from rlzoo.policy.encoding import CUT, Encoded, RowCheck, Special, Steps, encode_batch, encode_steps, got
+from rlzoo.policy.encoding import CUT, Encoded, RowCheck, Special, encode_batch, encode_steps, encode_tokens, got
+from rlzoo.policy.turns import Steps
 from rlzoo.types import Trajectory
 
 Fits = Callable[[Sequence[int], Sequence[int]], None]
@@ -41,16 +51,18 @@ def from_trl(
     columns: Columns | None = None,
     bad: BadRows | None = None,
     special_tokens: Special = "reject",
+    turns: str = LAST,
 ) -> OfflineBuffer:
     """A buffer from the rows of a TRL data set.
 
-    Prompt-completion and language-modelling rows become demonstrations (the last of ``messages`` is the completion), a
-    preference row two rows of reward 1 and 0, an unpaired one a row of reward 1 or 0, and graded rows samples with
-    their reward. ``prompt_id`` or ``id`` identifies the prompt, else its text does. ``max_length`` limits prompt +
-    completion, ``max_completion_tokens`` the completion, both in tokens; longer completions are cut. ``columns``
-    renames columns first. Text that spells a special token makes a row bad, or is counted with
-    ``special_tokens="allow"``. ``bad`` collects the counts, which otherwise become warnings. Raises UserError naming
-    the row (from 1) and the column, unless ``bad`` drops such rows.
+    Prompt-completion and language-modelling rows become demonstrations, a preference row two rows of reward 1 and 0, an
+    unpaired one a row of reward 1 or 0, and graded rows samples with their reward. Of a conversation, the ``last`` turn
+    of the assistant is learned from, ``all`` of them, or those whose key ``turns`` (such as ``weight``) is not 0; its
+    completion begins with the first of these, or where the column of the completion does. ``prompt_id`` or ``id``
+    identifies the prompt, else its text does. ``max_length`` limits prompt + completion, ``max_completion_tokens`` the
+    completion, both in tokens; longer completions are cut. ``columns`` renames columns first. Text that spells a
+    special token makes a row bad, or is counted with ``special_tokens="allow"``. ``bad`` collects the counts, which
+    otherwise become warnings. Raises UserError naming the row (from 1) and the column, unless ``bad`` drops such rows.
     """
     if isinstance(rows, Mapping) or not isinstance(rows, Iterable):
         names = f" ({', '.join(map(str, rows))})" if isinstance(rows, Mapping) else ""
@@ -62,7 +74,7 @@ def from_trl(
         items = ((place.strip(), row) for place, row in items)
     else:
         items = ((f"row {number}", object_row(row, "row")) for number, row in enumerate(rows, 1))
-    encoding = _Encoding(tokenizer, max_length, max_completion_tokens, special_tokens)
+    encoding = _Encoding(tokenizer, max_length, max_completion_tokens, special_tokens, turns)
     with collecting(bad) as bad:
         return OfflineBuffer.of_checked(cache.spooled(_rows(items, encoding, columns or {}, bad)))
 
@@ -77,16 +89,18 @@ def read_buffer(
     special_tokens: Special = "reject",
     fits: Fits | None = None,
     max_length: int | None = None,
+    turns: str = LAST,
 ) -> OfflineBuffer:
     """A saved buffer (folder, .parquet, .jsonl), or a table or Hub data set in a format that `from_trl` reads.
 
-    ``split``, ``columns`` and ``special_tokens`` are for tables. Demonstrations, and all completions of a table, are
-    cut to ``max_completion_tokens``, and to what the prompt leaves of ``max_length``. A row that does not fit the model
-    (``fits``, as from `Policy.row_check`) is a bad row. Raises UserError naming ``where``, the row and the column.
+    ``split``, ``columns``, ``special_tokens`` and ``turns`` are for tables. Demonstrations, and all completions of a
+    table, are cut to ``max_completion_tokens``, and to what the prompt leaves of ``max_length``. A row that does not
+    fit the model (``fits``, as from `Policy.row_check`) is a bad row. Raises UserError naming ``where``, the row and
+    the column.
 
     Tokens are kept in the cache of `datasets` (`rlzoo.buffers.cache`) for the next time that the same table is read.
     """
-    encoding = _Encoding(tokenizer, max_length, max_completion_tokens, special_tokens, fits)
+    encoding = _Encoding(tokenizer, max_length, max_completion_tokens, special_tokens, turns, fits)
     with collecting(bad) as bad:
         return _read_buffer(where, bad, split, columns or {}, encoding)
 
@@ -120,23 +134,44 @@ def _saved(where: str, encoding: _Encoding, bad: BadRows) -> OfflineBuffer:
         most is not None and (buffer.tokens(*names) > most).any()
         for most, *names in ((limit, "completion_ids"), (whole,))
     ):
-        cut = (_cut(number, row, encoding, bad) for number, row in enumerate(buffer, 1))
-        buffer = OfflineBuffer.from_trajectories(cut)
+        buffer = OfflineBuffer.from_trajectories(_cut(buffer, encoding, bad))
     if encoding.fits is None or bad.mode == "reject":  # the caller checks all rows at once
         return buffer
     return _fitting(buffer, encoding.fits, bad)
 
 
-def _cut(number: int, row: Trajectory, encoding: _Encoding, bad: BadRows) -> Trajectory:
-    whole = encoding.max_length
-    rooms = (encoding.max_completion_tokens, None if whole is None else max(1, whole - len(row.prompt_ids)))
-    limit = min(room for room in rooms if room is not None)
-    if row.source != "demonstration" or len(row.completion_ids) <= limit:
-        return row
-    bad.note(f"row {number} of the buffer", {CUT: f"{limit} of {len(row.completion_ids)} tokens are kept"})
-    kept = row.completion_ids[:limit]
+def _cut(buffer: OfflineBuffer, encoding: _Encoding, bad: BadRows) -> Iterator[Trajectory]:
+    """The rows of a saved buffer, with demonstrations cut; one of which nothing to learn from is left is bad."""
+    whole, left = encoding.max_length, 0
+    for number, row in enumerate(buffer, 1):
+        rooms = (encoding.max_completion_tokens, None if whole is None else max(1, whole - len(row.prompt_ids)))
+        limit, place = min(room for room in rooms if room is not None), f"row {number} of the buffer"
+        if row.source == "demonstration" and len(row.completion_ids) > limit:
+            tokens = len(row.completion_ids)
+            with bad.at(place):
+                row = _shortened(row, limit, encoding.tokenizer)
+            if len(row.completion_ids) > limit:
+                continue
+            bad.note(place, {CUT: f"{limit} of {tokens} tokens are kept"})
+        left += 1
+        yield row
+    bad.require_some(left)
+
+
+def _shortened(row: Trajectory, limit: int, tokenizer: Any) -> Trajectory:
+    """The row with the first tokens of its completion. Raises UserError if none of them is learned from."""
+    kept, mask, tokens = row.completion_ids[:limit], row.completion_mask, len(row.completion_ids)
+    if mask is not None and not any(mask[:limit]):
+        raise UserError(
+            f"the tokens learned from begin after the first {limit} of the completion, which are kept: raise "
+            "max_completion_tokens or max_length, or drop the row"
+        )
     values = {name: value and value[:limit] for name, value in vars(row).items() if name.endswith("_logp")}
-    return replace(row, completion=encoding.tokenizer.decode(kept), completion_ids=kept, truncated=True, **values)
+    inputs = {name: value[:limit] if len(value) == tokens else value for name, value in row.inputs.items()}
+    return replace(
+        row, completion=tokenizer.decode(kept), completion_ids=kept, truncated=True, inputs=inputs,
+        completion_mask=None if mask is None or all(mask[:limit]) else mask[:limit], **values,
+    )  # fmt: skip
 
 
 def _fitting(buffer: OfflineBuffer, fits: Fits, bad: BadRows) -> OfflineBuffer:
@@ -157,6 +192,7 @@ class _Encoding(NamedTuple):
     max_length: int | None
     max_completion_tokens: int | None
     special_tokens: Special
+    turns: str = LAST
     fits: Fits | None = None
 
     @property
@@ -166,6 +202,7 @@ class _Encoding(NamedTuple):
             "max_length": self.max_length,
             "max_completion_tokens": self.max_completion_tokens,
             "special_tokens": self.special_tokens,
+            "turns": self.turns,
             "fits": repr(self.fits),
         }
 
@@ -175,11 +212,16 @@ class _Encoding(NamedTuple):
         return self.fits is None or isinstance(self.fits, RowCheck)
 
     def steps(self, example: Example, row: Row) -> Steps[Encoded]:
-        options = {} if isinstance(example.prompt, str) else options_of(row)
-        made = yield from encode_steps(
-            self.tokenizer, example.prompt, example.completion, self.max_length, self.max_completion_tokens,
-            self.special_tokens, options,
-        )  # fmt: skip
+        limits = self.max_length, self.max_completion_tokens
+        if example.tokens is not None:
+            made = encode_tokens(self.tokenizer, *example.tokens, *limits)
+        else:
+            options = {} if isinstance(example.prompt, str) else options_of(row)
+            made = yield from encode_steps(
+                self.tokenizer, example.prompt, example.completion, *limits, self.special_tokens, options,
+                example.learned,
+            )  # fmt: skip
+        made = replace(made, notes={**made.notes, **example.notes}) if example.notes else made
         if self.fits is not None:
             self.fits(made.prompt_ids, made.completion_ids)
         return made
@@ -225,9 +267,8 @@ def _steps(
     if isinstance(item, UserError):
         raise item
     with _in_their_words(item, columns):
-        row = as_trl(
-            renamed(item, columns) if columns else item, bool(getattr(encoding.tokenizer, "chat_template", None))
-        )
+        chat, last = bool(getattr(encoding.tokenizer, "chat_template", None)), encoding.turns == LAST
+        row = as_trl(renamed(item, columns) if columns else item, chat, last)
         form = recognise(row)
         if first is not None:
             require_same(first, form)
@@ -255,9 +296,9 @@ def _read_row(row: Row, form: ExampleFormat, encoding: _Encoding) -> Steps[Read]
     )  # the id of a graded sample may be its own, not the prompt's
     name = next((name for name in names if own_id(known.get(name)) is not None), "prompt_id")
     columns = {key: value for key, value in known.items() if key not in (*form.columns, name)}
-    examples = form.read(row)
+    examples = form.read(row, encoding.turns)
     filled = [column for column in COMPLETIONS if column in form.columns]
-    for place, example in enumerate(examples):
+    for place, example in enumerate(examples if filled else ()):
         require_text(example, filled[place % len(filled)])
     read: Read = []
     for example in examples:
@@ -268,6 +309,7 @@ def _read_row(row: Row, form: ExampleFormat, encoding: _Encoding) -> Steps[Read]
             prompt_ids=encoded.prompt_ids,
             completion_ids=encoded.completion_ids,
             truncated=encoded.truncated,
+            completion_mask=encoded.mask,
             prompt_id=own_id(known.get(name)) or encoded.key,
             source=example.source,
             reward=example.reward,

@@ -38,10 +38,11 @@ _ALPACA = (
 """The prompt of Stanford Alpaca, for models without a chat template."""
 
 
-def as_trl(row: Row, chat: bool) -> dict[str, Any]:
+def as_trl(row: Row, chat: bool, last: bool = True) -> dict[str, Any]:
     """The row in one of TRL's formats, if it has a known layout; else the row unchanged.
 
-    An Alpaca row becomes a user turn if the model has a ``chat`` template, and Alpaca's own prompt otherwise.
+    An Alpaca row becomes a user turn if the model has a ``chat`` template, and Alpaca's own prompt otherwise. The
+    completion of a rewarded conversation is its ``last`` turn, or else all from the assistant's first.
     Raises UserError for a conversation that cannot be read.
     """
     made = {name: _parsed(name, value) for name, value in row.items()}
@@ -66,8 +67,10 @@ def as_trl(row: Row, chat: bool) -> dict[str, Any]:
         if isinstance(value, list):
             made[name] = _turns(value, name)
     if isinstance(made.get("messages"), list) and {"label", "reward"} & set(made) and made.get("prompt") is None:
-        turns = made.pop("messages")  # the score is for the last turn
-        made["prompt"], made["completion"] = turns[:-1], turns[-1:]
+        turns = made.pop("messages")
+        own = [n for n, turn in enumerate(turns) if n and isinstance(turn, Mapping) and turn.get("role") == "assistant"]
+        start = len(turns) - 1 if last or not own else own[0]
+        made["prompt"], made["completion"] = turns[:start], turns[start:]
     _ask(made)
     return made
 
@@ -148,9 +151,10 @@ def _turn(message: Mapping[str, Any], number: int, column: str) -> dict[str, Any
     text = message.get("content", message.get("value"))
     if text is None:
         raise UserError(f"column {column!r} has no text in 'value' of turn {number}: fill it in, or drop the row")
+    others = {key: value for key, value in message.items() if key not in ("from", "value")}  # such as a weight
     if speaker in _CALLS:
-        return {"role": role, **_called(text, number, column)}
-    return {"role": role, "content": text}
+        return {**others, "role": role, **_called(text, number, column)}
+    return {**others, "role": role, "content": text}
 
 
 def _is_sharegpt(value: Any) -> bool:

@@ -42,10 +42,13 @@ SCHEMA = datasets.Features(
         "messages": List({"role": Value("string"), "content": Value("string")}),
         "columns": Value("string"),
         "inputs": List({"name": Value("string"), "values": List(Value("float32"))}),
+        "completion_mask": List(Value("bool")),
     }
 )
 LOG_PROBS = ("behaviour_logp", "sampler_logp", "reference_logp", "tempered_reference_logp")
-NULLABLE = frozenset({"reward", "messages", *LOG_PROBS})
+NULLABLE = frozenset({"reward", "messages", "completion_mask", *LOG_PROBS})
+ADDED = frozenset({"completion_mask"})
+"""Columns that a buffer of an earlier version lacks: they are null."""
 SOURCES = ("demonstration", "policy", "preference")
 """The values that a row's ``source`` may have."""
 SAMPLING = {"temperature": (sys.float_info.max, "above 0"), "top_p": (1.0, "above 0 and at most 1")}

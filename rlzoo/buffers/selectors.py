@@ -5,7 +5,8 @@ A view is computed from columns, and depends on nothing else: wherever rows have
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Hashable
 from itertools import pairwise
 from typing import ClassVar, Literal, get_args
 
@@ -25,6 +26,7 @@ RELEASED = 64
 """How many chunks of texts, of a thousand rows each, stay mapped at a time."""
 Truncated = Literal["keep", "drop"]
 Pairing = Literal["threshold", "best_worst"]
+Distinct = Literal["text", "equations"]
 
 
 def demonstrations(rows: pa.Table, truncated: Truncated = "keep") -> Units:
@@ -34,6 +36,7 @@ def demonstrations(rows: pa.Table, truncated: Truncated = "keep") -> Units:
         raise UserError(
             f"the buffer has no demonstrations (0 of {len(rows):,} rows have the source 'demonstration'"
             f"{_and_whole(truncated)}): "
+            "say which column of the problems holds worked solutions (--column solution=COLUMN, or `solution:`), or "
             "import some with from_trl (a table with the column 'reward' holds samples: rft learns from correct ones)"
         )
     return _singles(chosen)
@@ -44,14 +47,18 @@ def correct(
     threshold: float = THRESHOLD,
     per_prompt: int = 4,
     with_demonstrations: bool = False,
+    distinct: Distinct = "text",
     truncated: Truncated = "keep",
     release: Callable[[], None] | None = None,
 ) -> Units:
-    """Sampled rows with reward ≥ ``threshold``, one per unit: at most ``per_prompt`` distinct texts per prompt.
+    """Sampled rows with reward ≥ ``threshold``, one per unit: at most ``per_prompt`` distinct ones per prompt.
 
-    With ``with_demonstrations`` all demonstrations are included, whatever their reward. Raises UserError if no sample
-    is correct.
+    They differ in their ``text``, or in their `equations`, where one without any is told apart by its text. With
+    ``with_demonstrations`` all demonstrations are included, whatever their reward. Raises UserError if no sample is
+    correct.
     """
+    if distinct not in get_args(Distinct):
+        raise unknown("value of the view's option distinct", str(distinct), get_args(Distinct))
     mask = ~_has_source(rows, "demonstration") & (rewards(rows) >= threshold) & _whole(rows, truncated)
     chosen = np.flatnonzero(mask)
     if not len(chosen):
@@ -61,13 +68,23 @@ def correct(
             f"{_and_whole(truncated)}): sample more with rlzoo rollout, or lower the threshold"
         )
     prompt = _codes(rows["prompt_id"])[mask]
-    distinct = _first_of_equals(prompt, _text_hashes(rows["completion"], mask, release))
-    chosen, prompt = chosen[distinct], prompt[distinct]
+    key = (lambda text: equations(text) or text) if distinct == "equations" else str
+    first = _first_of_equals(prompt, _hashes(rows["completion"], mask, key, release))
+    chosen, prompt = chosen[first], prompt[first]
     chosen = chosen[_rank(prompt) < per_prompt]
     if with_demonstrations:
         experts = np.asarray(demonstrations(rows, truncated))[:, 0]
         chosen = np.sort(np.concatenate([chosen, experts]))
     return _singles(chosen)
+
+
+def equations(text: str) -> tuple[str, ...]:
+    """The equations of a worked solution, without spaces: those in ``<<48/2=24>>``, or else all runs with an =.
+
+    Source: RFT, arXiv 2308.01825, whose solutions are GSM8K's and have the former.
+    """
+    found = re.findall(r"<<([^<>]*)>>", text) or re.findall(r"[\d.+*/×÷()= -]+", text)
+    return tuple(one.replace(" ", "") for one in found if "=" in one)
 
 
 def pairs(
@@ -290,14 +307,16 @@ def _codes(strings: pa.ChunkedArray) -> Int[np.ndarray, " N"]:
     return codes
 
 
-def _text_hashes(texts: pa.ChunkedArray, mask: Mask, release: Callable[[], None] | None) -> Int[np.ndarray, " R"]:
-    """Hashes of the texts under the mask; only one chunk's texts are Python objects at a time."""
+def _hashes(
+    texts: pa.ChunkedArray, mask: Mask, key: Callable[[str], Hashable], release: Callable[[], None] | None
+) -> Int[np.ndarray, " R"]:
+    """Hashes of the keys of the texts under the mask; only one chunk's texts are Python objects at a time."""
     hashes, start = [np.zeros(0, np.int64)], 0
     for number, chunk in enumerate(texts.chunks):
         if release is not None and number % RELEASED == RELEASED - 1:
             release()
         kept = chunk.filter(pa.array(mask[start : start + len(chunk)])).to_pylist()
-        hashes.append(np.fromiter(map(hash, kept), np.int64, len(kept)))
+        hashes.append(np.fromiter((hash(key(text)) for text in kept), np.int64, len(kept)))
         start += len(chunk)
     return np.concatenate(hashes)
 

@@ -12,6 +12,7 @@ import typer
 from rlzoo.cli.buffers import buffer, import_, rescore
 from rlzoo.cli.catalogue import list_
 from rlzoo.cli.compare import compare
+from rlzoo.cli.doctor import doctor
 from rlzoo.cli.evaluate import evaluate
 from rlzoo.cli.help import Command, Group
 from rlzoo.cli.plan import plan
@@ -27,7 +28,7 @@ PANELS: dict[str, Sequence[Handler]] = {
     "Experiments": (plan, compare, variance, report),
     "One step at a time": (rollout, train, evaluate),
     "Buffers": (import_, rescore, buffer),
-    "Look up and extend": (list_, results, new),
+    "Look up and extend": (list_, results, new, doctor),
 }
 
 

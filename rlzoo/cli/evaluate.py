@@ -15,6 +15,7 @@ def evaluate(
     model: options.Model = None,
     reward: options.Reward = None,
     test_data: options.TestData = None,
+    column: options.Column = None,
     limit: options.Limit = None,
     samples: options.Samples = None,
     k: options.K = None,
@@ -36,14 +37,18 @@ def evaluate(
 
     prepare(threads, trust_remote_code)
     chosen = experiment_of_model(
-        experiment, sets, model, reward=reward, test_data=test_data, limit=limit, samples=samples, k=k
+        experiment, sets, model, reward=reward, test_data=test_data, columns=column, limit=limit, samples=samples, k=k
     )
+    from rich.console import Console
+
     from rlzoo.buffers.bad_rows import BadRows
     from rlzoo.buffers.problems import load_problems
     from rlzoo.comparison.resolve import metrics_of, reward_of
     from rlzoo.comparison.warm_up import base_policy
     from rlzoo.evaluation import evaluate
     from rlzoo.jobs.pool import silence
+    from rlzoo.jobs.progress import counting, reporting
+    from rlzoo.jobs.ranks import is_main
     from rlzoo.rollout import unscored
 
     scored_sets = chosen.scored_sets
@@ -52,7 +57,11 @@ def evaluate(
     bad = {name: BadRows(source.bad_rows) for name, source in scored_sets.items()}
     problems = {name: load_problems(source, bad[name]) for name, source in scored_sets.items()}
     silence()
-    with base_policy(chosen) as policy:
+    console = Console(stderr=True, quiet=not is_main())
+    sequences = sum(map(len, problems.values())) * (chosen.evaluation.samples + 1)  # one of them greedy
+    with reporting(console, "loading the model") as report, base_policy(chosen, report) as policy:
+        report(0.0, "sampling")
+        sampled = counting(sequences, "sampling", report)
         found = {
             name: evaluate(
                 policy,
@@ -60,6 +69,7 @@ def evaluate(
                 scored_by[name],
                 chosen.evaluation_on(scored_sets[name]),
                 seed,
+                progress=sampled,
                 bad=bad[name],
                 token_budget=chosen.training.token_budget,
             )

@@ -5,24 +5,28 @@ from __future__ import annotations
 import ast
 import inspect
 import io
+import json
 import re
 import sys
 import textwrap
 import token
 import tokenize
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any, Literal
 
+from rlzoo.config.files import EXPERIMENTS
 from rlzoo.errors import UserError
 from rlzoo.objective import Objective, is_composite, list_objectives, objective_class, own_options_of
 from rlzoo.types import Selection, name_of_view
 
 COMMAND = "rlzoo list --markdown > docs/objectives.md"
 BUILT_IN = "rlzoo.algorithms."
+COSTS = EXPERIMENTS / "results" / "step-cost.json"
+"""What experiments/benchmarks/step_cost.py has measured."""
 LAYOUT = (tokenize.NL, tokenize.COMMENT, token.NEWLINE, token.INDENT, token.DEDENT, token.ENDMARKER)
 TITLES = {
     Selection.DEMONSTRATIONS: "From demonstrations",
@@ -39,6 +43,7 @@ def objectives_page() -> str:
     found = [objective_class(name) for name in list_objectives()]
     built_in = {title: [one for one in found if _is_under(one, selection)] for selection, title in TITLES.items()}
     names = [one.name for some in built_in.values() for one in some]
+    costs: dict[str, Any] = json.loads(COSTS.read_text(encoding="utf-8")) if COSTS.exists() else {}
     intro = f"""\
 # Objectives
 
@@ -58,8 +63,11 @@ finds for that. `TRL` and its version: on the same model and rows, both are also
 
 Besides its own options, every objective except composites has the option `truncated`, for completions that were cut at
 the length limit: `keep` (the default), `drop` or, if it learns from groups, `mask`. See [data.md](data.md)."""
-    columns = ["objective", "coefficient", "learns from", "normaliser", "needs", "source", "checked against", "code"]
-    parts = [intro, _table(columns, [_row(one) for some in built_in.values() for one in some])]
+    columns = ["objective", "coefficient", "learns from", "normaliser", "needs", "source", "checked against"]
+    columns += ["step, × SFT", "code"]
+    relative = costs.get("relative_to_sft", {})
+    rows = [_row(one, relative) for some in built_in.values() for one in some]
+    parts = [intro, *_of_costs(costs), _table(columns, rows)]
     for title, some in built_in.items():
         parts += [f"## {title}", *(_section(one, names) for one in some)]
     return "\n\n".join(parts)
@@ -96,14 +104,35 @@ def _is_under(objective: type[Objective], selection: Selection | None) -> bool:
     return own is selection and objective.__module__.startswith(BUILT_IN)
 
 
-def _row(objective: type[Objective]) -> list[str]:
+def _of_costs(costs: Mapping[str, Any]) -> list[str]:
+    """What the column of measured costs is; nothing if there are none."""
+    if not costs:
+        return []
+    machine, vocabulary, share = (costs[key] for key in ("machine", "vocabulary", "log_probs"))
+    return [
+        f"""\
+"Step, × SFT" is the processor time of an optimizer step relative to one of SFT on the same rows, with default options:
+the median of {costs["rounds"]} rounds on an {machine}, {costs["date"]}
+(`python experiments/benchmarks/step_cost.py`). It includes every pass that a step needs, such as a critic's or that of
+a teacher that moves; it does not include sampling, nor log-probs of a fixed model, which are computed once per row, at
+{share[1]:.1f} × a step of SFT for as many rows. The model is the embedded one, with {vocabulary} tokens: in a larger
+vocabulary, objectives that need logits or a statistic of the whole distribution cost more. A dash: not measured."""
+    ]
+
+
+def _row(objective: type[Objective], relative: Mapping[str, Sequence[float]]) -> list[str]:
     if is_composite(objective):
         own = ["as its components"] * 3
     else:
         own = [name_of_view(objective.learns_from), _words(_example(objective).normaliser.value), _needs(objective)]
     link = f"[{objective.name}](#{objective.name})"
-    checked = _checked(objective)
-    return [link, _summary(objective)[1], *own, _linked(objective.source) or "none", checked, str(_code(objective))]
+    source, checked = _linked(objective.source) or "none", _checked(objective)
+    return [link, _summary(objective)[1], *own, source, checked, _cost(objective, relative), str(_code(objective))]
+
+
+def _cost(objective: type[Objective], relative: Mapping[str, Sequence[float]]) -> str:
+    """The median of its step's time relative to SFT's."""
+    return f"{relative[objective.name][1]:.1f}" if objective.name in relative else "–"
 
 
 def _section(objective: type[Objective], names: Sequence[str]) -> str:

@@ -25,6 +25,7 @@ def plan(
     model: options.Model = None,
     data: options.Data = None,
     test_data: options.TestData = None,
+    column: options.Column = None,
     limit: options.Limit = None,
     rollout_samples: options.RolloutSamples = None,
     samples: options.Samples = None,
@@ -53,7 +54,7 @@ def plan(
 
     Examples:
       rlzoo plan arithmetic
-      rlzoo plan arithmetic --seeds 0,1,2,3,4 --pilot runs/arithmetic-20260101-120000
+      rlzoo plan arithmetic --seeds 0,1,2,3 --pilot runs/arithmetic-20260101-120000
       rlzoo plan smollm2-gsm8k --gpu h100 --json
     """
     from rich.console import Console
@@ -63,17 +64,19 @@ def plan(
     from rlzoo.comparison.dry_run import unchecked
     from rlzoo.comparison.planning import planned, tables_of
     from rlzoo.jobs.pool import silence
+    from rlzoo.jobs.progress import reporting
 
     prepare(threads, trust_remote_code)
     chosen = experiment_of(
         experiment, sets,
         algorithms=algorithms, seeds=seeds, learning_rates=learning_rates, steps=steps, batch_size=batch_size,
-        model=model, data=data, test_data=test_data, limit=limit, rollout_samples=rollout_samples, samples=samples,
-        twin=twin,
+        model=model, data=data, test_data=test_data, columns=column, limit=limit, rollout_samples=rollout_samples,
+        samples=samples, twin=twin,
     )  # fmt: skip
     missing = unchecked(chosen)
     silence()
-    found = planned(chosen, gpu, pilot, workers)
+    with reporting(Console(stderr=True), "measuring the speed of this machine" if gpu is None else "reading the data"):
+        found = planned(chosen, gpu, pilot, workers)
     if as_json:
         print(json.dumps(found, indent=1))
         return 0

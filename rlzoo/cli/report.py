@@ -40,8 +40,11 @@ def report(
       rlzoo report runs/arithmetic --baseline dft
       rlzoo report arithmetic zoo --out runs/both
     """
+    from rich.console import Console
+
     from rlzoo.comparison.report import distinct, write_report, write_report_of_several
     from rlzoo.comparison.studies import list_studies, study_folder
+    from rlzoo.jobs.progress import reporting
     from rlzoo.variance import report as variance_report
 
     studies = [name for name in folders if not Path(name).is_dir() and name in list_studies()]
@@ -50,11 +53,12 @@ def report(
         raise UserError("--baseline is for the report of one comparison: several are compared with the first of them")
     if len(paths) > 1 or studies:
         out = out or Path("runs") / f"report-{'-'.join(name.replace('/', '-') for name in distinct(paths))}"
-    if len(paths) > 1:
-        write_report_of_several(paths, out or paths[0], shlex.join(["rlzoo", "report", *folders]))
-    elif variance_report.is_analysis(paths[0]):
-        variance_report.write_report(paths[0], out)
-    else:
-        write_report(paths[0], baseline, out)
+    with reporting(Console(stderr=True), "writing the report"):
+        if len(paths) > 1:
+            write_report_of_several(paths, out or paths[0], shlex.join(["rlzoo", "report", *folders]))
+        elif variance_report.is_analysis(paths[0]):
+            variance_report.write_report(paths[0], out)
+        else:
+            write_report(paths[0], baseline, out)
     print(f"wrote {(out or paths[0]) / 'report.html'}")
     return 0

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import math
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from typer import Argument, Option
 
@@ -39,6 +41,7 @@ def results(
             "(default: rlzoo's own).",
         ),
     ] = None,
+    as_json: Annotated[bool, Option("--json", help="list, show and compare: print the numbers as JSON.")] = False,
 ) -> int:
     """Show, compare and export the included studies: finished comparisons with all their outcomes.
 
@@ -49,6 +52,7 @@ def results(
       rlzoo results
       rlzoo results show arithmetic
       rlzoo results compare dft sft
+      rlzoo results show runs/arithmetic --json
       rlzoo results export arithmetic --format latex
       rlzoo results export arithmetic --format pdf
       rlzoo results export runs/variance --format pdf
@@ -61,6 +65,8 @@ def results(
     if len(given) != wanted:
         what = "pages" if action == "refresh" else {0: "no name", 1: "one name", 2: "two algorithms"}[wanted]
         raise UserError(f"rlzoo results {action} takes {what}, not {len(given)}: see `rlzoo results --help`")
+    if as_json and action not in ("list", "show", "compare"):
+        raise UserError(f"rlzoo results {action} writes files: --json is for list, show and compare")
     from rich.console import Console
 
     from rlzoo.cli.tables import show
@@ -73,25 +79,37 @@ def results(
         CHECKS,
         across_tables,
         checks_explained,
+        numbers_of,
         tables_of_tests,
     )
-    from rlzoo.comparison.report.tables import plain_table, studies_table
+    from rlzoo.comparison.report.tables import facts_of, plain_table, studies_table
     from rlzoo.document.exports import TABLE_FORMATS, export
+    from rlzoo.jobs.progress import counting, reporting
     from rlzoo.variance import report as variance_report
 
     def explained(seeds: int) -> str:
         return "\n".join(checks_explained(seeds)[: len(CHECKS)])
 
-    console = Console(highlight=False, markup=False)
+    console, log = Console(highlight=False, markup=False), Console(stderr=True)
     if action == "list":
-        found = {name: studies.read_study(name).results for name in studies.list_studies()}
+        with reporting(log, "reading the studies"):
+            found = {name: studies.read_study(name).results for name in studies.list_studies()}
+        if as_json:
+            return _print_json([facts_of(name, one) for name, one in found.items()])
         show(console, [plain_table(studies_table(found), "studies")])
     elif action == "show":
-        run = studies.read_study(given[0])
-        show(console, [*report_table(run.results), *tables_of_tests(run)])
+        with reporting(log, f"testing the differences of {given[0]}"):
+            run = studies.read_study(given[0])
+            if as_json:
+                return _print_json(numbers_of(run))
+            tables = [*report_table(run.results), *tables_of_tests(run)]
+        show(console, tables)
         console.print(explained(len({cell.seed for cell in run.results.cells})), soft_wrap=True)
     elif action == "compare":
-        rows = studies.compare_studies(given[0], given[1])
+        with reporting(log, f"testing the differences of {given[0]} and {given[1]}"):
+            rows = studies.compare_studies(given[0], given[1])
+        if as_json:
+            return _print_json(rows)
         pair = f"{given[0]} minus {given[1]}"
         show(console, [plain_table(table, f"{name}: {pair}") for name, table in across_tables(rows).items()])
         console.print(explained(max(row["seeds"] for row in rows)), soft_wrap=True)
@@ -105,13 +123,36 @@ def results(
         kind = "tables" if form in TABLE_FORMATS else "figures"
         folder = Path(given[0])
         analysed = variance_report.is_analysis(folder)
-        blocks = variance_report.read_report(folder)[1] if analysed else contents(studies.read_study(given[0]), None)
-        for file in export(blocks, to or Path(f"{folder.name}-{kind}"), form):
+        with reporting(log, f"making the {kind}"):
+            blocks = (
+                variance_report.read_report(folder)[1] if analysed else contents(studies.read_study(given[0]), None)
+            )
+            files = export(blocks, to or Path(f"{folder.name}-{kind}"), form)
+        for file in files:
             print(file)
     elif action == "refresh":
-        for page in given:
-            markers, changed = refresh(Path(page))
-            print(f"{page}: {markers} tables and figures, {changed} files changed")
+        with reporting(log, "reading the studies") as report:
+            done = counting(len(given), "pages", report)
+            for page in given:
+                markers, changed = refresh(Path(page))
+                done(1)
+                print(f"{page}: {markers} tables and figures, {changed} files changed", flush=True)
     else:
         print(f"saved {studies.save_study(Path(given[0]), to or studies.STUDIES)}")
     return 0
+
+
+def _print_json(found: Any) -> int:
+    print(json.dumps(_plain(found), indent=1))
+    return 0
+
+
+def _plain(found: Any) -> Any:
+    """The same for JSON, which has no NaN: an interval that does not exist has null ends."""
+    if isinstance(found, dict):
+        return {key: _plain(value) for key, value in found.items()}
+    if isinstance(found, (list, tuple)):
+        return [_plain(value) for value in found]
+    if isinstance(found, bool | int | str | None):
+        return found
+    return float(found) if math.isfinite(found) else None

@@ -11,6 +11,7 @@ def rollout(
     model: options.Model = None,
     reward: options.Reward = None,
     data: options.Data = None,
+    column: options.Column = None,
     bad_rows: options.BadRows = None,
     limit: options.Limit = None,
     rollout_samples: options.RolloutSamples = None,
@@ -34,8 +35,10 @@ def rollout(
     prepare(threads, trust_remote_code)
     chosen = experiment_of_model(
         experiment, sets, model,
-        reward=reward, data=data, bad_rows=bad_rows, limit=limit, rollout_samples=rollout_samples,
+        reward=reward, data=data, columns=column, bad_rows=bad_rows, limit=limit, rollout_samples=rollout_samples,
     )  # fmt: skip
+    from rich.console import Console
+
     from rlzoo.buffers import OfflineBuffer
     from rlzoo.buffers.bad_rows import BadRows
     from rlzoo.buffers.problems import encode_problems, load_problems
@@ -43,6 +46,8 @@ def rollout(
     from rlzoo.comparison.warm_up import base_policy
     from rlzoo.jobs.cached_results import CachedResults
     from rlzoo.jobs.pool import silence
+    from rlzoo.jobs.progress import counting, reporting
+    from rlzoo.jobs.ranks import is_main
     from rlzoo.jobs.runs import run_in
     from rlzoo.rollout import collect_rollouts, cut_short, mismatch, sampler_of, unscored
 
@@ -50,18 +55,20 @@ def rollout(
     scored_by, problems = reward_of(chosen), load_problems(chosen.train, bad)[: chosen.rollouts.prompts]
     silence()
     asked = {"experiment": chosen.model_dump(mode="json"), "seed": seed, "threads": threads}
-    with run_in(out, "rollout", asked, "whole") as run:
+    console = Console(stderr=True, quiet=not is_main())
+    with run_in(out, "rollout", asked, "whole") as run, reporting(console, "loading the model") as report:
         if run.finished:
             print(f"already finished: {out}")
             return 0
         settings = chosen.rollouts
-        with base_policy(chosen, run.state) as policy:
+        with base_policy(chosen, report, run.state) as policy:
             encoded = encode_problems(policy.tokenizer, problems, bad)
+            report(0.0, "sampling")
             sampler, recompute = sampler_of(policy, settings), not settings.wants_sampler_logp
             rows = collect_rollouts(
                 policy, sampler, encoded, scored_by, settings, seed,
-                token_budget=chosen.training.token_budget, recompute=recompute, cached=CachedResults(run.state),
-                bad=bad,
+                token_budget=chosen.training.token_budget, progress=counting(len(encoded), "sampling", report),
+                recompute=recompute, cached=CachedResults(run.state), bad=bad,
             )  # fmt: skip
         buffer = OfflineBuffer.from_trajectories(rows)
         events = [*bad.events(), *cut_short(rows, settings.max_new_tokens)]

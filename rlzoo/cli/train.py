@@ -61,11 +61,15 @@ def train(
       rlzoo train dpo --buffer pairs.jsonl --option beta=0.2 --out runs/dpo
       rlzoo train sft --buffer pairs.jsonl --set training.lora={} --out runs/sft
     """
+    from rich.console import Console
+
     from rlzoo.buffers import read_buffer
     from rlzoo.buffers.bad_rows import BadRows
     from rlzoo.cli.settings import prepare, train_settings
+    from rlzoo.jobs.heartbeat import Heartbeat
     from rlzoo.jobs.outputs import write_atomically
     from rlzoo.jobs.pool import silence
+    from rlzoo.jobs.progress import Remaining
     from rlzoo.jobs.ranks import is_main
     from rlzoo.jobs.runs import run_in
     from rlzoo.objective import get_objective
@@ -89,23 +93,25 @@ def train(
     training, table = settings.training, settings.buffer
     what = get_objective(settings.objective, **settings.options)
     silence()
+    remaining = Remaining()
 
     def show(trainer: Any, step: int) -> None:
         row = trainer.record.steps[-1]
         if is_main():
             line = f"{trainer.progress}  loss {row['loss']:.4f}  gradient norm {row['gradient_norm']:.3f}"
-            print(line, flush=True)  # so that a log shows the progress
+            print(line + remaining.after(trainer.progress.fraction), flush=True)  # so that a log shows the progress
 
     with run_in(out, "train", {**settings.model_dump(mode="json"), "threads": threads}) as run:
         if run.finished:
             print(f"already finished: {out}")
             return 0
-        policy = load_for(settings.model, training)
         bad, longest = BadRows(table.bad_rows), training.max_completion_tokens
-        rows = read_buffer(
-            table.source, policy.tokenizer, longest, table.split, table.columns, bad, training.special_tokens,
-            policy.row_check(), training.max_length,
-        )  # fmt: skip
+        with Heartbeat(Console(stderr=True, quiet=not is_main()), "reading the model and the buffer"):
+            policy = load_for(settings.model, training)
+            rows = read_buffer(
+                table.source, policy.tokenizer, longest, table.split, table.columns, bad, training.special_tokens,
+                policy.row_check(), training.max_length, training.turns,
+            )  # fmt: skip
         if is_main():
             for line in bad.lines():
                 print(line, flush=True)

@@ -35,10 +35,25 @@ def variance(
         int,
         measurement(metavar="N", parser=options.whole, help="Rows measured in the course of training."),
     ] = 64,
+    token_classes: Annotated[
+        str,
+        measurement(
+            metavar="NAME",
+            help="Function from a token's text to its class: default, module:name or file.py:name.",
+        ),
+    ] = "default",
+    class_gradients: Annotated[
+        bool,
+        measurement(
+            "--class-gradients",
+            help="Measure each class's share of the variance, with one backward pass per objective and class.",
+        ),
+    ] = False,
     steps: options.Steps = None,
     model: options.Model = None,
     reward: options.Reward = None,
     data: options.Data = None,
+    column: options.Column = None,
     buffer: Annotated[
         str | None,
         options.data(
@@ -69,6 +84,7 @@ def variance(
     Examples:
       rlzoo variance
       rlzoo variance both-worlds --objectives sft,dft,my.py:Mine --rows 128
+      rlzoo variance --objectives sft,dft --class-gradients --every 0
       rlzoo variance --buffer runs/buffer --objectives rft,dpo,grpo --every 0
     """
     from rich.console import Console
@@ -80,12 +96,15 @@ def variance(
     from rlzoo.variance.run import VarianceSettings, run_variance, where
 
     allow_remote_code(trust_remote_code)
-    measured = {"rows": rows, "draws": draws, "every": every, "probe_rows": probe_rows, "seed": seed}
+    measured = {
+        "rows": rows, "draws": draws, "every": every, "probe_rows": probe_rows, "seed": seed,
+        "token_classes": token_classes, "class_gradients": class_gradients,
+    }  # fmt: skip
     settings = validated(VarianceSettings, measured, "variance")
     chosen = experiment_of(
         experiment, sets,
-        algorithms=objectives, steps=steps, model=model, reward=reward, data=data, bad_rows=bad_rows, limit=limit,
-        rollout_samples=rollout_samples, twin=twin,
+        algorithms=objectives, steps=steps, model=model, reward=reward, data=data, columns=column, bad_rows=bad_rows,
+        limit=limit, rollout_samples=rollout_samples, twin=twin,
     )  # fmt: skip
     folder = out or where(chosen, settings, buffer, threads)
     found = run_variance(chosen, folder, settings, buffer, workers, threads)

@@ -18,7 +18,7 @@ from rlzoo.comparison.curves import costs_at, ends_the_curve, result_at
 from rlzoo.comparison.one_stage import Given, train_cell, train_first
 from rlzoo.comparison.plan import Cell, FirstStages, has_choice
 from rlzoo.comparison.resolve import reward_of
-from rlzoo.comparison.shared_buffer import Report, token_probabilities
+from rlzoo.comparison.shared_buffer import token_probabilities
 from rlzoo.comparison.warm_up import save_whole
 from rlzoo.config import Experiment, ProblemSource
 from rlzoo.evaluation import Evaluation, evaluate
@@ -27,6 +27,7 @@ from rlzoo.evaluation.metrics import AVERAGE
 from rlzoo.jobs.cached_results import CachedResults
 from rlzoo.jobs.memory import release_memory
 from rlzoo.jobs.outputs import remove
+from rlzoo.jobs.progress import Report
 from rlzoo.jobs.ranks import is_main
 from rlzoo.policy import Policy
 from rlzoo.policy.loading import load_for

@@ -15,12 +15,13 @@ from rlzoo.buffers.problems import load_problems
 from rlzoo.comparison.curves import costs_at, is_flat
 from rlzoo.comparison.plan import Cell, FirstStages, is_reported
 from rlzoo.comparison.resolve import learns_from_samples, objective_of, reward_of, views_of
-from rlzoo.comparison.shared_buffer import Report, costs_before, with_stored_inputs
+from rlzoo.comparison.shared_buffer import costs_before, with_stored_inputs
 from rlzoo.comparison.warm_up import save_whole
 from rlzoo.config import Experiment, Training
 from rlzoo.jobs.cached_results import CachedResults
 from rlzoo.jobs.memory import release_memory
 from rlzoo.jobs.outputs import remove
+from rlzoo.jobs.progress import Report
 from rlzoo.jobs.ranks import agreed, is_main
 from rlzoo.policy import Policy
 from rlzoo.policy.defaults import resolved

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,7 @@ def base_text(load: Callable[[], Policy], experiment: Experiment, state: Path) -
                 "prompt": one.text,
                 "prompt_ids": list(one.ids),
                 "completions": [list(sample.ids) for sample in samples],
+                "masks": [sample.mask for sample in samples],
             }
             for one, samples in zip(encoded, sampled, strict=True)
         ]
@@ -108,7 +110,10 @@ def text_results(
             "decoding": BASE_TEXT,
             "sample": 0,
             "base_text_logp": logp,
-            "base_text_tokens": sum(map(len, one["completions"])),
+            "base_text_tokens": sum(
+                len(completion) if mask is None else sum(mask)
+                for completion, mask in zip(one["completions"], _masks(one), strict=True)
+            ),
         }
         for one, logp in zip(text, logps, strict=True)
     ]
@@ -118,10 +123,17 @@ def text_results(
 
 
 def _log_probs(policy: Policy, text: Sequence[Mapping[str, Any]], token_budget: TokenBudget) -> list[float]:
-    """log π of all completions of each problem, at temperature 1, in nats."""
+    """log π of all completions of each problem, at temperature 1, in nats: of the tokens that the base sampled."""
     flat = [(one["prompt_ids"], completion) for one in text for completion in one["completions"]]
-    each = map(sum, log_probs(policy, flat, token_budget))
+    masks = (mask for one in text for mask in _masks(one))
+    found = zip(log_probs(policy, flat, token_budget), masks, strict=True)
+    each = (sum(logp if mask is None else compress(logp, mask)) for logp, mask in found)
     return [float(sum(next(each) for _ in one["completions"])) for one in text]
+
+
+def _masks(one: Mapping[str, Any]) -> Sequence[list[bool] | None]:
+    """Which tokens of a problem's completions the base model sampled; None: all, as in results of earlier versions."""
+    return one.get("masks") or [None] * len(one["completions"])
 
 
 def summarise_retention(outcomes: pa.Table, k: int | Mapping[str, int]) -> list[dict[str, Any]]:

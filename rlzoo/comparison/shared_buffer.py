@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +15,18 @@ from rlzoo.comparison.resolve import learns_from_samples, objective_of, reward_o
 from rlzoo.config import Experiment, OnBadRow, TokenBudget
 from rlzoo.inputs import Stage
 from rlzoo.jobs.cached_results import CachedResults
+from rlzoo.jobs.progress import Report, counting
 from rlzoo.jobs.ranks import agreed, barrier, is_main
 from rlzoo.objective import Objective
 from rlzoo.policy import Policy, log_probs
 from rlzoo.policy.defaults import resolved
 from rlzoo.policy.loading import load_for
+from rlzoo.policy.sequences import learned, learned_tokens, length
 from rlzoo.rollout import collect_rollouts, cut_short, engine_of, mismatch, sampler_of, scorable, unscored
 from rlzoo.training import Costs, behaviour_event, check_buffer, stored_inputs, with_behaviour, with_inputs
 from rlzoo.training.schedule import check_budget
 from rlzoo.types import Trajectory
 
-Report = Callable[[float, str], None]
-"""Called with the fraction of the work that is done, 0 to 1, and a description of what is being done."""
 EDGES = np.linspace(0, 1, 21)
 """The edges of the bins for token probabilities."""
 PROBED_ROWS = 256
@@ -87,7 +87,7 @@ def _fill_buffer(
         buffer: Buffer = OfflineBuffer.from_trajectories(rows)
     else:
         how = longest, table.split, table.columns, bad["demonstrations"], experiment.training.special_tokens
-        buffer = read_buffer(table.source, policy.tokenizer, *how, policy.row_check(), whole)
+        buffer = read_buffer(table.source, policy.tokenizer, *how, policy.row_check(), whole, experiment.training.turns)
     check_buffer(policy, buffer)
     samples: list[Trajectory] = []
     settings, events = experiment.rollouts, list[str]()
@@ -103,7 +103,7 @@ def _fill_buffer(
             settings,
             seed=seed,
             token_budget=experiment.training.token_budget,
-            progress=_counted(len(encoded), "sampling the base policy", report),
+            progress=counting(len(encoded), "sampling the base policy", report),
             recompute=not settings.wants_sampler_logp,
             cached=cached,
             bad=bad["train"],
@@ -122,8 +122,7 @@ def _fill_buffer(
     if is_main():
         buffer.save(folder)
     barrier()
-    sampled = sum(len(row.completion_ids) for row in samples)
-    tokens = sampled + sum(len(row.prompt_ids) for row in samples)
+    sampled, tokens = sum(map(learned_tokens, samples)), sum(map(length, samples))
     return {
         "rows": len(buffer),
         "samples": len(samples),
@@ -166,21 +165,11 @@ def _on_bad_rows(experiment: Experiment) -> dict[str, OnBadRow]:
 
 
 def token_probabilities(policy: Policy, buffer: Buffer, token_budget: TokenBudget) -> dict[str, list[float]]:
-    """A histogram of the probabilities of the demonstrations' tokens over [0, 1]: ``edges`` and ``counts``."""
+    """A histogram of the probabilities of the demonstrations' learned tokens over [0, 1]: ``edges`` and ``counts``."""
     sources = buffer.column("source")
     rows = [index for index, source in enumerate(sources) if source == "demonstration"][:PROBED_ROWS]
-    picked = [(row.prompt_ids, row.completion_ids) for row in buffer.at(rows)]
-    logps = log_probs(policy, picked, token_budget)
-    counts, _ = np.histogram(np.exp([x for row in logps for x in row]), bins=EDGES)
+    picked = buffer.at(rows)
+    logps = log_probs(policy, [(row.prompt_ids, row.completion_ids) for row in picked], token_budget)
+    own = [logp[at] for row, logp in zip(picked, logps, strict=True) for at in learned(row)]
+    counts, _ = np.histogram(np.exp(own), bins=EDGES)
     return {"edges": EDGES.tolist(), "counts": counts.tolist()}
-
-
-def _counted(total: int, what: str, report: Report) -> Callable[[int], None]:
-    done = 0
-
-    def advance(more: int) -> None:
-        nonlocal done
-        done += more
-        report(done / total, f"{what} {done}/{total}")
-
-    return advance

@@ -13,13 +13,14 @@ from rlzoo.buffers import OfflineBuffer
 from rlzoo.buffers.bad_rows import BadRows
 from rlzoo.buffers.problems import each_demonstration, load_problems
 from rlzoo.comparison.resolve import objective_of
-from rlzoo.comparison.shared_buffer import Report, with_stored_inputs
+from rlzoo.comparison.shared_buffer import with_stored_inputs
 from rlzoo.config import WARM_UP, Experiment
 from rlzoo.errors import UserError
 from rlzoo.jobs.cached_results import CachedResults
 from rlzoo.jobs.memory import release_memory
 from rlzoo.jobs.outputs import remove, replacing
 from rlzoo.jobs.pool import Workers, why
+from rlzoo.jobs.progress import Report
 from rlzoo.jobs.ranks import agreed, barrier, is_main
 from rlzoo.policy import Policy
 from rlzoo.policy.defaults import resolved
@@ -51,16 +52,17 @@ def after_warm_up(experiment: Experiment, state: Path) -> Experiment:
 
 
 @contextmanager
-def base_policy(experiment: Experiment, state: Path | None = None) -> Iterator[Policy]:
+def base_policy(experiment: Experiment, report: Report, state: Path | None = None) -> Iterator[Policy]:
     """The base model, for commands that run it in this process: after the warm-up, if there is one.
 
-    The warm-up is trained first and kept under ``state``; None: in a temporary folder, for this context.
+    The warm-up is trained first, which is reported, and kept under ``state``; None: in a temporary folder, for this
+    context.
     """
     if experiment.warm_up is None:
         yield load_for(experiment.model, experiment.training)
         return
     with _temporary() if state is None else nullcontext(state) as place:
-        found = warm_up(experiment, place, None, lambda share, detail: None)
+        found = warm_up(experiment, place, None, lambda share, detail: report(share, f"warm-up: {detail}"))
         for event in found["events"] if is_main() else ():
             print(f"warm-up: {event}", file=sys.stderr)
         started = after_warm_up(experiment, place)

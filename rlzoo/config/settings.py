@@ -38,11 +38,9 @@ class EvaluationSettings(Sampling):
     """How policies are evaluated: ``samples`` per problem at ``temperature`` for avg@k and pass@k, and one greedily."""
 
     k: Annotated[Positive | tuple[Positive, ...] | None, pydantic.WrapValidator(one_or_several)] = None
-    """The k of pass@k and maj@k, at most ``samples``, or a list of them, of which the main tables show the first; None:
-    ``samples``."""
+    """The k of pass@k and maj@k, at most ``samples`` (None), or several, of which the main tables show the first."""
     metrics: tuple[str, ...] = ()
-    """Metrics besides the built-in ones: registered names, ``module:Name`` or ``file.py:Name``, each one metric or a
-    list of them."""
+    """Metrics besides the built-in ones, or lists of them: registered names, ``module:Name`` or ``file.py:Name``."""
     correct_at: float = 0.5
     """The smallest reward of a correct completion."""
     curve_points: Annotated[int, Field(ge=0)] = 4
@@ -164,6 +162,9 @@ class Training(Strict):
     """A Jinja template of conversations in place of the tokenizer's, for models that have none or another."""
     special_tokens: Literal["reject", "allow"] = "reject"
     """Text in a table of demonstrations that spells a special token, as in `ProblemSource`."""
+    turns: Annotated[str, Field(min_length=1)] = "last"
+    """Which of the assistant's turns are learned from: the ``last``, ``all``, or those in which a key of the message,
+    such as ``weight`` or ``train``, is not 0."""
     behaviour: Literal["recorded", "current"] = "recorded"
     """Samples without behaviour log-probs are left out, or get those of the initial policy (``current``)."""
     device: str = "auto"
@@ -215,7 +216,8 @@ class Training(Strict):
 
 
 OF_THE_BUFFER = (
-    "behaviour", "max_completion_tokens", "max_length", "chat_template", "special_tokens", "device", "deterministic",
+    "behaviour", "max_completion_tokens", "max_length", "chat_template", "special_tokens", "turns", "device",
+    "deterministic",
 )  # fmt: skip
 """Training settings that determine the buffer of a comparison, and so must be the same for all algorithms."""
 
@@ -234,8 +236,8 @@ class Algorithm(Strict):
     options: Mapping[str, Any] = {}
     """The objective's hyper-parameters."""
     learning_rates: tuple[Rate, ...] = ()
-    """Each is tried on all seeds, and the one that is best on validation is reported; empty: that of ``training``. For
-    a row with stages they are those of its last stage; empty: as in that row."""
+    """Each is tried on all seeds, and the best on validation is reported; empty: that of ``training``, or that of
+    the last of ``stages``, whose rates these are."""
     mode: Literal["offline", "online"] = "offline"
     """``online`` samples each batch from the current policy; ``offline`` reads the shared buffer."""
     learns_from: str | None = None
@@ -246,8 +248,7 @@ class Algorithm(Strict):
     stages: tuple[str, ...] = ()
     """Other rows, in place of an objective: each is trained from the weights of the one before, as in its own row."""
     online_counterpart: str | None = None
-    """The row of another experiment, as ``experiment/row``, in which this objective trains online: named with the
-    results."""
+    """The row of another experiment, as ``experiment/row``, in which this objective trains online."""
 
 
 class Experiment(Strict):

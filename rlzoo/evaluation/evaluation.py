@@ -78,7 +78,8 @@ def evaluate(
         for of in (False, True) if greedy else (False,):
             scorer = stack.enter_context(Scorer(reward, encoded, "answer" in needs))
             with sampler.reporting_to(scorer.begin):
-                made = sampler.sample([one.ids for one in encoded], settings, seed, greedy=of, progress=progress)
+                each = _in_sequences(progress, 1 if of else settings.samples)
+                made = sampler.sample([one.ids for one in encoded], settings, seed, greedy=of, progress=each)
             scorer.begin_all(made)
             passes.append((made, scorer))
         sampler.rest()
@@ -102,6 +103,11 @@ def evaluate(
     found = {name: value for name, value in numbers.items() if value is not None}
     found |= {"k": settings.pass_k, "samples": n, **{f"reward/{name}": value for name, value in logged.items()}}
     return Evaluation(found, sampled + best)
+
+
+def _in_sequences(progress: Callable[[int], None] | None, copies: int) -> Callable[[int], None] | None:
+    """A sampler's ``progress``, which is told of prompts, in sequences: ``copies`` per prompt."""
+    return None if progress is None else lambda prompts: progress(copies * prompts)
 
 
 def gold_rows(policy: Policy, problems: Sequence[EncodedProblem], bad: BadRows | None = None) -> list[list[Trajectory]]:
@@ -144,7 +150,7 @@ def _outcomes(
             "sample": number,
             "reward": score.value,
             "correct": score.value is not None and score.value >= settings.correct_at,
-            "length": len(sample.ids),
+            "length": sample.length,
             "truncated": sample.truncated,
             "text": sample.text,
             **({"logged": json.dumps(score.extra)} if score.extra else {}),

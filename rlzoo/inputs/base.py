@@ -46,7 +46,7 @@ class Context(Protocol):
 
     @property
     def mask(self) -> Bool[Tensor, "B T"]:
-        """True at completion tokens; values must be on its device."""
+        """True at learned tokens: the positions of the values of `compute`, which must be on its device."""
         ...
 
     @property

@@ -148,7 +148,9 @@ def mismatched(rows: Sequence[Trajectory]) -> list[Trajectory]:
     others = order[shift:] + order[:shift]
     pairs = zip(order, others, strict=True)
     return [
-        replace(row, completion_ids=other.completion_ids) for row, other in pairs if row.prompt_id != other.prompt_id
+        replace(row, completion_ids=other.completion_ids, completion_mask=other.completion_mask)
+        for row, other in pairs
+        if row.prompt_id != other.prompt_id
     ]
 
 

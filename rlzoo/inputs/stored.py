@@ -95,7 +95,7 @@ class Column(Input):
     """A column of the data under its own name: one number per completion token [B, T], or per row [B].
 
     Raises UserError naming a row that lacks it, or whose list has another length than the completion in tokens,
-    including its end of sequence.
+    including its end of sequence and tokens that are not learned from.
     """
 
     stage: ClassVar[Stage] = Stage.STORED

@@ -20,11 +20,12 @@ from multiprocessing.context import SpawnProcess
 from typing import Any, Protocol, cast
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import Progress, TaskID
 
 from rlzoo.errors import UserError
 from rlzoo.jobs.interrupts import raise_deferred, signals_deferred
 from rlzoo.jobs.memory import is_out_of_memory
+from rlzoo.jobs.progress import Together, bars
 from rlzoo.registry import one_line
 
 RETRIES = 1
@@ -157,10 +158,11 @@ class Pool:
         self._workers: list[_Worker] = []
         self._waiting: deque[_Task] = deque()
         self._bars: dict[str, TaskID] = {}
-        self._done, self._details = "", dict[str, str]()
+        self._together, self._details = Together(), dict[str, str]()
         self._starting = progress.add_task(
             f"starting {counted(workers, 'process', 'processes')}", total=None, detail=""
         )
+        self._all = progress.add_task("all", total=1.0, visible=False, start=False, detail="")
 
     def submit(self, name: str, function: Callable[..., Any], *arguments: Any) -> Future[Any]:
         """See `Workers.submit`; tasks start in the order in which they are submitted."""
@@ -173,11 +175,14 @@ class Pool:
     def gather(self, futures: Mapping[Future[Any], str]) -> Iterator[tuple[str, Future[Any]]]:
         """See `Workers.gather`; updates the live view, and raises a deferred Ctrl-C."""
         waiting = set(futures)
+        self._together.begin(futures.values())
+        self._progress.reset(self._all, visible=len(waiting) > 1)
         while waiting:
-            self._done = f"{len(futures) - len(waiting)} of {len(futures)} done"
+            self._progress.update(self._all, completed=self._together.share, detail=self._together.done)
             raise_deferred()
             for future in [future for future in waiting if future.done()]:
                 waiting.remove(future)
+                self._together.report(futures[future], 1)
                 self._progress.update(self._bars[futures[future]], visible=False)
                 yield futures[future], future
             busy = {worker.pipe: worker for worker in self._workers if worker.task is not None}
@@ -189,7 +194,7 @@ class Pool:
         """See `Workers.doing`."""
         running = [worker.task.name for worker in list(self._workers) if worker.task is not None]
         details = ", ".join(f"{name}: {self._details.get(name, 'starting')}" for name in running)
-        return "; ".join(part for part in (self._done, details) if part)
+        return "; ".join(part for part in (str(self._together), details) if part)
 
     def stop(self, grace: float) -> None:
         """End the processes; training has ``grace`` seconds to save a checkpoint first."""
@@ -249,6 +254,7 @@ class Pool:
         if kind == "progress":
             share, detail = content
             self._details[worker.task.name] = detail
+            self._together.report(worker.task.name, min(share, 0.99))  # its result is yet to come
             if not self._progress.tasks[bar].started:
                 self._progress.start_task(bar)  # start its clock: a cell may have waited long
             self._progress.update(bar, completed=share, detail=detail, visible=True)
@@ -278,9 +284,7 @@ class Pool:
 @contextmanager
 def pool(workers: int, threads: int, console: Console) -> Iterator[Workers]:
     """A `Pool` of spawned processes, each with its own GPU and number of threads."""
-    columns = [TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[detail]}"), TimeElapsedColumn()]
-    progress = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
-    with signals_deferred(), progress:
+    with signals_deferred(), bars(console) as progress:
         running = Pool(workers, threads, progress)
         grace = 0.0
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from rlzoo.policy.encoding import encode_prompt
 from rlzoo.policy.loading import load_policy
 from rlzoo.policy.microbatches import FirstPass, Forward, MicroBatches
 from rlzoo.policy.policy import Policy
-from rlzoo.policy.sequences import Tokens
+from rlzoo.policy.sequences import Tokens, learned, learned_tokens
 from rlzoo.types import TokenBatch, Trajectory, Unit, selector_of
 
 Units = Sequence[tuple[int, ...]]
@@ -130,9 +131,13 @@ class Assembler:
         return {key: context.now(key) for key in keys}
 
     def values(self, one: Input, rows: Sequence[Trajectory]) -> list[Float[np.ndarray, " n"]]:
-        """The computed values of a stored input per row, in float32: one per completion token, or a single one."""
+        """The computed values of a stored input per row, in float32: one per completion token, or a single one.
+
+        Tokens that are not learned from have values too, as in all columns of a buffer.
+        """
         if not rows:
             return []
+        rows = [row if row.completion_mask is None else replace(row, completion_mask=None) for row in rows]
         context = _Context(self, rows, [(place,) for place in range(len(rows))], None)
         context.mask = on_device(fixed_mask(rows), self.policy.device)
         context.input = one
@@ -180,7 +185,7 @@ class Assembler:
             self._on_forward(model, rows)
         if self._known is not None:
             for place, row in enumerate(rows):
-                kept = {key: value[place, : len(row.completion_ids)] for key, value in found.items()}
+                kept = {key: value[place, : learned_tokens(row)] for key, value in found.items()}
                 self._known[id(model), id(row)] = row, kept  # keeps the row alive, so that its id stays unique
         return found
 
@@ -271,7 +276,9 @@ class _Context:
                     f"{one.column!r} has {held} in a row of prompt {row.prompt_id!r} whose completion has "
                     f"{len(row.completion_ids)} tokens, its end included: give one per token"
                 )
-            table[place, : len(value)] = torch.as_tensor(value)
+            own = torch.as_tensor(value)
+            own = own if row.completion_mask is None else own[learned(row)]
+            table[place, : len(own)] = own
         return on_device(table, device)
 
 
@@ -285,6 +292,8 @@ def fixed_batch(rows: Sequence[Trajectory], units: Units, objective: Objective, 
         if not (row.prompt_ids and row.completion_ids):
             lacking = "completion" if row.prompt_ids else "prompt"
             raise UserError(f"a row of prompt {row.prompt_id!r} has no tokens in its {lacking}: drop the row")
+        if not learned_tokens(row):
+            raise UserError(f"a row of prompt {row.prompt_id!r} has no token that is learned from: drop the row")
     mask = fixed_mask(rows, objective.truncated == "mask")
     unit = selector_of(objective.learns_from).unit
     pairs = unit is Unit.PAIR
@@ -305,10 +314,11 @@ def fixed_batch(rows: Sequence[Trajectory], units: Units, objective: Objective, 
 
 
 def fixed_mask(rows: Sequence[Trajectory], masks_truncated: bool = False) -> Bool[Tensor, "B T"]:
-    """True at completion tokens [B, T]; with ``masks_truncated``, False throughout truncated rows."""
-    mask = torch.zeros(len(rows), max(len(row.completion_ids) for row in rows), dtype=torch.bool)
-    for place, row in enumerate(rows):
-        mask[place, : 0 if masks_truncated and row.truncated else len(row.completion_ids)] = True
+    """True at learned tokens [B, T]; with ``masks_truncated``, False throughout truncated rows."""
+    lengths = list(map(learned_tokens, rows))
+    mask = torch.zeros(len(rows), max(lengths), dtype=torch.bool)
+    for place, (row, length) in enumerate(zip(rows, lengths, strict=True)):
+        mask[place, : 0 if masks_truncated and row.truncated else length] = True
     return mask
 
 

@@ -125,11 +125,25 @@ def _render(
             "the tokenizer has no chat template for a conversation: "
             "use a chat model's tokenizer, set tokenizer.chat_template, or give plain text"
         )
+    how = {**options, "add_generation_prompt": generation_prompt, "tokenize": False}
+    text: str = _applied(tokenizer, conversation, parts, how)
+    return text
+
+
+def marked(tokenizer: Any, conversation: Sequence[Message], options: Options = _NONE) -> tuple[list[int], list[int]]:
+    """The tokens of a rendered conversation, and 1 for those in ``{% generation %}`` blocks of the template, else 0.
+
+    Raises UserError as `render` does.
+    """
+    how = {**options, "tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
+    found = _applied(tokenizer, conversation, turn_of(tokenizer).parts, how)
+    return list(found["input_ids"]), list(found["assistant_masks"])
+
+
+def _applied(tokenizer: Any, conversation: Sequence[Message], parts: bool, how: Options) -> Any:
     given = [{**m, "content": [{"type": "text", "text": m["content"]}]} if parts else m for m in conversation]
     try:
-        text: str = tokenizer.apply_chat_template(
-            given, add_generation_prompt=generation_prompt, tokenize=False, **options
-        )
+        return tokenizer.apply_chat_template(given, **how)
     except Exception as error:  # a template is a program, and can fail in any way
         reason = " ".join(str(error).split()) or type(error).__name__
         roles = ", ".join(message["role"] for message in conversation)
@@ -137,7 +151,6 @@ def _render(
             f"the chat template refuses a conversation of the roles {roles:.80} ({reason:.160}): "
             "change its turns, or tokenizer.chat_template"
         ) from None
-    return text
 
 
 def opened(tokenizer: Any, conversation: Sequence[Message], options: Options = _NONE) -> str:

@@ -10,20 +10,19 @@ and fast tokenizers are called on batches (`encode_batch`).
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from typing import Any, Literal, TypeVar
 
 from rlzoo.errors import UserError
-from rlzoo.policy.chat import Message, Options, answered, common_prefix, messages, opened, turn_of
+from rlzoo.policy.chat import Message, Options, messages, opened, turn_of
+from rlzoo.policy.turns import Asked, Steps, one_turn, several_turns, up_to_stop
 
 T = TypeVar("T")
 Prompt = str | list[Message]
-Asked = tuple[str, bool]
-"""A text to be tokenised, and whether the tokenizer adds its own special tokens."""
-Steps = Generator[Asked, list[int], T]
-"""A generator that yields texts, is sent the tokens of each, and returns what was encoded."""
+Completion = str | Message | list[Message]
+"""Text, a turn of the assistant, or several turns of which the first and the last are the assistant's."""
 Special = Literal["reject", "allow"]
 """Text that spells a special token is an error, or is read as that token."""
 SPELLED = "text that spells a special token is read as that token"
@@ -44,6 +43,8 @@ class Encoded:
     """The identity of the prompt, for data without prompt ids; independent of its completion."""
     notes: Mapping[str, str] = field(default_factory=dict)
     """What was changed in encoding → an example."""
+    mask: list[bool] | None = None
+    """Which tokens of the completion are learned from; None: all."""
 
 
 @dataclass(frozen=True)
@@ -121,36 +122,41 @@ def _completion_steps(tokenizer: Any, text: str) -> Steps[list[int]]:
 def encode(
     tokenizer: Any,
     prompt: Prompt,
-    completion: str | Message,
+    completion: Completion,
     max_length: int | None = None,
     max_completion_tokens: int | None = None,
     special: Special = "reject",
     options: Options | None = None,
+    learned: Sequence[int] | None = None,
 ) -> Encoded:
     """Encode both, cut on the right to ``max_length`` tokens in total and ``max_completion_tokens`` of completion.
 
     The completion of a conversation is an assistant's turn, as text or as a message. Its tokens are those of the
     rendered conversation from where it differs from the rendered prompt to the end of the turn (as in TRL), plus an end
-    of sequence if the template ends turns without a token at which sampling stops.
+    of sequence if the template ends turns without a token at which sampling stops. It may also be a list of turns, of
+    which the assistant's, or those with the indices ``learned``, are learned from (`rlzoo.policy.turns`).
 
-    A completion that is cut is marked as truncated, and its text is decoded from the remaining tokens. The end of
-    sequence is among the tokens but not in the text. Raises UserError as `encode_prompt` does, if the prompt leaves no
-    room for a completion, and with ``special="reject"`` for text that spells a special token (see `spelled`).
+    A completion that is cut is marked as truncated, and its text is decoded from the remaining tokens, as is that of
+    several turns. The end of sequence is among the tokens but not in the text. Raises UserError as `encode_prompt` and
+    `several_turns` do, if the prompt leaves no room for a completion, if nothing to learn from is left of it, and with
+    ``special="reject"`` for text that spells a special token (see `spelled`).
     """
-    steps = encode_steps(tokenizer, prompt, completion, max_length, max_completion_tokens, special, options)
+    steps = encode_steps(tokenizer, prompt, completion, max_length, max_completion_tokens, special, options, learned)
     return _alone(tokenizer, steps)
 
 
 def encode_steps(
     tokenizer: Any,
     prompt: Prompt,
-    completion: str | Message,
+    completion: Completion,
     max_length: int | None = None,
     max_completion_tokens: int | None = None,
     special: Special = "reject",
     options: Options | None = None,
+    learned: Sequence[int] | None = None,
 ) -> Steps[Encoded]:
     """`encode` as a generator for `encode_batch`."""
+    mask: list[bool] | None = None
     if isinstance(prompt, str):
         if not isinstance(completion, str):
             raise UserError("the prompt is plain text and the completion a conversation: use the same form for both")
@@ -169,44 +175,70 @@ def encode_steps(
         said, end = said.removesuffix(tokenizer.eos_token), len(ids)
     else:
         turn = {"role": "assistant", "content": completion} if isinstance(completion, str) else completion
-        conversation, (answer,) = messages(prompt), messages([turn], "the completion")
-        found = spelled(tokenizer, conversation, answer)
-        text, whole = answered(tokenizer, conversation, answer, options or {})
-        said, key = answer["content"], prompt_key(text)
-        prompt_ids, left_out, ids, end = yield from _turn(tokenizer, text, whole)
+        turns = messages(turn if isinstance(turn, list) else [turn], "the completion")
+        conversation, answer = messages(prompt), turns[-1]
+        found = spelled(tokenizer, [*conversation, *turns[:-1]], answer)
+        if isinstance(turn, list):
+            own = [place for place, one in enumerate(turns) if one["role"] == "assistant"]
+            made = yield from several_turns(tokenizer, conversation, turns, learned or own, options or {})
+            said = answer["content"] if len(turns) == 1 else _said(tokenizer, made.ids[: made.end])
+        else:
+            made = yield from one_turn(tokenizer, conversation, answer, options or {})
+            said = answer["content"]
+        text, key, left_out, mask = made.prompt, prompt_key(made.prompt), made.left_out, made.mask
+        prompt_ids, ids, end = made.prompt_ids, made.ids, made.end
         text = tokenizer.decode(prompt_ids) if left_out else text
     if special == "reject":
         _reject(found)
+    notes = {kind: told for kind, told in ((SPELLED, found), (LEFT_OUT, left_out and repr(left_out))) if told}
+    whole = Encoded(text, said, prompt_ids, ids, False, key, notes, mask)
+    return _fitted(tokenizer, whole, end, max_length, max_completion_tokens)
+
+
+def encode_tokens(
+    tokenizer: Any,
+    prompt_ids: list[int],
+    completion_ids: list[int],
+    mask: list[bool],
+    max_length: int | None = None,
+    max_completion_tokens: int | None = None,
+) -> Encoded:
+    """A row that is tokenised already, with its tokens as text, cut as `encode` does it. Raises UserError likewise."""
+    prompt, end = tokenizer.decode(prompt_ids), up_to_stop(tokenizer, completion_ids)
+    completion = _said(tokenizer, completion_ids[:end])
+    whole = Encoded(prompt, completion, prompt_ids, completion_ids, False, prompt_key(prompt), {}, mask)
+    return _fitted(tokenizer, whole, end, max_length, max_completion_tokens)
+
+
+def _fitted(
+    tokenizer: Any, whole: Encoded, end: int, max_length: int | None, max_completion_tokens: int | None
+) -> Encoded:
+    """A row whose completion is cut to the limits; ``end`` is the number of its tokens up to the stop token."""
+    prompt_ids, ids, mask, said = whole.prompt_ids, whole.completion_ids, whole.mask, whole.completion
     rooms = [len(ids), max_completion_tokens, None if max_length is None else max_length - len(prompt_ids)]
     room = min(room for room in rooms if room is not None)
     if room < 1:
         raise UserError(
             f"the prompt alone takes {len(prompt_ids)} of {max_length} tokens: raise max_length or drop the row"
         )
+    if mask is not None and not any(mask[:room]):
+        raise UserError(
+            f"the turns learned from begin after the first {room} tokens of the completion, which are kept: raise "
+            "max_completion_tokens or max_length, or drop the row"
+        )
     if truncated := room < end:
         said = tokenizer.decode(ids[:room])
-    cut = f"{room} of {end} tokens are kept" if truncated else None
-    notes = {SPELLED: found, LEFT_OUT: left_out and repr(left_out), CUT: cut}
-    return Encoded(text, said, prompt_ids, ids[:room], truncated, key, {k: v for k, v in notes.items() if v})
+    cut = {CUT: f"{room} of {end} tokens are kept"} if truncated else {}
+    kept = None if mask is None or all(mask[:room]) else mask[:room]
+    notes = {**whole.notes, **cut}
+    return replace(whole, completion=said, completion_ids=ids[:room], truncated=truncated, notes=notes, mask=kept)
 
 
-def _turn(tokenizer: Any, prompt: str, whole: str) -> Steps[tuple[list[int], str, list[int], int]]:
-    """A rendered conversation, split where it differs from its prompt: the tokens before that point, the rest of the
-    prompt's text, the turn's tokens, and the number of these up to the stop token."""
-    first = yield prompt, False
-    both = yield whole, False
-    start = common_prefix(first, both)
-    if not start:
-        raise UserError(
-            "the rendered prompt has no tokens of its own: give plain text, or change tokenizer.chat_template"
-        )
-    ids, turn = both[start:], turn_of(tokenizer)
-    if not {turn.stop, tokenizer.eos_token_id} & set(ids):
-        if tokenizer.eos_token_id is None:
-            raise UserError("the tokenizer has no end of sequence: set tokenizer.eos_token")
-        ids = [*ids, tokenizer.eos_token_id]
-    ended = turn.after_stop if tuple(ids[-len(turn.ending) :]) == turn.ending else 0
-    return both[:start], tokenizer.decode(first[start:]), ids, len(ids) - ended
+def _said(tokenizer: Any, ids: list[int]) -> str:
+    """The text of several turns, without the token at which sampling stops."""
+    stops = {turn_of(tokenizer).stop, tokenizer.eos_token_id}
+    text: str = tokenizer.decode(ids[:-1] if ids[-1] in stops else ids)
+    return text
 
 
 def spelled(tokenizer: Any, prompt: Prompt, completion: str | Message = "") -> str | None:

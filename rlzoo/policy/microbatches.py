@@ -18,7 +18,7 @@ from rlzoo.jobs.ranks import gathered, is_sharded, rank, summed, world_size
 from rlzoo.jobs.restarts import restart_with
 from rlzoo.policy.defaults import token_budget_of
 from rlzoo.policy.policy import ForwardPass, Policy
-from rlzoo.policy.sequences import Row, Sequences, Tokens, length
+from rlzoo.policy.sequences import Row, Sequences, Tokens, learned_tokens, length
 
 T = TypeVar("T")
 Forward = Callable[[Sequences, list[int]], ForwardPass]
@@ -102,12 +102,12 @@ class MicroBatches:
     ) -> dict[str, Float[Tensor, "R T"]]:
         """``logp`` of all rows in nats, module outputs, ``statistics`` and ``nucleus``, by key: each [R, T].
 
-        In evaluation mode and without a graph; 0 at padding. Processes share the work, and all get the full result.
-        ``forward`` replaces the plain forward pass, and ``undo`` discards what it left behind if memory runs out.
-        ``progress`` is called with the number of rows just done. Raises UserError if a single row does not fit into
-        memory.
+        T counts learned tokens. In evaluation mode and without a graph; 0 at padding. Processes share the work, and all
+        get the full result. ``forward`` replaces the plain forward pass, and ``undo`` discards what it left behind if
+        memory runs out. ``progress`` is called with the number of rows just done. Raises UserError if a single row does
+        not fit into memory.
         """
-        width = max((len(row.completion_ids) for row in rows), default=0)
+        width = max(map(learned_tokens, rows), default=0)
         plain: Forward = lambda sequences, _: policy(sequences, statistics=statistics, top_p=top_p)  # noqa: E731
 
         @torch.no_grad()

@@ -13,6 +13,7 @@ from rlzoo.config import Sampling, Training
 from rlzoo.errors import UserError
 from rlzoo.jobs.cached_results import random_state
 from rlzoo.policy import Policy
+from rlzoo.policy.sequences import learned_tokens, length
 from rlzoo.reward import get_reward
 from rlzoo.rollout.rollouts import collect_rollouts, scorable, within_limits
 from rlzoo.rollout.sampler import Sampler
@@ -82,8 +83,7 @@ class Collector:
             token_budget=training.token_budget,
             recompute=not settings.wants_sampler_logp,
         )
-        sampled = sum(len(row.completion_ids) for row in rows)
-        tokens = sampled + sum(len(row.prompt_ids) for row in rows)
+        sampled, tokens = sum(map(learned_tokens, rows)), sum(map(length, rows))
         self._sampled_tokens += sampled
         self._flops += policy.flops(tokens, sampled, modules=False) + policy.flops(tokens, sampled)
         return OfflineBuffer.from_trajectories([*rows, *self._demonstrations(prompts)])

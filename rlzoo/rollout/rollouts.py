@@ -17,6 +17,7 @@ from rlzoo.errors import UserError
 from rlzoo.jobs.cached_results import CachedResults
 from rlzoo.policy import Policy
 from rlzoo.policy.microbatches import log_probs, log_probs_and_nuclei
+from rlzoo.policy.sequences import learned
 from rlzoo.reward import Reward, get_reward
 from rlzoo.rollout.sampler import Finished, Sample, Sampler, by_length, room_after
 from rlzoo.rollout.scoring import Scorer, columns_of, score_samples
@@ -71,6 +72,7 @@ def collect_rollouts(
             sampler_logp=other if recompute else None,  # no mismatch to measure if it is the behaviour log-prob itself
             policy_version=version,
             truncated=sample.truncated,
+            completion_mask=sample.mask,
             temperature=settings.temperature,
             top_p=settings.top_p,
         )
@@ -137,16 +139,20 @@ def _sampled(
 
 
 def mismatch(rows: Sequence[Trajectory]) -> dict[str, float] | None:
-    """The mismatch between the log-probs of the sampling engine and the trainer, over all tokens.
+    """The mismatch between the log-probs of the sampling engine and the trainer, over all learned tokens.
 
     With Δ = log π - log π_engine: ``mean_absolute`` and ``largest`` |Δ| in nats, ``mean_ratio`` of exp(Δ) (1 in
     expectation if the engine samples from the distribution that it reports), and ``kl``, the k3 estimate
     exp(Δ) - 1 - Δ of KL(π_engine ‖ π) per token, in nats. None if no row has the engine's log-probs.
     """
-    both = [(row.behaviour_logp, row.sampler_logp) for row in rows if row.behaviour_logp and row.sampler_logp]
+    both = [
+        (np.asarray(row.behaviour_logp)[learned(row)], np.asarray(row.sampler_logp)[learned(row)])
+        for row in rows
+        if row.behaviour_logp and row.sampler_logp
+    ]
     if not both:
         return None
-    ours, theirs = (np.concatenate([np.asarray(pair[side]) for pair in both]) for side in (0, 1))
+    ours, theirs = map(np.concatenate, zip(*both, strict=True))
     gap = ours - theirs
     return {
         "tokens": len(gap),

@@ -37,7 +37,18 @@ class Sample:
     truncated: bool
     """True if ``max_new_tokens``, or the end of the model's context, was reached before an end of sequence."""
     logp: list[float] | None = None
-    """The engine's own log-prob per token, in nats, under the distribution that it sampled from."""
+    """The engine's own log-prob per token, in nats, under the distribution that it sampled from; any number for tokens
+    that ``mask`` leaves out."""
+    mask: list[bool] | None = None
+    """Which tokens the policy sampled, and are learned from: False for a tool's result or a user's turn between two
+    turns of the assistant. None: all."""
+    messages: list[dict[str, Any]] | None = None
+    """The turns of a completion of several, which rewards of conversations get in place of ``text`` as one turn."""
+
+    @property
+    def length(self) -> int:
+        """The number of tokens that the policy sampled."""
+        return len(self.ids) if self.mask is None else sum(self.mask)
 
 
 Finished = Callable[[int, list[Sample]], None]

@@ -139,7 +139,9 @@ class Scorer:
 def completions_of(answered: Answered) -> list[Any]:
     """Completions as arguments of a reward: conversations for conversational problems, as in TRL."""
     return [
-        sample.text if isinstance(encoded.problem.prompt, str) else [{"role": "assistant", "content": sample.text}]
+        sample.text
+        if isinstance(encoded.problem.prompt, str)
+        else sample.messages or [{"role": "assistant", "content": sample.text}]
         for encoded, sample in answered
     ]
 

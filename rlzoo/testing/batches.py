@@ -114,6 +114,22 @@ def wider(batch: TokenBatch, extra: int) -> TokenBatch:
     return _mapped(batch, widened)
 
 
+def with_gaps(batch: TokenBatch, extra: int, seed: int) -> TokenBatch:
+    """The same batch with ``extra`` more masked positions per row, full of NaN and at random places between its own."""
+    draw = torch.Generator().manual_seed(seed)
+    rows, length = batch.mask.shape
+    order = torch.rand(rows, length + extra, generator=draw).argsort(1)
+    places = order[:, :length].sort(1).values
+
+    def spread(value: Tensor) -> Tensor:
+        if value.ndim != 2:
+            return value
+        filler = math.nan if value.is_floating_point() else 0
+        return value.new_full((rows, length + extra), filler).scatter(1, places, value)
+
+    return _mapped(batch, spread)
+
+
 def cast(batch: TokenBatch, dtype: torch.dtype) -> TokenBatch:
     """The batch with all its floating-point tensors rounded to ``dtype``, as fresh leaves."""
 

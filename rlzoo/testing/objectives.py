@@ -21,6 +21,7 @@ from rlzoo.testing.batches import (
     prepared,
     random_batch,
     wider,
+    with_gaps,
 )
 from rlzoo.testing.engine import check_analysis, check_training
 from rlzoo.testing.logits import LossInLogits, check_logits, is_random
@@ -49,10 +50,10 @@ def check_objective(
     its value the loss that the objective reports; without it neither is checked. The loss of an objective with a
     `logit_term` is ``loss_in_logits(mask [B, T], logits [B, T, V], reference logits [B, T, V], target [B, T])``.
 
-    Also checked: masked positions, detached coefficients, the order of rows, padding, micro-batches, batches with all
-    tokens masked, float32 and bfloat16; and, unless ``through_trainer`` is False, training on the embedded model and
-    the variance analyzer, which take a second or two. Raises AssertionError, which says in one line what failed, and
-    UserError for an objective that cannot be found or built.
+    Also checked: masked positions, also between tokens, detached coefficients, the order of rows, padding,
+    micro-batches, batches with all tokens masked, float32 and bfloat16; and, unless ``through_trainer`` is False,
+    training on the embedded model and the variance analyzer, which take a second or two. Raises AssertionError, which
+    says in one line what failed, and UserError for an objective that cannot be found or built.
     """
     found = get_objective(objective) if isinstance(objective, str) else objective
     for check, where in CHECKS.items():
@@ -219,6 +220,14 @@ def _padding(objective: Objective, _: Loss | None) -> None:
     _same(objective, batch, wider(batch, 3), f"depends on how far rows are padded: {advice}")
 
 
+def _gaps(objective: Objective, _: Loss | None) -> None:
+    """Masked positions between tokens, as of a tool's result in other trainers' batches, count for nothing."""
+    for seed in SEEDS:
+        batch = random_batch(objective, seed)
+        fault = "depends on masked positions between tokens: count tokens with batch.mask.cumsum(1), not positions"
+        _same(objective, batch, with_gaps(batch, 4, seed), fault)
+
+
 def _same(objective: Objective, batch: TokenBatch, changed: TokenBatch, fault: str) -> None:
     """The loss and its gradient are the same on a batch made from the first."""
     loss, other = (surrogate(objective, prepared(objective, one)) for one in (batch, changed))
@@ -306,6 +315,7 @@ CHECKS: dict[Check, str] = {
     _masked: "on a batch with garbage at masked positions",
     _order: "with rows in another order",
     _padding: "on a batch with more padding",
+    _gaps: "on a batch with masked positions between tokens",
     _split: "in micro-batches",
     _nothing: "where every token is masked",
     _gradient: "on a random batch",

@@ -17,6 +17,7 @@ from rlzoo.inputs import Input
 from rlzoo.jobs.cached_results import random_state
 from rlzoo.jobs.memory import on_device
 from rlzoo.objective import Component, Objective, view_of
+from rlzoo.policy.sequences import learned_tokens
 from rlzoo.training.state import resumable
 from rlzoo.types import Coupling, TokenBatch, Trajectory, WhichView
 
@@ -278,7 +279,7 @@ def _part(drawn: Drawn, place: int, number: int) -> Drawn:
     places = iter(range(len(index)))
     units = [tuple(next(places) for _ in unit) for unit in own]
     rows = [drawn.rows[row] for row in index]
-    longest = max(len(row.completion_ids) for row in rows)
+    longest = max(map(learned_tokens, rows))
     batch = drawn.batch.rows(on_device(torch.tensor(index), drawn.batch.mask.device), longest)
     return replace(drawn, rows=rows, units=units, batch=batch)
 

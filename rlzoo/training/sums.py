@@ -15,6 +15,7 @@ from torch import Tensor
 from rlzoo.jobs.memory import on_device
 from rlzoo.jobs.ranks import gathered
 from rlzoo.objective import Objective, reduce
+from rlzoo.policy.sequences import learned
 from rlzoo.reward.calling import means
 from rlzoo.training.batches import Drawn
 from rlzoo.training.tally import Counts, tallied, with_gradient
@@ -47,6 +48,18 @@ class Readout:
         return found
 
 
+def reported_loss(
+    objective: Objective, part: TokenBatch, coefficients: Coefficients, loss: Tensor, denominator: Tensor | float
+) -> Float[Tensor, ""]:
+    """The value of a loss with the paper's main loss in place of the surrogate's; auxiliary losses and terms stay."""
+    found = loss.detach()
+    if coefficients.loss is not None:
+        main = torch.where(part.mask, coefficients.values, 0) * part.logp.detach()
+        found = found + reduce(main, part, objective.normaliser, denominator)
+        found = found + reduce(coefficients.loss, part, objective.normaliser, denominator)
+    return found
+
+
 class Sums:
     """Sums over the micro-batches of a step, in float64, on the device."""
 
@@ -63,12 +76,7 @@ class Sums:
         denominator: Tensor | float,
     ) -> None:
         """Add the loss [] and the metrics [b, T] or [b] of a micro-batch ``part`` of b rows."""
-        reported = loss.detach()
-        if coefficients.loss is not None:
-            # the paper's loss in place of the surrogate's; auxiliary losses and logit terms stay
-            main = torch.where(part.mask, coefficients.values, 0) * part.logp.detach()
-            reported = reported + reduce(main, part, objective.normaliser, denominator)
-            reported = reported + reduce(coefficients.loss, part, objective.normaliser, denominator)
+        reported = reported_loss(objective, part, coefficients, loss, denominator)
         self._add(LOSS, reported, torch.zeros_like(reported, dtype=torch.bool))
         per_token = {"logp": part.logp.detach(), "coefficient": coefficients.values, **coefficients.metrics}
         for name, value in per_token.items():
@@ -153,6 +161,6 @@ def truncated_importance(rows: Sequence[Trajectory], mask: Tensor, cap: float) -
     weight = torch.ones(mask.shape)
     for place, row in enumerate(rows):
         if row.sampler_logp is not None and row.behaviour_logp is not None:
-            gap = torch.tensor(row.behaviour_logp) - torch.tensor(row.sampler_logp)
+            gap = (torch.tensor(row.behaviour_logp) - torch.tensor(row.sampler_logp))[learned(row)]
             weight[place, : len(gap)] = gap.exp().clamp(max=cap)
     return on_device(weight, mask.device)

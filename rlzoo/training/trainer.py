@@ -26,7 +26,7 @@ from rlzoo.policy import Assembler, FirstPass, MicroBatches, Models, Policy, sha
 from rlzoo.policy.adapters import adapters
 from rlzoo.policy.defaults import token_budget_of
 from rlzoo.policy.quantised import entries
-from rlzoo.policy.sequences import Tokens, length
+from rlzoo.policy.sequences import Tokens, learned_tokens, length
 from rlzoo.training.batches import (
     Drawn,
     Source,
@@ -380,5 +380,5 @@ class Trainer:
         return next((self.models.of(name) for one in givers for name in one.models()), None)
 
     def _count(self, policy: Policy, rows: Sequence[Tokens], passes: float) -> None:
-        completions = sum(len(row.completion_ids) for row in rows)
+        completions = sum(map(learned_tokens, rows))
         self.record.costs.flops += passes * policy.flops(sum(map(length, rows)), completions)

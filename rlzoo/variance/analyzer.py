@@ -17,9 +17,11 @@ from rlzoo.objective import Objective
 from rlzoo.policy import Assembler, MicroBatches, Models, Policy
 from rlzoo.policy.defaults import token_budget_of
 from rlzoo.policy.quantised import is_in_4_bits
+from rlzoo.policy.sequences import learned_tokens
 from rlzoo.training import check_buffer
 from rlzoo.types import name_of_view
 from rlzoo.variance import moments
+from rlzoo.variance.classes import Classify, TokenClasses, class_noise
 from rlzoo.variance.coefficients import coefficient_statistics, ess_fraction
 from rlzoo.variance.gradients import GradientMeter
 from rlzoo.variance.over_data import Comparison, default_held, portions, proxies
@@ -50,6 +52,8 @@ def analyze_variance(
     draws: int = 4096,
     seed: int = 0,
     gradients: bool = True,
+    token_classes: str | Classify = "default",
+    class_gradients: bool = False,
     learns_from: LearnsFrom = None,
     reference: Policy | None = None,
     models: Models | None = None,
@@ -63,7 +67,9 @@ def analyze_variance(
     has for some prompts, ``rows`` rows or slightly more; ``seed`` selects the prompts. ``learns_from``, one view or one
     per name, replaces the views of objectives that learn from single rows. Estimates are for new prompts of the same
     kind; if noise hides a gradient there are none. ``draws`` samples per token check the exact moments;
-    ``gradients=False`` omits everything that needs a backward pass. Log-probs of the initial policy are taken from the
+    ``gradients=False`` omits everything that needs a backward pass. ``token_classes`` is a function from a token's text
+    to its class, or its name; with ``class_gradients``, what each class contributes to the variance is measured, which
+    takes a backward pass per objective and class. Log-probs of the initial policy are taken from the
     buffer, else from ``reference``, else from the policy itself, as at the start of a run; ``models`` are those of a
     run in progress. Modules of inputs that the policy lacks, such as a critic, are initialised as at the start of a
     run.
@@ -105,14 +111,16 @@ def analyze_variance(
         if not set(weighted) & set(named):
             raise UserError(next(iter(skipped.values())))
         subjects = {name: subjects[name] for name in weighted}
+        classes = TokenClasses.of(policy.tokenizer, scored.rows, token_classes)
         found: dict[str, Any] = {"objectives": {}, "skipped": skipped, "bins": []}
         for name in [name for name in named if name in subjects]:
             found["objectives"][name] = _described(
                 name, subjects[name], weighted[name], scored, draws, seed, found["bins"]
-            )
+            ) | {"token_classes": classes.shares(subjects[name], weighted[name], scored)}
         found["token_probabilities"] = _probabilities(scored, experts)
         if meter is not None:
-            _measure_gradients(found, meter, subjects, weighted, scored, means_held, assembler.micro, tell)
+            split = classes if class_gradients else None
+            _measure_gradients(found, meter, subjects, weighted, scored, means_held, assembler.micro, split, tell)
     return found
 
 
@@ -162,21 +170,25 @@ def _measure_gradients(
     scored: Scored,
     means_held: int | None,
     micro: MicroBatches,
+    classes: TokenClasses | None,
     tell: Callable[[float, str], None],
 ) -> None:
-    """Add data_noise, layers and proxies of each objective, and the cosines between objectives of one pass."""
+    """Add data_noise, layers and proxies of each objective, the cosines between objectives of one pass, and what the
+    classes of tokens contribute, if they are given."""
     base = baseline(weighted)
     if base != BASELINE:
         subjects = {name: subject for name, subject in subjects.items() if name != BASELINE}
     held = means_held or default_held(meter.modules.trainable.values(), len(subjects))
     passes = portions(list(subjects), base, held)
     total = sum(len({row for name in names for row in subjects[name].rows}) for names in passes)
-    done = 0
+    if classes is not None:
+        total += sum(len(set(subjects[name].rows)) for name in found["objectives"])
+    done = 0.0
 
-    def count(more: int) -> None:
+    def count(more: float) -> None:
         nonlocal done
         done += more
-        tell(0.1 + 0.9 * done / total, f"gradients of {done}/{total} rows")
+        tell(0.1 + 0.9 * done / total, f"gradients of {done:.0f}/{total} rows")
 
     found["layers"], found["cosines"] = meter.modules.layers, {}
     kept: dict[str, UnitGradients] = {}
@@ -195,6 +207,13 @@ def _measure_gradients(
             }
         del measured, compared  # before the next pass allocates its own
         release_memory()
+    del kept
+    if classes is None:
+        return
+    for name, entry in found["objectives"].items():
+        noise = class_noise(meter, scored, subjects[name], weighted[name].task, classes, means_held, micro, count)
+        for each, own in noise.items():
+            entry["token_classes"][each] |= own
 
 
 def _moments(
@@ -220,7 +239,7 @@ def _moments(
         reason = "its coefficients are all 0: its gradient, if it has one, is that of a full-vocabulary term"
         return {"token_moments": moments.no_reading(reason), "importance_weights": None}
     masks = zip(subject.rows, weighted.batch.mask.cpu().numpy(), strict=True)
-    learned = np.concatenate([mask[: len(scored.rows[row].completion_ids)] for row, mask in masks])
+    learned = np.concatenate([mask[: learned_tokens(scored.rows[row])] for row, mask in masks])
     table = scored.table(subject.rows).where(learned)
     estimates = None
     if draws:

@@ -75,7 +75,7 @@ class HeadPass:
         self._shared = [None if shared.alone else flat(shared.weight) for shared in passes]
         self._alone = {name: n for n, shared in enumerate(passes) if shared.alone for name in shared.scale}
         self._term_weight = {
-            name: task.term_weight[index].to(self.hidden)[self._position_row]
+            name: flat(task.term_weight)
             for name, task in tasks.items()
             if task.term is not None and task.term_weight is not None
         }

@@ -14,7 +14,7 @@ from rlzoo.variance.factored import at_least_float32
 from rlzoo.variance.intervals import Estimate, nothing, rank_correlation
 from rlzoo.variance.noise import Units, against, data_noise, turned, within_by_prompt
 from rlzoo.variance.scoring import Scored
-from rlzoo.variance.subjects import Subject, SubjectWeights
+from rlzoo.variance.subjects import Subject, SubjectWeights, token_weights
 from rlzoo.variance.tasks import UnitGradients
 
 HELD_BYTES = 2**31
@@ -65,11 +65,18 @@ class Comparison:
             return self._cosines[name, other]
         if (other, name) in self._cosines or (name == self.base != other):  # the same digits as in `noise`
             return turned(self._cosine(other, name))
-        k, j = self.names.index(name), self.names.index(other)
-        of_means, shared = float(self.products[:, k, j].sum()), float(self._within(name, other).sum())
+        of_means, shared = self.of_means(name, other), float(self._within(name, other).sum())
         found = against(self._whole[name], self._whole[other], of_means, shared)["cosine"]
         self._cosines[name, other] = found
         return found
+
+    def of_means(self, name: str, other: str) -> float:
+        """The inner product of the mean gradients of two objectives, exact."""
+        return float(self.products[:, self.names.index(name), self.names.index(other)].sum())
+
+    def units(self, name: str) -> Units:
+        """An objective's gradients over the whole model."""
+        return self._whole[name]
 
     def noise(self, name: str) -> dict[str, Estimate]:
         """The data_noise of an objective over the whole model."""
@@ -137,10 +144,7 @@ def proxies(subject: Subject, weighted: SubjectWeights, scored: Scored, measured
     table = scored.table(rows)
     prompt_of = {row: p for p, own in enumerate(subject.prompts.values()) for row in own}
     prompt = np.array([prompt_of[row] for row in rows])[table.row]
-    weights = (weighted.task.weight[rows] * weighted.task.scale).double().cpu().numpy()  # 0 where a token is masked
-    weight = np.concatenate(
-        [own[: len(scored.rows[row].completion_ids)] for row, own in zip(rows, weights, strict=True)]
-    )
+    weight = token_weights(subject, weighted, scored)
     score, power = (
         np.bincount(prompt, values, minlength=len(exact)) for values in (table.score_norm, weight**2 * table.score_norm)
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from rlzoo.buffers import Buffer
@@ -42,17 +43,31 @@ class VarianceProbe:
         """Measure if the step is due. Raises UserError if the buffer lacks stored inputs."""
         if step % self.every:
             return
-        for one in lacking(self.buffer, trainer.objective):
-            if not trainer.models.frozen.keys() >= set(one.models()):
-                raise UserError(f"the probe's buffer has no {one.label} log-probs: add them with training.with_inputs")
+        self.check(trainer.objective, models=trainer.models)
         self.measure(trainer.policy, trainer.objective, step, trainer.models)
+
+    def check(self, *objectives: Objective, models: Models | None = None) -> None:
+        """Raise UserError if the buffer lacks log-probs of a frozen model that is not among ``models``."""
+        known = set() if models is None else models.frozen.keys()
+        for one in lacking(self.buffer, *objectives):
+            if not known >= set(one.models()):
+                raise UserError(f"the probe's buffer has no {one.label} log-probs: add them with training.with_inputs")
 
     def measure(self, policy: Policy, objective: Objective, step: int, models: Models | None = None) -> None:
         """Measure the policy in its current state, and add a record. Raises UserError as `analyze_variance` does."""
+        (record,) = self.measured(policy, {objective.name: objective}, models).values()
+        self.records.append({"step": step, **record})
+
+    def measured(
+        self, policy: Policy, objectives: Mapping[str, Objective], models: Models | None = None
+    ) -> dict[str, dict[str, Any]]:
+        """A record of each objective that can be measured, without the step, by its name."""
         found = analyze_variance(
-            policy, {objective.name: objective}, self.buffer, rows=self.rows, draws=0, seed=self.seed,
+            policy, objectives, self.buffer, rows=self.rows, draws=0, seed=self.seed,
             models=models, token_budget=self.token_budget, learns_from=self.learns_from,
         )  # fmt: skip
-        entry = found["objectives"][objective.name]
-        coefficients = {key: entry["coefficients"][key] for key in ("mean", "cv", "ess_fraction")}
-        self.records.append({"step": step, **coefficients, "median_p": entry["median_p"], **entry["data_noise"]})
+        records = {}
+        for name, entry in found["objectives"].items():
+            coefficients = {key: entry["coefficients"][key] for key in ("mean", "cv", "ess_fraction")}
+            records[name] = {**coefficients, "median_p": entry["median_p"], **entry["data_noise"]}
+        return records

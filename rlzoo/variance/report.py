@@ -16,6 +16,7 @@ from rlzoo.document.drawing import Drawing
 from rlzoo.document.estimates import NONE, bound, estimate, number
 from rlzoo.errors import UserError
 from rlzoo.variance import plots
+from rlzoo.variance.class_report import class_blocks, class_tables
 
 Found = Mapping[str, Any]
 
@@ -111,7 +112,7 @@ IN_TERMINAL = (
 
 
 def report_tables(found: Found) -> list[rich.table.Table]:
-    """The main columns of both tables, for the terminal."""
+    """The main columns of the tables, for the terminal."""
     made = []
     for title, all_columns in (
         ("gradients over the data", NOISE_COLUMNS),
@@ -125,7 +126,7 @@ def report_tables(found: Found) -> list[rich.table.Table]:
         for name, entry in found["objectives"].items():
             table.add_row(Text(name), *(Text(show(entry)) for show in columns.values()))
         made.append(table)
-    return made
+    return [*made, *class_tables(found)]
 
 
 def _table(found: Found, columns: Mapping[str, Callable[[Found], str]]) -> Table:
@@ -169,6 +170,7 @@ def contents(found: Found) -> Iterator[Block]:
     )  # fmt: skip
     if any("data_noise" in entry for entry in found["objectives"].values()):
         yield from _over_data(found)
+    yield from class_blocks(found)
     if found.get("training"):
         yield Heading("In the course of training")
     yield from _figure(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
@@ -25,6 +24,7 @@ from rlzoo.jobs.cached_results import CachedResults
 from rlzoo.jobs.heartbeat import Heartbeat
 from rlzoo.jobs.outputs import remove, write_atomically
 from rlzoo.jobs.pool import Workers, default_workers, pool, why
+from rlzoo.jobs.progress import Report
 from rlzoo.jobs.ranks import world_size
 from rlzoo.jobs.runs import Run, place, run_in, versions
 from rlzoo.policy.defaults import resolved
@@ -44,8 +44,6 @@ from rlzoo.variance.probe import VarianceProbe
 from rlzoo.variance.report import write_report
 from rlzoo.variance.scoring import BLOCKS
 
-Report = Callable[[float, str], None]
-
 
 class VarianceSettings(pydantic.BaseModel):
     """How much ``rlzoo variance`` measures."""
@@ -60,6 +58,10 @@ class VarianceSettings(pydantic.BaseModel):
     """Training steps between measurements; 0: no training."""
     probe_rows: Positive = 64
     """The number of rows measured in the course of training."""
+    token_classes: Annotated[str, Field(min_length=1)] = "default"
+    """A function from a token's text to its class: a registered name, ``module:name`` or ``file.py:name``."""
+    class_gradients: bool = False
+    """Measure what each class of tokens contributes to the variance: a backward pass per objective and class."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """The seed for the choice of rows, the Monte-Carlo samples and training."""
 
@@ -226,8 +228,9 @@ def fill(experiment: Experiment, folder: Path, state: Path, given: str | None, r
     longest, special = experiment.training.max_completion_tokens, experiment.training.special_tokens
     fits, whole = policy.row_check(), experiment.training.max_length
     buffer: Buffer = read_buffer(
-        given, policy.tokenizer, longest, bad=bad, special_tokens=special, fits=fits, max_length=whole
-    )
+        given, policy.tokenizer, longest, bad=bad, special_tokens=special, fits=fits, max_length=whole,
+        turns=experiment.training.turns,
+    )  # fmt: skip
     check_buffer(policy, buffer)
     events = bad.events()
     if experiment.training.behaviour == "current":
@@ -254,6 +257,8 @@ def measure(
             rows=settings.rows,
             draws=settings.draws,
             seed=settings.seed,
+            token_classes=settings.token_classes,
+            class_gradients=settings.class_gradients,
             learns_from={name: resolve.views_of(experiment, name)[0][0] for name in experiment.algorithms},
             token_budget=experiment.training.token_budget,
             progress=report,

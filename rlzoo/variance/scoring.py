@@ -12,6 +12,7 @@ from torch import Tensor
 
 from rlzoo.inputs import Input
 from rlzoo.policy import Assembler, ForwardPass, Sequences
+from rlzoo.policy.sequences import learned_tokens
 from rlzoo.types import Trajectory
 from rlzoo.variance.moments import TokenTable
 
@@ -21,7 +22,7 @@ BLOCKS = 128
 
 @dataclass
 class Scored:
-    """What forward passes compute for some rows, in lists by row; a row has n completion tokens."""
+    """What forward passes compute for some rows, in lists by row; a row has n learned tokens."""
 
     rows: list[Trajectory]
     columns: dict[str, list[Float[Tensor, " n"]]]
@@ -35,7 +36,7 @@ class Scored:
         return found
 
     def table(self, rows: Sequence[int]) -> TokenTable:
-        """The completion tokens of some rows, concatenated."""
+        """The learned tokens of some rows, concatenated."""
         row = np.repeat(np.arange(len(rows)), [len(self.columns["logp"][r]) for r in rows])
         return TokenTable(row, *(self.flat(name, rows) for name in ("logp", "miss", "others")))
 
@@ -83,7 +84,7 @@ def score(
     def forward(sequences: Sequences, batch: list[int]) -> ForwardPass:
         look = _Look(draws, generators if everyone.intersection(batch) else {})
         scores = policy(sequences, statistics=statistics, term=look)
-        counts = [len(rows[row].completion_ids) for row in batch]
+        counts = [learned_tokens(rows[row]) for row in batch]
         for name, parts in look.hits.items():
             for row, part in zip(batch, torch.split(torch.cat(parts), counts), strict=True):
                 if row in experts[name]:
@@ -92,5 +93,5 @@ def score(
         return ForwardPass(scores.logp, scores.inputs | {n: sequences.spread(flat) for n, flat in sums.items()})
 
     for name, values in assembler.log_probs(policy, rows, statistics, forward).items():
-        found.columns[name] = [values[place, : len(row.completion_ids)] for place, row in enumerate(rows)]
+        found.columns[name] = [values[place, : learned_tokens(row)] for place, row in enumerate(rows)]
     return found

@@ -19,6 +19,7 @@ from rlzoo.errors import UserError
 from rlzoo.objective import Objective, get_objective, is_composite, surrogate_of
 from rlzoo.objective import view_of as own_view
 from rlzoo.policy import Assembler
+from rlzoo.policy.sequences import learned_tokens
 from rlzoo.registry import one_line
 from rlzoo.types import (
     Coefficients,
@@ -253,13 +254,13 @@ def _weights_of(assembler: Assembler, subject: Subject, scored: Scored) -> Subje
         """Spread values of the objective's rows over all rows."""
         if part is None:
             return None
-        whole = part.new_zeros(len(scored.rows), max(len(row.completion_ids) for row in scored.rows))
+        whole = part.new_zeros(len(scored.rows), max(map(learned_tokens, scored.rows)))
         whole[torch.tensor(chosen, device=part.device), : part.shape[1]] = part
         return whole
 
     weight = spread(gradient)
     assert weight is not None
-    row_weight = spread(objective.normaliser.weight(batch).expand(batch.mask.shape).contiguous())
+    row_weight = spread(torch.where(batch.mask, objective.normaliser.weight(batch), 0))
     on_trunk = {
         key: spread(own)
         for (key, one), own in zip(made.items(), others, strict=True)
@@ -273,9 +274,16 @@ def _weights_of(assembler: Assembler, subject: Subject, scored: Scored) -> Subje
         {key: own for key, own in on_trunk.items() if own is not None},
         objective.logit_term if objective.has_logit_term else None,
         None if giver is None else assembler.models.of(giver.models()[0]),
-        row_weight[:, 0] if objective.has_logit_term and row_weight is not None else None,
+        row_weight if objective.has_logit_term else None,
     )
     return SubjectWeights(batch, found, task)
+
+
+def token_weights(subject: Subject, weighted: SubjectWeights, scored: Scored) -> Float[np.ndarray, " N"]:
+    """The weights of all learned tokens of a subject's rows in its loss, in float64; 0 where a token is masked."""
+    rows = subject.rows
+    weights = (weighted.task.weight[rows] * weighted.task.scale).double().cpu().numpy()
+    return np.concatenate([own[: learned_tokens(scored.rows[row])] for row, own in zip(rows, weights, strict=True)])
 
 
 def baseline(weighted: Mapping[str, SubjectWeights]) -> str | None:

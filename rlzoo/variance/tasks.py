@@ -32,7 +32,8 @@ class Task:
     """A loss per position over the full vocabulary."""
     reference: Policy | None = None
     """The policy that computes the term's reference logits."""
-    term_weight: Float[Tensor, " R"] | None = None
+    term_weight: Float[Tensor, "R T"] | None = None
+    """The weight of the term at each position."""
 
 
 @dataclass

@@ -148,25 +148,44 @@ def _tests(row: Mapping[str, Any], checks: Mapping[str, Any]) -> list[Entry]:
     return [Entry(_difference(row)), Entry(p_number(row["p"]), row["p"] < SIGNIFICANT), *_checks(checks)]
 
 
-def tables_of_tests(run: FinishedRun) -> list[rich.table.Table]:
-    """The paired differences from the baseline with all tests of them, for the terminal: a table per benchmark."""
+def differences_of(run: FinishedRun) -> list[dict[str, Any]]:
+    """The paired differences from the baseline: rows of `compare_to`, with what `check_robustness` adds to them."""
     results, baseline = run.results, run.results.baseline()
-    rows = compare_to(run.outcomes, baseline, results.k)
     keys = ("algorithm", "benchmark", "metric")
     checks = {tuple(row[key] for key in keys): row for row in check_robustness(run.outcomes, baseline, results.k)}
+    rows = compare_to(run.outcomes, baseline, results.k)
+    return [checks[tuple(row[key] for key in keys)] | row for row in rows]
+
+
+def numbers_of(run: FinishedRun) -> dict[str, Any]:
+    """The results of a comparison as plain data: means with intervals, and differences with all tests of them."""
+    results = run.results
+    return {
+        "experiment": results.experiment,
+        "created": results.created,
+        "baseline": results.baseline(),
+        "base_summary": [row.model_dump() for row in results.base_summary],
+        "summary": [row.model_dump() for row in results.summary],
+        "differences": differences_of(run),
+    }
+
+
+def tables_of_tests(run: FinishedRun) -> list[rich.table.Table]:
+    """The paired differences from the baseline with all tests of them, for the terminal: a table per benchmark."""
+    results, rows = run.results, differences_of(run)
     found = []
     for benchmark in [name for name in results.overall if any(row["benchmark"] == name for row in rows)]:
         body = [
             [
                 Entry(row["algorithm"]),
                 Entry(results.label(row["metric"], benchmark)),
-                *_tests(row, checks[tuple(row[key] for key in keys)]),
+                *_tests(row, row),
             ]
             for row in rows
             if row["benchmark"] == benchmark
         ]
         shown = Table(["algorithm", "metric", *TESTS], body, words=["metric"])
-        table = plain_table(shown, f"{benchmark}: differences from {baseline}")
+        table = plain_table(shown, f"{benchmark}: differences from {results.baseline()}")
         table.caption, table.caption_justify = Text(detectable(rows, results, benchmark)), "left"
         found.append(table)
     return found

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import rich.box
@@ -151,20 +152,34 @@ def _best(results: Results, benchmark: str, metric: str) -> float | None:
     return max((row.mean for row in rows if row), default=None)
 
 
+def facts_of(study: str, results: Results) -> dict[str, Any]:
+    """What a study compares, and when it was made, as plain data."""
+    model = results.config.get("model") if isinstance(results.config, dict) else None
+    return {
+        "study": study,
+        "benchmarks": list(results.benchmarks),
+        "model": model,
+        "warm_up": results.warm_up is not None,
+        "algorithms": list(results.algorithms),
+        "seeds": len({cell.seed for cell in results.cells}),
+        "created": results.created,
+    }
+
+
 def studies_table(studies: Mapping[str, Results]) -> Table:
     """What each study compares, and when it was made."""
     rows = []
     for name, results in studies.items():
-        seeds = len({cell.seed for cell in results.cells})
-        model = results.config.get("model", NONE) if isinstance(results.config, dict) else NONE
+        found = facts_of(name, results)
+        model = found["model"] or NONE
         rows.append(
             [
                 Entry(name),
-                Entry(", ".join(results.benchmarks)),
-                Entry(f"{model} after a warm-up" if results.warm_up else str(model)),
-                Entry(str(len(results.algorithms))),
-                Entry(str(seeds)),
-                Entry(results.created[:10]),
+                Entry(", ".join(found["benchmarks"])),
+                Entry(f"{model} after a warm-up" if found["warm_up"] else str(model)),
+                Entry(str(len(found["algorithms"]))),
+                Entry(str(found["seeds"])),
+                Entry(found["created"][:10]),
             ]
         )
     return Table(["study", "benchmarks", "model", "algorithms", "seeds", "made"], rows, prose="benchmarks")

@@ -150,6 +150,11 @@ def kl_estimate(
     return ratio * kl, ratio * (-gap if which == "k3" else pull - kl)  # c - k of k3 cancels to -d
 
 
+def upper_clip(clip: float, clip_high: float | None) -> float:
+    """ε_high: ``clip_high``, or ``clip`` on both sides of 1 if it is None."""
+    return clip if clip_high is None else clip_high
+
+
 def check_upper_bound(owner: str, option: str, most: float | None, above: float) -> None:
     """Check that an upper bound on the ratio lies above that of the clip, 1 + ``above``. Raises UserError otherwise."""
     if most is not None and not most > 1 + above:
