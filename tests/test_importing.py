@@ -91,10 +91,18 @@ def test_trl_logs_the_same_batch_at_several_steps(tokenizer: Any, tmp_path: Path
     assert imported("trl", tmp_path / "completions" / "completions_00002.parquet", tokenizer).column("reward")
 
 
-def test_trl_several_turns_are_refused(chat: Any, tmp_path: Path) -> None:
+def test_trl_several_turns(chat: Any, tmp_path: Path) -> None:
+    """A tool's result is context; the assistant's turns are learned from."""
     turns = [assistant("a"), turn("tool", "b"), assistant("c")]
-    path = logs.trl(tmp_path, prompt=[[user("1")]] * 12, completion=[turns] * 12)
-    with pytest.raises(UserError, match=rf"{path.name} row 1: column 'completion' has the turns assistant, tool, as"):
+    row = imported("trl", logs.trl(tmp_path, prompt=[[user("1")]] * 12, completion=[turns] * 12), chat)[0]
+    assert chat.decode(row.completion_ids) == (
+        "a<|im_end|>\n<|im_start|>tool\nb<|im_end|>\n<|im_start|>assistant\nc<|im_end|>"
+    )
+    assert row.completion_mask is not None
+    kept = [token for token, learned in zip(row.completion_ids, row.completion_mask, strict=True) if learned]
+    assert chat.decode(kept).replace("\n", "") == "a<|im_end|>c<|im_end|>"
+    path = logs.trl(tmp_path, prompt=[[user("1")]] * 12, completion=[turns[:2]] * 12)
+    with pytest.raises(UserError, match=rf"{path.name} row 1: column 'completion' has the turns assistant, tool: the"):
         imported("trl", path, chat)
 
 
@@ -210,9 +218,24 @@ def test_prime_rl_traces_that_cannot_be_used(chat: Any, tmp_path: Path) -> None:
     assert read(stop_condition="max_output_tokens").truncated and read(calls=[{"finish_reason": "length"}]).truncated
     with pytest.raises(UserError, match=r"line 1 ended in an error \(Timeout\): drop it|line 1: ended in an error"):
         read(ok=False, errors=[{"type": "Timeout", "message": "m"}])
-    last = {**trace["nodes"][1], "parent": 1}
-    with pytest.raises(UserError, match="has 2 turns of the assistant: only rollouts of one turn"):
-        read(nodes=[*trace["nodes"], last])
+    tool = {
+        "parent": 1,
+        "message": {"role": "tool", "content": "b"},
+        "token_ids": [65],
+        "mask": [False],
+        "logprobs": [],
+    }
+    again = {**trace["nodes"][1], "parent": 2}
+    several = read(nodes=[*trace["nodes"], tool, again, {**tool, "parent": 3}])
+    once = read()
+    turned = len(once.completion_ids)
+    assert several.prompt_ids == once.prompt_ids
+    assert several.completion_ids == [*once.completion_ids, 65, *again["token_ids"]]
+    assert several.completion_mask == [True] * len(once.completion_ids) + [False] + again["mask"]
+    assert several.behaviour_logp == [-0.125] * turned + [0.0] * (1 + sum(not kept for kept in again["mask"])) + [
+        -0.125
+    ] * sum(again["mask"])
+    assert not several.truncated and once.completion_mask is None
     judged = {"traces": [{**trace, "agent": {"trainable": False}}]}
     with pytest.raises(UserError, match="has no trace of an agent that is trained"):
         imported("prime-rl", logs.write_lines(tmp_path / "t.jsonl", [judged]), chat)
