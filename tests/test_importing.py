@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import logs
 import pytest
-from chat_templates import assistant, tokenizer_of, turn, user
+from chat_templates import assistant, policy_of, tokenizer_of, turn, user
 
 from rlzoo.buffers import Importer, LoggedSample, OfflineBuffer, get_importer, import_log, list_importers
 from rlzoo.buffers.bad_rows import BadRows
 from rlzoo.buffers.importing import MISSING, OTHER_TOKENS, TEMPERED
 from rlzoo.buffers.problems import Problem, encode_problems
 from rlzoo.buffers.stripped import Restorer
+from rlzoo.config import Training
 from rlzoo.errors import UserError
+from rlzoo.objective import get_objective
+from rlzoo.training import train
 from rlzoo.types import Selection, Trajectory
 
 
@@ -275,6 +279,9 @@ def test_openai_log_probs_that_cannot_be_used(chat: Any, tmp_path: Path) -> None
         return bad.events()[0]
 
     assert notes(logs.chat_response(chat, "23", end=False)).startswith(MISSING)
+    unknown = logs.chat_response(chat, "23")
+    unknown["choices"][0]["logprobs"]["content"][1]["logprob"] = -9999.0
+    assert notes(unknown).startswith(MISSING)
     other = logs.chat_response(chat, "23")
     other["choices"][0]["message"]["content"] = "24"
     assert notes(other).startswith(OTHER_TOKENS)
@@ -383,6 +390,45 @@ def test_lighteval(tokenizer: Any, tmp_path: Path) -> None:
         imported("lighteval", tmp_path, tokenizer, metric="f1")
     with pytest.raises(UserError, match="column 'model_response' holds no generated text"):
         imported("lighteval", logs.lighteval(tmp_path, text=[]), tokenizer)
+
+
+# What they are for
+
+NO_LOGP = "the buffer has no groups ({} samples have a reward but no behaviour log-probs): take those of the initial"
+NO_PAIRS = "the buffer has no pairs (0 of 3 sampled prompts have both a completion that reaches reward 0.5 and one"
+LACKING: dict[str, dict[str, str]] = {
+    "trl": {"grpo": NO_LOGP.format(12)},
+    "verl": {"grpo": NO_LOGP.format(12)},
+    "prime-rl": {},
+    "open-instruct": {},
+    "openai": {},
+    "lm-eval": {"dpo": NO_PAIRS, "grpo": NO_LOGP.format(3)},
+    "lighteval": {"dpo": NO_PAIRS, "grpo": NO_LOGP.format(3)},
+}
+"""What each log lacks for which objective."""
+
+
+@pytest.mark.parametrize("form", LACKING)
+def test_every_log_trains_what_it_can_and_else_says_what_is_missing(form: str, chat: Any, tmp_path: Path) -> None:
+    name, options = form.replace("-", "_"), {"reward": "metadata.score"} if form == "openai" else {}
+    match form:
+        case "openai":
+            logs.responses(tmp_path / "responses.jsonl", chat)
+        case "lm-eval":
+            logs.lm_eval(tmp_path / "samples_a.jsonl")
+        case "trl" | "lighteval":
+            getattr(logs, name)(tmp_path)
+        case _:
+            getattr(logs, name)(tmp_path, chat)
+    buffer, policy = imported(form, tmp_path, chat, **options), policy_of(chat)
+    for objective in ("rft", "dpo", "grpo"):
+        settings = Training(steps=1, batch_size=8)
+        if objective in LACKING[form]:
+            with pytest.raises(UserError, match=re.escape(LACKING[form][objective])):
+                train(policy, get_objective(objective), buffer, settings)
+            continue
+        (step,) = train(policy, get_objective(objective), buffer, settings).steps
+        assert step["gradient_norm"] > 0
 
 
 # The table of formats
