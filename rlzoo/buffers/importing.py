@@ -20,7 +20,8 @@ from rlzoo.buffers.tables import SourceTable, chunks
 from rlzoo.errors import UserError
 from rlzoo.jobs.sources import data_files
 from rlzoo.policy.chat import turn_of
-from rlzoo.policy.encoding import Steps, encode_batch, encode_steps, got, prompt_key, prompt_steps
+from rlzoo.policy.encoding import encode_batch, encode_steps, got, prompt_key, prompt_steps
+from rlzoo.policy.turns import Steps
 from rlzoo.types import Trajectory
 
 OTHER_TOKENS = "log-probs left out, because they are of other tokens than the tokenizer makes of the text"
