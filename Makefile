@@ -17,7 +17,7 @@ TRY := sh -euc 'cd "$$(mktemp -d)"; unset PYTHONPATH; PATH="$$0:$$PATH"; \
 	rlzoo compare arithmetic --algorithms sft,dft --seeds 0 --steps 4 --limit 16 --samples 2 --out run; \
 	rlzoo report run; rlzoo new objective mine; rm -r "$$PWD"'
 
-.PHONY: setup compare test test-fast test-lowest test-vllm release-check bench clean
+.PHONY: setup compare docs test test-fast test-lowest test-vllm release-check bench clean
 
 setup: $(INSTALLED)
 
@@ -32,12 +32,19 @@ compare: $(INSTALLED)
 	@echo "== Comparing the seven objectives: experiments/$(EXPERIMENT).yaml"
 	$(BIN)/rlzoo compare $(EXPERIMENT)
 
+# The site, in site/: index.html opens in a browser, without a server. It is built without a connection
+docs: $(INSTALLED)
+	@echo "== Building the documentation"
+	$(BIN)/mkdocs build --strict --quiet
+
 test: $(INSTALLED)
 	@echo "== Lint"
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	@echo "== Types"
 	$(BIN)/mypy
+	@echo "== Documentation"
+	$(BIN)/mkdocs build --strict --quiet
 	@echo "== Fetching SmolLM2-135M for the tests of a real model (skipped if it cannot be had)"
 	@$(BIN)/python tests/fetch_smollm2.py $(SMOLLM2)
 	@echo "== Tests"
@@ -102,4 +109,4 @@ bench: $(INSTALLED)
 	$(BIN)/python experiments/benchmarks/bench.py
 
 clean:
-	rm -rf .venv .venv-lowest .venv-vllm .cache build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	rm -rf .venv .venv-lowest .venv-vllm .cache build dist site *.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -9,9 +9,10 @@ Quantiles of the reference's samples are uniform, whatever the reward, so that t
 π_ref exp(q/β) that maximises E[q] - β KL(π ‖ π_ref) is known. The paper's code takes log Z = log β + 1/β, which differs
 by less than 5e-5 for β ≤ 0.1.
 
-With equal rewards quantiles are not uniform, and this Z is wrong: the samples of a prompt that none of them solves, for
-instance, all have q = 1, the highest target. ``partition: group`` takes Z = mean_G exp(q/β) over the group instead,
-where equal rewards have the target 0. That is not in the paper; it is `a-star-po` with q as the reward.
+With rewards of 0 and 1 quantiles are not uniform, and this Z is an approximation: a wrong sample has the higher a
+target the fewer of its group are right, and where none is, the highest, so that it is imitated. `a-star-po` takes Z
+from the group. In a group half of which is right, the targets are 0.23 and -0.27 for β = 0.1; with a smaller β wrong
+samples have most of the gradient, and with a larger one right samples.
 
 The paper samples the reference separately. Here q is the fraction of the group's other samples, which is right for a
 buffer that the initial policy has sampled; a group of one has no quantile, and is left out. Source: arXiv 2507.08068,
@@ -20,11 +21,11 @@ with the identity as the transformation of q. The paper tunes ``beta`` per data 
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 from torch import Tensor
 
-from rlzoo.advantages import optimal_value, quantile
+from rlzoo.advantages import quantile
 from rlzoo.bases import LogRatioRegression
 from rlzoo.objective import register
 from rlzoo.types import TokenBatch
@@ -39,7 +40,6 @@ class QRPO(LogRatioRegression):
     source: ClassVar[str] = "arXiv 2507.08068"
 
     beta: float = 0.1
-    partition: Literal["uniform", "group"] = "uniform"
 
     def prepare(self, batch: TokenBatch) -> TokenBatch:
         (group,) = self.needed(batch, "group")
@@ -48,8 +48,5 @@ class QRPO(LogRatioRegression):
 
     def advantage(self, batch: TokenBatch) -> Tensor:
         reward, group = self.needed(batch, "reward", "group")
-        share = quantile(reward, group)
-        if self.partition == "group":
-            return (share - optimal_value(share, group, self.beta)).to(batch.dtype)
         log_z = math.log(self.beta) + 1 / self.beta + math.log1p(-math.exp(-1 / self.beta))
-        return (share - self.beta * log_z).to(batch.dtype)
+        return (quantile(reward, group) - self.beta * log_z).to(batch.dtype)

@@ -616,20 +616,17 @@ def oapl(batch: TokenBatch, beta: float = 1e-3, value_beta: float = 1.0) -> Tens
     return regression(batch, optimal_advantages(batch, value_beta), batch.behaviour_logp, beta)
 
 
-def qrpo(batch: TokenBatch, beta: float = 0.1, partition: str = "uniform") -> Tensor:
-    """The regression on q - β log Z, Z = ∫ exp(q/β) dq over [0, 1] (arXiv 2507.08068), or its mean over the group."""
+def qrpo(batch: TokenBatch, beta: float = 0.1) -> Tensor:
+    """The regression on q - β log Z, Z = ∫ exp(q/β) dq over [0, 1] (arXiv 2507.08068)."""
     assert batch.reward is not None
     rewards = batch.reward.tolist()
     targets: list[float | None] = [None] * len(rewards)
     for group in groups_of(batch):
-        if len(group) > 1:
-            shares = [sum(rewards[j] <= rewards[i] for j in group if j != i) / (len(group) - 1) for i in group]
-            z = {
-                "uniform": beta * (math.exp(1 / beta) - 1),
-                "group": statistics.fmean(math.exp(q / beta) for q in shares),
-            }
-            for i, share in zip(group, shares, strict=True):
-                targets[i] = share - beta * math.log(z[partition])
+        for i in group:
+            others = [rewards[j] for j in group if j != i]
+            if others:
+                share = sum(other <= rewards[i] for other in others) / len(others)
+                targets[i] = share - beta * math.log(beta * (math.exp(1 / beta) - 1))
     return regression(batch, targets, batch.reference_logp, beta)
 
 
@@ -1032,7 +1029,7 @@ CANONICAL: dict[str, list[Case]] = {
     ],
     "a-star-po": [case(a_star_po), case(a_star_po, beta=0.3, value_beta=0.2)],
     "oapl": [case(oapl), case(oapl, beta=0.3, value_beta=0.2)],
-    "qrpo": [case(qrpo), case(qrpo, beta=0.7), case(qrpo, beta=0.3, partition="group")],
+    "qrpo": [case(qrpo), case(qrpo, beta=0.7)],
     "otb": [case(otb), case(otb, zero_tail=True)],
     "power": [
         case(power),

@@ -307,6 +307,8 @@ SPECS: Sequence[tuple[str, tuple[str, ...]]] = [
     ("training.learning_rate = 0.0", ("train", "sft", "--learning-rate", "0", "--buffer", "x", "--out", "out")),
     ("--learning-rate: 'fast' is not a number", ("train", "sft", "--learning-rate", "fast", "--buffer", "x")),
     ("did you mean options.clip?", ("train", "grpo", "--set", "clip=1", "--buffer", "x", "--out", "out")),
+    ("--column says what the columns of --data", ("compare", "facts", "--column", "prompt=question")),
+    ("--column 'prompt': write NAME=COLUMN", ("compare", "facts", "--data", "x.jsonl", "--column", "prompt")),
     ("--out 'taken' exists already", ("rollout", "facts", "--limit", "2", "--out", "taken")),
     ("--out 'file/out' cannot be written", ("rollout", "facts", "--limit", "2", "--out", "file/out")),
     ("run directory 'missing' does not exist", ("report", "missing")),
@@ -352,7 +354,10 @@ def test_a_wrong_experiment_file(text: str, told: str, fails: Fails, tmp_path: P
     [
         ("", "data.jsonl has no rows: it is empty"),
         ('{"prompt": "a", "answer": "b"}\n{"prompt": \n', "data.jsonl line 2 is not JSON"),
-        ('{"question": "a", "answer": "b"}\n', "data.jsonl line 1: no column 'prompt'; it has: question, answer"),
+        (
+            '{"question": "a", "answer": "b"}\n',
+            "data.jsonl line 1: no column 'prompt'; it has: question, answer; say which is the prompt, with --column ",
+        ),
         ('{"prompt": "a"}\n', "needs the column 'answer'"),
     ],
 )

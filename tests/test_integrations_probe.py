@@ -16,12 +16,23 @@ from trl_rows import small_model, small_rows, step_arguments, tokenizer
 trl = pytest.importorskip("trl", reason="objectives in TRL's trainers are tested with TRL 1.16")
 
 from datasets import Dataset  # noqa: E402 - only once trl is known to be there
+from transformers import TrainerCallback  # noqa: E402
 from trl import SFTConfig, SFTTrainer  # noqa: E402
 
 from rlzoo import OfflineBuffer  # noqa: E402
 from rlzoo.errors import UserError  # noqa: E402
 from rlzoo.integrations import VarianceCallback, with_objective  # noqa: E402
 from rlzoo.integrations.probe import unchanged  # noqa: E402
+
+
+class Tracker(TrainerCallback):  # type: ignore[misc]
+    """What trackers receive."""
+
+    def __init__(self) -> None:
+        self.seen = set[str]()
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        self.seen.update(logs)
 
 
 def trainer_of(folder: Path) -> Any:
@@ -44,9 +55,11 @@ def test_the_probe_logs_through_the_trainer_and_changes_nothing(tmp_path: Path) 
     watched = trainer_of(tmp_path)
     callback = VarianceCallback(watched, ["sft", "dft"], OfflineBuffer.from_trajectories(small_rows()), every=2)
     watched.add_callback(callback)
+    watched.add_callback(tracker := Tracker())
     watched.train()
     for (name, parameter), other in zip(plain.model.named_parameters(), watched.model.parameters(), strict=True):
         assert torch.equal(parameter, other), name
+    assert {"variance/sft/snr", "variance/dft/ess_fraction", "objective/logp"} <= tracker.seen
     measured = [entry for entry in watched.state.log_history if "variance/dft/trace_cov" in entry]
     assert [entry["step"] for entry in measured] == [2, 4]
     assert all(entry[f"variance/{name}/grad_norm_sq/ci_high"] > 0 for entry in measured for name in ("sft", "dft"))

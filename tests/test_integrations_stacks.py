@@ -16,6 +16,7 @@ import pytest
 import torch
 from batches import built
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from rlzoo.errors import UserError
 from rlzoo.inputs import Statistic
@@ -58,7 +59,7 @@ def of_verl(loss: Any, data: dict[str, Tensor], rows: slice, info: dict[str, Any
         old_log_prob=data["old"][rows],
         log_prob=logp,
         advantages=data["advantage"][rows],
-        response_mask=data["mask"][rows].to(bool),
+        response_mask=data["mask"][rows].to(torch.bool),
         loss_agg_mode=config.loss_agg_mode,
         config=config,
         rollout_is_weights=None if weight is None else weight[rows],
@@ -149,7 +150,7 @@ def of_slime(loss: Any, data: dict[str, Tensor], per_token: bool, monkeypatch: p
     masks = [mask.float() for mask in listed("mask")]
 
     def sum_of_sample_mean(x: Tensor) -> Tensor:
-        parts = zip(x.split(lengths), masks, strict=True)
+        parts = zip(torch.split(x, lengths), masks, strict=True)
         return torch.stack([(own * mask).sum() / (1 if per_token else mask.sum()) for own, mask in parts]).sum()
 
     batch = {
@@ -243,7 +244,7 @@ def test_log_probs_of_given_logits_are_those_of_the_head(
             found = {"logp": z.log_softmax(1).gather(1, target[:, None])[:, 0]}
             found |= {one.key: one.of_logits(z.detach(), target) for one in statistics}
             if term is not None:
-                parts = zip(z.split(4), (reference / temperature).split(4), target.split(4), strict=True)
+                parts = zip(*(torch.split(x, 4) for x in (z, reference / temperature, target)), strict=True)
                 values = [term(*part) for part in parts]
                 found["term"] = torch.cat([value for value in values if value is not None])
         pull = torch.linspace(-1, 2, 10, dtype=torch.float64)
@@ -279,5 +280,27 @@ def test_the_page_registers_a_loss_with_verl_and_makes_one_for_slime(monkeypatch
     (settings,) = re.findall(r"```toml\n(.*?)```", page, re.DOTALL)
     own = tomllib.loads(settings)["trainer"]["loss"]
     module, _, attribute = own["import_path"].rpartition(".")
-    inputs = LossInputs(*(data[name][0] for name in ("logp", "old")), None, data["advantage"][0], data["mask"][0])
+    first = {name: value[0] for name, value in data.items()}
+    inputs = LossInputs(first["logp"], first["old"], None, first["advantage"], first["mask"])
     assert torch.isfinite(getattr(importlib.import_module(module), attribute)(inputs, **own["kwargs"]).loss)
+
+
+def test_no_wide_copy_of_all_logits_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(head, "CHUNK_ENTRIES", 4 * 11)
+    widest = 0
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            nonlocal widest
+            found = function(*args, **(kwargs or {}))
+            for value in found if isinstance(found, (tuple, list)) else [found]:
+                if isinstance(value, Tensor) and value.dtype == torch.float32:
+                    widest = max(widest, value.numel())
+            return found
+
+    logits = torch.randn(64, 11).bfloat16().requires_grad_()
+    with Watch():
+        found = log_probs_of_logits(logits, torch.arange(64), torch.zeros(64, dtype=torch.long))["logp"]
+        found.sum().backward()
+    assert logits.grad is not None and logits.grad.dtype == torch.bfloat16 and found.dtype == torch.float32
+    assert 4 * 11 <= widest <= 64

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from trl_rows import (
     Fixed,
     gap,
+    last_step,
     own_gradient,
     small_model,
     small_rows,
@@ -38,6 +41,8 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling  # noqa: E40
 
 from rlzoo.errors import UserError  # noqa: E402
 from rlzoo.integrations import compute_loss_func, with_objective  # noqa: E402
+from rlzoo.integrations.frozen import FrozenModels  # noqa: E402
+from rlzoo.integrations.rows import rows_of_labels  # noqa: E402
 from rlzoo.objective import get_objective  # noqa: E402
 from rlzoo.policy import Policy, log_probs  # noqa: E402
 from rlzoo.types import Trajectory  # noqa: E402
@@ -114,6 +119,7 @@ def test_sft_trainer_has_the_gradient_of_rlzoo(name: str, layout: dict[str, Any]
     assert gap(step_gradient(trainer), wanted) < CLOSE
     logged = trainer.state.log_history[0]
     assert logged["objective/logp"] < 0 and logged["loss"] != 0
+    assert name not in ("dft", "iw-sft", "psft") or logged["objective/entropy"] > 0
 
 
 @pytest.mark.slow
@@ -180,6 +186,11 @@ CHOSEN = words("1+1=|2", "2+3=|5", "7+5=|12", "9-4=|5")
 REJECTED = words("1+1=|3 or so", "2+3=|4", "7+5=|13", "9-4=|13")
 
 
+def pairs_of_texts() -> Dataset:
+    texts = zip(CHOSEN, REJECTED, strict=True)
+    return Dataset.from_list([{"prompt": prompt, "chosen": c, "rejected": r} for (prompt, c), (_, r) in texts])
+
+
 def trajectories(pairs: list[tuple[str, str]], **fields: Any) -> list[Trajectory]:
     """As TRL tokenises them."""
     encode, rows = tokenizer(), []
@@ -196,18 +207,32 @@ def test_dpo_trainer_has_the_gradient_of_rlzoo(name: str, tmp_path: Path) -> Non
     rows = [row for pair in zip(trajectories(CHOSEN), trajectories(REJECTED), strict=True) for row in pair]
     source = Fixed(rows, [(0, 1), (2, 3), (4, 5), (6, 7)])
     wanted = own_gradient(model, get_objective(name), source, reference)
-    columns = {"prompt": [p for p, _ in CHOSEN], "chosen": [c for _, c in CHOSEN], "rejected": [r for _, r in REJECTED]}
     for batch, accumulation in ((4, 1), (1, 4)):
         trainer = with_objective(DPOTrainer, name)(
             model=copy.deepcopy(model),
             ref_model=copy.deepcopy(reference),
             args=DPOConfig(**step_arguments(tmp_path, batch, accumulation)),
-            train_dataset=Dataset.from_dict(columns),
+            train_dataset=pairs_of_texts(),
             processing_class=tokenizer(),
         )
         assert (trainer.ref_model is None) == (name != "dpo"), "a reference that is not needed takes no memory"
         assert gap(step_gradient(trainer), wanted) < CLOSE
         assert 0 <= trainer.state.log_history[0]["objective/accuracy"] <= 1
+
+
+@pytest.mark.slow
+def test_the_reference_of_an_adapter_in_dpo_trainer_is_the_model_without_it(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    trainer = with_objective(DPOTrainer, "dpo")(
+        model=small_model(),
+        args=DPOConfig(**step_arguments(tmp_path, 4, 1, max_steps=2)),
+        train_dataset=pairs_of_texts(),
+        processing_class=tokenizer(),
+        peft_config=peft.LoraConfig(r=2, target_modules="all-linear"),
+    )
+    trainer.train()
+    first, second = (entry["loss"] for entry in trainer.state.log_history if "loss" in entry)
+    assert first == pytest.approx(math.log(2), abs=1e-5) and second < first - 1e-3
 
 
 @pytest.mark.slow
@@ -233,8 +258,19 @@ def share_of_fives(completions: list[str], **_: Any) -> list[float]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "options"), [("grpo", {"kl_coefficient": 0.1}), ("rloo", {}), ("dapo", {})])
-def test_grpo_trainer_has_the_gradient_of_rlzoo(name: str, options: dict[str, Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "options", "iterations"),
+    [
+        ("grpo", {"kl_coefficient": 0.1}, 1),
+        ("rloo", {}, 1),
+        ("dapo", {}, 1),
+        ("cispo", {}, 2),
+        ("opd", {"teacher": "embedded"}, 1),
+    ],
+)
+def test_grpo_trainer_has_the_gradient_of_rlzoo(
+    name: str, options: dict[str, Any], iterations: int, tmp_path: Path
+) -> None:
     model, kept = small_model(0), dict[str, Any]()
     folder = tmp_path / "model"
     small_model(1).save_pretrained(folder)  # TRL loads the reference by the policy's name
@@ -246,8 +282,9 @@ def test_grpo_trainer_has_the_gradient_of_rlzoo(name: str, options: dict[str, An
             return dict(kept)
 
     args = GRPOConfig(
-        **step_arguments(tmp_path, 2, 4),
+        **step_arguments(tmp_path, 2, 4, max_steps=iterations, learning_rate=20.0),
         num_generations=4,
+        num_iterations=iterations,
         max_completion_length=6,
         temperature=0.8,
         beta=0.1 if name == "grpo" else 0.0,
@@ -259,12 +296,14 @@ def test_grpo_trainer_has_the_gradient_of_rlzoo(name: str, options: dict[str, An
         train_dataset=Dataset.from_dict({"prompt": ["1+1=", "2+3="]}),
         processing_class=tokenizer(),
     )
-    found = step_gradient(trainer)
-    rows = rows_of_samples(kept, model)
+    last, rows = last_step(trainer), rows_of_samples(kept, model)
     source = Fixed(rows, [tuple(range(4)), tuple(range(4, 8))])
     reference = small_model(1) if name == "grpo" else None
+    wanted = own_gradient(last.model, get_objective(name, **options), source, reference)
     assert len({row.reward for row in rows}) > 2
-    assert gap(found, own_gradient(model, get_objective(name, **options), source, reference)) < CLOSE
+    assert gap(last.gradient, wanted) < CLOSE
+    if iterations > 1:
+        assert trainer.state.log_history[1]["objective/ratio_deviation"] > 0.01
 
 
 def rows_of_samples(samples: dict[str, Any], model: Any) -> list[Trajectory]:
@@ -278,6 +317,45 @@ def rows_of_samples(samples: dict[str, Any], model: Any) -> list[Trajectory]:
         rows.append(replace(row, reward=share_of_fives([text])[0]))
     logp = log_probs(policy, [(row.prompt_ids, row.completion_ids) for row in rows], temperature=0.8)
     return [replace(row, behaviour_logp=own) for row, own in zip(rows, logp, strict=True)]
+
+
+@pytest.mark.slow
+def test_evaluation_gives_the_loss_of_the_objective_and_logits_for_metrics(tmp_path: Path) -> None:
+    model, seen = small_model(), list[Any]()
+
+    def metrics(found: Any) -> dict[str, float]:
+        seen.append(found.predictions.shape)
+        return {}
+
+    args = SFTConfig(**step_arguments(tmp_path, 8, 1), per_device_eval_batch_size=8)
+    trainer = with_objective(SFTTrainer, "dft")(
+        model=model,
+        args=args,
+        train_dataset=labelled(ROWS),
+        eval_dataset=labelled(ROWS),
+        processing_class=tokenizer(),
+        compute_metrics=metrics,
+    )
+    found, pairs = trainer.evaluate(), [(row.prompt_ids, row.completion_ids) for row in ROWS]
+    logp = torch.tensor([x for row in log_probs(Policy(model, tokenizer()), pairs) for x in row])
+    assert found["eval_loss"] == pytest.approx(float((-logp.exp() * logp).mean()), rel=1e-5)
+    assert trainer.state.log_history[-1]["eval_objective/logp"] == pytest.approx(float(logp.mean()), rel=1e-5)
+    width = max(len(row.prompt_ids) + len(row.completion_ids) for row in ROWS)
+    assert seen == [(8, width, len(tokenizer()))]
+
+
+def test_the_reference_of_an_adapter_is_the_model_without_it() -> None:
+    peft = pytest.importorskip("peft")
+    base, labels = small_model(), torch.tensor([[-100, 5, 6, 7, 8]])
+    config = peft.LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
+    adapted = peft.get_peft_model(copy.deepcopy(base), config).eval()
+    inputs, rows = {"input_ids": labels.clamp(min=4)}, rows_of_labels(labels)
+    plain = FrozenModels(base, [None]).log_probs(None, inputs, rows)
+    found = FrozenModels(adapted, [None])
+    assert not found.models, "no copy"
+    torch.testing.assert_close(found.log_probs(None, inputs, rows), plain)
+    own = adapted(**inputs).logits.log_softmax(-1)[0, :-1].gather(1, labels[0, 1:, None])[:, 0]
+    assert (own - plain[0]).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize(
@@ -336,7 +414,7 @@ def test_a_loss_function_without_a_model_is_refused_where_it_needs_one() -> None
     for name in ("iw-sft", "asft"):
         with pytest.raises(UserError, match=rf"load the model first, and give compute_loss_func\('{name}', model\)"):
             compute_loss_func(name)
-    with pytest.raises(UserError, match="couples all rows of the optimizer batch"):
+    with pytest.raises(UserError, match="may depend on all rows of the optimizer batch"):
         compute_loss_func("memft")
 
 
@@ -346,5 +424,5 @@ def test_couplings_are_served_where_nothing_splits_them(tmp_path: Path) -> None:
     wanted = own_gradient(model, objective, Fixed(ROWS))
     trainer = sft(with_objective(SFTTrainer, "memft"), tmp_path, copy.deepcopy(model), PADDED, labelled(ROWS), 8)
     assert gap(step_gradient(trainer), wanted) < CLOSE
-    with pytest.raises(UserError, match=r"couples all rows.*set gradient_accumulation_steps to 1"):
+    with pytest.raises(UserError, match=r"may depend on all rows.*set gradient_accumulation_steps to 1"):
         sft(with_objective(SFTTrainer, "memft"), tmp_path, model, PADDED, labelled(ROWS), 4)

@@ -334,8 +334,9 @@ def test_samplers_by_name(tmp_path: Path) -> None:
 
 
 def documented(word: str) -> dict[str, Any]:
-    """The names that the one example of docs/interface.md with this word leaves."""
-    text = (Path(__file__).parent.parent / "docs" / "interface.md").read_text(encoding="utf-8")
+    """The names that the one example of docs/interface.md and docs/training.md with this word leaves."""
+    docs = Path(__file__).parent.parent / "docs"
+    text = "".join((docs / page).read_text(encoding="utf-8") for page in ("interface.md", "training.md"))
     (code,) = (block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if word in block)
     names: dict[str, Any] = {}
     exec(code, names)

@@ -87,7 +87,7 @@ def test_the_docs_follow_from_committed_outcomes() -> None:
         assert not unknown, f"{page}: numbers that no table has"
 
 
-DOCUMENTS = sorted(str(file.relative_to(ROOT)) for file in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")))
+DOCUMENTS = sorted(str(file.relative_to(ROOT)) for file in (*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")))
 
 
 @pytest.mark.parametrize("page", DOCUMENTS)

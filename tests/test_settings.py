@@ -130,6 +130,7 @@ ELSEWHERE = {
     "--install-completion": "test_cli.py::test_completion_is_installed_for_the_shell",
     "--markdown": "test_catalogue.py::test_the_page_is_in_step_with_the_classes",
     "--folder": "test_scaffold.py",
+    "--quick": "test_doctor.py::test_a_missing_package_and_an_old_one",
     "--baseline": "test_compare.py::test_the_report_can_be_written_again",
     "--executor": "test_ray.py::test_a_node_that_dies_half_way_costs_nothing_but_time",
     "--address": "test_ray.py::test_there_is_no_cluster",
@@ -770,6 +771,22 @@ def test_options_together() -> None:
     assert row["training.batch_size"] == 6
     experiment = experiment_of("compare", "own-samples", "--batch-size", "6")
     assert {experiment.training_of(name).batch_size for name in experiment.algorithms} == {6}
+
+
+@shows("--column")
+def test_columns_of_ones_own_data() -> None:
+    columns = ["--column", "prompt={q} Please.", "--column", "solution=worked", "--column", "answer=label"]
+    own = {"prompt": "{q} Please.", "solution": "worked", "columns.answer": "label"}
+    train = {"train.source": "d.jsonl", **{f"train.{key}": value for key, value in own.items()}}
+    assert changed("rollout", "--data", "d.jsonl", *columns) == train
+    tests = {
+        f"benchmarks.{name}.{key}": value
+        for name in ("facts", "unseen-facts")
+        for key, value in {"source": "t.jsonl", **own}.items()
+    }
+    assert changed("evaluate", "--test-data", "t.jsonl", *columns) == tests
+    both = ["--data", "d.jsonl", "--test-data", "t.jsonl", *columns, "--set", "train.prompt=p"]
+    assert changed("compare", *both) == {**train, **tests, "train.prompt": "p"}
 
 
 @shows("--learning-rates")

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 import torch
-from batches import built
+from batches import built, of_each_kind
 from comparisons import inline_pool
 
 import rlzoo
@@ -26,7 +26,7 @@ from rlzoo.document.estimates import estimate
 from rlzoo.errors import UserError
 from rlzoo.inputs import Behaviour, Input, Statistic
 from rlzoo.jobs.pool import in_this_process
-from rlzoo.objective import is_composite, list_objectives, objective_class
+from rlzoo.objective import Objective, is_composite, list_objectives, objective_class
 from rlzoo.policy import Assembler
 from rlzoo.reward import get_reward
 from rlzoo.rollout import TransformersSampler, collect_rollouts
@@ -76,11 +76,18 @@ def buffer(base: Policy) -> Buffer:
 
 
 @pytest.fixture(scope="module")
-def report(base: Policy, buffer: Buffer) -> dict[str, Any]:
-    """All registered objectives on the embedded base."""
-    objectives = {name: built(name) for name in SINGLE}
-    objectives["pear"] = get_objective("pear", demonstrator="embedded")  # the rows do not record their demonstrator
-    return analyze_variance(base, objectives, buffer, rows=96, draws=256)
+def registered() -> dict[str, Objective]:
+    """All registered objectives but composites."""
+    named = {name: built(name) for name in SINGLE}
+    named["pear"] = get_objective("pear", demonstrator="embedded")  # the rows do not record their demonstrator
+    return named
+
+
+@pytest.fixture(scope="module")
+def report(base: Policy, buffer: Buffer, registered: dict[str, Objective]) -> dict[str, Any]:
+    """An objective of each kind on the embedded base, with gradients."""
+    kinds = [*of_each_kind(registered), "sft", "dft"]
+    return analyze_variance(base, {name: registered[name] for name in kinds}, buffer, rows=36, draws=256)
 
 
 def is_estimate(found: Any) -> bool:
@@ -88,11 +95,15 @@ def is_estimate(found: Any) -> bool:
 
 
 @pytest.mark.slow
-def test_every_registered_objective_is_reported_in_full(report: dict[str, Any]) -> None:
-    json.dumps(report, allow_nan=False)
-    assert set(report["objectives"]) == set(SINGLE) and report["skipped"] == {}
+def test_every_registered_objective_is_reported_in_full(
+    base: Policy, buffer: Buffer, registered: dict[str, Objective], report: dict[str, Any]
+) -> None:
+    """Its own part needs no gradient; gradients are measured of each kind (see also test_variance_gradients.py)."""
+    tokens = analyze_variance(base, registered, buffer, rows=36, draws=256, gradients=False)
+    json.dumps([tokens, report], allow_nan=False)
+    assert set(tokens["objectives"]) == set(SINGLE) and tokens["skipped"] == report["skipped"] == {}
     read = set()
-    for name, entry in report["objectives"].items():
+    for name, entry in tokens["objectives"].items():
         assert set(entry["coefficients"]) == COEFFICIENTS
         assert set(entry["token_moments"]) >= MOMENTS
         expert = built(name).learns_from is Selection.DEMONSTRATIONS
@@ -104,12 +115,13 @@ def test_every_registered_objective_is_reported_in_full(report: dict[str, Any]) 
             assert entry["token_moments"]["predicted_trace_cov"] > 0
         else:
             assert "a policy sampled" in entry["token_moments"]["reason"]
+        assert 30 <= entry["rows"] <= 40 and 0 < entry["prompts"] <= entry["units"] <= entry["rows"]
+    assert {row["objective"] for row in tokens["bins"]} == read >= {"sft", "dft", "iw-sft", "dft-control"}
+    for entry in report["objectives"].values():
         assert set(entry["data_noise"]) == NOISE and all(map(is_estimate, entry["data_noise"].values()))
         assert set(entry["layers"]) == set(report["layers"])
-        assert 30 <= entry["rows"] <= 100 and 0 < entry["prompts"] <= entry["units"] <= entry["rows"]
         proxies = entry["proxies"]
         assert proxies["total_power"]["exact"] == pytest.approx(sum(proxies["prompts"]["exact"]) / entry["prompts"])
-    assert {row["objective"] for row in report["bins"]} == read >= {"sft", "dft", "iw-sft", "dft-control"}
 
 
 @pytest.mark.slow
@@ -306,6 +318,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFi
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("sketched")
 def test_the_command_with_an_objective_from_a_file(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "mine.py").write_text(PLUGIN)
     options = ["--objectives", "sft,mine.py:RootDFT,grpo", "--rows", "16", "--draws", "256", "--steps", "2"]
@@ -413,8 +426,8 @@ def test_the_report_says_what_figures_do_not_show(
     monkeypatch.setattr("rlzoo.variance.report.write_document", written)
     monkeypatch.setattr(plots, "FEWEST_ON_CHART", 1)  # of so few rows, noise hides most
     whole = {
-        **report, "experiment": "x<script>", "model": "embedded", "created": "now", "settings": {}, "versions": {},
-        "failed": {"broken": "why"},
+        **shown(report, ["sft", "dft", "asft", "ppo", "grpo"]), "experiment": "x<script>", "model": "embedded",
+        "created": "now", "settings": {}, "versions": {}, "failed": {"broken": "why"},
     }  # fmt: skip
     (tmp_path / "variance.json").write_text(json.dumps(whole))
     write_report(tmp_path)
@@ -431,7 +444,14 @@ def test_the_report_says_what_figures_do_not_show(
     assert pages.keys() == {figure.name for figure in figures}
     assert all(page.startswith(b"%PDF") for page in pages.values())
     assert {"per-token.md", "coefficients.md"} <= {file.name for file in (tmp_path / "tables").iterdir()}
-    assert [table.row_count for table in report_tables(whole)] == [len(report["objectives"])] * 3
+    assert [table.row_count for table in report_tables(whole)] == [5] * 3
+
+
+def shown(report: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    """The report of these objectives alone, which is drawn faster."""
+    cosines = {name: {other: report["cosines"][name][other] for other in names} for name in names}
+    bins = [row for row in report["bins"] if row["objective"] in names]
+    return {**report, "objectives": {n: report["objectives"][n] for n in names}, "cosines": cosines, "bins": bins}
 
 
 @pytest.mark.parametrize(

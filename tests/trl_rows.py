@@ -102,20 +102,28 @@ def step_arguments(folder: Path, batch_size: int, accumulation: int, **more: Any
 
 
 class Keep(TrainerCallback):  # type: ignore[misc]
-    """Keeps the gradient of the last optimizer step."""
+    """Keeps the gradient of the last optimizer step, and the model before it."""
 
     def __init__(self) -> None:
         self.gradient = Gradient()
+        self.model: Any = None
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         self.gradient = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+        self.model = small_model()
+        self.model.load_state_dict(model.state_dict())
+
+
+def last_step(trainer: Any) -> Keep:
+    """The last step of the trainer's run."""
+    trainer.add_callback(keep := Keep())
+    trainer.train()
+    return keep
 
 
 def step_gradient(trainer: Any) -> Gradient:
     """The gradient of the trainer's one step."""
-    trainer.add_callback(keep := Keep())
-    trainer.train()
-    return keep.gradient
+    return last_step(trainer).gradient
 
 
 def gap(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> float:

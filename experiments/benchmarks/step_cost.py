@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
@@ -123,6 +124,7 @@ def measure(names: Sequence[str], rows: int, rounds: int, steps: int) -> dict[st
         started = time.process_time()
         log_probs(policy, [(row.prompt_ids, row.completion_ids) for row in shared])
         passes.append((time.process_time() - started) / before)
+        print(f"round {number + 1} of {rounds} done", file=sys.stderr)
     return {
         "date": datetime.now(UTC).date().isoformat(),
         "machine": f"{platform.machine()} CPU, one thread",

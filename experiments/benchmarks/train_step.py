@@ -142,7 +142,7 @@ def one(arguments: argparse.Namespace) -> dict[str, Any]:
     policy = load_policy(arguments.model)
     rows = rows_of(policy, arguments)
     parameters = sum(p.numel() for p in policy.model.parameters())
-    before = gemm_speed()
+    before = gemm_speed() if arguments.gemm else 0.0
     size = UNIT.get(arguments.objectives, 1)
     if size > 1:
         rows = together(policy, rows, size)
@@ -150,13 +150,12 @@ def one(arguments: argparse.Namespace) -> dict[str, Any]:
     found = run(policy, rows, arguments.objectives, arguments)
     if arguments.gradient and arguments.part == "rlzoo":
         save_gradient(policy, arguments.gradient)
-    speed = max(before, gemm_speed())
     per_second = tokens_of(rows) / found["seconds"]
     return {
         "tokens_per_second": per_second,
         "tokens_per_cpu_second": tokens_of(rows) / found["cpu_seconds"],
         "peak_memory_bytes": found["peak_memory_bytes"],
-        "gemm_fraction": 6 * parameters * per_second / speed,
+        **({"gemm_fraction": 6 * parameters * per_second / max(before, gemm_speed())} if arguments.gemm else {}),
     }
 
 
@@ -172,6 +171,9 @@ def main() -> None:
     parser.add_argument("--trl-batch", type=int, default=8)
     parser.add_argument("--warm-up", type=int, default=4, help="rows of the step that is not counted")
     parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument(
+        "--gemm", action=argparse.BooleanOptionalAction, default=True, help="time matrix products as well"
+    )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--json", action="store_true", help="print JSON alone")
     parser.add_argument("--part", choices=ENGINES, help=argparse.SUPPRESS)

@@ -153,7 +153,7 @@ def _problem(index: int, row: Mapping[str, Any], source: ProblemSource) -> Probl
     if columns_in(source.prompt):
         prompt: Any = filled(source.prompt, row)
     else:
-        prompt = conversation_of(find(row, source.prompt), source.prompt)
+        prompt = conversation_of(_found(row, source.prompt, "prompt"), source.prompt)
     if prompt is None or (isinstance(prompt, str) and not prompt.strip()):
         told = "null" if prompt is None else "empty or blank"
         raise UserError(f"the prompt, {source.prompt!r:.60}, is {told}: fill the column in, or drop the row")
@@ -163,9 +163,20 @@ def _problem(index: int, row: Mapping[str, Any], source: ProblemSource) -> Probl
         prompt = [{"role": "user", "content": prompt}]
     if source.system is not None:
         prompt = _instructed(prompt, source.system)
-    columns = usable(row) | {new: find(row, old) for new, old in source.columns.items()}
+    columns = usable(row) | {new: _found(row, old, new) for new, old in source.columns.items()}
     name = own_id(columns.get("id")) or f"{source.split}-{index}"
     return Problem(name, prompt, columns, _solutions(row, source.solution), special_tokens=source.special_tokens)
+
+
+def _found(row: Mapping[str, Any], column: str, name: str) -> Any:
+    """`find`, whose error says how to name another column."""
+    if column.partition(".")[0] in row or column in row:
+        return find(row, column)
+    there = ", ".join(row) or "none"
+    raise UserError(
+        f"no column {column!r}; it has: {there}; say which is the {name}, with --column {name}=COLUMN, or in the "
+        "experiment file"
+    )
 
 
 def _instructed(prompt: Any, system: str) -> list[Message]:
@@ -179,8 +190,10 @@ def _instructed(prompt: Any, system: str) -> list[Message]:
 
 def _solutions(row: Mapping[str, Any], column: str | None) -> tuple[str, ...]:
     """The worked solutions in a column, or that a template makes of columns: one, or a list of them; none for null."""
-    named = columns_in(column) if column is not None else []
-    found = each_filled(str(column), row, named) if named else None if column is None else find(row, column)
+    if column is None:
+        return ()
+    named = columns_in(column)
+    found = each_filled(column, row, named) if named else _found(row, column, "solution")
     solutions = [each for each in (found if isinstance(found, list) else [found]) if each is not None]
     for solution in solutions:
         if not isinstance(solution, (str, int, float)) or solution != solution:

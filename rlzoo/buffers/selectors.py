@@ -36,6 +36,7 @@ def demonstrations(rows: pa.Table, truncated: Truncated = "keep") -> Units:
         raise UserError(
             f"the buffer has no demonstrations (0 of {len(rows):,} rows have the source 'demonstration'"
             f"{_and_whole(truncated)}): "
+            "say which column of the problems holds worked solutions (--column solution=COLUMN, or `solution:`), or "
             "import some with from_trl (a table with the column 'reward' holds samples: rft learns from correct ones)"
         )
     return _singles(chosen)

@@ -32,6 +32,7 @@ def compare(
     reward: options.Reward = None,
     data: options.Data = None,
     test_data: options.TestData = None,
+    column: options.Column = None,
     bad_rows: options.BadRows = None,
     limit: options.Limit = None,
     train_limit: options.TrainLimit = None,
@@ -87,7 +88,7 @@ def compare(
     chosen = experiment_of(
         experiment, sets,
         algorithms=algorithms, seeds=seeds, learning_rates=learning_rates, steps=steps, batch_size=batch_size,
-        model=model, reward=reward, data=data, test_data=test_data, bad_rows=bad_rows,
+        model=model, reward=reward, data=data, test_data=test_data, columns=column, bad_rows=bad_rows,
         limit=limit, train_limit=train_limit, test_limit=test_limit,
         rollout_samples=rollout_samples, samples=samples, k=k, twin=twin,
     )  # fmt: skip

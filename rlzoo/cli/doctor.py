@@ -96,7 +96,13 @@ def packages() -> Iterator[Diagnosis]:
 
     where = f"{platform.python_implementation()} in {sys.prefix}"
     yield Diagnosis("Packages", "python", True, f"{platform.python_version()} ({where})")
-    yield Diagnosis("Packages", "rlzoo", True, f"{version('rlzoo')} in {Path(__file__).parents[2]}")
+    folder = Path(__file__).parents[2]
+    try:
+        yield Diagnosis("Packages", "rlzoo", True, f"{version('rlzoo')} in {folder}")
+    except PackageNotFoundError:
+        told = f"runs from {folder} without being installed: what it needs cannot be checked"
+        yield Diagnosis("Packages", "rlzoo", False, told, f"{pip()} install --editable {shlex.quote(str(folder))}")
+        return
     for requirement in map(Requirement, requires("rlzoo") or ()):
         if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
             yield in_range("Packages", requirement.name, str(requirement.specifier))

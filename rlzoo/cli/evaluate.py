@@ -15,6 +15,7 @@ def evaluate(
     model: options.Model = None,
     reward: options.Reward = None,
     test_data: options.TestData = None,
+    column: options.Column = None,
     limit: options.Limit = None,
     samples: options.Samples = None,
     k: options.K = None,
@@ -36,7 +37,7 @@ def evaluate(
 
     prepare(threads, trust_remote_code)
     chosen = experiment_of_model(
-        experiment, sets, model, reward=reward, test_data=test_data, limit=limit, samples=samples, k=k
+        experiment, sets, model, reward=reward, test_data=test_data, columns=column, limit=limit, samples=samples, k=k
     )
     from rich.console import Console
 

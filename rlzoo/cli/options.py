@@ -64,6 +64,14 @@ Data = Annotated[
     data(metavar="SOURCE", help="Training problems: a file, a folder of shards, a Hub ID, or world:NAME/SPLIT."),
 ]
 TestData = Annotated[str | None, data(metavar="SOURCE", help="Test problems to use in place of every benchmark's.")]
+Column = Annotated[
+    list[str] | None,
+    data(
+        metavar="NAME=COLUMN",
+        help="Column of your data to read as NAME: prompt, solution, or what the reward needs, as in answer=label. "
+        "Repeatable.",
+    ),
+]
 BadRows = Annotated[
     Literal["reject", "drop"] | None,
     data(metavar="reject|drop", help="Stop at the first row that cannot be used, or drop and count such rows."),

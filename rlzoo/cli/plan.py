@@ -25,6 +25,7 @@ def plan(
     model: options.Model = None,
     data: options.Data = None,
     test_data: options.TestData = None,
+    column: options.Column = None,
     limit: options.Limit = None,
     rollout_samples: options.RolloutSamples = None,
     samples: options.Samples = None,
@@ -69,8 +70,8 @@ def plan(
     chosen = experiment_of(
         experiment, sets,
         algorithms=algorithms, seeds=seeds, learning_rates=learning_rates, steps=steps, batch_size=batch_size,
-        model=model, data=data, test_data=test_data, limit=limit, rollout_samples=rollout_samples, samples=samples,
-        twin=twin,
+        model=model, data=data, test_data=test_data, columns=column, limit=limit, rollout_samples=rollout_samples,
+        samples=samples, twin=twin,
     )  # fmt: skip
     missing = unchecked(chosen)
     silence()

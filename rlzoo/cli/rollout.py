@@ -11,6 +11,7 @@ def rollout(
     model: options.Model = None,
     reward: options.Reward = None,
     data: options.Data = None,
+    column: options.Column = None,
     bad_rows: options.BadRows = None,
     limit: options.Limit = None,
     rollout_samples: options.RolloutSamples = None,
@@ -34,7 +35,7 @@ def rollout(
     prepare(threads, trust_remote_code)
     chosen = experiment_of_model(
         experiment, sets, model,
-        reward=reward, data=data, bad_rows=bad_rows, limit=limit, rollout_samples=rollout_samples,
+        reward=reward, data=data, columns=column, bad_rows=bad_rows, limit=limit, rollout_samples=rollout_samples,
     )  # fmt: skip
     from rich.console import Console
 

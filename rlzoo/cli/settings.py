@@ -109,6 +109,7 @@ def experiment_of(
     name: str,
     sets: Sequence[str] | None = None,
     *,
+    columns: Sequence[str] | None = None,
     test_data: str | None = None,
     test_limit: int | None = None,
     algorithms: str | None = None,
@@ -125,7 +126,13 @@ def experiment_of(
     changes = {key: value for option, value in given.items() for key in SHORTHANDS[option]}
     other = changes_of(sets, Experiment)
     plain = load_experiment(name, {**changes, **other}, twin)
-    tests = _tests(plain, other, test_data, given.get("limit") if test_limit is None else test_limit)
+    if columns and test_data is None and given.get("data") is None:
+        raise UserError("--column says what the columns of --data and --test-data are: give one of these with it")
+    if columns and given.get("data") is not None:
+        changes |= {f"train.{key}": value for key, value in _renamed(columns, plain.train).items()}
+    tests = _tests(
+        plain, other, test_data, given.get("limit") if test_limit is None else test_limit, columns if test_data else ()
+    )
     grid = _grid(plain, other, algorithms, learning_rates, seeds, {"steps", "batch_size"} & set(given))
     return load_experiment(name, {**changes, **other, **tests, **grid}, twin)
 
@@ -177,7 +184,9 @@ def _sections(model: type[pydantic.BaseModel]) -> Iterator[tuple[str, type[pydan
         yield from ((name, part) for part in parts if isinstance(part, type) and issubclass(part, pydantic.BaseModel))
 
 
-def _tests(plain: Experiment, other: Mapping[str, Any], source: str | None, limit: Any) -> dict[str, Any]:
+def _tests(
+    plain: Experiment, other: Mapping[str, Any], source: str | None, limit: Any, columns: Sequence[str] | None
+) -> dict[str, Any]:
     """The benchmarks, retention and validation sets as options change them; ``other`` (--set) takes precedence."""
 
     def changed(place: str, problems: ProblemSource, **over: Any) -> dict[str, Any]:
@@ -185,7 +194,7 @@ def _tests(plain: Experiment, other: Mapping[str, Any], source: str | None, limi
         return problems.model_dump() | asked
 
     benchmarks = {
-        name: changed(f"benchmarks.{name}", problems, source=source, limit=limit)
+        name: changed(f"benchmarks.{name}", problems, source=source, limit=limit, **_renamed(columns, problems))
         for name, problems in plain.benchmarks.items()
     }
     retention = {
@@ -193,6 +202,18 @@ def _tests(plain: Experiment, other: Mapping[str, Any], source: str | None, limi
     }
     validation = plain.validation and changed("validation", plain.validation, limit=limit)
     return {"benchmarks": benchmarks, "retention": retention, "validation": validation}
+
+
+def _renamed(columns: Sequence[str] | None, problems: ProblemSource) -> dict[str, Any]:
+    """The settings of a problem set that --column changes; a value may be a template, and so is no YAML."""
+    given = {}
+    for text in columns or ():
+        name, equals, column = text.partition("=")
+        if not (name and equals and column):
+            raise UserError(f"--column {text!r}: write NAME=COLUMN")
+        given[name] = column
+    own = {name: given.pop(name) for name in ("prompt", "solution", "quality") if name in given}
+    return own | ({"columns": {**problems.columns, **given}} if given else {})
 
 
 def _grid(

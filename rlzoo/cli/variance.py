@@ -53,6 +53,7 @@ def variance(
     model: options.Model = None,
     reward: options.Reward = None,
     data: options.Data = None,
+    column: options.Column = None,
     buffer: Annotated[
         str | None,
         options.data(
@@ -102,8 +103,8 @@ def variance(
     settings = validated(VarianceSettings, measured, "variance")
     chosen = experiment_of(
         experiment, sets,
-        algorithms=objectives, steps=steps, model=model, reward=reward, data=data, bad_rows=bad_rows, limit=limit,
-        rollout_samples=rollout_samples, twin=twin,
+        algorithms=objectives, steps=steps, model=model, reward=reward, data=data, columns=column, bad_rows=bad_rows,
+        limit=limit, rollout_samples=rollout_samples, twin=twin,
     )  # fmt: skip
     folder = out or where(chosen, settings, buffer, threads)
     found = run_variance(chosen, folder, settings, buffer, workers, threads)

@@ -50,9 +50,6 @@ class Stack:
     """Whether frozen models can be run on the batch."""
     splits: bool = False
     """Whether a loss may be computed on a part of the optimizer batch, so that coupling BATCH is not possible."""
-    prepares: bool = False
-    """Whether `Objective.prepare` is called on the whole batch; otherwise advantages are the stack's, or there are
-    none."""
     hint: str = "train with rlzoo.train"
     """What to do with an objective that cannot be served."""
 
@@ -207,7 +204,7 @@ class Exported:
         if objective.truncated != "keep":
             raise self._refused(f"has the option truncated={objective.truncated}, which is applied to rows of a buffer")
         if stack.splits and self.is_coupled:
-            raise self._refused("couples all rows of the optimizer batch, which is computed in parts there")
+            raise self._refused("may depend on all rows of the optimizer batch, which is computed in parts there")
         if objective.has_logit_term and not stack.has_logits:
             raise self._refused("has a full-vocabulary term, and the loss gets no logits there")
         for one in objective.requires:

@@ -20,7 +20,7 @@ NOT_INPUTS = ("labels", "shift_labels", "num_items_in_batch", "logits_to_keep", 
 """Arguments of a causal LM that its trunk does not take."""
 
 
-def without_adapter(model: nn.Module) -> Any:
+def without_adapter(model: Any) -> Any:
     """A context in which a peft model is the one that its adapter is trained on: without it, or with that of the name
     "ref", which TRL loads for an adapter that is trained further. Other models are left as they are."""
     if not hasattr(model, "disable_adapter"):
@@ -32,7 +32,7 @@ def without_adapter(model: nn.Module) -> Any:
     return model.disable_adapter()
 
 
-def causal_lm(model: nn.Module) -> Any:
+def causal_lm(model: Any) -> Any:
     """The transformers model within a peft model, or the model itself."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 

@@ -86,7 +86,7 @@ def _log_probs(args: Any, batch: Mapping[str, Any], logits: Tensor) -> list[Floa
     """The log-probs of each sample's response, with their graph."""
     from slime.backends.megatron_utils import loss as of_slime  # type: ignore[import-not-found]
 
-    top_p = getattr(of_slime, "get_rollout_top_p_logprob_kwargs", lambda args, batch: {})
+    top_p: Any = getattr(of_slime, "get_rollout_top_p_logprob_kwargs", lambda args, batch: {})
     _, found = of_slime.get_log_probs_and_entropy(
         logits,
         args=args,

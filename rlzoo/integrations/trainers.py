@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
@@ -49,6 +50,8 @@ class Part(NamedTuple):
     """The full-vocabulary term, if the objective has one."""
     weight: Float[Tensor, "B T"] | None = None
     """Weights of the coefficients, such as truncated importance ratios."""
+    metrics: Mapping[str, Float[Tensor, "B T"]] = {}
+    """What is logged with the objective's metrics."""
 
 
 class Scores(NamedTuple):
@@ -66,7 +69,10 @@ class ObjectiveLoss(Base):  # type: ignore[misc]
     A subclass defines `part`, and what `counted` counts.
     """
 
+    compute_loss_func: Any
+    data_collator: Any
     exported: ClassVar[Exported]
+    _signature_columns: Any
     loss_is_scaled_for_ga: ClassVar[bool | None] = True
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -88,15 +94,27 @@ class ObjectiveLoss(Base):  # type: ignore[misc]
             raise self.refused("set router_aux_loss_coef to 0, because the loss that balances experts is not added")
         if self.args.n_gpu > 1:
             raise self.refused("start one process per GPU, with accelerate launch")
+        parallel = getattr(self.accelerator, "parallelism_config", None)
+        if parallel is not None and (parallel.cp_enabled or parallel.sp_enabled):
+            raise self.refused("sequences are split over processes: use data or tensor parallelism")
         if self.exported.is_coupled and (self.args.gradient_accumulation_steps > 1 or self.args.world_size > 1):
             raise self.refused(
-                "it couples all rows of the optimizer batch, which accumulation and processes would split: set "
+                "it may depend on all rows of the optimizer batch, which accumulation and processes would split: set "
                 "gradient_accumulation_steps to 1, on one process"
             )
 
     def refused(self, reason: str) -> UserError:
         """The error for this objective in this trainer."""
         return UserError(f"{self.exported.stack.name} with objective {self.exported.objective.name!r}: {reason}")
+
+    def frozen_models(self, names: Sequence[str | None], reference: nn.Module | None = None) -> FrozenModels:
+        """Models besides the policy. Raises UserError if there are any and the policy's weights will be sharded."""
+        if names and (self.is_deepspeed_enabled or self.is_fsdp_enabled):
+            raise self.refused(
+                "it needs a frozen model, which cannot run beside a sharded policy: give its log-probs as a column of "
+                "the data where the trainer takes columns"
+            )
+        return FrozenModels(self.model, names, reference)
 
     def part(self, model: nn.Module, inputs: Mapping[str, Any]) -> Part:
         """A micro-batch of the trainer, scored by the model."""
@@ -139,7 +157,8 @@ class ObjectiveLoss(Base):  # type: ignore[misc]
         part, sums = self.part(model, inputs), self._sums["train" if self.model.training else "eval"]
         z = self.denominator(part.batch)
         found = self.exported.loss(part.batch, z, part.weight, part.term)
-        sums.add(self.exported.objective, found.batch, found.coefficients, found.surrogate, z)
+        shown = replace(found.coefficients, metrics={**found.coefficients.metrics, **part.metrics})
+        sums.add(self.exported.objective, found.batch, shown, found.surrogate, z)
         if not return_outputs:
             return found.value
         if not hasattr(part.outputs, "logits"):  # evaluation wants them for metrics, and TRL's head does not hold them
@@ -198,6 +217,11 @@ class ObjectiveLoss(Base):  # type: ignore[misc]
         return Scores(values, values.pop("term", None), outputs)
 
 
+def shown_of(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Those of the policy's statistics that are always logged where they are there."""
+    return {key: value.detach() for key, value in values.items() if key in FUSED.values()}
+
+
 def of_fused(value: Float[Tensor, "B L1"], rows: Sequences) -> Float[Tensor, "R T"]:
     """A value of TRL's head, whose last position is missing, at the learned tokens of the rows."""
     width = rows.ids.shape[1]
@@ -251,7 +275,7 @@ class LabelledLoss(ObjectiveLoss):
                 "packing=False, or choose another objective"
             )
         named = [one for one in requires if one.gives_logits or one.column not in (there or ())]
-        self.models = FrozenModels(self.model, [name for one in named for name in one.models()], ref_model)
+        self.models = self.frozen_models([name for one in named for name in one.models()], ref_model)
         self.data_collator = WithColumns(self.data_collator, columns)
 
     def _set_signature_columns_if_needed(self) -> None:
@@ -282,4 +306,4 @@ class LabelledLoss(ObjectiveLoss):
             lambda name: self.models.log_probs(name, own, rows),
             reward=reward,
         )
-        return Part(batch, own, scores.outputs, scores.term)
+        return Part(batch, own, scores.outputs, scores.term, metrics=shown_of(scores.values))

@@ -6,6 +6,7 @@ What TRL does beside its loss stays: data preparation, sampling, rewards, the re
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -15,9 +16,9 @@ from torch.nn.utils.rnn import pad_sequence
 
 from rlzoo.inputs.references import mismatched
 from rlzoo.integrations.export import Stack
-from rlzoo.integrations.frozen import FrozenModels
+from rlzoo.integrations.frozen import without_adapter
 from rlzoo.integrations.rows import IGNORED, rows_of_labels
-from rlzoo.integrations.trainers import ObjectiveLoss, Part, Scores, of_fused
+from rlzoo.integrations.trainers import ObjectiveLoss, Part, Scores, of_fused, shown_of
 from rlzoo.policy import Sequences
 from rlzoo.types import AbsentInputError, Normaliser, TokenBatch, Trajectory, Unit
 
@@ -44,10 +45,11 @@ class PreferenceLoss(ObjectiveLoss):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        names = [name for one in self.exported.objective.requires for name in one.models()]
-        if None not in names and not getattr(self.args, "sync_ref_model", False):
+        requires = self.exported.objective.requires
+        if None not in [name for one in requires for name in one.models()] and not self.args.sync_ref_model:
             self.ref_model = None  # TRL has loaded one, which takes as much memory as the model
-        self.models = FrozenModels(self.model, names, self.ref_model)
+        others = [name for one in requires for name in one.models() if name is not None or one.gives_logits]
+        self.models = self.frozen_models(others, self.ref_model)
 
     def check_arguments(self) -> None:
         super().check_arguments()
@@ -65,7 +67,7 @@ class PreferenceLoss(ObjectiveLoss):
 
     def counted(self, inputs: Mapping[str, Any]) -> TokenBatch:
         mask = rows_of_labels(self.labels(inputs), keep_empty=True).mask
-        return TokenBatch(None, mask, **self.fields(inputs, len(mask)))
+        return TokenBatch(None, mask).replace(**self.fields(inputs, len(mask)))
 
     def fields(self, inputs: Mapping[str, Any], rows: int) -> dict[str, Tensor]:
         """The fields of a `TokenBatch` that say how the rows were judged."""
@@ -87,16 +89,18 @@ class PreferenceLoss(ObjectiveLoss):
             lambda name: self.frozen_log_probs(name, own, labels, rows),
             **self.fields(inputs, len(labels)),
         )
-        return Part(batch, own, scores.outputs, scores.term)
+        return Part(batch, own, scores.outputs, scores.term, metrics=shown_of(scores.values))
 
     @torch.no_grad()
     def frozen_log_probs(
         self, name: str | None, inputs: Mapping[str, Any], labels: Int[Tensor, "B L"], rows: Sequences
     ) -> Float[Tensor, "R T"]:
         """A frozen model's log-probs; those of TRL's reference by TRL's head, which knows of sharding."""
-        if name is not None or self.ref_model is None:
+        if name is not None:
             return self.models.log_probs(name, inputs, rows)
-        found = self.ref_model(**inputs, labels=labels, use_cache=False, fused_lm_head=True)
+        model = self.model if self.ref_model is None else self.ref_model
+        with without_adapter(self.accelerator.unwrap_model(self.model)) if self.ref_model is None else nullcontext():
+            found = model(**inputs, labels=labels, use_cache=False, fused_lm_head=True)
         return of_fused(found.log_probs, rows)
 
 
@@ -186,7 +190,7 @@ class GroupsLoss(ObjectiveLoss):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         requires = [one for one in self.exported.objective.requires if one.key not in self.exported.stack.keys]
-        self.models = FrozenModels(self.model, [name for one in requires for name in one.models()])
+        self.models = self.frozen_models([name for one in requires for name in one.models()])
 
     def check_arguments(self) -> None:
         super().check_arguments()
@@ -273,7 +277,7 @@ class GroupsLoss(ObjectiveLoss):
         scores, rows, own, values = self._scored(model, inputs)
         logp, mask = values["logp"], mask_of(inputs)
         fixed = {key.removeprefix(OWN): value for key, value in inputs.items() if key.startswith(OWN)}
-        fields = {key: fixed.pop(key) for key in ("reward", "group") if key in fixed}
+        fields: dict[str, Tensor] = {key: fixed.pop(key) for key in ("reward", "group") if key in fixed}
         advantage = inputs["advantages"]
         fields["advantage"] = advantage[:, None].expand_as(logp) if advantage.ndim == 1 else advantage
         given = {"behaviour_logp": logp.detach(), **self._given(inputs), **values, **fixed}
@@ -281,7 +285,8 @@ class GroupsLoss(ObjectiveLoss):
             given.setdefault("snapshot_logp", old)
         batch = self.exported.batch(logp, mask, given, self._of_models(own, rows, logp.shape[1]), **fields)
         batch = batch.replace(**{key: value for key, value in fixed.items() if key not in batch.inputs})
-        return Part(batch, own, scores.outputs, scores.term, inputs.get("importance_sampling_ratio"))
+        weight = inputs.get("importance_sampling_ratio")
+        return Part(batch, own, scores.outputs, scores.term, weight, shown_of(values))
 
     def _scored(
         self, model: nn.Module, inputs: Mapping[str, Any]

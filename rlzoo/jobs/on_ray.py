@@ -15,6 +15,7 @@ from typing import Any
 
 from rlzoo.errors import UserError
 from rlzoo.jobs.pool import THREAD_VARIABLES, WorkError, Workers, _run, silence
+from rlzoo.jobs.progress import Together
 
 RETRIES = 3
 """The number of retries of a task after its worker or node died."""
@@ -25,7 +26,7 @@ class RayTasks:
 
     def __init__(self, ray: Any, threads: int) -> None:
         self._ray, self._refs = ray, dict[Future[Any], Any]()
-        self._doing = "starting"
+        self._together = Together()
         variables = {name: str(threads) for name in THREAD_VARIABLES}
         variables |= {name: value for name, value in os.environ.items() if name.startswith("RLZOO_")}
         self._task = ray.remote(
@@ -43,17 +44,18 @@ class RayTasks:
 
     def doing(self) -> str:
         """See `Workers.doing`."""
-        return self._doing
+        return str(self._together) or "starting"
 
     def gather(self, futures: Mapping[Future[Any], str]) -> Iterator[tuple[str, Future[Any]]]:
         """See `Workers.gather`."""
         waiting = {self._refs[future]: future for future in futures}
+        self._together.begin(futures.values())
         while waiting:
-            self._doing = f"{len(futures) - len(waiting)} of {len(futures)} done"
             ready, _ = self._ray.wait(list(waiting), timeout=0.5)
             for ref in ready:
                 future = waiting.pop(ref)
                 self._settle(future, ref)
+                self._together.report(futures[future], 1)
                 yield futures[future], future
 
     def _settle(self, future: Future[Any], ref: Any) -> None:

@@ -216,7 +216,9 @@ def accepted(function: Callable[..., Any], arguments: Mapping[str, Any], name: s
         if parameter.name not in arguments:
             if not {"completions", "completion_ids"} & set(takes):
                 raise UserError(f"reward {name!r} {unlike(function, takes)}")
-            fix = f"rename one with `columns: {{{parameter.name}: ...}}`, or use TRL's signature, {SIGNATURE}"
+            wanted = parameter.name
+            fix = f"rename one with --column {wanted}=COLUMN (in an experiment file, `columns: {{{wanted}: COLUMN}}`), "
+            fix += f"or use TRL's signature, {SIGNATURE}"
             raise UserError(f"{missing_column(name, parameter.name, arguments)}; {fix}")
     anything = takes_anything(takes)
     return {n: value for n, value in arguments.items() if n not in bound and (anything or n in takes)}

@@ -1,0 +1,112 @@
+"""The README, tutorials and how-tos: every block of code is run, from top to bottom, in a folder of its own.
+
+Blocks that begin with the name of a file are written to it. Others run: Python in one namespace per page, commands as
+they are but for a few more options, so that they take less time. YAML without a name is part of an experiment.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import runpy
+import shlex
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from comparisons import forked
+
+import rlzoo
+from rlzoo.cli import main
+from rlzoo.config import load_experiment
+
+ROOT = Path(__file__).parents[1]
+TUTORIALS = sorted(ROOT.glob("docs/tutorials/*.md"))
+PAGES = [
+    str(path.relative_to(ROOT)) for path in (ROOT / "README.md", *TUTORIALS, *sorted(ROOT.glob("docs/howto/*.md")))
+]
+FENCED = re.compile(r"^```(python|yaml|bash)\n(.*?)^```", re.DOTALL | re.MULTILINE)
+FILE = re.compile(r"# (\S+\.(?:py|yaml))\n")
+SMALLER = {
+    "compare": "--steps 2 --limit 4 --seeds 0 --batch-size 8 --samples 2 --set rollouts.prompts=4 "
+    "--set rollouts.samples=2 --set evaluation.max_new_tokens=16 --set retention={} --set evaluation.curve_points=1",
+    "rollout": "--limit 4",
+    "variance": "--rows 4 --draws 256 --every 0",
+}
+"""What is added to a command, after the page's own options, which it overrides."""
+
+
+def commands(code: str) -> Iterator[list[str]]:
+    """The commands of a block, in words."""
+    for line in code.replace("\\\n", " ").splitlines():
+        yield shlex.split(line, comments=True)
+
+
+def run(command: list[str]) -> None:
+    """Run a command of a page in this process, or in a copy of it."""
+    if command[:3] == ["python", "-m", "pytest"]:
+        tested = forked(lambda: pytest.main(["-p", "no:cacheprovider", *command[3:]]))
+        assert tested.status == 0, tested.out
+    elif command[0] == "python":
+        runpy.run_path(command[1])
+    else:
+        assert command[0] == "rlzoo", f"a page may run python and rlzoo, not {command[0]}"
+        more = SMALLER.get(command[1], "") if "--dry-run" not in command else ""
+        own = ["--model", "embedded"] if "mine.yaml" in command and command[1] == "compare" else []
+        assert main([*command[1:], *shlex.split(more), *own]) == 0, shlex.join(command)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", PAGES)
+def test_every_block_runs(
+    page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sketched: None, inline: None
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    for name in ("train", "test"):
+        rows = [{"question": f"{n}+1=?", "solution": f"={n + 1}\n#### {n + 1}", "answer": f"{n + 1}"} for n in range(8)]
+        rows = [{**row, "gold": row["answer"]} for row in rows]
+        Path(f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    names: dict[str, Any] = {}
+    for language, code in FENCED.findall((ROOT / page).read_text(encoding="utf-8")):
+        if named := FILE.match(code):
+            Path(named[1]).write_text(code)
+        elif language == "python":
+            exec(code, names)
+        elif language == "bash":
+            for command in commands(code):
+                run(command)
+        else:
+            Path("part.yaml").write_text(f"extends: arithmetic\n{code}")
+            load_experiment("part.yaml")
+    for written in tmp_path.glob("*.py"):
+        if written.name.startswith("test_"):
+            tested = forked(lambda name=written.name: pytest.main(["-q", "-p", "no:cacheprovider", name]))
+            assert tested.status == 0, tested.out
+    for experiment in tmp_path.glob("*.yaml"):
+        assert load_experiment(str(experiment)).algorithms
+
+
+def test_the_seven_of_the_readme_are_those_of_the_objectives_page() -> None:
+    readme, page = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "docs/objectives.md"))
+    (count,) = re.findall(r"The (\d+) objectives that come with rlzoo", page)
+    assert f"| {count}, each a coefficient in a file |" in readme and f"[{int(count) - 7} others]" in readme
+    per = dict(re.findall(r"^\| \[\w.*?\]\(algorithms/(\w+)\.py\) \|.*\| (\w+) \|$", readme, re.MULTILINE))
+    table = dict(re.findall(r"^\| \[([\w-]+)\]\(#.*?\) \| .+? \| [\w ]+ \| per (\w+) \|", page, re.MULTILINE))
+    assert len(per) == 7 and per == {name: table[name.replace("_", "-")] for name in per}
+
+
+def test_notebooks_have_the_code_of_their_pages() -> None:
+    made = runpy.run_path(str(ROOT / "docs" / "notebooks.py"))["notebook"]
+    for page in TUTORIALS:
+        written, text = page.with_suffix(".ipynb").read_text(encoding="utf-8"), page.read_text(encoding="utf-8")
+        assert written == made(text), "python docs/notebooks.py"
+        code = ["".join(cell["source"]) for cell in json.loads(written)["cells"] if cell["cell_type"] == "code"]
+        assert len(code) == len(FENCED.findall(text))
+
+
+def test_the_python_reference_names_all_that_is_public() -> None:
+    page = (ROOT / "docs" / "api" / "index.md").read_text(encoding="utf-8")
+    assert set(rlzoo.__all__) <= set(re.findall(r"`([\w.]+)`", page))
