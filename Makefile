@@ -36,7 +36,7 @@ compare: $(INSTALLED)
 # The site, in site/: index.html opens in a browser, without a server. It is built without a connection
 docs: $(INSTALLED)
 	@echo "== Building the documentation"
-	$(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 test: $(INSTALLED)
 	@echo "== Lint"
@@ -51,7 +51,7 @@ test: $(INSTALLED)
 	@if nvidia-smi > /dev/null 2>&1; then $(BIN)/pytest -m gpu tests/test_gpu.py; else echo "skipped: no GPU here"; fi
 
 checks:
-	@{ echo "== Types"; $(BIN)/mypy && echo "== Documentation" && $(BIN)/mkdocs build --strict --quiet; } > .cache/checks.log 2>&1
+	@{ echo "== Types"; $(BIN)/mypy && echo "== Documentation" && NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet; } > .cache/checks.log 2>&1
 
 tests:
 	$(BIN)/pytest -m "not vllm and not gpu" --numprocesses auto --dist worksteal
@@ -96,7 +96,7 @@ release-check: $(INSTALLED)
 	@echo "== Building the sdist, and the wheel from it"
 	rm -rf $(RELEASE)
 	mkdir -p $(RELEASE)
-	$(BIN)/python -c 'from setuptools.build_meta import build_sdist; build_sdist("$(RELEASE)")'
+	$(BIN)/python -c 'from setuptools.build_meta import build_sdist; build_sdist("$(RELEASE)")' > /dev/null
 	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir $(RELEASE) $(RELEASE)/*.tar.gz
 	@echo "== Installing the wheel with the newest versions"
 	$(PYTHON) -m venv $(RELEASE)/newest

@@ -39,6 +39,7 @@ pytestmark = pytest.mark.usefixtures("sketched")
 
 COMMANDS = (
     "plan", "compare", "variance", "train", "rollout", "evaluate", "report", "results", "list", "new", "doctor",
+    "import", "rescore", "buffer",
 )  # fmt: skip
 HEAVY = ("torch", "transformers", "datasets", "pyarrow", "matplotlib")
 BEAT = re.compile(r"  \d+:\d\d:\d\d ")
@@ -221,7 +222,16 @@ def test_completion_is_installed_for_the_shell(tmp_path: Path) -> None:
 def test_list_as_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["list", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert set(found) == {"objectives", "rewards", "metrics", "views", "samplers", "suites", "experiments"}
+    assert set(found) == {
+        "objectives",
+        "rewards",
+        "metrics",
+        "views",
+        "samplers",
+        "log_formats",
+        "suites",
+        "experiments",
+    }
     objectives = {row["name"]: row for row in found["objectives"]}
     assert {"sft", "dft", "iw-sft", "rft", "dpo", "ppo", "grpo"} <= set(objectives)
     assert objectives["grpo"]["options"]["clip"] == {"type": "float", "default": 0.2}

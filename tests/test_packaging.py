@@ -8,11 +8,13 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import tomllib
 import venv
 import zipfile
 from pathlib import Path
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("algorithms", "rewards", "experiments", "rlzoo")
@@ -123,6 +125,13 @@ def test_it_runs_where_it_is_installed(wheel: Path, tmp_path: Path) -> None:
         code = f"import importlib.util as u, sys; sys.exit(u.find_spec({name!r}) is not None)"
         run(str(python), "-c", code)
     assert run(str(tmp_path / "env" / "bin" / "rlzoo"), "new", "objective", "mine").startswith("wrote mine.py and ")
+
+
+def test_the_citation_is_of_this_version() -> None:
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert (cited["version"], cited["license"]) == (project["version"], project["license"])
+    assert cited["message"] and len(cited["references"][0]["authors"]) == 10
 
 
 def algorithms() -> list[Path]:

@@ -226,8 +226,10 @@ def test_the_rest_takes_as_long_as_what_was_done(monkeypatch: pytest.MonkeyPatch
     assert remaining.after(0.2) == ", 0:13:20 left"
 
 
-def test_work_in_this_process_says_how_far_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lines in a log; on a terminal a bar, which leaves nothing behind."""
+def test_work_in_this_process_says_how_far_it_is(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Lines in a log; on a terminal a bar, which leaves nothing behind, and takes nothing from standard output."""
     monkeypatch.setattr(heartbeat, "EVERY", 0.01)
     log, terminal = io.StringIO(), io.StringIO()
     with (
@@ -238,6 +240,7 @@ def test_work_in_this_process_says_how_far_it_is(monkeypatch: pytest.MonkeyPatch
             advance = progress.counting(8, "sampling", report)
             advance(2)
             advance(2)
+        print("a result")
         until = time.monotonic() + 20
         while not re.search(r"sampling 4/8, 0:00:0\d left", log.getvalue()) and time.monotonic() < until:
             time.sleep(0.005)
@@ -246,6 +249,7 @@ def test_work_in_this_process_says_how_far_it_is(monkeypatch: pytest.MonkeyPatch
     assert re.search(r"^  0:00:0\d sampling 4/8, 0:00:0\d left$", log.getvalue(), re.MULTILINE)
     assert "\x1b" not in log.getvalue() and "sampling 4/8" in terminal.getvalue()
     assert terminal.getvalue().endswith("\x1b[2K"), "the bar is gone"
+    assert capsys.readouterr().out == "a result\n"
 
 
 def nap_until(mark: Path, report: Callable[[float, str], None]) -> None:
