@@ -175,7 +175,7 @@ def test_neither_micro_batches_nor_the_order_of_rows_matter(name: str, make_poli
     batch = make_batch(make_policy(), objective.learns_from)
     settings = RAW.model_copy(update={"steps": 3, "updates_per_batch": 2})
     whole = trained(make_policy(), objective, batch, settings)
-    for budget, rows in ((1, batch), (33, batch), (33, permuted(batch, 1)), (4096, permuted(batch, 2))):
+    for budget, rows in ((1, batch), (33, permuted(batch, 1)), (4096, permuted(batch, 2))):
         cut = trained(make_policy(), objective, rows, settings.model_copy(update={"token_budget": budget}))
         assert distance(whole, cut) < 1e-6
 
