@@ -116,6 +116,7 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not(
     assert same(trained(make_policy, objective, tmp_path), whole), "a run at its end is not trained further"
 
 
+@pytest.mark.slow
 def test_several_updates_a_batch_and_adapters_go_on_too(make_policy: MakePolicy, tmp_path: Path) -> None:
     pytest.importorskip("peft")
     settings = EVERY.model_validate({**EVERY.model_dump(), "updates_per_batch": 3, "lora": {"rank": 2}})
@@ -204,6 +205,7 @@ OTHER: dict[str, Any] = {
 """Another value of each setting that decides what a run finds."""
 
 
+@pytest.mark.slow
 def test_the_checkpoints_of_another_run_are_refused(make_policy: MakePolicy, tmp_path: Path) -> None:
     with pytest.raises(StopError):
         trained(make_policy, "iw-sft", tmp_path, callback=stop_at(3))

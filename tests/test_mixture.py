@@ -203,6 +203,7 @@ def test_the_parts_share_the_batch(make_policy: MakePolicy) -> None:
 FALLING: Weights = {"sft": {0: 0.9, 0.8: 0.05}, "grpo": {0: 0.1, 0.8: 0.95}}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "weights", [{"sft": 0.3, "grpo": 0.7}, {"ppo": 0.5, "dpo": 0.5}, FALLING], ids=["sft+grpo", "ppo+dpo", "falling"]
 )

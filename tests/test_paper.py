@@ -249,7 +249,12 @@ def wide_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "200")
 
 
-@pytest.mark.parametrize("name", sorted(list_experiments()))
+FAST = ("arithmetic", "facts", "paper/lora")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[] if n in FAST else pytest.mark.slow) for n in sorted(list_experiments())]
+)
 def test_every_experiment_resolves_without_weights_or_a_connection(
     name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -304,6 +309,7 @@ def test_a_dry_run_shows_the_stages_of_a_row(capsys: pytest.CaptureFixture[str])
     assert "sft → grpo" in row and "demonstrations → groups" in row
 
 
+@pytest.mark.slow
 def test_a_dry_run_renders_prompts_that_are_here(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The embedded tokenizer has no chat template."""
     changes = ["--set", "model=embedded", "--set", "train={source: 'world:arithmetic/train', chat: true}"]

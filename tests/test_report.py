@@ -238,6 +238,7 @@ def test_events_of_training_are_in_the_report(tmp_path: Path) -> None:
     assert "Events in training" in Page(source).text and told in Page(source).text
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("figures")
 def test_what_was_done_to_the_data_is_in_the_report(tmp_path: Path) -> None:
     results = synthetic_run(tmp_path)
@@ -257,6 +258,7 @@ def test_what_was_done_to_the_data_is_in_the_report(tmp_path: Path) -> None:
     assert "dropped 2 of 9 rows" in markdown
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("figures")
 def test_further_metrics_and_the_mean_over_benchmarks_are_in_the_report(tmp_path: Path) -> None:
     results = synthetic_run(tmp_path)
@@ -344,6 +346,7 @@ def differences_shown(markdown: str) -> list[str]:
     return [entry.strip() for row in rows for entry in row.strip("|").split("|")[1:]]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("figures")
 def test_the_report_says_what_its_intervals_leave_out(tmp_path: Path) -> None:
     results = synthetic_run(tmp_path)
@@ -355,6 +358,7 @@ def test_the_report_says_what_its_intervals_leave_out(tmp_path: Path) -> None:
     assert "one base model, learned from one set of training problems" in read(tmp_path)[1]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("figures")
 def test_measured_variance_stands_next_to_the_results(tmp_path: Path) -> None:
     results = synthetic_run(tmp_path)
@@ -386,6 +390,7 @@ def test_answer_owns_up_to_a_tie_and_to_a_better_base(tmp_path: Path) -> None:
     assert re.search(r"The base model, at \d+\.\d %, is not below it", text)
 
 
+@pytest.mark.slow
 def test_model_output_and_names_show_as_text(tmp_path: Path) -> None:
     synthetic_run(tmp_path, {"base": 0.2, EVIL: 0.4, "a|b `$x_1$": 0.5})
     write_report(tmp_path)
@@ -685,6 +690,7 @@ def test_whether_the_metrics_agree_is_said(case: str) -> None:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("figures")
 def test_every_algorithm_answers_the_same_problems_side_by_side(tmp_path: Path) -> None:
     """The first problems of each benchmark in turn, then those on which the shares of right samples vary most."""
@@ -728,6 +734,7 @@ def test_run_in_which_every_cell_failed(tmp_path: Path) -> None:
     assert "Failed cells" in text and "Differences" not in text
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("figures")
 def test_baseline_can_be_chosen(tmp_path: Path) -> None:
     synthetic_run(tmp_path)

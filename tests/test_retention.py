@@ -86,6 +86,7 @@ def test_the_bases_text_is_scored_under_every_policy(finished: tuple[Path, dict[
             assert cell["retention"][name][KL] > 0
 
 
+@pytest.mark.slow
 def test_the_estimate_is_the_kl_divergence(tmp_path: Path) -> None:
     """For completions of one token, the divergence is a sum over the vocabulary."""
     base, policy = load_policy("embedded"), load_policy("embedded")

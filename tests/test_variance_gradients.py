@@ -612,6 +612,7 @@ def test_means_are_held_as_memory_allows() -> None:
     assert portions(["x"], "x", 2) == [["x"]]
 
 
+@pytest.mark.slow
 def test_proportional_weights_share_a_backward_pass(make_model: MakeModel) -> None:
     policy = make_model("gpt2")
     rows, weight = random_rows(policy)

@@ -173,6 +173,7 @@ def test_samples_of_others_are_scored_once_and_that_is_paid_for(base: Policy, tm
     assert cell["costs"]["flops"] == pytest.approx(alone.costs.flops + shared, rel=1e-12)
 
 
+@pytest.mark.slow
 def test_an_online_cell_pays_for_what_it_samples(base: Policy, calls: list[Call], tmp_path: Path) -> None:
     """And for nothing of the shared buffer, which it does not read."""
     rows = {name: {"mode": "online", "options": {"kl_coefficient": 0.0}} for name in ("grpo", "ppo")}
@@ -227,6 +228,7 @@ def test_an_online_cell_is_held_to_the_policy_it_began_as(tmp_path: Path) -> Non
     assert first == pytest.approx(0, abs=1e-6) and second > 1e-3 and third > 1e-3
 
 
+@pytest.mark.slow
 def test_what_is_drawn_in_a_cell_hangs_on_its_seed_alone(calls: list[Call], tmp_path: Path) -> None:
     """LoRA's first factor is drawn; on the same rows it decides the gradient of the second."""
     rows: list[Any] = []
@@ -254,6 +256,7 @@ def test_the_settings_of_a_row_are_its_own(tmp_path: Path) -> None:
     assert cells["longer"]["costs"]["gradient_tokens"] < cells["sft"]["costs"]["gradient_tokens"]
 
 
+@pytest.mark.slow
 def test_weights_have_the_dtype_that_was_asked_for_and_demonstrations_their_length(
     calls: list[Call], tmp_path: Path
 ) -> None:
@@ -385,6 +388,7 @@ def test_token_probabilities_are_of_the_demonstrations_before_and_after(
 # Evaluation
 
 
+@pytest.mark.slow
 def test_a_rate_is_chosen_on_validation_and_reported_on_the_benchmarks(
     base: Policy, calls: list[Call], tmp_path: Path
 ) -> None:
@@ -449,6 +453,7 @@ def told(completions, trainer_state, **columns):
 """
 
 
+@pytest.mark.slow
 def test_a_reward_is_told_how_far_the_policy_is_that_it_scores(tmp_path: Path) -> None:
     """The base is nowhere; then come each cell's curve and validation, and last the benchmarks of the better one."""
     (tmp_path / "told.py").write_text(TOLD)
@@ -479,6 +484,7 @@ class Failing(rlzoo.Objective):
 """
 
 
+@pytest.mark.slow
 def test_a_log_says_what_was_done_and_what_was_left_out(make_policy: Callable[..., Policy], tmp_path: Path) -> None:
     """In both files the first problem's solution spells the end of sequence, which may be so in training; the second
     has no prompt, the third no answer, the fourth no message, and the last is too long for anything to follow."""
@@ -573,6 +579,7 @@ def telling_pool(told: list[tuple[str, list[tuple[float, str]]]]) -> Iterator[In
     yield Telling()
 
 
+@pytest.mark.slow
 def test_progress_is_told_from_beginning_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[tuple[str, list[tuple[float, str]]]] = []
     monkeypatch.setattr(runner, "pool", lambda *_: telling_pool(told))
@@ -587,6 +594,7 @@ def test_progress_is_told_from_beginning_to_end(tmp_path: Path, monkeypatch: pyt
     assert told[3][1] == [(0.4, "step 1/2"), (0.8, "step 2/2"), (0.8, "evaluating facts")]
 
 
+@pytest.mark.slow
 def test_no_micro_batch_of_any_work_is_larger_than_the_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Scoring of samples, references, gold completions and token probabilities, training, and samples made online."""
     sizes: dict[str, list[int]] = {}
@@ -627,6 +635,7 @@ class Dying(InThisProcess):
         return future
 
 
+@pytest.mark.slow
 def test_smaller_parts_change_what_fits_and_not_what_is_found(
     calls: list[Call], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

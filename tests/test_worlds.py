@@ -131,6 +131,7 @@ def test_a_wrong_option_is_named(name: str, message: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_the_recipe_saves_models_on_the_way_without_changing_the_last_one(tmp_path: Path) -> None:
     train_base(tmp_path / "plain", 2)
     train_base(tmp_path / "saving", 2, save_at=[1])

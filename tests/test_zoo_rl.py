@@ -535,6 +535,7 @@ def mean_reward(rows: list[Trajectory]) -> float:
     return sum(row.reward or 0.0 for row in rows) / len(rows)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*NAMES, *(name for name in NEW if name != "qrpo")])
 def test_online_training_raises_a_trivial_reward(name: str, make_policy: MakePolicy) -> None:
     policy = make_policy("llama", dtype=torch.float32, seed=1)

@@ -344,6 +344,7 @@ def test_asft_starts_as_dft_and_is_then_held_back(make_policy: MakePolicy) -> No
     assert 1e-6 < distance(second[0], second[1]) < distance(second[0], second[2])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("targets", ["all-linear", ["c_attn", "lm_head"]])
 def test_with_an_adapter_the_reference_is_the_model_without_it(targets: Any, make_policy: MakePolicy) -> None:
     """The output layer's adapter too, which acts after the trunk."""
@@ -425,6 +426,7 @@ def test_pear_in_blocks_lies_between_token_and_none(seed: int) -> None:
     assert torch.equal(whole.coefficients(batch.detach()).values[batch.mask], torch.ones_like(batch.logp[batch.mask]))
 
 
+@pytest.mark.slow
 def test_pear_takes_the_authors_log_probs_from_the_rows_or_from_a_model() -> None:
     policy, settings = load_policy("embedded"), RAW.model_copy(update={"steps": 2})
     problems = load_problems(ProblemSource(source="world:arithmetic/train", limit=8))
@@ -691,6 +693,7 @@ def drawn(source: BufferSource, batches: int) -> list[str]:
     return [row.completion for _ in range(batches) for row in source.draw()[0]]
 
 
+@pytest.mark.slow
 def test_rows_are_drawn_in_proportion_to_their_quality() -> None:
     buffer = demonstrations(1.0, 0.0, 3.0, 0.5)
     view = buffer.view(DEMONSTRATIONS, **get_objective("sft-q").view_options)
@@ -816,6 +819,7 @@ def test_a_comparison_of_them(tmp_path: Path) -> None:
     assert {cell["algorithm"] for cell in results["cells"]} == set(names) and not results["failed"]
 
 
+@pytest.mark.slow
 def test_the_analyzer_reads_each(make_policy: MakePolicy, table: Path) -> None:
     policy, buffer = make_policy("llama"), OfflineBuffer.load(table)
     found = analyze_variance(policy, ["sft", "dft", *NEW], buffer, rows=12, draws=256)
