@@ -180,7 +180,7 @@ def test_compare_from_the_command_line(
     out = tmp_path / "out"
     options = {
         "--model": model_folder, "--data": table, "--test-data": table, "--out": out, "--algorithms": "sft,grpo",
-        "--steps": STEPS, "--batch-size": 2, "--limit": 2, "--samples": 2, "--seeds": 0, "--workers": 1, "--threads": 2,
+        "--steps": STEPS, "--batch-size": 2, "--limit": 2, "--samples": 2, "--seeds": 0, "--workers": 1,
     }  # fmt: skip
     shorter = ["rollouts.samples=2", "rollouts.max_new_tokens=16", "evaluation.max_new_tokens=16",
                "evaluation.curve_points=0", "evaluation.curve_problems=1", "evaluation.curve_samples=1"]  # fmt: skip
