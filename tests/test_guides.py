@@ -12,6 +12,7 @@ import runpy
 import shlex
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +87,7 @@ def test_every_block_runs(
             load_experiment("part.yaml")
     for written in tmp_path.glob("*.py"):
         if written.name.startswith("test_"):
-            tested = forked(lambda name=written.name: pytest.main(["-q", "-p", "no:cacheprovider", name]))
+            tested = forked(partial(pytest.main, ["-q", "-p", "no:cacheprovider", written.name]))
             assert tested.status == 0, tested.out
     for experiment in tmp_path.glob("*.yaml"):
         assert load_experiment(str(experiment)).algorithms
