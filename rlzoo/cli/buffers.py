@@ -59,7 +59,7 @@ def import_(
     Examples:
       rlzoo import trl outputs/grpo --out runs/buffer
       rlzoo import verl rollouts/ --model Qwen/Qwen3-0.6B --out runs/buffer
-      rlzoo import lm-eval samples_gsm8k.jsonl --option metric=exact_match --out samples.jsonl
+      rlzoo import lm-eval samples.jsonl --option metric=acc --out runs/buffer
     """
     from rlzoo.cli.settings import pairs, prepare
 
@@ -125,7 +125,7 @@ def rescore(
 
     Examples:
       rlzoo rescore runs/buffer --reward math-answer --column answer=target
-      rlzoo rescore samples.jsonl --reward mine.py:reward --set scoring.on_error=null --out rescored.jsonl
+      rlzoo rescore samples.jsonl --reward mine.py:reward --out rescored.jsonl
     """
     from rlzoo.cli.settings import prepare, rescore_settings
 
@@ -210,7 +210,8 @@ def _lines(numbers: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         "policy versions",
         f"{versions[0]}" if len(versions) == 1 else f"{len(versions)}, {versions[0]} to {versions[-1]}",
     )
-    for name in ("prompt_tokens", "completion_tokens"):
+    masked = numbers["learned_tokens"] != numbers["completion_tokens"]
+    for name in ("prompt_tokens", "completion_tokens", *(["learned_tokens"] if masked else [])):
         yield name.replace("_", " "), _spread(numbers[name])
     yield "truncated", f"{numbers['truncated']:,} ({numbers['truncated'] / rows:.1%})"
     rewards, groups = numbers["rewards"], numbers["groups"]
