@@ -146,6 +146,6 @@ def test_every_extra_has_a_purpose_and_a_command() -> None:
 def test_a_gpu_that_torch_cannot_use(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(self_test.shutil, "which", lambda name: "/usr/bin/nvidia-smi")
+    monkeypatch.setattr("shutil.which", lambda name: "/usr/bin/nvidia-smi")
     (check,) = self_test.gpus(lambda name: None)
     assert check.ok is False and not check.needed and "sees no GPU" in check.found and "pytorch.org" in check.remedy
