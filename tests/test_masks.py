@@ -18,6 +18,7 @@ from batches import of_each_kind
 from chat_templates import OPENS, TEMPLATES, TURNS, assistant, built, policy_of, tokenizer_of, turn, user
 
 from rlzoo.buffers import BadRows, OfflineBuffer, RolloutBuffer, from_trl, read_buffer, to_trl
+from rlzoo.buffers.overview import overview
 from rlzoo.buffers.problems import Problem
 from rlzoo.cli import main
 from rlzoo.comparison.retention import LIKELIHOOD, text_results
@@ -292,6 +293,7 @@ def test_masks_are_kept_and_checked_and_old_buffers_have_none(tmp_path: Path) ->
     for told, mask in (("2 values for 3", wrong["3 values for"]), *list(wrong.items())[1:]):
         with pytest.raises(UserError, match=f"completion_mask .*{told}"):
             OfflineBuffer.from_trajectories([row, replace(row, completion_mask=mask)])
+    assert buffer.learned_tokens().tolist() == [2, 3] and overview(buffer)["learned_tokens"]["sum"] == 5
     old = buffer.rows.remove_columns("completion_mask")
     assert list(OfflineBuffer(old)) == [replace(row, completion_mask=None)] * 2
     old.to_parquet(tmp_path / "old.parquet")

@@ -96,6 +96,17 @@ class Buffer:
             total += pc.list_value_length(table[name]).to_numpy()
         return total
 
+    def learned_tokens(self) -> Int[np.ndarray, " N"]:
+        """The number of completion tokens per row that are learned from, [N]."""
+        found, before = self.tokens("completion_ids"), 0
+        for chunk in arrow(self._rows)["completion_mask"].chunks:
+            kept = chunk.flatten().to_numpy(zero_copy_only=False)
+            of_rows = np.bincount(pc.list_parent_indices(chunk).to_numpy()[kept], minlength=len(chunk))
+            masked = np.flatnonzero(chunk.is_valid().to_numpy(zero_copy_only=False))
+            found[before + masked] = of_rows[masked]
+            before += len(chunk)
+        return found
+
     def outside(self, vocabulary: int) -> tuple[int, int] | None:
         """A row with a token id outside of 0 to ``vocabulary`` - 1, and that id; None if there is none."""
         try:

@@ -35,6 +35,7 @@ def overview(buffer: Buffer) -> dict[str, Any]:
         "conversations": int(buffer.has("messages").sum()),
         "prompt_tokens": quantiles(buffer.tokens("prompt_ids")),
         "completion_tokens": quantiles(buffer.tokens("completion_ids")),
+        "learned_tokens": quantiles(buffer.learned_tokens()),
         "rewards": _rewards(buffer),
         "groups": _groups(buffer),
         "log_probs": {name: int(buffer.has(name).sum()) for name in LOG_PROBS},

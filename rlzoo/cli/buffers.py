@@ -210,7 +210,8 @@ def _lines(numbers: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         "policy versions",
         f"{versions[0]}" if len(versions) == 1 else f"{len(versions)}, {versions[0]} to {versions[-1]}",
     )
-    for name in ("prompt_tokens", "completion_tokens"):
+    masked = numbers["learned_tokens"] != numbers["completion_tokens"]
+    for name in ("prompt_tokens", "completion_tokens", *(["learned_tokens"] if masked else [])):
         yield name.replace("_", " "), _spread(numbers[name])
     yield "truncated", f"{numbers['truncated']:,} ({numbers['truncated'] / rows:.1%})"
     rewards, groups = numbers["rewards"], numbers["groups"]
