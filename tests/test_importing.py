@@ -411,7 +411,8 @@ LACKING: dict[str, dict[str, str]] = {
 
 @pytest.mark.parametrize("form", LACKING)
 def test_every_log_trains_what_it_can_and_else_says_what_is_missing(form: str, chat: Any, tmp_path: Path) -> None:
-    name, options = form.replace("-", "_"), {"reward": "metadata.score"} if form == "openai" else {}
+    name = form.replace("-", "_")
+    options: dict[str, Any] = {"reward": "metadata.score"} if form == "openai" else {}
     match form:
         case "openai":
             logs.responses(tmp_path / "responses.jsonl", chat)
