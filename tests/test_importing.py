@@ -14,6 +14,7 @@ from chat_templates import assistant, policy_of, tokenizer_of, turn, user
 
 from rlzoo.buffers import Importer, LoggedSample, OfflineBuffer, get_importer, import_log, list_importers
 from rlzoo.buffers.bad_rows import BadRows
+from rlzoo.buffers.files import file_rows
 from rlzoo.buffers.importing import MISSING, OTHER_TOKENS, TEMPERED
 from rlzoo.buffers.problems import Problem, encode_problems
 from rlzoo.buffers.stripped import Restorer
@@ -410,7 +411,8 @@ LACKING: dict[str, dict[str, str]] = {
 
 @pytest.mark.parametrize("form", LACKING)
 def test_every_log_trains_what_it_can_and_else_says_what_is_missing(form: str, chat: Any, tmp_path: Path) -> None:
-    name, options = form.replace("-", "_"), {"reward": "metadata.score"} if form == "openai" else {}
+    name = form.replace("-", "_")
+    options: dict[str, Any] = {"reward": "metadata.score"} if form == "openai" else {}
     match form:
         case "openai":
             logs.responses(tmp_path / "responses.jsonl", chat)
@@ -429,6 +431,38 @@ def test_every_log_trains_what_it_can_and_else_says_what_is_missing(form: str, c
             continue
         (step,) = train(policy, get_objective(objective), buffer, settings).steps
         assert step["gradient_norm"] > 0
+
+
+@pytest.mark.parametrize("form", LACKING)
+def test_a_value_of_another_type_is_a_bad_row_and_no_crash(form: str, chat: Any, tmp_path: Path) -> None:
+    """One good row, and for each of its values rows in which that is something else."""
+    match form:
+        case "openai":
+            path = logs.responses(tmp_path / "log.jsonl", chat)
+        case "lm-eval":
+            path = logs.lm_eval(tmp_path / "log.jsonl")
+        case "trl" | "lighteval":
+            path = getattr(logs, form)(tmp_path)
+        case _:
+            path = getattr(logs, form.replace("-", "_"))(tmp_path, chat)
+    _, good = next(file_rows(path))
+    assert isinstance(good, dict)
+    rows = [good, *broken(good)]
+    bad, log = BadRows("drop"), logs.write_lines(tmp_path / "broken.jsonl", rows)
+    buffer = imported(form, log, chat, bad)
+    assert 0 < len(buffer) < len(rows) > 30 and bad.dropped >= 10
+    assert all(re.match(rf"{re.escape(str(log))} line \d+(: | has | is | holds )", reason) for reason in bad.first)
+
+
+def broken(value: Any) -> Iterator[Any]:
+    """The value with each of its parts replaced, one at a time."""
+    places: Any = value.items() if isinstance(value, dict) else enumerate(value[:2])
+    for place, part in places:
+        others = [None, 3, "x", [3], {"a": 1}, [], *(broken(part) if isinstance(part, dict | list) else ())]
+        for other in others:
+            twin = value.copy()
+            twin[place] = other
+            yield twin
 
 
 # The table of formats

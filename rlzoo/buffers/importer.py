@@ -150,15 +150,15 @@ def ids_of(row: Row, name: str) -> list[int]:
     return value
 
 
-def reward_in(row: Row, name: str) -> float | None:
-    """A column with a reward; None for null, NaN, and a column that is missing. Raises UserError for anything else."""
+def number_in(row: Row, name: str) -> float | None:
+    """A column with a number; None for null, NaN, and a column that is missing. Raises UserError for anything else."""
     value = row.get(name) if "." not in name else find(row, name)
     if value is None or value != value:
         return None
     try:
         return number(value)
     except (TypeError, ValueError):
-        raise UserError(f"column {name!r} holds {value!r:.60}: give a finite number, or null for no reward") from None
+        raise UserError(f"column {name!r} holds {value!r:.60}: give a finite number, or null for none") from None
 
 
 def version_in(row: Row, name: str) -> int:

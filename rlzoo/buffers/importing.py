@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import replace
@@ -17,17 +18,19 @@ from rlzoo.buffers.importer import Importer, LoggedSample
 from rlzoo.buffers.schema import to_row
 from rlzoo.buffers.stripped import Restorer
 from rlzoo.buffers.tables import SourceTable, chunks
-from rlzoo.errors import UserError
+from rlzoo.errors import UserError, kind_of
 from rlzoo.jobs.sources import data_files
 from rlzoo.policy.chat import turn_of
 from rlzoo.policy.encoding import encode_batch, encode_steps, got, prompt_key, prompt_steps
 from rlzoo.policy.turns import Steps
+from rlzoo.registry import one_line
 from rlzoo.types import Trajectory
 
 OTHER_TOKENS = "log-probs left out, because they are of other tokens than the tokenizer makes of the text"
 MISSING = "log-probs left out, because tokens of the completion have none"
 TEMPERED = "log-probs left out, because the log has them at temperature 1"
 NUCLEUS = "log-probs left out, because they are relative to the nucleus of top_p"
+_LARGEST = 2**31 - 1
 OTHER_MODEL = "its tokens are not those of its text under this tokenizer: give the model that sampled (--model)"
 
 
@@ -130,8 +133,16 @@ class _Reader:
         """The samples of a row of the log."""
         if isinstance(row, UserError):
             raise row
+        try:
+            samples = list(self.importer.samples(row))
+        except UserError:
+            raise
+        except Exception as error:  # whatever values of other types lead to
+            raise UserError(
+                f"is not as {self.importer.name} writes it ({one_line(error):.120}): give another format, or drop it"
+            ) from None
         made: list[_Read] = []
-        for sample in self.importer.samples(row):
+        for sample in samples:
             made.append((yield from self._sample_steps(sample)))
         return made
 
@@ -141,6 +152,10 @@ class _Reader:
         prompt, prompt_ids, key, completion, notes = yield from self._tokens(sample)
         heat = self.importer.temperature if sample.temperature is None else sample.temperature
         top_p = self.importer.top_p if sample.top_p is None else sample.top_p
+        if not (heat >= 0 and 0 < top_p <= 1):
+            raise UserError(f"was drawn at temperature {heat:g} with top_p {top_p:g}, which cannot be: drop it")
+        if not 0 <= sample.version <= _LARGEST:
+            raise UserError(f"has the step {sample.version}: it must be from 0 to {_LARGEST}")
         logp, why = self._logp(sample, completion, heat, top_p)
         trajectory = Trajectory(
             prompt=prompt,
@@ -174,27 +189,29 @@ class _Reader:
         else:
             raise UserError("has neither the text nor the tokens of a prompt: log them too")
         ids = self._known(sample.completion_ids)
-        if not ids:
-            raise UserError("has no tokens in its completion: drop it")
+        if not ids or not prompt_ids:
+            raise UserError(f"has no tokens in its {'completion' if prompt_ids else 'prompt'}: drop it")
+        mask = None if sample.mask is None or all(sample.mask) else list(sample.mask)
+        if mask is not None and (len(mask) != len(ids) or not any(mask)):
+            raise UserError(
+                f"has a mask of {len(mask)} values for {len(ids)} tokens, {sum(mask)} of them true: drop it"
+            )
         ended = ids[-1] in self._stops
-        text = self.tokenizer.decode(ids[:-1] if ended else ids, skip_special_tokens=True)
+        text = self.tokenizer.decode(ids[:-1] if ended else ids, skip_special_tokens=mask is None)
         last = sample.completion[-1] if isinstance(sample.completion, list) else sample.completion
         said = last if isinstance(last, str) else (last or {}).get("content")
         if said and "".join(said.split()) not in "".join(self.tokenizer.decode(ids).split()):
             raise UserError(OTHER_MODEL)
         truncated = not ended if sample.truncated is None else sample.truncated
-        mask = None if sample.mask is None or all(sample.mask) else list(sample.mask)
-        if mask is not None and (len(mask) != len(ids) or not any(mask)):
-            raise UserError(
-                f"has a mask of {len(mask)} values, {sum(mask)} of them true, for {len(ids)} tokens: drop it"
-            )
         return prompt, prompt_ids, prompt_key(prompt), _Completion(ids, text, truncated, mask), {}
 
     def _known(self, ids: Any) -> list[int]:
         """Token ids that the tokenizer has."""
+        if not isinstance(ids, list) or not all(type(one) is int for one in ids):
+            raise UserError(f"has {kind_of(ids)} for its tokens, which is no list of token ids: drop it")
         if not all(0 <= one < len(self.tokenizer) for one in ids):
             raise UserError(OTHER_MODEL)
-        return list(ids)
+        return ids
 
     def _of_text(self, sample: LoggedSample) -> Steps[tuple[str, list[int], str, _Completion, dict[str, str]]]:
         if sample.prompt is None or sample.completion is None:
@@ -235,7 +252,7 @@ class _Reader:
         values = sample.logp
         if mask is not None and len(values) == len(ids):
             values = [value if sampled else 0.0 for value, sampled in zip(values, mask, strict=True)]
-        logp = [value for value in values if value is not None and value == value]
+        logp = [value for value in values if isinstance(value, (int, float)) and value < math.inf]
         if len(logp) < len(values) or len(logp) == len(ids) - 1:
             return None, {MISSING: f"{len(logp)} log-probs for {len(ids)} tokens"}
         if len(logp) != len(ids) or not self._same(sample, ids):

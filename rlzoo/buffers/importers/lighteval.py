@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
-from rlzoo.buffers.importer import Importer, LoggedSample, register_importer, reward_in
+from rlzoo.buffers.importer import Importer, LoggedSample, number_in, register_importer
 from rlzoo.buffers.importers.lm_eval import UNSCORED
 from rlzoo.buffers.values import Row, find
 from rlzoo.errors import UserError, kind_of, unknown
@@ -39,7 +39,7 @@ class LightevalDetails(Importer):
         name = next(iter(scores), None) if self.metric is None else self.metric
         if name is not None and name not in metrics:
             raise unknown("metric", name, metrics)
-        reward = None if name is None or len(texts) > 1 else reward_in(metrics, name)
+        reward = None if name is None or len(texts) > 1 else number_in(metrics, name)
         prompt, choices, gold = _prompt(response, doc), doc.get("choices") or [], doc.get("gold_index")
         places = gold if isinstance(gold, list) else [gold]
         golds = [choices[one] for one in places if isinstance(one, int) and 0 <= one < len(choices)]

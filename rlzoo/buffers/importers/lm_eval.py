@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 from rlzoo.buffers.files import Item
-from rlzoo.buffers.importer import Importer, LoggedSample, register_importer, reward_in
+from rlzoo.buffers.importer import Importer, LoggedSample, number_in, register_importer
 from rlzoo.buffers.values import Row, find, read_json
 from rlzoo.errors import UserError, kind_of, unknown
 from rlzoo.policy.chat import messages
@@ -96,8 +96,8 @@ class LMEvalSamples(Importer):
             raise unknown("metric", name, names)
         value = row[name]
         if isinstance(value, list) and len(value) == number:
-            return [reward_in({name: one}, name) for one in value]
-        return [reward_in(row, name)] if number == 1 else None
+            return [number_in({name: one}, name) for one in value]
+        return [number_in(row, name)] if number == 1 else None
 
 
 def _metrics(row: Row) -> list[str]:

@@ -10,9 +10,9 @@ from rlzoo.buffers.importer import (
     Importer,
     LoggedSample,
     ids_of,
+    number_in,
     others,
     register_importer,
-    reward_in,
     version_in,
 )
 from rlzoo.buffers.values import Row
@@ -53,7 +53,7 @@ class OpenInstructRollouts(Importer):
             prompt_ids=ids_of(row, "prompt_tokens"),
             completion_ids=ids_of(row, "response_tokens"),
             logp=logp if isinstance(logp, list) else None,
-            reward=reward_in(row, "reward"),
+            reward=number_in(row, "reward"),
             version=version_in(row, "step"),
             truncated=_truncated(row.get("finish_reason")),
             columns=others(row, *_READ),
@@ -72,7 +72,7 @@ def _traces(row: Row) -> Iterator[LoggedSample]:
         yield LoggedSample(
             prompt_ids=ids_of({"queries": query}, "queries"),
             completion_ids=ids_of({"responses": response}, "responses"),
-            reward=reward_in({"scores": score}, "scores"),
+            reward=number_in({"scores": score}, "scores"),
             version=version_in(row, "training_step"),
             truncated=_truncated(reason),
             columns={"ground_truth": truth, "dataset": name},

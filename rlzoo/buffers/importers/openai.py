@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any, ClassVar
 
 from rlzoo.buffers.files import Item
-from rlzoo.buffers.importer import Importer, LoggedSample, others, register_importer, reward_in
+from rlzoo.buffers.importer import Importer, LoggedSample, number_in, others, register_importer
 from rlzoo.buffers.tables import SourceTable
 from rlzoo.buffers.values import Row, find
 from rlzoo.errors import UserError, kind_of
@@ -62,7 +62,7 @@ class OpenAIResponses(Importer):
         columns = others(row, *_BODY, self.reward)
         for choice in choices:
             sample = _sample(choice, body, request, len(choices))
-            yield replace(sample, reward=reward_in({"reward": reward}, "reward"), columns=columns)
+            yield replace(sample, reward=number_in({"reward": reward}, "reward"), columns=columns)
 
 
 def _requests(source: str) -> Iterator[tuple[str, Any]]:
@@ -110,8 +110,8 @@ def _sample(choice: Any, body: Row, request: Row, number: int) -> LoggedSample:
         completion_ids=choice.get("token_ids"),
         prompt_ids=choice.get("prompt_token_ids") or body.get("prompt_token_ids"),
         truncated=None if reason is None else reason == "length",
-        temperature=request.get("temperature"),
-        top_p=request.get("top_p"),
+        temperature=number_in(request, "temperature"),
+        top_p=number_in(request, "top_p"),
     )
     message, logprobs = choice.get("message"), choice.get("logprobs") or {}
     if message is None:

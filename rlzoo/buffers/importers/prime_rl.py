@@ -9,13 +9,14 @@ from rlzoo.buffers.importer import (
     Importer,
     LoggedSample,
     completion_of,
+    number_in,
     others,
     prompt_of,
     register_importer,
-    reward_in,
 )
 from rlzoo.buffers.values import Row, find
 from rlzoo.errors import UserError
+from rlzoo.policy.chat import messages
 
 _CUT = ("max_turns", "max_input_tokens", "max_output_tokens", "max_total_tokens", "compaction_failed")
 """Stop conditions of a trace that was cut."""
@@ -67,9 +68,9 @@ def _trace(trace: Row, record: Row) -> Iterator[LoggedSample]:
     cut = trace.get("stop_condition") in _CUT or told == "length"
     rewards = _rewards(trace)
     yield LoggedSample(
-        prompt=[_message(node["message"]) for node in path[:first]] or None,
+        prompt=messages([_message(node["message"]) for node in path[:first]], "the trace") if first else None,
         completion=completion_of([_message(node["message"]) for node in path[first : last + 1]], "the trace"),
-        reward=sum(value for _, value in rewards.values()) if rewards else reward_in(trace, "reward"),
+        reward=sum(value for _, value in rewards.values()) if rewards else number_in(trace, "reward"),
         components={name: score for name, (score, _) in rewards.items()},
         version=_version(trace, record),
         truncated=cut if told or "stop_condition" in trace else None,
@@ -117,10 +118,10 @@ def _rewards(trace: Row) -> dict[str, tuple[float, float]]:
     found: dict[str, tuple[float, float]] = {}
     for name, reward in (trace.get("rewards") or {}).items():
         if isinstance(reward, Mapping):
-            score = reward_in(reward, "score")
-            weight = reward_in(reward, "weight")
+            score = number_in(reward, "score")
+            weight = number_in(reward, "weight")
         else:
-            score, weight = reward_in({"score": reward}, "score"), 1.0
+            score, weight = number_in({"score": reward}, "score"), 1.0
         if score is not None:
             found[str(name)] = score, score * (1.0 if weight is None else weight)
     return found
@@ -167,7 +168,7 @@ def _rollout(row: Row) -> LoggedSample:
     return LoggedSample(
         prompt=prompt,
         completion=said if isinstance(said, str) else completion_of(said, "column 'completion'"),
-        reward=reward_in(row, "reward"),
+        reward=number_in(row, "reward"),
         components={k: float(v) for k, v in (row.get("metrics") or {}).items() if isinstance(v, (int, float))},
         version=_version(row, row),
         truncated=row.get("is_truncated"),

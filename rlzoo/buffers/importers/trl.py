@@ -11,10 +11,10 @@ from rlzoo.buffers.importer import (
     Importer,
     LoggedSample,
     completion_of,
+    number_in,
     others,
     prompt_of,
     register_importer,
-    reward_in,
     version_in,
 )
 from rlzoo.buffers.values import Row, find
@@ -50,7 +50,7 @@ class TRLCompletions(Importer):
     def samples(self, row: Row) -> Iterable[LoggedSample]:
         prompt, said = prompt_of(row, "prompt"), find(row, "completion")
         weights = self._weights(row)
-        rewards = {name: reward_in(row, name) for name in weights}
+        rewards = {name: number_in(row, name) for name in weights}
         known = {name: value for name, value in rewards.items() if value is not None}
         yield LoggedSample(
             prompt=prompt,

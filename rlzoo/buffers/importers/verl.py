@@ -9,9 +9,9 @@ from rlzoo.buffers.importer import (
     Importer,
     LoggedSample,
     Turns,
+    number_in,
     others,
     register_importer,
-    reward_in,
     text_of,
     version_in,
 )
@@ -40,7 +40,7 @@ class VerlDump(Importer):
         yield LoggedSample(
             prompt=text_of(row, "input"),
             completion=text_of(row, "output"),
-            reward=reward_in(row, "score"),
+            reward=number_in(row, "score"),
             version=version_in(row, "step"),
             columns=others(row, "input", "output", "score", "step"),
             stripped=None if self.turns == "none" else self.turns,
