@@ -1,5 +1,6 @@
 # Two commands do everything on a fresh machine: `make compare` and `make test`. A second call skips what is done.
-# `make test-fast` is for every change: some three minutes on 2 cores, without type checks, real models and slow tests.
+# `make test` takes some ten minutes on 2 cores; `make test-fast`, for every change, some two: without type checks, real
+# models and slow tests. Both end with what was skipped or left out, and why.
 PYTHON ?= python3
 EXPERIMENT ?= arithmetic
 BIN := .venv/bin
@@ -17,7 +18,7 @@ TRY := sh -euc 'cd "$$(mktemp -d)"; unset PYTHONPATH; PATH="$$0:$$PATH"; \
 	rlzoo compare arithmetic --algorithms sft,dft --seeds 0 --steps 4 --limit 16 --samples 2 --out run; \
 	rlzoo report run; rlzoo new objective mine; rm -r "$$PWD"'
 
-.PHONY: setup compare docs test test-fast test-lowest test-vllm release-check bench clean
+.PHONY: setup compare docs test checks tests test-fast test-lowest test-vllm release-check bench clean
 
 setup: $(INSTALLED)
 
@@ -35,22 +36,25 @@ compare: $(INSTALLED)
 # The site, in site/: index.html opens in a browser, without a server. It is built without a connection
 docs: $(INSTALLED)
 	@echo "== Building the documentation"
-	$(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 test: $(INSTALLED)
 	@echo "== Lint"
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	@echo "== Types"
-	$(BIN)/mypy
-	@echo "== Documentation"
-	$(BIN)/mkdocs build --strict --quiet
 	@echo "== Fetching SmolLM2-135M for the tests of a real model (skipped if it cannot be had)"
 	@$(BIN)/python tests/fetch_smollm2.py $(SMOLLM2)
-	@echo "== Tests"
-	$(BIN)/pytest -m "not vllm and not gpu" --numprocesses auto --dist worksteal
+	@echo "== Tests; types and documentation beside them, which one core checks, are told at the end"
+	@mkdir -p .cache
+	@$(MAKE) --no-print-directory --jobs 2 checks tests; status=$$?; cat .cache/checks.log; exit $$status
 	@echo "== Tests on a GPU"
 	@if nvidia-smi > /dev/null 2>&1; then $(BIN)/pytest -m gpu tests/test_gpu.py; else echo "skipped: no GPU here"; fi
+
+checks:
+	@{ echo "== Types"; $(BIN)/mypy && echo "== Documentation" && NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet; } > .cache/checks.log 2>&1
+
+tests:
+	$(BIN)/pytest -m "not vllm and not gpu" --numprocesses auto --dist worksteal
 
 test-fast: $(INSTALLED)
 	@echo "== Lint"
@@ -92,7 +96,7 @@ release-check: $(INSTALLED)
 	@echo "== Building the sdist, and the wheel from it"
 	rm -rf $(RELEASE)
 	mkdir -p $(RELEASE)
-	$(BIN)/python -c 'from setuptools.build_meta import build_sdist; build_sdist("$(RELEASE)")'
+	$(BIN)/python -c 'from setuptools.build_meta import build_sdist; build_sdist("$(RELEASE)")' > /dev/null
 	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir $(RELEASE) $(RELEASE)/*.tar.gz
 	@echo "== Installing the wheel with the newest versions"
 	$(PYTHON) -m venv $(RELEASE)/newest

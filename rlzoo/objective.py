@@ -208,7 +208,7 @@ def is_composite(objective: type[Objective]) -> bool:
 def options_of(objective: type[Objective]) -> dict[str, dict[str, Any]]:
     """The hyper-parameters of an objective: name → its type as text, and its default (None if it has none)."""
     hints = _hints(objective)
-    return {f.name: {"type": _type_name(hints[f.name]), "default": _default(f)} for f in dataclasses.fields(objective)}
+    return {f.name: {"type": type_name(hints[f.name]), "default": _default(f)} for f in dataclasses.fields(objective)}
 
 
 def own_options_of(objective: type[Objective]) -> dict[str, dict[str, Any]]:
@@ -217,7 +217,8 @@ def own_options_of(objective: type[Objective]) -> dict[str, dict[str, Any]]:
     return {name: option for name, option in options_of(objective).items() if name not in common}
 
 
-def _type_name(hint: Any) -> str:
+def type_name(hint: Any) -> str:
+    """An annotation as text."""
     plain = isinstance(hint, type) and typing.get_origin(hint) is None
     return hint.__name__ if plain else str(hint).replace("typing.", "").replace("collections.abc.", "")
 

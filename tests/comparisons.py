@@ -66,29 +66,45 @@ def settle_threads() -> None:
     torch.set_num_threads(1)
 
 
-def forked(run: Callable[[], object]) -> Ended:
-    """Run a function in a copy of this process, which may be killed or change whatever it likes.
+class Copy:
+    """A copy of this process that runs a function, and may be killed or change whatever it likes.
 
-    A number that it returns is the status. An exception, of which the traceback is written, has the status 1.
+    A number that the function returns is the status. An exception, of which the traceback is written, has the status 1.
     """
-    if sys.platform != "linux":
-        pytest.skip("copies this process")
-    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as errors:
-        if (child := os.fork()) == 0:
-            status = 1
-            try:
-                settle_threads()
-                os.dup2(out.fileno(), 1)
-                os.dup2(errors.fileno(), 2)
-                sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", 1, closefd=False)
-                found = run()
-                sys.stdout.flush()
-                status = found if isinstance(found, int) else 0
-            except BaseException:
-                traceback.print_exc()
-            finally:
-                os._exit(status)  # nothing of the tests' own is torn down twice
-        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        out.seek(0)
-        errors.seek(0)
-        return Ended(status, out.read(), errors.read())
+
+    def __init__(self, run: Callable[[], object]) -> None:
+        if sys.platform != "linux":
+            pytest.skip("copies this process")
+        self._out, self._errors = (tempfile.TemporaryFile("w+") for _ in range(2))  # noqa: SIM115  (until its end)
+        self.pid = os.fork()
+        if self.pid:
+            return
+        status = 1
+        try:
+            settle_threads()
+            os.dup2(self._out.fileno(), 1)
+            os.dup2(self._errors.fileno(), 2)
+            sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", 1, closefd=False)
+            found = run()
+            sys.stdout.flush()
+            status = found if isinstance(found, int) else 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(status)  # nothing of the tests' own is torn down twice
+
+    def errors(self) -> str:
+        """What it has written so far; without moving the place in the file, which both processes share."""
+        return os.pread(self._errors.fileno(), 1 << 20, 0).decode()
+
+    def ended(self) -> Ended:
+        """Wait for its end."""
+        status = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        self._out.seek(0)
+        with self._out, self._errors:
+            return Ended(status, self._out.read(), self.errors())
+
+
+def forked(run: Callable[[], object]) -> Ended:
+    """Run a function in a `Copy` of this process."""
+    return Copy(run).ended()

@@ -78,6 +78,14 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
+@pytest.fixture(autouse=True, scope="session")
+def unsynced() -> Iterator[None]:
+    """Nothing waits for the disk: processes are killed here, and what they wrote is kept; machines do not crash."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(os, "fsync", lambda descriptor: None)
+        yield
+
+
 @pytest.fixture
 def inline(monkeypatch: pytest.MonkeyPatch) -> None:
     """The cells of comparisons run in this process."""
@@ -86,6 +94,12 @@ def inline(monkeypatch: pytest.MonkeyPatch) -> None:
     from rlzoo.comparison import runner
 
     monkeypatch.setattr(runner, "pool", inline_pool)
+
+
+@pytest.fixture
+def copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Worker processes are copies of this one: one that starts afresh imports for five seconds of a core."""
+    monkeypatch.setattr("rlzoo.jobs.pool.START", "fork")
 
 
 @pytest.fixture

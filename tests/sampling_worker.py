@@ -1,6 +1,7 @@
 """Sample and evaluate with an engine, alone or as one of several processes, and write what comes out.
 
-The engine is ``transformers``, ``vllm`` (a stand-in in this process) or ``tensor``, the same on two GPUs.
+The engine is ``transformers``, ``vllm`` (a stand-in in this process) or ``tensor``, the same on two GPUs. The model is
+the folder RANKS_MODEL.
 """
 
 from __future__ import annotations
@@ -53,8 +54,8 @@ def counting(sampler: TransformersSampler, found: dict[str, int]) -> Transformer
 def run(folder: Path, engine: str) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("ACCELERATE_USE_FSDP", raising=False)
-        plain = load_policy("embedded", "float64", device="cpu")  # an engine's model is whole
-    policy = load_policy("embedded", "float64", device="cpu")
+        plain = load_policy(os.environ["RANKS_MODEL"], "float64", device="cpu")  # an engine's model is whole
+    policy = load_policy(os.environ["RANKS_MODEL"], "float64", device="cpu")
     engines: list[FakeEngine] = []
     with pytest.MonkeyPatch.context() as patch:
         decoded = {"passes": 0, "sequences": 0}
@@ -68,7 +69,8 @@ def run(folder: Path, engine: str) -> None:
         problems = world_problems("facts/test")[:9]
         encoded = encode_problems(policy.tokenizer, problems)
         found: dict[str, Any] = {}
-        for limits in (Limits(), Limits(None, None)):  # in a process of its own, and in this one
+        # scored in this process and, which an engine has no part in, in a process of its own
+        for limits in [*([Limits()] if engine == "transformers" else []), Limits(None, None)]:
             reward = isolated(f"{folder / 'reward.py'}:told", limits)
             rows = collect_rollouts(policy, sampler, encoded, reward, Sampling(**HOW), seed=3)
             told = evaluate(policy, problems, reward, EvaluationSettings(**HOW), seed=4, sampler=sampler)

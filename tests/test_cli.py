@@ -21,7 +21,7 @@ from typing import Any
 
 import pytest
 import torch
-from comparisons import RLZOO, SMALL_OPTIONS, forked, inline_pool
+from comparisons import RLZOO, SMALL_OPTIONS, Copy, forked, inline_pool
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
@@ -39,6 +39,7 @@ pytestmark = pytest.mark.usefixtures("sketched")
 
 COMMANDS = (
     "plan", "compare", "variance", "train", "rollout", "evaluate", "report", "results", "list", "new", "doctor",
+    "import", "rescore", "buffer",
 )  # fmt: skip
 HEAVY = ("torch", "transformers", "datasets", "pyarrow", "matplotlib")
 BEAT = re.compile(r"  \d+:\d\d:\d\d ")
@@ -221,7 +222,16 @@ def test_completion_is_installed_for_the_shell(tmp_path: Path) -> None:
 def test_list_as_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["list", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert set(found) == {"objectives", "rewards", "metrics", "views", "samplers", "suites", "experiments"}
+    assert set(found) == {
+        "objectives",
+        "rewards",
+        "metrics",
+        "views",
+        "samplers",
+        "log_formats",
+        "suites",
+        "experiments",
+    }
     objectives = {row["name"]: row for row in found["objectives"]}
     assert {"sft", "dft", "iw-sft", "rft", "dpo", "ppo", "grpo"} <= set(objectives)
     assert objectives["grpo"]["options"]["clip"] == {"type": "float", "default": 0.2}
@@ -398,6 +408,7 @@ def test_a_broken_reward(body: str, told: str, fails: Fails, tmp_path: Path) -> 
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("copied")
 def test_a_reward_that_breaks_in_a_worker(tmp_path: Path) -> None:
     """Its message comes from another process, alone, and says whether the output folder is still there."""
     (tmp_path / "mine.py").write_text(
@@ -414,52 +425,55 @@ def test_a_reward_that_breaks_in_a_worker(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_ctrl_c_saves_what_was_done_and_says_so_once(tmp_path: Path, number: int, status: int) -> None:
-    command = [*RLZOO, "compare", "facts", "--algorithms", "sft", *SMALL_OPTIONS, "--steps", "100000", "--out", "out"]
+def test_ctrl_c_saves_what_was_done_and_says_so_once(
+    tmp_path: Path, number: int, status: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ["compare", "facts", "--algorithms", "sft", *SMALL_OPTIONS, "--steps", "100000", "--out", "out"]
     command += ["--workers", "1", "--set", "training.checkpoint_seconds=0.5"]
-    run = subprocess.Popen(
-        command,
-        cwd=tmp_path,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-        # a shell that runs the tests in the background has told its children to ignore SIGINT
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
-    assert run.stderr is not None
-    told = [""]
-    while "base model: " not in told[-1] or BEAT.match(told[-1]):  # after the plan: the shared work is done
-        told.append(run.stderr.readline())
-        assert told[-1], told
-    for _ in range(1000):
-        if any(tmp_path.rglob("step-*.result")):
-            break
-        time.sleep(0.05)
+    if number == signal.SIGTERM:  # which comes to one process alone, however the others have started
+        monkeypatch.setattr("rlzoo.jobs.pool.START", "fork")
+
+    def compared() -> int:
+        os.setsid()
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have told the tests to ignore it
+        return main(command)
+
+    run = Copy(compared)
+    waits_for(lambda: any("base model: " in line and not BEAT.match(line) for line in run.errors().splitlines()))
+    waits_for(lambda: any(tmp_path.rglob("step-*.result")))  # after the plan: the shared work is done
     if number == signal.SIGINT:
         os.killpg(run.pid, number)  # a terminal sends it to the whole group
     else:
-        run.send_signal(number)
-    _, errors = run.communicate(timeout=120)
-    assert run.returncode == status
+        os.kill(run.pid, number)
+    ended = run.ended()
+    assert ended.status == status, ended.errors
     kept = "finished work is kept: the same command with --out out resumes there"
-    *waiting, last = [line for line in errors.splitlines() if not BEAT.match(line)]
+    lines = [line for line in ended.errors.splitlines() if not BEAT.match(line)]
+    *waiting, last = lines[1 + next(n for n, line in enumerate(lines) if "base model: " in line) :]
     assert last == f"rlzoo: interrupted; {kept}"
     assert [line for line in waiting if not line.startswith("stopping; ")] == []
     assert any(tmp_path.rglob("step-*.result"))
-    assert _group_is_gone(run.pid)
+    waits_for(lambda: _group_is_gone(run.pid))
+
+
+def waits_for(holds: Callable[[], bool], seconds: float = 120.0) -> None:
+    """Wait until something holds, for so long at most."""
+    until = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < until, "waited in vain"
+        time.sleep(0.02)
 
 
 def _group_is_gone(group: int) -> bool:
-    """Whether no process of the group lives, given ten seconds for the last to end."""
-    for _ in range(100):
-        try:
-            os.killpg(group, 0)
-        except ProcessLookupError:
-            return True
-        time.sleep(0.1)
+    """Whether no process of the group lives."""
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return True
     return False
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_up_costs_nothing_that_was_done(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """A file system of some megabytes, full in the middle of a training's checkpoints; with room the run goes on."""
     disk = tmp_path / "disk"
@@ -488,6 +502,7 @@ def test_a_disk_that_fills_up_costs_nothing_that_was_done(tmp_path: Path, capfd:
 # The commands one after the other
 
 
+@pytest.mark.slow
 def test_rollout_train_evaluate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     small = ["facts", "--limit", "8", "--set", "rollouts.samples=4"]
     assert main(["rollout", *small, "--out", "buffer"]) == 0

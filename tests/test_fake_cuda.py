@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from batches import built
+from batches import built, of_each_kind
 from fake_cuda import GPU, FakeCUDA, fake_cuda
 from packaging.version import Version
 
@@ -29,6 +29,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "grpo": {"truncated": "mask", "kl_correction": True},
 }
 CASES: list[tuple[str, dict[str, Any]]] = [*((name, {}) for name in list_objectives()), *VARIANTS.items()]
+KINDS = of_each_kind({name: built(name) for name in list_objectives()})
 MORE_WAITS = {("dft-control", "shuffled"): 2}
 """A permutation of N tokens asks how many they are, and is drawn on the host."""
 
@@ -56,19 +57,24 @@ def policy(gpu: FakeCUDA, tokenizer: Any) -> Policy:
 def trainer_of(policy: Policy, objective: Objective, **changes: Any) -> Trainer:
     rows = rows_of(policy, objective)
     sources = [SameRows(rows, units_of(component.objective)) for component in objective.components]
-    settings = Training(steps=2, token_budget=100, **changes)
+    settings = Training(**{"steps": 2, "token_budget": 100, **changes})
     return Trainer(policy, objective, sources, settings)
 
 
 PACKED: list[tuple[str, dict[str, Any]]] = [("dft", {}), ("ppo", {}), ("asft", {}), ("grpo", {})]
-STEPS = [*((*case, "padded") for case in CASES), *((*case, "packed") for case in PACKED)]
+STEPS = [
+    # those of a kind are many, and differ by their coefficients alone
+    pytest.param(name, options, "padded", marks=[] if options or name in KINDS else pytest.mark.slow)
+    for name, options in CASES
+] + [pytest.param(*case, "packed") for case in PACKED]
 
 
 @pytest.mark.parametrize(("name", "options", "packing"), STEPS, ids=lambda part: str(part))
 def test_a_training_step_is_on_the_gpu_and_the_host_waits_once(
     gpu: FakeCUDA, policy: Policy, name: str, options: dict[str, Any], packing: Packing
 ) -> None:
-    trainer = trainer_of(policy, built(name, **options), packing=packing)
+    steps = 2 if options or name in KINDS else 1  # the second one differs by what the objective's inputs hold
+    trainer = trainer_of(policy, built(name, **options), packing=packing, steps=steps)
     assert policy.packs == (packing == "packed")
     waits: list[list[str]] = []
 
@@ -137,6 +143,7 @@ def test_decoding_is_on_the_gpu_and_the_host_waits_now_and_then(gpu: FakeCUDA, p
     assert len(gpu.waits) <= 1 + 47 // 16, gpu.waits
 
 
+@pytest.mark.slow
 def test_a_step_of_decoding_can_be_captured(gpu: FakeCUDA, policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
     """The host neither waits for it nor gives it anything: a CUDA graph would repeat that for ever."""
     seen: list[int] = []

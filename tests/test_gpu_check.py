@@ -6,14 +6,16 @@ import json
 import subprocess
 import sys
 from argparse import Namespace
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from comparisons import forked
 
 from rlzoo import Policy, list_objectives, load_policy
-from rlzoo.experiments.benchmarks import gpu_check
+from rlzoo.experiments.benchmarks import gpu_check, gpu_correct
 from rlzoo.experiments.benchmarks.activations import per_layer
 from rlzoo.experiments.benchmarks.findings import Finding, Setup
 from rlzoo.experiments.benchmarks.gpu_speed import in_memory
@@ -42,9 +44,9 @@ def test_every_part_passes_on_the_cpu(tiny: dict[str, Any]) -> None:
 
 
 @pytest.mark.slow
-def test_gradients_of_all_objectives_are_those_of_float64(tiny: dict[str, Any]) -> None:
+def test_gradients_of_objectives_are_those_of_float64(tiny: dict[str, Any]) -> None:
     gaps = findings(tiny, "gradients")
-    assert set(gaps) == set(list_objectives())
+    assert list(gaps) == list_objectives()[::4]
     assert all(0 < gap["float32"] < 1e-4 < gap["bfloat16-mixed"] < 1 for gap in gaps.values()), gaps
     whatever = findings(tiny, "budgets")
     for objective in ("dft", "dpo", "grpo"):
@@ -137,25 +139,29 @@ while time.monotonic() < until:
     assert found["passed"]
 
 
-@pytest.mark.slow
+def worked(parts: list[str], folder: Path) -> str:
+    """What the check's own worker says, in a copy of this process: of one part that raises and one that does not."""
+
+    def broken(setup: Setup) -> Iterator[Finding]:
+        yield Finding("sft", {"gap": 1.0}, at_most={"gap": 0.1})
+        raise RuntimeError("CUDA error: device-side assert triggered\nCompile with more")
+
+    def work() -> None:
+        gpu_correct.PARTS["gradients"] = broken
+        gpu_correct.PARTS["budgets"] = lambda setup: iter([Finding("dft", {"here": setup.device})])
+        asked = json.dumps({"parts": parts, "folder": str(folder)})
+        given = {"tiny": True, "token_budgets": (0,), "dtype": "float32", "repeats": 1, "seed": 0}
+        gpu_check.work(Namespace(worker=asked, **given))
+
+    ended = forked(work)
+    assert ended.status == 0, ended.errors
+    return ended.out
+
+
 def test_a_part_that_raises_keeps_what_it_found_and_the_next_one_runs(tmp_path: Path) -> None:
-    found = check(
-        tmp_path,
-        """
-from argparse import Namespace
-from rlzoo.experiments.benchmarks import gpu_check, gpu_correct
-from rlzoo.experiments.benchmarks.findings import Finding
-
-def broken(setup):
-    yield Finding("sft", {"gap": 1.0}, at_most={"gap": 0.1})
-    raise RuntimeError("CUDA error: device-side assert triggered\\nCompile with more")
-
-gpu_correct.PARTS["gradients"] = broken
-gpu_correct.PARTS["budgets"] = lambda setup: iter([Finding("dft", {"process": os.getpid(), "here": setup.device})])
-given = {"tiny": True, "token_budgets": (0,), "dtype": "float32", "repeats": 1, "seed": 0}
-gpu_check.work(Namespace(worker=sys.argv[1], **given))
-""",
-    )
+    first, second = worked(["gradients", "budgets"], tmp_path), worked(["budgets"], tmp_path)
+    assert '"part": "budgets"' not in first, "which may find the GPU unusable"
+    found = check(tmp_path, f"print({{2: {first!r}, 1: {second!r}}}[len(parts)], end='')\n")
     failed, passed = (found["parts"][part] for part in ("gradients", "budgets"))
     assert failed["status"] == "failed" and failed["reason"] == "RuntimeError: CUDA error: device-side assert triggered"
     assert failed["findings"][0]["wrong"] == ["gap is 1, above 0.1"] and "in broken" in "".join(failed["traceback"])

@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from comparisons import forked
+from comparisons import forked, inline_pool
 
 import rlzoo
 from rlzoo.cli import main
+from rlzoo.cli.app import parsed
 from rlzoo.config import load_experiment
 
 ROOT = Path(__file__).parents[1]
@@ -30,8 +31,9 @@ PAGES = [
 FENCED = re.compile(r"^```(python|yaml|bash)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 FILE = re.compile(r"# (\S+\.(?:py|yaml))\n")
 SMALLER = {
-    "compare": "--steps 2 --limit 4 --seeds 0 --batch-size 8 --samples 2 --set rollouts.prompts=4 "
-    "--set rollouts.samples=2 --set evaluation.max_new_tokens=16 --set retention={} --set evaluation.curve_points=1",
+    "compare": "--set training.steps=2 --limit 4 --seeds 0 --batch-size 8 --samples 2 --set rollouts.prompts=4 "
+    "--set rollouts.samples=2 --set evaluation.max_new_tokens=4 --set retention={} --set evaluation.curve_points=1",
+    "plan": "--gpu h100",
     "rollout": "--limit 4",
     "variance": "--rows 4 --draws 256 --every 0",
 }
@@ -61,10 +63,11 @@ def run(command: list[str]) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES)
 def test_every_block_runs(
-    page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sketched: None, inline: None
+    page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sketched: None, undrawn: None
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    monkeypatch.setattr("rlzoo.variance.run.pool", inline_pool)
     for name in ("train", "test"):
         rows = [{"question": f"{n}+1=?", "solution": f"={n + 1}\n#### {n + 1}", "answer": f"{n + 1}"} for n in range(8)]
         rows = [{**row, "gold": row["answer"]} for row in rows]
@@ -110,3 +113,19 @@ def test_notebooks_have_the_code_of_their_pages() -> None:
 def test_the_python_reference_names_all_that_is_public() -> None:
     page = (ROOT / "docs" / "api" / "index.md").read_text(encoding="utf-8")
     assert set(rlzoo.__all__) <= set(re.findall(r"`([\w.]+)`", page))
+
+
+DOCUMENTS = sorted(str(path.relative_to(ROOT)) for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")))
+SHOWN = re.compile(
+    r"^(?:    |\$ )(?:\S+=\S+ |accelerate launch .*? -m |\.venv/bin/)*(rlzoo [a-z][^>\n]*)", re.MULTILINE
+)
+
+
+@pytest.mark.parametrize("page", DOCUMENTS)
+def test_commands_that_are_shown_are_understood(page: str) -> None:
+    """They have options that there are, and Make has the targets."""
+    text = (ROOT / page).read_text(encoding="utf-8").replace("\\\n", " ")
+    for command in SHOWN.findall(text):
+        assert parsed(shlex.split(command, comments=True)[1:]) is not None
+    targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    assert set(re.findall(r"(?:^    |`)make ([\w-]+)", text, re.MULTILINE)) <= set(targets)

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import logs
 import pytest
-from chat_templates import assistant, tokenizer_of, turn, user
+from chat_templates import assistant, policy_of, tokenizer_of, turn, user
 
 from rlzoo.buffers import Importer, LoggedSample, OfflineBuffer, get_importer, import_log, list_importers
 from rlzoo.buffers.bad_rows import BadRows
 from rlzoo.buffers.importing import MISSING, OTHER_TOKENS, TEMPERED
 from rlzoo.buffers.problems import Problem, encode_problems
 from rlzoo.buffers.stripped import Restorer
+from rlzoo.config import Training
 from rlzoo.errors import UserError
+from rlzoo.objective import get_objective
+from rlzoo.training import train
 from rlzoo.types import Selection, Trajectory
 
 
@@ -91,10 +95,18 @@ def test_trl_logs_the_same_batch_at_several_steps(tokenizer: Any, tmp_path: Path
     assert imported("trl", tmp_path / "completions" / "completions_00002.parquet", tokenizer).column("reward")
 
 
-def test_trl_several_turns_are_refused(chat: Any, tmp_path: Path) -> None:
+def test_trl_several_turns(chat: Any, tmp_path: Path) -> None:
+    """A tool's result is context; the assistant's turns are learned from."""
     turns = [assistant("a"), turn("tool", "b"), assistant("c")]
-    path = logs.trl(tmp_path, prompt=[[user("1")]] * 12, completion=[turns] * 12)
-    with pytest.raises(UserError, match=rf"{path.name} row 1: column 'completion' has the turns assistant, tool, as"):
+    row = imported("trl", logs.trl(tmp_path, prompt=[[user("1")]] * 12, completion=[turns] * 12), chat)[0]
+    assert chat.decode(row.completion_ids) == (
+        "a<|im_end|>\n<|im_start|>tool\nb<|im_end|>\n<|im_start|>assistant\nc<|im_end|>"
+    )
+    assert row.completion_mask is not None
+    kept = [token for token, learned in zip(row.completion_ids, row.completion_mask, strict=True) if learned]
+    assert chat.decode(kept).replace("\n", "") == "a<|im_end|>c<|im_end|>"
+    path = logs.trl(tmp_path, prompt=[[user("1")]] * 12, completion=[turns[:2]] * 12)
+    with pytest.raises(UserError, match=rf"{path.name} row 1: column 'completion' has the turns assistant, tool: the"):
         imported("trl", path, chat)
 
 
@@ -210,9 +222,24 @@ def test_prime_rl_traces_that_cannot_be_used(chat: Any, tmp_path: Path) -> None:
     assert read(stop_condition="max_output_tokens").truncated and read(calls=[{"finish_reason": "length"}]).truncated
     with pytest.raises(UserError, match=r"line 1 ended in an error \(Timeout\): drop it|line 1: ended in an error"):
         read(ok=False, errors=[{"type": "Timeout", "message": "m"}])
-    last = {**trace["nodes"][1], "parent": 1}
-    with pytest.raises(UserError, match="has 2 turns of the assistant: only rollouts of one turn"):
-        read(nodes=[*trace["nodes"], last])
+    tool = {
+        "parent": 1,
+        "message": {"role": "tool", "content": "b"},
+        "token_ids": [65],
+        "mask": [False],
+        "logprobs": [],
+    }
+    again = {**trace["nodes"][1], "parent": 2}
+    several = read(nodes=[*trace["nodes"], tool, again, {**tool, "parent": 3}])
+    once = read()
+    turned = len(once.completion_ids)
+    assert several.prompt_ids == once.prompt_ids
+    assert several.completion_ids == [*once.completion_ids, 65, *again["token_ids"]]
+    assert several.completion_mask == [True] * len(once.completion_ids) + [False] + again["mask"]
+    assert several.behaviour_logp == [-0.125] * turned + [0.0] * (1 + sum(not kept for kept in again["mask"])) + [
+        -0.125
+    ] * sum(again["mask"])
+    assert not several.truncated and once.completion_mask is None
     judged = {"traces": [{**trace, "agent": {"trainable": False}}]}
     with pytest.raises(UserError, match="has no trace of an agent that is trained"):
         imported("prime-rl", logs.write_lines(tmp_path / "t.jsonl", [judged]), chat)
@@ -252,6 +279,9 @@ def test_openai_log_probs_that_cannot_be_used(chat: Any, tmp_path: Path) -> None
         return bad.events()[0]
 
     assert notes(logs.chat_response(chat, "23", end=False)).startswith(MISSING)
+    unknown = logs.chat_response(chat, "23")
+    unknown["choices"][0]["logprobs"]["content"][1]["logprob"] = -9999.0
+    assert notes(unknown).startswith(MISSING)
     other = logs.chat_response(chat, "23")
     other["choices"][0]["message"]["content"] = "24"
     assert notes(other).startswith(OTHER_TOKENS)
@@ -321,6 +351,8 @@ def test_lm_eval(tokenizer: Any, tmp_path: Path) -> None:
     assert buffer[0].columns == {"doc_id": 0, "question": "1+1=?", "answer": "2", "target": "2"}
     assert "other filters of the same responses: 3 in all" in bad.events()[0]
     assert len(imported("lm-eval", path, tokenizer, filter="flexible-extract")) == 3
+    logs.lm_eval(tmp_path / "samples_a.jsonl", ["none"], resps=[["3"]])  # of another task, before it
+    assert len(imported("lm-eval", tmp_path, tokenizer)) == 6
     with pytest.raises(UserError, match=r"unknown metric 'f1': known: exact_match"):
         imported("lm-eval", path, tokenizer, metric="f1")
 
@@ -358,6 +390,45 @@ def test_lighteval(tokenizer: Any, tmp_path: Path) -> None:
         imported("lighteval", tmp_path, tokenizer, metric="f1")
     with pytest.raises(UserError, match="column 'model_response' holds no generated text"):
         imported("lighteval", logs.lighteval(tmp_path, text=[]), tokenizer)
+
+
+# What they are for
+
+NO_LOGP = "the buffer has no groups ({} samples have a reward but no behaviour log-probs): take those of the initial"
+NO_PAIRS = "the buffer has no pairs (0 of 3 sampled prompts have both a completion that reaches reward 0.5 and one"
+LACKING: dict[str, dict[str, str]] = {
+    "trl": {"grpo": NO_LOGP.format(12)},
+    "verl": {"grpo": NO_LOGP.format(12)},
+    "prime-rl": {},
+    "open-instruct": {},
+    "openai": {},
+    "lm-eval": {"dpo": NO_PAIRS, "grpo": NO_LOGP.format(3)},
+    "lighteval": {"dpo": NO_PAIRS, "grpo": NO_LOGP.format(3)},
+}
+"""What each log lacks for which objective."""
+
+
+@pytest.mark.parametrize("form", LACKING)
+def test_every_log_trains_what_it_can_and_else_says_what_is_missing(form: str, chat: Any, tmp_path: Path) -> None:
+    name, options = form.replace("-", "_"), {"reward": "metadata.score"} if form == "openai" else {}
+    match form:
+        case "openai":
+            logs.responses(tmp_path / "responses.jsonl", chat)
+        case "lm-eval":
+            logs.lm_eval(tmp_path / "samples_a.jsonl")
+        case "trl" | "lighteval":
+            getattr(logs, name)(tmp_path)
+        case _:
+            getattr(logs, name)(tmp_path, chat)
+    buffer, policy = imported(form, tmp_path, chat, **options), policy_of(chat)
+    for objective in ("rft", "dpo", "grpo"):
+        settings = Training(steps=1, batch_size=8)
+        if objective in LACKING[form]:
+            with pytest.raises(UserError, match=re.escape(LACKING[form][objective])):
+                train(policy, get_objective(objective), buffer, settings)
+            continue
+        (step,) = train(policy, get_objective(objective), buffer, settings).steps
+        assert step["gradient_norm"] > 0
 
 
 # The table of formats

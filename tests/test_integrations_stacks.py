@@ -24,7 +24,7 @@ from rlzoo.integrations import prime_rl, slime, verl
 from rlzoo.objective import Objective, get_objective, list_objectives, surrogate
 from rlzoo.policy import head
 from rlzoo.policy.logits import log_probs_of_logits
-from rlzoo.types import TokenBatch
+from rlzoo.types import Coupling, Selection, TokenBatch
 
 LENGTHS, REWARDS = (5, 3, 6, 2), (1.0, 0.0, 0.5, 0.0)
 INDEX = np.array(["a", "a", "b", "b"], dtype=object)
@@ -206,6 +206,28 @@ def test_what_a_stack_cannot_serve_is_refused(build: Any, reason: str) -> None:
     assert "\n" not in str(raised.value)
 
 
+@dataclass(frozen=True)
+class OfGroups(Objective):
+    name = "of-groups"
+    learns_from = Selection.GROUPS
+    couples = Coupling.GROUP
+
+
+@dataclass(frozen=True)
+class OfBatch(Objective):
+    name = "of-batch"
+    learns_from = Selection.GROUPS
+    couples = Coupling.BATCH
+
+
+def test_couplings_of_rows_that_a_stack_spreads_are_refused() -> None:
+    with pytest.raises(UserError, match="couples the samples of a prompt, which are spread over micro-batches there"):
+        verl.policy_loss(OfGroups())
+    for export in (verl.policy_loss, slime.custom_loss):
+        with pytest.raises(UserError, match="may depend on all rows of the optimizer batch"):
+            export(OfBatch())
+
+
 def test_every_objective_is_either_served_or_refused_in_one_line() -> None:
     served = set()
     for name in list_objectives():
@@ -289,7 +311,7 @@ def test_no_wide_copy_of_all_logits_is_made(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(head, "CHUNK_ENTRIES", 4 * 11)
     widest = 0
 
-    class Watch(TorchDispatchMode):
+    class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             nonlocal widest
             found = function(*args, **(kwargs or {}))
@@ -299,8 +321,8 @@ def test_no_wide_copy_of_all_logits_is_made(monkeypatch: pytest.MonkeyPatch) -> 
             return found
 
     logits = torch.randn(64, 11).bfloat16().requires_grad_()
-    with Watch():
+    with Watch():  # type: ignore[no-untyped-call]
         found = log_probs_of_logits(logits, torch.arange(64), torch.zeros(64, dtype=torch.long))["logp"]
-        found.sum().backward()
-    assert logits.grad is not None and logits.grad.dtype == torch.bfloat16 and found.dtype == torch.float32
+        (gradient,) = torch.autograd.grad(found.sum(), logits)
+    assert gradient.dtype == torch.bfloat16 and found.dtype == torch.float32
     assert 4 * 11 <= widest <= 64

@@ -84,8 +84,14 @@ ROWS = small_rows()
 def labelled(rows: list[Trajectory], **columns: list[Any]) -> Dataset:
     """The rows as TRL has them once they are tokenised."""
     ids = [[*row.prompt_ids, *row.completion_ids] for row in rows]
-    labels = [[-100] * len(row.prompt_ids) + row.completion_ids for row in rows]
+    labels = [[-100] * len(row.prompt_ids) + labels_of(row) for row in rows]
     return Dataset.from_dict({"input_ids": ids, "labels": labels, **columns})
+
+
+def labels_of(row: Trajectory) -> list[int]:
+    """The learned tokens of a completion, and -100 for the others."""
+    learned = row.completion_mask or [True] * len(row.completion_ids)
+    return [token if own else -100 for token, own in zip(row.completion_ids, learned, strict=True)]
 
 
 def sft(trainer: Any, folder: Path, model: Any, layout: dict[str, Any], data: Dataset, batch: int, **more: Any) -> Any:
@@ -133,6 +139,21 @@ def test_averages_over_sequences_are_exact_under_accumulation(tmp_path: Path) ->
         assert gap(step_gradient(trainer), wanted) < CLOSE
     with pytest.raises(UserError, match=r"averages over sequences.*sequences_per_step"):
         compute_loss_func(objective)
+
+
+@pytest.mark.slow
+def test_tokens_between_turns_are_left_out_as_by_rlzoo(tmp_path: Path) -> None:
+    """An answer, the words of a tool or a user, and another answer."""
+    rows = [
+        replace(row, completion_mask=[place < 2 or place > 4 for place in range(len(row.completion_ids))])
+        for row in ROWS
+    ]
+    model, reference = small_model(0), small_model(1)
+    wanted = own_gradient(model, get_objective("iw-sft"), Fixed(rows), reference)
+    for layout, batch in ((PADDED, 3), (PACKED, 1)):
+        trainer = with_objective(SFTTrainer, "iw-sft")
+        own = sft(trainer, tmp_path, copy.deepcopy(model), layout, labelled(rows), batch, ref_model=reference)
+        assert gap(step_gradient(own), wanted) < CLOSE
 
 
 @pytest.mark.slow
@@ -266,6 +287,7 @@ def share_of_fives(completions: list[str], **_: Any) -> list[float]:
         ("dapo", {}, 1),
         ("cispo", {}, 2),
         ("opd", {"teacher": "embedded"}, 1),
+        ("otb", {}, 1),
     ],
 )
 def test_grpo_trainer_has_the_gradient_of_rlzoo(
@@ -336,9 +358,19 @@ def test_evaluation_gives_the_loss_of_the_objective_and_logits_for_metrics(tmp_p
         processing_class=tokenizer(),
         compute_metrics=metrics,
     )
+    plain = Trainer(
+        model=model,
+        args=TrainingArguments(**step_arguments(tmp_path, 8, 1), per_device_eval_batch_size=4),
+        eval_dataset=labelled(ROWS),
+        data_collator=DataCollatorForLanguageModeling(tokenizer().pad_token_id),
+        compute_loss_func=compute_loss_func("dft"),
+    )
     found, pairs = trainer.evaluate(), [(row.prompt_ids, row.completion_ids) for row in ROWS]
     logp = torch.tensor([x for row in log_probs(Policy(model, tokenizer()), pairs) for x in row])
     assert found["eval_loss"] == pytest.approx(float((-logp.exp() * logp).mean()), rel=1e-5)
+    sizes = [sum(len(row.completion_ids) for row in part) for part in (ROWS[:4], ROWS[4:])]
+    halves = [float((-x.exp() * x).mean()) for x in torch.split(logp, sizes)]
+    assert plain.evaluate()["eval_loss"] == pytest.approx(sum(halves) / 2, rel=1e-5), "a mean of batches, as always"
     assert trainer.state.log_history[-1]["eval_objective/logp"] == pytest.approx(float(logp.mean()), rel=1e-5)
     width = max(len(row.prompt_ids) + len(row.completion_ids) for row in ROWS)
     assert seen == [(8, width, len(tokenizer()))]

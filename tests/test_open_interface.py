@@ -112,6 +112,7 @@ def teacher_in(folder: Path) -> None:
     save_policy(teacher, folder / "teacher")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("plugin", [*OBJECTIVES, *SAMPLERS])
 def test_a_plugin_resumes_bit_for_bit_after_kill_9(plugin: str, tmp_path: Path) -> None:
     teacher_in(tmp_path)
@@ -160,6 +161,7 @@ LOSSES: Mapping[str, Any] = {
 }
 
 
+@pytest.mark.slow
 @over_objectives
 def test_a_plugin_passes_the_contract(plugin: str, tmp_path: Path) -> None:
     teacher_in(tmp_path)
@@ -349,6 +351,7 @@ def test_the_view_of_the_documentation() -> None:
     assert 0 < len(buffer.view(short(), tokens=tokens)) < len(buffer) == len(buffer.view(short()))
 
 
+@pytest.mark.slow
 def test_the_ten_lines_of_the_documentation_train_online() -> None:
     record = documented("Collector(")["record"]
     assert len(record.steps) == 2 and record.costs.sampled_tokens > 0 and record.costs.flops > 0

@@ -449,6 +449,7 @@ def hold(path: Path, told: Any, go: Any) -> None:
         go.recv()
 
 
+@pytest.mark.slow
 def test_a_second_runner_is_refused_and_a_dead_ones_lock_is_not_in_the_way(tmp_path: Path) -> None:
     context, out = multiprocessing.get_context("spawn"), tmp_path / "out"
     (heard, told), (go, _keep) = context.Pipe(False), context.Pipe(False)

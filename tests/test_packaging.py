@@ -8,11 +8,13 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import tomllib
 import venv
 import zipfile
 from pathlib import Path
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("algorithms", "rewards", "experiments", "rlzoo")
@@ -80,6 +82,15 @@ def test_the_sdist_builds_the_same_wheel(source: Path, wheel: Path, tmp_path: Pa
     assert expected() <= {f"rlzoo/{path.relative_to(unpacked / 'rlzoo')}" for path in (unpacked / "rlzoo").rglob("*")}
 
 
+ONE_PROCESS = """
+import sys, rlzoo
+from rlzoo.cli import main
+print(rlzoo.__file__)
+sys.exit(main(["list", "--json"]) or main(["evaluate", "facts", "--limit", "2", "--samples", "1"]))
+"""
+"""Torch and transformers are imported but once."""
+
+
 def test_it_runs_where_it_is_installed(wheel: Path, tmp_path: Path) -> None:
     venv.create(tmp_path / "env", symlinks=True)  # no pip in it, nothing to download
     python = tmp_path / "env" / "bin" / "python"
@@ -100,9 +111,11 @@ def test_it_runs_where_it_is_installed(wheel: Path, tmp_path: Path) -> None:
         assert done.returncode == 0 and done.stderr == "", f"libraries are quiet: {done.stderr}"
         return done.stdout
 
-    where = run(str(python), "-c", "import rlzoo; print(rlzoo.__file__)").strip()
+    told = run(str(python), "-c", ONE_PROCESS)
+    where, _, rest = told.partition("\n")
     assert Path(where).is_relative_to(site)
-    listed = json.loads(run(str(tmp_path / "env" / "bin" / "rlzoo"), "list", "--json"))
+    listed, end = json.JSONDecoder().raw_decode(rest)
+    assert rest[end:].strip().startswith("facts: avg@1")
     assert {row["name"] for row in listed["objectives"]} >= {path.stem.replace("_", "-") for path in algorithms()}
     assert {row["name"] for row in listed["experiments"]} == {
         path.relative_to(ROOT / "experiments").with_suffix("").as_posix()
@@ -112,8 +125,13 @@ def test_it_runs_where_it_is_installed(wheel: Path, tmp_path: Path) -> None:
         code = f"import importlib.util as u, sys; sys.exit(u.find_spec({name!r}) is not None)"
         run(str(python), "-c", code)
     assert run(str(tmp_path / "env" / "bin" / "rlzoo"), "new", "objective", "mine").startswith("wrote mine.py and ")
-    score = run(str(python), "-m", "rlzoo", "evaluate", "facts", "--limit", "2", "--samples", "1")
-    assert score.startswith("facts: avg@1")
+
+
+def test_the_citation_is_of_this_version() -> None:
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert (cited["version"], cited["license"]) == (project["version"], project["license"])
+    assert cited["message"] and len(cited["references"][0]["authors"]) == 10
 
 
 def algorithms() -> list[Path]:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from batches import built
+from batches import built, of_each_kind
 from fake_cuda import GPU, fake_cuda
 from torch import Tensor, nn
 from torch.nn import functional
@@ -364,14 +364,14 @@ def trained(tokenizer: Any, name: str, options: dict[str, Any], **changes: Any) 
 
 
 VARIANTS: list[tuple[str, dict[str, Any]]] = [
-    *((name, {}) for name in list_objectives()),
+    *((name, {}) for name in of_each_kind({name: built(name) for name in list_objectives()})),
     ("ppo", {"critic": "shared"}),
     ("iw-sft", {"variant": "ema"}),
 ]
 
 
 @pytest.mark.parametrize(("name", "options"), VARIANTS, ids=str)
-def test_every_objective_trains_the_same_weights(tokenizer: Any, name: str, options: dict[str, Any]) -> None:
+def test_objectives_of_every_kind_train_the_same_weights(tokenizer: Any, name: str, options: dict[str, Any]) -> None:
     (padded_, metrics), (packed_, same) = (
         trained(tokenizer, name, options, packing=packing_) for packing_ in ("padded", "packed")
     )

@@ -21,6 +21,7 @@ ESTIMATE = re.compile(rf"({NUMBER})(?: points?| %)? \[({NUMBER}), ({NUMBER})\]")
 """A number with its interval."""
 
 
+@pytest.mark.slow
 def test_a_page_is_made_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     page = tmp_path / "page.md"
     page.write_text(

@@ -17,11 +17,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from comparisons import Copy
 from rich.console import Console
 
 from rlzoo.jobs import heartbeat, progress
 from rlzoo.jobs.outputs import write_atomically
 from rlzoo.jobs.pool import THREAD_VARIABLES, OutOfMemoryError, WorkerDiedError, pool
+
+pytestmark = pytest.mark.usefixtures("copied")
 
 
 def nap(seconds: float, report: Callable[[float, str], None]) -> float:
@@ -33,8 +36,11 @@ def nap(seconds: float, report: Callable[[float, str], None]) -> float:
 @pytest.mark.slow
 @pytest.mark.usefixtures("hears_interrupts")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupt_waits_for_a_safe_place_and_for_nothing_else(number: signal.Signals) -> None:
+def test_an_interrupt_waits_for_a_safe_place_and_for_nothing_else(
+    number: signal.Signals, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """An exception in the midst of the executor's own calls would leave its locks held, and the end would hang."""
+    monkeypatch.setattr("rlzoo.jobs.pool.START", "spawn")  # a copy begins with the handlers of this process
     before, started, reached = signal.getsignal(number), time.monotonic(), False
     with pytest.raises(KeyboardInterrupt), pool(1, 1, Console(quiet=True)) as processes:
         futures = {processes.submit("long", nap, 600.0): "long"}
@@ -86,20 +92,20 @@ def test_a_signal_that_the_shell_ignores_stays_ignored() -> None:
 
 @pytest.mark.slow
 def test_processes_end_with_one_that_is_killed(tmp_path: Path) -> None:
-    script = (
-        "import sys; sys.path.insert(0, sys.argv[1])\n"
-        "from test_pool import mark_and_nap, pool, Console, Path\n"
-        "if __name__ == '__main__':\n"
-        "    with pool(1, 1, Console(quiet=True)) as processes:\n"
-        "        list(processes.gather({processes.submit('nap', mark_and_nap, Path(sys.argv[2])): 'nap'}))\n"
-    )
-    run = subprocess.Popen([sys.executable, "-c", script, str(Path(__file__).parent), str(tmp_path / "pid")])
-    while not (tmp_path / "pid").exists():
-        assert run.poll() is None
-        time.sleep(0.05)
-    run.kill()
-    run.wait()
-    worker = int((tmp_path / "pid").read_text())
+    mark = tmp_path / "pid"
+
+    def naps() -> None:
+        with pool(1, 1, Console(quiet=True)) as processes:
+            list(processes.gather({processes.submit("nap", mark_and_nap, mark): "nap"}))
+
+    run = Copy(naps)
+    until = time.monotonic() + 120
+    while not mark.exists():
+        assert time.monotonic() < until, run.errors()
+        time.sleep(0.02)
+    os.kill(run.pid, signal.SIGKILL)
+    assert run.ended().status == -signal.SIGKILL
+    worker = int(mark.read_text())
     for _ in range(1200):
         if not alive(worker):
             return
@@ -220,8 +226,10 @@ def test_the_rest_takes_as_long_as_what_was_done(monkeypatch: pytest.MonkeyPatch
     assert remaining.after(0.2) == ", 0:13:20 left"
 
 
-def test_work_in_this_process_says_how_far_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lines in a log; on a terminal a bar, which leaves nothing behind."""
+def test_work_in_this_process_says_how_far_it_is(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Lines in a log; on a terminal a bar, which leaves nothing behind, and takes nothing from standard output."""
     monkeypatch.setattr(heartbeat, "EVERY", 0.01)
     log, terminal = io.StringIO(), io.StringIO()
     with (
@@ -232,6 +240,7 @@ def test_work_in_this_process_says_how_far_it_is(monkeypatch: pytest.MonkeyPatch
             advance = progress.counting(8, "sampling", report)
             advance(2)
             advance(2)
+        print("a result")
         until = time.monotonic() + 20
         while not re.search(r"sampling 4/8, 0:00:0\d left", log.getvalue()) and time.monotonic() < until:
             time.sleep(0.005)
@@ -240,6 +249,7 @@ def test_work_in_this_process_says_how_far_it_is(monkeypatch: pytest.MonkeyPatch
     assert re.search(r"^  0:00:0\d sampling 4/8, 0:00:0\d left$", log.getvalue(), re.MULTILINE)
     assert "\x1b" not in log.getvalue() and "sampling 4/8" in terminal.getvalue()
     assert terminal.getvalue().endswith("\x1b[2K"), "the bar is gone"
+    assert capsys.readouterr().out == "a result\n"
 
 
 def nap_until(mark: Path, report: Callable[[float, str], None]) -> None:
@@ -289,22 +299,26 @@ def test_each_worker_sees_one_gpu_of_its_parents(monkeypatch: pytest.MonkeyPatch
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "MIG-a,5", "the parent keeps its own"
 
 
-def mask(report: Callable[[float, str], None]) -> bool:
+MASKS = """
+import signal, sys
+from rich.console import Console
+from rlzoo.jobs.pool import pool
+
+def mask(report):
     return signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, set())
+
+def main():
+    with pool(2, 1, Console(quiet=True)) as processes:
+        futures = {processes.submit(str(i), mask): str(i) for i in range(2)}
+        print([future.result() for _, future in processes.gather(futures)])
+"""
 
 
 @pytest.mark.slow
-def test_ctrl_c_in_a_terminal_never_comes_to_a_worker() -> None:
+def test_ctrl_c_in_a_terminal_never_comes_to_a_worker(tmp_path: Path) -> None:
     """It goes to all processes of a terminal; the one that was started ends the others. The first process too."""
-    script = (
-        "import sys; sys.path.insert(0, sys.argv[1])\n"
-        "from test_pool import mask, pool, Console\n"
-        "if __name__ == '__main__':\n"
-        "    with pool(2, 1, Console(quiet=True)) as processes:\n"
-        "        futures = {processes.submit(str(i), mask): str(i) for i in range(2)}\n"
-        "        print([future.result() for _, future in processes.gather(futures)])\n"
-    )
-    run = subprocess.run(
-        [sys.executable, "-c", script, str(Path(__file__).parent)], capture_output=True, text=True, check=False
-    )
+    (tmp_path / "masks.py").write_text(MASKS)
+    script = "import masks\nif __name__ == '__main__': masks.main()"  # with processes that start afresh
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *filter(None, sys.path)])}
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
     assert run.stdout == "[True, True]\n", run.stderr

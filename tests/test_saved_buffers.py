@@ -8,6 +8,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+import datasets
 import logs
 import pytest
 from buffer_rows import sample, samples
@@ -20,7 +21,7 @@ from rlzoo.cli import main
 from rlzoo.comparison.lm_eval import export_samples
 from rlzoo.comparison.studies import read_study
 from rlzoo.errors import UserError
-from rlzoo.policy.loading import save_policy
+from rlzoo.policy.loading import load_policy, save_policy
 from rlzoo.reward.isolation import Limits, isolated
 from rlzoo.rollout.rescoring import rescored
 from rlzoo.training.uses import uses_of
@@ -203,6 +204,40 @@ def test_imported_samples_train(
     assert main(["import", "trl", "log", "--out", "trl"]) == 0
     assert main(["train", "grpo", "--buffer", "trl", "--steps", "1", "--out", "out"]) == 2
     assert "(12 samples have a reward but no behaviour log-probs): take those of the initial" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_what_trl_logs_can_be_trained_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two optimizer steps of TRL's GRPOTrainer on one batch of completions, which it logs twice."""
+    trl = pytest.importorskip("trl")
+    monkeypatch.chdir(tmp_path)
+
+    def exact(completions: list[str], answer: list[str], log_extra: Any, **_: Any) -> list[float]:
+        log_extra("gold", answer)
+        return [float(text.endswith(f"#### {gold}")) for text, gold in zip(completions, answer, strict=True)]
+
+    policy = load_policy("embedded", device="cpu")
+    sums = [{"prompt": f"{a}+{b}=?", "answer": str(a + b)} for a, b in ((17, 25), (3, 4), (20, 11), (5, 6))]
+    settings = trl.GRPOConfig(
+        output_dir="log", max_steps=2, num_iterations=2, per_device_train_batch_size=8, num_generations=4,
+        max_completion_length=24, logging_steps=1, log_completions=True, report_to=[], use_cpu=True,
+        save_strategy="no", bf16=False, disable_tqdm=True, seed=0,
+    )  # fmt: skip
+    trained = {"model": policy.model, "processing_class": policy.tokenizer, "args": settings}
+    trl.GRPOTrainer(reward_funcs=exact, train_dataset=datasets.Dataset.from_list(sums), **trained).train()
+    capsys.readouterr()
+    assert main(["import", "trl", "log", "--max-completion-tokens", "24", "--out", "buffer"]) == 0
+    out = capsys.readouterr().out
+    assert "as no new completions were sampled since: 8 in all (" in out
+    assert "8 samples of 2 prompts, 8 with a reward, 0 with log-probs; saved to buffer" in out
+    rows = list(OfflineBuffer.load("buffer"))
+    assert all(row.reward == float(row.completion.endswith(f"#### {row.columns['gold']}")) for row in rows)
+    assert {row.reward for row in rows} == {0.0, 1.0} and {row.policy_version for row in rows} == {1}
+    for objective in ("rft", "dpo", "grpo"):
+        behaviour = ["--set", "training.behaviour=current"] if objective == "grpo" else []
+        assert main(["train", objective, "--buffer", "buffer", "--steps", "1", *behaviour, "--out", objective]) == 0
 
 
 # lm-eval's files

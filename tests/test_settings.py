@@ -89,7 +89,7 @@ ELSEWHERE = {
     "Training.lora": f"{OPTIONS}::test_lora_trains_the_adapters_alone",
     "Lora.load_in_4bit": "test_qlora.py::test_weights_take_less_memory_and_give_nearly_the_same_log_probs",
     "Training.compile": "test_compiled.py::test_gradients_are_those_of_plain_layers_and_no_shape_compiles_anew",
-    "Training.packing": "test_packing.py::test_every_objective_trains_the_same_weights",
+    "Training.packing": "test_packing.py::test_objectives_of_every_kind_train_the_same_weights",
     "Training.gradient_checkpointing": f"{OPTIONS}::test_recomputed_activations_change_nothing_but_the_work",
     "Training.device": "test_defaults.py::test_the_device_that_is_meant",
     "Training.deterministic": "test_defaults.py::test_determinism_is_for_gpus",

@@ -84,6 +84,7 @@ def stopping(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], list[int]]:
 # The warm-up
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("undrawn")
 def test_every_cell_starts_from_the_models_warm_up(by_hand: str, tmp_path: Path) -> None:
     """Cells, buffer, reference and base are those of the model that was trained by hand."""
@@ -121,6 +122,7 @@ def test_a_warm_up_that_was_stopped_resumes_and_is_trained_once(
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("copied")
 def test_processes_share_a_warm_up(tmp_path: Path, by_hand: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("rlzoo.comparison.runner.write_report", lambda *_: None)
     found = quietly(warmed(), tmp_path / "with", workers=2)
@@ -150,6 +152,7 @@ def test_what_a_warm_up_does_is_a_setting(first: dict[str, Any], second: dict[st
     assert one != other == same and not torch.equal(before, after) and torch.equal(after, again)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lora", [None, {"rank": 4}], ids=["whole", "adapters"])
 def test_a_warm_up_trains_all_weights_unless_it_has_adapters_of_its_own(lora: Any, tmp_path: Path) -> None:
     training = {**WARM["training"], **({} if lora is None else {"lora": lora})}
@@ -192,6 +195,7 @@ def test_no_short_name_makes_a_warm_up() -> None:
     assert changes_of(["warm_up.seed=1"], Experiment) == {"warm_up.seed": 1}
 
 
+@pytest.mark.slow
 def test_a_plan_counts_the_warm_up(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     experiment = warmed(objective="iw-sft")
     found, plain = (forecast(one, load_shape("embedded")) for one in (experiment, small(ROWS)))
@@ -215,6 +219,7 @@ def test_a_plan_counts_the_warm_up(tmp_path: Path, capsys: pytest.CaptureFixture
     assert planned(experiment, workers=1)["lengths"]["assumed"], "its samples are not those of the model before it"
 
 
+@pytest.mark.slow
 def test_an_analysis_is_of_the_model_after_its_warm_up(
     by_hand: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -229,6 +234,7 @@ def test_an_analysis_is_of_the_model_after_its_warm_up(
     assert "embedded after a warm-up of 3 steps of sft" in (tmp_path / "with" / "report.md").read_text()
 
 
+@pytest.mark.slow
 def test_commands_that_run_the_base_model_warm_it_up(
     by_hand: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -287,6 +293,7 @@ def test_each_stage_starts_from_the_one_before(lora: Any, tmp_path: Path) -> Non
     assert cells["sft-dpo"]["metrics"] != cells["sft"]["metrics"] or lora is not None
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("undrawn")
 def test_a_stage_that_reads_the_buffer_beside_fresh_samples_has_a_reference_of_its_own(tmp_path: Path) -> None:
     rows = {
@@ -510,6 +517,7 @@ def test_a_plan_counts_all_stages() -> None:
     )
 
 
+@pytest.mark.slow
 def test_an_analysis_leaves_rows_with_stages_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(variance, "pool", inline_pool)
     rows = {"sft": {}, "dft": {}, "sft-dft": {"stages": ["sft", "dft"]}}
@@ -519,6 +527,7 @@ def test_an_analysis_leaves_rows_with_stages_out(tmp_path: Path, monkeypatch: py
     assert "sft-dft" in (tmp_path / "out" / "report.md").read_text()
 
 
+@pytest.mark.slow
 def test_the_report_says_whether_later_stages_change_the_ranking(tmp_path: Path) -> None:
     skill = {"base": 0.2, "plain": 0.3, "weighted": 0.5, "plain-rl": 0.7, "weighted-rl": 0.55, "rl": 0.4}
     results = synthetic_run(tmp_path, skill)

@@ -357,6 +357,7 @@ def test_a_table_is_cut_and_scored_as_the_settings_of_training_say(tmp_path: Pat
     assert found["rows"] == 2 and "completions cut" in cut and "2 samples were computed" in scored
 
 
+@pytest.mark.slow
 def test_a_row_may_be_called_as_the_analysis_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("rlzoo.variance.run.pool", inline_pool)
     changes = {"algorithms": {"analysis": {"objective": "sft"}}, "baseline": "analysis", "training.steps": 1}

@@ -91,6 +91,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         FIGURES.write_text(json.dumps({"command": "make bench", **where, "figures": rounded}, indent=1) + "\n")
         print(f"saved {FIGURES.name}")
         return 0
+    if not committed:
+        print(f"{FIGURES.name} does not exist: --save makes these the figures to compare with")
     told = f"a speed below {SLOWER} or a memory above {LARGER} times the committed figure is a regression"
     print(f"{told}: {', '.join(worse) or 'none'}")
     return 1 if worse else 0

@@ -13,7 +13,7 @@ from rlzoo.buffers.values import Row, find, number, usable
 from rlzoo.config.validation import Strict, validated
 from rlzoo.errors import UserError, kind_of
 from rlzoo.policy.chat import Message, Options, messages
-from rlzoo.policy.encoding import Prompt
+from rlzoo.policy.encoding import Completion, Prompt
 from rlzoo.registry import Registry
 
 Turns = Literal["found", "single"]
@@ -26,14 +26,16 @@ class LoggedSample:
 
     prompt: Prompt | None = None
     """Text as the model saw it, or a conversation; None if only the tokens were logged."""
-    completion: str | Message | None = None
-    """Text, or the assistant's turn; None if only the tokens were logged."""
+    completion: Completion | None = None
+    """Text, the assistant's turn, or several turns from its first to its last; None if only the tokens were logged."""
     prompt_ids: Sequence[int] | None = None
     """The tokens of the prompt."""
     completion_ids: Sequence[int] | None = None
-    """The tokens of the completion, as sampled."""
+    """The tokens of the completion, from the first sampled one to the last."""
+    mask: Sequence[bool] | None = None
+    """Which of ``completion_ids`` were sampled, and not a tool's or the user's; None: all."""
     logp: Sequence[float | None] | None = None
-    """One log-prob per sampled token, in nats."""
+    """One log-prob per token of the completion, in nats; at tokens that were not sampled it is ignored."""
     tokens: Sequence[str] | None = None
     """The text of each token that ``logp`` is of, where the log has no token ids."""
     reward: float | None = None
@@ -131,13 +133,13 @@ def prompt_of(row: Row, name: str) -> Prompt:
     return value if isinstance(value, str) else messages(value, f"column {name!r}")
 
 
-def answer_of(turns: Any, what: str) -> Message:
-    """The only turn of a completion. Raises UserError for several turns, naming their roles, and for anything else."""
+def completion_of(turns: Any, what: str) -> Message | list[Message]:
+    """A completion's turns: the assistant's, or several of which the first and the last are. Raises UserError else."""
     found = messages(turns, what)
-    if len(found) != 1 or found[0]["role"] != "assistant":
+    if not found[0]["role"] == found[-1]["role"] == "assistant":
         roles = ", ".join(turn["role"] for turn in found)
-        raise UserError(f"{what} has the turns {roles:.80}: only one turn of the assistant can be imported, so drop it")
-    return found[0]
+        raise UserError(f"{what} has the turns {roles:.80}: the first and the last must be the assistant's, so drop it")
+    return found[0] if len(found) == 1 else found
 
 
 def ids_of(row: Row, name: str) -> list[int]:

@@ -114,6 +114,7 @@ class _Completion(NamedTuple):
     ids: list[int]
     text: str
     truncated: bool
+    mask: list[bool] | None
 
 
 class _Reader:
@@ -140,12 +141,13 @@ class _Reader:
         prompt, prompt_ids, key, completion, notes = yield from self._tokens(sample)
         heat = self.importer.temperature if sample.temperature is None else sample.temperature
         top_p = self.importer.top_p if sample.top_p is None else sample.top_p
-        logp, why = self._logp(sample, completion.ids, heat, top_p)
+        logp, why = self._logp(sample, completion, heat, top_p)
         trajectory = Trajectory(
             prompt=prompt,
             completion=completion.text,
             prompt_ids=prompt_ids,
             completion_ids=completion.ids,
+            completion_mask=completion.mask,
             prompt_id=key,
             source="policy",
             reward=sample.reward,
@@ -176,11 +178,17 @@ class _Reader:
             raise UserError("has no tokens in its completion: drop it")
         ended = ids[-1] in self._stops
         text = self.tokenizer.decode(ids[:-1] if ended else ids, skip_special_tokens=True)
-        said = sample.completion if isinstance(sample.completion, str) else (sample.completion or {}).get("content")
+        last = sample.completion[-1] if isinstance(sample.completion, list) else sample.completion
+        said = last if isinstance(last, str) else (last or {}).get("content")
         if said and "".join(said.split()) not in "".join(self.tokenizer.decode(ids).split()):
             raise UserError(OTHER_MODEL)
         truncated = not ended if sample.truncated is None else sample.truncated
-        return prompt, prompt_ids, prompt_key(prompt), _Completion(ids, text, truncated), {}
+        mask = None if sample.mask is None or all(sample.mask) else list(sample.mask)
+        if mask is not None and (len(mask) != len(ids) or not any(mask)):
+            raise UserError(
+                f"has a mask of {len(mask)} values, {sum(mask)} of them true, for {len(ids)} tokens: drop it"
+            )
+        return prompt, prompt_ids, prompt_key(prompt), _Completion(ids, text, truncated, mask), {}
 
     def _known(self, ids: Any) -> list[int]:
         """Token ids that the tokenizer has."""
@@ -203,7 +211,9 @@ class _Reader:
             raise UserError("has no text in its completion, which is cut: drop it")
         stop = self._stop_of_turns(sample.prompt)
         ids = ids[:end] if truncated else [*ids[:end], ids[end] if stop is None else stop]
-        return made.prompt, made.prompt_ids, made.key, _Completion(ids, made.completion, truncated), dict(made.notes)
+        mask = None if made.mask is None or all(made.mask[: len(ids)]) else made.mask[: len(ids)]
+        completion = _Completion(ids, made.completion, truncated, mask)
+        return made.prompt, made.prompt_ids, made.key, completion, dict(made.notes)
 
     def _stop_of_turns(self, prompt: Any) -> int | None:
         """The token that ends a turn, if a plain prompt is a rendered conversation, which its answer continues."""
@@ -212,17 +222,21 @@ class _Reader:
         return self._turn_stop if self.tokenizer.convert_ids_to_tokens(self._turn_stop) in prompt else None
 
     def _logp(
-        self, sample: LoggedSample, ids: list[int], temperature: float, top_p: float
+        self, sample: LoggedSample, completion: _Completion, temperature: float, top_p: float
     ) -> tuple[list[float] | None, dict[str, str]]:
         """The log-probs of the tokens, or why there are none."""
+        ids, mask = completion.ids, completion.mask
         if sample.logp is None:
             return None, {}
         if self.importer.raw_logp and temperature != 1.0:
             return None, {TEMPERED: f"the sample was drawn at {temperature:g}"}
         if not self.importer.raw_logp and top_p != 1.0:
             return None, {NUCLEUS: f"top_p is {top_p:g}"}
-        logp = [value for value in sample.logp if value is not None and value == value]
-        if len(logp) < len(sample.logp) or len(logp) == len(ids) - 1:
+        values = sample.logp
+        if mask is not None and len(values) == len(ids):
+            values = [value if sampled else 0.0 for value, sampled in zip(values, mask, strict=True)]
+        logp = [value for value in values if value is not None and value == value]
+        if len(logp) < len(values) or len(logp) == len(ids) - 1:
             return None, {MISSING: f"{len(logp)} log-probs for {len(ids)} tokens"}
         if len(logp) != len(ids) or not self._same(sample, ids):
             return None, {OTHER_TOKENS: f"{len(logp)} log-probs for {len(ids)} tokens"}

@@ -59,7 +59,7 @@ def import_(
     Examples:
       rlzoo import trl outputs/grpo --out runs/buffer
       rlzoo import verl rollouts/ --model Qwen/Qwen3-0.6B --out runs/buffer
-      rlzoo import lm-eval samples_gsm8k.jsonl --option metric=exact_match --out samples.jsonl
+      rlzoo import lm-eval samples.jsonl --option metric=acc --out runs/buffer
     """
     from rlzoo.cli.settings import pairs, prepare
 
@@ -125,7 +125,7 @@ def rescore(
 
     Examples:
       rlzoo rescore runs/buffer --reward math-answer --column answer=target
-      rlzoo rescore samples.jsonl --reward mine.py:reward --set scoring.on_error=null --out rescored.jsonl
+      rlzoo rescore samples.jsonl --reward mine.py:reward --out rescored.jsonl
     """
     from rlzoo.cli.settings import prepare, rescore_settings
 

@@ -79,11 +79,21 @@ def catalogue() -> dict[str, list[dict[str, Any]]]:
         "rewards": [{"name": name} for name in list_rewards()],
         "views": [{"name": name} for name in list_views()],
         "samplers": [{"name": name} for name in list_samplers()],
-        "log formats": [{"name": name} for name in list_importers()],
+        "log_formats": [_log_format(name) for name in list_importers()],
         "metrics": [{"name": name} for name in list_metrics()],
         "suites": [{"name": name, **suite.model_dump(mode="json")} for name, suite in list_suites().items()],
         "experiments": [{"name": name, "description": text} for name, text in list_experiments().items()],
     }
+
+
+def _log_format(name: str) -> dict[str, Any]:
+    from rlzoo.buffers import get_importer
+    from rlzoo.objective import type_name
+
+    found = type(get_importer(name))
+    fields = found.model_fields.items()
+    options = {key: {"type": type_name(field.annotation), "default": field.default} for key, field in fields}
+    return {"name": name, "summary": (found.__doc__ or "").partition("\n")[0], "options": options}
 
 
 def catalogue_text() -> str:
@@ -97,8 +107,8 @@ def catalogue_text() -> str:
         own = own_options_of(objective_class(row["name"]))
         options = ", ".join(f"{k}={_in_one_line(v['default'])}" for k, v in own.items())
         lines.append(f"  {row['name']:{width}} {row['summary']}" + (f" [{options}]" if options else ""))
-    for kind in ("rewards", "metrics", "views", "samplers", "log formats"):
-        lines += [kind, "  " + ", ".join(row["name"] for row in found[kind])]
+    for kind in ("rewards", "metrics", "views", "samplers", "log_formats"):
+        lines += [kind.replace("_", " "), "  " + ", ".join(row["name"] for row in found[kind])]
     for kind in ("suites", "experiments"):
         lines.append({"suites": "suites of problems to evaluate on"}.get(kind, kind))
         width = max(len(row["name"]) for row in found[kind])

@@ -203,6 +203,8 @@ class Exported:
             raise self._refused(f"learns from {UNIT_NAMES[unit]}, and batches there consist of {there}")
         if objective.truncated != "keep":
             raise self._refused(f"has the option truncated={objective.truncated}, which is applied to rows of a buffer")
+        if objective.couples is Coupling.GROUP:
+            raise self._refused("couples the samples of a prompt, which are spread over micro-batches there")
         if stack.splits and self.is_coupled:
             raise self._refused("may depend on all rows of the optimizer batch, which is computed in parts there")
         if objective.has_logit_term and not stack.has_logits:
@@ -216,8 +218,7 @@ class Exported:
         """Whether coefficients depend on all rows of the optimizer batch, by coupling or by what `prepare` fixes."""
         own = type(self.objective)
         fixes = own.prepare is not Objective.prepare or own.advantages is not Objective.advantages
-        in_groups = self.objective.couples is Coupling.GROUP or Unit.GROUP in self.stack.units
-        return self.objective.is_coupled or (fixes and not in_groups)
+        return self.objective.is_coupled or (fixes and Unit.GROUP not in self.stack.units)
 
     def _lacks(self, one: Input) -> str | None:
         """Why the stack cannot serve an input; None if it can."""

@@ -116,13 +116,16 @@ class LossFunction:
         return self.exported.loss(batch, self._denominator(batch, num_items_in_batch), term=term).value
 
     def _denominator(self, batch: TokenBatch, items: Tensor | int | None) -> Tensor | float:
-        """Z of the optimizer step; in evaluation, where nothing is counted, that of the batch."""
+        """Z of the optimizer step, or of the batch where transformers gives no number.
+
+        transformers multiplies the loss by the number of processes where it gives one, in evaluation as well.
+        """
         normaliser = self.exported.objective.normaliser
-        if not torch.is_grad_enabled() or items is None:
-            return torch.as_tensor(normaliser.count(batch))
-        if normaliser is Normaliser.PER_TOKEN:
+        if items is not None and normaliser is Normaliser.PER_TOKEN:
             return torch.as_tensor(items).to(batch.mask.device)
-        return float(self.sequences_per_step or 1)
+        if items is not None and torch.is_grad_enabled():
+            return float(self.sequences_per_step or 1)
+        return torch.as_tensor(normaliser.count(batch))
 
 
 def is_local(objective: Objective) -> bool:

@@ -25,7 +25,7 @@ from rlzoo.types import Normaliser, Unit
 
 PRIME_RL = Stack(
     "prime-rl", frozenset({Unit.GROUP}), frozenset({"behaviour_logp", "snapshot_logp", "reference_logp"}),
-    hint="set its options so that it needs none, or use rlzoo.train",
+    splits=True, hint="set its options so that it needs none, or use rlzoo.train",
 )  # fmt: skip
 _known: dict[str, Exported] = {}
 

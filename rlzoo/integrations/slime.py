@@ -24,7 +24,7 @@ from rlzoo.types import Normaliser, Unit
 
 SLIME = Stack(
     "slime", frozenset({Unit.GROUP}), frozenset({"behaviour_logp", "snapshot_logp", "reference_logp"}),
-    hint="set its options so that it needs none, or use rlzoo.train",
+    splits=True, hint="set its options so that it needs none, or use rlzoo.train",
 )  # fmt: skip
 
 CustomLoss = Callable[..., tuple[Float[Tensor, ""], dict[str, Tensor]]]

@@ -14,13 +14,14 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+from rlzoo.errors import UserError
 from rlzoo.inputs.references import mismatched
 from rlzoo.integrations.export import Stack
 from rlzoo.integrations.frozen import without_adapter
 from rlzoo.integrations.rows import IGNORED, rows_of_labels
 from rlzoo.integrations.trainers import ObjectiveLoss, Part, Scores, of_fused, shown_of
 from rlzoo.policy import Sequences
-from rlzoo.types import AbsentInputError, Normaliser, TokenBatch, Trajectory, Unit
+from rlzoo.types import Normaliser, TokenBatch, Trajectory, Unit
 
 PAIRS = Stack(
     "TRL's DPOTrainer", frozenset({Unit.PAIR}), has_logits=True, has_models=True,
@@ -245,12 +246,23 @@ class GroupsLoss(ObjectiveLoss):
         with torch.no_grad():
             try:
                 return objective.prepare(batch)
-            except AbsentInputError:  # it reads log-probs, which TRL has not computed where they are not needed
-                rows, own, values = self._scored(self.model, output)[1:]
+            except UserError:  # it reads log-probs, which TRL has not computed where they are not needed
+                values, of_model = self._scored_in_parts(output)
                 given = {**values, "behaviour_logp": values["logp"], **given}
-                of_model = self._of_models(own, rows, mask.shape[1])
-                fields = {"reward": rewards[here], "group": group}
-                return objective.prepare(self.exported.batch(values["logp"], mask, given, of_model, **fields))
+                batch = self.exported.batch(values["logp"], mask, given, of_model, reward=rewards[here], group=group)
+                return objective.prepare(batch)
+
+    def _scored_in_parts(
+        self, output: Mapping[str, Any]
+    ) -> tuple[dict[str, Tensor], Callable[[str | None], Float[Tensor, "B T"]]]:
+        """Log-probs and statistics of a whole batch of samples, and a function to those of a frozen model, in the
+        micro-batches of training."""
+        names, size = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask"), self._train_batch_size
+        spans = [slice(start, start + size) for start in range(0, len(output["prompt_ids"]), size)]
+        parts = [self._scored(self.model, {name: output[name][span] for name in names})[1:] for span in spans]
+        values = {key: torch.cat([value[key] for _, _, value in parts]) for key in parts[0][2]}
+        width = output["completion_ids"].shape[1]
+        return values, lambda name: torch.cat([self._of_models(own, rows, width)(name) for rows, own, _ in parts])
 
     def _given(self, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
         names = {"old_per_token_logps": "behaviour_logp", "ref_per_token_logps": "reference_logp"}

@@ -20,11 +20,11 @@ from torch import Tensor
 from rlzoo.errors import UserError
 from rlzoo.integrations.export import Exported, Stack, metrics_of_part
 from rlzoo.objective import Objective
-from rlzoo.types import AbsentInputError, Normaliser, TokenBatch, Unit
+from rlzoo.types import Normaliser, TokenBatch, Unit
 
 VERL = Stack(
     "verl", frozenset({Unit.GROUP}), frozenset({"behaviour_logp", "snapshot_logp"}),
-    hint="set its options so that it needs none, or use rlzoo.train",
+    splits=True, hint="set its options so that it needs none, or use rlzoo.train",
 )  # fmt: skip
 
 PolicyLoss = Callable[..., tuple[Float[Tensor, ""], dict[str, Any]]]
@@ -81,7 +81,7 @@ def advantages(objective: str | Objective, **options: Any) -> Callable[..., tupl
         batch = TokenBatch(None, mask, reward=reward, group=group)
         try:
             found = exported.objective.prepare(batch)
-        except AbsentInputError:
+        except UserError:
             raise UserError(
                 f"verl: the advantages of objective {name!r} need log-probs, which verl does not give an estimator: "
                 "use one of verl's adv_estimator"

@@ -16,7 +16,7 @@ from itertools import takewhile
 from logging import ERROR, getLogger
 from multiprocessing import connection, resource_tracker
 from multiprocessing.connection import Connection
-from multiprocessing.context import SpawnProcess
+from multiprocessing.process import BaseProcess
 from typing import Any, Protocol, cast
 
 from rich.console import Console
@@ -34,6 +34,7 @@ GRACE = 60.0
 """Seconds that training has to save a checkpoint when it must stop."""
 QUICK = 3.0
 """Seconds of waiting for processes to end before the user is informed."""
+START = "spawn"  # a process starts afresh: neither CUDA nor the threads of this one survive in a copy
 GPU_VARIABLE = "CUDA_VISIBLE_DEVICES"
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
@@ -141,7 +142,7 @@ class _Task:
 
 @dataclass
 class _Worker:
-    process: SpawnProcess
+    process: BaseProcess
     pipe: Connection
     place: int
     task: _Task | None = None
@@ -232,7 +233,7 @@ class Pool:
                 idle.pipe.send((idle.task.function, idle.task.arguments))
 
     def _started(self) -> _Worker:
-        context = multiprocessing.get_context("spawn")
+        context: Any = multiprocessing.get_context(START)
         place = min(set(range(self._most)) - {worker.place for worker in self._workers})
         ours, theirs = context.Pipe()
         process = context.Process(target=_serve, args=(theirs, self._threads))
@@ -379,8 +380,7 @@ def silence() -> None:
 
 def _end_with_parent() -> None:
     """End this worker when its parent ends; otherwise it would wait for tasks forever."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
+    if (parent := multiprocessing.parent_process()) is not None:
         parent.join()
         os._exit(1)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 
 CONSONANTS = "bdfgklmnprst"
 VOWELS = "aeiou"
@@ -46,7 +47,8 @@ def _name(rng: random.Random, syllables: int) -> str:
     return "".join(rng.choice(CONSONANTS) + rng.choice(VOWELS) for _ in range(syllables)).capitalize()
 
 
-def facts() -> list[Fact]:
+@cache
+def facts() -> tuple[Fact, ...]:
     """All facts of the task; the same on every machine."""
     rng = random.Random(21)
     entities: list[str] = []
@@ -61,7 +63,7 @@ def facts() -> list[Fact]:
             belief = rng.uniform(0.05, 0.75)
             demonstrated = index < KNOWN_SHARE * ENTITIES
             out.append(Fact(entity, relation, answer, tuple(distractors), belief, demonstrated))
-    return out
+    return tuple(out)
 
 
 def questions(split: str) -> Iterator[tuple[str, Fact, str]]:

@@ -14,7 +14,7 @@ import copy
 import math
 import random
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 STEPS, BATCH, PEAK_RATE, SLIP_RATE, FACT_SHARE, SEED = 3200, 128, 2e-3, 0.12, 0.15, 0
 
 
-def _example(rng: random.Random, known: list[facts.Fact]) -> tuple[str, str]:
+def _example(rng: random.Random, known: Sequence[facts.Fact]) -> tuple[str, str]:
     if rng.random() < FACT_SHARE:
         fact = rng.choice(known)
         return fact.question(rng.randrange(3)), facts.believe(fact, rng)

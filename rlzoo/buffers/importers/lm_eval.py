@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -26,6 +27,8 @@ KEYS = (
     "target_hash",
 )
 """The keys of a line besides its metrics."""
+_RESPONSES = ("doc_id", "doc_hash", "arguments", "resps")
+"""The keys that lines of several filters share."""
 UNSCORED = "responses without a reward of their own, because a metric is of all responses to a problem (repeats)"
 
 
@@ -46,15 +49,16 @@ class LMEvalSamples(Importer):
     metric: str | None = None
     """The metric that is the reward; None: the list ``rewards``, else the first of the line's metrics."""
     filter: str | None = None
-    """The filter whose lines are read; None: the first in the log."""
+    """The filter whose lines are read; None: the first that the log has of the same responses."""
 
     def rows(self, items: Iterator[Item]) -> Iterator[Item]:
-        wanted = self.filter
+        seen = set[int]()
         for place, row in items:
             if isinstance(row, dict):
-                wanted = row.get("filter") if wanted is None else wanted
-                if row.get("filter") != wanted:
+                own = hash(json.dumps([row.get(name) for name in _RESPONSES], default=str))
+                if (own in seen) if self.filter is None else (row.get("filter") != self.filter):
                     continue
+                seen.add(own)
             yield place, row
 
     def samples(self, row: Row) -> Iterable[LoggedSample]:

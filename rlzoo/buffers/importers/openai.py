@@ -15,6 +15,8 @@ from rlzoo.policy.chat import messages
 
 _TOKEN = "token_id:"
 """The beginning of a token's text if vLLM was asked for ``return_tokens_as_token_ids``."""
+_UNKNOWN = -9999.0
+"""What vLLM writes for a log-prob that it does not have."""
 _BODY = ("choices", "request", "response", "messages", "prompt")
 
 
@@ -25,7 +27,7 @@ class OpenAIResponses(Importer):
     A line is a response with its ``messages`` or ``prompt`` beside its ``choices``; ``{"request": ..., "response":
     ...}``; or a line of a batch's output, with the batch's input file as the option ``requests``. Log-probs are the
     model's own, at temperature 1; those of an API that leaves out the end of the completion cannot be used. Checked
-    against openai 2.11, the types of its Python client, and vLLM 0.12, 28 November 2026.
+    against the types of openai 3.57.0 and vLLM at commit 006c49d on 28 November 2026.
     """
 
     name: ClassVar[str] = "openai"
@@ -102,6 +104,8 @@ def _sample(choice: Any, body: Row, request: Row, number: int) -> LoggedSample:
     if not isinstance(choice, Mapping):
         raise UserError(f"has {kind_of(choice)} among its 'choices': every choice must be an object")
     reason = choice.get("finish_reason")
+    if reason == "content_filter":
+        raise UserError("has a completion of which a content filter left out a part: drop it")
     sample = LoggedSample(
         completion_ids=choice.get("token_ids"),
         prompt_ids=choice.get("prompt_token_ids") or body.get("prompt_token_ids"),
@@ -160,6 +164,7 @@ def _with_logp(sample: LoggedSample, tokens: Sequence[Any] | None, logp: Sequenc
     """The sample with its log-probs, and with the token ids in the texts of its tokens, if those are there."""
     if not tokens or not logp:
         return sample
+    logp = [None if value == _UNKNOWN else value for value in logp]
     texts = [str(token) for token in tokens]
     if sample.completion_ids is None and all(text.startswith(_TOKEN) for text in texts):
         ids = [int(text.removeprefix(_TOKEN)) for text in texts]

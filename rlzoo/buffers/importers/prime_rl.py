@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from rlzoo.buffers.importer import (
     Importer,
     LoggedSample,
-    answer_of,
+    completion_of,
     others,
     prompt_of,
     register_importer,
@@ -20,17 +20,16 @@ from rlzoo.errors import UserError
 _CUT = ("max_turns", "max_input_tokens", "max_output_tokens", "max_total_tokens", "compaction_failed")
 """Stop conditions of a trace that was cut."""
 _ROLLOUT = ("prompt", "completion", "reward", "trajectory", "timing", "tool_defs", "oai_tools", "token_usage", "error")
-SEVERAL = "has {number} turns of the assistant: only rollouts of one turn can be imported, so drop it"
 
 
 @register_importer
 class PrimeRLRollouts(Importer):
-    """Rollouts of one turn, with tokens and log-probs: ``rollouts/step_N/train/effective/traces.jsonl``.
+    """Rollouts with their tokens and log-probs: ``rollouts/step_N/train/effective/traces.jsonl``.
 
     Each line is an episode, whose traces of agents that are not trained are left out. Records of earlier versions are
     read too: ``train_rollouts.jsonl`` with a trace per line, and the results of verifiers' first API (``prompt``,
-    ``completion``, ``reward``), with tokens if their ``trajectory`` was saved. Checked against prime-rl at commit
-    559b447 and verifiers at a60a606, both of 21 August 2026.
+    ``completion``, ``reward``), with the tokens of one turn if the ``trajectory`` was saved. Checked
+    against prime-rl at commit 559b447 and verifiers at a60a606, both of 21 August 2026.
     """
 
     name: ClassVar[str] = "prime-rl"
@@ -60,32 +59,39 @@ def _trace(trace: Row, record: Row) -> Iterator[LoggedSample]:
         error = trace["errors"][-1]
         raise UserError(f"ended in an error ({error.get('type', 'unknown')!s:.60}): drop it")
     path = _branch(trace)
-    turns = [node for node in path if node.get("sampled")]
-    if len(turns) != 1 or path[-1] is not turns[0]:
-        raise UserError(SEVERAL.format(number=len(turns)) if turns else "has no turn that was sampled: drop it")
-    node = turns[0]
-    ids = [token for one in path for token in one.get("token_ids") or ()]
-    mask = [bool(kept) for one in path for kept in one.get("mask") or ()]
-    tokens: dict[str, Any] = {}
-    if ids and len(mask) == len(ids) and any(mask):
-        start = mask.index(True)
-        tokens = {"prompt_ids": ids[:start], "completion_ids": ids[start:], "logp": node.get("logprobs") or None}
-        if not all(mask[start:]):
-            raise UserError("has tokens that were not sampled within its completion: drop it")
-    told = node.get("finish_reason") or next((call.get("finish_reason") for call in _calls(trace)), None)
+    sampled = [place for place, node in enumerate(path) if node.get("sampled")]
+    if not sampled:
+        raise UserError("has no turn that was sampled: drop it")
+    first, last = sampled[0], sampled[-1]
+    told = path[last].get("finish_reason") or next((call.get("finish_reason") for call in _calls(trace)), None)
+    cut = trace.get("stop_condition") in _CUT or told == "length"
     rewards = _rewards(trace)
     yield LoggedSample(
-        prompt=[_message(one["message"]) for one in path[:-1]],
-        completion=_message(node["message"]),
+        prompt=[_message(node["message"]) for node in path[:first]] or None,
+        completion=completion_of([_message(node["message"]) for node in path[first : last + 1]], "the trace"),
         reward=sum(value for _, value in rewards.values()) if rewards else reward_in(trace, "reward"),
         components={name: score for name, (score, _) in rewards.items()},
         version=_version(trace, record),
-        truncated=trace.get("stop_condition") in _CUT or told == "length"
-        if told or "stop_condition" in trace
-        else None,
+        truncated=cut if told or "stop_condition" in trace else None,
         columns={**_task(trace), **{f"metric_{k}": v for k, v in (trace.get("metrics") or {}).items()}},
-        **tokens,
+        **_tokens(path),
     )
+
+
+def _tokens(path: list[Row]) -> dict[str, Any]:
+    """The tokens of a branch, which of its completion's were sampled, and their log-probs; nothing without tokens."""
+    ids, mask, logp = list[int](), list[bool](), list[float | None]()
+    for node in path:
+        own = [bool(kept) for kept in node.get("mask") or ()]
+        values = iter(node.get("logprobs") or ())
+        ids += node.get("token_ids") or ()
+        mask += own
+        logp += [next(values, None) if kept else None for kept in own]
+    if not ids or len(mask) != len(ids) or not any(mask):
+        return {}
+    start, end = mask.index(True), len(mask) - mask[::-1].index(True)
+    tokens = {"prompt_ids": ids[:start], "completion_ids": ids[start:end], "mask": mask[start:end]}
+    return {**tokens, "logp": logp[start:end] if any(one is not None for one in logp) else None}
 
 
 def _branch(trace: Row) -> list[Row]:
@@ -150,9 +156,7 @@ def _rollout(row: Row) -> LoggedSample:
     """A result of verifiers' first API."""
     prompt, said = prompt_of(row, "prompt"), find(row, "completion")
     steps = row.get("trajectory") or []
-    if len(steps) > 1:
-        raise UserError(SEVERAL.format(number=len(steps)))
-    held = steps[0].get("tokens") if steps else None
+    held = steps[0].get("tokens") if len(steps) == 1 else None  # the tokens of several turns overlap
     tokens: dict[str, Any] = {}
     if isinstance(held, Mapping):
         tokens = {
@@ -162,7 +166,7 @@ def _rollout(row: Row) -> LoggedSample:
         }
     return LoggedSample(
         prompt=prompt,
-        completion=said if isinstance(said, str) else answer_of(said, "column 'completion'"),
+        completion=said if isinstance(said, str) else completion_of(said, "column 'completion'"),
         reward=reward_in(row, "reward"),
         components={k: float(v) for k, v in (row.get("metrics") or {}).items() if isinstance(v, (int, float))},
         version=_version(row, row),

@@ -10,7 +10,7 @@ from rlzoo.buffers.files import Item
 from rlzoo.buffers.importer import (
     Importer,
     LoggedSample,
-    answer_of,
+    completion_of,
     others,
     prompt_of,
     register_importer,
@@ -54,7 +54,7 @@ class TRLCompletions(Importer):
         known = {name: value for name, value in rewards.items() if value is not None}
         yield LoggedSample(
             prompt=prompt,
-            completion=said if isinstance(said, str) else answer_of(said, "column 'completion'"),
+            completion=said if isinstance(said, str) else completion_of(said, "column 'completion'"),
             reward=sum(weights[name] * value for name, value in known.items()) if known else None,
             components=rewards,
             version=version_in(row, "step"),
