@@ -78,7 +78,8 @@ def test_a_row_has_its_own_training() -> None:
 
 
 @pytest.mark.parametrize(
-    ("setting", "value"), [("behaviour", "current"), ("max_completion_tokens", 5), ("special_tokens", "allow")]
+    ("setting", "value"),
+    [("behaviour", "current"), ("max_completion_tokens", 5), ("special_tokens", "allow"), ("turns", "all")],
 )
 def test_a_row_cannot_change_the_buffer_that_it_shares(setting: str, value: Any) -> None:
     with pytest.raises(UserError, match=rf"{setting} of 'sft' would change the buffer that all rows share"):

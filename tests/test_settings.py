@@ -68,6 +68,8 @@ ELSEWHERE = {
     "Training.special_tokens": f"{REFUSED}::test_tables_that_spell_special_tokens_are_refused_or_counted",
     "Training.turns": "test_masks.py::test_the_setting_reaches_training",
     "--curves": "test_curves.py::test_the_command",
+    "--token-classes": "test_variance_classes.py::test_the_command_measures_classes_of_a_file",
+    "--class-gradients": "test_variance_classes.py::test_the_command_measures_classes_of_a_file",
     "--bad-rows": "test_bad_rows.py::test_rollout_reports_and_records_what_it_dropped",
     "EvaluationSettings.k": "test_evaluation.py::test_k_is_the_number_of_samples_unless_it_is_given",
     "EvaluationSettings.metrics": "test_open_interface.py::test_a_plugins_metric_is_reported_after_kill_9",
