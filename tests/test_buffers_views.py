@@ -173,7 +173,7 @@ def test_a_reward_that_is_not_a_number_is_none() -> None:
         (
             Selection.DEMONSTRATIONS,
             {},
-            "no demonstrations (0 of 1,200 rows have the source 'demonstration'): import",
+            "no demonstrations (0 of 1,200 rows have the source 'demonstration'): say",
         ),
         (
             Selection.CORRECT,

@@ -155,7 +155,7 @@ def test_any_function_may_say_what_a_token_is(policy: Policy, buffer: Buffer, tm
     own = found["objectives"]["sft"]["token_classes"]
     assert own.keys() <= {"even", "odd", "end of sequence"} and "variance_share" not in own["odd"]
     assert sum(one["tokens"] for one in own.values()) == pytest.approx(1)
-    assert sum(one["power"] for one in own.values()) == pytest.approx(1)
+    assert sum(one["proxy"] for one in own.values()) == pytest.approx(1)
     wrong: Any
     for wrong, told in ((lambda text: 3, "gives 3 for the token"), (lambda text: text.x, "failed on the token")):
         with pytest.raises(UserError, match=told):
@@ -193,6 +193,6 @@ def test_the_report_has_them(policy: Policy, buffer: Buffer) -> None:
         assert table.row_count == 2 and ("tr Σ" in str(table.title)) is measured
         text = " ".join(str(block) for block in class_blocks(found))
         one = found["objectives"]["dft"]["token_classes"]["digits"]
-        shown = number(100 * (one["variance_share"]["value"] if measured else one["power"]))
+        shown = number(100 * (one["variance_share"]["value"] if measured else one["proxy"]))
         assert shown in text and ("alone" in text) is measured
     assert not list(class_blocks({"objectives": {"sft": {}}})) and not list(class_tables({"objectives": {"sft": {}}}))

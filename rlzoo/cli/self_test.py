@@ -181,9 +181,9 @@ class SelfTest:
         return f"{sum(p.numel() for p in self.policy.parameters()):,} parameters on {self.policy.device}"
 
     def train(self) -> str:
-        """Train for some steps of DFT."""
+        """Train for some steps on demonstrations."""
         losses = [row["loss"] for row in self._trained(self.policy).steps]
-        return f"{STEPS} steps of dft, loss {losses[0]:.3f}, then {losses[-1]:.3f}"
+        return f"{STEPS} steps of {self._objective}, loss {losses[0]:.3f}, then {losses[-1]:.3f}"
 
     def resume(self) -> str:
         """Restore the checkpoint of the last step into a second model, which must then be the first."""
@@ -226,6 +226,14 @@ class SelfTest:
 
         return load_problems(ProblemSource(source="world:facts/train", limit=8))
 
+    @property
+    def _objective(self) -> str:
+        """The first objective that learns from demonstrations."""
+        from rlzoo.objective import list_objectives, objective_class
+        from rlzoo.types import Selection
+
+        return next(n for n in list_objectives() if objective_class(n).learns_from is Selection.DEMONSTRATIONS)
+
     def _trained(self, policy: Any) -> Any:
         """The record of a training that begins at the newest checkpoint, if there is one."""
         from rlzoo.buffers import OfflineBuffer
@@ -236,7 +244,7 @@ class SelfTest:
 
         rows = OfflineBuffer.from_trajectories(demonstrations(policy.tokenizer, self._problems()))
         settings = Training(steps=STEPS, batch_size=8, learning_rate=1e-3, checkpoint_seconds=0)
-        return train(policy, get_objective("dft"), rows, settings, checkpoints=self.folder)
+        return train(policy, get_objective(self._objective), rows, settings, checkpoints=self.folder)
 
     def _remedy(self, error: Exception) -> str:
         if isinstance(error, OSError):

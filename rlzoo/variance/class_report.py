@@ -23,7 +23,7 @@ def _per_cent(found: Found | None) -> str:
 
 CLASS_COLUMNS: dict[str, Callable[[Found, Found], str]] = {
     "% of tokens": lambda own, entry: number(100 * own["tokens"]),
-    "% of Σ a²S": lambda own, entry: number(None if own["power"] is None else 100 * own["power"]),
+    "% of Σ a²S": lambda own, entry: number(None if own["proxy"] is None else 100 * own["proxy"]),
     "% of tr Σ": lambda own, entry: _per_cent(own.get("variance_share")),
     "alone, % of tr Σ": lambda own, entry: _alone(own, entry),
     "% of ‖G‖²": lambda own, entry: _per_cent(own.get("gradient_share")),

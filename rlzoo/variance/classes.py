@@ -131,7 +131,7 @@ class TokenClasses:
         return {
             self.names[k]: {
                 "tokens": float(tokens[k] / tokens.sum()),
-                "power": float(powers[k] / whole) if whole else None,
+                "proxy": float(powers[k] / whole) if whole else None,
             }
             for k in np.argsort(-tokens, kind="stable")
             if tokens[k]
