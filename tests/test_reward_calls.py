@@ -257,7 +257,7 @@ def test_a_parameter_that_is_no_column_is_told_the_signature() -> None:
 
     told = one_line(lambda: get_reward(reward_func)(["p"], ["c"], answer=["4"]))
     assert told.startswith("reward 'reward-func' needs the column 'labels'; the data's columns: answer; ")
-    assert "`columns: {labels: ...}`" in told and "TRL's signature, reward(prompts, completions, **columns)" in told
+    assert "`columns: {labels: COLUMN}`" in told and "TRL's signature, reward(prompts, completions, **columns)" in told
 
 
 def openrlhf(queries: list[str], prompts: list[str], labels: list[str], **options: Any) -> list[float]:

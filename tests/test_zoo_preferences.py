@@ -294,7 +294,7 @@ def test_the_unpaired_view_has_every_row_with_a_reward() -> None:
     known = [("demonstration", 1.0), ("policy", 0.0), ("policy", None), ("preference", 1.0), ("policy", 0.3)]
     buffer = OfflineBuffer.from_trajectories([row(*k) for k in known])
     assert buffer.view(Selection.UNPAIRED).units == ((1,), (3,), (4,))
-    with pytest.raises(UserError, match=r"no rewarded rows \(0 of 1 rows .* import unpaired preferences"):
+    with pytest.raises(UserError, match=r"no rewards \(none of its 1 rows has one\): score them with rlzoo rescore"):
         OfflineBuffer.from_trajectories([row("policy", None)]).view(Selection.UNPAIRED)
 
 

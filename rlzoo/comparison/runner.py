@@ -116,7 +116,7 @@ def compare(
         if not is_main():
             return results
         with replacing(out / "outcomes.parquet") as beside:
-            pq.write_table(table, beside)
+            pq.write_table(table, beside, compression="zstd", compression_level=9)
         write_atomically(out / "experiment.yaml", yaml.safe_dump(results["config"], sort_keys=False))
         write_atomically(out / "results.json", json.dumps(results, indent=1))
         write_report(out, experiment.baseline)
