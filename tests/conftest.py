@@ -67,6 +67,12 @@ hypothesis.settings.register_profile("untimed", deadline=None, max_examples=50) 
 hypothesis.settings.load_profile("untimed")
 
 
+@pytest.fixture(autouse=True)
+def own_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`rlzoo.cli.main` adds the current folder to sys.path, which is right for a command and not for a test."""
+    monkeypatch.setattr(sys, "path", list(sys.path))
+
+
 @pytest.fixture(autouse=True, scope="session")
 def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Encoded rows of the tests are kept in a folder of their own, and found by the processes that tests start."""

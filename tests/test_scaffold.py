@@ -22,8 +22,6 @@ FORMULA = "(self.alpha * batch.logp).exp()"
 
 @pytest.fixture(autouse=True)
 def elsewhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """``main`` changes sys.path, which is right for a command and not for a test."""
-    monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.chdir(tmp_path)
 
 
