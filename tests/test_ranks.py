@@ -223,6 +223,20 @@ def test_processes_train_as_one(
 
 
 @pytest.mark.slow
+def test_compiled_layers_of_a_sharded_model_and_its_critic_train_as_plain_ones(
+    alone: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Traced, but without kernels of their own, which take long to make."""
+    import torch._dynamo  # here, and not in each of the copies
+
+    monkeypatch.setattr("rlzoo.policy.compiled.BACKEND", "eager")
+    launch([str(WORKER), str(tmp_path), "ppo-compiled"], 2, tmp_path, FSDP)
+    found = found_in(tmp_path, ["ppo-compiled"])["ppo-compiled"]
+    check_same(found, alone["ppo"])
+    assert found[1]["sharded"] and found[1]["compiled"] and not alone["ppo"][1]["compiled"]
+
+
+@pytest.mark.slow
 def test_all_processes_halve_their_work_where_the_memory_of_one_runs_out(
     alone: dict[str, Any], several: Callable[[str], dict[str, Any]], tmp_path: Path
 ) -> None:
