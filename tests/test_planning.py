@@ -16,8 +16,10 @@ from rlzoo import cli
 from rlzoo.comparison import runner
 from rlzoo.comparison.forecast import forecast
 from rlzoo.comparison.planning import detectable, planned
+from rlzoo.comparison.speed import measured_speed
 from rlzoo.comparison.statistics import detectable_difference, p_value, smallest_difference
 from rlzoo.config import Experiment
+from rlzoo.errors import UserError
 from rlzoo.policy.loading import load_shape
 from rlzoo.worlds import EMBEDDED_BASE
 
@@ -90,6 +92,18 @@ def test_a_model_of_any_size_is_planned_without_its_weights(
     assert cli.main(["plan", "facts", "--model", str(tmp_path), "--gpu", "H100", "--limit", "4"]) == 0
     told = " ".join(capsys.readouterr().out.split())
     assert "assumed, not measured" in told and "do not fit into the 80 GB of H100" in told
+
+
+def test_a_plan_drops_the_rows_that_the_comparison_drops(tmp_path: Path) -> None:
+    rows = [{"prompt": f"{i}+2=?\n", "solution": f"#### {i + 2}", "answer": str(i + 2)} for i in range(1, 5)]
+    rows.append({"prompt": "1+1=?\n", "solution": "#### <eos> 2", "answer": "2"})
+    (tmp_path / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    own = {"source": str(tmp_path / "own.jsonl"), "solution": "solution"}
+    reject, drop, whole = (small({"sft": {}}, train={**own, **how}) for how in ({}, {"bad_rows": "drop"}, {"limit": 4}))
+    with pytest.raises(UserError, match=r"own\.jsonl line 5.*<eos>"):
+        planned(reject, gpu="h100")
+    assert planned(drop, gpu="h100")["lengths"] == planned(whole, gpu="h100")["lengths"]
+    assert measured_speed(drop).flops > 0
 
 
 def test_the_smallest_difference_is_found_four_times_in_five() -> None:
