@@ -158,6 +158,7 @@ def worked(parts: list[str], folder: Path) -> str:
     return ended.out
 
 
+@pytest.mark.slow
 def test_a_part_that_raises_keeps_what_it_found_and_the_next_one_runs(tmp_path: Path) -> None:
     first, second = worked(["gradients", "budgets"], tmp_path), worked(["budgets"], tmp_path)
     assert '"part": "budgets"' not in first, "which may find the GPU unusable"

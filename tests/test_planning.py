@@ -73,6 +73,7 @@ def test_costs_are_those_that_training_records(experiment: Experiment, run: tupl
     assert len(rated) == 2 and by_name["iw-sft"].evaluated_tokens == pytest.approx(expected)
 
 
+@pytest.mark.slow
 def test_a_model_of_any_size_is_planned_without_its_weights(
     tmp_path: Path, experiment: Experiment, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -92,6 +93,7 @@ def test_a_model_of_any_size_is_planned_without_its_weights(
     assert "assumed, not measured" in told and "do not fit into the 80 GB of H100" in told
 
 
+@pytest.mark.slow
 def test_the_smallest_difference_is_found_four_times_in_five() -> None:
     draw = np.random.default_rng(0)
 
@@ -137,6 +139,7 @@ def _outcomes(seeds: int) -> pa.Table:
     return pa.Table.from_pylist(rows)
 
 
+@pytest.mark.slow
 def test_a_pilot_tells_what_more_seeds_would_detect(
     experiment: Experiment, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -154,6 +157,7 @@ def test_a_pilot_tells_what_more_seeds_would_detect(
         assert told in error and error.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_the_time_here_is_measured(experiment: Experiment, capsys: pytest.CaptureFixture[str]) -> None:
     found = planned(experiment, workers=1)
     speed = found["speed"]
