@@ -348,7 +348,7 @@ DOCS = Path(__file__).parents[1] / "docs"
 
 
 def test_the_documented_suites_are_those_that_there_are() -> None:
-    text = (DOCS / "data.md").read_text(encoding="utf-8")
+    text = (DOCS / "evaluation.md").read_text(encoding="utf-8")
     table = text.partition("| suite |")[2].partition("\n\n")[0].splitlines()[2:]
     assert table == [
         f"| `{name}` | {one.problems:,} | `{one.settings['source']}`, {one.settings['split']} | {one.licence} |"

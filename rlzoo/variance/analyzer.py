@@ -63,7 +63,7 @@ def analyze_variance(
 ) -> dict[str, Any]:
     """Measure the variance of the objectives' gradients at a policy; returns the content of variance.json.
 
-    docs/variance.md has the formulas and the keys. Each objective is measured on all rows that its view of the buffer
+    docs/variance.md has the formulas, docs/measuring-variance.md the keys. Each objective is measured on all rows that its view of the buffer
     has for some prompts, ``rows`` rows or slightly more; ``seed`` selects the prompts. ``learns_from``, one view or one
     per name, replaces the views of objectives that learn from single rows. Estimates are for new prompts of the same
     kind; if noise hides a gradient there are none. ``draws`` samples per token check the exact moments;
