@@ -340,6 +340,7 @@ def one_of_several(number: int, folder: Path) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.slow
 def test_what_the_processes_of_a_run_tell_each_other(tmp_path: Path) -> None:
     for number, own in enumerate(copies(lambda number: one_of_several(number, tmp_path), 3)):
         assert own == {
