@@ -95,8 +95,8 @@ def test_results_hold_what_the_contract_says(tmp_path: Path) -> None:
         assert row["seeds"] == 2
     assert [row["algorithm"] for row in results["base_summary"]] == ["base"] * 3
     assert {p.name for p in out.iterdir()} == {
-        "buffer", "experiment.yaml", "figures", "outcomes.parquet", "report.html", "report.md", "results.json",
-        "run.json",
+        "README.md", "buffer", "experiment.yaml", "figures", "outcomes.parquet", "report.html", "report.md",
+        "results.json", "run.json",
     }  # fmt: skip
 
 

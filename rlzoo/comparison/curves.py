@@ -18,6 +18,12 @@ def costs_at(costs: Costs) -> dict[str, Any]:
     return {**found, "seconds": costs.wall_seconds}
 
 
+def logged_at(point: Mapping[str, Any]) -> dict[str, float]:
+    """What trackers receive of a point: avg@k on each benchmark, and on validation if it is measured."""
+    results = {**point.get("metrics", {}), **({"validation": point["validation"]} if "validation" in point else {})}
+    return {f"curve/{name}/avg_at_k": found["avg_at_k"] for name, found in results.items()}
+
+
 def result_at(outcomes: Sequence[Mapping[str, Any]], samples: int) -> dict[str, Any]:
     """The result of an evaluation as a point records it: avg@k, and each problem's fraction of correct samples.
 

@@ -12,7 +12,7 @@ import torch
 from rlzoo.buffers import Buffer, OfflineBuffer
 from rlzoo.buffers.bad_rows import BadRows
 from rlzoo.buffers.problems import load_problems
-from rlzoo.comparison.curves import costs_at, is_flat
+from rlzoo.comparison.curves import costs_at, is_flat, logged_at
 from rlzoo.comparison.plan import Cell, FirstStages, is_reported
 from rlzoo.comparison.resolve import learns_from_samples, objective_of, reward_of, views_of
 from rlzoo.comparison.shared_buffer import costs_before, with_stored_inputs
@@ -29,11 +29,17 @@ from rlzoo.policy.loading import load_for
 from rlzoo.rollout import Collector, engine_of, sampler_of
 from rlzoo.training import Costs, Trainer, TrainingRecord
 from rlzoo.training.batches import BufferSource, FreshSource, Source, in_steps, seeds, shares
+from rlzoo.training.trackers import LOGS
 from rlzoo.types import selector_of
 
 Evaluated = Callable[[Policy, int, int, Costs, bool], dict[str, Any]]
 """A point of the learning curve, given the policy, the number of steps so far and of those planned up to the end of the
 stage, the costs so far, and whether the cell ends here."""
+
+
+def logs_of(state: Path, name: str) -> Path:
+    """The folder of trackers for one training of a comparison, which keeps its cached results under ``state``."""
+    return state.parent / LOGS / name
 
 
 @dataclass(frozen=True)
@@ -50,7 +56,7 @@ class Given:
 
     def logs(self, name: str) -> Path:
         """The folder of trackers for one training."""
-        return self.state.parent / "logs" / name
+        return logs_of(self.state, name)
 
 
 @dataclass(frozen=True)
@@ -236,8 +242,8 @@ def _train(stage: StageOfCell, given: Given, checkpoints: Path, logs: Path) -> t
         curve = trainer.record.kept.setdefault("curve", [])
         costs = summed(stage.costs, record.costs.as_dict())
         is_last = record.ended is not None and stage.first is None
-        is_last = record.ended is not None and stage.first is None
         curve.append(given.evaluated(policy, stage.steps + step, most, costs, is_last))
+        trainer.log(logged_at(curve[-1]))
         if patience is None or record.ended is not None:
             return
         if agreed(is_flat([point["validation"]["by_problem"] for point in curve], patience)):

@@ -35,7 +35,8 @@ from rlzoo.comparison.plan import (
     tuning_of,
     workers_at,
 )
-from rlzoo.comparison.report import write_report
+from rlzoo.comparison.report import comparison_card, write_report
+from rlzoo.comparison.report.schema import parse_results
 from rlzoo.comparison.resolve import check
 from rlzoo.comparison.retention import summarise_retention
 from rlzoo.comparison.warm_up import after_warm_up, alone, facts_of, warm_up
@@ -58,6 +59,7 @@ from rlzoo.jobs.pool import (
 )
 from rlzoo.jobs.ranks import agreed, is_main, world_size
 from rlzoo.jobs.runs import Run, place, run_in, versions
+from rlzoo.jobs.sharing import CARD
 from rlzoo.rollout.rollouts import unscored
 
 Trained = TypeVar("Trained", Cell, FirstStages)
@@ -120,6 +122,7 @@ def compare(
         write_atomically(out / "experiment.yaml", yaml.safe_dump(results["config"], sort_keys=False))
         write_atomically(out / "results.json", json.dumps(results, indent=1))
         write_report(out, experiment.baseline)
+        write_atomically(out / CARD, comparison_card(experiment, parse_results(results)))
         run.to_be_continued = bool(results["failed"])
     return results
 
@@ -203,6 +206,8 @@ def _run(
         raise UserError(f"no cell succeeded; the first failed with: {failed[0]['error']}")
     outcomes = base.pop("outcomes") + [row for done in reported for row in done.pop("outcomes")]
     facts = {name: {key: found[key] for key in BUFFER_FACTS} for name, found in buffers.items()}
+    for name, seed in sampling_seeds(asked).items():
+        shared_buffer.write_card(asked, folder / name, seed, buffers[name])
     if without := unscored((row["reward"], row["prompt"]) for row in outcomes if row["decoding"] != BASE_TEXT):
         _say(console, f"  evaluation: {without}; they count as wrong", style="yellow")
     overall = _over_benchmarks(base, reported) if len(experiment.benchmarks) > 1 else {}

@@ -26,6 +26,7 @@ from typing import Any, Literal
 from rlzoo.errors import TryAgainError, UserError
 from rlzoo.jobs.outputs import remove, remove_partial, write_atomically
 from rlzoo.jobs.ranks import agreed, is_main, world_size
+from rlzoo.jobs.sharing import CARD
 from rlzoo.jobs.sources import data_files, kind_of_file
 
 PACKAGES = ("rlzoo", "torch", "transformers", "datasets", "accelerate", "numpy", "scipy", "math-verify")
@@ -162,7 +163,7 @@ def _files(value: Any) -> dict[str, list[Any]]:
         if path.suffix in _CODE and path.is_file():
             files = [path]
         elif (path / "config.json").is_file() or (path / "state.json").is_file():
-            files = sorted(p for p in path.iterdir() if p.is_file())
+            files = sorted(p for p in path.iterdir() if p.is_file() and p.name != CARD)  # which anybody may edit
         else:
             files = data_files(value) if value and (kind_of_file(path) or path.is_dir()) else []
         return {str(file): [file.stat().st_size, file.stat().st_mtime_ns] for file in files}
