@@ -291,7 +291,14 @@ def test_a_command_for_others_to_see() -> None:
 
 @pytest.mark.parametrize(
     ("source", "found"),
-    [("openai/gsm8k:main", "openai/gsm8k"), ("world:arithmetic/test", None), ("a/b.jsonl", None), ("/a/b", None)],
+    [
+        ("openai/gsm8k:main", "openai/gsm8k"),
+        ("world:arithmetic/test", None),
+        ("inspect:gsm8k", None),
+        ("gpt2", "gpt2"),
+        ("a/b.jsonl", None),
+        ("/a/b", None),
+    ],
 )
 def test_hub_ids(source: str, found: str | None) -> None:
     assert hub_id(source) == found

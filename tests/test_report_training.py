@@ -50,12 +50,12 @@ def figures(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The figures that are drawn, none of which is made into SVG, which takes longer than all the rest."""
     drawn: list[Any] = []
 
-    def to_svg(figure: Any) -> str:
+    def drawing(figure: Any) -> str:
         drawn.append(figure)
         return ""
 
-    monkeypatch.setattr(plots, "to_svg", to_svg)
-    monkeypatch.setattr(clipping, "to_svg", to_svg)
+    monkeypatch.setattr(plots, "Drawing", drawing)
+    monkeypatch.setattr(clipping, "Drawing", drawing)
     return drawn
 
 
@@ -99,6 +99,7 @@ def steps_of(losses: Sequence[float], logps: Sequence[float]) -> dict[str, Any]:
     }
 
 
+@pytest.mark.slow
 def test_the_loss_is_drawn_beside_the_perplexity_of_rows_that_learn_from_the_same_batches(figures: list[Any]) -> None:
     cells = [
         cell("sft", 0, [], **steps_of([2, 1], [-2, -1])),

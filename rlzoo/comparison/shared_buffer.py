@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +11,9 @@ import numpy as np
 from rlzoo.buffers import Buffer, OfflineBuffer, read_buffer
 from rlzoo.buffers.bad_rows import BadRows
 from rlzoo.buffers.card import buffer_card
-from rlzoo.buffers.problems import each_demonstration, encode_problems, load_problems
+from rlzoo.buffers.problems import Problem, each_demonstration, encode_problems, load_problems
 from rlzoo.comparison.resolve import learns_from_samples, objective_of, reward_of, views_of
-from rlzoo.config import Experiment, OnBadRow, TokenBudget
+from rlzoo.config import Experiment, OnBadRow, TokenBudget, Training
 from rlzoo.document.estimates import number
 from rlzoo.inputs import Stage
 from rlzoo.jobs.cached_results import CachedResults
@@ -87,7 +87,7 @@ def _fill_buffer(
     problems = load_problems(experiment.train, bad["train"])
     longest, whole = experiment.training.max_completion_tokens, experiment.training.max_length
     if (table := experiment.demonstrations_table) is None:
-        rows = each_demonstration(policy.tokenizer, problems, longest, bad["train"], policy.row_check(), whole)
+        rows = demonstrations_of(policy, problems, experiment.training, bad["train"])
         buffer: Buffer = OfflineBuffer.from_trajectories(rows)
     else:
         how = longest, table.split, table.columns, bad["demonstrations"], experiment.training.special_tokens
@@ -182,6 +182,17 @@ def card_of(
     sources = train.source, None if table is None else table.source
     asked = {key: config[key] for key in parts} | {"seed": seed}
     return buffer_card(buffer, name, lead, origin, asked, sources)
+
+
+def demonstrations_of(
+    policy: Policy, problems: Sequence[Problem], training: Training, bad: BadRows
+) -> Iterator[Trajectory]:
+    """The worked solutions of problems as rows that fit the model, cut to the limits of ``training``.
+
+    Raises UserError for a bad row, unless ``bad`` drops it.
+    """
+    limits = training.max_completion_tokens, bad, policy.row_check(), training.max_length
+    return each_demonstration(policy.tokenizer, problems, *limits)
 
 
 def with_stored_inputs(

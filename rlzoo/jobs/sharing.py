@@ -51,9 +51,9 @@ def public_command(arguments: Sequence[str]) -> str:
 
 def hub_id(source: str) -> str | None:
     """The Hub id of a model or a data set, without a configuration; None for anything else, such as a local file."""
-    name = source.partition(":")[0]
-    known = source.startswith("world:") or Path(source).exists() or is_pattern(source) or kind_of_file(Path(source))
-    return None if known or not re.fullmatch(r"\w[\w.-]*(?:/\w[\w.-]*)?", name, re.ASCII) else name
+    local = Path(source).exists() or is_pattern(source) or kind_of_file(Path(source))
+    found = None if local else re.fullmatch(r"(\w[\w.-]*/\w[\w.-]*)(?::.*)?|\w[\w.-]*", source, re.ASCII)
+    return None if found is None else found[1] or found[0]  # world:NAME has a prefix in place of a namespace
 
 
 def _text(text: str) -> str:
