@@ -269,6 +269,7 @@ def test_a_comparison_with_a_failed_cell_is_not_pushed(
         ("~/models/base", "base"),
         ("../../alice/mine.py:Mine", "mine.py:Mine"),
         ("runs/buffer", "runs/buffer"),
+        ("inspect:/home/alice/tasks.py@sums", "inspect:tasks.py@sums"),
         ("/data/alice/x.jsonl line 3: empty", "x.jsonl line 3: empty"),
         ("see https://a.org/b/c/d and 1/2", "see https://a.org/b/c/d and 1/2"),
         ("http://alice:pw@a.org/x", "http://a.org/x"),

@@ -25,7 +25,7 @@ _WITHIN = (
     (re.compile(r"(\w://)[^/\s@]+@"), r"\1"),
 )
 """Secrets within a text: the value of a setting, a token by its form, and the user of an address."""
-_FOLDERS = re.compile(r"(?<![\w.~:/-])(?:~[\w.-]*|\.\.)?(?:/[^\s/'\"`,;:()\[\]{}<>|]+)+/(?=[^\s/])")
+_FOLDERS = re.compile(r"(?<![\w.~/-])(?:~[\w.-]*|\.\.)?(?:/[^\s/'\"`,;:()\[\]{}<>|]+)+/(?=[^\s/])")
 """The folders of a path within a text that is absolute, under a home folder or beside the current folder."""
 
 
