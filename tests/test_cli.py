@@ -38,7 +38,7 @@ from rlzoo.worlds import EMBEDDED_BASE
 pytestmark = pytest.mark.usefixtures("sketched")
 
 COMMANDS = (
-    "plan", "compare", "variance", "train", "rollout", "evaluate", "report", "results", "list", "new", "doctor",
+    "plan", "compare", "variance", "train", "rollout", "evaluate", "report", "serve", "results", "list", "new", "doctor",
     "import", "rescore", "buffer",
 )  # fmt: skip
 HEAVY = ("torch", "transformers", "datasets", "pyarrow", "matplotlib")

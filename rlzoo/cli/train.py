@@ -67,6 +67,7 @@ def train(
     from rlzoo.buffers.bad_rows import BadRows
     from rlzoo.cli.settings import prepare, train_settings
     from rlzoo.jobs.heartbeat import Heartbeat
+    from rlzoo.jobs.journal import Journal
     from rlzoo.jobs.outputs import write_atomically
     from rlzoo.jobs.pool import silence
     from rlzoo.jobs.progress import Remaining
@@ -105,6 +106,12 @@ def train(
         if run.finished:
             print(f"already finished: {out}")
             return 0
+        journal = Journal(run.state, "train")
+        journal.begin()
+
+        def log(trainer: Any, step: int) -> None:
+            journal.step(trainer.record.steps[-1], share=trainer.progress.fraction)
+
         bad, longest = BadRows(table.bad_rows), training.max_completion_tokens
         with Heartbeat(Console(stderr=True, quiet=not is_main()), "reading the model and the buffer"):
             policy = load_for(settings.model, training)
@@ -115,7 +122,8 @@ def train(
         if is_main():
             for line in bad.lines():
                 print(line, flush=True)
-        record = train(policy, what, rows, training, settings.seed, [show], out / "logs", run.state / "checkpoints")
+        folders = out / "logs", run.state / "checkpoints"
+        record = train(policy, what, rows, training, settings.seed, [show, log], *folders)
         save_policy(policy, out)
         if is_main():
             summary = {
