@@ -73,7 +73,7 @@ class Browser:
         return found
 
     def open(self, page: Path | str, width: int = 1200, scheme: str = "light") -> None:
-        """Show a page, a file or an address, in a window of a width, with a colour scheme, and wait until it is loaded."""
+        """Show a file or an address in a window of a width, with a colour scheme, and wait until it is loaded."""
         self.call("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=False)
         self.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
         self.events.clear()

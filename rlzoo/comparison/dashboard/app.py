@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import ipaddress
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from threading import Lock
 
 from starlette.applications import Starlette
-from starlette.datastructures import MutableHeaders, QueryParams
+from starlette.datastructures import Headers, MutableHeaders, QueryParams
 from starlette.exceptions import HTTPException
-from starlette.middleware import Middleware
-from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import Request
-from starlette.responses import HTMLResponse, JSONResponse, Response
+from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -34,18 +33,22 @@ HEADERS = {
     "Cross-Origin-Resource-Policy": "same-origin",
     "Cache-Control": "no-store",
 }
-LOCAL = ("localhost", "127.0.0.1", "::1", "[::1]")
+LOCAL = ("localhost", "127.0.0.1", "::1")
 """The names under which a browser on this machine reaches the app."""
 
 
 class Guarded:
-    """Adds `HEADERS` to every answer, errors included."""
+    """Adds `HEADERS` to every answer, and refuses requests under a name that is not this machine's.
 
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
+    A page elsewhere whose name was made to point here (DNS rebinding) sends such requests. One under an IP address
+    cannot come from that: it is answered if the app listens on other than loopback.
+    """
+
+    def __init__(self, app: ASGIApp, names: Sequence[str], trusts_addresses: bool) -> None:
+        self._app, self._names, self._trusts_addresses = app, {*LOCAL, *map(str.lower, names)}, trusts_addresses
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer a request."""
+        """Answer a request, or refuse it."""
 
         async def with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -54,28 +57,21 @@ class Guarded:
                     headers.setdefault(name, value)
             await send(message)
 
-        await self._app(scope, receive, with_headers)
+        answer = self._app if self._is_trusted(Headers(scope=scope).getlist("host")) else _REFUSAL
+        await answer(scope, receive, with_headers)
+
+    def _is_trusted(self, hosts: Sequence[str]) -> bool:
+        if len(hosts) != 1:
+            return False
+        found = re.fullmatch(r"(\[([^]]*)\]|([^:]*))(:\d*)?", hosts[0])
+        name = (found[2] or found[3] or "").lower() if found else ""
+        return name in self._names or (self._trusts_addresses and _is_address(name))
 
 
-class TrustedNames:
-    """Refuses requests under a name that is not this machine's, as after DNS rebinding.
-
-    A request under an IP address cannot come from that. It is answered if the app listens on other than loopback.
-    """
-
-    def __init__(self, app: ASGIApp, names: Sequence[str], trusts_addresses: bool) -> None:
-        self._app, self._trusts_addresses = app, trusts_addresses
-        self._checked = TrustedHostMiddleware(app, [*LOCAL, *names], www_redirect=False)
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer a request, or refuse it."""
-        host = dict(scope.get("headers", ())).get(b"host", b"").decode("latin-1")
-        trusted = self._trusts_addresses and _is_address(host)
-        await (self._app if trusted else self._checked)(scope, receive, send)
+_REFUSAL = PlainTextResponse("Unknown host name: use the address that rlzoo serve printed.\n", 400)
 
 
-def _is_address(host: str) -> bool:
-    name = host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0]
+def _is_address(name: str) -> bool:
     try:
         ipaddress.ip_address(name)
     except ValueError:
@@ -165,7 +161,8 @@ class Dashboard:
     def settings(self, request: Request) -> Response:
         """The configuration of the run."""
         with self._lock:
-            return self._answer(request, settings_page(self._run.look(), self._folder), "/settings")
+            content = settings_page(self._run.look(), self._folder, self._run.has_experiment)
+            return self._answer(request, content, "/settings")
 
     def report(self, request: Request) -> Response:
         """The report of a finished run."""
@@ -221,17 +218,11 @@ def whole(query: QueryParams, name: str) -> int:
         return 0
 
 
-def make_app(folder: Path, names: Sequence[str] = (), trusts_addresses: bool = False) -> Starlette:
+def make_app(folder: Path, names: Sequence[str] = (), trusts_addresses: bool = False) -> ASGIApp:
     """The app for a run's folder, which answers under the loopback's names and ``names``.
 
     ``trusts_addresses``: also under any IP address. Raises UserError for a folder without a run.
     """
     dashboard = Dashboard(folder)
-    return Starlette(
-        routes=dashboard.routes(),
-        middleware=[
-            Middleware(Guarded),
-            Middleware(TrustedNames, names=names, trusts_addresses=trusts_addresses),
-        ],
-        exception_handlers={HTTPException: dashboard.failed, Exception: dashboard.failed},
-    )
+    handlers = {HTTPException: dashboard.failed, Exception: dashboard.failed}
+    return Guarded(Starlette(routes=dashboard.routes(), exception_handlers=handlers), names, trusts_addresses)

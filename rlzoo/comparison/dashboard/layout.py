@@ -28,8 +28,8 @@ POLICY = (
 )
 """Nothing is loaded, and no script runs but ours, whatever a model wrote."""
 REPORT_POLICY = (
-    f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src {_digest(page.SCRIPT)}; base-uri 'none'; "
-    "form-action 'none'; frame-ancestors 'none'"
+    f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src {_digest(page.SCRIPT)}; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 """For report.html, which has its own style, and that of its figures."""
 

@@ -327,15 +327,10 @@ def facts_of_cell(cell: CellView) -> Html:
     return join_html(h("h2", "Facts"), facts(pairs), [h("h3", "Events"), h("ul", events)] if events else None)
 
 
-def settings_page(view: RunView, folder: str) -> Content:
-    """The command, all settings, and the versions that the run was made with."""
-    again = {
-        "compare": ["rlzoo", "compare", f"{folder}/experiment.yaml"],
-        "variance": ["rlzoo", "variance", f"{folder}/experiment.yaml"],
-    }.get(view.command)
-    told = (
-        [h("p", "The run can be repeated with"), pre(shlex.join(again))] if again and view.state == "finished" else None
-    )
+def settings_page(view: RunView, folder: str, has_experiment: bool) -> Content:
+    """The command, all settings, and the versions that the run was made with; and how it can be repeated."""
+    again = pre(shlex.join(["rlzoo", view.command, f"{folder}/experiment.yaml"]))
+    told = [h("p", "It can be repeated, into a new folder, with"), again] if has_experiment else None
     settings = yaml.safe_dump(dict(view.settings), sort_keys=False, allow_unicode=True, width=100)
     pairs: list[tuple[str, Child]] = [("command", f"rlzoo {view.command}"), ("folder", folder)]
     pairs += [(str(name), str(value)) for name, value in view.versions.items()]

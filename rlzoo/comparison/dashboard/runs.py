@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -13,6 +14,7 @@ from rlzoo.comparison.dashboard.curves import columns_of
 from rlzoo.comparison.dashboard.files import WatchedFolder
 from rlzoo.comparison.dashboard.outcomes import OutcomeStore
 from rlzoo.comparison.dashboard.state import (
+    DONE,
     FAILED,
     RUNNING,
     STOPPED,
@@ -39,8 +41,6 @@ RESULTS, OUTCOMES, CELLS, TRAINING, REPORT = (
 )
 BUFFER = re.compile(r"buffer(-seed-?\d+)?")
 """The names of a comparison's buffers."""
-WEIGHTS = 0.01
-"""The share of a cell's work up to its first step, so that its bar is not empty."""
 
 
 @dataclass
@@ -82,6 +82,11 @@ class WatchedRun:
     @property
     def has_report(self) -> bool:
         return self.folder.path(REPORT) is not None
+
+    @property
+    def has_experiment(self) -> bool:
+        """Whether the folder has the experiment as a file, which can be run again."""
+        return self.folder.path("experiment.yaml") is not None
 
     def report(self) -> bytes | None:
         """The report of a finished run."""
@@ -136,7 +141,7 @@ class WatchedRun:
         if view.command == "train":
             view.cells = [_training(view, logs.get("train"), is_running)]
             return
-        base = self.folder.read(lambda content: self._cached(content, "base"), STATE, "base.result")
+        base = self.folder.read(partial(self._cached, name="base"), STATE, "base.result")
         if base is not None:
             view.base = base.result.get("metrics") or {}
             view.events = base.result.get("events") or []
@@ -152,7 +157,7 @@ class WatchedRun:
             file = f"{quote(cell.id, safe='')}.result"
             view = None
             if file in cached:
-                read = self.folder.read(lambda content, name=cell.id: self._cached(content, name), STATE, CELLS, file)  # type: ignore[misc]
+                read = self.folder.read(partial(self._cached, name=cell.id), STATE, CELLS, file)
                 view = None if read is None else read.view
             if view is None:
                 view = CellView(cell.id, cell.algorithm, cell.seed, cell.learning_rate, planned=planned)
@@ -162,10 +167,9 @@ class WatchedRun:
                 continue
             view.log = logs.get(cell.id, view.log)
             if file in chosen:
-                name = f"{cell.id} (chosen)"
-                late = self.folder.read(lambda content, name=name: self._cached(content, name), STATE, "chosen", file)  # type: ignore[misc]
+                late = self.folder.read(partial(self._cached, name=f"{cell.id}, chosen"), STATE, "chosen", file)
                 view.metrics = {} if late is None else late.result.get("metrics") or {}
-            view.status = "done" if view.metrics else FAILED if view.log.error else TRAINED
+            view.status = DONE if view.metrics else FAILED if view.log.error else TRAINED
             view.error = view.log.error
             if not view.metrics and view.log.begun is not None and not view.log.has_ended and is_running:
                 view.status = RUNNING
@@ -189,7 +193,7 @@ class WatchedRun:
         """A finished `rlzoo train`."""
         found = self.folder.json(TRAINING) or {}
         cell = _training(view, None, is_running=False)
-        cell.status, cell.steps = "done", columns_of(found.get("steps") or ())
+        cell.status, cell.steps = DONE, columns_of(found.get("steps") or ())
         cell.facts = {key: found[key] for key in ("costs", "events", "ended", "resolved") if found.get(key)}
         view.cells = [cell]
 
