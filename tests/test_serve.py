@@ -26,7 +26,7 @@ from rich.console import Console
 
 from rlzoo.buffers import OfflineBuffer
 from rlzoo.cli import main
-from rlzoo.comparison import one_cell, runner
+from rlzoo.comparison import one_cell, runner, shared_buffer
 from rlzoo.comparison.dashboard.curves import StepColumns, mean_line, thinned
 from rlzoo.comparison.dashboard.elements import h, url
 from rlzoo.comparison.dashboard.runs import WatchedRun
@@ -70,7 +70,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
         {"sft": {}, "dft": {}}, training={"steps": 3, "batch_size": 8, "learning_rate": 3e-4},
         evaluation={"samples": 3, "k": 2, "max_new_tokens": 8, "curve_points": 3, "curve_problems": 2},
     )  # fmt: skip
-    probe = one_cell.token_probabilities
+    probe = shared_buffer.token_probabilities
 
     def looked_at(*arguments: Any) -> Any:
         if (out / ".state" / "cells").is_dir() and any((out / ".state" / "cells").glob("sft*.result")):
@@ -169,7 +169,10 @@ def test_a_lock_of_another_machine_or_of_a_reused_number_is_no_proof(tmp_path: P
 
 @pytest.mark.parametrize(
     ("error", "told"),
-    [(KeyboardInterrupt(), None), (OSError(28, "No space left on device"), "cannot be written (No space left on device)")],
+    [
+        (KeyboardInterrupt(), None),
+        (OSError(28, "No space left on device"), "cannot be written (No space left on device)"),
+    ],
 )
 def test_a_run_records_why_it_ended(tmp_path: Path, error: BaseException, told: str | None) -> None:
     with pytest.raises((KeyboardInterrupt, UserError)), run_in(tmp_path / "run", "compare", {}) as run:

@@ -122,13 +122,13 @@ class WatchedBuffer:
                 break
         shown, rest = found[:PAGE], found[PAGE:]
         names = [name for name in LISTED if name in table.column_names]
-        own = table.select(names).take(pa.array(shown, pa.int64())).to_pylist() if shown else []
-        for number, row in zip(shown, own, strict=True):
+        taken: list[dict[str, Any]] = table.select(names).take(pa.array(shown, pa.int64())).to_pylist() if shown else []
+        for number, row in zip(shown, taken, strict=True):
             row["row"] = number
             row["tokens"] = len(table["completion_ids"][number])
             logp = table["behaviour_logp"][number].values if "behaviour_logp" in table.column_names else None
             row["logp"] = None if logp is None or not len(logp) else pc.mean(logp).as_py()
-        return own, rest[0] if rest else None
+        return taken, rest[0] if rest else None
 
     def row(self, table: pa.Table, number: int) -> dict[str, Any] | None:
         """All columns of a row; None if there is no such row."""

@@ -43,7 +43,7 @@ def chart(title: str, lines: Sequence[ChartLine], shows: str = "", along: str = 
     if not lines:
         return Html("")
     every = np.concatenate([line.points for line in lines])
-    (left, bottom), (right, top) = every.min(0), every.max(0)
+    (left, bottom), (right, top) = every.min(0).tolist(), every.max(0).tolist()
     margin = (top - bottom) / 25 or (abs(top) or 1) / 2
     bottom, top = bottom - margin, top + margin
     right = max(right, left + 1)

@@ -53,8 +53,9 @@ class StepColumns:
         """Step and value of a metric, where it has one."""
         if name not in self.columns:
             return np.empty((0, 2))
-        found = np.array([self.columns["step"], self.columns[name]]).T
-        return found[np.isfinite(found[:, 1])]
+        found: Float[np.ndarray, "N 2"] = np.array([self.columns["step"], self.columns[name]]).T
+        kept: Float[np.ndarray, "M 2"] = found[np.isfinite(found[:, 1])]
+        return kept
 
     def point_line(self, where: Sequence[str]) -> Float[np.ndarray, "M 2"]:
         """Step and avg@k, in per cent, of the points that have a result at a path of keys."""

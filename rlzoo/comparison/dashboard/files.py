@@ -100,7 +100,8 @@ class WatchedFolder:
                     continue  # what a killed process left before the line of the one that resumed
             start += len(whole)
         self._tails[file] = now[0], start, found
-        return found
+        read: T = found
+        return read
 
 
 def _object(value: Any) -> dict[str, Any]:

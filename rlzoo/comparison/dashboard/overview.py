@@ -94,7 +94,9 @@ def _state(view: RunView) -> Html:
         lines.append(_progress(view.cells[0]))
     busy: list[Html] = []
     if view.is_running and view.command != "train":
-        logs = [(name, None, log) for name, log in view.tasks.items() if log.begun and not log.has_ended]
+        logs: list[tuple[str, str | None, TaskLog]] = [
+            (name, None, log) for name, log in view.tasks.items() if log.begun and not log.has_ended
+        ]
         logs += [(cell.id, cell_url(cell), cell.log) for cell in view.cells if cell.status == RUNNING]
         busy = [_task(*one) for one in logs]
     is_whole = view.command == "train" or view.state == "finished"
