@@ -216,6 +216,19 @@ def test_files_that_are_being_written_are_read_as_far_as_they_go(runs: Runs, tmp
     assert run.look().cells[1].status == "waiting" and page(folder, "/").text
 
 
+def test_a_run_goes_on_where_its_journal_cannot_be_written(tmp_path: Path) -> None:
+    row = {"step": 1, "loss": float("nan")}
+    Journal(tmp_path / "gone", "cell").step(row)
+    assert not (tmp_path / "gone").exists()
+    journal = Journal(tmp_path, "a/b")
+    journal.begin()
+    journal.step(row, before=2)
+    journal.progress(0.1, "shown")
+    journal.progress(0.2, "too soon after it")
+    lines = (tmp_path / "journal" / "a%2Fb.jsonl").read_text().splitlines()
+    assert [json.loads(line).get("row") for line in lines] == [None, {"step": 3, "loss": None}, None]
+
+
 def test_steps_that_an_interruption_repeats_replace_those_before() -> None:
     steps = StepColumns()
     for step, loss in ((1, 9.0), (2, 8.0), (3, 7.0), (2, 6.0)):
@@ -267,6 +280,9 @@ def test_a_finished_run_shows_results_samples_settings_and_report(runs: Runs) ->
     assert overview.tags.count("figure") == 4, "loss, gradient norm, log-prob, and facts along the way"
     assert "3 steps" in page(runs.finished, f"/cell/{DFT}").text.replace("ended bysteps", "3 steps")
     assert "batch_size: 8" in page(runs.finished, "/settings").text
+    for row in json.loads((runs.finished / "results.json").read_text())["summary"]:
+        interval = f"{100 * row['mean']:.1f} [{100 * row['ci_low']:.1f}, {100 * row['ci_high']:.1f}]"
+        assert interval in overview.text, "as in the report"
     answer = client(runs.finished).get("/report")
     assert "rlzoo" in answer.text and '<a href="/samples">' in answer.text
     assert "script-src 'sha256-" in answer.headers["content-security-policy"]

@@ -68,12 +68,6 @@ class Problem:
         """Its name in messages: its id, with its file and row if it is from a file."""
         return f"problem {self.id!r}" + (f" ({self.place})" if self.place else "")
 
-    @property
-    def reference(self) -> str | None:
-        """What a reader compares completions with: the first worked solution, else the column ``answer``, if any."""
-        answer = self.columns.get("answer")
-        return self.solutions[0] if self.solutions else None if answer is None else str(answer)
-
 
 @dataclass(frozen=True)
 class EncodedProblem:

@@ -134,6 +134,12 @@ def _gold_logp(
     return [[next(logps) for _ in some] for some in rows]
 
 
+def _reference(problem: Problem) -> str | None:
+    """What a reader compares completions with: the first worked solution, else the column ``answer``, if any."""
+    answer = problem.columns.get("answer")
+    return problem.solutions[0] if problem.solutions else None if answer is None else str(answer)
+
+
 def _outcomes(
     problems: Sequence[EncodedProblem],
     sampled: Sequence[list[Sample]],
@@ -157,7 +163,7 @@ def _outcomes(
             **({"logged": json.dumps(score.extra)} if score.extra else {}),
             **({"components": json.dumps(score.components)} if len(score.components) > 1 else {}),
             **({} if answer is None else {"answer": answer}),
-            **({} if (reference := problem.problem.reference) is None else {"reference": reference}),
+            **({} if (reference := _reference(problem.problem)) is None else {"reference": reference}),
         }
         for (problem, number, sample), (score, answer) in zip(flat, scored, strict=True)
     ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -43,7 +43,7 @@ def chart(title: str, lines: Sequence[ChartLine], shows: str = "", along: str = 
     if not lines:
         return Html("")
     every = np.concatenate([line.points for line in lines])
-    (left, bottom), (right, top) = every.min(0).tolist(), every.max(0).tolist()
+    left, bottom, right, top = (float(value) for value in (*every.min(0), *every.max(0)))
     margin = (top - bottom) / 25 or (abs(top) or 1) / 2
     bottom, top = bottom - margin, top + margin
     right = max(right, left + 1)
@@ -73,8 +73,7 @@ def chart(title: str, lines: Sequence[ChartLine], shows: str = "", along: str = 
     return h("figure", h("h3", title), picture, h("figcaption", shows) if shows else None, class_="chart")
 
 
-def _drawn(line: ChartLine, x: object, y: object) -> Html:
-    assert callable(x) and callable(y)
+def _drawn(line: ChartLine, x: Callable[[float], float], y: Callable[[float], float]) -> Html:
     places = [(x(step), y(value)) for step, value in thinned(line.points)]
     path = "M" + "L".join(f"{a:.1f} {b:.1f}" for a, b in places)
     dots = places if len(places) <= 12 else places[-1:]

@@ -87,4 +87,5 @@ class Frame:
 def with_navigation(report: str, frame: Frame) -> str:
     """A report with the navigation before it."""
     links = [h("li", link(to, name, aria_current="page" if to == "/report" else None)) for to, name in frame.links]
-    return report.replace("<body>", f"<body>\n{h('nav', h('ul', links), aria_label='Pages')}", 1)
+    nav = h("nav", h("ul", links), aria_label="Pages", style="margin-bottom: 2rem")
+    return report.replace("<body>", f"<body>\n{nav}", 1)

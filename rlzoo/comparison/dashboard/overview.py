@@ -94,11 +94,8 @@ def _state(view: RunView) -> Html:
         lines.append(_progress(view.cells[0]))
     busy: list[Html] = []
     if view.is_running and view.command != "train":
-        logs: list[tuple[str, str | None, TaskLog]] = [
-            (name, None, log) for name, log in view.tasks.items() if log.begun and not log.has_ended
-        ]
-        logs += [(cell.id, cell_url(cell), cell.log) for cell in view.cells if cell.status == RUNNING]
-        busy = [_task(*one) for one in logs]
+        busy += [_task(name, None, log) for name, log in view.tasks.items() if log.begun and not log.has_ended]
+        busy += [_task(cell.id, cell_url(cell), cell.log) for cell in view.cells if cell.status == RUNNING]
     is_whole = view.command == "train" or view.state == "finished"
     bar = None if is_whole or not view.cells else h("progress", value=f"{view.share:.4f}", max=1)
     return join_html(
@@ -155,19 +152,31 @@ def _results(view: RunView) -> Html:
     header += [(_label(view, *metric), "number") for metric in metrics]
     body: list[list[Any]] = []
     if view.base:
-        own = [percent([view.base.get(benchmark, {}).get(name)]) for benchmark, name in metrics]
+        own = [_result(view, BASE, *metric, [view.base]) for metric in metrics]
         body.append([BASE, "", *([NONE] if validates else []), *own])
     for row, cells in rows_of(view).items():
         ended = [cell for cell in cells if cell.status in (DONE, TRAINED)]
-        own = [percent(cell.metrics.get(benchmark, {}).get(name) for cell in cells) for benchmark, name in metrics]
+        own = [_result(view, row[0], *metric, [cell.metrics for cell in cells]) for metric in metrics]
         tuned = [percent(cell.validation for cell in cells)] if validates else []
         share = (f"{len(ended)}/{len(cells)}", len(ended) / len(cells))
         body.append([link(url("/samples", row=row[0]), row_name(row, view)), share, *tuned, *own])
     if not any(cell.metrics or cell.validation is not None for cell in view.cells) and not view.base:
         return Html("")
-    told = "Per cent correct, as means over the seeds that have ended; the report has intervals and differences."
-    return join_html(h("h2", "Results so far" if view.state != "finished" else "Results"), h("p", told),
-                     table(header, body, "results"))  # fmt: skip
+    title, told = "Results so far", "Per cent correct, as means over the seeds that have ended, without intervals yet."
+    if view.summary:
+        title, told = "Results", "Per cent correct, with 95 % intervals over seeds and problems."
+    return join_html(h("h2", title), h("p", told), table(header, body, "results"))
+
+
+def _result(
+    view: RunView, algorithm: str, benchmark: str, metric: str, found: Sequence[Mapping[str, Mapping[str, Any]]]
+) -> Child | tuple[str, float]:
+    """The mean of a metric over cells, given the metrics of each by benchmark; with its interval, if it has one."""
+    known = view.summary.get((algorithm, benchmark, metric))
+    if known is None or not any(found):
+        return percent(own.get(benchmark, {}).get(metric) for own in found)
+    value, low, high = (100 * known[key] for key in ("mean", "ci_low", "ci_high"))
+    return f"{value:.1f} [{low:.1f}, {high:.1f}]", value
 
 
 def _label(view: RunView, benchmark: str, metric: str) -> str:
@@ -237,13 +246,15 @@ def _cells(view: RunView, status: str) -> Html:
     ]
     metrics = [name for name in SHOWN[:3] if any(cell.steps.last(name) is not None for cell in view.cells)]
     validates = any(cell.validation is not None for cell in view.cells)
-    header = [("cell", "name"), ("status", "word"), ("progress", "word"), ("left", "number")]
+    header = [("cell", "name"), ("status", "word"), ("progress", "word")]
+    header += [("left", "number")] if view.is_running else []
     header += [(TITLES[name].split(",")[0].removesuffix(" of the batch").lower(), "number") for name in metrics]
     header += [("validation", "number")] if validates else []
     header += [(_label(view, benchmark, "avg_at_k"), "number") for benchmark in view.benchmarks]
     body = [
         [
-            link(cell_url(cell), cell.id), chip(cell.status), _progress(cell), _left(cell),
+            link(cell_url(cell), cell.id), chip(cell.status), _progress(cell),
+            *([_left(cell)] if view.is_running else []),
             *((number(value), value) if (value := cell.steps.last(name)) is not None else NONE for name in metrics),
             *([percent([cell.validation])] if validates else []),
             *(percent([cell.metrics.get(benchmark, {}).get("avg_at_k")]) for benchmark in view.benchmarks),

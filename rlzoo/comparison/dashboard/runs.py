@@ -205,6 +205,10 @@ class WatchedRun:
         view.settings = view.settings or {"experiment": found.get("config") or {}}
         view.versions = view.versions or found.get("versions") or {}
         view.base, view.events = found.get("base") or {}, found.get("events") or []
+        view.summary = {
+            (row["algorithm"], row["benchmark"], row["metric"]): row
+            for row in [*(found.get("summary") or ()), *(found.get("base_summary") or ())]
+        }
         made: dict[str, CellView] = {}
         for one in found.get("cells") or ():
             if isinstance(one, str):  # a study has a file per cell

@@ -115,6 +115,8 @@ class RunView:
     base: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """The base model's metrics by benchmark."""
     events: Sequence[str] = ()
+    summary: Mapping[tuple[str, str, str], Mapping[str, Any]] = field(default_factory=dict)
+    """Of a finished comparison: algorithm, benchmark, metric → mean and interval over seeds and problems."""
 
     @property
     def is_running(self) -> bool:
