@@ -45,6 +45,7 @@ from rlzoo.errors import UserError
 from rlzoo.evaluation import mean_over_benchmarks
 from rlzoo.jobs.cached_results import CachedResults
 from rlzoo.jobs.heartbeat import Heartbeat
+from rlzoo.jobs.journal import JournaledWorkers
 from rlzoo.jobs.on_ray import ray_tasks
 from rlzoo.jobs.outputs import remove, replacing, write_atomically
 from rlzoo.jobs.pool import (
@@ -106,7 +107,7 @@ def compare(
         processes, how = _workers(executor, address, number, threads, console)
         with processes as running:
             heartbeat.doing = running.doing
-            results, outcomes = _run(experiment, run, running, how, console)
+            results, outcomes = _run(experiment, run, JournaledWorkers(running, run.state), how, console)
         heartbeat.report(1.0, "writing the report")
         results["wall_seconds"] = time.perf_counter() - started
         table = pa.Table.from_pylist(outcomes, schema=SCHEMA)
