@@ -175,6 +175,7 @@ def test_online_samples_the_policy_in_training(tmp_path: Path) -> None:
         assert cell["costs"]["sampled_tokens"] > 0
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("undrawn")
 def test_a_row_may_learn_from_the_bases_own_correct_samples(tmp_path: Path) -> None:
     rows = {"sft-own": {"objective": "sft", "learns_from": "correct"}, "rft": {"options": {"samples_per_prompt": 4}}}
@@ -372,6 +373,7 @@ def test_a_comparison_that_was_stopped_ends_as_one_that_was_not(
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("undrawn")
 def test_cells_that_failed_are_tried_again_and_no_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run, ran = one_cell._run_cell, list[str]()
@@ -391,6 +393,7 @@ def test_cells_that_failed_are_tried_again_and_no_others(tmp_path: Path, monkeyp
     assert not (tmp_path / "out" / ".state").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("undrawn")
 def test_a_cell_that_runs_out_of_memory_is_done_again_in_smaller_parts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -442,6 +445,7 @@ def test_a_cell_without_memory_is_done_again_in_smaller_parts(error: WorkError) 
     assert lines.getvalue().count("to be retried with micro-batches half as large") == 4
 
 
+@pytest.mark.slow
 def test_without_a_folder_the_newest_that_was_stopped_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     experiment = small({"sft": {}})
@@ -512,6 +516,7 @@ def test_a_cell_that_fails_its_evaluation_stops_no_other(tmp_path: Path, monkeyp
     assert [(f["algorithm"], f["error"]) for f in results["failed"]] == [("dft", "OSError: no space")]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("undrawn")
 def test_no_run_that_succeeds_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: Any) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
@@ -216,17 +216,30 @@ FULL = os.strerror(errno.ENOSPC)
     ("error", "told"),
     [
         (OSError(errno.ENOSPC, FULL), FULL),
-        (OSError("the server is gone"), "the server is gone"),
         (RuntimeError(f"Error while serializing: I/O error: {FULL} (os error {errno.ENOSPC})"), FULL),  # safetensors'
     ],
 )
 def test_a_full_disk_is_one_line_and_keeps_what_was_done(error: Exception, told: str, tmp_path: Path) -> None:
-    told = rf"cannot be written \({told}\).*finished work is kept"
+    told = rf"--out '.*out' cannot be written \({told}\).*finished work is kept"
     with pytest.raises(UserError, match=told), run_in(tmp_path / "out", "train", ASKED) as run:
         CachedResults(run.state).write("half", 1)
         raise error
     with run_in(tmp_path / "out", "train", ASKED) as run:
         assert run.resumed and CachedResults(run.state).read("half") == 1
+
+
+@pytest.mark.parametrize("kind", ["folder", "whole"])
+def test_only_an_error_of_the_output_blames_it(kind: Literal["folder", "whole"], tmp_path: Path) -> None:
+    """A server that is gone and a file that a plug-in misses say so themselves, and cost no finished work either."""
+    gone = ConnectionRefusedError(errno.ECONNREFUSED, "Connection refused")
+    missing = FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(tmp_path / "words.txt"))
+    for error, told in ((gone, "^ConnectionRefusedError: .*Connection refused; finished"), (missing, "words.txt")):
+        with pytest.raises(UserError, match=told) as caught, run_in(tmp_path / "out", "train", ASKED, kind) as run:
+            CachedResults(run.state).write("half", 1)
+            raise error
+        assert "cannot be written" not in str(caught.value) and "finished work is kept" in str(caught.value)
+    with pytest.raises(UserError, match="cannot be written"), run_in(tmp_path / "out", "train", ASKED, kind) as run:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(run.state / "half"))
 
 
 def test_a_place_that_cannot_be_written_is_told_before_any_work(

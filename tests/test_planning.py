@@ -16,8 +16,10 @@ from rlzoo import cli
 from rlzoo.comparison import runner
 from rlzoo.comparison.forecast import forecast
 from rlzoo.comparison.planning import detectable, planned
+from rlzoo.comparison.speed import measured_speed
 from rlzoo.comparison.statistics import detectable_difference, p_value, smallest_difference
 from rlzoo.config import Experiment
+from rlzoo.errors import UserError
 from rlzoo.policy.loading import load_shape
 from rlzoo.worlds import EMBEDDED_BASE
 
@@ -73,6 +75,7 @@ def test_costs_are_those_that_training_records(experiment: Experiment, run: tupl
     assert len(rated) == 2 and by_name["iw-sft"].evaluated_tokens == pytest.approx(expected)
 
 
+@pytest.mark.slow
 def test_a_model_of_any_size_is_planned_without_its_weights(
     tmp_path: Path, experiment: Experiment, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -92,6 +95,19 @@ def test_a_model_of_any_size_is_planned_without_its_weights(
     assert "assumed, not measured" in told and "do not fit into the 80 GB of H100" in told
 
 
+def test_a_plan_drops_the_rows_that_the_comparison_drops(tmp_path: Path) -> None:
+    rows = [{"prompt": f"{i}+2=?\n", "solution": f"#### {i + 2}", "answer": str(i + 2)} for i in range(1, 5)]
+    rows.append({"prompt": "1+1=?\n", "solution": "#### <eos> 2", "answer": "2"})
+    (tmp_path / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    own = {"source": str(tmp_path / "own.jsonl"), "solution": "solution"}
+    reject, drop, whole = (small({"sft": {}}, train={**own, **how}) for how in ({}, {"bad_rows": "drop"}, {"limit": 4}))
+    with pytest.raises(UserError, match=r"own\.jsonl line 5.*<eos>"):
+        planned(reject, gpu="h100")
+    assert planned(drop, gpu="h100")["lengths"] == planned(whole, gpu="h100")["lengths"]
+    assert measured_speed(drop).flops > 0
+
+
+@pytest.mark.slow
 def test_the_smallest_difference_is_found_four_times_in_five() -> None:
     draw = np.random.default_rng(0)
 
@@ -137,6 +153,7 @@ def _outcomes(seeds: int) -> pa.Table:
     return pa.Table.from_pylist(rows)
 
 
+@pytest.mark.slow
 def test_a_pilot_tells_what_more_seeds_would_detect(
     experiment: Experiment, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -154,6 +171,7 @@ def test_a_pilot_tells_what_more_seeds_would_detect(
         assert told in error and error.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_the_time_here_is_measured(experiment: Experiment, capsys: pytest.CaptureFixture[str]) -> None:
     found = planned(experiment, workers=1)
     speed = found["speed"]

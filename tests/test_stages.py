@@ -33,7 +33,8 @@ from rlzoo.document import Heading, Paragraph, Table
 from rlzoo.errors import UserError
 from rlzoo.objective import get_objective
 from rlzoo.policy import load_policy
-from rlzoo.policy.loading import load_shape, save_policy
+from rlzoo.policy.loading import load_shape, load_tokenizer, save_policy
+from rlzoo.policy.sequences import length
 from rlzoo.training import Trainer, train
 from rlzoo.variance import run as variance
 from rlzoo.variance.run import VarianceSettings, run_variance
@@ -131,6 +132,7 @@ def test_processes_share_a_warm_up(tmp_path: Path, by_hand: str, monkeypatch: py
     assert numbers(found)["cells"] == numbers(quietly(small(ROWS, model=by_hand), tmp_path / "without"))["cells"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("first", "second"),
     [
@@ -163,6 +165,16 @@ def test_a_warm_up_trains_all_weights_unless_it_has_adapters_of_its_own(lora: An
     found, base = (dict(load_policy(name).named_parameters()) for name in (after.model, "embedded"))
     changed = {name.rpartition(".")[0].rpartition(".")[2] for name in base if not torch.equal(found[name], base[name])}
     assert ("embed_tokens" in changed) is (lora is None) and "q_proj" in changed
+
+
+def test_a_warm_up_cuts_long_rows_and_tells_how_far_its_epochs_have_come(tmp_path: Path) -> None:
+    problems, told = load_problems(small(ROWS).train), list[tuple[float, str]]()
+    rows = demonstrations(load_tokenizer("embedded"), problems)
+    limit, lengths = 1 + max(len(row.prompt_ids) for row in rows), list(map(length, rows))
+    experiment = warmed(training={"epochs": 1, "batch_size": len(rows) // 2, "max_length": limit})
+    found = warm_up.warm_up(experiment, tmp_path, None, lambda share, detail: told.append((share, detail)))
+    assert told[-1] == (1.0, "step 2/2")
+    assert found["costs"]["gradient_tokens"] == sum(min(own, limit) for own in lengths) < sum(lengths)
 
 
 @pytest.mark.parametrize(

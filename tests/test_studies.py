@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from comparisons import inline_pool, small
+from test_report import synthetic_run
 
 from rlzoo import cli
 from rlzoo.comparison import runner, studies
@@ -94,6 +95,15 @@ def test_a_run_becomes_a_study(
     assert written[0] == "facts-tables/results-facts.tex" and r"\toprule" in (tmp_path / written[0]).read_text()
     assert cli.main(["results", "save", "run", "--to", "studies"]) == 2
     assert "exists already" in capsys.readouterr().err
+
+
+def test_cells_that_studies_share_count_once_and_equal_results_do_not(tmp_path: Path) -> None:
+    """All differences of two perfect algorithms are 0, on every benchmark and by every metric."""
+    synthetic_run(tmp_path, {"base": 0.5, "dft": 1.0, "sft": 1.0})
+    once, twice = (studies.compare_studies("dft", "sft", [str(tmp_path)] * times) for times in (1, 2))
+    matrices = read_run(tmp_path).matrices
+    assert {(row["benchmark"], row["metric"]) for row in once} == {key[1:] for key in matrices if key[0] == "dft"}
+    assert once == twice and {row["difference"] for row in once} == {0.0}
 
 
 @pytest.mark.slow

@@ -62,7 +62,8 @@ tests/canonical.py, which shares no code with the objective, and its gradient is
 finds for that. `TRL` and its version: on the same model and rows, both are also those of TRL's trainer.
 
 Besides its own options, every objective except composites has the option `truncated`, for completions that were cut at
-the length limit: `keep` (the default), `drop` or, if it learns from groups, `mask`. See [data.md](data.md)."""
+the length limit: `keep` (the default), `drop` or, if it learns from groups, `mask`. See
+[buffers.md](buffers.md#truncated-completions)."""
     columns = ["objective", "coefficient", "learns from", "normaliser", "needs", "source", "checked against"]
     columns += ["step, × SFT", "code"]
     relative = costs.get("relative_to_sft", {})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +10,9 @@ import numpy as np
 
 from rlzoo.buffers import Buffer, OfflineBuffer, read_buffer
 from rlzoo.buffers.bad_rows import BadRows
-from rlzoo.buffers.problems import each_demonstration, encode_problems, load_problems
+from rlzoo.buffers.problems import Problem, each_demonstration, encode_problems, load_problems
 from rlzoo.comparison.resolve import learns_from_samples, objective_of, reward_of, views_of
-from rlzoo.config import Experiment, OnBadRow, TokenBudget
+from rlzoo.config import Experiment, OnBadRow, TokenBudget, Training
 from rlzoo.inputs import Stage
 from rlzoo.jobs.cached_results import CachedResults
 from rlzoo.jobs.progress import Report, counting
@@ -83,7 +83,7 @@ def _fill_buffer(
     problems = load_problems(experiment.train, bad["train"])
     longest, whole = experiment.training.max_completion_tokens, experiment.training.max_length
     if (table := experiment.demonstrations_table) is None:
-        rows = each_demonstration(policy.tokenizer, problems, longest, bad["train"], policy.row_check(), whole)
+        rows = demonstrations_of(policy, problems, experiment.training, bad["train"])
         buffer: Buffer = OfflineBuffer.from_trajectories(rows)
     else:
         how = longest, table.split, table.columns, bad["demonstrations"], experiment.training.special_tokens
@@ -137,6 +137,17 @@ def _fill_buffer(
         "resolved": resolved(policy, experiment.training, engine_of(settings, policy)),
         "token_probabilities": token_probabilities(policy, buffer, experiment.training.token_budget),
     }
+
+
+def demonstrations_of(
+    policy: Policy, problems: Sequence[Problem], training: Training, bad: BadRows
+) -> Iterator[Trajectory]:
+    """The worked solutions of problems as rows that fit the model, cut to the limits of ``training``.
+
+    Raises UserError for a bad row, unless ``bad`` drops it.
+    """
+    limits = training.max_completion_tokens, bad, policy.row_check(), training.max_length
+    return each_demonstration(policy.tokenizer, problems, *limits)
 
 
 def with_stored_inputs(

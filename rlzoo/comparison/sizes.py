@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rlzoo.buffers.problems import EncodedProblem, Problem, demonstrations, encode_problems, load_problems
+from rlzoo.buffers.bad_rows import BadRows
+from rlzoo.buffers.problems import Problem, encode_problems, load_problems
+from rlzoo.comparison.shared_buffer import demonstrations_of
 from rlzoo.config import Benchmark, Experiment, ProblemSource, get_suite
 from rlzoo.errors import UnreachableError
 from rlzoo.policy import Policy
@@ -66,9 +68,9 @@ def lengths_of(experiment: Experiment, model: Policy, sample: float | None) -> L
         shown = 0.0 if experiment.train.solution is None else min(shown, experiment.evaluation.max_new_tokens)
         told = f"{prompt:.0f} tokens per prompt and {shown:.0f} per solution, because the data is not on this machine"
     else:
-        encoded: Sequence[EncodedProblem] = encode_problems(model.tokenizer, found)
-        limits = experiment.training.max_completion_tokens, None, None, experiment.training.max_length
-        rows = demonstrations(model.tokenizer, found, *limits)
+        bad = BadRows(experiment.train.bad_rows)
+        encoded = encode_problems(model.tokenizer, found, bad)
+        rows = list(demonstrations_of(model, found, experiment.training, bad))
         prompt = statistics.fmean(len(one.ids) for one in encoded)
         shown, told = statistics.fmean(len(row.completion_ids) for row in rows) if rows else 0.0, ""
     if sample is None:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, ClassVar
 
 import torch
 
 from rlzoo.buffers import OfflineBuffer
-from rlzoo.buffers.problems import demonstrations, encode_problems, load_problems
+from rlzoo.buffers.bad_rows import BadRows
+from rlzoo.buffers.problems import encode_problems, load_problems
 from rlzoo.comparison.forecast import Forecast
+from rlzoo.comparison.shared_buffer import demonstrations_of
 from rlzoo.config import Experiment
 from rlzoo.errors import unknown
 from rlzoo.objective import Objective
@@ -91,16 +94,16 @@ def measured_speed(experiment: Experiment) -> Speed:
     samples is not, and is left out. Raises UserError as `load_policy` and `load_problems` do.
     """
     policy = load_for(experiment.model, experiment.training)
-    problems = load_problems(experiment.train)[:PROMPTS]
-    prompts = [one.ids for one in encode_problems(policy.tokenizer, problems)]
+    problems, bad = load_problems(experiment.train)[:PROMPTS], BadRows(experiment.train.bad_rows)
+    prompts = [one.ids for one in encode_problems(policy.tokenizer, problems, bad)]
     samples = experiment.evaluation
     sampler = sampler_of(policy, samples)
     sampler.sample(prompts[:1], samples, 0)
     started = time.perf_counter()
     drawn = [len(one.ids) for some in sampler.sample(prompts, samples, 0) for one in some]
     sampled = time.perf_counter() - started
-    rows = demonstrations(policy.tokenizer, problems, experiment.training.max_completion_tokens)
-    rows = rows[:PROMPTS] or [Trajectory("", "", ids, ids, str(place)) for place, ids in enumerate(prompts)]
+    rows = list(islice(demonstrations_of(policy, problems, experiment.training, bad), PROMPTS))
+    rows = rows or [Trajectory("", "", ids, ids, str(place)) for place, ids in enumerate(prompts)]
     settings: dict[str, Any] = {
         "batch_size": len(rows),
         "checkpoint_seconds": None,

@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from rlzoo.comparison.outcomes import METRICS, ResultMatrix, difference_of, flipped, summarise, tested
 from rlzoo.comparison.plan import Cell
 from rlzoo.comparison.report.schema import CELLS, VARIANCE, FinishedRun, read_run, variance_file
@@ -88,17 +86,23 @@ def _rounded(value: Any) -> Any:
     return [_rounded(one) for one in value] if isinstance(value, list) else value
 
 
+def _content(matrix: ResultMatrix) -> tuple[object, ...]:
+    """What is equal for results of the same cells."""
+    return matrix.seeds, matrix.problems, matrix.values.tobytes()
+
+
 def compare_studies(one: str, other: str, names: Sequence[str] | None = None) -> list[dict[str, Any]]:
     """The paired differences ``one`` - ``other`` of two algorithms in each study that has both, on every benchmark.
 
     Rows have the keys study, benchmark and metric and those of `tested` and `flipped`; differences are fractions, with
     95 % intervals. All p-values are corrected with `holm` for all rows, because they answer one question together;
-    cells that two studies share count once. Raises UserError for an unknown algorithm, and if no study has both.
+    cells that two studies share, with the same results on the same problems, count once. Raises UserError for an
+    unknown algorithm, and if no study has both.
     """
     names = list_studies() if names is None else names
     rows: list[dict[str, Any]] = []
     known: dict[str, None] = {}
-    seen: list[ResultMatrix] = []
+    seen: set[tuple[object, ...]] = set()
     for name in names:
         run = read_study(name)
         matrices = run.matrices
@@ -109,9 +113,9 @@ def compare_studies(one: str, other: str, names: Sequence[str] | None = None) ->
                 if pair[0] is None or pair[1] is None:
                     continue
                 difference = difference_of(pair[0], pair[1])
-                if difference is None or any(np.array_equal(difference.values, one.values) for one in seen):
+                if difference is None or (same := (metric, *_content(difference))) in seen:
                     continue
-                seen.append(difference)
+                seen.add(same)
                 row: dict[str, Any] = {"study": name, "benchmark": benchmark, "metric": metric}
                 rows.append(row | tested(difference) | flipped(pair[0], pair[1]))
     for algorithm in (one, other):

@@ -11,9 +11,9 @@ from typing import Any
 
 from rlzoo.buffers import OfflineBuffer
 from rlzoo.buffers.bad_rows import BadRows
-from rlzoo.buffers.problems import each_demonstration, load_problems
+from rlzoo.buffers.problems import load_problems
 from rlzoo.comparison.resolve import objective_of
-from rlzoo.comparison.shared_buffer import with_stored_inputs
+from rlzoo.comparison.shared_buffer import demonstrations_of, with_stored_inputs
 from rlzoo.config import WARM_UP, Experiment
 from rlzoo.errors import UserError
 from rlzoo.jobs.cached_results import CachedResults
@@ -106,19 +106,18 @@ def _warm_up(
     experiment: Experiment, state: Path, logs: Path | None, checkpoints: Path, report: Report
 ) -> dict[str, Any]:
     release_memory()
-    alone = experiment.of_warm_up
-    assert alone is not None and experiment.warm_up is not None
-    settings = alone.training_of(WARM_UP)
+    own = experiment.of_warm_up
+    assert own is not None and experiment.warm_up is not None
+    settings = own.training_of(WARM_UP)
     if logs is None:
         settings = settings.model_copy(update={"trackers": ()})
-    policy, bad = load_for(alone.model, settings), BadRows(alone.train.bad_rows)
-    problems = load_problems(alone.train, bad)
-    rows = each_demonstration(policy.tokenizer, problems, settings.max_completion_tokens, bad, policy.row_check())
-    objective, buffer = objective_of(alone, WARM_UP), OfflineBuffer.from_trajectories(rows)
+    policy, bad = load_for(own.model, settings), BadRows(own.train.bad_rows)
+    rows = demonstrations_of(policy, load_problems(own.train, bad), settings, bad)
+    objective, buffer = objective_of(own, WARM_UP), OfflineBuffer.from_trajectories(rows)
     filled, flops_of = with_stored_inputs(buffer, [objective], policy, settings.token_budget, report)
 
     def along(trainer: Trainer, step: int) -> None:
-        report(step / settings.steps, f"step {step}/{settings.steps}")
+        report(trainer.progress.fraction, str(trainer.progress))
 
     record = train(
         policy, objective, filled, settings, experiment.warm_up.seed, [along], folder=logs, checkpoints=checkpoints

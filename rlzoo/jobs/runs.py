@@ -27,12 +27,15 @@ from rlzoo.errors import TryAgainError, UserError
 from rlzoo.jobs.outputs import remove, remove_partial, write_atomically
 from rlzoo.jobs.ranks import agreed, is_main, world_size
 from rlzoo.jobs.sources import data_files, kind_of_file
+from rlzoo.registry import one_line
 
 PACKAGES = ("rlzoo", "torch", "transformers", "datasets", "accelerate", "numpy", "scipy", "math-verify")
 WORTH_KEEPING = 60.0
 """Work of at least this many seconds is kept even if it failed because of a mistake."""
 _RECORD, _STATE, _LOCK = "run.json", ".state", "lock"
 _CODE = {".py", ".yaml", ".yml"}
+_OF_WRITING = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO}
+"""Errors of the operating system that come from writing, wherever they are raised."""
 
 
 @dataclass
@@ -94,7 +97,7 @@ def run_in(
                 write_atomically(path / _RECORD, json.dumps(finished, indent=1))
             remove(state)
         except BaseException as error:
-            reason = _of_the_system(error)
+            reason = _of_the_system(error, path)
             # with several processes, anything but a UserError may be a consequence of what happened to another one
             wrong = UserError if world_size() > 1 else Exception
             mistake = isinstance(error, wrong) and reason is None and not isinstance(error, TryAgainError)
@@ -103,17 +106,28 @@ def run_in(
             else:
                 _undo(path, state, missing)
             if reason is not None:
-                message = f"--out {str(path)!r} cannot be written ({reason})"
-                raise UserError("; ".join([message, *getattr(error, "__notes__", [])])) from error
+                raise UserError("; ".join([reason, *getattr(error, "__notes__", [])])) from error
             raise
 
 
-def _of_the_system(error: BaseException) -> str | None:
-    """The operating system's message for an error such as a full disk; None for any other error."""
+def _of_the_system(error: BaseException, path: Path) -> str | None:
+    """An error of the operating system in one line, such as that the disk of ``path`` is full; None for any other."""
     if isinstance(error, OSError):
-        return error.strerror or str(error)
-    number = re.search(r"\(os error (\d+)\)", str(error))  # the format of safetensors
-    return os.strerror(int(number[1])) if number and isinstance(error, Exception) else None
+        names = [name for name in (error.filename, error.filename2) if isinstance(name, (str, bytes))]
+        if error.errno not in _OF_WRITING and not any(_is_of(Path(os.fsdecode(name)), path) for name in names):
+            return one_line(error)  # of a server, or of a file that a plug-in reads
+        reason = error.strerror or str(error)
+    elif isinstance(error, Exception) and (number := re.search(r"\(os error (\d+)\)", str(error))):  # safetensors
+        reason = os.strerror(int(number[1]))
+    else:
+        return None
+    return f"--out {str(path)!r} cannot be written ({reason})"
+
+
+def _is_of(file: Path, path: Path) -> bool:
+    """Whether a file is in the output ``path``, or is written beside it for the time being."""
+    whole = file.absolute()
+    return whole.is_relative_to(path.absolute()) or any(part.startswith(f".{path.name}.") for part in whole.parts)
 
 
 def unfinished(folder: Path, prefix: str, command: str, settings: Mapping[str, Any]) -> Path | None:
