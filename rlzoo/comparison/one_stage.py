@@ -236,7 +236,6 @@ def _train(stage: StageOfCell, given: Given, checkpoints: Path, logs: Path) -> t
         curve = trainer.record.kept.setdefault("curve", [])
         costs = summed(stage.costs, record.costs.as_dict())
         is_last = record.ended is not None and stage.first is None
-        is_last = record.ended is not None and stage.first is None
         curve.append(given.evaluated(policy, stage.steps + step, most, costs, is_last))
         if patience is None or record.ended is not None:
             return

@@ -112,7 +112,7 @@ def result_table(results: Results, benchmark: str) -> Table:
 
 def online_counterparts(results: Results) -> str | None:
     """Which rows train online elsewhere, and where, as the configuration says; None if there are none."""
-    rows = results.config.get("algorithms") if isinstance(results.config, dict) else None
+    rows = results.settings.get("algorithms")
     places = {
         name: str(row["online_counterpart"]).rpartition("/")
         for name, row in (rows.items() if isinstance(rows, dict) else ())
@@ -154,11 +154,10 @@ def _best(results: Results, benchmark: str, metric: str) -> float | None:
 
 def facts_of(study: str, results: Results) -> dict[str, Any]:
     """What a study compares, and when it was made, as plain data."""
-    model = results.config.get("model") if isinstance(results.config, dict) else None
     return {
         "study": study,
         "benchmarks": list(results.benchmarks),
-        "model": model,
+        "model": results.settings.get("model"),
         "warm_up": results.warm_up is not None,
         "algorithms": list(results.algorithms),
         "seeds": len({cell.seed for cell in results.cells}),
@@ -231,14 +230,16 @@ def total_cost_table(results: Results) -> Table:
     return Table(["algorithm", *(f"{title}, all cells" for title, _ in shown.values()), "cells trained"], rows)
 
 
+def _known(costs: Sequence[CellCosts], name: str) -> list[float]:
+    return [value for cost in costs if (value := getattr(cost, name)) is not None]
+
+
 def _total(costs: Sequence[CellCosts], name: str) -> float | None:
-    known: list[float] = [value for cost in costs if (value := getattr(cost, name)) is not None]
-    return sum(known) if known else None
+    return sum(known) if (known := _known(costs, name)) else None
 
 
 def _cost(costs: Sequence[CellCosts], name: str) -> float | None:
-    known: list[float] = [value for cost in costs if (value := getattr(cost, name)) is not None]
-    if not known:
+    if not (known := _known(costs, name)):
         return None
     return max(known) if name.startswith("peak") else sum(known) / len(known)
 
