@@ -1,24 +1,19 @@
-"""The tables of a comparison, for the report and for the terminal."""
+"""The tables of a comparison."""
 
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import rich.box
-import rich.table
 from jaxtyping import Float
-from rich.text import Text
 
 from rlzoo.comparison.outcomes import METRICS, OVERALL
 from rlzoo.comparison.report.schema import CellCosts, Results, SummaryRow
 from rlzoo.config import BASE
 from rlzoo.document import Entry, Table
-
-NONE = "–"
+from rlzoo.document.estimates import NONE
 
 
 def percent(value: float | None) -> str:
@@ -290,24 +285,3 @@ def event_table(results: Results) -> Table | None:
         for (algorithm, learning_rate, event), own in seeds.items()
     ]
     return Table(["algorithm", "seeds", "learning rate", "event"], rows, prose="event") if rows else None
-
-
-def plain_table(table: Table, title: str) -> rich.table.Table:
-    """A table for the terminal."""
-    # narrow enough for 80 columns: an interval on two lines is unreadable
-    out = rich.table.Table(
-        title=Text(title),
-        title_justify="left",
-        box=rich.box.SIMPLE_HEAD,
-        padding=(0, 1),
-        collapse_padding=True,
-        pad_edge=False,
-    )
-    for index, name in enumerate(table.header):
-        longest = max((len(row[index].text) for row in table.rows), default=0)
-        if len(name) > longest:  # a header in two lines leaves room for the numbers of other columns
-            name = re.sub(r"(?<=,) | (?=\()", "\n", name)
-        out.add_column(Text(name), justify="right" if table.is_number(index) else "left")
-    for row in table.rows:
-        out.add_row(*(Text(entry.text, style="bold" if entry.best else "") for entry in row))
-    return out
