@@ -21,6 +21,7 @@ from rlzoo.config import (
     OnBadRow,
     ProblemSource,
     Scoring,
+    Strict,
     TableSource,
     Training,
     lay,
@@ -47,10 +48,8 @@ SHORTHANDS: dict[str, tuple[str, ...]] = {
 """Options → the settings of an experiment. If two set the same one, the later in this table counts."""
 
 
-class TrainSettings(pydantic.BaseModel):
+class TrainSettings(Strict):
     """The settings of ``rlzoo train``: an objective, a buffer and a model."""
-
-    model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
 
     objective: str
     options: Mapping[str, Any] = {}
@@ -60,10 +59,8 @@ class TrainSettings(pydantic.BaseModel):
     seed: int = 0
 
 
-class RescoreSettings(pydantic.BaseModel):
+class RescoreSettings(Strict):
     """The settings of ``rlzoo rescore``: a buffer and a reward."""
-
-    model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
 
     buffer: str
     reward: Any

@@ -72,6 +72,7 @@ def train(
     from rlzoo.cli.settings import check_public, prepare, train_settings
     from rlzoo.jobs.heartbeat import Heartbeat
     from rlzoo.jobs.hub import pushed
+    from rlzoo.jobs.journal import Journal
     from rlzoo.jobs.outputs import write_atomically
     from rlzoo.jobs.pool import silence
     from rlzoo.jobs.progress import Remaining
@@ -115,6 +116,12 @@ def train(
         if run.finished:
             print(f"already finished: {out}")
             return 0
+        journal = Journal(run.state, "train")
+        journal.begin()
+
+        def log(trainer: Any, step: int) -> None:
+            journal.step(trainer.record.steps[-1], share=trainer.progress.fraction)
+
         bad, longest = BadRows(table.bad_rows), training.max_completion_tokens
         with Heartbeat(Console(stderr=True, quiet=not is_main()), "reading the model and the buffer"):
             policy = load_for(settings.model, training)
@@ -125,9 +132,8 @@ def train(
         if is_main():
             for line in bad.lines():
                 print(line, flush=True)
-        record = train(
-            policy, what, rows, training, settings.seed, [show], out / LOGS / out.name, run.state / "checkpoints"
-        )
+        folders = out / LOGS / out.name, run.state / "checkpoints"
+        record = train(policy, what, rows, training, settings.seed, [show, log], *folders)
         save_policy(policy, out)
         if is_main():
             how = resolved(policy, training)

@@ -37,6 +37,18 @@ def result_at(outcomes: Sequence[Mapping[str, Any]], samples: int) -> dict[str, 
     return {"avg_at_k": sum(map(sum, correct.values())) / sum(map(len, correct.values())), "by_problem": by_problem}
 
 
+def brief(point: Mapping[str, Any]) -> dict[str, Any]:
+    """A point's step and results, without those of each problem."""
+
+    def result(found: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: value for name, value in found.items() if name != "by_problem"}
+
+    own = {"validation": result(point["validation"])} if point.get("validation") else {}
+    return {
+        "step": point["step"], **own, "metrics": {name: result(one) for name, one in point.get("metrics", {}).items()},
+    }  # fmt: skip
+
+
 def ends_the_curve(settings: EvaluationSettings) -> bool:
     """Whether an evaluation on the benchmarks includes the point of the learning curve at the same step.
 

@@ -45,6 +45,7 @@ from rlzoo.errors import UserError
 from rlzoo.evaluation import mean_over_benchmarks
 from rlzoo.jobs.cached_results import CachedResults
 from rlzoo.jobs.heartbeat import Heartbeat
+from rlzoo.jobs.journal import JournaledWorkers
 from rlzoo.jobs.on_ray import ray_tasks
 from rlzoo.jobs.outputs import remove, replacing, write_atomically
 from rlzoo.jobs.pool import (
@@ -106,7 +107,7 @@ def compare(
         processes, how = _workers(executor, address, number, threads, console)
         with processes as running:
             heartbeat.doing = running.doing
-            results, outcomes = _run(experiment, run, running, how, console)
+            results, outcomes = _run(experiment, run, JournaledWorkers(running, run.state), how, console)
         heartbeat.report(1.0, "writing the report")
         results["wall_seconds"] = time.perf_counter() - started
         table = pa.Table.from_pylist(outcomes, schema=SCHEMA)
@@ -152,13 +153,13 @@ def _run(
     asked: Experiment,
     run: Run,
     processes: Workers,
-    where: str,
+    how: str,
     console: Console,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     grid = cells(asked)
     folder, state = run.folder.absolute(), run.state.absolute()
     goes = "resuming in" if run.resumed else "writing to"
-    plan = f"{_sizes(asked)} {where}; {goes} {run.folder}"
+    plan = f"{_sizes(asked)} {how}; {goes} {run.folder}"
     warm = None if asked.warm_up is None else _warm_up(processes, asked, folder, state, console, plan)
     experiment = asked if warm is None else after_warm_up(asked, state)
     buffers, base = _share(processes, experiment, folder, state, console, plan if warm is None else None)
@@ -181,16 +182,16 @@ def _run(
 
     def train(cell: Cell, divisor: int) -> Future[Any]:
         name = buffer_of(experiment, cell.seed)
-        shared, place = buffers[name], folder / name
-        return processes.submit(cell.id, one_cell.run_cell, experiment, cell, shared, place, state, divisor)
+        given = experiment, cell, buffers[name], folder / name, state, divisor
+        return processes.submit(cell.id, one_cell.run_cell, *given)
 
     def test(cell: Cell, divisor: int) -> Future[Any]:
         return processes.submit(cell.id, one_cell.evaluate_cell, experiment, cell, state, divisor)
 
     def first(stages: FirstStages, divisor: int) -> Future[Any]:
         name = buffer_of(experiment, stages.seed)
-        shared, place = buffers[name], folder / name
-        return processes.submit(stages.id, one_cell.run_first, experiment, stages, shared, place, state, divisor)
+        given = experiment, stages, buffers[name], folder / name, state, divisor
+        return processes.submit(stages.id, one_cell.run_first, *given)
 
     lost = _train_first(processes, experiment, state, first, console)
     left = [cell for cell in grid if cell not in lost]

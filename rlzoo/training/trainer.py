@@ -324,11 +324,11 @@ class Trainer:
         self.optimizer.zero_grad()
         self._first.drop()
 
-    def _halved(self, before: int, now: int) -> None:
-        event = f"step {self.step + 1}: out of memory with {before} tokens per micro-batch, now {now}"
+    def _halved(self, before: int, after: int) -> None:
+        event = f"step {self.step + 1}: out of memory with {before} tokens per micro-batch, now {after}"
         self.record.events.append(event)
         if is_sharded(self.policy) and self.checkpoints is not None:
-            self.checkpoints.write_budget(now, event)
+            self.checkpoints.write_budget(after, event)
             if not can_restart():
                 raise TryAgainError(
                     f"{event}; the run stops, because the processes of a sharded model cannot retry a step on their "

@@ -18,7 +18,7 @@ from rlzoo.buffers.bad_rows import BadRows, dropped_line
 from rlzoo.comparison import resolve, shared_buffer
 from rlzoo.comparison.resolve import check
 from rlzoo.comparison.warm_up import after_warm_up, alone, facts_of, warm_up
-from rlzoo.config import WARM_UP, Benchmark, Experiment, Positive
+from rlzoo.config import WARM_UP, Benchmark, Experiment, Positive, Strict
 from rlzoo.errors import UserError
 from rlzoo.jobs.cached_results import CachedResults
 from rlzoo.jobs.heartbeat import Heartbeat
@@ -45,10 +45,8 @@ from rlzoo.variance.report import write_report
 from rlzoo.variance.scoring import BLOCKS
 
 
-class VarianceSettings(pydantic.BaseModel):
+class VarianceSettings(Strict):
     """How much ``rlzoo variance`` measures."""
-
-    model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
 
     rows: Positive = 1000
     """The number of rows that each objective is measured on; prompts are never split."""

@@ -101,7 +101,7 @@ def _quarters(series: np.ndarray) -> tuple[float, float]:
 
 def _modes(results: Results) -> dict[str, str]:
     """Whether each algorithm learned offline or online, in its last stage, as far as the configuration says."""
-    found = results.config.get("algorithms") if isinstance(results.config, dict) else None
+    found = results.settings.get("algorithms")
     rows = found if isinstance(found, dict) else {}
     own = {name: rows.get(row["stages"][-1], {}) if row.get("stages") else row for name, row in rows.items()}
     return {name: str(row["mode"]) for name, row in own.items() if "mode" in row}

@@ -16,7 +16,7 @@ MEAN = "mean"
 
 def reported(run: FinishedRun, baseline: str) -> Iterator[Block]:
     """Published results of this experiment and what its readers should know, if it has any."""
-    config = run.results.config if isinstance(run.results.config, dict) else {}
+    config = run.results.settings
     if not config.get("reported"):
         return
     found, model = validated(Reported, config["reported"], "reported"), config.get("model")
