@@ -218,6 +218,7 @@ def test_a_comparison_has_cards(tmp_path: Path) -> None:
     row = next(r for r in results["summary"] if (r["algorithm"], r["metric"]) == ("gentle", "avg_at_k"))
     told = f"{100 * row['mean']:.1f} [{100 * row['ci_low']:.1f}, {100 * row['ci_high']:.1f}]"
     assert cells_of(card.content, "gentle")[0].strip("*") == told
+    assert "rlzoo compare experiment.yaml" in card.content
     assert "| gentle | Power family |" in card.content and "alpha = 0.5" in card.content
     assert sha256(yaml.safe_load((tmp_path / "out" / "experiment.yaml").read_text())) in card.content
     buffer = DatasetCard.load(tmp_path / "out" / "buffer" / "README.md").content

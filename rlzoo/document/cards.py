@@ -49,19 +49,20 @@ def facts(rows: Mapping[str, str], what: str = "") -> Table:
     return Table([what, "value"], [[Entry(name), Entry(value)] for name, value in kept.items()], words=["value"])
 
 
-def how_it_was_made(configuration: Mapping[str, Any], shown: bool = True) -> Iterator[Block]:
+def how_it_was_made(configuration: Mapping[str, Any], repeat: str | None = None) -> Iterator[Block]:
     """The command that this process runs, if any, the configuration with its hash, and the versions.
 
-    Unless it is ``shown``, the configuration is in the file experiment.yaml beside the card.
+    The configuration is shown, unless there is a command to ``repeat`` this from the file experiment.yaml beside the
+    card.
     """
     yield Heading("How this was made")
-    if (command := COMMAND.get()) is not None:
-        yield Code(command, "sh")
+    if commands := list(dict.fromkeys(filter(None, [COMMAND.get(), repeat]))):
+        yield Code("\n".join(commands), "sh")
     digest = configuration_hash(configuration)
-    if shown:
+    if repeat is None:
         yield Paragraph("The configuration, with every default filled in:")
         yield Code(yaml.safe_dump(public(configuration), sort_keys=False, allow_unicode=True).rstrip(), "yaml")
-    where = "" if shown else " in experiment.yaml"
+    where = "" if repeat is None else " in experiment.yaml"
     yield Paragraph(
         f"SHA-256 of the configuration{where}, as JSON with sorted keys and with base names in place of paths: {digest}"
     )

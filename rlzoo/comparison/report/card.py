@@ -94,7 +94,8 @@ def _blocks(experiment: Experiment, results: Results) -> Iterator[Block]:
     yield tables.total_cost_table(results)
     yield Heading("Files")
     yield facts(FILES, "file")
-    yield from how_it_was_made(experiment.model_dump(mode="json"), shown=False)
+    repeat = "rlzoo compare experiment.yaml  # the same, from the file beside this card"
+    yield from how_it_was_made(experiment.model_dump(mode="json"), repeat)
 
 
 def _rates(results: Results, algorithm: str) -> str:
