@@ -42,6 +42,7 @@ OPTIONS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "kto-lora": ("kto", {}, LORA),
     "dft-packed": ("dft", {}, {"packing": "packed", "gradient_checkpointing": True}),
     "kto-hungry": ("kto", {}, {}),
+    "ppo-compiled": ("ppo", {}, {"compile": True}),
     "grpo-budget": ("grpo", {}, {"steps": 9, "budget": {"flops": 5e7}}),
 }
 """Objective, options and settings of the names that are not an objective's."""
@@ -159,6 +160,7 @@ def run(folder: Path, name: str) -> None:
         ),
         "ranks": world_size(),
         "sharded": is_sharded(policy),
+        "compiled": policy.compiles,
         "versions": versions,
     }
     versions.append(policy.weights_version)

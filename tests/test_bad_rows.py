@@ -99,6 +99,7 @@ def test_the_limit_is_of_good_rows(table: str) -> None:
     assert [problem.prompt for problem in load_problems(source)] == ["1+1=", "1+3="]
 
 
+@pytest.mark.slow
 def test_train_reports_and_records_what_it_dropped(table: str, capsys: pytest.CaptureFixture[str]) -> None:
     train = ["train", "sft", "--buffer", table, "--steps", "1", "--set", "batch_size=2"]
     assert main([*train, "--out", "refused"]) == 2
@@ -108,6 +109,7 @@ def test_train_reports_and_records_what_it_dropped(table: str, capsys: pytest.Ca
     assert (recorded["count"], recorded["of"]) == (3, 5)
 
 
+@pytest.mark.slow
 def test_rollout_reports_and_records_what_it_dropped(table: str, capsys: pytest.CaptureFixture[str]) -> None:
     sample = ["rollout", "arithmetic", "--data", table, "--reward", "length", "--rollout-samples", "1"]
     sample += ["--set", "train.solution=completion", "--set", "rollouts.max_new_tokens=2"]
@@ -119,6 +121,7 @@ def test_rollout_reports_and_records_what_it_dropped(table: str, capsys: pytest.
     assert len(read_buffer("buffer", None)) == 3
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("undrawn")
 def test_compare_records_what_it_dropped_of_every_set(table: str) -> None:
     benchmark = {"source": table, "solution": "completion", "bad_rows": "drop"}
@@ -137,6 +140,7 @@ def test_variance_tells_what_it_dropped(table: str) -> None:
     assert (filled["rows"], filled["dropped_rows"]["buffer"]["count"]) == (2, 3)
 
 
+@pytest.mark.slow
 def test_evaluate_tells_what_it_dropped(table: str, capsys: pytest.CaptureFixture[str]) -> None:
     benchmark = f"benchmarks={{own: {{source: {table}, solution: completion, bad_rows: drop}}}}"
     evaluation = ["evaluate", "arithmetic", "--reward", "length", "--limit", "2", "--samples", "1", "--k", "1"]
@@ -167,6 +171,7 @@ def short(make_policy: Callable[..., Policy], tmp_path: Path, monkeypatch: pytes
     return policy
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("where", "count", "reason"),
     [
@@ -221,6 +226,7 @@ def test_problems_that_the_model_cannot_take_are_dropped_everywhere(
     assert "4 samples of 2 prompts" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_cut_completions_are_counted(table: str, capsys: pytest.CaptureFixture[str]) -> None:
     Path("long.jsonl").write_text('{"prompt": "1+1=", "completion": "222222"}\n' * 3 + LINES[0] + "\n")
     told = "completions cut at the length limit, without an end of sequence: 3 in all"
@@ -342,6 +348,7 @@ def test_a_table_with_a_value_that_is_none_of_a_row(
         OfflineBuffer.load(tmp_path / "b.parquet")
 
 
+@pytest.mark.slow
 def test_a_buffer_that_lacks_a_column_is_none(tmp_path: Path) -> None:
     rows = OfflineBuffer.from_trajectories([Trajectory(**GOOD)]).rows
     for name in SCHEMA.keys() - ADDED:

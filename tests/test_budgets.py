@@ -232,6 +232,7 @@ def test_the_command_shows_how_much_is_spent(
     assert found["ended"] == ("budget" if budget else "steps") and len(found["steps"]) == 2
 
 
+@pytest.mark.slow
 def test_a_plan_says_where_a_budget_is_not_spent(capsys: pytest.CaptureFixture[str]) -> None:
     command = ["plan", "facts", "--gpu", "h100", "--limit", "4", "--algorithms", "sft,dft", "--steps", "40"]
     dear, cheap = ("training.budget.gradient_tokens=1e9", "algorithms.sft.training.budget.gradient_tokens=600")

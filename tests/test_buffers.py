@@ -221,6 +221,7 @@ def test_push_to_hub_sends_the_rows(monkeypatch: pytest.MonkeyPatch) -> None:
 # New buffers from old ones
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the system alone decides")
 def test_pages_that_were_read_can_be_given_back(tmp_path: Path) -> None:
     def mapped() -> int:
@@ -278,6 +279,7 @@ def test_concatenate_appends() -> None:
     assert list(samples(FULL).concatenate(samples(PLAIN, FULL))) == [FULL, PLAIN, FULL]
 
 
+@pytest.mark.slow
 @settings(max_examples=40)
 @given(st.integers(1, 3), st.lists(st.lists(st.integers(0, 5), max_size=4), max_size=5))
 def test_a_rollout_buffer_holds_the_newest_versions(capacity: int, batches: list[list[int]]) -> None:

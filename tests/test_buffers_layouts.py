@@ -159,6 +159,7 @@ def test_columns_of_other_names_stand_for_those_of_a_format(tokenizer: Any) -> N
         from_trl([{"prompt": "1", "response": "2", "helpfulness": 3}], tokenizer)
 
 
+@pytest.mark.slow
 def test_samples_without_behaviour_log_probs_can_have_those_of_the_policy() -> None:
     policy = load_policy("embedded")
     buffer = from_trl(GRADED, policy.tokenizer)

@@ -39,12 +39,14 @@ def units(buffer: OfflineBuffer, selection: Selection, **options: object) -> lis
         return []
 
 
+@pytest.mark.slow
 @given(row_lists)
 def test_demonstrations_are_all_rows_of_that_source(rows: list[Trajectory]) -> None:
     expected = [(i,) for i, row in enumerate(rows) if row.source == "demonstration"]
     assert units(samples(*rows), Selection.DEMONSTRATIONS) == expected
 
 
+@pytest.mark.slow
 @given(row_lists, st.integers(1, 3), st.sampled_from([0.4, 0.5, 2.0]))
 def test_correct_keeps_the_first_distinct_texts(rows: list[Trajectory], per_prompt: int, threshold: float) -> None:
     expected, seen, count = [], set(), Counter[str]()
@@ -57,6 +59,7 @@ def test_correct_keeps_the_first_distinct_texts(rows: list[Trajectory], per_prom
     assert units(samples(*rows), Selection.CORRECT, threshold=threshold, per_prompt=per_prompt) == expected
 
 
+@pytest.mark.slow
 @given(row_lists, st.integers(1, 3), st.sampled_from([0.4, 0.5, 2.0]))
 def test_pairs_straddle_the_threshold_within_a_prompt(
     rows: list[Trajectory], per_prompt: int, threshold: float
@@ -80,6 +83,7 @@ def test_pairs_straddle_the_threshold_within_a_prompt(
         assert made[prompt] == min(better[prompt], worse[prompt], per_prompt)
 
 
+@pytest.mark.slow
 @given(row_lists, st.integers(1, 3))
 @example([sample(0, 0.2), sample(0, 1.0), sample(0, 0.2), sample(0, 0.7)], 2)
 def test_the_best_samples_are_paired_with_the_worst(rows: list[Trajectory], per_prompt: int) -> None:
@@ -96,6 +100,7 @@ def test_the_best_samples_are_paired_with_the_worst(rows: list[Trajectory], per_
     assert len(used) == len(set(used))
 
 
+@pytest.mark.slow
 @given(row_lists)
 @example([sample(0, 1.0, version=0), sample(0, 0.0, version=1), sample(0, 0.5, version=0)])
 @example([sample(0, 1.0), sample(1, 0.0), sample(0, None), sample(0, 0.0, behaviour_logp=None), sample(1, 1.0)])
@@ -108,6 +113,7 @@ def test_groups_are_whole(rows: list[Trajectory]) -> None:
     assert sorted(units(samples(*rows), Selection.GROUPS)) == sorted(map(tuple, expected.values()))
 
 
+@pytest.mark.slow
 @given(row_lists, st.integers(1, 3))
 def test_groups_of_a_size_are_the_beginnings_of_those_large_enough(rows: list[Trajectory], size: int) -> None:
     buffer = samples(*rows)

@@ -52,6 +52,7 @@ def test_the_page_is_in_step_with_the_classes(capsys: pytest.CaptureFixture[str]
     assert (capsys.readouterr().out == PAGE.read_text(encoding="utf-8")) is True, f"run: {COMMAND}"
 
 
+@pytest.mark.slow
 def test_the_cost_of_a_step_is_the_measured_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def shown(relative: Mapping[str, Sequence[float]]) -> dict[str, str]:
         medians = {name: f"{relative[name][1]:.1f}" for name in relative}
@@ -82,6 +83,7 @@ def column_of(page: str, name: str) -> dict[str, str]:
     return {row[0].partition("]")[0].strip("["): row[head.index(name)] for row in rows}
 
 
+@pytest.mark.slow
 def test_a_step_is_measured_with_what_the_objective_needs() -> None:
     assert set(measured()) == {one.name for one in built_in() if not is_composite(one)}
     some = ["sft", "ppo", "dpo", "opd", "kto"]
@@ -91,6 +93,7 @@ def test_a_step_is_measured_with_what_the_objective_needs() -> None:
     assert found["relative_to_sft"]["ppo"][1] > found["log_probs"][1] > 0
 
 
+@pytest.mark.slow
 def test_plug_ins_do_not_change_the_page(monkeypatch: pytest.MonkeyPatch) -> None:
     before = objectives_page()
     point = EntryPoint("own", "test_catalogue:Own", "rlzoo.objectives")

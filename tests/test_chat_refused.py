@@ -138,6 +138,7 @@ def test_problems_that_spell_special_tokens_are_refused_or_counted(tmp_path: Pat
         assert len(encode_problems(tokenizer, allowed)) == 2
 
 
+@pytest.mark.slow
 def test_tables_that_spell_special_tokens_are_refused_or_counted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

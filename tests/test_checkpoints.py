@@ -126,6 +126,7 @@ def test_several_updates_a_batch_and_adapters_go_on_too(make_policy: MakePolicy,
     assert same(trained(make_policy, "grpo", tmp_path, settings), whole)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stopped", [2, 6, 7])
 def test_a_budget_goes_on_too_and_so_does_the_end(make_policy: MakePolicy, tmp_path: Path, stopped: int) -> None:
     """The seventh of at most 90 steps spends the budget, in the middle of its batch."""
@@ -173,6 +174,7 @@ def test_a_signal_is_raised_after_a_checkpoint(
     assert same(trained(make_policy, "sft", tmp_path, settings), whole)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", ["cut", "flip", "gone", "state"])
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(make_policy: MakePolicy, tmp_path: Path, damage: str) -> None:
     whole = trained(make_policy, "sft", None)
@@ -335,6 +337,7 @@ def test_what_a_callback_keeps_is_given_back_into_its_own_list(make_policy: Make
     assert record.costs.gradient_tokens > 0 and record.costs.wall_seconds > 0
 
 
+@pytest.mark.slow
 def test_checkpoints_come_when_they_are_due(
     make_policy: MakePolicy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -39,7 +39,7 @@ pytestmark = pytest.mark.usefixtures("sketched")
 
 COMMANDS = (
     "plan", "compare", "variance", "train", "rollout", "evaluate", "report", "results", "list", "new", "doctor",
-    "import", "rescore", "buffer",
+    "import", "rescore", "buffer", "serve",
 )  # fmt: skip
 HEAVY = ("torch", "transformers", "datasets", "pyarrow", "matplotlib")
 BEAT = re.compile(r"  \d+:\d\d:\d\d ")
@@ -197,6 +197,7 @@ def test_all_names_are_completed() -> None:
     assert {"exact-match", "weighted"} <= set(completion.rewards("")) <= set(list_rewards())
 
 
+@pytest.mark.slow
 def test_completion_is_installed_for_the_shell(tmp_path: Path) -> None:
     if (bash := shutil.which("bash")) is None:
         pytest.skip("needs bash")
@@ -553,6 +554,7 @@ class OwnModel(LlamaForCausalLM):
 """
 
 
+@pytest.mark.slow
 def test_the_code_of_a_model_is_run_by_its_flag_alone(tmp_path: Path, fails: Fails) -> None:
     folder, cache = tmp_path / "own", tmp_path / "cache"
     shutil.copytree(EMBEDDED_BASE, folder)

@@ -22,6 +22,7 @@ from comparisons import SMALL_OPTIONS, inline_pool, small
 from rich.console import Console
 
 from rlzoo.buffers import OfflineBuffer
+from rlzoo.buffers.problems import load_problems
 from rlzoo.cli import main
 from rlzoo.comparison import one_cell, resolve, runner, shared_buffer
 from rlzoo.comparison.plan import Cell
@@ -95,8 +96,8 @@ def test_results_hold_what_the_contract_says(tmp_path: Path) -> None:
         assert row["seeds"] == 2
     assert [row["algorithm"] for row in results["base_summary"]] == ["base"] * 3
     assert {p.name for p in out.iterdir()} == {
-        "buffer", "experiment.yaml", "figures", "outcomes.parquet", "report.html", "report.md", "results.json",
-        "run.json",
+        "README.md", "buffer", "experiment.yaml", "figures", "outcomes.parquet", "report.html", "report.md",
+        "results.json", "run.json",
     }  # fmt: skip
 
 
@@ -107,10 +108,12 @@ def test_outcomes_have_one_row_a_sample_and_give_the_scores_back(tmp_path: Path)
     assert table.column_names == [
         "algorithm", "seed", "learning_rate", "benchmark", "problem_id", "prompt", "decoding", "sample", "reward",
         "correct", "length", "truncated", "text", "logged", "components", "answer", "gold_logp", "gold_tokens",
-        "retention", "base_text_logp", "base_text_tokens",
+        "retention", "base_text_logp", "base_text_tokens", "reference",
     ]  # fmt: skip
     rows = table.to_pylist()
     assert all(r["gold_logp"] < 0 < r["gold_tokens"] for r in rows) and any(r["answer"] for r in rows)
+    solutions = {one.id: one.solutions[0] for one in load_problems(small({"sft": {}}).benchmarks["facts"])}
+    assert {r["problem_id"]: r["reference"] for r in rows} == solutions
     assert len(rows) == 3 * 4 * (3 + 1)  # base and two seeds, four problems, three samples and one greedy
     keys = {(r["algorithm"], r["seed"], r["problem_id"], r["decoding"], r["sample"]) for r in rows}
     assert len(keys) == len(rows)
@@ -175,6 +178,7 @@ def test_online_samples_the_policy_in_training(tmp_path: Path) -> None:
         assert cell["costs"]["sampled_tokens"] > 0
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("undrawn")
 def test_a_row_may_learn_from_the_bases_own_correct_samples(tmp_path: Path) -> None:
     rows = {"sft-own": {"objective": "sft", "learns_from": "correct"}, "rft": {"options": {"samples_per_prompt": 4}}}
@@ -372,6 +376,7 @@ def test_a_comparison_that_was_stopped_ends_as_one_that_was_not(
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("undrawn")
 def test_cells_that_failed_are_tried_again_and_no_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run, ran = one_cell._run_cell, list[str]()
@@ -391,6 +396,7 @@ def test_cells_that_failed_are_tried_again_and_no_others(tmp_path: Path, monkeyp
     assert not (tmp_path / "out" / ".state").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("undrawn")
 def test_a_cell_that_runs_out_of_memory_is_done_again_in_smaller_parts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -442,6 +448,7 @@ def test_a_cell_without_memory_is_done_again_in_smaller_parts(error: WorkError) 
     assert lines.getvalue().count("to be retried with micro-batches half as large") == 4
 
 
+@pytest.mark.slow
 def test_without_a_folder_the_newest_that_was_stopped_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     experiment = small({"sft": {}})
@@ -512,6 +519,7 @@ def test_a_cell_that_fails_its_evaluation_stops_no_other(tmp_path: Path, monkeyp
     assert [(f["algorithm"], f["error"]) for f in results["failed"]] == [("dft", "OSError: no space")]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("undrawn")
 def test_no_run_that_succeeds_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: Any) -> dict[str, Any]:
@@ -562,7 +570,7 @@ def test_shared_work_whose_process_dies_is_told_in_one_line(tmp_path: Path, monk
 
     class Killed(InThisProcess):
         def submit(self, name: str, function: Callable[..., Any], *arguments: Any) -> Future[Any]:
-            if function is not shared_buffer.fill_buffer:
+            if name != "shared buffer":
                 return super().submit(name, function, *arguments)
             future: Future[Any] = Future()
             future.set_exception(WorkerDiedError(-9))

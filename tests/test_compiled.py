@@ -150,6 +150,7 @@ def test_auto_is_for_long_runs_on_a_gpu(make_policy: MakePolicy, monkeypatch: py
         assert policy.compiles == compiles == ("forward" in vars(policy.model.base_model.layers[0]))
 
 
+@pytest.mark.slow
 def test_what_cannot_be_compiled_is_said_or_left_plain(
     make_policy: MakePolicy, monkeypatch: pytest.MonkeyPatch
 ) -> None:

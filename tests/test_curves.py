@@ -109,6 +109,7 @@ def test_the_page_has_the_table(found: tuple[list[Curve], dict[str, str]]) -> No
     assert (table == markdown_of(found[0])) is True, f"paste after {MARK}:\n{markdown_of(found[0])}"
 
 
+@pytest.mark.slow
 def test_the_figure_and_its_numbers_are_those_of_the_code() -> None:
     found, _ = curves(GRID)
     files = files_of(found)
@@ -122,6 +123,7 @@ def test_the_figure_and_its_numbers_are_those_of_the_code() -> None:
         assert (files["loss-curves.svg"] == kept["loss-curves.svg"]) is True, f"run: {COMMAND}"
 
 
+@pytest.mark.slow
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["list", "--curves", "--out", str(tmp_path / "new")]) == 0
     out = capsys.readouterr().out

@@ -367,6 +367,7 @@ def test_a_run_records_what_auto_was(make_policy: MakePolicy) -> None:
 # Memory that runs out
 
 
+@pytest.mark.slow
 def test_sampling_is_halved_until_it_fits(make_policy: MakePolicy, monkeypatch: pytest.MonkeyPatch) -> None:
     prompts, settings = [[20, 21], [22, 23, 24], [25]], Sampling(samples=4, max_new_tokens=6, batch_size=64)
     whole = TransformersSampler(make_policy()).sample(prompts, settings, seed=3)

@@ -23,6 +23,7 @@ from rlzoo.experiments import dft_map
 from rlzoo.experiments.dft_map import Field
 
 
+@pytest.mark.slow
 def test_the_corners_come_first_and_fields_differ_only_where_they_say() -> None:
     every = dft_map.fields()
     assert len({field.name for field in every}) == len(every) == 24
@@ -64,6 +65,7 @@ LOW = {"base": [[False] * 4], "sft": [[True, False, False, False]] * 2, "dft": [
 HIGH = {"base": [[True] * 4], "sft": [[True, True, True, True]] * 2, "dft": [[True, False, False, True]] * 2}
 
 
+@pytest.mark.slow
 def test_differences_and_effects_are_those_of_the_outcomes() -> None:
     fields = {Field(1200, 1, 2): LOW, Field(1200, 3, 2): HIGH}
     rows = dft_map.differences(outcomes_of(fields))

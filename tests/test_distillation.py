@@ -110,6 +110,7 @@ def test_a_teacher_that_knows_no_more_teaches_what_its_weights_know(make_policy:
     assert abs(away[0]) > 1e-3 and max(map(abs, away)) > 0
 
 
+@pytest.mark.slow
 def test_the_moving_teacher_is_between_the_initial_and_the_live_one(make_policy: MakePolicy) -> None:
     buffer = rows_of(make_policy())
 
@@ -121,6 +122,7 @@ def test_the_moving_teacher_is_between_the_initial_and_the_live_one(make_policy:
     assert taught("moving", 1.0) == initial and taught("moving", 0.0) == live
 
 
+@pytest.mark.slow
 def test_self_distillation_from_the_initial_policy_is_distillation_from_it(
     make_policy: MakePolicy, tmp_path: Path
 ) -> None:
@@ -154,6 +156,7 @@ def one_length(buffer: OfflineBuffer) -> OfflineBuffer:
     return OfflineBuffer.from_trajectories(rows)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["opd", "sdft"])
 def test_it_learns_online_from_fresh_samples(name: str, tmp_path: Path) -> None:
     policy = load_policy("embedded")
@@ -173,6 +176,7 @@ def test_it_learns_online_from_fresh_samples(name: str, tmp_path: Path) -> None:
     assert all(step["gradient_norm"] > 0 and step["reverse_kl"] != 0 for step in steps)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("undrawn")
 def test_a_comparison_distils_online_and_offline(tmp_path: Path) -> None:
     other = load_policy("embedded")

@@ -115,6 +115,7 @@ def test_each_step_that_fails_says_why_and_the_others_go_on(monkeypatch: pytest.
     assert "No space left on device" in checks[2].found and "TMPDIR" in checks[2].remedy
 
 
+@pytest.mark.slow
 def test_weights_that_are_not_those_that_were_written_fail(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A checkpoint that is not read: the second model is the one before training."""
     test = self_test.SelfTest(tmp_path)

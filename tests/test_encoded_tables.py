@@ -201,6 +201,7 @@ def test_a_table_is_tokenised_once(tokenizer: Any, kept: Path, tmp_path: Path, t
     assert "completions cut" in states[0][1][1]
 
 
+@pytest.mark.slow
 def test_a_change_of_anything_that_decides_on_tokens_is_noticed(
     kept: Path, tmp_path: Path, tokenised: Callable[[], int], make_policy: Callable[..., Any]
 ) -> None:

@@ -63,8 +63,7 @@ def trainer_of(policy: Policy, objective: Objective, **changes: Any) -> Trainer:
 
 PACKED: list[tuple[str, dict[str, Any]]] = [("dft", {}), ("ppo", {}), ("asft", {}), ("grpo", {})]
 STEPS = [
-    # those of a kind are many, and differ by their coefficients alone
-    pytest.param(name, options, "padded", marks=[] if options or name in KINDS else pytest.mark.slow)
+    pytest.param(name, options, "padded", marks=[] if not options and name in dict(PACKED) else pytest.mark.slow)
     for name, options in CASES
 ] + [pytest.param(*case, "packed") for case in PACKED]
 
@@ -100,6 +99,7 @@ class Watched(SameRows):
         self.waits.append(len(self.gpu.waits))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("updates", [1, 2])
 def test_the_next_rows_are_read_before_the_host_waits(gpu: FakeCUDA, policy: Policy, updates: int) -> None:
     objective = get_objective("dft")
@@ -111,6 +111,7 @@ def test_the_next_rows_are_read_before_the_host_waits(gpu: FakeCUDA, policy: Pol
     assert source.waits == [0, 0]  # none after the last batch
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("packing", ["padded", "packed"])
 def test_what_a_step_copies_to_the_gpu_comes_from_pinned_memory(
     gpu: FakeCUDA, policy: Policy, packing: Packing, monkeypatch: pytest.MonkeyPatch
@@ -122,6 +123,7 @@ def test_what_a_step_copies_to_the_gpu_comes_from_pinned_memory(
     assert len(gpu.copies) > 8 and set(gpu.copies) == {"pinned, non-blocking"}, gpu.copies
 
 
+@pytest.mark.slow
 def test_scoring_is_on_the_gpu_and_the_host_waits_once(gpu: FakeCUDA, policy: Policy) -> None:
     rows = [([5, 6, 7][:n], [8, 9, 10, 11][: 5 - n]) for n in (1, 2, 3)]
     gpu.waits.clear()

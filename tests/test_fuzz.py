@@ -11,6 +11,7 @@ from fuzz import TARGETS, fuzz
 REPORT = Path(__file__).parent.parent / "docs" / "fuzzing.md"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TARGETS)
 def test_wrong_input_is_refused_in_one_line_or_read_rightly(name: str, tmp_path: Path) -> None:
     counts = fuzz(name, 60, tmp_path)

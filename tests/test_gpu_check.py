@@ -158,6 +158,7 @@ def worked(parts: list[str], folder: Path) -> str:
     return ended.out
 
 
+@pytest.mark.slow
 def test_a_part_that_raises_keeps_what_it_found_and_the_next_one_runs(tmp_path: Path) -> None:
     first, second = worked(["gradients", "budgets"], tmp_path), worked(["budgets"], tmp_path)
     assert '"part": "budgets"' not in first, "which may find the GPU unusable"
@@ -231,7 +232,7 @@ def test_a_value_that_is_no_number_or_beyond_its_bound_is_wrong() -> None:
 
 
 def test_a_recomputed_layer_keeps_its_input_and_another_one_far_more() -> None:
-    """What docs/scaling.md says of activations: a number of 4 or 2 bytes per entry of the hidden states."""
+    """What docs/speed.md says of activations: a number of 4 or 2 bytes per entry of the hidden states."""
     hidden = SHAPES["tiny"]["hidden_size"]
     assert per_layer("tiny", "bfloat16-mixed, recomputed", 16) == 4 * hidden
     assert per_layer("tiny", "bfloat16, recomputed", 16) == 2 * hidden

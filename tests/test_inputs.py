@@ -173,6 +173,7 @@ def teacher(tmp_path: Path) -> Policy:
     return found
 
 
+@pytest.mark.slow
 def test_a_teacher_is_loaded_once_frozen_and_as_the_policy_computes(teacher: Policy) -> None:
     policy = load_policy("embedded", "bfloat16-mixed")
     asks = (Reference(teacher.name, as_key="teacher_logp"), Privileged("{prompt}", model=teacher.name), Reference())

@@ -211,6 +211,7 @@ def experiment(policy: Policy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     return load_experiment("x.yaml")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("command", "who"),
     [
@@ -227,6 +228,7 @@ def test_commands_say_so_in_one_line(
     assert told.startswith("rlzoo: ") and who in told and "64 positions" in told
 
 
+@pytest.mark.slow
 def test_comparisons_and_variance_say_so_before_anything_is_trained(experiment: Experiment, tmp_path: Path) -> None:
     def report(share: float, what: str) -> None:
         pass

@@ -402,6 +402,7 @@ def test_what_is_between_two_turns_has_no_weight_but_is_seen(name: str) -> None:
     assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
 
 
+@pytest.mark.slow
 def test_a_samplers_mask_reaches_training_and_its_turns_the_reward(tmp_path: Path) -> None:
     policy = load_policy("embedded")
     settings = Sampling(samples=4, max_new_tokens=5, engine=PLUGIN)
@@ -430,6 +431,7 @@ def test_a_samplers_mask_reaches_training_and_its_turns_the_reward(tmp_path: Pat
     assert record.steps[0]["ratio"] == pytest.approx(1, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_rewards_of_conversations_get_the_turns() -> None:
     tokenizer = tokenizer_of("chatml")
     policy: Policy = policy_of(tokenizer)
@@ -452,6 +454,7 @@ def test_lengths_and_likelihoods_are_of_what_the_policy_sampled() -> None:
     assert found[LIKELIHOOD] == pytest.approx((logp[0] + logp[2]) / 2)
 
 
+@pytest.mark.slow
 def test_the_setting_reaches_training(tmp_path: Path) -> None:
     policy = policy_of(tokenizer_of("chatml"))
     save_policy(policy, tmp_path / "model")

@@ -119,6 +119,7 @@ def test_math_answer_works_in_a_thread() -> None:
     assert found == [1.0, 0.0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file", ["data/gsm8k/train.jsonl", "data/gsm8k/test.jsonl"])
 def test_math_answer_on_gsm8k(file: str) -> None:
     answers = [row["answer"] for row in rows(file)]
@@ -143,6 +144,7 @@ def plain_math_verify(completion: str, gold: Any) -> float:
     return float(verify(parse(str(gold)), parse(completion)))
 
 
+@pytest.mark.slow
 def test_grades_that_people_found_wrong() -> None:
     triples = rows("cases/82-grading-triples/triples.jsonl")
     found = [score(triple["completion"], triple["answer"]) for triple in triples]
@@ -159,6 +161,7 @@ WRITTEN: dict[str, Callable[[str], str]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("written", list(WRITTEN))
 def test_never_wrong_where_math_verify_is_right(written: str) -> None:
     """Right answers are those of the problem, wrong ones those of the next problem that has another."""
@@ -180,6 +183,7 @@ def test_math500_solutions() -> None:
     assert alike == [("5", "x=5")]
 
 
+@pytest.mark.slow
 def test_graded_solutions_of_gpt3() -> None:
     graded = [
         (row["ground_truth"], row[model]["solution"], row[model]["is_correct"])
@@ -232,6 +236,7 @@ def test_no_answer_takes_long(answer: str) -> None:
         assert time.process_time() - started < 20, "minutes, without bounds"
 
 
+@pytest.mark.slow
 def test_no_grade_depends_on_how_busy_the_machine_is(monkeypatch: pytest.MonkeyPatch) -> None:
     """A comparison that waits ten times its limit, as beside other programs, and then computes for a moment."""
     read, limit = _symbols._parsed, 0.05
@@ -361,6 +366,7 @@ def test_what_a_box_is_worth_for_numbers(gold: Any, boxed: str, value: float) ->
 # What is the final answer
 
 
+@pytest.mark.slow
 def test_where_the_final_answer_is() -> None:
     assert len(table("math_completions.txt")) > 100
     assert wrong_rows("math_completions.txt") == []

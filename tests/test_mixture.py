@@ -144,6 +144,7 @@ def test_the_moving_reference_of_a_part_moves(make_policy: MakePolicy) -> None:
     assert runs[0] == runs[1] and runs[0][0] != runs[0][-1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("anchored", "metric"), [("dpo", "margin"), ("asft", "logit_term")])
 def test_parts_may_have_different_references(make_policy: MakePolicy, anchored: str, metric: str) -> None:
     """One is held to the policy as it came, iw-SFT's average follows it: each has the metrics that it has alone."""
@@ -232,6 +233,7 @@ MIXED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize("mode", ["offline", "online"])
 def test_a_comparison_runs_a_mixture(mode: str, tmp_path: Path) -> None:
@@ -254,6 +256,7 @@ def test_a_mixture_of_demonstrations_alone_has_nothing_to_sample() -> None:
         resolve.views_of(small({"x": {**MIXED, "learns_from": "correct"}}), "x")
 
 
+@pytest.mark.slow
 def test_the_command_line_trains_a_mixture(
     make_policy: MakePolicy, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -300,6 +303,7 @@ def test_the_weights_of_each_step_are_used_and_recorded(make_policy: MakePolicy,
     assert steps[0]["sft/mixture_weight"] == 0.9 and steps[4]["sft/mixture_weight"] == 0.05
 
 
+@pytest.mark.slow
 def test_a_gradient_is_that_of_the_weights_of_its_step(make_policy: MakePolicy) -> None:
     def after(weights: Weights, shape: str, steps: int) -> Tensor:
         policy, found = make_policy(), list[Tensor]()
@@ -349,6 +353,7 @@ def test_schedules_of_nested_mixtures_multiply() -> None:
     assert torch.equal(at_the_end, surrogate(mixture({"dpo": 0.3}), batch))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("undrawn")
 def test_a_comparison_runs_chord(tmp_path: Path) -> None:
     """As an experiment file has it: through YAML, and online."""
@@ -401,6 +406,7 @@ def test_a_part_without_a_source_is_refused(make_policy: MakePolicy) -> None:
         Trainer(policy, mixture({"sft": 1.0, "dft": 1.0}), source, RAW)
 
 
+@pytest.mark.slow
 def test_the_analyzer_refuses_a_mixture_in_one_line(make_policy: MakePolicy) -> None:
     policy = make_policy("gpt2")
     named = {"both": mixture({"sft": 1.0, "dft": 1.0}), "sft": get_objective("sft")}

@@ -127,6 +127,7 @@ def test_a_plugin_resumes_bit_for_bit_after_kill_9(plugin: str, tmp_path: Path) 
         assert torch.equal(a, b), name
 
 
+@pytest.mark.slow
 @over_objectives
 def test_a_plugin_works_in_the_analyzer(plugin: str, tmp_path: Path) -> None:
     teacher_in(tmp_path)
@@ -251,6 +252,7 @@ def test_a_view_may_be_an_instance_with_options_of_its_own(tmp_path: Path) -> No
     assert buffer.view(which, **options).units == short
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("undrawn")
 def test_a_row_of_a_comparison_learns_from_a_view_of_a_plugin(tmp_path: Path) -> None:
     view = f"{PLUGINS / 'rarely_solved.py'}:RarelySolved"
@@ -357,6 +359,7 @@ def test_the_ten_lines_of_the_documentation_train_online() -> None:
     assert len(record.steps) == 2 and record.costs.sampled_tokens > 0 and record.costs.flops > 0
 
 
+@pytest.mark.slow
 def test_a_composite_learns_from_a_buffer_and_from_fresh_samples() -> None:
     policy = load_policy("embedded")
     mixed = get_objective("mixture", weights={"sft": 0.5, "grpo": 0.5})

@@ -296,6 +296,7 @@ def test_the_pytorch_here_has_such_a_kernel() -> None:
     assert packing._kernel() is not None
 
 
+@pytest.mark.slow
 def test_a_pack_on_a_gpu_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fake tensors refuse to mix devices; the kernel is PyTorch's own, forward and backward."""
     pytest.importorskip("torch.nn.attention.varlen")
@@ -379,6 +380,7 @@ def test_objectives_of_every_kind_train_the_same_weights(tokenizer: Any, name: s
     assert same == pytest.approx(metrics, rel=1e-6, abs=1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [

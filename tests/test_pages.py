@@ -111,6 +111,7 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
 
 
+@pytest.mark.slow
 def test_the_experiment_for_data_of_ones_own_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (experiment,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs/dft.md").read_text(encoding="utf-8"), flags=re.S)
     row = json.dumps({"question": "1 plus 1?", "solution": r"So \boxed{2}", "answer": "2"}) + "\n"

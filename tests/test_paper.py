@@ -252,6 +252,7 @@ def wide_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
 FAST = ("arithmetic", "facts", "paper/lora")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", [pytest.param(n, marks=[] if n in FAST else pytest.mark.slow) for n in sorted(list_experiments())]
 )
@@ -302,6 +303,7 @@ def test_a_dry_run_names_what_is_wrong(change: str, told: str, capsys: pytest.Ca
     assert told in said and "\n" not in said
 
 
+@pytest.mark.slow
 def test_a_dry_run_shows_the_stages_of_a_row(capsys: pytest.CaptureFixture[str]) -> None:
     rows = "algorithms={sft: {}, grpo: {mode: online}, both: {stages: [sft, grpo]}}"
     assert main(["compare", "arithmetic", "--dry-run", "--set", rows]) == 0
@@ -323,6 +325,7 @@ def test_a_dry_run_renders_prompts_that_are_here(tmp_path: Path, capsys: pytest.
     assert "the data set HuggingFaceH4/MATH-500" in told and "the model" not in told.partition("not checked")[2]
 
 
+@pytest.mark.slow
 def test_a_plan_without_a_connection_says_what_it_assumes(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "paper/qwen2.5-math-1.5b", "--gpu", "h100", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
@@ -345,7 +348,7 @@ DOCS = Path(__file__).parents[1] / "docs"
 
 
 def test_the_documented_suites_are_those_that_there_are() -> None:
-    text = (DOCS / "data.md").read_text(encoding="utf-8")
+    text = (DOCS / "evaluation.md").read_text(encoding="utf-8")
     table = text.partition("| suite |")[2].partition("\n\n")[0].splitlines()[2:]
     assert table == [
         f"| `{name}` | {one.problems:,} | `{one.settings['source']}`, {one.settings['split']} | {one.licence} |"
@@ -353,6 +356,7 @@ def test_the_documented_suites_are_those_that_there_are() -> None:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["paper/qwen2.5-math-1.5b", "paper/offline-rl"])
 def test_the_documented_costs_are_those_of_the_plan(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     command = f"rlzoo plan {name} --gpu h100 --seeds 0"

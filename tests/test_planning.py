@@ -75,6 +75,7 @@ def test_costs_are_those_that_training_records(experiment: Experiment, run: tupl
     assert len(rated) == 2 and by_name["iw-sft"].evaluated_tokens == pytest.approx(expected)
 
 
+@pytest.mark.slow
 def test_a_model_of_any_size_is_planned_without_its_weights(
     tmp_path: Path, experiment: Experiment, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -106,6 +107,7 @@ def test_a_plan_drops_the_rows_that_the_comparison_drops(tmp_path: Path) -> None
     assert measured_speed(drop).flops > 0
 
 
+@pytest.mark.slow
 def test_the_smallest_difference_is_found_four_times_in_five() -> None:
     draw = np.random.default_rng(0)
 
@@ -151,6 +153,7 @@ def _outcomes(seeds: int) -> pa.Table:
     return pa.Table.from_pylist(rows)
 
 
+@pytest.mark.slow
 def test_a_pilot_tells_what_more_seeds_would_detect(
     experiment: Experiment, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -168,6 +171,7 @@ def test_a_pilot_tells_what_more_seeds_would_detect(
         assert told in error and error.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_the_time_here_is_measured(experiment: Experiment, capsys: pytest.CaptureFixture[str]) -> None:
     found = planned(experiment, workers=1)
     speed = found["speed"]

@@ -248,6 +248,7 @@ def test_work_in_this_process_says_how_far_it_is(
             time.sleep(0.005)
     assert re.search(r"^  0:00:0\d sampling 4/8, 0:00:0\d left$", log.getvalue(), re.MULTILINE)
     assert "\x1b" not in log.getvalue() and "sampling 4/8" in terminal.getvalue()
+    assert "" not in log.getvalue().splitlines(), "a bar that nobody sees leaves no empty line"
     assert terminal.getvalue().endswith("\x1b[2K"), "the bar is gone"
     assert capsys.readouterr().out == "a result\n"
 

@@ -66,6 +66,7 @@ def test_weights_take_less_memory_and_give_nearly_the_same_log_probs(policy: Pol
     assert 1e-3 < gap < 0.25 * expected.abs().max()
 
 
+@pytest.mark.slow
 @needs_bitsandbytes
 @pytest.mark.parametrize(("name", "options"), [("dft", {}), ("dpo", {}), ("ppo", {}), ("iw-sft", {"variant": "ema"})])
 def test_training_moves_adapters_alone(policy: Policy, name: str, options: dict[str, Any]) -> None:
@@ -86,6 +87,7 @@ def test_training_moves_adapters_alone(policy: Policy, name: str, options: dict[
     assert log_probs(policy.reference(), ROWS) == base
 
 
+@pytest.mark.slow
 @needs_bitsandbytes
 def test_what_is_saved_is_whole_and_samples_alike(policy: Policy, tmp_path: Path) -> None:
     trained(policy, "dft")
@@ -107,6 +109,7 @@ def test_what_is_saved_is_whole_and_samples_alike(policy: Policy, tmp_path: Path
     assert isinstance(PeftModel.from_pretrained(load_policy("embedded").model, tmp_path / "adapter"), PeftModel)
 
 
+@pytest.mark.slow
 @needs_bitsandbytes
 def test_an_interrupted_run_ends_with_the_same_bits(tmp_path: Path) -> None:
     def run(folder: Path, steps: int) -> list[torch.Tensor]:

@@ -223,6 +223,18 @@ def test_processes_train_as_one(
 
 
 @pytest.mark.slow
+def test_compiled_layers_of_a_sharded_model_and_its_critic_train_as_plain_ones(
+    alone: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Traced, but without kernels of their own, which take long to make."""
+    monkeypatch.setattr("rlzoo.policy.compiled.BACKEND", "eager")
+    launch([str(WORKER), str(tmp_path), "ppo-compiled"], 2, tmp_path, FSDP)
+    found = found_in(tmp_path, ["ppo-compiled"])["ppo-compiled"]
+    check_same(found, alone["ppo"])
+    assert found[1]["sharded"] and found[1]["compiled"] and not alone["ppo"][1]["compiled"]
+
+
+@pytest.mark.slow
 def test_all_processes_halve_their_work_where_the_memory_of_one_runs_out(
     alone: dict[str, Any], several: Callable[[str], dict[str, Any]], tmp_path: Path
 ) -> None:
@@ -328,6 +340,7 @@ def one_of_several(number: int, folder: Path) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.slow
 def test_what_the_processes_of_a_run_tell_each_other(tmp_path: Path) -> None:
     for number, own in enumerate(copies(lambda number: one_of_several(number, tmp_path), 3)):
         assert own == {

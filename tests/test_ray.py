@@ -41,9 +41,10 @@ def cluster() -> Iterator[Any]:
 @pytest.mark.slow
 @pytest.mark.usefixtures("undrawn")
 def test_a_node_that_dies_half_way_costs_nothing_but_time(cluster: Any, tmp_path: Path) -> None:
+    """In a comparison whose cells share a first stage too."""
     second = cluster.add_node(num_cpus=1)
     cluster.wait_for_nodes()
-    experiment = small(ALGORITHMS, training__steps=6)
+    experiment = small(ALGORITHMS, training__steps=6, warm_up={"objective": "sft", "training": {"steps": 2}})
     lines: list[str] = []
     dead = threading.Event()
 
@@ -67,6 +68,10 @@ def test_a_node_that_dies_half_way_costs_nothing_but_time(cluster: Any, tmp_path
 
     expected = compare(experiment, tmp_path / "local", console=Console(quiet=True))
     assert found["failed"] == expected["failed"] == []
+    assert found["warm_up"]["steps"] == 2
+    assert [{**step, "seconds": 0.0} for step in found["warm_up"]["training"]] == [
+        {**step, "seconds": 0.0} for step in expected["warm_up"]["training"]
+    ]
     for ours, theirs in zip(found["cells"], expected["cells"], strict=True):
         assert ours["metrics"] == theirs["metrics"]
         assert ours["training"] == theirs["training"]

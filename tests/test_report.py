@@ -225,6 +225,7 @@ def test_report_has_all_parts_in_order(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.glob(".*")] == [], "no temporary file is left"
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("figures")
 def test_events_of_training_are_in_the_report(tmp_path: Path) -> None:
     results = synthetic_run(tmp_path)
@@ -287,6 +288,7 @@ def test_further_metrics_and_the_mean_over_benchmarks_are_in_the_report(tmp_path
     assert "nowhere" not in section and "| base | – |" in section and "| plain | 25.0 |" in section
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("figures")
 def test_the_mean_over_benchmarks_is_reported_like_a_benchmark(tmp_path: Path) -> None:
     results = synthetic_run(tmp_path)
@@ -307,6 +309,7 @@ def test_the_mean_over_benchmarks_is_reported_like_a_benchmark(tmp_path: Path) -
     assert titles[2:] == ["mean over benchmarks: mean and 95 % interval", "costs: mean of a cell"]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("figures")
 def test_answer_follows_from_the_data(tmp_path: Path) -> None:
     results = synthetic_run(tmp_path, SKILL | {"weighted": 0.9})
@@ -321,6 +324,7 @@ def test_answer_follows_from_the_data(tmp_path: Path) -> None:
     assert lead.endswith("It also leads in greedy decoding and pass@2.**")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("figures")
 def test_distinguishable_is_meant_after_correction(tmp_path: Path) -> None:
     """The interval of the best two alone excludes 0; for one of three pairs, that says too little."""
@@ -381,6 +385,7 @@ def test_measured_variance_stands_next_to_the_results(tmp_path: Path) -> None:
         write_report(tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("figures")
 def test_answer_owns_up_to_a_tie_and_to_a_better_base(tmp_path: Path) -> None:
     synthetic_run(tmp_path, {"base": 0.9, "plain": 0.30, "other": 0.31}, seeds=1)
@@ -536,6 +541,7 @@ def test_page_stands_alone_and_describes_its_figures(tmp_path: Path) -> None:
         assert alt and ElementTree.parse(tmp_path / path).getroot().tag.endswith("svg")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("figures")
 def test_parts_without_data_are_left_out(tmp_path: Path) -> None:
     results = synthetic_run(tmp_path)
@@ -574,6 +580,7 @@ def test_learning_curves_start_at_the_base_and_average_the_seeds() -> None:
     np.testing.assert_allclose(np.stack(curves["a"]), [[0.0, 5.0], [0.2, 0.6], [0.2, 0.4], [0.2, 0.8]])
 
 
+@pytest.mark.slow
 def test_figures_show_the_numbers_of_the_tables(figures: list[Any], tmp_path: Path) -> None:
     results = parse_results(synthetic_run(tmp_path))
     plots.result_bars(results, "longer sums")

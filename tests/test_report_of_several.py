@@ -36,6 +36,7 @@ def section(markdown: str, heading: str) -> str:
     return markdown.partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("figures")
 def test_two_runs_are_shown_side_by_side(folders: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["report", "runs/a", "runs/b"]) == 0
@@ -59,6 +60,7 @@ def test_two_runs_are_shown_side_by_side(folders: Path, capsys: pytest.CaptureFi
     assert "rlzoo report runs/a runs/b" in section(markdown, "How to reproduce this")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("figures")
 def test_differences_are_those_of_the_same_seeds_and_problems(folders: Path) -> None:
     runs = {name: read_run(folders / "runs" / name) for name in "ab"}
@@ -80,6 +82,7 @@ def test_differences_are_those_of_the_same_seeds_and_problems(folders: Path) -> 
     assert "30 in a, 30 in b; 29 are common to all" in (folders / "page" / "report.md").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("figures")
 def test_a_study_is_reported_outside_of_the_package(folders: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["report", "facts"]) == 0 and (folders / "runs" / "report-facts" / "report.html").is_file()

@@ -99,6 +99,7 @@ def steps_of(losses: Sequence[float], logps: Sequence[float]) -> dict[str, Any]:
     }
 
 
+@pytest.mark.slow
 def test_the_loss_is_drawn_beside_the_perplexity_of_rows_that_learn_from_the_same_batches(figures: list[Any]) -> None:
     cells = [
         cell("sft", 0, [], **steps_of([2, 1], [-2, -1])),

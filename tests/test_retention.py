@@ -236,6 +236,7 @@ def test_the_text_is_sampled_once_and_survives_an_interruption(
     assert results["retention"] == finished[1]["retention"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "told"),
     [

@@ -109,6 +109,7 @@ def test_rows_that_fail_keep_their_numbers_and_have_null_components() -> None:
     assert [str(w.message)[: len(t)] for w, t in zip(caught, told, strict=True)] == told
 
 
+@pytest.mark.slow
 def test_a_reward_of_trls_may_run_in_a_process_of_its_own(tmp_path: Path) -> None:
     body = inspect.getsource(curriculum) + inspect.getsource(logging)
     (tmp_path / "mine.py").write_text(f"from typing import Any\nimport numpy as np\n{body}")

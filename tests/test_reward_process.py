@@ -126,11 +126,13 @@ def test_rows_that_have_to_be_scored_alone_keep_their_numbers(bad: Any) -> None:
         assert reward.score(["?"], ["exit"], {}) == [Score(None, {"bad": None})]
 
 
+@pytest.mark.slow
 def test_other_limits_are_another_process(bad: Any) -> None:
     assert scored(bad(seconds=None), "memory")[0] == [None]
     assert scored(bad(seconds=60.0, memory=8.0), "memory") == ([6.0], [])
 
 
+@pytest.mark.slow
 def test_a_process_finds_modules_and_gets_what_a_reward_here_gets(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -164,6 +166,7 @@ def test_threads_take_turns_at_one_process(bad: Any) -> None:
     assert found == [float(n) for n in range(20)]
 
 
+@pytest.mark.slow
 def test_a_file_of_the_same_name_in_another_folder_is_another_reward(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -174,6 +177,7 @@ def test_a_file_of_the_same_name_in_another_folder_is_another_reward(
         assert scored(isolated("mine.py:mine", Limits()), "x") == ([number], [])
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="asks the system to end a process with its parent")
 def test_a_reward_that_hangs_does_not_outlive_a_run_that_is_killed(tmp_path: Path) -> None:
     (tmp_path / "bad.py").write_text(BAD)
@@ -202,6 +206,7 @@ def test_too_few_values_are_told(bad: Any) -> None:
     assert values == [None, None] and len(messages) == 1
 
 
+@pytest.mark.slow
 def test_a_reward_that_cannot_be_built_says_so_as_here(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="unknown reward 'exakt': did you mean 'exact-match'"):
         isolated("exakt", Limits())
@@ -209,6 +214,7 @@ def test_a_reward_that_cannot_be_built_says_so_as_here(tmp_path: Path) -> None:
         isolated(lambda completions: [0.0] * len(completions), Limits())
 
 
+@pytest.mark.slow
 def test_it_gives_what_the_reward_gives_here() -> None:
     spec = [{"name": "exact-match"}, {"name": "format", "weight": 0.5, "pattern": "#### .*"}]
     columns = {"answer": ["3", "4"]}
@@ -232,6 +238,7 @@ HOSTILE = [
 ]
 
 
+@pytest.mark.slow
 def test_hostile_answers_cost_a_bounded_time() -> None:
     reward = isolated("math-answer", Limits(6.0, 2.0), "null")
     texts = [*HOSTILE, r"\boxed{42}", "#### 41"]

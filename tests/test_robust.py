@@ -91,6 +91,7 @@ def test_probabilities_of_improvement_by_hand() -> None:
     assert equal.mean == 0.5 and 0.1 + 0.2 != 0.3, "equal but for rounding"
 
 
+@pytest.mark.slow
 def test_intervals_cover_as_they_say() -> None:
     """Short runs of experiments/benchmarks/coverage.py, with the numbers that reports and docs give."""
     found = {seeds: robust(seeds, 1, 0.0, 1.0, runs=400) for seeds in (3, 5, 10)}

@@ -129,6 +129,7 @@ def test_text_has_no_special_tokens(policy: Policy) -> None:
     assert tokenizer.decode([*words, tokenizer.eos_token_id], skip_special_tokens=True) == "#### 17"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (2.0, 1.0), (1.0, 0.5), (1.0, 0.9), (1.6, 0.7)])
 def test_first_tokens_follow_the_models_distribution(policy: Policy, temperature: float, top_p: float) -> None:
     check_first_tokens(policy, 4000, temperature, top_p)
@@ -414,6 +415,7 @@ def mamba(make_policy: MakePolicy) -> Policy:
     return Policy(model.eval(), tokenizer, "mamba")
 
 
+@pytest.mark.slow
 def test_a_model_with_other_state_is_sampled_too(mamba: Policy) -> None:
     torch.manual_seed(5)
     expected = torch.rand(3)

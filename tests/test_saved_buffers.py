@@ -64,6 +64,7 @@ def test_rescoring_gives_columns_other_names_and_names_the_row(tmp_path: Path) -
         rescored(samples(*rows), "exact-match", {"answer": "gold"})
 
 
+@pytest.mark.slow
 def test_a_reward_that_fails_names_the_row_of_the_buffer(tmp_path: Path) -> None:
     (tmp_path / "own.py").write_text("def own(completions, **_):\n    return [float(text) for text in completions]\n")
     rows = samples(*(sample(n, 0.0, text) for n, text in enumerate(("1", "2", "three"))))
@@ -165,6 +166,7 @@ def test_the_commands_of_the_page(
     assert OfflineBuffer.load("runs/mine")[0].reward == 0.5
 
 
+@pytest.mark.slow
 def test_import_says_what_it_did_and_does_it_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -190,6 +192,7 @@ def test_import_says_what_it_did_and_does_it_once(
     assert shown["rows"] == 2 and {use["objective"] for use in shown["objectives"] if not use["lacks"]} >= {"rft"}
 
 
+@pytest.mark.slow
 def test_imported_samples_train(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -243,6 +246,7 @@ def test_what_trl_logs_can_be_trained_on(
 # lm-eval's files
 
 
+@pytest.mark.slow
 def test_outcomes_as_lm_eval_samples_and_back(tokenizer: Any, tmp_path: Path) -> None:
     files = export_samples("new-format", tmp_path)
     study = read_study("new-format")

@@ -131,6 +131,7 @@ def test_a_batch_is_scored_while_the_next_is_sampled(
     assert [row.reward for row in rows] == [1.0] * 12
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 3])
 def test_scores_are_those_of_a_reward_in_this_process(
     processes: int, policy: Policy, rewards: Callable[..., Reward], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -153,6 +154,7 @@ def test_scores_are_those_of_a_reward_in_this_process(
     assert evaluate(policy, plain, there, how) == evaluate(policy, plain, here, how)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampler", [Batches(), Silent()])
 def test_an_offending_row_has_its_number_among_all(
     sampler: Sampler, policy: Policy, rewards: Callable[..., Reward], monkeypatch: pytest.MonkeyPatch
@@ -175,6 +177,7 @@ def test_an_offending_row_has_its_number_among_all(
     assert [str(one.message) for one in caught] == told
 
 
+@pytest.mark.slow
 def test_a_broken_reward_ends_the_sampling(
     policy: Policy, rewards: Callable[..., Reward], monkeypatch: pytest.MonkeyPatch
 ) -> None:

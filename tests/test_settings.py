@@ -245,6 +245,7 @@ def table(tmp_path: Path) -> str:
     return str(path)
 
 
+@pytest.mark.slow
 @shows(
     "ProblemSource.source", "ProblemSource.prompt", "ProblemSource.solution", "ProblemSource.quality",
     "ProblemSource.columns", "ProblemSource.chat", "ProblemSource.system", "ProblemSource.limit",
@@ -284,6 +285,7 @@ def test_the_split_of_a_data_set_on_the_hub(monkeypatch: pytest.MonkeyPatch) -> 
         assert problem.prompt == f"of someone/something, {split}" and problem.id == f"{split}-0"
 
 
+@pytest.mark.slow
 @shows("TableSource.split", "TableSource.columns", "--split", "--column")
 def test_a_table_to_train_on(tmp_path: Path) -> None:
     (tmp_path / "shards").mkdir()
@@ -398,6 +400,7 @@ def filled(experiment: Experiment, folder: Path) -> OfflineBuffer:
     return OfflineBuffer.load(folder / "buffer")
 
 
+@pytest.mark.slow
 @shows("Rollouts.prompts", "Rollouts.behaviour", "Experiment.train")
 def test_the_rollouts_of_the_shared_buffer(fake: FakeSampler, tmp_path: Path) -> None:
     engine = {"rollouts__engine": "vllm"}
@@ -424,6 +427,7 @@ def trained(policy: Policy, callback: Callable[[Trainer, int], None] | None = No
     return train(policy, get_objective("sft"), OfflineBuffer.from_trajectories(ROWS), some, 0, callbacks)
 
 
+@pytest.mark.slow
 @shows(
     "Training.steps", "Training.batch_size", "Training.mini_batches", "Training.updates_per_batch",
     "Training.token_budget",
@@ -456,6 +460,7 @@ def test_what_a_step_of_training_takes(make_policy: MakePolicy, monkeypatch: pyt
     assert run(token_budget=14) == (4, [4] * 4, 8), "two rows of 7 tokens in a micro-batch"
 
 
+@pytest.mark.slow
 @shows("Training.epochs")
 def test_epochs_are_passes_over_what_is_learned_from(make_policy: MakePolicy) -> None:
     policy, rows = make_policy("gpt2"), len(ROWS)
@@ -560,6 +565,7 @@ def test_when_checkpoints_are_written(make_policy: MakePolicy, tmp_path: Path) -
         assert len(list(folder.glob("step-*.safetensors"))) == expected
 
 
+@pytest.mark.slow
 @shows("Training.max_completion_tokens")
 def test_long_demonstrations_are_cut(fake: FakeSampler, tmp_path: Path) -> None:
     lengths = {}
@@ -571,6 +577,7 @@ def test_long_demonstrations_are_cut(fake: FakeSampler, tmp_path: Path) -> None:
     assert lengths[2048] > lengths[2] == 2
 
 
+@pytest.mark.slow
 @shows("Training.max_length")
 def test_long_rows_are_cut_with_their_prompts(fake: FakeSampler, tmp_path: Path) -> None:
     plain = list(filled(small({"sft": {}}), tmp_path / "plain"))
@@ -751,6 +758,7 @@ def test_an_option_changes_its_settings_and_no_others(arguments: tuple[str, str]
         assert {key for key in found if key not in expected and not key.startswith("algorithms.power.")} == set()
 
 
+@pytest.mark.slow
 def test_options_together() -> None:
     both = changed("compare", "--limit", "9", "--test-limit", "7")
     assert both == {"train.limit": 9, "rollouts.prompts": 9} | TESTS
@@ -867,6 +875,7 @@ def test_threads(command: list[str], monkeypatch: pytest.MonkeyPatch, capsys: py
         torch.set_num_threads(before)
 
 
+@pytest.mark.slow
 @shows("--learning-rate", "--seed")
 def test_the_options_of_train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)

@@ -59,9 +59,7 @@ def test_the_main_process_alone_reads_weights_and_each_holds_a_shard(
     own = [one[models[kind]] for one in found]
     assert [one["reads"] for one in own] == [1, 0]
     for one in own:
-        compiled, analysed = one["refused"]
-        assert compiled.startswith("training.compile: true: layers of a sharded model are not compiled")
-        assert analysed.startswith("the analyzer needs whole models: load the policy in a process of its own")
+        assert one["refused"].startswith("the analyzer needs whole models: load the policy in a process of its own")
     total = sum(p.numel() for p in load_policy(models[kind]).model.parameters())
     assert all(one["in all"] == total for one in own)
     assert sum(one["held"] for one in own) == total

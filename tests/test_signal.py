@@ -147,6 +147,7 @@ def test_fresh_batches_that_are_sampled_again_are_told(make_policy: MakePolicy) 
     ]
 
 
+@pytest.mark.slow
 def test_the_command_tells(make_policy: MakePolicy, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows, _ = groups_of(make_policy(), 1.0, 0.0, 1.0, 1.0)
     bare = [replace(row, reference_logp=None) for row in rows]
@@ -233,6 +234,7 @@ def test_masked_completions_teach_nothing_but_their_rewards_count(make_policy: M
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["sft", "rft", "dft", "grpo", "kto", "dpo"])
 def test_dropped_completions_leave_the_view_and_are_told(name: str, make_policy: MakePolicy) -> None:
     source = "demonstration" if name in ("sft", "dft") else "policy"

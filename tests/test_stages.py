@@ -132,6 +132,7 @@ def test_processes_share_a_warm_up(tmp_path: Path, by_hand: str, monkeypatch: py
     assert numbers(found)["cells"] == numbers(quietly(small(ROWS, model=by_hand), tmp_path / "without"))["cells"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("first", "second"),
     [

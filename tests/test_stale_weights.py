@@ -79,6 +79,7 @@ class Watched(VLLMSampler):
         return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["grpo", "ppo"])
 def test_an_engine_samples_with_the_weights_of_each_step(
     policy: Policy, monkeypatch: pytest.MonkeyPatch, name: str
@@ -102,6 +103,7 @@ def test_an_engine_samples_with_the_weights_of_each_step(
     assert engines[0].handed == STEPS.steps + 1 and len(engines) == 1, "nothing changed: nothing is handed over"
 
 
+@pytest.mark.slow
 def test_an_engine_samples_with_an_adapter_in_training(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("peft")
     engines = install(monkeypatch, policy)
@@ -176,6 +178,7 @@ def test_an_engine_is_one_of_a_configuration_a_type_and_options(
         assert "enable_sleep_mode" not in engine.options, "it is for GPUs"
 
 
+@pytest.mark.slow
 def test_an_engine_sleeps_while_the_policy_trains(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
     """It gives its memory back, weights included, and takes the new ones when it has woken up."""
     engines = install(monkeypatch, policy)
@@ -410,6 +413,7 @@ def server(policy: Policy) -> Iterator[Server]:
     made.server_close()
 
 
+@pytest.mark.slow
 def test_a_server_samples_with_the_weights_of_each_step(policy: Policy, server: Server) -> None:
     sampler = VLLMServerSampler(policy, server.url)
 
@@ -447,6 +451,7 @@ def test_policies_take_turns_at_one_server(make_policy: MakePolicy, server: Serv
     assert server.handed == 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", [{"workers": 2}, {"workers": 1, "executor": "ray"}, {"executor": "ray"}])
 def test_cells_do_not_share_a_server(how: dict[str, Any]) -> None:
     """Each would sample with the weights that another handed over last."""

@@ -143,6 +143,7 @@ def test_intervals_cover_the_truth_nineteen_times_in_twenty(
     assert 0.93 <= covered / runs <= 0.97
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("seeds", "problems", "centre", "k"),
     [(3, 150, 0.0, 4), (3, 150, 2.5, 4), (3, 150, 0.0, 1), (1, 100, 2.5, 1), (2, 20, 0.0, 4), (10, 30, 3.0, 4)],
@@ -269,6 +270,7 @@ def test_a_p_value_is_never_below_the_level_at_which_the_interval_ends_at_zero()
             assert min(map(abs, ends)) == pytest.approx(0, abs=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("seeds", "seed_effect"), [(2, 0.0), (2, 1.0), (2, 4.0), (3, 0.0), (3, 4.0)])
 def test_small_p_values_are_as_rare_as_they_say(seeds: int, seed_effect: float) -> None:
     """Holm's correction decides at p-values of a thousandth; few seeds that agree by chance must not reach them."""
@@ -296,6 +298,7 @@ def test_holm_by_hand() -> None:
     assert holm([0.9, 0.6]) == [1, 1] and holm([0.2]) == [0.2] and holm([]) == []
 
 
+@pytest.mark.slow
 def test_a_table_of_equal_algorithms_rarely_calls_one_distinguishable() -> None:
     """27 algorithms no better than the baseline: at least one is called distinguishable in at most 5 % of tables."""
     rng, wrong, uncorrected, tables = np.random.default_rng(0), 0, 0, 200
@@ -384,6 +387,7 @@ def test_benchmarks_of_different_difficulty_add_no_variance() -> None:
     assert crossed_interval(scores, benchmarks=halves(12)) == alone, "one benchmark is as none named"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("seeds", "sizes", "seed_effect", "problem_effect", "noise"),
     [
@@ -408,6 +412,7 @@ def test_intervals_of_a_mean_over_benchmarks_cover(
     assert 0.93 <= covered / runs <= 0.97
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("seeds", "sizes", "centres", "k"),
     [(3, (30, 100), (0.0, 1.0), 4), (1, (100, 200), (0.0, 2.0), 1), (10, (30, 60), (2.0, -1.0), 4)],

@@ -129,6 +129,7 @@ def step_on(make_policy: MakePolicy, objective: Objective, buffer: Buffer, setti
     return trainer
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [OWN, RECOMPUTED, ENGINE])
 @pytest.mark.parametrize("name", OF_EACH_KIND)
 def test_ratios_to_a_buffer_start_at_one(
@@ -146,6 +147,7 @@ def test_ratios_to_a_buffer_start_at_one(
 ENGINES = [(RECOMPUTED, 0.6, 0.8), (ENGINE, 1.3, 0.8)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OF_EACH_KIND)
 def test_ratios_to_fresh_samples_start_at_one(
     name: str, make_policy: MakePolicy, watched: Callable[[Objective], Seen], monkeypatch: pytest.MonkeyPatch
@@ -183,6 +185,7 @@ def gradients(policy: Policy) -> Tensor:
     return torch.cat([p.grad.flatten() for p in policy.model.parameters() if p.grad is not None])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("budget", [4096, 24])
 @pytest.mark.parametrize("entries", [2**26, 300], ids=["one chunk", "many chunks"])
 def test_rows_of_several_temperatures_in_one_batch(
@@ -315,6 +318,7 @@ def test_the_references_log_probs_are_kept_for_both_temperatures(rows: Rows, pol
     assert not lacking(cold.with_values("reference_logp", cold.column("behaviour_logp")), grpo)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recompute", [True, False])
 def test_engines_are_compared_like_with_like(
     rows: Rows, policy: Policy, monkeypatch: pytest.MonkeyPatch, recompute: bool

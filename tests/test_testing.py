@@ -183,6 +183,7 @@ WRONG: Mapping[str, tuple[Objective, str]] = {
 }
 
 
+@pytest.mark.slow
 def test_what_is_right_passes() -> None:
     check_objective(Tempered(), tempered)
     coupled = broken(of_step, couples=Coupling.BATCH)
@@ -226,6 +227,7 @@ IN_THE_TRAINER: Mapping[str, tuple[Objective, str]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", IN_THE_TRAINER)
 def test_an_objective_that_is_wrong_in_the_trainer_alone(fault: str) -> None:
     objective, told = IN_THE_TRAINER[fault]

@@ -169,6 +169,7 @@ def distance(a: Mapping[str, list[Tensor]], b: Mapping[str, list[Tensor]]) -> fl
     return worst
 
 
+@pytest.mark.slow
 @every_kind
 def test_neither_micro_batches_nor_the_order_of_rows_matter(name: str, make_policy: MakePolicy) -> None:
     objective = OBJECTIVES[name]
@@ -331,6 +332,7 @@ def test_the_gradients_of_mini_batches_add_up_to_that_of_the_batch(name: str, ma
     assert distance({n: found[:1] for n, found in whole.items()}, added) < 1e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["ppo", "batch-coupled"])
 def test_micro_batches_do_not_matter_within_mini_batches(name: str, make_policy: MakePolicy) -> None:
     objective = OBJECTIVES[name]
@@ -542,6 +544,7 @@ def test_an_epoch_draws_every_unit_once_and_whole(selection: Selection, batch_si
     assert drawn[: len(wanted)] != drawn[len(wanted) : 2 * len(wanted)]  # shuffled anew
 
 
+@pytest.mark.slow
 def test_units_with_weights_are_drawn_in_proportion_to_them() -> None:
     rows = [Trajectory("", str(i), [1], [2], str(i), source="policy") for i in range(4)]
     weights = (0.0, 1.0, 2.0, 5.0)

@@ -56,6 +56,7 @@ def trained(policy: Policy, name: str = "dft", folder: Path | None = None, **set
     return trainer
 
 
+@pytest.mark.slow
 def test_lora_trains_the_adapters_alone(tmp_path: Path) -> None:
     policy = load_policy("embedded")
     base = {name: p.detach().clone() for name, p in policy.model.named_parameters()}
@@ -94,6 +95,7 @@ def test_lora_trains_the_adapters_alone(tmp_path: Path) -> None:
     assert config["r"] == 8 and config["base_model_name_or_path"] == "embedded"
 
 
+@pytest.mark.slow
 def test_adapters_are_drawn_by_the_seed_of_the_run() -> None:
     settings = Training.model_validate({"steps": 1, "batch_size": 8, "lora": {"rank": 2}})
     buffer = OfflineBuffer.from_trajectories(ROWS)
@@ -106,6 +108,7 @@ def test_adapters_are_drawn_by_the_seed_of_the_run() -> None:
     assert all(map(torch.equal, found[0], found[1])) and not any(map(torch.equal, found[0], found[2]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["dpo", "ppo", "grpo", "iw-sft"])
 def test_lora_goes_with_every_kind_of_objective(name: str) -> None:
     policy = load_policy("embedded")
@@ -115,6 +118,7 @@ def test_lora_goes_with_every_kind_of_objective(name: str) -> None:
     trained(policy, name, lora=lora)  # what was trained is trained further
 
 
+@pytest.mark.slow
 def test_a_moving_reference_has_an_adapter_of_its_own() -> None:
     policy = load_policy("embedded")
     before, objective = log_probs(policy, PAIRS), get_objective("iw-sft", variant="ema", ema_decay=0.5)
@@ -173,6 +177,7 @@ def test_a_comparison_with_lora_and_a_choice_of_learning_rates(tmp_path: Path) -
     assert len(list((tmp_path / "out" / "logs").glob("*/rlzoo/events.out.tfevents.*"))) == 3
 
 
+@pytest.mark.slow
 def test_recomputed_activations_change_nothing_but_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
     plain, again = load_policy("embedded", "float64"), load_policy("embedded", "float64")
     calls = {"plain": 0, "again": 0}
@@ -239,6 +244,7 @@ def test_gradients_in_place_leave_alone_what_is_no_plain_layer(options: dict[str
     torch.testing.assert_close(ours, theirs)
 
 
+@pytest.mark.slow
 def test_mixed_precision_keeps_float32_weights() -> None:
     plain, mixed = load_policy("embedded"), load_policy("embedded", "bfloat16-mixed")
     seen = []
@@ -272,6 +278,7 @@ def test_a_tracker_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> Non
         trained(load_policy("embedded"), trackers=["wandb"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["sft", "dft-control"])  # the latter's coefficients are those of the whole batch
 def test_truncated_importance_weights_what_another_engine_sampled(name: str) -> None:
     """Rows whose engine said log 2 less for every token: each of their tokens has weight min(2, cap)."""

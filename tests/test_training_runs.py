@@ -104,6 +104,7 @@ def _small(completion_ids: list[list[int]], **_: Any) -> list[float | None]:
     return [sum(token < 93 for token in ids) / len(ids) for ids in completion_ids]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["grpo", "ppo"])
 def test_online_training_raises_a_trivial_reward(name: str, make_policy: MakePolicy) -> None:
     policy = make_policy("llama", dtype=torch.float32, seed=1)
@@ -217,6 +218,7 @@ def run(policy: Policy, name: str, buffer: Buffer, **changes: Any) -> TrainingRe
     return train(policy, get_objective(name), buffer, QUICK.model_copy(update={"steps": 2, **changes}))
 
 
+@pytest.mark.slow
 def test_costs_are_counted_exactly(make_policy: MakePolicy) -> None:
     policy = make_policy()
     rows = sampled(policy)

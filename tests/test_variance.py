@@ -166,6 +166,7 @@ def test_the_same_seed_gives_the_same_report(base: Policy, buffer: Buffer) -> No
     assert one == two and one != other
 
 
+@pytest.mark.slow
 def test_sft_is_measured_for_comparison_even_if_not_asked_for(base: Policy, buffer: Buffer) -> None:
     found = analyze_variance(base, ["dft"], buffer, rows=24, draws=0)
     assert list(found["objectives"]) == ["dft"] and found["cosines"]["dft"].keys() == {"dft", "(demonstrations)"}
@@ -176,6 +177,7 @@ def test_sft_is_measured_for_comparison_even_if_not_asked_for(base: Policy, buff
     assert cosine["ci_low"] is None and cosine["ci_high"] is None
 
 
+@pytest.mark.slow
 def test_rows_that_are_missing_skip_an_objective_and_are_named(base: Policy, buffer: Buffer) -> None:
     experts = OfflineBuffer.from_trajectories([row for row in buffer if row.source == "demonstration"][:20])
     found = analyze_variance(base, ["sft", "grpo"], experts, draws=0)
@@ -187,6 +189,7 @@ def test_rows_that_are_missing_skip_an_objective_and_are_named(base: Policy, buf
     assert "no demonstrations" in alone["data_noise"]["cosine_to_sft"]["reason"]
 
 
+@pytest.mark.slow
 def test_single_rows_can_come_from_another_view(base: Policy, buffer: Buffer) -> None:
     found = analyze_variance(base, ["sft", "rft"], buffer, rows=24, draws=0, learns_from=Selection.CORRECT)
     assert found["cosines"]["rft"]["sft"]["value"] == pytest.approx(1)  # the same rows with the same coefficient
@@ -207,6 +210,7 @@ def test_wrong_numbers_are_refused(base: Policy, buffer: Buffer, changes: dict[s
         analyze_variance(base, ["sft"], buffer, **changes)
 
 
+@pytest.mark.slow
 def test_what_cannot_be_measured_is_told_and_the_rest_goes_on(base: Policy, buffer: Buffer) -> None:
     class Broken(rlzoo.Objective):
         name = "broken"
@@ -228,6 +232,7 @@ def test_what_cannot_be_measured_is_told_and_the_rest_goes_on(base: Policy, buff
     assert not base.training
 
 
+@pytest.mark.slow
 def test_likely_tokens_have_an_exact_score_norm(base: Policy, buffer: Buffer) -> None:
     """In float32 Σπ² - p² would be rounding for them: S lies between (1-p)² and 2(1-p)²."""
     rows = [row for row in buffer if row.source == "demonstration"][:100]
@@ -240,6 +245,7 @@ def test_likely_tokens_have_an_exact_score_norm(base: Policy, buffer: Buffer) ->
     np.testing.assert_allclose(table.score_norm, double.score_norm, rtol=2e-3)
 
 
+@pytest.mark.slow
 def test_an_experiments_rows_are_measured_on_what_they_learn_from(base: Policy, buffer: Buffer) -> None:
     named = {"a": get_objective("sft"), "b": get_objective("sft"), "c": get_objective("dpo")}
     found = analyze_variance(base, named, buffer, rows=24, draws=0, learns_from={"b": Selection.CORRECT})

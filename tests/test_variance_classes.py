@@ -87,6 +87,7 @@ def inner(one: torch.Tensor, other: torch.Tensor) -> float:
     return float(products.sum() - products.diagonal().sum()) / (len(one) * (len(one) - 1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "weight", "held"), [("sft", lambda p: 1.0, 2), ("dft", lambda p: p, None)])
 def test_classes_have_the_noise_of_their_tokens_gradients(
     policy: Policy, buffer: Buffer, name: str, weight: Any, held: int | None
@@ -164,6 +165,7 @@ def test_any_function_may_say_what_a_token_is(policy: Policy, buffer: Buffer, tm
         analyze_variance(policy, ["sft"], buffer, draws=0, gradients=False, token_classes="nothing")
 
 
+@pytest.mark.slow
 def test_the_command_measures_classes_of_a_file(
     buffer: Buffer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -180,12 +182,14 @@ def test_the_command_measures_classes_of_a_file(
     assert "By class of token" in (tmp_path / "out" / "report.md").read_text()
 
 
+@pytest.mark.slow
 def test_full_vocabulary_terms_belong_to_the_class_of_their_position(policy: Policy, buffer: Buffer) -> None:
     found = analyze_variance(policy, ["gift"], buffer, draws=0, class_gradients=True)
     own = found["objectives"]["gift"]["token_classes"]
     assert sum(one["variance_share"]["value"] for one in own.values()) == pytest.approx(1, abs=1e-6)
 
 
+@pytest.mark.slow
 def test_the_report_has_them(policy: Policy, buffer: Buffer) -> None:
     for measured in (False, True):
         found = analyze_variance(policy, ["sft", "dft"], buffer, draws=0, class_gradients=measured)

@@ -470,6 +470,7 @@ def test_the_mean_gradient_is_that_of_the_surrogate(make_model: MakeModel, name:
         torch.testing.assert_close(found.mean[parameter], p.grad, rtol=1e-6, atol=1e-8, msg=parameter)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "gpt2"])
@@ -542,6 +543,7 @@ def test_bfloat16_measures_in_float32(make_model: MakeModel) -> None:
     torch.testing.assert_close(found.squared_norm.sum(1), exact.squared_norm.sum(1), rtol=0.15, atol=0)
 
 
+@pytest.mark.slow
 def test_gradients_are_measured_in_smaller_parts_where_memory_runs_out(
     make_model: MakeModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -123,6 +123,7 @@ def test_block_variances_are_the_sample_covariance_of_the_estimator() -> None:
     assert found.shape == (1, 1) and found[0, 0] == pytest.approx(expected, rel=1e-12)
 
 
+@pytest.mark.slow
 def test_prediction_and_monte_carlo_agree_in_the_bins() -> None:
     agree = total = 0
     for seed in range(5):

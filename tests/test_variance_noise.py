@@ -131,6 +131,7 @@ def test_intervals_miss_on_either_side_where_noise_is_as_large_as_the_gradient(n
     assert min(above, below) > 0.005 and 0.03 <= above + below <= 0.07, (above, below)
 
 
+@pytest.mark.slow
 def test_a_hidden_gradient_has_no_number() -> None:
     case = Case(noise=10, prompts=40, others=40, common=40)
     found = gradients(case, 200, seed=3)
@@ -185,6 +186,7 @@ def test_proportional_gradients_have_their_cosine_whatever_noise_and_projection(
         assert found[name] == pytest.approx({"value": value, "ci_low": value, "ci_high": value})
 
 
+@pytest.mark.slow
 def test_projections_hardly_move_a_cosine_and_no_norm() -> None:
     """Norms are exact, so the only error of one layer's projection is that of ⟨g_p, g'_p⟩ of one prompt."""
     rng = np.random.default_rng(5)

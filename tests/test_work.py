@@ -153,6 +153,7 @@ def scoring_of(policy: Policy, rows: Sequence[Trajectory]) -> float:
     return policy.flops(sum(len(row.prompt_ids) for row in rows) + completions, completions)
 
 
+@pytest.mark.slow
 def test_samples_of_others_are_scored_once_and_that_is_paid_for(base: Policy, tmp_path: Path) -> None:
     lines = [{"prompt": f"{i // 2}+1=?\n", "completion": f"#### {i}", "reward": i % 2} for i in range(4)]
     (tmp_path / "graded.jsonl").write_text("\n".join(map(json.dumps, lines)))
@@ -221,6 +222,7 @@ def test_online_batches_have_seeds_of_their_own_and_go_through_the_prompts(
     assert online[0].prompts != online[3].prompts and online[0].weights == online[3].weights
 
 
+@pytest.mark.slow
 def test_an_online_cell_is_held_to_the_policy_it_began_as(tmp_path: Path) -> None:
     rows = {"grpo": {"mode": "online", "learning_rates": [1e-2]}}
     (cell,) = compared(small(rows, evaluation=NO_CURVE, training__steps=3), tmp_path / "out")["cells"]
@@ -249,6 +251,7 @@ def test_what_is_drawn_in_a_cell_hangs_on_its_seed_alone(calls: list[Call], tmp_
     assert first["gradient_norm"] != pytest.approx(second["gradient_norm"], rel=1e-3)
 
 
+@pytest.mark.slow
 def test_the_settings_of_a_row_are_its_own(tmp_path: Path) -> None:
     rows = {"sft": {}, "longer": {"objective": "sft", "training": {"steps": 3, "batch_size": 2}}}
     cells = by_name(compared(small(rows, evaluation=NO_CURVE), tmp_path / "out"))
@@ -282,6 +285,7 @@ class Spoilt(rlzoo.Objective):
 """
 
 
+@pytest.mark.slow
 def test_a_step_that_was_skipped_is_told_in_the_results(tmp_path: Path) -> None:
     (tmp_path / "spoilt.py").write_text(SPOILT)
     rows = {"spoilt": {"objective": f"{tmp_path / 'spoilt.py'}:Spoilt"}}
@@ -307,6 +311,7 @@ class WithLogp(TransformersSampler):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("behaviour", ["recompute", "sampler"])
 def test_behaviour_log_probs_are_the_trainers_own_or_those_of_the_sampler(behaviour: str, tmp_path: Path) -> None:
     """Of a sampler that gives every token a log-prob of -2."""
@@ -328,6 +333,7 @@ def test_behaviour_log_probs_are_the_trainers_own_or_those_of_the_sampler(behavi
         assert ratio == pytest.approx(1, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_demonstrations_may_come_from_a_table(tmp_path: Path) -> None:
     lines = [{"prompt": f"{i}+1=?\n", "completion": f"#### {i + 1}"} for i in range(3)]
     (tmp_path / "shown.jsonl").write_text("\n".join(map(json.dumps, lines)))
@@ -340,6 +346,7 @@ def test_demonstrations_may_come_from_a_table(tmp_path: Path) -> None:
     assert results["buffer"]["rows"] == 3
 
 
+@pytest.mark.slow
 def test_the_buffer_has_samples_of_as_many_prompts_as_were_asked_for(
     base: Policy, calls: list[Call], tmp_path: Path
 ) -> None:
@@ -357,6 +364,7 @@ def test_the_buffer_has_samples_of_as_many_prompts_as_were_asked_for(
     assert results["buffer"]["rows"] == len(buffer) == 10 + 6
 
 
+@pytest.mark.slow
 def test_an_online_cell_keeps_the_options_of_its_view(tmp_path: Path) -> None:
     """With a limit of one token every sample is truncated, and this row leaves those out."""
     rows = {name: {"mode": "online", "objective": "rloo", "options": {"truncated": name}} for name in ("keep", "drop")}
@@ -367,6 +375,7 @@ def test_an_online_cell_keeps_the_options_of_its_view(tmp_path: Path) -> None:
     assert "8 fresh batches in a row have nothing to learn from" in failed["error"]
 
 
+@pytest.mark.slow
 def test_token_probabilities_are_of_the_demonstrations_before_and_after(
     base: Policy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -414,6 +423,7 @@ def test_a_rate_is_chosen_on_validation_and_reported_on_the_benchmarks(
     assert [call.weights for call in reported[::2]] == kept, "the weights that validation saw"
 
 
+@pytest.mark.slow
 def test_benchmarks_are_sampled_with_the_seed_of_the_cell(calls: list[Call], tmp_path: Path) -> None:
     benchmarks = {
         "facts": {"source": "world:facts/test", "limit": 4},
@@ -428,6 +438,7 @@ def test_benchmarks_are_sampled_with_the_seed_of_the_cell(calls: list[Call], tmp
         assert list(metrics) == ["facts", "unseen"] and {m["samples"] for m in metrics.values()} == {3}
 
 
+@pytest.mark.slow
 def test_the_curve_is_drawn_along_training_on_a_few_problems(calls: list[Call], tmp_path: Path) -> None:
     evaluation = {**NO_CURVE, "curve_points": 2, "curve_problems": 2, "curve_samples": 1}  # fewer than pass@k's k
     experiment = small({"sft": {"learning_rates": [1e-2]}}, seeds=[4], evaluation=evaluation, training__steps=5)

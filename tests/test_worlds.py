@@ -73,6 +73,7 @@ def test_sizes_of_the_arithmetic_splits() -> None:
 VARIANTS = ["", "?terms=2", "?terms=2,3", "?terms=4", "?largest=9", "?terms=2&largest=9"]
 
 
+@pytest.mark.slow
 def test_splits_are_disjoint_whatever_their_options() -> None:
     prompts = {
         split: {str(p.prompt) for how in VARIANTS for p in world_problems(f"arithmetic/{split}{how}")}

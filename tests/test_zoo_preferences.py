@@ -226,6 +226,7 @@ def divergence(policy: Policy, reference: Policy, rows: list[Trajectory]) -> flo
     return sum(total) / len(total)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("updates", [1, 3])
 def test_the_trainer_measures_z0_at_each_update(make_policy: MakePolicy, updates: int) -> None:
     policy, rows, before = make_policy(), unpaired(), make_policy()
@@ -298,6 +299,7 @@ def test_the_unpaired_view_has_every_row_with_a_reward() -> None:
         OfflineBuffer.from_trajectories([row("policy", None)]).view(Selection.UNPAIRED)
 
 
+@pytest.mark.slow
 def test_kto_learns_from_unpaired_preferences_of_trl(make_policy: MakePolicy) -> None:
     policy = make_policy()
     words = ("ann is", "bob is", "cat is", "dan is")

@@ -554,6 +554,7 @@ def test_online_training_raises_a_trivial_reward(name: str, make_policy: MakePol
     assert sum(rewards[-2:]) / 2 > rewards[0] + 0.2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["reinforce", "dapo", "otb"])  # the others' rows are made as these
 def test_offline_training_raises_it_too(name: str, make_policy: MakePolicy) -> None:
     policy = make_policy("llama", dtype=torch.float32, seed=1)

@@ -493,6 +493,7 @@ def test_luffy_without_demonstrations_is_dr_grpo_per_token(seed: int) -> None:
     assert torch.equal(ours, theirs)
 
 
+@pytest.mark.slow
 def test_luffy_learns_from_demonstrations_where_every_sample_fails() -> None:
     """Online, the worked solutions of the problems join their groups; GRPO has nothing to learn from there."""
 
@@ -668,6 +669,7 @@ def test_terms_run_in_chunks(name: str, make_policy: MakePolicy, monkeypatch: py
     assert seen.rows == 3 < len(sequences.targets)
 
 
+@pytest.mark.slow
 def test_one_token_rollout_learns_what_it_draws(make_policy: MakePolicy) -> None:
     """From a policy that SFT has brought near the demonstrations: one that never draws their tokens learns nothing."""
     policy = make_policy()
@@ -706,6 +708,7 @@ def test_rows_are_drawn_in_proportion_to_their_quality() -> None:
     assert buffer.view(DEMONSTRATIONS).weights is None
 
 
+@pytest.mark.slow
 def test_a_source_that_draws_by_quality_goes_on_bit_for_bit() -> None:
     buffer = demonstrations(1.0, 0.25, 3.0, 0.5, 2.0)
     view = buffer.view(DEMONSTRATIONS, weighted=True)
@@ -747,6 +750,7 @@ def test_views_of_more_than_single_rows_have_no_weights() -> None:
         demonstrations(1.0).view(DEMONSTRATIONS, weigthed=True)
 
 
+@pytest.mark.slow
 def test_training_by_quality_learns_what_is_good(make_policy: MakePolicy) -> None:
     """Two answers to one prompt, of quality 3 and 1: the likelihood is greatest at 3/4 and 1/4."""
     rows = [Trajectory("", "", [5], [6 + i], "0", reward=reward) for i, reward in enumerate((3.0, 1.0))]
@@ -772,6 +776,7 @@ def test_the_analyzer_draws_by_quality_too() -> None:
     assert sum(by_quality[i] for i in range(20, 30)) > 20
 
 
+@pytest.mark.slow
 def test_a_unit_drawn_twice_counts_twice(make_policy: MakePolicy) -> None:
     """tr Σ over the drawn rows is that of a buffer that holds each of them as often."""
     policy = make_policy("llama")

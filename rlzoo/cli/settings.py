@@ -287,6 +287,12 @@ def pairs(texts: Sequence[str], option: str) -> dict[str, Any]:
     return found
 
 
+def check_public(public: bool, push_to_hub: str | None) -> None:
+    """Raise UserError for --public without --push-to-hub."""
+    if public and push_to_hub is None:
+        raise UserError("--public says who may see what is pushed: add --push-to-hub NAMESPACE/NAME")
+
+
 def prepare(threads: int | None, trust_remote_code: bool) -> None:
     """Set the number of threads and whether a model's own code may run, here and in processes started from here."""
     allow_remote_code(trust_remote_code)

@@ -35,7 +35,8 @@ from rlzoo.comparison.plan import (
     tuning_of,
     workers_at,
 )
-from rlzoo.comparison.report import write_report
+from rlzoo.comparison.report import comparison_card, write_report
+from rlzoo.comparison.report.schema import parse_results
 from rlzoo.comparison.resolve import check
 from rlzoo.comparison.retention import summarise_retention
 from rlzoo.comparison.warm_up import after_warm_up, alone, facts_of, warm_up
@@ -44,6 +45,7 @@ from rlzoo.errors import UserError
 from rlzoo.evaluation import mean_over_benchmarks
 from rlzoo.jobs.cached_results import CachedResults
 from rlzoo.jobs.heartbeat import Heartbeat, say
+from rlzoo.jobs.journal import JournaledWorkers
 from rlzoo.jobs.on_ray import ray_tasks
 from rlzoo.jobs.outputs import remove, replacing, write_atomically
 from rlzoo.jobs.pool import (
@@ -58,6 +60,7 @@ from rlzoo.jobs.pool import (
 )
 from rlzoo.jobs.ranks import agreed, is_main, world_size
 from rlzoo.jobs.runs import Run, place, run_in, versions
+from rlzoo.jobs.sharing import CARD
 from rlzoo.rollout.rollouts import unscored
 
 Trained = TypeVar("Trained", Cell, FirstStages)
@@ -104,7 +107,7 @@ def compare(
         processes, how = _workers(executor, address, number, threads, console)
         with processes as running:
             heartbeat.doing = running.doing
-            results, outcomes = _run(experiment, run, running, how, console)
+            results, outcomes = _run(experiment, run, JournaledWorkers(running, run.state), how, console)
         heartbeat.report(1.0, "writing the report")
         results["wall_seconds"] = time.perf_counter() - started
         table = pa.Table.from_pylist(outcomes, schema=SCHEMA)
@@ -120,6 +123,7 @@ def compare(
         write_atomically(out / "experiment.yaml", yaml.safe_dump(results["config"], sort_keys=False))
         write_atomically(out / "results.json", json.dumps(results, indent=1))
         write_report(out, experiment.baseline)
+        write_atomically(out / CARD, comparison_card(experiment, parse_results(results)))
         run.to_be_continued = bool(results["failed"])
     return results
 
@@ -203,6 +207,8 @@ def _run(
         raise UserError(f"no cell succeeded; the first failed with: {failed[0]['error']}")
     outcomes = base.pop("outcomes") + [row for done in reported for row in done.pop("outcomes")]
     facts = {name: {key: found[key] for key in BUFFER_FACTS} for name, found in buffers.items()}
+    for name, seed in sampling_seeds(asked).items():
+        shared_buffer.write_card(asked, folder / name, seed, buffers[name])
     if without := unscored((row["reward"], row["prompt"]) for row in outcomes if row["decoding"] != BASE_TEXT):
         say(console, f"  evaluation: {without}; they count as wrong", style="yellow")
     overall = _over_benchmarks(base, reported) if len(experiment.benchmarks) > 1 else {}

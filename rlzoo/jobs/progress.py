@@ -66,7 +66,8 @@ class Together:
         return f"{self.done} done{self._remaining.after(self.share)}" if self._names else ""
 
 
-def bars(console: Console) -> Progress:
+@contextmanager
+def bars(console: Console) -> Iterator[Progress]:
     """Bars with elapsed and remaining time, one per task with the field ``detail``; none unless on a terminal."""
     columns = (
         TextColumn("{task.description}", markup=False),
@@ -76,13 +77,18 @@ def bars(console: Console) -> Progress:
         TextColumn("left"),
         TimeRemainingColumn(),
     )
-    return Progress(
+    shown = Progress(
         *columns,
         console=console,
         transient=True,
         redirect_stdout=sys.stdout.isatty(),  # what is printed meanwhile stands above the bars, but stays in its pipe
         disable=not console.is_terminal,
     )
+    if not console.is_terminal:
+        yield shown  # neither started nor stopped: rich 14.0 ends even a disabled one with an empty line
+        return
+    with shown:
+        yield shown
 
 
 @contextmanager

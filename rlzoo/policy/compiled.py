@@ -19,6 +19,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from rlzoo.jobs.memory import is_out_of_memory
+from rlzoo.policy import sharding
 from rlzoo.policy.packing import HALF, ROUNDING
 from rlzoo.policy.sequences import Row
 
@@ -90,9 +91,9 @@ def miscompiled(policy: Policy) -> str | None:
     try:
         for context in (uncompiled(), nullcontext()):
             with context:
-                states = policy.hidden(sequences)
+                states = policy.run(lambda: policy.hidden(sequences))
             direction = torch.linspace(-1, 1, states.shape[1], device=states.device)  # a norm fixes Σ states²
-            gradients = torch.autograd.grad((states.float() @ direction).sum(), trained) if trained else ()
+            gradients = sharding.gradients((states.float() @ direction).sum(), policy, trained) if trained else ()
             found.append([value.detach().float() for value in (states, *gradients)])
     except Exception as error:  # any part of the compiler or of the model's code may fail
         if is_out_of_memory(error):

@@ -16,7 +16,7 @@ from rlzoo.config import Packing, Training
 from rlzoo.errors import UserError
 from rlzoo.inputs import Input, Stage
 from rlzoo.jobs.memory import pins
-from rlzoo.jobs.ranks import is_sharded, world_size
+from rlzoo.jobs.ranks import gathered, is_sharded, world_size
 from rlzoo.policy import sharding
 from rlzoo.policy.adapters import adapters, add_lora, copy_adapters, switched_off
 from rlzoo.policy.attention import use, without_packing_detection
@@ -157,22 +157,21 @@ class Policy(nn.Module):
     def compile_layers(self, training: Training) -> None:
         """Compile the model's layers as ``training.compile`` says; ``auto``: on a GPU, if the run is long enough.
 
-        Raises UserError for ``compile: true`` if the model cannot be compiled.
+        All processes must call this. Raises UserError for ``compile: true`` if the model cannot be compiled.
         """
         wanted = training.compile
         if wanted == "auto":
             work = sum(map(entries, self.parameters())) * training.steps * training.batch_size
             suits = pins(self.device) and world_size() == 1 and not training.deterministic
             wanted = suits and work >= WORTH
-        if wanted and is_sharded(self.model):
-            raise UserError("training.compile: true: layers of a sharded model are not compiled: set false, or auto")
         set_compiled(self.model, wanted)
         self.compiles = wanted
-        if wanted and (reason := miscompiled(self)) is not None:
+        reasons = [reason for reason in gathered(miscompiled(self)) if reason is not None] if wanted else []
+        if reasons:
             set_compiled(self.model, False)
             self.compiles = False
             if training.compile is True:
-                raise UserError(f"training.compile: true: {reason}: set false, or auto")
+                raise UserError(f"training.compile: true: {reasons[0]}: set false, or auto")
 
     def collate(self, rows: Sequence[Tokens]) -> Sequences:
         """Rows as a micro-batch of this model."""
@@ -245,11 +244,14 @@ class Policy(nn.Module):
             copy_adapters(self.model, frozen.model)
         else:
             sharding.narrow(model, narrow)
+        set_compiled(frozen.model, self.compiles)
         return frozen.eval().requires_grad_(False)
 
     def copy_of_trunk(self) -> nn.Module:
-        """`sharding.copy_of_trunk`."""
-        return sharding.copy_of_trunk(self.model)
+        """`sharding.copy_of_trunk`, compiled if the policy is."""
+        trunk = sharding.copy_of_trunk(self.model)
+        set_compiled(trunk, self.compiles)
+        return trunk
 
     def reference(self) -> Policy:
         """The initial policy as a frozen reference, before training: the policy without its adapter, or else a copy."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -305,6 +305,19 @@ def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
             waiting.append(dist.all_reduce(parameter.grad, async_op=True))
     for work in waiting:
         work.wait()
+
+
+def gradients(total: Tensor, model: nn.Module, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
+    """The gradients of a scalar for some parameters of a model that has no ``.grad``; those of shards are whole.
+
+    All processes must call this, with the same scalar.
+    """
+    if not any(map(is_shard, model.parameters())):
+        return list(torch.autograd.grad(total, parameters))
+    total.backward()  # type: ignore[no-untyped-call]  # FSDP2 reduces what is accumulated in .grad
+    found: list[Any] = [p.grad for p in parameters]
+    model.zero_grad()
+    return [value.full_tensor() if is_shard(value) else value for value in found]
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], most: float) -> Tensor:

@@ -63,13 +63,13 @@ def analyze_variance(
 ) -> dict[str, Any]:
     """Measure the variance of the objectives' gradients at a policy; returns the content of variance.json.
 
-    docs/variance.md has the formulas and the keys. Each objective is measured on all rows that its view of the buffer
-    has for some prompts, ``rows`` rows or slightly more; ``seed`` selects the prompts. ``learns_from``, one view or one
-    per name, replaces the views of objectives that learn from single rows. Estimates are for new prompts of the same
-    kind; if noise hides a gradient there are none. ``draws`` samples per token check the exact moments;
-    ``gradients=False`` omits everything that needs a backward pass. ``token_classes`` is a function from a token's text
-    to its class, or its name; with ``class_gradients``, what each class contributes to the variance is measured, which
-    takes a backward pass per objective and class. Log-probs of the initial policy are taken from the
+    docs/variance.md has the formulas, docs/measuring-variance.md the keys. Each objective is measured on all rows that
+    its view of the buffer has for some prompts, ``rows`` rows or slightly more; ``seed`` selects the prompts.
+    ``learns_from``, one view or one per name, replaces the views of objectives that learn from single rows. Estimates
+    are for new prompts of the same kind; if noise hides a gradient there are none. ``draws`` samples per token check
+    the exact moments; ``gradients=False`` omits everything that needs a backward pass. ``token_classes`` is a function
+    from a token's text to its class, or its name; with ``class_gradients``, what each class contributes to the variance
+    is measured, which takes a backward pass per objective and class. Log-probs of the initial policy are taken from the
     buffer, else from ``reference``, else from the policy itself, as at the start of a run; ``models`` are those of a
     run in progress. Modules of inputs that the policy lacks, such as a critic, are initialised as at the start of a
     run.

@@ -309,7 +309,7 @@ def _method(found: Found) -> Iterator[Block]:
     yield Paragraph(
         f"Model {found['model']}{after}, analysed {found['created']}. Exact means one forward pass and closed forms. "
         "Gradients are exact, from one backward pass per objective; their intervals use inner products between "
-        "prompts from random projections. variance.json has every number, and docs/variance.md explains them."
+        "prompts from random projections. variance.json has every number, and docs/measuring-variance.md explains them."
     )
     settings = {**found["settings"], **found["versions"]}
     yield Code("\n".join(f"{key} {value}" for key, value in settings.items()))

@@ -273,7 +273,8 @@ def along_training(
         objective, buffer = resolve.objective_of(experiment, name), OfflineBuffer.load(folder)
         views = resolve.views_of(experiment, name)
         training = experiment.training_of(name)
-        training = training.model_copy(update={"learning_rate": experiment.learning_rates_of(name)[0]})
+        rate = experiment.learning_rates_of(name)[0]
+        training = training.model_copy(update={"learning_rate": rate, "trackers": ()})  # what counts here is the probe
         torch.manual_seed(settings.seed)
         policy = load_for(experiment.model, training)
         budget = training.token_budget
