@@ -274,9 +274,10 @@ def test_what_is_done_is_told_while_a_task_ends() -> None:
         def task(self) -> SimpleNamespace | None:
             return self._tasks.pop(0)
 
-    running = Pool(1, 1, progress.bars(Console(quiet=True)))
-    running._workers.append(Ending())  # type: ignore[arg-type]
-    assert running.doing() == "sft: starting"
+    with progress.bars(Console(quiet=True)) as shown:
+        running = Pool(1, 1, shown)
+        running._workers.append(Ending())  # type: ignore[arg-type]
+        assert running.doing() == "sft: starting"
 
 
 def nap_until(mark: Path, report: Callable[[float, str], None]) -> None:
