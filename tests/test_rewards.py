@@ -293,7 +293,7 @@ def test_a_reward_that_raises_on_all_rows_together_only() -> None:
 
 def test_a_missing_column_is_an_error_whatever_the_setting() -> None:
     for reward in (get_reward("exact-match", on_error="null"), get_reward(stumbles, on_error="null")):
-        with pytest.raises(UserError, match="needs the column 'answer'; the data's columns: solution"):
+        with pytest.raises(UserError, match="'answer'; the data's columns: solution; rename one with --column answer="):
             reward(["q"], ["a"], solution=["a"])
     with pytest.raises(UserError, match="'answer' has 2 values for 1 completions"):
         scores("exact-match", ["a"], answer=["a", "b"])

@@ -64,13 +64,16 @@ def import_(
     from rlzoo.cli.settings import pairs, prepare
 
     prepare(None, trust_remote_code)
-    from rlzoo.buffers import get_importer, import_log
-    from rlzoo.buffers.bad_rows import BadRows
-    from rlzoo.jobs.pool import silence
-    from rlzoo.jobs.runs import run_in
-    from rlzoo.policy.loading import load_tokenizer
-
     given = pairs(option or (), "--option")
+    from rlzoo.jobs.pool import silence
+    from rlzoo.jobs.progress import loading
+    from rlzoo.jobs.runs import run_in
+
+    with loading():
+        from rlzoo.buffers import get_importer, import_log
+        from rlzoo.buffers.bad_rows import BadRows
+        from rlzoo.policy.loading import load_tokenizer
+
     importer, bad = get_importer(form, **given), BadRows(bad_rows or "reject")
     silence()
     asked = {
@@ -132,14 +135,17 @@ def rescore(
     prepare(None, False)
     given = {"buffer": buffer, "reward": reward, "bad_rows": bad_rows}
     settings = rescore_settings(given, column, sets)
-    from rlzoo.buffers import OfflineBuffer
-    from rlzoo.buffers.bad_rows import BadRows
-    from rlzoo.buffers.storage import notes_of
     from rlzoo.jobs.pool import silence
+    from rlzoo.jobs.progress import loading
     from rlzoo.jobs.runs import run_in
-    from rlzoo.reward.isolation import Limits, isolated
-    from rlzoo.rollout import unscored
-    from rlzoo.rollout.rescoring import rescored
+
+    with loading():
+        from rlzoo.buffers import OfflineBuffer
+        from rlzoo.buffers.bad_rows import BadRows
+        from rlzoo.buffers.storage import notes_of
+        from rlzoo.reward.isolation import Limits, isolated
+        from rlzoo.rollout import unscored
+        from rlzoo.rollout.rescoring import rescored
 
     scoring, source = settings.scoring, Path(settings.buffer)
     limits = Limits(scoring.seconds, scoring.memory_gb)
@@ -184,8 +190,11 @@ def buffer(
     """
     from dataclasses import asdict
 
-    from rlzoo.buffers import OfflineBuffer, overview
-    from rlzoo.training.uses import uses_of
+    from rlzoo.jobs.progress import loading
+
+    with loading():
+        from rlzoo.buffers import OfflineBuffer, overview
+        from rlzoo.training.uses import uses_of
 
     found = OfflineBuffer.load(which)
     numbers, uses = overview(found), uses_of(found)

@@ -73,14 +73,7 @@ def compare(
       rlzoo compare paper/offline-rl --dry-run
       rlzoo compare paper/offline-rl --twin
     """
-    from rich.console import Console
-
     from rlzoo.cli.settings import allow_remote_code, experiment_of
-    from rlzoo.cli.tables import show
-    from rlzoo.comparison.report import report_table
-    from rlzoo.comparison.runner import compare, where
-    from rlzoo.jobs.pool import counted
-    from rlzoo.jobs.ranks import is_main
 
     if address is not None and executor != "ray":
         raise UserError("--address names a Ray cluster: add --executor ray")
@@ -94,6 +87,17 @@ def compare(
     )  # fmt: skip
     if dry_run:
         return _show_dry_run(chosen)
+    from rich.console import Console
+
+    from rlzoo.cli.tables import show
+    from rlzoo.jobs.pool import counted
+    from rlzoo.jobs.progress import loading
+    from rlzoo.jobs.ranks import is_main
+
+    with loading():
+        from rlzoo.comparison.report import report_table
+        from rlzoo.comparison.runner import compare, where
+
     folder = out or where(chosen, threads)
     results = compare(chosen, folder, workers, threads, executor=executor, address=address)
     console = Console(quiet=not is_main(), highlight=False, markup=False)
@@ -108,8 +112,11 @@ def _show_dry_run(experiment: Experiment) -> int:
     from rich.console import Console
 
     from rlzoo.cli.tables import show
-    from rlzoo.comparison.dry_run import dry_run, tables_of
     from rlzoo.jobs.pool import silence
+    from rlzoo.jobs.progress import loading
+
+    with loading():
+        from rlzoo.comparison.dry_run import dry_run, tables_of
 
     silence()
     console = Console(highlight=False, markup=False)

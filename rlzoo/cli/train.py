@@ -61,23 +61,8 @@ def train(
       rlzoo train dpo --buffer pairs.jsonl --option beta=0.2 --out runs/dpo
       rlzoo train sft --buffer pairs.jsonl --set training.lora={} --out runs/sft
     """
-    from rich.console import Console
-
-    from rlzoo.buffers import read_buffer
-    from rlzoo.buffers.bad_rows import BadRows
     from rlzoo.cli.settings import prepare, train_settings
-    from rlzoo.jobs.heartbeat import Heartbeat
-    from rlzoo.jobs.outputs import write_atomically
-    from rlzoo.jobs.pool import silence
-    from rlzoo.jobs.progress import Remaining
-    from rlzoo.jobs.ranks import is_main
-    from rlzoo.jobs.runs import run_in
-    from rlzoo.objective import get_objective
-    from rlzoo.policy.defaults import resolved
-    from rlzoo.policy.loading import load_for, save_policy
-    from rlzoo.training import train
 
-    prepare(threads, trust_remote_code)
     given = {
         "objective": objective,
         "model": model,
@@ -90,6 +75,24 @@ def train(
         "seed": seed,
     }
     settings = train_settings(given, option, column, sets)
+    from rich.console import Console
+
+    from rlzoo.jobs.heartbeat import Heartbeat
+    from rlzoo.jobs.outputs import write_atomically
+    from rlzoo.jobs.pool import silence
+    from rlzoo.jobs.progress import Remaining, loading
+    from rlzoo.jobs.ranks import is_main
+    from rlzoo.jobs.runs import run_in
+
+    with loading():
+        from rlzoo.buffers import read_buffer
+        from rlzoo.buffers.bad_rows import BadRows
+        from rlzoo.objective import get_objective
+        from rlzoo.policy.defaults import resolved
+        from rlzoo.policy.loading import load_for, save_policy
+        from rlzoo.training import train
+
+    prepare(threads, trust_remote_code)
     training, table = settings.training, settings.buffer
     what = get_objective(settings.objective, **settings.options)
     silence()
