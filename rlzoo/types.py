@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from rlzoo.errors import UserError
+from rlzoo.errors import UserError, kind_of
 from rlzoo.registry import Registry, canonical
 
 
@@ -323,6 +323,8 @@ class Coefficients:
     """Metrics by name: [B, T] is averaged over completion tokens, [B] over rows; NaN entries are left out."""
 
     def __post_init__(self) -> None:
+        if not isinstance(self.values, Tensor):  # a number, say
+            raise UserError(f"Coefficients(values) takes a tensor with one value per token, not {kind_of(self.values)}")
         object.__setattr__(self, "values", self.values.detach())
         if self.loss is not None:
             object.__setattr__(self, "loss", self.loss.detach())

@@ -17,7 +17,6 @@ from functools import lru_cache, partial
 from typing import Any
 
 from rlzoo.errors import UserError
-from rlzoo.registry import one_line
 
 SIGNATURE = "reward(prompts, completions, **columns)"
 """The signature of a reward: TRL's."""
@@ -273,7 +272,7 @@ def _wants_other_form(function: Callable[..., Any], arguments: Mapping[str, Any]
         call(function, other)
     except RAISED as second:
         typical = _OF_TEXT if isinstance(arguments["completions"][0], str) else _OF_MESSAGES
-        return one_line(second) != one_line(error) and bool(typical.search(str(error)))
+        return (type(second), str(second)) != (type(error), str(error)) and bool(typical.search(str(error)))
     return True
 
 
