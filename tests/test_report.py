@@ -189,11 +189,11 @@ def figures(sketched: None, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The figures that would be drawn."""
     drawn: list[Any] = []
 
-    def to_svg(figure: Any) -> Drawing:
+    def drawing(figure: Any) -> Drawing:
         drawn.append(figure)
         return Drawing(figure)
 
-    monkeypatch.setattr(plots, "to_svg", to_svg)
+    monkeypatch.setattr(plots, "Drawing", drawing)
     return drawn
 
 

@@ -32,14 +32,14 @@ def said(text: str) -> list[dict[str, str]]:
 
 
 def test_list_rewards() -> None:
-    built_in = {"exact-match", "format", "length", "math-answer", "overlong", "reasoning-gym", "weighted"}
+    built_in = {"exact-match", "format", "inspect", "length", "math-answer", "overlong", "reasoning-gym", "weighted"}
     assert built_in <= set(list_rewards())
 
 
 def test_importing_the_rewards_imports_nothing_heavy() -> None:
     code = (
         "import sys; from rlzoo.reward import list_rewards; list_rewards();"
-        "print(*{'torch', 'sympy', 'math_verify', 'reasoning_gym', 'trl'} & set(sys.modules))"
+        "print(*{'torch', 'sympy', 'math_verify', 'reasoning_gym', 'inspect_ai', 'trl'} & set(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == ""
@@ -168,10 +168,14 @@ def test_a_wrong_spec_is_told_in_one_line(spec: Any, message: str) -> None:
 
 # The contract
 
+PLUGINS = Path(__file__).parent / "plugins"
+NEEDS = {"inspect": "inspect_ai", "reasoning-gym": "reasoning_gym"}
+"""The optional packages of rewards."""
 GOLD = {"answer": ["4", "5", None, "x+1"]}
 CHECKED: dict[str, tuple[Any, dict[str, list[Any]]]] = {
     "exact-match": ("exact-match", GOLD),
     "format": ("format", {}),
+    "inspect": ("inspect", {"task": [f"{PLUGINS / 'inspect_sums.py'}@plain"] * 4, "sample": ["1", "b"] * 2}),
     "length": ({"name": "length", "target": 1, "limit": 4}, {}),
     "math-answer": ("math-answer", GOLD),
     "overlong": ({"name": "overlong", "target": 1, "limit": 4}, {}),
@@ -187,8 +191,8 @@ CHECKED: dict[str, tuple[Any, dict[str, list[Any]]]] = {
 @pytest.mark.parametrize("conversational", [False, True], ids=["texts", "conversations"])
 @pytest.mark.filterwarnings("ignore:.*no gold answer")
 def test_the_contract(name: str, conversational: bool) -> None:
-    if name == "reasoning-gym":
-        pytest.importorskip("reasoning_gym")
+    if name in NEEDS:
+        pytest.importorskip(NEEDS[name])
     spec, columns = CHECKED[name]
     texts = ["It is 4.\n#### 4", r"so \boxed{4}, not 5", "I cannot say", r"\boxed{1+x}"]
     check_reward(spec, ["What is 2+2?"] * 4, [said(text) for text in texts] if conversational else texts, **columns)

@@ -25,6 +25,7 @@ Said = Callable[[str], None]
 """Called with the name of what comes next."""
 
 EXTRAS = {
+    "inspect": "tasks of inspect as benchmarks",
     "lora": "LoRA adapters (training.lora)",
     "qlora": "LoRA on weights in 4 bits (training.lora.load_in_4bit)",
     "ray": "cells on a Ray cluster (--executor ray)",
@@ -34,7 +35,7 @@ EXTRAS = {
 }
 """The extras of pyproject.toml that users install, and what each is for."""
 TRACKERS = ("tensorboard", "trackio", "wandb")
-MODULES = {"reasoning-gym": "reasoning_gym"}
+MODULES = {"inspect-ai": "inspect_ai", "reasoning-gym": "reasoning_gym"}
 STEPS = 4
 
 

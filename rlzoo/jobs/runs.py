@@ -171,7 +171,8 @@ def _files(value: Any) -> dict[str, list[Any]]:
         return {name: found for part in value for name, found in _files(part).items()}
     if not isinstance(value, str) or len(value) > 4096 or "\0" in value:
         return {}
-    path = Path(value.rpartition(":")[0] if ".py:" in value else value).expanduser()
+    of_code = re.match(r"(?:\w+:)?(.+\.py)[:@]", value)  # file.py:Name, inspect:file.py@name
+    path = Path(of_code[1] if of_code else value).expanduser()
     try:
         if path.suffix in _CODE and path.is_file():
             files = [path]

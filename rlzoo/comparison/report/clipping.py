@@ -13,7 +13,7 @@ from rlzoo.comparison.report.schema import CellResult, FinishedRun, Results
 from rlzoo.comparison.report.tables import NONE, percent, points
 from rlzoo.config import BASE
 from rlzoo.document import Block, Entry, Figure, Heading, Paragraph, Table
-from rlzoo.document.drawing import STYLE, Drawing, axes_row, short, to_svg
+from rlzoo.document.drawing import STYLE, Drawing, axes_row, legend, short
 
 CLIPPED, LOST = "clipped", "signal_clipped/signal"
 SHOWN = {
@@ -143,6 +143,5 @@ def _figure(results: Results, series: Mapping[str, Mapping[str, np.ndarray]]) ->
             axes.set(title=label, xlabel="optimizer step")
             axes.set_ylim(bottom=0)
             axes.grid(True)
-        handles, labels = panels[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside upper center", ncols=min(len(labels), 8), handlelength=1.6)
-        return to_svg(figure)
+        legend(figure, panels[0], 8)
+        return Drawing(figure)
