@@ -22,7 +22,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from rlzoo.config.schedules import Schedule
-from rlzoo.errors import UserError, kind_of, unknown
+from rlzoo.errors import UserError, unknown
 from rlzoo.inputs import Input
 from rlzoo.registry import Registry, one_line
 from rlzoo.types import (
@@ -361,7 +361,7 @@ def surrogate_of(
 def _check_coefficients(found: object, objective: Objective, batch: TokenBatch) -> None:
     """Raise UserError unless they are `Coefficients` of the batch's shape: another might be broadcast in silence."""
     if not isinstance(found, Coefficients):
-        what = f"returned {kind_of(found)}: return rlzoo.Coefficients(values)"
+        what = f"returned {type(found).__name__}: return rlzoo.Coefficients(values)"
         raise UserError(f"objective {objective.name!r}: coefficients(batch) {what}")
     if (shape := tuple(found.values.shape)) != tuple(batch.mask.shape):
         what = f"gives values of shape {list(shape)}: give one per token, [B, T], here {list(batch.mask.shape)}"

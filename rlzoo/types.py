@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from rlzoo.errors import UserError, kind_of
+from rlzoo.errors import UserError
 from rlzoo.registry import Registry, canonical
 
 
@@ -324,7 +324,9 @@ class Coefficients:
 
     def __post_init__(self) -> None:
         if not isinstance(self.values, Tensor):  # a number, say
-            raise UserError(f"Coefficients(values) takes a tensor with one value per token, not {kind_of(self.values)}")
+            raise UserError(
+                f"Coefficients(values) takes a tensor with one value per token, not {type(self.values).__name__}"
+            )
         object.__setattr__(self, "values", self.values.detach())
         if self.loss is not None:
             object.__setattr__(self, "loss", self.loss.detach())

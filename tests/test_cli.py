@@ -417,7 +417,7 @@ def test_a_broken_objective(text: str, told: str, fails: Fails, tmp_path: Path) 
 REWARDS = [
     ("return [1.0]", "returned 1 values for 2 completions"),
     ("return ['good' for _ in completions]", "returned 'good' on row 0"),
-    ("raise KeyError('oh')", "raised on row 0: KeyError"),
+    ("raise KeyError('oh')", "raised on row 0, an empty completion: KeyError: 'oh' (mine.py line 2)"),
     ("return 1.0", "returned float for 2 completions"),
 ]
 
