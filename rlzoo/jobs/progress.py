@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -64,6 +65,20 @@ class Together:
 
     def __str__(self) -> str:
         return f"{self.done} done{self._remaining.after(self.share)}" if self._names else ""
+
+
+@contextmanager
+def loading() -> Iterator[None]:
+    """Say on a terminal that libraries are being imported, which takes some seconds, for as long as they are."""
+    text = "loading PyTorch and transformers"
+    is_shown = sys.stderr.isatty() and "transformers" not in sys.modules and os.environ.get("RANK", "0") == "0"
+    if is_shown:
+        print(text, end="", file=sys.stderr, flush=True)
+    try:
+        yield
+    finally:
+        if is_shown:
+            print(f"\r{' ' * len(text)}\r", end="", file=sys.stderr, flush=True)
 
 
 @contextmanager
