@@ -205,6 +205,17 @@ def is_composite(objective: type[Objective]) -> bool:
     return objective.components is not Objective.components
 
 
+def summary_of(objective: type[Objective]) -> tuple[str, str]:
+    """The full name and the coefficient: the two halves of the class docstring's first line; empty where it has none.
+
+    A class without a docstring of its own has none: neither that of its base nor the signature that dataclasses write.
+    """
+    first = (vars(objective).get("__doc__") or "").partition("\n")[0]
+    first = "" if first.startswith(f"{objective.__name__}(") else first
+    full, _, formula = first.partition(": ")
+    return full, formula.removeprefix("c_t = ").removesuffix(".")
+
+
 def options_of(objective: type[Objective]) -> dict[str, dict[str, Any]]:
     """The hyper-parameters of an objective: name → its type as text, and its default (None if it has none)."""
     hints = _hints(objective)

@@ -40,7 +40,7 @@ pytestmark = pytest.mark.usefixtures("sketched")
 
 COMMANDS = (
     "plan", "compare", "variance", "train", "rollout", "evaluate", "report", "results", "list", "new", "doctor",
-    "import", "rescore", "buffer",
+    "import", "rescore", "buffer", "serve",
 )  # fmt: skip
 HEAVY = ("torch", "transformers", "datasets", "pyarrow", "matplotlib")
 BEAT = re.compile(r"  \d+:\d\d:\d\d ")

@@ -85,8 +85,9 @@ def results(
             numbers_of,
             tables_of_tests,
         )
-        from rlzoo.comparison.report.tables import facts_of, plain_table, studies_table
+        from rlzoo.comparison.report.tables import facts_of, studies_table
         from rlzoo.document.exports import TABLE_FORMATS, export
+        from rlzoo.document.terminal import plain_table
         from rlzoo.variance import report as variance_report
 
     def explained(seeds: int) -> str:

@@ -85,9 +85,9 @@ def loading() -> Iterator[None]:
 def bars(console: Console) -> Iterator[Progress]:
     """Bars with elapsed and remaining time, one per task with the field ``detail``; none unless on a terminal."""
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
-        TextColumn("{task.fields[detail]}"),
+        TextColumn("{task.fields[detail]}", markup=False),
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),

@@ -12,10 +12,12 @@ from rich.text import Text
 
 from rlzoo.comparison.outcomes import METRICS, check_robustness, compare_to
 from rlzoo.comparison.report.schema import FinishedRun, Results
-from rlzoo.comparison.report.tables import NONE, listed, p_number, plain_table, points, significance, size
+from rlzoo.comparison.report.tables import listed, p_number, points, significance, size
 from rlzoo.comparison.robust import FEWEST_FOR_BOOTSTRAP, FEWEST_FOR_IMPROVEMENT
 from rlzoo.comparison.statistics import SIGNIFICANT
 from rlzoo.document import Entry, Table
+from rlzoo.document.estimates import NONE
+from rlzoo.document.terminal import plain_table
 
 
 def difference_table(rows: Sequence[Mapping[str, Any]], results: Results, benchmark: str) -> Table:

@@ -77,7 +77,7 @@ def scores(run: FinishedRun, baseline: str) -> Iterator[Block]:
 
 def _left_out(results: Results) -> str:
     """What the intervals do not cover."""
-    rollouts = results.config.get("rollouts") if isinstance(results.config, dict) else None
+    rollouts = results.settings.get("rollouts")
     shared = not (isinstance(rollouts, dict) and rollouts.get("per_seed"))
     buffer = (
         "one buffer (samples that were drawn once; rollouts.per_seed draws them anew for each seed), " if shared else ""
@@ -147,10 +147,10 @@ def further(run: FinishedRun, baseline: str) -> Iterator[Block]:
         if table is not None:
             yield Heading(name, level=3)
             yield table
-        if name in results.benchmarks and (svg := plots.likelihoods(results, name)) is not None:
+        if name in results.benchmarks and (drawing := plots.likelihoods(results, name)) is not None:
             yield Figure(
                 f"likelihood-{results.benchmarks.index(name)}",
-                svg,
+                drawing,
                 f"Accuracy {tables.on(name)} against the held-out log-likelihood of its gold completions.",
                 f"Each algorithm's accuracy {tables.on(name)}, with its 95 % interval, against the log-likelihood of "
                 "the gold completions; both are means over seeds.",
