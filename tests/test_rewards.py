@@ -32,14 +32,14 @@ def said(text: str) -> list[dict[str, str]]:
 
 
 def test_list_rewards() -> None:
-    built_in = {"exact-match", "format", "length", "math-answer", "overlong", "reasoning-gym", "weighted"}
+    built_in = {"exact-match", "format", "inspect", "length", "math-answer", "overlong", "reasoning-gym", "weighted"}
     assert built_in <= set(list_rewards())
 
 
 def test_importing_the_rewards_imports_nothing_heavy() -> None:
     code = (
         "import sys; from rlzoo.reward import list_rewards; list_rewards();"
-        "print(*{'torch', 'sympy', 'math_verify', 'reasoning_gym', 'trl'} & set(sys.modules))"
+        "print(*{'torch', 'sympy', 'math_verify', 'reasoning_gym', 'inspect_ai', 'trl'} & set(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == ""
@@ -168,10 +168,14 @@ def test_a_wrong_spec_is_told_in_one_line(spec: Any, message: str) -> None:
 
 # The contract
 
+PLUGINS = Path(__file__).parent / "plugins"
+NEEDS = {"inspect": "inspect_ai", "reasoning-gym": "reasoning_gym"}
+"""The optional packages of rewards."""
 GOLD = {"answer": ["4", "5", None, "x+1"]}
 CHECKED: dict[str, tuple[Any, dict[str, list[Any]]]] = {
     "exact-match": ("exact-match", GOLD),
     "format": ("format", {}),
+    "inspect": ("inspect", {"task": [f"{PLUGINS / 'inspect_sums.py'}@plain"] * 4, "sample": ["1", "b"] * 2}),
     "length": ({"name": "length", "target": 1, "limit": 4}, {}),
     "math-answer": ("math-answer", GOLD),
     "overlong": ({"name": "overlong", "target": 1, "limit": 4}, {}),
@@ -187,8 +191,8 @@ CHECKED: dict[str, tuple[Any, dict[str, list[Any]]]] = {
 @pytest.mark.parametrize("conversational", [False, True], ids=["texts", "conversations"])
 @pytest.mark.filterwarnings("ignore:.*no gold answer")
 def test_the_contract(name: str, conversational: bool) -> None:
-    if name == "reasoning-gym":
-        pytest.importorskip("reasoning_gym")
+    if name in NEEDS:
+        pytest.importorskip(NEEDS[name])
     spec, columns = CHECKED[name]
     texts = ["It is 4.\n#### 4", r"so \boxed{4}, not 5", "I cannot say", r"\boxed{1+x}"]
     check_reward(spec, ["What is 2+2?"] * 4, [said(text) for text in texts] if conversational else texts, **columns)
@@ -291,9 +295,17 @@ def test_a_reward_that_raises_on_all_rows_together_only() -> None:
     assert get_reward(narrow, on_error="null")(["q", "q"], ["a", "b"]) == [1.0, 1.0]
 
 
+def test_a_reward_that_raises_is_told_with_its_line_and_what_it_got(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text("def mean(completions):\n    return [1 / len(text) for text in completions]\n")
+    mean = get_reward(f"{tmp_path / 'mine.py'}:mean")
+    told = r"raised on row 1, an empty completion: ZeroDivisionError: division by zero \(mine\.py line 2\)$"
+    with pytest.raises(UserError, match=told):
+        mean(["q", "q"], ["a", ""])
+
+
 def test_a_missing_column_is_an_error_whatever_the_setting() -> None:
     for reward in (get_reward("exact-match", on_error="null"), get_reward(stumbles, on_error="null")):
-        with pytest.raises(UserError, match="needs the column 'answer'; the data's columns: solution"):
+        with pytest.raises(UserError, match="'answer'; the data's columns: solution; rename one with --column answer="):
             reward(["q"], ["a"], solution=["a"])
     with pytest.raises(UserError, match="'answer' has 2 values for 1 completions"):
         scores("exact-match", ["a"], answer=["a", "b"])

@@ -15,7 +15,8 @@ from rlzoo.buffers.layouts import conversation_of
 from rlzoo.buffers.spooled import kept
 from rlzoo.buffers.tables import SourceTable, good_rows
 from rlzoo.buffers.templates import columns_in, each_filled, filled
-from rlzoo.buffers.values import find, number, own_id, usable
+from rlzoo.buffers.values import find, number, own_id, plain_row, usable
+from rlzoo.config.suites import INSPECT
 from rlzoo.errors import UserError, kind_of, unknown
 from rlzoo.policy.chat import Message, Options, messages, options_of
 from rlzoo.policy.encoding import (
@@ -29,6 +30,8 @@ from rlzoo.policy.encoding import (
     spelled,
 )
 from rlzoo.policy.turns import Steps
+from rlzoo.reward.calling import call
+from rlzoo.reward.inspect_tasks import inspect_task
 from rlzoo.types import Trajectory
 from rlzoo.worlds import WORLD_PREFIX, WORLDS, arithmetic, facts
 
@@ -78,16 +81,16 @@ class EncodedProblem:
 
 
 def load_problems(source: ProblemSource, bad: BadRows | None = None) -> Sequence[Problem]:
-    """The problems of a built-in task, a local table or a Hub data set, in order, at most ``limit`` of them.
+    """The problems of a built-in task, a task of inspect, a local table or a Hub data set, in order, at most ``limit``.
 
     Many are kept in a file, and read from there when they are asked for. Raises UserError for a source that cannot be
     read, a missing column, or an empty set. Bad rows are handled by ``bad``; None does what the source's ``bad_rows``
     says.
     """
     bad = BadRows(source.bad_rows) if bad is None else bad
-    if source.source.startswith(WORLD_PREFIX):
-        world = world_problems(source.source.removeprefix(WORLD_PREFIX))
-        made = _picked(enumerate(world), _drawn(lambda: len(world), source))
+    if (prefix := next(filter(source.source.startswith, TASKS), None)) is not None:
+        task = TASKS[prefix](source.source.removeprefix(prefix))
+        made = _picked(enumerate(task), _drawn(lambda: len(task), source))
         problems = kept(_first(((f"problem {p.id!r}", _as_asked(i, p, source)) for i, p in made), source, bad))
     else:
         problems = kept(_first(_problems(source, bad), source, bad))
@@ -371,3 +374,26 @@ def world_problems(name: str) -> list[Problem]:
         pairs = zip_longest(*(world_problems(f"{one}/{split}") for one in ("arithmetic", "facts")))
         return [problem for pair in pairs for problem in pair if problem is not None]
     return [Problem(id, q, {"answer": fact.answer}, (fact.answer,)) for id, fact, q in facts.questions(split)]
+
+
+class InspectProblems(Sequence[Problem]):
+    """The samples of a task of inspect, whose scorer the reward ``inspect`` finds by ``task`` and ``sample``.
+
+    Raises UserError as `inspect_task` does.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name, self._task = name, inspect_task(name)
+        self._samples = list(self._task.samples)
+
+    def __len__(self) -> int:
+        return len(self._samples)
+
+    def __getitem__(self, index: Any) -> Any:
+        id = self._samples[index]
+        columns = {**usable(plain_row(self._task.columns(id))), "task": self._name, "sample": id}
+        return Problem(id, call(self._task.prompt, {"name": id}), columns)
+
+
+TASKS: Mapping[str, Callable[[str], Sequence[Problem]]] = {WORLD_PREFIX: world_problems, INSPECT: InspectProblems}
+"""What a source may begin with, if it names a task rather than data, with the function from the rest to problems."""

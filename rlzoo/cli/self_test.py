@@ -25,16 +25,18 @@ Said = Callable[[str], None]
 """Called with the name of what comes next."""
 
 EXTRAS = {
+    "inspect": "tasks of inspect as benchmarks",
     "lora": "LoRA adapters (training.lora)",
     "qlora": "LoRA on weights in 4 bits (training.lora.load_in_4bit)",
     "ray": "cells on a Ray cluster (--executor ray)",
     "reasoning-gym": "problems and rewards of reasoning-gym",
+    "serve": "the pages of a run in a browser (rlzoo serve)",
     "trl": "TRL's rewards",
     "vllm": "fast sampling on a GPU (rollouts.engine, evaluation.engine)",
 }
 """The extras of pyproject.toml that users install, and what each is for."""
 TRACKERS = ("tensorboard", "trackio", "wandb")
-MODULES = {"reasoning-gym": "reasoning_gym"}
+MODULES = {"inspect-ai": "inspect_ai", "reasoning-gym": "reasoning_gym"}
 STEPS = 4
 
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 import pydantic
 from pydantic import Field
 
-from rlzoo.config.suites import get_suite
+from rlzoo.config.suites import OF_TASKS, settings_of
 from rlzoo.config.validation import Positive, Strict
 
 OnBadRow = Literal["reject", "drop"]
@@ -20,7 +20,8 @@ class ProblemSource(Strict):
 
     source: str
     """``world:arithmetic/test``, a file (.jsonl, .json, .parquet, .csv, .tsv, .arrow; text also compressed), a folder
-    of shards, a pattern (``data/*.parquet``), a saved data set, or a Hub id (``openai/gsm8k:main``)."""
+    of shards, a pattern (``data/*.parquet``), a saved data set, a Hub id (``openai/gsm8k:main``), or a task of inspect
+    (``inspect:file.py@task``, ``inspect:inspect_evals/gsm8k?fewshot=0``)."""
     split: str = "train"
     """The split of a Hub data set. A file is a single split, and the name of a built-in task includes its split."""
     prompt: str = "prompt"
@@ -67,12 +68,10 @@ class Benchmark(ProblemSource):
     @pydantic.model_validator(mode="before")
     @classmethod
     def _of_problems(cls, given: Any) -> Any:
-        """Accept any problem set as a benchmark, and fill in the settings of a suite."""
+        """Accept any problem set as a benchmark, and fill in the settings of a suite or a task."""
         if type(given) is ProblemSource:
             return given.model_dump()
-        if isinstance(given, Mapping) and isinstance(name := given.get("suite"), str):
-            return {**get_suite(name).settings, **given}
-        return given
+        return settings_of(given) if isinstance(given, Mapping) else given
 
     @property
     def is_scored(self) -> bool:
@@ -83,14 +82,19 @@ class Benchmark(ProblemSource):
 def benchmarks_by_name(given: Any) -> Any:
     """Benchmarks by name, where they may be the name of a suite, a list of such names, or a mapping with such values.
 
-    Anything else is returned unchanged.
+    In a mapping, the name of a task (``inspect:...``) may stand for its benchmark. Anything else is returned unchanged.
     """
     names = [given] if isinstance(given, str) else given
     if isinstance(names, list | tuple) and all(isinstance(name, str) for name in names):
         given = {name: name for name in names}
     if not isinstance(given, Mapping):
         return given
-    return {name: {"suite": one} if isinstance(one, str) else one for name, one in given.items()}
+    return {name: {_kind(one): one} if isinstance(one, str) else one for name, one in given.items()}
+
+
+def _kind(name: str) -> str:
+    """The setting that a benchmark's name stands for."""
+    return "source" if name.startswith(tuple(OF_TASKS)) else "suite"
 
 
 class TableSource(Strict):

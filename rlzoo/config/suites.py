@@ -1,4 +1,4 @@
-"""Benchmark suites: well-known benchmarks by name, as data (suites.yaml)."""
+"""Benchmarks with settings of their own: well-known ones by name, as data (suites.yaml), and tasks of inspect."""
 
 from __future__ import annotations
 
@@ -12,6 +12,10 @@ from rlzoo.config.validation import Positive, Strict
 from rlzoo.errors import unknown
 
 SUITES = Path(__file__).parent / "suites.yaml"
+INSPECT = "inspect:"
+"""What the name of a task of inspect begins with, as the source of problems."""
+OF_TASKS: Mapping[str, Mapping[str, Any]] = {INSPECT: {"chat": True, "reward": {"name": "inspect"}}}
+"""The settings of a benchmark whose source begins like this, where no others are given."""
 
 
 class Suite(Strict):
@@ -40,3 +44,15 @@ def get_suite(name: str) -> Suite:
     if name not in (known := list_suites()):
         raise unknown("suite", name, known)
     return known[name]
+
+
+def settings_of(given: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The settings of a benchmark with those of its suite, or of its kind of task, where it has no others.
+
+    Raises UserError for an unknown suite.
+    """
+    if isinstance(name := given.get("suite"), str):
+        return {**get_suite(name).settings, **given}
+    source = given.get("source")
+    prefix = next(filter(source.startswith, OF_TASKS), None) if isinstance(source, str) else None
+    return given if prefix is None else {**OF_TASKS[prefix], **{n: one for n, one in given.items() if one is not None}}

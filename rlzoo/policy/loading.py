@@ -121,13 +121,11 @@ def load_shape(name: str) -> Policy:
     A model that is not on this machine has the configuration of shapes.yaml, if that names it, and no tokenizer. Raises
     UserError as `load_policy` does.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-    where = _place(name)
     try:
-        with _explained(name):
-            tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=trusts_remote_code())
-        return Policy(_on_meta(name, where, torch.float32), tokenizer, name)
+        tokenizer = load_tokenizer(name)
+        return Policy(_on_meta(name, _place(name), torch.float32), tokenizer, name)
     except UnreachableError:
         if (known := read_yaml(SHAPES).get(name)) is None:
             raise
