@@ -499,7 +499,7 @@ def test_the_reported_noise_is_that_of_torch_func(make_model: MakeModel, kind: s
     inner = float(products.sum() - products.trace()) / (n * (n - 1))
     noise, cosine = report["objectives"]["dft"]["data_noise"], inner / (norms["dft"] * norms["sft"]) ** 0.5
     assert noise["norm_ratio_to_sft"]["value"] == pytest.approx((norms["dft"] / norms["sft"]) ** 0.5, rel=1e-9)
-    assert noise["cosine_to_sft"]["value"] == pytest.approx(cosine, rel=5e-3)  # ⟨g, g'⟩ of one row is projected
+    assert noise["cosine_to_sft"]["value"] == pytest.approx(cosine, rel=1e-2)  # ⟨g, g'⟩ of one row is projected
     assert report["cosines"]["dft"]["sft"] == pytest.approx(noise["cosine_to_sft"])
     assert report["cosines"]["sft"]["dft"] == report["cosines"]["dft"]["sft"]
     assert noise["cosine_to_sft"]["ci_low"] < cosine < noise["cosine_to_sft"]["ci_high"]
