@@ -32,7 +32,7 @@ from rlzoo.comparison.report.tables import p_number, percent, points
 from rlzoo.comparison.statistics import SIGNIFICANT, holm
 from rlzoo.config import BASE, Experiment, load_experiment
 from rlzoo.document import Entry, Table
-from rlzoo.document.drawing import STYLE, WIDTH, standalone, to_svg
+from rlzoo.document.drawing import STYLE, WIDTH, Drawing, standalone
 from rlzoo.document.exports import to_csv
 from rlzoo.jobs.outputs import replacing, write_atomically
 from rlzoo.worlds.arithmetic import STYLES
@@ -185,7 +185,7 @@ def drawn(rows: Sequence[Mapping[str, Any]]) -> str:
             axes.set(title=f"{METRICS[metric]}, demonstrations in {styles} style{'s' * (styles > 1)}")
             axes.set_xticks(range(len(TERMS)), [f"{terms} terms" for terms in TERMS])
             axes.set_yticks(range(len(STEPS)), [f"base: {steps} steps" for steps in STEPS])
-        return to_svg(figure).svg
+        return Drawing(figure).svg
 
 
 def collected(runs: Path, done: Sequence[Field]) -> tuple[pa.Table, dict[str, Any]]:

@@ -72,12 +72,12 @@ class Browser:
         found: dict[str, Any] = json.loads(message)
         return found
 
-    def open(self, page: Path, width: int = 1200, scheme: str = "light") -> None:
-        """Show a page in a window of a width, with a colour scheme, and wait until it is loaded."""
+    def open(self, page: Path | str, width: int = 1200, scheme: str = "light") -> None:
+        """Show a file or an address in a window of a width, with a colour scheme, and wait until it is loaded."""
         self.call("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=False)
         self.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
         self.events.clear()
-        self.call("Page.navigate", url=page.as_uri())
+        self.call("Page.navigate", url=page if isinstance(page, str) else page.as_uri())
         while not any(event["method"] == "Page.loadEventFired" for event in self.events):
             self.events.append(self._message())
 

@@ -22,6 +22,7 @@ from comparisons import SMALL_OPTIONS, inline_pool, small
 from rich.console import Console
 
 from rlzoo.buffers import OfflineBuffer
+from rlzoo.buffers.problems import load_problems
 from rlzoo.cli import main
 from rlzoo.comparison import one_cell, resolve, runner, shared_buffer
 from rlzoo.comparison.plan import Cell
@@ -95,8 +96,8 @@ def test_results_hold_what_the_contract_says(tmp_path: Path) -> None:
         assert row["seeds"] == 2
     assert [row["algorithm"] for row in results["base_summary"]] == ["base"] * 3
     assert {p.name for p in out.iterdir()} == {
-        "buffer", "experiment.yaml", "figures", "outcomes.parquet", "report.html", "report.md", "results.json",
-        "run.json",
+        "README.md", "buffer", "experiment.yaml", "figures", "outcomes.parquet", "report.html", "report.md",
+        "results.json", "run.json",
     }  # fmt: skip
 
 
@@ -107,10 +108,12 @@ def test_outcomes_have_one_row_a_sample_and_give_the_scores_back(tmp_path: Path)
     assert table.column_names == [
         "algorithm", "seed", "learning_rate", "benchmark", "problem_id", "prompt", "decoding", "sample", "reward",
         "correct", "length", "truncated", "text", "logged", "components", "answer", "gold_logp", "gold_tokens",
-        "retention", "base_text_logp", "base_text_tokens",
+        "retention", "base_text_logp", "base_text_tokens", "reference",
     ]  # fmt: skip
     rows = table.to_pylist()
     assert all(r["gold_logp"] < 0 < r["gold_tokens"] for r in rows) and any(r["answer"] for r in rows)
+    solutions = {one.id: one.solutions[0] for one in load_problems(small({"sft": {}}).benchmarks["facts"])}
+    assert {r["problem_id"]: r["reference"] for r in rows} == solutions
     assert len(rows) == 3 * 4 * (3 + 1)  # base and two seeds, four problems, three samples and one greedy
     keys = {(r["algorithm"], r["seed"], r["problem_id"], r["decoding"], r["sample"]) for r in rows}
     assert len(keys) == len(rows)
@@ -567,7 +570,7 @@ def test_shared_work_whose_process_dies_is_told_in_one_line(tmp_path: Path, monk
 
     class Killed(InThisProcess):
         def submit(self, name: str, function: Callable[..., Any], *arguments: Any) -> Future[Any]:
-            if function is not shared_buffer.fill_buffer:
+            if name != "shared buffer":
                 return super().submit(name, function, *arguments)
             future: Future[Any] = Future()
             future.set_exception(WorkerDiedError(-9))
@@ -588,9 +591,9 @@ def test_shared_work_whose_process_dies_is_told_in_one_line(tmp_path: Path, monk
         ({"evaluation.engine": "vlm"}, "unknown sampler 'vlm'"),
         ({"algorithms": {"sft": {"training": {"stepz": 3}}}}, "unknown setting in sft.training 'stepz'"),
         ({"algorithms": {"sft": {"mode": "online"}}}, "algorithms.sft: 'sft' learns from demonstrations, so mode must"),
-        ({"train": "rows.jsonl"}, "needs the column 'answer'"),
-        ({"validation": "rows.jsonl"}, "needs the column 'answer'"),
-        ({"benchmarks": {"mine": {}}}, "needs the column 'answer'"),
+        ({"train": "rows.jsonl"}, "train: reward 'exact-match' needs the column 'answer'"),
+        ({"validation": "rows.jsonl"}, "validation: reward 'exact-match' needs the column 'answer'"),
+        ({"benchmarks": {"mine": {}}}, "benchmarks.mine: reward 'exact-match' needs the column 'answer'"),
         (
             {
                 "reward": {"name": "length", "target": 1, "limit": 9},

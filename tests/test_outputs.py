@@ -348,7 +348,7 @@ def test_what_a_killed_run_had_half_written_or_half_removed_is_gone(tmp_path: Pa
     (out / ".report.md.x.partial").mkdir()
     (out / ".state" / ".half.result.x.partial").mkdir()
     with run_in(out, "train", ASKED):
-        assert names(out) == [".state", ".state/half.result", ".state/lock", ".state/run.json"]
+        assert names(out) == [".state", ".state/half.result", ".state/journal", ".state/lock", ".state/run.json"]
     (out / ".state").mkdir()
     (out / ".state" / "half.result").touch()
     with run_in(out, "train", ASKED) as run:

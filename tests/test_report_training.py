@@ -50,12 +50,12 @@ def figures(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The figures that are drawn, none of which is made into SVG, which takes longer than all the rest."""
     drawn: list[Any] = []
 
-    def to_svg(figure: Any) -> str:
+    def drawing(figure: Any) -> str:
         drawn.append(figure)
         return ""
 
-    monkeypatch.setattr(plots, "to_svg", to_svg)
-    monkeypatch.setattr(clipping, "to_svg", to_svg)
+    monkeypatch.setattr(plots, "Drawing", drawing)
+    monkeypatch.setattr(clipping, "Drawing", drawing)
     return drawn
 
 

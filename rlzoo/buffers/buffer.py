@@ -208,13 +208,13 @@ class Buffer:
         """These rows, then those of ``other``."""
         return self._with_rows(datasets.concatenate_datasets([self._rows, other.rows]))
 
-    def save(self, path: str | Path, notes: Mapping[str, Any] | None = None) -> None:
+    def save(self, path: str | Path, notes: Mapping[str, Any] | None = None, card: str | None = None) -> None:
         """Write a folder that opens memory-mapped, atomically. Raises UserError if ``path`` holds anything but a
         buffer.
 
-        ``notes``, plain data, are stored in its buffer.json.
+        ``notes``, plain data, are stored in its buffer.json, and a ``card`` as its README.md (see `buffer_card`).
         """
-        storage.write_folder(self._rows, path, {**(notes or {}), **self._settings()})
+        storage.write_folder(self._rows, path, {**(notes or {}), **self._settings()}, card)
 
     def to_parquet(self, path: str | Path) -> None:
         """Write one Parquet file."""
@@ -224,15 +224,15 @@ class Buffer:
         """Write one JSON object per line, with the fields of a `Trajectory`."""
         storage.write_jsonl(self, path)
 
-    def write(self, path: str | Path, notes: Mapping[str, Any] | None = None) -> None:
-        """Write a .parquet or a .jsonl file if the path ends so, else a folder with ``notes`` (see `save`)."""
+    def write(self, path: str | Path, notes: Mapping[str, Any] | None = None, card: str | None = None) -> None:
+        """Write a .parquet or a .jsonl file if the path ends so, else a folder with ``notes`` and card (see `save`)."""
         match Path(path).suffix:
             case ".parquet":
                 self.to_parquet(path)
             case ".jsonl":
                 self.to_jsonl(path)
             case _:
-                self.save(path, notes)
+                self.save(path, notes, card)
 
     def push_to_hub(self, name: str) -> None:
         """Upload the rows to the Hugging Face Hub as the data set ``name``."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ QUANTILES = {"min": 0.0, "10%": 0.1, "median": 0.5, "90%": 0.9, "max": 1.0}
 """The quantiles that are given of lengths and sizes."""
 LISTED = 8
 """How many distinct rewards are listed; of more, a histogram is given."""
+_SOURCES = {"policy": "samples", "demonstration": "demonstrations", "preference": "preferences"}
 
 
 def overview(buffer: Buffer) -> dict[str, Any]:
@@ -87,3 +89,54 @@ def _groups(buffer: Buffer) -> dict[str, Any]:
     equal = sum(len(group) > 1 and len(set(group)) == 1 for group in groups.values())
     sizes = np.array([len(group) for group in groups.values()], np.int64)
     return {"count": len(groups), "sizes": quantiles(sizes), "single": int((sizes == 1).sum()), "equal_rewards": equal}
+
+
+def described(numbers: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """An `overview` as names and texts."""
+    rows = numbers["rows"]
+    sources = ", ".join(f"{count:,} {_SOURCES[name]}" for name, count in numbers["sources"].items())
+    yield "rows", f"{rows:,} ({sources}) of {numbers['prompts']:,} prompts"
+    versions = numbers["policy_versions"]
+    yield (
+        "policy versions",
+        f"{versions[0]}" if len(versions) == 1 else f"{len(versions)}, {versions[0]} to {versions[-1]}",
+    )
+    masked = numbers["learned_tokens"] != numbers["completion_tokens"]
+    for name in ("prompt_tokens", "completion_tokens", *(["learned_tokens"] if masked else [])):
+        yield name.replace("_", " "), _spread(numbers[name])
+    yield "truncated", f"{numbers['truncated']:,} ({numbers['truncated'] / rows:.1%})"
+    rewards, groups = numbers["rewards"], numbers["groups"]
+    spread = f", {_rewards_described(rewards)}" if rewards["count"] else ""
+    yield "rewards", f"{rewards['count']:,} of {rows:,}{spread}"
+    if groups["count"]:
+        several = groups["count"] - groups["single"]
+        equal = (
+            f"; {groups['equal_rewards']:,} ({groups['equal_rewards'] / several:.1%}) of equal rewards"
+            if several
+            else ""
+        )
+        yield "groups", f"{groups['count']:,} of {_spread(groups['sizes'])} samples{equal}"
+    held = [
+        f"{name.removesuffix('_logp').replace('_', ' ')} {count:,}"
+        for name, count in numbers["log_probs"].items()
+        if count
+    ]
+    yield "log-probs", ", ".join(held) or "none"
+    yield "columns", ", ".join(numbers["columns"]) or "none"
+
+
+def _spread(found: Mapping[str, float]) -> str:
+    """Quantiles in a line."""
+    if found["min"] == found["max"]:
+        return f"{found['min']:,}"
+    inner = ", ".join(f"{name}: {found[name]:,}" for name in ("10%", "median", "90%"))
+    return f"{found['min']:,} to {found['max']:,} ({inner})"
+
+
+def _rewards_described(found: Mapping[str, Any]) -> str:
+    told = f"mean {found['mean']:.4g}, standard deviation {found['std']:.4g}"
+    if "values" in found:
+        return told + "; " + ", ".join(f"{value:g}: {count:,}" for value, count in found["values"].items())
+    edges, counts = found["histogram"]["edges"], found["histogram"]["counts"]
+    bins = zip(edges[:-1], edges[1:], counts, strict=True)
+    return told + "; " + ", ".join(f"{low:.3g} to {high:.3g}: {count:,}" for low, high, count in bins)

@@ -24,26 +24,31 @@ from rlzoo.buffers.schema import CHUNK, to_dataset, to_table, unchecked_row
 from rlzoo.buffers.tables import quiet, read_parquet
 from rlzoo.errors import UserError
 from rlzoo.jobs.outputs import file_digest, replacing
+from rlzoo.jobs.sharing import CARD, public
 from rlzoo.jobs.sources import kind_of_file
 from rlzoo.types import Trajectory
 
 _DONT_NEED = 4  # MADV_DONTNEED
-_SETTINGS, _DIGESTS = "buffer.json", "sha256"
+SETTINGS, _DIGESTS = "buffer.json", "sha256"
 _LARGEST = 2**31 - 1
 """The largest integer that a row may hold."""
 _FOLDER_MARK = "state.json"  # what `Dataset.save_to_disk` leaves in every folder
 
 
-def write_folder(rows: datasets.Dataset, path: str | Path, settings: dict[str, Any]) -> None:
-    """Write a folder that opens memory-mapped. Raises UserError if ``path`` exists and is not a buffer."""
+def write_folder(rows: datasets.Dataset, path: str | Path, settings: dict[str, Any], card: str | None = None) -> None:
+    """Write a folder that opens memory-mapped, with its ``card``. Raises UserError if ``path`` exists and is not a
+    buffer.
+    """
     path = Path(path)
     if path.exists() and not (path / _FOLDER_MARK).exists() and not _is_empty(path):
         raise UserError(f"{path} exists and is not a buffer: choose another path")
     with replacing(path) as beside, quiet():
         rows.save_to_disk(beside)
         digests = {file.name: file_digest(file) for file in sorted(beside.iterdir())}
-        digests[_SETTINGS] = _digest(settings)
-        (beside / _SETTINGS).write_text(json.dumps({**settings, _DIGESTS: digests}))
+        digests[SETTINGS] = _digest(settings)
+        (beside / SETTINGS).write_text(json.dumps({**settings, _DIGESTS: digests}))
+        if card is not None:  # without a digest: its readers may edit it
+            (beside / CARD).write_text(card, encoding="utf-8")
 
 
 def write_parquet(rows: datasets.Dataset, path: str | Path) -> None:
@@ -102,7 +107,7 @@ def release_pages(rows: datasets.Dataset) -> None:
 
 def read_settings(path: str | Path) -> dict[str, Any]:
     """The settings stored with the rows of a folder; empty if `write_folder` did not write it."""
-    file = Path(path) / _SETTINGS
+    file = Path(path) / SETTINGS
     try:
         settings = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     except ValueError:
@@ -110,6 +115,15 @@ def read_settings(path: str | Path) -> dict[str, Any]:
     if not isinstance(settings, dict):
         raise UserError(f"{file} is damaged: save the buffer again")
     return settings
+
+
+def public_settings(path: str | Path) -> bytes | None:
+    """The settings of a folder for others to see (see `rlzoo.jobs.sharing`), as its file; None if it has none."""
+    settings = public(read_settings(path))
+    if not settings:
+        return None
+    digests = settings.pop(_DIGESTS, {})
+    return json.dumps({**settings, _DIGESTS: {**digests, SETTINGS: _digest(settings)}}).encode()
 
 
 def notes_of(path: str | Path) -> dict[str, Any]:
@@ -121,11 +135,11 @@ def _check_digests(path: Path) -> None:
     """Raise UserError for a folder whose files have changed since they were written."""
     settings = read_settings(path)
     digests = settings.pop(_DIGESTS, {})  # a folder of `datasets`, or of an older version, has none
-    there = {file.name for file in path.iterdir() if file.is_file()}
+    there = {file.name for file in path.iterdir() if file.is_file() and file.name != CARD and file.name[0] != "."}
     if not isinstance(digests, dict) or (digests and there != set(digests)):
         raise UserError(f"{path} is damaged: it does not have the files that were written; save the buffer again")
     for name, digest in digests.items():
-        if (_digest(settings) if name == _SETTINGS else file_digest(path / name)) != digest:
+        if (_digest(settings) if name == SETTINGS else file_digest(path / name)) != digest:
             raise UserError(f"{path / name} is damaged: its checksum has changed since it was written")
 
 

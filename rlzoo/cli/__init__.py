@@ -11,6 +11,7 @@ from pathlib import Path
 
 from rlzoo.errors import UserError
 from rlzoo.jobs.interrupts import Terminated, raise_signal
+from rlzoo.jobs.sharing import COMMAND, public_command
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -24,6 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.pop("RLZOO_TRUST_REMOTE_CODE", None)
     sys.path.append(str(Path.cwd()))  # for a user's own package.module:Name; last, so that it hides nothing
     signal.signal(signal.SIGTERM, raise_signal)  # a job that the system stops ends like one stopped by Ctrl-C
+    ours = COMMAND.set(public_command(sys.argv[1:] if arguments is None else arguments))
     try:
         status = _run(parsed(arguments))
         sys.stdout.flush()  # here, where an error can be reported
@@ -40,6 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if os.environ.get("RANK", "0") == "0":  # once for all processes of a run
             print(f"rlzoo: {_told(error, 'interrupted')}", file=sys.stderr)
         return 143 if isinstance(error, Terminated) else 130
+    finally:
+        COMMAND.reset(ours)
 
 
 def _run(command: Callable[[], int] | None) -> int:

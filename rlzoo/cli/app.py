@@ -20,12 +20,13 @@ from rlzoo.cli.report import report
 from rlzoo.cli.results import results
 from rlzoo.cli.rollout import rollout
 from rlzoo.cli.scaffold import new
+from rlzoo.cli.serve import serve
 from rlzoo.cli.train import train
 from rlzoo.cli.variance import variance
 
 Handler = Callable[..., int]
 PANELS: dict[str, Sequence[Handler]] = {
-    "Experiments": (plan, compare, variance, report),
+    "Experiments": (plan, compare, variance, report, serve),
     "One step at a time": (rollout, train, evaluate),
     "Buffers": (import_, rescore, buffer),
     "Look up and extend": (list_, results, new, doctor),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -64,13 +64,17 @@ def import_(
     from rlzoo.cli.settings import pairs, prepare
 
     prepare(None, trust_remote_code)
-    from rlzoo.buffers import get_importer, import_log
-    from rlzoo.buffers.bad_rows import BadRows
-    from rlzoo.jobs.pool import silence
-    from rlzoo.jobs.runs import run_in
-    from rlzoo.policy.loading import load_tokenizer
-
     given = pairs(option or (), "--option")
+    from rlzoo.jobs.pool import silence
+    from rlzoo.jobs.progress import loading
+    from rlzoo.jobs.runs import run_in
+
+    with loading():
+        from rlzoo.buffers import get_importer, import_log
+        from rlzoo.buffers.bad_rows import BadRows
+        from rlzoo.buffers.card import buffer_card
+        from rlzoo.policy.loading import load_tokenizer
+
     importer, bad = get_importer(form, **given), BadRows(bad_rows or "reject")
     silence()
     asked = {
@@ -83,7 +87,9 @@ def import_(
             return 0
         buffer = import_log(importer, log, load_tokenizer(model), max_completion_tokens, bad)
         known = {"imported_from": asked, "dropped_rows": bad.summary(), "events": bad.events()}
-        buffer.write(out, {name: value for name, value in known.items() if value})
+        origin = {"log": log, "format": form, "options": given, "tokenizer": model}
+        card = buffer_card(buffer, out.name, f"Samples of a log of {importer.name}, imported by rlzoo.", origin, asked)
+        buffer.write(out, {name: value for name, value in known.items() if value}, card)
     for line in bad.lines():
         print(line)
     prompts = len(set(buffer.column("prompt_id")))
@@ -132,14 +138,19 @@ def rescore(
     prepare(None, False)
     given = {"buffer": buffer, "reward": reward, "bad_rows": bad_rows}
     settings = rescore_settings(given, column, sets)
-    from rlzoo.buffers import OfflineBuffer
-    from rlzoo.buffers.bad_rows import BadRows
-    from rlzoo.buffers.storage import notes_of
     from rlzoo.jobs.pool import silence
+    from rlzoo.jobs.progress import loading
     from rlzoo.jobs.runs import run_in
-    from rlzoo.reward.isolation import Limits, isolated
-    from rlzoo.rollout import unscored
-    from rlzoo.rollout.rescoring import rescored
+
+    with loading():
+        from rlzoo.buffers import OfflineBuffer
+        from rlzoo.buffers.bad_rows import BadRows
+        from rlzoo.buffers.card import buffer_card
+        from rlzoo.buffers.storage import notes_of
+        from rlzoo.document.cards import metadata_of
+        from rlzoo.reward.isolation import Limits, isolated
+        from rlzoo.rollout import unscored
+        from rlzoo.rollout.rescoring import rescored
 
     scoring, source = settings.scoring, Path(settings.buffer)
     limits = Limits(scoring.seconds, scoring.memory_gb)
@@ -153,7 +164,11 @@ def rescore(
             return 0
         old = OfflineBuffer.load(source, bad)
         new = rescored(old, scored_by, settings.columns)
-        new.write(place, {**notes_of(source), "rescored_with": settings.model_dump(mode="json")["reward"]})
+        asked = settings.model_dump(mode="json")
+        origin = {"rows": asked["buffer"], "reward": asked["reward"], "mean reward": _mean(new.numbers("reward"))}
+        above = metadata_of(asked["buffer"]).get("source_datasets") or ()
+        card = buffer_card(new, place.name, "Rows of a buffer, scored again by rlzoo.", origin, asked, above)
+        new.write(place, {**notes_of(source), "rescored_with": asked["reward"]}, card)
     for line in bad.lines():
         print(line)
     before, after = old.numbers("reward"), new.numbers("reward")
@@ -184,73 +199,24 @@ def buffer(
     """
     from dataclasses import asdict
 
-    from rlzoo.buffers import OfflineBuffer, overview
-    from rlzoo.training.uses import uses_of
+    from rlzoo.jobs.progress import loading
+
+    with loading():
+        from rlzoo.buffers import OfflineBuffer, overview
+        from rlzoo.buffers.overview import described
+        from rlzoo.training.uses import uses_of
 
     found = OfflineBuffer.load(which)
     numbers, uses = overview(found), uses_of(found)
     if as_json:
         print(json.dumps({**numbers, "objectives": [asdict(use) for use in uses]}, indent=1))
         return 0
-    width = max(len(name) for name, _ in _lines(numbers))
-    for name, text in _lines(numbers):
+    width = max(len(name) for name, _ in described(numbers))
+    for name, text in described(numbers):
         print(f"{name:{width}}  {text}")
     for line in _uses(uses):
         print(line)
     return 0
-
-
-def _lines(numbers: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """What a buffer holds: a name, and a text."""
-    rows = numbers["rows"]
-    sources = ", ".join(f"{count:,} {_SOURCES[name]}" for name, count in numbers["sources"].items())
-    yield "rows", f"{rows:,} ({sources}) of {numbers['prompts']:,} prompts"
-    versions = numbers["policy_versions"]
-    yield (
-        "policy versions",
-        f"{versions[0]}" if len(versions) == 1 else f"{len(versions)}, {versions[0]} to {versions[-1]}",
-    )
-    masked = numbers["learned_tokens"] != numbers["completion_tokens"]
-    for name in ("prompt_tokens", "completion_tokens", *(["learned_tokens"] if masked else [])):
-        yield name.replace("_", " "), _spread(numbers[name])
-    yield "truncated", f"{numbers['truncated']:,} ({numbers['truncated'] / rows:.1%})"
-    rewards, groups = numbers["rewards"], numbers["groups"]
-    yield "rewards", f"{rewards['count']:,} of {rows:,}" + ("" if not rewards["count"] else f", {_rewards(rewards)}")
-    if groups["count"]:
-        several = groups["count"] - groups["single"]
-        equal = (
-            f"; {groups['equal_rewards']:,} ({groups['equal_rewards'] / several:.1%}) of equal rewards"
-            if several
-            else ""
-        )
-        yield "groups", f"{groups['count']:,} of {_spread(groups['sizes'])} samples{equal}"
-    held = [
-        f"{name.removesuffix('_logp').replace('_', ' ')} {count:,}"
-        for name, count in numbers["log_probs"].items()
-        if count
-    ]
-    yield "log-probs", ", ".join(held) or "none"
-    yield "columns", ", ".join(numbers["columns"]) or "none"
-
-
-_SOURCES = {"policy": "samples", "demonstration": "demonstrations", "preference": "preferences"}
-
-
-def _spread(found: Mapping[str, float]) -> str:
-    """Quantiles in a line."""
-    if found["min"] == found["max"]:
-        return f"{found['min']:,}"
-    inner = ", ".join(f"{name}: {found[name]:,}" for name in ("10%", "median", "90%"))
-    return f"{found['min']:,} to {found['max']:,} ({inner})"
-
-
-def _rewards(found: Mapping[str, Any]) -> str:
-    told = f"mean {found['mean']:.4g}, standard deviation {found['std']:.4g}"
-    if "values" in found:
-        return told + "; " + ", ".join(f"{value:g}: {count:,}" for value, count in found["values"].items())
-    edges, counts = found["histogram"]["edges"], found["histogram"]["counts"]
-    bins = zip(edges[:-1], edges[1:], counts, strict=True)
-    return told + "; " + ", ".join(f"{low:.3g} to {high:.3g}: {count:,}" for low, high, count in bins)
 
 
 def _uses(uses: Sequence[Use]) -> Iterator[str]:

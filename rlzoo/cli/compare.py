@@ -43,6 +43,8 @@ def compare(
     sets: options.Set = None,
     twin: options.Twin = False,
     out: options.Out = None,
+    push_to_hub: options.PushToHub = None,
+    public: options.Public = False,
     workers: options.Workers = None,
     threads: options.WorkerThreads = 1,
     executor: Annotated[
@@ -72,18 +74,13 @@ def compare(
       rlzoo compare my.yaml --learning-rates 1e-5,5e-5 --executor ray
       rlzoo compare paper/offline-rl --dry-run
       rlzoo compare paper/offline-rl --twin
+      rlzoo compare arithmetic --push-to-hub alice/arithmetic
     """
-    from rich.console import Console
-
-    from rlzoo.cli.settings import allow_remote_code, experiment_of
-    from rlzoo.cli.tables import show
-    from rlzoo.comparison.report import report_table
-    from rlzoo.comparison.runner import compare, where
-    from rlzoo.jobs.pool import counted
-    from rlzoo.jobs.ranks import is_main
+    from rlzoo.cli.settings import allow_remote_code, check_public, experiment_of
 
     if address is not None and executor != "ray":
         raise UserError("--address names a Ray cluster: add --executor ray")
+    check_public(public, push_to_hub)
     allow_remote_code(trust_remote_code)
     chosen = experiment_of(
         experiment, sets,
@@ -94,13 +91,31 @@ def compare(
     )  # fmt: skip
     if dry_run:
         return _show_dry_run(chosen)
-    folder = out or where(chosen, threads)
-    results = compare(chosen, folder, workers, threads, executor=executor, address=address)
-    console = Console(quiet=not is_main(), highlight=False, markup=False)
-    show(console, report_table(results))
-    console.print(f"{results['wall_seconds']:.0f} s; report: {folder / 'report.html'}", soft_wrap=True)
-    if failed := len(results["failed"]):
-        console.print(f"{counted(failed, 'cell')} failed: the report says why; the same command retries them")
+    from rich.console import Console
+
+    from rlzoo.cli.pushing import files_of_comparison
+    from rlzoo.cli.tables import show
+    from rlzoo.jobs.hub import pushed
+    from rlzoo.jobs.pool import counted
+    from rlzoo.jobs.progress import loading
+    from rlzoo.jobs.ranks import is_main
+
+    with loading():
+        from rlzoo.comparison.report import report_table
+        from rlzoo.comparison.runner import compare, where
+
+    folder, console = out or where(chosen, threads), Console(quiet=not is_main(), highlight=False, markup=False)
+    with pushed(push_to_hub, "dataset", not public, folder, files_of_comparison) as push:
+        results = compare(chosen, folder, workers, threads, executor=executor, address=address)
+        show(console, report_table(results))
+        console.print(f"{results['wall_seconds']:.0f} s; report: {folder / 'report.html'}", soft_wrap=True)
+        if failed := len(results["failed"]):
+            told = ", and then pushes the comparison" if push_to_hub else ""
+            console.print(
+                f"{counted(failed, 'cell')} failed: the report says why; the same command retries them{told}",
+                soft_wrap=True,
+            )
+            push.is_complete = False
     return 1 if failed else 0
 
 
@@ -108,8 +123,11 @@ def _show_dry_run(experiment: Experiment) -> int:
     from rich.console import Console
 
     from rlzoo.cli.tables import show
-    from rlzoo.comparison.dry_run import dry_run, tables_of
     from rlzoo.jobs.pool import silence
+    from rlzoo.jobs.progress import loading
+
+    with loading():
+        from rlzoo.comparison.dry_run import dry_run, tables_of
 
     silence()
     console = Console(highlight=False, markup=False)

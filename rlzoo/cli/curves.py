@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rlzoo.document.drawing import GREY, PALETTE, STYLE, Drawing, axes_row, log_scale, standalone, to_svg
+from rlzoo.document.drawing import GREY, PALETTE, STYLE, Drawing, axes_row, log_scale, standalone
 from rlzoo.document.estimates import number
 from rlzoo.errors import UserError
 from rlzoo.inputs import Context, Input, Stage
@@ -265,7 +265,7 @@ def figure_of(found: Sequence[Curve], probabilities: Sequence[float]) -> Drawing
             axes.grid(True)
         shown = [axes.get_legend_handles_labels() for axes in (left, middle)]
         figure.legend(*(a + b for a, b in zip(*shown, strict=True)), loc="outside lower center", ncols=3, fontsize=8)
-        return to_svg(figure)
+        return Drawing(figure)
 
 
 def _wrapped(label: str, width: int = 42) -> str:

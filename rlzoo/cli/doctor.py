@@ -53,7 +53,7 @@ def doctor(
     quick: Annotated[bool, Option("--quick", help="Skip the self-test, which takes about ten seconds.")] = False,
     as_json: Annotated[bool, Option("--json", help="Print everything as JSON.")] = False,
 ) -> int:
-    """Diagnosis what is installed and what works on this machine, and train, sample and score for a few seconds.
+    """Diagnose what is installed and what works on this machine, and train, sample and score for a few seconds.
 
     The exit status is 1 if something fails that rlzoo needs.
 

@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 from rlzoo.config.files import EXPERIMENTS
 from rlzoo.errors import UserError
-from rlzoo.objective import Objective, is_composite, list_objectives, objective_class, own_options_of
+from rlzoo.objective import Objective, is_composite, list_objectives, objective_class, own_options_of, summary_of
 from rlzoo.types import Selection, name_of_view
 
 COMMAND = "rlzoo list --markdown > docs/objectives.md"
@@ -128,7 +128,7 @@ def _row(objective: type[Objective], relative: Mapping[str, Sequence[float]]) ->
         own = [name_of_view(objective.learns_from), _words(_example(objective).normaliser.value), _needs(objective)]
     link = f"[{objective.name}](#{objective.name})"
     source, checked = _linked(objective.source) or "none", _checked(objective)
-    return [link, _summary(objective)[1], *own, source, checked, _cost(objective, relative), str(_code(objective))]
+    return [link, summary_of(objective)[1], *own, source, checked, _cost(objective, relative), str(_code(objective))]
 
 
 def _cost(objective: type[Objective], relative: Mapping[str, Sequence[float]]) -> str:
@@ -137,7 +137,7 @@ def _cost(objective: type[Objective], relative: Mapping[str, Sequence[float]]) -
 
 
 def _section(objective: type[Objective], names: Sequence[str]) -> str:
-    full, formula = _summary(objective)
+    full, formula = summary_of(objective)
     facts = [["full name", full], ["coefficient", formula]]
     if is_composite(objective):
         facts += [["learns from, needs, coupling, normaliser", "as its components"]]
@@ -161,12 +161,6 @@ def _section(objective: type[Objective], names: Sequence[str]) -> str:
         ]
         parts.append(_table(["option", "type", "default"], rows))
     return "\n\n".join(parts)
-
-
-def _summary(objective: type[Objective]) -> tuple[str, str]:
-    """The full name and the coefficient: the two halves of the class docstring's first line."""
-    full, _, formula = (objective.__doc__ or "").partition("\n")[0].partition(": ")
-    return full, formula.removeprefix("c_t = ").removesuffix(".")
 
 
 def _needs(objective: type[Objective], **options: Any) -> str:

@@ -123,6 +123,15 @@ BufferOut = Annotated[
         help="Where the buffer is saved: a new folder, that of the same run, or a .parquet or .jsonl file.",
     ),
 ]
+PushToHub = Annotated[
+    str | None,
+    running(
+        metavar="NAMESPACE/NAME",
+        help="Push the result, with its card, to this new repository on the Hugging Face Hub, which is private unless "
+        "--public. Without it nothing leaves this machine.",
+    ),
+]
+Public = Annotated[bool, running("--public", help="With --push-to-hub: let everybody see the repository.")]
 Seed = Annotated[int, running(metavar="N", parser=whole, help="Random seed.")]
 Workers = Annotated[int | None, running(metavar="N", parser=count, help="Worker processes. Default: one per core.")]
 WorkerThreads = Annotated[int, running(metavar="N", parser=count, help="Threads per worker process.")]

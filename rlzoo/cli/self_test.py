@@ -30,6 +30,7 @@ EXTRAS = {
     "qlora": "LoRA on weights in 4 bits (training.lora.load_in_4bit)",
     "ray": "cells on a Ray cluster (--executor ray)",
     "reasoning-gym": "problems and rewards of reasoning-gym",
+    "serve": "the pages of a run in a browser (rlzoo serve)",
     "trl": "TRL's rewards",
     "vllm": "fast sampling on a GPU (rollouts.engine, evaluation.engine)",
 }

@@ -21,6 +21,7 @@ from rlzoo.config import (
     OnBadRow,
     ProblemSource,
     Scoring,
+    Strict,
     TableSource,
     Training,
     lay,
@@ -47,10 +48,8 @@ SHORTHANDS: dict[str, tuple[str, ...]] = {
 """Options → the settings of an experiment. If two set the same one, the later in this table counts."""
 
 
-class TrainSettings(pydantic.BaseModel):
+class TrainSettings(Strict):
     """The settings of ``rlzoo train``: an objective, a buffer and a model."""
-
-    model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
 
     objective: str
     options: Mapping[str, Any] = {}
@@ -60,10 +59,8 @@ class TrainSettings(pydantic.BaseModel):
     seed: int = 0
 
 
-class RescoreSettings(pydantic.BaseModel):
+class RescoreSettings(Strict):
     """The settings of ``rlzoo rescore``: a buffer and a reward."""
-
-    model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
 
     buffer: str
     reward: Any
@@ -288,6 +285,12 @@ def pairs(texts: Sequence[str], option: str) -> dict[str, Any]:
         except yaml.YAMLError:
             raise UserError(f"{option} {text!r}: the value is not valid YAML") from None
     return found
+
+
+def check_public(public: bool, push_to_hub: str | None) -> None:
+    """Raise UserError for --public without --push-to-hub."""
+    if public and push_to_hub is None:
+        raise UserError("--public says who may see what is pushed: add --push-to-hub NAMESPACE/NAME")
 
 
 def prepare(threads: int | None, trust_remote_code: bool) -> None:

@@ -50,6 +50,8 @@ def train(
             help="Where the model is saved: a new folder, or that of the same run, which then resumes.",
         ),
     ],
+    push_to_hub: options.PushToHub = None,
+    public: options.Public = False,
     seed: options.Seed = 0,
     threads: options.Threads = None,
     trust_remote_code: options.Trust = False,
@@ -60,24 +62,10 @@ def train(
       rlzoo train rft --buffer runs/buffer --steps 50 --out runs/rft
       rlzoo train dpo --buffer pairs.jsonl --option beta=0.2 --out runs/dpo
       rlzoo train sft --buffer pairs.jsonl --set training.lora={} --out runs/sft
+      rlzoo train dft --buffer pairs.jsonl --out runs/dft --push-to-hub alice/dft
     """
-    from rich.console import Console
+    from rlzoo.cli.settings import check_public, prepare, train_settings
 
-    from rlzoo.buffers import read_buffer
-    from rlzoo.buffers.bad_rows import BadRows
-    from rlzoo.cli.settings import prepare, train_settings
-    from rlzoo.jobs.heartbeat import Heartbeat
-    from rlzoo.jobs.outputs import write_atomically
-    from rlzoo.jobs.pool import silence
-    from rlzoo.jobs.progress import Remaining
-    from rlzoo.jobs.ranks import is_main
-    from rlzoo.jobs.runs import run_in
-    from rlzoo.objective import get_objective
-    from rlzoo.policy.defaults import resolved
-    from rlzoo.policy.loading import load_for, save_policy
-    from rlzoo.training import train
-
-    prepare(threads, trust_remote_code)
     given = {
         "objective": objective,
         "model": model,
@@ -90,6 +78,31 @@ def train(
         "seed": seed,
     }
     settings = train_settings(given, option, column, sets)
+    from rich.console import Console
+
+    from rlzoo.cli.pushing import files_of_model
+    from rlzoo.jobs.heartbeat import Heartbeat
+    from rlzoo.jobs.hub import pushed
+    from rlzoo.jobs.journal import Journal
+    from rlzoo.jobs.outputs import write_atomically
+    from rlzoo.jobs.pool import silence
+    from rlzoo.jobs.progress import Remaining, loading
+    from rlzoo.jobs.ranks import is_main
+    from rlzoo.jobs.runs import run_in
+    from rlzoo.jobs.sharing import CARD
+
+    with loading():
+        from rlzoo.buffers import read_buffer
+        from rlzoo.buffers.bad_rows import BadRows, dropped_line
+        from rlzoo.objective import get_objective
+        from rlzoo.policy.defaults import resolved
+        from rlzoo.policy.loading import load_for, save_policy
+        from rlzoo.training import train
+        from rlzoo.training.card import Trained, model_card
+        from rlzoo.training.trackers import LOGS
+
+    check_public(public, push_to_hub)
+    prepare(threads, trust_remote_code)
     training, table = settings.training, settings.buffer
     what = get_objective(settings.objective, **settings.options)
     silence()
@@ -101,10 +114,17 @@ def train(
             line = f"{trainer.progress}  loss {row['loss']:.4f}  gradient norm {row['gradient_norm']:.3f}"
             print(line + remaining.after(trainer.progress.fraction), flush=True)  # so that a log shows the progress
 
-    with run_in(out, "train", {**settings.model_dump(mode="json"), "threads": threads}) as run:
+    asked = {**settings.model_dump(mode="json"), "threads": threads}
+    with pushed(push_to_hub, "model", not public, out, files_of_model), run_in(out, "train", asked) as run:
         if run.finished:
             print(f"already finished: {out}")
             return 0
+        journal = Journal(run.state, "train")
+        journal.begin()
+
+        def log(trainer: Any, step: int) -> None:
+            journal.step(trainer.record.steps[-1], share=trainer.progress.fraction)
+
         bad, longest = BadRows(table.bad_rows), training.max_completion_tokens
         with Heartbeat(Console(stderr=True, quiet=not is_main()), "reading the model and the buffer"):
             policy = load_for(settings.model, training)
@@ -115,18 +135,23 @@ def train(
         if is_main():
             for line in bad.lines():
                 print(line, flush=True)
-        record = train(policy, what, rows, training, settings.seed, [show], out / "logs", run.state / "checkpoints")
+        folders = out / LOGS / out.name, run.state / "checkpoints"
+        record = train(policy, what, rows, training, settings.seed, [show, log], *folders)
         save_policy(policy, out)
         if is_main():
+            how = resolved(policy, training)
             summary = {
                 "steps": record.plain_steps(),
                 "costs": record.costs.as_dict(),
                 "ended": record.ended,
                 "events": [*bad.events(), *record.events],
                 "dropped_rows": bad.summary(),
-                "resolved": resolved(policy, training),
+                "resolved": how,
             }
             write_atomically(out / "training.json", json.dumps(summary, indent=1))
+            left_out = dropped_line(bad.summary())
+            made = Trained(out.name, what, settings.model, table.source, rows, record, asked, how, left_out)
+            write_atomically(out / CARD, model_card(made))
             for event in record.events:
                 print(event)
             print(f"saved to {out}")

@@ -18,6 +18,12 @@ def costs_at(costs: Costs) -> dict[str, Any]:
     return {**found, "seconds": costs.wall_seconds}
 
 
+def logged_at(point: Mapping[str, Any]) -> dict[str, float]:
+    """What trackers receive of a point: avg@k on each benchmark, and on validation if it is measured."""
+    results = {**point.get("metrics", {}), **({"validation": point["validation"]} if "validation" in point else {})}
+    return {f"curve/{name}/avg_at_k": found["avg_at_k"] for name, found in results.items()}
+
+
 def result_at(outcomes: Sequence[Mapping[str, Any]], samples: int) -> dict[str, Any]:
     """The result of an evaluation as a point records it: avg@k, and each problem's fraction of correct samples.
 
@@ -29,6 +35,18 @@ def result_at(outcomes: Sequence[Mapping[str, Any]], samples: int) -> dict[str, 
             correct.setdefault(row["problem_id"], []).append(float(row["correct"]))
     by_problem = [sum(own) / len(own) for own in correct.values()]
     return {"avg_at_k": sum(map(sum, correct.values())) / sum(map(len, correct.values())), "by_problem": by_problem}
+
+
+def brief(point: Mapping[str, Any]) -> dict[str, Any]:
+    """A point's step and results, without those of each problem."""
+
+    def result(found: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: value for name, value in found.items() if name != "by_problem"}
+
+    own = {"validation": result(point["validation"])} if point.get("validation") else {}
+    return {
+        "step": point["step"], **own, "metrics": {name: result(one) for name, one in point.get("metrics", {}).items()},
+    }  # fmt: skip
 
 
 def ends_the_curve(settings: EvaluationSettings) -> bool:

@@ -18,10 +18,11 @@ from rlzoo.comparison import resolve
 from rlzoo.comparison.forecast import forecast
 from rlzoo.comparison.plan import cells
 from rlzoo.comparison.planning import costs_table
-from rlzoo.comparison.report.tables import plain_table, rate
+from rlzoo.comparison.report.tables import rate
 from rlzoo.comparison.sizes import size_of
 from rlzoo.config import Experiment, ProblemSource
 from rlzoo.document import Entry, Table
+from rlzoo.document.terminal import plain_table
 from rlzoo.errors import UnreachableError, UserError
 from rlzoo.jobs.pool import counted
 from rlzoo.policy import Policy

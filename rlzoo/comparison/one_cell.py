@@ -14,8 +14,8 @@ from rlzoo.buffers import OfflineBuffer
 from rlzoo.buffers.bad_rows import BadRows
 from rlzoo.buffers.problems import encode_problems, load_problems
 from rlzoo.comparison import retention
-from rlzoo.comparison.curves import costs_at, ends_the_curve, result_at
-from rlzoo.comparison.one_stage import Given, train_cell, train_first
+from rlzoo.comparison.curves import costs_at, ends_the_curve, logged_at, result_at
+from rlzoo.comparison.one_stage import Given, logs_of, train_cell, train_first
 from rlzoo.comparison.plan import Cell, FirstStages, has_choice
 from rlzoo.comparison.resolve import reward_of
 from rlzoo.comparison.shared_buffer import token_probabilities
@@ -35,6 +35,7 @@ from rlzoo.reward import Reward
 from rlzoo.rollout import sampler_of
 from rlzoo.rollout.rollouts import within_limits
 from rlzoo.training import Costs
+from rlzoo.training.trackers import log_results
 
 
 def evaluate_base(experiment: Experiment, state: Path, report: Report) -> dict[str, Any]:
@@ -49,6 +50,7 @@ def evaluate_base(experiment: Experiment, state: Path, report: Report) -> dict[s
         policy = load()
         bad = _unfit(policy, experiment)
         found = evaluate_all(policy, experiment, "base", -1, None, cached.within("base"), report, text)
+        log_results(policy.device, experiment.training, logs_of(state, "base"), -1, _measured(found))  # at step 0
         curve = None
         if experiment.evaluation.curve_points > 0:
             if ends_the_curve(experiment.evaluation):
@@ -147,13 +149,18 @@ def _run_cell(
         reward = reward_of(experiment, steps, most)
         validation = _evaluate(policy, experiment, experiment.validation, reward, cell.seed, brief=True)
         save_whole(policy, state / "models" / cell.id)
+        measured = {"validation": {"avg_at_k": validation.metrics["avg_at_k"]}, "costs": made["costs"]}
+        log_results(policy.device, experiment.training_of(cell.algorithm), logs_of(state, cell.id), steps, measured)
         return {**result, "validation": validation.metrics["avg_at_k"]}
     found = evaluate_all(
         policy, experiment, cell.algorithm, cell.seed, cell.learning_rate, cached,
         lambda share, what: report(0.8 + 0.2 * share, what), retention.saved_text(experiment, state), steps, most,
     )  # fmt: skip
-    for point in made["curve"]:
-        point.setdefault("metrics", known_results(experiment, found["outcomes"]))
+    late = [point for point in made["curve"] if "metrics" not in point]
+    for point in late:
+        point["metrics"] = known_results(experiment, found["outcomes"])
+    measured = {**_measured(found), "costs": made["costs"], **(logged_at(late[-1]) if late else {})}
+    log_results(policy.device, experiment.training_of(cell.algorithm), logs_of(state, cell.id), steps, measured)
     return {**result, **found}
 
 
@@ -186,9 +193,18 @@ def evaluate_cell(experiment: Experiment, cell: Cell, state: Path, divisor: int,
         policy = load_for(str(state / "models" / cell.id), settings)
         labels = (cell.algorithm, cell.seed, cell.learning_rate)
         text, steps = retention.saved_text(experiment, state), (len(trained["training"]), trained["planned_steps"])
-        return evaluate_all(policy, smaller, *labels, cached.within(cell.id), report, text, *steps)
+        found = evaluate_all(policy, smaller, *labels, cached.within(cell.id), report, text, *steps)
+        log_results(
+            policy.device, settings, logs_of(state, cell.id), steps[0] + 1, _measured(found)
+        )  # after validation
+        return found
 
     return dict(cached.once(cell.id, evaluate))
+
+
+def _measured(found: Mapping[str, Any]) -> dict[str, Any]:
+    """What trackers receive of the results of `evaluate_all`."""
+    return {"evaluation": found["metrics"], "retention": found.get("retention", {})}
 
 
 def evaluate_all(

@@ -12,13 +12,14 @@ import torch
 from rlzoo.buffers import Buffer, OfflineBuffer
 from rlzoo.buffers.bad_rows import BadRows
 from rlzoo.buffers.problems import load_problems
-from rlzoo.comparison.curves import costs_at, is_flat
+from rlzoo.comparison.curves import brief, costs_at, is_flat, logged_at
 from rlzoo.comparison.plan import Cell, FirstStages, is_reported
 from rlzoo.comparison.resolve import learns_from_samples, objective_of, reward_of, views_of
 from rlzoo.comparison.shared_buffer import costs_before, with_stored_inputs
 from rlzoo.comparison.warm_up import save_whole
 from rlzoo.config import Experiment, Training
 from rlzoo.jobs.cached_results import CachedResults
+from rlzoo.jobs.journal import Journal
 from rlzoo.jobs.memory import release_memory
 from rlzoo.jobs.outputs import remove
 from rlzoo.jobs.progress import Report
@@ -29,11 +30,17 @@ from rlzoo.policy.loading import load_for
 from rlzoo.rollout import Collector, engine_of, sampler_of
 from rlzoo.training import Costs, Trainer, TrainingRecord
 from rlzoo.training.batches import BufferSource, FreshSource, Source, in_steps, seeds, shares
+from rlzoo.training.trackers import LOGS
 from rlzoo.types import selector_of
 
 Evaluated = Callable[[Policy, int, int, Costs, bool], dict[str, Any]]
 """A point of the learning curve, given the policy, the number of steps so far and of those planned up to the end of the
 stage, the costs so far, and whether the cell ends here."""
+
+
+def logs_of(state: Path, name: str) -> Path:
+    """The folder of trackers for one training of a comparison, which keeps its cached results under ``state``."""
+    return state.parent / LOGS / name
 
 
 @dataclass(frozen=True)
@@ -50,7 +57,7 @@ class Given:
 
     def logs(self, name: str) -> Path:
         """The folder of trackers for one training."""
-        return self.state.parent / "logs" / name
+        return logs_of(self.state, name)
 
 
 @dataclass(frozen=True)
@@ -229,15 +236,19 @@ def _train(stage: StageOfCell, given: Given, checkpoints: Path, logs: Path) -> t
     points, patience = experiment.evaluation.curve_points, experiment.evaluation.until_flat
     label = f"stage {stage.number} ({name}) " if len(stage.names) > 1 else ""
 
+    journal = Journal(given.state, logs.name)
+
     def along(trainer: Trainer, step: int) -> None:
         given.report(trainer.progress.fraction, f"{label}{trainer.progress}")
+        journal.step(trainer.record.steps[-1], stage.steps)
         if not (points and trainer.progress.completes_part(points)):
             return
         curve = trainer.record.kept.setdefault("curve", [])
         costs = summed(stage.costs, record.costs.as_dict())
         is_last = record.ended is not None and stage.first is None
-        is_last = record.ended is not None and stage.first is None
         curve.append(given.evaluated(policy, stage.steps + step, most, costs, is_last))
+        trainer.log(logged_at(curve[-1]))
+        journal.write(point=brief(curve[-1]))
         if patience is None or record.ended is not None:
             return
         if agreed(is_flat([point["validation"]["by_problem"] for point in curve], patience)):

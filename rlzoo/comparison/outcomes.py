@@ -53,6 +53,7 @@ SCHEMA = pa.schema(
         ("retention", pa.bool_()),
         ("base_text_logp", pa.float64()),
         ("base_text_tokens", pa.int64()),
+        ("reference", pa.string()),
     ]
 )
 """The columns of outcomes.parquet."""

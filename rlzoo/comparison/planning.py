@@ -15,13 +15,14 @@ import torch
 from rlzoo.comparison.forecast import forecast
 from rlzoo.comparison.outcomes import METRICS, benchmark_rows, difference_of, result_matrices
 from rlzoo.comparison.plan import cells
-from rlzoo.comparison.report.tables import amount, plain_table, points, seconds
+from rlzoo.comparison.report.tables import amount, points, seconds
 from rlzoo.comparison.sizes import size_of
 from rlzoo.comparison.speed import OF_SAMPLING, OF_TRAINING, Speed, card_of, measured_speed, speed_of_gpu
 from rlzoo.comparison.statistics import SIGNIFICANT, smallest_difference
 from rlzoo.comparison.studies import list_studies, read_study, study_folder
 from rlzoo.config import BASE, WARM_UP, Experiment
 from rlzoo.document import Entry, Table
+from rlzoo.document.terminal import plain_table
 from rlzoo.errors import UnreachableError, UserError
 from rlzoo.jobs.pool import default_workers
 from rlzoo.policy.loading import load_shape

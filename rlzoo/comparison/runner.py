@@ -35,7 +35,8 @@ from rlzoo.comparison.plan import (
     tuning_of,
     workers_at,
 )
-from rlzoo.comparison.report import write_report
+from rlzoo.comparison.report import comparison_card, write_report
+from rlzoo.comparison.report.schema import parse_results
 from rlzoo.comparison.resolve import check
 from rlzoo.comparison.retention import summarise_retention
 from rlzoo.comparison.warm_up import after_warm_up, alone, facts_of, warm_up
@@ -43,7 +44,8 @@ from rlzoo.config import BASE, WARM_UP, Experiment, load_experiment
 from rlzoo.errors import UserError
 from rlzoo.evaluation import mean_over_benchmarks
 from rlzoo.jobs.cached_results import CachedResults
-from rlzoo.jobs.heartbeat import Heartbeat
+from rlzoo.jobs.heartbeat import Heartbeat, say
+from rlzoo.jobs.journal import JournaledWorkers
 from rlzoo.jobs.on_ray import ray_tasks
 from rlzoo.jobs.outputs import remove, replacing, write_atomically
 from rlzoo.jobs.pool import (
@@ -58,6 +60,7 @@ from rlzoo.jobs.pool import (
 )
 from rlzoo.jobs.ranks import agreed, is_main, world_size
 from rlzoo.jobs.runs import Run, place, run_in, versions
+from rlzoo.jobs.sharing import CARD
 from rlzoo.rollout.rollouts import unscored
 
 Trained = TypeVar("Trained", Cell, FirstStages)
@@ -97,14 +100,14 @@ def compare(
     out = where(experiment, threads) if out is None else Path(out)
     with run_in(out, "compare", _asked(experiment, threads)) as run, Heartbeat(console, "starting") as heartbeat:
         if run.finished:
-            _say(console, f"{experiment.name}: already finished, in {out}", style="bold")
+            say(console, f"{experiment.name}: already finished, in {out}", style="bold")
             found: dict[str, Any] = json.loads((out / "results.json").read_text(encoding="utf-8"))
             return found
         number = min(workers or default_workers(), max(2, len(cells(experiment))))
         processes, how = _workers(executor, address, number, threads, console)
         with processes as running:
             heartbeat.doing = running.doing
-            results, outcomes = _run(experiment, run, running, how, console)
+            results, outcomes = _run(experiment, run, JournaledWorkers(running, run.state), how, console)
         heartbeat.report(1.0, "writing the report")
         results["wall_seconds"] = time.perf_counter() - started
         table = pa.Table.from_pylist(outcomes, schema=SCHEMA)
@@ -120,6 +123,7 @@ def compare(
         write_atomically(out / "experiment.yaml", yaml.safe_dump(results["config"], sort_keys=False))
         write_atomically(out / "results.json", json.dumps(results, indent=1))
         write_report(out, experiment.baseline)
+        write_atomically(out / CARD, comparison_card(experiment, parse_results(results)))
         run.to_be_continued = bool(results["failed"])
     return results
 
@@ -149,45 +153,45 @@ def _run(
     asked: Experiment,
     run: Run,
     processes: Workers,
-    where: str,
+    how: str,
     console: Console,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     grid = cells(asked)
     folder, state = run.folder.absolute(), run.state.absolute()
     goes = "resuming in" if run.resumed else "writing to"
-    plan = f"{_sizes(asked)} {where}; {goes} {run.folder}"
+    plan = f"{_sizes(asked)} {how}; {goes} {run.folder}"
     warm = None if asked.warm_up is None else _warm_up(processes, asked, folder, state, console, plan)
     experiment = asked if warm is None else after_warm_up(asked, state)
     buffers, base = _share(processes, experiment, folder, state, console, plan if warm is None else None)
     for name, shared in buffers.items():
         shared_buffer.check_budgets(experiment, shared)
         samples = f", {shared['correct']} of {shared['samples']} samples correct" if shared["samples"] else ""
-        _say(console, f"  {_called(name)}: {shared['rows']} rows{samples}")
+        say(console, f"  {_called(name)}: {shared['rows']} rows{samples}")
         if shared.get("unscored"):
-            _say(console, f"  {_called(name)}: {shared['unscored']}", style="yellow")
+            say(console, f"  {_called(name)}: {shared['unscored']}", style="yellow")
         for event in shared["events"]:
-            _say(console, f"  {_called(name)}: {event}", style="yellow")
-    _say(console, f"  base model: {_averages(base)}")
+            say(console, f"  {_called(name)}: {event}", style="yellow")
+    say(console, f"  base model: {_averages(base)}")
     dropped = {**shared["dropped_rows"], **base["dropped_rows"]}  # the same for all buffers
     if warm is not None and warm["dropped_rows"]:
         dropped["warm-up"] = warm["dropped_rows"]
     for name, summary in dropped.items():
-        _say(console, f"  {name}: {dropped_line(summary)}", style="yellow")
+        say(console, f"  {name}: {dropped_line(summary)}", style="yellow")
     for event in base["events"]:
-        _say(console, f"  {event}", style="yellow")
+        say(console, f"  {event}", style="yellow")
 
     def train(cell: Cell, divisor: int) -> Future[Any]:
         name = buffer_of(experiment, cell.seed)
-        shared, place = buffers[name], folder / name
-        return processes.submit(cell.id, one_cell.run_cell, experiment, cell, shared, place, state, divisor)
+        given = experiment, cell, buffers[name], folder / name, state, divisor
+        return processes.submit(cell.id, one_cell.run_cell, *given)
 
     def test(cell: Cell, divisor: int) -> Future[Any]:
         return processes.submit(cell.id, one_cell.evaluate_cell, experiment, cell, state, divisor)
 
     def first(stages: FirstStages, divisor: int) -> Future[Any]:
         name = buffer_of(experiment, stages.seed)
-        shared, place = buffers[name], folder / name
-        return processes.submit(stages.id, one_cell.run_first, experiment, stages, shared, place, state, divisor)
+        given = experiment, stages, buffers[name], folder / name, state, divisor
+        return processes.submit(stages.id, one_cell.run_first, *given)
 
     lost = _train_first(processes, experiment, state, first, console)
     left = [cell for cell in grid if cell not in lost]
@@ -203,8 +207,10 @@ def _run(
         raise UserError(f"no cell succeeded; the first failed with: {failed[0]['error']}")
     outcomes = base.pop("outcomes") + [row for done in reported for row in done.pop("outcomes")]
     facts = {name: {key: found[key] for key in BUFFER_FACTS} for name, found in buffers.items()}
+    for name, seed in sampling_seeds(asked).items():
+        shared_buffer.write_card(asked, folder / name, seed, buffers[name])
     if without := unscored((row["reward"], row["prompt"]) for row in outcomes if row["decoding"] != BASE_TEXT):
-        _say(console, f"  evaluation: {without}; they count as wrong", style="yellow")
+        say(console, f"  evaluation: {without}; they count as wrong", style="yellow")
     overall = _over_benchmarks(base, reported) if len(experiment.benchmarks) > 1 else {}
     results = {
         "experiment": experiment.name,
@@ -292,11 +298,11 @@ def _warm_up(
 ) -> dict[str, Any]:
     """Train the warm-up, once the model has been found to load. Raises UserError if it fails."""
     alone(processes, "model", shared_buffer.check_model, experiment)
-    _say(console, f"{experiment.name}: {plan}", style="bold")
+    say(console, f"{experiment.name}: {plan}", style="bold")
     found: dict[str, Any] = alone(processes, "warm-up", warm_up, experiment, state, folder / "logs" / WARM_UP)
-    _say(console, f"  warm-up: {counted(found['steps'], 'step')} of {found['objective']}")
+    say(console, f"  warm-up: {counted(found['steps'], 'step')} of {found['objective']}")
     for event in found["events"]:
-        _say(console, f"  warm-up: {event}", style="yellow")
+        say(console, f"  warm-up: {event}", style="yellow")
     return found
 
 
@@ -321,7 +327,7 @@ def _share(
             raise UserError(why(error)) from None
         done[name] = future.result()
         if name == "model":  # not earlier: for wrong input only the error is printed
-            _say(console, f"{experiment.name}: {plan}", style="bold")
+            say(console, f"{experiment.name}: {plan}", style="bold")
     return {name: done[_called(name)] for name in seeds}, done["base model"]
 
 
@@ -352,21 +358,16 @@ def _gather(
                 results[name] = future.result()
                 if so_far is not None:
                     so_far(results)
-                _say(console, f"{done}: {_averages(results[name])}")
+                say(console, f"{done}: {_averages(results[name])}")
                 for event in results[name].get("events", []):
-                    _say(console, f"    {event}", style="yellow")
+                    say(console, f"    {event}", style="yellow")
             elif isinstance(error, (WorkerDiedError, OutOfMemoryError)) and attempt < RETRIES:
                 left.append(cell)
-                _say(console, f"  {name}: {why(error)}; to be retried with micro-batches half as large", style="red")
+                say(console, f"  {name}: {why(error)}; to be retried with micro-batches half as large", style="red")
             else:
                 failed.append({**asdict(cell), "error": why(error)})
-                _say(console, f"{done} failed: {why(error)}", style="red")
+                say(console, f"{done} failed: {why(error)}", style="red")
     return results, failed
-
-
-def _say(console: Console, line: str, style: str | None = None) -> None:
-    """Print one line verbatim; a terminal may wrap it, but a log keeps it whole."""
-    console.print(line, style=style, highlight=False, markup=False, soft_wrap=True)
 
 
 def _averages(found: Mapping[str, Any]) -> str:

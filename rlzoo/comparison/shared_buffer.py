@@ -10,13 +10,17 @@ import numpy as np
 
 from rlzoo.buffers import Buffer, OfflineBuffer, read_buffer
 from rlzoo.buffers.bad_rows import BadRows
+from rlzoo.buffers.card import buffer_card
 from rlzoo.buffers.problems import Problem, each_demonstration, encode_problems, load_problems
 from rlzoo.comparison.resolve import learns_from_samples, objective_of, reward_of, views_of
 from rlzoo.config import Experiment, OnBadRow, TokenBudget, Training
+from rlzoo.document.estimates import number
 from rlzoo.inputs import Stage
 from rlzoo.jobs.cached_results import CachedResults
+from rlzoo.jobs.outputs import write_atomically
 from rlzoo.jobs.progress import Report, counting
 from rlzoo.jobs.ranks import agreed, barrier, is_main
+from rlzoo.jobs.sharing import CARD
 from rlzoo.objective import Objective
 from rlzoo.policy import Policy, log_probs
 from rlzoo.policy.defaults import resolved
@@ -122,21 +126,62 @@ def _fill_buffer(
     if is_main():
         buffer.save(folder)
     barrier()
-    sampled, tokens = sum(map(learned_tokens, samples)), sum(map(length, samples))
     return {
         "rows": len(buffer),
         "samples": len(samples),
         "correct": sum((row.reward or 0.0) >= experiment.evaluation.correct_at for row in samples),
-        "sampled_tokens": sampled,
+        "sampled_tokens": sum(map(learned_tokens, samples)),
         "unscored": unscored((row.reward, row.prompt) for row in samples),
         "mismatch": mismatch(samples),
         "dropped_rows": {name: summary for name, rows in bad.items() if (summary := rows.summary())},
         "events": [*(f"{name}: {event}" for name, rows in bad.items() for event in rows.events()), *events],
-        "sampling_flops": 2 * policy.flops(tokens, sampled) + behaviour_flops,  # sampled, then log-probs computed
+        "sampling_flops": flops_of_sampling(policy, samples) + behaviour_flops,
         "input_flops": flops_of,
         "resolved": resolved(policy, experiment.training, engine_of(settings, policy)),
         "token_probabilities": token_probabilities(policy, buffer, experiment.training.token_budget),
     }
+
+
+def flops_of_sampling(policy: Policy, samples: Sequence[Trajectory]) -> float:
+    """The FLOPs of sampling rows, and then computing their log-probs."""
+    return 2 * policy.flops(sum(map(length, samples)), sum(map(learned_tokens, samples)))
+
+
+def write_card(experiment: Experiment, folder: Path, seed: int, shared: Mapping[str, Any]) -> None:
+    """Write the card of a shared buffer into its folder; ``experiment`` is as the user gave it, with its warm-up."""
+    if is_main():
+        lead = f"The rows that the cells of the comparison {experiment.name} learn from, made by rlzoo."
+        flops = shared["sampling_flops"] + sum(shared["input_flops"].values())
+        name, buffer = f"{experiment.name}, {folder.name}", OfflineBuffer.load(folder)
+        card = card_of(experiment, buffer, name, lead, seed, shared["sampled_tokens"], flops)
+        write_atomically(folder / CARD, card)
+
+
+def card_of(
+    experiment: Experiment, buffer: Buffer, name: str, lead: str, seed: int, sampled_tokens: int, flops: float
+) -> str:
+    """The card of a buffer that was filled as an experiment says, at these costs; see `buffer_card`."""
+    config = experiment.model_dump(mode="json")
+    parts = ("model", "warm_up", "train", "demonstrations", "reward", "scoring", "rollouts")
+    table, sampling, train = experiment.demonstrations_table, experiment.rollouts, experiment.train
+    origin: dict[str, Any] = {
+        "problems": train.source if train.source.startswith("world:") else f"{train.source}, split {train.split}",
+        "demonstrations": None if table is None else table.source,
+    }
+    if sampled_tokens:
+        origin |= {
+            "sampled from": f"{experiment.model} after a warm-up" if experiment.warm_up else experiment.model,
+            "samples per prompt": sampling.samples,
+            "temperature": f"{sampling.temperature:g}",
+            "top_p": f"{sampling.top_p:g}",
+            "length limit": f"{sampling.max_new_tokens:,} tokens",
+            "reward": config["reward"],
+            "seed": str(seed),
+            "cost": f"{sampled_tokens:,} sampled tokens, {number(flops)} FLOPs",
+        }
+    sources = train.source, None if table is None else table.source
+    asked = {key: config[key] for key in parts} | {"seed": seed}
+    return buffer_card(buffer, name, lead, origin, asked, sources)
 
 
 def demonstrations_of(

@@ -17,6 +17,7 @@ from rlzoo.comparison.shared_buffer import demonstrations_of, with_stored_inputs
 from rlzoo.config import WARM_UP, Experiment
 from rlzoo.errors import UserError
 from rlzoo.jobs.cached_results import CachedResults
+from rlzoo.jobs.journal import Journal
 from rlzoo.jobs.memory import release_memory
 from rlzoo.jobs.outputs import remove, replacing
 from rlzoo.jobs.pool import Workers, why
@@ -26,6 +27,9 @@ from rlzoo.policy import Policy
 from rlzoo.policy.defaults import resolved
 from rlzoo.policy.loading import load_for, save_policy
 from rlzoo.training import Trainer, train
+
+TASK = "warm-up"
+"""Its name as a task of a run."""
 
 
 def warm_up(experiment: Experiment, state: Path, logs: Path | None, report: Report) -> dict[str, Any]:
@@ -116,8 +120,11 @@ def _warm_up(
     objective, buffer = objective_of(own, WARM_UP), OfflineBuffer.from_trajectories(rows)
     filled, flops_of = with_stored_inputs(buffer, [objective], policy, settings.token_budget, report)
 
+    journal = Journal(state, TASK)
+
     def along(trainer: Trainer, step: int) -> None:
         report(trainer.progress.fraction, str(trainer.progress))
+        journal.step(trainer.record.steps[-1])
 
     record = train(
         policy, objective, filled, settings, experiment.warm_up.seed, [along], folder=logs, checkpoints=checkpoints

@@ -17,7 +17,7 @@ from rlzoo.config.settings import (
 from rlzoo.config.sources import Benchmark, OnBadRow, ProblemSource, Reported, TableSource
 from rlzoo.config.stages import WARM_UP, WarmUp
 from rlzoo.config.suites import get_suite, list_suites
-from rlzoo.config.validation import Positive, validated
+from rlzoo.config.validation import Positive, Strict, validated
 
 __all__ = [
     "BASE",
@@ -37,6 +37,7 @@ __all__ = [
     "Rollouts",
     "Sampling",
     "Scoring",
+    "Strict",
     "TableSource",
     "TokenBudget",
     "Training",

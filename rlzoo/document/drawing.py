@@ -90,6 +90,24 @@ def axes_row(columns: int, height: float, **options: Any) -> tuple[Any, Any]:
     return figure, figure.subplots(1, columns, squeeze=False, **options)[0]
 
 
+def axes_grid(number: int, height: float, **options: Any) -> tuple[Any, Any]:
+    """A figure of the width of the page, with this number of axes in rows of at most four: (figure, axes)."""
+    columns = min(number, 4)
+    lines = -(-number // columns)
+    figure = Figure(figsize=(WIDTH, 0.5 + height * lines), layout="constrained")
+    grid = figure.subplots(lines, columns, squeeze=False, **options).flat
+    for axes in grid[number:]:
+        axes.set_visible(False)
+    return figure, grid[:number]
+
+
+def legend(figure: Any, axes: Any, columns: int, handlelength: float = 1.6) -> None:
+    """The names of the lines in some axes above the figure, at most this number of ``columns``."""
+    handles, labels = axes.get_legend_handles_labels()
+    ncols = min(len(labels), columns)
+    figure.legend(handles, labels, loc="outside upper center", ncols=ncols, handlelength=handlelength)
+
+
 @dataclass(frozen=True)
 class Drawing:
     """A figure, drawn with `STYLE`, and the forms in which it is written: the same figure gives the same bytes."""
@@ -111,11 +129,6 @@ class Drawing:
         with mpl.rc_context(STYLE):
             self.figure.savefig(out, format=form, metadata=metadata, **options)
         return out.getvalue()
-
-
-def to_svg(figure: Any) -> Drawing:
-    """A finished figure as a `Drawing`."""
-    return Drawing(figure)
 
 
 def inline(svg: str, name: str, alt: str) -> str:

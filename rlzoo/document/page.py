@@ -24,7 +24,7 @@ def render_html(title: str, blocks: Iterable[Block]) -> str:
     The policy names that script by its hash: whatever else a model wrote into the page, a browser does not run it.
     """
     blocks = list(blocks)
-    body = "\n".join(_block(block) for block in blocks)
+    body = "\n".join(block_html(block) for block in blocks)
     sections = [block.text for block in blocks if isinstance(block, Heading) and block.level == 2]
     if len(sections) >= LISTED:
         body = body.replace("<h2", f"{_contents(sections)}\n<h2", 1)
@@ -56,7 +56,8 @@ def text(value: str) -> str:
     return html.escape("".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in value))
 
 
-def _block(block: Block) -> str:
+def block_html(block: Block) -> str:
+    """A block as an element of a page."""
     match block:
         case Heading():
             anchor = f' id="{_anchor(block.text)}"' if block.level == 2 else ""

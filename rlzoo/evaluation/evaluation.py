@@ -32,7 +32,8 @@ class Evaluation:
     outcomes: list[dict[str, Any]]
     """One row per sample: problem_id, prompt, decoding, sample, reward, correct, length, truncated, text. Where they
     exist, also ``logged`` and ``components`` of the reward as JSON, the ``answer`` that the reward extracts from the
-    text, and ``gold_logp``, the sum of the log-probs of the problem's ``gold_tokens`` gold tokens, in nats."""
+    text, the ``reference`` of the problem, and ``gold_logp``, the sum of the log-probs of the problem's ``gold_tokens``
+    gold tokens, in nats."""
 
 
 def evaluate(
@@ -133,6 +134,12 @@ def _gold_logp(
     return [[next(logps) for _ in some] for some in rows]
 
 
+def _reference(problem: Problem) -> str | None:
+    """What a reader compares completions with: the first worked solution, else the column ``answer``, if any."""
+    answer = problem.columns.get("answer")
+    return problem.solutions[0] if problem.solutions else None if answer is None else str(answer)
+
+
 def _outcomes(
     problems: Sequence[EncodedProblem],
     sampled: Sequence[list[Sample]],
@@ -156,6 +163,7 @@ def _outcomes(
             **({"logged": json.dumps(score.extra)} if score.extra else {}),
             **({"components": json.dumps(score.components)} if len(score.components) > 1 else {}),
             **({} if answer is None else {"answer": answer}),
+            **({} if (reference := _reference(problem.problem)) is None else {"reference": reference}),
         }
         for (problem, number, sample), (score, answer) in zip(flat, scored, strict=True)
     ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 from urllib.parse import quote
 
 from rlzoo.jobs.outputs import write_atomically
+from rlzoo.jobs.places import packed, result_file, result_of
 from rlzoo.jobs.ranks import agreed, is_main
 
 
@@ -32,25 +32,19 @@ class CachedResults:
     def read(self, name: str) -> Any:
         """A cached result; None if there is none or its file is damaged."""
         try:
-            checksum, _, content = self._file(name).read_bytes().partition(b"\n")
+            return result_of(result_file(self.folder, name).read_bytes())
         except OSError:
             return None
-        if checksum.decode("ascii", "replace") != hashlib.sha256(content).hexdigest():
-            return None
-        return json.loads(content)
 
     def write(self, name: str, result: Any) -> Any:
         """Cache a result, and return it as `read` will. Raises TypeError for a result that JSON cannot represent."""
-        content = json.dumps(result)
-        write_atomically(self._file(name), f"{hashlib.sha256(content.encode()).hexdigest()}\n{content}")
-        return json.loads(content)
+        content = packed(result)
+        write_atomically(result_file(self.folder, name), content)
+        return json.loads(content.partition("\n")[2])
 
     def within(self, name: str) -> CachedResults:
         """A subfolder for the intermediate results of one result."""
         return CachedResults(self.folder / quote(name, safe=""))
-
-    def _file(self, name: str) -> Path:
-        return self.folder / f"{quote(name, safe='')}.result"
 
 
 def random_state(plain: Any) -> Any:

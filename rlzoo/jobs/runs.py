@@ -25,14 +25,15 @@ from typing import Any, Literal
 
 from rlzoo.errors import TryAgainError, UserError
 from rlzoo.jobs.outputs import remove, remove_partial, write_atomically
+from rlzoo.jobs.places import ENDED, JOURNAL, LOCK, RECORD, STATE
 from rlzoo.jobs.ranks import agreed, is_main, world_size
+from rlzoo.jobs.sharing import CARD
 from rlzoo.jobs.sources import data_files, kind_of_file
 from rlzoo.registry import one_line
 
 PACKAGES = ("rlzoo", "torch", "transformers", "datasets", "accelerate", "numpy", "scipy", "math-verify")
 WORTH_KEEPING = 60.0
 """Work of at least this many seconds is kept even if it failed because of a mistake."""
-_RECORD, _STATE, _LOCK = "run.json", ".state", "lock"
 _CODE = {".py", ".yaml", ".yml"}
 _OF_WRITING = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO}
 """Errors of the operating system that come from writing, wherever they are raised."""
@@ -68,23 +69,24 @@ def run_in(
     if not is_main():
         yield agreed(Run(path, path))
         return
-    state = path / _STATE if kind == "folder" else path.parent / f".{path.name}{_STATE}"
+    state = path / STATE if kind == "folder" else path.parent / f".{path.name}{STATE}"
     identity = _identity(command, settings, path)
-    if kind == "folder" and (record := _read(path / _RECORD)) is not None:
+    if kind == "folder" and (record := _read(path / RECORD)) is not None:
         _check_same(path, record, identity, "finished")
         remove(state)  # the process may have been killed while removing it
         yield agreed(Run(path, state, finished=True))
         return
     missing = _made(path, state, kind)
-    with _locked(state / _LOCK, path):
-        record = _read(state / _RECORD) if _holds_work(state) else None
+    with _locked(state / LOCK, path):
+        record = _read(state / RECORD) if _holds_work(state) else None
         resumed = record is not None
         if record is not None:
             _check_same(path, record, identity, "unfinished")
         else:
             _clear(state)
-            write_atomically(state / _RECORD, json.dumps(identity, indent=1))
+            write_atomically(state / RECORD, json.dumps(identity, indent=1))
         remove_partial(path)
+        remove(state / JOURNAL / ENDED)
         started = time.monotonic()
         try:
             # the output exists if the process was killed between the last write and the clean-up
@@ -94,7 +96,7 @@ def run_in(
                 return
             if kind == "folder":
                 finished = {**identity, "finished": datetime.now(UTC).isoformat(timespec="seconds")}
-                write_atomically(path / _RECORD, json.dumps(finished, indent=1))
+                write_atomically(path / RECORD, json.dumps(finished, indent=1))
             remove(state)
         except BaseException as error:
             reason = _of_the_system(error, path)
@@ -103,11 +105,20 @@ def run_in(
             mistake = isinstance(error, wrong) and reason is None and not isinstance(error, TryAgainError)
             if _holds_work(state) and not (mistake and time.monotonic() - started < WORTH_KEEPING):
                 error.add_note(f"finished work is kept: the same command with --out {path} resumes there")
+                _record_end(state, error, reason)
             else:
                 _undo(path, state, missing)
             if reason is not None:
                 raise UserError("; ".join([reason, *getattr(error, "__notes__", [])])) from error
             raise
+
+
+def _record_end(state: Path, error: BaseException, reason: str | None) -> None:
+    """Record why a run whose work is kept is not running, for those who look on; null: it was interrupted."""
+    told = reason or (str(error) if isinstance(error, UserError) else one_line(error))
+    with suppress(OSError):
+        why = None if isinstance(error, KeyboardInterrupt) else told
+        write_atomically(state / JOURNAL / ENDED, json.dumps({"error": why}))
 
 
 def _of_the_system(error: BaseException, path: Path) -> str | None:
@@ -133,8 +144,8 @@ def _is_of(file: Path, path: Path) -> bool:
 def unfinished(folder: Path, prefix: str, command: str, settings: Mapping[str, Any]) -> Path | None:
     """The newest folder ``folder``/``prefix``-… with an unfinished run of this command that is not in use, or None."""
     for path in sorted(folder.glob(f"{prefix}-*"), reverse=True):
-        if _read(path / _STATE / _RECORD) == _identity(command, settings, path):
-            with suppress(InUseError), _locked(path / _STATE / _LOCK, path):
+        if _read(path / STATE / RECORD) == _identity(command, settings, path):
+            with suppress(InUseError), _locked(path / STATE / LOCK, path):
                 return path
     return None
 
@@ -177,7 +188,7 @@ def _files(value: Any) -> dict[str, list[Any]]:
         if path.suffix in _CODE and path.is_file():
             files = [path]
         elif (path / "config.json").is_file() or (path / "state.json").is_file():
-            files = sorted(p for p in path.iterdir() if p.is_file())
+            files = sorted(p for p in path.iterdir() if p.is_file() and p.name != CARD)  # which anybody may edit
         else:
             files = data_files(value) if value and (kind_of_file(path) or path.is_dir()) else []
         return {str(file): [file.stat().st_size, file.stat().st_mtime_ns] for file in files}
@@ -233,7 +244,7 @@ def _undo(path: Path, state: Path, missing: list[Path]) -> None:
 
 def _clear(state: Path) -> None:
     for place in state.iterdir():
-        if place.name != _LOCK:
+        if place.name != LOCK:
             remove(place)
 
 
@@ -242,7 +253,7 @@ def _is_taken(path: Path) -> bool:
 
 
 def _holds_work(state: Path) -> bool:
-    return state.is_dir() and any(p.name not in (_RECORD, _LOCK) for p in state.iterdir())
+    return state.is_dir() and any(p.name not in (RECORD, LOCK, JOURNAL) for p in state.iterdir())
 
 
 def _read(file: Path) -> dict[str, Any] | None:

@@ -1,42 +1,128 @@
-"""Experiment trackers, through Accelerate."""
+"""Experiment trackers, through Accelerate: each training is a run of its own, which goes on where it was interrupted.
+
+A folder ``RUN/logs/NAME`` is the run NAME of the group RUN, so that all cells of a comparison are one group.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import secrets
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
-from accelerate import Accelerator
+import torch
+from accelerate import Accelerator, PartialState
 
 from rlzoo.config import Training
 from rlzoo.errors import UserError
+from rlzoo.jobs.outputs import write_atomically
+from rlzoo.jobs.ranks import agreed, is_main
 
 PROJECT = "rlzoo"
 PACKAGES = {"tensorboard": ("tensorboard", "tensorboardX"), "trackio": ("trackio",), "wandb": ("wandb",)}
+LOGS = "logs"
+"""The folder of a run in which trackers write, each training in a folder of its own."""
+_ID = "tracked-as"
+"""The file with the identity of a run, by which wandb and trackio find it again."""
+Log = Callable[[Mapping[str, float], int], None]
+"""Sends metrics of a step to all trackers."""
 
 
-def installed(trackers: Sequence[str]) -> Sequence[str]:
-    """The trackers themselves. Raises UserError for one whose package is missing, which Accelerate would ignore."""
-    for name in trackers:
+def untracked(metrics: Mapping[str, float], step: int) -> None:
+    """Sends metrics nowhere."""
+
+
+def accelerator_for(device: torch.device, settings: Training, folder: Path | None) -> Accelerator:
+    """The Accelerator of the settings' trackers, for a policy on a device.
+
+    Raises UserError for a tracker whose package is missing, which Accelerate would ignore, and for one that writes
+    files without a ``folder``.
+    """
+    for name in settings.trackers:
         if not any(find_spec(package) for package in PACKAGES[name]):
             raise UserError(f"training.trackers: {name} is not installed: pip install {PACKAGES[name][0]}")
-    return trackers
+    if folder is None and "tensorboard" in settings.trackers:
+        raise UserError("training.trackers: tensorboard writes files: give the training a folder, or leave it out")
+    return Accelerator(
+        # everything stays on the policy's device, whichever device an earlier Accelerator of this process uses
+        cpu=device.type == "cpu" and "device" not in PartialState._shared_state,
+        device_placement=False,
+        log_with=list(settings.trackers) or None,
+        project_dir=folder,
+    )
 
 
 @contextmanager
 def tracked(
-    accelerator: Accelerator, settings: Training, folder: Path | None
-) -> Iterator[Callable[[dict[str, float], int], None]]:
-    """A function that sends the metrics of a step to all trackers; their runs end with this context."""
+    accelerator: Accelerator, settings: Training, folder: Path | None, about: Mapping[str, Any] | None = None
+) -> Iterator[Log]:
+    """A function that sends the metrics of a step to all trackers; their runs end with this context.
+
+    A run that ``folder`` has begun is continued. ``about`` is recorded with the settings when it begins. All processes
+    must call this.
+    """
     if not settings.trackers:
-        yield lambda metrics, step: None
+        yield untracked
         return
-    flat = {name: value if isinstance(value, (int, float)) else str(value) for name, value in settings}
-    name = {} if folder is None else {"name": folder.name}
-    accelerator.init_trackers(PROJECT, flat, {"wandb": name, "trackio": name})
+    identity, is_new = agreed(_identity(folder) if is_main() else ("", True))
+    configuration = _flat({**(about or {}), **settings.model_dump(mode="json")}) if is_new else None
+    accelerator.init_trackers(PROJECT, configuration, _named(folder, identity))
     try:
-        yield lambda metrics, step: accelerator.log(metrics, step)
+        yield lambda metrics, step: accelerator.log(dict(metrics), step)
     finally:
         for tracker in accelerator.trackers:
             tracker.finish()
+
+
+def log_results(device: torch.device, settings: Training, folder: Path, steps: int, results: Mapping[str, Any]) -> None:
+    """Add results that were measured after training, in ``steps``, to its run. All processes must call this.
+
+    ``results`` may be nested; what is no number is left out. They are one step after the last, because wandb takes
+    nothing more for a step once its run has ended.
+    """
+    if settings.trackers:
+        with tracked(accelerator_for(device, settings, folder), settings, folder) as log:
+            log(dict(_numbers(results)), steps + 1)
+
+
+def _identity(folder: Path | None) -> tuple[str, bool]:
+    """The identity of the run that a folder has begun, and whether it begins now."""
+    file = None if folder is None else folder / _ID
+    if file is not None and file.is_file():
+        return file.read_text(encoding="utf-8"), False
+    identity = secrets.token_hex(4)
+    if file is not None:
+        write_atomically(file, identity)
+    return identity, True
+
+
+def _named(folder: Path | None, identity: str) -> dict[str, dict[str, Any]]:
+    """The arguments of each tracker's constructor: trackio knows a run by its name alone, wandb by an id."""
+    if folder is None:
+        return {}
+    group = {"group": folder.parent.parent.name} if folder.parent.name == LOGS else {}
+    return {
+        "wandb": {"name": folder.name, **group, "id": identity, "resume": "allow", "dir": str(folder)},
+        "trackio": {"name": f"{folder.name} {identity}", **group, "resume": "allow"},
+    }
+
+
+def _numbers(results: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+    for name, value in results.items():
+        if isinstance(value, Mapping):
+            yield from _numbers(value, f"{prefix}{name}/")
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            yield prefix + name, value
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, bool | int | float | str]:
+    """Settings as trackers take them: plain values under dotted names."""
+    found: dict[str, bool | int | float | str] = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            found |= _flat(value, f"{prefix}{name}.")
+        else:
+            found[prefix + name] = value if isinstance(value, bool | int | float) else str(value)
+    return found

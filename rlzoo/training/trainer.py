@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator, PartialState
 from torch import Tensor
 
 from rlzoo.config import Training
@@ -46,7 +45,7 @@ from rlzoo.training.schedule import Progress
 from rlzoo.training.state import is_finite, like_of, restore, state_of
 from rlzoo.training.sums import Sums, coefficients_of_rows, coupled_coefficients, metrics_of, truncated_importance
 from rlzoo.training.tally import lines_of
-from rlzoo.training.trackers import installed, tracked
+from rlzoo.training.trackers import Log, accelerator_for, tracked, untracked
 from rlzoo.types import Coefficients, Trajectory, at_temperature
 
 NO_ENGINE = "importance_cap has no effect on rows without sampler_logp, the log-probs of another engine"
@@ -89,13 +88,8 @@ class Trainer:
         self.record = record or TrainingRecord()
         self.micro = MicroBatches(token_budget_of(policy, settings.token_budget), self._halved)
         self.checkpoints = None
-        self.accelerator = Accelerator(
-            # everything stays on the policy's device, whichever device an earlier Accelerator of this process uses
-            cpu=policy.device.type == "cpu" and "device" not in PartialState._shared_state,
-            device_placement=False,
-            log_with=list(installed(settings.trackers)) or None,
-            project_dir=folder,
-        )
+        self.accelerator = accelerator_for(policy.device, settings, folder)
+        self._send: Log = untracked
         shards = sharding.is_asked()
         check_quantised(policy, settings, shards)
         if shards and not is_sharded(policy):  # the policy does not come from load_policy
@@ -151,9 +145,14 @@ class Trainer:
         UserError if weights, the loss or a gradient become infinite or NaN, unless ``on_nonfinite`` skips such steps.
         """
         most = 1 if world_size() == 1 else 2  # a launcher repeats what a terminal or a scheduler has sent
-        with signals_deferred(most), tracked(self.accelerator, self.settings, self.folder) as log:
+        options = {field.name: getattr(self.objective, field.name) for field in fields(self.objective)}
+        about = {"model": self.policy.name, "objective": self.objective.name, "options": options}
+        with (
+            signals_deferred(most),
+            tracked(self.accelerator, self.settings, self.folder, about) as self._send,
+        ):
             try:
-                self._run(log)
+                self._run()
             except BaseException:
                 if self.checkpoints is not None:
                     with suppress(Exception):  # others may have failed differently
@@ -176,7 +175,11 @@ class Trainer:
         """End training after the current step. All processes must call this, with the same reason."""
         self.record.ended = reason
 
-    def _run(self, log: Callable[[dict[str, float], int], None]) -> None:
+    def log(self, metrics: Mapping[str, float]) -> None:
+        """Send further metrics of the current step to the trackers, if there are any, as a callback may."""
+        self._send(metrics, self.step)
+
+    def _run(self) -> None:
         step, device = self.step, self.policy.device
         while self.record.ended is None:
             reset_peak_memory(device)
@@ -202,7 +205,7 @@ class Trainer:
                 costs.wall_seconds += (time.perf_counter() if self.record.ended is None else now(device)) - started
                 costs.peak_memory_bytes = max(costs.peak_memory_bytes, peak_memory_bytes(device))
                 self.record.steps.append({"step": step, **metrics})
-                log(metrics, step)
+                self.log({**metrics, **{f"costs/{name}": value for name, value in costs.as_dict().items()}})
                 for callback in self.callbacks:
                     callback(self, step)
                 if self.record.ended is not None:
@@ -321,11 +324,11 @@ class Trainer:
         self.optimizer.zero_grad()
         self._first.drop()
 
-    def _halved(self, before: int, now: int) -> None:
-        event = f"step {self.step + 1}: out of memory with {before} tokens per micro-batch, now {now}"
+    def _halved(self, before: int, after: int) -> None:
+        event = f"step {self.step + 1}: out of memory with {before} tokens per micro-batch, now {after}"
         self.record.events.append(event)
         if is_sharded(self.policy) and self.checkpoints is not None:
-            self.checkpoints.write_budget(now, event)
+            self.checkpoints.write_budget(after, event)
             if not can_restart():
                 raise TryAgainError(
                     f"{event}; the run stops, because the processes of a sharded model cannot retry a step on their "

@@ -5,10 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-import rich.box
-import rich.table
-from rich.text import Text
-
 from rlzoo.document import Block, Entry, Heading, Paragraph, Table
 from rlzoo.document.estimates import NONE, estimate, number
 
@@ -52,23 +48,20 @@ def _names(found: Found) -> list[str]:
     )
 
 
-def class_tables(found: Found) -> Iterator[rich.table.Table]:
-    """One row per objective with each class's share of its noise; of the proxy Σ a²S, if that was not measured."""
-    names = _names(found)
-    if not names:
-        return
+def class_table(found: Found) -> tuple[Table, str] | None:
+    """Each class's share of an objective's noise, or of the proxy Σ a²S if that was not measured; and of which.
+
+    None without classes of tokens.
+    """
+    if not (names := _names(found)):
+        return None
     column = "% of tr Σ" if _has_class_gradients(found) else "% of Σ a²S"
-    table = rich.table.Table(
-        title=f"classes of tokens: {column}", title_justify="left", box=rich.box.SIMPLE_HEAD, pad_edge=False
-    )
-    table.add_column("objective")
-    for name in names:
-        table.add_column(name, justify="right")
+    rows = []
     for label, entry in found["objectives"].items():
         own = entry.get("token_classes", {})
         cells = [CLASS_COLUMNS[column](own[name], entry) if name in own else NONE for name in names]
-        table.add_row(Text(label), *map(Text, cells))
-    yield table
+        rows.append([Entry(label), *map(Entry, cells)])
+    return Table(["objective", *names], rows), column
 
 
 def class_blocks(found: Found) -> Iterator[Block]:

@@ -10,7 +10,19 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from rlzoo.document.drawing import GREY, MARKERS, PALETTE, STYLE, WIDTH, Drawing, axes_row, log_scale, short, to_svg
+from rlzoo.document.drawing import (
+    GREY,
+    MARKERS,
+    PALETTE,
+    STYLE,
+    WIDTH,
+    Drawing,
+    axes_grid,
+    axes_row,
+    legend,
+    log_scale,
+    short,
+)
 
 Found = Mapping[str, Any]
 FEWEST_ON_CHART = 8
@@ -56,9 +68,8 @@ def law(found: Found) -> Drawing | None:
         for axes in (left, right):
             axes.set_xlabel("probability p of the expert's token")
             axes.grid(True)
-        handles, labels = left.get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside upper center", ncols=min(len(labels), 6), handlelength=1.6)
-        return to_svg(figure)
+        legend(figure, left, 6)
+        return Drawing(figure)
 
 
 def _intervals(axes: Any, rows: Sequence[Mapping[str, Any]], look: Mapping[str, Any], relative: bool) -> None:
@@ -76,14 +87,9 @@ def _intervals(axes: Any, rows: Sequence[Mapping[str, Any]], look: Mapping[str, 
 def coefficients(found: Found) -> Drawing:
     """How each objective's coefficients are distributed over tokens."""
     objectives, looks = found["objectives"], style_of(found)
-    columns = min(len(objectives), 4)
-    lines = -(-len(objectives) // columns)
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(WIDTH, 0.5 + 1.8 * lines), layout="constrained")
-        grid = figure.subplots(lines, columns, squeeze=False)
-        for axes in grid.flat[len(objectives) :]:
-            axes.set_visible(False)
-        for axes, (name, entry) in zip(grid.flat, objectives.items(), strict=False):
+        figure, grid = axes_grid(len(objectives), 1.8)
+        for axes, (name, entry) in zip(grid, objectives.items(), strict=True):
             histogram = entry["coefficient_histogram"]
             counts, edges = np.maximum(histogram["counts"], 0.5), np.array(histogram["edges"])
             axes.stairs(counts, edges, baseline=0.5, fill=True, color=looks[name]["color"], alpha=0.75)
@@ -92,7 +98,7 @@ def coefficients(found: Found) -> Drawing:
             axes.xaxis.set_major_locator(MaxNLocator(4))
         figure.supxlabel("coefficient", fontsize=10)
         figure.supylabel("tokens", fontsize=10)
-        return to_svg(figure)
+        return Drawing(figure)
 
 
 def directions(found: Found) -> Drawing | None:
@@ -125,7 +131,7 @@ def directions(found: Found) -> Drawing | None:
             axes.grid(True, axis="x")
         log_scale(panels[1], "x")
         log_scale(panels[2], "x")
-        return to_svg(figure)
+        return Drawing(figure)
 
 
 def chart(found: Found) -> Drawing | None:
@@ -164,7 +170,7 @@ def chart(found: Found) -> Drawing | None:
                 arrowprops={"arrowstyle": "-", "color": looks[name]["color"], "linewidth": 0.7, "alpha": 0.6},
                 annotation_clip=False,
             )  # fmt: skip
-        return to_svg(figure)
+        return Drawing(figure)
 
 
 def along_training(found: Found) -> Drawing | None:
@@ -192,9 +198,8 @@ def along_training(found: Found) -> Drawing | None:
             axes.grid(True)
         log_scale(panels[0], "y")
         log_scale(panels[1], "y")
-        handles, labels = panels[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside upper center", ncols=min(len(labels), 6), handlelength=1.6)
-        return to_svg(figure)
+        legend(figure, panels[0], 6)
+        return Drawing(figure)
 
 
 def layers(found: Found) -> Drawing | None:
@@ -223,9 +228,8 @@ def layers(found: Found) -> Drawing | None:
                 range(0, len(labels), step), [short(label) for label in labels[::step]], rotation=35, ha="right"
             )
             axes.grid(True)
-        handles, texts = panels[0].get_legend_handles_labels()
-        figure.legend(handles, texts, loc="outside upper center", ncols=min(len(texts), 6), handlelength=1.6)
-        return to_svg(figure)
+        legend(figure, panels[0], 6)
+        return Drawing(figure)
 
 
 def proxies(found: Found) -> Drawing | None:
@@ -235,14 +239,9 @@ def proxies(found: Found) -> Drawing | None:
     if not objectives:
         return None
     looks = style_of(found)
-    columns = min(len(objectives), 4)
-    lines = -(-len(objectives) // columns)
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(WIDTH, 0.5 + 2.0 * lines), layout="constrained")
-        grid = figure.subplots(lines, columns, squeeze=False)
-        for axes in grid.flat[len(objectives) :]:
-            axes.set_visible(False)
-        for axes, (name, prompts) in zip(grid.flat, objectives.items(), strict=False):
+        figure, grid = axes_grid(len(objectives), 2.0)
+        for axes, (name, prompts) in zip(grid, objectives.items(), strict=True):
             x, y = np.array(prompts["total_power"]), np.array(prompts["exact"])
             some = (x > 0) & (y > 1e-9 * y.max(initial=0))  # a group of equal rewards has only rounding
             axes.plot(x[some], y[some], linewidth=0, marker=".", markersize=3, color=looks[name]["color"], alpha=0.6)
@@ -250,4 +249,4 @@ def proxies(found: Found) -> Drawing | None:
             log_scale(axes, "xy")
         figure.supxlabel("proxy of a prompt: Σ a² S in logits", fontsize=10)
         figure.supylabel("‖g_p‖², exact", fontsize=10)
-        return to_svg(figure)
+        return Drawing(figure)

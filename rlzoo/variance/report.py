@@ -7,16 +7,15 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import rich.box
 import rich.table
-from rich.text import Text
 
 from rlzoo.document import Block, Code, Entry, Figure, Heading, Paragraph, Table, write_document
 from rlzoo.document.drawing import Drawing
 from rlzoo.document.estimates import NONE, bound, estimate, number
+from rlzoo.document.terminal import plain_table
 from rlzoo.errors import UserError
 from rlzoo.variance import plots
-from rlzoo.variance.class_report import class_blocks, class_tables
+from rlzoo.variance.class_report import class_blocks, class_table
 
 Found = Mapping[str, Any]
 
@@ -114,19 +113,14 @@ IN_TERMINAL = (
 def report_tables(found: Found) -> list[rich.table.Table]:
     """The main columns of the tables, for the terminal."""
     made = []
-    for title, all_columns in (
+    for title, columns in (
         ("gradients over the data", NOISE_COLUMNS),
         ("tokens", COEFFICIENT_COLUMNS | MOMENT_COLUMNS),
     ):
-        columns = {column: show for column, show in all_columns.items() if column in IN_TERMINAL}
-        table = rich.table.Table(title=title, title_justify="left", box=rich.box.SIMPLE_HEAD, pad_edge=False)
-        table.add_column("objective")
-        for column in columns:
-            table.add_column(column, justify="right")
-        for name, entry in found["objectives"].items():
-            table.add_row(Text(name), *(Text(show(entry)) for show in columns.values()))
-        made.append(table)
-    return [*made, *class_tables(found)]
+        shown = {column: show for column, show in columns.items() if column in IN_TERMINAL}
+        made.append(plain_table(_table(found, shown), title))
+    classes = class_table(found)
+    return made if classes is None else [*made, plain_table(classes[0], f"classes of tokens: {classes[1]}")]
 
 
 def _table(found: Found, columns: Mapping[str, Callable[[Found], str]]) -> Table:

@@ -10,10 +10,11 @@ import numpy as np
 
 from rlzoo.comparison.report.plots import colours
 from rlzoo.comparison.report.schema import CellResult, FinishedRun, Results
-from rlzoo.comparison.report.tables import NONE, percent, points
+from rlzoo.comparison.report.tables import percent, points
 from rlzoo.config import BASE
 from rlzoo.document import Block, Entry, Figure, Heading, Paragraph, Table
-from rlzoo.document.drawing import STYLE, Drawing, axes_row, short, to_svg
+from rlzoo.document.drawing import STYLE, Drawing, axes_row, legend, short
+from rlzoo.document.estimates import NONE
 
 CLIPPED, LOST = "clipped", "signal_clipped/signal"
 SHOWN = {
@@ -101,7 +102,7 @@ def _quarters(series: np.ndarray) -> tuple[float, float]:
 
 def _modes(results: Results) -> dict[str, str]:
     """Whether each algorithm learned offline or online, in its last stage, as far as the configuration says."""
-    found = results.config.get("algorithms") if isinstance(results.config, dict) else None
+    found = results.settings.get("algorithms")
     rows = found if isinstance(found, dict) else {}
     own = {name: rows.get(row["stages"][-1], {}) if row.get("stages") else row for name, row in rows.items()}
     return {name: str(row["mode"]) for name, row in own.items() if "mode" in row}
@@ -143,6 +144,5 @@ def _figure(results: Results, series: Mapping[str, Mapping[str, np.ndarray]]) ->
             axes.set(title=label, xlabel="optimizer step")
             axes.set_ylim(bottom=0)
             axes.grid(True)
-        handles, labels = panels[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside upper center", ncols=min(len(labels), 8), handlelength=1.6)
-        return to_svg(figure)
+        legend(figure, panels[0], 8)
+        return Drawing(figure)

@@ -8,7 +8,6 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 from jaxtyping import Float
-from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from rlzoo.comparison.outcomes import METRICS
@@ -23,12 +22,12 @@ from rlzoo.document.drawing import (
     PALETTE,
     PAPER,
     STYLE,
-    WIDTH,
     Drawing,
+    axes_grid,
     axes_row,
+    legend,
     log_scale,
     short,
-    to_svg,
 )
 
 
@@ -56,7 +55,7 @@ def result_bars(results: Results, benchmark: str) -> Drawing:
             axes.set(title=results.label(metric, benchmark), xlabel="correct, %")
             axes.set_xlim(left=0)
             _name_rows(axes, names)
-        return to_svg(figure)
+        return Drawing(figure)
 
 
 def differences(rows: Sequence[Mapping[str, Any]], results: Results, benchmark: str) -> Drawing:
@@ -76,7 +75,7 @@ def differences(rows: Sequence[Mapping[str, Any]], results: Results, benchmark: 
                     axes.plot(100 * row["difference"], place, marker="o", markersize=6.5, color=colour, mfc=face)
             axes.set(title=results.label(metric, benchmark), xlabel="difference, points")
             _name_rows(axes, names)
-        return to_svg(figure)
+        return Drawing(figure)
 
 
 def results_of_runs(runs: Mapping[str, Results], benchmark: str) -> Drawing:
@@ -97,9 +96,8 @@ def results_of_runs(runs: Mapping[str, Results], benchmark: str) -> Drawing:
                 axes.plot([], [], marker, color=colour, label=short(run))
             axes.set(title={"avg_at_k": "avg@k", "pass_at_k": "pass@k"}.get(metric, metric), xlabel="correct, %")
             _name_rows(axes, names)
-        handles, labels = panels[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside upper center", ncols=min(len(labels), 6))
-        return to_svg(figure)
+        legend(figure, panels[0], 6, handlelength=2.0)
+        return Drawing(figure)
 
 
 Curve = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
@@ -164,9 +162,8 @@ def learning_curves(results: Results, benchmark: str) -> Drawing | None:
                 axes.xaxis.set_major_formatter(lambda value, _: amount(value))
             axes.grid(True)
         panels[0].set(ylabel="avg@k: correct, %")
-        handles, labels = panels[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside upper center", ncols=min(len(labels), 8), handlelength=1.6)
-        return to_svg(figure)
+        legend(figure, panels[0], 8)
+        return Drawing(figure)
 
 
 SAME = 1e-3
@@ -219,9 +216,8 @@ def training_loss(results: Results, baseline: str) -> Drawing | None:
         for axes in panels:
             log_scale(axes, "y")
             axes.grid(True)
-        handles, labels = panels[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside upper center", ncols=min(len(labels), 8), handlelength=1.6)
-        return to_svg(figure)
+        legend(figure, panels[0], 8)
+        return Drawing(figure)
 
 
 def likelihoods(results: Results, benchmark: str) -> Drawing | None:
@@ -248,9 +244,8 @@ def likelihoods(results: Results, benchmark: str) -> Drawing | None:
             axes.set(title=results.label(metric, benchmark), xlabel="held-out log-likelihood, nats per token")
             axes.grid(True)
         panels[0].set(ylabel="correct, %")
-        handles, labels = panels[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside upper center", ncols=min(len(labels), 9), handlelength=1)
-        return to_svg(figure)
+        legend(figure, panels[0], 9, handlelength=1.0)
+        return Drawing(figure)
 
 
 def token_probabilities(results: Results) -> Drawing | None:
@@ -260,14 +255,9 @@ def token_probabilities(results: Results) -> Drawing | None:
     if histogram is None or not after:
         return None
     edges, before, palette = np.array(histogram.edges), np.array(histogram.before), colours(results)
-    columns = min(len(after), 4)
-    lines = -(-len(after) // columns)
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(WIDTH, 0.5 + 1.9 * lines), layout="constrained")
-        grid = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False)
-        for axes in grid.flat[len(after) :]:
-            axes.set_visible(False)
-        for axes, (name, counts) in zip(grid.flat, after.items(), strict=False):
+        figure, grid = axes_grid(len(after), 1.9, sharex=True, sharey=True)
+        for axes, (name, counts) in zip(grid, after.items(), strict=True):
             axes.stairs(before, edges, fill=True, baseline=0.5, color=GREY, alpha=0.4)
             axes.stairs(np.maximum(counts, 0.5), edges, baseline=None, color=palette[name], linewidth=1.8)
             axes.set_yscale("log")
@@ -277,7 +267,7 @@ def token_probabilities(results: Results) -> Drawing | None:
             axes.tick_params(labelbottom=True)
         figure.supxlabel("probability of the demonstrated token", fontsize=10)
         figure.supylabel("tokens", fontsize=10)
-        return to_svg(figure)
+        return Drawing(figure)
 
 
 def histograms_after(results: Results) -> dict[str, np.ndarray]:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from rlzoo.comparison.outcomes import OVERALL, check_robustness, compare_to
 from rlzoo.comparison.report import plots, stages, tables
-from rlzoo.comparison.report.answer import answer, headline
+from rlzoo.comparison.report.answer import answer, headline, unfinished
 from rlzoo.comparison.report.differences import checks_explained, detectable, difference_table, robustness_table
 from rlzoo.comparison.report.endings import rising_at_the_end
 from rlzoo.comparison.report.schema import FinishedRun, Results
@@ -20,6 +20,8 @@ def answers(run: FinishedRun, baseline: str) -> Iterator[Block]:
         first = run.results.overall[0]
         yield Paragraph(headline(run.results, run.matrices, first), lead=True)
         yield _bars(run.results, first)
+    if (failures := unfinished(run.results)) is not None:
+        yield Paragraph(failures)
     if (warning := rising_at_the_end(run.results)) is not None:
         yield Paragraph(warning)
     if run.results.description:
@@ -75,7 +77,7 @@ def scores(run: FinishedRun, baseline: str) -> Iterator[Block]:
 
 def _left_out(results: Results) -> str:
     """What the intervals do not cover."""
-    rollouts = results.config.get("rollouts") if isinstance(results.config, dict) else None
+    rollouts = results.settings.get("rollouts")
     shared = not (isinstance(rollouts, dict) and rollouts.get("per_seed"))
     buffer = (
         "one buffer (samples that were drawn once; rollouts.per_seed draws them anew for each seed), " if shared else ""
@@ -145,10 +147,10 @@ def further(run: FinishedRun, baseline: str) -> Iterator[Block]:
         if table is not None:
             yield Heading(name, level=3)
             yield table
-        if name in results.benchmarks and (svg := plots.likelihoods(results, name)) is not None:
+        if name in results.benchmarks and (drawing := plots.likelihoods(results, name)) is not None:
             yield Figure(
                 f"likelihood-{results.benchmarks.index(name)}",
-                svg,
+                drawing,
                 f"Accuracy {tables.on(name)} against the held-out log-likelihood of its gold completions.",
                 f"Each algorithm's accuracy {tables.on(name)}, with its 95 % interval, against the log-likelihood of "
                 "the gold completions; both are means over seeds.",

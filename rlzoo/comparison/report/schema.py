@@ -201,6 +201,11 @@ class Results(_Model):
     """What happened to the buffer before training."""
 
     @cached_property
+    def settings(self) -> dict[str, Any]:
+        """The experiment's settings: the configuration, or nothing if the results have none."""
+        return self.config if isinstance(self.config, dict) else {}
+
+    @cached_property
     def algorithms(self) -> tuple[str, ...]:
         """The algorithms that have results, in display order."""
         return tuple(dict.fromkeys(cell.algorithm for cell in self.cells))
@@ -214,7 +219,7 @@ class Results(_Model):
         failed = {failure.algorithm for failure in self.failed or []} - set(self.algorithms)
         if asked is not None and asked not in failed:
             return asked
-        own = self.config.get("baseline") if isinstance(self.config, dict) else None
+        own = self.settings.get("baseline")
         if len(self.algorithms) < 2:
             return BASE
         return own if own in self.algorithms else self.algorithms[0]

@@ -21,7 +21,7 @@ def start(results: Results) -> str:
     """A sentence about the model that every cell started from."""
     if (warm := results.warm_up) is None:
         return "Every algorithm started from the base model."
-    config = results.config if isinstance(results.config, dict) else {}
+    config = results.settings
     own = (config.get("warm_up") or {}).get("train") or config.get("train") or {}
     learned = f" on {own['source']}" if "source" in own else ""
     model = config.get("model", "the model")
@@ -61,9 +61,8 @@ def before_and_after(run: FinishedRun, baseline: str) -> Iterator[Block]:
 
 def groups_of(results: Results) -> dict[tuple[str, ...], dict[str, str]]:
     """The rows with stages that have results: later stages → first stage → row."""
-    config = results.config if isinstance(results.config, dict) else {}
     found: dict[tuple[str, ...], dict[str, str]] = {}
-    for name, row in (config.get("algorithms") or {}).items():
+    for name, row in (results.settings.get("algorithms") or {}).items():
         if (stages := row.get("stages")) and name in results.algorithms and stages[0] in results.algorithms:
             found.setdefault(tuple(stages[1:]), {})[stages[0]] = name
     return found

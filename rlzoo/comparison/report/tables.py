@@ -1,24 +1,19 @@
-"""The tables of a comparison, for the report and for the terminal."""
+"""The tables of a comparison."""
 
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import rich.box
-import rich.table
 from jaxtyping import Float
-from rich.text import Text
 
 from rlzoo.comparison.outcomes import METRICS, OVERALL
 from rlzoo.comparison.report.schema import CellCosts, Results, SummaryRow
 from rlzoo.config import BASE
 from rlzoo.document import Entry, Table
-
-NONE = "–"
+from rlzoo.document.estimates import NONE
 
 
 def percent(value: float | None) -> str:
@@ -35,6 +30,11 @@ def points(value: float) -> str:
 def size(value: float) -> str:
     """The size of a difference in percentage points, without a sign."""
     return points(value).lstrip("+") if value < 1 else "more than 100"
+
+
+def listed(words: Sequence[str]) -> str:
+    """Words as a list in a sentence."""
+    return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
 
 
 def amount(value: float | None, unit: str = "") -> str:
@@ -112,7 +112,7 @@ def result_table(results: Results, benchmark: str) -> Table:
 
 def online_counterparts(results: Results) -> str | None:
     """Which rows train online elsewhere, and where, as the configuration says; None if there are none."""
-    rows = results.config.get("algorithms") if isinstance(results.config, dict) else None
+    rows = results.settings.get("algorithms")
     places = {
         name: str(row["online_counterpart"]).rpartition("/")
         for name, row in (rows.items() if isinstance(rows, dict) else ())
@@ -148,17 +148,18 @@ def further_table(results: Results, benchmark: str | None) -> Table | None:
 
 
 def _best(results: Results, benchmark: str, metric: str) -> float | None:
+    """The highest mean; None if there is none, or if all of several are equal."""
     rows = [results.row(algorithm, benchmark, metric) for algorithm in results.algorithms]
-    return max((row.mean for row in rows if row), default=None)
+    means = [row.mean for row in rows if row]
+    return max(means, default=None) if len(means) == 1 or len({*means}) > 1 else None
 
 
 def facts_of(study: str, results: Results) -> dict[str, Any]:
     """What a study compares, and when it was made, as plain data."""
-    model = results.config.get("model") if isinstance(results.config, dict) else None
     return {
         "study": study,
         "benchmarks": list(results.benchmarks),
-        "model": model,
+        "model": results.settings.get("model"),
         "warm_up": results.warm_up is not None,
         "algorithms": list(results.algorithms),
         "seeds": len({cell.seed for cell in results.cells}),
@@ -231,14 +232,16 @@ def total_cost_table(results: Results) -> Table:
     return Table(["algorithm", *(f"{title}, all cells" for title, _ in shown.values()), "cells trained"], rows)
 
 
+def _known(costs: Sequence[CellCosts], name: str) -> list[float]:
+    return [value for cost in costs if (value := getattr(cost, name)) is not None]
+
+
 def _total(costs: Sequence[CellCosts], name: str) -> float | None:
-    known: list[float] = [value for cost in costs if (value := getattr(cost, name)) is not None]
-    return sum(known) if known else None
+    return sum(known) if (known := _known(costs, name)) else None
 
 
 def _cost(costs: Sequence[CellCosts], name: str) -> float | None:
-    known: list[float] = [value for cost in costs if (value := getattr(cost, name)) is not None]
-    if not known:
+    if not (known := _known(costs, name)):
         return None
     return max(known) if name.startswith("peak") else sum(known) / len(known)
 
@@ -289,24 +292,3 @@ def event_table(results: Results) -> Table | None:
         for (algorithm, learning_rate, event), own in seeds.items()
     ]
     return Table(["algorithm", "seeds", "learning rate", "event"], rows, prose="event") if rows else None
-
-
-def plain_table(table: Table, title: str) -> rich.table.Table:
-    """A table for the terminal."""
-    # narrow enough for 80 columns: an interval on two lines is unreadable
-    out = rich.table.Table(
-        title=Text(title),
-        title_justify="left",
-        box=rich.box.SIMPLE_HEAD,
-        padding=(0, 1),
-        collapse_padding=True,
-        pad_edge=False,
-    )
-    for index, name in enumerate(table.header):
-        longest = max((len(row[index].text) for row in table.rows), default=0)
-        if len(name) > longest:  # a header in two lines leaves room for the numbers of other columns
-            name = re.sub(r"(?<=,) | (?=\()", "\n", name)
-        out.add_column(Text(name), justify="right" if table.is_number(index) else "left")
-    for row in table.rows:
-        out.add_row(*(Text(entry.text, style="bold" if entry.best else "") for entry in row))
-    return out

@@ -11,7 +11,8 @@ from rich.text import Text
 from rlzoo.comparison.report.endings import rising_at_the_end
 from rlzoo.comparison.report.retention import retention_table
 from rlzoo.comparison.report.schema import Results, parse_results
-from rlzoo.comparison.report.tables import cost_table, online_counterparts, plain_table, result_table
+from rlzoo.comparison.report.tables import cost_table, online_counterparts, result_table
+from rlzoo.document.terminal import plain_table
 
 
 def report_table(results: Results | Mapping[str, Any]) -> list[rich.table.Table]:

@@ -13,15 +13,15 @@ from rlzoo.document import Block, Figure, Heading, Paragraph
 def curves(run: FinishedRun, baseline: str) -> Iterator[Block]:
     """Evaluations in the course of training."""
     results = run.results
-    drawn = [(b, svg) for b in results.benchmarks if (svg := plots.learning_curves(results, b))]
+    drawn = [(name, drawing) for name in results.benchmarks if (drawing := plots.learning_curves(results, name))]
     if not drawn:
         return
     yield Heading("Learning curves")
-    for index, (benchmark, svg) in enumerate(drawn):
+    for index, (benchmark, drawing) in enumerate(drawn):
         yield Heading(benchmark, level=3)
         yield Figure(
             f"curves-{index}",
-            svg,
+            drawing,
             f"Learning curves on {benchmark}, one line per algorithm.",
             "Evaluations in the course of training, against steps and, where they were recorded, gradient tokens and "
             "FLOPs: lines are means over seeds, bands range from the lowest to the highest seed. A line ends where its "
@@ -33,14 +33,14 @@ def curves(run: FinishedRun, baseline: str) -> Iterator[Block]:
 
 def loss(run: FinishedRun, baseline: str) -> Iterator[Block]:
     """The loss in the course of training, beside what it hides."""
-    svg = plots.training_loss(run.results, baseline)
-    if svg is None:
+    drawing = plots.training_loss(run.results, baseline)
+    if drawing is None:
         return
     yield Heading("Training loss")
     yield tables.loss_table(plots.loss_curves(run.results, baseline))
     yield Figure(
         "training-loss",
-        svg,
+        drawing,
         "The loss and the perplexity of the training batches at each step, one line per algorithm.",
         f"Left: the loss that each algorithm minimises. Right: its perplexity exp(−log π per token) on the same "
         f"batches. Means over seeds; the rows shown learn from the same batches as {baseline}.",
@@ -51,13 +51,13 @@ def loss(run: FinishedRun, baseline: str) -> Iterator[Block]:
 
 def token_probabilities(run: FinishedRun, baseline: str) -> Iterator[Block]:
     """The probabilities of the demonstrations' tokens, before and after."""
-    svg = plots.token_probabilities(run.results)
-    if svg is None:
+    drawing = plots.token_probabilities(run.results)
+    if drawing is None:
         return
     yield Heading("Token probabilities")
     yield Figure(
         "token-probabilities",
-        svg,
+        drawing,
         "Histograms of the probability of each token of the demonstrations, before and after training.",
         "How many tokens of the demonstrations have a given probability: grey before training, the line "
         "after, averaged over seeds, counts on a log scale (as in arXiv 2508.05629).",

@@ -1,0 +1,154 @@
+"""Pushing a finished run to the Hugging Face Hub, in a repository that is made before the run spends anything."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from rlzoo.errors import UserError
+from rlzoo.jobs.ranks import by_main
+from rlzoo.jobs.sharing import CARD
+
+_MADE_WITH_A_REPOSITORY = {".gitattributes"}
+_LOG_IN = "run `hf auth login`, or set HF_TOKEN to a token with write access"
+_OPTION = "--push-to-hub"
+Kind = Literal["model", "dataset"]
+Files = Callable[[Path], Mapping[str, Path | bytes]]
+"""The files to push by their names in the repository, given the folder of the run."""
+
+
+@dataclass(frozen=True)
+class Repository:
+    """A repository on the Hub that is ours to fill."""
+
+    name: str
+    kind: Kind
+    is_filled: bool = False
+    """Whether it holds this run already."""
+
+    @property
+    def url(self) -> str:
+        """Its page."""
+        from huggingface_hub import constants
+
+        return f"{constants.ENDPOINT}/{'datasets/' if self.kind == 'dataset' else ''}{self.name}"
+
+
+@dataclass
+class Push:
+    """What a run may say about its push."""
+
+    is_complete: bool = True
+    """Set to false if some of the work failed, which the same command retries: then nothing is pushed."""
+
+
+@contextmanager
+def pushed(name: str | None, kind: Kind, private: bool, folder: Path, files: Files) -> Iterator[Push]:
+    """Make the repository ``name`` now, and push what the run in this context saves in ``folder``, unless it fails.
+
+    ``files`` is called with the folder once it is complete. Without a ``name``, nothing happens. All processes must
+    enter this. A repository that exists is used if it is empty and as private as was asked; if it holds the card of
+    ``folder`` already, nothing is pushed. Raises UserError for a malformed or taken name, without a token that may
+    write there, and if the Hub cannot be reached; at the end, it says which command tries again.
+    """
+    repository = None if name is None else by_main(lambda: _reserved(name, kind, private, folder))
+    yield (push := Push())
+    if repository is None or not push.is_complete:
+        return
+    if repository.is_filled:
+        print(f"already on the Hub: {repository.url}")
+    else:
+        _push(repository, folder, files(folder))
+
+
+def _push(repository: Repository, folder: Path, files: Mapping[str, Path | bytes]) -> None:
+    from huggingface_hub import CommitOperationAdd, HfApi
+
+    added = [
+        CommitOperationAdd(name, file if isinstance(file, bytes) else str(file)) for name, file in sorted(files.items())
+    ]
+    try:
+        with _explained(repository.name):
+            HfApi().create_commit(
+                repository.name, added, commit_message=f"{folder.name}, made by rlzoo", repo_type=repository.kind
+            )
+    except UserError as error:
+        raise UserError(
+            f"{folder} is complete, but not pushed: {error}; then the same command with --out {folder} pushes it"
+        ) from None
+    print(f"pushed to {repository.url}")
+
+
+def _reserved(name: str, kind: Kind, private: bool, folder: Path) -> Repository:
+    from huggingface_hub import HfApi, constants, get_token
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    malformed = UserError(
+        f"{_OPTION} {name!r}: give NAMESPACE/NAME, your user name or an organisation and a name of letters, digits, "
+        "'-', '_' and '.', as in alice/dft-gsm8k"
+    )
+    if not all(name.partition("/")):
+        raise malformed
+    if constants.HF_HUB_OFFLINE:
+        raise UserError(f"{_OPTION} needs a connection, and HF_HUB_OFFLINE is set: unset it, or leave the option out")
+    if get_token() is None:
+        raise UserError(f"{_OPTION} needs a token for the Hub, and there is none: {_LOG_IN}")
+    api = HfApi()
+    with _explained(name):
+        try:
+            api.create_repo(name, private=private, repo_type=kind)
+            return Repository(name, kind)
+        except HFValidationError:
+            raise malformed from None
+        except HfHubHTTPError as error:
+            if error.response.status_code != 409:
+                raise
+        info: Any = api.repo_info(name, repo_type=kind, files_metadata=True)
+    files = {file.rfilename: file.blob_id for file in info.siblings or ()}
+    there = {name: blob for name, blob in files.items() if name not in _MADE_WITH_A_REPOSITORY}
+    if there and there.get(CARD) != _blob_id(folder / CARD):
+        raise UserError(
+            f"{_OPTION} {name!r}: that {kind} exists and holds other files: give another name, or delete it first"
+        )
+    if not there and bool(info.private) != private:
+        asked = "private: leave --public out" if info.private else "public: add --public"
+        raise UserError(f"{_OPTION} {name!r}: that {kind} exists and is {asked}, or give another name")
+    return Repository(name, kind, is_filled=bool(there))
+
+
+def _blob_id(file: Path) -> str | None:
+    """The name that git gives to a file's content; None if there is no such file."""
+    if not file.is_file():
+        return None
+    content = file.read_bytes()
+    return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
+
+
+@contextmanager
+def _explained(name: str) -> Iterator[None]:
+    """In this context, what the Hub or the connection refuses is raised as UserError."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        yield
+    except UserError:
+        raise
+    except HfHubHTTPError as error:
+        status = error.response.status_code
+        told = error.server_message or f"status {status}"
+        if status == 401:
+            raise UserError(f"the Hub does not accept the token ({told:.100}): {_LOG_IN}") from None
+        if status == 403:
+            raise UserError(
+                f"the token may not write to {name} ({told:.100}): check the namespace, and that the token may write"
+            ) from None
+        raise UserError(f"the Hub refuses {name} ({told:.200}): try again later") from None
+    except ValueError as error:  # the header of a card, or an answer that is no JSON
+        raise UserError(f"the Hub refuses {name} ({' '.join(str(error).split()):.200})") from None
+    except Exception as error:  # the client's libraries for connections raise many kinds
+        reason = (str(error).splitlines() or [""])[0] or type(error).__name__
+        raise UserError(f"the Hub cannot be reached ({reason:.160}): check the connection") from None

@@ -1,0 +1,319 @@
+"""Model and data set cards, and what --push-to-hub makes of them; the Hub is one on this machine."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from comparisons import small
+from fake_hub import FakeHub, FakeRepository, connected
+from huggingface_hub import DatasetCard, ModelCard
+from rich.console import Console
+
+from rlzoo import OfflineBuffer, compare, get_objective, load_policy
+from rlzoo.cli import main
+from rlzoo.jobs.sharing import HIDDEN, hub_id, public, public_command
+from rlzoo.policy import log_probs
+from rlzoo.training.card import changed_options, objective_table
+
+ROWS = [{"prompt": "1+1=", "completion": "2"}, {"prompt": "2+2=", "completion": "4"}]
+PAIRS = [([5, 6], [7, 8])]
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
+    with connected(FakeHub(), monkeypatch) as found:
+        yield found
+
+
+@pytest.fixture
+def table(tmp_path: Path) -> Path:
+    """Demonstrations in a place that names somebody."""
+    folder = tmp_path / "home" / "alice"
+    folder.mkdir(parents=True)
+    file = folder / "sums.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    return file
+
+
+def train(table: Path, out: Path, *more: str) -> int:
+    options = ["--buffer", str(table), "--steps", "1", "--batch-size", "2", "--out", str(out)]
+    return main(["train", "dft", *options, *more])
+
+
+def hash_of(card: str) -> tuple[str, str]:
+    """The hash that a card gives, and that of the configuration that it shows."""
+    shown = re.search(r"```yaml\n(.*?)\n```", card, re.S)
+    assert shown is not None
+    told = re.search(r"\b[0-9a-f]{64}\b", card)
+    assert told is not None
+    return told[0], sha256(yaml.safe_load(shown[1]))
+
+
+def sha256(configuration: Any) -> str:
+    return hashlib.sha256(json.dumps(configuration, sort_keys=True).encode()).hexdigest()
+
+
+def cells_of(card: str, name: str) -> list[str]:
+    """The entries of the row of a table that begins with this name."""
+    line = next(line for line in card.splitlines() if line.startswith(f"| {name} |"))
+    return [one.strip() for one in re.split(r"(?<!\\)\|", line)[2:-1]]
+
+
+@pytest.mark.slow
+def test_a_trained_model_has_a_card(table: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "my-model"
+    assert train(table, out, "--set", "training.lora={}") == 0
+    card, found = ModelCard.load(out / "README.md"), json.loads((out / "training.json").read_text())
+    assert card.data.library_name == "transformers" and card.data.license == "apache-2.0"
+    assert card.data.base_model is None  # the embedded base is not on the Hub
+    assert {"rlzoo", "dft"} <= set(card.data.tags)
+    text = card.content
+    assert cells_of(text, "coefficient") == [r"p\_t"] and "arXiv 2508.05629" in text
+    assert "All options have their default values" in text
+    assert cells_of(text, "source") == ["sums.jsonl"]
+    assert cells_of(text, "rows") == ["2 (2 demonstrations) of 2 prompts"]
+    assert cells_of(text, "gradient tokens") == [f"{found['costs']['gradient_tokens']:,}"]
+    assert "rlzoo train dft --buffer sums.jsonl" in text and "torch" in text and "adapter" in text
+    assert len(set(hash_of(text))) == 1
+    assert str(tmp_path) not in text and "alice" not in text
+    again = tmp_path / "after"  # a model of a model: what is known of the first goes on
+    (out / "README.md").write_text("---\nbase_model: org/base\nlicense: mit\n---\nedited")
+    assert train(table, again, "--model", str(out)) == 0
+    card = ModelCard.load(again / "README.md")
+    assert (card.data.base_model, card.data.license) == ("org/base", "mit")
+    assert "My-model, fine-tuned with dft" in card.content
+    capsys.readouterr()
+    (out / "README.md").write_text("edited once more")
+    assert train(table, again, "--model", str(out)) == 0, "a card is not part of what a run depends on"
+    assert "already finished" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_trained_model_is_pushed(
+    table: Path, tmp_path: Path, hub: FakeHub, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, option = tmp_path / "dft", ["--push-to-hub", "alice/dft"]
+    base = tmp_path / "home" / "alice" / "base"
+    load_policy("embedded").model.save_pretrained(base)
+    load_policy("embedded").tokenizer.save_pretrained(base)
+    more = ["--model", str(base), "--set", "training.lora={}", "--set", "training.trackers=[tensorboard]"]
+    assert train(table, out, *more, *option) == 0
+    assert f"pushed to {hub.url}/alice/dft" in capsys.readouterr().out
+    repository = hub.repositories["models/alice/dft"]
+    assert repository.private
+    assert {"model.safetensors", "config.json", "README.md", "training.json", "adapter/adapter_config.json"} <= set(
+        repository.files
+    )
+    assert not [name for name in repository.files if name.startswith(("run.json", "logs"))]
+    for name, content in repository.files.items():
+        assert str(tmp_path).encode() not in content and b"home/alice" not in content, name
+    copy = tmp_path / "copy"
+    for name, content in repository.files.items():
+        (copy / name).parent.mkdir(parents=True, exist_ok=True)
+        (copy / name).write_bytes(content)
+    assert log_probs(load_policy(str(copy)), PAIRS) == log_probs(load_policy(str(out)), PAIRS)
+    hub.requests.clear()
+    assert train(table, out, *more, *option) == 0  # again
+    told = capsys.readouterr().out
+    assert "already finished" in told and "already on the Hub" in told
+    assert not [request for request in hub.requests if "commit" in request]
+
+
+@pytest.mark.slow
+def test_a_push_only_when_asked_that_fails_and_loses_nothing(
+    table: Path, tmp_path: Path, hub: FakeHub, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, option = tmp_path / "out", ["--push-to-hub", "alice/dft", "--public"]
+    assert train(table, out) == 0
+    assert hub.requests == []
+    hub.refuses = {"/commit/": 413}
+    assert train(table, out, *option) == 2  # of a run that has finished
+    errors = capsys.readouterr().err
+    assert errors.count("\n") == 1 and "complete, but not pushed" in errors and f"--out {out}" in errors
+    assert (out / "model.safetensors").exists() and (out / "training.json").exists()
+    hub.refuses = {}
+    assert train(table, out, *option) == 0
+    assert "already finished" in capsys.readouterr().out
+    repository = hub.repositories["models/alice/dft"]
+    assert "model.safetensors" in repository.files and not repository.private
+
+
+@pytest.mark.slow
+def test_what_would_fail_later_fails_before_the_run(
+    table: Path, tmp_path: Path, hub: FakeHub, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(name: str, *more: str) -> str:
+        assert train(table, tmp_path / "out", "--push-to-hub", name, *more) == 2
+        assert not (tmp_path / "out").exists(), "nothing was spent"
+        errors = capsys.readouterr().err
+        assert errors.count("\n") == 1 and "Traceback" not in errors
+        return errors
+
+    for name in ("dft", "alice/d ft", "alice/dft/more", "/dft", "alice/-dft"):
+        assert "NAMESPACE/NAME" in refused(name)
+    assert not hub.requests
+    hub.repositories["models/alice/taken"] = FakeRepository(True, {"README.md": b"mine", ".gitattributes": b""})
+    assert "holds other files" in refused("alice/taken")
+    hub.repositories["models/alice/open"] = FakeRepository(False, {".gitattributes": b""})
+    assert "is public: add --public" in refused("alice/open")
+    for status, told in {401: "does not accept the token", 403: "may not write to alice/dft", 429: "not today"}.items():
+        hub.refuses = {"/create": status}
+        assert told in refused("alice/dft")
+    hub.refuses = {}
+    with monkeypatch.context() as patched:
+        patched.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
+        assert "cannot be reached" in refused("alice/dft")
+    with monkeypatch.context() as patched:
+        patched.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+        assert "HF_HUB_OFFLINE is set" in refused("alice/dft")
+    monkeypatch.delenv("HF_TOKEN")
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
+    assert "hf auth login" in refused("alice/dft")
+    assert train(table, tmp_path / "out", "--public") == 2
+    assert "add --push-to-hub" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_sampled_buffer_has_a_card_and_is_pushed(
+    tmp_path: Path, hub: FakeHub, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, options = tmp_path / "samples", ["rollout", "facts", "--model", "embedded", "--limit", "3"]
+    assert main([*options, "--out", str(out), "--push-to-hub", "alice/samples"]) == 0
+    card, buffer = DatasetCard.load(out / "README.md"), OfflineBuffer.load(out)
+    assert card.data.configs[0]["data_files"] == [{"split": "train", "path": "data-*.arrow"}]
+    assert list(out.glob("data-*.arrow")) and "size_categories" in card.data.to_dict()
+    assert cells_of(card.content, "sampled from") == ["embedded"]
+    assert cells_of(card.content, "rows") == [f"{len(buffer)} ({len(buffer)} samples) of 3 prompts"]
+    sampled = sum(len(row.completion_ids) for row in buffer)
+    assert cells_of(card.content, "cost")[0].startswith(f"{sampled} sampled tokens, ")
+    assert len(set(hash_of(card.content))) == 1
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for name, content in hub.repositories["datasets/alice/samples"].files.items():  # .gitattributes among them
+        (copy / name).write_bytes(content)
+    assert [row.completion for row in OfflineBuffer.load(copy)] == [row.completion for row in buffer]
+    (copy / "README.md").write_text("edited")
+    assert len(OfflineBuffer.load(copy)) == len(buffer)
+    assert main([*options, "--out", str(tmp_path / "a.jsonl"), "--push-to-hub", "alice/file"]) == 2
+    assert "give --out" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("undrawn")
+def test_a_comparison_has_cards(tmp_path: Path) -> None:
+    text = "objectives | compared: `sft`, <b>*and*</b> #1"
+    algorithms: dict[str, Any] = {"sft": {}, "gentle": {"objective": "power", "options": {"alpha": 0.5}}}
+    experiment = small(algorithms, seeds=[0, 1], description=text)
+    results = compare(experiment, tmp_path / "out", console=Console(quiet=True))
+    card = DatasetCard.load(tmp_path / "out" / "README.md")
+    assert card.data.configs[0]["data_files"][0]["path"] == "outcomes.parquet"
+    assert set(card.data.tags) >= {"rlzoo", "sft", "gentle"}
+    assert r"objectives \| compared: \`sft\`, &lt;b&gt;" in card.content
+    row = next(r for r in results["summary"] if (r["algorithm"], r["metric"]) == ("gentle", "avg_at_k"))
+    told = f"{100 * row['mean']:.1f} [{100 * row['ci_low']:.1f}, {100 * row['ci_high']:.1f}]"
+    assert cells_of(card.content, "gentle")[0].strip("*") == told
+    assert "rlzoo compare experiment.yaml" in card.content
+    assert "| gentle | Power family |" in card.content and "alpha = 0.5" in card.content
+    assert sha256(yaml.safe_load((tmp_path / "out" / "experiment.yaml").read_text())) in card.content
+    buffer = DatasetCard.load(tmp_path / "out" / "buffer" / "README.md").content
+    assert cells_of(buffer, "problems") == ["world:facts/train"]
+    assert cells_of(buffer, "rows")[0].startswith(f"{results['buffer']['rows']} (")
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("undrawn")  # but for the push, which draws a report without paths
+def test_a_comparison_is_pushed_without_paths(tmp_path: Path, hub: FakeHub) -> None:
+    folder = tmp_path / "home" / "alice"
+    folder.mkdir(parents=True)
+    reward = folder / "mine.py"
+    reward.write_text("def short(completions, **_):\n    return [float(len(c) < 9) for c in completions]\n")
+    options = ["compare", "facts", "--algorithms", "sft", "--seeds", "0", "--steps", "1", "--limit", "4"]
+    options += ["--samples", "2", "--batch-size", "8", "--reward", f"{reward}:short", "--set", "retention={}"]
+    options += ["--set", "evaluation.max_new_tokens=8", "--out", str(tmp_path / "out")]
+    assert main([*options, "--push-to-hub", "alice/facts"]) == 0
+    files = hub.repositories["datasets/alice/facts"].files
+    assert {"README.md", "results.json", "outcomes.parquet", "experiment.yaml", "report.md", "report.html"} <= set(
+        files
+    )
+    assert any(name.startswith("figures/") for name in files)
+    assert not [name for name in files if name.startswith(("run.json", "buffer", "logs"))]
+    for name, content in files.items():
+        assert str(tmp_path).encode() not in content and b"home/alice" not in content, name
+    assert yaml.safe_load(files["experiment.yaml"])["reward"] == "mine.py:short"
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["config"]["reward"] == f"{reward}:short"
+    assert sha256(yaml.safe_load(files["experiment.yaml"])).encode() in files["README.md"]
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_a_comparison_with_a_failed_cell_is_not_pushed(
+    tmp_path: Path, hub: FakeHub, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    failed = {"failed": [{}], "wall_seconds": 1.0}
+    monkeypatch.setattr("rlzoo.comparison.runner.compare", lambda *_, **__: failed)
+    monkeypatch.setattr("rlzoo.comparison.report.report_table", lambda _: [])
+    assert main(["compare", "facts", "--out", str(tmp_path / "out"), "--push-to-hub", "alice/facts"]) == 1
+    assert "retries them, and then pushes" in capsys.readouterr().out
+    assert not [request for request in hub.requests if "commit" in request]
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        ("/home/alice/x.jsonl", "x.jsonl"),
+        ("~/models/base", "base"),
+        ("../../alice/mine.py:Mine", "mine.py:Mine"),
+        ("runs/buffer", "runs/buffer"),
+        ("inspect:/home/alice/tasks.py@sums", "inspect:tasks.py@sums"),
+        ("/data/alice/x.jsonl line 3: empty", "x.jsonl line 3: empty"),
+        ("see https://a.org/b/c/d and 1/2", "see https://a.org/b/c/d and 1/2"),
+        ("http://alice:pw@a.org/x", "http://a.org/x"),
+        (f"a token hf_{'x' * 30}", f"a token {HIDDEN}"),
+        ("{name: judge, api_key: abc123}", f"{{name: judge, api_key: {HIDDEN}}}"),
+        ({"api_key": "abc", "url": "http://gpu1:8000", "token_budget": "auto", "eos_token": "</s>", "top_p": 1.0},
+         {"api_key": HIDDEN, "url": HIDDEN, "token_budget": "auto", "eos_token": "</s>", "top_p": 1.0}),
+        ({"password": None, "columns": ["/a/b/c"]}, {"password": None, "columns": ["c"]}),
+    ],
+)  # fmt: skip
+def test_what_others_see_has_no_path_and_no_secret(value: Any, shown: Any) -> None:
+    assert public(value) == shown
+
+
+def test_a_command_for_others_to_see() -> None:
+    home = str(Path.home())
+    arguments = ["train", f"sft,{home}/o/mine.py:Mine", "--set", "rollouts.url=http://gpu1:1", "--out=/a/b c"]
+    assert public_command(arguments) == f"rlzoo train sft,mine.py:Mine --set 'rollouts.url={HIDDEN}' '--out=b c'"
+
+
+@pytest.mark.parametrize(
+    ("source", "found"),
+    [
+        ("openai/gsm8k:main", "openai/gsm8k"),
+        ("world:arithmetic/test", None),
+        ("inspect:gsm8k", None),
+        ("gpt2", "gpt2"),
+        ("a/b.jsonl", None),
+        ("/a/b", None),
+    ],
+)
+def test_hub_ids(source: str, found: str | None) -> None:
+    assert hub_id(source) == found
+
+
+def test_objectives_in_a_table(tmp_path: Path) -> None:
+    plain = tmp_path / "plain.py"
+    plain.write_text(
+        "from dataclasses import dataclass\n\nfrom rlzoo import Objective\nfrom rlzoo.types import Coefficients\n\n\n"
+        "@dataclass(frozen=True)\nclass Plain(Objective):\n    name = 'plain'\n    teacher: str = 'none'\n\n"
+        "    def coefficients(self, batch):\n        return Coefficients(batch.logp)\n"
+    )
+    mine = get_objective(f"{plain}:Plain", teacher=str(tmp_path))
+    assert changed_options(mine) == {"teacher": (tmp_path.name, "none")}
+    (row,) = objective_table({"mine": mine}).rows  # without a docstring
+    assert [entry.text for entry in row] == ["mine", "plain", "", f"teacher = {tmp_path.name}", ""]
