@@ -350,7 +350,11 @@ def surrogate(
 def surrogate_of(
     coefficients: Coefficients, objective: Objective, batch: TokenBatch, denominator: Tensor | float | None = None
 ) -> Float[Tensor, ""]:
-    """`surrogate` of one objective for given coefficients."""
+    """`surrogate` of one objective for given coefficients.
+
+    Raises UserError if the objective returned anything but one coefficient per token.
+    """
+    _check_coefficients(coefficients, objective, batch)
     normaliser = objective.normaliser
     if denominator is None:
         denominator = normaliser.denominator(batch)
@@ -363,3 +367,13 @@ def surrogate_of(
     for term in objective.auxiliary(batch).values():
         loss = loss + reduce(term, batch, normaliser, denominator)
     return loss
+
+
+def _check_coefficients(found: object, objective: Objective, batch: TokenBatch) -> None:
+    """Raise UserError unless they are `Coefficients` of the batch's shape: another might be broadcast in silence."""
+    if not isinstance(found, Coefficients):
+        what = f"returned {type(found).__name__}: return rlzoo.Coefficients(values)"
+        raise UserError(f"objective {objective.name!r}: coefficients(batch) {what}")
+    if (shape := tuple(found.values.shape)) != tuple(batch.mask.shape):
+        what = f"gives values of shape {list(shape)}: give one per token, [B, T], here {list(batch.mask.shape)}"
+        raise UserError(f"objective {objective.name!r}: coefficients(batch) {what}")

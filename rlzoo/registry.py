@@ -8,6 +8,8 @@ import importlib
 import importlib.util
 import pkgutil
 import sys
+import sysconfig
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
 from importlib.metadata import EntryPoint, entry_points
@@ -18,6 +20,8 @@ from typing import Any, Generic, TypeVar
 from rlzoo.errors import UserError, unknown
 
 T = TypeVar("T")
+ENGINE = Path(__file__).parent
+LIBRARIES = {"site-packages", "dist-packages"}
 
 
 class Registry(Generic[T]):
@@ -104,8 +108,17 @@ def _origin(entry: object) -> str:
 
 
 def one_line(error: BaseException) -> str:
-    """An exception in one line."""
-    return f"{type(error).__name__}: {' '.join(str(error).split()):.300}"
+    """An exception in one line, with the innermost line of a plug-in's code that led to it."""
+    lines = [(Path(frame.f_code.co_filename), line) for frame, line in traceback.walk_tb(error.__traceback__)]
+    place = next((f" ({file.name} line {line})" for file, line in reversed(lines) if _is_plug_in(file)), "")
+    return f"{type(error).__name__}: {' '.join(str(error).split()):.300}{place}"
+
+
+def _is_plug_in(file: Path) -> bool:
+    """Whether a file is neither of the engine nor of a library."""
+    if file.suffix != ".py" or LIBRARIES & {*file.parts} or file.is_relative_to(sysconfig.get_path("stdlib")):
+        return False
+    return not file.is_relative_to(ENGINE) or file.parent.name in ("algorithms", "rewards")
 
 
 def load_attribute(spec: str, kind: str) -> Any:

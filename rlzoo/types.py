@@ -323,6 +323,10 @@ class Coefficients:
     """Metrics by name: [B, T] is averaged over completion tokens, [B] over rows; NaN entries are left out."""
 
     def __post_init__(self) -> None:
+        if not isinstance(self.values, Tensor):  # a number, say
+            raise UserError(
+                f"Coefficients(values) takes a tensor with one value per token, not {type(self.values).__name__}"
+            )
         object.__setattr__(self, "values", self.values.detach())
         if self.loss is not None:
             object.__setattr__(self, "loss", self.loss.detach())

@@ -185,7 +185,7 @@ def test_a_reward_that_is_not_a_number_is_none() -> None:
             Selection.CORRECT,
             {},
             "the buffer has no correct samples (0 of 1,200 rows reach reward 0.5): "
-            "sample more with rlzoo rollout, or lower the threshold",
+            "sample more per prompt (rollouts.samples), warm the base up first (warm_up), or lower",
         ),
         (
             Selection.PAIRS,

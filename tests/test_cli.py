@@ -31,6 +31,7 @@ from rlzoo.cli import completion, main, tables
 from rlzoo.cli.app import parsed
 from rlzoo.cli.settings import rows_of
 from rlzoo.comparison import runner
+from rlzoo.jobs.progress import loading
 from rlzoo.objective import list_objectives, objective_class
 from rlzoo.reward import list_rewards
 from rlzoo.worlds import EMBEDDED_BASE
@@ -83,16 +84,35 @@ def test_an_objective_that_the_experiment_does_not_name_gets_its_defaults() -> N
     assert rows == {"sft": {"learning_rates": [1.0]}, "dft-control": {"objective": "dft-control"}}
 
 
-def test_help_imports_nothing_heavy() -> None:
+WRONG = ["compare nowhere.yaml", "plan --set stepz=1", "variance --set training.steps=x", "evaluate --k 1,x",
+         "rollout --set rollouts.stepz=1 --out x", "train sft --buffer x --set training.steps=-1 --out x"]  # fmt: skip
+
+
+def test_help_and_wrong_settings_import_nothing_heavy() -> None:
     code = (
         "import sys\nfrom rlzoo.cli import main\n"
         "assert main(['compare', '--help']) == main(['--version']) == main([]) == 0\n"
+        f"assert [main(words.split()) for words in {WRONG}] == [2] * {len(WRONG)}\n"
         f"assert not set({HEAVY}) & set(sys.modules), sorted(set({HEAVY}) & set(sys.modules))\n"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
     assert all(f"  {command} " in run.stdout for command in COMMANDS)
     assert max(map(len, run.stdout.splitlines())) <= 80
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_a_terminal_is_told_that_libraries_are_being_loaded(
+    is_terminal: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delitem(sys.modules, "transformers", raising=False)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: is_terminal)
+    with loading():
+        told = capsys.readouterr().err
+    erased = f"\r{' ' * len(told)}\r"
+    assert (told, capsys.readouterr().err) == (
+        ("loading PyTorch and transformers", erased) if is_terminal else ("", "")
+    )
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -397,7 +417,7 @@ def test_a_broken_objective(text: str, told: str, fails: Fails, tmp_path: Path) 
 REWARDS = [
     ("return [1.0]", "returned 1 values for 2 completions"),
     ("return ['good' for _ in completions]", "returned 'good' on row 0"),
-    ("raise KeyError('oh')", "raised on row 0: KeyError"),
+    ("raise KeyError('oh')", "raised on row 0, an empty completion: KeyError: 'oh' (mine.py line 2)"),
     ("return 1.0", "returned float for 2 completions"),
 ]
 

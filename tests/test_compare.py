@@ -591,9 +591,9 @@ def test_shared_work_whose_process_dies_is_told_in_one_line(tmp_path: Path, monk
         ({"evaluation.engine": "vlm"}, "unknown sampler 'vlm'"),
         ({"algorithms": {"sft": {"training": {"stepz": 3}}}}, "unknown setting in sft.training 'stepz'"),
         ({"algorithms": {"sft": {"mode": "online"}}}, "algorithms.sft: 'sft' learns from demonstrations, so mode must"),
-        ({"train": "rows.jsonl"}, "needs the column 'answer'"),
-        ({"validation": "rows.jsonl"}, "needs the column 'answer'"),
-        ({"benchmarks": {"mine": {}}}, "needs the column 'answer'"),
+        ({"train": "rows.jsonl"}, "train: reward 'exact-match' needs the column 'answer'"),
+        ({"validation": "rows.jsonl"}, "validation: reward 'exact-match' needs the column 'answer'"),
+        ({"benchmarks": {"mine": {}}}, "benchmarks.mine: reward 'exact-match' needs the column 'answer'"),
         (
             {
                 "reward": {"name": "length", "target": 1, "limit": 9},

@@ -166,6 +166,14 @@ def test_a_file_that_cannot_extend_another_says_why(text: str, told: str, tmp_pa
     assert "\n" not in str(error.value)
 
 
+def test_a_file_of_nearly_that_name_is_proposed(tmp_path: Path) -> None:
+    (tmp_path / "own.yaml").write_text("extends: facts")
+    with pytest.raises(UserError, match=rf"cannot be read: No such .*; did you mean '{tmp_path / 'own.yaml'}'\?$"):
+        load_experiment(str(tmp_path / "own.yml"))
+    with pytest.raises(UserError, match=r"cannot be read: No such file or directory$"):
+        load_experiment(str(tmp_path / "something-else.yaml"))
+
+
 def test_a_missing_setting_is_named() -> None:
     with pytest.raises(UserError, match=r"^here: model: Field required$"):
         validated(Experiment, {"name": "x"}, "here")

@@ -21,7 +21,7 @@ from comparisons import forked, inline_pool
 
 import rlzoo
 from rlzoo.cli import main
-from rlzoo.cli.app import parsed
+from rlzoo.cli.app import group, parsed
 from rlzoo.config import load_experiment
 
 ROOT = Path(__file__).parents[1]
@@ -117,16 +117,45 @@ def test_the_python_reference_names_all_that_is_public() -> None:
 
 
 DOCUMENTS = sorted(str(path.relative_to(ROOT)) for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")))
-SHOWN = re.compile(
-    r"^(?:    |\$ )(?:\S+=\S+ |accelerate launch .*? -m |\.venv/bin/)*(rlzoo [a-z][^>\n]*)", re.MULTILINE
-)
+BLOCK = re.compile(r"^ *```(\w*)\n(.*?)^ *```", re.DOTALL | re.MULTILINE)
+BEFORE = re.compile(r"^(?:\$ |\w+=\S+ |accelerate launch .*? -m |\.venv/bin/)+")
+
+
+def shown(text: str) -> Iterator[tuple[str, bool]]:
+    """The commands of a page, and whether they stand in a sentence, where they may lack arguments."""
+    text = text.replace("\\\n", " ")
+    blocks = [code for language, code in BLOCK.findall(text) if language in ("", "bash", "console")]
+    rest = BLOCK.sub("", text)
+    blocks += re.findall(r"^    (.+)$", rest, re.MULTILINE)
+    sentences = re.findall(r"`([^`]+)`", " ".join(rest.split()))
+    for lines, is_in_sentence in ((blocks, False), (sentences, True)):
+        for line in "\n".join(lines).splitlines():
+            command = BEFORE.sub("", line).partition(" > ")[0]
+            if re.match(r"(rlzoo|python|make) ", command):
+                yield command, is_in_sentence
+
+
+def options_of(command: str) -> set[str]:
+    """The options that a command of rlzoo has."""
+    found = group().commands.get(command, group())
+    return {name for parameter in found.params for name in parameter.opts}
 
 
 @pytest.mark.parametrize("page", DOCUMENTS)
 def test_commands_that_are_shown_are_understood(page: str) -> None:
-    """They have options that there are, and Make has the targets."""
-    text = (ROOT / page).read_text(encoding="utf-8").replace("\\\n", " ")
-    for command in SHOWN.findall(text):
-        assert parsed(shlex.split(command, comments=True)[1:]) is not None
+    """They have options that there are, scripts are where they say, and Make has the targets."""
     targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
-    assert set(re.findall(r"(?:^    |`)make ([\w-]+)", text, re.MULTILINE)) <= set(targets)
+    for command, is_in_sentence in shown((ROOT / page).read_text(encoding="utf-8")):
+        program, *words = shlex.split(command, comments=True)
+        options = {word for word in words if word.startswith("--")}
+        if program == "make":
+            assert {word for word in words if "=" not in word} <= set(targets), command
+        elif program == "python" and words[:2] != ["-m", "pytest"] and Path(words[0]).name != "make_data.py":
+            file = ROOT / (f"{words[1].replace('.', '/')}.py" if words[0] == "-m" else words[0])
+            code = file.read_text(encoding="utf-8")
+            assert all(f'"{option}"' in code for option in options), command
+        elif program == "rlzoo" and is_in_sentence:
+            assert words[0].startswith("-") or words[0] in group().commands, command
+            assert options <= options_of(words[0]), command
+        elif program == "rlzoo":
+            assert parsed(words) is not None, command

@@ -46,7 +46,9 @@ def of_trainer(name: str, folder: Path) -> tuple[Gradient, dict[str, Any]]:
         kind, pairs = KTOTrainer, [*CHOSEN, *REJECTED]
         args = KTOConfig(**step_arguments(folder, 2, 2))
         columns = {"prompt": [p for p, _ in pairs], "completion": [c for _, c in pairs], "label": LABELS}
-        options |= {"ref_model": reference, "train_dataset": Dataset.from_dict(columns)}
+        # so that mismatched completions are likelier than before: where they are not, KTO's baseline is 0
+        model, reference = reference, model
+        options |= {"model": model, "ref_model": reference, "train_dataset": Dataset.from_dict(columns)}
     else:
         model.config._name_or_path = str(folder / "model")  # where TRL loads the reference from
 
@@ -95,6 +97,7 @@ def test_trainers_on_two_processes_have_the_gradient_of_all_rows(tmp_path: Path)
             samples = [row for found in of_all for row in rows_of_samples(found[name][1], model)]
             assert len({row.prompt_id for row in samples}) == PROCESSES
             source = Fixed(samples, [tuple(range(4)), tuple(range(4, 8))])
-        wanted = own_gradient(model, get_objective(name, **OPTIONS.get(name, {})), source, reference)
+        models = (reference, model) if name == "kto" else (model, reference)
+        wanted = own_gradient(models[0], get_objective(name, **OPTIONS.get(name, {})), source, models[1])
         for found in of_all:
             assert gap(found[name][0], wanted) < 1e-5, name

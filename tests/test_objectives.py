@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+import re
 import typing
 from dataclasses import fields
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from canonical import CANONICAL, CANONICAL_IN_LOGITS, Case, LogitsCase
 from torch import Tensor
 
 from rlzoo.bases import PairObjective
+from rlzoo.errors import UserError
 from rlzoo.objective import Normaliser, Objective, get_objective, list_objectives, objective_class, reduce, surrogate
 from rlzoo.testing import check_objective, random_batch
 from rlzoo.testing.batches import FLAT_GROUP, gradients, prepared
@@ -267,3 +269,20 @@ def test_normalisers_by_hand() -> None:
     for normaliser in Normaliser:
         found = reduce(terms, batch, normaliser, normaliser.denominator(batch))
         assert found.item() == pytest.approx(expected[normaliser])
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        (lambda batch: Coefficients(batch.logp.sum(1)), "values of shape [2]: give one per token, [B, T], here [2, 2]"),
+        (lambda batch: Coefficients(batch.logp[:, :1]), "values of shape [2, 1]: give one per token, [B, T]"),
+        (lambda batch: Coefficients(cast(Any, 1.0)), "takes a tensor with one value per token, not float"),
+        (lambda batch: batch.logp, "returned Tensor: return rlzoo.Coefficients(values)"),
+        (lambda batch: None, "returned NoneType: return rlzoo.Coefficients(values)"),
+    ],
+)
+def test_coefficients_that_are_not_one_per_token_are_refused(given: Any, told: str) -> None:
+    mine = type("Mine", (Objective,), {"name": "mine", "coefficients": lambda self, batch: given(batch)})
+    batch = hand_batch([[0.5, 0.2], [0.3, 0.4]])  # as many rows as tokens: [2] would be broadcast
+    with pytest.raises(UserError, match=re.escape(told)):
+        surrogate(mine(), batch)

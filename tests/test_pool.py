@@ -22,7 +22,7 @@ from rich.console import Console
 
 from rlzoo.jobs import heartbeat, progress
 from rlzoo.jobs.outputs import write_atomically
-from rlzoo.jobs.pool import THREAD_VARIABLES, OutOfMemoryError, WorkerDiedError, pool
+from rlzoo.jobs.pool import THREAD_VARIABLES, OutOfMemoryError, Pool, WorkerDiedError, pool
 
 pytestmark = pytest.mark.usefixtures("copied")
 
@@ -199,7 +199,7 @@ def test_a_process_that_dies_takes_nothing_with_it(tmp_path: Path) -> None:
 
 def test_a_line_says_how_long_and_what_until_the_work_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(heartbeat, "EVERY", 0.01)
-    lines, details = io.StringIO(), "[red] " + "a long piece of work " * 9
+    lines, details = io.StringIO(), "[red]" + " a long piece of work" * 9
     before = set(threading.enumerate())
     with heartbeat.Heartbeat(Console(file=lines), "reading") as beat:
         for told in ("reading", details):
@@ -251,6 +251,33 @@ def test_work_in_this_process_says_how_far_it_is(
     assert "" not in log.getvalue().splitlines(), "a bar that nobody sees leaves no empty line"
     assert terminal.getvalue().endswith("\x1b[2K"), "the bar is gone"
     assert capsys.readouterr().out == "a result\n"
+
+
+def test_a_bar_has_any_name() -> None:
+    """As in ``[lr=1e-5]`` or ``[/odd]``, names of rows, which are no markup of rich."""
+    terminal = io.StringIO()
+    with progress.bars(Console(file=terminal, force_terminal=True, width=200)) as shown:
+        shown.add_task("sft [lr=1e-5]", detail="[/odd]")
+    assert "sft [lr=1e-5]" in terminal.getvalue() and "[/odd]" in terminal.getvalue()
+
+
+def test_what_is_done_is_told_while_a_task_ends() -> None:
+    """The heartbeat asks from a thread of its own."""
+
+    class Ending:
+        """A worker whose task ends once it has been seen."""
+
+        def __init__(self) -> None:
+            self._tasks = [SimpleNamespace(name="sft"), None]
+
+        @property
+        def task(self) -> SimpleNamespace | None:
+            return self._tasks.pop(0)
+
+    with progress.bars(Console(quiet=True)) as shown:
+        running = Pool(1, 1, shown)
+        running._workers.append(Ending())  # type: ignore[arg-type]
+        assert running.doing() == "sft: starting"
 
 
 def nap_until(mark: Path, report: Callable[[float, str], None]) -> None:

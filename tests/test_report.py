@@ -23,8 +23,9 @@ from browser import CHROMIUM, Browser
 
 from rlzoo.comparison.outcomes import METRICS, OVERALL, compare_to, summarise
 from rlzoo.comparison.report import plots, report_table, tables, write_report
-from rlzoo.comparison.report.answer import answer
+from rlzoo.comparison.report.answer import answer, headline, unfinished
 from rlzoo.comparison.report.contents import contents
+from rlzoo.comparison.report.differences import detectable
 from rlzoo.comparison.report.plots import curves_of
 from rlzoo.comparison.report.reported import reported
 from rlzoo.comparison.report.schema import parse_results, read_run
@@ -695,6 +696,31 @@ def test_whether_the_metrics_agree_is_said(case: str) -> None:
         "On sums, a has the best avg@3: 50.0 %, ahead of b, with which it has no seed in common, so the two are not "
         f"compared.{below} {told}"
     )
+
+
+@pytest.mark.parametrize(
+    ("mean", "told"),
+    [
+        (0.5, "On sums, all algorithms have the same avg@3, 50.0 %. The base model, at 50.0 %, is not below them. "
+              "In greedy decoding all are equal, and in pass@2 all are equal."),
+        (0.0, "On sums, not one answer is correct, of the base model or of any algorithm: the problems are too hard "
+              "for it, or the reward expects another format."),
+    ],
+)  # fmt: skip
+def test_of_equal_results_none_is_the_best_and_no_difference_is_detectable(mean: float, told: str) -> None:
+    row = {"benchmark": "sums", "mean": mean, "ci_low": 0, "ci_high": 1, "seeds": 2}
+    summary = [row | {"algorithm": name, "metric": metric} for name in "ab" for metric in METRICS]
+    base = {"sums": {"k": 2, "samples": 3, **dict.fromkeys(METRICS, mean)}}
+    cells = [{"algorithm": name, "seed": 0, "metrics": {}} for name in "ab"]
+    failed = [{"algorithm": name, "seed": seed, "error": "oh"} for name, seed in (("a", 1), ("c", 0), ("c", 1))]
+    known = {"experiment": "x", "created": "now", "base": base, "summary": summary, "cells": cells, "failed": failed}
+    results = parse_results(known)
+    assert headline(results, {}, "sums") == told
+    assert unfinished(results) == "3 of 5 cells failed, so c has no result: see Failed cells below."
+    assert not any(entry.best for row in tables.result_table(results, "sums").rows for entry in row)
+    alike = {"benchmark": "sums", "seeds": 2, "problems": 4, "detectable": 0.0, "detectable_alone": 0.0}
+    sentence = detectable([alike | {"metric": metric} for metric in METRICS], results, "sums")
+    assert sentence.startswith("With 2 seeds and 4 problems, no two results differ")
 
 
 @pytest.mark.slow

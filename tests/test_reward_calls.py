@@ -65,7 +65,7 @@ def test_the_trainers_state_has_transformers_fields_and_defaults() -> None:
     from transformers import TrainerState as Theirs
 
     theirs = asdict(Theirs())
-    assert asdict(TrainerState()) == theirs
+    assert asdict(TrainerState()) == {**theirs, "epoch": 0}  # None in transformers 5.0
 
 
 def test_a_reward_is_told_how_far_training_is() -> None:
@@ -369,7 +369,7 @@ def test_an_error_of_another_kind_says_nothing_of_the_form() -> None:
     told = one_line(
         lambda: get_reward(lambda completions: [1 / (not isinstance(c, str)) for c in completions])("q", "a")
     )
-    assert told.endswith("raised on row 0: ZeroDivisionError: division by zero")
+    assert "raised on row 0: ZeroDivisionError: division by zero (test_reward_calls.py line" in told
 
 
 def test_a_conversation_is_a_list_in_all_else() -> None:
@@ -396,9 +396,8 @@ def test_a_column_that_a_reward_looks_up_by_itself() -> None:
     def mine(completions: list[str], **columns: Any) -> list[float]:
         return [float(c == s) for c, s in zip(completions, columns["solution"], strict=True)]
 
-    assert one_line(lambda: get_reward(mine)(["q"], ["4"], answer=["4"])).endswith(
-        "KeyError: 'solution'; the data's columns: answer"
-    )
+    told = one_line(lambda: get_reward(mine)(["q"], ["4"], answer=["4"]))
+    assert "KeyError: 'solution' (" in told and told.endswith("); the data's columns: answer")
 
 
 # Modules beside a file
@@ -541,7 +540,7 @@ def test_a_reward_that_exits_ends_no_run(asynchronous: bool) -> None:
         return leaves(completions)
 
     reward = get_reward(later if asynchronous else leaves, on_error="null")
-    with pytest.warns(RuntimeWarning, match="raised on row 1: .*SystemExit: 0; scored as null"):
+    with pytest.warns(RuntimeWarning, match="raised on row 1: .*SystemExit: 0.*; scored as null"):
         assert reward(["q"] * 3, ["a", "leave", "b"]) == [1.0, None, 1.0]
 
 
@@ -549,7 +548,9 @@ def test_a_generator_that_raises_is_told_with_its_row() -> None:
     def lazily(completions: list[str], **columns: Any) -> Any:
         return (1 / len(c) for c in completions)
 
-    assert "on row 1: ZeroDivisionError" in one_line(lambda: get_reward(lazily)(["q"] * 2, ["a", ""]))
+    assert "on row 1, an empty completion: ZeroDivisionError" in one_line(
+        lambda: get_reward(lazily)(["q"] * 2, ["a", ""])
+    )
 
 
 def test_a_reward_may_change_what_it_gets() -> None:

@@ -295,9 +295,17 @@ def test_a_reward_that_raises_on_all_rows_together_only() -> None:
     assert get_reward(narrow, on_error="null")(["q", "q"], ["a", "b"]) == [1.0, 1.0]
 
 
+def test_a_reward_that_raises_is_told_with_its_line_and_what_it_got(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text("def mean(completions):\n    return [1 / len(text) for text in completions]\n")
+    mean = get_reward(f"{tmp_path / 'mine.py'}:mean")
+    told = r"raised on row 1, an empty completion: ZeroDivisionError: division by zero \(mine\.py line 2\)$"
+    with pytest.raises(UserError, match=told):
+        mean(["q", "q"], ["a", ""])
+
+
 def test_a_missing_column_is_an_error_whatever_the_setting() -> None:
     for reward in (get_reward("exact-match", on_error="null"), get_reward(stumbles, on_error="null")):
-        with pytest.raises(UserError, match="needs the column 'answer'; the data's columns: solution"):
+        with pytest.raises(UserError, match="'answer'; the data's columns: solution; rename one with --column answer="):
             reward(["q"], ["a"], solution=["a"])
     with pytest.raises(UserError, match="'answer' has 2 values for 1 completions"):
         scores("exact-match", ["a"], answer=["a", "b"])

@@ -162,10 +162,14 @@ def test_an_offending_row_has_its_number_among_all(
     monkeypatch.setattr(scoring, "CHUNK", 4)
     problems, settings = problems_of(policy, 4), Sampling(samples=4)
     for processes, limits in ((1, None), (2, None), (1, Limits(None, None))):
-        with pytest.raises(UserError, match=r"^reward 'picky' raised on row 11: ValueError: oh$"):
+        with pytest.raises(
+            UserError, match=r"^reward 'picky' raised on row 11: ValueError: oh \(test_scoring.py line \d+\)$"
+        ):
             collect_rollouts(policy, sampler, problems, rewards("Picky", processes, limits=limits), settings, 0)
     lenient, plain = rewards("Picky", on_error="null"), [one.problem for one in problems]
-    with pytest.warns(RuntimeWarning, match=r"^reward 'picky' raised on row 11: ValueError: oh; scored as null$"):
+    with pytest.warns(
+        RuntimeWarning, match=r"^reward 'picky' raised on row 11: ValueError: oh \(.*\); scored as null$"
+    ):
         found = evaluate(policy, plain, lenient, EvaluationSettings(samples=4), sampler=sampler)
     assert [row["reward"] for row in found.outcomes] == [1.0] * 11 + [None] + [1.0] * 8
     assert [row["answer"] for row in found.outcomes] == ["00", "11", "22", "33"] * 4 + ["00"] * 4

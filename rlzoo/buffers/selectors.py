@@ -65,7 +65,8 @@ def correct(
         _require_rewards(rows)
         raise UserError(
             f"the buffer has no correct samples (0 of {len(rows):,} rows reach reward {threshold:g}"
-            f"{_and_whole(truncated)}): sample more with rlzoo rollout, or lower the threshold"
+            f"{_and_whole(truncated)}): sample more per prompt (rollouts.samples), warm the base up first (warm_up), "
+            "or lower the objective's option threshold"
         )
     prompt = _codes(rows["prompt_id"])[mask]
     key = (lambda text: equations(text) or text) if distinct == "equations" else str

@@ -64,14 +64,17 @@ def import_(
     from rlzoo.cli.settings import pairs, prepare
 
     prepare(None, trust_remote_code)
-    from rlzoo.buffers import get_importer, import_log
-    from rlzoo.buffers.bad_rows import BadRows
-    from rlzoo.buffers.card import buffer_card
-    from rlzoo.jobs.pool import silence
-    from rlzoo.jobs.runs import run_in
-    from rlzoo.policy.loading import load_tokenizer
-
     given = pairs(option or (), "--option")
+    from rlzoo.jobs.pool import silence
+    from rlzoo.jobs.progress import loading
+    from rlzoo.jobs.runs import run_in
+
+    with loading():
+        from rlzoo.buffers import get_importer, import_log
+        from rlzoo.buffers.bad_rows import BadRows
+        from rlzoo.buffers.card import buffer_card
+        from rlzoo.policy.loading import load_tokenizer
+
     importer, bad = get_importer(form, **given), BadRows(bad_rows or "reject")
     silence()
     asked = {
@@ -135,16 +138,19 @@ def rescore(
     prepare(None, False)
     given = {"buffer": buffer, "reward": reward, "bad_rows": bad_rows}
     settings = rescore_settings(given, column, sets)
-    from rlzoo.buffers import OfflineBuffer
-    from rlzoo.buffers.bad_rows import BadRows
-    from rlzoo.buffers.card import buffer_card
-    from rlzoo.buffers.storage import notes_of
-    from rlzoo.document.cards import metadata_of
     from rlzoo.jobs.pool import silence
+    from rlzoo.jobs.progress import loading
     from rlzoo.jobs.runs import run_in
-    from rlzoo.reward.isolation import Limits, isolated
-    from rlzoo.rollout import unscored
-    from rlzoo.rollout.rescoring import rescored
+
+    with loading():
+        from rlzoo.buffers import OfflineBuffer
+        from rlzoo.buffers.bad_rows import BadRows
+        from rlzoo.buffers.card import buffer_card
+        from rlzoo.buffers.storage import notes_of
+        from rlzoo.document.cards import metadata_of
+        from rlzoo.reward.isolation import Limits, isolated
+        from rlzoo.rollout import unscored
+        from rlzoo.rollout.rescoring import rescored
 
     scoring, source = settings.scoring, Path(settings.buffer)
     limits = Limits(scoring.seconds, scoring.memory_gb)
@@ -193,9 +199,12 @@ def buffer(
     """
     from dataclasses import asdict
 
-    from rlzoo.buffers import OfflineBuffer, overview
-    from rlzoo.buffers.overview import described
-    from rlzoo.training.uses import uses_of
+    from rlzoo.jobs.progress import loading
+
+    with loading():
+        from rlzoo.buffers import OfflineBuffer, overview
+        from rlzoo.buffers.overview import described
+        from rlzoo.training.uses import uses_of
 
     found = OfflineBuffer.load(which)
     numbers, uses = overview(found), uses_of(found)

@@ -39,18 +39,21 @@ def list_(
         raise UserError(f"{' and '.join(given)}: give one of them")
     if out is not None and not curves:
         raise UserError("--out is the folder of the figure: give --curves with it")
-    if curves:
-        from rlzoo.cli.curves import show_curves
+    from rlzoo.jobs.progress import loading
 
-        show_curves(out)
-    elif markdown:
+    with loading():
+        from rlzoo.cli.curves import show_curves
         from rlzoo.cli.objectives_page import objectives_page
 
+        found = catalogue()
+    if curves:
+        show_curves(out)
+    elif markdown:
         print(objectives_page())
     elif as_json:
-        print(json.dumps(catalogue(), indent=1, default=str))  # an option's default may be of any type
+        print(json.dumps(found, indent=1, default=str))  # an option's default may be of any type
     else:
-        print(catalogue_text())
+        print(catalogue_text(found))
     return 0
 
 
@@ -96,11 +99,10 @@ def _log_format(name: str) -> dict[str, Any]:
     return {"name": name, "summary": (found.__doc__ or "").partition("\n")[0], "options": options}
 
 
-def catalogue_text() -> str:
+def catalogue_text(found: dict[str, list[dict[str, Any]]]) -> str:
     """The catalogue for a terminal."""
     from rlzoo.objective import objective_class, own_options_of
 
-    found = catalogue()
     lines = ["objectives (all have the option truncated=keep too)"]
     width = max(len(row["name"]) for row in found["objectives"])
     for row in found["objectives"]:

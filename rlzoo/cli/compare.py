@@ -76,16 +76,7 @@ def compare(
       rlzoo compare paper/offline-rl --twin
       rlzoo compare arithmetic --push-to-hub alice/arithmetic
     """
-    from rich.console import Console
-
-    from rlzoo.cli.pushing import files_of_comparison
     from rlzoo.cli.settings import allow_remote_code, check_public, experiment_of
-    from rlzoo.cli.tables import show
-    from rlzoo.comparison.report import report_table
-    from rlzoo.comparison.runner import compare, where
-    from rlzoo.jobs.hub import pushed
-    from rlzoo.jobs.pool import counted
-    from rlzoo.jobs.ranks import is_main
 
     if address is not None and executor != "ray":
         raise UserError("--address names a Ray cluster: add --executor ray")
@@ -100,6 +91,19 @@ def compare(
     )  # fmt: skip
     if dry_run:
         return _show_dry_run(chosen)
+    from rich.console import Console
+
+    from rlzoo.cli.pushing import files_of_comparison
+    from rlzoo.cli.tables import show
+    from rlzoo.jobs.hub import pushed
+    from rlzoo.jobs.pool import counted
+    from rlzoo.jobs.progress import loading
+    from rlzoo.jobs.ranks import is_main
+
+    with loading():
+        from rlzoo.comparison.report import report_table
+        from rlzoo.comparison.runner import compare, where
+
     folder, console = out or where(chosen, threads), Console(quiet=not is_main(), highlight=False, markup=False)
     with pushed(push_to_hub, "dataset", not public, folder, files_of_comparison) as push:
         results = compare(chosen, folder, workers, threads, executor=executor, address=address)
@@ -119,8 +123,11 @@ def _show_dry_run(experiment: Experiment) -> int:
     from rich.console import Console
 
     from rlzoo.cli.tables import show
-    from rlzoo.comparison.dry_run import dry_run, tables_of
     from rlzoo.jobs.pool import silence
+    from rlzoo.jobs.progress import loading
+
+    with loading():
+        from rlzoo.comparison.dry_run import dry_run, tables_of
 
     silence()
     console = Console(highlight=False, markup=False)

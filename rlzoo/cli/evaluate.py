@@ -35,22 +35,24 @@ def evaluate(
     """
     from rlzoo.cli.settings import experiment_of_model, prepare
 
-    prepare(threads, trust_remote_code)
     chosen = experiment_of_model(
         experiment, sets, model, reward=reward, test_data=test_data, columns=column, limit=limit, samples=samples, k=k
     )
     from rich.console import Console
 
-    from rlzoo.buffers.bad_rows import BadRows
-    from rlzoo.buffers.problems import load_problems
-    from rlzoo.comparison.resolve import metrics_of, reward_of
-    from rlzoo.comparison.warm_up import base_policy
-    from rlzoo.evaluation import evaluate
     from rlzoo.jobs.pool import silence
-    from rlzoo.jobs.progress import counting, reporting
+    from rlzoo.jobs.progress import counting, loading, reporting
     from rlzoo.jobs.ranks import is_main
-    from rlzoo.rollout import unscored
 
+    with loading():
+        from rlzoo.buffers.bad_rows import BadRows
+        from rlzoo.buffers.problems import load_problems
+        from rlzoo.comparison.resolve import metrics_of, reward_of
+        from rlzoo.comparison.warm_up import base_policy
+        from rlzoo.evaluation import evaluate
+        from rlzoo.rollout import unscored
+
+    prepare(threads, trust_remote_code)
     scored_sets = chosen.scored_sets
     scored_by = {name: reward_of(chosen, benchmark=name) for name in scored_sets}
     table = metrics_of(chosen)

@@ -57,22 +57,25 @@ def plan(
       rlzoo plan arithmetic --seeds 0,1,2,3 --pilot runs/arithmetic-20260101-120000
       rlzoo plan smollm2-gsm8k --gpu h100 --json
     """
-    from rich.console import Console
-
     from rlzoo.cli.settings import experiment_of, prepare
-    from rlzoo.cli.tables import show
-    from rlzoo.comparison.dry_run import unchecked
-    from rlzoo.comparison.planning import planned, tables_of
-    from rlzoo.jobs.pool import silence
-    from rlzoo.jobs.progress import reporting
 
-    prepare(threads, trust_remote_code)
     chosen = experiment_of(
         experiment, sets,
         algorithms=algorithms, seeds=seeds, learning_rates=learning_rates, steps=steps, batch_size=batch_size,
         model=model, data=data, test_data=test_data, columns=column, limit=limit, rollout_samples=rollout_samples,
         samples=samples, twin=twin,
     )  # fmt: skip
+    from rich.console import Console
+
+    from rlzoo.cli.tables import show
+    from rlzoo.jobs.pool import silence
+    from rlzoo.jobs.progress import loading, reporting
+
+    with loading():
+        from rlzoo.comparison.dry_run import unchecked
+        from rlzoo.comparison.planning import planned, tables_of
+
+    prepare(threads, trust_remote_code)
     missing = unchecked(chosen)
     silence()
     with reporting(Console(stderr=True), "measuring the speed of this machine" if gpu is None else "reading the data"):

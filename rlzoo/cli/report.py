@@ -42,10 +42,12 @@ def report(
     """
     from rich.console import Console
 
-    from rlzoo.comparison.report import distinct, write_report, write_report_of_several
-    from rlzoo.comparison.studies import list_studies, study_folder
-    from rlzoo.jobs.progress import reporting
-    from rlzoo.variance import report as variance_report
+    from rlzoo.jobs.progress import loading, reporting
+
+    with loading():
+        from rlzoo.comparison.report import distinct, write_report, write_report_of_several
+        from rlzoo.comparison.studies import list_studies, study_folder
+        from rlzoo.variance import report as variance_report
 
     studies = [name for name in folders if not Path(name).is_dir() and name in list_studies()]
     paths = [study_folder(name) if name in studies else Path(name) for name in folders]

@@ -70,23 +70,25 @@ def results(
     from rich.console import Console
 
     from rlzoo.cli.tables import show
-    from rlzoo.comparison import studies
-    from rlzoo.comparison.lm_eval import export_samples
-    from rlzoo.comparison.pages import refresh
-    from rlzoo.comparison.report import report_table
-    from rlzoo.comparison.report.contents import contents
-    from rlzoo.comparison.report.differences import (
-        CHECKS,
-        across_tables,
-        checks_explained,
-        numbers_of,
-        tables_of_tests,
-    )
-    from rlzoo.comparison.report.tables import facts_of, studies_table
-    from rlzoo.document.exports import TABLE_FORMATS, export
-    from rlzoo.document.terminal import plain_table
-    from rlzoo.jobs.progress import counting, reporting
-    from rlzoo.variance import report as variance_report
+    from rlzoo.jobs.progress import counting, loading, reporting
+
+    with loading():
+        from rlzoo.comparison import studies
+        from rlzoo.comparison.lm_eval import export_samples
+        from rlzoo.comparison.pages import refresh
+        from rlzoo.comparison.report import report_table
+        from rlzoo.comparison.report.contents import contents
+        from rlzoo.comparison.report.differences import (
+            CHECKS,
+            across_tables,
+            checks_explained,
+            numbers_of,
+            tables_of_tests,
+        )
+        from rlzoo.comparison.report.tables import facts_of, studies_table
+        from rlzoo.document.exports import TABLE_FORMATS, export
+        from rlzoo.document.terminal import plain_table
+        from rlzoo.variance import report as variance_report
 
     def explained(seeds: int) -> str:
         return "\n".join(checks_explained(seeds)[: len(CHECKS)])

@@ -38,29 +38,31 @@ def rollout(
     check_public(public, push_to_hub)
     if push_to_hub is not None and out.suffix in (".parquet", ".jsonl"):
         raise UserError(f"--push-to-hub pushes a folder, with its card: give --out one in place of {str(out)!r}")
-    prepare(threads, trust_remote_code)
     chosen = experiment_of_model(
         experiment, sets, model,
         reward=reward, data=data, columns=column, bad_rows=bad_rows, limit=limit, rollout_samples=rollout_samples,
     )  # fmt: skip
     from rich.console import Console
 
-    from rlzoo.buffers import OfflineBuffer
-    from rlzoo.buffers.bad_rows import BadRows
-    from rlzoo.buffers.problems import encode_problems, load_problems
     from rlzoo.cli.pushing import files_of_buffer
-    from rlzoo.comparison.resolve import reward_of
-    from rlzoo.comparison.shared_buffer import card_of, flops_of_sampling
-    from rlzoo.comparison.warm_up import base_policy
     from rlzoo.jobs.cached_results import CachedResults
     from rlzoo.jobs.hub import pushed
     from rlzoo.jobs.pool import silence
-    from rlzoo.jobs.progress import counting, reporting
+    from rlzoo.jobs.progress import counting, loading, reporting
     from rlzoo.jobs.ranks import is_main
     from rlzoo.jobs.runs import run_in
-    from rlzoo.policy.sequences import learned_tokens
-    from rlzoo.rollout import collect_rollouts, cut_short, mismatch, sampler_of, unscored
 
+    with loading():
+        from rlzoo.buffers import OfflineBuffer
+        from rlzoo.buffers.bad_rows import BadRows
+        from rlzoo.buffers.problems import encode_problems, load_problems
+        from rlzoo.comparison.resolve import reward_of
+        from rlzoo.comparison.shared_buffer import card_of, flops_of_sampling
+        from rlzoo.comparison.warm_up import base_policy
+        from rlzoo.policy.sequences import learned_tokens
+        from rlzoo.rollout import collect_rollouts, cut_short, mismatch, sampler_of, unscored
+
+    prepare(threads, trust_remote_code)
     bad = BadRows(chosen.train.bad_rows)
     scored_by, problems = reward_of(chosen), load_problems(chosen.train, bad)[: chosen.rollouts.prompts]
     silence()

@@ -64,29 +64,8 @@ def train(
       rlzoo train sft --buffer pairs.jsonl --set training.lora={} --out runs/sft
       rlzoo train dft --buffer pairs.jsonl --out runs/dft --push-to-hub alice/dft
     """
-    from rich.console import Console
-
-    from rlzoo.buffers import read_buffer
-    from rlzoo.buffers.bad_rows import BadRows, dropped_line
-    from rlzoo.cli.pushing import files_of_model
     from rlzoo.cli.settings import check_public, prepare, train_settings
-    from rlzoo.jobs.heartbeat import Heartbeat
-    from rlzoo.jobs.hub import pushed
-    from rlzoo.jobs.journal import Journal
-    from rlzoo.jobs.outputs import write_atomically
-    from rlzoo.jobs.pool import silence
-    from rlzoo.jobs.progress import Remaining
-    from rlzoo.jobs.ranks import is_main
-    from rlzoo.jobs.runs import run_in
-    from rlzoo.jobs.sharing import CARD
-    from rlzoo.objective import get_objective
-    from rlzoo.policy.defaults import resolved
-    from rlzoo.policy.loading import load_for, save_policy
-    from rlzoo.training import train
-    from rlzoo.training.card import Trained, model_card
-    from rlzoo.training.trackers import LOGS
 
-    prepare(threads, trust_remote_code)
     given = {
         "objective": objective,
         "model": model,
@@ -99,9 +78,33 @@ def train(
         "seed": seed,
     }
     settings = train_settings(given, option, column, sets)
+    from rich.console import Console
+
+    from rlzoo.cli.pushing import files_of_model
+    from rlzoo.jobs.heartbeat import Heartbeat
+    from rlzoo.jobs.hub import pushed
+    from rlzoo.jobs.journal import Journal
+    from rlzoo.jobs.outputs import write_atomically
+    from rlzoo.jobs.pool import silence
+    from rlzoo.jobs.progress import Remaining, loading
+    from rlzoo.jobs.ranks import is_main
+    from rlzoo.jobs.runs import run_in
+    from rlzoo.jobs.sharing import CARD
+
+    with loading():
+        from rlzoo.buffers import read_buffer
+        from rlzoo.buffers.bad_rows import BadRows, dropped_line
+        from rlzoo.objective import get_objective
+        from rlzoo.policy.defaults import resolved
+        from rlzoo.policy.loading import load_for, save_policy
+        from rlzoo.training import train
+        from rlzoo.training.card import Trained, model_card
+        from rlzoo.training.trackers import LOGS
+
+    check_public(public, push_to_hub)
+    prepare(threads, trust_remote_code)
     training, table = settings.training, settings.buffer
     what = get_objective(settings.objective, **settings.options)
-    check_public(public, push_to_hub)
     silence()
     remaining = Remaining()
 

@@ -87,25 +87,29 @@ def variance(
       rlzoo variance --objectives sft,dft --class-gradients --every 0
       rlzoo variance --buffer runs/buffer --objectives rft,dpo,grpo --every 0
     """
-    from rich.console import Console
-
     from rlzoo.cli.settings import allow_remote_code, experiment_of
-    from rlzoo.cli.tables import show
-    from rlzoo.config import validated
-    from rlzoo.variance.report import report_tables
-    from rlzoo.variance.run import VarianceSettings, run_variance, where
 
     allow_remote_code(trust_remote_code)
     measured = {
         "rows": rows, "draws": draws, "every": every, "probe_rows": probe_rows, "seed": seed,
         "token_classes": token_classes, "class_gradients": class_gradients,
     }  # fmt: skip
-    settings = validated(VarianceSettings, measured, "variance")
     chosen = experiment_of(
         experiment, sets,
         algorithms=objectives, steps=steps, model=model, reward=reward, data=data, columns=column, bad_rows=bad_rows,
         limit=limit, rollout_samples=rollout_samples, twin=twin,
     )  # fmt: skip
+    from rich.console import Console
+
+    from rlzoo.cli.tables import show
+    from rlzoo.config import validated
+    from rlzoo.jobs.progress import loading
+
+    with loading():
+        from rlzoo.variance.report import report_tables
+        from rlzoo.variance.run import VarianceSettings, run_variance, where
+
+    settings = validated(VarianceSettings, measured, "variance")
     folder = out or where(chosen, settings, buffer, threads)
     found = run_variance(chosen, folder, settings, buffer, workers, threads)
     console = Console(highlight=False, markup=False)

@@ -121,7 +121,10 @@ def check_source(experiment: Experiment, place: str, source: ProblemSource) -> N
         if not any(problem.solutions for problem in problems):
             raise UserError(f"{place}: its problems have no worked solutions: name their column (solution)")
     elif not isinstance(source, Benchmark) or source.is_scored:
-        _try(reward_of(experiment, benchmark=name or None), problems[:2])
+        try:
+            _try(reward_of(experiment, benchmark=name or None), problems[:2])
+        except UserError as error:
+            raise UserError(f"{place}: {error}") from None
 
 
 def _check_columns(place: str, source: ProblemSource) -> None:

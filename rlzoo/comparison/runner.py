@@ -44,7 +44,7 @@ from rlzoo.config import BASE, WARM_UP, Experiment, load_experiment
 from rlzoo.errors import UserError
 from rlzoo.evaluation import mean_over_benchmarks
 from rlzoo.jobs.cached_results import CachedResults
-from rlzoo.jobs.heartbeat import Heartbeat
+from rlzoo.jobs.heartbeat import Heartbeat, say
 from rlzoo.jobs.journal import JournaledWorkers
 from rlzoo.jobs.on_ray import ray_tasks
 from rlzoo.jobs.outputs import remove, replacing, write_atomically
@@ -100,7 +100,7 @@ def compare(
     out = where(experiment, threads) if out is None else Path(out)
     with run_in(out, "compare", _asked(experiment, threads)) as run, Heartbeat(console, "starting") as heartbeat:
         if run.finished:
-            _say(console, f"{experiment.name}: already finished, in {out}", style="bold")
+            say(console, f"{experiment.name}: already finished, in {out}", style="bold")
             found: dict[str, Any] = json.loads((out / "results.json").read_text(encoding="utf-8"))
             return found
         number = min(workers or default_workers(), max(2, len(cells(experiment))))
@@ -166,19 +166,19 @@ def _run(
     for name, shared in buffers.items():
         shared_buffer.check_budgets(experiment, shared)
         samples = f", {shared['correct']} of {shared['samples']} samples correct" if shared["samples"] else ""
-        _say(console, f"  {_called(name)}: {shared['rows']} rows{samples}")
+        say(console, f"  {_called(name)}: {shared['rows']} rows{samples}")
         if shared.get("unscored"):
-            _say(console, f"  {_called(name)}: {shared['unscored']}", style="yellow")
+            say(console, f"  {_called(name)}: {shared['unscored']}", style="yellow")
         for event in shared["events"]:
-            _say(console, f"  {_called(name)}: {event}", style="yellow")
-    _say(console, f"  base model: {_averages(base)}")
+            say(console, f"  {_called(name)}: {event}", style="yellow")
+    say(console, f"  base model: {_averages(base)}")
     dropped = {**shared["dropped_rows"], **base["dropped_rows"]}  # the same for all buffers
     if warm is not None and warm["dropped_rows"]:
         dropped["warm-up"] = warm["dropped_rows"]
     for name, summary in dropped.items():
-        _say(console, f"  {name}: {dropped_line(summary)}", style="yellow")
+        say(console, f"  {name}: {dropped_line(summary)}", style="yellow")
     for event in base["events"]:
-        _say(console, f"  {event}", style="yellow")
+        say(console, f"  {event}", style="yellow")
 
     def train(cell: Cell, divisor: int) -> Future[Any]:
         name = buffer_of(experiment, cell.seed)
@@ -210,7 +210,7 @@ def _run(
     for name, seed in sampling_seeds(asked).items():
         shared_buffer.write_card(asked, folder / name, seed, buffers[name])
     if without := unscored((row["reward"], row["prompt"]) for row in outcomes if row["decoding"] != BASE_TEXT):
-        _say(console, f"  evaluation: {without}; they count as wrong", style="yellow")
+        say(console, f"  evaluation: {without}; they count as wrong", style="yellow")
     overall = _over_benchmarks(base, reported) if len(experiment.benchmarks) > 1 else {}
     results = {
         "experiment": experiment.name,
@@ -298,11 +298,11 @@ def _warm_up(
 ) -> dict[str, Any]:
     """Train the warm-up, once the model has been found to load. Raises UserError if it fails."""
     alone(processes, "model", shared_buffer.check_model, experiment)
-    _say(console, f"{experiment.name}: {plan}", style="bold")
+    say(console, f"{experiment.name}: {plan}", style="bold")
     found: dict[str, Any] = alone(processes, "warm-up", warm_up, experiment, state, folder / "logs" / WARM_UP)
-    _say(console, f"  warm-up: {counted(found['steps'], 'step')} of {found['objective']}")
+    say(console, f"  warm-up: {counted(found['steps'], 'step')} of {found['objective']}")
     for event in found["events"]:
-        _say(console, f"  warm-up: {event}", style="yellow")
+        say(console, f"  warm-up: {event}", style="yellow")
     return found
 
 
@@ -327,7 +327,7 @@ def _share(
             raise UserError(why(error)) from None
         done[name] = future.result()
         if name == "model":  # not earlier: for wrong input only the error is printed
-            _say(console, f"{experiment.name}: {plan}", style="bold")
+            say(console, f"{experiment.name}: {plan}", style="bold")
     return {name: done[_called(name)] for name in seeds}, done["base model"]
 
 
@@ -358,21 +358,16 @@ def _gather(
                 results[name] = future.result()
                 if so_far is not None:
                     so_far(results)
-                _say(console, f"{done}: {_averages(results[name])}")
+                say(console, f"{done}: {_averages(results[name])}")
                 for event in results[name].get("events", []):
-                    _say(console, f"    {event}", style="yellow")
+                    say(console, f"    {event}", style="yellow")
             elif isinstance(error, (WorkerDiedError, OutOfMemoryError)) and attempt < RETRIES:
                 left.append(cell)
-                _say(console, f"  {name}: {why(error)}; to be retried with micro-batches half as large", style="red")
+                say(console, f"  {name}: {why(error)}; to be retried with micro-batches half as large", style="red")
             else:
                 failed.append({**asdict(cell), "error": why(error)})
-                _say(console, f"{done} failed: {why(error)}", style="red")
+                say(console, f"{done} failed: {why(error)}", style="red")
     return results, failed
-
-
-def _say(console: Console, line: str, style: str | None = None) -> None:
-    """Print one line verbatim; a terminal may wrap it, but a log keeps it whole."""
-    console.print(line, style=style, highlight=False, markup=False, soft_wrap=True)
 
 
 def _averages(found: Mapping[str, Any]) -> str:

@@ -45,8 +45,9 @@ def read_study(name: str) -> FinishedRun:
 def save_study(run: Path, into: Path = STUDIES, name: str | None = None) -> Path:
     """Save a finished comparison as a study: results.json, a JSON file per cell, and outcomes.parquet.
 
-    Weights, buffers and reports are not saved; metrics per training step are rounded to `DIGITS` digits. Raises
-    UserError for a run with failed cells, and for a name that is taken. Returns the study's folder.
+    Also what `rlzoo variance` measured for it. Weights, buffers and reports are not saved; variances and metrics per
+    training step are rounded to `DIGITS` digits. Raises UserError for a run with failed cells, and for a name that is
+    taken. Returns the study's folder.
     """
     found = read_run(run)
     results = json.loads((run / "results.json").read_text(encoding="utf-8"))
@@ -73,7 +74,8 @@ def save_study(run: Path, into: Path = STUDIES, name: str | None = None) -> Path
         (beside / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
         (beside / "outcomes.parquet").write_bytes((run / "outcomes.parquet").read_bytes())
         if (variance := variance_file(run)) is not None:
-            (beside / VARIANCE).write_bytes(variance.read_bytes())
+            rounded = _rounded(json.loads(variance.read_text(encoding="utf-8")))
+            (beside / VARIANCE).write_text(json.dumps(rounded) + "\n", encoding="utf-8")
     return study
 
 

@@ -10,6 +10,7 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
@@ -117,7 +118,7 @@ class UnpairedLoss(PreferenceLoss):
     """The loss of TRL's KTOTrainer; a completion's reward is its ``label``, 0 or 1.
 
     Completions are paired with other rows' prompts over the whole optimizer step, as by `rlzoo.inputs.Mismatched`, and
-    not over a micro-batch as by TRL. On several processes their mean log-ratio is averaged over processes.
+    not over a micro-batch as by TRL.
     """
 
     _mismatched: Tensor | None = None
@@ -140,17 +141,25 @@ class UnpairedLoss(PreferenceLoss):
 
     @torch.no_grad()
     def _log_ratio(self, model: nn.Module, window: Sequence[Mapping[str, Any]]) -> Float[Tensor, ""]:
-        """The mean of Σ_t log π_θ/π_ref over mismatched completions."""
-        others, size = mismatched([row for each in window for row in rows_of(each)]), len(window[0]["input_ids"])
+        """The mean of Σ_t log π_θ/π_ref over mismatched completions of all processes, each of which scores a share.
+
+        All processes run as many forward passes, because those of a sharded model are joint work.
+        """
+        own_rows, own_size = [row for each in window for row in rows_of(each)], len(window[0]["input_ids"])
+        of_all = gather_object([(own_rows, own_size)])
+        others, size = mismatched([row for rows, _ in of_all for row in rows]), max(size for _, size in of_all)
+        share = others[self.accelerator.process_index :: self.accelerator.num_processes]
         total = torch.zeros((), device=self.accelerator.device)
-        for start in range(0, len(others), size):
-            inputs = inputs_of(others[start : start + size], total.device)
+        for start in range(0, -(-len(others) // self.accelerator.num_processes), size):
+            part = share[start : start + size]
+            inputs = inputs_of(part or others[:1], total.device)
             labels = self.labels(inputs)
             rows = rows_of_labels(labels, keep_empty=True)
             own = {key: value for key, value in inputs.items() if key != "completion_mask"}
             policy = self.score(model, own, labels, rows).values["logp"]
-            total += (policy - self.frozen_log_probs(None, own, labels, rows)).sum()
-        mean: Tensor = self.accelerator.reduce(total / max(len(others), 1), "mean")
+            ratio = (policy - self.frozen_log_probs(None, own, labels, rows)).sum()
+            total += ratio if part else 0.0
+        mean: Tensor = self.accelerator.reduce(total, "sum") / max(len(others), 1)
         return mean
 
 

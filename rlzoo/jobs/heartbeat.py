@@ -1,4 +1,4 @@
-"""Periodic lines in the log, so that long work does not seem to hang."""
+"""Lines in the log, and periodic ones, so that long work does not seem to hang."""
 
 from __future__ import annotations
 
@@ -12,6 +12,11 @@ from rich.console import Console
 
 EVERY = 20.0
 """Seconds between two lines."""
+
+
+def say(console: Console, line: str, style: str | None = None) -> None:
+    """Print one line verbatim; a terminal may wrap it, but a log keeps it whole."""
+    console.print(line, style=style, highlight=False, markup=False, soft_wrap=True)
 
 
 class Heartbeat:
@@ -44,4 +49,4 @@ class Heartbeat:
         while not self._ended.wait(EVERY):
             elapsed = timedelta(seconds=round(time.monotonic() - started))
             line = f"  {elapsed} {self.doing()}"
-            self._console.print(line, highlight=False, markup=False, soft_wrap=True)
+            say(self._console, line)

@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.progress import Progress, TaskID
 
 from rlzoo.errors import UserError
+from rlzoo.jobs.heartbeat import say
 from rlzoo.jobs.interrupts import raise_deferred, signals_deferred
 from rlzoo.jobs.memory import is_out_of_memory
 from rlzoo.jobs.progress import Together, bars
@@ -193,7 +194,8 @@ class Pool:
 
     def doing(self) -> str:
         """See `Workers.doing`."""
-        running = [worker.task.name for worker in list(self._workers) if worker.task is not None]
+        tasks = [worker.task for worker in list(self._workers)]  # once each: another thread gives and takes them
+        running = [task.name for task in tasks if task is not None]
         details = ", ".join(f"{name}: {self._details.get(name, 'starting')}" for name in running)
         return "; ".join(part for part in (str(self._together), details) if part)
 
@@ -204,7 +206,7 @@ class Pool:
                 worker.process.terminate()
             if not self._ended(min(grace, QUICK)) and grace:
                 message = "stopping after saving checkpoints; press Ctrl-C again to stop at once"
-                self._progress.console.print(message, highlight=False, soft_wrap=True)
+                say(self._progress.console, message)
                 self._ended(grace)
         finally:
             for worker in self._workers:
@@ -276,9 +278,7 @@ class Pool:
         if task.deaths > RETRIES:
             task.future.set_exception(died)
             return
-        self._progress.console.print(
-            f"  {task.name}: {died}; retrying", style="red", highlight=False, markup=False, soft_wrap=True
-        )
+        say(self._progress.console, f"  {task.name}: {died}; retrying", style="red")
         self._waiting.appendleft(task)
 
 

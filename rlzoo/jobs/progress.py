@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -67,12 +68,26 @@ class Together:
 
 
 @contextmanager
+def loading() -> Iterator[None]:
+    """Say on a terminal that libraries are being imported, which takes some seconds, for as long as they are."""
+    text = "loading PyTorch and transformers"
+    is_shown = sys.stderr.isatty() and "transformers" not in sys.modules and os.environ.get("RANK", "0") == "0"
+    if is_shown:
+        print(text, end="", file=sys.stderr, flush=True)
+    try:
+        yield
+    finally:
+        if is_shown:
+            print(f"\r{' ' * len(text)}\r", end="", file=sys.stderr, flush=True)
+
+
+@contextmanager
 def bars(console: Console) -> Iterator[Progress]:
     """Bars with elapsed and remaining time, one per task with the field ``detail``; none unless on a terminal."""
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
-        TextColumn("{task.fields[detail]}"),
+        TextColumn("{task.fields[detail]}", markup=False),
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),

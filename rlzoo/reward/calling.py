@@ -17,7 +17,6 @@ from functools import lru_cache, partial
 from typing import Any
 
 from rlzoo.errors import UserError
-from rlzoo.registry import one_line
 
 SIGNATURE = "reward(prompts, completions, **columns)"
 """The signature of a reward: TRL's."""
@@ -216,17 +215,15 @@ def accepted(function: Callable[..., Any], arguments: Mapping[str, Any], name: s
         if parameter.name not in arguments:
             if not {"completions", "completion_ids"} & set(takes):
                 raise UserError(f"reward {name!r} {unlike(function, takes)}")
-            wanted = parameter.name
-            fix = f"rename one with --column {wanted}=COLUMN (in an experiment file, `columns: {{{wanted}: COLUMN}}`), "
-            fix += f"or use TRL's signature, {SIGNATURE}"
-            raise UserError(f"{missing_column(name, parameter.name, arguments)}; {fix}")
+            raise UserError(f"{missing_column(name, parameter.name, arguments)}, or use TRL's signature, {SIGNATURE}")
     anything = takes_anything(takes)
     return {n: value for n, value in arguments.items() if n not in bound and (anything or n in takes)}
 
 
 def missing_column(reward: str, column: str, columns: Mapping[str, Any]) -> UserError:
     """The UserError for data without a column that a reward needs."""
-    return UserError(f"reward {reward!r} needs the column {column!r}; the data's columns: {columns_of(columns)}")
+    fix = f"rename one with --column {column}=COLUMN (in an experiment file, `columns: {{{column}: COLUMN}}`)"
+    return UserError(f"reward {reward!r} needs the column {column!r}; the data's columns: {columns_of(columns)}; {fix}")
 
 
 # Hints on errors
@@ -275,7 +272,7 @@ def _wants_other_form(function: Callable[..., Any], arguments: Mapping[str, Any]
         call(function, other)
     except RAISED as second:
         typical = _OF_TEXT if isinstance(arguments["completions"][0], str) else _OF_MESSAGES
-        return one_line(second) != one_line(error) and bool(typical.search(str(error)))
+        return (type(second), str(second)) != (type(error), str(error)) and bool(typical.search(str(error)))
     return True
 
 

@@ -175,7 +175,10 @@ class Reward:
             except RAISED as error:
                 if hint is None:  # only once, because it calls the reward again
                     hint = advice(self.function, self._given(alone, Log(self.name, 1), 1), error)
-                failed(f"reward {self.name!r} raised on row {row}: {one_line(error)}{hint}", self.on_error, error)
+                is_empty = alone["completions"][0] in ("", [{"role": "assistant", "content": ""}])
+                empty = ", an empty completion" if is_empty else ""
+                message = f"reward {self.name!r} raised on row {row}{empty}: {one_line(error)}{hint}"
+                failed(message, self.on_error, error)
                 scores.append(Score(None, {self.name: None}))
         if self.on_error == "fail":
             message = f"raised on {rows} rows together, but on none of them alone: {one_line(whole)}"

@@ -21,7 +21,7 @@ from rlzoo.comparison.warm_up import after_warm_up, alone, facts_of, warm_up
 from rlzoo.config import WARM_UP, Benchmark, Experiment, Positive, Strict
 from rlzoo.errors import UserError
 from rlzoo.jobs.cached_results import CachedResults
-from rlzoo.jobs.heartbeat import Heartbeat
+from rlzoo.jobs.heartbeat import Heartbeat, say
 from rlzoo.jobs.outputs import remove, write_atomically
 from rlzoo.jobs.pool import Workers, default_workers, pool, why
 from rlzoo.jobs.progress import Report
@@ -98,7 +98,7 @@ def run_variance(
     out = out or where(whole, settings, buffer, threads)
     with run_in(out, "variance", _asked(whole, settings, buffer, threads)) as run:
         if run.finished:
-            console.print(f"{experiment.name}: already finished, in {out}", style="bold", highlight=False, markup=False)
+            say(console, f"{experiment.name}: already finished, in {out}", style="bold")
             earlier: dict[str, Any] = json.loads((out / "variance.json").read_text(encoding="utf-8"))
             return earlier
         number = min(workers or default_workers(), 1 + len(experiment.algorithms))
@@ -171,8 +171,7 @@ def _run(
     goes = "resuming in" if run.resumed else "writing to"
     warm = None
     if experiment.warm_up is not None:
-        tell = f"{experiment.name}: warm-up of the base model; {goes} {run.folder}"
-        console.print(tell, highlight=False, markup=False, soft_wrap=True)
+        say(console, f"{experiment.name}: warm-up of the base model; {goes} {run.folder}")
         warm = alone(processes, "warm-up", warm_up, experiment, state, run.folder.absolute() / "logs" / WARM_UP)
         experiment = after_warm_up(experiment, state)
     first = processes.submit("buffer", fill, experiment, folder, state, given)
@@ -181,13 +180,11 @@ def _run(
             raise UserError(why(error)) from None
         filled = done.result()
     tell = f"{experiment.name}: {filled['rows']} rows, {len(experiment.algorithms)} objectives; {goes} {run.folder}"
-    console.print(tell, style="bold", highlight=False, markup=False, soft_wrap=True)
+    say(console, tell, style="bold")
     for name, summary in filled["dropped_rows"].items():
-        console.print(
-            f"  {name}: {dropped_line(summary)}", style="yellow", highlight=False, markup=False, soft_wrap=True
-        )
+        say(console, f"  {name}: {dropped_line(summary)}", style="yellow")
     for event in filled["events"]:
-        console.print(f"  buffer: {event}", style="yellow", highlight=False, markup=False, soft_wrap=True)
+        say(console, f"  buffer: {event}", style="yellow")
     analysis = processes.submit("analysis", measure, experiment, folder, state, settings)
     jobs = {analysis: "analysis"}
     offline = [name for name, row in experiment.algorithms.items() if row.mode == "offline"]
@@ -201,7 +198,7 @@ def _run(
             errors[name] = error
         elif done is not analysis:  # an experiment may have a row of that name
             results[name] = done.result()
-        console.print(f"  {name}: {'done' if error is None else why(error)}", highlight=False, markup=False)
+        say(console, f"  {name}: {'done' if error is None else why(error)}")
     if (failure := analysis.exception()) is not None:
         raise UserError(why(failure)) from None
     found = analysis.result()

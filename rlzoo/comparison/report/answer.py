@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from rlzoo.comparison.outcomes import METRICS, ResultKey, ResultMatrix, compare_pairs, difference_of
 from rlzoo.comparison.report.schema import Results
-from rlzoo.comparison.report.tables import on, percent, points, significance
+from rlzoo.comparison.report.tables import listed, on, percent, points, significance
 from rlzoo.comparison.statistics import SIGNIFICANT, crossed_interval
 from rlzoo.config import BASE
 
@@ -17,15 +17,22 @@ def answer(results: Results, matrices: Mapping[ResultKey, ResultMatrix], benchma
     ranked = _ranking(means["avg_at_k"])
     if not ranked:
         return f"{_capital(on(benchmark))}, no algorithm has a result."
-    label = results.label("avg_at_k", benchmark)
-    sentences = [
-        f"{_capital(on(benchmark))}, {ranked[0]} has the best {label}: {percent(means['avg_at_k'][ranked[0]])} %"
-    ]
-    if len(ranked) > 1:
-        sentences[0] += _margin(matrices, benchmark, ranked[0], ranked[1])
+    if _is_nothing_right(results, benchmark, means):
+        return (
+            f"{_capital(on(benchmark))}, not one answer is correct, of the base model or of any algorithm: the "
+            "problems are too hard for it, or the reward expects another format."
+        )
+    label, best = results.label("avg_at_k", benchmark), means["avg_at_k"][ranked[0]]
+    is_tie = len(ranked) > 1 and len(set(means["avg_at_k"].values())) == 1
+    if is_tie:
+        sentences = [f"{_capital(on(benchmark))}, all algorithms have the same {label}, {percent(best)} %"]
+    else:
+        sentences = [f"{_capital(on(benchmark))}, {ranked[0]} has the best {label}: {percent(best)} %"]
+        if len(ranked) > 1:
+            sentences[0] += _margin(matrices, benchmark, ranked[0], ranked[1])
     base = results.row(BASE, benchmark, "avg_at_k")
-    if base is not None and base.mean >= means["avg_at_k"][ranked[0]]:
-        sentences.append(f"The base model, at {percent(base.mean)} %, is not below it")
+    if base is not None and base.mean >= best:
+        sentences.append(f"The base model, at {percent(base.mean)} %, is not below {'them' if is_tie else 'it'}")
     if len(ranked) > 1 and not brief:
         sentences += [_agreement(results, benchmark, means, metric) for metric in METRICS[1:] if means[metric]]
     return " ".join(f"{sentence}." for sentence in sentences)
@@ -39,16 +46,34 @@ def headline(results: Results, matrices: Mapping[ResultKey, ResultMatrix], bench
         return answer(results, matrices, benchmark)
     first = answer(results, matrices, benchmark, brief=True)
     best, others = ranked[0], [metric for metric in METRICS[1:] if means[metric]]
-    if len(ranked) == 1 or not others:
+    if len(ranked) == 1 or not others or _is_nothing_right(results, benchmark, means):
         return first
     leaders = {metric: _leaders(means[metric]) for metric in others}
     if all(own == [best] for own in leaders.values()):
         return f"{first} It also leads in {' and '.join(_called(results, m, benchmark) for m in others)}."
-    told = [
-        f"in {_called(results, metric, benchmark)} {' and '.join(own)} {'leads' if len(own) == 1 else 'lead'}"
-        for metric, own in leaders.items()
-    ]
+    told = []
+    for metric, own in leaders.items():
+        who = "all are equal" if len(own) == len(means[metric]) else f"{listed(own)} lead{'s' * (len(own) == 1)}"
+        told.append(f"in {_called(results, metric, benchmark)} {who}")
     return f"{first} {_capital(', and '.join(told))}."
+
+
+def unfinished(results: Results) -> str | None:
+    """How many cells failed, and which algorithms therefore have no result; None if all finished."""
+    failed = results.failed or []
+    if not failed:
+        return None
+    missing = list(dict.fromkeys(one.algorithm for one in failed if one.algorithm not in results.algorithms))
+    lacking = f", so {listed(missing)} {'has' if len(missing) == 1 else 'have'} no result" if missing else ""
+    return f"{len(failed)} of {len(failed) + len(results.cells)} cells failed{lacking}: see Failed cells below."
+
+
+def _is_nothing_right(results: Results, benchmark: str, means: Mapping[str, Mapping[str, float]]) -> bool:
+    """Whether no policy, the base model included, has a correct answer."""
+    base = [results.row(BASE, benchmark, metric) for metric in METRICS]
+    return not any(mean for own in means.values() for mean in own.values()) and not any(
+        row and row.mean for row in base
+    )
 
 
 def _leaders(means: Mapping[str, float]) -> list[str]:
@@ -97,7 +122,7 @@ def _agreement(results: Results, benchmark: str, means: Mapping[str, Mapping[str
         return f"In {by} all are equal, at {percent(max(own.values()))} %"
     leaders = _leaders(own)
     verb, top = "leads" if len(leaders) == 1 else "lead", percent(max(own.values()))
-    first = f"In {by} {' and '.join(leaders)} {verb} with {top} %"
+    first = f"In {by} {listed(leaders)} {verb} with {top} %"
     ranked = _ranking(means["avg_at_k"])
     if ranked == _ranking(own):
         return f"{first}: the ranking is the same"

@@ -10,10 +10,11 @@ import numpy as np
 
 from rlzoo.comparison.report.plots import colours
 from rlzoo.comparison.report.schema import CellResult, FinishedRun, Results
-from rlzoo.comparison.report.tables import NONE, percent, points
+from rlzoo.comparison.report.tables import percent, points
 from rlzoo.config import BASE
 from rlzoo.document import Block, Entry, Figure, Heading, Paragraph, Table
 from rlzoo.document.drawing import STYLE, Drawing, axes_row, legend, short
+from rlzoo.document.estimates import NONE
 
 CLIPPED, LOST = "clipped", "signal_clipped/signal"
 SHOWN = {

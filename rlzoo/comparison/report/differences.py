@@ -12,10 +12,11 @@ from rich.text import Text
 
 from rlzoo.comparison.outcomes import METRICS, check_robustness, compare_to
 from rlzoo.comparison.report.schema import FinishedRun, Results
-from rlzoo.comparison.report.tables import NONE, p_number, points, significance, size
+from rlzoo.comparison.report.tables import listed, p_number, points, significance, size
 from rlzoo.comparison.robust import FEWEST_FOR_BOOTSTRAP, FEWEST_FOR_IMPROVEMENT
 from rlzoo.comparison.statistics import SIGNIFICANT
 from rlzoo.document import Entry, Table
+from rlzoo.document.estimates import NONE
 from rlzoo.document.terminal import plain_table
 
 
@@ -36,25 +37,24 @@ def difference_table(rows: Sequence[Mapping[str, Any]], results: Results, benchm
 def detectable(rows: Sequence[Mapping[str, Any]], results: Results, benchmark: str) -> str:
     """Which differences these seeds and problems detect, in a sentence: the medians over a table of differences."""
     here = [row for row in rows if row["benchmark"] == benchmark]
-    sizes: dict[str, dict[str, str]] = {"detectable": {}, "detectable_alone": {}}
+    sizes: dict[str, dict[str, float]] = {"detectable": {}, "detectable_alone": {}}
     for key, found in sizes.items():
         for metric in METRICS:
             if known := [row[key] for row in here if row["metric"] == metric]:
-                found[metric] = size(statistics.median(known))
+                found[metric] = statistics.median(known)
     seeds, problems = (max(row[key] for row in here) for key in ("seeds", "problems"))
-    of = [f"{value} points in {results.label(metric, benchmark)}" for metric, value in sizes["detectable"].items()]
-    alone = listed(list(sizes["detectable_alone"].values()))
     design = f"With {seeds} seed{'s' * (seeds > 1)} and {problems} problems"
+    if not any(sizes["detectable"].values()):
+        return f"{design}, no two results differ, which says nothing about the differences that would be detected."
+    of = [
+        f"{size(value)} points in {results.label(metric, benchmark)}" for metric, value in sizes["detectable"].items()
+    ]
+    alone = listed([size(value) for value in sizes["detectable_alone"].values()])
     return (
         f"{design}, a difference of {listed(of)} would be detected with 80 % power after the correction, and one of "
         f"{alone} as a single planned difference (medians over the rows)."
         + (" One seed shows nothing about further seeds." if seeds == 1 else "")
     )
-
-
-def listed(words: Sequence[str]) -> str:
-    """Words as a list in a sentence."""
-    return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
 
 
 def robustness_table(rows: Sequence[Mapping[str, Any]], results: Results, benchmark: str, baseline: str) -> Table:

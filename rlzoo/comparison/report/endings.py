@@ -8,9 +8,10 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from rlzoo.comparison.report.schema import CellResult, CurvePoint, FinishedRun, Results
-from rlzoo.comparison.report.tables import NONE, points
+from rlzoo.comparison.report.tables import points
 from rlzoo.comparison.statistics import Interval, crossed_interval
 from rlzoo.document import Block, Entry, Heading, Paragraph, Table
+from rlzoo.document.estimates import NONE
 
 
 def last_rises(results: Results) -> dict[str, Interval]:

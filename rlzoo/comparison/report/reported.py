@@ -9,6 +9,7 @@ from rlzoo.comparison.report import tables
 from rlzoo.comparison.report.schema import FinishedRun, Results
 from rlzoo.config import BASE, Reported, validated
 from rlzoo.document import Block, Entry, Heading, Paragraph, Table
+from rlzoo.document.estimates import NONE
 
 MEAN = "mean"
 """The mean over benchmarks, in published results and as a column."""
@@ -46,7 +47,7 @@ def reported_table(results: Results, found: Reported) -> Table:
         entries = [Entry(tables.percent(value)) for pair in pairs for value in pair]
         means = [(_reported(found, one, MEAN), _measured(results, one, MEAN)) for one in (algorithm, BASE)]
         gains = [None if None in pair or algorithm == BASE else pair[0] - pair[1] for pair in zip(*means, strict=True)]
-        entries += [Entry(tables.NONE if gain is None else tables.points(gain)) for gain in gains]
+        entries += [Entry(NONE if gain is None else tables.points(gain)) for gain in gains]
         rows.append([Entry(algorithm), *entries])
     return Table(["algorithm", *header], rows)
 

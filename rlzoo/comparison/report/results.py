@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from rlzoo.comparison.outcomes import OVERALL, check_robustness, compare_to
 from rlzoo.comparison.report import plots, stages, tables
-from rlzoo.comparison.report.answer import answer, headline
+from rlzoo.comparison.report.answer import answer, headline, unfinished
 from rlzoo.comparison.report.differences import checks_explained, detectable, difference_table, robustness_table
 from rlzoo.comparison.report.endings import rising_at_the_end
 from rlzoo.comparison.report.schema import FinishedRun, Results
@@ -20,6 +20,8 @@ def answers(run: FinishedRun, baseline: str) -> Iterator[Block]:
         first = run.results.overall[0]
         yield Paragraph(headline(run.results, run.matrices, first), lead=True)
         yield _bars(run.results, first)
+    if (failures := unfinished(run.results)) is not None:
+        yield Paragraph(failures)
     if (warning := rising_at_the_end(run.results)) is not None:
         yield Paragraph(warning)
     if run.results.description:

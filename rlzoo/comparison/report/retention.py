@@ -10,11 +10,12 @@ import matplotlib as mpl
 from rlzoo.comparison.outcomes import compare_to
 from rlzoo.comparison.report.plots import colours
 from rlzoo.comparison.report.schema import FinishedRun, Results, SummaryRow
-from rlzoo.comparison.report.tables import NONE, interval, on, points
+from rlzoo.comparison.report.tables import interval, on, points
 from rlzoo.comparison.retention import CHANGE, KL
 from rlzoo.config import BASE
 from rlzoo.document import Block, Entry, Figure, Heading, Paragraph, Table
 from rlzoo.document.drawing import GREY, MARKERS, STYLE, Drawing, axes_row, short
+from rlzoo.document.estimates import NONE
 
 PANELS = {CHANGE: ("change in accuracy, points", 100.0), KL: ("KL from the base, nats per token", 1.0)}
 """The measures of forgetting: metric → label of the axis, and its factor."""

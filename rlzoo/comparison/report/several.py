@@ -14,9 +14,10 @@ from rlzoo.comparison.report import plots, tables
 from rlzoo.comparison.report.answer import headline
 from rlzoo.comparison.report.differences import checks_explained, run_difference_table
 from rlzoo.comparison.report.schema import FinishedRun
-from rlzoo.comparison.report.tables import NONE, on
+from rlzoo.comparison.report.tables import on
 from rlzoo.comparison.statistics import holm
 from rlzoo.document import Block, Code, Entry, Figure, Heading, Paragraph, Table
+from rlzoo.document.estimates import NONE
 
 Runs = Mapping[str, FinishedRun]
 """The runs by the names under which they are shown."""

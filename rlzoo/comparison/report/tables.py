@@ -32,6 +32,11 @@ def size(value: float) -> str:
     return points(value).lstrip("+") if value < 1 else "more than 100"
 
 
+def listed(words: Sequence[str]) -> str:
+    """Words as a list in a sentence."""
+    return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
+
+
 def amount(value: float | None, unit: str = "") -> str:
     """A quantity with an SI prefix and three digits, as in 1.23 M."""
     if value is None:
@@ -143,8 +148,10 @@ def further_table(results: Results, benchmark: str | None) -> Table | None:
 
 
 def _best(results: Results, benchmark: str, metric: str) -> float | None:
+    """The highest mean; None if there is none, or if all of several are equal."""
     rows = [results.row(algorithm, benchmark, metric) for algorithm in results.algorithms]
-    return max((row.mean for row in rows if row), default=None)
+    means = [row.mean for row in rows if row]
+    return max(means, default=None) if len(means) == 1 or len({*means}) > 1 else None
 
 
 def facts_of(study: str, results: Results) -> dict[str, Any]:
