@@ -66,6 +66,7 @@ def cells_of(card: str, name: str) -> list[str]:
     return [one.strip() for one in re.split(r"(?<!\\)\|", line)[2:-1]]
 
 
+@pytest.mark.slow
 def test_a_trained_model_has_a_card(table: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "my-model"
     assert train(table, out, "--set", "training.lora={}") == 0
@@ -94,6 +95,7 @@ def test_a_trained_model_has_a_card(table: Path, tmp_path: Path, capsys: pytest.
     assert "already finished" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_trained_model_is_pushed(
     table: Path, tmp_path: Path, hub: FakeHub, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -124,29 +126,26 @@ def test_a_trained_model_is_pushed(
     assert not [request for request in hub.requests if "commit" in request]
 
 
-def test_nothing_is_pushed_without_the_option(table: Path, tmp_path: Path, hub: FakeHub) -> None:
-    assert train(table, tmp_path / "out") == 0
-    assert hub.requests == []
-    assert train(table, tmp_path / "out", "--push-to-hub", "alice/later", "--public") == 0  # when it has finished
-    assert not hub.repositories["models/alice/later"].private
-    assert "README.md" in hub.repositories["models/alice/later"].files
-
-
-def test_a_push_that_fails_loses_nothing(
+@pytest.mark.slow
+def test_a_push_only_when_asked_that_fails_and_loses_nothing(
     table: Path, tmp_path: Path, hub: FakeHub, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out, option = tmp_path / "out", ["--push-to-hub", "alice/dft"]
+    out, option = tmp_path / "out", ["--push-to-hub", "alice/dft", "--public"]
+    assert train(table, out) == 0
+    assert hub.requests == []
     hub.refuses = {"/commit/": 413}
-    assert train(table, out, *option) == 2
+    assert train(table, out, *option) == 2  # of a run that has finished
     errors = capsys.readouterr().err
     assert errors.count("\n") == 1 and "complete, but not pushed" in errors and f"--out {out}" in errors
-    assert load_policy(str(out)) and (out / "training.json").exists()
+    assert (out / "model.safetensors").exists() and (out / "training.json").exists()
     hub.refuses = {}
     assert train(table, out, *option) == 0
     assert "already finished" in capsys.readouterr().out
-    assert "model.safetensors" in hub.repositories["models/alice/dft"].files
+    repository = hub.repositories["models/alice/dft"]
+    assert "model.safetensors" in repository.files and not repository.private
 
 
+@pytest.mark.slow
 def test_what_would_fail_later_fails_before_the_run(
     table: Path, tmp_path: Path, hub: FakeHub, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -181,6 +180,7 @@ def test_what_would_fail_later_fails_before_the_run(
     assert "add --push-to-hub" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_sampled_buffer_has_a_card_and_is_pushed(
     tmp_path: Path, hub: FakeHub, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -205,6 +205,7 @@ def test_a_sampled_buffer_has_a_card_and_is_pushed(
     assert "give --out" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("undrawn")
 def test_a_comparison_has_cards(tmp_path: Path) -> None:
     text = "objectives | compared: `sft`, <b>*and*</b> #1"
@@ -227,9 +228,8 @@ def test_a_comparison_has_cards(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_comparison_is_pushed_without_paths(
-    tmp_path: Path, hub: FakeHub, inline: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.usefixtures("undrawn")  # but for the push, which draws a report without paths
+def test_a_comparison_is_pushed_without_paths(tmp_path: Path, hub: FakeHub) -> None:
     folder = tmp_path / "home" / "alice"
     folder.mkdir(parents=True)
     reward = folder / "mine.py"

@@ -135,9 +135,8 @@ def test_no_greedy_score_unless_asked_for(policy: Policy) -> None:
 def test_outcomes_are_one_row_a_sample(policy: Policy) -> None:
     found = evaluate(policy, PROBLEMS, Reward("match", match), settings(), sampler=FakeSampler())
     assert len(found.outcomes) == 15
-    assert {frozenset(row) for row in found.outcomes} == {
-        frozenset(("problem_id", "prompt", "decoding", "sample", "reward", "correct", "length", "truncated", "text"))
-    }
+    kept = ("problem_id", "prompt", "decoding", "sample", "reward", "correct", "length", "truncated", "text")
+    assert {frozenset(row) for row in found.outcomes} == {frozenset((*kept, "reference"))}
     samples = [row for row in found.outcomes if row["decoding"] == "sample"]
     assert [(row["problem_id"], row["sample"], row["text"]) for row in samples] == [
         (f"p{i}", n, text) for i, row in enumerate(SAMPLED) for n, text in enumerate(row)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from argparse import Namespace
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -167,7 +168,7 @@ def test_a_part_that_raises_keeps_what_it_found_and_the_next_one_runs(tmp_path: 
     assert failed["status"] == "failed" and failed["reason"] == "RuntimeError: CUDA error: device-side assert triggered"
     assert failed["findings"][0]["wrong"] == ["gap is 1, above 0.1"] and "in broken" in "".join(failed["traceback"])
     assert passed["status"] == "passed" and findings(found, "budgets")["dft"]["here"] == "cpu"
-    assert found["machine"]["torch"] == torch.__version__ and not found["passed"]
+    assert found["machine"]["torch"] == version("torch") and not found["passed"]
 
 
 def test_an_engine_gets_half_the_rows_until_they_fit_into_memory(tmp_path: Path) -> None:
@@ -236,4 +237,4 @@ def test_a_recomputed_layer_keeps_its_input_and_another_one_far_more() -> None:
     hidden = SHAPES["tiny"]["hidden_size"]
     assert per_layer("tiny", "bfloat16-mixed, recomputed", 16) == 4 * hidden
     assert per_layer("tiny", "bfloat16, recomputed", 16) == 2 * hidden
-    assert 40 * hidden < per_layer("tiny", "bfloat16-mixed", 16) < 60 * hidden
+    assert 40 * hidden < per_layer("tiny", "bfloat16-mixed", 16) < 80 * hidden  # 72 in transformers 5.0, else 48.5

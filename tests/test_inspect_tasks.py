@@ -149,7 +149,9 @@ def test_inspect_itself_sends_the_same_prompts_and_gives_the_same_scores(
 class Canned(Sampler):
     """Two samples per prompt, a right one and a wrong one."""
 
-    def sample(self, prompts: Any, settings: Any, seed: int, greedy: bool = False, progress: Any = None) -> Any:
+    def sample(
+        self, prompts: Any, settings: Any, seed: int, greedy: bool = False, progress: Any = None, numbers: Any = None
+    ) -> Any:
         texts = ["It is 2"] if greedy else ["2", "3"]
         return [[Sample([5], text, truncated=False) for text in texts] for _ in prompts]
 

@@ -25,7 +25,7 @@ from rlzoo.comparison.retention import LIKELIHOOD, text_results
 from rlzoo.config import Sampling, Training
 from rlzoo.errors import UserError
 from rlzoo.objective import get_objective, list_objectives
-from rlzoo.policy import MicroBatches, Policy, load_policy, log_probs
+from rlzoo.policy import Assembler, MicroBatches, Policy, load_policy, log_probs
 from rlzoo.policy.loading import save_policy
 from rlzoo.policy.sequences import learned, learned_tokens
 from rlzoo.rollout import Collector, Sample, mismatch, sampler_of
@@ -466,3 +466,33 @@ def test_the_setting_reaches_training(tmp_path: Path) -> None:
         assert main(["train", "sft", *given, "--set", f"turns={turns}", "--out", str(out)]) == 0
         tokens[turns] = json.loads((out / "training.json").read_text())["steps"][0]["logp"]
     assert tokens["last"] != tokens["all"]
+
+
+# The same completion after a prompt that says more
+
+
+@pytest.mark.parametrize("template", ["chatml", "r1", "gemma", "tools"])
+@pytest.mark.parametrize("turns", ["all", "last"])
+def test_a_teacher_that_is_told_more_scores_the_tokens_that_are_learned_from(template: str, turns: str) -> None:
+    """With nothing more said, the privileged log-probs are the policy's own, at the same positions."""
+    with_tools = "{% if tools %}{{ tools | tojson }}{% endif %}" + TURNS + OPENS
+    tokenizer = built(with_tools) if template == "tools" else tokenizer_of(template)
+    data = {"prompt": TALK[:1], "completion": TALK[1:], "answer": "4"}
+    (row,) = from_trl([data | ({"tools": [{"name": "add"}]} if template == "tools" else {})], tokenizer, turns=turns)
+    policy = policy_of(tokenizer)
+    told_more = swapped(tokenizer, row.prompt_ids, "1+1?", "1+1? (4)")
+    for teacher, ids in (("{prompt}", row.prompt_ids), ("{prompt} ({answer})", told_more)):
+        sdft = get_objective("sdft", template=teacher, teacher="live", ratio_max=None)
+        batch = Assembler(policy).assemble([row], [(0,)], sdft)
+        found = batch["privileged_logp"]
+        (own,) = log_probs(policy, [(ids, row.completion_ids)])
+        assert found.shape == batch.mask.shape == (1, learned_tokens(row))
+        assert found[0].tolist() == pytest.approx([own[place] for place in learned(row)], rel=1e-5)
+
+
+def swapped(tokenizer: Any, ids: Sequence[int], old: str, new: str) -> list[int]:
+    """The tokens of a text with a part of it replaced."""
+    text = tokenizer.decode(ids)
+    assert text.count(old) == 1
+    found: list[int] = tokenizer.encode(text.replace(old, new), add_special_tokens=False)
+    return found

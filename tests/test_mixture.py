@@ -379,7 +379,7 @@ def test_a_comparison_runs_chord(tmp_path: Path) -> None:
         ({"sft": float("nan")}, {}, "weights of 0 or more: 'sft' has nan"),
         ({"sfft": 1.0}, {}, "unknown objective 'sfft'"),
         ({"sft": {}}, {}, r"a schedule needs values by fraction of training, such as \{0: 0.9, 0.5: 0.05\}"),
-        ({"sft": {0: 1.0, 200: 0.1}}, {}, "a schedule is by fraction of training, from 0 to 1: 200.0 is not one"),
+        ({"sft": {0: 1.0, 200: 0.1}}, {}, "a schedule is by fraction of training, from 0 to 1: 200 is not one"),
         ({"sft": {0: 1.0, 1: -0.1}}, {}, "weights of 0 or more: 'sft' has -0.1"),
         ({"dpo": 1.0}, {"dpo": {"bta": 1}}, "unknown option of objective 'dpo' 'bta'"),
         ({"dpo": 1.0}, {"grpo": {"clip": 0.1}}, "unknown component with options 'grpo'"),

@@ -199,7 +199,7 @@ def test_a_process_that_dies_takes_nothing_with_it(tmp_path: Path) -> None:
 
 def test_a_line_says_how_long_and_what_until_the_work_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(heartbeat, "EVERY", 0.01)
-    lines, details = io.StringIO(), "[red] " + "a long piece of work " * 9
+    lines, details = io.StringIO(), "[red]" + " a long piece of work" * 9
     before = set(threading.enumerate())
     with heartbeat.Heartbeat(Console(file=lines), "reading") as beat:
         for told in ("reading", details):

@@ -65,7 +65,7 @@ def test_the_trainers_state_has_transformers_fields_and_defaults() -> None:
     from transformers import TrainerState as Theirs
 
     theirs = asdict(Theirs())
-    assert asdict(TrainerState()) == theirs
+    assert asdict(TrainerState()) == {**theirs, "epoch": 0}  # None in transformers 5.0
 
 
 def test_a_reward_is_told_how_far_training_is() -> None:

@@ -433,6 +433,24 @@ def test_a_model_with_other_state_is_sampled_too(mamba: Policy) -> None:
     check_first_tokens(mamba, 1000, 1.6, 0.7)
 
 
+def test_a_model_may_call_its_cache_by_either_name(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Newer models of transformers call it ``cache``, and warn of its old name."""
+    settings, trunk = Sampling(samples=2, max_new_tokens=6), policy.model.base_model
+    known = inspect.signature(plain := trunk.forward).parameters
+    old, new = "past_key_values", "cache"
+    expected = TransformersSampler(policy).sample([[20, 21]], settings, 0)
+    for name in (old, new):
+
+        def forward(*, position_ids: Any, name: str = name, **given: Any) -> Any:
+            cache = given.pop(name)
+            return plain(position_ids=position_ids, **given, **{new if new in known else old: cache})
+
+        parameters = [inspect.Parameter(one, inspect.Parameter.KEYWORD_ONLY) for one in ("position_ids", name)]
+        forward.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        monkeypatch.setattr(trunk, "forward", forward)
+        assert TransformersSampler(policy).sample([[20, 21]], settings, 0) == expected
+
+
 @pytest.mark.parametrize("kind", ["gpt2", "mamba"])
 def test_sampling_keeps_no_graph_and_leaves_the_policy_as_it_was_also_when_it_fails(
     kind: str, make_policy: MakePolicy, request: pytest.FixtureRequest

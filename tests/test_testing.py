@@ -14,7 +14,7 @@ from torch import Tensor
 
 from rlzoo.inputs import Context, Input, Reference, Stage
 from rlzoo.objective import Normaliser, Objective
-from rlzoo.testing import check_objective, check_reward
+from rlzoo.testing import LossInLogits, check_objective, check_reward
 from rlzoo.types import Coefficients, Coupling, Selection, TokenBatch
 
 Method = Callable[[Any, TokenBatch], Any]
@@ -253,6 +253,7 @@ TERMS: Mapping[str, tuple[Callable[[Tensor, Tensor], Tensor], str]] = {
     "reduced": (lambda p, r: divergence(p, r).mean(), r"logit_term of shape \(\): give one value per position"),
     "looks at its chunk": (lambda p, r: divergence(p, r) * len(p), "depends on how a batch is split"),
     "loses digits": (lambda p, r: divergence((p + 1e3) - 1e3, r), "logit_term that loses precision in float32"),
+    "overflows in float32": (lambda p, r: divergence(p, r) + 0 * (p + 100).exp().sum(1), "loses precision in float32"),
     "infinite": (lambda p, r: divergence(p, r) / 0, "gradient in the logits that is not finite"),
     "in float32": (lambda p, r: divergence(p.float(), r.float()), "logit_term in torch.float32 of logits in torch.f"),
 }
@@ -290,6 +291,25 @@ def test_a_loss_that_checks_nothing(fault: str) -> None:
     loss, told = LOSSES[fault]
     with pytest.raises(AssertionError, match=told):
         check_objective(Tempered(), loss, through_trainer=False)
+
+
+LOSSES_IN_LOGITS: Mapping[str, tuple[LossInLogits, str]] = {
+    "looks at padding": (lambda m, p, r, y: divergence(p, r).mean(), "in logits given for 'broken' depends on masked"),
+    "has no graph": (lambda m, p, r, y: mean_divergence(m, p.detach(), r, y), "computed from the logits and their"),
+    "is not reduced": (lambda m, p, r, y: divergence(p[m], r[m]), "must be a scalar"),
+    "is constant": (lambda m, p, r, y: 0 * mean_divergence(m, p, r, y), "no gradient on random logits, so it checks"),
+}
+
+
+@pytest.mark.parametrize("fault", LOSSES_IN_LOGITS)
+def test_a_loss_in_logits_that_checks_nothing(fault: str) -> None:
+    loss, told = LOSSES_IN_LOGITS[fault]
+    objective = broken(
+        lambda b: torch.zeros_like(b.logp),
+        logit_term=lambda self, policy, reference, target: 2 * divergence(policy, reference),
+    )
+    with pytest.raises(AssertionError, match=told):
+        check_objective(objective, loss_in_logits=loss, through_trainer=False)
 
 
 def length(completions: list[str], **columns: Any) -> list[float | None]:

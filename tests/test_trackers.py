@@ -109,6 +109,7 @@ def events(folder: Path) -> dict[int, dict[str, float]]:
     return found
 
 
+@pytest.mark.slow
 def test_every_metric_of_training_reaches_every_tracker(tmp_path: Path, recorders: dict[str, Recorder]) -> None:
     table, out = tmp_path / "sums.jsonl", tmp_path / "my-dft"
     table.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
@@ -156,6 +157,7 @@ def test_every_result_of_a_comparison_reaches_the_trackers(tmp_path: Path, recor
         assert base[0]["evaluation/facts/avg_at_k"] == results["base"]["facts"]["avg_at_k"]
 
 
+@pytest.mark.slow
 def test_a_run_that_resumes_goes_on_in_its_tracked_run(tmp_path: Path, recorders: dict[str, Recorder]) -> None:
     buffer = from_trl(ROWS, load_policy("embedded").tokenizer)
     settings = Training(steps=3, batch_size=2, checkpoint_seconds=0, trackers=("trackio", "wandb"))

@@ -172,11 +172,13 @@ def trl_sft_steps(
         ]
     )
     batch = 1 if packed else min(batch, len(rows))
+    sampling: dict[str, Any] = {"train_sampling_strategy": "group_by_length" if by_length else "random"}
+    if "train_sampling_strategy" not in SFTConfig.__dataclass_fields__:  # transformers 5.0
+        sampling = {"group_by_length": by_length}
     with tempfile.TemporaryDirectory() as folder:
         config = SFTConfig(
             output_dir=folder, loss_type="dft" if objective == "dft" else "nll", completion_only_loss=True,
-            train_sampling_strategy="group_by_length" if by_length else "random", max_length=length, packing=packed,
-            per_device_train_batch_size=batch,
+            **sampling, max_length=length, packing=packed, per_device_train_batch_size=batch,
             gradient_accumulation_steps=len(rows), max_steps=steps, learning_rate=RATE, weight_decay=0.01,
             adam_beta2=0.95, bf16=policy.compute is not None, use_cpu=policy.device.type == "cpu", report_to=[],
             gradient_checkpointing=False, save_strategy="no", optim="adamw_torch_fused", disable_tqdm=True,

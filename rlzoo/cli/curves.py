@@ -187,7 +187,7 @@ class _Start:
             raise UserError(f"it needs the input {key!r}, which a module computes")
         return self.logp
 
-    def encode(self, prompt: Any) -> list[int]:
+    def encode(self, prompt: Any, columns: Any = None) -> list[int]:
         raise UserError("it needs another prompt")
 
 

@@ -28,7 +28,7 @@ class Schedule:
             raise UserError("a schedule needs values by fraction of training, such as {0: 0.9, 0.5: 0.05}")
         for fraction in points:
             if not 0 <= fraction <= 1:
-                raise UserError(f"a schedule is by fraction of training, from 0 to 1: {fraction} is not one")
+                raise UserError(f"a schedule is by fraction of training, from 0 to 1: {fraction:g} is not one")
         return cls(tuple(sorted(points.items())), shape)
 
     def at(self, fraction: float) -> float:

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from rlzoo.policy import Policy
 
 
+NO_COLUMNS: Mapping[str, Any] = {}
+
+
 class Stage(Enum):
     """When an input is computed."""
 
@@ -70,8 +73,12 @@ class Context(Protocol):
         """
         ...
 
-    def encode(self, prompt: str | Sequence[Mapping[str, Any]]) -> list[int]:
-        """The token ids of a prompt or a conversation, encoded as for the policy."""
+    def encode(self, prompt: str | Sequence[Mapping[str, Any]], columns: Mapping[str, Any] = NO_COLUMNS) -> list[int]:
+        """The token ids of a prompt or a conversation, encoded as for the policy.
+
+        ``columns`` are those of the row, with which the chat template renders a conversation: ``tools`` and
+        ``chat_template_kwargs``.
+        """
         ...
 
     def now(self, key: str = "logp") -> Float[Tensor, "B T"]:

@@ -197,10 +197,23 @@ class Privileged(Input):
             follow(context.own, context.policy, self.decay)
 
     def compute(self, context: Context) -> Float[Tensor, "B T"]:
-        rows = [replace(row, prompt_ids=context.encode(self._prompt(row))) for row in context.rows]
+        rows = [replace(row, prompt_ids=self._prompt_ids(context, row)) for row in context.rows]
         if self.models():
             return context.log_probs(context.model(self.model), rows)
         return context.log_probs(context.own if self._moves else context.policy, rows)
+
+    def _prompt_ids(self, context: Context, row: Trajectory) -> list[int]:
+        """The tokens of the prompt that says more, which ends as the row's own does.
+
+        A template that opens an answer with ``<think>`` does not in the row of a demonstration without reasoning.
+        """
+        found = context.encode(self._prompt(row), row.columns)
+        if row.messages is not None:
+            plain, size = context.encode(row.messages, row.columns), len(row.prompt_ids)
+            opened = plain[size:]
+            if opened and plain[:size] == list(row.prompt_ids) and found[-len(opened) :] == opened:
+                return found[: -len(opened)]
+        return found
 
     def _prompt(self, row: Trajectory) -> str | list[dict[str, Any]]:
         """The template filled with the prompt or, in a conversation, with its last user turn."""

@@ -20,16 +20,12 @@ from rlzoo.jobs.pool import Workers, why
 from rlzoo.jobs.progress import Report
 from rlzoo.jobs.ranks import is_main
 
-SECONDS = 0.5
-"""The least time between two lines about a task's progress."""
-
 
 class Journal:
     """The journal of one task. In a distributed run, the main process writes."""
 
     def __init__(self, state: Path, name: str) -> None:
         self._file = journal_file(state, name)
-        self._told = -math.inf
 
     def begin(self) -> None:
         """Record that the task begins; what was recorded of an earlier attempt stays."""
@@ -39,10 +35,8 @@ class Journal:
         self.write(begun=True)
 
     def progress(self, share: float, detail: str) -> None:
-        """Record how far the task has come, unless that was recorded just now."""
-        if (now := time.monotonic()) - self._told >= SECONDS or share >= 1:
-            self._told = now
-            self.write(share=share, detail=detail)
+        """Record how far the task has come."""
+        self.write(share=share, detail=detail)
 
     def step(self, metrics: Mapping[str, float], before: int = 0, share: float | None = None) -> None:
         """Record the metrics of an optimizer step, numbered after those of ``before``; infinite and NaN become null."""

@@ -13,8 +13,10 @@ from torch import Tensor
 
 from rlzoo.errors import UserError
 from rlzoo.inputs import Input, Stage
+from rlzoo.inputs.base import NO_COLUMNS
 from rlzoo.jobs.memory import on_device
 from rlzoo.objective import Objective
+from rlzoo.policy.chat import options_of
 from rlzoo.policy.encoding import encode_prompt
 from rlzoo.policy.loading import load_policy
 from rlzoo.policy.microbatches import FirstPass, Forward, MicroBatches
@@ -225,8 +227,8 @@ class _Context:
     def model(self, name: str | None) -> Policy:
         return self.assembler.models.of(name)
 
-    def encode(self, prompt: Any) -> list[int]:
-        return encode_prompt(self.policy.tokenizer, prompt)[1]
+    def encode(self, prompt: Any, columns: Mapping[str, Any] = NO_COLUMNS) -> list[int]:
+        return encode_prompt(self.policy.tokenizer, prompt, options=options_of(columns))[1]
 
     def log_probs(self, model: Policy, rows: Sequence[Trajectory] | None = None) -> Float[Tensor, "R T"]:
         if rows is None and model is self.policy:

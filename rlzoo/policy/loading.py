@@ -130,8 +130,7 @@ def load_shape(name: str) -> Policy:
         if (known := read_yaml(SHAPES).get(name)) is None:
             raise
     config = AutoConfig.for_model(**known)
-    with torch.device("meta"):
-        return Policy(AutoModelForCausalLM.from_config(config, dtype=torch.float32), None, name)
+    return Policy(sharding.on_meta(lambda: AutoModelForCausalLM.from_config(config, dtype=torch.float32)), None, name)
 
 
 def _on_meta(name: str, where: str, dtype: torch.dtype, tied: bool | None = None) -> PreTrainedModel:
@@ -139,12 +138,13 @@ def _on_meta(name: str, where: str, dtype: torch.dtype, tied: bool | None = None
     from transformers import AutoConfig, AutoModelForCausalLM
 
     trusted = trusts_remote_code()
-    with _explained(name), torch.device("meta"):
+    with _explained(name):
         config = AutoConfig.from_pretrained(where, trust_remote_code=trusted)
         if tied is not None:
             config.tie_word_embeddings = tied
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trusted)
-    return model
+        return sharding.on_meta(
+            lambda: AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trusted)
+        )
 
 
 def _place(name: str) -> str:

@@ -88,8 +88,15 @@ def _tied(model: nn.Module | None) -> dict[str, str]:
 
 def skeleton(model: PreTrainedModel) -> PreTrainedModel:
     """A model of the same architecture, with its tensors on the meta device."""
+    return on_meta(lambda: type(model)(copy.deepcopy(model.config)))
+
+
+def on_meta(make: Callable[[], PreTrainedModel]) -> PreTrainedModel:
+    """A model made on the meta device, without its weights."""
     with torch.device("meta"):
-        return type(model)(copy.deepcopy(model.config))
+        made = make()
+    made.tie_weights()  # transformers 5.0 does so on other devices only
+    return made
 
 
 def shard(root: nn.Module, model: PreTrainedModel, values: Values | None = None) -> None:

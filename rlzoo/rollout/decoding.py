@@ -91,7 +91,9 @@ class Decoder:
     def __init__(self, policy: Policy, static_shapes: bool | None = None) -> None:
         """``static_shapes``: see `static_decoding`; None: on a GPU, if they do not change the model's logits."""
         self.policy = policy  # modules are looked up at every step: an adapter may replace one
-        self.takes_positions = "position_ids" in inspect.signature(policy.model.base_model.forward).parameters
+        known = inspect.signature(policy.model.base_model.forward).parameters
+        self.takes_positions = "position_ids" in known
+        self._cache_name = "cache" if "cache" in known else "past_key_values"  # as transformers 5.19 calls it
         self.static_shapes = static_shapes
         self._takes_static: bool | None = None  # None: not tried yet
         self.refuses_graphs = False
@@ -241,12 +243,14 @@ class Decoder:
         self, ids: Int[Tensor, "B L"], mask: Bool[Tensor, "B ..."], positions: Int[Tensor, "B L"], cache: DynamicCache
     ) -> Float[Tensor, "B V"]:
         """The logits after the last position of each sequence."""
-        extra = {"position_ids": positions.clamp(min=0)} if self.takes_positions else {}
+        extra: dict[str, Any] = {self._cache_name: cache}
+        if self.takes_positions:
+            extra["position_ids"] = positions.clamp(min=0)
         policy = self.policy
 
         def work() -> Tensor:
             trunk = policy.model.base_model
-            out = trunk(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, **extra)
+            out = trunk(input_ids=ids, attention_mask=mask, use_cache=True, **extra)
             return policy.head.logits(out.last_hidden_state[:, -1])
 
         return policy.run(work)

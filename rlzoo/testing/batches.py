@@ -102,6 +102,12 @@ def gradients(loss: Tensor, batch: TokenBatch) -> Float[Tensor, " G"]:
     return torch.cat([(torch.zeros_like(leaf) if g is None else g).flatten() for leaf, g in pairs])
 
 
+def gap(ours: Tensor, theirs: Tensor) -> float:
+    """The distance between two tensors, relative to the norm of the second; NaN if either has one."""
+    ours, theirs = ours.detach(), theirs.detach()
+    return float((ours - theirs).norm()) / max(float(theirs.norm()), 1e-30)
+
+
 def wider(batch: TokenBatch, extra: int) -> TokenBatch:
     """The same batch with ``extra`` more masked positions, full of NaN, at its end."""
 

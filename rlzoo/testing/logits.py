@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from rlzoo.objective import Objective, reduce, surrogate
-from rlzoo.testing.batches import LENGTH, ROWS, permutation, random_batch
+from rlzoo.testing.batches import LENGTH, ROWS, gap, permutation, random_batch
 from rlzoo.types import TokenBatch
 
 LossInLogits = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -96,11 +96,18 @@ def _check_gradient(objective: Objective, loss: LossInLogits | None, logits: Log
         return
     torch.manual_seed(0)
     wanted = loss(logits.batch.mask, logits.policy, logits.reference, logits.target)
-    gap = _gap(ours, _gradient(wanted, logits))
-    if gap > 1e-10:
+    given = f"the loss in logits given for {objective.name!r}"
+    if wanted.ndim or not wanted.requires_grad:
+        raise AssertionError(f"{given} must be a scalar, computed from the logits and their graph")
+    theirs = _gradient(wanted, logits)
+    if not bool(torch.isfinite(torch.cat((theirs.flatten(), wanted.detach()[None]))).all()):
+        raise AssertionError(f"{given} depends on masked positions: take logits[mask]")
+    if not theirs.any():
+        raise AssertionError(f"{given} has no gradient on random logits, so it checks nothing")
+    if not (off := gap(ours, theirs)) <= 1e-10:
         raise AssertionError(
             f"objective {objective.name!r} has a gradient in the logits that is not that of the loss "
-            f"(relative difference {gap:.2g})"
+            f"(relative difference {off:.2g})"
         )
     if abs(float((value - wanted).detach())) > 1e-10 * max(1.0, abs(float(wanted.detach()))):
         raise AssertionError(
@@ -118,7 +125,7 @@ def _check_split(objective: Objective) -> None:
         part = torch.zeros_like(mask)
         part[rows] = mask[rows]
         total += _gradient(_surrogate(objective, logits, part, denominator), logits)
-    if _gap(total, whole) > 1e-12:
+    if not gap(total, whole) <= 1e-12:
         raise AssertionError(
             f"objective {objective.name!r} has a logit_term that depends on how a batch is split into micro-batches: "
             "look at one position at a time"
@@ -131,12 +138,7 @@ def _check_precision(objective: Objective) -> None:
         torch.manual_seed(0)
         logits = random_logits(objective, dtype=dtype)
         found.append(_gradient(_surrogate(objective, logits), logits))
-    gap = _gap(*found)
-    if gap > 1e-5:
+    if not (off := gap(*found)) <= 1e-5:  # NaN too
         raise AssertionError(
-            f"objective {objective.name!r} has a logit_term that loses precision in float32 ({gap:.2g})"
+            f"objective {objective.name!r} has a logit_term that loses precision in float32 ({off:.2g})"
         )
-
-
-def _gap(ours: Tensor, theirs: Tensor) -> float:
-    return float((ours - theirs).norm() / theirs.norm())

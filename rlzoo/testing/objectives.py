@@ -15,6 +15,7 @@ from rlzoo.testing.batches import (
     LENGTH,
     ROWS,
     cast,
+    gap,
     gradients,
     keys_with_graph,
     permutation,
@@ -83,12 +84,6 @@ def _demand(objective: Objective, holds: bool, message: str) -> None:
         raise AssertionError(f"objective {objective.name!r} {message}")
 
 
-def _gap(ours: Tensor, theirs: Tensor) -> float:
-    """The distance between two tensors, relative to the norm of the second."""
-    ours, theirs = ours.detach(), theirs.detach()
-    return float((ours - theirs).norm()) / max(float(theirs.norm()), 1e-30)
-
-
 def _kinds(objective: Objective, _: Loss | None) -> None:
     """Coefficients, metrics and the reported loss have the right shape and no graph, and are finite."""
     if is_composite(type(objective)):
@@ -151,12 +146,13 @@ def _gradient(objective: Objective, loss: Loss | None) -> None:
         batch = random_batch(objective, seed)
         ours = gradients(surrogate(objective, prepared(objective, batch)), batch)
         unprepared = gradients(surrogate(objective, batch), batch)
-        gap = _gap(unprepared, ours)
-        _demand(objective, gap <= 1e-12, "has another gradient where prepare gets the policy's log-probs")
+        _demand(
+            objective, gap(unprepared, ours) <= 1e-12, "has another gradient where prepare gets the policy's log-probs"
+        )
         if loss is not None:
             theirs = _gradient_of_the_loss(objective, loss, batch)
             message = f"has a gradient that is not that of the loss{_told(ours, theirs)}"
-            _demand(objective, _gap(ours, theirs) <= EXACT, message)
+            _demand(objective, gap(ours, theirs) <= EXACT, message)
 
 
 def _gradient_of_the_loss(objective: Objective, loss: Loss, batch: TokenBatch) -> Tensor:
@@ -175,9 +171,9 @@ def _gradient_of_the_loss(objective: Objective, loss: Loss, batch: TokenBatch) -
 def _told(ours: Tensor, theirs: Tensor) -> str:
     """How two gradients differ."""
     ratio = float(ours @ theirs / (theirs @ theirs))
-    if ratio and _gap(ours, ratio * theirs) < EXACT:
+    if ratio and gap(ours, ratio * theirs) < EXACT:
         return ": it has the opposite sign" if abs(ratio + 1) < EXACT else f": it is {ratio:.6g} times as large"
-    return f" (relative difference {_gap(ours, theirs):.2g})"
+    return f" (relative difference {gap(ours, theirs):.2g})"
 
 
 def _reported_loss(objective: Objective, batch: TokenBatch) -> Tensor | None:
@@ -231,8 +227,8 @@ def _gaps(objective: Objective, _: Loss | None) -> None:
 def _same(objective: Objective, batch: TokenBatch, changed: TokenBatch, fault: str) -> None:
     """The loss and its gradient are the same on a batch made from the first."""
     loss, other = (surrogate(objective, prepared(objective, one)) for one in (batch, changed))
-    gap = max(_gap(other, loss), _gap(gradients(other, batch), gradients(loss, batch)))
-    _demand(objective, gap <= SUMMED, f"{fault} (relative difference {gap:.2g})")
+    off = max(gap(other, loss), gap(gradients(other, batch), gradients(loss, batch)))
+    _demand(objective, off <= SUMMED, f"{fault} (relative difference {off:.2g})")
 
 
 def _split(objective: Objective, _: Loss | None) -> None:
@@ -247,9 +243,9 @@ def _split(objective: Objective, _: Loss | None) -> None:
         total = sum(objective.normaliser.denominator(ready.rows(index, LENGTH)) for index in indices)
         _demand(objective, total == denominator, "has a normaliser whose denominators do not add up")
         summed = _summed(objective, ready, indices)
-        gap = max(_gap(summed, whole), _gap(gradients(summed, batch), gradients(whole, batch)))
+        off = max(gap(summed, whole), gap(gradients(summed, batch), gradients(whole, batch)))
         advice = "if a coefficient depends on other rows, compute it in advantages or set couples"
-        _demand(objective, gap <= SUMMED, f"depends on how a batch is split into micro-batches: {advice}")
+        _demand(objective, off <= SUMMED, f"depends on how a batch is split into micro-batches: {advice}")
 
 
 def _micro_batches(objective: Objective, batch: TokenBatch, units: int) -> list[Tensor]:
@@ -299,9 +295,9 @@ def _precision(objective: Objective, _: Loss | None) -> None:
         message = f"computes in {loss.dtype} where log-probs are {dtype}: {advice}"
         _demand(objective, loss.dtype == dtype, message)
         exact = gradients(surrogate(objective, prepared(objective, high)), high)
-        gap = _gap(gradients(loss, low).double(), exact)
+        off = gap(gradients(loss, low).double(), exact)
         _demand(
-            objective, gap <= tolerance, f"loses precision in {dtype}: its gradient is off by {gap:.2g} of its size"
+            objective, off <= tolerance, f"loses precision in {dtype}: its gradient is off by {off:.2g} of its size"
         )
 
 

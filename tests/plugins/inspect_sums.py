@@ -1,5 +1,6 @@
 """Tasks of inspect, without a network: some that rlzoo can run, and one of each kind that it cannot."""
 
+# mypy: disable-error-code="untyped-decorator"
 from __future__ import annotations
 
 from collections.abc import Sequence
