@@ -863,7 +863,7 @@ def test_threads(command: list[str], monkeypatch: pytest.MonkeyPatch, capsys: py
         seen.append((torch.get_num_threads(), os.environ["OMP_NUM_THREADS"]))
         raise UserError("far enough")
 
-    monkeypatch.setattr(settings, "pairs", stop)  # the next thing that each command does
+    monkeypatch.setattr("rlzoo.jobs.pool.silence", stop)  # what each command does before it reads a model
     try:
         torch.set_num_threads(1)
         for threads in ([], ["--threads", "3"]):
