@@ -143,6 +143,8 @@ def test_a_push_only_when_asked_that_fails_and_loses_nothing(
     assert "already finished" in capsys.readouterr().out
     repository = hub.repositories["models/alice/dft"]
     assert "model.safetensors" in repository.files and not repository.private
+    assert train(table, out, "--push-to-hub", "alice/dft") == 2  # privately
+    assert "is public: add --public" in capsys.readouterr().err
 
 
 @pytest.mark.slow

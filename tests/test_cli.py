@@ -101,6 +101,17 @@ def test_help_and_wrong_settings_import_nothing_heavy() -> None:
     assert max(map(len, run.stdout.splitlines())) <= 80
 
 
+def test_a_notebook_gets_lines_in_place_of_bars(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TTY_COMPATIBLE", "1")
+    monkeypatch.delenv("TTY_COMPATIBLE")  # what `main` sets is unset again after the test
+    terminal = StringIO()
+    monkeypatch.setattr(terminal, "isatty", lambda: True, raising=False)
+    assert Console(file=terminal).is_terminal
+    monkeypatch.setenv("JPY_PARENT_PID", "1")
+    assert main(["--version"]) == 0
+    assert not Console(file=terminal).is_terminal
+
+
 @pytest.mark.parametrize("is_terminal", [True, False])
 def test_a_terminal_is_told_that_libraries_are_being_loaded(
     is_terminal: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

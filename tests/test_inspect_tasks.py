@@ -186,7 +186,7 @@ ASKS_ONE = "use a task whose solver asks the model once, in text, and whose scor
         ("drawn", "its solver makes another prompt of sample '1' each time: shuffle in its data set, with a seed$"),
         ("shuffled", "its data is in another order each time: shuffle it with a seed$"),
         ("alike", "two of its samples have the same id: give each its own$"),
-        ("broken", "cannot be loaded: FileNotFoundError: no data.json$"),
+        ("broken", r"cannot be loaded: FileNotFoundError: no data\.json \(inspect_sums\.py line \d+\)$"),
         ("nowhere", "cannot be loaded: PrerequisiteError: Task named 'nowhere' not found.$"),
         ("plain?cuont=1", r"unknown argument of inspect task .* 'cuont': did you mean 'count'\?"),
         ("plain?count", "'count' is not an argument: write NAME=VALUE$"),

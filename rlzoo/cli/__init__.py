@@ -23,6 +23,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from rlzoo.cli.app import parsed
 
     os.environ.pop("RLZOO_TRUST_REMOTE_CODE", None)
+    if "JPY_PARENT_PID" in os.environ:  # a notebook's terminal keeps every redrawing of a bar
+        os.environ.setdefault("TTY_COMPATIBLE", "0")
     sys.path.append(str(Path.cwd()))  # for a user's own package.module:Name; last, so that it hides nothing
     signal.signal(signal.SIGTERM, raise_signal)  # a job that the system stops ends like one stopped by Ctrl-C
     ours = COMMAND.set(public_command(sys.argv[1:] if arguments is None else arguments))

@@ -90,7 +90,7 @@ def rollout(
             lead = (
                 f"Samples of a policy on problems of the experiment {chosen.name}, scored by a reward, made by rlzoo."
             )
-            card = card_of(chosen, buffer, out.name, lead, seed, sum(map(learned_tokens, rows)), flops)
+            card = card_of(chosen, buffer, out.absolute().name, lead, seed, sum(map(learned_tokens, rows)), flops)
             buffer.write(out, {name: value for name, value in known.items() if value}, card)
         right = sum((row.reward or 0) >= chosen.evaluation.correct_at for row in rows)
         for line in bad.lines():

@@ -125,7 +125,7 @@ def train(
         def log(trainer: Any, step: int) -> None:
             journal.step(trainer.record.steps[-1], share=trainer.progress.fraction)
 
-        bad, longest = BadRows(table.bad_rows), training.max_completion_tokens
+        bad, longest, logs = BadRows(table.bad_rows), training.max_completion_tokens, out / LOGS / out.absolute().name
         with Heartbeat(Console(stderr=True, quiet=not is_main()), "reading the model and the buffer"):
             policy = load_for(settings.model, training)
             rows = read_buffer(
@@ -135,7 +135,7 @@ def train(
         if is_main():
             for line in bad.lines():
                 print(line, flush=True)
-        folders = out / LOGS / out.name, run.state / "checkpoints"
+        folders = logs, run.state / "checkpoints"
         record = train(policy, what, rows, training, settings.seed, [show, log], *folders)
         save_policy(policy, out)
         if is_main():
@@ -150,7 +150,7 @@ def train(
             }
             write_atomically(out / "training.json", json.dumps(summary, indent=1))
             left_out = dropped_line(bad.summary())
-            made = Trained(out.name, what, settings.model, table.source, rows, record, asked, how, left_out)
+            made = Trained(logs.name, what, settings.model, table.source, rows, record, asked, how, left_out)
             write_atomically(out / CARD, model_card(made))
             for event in record.events:
                 print(event)

@@ -51,7 +51,7 @@ def pushed(name: str | None, kind: Kind, private: bool, folder: Path, files: Fil
     """Make the repository ``name`` now, and push what the run in this context saves in ``folder``, unless it fails.
 
     ``files`` is called with the folder once it is complete. Without a ``name``, nothing happens. All processes must
-    enter this. A repository that exists is used if it is empty and as private as was asked; if it holds the card of
+    enter this. A repository that exists and is as private as was asked is used if it is empty; if it holds the card of
     ``folder`` already, nothing is pushed. Raises UserError for a malformed or taken name, without a token that may
     write there, and if the Hub cannot be reached; at the end, it says which command tries again.
     """
@@ -114,7 +114,7 @@ def _reserved(name: str, kind: Kind, private: bool, folder: Path) -> Repository:
         raise UserError(
             f"{_OPTION} {name!r}: that {kind} exists and holds other files: give another name, or delete it first"
         )
-    if not there and bool(info.private) != private:
+    if bool(info.private) != private:
         asked = "private: leave --public out" if info.private else "public: add --public"
         raise UserError(f"{_OPTION} {name!r}: that {kind} exists and is {asked}, or give another name")
     return Repository(name, kind, is_filled=bool(there))
