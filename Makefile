@@ -105,7 +105,8 @@ release-check: $(INSTALLED)
 	@echo "== Installing the wheel with the oldest versions"
 	$(PYTHON) -m venv $(RELEASE)/lowest
 	$(RELEASE)/lowest/bin/python -m pip install --quiet uv
-	$(RELEASE)/lowest/bin/uv pip install --quiet --python $(RELEASE)/lowest/bin/python $(OLDEST) $(RELEASE)/*.whl
+	$(RELEASE)/lowest/bin/uv pip install --quiet --python $(RELEASE)/lowest/bin/python $(OLDEST) \
+		-r pyproject.toml $(RELEASE)/*.whl # both: what a wheel depends on is not direct
 	@$(TRY) $(abspath $(RELEASE))/lowest/bin
 
 bench: $(INSTALLED)
