@@ -71,7 +71,9 @@ def test_answers_are_found_in_the_process_too(tmp_path: Path) -> None:
     reward = isolated(spec, Limits(1.0, 1.0))
     assert reward.answers(["x1", "x2", "x"]) == ["1.0", "0.5", ""]
     assert reward.answers(["x1", "hang"]) == [None, None], "in time, and none of them"
-    with pytest.raises(UserError, match=r"^reward 'mine': answer_of raised ZeroDivisionError: division by zero$"):
+    with pytest.raises(
+        UserError, match=r"^reward 'mine': answer_of raised ZeroDivisionError: division by zero \(mine.py line 8\)$"
+    ):
         reward.answers(["x0"])
     lenient = isolated(spec, Limits(1.0, 1.0), "null")
     with pytest.warns(RuntimeWarning, match="answer_of raised ZeroDivisionError"):
