@@ -211,11 +211,13 @@ def test_a_column_that_json_cannot_hold_is_named() -> None:
         samples(replace(PLAIN, columns={"id": 1, "image": b"x"}))
 
 
-def test_push_to_hub_sends_the_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_push_to_hub_sends_the_rows_to_a_private_repository(monkeypatch: pytest.MonkeyPatch) -> None:
     sent = []
-    monkeypatch.setattr(datasets.Dataset, "push_to_hub", lambda rows, name: sent.append((name, len(rows))))
+    monkeypatch.setattr(
+        datasets.Dataset, "push_to_hub", lambda rows, name, private: sent.append((name, len(rows), private))
+    )
     samples(FULL, PLAIN).push_to_hub("me/rollouts")
-    assert sent == [("me/rollouts", 2)]
+    assert sent == [("me/rollouts", 2, True)]
 
 
 # New buffers from old ones

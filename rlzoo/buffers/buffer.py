@@ -234,9 +234,9 @@ class Buffer:
             case _:
                 self.save(path, notes, card)
 
-    def push_to_hub(self, name: str) -> None:
-        """Upload the rows to the Hugging Face Hub as the data set ``name``."""
-        self._rows.push_to_hub(name)
+    def push_to_hub(self, name: str, private: bool = True) -> None:
+        """Upload the rows to the Hugging Face Hub as the data set ``name``; as in ``--push-to-hub``, a private one."""
+        self._rows.push_to_hub(name, private=private)
 
     def _settings(self) -> dict[str, Any]:
         return {}
