@@ -162,9 +162,7 @@ def test_an_offending_row_has_its_number_among_all(
     monkeypatch.setattr(scoring, "CHUNK", 4)
     problems, settings = problems_of(policy, 4), Sampling(samples=4)
     for processes, limits in ((1, None), (2, None), (1, Limits(None, None))):
-        with pytest.raises(
-            UserError, match=r"^reward 'picky' raised on row 11: ValueError: oh \(test_scoring.py line \d+\)$"
-        ):
+        with pytest.raises(UserError, match=r"^reward 'picky' raised on row 11: ValueError: oh \(mine.py line 26\)$"):
             collect_rollouts(policy, sampler, problems, rewards("Picky", processes, limits=limits), settings, 0)
     lenient, plain = rewards("Picky", on_error="null"), [one.problem for one in problems]
     with pytest.warns(
