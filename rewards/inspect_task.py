@@ -1,4 +1,4 @@
-"""inspect: the scorer of the task that a problem comes from.
+"""inspect-task: the scorer of the inspect task that a problem comes from.
 
 Source: github.com/UKGovernmentBEIS/inspect_ai.
 """
@@ -26,7 +26,7 @@ class InspectScorer:
     UserError without the package inspect-ai, and for a task that cannot be scored without a model, tools or a sandbox.
     """
 
-    name: ClassVar[str] = "inspect"
+    name: ClassVar[str] = "inspect-task"
 
     score: str | None = None
 

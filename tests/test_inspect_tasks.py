@@ -20,7 +20,7 @@ from rlzoo.policy import load_policy
 from rlzoo.reward import get_reward
 from rlzoo.rollout import Sample, Sampler
 
-FILE = Path(__file__).parent / "plugins" / "inspect_sums.py"
+FILE = Path(__file__).parent / "tasks" / "inspect_sums.py"
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +36,7 @@ def load(task: str, **settings: Any) -> list[Problem]:
 def scored(task: str, completions: list[str], problem: int = 0, **options: Any) -> list[float | None]:
     one = load(task)[problem]
     columns = {name: [value] * len(completions) for name, value in one.columns.items()}
-    reward = get_reward({"name": "inspect", **options})
+    reward = get_reward({"name": "inspect-task", **options})
     return [score.value for score in reward.score([one.prompt] * len(completions), completions, columns)]
 
 
@@ -50,7 +50,11 @@ def test_a_task_in_an_experiment_comes_with_its_scorer_and_its_turns() -> None:
         "benchmarks": {"a": "inspect:t.py@a?n=2", "b": {"source": "inspect:t.py@b", "chat": False, "reward": "format"}},
     }  # fmt: skip
     found = validated(Experiment, data, "x").benchmarks
-    assert (found["a"].source, found["a"].chat, found["a"].reward) == ("inspect:t.py@a?n=2", True, {"name": "inspect"})
+    assert (found["a"].source, found["a"].chat, found["a"].reward) == (
+        "inspect:t.py@a?n=2",
+        True,
+        {"name": "inspect-task"},
+    )
     assert (found["b"].chat, found["b"].reward) == (False, "format")
     again = Benchmark.model_validate({**found["a"].model_dump(), "reward": None})
     assert again == found["a"], "as with --test-data, which gives the other settings of a benchmark"
@@ -159,7 +163,7 @@ class Canned(Sampler):
 @pytest.mark.usefixtures("library")
 def test_outcomes_and_metrics_are_those_of_any_benchmark() -> None:
     policy, problems = load_policy("embedded"), load("plain", chat=False)
-    found = evaluate(policy, problems, "inspect", EvaluationSettings(samples=2), sampler=Canned())
+    found = evaluate(policy, problems, "inspect-task", EvaluationSettings(samples=2), sampler=Canned())
     assert [(row["problem_id"], row["reward"]) for row in found.outcomes[:4]] == [
         ("1", 1.0), ("1", 0.0), ("b", 0.0), ("b", 0.0),
     ]  # fmt: skip
@@ -190,7 +194,10 @@ ASKS_ONE = "use a task whose solver asks the model once, in text, and whose scor
         ("nowhere", "cannot be loaded: PrerequisiteError: Task named 'nowhere' not found.$"),
         ("plain?cuont=1", r"unknown argument of inspect task .* 'cuont': did you mean 'count'\?"),
         ("plain?count", "'count' is not an argument: write NAME=VALUE$"),
-        ("several", r"has the scores measured.length, measured.right, match: say which, as in \{name: inspect, score:"),
+        (
+            "several",
+            r"has the scores measured.length, measured.right, match: say which, as in \{name: inspect-task, score:",
+        ),
         ("unscored", "its scorer 'strict' failed on sample '1': scoring_failed: no log-probs$"),
     ],
 )
@@ -208,10 +215,12 @@ def test_other_mistakes_are_told() -> None:
         load_problems(ProblemSource(source="inspect:nothing/here"))
     with pytest.raises(UserError, match=r"unknown scorer of inspect task .* 'macth': did you mean 'match'"):
         scored("sums", ["2"], score="macth")
-    with pytest.raises(UserError, match=r"reward 'inspect': row 1 is not of an inspect task: score it with another$"):
-        get_reward("inspect")(["q"] * 2, ["2"] * 2, task=[f"{FILE}@sums", None], sample=["1", None])
+    with pytest.raises(
+        UserError, match=r"reward 'inspect-task': row 1 is not of an inspect task: score it with another$"
+    ):
+        get_reward("inspect-task")(["q"] * 2, ["2"] * 2, task=[f"{FILE}@sums", None], sample=["1", None])
     with pytest.raises(UserError, match="has no sample '9': has it changed, or is its data shuffled anew"):
-        get_reward("inspect")(["q"], ["2"], task=[f"{FILE}@sums"], sample=["9"])
+        get_reward("inspect-task")(["q"], ["2"], task=[f"{FILE}@sums"], sample=["9"])
 
 
 def test_the_signatures_that_are_used(library: Any) -> None:

@@ -32,7 +32,16 @@ def said(text: str) -> list[dict[str, str]]:
 
 
 def test_list_rewards() -> None:
-    built_in = {"exact-match", "format", "inspect", "length", "math-answer", "overlong", "reasoning-gym", "weighted"}
+    built_in = {
+        "exact-match",
+        "format",
+        "inspect-task",
+        "length",
+        "math-answer",
+        "overlong",
+        "reasoning-gym",
+        "weighted",
+    }
     assert built_in <= set(list_rewards())
 
 
@@ -169,13 +178,14 @@ def test_a_wrong_spec_is_told_in_one_line(spec: Any, message: str) -> None:
 # The contract
 
 PLUGINS = Path(__file__).parent / "plugins"
-NEEDS = {"inspect": "inspect_ai", "reasoning-gym": "reasoning_gym"}
+TASKS = Path(__file__).parent / "tasks"
+NEEDS = {"inspect-task": "inspect_ai", "reasoning-gym": "reasoning_gym"}
 """The optional packages of rewards."""
 GOLD = {"answer": ["4", "5", None, "x+1"]}
 CHECKED: dict[str, tuple[Any, dict[str, list[Any]]]] = {
     "exact-match": ("exact-match", GOLD),
     "format": ("format", {}),
-    "inspect": ("inspect", {"task": [f"{PLUGINS / 'inspect_sums.py'}@plain"] * 4, "sample": ["1", "b"] * 2}),
+    "inspect-task": ("inspect-task", {"task": [f"{TASKS / 'inspect_sums.py'}@plain"] * 4, "sample": ["1", "b"] * 2}),
     "length": ({"name": "length", "target": 1, "limit": 4}, {}),
     "math-answer": ("math-answer", GOLD),
     "overlong": ({"name": "overlong", "target": 1, "limit": 4}, {}),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -540,6 +541,19 @@ def test_it_serves_until_it_is_interrupted(runs: Runs, tmp_path: Path) -> None:
     assert ended.status == 130
     warning, end = ended.errors.splitlines()
     assert "anyone who reaches" in warning and end == "rlzoo: interrupted"
+
+
+@pytest.mark.parametrize("found", [True, False])
+def test_the_address_is_opened_in_a_browser_if_there_is_one(
+    found: bool, runs: Runs, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    opened: list[str] = []
+    monkeypatch.setattr("webbrowser.open", lambda address: opened.append(address) or found)
+    monkeypatch.setattr("uvicorn.Server.run", lambda server, sockets: None)
+    assert main(["serve", str(runs.finished), "--port", "0", "--open"]) == 0
+    told = capsys.readouterr()
+    assert opened == re.findall(r"http://127\.0\.0\.1:[1-9]\d*", told.out)
+    assert ("open the address yourself" in told.err) is not found
 
 
 @pytest.fixture

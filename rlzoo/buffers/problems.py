@@ -377,7 +377,7 @@ def world_problems(name: str) -> list[Problem]:
 
 
 class InspectProblems(Sequence[Problem]):
-    """The samples of a task of inspect, whose scorer the reward ``inspect`` finds by ``task`` and ``sample``.
+    """The samples of a task of inspect, whose scorer the reward ``inspect-task`` finds by ``task`` and ``sample``.
 
     Raises UserError as `inspect_task` does.
     """

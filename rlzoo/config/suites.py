@@ -14,7 +14,7 @@ from rlzoo.errors import unknown
 SUITES = Path(__file__).parent / "suites.yaml"
 INSPECT = "inspect:"
 """What the name of a task of inspect begins with, as the source of problems."""
-OF_TASKS: Mapping[str, Mapping[str, Any]] = {INSPECT: {"chat": True, "reward": {"name": "inspect"}}}
+OF_TASKS: Mapping[str, Mapping[str, Any]] = {INSPECT: {"chat": True, "reward": {"name": "inspect-task"}}}
 """The settings of a benchmark whose source begins like this, where no others are given."""
 
 

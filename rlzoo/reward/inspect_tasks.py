@@ -121,7 +121,7 @@ class InspectTask:
         if which is None and len(found) == 1:
             (which,) = found
         if which is None:
-            hint = f"{{name: inspect, score: {next(iter(found), 'NAME')}}}"
+            hint = f"{{name: inspect-task, score: {next(iter(found), 'NAME')}}}"
             raise UserError(f"{self.label} has the scores {', '.join(found)}: say which, as in {hint}")
         if which not in found:
             raise unknown(f"score of {self.label}", which, found)
