@@ -22,6 +22,7 @@ from rlzoo.buffers import OfflineBuffer
 from rlzoo.buffers.problems import load_problems
 from rlzoo.comparison import one_cell, plan, runner, shared_buffer
 from rlzoo.config import Experiment, ProblemSource, Rollouts, Sampling
+from rlzoo.jobs.journal import JournaledTask
 from rlzoo.jobs.pool import InThisProcess, WorkerDiedError
 from rlzoo.objective import get_objective
 from rlzoo.policy import Policy, Sequences, load_policy
@@ -559,7 +560,7 @@ def test_a_log_says_what_was_done_and_what_was_left_out(make_policy: Callable[..
     cells, expected = {(cell["algorithm"], cell["seed"]): cell for cell in results["cells"]}, []
     for number, cell in enumerate(plan.cells(experiment), 1):
         if cell.algorithm == "failing":
-            expected.append(f"  [{number}/6] {cell.id} failed: RuntimeError: no [bold] step")
+            expected.append(f"  [{number}/6] {cell.id} failed: RuntimeError: no [bold] step (own.py line 7)")
         else:
             expected.append(f"  [{number}/6] {cell.id}: avg@k mine 50.0 %")
             expected += [f"    {event}" for event in cells[cell.algorithm, cell.seed]["events"]]
@@ -637,8 +638,9 @@ class Dying(InThisProcess):
         self.died: list[tuple[str, Any]] = []
 
     def submit(self, name: str, function: Callable[..., Any], *arguments: Any) -> Future[Any]:
-        attempt = (name, function)
-        if function not in (one_cell.run_cell, one_cell.evaluate_cell) or self.died.count(attempt) == 2:
+        task = function.function if isinstance(function, JournaledTask) else function
+        attempt = (name, task)
+        if task not in (one_cell.run_cell, one_cell.evaluate_cell) or self.died.count(attempt) == 2:
             return super().submit(name, function, *arguments)
         self.died.append(attempt)
         future: Future[Any] = Future()
