@@ -548,7 +548,12 @@ def test_the_address_is_opened_in_a_browser_if_there_is_one(
     found: bool, runs: Runs, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     opened: list[str] = []
-    monkeypatch.setattr("webbrowser.open", lambda address: opened.append(address) or found)
+
+    def browser(address: str) -> bool:
+        opened.append(address)
+        return found
+
+    monkeypatch.setattr("webbrowser.open", browser)
     monkeypatch.setattr("uvicorn.Server.run", lambda server, sockets: None)
     assert main(["serve", str(runs.finished), "--port", "0", "--open"]) == 0
     told = capsys.readouterr()
