@@ -58,7 +58,7 @@ class Runs:
     seen: RunView
     """While its second cell was being evaluated."""
     killed: Path
-    """A copy of its folder at that moment."""
+    """A copy of its folder at that moment, whose process is gone."""
     finished: Path
 
 
@@ -77,6 +77,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
         if (out / ".state" / "cells").is_dir() and any((out / ".state" / "cells").glob("sft*.result")):
             seen.append(WatchedRun(out).look())
             shutil.copytree(out, copy)
+            gone = f"process {2**22 + 5} on {socket.gethostname()}, since 2026-01-01 00:00:00"
+            (copy / ".state" / "lock").write_text(gone)
         return probe(*arguments)
 
     with pytest.MonkeyPatch.context() as patched:
@@ -145,7 +147,6 @@ def test_what_the_journal_says_is_what_the_results_say(runs: Runs) -> None:
 def test_a_killed_run_is_told_from_one_that_was_stopped_or_failed(runs: Runs, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     shutil.copytree(runs.killed, folder)
-    (folder / ".state" / "lock").write_text(f"process {2**22 + 5} on {socket.gethostname()}, since 2026-01-01 00:00:00")
     run = WatchedRun(folder)
     assert run.look().state == "killed" and run.look().cells[1].status == "stopped"
     assert "its process is gone" in page(folder, "/").text
