@@ -55,11 +55,14 @@ def _equal(answer: str, gold: str) -> bool:
     return _units.ratio(unit, wanted) == 1 and _symbols.equal(gold, answer)
 
 
+# One form for what has several
+
 _BUILDER = re.compile(r"\\\{ ?[a-z](?: ?\\in ?(?:\\mathbb\{R\}|R))? ?(?:\||\\v?mid|\\vert|:) ?([^{}|]*)\\\}")
-
-
+r"""A set by its condition: \{x \in R | x > 2\}."""
 _FALLING = re.compile(r"([^<>=\\]+)(>|\\ge(?![a-z]))([^<>=\\]+)(>|\\ge(?![a-z]))([^<>=\\]+)")
+"""2 > x > 1."""
 _OUTWARD = re.compile(r"([\[\]])([^\[\]()]+,[^\[\]()]+)([\[\]])")
+"""An interval whose open ends are brackets that turn outwards: ]1, 2]."""
 _COUNTED = re.compile(
     r"(?<![\w\\])(?:\{\})?(?:C\((\d+|[a-z]), ?(\d+|[a-z])\)|P\((\d+), ?(\d+)\)|[CPA]_\{?(\d+)\}?\^\{?(\d+)\}?"
     r"|[_^]?\{?(\d+)\}? ?[CP]_?\{?(\d+)\}?|\{?(\w+) ?\\choose ?(\w+)\}?)(?![\w(])"
@@ -75,6 +78,7 @@ def _counted(match: re.Match[str]) -> str:
 
 
 _MATRIX = re.compile(r"[(\[]? ?\\begin\{([pbB]?matrix|array)\}(?:\{[^{}]*\})?(.*)\\end\{\1\} ?[)\]]?", re.DOTALL)
+"""A matrix, also one in brackets of its own."""
 
 
 def _as_list(matrix: re.Match[str], other: str) -> str:
@@ -150,8 +154,7 @@ _CHOICE = re.compile(
 _LETTERS = re.compile(r"\s*[A-H](?:([\s,;]+(?:and\s+)?)?[A-H])+\s*")
 """Several choices: ABD, or A, B and D."""
 _CHOICES = re.compile(r"(?<![A-Za-z\\])(?:\([A-Ja-j]\)|[A-J][.)](?=\s|$))|\b(?:or|and)\W+[A-J]\b")
-
-
+"""A further choice in what follows a letter."""
 _NO_VALUE = re.compile(rf"{EITHER}|{MAYBE}|(?:an)?other\b|(?-i:[A-J])$", re.IGNORECASE)
 """What follows a letter and is no value of it, but another choice."""
 
@@ -181,8 +184,8 @@ def _same_choice(answer: str, gold: str) -> bool | None:
 
 # Lists: 1, 2 and 3; (1, 2); \{1, 2\}
 
-
 _ELEMENT = re.compile(r"[A-Za-z] ?\\in ?(?=\\\{)")
+"""What stands before a set of solutions: x \\in."""
 _OR = re.compile(r"\\(?:cup|lor|vee)(?![A-Za-z])|(?<![^\W\d_\\])or(?![^\W\d_])")
 
 
