@@ -171,6 +171,8 @@ def test_verl_turns_that_end_early_or_are_not_the_templates(chat: Any, tmp_path:
     cut = read("2?\ntool\nIt is 2.\nassistant\n")  # the length limit was the tool's
     assert cut.completion_messages is None and cut.completion == "2?"
     assert read("no turns").completion_messages is None
+    with pytest.raises(UserError, match=r"line 1: the turns of a completion are found by the chat template, but"):
+        read("2?", turns="none")
     with pytest.raises(UserError, match=r"line 1: the completion was logged without its special tokens, and the chat"):
         read("a\n<think>b</think>tool\nIt is 2.\nassistant\nSure.", tokenizer_of("qwen3"))
     with pytest.raises(UserError, match=r"completion's turns cannot be told apart without their special tokens: give"):

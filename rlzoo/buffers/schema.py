@@ -119,8 +119,7 @@ def _message_struct(message: Mapping[str, Any]) -> dict[str, Any]:
 
 def _message(struct: Mapping[str, Any]) -> dict[str, Any]:
     texts = {name: struct[name] for name in ("role", "content") if struct[name] is not None}
-    extra = struct.get("extra")  # a file of an earlier version has none
-    return texts if extra is None else {**texts, **json.loads(extra)}
+    return texts if struct["extra"] is None else {**texts, **json.loads(struct["extra"])}
 
 
 def decode(name: str, value: Any) -> Any:
