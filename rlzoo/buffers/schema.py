@@ -114,7 +114,8 @@ def _message_struct(message: Mapping[str, Any]) -> dict[str, Any]:
     texts = {name: message[name] for name in ("role", "content") if isinstance(message.get(name), str)}
     extra = {name: value for name, value in message.items() if name not in texts}
     says = "content" in texts or any(value is not None for value in extra.values())
-    return {**texts, "extra": _to_json(extra, "key of a message") if extra and says else None}
+    others = _to_json(extra, "key of a message") if extra and says else None
+    return {"role": texts.get("role"), "content": texts.get("content"), "extra": others}
 
 
 def _message(struct: Mapping[str, Any]) -> dict[str, Any]:
