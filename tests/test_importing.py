@@ -11,7 +11,7 @@ from typing import Any
 import logs
 import pyarrow.parquet as pq
 import pytest
-from chat_templates import CALLS, assistant, policy_of, tokenizer_of, turn, user
+from chat_templates import CALLS, OPENS, TURNS, assistant, built, policy_of, tokenizer_of, turn, user
 
 from rlzoo.buffers import Importer, LoggedSample, OfflineBuffer, get_importer, import_log, list_importers
 from rlzoo.buffers.bad_rows import BadRows
@@ -158,6 +158,19 @@ def test_verl_several_turns(template: str, role: str, space: str, tmp_path: Path
     kept = [token for token, learned in zip(row.completion_ids, row.completion_mask or [], strict=True) if learned]
     stop = "<|eot_id|>" if template == "llama3" else "<|im_end|>"
     assert tokenizer.decode(kept).replace("\n", "") == f"2?{stop}Sure.{stop}"
+
+
+def test_verl_results_in_a_turn_of_the_user(tmp_path: Path) -> None:
+    """As Qwen's template has them, several in one turn."""
+    tool = "<|im_start|>user\n<tool_response>\n' + m.content + '\n</tool_response><|im_end|>\n"
+    tokenizer = built(TURNS.replace("{{ '", "{{ '" + tool + "' if m.role == 'tool' else '", 1) + OPENS)
+    said = "add\nuser\n<tool_response>\n2\n</tool_response>\n<tool_response>\n3\n</tool_response>\nassistant\nIt is 5."
+    row = {"input": logs.stripped(tokenizer, "1+1=?"), "output": said, "score": 1.0, "step": 1}
+    (found,) = imported("verl", logs.write_lines(tmp_path / "1.jsonl", [row]), tokenizer, completions="several")
+    results = turn("tool", "2\n</tool_response>\n<tool_response>\n3")
+    assert found.completion_messages == [assistant("add"), results, assistant("It is 5.")]
+    hidden = [t for t, kept in zip(found.completion_ids, found.completion_mask or [], strict=True) if not kept]
+    assert tokenizer.decode(hidden).startswith("<|im_start|>user\n<tool_response>\n2")
 
 
 def test_verl_turns_that_end_early_or_are_not_the_templates(chat: Any, tmp_path: Path) -> None:
