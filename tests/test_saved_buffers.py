@@ -188,7 +188,7 @@ def test_import_says_what_it_did_and_does_it_once(
     assert not Path("runs/other").exists()
     assert main(["rescore", "runs/buffer", "--reward", "length", "--set", "reward.size=1"]) == 2
     assert main(["rescore", "runs/buffer"]) == 2
-    assert "rlzoo rescore: reward: Field required" in capsys.readouterr().err
+    assert "rlzoo rescore: reward is missing" in capsys.readouterr().err
     assert main(["buffer", "show", "runs/buffer", "--json"]) == 0
     shown = json.loads(capsys.readouterr().out)
     assert shown["rows"] == 2 and {use["objective"] for use in shown["objectives"] if not use["lacks"]} >= {"rft"}

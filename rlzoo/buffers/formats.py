@@ -177,7 +177,7 @@ def _shortened(row: Trajectory, limit: int, tokenizer: Any) -> Trajectory:
     inputs = {name: value[:limit] if len(value) == tokens else value for name, value in row.inputs.items()}
     return replace(
         row, completion=tokenizer.decode(kept), completion_ids=kept, truncated=True, inputs=inputs,
-        completion_mask=None if mask is None or all(mask[:limit]) else mask[:limit], **values,
+        completion_mask=None if mask is None or all(mask[:limit]) else mask[:limit], completion_messages=None, **values,
     )  # fmt: skip
 
 
@@ -317,6 +317,7 @@ def _read_row(row: Row, form: ExampleFormat, encoding: _Encoding) -> Steps[Read]
             completion_ids=encoded.completion_ids,
             truncated=encoded.truncated,
             completion_mask=encoded.mask,
+            completion_messages=encoded.messages,
             prompt_id=own_id(known.get(name)) or encoded.key,
             source=example.source,
             reward=example.reward,

@@ -153,6 +153,7 @@ def rescore(
         from rlzoo.buffers import OfflineBuffer
         from rlzoo.buffers.bad_rows import BadRows
         from rlzoo.buffers.card import buffer_card
+        from rlzoo.buffers.overview import turns_of
         from rlzoo.buffers.storage import local_path, notes_of
         from rlzoo.reward.isolation import Limits, isolated
         from rlzoo.rollout import unscored
@@ -181,6 +182,8 @@ def rescore(
     changed = int(((before != after) & ~((before != before) & (after != after))).sum())
     told = [f"{len(new):,} rows scored with {scored_by.name}", f"{changed:,} rewards changed"]
     print(f"{', '.join(told)}: mean {_mean(after)}, was {_mean(before)}; saved to {place}")
+    if unknown := turns_of(old)["text"]:
+        print(f"{unknown:,} completions have masked tokens but not their messages: the reward got one turn of text")
     if without := unscored(zip(new.column("reward"), new.column("prompt"), strict=True)):
         print(without)
     return 0
