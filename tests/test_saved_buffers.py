@@ -180,7 +180,9 @@ def test_import_says_what_it_did_and_does_it_once(
     assert "2 samples of 1 prompts, 2 with a reward, 0 with log-probs; saved to runs/buffer" in out
     notes = notes_of("runs/buffer")
     assert notes["imported_from"]["log"] == "1.jsonl" and notes["dropped_rows"]["count"] == 1
-    assert main(command) == 2 and "--out 'runs/buffer' exists already" in capsys.readouterr().err
+    assert main(command) == 0 and "already finished: runs/buffer" in capsys.readouterr().out
+    assert main([*command, "--max-completion-tokens", "9"]) == 2
+    assert "--out 'runs/buffer' already holds another run, finished (max_completion" in capsys.readouterr().err
     assert main(["import", "verl", "1.jsonl", "--out", "runs/other"]) == 2
     assert "1.jsonl line 3: no column 'output'; it has: step, input, score" in capsys.readouterr().err
     assert not Path("runs/other").exists()
