@@ -20,8 +20,16 @@ from rlzoo.buffers.stripped import Restorer
 from rlzoo.buffers.tables import SourceTable, chunks
 from rlzoo.errors import UserError, kind_of
 from rlzoo.jobs.sources import data_files
-from rlzoo.policy.chat import turn_of
-from rlzoo.policy.encoding import encode_batch, encode_steps, got, prompt_key, prompt_steps
+from rlzoo.policy.chat import Message, turn_of
+from rlzoo.policy.encoding import (
+    Completion,
+    encode_batch,
+    encode_steps,
+    got,
+    more_than_text,
+    prompt_key,
+    prompt_steps,
+)
 from rlzoo.policy.turns import Steps
 from rlzoo.registry import one_line
 from rlzoo.types import Trajectory
@@ -118,6 +126,7 @@ class _Completion(NamedTuple):
     text: str
     truncated: bool
     mask: list[bool] | None
+    messages: list[Message] | None
 
 
 class _Reader:
@@ -148,8 +157,12 @@ class _Reader:
 
     def _sample_steps(self, sample: LoggedSample) -> Steps[_Read]:
         if sample.stripped and isinstance(sample.prompt, str) and getattr(self.tokenizer, "chat_template", None):
-            sample = replace(sample, prompt=self._restorer.conversation(sample.prompt, sample.stripped))
-        prompt, prompt_ids, key, completion, notes = yield from self._tokens(sample)
+            prompt = self._restorer.conversation(sample.prompt, sample.stripped)
+            said = sample.completion
+            if isinstance(said, str):
+                said = self._restorer.completion(prompt, sample.prompt, said, sample.turns_said)
+            sample = replace(sample, prompt=prompt, completion=said)
+        text, prompt_ids, key, completion, notes = yield from self._tokens(sample)
         heat = self.importer.temperature if sample.temperature is None else sample.temperature
         top_p = self.importer.top_p if sample.top_p is None else sample.top_p
         if not (heat >= 0 and 0 < top_p <= 1):
@@ -158,11 +171,12 @@ class _Reader:
             raise UserError(f"has the step {sample.version}: it must be from 0 to {_LARGEST}")
         logp, why = self._logp(sample, completion, heat, top_p)
         trajectory = Trajectory(
-            prompt=prompt,
+            prompt=text,
             completion=completion.text,
             prompt_ids=prompt_ids,
             completion_ids=completion.ids,
             completion_mask=completion.mask,
+            completion_messages=completion.messages,
             prompt_id=key,
             source="policy",
             reward=sample.reward,
@@ -198,12 +212,13 @@ class _Reader:
             )
         ended = ids[-1] in self._stops
         text = self.tokenizer.decode(ids[:-1] if ended else ids, skip_special_tokens=mask is None)
-        last = sample.completion[-1] if isinstance(sample.completion, list) else sample.completion
-        said = last if isinstance(last, str) else (last or {}).get("content")
-        if said and "".join(said.split()) not in "".join(self.tokenizer.decode(ids).split()):
+        turns = _turns(sample.completion)
+        said = turns[-1].get("content") if turns else sample.completion
+        if isinstance(said, str) and "".join(said.split()) not in "".join(self.tokenizer.decode(ids).split()):
             raise UserError(OTHER_MODEL)
         truncated = not ended if sample.truncated is None else sample.truncated
-        return prompt, prompt_ids, prompt_key(prompt), _Completion(ids, text, truncated, mask), {}
+        more = more_than_text(turns) if turns else None
+        return prompt, prompt_ids, prompt_key(prompt), _Completion(ids, text, truncated, mask, more), {}
 
     def _known(self, ids: Any) -> list[int]:
         """Token ids that the tokenizer has."""
@@ -229,7 +244,7 @@ class _Reader:
         stop = self._stop_of_turns(sample.prompt)
         ids = ids[:end] if truncated else [*ids[:end], ids[end] if stop is None else stop]
         mask = None if made.mask is None or all(made.mask[: len(ids)]) else made.mask[: len(ids)]
-        completion = _Completion(ids, made.completion, truncated, mask)
+        completion = _Completion(ids, made.completion, truncated, mask, made.messages)
         return made.prompt, made.prompt_ids, made.key, completion, dict(made.notes)
 
     def _stop_of_turns(self, prompt: Any) -> int | None:
@@ -269,6 +284,13 @@ class _Reader:
         return all(map(_alike, own[:-1], sample.tokens)) and (
             _alike(own[-1], sample.tokens[-1]) or (ids[-1] in self._stops and not sample.tokens[-1])
         )
+
+
+def _turns(completion: Completion | None) -> list[Message]:
+    """The messages of a completion; none of a text."""
+    if isinstance(completion, str | None):
+        return []
+    return completion if isinstance(completion, list) else [completion]
 
 
 _SPACES = str.maketrans({"Ġ": " ", "▁": " ", "Ċ": "\n"})

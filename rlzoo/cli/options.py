@@ -126,7 +126,8 @@ BufferOut = Annotated[
     Path,
     running(
         metavar="PATH",
-        help="Where the buffer is saved: a new folder, that of the same run, or a .parquet or .jsonl file.",
+        help="Where the buffer is saved: a new folder, that of the same run, or a .parquet or .jsonl file. A folder "
+        "has a card that says how it was made; a file is written alone.",
     ),
 ]
 PushToHub = Annotated[
