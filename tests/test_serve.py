@@ -355,10 +355,13 @@ def buffer(tmp_path: Path) -> Path:
         )
         for n in range(120)
     ]  # fmt: skip
-    turns = [{"role": "assistant", "content": None, "tool_calls": ["add"]}, {"role": "tool", "content": "11 + 1 = 12"}]
+    turns: list[dict[str, Any]] = [
+        {"role": "assistant", "content": None, "tool_calls": ["add"]},
+        {"role": "tool", "content": "11 + 1 = 12"},
+    ]
     rows[12] = replace(rows[12], completion_messages=[*turns, {"role": "assistant", "content": "answer 12"}])
-    evil = {"messages": [{"role": EVIL, "content": EVIL, EVIL: EVIL}], "columns": {EVIL: EVIL}}
-    rows[7] = Trajectory(EVIL, EVIL, [1], [2], EVIL, "policy", reward=1.0, **evil)  # type: ignore[arg-type]
+    messages = [{"role": EVIL, "content": EVIL, EVIL: EVIL}]
+    rows[7] = Trajectory(EVIL, EVIL, [1], [2], EVIL, "policy", reward=1.0, columns={EVIL: EVIL}, messages=messages)
     OfflineBuffer.from_trajectories(rows).save(tmp_path / "saved")
     return tmp_path / "saved"
 
