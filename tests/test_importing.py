@@ -524,7 +524,7 @@ def test_lighteval(tokenizer: Any, tmp_path: Path) -> None:
 
 # What they are for
 
-NO_LOGP = "the buffer has no groups ({} samples have a reward but no behaviour log-probs): take those of the initial"
+NO_LOGP = "the buffer has no groups ({} samples have a reward but no behaviour log-probs, for which --set training."
 NO_PAIRS = "the buffer has no pairs (0 of 3 sampled prompts have both a completion that reaches reward 0.5 and one"
 LACKING: dict[str, dict[str, str]] = {
     "trl": {"grpo": NO_LOGP.format(12)},

@@ -161,7 +161,9 @@ def test_every_result_of_a_comparison_reaches_the_trackers(tmp_path: Path, recor
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("undrawn")
-def test_what_trackio_itself_keeps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_trackio_itself_keeps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
     trackio = pytest.importorskip("trackio", reason="what trackio keeps is read with trackio 0.43")
     from trackio.sqlite_storage import SQLiteStorage
@@ -179,6 +181,7 @@ def test_what_trackio_itself_keeps(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     table.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     options = ["--buffer", str(table), "--steps", "3", "--batch-size", "2", "--out", str(out)]
     assert main(["train", "dft", *options, "--set", "training.trackers=[trackio]"]) == 0
+    assert "Trackio" not in capsys.readouterr().out
     steps, config = kept(out / "logs" / "my-dft")
     assert set(steps) == {1, 2, 3}
     for row in json.loads((out / "training.json").read_text())["steps"]:

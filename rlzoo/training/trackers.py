@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import json
 import secrets
+import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -69,12 +70,14 @@ def tracked(
         return
     new = {"id": secrets.token_hex(4), "configuration": _flat({**(about or {}), **settings.model_dump(mode="json")})}
     run, is_new = agreed(_begun(folder, new) if is_main() else (new, True))
-    accelerator.init_trackers(PROJECT, run["configuration"] if is_new else None, _named(folder, run))
+    with redirect_stdout(sys.stderr):  # trackio prints, and standard output is for results
+        accelerator.init_trackers(PROJECT, run["configuration"] if is_new else None, _named(folder, run))
     try:
         yield lambda metrics, step: accelerator.log(dict(metrics), step)
     finally:
-        for tracker in accelerator.trackers:
-            tracker.finish()
+        with redirect_stdout(sys.stderr):
+            for tracker in accelerator.trackers:
+                tracker.finish()
 
 
 def log_results(device: torch.device, settings: Training, folder: Path, steps: int, results: Mapping[str, Any]) -> None:
