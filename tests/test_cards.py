@@ -19,6 +19,7 @@ from rich.console import Console
 
 from rlzoo import OfflineBuffer, compare, get_objective, load_policy
 from rlzoo.buffers import from_trl, read_buffer
+from rlzoo.buffers.card import buffer_card
 from rlzoo.cli import main
 from rlzoo.comparison.dry_run import unchecked
 from rlzoo.errors import UserError
@@ -222,6 +223,13 @@ def test_a_sampled_buffer_has_a_card_and_is_pushed(
     assert "already on the Hub" in capsys.readouterr().out
     assert main([*options, "--out", str(tmp_path / "a.jsonl"), "--push-to-hub", "alice/file"]) == 2
     assert "give --out" in capsys.readouterr().err
+
+
+def test_the_origin_of_a_buffer_is_shown_as_it_was_set() -> None:
+    origin = {"reward": {"name": "math-answer", "marked": True, "column": None}, "samples": 1000, "seed": "1000"}
+    card = buffer_card(OfflineBuffer.from_trajectories([]), "rows", "Some rows.", origin, {})
+    shown = {name: cells_of(card, name) for name in origin}
+    assert shown == {"reward": ["name: math-answer, marked: True"], "samples": ["1,000"], "seed": ["1000"]}
 
 
 @pytest.mark.slow

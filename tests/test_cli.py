@@ -360,6 +360,10 @@ SPECS: Sequence[tuple[str, tuple[str, ...]]] = [
     ("--learning-rate: 'fast' is not a number", ("train", "sft", "--learning-rate", "fast", "--buffer", "x")),
     ("did you mean options.clip?", ("train", "grpo", "--set", "clip=1", "--buffer", "x", "--out", "out")),
     ("--column says what the columns of --data", ("compare", "facts", "--column", "prompt=question")),
+    (
+        "learning rates would be chosen on world:facts/validation and not on problems of yours: give some, with --set",
+        ("compare", "facts", "--data", "x.jsonl", "--learning-rates", "1e-4,1e-3"),
+    ),
     ("--column 'prompt': write NAME=COLUMN", ("compare", "facts", "--data", "x.jsonl", "--column", "prompt")),
     ("--out 'taken' exists already", ("rollout", "facts", "--limit", "2", "--out", "taken")),
     ("--out 'file/out' cannot be written", ("rollout", "facts", "--limit", "2", "--out", "file/out")),

@@ -11,7 +11,7 @@ from typing import Any
 import logs
 import pyarrow.parquet as pq
 import pytest
-from chat_templates import CALLS, assistant, policy_of, tokenizer_of, turn, user
+from chat_templates import CALLS, OPENS, TURNS, assistant, built, policy_of, tokenizer_of, turn, user
 
 from rlzoo.buffers import Importer, LoggedSample, OfflineBuffer, get_importer, import_log, list_importers
 from rlzoo.buffers.bad_rows import BadRows
@@ -160,6 +160,19 @@ def test_verl_several_turns(template: str, role: str, space: str, tmp_path: Path
     assert tokenizer.decode(kept).replace("\n", "") == f"2?{stop}Sure.{stop}"
 
 
+def test_verl_results_in_a_turn_of_the_user(tmp_path: Path) -> None:
+    """As Qwen's template has them, several in one turn."""
+    tool = "<|im_start|>user\n<tool_response>\n' + m.content + '\n</tool_response><|im_end|>\n"
+    tokenizer = built(TURNS.replace("{{ '", "{{ '" + tool + "' if m.role == 'tool' else '", 1) + OPENS)
+    said = "add\nuser\n<tool_response>\n2\n</tool_response>\n<tool_response>\n3\n</tool_response>\nassistant\nIt is 5."
+    row = {"input": logs.stripped(tokenizer, "1+1=?"), "output": said, "score": 1.0, "step": 1}
+    (found,) = imported("verl", logs.write_lines(tmp_path / "1.jsonl", [row]), tokenizer, completions="several")
+    results = turn("tool", "2\n</tool_response>\n<tool_response>\n3")
+    assert found.completion_messages == [assistant("add"), results, assistant("It is 5.")]
+    hidden = [t for t, kept in zip(found.completion_ids, found.completion_mask or [], strict=True) if not kept]
+    assert tokenizer.decode(hidden).startswith("<|im_start|>user\n<tool_response>\n2")
+
+
 def test_verl_turns_that_end_early_or_are_not_the_templates(chat: Any, tmp_path: Path) -> None:
     given = logs.stripped(chat, "1+1=?")
 
@@ -171,6 +184,8 @@ def test_verl_turns_that_end_early_or_are_not_the_templates(chat: Any, tmp_path:
     cut = read("2?\ntool\nIt is 2.\nassistant\n")  # the length limit was the tool's
     assert cut.completion_messages is None and cut.completion == "2?"
     assert read("no turns").completion_messages is None
+    with pytest.raises(UserError, match=r"line 1: the turns of a completion are found by the chat template, but"):
+        read("2?", turns="none")
     with pytest.raises(UserError, match=r"line 1: the completion was logged without its special tokens, and the chat"):
         read("a\n<think>b</think>tool\nIt is 2.\nassistant\nSure.", tokenizer_of("qwen3"))
     with pytest.raises(UserError, match=r"completion's turns cannot be told apart without their special tokens: give"):
@@ -509,7 +524,7 @@ def test_lighteval(tokenizer: Any, tmp_path: Path) -> None:
 
 # What they are for
 
-NO_LOGP = "the buffer has no groups ({} samples have a reward but no behaviour log-probs): take those of the initial"
+NO_LOGP = "the buffer has no groups ({} samples have a reward but no behaviour log-probs, for which --set training."
 NO_PAIRS = "the buffer has no pairs (0 of 3 sampled prompts have both a completion that reaches reward 0.5 and one"
 LACKING: dict[str, dict[str, str]] = {
     "trl": {"grpo": NO_LOGP.format(12)},

@@ -449,7 +449,7 @@ def test_rewards_of_conversations_get_the_turns() -> None:
 
     rows = Collector(policy, sampler_of(policy, settings), [Problem("p", [user("1")], {})], note, settings)(0)
     assert [message["role"] for message in seen[0]] == ["assistant", "tool", "assistant"]
-    assert rows.column("completion_messages") == seen and rescored(rows, told_a_number).column("reward") == [1.0]
+    assert rows.column("completion_messages") == seen and set(rescored(rows, told_a_number).column("reward")) == {1.0}
 
 
 def test_lengths_and_likelihoods_are_of_what_the_policy_sampled() -> None:

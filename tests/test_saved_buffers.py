@@ -109,7 +109,10 @@ def test_which_objectives_a_buffer_can_serve() -> None:
     assert whole["mixture"] == "needs the option 'weights', which has no default"
     bare = of(sample(0, 1.0, behaviour_logp=None), sample(0, 0.0, behaviour_logp=None))
     assert bare["rft"] is bare["dpo"] is None
-    assert bare["grpo"] == "no groups (2 samples have a reward but no behaviour log-probs)"
+    assert bare["grpo"] == (
+        "no groups (2 samples have a reward but no behaviour log-probs, for which --set training.behaviour=current "
+        "takes the initial policy's)"
+    )
     unscored = of(sample(0, None), sample(0, None))
     assert {unscored[name] for name in ("rft", "dpo", "grpo", "kto")} >= {"no rewards (none of its 2 rows has one)"}
     demonstrated = {
@@ -208,7 +211,7 @@ def test_imported_samples_train(
     logs.trl(tmp_path / "log")
     assert main(["import", "trl", "log", "--out", "trl"]) == 0
     assert main(["train", "grpo", "--buffer", "trl", "--steps", "1", "--out", "out"]) == 2
-    assert "(12 samples have a reward but no behaviour log-probs): take those of the initial" in capsys.readouterr().err
+    assert "(12 samples have a reward but no behaviour log-probs, for which --set" in capsys.readouterr().err
 
 
 @pytest.mark.slow

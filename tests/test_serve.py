@@ -30,6 +30,8 @@ from rlzoo.cli import main
 from rlzoo.comparison import one_cell, runner, shared_buffer
 from rlzoo.comparison.dashboard.curves import StepColumns, mean_line, thinned
 from rlzoo.comparison.dashboard.elements import h, url
+from rlzoo.comparison.dashboard.files import WatchedFolder
+from rlzoo.comparison.dashboard.outcomes import OutcomeStore
 from rlzoo.comparison.dashboard.runs import WatchedRun
 from rlzoo.comparison.dashboard.server import is_loopback, listening
 from rlzoo.comparison.dashboard.state import RunView, TaskLog, holder_of
@@ -251,6 +253,23 @@ def test_the_remaining_time_is_that_of_the_newest_attempt() -> None:
     assert log.seconds_left == 10.0, "from 0.5, with which it resumed, to 0.75 in 10 seconds"
     log.add({"time": 121, "ended": None})
     assert log.seconds_left is None
+    log.add({"time": 130, "begun": True})
+    assert (log.share, log.detail) == (0.0, ""), "what an earlier attempt told is no longer so"
+
+
+def test_a_point_without_a_number_is_not_drawn() -> None:
+    steps = StepColumns()
+    for step, value in enumerate([0.5, float("nan"), None], 1):
+        steps.add_point({"step": step, "validation": {"avg_at_k": value}})
+    assert steps.point_line(("validation",)).tolist() == [[1.0, 50.0]]
+
+
+def test_problems_that_nothing_was_scored_on_are_arranged(tmp_path: Path) -> None:
+    store = OutcomeStore(WatchedFolder(tmp_path))
+    sample = {"algorithm": "sft", "benchmark": "mine", "problem_id": "1", "decoding": "sample", "correct": None}
+    store.add("cell", [sample])
+    [problem] = store.problems("sample")
+    assert (problem.share([]), problem.spread([])) == (0.0, 0.0)
 
 
 def test_a_training_run_is_followed_and_then_shown(runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -355,8 +374,9 @@ def buffer(tmp_path: Path) -> Path:
         )
         for n in range(120)
     ]  # fmt: skip
-    turns = [{"role": "assistant", "content": None, "tool_calls": ["add"]}, {"role": "tool", "content": "11 + 1 = 12"}]
-    rows[12] = replace(rows[12], completion_messages=[*turns, {"role": "assistant", "content": "answer 12"}])
+    turns: list[dict[str, Any]] = [{"role": "assistant", "content": None, "tool_calls": ["add"]}]
+    turns += [{"role": "tool", "content": "11 + 1 = 12"}, {"role": "assistant", "content": "answer 12"}]
+    rows[12] = replace(rows[12], completion_messages=turns)
     evil = {"messages": [{"role": EVIL, "content": EVIL, EVIL: EVIL}], "columns": {EVIL: EVIL}}
     rows[7] = Trajectory(EVIL, EVIL, [1], [2], EVIL, "policy", reward=1.0, **evil)  # type: ignore[arg-type]
     OfflineBuffer.from_trajectories(rows).save(tmp_path / "saved")

@@ -71,4 +71,4 @@ def _shown(value: Any) -> str:
         return ", ".join(f"{key}: {_shown(one)}" for key, one in plain.items() if one not in (None, {}, []))
     if isinstance(plain, list):
         return ", ".join(map(_shown, plain))
-    return "" if plain is None else f"{plain:,}" if isinstance(plain, int) else str(plain)
+    return "" if plain is None else f"{plain:,}" if type(plain) is int else str(plain)

@@ -14,7 +14,7 @@ from rlzoo.buffers import cache
 from rlzoo.buffers.bad_rows import BadRows, collecting
 from rlzoo.buffers.buffer import OfflineBuffer
 from rlzoo.buffers.files import BATCH, Item, file_rows
-from rlzoo.buffers.importer import Importer, LoggedSample
+from rlzoo.buffers.importer import Importer, LoggedSample, Turns
 from rlzoo.buffers.schema import to_row
 from rlzoo.buffers.stripped import Restorer
 from rlzoo.buffers.tables import SourceTable, chunks
@@ -156,13 +156,14 @@ class _Reader:
         return made
 
     def _sample_steps(self, sample: LoggedSample) -> Steps[_Read]:
-        if sample.stripped and isinstance(sample.prompt, str) and getattr(self.tokenizer, "chat_template", None):
-            prompt = self._restorer.conversation(sample.prompt, sample.stripped)
-            said = sample.completion
-            if isinstance(said, str):
-                said = self._restorer.completion(prompt, sample.prompt, said, sample.turns_said)
-            sample = replace(sample, prompt=prompt, completion=said)
-        text, prompt_ids, key, completion, notes = yield from self._tokens(sample)
+        if sample.stripped is not None and getattr(self.tokenizer, "chat_template", None):
+            sample = self._restored(sample, sample.stripped)
+        elif sample.turns_said == "several":
+            raise UserError(
+                "the turns of a completion are found by the chat template, but the tokenizer has none, or prompts are "
+                "plain text: give the model that sampled (--model), and leave out turns=none"
+            )
+        prompt, prompt_ids, key, completion, notes = yield from self._tokens(sample)
         heat = self.importer.temperature if sample.temperature is None else sample.temperature
         top_p = self.importer.top_p if sample.top_p is None else sample.top_p
         if not (heat >= 0 and 0 < top_p <= 1):
@@ -171,7 +172,7 @@ class _Reader:
             raise UserError(f"has the step {sample.version}: it must be from 0 to {_LARGEST}")
         logp, why = self._logp(sample, completion, heat, top_p)
         trajectory = Trajectory(
-            prompt=text,
+            prompt=prompt,
             completion=completion.text,
             prompt_ids=prompt_ids,
             completion_ids=completion.ids,
@@ -190,6 +191,15 @@ class _Reader:
             columns=dict(sample.columns),
         )
         return _Read(trajectory, {**sample.notes, **notes, **why})
+
+    def _restored(self, sample: LoggedSample, how: Turns) -> LoggedSample:
+        """The sample with the turns of a prompt and a completion that are text without special tokens."""
+        if not isinstance(sample.prompt, str):
+            return sample
+        prompt, said = self._restorer.conversation(sample.prompt, how), sample.completion
+        if isinstance(said, str):
+            said = self._restorer.completion(prompt, sample.prompt, said, sample.turns_said)
+        return replace(sample, prompt=prompt, completion=said)
 
     def _tokens(self, sample: LoggedSample) -> Steps[tuple[str, list[int], str, _Completion, dict[str, str]]]:
         """The prompt as text and as tokens, its identity, the completion, and notes."""

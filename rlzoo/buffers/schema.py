@@ -114,13 +114,13 @@ def _message_struct(message: Mapping[str, Any]) -> dict[str, Any]:
     texts = {name: message[name] for name in ("role", "content") if isinstance(message.get(name), str)}
     extra = {name: value for name, value in message.items() if name not in texts}
     says = "content" in texts or any(value is not None for value in extra.values())
-    return {**texts, "extra": _to_json(extra, "key of a message") if extra and says else None}
+    others = _to_json(extra, "key of a message") if extra and says else None
+    return {"role": texts.get("role"), "content": texts.get("content"), "extra": others}
 
 
 def _message(struct: Mapping[str, Any]) -> dict[str, Any]:
     texts = {name: struct[name] for name in ("role", "content") if struct[name] is not None}
-    extra = struct.get("extra")  # a file of an earlier version has none
-    return texts if extra is None else {**texts, **json.loads(extra)}
+    return texts if struct["extra"] is None else {**texts, **json.loads(struct["extra"])}
 
 
 def decode(name: str, value: Any) -> Any:

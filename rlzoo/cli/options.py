@@ -63,7 +63,13 @@ Data = Annotated[
     str | None,
     data(metavar="SOURCE", help="Training problems: a file, a folder of shards, a Hub ID, or world:NAME/SPLIT."),
 ]
-TestData = Annotated[str | None, data(metavar="SOURCE", help="Test problems to use in place of every benchmark's.")]
+TestData = Annotated[
+    str | None,
+    data(
+        metavar="SOURCE",
+        help="Test problems to use in place of every benchmark's. Benchmarks that are then equal become one.",
+    ),
+]
 Column = Annotated[
     list[str] | None,
     data(

@@ -153,8 +153,8 @@ def _from_first_turn(sample: LoggedSample) -> LoggedSample:
     first = next((place for place, turn in enumerate(asked) if turn["role"] == "assistant"), None)
     if first is None:
         return sample
-    whole = {"prompt": asked[:first], "completion": [*asked[first:], said]}
-    return replace(sample, **whole, prompt_ids=None, completion_ids=None)
+    turns = [*asked[first:], said]
+    return replace(sample, prompt=asked[:first], completion=turns, prompt_ids=None, completion_ids=None)
 
 
 _NO_PROMPT = (

@@ -27,7 +27,7 @@ class VerlDump(Importer):
     columns. verl removes special tokens from the texts. The turns of the prompt are found again with the chat template,
     and so are those of completions with the results of tools, if the option ``completions`` says that there are any.
     Neither log-probs nor truncation are dumped. Checked against verl's main branch at commit 1dda039 of
-    22 August 2026, old trainer and new.
+    22 August 2026, old trainer and new, and its agents' turns at commit b178a3c of 29 January 2026.
     """
 
     name: ClassVar[str] = "verl"

@@ -18,9 +18,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from rlzoo.comparison.dashboard.buffer_pages import groups_page, row_page, rows_page
 from rlzoo.comparison.dashboard.buffers import RowQuery, WatchedBuffer
-from rlzoo.comparison.dashboard.elements import h
-from rlzoo.comparison.dashboard.layout import POLICY, REPORT_POLICY, Content, Frame, with_navigation
-from rlzoo.comparison.dashboard.overview import cell_page, join_html, overview, settings_page
+from rlzoo.comparison.dashboard.elements import h, join
+from rlzoo.comparison.dashboard.layout import POLICY, REPORT_POLICY, Content, Frame
+from rlzoo.comparison.dashboard.overview import cell_page, overview, settings_page
 from rlzoo.comparison.dashboard.runs import WatchedRun
 from rlzoo.comparison.dashboard.samples import SampleQuery, samples_page
 
@@ -86,7 +86,7 @@ class Dashboard:
         """Raises UserError for a folder without a run."""
         self._run = WatchedRun(folder)
         self._folder = str(folder)
-        self._buffers: dict[str, WatchedBuffer] = {}
+        self._buffers: dict[tuple[str, ...], WatchedBuffer] = {}
         self._lock = Lock()
 
     def routes(self) -> list[Route]:
@@ -169,7 +169,7 @@ class Dashboard:
         found = self._run.report()
         if found is None:
             raise HTTPException(404)
-        page = with_navigation(found.decode("utf-8", "replace"), self._frame())
+        page = self._frame().around_report(found.decode("utf-8", "replace"))
         return HTMLResponse(page, headers={"Content-Security-Policy": REPORT_POLICY})
 
     def failed(self, request: Request, error: Exception) -> Response:
@@ -177,20 +177,22 @@ class Dashboard:
         status = error.status_code if isinstance(error, HTTPException) else 500
         told = {404: "There is no such page.", 405: "Pages can only be read."}.get(status, "This cannot be shown.")
         why = "" if isinstance(error, HTTPException) else f"{type(error).__name__}: {error}"
-        content = Content("Not found" if status == 404 else "Error", {"error": join_html(h("h1", told), h("p", why))})
+        content = Content("Not found" if status == 404 else "Error", {"error": join(h("h1", told), h("p", why))})
         return HTMLResponse(self._frame().render(content, ""), status)
 
     def _buffer(self, request: Request) -> WatchedBuffer:
-        for parts in self._run.buffers:
-            key = WatchedBuffer(self._run.folder, parts).key
-            self._buffers.setdefault(key, WatchedBuffer(self._run.folder, parts))
         key = request.path_params.get("buffer", "rows")
-        if key not in self._buffers:
+        found = next((one for one in self._watched() if one.key == key), None)
+        if found is None:
             raise HTTPException(404)
-        return self._buffers[key]
+        return found
+
+    def _watched(self) -> list[WatchedBuffer]:
+        """The buffers that there are now."""
+        return [self._buffers.setdefault(parts, WatchedBuffer(self._run.folder, parts)) for parts in self._run.buffers]
 
     def _frame(self) -> Frame:
-        buffers = [WatchedBuffer(self._run.folder, parts) for parts in self._run.buffers]
+        buffers = self._watched()
         if self._run.is_buffer:
             return Frame(self._run.name, [(f"/buffer/{one.key}", "Rows") for one in buffers])
         several = len(buffers) > 1

@@ -8,9 +8,8 @@ import numpy as np
 
 from rlzoo.comparison.dashboard.buffers import PAGE, BufferNumbers, RowQuery, WatchedBuffer
 from rlzoo.comparison.dashboard.charts import ChartLine, chart, colour, legend
-from rlzoo.comparison.dashboard.elements import Child, Html, facts, h, link, pre, table, url
+from rlzoo.comparison.dashboard.elements import Child, Html, facts, h, join, link, pre, table, url
 from rlzoo.comparison.dashboard.layout import Content
-from rlzoo.comparison.dashboard.overview import join_html
 from rlzoo.document.estimates import NONE, number
 
 BRIEF = 160
@@ -27,7 +26,7 @@ def rows_page(buffer: WatchedBuffer, query: RowQuery) -> Content:
     """A page of the rows that a query keeps."""
     table_ = buffer.table()
     if table_ is None:
-        return Content(buffer.name, {"rows": join_html(h("h1", buffer.name), h("p", NOTHING))})
+        return Content(buffer.name, {"rows": join(h("h1", buffer.name), h("p", NOTHING))})
     rows, after = buffer.page(table_, query)
     numbers = buffer.numbers(table_)
     header = [("row", "name"), ("prompt", "word"), ("source", "word"), ("reward", "number"), ("tokens", "number")]
@@ -43,7 +42,7 @@ def rows_page(buffer: WatchedBuffer, query: RowQuery) -> Content:
     ]  # fmt: skip
     more = url(_path(buffer), source=query.source, prompt=query.prompt_id, q=query.text, start=after)
     found = f"Prompt {query.prompt_id}" if query.prompt_id else f"Rows from {query.start:,} on"
-    return Content(buffer.name, {"rows": join_html(
+    return Content(buffer.name, {"rows": join(
         h("h1", buffer.name), _summary(numbers), _form(buffer, query, numbers), h("h2", found),
         table(header, body, "rows") if body else h("p", "No row is like that."),
         h("p", link(more, "next →", class_="step")) if after is not None else None,
@@ -54,7 +53,7 @@ def groups_page(buffer: WatchedBuffer, start: int, equal: str) -> Content:
     """The groups of samples, with their rewards: all, or those whose rewards are equal or not."""
     table_ = buffer.table()
     if table_ is None:
-        return Content(buffer.name, {"groups": join_html(h("h1", buffer.name), h("p", NOTHING))})
+        return Content(buffer.name, {"groups": join(h("h1", buffer.name), h("p", NOTHING))})
     groups = buffer.groups(table_)
     if equal:
         groups = [g for g in groups if (g["reward_min"] == g["reward_max"]) == (equal == "yes")]
@@ -77,7 +76,7 @@ def groups_page(buffer: WatchedBuffer, start: int, equal: str) -> Content:
         if 0 <= place < len(groups):
             steps += [link(url(_path(buffer, "groups"), equal=equal, start=place), told, class_="step"), " "]
     last = min(start + PAGE, len(groups))
-    return Content(f"{buffer.name}: groups", {"groups": join_html(
+    return Content(f"{buffer.name}: groups", {"groups": join(
         h("h1", f"{buffer.name}: groups"), h("p", link(_path(buffer), "← rows")), h("p", choices, class_="choices"),
         h("p", f"{start + 1:,} to {last:,} of {len(groups):,} prompts with samples") if body else h("p", "None."),
         table(header, body, "groups") if body else None, h("p", steps),
@@ -101,9 +100,9 @@ def row_page(buffer: WatchedBuffer, at: int) -> Content | None:
         ("prompt tokens", str(len(row["prompt_ids"]))), ("completion tokens", str(len(row["completion_ids"]))),
         *((str(name), str(value)[:1000]) for name, value in row["columns"].items()),
     ]  # fmt: skip
-    prompt = _turns(row.get("messages")) or join_html(h("p", "Prompt", class_="problem"), pre(row["prompt"]))
+    prompt = _turns(row.get("messages")) or join(h("p", "Prompt", class_="problem"), pre(row["prompt"]))
     completion = _turns(row.get("completion_messages")) or pre(row["completion"])
-    return Content(title, {"row": join_html(
+    return Content(title, {"row": join(
         h("h1", title), h("p", link(_path(buffer), "← rows")), prompt,
         h("p", "Completion", class_="problem"), completion, facts(told), _log_probs(row),
     )})  # fmt: skip
@@ -112,9 +111,7 @@ def row_page(buffer: WatchedBuffer, at: int) -> Content | None:
 def _turns(messages: list[dict[str, Any]] | None) -> list[Html]:
     """A conversation: the role and text of each message, and what else it has, such as tool calls, as JSON."""
     return [
-        join_html(
-            h("p", one["role"], class_="problem"), [pre(text) for text in (one["content"], one.get("extra")) if text]
-        )
+        join(h("p", one["role"], class_="problem"), [pre(text) for text in (one["content"], one.get("extra")) if text])
         for one in messages or ()
     ]
 
@@ -131,7 +128,7 @@ def _log_probs(row: dict[str, Any]) -> Html:
     learned = row.get("completion_mask")
     shows = f"{sum(learned):,} of {len(learned):,} tokens are learned from." if learned else ""
     drawn = chart("Log-prob per token of the completion, in nats", lines, shows, along="token")
-    return join_html(h("h2", "Log-probs"), legend(lines), h("div", drawn, class_="charts"))
+    return join(h("h2", "Log-probs"), legend(lines), h("div", drawn, class_="charts"))
 
 
 def _summary(numbers: BufferNumbers) -> Html:

@@ -64,8 +64,8 @@ class StepColumns:
             value: Any = point
             for key in (*where, "avg_at_k"):
                 value = value.get(key) if isinstance(value, Mapping) else None
-            if isinstance(value, int | float):
-                found.append((float(point["step"]), 100.0 * value))
+            if np.isfinite(number := _number(value)):
+                found.append((float(point["step"]), 100.0 * number))
         return np.array(found).reshape(-1, 2)
 
 

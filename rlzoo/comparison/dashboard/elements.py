@@ -17,17 +17,19 @@ class Html(str):
 
 Child = str | int | float | None | Iterable[Any]
 VOID = frozenset({"input", "link", "meta", "br", "img"})
+LONGEST = 20_000
+"""The characters of a text that are shown."""
 
 
-def join(children: Child) -> str:
-    """The HTML of a child: nothing for None, text escaped, and the parts of anything iterable one after another."""
-    if children is None:
-        return ""
-    if isinstance(children, Html):
-        return str(children)
-    if isinstance(children, str | int | float):
-        return text(str(children))
-    return "".join(map(join, children))
+def join(*children: Child) -> Html:
+    """Children one after another: nothing for None, text escaped, and the parts of anything iterable."""
+    return Html("".join(map(_html, children)))
+
+
+def _html(child: Child) -> str:
+    if child is None or isinstance(child, Html):
+        return child or ""
+    return text(str(child)) if isinstance(child, str | int | float) else join(*child)
 
 
 def h(tag: str, *children: Child, **attributes: str | int | float | bool | None) -> Html:
@@ -37,7 +39,7 @@ def h(tag: str, *children: Child, **attributes: str | int | float | bool | None)
         for name, value in attributes.items()
         if value is not None and value is not False
     )
-    return Html(f"<{tag}{told}>" + ("" if tag in VOID else f"{join(children)}</{tag}>"))
+    return Html(f"<{tag}{told}>" + ("" if tag in VOID else f"{join(*children)}</{tag}>"))
 
 
 def link(to: str, *children: Child, **attributes: str | None) -> Html:
@@ -72,11 +74,14 @@ def table(header: Iterable[tuple[str, str]], rows: Iterable[Iterable[Child]], la
     return wide(h("table", h("thead", head), h("tbody", body)), label=label)
 
 
-def pre(value: object, most: int = 20_000) -> Html:
+def cut(value: str, most: int = LONGEST) -> str:
+    """A text, of which no more than ``most`` characters are shown, with the number of those left out."""
+    return value if len(value) <= most else f"{value[:most]}\n… {len(value) - most:,} more characters"
+
+
+def pre(value: object, most: int = LONGEST) -> Html:
     """Text that a program or model wrote, verbatim: in a box that scrolls if it is long, and cut if it is endless."""
-    whole = str(value)
-    told = f"\n… {len(whole) - most:,} more characters" if len(whole) > most else ""
-    return h("pre", h("code", whole[:most], told))
+    return h("pre", h("code", cut(str(value), most)))
 
 
 def facts(pairs: Iterable[tuple[str, Child]]) -> Html:

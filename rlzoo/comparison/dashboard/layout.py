@@ -36,7 +36,7 @@ REPORT_POLICY = (
 
 @dataclass(frozen=True)
 class Content:
-    """A page: its title, and its sections by id. Those of a page that is ``live`` are replaced when they change."""
+    """A page: its title, and its sections by id, which are replaced when they change."""
 
     title: str
     sections: Mapping[str, Html]
@@ -57,13 +57,17 @@ class Frame:
     links: Sequence[tuple[str, str]] = field(default=())
     """Path and name of each page in the navigation."""
 
+    def navigation(self, here: str, style: str | None = None) -> Html:
+        """The links to all pages, given the path of the one that they stand on."""
+        links = [h("li", link(to, name, aria_current="page" if to == here else None)) for to, name in self.links]
+        return h("nav", h("ul", links), aria_label="Pages", style=style)
+
+    def around_report(self, report: str) -> str:
+        """A report with the navigation before it."""
+        return report.replace("<body>", f"<body>\n{self.navigation('/report', 'margin-bottom: 2rem')}", 1)
+
     def render(self, content: Content, here: str) -> str:
         """The page as HTML."""
-        nav = h(
-            "nav",
-            h("ul", [h("li", link(to, name, aria_current="page" if to == here else None)) for to, name in self.links]),
-            aria_label="Pages",
-        )
         body = [h("section", html, id=f"part-{name}") for name, html in content.sections.items()]
         main = h(
             "main", body, data_version=content.version,
@@ -77,15 +81,8 @@ class Frame:
             h("link", rel="icon", href="data:,"),
             Html(f"<style>{STYLE}</style>"),
         ]
-        frame = h("header", h("p", self.name, class_="run"), nav)
+        frame = h("header", h("p", self.name, class_="run"), self.navigation(here))
         lost = h("p", "No connection to rlzoo serve: the page is as it was.", id="lost", role="status", hidden=True)
         script = Html(f"<script>{SCRIPT}</script>")
         whole = h("html", h("head", head), h("body", frame, lost, main, script), lang="en")
         return f"<!doctype html>\n{whole}\n"
-
-
-def with_navigation(report: str, frame: Frame) -> str:
-    """A report with the navigation before it."""
-    links = [h("li", link(to, name, aria_current="page" if to == "/report" else None)) for to, name in frame.links]
-    nav = h("nav", h("ul", links), aria_label="Pages", style="margin-bottom: 2rem")
-    return report.replace("<body>", f"<body>\n{nav}", 1)

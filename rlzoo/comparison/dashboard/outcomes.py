@@ -121,11 +121,11 @@ class OutcomeStore:
             if small:
                 whole = pa.concat_tables(small)
                 whole = whole.filter(pc.equal(whole["decoding"], decoding))
-                counts = whole.group_by(keys, use_threads=False).aggregate([("correct", "sum"), ("correct", "count")])
-                for row in counts.to_pylist():
+                over = [("correct", "sum"), ("algorithm", "count")]
+                for row in whole.group_by(keys, use_threads=False).aggregate(over).to_pylist():
                     at = row["benchmark"], row["problem_id"]
                     one = found.setdefault(at, ProblemResults(*at))
-                    one.right[row["algorithm"]] = int(row["correct_sum"] or 0), int(row["correct_count"])
+                    one.right[row["algorithm"]] = int(row["correct_sum"] or 0), int(row["algorithm_count"])
             order = {name: place for place, name in enumerate(dict.fromkeys(name for name, _ in found))}
             self._indexed[decoding] = sorted(found.values(), key=lambda one: order[one.benchmark])
         return self._indexed[decoding]

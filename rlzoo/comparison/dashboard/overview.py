@@ -69,13 +69,8 @@ def overview(view: RunView, rows: Sequence[str], status: str) -> Content:
         parts["results"] = _results(view)
         parts["cells"] = _cells(view, status)
     if view.events:
-        parts["events"] = join_html(h("h2", "Events before training"), [h("p", event) for event in view.events])
+        parts["events"] = join(h("h2", "Events before training"), [h("p", event) for event in view.events])
     return Content(view.name, parts, seconds_of(view))
-
-
-def join_html(*children: Child) -> Html:
-    """Several elements as one piece of HTML."""
-    return Html(join(children))
 
 
 def chip(status: str) -> Html:
@@ -98,7 +93,7 @@ def _state(view: RunView) -> Html:
         busy += [_task(cell.id, cell_url(cell), cell.log) for cell in view.cells if cell.status == RUNNING]
     is_whole = view.command == "train" or view.state == "finished"
     bar = None if is_whole or not view.cells else h("progress", value=f"{view.share:.4f}", max=1)
-    return join_html(
+    return join(
         h("h1", view.name), [h("p", line) for line in lines], bar, h("ul", busy, class_="busy") if busy else None
     )
 
@@ -114,7 +109,7 @@ def _failures(cells: Sequence[CellView]) -> Html:
     if not cells:
         return Html("")
     items = [h("li", link(cell_url(cell), cell.id), ": ", str(cell.error)) for cell in cells]
-    return join_html(h("h2", "Failed cells"), h("ul", items, class_="failures"))
+    return join(h("h2", "Failed cells"), h("ul", items, class_="failures"))
 
 
 def cell_url(cell: CellView) -> str:
@@ -165,7 +160,7 @@ def _results(view: RunView) -> Html:
     title, told = "Results so far", "Per cent correct, as means over the seeds that have ended, without intervals yet."
     if view.summary:
         title, told = "Results", "Per cent correct, with 95 % intervals over seeds and problems."
-    return join_html(h("h2", title), h("p", told), table(header, body, "results"))
+    return join(h("h2", title), h("p", told), table(header, body, "results"))
 
 
 def _result(
@@ -219,7 +214,7 @@ def _curves(view: RunView, asked: Sequence[str]) -> Html:
         told = f"{len(chosen)} of {len(able)} rows. {told}"
     lines = [ChartLine(name, colour(place), mean_line([])) for name, place in places.items()]
     choice = h("details", h("summary", "Choose rows"), form) if len(able) > 1 else None
-    return join_html(h("h2", "Curves"), h("p", told), legend(lines), h("div", charts, class_="charts"), choice)
+    return join(h("h2", "Curves"), h("p", told), legend(lines), h("div", charts, class_="charts"), choice)
 
 
 def _evaluations(cells: Iterable[CellView]) -> list[tuple[str, ...]]:
@@ -262,7 +257,7 @@ def _cells(view: RunView, status: str) -> Html:
         for cell in shown
     ]  # fmt: skip
     hidden = h("p", f"{counts[WAITING]} cells that have not begun are not shown.") if hides else None
-    return join_html(
+    return join(
         h("h2", "Cells"), h("p", [[choice, " "] for choice in choices], class_="choices"), hidden,
         table(header, body, "cells") if shown else h("p", "None."),
     )  # fmt: skip
@@ -287,7 +282,7 @@ def _left(cell: CellView) -> Child | tuple[str, float]:
 
 def cell_page(view: RunView, cell: CellView) -> Content:
     """One cell: how it stands, its results, and all of its curves."""
-    head = join_html(
+    head = join(
         h("h1", cell.id), h("p", chip(cell.status), " ", STATUSES[cell.status]),
         h("p", _progress(cell)) if cell.status not in (DONE, TRAINED, WAITING) else None,
         h("p", link(url("/samples", row=cell.algorithm, seed=str(cell.seed)), "Its samples")) if cell.metrics else None,
@@ -303,7 +298,7 @@ def _metrics_of_cell(view: RunView, cell: CellView) -> Html:
     header = [("metric", "name"), *((benchmark, "number") for benchmark in cell.metrics)]
     body = [[name, *(_value(own.get(name)) for own in cell.metrics.values())] for name in names]
     told = "Fractions, and lengths in tokens."
-    return join_html(h("h2", "Results"), h("p", told), table(header, body, "results"))
+    return join(h("h2", "Results"), h("p", told), table(header, body, "results"))
 
 
 def _value(value: Any) -> Child | tuple[str, float]:
@@ -322,7 +317,7 @@ def curves_of_cell(cell: CellView) -> Html:
         chart(f"{where[-1]}, per cent correct", [ChartLine(where[-1], colour(1), cell.steps.point_line(where))])
         for where in _evaluations([cell])
     ]
-    return join_html(h("h2", "Curves"), h("div", charts, class_="charts")) if any(charts) else Html("")
+    return join(h("h2", "Curves"), h("div", charts, class_="charts")) if any(charts) else Html("")
 
 
 def facts_of_cell(cell: CellView) -> Html:
@@ -337,7 +332,7 @@ def facts_of_cell(cell: CellView) -> Html:
         *((str(name).replace("_", " "), str(value)) for name, value in (cell.facts.get("resolved") or {}).items()),
     ]  # fmt: skip
     events = [h("li", str(event)) for event in cell.facts.get("events") or ()]
-    return join_html(h("h2", "Facts"), facts(pairs), [h("h3", "Events"), h("ul", events)] if events else None)
+    return join(h("h2", "Facts"), facts(pairs), [h("h3", "Events"), h("ul", events)] if events else None)
 
 
 def settings_page(view: RunView, folder: str, has_experiment: bool) -> Content:
@@ -347,6 +342,6 @@ def settings_page(view: RunView, folder: str, has_experiment: bool) -> Content:
     settings = yaml.safe_dump(dict(view.settings), sort_keys=False, allow_unicode=True, width=100)
     pairs: list[tuple[str, Child]] = [("command", f"rlzoo {view.command}"), ("folder", folder)]
     pairs += [(str(name), str(value)) for name, value in view.versions.items()]
-    return Content("Settings", {"settings": join_html(
+    return Content("Settings", {"settings": join(
         h("h1", "Settings"), facts(pairs), told, h("h2", "All settings"), pre(settings, 200_000),
     )})  # fmt: skip

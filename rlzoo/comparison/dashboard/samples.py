@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rlzoo.comparison.dashboard.elements import Child, Html, h, link, pre, url
+from rlzoo.comparison.dashboard.elements import Child, Html, cut, h, join, link, pre, url
 from rlzoo.comparison.dashboard.layout import Content
 from rlzoo.comparison.dashboard.outcomes import OutcomeStore, ProblemResults
-from rlzoo.comparison.dashboard.overview import join_html, seconds_of
+from rlzoo.comparison.dashboard.overview import seconds_of
 from rlzoo.comparison.dashboard.state import RunView
 from rlzoo.config import BASE
 from rlzoo.document import Answer, Answers
@@ -22,8 +22,6 @@ ORDERS = {
     "right": "all samples right",
     "wrong": "all samples wrong",
 }
-LONGEST = 20_000
-"""The characters of a completion that are shown."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +54,7 @@ def samples_page(view: RunView, store: OutcomeStore, query: SampleQuery) -> Cont
         return Content(title, parts, seconds)
     shown = arranged([one for one in problems if not query.benchmark or one.benchmark == query.benchmark], query)
     place = min(max(query.place, 0), max(len(shown) - 1, 0))
-    parts = {"filter": join_html(h("h1", title), _form(view, problems, query))}
+    parts = {"filter": join(h("h1", title), _form(view, problems, query))}
     if not shown:
         return Content(title, {**parts, "problem": h("p", "No problem is like that.")}, seconds)
     rows = store.completions(shown[place], query.decoding)
@@ -131,20 +129,18 @@ def _problem(
     )  # fmt: skip
     reference: Child = first.get("reference")
     told = h("p", "Of each algorithm the first sample, and how many of all its samples are right.")
-    shown = Answers(f"{problem.benchmark}, {problem.id}", str(first.get("prompt") or "")[:LONGEST], answers)
+    shown = Answers(f"{problem.benchmark}, {problem.id}", cut(str(first.get("prompt") or "")), answers)
     html = block_html(shown)
     if reference:  # between the prompt and the answers
-        known = join_html(h("p", "Reference", class_="problem"), pre(reference))
+        known = join(h("p", "Reference", class_="problem"), pre(reference))
         html = html.replace('<div class="answers"', f'{known}<div class="answers"', 1)
-    return join_html(steps, told, Html(html))
+    return join(steps, told, Html(html))
 
 
 def _answer(name: str, rows: Sequence[Mapping[str, Any]]) -> Answer:
     first, right = rows[0], sum(bool(row["correct"]) for row in rows)
-    text = first["text"] or ""
-    rest = f"\n… {len(text) - LONGEST:,} more characters" if len(text) > LONGEST else ""
     notes = [f"{right} of {len(rows)} right" if len(rows) > 1 else "", "" if name == BASE else f"seed {first['seed']}"]
     notes += [f"reward {number(first['reward'])}" if first["reward"] is not None else "no reward"]
     notes += [f"answer {first['answer']:.60}" if first["answer"] else "", f"{first['length']} tokens"]
     notes += ["truncated" if first["truncated"] else ""]
-    return Answer(name, bool(first["correct"]), text[:LONGEST] + rest, ", ".join(filter(None, notes)))
+    return Answer(name, bool(first["correct"]), cut(first["text"] or ""), ", ".join(filter(None, notes)))

@@ -48,7 +48,8 @@ class TaskLog:
         """Take in a line."""
         self.last = float(entry["time"])
         if entry.get("begun"):
-            self.begun, self.first, self.has_ended, self.error, self.share = self.last, None, False, None, 0.0
+            self.begun, self.first, self.has_ended, self.error = self.last, None, False, None
+            self.share, self.detail = 0.0, ""
         if "share" in entry:
             self.share = float(entry["share"])
             self.first = self.first or (self.last, self.share)
